@@ -1,0 +1,56 @@
+# Every target works from a bare clone: Python >= 3.11 and make are all it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check figures notebooks data bench clean
+
+demo: .venv/.demo
+	$(BIN)/lora-analysis demo -o runs/demo
+
+# What .ci/run runs.
+test: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+# The quick half, for while you work.
+check: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -m "not slow"
+
+figures: .venv/.demo
+	$(BIN)/python -m lora_analysis demo -o runs/demo
+	$(BIN)/python figures/make.py runs/demo figures
+
+notebooks: .venv/.notebook
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+
+# Pretrains the demo's base model again and writes data/.
+data: .venv/.demo
+	$(BIN)/python -m lora_analysis.training.pretrain data
+
+bench: .venv/.demo
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv build dist runs
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python >= 3.11 is needed; name one with: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/.demo: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo]'
+	@touch $@
+
+.venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	@touch $@
+
+.venv/.notebook: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo,notebook]'
+	@touch $@

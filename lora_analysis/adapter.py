@@ -1,0 +1,272 @@
+"""The values every level speaks of: updates of one weight, adapters, and where they came from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from lora_analysis.errors import InputError, ScaleError
+from lora_analysis.patterns import natural_key, near_names
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+Layout = Literal["linear", "conv1d"]
+ScaleOrigin = Literal["config", "tensor", "metadata", "caller", "unknown"]
+
+
+def _frozen_matrix(value: ArrayLike, *, role: str, name: str) -> NDArray[np.floating[Any]]:
+    """Return ``value`` as a read-only float32 or float64 matrix; refuse what is not one."""
+    array = np.asarray(value)
+    if array.ndim != 2 or 0 in array.shape:
+        message = f"{role} of '{name}' must be a non-empty matrix, found shape {array.shape}."
+        raise InputError(message)
+    if not np.issubdtype(array.dtype, np.floating):
+        message = f"{role} of '{name}' must hold floating-point numbers, found {array.dtype}."
+        raise InputError(message)
+    # Half precision is a storage type: arithmetic starts from its exact float32 value.
+    array = array.astype(np.float64 if array.dtype == np.float64 else np.float32, copy=False)
+    if not np.isfinite(array).all():
+        bad = int(array.size - np.count_nonzero(np.isfinite(array)))
+        message = (
+            f"{role} of '{name}' holds {bad} non-finite of {array.size} values. "
+            "The training diverged or the file is damaged; no number can be computed from it."
+        )
+        raise InputError(message)
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def _finite_or_none(value: float | None, *, role: str, name: str) -> float | None:
+    if value is None:
+        return None
+    number = float(value)
+    if not np.isfinite(number):
+        message = f"{role} of '{name}' must be a finite number, found {value!r}."
+        raise InputError(message)
+    return number
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRankUpdate:
+    """The update ``ΔW = scale·B·A`` of one weight, kept as its factors.
+
+    Parameters
+    ----------
+    name
+        Module name in the base model, wrapper prefixes stripped.
+    A
+        Down-projection, shape ``(r, d_in)``.
+    B
+        Up-projection, shape ``(d_out, r)``.
+    scale
+        The multiplier really applied (``alpha/r``, ``alpha/sqrt(r)`` with rsLoRA); None where it
+        is not known, and then ΔW is known in units of the scale only.
+    alpha
+        The hyper-parameter behind ``scale``, where it is known.
+    stored_dtype
+        Type in the file, for example ``"bfloat16"``; the type of ``A`` by default.
+    layout
+        ``"conv1d"`` where the base stores its weight as ``[in, out]`` (GPT-2's ``Conv1D``);
+        A and B have the same orientation in either layout.
+    label
+        Name of the adapter this update belongs to, for messages.
+
+    Raises
+    ------
+    InputError
+        A factor is not a finite floating-point matrix, or the ranks of A and B differ.
+    """
+
+    name: str
+    A: NDArray[np.floating[Any]]
+    B: NDArray[np.floating[Any]]
+    scale: float | None
+    alpha: float | None = None
+    stored_dtype: str = ""
+    layout: Layout = "linear"
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        a = _frozen_matrix(self.A, role="A", name=self.name)
+        b = _frozen_matrix(self.B, role="B", name=self.name)
+        if a.shape[0] != b.shape[1]:
+            message = (
+                f"A and B of '{self.name}' have different ranks: A is {a.shape}, B is {b.shape}. "
+                "A must be (r, d_in) and B (d_out, r); is one of them transposed?"
+            )
+            raise InputError(message)
+        put = object.__setattr__
+        put(self, "A", a)
+        put(self, "B", b)
+        put(self, "scale", _finite_or_none(self.scale, role="scale", name=self.name))
+        put(self, "alpha", _finite_or_none(self.alpha, role="alpha", name=self.name))
+        put(self, "stored_dtype", self.stored_dtype or str(a.dtype))
+
+    @property
+    def rank(self) -> int:
+        """Columns of B: the rank the adapter was given, not the one it uses."""
+        return self.B.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape ``(d_out, d_in)`` of ΔW."""
+        return self.B.shape[0], self.A.shape[1]
+
+    def known_scale(self) -> float:
+        """Return the scale; raise ScaleError where it is not known."""
+        if self.scale is None:
+            message = (
+                f"The scale of '{self.name}' in {self.label or 'this adapter'} is not known. "
+                "Pass scale= or alpha= (command line: --scale, --alpha)."
+            )
+            raise ScaleError(message)
+        return self.scale
+
+    def delta_weight(self) -> NDArray[np.float64]:
+        """Return ΔW as a dense float64 matrix ``(d_out, d_in)``; costs ``d_out·d_in·r``."""
+        return self.known_scale() * (self.B.astype(np.float64) @ self.A.astype(np.float64))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DenseUpdate:
+    """The update of one weight as a dense matrix, for example from a full fine-tune.
+
+    Parameters
+    ----------
+    name
+        Module name in the base model.
+    delta
+        ΔW, shape ``(d_out, d_in)``.
+    label
+        Name of the model it belongs to, for messages.
+
+    Raises
+    ------
+    InputError
+        ``delta`` is not a finite floating-point matrix.
+    """
+
+    name: str
+    delta: NDArray[np.floating[Any]]
+    stored_dtype: str = ""
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        delta = _frozen_matrix(self.delta, role="delta", name=self.name)
+        object.__setattr__(self, "delta", delta)
+        object.__setattr__(self, "stored_dtype", self.stored_dtype or str(delta.dtype))
+
+    @property
+    def rank(self) -> int:
+        """The largest rank a matrix of this shape can have."""
+        return min(self.shape)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape ``(d_out, d_in)`` of ΔW."""
+        return self.delta.shape  # type: ignore[return-value]
+
+    def delta_weight(self) -> NDArray[np.float64]:
+        """Return ΔW as a dense float64 matrix ``(d_out, d_in)``."""
+        return self.delta.astype(np.float64)
+
+
+Update = LowRankUpdate | DenseUpdate
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where an adapter came from, and what its reader noticed.
+
+    ``scale_origin`` says per module where the multiplier was found. ``findings`` are plain
+    sentences about the file itself, each naming what it touches.
+    """
+
+    path: Path | None = None
+    format: str = "memory"
+    files: tuple[Path, ...] = ()
+    scale_origin: Mapping[str, ScaleOrigin] = field(default_factory=dict)
+    base_model: str | None = None
+    rank: int | None = None
+    seed: int | None = None
+    task: str | None = None
+    findings: tuple[str, ...] = ()
+
+    @property
+    def sha256(self) -> str | None:
+        """Hash over the adapter's files in their order, read now; None for one in memory."""
+        if not self.files:
+            return None
+        digest = hashlib.sha256()
+        for path in self.files:
+            with path.open("rb") as stream:
+                while chunk := stream.read(1 << 20):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+
+class Adapter(Mapping[str, Update]):
+    """A set of updates by module name, in natural order, each loaded when it is asked for.
+
+    Parameters
+    ----------
+    updates
+        Per module either an update, or a function that returns one (called on every access, so
+        that a walk over many adapters never holds more than one module of each).
+    label
+        Short name used in tables, figures and messages.
+    provenance
+        Where it came from.
+    saved_modules
+        Tensors trained in full beside the low-rank factors (a classification head), by tensor
+        name in the base model, for example ``"classifier.weight"``.
+    config
+        What a writer needs to give the adapter back: task type, targets, base model, in the
+        words of PEFT's ``adapter_config.json``.
+    """
+
+    __slots__ = ("_updates", "config", "label", "provenance", "saved_modules")
+
+    def __init__(
+        self,
+        updates: Mapping[str, Update | Callable[[], Update]],
+        *,
+        label: str,
+        provenance: Provenance | None = None,
+        saved_modules: Mapping[str, NDArray[Any]] | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._updates = {name: updates[name] for name in sorted(updates, key=natural_key)}
+        self.label = label
+        self.provenance = provenance or Provenance()
+        self.saved_modules = MappingProxyType(dict(saved_modules or {}))
+        self.config = MappingProxyType(dict(config or {}))
+
+    def __getitem__(self, name: str) -> Update:
+        try:
+            update = self._updates[name]
+        except KeyError:
+            near = ", ".join(near_names(name, self._updates)) or "none"
+            message = f"{self.label} adapts no module '{name}'. Near names: {near}."
+            raise KeyError(message) from None
+        return update() if callable(update) else update
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._updates)
+
+    def __len__(self) -> int:
+        return len(self._updates)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._updates  # membership must not load the module
+
+    def __repr__(self) -> str:
+        return f"<Adapter {self.label!r}: {len(self)} modules, {self.provenance.format}>"
