@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,7 +31,7 @@ def _frozen_matrix(value: ArrayLike, *, role: str, name: str) -> NDArray[np.floa
         message = f"{role} of '{name}' must hold floating-point numbers, found {array.dtype}."
         raise InputError(message)
     # Half precision is a storage type: arithmetic starts from its exact float32 value.
-    array = array.astype(np.float64 if array.dtype == np.float64 else np.float32, copy=False)
+    array = array.astype(np.float64 if array.dtype.itemsize >= 8 else np.float32, copy=False)
     if not np.isfinite(array).all():
         bad = int(array.size - np.count_nonzero(np.isfinite(array)))
         message = (
@@ -95,7 +95,8 @@ class LowRankUpdate:
     label: str = ""
 
     def __post_init__(self) -> None:
-        a = _frozen_matrix(self.A, role="A", name=self.name)
+        given = self.A
+        a = _frozen_matrix(given, role="A", name=self.name)
         b = _frozen_matrix(self.B, role="B", name=self.name)
         if a.shape[0] != b.shape[1]:
             message = (
@@ -108,7 +109,7 @@ class LowRankUpdate:
         put(self, "B", b)
         put(self, "scale", _finite_or_none(self.scale, role="scale", name=self.name))
         put(self, "alpha", _finite_or_none(self.alpha, role="alpha", name=self.name))
-        put(self, "stored_dtype", self.stored_dtype or str(a.dtype))
+        put(self, "stored_dtype", self.stored_dtype or np.asarray(given).dtype.name)
 
     @property
     def rank(self) -> int:
@@ -161,8 +162,9 @@ class DenseUpdate:
 
     def __post_init__(self) -> None:
         delta = _frozen_matrix(self.delta, role="delta", name=self.name)
+        stored = self.stored_dtype or np.asarray(self.delta).dtype.name
         object.__setattr__(self, "delta", delta)
-        object.__setattr__(self, "stored_dtype", self.stored_dtype or str(delta.dtype))
+        object.__setattr__(self, "stored_dtype", stored)
 
     @property
     def rank(self) -> int:
@@ -187,7 +189,8 @@ class Provenance:
     """Where an adapter came from, and what its reader noticed.
 
     ``scale_origin`` says per module where the multiplier was found. ``findings`` are plain
-    sentences about the file itself, each naming what it touches.
+    sentences about the file itself, each naming what it touches. ``metrics`` are the final
+    figures of its training (accuracy, loss), where the trainer left them beside the file.
     """
 
     path: Path | None = None
@@ -198,6 +201,7 @@ class Provenance:
     rank: int | None = None
     seed: int | None = None
     task: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
     findings: tuple[str, ...] = ()
 
     @property
@@ -257,7 +261,8 @@ class Adapter(Mapping[str, Update]):
             near = ", ".join(near_names(name, self._updates)) or "none"
             message = f"{self.label} adapts no module '{name}'. Near names: {near}."
             raise KeyError(message) from None
-        return update() if callable(update) else update
+        value = update() if callable(update) else update
+        return value if value.label == self.label else replace(value, label=self.label)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._updates)
@@ -267,6 +272,16 @@ class Adapter(Mapping[str, Update]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._updates  # membership must not load the module
+
+    def relabelled(self, label: str) -> Adapter:
+        """Return the same adapter under another label; nothing is loaded."""
+        return Adapter(
+            self._updates,
+            label=label,
+            provenance=self.provenance,
+            saved_modules=self.saved_modules,
+            config=self.config,
+        )
 
     def __repr__(self) -> str:
         return f"<Adapter {self.label!r}: {len(self)} modules, {self.provenance.format}>"

@@ -1,0 +1,95 @@
+"""The command line: parse, call the library, print. One file per verb, imported when it is run.
+
+Nothing is computed here. Data goes to stdout, everything else to stderr. Exit codes: 0 done,
+1 unexpected, 2 usage, 3 input refused, 4 done but some adapters failed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any, NoReturn
+
+import click
+
+from lora_analysis import __version__
+from lora_analysis.errors import LoraAnalysisError, MissingExtraError
+
+# The help of the group needs one line per verb, and must not import what the verbs need.
+VERBS = {
+    "demo": "Train ranks × seeds × tasks on bundled data, analyse them, write the report.",
+    "inspect": "Say what is in an adapter: format, modules, ranks, scale, spectrum.",
+    "compare": "Compare two adapters module by module, with chance beside every number.",
+    "heatmap": "Draw the rank-overlap heat-map of two adapters.",
+    "amplify": "Hold an adapter against its base weights (amplification, enrichment).",
+    "report": "Analyse adapters and write one self-contained HTML report.",
+}
+
+
+class _Verbs(click.Group):
+    """A group whose commands live one to a file and are imported on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in VERBS:
+            return None
+        command = import_module(f"lora_analysis.cli.{cmd_name}").command
+        return command if isinstance(command, click.Command) else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+_HELP = """What did a LoRA adapter learn, seen from its weights?
+
+SOURCE is a PEFT adapter folder, a folder that holds several, or a safetensors file.
+"""
+
+
+@click.group(cls=_Verbs, help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lora-analysis")
+def group() -> None:
+    """Hold the verbs; each is imported when it is run."""
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code; errors are printed to stderr in one line.
+
+    ``arguments`` default to those of the process.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        result: Any = group.main(given, prog_name="lora-analysis", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:
+        return _say("Interrupted. What was finished is kept.", 130)
+    except KeyboardInterrupt:
+        return _say("Interrupted. What was finished is kept.", 130)
+    except BrokenPipeError:
+        # The reader of stdout has gone (a pager, head): close quietly, as other tools do.
+        sys.stderr.close()
+        return 0
+    except LoraAnalysisError as error:
+        if "--debug" in given:
+            raise
+        return _say(f"Error: {error}", 1 if isinstance(error, MissingExtraError) else 3)
+    except Exception as error:  # the last line of defence is the one place for it
+        if "--debug" in given:
+            raise
+        return _say(f"Unexpected {type(error).__name__}: {error}\nRun again with --debug.", 1)
+    return result if isinstance(result, int) else 0
+
+
+def _say(message: str, code: int) -> int:
+    click.echo(message, err=True)
+    return code
+
+
+def main() -> NoReturn:
+    """Run the program and leave the process with its exit code."""
+    sys.exit(run())

@@ -1,0 +1,42 @@
+"""``lora-analysis demo``: the whole path on bundled data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from lora_analysis.cli.options import output_options, progress_bar
+from lora_analysis.cli.show import print_json
+
+
+@click.command(name="demo")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("lora-analysis-demo"),
+    show_default=True,
+    help="Folder for the trained adapters (runs/) and the report.",
+)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="auto, cpu, cuda or mps; auto takes a GPU where there is one.",
+)
+@output_options
+def command(output: Path, *, device: str, form: str) -> None:
+    """Train 13 adapters on handwritten digits, analyse them, write the report.
+
+    Rank 8 on three tasks with three seeds, ranks 4 and 64 with two seeds on one task; about two
+    minutes on two CPU cores. Interrupted and run again, it goes on where it stopped.
+    """
+    from lora_analysis.demo import run_demo
+
+    with progress_bar(form) as progress:
+        path = run_demo(output, device=device, progress=progress)
+    if form == "json":
+        print_json({"report": path})
+    else:
+        click.echo(path)

@@ -1,0 +1,255 @@
+"""Two updates of one module held against each other: φ, angles, ω, signed cosine, shared start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from lora_analysis import chance, linalg
+from lora_analysis.errors import DegenerateSubspaceError, IncompatibleError
+from lora_analysis.spectra import SIDES, Factor, Side, Spectrum, check_side, spectrum
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from lora_analysis.adapter import Update
+
+
+class IllDefined(NamedTuple):
+    """For each i of one axis of a grid: what is wrong with the top-i subspace."""
+
+    undefined: NDArray[np.bool_]
+    soft: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SimilarityGrid:
+    """Subspace similarity φ(i, j) of two updates of one module, with its isotropic chance.
+
+    Attributes
+    ----------
+    values
+        ``(k₁, k₂)``, each axis ending at its numerical rank; ``values[i-1, j-1]`` is φ(i, j): 0
+        for orthogonal subspaces, 1 where the smaller lies inside the larger.
+    chance
+        ``(k₁, k₂)``, mean of φ for independent uniform subspaces, max(i, j)/dimension.
+    dimension
+        Of the space the directions live in: d_in or d_out.
+    rows_ill_defined, columns_ill_defined
+        Where a top-i subspace is undefined or soft because singular values (nearly) coincide.
+    """
+
+    values: NDArray[np.float64]
+    chance: NDArray[np.float64]
+    dimension: int
+    module: str
+    side: Side
+    factor: Factor
+    labels: tuple[str, str]
+    rows_ill_defined: IllDefined
+    columns_ill_defined: IllDefined
+
+    def __post_init__(self) -> None:
+        self.values.flags.writeable = False
+        self.chance.flags.writeable = False
+
+    @property
+    def excess(self) -> NDArray[np.float64]:
+        """``(φ − chance)/(1 − chance)``, the form to average over modules."""
+        return chance.excess(self.values, self.chance)
+
+    def at(self, i: int, j: int) -> float:
+        """Return φ(i, j), counting from 1 as the paper does.
+
+        Raises
+        ------
+        DegenerateSubspaceError
+            i or j lies beyond the numerical rank.
+        """
+        if not (1 <= i <= self.values.shape[0] and 1 <= j <= self.values.shape[1]):
+            message = (
+                f"φ({i}, {j}) of '{self.module}' is undefined: the numerical ranks of "
+                f"{self.labels[0]} and {self.labels[1]} are {self.values.shape}."
+            )
+            raise DegenerateSubspaceError(message)
+        return float(self.values[i - 1, j - 1])
+
+    def ill_defined(self, i: int, j: int) -> str:
+        """Return ``"undefined"``, ``"soft"`` or ``""`` for φ(i, j)."""
+        axes = ((self.rows_ill_defined, i - 1), (self.columns_ill_defined, j - 1))
+        if any(axis.undefined[at] for axis, at in axes):
+            return "undefined"
+        return "soft" if any(axis.soft[at] for axis, at in axes) else ""
+
+
+def _check_same_space(a: Spectrum, b: Spectrum, side: Side) -> int:
+    axis = 1 if side == "input" else 0
+    if a.shape[axis] != b.shape[axis]:
+        message = (
+            f"Cannot compare the {side} side of '{a.name}': {a.label or 'the first'} has "
+            f"{a.shape[axis]} features, {b.label or 'the second'} has {b.shape[axis]}. "
+            "Both must adapt the same base model."
+        )
+        raise IncompatibleError(message)
+    return a.shape[axis]
+
+
+def subspace_similarity(
+    a: Update | Spectrum, b: Update | Spectrum, *, side: Side = "input", factor: Factor = "delta"
+) -> SimilarityGrid:
+    """Return φ(i, j) for all i, j up to the numerical ranks, with isotropic chance beside it.
+
+    ``φ(i, j) = ‖U₁[:, :i]ᵀ U₂[:, :j]‖_F² / min(i, j)`` over singular vectors, strongest first
+    (LoRA, arXiv 2106.09685, section 7.2): 1 where the smaller subspace lies inside the larger,
+    0 where they are orthogonal, max(i, j)/d on average for random ones.
+
+    Parameters
+    ----------
+    a, b
+        Updates of the same module, or their spectra (to factor each only once).
+    side
+        ``"input"``: right singular vectors, in R^d_in; ``"output"``: left ones, in R^d_out.
+    factor
+        Whose singular vectors, see `spectrum`; ``"A"`` on the input side is the paper's choice.
+
+    Returns
+    -------
+    SimilarityGrid
+        Empty along an axis whose update is untrained.
+
+    Raises
+    ------
+    IncompatibleError
+        The dimensions of the chosen side differ.
+    InputError
+        A factor that has no such side.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lora_analysis import LowRankUpdate
+    >>> one = LowRankUpdate(name="q", A=np.eye(1, 4), B=np.eye(3, 1), scale=1.0)
+    >>> two = LowRankUpdate(name="q", A=np.eye(2, 4), B=np.diag([2.0, 1, 0])[:, :2], scale=1.0)
+    >>> subspace_similarity(one, two).values
+    array([[1., 1.]])
+    """
+    check_side(side, factor)
+    first, second = spectrum(a, factor=factor), spectrum(b, factor=factor)
+    dimension = _check_same_space(first, second, side)
+    gram = first.vectors(side).T @ second.vectors(side)  # (k₁, k₂)
+    return SimilarityGrid(
+        values=linalg.overlap_grid(gram),
+        chance=chance.similarity_grid_mean(dimension, *gram.shape),
+        dimension=dimension,
+        module=first.name,
+        side=side,
+        factor=factor,
+        labels=(first.label or "first", second.label or "second"),
+        rows_ill_defined=IllDefined(first.undefined, first.soft),
+        columns_ill_defined=IllDefined(second.undefined, second.soft),
+    )
+
+
+def principal_angles(
+    a: Update | Spectrum, b: Update | Spectrum, *, side: Side, k: int | tuple[int, int]
+) -> NDArray[np.float64]:
+    """Return the principal angles between two top-k subspaces of ΔW, in radians, ascending.
+
+    The mean of their squared cosines is φ(k, k). Accurate to 1e-15 near 0 and near π/2.
+
+    Parameters
+    ----------
+    a, b
+        Updates of the same module, or their spectra.
+    side
+        ``"input"`` or ``"output"``.
+    k
+        Directions of each, or one number per update.
+
+    Returns
+    -------
+    ndarray
+        ``(min(k),)``, in [0, π/2].
+
+    Raises
+    ------
+    DegenerateSubspaceError
+        k exceeds a numerical rank, or cuts between coinciding singular values.
+    """
+    first, second = spectrum(a), spectrum(b)
+    _check_same_space(first, second, side)
+    i, j = k if isinstance(k, tuple) else (k, k)
+    return linalg.principal_angles(first.basis(side, i), second.basis(side, j))
+
+
+def energy_overlap(a: Update | Spectrum, b: Update | Spectrum, *, side: Side = "input") -> float:
+    """Return ω, the energy-weighted overlap of two updates on one side, in [0, 1].
+
+    ``ω = Σ_ab σ_a²τ_b²(u_a·v_b)² / √(Σσ⁴·Στ⁴)``: the cosine between ΔW₁ᵀΔW₁ and ΔW₂ᵀΔW₂ (input;
+    the other product for output). It needs no choice of i and j and does not depend on the
+    scale. Isotropic chance is `chance.energy_overlap_mean`. NaN if either is untrained.
+    """
+    first, second = spectrum(a), spectrum(b)
+    _check_same_space(first, second, side)
+    if first.untrained or second.untrained:
+        return float("nan")
+    gram = first.vectors(side).T @ second.vectors(side)  # (k₁, k₂)
+    s = (first.S[: gram.shape[0]] / first.S[0]) ** 2
+    t = (second.S[: gram.shape[1]] / second.S[0]) ** 2
+    return float(min(s @ gram**2 @ t / (np.linalg.norm(s) * np.linalg.norm(t)), 1.0))
+
+
+def signed_cosine(a: Update | Spectrum, b: Update | Spectrum) -> float:
+    """Return ``⟨ΔW₁, ΔW₂⟩/(‖ΔW₁‖‖ΔW₂‖)``, in [−1, 1]; NaN if either is untrained.
+
+    For unrelated updates the mean is 0 and the variance exactly 1/(d_out·d_in), whatever their
+    spectra. An unknown scale is taken as positive: nothing but its sign matters here.
+
+    Raises
+    ------
+    IncompatibleError
+        The shapes differ.
+
+    Notes
+    -----
+    ``Σ_ab σ_a τ_b (u_a·u_b)(v_a·v_b)``: from spectra, O((d_out + d_in)·r₁r₂).
+    """
+    first, second = spectrum(a), spectrum(b)
+    for side in SIDES:
+        _check_same_space(first, second, side)
+    if first.untrained or second.untrained:
+        return float("nan")
+    both = [first.vectors(side).T @ second.vectors(side) for side in SIDES]
+    s = first.S[: first.numerical_rank] / first.norm
+    t = second.S[: second.numerical_rank] / second.norm
+    return float(np.clip(s @ (both[0] * both[1]) @ t, -1.0, 1.0))
+
+
+def random_similarity(dimension: int, shape: tuple[int, int], *, seed: int = 0) -> SimilarityGrid:
+    """Return φ of two independent Gaussian matrices: the random panel of the paper's Figure 4.
+
+    Parameters
+    ----------
+    dimension
+        Of the space.
+    shape
+        ``(i, j)``: columns of the two matrices.
+    seed
+        Of the one draw that is shown; its mean over draws is the grid's ``chance``.
+    """
+    rng = np.random.default_rng(seed)
+    frames = [linalg.haar_frame(rng, dimension, columns) for columns in shape]
+    fine = [IllDefined(np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)) for n in shape]
+    return SimilarityGrid(
+        values=linalg.overlap_grid(frames[0].T @ frames[1]),
+        chance=chance.similarity_grid_mean(dimension, *shape),
+        dimension=dimension,
+        module="random Gaussian",
+        side="input",
+        factor="delta",
+        labels=("random", "random"),
+        rows_ill_defined=fine[0],
+        columns_ill_defined=fine[1],
+    )

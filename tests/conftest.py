@@ -1,0 +1,42 @@
+"""Fixtures for every test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=30)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=500)
+hypothesis.settings.load_profile("explore" if os.environ.get("EXPLORE") else "ci")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """The one source of random data: every test starts from the same state."""
+    return np.random.default_rng(20210617)
+
+
+@pytest.fixture(scope="session")
+def real_adapters() -> Path:
+    """Folder of adapters that others trained; see CONTRIBUTING.md."""
+    folder = os.environ.get("LORA_ANALYSIS_REAL_ADAPTERS")
+    if not folder:
+        pytest.skip("LORA_ANALYSIS_REAL_ADAPTERS is not set")
+    path = Path(folder)
+    if not path.is_dir():
+        pytest.fail(f"LORA_ANALYSIS_REAL_ADAPTERS={folder} is not a folder")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _close_figures() -> Iterator[None]:
+    yield
+    import sys
+
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
