@@ -8,14 +8,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_analysis import chance, linalg
-from lora_analysis.bases import ArrayWeight, Weight
 from lora_analysis.errors import DegenerateSubspaceError, IncompatibleError, ScaleError
 from lora_analysis.spectra import Spectrum, spectrum
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     from lora_analysis.adapter import Update
+    from lora_analysis.bases import Weight
+
+# Elements of a dense weight turned to float64 at a time.
+_TILE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,11 +92,19 @@ class Amplification:
         return np.arange(1, len(self.S) + 1)
 
 
-def _as_weight(W: Weight | NDArray[np.floating], name: str) -> Weight:
-    return ArrayWeight(np.asarray(W), name=name) if isinstance(W, np.ndarray) else W
+def _tiles(
+    W: Weight | NDArray[np.floating],
+) -> Iterator[tuple[slice, slice, NDArray[np.floating]]]:
+    """Yield row slice, column slice and tile; an array keeps its own precision."""
+    if not isinstance(W, np.ndarray):
+        yield from W.blocks()
+        return
+    rows = max(1, _TILE // W.shape[1])
+    for start in range(0, W.shape[0], rows):
+        yield slice(start, start + rows), slice(None), W[start : start + rows]
 
 
-def _check(update: Spectrum, weight: Weight) -> None:
+def _check(update: Spectrum, weight: Weight | NDArray[np.floating]) -> None:
     if update.in_units_of_scale:
         message = (
             f"The amplification of '{update.name}' in {update.label or 'this adapter'} needs "
@@ -101,7 +114,7 @@ def _check(update: Spectrum, weight: Weight) -> None:
     if update.shape != weight.shape:
         message = (
             f"'{update.name}' in {update.label or 'this adapter'} updates a weight of shape "
-            f"{update.shape}, but the base tensor '{weight.name}' is {weight.shape} as "
+            f"{update.shape}, but '{getattr(weight, 'name', 'the weight')}' is {weight.shape} as "
             "(d_out, d_in). Is it another base model, or stored transposed?"
         )
         raise IncompatibleError(message)
@@ -114,7 +127,8 @@ def _check(update: Spectrum, weight: Weight) -> None:
 
 
 def _project(
-    weight: Weight, pairs: list[tuple[NDArray[np.float64], NDArray[np.float64]]]
+    weight: Weight | NDArray[np.floating],
+    pairs: list[tuple[NDArray[np.float64], NDArray[np.float64]]],
 ) -> tuple[list[NDArray[np.float64]], float]:
     """Return ``UᵀWV`` for every pair (U, V), and ‖W‖_F, in one pass over the tiles of W.
 
@@ -123,7 +137,7 @@ def _project(
     """
     cores = [np.zeros((u.shape[1], v.shape[1])) for u, v in pairs]
     square = 0.0
-    for rows, columns, tile in weight.blocks():
+    for rows, columns, tile in _tiles(weight):
         block = tile.astype(np.float64)
         square += float(np.vdot(block, block))
         for at, (u, v) in enumerate(pairs):
@@ -182,8 +196,7 @@ def amplification(
     One pass over W in blocks serves every k and all draws; O(d_out·d_in·n·(1 + draws)).
     """
     spectral = spectrum(update)
-    weight = _as_weight(W, spectral.name)
-    _check(spectral, weight)
+    _check(spectral, W)
     n = spectral.numerical_rank if k is None else k
     if k is not None:
         spectral.basis("input", k)  # raises beyond the numerical rank and between equal values
@@ -193,7 +206,7 @@ def amplification(
         (linalg.haar_frame(rng, d_out, n), linalg.haar_frame(rng, d_in, n)) for _ in range(draws)
     ]
     own = (spectral.vectors("output")[:, :n], spectral.vectors("input")[:, :n])
-    (core, *random_cores), weight_norm = _project(weight, [own, *frames])
+    (core, *random_cores), weight_norm = _project(W, [own, *frames])
     s = spectral.S[:n]
     update_norm = np.sqrt(np.cumsum(s**2))
     projected = _leading_norms(core)
@@ -202,7 +215,8 @@ def amplification(
         np.array([_leading_norms(c) for c in random_cores]) if draws else np.full((1, n), np.nan)
     )
     if weight_values is None and weight_directions:
-        weight_values = linalg.leading_singular_values(weight.array(), n)
+        dense = W if isinstance(W, np.ndarray) else W.array()
+        weight_values = linalg.leading_singular_values(dense, n)
     with np.errstate(divide="ignore", invalid="ignore"):  # W may vanish on these directions
         factor, chance_factor, enrichment = (
             update_norm / projected,

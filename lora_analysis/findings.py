@@ -77,11 +77,11 @@ def number(value: float) -> str:
     """Return a number as a sentence shows it: two digits that matter, no exponent where short."""
     if not np.isfinite(value):
         return "undefined"
-    if value == 0 or 0.001 <= abs(value) < 1:
-        return f"{value:.3f}" if abs(value) < 0.1 else f"{value:.2f}"
-    if 1 <= abs(value) < 1000:
+    if value == 0:
+        return "0"
+    if 0.1 <= abs(value) < 1000:
         return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
-    return f"{value:.1e}"
+    return f"{value:.2g}" if 1e-4 <= abs(value) < 0.1 else f"{value:.1e}"
 
 
 def plural(count: int, word: str) -> str:
@@ -171,9 +171,7 @@ def _shared_words(values: Mapping[str, Any]) -> str:
         return "share their first output and input direction"
     if clear:
         return f"share their first {clear[0]} direction"
-    if any("verdict" in key for key in values):
-        return "do not clearly share a first direction"
-    return "are compared without a reference"
+    return "do not clearly share a first direction"
 
 
 def _compared(study: Study, rows: pd.DataFrame, who: str, topic: str) -> Finding:
@@ -182,12 +180,13 @@ def _compared(study: Study, rows: pd.DataFrame, who: str, topic: str) -> Finding
         clause, numbers = _side_clause(study, rows, side)  # type: ignore[arg-type]
         clauses.append(clause)
         values.update(numbers)
-    pairs = rows.groupby(["a", "b"]).ngroups
-    modules = int(rows["module"].nunique())
-    text = (
-        f"{who} {_shared_words(values)} ({plural(pairs, 'pair')}, {plural(modules, 'module')}): "
-        f"{'; '.join(clauses)}."
-    )
+    pairs = plural(rows.groupby(["a", "b"]).ngroups, "pair")
+    modules = plural(int(rows["module"].nunique()), "module")
+    numbers = "; ".join(clauses)
+    if any(key.startswith("verdict") for key in values):
+        text = f"{who} {_shared_words(values)} ({pairs}, {modules}): {numbers}."
+    else:
+        text = f"{who} ({pairs}, {modules}): {numbers}. No reference, so no verdict."
     return Finding("result", topic, text, values)
 
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
+
+from lora_analysis.errors import InputError
 
 T = TypeVar("T")
 
 _DIGITS = re.compile(r"(\d+)")
 _INDEX = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+# Without other special characters, only the dots of a pattern mean more than themselves.
+_PLAIN = re.compile(r"[\w.\-]*")
+# A pattern may come from a file: one that backtracks without end is stopped, in CPU seconds.
+PATTERN_TIMEOUT = 1.0
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
@@ -29,3 +35,85 @@ def near_names(wanted: str, names: Iterable[str], count: int = 3) -> list[str]:
         if tails[match] not in near:
             near.append(tails[match])
     return near[:count]
+
+
+def matches_target(name: str, targets: str | Sequence[str]) -> bool:
+    """Return whether PEFT's ``target_modules`` names the module.
+
+    Parameters
+    ----------
+    name
+        Module name in the base model.
+    targets
+        A string is a regular expression for the whole name. In a list, each entry is a name or
+        its last segments: ``"q_proj"`` names ``"layers.0.q_proj"``.
+
+    Raises
+    ------
+    InputError
+        The expression is not valid, or takes too long to match.
+    """
+    if isinstance(targets, str):
+        if _PLAIN.fullmatch(targets):
+            return _equal_but_for_dots(name, targets)
+        return _matches_expression(name, targets)
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def pattern_value(name: str, patterns: Mapping[str, T], default: T) -> T:
+    """Return the value PEFT's ``rank_pattern`` or ``alpha_pattern`` gives the module.
+
+    The first key, in their order, that matches the whole name or its last segments as a regular
+    expression decides; ``default`` where none does.
+
+    Raises
+    ------
+    InputError
+        A key is not a valid expression, or takes too long to match.
+    """
+    for pattern, value in patterns.items():
+        if _matches_tail(name, pattern):
+            return value
+    return default
+
+
+def module_type(name: str) -> str:
+    """Return the last segment that is not a number: ``"q_proj"`` of ``"layers.0.q_proj"``."""
+    return next((part for part in reversed(name.split(".")) if not part.isdecimal()), name)
+
+
+def layer_index(name: str) -> int | None:
+    """Return the first number among the segments: 3 of ``"layers.3.experts.1.w1"``."""
+    match = _INDEX.search(name)
+    return int(match[1]) if match else None
+
+
+def _matches_tail(name: str, pattern: str) -> bool:
+    """Return whether the name, or its last segments, match; plain patterns need no engine."""
+    if not _PLAIN.fullmatch(pattern):
+        return _matches_expression(name, rf"(.*\.)?({pattern})")
+    start = len(name) - len(pattern)
+    at_segment = start == 0 or (start > 0 and name[start - 1] == ".")
+    return at_segment and _equal_but_for_dots(name[start:], pattern)
+
+
+def _equal_but_for_dots(text: str, plain: str) -> bool:
+    """Return whether the text equals a pattern in which a dot stands for any character."""
+    if len(text) != len(plain):
+        return False
+    return text == plain or all(p in (t, ".") for p, t in zip(plain, text, strict=True))
+
+
+def _matches_expression(name: str, expression: str) -> bool:
+    import regex  # type: ignore[import-untyped]  # ships no stubs
+
+    try:
+        return regex.fullmatch(expression, name, timeout=PATTERN_TIMEOUT) is not None
+    except regex.error as error:
+        message = f"'{expression}' is not a regular expression: {error}."
+    except TimeoutError:
+        message = (
+            f"Matching '{name}' against '{expression}' was stopped after {PATTERN_TIMEOUT:g} s. "
+            "Write the pattern without nested repetition."
+        )
+    raise InputError(message)

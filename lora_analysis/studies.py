@@ -110,6 +110,10 @@ class Study:
         """Return the amplification of one module of one adapter; KeyError without a base."""
         return self._amplified[label, module]
 
+    def amplified(self) -> list[Amplification]:
+        """Return every amplification, module by module; empty without a base."""
+        return list(self._amplified.values())
+
     def select(self, relation: Relation, side: Side) -> pd.DataFrame:
         """Return the rows of ``similarities`` with one relation and side."""
         table = self.similarities
@@ -159,6 +163,12 @@ def _spectrum_row(update: Spectrum) -> dict[str, Any]:
         "in_units_of_scale": update.in_units_of_scale,
         "stored_dtype": update.stored_dtype,
     }
+
+
+def _scale_of(update: LowRankUpdate | DenseUpdate) -> dict[str, float | None]:
+    if isinstance(update, DenseUpdate):
+        return {"scale": 1.0, "alpha": None}
+    return {"scale": update.scale, "alpha": update.alpha}
 
 
 def similarity_rows(a: Spectrum, b: Spectrum) -> list[dict[str, Any]]:
@@ -309,7 +319,9 @@ class _Walk:
     def visit(self, module: str) -> None:
         updates = dict(self._load(module))
         spectra = {label: spectrum(update) for label, update in updates.items()}
-        self.spectra += [_spectrum_row(value) for value in spectra.values()]
+        self.spectra += [
+            _spectrum_row(value) | _scale_of(updates[label]) for label, value in spectra.items()
+        ]
         for pair in self.pairs:
             pair.add(updates, spectra)
         if self.base is not None:

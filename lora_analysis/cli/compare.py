@@ -13,7 +13,7 @@ from lora_analysis.cli.options import (
     read_one,
     reading_options,
 )
-from lora_analysis.cli.show import decimals, print_json, print_table, records
+from lora_analysis.cli.show import fraction, print_json, print_table, records
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,7 +60,7 @@ def command(
             }
         )
     elif form == "quiet":
-        click.echo(decimals(_median(result.similarities, "output", "omega")))
+        click.echo(fraction(_median(result.similarities, "output", "omega")))
     else:
         _print(result.similarities, [one.text for one in said])
 
@@ -82,8 +82,13 @@ def _median(table: pd.DataFrame, side: str, column: str) -> float:
 def _summary(table: pd.DataFrame) -> dict[str, dict[str, float]]:
     columns = ("phi_1_1", "chance_1_1", "phi_r_r", "chance_r_r", "omega", "omega_chance")
     return {
-        side: {f"median_{column}": _median(table, side, column) for column in columns}
+        side: {
+            f"{name}_{column}": float(getattr(table.loc[table["side"] == side, column], name)())
+            for column in columns
+            for name in ("median", "mean")
+        }
         for side in ("input", "output")
+        if not table.empty
     }
 
 
@@ -100,11 +105,11 @@ def _print(table: pd.DataFrame, sentences: list[str]) -> None:
         rows = [
             (
                 row["module"] + (" *" if row["shared_start"] and side == "input" else ""),
-                *(decimals(row[name]) for name in (*names, "signed_cosine")),
+                *(fraction(row[name]) for name in (*names, "signed_cosine")),
             )
             for row in records(own)
         ]
-        rows.append(("median", *(decimals(own[n].median()) for n in (*names, "signed_cosine"))))
+        rows.append(("median", *(fraction(own[n].median()) for n in (*names, "signed_cosine"))))
         print_table(f"{side} side", columns, rows)
         click.echo()
     if table["shared_start"].any():

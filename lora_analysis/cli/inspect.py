@@ -45,8 +45,10 @@ def command(
     documents, failures = [], []
     for source in sources:
         try:
-            found = [source] if pair else [str(one) for one in find_adapters(source)]
-            adapters = [read_adapter(one, pair=pair, scale=scale, alpha=alpha) for one in found]
+            adapters = [
+                read_adapter(one, pair=pair, scale=scale, alpha=alpha)
+                for one in find_adapters(source, pair=pair)
+            ]
             several = len(adapters) > 1 or len(sources) > 1
             documents += [_describe(one, modules, brief=several) for one in adapters]
         except InputError as error:

@@ -79,14 +79,18 @@ def read_one(source: str, *, pair: Any, scale: float | None, alpha: float | None
 def read_all(
     sources: Sequence[str], *, pair: Any, scale: float | None, alpha: float | None
 ) -> tuple[list[Adapter], list[Failure]]:
-    """Read every adapter found at the sources; what cannot be read is returned beside them."""
+    """Read every adapter found at the sources, in natural order of their labels.
+
+    What cannot be read is returned beside them.
+    """
     from lora_analysis.formats import find_adapters, read_adapter
+    from lora_analysis.patterns import natural_key
     from lora_analysis.studies import Failure
 
     adapters, failures = [], []
     for source in sources:
         try:
-            found = [source] if pair else [str(ref) for ref in find_adapters(source)]
+            found = find_adapters(source, pair=pair)
         except InputError as error:
             failures.append(Failure(source, str(error)))
             continue
@@ -94,8 +98,8 @@ def read_all(
             try:
                 adapters.append(read_adapter(one, pair=pair, scale=scale, alpha=alpha))
             except InputError as error:
-                failures.append(Failure(one, str(error)))
-    return adapters, failures
+                failures.append(Failure(one.source, str(error)))
+    return sorted(adapters, key=lambda one: natural_key(one.label)), failures
 
 
 @contextmanager

@@ -86,6 +86,13 @@ def decimals(value: float | None) -> str:
     return f"{value:.2e}"
 
 
+def fraction(value: float | None) -> str:
+    """Return a number of order one in three decimals; small ones keep two digits that matter."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2g}"
+
+
 def sparkline(values: Sequence[float], width: int = 12) -> str:
     """Return a falling spectrum as bars, relative to its first value."""
     if not len(values) or not values[0] > 0:

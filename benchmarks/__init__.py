@@ -1,0 +1,1 @@
+"""Speed, measured by hand (``make bench``): ratios of sides that ran in turn."""

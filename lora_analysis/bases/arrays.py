@@ -1,0 +1,135 @@
+"""Base weights that are at hand: the parameters of a live model, or a mapping of arrays."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_analysis.bases.naming import quantised
+from lora_analysis.errors import BaseWeightError
+from lora_analysis.storage.limits import BLOCK_ELEMENTS
+from lora_analysis.storage.safetensors import tile_slices
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lora_analysis.bases.weights import Tiles
+
+
+def is_live_model(source: object) -> bool:
+    """Say whether ``source`` is a ``torch.nn.Module``; without torch loaded nothing can be one."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(source, torch.nn.Module)
+
+
+class ArrayTensors:
+    """A mapping of tensor names to arrays, each matrix ``(d_out, d_in)``."""
+
+    def __init__(self, arrays: Mapping[str, Any], label: str) -> None:
+        self._arrays = {
+            name if name.endswith("weight") else f"{name}.weight": np.asarray(array)
+            for name, array in arrays.items()
+        }
+        self._label = label
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of all tensors; a module's plain name stands for its weight."""
+        return list(self._arrays)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape."""
+        return self._arrays[name].shape
+
+    def dtype(self, name: str) -> str:
+        """Return the type."""
+        return str(self._arrays[name].dtype)
+
+    def transposed(self, name: str) -> bool | None:  # noqa: ARG002 - by agreement
+        """Return False: the caller hands matrices over as ``(d_out, d_in)``."""
+        return False
+
+    def tiles(self, name: str) -> Tiles:
+        """Yield a matrix tile by tile."""
+        return _tiles(self._arrays[name])
+
+    def refuse_unreadable(self, name: str) -> None:
+        """Raise where the array holds no floating-point numbers."""
+        if not np.issubdtype(self._arrays[name].dtype, np.floating):
+            raise quantised(self._label, name, f"stored as {self.dtype(name)}")
+
+
+class LiveTensors:
+    """The parameters of a live model, read where they are.
+
+    An adapter that is active but not merged leaves the frozen weight under ``base_layer``, which
+    is what is read. A merged one has changed the weight itself and is refused.
+    """
+
+    def __init__(self, model: Any, label: str) -> None:
+        self._model = model
+        self._label = label
+        # Tied weights keep every name they have: a module may be adapted under any of them.
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of all parameters."""
+        return list(self._parameters)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a parameter."""
+        return tuple(self._parameters[name].shape)
+
+    def dtype(self, name: str) -> str:
+        """Return the type of a parameter."""
+        return str(self._parameters[name].dtype).removeprefix("torch.")
+
+    def transposed(self, name: str) -> bool | None:
+        """Say what the parameter's module says: Linear is ``[out, in]``, Conv1D ``[in, out]``."""
+        module = self._model.get_submodule(name.rpartition(".")[0])
+        if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+            return True
+        if hasattr(module, "in_features") and hasattr(module, "out_features"):
+            return self.shape(name) != (module.out_features, module.in_features)
+        return False if name.endswith("in_proj_weight") else None
+
+    def tiles(self, name: str) -> Tiles:
+        """Yield a matrix tile by tile, each brought to the CPU on its own."""
+        return _tiles(self._parameters[name].detach())
+
+    def refuse_unreadable(self, name: str) -> None:
+        """Raise for quantised and empty parameters, and for a weight with an adapter in it."""
+        parameter = self._parameters[name]
+        if not parameter.is_floating_point():
+            raise quantised(self._label, name, f"stored as {self.dtype(name)}")
+        if parameter.is_meta:
+            message = f"{self._label}: '{name}' is on the meta device and holds no values."
+            raise BaseWeightError(message)
+        path = name.rpartition(".")[0]
+        for owner in (path, path.removesuffix(".base_layer")):
+            if getattr(self._model.get_submodule(owner), "merged", False):
+                message = (
+                    f"{self._label}: an adapter is merged into '{name}'; the frozen weight is not "
+                    "there to be read. Unmerge it first."
+                )
+                raise BaseWeightError(message)
+
+
+def _tiles(matrix: Any) -> Tiles:
+    """Yield a matrix (numpy or torch) in float32 tiles of one reused buffer."""
+    tiles = list(tile_slices(tuple(matrix.shape), BLOCK_ELEMENTS))
+    largest = max((_elements(rows, columns) for rows, columns in tiles), default=0)
+    buffer = np.empty(largest, dtype=np.float32)
+    for rows, columns in tiles:
+        tile = buffer[: _elements(rows, columns)].reshape(rows.stop - rows.start, -1)
+        part = matrix[rows, columns]
+        # bfloat16 and fp8 exist in torch only: it widens them, numpy takes the rest as they are.
+        tile[...] = part if isinstance(part, np.ndarray) else part.float().cpu().numpy()
+        yield rows, columns, tile
+
+
+def _elements(rows: slice, columns: slice) -> int:
+    return int((rows.stop - rows.start) * (columns.stop - columns.start))

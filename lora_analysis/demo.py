@@ -1,0 +1,80 @@
+"""The embedded default: train on bundled data, analyse, report, as any user of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_analysis.bases import open_base
+from lora_analysis.formats import read_adapter
+from lora_analysis.report import write_report
+from lora_analysis.storage.bundled import bundled_data
+from lora_analysis.studies import Study, study
+from lora_analysis.training import RunEvent, demo_sweep, run_sweep
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Progress = Callable[[str, int, int], None]
+
+BASE = "digits-vit"
+
+
+class _TrainingProgress:
+    """Turn the events of many runs into two counts: adapters done, and steps done in all."""
+
+    def __init__(self, progress: Progress, runs: int) -> None:
+        self.progress = progress
+        self.runs = runs
+        self.steps: dict[str, int] = {}
+        self.done: set[str] = set()
+
+    def __call__(self, event: RunEvent) -> None:
+        """Take one event."""
+        self.steps[event.label] = event.step
+        if event.kind in ("finished", "skipped"):
+            self.done.add(event.label)
+        self.progress("training steps", sum(self.steps.values()), self.runs * event.total)
+        self.progress("adapters", len(self.done), self.runs)
+
+
+def train_demo(
+    folder: Path, *, device: str = "auto", progress: Progress | None = None
+) -> list[Path]:
+    """Train the demo's 13 adapters below ``folder``; those finished before are skipped.
+
+    Rank 8 on three tasks with three seeds, ranks 4 and 64 with two seeds on one task.
+    """
+    configs = demo_sweep()
+    watch = _TrainingProgress(progress, len(configs)) if progress else None
+    return run_sweep(configs, folder, device=device, progress=watch)
+
+
+def study_demo(runs: Sequence[Path], *, progress: Progress | None = None) -> Study:
+    """Return the study of trained runs against the bundled base."""
+    base = open_base(bundled_data(BASE))
+    return study([read_adapter(run) for run in runs], base=base, progress=progress)
+
+
+def run_demo(folder: Path, *, device: str = "auto", progress: Progress | None = None) -> Path:
+    """Train, analyse and report; return the path of the report.
+
+    Parameters
+    ----------
+    folder
+        Gets ``runs/`` (one folder per adapter), ``report.html``, ``figures/``, ``tables/`` and
+        ``results.json``.
+    device
+        ``"auto"`` (a GPU where there is one), ``"cpu"``, ``"cuda"`` or ``"mps"``.
+    progress
+        Called with (what, done, total).
+    """
+    runs = train_demo(folder / "runs", device=device, progress=progress)
+    result = study_demo(runs, progress=progress)
+    return write_report(
+        result,
+        folder,
+        title="Section 7 of the LoRA paper, on handwritten digits",
+        command=f"lora-analysis demo --device {device}",
+    )

@@ -1,0 +1,191 @@
+"""From pairs of stored tensors to an adapter: what every two-factor format has in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+from lora_analysis.adapter import LowRankUpdate
+from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
+from lora_analysis.storage.dtypes import FLOATING
+from lora_analysis.storage.limits import MAX_DIMENSION, MAX_RANK
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from lora_analysis.adapter import Layout, ScaleOrigin
+    from lora_analysis.formats.sources import ReadOptions
+    from lora_analysis.storage.tensors import TensorFiles
+
+
+FactorRole = Literal["A", "B"]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPair:
+    """Where the two factors of one module are stored.
+
+    ``flipped`` says that they are stored transposed: A as ``(d_in, r)``, B as ``(r, d_out)``.
+    """
+
+    module: str
+    a: str
+    b: str
+    flipped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StatedScale:
+    """The multiplier of one module, the alpha behind it, and who stated them."""
+
+    scale: float | None
+    alpha: float | None
+    origin: ScaleOrigin
+
+
+UNKNOWN_SCALE = StatedScale(None, None, "unknown")
+
+
+def scale_from_alpha(
+    alpha: float, rank: int, origin: ScaleOrigin, *, rslora: bool = False
+) -> StatedScale:
+    """Return the multiplier ``alpha/r``, or ``alpha/sqrt(r)`` with rsLoRA."""
+    return StatedScale(alpha / (rank**0.5 if rslora else rank), alpha, origin)
+
+
+def callers_scale(options: ReadOptions, rank: int, *, rslora: bool = False) -> StatedScale | None:
+    """Return the multiplier the caller asked for, or None where the file is to be believed."""
+    if options.scale is not None:
+        return StatedScale(float(options.scale), None, "caller")
+    if options.alpha is not None:
+        return scale_from_alpha(float(options.alpha), rank, "caller", rslora=rslora)
+    return None
+
+
+def stored_rank(tensors: TensorFiles, pair: StoredPair) -> int:
+    """Return the rank of a stored pair, its types and shapes checked from the header alone.
+
+    Raises
+    ------
+    MalformedFileError
+        A factor is empty, flat or no floating-point matrix, the ranks of the two differ, or they
+        exceed the limits.
+    UnsupportedMethodError
+        A factor has more than two dimensions (a convolution).
+    """
+    for name in (pair.a, pair.b):
+        _check_factor(tensors, pair.module, name)
+    a, b = (tensors.infos[name].shape for name in (pair.a, pair.b))
+    rank, d_in = a[::-1] if pair.flipped else a
+    d_out, rank_b = b[::-1] if pair.flipped else b
+    where = f"{tensors.file_of(pair.a)}: '{pair.module}'"
+    if rank != rank_b:
+        message = (
+            f"{where} has factors of different ranks: {pair.a} is {a}, {pair.b} is {b}; A must be "
+            "(r, d_in) and B (d_out, r). A fused, grouped or block-diagonal variant, or damage?"
+        )
+        raise MalformedFileError(message)
+    if rank > MAX_RANK or max(d_in, d_out) > MAX_DIMENSION:
+        message = (
+            f"{where} has rank {rank} and shape ({d_out}, {d_in}); the limits are rank {MAX_RANK} "
+            f"and {MAX_DIMENSION} features."
+        )
+        raise MalformedFileError(message)
+    return rank
+
+
+def _check_factor(tensors: TensorFiles, module: str, name: str) -> None:
+    info = tensors.infos[name]
+    where = f"{tensors.file_of(name)}: tensor '{name}' of '{module}'"
+    if len(info.shape) > 2:
+        message = (
+            f"{where} has shape {info.shape}: a convolution's or an expert's update, which is not "
+            "read; only updates of plain matrices are."
+        )
+        raise UnsupportedMethodError(message)
+    if len(info.shape) < 2 or 0 in info.shape:
+        message = (
+            f"{where} has shape {info.shape}, a factor must be a non-empty matrix. "
+            "Was it saved from a sharded training without gathering the parts?"
+        )
+        raise MalformedFileError(message)
+    if info.dtype not in FLOATING:
+        message = f"{where} holds {info.dtype}, a factor must hold floating-point numbers."
+        raise MalformedFileError(message)
+
+
+def update_loaders(
+    tensors: TensorFiles,
+    pairs: Sequence[StoredPair],
+    scales: Mapping[str, StatedScale],
+    *,
+    layout: Layout = "linear",
+    label: str,
+) -> dict[str, Callable[[], LowRankUpdate]]:
+    """Return per module a function that reads its two factors when it is called."""
+    return {
+        pair.module: partial(load_update, tensors, pair, scales[pair.module], layout, label)
+        for pair in pairs
+    }
+
+
+def load_update(
+    tensors: TensorFiles, pair: StoredPair, stated: StatedScale, layout: Layout, label: str
+) -> LowRankUpdate:
+    """Read the two factors of one module."""
+    a, b = tensors.read(pair.a), tensors.read(pair.b)
+    try:
+        return LowRankUpdate(
+            name=pair.module,
+            A=a.T if pair.flipped else a,
+            B=b.T if pair.flipped else b,
+            scale=stated.scale,
+            alpha=stated.alpha,
+            stored_dtype=tensors.infos[pair.a].dtype,
+            layout=layout,
+            label=label,
+        )
+    except InputError as error:
+        message = f"{tensors.file_of(pair.a)}: {error}"
+        raise MalformedFileError(message) from error
+
+
+def common_rank(ranks: Mapping[str, int]) -> int | None:
+    """Return the rank all modules share, or None."""
+    distinct = set(ranks.values())
+    return distinct.pop() if len(distinct) == 1 else None
+
+
+def scale_finding(scales: Mapping[str, StatedScale], missing: str) -> list[str]:
+    """Return the sentence about modules of unknown scale, where there are any."""
+    count = sum(stated.scale is None for stated in scales.values())
+    if not count:
+        return []
+    return [
+        f"The scale of {count} of {len(scales)} modules is not known ({missing}): spectra are in "
+        "units of the scale. Pass scale= or alpha= to set it."
+    ]
+
+
+def complete_pairs(
+    path: object,
+    factors: Mapping[str, Mapping[FactorRole, str]],
+    expected: Callable[[str, FactorRole], str],
+) -> list[StoredPair]:
+    """Return the pairs of modules that have both factors; refuse a module with only one.
+
+    ``expected`` gives the tensor name that a factor should have had, for the message.
+    """
+    pairs = []
+    for module, stored in factors.items():
+        if len(stored) != 2:
+            (have,) = stored.values()
+            lacking = expected(module, "B" if "A" in stored else "A")
+            message = (
+                f"{path}: '{module}' has '{have}' but no '{lacking}'. A LoRA file stores both; "
+                "is it truncated, or from another method?"
+            )
+            raise MalformedFileError(message)
+        pairs.append(StoredPair(module, stored["A"], stored["B"]))
+    return pairs

@@ -1,0 +1,218 @@
+"""Bare pairs of matrices under any naming, which the caller describes with two patterns.
+
+``pair=("w_a_{name}", "w_b_{name}")`` names the tensor of A first, that of B second; ``{name}``
+stands for the module's name. Nothing in such a file states a scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from lora_analysis.adapter import Adapter, Provenance
+from lora_analysis.errors import InputError, MalformedFileError, UnknownFormatError
+from lora_analysis.formats.factors import (
+    UNKNOWN_SCALE,
+    FactorRole,
+    StoredPair,
+    callers_scale,
+    common_rank,
+    complete_pairs,
+    scale_finding,
+    stored_rank,
+    update_loaders,
+)
+from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, run_facts
+from lora_analysis.storage.tensors import TensorFiles, open_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+NAME: Final = "pairs"
+
+# Names seen in files that others wrote by hand; such a file is listed, and read with pair=.
+KNOWN_PATTERNS: Final = (("w_a_{name}", "w_b_{name}"), ("w_A_{name}", "w_B_{name}"))
+
+
+@dataclass(frozen=True, slots=True)
+class NamePattern:
+    """A tensor name with one ``{name}`` in it."""
+
+    before: str
+    after: str
+
+    @classmethod
+    def parse(cls, text: str) -> NamePattern:
+        """Return the pattern that ``text`` spells; refuse one without exactly one ``{name}``."""
+        before, mark, after = text.partition("{name}")
+        if not mark or "{name}" in after:
+            message = (
+                f"Pair pattern '{text}' must hold '{{name}}' exactly once, where the module's name "
+                "stands: 'w_a_{name},w_b_{name}', A first."
+            )
+            raise InputError(message)
+        return cls(before, after)
+
+    def module(self, key: str) -> str | None:
+        """Return the module's name in ``key``, or None where the pattern does not match."""
+        fixed = len(self.before) + len(self.after)
+        if len(key) > fixed and key.startswith(self.before) and key.endswith(self.after):
+            return key[len(self.before) : len(key) - len(self.after)]
+        return None
+
+    def key(self, module: str) -> str:
+        """Return the tensor name of a module."""
+        return f"{self.before}{module}{self.after}"
+
+
+def known_pair(keys: Iterable[str]) -> tuple[str, str] | None:
+    """Return the known pair of patterns that names tensors of a file, if one does."""
+    names = list(keys)
+    for first, second in KNOWN_PATTERNS:
+        patterns = NamePattern.parse(first), NamePattern.parse(second)
+        if any(pattern.module(name) for name in names for pattern in patterns):
+            return first, second
+    return None
+
+
+def recognises(path: Path) -> bool:
+    """Say whether a file holds bare pairs of a known naming."""
+    return _has_pairs(path, None)
+
+
+def find(path: Path, pair: tuple[str, str] | None = None) -> list[AdapterRef]:
+    """Return the file, where its names match ``pair`` (by default: a known naming)."""
+    return [AdapterRef(path, NAME, label_of(path))] if _has_pairs(path, pair) else []
+
+
+def _has_pairs(path: Path, pair: tuple[str, str] | None) -> bool:
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    try:
+        keys = open_tensors(path).infos
+    except InputError:
+        return False
+    if pair is None:
+        return known_pair(keys) is not None
+    patterns = parse_pair(pair)
+    return all(any(pattern.module(key) for key in keys) for pattern in patterns)
+
+
+def parse_pair(pair: tuple[str, str]) -> tuple[NamePattern, NamePattern]:
+    """Return the two patterns of ``pair``, checked.
+
+    Raises
+    ------
+    InputError
+        There are not two, one lacks its ``{name}``, or they are equal.
+    """
+    if isinstance(pair, str) or len(pair) != 2 or pair[0] == pair[1]:
+        message = (
+            f"pair= needs two different patterns, that of A first, found {pair!r}. "
+            "Example: ('w_a_{name}', 'w_b_{name}')."
+        )
+        raise InputError(message)
+    return NamePattern.parse(pair[0]), NamePattern.parse(pair[1])
+
+
+def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG001 - unnamed
+    """Read the pairs of a safetensors file that match ``options.pair``; they carry no name.
+
+    Raises
+    ------
+    MalformedFileError
+        A module has one factor only, or its factors do not fit together.
+    UnknownFormatError
+        No tensor matches the patterns, or no patterns are given.
+    """
+    tensors = open_tensors(path)
+    if options.pair is None:
+        raise pair_needed(path, tensors)
+    factors, unmatched = _match(path, tensors, options.pair)
+    patterns = dict(zip(("A", "B"), parse_pair(options.pair), strict=True))
+    pairs = [
+        oriented(tensors, pair)
+        for pair in complete_pairs(path, factors, lambda module, role: patterns[role].key(module))
+    ]
+    ranks = {pair.module: stored_rank(tensors, pair) for pair in pairs}
+    scales = {
+        module: callers_scale(options, rank) or UNKNOWN_SCALE for module, rank in ranks.items()
+    }
+    label = options.label or label_of(path)
+    findings = scale_finding(scales, "bare pairs state none")
+    if any(pair.flipped for pair in pairs):
+        findings.append(
+            "The factors are stored transposed, A as (d_in, r) and B as (r, d_out); they were "
+            "turned. If B was named first, swap the two patterns."
+        )
+    if unmatched:
+        findings.append(
+            f"{len(unmatched)} tensors match neither pattern and are not analysed "
+            f"(first: '{unmatched[0]}')."
+        )
+    return Adapter(
+        update_loaders(tensors, pairs, scales, label=label),
+        label=label,
+        provenance=Provenance(
+            path=path,
+            format=NAME,
+            files=tensors.files,
+            scale_origin={module: stated.origin for module, stated in scales.items()},
+            rank=common_rank(ranks),
+            findings=tuple(findings),
+            **run_facts(path.parent),
+        ),
+    )
+
+
+def oriented(tensors: TensorFiles, pair: StoredPair) -> StoredPair:
+    """Return the pair with its orientation, by shape: A is ``(r, d_in)`` unless that cannot be.
+
+    Where both readings fit (``d_in == d_out``), the rank is the smaller dimension.
+    """
+    a, b = (tensors.infos[name].shape for name in (pair.a, pair.b))
+    if len(a) != 2 or len(b) != 2:
+        return pair  # refused by the check of shapes that follows
+    plain, flipped = a[0] == b[1], a[1] == b[0]
+    if flipped and (not plain or a[1] < a[0]):
+        return StoredPair(pair.module, pair.a, pair.b, flipped=True)
+    return pair
+
+
+def pair_needed(path: Path, tensors: TensorFiles) -> UnknownFormatError:
+    """Return the error that shows how a file of bare pairs is read."""
+    first, second = known_pair(tensors.infos) or KNOWN_PATTERNS[0]
+    return UnknownFormatError(
+        f"{path}: it looks like bare pairs of matrices, which state neither their pairing nor "
+        f"their scale. Pass pair=('{first}', '{second}'), A first, and scale= or alpha= "
+        f"(command line: --pair '{first},{second}' --scale 1)."
+    )
+
+
+def _match(
+    path: Path, tensors: TensorFiles, pair: tuple[str, str]
+) -> tuple[dict[str, dict[FactorRole, str]], list[str]]:
+    """Return the matching tensors by module and role, and the names that match nothing."""
+    first, second = parse_pair(pair)
+    factors: dict[str, dict[FactorRole, str]] = {}
+    unmatched = []
+    for key in tensors.infos:
+        a, b = first.module(key), second.module(key)
+        if a and b:
+            message = f"{path}: tensor '{key}' matches both '{pair[0]}' and '{pair[1]}'."
+            raise MalformedFileError(message)
+        if a:
+            factors.setdefault(a, {})["A"] = key
+        elif b:
+            factors.setdefault(b, {})["B"] = key
+        else:
+            unmatched.append(key)
+    if not factors:
+        names = ", ".join(list(tensors.infos)[:3]) or "none"
+        message = (
+            f"{path}: no tensor matches '{pair[0]}' or '{pair[1]}'. First of its "
+            f"{len(tensors.infos)} tensors: {names}."
+        )
+        raise UnknownFormatError(message)
+    return factors, unmatched

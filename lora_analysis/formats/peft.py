@@ -1,0 +1,274 @@
+"""Adapters that PEFT saved: ``adapter_config.json`` beside ``adapter_model.safetensors``.
+
+Reference: PEFT 0.21, ``tuners/lora/layer.py`` (scale) and ``utils/save_and_load.py`` (keys).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from lora_analysis.adapter import Adapter, Provenance
+from lora_analysis.errors import InputError, MalformedFileError, SourceError, UnknownFormatError
+from lora_analysis.formats.factors import (
+    StatedScale,
+    callers_scale,
+    common_rank,
+    complete_pairs,
+    scale_finding,
+    stored_rank,
+    update_loaders,
+)
+from lora_analysis.formats.peft_config import CONFIG_NAME, PeftConfig, read_peft_config
+from lora_analysis.formats.peft_keys import SortedKeys, has_factors, sort_keys
+from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, run_facts
+from lora_analysis.storage.documents import read_json_object
+from lora_analysis.storage.tensors import TensorFiles, open_tensors
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+NAME: Final = "peft"
+
+WEIGHTS_NAME: Final = "adapter_model.safetensors"
+_INDEX_NAME: Final = "adapter_model.safetensors.index.json"
+_PICKLE_NAME: Final = "adapter_model.bin"
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """The two files of an adapter; ``shown`` is the path it goes by."""
+
+    shown: Path
+    weights: Path
+    config: Path | None
+
+
+def recognises(path: Path) -> bool:
+    """Say whether an adapter in PEFT's layout lies at exactly this path."""
+    return _place(path) is not None
+
+
+def find(path: Path) -> list[AdapterRef]:
+    """Return the adapters that lie at exactly this path: one, or one per name in its keys."""
+    place = _place(path)
+    if place is None:
+        return []
+    names: list[str | None]
+    try:
+        names = sorted(sort_keys(place.weights, open_tensors(place.weights).infos).factors, key=str)
+    except InputError:
+        names = []  # found all the same: reading it says what is wrong
+    several = len(names) > 1 and None not in names
+    return [
+        AdapterRef(place.shown, NAME, label_of(place.shown, name), name)
+        for name in (names if several else [None])
+    ]
+
+
+def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:
+    """Read the adapter at ``path``, or the one called ``name`` where its file holds several.
+
+    Raises
+    ------
+    MalformedFileError
+        The files are damaged or contradict each other.
+    SourceError
+        Weights are missing, or the file holds several adapters and none, or no such one, is named.
+    UnsupportedMethodError
+        The update is not ``s·B·A`` on matrices.
+    """
+    place = _place(path)
+    if place is None:
+        message = f"{path}: no adapter in PEFT's layout lies here."
+        raise UnknownFormatError(message)
+    config = PeftConfig() if place.config is None else read_peft_config(place.config)
+    _check_weights(place)
+    tensors = open_tensors(place.weights)
+    keys = sort_keys(place.weights, tensors.infos)
+    chosen = _choose(place, keys, name)
+    pairs = complete_pairs(place.weights, keys.factors[chosen], _expected_key)
+    ranks = {pair.module: stored_rank(tensors, pair) for pair in pairs}
+    scales = {
+        module: callers_scale(options, rank, rslora=config.use_rslora)
+        or config.stated_scale(module, rank)
+        for module, rank in ranks.items()
+    }
+    saved, others = _saved_tensors(keys, chosen, config)
+    label = options.label or label_of(place.shown, name)
+    return Adapter(
+        update_loaders(
+            tensors,
+            pairs,
+            scales,
+            layout="conv1d" if config.fan_in_fan_out else "linear",
+            label=label,
+        ),
+        label=label,
+        provenance=Provenance(
+            path=place.shown,
+            format=NAME,
+            files=(*tensors.files, *([] if place.config is None else [place.config])),
+            scale_origin={module: stated.origin for module, stated in scales.items()},
+            base_model=config.base_model,
+            rank=common_rank(ranks),
+            findings=_findings(place, config, ranks, scales, others),
+            **run_facts(place.weights.parent),
+        ),
+        saved_modules=LazyTensors(tensors, saved),
+        config=config.raw,
+    )
+
+
+class LazyTensors(Mapping[str, "NDArray[Any]"]):
+    """Tensors under other names, each read when it is asked for."""
+
+    def __init__(self, tensors: TensorFiles, stored_names: Mapping[str, str]) -> None:
+        self._tensors = tensors
+        self._stored_names = dict(stored_names)
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self._tensors.read(self._stored_names[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored_names)
+
+    def __len__(self) -> int:
+        return len(self._stored_names)
+
+
+def _place(path: Path) -> _Place | None:
+    """Return the files of the adapter at ``path``: a folder, its config, weights or index."""
+    if path.is_dir():
+        return _place_in_folder(path)
+    if path.name in (CONFIG_NAME, WEIGHTS_NAME, _INDEX_NAME) or _is_shard(path):
+        return _place_in_folder(path.parent)
+    if not path.is_file() or not _holds_factors(path):
+        return None
+    config = path.with_name(CONFIG_NAME)
+    return _Place(path, path, config if _names_peft(config) else None)
+
+
+def _place_in_folder(folder: Path) -> _Place | None:
+    stored = [folder / name for name in (WEIGHTS_NAME, _INDEX_NAME) if (folder / name).is_file()]
+    config = folder / CONFIG_NAME
+    if _names_peft(config):
+        return _Place(folder, stored[0] if stored else folder / WEIGHTS_NAME, config)
+    if stored and _holds_factors(stored[0]):
+        return _Place(folder, stored[0], config if config.is_file() else None)
+    return None
+
+
+def _is_shard(path: Path) -> bool:
+    return path.match("adapter_model-*-of-*.safetensors") and path.with_name(_INDEX_NAME).is_file()
+
+
+def _names_peft(config: Path) -> bool:
+    """Say whether a config is PEFT's; a broken one is taken for it, so that reading says why."""
+    if not config.is_file():
+        return False
+    try:
+        return "peft_type" in read_json_object(config)
+    except MalformedFileError:
+        return True
+
+
+def _holds_factors(weights: Path) -> bool:
+    try:
+        return has_factors(open_tensors(weights).infos)
+    except InputError:
+        return False
+
+
+def _check_weights(place: _Place) -> None:
+    if place.weights.is_file():
+        return
+    folder = place.weights.parent
+    if (folder / _PICKLE_NAME).is_file():
+        message = (
+            f"{folder / _PICKLE_NAME}: a pickle can run code when it is opened, so it is not read. "
+            f"Save the adapter as safetensors: PEFT's save_pretrained writes {WEIGHTS_NAME}."
+        )
+        raise UnknownFormatError(message)
+    held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6])
+    message = f"{folder}: {CONFIG_NAME} has no {WEIGHTS_NAME} beside it. The folder holds: {held}."
+    raise SourceError(message)
+
+
+def _choose(place: _Place, keys: SortedKeys, name: str | None) -> str | None:
+    """Return the adapter name under which the wanted factors are filed."""
+    names = list(keys.factors)
+    if not names:
+        first = ", ".join(list(keys.saved.get(None, {}))[:3]) or "none"
+        message = f"{place.weights}: no LoRA factors found. First tensors: {first}."
+        raise MalformedFileError(message)
+    if len(names) > 1 and None in names:
+        message = f"{place.weights}: some factors carry an adapter's name and others do not."
+        raise MalformedFileError(message)
+    if name is None and len(names) == 1:
+        return names[0]
+    if name in names:
+        return name
+    listed = ", ".join(f"'{place.shown}#{each}'" for each in names if each) or "one without a name"
+    wanted = "Several adapters are" if name is None else f"There is no adapter '{name}'"
+    message = f"{place.weights}: {wanted} in this file. Read one of: {listed}."
+    raise SourceError(message)
+
+
+def _expected_key(module: str, role: str) -> str:
+    return f"{module}.lora_{role}.weight"
+
+
+def _saved_tensors(
+    keys: SortedKeys, chosen: str | None, config: PeftConfig
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Return the tensors trained in full, and all others by what they are."""
+    others = {what: list(names) for what, names in keys.notes.items()}
+    wanted = keys.saved if len(keys.factors) == 1 else (None, chosen)
+    saved: dict[str, str] = {}
+    for adapter in wanted:
+        saved |= keys.saved.get(adapter, {})
+    if config.path is None and saved:
+        others["stored in full"] = list(saved)
+    for name in list(saved) if config.path else []:
+        if any(f".{module}." in f".{name}" for module in config.modules_to_save):
+            continue
+        if name.endswith(".bias") and config.raw.get("bias", "none") != "none":
+            others.setdefault("trained biases of the base", []).append(saved.pop(name))
+        else:
+            others.setdefault("stored in full without being in modules_to_save", []).append(name)
+    return saved, others
+
+
+def _findings(
+    place: _Place,
+    config: PeftConfig,
+    ranks: Mapping[str, int],
+    scales: Mapping[str, StatedScale],
+    others: Mapping[str, list[str]],
+) -> tuple[str, ...]:
+    """Return what the reader noticed, in sentences."""
+    findings = []
+    if place.config is None:
+        findings.append(
+            f"There is no {CONFIG_NAME}: neither the scale nor the initialisation is stated."
+        )
+    findings += scale_finding(scales, f"{CONFIG_NAME} states no lora_alpha")
+    stated = {module: config.stated_rank(module) for module in ranks}
+    differing = [module for module in ranks if stated[module] not in (None, ranks[module])]
+    if differing:
+        first = differing[0]
+        findings.append(
+            f"{CONFIG_NAME} states another rank than the factors have for {len(differing)} of "
+            f"{len(ranks)} modules ('{first}': {stated[first]}, really {ranks[first]}). "
+            "The factors count."
+        )
+    if config.raw.get("alora_invocation_tokens"):
+        findings.append("aLoRA: the update acts only after the invocation tokens.")
+    findings += [
+        f"{len(names)} tensors beside the factors: {what} (first: '{names[0]}')."
+        for what, names in others.items()
+    ]
+    return tuple(findings)

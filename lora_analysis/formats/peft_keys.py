@@ -1,0 +1,158 @@
+"""What the tensor names of a PEFT file say, key by key."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from lora_analysis.errors import MalformedFileError, UnsupportedMethodError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from lora_analysis.formats.factors import FactorRole
+
+PREFIX: Final = "base_model.model."
+
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<role>[AB])(\.(?P<adapter>[^.]+))?\.weight")
+_LORA_BIAS = re.compile(r"(?P<module>.+)\.lora_B(\.[^.]+)?\.bias")
+_SAVED = re.compile(r"(?P<module>.+)\.modules_to_save(\.(?P<adapter>[^.]+))?\.(?P<rest>[^.]+)")
+
+# Wrappers that torch.compile, FSDP and data parallelism put into names.
+_WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module)\.|^module\.(?=base_model\.)")
+
+# A key segment that starts so belongs to a method whose update is not s·B·A. Segments, not
+# substrings: 'poly_lora_A' and 'vera_A' look like plain factors otherwise.
+_OTHER_METHODS: Final = {
+    "lora_embedding_": "LoRA on an embedding",
+    "lora_magnitude_vector": "DoRA",
+    "lora_E": "AdaLoRA",
+    "ranknum": "AdaLoRA",
+    "lora_diag": "KaSA",
+    "lora_": "another layout or variant of LoRA",
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "oft_": "OFT",
+    "boft_": "BOFT",
+    "vera_": "VeRA",
+    "pvera_": "PVeRA",
+    "ia3_": "IA3",
+    "hra_": "HRA",
+    "fourierft_": "FourierFT",
+    "vblora_": "VB-LoRA",
+    "unilora_": "UniLoRA",
+    "randlora_": "RandLoRA",
+    "miss_": "MiSS",
+    "bone_": "Bone",
+    "shira_": "SHiRA",
+    "c3a_": "C3A",
+    "ln_tuning_": "LN tuning",
+    "hira_": "HiRA",
+    "gralora_": "GraLoRA",
+    "delora_": "DeLoRA",
+    "lily_": "LILY",
+    "poly_": "Poly",
+    "tinylora_": "TinyLoRA",
+    "psoft_": "PSOFT",
+    "osf_": "OSF",
+    "road_": "RoAd",
+    "prompt_embeddings": "prompt tuning",
+}
+
+
+@dataclass(slots=True)
+class SortedKeys:
+    """The tensor names of one file, sorted by what they are.
+
+    ``factors``: adapter name (None where keys carry none) → module → role → tensor name.
+    ``saved``: adapter name → tensor name in the base model → tensor name in the file.
+    ``notes``: what is there and not analysed → its tensor names.
+    """
+
+    factors: dict[str | None, dict[str, dict[FactorRole, str]]] = field(default_factory=dict)
+    saved: dict[str | None, dict[str, str]] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+
+    def note(self, what: str, key: str) -> None:
+        """Remember a tensor that is reported and left alone."""
+        self.notes.setdefault(what, []).append(key)
+
+
+def has_factors(keys: Iterable[str]) -> bool:
+    """Say whether any tensor name is that of a PEFT factor."""
+    return any(_FACTOR.fullmatch(key) for key in keys)
+
+
+def module_name(key: str) -> str:
+    """Return a module name as the base model has it: wrapper prefixes and layers stripped."""
+    return _WRAPPERS.sub("", key).removeprefix(PREFIX).replace(".base_layer.", ".")
+
+
+def sort_keys(path: object, keys: Iterable[str]) -> SortedKeys:
+    """Sort the tensor names of a PEFT file.
+
+    Raises
+    ------
+    UnsupportedMethodError
+        A key belongs to a method whose update is not ``s·B·A``.
+    """
+    found = SortedKeys()
+    for key in keys:
+        _sort_key(path, key, found)
+    return found
+
+
+def _sort_key(path: object, key: str, found: SortedKeys) -> None:
+    plain = _WRAPPERS.sub("", key).removeprefix(PREFIX)
+    segments = plain.split(".")
+    if "original_module" in segments:
+        found.note("frozen copies of modules trained in full", key)
+    elif "lora_A" in segments[:-1] or "lora_B" in segments[:-1]:
+        _sort_factor(path, key, plain, found)
+    elif segments[-1] == "trainable_tokens_delta":
+        found.note("replaced token embeddings", key)
+    elif method := _other_method(segments):
+        message = (
+            f"{path}: tensor '{key}' belongs to {method}. Only plain LoRA on matrices, s·B·A, is "
+            "read."
+        )
+        raise UnsupportedMethodError(message)
+    elif "base_layer" in segments:
+        what = "trained biases of the base" if segments[-1] == "bias" else "copies of base weights"
+        found.note(what, key)
+    elif match := _SAVED.fullmatch(plain):
+        name = f"{match['module']}.{match['rest']}"
+        found.saved.setdefault(match["adapter"], {})[name] = key
+    else:
+        found.saved.setdefault(None, {})[plain] = key
+
+
+def _sort_factor(path: object, key: str, plain: str, found: SortedKeys) -> None:
+    """File one key that holds a ``lora_A`` or ``lora_B`` segment."""
+    if "modules_to_save" in plain.split("."):
+        found.note("factors on a module that is also trained in full", key)
+    elif _LORA_BIAS.fullmatch(plain):
+        found.note("biases of factor B (lora_bias)", key)
+    elif (match := _FACTOR.fullmatch(plain)) and not match["module"].endswith(".base_layer"):
+        role: FactorRole = "A" if match["role"] == "A" else "B"
+        modules = found.factors.setdefault(match["adapter"], {})
+        stored = modules.setdefault(module_name(match["module"]), {})
+        if role in stored:
+            message = f"{path}: '{stored[role]}' and '{key}' are both factor {role} of one module."
+            raise MalformedFileError(message)
+        stored[role] = key
+    else:
+        message = (
+            f"{path}: tensor '{key}' is not <module>.lora_A.weight or <module>.lora_B.weight, with "
+            "or without an adapter's name. Is it from another trainer, or an expert parameter?"
+        )
+        raise UnsupportedMethodError(message)
+
+
+def _other_method(segments: list[str]) -> str | None:
+    for segment in segments[-3:]:  # parameter, adapter's name, ".weight": the rest is the base's
+        for mark, method in _OTHER_METHODS.items():
+            if segment.startswith(mark):
+                return method
+    return None

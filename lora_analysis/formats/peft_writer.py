@@ -1,0 +1,158 @@
+"""The folder that PEFT loads: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from lora_analysis.adapter import LowRankUpdate
+from lora_analysis.errors import InputError
+from lora_analysis.formats.peft import WEIGHTS_NAME
+from lora_analysis.formats.peft_config import CONFIG_NAME
+from lora_analysis.formats.peft_keys import PREFIX, sort_keys
+from lora_analysis.patterns import matches_target, pattern_value
+from lora_analysis.storage.atomic import write_atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from lora_analysis.adapter import Adapter
+
+T = TypeVar("T", int, float)
+
+
+def write_peft(adapter: Adapter, folder: Path) -> Path:
+    """Write ``adapter`` as PEFT does; see :func:`lora_analysis.write_adapter`."""
+    from safetensors.numpy import save
+
+    updates = _low_rank_updates(adapter)
+    tensors = _tensors(adapter, updates)
+    config = json.dumps(_config(adapter, updates), indent=2, sort_keys=True, allow_nan=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The config goes last: without it, half a folder is not taken for an adapter.
+    write_atomic(folder / WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
+    write_atomic(folder / CONFIG_NAME, f"{config}\n".encode())
+    return folder
+
+
+def _low_rank_updates(adapter: Adapter) -> dict[str, LowRankUpdate]:
+    updates = {}
+    for name, update in adapter.items():
+        if not isinstance(update, LowRankUpdate):
+            message = f"'{name}' in {adapter.label} is a dense update; a LoRA file holds A and B."
+            raise InputError(message)
+        updates[name] = update
+    if not updates:
+        message = f"{adapter.label} adapts no module; there is nothing to write."
+        raise InputError(message)
+    return updates
+
+
+def _tensors(adapter: Adapter, updates: Mapping[str, LowRankUpdate]) -> dict[str, NDArray[Any]]:
+    """Return the tensors by key; refuse names that the keys cannot carry."""
+    tensors: dict[str, NDArray[Any]] = {}
+    for name, update in updates.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = _float32(update.A, name)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = _float32(update.B, name)
+    for name, tensor in adapter.saved_modules.items():
+        tensors[f"{PREFIX}{name}"] = np.asarray(tensor, order="C")
+    read_back = sort_keys(adapter.label, tensors)
+    if set(read_back.factors.get(None, {})) != set(updates) or (
+        set(read_back.saved.get(None, {})) != set(adapter.saved_modules)
+    ):
+        message = f"{adapter.label}: a module's name has a meaning of its own in PEFT's layout."
+        raise InputError(message)
+    return tensors
+
+
+def _alpha(update: LowRankUpdate, *, rslora: bool) -> float:
+    """Return the alpha from which PEFT computes the update's scale; whole where it is whole."""
+    divisor = math.sqrt(update.rank) if rslora else update.rank
+    scale = update.known_scale()
+    stated = update.alpha
+    alpha = stated if stated is not None and stated / divisor == scale else scale * divisor
+    # 2.0000000000000004·8 is meant as 16: the nearest whole number that gives the same scale.
+    if round(alpha) / divisor == scale or alpha == round(alpha):
+        return round(alpha)
+    return alpha
+
+
+def _float32(factor: NDArray[Any], name: str) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # refused below, with the module's name
+        stored = np.ascontiguousarray(factor, dtype=np.float32)
+    if not np.isfinite(stored).all():
+        message = f"A factor of '{name}' is too large for float32, the type it is written in."
+        raise InputError(message)
+    return stored
+
+
+def _config(adapter: Adapter, updates: Mapping[str, LowRankUpdate]) -> dict[str, Any]:
+    """Return the config's fields; what only newer versions of PEFT know is left out."""
+    given = adapter.config
+    rslora = bool(given.get("use_rslora"))
+    rank, rank_pattern = _default_and_pattern({name: u.rank for name, u in updates.items()})
+    alpha, alpha_pattern = _default_and_pattern(
+        {name: _alpha(update, rslora=rslora) for name, update in updates.items()}
+    )
+    return {
+        "alpha_pattern": alpha_pattern,
+        "auto_mapping": given.get("auto_mapping"),
+        "base_model_name_or_path": given.get("base_model_name_or_path")
+        or adapter.provenance.base_model,
+        "bias": "none",
+        "fan_in_fan_out": any(update.layout == "conv1d" for update in updates.values()),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": alpha,
+        "lora_dropout": given.get("lora_dropout", 0.0),
+        "modules_to_save": _modules_to_save(adapter),
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": rank_pattern,
+        "revision": given.get("revision"),
+        "target_modules": _targets(adapter),
+        "task_type": given.get("task_type"),
+        "use_rslora": rslora,
+    }
+
+
+def _default_and_pattern(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:
+    """Return the commonest value, and per module that differs its own.
+
+    PEFT takes the first key that matches a module's name or its tail as a regular expression.
+    Plain names, longest first, are therefore tried (every version reads them); where one of
+    them would also match another module, all names are anchored and escaped.
+    """
+    default, _ = Counter(values.values()).most_common(1)[0]
+    names = sorted((name for name in values if values[name] != default), key=len, reverse=True)
+    plain = {name: values[name] for name in names}
+    special = any(re.escape(name) != name.replace(".", r"\.") for name in names)
+    if not special and all(pattern_value(name, plain, default) == values[name] for name in values):
+        return default, plain
+    return default, {f"^{re.escape(name)}": values[name] for name in names}
+
+
+def _targets(adapter: Adapter) -> list[str] | str:
+    """Return the given targets where they still name every module, else the modules in full."""
+    given = adapter.config.get("target_modules")
+    if given and all(matches_target(name, given) for name in adapter):
+        return given if isinstance(given, str) else sorted(given)
+    return list(adapter)
+
+
+def _modules_to_save(adapter: Adapter) -> list[str] | None:
+    """Return the modules trained in full, those that hold saved tensors."""
+    given = [str(name) for name in adapter.config.get("modules_to_save") or ()]
+    covered = [name for name in adapter.saved_modules if any(f".{m}." in f".{name}" for m in given)]
+    rest = {n.rpartition(".")[0] for n in adapter.saved_modules if n not in covered}
+    return [*given, *sorted(rest)] or None

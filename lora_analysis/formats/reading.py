@@ -1,0 +1,171 @@
+"""``read_adapter`` and ``find_adapters``: which format lies where, and how many adapters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_analysis.errors import SourceError
+from lora_analysis.formats import pairs
+from lora_analysis.formats.registry import READERS
+from lora_analysis.formats.sources import AdapterRef, ReadOptions, locate
+from lora_analysis.formats.unknown import unknown_format
+from lora_analysis.patterns import natural_key
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from lora_analysis.adapter import Adapter
+
+_MAX_DEPTH = 6
+_LISTED = 12
+
+
+def read_adapter(
+    source: str | os.PathLike[str] | AdapterRef,
+    *,
+    alpha: float | None = None,
+    scale: float | None = None,
+    pair: tuple[str, str] | None = None,
+    label: str | None = None,
+) -> Adapter:
+    """Return the one adapter at ``source``; its factors are read when a module is asked for.
+
+    Parameters
+    ----------
+    source
+        A folder, a file in it, or what :func:`find_adapters` returned. ``path#name`` chooses one
+        of several adapters in a file. An adapter that lies directly in the folder is the one that
+        is meant, whatever its sub-folders hold.
+    alpha
+        The hyper-parameter, overriding the file's: the scale is ``alpha/r`` with each module's own
+        rank (``alpha/sqrt(r)`` where the file says rsLoRA).
+    scale
+        The multiplier itself, overriding the file's.
+    pair
+        Names of the A and of the B tensors, ``{name}`` standing for the module, for files of bare
+        pairs: ``("w_a_{name}", "w_b_{name}")``.
+    label
+        Short name for tables and figures; by default that of the file or folder.
+
+    Returns
+    -------
+    Adapter
+        Where the scale came from, and what the reader noticed, is in its ``provenance``.
+
+    Raises
+    ------
+    SourceError
+        Nothing lies there, or several adapters do; the message lists them.
+    UnknownFormatError
+        No format is recognised; the message says what was found.
+    MalformedFileError
+        A file does not hold what its format promises.
+    UnsupportedMethodError
+        The adapter's update is not ``s·B·A`` on matrices.
+    """
+    options = ReadOptions(alpha=alpha, scale=scale, pair=pair, label=label)
+    path, name = locate(source)
+    if pair is not None:
+        return pairs.read(_only_file(path, pair), None, options)
+    for reader in READERS:
+        if reader.recognises(path):
+            return reader.read(path, name, options)
+    found = list(_walk(path, None)) if path.is_dir() else []
+    if not found:
+        raise unknown_format(path)
+    if len(found) > 1:
+        raise _several(path, found)
+    return read_adapter(found[0], alpha=alpha, scale=scale, label=label)
+
+
+def find_adapters(
+    source: str | os.PathLike[str] | AdapterRef, *, pair: tuple[str, str] | None = None
+) -> list[AdapterRef]:
+    """Return every adapter at ``source`` and in its sub-folders, in natural order.
+
+    Parameters
+    ----------
+    source
+        A folder or a file.
+    pair
+        As in :func:`read_adapter`; then the files whose names match it are listed.
+
+    Returns
+    -------
+    list of AdapterRef
+        At least one; each can be given to :func:`read_adapter`. A damaged adapter is listed too,
+        reading it says what is wrong.
+
+    Raises
+    ------
+    SourceError
+        Nothing lies at the source.
+    UnknownFormatError
+        Nothing that lies there is recognised.
+    """
+    path, name = locate(source)
+    found = [ref for ref in _walk(path, pair) if name is None or ref.name == name]
+    if not found:
+        raise unknown_format(path)
+    return found
+
+
+def _walk(path: Path, pair: tuple[str, str] | None) -> Iterator[AdapterRef]:
+    if path.is_dir():
+        yield from _walk_folder(path, pair, _MAX_DEPTH, set())
+    else:
+        yield from _find_here(path, pair)
+
+
+def _walk_folder(
+    folder: Path, pair: tuple[str, str] | None, depth: int, seen: set[Path]
+) -> Iterator[AdapterRef]:
+    """Yield the adapters of a folder, then those below it; each real folder is entered once."""
+    real = folder.resolve()
+    if real in seen:
+        return
+    seen.add(real)
+    entries = sorted(
+        (entry for entry in folder.iterdir() if not entry.name.startswith(".")),
+        key=lambda entry: natural_key(entry.name),
+    )
+    here = _find_here(folder, pair)
+    yield from here
+    for entry in entries:
+        if entry.is_dir():
+            if depth > 1:
+                yield from _walk_folder(entry, pair, depth - 1, seen)
+        elif not here and entry.suffix == ".safetensors":
+            yield from _find_here(entry, pair)
+
+
+def _find_here(path: Path, pair: tuple[str, str] | None) -> list[AdapterRef]:
+    """Return what the first format that recognises exactly this path finds there."""
+    if pair is not None:
+        return pairs.find(path, pair)
+    for reader in READERS:
+        if found := reader.find(path):
+            return found
+    return []
+
+
+def _only_file(path: Path, pair: tuple[str, str]) -> Path:
+    """Return the file of bare pairs that a path means."""
+    if path.is_file():
+        return path
+    found = list(_walk(path, pair))
+    if not found:
+        raise unknown_format(path)
+    if len(found) > 1:
+        raise _several(path, found)
+    return found[0].path
+
+
+def _several(path: Path, found: list[AdapterRef]) -> SourceError:
+    shown = ", ".join(f"'{ref.source}'" for ref in found[:_LISTED])
+    more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+    return SourceError(
+        f"{path} holds {len(found)} adapters, one was asked for. Choose one: {shown}{more}."
+    )

@@ -1,0 +1,33 @@
+"""The formats that are read, in the order they are asked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, Protocol
+
+from lora_analysis.formats import pairs, peft
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lora_analysis.adapter import Adapter
+    from lora_analysis.formats.sources import AdapterRef, ReadOptions
+
+
+class Format(Protocol):
+    """What a format's module provides."""
+
+    @property
+    def NAME(self) -> str:  # noqa: N802 - a module's constant
+        """Name in ``Provenance.format``."""
+
+    def recognises(self, path: Path) -> bool:
+        """Say, from the content, whether the format lies at exactly this file or folder."""
+
+    def find(self, path: Path) -> list[AdapterRef]:
+        """Return the adapters at exactly this path, without looking into sub-folders."""
+
+    def read(self, path: Path, name: str | None, options: ReadOptions) -> Adapter:
+        """Read one of them."""
+
+
+READERS: Final[tuple[Format, ...]] = (peft, pairs)

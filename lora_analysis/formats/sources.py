@@ -1,0 +1,134 @@
+"""What a reader is pointed at: a place, the caller's options, and a name for what lies there."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
+
+from lora_analysis.errors import InputError, SourceError
+from lora_analysis.storage.documents import read_json_object
+
+if TYPE_CHECKING:
+    import os
+
+_GENERIC = re.compile(
+    r"(adapters?|lora|final|best|last|latest|checkpoints?|output|model|default|epoch|step)"
+    r"([-_]?\d+)?",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """One adapter that was found and not yet read.
+
+    Parameters
+    ----------
+    path
+        Its folder or file.
+    format
+        Name of the format that recognised it.
+    label
+        Short name for tables and figures.
+    name
+        Its name inside the file, where one file holds several; else None.
+    """
+
+    path: Path
+    format: str
+    label: str
+    name: str | None = None
+
+    @property
+    def source(self) -> str:
+        """The string that reads exactly this adapter: the path, or ``path#name``."""
+        return str(self.path) if self.name is None else f"{self.path}#{self.name}"
+
+    def __str__(self) -> str:
+        return self.source
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """What the caller of a reader knows better than the file."""
+
+    alpha: float | None = None
+    scale: float | None = None
+    pair: tuple[str, str] | None = None
+    label: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None and self.scale is not None:
+            message = (
+                f"Both alpha={self.alpha} and scale={self.scale} are given. The scale is the "
+                "multiplier itself, alpha gives alpha/r: pass one of them."
+            )
+            raise InputError(message)
+        for role, number in (("alpha", self.alpha), ("scale", self.scale)):
+            if number is not None and not abs(number) < float("inf"):
+                message = f"{role} must be a finite number, found {number!r}."
+                raise InputError(message)
+
+
+def locate(source: str | os.PathLike[str] | AdapterRef) -> tuple[Path, str | None]:
+    """Return the path a source leads to, and the name of the adapter chosen inside it.
+
+    ``path#name`` chooses one of the adapters in a file; a path that exists as it is written wins.
+
+    Raises
+    ------
+    SourceError
+        Nothing lies there.
+    """
+    if isinstance(source, AdapterRef):
+        return source.path, source.name
+    path = Path(source)
+    if path.exists():
+        return path, None
+    stem, mark, name = str(source).rpartition("#")
+    if mark and name and Path(stem).exists():
+        return Path(stem), name
+    message = f"There is no file or folder '{source}'."
+    if re.fullmatch(r"(hf://)?[\w.-]+/[\w.-]+(@[\w.-]+)?(/.+)?", str(source)):
+        message += " If it names a repository on a hub: download it and pass the local folder."
+    raise SourceError(message)
+
+
+def label_of(path: Path, name: str | None = None) -> str:
+    """Return a short name: the file's stem or the folder's name, with its parent where generic.
+
+    ``final``, ``checkpoint-23`` and their like say nothing without the folder they lie in.
+    """
+    resolved = path.absolute()
+    own = resolved.stem if resolved.suffix == ".safetensors" else resolved.name
+    if _GENERIC.fullmatch(own) and resolved.parent.name:
+        own = f"{resolved.parent.name}/{own}"
+    return own if name is None else f"{own}#{name}"
+
+
+class RunFacts(TypedDict, total=False):
+    """What a training run's manifest says about the adapter beside it."""
+
+    seed: int
+    task: str
+
+
+def run_facts(folder: Path) -> RunFacts:
+    """Return the seed and the task that a training run's ``manifest.json`` states, if any.
+
+    It lies beside the adapter's files, or one level up, beside the adapter's folder. Values of a
+    wrong type are left out: the file belongs to whoever wrote it.
+    """
+    facts: RunFacts = {}
+    for place in (folder, folder.absolute().parent):
+        manifest = place / "manifest.json"
+        if manifest.is_file():
+            found = read_json_object(manifest)
+            if type(found.get("seed")) is int:
+                facts["seed"] = found["seed"]
+            if type(found.get("task")) is str:
+                facts["task"] = found["task"]
+            break
+    return facts

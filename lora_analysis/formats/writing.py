@@ -1,0 +1,52 @@
+"""``write_adapter``: the same value, in a format of choice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_analysis.errors import InputError
+from lora_analysis.formats.peft_writer import write_peft
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+    from lora_analysis.adapter import Adapter
+
+WRITERS: dict[str, Callable[[Adapter, Path], Path]] = {"peft": write_peft}
+
+
+def write_adapter(adapter: Adapter, path: str | os.PathLike[str], *, format: str = "peft") -> Path:
+    """Write an adapter, each file whole or not at all.
+
+    ``"peft"`` makes a folder with ``adapter_config.json`` and ``adapter_model.safetensors``
+    that PEFT loads: factors as float32, scale kept exactly, trained modules beside them.
+
+    Parameters
+    ----------
+    adapter
+        Read or extracted; every module a low-rank update of known scale.
+    path
+        The folder; made where it does not exist, files of the same names are replaced.
+    format
+        One of the formats that can be written.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    ScaleError
+        The scale of a module is not known; a file would have to make one up.
+    InputError
+        The format is not written, or the adapter has no modules or one that it cannot say.
+    OSError
+        The disk refused.
+    """
+    if format not in WRITERS:
+        message = f"Format '{format}' is not written. Choose one of: {', '.join(WRITERS)}."
+        raise InputError(message)
+    return WRITERS[format](adapter, Path(path))

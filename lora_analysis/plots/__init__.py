@@ -1,0 +1,29 @@
+"""Results as pictures.
+
+What lives here takes results (`SimilarityGrid`, `Spectrum`, `Amplification`, arrays of numbers)
+and returns matplotlib axes, or a figure where there are several panels. It works in two steps:
+``resolve_*`` decides limits, ticks, labels and masks as plain attributes, and painting follows
+them. Nothing here reads a file, computes a metric or touches matplotlib's global settings.
+"""
+
+from lora_analysis.plots.amplification import plot_amplification
+from lora_analysis.plots.heatmap import plot_similarity
+from lora_analysis.plots.levels import plot_levels
+from lora_analysis.plots.panels import Panel, figure_grid, figure_ranks, figure_seeds
+from lora_analysis.plots.saving import save_figure, svg_text
+from lora_analysis.plots.spectrum import plot_spectrum
+from lora_analysis.plots.style import new_axes
+
+__all__ = [
+    "Panel",
+    "figure_grid",
+    "figure_ranks",
+    "figure_seeds",
+    "new_axes",
+    "plot_amplification",
+    "plot_levels",
+    "plot_similarity",
+    "plot_spectrum",
+    "save_figure",
+    "svg_text",
+]

@@ -1,0 +1,297 @@
+"""ΔW against W: amplification and enrichment, by rank over modules or by k for one module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from lora_analysis.amplify import Amplification
+from lora_analysis.errors import InputError
+from lora_analysis.plots import style
+from lora_analysis.plots.points import Group, dropped_note, group
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+Value = Literal["amplification_factor", "enrichment"]
+
+_YLABEL = {
+    "amplification_factor": "amplification ‖ΔW‖ / ‖UᵀWV‖",
+    "enrichment": "enrichment ‖UᵀWV‖ / random",
+}
+_MEASURED, _RANDOM = style.PALETTE[0], style.QUIET
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RanksPlot:
+    """What the plot by rank shows: per rank, one value per module and what chance gives.
+
+    Attributes
+    ----------
+    ranks
+        Distinct ranks, ascending; they stand at x = 0, 1, 2, ….
+    measured, chance
+        One group per rank. For enrichment chance is 1 for every module.
+    band
+        Per rank (low, high): the median over modules of mean ± one spread of random directions
+        in the units of the value; NaN without draws.
+    """
+
+    ranks: tuple[int, ...]
+    measured: tuple[Group, ...]
+    chance: tuple[Group, ...]
+    band: NDArray[np.float64]
+    limits: tuple[float, float]
+    ylabel: str
+    note: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DirectionsPlot:
+    """What the plot of one module shows: the value over k = 1…n, chance, and its band (n, 2)."""
+
+    k: NDArray[np.intp]
+    measured: NDArray[np.float64]
+    chance: NDArray[np.float64]
+    band: NDArray[np.float64]
+    limits: tuple[float, float]
+    ylabel: str
+    title: str
+
+
+def _check(value: str) -> None:
+    if value not in _YLABEL:
+        message = f"value must be one of {', '.join(map(repr, _YLABEL))}, got {value!r}."
+        raise InputError(message)
+
+
+def _series(
+    item: Amplification, value: Value
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Return over k the value, what random directions give, and their band ``(n, 2)``."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        spread = np.stack(
+            [item.random.mean - item.random.spread, item.random.mean + item.random.spread], axis=1
+        )
+        # (n, 2), near 1; a spread as large as the mean must not reach zero on a log axis.
+        relative = np.maximum(spread / item.random.rms[:, None], 0.05)
+        if value == "enrichment":
+            return item.enrichment, np.ones(len(item.S)), relative
+        return item.amplification_factor, item.chance_factor, item.chance_factor[:, None] / relative
+
+
+def _limits(*arrays: NDArray[np.float64]) -> tuple[float, float]:
+    """Return limits of a log axis around every positive finite value."""
+    values = np.concatenate([np.ravel(a) for a in arrays])
+    values = values[np.isfinite(values) & (values > 0)]
+    if not values.size:
+        return 0.1, 10.0
+    low, high = float(values.min()), float(values.max())
+    room = max((high / low) ** 0.08, 1.15)
+    return low / room, high * room**2  # room above for the written medians
+
+
+def resolve_directions(
+    item: Amplification, *, value: Value = "amplification_factor"
+) -> DirectionsPlot:
+    """Return what `plot_amplification` draws for one module, as plain attributes."""
+    _check(value)
+    measured, chance, band = _series(item, value)
+    return DirectionsPlot(
+        k=item.k,
+        measured=measured,
+        chance=chance,
+        band=np.sort(band, axis=1),
+        limits=_limits(measured, chance, band),
+        ylabel=_YLABEL[value],
+        title=style.plain(" · ".join(filter(None, (item.module, item.label)))),
+    )
+
+
+def resolve_ranks(
+    items: Sequence[Amplification],
+    *,
+    value: Value = "amplification_factor",
+    ranks: Sequence[int] | None = None,
+) -> RanksPlot:
+    """Return what `plot_amplification` draws for several modules, as plain attributes."""
+    _check(value)
+    if not items:
+        message = "plot_amplification was given no amplification."
+        raise InputError(message)
+    of_item = [len(item.S) for item in items] if ranks is None else list(ranks)
+    if len(of_item) != len(items):
+        message = f"Got {len(of_item)} ranks for {len(items)} amplifications; one each is needed."
+        raise InputError(message)
+    distinct = tuple(sorted(set(of_item)))
+    ends = [tuple(series[-1] for series in _series(item, value)) for item in items]
+    measured, chance, band = [], [], []
+    for rank in distinct:
+        mine = [end for end, r in zip(ends, of_item, strict=True) if r == rank]
+        measured.append(group(f"r = {rank}", [end[0] for end in mine]))
+        chance.append(group("random directions", [end[1] for end in mine]))
+        band.append(np.sort(np.median([end[2] for end in mine], axis=0)))
+    return RanksPlot(
+        ranks=distinct,
+        measured=tuple(measured),
+        chance=tuple(chance),
+        band=np.array(band),
+        limits=_limits(*(g.values for g in (*measured, *chance)), np.array(band)),
+        ylabel=_YLABEL[value],
+        note=dropped_note(tuple(measured)),
+    )
+
+
+def plot_amplification(
+    items: Amplification | Sequence[Amplification],
+    ax: Axes | None = None,
+    *,
+    value: Value = "amplification_factor",
+    ranks: Sequence[int] | None = None,
+) -> Axes:
+    """Draw how ΔW amplifies W, beside what random directions of the same size would score.
+
+    Several items: one point per module at its adapter's rank, at k = numerical rank (the paper's
+    number), with the median marked and written. One item: the value over k.
+
+    The amplification factor alone proves nothing, it is large wherever ΔW is: grey is the factor
+    of random directions. Enrichment is the ratio of the two, 1 (the line) for random directions,
+    with one standard deviation of them shaded.
+
+    Parameters
+    ----------
+    items
+        From `amplification`, one per module and adapter.
+    ax
+        Where to draw; None makes a figure of one column's width.
+    value
+        ``"amplification_factor"`` or ``"enrichment"``; logarithmic axis.
+    ranks
+        The rank of each item's adapter; by default its numerical rank.
+
+    Raises
+    ------
+    InputError
+        No item, an unknown value, or not one rank per item.
+    """
+    with style.house_style():
+        if isinstance(items, Amplification):
+            directions = resolve_directions(items, value=value)
+            ax = style.axes_or_new(ax, (style.ONE_COLUMN, 2.4))
+            _paint_directions(ax, directions)
+        else:
+            by_rank = resolve_ranks(items, value=value, ranks=ranks)
+            ax = style.axes_or_new(ax, (style.ONE_COLUMN, 2.4))
+            _paint_ranks(ax, by_rank, at_one=value == "enrichment")
+    return ax
+
+
+def _paint_directions(ax: Axes, plot: DirectionsPlot) -> None:
+    n = len(plot.k)
+    ax.fill_between(
+        plot.k,
+        plot.band[:, 0],
+        plot.band[:, 1],
+        color=_RANDOM,
+        alpha=0.2,
+        linewidth=0,
+        label="random directions, one spread",
+    )
+    ax.plot(plot.k, plot.chance, color=_RANDOM, linestyle=(0, (4, 2)), label="random directions")
+    ax.plot(plot.k, plot.measured, color=_MEASURED, marker="o" if n <= 16 else "", label="ΔW")
+    style.log_axis(ax, "y", plot.limits)
+    ax.set_xlim(0.8 - 0.02 * n, n * 1.02 + 0.2)
+    ax.set_xticks(style.count_ticks(n))
+    ax.set_xlabel("k, directions of ΔW")
+    ax.set_ylabel(plot.ylabel)
+    ax.set_title(plot.title, parse_math=False)
+    _label_ends(ax, plot)
+
+
+def _label_ends(ax: Axes, plot: DirectionsPlot) -> None:
+    ends = np.log([plot.measured[-1], plot.chance[-1]])
+    low, high = np.log(plot.limits)
+    heights = (np.nan_to_num(ends, posinf=high, neginf=low) - low) / (high - low)
+    colours = (_MEASURED, _RANDOM)
+    for y, text, colour in zip(
+        style.apart(heights, 0.08, (0, 1)), ("ΔW", "random"), colours, strict=True
+    ):
+        ax.text(1.02, y, text, transform=ax.transAxes, color=colour, va="center", fontsize=7)
+
+
+def _paint_ranks(ax: Axes, plot: RanksPlot, *, at_one: bool) -> None:
+    style.log_axis(ax, "y", plot.limits)
+    for x, (low, high) in enumerate(plot.band):
+        ax.fill_between(
+            [x - 0.4 if at_one else x, x + 0.4],
+            low,
+            high,
+            color=_RANDOM,
+            alpha=0.2,
+            linewidth=0,
+            label="random directions, one spread",
+        )
+    if at_one:
+        ax.axhline(1, color=_RANDOM, linestyle=(0, (4, 2)), linewidth=0.9, zorder=0)
+    for x, (mine, chance) in enumerate(zip(plot.measured, plot.chance, strict=True)):
+        if at_one:
+            _paint_column(ax, mine, x, colour=_MEASURED, limits=plot.limits, width=0.25)
+        else:
+            _paint_column(ax, mine, x - 0.2, colour=_MEASURED, limits=plot.limits, width=0.12)
+            _paint_column(ax, chance, x + 0.2, colour=_RANDOM, limits=plot.limits, width=0.12)
+    ax.set_xlim(-0.55, len(plot.ranks) - 0.35)
+    ax.set_xticks(range(len(plot.ranks)), [str(rank) for rank in plot.ranks])
+    ax.set_xlabel("rank of the adapter" + (f"\n{plot.note}" if plot.note else ""))
+    ax.set_ylabel(plot.ylabel)
+    _name_groups(ax)
+
+
+def _name_groups(ax: Axes) -> None:
+    """Name the two colours above the axes, in them."""
+    ax.text(0, 1.02, "ΔW’s directions", transform=ax.transAxes, color=_MEASURED, fontsize=7)
+    ax.text(
+        1,
+        1.02,
+        "random directions, same ‖ΔW‖",
+        transform=ax.transAxes,
+        color=_RANDOM,
+        fontsize=7,
+        ha="right",
+    )
+
+
+def _paint_column(
+    ax: Axes, points: Group, x: float, *, colour: str, limits: tuple[float, float], width: float
+) -> None:
+    """Draw one group as a vertical strip with its median marked and written."""
+    values = points.values[points.values > 0]
+    if not values.size:
+        return
+    span = (float(np.log(limits[0])), float(np.log(limits[1])))
+    ax.scatter(
+        x + style.swarm(np.log(values), span, width=width),
+        values,
+        s=9,
+        color=colour,
+        alpha=0.55,
+        linewidth=0,
+        label=style.legend_label(points.label),
+    )
+    ax.plot([x - 0.17, x + 0.17], [points.median] * 2, color=colour, linewidth=2)
+    written = f"{points.median:.2f}" if points.median < 10 else f"{points.median:.3g}"
+    ax.annotate(
+        written,
+        (x, values.max()),
+        xytext=(0, 4),
+        textcoords="offset points",
+        ha="center",
+        va="bottom",
+        fontsize=7,
+        color=colour,
+        fontweight="bold",
+        annotation_clip=False,
+    )

@@ -1,0 +1,271 @@
+"""Heat-maps of φ(i, j), the picture of section 7.2 of the LoRA paper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.colors import Colormap, ListedColormap, Normalize
+from matplotlib.transforms import ScaledTranslation
+
+from lora_analysis.errors import InputError
+from lora_analysis.plots import style
+from lora_analysis.plots.hatching import hatch_cells
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colorbar import Colorbar
+    from matplotlib.image import AxesImage
+    from numpy.typing import NDArray
+
+    from lora_analysis.similarity import SimilarityGrid
+
+PHI = "φ(i, j)"
+EXCESS = "φ above chance\n(φ − c)/(1 − c)"
+# Chance of a third puts orthogonal subspaces at −0.5; below that the colour bar gets an arrow.
+EXCESS_LIMITS = (-0.5, 1.0)
+
+
+def excess_colours() -> Colormap:
+    """Return the colours of φ above chance: white at 0, purple above, orange below.
+
+    Cut out of a symmetric colour-blind-safe map, so that equal distances from 0 look alike.
+    """
+    low, high = EXCESS_LIMITS
+    where = np.linspace(0.5 + low / 2, 0.5 + high / 2, 384)
+    return ListedColormap(mpl.colormaps["PuOr"](where), name="excess")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeatMap:
+    """Everything a heat-map shows, worked out before anything is drawn.
+
+    Attributes
+    ----------
+    data
+        ``(rows, columns)``, masked where a cell is not shown; ``data[i-1, j-1]`` belongs to (i, j).
+    undefined, soft
+        ``(rows, columns)``: shown cells whose subspaces are not, or not well, defined.
+    chance
+        Least and largest isotropic chance over the shown cells; None where chance is the zero.
+    note
+        What to say instead of a picture; empty where there is one.
+    """
+
+    data: np.ma.MaskedArray[tuple[int, int], np.dtype[np.float64]]
+    undefined: NDArray[np.bool_]
+    soft: NDArray[np.bool_]
+    limits: tuple[float, float]
+    colours: Colormap
+    colour_label: str
+    chance: tuple[float, float] | None
+    below: bool
+    xlabel: str
+    ylabel: str
+    title: str
+    note: str = ""
+
+    @property
+    def extent(self) -> tuple[float, float, float, float]:
+        """Left, right, bottom, top: cell (i, j) is centred on (j, i), and i grows downward."""
+        rows, columns = self.data.shape
+        return 0.5, columns + 0.5, rows + 0.5, 0.5
+
+
+def _cell_flags(grid: SimilarityGrid) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return for every cell whether its subspaces are undefined, and whether only soft."""
+    rows, columns = grid.rows_ill_defined, grid.columns_ill_defined
+    undefined = rows.undefined[:, None] | columns.undefined[None, :]  # (k1, k2)
+    soft = rows.soft[:, None] | columns.soft[None, :]
+    return undefined, soft & ~undefined
+
+
+def _window(grid: SimilarityGrid, zoom: int | None) -> tuple[int, int, NDArray[np.bool_]]:
+    """Return rows and columns to draw, and which of those cells are left out."""
+    rows, columns = grid.values.shape
+    if zoom is None:
+        return rows, columns, np.zeros((rows, columns), dtype=bool)
+    if zoom < 1:
+        message = f"zoom is a number of directions, at least 1, got {zoom}."
+        raise InputError(message)
+    n = min(zoom, rows, columns)
+    return n, n, np.triu(np.ones((n, n), dtype=bool), k=1)
+
+
+def _untrained_note(grid: SimilarityGrid) -> str:
+    empty = [
+        style.plain(label, 24)
+        for label, size in zip(grid.labels, grid.values.shape, strict=True)
+        if not size
+    ]
+    return f"{' and '.join(empty)}:\nuntrained, no directions" if empty else ""
+
+
+def resolve_similarity(
+    grid: SimilarityGrid,
+    *,
+    zoom: int | None = None,
+    excess: bool = False,
+    title: str | None = None,
+) -> HeatMap:
+    """Return what `plot_similarity` draws, as plain attributes."""
+    rows, columns, left_out = _window(grid, zoom)
+    corner = (slice(rows), slice(columns))
+    undefined, soft = (flags[corner] & ~left_out for flags in _cell_flags(grid))
+    values = (grid.excess if excess else grid.values)[corner]
+    data = np.ma.masked_where(left_out | undefined | ~np.isfinite(values), values)
+    expected = grid.chance[corner][~left_out]
+    has_band = not excess and expected.size > 0
+    return HeatMap(
+        data=data,
+        undefined=undefined,
+        soft=soft,
+        limits=EXCESS_LIMITS if excess else (0.0, 1.0),
+        colours=excess_colours() if excess else mpl.colormaps["viridis"],
+        colour_label=EXCESS if excess else PHI,
+        chance=(float(expected.min()), float(expected.max())) if has_band else None,
+        below=bool(excess and data.count() and data.min() < EXCESS_LIMITS[0]),
+        xlabel=f"j  ({style.plain(grid.labels[1], 30)})",
+        ylabel=f"i  ({style.plain(grid.labels[0], 30)})",
+        title=style.plain(grid.module if title is None else title),
+        note=_untrained_note(grid),
+    )
+
+
+def paint_heatmap(ax: Axes, heatmap: HeatMap, *, side: float = 2.0) -> AxesImage:
+    """Draw a resolved heat-map; return its image, to which a colour bar can belong.
+
+    ``side`` is the room along each axis in inches: it says how many tick labels fit.
+    """
+    rows, columns = heatmap.data.shape
+    image = ax.imshow(
+        heatmap.data if heatmap.data.size else np.ma.array([[0.0]], mask=True),
+        cmap=heatmap.colours.with_extremes(bad=style.BLANK),
+        norm=Normalize(*heatmap.limits),
+        extent=heatmap.extent if heatmap.data.size else None,
+        aspect="auto",
+        interpolation="nearest",
+    )
+    hatch_cells(
+        ax, heatmap.undefined, "undefined", facecolor="none", edgecolor="#9a9a9a", hatch="xxxx"
+    )
+    lines = (1, 1, 1, 0.35) if heatmap.limits[0] == 0 else (0.3, 0.3, 0.3, 0.2)
+    hatch_cells(ax, heatmap.soft, "soft", facecolor="none", edgecolor=lines, hatch="////")
+    ax.set_xticks(style.count_ticks(columns, int(side / (0.01 + 0.065 * len(str(columns))))))
+    ax.set_yticks(style.count_ticks(rows, int(side / 0.1)))
+    ax.spines[:].set_visible(False)
+    style.set_label(ax, "x", heatmap.xlabel)
+    style.set_label(ax, "y", heatmap.ylabel)
+    ax.set_title(heatmap.title, parse_math=False)
+    if heatmap.note:
+        ax.text(
+            0.5,
+            0.5,
+            heatmap.note,
+            transform=ax.transAxes,
+            ha="center",
+            va="center",
+            color=style.QUIET,
+            parse_math=False,
+        )
+    return image
+
+
+def paint_colorbar(image: AxesImage, ax: Axes, heatmap: HeatMap) -> Colorbar:
+    """Draw a colour bar as tall as ``ax`` at its right, with isotropic chance marked beside it."""
+    right = ax.transAxes + ScaledTranslation(0.2, 0, ax.figure.dpi_scale_trans)
+    room = ax.inset_axes((1, 0, 0.06, 1), transform=right)
+    bar = ax.figure.colorbar(image, cax=room, extend="min" if heatmap.below else "neither")
+    bar.outline.set_visible(False)
+    bar.set_label(heatmap.colour_label)
+    bar.set_ticks(np.linspace(*heatmap.limits, 6 if heatmap.limits[0] == 0 else 4).tolist())
+    if heatmap.chance:
+        low, high = heatmap.chance
+        beside = room.get_yaxis_transform() + ScaledTranslation(-0.04, 0, ax.figure.dpi_scale_trans)
+        room.plot(
+            [0, 0],
+            [low, max(high, low + 0.01)],
+            transform=beside,
+            color=style.INK,
+            linewidth=1.6,
+            solid_capstyle="butt",
+            clip_on=False,
+            label="chance",
+        )
+        room.annotate(
+            "chance",
+            (0, low),
+            xycoords=beside,
+            xytext=(-1.5, 0),
+            textcoords="offset points",
+            rotation=90,
+            ha="right",
+            va="bottom",
+            fontsize=7,
+            color=style.QUIET,
+        )
+    return bar
+
+
+def plot_similarity(
+    grid: SimilarityGrid,
+    ax: Axes | None = None,
+    *,
+    zoom: int | None = None,
+    excess: bool = False,
+    colorbar: bool = True,
+    title: str | None = None,
+) -> Axes:
+    """Draw φ(i, j) as a heat-map, i down and j across, both from 1 (LoRA, Figures 3 and 4).
+
+    0 (dark) is orthogonal, 1 (bright) means that the smaller subspace lies inside the larger.
+    The bar beside the colour scale spans isotropic chance, max(i, j)/d, over the drawn cells.
+
+    Cells whose subspace is undefined (coinciding singular values) are grey and cross-hatched;
+    those that rounding may turn ("soft", relative gap below 0.05) carry light lines: read
+    nothing from a single one of them.
+
+    Parameters
+    ----------
+    grid
+        From `subspace_similarity`.
+    ax
+        Where to draw; None makes a figure of one column's width.
+    zoom
+        Draw the corner i, j ≤ zoom only, and in it the triangle j ≤ i, as the third and fourth
+        panel of the paper's Figure 3. φ is divided by min(i, j), so the two triangles answer
+        different questions. Where j ≥ i, which is nearly all of a wide grid: how much of the
+        first's top i lies in the second's top j. Where j ≤ i, a sliver of it: how much of the
+        second's top j lies in the first's top i. The zoom shows the sliver alone.
+    excess
+        Draw ``(φ − c)/(1 − c)`` instead: 0 (white) is chance, 1 full agreement, orange less
+        than chance. For dimensions so small that chance c is not.
+    colorbar
+        Whether to add a colour bar.
+    title
+        The module's name by default.
+
+    Returns
+    -------
+    Axes
+        With the drawn values as its only image, φ fixed to the range 0 to 1.
+
+    Raises
+    ------
+    InputError
+        ``zoom`` is below 1.
+    """
+    heatmap = resolve_similarity(grid, zoom=zoom, excess=excess, title=title)
+    with style.house_style():
+        rows, columns = heatmap.data.shape
+        shape = float(np.clip(rows / max(columns, 1), 0.45, 1.0)) if rows else 1.0
+        own = ax is None
+        ax = style.axes_or_new(ax, (style.ONE_COLUMN, 0.65 + 2.05 * shape))
+        if own:
+            ax.set_box_aspect(shape)
+        image = paint_heatmap(ax, heatmap)
+        if colorbar:
+            paint_colorbar(image, ax, heatmap)
+    return ax

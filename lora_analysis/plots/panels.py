@@ -1,0 +1,186 @@
+"""Several heat-maps on one figure, in the layout of the LoRA paper's Figures 3 and 4."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_analysis.errors import InputError
+from lora_analysis.plots import style
+from lora_analysis.plots.heatmap import (
+    HeatMap,
+    paint_colorbar,
+    paint_heatmap,
+    resolve_similarity,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from lora_analysis.similarity import SimilarityGrid
+
+# Above this, isotropic chance is visible as colour, and a second row without it is drawn.
+SMALL_CHANCE = 0.05
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Panel:
+    """One heat-map of a figure: a grid, its title, and how to draw it (see `plot_similarity`)."""
+
+    grid: SimilarityGrid
+    title: str
+    zoom: int | None = None
+    excess: bool = False
+
+    def resolve(self) -> HeatMap:
+        """Return what the panel shows."""
+        return resolve_similarity(self.grid, zoom=self.zoom, excess=self.excess, title=self.title)
+
+
+def figure_grid(
+    rows: Sequence[Sequence[Panel]], *, title: str = "", width: float = style.TWO_COLUMNS
+) -> Figure:
+    """Draw rows of heat-maps of equal size, one colour bar per row.
+
+    Parameters
+    ----------
+    rows
+        Panels from left to right; a row holds either φ or φ above chance, not both. Shorter rows
+        leave room at the right.
+    title
+        One line above everything.
+    width
+        In inches: 7.0 spans two columns of a paper, 3.3 one.
+
+    Raises
+    ------
+    InputError
+        No panel, or a row that mixes φ with φ above chance.
+    """
+    if not rows or not all(rows):
+        message = "A figure needs at least one panel in every row."
+        raise InputError(message)
+    for row in rows:
+        if len({panel.excess for panel in row}) > 1:
+            message = "A row of panels shares one colour bar: draw φ and φ above chance apart."
+            raise InputError(message)
+    columns = max(len(row) for row in rows)
+    side = (width - 1.1) / columns - 0.25  # what is left beside labels and the colour bar
+    with style.house_style():
+        figure = style.PanelFigure(
+            figsize=(width, len(rows) * (side + 0.55) + (0.25 if title else 0.0)),
+            layout="constrained",
+        )
+        axes = figure.subplots(len(rows), columns, squeeze=False)
+        for row, row_axes in zip(rows, axes, strict=True):
+            _paint_row(row, list(row_axes), side)
+        if title:
+            figure.suptitle(style.plain(title, 110), parse_math=False)
+    return figure
+
+
+def _paint_row(row: Sequence[Panel], axes: list[Axes], side: float) -> None:
+    maps = [panel.resolve() for panel in row]
+    for ax in axes:
+        ax.set_box_aspect(1)
+    for spare in axes[len(row) :]:
+        spare.set_axis_off()
+    images = [paint_heatmap(ax, m, side=side) for ax, m in zip(axes, maps, strict=False)]
+    for ax, panel in zip(axes, row, strict=False):
+        ax.set_xlabel("j")
+        ax.set_ylabel("i" if panel is row[0] else "")
+    paint_colorbar(images[-1], axes[len(row) - 1], _summary(maps))
+
+
+def _summary(maps: Sequence[HeatMap]) -> HeatMap:
+    """Return a heat-map that stands for the row on its colour bar: the widest range of chance."""
+    return max(maps, key=lambda m: (m.below, m.chance or (0.0, 0.0))[::-1])
+
+
+def _rows(panels: Sequence[Panel], width: float) -> list[list[Panel]]:
+    """Break a row of panels in two where one column of a paper has no room for it."""
+    per_row = len(panels) if width >= 5 or len(panels) < 3 else -(-len(panels) // 2)
+    return [list(panels[at : at + per_row]) for at in range(0, len(panels), per_row)]
+
+
+def _headline(grids: Sequence[SimilarityGrid]) -> str:
+    """Return what all grids share: the two adapters, the side, the factor; else nothing."""
+    shared = {(grid.labels, grid.side, grid.factor) for grid in grids}
+    if len(shared) != 1:
+        return ""
+    (labels, side, factor) = shared.pop()
+    of = "ΔW" if factor == "delta" else factor
+    return f"φ({labels[0]}, {labels[1]}, i, j), {side} directions of {of}"
+
+
+def figure_ranks(
+    grids: Mapping[str, SimilarityGrid],
+    *,
+    zoom: int = 8,
+    above_chance: bool | None = None,
+    title: str | None = None,
+    width: float = style.TWO_COLUMNS,
+) -> Figure:
+    """Draw two ranks against each other as the LoRA paper's Figure 3: whole grids, then zoomed.
+
+    Parameters
+    ----------
+    grids
+        Panel title (``"ΔWq"``, ``"ΔWv"``) to grid, the smaller rank first in each grid.
+    zoom
+        Corner and triangle of the zoomed panels, see `plot_similarity`.
+    above_chance
+        Whether to add the same panels as φ above chance; by default where chance exceeds 0.05
+        in some grid (the paper's 64 of 12,288 dimensions give 0.005).
+    title
+        One line above everything; by default the adapters, side and factor that all grids share.
+    width
+        In inches; below 5 the panels break into two rows.
+    """
+    whole = [(name, grid, None) for name, grid in grids.items()]
+    corner = [(f"{name}, j ≤ i ≤ {zoom}", grid, zoom) for name, grid in grids.items()]
+    headline = _headline(list(grids.values())) if title is None else title
+    return _figure([*whole, *corner], above_chance, headline, width)
+
+
+def figure_seeds(
+    grids: Mapping[str, SimilarityGrid],
+    *,
+    above_chance: bool | None = None,
+    title: str | None = None,
+    width: float = style.TWO_COLUMNS,
+) -> Figure:
+    """Draw two seeds against each other as the LoRA paper's Figure 4, with a random panel.
+
+    Parameters
+    ----------
+    grids
+        Panel title to grid: one per module, and last the grid of two random matrices of the same
+        shape, which shows what no agreement looks like.
+    above_chance, title, width
+        As in `figure_ranks`.
+    """
+    measured = list(grids.values())[: max(len(grids) - 1, 1)]
+    headline = _headline(measured) if title is None else title
+    panels = [(name, grid, None) for name, grid in grids.items()]
+    return _figure(panels, above_chance, headline, width)
+
+
+def _figure(
+    panels: Sequence[tuple[str, SimilarityGrid, int | None]],
+    above_chance: bool | None,
+    title: str,
+    width: float,
+) -> Figure:
+    """Draw the panels as φ and, where asked or where chance is visible, again above chance."""
+    visible = any(grid.chance.size and grid.chance.max() > SMALL_CHANCE for _, grid, _ in panels)
+    both = visible if above_chance is None else above_chance
+    rows = [
+        row
+        for excess in ((False, True) if both else (False,))
+        for row in _rows([Panel(g, name, zoom, excess) for name, g, zoom in panels], width)
+    ]
+    return figure_grid(rows, title=title, width=width)

@@ -1,0 +1,266 @@
+"""Singular values of updates: how fast they fall, and where the arithmetic ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from lora_analysis.errors import InputError
+from lora_analysis.plots import style
+from lora_analysis.spectra import Spectrum
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+ENERGY_GUIDES = (0.9, 0.99)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Curve:
+    """One spectrum as drawn: values over i = 1, 2, …; the last ``lost`` are below resolution."""
+
+    label: str
+    values: NDArray[np.float64]
+    lost: int
+    colour: str
+
+    @property
+    def i(self) -> NDArray[np.intp]:
+        """1…n."""
+        return np.arange(1, len(self.values) + 1)
+
+    @property
+    def kept(self) -> int:
+        """How many values are resolved: the numerical rank."""
+        return len(self.values) - self.lost
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SpectrumPlot:
+    """Everything `plot_spectrum` shows.
+
+    Attributes
+    ----------
+    curves
+        One per trained update.
+    lost
+        For each curve that has them, the singular values beyond the numerical rank.
+    limits
+        Of the vertical axis.
+    xscale
+        ``"log"`` where ranks are so different that a linear axis would hide the small ones.
+    note
+        Names the untrained updates, which have nothing to draw.
+    """
+
+    curves: tuple[Curve, ...]
+    longest: int
+    limits: tuple[float, float]
+    xscale: Literal["linear", "log"]
+    energy: bool
+    ylabel: str
+    note: str
+
+
+def _labels(spectra: Sequence[Spectrum]) -> list[str]:
+    """Return the shortest labels that tell the spectra apart: adapter, else module, else both."""
+    adapters = [s.label or "update" for s in spectra]
+    modules = [s.name for s in spectra]
+    if len(set(adapters)) == len(spectra):
+        return adapters
+    if len(set(modules)) == len(spectra):
+        return modules
+    return [f"{a} {m}" for a, m in zip(adapters, modules, strict=True)]
+
+
+def _colours(n: int) -> list[str]:
+    """Return distinct colours for few curves, one for a bundle of many."""
+    return list(style.PALETTE[:n]) if n <= len(style.PALETTE) else [style.PALETTE[0]] * n
+
+
+def _curve_values(spectrum: Spectrum, *, normalised: bool, energy: bool) -> NDArray[np.float64]:
+    if energy:
+        energy_of: NDArray[np.float64] = np.cumsum(spectrum.S[: spectrum.numerical_rank] ** 2)
+        return np.asarray(energy_of / energy_of[-1])
+    return spectrum.S / spectrum.S[0] if normalised else spectrum.S
+
+
+def _log_limits(curves: Sequence[Curve]) -> tuple[float, float]:
+    """Return limits around what is resolved; what is not would stretch the axis to 1e-17."""
+    resolved = np.concatenate([c.values[: c.kept] for c in curves])
+    low, high = float(resolved.min()), float(resolved.max())
+    room = max((high / low) ** 0.06, 1.3)
+    return low / room ** (2 if any(c.lost for c in curves) else 1), high * room
+
+
+def _ylabel(spectra: Sequence[Spectrum], *, normalised: bool, energy: bool) -> str:
+    factors = {s.factor for s in spectra}
+    of = "ΔW" if factors == {"delta"} else " / ".join(sorted(factors))
+    if energy:
+        return f"share of Σσ² of {of} in the first i"
+    if normalised:
+        return f"σᵢ / σ₁ of {of}"
+    unknown = all(s.in_units_of_scale for s in spectra)
+    return f"singular value σᵢ of {of}{' / scale' if unknown else ''}"
+
+
+def _unit(spectrum: Spectrum, spectra: Sequence[Spectrum], *, relative: bool) -> str:
+    """Return what a curve's label must add where only some of the scales are known."""
+    mixed = not all(s.in_units_of_scale for s in spectra)
+    return " / scale" if spectrum.in_units_of_scale and mixed and not relative else ""
+
+
+def resolve_spectrum(
+    spectra: Sequence[Spectrum], *, normalised: bool = False, energy: bool = False
+) -> SpectrumPlot:
+    """Return what `plot_spectrum` draws, as plain attributes."""
+    if not spectra:
+        message = "plot_spectrum was given no spectrum."
+        raise InputError(message)
+    labels = [style.plain(label, 28) for label in _labels(spectra)]
+    curves = []
+    for spectrum, label, colour in zip(spectra, labels, _colours(len(spectra)), strict=True):
+        if not spectrum.untrained:
+            values = _curve_values(spectrum, normalised=normalised, energy=energy)
+            lost = len(values) - spectrum.numerical_rank
+            unit = _unit(spectrum, spectra, relative=normalised or energy)
+            curves.append(Curve(label + unit, values, lost, colour))
+    untrained = [n for s, n in zip(spectra, labels, strict=True) if s.untrained]
+    longest = max((len(c.values) for c in curves), default=1)
+    shortest = min((len(c.values) for c in curves), default=1)
+    return SpectrumPlot(
+        curves=tuple(curves),
+        longest=longest,
+        limits=(0.0, 1.04) if energy or not curves else _log_limits(curves),
+        xscale="log" if longest > 4 * shortest else "linear",
+        energy=energy,
+        ylabel=_ylabel(spectra, normalised=normalised, energy=energy),
+        note=f"untrained (ΔW = 0): {', '.join(untrained)}" if untrained else "",
+    )
+
+
+def _paint_axes(ax: Axes, plot: SpectrumPlot) -> None:
+    if plot.xscale == "log":
+        style.log_axis(ax, "x", (0.9, plot.longest * 1.1), base=2)
+    else:
+        ax.set_xlim(1 - 0.02 * plot.longest - 0.2, plot.longest + 0.02 * plot.longest + 0.2)
+        ax.set_xticks(style.count_ticks(plot.longest))
+    if not plot.curves:
+        ax.set_xticks([])
+        ax.set_yticks([])
+    elif plot.energy:
+        ax.set_ylim(*plot.limits)
+    else:
+        style.log_axis(ax, "y", plot.limits)
+    ax.set_xlabel("i")
+    ax.set_ylabel(plot.ylabel)
+
+
+def _paint_curve(ax: Axes, curve: Curve, floor: float, *, bundle: bool) -> None:
+    kept, values = curve.kept, curve.values
+    ax.plot(
+        curve.i[:kept],
+        values[:kept],
+        marker="" if bundle or kept > 16 else "o",
+        markersize=3,
+        color=curve.colour,
+        label=style.legend_label(curve.label),
+        alpha=0.4 if bundle else 1,
+        linewidth=0.8 if bundle else 1.2,
+    )
+    # The end of a curve is the numerical rank.
+    ax.plot(curve.i[kept - 1], values[kept - 1], "o", color=curve.colour, markersize=4)
+    if curve.lost:
+        ax.plot(
+            curve.i[kept:],
+            np.maximum(values[kept:], floor),
+            "v",
+            color=curve.colour,
+            markerfacecolor="white",
+            markersize=3.5,
+            clip_on=False,
+            label="beyond numerical rank",
+        )
+
+
+def _labelled(curves: Sequence[Curve]) -> list[Curve]:
+    """Return the curves to name: all of a few; of a bundle those that end highest and lowest."""
+    if len(curves) <= len(style.PALETTE):
+        return list(curves)
+    ends = sorted(curves, key=lambda c: float(c.values[c.kept - 1]))
+    return [ends[0], ends[-1]]
+
+
+def _paint_labels(ax: Axes, curves: Sequence[Curve]) -> None:
+    """Write curves' names at the right of the axes, in their colour, at the height they end."""
+    ends = [(c.i[c.kept - 1], c.values[c.kept - 1]) for c in curves]
+    heights = (ax.transScale + ax.transLimits).transform(ends)[:, 1]
+    texts = [
+        f"{c.label}\n{c.kept} of {len(c.values)} resolved" if c.lost else c.label for c in curves
+    ]
+    lines = 2 if any(c.lost for c in curves) else 1
+    line = 9.5 / ax.bbox.height * ax.figure.dpi / 72
+    where = style.apart(heights, line * lines, (0.0, 1.0))
+    for curve, y, text in zip(curves, where, texts, strict=True):
+        ax.text(
+            1.03,
+            y,
+            text,
+            transform=ax.transAxes,
+            color=curve.colour,
+            va="center",
+            fontsize=7,
+            parse_math=False,
+        )
+
+
+def plot_spectrum(
+    spectra: Spectrum | Sequence[Spectrum],
+    ax: Axes | None = None,
+    *,
+    normalised: bool = False,
+    energy: bool = False,
+) -> Axes:
+    """Draw singular values against their index i, one curve per spectrum.
+
+    A curve ends in a dot at the numerical rank. Values beyond it are rounding: hollow triangles,
+    at the floor of the axis where they lie below it. An untrained update has no curve and is
+    named instead. More than seven curves are a bundle of one colour, in which only those that
+    end highest and lowest are named.
+
+    Parameters
+    ----------
+    spectra
+        One, or several to overlay; told apart by adapter label, or by module where that is it.
+    ax
+        Where to draw; None makes a figure of one column's width.
+    normalised
+        Divide by σ₁, to compare shapes.
+    energy
+        Draw the share of Σσ² in the first i directions instead, from 0 to 1.
+
+    Raises
+    ------
+    InputError
+        No spectrum.
+    """
+    several = [spectra] if isinstance(spectra, Spectrum) else list(spectra)
+    plot = resolve_spectrum(several, normalised=normalised, energy=energy)
+    with style.house_style():
+        ax = style.axes_or_new(ax, (style.ONE_COLUMN, 2.4))
+        _paint_axes(ax, plot)
+        if energy:
+            for share in ENERGY_GUIDES:
+                ax.axhline(share, color=style.FAINT, linewidth=0.8, zorder=0)
+                ax.text(1, share, f"{share:g}", fontsize=7, color=style.QUIET, va="bottom")
+        for curve in plot.curves:
+            _paint_curve(ax, curve, plot.limits[0], bundle=len(plot.curves) > len(style.PALETTE))
+        if plot.note:
+            ax.set_title(plot.note, fontsize=7, color=style.QUIET, loc="left", parse_math=False)
+        if len(plot.curves) > 1 or any(c.lost for c in plot.curves):
+            _paint_labels(ax, _labelled(plot.curves))
+    return ax

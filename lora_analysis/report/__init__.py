@@ -1,0 +1,8 @@
+"""Results in; one HTML file, figures, tables and JSON out. Nothing is computed or judged here.
+
+`selection` chooses what is shown, `figures` and `tables` prepare it, `writing` puts it on disk.
+"""
+
+from lora_analysis.report.writing import write_report
+
+__all__ = ["write_report"]

@@ -1,0 +1,88 @@
+"""Which pairs and modules a report draws: few, the same ones every time, and said in words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from lora_analysis.patterns import layer_index, module_type
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lora_analysis.studies import Study
+
+# The smaller rank of the paper's Figure 3.
+SMALL_RANK = 8
+
+
+def telling_modules(names: Sequence[str], count: int = 2) -> list[str]:
+    """Return one middle-layer module of each of the first ``count`` types, in order.
+
+    With a single type (or names without one), neighbours in the middle are returned.
+    """
+    by_type: dict[str, list[str]] = {}
+    for name in names:
+        by_type.setdefault(module_type(name), []).append(name)
+    if len(by_type) >= count:
+        return [own[len(own) // 2] for own in list(by_type.values())[:count]]
+    start = max(0, (len(names) - count) // 2)
+    return list(names[start : start + count])
+
+
+def common_modules(study: Study, a: str, b: str) -> list[str]:
+    """Return the modules in which both adapters are trained and can be compared."""
+    table = study.similarities
+    if table.empty:
+        return []
+    pair = table["a"].isin([a, b]) & table["b"].isin([a, b])
+    return list(table.loc[pair & (table["side"] == "input"), "module"])
+
+
+def _with_ranks(study: Study) -> pd.DataFrame:
+    """Return the pairs that share a trained module, with the rank of either adapter."""
+    if study.similarities.empty:
+        return pd.DataFrame()
+    compared = study.similarities[["a", "b"]].drop_duplicates()
+    ranks = study.spectra.groupby("adapter")["rank"].max()
+    pairs = study.pairs.merge(compared, on=["a", "b"])
+    return pairs.assign(rank_a=pairs["a"].map(ranks), rank_b=pairs["b"].map(ranks))
+
+
+def rank_pair(study: Study) -> tuple[str, str] | None:
+    """Return the pair for the figure of ranks, smaller rank first; None if all ranks are equal.
+
+    Same task where tasks are known; the largest rank against the one closest to 8.
+    """
+    pairs = _with_ranks(study)
+    if pairs.empty:
+        return None
+    pairs = pairs[pairs["relation"].isin(["same task, other rank", "unknown"])]
+    pairs = pairs[pairs["rank_a"] != pairs["rank_b"]]
+    if pairs.empty:
+        return None
+    low = pairs[["rank_a", "rank_b"]].min(axis=1)
+    high = pairs[["rank_a", "rank_b"]].max(axis=1)
+    order = pd.DataFrame({"high": -high, "distance": (low - SMALL_RANK).abs()})
+    best = pairs.loc[order.sort_values(["high", "distance"], kind="stable").index[0]]
+    first, second = str(best["a"]), str(best["b"])
+    return (first, second) if best["rank_a"] < best["rank_b"] else (second, first)
+
+
+def seed_pair(study: Study) -> tuple[str, str] | None:
+    """Return the two seeds of the largest rank on one task; None if no task has two."""
+    pairs = _with_ranks(study)
+    if pairs.empty:
+        return None
+    pairs = pairs[pairs["relation"] == "same task, other seed"]
+    if pairs.empty:
+        return None
+    best = pairs.sort_values("rank_a", ascending=False, kind="stable").iloc[0]
+    return str(best["a"]), str(best["b"])
+
+
+def short_name(module: str) -> str:
+    """Return ``"q_proj, layer 2"`` for a module name, or the name where it says neither."""
+    layer, kind = layer_index(module), module_type(module)
+    return f"{kind}, layer {layer}" if layer is not None and kind != module else module

@@ -1,0 +1,206 @@
+"""The tables of a report: short ones for its pages, whole ones as CSV."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from lora_analysis.findings import number
+from lora_analysis.studies import REFERENCE, SHARED_SEED
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lora_analysis.studies import Study
+
+
+@dataclass(frozen=True, slots=True)
+class ReportTable:
+    """A table as shown: texts in rows, the first ``text_columns`` left-aligned."""
+
+    name: str
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    text_columns: int = 1
+
+
+def _cell(value: Any) -> str:
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return "–"
+    if isinstance(value, float | np.floating):
+        return str(int(value)) if float(value).is_integer() and abs(value) < 1e6 else number(value)
+    return str(value)
+
+
+def _rows(table: pd.DataFrame) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(_cell(value) for value in row) for row in table.itertuples(index=False))
+
+
+def adapters_table(study: Study) -> ReportTable:
+    """Return what was analysed, one adapter a row."""
+    runs = study.runs
+    known = [c for c in ("task", "rank", "seed") if runs[c].notna().any()]
+    columns = {
+        "adapter": runs["adapter"],
+        **{c: runs[c] for c in known},
+        "format": runs["format"],
+        "modules": runs["modules"],
+        "untrained": runs["modules"] - runs["trained_modules"],
+        "‖ΔW‖": runs["norm"].where(runs["scale_known"]),
+    }
+    if "metric_accuracy" in runs:
+        columns["accuracy"] = runs["metric_accuracy"].map("{:.1%}".format)
+    table = pd.DataFrame(columns)
+    caption = "‖ΔW‖: Frobenius norm over all modules, scale included; – where it is not known."
+    return ReportTable("adapters", caption, tuple(columns), _rows(table), 1 + len(known[:1]))
+
+
+def accuracy_table(study: Study) -> ReportTable | None:
+    """Return accuracy by task, rank and seed, as the paper's Table 6; None without metrics."""
+    runs = study.runs
+    if "metric_accuracy" not in runs or runs[["task", "rank", "seed"]].isna().any(axis=None):
+        return None
+    shown = runs.pivot_table(index=["task", "rank"], columns="seed", values="metric_accuracy")
+    rows = []
+    for (task, rank), values in shown.iterrows():
+        start = runs.loc[runs["task"] == task, "metric_base_accuracy"].median()
+        cells = [f"{v:.1%}" if np.isfinite(v) else "–" for v in values]
+        rows.append((str(task), str(int(rank)), f"{start:.1%}", *cells))
+    columns = ("task", "rank", "base", *(f"seed {int(seed)}" for seed in shown.columns))
+    caption = (
+        "Accuracy on held-out digits before (base) and after training, as the paper's Table 6 "
+        "orders it. α is the same at every rank."
+    )
+    return ReportTable("accuracy", caption, columns, tuple(rows))
+
+
+_ORDER = (
+    "same task, rank and seed",
+    "same task, other rank",
+    "same task, other seed",
+    "same task, other rank and seed",
+    REFERENCE,
+    SHARED_SEED,
+    "unknown",
+)
+
+
+def overlap_table(study: Study) -> ReportTable | None:
+    """Return medians of φ and ω by relation, side and pair of ranks, chance beside each."""
+    if study.similarities.empty:
+        return None
+    ranks = study.spectra.groupby("adapter")["rank"].max()
+    table = study.similarities.assign(
+        ranks=[
+            "/".join(map(str, sorted((ranks[a], ranks[b]))))
+            for a, b in zip(study.similarities["a"], study.similarities["b"], strict=True)
+        ]
+    )
+    rows = []
+    for relation in _ORDER:
+        for side in ("output", "input"):
+            own = table[(table["relation"] == relation) & (table["side"] == side)]
+            for pair_ranks, group in own.groupby("ranks", sort=False):
+                rows.append(_overlap_row(relation, side, str(pair_ranks), group))
+    columns = ("relation", "side", "ranks", "pairs", "φ(1,1)", "chance", "φ(r,r)", "chance",
+               "ω", "chance")  # fmt: skip
+    caption = (
+        "Medians over modules and pairs. ω is the energy-weighted overlap. "
+        f"“{REFERENCE}” is the reference; “{SHARED_SEED}” shares its initial A, so its input side "
+        "is an artefact."
+    )
+    return ReportTable("overlaps", caption, columns, tuple(rows), 3)
+
+
+def _overlap_row(relation: str, side: str, ranks: str, group: pd.DataFrame) -> tuple[str, ...]:
+    values = ("phi_1_1", "chance_1_1", "phi_r_r", "chance_r_r", "omega", "omega_chance")
+    pairs = group.groupby(["a", "b"]).ngroups
+    return (relation, side, ranks, str(pairs), *(number(group[v].median()) for v in values))
+
+
+def pairs_table(study: Study) -> ReportTable | None:
+    """Return every pair: how it is related, how it started, how alike it is in all."""
+    if study.pairs.empty:
+        return None
+    rows = []
+    for pair in study.pairs.itertuples():
+        own = study.similarities
+        own = own if own.empty else own[(own["a"] == pair.a) & (own["b"] == pair.b)]
+        medians = [
+            number(own.loc[own["side"] == side, value].median()) if len(own) else "–"
+            for value in ("phi_1_1", "omega")
+            for side in ("output", "input")
+        ]
+        rows.append(
+            (pair.a, pair.b, pair.relation, pair.start, *medians, _cell(float(pair.total_cosine)))
+        )
+    columns = ("adapter", "adapter", "relation", "start", "φ(1,1) out", "φ(1,1) in", "ω out",
+               "ω in", "cosine")  # fmt: skip
+    caption = (
+        "Medians over modules; cosine: signed cosine of the two whole updates. Start: whether the "
+        "two began from the same initial A."
+    )
+    return ReportTable("pairs", caption, columns, tuple(rows), 4)
+
+
+def amplification_table(study: Study, modules: Sequence[str]) -> ReportTable | None:
+    """Return the paper's Table 7 for a few modules, and the medians over all of them."""
+    table = study.amplifications
+    if table.empty:
+        return None
+    ranks = study.spectra.groupby("adapter")["rank"].max()
+    full = table[table["at_rank"]].assign(rank=lambda t: t["adapter"].map(ranks))
+    groups = [(name, full[full["module"] == name]) for name in modules]
+    groups.append(("all modules", full))
+    columns = ("module", "rank", "adapters", "‖UᵀWV‖ ΔW's", "W's", "random", "‖ΔW‖", "‖W‖",
+               "factor", "chance", "enrichment")  # fmt: skip
+    values = ("projected", "projected_weight", "projected_random", "delta_norm", "weight_norm",
+              "amplification_factor", "chance_factor", "enrichment")  # fmt: skip
+    rows = [
+        (
+            str(name),
+            str(rank),
+            str(own["adapter"].nunique()),
+            *(_cell(float(own[value].median())) for value in values),
+        )
+        for name, group in groups
+        for rank, own in group.groupby("rank")
+    ]
+    caption = (
+        "Medians over adapters, at full rank. ‖UᵀWV‖ with the top-r directions of ΔW, of W itself "
+        "and random ones (exact root mean square); factor = ‖ΔW‖/‖UᵀWV‖; chance: what random "
+        "directions would score; enrichment: the ratio of the two."
+    )
+    return ReportTable("amplification", caption, columns, tuple(rows))
+
+
+def spectra_table(study: Study) -> ReportTable:
+    """Return medians over modules of the ranks read from each adapter's spectra."""
+    values = {
+        "numerical_rank": "numerical rank",
+        "effective_rank": "effective rank",
+        "stable_rank": "stable rank",
+        "energy_rank_90": "90 % of energy",
+        "energy_rank_99": "99 % of energy",
+    }
+    medians = study.spectra.groupby("adapter", sort=False)[["rank", *values]].median()
+    columns = ("adapter", "rank", *values.values())
+    caption = "Medians over modules. Energy: how many directions hold that share of ‖ΔW‖²."
+    return ReportTable("spectra", caption, columns, _rows(medians.reset_index()))
+
+
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """Return a table as CSV; text that a spreadsheet would run as a formula is quoted."""
+
+    def safe(value: Any) -> Any:
+        starts = isinstance(value, str) and value.startswith(_FORMULA_STARTS)
+        return f"'{value}" if starts else value
+
+    return str(table.map(safe).to_csv(index=False))

@@ -1,0 +1,277 @@
+"""Put a study on disk: report.html (or .md), figures/, tables/ and results.json."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import jinja2
+from matplotlib import pyplot
+from markupsafe import Markup
+
+from lora_analysis import plots
+from lora_analysis.findings import Finding, findings, plural
+from lora_analysis.report import figures, tables
+from lora_analysis.report.selection import telling_modules
+from lora_analysis.storage.atomic import write_atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import pandas as pd
+
+    from lora_analysis.report.figures import ReportFigure
+    from lora_analysis.report.tables import ReportTable
+    from lora_analysis.studies import Study
+
+SCHEMA_VERSION = 1
+# Pages stay readable: longer tables are in tables/ only.
+FOLDED_ROWS = 120
+
+
+@dataclass(frozen=True, slots=True)
+class _Figure:
+    name: str
+    title: str
+    caption: str
+    svg: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Section:
+    name: str
+    title: str
+    text: str
+    figures: tuple[_Figure, ...] = ()
+    tables: tuple[ReportTable, ...] = ()
+    folded: tuple[ReportTable, ...] = ()
+
+
+def write_report(
+    study: Study,
+    path: str | Path,
+    *,
+    title: str | None = None,
+    command: str | None = None,
+    form: Literal["html", "md"] = "html",
+) -> Path:
+    """Write a study as one self-contained report, with figures, tables and numbers beside it.
+
+    Parameters
+    ----------
+    study
+        From `lora_analysis.study`.
+    path
+        Folder to write into; made if missing. Files of an earlier report are replaced.
+    title
+        Heading; made from the adapters by default.
+    command
+        The command line that led here, for the section on how it was made.
+    form
+        ``"html"``: one file without script or network access; ``"md"``: Markdown for a README
+        or a model card, which shows the files in ``figures/``.
+
+    Returns
+    -------
+    Path
+        Of report.html or report.md.
+    """
+    folder = Path(path)
+    for place in (folder / "figures", folder / "tables"):
+        place.mkdir(parents=True, exist_ok=True)
+    said = findings(study)
+    page = {
+        "title": title or _title(study),
+        "lead": _lead(study),
+        "findings": said,
+        "sections": _sections(study, folder),
+        "made": _made(study, command),
+    }
+    for name, table in _csv_tables(study):
+        write_atomic(folder / "tables" / f"{name}.csv", tables.csv_text(table).encode())
+    results = json.dumps(_results(study, said), indent=1, allow_nan=False, ensure_ascii=False)
+    write_atomic(folder / "results.json", results.encode())
+    text = _environment(form).get_template(f"report.{form}.j2").render(page)
+    return write_atomic(folder / f"report.{form}", text.encode())
+
+
+def _environment(form: str) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("lora_analysis.report"),
+        autoescape=form == "html",
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    environment.filters["md"] = _markdown_text
+    return environment
+
+
+def _markdown_text(text: str) -> str:
+    """Return text that Markdown shows as it is: names may hold anything."""
+    safe = "".join("\\" + c if c in "\\`*_[]<>|#" else c for c in str(text))
+    return " ".join(safe.split())
+
+
+def _title(study: Study) -> str:
+    names = list(study.adapters)
+    if len(names) == 1:
+        return f"What {names[0]} learned"
+    bases = {one.provenance.base_model for one in study.adapters.values()} - {None}
+    of = f" of {Path(str(bases.pop())).name}" if len(bases) == 1 else ""
+    return f"{len(names)} LoRA adapters{of}"
+
+
+def _lead(study: Study) -> str:
+    modules = study.spectra["module"].nunique()
+    against = f" Held against {study.base.label}." if study.base else " No base weights were given."
+    return (
+        f"{plural(len(study.adapters), 'adapter')}, {plural(modules, 'module')}, "
+        f"{plural(len(study.pairs), 'pair')} compared on both sides, each beside chance.{against}"
+    )
+
+
+def _drawn(found: Iterable[ReportFigure], folder: Path) -> tuple[_Figure, ...]:
+    """Save each figure as SVG and PNG, and return it for inlining."""
+    result = []
+    for one in found:
+        svg = plots.svg_text(one.figure, title=one.title, description=one.alt)
+        plots.save_figure(one.figure, folder / "figures" / one.name)
+        pyplot.close(one.figure)
+        result.append(_Figure(one.name, one.title, one.caption, Markup(svg)))  # noqa: S704
+    return tuple(result)
+
+
+def _present(*found: ReportTable | None) -> tuple[ReportTable, ...]:
+    return tuple(one for one in found if one is not None)
+
+
+def _short(*found: ReportTable | None) -> tuple[ReportTable, ...]:
+    return tuple(one for one in _present(*found) if len(one.rows) <= FOLDED_ROWS)
+
+
+def _sections(study: Study, folder: Path) -> list[_Section]:
+    modules = telling_modules(list(dict.fromkeys(study.spectra["module"])))
+    sections = [
+        _Section(
+            "adapters",
+            "What was analysed",
+            "",
+            tables=_present(tables.adapters_table(study), tables.accuracy_table(study)),
+        ),
+        _Section(
+            "ranks",
+            "Across ranks",
+            "Do adapters of different rank find the same directions?",
+            figures=_drawn(figures.rank_figures(study), folder),
+        ),
+        _Section(
+            "seeds",
+            "Across seeds",
+            "Do two trainings that differ in nothing but their seed find the same directions?",
+            figures=_drawn(figures.seed_figures(study), folder),
+        ),
+        _Section(
+            "reference",
+            "Against unrelated adapters",
+            "What is shared because the task is, and what any two adapters of this base share?",
+            figures=_drawn(figures.level_figures(study), folder),
+            tables=_present(tables.overlap_table(study)),
+            folded=_short(tables.pairs_table(study)),
+        ),
+        _Section(
+            "weights",
+            "Against W",
+            "Does ΔW strengthen directions that the frozen weight already carries?",
+            figures=_drawn(figures.amplification_figures(study), folder),
+            tables=_present(tables.amplification_table(study, modules)),
+        ),
+        _Section(
+            "spectra",
+            "How many directions",
+            "",
+            figures=_drawn(figures.spectrum_figures(study), folder),
+            tables=_present(tables.spectra_table(study)),
+        ),
+    ]
+    return [one for one in sections if one.figures or one.tables or one.folded]
+
+
+def _csv_tables(study: Study) -> list[tuple[str, pd.DataFrame]]:
+    every = {
+        "adapters": study.runs,
+        "spectra": study.spectra,
+        "pairs": study.pairs,
+        "similarities": study.similarities,
+        "amplifications": study.amplifications,
+    }
+    return [(name, table) for name, table in every.items() if not table.empty]
+
+
+def _json_value(value: Any) -> Any:
+    """Return a JSON value: numpy's scalars as Python's, everything not finite as None."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _results(study: Study, said: tuple[Finding, ...]) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "generator": f"lora_analysis {_version('lora-analysis')}",
+        "null_means": "not defined, not known, or not computed for this row",
+        "findings": [
+            {
+                "kind": one.kind,
+                "topic": one.topic,
+                "text": one.text,
+                "values": {key: _json_value(value) for key, value in one.values.items()},
+            }
+            for one in said
+        ],
+        "failures": [{"source": one.source, "reason": one.reason} for one in study.failures],
+        **{
+            name: [
+                {key: _json_value(value) for key, value in row.items()}
+                for row in table.astype(object).to_dict("records")
+            ]
+            for name, table in _csv_tables(study)
+            if name != "amplifications"
+        },
+        "amplifications": [
+            {key: _json_value(value) for key, value in row.items()}
+            for row in _at_rank(study.amplifications).astype(object).to_dict("records")
+        ],
+    }
+
+
+def _at_rank(table: pd.DataFrame) -> pd.DataFrame:
+    return table if table.empty else table[table["at_rank"]]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _made(study: Study, command: str | None) -> dict[str, Any]:
+    packages = ("numpy", "scipy", "matplotlib", "pandas")
+    versions = [f"lora_analysis {_version('lora-analysis')}", f"Python {platform.python_version()}"]
+    versions += [f"{name} {_version(name)}" for name in packages]
+    return {
+        "version": _version("lora-analysis"),
+        "command": command or "lora_analysis.write_report(study, path)",
+        "versions": ", ".join(versions),
+        "base": "none" if study.base is None else study.base.label,
+        "hashes": [
+            (label, one.provenance.sha256 or "in memory") for label, one in study.adapters.items()
+        ],
+    }

@@ -1,0 +1,89 @@
+"""JSON from files that nobody vouches for."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from lora_analysis.errors import MalformedFileError, SourceError
+from lora_analysis.storage.limits import MAX_CONFIG_BYTES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def read_json_object(path: Path, *, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """Return the JSON object a file holds.
+
+    Parameters
+    ----------
+    path
+        The file.
+    max_bytes
+        Size above which it is refused unread.
+
+    Raises
+    ------
+    MalformedFileError
+        It is larger than ``max_bytes``, not UTF-8, not JSON, not an object, or names a key twice.
+    SourceError
+        It is not a regular file.
+    """
+    size = regular_file_size(path)
+    if size > max_bytes:
+        message = f"{path}: {size:,} bytes are too many for this file (limit {max_bytes:,})."
+        raise MalformedFileError(message)
+    return parse_json_object(path.read_bytes(), path, what="the file", constants=True)
+
+
+def parse_json_object(raw: bytes, path: Path, *, what: str, constants: bool) -> dict[str, Any]:
+    """Return the object that ``raw`` spells; ``constants`` admits NaN and Infinity.
+
+    Some model configurations hold ``Infinity``; a header of offsets has no use for it.
+    """
+
+    def refuse(name: str) -> NoReturn:
+        message = f"{name} is not JSON"
+        raise ValueError(message)
+
+    try:
+        document = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_without_duplicates,
+            parse_constant=None if constants else refuse,
+        )
+    except UnicodeDecodeError as error:
+        message = f"{path}: {what} is not UTF-8 (byte {error.start})."
+        raise MalformedFileError(message) from error
+    except ValueError as error:
+        message = f"{path}: {what} is not valid JSON: {error}."
+        raise MalformedFileError(message) from error
+    except RecursionError as error:
+        message = f"{path}: {what} nests JSON too deeply."
+        raise MalformedFileError(message) from error
+    if not isinstance(document, dict):
+        message = f"{path}: {what} must be a JSON object, found {type(document).__name__}."
+        raise MalformedFileError(message)
+    return document
+
+
+def regular_file_size(path: Path) -> int:
+    """Return the size of a regular file; refuse folders, pipes, devices and sockets unopened."""
+    try:
+        if path.is_file():
+            return path.stat().st_size
+        kind = "does not exist" if not path.exists() else "is not a regular file"
+    except (OSError, ValueError) as error:
+        kind = f"cannot be looked at: {error}"
+    message = f"{path} {kind}."
+    raise SourceError(message)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        message = f"key {twice!r} appears twice"
+        raise ValueError(message)
+    return document

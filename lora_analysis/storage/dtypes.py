@@ -1,0 +1,109 @@
+"""The number types of safetensors, and their exact float32 values where numpy has no such type."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+BITS: Final[dict[str, tuple[str, int]]] = {
+    "BOOL": ("bool", 8),
+    "U8": ("uint8", 8),
+    "I8": ("int8", 8),
+    "U16": ("uint16", 16),
+    "I16": ("int16", 16),
+    "U32": ("uint32", 32),
+    "I32": ("int32", 32),
+    "U64": ("uint64", 64),
+    "I64": ("int64", 64),
+    "F16": ("float16", 16),
+    "BF16": ("bfloat16", 16),
+    "F32": ("float32", 32),
+    "F64": ("float64", 64),
+    "C64": ("complex64", 64),
+    "F8_E4M3": ("float8_e4m3fn", 8),
+    "F8_E5M2": ("float8_e5m2", 8),
+    "F8_E8M0": ("float8_e8m0fnu", 8),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 8),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 8),
+    "F6_E2M3": ("float6_e2m3", 6),
+    "F6_E3M2": ("float6_e3m2", 6),
+    "F4": ("float4_e2m1", 4),
+}
+"""Code in the file → our name and the bits of one element."""
+
+_RAW: Final[dict[str, str]] = {
+    "bool": "?",
+    "uint8": "u1",
+    "int8": "i1",
+    "uint16": "<u2",
+    "int16": "<i2",
+    "uint32": "<u4",
+    "int32": "<i4",
+    "uint64": "<u8",
+    "int64": "<i8",
+    "float16": "<f2",
+    "float32": "<f4",
+    "float64": "<f8",
+    "bfloat16": "<u2",
+    "float8_e4m3fn": "u1",
+    "float8_e5m2": "u1",
+}
+"""Our name → the little-endian numpy type its bytes are read as."""
+
+READABLE: Final = frozenset(_RAW)
+FLOATING: Final = frozenset(
+    {"float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2"}
+)
+
+
+def raw_dtype(name: str) -> np.dtype[Any]:
+    """Return the numpy type that a tensor of type ``name`` is read as, bit for bit."""
+    return np.dtype(_RAW[name])
+
+
+def result_dtype(name: str) -> np.dtype[Any]:
+    """Return the numpy type that a tensor of type ``name`` is given out in."""
+    if name in FLOATING and name != "float64":
+        return np.dtype(np.float32)
+    return raw_dtype(name).newbyteorder("=")
+
+
+def widen(raw: NDArray[Any], name: str, out: NDArray[Any]) -> None:
+    """Write the values of ``raw`` (type ``name`` as read) to ``out``, which has its shape.
+
+    Exact for every type narrower than ``out``: bfloat16 is the upper half of a float32, and of
+    each 8-bit type all 256 values are tabulated.
+    """
+    if name == "bfloat16" and out.dtype == np.float32:
+        np.left_shift(raw, 16, out=out.view(np.uint32), dtype=np.uint32, casting="unsafe")
+    elif name == "bfloat16":
+        out[...] = (raw.astype(np.uint32) << 16).view(np.float32)
+    elif name in ("float8_e4m3fn", "float8_e5m2"):
+        out[...] = _float8_values(name)[raw]
+    else:
+        out[...] = raw
+
+
+@cache
+def _float8_values(name: str) -> NDArray[np.float32]:
+    """Return the 256 values of an 8-bit float type, by their bit pattern."""
+    exponent_bits, mantissa_bits = (4, 3) if name == "float8_e4m3fn" else (5, 2)
+    bias = 2 ** (exponent_bits - 1) - 1
+    codes = np.arange(256)
+    sign = np.where(codes & 0x80, -1.0, 1.0)
+    exponent = (codes >> mantissa_bits) & (2**exponent_bits - 1)
+    fraction = (codes & (2**mantissa_bits - 1)) / 2.0**mantissa_bits
+    # Exponent 0 holds the subnormal numbers: no leading one, the smallest normal power.
+    power = np.ldexp(1.0, np.maximum(exponent, 1) - bias)
+    values = (sign * (fraction + (exponent > 0)) * power).astype(np.float32)
+    if name == "float8_e4m3fn":
+        values[(codes & 0x7F) == 0x7F] = np.nan  # "fn": one NaN pattern, no infinities
+    else:
+        top = exponent == 31
+        values[top] = np.where(fraction[top] == 0, sign[top] * np.inf, np.nan)
+    return values  # type: ignore[no-any-return]  # numpy's stubs lose the type in "where"

@@ -1,0 +1,29 @@
+"""The largest things a file may ask for; beyond them it is refused before memory is reserved."""
+
+from __future__ import annotations
+
+from typing import Final
+
+MAX_HEADER_BYTES: Final = 16 * 2**20
+"""JSON header of one safetensors file. 100,000 tensors with long names fit in it."""
+
+MAX_TENSORS: Final = 100_000
+"""Tensors in one safetensors file."""
+
+MAX_TENSOR_DIMENSIONS: Final = 16
+"""Axes of one tensor; the deepest kernels in use have five."""
+
+MAX_CONFIG_BYTES: Final = 2**20
+"""A configuration file (``adapter_config.json``, ``config.json``, ``manifest.json``)."""
+
+MAX_INDEX_BYTES: Final = 16 * 2**20
+"""The index of a sharded model, which names every tensor once."""
+
+MAX_RANK: Final = 4096
+"""Rank of one low-rank update."""
+
+MAX_DIMENSION: Final = 2**20
+"""Input or output features of one adapted weight."""
+
+BLOCK_ELEMENTS: Final = 2**20
+"""Elements of one streamed block. Larger ones touch fresh pages, which costs more than the sums."""

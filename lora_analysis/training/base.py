@@ -1,0 +1,124 @@
+"""The demo's base model on disk: ``config.json``, ``model.safetensors`` and a manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from lora_analysis.errors import MalformedFileError
+from lora_analysis.storage.atomic import write_atomic
+from lora_analysis.storage.bundled import bundled_data
+from lora_analysis.storage.documents import read_json_object
+from lora_analysis.storage.safetensors import read_header, read_tensor
+from lora_analysis.training.vit import MODEL_TYPE, DigitsViT, VitConfig
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+MANIFEST_NAME = "manifest.json"
+
+
+def base_folder() -> Path:
+    """Return the folder of the base model that is shipped with the package."""
+    return bundled_data(MODEL_TYPE)
+
+
+def base_sha256(folder: Path | None = None) -> str:
+    """Return the SHA-256 of a base's weights file, the shipped one's by default."""
+    return file_sha256((folder or base_folder()) / WEIGHTS_NAME)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_base(folder: Path | None = None) -> DigitsViT:
+    """Return the base model in float32, all of it trainable.
+
+    Parameters
+    ----------
+    folder
+        Where its files lie; the shipped model by default.
+
+    Raises
+    ------
+    MalformedFileError
+        A file is damaged, the weights do not fit the architecture, or their SHA-256 is not the
+        one in the manifest that lies beside them.
+    InputError
+        ``config.json`` describes another kind of model.
+    """
+    folder = folder or base_folder()
+    config = VitConfig.from_dict(read_json_object(folder / CONFIG_NAME))
+    weights = folder / WEIGHTS_NAME
+    _check_sha256(folder, weights)
+    with torch.device("meta"):  # no random start for weights that are replaced at once
+        model = DigitsViT(config)
+    header = read_header(weights)
+    found = {
+        name: torch.from_numpy(read_tensor(weights, header.tensors[name]))
+        for name in header.tensors
+    }
+    _check_fit(weights, model, found)
+    model.load_state_dict({name: tensor.float() for name, tensor in found.items()}, assign=True)
+    return model
+
+
+def write_base(model: DigitsViT, folder: Path, manifest: dict[str, Any]) -> Path:
+    """Write a base model, its weights in bfloat16, and return its folder.
+
+    Parameters
+    ----------
+    model
+        The model; it is not changed.
+    folder
+        Made where it does not exist.
+    manifest
+        How it came about; the SHA-256 of the weights is added.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach().to("cpu", torch.bfloat16) for name, t in model.state_dict().items()}
+    content = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    write_atomic(folder / WEIGHTS_NAME, content)
+    write_json(folder / CONFIG_NAME, model.config.to_dict())
+    digest = hashlib.sha256(content).hexdigest()
+    write_json(folder / MANIFEST_NAME, {**manifest, "weights_sha256": digest})
+    return folder
+
+
+def write_json(path: Path, fields: dict[str, Any]) -> Path:
+    """Write fields as one indented JSON document, whole or not at all."""
+    return write_atomic(path, (json.dumps(fields, indent=2, allow_nan=False) + "\n").encode())
+
+
+def _check_sha256(folder: Path, weights: Path) -> None:
+    manifest = folder / MANIFEST_NAME
+    if not manifest.is_file():
+        return
+    stated = read_json_object(manifest).get("weights_sha256")
+    found = file_sha256(weights)
+    if stated != found:
+        message = (
+            f"{weights}: its SHA-256 is {found}, {MANIFEST_NAME} states {stated}. "
+            "The file was changed or damaged; install the package again, or run `make data`."
+        )
+        raise MalformedFileError(message)
+
+
+def _check_fit(path: Path, model: DigitsViT, found: dict[str, torch.Tensor]) -> None:
+    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    shapes = {name: tuple(t.shape) for name, t in found.items()}
+    wrong = sorted(n for n in wanted.keys() | shapes.keys() if wanted.get(n) != shapes.get(n))
+    if wrong:
+        name = wrong[0]
+        message = (
+            f"{path}: {len(wrong)} tensors do not fit {CONFIG_NAME}; '{name}' should be "
+            f"{wanted.get(name, 'absent')} and is {shapes.get(name, 'absent')}."
+        )
+        raise MalformedFileError(message)

@@ -1,0 +1,115 @@
+"""Make the demo's base model: ``python -m lora_analysis.training.pretrain data``."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lora_analysis.training.base import WEIGHTS_NAME, read_base, write_base
+from lora_analysis.training.config import LoopOptions
+from lora_analysis.training.devices import one_thread
+from lora_analysis.training.digits import TASKS, TRAIN_IMAGES, digits_task
+from lora_analysis.training.loop import accuracy, training_steps
+from lora_analysis.training.vit import MODEL_TYPE, DigitsViT, VitConfig
+
+SEED = 0
+OPTIONS = LoopOptions(
+    steps=1500,
+    batch_size=32,
+    lr=1e-3,
+    warmup=100,
+    weight_decay=0.1,
+    beta2=0.98,
+    clip=1.0,
+    data_seed=SEED,
+    evaluations=15,
+)
+SHIFTED = 0.4  # share of images moved by a pixel
+NOISE = 0.2  # standard deviation, where pixels span [-1, 1]
+
+_LINEAR_STD = 0.02
+_INPUT_STD = 0.5  # patches have 4 pixels: their embedding needs a larger start to be heard
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Pretrain, and write ``digits-vit/`` into the folder that is named."""
+    parser = argparse.ArgumentParser(prog="python -m lora_analysis.training.pretrain")
+    parser.add_argument("folder", type=Path, help="where digits-vit/ is written")
+    folder: Path = parser.parse_args(arguments).folder / MODEL_TYPE
+    with one_thread():
+        model = pretrain(OPTIONS)
+        write_base(model, folder, {})  # accuracies are those of the rounded weights
+        manifest = describe(read_base(folder), OPTIONS)
+    write_base(model, folder, manifest)
+    shown = ", ".join(f"{task} {share:.3f}" for task, share in manifest["test_accuracy"].items())
+    sys.stderr.write(f"{folder / WEIGHTS_NAME}: test accuracy {shown}\n")
+
+
+def pretrain(options: LoopOptions, config: VitConfig | None = None) -> DigitsViT:
+    """Return a model trained on upright digits, lightly shifted and noised."""
+    model = DigitsViT(config)
+    initialise(model, SEED)
+    for metrics in training_steps(model, digits_task(), options, transform=augment):
+        if metrics.test_accuracy is not None:
+            line = f"step {metrics.step}/{options.steps}: test accuracy {metrics.test_accuracy:.3f}"
+            sys.stderr.write(line + "\n")
+    return model
+
+
+def initialise(model: DigitsViT, seed: int) -> None:
+    """Give every weight its start, from one generator: normal, biases zero, norms as they are."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            std = _INPUT_STD if module is model.embed else _LINEAR_STD
+            nn.init.normal_(module.weight, std=std, generator=generator)
+            nn.init.zeros_(module.bias)
+    nn.init.normal_(model.position, std=_INPUT_STD, generator=generator)
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Move some images ``(n, size, size)`` by a pixel each way, on paper; add noise to all."""
+    count, size, _ = images.shape
+    moved = (torch.rand(count, 1, generator=generator) < SHIFTED).long()
+    shift = 1 + torch.randint(-1, 2, (count, 2), generator=generator) * moved
+    padded = functional.pad(images, (1, 1, 1, 1), value=-1.0)
+    span = torch.arange(size)
+    rows = (shift[:, :1] + span)[:, :, None]
+    columns = (shift[:, 1:] + span)[:, None, :]
+    windows = padded[torch.arange(count)[:, None, None], rows, columns]  # (n, size, size)
+    return windows + NOISE * torch.randn(images.shape, generator=generator)
+
+
+def describe(model: DigitsViT, options: LoopOptions) -> dict[str, Any]:
+    """Return the manifest of a pretrained model: what it is, how it was made, how well it does."""
+    packages = ("torch", "numpy", "scikit-learn")
+    return {
+        "name": MODEL_TYPE,
+        "what": "vision transformer pretrained on upright 8x8 handwritten digits",
+        "command": "python -m lora_analysis.training.pretrain data",
+        "seed": SEED,
+        "options": options.to_dict(),
+        "augmentation": {"shifted_share": SHIFTED, "noise_std": NOISE},
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+        "train_accuracy": round(accuracy(model, digits_task().train), 4),
+        "test_accuracy": {t: round(accuracy(model, digits_task(t).test), 4) for t in TASKS},
+        "data": {
+            "source": "scikit-learn, sklearn.datasets.load_digits: the test part of 'Optical "
+            "Recognition of Handwritten Digits' (E. Alpaydin, C. Kaynak, 1998), UCI Machine "
+            "Learning Repository, doi:10.24432/C50P49",
+            "licence": "CC BY 4.0",
+            "split": f"in the file's order: first {TRAIN_IMAGES} train, the rest test",
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""One adapter, trained into a folder: metrics, adapter, and last of all the manifest."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+from lora_analysis.errors import InputError
+from lora_analysis.storage.documents import read_json_object
+from lora_analysis.training.base import base_sha256, file_sha256, read_base, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_analysis.training.config import RunConfig
+    from lora_analysis.training.loop import StepMetrics
+    from lora_analysis.training.vit import DigitsViT
+
+MANIFEST_NAME = "manifest.json"
+METRICS_NAME = "metrics.jsonl"
+ADAPTER_NAMES = ("adapter_config.json", "adapter_model.safetensors")
+
+RunState = Literal["missing", "unfinished", "changed", "damaged", "finished"]
+EventKind = Literal["skipped", "started", "step", "finished"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunEvent:
+    """What a run tells whoever watches it.
+
+    Parameters
+    ----------
+    label
+        Name of the run.
+    kind
+        ``"skipped"`` where it was finished before; else ``"started"``, then ``"step"`` after each
+        step, then ``"finished"``.
+    step, total
+        Steps done, and in all.
+    loss
+        Training loss of the step.
+    test_accuracy
+        Accuracy on the test split, where it was measured at this step.
+    state
+        What was found in the folder: why a run was started or skipped.
+    """
+
+    label: str
+    kind: EventKind
+    step: int
+    total: int
+    loss: float | None = None
+    test_accuracy: float | None = None
+    state: RunState | None = None
+
+
+Progress = Callable[[RunEvent], None]
+
+
+def run_state(config: RunConfig, folder: Path, *, base: Path | None = None) -> RunState:
+    """Return what the folder of a run holds.
+
+    Parameters
+    ----------
+    config
+        The run that is wanted.
+    folder
+        The run's own folder.
+    base
+        Folder of the base model; the shipped one by default.
+
+    Returns
+    -------
+    RunState
+        ``"finished"``: this very run, its files as they were written. ``"missing"``: nothing.
+        ``"unfinished"``: no manifest, which is written last. ``"changed"``: another configuration
+        or base. ``"damaged"``: a file is absent or not the one that was written, or the manifest
+        cannot be read.
+    """
+    manifest = folder / MANIFEST_NAME
+    if not manifest.is_file():
+        return "unfinished" if folder.is_dir() and any(folder.iterdir()) else "missing"
+    try:
+        found = read_json_object(manifest)
+    except InputError:
+        return "damaged"
+    if found.get("key") != config.key(base_sha256(base)):
+        return "changed"
+    wanted = {name: _sha256_or_none(folder / name) for name in (METRICS_NAME, *ADAPTER_NAMES)}
+    return "finished" if found.get("files") == wanted else "damaged"
+
+
+def train_run(
+    config: RunConfig,
+    folder: Path,
+    *,
+    device: str = "auto",
+    base: Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Train one adapter into its folder, or find it there finished.
+
+    The folder gets ``metrics.jsonl`` (one line per step), the adapter in PEFT's layout, and last
+    ``manifest.json``. Whatever else than this very run it held is trained anew, from the start.
+    On a CPU one thread is used, and the same configuration gives the same bits.
+
+    Parameters
+    ----------
+    config
+        The run.
+    folder
+        The run's own folder; made where it does not exist.
+    device
+        ``"auto"`` (cuda, mps, cpu: the first there is), or a device as torch names it.
+    base
+        Folder of the base model; the shipped one by default.
+    progress
+        Called with every :class:`RunEvent`.
+
+    Returns
+    -------
+    Path
+        ``folder``.
+
+    Raises
+    ------
+    InputError
+        The task or the device does not exist, or the training diverged.
+    TargetError
+        The targets name no module of the base.
+    MissingExtraError
+        The task's data come with a package that is not installed.
+    """
+    tell = progress or _ignore
+    total = config.loop.steps
+    state = run_state(config, folder, base=base)
+    if state == "finished":
+        tell(RunEvent(config.name, "skipped", total, total, state=state))
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (MANIFEST_NAME, *ADAPTER_NAMES, METRICS_NAME):
+        (folder / name).unlink(missing_ok=True)
+    tell(RunEvent(config.name, "started", 0, total, state=state))
+    facts = _train(config, folder, device, base, tell)
+    write_json(folder / MANIFEST_NAME, facts)
+    tell(RunEvent(config.name, "finished", total, total))
+    return folder
+
+
+def _train(
+    config: RunConfig, folder: Path, device_name: str, base: Path | None, tell: Progress
+) -> dict[str, Any]:
+    """Train, write the adapter and the metrics, and return the manifest."""
+    from lora_analysis.formats import write_adapter
+    from lora_analysis.lora import add_lora, extract_adapter
+    from lora_analysis.training.devices import one_thread, resolve_device
+
+    started = time.perf_counter()
+    device = resolve_device(device_name)
+    with one_thread():
+        model = read_base(base)
+        modules = add_lora(
+            model,
+            rank=config.rank,
+            alpha=config.alpha,
+            targets=config.targets,
+            seed=config.seed,
+            use_rslora=config.use_rslora,
+        )
+        with (folder / METRICS_NAME).open("w", encoding="utf-8") as stream:
+            metrics = _run_loop(config, model.to(device), stream, tell)
+        adapter = extract_adapter(model, label=config.name, config=_peft_fields(config, model))
+    write_adapter(adapter, folder)
+    return {
+        **_identity(config, base),
+        "modules": modules,
+        "device": _describe(device),
+        "versions": _versions(),
+        "metrics": metrics,
+        "seconds": round(time.perf_counter() - started, 2),
+        "files": {name: file_sha256(folder / name) for name in (METRICS_NAME, *ADAPTER_NAMES)},
+    }
+
+
+def _run_loop(
+    config: RunConfig, model: DigitsViT, stream: TextIO, tell: Progress
+) -> dict[str, float]:
+    """Train, writing each step as it comes; return the figures that stand for the run."""
+    from lora_analysis.training.digits import digits_task
+    from lora_analysis.training.loop import training_steps
+
+    data = digits_task(config.task)
+    seen: list[StepMetrics] = []
+    for metrics in training_steps(model, data, config.loop):
+        stream.write(json.dumps(metrics.to_dict()) + "\n")
+        stream.flush()
+        seen.append(metrics)
+        tell(
+            RunEvent(
+                config.name,
+                "step",
+                metrics.step,
+                config.loop.steps,
+                loss=metrics.loss,
+                test_accuracy=metrics.test_accuracy,
+            )
+        )
+    epoch = max(1, len(data.train) // config.loop.batch_size)
+    losses = [metrics.loss for metrics in seen if metrics.loss is not None][-epoch:]
+    accuracies = [m.test_accuracy for m in seen if m.test_accuracy is not None]
+    return {
+        "base_accuracy": accuracies[0],
+        "accuracy": accuracies[-1],
+        "loss": sum(losses) / len(losses),  # training loss, mean over the last epoch
+    }
+
+
+def _identity(config: RunConfig, base: Path | None) -> dict[str, Any]:
+    digest = base_sha256(base)
+    return {
+        "name": config.name,
+        "task": config.task,
+        "rank": config.rank,
+        "seed": config.seed,
+        "data_seed": config.loop.data_seed,
+        "config": config.to_dict(),
+        "base_sha256": digest,
+        "key": config.key(digest),
+    }
+
+
+def _peft_fields(config: RunConfig, model: DigitsViT) -> dict[str, Any]:
+    return {
+        "base_model_name_or_path": model.config.to_dict()["model_type"],
+        "target_modules": list(config.targets),
+        "lora_alpha": config.alpha,
+        "use_rslora": config.use_rslora,
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("lora-analysis", "torch", "numpy", "scikit-learn")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def _describe(device: torch.device) -> str:
+    import torch
+
+    if device.type != "cuda":
+        return str(device)
+    return f"{device} ({torch.cuda.get_device_name(device)})"
+
+
+def _sha256_or_none(path: Path) -> str | None:
+    return file_sha256(path) if path.is_file() else None
+
+
+def _ignore(event: RunEvent) -> None:
+    """Watch nothing."""

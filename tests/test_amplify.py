@@ -1,0 +1,325 @@
+"""Amplification: W that shares ΔW's directions, invariances, and dense formulas."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import reference
+from factories import low_rank_update, orthonormal, planted_update
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import IDENTITY, ORACLE
+
+from lora_analysis import amplify
+from lora_analysis.adapter import DenseUpdate
+from lora_analysis.amplify import amplification
+from lora_analysis.bases import Weight, open_base
+from lora_analysis.errors import DegenerateSubspaceError, IncompatibleError, InputError, ScaleError
+from lora_analysis.spectra import spectrum
+
+D_OUT, D_IN = 24, 20
+
+
+def streamed(W, *, rows=5, columns=7, transposed=False):
+    """W as a base gives it: float32 tiles in one buffer that is overwritten at every step."""
+    stored = np.asarray(W.T if transposed else W, dtype=np.float32)
+
+    def tiles():
+        buffer = np.empty(rows * columns, dtype=np.float32)
+        for top in range(0, stored.shape[0], rows):
+            for left in range(0, stored.shape[1], columns):
+                part = stored[top : top + rows, left : left + columns]
+                tile = buffer[: part.size].reshape(part.shape)
+                tile[...] = part
+                bottom, right = top + part.shape[0], left + part.shape[1]
+                yield slice(top, bottom), slice(left, right), tile
+        buffer[:] = np.nan
+
+    return Weight("q.weight", W.shape, "float32", transposed, tiles)
+
+
+# --- closed forms -----------------------------------------------------------------------------
+
+
+def test_a_weight_that_shares_the_directions_gives_ratios_of_singular_values(rng):
+    # The update's first direction is the weight's third, as the paper found: amplified, not copied.
+    U, V = orthonormal(rng, D_OUT, 3), orthonormal(rng, D_IN, 3)
+    W = (U * np.array([12.0, 4.0, 3.0])) @ V.T
+    update = planted_update(U[:, [2, 1]], np.array([6.0, 2.5]), V[:, [2, 1]])
+    found = amplification(update, W)
+    np.testing.assert_allclose(found.projected, [3, 5], rtol=IDENTITY)
+    np.testing.assert_allclose(found.weight_top, [12, np.sqrt(160)], rtol=IDENTITY)
+    np.testing.assert_allclose(found.amplification_factor, [2, 6.5 / 5], rtol=IDENTITY)
+    np.testing.assert_allclose(np.abs(found.core), np.diag([3, 4]), atol=IDENTITY)
+    np.testing.assert_allclose(found.S, [6, 2.5], rtol=IDENTITY)
+    assert found.weight_norm == pytest.approx(13)
+    assert found.relative_norm == pytest.approx(6.5 / 13)
+    rms = 13 * np.array([1, 2]) / np.sqrt(D_OUT * D_IN)
+    np.testing.assert_allclose(found.random.rms, rms, rtol=IDENTITY)
+    np.testing.assert_allclose(found.enrichment, [3, 5] / rms, rtol=IDENTITY)
+    np.testing.assert_allclose(found.chance_factor, [6, 6.5] / rms, rtol=IDENTITY)
+    np.testing.assert_array_equal(found.k, [1, 2])
+
+
+def test_the_factor_is_the_chance_factor_over_the_enrichment(rng):
+    found = amplification(low_rank_update(rng), rng.standard_normal((D_OUT, D_IN)))
+    np.testing.assert_allclose(found.amplification_factor * found.enrichment, found.chance_factor)
+
+
+def test_the_update_itself_as_weight_is_amplified_once(rng):
+    update = low_rank_update(rng)
+    found = amplification(update, update.delta_weight())
+    np.testing.assert_allclose(found.amplification_factor, 1, rtol=IDENTITY)
+    np.testing.assert_allclose(found.projected, found.weight_top, rtol=IDENTITY)
+    assert found.relative_norm == pytest.approx(1)
+
+
+def test_a_weight_without_these_directions_gives_an_infinite_factor_and_no_enrichment(rng):
+    update = planted_update(np.eye(D_OUT, 2), np.array([2.0, 1.0]), np.eye(D_IN, 2))
+    W = np.zeros((D_OUT, D_IN))
+    W[5:, 5:] = rng.standard_normal((D_OUT - 5, D_IN - 5))
+    found = amplification(update, W)
+    assert np.isposinf(found.amplification_factor).all()
+    np.testing.assert_array_equal(found.enrichment, 0)
+    nothing = amplification(update, np.zeros((D_OUT, D_IN)))
+    assert nothing.weight_norm == 0
+    assert nothing.relative_norm == np.inf
+    assert np.isnan(nothing.enrichment).all()
+
+
+# --- slow twin --------------------------------------------------------------------------------
+
+
+@given(
+    d_out=st.integers(1, 9),
+    d_in=st.integers(1, 9),
+    rank=st.integers(1, 6),
+    dtype=st.sampled_from([np.float16, np.float32, np.float64]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_amplification_equals_the_dense_formulas(d_out, d_in, rank, dtype, seed):
+    rng = np.random.default_rng(seed)
+    update = low_rank_update(rng, d_out, d_in, rank)
+    W = rng.standard_normal((d_out, d_in)).astype(dtype)
+    found = amplification(update, W, draws=1)
+    n = min(rank, d_out, d_in)
+    U, S, V = reference.dense_svd(update.delta_weight(), n)
+    projected = reference.projected_norms(U, W.astype(np.float64), V)
+    np.testing.assert_allclose(found.projected, projected, atol=1e-7)
+    np.testing.assert_allclose(
+        found.amplification_factor, [np.linalg.norm(S[:k]) for k in found.k] / found.projected
+    )
+    top = reference.dense_svd(W, n)[1]
+    np.testing.assert_allclose(found.weight_top, [np.linalg.norm(top[:k]) for k in found.k])
+    assert found.weight_norm == pytest.approx(np.linalg.norm(W.astype(np.float64)))
+
+
+@pytest.mark.parametrize("kind", ["random", "graded", "rank-deficient"])
+def test_amplification_equals_the_oracle_on_hard_factors(rng, kind):
+    update = low_rank_update(rng, rank=5)
+    if kind == "graded":
+        grade = np.logspace(0, -4, 5)
+        update = replace(update, A=update.A * grade[:, None], B=update.B * grade)
+    if kind == "rank-deficient":
+        B = update.B.copy()
+        B[:, 3:] = B[:, :3] @ rng.standard_normal((3, 2))
+        update = replace(update, B=B)
+    W = rng.standard_normal((D_OUT, D_IN))
+    found = amplification(update, W)
+    n = 3 if kind == "rank-deficient" else 5
+    assert len(found.k) == n
+    U, _, V = reference.dense_svd(update.delta_weight(), n)
+    np.testing.assert_allclose(found.projected, reference.projected_norms(U, W, V), atol=ORACLE)
+    np.testing.assert_allclose(np.abs(found.core), np.abs(U.T @ W @ V), atol=ORACLE)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_weight_in_tiles_gives_what_the_whole_array_gives(rng, transposed):
+    update = low_rank_update(rng)
+    W = rng.standard_normal((D_OUT, D_IN)).astype(np.float32)
+    whole, tiled = (
+        amplification(update, W),
+        amplification(update, streamed(W, transposed=transposed)),
+    )
+    based = amplification(update, open_base({"q": W}).weight("q"))
+    for found in (tiled, based):
+        np.testing.assert_allclose(found.core, whole.core, rtol=IDENTITY)
+        np.testing.assert_allclose(found.weight_top, whole.weight_top, rtol=IDENTITY)
+        np.testing.assert_allclose(found.random.mean, whole.random.mean, rtol=IDENTITY)
+        assert found.weight_norm == pytest.approx(whole.weight_norm, rel=IDENTITY)
+
+
+def test_a_large_array_is_taken_in_row_blocks(rng, monkeypatch):
+    update, W = low_rank_update(rng), rng.standard_normal((D_OUT, D_IN))
+    whole = amplification(update, W)
+    for elements in (1, 3 * D_IN, 7 * D_IN):
+        monkeypatch.setattr(amplify, "_TILE", elements)
+        np.testing.assert_allclose(amplification(update, W).core, whole.core, rtol=IDENTITY)
+
+
+def test_a_dense_update_is_amplified_like_its_factors(rng):
+    update, W = low_rank_update(rng), rng.standard_normal((D_OUT, D_IN))
+    dense = amplification(DenseUpdate(name="q", delta=update.delta_weight()), W)
+    np.testing.assert_allclose(
+        dense.amplification_factor, amplification(update, W).amplification_factor, rtol=ORACLE
+    )
+
+
+# --- invariances ------------------------------------------------------------------------------
+
+
+def test_the_factor_grows_with_the_scale_and_the_enrichment_does_not(rng):
+    update, W = low_rank_update(rng, scale=1.0), rng.standard_normal((D_OUT, D_IN))
+    one, three = amplification(update, W), amplification(replace(update, scale=-3.0), W)
+    np.testing.assert_allclose(three.amplification_factor, 3 * one.amplification_factor)
+    np.testing.assert_allclose(three.chance_factor, 3 * one.chance_factor)
+    np.testing.assert_allclose(three.enrichment, one.enrichment)
+    assert three.relative_norm == pytest.approx(3 * one.relative_norm)
+    twice = amplification(update, 2 * W)
+    np.testing.assert_allclose(twice.amplification_factor, one.amplification_factor / 2)
+    np.testing.assert_allclose(twice.enrichment, one.enrichment)
+
+
+def test_another_split_into_factors_changes_nothing(rng):
+    update, W = low_rank_update(rng), rng.standard_normal((D_OUT, D_IN))
+    G = rng.standard_normal((4, 4))
+    same = replace(update, A=G @ update.A, B=update.B @ np.linalg.inv(G))
+    np.testing.assert_allclose(
+        amplification(same, W).enrichment, amplification(update, W).enrichment, rtol=ORACLE
+    )
+
+
+def test_turning_both_spaces_of_update_and_weight_changes_nothing(rng):
+    update, W = low_rank_update(rng), rng.standard_normal((D_OUT, D_IN))
+    P, Q = orthonormal(rng, D_OUT, D_OUT), orthonormal(rng, D_IN, D_IN)
+    turned = amplification(replace(update, A=update.A @ Q, B=P @ update.B), P @ W @ Q)
+    found = amplification(update, W)
+    np.testing.assert_allclose(turned.projected, found.projected, rtol=ORACLE)
+    np.testing.assert_allclose(turned.weight_top, found.weight_top, rtol=ORACLE)
+
+
+def test_transposing_update_and_weight_changes_nothing(rng):
+    update, W = low_rank_update(rng), rng.standard_normal((D_OUT, D_IN))
+    turned = amplification(replace(update, A=update.B.T, B=update.A.T), W.T)
+    np.testing.assert_allclose(turned.projected, amplification(update, W).projected, rtol=ORACLE)
+
+
+def test_projections_grow_with_k_and_stay_below_the_weights_own(rng):
+    found = amplification(low_rank_update(rng, rank=8), rng.standard_normal((D_OUT, D_IN)))
+    assert (np.diff(found.projected) > 0).all()
+    assert (found.projected <= found.weight_top).all()
+
+
+# --- random directions ------------------------------------------------------------------------
+
+
+def test_random_directions_have_the_exact_root_mean_square(rng):
+    update = low_rank_update(rng, 12, 9, 3)
+    W = rng.standard_normal((12, 9)) * np.linspace(3, 0.1, 9)
+    found = amplification(update, W, draws=4000).random
+    # Over many draws mean² + spread² is the mean square; its error follows from the spread.
+    square = found.mean**2 + found.spread**2
+    error = 2 * found.mean * found.spread / np.sqrt(4000)
+    assert (np.abs(square - found.rms**2) <= reference.STANDARD_ERRORS * error).all()
+    assert (found.mean < found.rms).all()
+
+
+def test_the_mean_lies_below_the_root_mean_square_as_derived_for_a_flat_weight(rng):
+    # 0.80 of it for one direction, 0.95 for two, 0.99 for four.
+    update = low_rank_update(rng, 64, 64, 4)
+    found = amplification(update, np.eye(64), draws=2000).random
+    ratio = (found.mean / found.rms)[[0, 1, 3]]
+    np.testing.assert_allclose(ratio, [0.80, 0.95, 0.99], atol=0.04)
+
+
+def test_random_directions_follow_the_seed_and_may_be_left_out(rng):
+    update, W = low_rank_update(rng), rng.standard_normal((D_OUT, D_IN))
+    one, again = (amplification(update, W, seed=3).random for _ in range(2))
+    np.testing.assert_array_equal(one.mean, again.mean)
+    assert one.draws == 16
+    assert (amplification(update, W, seed=4).random.mean != one.mean).all()
+    none = amplification(update, W, draws=0).random
+    assert np.isnan(none.mean).all()
+    assert np.isnan(none.spread).all()
+    np.testing.assert_array_equal(none.rms, one.rms)
+
+
+# --- choices ----------------------------------------------------------------------------------
+
+
+def test_fewer_directions_are_the_leading_entries_of_all(rng):
+    update, W = low_rank_update(rng), rng.standard_normal((D_OUT, D_IN))
+    full, two = amplification(update, W), amplification(update, W, k=2)
+    assert two.core.shape == (2, 2)
+    for field in ("S", "projected", "amplification_factor", "enrichment", "chance_factor"):
+        np.testing.assert_allclose(getattr(two, field), getattr(full, field)[:2], rtol=IDENTITY)
+    np.testing.assert_allclose(two.weight_top, full.weight_top[:2], rtol=IDENTITY)
+    assert two.relative_norm == full.relative_norm
+
+
+def test_the_weights_own_directions_may_be_given_or_left_out(rng):
+    update, W = low_rank_update(rng), rng.standard_normal((D_OUT, D_IN))
+    values = np.linalg.svd(W, compute_uv=False)
+    given_values = amplification(update, W, weight_values=values, weight_directions=False)
+    np.testing.assert_allclose(
+        given_values.weight_top, amplification(update, W).weight_top, rtol=IDENTITY
+    )
+    assert amplification(update, W, weight_directions=False).weight_top is None
+
+
+def test_a_precomputed_spectrum_gives_the_same_numbers(rng):
+    update, W = low_rank_update(rng), rng.standard_normal((D_OUT, D_IN))
+    np.testing.assert_array_equal(
+        amplification(spectrum(update), W).core, amplification(update, W).core
+    )
+
+
+# --- errors -----------------------------------------------------------------------------------
+
+UPDATE = low_rank_update(np.random.default_rng(1), label="r8-s0")
+W = np.ones((D_OUT, D_IN))
+
+
+@pytest.mark.parametrize(
+    ("ask", "error", "words"),
+    [
+        (
+            lambda: amplification(UPDATE, W.T),
+            IncompatibleError,
+            ["'layers.0.q_proj' in r8-s0", "(24, 20)", "(20, 24)", "transposed"],
+        ),
+        (
+            lambda: amplification(UPDATE, streamed(W[:4])),
+            IncompatibleError,
+            ["'q.weight' is (4, 20)"],
+        ),
+        (
+            lambda: amplification(replace(UPDATE, scale=None), W),
+            ScaleError,
+            ["'layers.0.q_proj' in r8-s0", "scale", "alpha="],
+        ),
+        (
+            lambda: amplification(replace(UPDATE, B=0 * UPDATE.B), W),
+            DegenerateSubspaceError,
+            ["'layers.0.q_proj' in r8-s0 is untrained"],
+        ),
+        (
+            lambda: amplification(UPDATE, W, k=5),
+            DegenerateSubspaceError,
+            ["Top-5 input", "numerical rank is 4", "Use k <= 4"],
+        ),
+        (lambda: amplification(UPDATE, W, k=0), InputError, ["k >= 1", "k = 0"]),
+        (
+            lambda: amplification(spectrum(UPDATE, factor="A"), W),
+            InputError,
+            ["factor 'A'", "asked for 'delta'"],
+        ),
+    ],
+)
+def test_errors_say_what_was_asked_and_what_was_found(ask, error, words):
+    with pytest.raises(error) as caught:
+        ask()
+    for word in words:
+        assert word in str(caught.value)

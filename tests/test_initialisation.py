@@ -1,0 +1,348 @@
+"""Shared starts: simulated pairs of every kind, and adapters that others trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import reference
+from factories import low_rank_update, orthonormal
+from reference import IDENTITY
+from safetensors.numpy import load_file
+
+from lora_analysis.adapter import DenseUpdate, LowRankUpdate
+from lora_analysis.initialisation import (
+    ModuleStart,
+    common_starts,
+    judge_start,
+    module_start,
+)
+from lora_analysis.similarity import subspace_similarity
+from lora_analysis.spectra import spectrum
+
+D = 64
+MODULES = 8
+
+
+def kaiming(rng, rank, columns):
+    bound = 1 / np.sqrt(columns)
+    return rng.uniform(-bound, bound, (rank, columns))
+
+
+def trained(rng, A, drift=0.2, name="q"):
+    """An update after training from A: every row turned a little, B learned on its own."""
+    moved = A + drift * np.abs(A).mean() * rng.standard_normal(A.shape)
+    return LowRankUpdate(name=name, A=moved, B=rng.standard_normal((D, len(A))), scale=1.0)
+
+
+def pairs(rng, r1=4, r2=4, shared=MODULES, drift=0.2):
+    """Two adapters of 8 modules of which the first ``shared`` start from the same rows."""
+    one, two = [], []
+    for index in range(MODULES):
+        A1 = kaiming(rng, r1, D)
+        A2 = kaiming(rng, r2, D)
+        if index < shared:
+            n = min(r1, r2)
+            A2[:n] = A1[:n]
+        one.append(trained(rng, A1, drift, f"layers.{index}.q_proj"))
+        two.append(trained(rng, A2, drift, f"layers.{index}.q_proj"))
+    return one, two
+
+
+def full_similarity(one, two):
+    grids = [subspace_similarity(a, b).values for a, b in zip(one, two, strict=True)]
+    return [grid[-1, -1] for grid in grids if grid.size]
+
+
+def verdict(one, two):
+    return judge_start(common_starts(one, two), full_similarity(one, two))
+
+
+# --- the evidence -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("r1", "r2"), [(4, 4), (2, 6), (6, 2), (1, 3), (3, 1), (1, 2)])
+def test_the_evidence_equals_loops_over_rows(rng, r1, r2):
+    one, two = low_rank_update(rng, rank=r1), low_rank_update(rng, rank=r2)
+    A = two.A.copy()
+    n = min(r1, r2)
+    A[:n] += one.A[:n]
+    two = replace(two, A=A)
+    found = module_start(one, two)
+    c, q, z = reference.start(one.A, two.A)
+    assert found.row_cosine == pytest.approx(c, rel=IDENTITY)
+    assert found.cross_cosine == pytest.approx(q, rel=IDENTITY)
+    assert found.z == pytest.approx(z, rel=IDENTITY)
+    columns = [reference.cosine(one.B[:, k], two.B[:, k]) for k in range(n)]
+    assert found.other_cosine == pytest.approx(np.mean(columns), rel=IDENTITY)
+    assert (found.module, found.ranks) == ("layers.0.q_proj", (r1, r2))
+
+
+def test_orthogonal_rows_are_held_against_what_random_rows_give(rng):
+    # Without cross-correlation q is 0; the floor 1/√d keeps z finite.
+    A = orthonormal(rng, 20, 4).T
+    one = low_rank_update(rng)
+    found = module_start(replace(one, A=A), replace(one, A=A))
+    assert found.cross_cosine == pytest.approx(0, abs=IDENTITY)
+    assert found.z == pytest.approx(2 * np.sqrt(20))
+    assert found.shared
+
+
+def test_the_evidence_does_not_depend_on_the_size_of_rows_or_on_the_order_of_the_pair(rng):
+    one, two = (side[0] for side in pairs(rng))
+    plain = module_start(one, two)
+    sized = module_start(replace(one, A=one.A * [[1e-3], [1], [50], [7]], scale=-3.0), two)
+    back = module_start(two, one)
+    for found in (sized, back):
+        assert found.row_cosine == pytest.approx(plain.row_cosine)
+        assert found.z == pytest.approx(plain.z)
+        assert found.shared == plain.shared
+
+
+@pytest.mark.parametrize(
+    ("c", "q", "n", "shared"),
+    [
+        (0.21, 0.01, 4, False),  # z = 2 · .21 / (1/√64) = 3.4
+        (0.32, 0.01, 4, True),  # z = 5.1
+        (0.30, 0.01, 4, False),  # z = 4.8 asks for c ≥ .5
+        (0.55, 0.01, 1, True),  # z = 4.4
+        (0.49, 0.01, 1, False),  # z = 3.9
+        (0.19, 0.01, 16, False),  # z = 6.1, but c is too small
+        (0.60, 0.40, 4, False),  # strongly correlated rows explain c: z = 3
+    ],
+)
+def test_the_rule_needs_both_a_cosine_and_a_distance_from_the_noise(c, q, n, shared):
+    # Rows with exactly these cosines: row k of the second makes c with row k of the first, and
+    # q with the others up to sign.
+    one = np.eye(n, D) if n > 1 else np.eye(2, D)[:1]
+    two = np.full((max(n, 2), len(one)), q)
+    np.fill_diagonal(two, c)
+    rest = np.sqrt(1 - np.sum(two**2, axis=1))
+    A2 = np.hstack([two, np.zeros((len(two), D - len(one) - len(two))), np.diag(rest)])
+    found = module_start(
+        LowRankUpdate(name="q", A=one, B=np.ones((3, len(one))), scale=1.0),
+        LowRankUpdate(name="q", A=A2, B=np.ones((3, len(A2))), scale=1.0),
+    )
+    assert found.row_cosine == pytest.approx(c)
+    assert found.cross_cosine == pytest.approx(q)
+    assert found.shared == shared
+
+
+def test_an_untrained_b_and_zero_rows_do_not_prevent_the_test(rng):
+    one, two = (side[0] for side in pairs(rng))
+    found = module_start(replace(one, B=0 * one.B), two)
+    assert found.shared
+    assert found.other_cosine == 0
+    A = one.A.copy()
+    A[2] = 0
+    assert module_start(replace(one, A=A), two).row_cosine == pytest.approx(
+        module_start(one, two).row_cosine * 3 / 4, rel=0.1
+    )
+
+
+def test_updates_of_different_output_width_have_no_matching_columns(rng):
+    one, two = (side[0] for side in pairs(rng))
+    found = module_start(one, replace(two, B=two.B[: D // 2]))
+    assert found.shared
+    assert found.other_cosine == 0
+
+
+# --- verdicts ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("r1", "r2"), [(4, 4), (8, 16), (2, 8), (1, 4)])
+def test_independent_starts_are_called_independent(rng, r1, r2):
+    found = verdict(*pairs(rng, r1, r2, shared=0))
+    assert (found.kind, found.modules, found.compared) == ("independent", (), MODULES)
+    assert found.other_cosine is None
+    assert not found.contaminates_input
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize(("r1", "r2"), [(4, 4), (8, 16), (16, 4), (2, 8)])
+def test_the_same_initial_rows_are_found_through_training_and_other_ranks(rng, r1, r2, drift):
+    found = verdict(*pairs(rng, r1, r2, drift=drift))
+    assert found.kind == "same initial A"
+    assert found.modules == tuple(f"layers.{k}.q_proj" for k in range(MODULES))
+    assert abs(found.other_cosine) < 0.4
+    assert found.contaminates_input
+
+
+def test_some_shared_modules_make_a_pair_partly_shared_and_are_listed(rng):
+    found = verdict(*pairs(rng, shared=3))
+    assert found.kind == "partly shared"
+    assert found.modules == ("layers.0.q_proj", "layers.1.q_proj", "layers.2.q_proj")
+    assert found.compared == MODULES
+    assert not found.contaminates_input
+
+
+def test_an_agreeing_other_factor_means_one_run(rng):
+    one, _ = pairs(rng)
+    later = [
+        replace(u, A=u.A + 0.01 * rng.standard_normal(u.A.shape), B=2 * u.B + 0.5) for u in one
+    ]
+    found = verdict(one, later)
+    assert found.kind == "same run"
+    assert found.other_cosine > 0.8
+    assert found.contaminates_input
+
+
+def test_a_resized_copy_shares_its_space_though_not_its_rows(rng):
+    one, _ = pairs(rng)
+    resized = []
+    for update in one:
+        turn = orthonormal(rng, 4, 4)
+        resized.append(replace(update, A=turn @ update.A, B=update.B @ turn.T))
+    found = verdict(one, resized)
+    assert found.kind == "same input space"
+    assert found.contaminates_input
+    smaller = [replace(u, A=u.A[:2], B=u.B[:, :2]) for u in resized]  # cut after the rotation
+    assert verdict(one, smaller).kind == "same input space"
+    # Without φ there is nothing to recognise it by.
+    assert judge_start(common_starts(one, resized)).kind == "independent"
+
+
+def test_correlated_rows_alone_do_not_make_a_start_shared(rng):
+    # Training pulls every row towards one common direction: c is large, but so is q.
+    common = rng.standard_normal(D)
+    one, two = (
+        [replace(u, A=u.A + np.outer(rng.standard_normal(4), common)) for u in side]
+        for side in pairs(rng, shared=0)
+    )
+    starts = common_starts(one, two)
+    assert max(abs(start.row_cosine) for start in starts) > 0.5
+    assert judge_start(starts).kind == "independent"
+
+
+# --- rank one ---------------------------------------------------------------------------------
+
+
+def rank_one(cosines, other=0.0):
+    return [
+        ModuleStart(f"layers.{k}.q_proj", (1, 1), c, None, None, other, shared=False)
+        for k, c in enumerate(cosines)
+    ]
+
+
+def test_rank_one_modules_carry_no_verdict_of_their_own(rng):
+    found = module_start(low_rank_update(rng, rank=1), low_rank_update(rng, rank=1))
+    assert (found.cross_cosine, found.z, found.shared) == (None, None, False)
+
+
+@pytest.mark.parametrize(
+    ("cosines", "other", "kind"),
+    [
+        ([0.9] * 6, 0.1, "same initial A"),
+        ([0.9] * 6, 0.7, "same run"),
+        ([0.9] * 6 + [0.1], 0.1, "partly shared"),
+        ([0.9] * 5, 0.1, "undecidable"),
+        ([0.9] * 6 + [-0.9], 0.1, "undecidable"),
+        ([0.4] * 20, 0.1, "undecidable"),
+        ([0.0] * 20, 0.1, "undecidable"),
+    ],
+)
+def test_rank_one_pairs_are_judged_by_many_modules_of_one_sign(cosines, other, kind):
+    found = judge_start(rank_one(cosines, other))
+    assert found.kind == kind
+    assert found.compared == len(cosines)
+    assert len(found.modules) == (sum(c >= 0.5 for c in cosines) if kind != "undecidable" else 0)
+
+
+def test_simulated_rank_one_pairs(rng):
+    assert verdict(*pairs(rng, 1, 1)).kind == "same initial A"
+    assert verdict(*pairs(rng, 1, 1, shared=0)).kind == "undecidable"
+
+
+def test_rank_one_modules_among_others_are_passed_over(rng):
+    starts = common_starts(*pairs(rng))
+    found = judge_start([*starts, *rank_one([0.99, 0.0])])
+    assert found.kind == "same initial A"
+    assert found.compared == MODULES
+
+
+# --- which modules are compared ---------------------------------------------------------------
+
+
+def test_only_low_rank_updates_of_one_input_width_are_compared(rng):
+    one, two = pairs(rng)
+    one[0] = DenseUpdate(name="layers.0.q_proj", delta=one[0].delta_weight())
+    two[1] = replace(two[1], A=two[1].A[:, : D // 2])
+    names = [start.module for start in common_starts(one, two)]
+    assert names == [f"layers.{k}.q_proj" for k in range(2, MODULES)]
+
+
+def test_nothing_to_compare_is_not_applicable():
+    found = judge_start([])
+    assert (found.kind, found.modules, found.compared) == ("not applicable", (), 0)
+
+
+# --- adapters that others trained -------------------------------------------------------------
+
+
+def sam_ring(folder, name):
+    tensors = load_file(folder / "sam-ring" / f"{name}.safetensors")
+    return [
+        LowRankUpdate(
+            name=f"{k:03d}", A=tensors[f"w_a_{k:03d}"], B=tensors[f"w_b_{k:03d}"], scale=1.0
+        )
+        for k in range(24)
+    ]
+
+
+def qwen(folder, name):
+    tensors = load_file(folder / "qwen2.5-peft" / name / "adapter_model.safetensors")
+    return [
+        LowRankUpdate(name=key, A=tensors[key], B=tensors[key.replace("_A", "_B")], scale=2.0)
+        for key in sorted(tensors)
+        if "lora_A" in key
+    ]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["checkpoint-23", "checkpoint-46"])
+def test_checkpoints_of_one_run_are_called_the_same_run(real_adapters, name):
+    found = verdict(qwen(real_adapters, name), qwen(real_adapters, "final"))
+    assert found.kind == "same run"
+    assert len(found.modules) == found.compared == 48
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("one", "two"), [(8, 16), (2, 4), (4, 16)])
+def test_separate_trainings_are_called_independent(real_adapters, one, two):
+    found = verdict(
+        sam_ring(real_adapters, f"lora_rank{one}"), sam_ring(real_adapters, f"lora_rank{two}")
+    )
+    assert (found.kind, found.compared) == ("independent", 24)
+
+
+@pytest.mark.real
+def test_an_untrained_adapter_is_called_untrained_and_its_start_still_compared(real_adapters):
+    untrained = sam_ring(real_adapters, "untrained")
+    assert all(spectrum(update).untrained for update in untrained)
+    assert verdict(untrained, sam_ring(real_adapters, "lora_rank4")).kind == "independent"
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("side", "expected"), [("input", 0.284), ("output", 0.785)])
+def test_rank_8_and_16_of_one_task_agree_in_their_first_direction(real_adapters, side, expected):
+    grids = [
+        subspace_similarity(a, b, side=side)
+        for a, b in zip(
+            sam_ring(real_adapters, "lora_rank8"),
+            sam_ring(real_adapters, "lora_rank16"),
+            strict=True,
+        )
+    ]
+    assert np.mean([grid.at(1, 1) for grid in grids]) == pytest.approx(expected, abs=1e-3)
+    assert np.mean([grid.chance[0, 0] for grid in grids]) == pytest.approx(0.0013, abs=1e-4)
+    dense = reference.similarity(
+        *(
+            reference.dense_svd(update.delta_weight(), 4)[2 if side == "input" else 0]
+            for update in (
+                sam_ring(real_adapters, "lora_rank8")[5],
+                sam_ring(real_adapters, "lora_rank16")[5],
+            )
+        )
+    )
+    np.testing.assert_allclose(grids[5].values[:4, :4], dense, atol=reference.ORACLE)
