@@ -114,7 +114,7 @@ class LowRankUpdate:
     @property
     def rank(self) -> int:
         """Columns of B: the rank the adapter was given, not the one it uses."""
-        return self.B.shape[1]
+        return int(self.B.shape[1])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -174,7 +174,7 @@ class DenseUpdate:
     @property
     def shape(self) -> tuple[int, int]:
         """Shape ``(d_out, d_in)`` of ΔW."""
-        return self.delta.shape  # type: ignore[return-value]
+        return self.delta.shape[0], self.delta.shape[1]
 
     def delta_weight(self) -> NDArray[np.float64]:
         """Return ΔW as a dense float64 matrix ``(d_out, d_in)``."""

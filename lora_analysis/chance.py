@@ -20,7 +20,8 @@ def similarity_mean(dimension: int, i: ArrayLike, j: ArrayLike) -> NDArray[np.fl
 
     ``E φ = max(i, j) / d``. ``i`` and ``j`` broadcast.
     """
-    return np.maximum(i, j) / np.float64(dimension)
+    larger: NDArray[np.float64] = np.maximum(np.asarray(i), np.asarray(j), dtype=np.float64)
+    return larger / dimension
 
 
 def similarity_grid_mean(dimension: int, rows: int, columns: int) -> NDArray[np.float64]:
@@ -41,7 +42,10 @@ def similarity_variance(dimension: int, i: ArrayLike, j: ArrayLike) -> NDArray[n
     if dimension == 1:
         return np.zeros(np.broadcast_shapes(rows.shape, columns.shape))
     spread = 2 * rows * columns * (d - rows) * (d - columns)
-    return spread / (d**2 * (d - 1) * (d + 2) * np.minimum(rows, columns) ** 2)
+    variance: NDArray[np.float64] = spread / (
+        d**2 * (d - 1) * (d + 2) * np.minimum(rows, columns) ** 2
+    )
+    return variance
 
 
 def energy_overlap_mean(dimension: int, participation: tuple[float, float]) -> float:

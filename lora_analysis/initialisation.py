@@ -113,7 +113,7 @@ def module_start(a: LowRankUpdate, b: LowRankUpdate) -> ModuleStart:
     n = min(cosines.shape)
     matched = float(np.mean(np.diagonal(cosines)))
     columns = _unit_rows(a.B.T[:n]) * _unit_rows(b.B.T[:n]) if a.shape == b.shape else np.zeros(1)
-    off = ~np.eye(*cosines.shape, dtype=bool)
+    off = np.eye(*cosines.shape) == 0
     cross = z = None
     shared = False
     if off.any():

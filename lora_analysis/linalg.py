@@ -155,7 +155,6 @@ def principal_angles(U: Float, V: Float) -> Float:
     gram = U.T @ V  # (larger, smaller)
     cosines = np.linalg.svd(gram, compute_uv=False)
     outside = V - U @ gram
-    outside -= U @ (U.T @ outside)  # a second pass removes what rounding left inside the span
     sines = np.linalg.svd(outside, compute_uv=False)[::-1]
     return np.arctan2(sines, cosines)
 
@@ -176,7 +175,7 @@ def leading_singular_values(W: Float, k: int) -> Float:
     dense = np.asarray(W, dtype=np.float64)
     if min(dense.shape) <= DENSE_SVD_LIMIT or k > min(dense.shape) // 8:
         return np.linalg.svd(dense, compute_uv=False)[:k]
-    from scipy.sparse.linalg import ArpackError, svds  # noqa: PLC0415  (0.1 s of import)
+    from scipy.sparse.linalg import ArpackError, svds
 
     start = np.random.default_rng(0).standard_normal(min(dense.shape))
     try:

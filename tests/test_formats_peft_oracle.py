@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from test_formats_peft import adapters
 
 from lora_analysis.adapter import Adapter, LowRankUpdate
 from lora_analysis.formats import find_adapters, read_adapter, write_adapter
@@ -161,6 +164,27 @@ def test_what_is_written_loads_in_peft_with_the_same_logits(
     ids = torch.arange(10)[None]
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-6)
+
+
+@given(adapter=adapters())
+def test_patterns_that_are_written_mean_the_same_to_peft(
+    tmp_path_factory: pytest.TempPathFactory, adapter: Adapter
+) -> None:
+    from peft.utils.other import get_pattern_key
+
+    folder = write_adapter(adapter, tmp_path_factory.mktemp("patterns"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for name, update in adapter.items():
+        stated = {
+            key: config[f"{key}_pattern"].get(
+                get_pattern_key(config[f"{key}_pattern"].keys(), name), default
+            )
+            for key, default in (("rank", config["r"]), ("alpha", config["lora_alpha"]))
+        }
+        assert isinstance(update, LowRankUpdate)
+        assert stated["rank"] == update.rank
+        divisor = update.rank**0.5 if config["use_rslora"] else update.rank
+        assert stated["alpha"] / divisor == pytest.approx(update.scale, rel=1e-12)
 
 
 def test_a_state_dict_dump_of_two_adapters_is_read_by_name(tmp_path: Path) -> None:

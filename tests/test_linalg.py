@@ -9,7 +9,7 @@ import scipy.sparse.linalg
 from factories import orthonormal
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import IDENTITY, ORACLE
+from reference import IDENTITY, ORACLE, assert_close
 from scipy.linalg import block_diag
 
 from lora_analysis import linalg
@@ -31,21 +31,21 @@ def test_factored_svd_equals_the_dense_svd_for_every_shape(d_out, d_in, rank, se
     k = min(rank, d_out, d_in)
     norm = np.linalg.norm(B, 2) * np.linalg.norm(A, 2)
     assert (svd.U.shape, svd.S.shape, svd.V.shape) == ((d_out, k), (k,), (d_in, k))
-    np.testing.assert_allclose(svd.S, reference.dense_svd(B @ A, k)[1], atol=ORACLE * norm)
-    np.testing.assert_allclose((svd.U * svd.S) @ svd.V.T, B @ A, atol=IDENTITY * norm)
-    np.testing.assert_allclose(svd.U.T @ svd.U, np.eye(k), atol=IDENTITY)
-    np.testing.assert_allclose(svd.V.T @ svd.V, np.eye(k), atol=IDENTITY)
+    assert_close(svd.S, reference.dense_svd(B @ A, k)[1], atol=ORACLE * norm)
+    assert_close((svd.U * svd.S) @ svd.V.T, B @ A, atol=IDENTITY * norm)
+    assert_close(svd.U.T @ svd.U, np.eye(k), atol=IDENTITY)
+    assert_close(svd.V.T @ svd.V, np.eye(k), atol=IDENTITY)
     assert (np.diff(svd.S) <= 0).all()
-    np.testing.assert_allclose([svd.B_norm, svd.A_norm], [np.linalg.norm(m, 2) for m in (B, A)])
+    assert_close([svd.B_norm, svd.A_norm], [np.linalg.norm(m, 2) for m in (B, A)])
 
 
 def test_factored_svd_finds_planted_directions(rng):
     U, V = orthonormal(rng, 30, 4), orthonormal(rng, 20, 4)
     values = np.array([5.0, 3.0, 2.0, 0.1])
     svd = linalg.factored_svd(U * values, V.T)
-    np.testing.assert_allclose(svd.S, values, rtol=IDENTITY)
-    np.testing.assert_allclose(np.abs(np.diagonal(svd.U.T @ U)), 1, atol=IDENTITY)
-    np.testing.assert_allclose(np.diagonal(svd.U.T @ U), np.diagonal(svd.V.T @ V), atol=IDENTITY)
+    assert_close(svd.S, values, rtol=IDENTITY)
+    assert_close(np.abs(np.diagonal(svd.U.T @ U)), 1, atol=IDENTITY)
+    assert_close(np.diagonal(svd.U.T @ U), np.diagonal(svd.V.T @ V), atol=IDENTITY)
 
 
 def test_the_largest_entry_of_each_left_vector_is_positive(rng):
@@ -56,9 +56,7 @@ def test_the_largest_entry_of_each_left_vector_is_positive(rng):
 
 def test_the_values_alone_equal_those_that_come_with_vectors(rng):
     B, A = gaussian_factors(rng, 30, 20, 6)
-    np.testing.assert_allclose(
-        linalg.factored_singular_values(B, A), linalg.factored_svd(B, A).S, rtol=1e-14
-    )
+    assert_close(linalg.factored_singular_values(B, A), linalg.factored_svd(B, A).S, rtol=1e-14)
 
 
 def test_a_stack_gives_what_its_members_give(rng):
@@ -68,9 +66,9 @@ def test_a_stack_gives_what_its_members_give(rng):
     values = linalg.factored_singular_values(B, A)
     for index in np.ndindex(3, 2):
         one = linalg.factored_svd(B[index], A[index])
-        np.testing.assert_allclose(values[index], one.S, rtol=1e-13)
+        assert_close(values[index], one.S, rtol=1e-13)
         for stacked, single in zip(stack, one, strict=True):
-            np.testing.assert_allclose(stacked[index], single, rtol=1e-12, atol=1e-13)
+            assert_close(stacked[index], single, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("rank", [4, 16])
@@ -83,7 +81,7 @@ def test_the_absolute_error_of_ill_conditioned_factors_keeps_its_bound(rng, rank
     bound = 1e-15 * np.linalg.norm(B, 2) * np.linalg.norm(A, 2)
     assert np.abs(linalg.factored_svd(B, A.T).S - exact).max() <= bound
     dense = reference.dense_svd(B @ A.T, rank)[1]
-    np.testing.assert_allclose(linalg.factored_svd(B, A.T).S, dense, atol=ORACLE)
+    assert_close(linalg.factored_svd(B, A.T).S, dense, atol=ORACLE)
 
 
 @pytest.mark.parametrize("condition", [8, 12, 30])
@@ -98,8 +96,19 @@ def test_column_graded_factors_keep_every_value_to_full_relative_accuracy(rng, c
     else:
         B = B * turned[order]
     exact = reference.exact_singular_values(B, A, digits=120)
-    np.testing.assert_allclose(linalg.factored_svd(B, A).S, exact, rtol=1e-12)
-    np.testing.assert_allclose(linalg.factored_singular_values(B, A), exact, rtol=1e-12)
+    assert_close(linalg.factored_svd(B, A).S, exact, rtol=1e-12)
+    assert_close(linalg.factored_singular_values(B, A), exact, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rising", [False, True])
+def test_column_graded_factors_keep_their_directions_too(rng, rising):
+    B, A = gaussian_factors(rng, 20, 16, 5)
+    grade = np.logspace(0, -12, 5)
+    B = B * (grade[::-1] if rising else grade)
+    U, _, V = reference.exact_svd(B, A, 5)
+    svd = linalg.factored_svd(B, A)
+    assert_close(np.abs(svd.U.T @ U), np.eye(5), atol=1e-13)
+    assert_close(np.abs(svd.V.T @ V), np.eye(5), atol=1e-13)
 
 
 def test_large_cores_keep_graded_values_too(rng):
@@ -107,7 +116,7 @@ def test_large_cores_keep_graded_values_too(rng):
     B, A = gaussian_factors(rng, 40, 36, 30)
     B = B * rng.permutation(np.logspace(0, -10, 30))
     exact = reference.exact_singular_values(B, A, digits=50)
-    np.testing.assert_allclose(linalg.factored_svd(B, A).S, exact, rtol=1e-12)
+    assert_close(linalg.factored_svd(B, A).S, exact, rtol=1e-12)
 
 
 def test_rank_deficient_factors_leave_values_below_the_arithmetic_error(rng):
@@ -115,9 +124,9 @@ def test_rank_deficient_factors_leave_values_below_the_arithmetic_error(rng):
     B[:, 3:] = B[:, :3] @ rng.standard_normal((3, 2))
     svd = linalg.factored_svd(B, A)
     dense = reference.dense_svd(B @ A, 5)[1]
-    np.testing.assert_allclose(svd.S, dense, atol=ORACLE)
+    assert_close(svd.S, dense, atol=ORACLE)
     assert (svd.S[3:] <= 1e-15 * svd.B_norm * svd.A_norm).all()
-    np.testing.assert_allclose(svd.U.T @ svd.U, np.eye(5), atol=IDENTITY)
+    assert_close(svd.U.T @ svd.U, np.eye(5), atol=IDENTITY)
 
 
 @pytest.mark.parametrize("zero", ["B", "A", "both"])
@@ -125,7 +134,7 @@ def test_a_zero_factor_gives_zero_values_and_orthonormal_columns(rng, zero):
     B, A = gaussian_factors(rng, 6, 5, 3)
     svd = linalg.factored_svd(B * (zero == "A"), A * (zero == "B"))
     np.testing.assert_array_equal(svd.S, 0)
-    np.testing.assert_allclose(svd.U.T @ svd.U, np.eye(3), atol=IDENTITY)
+    assert_close(svd.U.T @ svd.U, np.eye(3), atol=IDENTITY)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +157,7 @@ def test_a_power_of_two_passes_through_exactly(rng, power_b, power_a):
 def test_single_precision_factors_are_computed_in_double(rng):
     B, A = (m.astype(np.float32) for m in gaussian_factors(rng, 30, 20, 4))
     expected = reference.dense_svd(B.astype(np.float64) @ A.astype(np.float64), 4)[1]
-    np.testing.assert_allclose(linalg.factored_svd(B, A).S, expected, rtol=1e-13)
+    assert_close(linalg.factored_svd(B, A).S, expected, rtol=1e-13)
 
 
 # --- overlaps of orthonormal bases ------------------------------------------------------------
@@ -165,8 +174,8 @@ def test_overlap_grid_equals_the_definition_cell_by_cell(dimension, i, j, seed):
     U = orthonormal(rng, dimension, min(i, dimension))
     V = orthonormal(rng, dimension, min(j, dimension))
     grid = linalg.overlap_grid(U.T @ V)
-    np.testing.assert_allclose(grid, reference.similarity(U, V), atol=IDENTITY)
-    np.testing.assert_allclose(linalg.overlap_grid(V.T @ U), grid.T, atol=IDENTITY)
+    assert_close(grid, reference.similarity(U, V), atol=IDENTITY)
+    assert_close(linalg.overlap_grid(V.T @ U), grid.T, atol=IDENTITY)
     assert (grid >= 0).all()
     assert (grid <= 1).all()
     total = grid * np.minimum.outer(np.arange(1, U.shape[1] + 1), np.arange(1, V.shape[1] + 1))
@@ -180,14 +189,14 @@ def test_overlap_grid_of_planted_subspaces(rng):
     U = frame[:, :3]
     V = np.column_stack([frame[:, 0], 0.5 * frame[:, 1] + np.sqrt(0.75) * frame[:, 3], frame[:, 4]])
     expected = [[1, 1, 1], [1, 1.25 / 2, 1.25 / 2], [1, 1.25 / 2, 1.25 / 3]]
-    np.testing.assert_allclose(linalg.overlap_grid(U.T @ V), expected, atol=IDENTITY)
+    assert_close(linalg.overlap_grid(U.T @ V), expected, atol=IDENTITY)
 
 
 def test_overlap_grid_never_exceeds_one_for_one_basis_against_itself(rng):
     U = orthonormal(rng, 200, 64)
     grid = linalg.overlap_grid(U.T @ U)
     assert grid.max() <= 1.0
-    np.testing.assert_allclose(grid, 1, atol=IDENTITY)
+    assert_close(grid, 1, atol=IDENTITY)
 
 
 # --- principal angles -------------------------------------------------------------------------
@@ -214,8 +223,8 @@ def bases_at(rng, angles, dimension):
 def test_planted_principal_angles_are_found_to_the_last_digits(rng, angles):
     U, V = bases_at(rng, np.array(angles), 30)
     found = linalg.principal_angles(U, V)
-    np.testing.assert_allclose(found, angles, atol=3e-15)
-    np.testing.assert_allclose(found, reference.exact_principal_angles(U, V), atol=3e-15)
+    assert_close(found, angles, atol=3e-15)
+    assert_close(found, reference.exact_principal_angles(U, V), atol=3e-15)
 
 
 @pytest.mark.parametrize(("i", "j"), [(2, 5), (5, 2), (1, 1), (4, 4), (1, 6), (6, 6)])
@@ -225,7 +234,7 @@ def test_principal_angles_equal_multiple_precision_for_unequal_dimensions(rng, i
     assert found.shape == (min(i, j),)
     assert (np.diff(found) >= 0).all()
     # Where i + j > d the spans must meet; the exact angle of the rounded bases is itself ~1e-16.
-    np.testing.assert_allclose(found, reference.exact_principal_angles(U, V), atol=3e-15)
+    assert_close(found, reference.exact_principal_angles(U, V), atol=3e-15)
 
 
 def test_similarity_is_one_minus_the_squared_projection_distance_over_p(rng):
@@ -242,7 +251,7 @@ def test_similarity_is_one_minus_the_squared_projection_distance_over_p(rng):
 
 def test_haar_frames_are_orthonormal_and_uniform_in_sign(rng):
     frames = np.array([linalg.haar_frame(rng, 6, 3) for _ in range(4000)])
-    np.testing.assert_allclose(frames[0].T @ frames[0], np.eye(3), atol=IDENTITY)
+    assert_close(frames[0].T @ frames[0], np.eye(3), atol=IDENTITY)
     for column in range(3):  # bare LAPACK columns lean to one side in their first rows
         reference.assert_mean(frames[:, column, column], 0.0)
     reference.assert_mean(frames[:, 2, 1] ** 2, 1 / 6)
@@ -260,7 +269,7 @@ def test_leading_singular_values_equal_the_full_svd(rng, monkeypatch, shape, ite
     W = rng.standard_normal(shape)
     exact = np.linalg.svd(W, compute_uv=False)
     for k in (1, 4, 40):
-        np.testing.assert_allclose(linalg.leading_singular_values(W, k), exact[:k], rtol=ORACLE)
+        assert_close(linalg.leading_singular_values(W, k), exact[:k], rtol=ORACLE)
 
 
 @pytest.mark.parametrize("shape", [(60, 50), (50, 60)])
@@ -268,10 +277,10 @@ def test_leading_singular_values_of_special_weights(monkeypatch, shape):
     monkeypatch.setattr(linalg, "DENSE_SVD_LIMIT", 10)
     few = linalg.leading_singular_values
     np.testing.assert_array_equal(few(np.zeros(shape), 3), 0)
-    np.testing.assert_allclose(few(np.eye(*shape), 3), 1, rtol=ORACLE)
-    np.testing.assert_allclose(few(np.ones(shape), 2), [np.sqrt(3000), 0], atol=ORACLE)
+    assert_close(few(np.eye(*shape), 3), 1, rtol=ORACLE)
+    assert_close(few(np.ones(shape), 2), [np.sqrt(3000), 0], atol=ORACLE)
     pair = block_diag(2 * np.eye(2), np.zeros((shape[0] - 2, shape[1] - 2)))
-    np.testing.assert_allclose(few(pair, 3), [2, 2, 0], atol=ORACLE)
+    assert_close(few(pair, 3), [2, 2, 0], atol=ORACLE)
 
 
 @pytest.mark.parametrize("shape", [(60, 50), (50, 60)])
@@ -292,4 +301,4 @@ def test_an_iteration_that_fails_gives_way_to_the_full_svd(rng, monkeypatch, sha
 
     monkeypatch.setattr(scipy.sparse.linalg, "svds", unconverged)
     exact = np.linalg.svd(W, compute_uv=False)[:3]
-    np.testing.assert_allclose(linalg.leading_singular_values(W, 3), exact, rtol=ORACLE)
+    assert_close(linalg.leading_singular_values(W, 3), exact, rtol=ORACLE)

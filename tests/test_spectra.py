@@ -10,7 +10,7 @@ import reference
 from factories import low_rank_update, orthonormal, planted_update
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import FLOAT32, IDENTITY, ORACLE
+from reference import FLOAT32, IDENTITY, ORACLE, assert_close
 
 from lora_analysis.adapter import DenseUpdate, LowRankUpdate
 from lora_analysis.errors import DegenerateSubspaceError, InputError
@@ -52,26 +52,26 @@ def test_a_spectrum_equals_the_dense_svd_of_the_update(*, d_out, d_in, rank, sca
     assert found.shape == (d_out, d_in)
     assert found.rank == rank
     dense = reference.delta(update.A, update.B, scale)
-    np.testing.assert_allclose(found.S, reference.dense_svd(dense, k)[1], atol=ORACLE * norm)
-    np.testing.assert_allclose((found.U * found.S) @ found.V.T, dense, atol=IDENTITY * norm)
-    np.testing.assert_allclose(singular_values(update), found.S, atol=1e-14 * norm)
+    assert_close(found.S, reference.dense_svd(dense, k)[1], atol=ORACLE * norm)
+    assert_close((found.U * found.S) @ found.V.T, dense, atol=IDENTITY * norm)
+    assert_close(singular_values(update), found.S, atol=1e-14 * norm)
     assert found.norm == pytest.approx(np.linalg.norm(dense), rel=IDENTITY)
 
 
 def test_planted_values_and_directions_are_found(rng):
     U, V = orthonormal(rng, 24, 3), orthonormal(rng, 20, 3)
     found = spectrum(planted_update(U, np.array([4.0, 2.0, 1.0]), V, scale=0.5))
-    np.testing.assert_allclose(found.S, [2, 1, 0.5], rtol=IDENTITY)
-    np.testing.assert_allclose(np.abs(np.diagonal(found.U.T @ U)), 1, rtol=IDENTITY)
-    np.testing.assert_allclose(np.abs(np.diagonal(found.V.T @ V)), 1, rtol=IDENTITY)
+    assert_close(found.S, [2, 1, 0.5], rtol=IDENTITY)
+    assert_close(np.abs(np.diagonal(found.U.T @ U)), 1, rtol=IDENTITY)
+    assert_close(np.abs(np.diagonal(found.V.T @ V)), 1, rtol=IDENTITY)
     assert found.numerical_rank == 3
-    np.testing.assert_allclose(found.gaps, [0.5, 0.5, 1], rtol=IDENTITY)
+    assert_close(found.gaps, [0.5, 0.5, 1], rtol=IDENTITY)
 
 
 def test_the_scale_multiplies_the_values_and_leaves_the_directions(rng):
     update = low_rank_update(rng, scale=2.0)
     one, six = spectrum(update), spectrum(replace(update, scale=6.0))
-    np.testing.assert_allclose(six.S, 3 * one.S, rtol=IDENTITY)
+    assert_close(six.S, 3 * one.S, rtol=IDENTITY)
     np.testing.assert_array_equal(six.V, one.V)
     assert six.numerical_rank == one.numerical_rank
     assert six.effective_rank == pytest.approx(one.effective_rank)
@@ -81,10 +81,10 @@ def test_a_negative_scale_turns_one_side_and_keeps_the_sign_convention(rng):
     update = low_rank_update(rng, scale=-3.0)
     found = spectrum(update)
     assert (found.S > 0).all()
-    np.testing.assert_allclose((found.U * found.S) @ found.V.T, update.delta_weight())
+    assert_close((found.U * found.S) @ found.V.T, update.delta_weight())
     moved = spectrum(replace(update, B=-update.B, scale=3.0))
-    np.testing.assert_allclose(found.U, moved.U, atol=IDENTITY)
-    np.testing.assert_allclose(found.V, moved.V, atol=IDENTITY)
+    assert_close(found.U, moved.U, atol=IDENTITY)
+    assert_close(found.V, moved.V, atol=IDENTITY)
 
 
 def test_an_unknown_scale_leaves_values_in_its_units(rng):
@@ -92,36 +92,36 @@ def test_an_unknown_scale_leaves_values_in_its_units(rng):
     found = spectrum(update)
     assert found.in_units_of_scale
     np.testing.assert_array_equal(found.S, spectrum(replace(update, scale=1.0)).S)
-    np.testing.assert_allclose(singular_values(update), found.S, rtol=1e-13)
+    assert_close(singular_values(update), found.S, rtol=1e-13)
     assert not spectrum(replace(update, scale=1.0)).in_units_of_scale
 
 
 def test_delta_does_not_depend_on_how_it_is_split_into_factors(rng):
     update = low_rank_update(rng)
     same = regauged(update, rng.standard_normal((4, 4)))
-    np.testing.assert_allclose(spectrum(same).S, spectrum(update).S, rtol=ORACLE)
-    np.testing.assert_allclose(spectrum(same).U, spectrum(update).U, atol=ORACLE)
-    np.testing.assert_allclose(spectrum(same).V, spectrum(update).V, atol=ORACLE)
+    assert_close(spectrum(same).S, spectrum(update).S, rtol=ORACLE)
+    assert_close(spectrum(same).U, spectrum(update).U, atol=ORACLE)
+    assert_close(spectrum(same).V, spectrum(update).V, atol=ORACLE)
 
 
 def test_transposing_the_update_swaps_its_sides(rng):
     update = low_rank_update(rng)
     turned = spectrum(replace(update, A=update.B.T, B=update.A.T))
     found = spectrum(update)
-    np.testing.assert_allclose(turned.S, found.S, rtol=IDENTITY)
-    np.testing.assert_allclose(np.abs(turned.U), np.abs(found.V), atol=ORACLE)
-    np.testing.assert_allclose(np.abs(turned.V), np.abs(found.U), atol=ORACLE)
+    assert_close(turned.S, found.S, rtol=IDENTITY)
+    assert_close(np.abs(turned.U), np.abs(found.V), atol=ORACLE)
+    assert_close(np.abs(turned.V), np.abs(found.U), atol=ORACLE)
 
 
 def test_factor_spectra_are_those_of_one_factor_alone(rng):
     update = low_rank_update(rng)
     a, b = spectrum(update, factor="A"), spectrum(update, factor="B")
     _, values, right = reference.dense_svd(update.A, 4)
-    np.testing.assert_allclose(a.S, values, rtol=IDENTITY)
-    np.testing.assert_allclose(np.abs(np.diagonal(a.V.T @ right)), 1, rtol=IDENTITY)
+    assert_close(a.S, values, rtol=IDENTITY)
+    assert_close(np.abs(np.diagonal(a.V.T @ right)), 1, rtol=IDENTITY)
     left, values, _ = reference.dense_svd(update.B, 4)
-    np.testing.assert_allclose(b.S, values, rtol=IDENTITY)
-    np.testing.assert_allclose(np.abs(np.diagonal(b.U.T @ left)), 1, rtol=IDENTITY)
+    assert_close(b.S, values, rtol=IDENTITY)
+    assert_close(np.abs(np.diagonal(b.U.T @ left)), 1, rtol=IDENTITY)
     assert (a.U, b.V) == (None, None)
     assert (a.factor, b.factor) == ("A", "B")
     assert a.numerical_rank == b.numerical_rank == 4
@@ -134,10 +134,10 @@ def test_a_dense_update_of_the_same_delta_has_the_same_spectrum(rng, shape):
     dense = spectrum(DenseUpdate(name=update.name, delta=update.delta_weight(), label="full"))
     found = spectrum(update)
     assert dense.numerical_rank == found.numerical_rank
-    np.testing.assert_allclose(dense.S, found.S, atol=ORACLE * found.S[0])
-    np.testing.assert_allclose(dense.U, found.U, atol=1e-6)  # the last gaps may be small
-    np.testing.assert_allclose(dense.V, found.V, atol=1e-6)
-    np.testing.assert_allclose(
+    assert_close(dense.S, found.S, atol=ORACLE * found.S[0])
+    assert_close(dense.U, found.U, atol=1e-6)  # the last gaps may be small
+    assert_close(dense.V, found.V, atol=1e-6)
+    assert_close(
         singular_values(DenseUpdate(name="q", delta=update.delta_weight())), dense.S, rtol=ORACLE
     )
 
@@ -147,7 +147,7 @@ def test_a_dense_update_of_low_rank_is_found_to_be_one(rng):
     dense = spectrum(DenseUpdate(name="q", delta=update.delta_weight()))
     assert dense.numerical_rank == 3
     assert dense.rank == 20
-    np.testing.assert_allclose(dense.vectors("input"), spectrum(update).V, atol=ORACLE)
+    assert_close(dense.vectors("input"), spectrum(update).V, atol=ORACLE)
 
 
 def test_a_spectrum_is_given_back_as_it_is_and_read_only(rng):
@@ -179,6 +179,15 @@ def test_ranks_of_a_planted_spectrum_equal_their_formulas(rng):
     assert found.norm == pytest.approx(0.1 * np.sqrt(21))
     # 16/21 = .762, 20/21 = .952
     assert [found.energy_rank(share) for share in (0.76, 0.77, 0.95, 0.96, 1)] == [1, 2, 2, 3, 3]
+
+
+def test_an_energy_share_that_falls_on_a_step_is_not_lost_to_rounding():
+    # 0.55 · 100 is 55.00000000000001.
+    flat = Spectrum(
+        name="q", U=np.eye(100), S=np.ones(100), V=np.eye(100),
+        factor="delta", numerical_rank=100, rank=100, shape=(100, 100),
+    )  # fmt: skip
+    assert [flat.energy_rank(k / 100) for k in range(1, 101)] == list(range(1, 101))
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.01, float("nan")])
@@ -227,7 +236,7 @@ def test_more_rank_than_dimension_ends_at_the_dimension(rng):
     found = spectrum(update)
     assert found.numerical_rank == 3
     assert found.rank == 7
-    np.testing.assert_allclose((found.U * found.S) @ found.V.T, update.delta_weight())
+    assert_close((found.U * found.S) @ found.V.T, update.delta_weight())
     assert spectrum(update, factor="A").V.shape == (3, 3)
     assert spectrum(update, factor="B").U.shape == (4, 4)
 
@@ -260,8 +269,8 @@ def test_extreme_sizes_neither_overflow_nor_vanish(rng, size_b, size_a, dtype):
     )
     found, plain = spectrum(update), spectrum(G)
     tolerance = 1e-3 if size_b == 1e-40 else FLOAT32 if dtype == np.float32 else IDENTITY
-    np.testing.assert_allclose(found.S / size_b / size_a, plain.S, rtol=tolerance)
-    np.testing.assert_allclose(singular_values(update), found.S, rtol=IDENTITY)
+    assert_close(found.S / size_b / size_a, plain.S, rtol=tolerance)
+    assert_close(singular_values(update), found.S, rtol=IDENTITY)
     assert found.numerical_rank == 4
     assert found.norm / size_b / size_a == pytest.approx(plain.norm, rel=tolerance)
     for measure in (
@@ -361,9 +370,7 @@ def test_a_basis_spans_the_leading_directions(rng):
     found = spectrum(planted_update(U, np.array([3.0, 2.0, 1.0]), V))
     for side, planted_basis in (("input", V), ("output", U)):
         basis = found.basis(side, 2)
-        np.testing.assert_allclose(
-            basis @ basis.T, planted_basis[:, :2] @ planted_basis[:, :2].T, atol=IDENTITY
-        )
+        assert_close(basis @ basis.T, planted_basis[:, :2] @ planted_basis[:, :2].T, atol=IDENTITY)
 
 
 # --- errors -----------------------------------------------------------------------------------

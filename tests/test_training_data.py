@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from training_bases import TINY, write_tiny_base
 
 from lora_analysis.errors import InputError, MalformedFileError, MissingExtraError
-from lora_analysis.training.base import base_folder, base_sha256, read_base, write_base, write_json
+from lora_analysis.training.base import read_base
 from lora_analysis.training.data import Split
 from lora_analysis.training.digits import TASKS, digits_task
+from lora_analysis.training.files import base_folder, base_sha256, write_json
 from lora_analysis.training.loop import accuracy
 from lora_analysis.training.pretrain import augment, initialise
 from lora_analysis.training.vit import DigitsViT, VitConfig
 
-TINY = VitConfig(width=16, depth=1, heads=2, mlp_width=16)
-
 
 @pytest.fixture
 def tiny_base(tmp_path: Path) -> Path:
-    model = DigitsViT(TINY)
-    initialise(model, 5)
-    return write_base(model, tmp_path / "base", {"seed": 5})
+    return write_tiny_base(tmp_path / "base", seed=5)
 
 
 def test_every_task_shows_all_digits_once_in_the_same_split() -> None:
@@ -60,8 +58,21 @@ def test_an_unknown_task_is_refused_with_near_names() -> None:
         digits_task("rotated")
 
 
+def test_the_digits_are_those_of_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sklearn.datasets import load_digits
+
+    data, wanted = digits_task(), load_digits()
+    images = np.concatenate([data.train.inputs, data.test.inputs])
+    np.testing.assert_array_equal((images + 1) * 8, wanted.images)
+    labels = np.concatenate([data.train.targets, data.test.targets])
+    np.testing.assert_array_equal(labels, wanted.target)
+    # Were the file elsewhere, scikit-learn itself would be asked.
+    monkeypatch.setattr(Path, "is_file", lambda _: False)
+    np.testing.assert_array_equal(digits_task().train.inputs, data.train.inputs)
+
+
 def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(MissingExtraError, match=r"pip install 'lora-analysis\[demo\]'"):
         digits_task()
 
@@ -116,12 +127,14 @@ def test_a_base_with_changed_weights_is_refused(tiny_base: Path) -> None:
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(MalformedFileError, match=r"model\.safetensors: its SHA-256 is [0-9a-f]{64}"):
+    with pytest.raises(
+        MalformedFileError, match=r"model\.safetensors: its SHA-256 is [0-9a-f]{64}"
+    ):
         read_base(tiny_base)
 
 
 def test_weights_of_another_architecture_are_refused(tiny_base: Path) -> None:
-    wider = VitConfig(width=18, depth=1, heads=2, mlp_width=16)
+    wider = VitConfig(width=18, depth=2, heads=2, mlp_width=16)
     write_json(tiny_base / "config.json", wider.to_dict())
     with pytest.raises(MalformedFileError, match=r"blocks\.0.*\(18,\).*\(16,\)"):
         read_base(tiny_base)

@@ -39,9 +39,7 @@ def _trained(
     return twin, list(training_steps(twin, data, options))
 
 
-def test_training_lowers_the_loss_and_raises_the_accuracy(
-    model: nn.Module, data: TaskData
-) -> None:
+def test_training_lowers_the_loss_and_raises_the_accuracy(model: nn.Module, data: TaskData) -> None:
     _, metrics = _trained(model, data, replace(OPTIONS, steps=100))
     assert metrics[-1].loss < 0.5 * metrics[1].loss
     assert metrics[-1].test_accuracy > max(0.8, metrics[0].test_accuracy)

@@ -14,7 +14,13 @@ _WRAPPER: Final = "base_model.model."
 
 # Names of parts that exist side by side in one model. A prefix that holds one of them may only be
 # exchanged for a prefix that holds the same: the encoder's layer 0 is not the decoder's.
-_PARTS: Final = ("encoder", "decoder", "vision", "visual", "image", "audio", "speech", "text")
+_PARTS: Final = frozenset(
+    {"encoder", "decoder", "vision", "visual", "image", "audio", "speech", "text"}
+)
+
+# Where a wrapped module keeps its frozen weight, and where what is trained beside it.
+_FROZEN: Final = frozenset({"base_layer", "original_module"})
+_TRAINED: Final = frozenset({"lora_A", "lora_B", "modules_to_save"})
 
 # Tensors that a quantised weight is made of, beside or instead of "<module>.weight".
 _QUANTISED: Final = {
@@ -37,10 +43,15 @@ class TensorNames:
         All tensor names, as stored.
     label
         The base's name, for messages.
+    shape_of
+        Gives the stored shape of a tensor.
     """
 
-    def __init__(self, names: Iterable[str], label: str) -> None:
+    def __init__(
+        self, names: Iterable[str], label: str, shape_of: Callable[[str], tuple[int, ...]]
+    ) -> None:
         self._label = label
+        self._shape_of = shape_of
         self._stored = list(names)
         self._tensors: dict[str, list[str]] = {}
         for name in self._stored:
@@ -50,39 +61,48 @@ class TensorNames:
         for module in self._tensors:
             self._by_tail.setdefault(module.rpartition(".")[2], []).append(module)
 
-    def find(self, module: str, fits: Callable[[str], bool]) -> str:
-        """Return the one tensor of a module that ``fits``.
+    def candidates(self, module: str) -> list[str]:
+        """Return the tensors that a module's name may mean: those of the closest match.
 
         Raises
         ------
         BaseWeightError
-            None or several; the message lists candidates, or near names.
+            There are none; the message lists near names.
         """
         wanted = module.removeprefix(_WRAPPER).replace(".base_layer", "")
-        candidates = self._candidates(wanted)
-        if not candidates:
+        found = self._candidates(wanted)
+        if not found:
             raise self._missing(module, wanted)
-        fitting = [name for name in candidates if fits(name)]
+        return found
+
+    def choose(self, module: str, candidates: list[str], shape: tuple[int, int] | None) -> str:
+        """Return the one candidate that holds a matrix of ``shape``, either way round.
+
+        Raises
+        ------
+        BaseWeightError
+            None or several do; the message lists them with their shapes.
+        """
+        fitting = [name for name in candidates if self._fits(name, shape)]
         if len(fitting) == 1:
             return fitting[0]
-        listed = ", ".join(f"'{name}'" for name in (fitting or candidates)[:6])
-        reason = "Several tensors fit" if fitting else "No tensor of fitting shape belongs to"
-        message = f"{self._label}: {reason} '{module}'. Candidates: {listed}."
+        of_shape = f" of shape {tuple(shape)}" if shape else " that is a matrix"
+        reason = "several tensors" if fitting else f"no tensor{of_shape}"
+        listed = ", ".join(f"'{n}' {self._shape_of(n)}" for n in (fitting or candidates)[:6])
+        message = f"{self._label}: {reason} may belong to '{module}'. By name: {listed}."
         raise BaseWeightError(message)
+
+    def _fits(self, name: str, shape: tuple[int, int] | None) -> bool:
+        stored = self._shape_of(name)
+        return len(stored) == 2 if shape is None else stored in (tuple(shape), tuple(shape)[::-1])
 
     def _candidates(self, wanted: str) -> list[str]:
         """Return the tensors of the closest match by name."""
         segments = wanted.split(".")
+        alike = self._by_tail.get(segments[-1], ())
         for dropped in range(_most_dropped(segments) + 1):
-            rest = ".".join(segments[dropped:])
-            parts = _parts(segments[:dropped])
-            matches = [
-                module
-                for module in self._by_tail.get(segments[-1], ())
-                if module == rest or (module.endswith(f".{rest}"))
-            ]
-            if dropped:
-                matches = [m for m in matches if _parts(m.removesuffix(rest).split(".")) == parts]
+            prefix, rest = segments[:dropped], ".".join(segments[dropped:])
+            matches = [module for module in alike if _matches(module, prefix, rest)]
             exact = [module for module in matches if module == rest]
             if matches:
                 return [name for match in exact or matches for name in self._tensors[match]]
@@ -107,10 +127,10 @@ def module_of(tensor: str) -> str | None:
         return path
     if last != "weight" or not path:
         return None
-    segments = [segment for segment in path.split(".") if segment != "base_layer"]
-    if any(segment in ("lora_A", "lora_B", "original_module") for segment in segments):
+    segments = path.split(".")
+    if not _TRAINED.isdisjoint(segments):
         return None
-    return ".".join(segments)
+    return ".".join(segment for segment in segments if segment not in _FROZEN)
 
 
 def quantised(label: str, tensor: str, storage: str) -> BaseWeightError:
@@ -140,5 +160,13 @@ def _most_dropped(segments: Sequence[str]) -> int:
     return max(0, min(first, len(segments)) - 1)
 
 
+def _matches(module: str, prefix: Sequence[str], rest: str) -> bool:
+    """Say whether a base's module is ``rest`` with a prefix that may stand for ``prefix``."""
+    if module != rest and not module.endswith(f".{rest}"):
+        return False
+    return not prefix or _parts(module.removesuffix(rest).split(".")) == _parts(prefix)
+
+
 def _parts(segments: Iterable[str]) -> frozenset[str]:
-    return frozenset(part for part in _PARTS for segment in segments if part in segment)
+    words = {word for segment in segments for word in segment.split("_")}
+    return _PARTS.intersection(words)

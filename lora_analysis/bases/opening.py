@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.bases.arrays import ArrayTensors, LiveTensors, is_live_model
@@ -11,10 +10,12 @@ from lora_analysis.bases.stored import StoredTensors
 from lora_analysis.bases.weights import BaseWeights
 from lora_analysis.errors import SourceError, UnknownFormatError
 from lora_analysis.storage.documents import read_json_object
+from lora_analysis.storage.places import existing_path, nothing_there
 from lora_analysis.storage.tensors import INDEX_SUFFIX, open_tensors
 
 if TYPE_CHECKING:
     import os
+    from pathlib import Path
 
 _NAMES: Final = ("model.safetensors", f"model{INDEX_SUFFIX}")
 
@@ -46,10 +47,9 @@ def open_base(source: str | os.PathLike[str] | Mapping[str, Any] | Any) -> BaseW
     if isinstance(source, Mapping):
         label = "the given arrays"
         return BaseWeights(ArrayTensors(source, label), label=label)
-    path = Path(source)
-    if not path.exists():
-        message = f"There is no base model at '{source}'. Pass a local safetensors file or folder."
-        raise SourceError(message)
+    path = existing_path(source)
+    if path is None:
+        raise nothing_there(source)
     file = _file_in(path) if path.is_dir() else path
     label = (file.parent if file.name in _NAMES else file).absolute().name
     return BaseWeights(

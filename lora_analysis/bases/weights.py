@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -52,7 +52,7 @@ class Weight:
     shape: tuple[int, int]
     stored_dtype: str
     transposed: bool
-    _tiles: Callable[[], Tiles]
+    _tiles: Callable[[], Tiles] = field(repr=False)
 
     def blocks(self) -> Tiles:
         """Yield row slice, column slice and that tile of ``W``, covering it once.
@@ -91,7 +91,7 @@ class BaseWeights:
         self.label = label
         self.model_type = model_type
         self._source = source
-        self._names = TensorNames(source.names, label)
+        self._names = TensorNames(source.names, label, source.shape)
 
     @property
     def names(self) -> list[str]:
@@ -127,8 +127,10 @@ class BaseWeights:
             No tensor, several, or none of fitting shape belongs to the module; it is stored
             quantised; or its orientation cannot be known (a square matrix of unknown family).
         """
-        name = self._names.find(module, self._fits(shape))
-        self._source.refuse_unreadable(name)
+        candidates = self._names.candidates(module)
+        for candidate in candidates:  # before shapes: those of packed weights mislead
+            self._source.refuse_unreadable(candidate)
+        name = self._names.choose(module, candidates, shape)
         stored = self._source.shape(name)
         turned = is_transposed(
             name,
@@ -143,12 +145,3 @@ class BaseWeights:
         return Weight(
             name, (d_out, d_in), self._source.dtype(name), turned, lambda: self._source.tiles(name)
         )
-
-    def _fits(self, shape: tuple[int, int] | None) -> Callable[[str], bool]:
-        """Return a test of whether a tensor could hold a weight of that shape, either way."""
-
-        def fits(name: str) -> bool:
-            stored = self._source.shape(name)
-            return shape is None or stored in (tuple(shape), tuple(shape)[::-1])
-
-        return fits

@@ -55,16 +55,24 @@ def command(
 
     Without --module one middle layer of the first two types of module is drawn, as in the paper.
     """
+    from lora_analysis.errors import InputError
     from lora_analysis.plots import figure_ranks, save_figure
-    from lora_analysis.report.selection import telling_modules
+    from lora_analysis.report.selection import common_modules, short_name, telling_modules
     from lora_analysis.studies import study
 
     adapters = [read_one(one, pair=pair, scale=scale, alpha=alpha) for one in (a, b)]
     result = study(adapters, modules=modules)
-    labels = list(result.adapters)
-    chosen = telling_modules(result, *labels)
-    grids = [result.grid(*labels, name, side=side, factor=factor) for name in chosen]
-    written = save_figure(figure_ranks(grids), output)
+    first, second = result.adapters
+    chosen = telling_modules(common_modules(result, first, second))
+    if not chosen:
+        message = f"{first} and {second} have no trained module in common to draw."
+        raise InputError(message)
+    grids = {
+        short_name(name): result.grid(first, second, name, side=side, factor=factor)
+        for name in chosen
+    }
+    kind = output.suffix.lstrip(".") or "svg"
+    written = save_figure(figure_ranks(grids), output.with_suffix(""), [kind])[0]
     if form == "json":
         print_json({"figure": written, "modules": chosen, "side": side, "factor": factor})
     else:

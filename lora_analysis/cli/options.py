@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -105,7 +106,7 @@ def read_all(
 @contextmanager
 def progress_bar(form: str) -> Iterator[Callable[[str, int, int], None]]:
     """Give a function (what, done, total) that draws a bar on stderr, if that is a terminal."""
-    if form != "human" or not click.get_text_stream("stderr").isatty():
+    if form != "human" or not sys.stderr.isatty():
         yield lambda _what, _done, _total: None
         return
     from rich.console import Console

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ def print_table(
         )
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
-    Console(width=None if click.get_text_stream("stdout").isatty() else 100).print(table)
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 
 def print_facts(facts: Iterable[tuple[str, object]]) -> None:

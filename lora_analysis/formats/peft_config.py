@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from lora_analysis.errors import MalformedFileError, UnsupportedMethodError
+from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
 from lora_analysis.formats.factors import UNKNOWN_SCALE, StatedScale, scale_from_alpha
 from lora_analysis.patterns import pattern_value
 from lora_analysis.storage.documents import read_json_object
@@ -63,14 +64,23 @@ class PeftConfig:
 
     def stated_scale(self, module: str, rank: int) -> StatedScale:
         """Return the multiplier of one module, whose rank is the one of its tensors."""
-        alpha = pattern_value(module, self.alpha_pattern, self.alpha)
+        alpha = self._value(module, "alpha_pattern", self.alpha_pattern, self.alpha)
         if alpha is None:
             return UNKNOWN_SCALE
         return scale_from_alpha(alpha, rank, "config", rslora=self.use_rslora)
 
     def stated_rank(self, module: str) -> int | None:
         """Return the rank the config gives a module; the tensors have the last word."""
-        return pattern_value(module, self.rank_pattern, self.rank)
+        return self._value(module, "rank_pattern", self.rank_pattern, self.rank)
+
+    def _value(
+        self, module: str, key: str, patterns: Mapping[str, T], default: T | None
+    ) -> T | None:
+        try:
+            return pattern_value(module, patterns, default)
+        except InputError as error:
+            message = f"{self.path}: {key}: {error}"
+            raise MalformedFileError(message) from error
 
 
 def read_peft_config(path: Path) -> PeftConfig:
@@ -145,7 +155,7 @@ def _pattern(
 
 
 def _number(path: Path, key: str, value: Any) -> float:
-    if type(value) not in (int, float) or not abs(value) < 1e30:
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
         raise _wrong(path, key, value, "a finite number")
     return float(value)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lora_analysis.errors import SourceError
+from lora_analysis.errors import MalformedFileError, SourceError
 from lora_analysis.formats import pairs
 from lora_analysis.formats.registry import READERS
-from lora_analysis.formats.sources import AdapterRef, ReadOptions, locate
+from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, locate
 from lora_analysis.formats.unknown import unknown_format
 from lora_analysis.patterns import natural_key
+from lora_analysis.storage.safetensors import read_header
 
 if TYPE_CHECKING:
     import os
@@ -95,8 +97,8 @@ def find_adapters(
     Returns
     -------
     list of AdapterRef
-        At least one; each can be given to :func:`read_adapter`. A damaged adapter is listed too,
-        reading it says what is wrong.
+        At least one; each can be given to :func:`read_adapter`. Damaged adapters and safetensors
+        files are listed too: reading them says what is wrong.
 
     Raises
     ------
@@ -106,10 +108,17 @@ def find_adapters(
         Nothing that lies there is recognised.
     """
     path, name = locate(source)
-    found = [ref for ref in _walk(path, pair) if name is None or ref.name == name]
+    found = list(_walk(path, pair))
     if not found:
         raise unknown_format(path)
-    return found
+    if name is None:
+        return found
+    # A file with one adapter is found without a name: whether it is the one, reading it will say.
+    chosen = [replace(ref, name=name) for ref in found if ref.name in (None, name)]
+    if not chosen:
+        message = f"{path} holds no adapter '{name}'. It holds: {_listed(found)}."
+        raise SourceError(message)
+    return chosen
 
 
 def _walk(path: Path, pair: tuple[str, str] | None) -> Iterator[AdapterRef]:
@@ -144,10 +153,20 @@ def _walk_folder(
 def _find_here(path: Path, pair: tuple[str, str] | None) -> list[AdapterRef]:
     """Return what the first format that recognises exactly this path finds there."""
     if pair is not None:
-        return pairs.find(path, pair)
+        return pairs.find(path, pair) or _damaged(path)
     for reader in READERS:
         if found := reader.find(path):
             return found
+    return _damaged(path)
+
+
+def _damaged(path: Path) -> list[AdapterRef]:
+    """Return a safetensors file whose header cannot be read: what it was, nobody can say."""
+    if path.suffix == ".safetensors" and path.is_file():
+        try:
+            read_header(path)
+        except MalformedFileError:
+            return [AdapterRef(path, "damaged", label_of(path))]
     return []
 
 
@@ -164,8 +183,10 @@ def _only_file(path: Path, pair: tuple[str, str]) -> Path:
 
 
 def _several(path: Path, found: list[AdapterRef]) -> SourceError:
+    message = f"{path} holds {len(found)} adapters, one was asked for. Choose one"
+    return SourceError(f"{message}: {_listed(found)}.")
+
+
+def _listed(found: list[AdapterRef]) -> str:
     shown = ", ".join(f"'{ref.source}'" for ref in found[:_LISTED])
-    more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-    return SourceError(
-        f"{path} holds {len(found)} adapters, one was asked for. Choose one: {shown}{more}."
-    )
+    return shown + (f" and {len(found) - _LISTED} more" if len(found) > _LISTED else "")

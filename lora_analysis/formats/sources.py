@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from lora_analysis.errors import InputError, SourceError
+from lora_analysis.errors import InputError
 from lora_analysis.storage.documents import read_json_object
+from lora_analysis.storage.places import existing_path, nothing_there
 
 if TYPE_CHECKING:
     import os
@@ -84,16 +85,12 @@ def locate(source: str | os.PathLike[str] | AdapterRef) -> tuple[Path, str | Non
     """
     if isinstance(source, AdapterRef):
         return source.path, source.name
-    path = Path(source)
-    if path.exists():
+    if path := existing_path(source):
         return path, None
-    stem, mark, name = str(source).rpartition("#")
-    if mark and name and Path(stem).exists():
-        return Path(stem), name
-    message = f"There is no file or folder '{source}'."
-    if re.fullmatch(r"(hf://)?[\w.-]+/[\w.-]+(@[\w.-]+)?(/.+)?", str(source)):
-        message += " If it names a repository on a hub: download it and pass the local folder."
-    raise SourceError(message)
+    stem, _, name = str(source).rpartition("#")
+    if stem and name and (path := existing_path(stem)):
+        return path, name
+    raise nothing_there(source)
 
 
 def label_of(path: Path, name: str | None = None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from lora_analysis.errors import InputError, UnknownFormatError
+from lora_analysis.errors import UnknownFormatError
 from lora_analysis.formats.pairs import known_pair, pair_needed
 from lora_analysis.storage.documents import regular_file_size
 from lora_analysis.storage.tensors import TensorFiles, open_tensors
@@ -35,7 +35,7 @@ _STYLES: Final = (
 )
 
 
-def unknown_format(path: Path) -> InputError:
+def unknown_format(path: Path) -> UnknownFormatError:
     """Return the error that says what lies at ``path``; raise where looking already fails."""
     if path.is_dir():
         return _unknown_folder(path)
@@ -57,7 +57,7 @@ def unknown_format(path: Path) -> InputError:
     return UnknownFormatError(f"{path}: {_described(tensors)} {_READABLE}")
 
 
-def _unknown_folder(folder: Path) -> InputError:
+def _unknown_folder(folder: Path) -> UnknownFormatError:
     names = sorted(entry.name for entry in folder.iterdir())
     if not names:
         return UnknownFormatError(f"{folder}: the folder is empty.")
@@ -65,10 +65,7 @@ def _unknown_folder(folder: Path) -> InputError:
     text = f"{folder}: no adapter was recognised. The folder holds: {shown}."
     stored = [folder / name for name in names if name.endswith(".safetensors")]
     if stored:
-        try:
-            text += f" {stored[0].name}: {_described(open_tensors(stored[0]))}"
-        except InputError as error:
-            text += f" {error}"
+        text += f" {stored[0].name}: {_described(open_tensors(stored[0]))}"
     elif any(name.endswith(tuple(_PICKLE_SUFFIXES)) for name in names):
         text += " Pickles can run code when they are opened and are not read; save as safetensors."
     return UnknownFormatError(f"{text} {_READABLE}")

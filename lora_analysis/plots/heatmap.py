@@ -127,8 +127,8 @@ def resolve_similarity(
         colour_label=EXCESS if excess else PHI,
         chance=(float(expected.min()), float(expected.max())) if has_band else None,
         below=bool(excess and data.count() and data.min() < EXCESS_LIMITS[0]),
-        xlabel=f"j  ({style.plain(grid.labels[1], 30)})",
-        ylabel=f"i  ({style.plain(grid.labels[0], 30)})",
+        xlabel=f"j  ({style.plain(grid.labels[1], 24)})",
+        ylabel=f"i  ({style.plain(grid.labels[0], 24)})",
         title=style.plain(grid.module if title is None else title),
         note=_untrained_note(grid),
     )
@@ -139,38 +139,41 @@ def paint_heatmap(ax: Axes, heatmap: HeatMap, *, side: float = 2.0) -> AxesImage
 
     ``side`` is the room along each axis in inches: it says how many tick labels fit.
     """
-    rows, columns = heatmap.data.shape
     image = ax.imshow(
         heatmap.data if heatmap.data.size else np.ma.array([[0.0]], mask=True),
         cmap=heatmap.colours.with_extremes(bad=style.BLANK),
         norm=Normalize(*heatmap.limits),
-        extent=heatmap.extent if heatmap.data.size else None,
+        extent=heatmap.extent if heatmap.data.size else (0, 1, 1, 0),
         aspect="auto",
         interpolation="nearest",
     )
-    hatch_cells(
-        ax, heatmap.undefined, "undefined", facecolor="none", edgecolor="#9a9a9a", hatch="xxxx"
-    )
-    lines = (1, 1, 1, 0.35) if heatmap.limits[0] == 0 else (0.3, 0.3, 0.3, 0.2)
-    hatch_cells(ax, heatmap.soft, "soft", facecolor="none", edgecolor=lines, hatch="////")
-    ax.set_xticks(style.count_ticks(columns, int(side / (0.01 + 0.065 * len(str(columns))))))
-    ax.set_yticks(style.count_ticks(rows, int(side / 0.1)))
     ax.spines[:].set_visible(False)
     style.set_label(ax, "x", heatmap.xlabel)
     style.set_label(ax, "y", heatmap.ylabel)
     ax.set_title(heatmap.title, parse_math=False)
-    if heatmap.note:
-        ax.text(
-            0.5,
-            0.5,
-            heatmap.note,
-            transform=ax.transAxes,
-            ha="center",
-            va="center",
-            color=style.QUIET,
-            parse_math=False,
-        )
+    if heatmap.data.size:
+        _paint_marks(ax, heatmap, side)
+    else:
+        _paint_note(ax, heatmap.note)
     return image
+
+
+def _paint_marks(ax: Axes, heatmap: HeatMap, side: float) -> None:
+    """Draw ticks, as many as ``side`` inches have room for, and lines over doubtful cells."""
+    grey, lines = "#9a9a9a", (1, 1, 1, 0.35) if heatmap.limits[0] == 0 else (0.3, 0.3, 0.3, 0.2)
+    hatch_cells(ax, heatmap.undefined, "undefined", facecolor="none", edgecolor=grey, hatch="xxxx")
+    hatch_cells(ax, heatmap.soft, "soft", facecolor="none", edgecolor=lines, hatch="////")
+    rows, columns = heatmap.data.shape
+    label_width = 0.01 + 0.065 * len(str(columns))
+    ax.set_xticks(style.count_ticks(columns, min(9, int(side / label_width))))
+    ax.set_yticks(style.count_ticks(rows, min(9, int(side / 0.1))))
+
+
+def _paint_note(ax: Axes, note: str) -> None:
+    ax.set_xticks([])
+    ax.set_yticks([])
+    said = ax.text(0.5, 0.5, note, ha="center", va="center", color=style.QUIET, parse_math=False)
+    said.set_transform(ax.transAxes)
 
 
 def paint_colorbar(image: AxesImage, ax: Axes, heatmap: HeatMap) -> Colorbar:
@@ -182,31 +185,28 @@ def paint_colorbar(image: AxesImage, ax: Axes, heatmap: HeatMap) -> Colorbar:
     bar.set_label(heatmap.colour_label)
     bar.set_ticks(np.linspace(*heatmap.limits, 6 if heatmap.limits[0] == 0 else 4).tolist())
     if heatmap.chance:
-        low, high = heatmap.chance
-        beside = room.get_yaxis_transform() + ScaledTranslation(-0.04, 0, ax.figure.dpi_scale_trans)
-        room.plot(
-            [0, 0],
-            [low, max(high, low + 0.01)],
-            transform=beside,
-            color=style.INK,
-            linewidth=1.6,
-            solid_capstyle="butt",
-            clip_on=False,
-            label="chance",
-        )
-        room.annotate(
-            "chance",
-            (0, low),
-            xycoords=beside,
-            xytext=(-1.5, 0),
-            textcoords="offset points",
-            rotation=90,
-            ha="right",
-            va="bottom",
-            fontsize=7,
-            color=style.QUIET,
-        )
+        _mark_chance(room, heatmap.chance)
     return bar
+
+
+def _mark_chance(bar: Axes, chance: tuple[float, float]) -> None:
+    """Draw the range of isotropic chance as a line left of a colour bar."""
+    low, high = chance
+    beside = bar.get_yaxis_transform() + ScaledTranslation(-0.04, 0, bar.figure.dpi_scale_trans)
+    (line,) = bar.plot([0, 0], [low, max(high, low + 0.01)], transform=beside, label="chance")
+    line.set(color=style.INK, linewidth=1.6, solid_capstyle="butt", clip_on=False)
+    bar.annotate(
+        "chance",
+        (0, low),
+        xycoords=beside,
+        xytext=(-1.5, 0),
+        textcoords="offset points",
+        rotation=90,
+        ha="right",
+        va="bottom",
+        fontsize=7,
+        color=style.QUIET,
+    )
 
 
 def plot_similarity(
@@ -260,7 +260,7 @@ def plot_similarity(
     heatmap = resolve_similarity(grid, zoom=zoom, excess=excess, title=title)
     with style.house_style():
         rows, columns = heatmap.data.shape
-        shape = float(np.clip(rows / max(columns, 1), 0.45, 1.0)) if rows else 1.0
+        shape = float(np.clip(rows / max(columns, 1), 0.6, 1.0)) if rows else 1.0
         own = ax is None
         ax = style.axes_or_new(ax, (style.ONE_COLUMN, 0.65 + 2.05 * shape))
         if own:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_analysis.errors import InputError
@@ -96,8 +96,10 @@ def _paint_row(row: Sequence[Panel], axes: list[Axes], side: float) -> None:
 
 
 def _summary(maps: Sequence[HeatMap]) -> HeatMap:
-    """Return a heat-map that stands for the row on its colour bar: the widest range of chance."""
-    return max(maps, key=lambda m: (m.below, m.chance or (0.0, 0.0))[::-1])
+    """Return a heat-map that stands for the row on its colour bar: all of its chance."""
+    spans = [m.chance for m in maps if m.chance]
+    chance = (min(low for low, _ in spans), max(high for _, high in spans)) if spans else None
+    return replace(maps[0], below=any(m.below for m in maps), chance=chance)
 
 
 def _rows(panels: Sequence[Panel], width: float) -> list[list[Panel]]:

@@ -33,8 +33,16 @@ def _render(figure: Figure, kind: str, *, dpi: int, text: Literal["none", "path"
     """Return the bytes of a figure: fixed ids, no date, text as characters or as outlines."""
     buffer = io.BytesIO()
     with style.house_style(svg__hashsalt="lora-analysis", svg__fonttype=text, pdf__fonttype=42):
+        _settle(figure)
         figure.savefig(buffer, format=kind, dpi=dpi, metadata=_METADATA[kind])
     return buffer.getvalue()
+
+
+def _settle(figure: Figure) -> None:
+    """Lay the figure out once and for all: every further pass would move it by a hair."""
+    if figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
 
 
 def save_figure(
@@ -46,8 +54,9 @@ def save_figure(
 ) -> list[Path]:
     """Write a figure as ``path.svg``, ``path.png``, ``path.pdf``, whole or not at all.
 
-    The same figure gives the same bytes on every run of one installation. Text in SVG files is
-    outlined, so that they look alike in every program, with or without the font.
+    The same figure gives the same bytes on every run of one installation; its layout is fixed
+    when it is first saved. Text in SVG files is outlined, so that they look alike in every
+    program, with or without the font.
 
     Parameters
     ----------

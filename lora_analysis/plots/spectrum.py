@@ -71,9 +71,9 @@ def _labels(spectra: Sequence[Spectrum]) -> list[str]:
     adapters = [s.label or "update" for s in spectra]
     modules = [s.name for s in spectra]
     if len(set(adapters)) == len(spectra):
-        return adapters
+        return style.without_common_start(adapters)
     if len(set(modules)) == len(spectra):
-        return modules
+        return style.without_common_start(modules)
     return [f"{a} {m}" for a, m in zip(adapters, modules, strict=True)]
 
 
@@ -121,7 +121,7 @@ def resolve_spectrum(
     if not spectra:
         message = "plot_spectrum was given no spectrum."
         raise InputError(message)
-    labels = [style.plain(label, 28) for label in _labels(spectra)]
+    labels = [style.plain(label, 24) for label in _labels(spectra)]
     curves = []
     for spectrum, label, colour in zip(spectra, labels, _colours(len(spectra)), strict=True):
         if not spectrum.untrained:
@@ -173,7 +173,9 @@ def _paint_curve(ax: Axes, curve: Curve, floor: float, *, bundle: bool) -> None:
         linewidth=0.8 if bundle else 1.2,
     )
     # The end of a curve is the numerical rank.
-    ax.plot(curve.i[kept - 1], values[kept - 1], "o", color=curve.colour, markersize=4)
+    ax.plot(
+        curve.i[kept - 1], values[kept - 1], "o", color=curve.colour, markersize=2 if bundle else 4
+    )
     if curve.lost:
         ax.plot(
             curve.i[kept:],

@@ -9,6 +9,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -121,6 +122,16 @@ def plain(text: object, at_most: int = 48) -> str:
     return shown if len(shown) <= at_most else "…" + shown[1 - at_most :]
 
 
+def without_common_start(names: list[str]) -> list[str]:
+    """Return names without the leading folders or parents that all of them share."""
+    if len(set(names)) < 2:
+        return names
+    alike = takewhile(lambda characters: len(set(characters)) == 1, zip(*names, strict=False))
+    shared = "".join(characters[0] for characters in alike)
+    cut = max(shared.rfind("/"), shared.rfind(".")) + 1
+    return [name[cut:] for name in names]
+
+
 def legend_label(text: str) -> str:
     """Return an artist's label with ``$`` escaped: a legend would read it as mathematics."""
     return plain(text).replace("$", r"\$")
@@ -132,7 +143,7 @@ def count_ticks(n: int, at_most: int = 9) -> NDArray[np.intp]:
     while n // step > at_most - 1 and n > at_most:
         step *= 2
     ticks = np.arange(0, n + 1, step)
-    ticks = ticks[ticks > max(1, step // 2)] if step > 1 else ticks[2:]
+    ticks = ticks[ticks > max(step // 2, 2)] if step > 1 else ticks[2:]  # 1 and 2 would touch
     return np.append(np.ones(min(n, 1), dtype=np.intp), ticks)
 
 

@@ -29,11 +29,10 @@ class ReportTable:
 
 
 def _cell(value: Any) -> str:
-    if value is None or (isinstance(value, float) and np.isnan(value)):
-        return "–"
     if isinstance(value, float | np.floating):
-        return str(int(value)) if float(value).is_integer() and abs(value) < 1e6 else number(value)
-    return str(value)
+        figure = float(value)
+        return str(int(figure)) if figure.is_integer() and abs(figure) < 1e6 else number(figure)
+    return "–" if value is None else str(value)
 
 
 def _rows(table: pd.DataFrame) -> tuple[tuple[str, ...], ...]:
@@ -85,6 +84,7 @@ _ORDER = (
     "same task, other rank and seed",
     REFERENCE,
     SHARED_SEED,
+    "other task, other rank, same seed",
     "unknown",
 )
 

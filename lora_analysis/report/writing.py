@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
-from matplotlib import pyplot
 from markupsafe import Markup
+from matplotlib import pyplot as plt
 
 from lora_analysis import plots
 from lora_analysis.findings import Finding, findings, plural
@@ -141,8 +141,8 @@ def _drawn(found: Iterable[ReportFigure], folder: Path) -> tuple[_Figure, ...]:
     for one in found:
         svg = plots.svg_text(one.figure, title=one.title, description=one.alt)
         plots.save_figure(one.figure, folder / "figures" / one.name)
-        pyplot.close(one.figure)
-        result.append(_Figure(one.name, one.title, one.caption, Markup(svg)))  # noqa: S704
+        plt.close(one.figure)
+        result.append(_Figure(one.name, one.title, one.caption, Markup(svg)))
     return tuple(result)
 
 

@@ -76,13 +76,12 @@ def result_dtype(name: str) -> np.dtype[Any]:
 def widen(raw: NDArray[Any], name: str, out: NDArray[Any]) -> None:
     """Write the values of ``raw`` (type ``name`` as read) to ``out``, which has its shape.
 
-    Exact for every type narrower than ``out``: bfloat16 is the upper half of a float32, and of
+    ``out`` is float32, or any type where ``raw`` already is one of numpy's numbers. Exact for
+    every type narrower than ``out``: bfloat16 is the upper half of a float32, and of
     each 8-bit type all 256 values are tabulated.
     """
-    if name == "bfloat16" and out.dtype == np.float32:
+    if name == "bfloat16":
         np.left_shift(raw, 16, out=out.view(np.uint32), dtype=np.uint32, casting="unsafe")
-    elif name == "bfloat16":
-        out[...] = (raw.astype(np.uint32) << 16).view(np.float32)
     elif name in ("float8_e4m3fn", "float8_e5m2"):
         out[...] = _float8_values(name)[raw]
     else:

@@ -178,7 +178,7 @@ def iter_blocks(
 def tile_slices(shape: tuple[int, ...], elements: int) -> Iterator[tuple[slice, slice]]:
     """Yield the row and column slices that cut a matrix into runs of at most ``elements``."""
     m, n = shape
-    rows = max(1, elements // max(n, 1))
+    rows = max(1, elements // max(n, 1) + 1)
     columns = max(1, min(n, elements))
     for top in range(0, m, rows):
         for left in range(0, n, columns):

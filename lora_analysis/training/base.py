@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +11,17 @@ import torch
 
 from lora_analysis.errors import MalformedFileError
 from lora_analysis.storage.atomic import write_atomic
-from lora_analysis.storage.bundled import bundled_data
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.safetensors import read_header, read_tensor
-from lora_analysis.training.vit import MODEL_TYPE, DigitsViT, VitConfig
-
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
-MANIFEST_NAME = "manifest.json"
-
-
-def base_folder() -> Path:
-    """Return the folder of the base model that is shipped with the package."""
-    return bundled_data(MODEL_TYPE)
-
-
-def base_sha256(folder: Path | None = None) -> str:
-    """Return the SHA-256 of a base's weights file, the shipped one's by default."""
-    return file_sha256((folder or base_folder()) / WEIGHTS_NAME)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+from lora_analysis.training.files import (
+    CONFIG_NAME,
+    MANIFEST_NAME,
+    WEIGHTS_NAME,
+    base_folder,
+    file_sha256,
+    write_json,
+)
+from lora_analysis.training.vit import DigitsViT, VitConfig
 
 
 def read_base(folder: Path | None = None) -> DigitsViT:
@@ -58,7 +44,7 @@ def read_base(folder: Path | None = None) -> DigitsViT:
     config = VitConfig.from_dict(read_json_object(folder / CONFIG_NAME))
     weights = folder / WEIGHTS_NAME
     _check_sha256(folder, weights)
-    with torch.device("meta"):  # no random start for weights that are replaced at once
+    with torch.random.fork_rng(devices=[]):  # its random start is replaced at once
         model = DigitsViT(config)
     header = read_header(weights)
     found = {
@@ -90,11 +76,6 @@ def write_base(model: DigitsViT, folder: Path, manifest: dict[str, Any]) -> Path
     digest = hashlib.sha256(content).hexdigest()
     write_json(folder / MANIFEST_NAME, {**manifest, "weights_sha256": digest})
     return folder
-
-
-def write_json(path: Path, fields: dict[str, Any]) -> Path:
-    """Write fields as one indented JSON document, whole or not at all."""
-    return write_atomic(path, (json.dumps(fields, indent=2, allow_nan=False) + "\n").encode())
 
 
 def _check_sha256(folder: Path, weights: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from lora_analysis.errors import InputError
 from lora_analysis.storage.documents import read_json_object
-from lora_analysis.training.base import base_sha256, file_sha256, read_base, write_json
+from lora_analysis.training.files import MANIFEST_NAME, base_sha256, file_sha256, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from lora_analysis.training.loop import StepMetrics
     from lora_analysis.training.vit import DigitsViT
 
-MANIFEST_NAME = "manifest.json"
 METRICS_NAME = "metrics.jsonl"
 ADAPTER_NAMES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -159,6 +158,7 @@ def _train(
     """Train, write the adapter and the metrics, and return the manifest."""
     from lora_analysis.formats import write_adapter
     from lora_analysis.lora import add_lora, extract_adapter
+    from lora_analysis.training.base import read_base
     from lora_analysis.training.devices import one_thread, resolve_device
 
     started = time.perf_counter()
@@ -239,7 +239,6 @@ def _peft_fields(config: RunConfig, model: DigitsViT) -> dict[str, Any]:
     return {
         "base_model_name_or_path": model.config.to_dict()["model_type"],
         "target_modules": list(config.targets),
-        "lora_alpha": config.alpha,
         "use_rslora": config.use_rslora,
     }
 

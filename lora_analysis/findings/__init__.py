@@ -1,0 +1,39 @@
+"""Plain sentences made from a study's numbers.
+
+Each sentence carries its value, its reference and its chance. Medians over modules lead, pairs of
+adapters are the unit, and a verdict is made against a reference (adapters of other tasks with
+other seeds on the same modules), never against isotropic chance: unrelated adapters exceed that
+too. Cells whose direction is ill defined, and input sides that share their start, do not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from lora_analysis.findings import notes, overlaps, weights
+from lora_analysis.findings.levels import Finding, Level, level, number, plural
+from lora_analysis.studies import Study
+
+__all__ = ["Finding", "Level", "findings", "level", "number", "plural"]
+
+_MAKERS: tuple[Callable[[Study], Iterator[Finding]], ...] = (
+    notes.failures,
+    notes.untrained,
+    notes.mismatched,
+    notes.starts,
+    overlaps.reference,
+    overlaps.by_rank_pair,
+    overlaps.by_seed,
+    overlaps.unknown,
+    overlaps.shared_seed,
+    weights.amplified,
+    weights.energy,
+    weights.accuracy,
+    notes.few_runs,
+    notes.file_notes,
+)
+
+
+def findings(study: Study) -> tuple[Finding, ...]:
+    """Return everything the study can say in words; artefacts stand before what they touch."""
+    return tuple(finding for maker in _MAKERS for finding in maker(study))

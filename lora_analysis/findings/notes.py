@@ -1,0 +1,94 @@
+"""Sentences about adapters: what failed, what is untrained, how a pair started, what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lora_analysis.findings.levels import Finding, number, plural
+from lora_analysis.studies import SHARED_SEED, Study
+
+
+def failures(study: Study) -> Iterator[Finding]:
+    """Name what could not be analysed, and why."""
+    for one in study.failures:
+        text = f"{one.source} could not be analysed: {one.reason}"
+        yield Finding("failure", "not analysed", text, {"source": one.source})
+
+
+def untrained(study: Study) -> Iterator[Finding]:
+    """Name adapters and modules whose update is zero."""
+    for row in study.runs.itertuples():
+        missing = row.modules - row.trained_modules
+        if not missing:
+            continue
+        which = "all" if missing == row.modules else str(missing)
+        text = (
+            f"{row.adapter} is untrained: ΔW is zero in all {plural(row.modules, 'module')}, so it "
+            "has no directions and takes part in no comparison."
+            if which == "all"
+            else f"{row.adapter}: ΔW is zero in {missing} of {plural(row.modules, 'module')}; they "
+            "have no directions and are left out."
+        )
+        yield Finding("limit", "untrained", text, {"adapter": row.adapter, "modules": missing})
+
+
+def file_notes(study: Study) -> Iterator[Finding]:
+    """Pass on what the readers noticed in the files."""
+    for adapter in study.adapters.values():
+        for note in adapter.provenance.findings:
+            yield Finding("limit", "file", f"{adapter.label}: {note}", {"adapter": adapter.label})
+
+
+def mismatched(study: Study) -> Iterator[Finding]:
+    """Name pairs that cannot be compared in some or all modules."""
+    for row in study.pairs.itertuples():
+        if row.mismatched_modules:
+            text = (
+                f"{row.a} and {row.b} differ in shape in "
+                f"{plural(row.mismatched_modules, 'module')} of the same name: they adapt "
+                "different base models and are not compared there."
+            )
+        elif not row.modules:
+            text = f"{row.a} and {row.b} adapt no module in common: nothing can be compared."
+        else:
+            continue
+        yield Finding("limit", "nothing in common", text, {"a": row.a, "b": row.b})
+
+
+def starts(study: Study) -> Iterator[Finding]:
+    """Say which pairs are not two samples, or share their start, where no seed explains it."""
+    words = {
+        "same run": "start from the same A and their B agrees too (median matched cosine {b}): one "
+        "run, a continued run, or the same seed on the same task. They are one sample, not two.",
+        "same initial A": "start from the same A in all {n} modules (same script, same seed), "
+        "while B was learned apart (median matched cosine {b}). Their input-side overlap comes "
+        "from the start and counts nowhere.",
+        "partly shared": "start from the same A in {n} of {m} modules; these are left out on the "
+        "input side.",
+        "same input space": "span the same input space under other rows (a resized copy, or an "
+        "init from data or from W). Their input-side overlap is not learned.",
+        "undecidable": "have rank 1: whether they share their start cannot be told.",
+    }
+    for row in study.pairs.itertuples():
+        if row.start not in words or row.relation == SHARED_SEED:
+            continue
+        told = words[row.start].format(
+            b=number(row.b_cosine or 0.0), n=row.shared_modules, m=row.modules
+        )
+        values = {"a": row.a, "b": row.b, "start": row.start, "modules": row.shared_modules}
+        yield Finding("artefact", "shared start", f"{row.a} and {row.b} {told}", values)
+
+
+def few_runs(study: Study) -> Iterator[Finding]:
+    """Say which cells have too few seeds for an interval."""
+    runs = study.runs.dropna(subset=["task", "rank", "seed"])
+    if runs.empty:
+        return
+    counts = runs.groupby(["task", "rank"])["seed"].nunique()
+    few = [f"{task} rank {int(rank)} ({n})" for (task, rank), n in counts.items() if n < 3]
+    if few:
+        text = (
+            f"Fewer than three seeds: {', '.join(few)}. No interval over seeds is given for them; "
+            "quartiles are over modules and describe this study only."
+        )
+        yield Finding("limit", "few runs", text)

@@ -1,0 +1,224 @@
+"""From a model's LoRA layers to an `Adapter` in memory, and from any `Adapter` into a model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_analysis.adapter import Adapter, LowRankUpdate, Provenance
+from lora_analysis.errors import (
+    IncompatibleError,
+    InputError,
+    TargetError,
+    UnsupportedMethodError,
+)
+from lora_analysis.lora.layers import Factors, LoraLayer
+from lora_analysis.lora.model import attach, unwrapped, wrappers
+from lora_analysis.lora.targets import base_modules, inside, kind_of
+from lora_analysis.patterns import natural_key, near_names
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def extract_adapter(
+    model: nn.Module,
+    *,
+    label: str = "adapter",
+    config: Mapping[str, Any] | None = None,
+    name: str | None = None,
+) -> Adapter:
+    """Return a model's adapter as a value: copies on the CPU, whatever becomes of the model.
+
+    Parameters
+    ----------
+    label
+        Of the adapter, for tables and messages.
+    config
+        Fields in the words of PEFT's ``adapter_config.json`` (``task_type``, …), over those that
+        are known: targets, modules trained in full, rsLoRA, and the base model where a
+        transformers config names it.
+    name
+        Which adapter; None takes the only one.
+
+    Raises
+    ------
+    InputError
+        The model has no such adapter, or several; or a factor holds non-finite numbers.
+    """
+    name = name or _only_adapter(model)
+    factors: dict[str, Factors] = {}
+    updates: dict[str, LowRankUpdate] = {}
+    saved: dict[str, NDArray[Any]] = {}
+    for module, layer in wrappers(model):
+        if name not in layer.adapters:
+            continue
+        part = layer.adapters[name]
+        if isinstance(layer, LoraLayer):
+            factors[module] = part = cast("Factors", part)
+            updates[module] = LowRankUpdate(
+                module,
+                _to_numpy(part.A),
+                _to_numpy(part.B),
+                part.scale,
+                alpha=part.alpha,
+                stored_dtype=str(part.A.dtype).removeprefix("torch."),
+                layout=layer.layout,
+                label=label,
+            )
+        else:
+            saved |= {f"{module}.{key}": _to_numpy(t) for key, t in part.state_dict().items()}
+    if not factors:
+        message = f"The model has no adapter {name!r}."
+        raise InputError(message)
+    first = next(iter(factors.values()))
+    base = getattr(getattr(model, "config", None), "name_or_path", None)
+    fields = {"base_model_name_or_path": base or None} | dict(first.config) | dict(config or {})
+    ranks = {update.rank for update in updates.values()}
+    return Adapter(
+        updates,
+        label=label,
+        provenance=Provenance(
+            format="memory",
+            scale_origin=dict.fromkeys(updates, "config"),
+            base_model=fields["base_model_name_or_path"],
+            rank=ranks.pop() if len(ranks) == 1 else None,
+            seed=first.seed,
+        ),
+        saved_modules=saved,
+        config=fields,
+    )
+
+
+def load_adapter_into(
+    model: nn.Module, adapter: Adapter, *, name: str = "default", trainable: bool = False
+) -> list[str]:
+    """Put an adapter into ``model``, in place and active: its factors, scales and trained modules.
+
+    Each module gets its own rank and scale. The model is frozen as a whole; with ``trainable``,
+    the adapter takes gradients and its training can go on.
+
+    Returns
+    -------
+    list of str
+        The adapted modules, in natural order.
+
+    Raises
+    ------
+    TargetError
+        The adapter adapts or trains a module that the model does not have, or not as a layer that
+        can be adapted.
+    IncompatibleError
+        A factor or a trained tensor does not fit the module's shape.
+    ScaleError
+        The scale of a module is not known.
+    UnsupportedMethodError
+        More than factors and whole modules was trained: biases, single tokens.
+    InputError
+        An update is dense, or the name is taken.
+    """
+    _refuse_what_is_not_here(adapter)
+    modules = base_modules(model)
+    kinds = {module: kind_of(module, modules) for module in adapter}
+    config = dict(adapter.config) or {"target_modules": list(adapter)}
+    factors: dict[str, Factors] = {}
+    for module, update in adapter.items():
+        if not isinstance(update, LowRankUpdate):
+            message = f"'{module}' in {adapter.label} is a dense update, without factors to load."
+            raise InputError(message)
+        factors[module] = kinds[module].factors(
+            unwrapped(modules[module]),
+            torch.tensor(update.A),
+            torch.tensor(update.B),
+            f"{module}' of '{adapter.label}",
+            scale=update.known_scale(),
+            alpha=update.alpha,
+            seed=adapter.provenance.seed,
+            config=config,
+        )
+    attach(model, name, kinds, factors, dict(_trained_copies(modules, adapter)))
+    if not trainable:
+        model.requires_grad_(False)
+    return list(factors)
+
+
+def _only_adapter(model: nn.Module) -> str:
+    names = list(dict.fromkeys(key for _, layer in wrappers(model) for key in layer.adapters))
+    if len(names) == 1:
+        return names[0]
+    message = (
+        f"The model has several adapters; name= takes one of {names}."
+        if names
+        else "The model has no adapter: none was added, or it is merged. Unmerge it first."
+    )
+    raise InputError(message)
+
+
+def _to_numpy(tensor: Tensor) -> NDArray[Any]:
+    """Return a copy on the CPU; numpy has no bfloat16, and float32 holds all of its values."""
+    value = tensor.detach().to("cpu", copy=True)
+    wide = value.float() if value.dtype == torch.bfloat16 else value
+    return wide.numpy()
+
+
+# Fields of PEFT's config under which the model computes more than the adapter's value holds.
+_NOT_LOADED = ("bias", "lora_bias", "alora_invocation_tokens", "trainable_token_indices")
+
+
+def _refuse_what_is_not_here(adapter: Adapter) -> None:
+    for key in _NOT_LOADED:
+        value = adapter.config.get(key)
+        if value and value != "none":
+            message = (
+                f"{adapter.label} was trained with {key} = {value!r}, which is not loaded: the "
+                "model would not compute what it did. Its factors can be analysed all the same."
+            )
+            raise UnsupportedMethodError(message)
+
+
+def _trained_copies(
+    modules: Mapping[str, nn.Module], adapter: Adapter
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each module that was trained in full, as a copy that holds the adapter's tensors."""
+    entries = tuple(adapter.config.get("modules_to_save") or ())
+    owned: dict[str, dict[str, Tensor]] = {}
+    for tensor, value in adapter.saved_modules.items():
+        owner = _owner(tensor, modules, entries)
+        if owner not in modules or owner in adapter or inside(owner, adapter):
+            near = ", ".join(near_names(owner, modules)) or "none"
+            message = (
+                f"{adapter.label} trained '{tensor}', but the model has no such module beside the "
+                f"adapted ones. Near names: {near}."
+            )
+            raise TargetError(message)
+        owned.setdefault(owner, {})[tensor.removeprefix(f"{owner}.")] = torch.tensor(value)
+    for owner in sorted(owned, key=natural_key):
+        module = copy.deepcopy(unwrapped(modules[owner]))
+        _put(module, owned[owner], f"{owner}' of '{adapter.label}")
+        yield owner, module
+
+
+def _owner(tensor: str, modules: Mapping[str, nn.Module], entries: Collection[str]) -> str:
+    """Return the outermost module that ``modules_to_save`` names, else the one of the tensor."""
+    segments = tensor.split(".")[:-1]
+    paths = [".".join(segments[: end + 1]) for end in range(len(segments))]
+    named = (path for path in paths if path in modules and path.endswith(tuple(entries)))
+    return next(named, ".".join(segments))
+
+
+def _put(module: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
+    """Copy tensors into a module, all of which it must have in the same shape."""
+    own = module.state_dict()
+    for key, value in tensors.items():
+        found = tuple(own[key].shape) if key in own else "none"
+        if found != tuple(value.shape):
+            message = (
+                f"'{name}' holds '{key}' of shape {tuple(value.shape)}, the model's has {found}. "
+                "Was the adapter made for another base, or another number of classes?"
+            )
+            raise IncompatibleError(message)
+    module.load_state_dict(dict(tensors), strict=False)

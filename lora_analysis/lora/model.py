@@ -1,0 +1,234 @@
+"""What is done to a model: LoRA layers in, one active or none, merged and unmerged."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_analysis.errors import InputError, TargetError
+from lora_analysis.lora.layers import Factors, LoraLayer, TrainedModule, Wrapper, initial_factor
+from lora_analysis.lora.targets import base_modules, target_modules, trained_modules
+
+
+def add_lora(
+    model: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    targets: str | Sequence[str],
+    seed: int,
+    use_rslora: bool = False,
+    name: str = "default",
+    trainable: Collection[str] = (),
+) -> list[str]:
+    """Put a new, active adapter into ``model``, in place, and freeze everything else.
+
+    B starts at zero, so the model computes what it did; A from :func:`initial_factor`, which
+    depends on the module's name, the rank and the seed alone. Optimisers take
+    ``p for p in model.parameters() if p.requires_grad``.
+
+    Parameters
+    ----------
+    rank, alpha
+        The update is multiplied by ``alpha / rank``, with ``use_rslora`` by ``alpha / √rank``.
+    targets
+        As PEFT's ``target_modules``: a list of names or their last segments, each of which must
+        name a module; or a string, a regular expression for the whole name.
+    seed
+        Of the initial factors.
+    name
+        Of the adapter; a second one under another name leaves the first there, inactive.
+    trainable
+        Ends of the names of modules to train in full, as PEFT's ``modules_to_save``: a fresh
+        classification head. Each adapter trains a copy of its own.
+
+    Returns
+    -------
+    list of str
+        The adapted modules, in natural order.
+
+    Raises
+    ------
+    TargetError
+        A target or ``trainable`` entry names nothing, or a module that cannot be adapted.
+    InputError
+        ``rank`` is no positive integer, ``alpha`` no positive number, or the name is taken.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        message = f"rank must be a positive integer, found {rank!r}."
+        raise InputError(message)
+    if not (math.isfinite(alpha) and alpha > 0):
+        message = f"alpha must be a positive number, found {alpha!r}."
+        raise InputError(message)
+    modules = base_modules(model)
+    trained = trained_modules(modules, [trainable] if isinstance(trainable, str) else trainable)
+    kinds = target_modules(modules, targets, trained)
+    config = {
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "modules_to_save": list(trainable) or None,
+        "use_rslora": use_rslora,
+    }
+    factors: dict[str, Factors] = {}
+    for module, kind in kinds.items():
+        layer = unwrapped(modules[module])
+        d_out, d_in = kind.shape(layer)
+        factors[module] = kind.factors(
+            layer,
+            initial_factor(module, rank, seed, d_in),
+            torch.zeros(d_out, rank),
+            module,
+            scale=alpha / (math.sqrt(rank) if use_rslora else rank),
+            alpha=alpha,
+            seed=seed,
+            config=config,
+        )
+    copies = {module: copy.deepcopy(unwrapped(modules[module])) for module in trained}
+    attach(model, name, kinds, factors, copies)
+    return list(factors)
+
+
+def attach(
+    model: nn.Module,
+    name: str,
+    kinds: Mapping[str, type[LoraLayer]],
+    factors: Mapping[str, Factors],
+    copies: Mapping[str, nn.Module],
+) -> None:
+    """Put an adapter's factors and trained copies in, active and the only ones to train."""
+    modules = base_modules(model)
+    both = [module for module in copies if isinstance(modules[module], LoraLayer)]
+    if both:
+        message = f"'{both[0]}' has LoRA factors of another adapter; it cannot be trained in full."
+        raise TargetError(message)
+    if any(name in wrapper.adapters for _, wrapper in wrappers(model)):
+        message = f"The model has an adapter '{name}' already; give the new one another name."
+        raise InputError(message)
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
+        message = f"An adapter cannot be called {name!r}: torch allows no dot and no method's name."
+        raise InputError(message)
+    model.requires_grad_(False)
+    for module, part in (*factors.items(), *copies.items()):
+        wrapper = modules[module]
+        if not isinstance(wrapper, Wrapper):
+            wrapper = kinds.get(module, TrainedModule)(wrapper)
+            model.set_submodule(module, wrapper)
+        wrapper.adapters[name] = part.requires_grad_(True)
+    set_active(model, name)
+
+
+def set_active(model: nn.Module, name: str | None) -> None:
+    """Let one adapter act, by name, or with None the base model alone; nothing else changes.
+
+    Trained heads are switched with their adapter. Which parameters take gradients stays: those of
+    the adapter added last.
+
+    Raises
+    ------
+    InputError
+        The model has no adapter of this name, or no LoRA layers at all.
+    """
+    found = list(wrappers(model))
+    names = dict.fromkeys(key for _, wrapper in found for key in wrapper.adapters)
+    if name not in (None, *names) or not found:
+        message = (
+            f"The model has no adapter {name!r}; it has {', '.join(map(repr, names)) or 'none'}. "
+            "Add one with add_lora, or unmerge the one that is merged."
+        )
+        raise InputError(message)
+    for _, wrapper in found:
+        wrapper.active = name if name and name in wrapper.adapters else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MergeHandle:
+    """What :func:`unmerge_lora` puts back: the LoRA layers, and every original W."""
+
+    model: nn.Module
+    layers: Mapping[str, Wrapper]
+    weights: Mapping[str, nn.Parameter]
+
+
+def merge_lora(model: nn.Module) -> MergeHandle:
+    """Add the active adapter to the frozen weights and take the LoRA layers out, in place.
+
+    The model then has the modules, the parameter names and the forward cost of its base. Only
+    this call merges: ``eval()`` and ``train()`` change nothing. The original W stay in the handle
+    and are what unmerging puts back, bit for bit: until the handle is let go, the adapted weights
+    take their memory twice. A weight tied to another is merged on its own, the other stays.
+
+    Raises
+    ------
+    InputError
+        The model has no LoRA layers: none were added, or it is merged already.
+    """
+    layers = dict(wrappers(model))
+    if not layers:
+        message = "The model has no LoRA layers: none were added, or they are merged already."
+        raise InputError(message)
+    lora = {name: layer for name, layer in layers.items() if isinstance(layer, LoraLayer)}
+    merged = {name: layer.merged_weight() for name, layer in lora.items()}
+    weights = {
+        name: _exchange(layer.base_layer, merged[name], merged=True) for name, layer in lora.items()
+    }
+    for name, wrapper in layers.items():
+        model.set_submodule(name, wrapper.bare)
+    return MergeHandle(model, layers, weights)
+
+
+def unmerge_lora(handle: MergeHandle) -> None:
+    """Put the LoRA layers and the original weights, the very tensors, back into the model.
+
+    Raises
+    ------
+    InputError
+        The model is unmerged already, or its layers were replaced since.
+    """
+    model = handle.model
+    modules = base_modules(model)
+    changed = [name for name, layer in handle.layers.items() if modules.get(name) is not layer.bare]
+    if changed:
+        message = (
+            f"'{changed[0]}' (of {len(changed)} modules) is not the layer that was merged. "
+            "Is the model unmerged already, or was an adapter added to the merged one?"
+        )
+        raise InputError(message)
+    for name, layer in handle.layers.items():
+        device = next(layer.bare.parameters()).device
+        if name in handle.weights:
+            _exchange(layer.base_layer, handle.weights[name], merged=False)
+        model.set_submodule(name, layer.train(layer.bare.training).to(device))
+
+
+def _exchange(layer: Any, weight: nn.Parameter, *, merged: bool) -> nn.Parameter:
+    """Give the layer another W, note whose it is for who wants the frozen one; return the old."""
+    old: nn.Parameter = layer.weight
+    layer.weight, layer.merged = weight, merged
+    return old
+
+
+def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield name and value of every parameter that takes gradients."""
+    return ((name, value) for name, value in model.named_parameters() if value.requires_grad)
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Return how many numbers are trained, and how many the base model has without adapters."""
+    added = {id(value) for _, layer in wrappers(model) for value in layer.adapters.parameters()}
+    base = sum(value.numel() for value in model.parameters() if id(value) not in added)
+    return sum(value.numel() for _, value in trainable_parameters(model)), base
+
+
+def wrappers(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
+    """Yield the wrapped modules by their name in the base model."""
+    return ((n, layer) for n, layer in base_modules(model).items() if isinstance(layer, Wrapper))
+
+
+def unwrapped(module: nn.Module) -> Any:
+    """Return the base model's own module."""
+    return module.base_layer if isinstance(module, Wrapper) else module

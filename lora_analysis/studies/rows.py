@@ -1,0 +1,120 @@
+"""The rows of a study's tables: one update, one pair, one amplification at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from lora_analysis import chance
+from lora_analysis.adapter import DenseUpdate, LowRankUpdate
+from lora_analysis.amplify import Amplification
+from lora_analysis.patterns import layer_index, module_type
+from lora_analysis.similarity import (
+    energy_overlap,
+    principal_angles,
+    signed_cosine,
+    subspace_similarity,
+)
+from lora_analysis.spectra import SIDES, Spectrum
+
+# Columns are named here so that an empty table has them too.
+PAIR_COLUMNS = (
+    "a", "b", "relation", "modules", "mismatched_modules", "start", "shared_modules", "b_cosine",
+    "total_cosine",
+)  # fmt: skip
+SIMILARITY_COLUMNS = (
+    "a", "b", "relation", "module", "module_type", "layer", "side", "dimension", "rank_a", "rank_b",
+    "phi_1_1", "chance_1_1", "ill_defined_1_1", "phi_r_r", "chance_r_r", "excess_r_r",
+    "omega", "omega_chance", "smallest_angle", "largest_angle", "signed_cosine", "start",
+    "shared_start",
+)  # fmt: skip
+AMPLIFICATION_COLUMNS = (
+    "adapter", "module", "module_type", "layer", "k", "at_rank", "projected", "projected_weight",
+    "projected_random", "delta_norm", "weight_norm", "relative_norm", "amplification_factor",
+    "chance_factor", "enrichment",
+)  # fmt: skip
+
+
+def spectrum_row(update: LowRankUpdate | DenseUpdate, value: Spectrum) -> dict[str, Any]:
+    """Return the row of one module of one adapter."""
+    s = value.S
+    return {
+        "adapter": value.label,
+        "module": value.name,
+        "module_type": module_type(value.name),
+        "layer": layer_index(value.name),
+        "d_out": value.shape[0],
+        "d_in": value.shape[1],
+        "rank": value.rank,
+        "numerical_rank": value.numerical_rank,
+        "effective_rank": value.effective_rank,
+        "stable_rank": value.stable_rank,
+        "energy_rank_90": value.energy_rank(0.9),
+        "energy_rank_99": value.energy_rank(0.99),
+        "participation_ratio": value.participation_ratio,
+        "norm": value.norm,
+        "sigma_1": float(s[0]),
+        "in_units_of_scale": value.in_units_of_scale,
+        "scale": update.scale if isinstance(update, LowRankUpdate) else 1.0,
+        "alpha": update.alpha if isinstance(update, LowRankUpdate) else None,
+        "stored_dtype": value.stored_dtype,
+    }
+
+
+def similarity_rows(a: Spectrum, b: Spectrum) -> list[dict[str, Any]]:
+    """Return one row per side for two trained updates of one module (see `Study`)."""
+    cosine = signed_cosine(a, b)
+    rows = []
+    for side in SIDES:
+        grid = subspace_similarity(a, b, side=side)
+        i, j = grid.values.shape
+        angles = principal_angles(a, b, side=side, k=(i, j))
+        rows.append(
+            {
+                "module": a.name,
+                "module_type": module_type(a.name),
+                "layer": layer_index(a.name),
+                "side": side,
+                "dimension": grid.dimension,
+                "rank_a": i,
+                "rank_b": j,
+                "phi_1_1": grid.at(1, 1),
+                "chance_1_1": float(grid.chance[0, 0]),
+                "ill_defined_1_1": grid.ill_defined(1, 1),
+                "phi_r_r": grid.at(i, j),
+                "chance_r_r": float(grid.chance[-1, -1]),
+                "excess_r_r": float(grid.excess[-1, -1]),
+                "omega": energy_overlap(a, b, side=side),
+                "omega_chance": chance.energy_overlap_mean(
+                    grid.dimension, (a.participation_ratio, b.participation_ratio)
+                ),
+                "smallest_angle": float(angles[0]),
+                "largest_angle": float(angles[-1]),
+                "signed_cosine": cosine,
+            }
+        )
+    return rows
+
+
+def amplification_rows(result: Amplification) -> Iterator[dict[str, Any]]:
+    """Yield one row for every k."""
+    for at, k in enumerate(result.k):
+        yield {
+            "adapter": result.label,
+            "module": result.module,
+            "module_type": module_type(result.module),
+            "layer": layer_index(result.module),
+            "k": int(k),
+            "at_rank": bool(k == len(result.S)),
+            "projected": result.projected[at],
+            "projected_weight": np.nan if result.weight_top is None else result.weight_top[at],
+            "projected_random": result.random.rms[at],
+            "delta_norm": float(np.linalg.norm(result.S[:k])),
+            "weight_norm": result.weight_norm,
+            "relative_norm": result.relative_norm,
+            "amplification_factor": result.amplification_factor[at],
+            "chance_factor": result.chance_factor[at],
+            "enrichment": result.enrichment[at],
+        }

@@ -1,0 +1,247 @@
+"""`study`, and the tables it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lora_analysis.adapter import Adapter
+from lora_analysis.amplify import Amplification
+from lora_analysis.bases import BaseWeights, open_base
+from lora_analysis.errors import InputError, SourceError
+from lora_analysis.formats import read_adapter
+from lora_analysis.patterns import matches_target, natural_key
+from lora_analysis.similarity import SimilarityGrid, subspace_similarity
+from lora_analysis.spectra import Factor, Side, Spectrum, spectrum
+from lora_analysis.studies.relations import Relation, relation, unique_labels
+from lora_analysis.studies.rows import (
+    AMPLIFICATION_COLUMNS,
+    PAIR_COLUMNS,
+    SIMILARITY_COLUMNS,
+    amplification_rows,
+)
+from lora_analysis.studies.walk import Pair, Walk
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An adapter that could not be analysed, and why."""
+
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Study:
+    """Adapters and every result about them, as tables.
+
+    Attributes
+    ----------
+    adapters
+        Those that were analysed, by label.
+    runs
+        One row per adapter: task, rank, seed, modules, norm, metrics of its training.
+    spectra
+        One row per adapter and module: ranks, norms, leading singular values.
+    pairs
+        One row per pair of adapters: their relation, and whether they share their start.
+    similarities
+        One row per pair, module and side: φ(1, 1), φ(r, r), ω with their chance, angles, cosine.
+    amplifications
+        One row per adapter, module and k; empty without a base.
+    failures
+        What could not be analysed.
+    base
+        The frozen weights, if given.
+    """
+
+    adapters: Mapping[str, Adapter]
+    runs: pd.DataFrame
+    spectra: pd.DataFrame
+    pairs: pd.DataFrame
+    similarities: pd.DataFrame
+    amplifications: pd.DataFrame
+    failures: tuple[Failure, ...] = ()
+    base: BaseWeights | None = None
+    _amplified: Mapping[tuple[str, str], Amplification] = field(default_factory=dict)
+
+    def grid(
+        self, a: str, b: str, module: str, *, side: Side = "input", factor: Factor = "delta"
+    ) -> SimilarityGrid:
+        """Return φ(i, j) of two adapters by label for one module, computed now."""
+        return subspace_similarity(
+            self.adapters[a][module], self.adapters[b][module], side=side, factor=factor
+        )
+
+    def spectrum(self, label: str, module: str) -> Spectrum:
+        """Return the spectrum of one module of one adapter, computed now."""
+        return spectrum(self.adapters[label][module])
+
+    def amplification(self, label: str, module: str) -> Amplification:
+        """Return the amplification of one module of one adapter; KeyError without a base."""
+        return self._amplified[label, module]
+
+    def amplified(self) -> list[Amplification]:
+        """Return every amplification, module by module; empty without a base."""
+        return list(self._amplified.values())
+
+    def select(self, relation: Relation, side: Side) -> pd.DataFrame:
+        """Return the rows of ``similarities`` with one relation and side."""
+        table = self.similarities
+        return table[(table["relation"] == relation) & (table["side"] == side)]
+
+
+def _pair_tables(pairs: Iterable[Pair]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    summaries, rows = [], []
+    for pair in pairs:
+        start = pair.start()
+        names = {"a": pair.a.label, "b": pair.b.label, "relation": relation(pair.a, pair.b)}
+        shared = set(start.modules)
+        summaries.append(
+            {
+                **names,
+                "modules": pair.common,
+                "mismatched_modules": len(pair.mismatched),
+                "start": start.kind,
+                "shared_modules": len(start.modules),
+                "b_cosine": start.other_cosine,
+                "total_cosine": pair.total_cosine(),
+            }
+        )
+        rows += [
+            {
+                **names,
+                **row,
+                "start": start.kind,
+                "shared_start": row["module"] in shared or start.contaminates_input,
+            }
+            for row in pair.rows
+        ]
+    return (
+        pd.DataFrame(summaries, columns=PAIR_COLUMNS),
+        pd.DataFrame(rows, columns=SIMILARITY_COLUMNS),
+    )
+
+
+def _runs_table(adapters: Sequence[Adapter], spectra: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    for adapter in adapters:
+        own = spectra[spectra["adapter"] == adapter.label]
+        source = adapter.provenance
+        rows.append(
+            {
+                "adapter": adapter.label,
+                "task": source.task,
+                "rank": source.rank,
+                "seed": source.seed,
+                "format": source.format,
+                "base_model": source.base_model,
+                "modules": len(own),
+                "trained_modules": int((own["numerical_rank"] > 0).sum()),
+                "norm": float(np.linalg.norm(own["norm"])) if len(own) else np.nan,
+                "scale_known": not bool(own["in_units_of_scale"].any()),
+                **{f"metric_{name}": value for name, value in source.metrics.items()},
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _chosen_modules(adapters: Sequence[Adapter], pattern: str | Sequence[str] | None) -> list[str]:
+    names = sorted({name for adapter in adapters for name in adapter}, key=natural_key)
+    if pattern is None:
+        return names
+    chosen = [name for name in names if matches_target(name, pattern)]
+    if not chosen:
+        shown = ", ".join(names[:4])
+        message = f"No module matches {pattern!r}. The adapters have {len(names)}: {shown}, ..."
+        raise InputError(message)
+    return chosen
+
+
+def study(
+    adapters: Sequence[Adapter | str | Path],
+    *,
+    base: BaseWeights | str | Path | None = None,
+    modules: str | Sequence[str] | None = None,
+    failures: Sequence[Failure] = (),
+    draws: int = 16,
+    progress: Progress | None = None,
+) -> Study:
+    """Compare adapters pair by pair and hold them against their base, module by module.
+
+    Parameters
+    ----------
+    adapters
+        Adapters, or sources that `read_adapter` takes.
+    base
+        The frozen weights, or their source; without it nothing is said about amplification.
+    modules
+        Names by suffix, or one regular expression; all by default.
+    failures
+        Adapters that could not be read, to be carried into the report.
+    draws
+        Random directions drawn per module for mean and spread.
+    progress
+        Called with ("module", done, total) after each module.
+
+    Returns
+    -------
+    Study
+        An adapter in which a module cannot be read (non-finite values, a damaged tensor) is
+        left out whole and named in ``failures``.
+
+    Raises
+    ------
+    SourceError
+        No adapter is left to analyse.
+
+    Notes
+    -----
+    Every module of every adapter is read and factored once.
+    """
+    read = [one if isinstance(one, Adapter) else read_adapter(one) for one in adapters]
+    named = unique_labels(read)
+    opened = open_base(base) if isinstance(base, str | Path) else base
+    walk = Walk(named, opened, draws)
+    chosen = _chosen_modules(named, modules)
+    for done, module in enumerate(chosen, start=1):
+        walk.visit(module)
+        if progress:
+            progress("module", done, len(chosen))
+    kept = [adapter for adapter in named if adapter.label not in walk.failed]
+    lost = [*failures, *(Failure(label, reason) for label, reason in walk.failed.items())]
+    if not kept:
+        reasons = "; ".join(f"{one.source}: {one.reason}" for one in lost) or "none was given"
+        message = f"No adapter is left to analyse ({reasons})."
+        raise SourceError(message)
+    return _assemble(walk, kept, lost, opened)
+
+
+def _assemble(
+    walk: Walk, kept: Sequence[Adapter], lost: Sequence[Failure], base: BaseWeights | None
+) -> Study:
+    spectra = pd.DataFrame([row for row in walk.spectra if row["adapter"] not in walk.failed])
+    pairs, similarities = _pair_tables(
+        pair for pair in walk.pairs if {pair.a.label, pair.b.label}.isdisjoint(walk.failed)
+    )
+    amplified = {key: one for key, one in walk.amplified.items() if key[0] not in walk.failed}
+    return Study(
+        adapters={adapter.label: adapter for adapter in kept},
+        runs=_runs_table(kept, spectra),
+        spectra=spectra,
+        pairs=pairs,
+        similarities=similarities,
+        amplifications=pd.DataFrame(
+            [row for one in amplified.values() for row in amplification_rows(one)],
+            columns=AMPLIFICATION_COLUMNS,
+        ),
+        failures=tuple(lost),
+        base=base,
+        _amplified=amplified,
+    )

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import csv
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from factories import adapter
+from test_studies import sweep  # noqa: F401  (a fixture)
+
+from lora_analysis.adapter import Adapter, LowRankUpdate, Provenance
+from lora_analysis.bases import open_base
+from lora_analysis.report import write_report
+from lora_analysis.report.selection import rank_pair, seed_pair, short_name, telling_modules
+from lora_analysis.report.tables import csv_text
+from lora_analysis.studies import Failure, study
+
+# Elements that end themselves in HTML.
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+class Page(HTMLParser):
+    """What a test wants to know of a page; raises where tags do not match."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(text)
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def attributes(self, name: str) -> list[str]:
+        return [
+            value or "" for _, found in self.tags for key, value in found.items() if key == name
+        ]
+
+
+@pytest.fixture(scope="module")
+def report(
+    sweep: list[Adapter],  # noqa: F811
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """One report with every section, read by many tests."""
+    rng = np.random.default_rng(1)
+    weights = {f"{name}.weight": rng.standard_normal((48, 40)) for name in sweep[0]}
+    folder = tmp_path_factory.mktemp("report")
+    return write_report(study(sweep, base=open_base(weights), draws=2), folder)
+
+
+def test_the_page_runs_no_script_and_asks_for_nothing(report: Path) -> None:
+    page = Page(report.read_text())
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"script", "link", "iframe", "object", "embed", "form", "base"}
+    assert not [a for _, found in page.tags for a in found if a.startswith("on")]
+    for value in page.attributes("href") + page.attributes("xlink:href") + page.attributes("src"):
+        assert value.startswith(("#", "data:image/png;base64,")), value
+    assert "url(http" not in report.read_text().replace(" ", "")
+
+
+def test_the_page_forbids_scripts_and_requests_by_policy(report: Path) -> None:
+    page = Page(report.read_text())
+    policies = [
+        found["content"]
+        for tag, found in page.tags
+        if tag == "meta" and found.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert len(policies) == 1
+    assert "default-src 'none'" in policies[0]
+    assert "script-src" not in policies[0]
+
+
+def test_every_id_is_unique_and_every_link_leads_somewhere(report: Path) -> None:
+    page = Page(report.read_text())
+    ids = page.attributes("id")
+    assert len(ids) == len(set(ids))
+    for link in page.attributes("href"):
+        if link.startswith("#"):
+            assert link[1:] in ids
+
+
+def test_findings_lead_and_figures_and_tables_follow(report: Path) -> None:
+    text = report.read_text()
+    assert text.index("share their first output direction") < text.index("<figure")
+    page = Page(text)
+    figures = [found["id"] for tag, found in page.tags if tag == "figure"]
+    assert figures == [
+        "figure-ranks_output", "figure-ranks_input", "figure-seeds_output", "figure-seeds_input",
+        "figure-levels_output", "figure-levels_input", "figure-amplification_factor",
+        "figure-enrichment", "figure-spectra",
+    ]  # fmt: skip
+    svgs = [found for tag, found in page.tags if tag == "svg"]
+    assert len(svgs) == len(figures)
+    assert all(found.get("role") == "img" for found in svgs)
+
+
+def test_figures_and_tables_lie_beside_the_page(report: Path) -> None:
+    folder = report.parent
+    names = {path.name for path in (folder / "figures").iterdir()}
+    assert {"ranks_output.svg", "ranks_output.png", "enrichment.svg"} <= names
+    with (folder / "tables" / "similarities.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 10 * 4 * 2
+    assert 0 <= float(rows[0]["phi_1_1"]) <= 1
+
+
+def test_results_are_strict_json_with_every_row(report: Path) -> None:
+    def refuse(constant: str) -> None:
+        pytest.fail(f"results.json holds {constant}")
+
+    text = (report.parent / "results.json").read_text()
+    results = json.loads(text, parse_constant=refuse)
+    assert results["schema_version"] == 1
+    assert len(results["similarities"]) == 80
+    assert {one["k"] for one in results["amplifications"]} == {4, 8}
+    assert results["findings"][0]["text"]
+
+
+def test_the_same_study_gives_the_same_bytes(rng: np.random.Generator, tmp_path: Path) -> None:
+    result = study([adapter(rng, label="r2", rank=2), adapter(rng, label="r3", rank=3)])
+    first, second = (write_report(result, tmp_path / name) for name in ("a", "b"))
+    assert first.read_bytes() == second.read_bytes()
+    for figure in (first.parent / "figures").iterdir():
+        assert figure.read_bytes() == (second.parent / "figures" / figure.name).read_bytes()
+
+
+def test_hostile_names_are_shown_as_text(rng: np.random.Generator, tmp_path: Path) -> None:
+    name = "</script><img src=x onerror=alert(1)>$\\frac{"
+    update = LowRankUpdate(
+        name=name, A=rng.standard_normal((2, 9)), B=rng.standard_normal((8, 2)), scale=1.0
+    )
+    hostile = Adapter({name: update}, label="<b>=cmd()")
+    other = Adapter({name: update}, label="other")
+    path = write_report(
+        study([hostile, other]), tmp_path, title="<i>title</i>", command="run <u>this</u>"
+    )
+    page = Page(path.read_text())
+    assert not {tag for tag, _ in page.tags} & {"img", "script", "b", "i", "u"}
+    assert "<b>=cmd()" in "".join(page.text)
+
+
+def test_csv_cells_that_a_spreadsheet_would_run_are_quoted() -> None:
+    import pandas as pd
+
+    text = csv_text(pd.DataFrame({"name": ["=cmd()", "+1", "plain"], "value": [-1.0, 2.0, 3.0]}))
+    assert [line.split(",")[0] for line in text.splitlines()[1:]] == ["'=cmd()", "'+1", "plain"]
+    assert "-1.0" in text
+
+
+def test_one_adapter_alone_makes_a_report(rng: np.random.Generator, tmp_path: Path) -> None:
+    text = write_report(study([adapter(rng, label="alone")]), tmp_path).read_text()
+    assert "<h1>What alone learned</h1>" in text
+    assert "Across ranks" not in text
+
+
+def test_an_untrained_adapter_alone_makes_a_report(tmp_path: Path) -> None:
+    empty = LowRankUpdate(name="q", A=np.ones((2, 9)), B=np.zeros((8, 2)), scale=1.0)
+    text = write_report(study([Adapter({"q": empty}, label="empty")]), tmp_path).read_text()
+    assert "empty is untrained" in text
+    assert "figure-" not in text
+
+
+def test_failures_are_named_in_the_report(rng: np.random.Generator, tmp_path: Path) -> None:
+    result = study([adapter(rng)], failures=[Failure("bad.safetensors", "it is truncated")])
+    text = write_report(result, tmp_path).read_text()
+    assert "bad.safetensors could not be analysed: it is truncated" in text
+
+
+def test_the_markdown_report_shows_findings_figures_and_tables(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    result = study([adapter(rng, label="r2", rank=2), adapter(rng, label="r3", rank=3)])
+    path = write_report(result, tmp_path, form="md", title="A *bold* title")
+    text = path.read_text()
+    assert path.name == "report.md"
+    assert "![Two ranks, output side.](figures/ranks_output.svg)" in text
+    assert (tmp_path / "figures" / "ranks_output.svg").is_file()
+    assert "# A \\*bold\\* title" in text
+    header = next(line for line in text.splitlines() if line.startswith("| adapter"))
+    ruler = text.splitlines()[text.splitlines().index(header) + 1]
+    assert header.count("|") == ruler.count("|")
+
+
+def test_the_telling_modules_are_one_middle_layer_of_each_type() -> None:
+    names = [f"layers.{i}.{kind}_proj" for i in range(8) for kind in "qkv"]
+    assert telling_modules(names) == ["layers.4.q_proj", "layers.4.k_proj"]
+    assert telling_modules(["a.0.q", "a.1.q", "a.2.q", "a.3.q"]) == ["a.1.q", "a.2.q"]
+    assert telling_modules(["q"]) == ["q"]
+    assert short_name("model.layers.4.q_proj") == "q_proj, layer 4"
+    assert short_name("003") == "003"
+
+
+def test_the_figure_of_ranks_takes_the_largest_against_the_one_near_eight(
+    rng: np.random.Generator,
+) -> None:
+    made = [
+        Adapter(
+            dict(adapter(rng, rank=rank)),
+            label=f"r{rank}",
+            provenance=Provenance(rank=rank, seed=0, task="t"),
+        )
+        for rank in (2, 7, 3, 12)
+    ]
+    result = study(made)
+    assert rank_pair(result) == ("r7", "r12")
+    assert rank_pair(study(list(reversed(made)))) == ("r7", "r12")
+    assert seed_pair(result) is None

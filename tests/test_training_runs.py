@@ -1,0 +1,247 @@
+"""One run in its folder: what it holds, when it is skipped, when it is trained anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from training_bases import SHORT, write_tiny_base
+
+from lora_analysis.errors import InputError, TargetError
+from lora_analysis.formats import read_adapter
+from lora_analysis.lora import initial_factor, load_adapter_into
+from lora_analysis.training import RunConfig, RunEvent, run_state, train_run
+from lora_analysis.training.base import read_base
+from lora_analysis.training.config import LoopOptions
+from lora_analysis.training.digits import digits_task
+from lora_analysis.training.files import base_sha256
+from lora_analysis.training.loop import accuracy
+
+CONFIG = RunConfig(task="rotate", rank=2, seed=3, loop=replace(SHORT, data_seed=3))
+FILES = ["adapter_config.json", "adapter_model.safetensors", "manifest.json", "metrics.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / CONFIG.name
+    return train_run(CONFIG, folder, device="cpu", base=base)
+
+
+@pytest.fixture
+def train(base: Path, tmp_path: Path) -> Callable[..., list[RunEvent]]:
+    """Train into ``tmp_path / "run"``; return what was told."""
+
+    def run(config: RunConfig = CONFIG) -> list[RunEvent]:
+        events: list[RunEvent] = []
+        train_run(config, tmp_path / "run", device="cpu", base=base, progress=events.append)
+        return events
+
+    return run
+
+
+def test_a_run_leaves_metrics_adapter_and_manifest(finished: Path) -> None:
+    assert sorted(path.name for path in finished.iterdir()) == FILES
+    assert finished.name == "rotate-r2-s3"
+
+
+def test_the_manifest_says_what_was_done_and_with_what(finished: Path, base: Path) -> None:
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert manifest["config"] == CONFIG.to_dict()
+    assert {k: manifest[k] for k in ("task", "rank", "seed", "data_seed")} == {
+        "task": "rotate",
+        "rank": 2,
+        "seed": 3,
+        "data_seed": 3,
+    }
+    assert manifest["base_sha256"] == base_sha256(base)
+    assert manifest["device"] == "cpu"
+    assert manifest["modules"] == [
+        f"blocks.{block}.attention.{kind}_proj" for block in (0, 1) for kind in "qv"
+    ]
+    assert set(manifest["versions"]) >= {"lora-analysis", "torch", "numpy", "python"}
+    assert manifest["seconds"] > 0
+
+
+def test_the_metrics_hold_one_line_per_step(finished: Path) -> None:
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    assert all({"loss", "lr"} <= line.keys() for line in lines[1:])
+    assert [line["step"] for line in lines if "test_accuracy" in line] == [0, 2, 4]
+    metrics = json.loads((finished / "manifest.json").read_text())["metrics"]
+    assert metrics["base_accuracy"] == lines[0]["test_accuracy"]
+    assert metrics["accuracy"] == lines[-1]["test_accuracy"]
+    assert metrics["loss"] == pytest.approx(np.mean([line["loss"] for line in lines[1:]]))
+
+
+def test_the_adapter_reads_back_with_its_rank_scale_task_and_seed(finished: Path) -> None:
+    adapter = read_adapter(finished)
+    assert (adapter.label, len(adapter)) == ("rotate-r2-s3", 4)
+    facts = adapter.provenance
+    assert (facts.rank, facts.seed, facts.task, facts.base_model) == (2, 3, "rotate", "digits-vit")
+    for update in adapter.values():
+        assert update.known_scale() == 16 / 2
+        assert (update.A.shape, update.B.shape) == ((2, 16), (16, 2))
+        assert update.stored_dtype == "float32"
+        assert np.abs(update.B).max() > 0
+
+
+def test_the_adapter_on_the_base_has_the_accuracy_of_the_manifest(
+    finished: Path, base: Path
+) -> None:
+    model = read_base(base)
+    load_adapter_into(model, read_adapter(finished))
+    stated = json.loads((finished / "manifest.json").read_text())["metrics"]["accuracy"]
+    assert accuracy(model, digits_task("rotate").test) == stated
+
+
+def test_the_initial_factor_of_a_run_can_be_computed_again(base: Path, tmp_path: Path) -> None:
+    # So small a rate moves nothing: what is saved is what training started from.
+    still = replace(CONFIG, loop=LoopOptions(steps=1, batch_size=8, lr=1e-12, weight_decay=0.0))
+    adapter = read_adapter(train_run(still, tmp_path / "still", device="cpu", base=base))
+    for name, update in adapter.items():
+        start = initial_factor(name, still.rank, still.seed, update.A.shape[1])
+        np.testing.assert_allclose(update.A, start.numpy(), atol=1e-9)
+
+
+def test_two_runs_of_one_configuration_are_equal_bit_for_bit(
+    finished: Path, train: Callable[..., list[RunEvent]], tmp_path: Path
+) -> None:
+    torch.manual_seed(99)  # whatever the global generator's state
+    train()
+    for name in FILES:
+        if name != "manifest.json":  # it holds the time that passed
+            assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_the_seeds_of_start_and_data_act_apart(
+    finished: Path, train: Callable[..., list[RunEvent]], tmp_path: Path
+) -> None:
+    train(replace(CONFIG, loop=replace(CONFIG.loop, data_seed=4)))
+    first = json.loads((finished / "metrics.jsonl").read_text().splitlines()[1])
+    other = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])
+    assert first["loss"] != other["loss"]  # B is zero at step 1: the data alone differ
+    ours, theirs = read_adapter(finished), read_adapter(tmp_path / "run")
+    for name, update in ours.items():  # the same start, moved a little by each
+        rows = np.sum(update.A * theirs[name].A, axis=1)
+        norms = np.linalg.norm(update.A, axis=1) * np.linalg.norm(theirs[name].A, axis=1)
+        assert (rows / norms).min() > 0.95
+
+
+def test_the_base_is_left_as_it_was(base: Path, train: Callable[..., list[RunEvent]]) -> None:
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    train()
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+
+
+def test_a_finished_run_is_skipped(
+    base: Path, train: Callable[..., list[RunEvent]], tmp_path: Path
+) -> None:
+    assert run_state(CONFIG, tmp_path / "run", base=base) == "missing"
+    events = train()
+    assert [event.kind for event in events] == ["started", *["step"] * 5, "finished"]
+    assert [event.step for event in events] == [0, 0, 1, 2, 3, 4, 4]
+    written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    assert train() == [RunEvent(CONFIG.name, "skipped", 4, 4, state="finished")]
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").iterdir()} == written
+
+
+def _cut_metrics(folder: Path) -> str:
+    (folder / "metrics.jsonl").write_text("{}\n")
+    return "damaged"
+
+
+def _lose_weights(folder: Path) -> str:
+    (folder / "adapter_model.safetensors").unlink()
+    return "damaged"
+
+
+def _lose_manifest(folder: Path) -> str:
+    (folder / "manifest.json").unlink()
+    return "unfinished"
+
+
+def _spoil_manifest(folder: Path) -> str:
+    (folder / "manifest.json").write_text("{")
+    return "damaged"
+
+
+@pytest.mark.parametrize("harm", [_cut_metrics, _lose_weights, _lose_manifest, _spoil_manifest])
+def test_a_run_that_is_not_whole_is_trained_anew(
+    harm: Callable[[Path], str],
+    finished: Path,
+    train: Callable[..., list[RunEvent]],
+    tmp_path: Path,
+) -> None:
+    train()
+    state = harm(tmp_path / "run")
+    assert train()[0] == RunEvent(CONFIG.name, "started", 0, 4, state=state)
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (finished / weights).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"task": "invert"},
+        {"rank": 3},
+        {"seed": 4},
+        {"alpha": 8.0},
+        {"use_rslora": True},
+        {"targets": ("q_proj",)},
+        {"loop": replace(CONFIG.loop, lr=1e-4)},
+    ],
+)
+def test_any_other_configuration_is_another_run(
+    change: dict[str, object], finished: Path, base: Path
+) -> None:
+    assert run_state(replace(CONFIG, **change), finished, base=base) == "changed"
+
+
+def test_another_base_is_another_run(finished: Path, tmp_path: Path) -> None:
+    other = write_tiny_base(tmp_path / "other", seed=6)
+    assert run_state(CONFIG, finished, base=other) == "changed"
+
+
+def test_an_interrupted_run_is_not_taken_for_an_adapter(
+    base: Path, train: Callable[..., list[RunEvent]], tmp_path: Path
+) -> None:
+    train()  # an older run lies in the folder
+
+    def interrupt(event: RunEvent) -> None:
+        if event.step == 2:
+            raise KeyboardInterrupt
+
+    other = replace(CONFIG, seed=4)
+    with pytest.raises(KeyboardInterrupt):
+        train_run(other, tmp_path / "run", device="cpu", base=base, progress=interrupt)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+    assert run_state(other, tmp_path / "run", base=base) == "unfinished"
+    assert train(other)[-1].kind == "finished"
+
+
+def test_a_target_that_matches_nothing_is_refused(train: Callable[..., list[RunEvent]]) -> None:
+    with pytest.raises(TargetError, match="q_porj"):
+        train(replace(CONFIG, targets=("q_porj",)))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("rank", 0), ("seed", -1), ("alpha", 0.0), ("alpha", float("inf")), ("targets", ())],
+)
+def test_a_configuration_out_of_range_is_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(InputError, match=rf"{field} must be"):
+        replace(CONFIG, **{field: value})
+
+
+def test_the_name_tells_a_data_seed_of_its_own() -> None:
+    assert replace(CONFIG, loop=replace(SHORT, data_seed=7)).name == "rotate-r2-s3-d7"

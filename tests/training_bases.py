@@ -1,0 +1,19 @@
+"""A base small enough to adapt in a fraction of a second, on the real digits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lora_analysis.training.base import write_base
+from lora_analysis.training.config import LoopOptions
+from lora_analysis.training.pretrain import initialise
+from lora_analysis.training.vit import DigitsViT, VitConfig
+
+TINY = VitConfig(width=16, depth=2, heads=2, mlp_width=16)
+SHORT = LoopOptions(steps=4, batch_size=16, warmup=1, evaluations=2)
+
+
+def write_tiny_base(folder: Path, *, seed: int = 5) -> Path:
+    model = DigitsViT(TINY)
+    initialise(model, seed)
+    return write_base(model, folder, {"seed": seed})
