@@ -273,6 +273,10 @@ class Adapter(Mapping[str, Update]):
     def __contains__(self, name: object) -> bool:
         return name in self._updates  # membership must not load the module
 
+    # Two adapters are the same only if they are one: comparing values would load every module.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
     def relabelled(self, label: str) -> Adapter:
         """Return the same adapter under another label; nothing is loaded."""
         return Adapter(

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_analysis import chance, linalg
-from lora_analysis.errors import DegenerateSubspaceError, IncompatibleError, ScaleError
+from lora_analysis.errors import (
+    BaseWeightError,
+    DegenerateSubspaceError,
+    IncompatibleError,
+    InputError,
+    ScaleError,
+)
 from lora_analysis.spectra import Spectrum, spectrum
 
 if TYPE_CHECKING:
@@ -188,6 +194,8 @@ def amplification(
         The shapes of ΔW and W differ.
     ScaleError
         The scale of the update is not known.
+    BaseWeightError
+        W holds values that are not finite.
     DegenerateSubspaceError
         The update is untrained, or k exceeds its numerical rank.
 
@@ -207,6 +215,15 @@ def amplification(
     ]
     own = (spectral.vectors("output")[:, :n], spectral.vectors("input")[:, :n])
     (core, *random_cores), weight_norm = _project(W, [own, *frames])
+    if not np.isfinite(weight_norm):
+        message = (
+            f"The base weight of '{spectral.name}' holds values that are not finite. "
+            "No number can be computed against it; is the file damaged?"
+        )
+        raise BaseWeightError(message)
+    if weight_values is not None and len(weight_values) < n:
+        message = f"weight_values must hold at least {n} values, found {len(weight_values)}."
+        raise InputError(message)
     s = spectral.S[:n]
     update_norm = np.sqrt(np.cumsum(s**2))
     projected = _leading_norms(core)

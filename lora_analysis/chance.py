@@ -64,7 +64,8 @@ def projected_norm_rms(
 
     ``‖W‖_F·k / sqrt(d_out·d_in)``: E‖UᵀWV‖_F² = k²‖W‖_F²/(d_out·d_in) for Haar U and V.
     """
-    return weight_norm * np.asarray(k, dtype=np.float64) / np.sqrt(float(shape[0] * shape[1]))
+    directions: NDArray[np.float64] = np.asarray(k, dtype=np.float64)
+    return directions * (weight_norm / float(np.sqrt(float(shape[0] * shape[1]))))
 
 
 def excess(value: ArrayLike, chance: ArrayLike) -> NDArray[Any]:

@@ -104,7 +104,8 @@ def factored_singular_values(B: Float, A: Float) -> Float:
     r_b = np.linalg.qr(b, mode="r")
     r_a = np.linalg.qr(np.swapaxes(a, -1, -2), mode="r")
     values = np.linalg.svd(r_b @ np.swapaxes(r_a, -1, -2), compute_uv=False)
-    return np.ldexp(values, (exponent_b + exponent_a)[..., None])
+    scaled: Float = np.ldexp(values, (exponent_b + exponent_a)[..., None])
+    return scaled
 
 
 def column_signs(U: Float) -> Float:
@@ -156,7 +157,8 @@ def principal_angles(U: Float, V: Float) -> Float:
     cosines = np.linalg.svd(gram, compute_uv=False)
     outside = V - U @ gram
     sines = np.linalg.svd(outside, compute_uv=False)[::-1]
-    return np.arctan2(sines, cosines)
+    angles: Float = np.arctan2(sines, cosines)
+    return angles
 
 
 def haar_frame(rng: np.random.Generator, dimension: int, columns: int) -> Float:
@@ -166,7 +168,7 @@ def haar_frame(rng: np.random.Generator, dimension: int, columns: int) -> Float:
     return q * np.where(np.diagonal(r) < 0, -1.0, 1.0)
 
 
-def leading_singular_values(W: Float, k: int) -> Float:
+def leading_singular_values(W: NDArray[np.floating], k: int) -> Float:
     """Return the ``k`` largest singular values of a dense matrix, descending.
 
     Small matrices take LAPACK's full SVD; larger ones ARPACK's Lanczos iteration, whose residual
@@ -174,16 +176,21 @@ def leading_singular_values(W: Float, k: int) -> Float:
     """
     dense = np.asarray(W, dtype=np.float64)
     if min(dense.shape) <= DENSE_SVD_LIMIT or k > min(dense.shape) // 8:
-        return np.linalg.svd(dense, compute_uv=False)[:k]
+        return _all_singular_values(dense)[:k]
     from scipy.sparse.linalg import ArpackError, svds
 
     start = np.random.default_rng(0).standard_normal(min(dense.shape))
     try:
         u, s, vt = svds(dense, k=k, v0=start, solver="arpack")
     except ArpackError:
-        return np.linalg.svd(dense, compute_uv=False)[:k]
+        return _all_singular_values(dense)[:k]
     # One of the two residuals is zero by the way svds builds its result; the other one tells.
     residual = max(np.linalg.norm(dense @ vt.T - u * s), np.linalg.norm(dense.T @ u - vt.T * s))
     if residual > 1e-8 * s.max():
-        return np.linalg.svd(dense, compute_uv=False)[:k]
-    return np.sort(s)[::-1]
+        return _all_singular_values(dense)[:k]
+    values: Float = np.sort(s)[::-1]
+    return values
+
+
+def _all_singular_values(dense: Float) -> Float:
+    return np.asarray(np.linalg.svd(dense, compute_uv=False), dtype=np.float64)

@@ -321,3 +321,17 @@ def test_errors_say_what_was_asked_and_what_was_found(ask, error, words):
         ask()
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_weight_with_non_finite_values_is_refused_by_name(rng: np.random.Generator) -> None:
+    W = rng.standard_normal((24, 20))
+    W[3, 4] = np.nan
+    with pytest.raises(BaseWeightError, match=r"'layers\.0\.q_proj' holds values that are not"):
+        amplification(low_rank_update(rng), W)
+
+
+def test_too_few_known_singular_values_are_refused(rng: np.random.Generator) -> None:
+    with pytest.raises(InputError, match="at least 4 values, found 2"):
+        amplification(
+            low_rank_update(rng), rng.standard_normal((24, 20)), weight_values=np.array([2.0, 1.0])
+        )

@@ -112,6 +112,7 @@ def test_prefixes_may_be_missing_or_added(module: str, stored: str) -> None:
     [
         ("model.layers.1.q", ["model.layers.0.q"]),  # another layer
         ("model.layers.1.q", ["model.layers.11.q"]),  # a longer number
+        ("model.layers.1.q", ["h.1.q"]),
         ("model.layers.1.xq", ["model.layers.1.q"]),
         ("model.layers.1.q", ["model.layers.1.xq"]),
         ("decoder.layers.0.q", ["encoder.layers.0.q"]),  # another part of the model

@@ -516,6 +516,31 @@ def test_patterns_are_plain_names_where_that_is_enough(
     assert config["target_modules"] == ["layers.0.q", "layers.1.q", "layers.2.q"]
 
 
+@pytest.mark.parametrize(
+    ("ranks", "pattern"),
+    [
+        ({"layers.2.q": 2, "layers.2.k": 4, "v": 4}, {"layers.2.q": 2}),
+        # PEFT would read 'z.q' by the key 'q', whatever their order was before it sorted them.
+        ({"q": 2, "z.q": 3, "k": 4, "v": 4}, {"^q": 2, r"^z\.q": 3}),
+        # 'a.q' would also match 'b.a.q', a dot any character: anchored and escaped then.
+        ({"a.q": 2, "b.a.q": 4, "c": 4}, {r"^a\.q": 2}),
+        ({"l.1.q": 2, "l11.q": 4, "c": 4}, {r"^l\.1\.q": 2}),
+        ({"a(q": 2, "b": 4, "c": 4}, {r"^a\(q": 2}),
+    ],
+)
+def test_patterns_never_reach_another_module(
+    tmp_path: Path, rng: np.random.Generator, ranks: dict[str, int], pattern: dict[str, int]
+) -> None:
+    updates = {
+        name: low_rank_update(rng, rank=rank, name=name, scale=0.5) for name, rank in ranks.items()
+    }
+    folder = write_adapter(Adapter(updates, label="x"), tmp_path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert list(config["rank_pattern"].items()) == list(pattern.items())
+    assert {update.scale for update in read_adapter(folder).values()} == {0.5}  # type: ignore[union-attr]
+    assert read_adapter(folder).provenance.findings == ()
+
+
 def test_bfloat16_factors_survive_a_round_trip_bit_for_bit(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file

@@ -162,7 +162,7 @@ def test_figure_of_ranks_shows_whole_grids_then_zooms_then_both_above_chance(rng
     grids = {"ΔWq": _grid(rng, 4, 8), "ΔWv": _grid(rng, 4, 8)}
     figure = figure_ranks(grids, zoom=4)
     assert [ax.get_title() for ax in figure.axes[:4]] == [
-        "ΔWq", "ΔWv", "ΔWq, j ≤ i ≤ 4", "ΔWv, j ≤ i ≤ 4",
+        "ΔWq", "ΔWv", "ΔWq, j ≤ i", "ΔWv, j ≤ i",
     ]  # fmt: skip
     assert len(figure.axes) == 8  # chance 8/24 is visible
     assert [ax.images[0].get_array().shape for ax in figure.axes[:4]] == [(4, 8)] * 2 + [(4, 4)] * 2
@@ -210,6 +210,10 @@ def test_shorter_rows_leave_room_at_the_right(rng):
     panel = Panel(_grid(rng), "a")
     figure = figure_grid([[panel, panel], [panel]])
     assert [bool(ax.images) for ax in figure.axes] == [True, True, True, False]
+    assert [len(ax.child_axes) for ax in figure.axes] == [0, 1, 0, 1]  # colour bars
+    figure.draw_without_rendering()
+    widths = {round(ax.get_position().width, 6) for ax in figure.axes}
+    assert len(widths) == 1
 
 
 def test_panel_figures_stay_out_of_pyplot_and_show_themselves(rng):

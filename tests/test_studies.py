@@ -119,7 +119,7 @@ def test_findings_tell_the_planted_story(sweep: list[Adapter]) -> None:
         by_topic.setdefault(one.topic, []).append(one)
     seeds = by_topic["seeds"][0]
     assert "share their first output direction" in seeds.text
-    assert seeds.values["verdict_output"] == "above every reference pair"
+    assert seeds.values["verdict_output"] == "share"
     ranks = by_topic["ranks"][0]
     assert ranks.text.startswith("Rank 4 and rank 8 on the same task share their first output")
     assert ranks.values["phi_1_1_output"] > 0.9 > 0.3 > ranks.values["reference_output"]

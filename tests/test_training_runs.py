@@ -89,7 +89,7 @@ def test_the_adapter_reads_back_with_its_rank_scale_task_and_seed(finished: Path
     facts = adapter.provenance
     assert (facts.rank, facts.seed, facts.task, facts.base_model) == (2, 3, "rotate", "digits-vit")
     for update in adapter.values():
-        assert update.known_scale() == 16 / 2
+        assert update.known_scale() == 8 / 2
         assert (update.A.shape, update.B.shape) == ((2, 16), (16, 2))
         assert update.stored_dtype == "float32"
         assert np.abs(update.B).max() > 0
@@ -195,7 +195,7 @@ def test_a_run_that_is_not_whole_is_trained_anew(
         {"task": "invert"},
         {"rank": 3},
         {"seed": 4},
-        {"alpha": 8.0},
+        {"alpha": 16.0},
         {"use_rslora": True},
         {"targets": ("q_proj",)},
         {"loop": replace(CONFIG.loop, lr=1e-4)},

@@ -29,6 +29,14 @@ from lora_analysis.cli.show import print_json
     required=True,
     help="Folder for report.html, figures/, tables/ and results.json.",
 )
+@click.option(
+    "--as",
+    "kind",
+    type=click.Choice(["html", "md"]),
+    default="html",
+    show_default=True,
+    help="One HTML file, or Markdown for a README or a model card.",
+)
 @click.option("--title", help="Heading of the report.")
 @modules_option
 @reading_options
@@ -38,6 +46,7 @@ def command(
     *,
     base: str | None,
     output: Path,
+    kind: Any,
     title: str | None,
     modules: str | None,
     pair: Any,
@@ -64,7 +73,7 @@ def command(
         result = study(adapters, base=base, modules=modules, failures=failures, progress=progress)
         for one in result.failures[len(failures) :]:
             click.echo(f"Left out: {one.source}: {one.reason}", err=True)
-        path = write_report(result, output, title=title, command=_command_line())
+        path = write_report(result, output, title=title, command=_command_line(), form=kind)
     if form == "json":
         print_json(
             {

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_analysis.findings.levels import (
     SIDES_IN_ORDER,
@@ -25,74 +26,89 @@ if TYPE_CHECKING:
 PAIRS_IN_WORDS = 6
 
 
-def _verdict(found: Level, reference: Level) -> str:
-    """Return what the pair medians say against those of the reference."""
-    above = sum(one > max(reference.pair_medians) for one in found.pair_medians)
-    if above == found.pairs:
-        return "above every reference pair"
-    if found.median > reference.high and above:
-        return f"above every reference pair in {above} of {found.pairs} pairs"
-    if found.median > reference.high:
-        return "above most reference values, but not clear of them"
-    return "no more alike than unrelated adapters"
+Verdict = Literal["share", "partly", "no more"]
 
 
-def _side_clause(study: Study, rows: pd.DataFrame, side: Side) -> tuple[str, dict[str, Any]]:
-    """Return "output side: median φ(1,1) 0.61 ..., reference 0.04, chance 0.005: verdict"."""
+@dataclass(frozen=True, slots=True)
+class _SideLevel:
+    """One side of a group of pairs: what was found, in the reference, and by chance."""
+
+    side: Side
+    found: Level
+    reference: Level | None
+    chance: float
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What the pair medians say against those of the reference; None without one."""
+        if self.reference is None:
+            return None
+        above = sum(one > max(self.reference.pair_medians) for one in self.found.pair_medians)
+        if above == self.found.pairs:
+            return "share"
+        return "partly" if above and self.found.median > self.reference.high else "no more"
+
+    def numbers(self, *, first: bool) -> str:
+        """Return "median φ(1,1) 0.61 over ..."; short where a first side has said what it is."""
+        one = self.found
+        quartiles = f"{number(one.low)} to {number(one.high)}"
+        over = f"{plural(one.modules, 'module')} of {plural(one.pairs, 'pair')}"
+        text = (
+            f"median φ(1,1) {number(one.median)} over {over} (quartiles {quartiles})"
+            if first
+            else f"{number(one.median)} ({quartiles})"
+        )
+        if self.reference is not None:
+            text += f", other tasks {number(self.reference.median)}"
+        return f"{text}, isotropic chance {number(self.chance)}"
+
+    def values(self) -> dict[str, Any]:
+        """Return the numbers for programs."""
+        found = {
+            "phi_1_1": self.found.median,
+            "chance": self.chance,
+            "pairs": self.found.pairs,
+            "modules": self.found.modules,
+            "reference": self.reference.median if self.reference else None,
+            "verdict": self.verdict,
+        }
+        return {f"{name}_{self.side}": value for name, value in found.items()}
+
+
+def _side_level(study: Study, rows: pd.DataFrame, side: Side) -> _SideLevel | None:
     own = rows[rows["side"] == side]
     found = level(own, "phi_1_1")
     if found is None:
-        return f"on the {side} side no first direction is well defined", {}
+        return None
     reference = level(study.select(REFERENCE, side), "phi_1_1")
-    chance = median_chance(own, "phi_1_1")
-    text = (
-        f"median φ(1,1) on the {side} side {number(found.median)} "
-        f"(quartiles {number(found.low)} to {number(found.high)})"
-    )
-    values: dict[str, Any] = {
-        f"phi_1_1_{side}": found.median,
-        f"chance_{side}": chance,
-        f"pairs_{side}": found.pairs,
-        f"modules_{side}": found.modules,
-    }
-    if reference is None:
-        return f"{text}, isotropic chance {number(chance)}", values
-    values[f"reference_{side}"] = reference.median
-    values[f"verdict_{side}"] = verdict = _verdict(found, reference)
-    return (
-        f"{text}, other tasks {number(reference.median)}, isotropic chance {number(chance)}: "
-        f"{verdict}"
-    ), values
+    return _SideLevel(side, found, reference, median_chance(own, "phi_1_1"))
 
 
-def _shared_words(values: Mapping[str, Any]) -> str:
-    """Return which first direction a group shares, in words no stronger than the verdicts."""
-    clear = [
-        side
-        for side in SIDES_IN_ORDER
-        if values.get(f"verdict_{side}") == "above every reference pair"
-    ]
-    if len(clear) == 2:
-        return "share their first output and input direction"
-    if clear:
-        return f"share their first {clear[0]} direction"
-    return "do not clearly share a first direction"
+_VERDICT_WORDS: dict[Verdict, str] = {
+    "share": "share their first {side} direction",
+    "partly": "share their first {side} direction in some pairs only",
+    "no more": "share no more of their first {side} direction than unrelated adapters do",
+}
 
 
 def _compared(study: Study, rows: pd.DataFrame, who: str, topic: str) -> Finding:
-    clauses: list[str] = []
-    values: dict[str, Any] = {}
-    for side in SIDES_IN_ORDER:
-        clause, found = _side_clause(study, rows, side)
-        clauses.append(clause)
-        values.update(found)
-    pairs = plural(rows.groupby(["a", "b"]).ngroups, "pair")
-    modules = plural(int(rows["module"].nunique()), "module")
-    numbers = "; ".join(clauses)
-    if any(key.startswith("verdict") for key in values):
-        text = f"{who} {_shared_words(values)} ({pairs}, {modules}): {numbers}."
+    """Return one sentence about a group of pairs: the verdict on either side, and its numbers."""
+    sides = [_side_level(study, rows, side) for side in SIDES_IN_ORDER]
+    present = [one for one in sides if one is not None]
+    numbers = [one.numbers(first=one is present[0]) for one in present]
+    if not present:
+        text = f"{who}: no first direction is well defined, so φ(1,1) says nothing."
+    elif any(one.verdict is None for one in present):
+        clauses = [f"{one.side} side, {said}" for one, said in zip(present, numbers, strict=True)]
+        text = f"{who}: {'; '.join(clauses)}. No reference, so no verdict."
     else:
-        text = f"{who} ({pairs}, {modules}): {numbers}. No reference, so no verdict."
+        clauses = [
+            f"{_VERDICT_WORDS[one.verdict].format(side=one.side)}: {said}"
+            for one, said in zip(present, numbers, strict=True)
+            if one.verdict is not None
+        ]
+        text = f"{who} {'; they '.join(clauses)}."
+    values = {name: value for one in present for name, value in one.values().items()}
     return Finding("result", topic, text, values)
 
 
@@ -137,7 +153,8 @@ def by_rank_pair(study: Study) -> Iterator[Finding]:
     rows = rows[rows["relation"] == "same task, other rank"]
     ranks = study.runs.set_index("adapter")["rank"]
     keys = [tuple(sorted((ranks[a], ranks[b]))) for a, b in zip(rows["a"], rows["b"], strict=True)]
-    for low, high in sorted(set(keys)):
+    # As the figure does: the largest rank first, against the one closest to the paper's 8.
+    for low, high in sorted(set(keys), key=lambda key: (-key[1], abs(key[0] - 8))):
         chosen = rows[[key == (low, high) for key in keys]]
         who = f"Rank {int(low)} and rank {int(high)} on the same task"
         yield _compared(study, chosen, who, "ranks")
@@ -150,7 +167,7 @@ def by_seed(study: Study) -> Iterator[Finding]:
         return
     rows = rows[rows["relation"] == "same task, other seed"]
     ranks = study.runs.set_index("adapter")["rank"].reindex(rows["a"]).to_numpy()
-    for rank in sorted(set(ranks)):
+    for rank in sorted(set(ranks), reverse=True):
         chosen = rows[ranks == rank]
         who = f"Two seeds of rank {int(rank)} on the same task"
         yield _compared(study, chosen, who, "seeds")
@@ -184,6 +201,8 @@ def shared_seed(study: Study) -> Iterator[Finding]:
         rows = study.select(SHARED_SEED, side)
         own = rows[[key in keys for key in zip(rows["a"], rows["b"], strict=True)]]
         other = study.select(REFERENCE, side)
+        same_ranks = other["rank_a"].isin(own["rank_a"]) & other["rank_b"].isin(own["rank_b"])
+        other = other[same_ranks]  # φ(r, r) depends on r: like is held against like
         sides[side] = (
             own["phi_r_r"].median(),
             other["phi_r_r"].median(),

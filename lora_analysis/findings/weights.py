@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from lora_analysis.findings.levels import Finding, number, plural
+from lora_analysis.findings.levels import Finding, number
 from lora_analysis.studies import Study
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def amplified(study: Study) -> Iterator[Finding]:
@@ -13,33 +17,34 @@ def amplified(study: Study) -> Iterator[Finding]:
     table = study.amplifications
     if table.empty:
         return
-    full = table[table["at_rank"]].merge(study.runs[["adapter", "rank"]], on="adapter")
-    for rank, rows in full.groupby("rank"):
-        factor, by_chance, rich = (
-            rows[name].quantile([0.25, 0.5, 0.75]).to_list()
-            for name in ("amplification_factor", "chance_factor", "enrichment")
-        )
-        text = (
-            f"At rank {int(rank)} ΔW is {number(factor[1])} times as strong as W along ΔW's own "
-            f"directions (amplification factor, median over {plural(len(rows), 'module')} of "
-            f"{plural(rows['adapter'].nunique(), 'adapter')}; quartiles {number(factor[0])} to "
-            f"{number(factor[2])}). Random directions would score {number(by_chance[1])}: W holds "
-            f"{number(rich[1])} times as much along ΔW's directions as along random ones "
-            "(enrichment)."
-        )
-        values = {
-            "rank": int(rank),
-            "amplification_factor": factor[1],
-            "chance_factor": by_chance[1],
-            "enrichment": rich[1],
-        }
-        yield Finding("result", "amplification", text, values)
+    ranks = study.spectra[["adapter", "module", "rank"]]
+    full = table[table["at_rank"]].merge(ranks, on=["adapter", "module"])
+    names = ("amplification_factor", "chance_factor", "enrichment")
+    medians = full.groupby("rank")[list(names)].median()
+    factor, by_chance, rich = (_by_rank(medians[name]) for name in names)
+    text = (
+        f"Along its own directions ΔW is {factor} times as strong as W (amplification factor, "
+        f"medians over modules). Random directions of the same size would score {by_chance}: W "
+        f"already holds {rich} times as much along ΔW's directions as along random ones "
+        "(enrichment)."
+    )
+    values = {
+        f"{name}_rank_{rank}": float(v) for name in names for rank, v in medians[name].items()
+    }
+    yield Finding("result", "amplification", text, values)
     if full["rank"].nunique() > 1:
         text = (
-            "Part of the fall of factor and enrichment with rank is A's initial noise, which a "
-            "larger rank keeps more of; it is no sign that larger ranks learn something else."
+            "Part of the fall of factor and enrichment with rank is A's initial noise, of which a "
+            "larger rank keeps more: it does not show that larger ranks learn something else."
         )
         yield Finding("limit", "amplification", text)
+
+
+def _by_rank(medians: pd.Series) -> str:
+    """Return "9.7 (rank 4), 4.4 (rank 8)", or the number alone where there is one rank."""
+    if len(medians) == 1:
+        return number(float(medians.iloc[0]))
+    return ", ".join(f"{number(float(v))} (rank {int(rank)})" for rank, v in medians.items())
 
 
 def energy(study: Study) -> Iterator[Finding]:

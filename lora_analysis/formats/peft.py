@@ -5,10 +5,7 @@ Reference: PEFT 0.21, ``tuners/lora/layer.py`` (scale) and ``utils/save_and_load
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from lora_analysis.adapter import Adapter, Provenance
 from lora_analysis.errors import InputError, MalformedFileError, SourceError, UnknownFormatError
@@ -22,38 +19,26 @@ from lora_analysis.formats.factors import (
     update_loaders,
 )
 from lora_analysis.formats.peft_config import CONFIG_NAME, PeftConfig, read_peft_config
-from lora_analysis.formats.peft_keys import SortedKeys, has_factors, sort_keys
+from lora_analysis.formats.peft_keys import SortedKeys, sort_keys
+from lora_analysis.formats.peft_places import PeftPlace, check_weights, place_of
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, run_facts
-from lora_analysis.storage.documents import read_json_object
-from lora_analysis.storage.tensors import TensorFiles, open_tensors
+from lora_analysis.storage.tensors import LazyTensors, open_tensors
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from collections.abc import Mapping
+    from pathlib import Path
 
 NAME: Final = "peft"
-
-WEIGHTS_NAME: Final = "adapter_model.safetensors"
-_INDEX_NAME: Final = "adapter_model.safetensors.index.json"
-_PICKLE_NAME: Final = "adapter_model.bin"
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """The two files of an adapter; ``shown`` is the path it goes by."""
-
-    shown: Path
-    weights: Path
-    config: Path | None
 
 
 def recognises(path: Path) -> bool:
     """Say whether an adapter in PEFT's layout lies at exactly this path."""
-    return _place(path) is not None
+    return place_of(path) is not None
 
 
 def find(path: Path) -> list[AdapterRef]:
     """Return the adapters that lie at exactly this path: one, or one per name in its keys."""
-    place = _place(path)
+    place = place_of(path)
     if place is None:
         return []
     names: list[str | None]
@@ -80,12 +65,12 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:
     UnsupportedMethodError
         The update is not ``s·B·A`` on matrices.
     """
-    place = _place(path)
+    place = place_of(path)
     if place is None:
         message = f"{path}: no adapter in PEFT's layout lies here."
         raise UnknownFormatError(message)
     config = PeftConfig() if place.config is None else read_peft_config(place.config)
-    _check_weights(place)
+    check_weights(place)
     tensors = open_tensors(place.weights)
     keys = sort_keys(place.weights, tensors.infos)
     chosen = _choose(place, keys, name)
@@ -122,82 +107,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:
     )
 
 
-class LazyTensors(Mapping[str, "NDArray[Any]"]):
-    """Tensors under other names, each read when it is asked for."""
-
-    def __init__(self, tensors: TensorFiles, stored_names: Mapping[str, str]) -> None:
-        self._tensors = tensors
-        self._stored_names = dict(stored_names)
-
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        return self._tensors.read(self._stored_names[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored_names)
-
-    def __len__(self) -> int:
-        return len(self._stored_names)
-
-
-def _place(path: Path) -> _Place | None:
-    """Return the files of the adapter at ``path``: a folder, its config, weights or index."""
-    if path.is_dir():
-        return _place_in_folder(path)
-    if path.name in (CONFIG_NAME, WEIGHTS_NAME, _INDEX_NAME) or _is_shard(path):
-        return _place_in_folder(path.parent)
-    if not path.is_file() or not _holds_factors(path):
-        return None
-    config = path.with_name(CONFIG_NAME)
-    return _Place(path, path, config if _names_peft(config) else None)
-
-
-def _place_in_folder(folder: Path) -> _Place | None:
-    stored = [folder / name for name in (WEIGHTS_NAME, _INDEX_NAME) if (folder / name).is_file()]
-    config = folder / CONFIG_NAME
-    if _names_peft(config):
-        return _Place(folder, stored[0] if stored else folder / WEIGHTS_NAME, config)
-    if stored and _holds_factors(stored[0]):
-        return _Place(folder, stored[0], config if config.is_file() else None)
-    return None
-
-
-def _is_shard(path: Path) -> bool:
-    return path.match("adapter_model-*-of-*.safetensors") and path.with_name(_INDEX_NAME).is_file()
-
-
-def _names_peft(config: Path) -> bool:
-    """Say whether a config is PEFT's; a broken one is taken for it, so that reading says why."""
-    if not config.is_file():
-        return False
-    try:
-        return "peft_type" in read_json_object(config)
-    except MalformedFileError:
-        return True
-
-
-def _holds_factors(weights: Path) -> bool:
-    try:
-        return has_factors(open_tensors(weights).infos)
-    except InputError:
-        return False
-
-
-def _check_weights(place: _Place) -> None:
-    if place.weights.is_file():
-        return
-    folder = place.weights.parent
-    if (folder / _PICKLE_NAME).is_file():
-        message = (
-            f"{folder / _PICKLE_NAME}: a pickle can run code when it is opened, so it is not read. "
-            f"Save the adapter as safetensors: PEFT's save_pretrained writes {WEIGHTS_NAME}."
-        )
-        raise UnknownFormatError(message)
-    held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6])
-    message = f"{folder}: {CONFIG_NAME} has no {WEIGHTS_NAME} beside it. The folder holds: {held}."
-    raise SourceError(message)
-
-
-def _choose(place: _Place, keys: SortedKeys, name: str | None) -> str | None:
+def _choose(place: PeftPlace, keys: SortedKeys, name: str | None) -> str | None:
     """Return the adapter name under which the wanted factors are filed."""
     names = list(keys.factors)
     if not names:
@@ -243,7 +153,7 @@ def _saved_tensors(
 
 
 def _findings(
-    place: _Place,
+    place: PeftPlace,
     config: PeftConfig,
     ranks: Mapping[str, int],
     scales: Mapping[str, StatedScale],

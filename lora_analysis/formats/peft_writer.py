@@ -12,9 +12,9 @@ import numpy as np
 
 from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.errors import InputError
-from lora_analysis.formats.peft import WEIGHTS_NAME
 from lora_analysis.formats.peft_config import CONFIG_NAME
 from lora_analysis.formats.peft_keys import PREFIX, sort_keys
+from lora_analysis.formats.peft_places import WEIGHTS_NAME
 from lora_analysis.patterns import matches_target, pattern_value
 from lora_analysis.storage.atomic import write_atomic
 
@@ -129,17 +129,22 @@ def _config(adapter: Adapter, updates: Mapping[str, LowRankUpdate]) -> dict[str,
 def _default_and_pattern(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:
     """Return the commonest value, and per module that differs its own.
 
-    PEFT takes the first key that matches a module's name or its tail as a regular expression.
-    Plain names, longest first, are therefore tried (every version reads them); where one of
-    them would also match another module, all names are anchored and escaped.
+    PEFT takes the first key that matches a module's name or its tail as a regular expression, and
+    sorts the keys when it saves. Plain names are used (every version reads them) unless one of
+    them would reach another module; then all are anchored and escaped, and order says nothing.
     """
     default, _ = Counter(values.values()).most_common(1)[0]
-    names = sorted((name for name in values if values[name] != default), key=len, reverse=True)
-    plain = {name: values[name] for name in names}
-    special = any(re.escape(name) != name.replace(".", r"\.") for name in names)
-    if not special and all(pattern_value(name, plain, default) == values[name] for name in values):
+    plain = {name: value for name, value in values.items() if value != default}
+    if all(_reaches_no_other(name, value, values) for name, value in plain.items()):
         return default, plain
-    return default, {f"^{re.escape(name)}": values[name] for name in names}
+    return default, {f"^{re.escape(name)}": value for name, value in plain.items()}
+
+
+def _reaches_no_other(key: str, value: T, values: Mapping[str, T]) -> bool:
+    """Say whether a plain name, read as a pattern, gives ``value`` to no module of another."""
+    if re.escape(key) != key.replace(".", r"\."):
+        return False
+    return all(pattern_value(name, {key: value}, own) == own for name, own in values.items())
 
 
 def _targets(adapter: Adapter) -> list[str] | str:

@@ -176,10 +176,15 @@ def _paint_note(ax: Axes, note: str) -> None:
     said.set_transform(ax.transAxes)
 
 
-def paint_colorbar(image: AxesImage, ax: Axes, heatmap: HeatMap) -> Colorbar:
-    """Draw a colour bar as tall as ``ax`` at its right, with isotropic chance marked beside it."""
-    right = ax.transAxes + ScaledTranslation(0.2, 0, ax.figure.dpi_scale_trans)
-    room = ax.inset_axes((1, 0, 0.06, 1), transform=right)
+def paint_colorbar(
+    image: AxesImage, ax: Axes, heatmap: HeatMap, *, inside: bool = False
+) -> Colorbar:
+    """Draw a colour bar as tall as ``ax`` with isotropic chance marked beside it.
+
+    It stands at the right of ``ax``, or ``inside`` at the left where ``ax`` is an empty place.
+    """
+    gap = ScaledTranslation(0.0 if inside else 0.2, 0, ax.figure.dpi_scale_trans)
+    room = ax.inset_axes((0 if inside else 1, 0, 0.06, 1), transform=ax.transAxes + gap)
     bar = ax.figure.colorbar(image, cax=room, extend="min" if heatmap.below else "neither")
     bar.outline.set_visible(False)
     bar.set_label(heatmap.colour_label)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,7 @@ def figure_grid(
         Panels from left to right; a row holds either φ or φ above chance, not both. Shorter rows
         leave room at the right.
     title
-        One line above everything.
+        Above everything, broken in lines where it is long.
     width
         In inches: 7.0 spans two columns of a paper, 3.3 one.
 
@@ -68,17 +69,19 @@ def figure_grid(
             message = "A row of panels shares one colour bar: draw φ and φ above chance apart."
             raise InputError(message)
     columns = max(len(row) for row in rows)
-    side = (width - 1.1) / columns - 0.25  # what is left beside labels and the colour bar
+    bar = 1.1 if any(panel.excess for row in rows for panel in row) else 0.8
+    side = (width - bar) / columns - 0.25  # what is left beside labels and the colour bar
+    headline = textwrap.wrap(style.plain(title, 200), int(16 * width))
     with style.house_style():
         figure = style.PanelFigure(
-            figsize=(width, len(rows) * (side + 0.55) + (0.25 if title else 0.0)),
+            figsize=(width, len(rows) * (side + 0.55) + 0.05 + 0.15 * len(headline)),
             layout="constrained",
         )
         axes = figure.subplots(len(rows), columns, squeeze=False)
         for row, row_axes in zip(rows, axes, strict=True):
             _paint_row(row, list(row_axes), side)
-        if title:
-            figure.suptitle(style.plain(title, 110), parse_math=False)
+        if headline:
+            figure.suptitle("\n".join(headline), parse_math=False)
     return figure
 
 
@@ -92,7 +95,8 @@ def _paint_row(row: Sequence[Panel], axes: list[Axes], side: float) -> None:
     for ax, panel in zip(axes, row, strict=False):
         ax.set_xlabel("j")
         ax.set_ylabel("i" if panel is row[0] else "")
-    paint_colorbar(images[-1], axes[len(row) - 1], _summary(maps))
+    short = len(row) < len(axes)  # a bar at the right of its last panel would widen that column
+    paint_colorbar(images[-1], axes[len(row) - (not short)], _summary(maps), inside=short)
 
 
 def _summary(maps: Sequence[HeatMap]) -> HeatMap:
@@ -143,7 +147,7 @@ def figure_ranks(
         In inches; below 5 the panels break into two rows.
     """
     whole = [(name, grid, None) for name, grid in grids.items()]
-    corner = [(f"{name}, j ≤ i ≤ {zoom}", grid, zoom) for name, grid in grids.items()]
+    corner = [(f"{name}, j ≤ i", grid, zoom) for name, grid in grids.items()]
     headline = _headline(list(grids.values())) if title is None else title
     return _figure([*whole, *corner], above_chance, headline, width)
 

@@ -100,8 +100,8 @@ def seed_figures(study: Study) -> Iterator[ReportFigure]:
 _GROUPS: dict[Relation, str] = {
     "same task, other rank": "same task, other rank",
     "same task, other seed": "same task, other seed",
-    REFERENCE: "other task, other seed\n(reference)",
-    SHARED_SEED: "other task, same seed\n(shared initial A)",
+    REFERENCE: "other task, other seed (reference)",
+    SHARED_SEED: "other task, same seed (shared initial A)",
 }
 
 
@@ -119,10 +119,10 @@ def level_figures(study: Study) -> Iterator[ReportFigure]:
         }
         chance = float(own["chance_1_1"].median())
         medians = "; ".join(
-            f"{label.replace(chr(10), ' ')}: median {number(float(sorted(v)[len(v) // 2]))}"
+            f"{label}: median {number(float(sorted(v)[len(v) // 2]))}"
             for label, v in groups.items()
         )
-        axes = plots.plot_levels(groups, chance, xlabel=f"φ(1,1), {side} side")
+        axes = plots.plot_levels(groups, chance, plots.new_axes(), xlabel=f"φ(1,1), {side} side")
         yield ReportFigure(
             name=f"levels_{side}",
             title=f"The first {side} direction, by relation.",
@@ -155,7 +155,7 @@ def amplification_figures(study: Study) -> Iterator[ReportFigure]:
     }
     full = study.amplifications[study.amplifications["at_rank"]]
     for value, (title, caption) in words.items():
-        axes = plots.plot_amplification(results, value=value)  # type: ignore[arg-type]
+        axes = plots.plot_amplification(results, plots.new_axes(), value=value)  # type: ignore[arg-type]
         yield ReportFigure(
             name=value,
             title=title,
@@ -173,7 +173,9 @@ def spectrum_figures(study: Study, limit: int = 8) -> Iterator[ReportFigure]:
     module = telling_modules(list(dict.fromkeys(trained["module"])), 1)[0]
     labels = list(trained.loc[trained["module"] == module, "adapter"])
     chosen = _one_per_rank(study, labels)[:limit] if len(labels) > limit else labels
-    axes = plots.plot_spectrum([study.spectrum(label, module) for label in chosen])
+    axes = plots.plot_spectrum(
+        [study.spectrum(label, module) for label in chosen], plots.new_axes()
+    )
     yield ReportFigure(
         name="spectra",
         title=f"Singular values of ΔW, {short_name(module)}.",

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
 from markupsafe import Markup
-from matplotlib import pyplot as plt
 
 from lora_analysis import plots
 from lora_analysis.findings import Finding, findings, plural
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
     from lora_analysis.studies import Study
 
 SCHEMA_VERSION = 1
+# In inches; two figures of one column stand side by side.
+NARROW = 4.5
 # Pages stay readable: longer tables are in tables/ only.
 FOLDED_ROWS = 120
 
@@ -40,6 +41,7 @@ class _Figure:
     title: str
     caption: str
     svg: str
+    narrow: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +141,10 @@ def _drawn(found: Iterable[ReportFigure], folder: Path) -> tuple[_Figure, ...]:
     """Save each figure as SVG and PNG, and return it for inlining."""
     result = []
     for one in found:
+        narrow = one.figure.get_figwidth() < NARROW
         svg = plots.svg_text(one.figure, title=one.title, description=one.alt)
         plots.save_figure(one.figure, folder / "figures" / one.name)
-        plt.close(one.figure)
-        result.append(_Figure(one.name, one.title, one.caption, Markup(svg)))
+        result.append(_Figure(one.name, one.title, one.caption, Markup(svg), narrow))
     return tuple(result)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,6 @@ from lora_analysis.storage.safetensors import Header, TensorInfo, iter_blocks, r
 from lora_analysis.storage.safetensors import read_tensor as _read_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
     import numpy as np
     from numpy.typing import NDArray
 
@@ -61,6 +60,23 @@ class TensorFiles:
     def file_of(self, name: str) -> Path:
         """Return the file a tensor lies in."""
         return self._places[name]
+
+
+class LazyTensors(Mapping[str, "NDArray[Any]"]):
+    """Tensors under other names, each read when it is asked for."""
+
+    def __init__(self, tensors: TensorFiles, stored_names: Mapping[str, str]) -> None:
+        self._tensors = tensors
+        self._stored_names = dict(stored_names)
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self._tensors.read(self._stored_names[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored_names)
+
+    def __len__(self) -> int:
+        return len(self._stored_names)
 
 
 def open_tensors(path: Path) -> TensorFiles:

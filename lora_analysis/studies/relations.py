@@ -34,7 +34,8 @@ def unique_labels(adapters: Sequence[Adapter]) -> list[Adapter]:
 def relation(a: Adapter, b: Adapter) -> Relation:
     """Return how two adapters are related, from task, rank and seed; "unknown" without them."""
     one, two = a.provenance, b.provenance
-    if None in (one.task, two.task, one.seed, two.seed):
+    known = (one.task, two.task, one.seed, two.seed, one.rank, two.rank)
+    if None in known:
         return "unknown"
     if one.task != two.task:
         if one.seed != two.seed:

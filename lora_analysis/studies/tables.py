@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from threadpoolctl import threadpool_limits
 
 from lora_analysis.adapter import Adapter
 from lora_analysis.amplify import Amplification
@@ -186,9 +187,10 @@ def study(
     failures
         Adapters that could not be read, to be carried into the report.
     draws
-        Random directions drawn per module for mean and spread.
+        Random directions drawn per module for mean and spread, for weights whose smaller side is
+        at most 1024; beyond that only their exact root mean square is given.
     progress
-        Called with ("module", done, total) after each module.
+        Called with ("modules", done, total) after each module.
 
     Returns
     -------
@@ -210,10 +212,12 @@ def study(
     opened = open_base(base) if isinstance(base, str | Path) else base
     walk = Walk(named, opened, draws)
     chosen = _chosen_modules(named, modules)
-    for done, module in enumerate(chosen, start=1):
-        walk.visit(module)
-        if progress:
-            progress("module", done, len(chosen))
+    # Factors are tall and thin: a second BLAS thread makes their QR several times slower.
+    with threadpool_limits(1, user_api="blas"):
+        for done, module in enumerate(chosen, start=1):
+            walk.visit(module)
+            if progress:
+                progress("modules", done, len(chosen))
     kept = [adapter for adapter in named if adapter.label not in walk.failed]
     lost = [*failures, *(Failure(label, reason) for label, reason in walk.failed.items())]
     if not kept:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -18,8 +19,9 @@ from lora_analysis.initialisation import ModuleStart, SharedStart, judge_start, 
 from lora_analysis.spectra import Spectrum, spectrum
 from lora_analysis.studies.rows import similarity_rows, spectrum_row
 
-# W's own singular values are found without asking up to this size of the smaller side.
-WEIGHT_SVD_LIMIT = 1024
+# Up to this size of the smaller side, W's own singular values and random draws cost little next
+# to the rest; beyond it they are left out (the root mean square of random directions is exact).
+SMALL_WEIGHT = 1024
 
 
 @dataclass(slots=True)
@@ -106,14 +108,16 @@ class Walk:
         known = [s for s in spectra if not s.in_units_of_scale]
         for group in _by_shape(known):
             weight = self.base.weight(module, shape=group[0].shape)  # type: ignore[union-attr]
-            wanted = min(weight.shape) <= WEIGHT_SVD_LIMIT
+            small = min(weight.shape) <= SMALL_WEIGHT
             most = max(s.numerical_rank for s in group)
-            values = linalg.leading_singular_values(weight.array(), most) if wanted else None
+            values = linalg.leading_singular_values(weight.array(), most) if small else None
             for value in group:
                 self.amplified[value.label, module] = amplification(
                     value,
                     weight,
-                    draws=self.draws,
+                    draws=self.draws if small else 0,
+                    # Own draws for every module, the same ones in every run.
+                    seed=zlib.crc32(module.encode()),
                     weight_values=values,
                     weight_directions=False,
                 )

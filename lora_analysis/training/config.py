@@ -41,7 +41,7 @@ class LoopOptions:
         A number is out of its range.
     """
 
-    steps: int = 200
+    steps: int = 240
     batch_size: int = 32
     lr: float = 3e-3
     warmup: int = 20
@@ -97,7 +97,7 @@ class RunConfig:
     task: str
     rank: int
     seed: int
-    alpha: float = 16.0
+    alpha: float = 8.0
     use_rslora: bool = False
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     loop: LoopOptions = field(default_factory=LoopOptions)

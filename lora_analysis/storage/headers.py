@@ -1,0 +1,167 @@
+"""The header of a safetensors file: parsed by hand and checked whole before anything is read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from lora_analysis.errors import MalformedFileError
+from lora_analysis.storage.documents import parse_json_object, regular_file_size
+from lora_analysis.storage.dtypes import BITS
+from lora_analysis.storage.limits import MAX_HEADER_BYTES, MAX_TENSOR_DIMENSIONS, MAX_TENSORS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+_LENGTH_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a file: its type (``"bfloat16"``), shape, and the bytes it lies in."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a safetensors file says it holds, every offset checked against the file's size."""
+
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, TensorInfo]
+
+
+def read_header(path: Path) -> Header:
+    """Return the header of a safetensors file, checked.
+
+    Parameters
+    ----------
+    path
+        The file.
+
+    Returns
+    -------
+    Header
+        Metadata, and per tensor its type, shape and absolute byte range.
+
+    Raises
+    ------
+    MalformedFileError
+        The file is cut short, or its header is too large, no JSON object, names a tensor twice,
+        or describes tensors that overlap, leave holes, or do not fill the file exactly.
+    SourceError
+        The path is not a regular file.
+    """
+    size = regular_file_size(path)
+    with path.open("rb") as stream:
+        prefix = stream.read(_LENGTH_BYTES)
+        length = int.from_bytes(prefix, "little")
+        _check_header_length(path, size, prefix, length)
+        raw = stream.read(length)
+    if len(raw) != length:
+        message = f"{path}: the file shrank while its header was read."
+        raise MalformedFileError(message)
+    document = parse_json_object(raw, path, what="the safetensors header", constants=False)
+    metadata = _checked_metadata(path, document.pop("__metadata__", None))
+    if len(document) > MAX_TENSORS:
+        message = f"{path}: {len(document):,} tensors are too many (limit {MAX_TENSORS:,})."
+        raise MalformedFileError(message)
+    data_start = _LENGTH_BYTES + length
+    tensors = {
+        name: _checked_tensor(path, name, entry, data_start) for name, entry in document.items()
+    }
+    _check_layout(path, list(tensors.values()), data_start, size)
+    return Header(metadata, tensors)
+
+
+def _check_header_length(path: Path, size: int, prefix: bytes, length: int) -> None:
+    if len(prefix) < _LENGTH_BYTES:
+        message = f"{path}: {size} bytes are too few for a safetensors file; is it cut short?"
+    elif length > MAX_HEADER_BYTES:
+        message = (
+            f"{path}: the header claims {length:,} bytes (limit {MAX_HEADER_BYTES:,}). "
+            "Is this a safetensors file?"
+        )
+    elif length > size - _LENGTH_BYTES:
+        message = (
+            f"{path}: the header claims {length:,} bytes, the file has {size:,} in all. "
+            "Is it cut short?"
+        )
+    else:
+        return
+    raise MalformedFileError(message)
+
+
+def _checked_metadata(path: Path, found: object) -> dict[str, str]:
+    if found is None:
+        return {}
+    if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
+        return found
+    message = f"{path}: __metadata__ must map strings to strings."
+    raise MalformedFileError(message)
+
+
+def _checked_tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    """Return what the header says of one tensor, its own numbers checked against each other."""
+    fields = entry if isinstance(entry, dict) else {}
+    code, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(code, str) or code not in BITS:
+        reason = f"it has the unknown type {shown(code)}"
+    elif not _are_counts(shape, MAX_TENSOR_DIMENSIONS):
+        reason = f"it has no valid shape: {shown(shape)}"
+    elif not _are_counts(offsets, 2) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        reason = f"it has no valid data_offsets: {shown(offsets)}"
+    else:
+        dtype, bits = BITS[code]
+        begin, end = offsets
+        if math.prod(shape) * bits == (end - begin) * 8:
+            return TensorInfo(name, dtype, tuple(shape), data_start + begin, data_start + end)
+        needed = -(-math.prod(shape) * bits // 8)
+        reason = f"{dtype} {tuple(shape)} needs {needed:,} bytes, its offsets give {end - begin:,}"
+    message = f"{path}: tensor {shown(name)}: {reason}."
+    raise MalformedFileError(message)
+
+
+def _are_counts(found: object, most: int) -> TypeGuard[list[int]]:
+    """Say whether ``found`` is a list of at most ``most`` integers from 0 to 2^63."""
+    return (
+        isinstance(found, list)
+        and len(found) <= most
+        and all(type(item) is int and 0 <= item < 2**63 for item in found)
+    )
+
+
+def shown(found: object) -> str:
+    """Return what a file says, cut to a length that fits into a message."""
+    text = repr(found)
+    return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+def _check_layout(path: Path, tensors: list[TensorInfo], data_start: int, size: int) -> None:
+    """Refuse tensors that overlap, leave holes, or do not end where the file ends."""
+    ordered = sorted(tensors, key=lambda info: (info.start, info.stop))
+    edges = [TensorInfo("the header", "", (), 0, data_start), *ordered]
+    for before, after in pairwise(edges):
+        if after.start != before.stop:
+            what = "overlaps" if after.start < before.stop else "leaves a hole after"
+            gap = abs(after.start - before.stop)
+            names = f"{shown(after.name)} {what} {shown(before.name)}"
+            message = f"{path}: tensor {names} by {gap:,} bytes."
+            raise MalformedFileError(message)
+    end = edges[-1].stop
+    if end != size:
+        state = "Is it cut short?" if end > size else "What are the trailing bytes?"
+        message = f"{path}: its tensors end at byte {end:,}, the file at {size:,}. {state}"
+        raise MalformedFileError(message)
