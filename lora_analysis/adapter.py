@@ -251,7 +251,8 @@ class Adapter(Mapping[str, Update]):
         self._updates = {name: updates[name] for name in sorted(updates, key=natural_key)}
         self.label = label
         self.provenance = provenance or Provenance()
-        self.saved_modules = MappingProxyType(dict(saved_modules or {}))
+        # Not copied: a reader gives a mapping that loads a head only when it is asked for.
+        self.saved_modules = MappingProxyType({} if saved_modules is None else saved_modules)
         self.config = MappingProxyType(dict(config or {}))
 
     def __getitem__(self, name: str) -> Update:

@@ -16,7 +16,13 @@ from lora_analysis import amplify
 from lora_analysis.adapter import DenseUpdate
 from lora_analysis.amplify import amplification
 from lora_analysis.bases import Weight, open_base
-from lora_analysis.errors import DegenerateSubspaceError, IncompatibleError, InputError, ScaleError
+from lora_analysis.errors import (
+    BaseWeightError,
+    DegenerateSubspaceError,
+    IncompatibleError,
+    InputError,
+    ScaleError,
+)
 from lora_analysis.spectra import spectrum
 
 D_OUT, D_IN = 24, 20

@@ -281,6 +281,18 @@ def test_seed_and_task_come_from_a_manifest_beside_the_adapter(
     assert (provenance.seed, provenance.task) == (None, None)
 
 
+def test_metrics_come_from_a_manifest_and_what_is_no_manifest_is_passed_over(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    path = peft_folder(tmp_path / "run", factors(rng))
+    manifest = path / "manifest.json"
+    manifest.write_text('{"metrics": {"accuracy": 0.75, "steps": 3, "note": "x", "bad": true}}')
+    assert read_adapter(path).provenance.metrics == {"accuracy": 0.75, "steps": 3.0}
+    for text in ("not JSON", "[1, 2]", '{"metrics": 4}'):
+        manifest.write_text(text)
+        assert read_adapter(path).provenance.metrics == {}
+
+
 def test_factors_are_read_when_asked_for_and_not_before(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:

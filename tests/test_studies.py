@@ -122,7 +122,8 @@ def test_findings_tell_the_planted_story(sweep: list[Adapter]) -> None:
     assert seeds.values["verdict_output"] == "share"
     ranks = by_topic["ranks"][0]
     assert ranks.text.startswith("Rank 4 and rank 8 on the same task share their first output")
-    assert ranks.values["phi_1_1_output"] > 0.9 > 0.3 > ranks.values["reference_output"]
+    assert ranks.values["phi_1_1_output"] > 0.9
+    assert ranks.values["reference_output"] < 0.3
     shared = by_topic["shared seed"][0]
     assert shared.kind == "artefact"
     assert shared.values["input"] > 0.9 > shared.values["input_reference"]

@@ -110,22 +110,37 @@ class RunFacts(TypedDict, total=False):
 
     seed: int
     task: str
+    metrics: dict[str, float]
 
 
 def run_facts(folder: Path) -> RunFacts:
-    """Return the seed and the task that a training run's ``manifest.json`` states, if any.
+    """Return seed, task and final metrics that a run's ``manifest.json`` states, if any.
 
-    It lies beside the adapter's files, or one level up, beside the adapter's folder. Values of a
-    wrong type are left out: the file belongs to whoever wrote it.
+    It lies beside the adapter's files, or one level up, beside the adapter's folder. A file that
+    is no JSON object and values of a wrong type are left out: any program may write that name.
     """
     facts: RunFacts = {}
     for place in (folder, folder.absolute().parent):
         manifest = place / "manifest.json"
         if manifest.is_file():
-            found = read_json_object(manifest)
+            try:
+                found = read_json_object(manifest)
+            except InputError:
+                break
             if type(found.get("seed")) is int:
                 facts["seed"] = found["seed"]
             if type(found.get("task")) is str:
                 facts["task"] = found["task"]
+            facts["metrics"] = _finite_numbers(found.get("metrics"))
             break
     return facts
+
+
+def _finite_numbers(found: object) -> dict[str, float]:
+    """Return the entries of a JSON object that are finite numbers."""
+    entries = found.items() if isinstance(found, dict) else ()
+    return {
+        str(name): float(value)
+        for name, value in entries
+        if type(value) in (int, float) and abs(value) < float("inf")
+    }
