@@ -48,7 +48,7 @@ LEVELS = {
 HEAVY = {
     "torch": {"lora", "training"},
     "matplotlib": {"plots", "report"},
-    "pandas": {"studies", "findings", "plots", "report", "cli"},
+    "pandas": {"studies", "report"},
     "transformers": set(),
     "peft": set(),
 }

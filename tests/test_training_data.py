@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training_bases import TINY, write_tiny_base
+from training_bases import SHORT, TINY, write_tiny_base
 
 from lora_analysis.errors import InputError, MalformedFileError, MissingExtraError
+from lora_analysis.training import pretrain as pretraining
 from lora_analysis.training.base import read_base
 from lora_analysis.training.data import Split
 from lora_analysis.training.digits import TASKS, digits_task
@@ -167,6 +168,25 @@ def test_augmentation_moves_by_a_pixel_and_brings_in_paper() -> None:
     # 60 % stay, 40 % go one of nine ways, one of which is to stay; one is down.
     assert near[0] == pytest.approx(0.6 + 0.4 / 9, abs=0.05)
     assert near[1] == pytest.approx(0.4 / 9, abs=0.03)
+
+
+def test_the_pretraining_command_writes_a_base_that_says_how_it_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pretraining, "OPTIONS", SHORT)
+    whole = pretraining.pretrain
+    monkeypatch.setattr(pretraining, "pretrain", lambda options: whole(options, TINY))
+    pretraining.main([str(tmp_path)])
+    folder = tmp_path / "digits-vit"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["options"] == SHORT.to_dict()
+    assert manifest["weights_sha256"] == base_sha256(folder)
+    assert manifest["data"]["licence"] == "CC BY 4.0"
+    # The accuracies are those of the weights as they are stored.
+    right = accuracy(read_base(folder), digits_task("mirror").test)
+    assert manifest["test_accuracy"]["mirror"] == round(right, 4)
+    seen = capsys.readouterr()
+    assert (seen.out, "step 4/4: test accuracy" in seen.err) == ("", True)
 
 
 def test_attention_equals_the_formula() -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from xml.etree import ElementTree as ET
 
+from matplotlib.layout_engine import PlaceHolderLayoutEngine
+
 from lora_analysis.errors import InputError
 from lora_analysis.plots import style
 from lora_analysis.storage.atomic import write_atomic
@@ -40,7 +42,7 @@ def _render(figure: Figure, kind: str, *, dpi: int, text: Literal["none", "path"
 
 def _settle(figure: Figure) -> None:
     """Lay the figure out once and for all: every further pass would move it by a hair."""
-    if figure.get_layout_engine() is not None:
+    if not isinstance(figure.get_layout_engine(), PlaceHolderLayoutEngine | None):
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
 

@@ -49,7 +49,7 @@ class LoopOptions:
     beta2: float = 0.999
     clip: float = 1.0
     data_seed: int = 0
-    evaluations: int = 4
+    evaluations: int = 3
 
     def __post_init__(self) -> None:
         _check("steps", self.steps, self.steps >= 1, "at least 1")
