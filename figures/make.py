@@ -1,16 +1,25 @@
-"""Copy the figures of a demo run: ``python figures/make.py RUN FIGURES``."""
+"""Remake what the README shows, from a demo run: ``python figures/make.py RUN FIGURES``."""
 
 from __future__ import annotations
 
 import shutil
 import sys
+import tempfile
 from pathlib import Path
+
+from lora_analysis.demo import TITLE, study_demo
+from lora_analysis.report import write_report
 
 
 def main(run: Path, target: Path) -> None:
-    """Copy every figure of the run's report; the README links to some of them."""
-    for figure in sorted((run / "figures").iterdir()):
-        shutil.copyfile(figure, target / figure.name)
+    """Write the demo's report as Markdown into ``target``, its figures beside it."""
+    result = study_demo(sorted((run / "runs").iterdir()))
+    with tempfile.TemporaryDirectory() as folder:
+        report = write_report(result, folder, title=TITLE, command="lora-analysis demo", form="md")
+        text = report.read_text(encoding="utf-8").replace("](figures/", "](")
+        (target / "report.md").write_text(text, encoding="utf-8")
+        for figure in sorted((Path(folder) / "figures").iterdir()):
+            shutil.copyfile(figure, target / figure.name)
 
 
 if __name__ == "__main__":

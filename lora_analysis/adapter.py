@@ -251,8 +251,9 @@ class Adapter(Mapping[str, Update]):
         self._updates = {name: updates[name] for name in sorted(updates, key=natural_key)}
         self.label = label
         self.provenance = provenance or Provenance()
-        # Not copied: a reader gives a mapping that loads a head only when it is asked for.
-        self.saved_modules = MappingProxyType({} if saved_modules is None else saved_modules)
+        # A reader's mapping loads a head only when it is asked for: copying it would load all.
+        saved = dict(saved_modules) if isinstance(saved_modules, dict) else saved_modules
+        self.saved_modules = MappingProxyType({} if saved is None else saved)
         self.config = MappingProxyType(dict(config or {}))
 
     def __getitem__(self, name: str) -> Update:

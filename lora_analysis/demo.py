@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 
 BASE = "digits-vit"
+TITLE = "Section 7 of the LoRA paper, on handwritten digits"
 
 
 class _TrainingProgress:
@@ -54,7 +55,8 @@ def train_demo(
 def study_demo(runs: Sequence[Path], *, progress: Progress | None = None) -> Study:
     """Return the study of trained runs against the bundled base."""
     base = open_base(bundled_data(BASE))
-    return study([read_adapter(run) for run in runs], base=base, progress=progress)
+    adapters = [read_adapter(run) for run in runs]
+    return study(adapters, base=base, progress=progress)
 
 
 def run_demo(folder: Path, *, device: str = "auto", progress: Progress | None = None) -> Path:
@@ -75,6 +77,6 @@ def run_demo(folder: Path, *, device: str = "auto", progress: Progress | None = 
     return write_report(
         result,
         folder,
-        title="Section 7 of the LoRA paper, on handwritten digits",
+        title=TITLE,
         command=f"lora-analysis demo --device {device}",
     )

@@ -59,6 +59,7 @@ def test_an_unknown_task_is_refused_with_near_names() -> None:
         digits_task("rotated")
 
 
+@pytest.mark.slow
 def test_the_digits_are_those_of_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     from sklearn.datasets import load_digits
 
@@ -170,6 +171,7 @@ def test_augmentation_moves_by_a_pixel_and_brings_in_paper() -> None:
     assert near[1] == pytest.approx(0.4 / 9, abs=0.03)
 
 
+@pytest.mark.slow
 def test_the_pretraining_command_writes_a_base_that_says_how_it_was_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
