@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_analysis.bases import open_base
 from lora_analysis.formats import read_adapter
+from lora_analysis.patterns import natural_key
 from lora_analysis.report import write_report
 from lora_analysis.storage.bundled import bundled_data
 from lora_analysis.studies import Study, study
@@ -55,7 +56,7 @@ def train_demo(
 def study_demo(runs: Sequence[Path], *, progress: Progress | None = None) -> Study:
     """Return the study of trained runs against the bundled base."""
     base = open_base(bundled_data(BASE))
-    adapters = [read_adapter(run) for run in runs]
+    adapters = [read_adapter(run) for run in sorted(runs, key=lambda one: natural_key(one.name))]
     return study(adapters, base=base, progress=progress)
 
 
