@@ -189,17 +189,15 @@ def unknown(study: Study) -> Iterator[Finding]:
 
 def shared_seed(study: Study) -> Iterator[Finding]:
     """Show what a shared initial A does to adapters of different tasks."""
-    flagged = study.pairs[(study.pairs["relation"] == SHARED_SEED)] if len(study.pairs) else None
-    if flagged is None or flagged.empty:
+    pairs = study.pairs[study.pairs["relation"] == SHARED_SEED]
+    whole = int((pairs["start"] == "same initial A").sum())
+    partly = int((pairs["start"] == "partly shared").sum())
+    if not whole + partly:
         return
-    flagged = flagged[flagged["start"] == "same initial A"]
-    if flagged.empty:
-        return
-    keys = set(zip(flagged["a"], flagged["b"], strict=True))
     sides: dict[str, tuple[float, float, float]] = {}
     for side in SIDES_IN_ORDER:
-        rows = study.select(SHARED_SEED, side)
-        own = rows[[key in keys for key in zip(rows["a"], rows["b"], strict=True)]]
+        own = study.select(SHARED_SEED, side)
+        own = own[own["shared_start"]]
         other = study.select(REFERENCE, side)
         same_ranks = other["rank_a"].isin(own["rank_a"]) & other["rank_b"].isin(own["rank_b"])
         other = other[same_ranks]  # φ(r, r) depends on r: like is held against like
@@ -210,11 +208,18 @@ def shared_seed(study: Study) -> Iterator[Finding]:
         )
     (i, i_ref, i_c), (o, o_ref, o_c) = sides["input"], sides["output"]
     text = (
-        f"{plural(len(flagged), 'pair')} of different tasks share their initial A because they ran "
-        f"the same seed. Their input-side φ(r,r) is {number(i)} (median; other seeds "
-        f"{number(i_ref)}, chance {number(i_c)}) while their output side is at {number(o)} (other "
-        f"seeds {number(o_ref)}, chance {number(o_c)}): the input overlap is the common start, "
-        "not something both tasks learned. It counts in no result."
+        f"{plural(whole + partly, 'pair')} of different tasks share their initial A because they "
+        f"ran the same seed{_in_part(whole, partly)}. Their input-side φ(r,r) is {number(i)} "
+        f"(median; other seeds {number(i_ref)}, chance {number(i_c)}) while their output side is "
+        f"at {number(o)} (other seeds {number(o_ref)}, chance {number(o_c)}): the input overlap is "
+        "the common start, not something both tasks learned. It counts in no result."
     )
     values = {"input": i, "input_reference": i_ref, "output": o, "output_reference": o_ref}
     yield Finding("artefact", "shared seed", text, {k: float(v) for k, v in values.items()})
+
+
+def _in_part(whole: int, partly: int) -> str:
+    """Return " (2 of them in part of the modules)", or nothing."""
+    if not partly:
+        return ""
+    return f" ({partly} of them in part of the modules)" if whole else " (in part of the modules)"

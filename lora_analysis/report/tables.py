@@ -70,9 +70,11 @@ def accuracy_table(study: Study) -> ReportTable | None:
         cells = [f"{v:.1%}" if np.isfinite(v) else "–" for v in values]
         rows.append((str(task), str(int(rank)), f"{start:.1%}", *cells))
     columns = ("task", "rank", "base", *(f"seed {int(seed)}" for seed in shown.columns))
+    alphas = study.spectra["alpha"].dropna().unique()
+    fixed = f" α is {number(alphas[0])} at every rank." if len(alphas) == 1 else ""
     caption = (
-        "Accuracy on held-out digits before (base) and after training, as the paper's Table 6 "
-        "orders it. α is the same at every rank."
+        "Accuracy on held-out data before (base) and after training, as the paper's Table 6 "
+        f"orders it.{fixed}"
     )
     return ReportTable("accuracy", caption, columns, tuple(rows))
 
