@@ -4,10 +4,18 @@ import re
 from xml.etree import ElementTree as ET
 
 import factories
+import matplotlib as mpl
 import pytest
 
 from lora_analysis.errors import InputError
-from lora_analysis.plots import figure_seeds, plot_levels, plot_similarity, save_figure, svg_text
+from lora_analysis.plots import (
+    figure_seeds,
+    plot_levels,
+    plot_similarity,
+    save_figure,
+    style,
+    svg_text,
+)
 from lora_analysis.similarity import subspace_similarity
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -107,3 +115,14 @@ def test_inline_svg_is_the_same_on_every_call():
     figure = _small_figure()
     first = svg_text(figure, title="t", description="d")
     assert svg_text(figure, title="t", description="d") == first
+
+
+def test_a_backend_that_turns_interactive_mode_on_keeps_it_on() -> None:
+    before = mpl.is_interactive()
+    try:
+        mpl.interactive(False)
+        with style.house_style():
+            mpl.interactive(True)  # what a notebook's backend does when its first figure is made
+        assert mpl.is_interactive()
+    finally:
+        mpl.interactive(before)

@@ -12,6 +12,7 @@ from functools import cache
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib import font_manager, style
 from matplotlib import pyplot as plt
@@ -76,8 +77,15 @@ def house_style(**settings: object) -> Iterator[None]:
     ``settings`` are matplotlib's, dots written as double underscores.
     """
     extra = {name.replace("__", "."): value for name, value in settings.items()}
-    with style.context(["default", STYLE | extra]):
-        yield
+    interactive = mpl.is_interactive()
+    try:
+        with style.context(["default", STYLE | extra]):
+            yield
+            interactive = mpl.is_interactive()
+    finally:
+        # A notebook's backend turns this on with its first figure, which may be made in here;
+        # taken back with the style, it would leave every later figure unshown.
+        mpl.interactive(interactive)
 
 
 class PanelFigure(Figure):
