@@ -29,8 +29,8 @@ from lora_analysis.cli.show import print_json
 def command(output: Path, *, device: str, form: str) -> None:
     """Train 13 adapters on handwritten digits, analyse them, write the report.
 
-    Rank 8 on three tasks with three seeds, ranks 4 and 64 with two seeds on one task; about two
-    minutes on two CPU cores. Interrupted and run again, it goes on where it stopped.
+    Rank 8 on three tasks with three seeds, ranks 4 and 64 with two seeds on one task; two to
+    three minutes on two CPU cores. Interrupted and run again, it goes on where it stopped.
     """
     from lora_analysis.demo import run_demo
 

@@ -71,7 +71,7 @@ def accuracy_table(study: Study) -> ReportTable | None:
         rows.append((str(task), str(int(rank)), f"{start:.1%}", *cells))
     columns = ("task", "rank", "base", *(f"seed {int(seed)}" for seed in shown.columns))
     alphas = study.spectra["alpha"].dropna().unique()
-    fixed = f" α is {number(alphas[0])} at every rank." if len(alphas) == 1 else ""
+    fixed = f" α is {alphas[0]:g} at every rank." if len(alphas) == 1 else ""
     caption = (
         "Accuracy on held-out data before (base) and after training, as the paper's Table 6 "
         f"orders it.{fixed}"
