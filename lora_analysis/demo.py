@@ -79,5 +79,6 @@ def run_demo(folder: Path, *, device: str = "auto", progress: Progress | None = 
         result,
         folder,
         title=TITLE,
+        progress=progress,
         command=f"lora-analysis demo --device {device}",
     )

@@ -60,6 +60,22 @@ def matches_target(name: str, targets: str | Sequence[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
+def choose_names(names: Iterable[str], pattern: str | Sequence[str] | None) -> list[str]:
+    """Return the names that a pattern means; all for None, none where nothing matches.
+
+    A string is the end of a name (whole segments) if any name ends so, else a regular expression
+    that must match in full; a list holds ends of names.
+    """
+    pool = list(names)
+    if pattern is None:
+        return pool
+    ends = [pattern] if isinstance(pattern, str) else pattern
+    chosen = [name for name in pool if matches_target(name, ends)]
+    if not chosen and isinstance(pattern, str):
+        chosen = [name for name in pool if matches_target(name, pattern)]
+    return chosen
+
+
 def pattern_value(name: str, patterns: Mapping[str, T], default: T) -> T:
     """Return the value PEFT's ``rank_pattern`` or ``alpha_pattern`` gives the module.
 

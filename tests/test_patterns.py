@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lora_analysis.errors import InputError
 from lora_analysis.patterns import (
+    choose_names,
     layer_index,
     matches_target,
     module_type,
@@ -119,3 +120,13 @@ def test_near_names_find_a_typo_by_the_last_segment() -> None:
     names = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]
     assert near_names("q_porj", names)[0] == names[0]
     assert near_names("zzz", names) == []
+
+
+def test_a_choice_is_the_end_of_a_name_or_else_an_expression() -> None:
+    names = ["layers.0.q_proj", "layers.1.q_proj", "layers.1.v_proj"]
+    assert choose_names(names, None) == names
+    assert choose_names(names, "q_proj") == names[:2]
+    assert choose_names(names, "1.v_proj") == names[2:]
+    assert choose_names(names, r"layers\.1\..*") == names[1:]
+    assert choose_names(names, ["v_proj", "0.q_proj"]) == [names[0], names[2]]
+    assert choose_names(names, "proj") == []

@@ -221,3 +221,37 @@ def test_the_figure_of_ranks_takes_the_largest_against_the_one_near_eight(
     assert rank_pair(result) == ("r7", "r12")
     assert rank_pair(study(list(reversed(made)))) == ("r7", "r12")
     assert seed_pair(result) is None
+
+
+def test_a_later_report_leaves_nothing_of_an_earlier_one(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    one = adapter(rng, label="one")
+    weights = {f"{name}.weight": rng.standard_normal((24, 20)) for name in one}
+    write_report(study([one], base=open_base(weights), draws=0), tmp_path)
+    (tmp_path / "figures" / "mine.png").write_bytes(b"mine")
+    assert (tmp_path / "tables" / "amplifications.csv").is_file()
+    write_report(study([one]), tmp_path)
+    assert {path.name for path in (tmp_path / "tables").iterdir()} == {
+        "adapters.csv",
+        "spectra.csv",
+    }
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert names == {"spectra.svg", "spectra.png", "mine.png"}
+    assert json.loads((tmp_path / "results.json").read_text())["amplifications"] == []
+
+
+def test_a_manifest_with_accuracy_alone_makes_a_table(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    made = [
+        Adapter(
+            dict(adapter(rng)),
+            label=f"s{seed}",
+            provenance=Provenance(rank=4, seed=seed, task="t", metrics=metrics),
+        )
+        for seed, metrics in ((0, {"accuracy": 0.75}), (1, {}))
+    ]
+    text = write_report(study(made), tmp_path).read_text()
+    assert "75.0%" in text
+    assert "nan" not in text

@@ -9,7 +9,7 @@ from factories import adapter, low_rank_update, orthonormal, planted_update
 
 from lora_analysis.adapter import Adapter, LowRankUpdate, Provenance
 from lora_analysis.bases import open_base
-from lora_analysis.errors import InputError, SourceError
+from lora_analysis.errors import BaseWeightError, InputError, SourceError
 from lora_analysis.findings import findings, level, number
 from lora_analysis.studies import REFERENCE, SHARED_SEED, relation, study
 
@@ -108,8 +108,8 @@ def test_a_shared_seed_is_found_and_kept_out_of_the_input_side(sweep: list[Adapt
     assert starts["turn-r4-s0", "flip-r4-s1"] == "independent"
     shared = result.select(SHARED_SEED, "input")
     assert shared["shared_start"].all()
-    assert level(shared, "phi_1_1") is None
-    assert level(result.select(SHARED_SEED, "output"), "phi_1_1") is not None
+    assert level(shared) is None
+    assert level(result.select(SHARED_SEED, "output")) is not None
 
 
 def test_findings_tell_the_planted_story(sweep: list[Adapter]) -> None:
@@ -253,7 +253,7 @@ def test_ill_defined_first_directions_do_not_count(rng: np.random.Generator) -> 
     ]
     result = study([Adapter({"q": one}, label=str(at)) for at, one in enumerate(updates)])
     assert set(result.similarities["ill_defined_1_1"]) == {"undefined"}
-    assert level(result.similarities, "phi_1_1") is None
+    assert level(result.similarities) is None
     text = next(one.text for one in findings(result) if one.topic == "pairs")
     assert "no first direction is well defined" in text
 
@@ -285,3 +285,123 @@ def test_the_published_rank_comparison_of_four_real_adapters(real_adapters: Path
     assert means["input"] == pytest.approx(0.284, abs=5e-4)
     assert means["output"] == pytest.approx(0.785, abs=5e-4)
     assert table["chance_1_1"].unique() == pytest.approx([1 / 768])
+
+
+def relabelled(adapters: list[Adapter]) -> list[Adapter]:
+    """The same adapters as strangers publish them: no task, no seed."""
+    return [
+        Adapter(dict(one), label=one.label, provenance=Provenance(rank=one.provenance.rank))
+        for one in adapters
+    ]
+
+
+def test_adapters_named_as_reference_make_a_verdict_possible(sweep: list[Adapter]) -> None:
+    turn0, turn1, _, flip1, _ = relabelled(sweep)
+    alone = findings(study([turn0, turn1]))
+    assert "No reference, so no verdict." in next(o.text for o in alone if o.topic == "pairs")
+    result = study([turn0, turn1], reference=[flip1])
+    assert result.reference == ("flip-r4-s1",)
+    assert set(result.pairs["relation"]) == {"unknown", REFERENCE}
+    assert len(result.pairs) == 3
+    said = next(one for one in findings(result) if one.topic == "pairs")
+    assert said.text.startswith("turn-r4-s0 and turn-r4-s1 share their first output direction")
+
+
+def test_a_reference_is_not_held_against_the_base(
+    sweep: list[Adapter], rng: np.random.Generator
+) -> None:
+    weights = {f"{name}.weight": rng.standard_normal((48, 40)) for name in NAMES}
+    result = study(sweep[:1], reference=sweep[3:4], base=open_base(weights), draws=0)
+    assert set(result.amplifications["adapter"]) == {"turn-r4-s0"}
+
+
+def test_an_unknown_rank_does_not_hide_another_task_and_seed(sweep: list[Adapter]) -> None:
+    a, b = (
+        Adapter(dict(one), label="x", provenance=Provenance(task=task, seed=seed))
+        for one, task, seed in ((sweep[0], "turn", 0), (sweep[3], "flip", 1))
+    )
+    assert relation(a, b) == REFERENCE
+    other = Adapter(dict(b), label="y", provenance=Provenance(task="turn", seed=1))
+    assert relation(a, other) == "unknown"
+
+
+def test_adapters_of_two_bases_are_no_reference_for_each_other(sweep: list[Adapter]) -> None:
+    a, b = (
+        Adapter({}, label="x", provenance=Provenance(task=task, seed=seed, rank=4, base_model=base))
+        for task, seed, base in (("turn", 0, "gpt2"), ("flip", 1, "llama"))
+    )
+    assert relation(a, b) == "unknown"
+
+
+def test_one_run_twice_counts_in_no_result(sweep: list[Adapter], rng: np.random.Generator) -> None:
+    first = relabelled(sweep)[0]
+    later = Adapter(
+        {
+            name: LowRankUpdate(name=name, A=one.A + 0.01, B=one.B * 1.1, scale=one.scale)
+            for name, one in first.items()
+        },
+        label="later",
+        provenance=first.provenance,
+    )
+    result = study([first, later])
+    assert result.pairs["start"][0] == "same run"
+    assert level(result.similarities) is None
+    said = findings(result)
+    assert "pairs" not in {one.topic for one in said}
+    assert any("They are one sample, not two" in one.text for one in said)
+
+
+def test_untrained_adapters_of_known_tasks_do_not_break_the_findings(
+    sweep: list[Adapter],
+) -> None:
+    empty = [
+        Adapter(
+            {
+                n: LowRankUpdate(name=n, A=u.A, B=np.zeros_like(u.B), scale=1.0)
+                for n, u in o.items()
+            },
+            label=o.label,
+            provenance=o.provenance,
+        )
+        for o in (sweep[0], sweep[2])
+    ]
+    texts = [one.text for one in findings(study(empty))]
+    assert sum("is untrained" in text for text in texts) == 2
+
+
+def test_modules_of_other_dimensions_are_averaged_above_chance(rng: np.random.Generator) -> None:
+    def mixed(label: str) -> Adapter:
+        shapes = {"a.q": (48, 40), "a.up": (200, 40)}
+        return Adapter(
+            {n: low_rank_update(rng, *shape, 3, name=n) for n, shape in shapes.items()},
+            label=label,
+        )
+
+    result = study([mixed("one"), mixed("two")])
+    output = result.similarities.query("side == 'output'")
+    found = level(output)
+    assert found is not None
+    assert found.above_chance
+    excess = (output["phi_1_1"] - output["chance_1_1"]) / (1 - output["chance_1_1"])
+    assert found.median == pytest.approx(excess.median())
+    assert not level(result.similarities.query("side == 'input'")).above_chance
+    text = next(one.text for one in findings(result) if one.topic == "pairs")
+    assert "φ(1,1) above chance" in text
+
+
+def test_a_module_without_a_base_weight_is_a_finding_and_the_rest_goes_on(
+    rng: np.random.Generator,
+) -> None:
+    one = adapter(rng, label="one")
+    weights = {f"{name}.weight": rng.standard_normal((24, 20)) for name in list(one)[:3]}
+    result = study([one], base=open_base(weights), draws=0)
+    assert set(result.amplifications["module"]) == set(list(one)[:3])
+    assert list(result.unmatched) == ["layers.1.v_proj"]
+    assert any("layers.1.v_proj" in o.text for o in findings(result) if o.kind == "limit")
+    with pytest.raises(BaseWeightError):
+        study([one], base=open_base({"other.weight": np.ones((24, 20))}), draws=0)
+
+
+def test_adapters_without_a_module_are_refused() -> None:
+    with pytest.raises(SourceError, match="no module in any"):
+        study([Adapter({}, label="empty")])

@@ -20,6 +20,7 @@ _MAKERS: tuple[Callable[[Study], Iterator[Finding]], ...] = (
     notes.failures,
     notes.untrained,
     notes.mismatched,
+    notes.unmatched,
     notes.starts,
     overlaps.reference,
     overlaps.by_rank_pair,

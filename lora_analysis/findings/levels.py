@@ -40,7 +40,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """One number over a group of pairs.
+    """φ(1, 1) over a group of pairs.
 
     Attributes
     ----------
@@ -48,8 +48,12 @@ class Level:
         Median and quartiles over all modules of all pairs.
     pair_medians
         Median over modules, for each pair: the unit of every verdict.
-    modules, left_out
-        Modules per pair, and how many cells did not count.
+    modules
+        Modules per pair.
+    chance
+        Isotropic chance; 0 where the values are already above chance.
+    above_chance
+        Whether the values are ``(φ − chance)/(1 − chance)``.
     """
 
     median: float
@@ -57,7 +61,8 @@ class Level:
     high: float
     pair_medians: tuple[float, ...]
     modules: int
-    left_out: int
+    chance: float
+    above_chance: bool
 
     @property
     def pairs(self) -> int:
@@ -81,27 +86,28 @@ def plural(count: int, word: str) -> str:
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
-def level(rows: pd.DataFrame, value: str) -> Level | None:
-    """Return the level of one column over rows of ``Study.similarities``; None if none count."""
-    counted = rows
-    if value == "phi_1_1":
-        counted = counted[counted["ill_defined_1_1"] == ""]
+def level(rows: pd.DataFrame) -> Level | None:
+    """Return the level of φ(1, 1) over rows of ``Study.similarities``; None if none count.
+
+    What does not count: ill-defined first directions, pairs that are one run twice, and input
+    sides that share their start. Where modules differ in dimension, chance differs too, and
+    ``(φ − chance)/(1 − chance)`` is taken instead of φ.
+    """
+    counted = rows[(rows["start"] != "same run") & (rows["ill_defined_1_1"] == "")]
     counted = counted[~(counted["shared_start"] & (counted["side"] == "input"))]
     if counted.empty:
         return None
-    low, median, high = np.quantile(counted[value], [0.25, 0.5, 0.75])
-    by_pair = counted.groupby(["a", "b"], sort=False)[value]
+    above_chance = bool(counted["dimension"].nunique() > 1)
+    phi, expected = counted["phi_1_1"], counted["chance_1_1"]
+    values = (phi - expected) / (1 - expected) if above_chance else phi
+    low, median, high = values.quantile([0.25, 0.5, 0.75])
+    by_pair = values.groupby([counted["a"], counted["b"]], sort=False)
     return Level(
         float(median),
         float(low),
         float(high),
         tuple(float(one) for one in by_pair.median()),
         int(by_pair.size().max()),
-        len(rows) - len(counted),
+        0.0 if above_chance else float(expected.iloc[0]),
+        above_chance,
     )
-
-
-def median_chance(rows: pd.DataFrame, value: str) -> float:
-    """Return the median isotropic chance of one column over rows of ``similarities``."""
-    column = {"phi_1_1": "chance_1_1", "phi_r_r": "chance_r_r", "omega": "omega_chance"}[value]
-    return float(rows[column].median())

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from lora_analysis.findings.levels import Finding, number, plural
 from lora_analysis.studies import SHARED_SEED, Study
 
+# What `overlaps.shared_seed` says about all pairs of other tasks and one seed in one sentence.
+TOLD_TOGETHER = ("same initial A", "partly shared")
+
 
 def failures(study: Study) -> Iterator[Finding]:
     """Name what could not be analysed, and why."""
@@ -21,11 +24,10 @@ def untrained(study: Study) -> Iterator[Finding]:
         missing = row.modules - row.trained_modules
         if not missing:
             continue
-        which = "all" if missing == row.modules else str(missing)
         text = (
             f"{row.adapter} is untrained: ΔW is zero in all {plural(row.modules, 'module')}, so it "
             "has no directions and takes part in no comparison."
-            if which == "all"
+            if missing == row.modules
             else f"{row.adapter}: ΔW is zero in {missing} of {plural(row.modules, 'module')}; they "
             "have no directions and are left out."
         )
@@ -59,7 +61,8 @@ def starts(study: Study) -> Iterator[Finding]:
     """Say which pairs are not two samples, or share their start, where no seed explains it."""
     words = {
         "same run": "start from the same A and their B agrees too (median matched cosine {b}): one "
-        "run, a continued run, or the same seed on the same task. They are one sample, not two.",
+        "run, a continued run, or the same seed on the same task (or an init in which B starts "
+        "from the seed too). They are one sample, not two, and count in no result.",
         "same initial A": "start from the same A in all {n} modules (same script, same seed), "
         "while B was learned apart (median matched cosine {b}). Their input-side overlap comes "
         "from the start and counts nowhere.",
@@ -70,7 +73,8 @@ def starts(study: Study) -> Iterator[Finding]:
         "undecidable": "have rank 1: whether they share their start cannot be told.",
     }
     for row in study.pairs.itertuples():
-        if row.start not in words or row.relation == SHARED_SEED:
+        told_together = row.relation == SHARED_SEED and row.start in TOLD_TOGETHER
+        if row.start not in words or told_together:
             continue
         told = words[row.start].format(
             b=number(row.b_cosine or 0.0), n=row.shared_modules, m=row.modules
@@ -92,3 +96,14 @@ def few_runs(study: Study) -> Iterator[Finding]:
             "quartiles are over modules and describe this study only."
         )
         yield Finding("limit", "few runs", text)
+
+
+def unmatched(study: Study) -> Iterator[Finding]:
+    """Name modules without a weight in the base."""
+    if study.unmatched:
+        module, reason = next(iter(study.unmatched.items()))
+        text = (
+            f"{plural(len(study.unmatched), 'module')} could not be held against the base, "
+            f"'{module}' among them: {reason}"
+        )
+        yield Finding("limit", "no base weight", text, {"modules": len(study.unmatched)})

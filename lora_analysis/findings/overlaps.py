@@ -11,7 +11,6 @@ from lora_analysis.findings.levels import (
     Finding,
     Level,
     level,
-    median_chance,
     number,
     plural,
 )
@@ -36,7 +35,6 @@ class _SideLevel:
     side: Side
     found: Level
     reference: Level | None
-    chance: float
 
     @property
     def verdict(self) -> Verdict | None:
@@ -53,20 +51,22 @@ class _SideLevel:
         one = self.found
         quartiles = f"{number(one.low)} to {number(one.high)}"
         over = f"{plural(one.modules, 'module')} of {plural(one.pairs, 'pair')}"
+        what = "φ(1,1) above chance" if one.above_chance else "φ(1,1)"
         text = (
-            f"median φ(1,1) {number(one.median)} over {over} (quartiles {quartiles})"
+            f"median {what} {number(one.median)} over {over} (quartiles {quartiles})"
             if first
             else f"{number(one.median)} ({quartiles})"
         )
         if self.reference is not None:
             text += f", other tasks {number(self.reference.median)}"
-        return f"{text}, isotropic chance {number(self.chance)}"
+        return f"{text}, isotropic chance {number(one.chance)}"
 
     def values(self) -> dict[str, Any]:
         """Return the numbers for programs."""
         found = {
             "phi_1_1": self.found.median,
-            "chance": self.chance,
+            "chance": self.found.chance,
+            "above_chance": self.found.above_chance,
             "pairs": self.found.pairs,
             "modules": self.found.modules,
             "reference": self.reference.median if self.reference else None,
@@ -77,11 +77,10 @@ class _SideLevel:
 
 def _side_level(study: Study, rows: pd.DataFrame, side: Side) -> _SideLevel | None:
     own = rows[rows["side"] == side]
-    found = level(own, "phi_1_1")
+    found = level(own)
     if found is None:
         return None
-    reference = level(study.select(REFERENCE, side), "phi_1_1")
-    return _SideLevel(side, found, reference, median_chance(own, "phi_1_1"))
+    return _SideLevel(side, found, level(study.select(REFERENCE, side)))
 
 
 _VERDICT_WORDS: dict[Verdict, str] = {
@@ -97,7 +96,7 @@ def _compared(study: Study, rows: pd.DataFrame, who: str, topic: str) -> Finding
     present = [one for one in sides if one is not None]
     numbers = [one.numbers(first=one is present[0]) for one in present]
     if not present:
-        text = f"{who}: no first direction is well defined, so φ(1,1) says nothing."
+        text = f"{who}: no first direction is well defined, or none counts; φ(1,1) says nothing."
     elif any(one.verdict is None for one in present):
         clauses = [f"{one.side} side, {said}" for one, said in zip(present, numbers, strict=True)]
         text = f"{who}: {'; '.join(clauses)}. No reference, so no verdict."
@@ -114,7 +113,7 @@ def _compared(study: Study, rows: pd.DataFrame, who: str, topic: str) -> Finding
 
 def reference(study: Study) -> Iterator[Finding]:
     """Say what unrelated adapters give, or that none are known."""
-    output = level(study.select(REFERENCE, "output"), "phi_1_1")
+    output = level(study.select(REFERENCE, "output"))
     if output is None:
         if len(study.adapters) > 1:
             yield _no_reference()
@@ -122,15 +121,15 @@ def reference(study: Study) -> Iterator[Finding]:
     values: dict[str, float | int | str | None] = {}
     parts: list[str] = []
     for side in SIDES_IN_ORDER:
-        rows = study.select(REFERENCE, side)
-        found, chance = level(rows, "phi_1_1"), median_chance(rows, "phi_1_1")
+        found = level(study.select(REFERENCE, side))
         if found is None:
             continue
-        parts.append(f"{side} {number(found.median)} (chance {number(chance)})")
-        values |= {f"phi_1_1_{side}": found.median, f"chance_{side}": chance}
+        parts.append(f"{number(found.median)} on the {side} side (chance {number(found.chance)})")
+        values |= {f"phi_1_1_{side}": found.median, f"chance_{side}": found.chance}
+    what = "φ(1,1) above chance" if output.above_chance else "φ(1,1)"
     text = (
         f"Unrelated adapters set the reference: {plural(output.pairs, 'pair')} with other task and "
-        f"other seed have a median φ(1,1) of {' and '.join(parts)}. Every verdict here is made "
+        f"other seed have a median {what} of {' and '.join(parts)}. Every verdict here is made "
         "against these pairs, not against chance."
     )
     yield Finding("reference", "reference", text, values)
@@ -176,7 +175,8 @@ def by_seed(study: Study) -> Iterator[Finding]:
 def unknown(study: Study) -> Iterator[Finding]:
     """Describe pairs whose relation is not known, without a verdict."""
     rows = study.similarities
-    rows = rows if rows.empty else rows[rows["relation"] == "unknown"]
+    # One run twice is no pair: `starts` has said so.
+    rows = rows[(rows["relation"] == "unknown") & (rows["start"] != "same run")]
     if rows.empty:
         return
     groups = list(rows.groupby(["a", "b"], sort=False))

@@ -49,7 +49,8 @@ def _by_rank(medians: pd.Series) -> str:
 
 def energy(study: Study) -> Iterator[Finding]:
     """Say how many directions hold most of each update."""
-    trained = study.spectra[study.spectra["numerical_rank"] > 0]
+    own = ~study.spectra["adapter"].isin(study.reference)
+    trained = study.spectra[own & (study.spectra["numerical_rank"] > 0)]
     if trained.empty:
         return
     parts = []

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lora_analysis import plots
+from lora_analysis.chance import excess
 from lora_analysis.findings import level, number
 from lora_analysis.plots.panels import SMALL_CHANCE
 from lora_analysis.report.selection import (
@@ -26,6 +29,12 @@ if TYPE_CHECKING:
     from lora_analysis.similarity import SimilarityGrid
     from lora_analysis.studies import Study
 
+# Every figure a report may hold, by the name of its files.
+NAMES = (
+    "ranks_output", "ranks_input", "seeds_output", "seeds_input", "levels_output", "levels_input",
+    "amplification_factor", "enrichment", "spectra",
+)  # fmt: skip
+
 _DIRECTIONS = {"input": "right singular vectors", "output": "left singular vectors"}
 
 
@@ -42,7 +51,12 @@ class ReportFigure:
 
 def _named(study: Study, a: str, b: str, side: Side) -> dict[str, SimilarityGrid]:
     modules = telling_modules(common_modules(study, a, b))
-    return {short_name(name): study.grid(a, b, name, side=side) for name in modules}
+    shorts = [short_name(name) for name in modules]
+    titles = shorts if len(set(shorts)) == len(shorts) else modules
+    return {
+        title: study.grid(a, b, name, side=side)
+        for title, name in zip(titles, modules, strict=True)
+    }
 
 
 def _above(grids: dict[str, SimilarityGrid]) -> str:
@@ -108,21 +122,23 @@ _GROUPS: dict[Relation, str] = {
 def level_figures(study: Study) -> Iterator[ReportFigure]:
     """Yield φ(1, 1) of every pair and module by relation, beside chance, for either side."""
     table = study.similarities
-    if table.empty or level(study.select(REFERENCE, "output"), "phi_1_1") is None:
+    if table.empty or level(study.select(REFERENCE, "output")) is None:
         return
     for side in reversed(SIDES):
         own = table[(table["side"] == side) & (table["ill_defined_1_1"] == "")]
+        above = own["dimension"].nunique() > 1  # then chance differs from module to module
+        values = excess(own["phi_1_1"], own["chance_1_1"]) if above else own["phi_1_1"].to_numpy()
         groups = {
-            label: own.loc[own["relation"] == relation, "phi_1_1"].to_numpy()
+            label: values[own["relation"] == relation]
             for relation, label in _GROUPS.items()
             if (own["relation"] == relation).any()
         }
-        chance = float(own["chance_1_1"].median())
+        chance = 0.0 if above else float(own["chance_1_1"].iloc[0])
+        what = "φ(1,1) above chance" if above else "φ(1,1)"
         medians = "; ".join(
-            f"{label}: median {number(float(sorted(v)[len(v) // 2]))}"
-            for label, v in groups.items()
+            f"{label}: median {number(float(np.median(v)))}" for label, v in groups.items()
         )
-        axes = plots.plot_levels(groups, chance, plots.new_axes(), xlabel=f"φ(1,1), {side} side")
+        axes = plots.plot_levels(groups, chance, plots.new_axes(), xlabel=f"{what}, {side} side")
         yield ReportFigure(
             name=f"levels_{side}",
             title=f"The first {side} direction, by relation.",
@@ -131,7 +147,7 @@ def level_figures(study: Study) -> Iterator[ReportFigure]:
                 "reference; the line is isotropic chance."
                 + (" The last group shares its initial A: an artefact." if side == "input" else "")
             ),
-            alt=f"φ(1,1) on the {side} side by relation of the pair. {medians}.",
+            alt=f"{what} on the {side} side by relation of the pair. {medians}.",
             figure=axes.figure,  # type: ignore[arg-type]  # no sub-figures here
         )
 
@@ -140,7 +156,9 @@ def amplification_figures(study: Study) -> Iterator[ReportFigure]:
     """Yield amplification factor and enrichment by rank, chance in both; nothing without W."""
     if study.amplifications.empty:
         return
-    results = list(study.amplified())
+    results = study.amplified()
+    rank_of = study.spectra.set_index(["adapter", "module"])["rank"]
+    ranks = [int(rank_of[one.label, one.module]) for one in results]
     words = {
         "amplification_factor": (
             "Amplification factor by rank.",
@@ -155,7 +173,7 @@ def amplification_figures(study: Study) -> Iterator[ReportFigure]:
     }
     full = study.amplifications[study.amplifications["at_rank"]]
     for value, (title, caption) in words.items():
-        axes = plots.plot_amplification(results, plots.new_axes(), value=value)  # type: ignore[arg-type]
+        axes = plots.plot_amplification(results, plots.new_axes(), value=value, ranks=ranks)  # type: ignore[arg-type]
         yield ReportFigure(
             name=value,
             title=title,

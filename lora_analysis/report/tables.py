@@ -35,6 +35,10 @@ def _cell(value: Any) -> str:
     return "–" if value is None else str(value)
 
 
+def _percent(value: float) -> str:
+    return f"{value:.1%}" if np.isfinite(value) else "–"
+
+
 def _rows(table: pd.DataFrame) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(_cell(value) for value in row) for row in table.itertuples(index=False))
 
@@ -52,7 +56,7 @@ def adapters_table(study: Study) -> ReportTable:
         "‖ΔW‖": runs["norm"].where(runs["scale_known"]),
     }
     if "metric_accuracy" in runs:
-        columns["accuracy"] = runs["metric_accuracy"].map("{:.1%}".format)
+        columns["accuracy"] = runs["metric_accuracy"].map(_percent)
     table = pd.DataFrame(columns)
     caption = "‖ΔW‖: Frobenius norm over all modules, scale included; – where it is not known."
     return ReportTable("adapters", caption, tuple(columns), _rows(table), 1 + len(known[:1]))
@@ -66,9 +70,9 @@ def accuracy_table(study: Study) -> ReportTable | None:
     shown = runs.pivot_table(index=["task", "rank"], columns="seed", values="metric_accuracy")
     rows = []
     for (task, rank), values in shown.iterrows():
-        start = runs.loc[runs["task"] == task, "metric_base_accuracy"].median()
-        cells = [f"{v:.1%}" if np.isfinite(v) else "–" for v in values]
-        rows.append((str(task), str(int(rank)), f"{start:.1%}", *cells))
+        before = runs[runs["task"] == task].get("metric_base_accuracy", pd.Series(dtype=float))
+        cells = [_percent(v) for v in (before.median(), *values)]
+        rows.append((str(task), str(int(rank)), *cells))
     columns = ("task", "rank", "base", *(f"seed {int(seed)}" for seed in shown.columns))
     alphas = study.spectra["alpha"].dropna().unique()
     fixed = f" α is {alphas[0]:g} at every rank." if len(alphas) == 1 else ""
@@ -106,22 +110,31 @@ def overlap_table(study: Study) -> ReportTable | None:
     for relation in _ORDER:
         for side in ("output", "input"):
             own = table[(table["relation"] == relation) & (table["side"] == side)]
-            for pair_ranks, group in own.groupby("ranks", sort=False):
-                rows.append(_overlap_row(relation, side, str(pair_ranks), group))
-    columns = ("relation", "side", "ranks", "pairs", "φ(1,1)", "chance", "φ(r,r)", "chance",
+            for (pair_ranks, d), group in own.groupby(["ranks", "dimension"], sort=False):
+                rows.append(_overlap_row(relation, side, f"{pair_ranks}", str(d), group))
+    columns = ("relation", "side", "ranks", "d", "pairs", "φ(1,1)", "chance", "φ(r,r)", "chance",
                "ω", "chance")  # fmt: skip
     caption = (
-        "Medians over modules and pairs. ω is the energy-weighted overlap. "
+        "Medians over modules and pairs. d: dimension of the space; ω: energy-weighted overlap. "
         f"“{REFERENCE}” is the reference; “{SHARED_SEED}” shares its initial A, so its input side "
         "is an artefact."
     )
     return ReportTable("overlaps", caption, columns, tuple(rows), 3)
 
 
-def _overlap_row(relation: str, side: str, ranks: str, group: pd.DataFrame) -> tuple[str, ...]:
+def _overlap_row(
+    relation: str, side: str, ranks: str, dimension: str, group: pd.DataFrame
+) -> tuple[str, ...]:
     values = ("phi_1_1", "chance_1_1", "phi_r_r", "chance_r_r", "omega", "omega_chance")
     pairs = group.groupby(["a", "b"]).ngroups
-    return (relation, side, ranks, str(pairs), *(number(group[v].median()) for v in values))
+    return (
+        relation,
+        side,
+        ranks,
+        dimension,
+        str(pairs),
+        *(number(group[v].median()) for v in values),
+    )
 
 
 def pairs_table(study: Study) -> ReportTable | None:

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import math
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
     from lora_analysis.report.figures import ReportFigure
     from lora_analysis.report.tables import ReportTable
-    from lora_analysis.studies import Study
+    from lora_analysis.studies import Progress, Study
 
 SCHEMA_VERSION = 1
+TABLE_NAMES = ("adapters", "spectra", "pairs", "similarities", "amplifications")
 # In inches; two figures of one column stand side by side.
 NARROW = 4.5
 # Pages stay readable: longer tables are in tables/ only.
@@ -61,6 +62,7 @@ def write_report(
     title: str | None = None,
     command: str | None = None,
     form: Literal["html", "md"] = "html",
+    progress: Progress | None = None,
 ) -> Path:
     """Write a study as one self-contained report, with figures, tables and numbers beside it.
 
@@ -78,28 +80,40 @@ def write_report(
         ``"html"``: one file without script or network access; ``"md"``: Markdown for a README
         or a model card, which shows the files in ``figures/``.
 
+    progress
+        Called with ("report sections", done, total).
+
     Returns
     -------
     Path
         Of report.html or report.md.
     """
     folder = Path(path)
-    for place in (folder / "figures", folder / "tables"):
-        place.mkdir(parents=True, exist_ok=True)
+    _prepare(folder)
     said = findings(study)
     page = {
         "title": title or _title(study),
         "lead": _lead(study),
         "findings": said,
-        "sections": _sections(study, folder),
+        "sections": _sections(study, folder, progress),
         "made": _made(study, command),
     }
     for name, table in _csv_tables(study):
-        write_atomic(folder / "tables" / f"{name}.csv", tables.csv_text(table).encode())
+        if not table.empty:
+            write_atomic(folder / "tables" / f"{name}.csv", tables.csv_text(table).encode())
     results = json.dumps(_results(study, said), indent=1, allow_nan=False, ensure_ascii=False)
     write_atomic(folder / "results.json", results.encode())
     text = _environment(form).get_template(f"report.{form}.j2").render(page)
     return write_atomic(folder / f"report.{form}", text.encode())
+
+
+def _prepare(folder: Path) -> None:
+    """Make the folders, and take away what an earlier report left: it may not be written anew."""
+    for place, suffixes in (("figures", (".svg", ".png")), ("tables", (".csv",))):
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        for old in (folder / place).iterdir():
+            if old.suffix in suffixes and old.stem in (*figures.NAMES, *TABLE_NAMES):
+                old.unlink()
 
 
 def _environment(form: str) -> jinja2.Environment:
@@ -156,62 +170,66 @@ def _short(*found: ReportTable | None) -> tuple[ReportTable, ...]:
     return tuple(one for one in _present(*found) if len(one.rows) <= FOLDED_ROWS)
 
 
-def _sections(study: Study, folder: Path) -> list[_Section]:
+def _sections(study: Study, folder: Path, progress: Progress | None) -> list[_Section]:
+    """Draw and tabulate section by section; those with nothing to show are left out."""
     modules = telling_modules(list(dict.fromkeys(study.spectra["module"])))
-    sections = [
-        _Section(
-            "adapters",
-            "What was analysed",
-            "",
-            tables=_present(tables.adapters_table(study), tables.accuracy_table(study)),
+    plan = (
+        (
+            _Section("adapters", "What was analysed", ""),
+            None,
+            (tables.adapters_table(study), tables.accuracy_table(study)),
         ),
-        _Section(
-            "ranks",
-            "Across ranks",
-            "Do adapters of different rank find the same directions?",
-            figures=_drawn(figures.rank_figures(study), folder),
+        (
+            _Section("ranks", "Across ranks", "Do different ranks find the same directions?"),
+            figures.rank_figures,
+            (),
         ),
-        _Section(
-            "seeds",
-            "Across seeds",
-            "Do two trainings that differ in nothing but their seed find the same directions?",
-            figures=_drawn(figures.seed_figures(study), folder),
+        (
+            _Section(
+                "seeds",
+                "Across seeds",
+                "Do two trainings that differ in nothing but their seed find the same directions?",
+            ),
+            figures.seed_figures,
+            (),
         ),
-        _Section(
-            "reference",
-            "Against unrelated adapters",
-            "What is shared because the task is, and what any two adapters of this base share?",
-            figures=_drawn(figures.level_figures(study), folder),
-            tables=_present(tables.overlap_table(study)),
-            folded=_short(tables.pairs_table(study)),
+        (
+            _Section(
+                "reference",
+                "Against unrelated adapters",
+                "What is shared because the task is, and what any two adapters of this base share?",
+                folded=_short(tables.pairs_table(study)),
+            ),
+            figures.level_figures,
+            (tables.overlap_table(study),),
         ),
-        _Section(
-            "weights",
-            "Against W",
-            "Does ΔW strengthen directions that the frozen weight already carries?",
-            figures=_drawn(figures.amplification_figures(study), folder),
-            tables=_present(tables.amplification_table(study, modules)),
+        (
+            _Section(
+                "weights",
+                "Against W",
+                "Does ΔW strengthen directions that the frozen weight already carries?",
+            ),
+            figures.amplification_figures,
+            (tables.amplification_table(study, modules),),
         ),
-        _Section(
-            "spectra",
-            "How many directions",
-            "",
-            figures=_drawn(figures.spectrum_figures(study), folder),
-            tables=_present(tables.spectra_table(study)),
+        (
+            _Section("spectra", "How many directions", ""),
+            figures.spectrum_figures,
+            (tables.spectra_table(study),),
         ),
-    ]
+    )
+    sections = []
+    for done, (section, draw, shown) in enumerate(plan, start=1):
+        drawn = _drawn(draw(study), folder) if draw else ()
+        sections.append(replace(section, figures=drawn, tables=_present(*shown)))
+        if progress:
+            progress("report sections", done, len(plan))
     return [one for one in sections if one.figures or one.tables or one.folded]
 
 
 def _csv_tables(study: Study) -> list[tuple[str, pd.DataFrame]]:
-    every = {
-        "adapters": study.runs,
-        "spectra": study.spectra,
-        "pairs": study.pairs,
-        "similarities": study.similarities,
-        "amplifications": study.amplifications,
-    }
-    return [(name, table) for name, table in every.items() if not table.empty]
+    every = (study.runs, study.spectra, study.pairs, study.similarities, study.amplifications)
+    return list(zip(TABLE_NAMES, every, strict=True))
 
 
 def _json_value(value: Any) -> Any:

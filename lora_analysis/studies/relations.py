@@ -34,8 +34,10 @@ def unique_labels(adapters: Sequence[Adapter]) -> list[Adapter]:
 def relation(a: Adapter, b: Adapter) -> Relation:
     """Return how two adapters are related, from task, rank and seed; "unknown" without them."""
     one, two = a.provenance, b.provenance
-    known = (one.task, two.task, one.seed, two.seed, one.rank, two.rank)
-    if None in known:
+    bases = (one.base_model, two.base_model)
+    if None in (one.task, two.task, one.seed, two.seed) or _differ(*bases):
+        return "unknown"
+    if one.task == two.task and None in (one.rank, two.rank):
         return "unknown"
     if one.task != two.task:
         if one.seed != two.seed:
@@ -44,3 +46,8 @@ def relation(a: Adapter, b: Adapter) -> Relation:
     if one.seed == two.seed:
         return "same task, rank and seed" if one.rank == two.rank else "same task, other rank"
     return "same task, other seed" if one.rank == two.rank else "same task, other rank and seed"
+
+
+def _differ(a: str | None, b: str | None) -> bool:
+    """Return whether both base models are known, and other ones."""
+    return None not in (a, b) and a != b

@@ -13,12 +13,12 @@ from threadpoolctl import threadpool_limits
 from lora_analysis.adapter import Adapter
 from lora_analysis.amplify import Amplification
 from lora_analysis.bases import BaseWeights, open_base
-from lora_analysis.errors import InputError, SourceError
+from lora_analysis.errors import BaseWeightError, InputError, SourceError
 from lora_analysis.formats import read_adapter
-from lora_analysis.patterns import matches_target, natural_key
+from lora_analysis.patterns import choose_names, natural_key
 from lora_analysis.similarity import SimilarityGrid, subspace_similarity
 from lora_analysis.spectra import Factor, Side, Spectrum, spectrum
-from lora_analysis.studies.relations import Relation, relation, unique_labels
+from lora_analysis.studies.relations import Relation, unique_labels
 from lora_analysis.studies.rows import (
     AMPLIFICATION_COLUMNS,
     PAIR_COLUMNS,
@@ -60,6 +60,10 @@ class Study:
         What could not be analysed.
     base
         The frozen weights, if given.
+    reference
+        Labels of the adapters that serve as the reference alone.
+    unmatched
+        Modules without a fitting weight in the base, and why.
     """
 
     adapters: Mapping[str, Adapter]
@@ -70,6 +74,8 @@ class Study:
     amplifications: pd.DataFrame
     failures: tuple[Failure, ...] = ()
     base: BaseWeights | None = None
+    reference: tuple[str, ...] = ()
+    unmatched: Mapping[str, str] = field(default_factory=dict)
     _amplified: Mapping[tuple[str, str], Amplification] = field(default_factory=dict)
 
     def grid(
@@ -102,7 +108,7 @@ def _pair_tables(pairs: Iterable[Pair]) -> tuple[pd.DataFrame, pd.DataFrame]:
     summaries, rows = [], []
     for pair in pairs:
         start = pair.start()
-        names = {"a": pair.a.label, "b": pair.b.label, "relation": relation(pair.a, pair.b)}
+        names = {"a": pair.a.label, "b": pair.b.label, "relation": pair.relation}
         shared = set(start.modules)
         summaries.append(
             {
@@ -124,10 +130,10 @@ def _pair_tables(pairs: Iterable[Pair]) -> tuple[pd.DataFrame, pd.DataFrame]:
             }
             for row in pair.rows
         ]
-    return (
-        pd.DataFrame(summaries, columns=PAIR_COLUMNS),
-        pd.DataFrame(rows, columns=SIMILARITY_COLUMNS),
-    )
+    similarities = pd.DataFrame(rows, columns=SIMILARITY_COLUMNS)
+    # Without rows the column would hold objects, and a selection by it would choose columns.
+    similarities["shared_start"] = similarities["shared_start"].astype(bool)
+    return pd.DataFrame(summaries, columns=PAIR_COLUMNS), similarities
 
 
 def _runs_table(adapters: Sequence[Adapter], spectra: pd.DataFrame) -> pd.DataFrame:
@@ -155,9 +161,10 @@ def _runs_table(adapters: Sequence[Adapter], spectra: pd.DataFrame) -> pd.DataFr
 
 def _chosen_modules(adapters: Sequence[Adapter], pattern: str | Sequence[str] | None) -> list[str]:
     names = sorted({name for adapter in adapters for name in adapter}, key=natural_key)
-    if pattern is None:
-        return names
-    chosen = [name for name in names if matches_target(name, pattern)]
+    if not names:
+        message = f"No adapter is left to analyse: {len(adapters)} given, with no module in any."
+        raise SourceError(message)
+    chosen = choose_names(names, pattern)
     if not chosen:
         shown = ", ".join(names[:4])
         message = f"No module matches {pattern!r}. The adapters have {len(names)}: {shown}, ..."
@@ -169,7 +176,9 @@ def study(
     adapters: Sequence[Adapter | str | Path],
     *,
     base: BaseWeights | str | Path | None = None,
+    reference: Sequence[Adapter | str | Path] = (),
     modules: str | Sequence[str] | None = None,
+    transposed: bool | None = None,
     failures: Sequence[Failure] = (),
     draws: int = 16,
     progress: Progress | None = None,
@@ -182,8 +191,15 @@ def study(
         Adapters, or sources that `read_adapter` takes.
     base
         The frozen weights, or their source; without it nothing is said about amplification.
+    reference
+        Adapters of other tasks on the same base, trained with other seeds. They are compared with
+        those analysed, not with each other, and every verdict is made against these pairs (and
+        against such pairs among ``adapters``, where task and seed are known).
     modules
-        Names by suffix, or one regular expression; all by default.
+        The end of module names, or one regular expression; all by default.
+    transposed
+        Whether the base stores its weights as ``[in, out]``, where neither its family nor the
+        shapes say so.
     failures
         Adapters that could not be read, to be carried into the report.
     draws
@@ -202,15 +218,21 @@ def study(
     ------
     SourceError
         No adapter is left to analyse.
+    BaseWeightError
+        No module has a weight in the base.
 
     Notes
     -----
     Every module of every adapter is read and factored once.
     """
-    read = [one if isinstance(one, Adapter) else read_adapter(one) for one in adapters]
+    read = [
+        one if isinstance(one, Adapter) else read_adapter(one) for one in (*adapters, *reference)
+    ]
     named = unique_labels(read)
     opened = open_base(base) if isinstance(base, str | Path) else base
-    walk = Walk(named, opened, draws)
+    analysed = named[: len(adapters)]
+    others = named[len(adapters) :]
+    walk = Walk(analysed, others, opened, draws=draws, transposed=transposed)
     chosen = _chosen_modules(named, modules)
     # Factors are tall and thin: a second BLAS thread makes their QR several times slower.
     with threadpool_limits(1, user_api="blas"):
@@ -220,10 +242,12 @@ def study(
                 progress("modules", done, len(chosen))
     kept = [adapter for adapter in named if adapter.label not in walk.failed]
     lost = [*failures, *(Failure(label, reason) for label, reason in walk.failed.items())]
-    if not kept:
+    if not any(adapter in kept for adapter in analysed):
         reasons = "; ".join(f"{one.source}: {one.reason}" for one in lost) or "none was given"
         message = f"No adapter is left to analyse ({reasons})."
         raise SourceError(message)
+    if walk.unmatched and not walk.amplified:
+        raise BaseWeightError(next(iter(walk.unmatched.values())))
     return _assemble(walk, kept, lost, opened)
 
 
@@ -247,5 +271,7 @@ def _assemble(
         ),
         failures=tuple(lost),
         base=base,
+        reference=tuple(a.label for a in kept if a.label not in walk.analysed),
+        unmatched=walk.unmatched,
         _amplified=amplified,
     )

@@ -14,9 +14,10 @@ from lora_analysis import linalg
 from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate
 from lora_analysis.amplify import Amplification, amplification
 from lora_analysis.bases import BaseWeights
-from lora_analysis.errors import InputError
+from lora_analysis.errors import BaseWeightError, InputError
 from lora_analysis.initialisation import ModuleStart, SharedStart, judge_start, module_start
 from lora_analysis.spectra import Spectrum, spectrum
+from lora_analysis.studies.relations import REFERENCE, Relation, relation
 from lora_analysis.studies.rows import similarity_rows, spectrum_row
 
 # Up to this size of the smaller side, W's own singular values and random draws cost little next
@@ -30,6 +31,7 @@ class Pair:
 
     a: Adapter
     b: Adapter
+    relation: Relation
     starts: list[ModuleStart] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     common: int = 0
@@ -76,13 +78,26 @@ class Pair:
 class Walk:
     """One pass over the modules: never more than one module of every adapter in memory."""
 
-    def __init__(self, adapters: Sequence[Adapter], base: BaseWeights | None, draws: int) -> None:
-        self.adapters = adapters
+    def __init__(
+        self,
+        adapters: Sequence[Adapter],
+        reference: Sequence[Adapter],
+        base: BaseWeights | None,
+        *,
+        draws: int,
+        transposed: bool | None,
+    ) -> None:
+        self.adapters = (*adapters, *reference)
+        self.analysed = {adapter.label for adapter in adapters}
         self.base = base
         self.draws = draws
+        self.transposed = transposed
         self.failed: dict[str, str] = {}
+        self.unmatched: dict[str, str] = {}
         self.spectra: list[dict[str, Any]] = []
-        self.pairs = [Pair(a, b) for a, b in combinations(adapters, 2)]
+        self.pairs = [Pair(a, b, relation(a, b)) for a, b in combinations(adapters, 2)]
+        # The user says that these are unrelated; how they are related to each other is not asked.
+        self.pairs += [Pair(a, b, REFERENCE) for a in adapters for b in reference]
         self.amplified: dict[tuple[str, str], Amplification] = {}
 
     def visit(self, module: str) -> None:
@@ -93,7 +108,8 @@ class Walk:
         for pair in self.pairs:
             pair.add(updates, spectra)
         if self.base is not None:
-            self._amplify(module, [s for s in spectra.values() if not s.untrained])
+            own = [s for s in spectra.values() if s.label in self.analysed and not s.untrained]
+            self._amplify(module, own)
 
     def _load(self, module: str) -> Iterator[tuple[str, LowRankUpdate | DenseUpdate]]:
         for adapter in self.adapters:
@@ -107,7 +123,13 @@ class Walk:
     def _amplify(self, module: str, spectra: Sequence[Spectrum]) -> None:
         known = [s for s in spectra if not s.in_units_of_scale]
         for group in _by_shape(known):
-            weight = self.base.weight(module, shape=group[0].shape)  # type: ignore[union-attr]
+            try:
+                weight = self.base.weight(  # type: ignore[union-attr]  # asked for with a base only
+                    module, shape=group[0].shape, transposed=self.transposed
+                )
+            except BaseWeightError as error:
+                self.unmatched[module] = str(error)
+                continue
             small = min(weight.shape) <= SMALL_WEIGHT
             most = max(s.numerical_rank for s in group)
             values = linalg.leading_singular_values(weight.array(), most) if small else None
