@@ -10,6 +10,7 @@ import torch
 
 from lora_analysis.bases import arrays, open_base
 from lora_analysis.errors import BaseWeightError
+from lora_analysis.lora import add_lora, merge_lora, unmerge_lora
 
 
 class Conv1D(torch.nn.Module):
@@ -128,3 +129,24 @@ def test_a_gpt2_reads_the_same_live_and_from_disk(tmp_path: Any) -> None:
         np.testing.assert_array_equal(live.array(), stored.array())
         wanted = model.get_submodule(name).weight.detach().T
         np.testing.assert_array_equal(stored.array(), wanted)
+
+
+def test_a_base_opened_before_a_merge_or_an_unmerge_says_that_it_is_out_of_date() -> None:
+    model = Model()
+    frozen = model.layers[0].weight.detach().clone()
+    before = open_base(model)
+    add_lora(model, rank=1, alpha=1, targets=["layers.0", "layers.1"], seed=0)
+    np.testing.assert_array_equal(before.weight("layers.0").array(), frozen)
+    assert before.weight("layers.1").transposed
+    wrapped = open_base(model)
+    handle = merge_lora(model)
+    with pytest.raises(BaseWeightError, match=r"'layers\.0\.base_layer\.weight'.*Open .* again"):
+        wrapped.weight("layers.0")
+    with pytest.raises(BaseWeightError, match="Unmerge"):
+        open_base(model).weight("layers.0")
+    merged = open_base(model)
+    unmerge_lora(handle)
+    with pytest.raises(BaseWeightError, match=r"'layers\.0\.weight'.*Open .* again"):
+        merged.weight("layers.0")
+    np.testing.assert_array_equal(before.weight("layers.0").array(), frozen)
+    np.testing.assert_array_equal(open_base(model).weight("layers.0").array(), frozen)

@@ -182,6 +182,8 @@ def test_alpha_and_scale_together_are_refused(tmp_path: Path, rng: np.random.Gen
         read_adapter(path, pair=PAIR, scale=1, alpha=2)
     with pytest.raises(InputError, match="scale must be a finite number, found inf"):
         read_adapter(path, pair=PAIR, scale=float("inf"))
+    with pytest.raises(InputError, match="alpha must be a finite number"):
+        read_adapter(path, pair=PAIR, alpha=10**309)
 
 
 def test_a_folder_of_pairs_is_listed_and_one_alone_is_read(

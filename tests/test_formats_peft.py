@@ -286,7 +286,8 @@ def test_metrics_come_from_a_manifest_and_what_is_no_manifest_is_passed_over(
 ) -> None:
     path = peft_folder(tmp_path / "run", factors(rng))
     manifest = path / "manifest.json"
-    manifest.write_text('{"metrics": {"accuracy": 0.75, "steps": 3, "note": "x", "bad": true}}')
+    metrics = {"accuracy": 0.75, "steps": 3, "note": "x", "bad": True, "huge": 10**309}
+    manifest.write_text(json.dumps({"metrics": metrics | {"inf": float("inf")}}))
     assert read_adapter(path).provenance.metrics == {"accuracy": 0.75, "steps": 3.0}
     for text in ("not JSON", "[1, 2]", '{"metrics": 4}'):
         manifest.write_text(text)
@@ -551,6 +552,44 @@ def test_patterns_never_reach_another_module(
     assert list(config["rank_pattern"].items()) == list(pattern.items())
     assert {update.scale for update in read_adapter(folder).values()} == {0.5}  # type: ignore[union-attr]
     assert read_adapter(folder).provenance.findings == ()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layers_to_transform": [0, 2]},
+        {"layers_to_transform": 0},
+        {"exclude_modules": ["layers.1.q"]},
+        {"layers_pattern": "layers"},
+    ],
+)
+def test_targets_that_other_fields_narrowed_are_written_as_full_names(
+    tmp_path: Path, rng: np.random.Generator, fields: dict[str, Any]
+) -> None:
+    tensors = factors(rng) | factors(rng, "base_model.model.layers.2.q")
+    adapter = read_adapter(peft_folder(tmp_path / "in", tensors, CONFIG | fields))
+    written = write_adapter(adapter, tmp_path / "out") / "adapter_config.json"
+    assert json.loads(written.read_text())["target_modules"] == ["layers.0.q", "layers.2.q"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"bias": "lora_only"}, "bias = 'lora_only'"),
+        ({"lora_bias": True}, "lora_bias = True"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens = [1]"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices = [1, 2]"),
+    ],
+)
+def test_what_was_trained_beside_the_factors_is_not_lost_in_writing(
+    tmp_path: Path, rng: np.random.Generator, fields: dict[str, Any], told: str
+) -> None:
+    adapter = read_adapter(peft_folder(tmp_path / "in", factors(rng), CONFIG | fields))
+    with pytest.raises(UnsupportedMethodError) as caught:
+        write_adapter(adapter, tmp_path / "out")
+    for part in ("in was trained with", told, "not written"):
+        assert part in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_bfloat16_factors_survive_a_round_trip_bit_for_bit(tmp_path: Path) -> None:

@@ -81,6 +81,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {r".*\.1\..*": 3},
     },
     "gaussian": {"init_lora_weights": "gaussian"},
+    "one layer": {"layers_to_transform": [1]},
+    "without a layer": {"exclude_modules": r".*\.0\..*"},
 }
 
 

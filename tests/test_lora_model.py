@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lora_models import TOKENS, adapted, fill, lora_layers, tiny_model
@@ -13,6 +14,7 @@ from torch import nn
 from lora_analysis.errors import InputError, TargetError
 from lora_analysis.lora import (
     add_lora,
+    extract_adapter,
     initial_factor,
     merge_lora,
     parameter_counts,
@@ -90,6 +92,9 @@ def test_a_wrong_target_is_refused_by_name_and_leaves_the_model_alone(
         ({"rank": 0}, "rank must be a positive integer, found 0"),
         ({"rank": True}, "found True"),
         ({"rank": 2.0}, "found 2.0"),
+        ({"rank": np.True_}, "rank must be a positive integer"),
+        ({"rank": "2"}, "found '2'"),
+        ({"seed": 1.5}, "seed must be an integer, found 1.5"),
         ({"alpha": 0}, "alpha must be a positive number, found 0"),
         ({"alpha": float("nan")}, "found nan"),
         ({"name": "a.b"}, "cannot be called 'a.b'"),
@@ -105,6 +110,26 @@ def test_wrong_settings_are_refused_and_leave_the_model_alone(
         add(model, **changes)
     assert not lora_layers(model)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_integers_of_numpy_are_ranks_and_seeds_and_draw_the_same_start() -> None:
+    model, plain = tiny_model(), tiny_model()
+    add(model, rank=np.int64(2), seed=np.int64(7))
+    add(plain, rank=2, seed=7)
+    layer, other = lora_layers(model)["layers.0.q_proj"], lora_layers(plain)["layers.0.q_proj"]
+    assert torch.equal(layer.adapters["default"].A, other.adapters["default"].A)
+    assert type(extract_adapter(model).provenance.seed) is int
+
+
+def test_a_single_name_and_other_collections_are_noted_as_lists_of_names() -> None:
+    model = tiny_model()
+    add(model, targets=(kind for kind in ("q_proj", "c_proj")), trainable="head")
+    config = extract_adapter(model).config
+    assert config["target_modules"] == ["q_proj", "c_proj"]
+    assert config["modules_to_save"] == ["head"]
+    add(model, targets=r".*\.q_proj", trainable=("head",), name="second")
+    config = extract_adapter(model, name="second").config
+    assert (config["target_modules"], config["modules_to_save"]) == (r".*\.q_proj", ["head"])
 
 
 def test_a_module_with_two_names_is_refused() -> None:
@@ -334,6 +359,28 @@ def test_a_tied_weight_is_merged_in_the_adapted_module_alone_and_tied_again_afte
     assert not torch.equal(model.layers[0].q_proj.weight, original)
     unmerge_lora(handle)
     assert model.layers[0].q_proj.base_layer.weight is original
+
+
+def test_a_model_converted_while_merged_is_not_unmerged_to_two_types() -> None:
+    model = adapted()
+    handle = merge_lora(model)
+    before = list(model.state_dict())
+    model.half()
+    with pytest.raises(InputError, match=r"'layers.0.q_proj'.*float16.*merged as float32"):
+        unmerge_lora(handle)
+    assert list(model.state_dict()) == before
+    model.float()
+    unmerge_lora(handle)
+    assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
+
+
+def test_a_base_converted_while_its_adapter_was_off_is_not_unmerged_either() -> None:
+    model = adapted()
+    set_active(model, None)
+    handle = merge_lora(model)
+    model.double()
+    with pytest.raises(InputError, match=r"is float64 now and was merged as float32"):
+        unmerge_lora(handle)
 
 
 def test_modes_set_while_merged_hold_after_unmerging() -> None:

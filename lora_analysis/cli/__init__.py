@@ -1,12 +1,16 @@
 """The command line: parse, call the library, print. One file per verb, imported when it is run.
 
 Nothing is computed here. Data goes to stdout, everything else to stderr. Exit codes: 0 done,
-1 unexpected, 2 usage, 3 input refused, 4 done but some adapters failed, 130 interrupted.
+1 unexpected, 2 usage, 3 input refused, 4 done but some adapters failed, 130 interrupted, 141 the
+reader of stdout went away (as the shell reports it of other tools).
 """
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -26,8 +30,32 @@ VERBS = {
 }
 
 
+INTERRUPTED = 130
+# 128 + SIGPIPE: what a shell reports of a program that its pager or `head` has left.
+READER_GONE = 141
+
+
+@contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """Turn a closed stdout into a quiet end; click itself would end with 1, "unexpected"."""
+    try:
+        yield
+    except BrokenPipeError:
+        # What is still buffered is flushed at the very end, and must have somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise click.exceptions.Exit(READER_GONE) from None
+
+
 class _Verbs(click.Group):
     """A group whose commands live one to a file and are imported on use."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        with _reader_may_leave():
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _reader_may_leave():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(VERBS)
@@ -66,14 +94,8 @@ def run(arguments: list[str] | None = None) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except click.Abort:
-        return _say("Interrupted. What was finished is kept.", 130)
-    except KeyboardInterrupt:
-        return _say("Interrupted. What was finished is kept.", 130)
-    except BrokenPipeError:
-        # The reader of stdout has gone (a pager, head): close quietly, as other tools do.
-        sys.stderr.close()
-        return 0
+    except (click.Abort, KeyboardInterrupt):
+        return _say("Interrupted. What was finished is kept.", INTERRUPTED)
     except LoraAnalysisError as error:
         if "--debug" in given:
             raise

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from lora_analysis.cli.options import (
+    Reading,
     modules_option,
     output_options,
     progress_bar,
-    read_one,
     reading_options,
+    transposed_option,
 )
-from lora_analysis.cli.show import decimals, print_json, print_table, records
+from lora_analysis.cli.show import decimals, print_json, print_table, print_text, records
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from lora_analysis.studies import Study
 
 
 @click.command(name="amplify")
 @click.argument("source", metavar="ADAPTER")
 @click.option("--base", required=True, help="Base weights: a safetensors file or model folder.")
+@transposed_option
 @click.option(
     "--draws", type=click.IntRange(0), default=16, show_default=True, help="Random draws."
 )
@@ -32,11 +36,10 @@ def command(
     source: str,
     *,
     base: str,
+    transposed: bool | None,
     draws: int,
     modules: str | None,
-    pair: Any,
-    scale: float | None,
-    alpha: float | None,
+    reading: Reading,
     form: str,
 ) -> None:
     """Hold ADAPTER against its base weights: the paper's Table 7 for every module.
@@ -44,24 +47,19 @@ def command(
     The amplification factor ‖ΔW‖/‖UᵀWV‖ proves little by itself; "chance" is what random
     directions of the same size score, and enrichment the ratio of the two.
     """
-    from lora_analysis.errors import InputError
     from lora_analysis.studies import study
 
-    adapter = read_one(source, pair=pair, scale=scale, alpha=alpha)
+    adapter = reading.read(source)
     with progress_bar(form) as progress:
-        result = study([adapter], base=base, modules=modules, draws=draws, progress=progress)
-    if result.failures:
-        raise InputError(result.failures[0].reason)
-    table = result.amplifications
-    if table.empty:
-        unknown = bool(result.spectra["in_units_of_scale"].any())
-        message = (
-            f"The scale of {adapter.label} is not known, and the factor depends on it. "
-            "Pass --scale or --alpha."
-            if unknown
-            else f"{adapter.label} is untrained: ΔW is zero in every module."
+        result = study(
+            [adapter],
+            base=base,
+            transposed=transposed,
+            modules=modules,
+            draws=draws,
+            progress=progress,
         )
-        raise InputError(message)
+    table = _amplifications(result, adapter.label)
     full = table[table["at_rank"]]
     if form == "json":
         print_json(
@@ -73,13 +71,28 @@ def command(
         _print(adapter.label, full)
 
 
+def _amplifications(result: Study, label: str) -> pd.DataFrame:
+    """Return the table; raise where there is nothing in it, and say why."""
+    from lora_analysis.errors import InputError
+
+    table = result.amplifications
+    if not table.empty:
+        return table
+    unknown = bool(result.spectra["in_units_of_scale"].any())
+    message = (
+        f"The scale of {label} is not known, and the factor depends on it. Pass --scale or --alpha."
+        if unknown
+        else f"{label} is untrained: ΔW is zero in every module."
+    )
+    raise InputError(message)
+
+
 def _medians(full: pd.DataFrame) -> dict[str, dict[str, float]]:
     columns = ("amplification_factor", "chance_factor", "enrichment", "relative_norm")
     return {"medians": {column: float(full[column].median()) for column in columns}}
 
 
 _NAMES = {
-    "k": "k",
     "delta_norm": "‖ΔW‖",
     "weight_norm": "‖W‖",
     "projected": "ΔW's",
@@ -92,14 +105,16 @@ _NAMES = {
 
 
 def _print(label: str, full: pd.DataFrame) -> None:
-    rows = [
-        (row["module"], row["k"], *(decimals(row[name]) for name in list(_NAMES)[1:]))
-        for row in records(full)
-    ]
-    rows.append(("median", "", *(decimals(full[name].median()) for name in list(_NAMES)[1:])))
-    print_table(f"{label} against W, at full rank", ("module", *_NAMES.values()), rows)
+    ranks = sorted(set(full["k"]))
+    k = f"k = {ranks[0]}" if len(ranks) == 1 else f"k = {ranks[0]} to {ranks[-1]}"
+    print_table(
+        f"{label} against W, at full rank ({k})",
+        ("module", *_NAMES.values()),
+        [(row["module"], *(decimals(row[name]) for name in _NAMES)) for row in records(full)],
+        footer=("median", *(decimals(full[name].median()) for name in _NAMES)),
+    )
     click.echo()
-    click.echo(
+    print_text(
         "ΔW's, W's, random: ‖UᵀWV‖ with the top-k directions of each; random is the exact rms."
     )
-    click.echo("factor = ‖ΔW‖ / ΔW's; chance = ‖ΔW‖ / random; enrichment = ΔW's / random.")
+    print_text("factor = ‖ΔW‖ / ΔW's; chance = ‖ΔW‖ / random; enrichment = ΔW's / random.")

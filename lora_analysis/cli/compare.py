@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from lora_analysis.cli.options import (
+    Reading,
     modules_option,
     output_options,
     progress_bar,
-    read_one,
     reading_options,
+    reference_option,
 )
-from lora_analysis.cli.show import fraction, print_json, print_table, records
+from lora_analysis.cli.show import decimals, print_json, print_table, print_text, records
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 @click.command(name="compare")
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
+@reference_option
 @modules_option
 @reading_options
 @output_options
@@ -31,51 +33,60 @@ def command(
     a: str,
     b: str,
     *,
+    references: tuple[str, ...],
     modules: str | None,
-    pair: Any,
-    scale: float | None,
-    alpha: float | None,
+    reading: Reading,
     form: str,
-) -> None:
+) -> int:
     """Compare adapters A and B: subspace similarity φ on both sides, ω, angles, signed cosine.
 
     Isotropic chance stands beside every number. It is a floor, not a verdict: unrelated adapters
-    of one base exceed it too. Use `report` with adapters of other tasks for a reference.
+    of one base exceed it too, so a verdict needs some of them, given with --reference.
     """
     from lora_analysis.findings import findings
     from lora_analysis.studies import study
 
-    adapters = [read_one(one, pair=pair, scale=scale, alpha=alpha) for one in (a, b)]
+    adapters = [reading.read(one) for one in (a, b)]
     with progress_bar(form) as progress:
-        result = study(adapters, modules=modules, progress=progress)
-    _raise_failures(result)
+        others, left_out = reading.read_all(references, progress) if references else ([], [])
+        result = study(adapters, reference=others, modules=modules, progress=progress)
+    lost = _lost_references(result)
+    pair, table = _of_the_pair(result, result.pairs), _of_the_pair(result, result.similarities)
     said = [one for one in findings(result) if one.topic != "directions needed"]
     if form == "json":
         print_json(
             {
-                "pair": records(result.pairs)[0],
-                "summary": _summary(result.similarities),
-                "modules": records(result.similarities),
+                "pair": records(pair)[0],
+                "reference": list(result.reference),
+                "summary": _summary(table),
+                "modules": records(table),
                 "findings": [{"kind": one.kind, "text": one.text} for one in said],
             }
         )
     elif form == "quiet":
-        click.echo(fraction(_median(result.similarities, "output", "omega")))
+        click.echo(decimals(_median(table, "output", "omega")))
     else:
-        _print(result.similarities, [one.text for one in said])
+        _print(pair.iloc[0], table, [one.text for one in said])
+    return 4 if lost or left_out else 0
 
 
-def _raise_failures(result: Study) -> None:
-    """Refuse a comparison that lost one of its two adapters."""
+def _lost_references(result: Study) -> int:
+    """Name the references that could not be analysed; refuse to go on without A or B."""
     from lora_analysis.errors import InputError
 
-    if result.failures:
-        raise InputError(result.failures[0].reason)
+    if len(result.adapters) - len(result.reference) < 2:
+        raise InputError(" ".join(one.reason for one in result.failures))
+    for one in result.failures:
+        click.echo(f"Left out: {one.source}: {one.reason}", err=True)
+    return len(result.failures)
+
+
+def _of_the_pair(result: Study, table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows about A and B themselves."""
+    return table[~(table["a"].isin(result.reference) | table["b"].isin(result.reference))]
 
 
 def _median(table: pd.DataFrame, side: str, column: str) -> float:
-    if table.empty:
-        return float("nan")
     return float(table.loc[table["side"] == side, column].median())
 
 
@@ -92,28 +103,50 @@ def _summary(table: pd.DataFrame) -> dict[str, dict[str, float]]:
     }
 
 
-def _print(table: pd.DataFrame, sentences: list[str]) -> None:
+_COLUMNS = {
+    "phi_1_1": "φ(1,1)",
+    "chance_1_1": "chance",
+    "phi_r_r": "φ(r,r)",
+    "chance_r_r": "chance",
+    "omega": "ω",
+    "omega_chance": "chance",
+    "signed_cosine": "cosine",
+}
+# What a star beside a module of the input side means, by the pair's start.
+_STARS = {
+    "partly shared": "starts from the same A in both adapters: its input side says nothing about "
+    "learning.",
+    "same initial A": "starts from the same A in both adapters: its input side says nothing about "
+    "learning.",
+    "same run": "starts from the same A, and B agrees too: one run, not two samples.",
+    "same input space": "spans the same input space under other rows (a resized copy, or an init "
+    "from data or from W): its input side says nothing about learning.",
+}
+
+
+def _print(pair: pd.Series, table: pd.DataFrame, sentences: list[str]) -> None:
     for text in sentences:
-        click.echo(text)
+        print_text(text)
         click.echo()
     if table.empty:
         return
-    columns = ("module", "φ(1,1)", "chance", "φ(r,r)", "chance", "ω", "chance", "cosine")
-    names = ("phi_1_1", "chance_1_1", "phi_r_r", "chance_r_r", "omega", "omega_chance")
     for side in ("output", "input"):
         own = table[table["side"] == side]
-        rows = [
-            (
-                row["module"] + (" *" if row["shared_start"] and side == "input" else ""),
-                *(fraction(row[name]) for name in (*names, "signed_cosine")),
-            )
-            for row in records(own)
-        ]
-        rows.append(("median", *(fraction(own[n].median()) for n in (*names, "signed_cosine"))))
-        print_table(f"{side} side", columns, rows)
+        print_table(
+            f"{side} side",
+            ("module", *_COLUMNS.values()),
+            [
+                (
+                    row["module"] + (" *" if row["shared_start"] and side == "input" else ""),
+                    *(decimals(row[name]) for name in _COLUMNS),
+                )
+                for row in records(own)
+            ],
+            footer=("median", *(decimals(own[name].median()) for name in _COLUMNS)),
+        )
         click.echo()
     if table["shared_start"].any():
-        click.echo("* starts from the same A: its input side says nothing about learning.")
+        print_text(f"* {_STARS[pair['start']]}")
     ranks = sorted(set(zip(table["rank_a"], table["rank_b"], strict=True)))
     shown = ", ".join(f"{i}/{j}" for i, j in ranks)
-    click.echo(f"r: numerical ranks of the two updates ({shown}). Angles: --format json.")
+    print_text(f"r: numerical ranks of the two updates ({shown}). Angles: --format json.")

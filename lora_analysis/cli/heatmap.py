@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_analysis.cli.options import modules_option, output_options, read_one, reading_options
+from lora_analysis.cli.options import (
+    Progress,
+    Reading,
+    modules_option,
+    output_options,
+    progress_bar,
+    reading_options,
+)
 from lora_analysis.cli.show import print_json
+
+if TYPE_CHECKING:
+    from lora_analysis.adapter import Adapter, Update
 
 
 @click.command(name="heatmap")
@@ -46,34 +56,74 @@ def command(
     side: Any,
     factor: Any,
     modules: str | None,
-    pair: Any,
-    scale: float | None,
-    alpha: float | None,
+    reading: Reading,
     form: str,
 ) -> None:
     """Draw φ(i, j) of adapters A and B: full grid, corner, and φ above chance.
 
-    Without --module one middle layer of the first two types of module is drawn, as in the paper.
+    One middle layer of the first two types of module is drawn, as in the paper; --module narrows
+    the choice.
     """
-    from lora_analysis.errors import InputError
     from lora_analysis.plots import figure_ranks, save_figure
-    from lora_analysis.report.selection import common_modules, short_name, telling_modules
-    from lora_analysis.studies import study
+    from lora_analysis.similarity import subspace_similarity
+    from lora_analysis.studies.relations import unique_labels
 
-    adapters = [read_one(one, pair=pair, scale=scale, alpha=alpha) for one in (a, b)]
-    result = study(adapters, modules=modules)
-    first, second = result.adapters
-    chosen = telling_modules(common_modules(result, first, second))
-    if not chosen:
-        message = f"{first} and {second} have no trained module in common to draw."
-        raise InputError(message)
-    grids = {
-        short_name(name): result.grid(first, second, name, side=side, factor=factor)
-        for name in chosen
-    }
-    kind = output.suffix.lstrip(".") or "svg"
-    written = save_figure(figure_ranks(grids), output.with_suffix(""), [kind])[0]
+    first, second = unique_labels([reading.read(one) for one in (a, b)])
+    with progress_bar(form) as progress:
+        chosen = _telling(first, second, modules, progress)
+        titles = _titles(list(chosen))
+        grids = {
+            titles[name]: subspace_similarity(*updates, side=side, factor=factor)
+            for name, updates in chosen.items()
+        }
+        kind = output.suffix.lstrip(".") or "svg"
+        written = save_figure(figure_ranks(grids), output.with_suffix(""), [kind])[0]
     if form == "json":
-        print_json({"figure": written, "modules": chosen, "side": side, "factor": factor})
+        print_json({"figure": written, "modules": list(chosen), "side": side, "factor": factor})
     else:
         click.echo(written)
+
+
+def _telling(
+    a: Adapter, b: Adapter, pattern: str | None, progress: Progress
+) -> dict[str, tuple[Update, Update]]:
+    """Return the modules to draw; no more are read than it takes to find them."""
+    from lora_analysis.errors import InputError
+    from lora_analysis.patterns import choose_names
+    from lora_analysis.report.selection import telling_modules
+
+    common = [name for name in a if name in b]
+    left = choose_names(common, pattern)
+    if common and not left:
+        message = f"No common module matches '{pattern}'. There are {len(common)}: {_some(common)}."
+        raise InputError(message)
+    seen: dict[str, tuple[Update, Update]] = {}
+    while left:
+        chosen = telling_modules(left)
+        for name in chosen:
+            seen.setdefault(name, (a[name], b[name]))
+            progress("modules", len(seen), len(common))
+        useless = [name for name in chosen if not _comparable(*seen[name])]
+        if not useless:
+            return {name: seen[name] for name in chosen}
+        left = [name for name in left if name not in useless]
+    message = f"{a.label} and {b.label} have no trained module in common to draw."
+    raise InputError(message)
+
+
+def _comparable(a: Update, b: Update) -> bool:
+    from lora_analysis.spectra import spectrum
+
+    return a.shape == b.shape and not (spectrum(a).untrained or spectrum(b).untrained)
+
+
+def _titles(names: list[str]) -> dict[str, str]:
+    """Return a short title per module; the full names where two would be the same."""
+    from lora_analysis.report.selection import short_name
+
+    short = {name: short_name(name) for name in names}
+    return short if len(set(short.values())) == len(names) else {name: name for name in names}
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_analysis.cli.options import modules_option, output_options, reading_options
+from lora_analysis.cli.options import (
+    LeftOut,
+    Reading,
+    modules_option,
+    output_options,
+    progress_bar,
+    reading_options,
+    say_left_out,
+)
 from lora_analysis.cli.show import decimals, print_facts, print_json, print_table, sparkline
 
 if TYPE_CHECKING:
-    from lora_analysis.adapter import Adapter
-    from lora_analysis.spectra import Spectrum
+    from lora_analysis.adapter import Adapter, Update
 
 # More modules than this are summed up by type unless --all asks for each.
 MODULES_SHOWN = 48
@@ -30,9 +36,7 @@ def command(
     *,
     every: bool,
     modules: str | None,
-    pair: Any,
-    scale: float | None,
-    alpha: float | None,
+    reading: Reading,
     form: str,
 ) -> int:
     """Say what is in each SOURCE: format, modules, ranks, where the scale came from, spectrum.
@@ -40,47 +44,70 @@ def command(
     A folder that holds several adapters is listed, one line each.
     """
     from lora_analysis.errors import InputError
-    from lora_analysis.formats import find_adapters, read_adapter
 
-    documents, failures = [], []
-    for source in sources:
-        try:
-            adapters = [
-                read_adapter(one, pair=pair, scale=scale, alpha=alpha)
-                for one in find_adapters(source, pair=pair)
-            ]
-            several = len(adapters) > 1 or len(sources) > 1
-            documents += [_describe(one, modules, brief=several) for one in adapters]
-        except InputError as error:
-            if len(sources) == 1:
-                raise
-            failures.append({"source": source, "reason": str(error)})
-    _print(documents, failures, form, every=every)
-    if failures:
-        return 4 if documents else 3
-    return 0
+    documents: list[dict[str, Any]] = []
+    left_out: list[LeftOut] = []
+    with progress_bar(form) as progress:
+        for adapter in reading.read_each(sources, left_out, progress):
+            try:
+                documents.append(_describe(adapter, modules))
+            except InputError as error:
+                left_out.append(LeftOut(adapter.label, error))
+    say_left_out(left_out, some=bool(documents))
+    if form == "json":
+        lost = [{"source": one.source, "reason": str(one.error)} for one in left_out]
+        print_json({"adapters": documents, "failures": lost})
+    elif form == "quiet":
+        for one in documents:
+            click.echo(one["label"])
+    elif len(documents) + len(left_out) == 1:
+        _print_one(documents[0], every=every)
+    else:
+        _print_several(documents)
+    return 4 if left_out else 0
 
 
-def _spectra(adapter: Adapter, pattern: str | None) -> Iterator[Spectrum]:
+def _describe(adapter: Adapter, pattern: str | None) -> dict[str, Any]:
+    source = adapter.provenance
+    facts = [
+        _module_facts(adapter[name], source.scale_origin.get(name, "unknown"))
+        for name in _chosen(adapter, pattern)
+    ]
+    return {
+        "label": adapter.label,
+        "path": source.path,
+        "format": source.format,
+        "base_model": source.base_model,
+        "task": source.task,
+        "seed": source.seed,
+        "norm": sum(one["norm"] ** 2 for one in facts) ** 0.5,
+        "scale_known": not any(one["in_units_of_scale"] for one in facts),
+        "untrained_modules": sum(one["untrained"] for one in facts),
+        "saved_modules": sorted(adapter.saved_modules),
+        "findings": list(source.findings),
+        "modules": facts,
+    }
+
+
+def _chosen(adapter: Adapter, pattern: str | None) -> list[str]:
     from lora_analysis.errors import InputError
-    from lora_analysis.patterns import matches_target
-    from lora_analysis.spectra import spectrum
+    from lora_analysis.patterns import choose_names
 
-    names = [name for name in adapter if pattern is None or matches_target(name, pattern)]
+    names = choose_names(adapter, pattern)
     if not names:
         message = (
             f"No module of {adapter.label} matches '{pattern}'. It has {len(adapter)} modules, "
             f"for example '{next(iter(adapter), '')}'."
         )
         raise InputError(message)
-    for name in names:
-        yield spectrum(adapter[name])
+    return names
 
 
-def _module_facts(adapter: Adapter, value: Spectrum) -> dict[str, Any]:
+def _module_facts(update: Update, scale_origin: str) -> dict[str, Any]:
     from lora_analysis.patterns import module_type
+    from lora_analysis.spectra import spectrum
 
-    update = adapter[value.name]
+    value = spectrum(update)
     return {
         "module": value.name,
         "module_type": module_type(value.name),
@@ -89,7 +116,7 @@ def _module_facts(adapter: Adapter, value: Spectrum) -> dict[str, Any]:
         "numerical_rank": value.numerical_rank,
         "untrained": value.untrained,
         "scale": getattr(update, "scale", None),
-        "scale_origin": adapter.provenance.scale_origin.get(value.name, "unknown"),
+        "scale_origin": scale_origin,
         "alpha": getattr(update, "alpha", None),
         "stored_dtype": value.stored_dtype,
         "in_units_of_scale": value.in_units_of_scale,
@@ -98,26 +125,6 @@ def _module_facts(adapter: Adapter, value: Spectrum) -> dict[str, Any]:
         "stable_rank": value.stable_rank,
         "energy_rank_90": value.energy_rank(0.9),
         "singular_values": value.S,
-    }
-
-
-def _describe(adapter: Adapter, pattern: str | None, *, brief: bool) -> dict[str, Any]:
-    source = adapter.provenance
-    facts = [_module_facts(adapter, value) for value in _spectra(adapter, pattern)]
-    return {
-        "label": adapter.label,
-        "path": source.path,
-        "format": source.format,
-        "base_model": source.base_model,
-        "task": source.task,
-        "seed": source.seed,
-        "brief": brief,
-        "norm": sum(one["norm"] ** 2 for one in facts) ** 0.5,
-        "scale_known": not any(one["in_units_of_scale"] for one in facts),
-        "untrained_modules": sum(one["untrained"] for one in facts),
-        "saved_modules": sorted(adapter.saved_modules),
-        "findings": list(source.findings),
-        "modules": facts,
     }
 
 
@@ -131,45 +138,31 @@ def _counted(values: list[Any]) -> str:
 
 def _scales(facts: list[dict[str, Any]]) -> str:
     words = [
-        "unknown"
-        if one["scale"] is None
-        else f"{decimals(one['scale'])} from {one['scale_origin']}"
+        "unknown" if one["scale"] is None else f"{one['scale']:.4g} from {one['scale_origin']}"
         for one in facts
     ]
     return _counted(words)
 
 
-def _print(
-    documents: list[dict[str, Any]], failures: list[dict[str, str]], form: str, *, every: bool
-) -> None:
-    for one in failures:
-        click.echo(f"{one['source']}: {one['reason']}", err=True)
-    if form == "json":
-        print_json({"adapters": documents, "failures": failures})
-    elif form == "quiet":
-        for one in documents:
-            click.echo(one["label"])
-    elif len(documents) == 1 and not documents[0]["brief"]:
-        _print_one(documents[0], every=every)
-    else:
-        _print_several(documents)
-
-
 def _print_several(documents: list[dict[str, Any]]) -> None:
+    columns = ["adapter", "format", "modules", "rank", "scale", "‖ΔW‖"]
     rows = [
-        (
+        [
             one["label"],
             one["format"],
             len(one["modules"]),
             _counted([m["rank"] for m in one["modules"]]),
             _scales(one["modules"]),
             decimals(one["norm"]),
-            one["untrained_modules"] or "",
-        )
+        ]
         for one in documents
     ]
-    columns = ("adapter", "format", "modules", "rank", "scale", "‖ΔW‖", "untrained")
-    print_table(f"{len(documents)} adapters", columns, rows, numbers_from=2)
+    if any(one["untrained_modules"] for one in documents):
+        columns.append("untrained")
+        for row, one in zip(rows, documents, strict=True):
+            row.append(one["untrained_modules"] or "")
+    title = "1 adapter" if len(documents) == 1 else f"{len(documents)} adapters"
+    print_table(title, columns, rows, numbers_from=2, cut_names=False)
 
 
 def _print_one(one: dict[str, Any], *, every: bool) -> None:
@@ -200,23 +193,24 @@ def _print_one(one: dict[str, Any], *, every: bool) -> None:
     (_print_types if by_type else _print_modules)(facts)
 
 
-_COLUMNS = ("rank", "numerical", "effective", "stable", "90 %", "‖ΔW‖", "σ")
+_MEASURES = ("effective", "stable", "90 %", "‖ΔW‖")
 
 
 def _cells(fact: dict[str, Any]) -> tuple[object, ...]:
+    rank, used = fact["rank"], fact["numerical_rank"]
     return (
-        fact["rank"],
-        fact["numerical_rank"],
+        rank if rank == used else f"{used} of {rank}",
         f"{fact['effective_rank']:.1f}",
         f"{fact['stable_rank']:.2f}",
         fact["energy_rank_90"],
         decimals(fact["norm"]),
-        "untrained" if fact["untrained"] else sparkline(fact["singular_values"], 10),
+        "untrained" if fact["untrained"] else sparkline(fact["singular_values"], 8),
     )
 
 
 def _print_modules(facts: list[dict[str, Any]]) -> None:
-    print_table("", ("module", *_COLUMNS), [(one["module"], *_cells(one)) for one in facts])
+    columns = ("module", "rank", *_MEASURES, "σ")
+    print_table("", columns, [(one["module"], *_cells(one)) for one in facts])
 
 
 def _print_types(facts: list[dict[str, Any]]) -> None:
@@ -229,4 +223,5 @@ def _print_types(facts: list[dict[str, Any]]) -> None:
         keys = ("numerical_rank", "effective_rank", "stable_rank", "energy_rank_90", "norm")
         medians = [decimals(float(np.median([one[key] for one in own]))) for key in keys]
         rows.append((f"{kind} ({len(own)})", _counted([one["rank"] for one in own]), *medians))
-    print_table("median over layers (every module: --all)", ("modules", *_COLUMNS[:-1]), rows)
+    columns = ("modules", "rank", "numerical", *_MEASURES)
+    print_table("median over layers (every module: --all)", columns, rows)

@@ -2,20 +2,110 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from lora_analysis.errors import InputError
+from lora_analysis.errors import InputError, SourceError
 
 if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter
-    from lora_analysis.studies import Failure
+    from lora_analysis.formats import AdapterRef
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """An adapter that cannot be used, and the error that says why."""
+
+    source: str
+    error: InputError
+
+    def __str__(self) -> str:
+        reason = str(self.error)
+        return reason if self.source in reason else f"{self.source}: {reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How adapters are read: what the caller says that a file itself may not."""
+
+    pair: tuple[str, str] | None = None
+    scale: float | None = None
+    alpha: float | None = None
+
+    def read(self, source: str | AdapterRef) -> Adapter:
+        """Read the one adapter at ``source``."""
+        from lora_analysis.formats import read_adapter
+
+        return read_adapter(source, pair=self.pair, scale=self.scale, alpha=self.alpha)
+
+    def find(self, sources: Iterable[str], left_out: list[LeftOut]) -> list[AdapterRef]:
+        """Return every adapter found at the sources; a source without one is left out."""
+        from lora_analysis.formats import find_adapters
+
+        found = []
+        for source in sources:
+            try:
+                found += find_adapters(source, pair=self.pair)
+            except InputError as error:
+                left_out.append(LeftOut(source, error))
+        return found
+
+    def read_each(
+        self, sources: Iterable[str], left_out: list[LeftOut], progress: Progress
+    ) -> Iterator[Adapter]:
+        """Yield every adapter found at the sources; what cannot be read is left out."""
+        found = self.find(sources, left_out)
+        for done, one in enumerate(found, start=1):
+            try:
+                adapter = self.read(one)
+            except InputError as error:
+                left_out.append(LeftOut(one.source, error))
+            else:
+                yield adapter
+            progress("adapters", done, len(found))
+
+    def read_all(
+        self, sources: Iterable[str], progress: Progress
+    ) -> tuple[list[Adapter], list[LeftOut]]:
+        """Return the adapters at the sources by natural order of label, and what was left out.
+
+        Raises
+        ------
+        InputError
+            None of them can be read.
+        """
+        from lora_analysis.patterns import natural_key
+
+        left_out: list[LeftOut] = []
+        adapters = list(self.read_each(sources, left_out, progress))
+        say_left_out(left_out, some=bool(adapters))
+        return sorted(adapters, key=lambda one: natural_key(one.label)), left_out
+
+
+def say_left_out(left_out: list[LeftOut], *, some: bool) -> None:
+    """Name on stderr what was left out; raise where there is not ``some`` left.
+
+    Raises
+    ------
+    InputError
+        The one error, or where there are several, that nothing is left.
+    """
+    if len(left_out) == 1 and not some:
+        raise left_out[0].error
+    for one in left_out:
+        click.echo(f"Left out: {one}", err=True)
+    if not some:
+        message = f"None of the {len(left_out)} adapters and sources can be used."
+        raise SourceError(message)
 
 
 def output_options(command: Command) -> Command:
@@ -34,20 +124,28 @@ def output_options(command: Command) -> Command:
     )(command)
 
 
-def reading_options(command: Command) -> Command:
-    """Add ``--pair``, ``--scale`` and ``--alpha``: what a file itself may not say."""
-    command = click.option(
+def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--pair``, ``--scale`` and ``--alpha``, given to the command as ``reading``."""
+
+    @functools.wraps(command)
+    def with_reading(*args: Any, pair: Any, scale: Any, alpha: Any, **others: Any) -> Any:
+        if scale is not None and alpha is not None:
+            message = "--scale is the multiplier itself, --alpha gives alpha / rank: pass one."
+            raise click.UsageError(message)
+        return command(*args, reading=Reading(pair, scale, alpha), **others)
+
+    wrapped = click.option(
         "--alpha", type=float, help="LoRA alpha; the scale is alpha / rank of each module."
-    )(command)
-    command = click.option(
+    )(with_reading)
+    wrapped = click.option(
         "--scale", type=float, help="The multiplier of B·A, where the file does not give it."
-    )(command)
+    )(wrapped)
     return click.option(
         "--pair",
         metavar="A,B",
         callback=_pair,
         help="Names of bare factor pairs, A first: 'w_a_{name},w_b_{name}'.",
-    )(command)
+    )(wrapped)
 
 
 def modules_option(command: Command) -> Command:
@@ -57,6 +155,28 @@ def modules_option(command: Command) -> Command:
         "modules",
         metavar="PATTERN",
         help="Only these modules: a name, the end of one, or a regular expression.",
+    )(command)
+
+
+def reference_option(command: Command) -> Command:
+    """Add ``--reference``."""
+    return click.option(
+        "--reference",
+        "references",
+        metavar="SOURCE",
+        multiple=True,
+        help="Adapters of other tasks on the same base, trained with other seeds; verdicts are "
+        "made against them. May be given several times.",
+    )(command)
+
+
+def transposed_option(command: Command) -> Command:
+    """Add ``--transposed/--not-transposed``."""
+    return click.option(
+        "--transposed/--not-transposed",
+        default=None,
+        help="Whether the base stores its weights as [in, out]; by default its shapes and "
+        "model type decide.",
     )(command)
 
 
@@ -70,63 +190,25 @@ def _pair(_ctx: click.Context, _param: click.Parameter, value: str | None) -> An
     return tuple(part.strip() for part in parts)
 
 
-def read_one(source: str, *, pair: Any, scale: float | None, alpha: float | None) -> Adapter:
-    """Read the one adapter at ``source``."""
-    from lora_analysis.formats import read_adapter
-
-    return read_adapter(source, pair=pair, scale=scale, alpha=alpha)
-
-
-def read_all(
-    sources: Sequence[str], *, pair: Any, scale: float | None, alpha: float | None
-) -> tuple[list[Adapter], list[Failure]]:
-    """Read every adapter found at the sources, in natural order of their labels.
-
-    What cannot be read is returned beside them.
-    """
-    from lora_analysis.formats import find_adapters, read_adapter
-    from lora_analysis.patterns import natural_key
-    from lora_analysis.studies import Failure
-
-    adapters, failures = [], []
-    for source in sources:
-        try:
-            found = find_adapters(source, pair=pair)
-        except InputError as error:
-            failures.append(Failure(source, str(error)))
-            continue
-        for one in found:
-            try:
-                adapters.append(read_adapter(one, pair=pair, scale=scale, alpha=alpha))
-            except InputError as error:
-                failures.append(Failure(one.source, str(error)))
-    return sorted(adapters, key=lambda one: natural_key(one.label)), failures
-
-
 @contextmanager
-def progress_bar(form: str) -> Iterator[Callable[[str, int, int], None]]:
+def progress_bar(form: str) -> Iterator[Progress]:
     """Give a function (what, done, total) that draws a bar on stderr, if that is a terminal."""
     if form != "human" or not sys.stderr.isatty():
         yield lambda _what, _done, _total: None
         return
+    from rich import progress as rich_progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
 
     columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}", markup=False),
-        TimeRemainingColumn(),
+        rich_progress.TextColumn("{task.description}", markup=False),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TextColumn("{task.fields[rate]}", markup=False),
+        rich_progress.TimeRemainingColumn(),
     )
     tasks: dict[str, Any] = {}
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with rich_progress.Progress(*columns, console=console, transient=True) as bar:
 
         def advance(what: str, done: int, total: int) -> None:
             if what not in tasks:

@@ -10,18 +10,22 @@ from typing import Any
 import click
 
 from lora_analysis.cli.options import (
+    Reading,
     modules_option,
     output_options,
     progress_bar,
-    read_all,
     reading_options,
+    reference_option,
+    transposed_option,
 )
 from lora_analysis.cli.show import print_json
 
 
 @click.command(name="report")
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@reference_option
 @click.option("--base", help="Base weights: a safetensors file or model folder.")
+@transposed_option
 @click.option(
     "-o",
     "--output",
@@ -44,36 +48,42 @@ from lora_analysis.cli.show import print_json
 def command(
     sources: tuple[str, ...],
     *,
+    references: tuple[str, ...],
     base: str | None,
+    transposed: bool | None,
     output: Path,
     kind: Any,
     title: str | None,
     modules: str | None,
-    pair: Any,
-    scale: float | None,
-    alpha: float | None,
+    reading: Reading,
     form: str,
 ) -> int:
     """Analyse the adapters at every SOURCE and write one self-contained HTML report.
 
-    Adapters of other tasks on the same base, trained with other seeds, are the reference that
-    every verdict is made against: give them too.
+    A verdict needs adapters of other tasks on the same base, trained with other seeds: among the
+    sources, where task and seed are known, or given with --reference.
     """
-    from lora_analysis.errors import SourceError
     from lora_analysis.report import write_report
-    from lora_analysis.studies import study
+    from lora_analysis.studies import Failure, study
 
-    adapters, failures = read_all(sources, pair=pair, scale=scale, alpha=alpha)
-    for one in failures:
-        click.echo(f"Left out: {one.source}: {one.reason}", err=True)
-    if not adapters:
-        message = f"None of the {len(sources)} sources holds an adapter that can be read."
-        raise SourceError(message)
     with progress_bar(form) as progress:
-        result = study(adapters, base=base, modules=modules, failures=failures, progress=progress)
+        adapters, left_out = reading.read_all(sources, progress)
+        others, more = reading.read_all(references, progress) if references else ([], [])
+        failures = [Failure(one.source, str(one.error)) for one in left_out + more]
+        result = study(
+            adapters,
+            reference=others,
+            base=base,
+            transposed=transposed,
+            modules=modules,
+            failures=failures,
+            progress=progress,
+        )
         for one in result.failures[len(failures) :]:
             click.echo(f"Left out: {one.source}: {one.reason}", err=True)
-        path = write_report(result, output, title=title, command=_command_line(), form=kind)
+        path = write_report(
+            result, output, title=title, command=_command_line(), form=kind, progress=progress
+        )
     if form == "json":
         print_json(
             {

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
+import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA_VERSION = 1
 
 _BARS = "▁▂▃▄▅▆▇█"
+# What is piped is never folded.
+_UNLIMITED = 10_000
 
 
 def print_json(document: Mapping[str, Any]) -> None:
     """Print one JSON document; what is not a finite number becomes null, listed with its path."""
     undefined: list[str] = []
-    clean = _clean(dict(document), "$", undefined)
-    clean = {"schema_version": SCHEMA_VERSION, **clean}
+    clean = {"schema_version": SCHEMA_VERSION, **_clean(document, "$", undefined)}
     if undefined:
-        clean["undefined"] = dict.fromkeys(undefined, "not a finite number")
+        clean["undefined"] = dict.fromkeys(undefined, "not defined or not known")
     click.echo(json.dumps(clean, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def _clean(value: Any, path: str, undefined: list[str]) -> Any:
-    """Return ``value`` in JSON's own types; numpy's are recognised by ``item`` and ``tolist``."""
+    """Return ``value`` in JSON's own types; numpy's are recognised by ``tolist``."""
     if isinstance(value, Mapping):
         return {str(k): _clean(v, f"{path}.{k}", undefined) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -36,62 +43,104 @@ def _clean(value: Any, path: str, undefined: list[str]) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         undefined.append(path)
         return None
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return str(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def records(table: Any) -> list[dict[str, Any]]:
-    """Return a data frame's rows as dictionaries; pandas' missing values become None."""
-    rows: list[dict[str, Any]] = table.astype(object).where(table.notna(), None).to_dict("records")
-    return rows
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return a data frame's rows as dictionaries."""
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+
+
+def page_width() -> int:
+    """Return the columns of the terminal, or of ``COLUMNS``; without either, no limit."""
+    if sys.stdout.isatty() or "COLUMNS" in os.environ:
+        return shutil.get_terminal_size().columns
+    return _UNLIMITED
 
 
 def print_table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, numbers_from: int = 1
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    footer: Sequence[object] = (),
+    numbers_from: int = 1,
+    cut_names: bool = True,
 ) -> None:
-    """Print an aligned table; columns from ``numbers_from`` on are right-aligned."""
+    """Print an aligned table; columns from ``numbers_from`` on are right-aligned.
+
+    Where it is wider than the page, module names in the first column lose the start that all
+    share (unless ``cut_names`` is false), and the columns move together.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
+    width = page_width()
+    body = [[str(cell) for cell in row] for row in rows]
+    last = [[str(cell) for cell in footer]] if footer else []
+    start = _common_start(body) if cut_names else ""
+    if start and _width([columns, *body, *last]) > width:
+        body = [[row[0].removeprefix(start), *row[1:]] for row in body]
+        title = ", ".join(filter(None, (title, f"names without '{start}'")))
+    close = _width([columns, *body, *last]) > width
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0) if close else (0, 1))
     for at, name in enumerate(columns):
-        table.add_column(
-            Text(name),
-            justify="right" if at >= numbers_from else "left",
-            overflow="fold",
-            no_wrap=at >= numbers_from,
-        )
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+        number = at >= numbers_from
+        justify = "right" if number else "left"
+        table.add_column(Text(name), justify=justify, overflow="fold", no_wrap=number)  # type: ignore[arg-type]  # a literal
+    for row in (*body, *last):
+        table.add_row(*map(Text, row))
+    if title:
+        click.echo(title)
+    console = Console(width=width)
+    # Through click: it knows a reader that has gone from other errors.
+    with console.capture() as printed:
+        console.print(table)
+    click.echo("\n".join(line.rstrip() for line in printed.get().splitlines()))
+
+
+def _width(rows: Sequence[Sequence[str]]) -> int:
+    """Return how wide a table is, two spaces between columns."""
+    from rich.cells import cell_len
+
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    return sum(widths) + 2 * (len(widths) - 1)
+
+
+def _common_start(rows: Sequence[Sequence[str]]) -> str:
+    """Return the leading segments that all names in the first column share, with their dot."""
+    parents = [row[0].split(".")[:-1] for row in rows]
+    if len(parents) < 2:
+        return ""
+    levels = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*parents, strict=False))
+    return "".join(f"{level[0]}." for level in levels)
+
+
+def print_text(text: str) -> None:
+    """Print a paragraph, broken between words where the page ends."""
+    click.echo(click.wrap_text(text, width=page_width()))
 
 
 def print_facts(facts: Iterable[tuple[str, object]]) -> None:
     """Print aligned ``name  value`` lines."""
     lines = list(facts)
-    width = max(len(name) for name, _ in lines)
+    indent = max(len(name) for name, _ in lines) + 2
     for name, value in lines:
-        click.echo(f"{name:<{width}}  {value}")
+        first = f"{name:<{indent}}"
+        click.echo(click.wrap_text(str(value), page_width(), first, " " * indent))
 
 
 def decimals(value: float | None) -> str:
-    """Return a number in four significant digits, or a dash where there is none."""
+    """Return a number for a table: three decimals near one, a dash where there is none."""
     if value is None or not math.isfinite(value):
         return "–"
     if value == 0:
         return "0"
-    if 0.001 <= abs(value) < 10000:
-        return f"{value:.4g}"
-    return f"{value:.2e}"
-
-
-def fraction(value: float | None) -> str:
-    """Return a number of order one in three decimals; small ones keep two digits that matter."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2g}"
+    if 0.01 <= abs(value) < 10_000:
+        digits = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
+        return f"{value:.{digits}f}"
+    return f"{value:.2g}" if 1e-4 <= abs(value) < 1 else f"{value:.1e}"
 
 
 def sparkline(values: Sequence[float], width: int = 12) -> str:

@@ -19,6 +19,7 @@ __all__ = ["Finding", "Level", "findings", "level", "number", "plural"]
 _MAKERS: tuple[Callable[[Study], Iterator[Finding]], ...] = (
     notes.failures,
     notes.untrained,
+    notes.bases,
     notes.mismatched,
     notes.unmatched,
     notes.starts,

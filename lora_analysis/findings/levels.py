@@ -10,6 +10,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     import pandas as pd
+    from numpy.typing import NDArray
 
     from lora_analysis.spectra import Side
 
@@ -38,36 +39,51 @@ class Finding:
     values: Mapping[str, float | int | str | None] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Level:
     """φ(1, 1) over a group of pairs.
 
     Attributes
     ----------
-    median, low, high
-        Median and quartiles over all modules of all pairs.
+    values
+        One per module and pair.
     pair_medians
         Median over modules, for each pair: the unit of every verdict.
     modules
-        Modules per pair.
+        Modules per pair, at most.
     chance
         Isotropic chance; 0 where the values are already above chance.
     above_chance
         Whether the values are ``(φ − chance)/(1 − chance)``.
+    left_out
+        How many comparisons did not count (see `level`).
     """
 
-    median: float
-    low: float
-    high: float
+    values: NDArray[np.float64]
     pair_medians: tuple[float, ...]
     modules: int
     chance: float
     above_chance: bool
+    left_out: int
+
+    def quantile(self, share: float) -> float:
+        """Return a quantile of the values."""
+        return float(np.quantile(self.values, share))
+
+    @property
+    def median(self) -> float:
+        """The median of the values."""
+        return self.quantile(0.5)
 
     @property
     def pairs(self) -> int:
         """How many pairs have a value."""
         return len(self.pair_medians)
+
+    @property
+    def name(self) -> str:
+        """What the values are."""
+        return "φ(1,1) above chance" if self.above_chance else "φ(1,1)"
 
 
 def number(value: float) -> str:
@@ -100,14 +116,12 @@ def level(rows: pd.DataFrame) -> Level | None:
     above_chance = bool(counted["dimension"].nunique() > 1)
     phi, expected = counted["phi_1_1"], counted["chance_1_1"]
     values = (phi - expected) / (1 - expected) if above_chance else phi
-    low, median, high = values.quantile([0.25, 0.5, 0.75])
     by_pair = values.groupby([counted["a"], counted["b"]], sort=False)
     return Level(
-        float(median),
-        float(low),
-        float(high),
+        values.to_numpy(dtype=np.float64),
         tuple(float(one) for one in by_pair.median()),
         int(by_pair.size().max()),
         0.0 if above_chance else float(expected.iloc[0]),
         above_chance,
+        len(rows) - len(counted),
     )

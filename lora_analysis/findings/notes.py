@@ -107,3 +107,14 @@ def unmatched(study: Study) -> Iterator[Finding]:
             f"'{module}' among them: {reason}"
         )
         yield Finding("limit", "no base weight", text, {"modules": len(study.unmatched)})
+
+
+def bases(study: Study) -> Iterator[Finding]:
+    """Say that the adapters name more than one base model."""
+    named = [str(one) for one in study.runs["base_model"].dropna().unique()]
+    if len(named) > 1:
+        text = (
+            f"The adapters name {len(named)} base models ({', '.join(named[:4])}). Directions of "
+            "different bases have nothing to do with each other, even where shapes agree."
+        )
+        yield Finding("limit", "several bases", text, {"bases": len(named)})

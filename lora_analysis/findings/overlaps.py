@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from lora_analysis.findings.levels import (
     SIDES_IN_ORDER,
     Finding,
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 PAIRS_IN_WORDS = 6
 
 
+# Fewer pairs say too little about what unrelated adapters give.
+MIN_REFERENCE_PAIRS = 3
+
 Verdict = Literal["share", "partly", "no more"]
 
 
@@ -37,28 +42,42 @@ class _SideLevel:
     reference: Level | None
 
     @property
-    def verdict(self) -> Verdict | None:
-        """What the pair medians say against those of the reference; None without one."""
+    def above(self) -> int:
+        """How many values exceed 95 % of the reference's."""
         if self.reference is None:
+            return 0
+        return int((self.found.values > self.reference.quantile(0.95)).sum())
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What the values say against the reference; None without one that is large enough.
+
+        "share": every pair's median exceeds that of every reference pair, and at least half of
+        the modules exceed 95 % of the reference's. Five in a hundred do so among unrelated pairs.
+        """
+        if self.reference is None or self.reference.pairs < MIN_REFERENCE_PAIRS:
             return None
-        above = sum(one > max(self.reference.pair_medians) for one in self.found.pair_medians)
-        if above == self.found.pairs:
+        best = max(self.reference.pair_medians)
+        share = self.above / len(self.found.values)
+        if share >= 0.5 and all(one > best for one in self.found.pair_medians):
             return "share"
-        return "partly" if above and self.found.median > self.reference.high else "no more"
+        return "partly" if share >= 0.25 else "no more"
 
     def numbers(self, *, first: bool) -> str:
         """Return "median φ(1,1) 0.61 over ..."; short where a first side has said what it is."""
         one = self.found
-        quartiles = f"{number(one.low)} to {number(one.high)}"
+        quartiles = f"quartiles {number(one.quantile(0.25))} to {number(one.quantile(0.75))}"
         over = f"{plural(one.modules, 'module')} of {plural(one.pairs, 'pair')}"
-        what = "φ(1,1) above chance" if one.above_chance else "φ(1,1)"
-        text = (
-            f"median {what} {number(one.median)} over {over} (quartiles {quartiles})"
-            if first
-            else f"{number(one.median)} ({quartiles})"
-        )
+        text = f"median {one.name} {number(one.median)} over {over} ({quartiles})"
+        if not first:
+            text = f"{number(one.median)} over {over} ({quartiles})"
+        if one.left_out:
+            text += f", {one.left_out} left out as ill defined or shared from the start"
         if self.reference is not None:
-            text += f", other tasks {number(self.reference.median)}"
+            text += (
+                f", {self.above} of {len(one.values)} above 95 % of unrelated pairs (their median "
+                f"{number(self.reference.median)})"
+            )
         return f"{text}, isotropic chance {number(one.chance)}"
 
     def values(self) -> dict[str, Any]:
@@ -69,6 +88,8 @@ class _SideLevel:
             "above_chance": self.found.above_chance,
             "pairs": self.found.pairs,
             "modules": self.found.modules,
+            "left_out": self.found.left_out,
+            "above_reference_95": self.above if self.reference else None,
             "reference": self.reference.median if self.reference else None,
             "verdict": self.verdict,
         }
@@ -85,28 +106,29 @@ def _side_level(study: Study, rows: pd.DataFrame, side: Side) -> _SideLevel | No
 
 _VERDICT_WORDS: dict[Verdict, str] = {
     "share": "share their first {side} direction",
-    "partly": "share their first {side} direction in some pairs only",
+    "partly": "share their first {side} direction in part of the modules",
     "no more": "share no more of their first {side} direction than unrelated adapters do",
 }
+
+
+def _clause(one: _SideLevel, *, first: bool) -> str:
+    """Return "share their first output direction: ..." or that there is no verdict, and why."""
+    numbers = one.numbers(first=first)
+    if one.verdict is not None:
+        return f"{_VERDICT_WORDS[one.verdict].format(side=one.side)}: {numbers}"
+    pairs = one.reference.pairs if one.reference else 0
+    why = f"a reference of {plural(pairs, 'pair')} is too small" if pairs else "no reference"
+    return f"have no verdict on the {one.side} side ({why}): {numbers}"
 
 
 def _compared(study: Study, rows: pd.DataFrame, who: str, topic: str) -> Finding:
     """Return one sentence about a group of pairs: the verdict on either side, and its numbers."""
     sides = [_side_level(study, rows, side) for side in SIDES_IN_ORDER]
     present = [one for one in sides if one is not None]
-    numbers = [one.numbers(first=one is present[0]) for one in present]
     if not present:
         text = f"{who}: no first direction is well defined, or none counts; φ(1,1) says nothing."
-    elif any(one.verdict is None for one in present):
-        clauses = [f"{one.side} side, {said}" for one, said in zip(present, numbers, strict=True)]
-        text = f"{who}: {'; '.join(clauses)}. No reference, so no verdict."
     else:
-        clauses = [
-            f"{_VERDICT_WORDS[one.verdict].format(side=one.side)}: {said}"
-            for one, said in zip(present, numbers, strict=True)
-            if one.verdict is not None
-        ]
-        text = f"{who} {'; they '.join(clauses)}."
+        text = f"{who} {'; they '.join(_clause(one, first=one is present[0]) for one in present)}."
     values = {name: value for one in present for name, value in one.values().items()}
     return Finding("result", topic, text, values)
 
@@ -124,15 +146,33 @@ def reference(study: Study) -> Iterator[Finding]:
         found = level(study.select(REFERENCE, side))
         if found is None:
             continue
-        parts.append(f"{number(found.median)} on the {side} side (chance {number(found.chance)})")
+        parts.append(
+            f"{number(found.median)} on the {side} side (95 % below "
+            f"{number(found.quantile(0.95))}, chance {number(found.chance)})"
+        )
         values |= {f"phi_1_1_{side}": found.median, f"chance_{side}": found.chance}
-    what = "φ(1,1) above chance" if output.above_chance else "φ(1,1)"
     text = (
         f"Unrelated adapters set the reference: {plural(output.pairs, 'pair')} with other task and "
-        f"other seed have a median {what} of {' and '.join(parts)}. Every verdict here is made "
-        "against these pairs, not against chance."
+        f"other seed (ranks {_rank_pairs(study)}) have a median {output.name} of "
+        f"{' and '.join(parts)}. Every verdict here is made against these pairs, not against "
+        "chance: “share” means that each pair exceeds every one of them, in at least half of the "
+        "modules by more than 95 % of theirs."
     )
     yield Finding("reference", "reference", text, values)
+
+
+def _rank_pairs(study: Study) -> str:
+    """Return the ranks of the reference pairs, "8/8, 4/8": φ(1, 1) has one chance for all."""
+    ranks = study.spectra.groupby("adapter")["rank"].max()
+    rows = study.select(REFERENCE, "output")
+    found = {
+        _in_order(int(ranks[a]), int(ranks[b])) for a, b in zip(rows["a"], rows["b"], strict=True)
+    }
+    return ", ".join(f"{low}/{high}" for low, high in sorted(found))
+
+
+def _in_order(a: int, b: int) -> tuple[int, int]:
+    return (a, b) if a <= b else (b, a)
 
 
 def _no_reference() -> Finding:
@@ -145,25 +185,31 @@ def _no_reference() -> Finding:
 
 
 def by_rank_pair(study: Study) -> Iterator[Finding]:
-    """Compare ranks on one task, one sentence per pair of ranks."""
+    """Compare ranks on one task, one sentence per pair of ranks.
+
+    Pairs with other seeds lead: with one seed, both saw their data in one order.
+    """
     rows = study.similarities
-    if rows.empty:
-        return
-    rows = rows[rows["relation"] == "same task, other rank"]
     ranks = study.runs.set_index("adapter")["rank"]
-    keys = [tuple(sorted((ranks[a], ranks[b]))) for a, b in zip(rows["a"], rows["b"], strict=True)]
-    # As the figure does: the largest rank first, against the one closest to the paper's 8.
-    for low, high in sorted(set(keys), key=lambda key: (-key[1], abs(key[0] - 8))):
-        chosen = rows[[key == (low, high) for key in keys]]
-        who = f"Rank {int(low)} and rank {int(high)} on the same task"
-        yield _compared(study, chosen, who, "ranks")
+    with_seeds = {
+        "with other seeds": rows[rows["relation"] == "same task, other rank and seed"],
+        "with one seed": rows[rows["relation"] == "same task, other rank"],
+    }
+    seen: set[tuple[int, int]] = set()
+    for seeds, chosen in with_seeds.items():
+        pairs = zip(chosen["a"], chosen["b"], strict=True)
+        keys = [_in_order(int(ranks[a]), int(ranks[b])) for a, b in pairs]
+        # As the figure does: the largest rank first, against the one closest to the paper's 8.
+        for low, high in sorted(set(keys) - seen, key=lambda key: (-key[1], abs(key[0] - 8))):
+            own = chosen[[key == (low, high) for key in keys]]
+            who = f"Rank {low} and rank {high} on the same task {seeds}"
+            yield _compared(study, own, who, "ranks")
+        seen |= set(keys)
 
 
 def by_seed(study: Study) -> Iterator[Finding]:
     """Compare seeds on one task, one sentence per rank."""
     rows = study.similarities
-    if rows.empty:
-        return
     rows = rows[rows["relation"] == "same task, other seed"]
     ranks = study.runs.set_index("adapter")["rank"].reindex(rows["a"]).to_numpy()
     for rank in sorted(set(ranks), reverse=True):
@@ -208,18 +254,23 @@ def shared_seed(study: Study) -> Iterator[Finding]:
         )
     (i, i_ref, i_c), (o, o_ref, o_c) = sides["input"], sides["output"]
     text = (
-        f"{plural(whole + partly, 'pair')} of different tasks share their initial A because they "
-        f"ran the same seed{_in_part(whole, partly)}. Their input-side φ(r,r) is {number(i)} "
-        f"(median; other seeds {number(i_ref)}, chance {number(i_c)}) while their output side is "
-        f"at {number(o)} (other seeds {number(o_ref)}, chance {number(o_c)}): the input overlap is "
-        "the common start, not something both tasks learned. It counts in no result."
+        f"{plural(whole + partly, 'pair')} of different tasks ran the same seed and share their "
+        f"initial A (found in {_where(whole, partly)}). Median φ(r,r) there is {number(i)} on the "
+        f"input side{_others(i_ref)}, chance {number(i_c)}, and {number(o)} on the output side"
+        f"{_others(o_ref)}, chance {number(o_c)}. What the input side has more comes with the "
+        "start and counts in no result."
     )
     values = {"input": i, "input_reference": i_ref, "output": o, "output_reference": o_ref}
     yield Finding("artefact", "shared seed", text, {k: float(v) for k, v in values.items()})
 
 
-def _in_part(whole: int, partly: int) -> str:
-    """Return " (2 of them in part of the modules)", or nothing."""
+def _where(whole: int, partly: int) -> str:
+    """Return in which modules the check finds the shared start."""
     if not partly:
-        return ""
-    return f" ({partly} of them in part of the modules)" if whole else " (in part of the modules)"
+        return "every module"
+    return f"every module of {whole} pairs, part of the modules of {partly}"
+
+
+def _others(reference: float) -> str:
+    """Return the value of pairs with other seeds, where there are such pairs of these ranks."""
+    return f", with other seeds {number(reference)}" if np.isfinite(reference) else ""

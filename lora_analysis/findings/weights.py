@@ -18,9 +18,9 @@ def amplified(study: Study) -> Iterator[Finding]:
     if table.empty:
         return
     ranks = study.spectra[["adapter", "module", "rank"]]
-    full = table[table["at_rank"]].merge(ranks, on=["adapter", "module"])
-    names = ("amplification_factor", "chance_factor", "enrichment")
-    medians = full.groupby("rank")[list(names)].median()
+    table = _tasks_of_all_ranks(study, table.merge(ranks, on=["adapter", "module"]))
+    names = ["amplification_factor", "chance_factor", "enrichment"]
+    medians = table[table["at_rank"]].groupby("rank")[names].median()
     factor, by_chance, rich = (_by_rank(medians[name]) for name in names)
     text = (
         f"Along its own directions ΔW is {factor} times as strong as W (amplification factor, "
@@ -32,12 +32,30 @@ def amplified(study: Study) -> Iterator[Finding]:
         f"{name}_rank_{rank}": float(v) for name in names for rank, v in medians[name].items()
     }
     yield Finding("result", "amplification", text, values)
-    if full["rank"].nunique() > 1:
-        text = (
-            "Part of the fall of factor and enrichment with rank is A's initial noise, of which a "
-            "larger rank keeps more: it does not show that larger ranks learn something else."
-        )
-        yield Finding("limit", "amplification", text)
+    if len(medians) > 1:
+        yield _at_equal_k(table)
+
+
+def _tasks_of_all_ranks(study: Study, table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of tasks that were trained at every rank, so that ranks alone differ."""
+    tasks = table["adapter"].map(study.runs.set_index("adapter")["task"])
+    if tasks.isna().any():
+        return table
+    common = set.intersection(*(set(own) for _, own in tasks.groupby(table["rank"])))
+    return table[tasks.isin(common)] if common else table
+
+
+def _at_equal_k(table: pd.DataFrame) -> Finding:
+    """Compare the ranks at the same number of directions, which full rank does not."""
+    k = int(table.loc[table["at_rank"], "k"].min())
+    rich = table[table["k"] == k].groupby("rank")["enrichment"].median()
+    text = (
+        "Factor and enrichment at full rank fall with the rank because a larger rank counts more "
+        f"and weaker directions, A's initial noise among them. At the same {k} directions the "
+        f"enrichment is {_by_rank(rich)}."
+    )
+    values = {f"enrichment_k{k}_rank_{rank}": float(v) for rank, v in rich.items()}
+    return Finding("result", "amplification", text, values)
 
 
 def _by_rank(medians: pd.Series) -> str:

@@ -35,6 +35,10 @@ NAMES = (
     "amplification_factor", "enrichment", "spectra",
 )  # fmt: skip
 
+_LEGEND = (
+    "The bar at the colour scale spans isotropic chance; light lines mark directions whose "
+    "singular values nearly coincide, so that noise may turn them."
+)
 _DIRECTIONS = {"input": "right singular vectors", "output": "left singular vectors"}
 
 
@@ -81,7 +85,8 @@ def rank_figures(study: Study) -> Iterator[ReportFigure]:
             title=f"Two ranks, {side} side.",
             caption=(
                 f"φ(i, j) between {a} (i, down) and {b} (j, across), {_DIRECTIONS[side]} of ΔW, "
-                f"as Figure 3 of the LoRA paper; right: the corner, triangle j ≤ i.{_above(grids)}"
+                f"laid out as Figure 3 of the LoRA paper (which plots those of A alone); right: "
+                f"the corner, triangle j ≤ i. {_LEGEND}{_above(grids)}"
             ),
             alt=f"Heat-maps of subspace similarity, {side} side. {'; '.join(corners)}.",
             figure=plots.figure_ranks(grids),
@@ -104,7 +109,7 @@ def seed_figures(study: Study) -> Iterator[ReportFigure]:
             title=f"Two seeds, {side} side.",
             caption=(
                 f"φ(i, j) between {a} and {b}, {_DIRECTIONS[side]} of ΔW, beside two random "
-                f"matrices, as Figure 4 of the LoRA paper.{_above(grids)}"
+                f"matrices, laid out as Figure 4 of the LoRA paper. {_LEGEND}{_above(grids)}"
             ),
             alt=f"Heat-maps of subspace similarity, {side} side. {'; '.join(corners)}.",
             figure=plots.figure_seeds(grids),
@@ -113,6 +118,7 @@ def seed_figures(study: Study) -> Iterator[ReportFigure]:
 
 _GROUPS: dict[Relation, str] = {
     "same task, other rank": "same task, other rank",
+    "same task, other rank and seed": "same task, other rank and seed",
     "same task, other seed": "same task, other seed",
     REFERENCE: "other task, other seed (reference)",
     SHARED_SEED: "other task, same seed (shared initial A)",
@@ -143,9 +149,13 @@ def level_figures(study: Study) -> Iterator[ReportFigure]:
             name=f"levels_{side}",
             title=f"The first {side} direction, by relation.",
             caption=(
-                "One point is one module of one pair. A verdict compares a group with the "
-                "reference; the line is isotropic chance."
-                + (" The last group shares its initial A: an artefact." if side == "input" else "")
+                "One point is one module of one pair, the bar the quartiles. A verdict compares a "
+                "group with the reference; the line is isotropic chance."
+                + (
+                    " The last group shares its initial A: an artefact, largest in φ(r, r)."
+                    if side == "input"
+                    else ""
+                )
             ),
             alt=f"{what} on the {side} side by relation of the pair. {medians}.",
             figure=axes.figure,  # type: ignore[arg-type]  # no sub-figures here
@@ -163,7 +173,7 @@ def amplification_figures(study: Study) -> Iterator[ReportFigure]:
         "amplification_factor": (
             "Amplification factor by rank.",
             "‖ΔW‖/‖UᵀWV‖ along ΔW's own directions, one point a module; grey: what random "
-            "directions of the same size would score.",
+            "directions of the same size would score (box: mean and spread of draws).",
         ),
         "enrichment": (
             "Enrichment by rank.",

@@ -77,8 +77,7 @@ def accuracy_table(study: Study) -> ReportTable | None:
     alphas = study.spectra["alpha"].dropna().unique()
     fixed = f" α is {alphas[0]:g} at every rank." if len(alphas) == 1 else ""
     caption = (
-        "Accuracy on held-out data before (base) and after training, as the paper's Table 6 "
-        f"orders it.{fixed}"
+        f"Accuracy on held-out data before (base) and after training, by rank and seed.{fixed}"
     )
     return ReportTable("accuracy", caption, columns, tuple(rows))
 
@@ -188,7 +187,8 @@ def amplification_table(study: Study, modules: Sequence[str]) -> ReportTable | N
     caption = (
         "Medians over adapters, at full rank. ‖UᵀWV‖ with the top-r directions of ΔW, of W itself "
         "and random ones (exact root mean square); factor = ‖ΔW‖/‖UᵀWV‖; chance: what random "
-        "directions would score; enrichment: the ratio of the two."
+        "directions would score; enrichment: the ratio of the two, module by module (medians of "
+        "ratios are not ratios of medians)."
     )
     return ReportTable("amplification", caption, columns, tuple(rows))
 

@@ -32,8 +32,8 @@ SIMILARITY_COLUMNS = (
 )  # fmt: skip
 AMPLIFICATION_COLUMNS = (
     "adapter", "module", "module_type", "layer", "k", "at_rank", "projected", "projected_weight",
-    "projected_random", "delta_norm", "weight_norm", "relative_norm", "amplification_factor",
-    "chance_factor", "enrichment",
+    "projected_random", "random_mean", "random_spread", "delta_norm", "weight_norm",
+    "relative_norm", "amplification_factor", "chance_factor", "enrichment",
 )  # fmt: skip
 
 
@@ -111,6 +111,8 @@ def amplification_rows(result: Amplification) -> Iterator[dict[str, Any]]:
             "projected": result.projected[at],
             "projected_weight": np.nan if result.weight_top is None else result.weight_top[at],
             "projected_random": result.random.rms[at],
+            "random_mean": result.random.mean[at],
+            "random_spread": result.random.spread[at],
             "delta_norm": float(np.linalg.norm(result.S[:k])),
             "weight_norm": result.weight_norm,
             "relative_norm": result.relative_norm,
