@@ -115,11 +115,12 @@ def module_start(a: LowRankUpdate, b: LowRankUpdate) -> ModuleStart:
     columns = _unit_rows(a.B.T[:n]) * _unit_rows(b.B.T[:n]) if a.shape == b.shape else np.zeros(1)
     off = np.eye(*cosines.shape) == 0
     cross = z = None
-    shared = False
+    # The same rows to the last digits need no statistics: a file against itself, or a frozen A.
+    shared = matched > 1 - 1e-6
     if off.any():
         cross = float(np.sqrt(np.mean(cosines[off] ** 2)))
         z = float(np.sqrt(n) * matched / max(cross, 1 / np.sqrt(a.shape[1])))
-        shared = (matched >= 0.2 and z >= 5) or (matched >= 0.5 and z >= 4)
+        shared |= (matched >= 0.2 and z >= 5) or (matched >= 0.5 and z >= 4)
     return ModuleStart(
         module=a.name,
         ranks=(a.rank, b.rank),

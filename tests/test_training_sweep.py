@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from training_bases import SHORT, write_tiny_base
 
 from lora_analysis.errors import InputError, LoraAnalysisError, TargetError
 from lora_analysis.formats import find_adapters
+from lora_analysis.patterns import natural_key
 from lora_analysis.training import RunConfig, RunEvent, demo_sweep, run_state, run_sweep
 from lora_analysis.training.workers import train_in_processes
 
@@ -129,7 +131,9 @@ def test_a_worker_killed_between_two_runs_is_told_as_any_other(base: Path, tmp_p
     def kill_when_done(event: RunEvent) -> None:
         if event.kind == "finished":
             time.sleep(0.5)  # it has asked for the next run by then, and waits
-            os.kill(_children()[0], signal.SIGKILL)
+            (worker,) = multiprocessing.active_children()
+            worker.kill()
+            worker.join()
 
     jobs = [(config, tmp_path / config.name) for config in CONFIGS[:2]]
     with pytest.raises(LoraAnalysisError, match=r"'invert-r2-s1' ended with exit code -9"):
@@ -142,7 +146,9 @@ def test_a_worker_killed_when_nothing_is_left_to_do_is_not_missed(
 ) -> None:
     def kill_the_idle_one(event: RunEvent) -> None:
         if event.kind == "started":
-            os.kill(max(_children()), signal.SIGKILL)
+            idle = max(multiprocessing.active_children(), key=lambda one: natural_key(one.name))
+            idle.kill()
+            idle.join()
 
     jobs = [(CONFIGS[0], tmp_path / "run")]
     train_in_processes(jobs, 2, device="cpu", base=base, progress=kill_the_idle_one)
@@ -158,15 +164,11 @@ def test_workers_that_are_stopped_leave_no_lock_behind(base: Path, tmp_path: Pat
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_in_processes(
-            [(long, tmp_path)], 1, device="cpu", base=base, progress=interrupt
-        )
+        train_in_processes([(long, tmp_path)], 1, device="cpu", base=base, progress=interrupt)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def _children() -> list[int]:
-    import multiprocessing
-
     return [process.pid for process in multiprocessing.active_children() if process.pid]
 
 

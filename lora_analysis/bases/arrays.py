@@ -65,7 +65,8 @@ class LiveTensors:
     """The parameters of a live model, read where they are.
 
     An adapter that is active but not merged leaves the frozen weight under ``base_layer``, which
-    is what is read. A merged one has changed the weight itself and is refused.
+    is what is read. A merged one has changed the weight itself and is refused, and so is a
+    parameter that is no longer the model's: merging and unmerging exchange them.
     """
 
     def __init__(self, model: Any, label: str) -> None:
@@ -90,6 +91,7 @@ class LiveTensors:
     def transposed(self, name: str) -> bool | None:
         """Say what the parameter's module says: Linear is ``[out, in]``, Conv1D ``[in, out]``."""
         module = self._model.get_submodule(name.rpartition(".")[0])
+        module = getattr(module, "base_layer", module)  # an adapter came after the base was opened
         if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
             return True
         if hasattr(module, "in_features") and hasattr(module, "out_features"):
@@ -101,14 +103,24 @@ class LiveTensors:
         return _tiles(self._parameters[name].detach())
 
     def refuse_unreadable(self, name: str) -> None:
-        """Raise for quantised and empty parameters, and for a weight with an adapter in it."""
+        """Raise for quantised, empty and outdated parameters, and under a merged adapter."""
         parameter = self._parameters[name]
+        path, _, last = name.rpartition(".")
+        try:
+            current = getattr(self._model.get_submodule(path), last, None)
+        except AttributeError:
+            current = None
+        if current is not parameter:
+            message = (
+                f"{self._label}: '{name}' is no longer the model's parameter; was an adapter "
+                "merged or unmerged since the base was opened? Open the unmerged model again."
+            )
+            raise BaseWeightError(message)
         if not parameter.is_floating_point():
             raise quantised(self._label, name, f"stored as {self.dtype(name)}")
         if parameter.is_meta:
             message = f"{self._label}: '{name}' is on the meta device and holds no values."
             raise BaseWeightError(message)
-        path = name.rpartition(".")[0]
         for owner in (path, path.removesuffix(".base_layer")):
             if getattr(self._model.get_submodule(owner), "merged", False):
                 message = (

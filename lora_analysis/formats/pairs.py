@@ -76,14 +76,14 @@ def known_pair(keys: Iterable[str]) -> tuple[str, str] | None:
     return None
 
 
-def recognises(path: Path) -> bool:
-    """Say whether a file holds bare pairs of a known naming."""
-    return _has_pairs(path, None)
+def recognises(path: Path, options: ReadOptions) -> bool:
+    """Say whether a file holds bare pairs of a known naming, or is said to by the caller."""
+    return path.is_file() if options.pair is not None else _has_pairs(path, None)
 
 
-def find(path: Path, pair: tuple[str, str] | None = None) -> list[AdapterRef]:
-    """Return the file, where its names match ``pair`` (by default: a known naming)."""
-    return [AdapterRef(path, NAME, label_of(path))] if _has_pairs(path, pair) else []
+def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
+    """Return the file, where its names match the caller's patterns, or else a known naming."""
+    return [AdapterRef(path, NAME, label_of(path))] if _has_pairs(path, options.pair) else []
 
 
 def _has_pairs(path: Path, pair: tuple[str, str] | None) -> bool:

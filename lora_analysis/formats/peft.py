@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 NAME: Final = "peft"
 
 
-def recognises(path: Path) -> bool:
+def recognises(path: Path, options: ReadOptions) -> bool:
     """Say whether an adapter in PEFT's layout lies at exactly this path."""
-    return place_of(path) is not None
+    return options.pair is None and place_of(path) is not None
 
 
-def find(path: Path) -> list[AdapterRef]:
+def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
     """Return the adapters that lie at exactly this path: one, or one per name in its keys."""
-    place = place_of(path)
+    place = place_of(path) if options.pair is None else None
     if place is None:
         return []
     names: list[str | None]

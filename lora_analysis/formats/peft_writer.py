@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from lora_analysis.formats.peft_config import CONFIG_NAME
 from lora_analysis.formats.peft_keys import PREFIX, sort_keys
 from lora_analysis.formats.peft_places import WEIGHTS_NAME
 from lora_analysis.patterns import matches_target, pattern_value
+from lora_analysis.storage.adapter_fields import refuse_more_than_factors
 from lora_analysis.storage.atomic import write_atomic
 
 if TYPE_CHECKING:
@@ -28,11 +29,19 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", int, float)
 
+# PEFT's fields that leave out some of the modules the targets name. They are not written.
+_NARROWING: Final = ("exclude_modules", "layers_pattern", "layers_to_transform")
+
 
 def write_peft(adapter: Adapter, folder: Path) -> Path:
     """Write ``adapter`` as PEFT does; see :func:`lora_analysis.write_adapter`."""
     from safetensors.numpy import save
 
+    refuse_more_than_factors(
+        adapter.config,
+        adapter.label,
+        "which is not written: a model that loads the file would not compute what it did.",
+    )
     updates = _low_rank_updates(adapter)
     tensors = _tensors(adapter, updates)
     config = json.dumps(_config(adapter, updates), indent=2, sort_keys=True, allow_nan=False)
@@ -148,9 +157,10 @@ def _reaches_no_other(key: str, value: T, values: Mapping[str, T]) -> bool:
 
 
 def _targets(adapter: Adapter) -> list[str] | str:
-    """Return the given targets where they still name every module, else the modules in full."""
+    """Return the given targets where they alone still name the modules, else these in full."""
     given = adapter.config.get("target_modules")
-    if given and all(matches_target(name, given) for name in adapter):
+    alone = all(adapter.config.get(key) is None for key in _NARROWING)
+    if given and alone and all(matches_target(name, given) for name in adapter):
         return given if isinstance(given, str) else sorted(given)
     return list(adapter)
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lora_analysis.errors import MalformedFileError, SourceError
-from lora_analysis.formats import pairs
 from lora_analysis.formats.registry import READERS
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, locate
 from lora_analysis.formats.unknown import unknown_format
@@ -67,19 +66,20 @@ def read_adapter(
     UnsupportedMethodError
         The adapter's update is not ``s·B·A`` on matrices.
     """
-    options = ReadOptions(alpha=alpha, scale=scale, pair=pair, label=label)
+    return _read(source, ReadOptions(alpha=alpha, scale=scale, pair=pair, label=label))
+
+
+def _read(source: str | os.PathLike[str] | AdapterRef, options: ReadOptions) -> Adapter:
     path, name = locate(source)
-    if pair is not None:
-        return pairs.read(_only_file(path, pair), None, options)
     for reader in READERS:
-        if reader.recognises(path):
+        if reader.recognises(path, options):
             return reader.read(path, name, options)
-    found = list(_walk(path, None)) if path.is_dir() else []
+    found = list(_walk(path, options)) if path.is_dir() else []
     if not found:
         raise unknown_format(path)
     if len(found) > 1:
         raise _several(path, found)
-    return read_adapter(found[0], alpha=alpha, scale=scale, label=label)
+    return _read(found[0], options)
 
 
 def find_adapters(
@@ -108,7 +108,7 @@ def find_adapters(
         Nothing that lies there is recognised.
     """
     path, name = locate(source)
-    found = list(_walk(path, pair))
+    found = list(_walk(path, ReadOptions(pair=pair)))
     if not found:
         raise unknown_format(path)
     if name is None:
@@ -121,15 +121,15 @@ def find_adapters(
     return chosen
 
 
-def _walk(path: Path, pair: tuple[str, str] | None) -> Iterator[AdapterRef]:
+def _walk(path: Path, options: ReadOptions) -> Iterator[AdapterRef]:
     if path.is_dir():
-        yield from _walk_folder(path, pair, _MAX_DEPTH, set())
+        yield from _walk_folder(path, options, _MAX_DEPTH, set())
     else:
-        yield from _find_here(path, pair)
+        yield from _find_here(path, options)
 
 
 def _walk_folder(
-    folder: Path, pair: tuple[str, str] | None, depth: int, seen: set[Path]
+    folder: Path, options: ReadOptions, depth: int, seen: set[Path]
 ) -> Iterator[AdapterRef]:
     """Yield the adapters of a folder, then those below it; each real folder is entered once."""
     real = folder.resolve()
@@ -140,22 +140,20 @@ def _walk_folder(
         (entry for entry in folder.iterdir() if not entry.name.startswith(".")),
         key=lambda entry: natural_key(entry.name),
     )
-    here = _find_here(folder, pair)
+    here = _find_here(folder, options)
     yield from here
     for entry in entries:
         if entry.is_dir():
             if depth > 1:
-                yield from _walk_folder(entry, pair, depth - 1, seen)
+                yield from _walk_folder(entry, options, depth - 1, seen)
         elif not here and entry.suffix == ".safetensors":
-            yield from _find_here(entry, pair)
+            yield from _find_here(entry, options)
 
 
-def _find_here(path: Path, pair: tuple[str, str] | None) -> list[AdapterRef]:
+def _find_here(path: Path, options: ReadOptions) -> list[AdapterRef]:
     """Return what the first format that recognises exactly this path finds there."""
-    if pair is not None:
-        return pairs.find(path, pair) or _damaged(path)
     for reader in READERS:
-        if found := reader.find(path):
+        if found := reader.find(path, options):
             return found
     return _damaged(path)
 
@@ -168,18 +166,6 @@ def _damaged(path: Path) -> list[AdapterRef]:
         except MalformedFileError:
             return [AdapterRef(path, "damaged", label_of(path))]
     return []
-
-
-def _only_file(path: Path, pair: tuple[str, str]) -> Path:
-    """Return the file of bare pairs that a path means."""
-    if path.is_file():
-        return path
-    found = list(_walk(path, pair))
-    if not found:
-        raise unknown_format(path)
-    if len(found) > 1:
-        raise _several(path, found)
-    return found[0].path
 
 
 def _several(path: Path, found: list[AdapterRef]) -> SourceError:

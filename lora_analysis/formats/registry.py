@@ -20,10 +20,10 @@ class Format(Protocol):
     def NAME(self) -> str:  # noqa: N802 - a module's constant
         """Name in ``Provenance.format``."""
 
-    def recognises(self, path: Path) -> bool:
-        """Say, from the content, whether the format lies at exactly this file or folder."""
+    def recognises(self, path: Path, options: ReadOptions) -> bool:
+        """Say, from content and options, whether the format lies at exactly this file or folder."""
 
-    def find(self, path: Path) -> list[AdapterRef]:
+    def find(self, path: Path, options: ReadOptions) -> list[AdapterRef]:
         """Return the adapters at exactly this path, without looking into sub-folders."""
 
     def read(self, path: Path, name: str | None, options: ReadOptions) -> Adapter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -68,7 +69,7 @@ class ReadOptions:
             )
             raise InputError(message)
         for role, number in (("alpha", self.alpha), ("scale", self.scale)):
-            if number is not None and not abs(number) < float("inf"):
+            if number is not None and not abs(number) <= sys.float_info.max:
                 message = f"{role} must be a finite number, found {number!r}."
                 raise InputError(message)
 
@@ -137,10 +138,10 @@ def run_facts(folder: Path) -> RunFacts:
 
 
 def _finite_numbers(found: object) -> dict[str, float]:
-    """Return the entries of a JSON object that are finite numbers."""
+    """Return the entries of a JSON object that are numbers a float can hold."""
     entries = found.items() if isinstance(found, dict) else ()
     return {
         str(name): float(value)
         for name, value in entries
-        if type(value) in (int, float) and abs(value) < float("inf")
+        if type(value) in (int, float) and abs(value) <= sys.float_info.max
     }

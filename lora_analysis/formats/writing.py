@@ -41,6 +41,8 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike[str], *, format: str
     ------
     ScaleError
         The scale of a module is not known; a file would have to make one up.
+    UnsupportedMethodError
+        Biases or single tokens were trained beside the factors; they would be lost.
     InputError
         The format is not written, or the adapter has no modules or one that it cannot say.
     OSError

@@ -14,12 +14,12 @@ from lora_analysis.errors import (
     IncompatibleError,
     InputError,
     TargetError,
-    UnsupportedMethodError,
 )
 from lora_analysis.lora.layers import Factors, LoraLayer
 from lora_analysis.lora.model import attach, unwrapped, wrappers
 from lora_analysis.lora.targets import base_modules, inside, kind_of
 from lora_analysis.patterns import natural_key, near_names
+from lora_analysis.storage.adapter_fields import refuse_more_than_factors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -121,7 +121,12 @@ def load_adapter_into(
     InputError
         An update is dense, or the name is taken.
     """
-    _refuse_what_is_not_here(adapter)
+    refuse_more_than_factors(
+        adapter.config,
+        adapter.label,
+        "which is not loaded: the model would not compute what it did. Its factors can be "
+        "analysed all the same.",
+    )
     modules = base_modules(model)
     kinds = {module: kind_of(module, modules) for module in adapter}
     config = dict(adapter.config) or {"target_modules": list(adapter)}
@@ -163,21 +168,6 @@ def _to_numpy(tensor: Tensor) -> NDArray[Any]:
     value = tensor.detach().to("cpu", copy=True)
     wide = value.float() if value.dtype == torch.bfloat16 else value
     return wide.numpy()
-
-
-# Fields of PEFT's config under which the model computes more than the adapter's value holds.
-_NOT_LOADED = ("bias", "lora_bias", "alora_invocation_tokens", "trainable_token_indices")
-
-
-def _refuse_what_is_not_here(adapter: Adapter) -> None:
-    for key in _NOT_LOADED:
-        value = adapter.config.get(key)
-        if value and value != "none":
-            message = (
-                f"{adapter.label} was trained with {key} = {value!r}, which is not loaded: the "
-                "model would not compute what it did. Its factors can be analysed all the same."
-            )
-            raise UnsupportedMethodError(message)
 
 
 def _trained_copies(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
@@ -19,13 +20,13 @@ from lora_analysis.lora.targets import base_modules, target_modules, trained_mod
 def add_lora(
     model: nn.Module,
     *,
-    rank: int,
+    rank: SupportsIndex,
     alpha: float,
-    targets: str | Sequence[str],
-    seed: int,
+    targets: str | Iterable[str],
+    seed: SupportsIndex,
     use_rslora: bool = False,
     name: str = "default",
-    trainable: Collection[str] = (),
+    trainable: str | Iterable[str] = (),
 ) -> list[str]:
     """Put a new, active adapter into ``model``, in place, and freeze everything else.
 
@@ -46,7 +47,7 @@ def add_lora(
         Of the adapter; a second one under another name leaves the first there, inactive.
     trainable
         Ends of the names of modules to train in full, as PEFT's ``modules_to_save``: a fresh
-        classification head. Each adapter trains a copy of its own.
+        classification head. Each adapter trains a copy of its own. A string is one such end.
 
     Returns
     -------
@@ -58,20 +59,22 @@ def add_lora(
     TargetError
         A target or ``trainable`` entry names nothing, or a module that cannot be adapted.
     InputError
-        ``rank`` is no positive integer, ``alpha`` no positive number, or the name is taken.
+        ``rank`` is no positive integer, ``seed`` no integer, ``alpha`` no positive number, or the
+        name is taken.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        message = f"rank must be a positive integer, found {rank!r}."
-        raise InputError(message)
+    rank = _integer(rank, "rank must be a positive integer", least=1)
+    seed = _integer(seed, "seed must be an integer")
     if not (math.isfinite(alpha) and alpha > 0):
         message = f"alpha must be a positive number, found {alpha!r}."
         raise InputError(message)
+    targets = targets if isinstance(targets, str) else list(targets)
+    trainable = [trainable] if isinstance(trainable, str) else list(trainable)
     modules = base_modules(model)
-    trained = trained_modules(modules, [trainable] if isinstance(trainable, str) else trainable)
+    trained = trained_modules(modules, trainable)
     kinds = target_modules(modules, targets, trained)
     config = {
-        "target_modules": targets if isinstance(targets, str) else list(targets),
-        "modules_to_save": list(trainable) or None,
+        "target_modules": targets,
+        "modules_to_save": trainable or None,
         "use_rslora": use_rslora,
     }
     factors: dict[str, Factors] = {}
@@ -91,6 +94,18 @@ def add_lora(
     copies = {module: copy.deepcopy(unwrapped(modules[module])) for module in trained}
     attach(model, name, kinds, factors, copies)
     return list(factors)
+
+
+def _integer(value: SupportsIndex, wanted: str, *, least: float = -math.inf) -> int:
+    """Return the integer, numpy's too, as Python's own; truth values are none."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        message = f"{wanted}, found {value!r}."
+        raise InputError(message)
+    return number
 
 
 def attach(
@@ -147,11 +162,12 @@ def set_active(model: nn.Module, name: str | None) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MergeHandle:
-    """What :func:`unmerge_lora` puts back: the LoRA layers, and every original W."""
+    """What :func:`unmerge_lora` puts back, every original W, and the types it was merged in."""
 
     model: nn.Module
     layers: Mapping[str, Wrapper]
     weights: Mapping[str, nn.Parameter]
+    dtypes: Mapping[str, torch.dtype]
 
 
 def merge_lora(model: nn.Module) -> MergeHandle:
@@ -178,7 +194,8 @@ def merge_lora(model: nn.Module) -> MergeHandle:
     }
     for name, wrapper in layers.items():
         model.set_submodule(name, wrapper.bare)
-    return MergeHandle(model, layers, weights)
+    dtypes = {name: _first(layer.bare).dtype for name, layer in layers.items()}
+    return MergeHandle(model, layers, weights, dtypes)
 
 
 def unmerge_lora(handle: MergeHandle) -> None:
@@ -187,7 +204,8 @@ def unmerge_lora(handle: MergeHandle) -> None:
     Raises
     ------
     InputError
-        The model is unmerged already, or its layers were replaced since.
+        The model is unmerged already, its layers were replaced since, or it was converted to
+        another type: the tensors put back would not have it.
     """
     model = handle.model
     modules = base_modules(model)
@@ -199,7 +217,16 @@ def unmerge_lora(handle: MergeHandle) -> None:
         )
         raise InputError(message)
     for name, layer in handle.layers.items():
-        device = next(layer.bare.parameters()).device
+        found, merged = (str(t)[6:] for t in (_first(layer.bare).dtype, handle.dtypes[name]))
+        if found != merged:
+            message = (
+                f"'{name}' is {found} now and was merged as {merged}, the type of what unmerging "
+                f"puts back. Convert the model to {merged} first (what was rounded in between "
+                "stays rounded), or unmerge before converting it."
+            )
+            raise InputError(message)
+    for name, layer in handle.layers.items():
+        device = _first(layer.bare).device
         if name in handle.weights:
             _exchange(layer.base_layer, handle.weights[name], merged=False)
         model.set_submodule(name, layer.train(layer.bare.training).to(device))
@@ -210,6 +237,11 @@ def _exchange(layer: Any, weight: nn.Parameter, *, merged: bool) -> nn.Parameter
     old: nn.Parameter = layer.weight
     layer.weight, layer.merged = weight, merged
     return old
+
+
+def _first(module: nn.Module) -> nn.Parameter:
+    """Return a module's first parameter, whose type and device stand for the module's."""
+    return next(module.parameters())
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

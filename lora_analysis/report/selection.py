@@ -53,19 +53,27 @@ def _with_ranks(study: Study) -> pd.DataFrame:
 def rank_pair(study: Study) -> tuple[str, str] | None:
     """Return the pair for the figure of ranks, smaller rank first; None if all ranks are equal.
 
-    Same task where tasks are known; the largest rank against the one closest to 8.
+    Same task, other seeds where both are known; the largest rank against the one closest to 8.
     """
     pairs = _with_ranks(study)
     if pairs.empty:
         return None
-    pairs = pairs[pairs["relation"].isin(["same task, other rank", "unknown"])]
+    # Other seeds first: with one seed, both adapters saw their data in one order.
+    preference = ("same task, other rank and seed", "same task, other rank", "unknown")
+    pairs = pairs[pairs["relation"].isin(preference)]
     pairs = pairs[pairs["rank_a"] != pairs["rank_b"]]
     if pairs.empty:
         return None
     low = pairs[["rank_a", "rank_b"]].min(axis=1)
     high = pairs[["rank_a", "rank_b"]].max(axis=1)
-    order = pd.DataFrame({"high": -high, "distance": (low - SMALL_RANK).abs()})
-    best = pairs.loc[order.sort_values(["high", "distance"], kind="stable").index[0]]
+    order = pd.DataFrame(
+        {
+            "high": -high,
+            "distance": (low - SMALL_RANK).abs(),
+            "relation": pairs["relation"].map(preference.index),
+        }
+    )
+    best = pairs.loc[order.sort_values(list(order), kind="stable").index[0]]
     first, second = str(best["a"]), str(best["b"])
     return (first, second) if best["rank_a"] < best["rank_b"] else (second, first)
 

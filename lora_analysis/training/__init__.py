@@ -7,6 +7,7 @@ modules that compute with it (``vit``, ``base``, ``loop``, ``pretrain``), never 
 """
 
 from lora_analysis.training.config import LoopOptions, RunConfig
+from lora_analysis.training.files import base_folder
 from lora_analysis.training.runs import RunEvent, run_state, train_run
 from lora_analysis.training.sweep import demo_sweep, run_sweep
 
@@ -14,6 +15,7 @@ __all__ = [
     "LoopOptions",
     "RunConfig",
     "RunEvent",
+    "base_folder",
     "demo_sweep",
     "run_state",
     "run_sweep",

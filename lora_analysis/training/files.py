@@ -10,6 +10,7 @@ from typing import Any
 from lora_analysis.storage.atomic import write_atomic
 from lora_analysis.storage.bundled import bundled_data
 
+MODEL_TYPE = "digits-vit"  # of the base: in its config.json, and the name of its folder
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 MANIFEST_NAME = "manifest.json"
@@ -17,7 +18,7 @@ MANIFEST_NAME = "manifest.json"
 
 def base_folder() -> Path:
     """Return the folder of the base model that is shipped with the package."""
-    return bundled_data("digits-vit")
+    return bundled_data(MODEL_TYPE)
 
 
 def base_sha256(folder: Path | None = None) -> str:

@@ -17,9 +17,9 @@ from lora_analysis.training.base import read_base, write_base
 from lora_analysis.training.config import LoopOptions
 from lora_analysis.training.devices import one_thread
 from lora_analysis.training.digits import TASKS, TRAIN_IMAGES, digits_task
-from lora_analysis.training.files import WEIGHTS_NAME
+from lora_analysis.training.files import MODEL_TYPE, WEIGHTS_NAME
 from lora_analysis.training.loop import accuracy, training_steps
-from lora_analysis.training.vit import MODEL_TYPE, DigitsViT, VitConfig
+from lora_analysis.training.vit import DigitsViT, VitConfig
 
 SEED = 0
 OPTIONS = LoopOptions(

@@ -11,14 +11,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from lora_analysis import __version__
 from lora_analysis.errors import InputError
 from lora_analysis.storage.documents import read_json_object
+from lora_analysis.storage.locks import locked
 from lora_analysis.training.files import MANIFEST_NAME, base_sha256, file_sha256, write_json
 
 if TYPE_CHECKING:
     import torch
 
     from lora_analysis.training.config import RunConfig
+    from lora_analysis.training.data import TaskData
     from lora_analysis.training.loop import StepMetrics
     from lora_analysis.training.vit import DigitsViT
 
@@ -60,6 +63,16 @@ class RunEvent:
 
 
 Progress = Callable[[RunEvent], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Setting:
+    """What a run trains, where, and on what: all that could be missing or wrong."""
+
+    model: DigitsViT
+    modules: list[str]
+    device: torch.device
+    data: TaskData
 
 
 def run_state(config: RunConfig, folder: Path, *, base: Path | None = None) -> RunState:
@@ -106,7 +119,8 @@ def train_run(
     """Train one adapter into its folder, or find it there finished.
 
     The folder gets ``metrics.jsonl`` (one line per step), the adapter in PEFT's layout, and last
-    ``manifest.json``. Whatever else than this very run it held is trained anew, from the start.
+    ``manifest.json``. Whatever else than this very run it held is trained anew, from the start:
+    its files go once it is sure that the new run can begin. One process at a time is in a folder.
     On a CPU one thread is used, and the same configuration gives the same bits.
 
     Parameters
@@ -130,57 +144,68 @@ def train_run(
     Raises
     ------
     InputError
-        The task or the device does not exist, or the training diverged.
+        The task or the device does not exist, another process is training into the folder, or
+        the training diverged.
     TargetError
         The targets name no module of the base.
     MissingExtraError
         The task's data come with a package that is not installed.
     """
+    from lora_analysis.training.devices import one_thread
+
     tell = progress or _ignore
     total = config.loop.steps
     state = run_state(config, folder, base=base)
     if state == "finished":
         tell(RunEvent(config.name, "skipped", total, total, state=state))
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (MANIFEST_NAME, *ADAPTER_NAMES, METRICS_NAME):
-        (folder / name).unlink(missing_ok=True)
-    tell(RunEvent(config.name, "started", 0, total, state=state))
-    facts = _train(config, folder, device, base, tell)
-    write_json(folder / MANIFEST_NAME, facts)
+    with one_thread():
+        setting = _prepare(config, device, base)
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            for name in (MANIFEST_NAME, *ADAPTER_NAMES, METRICS_NAME):
+                (folder / name).unlink(missing_ok=True)
+            tell(RunEvent(config.name, "started", 0, total, state=state))
+            facts = _identity(config, base) | _train(config, folder, setting, tell)
+            write_json(folder / MANIFEST_NAME, facts)
     tell(RunEvent(config.name, "finished", total, total))
     return folder
 
 
-def _train(
-    config: RunConfig, folder: Path, device_name: str, base: Path | None, tell: Progress
-) -> dict[str, Any]:
-    """Train, write the adapter and the metrics, and return the manifest."""
-    from lora_analysis.formats import write_adapter
-    from lora_analysis.lora import add_lora, extract_adapter
+def _prepare(config: RunConfig, device: str, base: Path | None) -> _Setting:
+    """Return device, data, and the base with its LoRA layers."""
+    from lora_analysis.lora import add_lora
     from lora_analysis.training.base import read_base
-    from lora_analysis.training.devices import one_thread, resolve_device
+    from lora_analysis.training.devices import resolve_device
+    from lora_analysis.training.digits import digits_task
+
+    place = resolve_device(device)
+    data = digits_task(config.task)
+    model = read_base(base)
+    modules = add_lora(
+        model,
+        rank=config.rank,
+        alpha=config.alpha,
+        targets=config.targets,
+        seed=config.seed,
+        use_rslora=config.use_rslora,
+    )
+    return _Setting(model.to(place), modules, place, data)
+
+
+def _train(config: RunConfig, folder: Path, setting: _Setting, tell: Progress) -> dict[str, Any]:
+    """Train, write the adapter and the metrics, and return what the manifest says of it."""
+    from lora_analysis.formats import write_adapter
+    from lora_analysis.lora import extract_adapter
 
     started = time.perf_counter()
-    device = resolve_device(device_name)
-    with one_thread():
-        model = read_base(base)
-        modules = add_lora(
-            model,
-            rank=config.rank,
-            alpha=config.alpha,
-            targets=config.targets,
-            seed=config.seed,
-            use_rslora=config.use_rslora,
-        )
-        with (folder / METRICS_NAME).open("w", encoding="utf-8") as stream:
-            metrics = _run_loop(config, model.to(device), stream, tell)
-        adapter = extract_adapter(model, label=config.name, config=_peft_fields(config, model))
-    write_adapter(adapter, folder)
+    with (folder / METRICS_NAME).open("w", encoding="utf-8") as stream:
+        metrics = _run_loop(config, setting, stream, tell)
+    fields = _peft_fields(config, setting.model)
+    write_adapter(extract_adapter(setting.model, label=config.name, config=fields), folder)
     return {
-        **_identity(config, base),
-        "modules": modules,
-        "device": _describe(device),
+        "modules": setting.modules,
+        "device": _describe(setting.device),
         "versions": _versions(),
         "metrics": metrics,
         "seconds": round(time.perf_counter() - started, 2),
@@ -189,15 +214,13 @@ def _train(
 
 
 def _run_loop(
-    config: RunConfig, model: DigitsViT, stream: TextIO, tell: Progress
+    config: RunConfig, setting: _Setting, stream: TextIO, tell: Progress
 ) -> dict[str, float]:
     """Train, writing each step as it comes; return the figures that stand for the run."""
-    from lora_analysis.training.digits import digits_task
     from lora_analysis.training.loop import training_steps
 
-    data = digits_task(config.task)
     seen: list[StepMetrics] = []
-    for metrics in training_steps(model, data, config.loop):
+    for metrics in training_steps(setting.model, setting.data, config.loop):
         stream.write(json.dumps(metrics.to_dict()) + "\n")
         stream.flush()
         seen.append(metrics)
@@ -211,7 +234,7 @@ def _run_loop(
                 test_accuracy=metrics.test_accuracy,
             )
         )
-    epoch = max(1, len(data.train) // config.loop.batch_size)
+    epoch = max(1, len(setting.data.train) // config.loop.batch_size)
     losses = [metrics.loss for metrics in seen if metrics.loss is not None][-epoch:]
     accuracies = [m.test_accuracy for m in seen if m.test_accuracy is not None]
     return {
@@ -244,8 +267,8 @@ def _peft_fields(config: RunConfig, model: DigitsViT) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("lora-analysis", "torch", "numpy", "scikit-learn")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+    own = {"python": platform.python_version(), "lora-analysis": __version__}
+    return own | {name: version(name) for name in ("torch", "numpy", "scikit-learn")}
 
 
 def _describe(device: torch.device) -> str:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_analysis.errors import InputError
-
-MODEL_TYPE = "digits-vit"
+from lora_analysis.training.files import MODEL_TYPE
 
 
 @dataclass(frozen=True, slots=True)

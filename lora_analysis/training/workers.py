@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -46,23 +47,28 @@ def train_in_processes(
     with _started(count, device, base) as workers:
         at_work: dict[Pipe, Job] = {}
         for pipe in workers:
-            _give_next(pipe, waiting, at_work)
+            _give_next(pipe, waiting, at_work, workers[pipe])
         while at_work:
             ready = wait(list(at_work))
             for pipe in [pipe for pipe in at_work if pipe in ready]:
                 message = _receive(pipe, at_work[pipe][0], workers[pipe])
                 if message is None:
                     del at_work[pipe]
-                    _give_next(pipe, waiting, at_work)
+                    _give_next(pipe, waiting, at_work, workers[pipe])
                 elif progress is not None:
                     progress(message)
 
 
-def _give_next(pipe: Pipe, waiting: Iterator[Job], at_work: dict[Pipe, Job]) -> None:
+def _give_next(
+    pipe: Pipe, waiting: Iterator[Job], at_work: dict[Pipe, Job], worker: SpawnProcess
+) -> None:
     """Send a worker its next job, where there is one left."""
     job = next(waiting, None)
     if job is not None:
-        pipe.send(job)
+        try:
+            pipe.send(job)
+        except ConnectionError:
+            _report_death(job[0], worker)
         at_work[pipe] = job
 
 
@@ -101,12 +107,16 @@ def _started(count: int, device: str, base: Path | None) -> Iterator[dict[Pipe, 
             workers[ours] = worker
         yield workers
         for pipe in workers:
-            pipe.send(None)
+            with suppress(ConnectionError):  # nothing was left to do for one that is gone
+                pipe.send(None)
         for worker in workers.values():
             worker.join(_PATIENCE)
     finally:
-        for pipe, worker in workers.items():
+        for worker in workers.values():
             worker.terminate()
+        for pipe, worker in workers.items():
+            worker.join(_PATIENCE)
+            worker.kill()
             worker.join()
             pipe.close()
 
@@ -114,6 +124,7 @@ def _started(count: int, device: str, base: Path | None) -> Iterator[dict[Pipe, 
 def _work(pipe: Pipe, device: str, base: Path | None) -> None:
     """Train what comes over the pipe until None comes, telling every event; the worker's main."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the caller's to handle
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a run gives up its folder
     while (job := pipe.recv()) is not None:
         config, folder = job
         try:
