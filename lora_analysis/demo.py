@@ -10,16 +10,14 @@ from lora_analysis.bases import open_base
 from lora_analysis.formats import read_adapter
 from lora_analysis.patterns import natural_key
 from lora_analysis.report import write_report
-from lora_analysis.storage.bundled import bundled_data
 from lora_analysis.studies import Study, study
-from lora_analysis.training import RunEvent, demo_sweep, run_sweep
+from lora_analysis.training import RunEvent, base_folder, demo_sweep, run_sweep
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 Progress = Callable[[str, int, int], None]
 
-BASE = "digits-vit"
 TITLE = "Section 7 of the LoRA paper, on handwritten digits"
 
 
@@ -55,7 +53,7 @@ def train_demo(
 
 def study_demo(runs: Sequence[Path], *, progress: Progress | None = None) -> Study:
     """Return the study of trained runs against the bundled base."""
-    base = open_base(bundled_data(BASE))
+    base = open_base(base_folder())
     adapters = [read_adapter(run) for run in sorted(runs, key=lambda one: natural_key(one.name))]
     return study(adapters, base=base, progress=progress)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from lora_analysis.adapter import DenseUpdate, LowRankUpdate, Update
+from lora_analysis.adapter import LowRankUpdate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -176,14 +176,3 @@ def judge_start(
     if len(input_similarity) and float(np.median(input_similarity)) >= SAME_SPACE:
         return SharedStart("same input space", (), len(decidable))
     return SharedStart("independent", (), len(decidable))
-
-
-def common_starts(a: Sequence[Update], b: Sequence[Update]) -> list[ModuleStart]:
-    """Return the evidence of every pair of low-rank updates with the same input dimension."""
-    return [
-        module_start(one, two)
-        for one, two in zip(a, b, strict=True)
-        if not isinstance(one, DenseUpdate)
-        and not isinstance(two, DenseUpdate)
-        and one.shape[1] == two.shape[1]
-    ]

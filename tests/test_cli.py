@@ -1,20 +1,27 @@
 from __future__ import annotations
 
+import importlib
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from factories import adapter
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from lora_analysis import __version__
 from lora_analysis.adapter import Adapter, LowRankUpdate
 from lora_analysis.cli import VERBS, run
+from lora_analysis.cli.options import progress_bar
+from lora_analysis.cli.show import decimals, print_json
 from lora_analysis.formats import write_adapter
 
 PAIR = "w_a_{name},w_b_{name}"
@@ -115,9 +122,21 @@ def test_inspect_goes_on_after_a_bad_source_and_says_so(
         (["inspect", "{bad}"], "bad.safetensors"),
         (["inspect", "{none}"], "no file or folder"),
         (["compare", "{small}", "{none}"], "no file or folder"),
-        (["report", "{bad}", "-o", "{out}"], "None of the 1 sources"),
+        (["report", "{bad}", "-o", "{out}"], "bad.safetensors"),
+        (["report", "{bad}", "{none}", "-o", "{out}"], "None of the 2 adapters and sources"),
+        (["inspect", "{bad}", "{none}"], "None of the 2 adapters and sources"),
+        (["compare", "{small}", "{large}", "--reference", "{bad}"], "bad.safetensors"),
         (["amplify", "{small}", "--base", "{bad}"], "bad.safetensors"),
-        (["amplify", "{small}", "--base", "{base}", "--module", "k_proj"], "k_proj"),
+        *(
+            ([*one, "--module", "k_proj"], "'k_proj'")
+            for one in (
+                ["inspect", "{small}"],
+                ["compare", "{small}", "{large}"],
+                ["heatmap", "{small}", "{large}", "-o", "{out}.svg"],
+                ["amplify", "{small}", "--base", "{base}"],
+                ["report", "{small}", "-o", "{out}"],
+            )
+        ),
     ],
 )
 def test_refused_input_ends_with_code_3_and_one_line(
@@ -136,6 +155,105 @@ def test_refused_input_ends_with_code_3_and_one_line(
     assert out == ""
     assert said in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("pattern", ["q_proj", "0.q_proj", r"layers\.\d\.q_proj"])
+def test_module_takes_the_end_of_a_name_or_an_expression_in_every_verb(
+    pattern: str, saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small, large, base = saved["small"], saved["large"], saved["base"]
+    wanted = (
+        {"layers.0.q_proj"} if pattern == "0.q_proj" else {"layers.0.q_proj", "layers.1.q_proj"}
+    )
+
+    def ask(*arguments: object) -> dict[str, Any]:
+        code, out, err = call(capsys, *arguments, "--module", pattern, "--format", "json")
+        assert (code, err) == (0, "")
+        return document(out)
+
+    inspected = ask("inspect", small)["adapters"][0]["modules"]
+    compared = ask("compare", small, large)["modules"]
+    amplified = ask("amplify", small, "--base", base)["modules"]
+    for rows in (inspected, compared, amplified):
+        assert {row["module"] for row in rows} == wanted
+    assert set(ask("heatmap", small, large, "-o", tmp_path / "a.svg")["modules"]) == wanted
+    ask("report", small, "-o", tmp_path / "out")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {row["module"] for row in results["spectra"]} == wanted
+
+
+def spoil(folder: Path, tensor: str) -> Path:
+    """Put a NaN into the tensors whose name holds ``tensor``."""
+    path = folder / "adapter_model.safetensors"
+    values = load_file(path)
+    for name in values:
+        if tensor in name:
+            values[name][0, 0] = np.nan
+    save_file(values, path)
+    return folder
+
+
+def test_scale_and_alpha_together_are_a_usage_error(
+    saved: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = call(capsys, "inspect", saved["small"], "--scale", 1, "--alpha", 2)
+    assert code == 2
+    assert "pass one" in err
+
+
+def test_inspect_shows_the_good_adapters_of_a_folder_that_holds_damaged_ones(
+    rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for label in ("good", "diverged", "cut", "other"):
+        write_adapter(adapter(rng, label=label), tmp_path / "runs" / label)
+    spoil(tmp_path / "runs" / "diverged", "layers.1.v_proj.lora_B")
+    weights = tmp_path / "runs" / "cut" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-40])
+    code, out, err = call(capsys, "inspect", tmp_path / "runs", "--format", "quiet")
+    assert (code, out) == (4, "good\nother\n")
+    lines = err.splitlines()
+    assert len(lines) == 2
+    assert any("cut" in line for line in lines)
+    assert any("diverged" in line and "layers.1.v_proj" in line for line in lines)
+    code, out, _ = call(capsys, "inspect", tmp_path / "runs", "--format", "json")
+    assert code == 4
+    assert [one["label"] for one in document(out)["adapters"]] == ["good", "other"]
+    assert len(document(out)["failures"]) == 2
+
+
+def test_one_adapter_left_of_two_is_listed_as_one(
+    saved: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out, _ = call(capsys, "inspect", saved["small"], saved["bad"])
+    assert out.startswith("1 adapter\n")
+
+
+def test_inspect_loads_every_module_once(
+    saved: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    load = Adapter.__getitem__
+
+    def counting(self: Adapter, name: str) -> Any:
+        asked.append(name)
+        return load(self, name)
+
+    monkeypatch.setattr(Adapter, "__getitem__", counting)
+    assert call(capsys, "inspect", saved["small"])[0] == 0
+    assert sorted(asked) == sorted(set(asked))
+    assert len(asked) == 4
+
+
+def test_an_unused_rank_is_shown(
+    rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    B = rng.standard_normal((8, 3)).astype(np.float32)
+    B[:, 2] = 0
+    update = LowRankUpdate(
+        name="q", A=rng.standard_normal((3, 9)).astype(np.float32), B=B, scale=1.0
+    )
+    path = write_adapter(Adapter({"q": update}, label="x"), tmp_path / "x")
+    assert "2 of 3" in call(capsys, "inspect", path)[1]
 
 
 def test_debug_shows_the_error_itself(saved: dict[str, Path]) -> None:
@@ -170,6 +288,169 @@ def test_compare_as_json_equals_the_library(
         assert row["phi_r_r"] == pytest.approx(grid.at(2, 5), abs=1e-12)
     means = [row["phi_1_1"] for row in found["modules"] if row["side"] == "input"]
     assert found["summary"]["input"]["mean_phi_1_1"] == pytest.approx(np.mean(means))
+
+
+def related(rng: np.random.Generator, folder: Path, first: Adapter, kind: str) -> Path:
+    """Save an adapter that starts as another one does, in the way named."""
+    updates = {}
+    for at, (name, one) in enumerate(first.items()):
+        assert isinstance(one, LowRankUpdate)
+        A, B = one.A, rng.standard_normal(one.B.shape)
+        if kind == "same run":
+            B = one.B + 0.1 * B
+        if kind == "same input space":
+            turn = np.linalg.qr(rng.standard_normal((one.rank, one.rank)))[0]
+            A = turn @ one.A
+        if kind == "partly shared" and at:
+            A = rng.standard_normal(A.shape)
+        updates[name] = LowRankUpdate(name=name, A=A, B=B, scale=2.0)
+    return write_adapter(Adapter(updates, label="second"), folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("same initial A", "* starts from the same A in both adapters"),
+        ("partly shared", "* starts from the same A in both adapters"),
+        ("same run", "one run, not two samples"),
+        ("same input space", "* spans the same input space under other rows"),
+    ],
+)
+def test_compare_says_what_a_star_means_for_this_pair(
+    kind: str,
+    said: str,
+    rng: np.random.Generator,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first = adapter(rng, rank=8, d_in=120, d_out=110, label="first")
+    second = related(rng, tmp_path / "second", first, kind)
+    path = write_adapter(first, tmp_path / "first")
+    _, out, _ = call(capsys, "compare", path, second)
+    note = next(line for line in out.splitlines() if line.startswith("* "))
+    assert said in note
+    assert (" *" in out.split("input side\n")[1]) is True
+    assert "same A" not in note or kind != "same input space"
+
+
+def test_compare_against_a_reference_gives_a_verdict_and_shows_the_pair_alone(
+    rng: np.random.Generator,
+    saved: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for at in range(2):
+        write_adapter(adapter(rng, label=f"other{at}"), tmp_path / "others" / f"other{at}")
+    arguments = ("compare", saved["small"], saved["large"], "--reference", tmp_path / "others")
+    code, out, _ = call(capsys, *arguments)
+    assert code == 0
+    assert "Unrelated adapters set the reference" in out
+    assert "no verdict" not in out
+    assert out.count("layers.0.q_proj") == 2
+    _, out, _ = call(capsys, *arguments, "--format", "json")
+    found = document(out)
+    assert found["reference"] == ["other0", "other1"]
+    assert {(row["a"], row["b"]) for row in found["modules"]} == {("small", "large")}
+    assert len(found["modules"]) == 8
+    alone = document(call(capsys, *arguments[:3], "--format", "json")[1])
+    assert found["summary"] == alone["summary"]
+
+
+def test_a_bad_reference_among_good_ones_is_named_and_ends_with_code_4(
+    rng: np.random.Generator,
+    saved: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    good = write_adapter(adapter(rng, label="good"), tmp_path / "good")
+    nan = spoil(
+        write_adapter(adapter(rng, label="nan"), tmp_path / "nan"), "layers.0.q_proj.lora_A"
+    )
+    pair = ("compare", saved["small"], saved["large"], "--reference", good, "--reference")
+    for bad in (saved["bad"], nan):
+        code, out, err = call(capsys, *pair, bad)
+        assert code == 4
+        assert bad.stem in err
+        assert "input side" in out
+    code, _, err = call(capsys, "compare", saved["small"], nan)
+    assert code == 3
+    assert "non-finite" in err
+
+
+def test_heatmap_names_the_module_that_is_not_finite(
+    rng: np.random.Generator,
+    saved: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    nan = spoil(write_adapter(adapter(rng), tmp_path / "nan"), "lora_B")
+    code, _, err = call(capsys, "heatmap", saved["small"], nan, "-o", tmp_path / "a.svg")
+    assert code == 3
+    assert "q_proj" in err
+    assert "non-finite" in err
+
+
+def test_heatmap_reads_no_more_modules_than_it_takes_to_find_two(
+    rng: np.random.Generator,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = [f"layers.{i}.{kind}_proj" for i in range(20) for kind in "qv"]
+    paths = []
+    for label in ("one", "two"):
+        updates = {}
+        for name in names:
+            B = rng.standard_normal((12, 2)) * (name != "layers.10.q_proj")
+            updates[name] = LowRankUpdate(name=name, A=rng.standard_normal((2, 9)), B=B, scale=1.0)
+        paths.append(write_adapter(Adapter(updates, label=label), tmp_path / label))
+    asked: list[str] = []
+    load = Adapter.__getitem__
+
+    def counting(self: Adapter, name: str) -> Any:
+        asked.append(name)
+        return load(self, name)
+
+    monkeypatch.setattr(Adapter, "__getitem__", counting)
+    _, out, _ = call(capsys, "heatmap", *paths, "-o", tmp_path / "a.svg", "--format", "json")
+    # The middle one of q_proj is untrained: another layer stands in for it.
+    assert document(out)["modules"] == ["layers.9.q_proj", "layers.10.v_proj"]
+    assert len(asked) == 6
+
+
+def test_heatmap_of_adapters_without_a_common_trained_module_is_refused(
+    rng: np.random.Generator,
+    saved: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = write_adapter(adapter(rng, d_in=30), tmp_path / "other")
+    code, _, err = call(capsys, "heatmap", saved["small"], other, "-o", tmp_path / "a.svg")
+    assert code == 3
+    assert "no trained module in common" in err
+
+
+def test_heatmap_panels_whose_short_names_collide_carry_full_names(
+    rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"layers.0.experts.{i}.w1" for i in range(2)]
+    paths = []
+    for label in ("one", "two"):
+        updates = {
+            name: LowRankUpdate(
+                name=name,
+                A=rng.standard_normal((2, 9)),
+                B=rng.standard_normal((8, 2)),
+                scale=1.0,
+            )
+            for name in names
+        }
+        paths.append(write_adapter(Adapter(updates, label=label), tmp_path / label))
+    code, out, _ = call(capsys, "heatmap", *paths, "-o", tmp_path / "a.svg", "--format", "json")
+    assert code == 0
+    assert document(out)["modules"] == names
+    picture = (tmp_path / "a.svg").read_text()
+    assert all(name in picture for name in names)
 
 
 def test_heatmap_writes_the_picture_its_suffix_asks_for(
@@ -222,6 +503,45 @@ def test_amplify_refuses_a_scale_it_does_not_know(
     assert float(out) > 0
 
 
+def test_transposed_decides_how_a_square_weight_is_read(
+    rng: np.random.Generator,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = write_adapter(adapter(rng, d_out=16, d_in=16), tmp_path / "square")
+    base = tmp_path / "square.safetensors"
+    weights = {f"{name}.weight": rng.standard_normal((16, 16)) for name in adapter(rng)}
+    save_file({k: v.astype(np.float32) for k, v in weights.items()}, base)
+    ask = ("amplify", path, "--base", base, "--format", "quiet")
+    found = [call(capsys, *ask, flag)[1] for flag in ("--transposed", "--not-transposed")]
+    assert found[0] != found[1]
+    for flag in ("--transposed", "--not-transposed"):
+        out = tmp_path / flag
+        code, _, _ = call(capsys, "report", path, "--base", base, flag, "-o", out)
+        assert code == 0
+    tables = [
+        (tmp_path / flag / "tables" / "amplifications.csv").read_text()
+        for flag in ("--transposed", "--not-transposed")
+    ]
+    assert tables[0] != tables[1]
+
+
+def test_report_takes_a_reference_and_judges_against_it(
+    rng: np.random.Generator,
+    saved: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = write_adapter(adapter(rng, label="other"), tmp_path / "other")
+    code, _, _ = call(
+        capsys, "report", saved["small"], saved["large"], "--reference", other,
+        "-o", tmp_path / "out", "--format", "json",
+    )  # fmt: skip
+    assert code == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Unrelated adapters set the reference" in page
+
+
 def test_report_names_what_it_left_out_and_ends_with_code_4(
     saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -266,13 +586,124 @@ def test_an_interrupt_ends_with_code_130(
     assert "Traceback" not in err
 
 
-def test_a_broken_pipe_is_quiet(saved: dict[str, Path]) -> None:
-    command = [sys.executable, "-m", "lora_analysis", "inspect", str(saved["small"])]
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["inspect", "--help"], ["inspect"], ["inspect", "--format", "json"]]
+)
+def test_a_reader_that_has_gone_ends_the_program_quietly_as_it_ends_others(
+    arguments: list[str], saved: dict[str, Path]
+) -> None:
+    if "--help" not in arguments:
+        arguments = [*arguments, str(saved["small"])]
+    command = [sys.executable, "-m", "lora_analysis", *arguments]
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False, text=True)
     os.close(writer)
     assert done.stderr == ""
+    assert done.returncode == 128 + signal.SIGPIPE
+
+
+def wide(rng: np.random.Generator, folder: Path) -> Path:
+    """Save an adapter with the long names that real models have."""
+    names = [f"transformer.h.{i}.attn.attention.{kind}_proj" for i in (2, 11) for kind in "qv"]
+    updates = {
+        name: LowRankUpdate(
+            name=name,
+            A=rng.standard_normal((8, 40)).astype(np.float32),
+            B=rng.standard_normal((50, 8)).astype(np.float32),
+            scale=2.0,
+        )
+        for name in names
+    }
+    weights = {f"{name}.weight": rng.standard_normal((50, 40)) for name in names}
+    folder.mkdir(exist_ok=True)
+    save_file({k: v.astype(np.float32) for k, v in weights.items()}, folder / "base.safetensors")
+    return write_adapter(Adapter(updates, label=folder.name), folder / "adapter")
+
+
+@pytest.mark.parametrize("verb", ["inspect", "compare", "amplify"])
+def test_tables_fit_a_page_of_80_columns_and_are_whole_where_there_is_no_page(
+    verb: str,
+    rng: np.random.Generator,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, two = (wide(rng, tmp_path / name) for name in ("one", "two"))
+    more: dict[str, list[object]] = {
+        "inspect": [],
+        "compare": [two],
+        "amplify": ["--base", one.with_name("base.safetensors")],
+    }
+    arguments: list[object] = [verb, one, *more[verb]]
+    monkeypatch.delenv("COLUMNS", raising=False)
+    _, out, _ = call(capsys, *arguments)
+    assert "transformer.h.11.attn.attention.v_proj" in out
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = call(capsys, *arguments)
+    lines = [line for line in out.splitlines() if str(tmp_path) not in line]
+    assert max(map(len, lines)) <= 80
+    assert "names without 'transformer.h.'" in out
+    assert any(line.startswith("11.attn.attention.v_proj ") for line in lines)
+    assert not any(line != line.rstrip() for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "–"), (float("nan"), "–"), (0.0, "0"), (0.7804, "0.780"), (3.35, "3.350"),
+        (13.66, "13.66"), (-0.5, "-0.500"), (0.00131, "0.0013"), (3.2e-6, "3.2e-06"),
+        (1234.56, "1234.6"), (123456.0, "1.2e+05"),
+    ],
+)  # fmt: skip
+def test_numbers_in_tables_keep_the_digits_that_matter(value: float | None, shown: str) -> None:
+    assert decimals(value) == shown
+
+
+def test_json_lists_what_is_not_defined(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"a": [np.float64("nan"), 1.5], "b": {"c": np.array([1.0, np.inf])}, "d": None})
+    found = document(capsys.readouterr().out)
+    assert found["a"] == [None, 1.5]
+    assert found["b"] == {"c": [1.0, None]}
+    assert set(found["undefined"]) == {"$.a[0]", "$.b.c[1]"}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_bars_and_a_program_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for form, stream in (("human", Terminal()), ("json", Terminal()), ("human", io.StringIO())):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with progress_bar(form) as progress:
+            progress("figures", 1, 7)
+        assert ("figures" in stream.getvalue()) is (form == "human" and stream.isatty())
+
+
+def test_what_takes_long_shows_its_progress(
+    saved: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: set[str] = set()
+
+    @contextmanager
+    def watched(_form: str) -> Iterator[Any]:
+        yield lambda what, _done, _total: seen.add(what)
+
+    bars = {
+        ("inspect",): {"adapters"},
+        ("heatmap", "-o", tmp_path / "a.svg"): {"modules"},
+        ("report", "-o", tmp_path / "out"): {"adapters", "modules", "report sections"},
+    }
+    for (verb, *more), wanted in bars.items():
+        module = importlib.import_module(f"lora_analysis.cli.{verb}")
+        monkeypatch.setattr(module, "progress_bar", watched)
+        seen.clear()
+        assert call(capsys, verb, saved["small"], saved["large"], *more)[0] == 0
+        assert seen == wanted
 
 
 def test_the_installed_program_runs(saved: dict[str, Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -106,10 +107,9 @@ class LiveTensors:
         """Raise for quantised, empty and outdated parameters, and under a merged adapter."""
         parameter = self._parameters[name]
         path, _, last = name.rpartition(".")
-        try:
+        current: Any = None
+        with suppress(AttributeError):
             current = getattr(self._model.get_submodule(path), last, None)
-        except AttributeError:
-            current = None
         if current is not parameter:
             message = (
                 f"{self._label}: '{name}' is no longer the model's parameter; was an adapter "

@@ -75,6 +75,8 @@ def _amplifications(result: Study, label: str) -> pd.DataFrame:
     """Return the table; raise where there is nothing in it, and say why."""
     from lora_analysis.errors import InputError
 
+    for reason in result.unmatched.values():
+        click.echo(f"Left out: {reason}", err=True)
     table = result.amplifications
     if not table.empty:
         return table

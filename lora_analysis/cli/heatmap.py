@@ -101,7 +101,8 @@ def _telling(
     while left:
         chosen = telling_modules(left)
         for name in chosen:
-            seen.setdefault(name, (a[name], b[name]))
+            if name not in seen:
+                seen[name] = (a[name], b[name])
             progress("modules", len(seen), len(common))
         useless = [name for name in chosen if not _comparable(*seen[name])]
         if not useless:

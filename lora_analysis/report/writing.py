@@ -18,6 +18,7 @@ from lora_analysis.findings import Finding, findings, plural
 from lora_analysis.report import figures, tables
 from lora_analysis.report.selection import telling_modules
 from lora_analysis.storage.atomic import write_atomic
+from lora_analysis.studies import REFERENCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -144,10 +145,11 @@ def _title(study: Study) -> str:
 
 def _lead(study: Study) -> str:
     modules = study.spectra["module"].nunique()
+    pairs = plural(len(study.pairs), "pair")
+    compared = f", {pairs} compared on both sides, each beside chance" if len(study.pairs) else ""
     against = f" Held against {study.base.label}." if study.base else " No base weights were given."
     return (
-        f"{plural(len(study.adapters), 'adapter')}, {plural(modules, 'module')}, "
-        f"{plural(len(study.pairs), 'pair')} compared on both sides, each beside chance.{against}"
+        f"{plural(len(study.adapters), 'adapter')}, {plural(modules, 'module')}{compared}.{against}"
     )
 
 
@@ -196,8 +198,7 @@ def _sections(study: Study, folder: Path, progress: Progress | None) -> list[_Se
         (
             _Section(
                 "reference",
-                "Against unrelated adapters",
-                "What is shared because the task is, and what any two adapters of this base share?",
+                *_reference_words(study),
                 folded=_short(tables.pairs_table(study)),
             ),
             figures.level_figures,
@@ -225,6 +226,14 @@ def _sections(study: Study, folder: Path, progress: Progress | None) -> list[_Se
         if progress:
             progress("report sections", done, len(plan))
     return [one for one in sections if one.figures or one.tables or one.folded]
+
+
+def _reference_words(study: Study) -> tuple[str, str]:
+    """Return title and question of the section that holds all pairs."""
+    if study.select(REFERENCE, "output").empty:
+        return "All pairs", "How alike are they? Without a reference no pair is called related."
+    question = "What is shared because the task is, and what by any two adapters of this base?"
+    return "Against unrelated adapters", question
 
 
 def _csv_tables(study: Study) -> list[tuple[str, pd.DataFrame]]:

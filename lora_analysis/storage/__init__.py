@@ -1,4 +1,4 @@
-"""Bytes on disk: safetensors headers and tensors, JSON documents, atomic writes, bundled data.
+"""Files: safetensors headers and tensors, JSON documents, atomic writes, locks, bundled data.
 
 Every number a file states is checked against the file's size before memory is reserved for it,
 and nothing is memory-mapped (a file cut short under a map kills the process). What the tensors

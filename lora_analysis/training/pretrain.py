@@ -41,9 +41,9 @@ _INPUT_STD = 0.5  # patches have 4 pixels: their embedding needs a larger start 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Pretrain, and write ``digits-vit/`` into the folder that is named."""
+    """Pretrain, and write a folder of the base into the one that is named."""
     parser = argparse.ArgumentParser(prog="python -m lora_analysis.training.pretrain")
-    parser.add_argument("folder", type=Path, help="where digits-vit/ is written")
+    parser.add_argument("folder", type=Path, help=f"where {MODEL_TYPE}/ is written")
     folder: Path = parser.parse_args(arguments).folder / MODEL_TYPE
     with one_thread():
         model = pretrain(OPTIONS)
