@@ -481,6 +481,20 @@ def test_amplify_prints_factor_chance_and_enrichment(
         assert ratio == pytest.approx(1 / row["enrichment"])
 
 
+def test_amplify_names_modules_without_a_base_weight_and_shows_the_others(
+    saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = load_file(saved["base"])
+    del weights["layers.1.v_proj.weight"]
+    save_file(weights, tmp_path / "part.safetensors")
+    code, out, err = call(
+        capsys, "amplify", saved["small"], "--base", tmp_path / "part.safetensors"
+    )
+    assert code == 0
+    assert "layers.1.v_proj" in err
+    assert "layers.1.q_proj" in out
+
+
 def test_amplify_refuses_a_scale_it_does_not_know(
     rng: np.random.Generator, saved: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from factories import low_rank_update
 from safetensors.numpy import save
 
-from lora_analysis.adapter import LowRankUpdate
+from lora_analysis.adapter import Adapter, LowRankUpdate
 from lora_analysis.errors import (
     InputError,
     MalformedFileError,
@@ -16,7 +17,7 @@ from lora_analysis.errors import (
     UnknownFormatError,
     UnsupportedMethodError,
 )
-from lora_analysis.formats import find_adapters, read_adapter
+from lora_analysis.formats import find_adapters, read_adapter, write_adapter
 
 PAIR = ("w_a_{name}", "w_b_{name}")
 
@@ -337,3 +338,21 @@ def test_real_files_of_other_layouts_are_refused_by_name(real_adapters: Path) ->
         read_adapter(real_adapters / "sd15-diffusers")
     with pytest.raises(UnknownFormatError, match="pickle"):
         read_adapter(real_adapters / "sd15-diffusers" / "pytorch_lora_weights.bin")
+
+
+@pytest.mark.parametrize("option", ["alpha", "scale"])
+def test_a_scale_of_zero_is_refused(tmp_path: Path, option: str) -> None:
+    with pytest.raises(InputError, match=f"{option} = 0 would make every update zero"):
+        read_adapter(tmp_path, **{option: 0.0})
+
+
+def test_a_pair_option_leaves_peft_folders_beside_the_file_as_they_are(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    folder = write_adapter(
+        Adapter({"q": low_rank_update(rng, name="q")}, label="p"), tmp_path / "p"
+    )
+    assert read_adapter(folder, pair=("w_a_{name}", "w_b_{name}")).provenance.format == "peft"
+    assert [ref.format for ref in find_adapters(folder, pair=("w_a_{name}", "w_b_{name}"))] == [
+        "peft"
+    ]

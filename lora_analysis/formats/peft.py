@@ -33,12 +33,18 @@ NAME: Final = "peft"
 
 def recognises(path: Path, options: ReadOptions) -> bool:
     """Say whether an adapter in PEFT's layout lies at exactly this path."""
-    return options.pair is None and place_of(path) is not None
+    return _place(path, options) is not None
+
+
+def _place(path: Path, options: ReadOptions) -> PeftPlace | None:
+    """Return the adapter's files; names given by the caller hold where no config says PEFT."""
+    place = place_of(path)
+    return None if place is None or (options.pair and place.config is None) else place
 
 
 def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
     """Return the adapters that lie at exactly this path: one, or one per name in its keys."""
-    place = place_of(path) if options.pair is None else None
+    place = _place(path, options)
     if place is None:
         return []
     names: list[str | None]

@@ -72,6 +72,9 @@ class ReadOptions:
             if number is not None and not abs(number) <= sys.float_info.max:
                 message = f"{role} must be a finite number, found {number!r}."
                 raise InputError(message)
+            if number == 0:
+                message = f"{role} = 0 would make every update zero. Leave it out if it is unknown."
+                raise InputError(message)
 
 
 def locate(source: str | os.PathLike[str] | AdapterRef) -> tuple[Path, str | None]:
