@@ -247,16 +247,17 @@ def _paint_ranks(ax: Axes, plot: RanksPlot, *, at_one: bool) -> None:
     ax.set_xticks(range(len(plot.ranks)), [str(rank) for rank in plot.ranks])
     ax.set_xlabel("rank of the adapter" + (f"\n{plot.note}" if plot.note else ""))
     ax.set_ylabel(plot.ylabel)
-    _name_groups(ax)
+    # Only the factor depends on the size of ΔW.
+    _name_groups(ax, "random directions" if at_one else "random directions, same ‖ΔW‖")
 
 
-def _name_groups(ax: Axes) -> None:
+def _name_groups(ax: Axes, random: str) -> None:
     """Name the two colours above the axes, in them."""
     ax.text(0, 1.02, "ΔW’s directions", transform=ax.transAxes, color=_MEASURED, fontsize=7)
     ax.text(
         1,
         1.02,
-        "random directions, same ‖ΔW‖",
+        random,
         transform=ax.transAxes,
         color=_RANDOM,
         fontsize=7,

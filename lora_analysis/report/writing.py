@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import jinja2
 from markupsafe import Markup
 
-from lora_analysis import plots
-from lora_analysis.findings import Finding, findings, plural
+from lora_analysis import __version__, plots
+from lora_analysis.findings import findings, plural
 from lora_analysis.report import figures, tables
+from lora_analysis.report.results import TABLE_NAMES, all_tables, results
 from lora_analysis.report.selection import telling_modules
 from lora_analysis.storage.atomic import write_atomic
 from lora_analysis.studies import REFERENCE
@@ -23,14 +23,10 @@ from lora_analysis.studies import REFERENCE
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    import pandas as pd
-
     from lora_analysis.report.figures import ReportFigure
     from lora_analysis.report.tables import ReportTable
     from lora_analysis.studies import Progress, Study
 
-SCHEMA_VERSION = 1
-TABLE_NAMES = ("adapters", "spectra", "pairs", "similarities", "amplifications")
 # In inches; two figures of one column stand side by side.
 NARROW = 4.5
 # Pages stay readable: longer tables are in tables/ only.
@@ -99,11 +95,11 @@ def write_report(
         "sections": _sections(study, folder, progress),
         "made": _made(study, command),
     }
-    for name, table in _csv_tables(study):
+    for name, table in all_tables(study):
         if not table.empty:
             write_atomic(folder / "tables" / f"{name}.csv", tables.csv_text(table).encode())
-    results = json.dumps(_results(study, said), indent=1, allow_nan=False, ensure_ascii=False)
-    write_atomic(folder / "results.json", results.encode())
+    document = json.dumps(results(study, said), indent=1, allow_nan=False, ensure_ascii=False)
+    write_atomic(folder / "results.json", document.encode())
     text = _environment(form).get_template(f"report.{form}.j2").render(page)
     return write_atomic(folder / f"report.{form}", text.encode())
 
@@ -236,67 +232,12 @@ def _reference_words(study: Study) -> tuple[str, str]:
     return "Against unrelated adapters", question
 
 
-def _csv_tables(study: Study) -> list[tuple[str, pd.DataFrame]]:
-    every = (study.runs, study.spectra, study.pairs, study.similarities, study.amplifications)
-    return list(zip(TABLE_NAMES, every, strict=True))
-
-
-def _json_value(value: Any) -> Any:
-    """Return a JSON value: numpy's scalars as Python's, everything not finite as None."""
-    if hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def _results(study: Study, said: tuple[Finding, ...]) -> dict[str, Any]:
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "generator": f"lora_analysis {_version('lora-analysis')}",
-        "null_means": "not defined, not known, or not computed for this row",
-        "findings": [
-            {
-                "kind": one.kind,
-                "topic": one.topic,
-                "text": one.text,
-                "values": {key: _json_value(value) for key, value in one.values.items()},
-            }
-            for one in said
-        ],
-        "failures": [{"source": one.source, "reason": one.reason} for one in study.failures],
-        **{
-            name: [
-                {key: _json_value(value) for key, value in row.items()}
-                for row in table.astype(object).to_dict("records")
-            ]
-            for name, table in _csv_tables(study)
-            if name != "amplifications"
-        },
-        "amplifications": [
-            {key: _json_value(value) for key, value in row.items()}
-            for row in _at_rank(study.amplifications).astype(object).to_dict("records")
-        ],
-    }
-
-
-def _at_rank(table: pd.DataFrame) -> pd.DataFrame:
-    return table if table.empty else table[table["at_rank"]]
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
-
-
 def _made(study: Study, command: str | None) -> dict[str, Any]:
     packages = ("numpy", "scipy", "matplotlib", "pandas")
-    versions = [f"lora_analysis {_version('lora-analysis')}", f"Python {platform.python_version()}"]
-    versions += [f"{name} {_version(name)}" for name in packages]
+    versions = [f"lora_analysis {__version__}", f"Python {platform.python_version()}"]
+    versions += [f"{name} {importlib.metadata.version(name)}" for name in packages]
     return {
-        "version": _version("lora-analysis"),
+        "version": __version__,
         "command": command or "lora_analysis.write_report(study, path)",
         "versions": ", ".join(versions),
         "base": "none" if study.base is None else study.base.label,
