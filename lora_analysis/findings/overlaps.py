@@ -70,7 +70,7 @@ class _SideLevel:
         over = f"{plural(one.modules, 'module')} of {plural(one.pairs, 'pair')}"
         text = f"median {one.name} {number(one.median)} over {over} ({quartiles})"
         if not first:
-            text = f"{number(one.median)} over {over} ({quartiles})"
+            text = f"{number(one.median)} ({quartiles})"
         if one.left_out:
             text += f", {one.left_out} left out as ill defined or shared from the start"
         if self.reference is not None:
@@ -78,7 +78,7 @@ class _SideLevel:
                 f", {self.above} of {len(one.values)} above 95 % of unrelated pairs (their median "
                 f"{number(self.reference.median)})"
             )
-        return f"{text}, isotropic chance {number(one.chance)}"
+        return f"{text}, isotropic chance {number(one.chance)}" if first else text
 
     def values(self) -> dict[str, Any]:
         """Return the numbers for programs."""
@@ -155,8 +155,8 @@ def reference(study: Study) -> Iterator[Finding]:
         f"Unrelated adapters set the reference: {plural(output.pairs, 'pair')} with other task and "
         f"other seed (ranks {_rank_pairs(study)}) have a median {output.name} of "
         f"{' and '.join(parts)}. Every verdict here is made against these pairs, not against "
-        "chance: “share” means that each pair exceeds every one of them, in at least half of the "
-        "modules by more than 95 % of theirs."
+        "chance: “share” means that the median of each pair exceeds that of every reference pair, "
+        "and at least half of the modules exceed 95 % of the reference's."
     )
     yield Finding("reference", "reference", text, values)
 

@@ -172,8 +172,9 @@ def amplification_figures(study: Study) -> Iterator[ReportFigure]:
     words = {
         "amplification_factor": (
             "Amplification factor by rank.",
-            "‖ΔW‖/‖UᵀWV‖ along ΔW's own directions, one point a module of an "
-            "adapter, all tasks; grey: what random directions of the same size would score (box: mean and spread of draws).",
+            "‖ΔW‖/‖UᵀWV‖ along ΔW's own directions, one point a module of an adapter, all tasks; "
+            "grey: what random directions of the same size would score (box: mean and spread of "
+            "draws).",
         ),
         "enrichment": (
             "Enrichment by rank.",
