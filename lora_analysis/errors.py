@@ -1,4 +1,4 @@
-"""Everything the package raises or warns with.
+"""Everything the package raises on purpose.
 
 ::
 
@@ -14,8 +14,6 @@
     │   ├── DegenerateSubspaceError      a subspace that the numbers do not define
     │   └── TargetError                  no module to adapt, or one that cannot be
     └── MissingExtraError (ImportError)  an optional dependency is not installed
-
-    LoraAnalysisWarning (UserWarning)
 
 A message says what was asked, what was found (with names and numbers), and the likely cause or
 next step.
@@ -68,7 +66,3 @@ class TargetError(InputError):
 
 class MissingExtraError(LoraAnalysisError, ImportError):
     """An optional dependency is needed and not installed."""
-
-
-class LoraAnalysisWarning(UserWarning):
-    """Category of every warning of this package."""

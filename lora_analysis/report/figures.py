@@ -71,6 +71,12 @@ def _above(grids: dict[str, SimilarityGrid]) -> str:
     )
 
 
+def _spoken(grids: dict[str, SimilarityGrid], side: Side) -> str:
+    """Return what a reader who cannot see the heat-maps should know."""
+    corners = "; ".join(f"{name}: φ(1,1) = {number(grid.at(1, 1))}" for name, grid in grids.items())
+    return f"Heat-maps of subspace similarity, {side} side. {corners}."
+
+
 def rank_figures(study: Study) -> Iterator[ReportFigure]:
     """Yield the paper's Figure 3 for either side; nothing if all ranks are equal."""
     pair = rank_pair(study)
@@ -79,7 +85,6 @@ def rank_figures(study: Study) -> Iterator[ReportFigure]:
     a, b = pair
     for side in reversed(SIDES):
         grids = _named(study, a, b, side)
-        corners = [f"{name}: φ(1,1) = {number(grid.at(1, 1))}" for name, grid in grids.items()]
         yield ReportFigure(
             name=f"ranks_{side}",
             title=f"Two ranks, {side} side.",
@@ -88,7 +93,7 @@ def rank_figures(study: Study) -> Iterator[ReportFigure]:
                 f"laid out as Figure 3 of the LoRA paper (which plots those of A alone); right: "
                 f"the corner, triangle j ≤ i. {_LEGEND}{_above(grids)}"
             ),
-            alt=f"Heat-maps of subspace similarity, {side} side. {'; '.join(corners)}.",
+            alt=_spoken(grids, side),
             figure=plots.figure_ranks(grids),
         )
 
@@ -103,7 +108,6 @@ def seed_figures(study: Study) -> Iterator[ReportFigure]:
         grids = _named(study, a, b, side)
         first = next(iter(grids.values()))
         grids["random Gaussian"] = random_similarity(first.dimension, first.values.shape)
-        corners = [f"{name}: φ(1,1) = {number(grid.at(1, 1))}" for name, grid in grids.items()]
         yield ReportFigure(
             name=f"seeds_{side}",
             title=f"Two seeds, {side} side.",
@@ -111,7 +115,7 @@ def seed_figures(study: Study) -> Iterator[ReportFigure]:
                 f"φ(i, j) between {a} and {b}, {_DIRECTIONS[side]} of ΔW, beside two random "
                 f"matrices, laid out as Figure 4 of the LoRA paper. {_LEGEND}{_above(grids)}"
             ),
-            alt=f"Heat-maps of subspace similarity, {side} side. {'; '.join(corners)}.",
+            alt=_spoken(grids, side),
             figure=plots.figure_seeds(grids),
         )
 
@@ -179,7 +183,7 @@ def amplification_figures(study: Study) -> Iterator[ReportFigure]:
         "enrichment": (
             "Enrichment by rank.",
             "‖UᵀWV‖ along ΔW's directions over that along random ones: 1 means that W holds no "
-            "more there than anywhere. Larger ranks keep more of A's initial noise.",
+            "more there than anywhere. A larger rank counts more and weaker directions.",
         ),
     }
     full = study.amplifications[study.amplifications["at_rank"]]
