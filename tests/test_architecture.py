@@ -23,6 +23,7 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 # A module imports from lower levels and from its own folder only.
 LEVELS = {
     "errors": 0,
+    "execution": 1,
     "linalg": 1,
     "patterns": 1,
     "adapter": 2,
@@ -34,7 +35,11 @@ LEVELS = {
     "lora": 3,
     "spectra": 4,
     "amplify": 5,
+    "groups": 5,
+    "intruders": 5,
+    "pairwise": 5,
     "similarity": 5,
+    "weight_changes": 5,
     "studies": 6,
     "training": 6,
     "findings": 7,

@@ -265,7 +265,7 @@ def test_haar_frames_are_orthonormal_and_uniform_in_sign(rng):
 @pytest.mark.parametrize("iterate", [True, False])
 def test_leading_singular_values_equal_the_full_svd(rng, monkeypatch, shape, iterate):
     if iterate:
-        monkeypatch.setattr(linalg, "DENSE_SVD_LIMIT", 10)
+        monkeypatch.setattr(linalg.dense, "DENSE_SVD_LIMIT", 10)
     W = rng.standard_normal(shape)
     exact = np.linalg.svd(W, compute_uv=False)
     for k in (1, 4, 40):
@@ -274,7 +274,7 @@ def test_leading_singular_values_equal_the_full_svd(rng, monkeypatch, shape, ite
 
 @pytest.mark.parametrize("shape", [(60, 50), (50, 60)])
 def test_leading_singular_values_of_special_weights(monkeypatch, shape):
-    monkeypatch.setattr(linalg, "DENSE_SVD_LIMIT", 10)
+    monkeypatch.setattr(linalg.dense, "DENSE_SVD_LIMIT", 10)
     few = linalg.leading_singular_values
     np.testing.assert_array_equal(few(np.zeros(shape), 3), 0)
     assert_close(few(np.eye(*shape), 3), 1, rtol=ORACLE)
@@ -286,7 +286,7 @@ def test_leading_singular_values_of_special_weights(monkeypatch, shape):
 @pytest.mark.parametrize("shape", [(60, 50), (50, 60)])
 @pytest.mark.parametrize("failure", ["error", "wrong directions"])
 def test_an_iteration_that_fails_gives_way_to_the_full_svd(rng, monkeypatch, shape, failure):
-    monkeypatch.setattr(linalg, "DENSE_SVD_LIMIT", 10)
+    monkeypatch.setattr(linalg.dense, "DENSE_SVD_LIMIT", 10)
     W = rng.standard_normal(shape)
 
     def unconverged(matrix, k, **_):

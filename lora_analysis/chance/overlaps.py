@@ -1,13 +1,8 @@
-"""What unrelated, isotropic directions give: the level every number is held against.
-
-Isotropic chance means independent subspaces drawn uniformly (Haar). Real unrelated adapters of
-one base agree more than that, so "above chance" means "not isotropic" and nothing more; a verdict
-needs a reference (see ``studies``).
-"""
+"""Chance of φ and ω: what independent uniform subspaces give."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -57,18 +52,7 @@ def energy_overlap_mean(dimension: int, participation: tuple[float, float]) -> f
     return float(np.sqrt(participation[0] * participation[1]) / dimension)
 
 
-def projected_norm_rms(
-    weight_norm: float, shape: tuple[int, int], k: ArrayLike
-) -> NDArray[np.float64]:
-    """Return the root mean square of ‖UᵀWV‖_F for k random directions on each side (exact).
-
-    ``‖W‖_F·k / sqrt(d_out·d_in)``: E‖UᵀWV‖_F² = k²‖W‖_F²/(d_out·d_in) for Haar U and V.
-    """
-    directions: NDArray[np.float64] = np.asarray(k, dtype=np.float64)
-    return directions * (weight_norm / float(np.sqrt(float(shape[0] * shape[1]))))
-
-
-def excess(value: ArrayLike, chance: ArrayLike) -> NDArray[Any]:
+def excess(value: ArrayLike, chance: ArrayLike) -> NDArray[np.float64]:
     """Return ``(value − chance) / (1 − chance)``: 0 at chance, 1 at full agreement.
 
     The only form in which overlaps of modules with different dimensions are averaged. NaN where

@@ -1,0 +1,32 @@
+"""Array kernels: no names, no files, nothing that knows what a matrix stands for.
+
+Shapes: ``B`` is ``(..., d_out, r)``, ``A`` is ``(..., r, d_in)``; bases have orthonormal columns.
+"""
+
+from lora_analysis.linalg.constants import EPS
+from lora_analysis.linalg.dense import leading_singular_values
+from lora_analysis.linalg.factored import (
+    FactoredSVD,
+    column_signs,
+    factored_singular_values,
+    factored_svd,
+)
+from lora_analysis.linalg.overlaps import (
+    cumulative_overlap,
+    haar_frame,
+    overlap_grid,
+    principal_angles,
+)
+
+__all__ = [
+    "EPS",
+    "FactoredSVD",
+    "column_signs",
+    "cumulative_overlap",
+    "factored_singular_values",
+    "factored_svd",
+    "haar_frame",
+    "leading_singular_values",
+    "overlap_grid",
+    "principal_angles",
+]
