@@ -23,6 +23,7 @@ from lora_analysis.errors import (
 from lora_analysis.lora import (
     add_lora,
     extract_adapter,
+    initial_adapter,
     load_adapter_into,
     merge_lora,
     parameter_counts,
@@ -233,3 +234,25 @@ def test_a_transformers_config_names_the_base_model() -> None:
     assert adapter.provenance == Provenance(
         scale_origin={"q": "config"}, base_model="some/base", rank=1, seed=0
     )
+
+
+def test_the_initial_adapter_is_what_training_started_from() -> None:
+    model = tiny_model()
+    add_lora(model, rank=2, alpha=4, targets=["q_proj", "c_proj"], seed=7)
+    fresh = extract_adapter(model)
+    fill(model)
+    start = initial_adapter(extract_adapter(model, label="trained"))
+    assert (list(start), start.label) == (list(fresh), "trained (initial)")
+    for module, update in fresh.items():
+        np.testing.assert_array_equal(start[module].A, update.A)  # type: ignore[union-attr]
+        np.testing.assert_array_equal(start[module].B, 0)  # type: ignore[union-attr]
+
+
+def test_no_initial_adapter_without_a_seed_or_without_factors() -> None:
+    update = low_rank_update(np.random.default_rng(0))
+    with pytest.raises(InputError, match="seed of strange is not known"):
+        initial_adapter(Adapter({update.name: update}, label="strange"))
+    dense = DenseUpdate("m", np.ones((2, 3)))
+    known = Adapter({"m": dense}, label="full", provenance=Provenance(seed=1))
+    with pytest.raises(InputError, match="'m' in full is a dense update"):
+        initial_adapter(known)["m"]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +18,7 @@ from lora_analysis.errors import (
     InputError,
     TargetError,
 )
-from lora_analysis.lora.layers import Factors, LoraLayer
+from lora_analysis.lora.layers import Factors, LoraLayer, initial_factor
 from lora_analysis.lora.model import attach, unwrapped, wrappers
 from lora_analysis.lora.targets import base_modules, inside, kind_of
 from lora_analysis.patterns import natural_key, near_names
@@ -149,6 +152,42 @@ def load_adapter_into(
     if not trainable:
         model.requires_grad_(False)
     return list(factors)
+
+
+def initial_adapter(adapter: Adapter) -> Adapter:
+    """Return what training started from: the same modules with their initial A, and B = 0.
+
+    Made anew from (module, rank, seed), the way `add_lora` draws it: for adapters that this
+    package trained, or of which ``provenance.seed`` is the seed of such a start. It is what
+    `initialisation.drift` and a control of φ between initial factors are held against.
+
+    Raises
+    ------
+    InputError
+        The adapter's seed is not known, or it holds a dense update.
+    """
+    seed = adapter.provenance.seed
+    if seed is None:
+        message = (
+            f"The seed of {adapter.label} is not known, so its initial A cannot be drawn again. "
+            "It is known of adapters that this package trained."
+        )
+        raise InputError(message)
+    return Adapter(
+        {module: partial(_initial_update, adapter, module, seed) for module in adapter},
+        label=f"{adapter.label} (initial)",
+        provenance=adapter.provenance,
+        config=adapter.config,
+    )
+
+
+def _initial_update(adapter: Adapter, module: str, seed: int) -> LowRankUpdate:
+    update = adapter[module]
+    if not isinstance(update, LowRankUpdate):
+        message = f"'{module}' in {adapter.label} is a dense update, without an initial A."
+        raise InputError(message)
+    start = initial_factor(module, update.rank, seed, update.shape[1]).numpy()
+    return replace(update, A=start, B=np.zeros_like(update.B), stored_dtype="float32")
 
 
 def _only_adapter(model: nn.Module) -> str:
