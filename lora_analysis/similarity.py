@@ -60,6 +60,21 @@ class SimilarityGrid:
         """``(φ − chance)/(1 − chance)``, the form to average over modules."""
         return chance.excess(self.values, self.chance)
 
+    @property
+    def p_value(self) -> NDArray[np.float64]:
+        """``(k₁, k₂)``: P(φ_null ≥ φ), one-sided, for independent uniform subspaces.
+
+        It says how far φ is from isotropic chance and no more: unrelated adapters of one base
+        differ from that too. See `chance.similarity_p_value` for the distribution.
+        """
+        i, j = np.indices(self.values.shape) + 1
+        return chance.similarity_p_value(self.dimension, i, j, self.values)
+
+    @property
+    def null_method(self) -> NDArray[np.str_]:
+        """``(k₁, k₂)``: how each p-value was found, ``"exact"`` or ``"matched beta"``."""
+        return chance.similarity_null_method(*(np.indices(self.values.shape) + 1))
+
     def at(self, i: int, j: int) -> float:
         """Return φ(i, j), counting from 1 as the paper does.
 
@@ -182,6 +197,17 @@ def principal_angles(
     _check_same_space(first, second, side)
     i, j = k if isinstance(k, tuple) else (k, k)
     return linalg.principal_angles(first.basis(side, i), second.basis(side, j))
+
+
+def chordal_distance(
+    a: Update | Spectrum, b: Update | Spectrum, *, side: Side, k: int | tuple[int, int]
+) -> float:
+    """Return ``‖sin θ‖₂`` over the principal angles of two top-k subspaces, in [0, √min(k)].
+
+    0 where the smaller subspace lies inside the larger; ``√(min(k)·(1 − φ))``, and right where φ
+    rounds to 1. For parameters and errors see `principal_angles`.
+    """
+    return float(np.linalg.norm(np.sin(principal_angles(a, b, side=side, k=k))))
 
 
 def energy_overlap(a: Update | Spectrum, b: Update | Spectrum, *, side: Side = "input") -> float:

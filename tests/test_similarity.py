@@ -16,6 +16,7 @@ from lora_analysis import chance
 from lora_analysis.adapter import DenseUpdate, LowRankUpdate
 from lora_analysis.errors import DegenerateSubspaceError, IncompatibleError, InputError
 from lora_analysis.similarity import (
+    chordal_distance,
     energy_overlap,
     principal_angles,
     signed_cosine,
@@ -464,3 +465,25 @@ def test_updates_of_different_output_width_share_an_input_side(rng):
     one, two = update_of(8, 9, "a"), update_of(7, 9, "b")
     assert subspace_similarity(one, two).values.shape == (3, 3)
     assert 0 <= energy_overlap(one, two) <= 1
+
+
+# --- chordal distance -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_the_chordal_distance_is_what_similarity_leaves(rng, side):
+    one, two = pair(rng)
+    for k in (1, 3, (2, 4)):
+        i, j = k if isinstance(k, tuple) else (k, k)
+        phi = subspace_similarity(one, two, side=side).at(i, j)
+        expected = np.sqrt(min(i, j) * (1 - phi))
+        assert_close(chordal_distance(one, two, side=side, k=k), expected)
+
+
+def test_the_chordal_distance_of_nearly_equal_subspaces_keeps_its_digits(rng):
+    basis = orthonormal(rng, D_IN, 3)
+    tilted = basis[:, :2].copy()
+    tilted[:, 1] = np.cos(1e-10) * basis[:, 1] + np.sin(1e-10) * basis[:, 2]
+    U = orthonormal(rng, D_OUT, 2)
+    one, two = (planted_update(U, np.array([2.0, 1.0]), V) for V in (basis[:, :2], tilted))
+    assert_close(chordal_distance(one, two, side="input", k=2), 1e-10, rtol=1e-5)

@@ -5,20 +5,60 @@ one base agree more than that, so "above chance" means "not isotropic" and nothi
 needs a reference (see ``studies``).
 """
 
+from lora_analysis.chance.inference import (
+    RunPermutation,
+    benjamini_hochberg,
+    jackknife,
+    monte_carlo_p_value,
+    p_value_text,
+    permute_runs,
+)
 from lora_analysis.chance.overlaps import (
     energy_overlap_mean,
+    energy_overlap_p_value,
+    energy_overlap_variance,
     excess,
+    signed_cosine_p_value,
+    similarity_draws,
     similarity_grid_mean,
+    similarity_maximum,
     similarity_mean,
+    similarity_null_method,
+    similarity_p_value,
+    similarity_quantile,
     similarity_variance,
 )
-from lora_analysis.chance.projections import projected_norm_rms
+from lora_analysis.chance.projections import (
+    energy_p_value,
+    energy_share_quantile,
+    one_sided_energy_variance,
+    projected_energy_variance,
+    projected_norm_rms,
+)
 
 __all__ = [
+    "RunPermutation",
+    "benjamini_hochberg",
     "energy_overlap_mean",
+    "energy_overlap_p_value",
+    "energy_overlap_variance",
+    "energy_p_value",
+    "energy_share_quantile",
     "excess",
+    "jackknife",
+    "monte_carlo_p_value",
+    "one_sided_energy_variance",
+    "p_value_text",
+    "permute_runs",
+    "projected_energy_variance",
     "projected_norm_rms",
+    "signed_cosine_p_value",
+    "similarity_draws",
     "similarity_grid_mean",
+    "similarity_maximum",
     "similarity_mean",
+    "similarity_null_method",
+    "similarity_p_value",
+    "similarity_quantile",
     "similarity_variance",
 ]

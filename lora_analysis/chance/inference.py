@@ -1,0 +1,186 @@
+"""From single p-values to statements: many modules, many runs, few draws."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from math import comb, factorial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lora_analysis.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterator, Sequence
+
+    from numpy.typing import ArrayLike, NDArray
+
+# Below this a matched distribution says only "smaller".
+SMALLEST_P = 1e-4
+# Up to so many relabellings of runs are all gone through; beyond, as many are drawn.
+ALL_RELABELLINGS = 20_000
+
+
+def p_value_text(p: float) -> str:
+    """Return a p-value as it may be reported: ``"< 1e-4"`` where its size is not known."""
+    if np.isnan(p):
+        return ""
+    return "< 1e-4" if p < SMALLEST_P else f"{p:.2g}"
+
+
+def monte_carlo_p_value(draws: ArrayLike, value: float) -> float:
+    """Return ``(b + 1)/(N + 1)``, b of N draws of the null being at least ``value``."""
+    null = np.asarray(draws)
+    return float((np.count_nonzero(null >= value) + 1) / (null.size + 1))
+
+
+def benjamini_hochberg(p_values: ArrayLike) -> NDArray[np.float64]:
+    """Return q-values: the false discovery rate at which each p-value would be called.
+
+    Benjamini & Hochberg (1995), step-up, over all values given: one per module, for one pair and
+    one side. NaN stays NaN and does not count.
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    q = np.full(p.shape, np.nan)
+    known = np.flatnonzero(~np.isnan(p))
+    order = known[np.argsort(p[known])]
+    scaled = p[order] * known.size / np.arange(1, known.size + 1)
+    q[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
+    return q
+
+
+@dataclass(frozen=True, slots=True)
+class RunPermutation:
+    """Whether runs of one task agree more with each other than with runs of other tasks.
+
+    Attributes
+    ----------
+    difference
+        Mean over pairs of one task minus mean over pairs of different tasks.
+    p_value
+        Share of the relabellings whose difference is at least as large.
+    smallest_p_value
+        What the p-value could be at best with so many runs.
+    relabellings
+        How many were gone through, or drawn.
+    exact
+        Whether those were all.
+    """
+
+    difference: float
+    p_value: float
+    smallest_p_value: float
+    relabellings: int
+    exact: bool
+
+
+def permute_runs(
+    similarity: ArrayLike, tasks: Sequence[Hashable], *, draws: int = 9999, seed: int = 0
+) -> RunPermutation:
+    """Return the permutation test over runs: the unit is the run, never the pair.
+
+    Parameters
+    ----------
+    similarity
+        ``(N, N)``, symmetric: one number per pair of runs, for example the median ω. NaN pairs
+        do not count.
+    tasks
+        Task of each run. Relabelling keeps how many runs each task has.
+    draws, seed
+        Random relabellings, where all would be more than 20,000.
+
+    Raises
+    ------
+    InputError
+        Fewer than two tasks, or no task with two runs.
+    """
+    values = np.array(similarity, dtype=np.float64)
+    codes = np.unique(np.array([str(task) for task in tasks]), return_inverse=True)[1]
+    sizes = np.bincount(codes)
+    if len(sizes) < 2 or sizes.max() < 2:
+        message = (
+            f"A permutation of runs needs two tasks, one of them with two runs; the {len(codes)} "
+            f"runs have {len(sizes)} task(s), at most {sizes.max(initial=0)} run(s) each."
+        )
+        raise InputError(message)
+    np.fill_diagonal(values, np.nan)
+    found = _task_difference(values, codes)
+    total = _partitions(sizes)
+    exact = total <= ALL_RELABELLINGS
+    relabelled = _all_partitions(sizes) if exact else _random_partitions(codes, draws, seed)
+    differences = np.array([_task_difference(values, labels) for labels in relabelled])
+    # A relabelling that is the same partition must not be lost to rounding.
+    as_large = int(np.count_nonzero(differences >= found - 1e-12 * max(abs(found), 1e-300)))
+    count = len(differences)
+    p = as_large / count if exact else (as_large + 1) / (count + 1)
+    return RunPermutation(found, p, 1 / total if exact else 1 / (count + 1), count, exact)
+
+
+def _task_difference(values: NDArray[np.float64], codes: NDArray[np.intp]) -> float:
+    same = codes[:, None] == codes[None, :]
+    known = ~np.isnan(values)
+    return float(values[same & known].mean() - values[~same & known].mean())
+
+
+def _partitions(sizes: NDArray[np.intp]) -> int:
+    """Return in how many ways runs fall into unnamed groups of these sizes."""
+    total, left = 1, int(sizes.sum())
+    for size in sizes:
+        total *= comb(left, int(size))
+        left -= int(size)
+    for alike in np.unique(sizes, return_counts=True)[1]:
+        total //= factorial(int(alike))
+    return total
+
+
+def _all_partitions(sizes: NDArray[np.intp]) -> Iterator[NDArray[np.intp]]:
+    """Yield every partition once, as group codes."""
+    codes = np.full(int(sizes.sum()), -1)
+
+    def place(group: int) -> Iterator[NDArray[np.intp]]:
+        if group == len(sizes):
+            yield codes.copy()
+            return
+        free = np.flatnonzero(codes < 0)
+        for chosen in combinations(free.tolist(), int(sizes[group])):
+            # Groups of one size are the same group under another name: keep them in order.
+            if group and sizes[group] == sizes[group - 1]:
+                before = int(np.flatnonzero(codes == group - 1)[0])
+                if chosen[0] < before:
+                    continue
+            codes[list(chosen)] = group
+            yield from place(group + 1)
+            codes[list(chosen)] = -1
+
+    # Sizes in order, so that equal ones are neighbours.
+    sizes = np.sort(sizes)
+    yield from place(0)
+
+
+def _random_partitions(
+    codes: NDArray[np.intp], draws: int, seed: int
+) -> Iterator[NDArray[np.intp]]:
+    rng = np.random.default_rng(seed)
+    for _ in range(draws):
+        yield rng.permutation(codes)
+
+
+def jackknife(
+    statistic: Callable[[NDArray[np.intp]], float], runs: int
+) -> tuple[float, float | None]:
+    """Return a statistic over runs and its leave-one-run-out standard error.
+
+    Parameters
+    ----------
+    statistic
+        Of an array of run indices.
+    runs
+        How many there are; below three there is no error to be had, and it is None.
+    """
+    every = np.arange(runs)
+    value = float(statistic(every))
+    if runs < 3:
+        return value, None
+    left = np.array([statistic(np.delete(every, run)) for run in every])
+    return value, float(np.sqrt((runs - 1) / runs * np.sum((left - left.mean()) ** 2)))
