@@ -51,7 +51,7 @@ LEVELS = {
 }
 # Which parts may import what is slow to import, and no other part may.
 HEAVY = {
-    "torch": {"lora", "training"},
+    "torch": {"lora", "spectra", "training"},  # spectra: on a device only
     "matplotlib": {"plots", "report"},
     "pandas": {"studies", "report"},
     "transformers": set(),

@@ -140,18 +140,56 @@ def test_a_zero_factor_gives_zero_values_and_orthonormal_columns(rng, zero):
 @pytest.mark.parametrize(
     ("power_b", "power_a"), [(-1000, 0), (-500, -500), (500, 500), (900, -900)]
 )
-def test_a_power_of_two_passes_through_exactly(rng, power_b, power_a):
+def test_extreme_powers_of_two_change_nothing_but_the_size(rng, power_b, power_a):
     B, A = gaussian_factors(rng, 9, 7, 4)
     plain, extreme = (
         linalg.factored_svd(B, A),
         linalg.factored_svd(np.ldexp(B, power_b), np.ldexp(A, power_a)),
     )
-    np.testing.assert_array_equal(extreme.S, np.ldexp(plain.S, power_b + power_a))
-    np.testing.assert_array_equal(extreme.V, plain.V)
-    np.testing.assert_array_equal(
+    assert_close(extreme.S, np.ldexp(plain.S, power_b + power_a), rtol=1e-13)
+    assert_close(extreme.V, plain.V, atol=1e-13)
+    assert_close(
         linalg.factored_singular_values(np.ldexp(B, power_b), np.ldexp(A, power_a)),
         np.ldexp(linalg.factored_singular_values(B, A), power_b + power_a),
+        rtol=1e-13,
     )
+
+
+def conditioned(rng, condition, r=6):
+    """Factors of rank r, both of one condition that no scaling of columns removes."""
+    s = np.geomspace(1, 1 / condition, r)
+    turn = [orthonormal(rng, r, r) for _ in range(2)]
+    return (orthonormal(rng, 40, r) * s) @ turn[0], turn[1] @ (
+        s[:, None] * orthonormal(rng, 30, r).T
+    )
+
+
+@pytest.mark.parametrize("condition", [1.0, 10.0, 90.0, 110.0, 1e4, 9e5, 2e6, 1e8])
+def test_every_route_keeps_small_singular_values_and_orthonormal_vectors(rng, condition):
+    # One Gram matrix, two, or Householder's QR: which is taken depends on the condition.
+    B, A = conditioned(rng, condition)
+    exact = reference.exact_singular_values(B, A)
+    bound = 1e-11 + 1e-15 * condition
+    svd = linalg.factored_svd(B, A)
+    assert_close(svd.S, exact, rtol=bound)
+    assert_close(linalg.factored_singular_values(B, A), exact, rtol=bound)
+    assert_close((svd.U * svd.S) @ svd.V.T, B @ A, atol=1e-14)
+    for basis in (svd.U, svd.V):
+        assert_close(basis.T @ basis, np.eye(6), atol=1e-11)
+    for found, factor in ((svd.B_condition, B), (svd.A_condition, A.T)):
+        assert_close(found, np.linalg.cond(factor / np.linalg.norm(factor, axis=0)), rtol=1e-4)
+
+
+def test_the_condition_leaves_scale_and_zero_columns_out(rng):
+    B, A = gaussian_factors(rng, 30, 20, 4)
+    plain = linalg.factored_svd(B, A)
+    scaled = linalg.factored_svd(B * [1e8, 1.0, 1e-8, 3.0], A)
+    assert_close(scaled.B_condition, plain.B_condition, rtol=1e-9)
+    zeroed = linalg.factored_svd(B * [1.0, 0.0, 1.0, 1.0], A)
+    kept = B[:, [0, 2, 3]]
+    expected = np.linalg.cond(kept / np.linalg.norm(kept, axis=0))
+    assert_close(zeroed.B_condition, expected, rtol=1e-9)
+    assert linalg.factored_svd(B[:2], A).B_condition > 1e15  # four columns of a plane
 
 
 def test_single_precision_factors_are_computed_in_double(rng):

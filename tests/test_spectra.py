@@ -14,7 +14,14 @@ from reference import FLOAT32, IDENTITY, ORACLE, assert_close
 
 from lora_analysis.adapter import DenseUpdate, LowRankUpdate
 from lora_analysis.errors import DegenerateSubspaceError, InputError
-from lora_analysis.spectra import Spectrum, check_side, singular_values, spectrum
+from lora_analysis.spectra import (
+    SIDES,
+    Spectrum,
+    check_side,
+    singular_values,
+    spectrum,
+    stacked_spectra,
+)
 
 sizes = st.integers(1, 10)
 
@@ -435,3 +442,103 @@ def test_a_spectrum_can_be_built_by_hand():
     )  # fmt: skip
     assert found.norm == 2
     assert found.basis("input", 1).shape == (4, 1)
+
+
+# --- resolution of the stored type ------------------------------------------------------------
+
+
+def test_the_resolution_is_its_formula(rng):
+    update = low_rank_update(rng, 24, 20, 4)
+    kappa = sum(np.linalg.cond(m / np.linalg.norm(m, axis=0)) for m in (update.B, update.A.T))
+    for dtype, eps in (("bfloat16", 2.0**-7), ("float16", 2.0**-10), ("float32", 2.0**-23)):
+        found = spectrum(replace(update, stored_dtype=dtype))
+        assert_close(found.resolution, 0.5 * eps * 2 * kappa, rtol=ORACLE)
+        assert found.resolved
+
+
+def test_rounding_moves_no_singular_value_by_more_than_the_resolution(rng):
+    import torch
+
+    for condition in (1.0, 5.0, 30.0):
+        turn = [orthonormal(rng, 4, 4) for _ in range(2)]
+        s = np.geomspace(1, 1 / condition, 4)
+        B, A = (orthonormal(rng, 64, 4) * s) @ turn[0], turn[1] @ orthonormal(rng, 48, 4).T
+        halves = [torch.from_numpy(m).bfloat16().double().numpy() for m in (B, A)]
+        exact, stored = (
+            LowRankUpdate("m", a, b, 1.0, stored_dtype="bfloat16") for b, a in ((B, A), halves)
+        )
+        moved = np.max(np.abs(spectrum(stored).S / spectrum(exact).S - 1))
+        assert moved <= spectrum(stored).resolution
+
+
+def test_nearly_dependent_columns_are_not_resolved_by_a_coarse_type(rng):
+    update = low_rank_update(rng, 24, 20, 3)
+    B = update.B.copy()
+    B[:, 1] = B[:, 0] + 1e-4 * B[:, 1]
+    coarse = spectrum(replace(update, B=B, stored_dtype="bfloat16"))
+    assert not coarse.resolved
+    assert spectrum(replace(update, B=B, stored_dtype="float32")).resolved
+
+
+def test_there_is_no_resolution_without_factors_or_without_training(rng):
+    update = low_rank_update(rng, 24, 20, 3)
+    for one in (DenseUpdate("m", update.delta_weight()), replace(update, B=0 * update.B)):
+        assert np.isnan(spectrum(one).resolution)
+        assert spectrum(one).resolved
+
+
+# --- whole shapes at once ---------------------------------------------------------------------
+
+
+def devices():
+    import torch
+
+    reason = "no CUDA device"
+    cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason=reason)
+    return ["cpu", pytest.param("cuda", marks=cuda)]
+
+
+def mixed_updates(rng):
+    """Updates of several shapes and ranks, among them hard ones, not in order."""
+    plain = [low_rank_update(rng, *shape) for shape in ((24, 20, 4), (20, 24, 2), (24, 20, 4))]
+    zero = replace(plain[0], B=0 * plain[0].B)
+    deficient = replace(plain[0], B=plain[0].B[:, [0, 0, 1, 1]])
+    graded = replace(plain[0], B=plain[0].B * np.geomspace(1, 1e-10, 4))
+    wide = low_rank_update(rng, 3, 20, 5)
+    negative = replace(plain[1], scale=-0.5)
+    extreme = replace(plain[2], B=1e200 * plain[2].B, A=1e-190 * plain[2].A)
+    dense = DenseUpdate("m", plain[0].delta_weight())
+    return [plain[0], wide, zero, plain[1], deficient, dense, graded, negative, extreme, plain[2]]
+
+
+@pytest.mark.parametrize("device", devices())
+def test_stacked_spectra_on_a_device_are_those_of_one_update_each(rng, device):
+    updates = mixed_updates(rng)
+    for one, found in zip(updates, stacked_spectra(updates, device=device), strict=True):
+        expected = spectrum(one)
+        n = expected.numerical_rank
+        assert (found.numerical_rank, found.name, found.shape) == (n, one.name, one.shape)
+        assert_close(found.S[:n], expected.S[:n], rtol=ORACLE)
+        for side in SIDES:
+            both = found.vectors(side), expected.vectors(side)
+            assert_close(both[0], both[1], atol=1e-8)
+        if expected.factor_condition < 1e12:
+            assert_close(found.resolution, expected.resolution, rtol=1e-6)
+
+
+@pytest.mark.parametrize("device", devices())
+def test_stacked_spectra_in_single_precision_have_its_error_and_no_more(rng, device):
+    updates = mixed_updates(rng)[:5]
+    for one, found in zip(
+        updates, stacked_spectra(updates, device=device, dtype="float32"), strict=True
+    ):
+        expected = spectrum(one)
+        size = 2 * np.linalg.norm(one.B, 2) * np.linalg.norm(one.A, 2)
+        assert found.numerical_rank == expected.numerical_rank
+        assert_close(found.S, expected.S, atol=1e-6 * size + 1e-300)
+
+
+def test_without_a_device_spectra_come_one_by_one(rng):
+    updates = mixed_updates(rng)
+    for found, one in zip(stacked_spectra(updates), updates, strict=True):
+        np.testing.assert_array_equal(found.S, spectrum(one).S)

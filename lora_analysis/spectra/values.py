@@ -1,4 +1,4 @@
-"""The spectrum of an update: singular values and vectors of ΔW, and the ranks read from them."""
+"""`Spectrum`: singular values and vectors of one update, and the ranks read from them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal, cast
 import numpy as np
 
 from lora_analysis import linalg
-from lora_analysis.adapter import DenseUpdate, LowRankUpdate, Update
 from lora_analysis.errors import DegenerateSubspaceError, InputError
 
 if TYPE_CHECKING:
@@ -51,6 +50,9 @@ class Spectrum:
         How many singular values stand above the error of the arithmetic; 0 is "untrained".
     rank
         The rank the adapter was given.
+    factor_condition
+        κ(B̂) + κ(Â), the conditions of the factors with unit columns and rows; NaN for a dense
+        update and for one factor alone.
     in_units_of_scale
         True where the scale is not known: S must then be multiplied by it.
     """
@@ -66,6 +68,7 @@ class Spectrum:
     in_units_of_scale: bool = False
     stored_dtype: str = "float32"
     label: str = ""
+    factor_condition: float = float("nan")
 
     def __post_init__(self) -> None:
         for array in (self.U, self.S, self.V):
@@ -99,11 +102,30 @@ class Spectrum:
         return 1.0 - np.append(s[1:], 0.0) / s
 
     @property
+    def resolution(self) -> float:
+        """η: how far the stored type may have moved each σ, relative, against before rounding.
+
+        ``½·eps(stored)·√r·(κ(B̂) + κ(Â))``. From 1 on the smallest singular values are those of
+        the rounding, not of the training. NaN where there is no bound (dense, untrained).
+        """
+        if self.untrained:
+            return float("nan")
+        return 0.5 * self._stored_eps * float(np.sqrt(self.rank)) * self.factor_condition
+
+    @property
+    def resolved(self) -> bool:
+        """False where the stored type does not resolve the small singular values (η ≥ 1)."""
+        return not self.resolution >= 1
+
+    @property
+    def _stored_eps(self) -> float:
+        return _STORED_EPS.get(self.stored_dtype, _STORED_EPS["float32"])
+
+    @property
     def undefined(self) -> NDArray[np.bool_]:
         """For each i, whether the gap is below the resolution of the stored type."""
-        stored = _STORED_EPS.get(self.stored_dtype, _STORED_EPS["float32"])
         # Values that coincide exactly come out of the SVD a few ulp apart.
-        return self.gaps < max(stored, 4 * self.rank * linalg.EPS)
+        return self.gaps < max(self._stored_eps, 4 * self.rank * linalg.EPS)
 
     @property
     def soft(self) -> NDArray[np.bool_]:
@@ -213,139 +235,3 @@ def check_side(side: str, factor: str) -> None:
             f"directions only. Use side={allowed[factor][0]!r}, or factor='delta'."
         )
         raise InputError(message)
-
-
-def _numerical_rank(S: NDArray[np.float64], rank: int, factor_norms: float) -> int:
-    """Count singular values above the arithmetic's error, ``4r·2⁻⁵²·‖B‖₂‖A‖₂``.
-
-    The stored factors are the adapter: the cut lies at the error of float64 arithmetic on them,
-    never at the resolution of the stored type, which would call half-precision files untrained.
-    Zero wherever ‖BA‖_F ≤ 2⁻⁵²·‖B‖_F‖A‖_F, since no σ is then above r·2⁻⁵²·‖B‖₂‖A‖₂.
-    """
-    return int(np.count_nonzero(4 * rank * linalg.EPS * factor_norms < S))
-
-
-def _delta_spectrum(update: LowRankUpdate) -> Spectrum:
-    svd = linalg.factored_svd(
-        update.B.astype(np.float64, copy=False), update.A.astype(np.float64, copy=False)
-    )
-    scale = 1.0 if update.scale is None else update.scale
-    found = _numerical_rank(svd.S, update.rank, float(svd.B_norm * svd.A_norm))
-    return Spectrum(
-        name=update.name,
-        U=svd.U,
-        S=abs(scale) * svd.S,
-        V=svd.V if scale >= 0 else -svd.V,
-        factor="delta",
-        numerical_rank=found if scale != 0 else 0,
-        rank=update.rank,
-        shape=update.shape,
-        in_units_of_scale=update.scale is None,
-        stored_dtype=update.stored_dtype,
-        label=update.label,
-    )
-
-
-def _factor_spectrum(update: LowRankUpdate, factor: Literal["A", "B"]) -> Spectrum:
-    """Return the spectrum of one factor alone: right vectors of A, or left vectors of B."""
-    matrix = (update.A.T if factor == "A" else update.B).astype(np.float64)
-    q, r = np.linalg.qr(matrix)
-    left, values, _ = np.linalg.svd(r, full_matrices=False)
-    vectors = q @ left
-    vectors = vectors * linalg.column_signs(vectors)
-    cut = 4 * update.rank * linalg.EPS * values[0]
-    return Spectrum(
-        name=update.name,
-        U=vectors if factor == "B" else None,
-        S=values,
-        V=vectors if factor == "A" else None,
-        factor=factor,
-        numerical_rank=int(np.count_nonzero(values > cut)),
-        rank=update.rank,
-        shape=update.shape,
-        stored_dtype=update.stored_dtype,
-        label=update.label,
-    )
-
-
-def _dense_spectrum(update: DenseUpdate) -> Spectrum:
-    u, s, vt = np.linalg.svd(update.delta.astype(np.float64), full_matrices=False)
-    sign = linalg.column_signs(u)
-    return Spectrum(
-        name=update.name,
-        U=u * sign,
-        S=s,
-        V=vt.T * sign,
-        factor="delta",
-        numerical_rank=int(np.count_nonzero(s > max(update.shape) * linalg.EPS * s[0])),
-        rank=update.rank,
-        shape=update.shape,
-        stored_dtype=update.stored_dtype,
-        label=update.label,
-    )
-
-
-def spectrum(update: Update | Spectrum, *, factor: Factor = "delta") -> Spectrum:
-    """Return the singular values and vectors of ΔW = s·B·A, or of one factor alone.
-
-    ΔW is never formed: QR of both factors and the SVD of an r × r core, in float64. The absolute
-    error of each singular value is about 1e-15·s‖B‖₂‖A‖₂.
-
-    Parameters
-    ----------
-    update
-        A low-rank or dense update; a Spectrum is given back as it is if its factor fits.
-    factor
-        ``"delta"`` for ΔW; ``"A"`` for the right singular vectors of A alone (what the LoRA paper
-        plots), ``"B"`` for the left ones of B alone. Those two depend on how ΔW is split into
-        factors; only the span of all r directions does not.
-
-    Raises
-    ------
-    InputError
-        An unknown factor, or a factor of a dense update.
-
-    Notes
-    -----
-    O((d_out + d_in)·r² + r³) for a low-rank update.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> update = LowRankUpdate(name="q", A=np.eye(2, 5), B=2 * np.eye(7, 2), scale=0.5)
-    >>> spectrum(update).S
-    array([1., 1.])
-    """
-    if isinstance(update, Spectrum):
-        if update.factor != factor:
-            message = f"This spectrum is of factor {update.factor!r}, asked for {factor!r}."
-            raise InputError(message)
-        return update
-    if factor not in ("delta", "A", "B"):
-        message = f"factor must be 'delta', 'A' or 'B', got {factor!r}."
-        raise InputError(message)
-    if isinstance(update, DenseUpdate):
-        if factor != "delta":
-            message = f"'{update.name}' is a dense update and has no factor {factor}."
-            raise InputError(message)
-        return _dense_spectrum(update)
-    return _delta_spectrum(update) if factor == "delta" else _factor_spectrum(update, factor)
-
-
-def singular_values(update: Update) -> NDArray[np.float64]:
-    """Return the singular values of ΔW, descending, ``(min(r, d_out, d_in),)``; no vectors.
-
-    In units of the scale where it is not known.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> singular_values(LowRankUpdate(name="q", A=np.eye(2, 5), B=np.eye(7, 2), scale=3.0))
-    array([3., 3.])
-    """
-    if isinstance(update, DenseUpdate):
-        return np.linalg.svd(update.delta.astype(np.float64), compute_uv=False)
-    scale = 1.0 if update.scale is None else abs(update.scale)
-    return scale * linalg.factored_singular_values(
-        update.B.astype(np.float64, copy=False), update.A.astype(np.float64, copy=False)
-    )

@@ -1,0 +1,16 @@
+"""The spectrum of an update: singular values and vectors of ΔW, and the ranks read from them."""
+
+from lora_analysis.spectra.factoring import singular_values, spectrum, stacked_spectra
+from lora_analysis.spectra.values import SIDES, SOFT_GAP, Factor, Side, Spectrum, check_side
+
+__all__ = [
+    "SIDES",
+    "SOFT_GAP",
+    "Factor",
+    "Side",
+    "Spectrum",
+    "check_side",
+    "singular_values",
+    "spectrum",
+    "stacked_spectra",
+]
