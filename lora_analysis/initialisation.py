@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from lora_analysis.adapter import LowRankUpdate
+from lora_analysis.errors import IncompatibleError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,46 +91,176 @@ class SharedStart:
         return self.kind in ("same initial A", "same run", "same input space")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StartEvidence:
+    """The evidence of one module for every pair of N updates: symmetric arrays ``(N, N)``.
+
+    ``row_cosine``, ``cross_cosine``, ``z``, ``other_cosine`` and ``shared`` are those of
+    `ModuleStart`, with NaN for its None; the diagonal holds an update against itself.
+    """
+
+    row_cosine: NDArray[np.float64]
+    cross_cosine: NDArray[np.float64]
+    z: NDArray[np.float64]
+    other_cosine: NDArray[np.float64]
+    shared: NDArray[np.bool_]
+
+
+def start_evidence(
+    updates: Sequence[LowRankUpdate], *, factor: Literal["A", "B"] = "A"
+) -> StartEvidence:
+    """Return the evidence, for every pair, that two updates of one module share their start.
+
+    Parameters
+    ----------
+    updates
+        Of one module, with one d_in; ranks may differ, and B may be untrained.
+    factor
+        The factor that starts non-zero: nearly always A. After an orthogonal init both do, and
+        either may be asked.
+
+    Notes
+    -----
+    c alone is not enough: learned rows correlate with each other. q, the same cosine over rows
+    that do not belong together, is what independent rows of these very factors give. One product
+    over all rows: O((Σr)²·d).
+    """
+    rows = [_unit_rows(one.A if factor == "A" else one.B.T) for one in updates]
+    others = [_unit_rows(one.B.T if factor == "A" else one.A) for one in updates]
+    ranks = np.array([len(one) for one in rows])
+    n = np.minimum.outer(ranks, ranks)
+    matched, matched_squares = _matched_sums(rows)
+    rest = np.outer(ranks, ranks) - n
+    with np.errstate(divide="ignore", invalid="ignore"):
+        squares = np.maximum(_block_squares(rows, ranks) - matched_squares, 0.0)
+        cross = np.sqrt(squares / np.where(rest > 0, rest, np.nan))
+    cosine = matched / n
+    z = np.sqrt(n) * cosine / np.maximum(cross, 1 / np.sqrt(rows[0].shape[1]))
+    clear = ((cosine >= 0.2) & (z >= 5)) | ((cosine >= 0.5) & (z >= 4))
+    alike = len({one.shape[1] for one in others}) == 1
+    return StartEvidence(
+        row_cosine=cosine,
+        cross_cosine=cross,
+        z=z,
+        other_cosine=_matched_sums(others)[0] / n if alike else np.zeros_like(cosine),
+        # The same rows to the last digits need no statistics: a file against itself, a frozen A.
+        shared=clear | (cosine > 1 - 1e-6),
+    )
+
+
 def _unit_rows(matrix: NDArray[np.floating]) -> NDArray[np.float64]:
     rows = matrix.astype(np.float64)
     length = np.linalg.norm(rows, axis=1, keepdims=True)
     return rows / np.where(length > 0, length, 1.0)
 
 
+def _matched_sums(
+    rows: Sequence[NDArray[np.float64]],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return, for every pair, the sums of row k times row k and of its square, ``(N, N)`` each."""
+    sums, squares = np.zeros((2, len(rows), len(rows)))
+    for k in range(max(map(len, rows))):
+        members = [at for at, one in enumerate(rows) if len(one) > k]
+        kth = np.stack([rows[at][k] for at in members])
+        products = kth @ kth.T
+        sums[np.ix_(members, members)] += products
+        squares[np.ix_(members, members)] += products**2
+    return sums, squares
+
+
+def _block_squares(
+    rows: Sequence[NDArray[np.float64]], ranks: NDArray[np.intp]
+) -> NDArray[np.float64]:
+    """Return, for every pair, the sum of squares over all products of their rows, ``(N, N)``."""
+    every = np.concatenate(rows)
+    starts = np.cumsum(ranks) - ranks
+    found = np.empty((len(rows), len(rows)))
+    for at, (start, rank) in enumerate(zip(starts, ranks, strict=True)):
+        products = every[start : start + rank] @ every[start:].T  # those before are known
+        sums = np.add.reduceat(np.sum(products**2, axis=0), starts[at:] - start)
+        found[at, at:] = found[at:, at] = sums
+    return found
+
+
 def module_start(a: LowRankUpdate, b: LowRankUpdate) -> ModuleStart:
     """Return the evidence that ``a`` and ``b`` started from the same rows of A.
 
+    Of one pair what `start_evidence` says of many; ``a`` and ``b`` have one d_in.
+    """
+    evidence = start_evidence([a, b])
+    return module_start_of(evidence, 0, 1, a.name, (a.rank, b.rank))
+
+
+def module_start_of(
+    evidence: StartEvidence, a: int, b: int, module: str, ranks: tuple[int, int]
+) -> ModuleStart:
+    """Return the evidence about the pair (a, b) out of that about every pair."""
+    known = ranks != (1, 1)
+    return ModuleStart(
+        module=module,
+        ranks=ranks,
+        row_cosine=float(evidence.row_cosine[a, b]),
+        cross_cosine=float(evidence.cross_cosine[a, b]) if known else None,
+        z=float(evidence.z[a, b]) if known else None,
+        other_cosine=float(evidence.other_cosine[a, b]),
+        shared=bool(evidence.shared[a, b]),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """How far A moved from where training started.
+
+    Attributes
+    ----------
+    angular
+        ``1 − cos(A, A₀)`` over all entries, in [0, 2]: 0 where A only changed its size.
+    row_angular
+        The same row by row, mean over rows: a row of one is not a row of the other.
+    radial
+        ``‖A‖/‖A₀‖ − 1``: negative where weight decay shrank A.
+    """
+
+    angular: float
+    row_angular: float
+    radial: float
+
+
+def drift(update: LowRankUpdate, initial: NDArray[np.floating]) -> Drift:
+    """Return how far A moved from its initial value, in direction and in size.
+
     Parameters
     ----------
-    a, b
-        Updates of one module with the same d_in. B may be untrained.
+    update
+        The trained update.
+    initial
+        The A it started from, ``(r, d_in)``.
 
-    Notes
-    -----
-    c alone is not enough: learned rows correlate with each other. q, the same cosine over rows
-    that do not belong together, is what independent rows of these very factors give.
+    Raises
+    ------
+    IncompatibleError
+        The shapes differ.
     """
-    cosines = _unit_rows(a.A) @ _unit_rows(b.A).T  # (r₁, r₂)
-    n = min(cosines.shape)
-    matched = float(np.mean(np.diagonal(cosines)))
-    columns = _unit_rows(a.B.T[:n]) * _unit_rows(b.B.T[:n]) if a.shape == b.shape else np.zeros(1)
-    off = np.eye(*cosines.shape) == 0
-    cross = z = None
-    # The same rows to the last digits need no statistics: a file against itself, or a frozen A.
-    shared = matched > 1 - 1e-6
-    if off.any():
-        cross = float(np.sqrt(np.mean(cosines[off] ** 2)))
-        z = float(np.sqrt(n) * matched / max(cross, 1 / np.sqrt(a.shape[1])))
-        shared |= (matched >= 0.2 and z >= 5) or (matched >= 0.5 and z >= 4)
-    return ModuleStart(
-        module=a.name,
-        ranks=(a.rank, b.rank),
-        row_cosine=matched,
-        cross_cosine=cross,
-        z=z,
-        other_cosine=float(np.sum(columns) / n),
-        shared=bool(shared),
+    if initial.shape != update.A.shape:
+        message = (
+            f"The initial A of '{update.name}' is {initial.shape}, the trained one "
+            f"{update.A.shape}. Was it drawn for another rank?"
+        )
+        raise IncompatibleError(message)
+    now, then = update.A.astype(np.float64), initial.astype(np.float64)
+    sizes = np.linalg.norm(now), np.linalg.norm(then)
+    whole = [m.reshape(1, -1) for m in (now, then)]
+    return Drift(
+        angular=float(_one_minus_cosines(*whole)[0]),
+        row_angular=float(np.mean(_one_minus_cosines(now, then))),
+        radial=float(sizes[0] / sizes[1] - 1) if sizes[1] else float("inf"),
     )
+
+
+def _one_minus_cosines(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return 1 − cos of paired rows; half the squared distance of unit rows keeps small ones."""
+    apart = _unit_rows(a) - _unit_rows(b)
+    return np.asarray(np.sum(apart**2, axis=1) / 2)
 
 
 def _rank_one_verdict(starts: Sequence[ModuleStart]) -> SharedStart:

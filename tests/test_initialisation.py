@@ -12,10 +12,13 @@ from reference import IDENTITY, assert_close
 from safetensors.numpy import load_file
 
 from lora_analysis.adapter import LowRankUpdate
+from lora_analysis.errors import IncompatibleError
 from lora_analysis.initialisation import (
     ModuleStart,
+    drift,
     judge_start,
     module_start,
+    start_evidence,
 )
 from lora_analysis.similarity import subspace_similarity
 from lora_analysis.spectra import spectrum
@@ -352,3 +355,72 @@ def test_a_file_against_itself_shares_every_module(rng):
     found = judge_start(common_starts(learned, learned))
     assert found.kind == "same run"
     assert len(found.modules) == MODULES
+
+
+# --- every pair at once -----------------------------------------------------------------------
+
+
+def test_the_evidence_for_many_is_that_for_each_pair(rng):
+    updates = [low_rank_update(rng, rank=r) for r in (3, 5, 1, 3, 1)]
+    updates[3] = replace(updates[3], A=updates[0].A + 0.1 * updates[3].A)
+    updates.append(replace(updates[1], B=0 * updates[1].B))
+    found = start_evidence(updates)
+    for i, one in enumerate(updates):
+        for j, two in enumerate(updates):
+            c, q, z = reference.start(one.A, two.A) if {one.rank, two.rank} != {1} else (None,) * 3
+            if c is not None:
+                values = (found.row_cosine[i, j], found.cross_cosine[i, j], found.z[i, j])
+                assert_close(values, (c, q, z), rtol=1e-9)
+            n = min(one.rank, two.rank)
+            columns = [
+                one.B[:, k]
+                @ two.B[:, k]
+                / (np.linalg.norm(one.B[:, k]) * np.linalg.norm(two.B[:, k]))
+                if two.B.any() and one.B.any()
+                else 0.0
+                for k in range(n)
+            ]
+            assert_close(found.other_cosine[i, j], np.mean(columns), atol=1e-12)
+    assert found.shared[0, 3]
+    assert found.shared[1, 5]
+    assert not found.shared[0, 1]
+
+
+def test_the_evidence_can_be_asked_of_the_other_factor(rng):
+    one, two = low_rank_update(rng, 20, 20, 4), low_rank_update(rng, 20, 20, 4)
+    turned = [replace(u, A=u.B.T, B=u.A.T) for u in (one, two)]
+    for name in ("row_cosine", "cross_cosine", "z", "other_cosine"):
+        assert_close(
+            getattr(start_evidence([one, two], factor="B"), name),
+            getattr(start_evidence(turned), name),
+        )
+
+
+# --- drift ------------------------------------------------------------------------------------
+
+
+def test_shrinking_is_radial_and_turning_is_angular(rng):
+    update = low_rank_update(rng, rank=3)
+    shrunk = drift(replace(update, A=0.9 * update.A), update.A)
+    assert_close([shrunk.angular, shrunk.row_angular], 0, atol=1e-15)
+    assert_close(shrunk.radial, -0.1)
+    turn = rng.standard_normal(update.A.shape)
+    turn -= (
+        update.A
+        * np.sum(turn * update.A, axis=1, keepdims=True)
+        / np.sum(update.A**2, axis=1, keepdims=True)
+    )
+    turn *= np.linalg.norm(update.A, axis=1, keepdims=True) / np.linalg.norm(
+        turn, axis=1, keepdims=True
+    )
+    for angle in (1e-6, 0.3, 2.0):
+        moved = drift(replace(update, A=np.cos(angle) * update.A + np.sin(angle) * turn), update.A)
+        expected = 2 * np.sin(angle / 2) ** 2
+        assert_close([moved.angular, moved.row_angular], expected, rtol=1e-6)
+        assert_close(moved.radial, 0, atol=1e-12)
+
+
+def test_a_start_of_another_shape_is_refused(rng):
+    update = low_rank_update(rng, rank=3)
+    with pytest.raises(IncompatibleError, match=r"initial A .* is \(2, 20\), the trained one"):
+        drift(update, update.A[:2])
