@@ -1,4 +1,4 @@
-"""The rows of a study's tables: one update, one pair, one amplification at a time."""
+"""The rows of a study's tables: one update, one amplification at a time; and all columns."""
 
 from __future__ import annotations
 
@@ -7,17 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from lora_analysis import chance
 from lora_analysis.adapter import DenseUpdate, LowRankUpdate
 from lora_analysis.amplify import Amplification
 from lora_analysis.patterns import layer_index, module_type
-from lora_analysis.similarity import (
-    energy_overlap,
-    principal_angles,
-    signed_cosine,
-    subspace_similarity,
-)
-from lora_analysis.spectra import SIDES, Spectrum
+from lora_analysis.spectra import Spectrum
 
 # Columns are named here so that an empty table has them too.
 PAIR_COLUMNS = (
@@ -27,8 +20,8 @@ PAIR_COLUMNS = (
 SIMILARITY_COLUMNS = (
     "a", "b", "relation", "module", "module_type", "layer", "side", "dimension", "rank_a", "rank_b",
     "phi_1_1", "chance_1_1", "ill_defined_1_1", "phi_r_r", "chance_r_r", "excess_r_r",
-    "omega", "omega_chance", "smallest_angle", "largest_angle", "signed_cosine", "start",
-    "shared_start",
+    "isotropic_p", "isotropic_q", "omega", "omega_chance", "smallest_angle", "largest_angle",
+    "signed_cosine", "start", "shared_start",
 )  # fmt: skip
 AMPLIFICATION_COLUMNS = (
     "adapter", "module", "module_type", "layer", "k", "at_rank", "projected", "projected_weight",
@@ -54,6 +47,7 @@ def spectrum_row(update: LowRankUpdate | DenseUpdate, value: Spectrum) -> dict[s
         "energy_rank_90": value.energy_rank(0.9),
         "energy_rank_99": value.energy_rank(0.99),
         "participation_ratio": value.participation_ratio,
+        "resolution": value.resolution,
         "norm": value.norm,
         "sigma_1": float(s[0]),
         "in_units_of_scale": value.in_units_of_scale,
@@ -61,41 +55,6 @@ def spectrum_row(update: LowRankUpdate | DenseUpdate, value: Spectrum) -> dict[s
         "alpha": update.alpha if isinstance(update, LowRankUpdate) else None,
         "stored_dtype": value.stored_dtype,
     }
-
-
-def similarity_rows(a: Spectrum, b: Spectrum) -> list[dict[str, Any]]:
-    """Return one row per side for two trained updates of one module (see `Study`)."""
-    cosine = signed_cosine(a, b)
-    rows = []
-    for side in SIDES:
-        grid = subspace_similarity(a, b, side=side)
-        i, j = grid.values.shape
-        angles = principal_angles(a, b, side=side, k=(i, j))
-        rows.append(
-            {
-                "module": a.name,
-                "module_type": module_type(a.name),
-                "layer": layer_index(a.name),
-                "side": side,
-                "dimension": grid.dimension,
-                "rank_a": i,
-                "rank_b": j,
-                "phi_1_1": grid.at(1, 1),
-                "chance_1_1": float(grid.chance[0, 0]),
-                "ill_defined_1_1": grid.ill_defined(1, 1),
-                "phi_r_r": grid.at(i, j),
-                "chance_r_r": float(grid.chance[-1, -1]),
-                "excess_r_r": float(grid.excess[-1, -1]),
-                "omega": energy_overlap(a, b, side=side),
-                "omega_chance": chance.energy_overlap_mean(
-                    grid.dimension, (a.participation_ratio, b.participation_ratio)
-                ),
-                "smallest_angle": float(angles[0]),
-                "largest_angle": float(angles[-1]),
-                "signed_cosine": cosine,
-            }
-        )
-    return rows
 
 
 def amplification_rows(result: Amplification) -> Iterator[dict[str, Any]]:

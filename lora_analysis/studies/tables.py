@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from threadpoolctl import threadpool_limits
 
 from lora_analysis.adapter import Adapter
 from lora_analysis.amplify import Amplification
 from lora_analysis.bases import BaseWeights, open_base
 from lora_analysis.errors import BaseWeightError, InputError, SourceError
+from lora_analysis.execution import in_threads
 from lora_analysis.formats import read_adapter
 from lora_analysis.patterns import choose_names, natural_key
 from lora_analysis.similarity import SimilarityGrid, subspace_similarity
 from lora_analysis.spectra import Factor, Side, Spectrum, spectrum
+from lora_analysis.studies.pairs import pair_tables
 from lora_analysis.studies.relations import Relation, unique_labels
-from lora_analysis.studies.rows import (
-    AMPLIFICATION_COLUMNS,
-    PAIR_COLUMNS,
-    SIMILARITY_COLUMNS,
-    amplification_rows,
-)
-from lora_analysis.studies.walk import Pair, Walk
+from lora_analysis.studies.rows import AMPLIFICATION_COLUMNS, amplification_rows
+from lora_analysis.studies.walk import Walk
 
 Progress = Callable[[str, int, int], None]
 
@@ -53,7 +49,8 @@ class Study:
     pairs
         One row per pair of adapters: their relation, and whether they share their start.
     similarities
-        One row per pair, module and side: φ(1, 1), φ(r, r), ω with their chance, angles, cosine.
+        One row per pair, module and side: φ(1, 1), φ(r, r), ω with their chance, angles, cosine;
+        the isotropic p-value of φ(r, r), and its q-value over the modules of one pair and side.
     amplifications
         One row per adapter, module and k; empty without a base.
     failures
@@ -104,38 +101,6 @@ class Study:
         return table[(table["relation"] == relation) & (table["side"] == side)]
 
 
-def _pair_tables(pairs: Iterable[Pair]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    summaries, rows = [], []
-    for pair in pairs:
-        start = pair.start()
-        names = {"a": pair.a.label, "b": pair.b.label, "relation": pair.relation}
-        shared = set(start.modules)
-        summaries.append(
-            {
-                **names,
-                "modules": pair.common,
-                "mismatched_modules": len(pair.mismatched),
-                "start": start.kind,
-                "shared_modules": len(start.modules),
-                "b_cosine": start.other_cosine,
-                "total_cosine": pair.total_cosine(),
-            }
-        )
-        rows += [
-            {
-                **names,
-                **row,
-                "start": start.kind,
-                "shared_start": row["module"] in shared or start.contaminates_input,
-            }
-            for row in pair.rows
-        ]
-    similarities = pd.DataFrame(rows, columns=SIMILARITY_COLUMNS)
-    # Without rows the column would hold objects, and a selection by it would choose columns.
-    similarities["shared_start"] = similarities["shared_start"].astype(bool)
-    return pd.DataFrame(summaries, columns=PAIR_COLUMNS), similarities
-
-
 def _runs_table(adapters: Sequence[Adapter], spectra: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for adapter in adapters:
@@ -181,6 +146,7 @@ def study(
     transposed: bool | None = None,
     failures: Sequence[Failure] = (),
     draws: int = 16,
+    workers: int | None = None,
     progress: Progress | None = None,
 ) -> Study:
     """Compare adapters pair by pair and hold them against their base, module by module.
@@ -205,6 +171,8 @@ def study(
     draws
         Random directions drawn per module for mean and spread, for weights whose smaller side is
         at most 1024; beyond that only their exact root mean square is given.
+    workers
+        Threads over modules; the CPUs of this process by default.
     progress
         Called with ("modules", done, total) after each module.
 
@@ -234,31 +202,30 @@ def study(
     others = named[len(adapters) :]
     walk = Walk(analysed, others, opened, draws=draws, transposed=transposed)
     chosen = _chosen_modules(named, modules)
-    # Factors are tall and thin: a second BLAS thread makes their QR several times slower.
-    with threadpool_limits(1, user_api="blas"):
-        for done, module in enumerate(chosen, start=1):
-            walk.visit(module)
-            if progress:
-                progress("modules", done, len(chosen))
-    kept = [adapter for adapter in named if adapter.label not in walk.failed]
-    lost = [*failures, *(Failure(label, reason) for label, reason in walk.failed.items())]
+    for done, visit in enumerate(in_threads(walk.visit, chosen, workers=workers), start=1):
+        walk.visits.append(visit)
+        if progress:
+            progress("modules", done, len(chosen))
+    failed, unmatched = walk.failed, walk.unmatched
+    kept = [adapter for adapter in named if adapter.label not in failed]
+    lost = [*failures, *(Failure(label, reason) for label, reason in failed.items())]
     if not any(adapter in kept for adapter in analysed):
         reasons = "; ".join(f"{one.source}: {one.reason}" for one in lost) or "none was given"
         message = f"No adapter is left to analyse ({reasons})."
         raise SourceError(message)
-    if walk.unmatched and not walk.amplified:
-        raise BaseWeightError(next(iter(walk.unmatched.values())))
+    if unmatched and not walk.amplified:
+        raise BaseWeightError(next(iter(unmatched.values())))
     return _assemble(walk, kept, lost, opened)
 
 
 def _assemble(
     walk: Walk, kept: Sequence[Adapter], lost: Sequence[Failure], base: BaseWeights | None
 ) -> Study:
-    spectra = pd.DataFrame([row for row in walk.spectra if row["adapter"] not in walk.failed])
-    pairs, similarities = _pair_tables(
-        pair for pair in walk.pairs if {pair.a.label, pair.b.label}.isdisjoint(walk.failed)
-    )
-    amplified = {key: one for key, one in walk.amplified.items() if key[0] not in walk.failed}
+    failed = walk.failed
+    rows = (row for visit in walk.visits for row in visit.spectra)
+    spectra = pd.DataFrame([row for row in rows if row["adapter"] not in failed])
+    pairs, similarities = pair_tables(walk)
+    amplified = {key: one for key, one in walk.amplified.items() if key[0] not in failed}
     return Study(
         adapters={adapter.label: adapter for adapter in kept},
         runs=_runs_table(kept, spectra),

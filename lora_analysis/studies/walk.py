@@ -9,74 +9,66 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lora_analysis import linalg
 from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate
 from lora_analysis.amplify import Amplification, amplification
 from lora_analysis.bases import BaseWeights
 from lora_analysis.errors import BaseWeightError, InputError
-from lora_analysis.initialisation import ModuleStart, SharedStart, judge_start, module_start
-from lora_analysis.spectra import Spectrum, spectrum
+from lora_analysis.initialisation import ModuleStart, module_start_of
+from lora_analysis.pairwise import ModulePairs, module_pairs, pair_angles
+from lora_analysis.spectra import SIDES, Spectrum, spectrum
 from lora_analysis.studies.relations import REFERENCE, Relation, relation
-from lora_analysis.studies.rows import similarity_rows, spectrum_row
+from lora_analysis.studies.rows import spectrum_row
 
 # Up to this size of the smaller side, W's own singular values and random draws cost little next
 # to the rest; beyond it they are left out (the root mean square of random directions is exact).
 SMALL_WEIGHT = 1024
 
+Angles = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The adapters that have one module in one shape, and all of their pairs.
+
+    ``place`` gives an adapter's row in ``pairs``, -1 for those that are not in the group.
+    """
+
+    place: NDArray[np.intp]
+    pairs: ModulePairs
+    angles: tuple[Angles, Angles]
+    ranks: NDArray[np.intp]
+    ill_defined: NDArray[np.object_]
+
+    def start(self, a: int, b: int) -> ModuleStart | None:
+        """Return the evidence on two adapters' start; None where one is dense, or not here."""
+        i, j = int(self.place[a]), int(self.place[b])
+        evidence = self.pairs.start
+        if i < 0 or j < 0 or evidence is None or np.isnan(evidence.row_cosine[i, j]):
+            return None
+        ranks = int(self.ranks[i]), int(self.ranks[j])
+        return module_start_of(evidence, i, j, self.pairs.module, ranks)
+
 
 @dataclass(slots=True)
-class Pair:
-    """What is gathered about one pair while the modules go by."""
+class Visit:
+    """What one module gave. No factors or vectors are kept."""
 
-    a: Adapter
-    b: Adapter
-    relation: Relation
-    starts: list[ModuleStart] = field(default_factory=list)
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    common: int = 0
-    mismatched: list[str] = field(default_factory=list)
-    products: list[tuple[float, float, float]] = field(default_factory=list)
-
-    def add(
-        self, updates: Mapping[str, LowRankUpdate | DenseUpdate], spectra: Mapping[str, Spectrum]
-    ) -> None:
-        """Compare the two in one module, if both have it and it has one shape."""
-        if self.a.label not in updates or self.b.label not in updates:
-            return
-        one, two = updates[self.a.label], updates[self.b.label]
-        if one.shape != two.shape:
-            self.mismatched.append(one.name)
-            return
-        self.common += 1
-        if isinstance(one, LowRankUpdate) and isinstance(two, LowRankUpdate):
-            self.starts.append(module_start(one, two))
-        first, second = spectra[self.a.label], spectra[self.b.label]
-        if first.untrained or second.untrained:
-            return
-        self.rows += similarity_rows(first, second)
-        cosine = self.rows[-1]["signed_cosine"]
-        self.products.append((cosine * first.norm * second.norm, first.norm, second.norm))
-
-    def start(self) -> SharedStart:
-        """Return the verdict on the pair's start; wide adapters fill the space by chance."""
-        spans = [
-            row["phi_r_r"]
-            for row in self.rows
-            if row["side"] == "input" and row["chance_r_r"] <= 0.35
-        ]
-        return judge_start(self.starts, spans)
-
-    def total_cosine(self) -> float:
-        """Return the signed cosine of the two updates over all common modules at once."""
-        if not self.products:
-            return float("nan")
-        inner, norm_a, norm_b = np.array(self.products).T
-        return float(inner.sum() / (np.linalg.norm(norm_a) * np.linalg.norm(norm_b)))
+    module: str
+    spectra: list[dict[str, Any]] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
+    amplified: dict[tuple[str, str], Amplification] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    unmatched: str | None = None
 
 
 class Walk:
-    """One pass over the modules: never more than one module of every adapter in memory."""
+    """Which adapters are compared, and what is gathered from each module.
+
+    ``pairs`` holds the two places in ``adapters`` of every pair that is compared.
+    """
 
     def __init__(
         self,
@@ -92,49 +84,84 @@ class Walk:
         self.base = base
         self.draws = draws
         self.transposed = transposed
-        self.failed: dict[str, str] = {}
-        self.unmatched: dict[str, str] = {}
-        self.spectra: list[dict[str, Any]] = []
-        self.pairs = [Pair(a, b, relation(a, b)) for a, b in combinations(adapters, 2)]
-        # The user says that these are unrelated; how they are related to each other is not asked.
-        self.pairs += [Pair(a, b, REFERENCE) for a in adapters for b in reference]
-        self.amplified: dict[tuple[str, str], Amplification] = {}
+        self.visits: list[Visit] = []
+        pairs = [(a, b) for a, b in combinations(range(len(self.adapters)), 2) if a < len(adapters)]
+        self.pairs = np.array(pairs, dtype=np.intp).reshape(-1, 2)
+        self.relations: list[Relation] = [
+            # The user says that these are unrelated; how they are related is not asked.
+            relation(self.adapters[a], self.adapters[b]) if b < len(adapters) else REFERENCE
+            for a, b in pairs
+        ]
 
-    def visit(self, module: str) -> None:
+    @property
+    def failed(self) -> dict[str, str]:
+        """Adapters in which a module could not be read, and why."""
+        return {label: why for visit in self.visits for label, why in visit.failed.items()}
+
+    @property
+    def unmatched(self) -> dict[str, str]:
+        """Modules without a weight in the base, and why."""
+        return {one.module: one.unmatched for one in self.visits if one.unmatched}
+
+    @property
+    def amplified(self) -> dict[tuple[str, str], Amplification]:
+        """Every amplification, by adapter and module."""
+        return {key: one for visit in self.visits for key, one in visit.amplified.items()}
+
+    def visit(self, module: str) -> Visit:
         """Read, factor and compare one module of every adapter."""
-        updates = dict(self._load(module))
-        spectra = {label: spectrum(update) for label, update in updates.items()}
-        self.spectra += [spectrum_row(updates[label], value) for label, value in spectra.items()]
-        for pair in self.pairs:
-            pair.add(updates, spectra)
+        visit = Visit(module)
+        updates = dict(self._load(module, visit.failed))
+        spectra = {at: spectrum(update) for at, update in updates.items()}
+        visit.spectra = [spectrum_row(updates[at], value) for at, value in spectra.items()]
+        for members in _by_shape(spectra):
+            kept = {at: spectra[at] for at in members}
+            visit.groups.append(self._compared(kept, [updates[at] for at in members]))
         if self.base is not None:
             own = [s for s in spectra.values() if s.label in self.analysed and not s.untrained]
-            self._amplify(module, own)
+            self._amplify(module, own, visit)
+        return visit
 
-    def _load(self, module: str) -> Iterator[tuple[str, LowRankUpdate | DenseUpdate]]:
-        for adapter in self.adapters:
-            if adapter.label in self.failed or module not in adapter:
-                continue
-            try:
-                yield adapter.label, adapter[module]
-            except InputError as error:
-                self.failed[adapter.label] = str(error)
+    def _load(
+        self, module: str, failed: dict[str, str]
+    ) -> Iterator[tuple[int, LowRankUpdate | DenseUpdate]]:
+        for at, adapter in enumerate(self.adapters):
+            if module in adapter:
+                try:
+                    yield at, adapter[module]
+                except InputError as error:
+                    failed[adapter.label] = str(error)
 
-    def _amplify(self, module: str, spectra: Sequence[Spectrum]) -> None:
+    def _compared(
+        self, spectra: Mapping[int, Spectrum], updates: Sequence[LowRankUpdate | DenseUpdate]
+    ) -> Group:
+        values = list(spectra.values())
+        place = np.full(len(self.adapters), -1)
+        place[list(spectra)] = np.arange(len(spectra))
+        return Group(
+            place=place,
+            pairs=module_pairs(values, updates),
+            angles=(pair_angles(values, SIDES[0]), pair_angles(values, SIDES[1])),
+            ranks=np.array([one.rank for one in updates]),
+            ill_defined=np.array([_first_direction(one) for one in values], dtype=object),
+        )
+
+    def _amplify(self, module: str, spectra: Sequence[Spectrum], visit: Visit) -> None:
         known = [s for s in spectra if not s.in_units_of_scale]
-        for group in _by_shape(known):
+        for members in _by_shape(dict(enumerate(known))):
+            group = [known[at] for at in members]
             try:
                 weight = self.base.weight(  # type: ignore[union-attr]  # asked for with a base only
                     module, shape=group[0].shape, transposed=self.transposed
                 )
             except BaseWeightError as error:
-                self.unmatched[module] = str(error)
+                visit.unmatched = str(error)
                 continue
             small = min(weight.shape) <= SMALL_WEIGHT
             most = max(s.numerical_rank for s in group)
             values = linalg.leading_singular_values(weight.array(), most) if small else None
             for value in group:
-                self.amplified[value.label, module] = amplification(
+                visit.amplified[value.label, module] = amplification(
                     value,
                     weight,
                     draws=self.draws if small else 0,
@@ -145,8 +172,15 @@ class Walk:
                 )
 
 
-def _by_shape(spectra: Sequence[Spectrum]) -> list[list[Spectrum]]:
-    groups: dict[tuple[int, int], list[Spectrum]] = {}
-    for value in spectra:
-        groups.setdefault(value.shape, []).append(value)
+def _by_shape(spectra: Mapping[int, Spectrum]) -> list[list[int]]:
+    groups: dict[tuple[int, int], list[int]] = {}
+    for at, value in spectra.items():
+        groups.setdefault(value.shape, []).append(at)
     return list(groups.values())
+
+
+def _first_direction(value: Spectrum) -> str:
+    """Return what is wrong with the first direction: "undefined", "soft" or nothing."""
+    if value.untrained:
+        return ""
+    return "undefined" if value.undefined[0] else "soft" if value.soft[0] else ""
