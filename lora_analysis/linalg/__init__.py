@@ -4,12 +4,21 @@ Shapes: ``B`` is ``(..., d_out, r)``, ``A`` is ``(..., r, d_in)``; bases have or
 """
 
 from lora_analysis.linalg.constants import EPS
-from lora_analysis.linalg.dense import leading_singular_values
+from lora_analysis.linalg.dense import (
+    DenseSVD,
+    Operator,
+    gram_seconds,
+    gram_svd,
+    krylov_svd,
+    leading_singular_values,
+    leading_svd,
+)
 from lora_analysis.linalg.factored import (
     FactoredSVD,
     column_signs,
     factored_singular_values,
     factored_svd,
+    tall_svd,
 )
 from lora_analysis.linalg.overlaps import (
     cumulative_overlap,
@@ -20,13 +29,20 @@ from lora_analysis.linalg.overlaps import (
 
 __all__ = [
     "EPS",
+    "DenseSVD",
     "FactoredSVD",
+    "Operator",
     "column_signs",
     "cumulative_overlap",
     "factored_singular_values",
     "factored_svd",
+    "gram_seconds",
+    "gram_svd",
     "haar_frame",
+    "krylov_svd",
     "leading_singular_values",
+    "leading_svd",
     "overlap_grid",
     "principal_angles",
+    "tall_svd",
 ]
