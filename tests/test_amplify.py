@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import IDENTITY, ORACLE, assert_close
 
-from lora_analysis import amplify
 from lora_analysis.adapter import DenseUpdate
-from lora_analysis.amplify import amplification
+from lora_analysis.amplify import amplification, amplifications, measure, streaming
 from lora_analysis.bases import Weight, open_base
 from lora_analysis.errors import (
     BaseWeightError,
@@ -161,7 +160,7 @@ def test_a_large_array_is_taken_in_row_blocks(rng, monkeypatch):
     update, W = low_rank_update(rng), rng.standard_normal((D_OUT, D_IN))
     whole = amplification(update, W)
     for elements in (1, 3 * D_IN, 7 * D_IN):
-        monkeypatch.setattr(amplify, "_TILE", elements)
+        monkeypatch.setattr(streaming, "_TILE", elements)
         assert_close(amplification(update, W).core, whole.core, rtol=IDENTITY)
 
 
@@ -341,3 +340,125 @@ def test_too_few_known_singular_values_are_refused(rng: np.random.Generator) -> 
         amplification(
             low_rank_update(rng), rng.standard_normal((24, 20)), weight_values=np.array([2.0, 1.0])
         )
+
+
+# --- several updates, one side alone, half precision ------------------------------------------
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_several_updates_in_one_pass_have_the_numbers_of_each_alone(rng, transposed):
+    updates = [low_rank_update(rng, rank=r) for r in (3, 5, 1)]
+    W = rng.standard_normal((D_OUT, D_IN)).astype(np.float32)
+    weight = streamed(W, transposed=transposed)
+    found = amplifications([updates[0], spectrum(updates[1]), updates[2]], weight, one_sided=True)
+    for one, update in zip(found, updates, strict=True):
+        alone = amplification(update, W, one_sided=True, draws=0)
+        for name in ("core", "projected", "amplification_factor", "weight_top", "enrichment",
+                     "input_enrichment", "output_enrichment"):  # fmt: skip
+            assert_close(getattr(one, name), getattr(alone, name), rtol=ORACLE, atol=1e-12)
+        assert one.random.norms.shape == (16, update.rank)
+    assert amplifications([], W) == []
+
+
+@pytest.mark.parametrize("shape", [(24, 20), (20, 24), (9, 1), (1, 9)])
+def test_one_sided_enrichments_are_their_formulas(rng, shape):
+    update, W = low_rank_update(rng, *shape, rank=3), rng.standard_normal(shape)
+    found = amplification(update, W, one_sided=True)
+    s, norm = spectrum(update), np.linalg.norm(W)
+    for k in found.k:
+        U, V = s.U[:, :k], s.V[:, :k]
+        expected = np.linalg.norm(U.T @ W) / (norm * np.sqrt(k / shape[0]))
+        assert_close(found.output_enrichment[k - 1], expected, rtol=ORACLE)
+        expected = np.linalg.norm(W @ V) / (norm * np.sqrt(k / shape[1]))
+        assert_close(found.input_enrichment[k - 1], expected, rtol=ORACLE)
+    assert amplification(update, W).output_enrichment is None
+
+
+def test_one_sided_enrichments_have_a_mean_square_of_one(rng):
+    W = rng.standard_normal((12, 10)) * np.linspace(3, 0.1, 10)
+    squares = []
+    for _ in range(2000):
+        U, V = orthonormal(rng, 12, 2), orthonormal(rng, 10, 2)
+        turn = np.where(rng.random(2) < 0.5, -1, 1)
+        update = planted_update(U * turn, np.array([2.0, 1.0]), V)
+        found = amplification(update, W, draws=0, weight_directions=False, one_sided=True)
+        squares.append([found.input_enrichment[1] ** 2, found.output_enrichment[1] ** 2])
+    for column in np.array(squares).T:
+        reference.assert_mean(column, 1.0)
+
+
+def test_the_p_value_counts_the_draws_at_least_as_large(rng):
+    update, W = low_rank_update(rng), rng.standard_normal((D_OUT, D_IN))
+    found = amplification(update, W, draws=99)
+    expected = [
+        (np.sum(found.random.norms[:, k] >= found.projected[k]) + 1) / 100 for k in range(4)
+    ]
+    assert_close(found.p_value, expected)
+    assert_close(amplification(update, update.delta_weight(), draws=99).p_value, 0.01)
+    assert np.isnan(amplification(update, W, draws=0).p_value).all()
+
+
+@pytest.fixture
+def half(monkeypatch):
+    """Let small half-precision weights take the way of large ones."""
+    monkeypatch.setattr(streaming, "_SMALL", 0)
+
+
+def halved(W):
+    """A weight as bfloat16 holds it, in tiles, and its exact values."""
+    bits = W.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
+    exact = bits.view(np.float32)
+    return replace(streamed(exact), stored_dtype="bfloat16"), exact
+
+
+@pytest.mark.usefixtures("half")
+@pytest.mark.parametrize("kind", ["flat", "outliers", "shared"])
+def test_half_precision_weights_keep_six_digits_in_single_precision(rng, kind):
+    shape = (300, 200)
+    update = low_rank_update(rng, *shape, rank=4)
+    W = rng.standard_normal(shape)
+    if kind == "outliers":
+        W[rng.integers(0, 300, 20), rng.integers(0, 200, 20)] = 500
+    if kind == "shared":
+        W += 0.2 * update.delta_weight()
+    weight, exact = halved(W)
+    found = amplification(update, weight, one_sided=True)
+    expected = amplification(update, exact.astype(np.float64), one_sided=True)
+    assert (found.precision, expected.precision) == ("float32", "float64")
+    assert_close(found.weight_norm, expected.weight_norm, rtol=1e-7)
+    for name in ("projected", "enrichment", "input_enrichment", "output_enrichment"):
+        assert_close(getattr(found, name), getattr(expected, name), rtol=1e-6)
+
+
+@pytest.mark.usefixtures("half")
+def test_directions_that_the_weight_lacks_are_taken_in_double_precision(rng):
+    update = low_rank_update(rng, 300, 200, rank=3)
+    s = spectrum(update)
+    W = rng.standard_normal((300, 200))
+    W -= s.U @ (s.U.T @ W @ s.V) @ s.V.T  # nothing is left but the rounding of the stored type
+    weight, exact = halved(W)
+    other = low_rank_update(rng, 300, 200, rank=3)
+    found, plain = amplifications([update, other], weight)
+    assert (found.precision, plain.precision) == ("float64", "float32")
+    expected = amplification(update, exact.astype(np.float64))
+    assert_close(found.projected, expected.projected, rtol=ORACLE)
+
+
+def test_precision_follows_the_stored_type_and_the_size(rng):
+    small = rng.standard_normal((8, 8)).astype(np.float32)
+    large = np.zeros((2048, 1024), dtype=np.float32)
+    assert streaming.precision_for(large) == "float64"
+    assert streaming.precision_for(replace(streamed(small), stored_dtype="bfloat16")) == "float64"
+    weight = Weight("w", large.shape, "bfloat16", False, lambda: iter(()))
+    assert streaming.precision_for(weight) == "float32"
+    assert streaming.precision_for(replace(weight, stored_dtype="float32")) == "float64"
+
+
+def test_a_dense_update_may_take_its_leading_directions_alone(rng, monkeypatch):
+    update, W = low_rank_update(rng, rank=6), rng.standard_normal((D_OUT, D_IN))
+    dense = DenseUpdate("q", update.delta_weight() + 1e-3 * rng.standard_normal((D_OUT, D_IN)))
+    whole = amplification(dense, W)
+    monkeypatch.setattr(measure, "spectrum", None)  # the whole spectrum is not asked for
+    part = amplification(dense, W, k=3)
+    assert_close(part.amplification_factor, whole.amplification_factor[:3], rtol=1e-7)
+    assert_close(part.relative_norm, whole.relative_norm)

@@ -70,7 +70,8 @@ def leading_svd(W: NDArray[np.floating], k: int) -> DenseSVD:
 
     Notes
     -----
-    A copy of W in float32 is made where it is not. O(m·n·k) with a factor of some tens on flat spectra.
+    A copy of W in float32 is made where it is none. O(m·n·k), with a factor of some tens on flat
+    spectra.
     """
     if _is_small(W.shape, k):
         return _lapack_svd(W, k)

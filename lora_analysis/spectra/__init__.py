@@ -1,6 +1,7 @@
 """The spectrum of an update: singular values and vectors of ΔW, and the ranks read from them."""
 
 from lora_analysis.spectra.factoring import singular_values, spectrum, stacked_spectra
+from lora_analysis.spectra.leading import leading_spectrum
 from lora_analysis.spectra.values import SIDES, SOFT_GAP, Factor, Side, Spectrum, check_side
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Side",
     "Spectrum",
     "check_side",
+    "leading_spectrum",
     "singular_values",
     "spectrum",
     "stacked_spectra",

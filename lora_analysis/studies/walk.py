@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lora_analysis import linalg
 from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate
-from lora_analysis.amplify import Amplification, amplification
+from lora_analysis.amplify import Amplification, amplifications
 from lora_analysis.bases import BaseWeights
 from lora_analysis.errors import BaseWeightError, InputError
 from lora_analysis.initialisation import ModuleStart, module_start_of
@@ -160,16 +160,16 @@ class Walk:
             small = min(weight.shape) <= SMALL_WEIGHT
             most = max(s.numerical_rank for s in group)
             values = linalg.leading_singular_values(weight.array(), most) if small else None
-            for value in group:
-                visit.amplified[value.label, module] = amplification(
-                    value,
-                    weight,
-                    draws=self.draws if small else 0,
-                    # Own draws for every module, the same ones in every run.
-                    seed=zlib.crc32(module.encode()),
-                    weight_values=values,
-                    weight_directions=False,
-                )
+            found = amplifications(
+                group,
+                weight,
+                draws=self.draws if small else 0,
+                # Own draws for every module, the same ones in every run.
+                seed=zlib.crc32(module.encode()),
+                weight_values=values,
+                weight_directions=False,
+            )
+            visit.amplified |= {(one.label, module): one for one in found}
 
 
 def _by_shape(spectra: Mapping[int, Spectrum]) -> list[list[int]]:

@@ -1,0 +1,257 @@
+"""ΔW against W: how strongly the update's directions are already present in the weight."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lora_analysis import chance, linalg
+from lora_analysis.adapter import DenseUpdate
+from lora_analysis.amplify.results import Amplification, RandomDirections
+from lora_analysis.amplify.streaming import Precision, Projection, precision_for, project
+from lora_analysis.errors import (
+    BaseWeightError,
+    DegenerateSubspaceError,
+    IncompatibleError,
+    InputError,
+    ScaleError,
+)
+from lora_analysis.spectra import Spectrum, leading_spectrum, spectrum
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from lora_analysis.adapter import Update
+    from lora_analysis.bases import Weight
+
+# Where W is this much weaker along ΔW's directions than along unaligned ones, float32 products
+# no longer give seven digits of it, and the pass is made again in float64.
+_WEAK = 0.1
+
+
+def _check(update: Spectrum, weight: Weight | NDArray[np.floating]) -> None:
+    if update.in_units_of_scale:
+        message = (
+            f"The amplification of '{update.name}' in {update.label or 'this adapter'} needs "
+            "its scale, which is not known. Pass scale= or alpha= when reading the adapter."
+        )
+        raise ScaleError(message)
+    if update.shape != weight.shape:
+        message = (
+            f"'{update.name}' in {update.label or 'this adapter'} updates a weight of shape "
+            f"{update.shape}, but '{getattr(weight, 'name', 'the weight')}' is {weight.shape} as "
+            "(d_out, d_in). Is it another base model, or stored transposed?"
+        )
+        raise IncompatibleError(message)
+    if update.untrained:
+        message = (
+            f"'{update.name}' in {update.label or 'this adapter'} is untrained: ΔW is zero and "
+            "has no directions to hold against the weight."
+        )
+        raise DegenerateSubspaceError(message)
+
+
+def amplification(
+    update: Update | Spectrum,
+    W: Weight | NDArray[np.floating],
+    *,
+    k: int | None = None,
+    draws: int = 16,
+    seed: int = 0,
+    weight_values: NDArray[np.float64] | None = None,
+    weight_directions: bool = True,
+    one_sided: bool = False,
+) -> Amplification:
+    """Return how ΔW amplifies W, for every number of directions up to ``k``.
+
+    ``AF_k = √Σ_{i≤k}σ_i(ΔW)² / ‖U_kᵀWV_k‖_F`` with ΔW's own top-k singular directions (LoRA,
+    arXiv 2106.09685, section 7.3 and Table 7), beside the same for W's own and for random
+    directions. The factor alone proves nothing: ``chance_factor`` is what random directions of
+    the same size score, and ``enrichment`` the ratio of the two.
+
+    Parameters
+    ----------
+    update
+        An update with a known scale, or its spectrum.
+    W
+        The frozen weight as ``(d_out, d_in)``: a tensor from `open_base`, or an array.
+    k
+        How many directions at most; the numerical rank by default.
+    draws, seed
+        Random directions drawn for mean and spread; their root mean square is exact without.
+    weight_values
+        W's leading singular values, descending, where they are known already.
+    weight_directions
+        Whether to find them otherwise, by an iteration of some seconds for 4096 × 4096.
+    one_sided
+        Whether to give ``output_enrichment`` too, which doubles the products.
+
+    Raises
+    ------
+    IncompatibleError
+        The shapes of ΔW and W differ.
+    ScaleError
+        The scale of the update is not known.
+    BaseWeightError
+        W holds values that are not finite.
+    DegenerateSubspaceError
+        The update is untrained, or k exceeds its numerical rank.
+
+    Notes
+    -----
+    One pass over W in blocks serves every k and all draws; O(d_out·d_in·n·(1 + draws)). For the
+    precision of its products see `streaming.precision_for`.
+    """
+    return amplifications(
+        [update],
+        W,
+        k=k,
+        draws=draws,
+        seed=seed,
+        weight_values=weight_values,
+        weight_directions=weight_directions,
+        one_sided=one_sided,
+    )[0]
+
+
+def amplifications(
+    updates: Sequence[Update | Spectrum],
+    W: Weight | NDArray[np.floating],
+    *,
+    k: int | None = None,
+    draws: int = 16,
+    seed: int = 0,
+    weight_values: NDArray[np.float64] | None = None,
+    weight_directions: bool = True,
+    one_sided: bool = False,
+) -> list[Amplification]:
+    """Return how each of several updates of one weight amplifies it, from one pass over W.
+
+    Parameters, errors and numbers are those of `amplification`; the random draws are the same for
+    all updates.
+    """
+    spectra = [_spectral(update, k) for update in updates]
+    counts = [one.numerical_rank if k is None else k for one in spectra]
+    for one in spectra:
+        _check(one, W)
+        if k is not None:
+            one.basis("input", k)  # raises beyond the numerical rank and between equal values
+    most = max(counts, default=0)
+    if weight_values is not None and len(weight_values) < most:
+        message = f"weight_values must hold at least {most} values, found {len(weight_values)}."
+        raise InputError(message)
+    own = [
+        (one.vectors("output")[:, :n], one.vectors("input")[:, :n])
+        for one, n in zip(spectra, counts, strict=True)
+    ]
+    rng = np.random.default_rng(seed)
+    drawn = [tuple(linalg.haar_frame(rng, d, most) for d in W.shape) for _ in range(draws)]
+    precision = precision_for(W)
+    found, weight_norm = project(
+        W,
+        [*own, *((u, v) for u, v in drawn)],
+        precision=precision,
+        one_sided=one_sided,
+    )
+    if not np.isfinite(weight_norm):
+        message = (
+            f"The base weight of '{spectra[0].name}' holds values that are not finite. "
+            "No number can be computed against it; is the file damaged?"
+        )
+        raise BaseWeightError(message)
+    precisions = [precision] * len(own)
+    weak = [at for at in range(len(own)) if precision == "float32" and _is_weak(found[at], W.shape)]
+    if weak:
+        again, _ = project(W, [own[at] for at in weak], precision="float64", one_sided=one_sided)
+        for at, projection in zip(weak, again, strict=True):
+            found[at], precisions[at] = projection, "float64"
+    if weight_values is None and weight_directions and most:
+        dense = W if isinstance(W, np.ndarray) else W.array()
+        weight_values = linalg.leading_singular_values(dense, most)
+    random = [_leading_norms(one.core) for one in found[len(own) :]]
+    norms = np.array(random).reshape(draws, most)
+    return [
+        _amplification(
+            spectra[at],
+            _norm(update, spectra[at]),
+            found[at],
+            (weight_norm, norms, weight_values),
+            precisions[at],
+        )
+        for at, update in enumerate(updates)
+    ]
+
+
+def _spectral(update: Update | Spectrum, k: int | None) -> Spectrum:
+    """Return the spectrum; of a dense update the leading part alone, where that is enough."""
+    if isinstance(update, DenseUpdate) and k is not None:
+        return leading_spectrum(update, k + 1)  # the next one tells whether the k-th is defined
+    return spectrum(update)
+
+
+def _norm(update: Update | Spectrum, spectral: Spectrum) -> float:
+    """Return ‖ΔW‖_F: all of it, where the spectrum may hold the leading part alone."""
+    if isinstance(update, DenseUpdate):
+        return float(np.linalg.norm(update.delta.astype(np.float64)))
+    return spectral.norm
+
+
+def _is_weak(projection: Projection, shape: tuple[int, int]) -> bool:
+    unaligned = np.sqrt(np.cumsum(projection.input_squares) / shape[0])
+    return bool(np.any(_leading_norms(projection.core) < _WEAK * unaligned))
+
+
+def _leading_norms(core: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return ‖core[:k, :k]‖_F for every k: each k is a leading block of one core."""
+    return np.sqrt(np.diagonal(linalg.cumulative_overlap(core)))
+
+
+def _amplification(
+    spectral: Spectrum,
+    update_norm: float,
+    projection: Projection,
+    weight: tuple[float, NDArray[np.float64], NDArray[np.float64] | None],
+    precision: Precision,
+) -> Amplification:
+    weight_norm, draws, weight_values = weight
+    n = len(projection.core)
+    k = np.arange(1, n + 1)
+    d_out, d_in = spectral.shape
+    norms = draws[:, :n]
+    delta = np.sqrt(np.cumsum(spectral.S[:n] ** 2))
+    projected = _leading_norms(projection.core)
+    rms = chance.projected_norm_rms(weight_norm, spectral.shape, k)
+    drawn = norms if len(norms) else np.full((1, n), np.nan)
+    outputs = projection.output_squares
+    with np.errstate(divide="ignore", invalid="ignore"):  # W may vanish on these directions
+        return Amplification(
+            module=spectral.name,
+            label=spectral.label,
+            core=projection.core,
+            S=spectral.S[:n],
+            weight_norm=weight_norm,
+            relative_norm=update_norm / weight_norm if weight_norm else float("inf"),
+            projected=projected,
+            weight_top=None
+            if weight_values is None
+            else np.sqrt(np.cumsum(weight_values[:n] ** 2)),
+            random=RandomDirections(drawn.mean(axis=0), drawn.std(axis=0), rms, len(norms), norms),
+            amplification_factor=delta / projected,
+            chance_factor=delta / rms,
+            enrichment=projected / rms,
+            input_enrichment=_one_sided(projection.input_squares, weight_norm, k / d_in),
+            output_enrichment=outputs
+            if outputs is None
+            else _one_sided(outputs, weight_norm, k / d_out),
+            precision=precision,
+        )
+
+
+def _one_sided(
+    squares: NDArray[np.float64], weight_norm: float, share: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the norm along k directions over the root mean square of random ones, for all k."""
+    return np.asarray(np.sqrt(np.cumsum(squares)) / (weight_norm * np.sqrt(share)))

@@ -1,0 +1,105 @@
+"""What a comparison of ΔW with W gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from lora_analysis.amplify.streaming import Precision
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RandomDirections:
+    """‖UᵀWV‖_F over seeded draws of uniform directions, for every k.
+
+    Attributes
+    ----------
+    mean, spread
+        ``(n,)``: mean and standard deviation over the draws; NaN without draws.
+    rms
+        ``(n,)``: the exact root mean square, ``‖W‖_F·k/√(d_out·d_in)``.
+    draws
+        How many draws.
+    norms
+        ``(draws, n)``: the draws themselves.
+    """
+
+    mean: NDArray[np.float64]
+    spread: NDArray[np.float64]
+    rms: NDArray[np.float64]
+    draws: int
+    norms: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Amplification:
+    """One update held against its frozen weight, for every k up to n = its numerical rank.
+
+    Every array over k has shape ``(n,)``; entry ``k-1`` uses the top-k singular directions of
+    ΔW. The last entry is the LoRA paper's number.
+
+    Attributes
+    ----------
+    core
+        ``UᵀWV``, ``(n, n)``.
+    S
+        Singular values of ΔW, ``(n,)``.
+    weight_norm, relative_norm
+        ‖W‖_F and ‖ΔW‖_F/‖W‖_F.
+    projected
+        ‖U_kᵀWV_k‖_F: W seen through ΔW's own directions.
+    weight_top
+        √Σ_{i≤k}σ_i(W)²: W through its own top-k directions; None if not asked for.
+    random
+        W through random directions.
+    amplification_factor
+        ``√Σ_{i≤k}σ_i(ΔW)² / projected_k``.
+    chance_factor
+        The same with the random root mean square below: what random directions would score.
+    enrichment
+        ``projected_k / random rms``; its square has mean 1 for random directions. The part of
+        the amplification factor that is not merely the size of ΔW.
+    input_enrichment
+        ``‖W·V_k‖_F`` over its random root mean square: the input side alone. Its square has mean
+        1 for random directions.
+    output_enrichment
+        ``‖U_kᵀ·W‖_F`` over the same; None if not asked for.
+    precision
+        Type of the products with W, ``"float64"`` or ``"float32"``.
+    """
+
+    module: str
+    label: str
+    core: NDArray[np.float64]
+    S: NDArray[np.float64]
+    weight_norm: float
+    relative_norm: float
+    projected: NDArray[np.float64]
+    weight_top: NDArray[np.float64] | None
+    random: RandomDirections
+    amplification_factor: NDArray[np.float64]
+    chance_factor: NDArray[np.float64]
+    enrichment: NDArray[np.float64]
+    input_enrichment: NDArray[np.float64]
+    output_enrichment: NDArray[np.float64] | None
+    precision: Precision
+
+    @property
+    def p_value(self) -> NDArray[np.float64]:
+        """``(n,)``: P(‖UᵀWV‖ of random directions ≥ projected), one-sided, from the draws.
+
+        ``(b + 1)/(N + 1)``; with 16 draws no smaller than .06. NaN without draws.
+        """
+        above = np.sum(self.random.norms >= self.projected, axis=0)
+        p = (above + 1) / (self.random.draws + 1)
+        return p if self.random.draws else np.full(len(self.S), np.nan)
+
+    @property
+    def k(self) -> NDArray[np.intp]:
+        """1…n, the number of directions behind each entry."""
+        return np.arange(1, len(self.S) + 1)
