@@ -16,10 +16,27 @@ from lora_analysis.chance.inference import (
 from lora_analysis.chance.overlaps import (
     energy_overlap_mean,
     energy_overlap_p_value,
+    energy_overlap_quantile,
     energy_overlap_variance,
     excess,
     signed_cosine_p_value,
+)
+from lora_analysis.chance.projections import (
+    energy_p_value,
+    enrichment_p_value,
+    one_sided_energy_p_value,
+    one_sided_energy_quantile,
+    one_sided_energy_variance,
+    projected_energy_variance,
+    projected_norm_rms,
+)
+from lora_analysis.chance.sampling import (
+    energy_overlap_draws,
+    enrichment_draws,
+    signed_cosine_draws,
     similarity_draws,
+)
+from lora_analysis.chance.subspaces import (
     similarity_grid_mean,
     similarity_maximum,
     similarity_mean,
@@ -28,30 +45,29 @@ from lora_analysis.chance.overlaps import (
     similarity_quantile,
     similarity_variance,
 )
-from lora_analysis.chance.projections import (
-    energy_p_value,
-    energy_share_quantile,
-    one_sided_energy_variance,
-    projected_energy_variance,
-    projected_norm_rms,
-)
 
 __all__ = [
     "RunPermutation",
     "benjamini_hochberg",
+    "energy_overlap_draws",
     "energy_overlap_mean",
     "energy_overlap_p_value",
+    "energy_overlap_quantile",
     "energy_overlap_variance",
     "energy_p_value",
-    "energy_share_quantile",
+    "enrichment_draws",
+    "enrichment_p_value",
     "excess",
     "jackknife",
     "monte_carlo_p_value",
+    "one_sided_energy_p_value",
+    "one_sided_energy_quantile",
     "one_sided_energy_variance",
     "p_value_text",
     "permute_runs",
     "projected_energy_variance",
     "projected_norm_rms",
+    "signed_cosine_draws",
     "signed_cosine_p_value",
     "similarity_draws",
     "similarity_grid_mean",

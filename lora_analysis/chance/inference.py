@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Below this a matched distribution says only "smaller".
 SMALLEST_P = 1e-4
+# Fewer runs than this bear no interval.
+FEWEST_RUNS = 3
 # Up to so many relabellings of runs are all gone through; beyond, as many are drawn.
 ALL_RELABELLINGS = 20_000
 
@@ -30,7 +32,12 @@ def p_value_text(p: float) -> str:
 
 
 def monte_carlo_p_value(draws: ArrayLike, value: float) -> float:
-    """Return ``(b + 1)/(N + 1)``, b of N draws of the null being at least ``value``."""
+    """Return ``(b + 1)/(N + 1)``, b of N draws of the null being at least ``value``.
+
+    Never 0: N draws cannot show less than 1/(N + 1). NaN stays NaN.
+    """
+    if np.isnan(value):
+        return float("nan")
     null = np.asarray(draws)
     return float((np.count_nonzero(null >= value) + 1) / (null.size + 1))
 
@@ -66,6 +73,8 @@ class RunPermutation:
         How many were gone through, or drawn.
     exact
         Whether those were all.
+    runs
+        How many runs: below three there is no interval to be given.
     """
 
     difference: float
@@ -73,6 +82,12 @@ class RunPermutation:
     smallest_p_value: float
     relabellings: int
     exact: bool
+    runs: int
+
+    @property
+    def allows_interval(self) -> bool:
+        """Whether there are runs enough for a jackknife interval."""
+        return self.runs >= FEWEST_RUNS
 
 
 def permute_runs(
@@ -93,7 +108,11 @@ def permute_runs(
     Raises
     ------
     InputError
-        Fewer than two tasks, or no task with two runs.
+        Fewer than two tasks, no task with two runs, or a matrix of another shape.
+
+    Notes
+    -----
+    The smallest p there is: 1/3 for two tasks of two runs, 1/10 for 2 × 3, 1/280 for 3 × 3.
     """
     values = np.array(similarity, dtype=np.float64)
     codes = np.unique(np.array([str(task) for task in tasks]), return_inverse=True)[1]
@@ -104,23 +123,34 @@ def permute_runs(
             f"runs have {len(sizes)} task(s), at most {sizes.max(initial=0)} run(s) each."
         )
         raise InputError(message)
+    if values.shape != codes.shape * 2:
+        message = (
+            f"Every pair of the {len(codes)} runs needs a value: similarity must have shape "
+            f"{codes.shape * 2}, found {values.shape}."
+        )
+        raise InputError(message)
     np.fill_diagonal(values, np.nan)
     found = _task_difference(values, codes)
     total = _partitions(sizes)
     exact = total <= ALL_RELABELLINGS
     relabelled = _all_partitions(sizes) if exact else _random_partitions(codes, draws, seed)
     differences = np.array([_task_difference(values, labels) for labels in relabelled])
-    # A relabelling that is the same partition must not be lost to rounding.
-    as_large = int(np.count_nonzero(differences >= found - 1e-12 * max(abs(found), 1e-300)))
+    # A relabelling that is the same partition must not be lost to rounding; one that missing
+    # pairs leave without a difference speaks against the claim.
+    as_large = np.count_nonzero(~(differences < found - 1e-12 * abs(found)))
     count = len(differences)
     p = as_large / count if exact else (as_large + 1) / (count + 1)
-    return RunPermutation(found, p, 1 / total if exact else 1 / (count + 1), count, exact)
+    smallest = 1 / total if exact else 1 / (count + 1)
+    return RunPermutation(found, p, smallest, count, exact, len(codes))
 
 
 def _task_difference(values: NDArray[np.float64], codes: NDArray[np.intp]) -> float:
     same = codes[:, None] == codes[None, :]
     known = ~np.isnan(values)
-    return float(values[same & known].mean() - values[~same & known].mean())
+    within, between = values[same & known], values[~same & known]
+    if not (within.size and between.size):
+        return float("nan")
+    return float(within.mean() - between.mean())
 
 
 def _partitions(sizes: NDArray[np.intp]) -> int:
@@ -180,7 +210,7 @@ def jackknife(
     """
     every = np.arange(runs)
     value = float(statistic(every))
-    if runs < 3:
+    if runs < FEWEST_RUNS:
         return value, None
     left = np.array([statistic(np.delete(every, run)) for run in every])
     return value, float(np.sqrt((runs - 1) / runs * np.sum((left - left.mean()) ** 2)))
