@@ -72,8 +72,9 @@ class SimilarityGrid:
 
     @property
     def null_method(self) -> NDArray[np.str_]:
-        """``(k₁, k₂)``: how each p-value was found, ``"exact"`` or ``"matched beta"``."""
-        return chance.similarity_null_method(*(np.indices(self.values.shape) + 1))
+        """``(k₁, k₂)``: how each p-value was found: "exact", "matched beta" or "sampled"."""
+        i, j = np.indices(self.values.shape) + 1
+        return chance.similarity_null_method(self.dimension, i, j)
 
     def at(self, i: int, j: int) -> float:
         """Return φ(i, j), counting from 1 as the paper does.
@@ -248,8 +249,8 @@ def signed_cosine(a: Update | Spectrum, b: Update | Spectrum) -> float:
     if first.untrained or second.untrained:
         return float("nan")
     both = [first.vectors(side).T @ second.vectors(side) for side in SIDES]
-    s = first.S[: first.numerical_rank] / first.norm
-    t = second.S[: second.numerical_rank] / second.norm
+    s, t = (one.S[: one.numerical_rank] / one.S[0] for one in (first, second))
+    s, t = s / np.linalg.norm(s), t / np.linalg.norm(t)
     return float(np.clip(s @ (both[0] * both[1]) @ t, -1.0, 1.0))
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import reference
-import scipy.sparse.linalg
 from factories import orthonormal
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import IDENTITY, ORACLE, assert_close
-from scipy.linalg import block_diag
 
 from lora_analysis import linalg
 
@@ -294,49 +292,3 @@ def test_haar_frames_are_orthonormal_and_uniform_in_sign(rng):
         reference.assert_mean(frames[:, column, column], 0.0)
     reference.assert_mean(frames[:, 2, 1] ** 2, 1 / 6)
     reference.assert_mean(frames[:, 0, 0] ** 4, 3 / (6 * 8))
-
-
-# --- leading singular values of a weight ------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(60, 50), (50, 60)])
-@pytest.mark.parametrize("iterate", [True, False])
-def test_leading_singular_values_equal_the_full_svd(rng, monkeypatch, shape, iterate):
-    if iterate:
-        monkeypatch.setattr(linalg.dense, "DENSE_SVD_LIMIT", 10)
-    W = rng.standard_normal(shape)
-    exact = np.linalg.svd(W, compute_uv=False)
-    for k in (1, 4, 40):
-        assert_close(linalg.leading_singular_values(W, k), exact[:k], rtol=ORACLE)
-
-
-@pytest.mark.parametrize("shape", [(60, 50), (50, 60)])
-def test_leading_singular_values_of_special_weights(monkeypatch, shape):
-    monkeypatch.setattr(linalg.dense, "DENSE_SVD_LIMIT", 10)
-    few = linalg.leading_singular_values
-    np.testing.assert_array_equal(few(np.zeros(shape), 3), 0)
-    assert_close(few(np.eye(*shape), 3), 1, rtol=ORACLE)
-    assert_close(few(np.ones(shape), 2), [np.sqrt(3000), 0], atol=ORACLE)
-    pair = block_diag(2 * np.eye(2), np.zeros((shape[0] - 2, shape[1] - 2)))
-    assert_close(few(pair, 3), [2, 2, 0], atol=ORACLE)
-
-
-@pytest.mark.parametrize("shape", [(60, 50), (50, 60)])
-@pytest.mark.parametrize("failure", ["error", "wrong directions"])
-def test_an_iteration_that_fails_gives_way_to_the_full_svd(rng, monkeypatch, shape, failure):
-    monkeypatch.setattr(linalg.dense, "DENSE_SVD_LIMIT", 10)
-    W = rng.standard_normal(shape)
-
-    def unconverged(matrix, k, **_):
-        if failure == "error":
-            message = "no convergence"
-            raise scipy.sparse.linalg.ArpackError(-1, {-1: message})
-        tall = matrix if shape[0] >= shape[1] else matrix.T  # as svds builds it: one side fits
-        directions = orthonormal(rng, tall.shape[1], k)
-        u, s, vt = np.linalg.svd(tall @ directions, full_matrices=False)
-        v = directions @ vt.T
-        return (u, s, v.T) if tall is matrix else (v, s, u.T)
-
-    monkeypatch.setattr(scipy.sparse.linalg, "svds", unconverged)
-    exact = np.linalg.svd(W, compute_uv=False)[:3]
-    assert_close(linalg.leading_singular_values(W, 3), exact, rtol=ORACLE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -487,3 +489,57 @@ def test_the_chordal_distance_of_nearly_equal_subspaces_keeps_its_digits(rng):
     U = orthonormal(rng, D_OUT, 2)
     one, two = (planted_update(U, np.array([2.0, 1.0]), V) for V in (basis[:, :2], tilted))
     assert_close(chordal_distance(one, two, side="input", k=2), 1e-10, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("i", "j"), [(2, 5), (5, 2), (12, 11)])
+def test_angles_of_near_duplicates_beside_right_angles_are_exact(rng, i, j):
+    # A shared direction, one 1e-10 off, the rest at right angles; where i + j > d, some met again.
+    frame = orthonormal(rng, D_IN, D_IN)
+    V = frame[:, :i]
+    W = frame[:, np.r_[0, 1, i + 1 : D_IN, 2:i][:j]]
+    W[:, 1] = np.cos(1e-10) * frame[:, 1] + np.sin(1e-10) * frame[:, i]
+    U = orthonormal(rng, D_OUT, 20)
+    one, two = (
+        planted_update(U[:, : b.shape[1]], np.linspace(5, 1, b.shape[1]), b) for b in (V, W)
+    )
+    found = principal_angles(one, two, side="input", k=(i, j))
+    bases = [spectrum(u).basis("input", k) for u, k in ((one, i), (two, j))]
+    assert_close(found, reference.exact_principal_angles(*bases), atol=3e-15)
+    assert found[0] <= 3e-15
+    assert np.abs(found - 1e-10).min() < 1e-14
+
+
+# --- extreme norms, and what is only paid for if asked ----------------------------------------
+
+
+@pytest.mark.parametrize(("up", "down"), [(1e200, 1e-200), (1e-200, 1e-200), (1e200, 1e200)])
+def test_norms_near_the_ends_of_the_number_range_change_nothing(rng, up, down):
+    one, two = pair(rng)
+    far = (
+        replace(one, B=one.B * np.sqrt(up), A=one.A * np.sqrt(up)),
+        replace(two, B=two.B * down),
+    )
+    for side in SIDES:
+        assert_close(energy_overlap(*far, side=side), energy_overlap(one, two, side=side))
+        assert_close(
+            subspace_similarity(*far, side=side).values,
+            subspace_similarity(one, two, side=side).values,
+            atol=IDENTITY,
+        )
+        assert_close(
+            chordal_distance(*far, side=side, k=2), chordal_distance(one, two, side=side, k=2)
+        )
+    assert_close(signed_cosine(*far), signed_cosine(one, two))
+    assert_close(signed_cosine(far[0], far[0]), 1)
+
+
+def test_a_comparison_loads_scipy_only_where_p_values_are_asked_for():
+    code = (
+        "import sys, numpy as np\n"
+        "from lora_analysis.similarity import random_similarity\n"
+        "grid = random_similarity(20, (2, 3)); grid.excess\n"
+        "assert 'scipy' not in sys.modules\n"
+        "grid.p_value\n"
+        "assert 'scipy.special' in sys.modules and 'scipy.stats' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -9,7 +9,13 @@ import numpy as np
 from lora_analysis import chance, linalg
 from lora_analysis.adapter import DenseUpdate
 from lora_analysis.amplify.results import Amplification, RandomDirections
-from lora_analysis.amplify.streaming import Precision, Projection, precision_for, project
+from lora_analysis.amplify.streaming import (
+    Frames,
+    Precision,
+    Projection,
+    precision_for,
+    project,
+)
 from lora_analysis.errors import (
     BaseWeightError,
     DegenerateSubspaceError,
@@ -27,9 +33,9 @@ if TYPE_CHECKING:
     from lora_analysis.adapter import Update
     from lora_analysis.bases import Weight
 
-# Where W is this much weaker along ΔW's directions than along unaligned ones, float32 products
-# no longer give seven digits of it, and the pass is made again in float64.
-_WEAK = 0.1
+# Float32 products err by 3e-7 of what unaligned directions give. Where W is this much weaker along
+# ΔW's directions, that is more than 1e-6, and those directions are taken again in float64.
+_WEAK = 0.3
 
 
 def _check(update: Spectrum, weight: Weight | NDArray[np.floating]) -> None:
@@ -163,11 +169,8 @@ def amplifications(
         )
         raise BaseWeightError(message)
     precisions = [precision] * len(own)
-    weak = [at for at in range(len(own)) if precision == "float32" and _is_weak(found[at], W.shape)]
-    if weak:
-        again, _ = project(W, [own[at] for at in weak], precision="float64", one_sided=one_sided)
-        for at, projection in zip(weak, again, strict=True):
-            found[at], precisions[at] = projection, "float64"
+    if precision == "float32":
+        _sharpen(W, own, found, precisions)
     if weight_values is None and weight_directions and most:
         dense = W if isinstance(W, np.ndarray) else W.array()
         weight_values = linalg.leading_singular_values(dense, most)
@@ -199,9 +202,32 @@ def _norm(update: Update | Spectrum, spectral: Spectrum) -> float:
     return spectral.norm
 
 
-def _is_weak(projection: Projection, shape: tuple[int, int]) -> bool:
-    unaligned = np.sqrt(np.cumsum(projection.input_squares) / shape[0])
-    return bool(np.any(_leading_norms(projection.core) < _WEAK * unaligned))
+def _sharpen(
+    W: Weight | NDArray[np.floating],
+    own: Frames,
+    found: list[Projection],
+    precisions: list[Precision],
+) -> None:
+    """Take the leading directions again in float64, up to the last k where W is weak."""
+    weak = {at: _last_weak(found[at], W.shape) for at in range(len(own))}
+    again = [at for at, k in weak.items() if k]
+    if not again:
+        return
+    frames = [(own[at][0][:, : weak[at]], own[at][1][:, : weak[at]]) for at in again]
+    exact, _ = project(W, frames, precision="float64")
+    for at, projection in zip(again, exact, strict=True):
+        k = weak[at]
+        found[at].core[:k, :k] = projection.core
+        if k == len(found[at].core):
+            precisions[at] = "float64"
+
+
+def _last_weak(projection: Projection, shape: tuple[int, int]) -> int:
+    """Return the largest k for which W is weak along the top-k directions; 0 without one."""
+    unaligned = np.sqrt(np.arange(1, len(projection.core) + 1) / shape[0])
+    unaligned *= np.sqrt(np.cumsum(projection.input_squares))
+    weak = np.flatnonzero(_leading_norms(projection.core) < _WEAK * unaligned)
+    return int(weak[-1]) + 1 if weak.size else 0
 
 
 def _leading_norms(core: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,7 +20,7 @@ from lora_analysis.cli.options import (
 from lora_analysis.cli.show import decimals, print_facts, print_json, print_table, sparkline
 
 if TYPE_CHECKING:
-    from lora_analysis.adapter import Adapter, Update
+    from lora_analysis.adapter import Adapter
 
 # More modules than this are summed up by type unless --all asks for each.
 MODULES_SHOWN = 48
@@ -68,11 +69,10 @@ def command(
 
 
 def _describe(adapter: Adapter, pattern: str | None) -> dict[str, Any]:
+    from lora_analysis.execution import in_threads
+
     source = adapter.provenance
-    facts = [
-        _module_facts(adapter[name], source.scale_origin.get(name, "unknown"))
-        for name in _chosen(adapter, pattern)
-    ]
+    facts = list(in_threads(partial(_module_facts, adapter), _chosen(adapter, pattern)))
     return {
         "label": adapter.label,
         "path": source.path,
@@ -103,11 +103,13 @@ def _chosen(adapter: Adapter, pattern: str | None) -> list[str]:
     return names
 
 
-def _module_facts(update: Update, scale_origin: str) -> dict[str, Any]:
+def _module_facts(adapter: Adapter, name: str) -> dict[str, Any]:
+    """Read one module and return what is said of it."""
     from lora_analysis.patterns import module_type
     from lora_analysis.spectra import spectrum
 
-    value = spectrum(update)
+    update = adapter[name]
+    value = spectrum(update, vectors=False)
     return {
         "module": value.name,
         "module_type": module_type(value.name),
@@ -116,9 +118,10 @@ def _module_facts(update: Update, scale_origin: str) -> dict[str, Any]:
         "numerical_rank": value.numerical_rank,
         "untrained": value.untrained,
         "scale": getattr(update, "scale", None),
-        "scale_origin": scale_origin,
+        "scale_origin": adapter.provenance.scale_origin.get(name, "unknown"),
         "alpha": getattr(update, "alpha", None),
         "stored_dtype": value.stored_dtype,
+        "resolution": value.resolution,
         "in_units_of_scale": value.in_units_of_scale,
         "norm": value.norm,
         "effective_rank": value.effective_rank,
@@ -142,6 +145,19 @@ def _scales(facts: list[dict[str, Any]]) -> str:
         for one in facts
     ]
     return _counted(words)
+
+
+def _unresolved(facts: list[dict[str, Any]]) -> list[str]:
+    """Return the sentence about modules whose small σ are those of the stored type's rounding."""
+    coarse = [one for one in facts if one["resolution"] >= 1]
+    if not coarse:
+        return []
+    worst = max(coarse, key=lambda one: one["resolution"])
+    return [
+        f"The smallest σ of {len(coarse)} of {len(facts)} modules are not resolved by the stored "
+        f"type: rounding to {worst['stored_dtype']} alone may have moved those of "
+        f"'{worst['module']}' by {worst['resolution']:.1g} times their size."
+    ]
 
 
 def _print_several(documents: list[dict[str, Any]]) -> None:
@@ -186,7 +202,7 @@ def _print_one(one: dict[str, Any], *, every: bool) -> None:
         lines.append(("also saved", ", ".join(one["saved_modules"])))
     if state:
         lines.append(("state", state))
-    lines += [("note", finding) for finding in one["findings"]]
+    lines += [("note", finding) for finding in (*one["findings"], *_unresolved(facts))]
     print_facts(lines)
     click.echo()
     by_type = len(facts) > MODULES_SHOWN and not every

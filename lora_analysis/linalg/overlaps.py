@@ -9,7 +9,10 @@ from lora_analysis.linalg.constants import Float
 
 def cumulative_overlap(gram: Float) -> Float:
     """Return ``‖U₁[:, :i]ᵀ U₂[:, :j]‖_F²`` for all i, j, from the Gram matrix ``U₁ᵀU₂``."""
-    return np.cumsum(np.cumsum(gram**2, axis=-2), axis=-1)
+    total = gram * gram
+    for axis in (-2, -1):  # in place: for r = 256 fresh pages cost more than the sums
+        np.cumsum(total, axis=axis, out=total)
+    return total
 
 
 def overlap_grid(gram: Float) -> Float:
@@ -23,9 +26,11 @@ def overlap_grid(gram: Float) -> Float:
     ndarray
         Shape of ``gram`` ``(k₁, k₂)``; entry ``[i-1, j-1]`` is φ(i, j), in [0, 1].
     """
-    smaller = np.minimum.outer(np.arange(1, gram.shape[-2] + 1), np.arange(1, gram.shape[-1] + 1))
+    rows, columns = (np.arange(1.0, k + 1) for k in gram.shape[-2:])
+    grid = cumulative_overlap(gram)
+    grid /= np.minimum(rows[:, None], columns)
     # Rounding may exceed 1 by a few ulp where the spans coincide.
-    return np.minimum(cumulative_overlap(gram) / smaller, 1.0)
+    return np.minimum(grid, 1.0, out=grid)
 
 
 def principal_angles(U: Float, V: Float) -> Float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
@@ -27,15 +27,14 @@ def _numerical_rank(S: NDArray[np.float64], rank: int, factor_norms: float) -> i
     return int(np.count_nonzero(4 * rank * linalg.EPS * factor_norms < S))
 
 
-def _delta_spectrum(update: LowRankUpdate, svd: linalg.FactoredSVD | None = None) -> Spectrum:
-    svd = svd or linalg.factored_svd(update.B, update.A)
+def _delta_spectrum(update: LowRankUpdate, svd: linalg.FactoredSVD) -> Spectrum:
     scale = 1.0 if update.scale is None else update.scale
     found = _numerical_rank(svd.S, update.rank, float(svd.B_norm * svd.A_norm))
     return Spectrum(
         name=update.name,
         U=svd.U,
         S=abs(scale) * svd.S,
-        V=svd.V if scale >= 0 else -svd.V,
+        V=-svd.V if scale < 0 and svd.V is not None else svd.V,
         factor="delta",
         numerical_rank=found if scale != 0 else 0,
         rank=update.rank,
@@ -47,19 +46,17 @@ def _delta_spectrum(update: LowRankUpdate, svd: linalg.FactoredSVD | None = None
     )
 
 
-def _factor_spectrum(update: LowRankUpdate, factor: Literal["A", "B"]) -> Spectrum:
+def _factor_spectrum(
+    update: LowRankUpdate, factor: Literal["A", "B"], *, vectors: bool
+) -> Spectrum:
     """Return the spectrum of one factor alone: right vectors of A, or left vectors of B."""
-    matrix = (update.A.T if factor == "A" else update.B).astype(np.float64)
-    q, r = np.linalg.qr(matrix)
-    left, values, _ = np.linalg.svd(r, full_matrices=False)
-    vectors = q @ left
-    vectors = vectors * linalg.column_signs(vectors)
+    found, values = linalg.tall_svd(update.A.T if factor == "A" else update.B)
     cut = 4 * update.rank * linalg.EPS * values[0]
     return Spectrum(
         name=update.name,
-        U=vectors if factor == "B" else None,
+        U=found if vectors and factor == "B" else None,
         S=values,
-        V=vectors if factor == "A" else None,
+        V=found if vectors and factor == "A" else None,
         factor=factor,
         numerical_rank=int(np.count_nonzero(values > cut)),
         rank=update.rank,
@@ -69,14 +66,20 @@ def _factor_spectrum(update: LowRankUpdate, factor: Literal["A", "B"]) -> Spectr
     )
 
 
-def _dense_spectrum(update: DenseUpdate) -> Spectrum:
-    u, s, vt = np.linalg.svd(update.delta.astype(np.float64), full_matrices=False)
-    sign = linalg.column_signs(u)
+def _dense_spectrum(update: DenseUpdate, *, vectors: bool) -> Spectrum:
+    delta = update.delta.astype(np.float64)
+    U, V = None, None
+    if vectors:
+        u, s, vt = np.linalg.svd(delta, full_matrices=False)
+        sign = linalg.column_signs(u)
+        U, V = u * sign, vt.T * sign
+    else:
+        s = np.linalg.svd(delta, compute_uv=False)
     return Spectrum(
         name=update.name,
-        U=u * sign,
+        U=U,
         S=s,
-        V=vt.T * sign,
+        V=V,
         factor="delta",
         numerical_rank=int(np.count_nonzero(s > max(update.shape) * linalg.EPS * s[0])),
         rank=update.rank,
@@ -86,7 +89,13 @@ def _dense_spectrum(update: DenseUpdate) -> Spectrum:
     )
 
 
-def spectrum(update: Update | Spectrum, *, factor: Factor = "delta") -> Spectrum:
+def spectrum(
+    update: Update | Spectrum,
+    *,
+    factor: Factor = "delta",
+    vectors: bool = True,
+    device: str | None = None,
+) -> Spectrum:
     """Return the singular values and vectors of ΔW = s·B·A, or of one factor alone.
 
     ΔW is never formed: QR of both factors and the SVD of an r × r core, in float64. The absolute
@@ -100,11 +109,15 @@ def spectrum(update: Update | Spectrum, *, factor: Factor = "delta") -> Spectrum
         ``"delta"`` for ΔW; ``"A"`` for the right singular vectors of A alone (what the LoRA paper
         plots), ``"B"`` for the left ones of B alone. Those two depend on how ΔW is split into
         factors; only the span of all r directions does not.
+    vectors
+        False leaves the vectors out, which takes a quarter of the time: for norms and ranks.
+    device
+        A torch device to compute ΔW's on, as for `stacked_spectra`; numpy by default.
 
     Raises
     ------
     InputError
-        An unknown factor, or a factor of a dense update.
+        An unknown factor, a factor of a dense update, or one factor alone on a device.
 
     Notes
     -----
@@ -122,15 +135,31 @@ def spectrum(update: Update | Spectrum, *, factor: Factor = "delta") -> Spectrum
             message = f"This spectrum is of factor {update.factor!r}, asked for {factor!r}."
             raise InputError(message)
         return update
+    _check_factor(update, factor, device)
+    if isinstance(update, DenseUpdate):
+        return _dense_spectrum(update, vectors=vectors)
+    if factor != "delta":
+        return _factor_spectrum(update, factor, vectors=vectors)
+    if device is not None:
+        return _spectra_on_device([update], device, "float64", vectors=vectors)[0]
+    return _delta_spectrum(update, linalg.factored_svd(update.B, update.A, vectors=vectors))
+
+
+def _check_factor(update: Update, factor: str, device: str | None) -> None:
     if factor not in ("delta", "A", "B"):
         message = f"factor must be 'delta', 'A' or 'B', got {factor!r}."
-        raise InputError(message)
-    if isinstance(update, DenseUpdate):
-        if factor != "delta":
-            message = f"'{update.name}' is a dense update and has no factor {factor}."
-            raise InputError(message)
-        return _dense_spectrum(update)
-    return _delta_spectrum(update) if factor == "delta" else _factor_spectrum(update, factor)
+    elif factor == "delta":
+        return
+    elif isinstance(update, DenseUpdate):
+        message = f"'{update.name}' is a dense update and has no factor {factor}."
+    elif device is None:
+        return
+    else:
+        message = (
+            f"Factor {factor} alone of '{update.name}' was asked for on {device}; only "
+            "factor='delta' is computed there. Leave device out."
+        )
+    raise InputError(message)
 
 
 def stacked_spectra(
@@ -161,36 +190,42 @@ def stacked_spectra(
     if device is None:
         return [spectrum(one) for one in given]
     found: dict[int, Spectrum] = {}
-    groups: dict[tuple[int, int, int], list[int]] = {}
+    groups: dict[tuple[int, int, int], dict[int, LowRankUpdate]] = {}
     for at, one in enumerate(given):
         if isinstance(one, DenseUpdate):
             found[at] = spectrum(one)
         else:
-            groups.setdefault((*one.shape, one.rank), []).append(at)
+            groups.setdefault((*one.shape, one.rank), {})[at] = one
     for members in groups.values():
-        stack = [given[at] for at in members]
-        for at, svd in zip(members, _svd_on_device(stack, device, dtype), strict=True):
-            one = given[at]
-            found[at] = _delta_spectrum(one, svd)  # type: ignore[arg-type]  # dense ones are out
+        spectra = _spectra_on_device(list(members.values()), device, dtype)
+        found |= zip(members, spectra, strict=True)
     return [found[at] for at in range(len(given))]
 
 
-def _svd_on_device(stack: list[Any], device: str, dtype: str) -> list[linalg.FactoredSVD]:
+def _spectra_on_device(
+    updates: list[LowRankUpdate], device: str, dtype: str, *, vectors: bool = True
+) -> list[Spectrum]:
+    """Return the spectra of updates that share shape and rank, computed as one stack."""
     import torch
 
     kind = getattr(torch, dtype)
+    stacks = ([one.B for one in updates], [one.A for one in updates])
     B, A = (
-        torch.stack([torch.from_numpy(np.array(getattr(one, name))) for one in stack])
-        .to(device)
-        .to(kind)
-        for name in ("B", "A")
+        torch.stack([torch.from_numpy(np.array(factor)) for factor in stack]).to(device).to(kind)
+        for stack in stacks
     )
-    tensors: Any = linalg.factored_svd(B, A)
-    fields = [tensor.double().cpu().numpy() for tensor in tensors]
+    svd = linalg.factored_svd(B, A, vectors=vectors)
+    fields: list[Any] = [
+        [None] * len(updates) if tensor is None else tensor.double().cpu().numpy()
+        for tensor in cast("tuple[Any, ...]", svd)
+    ]
     # The cut between rank and rounding is the arithmetic's: in float32 it lies 2**29 higher, which
     # a larger norm of one factor says in the rule's own terms.
     fields[3] *= torch.finfo(kind).eps / linalg.EPS
-    return [linalg.FactoredSVD(*(field[at] for field in fields)) for at in range(len(stack))]
+    return [
+        _delta_spectrum(one, linalg.FactoredSVD(*parts))
+        for one, *parts in zip(updates, *fields, strict=True)
+    ]
 
 
 def singular_values(update: Update) -> NDArray[np.float64]:

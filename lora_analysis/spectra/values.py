@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -38,12 +38,12 @@ class Spectrum:
     Attributes
     ----------
     U
-        Left singular vectors, ``(d_out, k)``; None for ``factor="A"``.
+        Left singular vectors, ``(d_out, k)``; None for ``factor="A"``, or if not asked for.
     S
         Singular values, ``(k,)``, descending, with k = min(r, d_out, d_in). For ``"delta"`` they
         include the scale, unless ``in_units_of_scale``.
     V
-        Right singular vectors, ``(d_in, k)``; None for ``factor="B"``.
+        Right singular vectors, ``(d_in, k)``; None for ``factor="B"``, or if not asked for.
     factor
         Whose singular vectors: ``"delta"`` (ΔW), ``"A"`` or ``"B"`` alone.
     numerical_rank
@@ -155,16 +155,20 @@ class Spectrum:
         energy = (self.S / self.S[0]) ** 2
         return float(np.sum(energy) ** 2 / np.sum(energy**2))
 
+    @property
+    def energy_shares(self) -> NDArray[np.float64]:
+        """``Σ_{i≤k}σ_i²/Σσ²`` for k = 1…numerical rank, rising to exactly 1; empty if untrained."""
+        energy = np.cumsum(self._relative**2)
+        return energy / energy[-1:]
+
     def energy_rank(self, share: float) -> int:
         """Return the smallest k whose leading directions hold ``share`` of Σσ²; 0 if untrained."""
         if not 0 < share <= 1:
             message = f"An energy share lies in (0, 1], got {share}."
             raise InputError(message)
-        if self.untrained:
-            return 0
-        energy = np.cumsum(self._relative**2)
-        # A hair below the share, so that share = 1 is not lost to rounding of the total.
-        return int(np.searchsorted(energy, share * energy[-1] * (1 - 4 * linalg.EPS))) + 1
+        # A hair below the share: one that falls on a step is not lost to rounding.
+        below = np.searchsorted(self.energy_shares, share * (1 - 4 * linalg.EPS))
+        return 0 if self.untrained else int(below) + 1
 
     def vectors(self, side: Side) -> NDArray[np.float64]:
         """Return the singular vectors of one side up to the numerical rank, ``(d, n)``.
@@ -172,11 +176,18 @@ class Spectrum:
         Raises
         ------
         InputError
-            The factor has no vectors on that side (A: input only, B: output only).
+            The factor has no vectors on that side (A: input only, B: output only), or the
+            spectrum was computed without vectors.
         """
         check_side(side, self.factor)
         basis = self.V if side == "input" else self.U
-        return cast("NDArray[np.float64]", basis)[:, : self.numerical_rank]
+        if basis is None:
+            message = (
+                f"The {side} directions of '{self.name}' in {self.label or 'the update'} were "
+                "asked for, but its spectrum was computed with vectors=False."
+            )
+            raise InputError(message)
+        return basis[:, : self.numerical_rank]
 
     def basis(self, side: Side, k: int) -> NDArray[np.float64]:
         """Return the top-k directions of one side as orthonormal columns, ``(d, k)``.
