@@ -1,95 +1,65 @@
-"""Time what users would write by hand against the package, side by side in one process.
+"""Time what users would write by hand, and what peers do, against the package.
 
-Every row runs its sides in turn and prints the median ratio, with the difference of the results
-beside it: a fast wrong number is no gain. BLAS is held to one thread.
+All sides of a row run in turn in one process, and ratios are what is printed; the accuracy stands
+beside them, since a fast wrong number is no gain. One BLAS thread unless a row says otherwise.
 """
 
 from __future__ import annotations
 
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
-import numpy as np
 from threadpoolctl import threadpool_limits
 
-from lora_analysis import LowRankUpdate, singular_values, subspace_similarity
-from lora_analysis.spectra import spectrum
+from benchmarks import overlaps, processes, spectra, weights
+from benchmarks.floors import machine, memory_rate, product_rate
+from benchmarks.harness import Row, markdown
 
-Side = Callable[[], np.ndarray]
+RESULTS = Path(__file__).with_name("RESULTS.md")
 
-
-def timed(side: Callable[[], object]) -> tuple[float, object]:
-    """Return seconds and result of one call."""
-    start = time.perf_counter()
-    result = side()
-    return time.perf_counter() - start, result
-
-
-def compare(name: str, naive: Side, ours: Side, rounds: int) -> None:
-    """Print the median ratio naive/ours, and the largest relative difference."""
-    ratios, difference = [], 0.0
-    for _ in range(rounds):
-        slow, expected = timed(naive)
-        fast, found = timed(ours)
-        ratios.append(slow / fast)
-        difference = float(np.max(np.abs(found - expected)) / np.max(np.abs(expected)))
-    print(f"{name:<58} {statistics.median(ratios):>9.1f} x   {difference:.0e}")
-
-
-def update(rng: np.random.Generator, d: int, rank: int) -> LowRankUpdate:
-    """Return a random d × d update."""
-    return LowRankUpdate(
-        name="m", A=rng.standard_normal((rank, d)), B=rng.standard_normal((d, rank)), scale=1.0
-    )
-
-
-def dense_values(one: LowRankUpdate) -> np.ndarray:
-    """Return the singular values by forming ΔW."""
-    return np.linalg.svd(one.delta_weight(), compute_uv=False)[: one.rank]
-
-
-def looped_grid(U: np.ndarray, V: np.ndarray) -> np.ndarray:
-    """Return φ cell by cell."""
-    grid = np.empty((U.shape[1], V.shape[1]))
-    for i in range(1, U.shape[1] + 1):
-        for j in range(1, V.shape[1] + 1):
-            grid[i - 1, j - 1] = np.linalg.norm(U[:, :i].T @ V[:, :j]) ** 2 / min(i, j)
-    return grid
-
-
-def process(code: str) -> float:
-    """Return the seconds a fresh interpreter takes for a line of code."""
-    return timed(lambda: subprocess.run([sys.executable, "-c", code], check=True))[0]
+Group = Callable[[int, Path], Iterator[Row]]
+GROUPS: dict[str, Group] = {
+    "processes": processes.rows,
+    "spectra": lambda rounds, _: spectra.rows(rounds),
+    "overlaps": lambda rounds, _: overlaps.rows(rounds),
+    "many": lambda rounds, _: overlaps.many(rounds),
+    "amplification": weights.amplification_rows,
+    "directions": lambda rounds, _: weights.own_directions(rounds),
+    "intruders": lambda *_: weights.intruders(),
+}
 
 
 def main() -> None:
-    """Print the table."""
-    rng = np.random.default_rng(0)
-    print(f"{'what':<58} {'ratio':>9}     difference")
-    with threadpool_limits(1):
-        for d, rank in ((1024, 16), (1024, 64)):
-            one = update(rng, d, rank)
-            compare(
-                f"singular values, {d} x {d}, r = {rank}, against dense SVD",
-                lambda one=one: dense_values(one),
-                lambda one=one: singular_values(one),
-                3,
-            )
-        for low, high in ((8, 64), (64, 64)):
-            a, b = (spectrum(update(rng, 4096, r)) for r in (low, high))
-            compare(
-                f"φ grid {low} x {high}, d = 4096, against the double loop",
-                lambda a=a, b=b: looped_grid(a.vectors("input"), b.vectors("input")),
-                lambda a=a, b=b: subspace_similarity(a, b).values,
-                3,
-            )
-    numpy = statistics.median(process("import numpy") for _ in range(5))
-    package = statistics.median(process("import lora_analysis.formats") for _ in range(5))
-    torch = statistics.median(process("import torch") for _ in range(3))
-    print(f"importing the readers: {package / numpy:.1f} x numpy; torch: {torch / numpy:.1f} x")
+    """Print the table; write it to RESULTS.md if asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=", ".join(GROUPS))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name} too")
+    options = parser.parse_args()
+    chosen = options.groups or list(GROUPS)
+    unknown = sorted(set(chosen) - set(GROUPS))
+    if unknown:
+        parser.error(f"no group {', '.join(unknown)}; there are {', '.join(GROUPS)}")
+    found: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder, threadpool_limits(1, user_api="blas"):
+        floors = (
+            f"one thread reads {memory_rate() / 1e9:.1f} GB/s from memory and multiplies at "
+            f"{product_rate(1024, 1024, 4096) / 1e9:.0f} (float64) and "
+            f"{product_rate(1024, 1024, 4096, 'float32') / 1e9:.0f} (float32) GFLOP/s"
+        )
+        print(f"{machine()}; {floors}\n")
+        for name in chosen:
+            for row in GROUPS[name](options.rounds, Path(folder)):
+                print(" | ".join(row.cells()), flush=True)
+                found.append(row)
+    if options.write:
+        RESULTS.write_text(
+            f"# Benchmark results\n\nMade by `make bench`. {machine()}; {floors}.\n\n"
+            f"{markdown(found)}\n",
+            encoding="utf-8",
+        )
 
 
 if __name__ == "__main__":

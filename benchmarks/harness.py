@@ -1,0 +1,92 @@
+"""Sides timed in turn, and the table they make."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a ratio, the target it is held against, and an accuracy."""
+
+    what: str
+    against: str
+    ratio: float
+    target: str
+    accuracy: str = ""
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target is met; None where there is none."""
+        sign, _, bound = self.target.partition(" ")
+        if not bound:
+            return None
+        value = float(bound.replace(",", ""))
+        return self.ratio >= value if sign == "≥" else self.ratio <= value
+
+    def cells(self) -> list[str]:
+        """Return the row's text, column by column."""
+        shown = f"{self.ratio:,.0f} ×" if self.ratio >= 100 else f"{self.ratio:.2f} ×"
+        verdict = {None: "", True: "yes", False: "no"}[self.met]
+        return [self.what, self.against, shown, self.target, verdict, self.accuracy, self.note]
+
+
+HEADINGS = ["what", "against", "ratio", "target", "met", "accuracy", "note"]
+
+
+def seconds(call: Call) -> float:
+    """Return the seconds of one call, with the garbage collector out of the way."""
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    finally:
+        gc.enable()
+
+
+def in_turn(sides: Mapping[str, Call], rounds: int, *, warm: bool = True) -> dict[str, float]:
+    """Return the median seconds of every side; each round runs all of them once, in turn.
+
+    A machine that slows down for a while then slows all sides alike, and ratios hold.
+    """
+    if warm:
+        for call in sides.values():
+            call()
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, call in sides.items():
+            found[name].append(seconds(call))
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def repeated(call: Call, times: int) -> Call:
+    """Return a call that runs ``times`` over, for what is too short to be timed once."""
+
+    def run() -> None:
+        for _ in range(times):
+            call()
+
+    return run
+
+
+def process(code: str, *arguments: str) -> Call:
+    """Return a call that runs a line of code in a fresh interpreter."""
+    command = [sys.executable, "-c", code, *arguments]
+    return lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def markdown(rows: list[Row]) -> str:
+    """Return the rows as a Markdown table."""
+    lines = [HEADINGS, ["---"] * len(HEADINGS), *(row.cells() for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -1,0 +1,130 @@
+"""ΔW against W: amplification in one pass, W's own directions, intruder dimensions."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.floors import disk_rate, drop_cached, memory_rate
+from benchmarks.harness import Row, in_turn
+from benchmarks.synthetic import LLAMA_8B, base_file, flat_weight, update
+from lora_analysis import amplification, open_base, spectrum
+from lora_analysis.execution import in_threads
+from lora_analysis.linalg import leading_singular_values
+from lora_analysis.spectra import Spectrum
+
+RANK = 16
+
+
+def amplification_rows(rounds: int, folder: Path) -> Iterator[Row]:
+    """Yield the rows about amplification over the seven weights of a Llama-8B layer, bfloat16."""
+    rng = np.random.default_rng(0)
+    spectra = {
+        name: spectrum(update(rng, shape, RANK, name=name)) for name, shape in LLAMA_8B.items()
+    }
+    path = base_file(LLAMA_8B, folder / "layer.safetensors")
+    base = open_base(path)
+
+    def one(name: str) -> np.ndarray:
+        weight = base.weight(name, transposed=False)
+        return amplification(spectra[name], weight, draws=0, weight_directions=False).projected
+
+    def ours() -> list[np.ndarray]:
+        return list(in_threads(one, spectra, workers=2))
+
+    tensors = {name: torch.randn(shape).bfloat16() for name, shape in LLAMA_8B.items()}
+    sides = {
+        name: [torch.from_numpy(m.astype(np.float32)) for m in (s.U, s.V)]
+        for name, s in spectra.items()
+    }
+
+    def naive() -> None:
+        for name, (u, v) in sides.items():
+            torch.linalg.norm(u.T @ tensors[name].float() @ v)
+
+    took = in_turn({"ours": ours, "naive": naive}, rounds)
+    what = "amplification, one bfloat16 Llama-8B layer, r = 16, two workers"
+    size = sum(2 * m * n for m, n in LLAMA_8B.values())
+    yield Row(
+        what,
+        "torch: `U.T @ W.float() @ V`",
+        took["naive"] / took["ours"],
+        "≥ 4",
+        error(base, spectra, one),
+    )
+    yield Row(what, "reading the bytes from memory", took["ours"] * memory_rate() / size, "≤ 6")
+    rate = disk_rate(path)
+    drop_cached(path)
+    cold = in_turn({"cold": ours}, 1, warm=False)["cold"]
+    yield Row(what + ", cold", "reading the bytes from disk", cold * rate / size, "≤ 1.2")
+    tracemalloc.start()
+    list(in_threads(one, spectra, workers=2))
+    peak = tracemalloc.get_traced_memory()[1] / 2**20
+    tracemalloc.stop()
+    yield Row(what, "64 MB of extra memory", peak / 64, "≤ 1", f"{peak:.0f} MB")
+
+
+def error(base: object, spectra: dict[str, Spectrum], one: object) -> str:
+    """Return the largest relative error over the layer's square weights."""
+    found = 0.0
+    for name in ("self_attn.q_proj", "self_attn.k_proj"):
+        s = spectra[name]
+        core = s.U.T @ base.weight(name, transposed=False).array().astype(float) @ s.V
+        exact = np.sqrt(np.diagonal(np.cumsum(np.cumsum(core**2, 0), 1)))
+        found = max(found, float(np.max(np.abs(one(name) / exact - 1))))
+    return f"{found:.0e}"
+
+
+def own_directions(rounds: int) -> Iterator[Row]:
+    """Yield the rows about W's leading singular values, on the flattest spectrum."""
+    W = flat_weight(4096)
+    exact = np.linalg.svd(W.astype(np.float64), compute_uv=False)
+    dense = in_turn({"dense": lambda: torch.linalg.svdvals(torch.from_numpy(W))}, 1, warm=False)
+    for k, target in ((16, "≥ 10"), (64, "≥ 4")):
+        ours = in_turn({"ours": lambda k=k: leading_singular_values(W, k)}, min(rounds, 3))
+        found = np.max(np.abs(leading_singular_values(W, k) / exact[:k] - 1))
+        low = torch.svd_lowrank(torch.from_numpy(W), q=k)[1].numpy() / exact[:k] - 1
+        yield Row(
+            f"W's top {k}, flat 4096 × 4096",
+            "torch float32 svdvals",
+            dense["dense"] / ours["ours"],
+            target,
+            f"{found:.0e}",
+            f"svd_lowrank's defaults are off by {np.max(np.abs(low)):.0%}",
+        )
+
+
+def intruders() -> Iterator[Row]:
+    """Yield the rows about intruder dimensions, with and without W's SVD at hand."""
+    rng = np.random.default_rng(0)
+    W, one = flat_weight(4096), update(rng, (4096, 4096), RANK)
+    merged = W.astype(np.float64) + one.delta_weight()
+
+    def route() -> None:  # of PEFT's reduce_intruder_dimension, per module
+        for matrix in (W, merged.astype(np.float32)):
+            torch.linalg.svd(torch.from_numpy(matrix), full_matrices=False)
+
+    def dense() -> None:
+        for matrix in (W, merged, one.delta_weight()):
+            np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
+
+    heavy = in_turn({"peft": route, "dense": dense}, 1, warm=False)
+    whole = in_turn(
+        {"ours": lambda: intruder_dimensions(one, W, weight_svd=weight_svd(W, cache=False))},
+        1,
+        warm=False,
+    )
+    known = weight_svd(W, cache=False)
+    cached = in_turn({"ours": lambda: intruder_dimensions(one, W, weight_svd=known)}, 3)
+    what = "intruder dimensions, 4096 × 4096, r = 16"
+    yield Row(what, "three dense float64 SVDs", heavy["dense"] / whole["ours"], "≥ 2")
+    yield Row(
+        f"{what}, W's SVD known",
+        "PEFT's route: two float32 SVDs",
+        heavy["peft"] / cached["ours"],
+        "≥ 300",
+    )
