@@ -14,8 +14,9 @@ from benchmarks.harness import Row, in_turn
 from benchmarks.synthetic import LLAMA_8B, base_file, flat_weight, update
 from lora_analysis import amplification, open_base, spectrum
 from lora_analysis.execution import in_threads
+from lora_analysis.intruders import intruder_dimensions
 from lora_analysis.linalg import leading_singular_values
-from lora_analysis.spectra import Spectrum
+from lora_analysis.spectra import Spectrum, weight_svd
 
 RANK = 16
 
@@ -114,12 +115,12 @@ def intruders() -> Iterator[Row]:
 
     heavy = in_turn({"peft": route, "dense": dense}, 1, warm=False)
     whole = in_turn(
-        {"ours": lambda: intruder_dimensions(one, W, weight_svd=weight_svd(W, cache=False))},
+        {"ours": lambda: intruder_dimensions(one, W, weight=weight_svd(W, cache=False))},
         1,
         warm=False,
     )
     known = weight_svd(W, cache=False)
-    cached = in_turn({"ours": lambda: intruder_dimensions(one, W, weight_svd=known)}, 3)
+    cached = in_turn({"ours": lambda: intruder_dimensions(one, W, weight=known)}, 3)
     what = "intruder dimensions, 4096 × 4096, r = 16"
     yield Row(what, "three dense float64 SVDs", heavy["dense"] / whole["ours"], "≥ 2")
     yield Row(

@@ -135,3 +135,43 @@ def assert_mean(sample, expected):
 def assert_variance(sample, expected):
     """The sample's variance lies within 5 of its standard errors of what is expected."""
     assert_mean((sample - sample.mean()) ** 2, expected)
+
+
+# --- what W becomes -----------------------------------------------------------------------------
+
+
+def basis_energy(W, D):
+    """Per side: ‖x_iᵀΔW‖²/‖ΔW‖² for W's singular vectors; and the energy off both top-k's."""
+    X, _, Zt = np.linalg.svd(W, full_matrices=False)
+    total = np.linalg.norm(D) ** 2
+    sides = {
+        "output": np.array([np.linalg.norm(x @ D) ** 2 / total for x in X.T]),
+        "input": np.array([np.linalg.norm(D @ z) ** 2 / total for z in Zt]),
+    }
+    off = []
+    for k in range(1, X.shape[1] + 1):
+        left, right = np.eye(len(W)) - X[:, :k] @ X[:, :k].T, np.eye(W.shape[1]) - Zt[:k].T @ Zt[:k]
+        off.append(np.linalg.norm(left @ D @ right) ** 2 / total)
+    return sides, np.array(off)
+
+
+def largest_cosines(W, D, k):
+    """Per side: for the leading singular vectors of W + ΔW the largest |cosine| with any of W's."""
+    before, after = (np.linalg.svd(m, full_matrices=False) for m in (W, W + D))
+    sides = {"output": (before[0], after[0]), "input": (before[2].T, after[2].T)}
+    return {
+        side: np.array([max(abs(x @ y) for x in old.T) for y in new.T[:k]])
+        for side, (old, new) in sides.items()
+    }
+
+
+def vector_changes(W, D):
+    """Per side: change of length of each vector of W, and 1 − cos of its turn, one by one."""
+    sides = {}
+    for side, before, after in (("output", W, W + D), ("input", W.T, (W + D).T)):
+        both = list(zip(before, after, strict=True))
+        lengths = [(np.linalg.norm(v), np.linalg.norm(w)) for v, w in both]
+        pairs = zip(before, after, lengths, strict=True)
+        turns = [1 - v @ w / (a * b) for v, w, (a, b) in pairs]
+        sides[side] = np.array([b - a for a, b in lengths]), np.array(turns)
+    return sides

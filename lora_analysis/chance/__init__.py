@@ -24,6 +24,7 @@ from lora_analysis.chance.overlaps import (
 from lora_analysis.chance.projections import (
     energy_p_value,
     enrichment_p_value,
+    largest_cosine_median,
     one_sided_energy_p_value,
     one_sided_energy_quantile,
     one_sided_energy_variance,
@@ -59,6 +60,7 @@ __all__ = [
     "enrichment_p_value",
     "excess",
     "jackknife",
+    "largest_cosine_median",
     "monte_carlo_p_value",
     "one_sided_energy_p_value",
     "one_sided_energy_quantile",

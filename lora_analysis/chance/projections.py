@@ -81,6 +81,19 @@ def one_sided_energy_variance(
     return variance
 
 
+def largest_cosine_median(count: int, dimension: int) -> float:
+    """Return about the median of the largest |cosine| of a random direction with ``count`` axes.
+
+    ``Φ⁻¹(1 − ½(1 − 2^(−1/count)))/√dimension`` for orthonormal axes, each cosine taken as normal
+    and independent: .0588 for 4096 of 4096, .120 for 768, .319 for 64. From 16 axes up it is off
+    by at most 0.02 of itself.
+    """
+    from scipy.special import ndtri
+
+    tail = -0.5 * np.expm1(-np.log(2.0) / count)
+    return min(float(-ndtri(tail) / np.sqrt(dimension)), 1.0)
+
+
 def energy_p_value(value: ArrayLike, mean: ArrayLike, variance: ArrayLike) -> NDArray[np.float64]:
     """Return P(energy_null ≥ value), by the gamma distribution of this mean and variance.
 

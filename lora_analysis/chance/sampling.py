@@ -71,7 +71,8 @@ def _energies(singular_values: ArrayLike) -> NDArray[np.float64]:
     """Return σ² scaled to Σσ² = 1, without the zeros that may fill up."""
     s = np.abs(np.asarray(singular_values, dtype=np.float64))
     energy: NDArray[np.float64] = np.square(s[s > 0] / s.max())
-    return energy / energy.sum()
+    energy /= energy.sum()
+    return energy
 
 
 def energy_overlap_draws(

@@ -20,6 +20,7 @@ from lora_analysis.linalg.factored import (
     factored_svd,
     tall_svd,
 )
+from lora_analysis.linalg.modified import modified_svd
 from lora_analysis.linalg.overlaps import (
     cumulative_overlap,
     haar_frame,
@@ -42,6 +43,7 @@ __all__ = [
     "krylov_svd",
     "leading_singular_values",
     "leading_svd",
+    "modified_svd",
     "overlap_grid",
     "principal_angles",
     "tall_svd",

@@ -3,6 +3,7 @@
 from lora_analysis.spectra.factoring import singular_values, spectrum, stacked_spectra
 from lora_analysis.spectra.leading import leading_spectrum
 from lora_analysis.spectra.values import SIDES, SOFT_GAP, Factor, Side, Spectrum, check_side
+from lora_analysis.spectra.weights import weight_svd
 
 __all__ = [
     "SIDES",
@@ -15,4 +16,5 @@ __all__ = [
     "singular_values",
     "spectrum",
     "stacked_spectra",
+    "weight_svd",
 ]

@@ -1,0 +1,182 @@
+"""The leading SVD of a diagonal matrix plus one of low rank: W + ΔW in W's own coordinates."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from lora_analysis.linalg.constants import EPS, Float
+from lora_analysis.linalg.dense import DENSE_SVD_LIMIT, DenseSVD, gram_svd
+
+# Diagonal entries this near to a shift are not divided by, but solved for together.
+_NEAR = 64
+# Rounds of bisection before inverse iteration, which leave 2**-16 of the first ratio of bounds.
+_BISECTIONS = 16
+# Rounds of inverse iteration, each followed by a projection; three are enough but for ties.
+_REFINEMENTS = 10
+# Eigenvalues below this share of the scale's square are not told from zero.
+_SMALLEST = 1e-18
+# Residual, relative to σ₁², at which a singular vector is taken as found.
+_RESIDUAL = 64 * EPS
+
+
+def modified_svd(values: Float, P: Float, Q: Float, k: int) -> DenseSVD:
+    """Return the ``k`` leading singular triplets of ``M = [diag(values); 0] + P·Qᵀ``.
+
+    Known singular values make M's Gram matrix a diagonal one plus a correction of twice the rank,
+    whose eigenvalues above any number can be counted exactly (Sylvester's law of inertia, as for
+    the secular equation of Golub 1973). Bisection by such counts finds where the leading ones are,
+    inverse iteration the vectors, and a last count proves that none was missed.
+
+    Parameters
+    ----------
+    values
+        ``(n,)``, descending, not negative.
+    P, Q
+        ``(m, r)`` with m ≥ n, and ``(n, r)``.
+    k
+        How many triplets, at most n.
+
+    Returns
+    -------
+    DenseSVD
+        U ``(m, k)``, S ``(k,)``, V ``(n, k)``; a vector's error is about 1e-15·σ₁² over the gap of
+        its σ² to the next. Where no certificate is found, M is decomposed whole.
+
+    Notes
+    -----
+    O(k·n·r²) and less than a second for n = 4096, r = 16, where the whole takes half a minute.
+    """
+    m, n = len(P), len(Q)
+    if n <= DENSE_SVD_LIMIT or 2 * P.shape[1] + _NEAR >= n or k > n // 8:
+        return _whole(values, P, Q, k)
+    size = float(values[0] + np.linalg.norm(P, 2) * np.linalg.norm(Q, 2))
+    if size == 0:
+        return DenseSVD(np.eye(m, k), np.zeros(k), np.eye(n, k))
+    problem = _problem(values / size, P / size, Q)
+    vectors, squares = problem.leading(k)
+    if not problem.proves(vectors, squares):
+        return _whole(values, P, Q, k)
+    images = P @ (Q.T @ vectors)
+    images[:n] += values[:, None] * vectors
+    S = np.linalg.norm(images, axis=0)
+    return DenseSVD(images / np.where(S > 0, S, 1.0), S, vectors)
+
+
+def _whole(values: Float, P: Float, Q: Float, k: int) -> DenseSVD:
+    dense = P @ Q.T
+    dense[np.arange(len(values)), np.arange(len(values))] += values
+    if len(Q) <= DENSE_SVD_LIMIT:
+        u, s, vt = np.linalg.svd(dense, full_matrices=False)
+        return DenseSVD(u[:, :k], s[:k], vt[:k].T)
+    u, s, v = gram_svd(dense)
+    return DenseSVD(u[:, :k], s[:k], v[:, :k])
+
+
+def _problem(values: Float, P: Float, Q: Float) -> _Modified:
+    """Return MᵀM as ``diag(d) + F·C·Fᵀ``, with the two parts of F of one size."""
+    balance = np.sqrt(max(float(np.linalg.norm(P, 2)), 1e-150) / float(np.linalg.norm(Q, 2)))
+    P, Q = P / balance, Q * balance
+    rank = P.shape[1]
+    one, zero = np.eye(rank), np.zeros((rank, rank))
+    return _Modified(
+        diagonal=values**2,
+        F=np.hstack([values[:, None] * P[: len(values)], Q]),
+        inverse=np.block([[-(P.T @ P), one], [one, zero]]),
+    )
+
+
+class _Modified(NamedTuple):
+    """``H = diag(diagonal) + F·C·Fᵀ``, with C by its inverse; C has as many signs + as −."""
+
+    diagonal: Float  # (n,), descending
+    F: Float  # (n, 2r)
+    inverse: Float  # (2r, 2r)
+
+    def apply(self, vectors: Float) -> Float:
+        """Return H·vectors."""
+        inner = np.linalg.solve(self.inverse, self.F.T @ vectors)
+        return np.asarray(self.diagonal[:, None] * vectors + self.F @ inner)
+
+    def _condensed(self, shift: float) -> tuple[slice, Float, Float]:
+        """Return which entries are near the shift, the inverses of the others, and what is left.
+
+        ``[[E, F], [Fᵀ, −C⁻¹]]`` with E = diag − shift, after the far entries of E are eliminated.
+        """
+        at = int(np.searchsorted(-self.diagonal, -shift))
+        start = min(max(at - _NEAR // 2, 0), len(self.diagonal) - _NEAR)
+        near = slice(start, start + _NEAR)
+        far = self.diagonal - shift
+        far[near] = np.inf
+        far[far == 0] = EPS  # more equal entries than are kept, and the shift on them
+        weights = 1.0 / far  # zero for the near ones
+        block = -self.inverse - (self.F.T * weights) @ self.F
+        own = self.F[near]
+        small = np.block([[np.diag(self.diagonal[near] - shift), own], [own.T, block]])
+        return near, weights, (small + small.T) / 2
+
+    def above(self, shift: float) -> int:
+        """Return how many eigenvalues of H exceed the shift."""
+        _, weights, small = self._condensed(shift)
+        rank = len(self.inverse) // 2
+        return int(np.sum(weights > 0) + np.sum(np.linalg.eigvalsh(small) > 0) - rank)
+
+    def solve(self, shift: float, vector: Float) -> Float:
+        """Return ``(H − shift)⁻¹·vector``, of length one."""
+        near, weights, small = self._condensed(shift)
+        scaled = weights * vector
+        right = np.concatenate([vector[near], -(self.F.T @ scaled)])
+        try:
+            found = np.linalg.solve(small, right)
+        except np.linalg.LinAlgError:  # the shift is an eigenvalue to the last digit
+            found = np.linalg.solve(small + EPS * np.eye(len(small)), right)
+        x = scaled - weights * (self.F @ found[_NEAR:])
+        x[near] = found[:_NEAR]
+        length = float(np.linalg.norm(x))
+        return x / length if np.isfinite(length) and length > 0 else vector
+
+    def leading(self, k: int) -> tuple[Float, Float]:
+        """Return the ``k`` leading eigenvectors ``(n, k)`` and eigenvalues, descending."""
+        # One more than asked for, and some: close neighbours are told apart by the projection.
+        count = min(k + 4, len(self.diagonal))
+        shifts = self._bisected(count)
+        vectors = np.random.default_rng(0).standard_normal((len(self.diagonal), count))
+        for done in range(_REFINEMENTS):
+            vectors = np.stack(
+                [self.solve(float(s), v) for s, v in zip(shifts, vectors.T, strict=True)], axis=1
+            )
+            basis = np.linalg.qr(vectors)[0]
+            image = self.apply(basis)
+            projected = basis.T @ image
+            squares, turn = np.linalg.eigh((projected + projected.T) / 2)
+            vectors, shifts = basis @ turn[:, ::-1], squares[::-1]
+            residual = np.linalg.norm(image @ turn[:, ::-1] - vectors * shifts, axis=0)
+            if done >= 2 and (residual[:k] <= _RESIDUAL).all():
+                break
+        return vectors[:, :k], shifts[:k]
+
+    def _bisected(self, count: int) -> Float:
+        """Return numbers near the ``count`` largest eigenvalues, by counting those above."""
+        # A change of rank r moves a singular value by r places at most; the scale bounds the rest.
+        rank, n = len(self.inverse) // 2, len(self.diagonal)
+        wanted = np.arange(1, count + 1)
+        low: Float = np.maximum(self.diagonal[np.minimum(wanted + rank, n) - 1], _SMALLEST)
+        high = np.where(wanted > rank, self.diagonal[np.maximum(wanted - rank, 1) - 1], 1.0)
+        high = np.maximum(high, low)
+        known: dict[float, int] = {}
+        for _ in range(_BISECTIONS):
+            middle = np.sqrt(low * high)  # of ratios: the wanted ones may be far below the first
+            for at in {float(x) for x in middle} - set(known):
+                known[at] = self.above(at)
+            enough = np.array([known[float(x)] for x in middle]) >= wanted
+            low, high = np.where(enough, middle, low), np.where(enough, high, middle)
+        return np.asarray(np.sqrt(low * high))
+
+    def proves(self, vectors: Float, squares: Float) -> bool:
+        """Whether these are eigenpairs, and no eigenvalue but theirs lies from the last one up."""
+        margin = 1e3 * _RESIDUAL
+        residual = np.linalg.norm(self.apply(vectors) - vectors * squares, axis=0)
+        last, k = float(squares[-1]), len(squares)
+        complete = self.above(last + margin) < k <= self.above(max(last - margin, 0.0))
+        return bool(complete and (residual <= margin).all())

@@ -1,0 +1,107 @@
+"""What is dear to compute, kept on disk under the hash of what it was computed from."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from lora_analysis.errors import InputError
+from lora_analysis.storage.atomic import write_atomic
+from lora_analysis.storage.tensors import open_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from numpy.typing import NDArray
+
+FOLDER_VARIABLE: Final = "LORA_ANALYSIS_CACHE"
+SIZE_VARIABLE: Final = "LORA_ANALYSIS_CACHE_GB"
+DEFAULT_GIGABYTES: Final = 20.0
+
+
+def cache_folder() -> Path:
+    """Return where results are kept: ``$LORA_ANALYSIS_CACHE``, or the user's cache folder."""
+    named = os.environ.get(FOLDER_VARIABLE)
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "lora-analysis"
+
+
+def cache_limit() -> int:
+    """Return how many bytes may be kept: ``$LORA_ANALYSIS_CACHE_GB`` gigabytes, 20 by default.
+
+    Raises
+    ------
+    InputError
+        The variable holds no number of at least 0.
+    """
+    text = os.environ.get(SIZE_VARIABLE) or str(DEFAULT_GIGABYTES)
+    try:
+        size = float(text)
+    except ValueError:
+        size = float("nan")
+    if not 0 <= size < float("inf"):
+        message = f"{SIZE_VARIABLE} must be a number of gigabytes, found {text!r}."
+        raise InputError(message)
+    return int(size * 1e9)
+
+
+def read_cached(key: str) -> dict[str, NDArray[Any]] | None:
+    """Return the arrays that were kept under a key; None where they are not, or are damaged."""
+    path = _path(key)
+    try:
+        tensors = open_tensors(path)
+        found = {name: tensors.read(name) for name in tensors.infos}
+    except (InputError, OSError):
+        return None
+    with suppress(OSError):
+        path.touch()  # what is used is kept longest
+    return found
+
+
+def keep(key: str, arrays: Mapping[str, NDArray[Any]]) -> bool:
+    """Keep arrays under a key, and drop what was not used for longest where room is short.
+
+    Returns
+    -------
+    bool
+        Whether they are kept: not if they alone exceed the limit, or the disk refuses.
+    """
+    from safetensors.numpy import save
+
+    room = cache_limit() - sum(array.nbytes for array in arrays.values())
+    if room < 0:
+        return False
+    path = _path(key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_oldest(path.parent.glob("*.safetensors"), room)
+        dense = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        write_atomic(path, save(dense))
+    except OSError:  # a full or read-only disk takes nothing away from the result
+        return False
+    return True
+
+
+def _path(key: str) -> Path:
+    return cache_folder() / f"{key}.safetensors"
+
+
+def _drop_oldest(files: Iterable[Path], room: int) -> None:
+    """Delete files, the least recently used first, until the others fit into ``room`` bytes."""
+    known = []
+    for path in files:
+        with suppress(OSError):  # another process may have dropped it
+            state = path.stat()
+            known.append((state.st_mtime_ns, state.st_size, path))
+    total = sum(size for _, size, _ in known)
+    for _, size, path in sorted(known):
+        if total <= room:
+            return
+        path.unlink(missing_ok=True)
+        total -= size

@@ -1,0 +1,149 @@
+"""How ΔW changes W vector by vector: in magnitude and in direction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lora_analysis.adapter import DenseUpdate, Update
+from lora_analysis.errors import IncompatibleError, ScaleError
+from lora_analysis.spectra import SIDES, Side
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from lora_analysis.bases import Weight
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VectorChange:
+    """The change of W's vectors along one axis.
+
+    Attributes
+    ----------
+    magnitude
+        ``(d,)``: ``‖w + δ‖ − ‖w‖`` of every vector.
+    direction
+        ``(d,)``: ``1 − cos(w + δ, w)``, in [0, 2]; NaN where either is zero.
+    """
+
+    magnitude: NDArray[np.float64]
+    direction: NDArray[np.float64]
+
+    @property
+    def mean_magnitude(self) -> float:
+        """ΔM: mean of |magnitude|."""
+        return float(np.mean(np.abs(self.magnitude)))
+
+    @property
+    def mean_direction(self) -> float:
+        """ΔD: mean of the direction's change, over vectors that have one."""
+        known = self.direction[~np.isnan(self.direction)]
+        return float(known.mean()) if known.size else float("nan")
+
+    @property
+    def correlation(self) -> float:
+        """Pearson correlation of |magnitude| and direction over vectors; NaN where one is even."""
+        known = ~np.isnan(self.direction)
+        a, b = np.abs(self.magnitude[known]), self.direction[known]
+        if len(a) < 2 or not (np.ptp(a) > 0 and np.ptp(b) > 0):
+            return float("nan")
+        return float(np.corrcoef(a, b)[0, 1])
+
+
+def magnitude_direction(
+    update: Update, W: Weight | NDArray[np.floating]
+) -> Mapping[Side, VectorChange]:
+    """Return how W → W + ΔW changes the magnitude and the direction of W's vectors.
+
+    The decomposition of DoRA (Liu et al., arXiv 2402.09353, section 3.2), by which LoRA and full
+    fine-tuning differ. ``"output"`` is one vector per output feature, a row of W: the norm that
+    DoRA's magnitude has in PEFT. ``"input"`` is one per input feature, a column, as that paper
+    writes it.
+
+    Parameters
+    ----------
+    update
+        A low-rank update of known scale, or a dense one.
+    W
+        The frozen weight as ``(d_out, d_in)``.
+
+    Raises
+    ------
+    IncompatibleError
+        The shapes differ.
+    ScaleError
+        The scale of the update is not known.
+
+    Notes
+    -----
+    One pass over W in blocks, in float64; ΔW is never whole. 1 − cos is taken from
+    ``‖w‖²‖δ‖² − (w·δ)²``, right where it is small.
+    """
+    if tuple(W.shape) != update.shape:
+        message = (
+            f"'{update.name}' in {update.label or 'this adapter'} updates a weight of shape "
+            f"{update.shape}, but '{getattr(W, 'name', 'the weight')}' is {tuple(W.shape)} as "
+            "(d_out, d_in)."
+        )
+        raise IncompatibleError(message)
+    if not isinstance(update, DenseUpdate) and update.scale is None:
+        message = (
+            f"How '{update.name}' in {update.label or 'this adapter'} changes W depends on its "
+            "scale, which is not known. Pass scale= or alpha= when reading the adapter."
+        )
+        raise ScaleError(message)
+    d_out, d_in = update.shape
+    # Of every vector: w·w, w·δ, δ·δ.
+    rows, columns = np.zeros((3, d_out)), np.zeros((3, d_in))
+    for own, across, block in _blocks(W):
+        delta = _delta_block(update, own, across)
+        for at, (a, b) in enumerate(((block, block), (block, delta), (delta, delta))):
+            product = a * b
+            rows[at, own] += product.sum(axis=1)
+            columns[at, across] += product.sum(axis=0)
+    sums = dict(zip(SIDES, (columns, rows), strict=True))
+    return {side: _change(*sums[side]) for side in SIDES}
+
+
+def _blocks(
+    W: Weight | NDArray[np.floating],
+) -> Iterator[tuple[slice, slice, NDArray[np.float64]]]:
+    if not isinstance(W, np.ndarray):
+        for rows, columns, tile in W.blocks():
+            yield rows, columns, tile.astype(np.float64)
+        return
+    height = max(1, (1 << 20) // W.shape[1])
+    for start in range(0, W.shape[0], height):
+        rows = slice(start, min(start + height, W.shape[0]))
+        yield rows, slice(0, W.shape[1]), W[rows].astype(np.float64)
+
+
+def _delta_block(update: Update, rows: slice, columns: slice) -> NDArray[np.float64]:
+    if isinstance(update, DenseUpdate):
+        return update.delta[rows, columns].astype(np.float64)
+    B, A = update.B[rows].astype(np.float64), update.A[:, columns].astype(np.float64)
+    return np.asarray(update.known_scale() * (B @ A))
+
+
+def _change(
+    own: NDArray[np.float64], mixed: NDArray[np.float64], delta: NDArray[np.float64]
+) -> VectorChange:
+    before = np.sqrt(own)
+    change = 2 * mixed + delta  # ‖w + δ‖² − ‖w‖²
+    after = np.sqrt(np.maximum(own + change, 0.0))
+    total = before + after
+    magnitude = np.where(total > 0, change / np.where(total > 0, total, 1.0), 0.0)
+    sizes = before * after
+    along = own + mixed  # w·(w + δ)
+    # 1 − cos = sin²/(1 + cos), with ‖w‖²‖w + δ‖²·sin² = ‖w‖²‖δ‖² − (w·δ)².
+    square = np.maximum(own * delta - mixed**2, 0.0)
+    known = sizes > 0
+    scale = np.where(known, sizes * (sizes + np.abs(along)), 1.0)
+    turn = np.where(along >= 0, square / scale, 2.0 - square / scale)
+    return VectorChange(magnitude, np.where(known, turn, np.nan))
