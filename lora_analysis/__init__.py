@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lora_analysis.formats import find_adapters as find_adapters
     from lora_analysis.formats import read_adapter as read_adapter
     from lora_analysis.formats import write_adapter as write_adapter
+    from lora_analysis.intruders import intruder_dimensions as intruder_dimensions
     from lora_analysis.lora import add_lora as add_lora
     from lora_analysis.lora import extract_adapter as extract_adapter
     from lora_analysis.lora import load_adapter_into as load_adapter_into
@@ -44,6 +45,7 @@ _HOME = {
     "amplify": ("amplification",),
     "bases": ("open_base",),
     "formats": ("find_adapters", "read_adapter", "write_adapter"),
+    "intruders": ("intruder_dimensions",),
     "lora": (
         "add_lora",
         "extract_adapter",

@@ -56,9 +56,10 @@ class VectorChange:
         return float(np.corrcoef(a, b)[0, 1])
 
 
-def magnitude_direction(
-    update: Update, W: Weight | NDArray[np.floating]
-) -> Mapping[Side, VectorChange]:
+Changes = Mapping[Side, VectorChange]
+
+
+def magnitude_direction(update: Update, W: Weight | NDArray[np.floating]) -> Changes:
     """Return how W → W + ΔW changes the magnitude and the direction of W's vectors.
 
     The decomposition of DoRA (Liu et al., arXiv 2402.09353, section 3.2), by which LoRA and full

@@ -481,6 +481,35 @@ def test_amplify_prints_factor_chance_and_enrichment(
         assert ratio == pytest.approx(1 / row["enrichment"])
 
 
+def test_amplify_holds_the_update_against_the_whole_spectrum_if_asked(
+    saved: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    call_it = ("amplify", saved["small"], "--base", saved["base"], "--spectrum")
+    code, out, err = call(capsys, *call_it)
+    assert code == 0
+    assert not err
+    assert "novelty" in out
+    _, out, _ = call(capsys, *call_it, "--format", "json")
+    rows = document(out)["changes"]
+    modules = {row["module"] for row in document(out)["modules"]}
+    assert {(row["module"], row["side"]) for row in rows} == {
+        (module, side) for module in modules for side in ("input", "output")
+    }
+    assert all(0 <= row["leading_energy"] <= 1 and row["k"] == 2 for row in rows)
+
+
+def test_amplify_says_what_whole_spectra_will_cost(
+    saved: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lora_analysis.linalg.gram_seconds", lambda _: 600.0)
+    monkeypatch.setenv("LORA_ANALYSIS_CACHE", str(saved["base"].parent / "kept"))
+    _, _, err = call(capsys, "amplify", saved["small"], "--base", saved["base"], "--spectrum")
+    assert "min the first time" in err
+    assert str(saved["base"].parent / "kept") in err
+
+
 def test_amplify_names_modules_without_a_base_weight_and_shows_the_others(
     saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

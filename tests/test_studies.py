@@ -447,3 +447,41 @@ def test_several_base_models_are_named(rng: np.random.Generator) -> None:
     ]
     text = next(one.text for one in findings(study(made)) if one.topic == "several bases")
     assert "org/one, org/two" in text
+
+
+# --- W's whole spectra ------------------------------------------------------------------------
+
+
+def test_changes_are_those_of_each_adapter_held_against_w_alone(
+    rng: np.random.Generator, sweep: list[Adapter]
+) -> None:
+    weights = {f"{name}.weight": rng.standard_normal((48, 40)) for name in NAMES}
+    result = study(sweep[:2], base=open_base(weights), draws=0, weight_spectra=True)
+    assert len(result.changes) == 2 * len(NAMES) * 2
+    for one in sweep[:2]:
+        rows = result.changes[result.changes["adapter"] == one.label]
+        for name in NAMES:
+            W = weights[f"{name}.weight"].astype(np.float32).astype(float)
+            D = one[name].delta_weight()
+            shares, off = reference.basis_energy(W, D)
+            cosines = reference.largest_cosines(W, D, 10)
+            for side in ("input", "output"):
+                (row,) = rows[(rows["module"] == name) & (rows["side"] == side)].to_dict("records")
+                assert row["k"] == 4
+                assert row["leading_energy"] == pytest.approx(shares[side][:4].sum())
+                assert row["trailing_energy"] == pytest.approx(shares[side][-4:].sum())
+                assert row["off_principal"] == pytest.approx(off[3])
+                assert row["intruders"] == int((cosines[side] < 0.5).sum())
+                assert row["smallest_cosine"] == pytest.approx(cosines[side].min())
+                turn = reference.vector_changes(W, D)[side][1]
+                assert row["direction_change"] == pytest.approx(turn.mean())
+
+
+def test_whole_spectra_are_left_alone_unless_asked_for(
+    rng: np.random.Generator, sweep: list[Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_analysis.studies.walk.weight_svd", lambda _: pytest.fail("not asked"))
+    weights = {f"{name}.weight": rng.standard_normal((48, 40)) for name in NAMES}
+    result = study(sweep[:2], base=open_base(weights), draws=0)
+    assert result.changes.empty
+    assert "intruders" in result.changes

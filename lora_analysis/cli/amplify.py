@@ -19,6 +19,7 @@ from lora_analysis.cli.show import decimals, print_json, print_table, print_text
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lora_analysis.adapter import Adapter
     from lora_analysis.studies import Study
 
 
@@ -29,6 +30,13 @@ if TYPE_CHECKING:
 @click.option(
     "--draws", type=click.IntRange(0), default=16, show_default=True, help="Random draws."
 )
+@click.option(
+    "--spectrum",
+    is_flag=True,
+    help="Hold ΔW against W's whole spectrum too: its energy in W's leading and trailing "
+    "directions, intruder dimensions, how W's vectors turn. Half a minute per 4096 × 4096 weight "
+    "the first time; kept in $LORA_ANALYSIS_CACHE.",
+)
 @modules_option
 @reading_options
 @output_options
@@ -38,6 +46,7 @@ def command(
     base: str,
     transposed: bool | None,
     draws: int,
+    spectrum: bool,
     modules: str | None,
     reading: Reading,
     form: str,
@@ -50,6 +59,8 @@ def command(
     from lora_analysis.studies import study
 
     adapter = reading.read(source)
+    if spectrum:
+        _announce(adapter)
     with progress_bar(form) as progress:
         result = study(
             [adapter],
@@ -57,18 +68,39 @@ def command(
             transposed=transposed,
             modules=modules,
             draws=draws,
+            weight_spectra=spectrum,
             progress=progress,
         )
     table = _amplifications(result, adapter.label)
     full = table[table["at_rank"]]
     if form == "json":
+        changes = {"changes": records(result.changes)} if spectrum else {}
         print_json(
-            {"adapter": adapter.label, "base": base, "modules": records(table), **_medians(full)}
+            {"adapter": adapter.label, "base": base, "modules": records(table)}
+            | _medians(full)
+            | changes
         )
     elif form == "quiet":
         click.echo(decimals(float(full["amplification_factor"].median())))
     else:
         _print(adapter.label, full)
+        if spectrum:
+            _print_changes(adapter.label, result.changes)
+
+
+def _announce(adapter: Adapter) -> None:
+    """Say on stderr what W's whole spectra will cost, where that is more than some seconds."""
+    from lora_analysis.execution import available_workers
+    from lora_analysis.linalg import gram_seconds
+    from lora_analysis.storage.cache import cache_folder
+
+    seconds = sum(gram_seconds(update.shape) for update in adapter.values()) / available_workers()
+    if seconds > 5:
+        click.echo(
+            f"W's whole spectra take about {seconds / 60:.0f} min the first time; they are kept "
+            f"in {cache_folder()}.",
+            err=True,
+        )
 
 
 def _amplifications(result: Study, label: str) -> pd.DataFrame:
@@ -120,3 +152,46 @@ def _print(label: str, full: pd.DataFrame) -> None:
         "ΔW's, W's, random: ‖UᵀWV‖ with the top-k directions of each; random is the exact rms."
     )
     print_text("factor = ‖ΔW‖ / ΔW's; chance = ‖ΔW‖ / random; enrichment = ΔW's / random.")
+
+
+_CHANGES = {
+    "leading_energy": "leading",
+    "trailing_energy": "trailing",
+    "chance_energy": "chance",
+    "intruder_energy": "intruders'",
+    "smallest_cosine": "least cos",
+    "chance_cosine": "chance",
+    "largest_novelty": "novelty",
+    "largest_drift": "σ drift",
+    "direction_change": "turn",
+}
+
+
+def _print_changes(label: str, changes: pd.DataFrame) -> None:
+    if changes.empty:
+        return
+    ks, looked_at = sorted(set(changes["k"])), int(changes["directions"].max())
+    k = str(ks[0]) if len(ks) == 1 else f"{ks[0]} to {ks[-1]}"
+    click.echo()
+    print_table(
+        f"{label} in W's basis, and what W + ΔW becomes",
+        ("module", "side", "intruders", *_CHANGES.values()),
+        [
+            (row["module"], row["side"], row["intruders"], *(decimals(row[x]) for x in _CHANGES))
+            for row in records(changes)
+        ],
+    )
+    click.echo()
+    print_text(
+        f"leading, trailing: share of ‖ΔW‖² in W's first and last k directions (k = {k}); chance = "
+        "k/d. Random updates spread widely around it."
+    )
+    print_text(
+        f"intruders: of the first {looked_at} directions of W + ΔW those whose cosine with every "
+        "one of W's is below 0.5; intruders' = their share of the energy of these; least cos = the "
+        "smallest of the largest cosines; chance = what a random direction has at its largest."
+    )
+    print_text(
+        "novelty = the largest part of one that lies outside W's leading directions: an intruder "
+        "without novelty only mixes them. turn = mean 1 − cos of W's rows (output) or columns."
+    )

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from lora_analysis.adapter import DenseUpdate, LowRankUpdate
-from lora_analysis.amplify import Amplification
+from lora_analysis.amplify import Amplification, WeightBasisEnergy
+from lora_analysis.intruders import IntruderReport
 from lora_analysis.patterns import layer_index, module_type
-from lora_analysis.spectra import Spectrum
+from lora_analysis.spectra import SIDES, Spectrum
+from lora_analysis.weight_changes import Changes
 
 # Columns are named here so that an empty table has them too.
 PAIR_COLUMNS = (
@@ -27,6 +29,13 @@ AMPLIFICATION_COLUMNS = (
     "adapter", "module", "module_type", "layer", "k", "at_rank", "projected", "projected_weight",
     "projected_random", "random_mean", "random_spread", "delta_norm", "weight_norm",
     "relative_norm", "amplification_factor", "chance_factor", "enrichment",
+)  # fmt: skip
+CHANGE_COLUMNS = (
+    "adapter", "module", "module_type", "layer", "side", "dimension", "k", "leading_energy",
+    "trailing_energy", "chance_energy", "leading_p", "off_principal", "chance_off_principal",
+    "directions", "intruders", "intruder_energy", "smallest_cosine", "chance_cosine",
+    "largest_novelty", "chance_novelty", "largest_rotation", "largest_drift", "magnitude_change",
+    "direction_change",
 )  # fmt: skip
 
 
@@ -78,4 +87,40 @@ def amplification_rows(result: Amplification) -> Iterator[dict[str, Any]]:
             "amplification_factor": result.amplification_factor[at],
             "chance_factor": result.chance_factor[at],
             "enrichment": result.enrichment[at],
+        }
+
+
+def change_rows(
+    energy: WeightBasisEnergy, report: IntruderReport, changes: Changes
+) -> Iterator[dict[str, Any]]:
+    """Yield one row a side: ΔW in W's basis, and what W becomes; k is ΔW's numerical rank."""
+    k = min(len(energy.S), len(energy.weight_values))
+    drift = report.drift[~np.isnan(report.drift)]
+    for side in SIDES:
+        own, changed = energy.sides[side], report.sides[side]
+        yield {
+            "adapter": report.label,
+            "module": report.module,
+            "module_type": module_type(report.module),
+            "layer": layer_index(report.module),
+            "side": side,
+            "dimension": own.dimension,
+            "k": k,
+            "leading_energy": own.leading[k - 1],
+            "trailing_energy": own.trailing[k - 1],
+            "chance_energy": k / own.dimension,
+            "leading_p": energy.p_value(side)[k - 1],
+            "off_principal": energy.off_principal[k - 1],
+            "chance_off_principal": energy.chance_off_principal[k - 1],
+            "directions": len(report.S),
+            "intruders": report.count(side),
+            "intruder_energy": report.energy_share(side),
+            "smallest_cosine": changed.max_cosine.min(),
+            "chance_cosine": changed.chance_maximum,
+            "largest_novelty": changed.novelty.max(),
+            "chance_novelty": changed.chance_novelty,
+            "largest_rotation": changed.rotation[-1],
+            "largest_drift": drift[np.argmax(np.abs(drift))] if drift.size else np.nan,
+            "magnitude_change": changes[side].mean_magnitude,
+            "direction_change": changes[side].mean_direction,
         }

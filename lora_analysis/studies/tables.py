@@ -20,7 +20,11 @@ from lora_analysis.similarity import SimilarityGrid, subspace_similarity
 from lora_analysis.spectra import Factor, Side, Spectrum, spectrum
 from lora_analysis.studies.pairs import pair_tables
 from lora_analysis.studies.relations import Relation, unique_labels
-from lora_analysis.studies.rows import AMPLIFICATION_COLUMNS, amplification_rows
+from lora_analysis.studies.rows import (
+    AMPLIFICATION_COLUMNS,
+    CHANGE_COLUMNS,
+    amplification_rows,
+)
 from lora_analysis.studies.walk import Walk
 
 Progress = Callable[[str, int, int], None]
@@ -53,6 +57,10 @@ class Study:
         the isotropic p-value of φ(r, r), and its q-value over the modules of one pair and side.
     amplifications
         One row per adapter, module and k; empty without a base.
+    changes
+        One row per adapter, module and side, where W's whole spectra were asked for: ΔW's energy
+        in W's leading and trailing directions, intruder dimensions, drift and rotation of W's
+        top, and how W's vectors change in magnitude and direction.
     failures
         What could not be analysed.
     base
@@ -69,6 +77,7 @@ class Study:
     pairs: pd.DataFrame
     similarities: pd.DataFrame
     amplifications: pd.DataFrame
+    changes: pd.DataFrame
     failures: tuple[Failure, ...] = ()
     base: BaseWeights | None = None
     reference: tuple[str, ...] = ()
@@ -146,6 +155,7 @@ def study(
     transposed: bool | None = None,
     failures: Sequence[Failure] = (),
     draws: int = 16,
+    weight_spectra: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Study:
@@ -171,6 +181,10 @@ def study(
     draws
         Random directions drawn per module for mean and spread, for weights whose smaller side is
         at most 1024; beyond that only their exact root mean square is given.
+    weight_spectra
+        Whether to hold every update against W's whole spectrum too, for the table ``changes``.
+        That takes about half a minute per 4096 × 4096 weight on one core the first time (see
+        `linalg.gram_seconds`), and is kept on disk (see `spectra.weight_svd`).
     workers
         Threads over modules; the CPUs of this process by default.
     progress
@@ -200,7 +214,14 @@ def study(
     opened = open_base(base) if isinstance(base, str | Path) else base
     analysed = named[: len(adapters)]
     others = named[len(adapters) :]
-    walk = Walk(analysed, others, opened, draws=draws, transposed=transposed)
+    walk = Walk(
+        analysed,
+        others,
+        opened,
+        draws=draws,
+        transposed=transposed,
+        weight_spectra=weight_spectra,
+    )
     chosen = _chosen_modules(named, modules)
     for done, visit in enumerate(in_threads(walk.visit, chosen, workers=workers), start=1):
         walk.visits.append(visit)
@@ -235,6 +256,10 @@ def _assemble(
         amplifications=pd.DataFrame(
             [row for one in amplified.values() for row in amplification_rows(one)],
             columns=AMPLIFICATION_COLUMNS,
+        ),
+        changes=pd.DataFrame(
+            [row for visit in walk.visits for row in visit.changes if row["adapter"] not in failed],
+            columns=CHANGE_COLUMNS,
         ),
         failures=tuple(lost),
         base=base,

@@ -13,14 +13,16 @@ from numpy.typing import NDArray
 
 from lora_analysis import linalg
 from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate
-from lora_analysis.amplify import Amplification, amplifications
-from lora_analysis.bases import BaseWeights
+from lora_analysis.amplify import Amplification, amplifications, weight_basis_energy
+from lora_analysis.bases import BaseWeights, Weight
 from lora_analysis.errors import BaseWeightError, InputError
 from lora_analysis.initialisation import ModuleStart, module_start_of
+from lora_analysis.intruders import intruder_dimensions
 from lora_analysis.pairwise import ModulePairs, module_pairs, pair_angles
-from lora_analysis.spectra import SIDES, Spectrum, spectrum
+from lora_analysis.spectra import SIDES, Spectrum, spectrum, weight_svd
 from lora_analysis.studies.relations import REFERENCE, Relation, relation
-from lora_analysis.studies.rows import spectrum_row
+from lora_analysis.studies.rows import change_rows, spectrum_row
+from lora_analysis.weight_changes import magnitude_direction
 
 # Up to this size of the smaller side, W's own singular values and random draws cost little next
 # to the rest; beyond it they are left out (the root mean square of random directions is exact).
@@ -60,6 +62,7 @@ class Visit:
     spectra: list[dict[str, Any]] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
     amplified: dict[tuple[str, str], Amplification] = field(default_factory=dict)
+    changes: list[dict[str, Any]] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     unmatched: str | None = None
 
@@ -78,12 +81,14 @@ class Walk:
         *,
         draws: int,
         transposed: bool | None,
+        weight_spectra: bool,
     ) -> None:
         self.adapters = (*adapters, *reference)
         self.analysed = {adapter.label for adapter in adapters}
         self.base = base
         self.draws = draws
         self.transposed = transposed
+        self.weight_spectra = weight_spectra
         self.visits: list[Visit] = []
         pairs = [(a, b) for a, b in combinations(range(len(self.adapters)), 2) if a < len(adapters)]
         self.pairs = np.array(pairs, dtype=np.intp).reshape(-1, 2)
@@ -119,7 +124,7 @@ class Walk:
             visit.groups.append(self._compared(kept, [updates[at] for at in members]))
         if self.base is not None:
             own = [s for s in spectra.values() if s.label in self.analysed and not s.untrained]
-            self._amplify(module, own, visit)
+            self._amplify(module, own, visit, {s.label: updates[at] for at, s in spectra.items()})
         return visit
 
     def _load(
@@ -146,7 +151,13 @@ class Walk:
             ill_defined=np.array([_first_direction(one) for one in values], dtype=object),
         )
 
-    def _amplify(self, module: str, spectra: Sequence[Spectrum], visit: Visit) -> None:
+    def _amplify(
+        self,
+        module: str,
+        spectra: Sequence[Spectrum],
+        visit: Visit,
+        updates: Mapping[str, LowRankUpdate | DenseUpdate],
+    ) -> None:
         known = [s for s in spectra if not s.in_units_of_scale]
         for members in _by_shape(dict(enumerate(known))):
             group = [known[at] for at in members]
@@ -170,6 +181,24 @@ class Walk:
                 weight_directions=False,
             )
             visit.amplified |= {(one.label, module): one for one in found}
+            if self.weight_spectra:
+                visit.changes += _changes(group, updates, weight)
+
+
+def _changes(
+    spectra: Sequence[Spectrum],
+    updates: Mapping[str, LowRankUpdate | DenseUpdate],
+    weight: Weight,
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of what every update makes of one weight, whose spectrum is found once."""
+    whole = weight_svd(weight)
+    for one in spectra:
+        update = updates[one.label]
+        yield from change_rows(
+            weight_basis_energy(one, whole),
+            intruder_dimensions(update, weight, weight=whole),
+            magnitude_direction(update, weight),
+        )
 
 
 def _by_shape(spectra: Mapping[int, Spectrum]) -> list[list[int]]:
