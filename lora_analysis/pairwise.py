@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
     _Sums = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
 
-# Rows of the large product taken at a time: its blocks are reduced before the next are made.
-_ROWS = 1024
+# Rows of the large product taken at a time: its blocks are reduced before the next are made, and
+# what lies left of a block's own columns is known from the blocks before.
+_ROWS = 128
 _EVIDENCE = ("row_cosine", "cross_cosine", "z", "other_cosine")
 
 
@@ -154,7 +155,7 @@ def _reduced(
     All are sums over blocks of ``U₁ᵀU₂``, of which a few thousand columns are there at a time.
     """
     count, starts = len(spectra), np.cumsum(ranks) - ranks
-    bases = [np.hstack([one.vectors(side) for one in spectra]) for side in SIDES]
+    bases = [np.vstack([one.vectors(side).T for one in spectra]) for side in SIDES]  # (Σr, d)
     owner = np.repeat(np.arange(count), ranks)
     member = np.zeros((len(owner), count))
     member[np.arange(len(owner)), owner] = 1.0
@@ -163,7 +164,7 @@ def _reduced(
     for members in _chunks(ranks):
         low, high = starts[members[0]], starts[members[-1]] + ranks[members[-1]]
         own, rest = slice(low, high), slice(low, None)  # what lies before is known by symmetry
-        grams = [basis[:, own].T @ basis[:, rest] for basis in bases]
+        grams = [basis[own] @ basis[rest].T for basis in bases]
         rows, columns = member[own, members[0] : members[-1] + 1].T, member[rest]
         block = np.s_[members[0] : members[-1] + 1, :]
         product = grams[0] * grams[1]
@@ -184,7 +185,7 @@ def _reduced(
 
 
 def _chunks(ranks: NDArray[np.intp]) -> Iterator[list[int]]:
-    """Yield runs of updates with about 1,024 directions together."""
+    """Yield runs of updates with at least ``_ROWS`` directions together, the last one with fewer."""
     members: list[int] = []
     for at in range(len(ranks)):
         members.append(at)

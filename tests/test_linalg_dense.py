@@ -97,7 +97,7 @@ def test_what_does_not_converge_takes_the_full_svd(rng, monkeypatch):
     monkeypatch.setattr(dense._Krylov, "converged", lambda _: False)
     exact = np.linalg.svd(W, compute_uv=False)[:3]
     assert_close(linalg.leading_svd(W, 3).S, exact, rtol=1e-12)
-    assert linalg.krylov_svd(linalg.Operator(W.shape, W.dot, W.T.dot), 3, steps=30) is None
+    assert linalg.krylov_svd(linalg.Operator(W.shape, W.dot, (W.T @ W).dot), 3, steps=30) is None
 
 
 @pytest.mark.usefixtures("iterate")
@@ -122,14 +122,26 @@ def test_an_operator_is_only_multiplied(rng):
         rng.standard_normal((90, 3)),
         rng.standard_normal((3, 70)),
     )
-    sum_of_both = linalg.Operator(
-        (90, 70), lambda X: W @ X + B @ (A @ X), lambda Y: W.T @ Y + A.T @ (B.T @ Y)
-    )
+
+    def both(X):
+        return W @ X + B @ (A @ X)
+
+    def normal(X):
+        return W.T @ both(X) + A.T @ (B.T @ both(X))
+
+    found = linalg.krylov_svd(linalg.Operator((90, 70), both, normal), 5)
     exact = np.linalg.svd(W + B @ A, compute_uv=False)
-    for operator in (sum_of_both, sum_of_both.T):
-        found = linalg.krylov_svd(operator, 5)
-        assert_close(found.S[:5], exact[:5], rtol=1e-8)
-        assert found.U.shape[0] == operator.shape[0]
+    assert_close(found.S[:5], exact[:5], rtol=1e-8)
+    assert found.U.shape[0] == 90
+
+
+@pytest.mark.parametrize("order", "CF")
+def test_products_in_the_order_of_memory_are_the_products(rng, monkeypatch, order):
+    monkeypatch.setattr(dense, "_TILE", 100)
+    W, X = np.asarray(rng.standard_normal((50, 30)), order=order), rng.standard_normal((30, 4))
+    operator = dense._operator(W)
+    assert_close(operator.apply(X), W @ X)
+    assert_close(operator.normal(X), W.T @ (W @ X), rtol=1e-12, atol=1e-12)
 
 
 # --- the whole spectrum -----------------------------------------------------------------------

@@ -34,17 +34,12 @@ class DenseSVD(NamedTuple):
 
 
 class Operator(NamedTuple):
-    """A matrix that is only multiplied: ``apply(X) = W·X``, ``adjoint(Y) = Wᵀ·Y``."""
+    """A tall matrix that is only multiplied: ``apply(X) = W·X``, ``normal(X) = Wᵀ·W·X``."""
 
     shape: tuple[int, int]
     apply: Product
-    adjoint: Product
+    normal: Product
     dtype: type[np.floating[Any]] = np.float64
-
-    @property
-    def T(self) -> Operator:  # noqa: N802 - as arrays have it
-        """The transpose."""
-        return Operator(self.shape[::-1], self.adjoint, self.apply, self.dtype)
 
 
 def leading_singular_values(W: NDArray[np.floating], k: int) -> Float:
@@ -79,31 +74,47 @@ def leading_svd(W: NDArray[np.floating], k: int) -> DenseSVD:
     if abs(exponent) > 30:  # squares must stay in range, those of float32 too
         u, s, v = leading_svd(np.ldexp(np.asarray(W, dtype=np.float64), -exponent), k)
         return DenseSVD(u, np.ldexp(s, exponent), v)
-    single = W.astype(np.float32, copy=False)
-    found = krylov_svd(
-        Operator(single.shape, lambda X: single @ X, lambda Y: single.T @ Y, np.float32), k
-    )
+    tall = W if W.shape[0] >= W.shape[1] else W.T
+    u, s, v = _iterated(tall, k)
+    return DenseSVD(u[:, :k], s[:k], v[:, :k]) if tall is W else DenseSVD(v[:, :k], s[:k], u[:, :k])
+
+
+def _iterated(W: NDArray[np.floating], k: int) -> DenseSVD:
+    """Return a little more than ``k`` leading triplets of a tall matrix."""
+    found = krylov_svd(_operator(W.astype(np.float32, copy=False)), k)
     if found is None:
         return _lapack_svd(W, k)
-    u, s, v = _refined(W, found.V if W.shape[0] >= W.shape[1] else found.U)
-    if not _is_exact(W, DenseSVD(u, s, v), k):
-        # Beside a value some hundred times larger, float32 does not resolve the others.
-        wide = np.asarray(W, dtype=np.float64)
-        operator = Operator(wide.shape, lambda X: wide @ X, lambda Y: wide.T @ Y)
-        again = krylov_svd(operator, k, start=v if W.shape[0] >= W.shape[1] else u)
-        if again is None:
-            return _lapack_svd(W, k)
-        u, s, v = again
-    return DenseSVD(u[:, :k], s[:k], v[:, :k])
+    refined = _refined(W, found.V)
+    if _is_exact(W, refined, k):
+        return refined
+    # Beside a value some hundred times larger, float32 does not resolve the others.
+    again = krylov_svd(_operator(np.asarray(W, dtype=np.float64)), k, start=refined.V)
+    return _lapack_svd(W, k) if again is None else again
+
+
+def _operator(W: NDArray[np.floating]) -> Operator:
+    """Return a tall matrix for the iteration, multiplied in the order of its memory.
+
+    ``XᵀWᵀ`` and ``YᵀW`` with short, contiguous left factors take half the time of W·X and Wᵀ·Y.
+    """
+
+    def normal(X: NDArray[np.floating]) -> NDArray[np.floating]:
+        rows = np.ascontiguousarray(X.T)
+        if not W.flags.c_contiguous:
+            return np.asarray(((rows @ W.T) @ W).T)
+        total = np.zeros_like(rows)
+        height = max(1, _TILE // W.shape[1])
+        for start in range(0, W.shape[0], height):  # W comes from memory once for both products
+            block = W[start : start + height]
+            total += (rows @ block.T) @ block
+        return total.T
+
+    return Operator((W.shape[0], W.shape[1]), lambda X: W @ X, normal, W.dtype.type)
 
 
 def _is_exact(W: NDArray[np.floating], found: DenseSVD, k: int) -> bool:
     """Check the residual in float64: the error of a value is residual² over its gap."""
-    tall = W.shape[0] >= W.shape[1]
-    if tall:
-        away = _product(W.T, found.U) - found.V * found.S
-    else:
-        away = _product(W, found.V) - found.U * found.S
+    away = _product(W.T, found.U) - found.V * found.S
     residual, top = np.linalg.norm(away, axis=0)[:k], found.S[0]
     gap = np.maximum(found.S[:k] - found.S[-1], 1e-300)
     error = np.minimum(residual, residual * (residual / gap))
@@ -124,12 +135,10 @@ def _all_singular_values(W: NDArray[np.floating]) -> Float:
 
 
 def _refined(W: NDArray[np.floating], directions: NDArray[np.floating]) -> DenseSVD:
-    """Return the SVD of W on the span of directions of its smaller side, in float64."""
-    tall = W if W.shape[0] >= W.shape[1] else W.T
+    """Return the SVD of a tall W on the span of some directions of R^n, in float64."""
     basis = np.linalg.qr(directions.astype(np.float64))[0]
-    left, s, vt = np.linalg.svd(_product(tall, basis), full_matrices=False)
-    right = basis @ vt.T
-    return DenseSVD(left, s, right) if tall is W else DenseSVD(right, s, left)
+    left, s, vt = np.linalg.svd(_product(W, basis), full_matrices=False)
+    return DenseSVD(left, s, basis @ vt.T)
 
 
 def _product(W: NDArray[np.floating], basis: Float) -> Float:
@@ -150,8 +159,8 @@ def krylov_svd(
 ) -> DenseSVD | None:
     """Return a little more than ``k`` leading singular triplets; None where it did not converge.
 
-    Block Lanczos on WᵀW (of the smaller side) with full orthogonalisation, cut back to its best
-    directions when the basis is full. Afterwards a search in what is left makes sure that no
+    Block Lanczos on WᵀW with full orthogonalisation, cut back to its best directions when the basis
+    is full. Afterwards a search in what is left makes sure that no
     larger singular value was missed, as may happen where one occurs very often.
 
     Parameters
@@ -161,13 +170,10 @@ def krylov_svd(
     k
         How many triplets.
     start
-        Directions to begin with, in the space of the smaller side, ``(min(m, n), any)``.
+        Directions to begin with, ``(n, any)``.
     steps
         Products with WᵀW at most.
     """
-    if operator.shape[0] < operator.shape[1]:
-        found = krylov_svd(operator.T, k, start=start, steps=steps)
-        return found and DenseSVD(found.V, found.S, found.U)
     search = _Krylov(operator, k, start)
     for step in range(1, steps + 1):
         search.extend()
@@ -186,7 +192,7 @@ def krylov_svd(
 
 
 class _Krylov:
-    """A growing orthonormal basis Q of one side, with ``Z = WᵀW·Q``, and what they tell."""
+    """A growing orthonormal basis Q of R^n, with ``Z = WᵀW·Q``, and what they tell."""
 
     def __init__(self, operator: Operator, k: int, start: NDArray[np.floating] | None) -> None:
         n = operator.shape[1]
@@ -196,6 +202,7 @@ class _Krylov:
         self.capacity = min(n, max(BASIS, 4 * self.kept))
         self.Q = np.empty((n, self.capacity), operator.dtype, order="F")
         self.Z = np.empty_like(self.Q)
+        self.gram = np.zeros((self.capacity, self.capacity))  # QᵀZ, above its diagonal blocks
         self.columns = 0
         given = np.zeros((n, 0)) if start is None else start
         fresh = self.rng.standard_normal((n, max(BLOCK - given.shape[1], 4)))
@@ -208,10 +215,11 @@ class _Krylov:
     def extend(self) -> None:
         """Add the next block to the basis, made orthogonal, and multiply it."""
         block = self._orthogonal(self.next[:, : self.capacity - self.columns])
-        image = self.operator.adjoint(self.operator.apply(block))
+        image = self.operator.normal(block)
         own = slice(self.columns, self.columns + block.shape[1])
         self.Q[:, own], self.Z[:, own] = block, image
         self.columns = own.stop
+        self.gram[: own.stop, own] = self.Q[:, : own.stop].T @ image
         self.next = image[:, -BLOCK:]
 
     def _orthogonal(self, block: NDArray[np.floating]) -> NDArray[np.floating]:
@@ -231,12 +239,12 @@ class _Krylov:
 
     def project(self) -> None:
         """Find the best approximations in the basis, and how far each is from a singular vector."""
-        Q, Z = self.Q[:, : self.columns], self.Z[:, : self.columns]
-        gram = (Q.T @ Z).astype(np.float64)
         from scipy.linalg import eigh
 
+        Q, Z = self.Q[:, : self.columns], self.Z[:, : self.columns]
+        gram = self.gram[: self.columns, : self.columns]
         top = (max(0, self.columns - self.kept), self.columns - 1)
-        values, turn = eigh((gram + gram.T) / 2, subset_by_index=top, check_finite=False)
+        values, turn = eigh(gram, lower=False, subset_by_index=top, check_finite=False)
         self.squares = np.maximum(values[::-1], 0.0)
         self.best = turn[:, ::-1].astype(self.operator.dtype)
         away = Z @ self.best - (Q @ self.best) * self.squares.astype(Z.dtype)
@@ -262,7 +270,7 @@ class _Krylov:
         for _ in range(4):
             block = block - found @ (found.T @ block)
             block = np.linalg.qr(block)[0]
-            image = self.operator.adjoint(self.operator.apply(block))
+            image = self.operator.normal(block)
             square = float(np.linalg.norm(block.T @ image, 2))
             if square > self.squares[min(self.k, len(self.squares)) - 1] * (1 + 1e-5) > 0:
                 self.next = image
@@ -280,6 +288,7 @@ class _Krylov:
         images = self.Z[:, : self.columns] @ self.best
         self.columns = vectors.shape[1]
         self.Q[:, : self.columns], self.Z[:, : self.columns] = vectors, images
+        self.gram[: self.columns, : self.columns] = vectors.T @ images
         worst = np.argsort(-self.residual[: self.k])[:BLOCK]
         self.next = self.away[:, worst]
 
