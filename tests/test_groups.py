@@ -105,6 +105,24 @@ def test_unrelated_members_look_alike_in_sample_and_not_held_out(rng):
     assert found.held_out_undefined[0].tolist() == [True, False, True, False, False, False]
 
 
+@pytest.mark.parametrize("k", [1, 2, 3, 6, 10])
+def test_the_leading_k_are_the_first_k_of_all(rng, k):
+    frame = orthonormal(rng, 40, 8)
+    tied = [
+        planted_update(orthonormal(rng, 30, 2), np.array([2.0, 1.0]), frame[:, 2 * at : 2 * at + 2])
+        for at in range(4)
+    ]
+    made = [*tied, *(low_rank_update(rng, 30, 40, 5) for _ in range(3))]
+    spectra = [spectrum(one) for one in made]
+    every, found = shared_basis(spectra, "input"), shared_basis(spectra, "input", k=k)
+    assert_close(found.eigenvalues, every.eigenvalues[:k])
+    assert found.undefined.tolist() == every.undefined[:k].tolist()
+    assert found.held_out_undefined.tolist() == every.held_out_undefined[:, :k].tolist()
+    assert_close(found.held_out.values[:, k - 1], every.held_out.values[:, k - 1], atol=IDENTITY)
+    only = [spectrum(one) for one in tied]
+    assert shared_basis(only, "input", k=2).undefined.tolist() == [True, True]
+
+
 @pytest.mark.parametrize("side", SIDES)
 def test_shares_do_not_depend_on_factors_order_or_size(rng, updates, side):
     plain = shared_basis([spectrum(one) for one in updates], side, k=4)

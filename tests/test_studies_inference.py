@@ -84,6 +84,12 @@ def test_a_run_that_is_there_twice_is_one_run_and_is_named(runs):
     plain = study(runs).run_inference()
     assert found.runs == plain.runs
     assert found.permutation == plain.permutation
+    # A copy of the copy alone is still the first one's run.
+    table = study([*runs, again, thrice]).pairs
+    unclear = (table["a"] == runs[0].label) & (table["b"] == "turn once more")
+    chain = table.assign(start=table["start"].mask(unclear, "partly shared"))
+    linked = replace(study([*runs, again, thrice]), pairs=chain).run_inference()
+    assert linked.duplicates == found.duplicates
     # Under another seed it counts as a run, but its pair with itself is no number.
     other = study([*runs, changed(runs[0], "other", seed=9)]).run_inference()
     assert (other.n, other.duplicates) == (7, ())
@@ -145,6 +151,8 @@ def test_few_runs_have_no_standard_error(runs):
     # Leaving out either "turn" leaves no pair of one task.
     found = study([runs[0], runs[1], runs[3]]).run_inference()
     assert found.standard_error is None
+    between = [found.similarity[0, 2], found.similarity[1, 2]]
+    assert_close(found.between, np.quantile(between, (0.25, 0.5, 0.75)))
     assert_close(found.permutation.smallest_p_value, 1 / 3)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from lora_analysis import linalg
 from lora_analysis.errors import DegenerateSubspaceError, InputError
 from lora_analysis.groups.shares import Shares
-from lora_analysis.groups.stacking import Stack, coinciding, resolved_directions, stacked
+from lora_analysis.groups.stacking import Directions, Stack, resolved_directions, stacked
 from lora_analysis.pairwise import updates_start
 
 if TYPE_CHECKING:
@@ -69,13 +69,11 @@ class SharedBasis:
 
 
 class Explained(NamedTuple):
-    """The leading eigenvectors of a stack, and the shares they explain, up to K directions."""
+    """The leading directions of a stack, and the shares that they explain, up to K of them."""
 
-    eigenvalues: NDArray[np.float64]
-    vectors: NDArray[np.float64]
+    directions: Directions
     in_sample: NDArray[np.float64]
     held_out: NDArray[np.float64]
-    undefined: NDArray[np.bool_]
     held_out_undefined: NDArray[np.bool_]
 
 
@@ -124,7 +122,8 @@ def shared_basis(
     """
     stack = stacked(spectra, side)
     found = explained(stack, k)
-    count = len(found.eigenvalues)
+    values, vectors, undefined = found.directions
+    count = len(values)
     if k is not None and k > count:
         message = (
             f"A shared {side} basis of {k} directions of '{spectra[0].name}' is undefined: its "
@@ -136,11 +135,11 @@ def shared_basis(
         module=spectra[0].name,
         side=side,
         labels=tuple(one.label for one in spectra),
-        basis=_basis(stack.directions * stack.weights, found.eigenvalues, found.vectors),
-        eigenvalues=found.eigenvalues,
+        basis=_basis(stack.directions * stack.weights, values, vectors),
+        eigenvalues=values,
         in_sample=found.in_sample,
         held_out=Shares(found.held_out, directions, stack.dimension, stack.singular_values),
-        undefined=found.undefined,
+        undefined=undefined,
         held_out_undefined=found.held_out_undefined,
         shared_start=None if updates is None else shared_starts(stack, updates),
     )
@@ -152,21 +151,19 @@ def explained(stack: Stack, k: int | None) -> Explained:
         message = f"A shared basis needs k >= 1 directions, got k = {k}."
         raise InputError(message)
     gram = stack.weighted_gram
-    values, vectors = (part[..., :k] for part in resolved_directions(gram))
-    shape = (len(stack.own), len(values))
+    common = resolved_directions(gram, k)
+    shape = (len(stack.own), len(common.values))
     in_sample, held_out = np.full((2, *shape), np.nan)
-    ties = np.zeros(shape, dtype=bool)
+    undefined = np.zeros(shape, dtype=bool)
     for at in stack.trained:
         own = stack.own[at]
-        in_sample[at] = _rising(values * np.sum(vectors[own] ** 2, axis=0))
+        in_sample[at] = _rising(common.values * np.sum(common.vectors[own] ** 2, axis=0))
         others = np.delete(np.arange(len(gram)), own)
-        rest, turned = (
-            part[..., : shape[1]] for part in resolved_directions(gram[np.ix_(others, others)])
-        )
-        energy = np.sum((turned.T @ gram[np.ix_(others, own)]) ** 2, axis=1) / rest
-        held_out[at, : len(rest)] = _rising(energy)
-        ties[at, : len(rest)] = coinciding(rest, len(others))
-    return Explained(values, vectors, in_sample, held_out, coinciding(values, len(gram)), ties)
+        values, vectors, ties = resolved_directions(gram[np.ix_(others, others)], shape[1])
+        energy = np.sum((vectors.T @ gram[np.ix_(others, own)]) ** 2, axis=1) / values
+        held_out[at, : len(values)] = _rising(energy)
+        undefined[at, : len(values)] = ties
+    return Explained(common, in_sample, held_out, undefined)
 
 
 def _rising(energy: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -260,28 +257,29 @@ def union_subspace(spectra: Sequence[Spectrum], side: Side, *, k: int) -> UnionS
         spectra[at].basis(side, k)  # refuses a k that a member does not define
     top = tuple(own[:k] for own in stack.own)
     every = np.concatenate(top)
+    union = resolved_directions(stack.gram[np.ix_(every, every)])
     shares = np.full((2, len(spectra)), np.nan)
     dimensions = np.zeros(len(spectra), dtype=np.intp)
     for at in stack.trained:
         others = np.concatenate([own for other, own in enumerate(top) if other != at])
-        shares[0, at], _ = _share_in_span(stack, every, stack.own[at])
-        shares[1, at], dimensions[at] = _share_in_span(stack, others, stack.own[at])
-    values, vectors = resolved_directions(stack.gram[np.ix_(every, every)])
+        rest = resolved_directions(stack.gram[np.ix_(others, others)])
+        shares[0, at] = _share_in_span(stack, every, union, stack.own[at])
+        shares[1, at] = _share_in_span(stack, others, rest, stack.own[at])
+        dimensions[at] = len(rest.values)
     return UnionSubspace(
         module=spectra[0].name,
         side=side,
         labels=tuple(one.label for one in spectra),
         k=k,
-        basis=_basis(stack.directions[:, every], values, vectors),
+        basis=_basis(stack.directions[:, every], union.values, union.vectors),
         energy=shares[0],
         held_out=Shares(shares[1], dimensions, stack.dimension, stack.singular_values),
     )
 
 
 def _share_in_span(
-    stack: Stack, columns: NDArray[np.intp], own: NDArray[np.intp]
-) -> tuple[float, int]:
-    """Return the share of a member's energy in the span of some columns, and its dimension."""
-    values, vectors = resolved_directions(stack.gram[np.ix_(columns, columns)])
-    product = vectors.T @ (stack.gram[np.ix_(columns, own)] * stack.weights[own])  # (n, r)
-    return min(float(np.sum(product**2 / values[:, None])), 1.0), len(values)
+    stack: Stack, columns: NDArray[np.intp], span: Directions, own: NDArray[np.intp]
+) -> float:
+    """Return the share of a member's energy in the span of some columns."""
+    product = span.vectors.T @ (stack.gram[np.ix_(columns, own)] * stack.weights[own])  # (n, r)
+    return min(float(np.sum(product**2 / span.values[:, None])), 1.0)

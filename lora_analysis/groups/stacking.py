@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -99,20 +99,36 @@ def stacked(spectra: Sequence[Spectrum], side: Side) -> Stack:
     return Stack(directions, np.concatenate(units), own, directions.T @ directions)
 
 
-def resolved_directions(
-    gram: NDArray[np.float64],
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the eigenvalues ``(K,)`` of a Gram matrix, descending, and its vectors ``(R, K)``.
+class Directions(NamedTuple):
+    """The leading directions of a Gram matrix.
 
-    Those above `RESOLVED` of the largest alone.
+    Attributes
+    ----------
+    values
+        Eigenvalues ``(K,)``, descending.
+    vectors
+        Eigenvectors ``(R, K)``.
+    undefined
+        ``(K,)``: whether the leading k are arbitrary, since eigenvalues k and k + 1 coincide.
     """
-    values, vectors = np.linalg.eigh(gram)
+
+    values: NDArray[np.float64]
+    vectors: NDArray[np.float64]
+    undefined: NDArray[np.bool_]
+
+
+def resolved_directions(gram: NDArray[np.float64], k: int | None = None) -> Directions:
+    """Return the eigenvectors of a Gram matrix above `RESOLVED` of the largest, ``k`` at most."""
+    size = len(gram)
+    if k is None or 4 * k > size:
+        values, vectors = np.linalg.eigh(gram)
+    else:
+        # A few of many take a third of the time of all.
+        from scipy.linalg import eigh
+
+        values, vectors = eigh(gram, subset_by_index=(size - k - 1, size - 1))
     values, vectors = values[::-1], vectors[:, ::-1]
-    count = int(np.count_nonzero(values > RESOLVED * values[0]))
-    return values[:count], vectors[:, :count]
-
-
-def coinciding(values: NDArray[np.float64], size: int) -> NDArray[np.bool_]:
-    """Return, for each k, whether eigenvalues k and k + 1 of ``size`` ones coincide."""
     gaps = values - np.append(values[1:], 0.0)
-    return np.asarray(gaps <= 4 * size * linalg.EPS * values[0])
+    undefined = gaps <= 4 * size * linalg.EPS * values[0]
+    count = int(np.count_nonzero(values[:k] > RESOLVED * values[0]))
+    return Directions(values[:count], vectors[:, :count], undefined[:count])

@@ -185,7 +185,7 @@ def _visit(adapters: Sequence[Adapter], name: str, k: int | None) -> _Visit | No
     shares = np.full((2, 2, len(spectra)), np.nan)
     for at, side in enumerate(SIDES):
         found = explained(stacks[side], wanted)
-        if len(found.eigenvalues) == wanted:
+        if found.in_sample.shape[1] == wanted:
             shares[:, at] = found.in_sample[:, -1], found.held_out[:, -1]
     inner = inner_products(spectra, stacks)
     known = not any(one.in_units_of_scale for one in spectra if not one.untrained)
