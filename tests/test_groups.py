@@ -12,6 +12,7 @@ from reference import IDENTITY, assert_close, assert_mean, assert_variance
 
 from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate
 from lora_analysis.errors import DegenerateSubspaceError, IncompatibleError, InputError
+from lora_analysis.formats import read_adapter
 from lora_analysis.groups import group_similarity, shared_basis, union_subspace
 from lora_analysis.spectra import SIDES, spectrum
 
@@ -391,3 +392,22 @@ def test_adapters_that_are_no_group_are_refused(rng):
     halves = [Adapter({n: group[0][n] for n in names[i::2]}, label=str(i)) for i in range(2)]
     with pytest.raises(InputError, match="none of the 4 modules of the 2 adapters"):
         group_similarity(halves)
+
+
+@pytest.mark.real
+def test_checkpoints_of_one_run_share_their_basis_and_their_start(real_adapters):
+    folder = real_adapters / "qwen2.5-peft"
+    run = [read_adapter(folder / name) for name in ("checkpoint-23", "checkpoint-46", "final")]
+    found = group_similarity(run)
+    assert found.shared_start.all()
+    assert np.isnan(found.quartiles(side="input")).all()
+    assert (found.quartiles("held_out")[0] > 0.85).all()
+    assert found.total_cosine > 0.9
+    m = len(found.modules) // 2
+    deltas = [one[found.modules[m]].delta_weight() for one in run]
+    k = int(found.directions[m])
+    for s, side in enumerate(SIDES):
+        for at in range(3):
+            others = [other for other in range(3) if other != at]
+            expected = reference.shared_shares(deltas, side, at, others, k)[-1]
+            assert_close(found.held_out[s, m, at], expected, rtol=reference.FLOAT32)
