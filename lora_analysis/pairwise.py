@@ -129,7 +129,7 @@ def module_pairs(
         cosine=np.where(lost, np.nan, np.clip(sums[2], -1.0, 1.0)),
         ranks=ranks,
         norms=np.array([one.norm for one in spectra]),
-        start=None if updates is None else _start(updates),
+        start=None if updates is None else updates_start(updates),
     )
 
 
@@ -219,7 +219,7 @@ def _pair_values(
     )
 
 
-def _start(updates: Sequence[Update]) -> StartEvidence:
+def updates_start(updates: Sequence[Update]) -> StartEvidence:
     """Return the evidence of a shared start; dense updates have none, and NaN for it."""
     members = [at for at, one in enumerate(updates) if isinstance(one, LowRankUpdate)]
     shape = (len(updates), len(updates))
@@ -344,11 +344,7 @@ def pairwise(
     if len(adapters) < 2:
         message = f"Pairs need at least two adapters, got {len(adapters)}."
         raise InputError(message)
-    names = sorted({name for adapter in adapters for name in adapter}, key=natural_key)
-    chosen = choose_names(names, modules)
-    if not chosen:
-        message = f"No module of the {len(adapters)} adapters matches {modules!r}."
-        raise InputError(message)
+    chosen = chosen_modules(adapters, modules)
     count = len(adapters)
     sides = np.full((4, 2, len(chosen), count, count), np.nan)
     cosine = np.full((len(chosen), count, count), np.nan)
@@ -383,10 +379,30 @@ def pairwise(
     )
 
 
-def _visit(adapters: Sequence[Adapter], name: str) -> tuple[list[int], ModulePairs]:
-    """Return which adapters have the module in its first shape, and their pairs."""
+def chosen_modules(adapters: Sequence[Adapter], pattern: str | Sequence[str] | None) -> list[str]:
+    """Return the names of modules that any adapter has and the pattern means, in order.
+
+    Raises
+    ------
+    InputError
+        None matches.
+    """
+    names = sorted({name for adapter in adapters for name in adapter}, key=natural_key)
+    chosen = choose_names(names, pattern)
+    if not chosen:
+        message = f"No module of the {len(adapters)} adapters matches {pattern!r}."
+        raise InputError(message)
+    return chosen
+
+
+def updates_of_one_shape(adapters: Sequence[Adapter], name: str) -> tuple[list[int], list[Update]]:
+    """Return which adapters have the module in its first shape, and their updates, read now."""
     updates = {at: adapter[name] for at, adapter in enumerate(adapters) if name in adapter}
     shape = next(iter(updates.values())).shape
     members = [at for at, update in updates.items() if update.shape == shape]
-    kept = [updates[at] for at in members]
-    return members, module_pairs([spectrum(one) for one in kept], kept)
+    return members, [updates[at] for at in members]
+
+
+def _visit(adapters: Sequence[Adapter], name: str) -> tuple[list[int], ModulePairs]:
+    members, updates = updates_of_one_shape(adapters, name)
+    return members, module_pairs([spectrum(one) for one in updates], updates)

@@ -114,6 +114,57 @@ def start(A1, A2):
     return c, q, np.sqrt(len(matched)) * c / max(q, 1 / np.sqrt(A1.shape[1]))
 
 
+def on_side(deltas, side):
+    """The updates with the directions of that side in their columns, each of norm one."""
+    turned = [d if side == "input" else d.T for d in deltas]
+    return [d / np.linalg.norm(d) for d in turned]
+
+
+def shared_shares(deltas, side, member, others, most):
+    """Energy share of one update in the top-k directions of others, k = 1…most: dense SVDs."""
+    unit = on_side(deltas, side)
+    basis = dense_svd(np.vstack([unit[at] for at in others]), most)[2]
+    return np.array([np.linalg.norm(unit[member] @ basis[:, :k]) ** 2 for k in range(1, most + 1)])
+
+
+def union_share(deltas, side, member, others, k):
+    """Energy share of one update in the span of the others' top-k, and that span's dimension."""
+    unit = on_side(deltas, side)
+    stacked = np.hstack([dense_svd(unit[at], k)[2] for at in others])
+    u, s, _ = np.linalg.svd(stacked, full_matrices=False)
+    span = u[:, s > 1e-5 * s[0]]
+    return np.linalg.norm(unit[member] @ span) ** 2, span.shape[1]
+
+
+def singular_task_interference(deltas, ranks):
+    """STI: the sum of absolute entries of (UᵀU − I)·Σ·(VᵀV − I), in loops."""
+    parts = [dense_svd(d, k) for d, k in zip(deltas, ranks, strict=True)]
+    U, V = (np.hstack([part[at] for part in parts]) for at in (0, 2))
+    S = np.concatenate([part[1] for part in parts])
+    total = 0.0
+    for a in range(len(S)):
+        for b in range(len(S)):
+            total += abs(
+                sum(
+                    (U[:, a] @ U[:, c] - (a == c)) * S[c] * (V[:, c] @ V[:, b] - (c == b))
+                    for c in range(len(S))
+                )
+            )
+    return total
+
+
+def subspace_alignment(deltas, side, epsilon):
+    """SAR of every update against their sum, and k, one k after the other."""
+    merged = sum(deltas)
+    u, s, vt = np.linalg.svd(merged)
+    for k in range(1, len(s) + 1):
+        kept = (u[:, :k] * s[:k]) @ vt[:k]
+        if np.linalg.norm(merged - kept) <= epsilon * np.linalg.norm(merged):
+            break
+    basis = vt[:k].T if side == "input" else u[:, :k]
+    return [np.linalg.norm(d @ basis) for d in on_side(deltas, side)], k
+
+
 def haar_stack(rng, count, dimension, columns):
     """Orthonormal bases of ``count`` uniform subspaces, (count, dimension, columns)."""
     q, r = np.linalg.qr(rng.standard_normal((count, dimension, columns)))

@@ -12,6 +12,7 @@ from lora_analysis.chance.inference import (
     monte_carlo_p_value,
     p_value_text,
     permute_runs,
+    task_difference,
 )
 from lora_analysis.chance.overlaps import (
     energy_overlap_mean,
@@ -79,4 +80,5 @@ __all__ = [
     "similarity_p_value",
     "similarity_quantile",
     "similarity_variance",
+    "task_difference",
 ]

@@ -130,11 +130,11 @@ def permute_runs(
         )
         raise InputError(message)
     np.fill_diagonal(values, np.nan)
-    found = _task_difference(values, codes)
+    found = task_difference(values, codes)
     total = _partitions(sizes)
     exact = total <= ALL_RELABELLINGS
     relabelled = _all_partitions(sizes) if exact else _random_partitions(codes, draws, seed)
-    differences = np.array([_task_difference(values, labels) for labels in relabelled])
+    differences = np.array([task_difference(values, labels) for labels in relabelled])
     # A relabelling that is the same partition must not be lost to rounding; one that missing
     # pairs leave without a difference speaks against the claim.
     as_large = np.count_nonzero(~(differences < found - 1e-12 * abs(found)))
@@ -144,7 +144,21 @@ def permute_runs(
     return RunPermutation(found, p, smallest, count, exact, len(codes))
 
 
-def _task_difference(values: NDArray[np.float64], codes: NDArray[np.intp]) -> float:
+def task_difference(values: NDArray[np.float64], codes: NDArray[np.intp]) -> float:
+    """Return the mean over pairs of one task minus that over pairs of different tasks.
+
+    Parameters
+    ----------
+    values
+        ``(N, N)``, symmetric, NaN where a pair is not known and on the diagonal.
+    codes
+        Task of each run as a number, ``(N,)``.
+
+    Returns
+    -------
+    float
+        NaN where pairs of one task, or of different ones, are missing altogether.
+    """
     same = codes[:, None] == codes[None, :]
     known = ~np.isnan(values)
     within, between = values[same & known], values[~same & known]

@@ -18,6 +18,7 @@ from lora_analysis.formats import read_adapter
 from lora_analysis.patterns import choose_names, natural_key
 from lora_analysis.similarity import SimilarityGrid, subspace_similarity
 from lora_analysis.spectra import Factor, Side, Spectrum, spectrum
+from lora_analysis.studies.inference import RunInference, run_inference
 from lora_analysis.studies.pairs import pair_tables
 from lora_analysis.studies.relations import Relation, unique_labels
 from lora_analysis.studies.rows import (
@@ -108,6 +109,12 @@ class Study:
         """Return the rows of ``similarities`` with one relation and side."""
         table = self.similarities
         return table[(table["relation"] == relation) & (table["side"] == side)]
+
+    def run_inference(
+        self, *, quantity: str = "omega", side: Side = "output", rank: int | None = None
+    ) -> RunInference:
+        """Return whether runs of one task agree more than runs of others; see `run_inference`."""
+        return run_inference(self, quantity=quantity, side=side, rank=rank)
 
 
 def _runs_table(adapters: Sequence[Adapter], spectra: pd.DataFrame) -> pd.DataFrame:
