@@ -185,7 +185,7 @@ def _reduced(
 
 
 def _chunks(ranks: NDArray[np.intp]) -> Iterator[list[int]]:
-    """Yield runs of updates with at least ``_ROWS`` directions together, the last one with fewer."""
+    """Yield runs of updates with ``_ROWS`` directions together or more; the last may have fewer."""
     members: list[int] = []
     for at in range(len(ranks)):
         members.append(at)
