@@ -121,6 +121,14 @@ def test_neither_factors_nor_sides_depend_on_the_gauge_or_on_transposing(rng):
         assert a.sides[side].chance_maximum == c.sides[other].chance_maximum
 
 
+def test_epsilon_is_the_cosine_below_which_a_direction_is_an_intruder(rng):
+    W, one = weight(rng, (40, 40)), update(rng, (40, 40), 3.0)
+    cosines = intruder_dimensions(one, W).sides["output"].max_cosine
+    counts = [intruder_dimensions(one, W, epsilon=e).count("output") for e in (0.3, 0.7, 0.95)]
+    assert counts == [int((cosines < e).sum()) for e in (0.3, 0.7, 0.95)]
+    assert len(set(counts)) > 1
+
+
 def test_a_large_weight_is_held_against_the_update_in_its_own_coordinates(rng):
     shape = (1000, 900)
     W, one = weight(rng, shape), update(rng, shape, 4.0)

@@ -105,3 +105,14 @@ def test_counts_above_a_number_are_exact(rng):
     counted = modified._problem(values, P, Q)
     for shift in (1e-5, 1e-3, 0.02, 0.3, 2.0):
         assert counted.above(shift) == int(np.sum(exact > shift))
+
+
+def test_the_certificate_refuses_other_pairs_and_inexact_ones(rng):
+    values = SPECTRA["falling"]
+    P, Q = problem(rng, values, 0.5, N)
+    V, S = np.linalg.svd(formed(values, P, Q))[2].T, np.linalg.svd(formed(values, P, Q))[1]
+    counted = modified._problem(values, P, Q)
+    assert counted.proves(V[:, :K], S[:K] ** 2)
+    assert not counted.proves(V[:, 1 : K + 1], S[1 : K + 1] ** 2)  # the first one is missing
+    assert not counted.proves(V[:, : K - 1], np.r_[S[: K - 2], S[K]] ** 2)
+    assert not counted.proves(V[:, :K] + 1e-6, S[:K] ** 2)
