@@ -32,8 +32,9 @@ notebooks: .venv/.notebook
 data: .venv/.demo
 	$(BIN)/python -m lora_analysis.training.pretrain data
 
-bench: .venv/.demo
-	$(BIN)/python -m benchmarks
+# Compares with PEFT among others, so it needs what the tests need; some 20 minutes.
+bench: .venv/.dev
+	$(BIN)/python -m benchmarks --write
 
 clean:
 	rm -rf .venv build dist runs

@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.harness import Row, in_turn, process
 from benchmarks.synthetic import llama, roberta, written
 
-INSPECT = "import sys; from lora_analysis.cli import main; sys.exit(main(['inspect', sys.argv[1]]))"
+INSPECT = "import sys; sys.argv.insert(1, 'inspect'); from lora_analysis.cli import main; main()"
 
 # The shortest script that a user would write with torch, float32 as stored.
 TORCH_QR = """
@@ -24,6 +24,7 @@ for key, a in tensors.items():
         torch.linalg.svdvals(rb @ ra.T)
 """
 OURS = """
+import sys
 from lora_analysis import read_adapter, singular_values
 from lora_analysis.execution import in_threads
 adapter = read_adapter(sys.argv[1])

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 
 import mpmath
 import numpy as np
-import torch
 
+from benchmarks import peers
 from benchmarks.harness import Row, in_turn, repeated
 from benchmarks.synthetic import update
 from lora_analysis import LowRankUpdate, singular_values, spectrum
 
 SHAPE = (4096, 4096)
-PEERS = "PEFT's conversion and merging, kohya's resize: float32 SVD of the formed ΔW"
 
 
 def rows(rounds: int) -> Iterator[Row]:
@@ -22,7 +21,7 @@ def rows(rounds: int) -> Iterator[Row]:
     for rank, target in ((16, "≥ 5,000"), (64, "≥ 800")):
         one = update(rng, SHAPE, rank)
         delta = one.delta_weight()
-        formed = torch.from_numpy(one.B) @ torch.from_numpy(one.A)
+        model = peers.peft_model(one)
         ours = in_turn({"both": repeated(lambda one=one: spectrum(one), 20)}, rounds)["both"] / 20
         values = in_turn(
             {
@@ -34,7 +33,8 @@ def rows(rounds: int) -> Iterator[Row]:
         heavy = in_turn(
             {
                 "dense": lambda delta=delta: np.linalg.svd(delta, full_matrices=False),
-                "peer": lambda formed=formed: torch.linalg.svd(formed, full_matrices=False),
+                "convert": lambda model=model, rank=rank: peers.convert(model, rank),
+                "merge": lambda model=model, rank=rank: peers.merge(model, rank),
             },
             1,
             warm=False,
@@ -43,7 +43,8 @@ def rows(rounds: int) -> Iterator[Row]:
         error = f"{np.max(np.abs(spectrum(one).S / exact - 1)):.0e} from the dense values"
         what = f"spectrum of a 4096 × 4096 module, r = {rank}"
         yield Row(what, "dense float64 SVD of ΔW", heavy["dense"] / ours, target, error)
-        yield Row(what, PEERS, heavy["peer"] / ours, "≥ 1,000")
+        yield Row(what, "PEFT's convert_to_lora of the layer", heavy["convert"] / ours, "≥ 1,000")
+        yield Row(what, "PEFT's merging by SVD", heavy["merge"] / ours, "≥ 1,000")
         yield Row(
             f"values only, r = {rank}",
             "with vectors",

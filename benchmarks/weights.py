@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks import peers
 from benchmarks.floors import disk_rate, drop_cached, memory_rate
 from benchmarks.harness import Row, in_turn
 from benchmarks.synthetic import LLAMA_8B, base_file, flat_weight, update
@@ -103,17 +104,14 @@ def intruders() -> Iterator[Row]:
     """Yield the rows about intruder dimensions, with and without W's SVD at hand."""
     rng = np.random.default_rng(0)
     W, one = flat_weight(4096), update(rng, (4096, 4096), RANK)
+    model = peers.peft_model(one, W)
     merged = W.astype(np.float64) + one.delta_weight()
-
-    def route() -> None:  # of PEFT's reduce_intruder_dimension, per module
-        for matrix in (W, merged.astype(np.float32)):
-            torch.linalg.svd(torch.from_numpy(matrix), full_matrices=False)
 
     def dense() -> None:
         for matrix in (W, merged, one.delta_weight()):
             np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
 
-    heavy = in_turn({"peft": route, "dense": dense}, 1, warm=False)
+    heavy = in_turn({"peft": lambda: peers.intruders(model), "dense": dense}, 1, warm=False)
     whole = in_turn(
         {"ours": lambda: intruder_dimensions(one, W, weight=weight_svd(W, cache=False))},
         1,
@@ -125,7 +123,7 @@ def intruders() -> Iterator[Row]:
     yield Row(what, "three dense float64 SVDs", heavy["dense"] / whole["ours"], "≥ 2")
     yield Row(
         f"{what}, W's SVD known",
-        "PEFT's route: two float32 SVDs",
+        "PEFT's reduce_intruder_dimension",
         heavy["peft"] / cached["ours"],
         "≥ 300",
     )
