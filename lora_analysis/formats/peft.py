@@ -5,6 +5,7 @@ Reference: PEFT 0.21, ``tuners/lora/layer.py`` (scale) and ``utils/save_and_load
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.adapter import Adapter, Provenance
@@ -27,6 +28,8 @@ from lora_analysis.storage.tensors import LazyTensors, open_tensors
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    from lora_analysis.adapter import Layout
 
 NAME: Final = "peft"
 
@@ -80,7 +83,11 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:
     tensors = open_tensors(place.weights)
     keys = sort_keys(place.weights, tensors.infos)
     chosen = _choose(place, keys, name)
-    pairs = complete_pairs(place.weights, keys.factors[chosen], _expected_key)
+    layout: Layout = "conv1d" if config.fan_in_fan_out else "linear"
+    pairs = [
+        replace(pair, layout=layout)
+        for pair in complete_pairs(place.weights, keys.factors[chosen], _expected_key)
+    ]
     ranks = {pair.module: stored_rank(tensors, pair) for pair in pairs}
     scales = {
         module: callers_scale(options, rank, rslora=config.use_rslora)
@@ -90,13 +97,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:
     saved, others = _saved_tensors(keys, chosen, config)
     label = options.label or label_of(place.shown, name)
     return Adapter(
-        update_loaders(
-            tensors,
-            pairs,
-            scales,
-            layout="conv1d" if config.fan_in_fan_out else "linear",
-            label=label,
-        ),
+        update_loaders(tensors, pairs, scales, label=label),
         label=label,
         provenance=Provenance(
             path=place.shown,
