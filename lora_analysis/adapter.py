@@ -92,7 +92,12 @@ class LowRankUpdate:
     variant
         Empty where ``scale·B·A`` is the whole update. Otherwise the method of which it is a part,
         ``"DoRA"``: ΔW is then the low-rank part only, and what the method makes of it depends
-        on the base weight.
+        on the base weight (:func:`lora_analysis.effective.effective_update`).
+    base_name
+        Name of the base's module or tensor where it is not ``name``: of a replicated layer the
+        original one, of an expert ``"experts.down_proj[3]"``, the member along the first axis.
+    magnitude
+        DoRA's learned norms of the rows of ``W + ΔW``, shape ``(d_out,)``; None without them.
 
     Raises
     ------
@@ -111,6 +116,8 @@ class LowRankUpdate:
     label: str = ""
     kernel: tuple[int, ...] = ()
     variant: str = ""
+    base_name: str = ""
+    magnitude: NDArray[np.floating[Any]] | None = None
 
     def __post_init__(self) -> None:
         given = self.A
@@ -129,6 +136,16 @@ class LowRankUpdate:
         put(self, "scale", _finite_or_none(self.scale, role="scale", name=self.name))
         put(self, "alpha", _finite_or_none(self.alpha, role="alpha", name=self.name))
         put(self, "stored_dtype", self.stored_dtype or np.asarray(given).dtype.name)
+        if self.magnitude is not None:
+            put(self, "magnitude", self._checked_magnitude(b.shape[0]))
+
+    def _checked_magnitude(self, d_out: int) -> NDArray[np.floating[Any]]:
+        norms = np.asarray(self.magnitude).reshape(1, -1)
+        if norms.size != d_out:
+            message = f"The magnitude of '{self.name}' has {norms.size} entries for {d_out} rows."
+            raise InputError(message)
+        row: NDArray[np.floating[Any]] = _frozen_matrix(norms, role="magnitude", name=self.name)[0]
+        return row
 
     def _check_kernel(self, d_in: int) -> None:
         fits = (self.layout == "conv") == bool(self.kernel)

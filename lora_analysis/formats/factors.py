@@ -27,8 +27,7 @@ FactorRole = Literal["A", "B"]
 class StoredPair:
     """The two factors of one module, A as ``(r, d_in)`` and B as ``(d_out, r)``, not yet read.
 
-    ``layout``, ``kernel`` and ``variant`` are those of the update, see
-    :class:`~lora_analysis.adapter.LowRankUpdate`.
+    The other fields are those of the update, see :class:`~lora_analysis.adapter.LowRankUpdate`.
     """
 
     module: str
@@ -37,6 +36,8 @@ class StoredPair:
     layout: Layout = "linear"
     kernel: tuple[int, ...] = ()
     variant: str = ""
+    base_name: str = ""
+    magnitude: StoredFactor | None = None
 
     @classmethod
     def of(cls, module: str, a: str, b: str, *, flipped: bool = False) -> StoredPair:
@@ -171,6 +172,8 @@ def load_update(
             layout=pair.layout,
             kernel=pair.kernel,
             variant=pair.variant,
+            base_name=pair.base_name,
+            magnitude=None if pair.magnitude is None else pair.magnitude.read(tensors),
             label=label,
         )
     except InputError as error:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lora_analysis.adapter import Adapter
+    from lora_analysis.formats.initial import StartOf
 
 _MAX_DEPTH = 6
 _LISTED = 12
@@ -37,7 +38,7 @@ def read_adapter(
     pair: tuple[str, str] | None = None,
     label: str | None = None,
     allow_pickle: bool = False,
-    initial: str | os.PathLike[str] | None = None,
+    initial: str | os.PathLike[str] | StartOf | None = None,
 ) -> Adapter:
     """Return the one adapter at ``source``; its factors are read when a module is asked for.
 
@@ -63,7 +64,8 @@ def read_adapter(
     initial
         The adapter as it was before training, for methods that take its product out of the base
         weight at the start (PiSSA, OLoRA, CorDA, LoRA-GA): the update is then the difference
-        of the two products, of rank 2r.
+        of the two products, of rank 2r. For PiSSA and OLoRA :func:`lora_analysis.start_from_base`
+        makes a function that works the initial factors out of the base.
 
     Returns
     -------

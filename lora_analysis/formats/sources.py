@@ -18,6 +18,7 @@ from lora_analysis.storage.tensors import open_tensors
 if TYPE_CHECKING:
     import os
 
+    from lora_analysis.formats.initial import StartOf
     from lora_analysis.storage.tensors import NamedTensors
 
 _GENERIC = re.compile(
@@ -65,7 +66,7 @@ class AdapterRef:
 class ReadOptions:
     """What the caller of a reader knows better than the file, and what he allows.
 
-    ``initial`` is where the factors lie that the training started from.
+    ``initial`` is where the factors lie that the training started from, or what works them out.
     """
 
     alpha: float | None = None
@@ -73,7 +74,7 @@ class ReadOptions:
     pair: tuple[str, str] | None = None
     label: str | None = None
     allow_pickle: bool = False
-    initial: str | os.PathLike[str] | None = None
+    initial: str | os.PathLike[str] | StartOf | None = None
 
     def __post_init__(self) -> None:
         if self.alpha is not None and self.scale is not None:

@@ -118,8 +118,12 @@ class Walk:
             kept = {at: spectra[at] for at in members}
             visit.groups.append(self._compared(kept, [updates[at] for at in members]))
         if self.base is not None:
-            own = [s for s in spectra.values() if s.label in self.analysed and not s.untrained]
-            self._amplify(module, own, visit)
+            by_weight: dict[str, list[Spectrum]] = {}
+            for at, s in spectra.items():
+                if s.label in self.analysed and not s.untrained:
+                    by_weight.setdefault(_base_name(updates[at]) or module, []).append(s)
+            for name, own in by_weight.items():
+                self._amplify(module, name, own, visit)
         return visit
 
     def _load(
@@ -146,13 +150,14 @@ class Walk:
             ill_defined=np.array([_first_direction(one) for one in values], dtype=object),
         )
 
-    def _amplify(self, module: str, spectra: Sequence[Spectrum], visit: Visit) -> None:
+    def _amplify(self, module: str, name: str, spectra: Sequence[Spectrum], visit: Visit) -> None:
+        """Hold the updates of a module against the base's weight called ``name``."""
         known = [s for s in spectra if not s.in_units_of_scale]
         for members in _by_shape(dict(enumerate(known))):
             group = [known[at] for at in members]
             try:
                 weight = self.base.weight(  # type: ignore[union-attr]  # asked for with a base only
-                    module, shape=group[0].shape, transposed=self.transposed
+                    name, shape=group[0].shape, transposed=self.transposed
                 )
             except BaseWeightError as error:
                 visit.unmatched = str(error)
@@ -170,6 +175,11 @@ class Walk:
                 weight_directions=False,
             )
             visit.amplified |= {(one.label, module): one for one in found}
+
+
+def _base_name(update: LowRankUpdate | DenseUpdate) -> str:
+    """Return the name of the base's weight where it is not the module's."""
+    return update.base_name if isinstance(update, LowRankUpdate) else ""
 
 
 def _by_shape(spectra: Mapping[int, Spectrum]) -> list[list[int]]:
