@@ -62,7 +62,7 @@ def module_pairs(
         pair = _layer(tensors, plain, config)
         expert = expert_pairs(path, tensors, pair, own, config)
         if expert is not None:
-            found.pairs += expert.pairs
+            found.pairs += [_with_base_name(path, one, config) for one in expert.pairs]
             found.config_names |= expert.config_names
             found.findings += [one for one in expert.findings if one not in found.findings]
             continue
@@ -77,6 +77,10 @@ def module_pairs(
             found.divisors[plain.module] = name
     _check_leftovers(path, own, extras)
     found.findings += _findings(found.pairs)
+    if config.replicated:
+        found.findings.append(
+            "Layers are numbered as replicated; each is held against the base's own layer."
+        )
     return found
 
 
@@ -169,16 +173,17 @@ def _variant(
 
 def _with_base_name(path: object, pair: StoredPair, config: PeftConfig) -> StoredPair:
     """Return the pair with the name of the original layer where layers were replicated."""
-    match = _LAYER.match(pair.module)
+    name = pair.base_name or pair.module
+    match = _LAYER.match(name)
     if not config.replicated or match is None:
         return pair
-    origins = chain.from_iterable(range(*pair_) for pair_ in config.replicated)
+    origins = chain.from_iterable(range(*span) for span in config.replicated)
     index = int(match["index"])
     origin = next((one for at, one in enumerate(origins) if at == index), None)
     if origin is None:
         message = f"{path}: '{pair.module}' is beyond the layers that layer_replication makes."
         raise MalformedFileError(message)
-    base_name = f"{match['before']}.{origin}.{pair.module[match.end() :]}"
+    base_name = f"{match['before']}.{origin}.{name[match.end() :]}"
     return replace(pair, base_name=base_name)
 
 
@@ -212,8 +217,6 @@ def _findings(pairs: list[StoredPair]) -> list[str]:
             f"{len(grouped)} grouped convolutions (first: '{grouped[0]}'): ΔW acts on all input "
             "channels, the base weight on those of its group."
         )
-    if any(pair.base_name for pair in pairs) and any("[" not in p.base_name for p in pairs):
-        findings.append("Layers are numbered as replicated; each names the base's own layer.")
     return findings
 
 

@@ -142,8 +142,12 @@ def _float32(factor: NDArray[Any], name: str) -> NDArray[np.float32]:
 
 
 def _config(adapter: Adapter, updates: Mapping[str, LowRankUpdate]) -> dict[str, Any]:
-    """Return the config's fields; what only newer versions of PEFT know is left out."""
+    """Return the config's fields; what only newer versions of PEFT know, only where it is set."""
     given = adapter.config
+    newer = {
+        "layer_replication": given.get("layer_replication"),
+        "use_dora": _use_dora(adapter, updates),
+    }
     rslora = bool(given.get("use_rslora"))
     rank, rank_pattern = _default_and_pattern({name: u.rank for name, u in updates.items()})
     alpha, alpha_pattern = _default_and_pattern(
@@ -158,7 +162,6 @@ def _config(adapter: Adapter, updates: Mapping[str, LowRankUpdate]) -> dict[str,
         "fan_in_fan_out": any(update.layout == "conv1d" for update in updates.values()),
         "inference_mode": True,
         "init_lora_weights": True,
-        "layer_replication": given.get("layer_replication"),
         "layers_pattern": None,
         "layers_to_transform": None,
         "lora_alpha": alpha,
@@ -170,9 +173,8 @@ def _config(adapter: Adapter, updates: Mapping[str, LowRankUpdate]) -> dict[str,
         "revision": given.get("revision"),
         "target_modules": _targets(adapter),
         "task_type": given.get("task_type"),
-        "use_dora": _use_dora(adapter, updates),
         "use_rslora": rslora,
-    }
+    } | {key: value for key, value in newer.items() if value}
 
 
 def _use_dora(adapter: Adapter, updates: Mapping[str, LowRankUpdate]) -> bool:
