@@ -305,6 +305,98 @@ def test_factors_are_read_when_asked_for_and_not_before(
         adapter["layers.1.q"]
 
 
+def adalora(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """AdaLoRA's tensors as PEFT names them: parameters, without ``.weight``."""
+    values = [rng.standard_normal(shape).astype(np.float32) for shape in ((2, 6), (5, 2), (2, 1))]
+    return {f"{Q}.lora_{part}": value for part, value in zip("ABE", values, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "stated"),
+    [
+        ({"init_r": 12}, {}, (8 / 12.00001, "config")),
+        ({"init_r": 12, "r": 3, "target_r": 2}, {}, (8 / 12.00001, "config")),
+        ({}, {}, (8 / 2.00001, "config")),
+        ({"lora_alpha": 0}, {}, (2 / 2.00001, "config")),
+        ({"init_r": 12}, {"alpha": 6}, (6 / 12.00001, "caller")),
+        ({"init_r": 12}, {"scale": 6}, (6.0, "caller")),
+        ({"lora_alpha": None}, {}, (None, "unknown")),
+        ({"rank_pattern": {"layers.0.q.lora_E": [True, True, False]}}, {}, (8 / 2.00001, "config")),
+    ],
+)
+def test_the_scale_of_adalora_counts_the_rank_before_pruning(
+    tmp_path: Path,
+    rng: np.random.Generator,
+    fields: dict[str, Any],
+    options: dict[str, float],
+    stated: tuple[float | None, str],
+) -> None:
+    tensors = adalora(rng)
+    config = {"peft_type": "ADALORA", "lora_alpha": 8} | fields
+    adapter = read_adapter(peft_folder(tmp_path, tensors, config), **options)  # type: ignore[arg-type]
+    update = only(adapter)
+    assert (update.scale, adapter.provenance.scale_origin["layers.0.q"]) == stated
+    a, b, e = (tensors[f"{Q}.lora_{part}"].astype(float) for part in "ABE")
+    np.testing.assert_allclose(update.B @ update.A, b @ np.diag(e[:, 0]) @ a, rtol=1e-5)
+
+
+def test_adalora_is_told_by_its_keys_where_no_config_says_so(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    adapter = read_adapter(peft_folder(tmp_path, adalora(rng), None), scale=1)
+    assert only(adapter).rank == 2
+    with pytest.raises(MalformedFileError, match=r"no lora_E, which its config promises"):
+        read_adapter(peft_folder(tmp_path, factors(rng), CONFIG | {"peft_type": "ADALORA"}))
+
+
+def test_an_embedding_and_a_convolution_are_matrices_from_inputs_to_outputs(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    a, b = rng.standard_normal((2, 3, 2, 2)), rng.standard_normal((5, 2, 1, 1))
+    tensors = {
+        "base_model.model.wte.lora_embedding_A": rng.standard_normal((2, 9)),
+        "base_model.model.wte.lora_embedding_B": rng.standard_normal((4, 2)),
+        "base_model.model.conv.lora_A.weight": a,
+        "base_model.model.conv.lora_B.weight": b,
+    }
+    adapter = read_adapter(peft_folder(tmp_path, tensors))
+    assert {name: update.shape for name, update in adapter.items()} == {
+        "conv": (5, 12),
+        "wte": (4, 9),
+    }
+    wanted = 4 * np.einsum("or,rikl->oikl", b[:, :, 0, 0], a)
+    np.testing.assert_allclose(adapter["conv"].delta_weight().reshape(5, 3, 2, 2), wanted)
+
+
+def test_layers_that_were_replicated_name_the_one_of_the_base(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    tensors = factors(rng) | factors(rng, "base_model.model.layers.3.q")
+    config = CONFIG | {"layer_replication": [[0, 2], [1, 3]]}
+    adapter = read_adapter(peft_folder(tmp_path, tensors, config))
+    names = {name: update.base_name for name, update in adapter.items()}  # type: ignore[union-attr]
+    assert names == {"layers.0.q": "layers.0.q", "layers.3.q": "layers.2.q"}
+
+
+def test_experts_need_a_config_that_says_how_many_they_are(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    stacked = {
+        "base_model.model.experts.lora_A.weight": rng.standard_normal((6, 4)),
+        "base_model.model.experts.lora_B.weight": rng.standard_normal((5, 6)),
+    }
+    config = CONFIG | {"r": 2, "target_modules": [], "target_parameters": ["experts.down_proj"]}
+    adapter = read_adapter(peft_folder(tmp_path, stacked, config | {"peft_version": "0.19.0"}))
+    a, b = stacked.values()
+    assert list(adapter) == [f"experts.{expert}.down_proj" for expert in range(3)]
+    for expert, update in enumerate(adapter.values()):
+        rows, columns = slice(2 * expert, 2 * expert + 2), slice(expert, None, 3)
+        np.testing.assert_allclose(update.delta_weight(), 4 * b[:, columns] @ a[rows])
+    del config["r"]
+    with pytest.raises(MalformedFileError, match=r"6 rows of .*experts\.lora_A.* rank None"):
+        read_adapter(peft_folder(tmp_path, stacked, config))
+
+
 CONFIG_ERRORS: list[tuple[dict[str, Any], type[InputError], list[str]]] = [
     ({"r": True}, MalformedFileError, ["r must be a positive integer", "True"]),
     ({"r": 0}, MalformedFileError, ["r must be", "0"]),

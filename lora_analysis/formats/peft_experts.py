@@ -178,8 +178,8 @@ def _split(
             "before 0.19 took the axes as they came); it is taken to. Hold it against the base."
         )
     for expert in range(experts):
-        a = tensor(pair.a.name).rows(slice(expert * rank, (expert + 1) * rank))
-        b = tensor(pair.b.name).columns(slice(expert, None, experts))
+        a = tensor(pair.a.name, shared=True).rows(slice(expert * rank, (expert + 1) * rank))
+        b = tensor(pair.b.name, shared=True).columns(slice(expert, None, experts))
         if turned:
             a, b = b.transposed(), a.transposed()
         module = f"{owner}.{expert}.{parameter}" if experts > 1 else name

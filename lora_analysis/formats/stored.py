@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
@@ -108,9 +109,13 @@ class StoredFactor:
         return StoredFactor(_ScaledRows(self, diagonal))
 
 
-def tensor(name: str) -> StoredFactor:
-    """Return the factor that is a stored tensor as it lies."""
-    return StoredFactor(_Tensor(name))
+def tensor(name: str, *, shared: bool = False) -> StoredFactor:
+    """Return the factor that is a stored tensor as it lies.
+
+    ``shared`` says that many modules take their parts of it, one after the other: the last few
+    such tensors are kept, and not read anew for every part.
+    """
+    return StoredFactor(_Tensor(name, shared))
 
 
 def stacked(factors: Sequence[StoredFactor], *, axis: int = 0) -> StoredFactor:
@@ -126,6 +131,7 @@ def block_diagonal(blocks: Sequence[StoredFactor]) -> StoredFactor:
 @dataclass(frozen=True, slots=True)
 class _Tensor:
     name: str
+    shared: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -135,7 +141,14 @@ class _Tensor:
         return tensors.infos[self.name].shape
 
     def read(self, tensors: NamedTensors) -> NDArray[Any]:
-        return tensors.read(self.name)
+        return _read_shared(tensors, self.name) if self.shared else tensors.read(self.name)
+
+
+@lru_cache(maxsize=32)
+def _read_shared(tensors: NamedTensors, name: str) -> NDArray[Any]:
+    whole = tensors.read(name)
+    whole.flags.writeable = False
+    return whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +271,8 @@ def _cut(shape: Shape, axis: int, part: slice) -> Shape:
     return (*shape[:axis], len(range(*part.indices(shape[axis]))), *shape[axis + 1 :])
 
 
-# Per operation what it does to a shape, and what to the numbers.
+# Per operation what it does to a shape, and what to the numbers. A part is a copy: a view would
+# keep the whole tensor in memory.
 _OPERATIONS: Final[dict[str, tuple[Callable[..., Shape], Callable[..., NDArray[Any]]]]] = {
     "transposed": (_turned, lambda array, *axes: np.transpose(array, axes or None)),
     "reshaped": (_reshaped, lambda array, *shape: array.reshape(shape)),
@@ -266,8 +280,11 @@ _OPERATIONS: Final[dict[str, tuple[Callable[..., Shape], Callable[..., NDArray[A
         lambda shape: (*shape[:1], math.prod(shape[1:])),
         lambda array: array.reshape(len(array), -1),
     ),
-    "at": (_member, lambda array, index: array[index]),
-    "rows": (lambda shape, part: _cut(shape, 0, part), lambda array, part: array[part]),
-    "columns": (lambda shape, part: _cut(shape, 1, part), lambda array, part: array[:, part]),
+    "at": (_member, lambda array, index: array[index].copy()),
+    "rows": (lambda shape, part: _cut(shape, 0, part), lambda array, part: array[part].copy()),
+    "columns": (
+        lambda shape, part: _cut(shape, 1, part),
+        lambda array, part: array[:, part].copy(),
+    ),
     "times": (lambda shape, _: shape, lambda array, number: array * np.float64(number)),
 }

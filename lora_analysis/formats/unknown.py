@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from lora_analysis.storage.tensors import NamedTensors
 
 _READABLE: Final = (
-    "Readable: PEFT folders (adapter_config.json with adapter_model.safetensors), and bare pairs "
-    "of matrices in a safetensors file with pair=."
+    "Readable: PEFT folders (adapter_config.json with adapter_model.safetensors or, allowed with "
+    "allow_pickle=True, adapter_model.bin), and bare pairs of matrices in one file with pair=."
 )
 
 # Parts of tensor names, and what they are known for.
