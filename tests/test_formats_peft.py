@@ -496,6 +496,11 @@ TENSOR_ERRORS: list[tuple[dict[str, np.ndarray], type[InputError], list[str]]] =
         ["'x.lora_diag' belongs to a module without"],
     ),
     (
+        {A: matrix(4, 6), B: matrix(5, 4), f"{Q}.lora_magnitude_vector.other": matrix(5)},
+        MalformedFileError,
+        ["lora_magnitude_vector.other' belongs to no factors"],
+    ),
+    (
         {
             A: matrix(4, 6),
             B: matrix(5, 4),

@@ -55,7 +55,8 @@ def module_pairs(
     """
     found = ModulePairs()
     extras = keys.extras.get(chosen, {})
-    own = _kept(tensors, keys.factors[chosen], found)
+    _check_names(path, keys)
+    own = _kept(tensors, keys.factors[chosen], extras, found)
     for plain in complete_pairs(path, own, _expected_key):
         stored = extras.get(plain.module, {})
         _check_kind(path, plain, stored)
@@ -88,15 +89,23 @@ def _expected_key(module: str, role: str) -> str:
     return f"{module}.lora_{role}.weight"
 
 
+def _check_names(path: object, keys: SortedKeys) -> None:
+    """Raise where what belongs to factors goes by another adapter's name than any of them."""
+    for name in keys.extras.keys() - keys.factors.keys():
+        first = next(iter(next(iter(keys.extras[name].values())).values()))
+        message = f"{path}: '{first}' belongs to no factors of its adapter."
+        raise MalformedFileError(message)
+
+
 def _kept(
-    tensors: NamedTensors, factors: Mapping[str, dict[FactorRole, str]], found: ModulePairs
+    tensors: NamedTensors,
+    factors: Mapping[str, dict[FactorRole, str]],
+    extras: Mapping[str, Mapping[Part, str]],
+    found: ModulePairs,
 ) -> dict[str, dict[FactorRole, str]]:
     """Return the factors without those of modules that AdaLoRA has cut down to rank 0."""
-    cut = []
-    for module, stored in factors.items():
-        shapes = {role: tensors.infos[name].shape for role, name in stored.items()}
-        if shapes.get("A", (1,))[:1] == (0,) and shapes.get("B", ())[1:] == (0,):
-            cut.append(module)
+    values = {module: stored.get("singular values") for module, stored in extras.items()}
+    cut = [name for name in factors if (e := values.get(name)) and 0 in tensors.infos[e].shape]
     if cut:
         found.findings.append(
             f"{len(cut)} modules were pruned to rank 0 and are left out (first: '{cut[0]}')."
