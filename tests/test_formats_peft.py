@@ -397,6 +397,28 @@ def test_experts_need_a_config_that_says_how_many_they_are(
         read_adapter(peft_folder(tmp_path, stacked, config))
 
 
+def test_experts_that_nest_the_other_way_round_are_told_by_their_shapes(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """4 features to 2·5 and 5 back to 4, the last projection innermost."""
+    shapes = {".base_layer": ((4, 5), (4, 4)), "": ((4, 4), (10, 4))}
+    stacked = {
+        f"base_model.model.experts{level}.lora_{role}.weight": rng.standard_normal(shape)
+        for level, pair in shapes.items()
+        for role, shape in zip("AB", pair, strict=True)
+    }
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    config = CONFIG | {"r": 2, "target_modules": [], "target_parameters": targets}
+    adapter = read_adapter(peft_folder(tmp_path, stacked, config))
+    assert {name: update.shape for name, update in adapter.items()} == {
+        "experts.0.down_proj": (4, 5),
+        "experts.0.gate_up_proj": (10, 4),
+        "experts.1.down_proj": (4, 5),
+        "experts.1.gate_up_proj": (10, 4),
+    }
+    assert adapter.provenance.findings == ()
+
+
 CONFIG_ERRORS: list[tuple[dict[str, Any], type[InputError], list[str]]] = [
     ({"r": True}, MalformedFileError, ["r must be a positive integer", "True"]),
     ({"r": 0}, MalformedFileError, ["r must be", "0"]),
