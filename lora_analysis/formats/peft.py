@@ -1,5 +1,7 @@
 """Adapters that PEFT saved: ``adapter_config.json`` beside ``adapter_model.safetensors``.
 
+Where the caller allows pickles, beside ``adapter_model.bin`` as well.
+
 Reference: PEFT 0.21, ``tuners/lora/layer.py`` (scale) and ``utils/save_and_load.py`` (keys).
 """
 
