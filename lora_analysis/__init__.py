@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lora_analysis.adapter import LowRankUpdate as LowRankUpdate
     from lora_analysis.amplify import amplification as amplification
     from lora_analysis.bases import open_base as open_base
+    from lora_analysis.effective import effective_update as effective_update
+    from lora_analysis.effective import start_from_base as start_from_base
     from lora_analysis.formats import find_adapters as find_adapters
     from lora_analysis.formats import read_adapter as read_adapter
     from lora_analysis.formats import write_adapter as write_adapter
@@ -44,6 +46,7 @@ _HOME = {
     "adapter": ("Adapter", "DenseUpdate", "LowRankUpdate"),
     "amplify": ("amplification",),
     "bases": ("open_base",),
+    "effective": ("effective_update", "start_from_base"),
     "formats": ("find_adapters", "read_adapter", "write_adapter"),
     "intruders": ("intruder_dimensions",),
     "lora": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from lora_analysis.patterns import natural_key, near_names
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-Layout = Literal["linear", "conv1d"]
+Layout = Literal["linear", "conv1d", "embedding", "conv"]
 ScaleOrigin = Literal["config", "tensor", "metadata", "caller", "unknown"]
 
 
@@ -79,15 +80,30 @@ class LowRankUpdate:
     stored_dtype
         Type in the file, for example ``"bfloat16"``; the type of ``A`` by default.
     layout
-        ``"conv1d"`` where the base stores its weight as ``[in, out]`` (GPT-2's ``Conv1D``);
-        A and B have the same orientation in either layout.
+        How the base stores the weight; A and B have the same orientation in every layout.
+        ``"linear"`` is ``[out, in]``; ``"conv1d"`` (GPT-2's ``Conv1D``) ``[in, out]``;
+        ``"embedding"`` ``[entries, features]``, where ``d_in`` counts the entries and ``d_out``
+        the features; ``"conv"`` ``[channels out, channels in, *kernel]``, of which ΔW is the
+        matrix ``(channels out, channels in · kernel)``, all axes but the first flattened.
     label
         Name of the adapter this update belongs to, for messages.
+    kernel
+        Shape of a convolution's kernel, ``(3, 3)``; empty in other layouts.
+    variant
+        Empty where ``scale·B·A`` is the whole update. Otherwise the method of which it is a part,
+        ``"DoRA"``: ΔW is then the low-rank part only, and what the method makes of it depends
+        on the base weight (:func:`lora_analysis.effective.effective_update`).
+    base_name
+        Name of the base's module or tensor where it is not ``name``: of a replicated layer the
+        original one, of an expert ``"experts.down_proj[3]"``, the member along the first axis.
+    magnitude
+        DoRA's learned norms of the rows of ``W + ΔW``, shape ``(d_out,)``; None without them.
 
     Raises
     ------
     InputError
-        A factor is not a finite floating-point matrix, or the ranks of A and B differ.
+        A factor is not a finite floating-point matrix, the ranks of A and B differ, or the
+        kernel does not divide the inputs or belongs to another layout.
     """
 
     name: str
@@ -98,6 +114,10 @@ class LowRankUpdate:
     stored_dtype: str = ""
     layout: Layout = "linear"
     label: str = ""
+    kernel: tuple[int, ...] = ()
+    variant: str = ""
+    base_name: str = ""
+    magnitude: NDArray[np.floating[Any]] | None = None
 
     def __post_init__(self) -> None:
         given = self.A
@@ -109,12 +129,32 @@ class LowRankUpdate:
                 "A must be (r, d_in) and B (d_out, r); is one of them transposed?"
             )
             raise InputError(message)
+        self._check_kernel(a.shape[1])
         put = object.__setattr__
         put(self, "A", a)
         put(self, "B", b)
         put(self, "scale", _finite_or_none(self.scale, role="scale", name=self.name))
         put(self, "alpha", _finite_or_none(self.alpha, role="alpha", name=self.name))
         put(self, "stored_dtype", self.stored_dtype or np.asarray(given).dtype.name)
+        if self.magnitude is not None:
+            put(self, "magnitude", self._checked_magnitude(b.shape[0]))
+
+    def _checked_magnitude(self, d_out: int) -> NDArray[np.floating[Any]]:
+        norms = np.asarray(self.magnitude).reshape(1, -1)
+        if norms.size != d_out:
+            message = f"The magnitude of '{self.name}' has {norms.size} entries for {d_out} rows."
+            raise InputError(message)
+        row: NDArray[np.floating[Any]] = _frozen_matrix(norms, role="magnitude", name=self.name)[0]
+        return row
+
+    def _check_kernel(self, d_in: int) -> None:
+        fits = (self.layout == "conv") == bool(self.kernel)
+        if not fits or (self.kernel and d_in % max(math.prod(self.kernel), 1)):
+            message = (
+                f"The kernel of '{self.name}' must be given with layout 'conv' alone, and divide "
+                f"its {d_in} inputs; found {self.kernel} with layout '{self.layout}'."
+            )
+            raise InputError(message)
 
     @property
     def rank(self) -> int:
@@ -137,7 +177,11 @@ class LowRankUpdate:
         return self.scale
 
     def delta_weight(self) -> NDArray[np.float64]:
-        """Return ΔW as a dense float64 matrix ``(d_out, d_in)``; costs ``d_out·d_in·r``."""
+        """Return ΔW as a dense float64 matrix ``(d_out, d_in)``; costs ``d_out·d_in·r``.
+
+        Always a matrix from inputs to outputs, whatever the layout: of an embedding the transpose
+        of what is added to its table, of a convolution the kernels flattened row by row.
+        """
         return self.known_scale() * (self.B.astype(np.float64) @ self.A.astype(np.float64))
 
 

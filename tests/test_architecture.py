@@ -33,6 +33,7 @@ LEVELS = {
     "formats": 3,
     "initialisation": 3,
     "lora": 3,
+    "effective": 4,
     "spectra": 4,
     "amplify": 5,
     "intruders": 5,

@@ -794,3 +794,45 @@ def test_report_on_real_bare_pairs(
     assert phi["input"] == pytest.approx(0.284, abs=5e-4)
     assert phi["output"] == pytest.approx(0.785, abs=5e-4)
     assert "untrained is untrained" in (tmp_path / "report.html").read_text()
+
+
+def test_a_pickle_is_read_when_the_command_says_so(
+    capsys: pytest.CaptureFixture[str], saved: dict[str, Path], tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file as load_torch
+
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_bytes((saved["small"] / name).read_bytes())
+    torch.save(load_torch(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    code, _, err = call(capsys, "inspect", folder)
+    assert code == 3
+    assert "--allow-pickle" in err
+    code, out, _ = call(capsys, "inspect", folder, "--allow-pickle", "--format", "json")
+    assert code == 0
+    (found,) = document(out)["adapters"]
+    assert {one["variant"] for one in found["modules"]} == {""}
+    _, wanted, _ = call(capsys, "inspect", saved["small"], "--format", "json")
+    assert found["norm"] == document(wanted)["adapters"][0]["norm"]
+
+
+def test_the_initial_adapter_is_given_by_name(
+    capsys: pytest.CaptureFixture[str], saved: dict[str, Path]
+) -> None:
+    config = saved["small"] / "adapter_config.json"
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"init_lora_weights": "pissa_niter_4"})
+    )
+    code, _, err = call(capsys, "inspect", saved["small"])
+    assert code == 3
+    assert "--initial" in err
+    code, out, _ = call(
+        capsys, "inspect", saved["small"], "--initial", saved["small"], "--format", "json"
+    )
+    assert code == 0
+    (found,) = document(out)["adapters"]
+    assert {one["rank"] for one in found["modules"]} == {4}
+    assert found["norm"] < 1e-12  # it is its own start

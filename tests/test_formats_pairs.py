@@ -356,3 +356,23 @@ def test_a_pair_option_leaves_peft_folders_beside_the_file_as_they_are(
     assert [ref.format for ref in find_adapters(folder, pair=("w_a_{name}", "w_b_{name}"))] == [
         "peft"
     ]
+
+
+def test_bare_pairs_are_read_from_any_container(tmp_path: Path, rng: np.random.Generator) -> None:
+    import torch
+
+    tensors = ring(rng)
+    wanted = read_adapter(pair_file(tmp_path / "a.safetensors", tensors), pair=PAIR, scale=2)
+    np.savez(tmp_path / "b.npz", **tensors)
+    torch.save({key: torch.tensor(value) for key, value in tensors.items()}, tmp_path / "c.pt")
+    assert [ref.path.name for ref in find_adapters(tmp_path)] == ["a.safetensors", "b.npz"]
+    assert len(find_adapters(tmp_path, allow_pickle=True)) == 3
+    with pytest.raises(UnknownFormatError, match="allow_pickle=True"):
+        read_adapter(tmp_path / "c.pt", pair=PAIR, scale=2)
+    for name in ("b.npz", "c.pt"):
+        found = read_adapter(tmp_path / name, pair=PAIR, scale=2, allow_pickle=True)
+        assert found.label == name[0]
+        for module in wanted:
+            np.testing.assert_array_equal(
+                found[module].delta_weight(), wanted[module].delta_weight()
+            )

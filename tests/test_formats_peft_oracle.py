@@ -242,11 +242,9 @@ def test_an_attention_of_torch_reads_in_both_its_projections(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("variant", "told"),
     [
-        ({"use_dora": True}, "DoRA"),
         ({"init_lora_weights": "pissa"}, "PiSSA"),
         ({"init_lora_weights": "pissa_niter_4"}, "PiSSA"),
         ({"init_lora_weights": "olora"}, "OLoRA"),
-        ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
     ],
 )
 def test_variants_whose_update_is_another_are_refused_by_name(
@@ -265,7 +263,6 @@ def other_configs() -> dict[str, Callable[[], Any]]:
 
     one = {"target_modules": ["q_proj"]}
     return {
-        "ADALORA": lambda: peft.AdaLoraConfig(total_step=10, **one),
         "LOHA": lambda: peft.LoHaConfig(**one),
         "LOKR": lambda: peft.LoKrConfig(**one),
         "OFT": lambda: peft.OFTConfig(**one),
@@ -284,7 +281,6 @@ def other_configs() -> dict[str, Callable[[], Any]]:
 @pytest.mark.parametrize(
     "method",
     [
-        "ADALORA",
         "FOURIERFT",
         "HRA",
         "IA3",
@@ -314,23 +310,6 @@ def test_other_methods_are_refused_by_their_config_and_by_their_keys(
     with pytest.raises(InputError) as caught:
         read_adapter(tmp_path)
     assert "adapter_model.safetensors" in str(caught.value)
-
-
-def test_embeddings_and_convolutions_are_refused_by_key_and_shape(tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    from lora_analysis.errors import UnsupportedMethodError
-
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten())
-    get_peft_model(model, LoraConfig(r=2, target_modules=["0"])).save_pretrained(tmp_path / "conv")
-    with pytest.raises(UnsupportedMethodError, match=r"\(2, 3, 3, 3\)"):
-        read_adapter(tmp_path / "conv")
-    model = llama()[0]
-    get_peft_model(model, LoraConfig(r=2, target_modules=["embed_tokens"])).save_pretrained(
-        tmp_path / "embedding"
-    )
-    with pytest.raises(UnsupportedMethodError, match=r"embed_tokens\.lora_embedding_A"):
-        read_adapter(tmp_path / "embedding")
 
 
 def test_biases_and_replaced_tokens_are_reported(tmp_path: Path) -> None:

@@ -256,3 +256,24 @@ def test_no_initial_adapter_without_a_seed_or_without_factors() -> None:
     known = Adapter({"m": dense}, label="full", provenance=Provenance(seed=1))
     with pytest.raises(InputError, match="'m' in full is a dense update"):
         initial_adapter(known)["m"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"variant": "DoRA", "magnitude": np.ones(8)}, "DoRA.*effective_update"),
+        ({"base_name": "layers.1.q_proj"}, "of the weight 'layers.1.q_proj'"),
+    ],
+)
+def test_an_update_that_is_not_s_b_a_on_its_module_is_not_loaded(
+    rng: np.random.Generator, fields: dict[str, Any], told: str
+) -> None:
+    model = tiny_model()
+    name = "layers.0.q_proj"
+    d_out, d_in = model.get_submodule(name).weight.shape
+    fields = {key: np.ones(d_out) if key == "magnitude" else one for key, one in fields.items()}
+    plain = low_rank_update(rng, d_out, d_in, 2, name=name)
+    load_adapter_into(model, Adapter({name: plain}, label="plain"), name="plain")
+    update = LowRankUpdate(name, plain.A, plain.B, 2.0, **fields)
+    with pytest.raises(UnsupportedMethodError, match=told):
+        load_adapter_into(model, Adapter({name: update}, label="other"), name="other")

@@ -485,3 +485,22 @@ def test_whole_spectra_are_left_alone_unless_asked_for(
     result = study(sweep[:2], base=open_base(weights), draws=0)
     assert result.changes.empty
     assert "intruders" in result.changes
+
+
+def test_updates_of_one_weight_under_two_names_are_both_held_against_it(
+    rng: np.random.Generator,
+) -> None:
+    W = rng.standard_normal((24, 20))
+    plain = low_rank_update(rng, name="layers.0.q")
+    shared = LowRankUpdate(
+        "layers.1.q", plain.A, plain.B, plain.scale, base_name="layers.0.q", label="adapter"
+    )
+    one = Adapter({"layers.0.q": plain, "layers.1.q": shared}, label="adapter")
+    other = Adapter({"layers.1.q": low_rank_update(rng, name="layers.1.q")}, label="plain")
+    base = open_base({"layers.0.q": W, "layers.1.q": rng.standard_normal((24, 20))})
+    table = study([one, other], base=base).amplifications
+    full = table[table["at_rank"] & (table["adapter"] == "adapter")].set_index("module")
+    columns = ["projected", "weight_norm", "enrichment"]
+    np.testing.assert_allclose(full.loc["layers.0.q", columns], full.loc["layers.1.q", columns])
+    own = table[table["at_rank"] & (table["adapter"] == "plain")]
+    assert own["weight_norm"].item() != full["weight_norm"].iloc[0]

@@ -120,6 +120,7 @@ def _module_facts(adapter: Adapter, name: str) -> dict[str, Any]:
         "scale": getattr(update, "scale", None),
         "scale_origin": adapter.provenance.scale_origin.get(name, "unknown"),
         "alpha": getattr(update, "alpha", None),
+        "variant": getattr(update, "variant", ""),
         "stored_dtype": value.stored_dtype,
         "resolution": value.resolution,
         "in_units_of_scale": value.in_units_of_scale,

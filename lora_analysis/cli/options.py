@@ -40,12 +40,21 @@ class Reading:
     pair: tuple[str, str] | None = None
     scale: float | None = None
     alpha: float | None = None
+    allow_pickle: bool = False
+    initial: str | None = None
 
     def read(self, source: str | AdapterRef) -> Adapter:
         """Read the one adapter at ``source``."""
         from lora_analysis.formats import read_adapter
 
-        return read_adapter(source, pair=self.pair, scale=self.scale, alpha=self.alpha)
+        return read_adapter(
+            source,
+            pair=self.pair,
+            scale=self.scale,
+            alpha=self.alpha,
+            allow_pickle=self.allow_pickle,
+            initial=self.initial,
+        )
 
     def find(self, sources: Iterable[str], left_out: list[LeftOut]) -> list[AdapterRef]:
         """Return every adapter found at the sources; a source without one is left out."""
@@ -54,7 +63,7 @@ class Reading:
         found = []
         for source in sources:
             try:
-                found += find_adapters(source, pair=self.pair)
+                found += find_adapters(source, pair=self.pair, allow_pickle=self.allow_pickle)
             except InputError as error:
                 left_out.append(LeftOut(source, error))
         return found
@@ -125,18 +134,38 @@ def output_options(command: Command) -> Command:
 
 
 def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--pair``, ``--scale`` and ``--alpha``, given to the command as ``reading``."""
+    """Add what says how adapters are read, given to the command as ``reading``."""
 
     @functools.wraps(command)
-    def with_reading(*args: Any, pair: Any, scale: Any, alpha: Any, **others: Any) -> Any:
+    def with_reading(
+        *args: Any,
+        pair: Any,
+        scale: Any,
+        alpha: Any,
+        allow_pickle: bool,
+        initial: Any,
+        **others: Any,
+    ) -> Any:
         if scale is not None and alpha is not None:
             message = "--scale is the multiplier itself, --alpha gives alpha / rank: pass one."
             raise click.UsageError(message)
-        return command(*args, reading=Reading(pair, scale, alpha), **others)
+        reading = Reading(pair, scale, alpha, allow_pickle, initial)
+        return command(*args, reading=reading, **others)
 
     wrapped = click.option(
-        "--alpha", type=float, help="LoRA alpha; the scale is alpha / rank of each module."
+        "--initial",
+        metavar="SOURCE",
+        help="The adapter before training, where its product was taken out of the base (PiSSA, "
+        "OLoRA, CorDA, LoRA-GA).",
     )(with_reading)
+    wrapped = click.option(
+        "--allow-pickle",
+        is_flag=True,
+        help="Read files of torch.save (.bin, .pt) too: their tensors alone, nothing is run.",
+    )(wrapped)
+    wrapped = click.option(
+        "--alpha", type=float, help="LoRA alpha; the scale is alpha / rank of each module."
+    )(wrapped)
     wrapped = click.option(
         "--scale", type=float, help="The multiplier of B·A, where the file does not give it."
     )(wrapped)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
+from lora_analysis.formats.stored import StoredFactor, tensor
 from lora_analysis.storage.dtypes import FLOATING
 from lora_analysis.storage.limits import MAX_DIMENSION, MAX_RANK
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from lora_analysis.adapter import Layout, ScaleOrigin
     from lora_analysis.formats.sources import ReadOptions
-    from lora_analysis.storage.tensors import TensorFiles
+    from lora_analysis.storage.tensors import NamedTensors
 
 
 FactorRole = Literal["A", "B"]
@@ -24,15 +25,27 @@ FactorRole = Literal["A", "B"]
 
 @dataclass(frozen=True, slots=True)
 class StoredPair:
-    """Where the two factors of one module are stored.
+    """The two factors of one module, A as ``(r, d_in)`` and B as ``(d_out, r)``, not yet read.
 
-    ``flipped`` says that they are stored transposed: A as ``(d_in, r)``, B as ``(r, d_out)``.
+    The other fields are those of the update, see :class:`~lora_analysis.adapter.LowRankUpdate`.
     """
 
     module: str
-    a: str
-    b: str
-    flipped: bool = False
+    a: StoredFactor
+    b: StoredFactor
+    layout: Layout = "linear"
+    kernel: tuple[int, ...] = ()
+    variant: str = ""
+    base_name: str = ""
+    magnitude: StoredFactor | None = None
+
+    @classmethod
+    def of(cls, module: str, a: str, b: str, *, flipped: bool = False) -> StoredPair:
+        """Return the pair of two stored matrices; ``flipped`` says that both lie transposed."""
+        first, second = tensor(a), tensor(b)
+        if flipped:
+            first, second = first.transposed(), second.transposed()
+        return cls(module, first, second)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,27 +76,25 @@ def callers_scale(options: ReadOptions, rank: int, *, rslora: bool = False) -> S
     return None
 
 
-def stored_rank(tensors: TensorFiles, pair: StoredPair) -> int:
-    """Return the rank of a stored pair, its types and shapes checked from the header alone.
+def stored_rank(tensors: NamedTensors, pair: StoredPair) -> int:
+    """Return the rank of a stored pair, its types and shapes checked from the headers alone.
 
     Raises
     ------
     MalformedFileError
-        A factor is empty, flat or no floating-point matrix, the ranks of the two differ, or they
-        exceed the limits.
+        A factor is empty, flat or holds no floating-point numbers, the ranks of the two differ,
+        or they exceed the limits.
     UnsupportedMethodError
-        A factor has more than two dimensions (a convolution).
+        A factor has more than two dimensions.
     """
-    for name in (pair.a, pair.b):
-        _check_factor(tensors, pair.module, name)
-    a, b = (tensors.infos[name].shape for name in (pair.a, pair.b))
-    rank, d_in = a[::-1] if pair.flipped else a
-    d_out, rank_b = b[::-1] if pair.flipped else b
-    where = f"{tensors.file_of(pair.a)}: '{pair.module}'"
+    where = f"{tensors.file_of(pair.a.name)}: '{pair.module}'"
+    a, b = (_factor_shape(tensors, pair, factor) for factor in (pair.a, pair.b))
+    (rank, d_in), (d_out, rank_b) = a, b
     if rank != rank_b:
         message = (
-            f"{where} has factors of different ranks: {pair.a} is {a}, {pair.b} is {b}; A must be "
-            "(r, d_in) and B (d_out, r). A fused, grouped or block-diagonal variant, or damage?"
+            f"{where} has factors of different ranks: {pair.a.name} is {a}, {pair.b.name} is {b}; "
+            "A must be (r, d_in) and B (d_out, r). A fused, grouped or block-diagonal variant, or "
+            "damage?"
         )
         raise MalformedFileError(message)
     if rank > MAX_RANK or max(d_in, d_out) > MAX_DIMENSION:
@@ -95,16 +106,32 @@ def stored_rank(tensors: TensorFiles, pair: StoredPair) -> int:
     return rank
 
 
-def _check_factor(tensors: TensorFiles, module: str, name: str) -> None:
-    info = tensors.infos[name]
-    where = f"{tensors.file_of(name)}: tensor '{name}' of '{module}'"
-    if len(info.shape) > 2:
+def _factor_shape(tensors: NamedTensors, pair: StoredPair, factor: StoredFactor) -> tuple[int, int]:
+    """Return the two dimensions of a factor; refuse what is no matrix of floats."""
+    for name in factor.names:
+        _check_tensor(tensors, pair.module, name)
+    where = f"{tensors.file_of(factor.name)}: tensor '{factor.name}' of '{pair.module}'"
+    try:
+        shape = factor.shape(tensors)
+    except ValueError as error:
+        message = f"{where} does not fit what the format promises: {error}."
+        raise MalformedFileError(message) from error
+    if len(shape) > 2:
         message = (
-            f"{where} has shape {info.shape}: a convolution's or an expert's update, which is not "
-            "read; only updates of plain matrices are."
+            f"{where} has shape {shape}: a convolution's or an expert's update, which is not read "
+            "here; only updates of plain matrices are."
         )
         raise UnsupportedMethodError(message)
-    if len(info.shape) < 2 or 0 in info.shape:
+    if len(shape) < 2 or 0 in shape:
+        message = f"{where} has shape {shape}, a factor must be a non-empty matrix."
+        raise MalformedFileError(message)
+    return shape[0], shape[1]
+
+
+def _check_tensor(tensors: NamedTensors, module: str, name: str) -> None:
+    info = tensors.infos[name]
+    where = f"{tensors.file_of(name)}: tensor '{name}' of '{module}'"
+    if not info.shape or 0 in info.shape:
         message = (
             f"{where} has shape {info.shape}, a factor must be a non-empty matrix. "
             "Was it saved from a sharded training without gathering the parts?"
@@ -116,38 +143,41 @@ def _check_factor(tensors: TensorFiles, module: str, name: str) -> None:
 
 
 def update_loaders(
-    tensors: TensorFiles,
+    tensors: NamedTensors,
     pairs: Sequence[StoredPair],
     scales: Mapping[str, StatedScale],
     *,
-    layout: Layout = "linear",
     label: str,
 ) -> dict[str, Callable[[], LowRankUpdate]]:
     """Return per module a function that reads its two factors when it is called."""
     return {
-        pair.module: partial(load_update, tensors, pair, scales[pair.module], layout, label)
+        pair.module: partial(load_update, tensors, pair, scales[pair.module], label)
         for pair in pairs
     }
 
 
 def load_update(
-    tensors: TensorFiles, pair: StoredPair, stated: StatedScale, layout: Layout, label: str
+    tensors: NamedTensors, pair: StoredPair, stated: StatedScale, label: str
 ) -> LowRankUpdate:
     """Read the two factors of one module."""
-    a, b = tensors.read(pair.a), tensors.read(pair.b)
+    a, b = pair.a.read(tensors), pair.b.read(tensors)
     try:
         return LowRankUpdate(
             name=pair.module,
-            A=a.T if pair.flipped else a,
-            B=b.T if pair.flipped else b,
+            A=a,
+            B=b,
             scale=stated.scale,
             alpha=stated.alpha,
-            stored_dtype=tensors.infos[pair.a].dtype,
-            layout=layout,
+            stored_dtype=tensors.infos[pair.a.name].dtype,
+            layout=pair.layout,
+            kernel=pair.kernel,
+            variant=pair.variant,
+            base_name=pair.base_name,
+            magnitude=None if pair.magnitude is None else pair.magnitude.read(tensors),
             label=label,
         )
     except InputError as error:
-        message = f"{tensors.file_of(pair.a)}: {error}"
+        message = f"{tensors.file_of(pair.a.name)}: {error}"
         raise MalformedFileError(message) from error
 
 
@@ -187,5 +217,5 @@ def complete_pairs(
                 "is it truncated, or from another method?"
             )
             raise MalformedFileError(message)
-        pairs.append(StoredPair(module, stored["A"], stored["B"]))
+        pairs.append(StoredPair.of(module, stored["A"], stored["B"]))
     return pairs

@@ -22,12 +22,14 @@ from lora_analysis.formats.factors import (
     stored_rank,
     update_loaders,
 )
-from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, run_facts
-from lora_analysis.storage.tensors import TensorFiles, open_tensors
+from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, run_facts, tensors_at
+from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
+
+    from lora_analysis.storage.tensors import NamedTensors
 
 NAME: Final = "pairs"
 
@@ -78,25 +80,22 @@ def known_pair(keys: Iterable[str]) -> tuple[str, str] | None:
 
 def recognises(path: Path, options: ReadOptions) -> bool:
     """Say whether a file holds bare pairs of a known naming, or is said to by the caller."""
-    return path.is_file() if options.pair is not None else _has_pairs(path, None)
+    return path.is_file() if options.pair is not None else _has_pairs(path, options)
 
 
 def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
     """Return the file, where its names match the caller's patterns, or else a known naming."""
-    return [AdapterRef(path, NAME, label_of(path))] if _has_pairs(path, options.pair) else []
+    return [AdapterRef(path, NAME, label_of(path))] if _has_pairs(path, options) else []
 
 
-def _has_pairs(path: Path, pair: tuple[str, str] | None) -> bool:
-    if path.suffix != ".safetensors" or not path.is_file():
+def _has_pairs(path: Path, options: ReadOptions) -> bool:
+    tensors = tensors_at(path, options)
+    if tensors is None:
         return False
-    try:
-        keys = open_tensors(path).infos
-    except InputError:
-        return False
-    if pair is None:
-        return known_pair(keys) is not None
-    patterns = parse_pair(pair)
-    return all(any(pattern.module(key) for key in keys) for pattern in patterns)
+    if options.pair is None:
+        return known_pair(tensors.infos) is not None
+    patterns = parse_pair(options.pair)
+    return all(any(pattern.module(key) for key in tensors.infos) for pattern in patterns)
 
 
 def parse_pair(pair: tuple[str, str]) -> tuple[NamePattern, NamePattern]:
@@ -126,14 +125,16 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
     UnknownFormatError
         No tensor matches the patterns, or no patterns are given.
     """
-    tensors = open_tensors(path)
+    tensors = open_tensors(path, allow_pickle=options.allow_pickle)
     if options.pair is None:
         raise pair_needed(path, tensors)
     factors, unmatched = _match(path, tensors, options.pair)
     patterns = dict(zip(("A", "B"), parse_pair(options.pair), strict=True))
+    pairs = complete_pairs(path, factors, lambda module, role: patterns[role].key(module))
+    flipped = {pair.module for pair in pairs if stored_flipped(tensors, pair)}
     pairs = [
-        oriented(tensors, pair)
-        for pair in complete_pairs(path, factors, lambda module, role: patterns[role].key(module))
+        StoredPair.of(pair.module, pair.a.name, pair.b.name, flipped=pair.module in flipped)
+        for pair in pairs
     ]
     ranks = {pair.module: stored_rank(tensors, pair) for pair in pairs}
     scales = {
@@ -141,7 +142,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
     }
     label = options.label or label_of(path)
     findings = scale_finding(scales, "bare pairs state none")
-    if any(pair.flipped for pair in pairs):
+    if flipped:
         findings.append(
             "The factors are stored transposed, A as (d_in, r) and B as (r, d_out); they were "
             "turned. If B was named first, swap the two patterns."
@@ -166,21 +167,20 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
     )
 
 
-def oriented(tensors: TensorFiles, pair: StoredPair) -> StoredPair:
-    """Return the pair with its orientation, by shape: A is ``(r, d_in)`` unless that cannot be.
+def stored_flipped(tensors: NamedTensors, pair: StoredPair) -> bool:
+    """Say, by shape, whether both factors are stored transposed: A as ``(d_in, r)``.
 
-    Where both readings fit (``d_in == d_out``), the rank is the smaller dimension.
+    A is ``(r, d_in)`` unless that cannot be; where both readings fit (``d_in == d_out``), the
+    rank is the smaller dimension.
     """
-    a, b = (tensors.infos[name].shape for name in (pair.a, pair.b))
+    a, b = (factor.shape(tensors) for factor in (pair.a, pair.b))
     if len(a) != 2 or len(b) != 2:
-        return pair  # refused by the check of shapes that follows
+        return False  # refused by the check of shapes that follows
     plain, flipped = a[0] == b[1], a[1] == b[0]
-    if flipped and (not plain or a[1] < a[0]):
-        return StoredPair(pair.module, pair.a, pair.b, flipped=True)
-    return pair
+    return flipped and (not plain or a[1] < a[0])
 
 
-def pair_needed(path: Path, tensors: TensorFiles) -> UnknownFormatError:
+def pair_needed(path: Path, tensors: NamedTensors) -> UnknownFormatError:
     """Return the error that shows how a file of bare pairs is read."""
     first, second = known_pair(tensors.infos) or KNOWN_PATTERNS[0]
     return UnknownFormatError(
@@ -191,7 +191,7 @@ def pair_needed(path: Path, tensors: TensorFiles) -> UnknownFormatError:
 
 
 def _match(
-    path: Path, tensors: TensorFiles, pair: tuple[str, str]
+    path: Path, tensors: NamedTensors, pair: tuple[str, str]
 ) -> tuple[dict[str, dict[FactorRole, str]], list[str]]:
     """Return the matching tensors by module and role, and the names that match nothing."""
     first, second = parse_pair(pair)

@@ -1,32 +1,45 @@
 """Adapters that PEFT saved: ``adapter_config.json`` beside ``adapter_model.safetensors``.
 
+Where the caller allows pickles, beside ``adapter_model.bin`` as well.
+
 Reference: PEFT 0.21, ``tuners/lora/layer.py`` (scale) and ``utils/save_and_load.py`` (keys).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.adapter import Adapter, Provenance
-from lora_analysis.errors import InputError, MalformedFileError, SourceError, UnknownFormatError
+from lora_analysis.errors import (
+    InputError,
+    MalformedFileError,
+    SourceError,
+    UnknownFormatError,
+    UnsupportedMethodError,
+)
 from lora_analysis.formats.factors import (
+    UNKNOWN_SCALE,
     StatedScale,
     callers_scale,
     common_rank,
-    complete_pairs,
     scale_finding,
     stored_rank,
     update_loaders,
 )
+from lora_analysis.formats.initial import StoredStart, check_start, less_starts
 from lora_analysis.formats.peft_config import CONFIG_NAME, PeftConfig, read_peft_config
 from lora_analysis.formats.peft_keys import SortedKeys, sort_keys
+from lora_analysis.formats.peft_pairs import ModulePairs, divided_scale, module_pairs
 from lora_analysis.formats.peft_places import PeftPlace, check_weights, place_of
-from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, run_facts
-from lora_analysis.storage.tensors import LazyTensors, open_tensors
+from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, locate, run_facts
+from lora_analysis.storage.tensors import LazyTensors, NamedTensors, open_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    from lora_analysis.formats.initial import StartOf
 
 NAME: Final = "peft"
 
@@ -38,7 +51,7 @@ def recognises(path: Path, options: ReadOptions) -> bool:
 
 def _place(path: Path, options: ReadOptions) -> PeftPlace | None:
     """Return the adapter's files; names given by the caller hold where no config says PEFT."""
-    place = place_of(path)
+    place = place_of(path, options)
     return None if place is None or (options.pair and place.config is None) else place
 
 
@@ -49,7 +62,8 @@ def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
         return []
     names: list[str | None]
     try:
-        names = sorted(sort_keys(place.weights, open_tensors(place.weights).infos).factors, key=str)
+        tensors = open_tensors(place.weights, allow_pickle=options.allow_pickle)
+        names = sorted(sort_keys(place.weights, tensors.infos).factors, key=str)
     except InputError:
         names = []  # found all the same: reading it says what is wrong
     several = len(names) > 1 and None not in names
@@ -71,46 +85,130 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:
     UnsupportedMethodError
         The update is not ``s·B·A`` on matrices.
     """
-    place = place_of(path)
+    place = place_of(path, options)
     if place is None:
         message = f"{path}: no adapter in PEFT's layout lies here."
         raise UnknownFormatError(message)
     config = PeftConfig() if place.config is None else read_peft_config(place.config)
-    check_weights(place)
-    tensors = open_tensors(place.weights)
-    keys = sort_keys(place.weights, tensors.infos)
-    chosen = _choose(place, keys, name)
-    pairs = complete_pairs(place.weights, keys.factors[chosen], _expected_key)
-    ranks = {pair.module: stored_rank(tensors, pair) for pair in pairs}
+    stored = _open(place, name, config, options)
+    start = _start(place, stored, config, options)
+    ranks = {pair.module: stored_rank(stored.tensors, pair) for pair in stored.found.pairs}
     scales = {
-        module: callers_scale(options, rank, rslora=config.use_rslora)
-        or config.stated_scale(module, rank)
+        module: _stated_scale(stored, module, rank, config, options)
         for module, rank in ranks.items()
     }
-    saved, others = _saved_tensors(keys, chosen, config)
+    saved, others = _saved_tensors(stored.keys, stored.chosen, config)
     label = options.label or label_of(place.shown, name)
+    loaders = update_loaders(stored.tensors, stored.found.pairs, scales, label=label)
     return Adapter(
-        update_loaders(
-            tensors,
-            pairs,
-            scales,
-            layout="conv1d" if config.fan_in_fan_out else "linear",
-            label=label,
-        ),
+        loaders if start is None else less_starts(loaders, start, config.start),
         label=label,
         provenance=Provenance(
             path=place.shown,
             format=NAME,
-            files=(*tensors.files, *([] if place.config is None else [place.config])),
+            files=(*stored.tensors.files, *([] if place.config is None else [place.config])),
             scale_origin={module: stated.origin for module, stated in scales.items()},
             base_model=config.base_model,
-            rank=common_rank(ranks),
-            findings=_findings(place, config, ranks, scales, others),
+            rank=common_rank({m: r if start is None else 2 * r for m, r in ranks.items()}),
+            findings=(
+                *_findings(place, config, stored.found, ranks=ranks, scales=scales, others=others),
+                *_start_findings(config, start),
+            ),
             **run_facts(place.weights.parent),
         ),
-        saved_modules=LazyTensors(tensors, saved),
+        saved_modules=LazyTensors(stored.tensors, saved),
         config=config.raw,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """What the weights of one adapter hold."""
+
+    tensors: NamedTensors
+    keys: SortedKeys
+    chosen: str | None
+    found: ModulePairs
+
+
+def _open(place: PeftPlace, name: str | None, config: PeftConfig, options: ReadOptions) -> _Stored:
+    check_weights(place, options)
+    tensors = open_tensors(place.weights, allow_pickle=options.allow_pickle)
+    keys = sort_keys(place.weights, tensors.infos)
+    chosen = _choose(place, keys, name)
+    return _Stored(
+        tensors, keys, chosen, module_pairs(place.weights, tensors, keys, chosen, config)
+    )
+
+
+def _start(
+    place: PeftPlace, stored: _Stored, config: PeftConfig, options: ReadOptions
+) -> StartOf | None:
+    """Return what gives the initial factors, where they have to be subtracted.
+
+    Raises
+    ------
+    UnsupportedMethodError
+        They have to be, and nothing gives them.
+    """
+    if options.initial is None:
+        if config.subtracted:
+            raise _start_needed(config)
+        return None
+    if callable(options.initial):
+        return options.initial
+    path, name = locate(options.initial)
+    initial = place_of(path, options)
+    if initial is None:
+        message = f"{path}: no adapter in PEFT's layout lies here, to be the initial one."
+        raise UnknownFormatError(message)
+    before = _open(initial, name, config, options)
+    start = StoredStart(before.tensors, {pair.module: pair for pair in before.found.pairs})
+    check_start(place.weights, stored.tensors, stored.found.pairs, start)
+    return start
+
+
+def _start_needed(config: PeftConfig) -> UnsupportedMethodError:
+    recomputed = (
+        " For PiSSA and OLoRA, initial=start_from_base(base) works them out of the base weights."
+        if config.subtracted in ("PiSSA", "OLoRA")
+        else ""
+    )
+    return UnsupportedMethodError(
+        f"{config.path}: init_lora_weights is '{config.start}': {config.subtracted} starts from "
+        "W - s·B0·A0, so B·A is not the update of the original weight. Pass initial= (command "
+        "line: --initial), the adapter as saved before training; or save it again with PEFT's "
+        f"path_initial_model_for_weight_conversion.{recomputed}"
+    )
+
+
+def _start_findings(config: PeftConfig, start: StartOf | None) -> list[str]:
+    if start is not None:
+        name = config.subtracted or "an initialisation the caller names"
+        return [f"The product that {name} started from is subtracted: ΔW has rank 2r."]
+    if config.start == "mica":
+        return [
+            "MiCA: B is not trained, it holds the base weight's last left singular vectors; the "
+            "output side says nothing about what was learned."
+        ]
+    return []
+
+
+def _stated_scale(
+    stored: _Stored, module: str, rank: int, config: PeftConfig, options: ReadOptions
+) -> StatedScale:
+    """Return the multiplier of one module: the caller's, else the config's."""
+    if not config.adalora or options.scale is not None:
+        name = stored.found.config_names.get(module, module)
+        return callers_scale(options, rank, rslora=config.use_rslora) or config.stated_scale(
+            name, rank
+        )
+    alpha = config.alpha if options.alpha is None else options.alpha
+    if alpha is None:
+        return UNKNOWN_SCALE
+    divisor = stored.found.divisors.get(module)
+    stated = divided_scale(stored.tensors, divisor, alpha, rank, config.rank)
+    return stated if options.alpha is None else replace(stated, origin="caller")
 
 
 def _choose(place: PeftPlace, keys: SortedKeys, name: str | None) -> str | None:
@@ -131,10 +229,6 @@ def _choose(place: PeftPlace, keys: SortedKeys, name: str | None) -> str | None:
     wanted = "Several adapters are" if name is None else f"There is no adapter '{name}'"
     message = f"{place.weights}: {wanted} in this file. Read one of: {listed}."
     raise SourceError(message)
-
-
-def _expected_key(module: str, role: str) -> str:
-    return f"{module}.lora_{role}.weight"
 
 
 def _saved_tensors(
@@ -161,6 +255,8 @@ def _saved_tensors(
 def _findings(
     place: PeftPlace,
     config: PeftConfig,
+    found: ModulePairs,
+    *,
     ranks: Mapping[str, int],
     scales: Mapping[str, StatedScale],
     others: Mapping[str, list[str]],
@@ -172,9 +268,11 @@ def _findings(
             f"There is no {CONFIG_NAME}: neither the scale nor the initialisation is stated."
         )
     findings += scale_finding(scales, f"{CONFIG_NAME} states no lora_alpha")
-    stated = {module: config.stated_rank(module) for module in ranks}
+    stated = {
+        module: config.stated_rank(found.config_names.get(module, module)) for module in ranks
+    }
     differing = [module for module in ranks if stated[module] not in (None, ranks[module])]
-    if differing:
+    if differing and not config.adalora:  # which cuts ranks down as it trains
         first = differing[0]
         findings.append(
             f"{CONFIG_NAME} states another rank than the factors have for {len(differing)} of "
@@ -183,6 +281,7 @@ def _findings(
         )
     if config.raw.get("alora_invocation_tokens"):
         findings.append("aLoRA: the update acts only after the invocation tokens.")
+    findings += found.findings
     findings += [
         f"{len(names)} tensors beside the factors: {what} (first: '{names[0]}')."
         for what, names in others.items()

@@ -19,28 +19,54 @@ T = TypeVar("T")
 
 CONFIG_NAME: Final = "adapter_config.json"
 
-# Initialisations after which training starts from W + s·B₀A₀ = W: what is stored is the update.
-_PLAIN_INITIALISATIONS: Final = frozenset({"gaussian", "eva", "orthogonal", "true", "false"})
+# More layers than any model has; a range is written out, and must not cost memory.
+_MAX_LAYERS: Final = 10_000
 
-_OTHER_INITIALISATIONS: Final = {
-    "pissa": "PiSSA starts from W - s·B0·A0, so B·A is not the update of the original weight",
-    "olora": "OLoRA starts from W - s·B0·A0, so B·A is not the update of the original weight",
-    "corda": "CorDA starts from W - s·B0·A0, so B·A is not the update of the original weight",
-    "lora_ga": "LoRA-GA starts from W - s·B0·A0, so B·A is not the update of the original weight",
+# Initialisations after which training starts from W + s·B₀A₀ = W: what is stored is the update.
+_PLAIN_INITIALISATIONS: Final = frozenset(
+    {"gaussian", "eva", "orthogonal", "mica", "true", "false"}
+)
+
+# Those that take their product out of the base weight: the update is s·(B·A - B₀·A₀).
+SUBTRACTED: Final = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "lora_ga": "LoRA-GA"}
+
+_REFUSED_INITIALISATIONS: Final = {
     "loftq": "LoftQ replaces the base weight by a quantised one that B·A corrects",
-    "mica": "MiCA takes B from the base weight's own singular vectors and keeps it",
 }
 
 _VARIANTS: Final = {
-    "use_dora": "DoRA rescales the rows of W + s·B·A by a learned magnitude",
     "use_qalora": "QA-LoRA pools the input before A",
     "use_bdlora": "BD-LoRA stores a block-diagonal factor as stacked blocks",
-    "kasa_config": "KaSA puts a diagonal between B and A and truncates the base weight",
     "arrow_config": "Arrow routes each token through several adapters",
     "monteclora_config": "MonteCLoRA samples around the factors",
     "velora_config": "VeLoRA compresses the input",
-    "target_parameters": "it adapts expert parameters, whose factors are interleaved per expert",
-    "layer_replication": "its layers are numbered after replication, not as in the base model",
+    "enable_lora": "MergedLinear of early PEFT stores the blocks of a fused weight in one",
+}
+
+# What the other methods store, where a word makes the reason plainer than the name does.
+_OTHER_METHODS: Final = {
+    "LOHA": "a Hadamard product of two products",
+    "LOKR": "a Kronecker product",
+    "OFT": "a rotation of the weight",
+    "BOFT": "a rotation of the weight",
+    "HRA": "reflections of the weight",
+    "VERA": "two vectors around random matrices that all modules share",
+    "PVERA": "vectors around random matrices that all modules share",
+    "RANDLORA": "diagonals between random matrices that all modules share",
+    "VBLORA": "indices into a bank of vectors that all modules share",
+    "IA3": "a factor per feature",
+    "LN_TUNING": "the norms, trained in full",
+    "FOURIERFT": "Fourier coefficients",
+    "C3A": "circulant blocks",
+    "SHIRA": "single entries of the weight",
+    "HIRA": "a Hadamard product with the weight",
+    "TRAINABLE_TOKENS": "rows of the embedding",
+    "PROMPT_TUNING": "virtual tokens",
+    "MULTITASK_PROMPT_TUNING": "virtual tokens",
+    "P_TUNING": "virtual tokens",
+    "PREFIX_TUNING": "virtual tokens",
+    "CPT": "virtual tokens",
+    "ADAPTION_PROMPT": "virtual tokens",
 }
 
 
@@ -48,10 +74,18 @@ _VARIANTS: Final = {
 class PeftConfig:
     """What an ``adapter_config.json`` says about scale and orientation.
 
-    ``raw`` is the whole document, kept for a writer to give back.
+    ``subtracted`` names the method whose initial product was taken out of the base weight,
+    ``start`` spells it as the file does. ``replicated`` holds the ranges of layers that were
+    put one after the other. ``raw`` is the whole document, kept for a writer to give back.
     """
 
     path: Path | None = None
+    adalora: bool = False
+    start: str = "true"
+    subtracted: str = ""
+    use_dora: bool = False
+    target_parameters: tuple[str, ...] = ()
+    replicated: tuple[tuple[int, int], ...] = ()
     rank: int | None = None
     alpha: float | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -95,11 +129,20 @@ def read_peft_config(path: Path) -> PeftConfig:
     """
     raw = read_json_object(path)
     _refuse_other_methods(path, raw)
+    start = str(raw.get("init_lora_weights", True)).lower()
+    adalora = raw["peft_type"] == "ADALORA"
     return PeftConfig(
         path=path,
-        rank=_optional(_rank, path, "r", raw),
+        adalora=adalora,
+        start=start,
+        subtracted=next((name for key, name in SUBTRACTED.items() if start.startswith(key)), ""),
+        use_dora=bool(_optional(_flag, path, "use_dora", raw)),
+        target_parameters=_optional(_names, path, "target_parameters", raw) or (),
+        replicated=_optional(_ranges, path, "layer_replication", raw) or (),
+        rank=_optional(_rank, path, "init_r" if adalora else "r", raw),
         alpha=_optional(_number, path, "lora_alpha", raw),
-        rank_pattern=_pattern(_rank, path, "rank_pattern", raw),
+        # AdaLoRA's holds which rows were kept; those that were not are cut from the tensors.
+        rank_pattern={} if adalora else _pattern(_rank, path, "rank_pattern", raw),
         alpha_pattern=_pattern(_number, path, "alpha_pattern", raw),
         use_rslora=bool(_optional(_flag, path, "use_rslora", raw)),
         fan_in_fan_out=bool(_optional(_flag, path, "fan_in_fan_out", raw)),
@@ -112,10 +155,11 @@ def read_peft_config(path: Path) -> PeftConfig:
 def _refuse_other_methods(path: Path, raw: Mapping[str, Any]) -> None:
     """Raise where the config names a method whose update is not ``s·B·A``."""
     peft_type = raw.get("peft_type")
-    if peft_type != "LORA":
+    if peft_type not in ("LORA", "ADALORA"):
+        stored = _OTHER_METHODS.get(str(peft_type), "something else")
         message = (
-            f"{path}: peft_type is {peft_type!r}. Only 'LORA' is read: the other methods do not "
-            "store a plain product s·B·A."
+            f"{path}: peft_type is {peft_type!r}. Only 'LORA' and 'ADALORA' are read: the other "
+            f"methods do not store a plain product s·B·A (here: {stored})."
         )
         raise UnsupportedMethodError(message)
     for key, reason in _VARIANTS.items():
@@ -123,16 +167,13 @@ def _refuse_other_methods(path: Path, raw: Mapping[str, Any]) -> None:
             message = f"{path}: {key} is set: {reason}. Not read."
             raise UnsupportedMethodError(message)
     start = str(raw.get("init_lora_weights", True)).lower()
-    if start in _PLAIN_INITIALISATIONS or raw.get("init_lora_weights", True) is None:
+    known = (*_PLAIN_INITIALISATIONS, "none", *SUBTRACTED)
+    if start in known or start.startswith(tuple(SUBTRACTED)):
         return
-    reason = next(
-        (text for name, text in _OTHER_INITIALISATIONS.items() if start.startswith(name)),
-        "whether the base weight was changed with it is not known",
+    reason = _REFUSED_INITIALISATIONS.get(
+        start, "whether the base weight was changed with it is not known"
     )
-    message = (
-        f"{path}: init_lora_weights is {start!r}: {reason}. Save it again with PEFT's "
-        "path_initial_model_for_weight_conversion, where the method allows that."
-    )
+    message = f"{path}: init_lora_weights is {start!r}: {reason}. Not read."
     raise UnsupportedMethodError(message)
 
 
@@ -182,6 +223,17 @@ def _names(path: Path, key: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return tuple(value)
     raise _wrong(path, key, value, "a list of module names")
+
+
+def _ranges(path: Path, key: str, value: Any) -> tuple[tuple[int, int], ...]:
+    """Return pairs of layer numbers, first and one past the last."""
+    found = []
+    for pair in value if isinstance(value, list) else [None]:
+        first, stop = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
+        if type(first) is not int or type(stop) is not int or not 0 <= first < stop <= _MAX_LAYERS:
+            raise _wrong(path, key, value, "a list of [first, one past the last] layers")
+        found.append((first, stop))
+    return tuple(found)
 
 
 def _wrong(path: Path, key: str, value: Any, wanted: str) -> MalformedFileError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from lora_analysis.errors import MalformedFileError, UnsupportedMethodError
 
@@ -13,9 +13,24 @@ if TYPE_CHECKING:
 
     from lora_analysis.formats.factors import FactorRole
 
+Part = Literal["A", "B", "singular values", "rank divisor", "diagonal", "magnitude"]
+
 PREFIX: Final = "base_model.model."
 
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<role>[AB])(\.(?P<adapter>[^.]+))?\.weight")
+# What a tensor of an adapted module is, by the segment that says so.
+_PARTS: Final[dict[str, Part]] = {
+    "lora_A": "A",
+    "lora_B": "B",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
+    "lora_E": "singular values",
+    "ranknum": "rank divisor",
+    "lora_diag": "diagonal",
+    "lora_magnitude_vector": "magnitude",
+}
+_FACTOR = re.compile(
+    r".+\.(lora_[AB](\.[^.]+)?\.weight|lora_embedding_[AB](\.[^.]+)?|lora_E(\.[^.]+)?)"
+)
 _LORA_BIAS = re.compile(r"(?P<module>.+)\.lora_B(\.[^.]+)?\.bias")
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save(\.(?P<adapter>[^.]+))?\.(?P<rest>[^.]+)")
 
@@ -25,11 +40,6 @@ _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module)\.|^module\.
 # A key segment that starts so belongs to a method whose update is not s·B·A. Segments, not
 # substrings: 'poly_lora_A' and 'vera_A' look like plain factors otherwise.
 _OTHER_METHODS: Final = {
-    "lora_embedding_": "LoRA on an embedding",
-    "lora_magnitude_vector": "DoRA",
-    "lora_E": "AdaLoRA",
-    "ranknum": "AdaLoRA",
-    "lora_diag": "KaSA",
     "lora_": "another layout or variant of LoRA",
     "hada_": "LoHa",
     "lokr_": "LoKr",
@@ -56,6 +66,15 @@ _OTHER_METHODS: Final = {
     "tinylora_": "TinyLoRA",
     "psoft_": "PSOFT",
     "osf_": "OSF",
+    "frod_": "FroD",
+    "glora_": "GLoRA",
+    "waveft_": "WaveFT",
+    "adamss_": "AdaMSS",
+    "beft_": "BEFT",
+    "deft_": "DEFT",
+    "peanut_": "PEANuT",
+    "adaption_": "adaption prompts",
+    "trainable_tokens": "trainable tokens",
     "road_": "RoAd",
     "prompt_embeddings": "prompt tuning",
 }
@@ -65,12 +84,15 @@ _OTHER_METHODS: Final = {
 class SortedKeys:
     """The tensor names of one file, sorted by what they are.
 
-    ``factors``: adapter name (None where keys carry none) → module → role → tensor name.
+    ``factors``: adapter name (None where keys carry none) → module → role → tensor name. A
+    module's name ends with ``.base_layer`` where factors lie inside those of the same module.
+    ``extras``: the same for what some methods store beside the two factors.
     ``saved``: adapter name → tensor name in the base model → tensor name in the file.
     ``notes``: what is there and not analysed → its tensor names.
     """
 
     factors: dict[str | None, dict[str, dict[FactorRole, str]]] = field(default_factory=dict)
+    extras: dict[str | None, dict[str, dict[Part, str]]] = field(default_factory=dict)
     saved: dict[str | None, dict[str, str]] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
 
@@ -108,8 +130,8 @@ def _sort_key(path: object, key: str, found: SortedKeys) -> None:
     segments = plain.split(".")
     if "original_module" in segments:
         found.note("frozen copies of modules trained in full", key)
-    elif "lora_A" in segments[:-1] or "lora_B" in segments[:-1]:
-        _sort_factor(path, key, plain, found)
+    elif not _PARTS.keys().isdisjoint(segments):
+        _sort_part(path, key, plain, found)
     elif segments[-1] == "trainable_tokens_delta":
         found.note("replaced token embeddings", key)
     elif method := _other_method(segments):
@@ -128,26 +150,30 @@ def _sort_key(path: object, key: str, found: SortedKeys) -> None:
         found.saved.setdefault(None, {})[plain] = key
 
 
-def _sort_factor(path: object, key: str, plain: str, found: SortedKeys) -> None:
-    """File one key that holds a ``lora_A`` or ``lora_B`` segment."""
-    if "modules_to_save" in plain.split("."):
+def _sort_part(path: object, key: str, plain: str, found: SortedKeys) -> None:
+    """File one key that has a segment of an adapted module."""
+    segments = plain.split(".")
+    at = max(place for place, segment in enumerate(segments) if segment in _PARTS)
+    module, after = ".".join(segments[:at]), segments[at + 1 :]
+    if "modules_to_save" in segments:
         found.note("factors on a module that is also trained in full", key)
     elif _LORA_BIAS.fullmatch(plain):
         found.note("biases of factor B (lora_bias)", key)
-    elif (match := _FACTOR.fullmatch(plain)) and not match["module"].endswith(".base_layer"):
-        role: FactorRole = "A" if match["role"] == "A" else "B"
-        modules = found.factors.setdefault(match["adapter"], {})
-        stored = modules.setdefault(module_name(match["module"]), {})
-        if role in stored:
-            message = f"{path}: '{stored[role]}' and '{key}' are both factor {role} of one module."
-            raise MalformedFileError(message)
-        stored[role] = key
-    else:
+    elif not module or len(after) > 2 or (len(after) == 2 and after[1] != "weight"):
         message = (
             f"{path}: tensor '{key}' is not <module>.lora_A.weight or <module>.lora_B.weight, with "
-            "or without an adapter's name. Is it from another trainer, or an expert parameter?"
+            "or without an adapter's name. Is it from another trainer?"
         )
         raise UnsupportedMethodError(message)
+    else:
+        adapter = after[0] if after and after[0] != "weight" else None
+        part = _PARTS[segments[at]]
+        modules = (found.factors if part in ("A", "B") else found.extras).setdefault(adapter, {})
+        stored: dict[Part, str] = modules.setdefault(module_name(module), {})  # type: ignore[assignment]
+        if part in stored:
+            message = f"{path}: '{stored[part]}' and '{key}' are both factor {part} of one module."
+            raise MalformedFileError(message)
+        stored[part] = key
 
 
 def _other_method(segments: list[str]) -> str | None:

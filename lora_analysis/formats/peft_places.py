@@ -5,18 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from lora_analysis.errors import InputError, MalformedFileError, SourceError, UnknownFormatError
+from lora_analysis.errors import MalformedFileError, SourceError
 from lora_analysis.formats.peft_config import CONFIG_NAME
 from lora_analysis.formats.peft_keys import has_factors
+from lora_analysis.formats.sources import tensors_at
 from lora_analysis.storage.documents import read_json_object
-from lora_analysis.storage.tensors import open_tensors
+from lora_analysis.storage.pickles import pickle_refused
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from lora_analysis.formats.sources import ReadOptions
+
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
 _INDEX_NAME: Final = "adapter_model.safetensors.index.json"
-_PICKLE_NAME: Final = "adapter_model.bin"
+PICKLE_NAME: Final = "adapter_model.bin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,24 +31,26 @@ class PeftPlace:
     config: Path | None
 
 
-def place_of(path: Path) -> PeftPlace | None:
+def place_of(path: Path, options: ReadOptions) -> PeftPlace | None:
     """Return the files of the adapter at ``path``: a folder, its config, weights or index."""
     if path.is_dir():
-        return _place_in_folder(path)
-    if path.name in (CONFIG_NAME, WEIGHTS_NAME, _INDEX_NAME) or _is_shard(path):
-        return _place_in_folder(path.parent)
-    if not path.is_file() or not _holds_factors(path):
+        return _place_in_folder(path, options)
+    if path.name in (CONFIG_NAME, WEIGHTS_NAME, _INDEX_NAME, PICKLE_NAME) or _is_shard(path):
+        return _place_in_folder(path.parent, options)
+    if not path.is_file() or not _holds_factors(path, options):
         return None
     config = path.with_name(CONFIG_NAME)
     return PeftPlace(path, path, config if _names_peft(config) else None)
 
 
-def _place_in_folder(folder: Path) -> PeftPlace | None:
-    stored = [folder / name for name in (WEIGHTS_NAME, _INDEX_NAME) if (folder / name).is_file()]
+def _place_in_folder(folder: Path, options: ReadOptions) -> PeftPlace | None:
+    """Return the files in a folder; safetensors are taken before a pickle, as PEFT does."""
+    names = (WEIGHTS_NAME, _INDEX_NAME, PICKLE_NAME)
+    stored = [folder / name for name in names if (folder / name).is_file()]
     config = folder / CONFIG_NAME
     if _names_peft(config):
         return PeftPlace(folder, stored[0] if stored else folder / WEIGHTS_NAME, config)
-    if stored and _holds_factors(stored[0]):
+    if stored and _holds_factors(stored[0], options):
         return PeftPlace(folder, stored[0], config if config.is_file() else None)
     return None
 
@@ -64,24 +69,18 @@ def _names_peft(config: Path) -> bool:
         return True
 
 
-def _holds_factors(weights: Path) -> bool:
-    try:
-        return has_factors(open_tensors(weights).infos)
-    except InputError:
-        return False
+def _holds_factors(weights: Path, options: ReadOptions) -> bool:
+    tensors = tensors_at(weights, options)
+    return tensors is not None and has_factors(tensors.infos)
 
 
-def check_weights(place: PeftPlace) -> None:
-    """Raise where the weights are missing; say so where they are there as a pickle."""
+def check_weights(place: PeftPlace, options: ReadOptions) -> None:
+    """Raise where the weights are missing, or are a pickle that the caller has not allowed."""
     if place.weights.is_file():
+        if place.weights.name == PICKLE_NAME and not options.allow_pickle:
+            raise pickle_refused(place.weights)
         return
     folder = place.weights.parent
-    if (folder / _PICKLE_NAME).is_file():
-        message = (
-            f"{folder / _PICKLE_NAME}: a pickle can run code when it is opened, so it is not read. "
-            f"Save the adapter as safetensors: PEFT's save_pretrained writes {WEIGHTS_NAME}."
-        )
-        raise UnknownFormatError(message)
     held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6])
     message = f"{folder}: {CONFIG_NAME} has no {WEIGHTS_NAME} beside it. The folder holds: {held}."
     raise SourceError(message)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import numpy as np
 
 from lora_analysis.adapter import LowRankUpdate
-from lora_analysis.errors import InputError
+from lora_analysis.errors import InputError, UnsupportedMethodError
 from lora_analysis.formats.peft_config import CONFIG_NAME
 from lora_analysis.formats.peft_keys import PREFIX, sort_keys
+from lora_analysis.formats.peft_pairs import DORA
 from lora_analysis.formats.peft_places import WEIGHTS_NAME
 from lora_analysis.patterns import matches_target, pattern_value
 from lora_analysis.storage.adapter_fields import refuse_more_than_factors
@@ -58,6 +59,7 @@ def _low_rank_updates(adapter: Adapter) -> dict[str, LowRankUpdate]:
         if not isinstance(update, LowRankUpdate):
             message = f"'{name}' in {adapter.label} is a dense update; a LoRA file holds A and B."
             raise InputError(message)
+        _refuse_unsayable(update, adapter)
         updates[name] = update
     if not updates:
         message = f"{adapter.label} adapts no module; there is nothing to write."
@@ -65,12 +67,48 @@ def _low_rank_updates(adapter: Adapter) -> dict[str, LowRankUpdate]:
     return updates
 
 
+def _refuse_unsayable(update: LowRankUpdate, adapter: Adapter) -> None:
+    """Raise for an update that needs more than two factors and a scale to be loaded again."""
+    if update.variant not in ("", DORA):
+        reason = f"a part of {update.variant}, which also changes the base weight"
+    elif update.variant == DORA and update.magnitude is None:
+        reason = "DoRA's, but holds no magnitude"
+    elif update.base_name.endswith("]"):
+        reason = f"that of one member of '{update.base_name}', which PEFT stores all together"
+    elif update.base_name and not adapter.config.get("layer_replication"):
+        reason = f"for the weight '{update.base_name}', and PEFT would look for '{update.name}'"
+    else:
+        return
+    message = f"'{update.name}' in {adapter.label} is {reason}. It is not written."
+    raise UnsupportedMethodError(message)
+
+
+def _factor_tensors(update: LowRankUpdate) -> dict[str, NDArray[np.float32]]:
+    """Return the tensors of one module by the end of their keys, in the shapes of its layer."""
+    a, b = _float32(update.A, update.name), _float32(update.B, update.name)
+    if update.layout == "embedding":
+        return {"lora_embedding_A": a, "lora_embedding_B": b} | _magnitude(update)
+    if update.layout == "conv":
+        a = a.reshape(update.rank, -1, *update.kernel)
+        b = b.reshape(*b.shape, *(1 for _ in update.kernel))
+    return {"lora_A.weight": a, "lora_B.weight": b} | _magnitude(update)
+
+
+def _magnitude(update: LowRankUpdate) -> dict[str, NDArray[np.float32]]:
+    if update.magnitude is None:
+        return {}
+    norms = _float32(update.magnitude, update.name)
+    if update.layout == "conv":
+        norms = norms.reshape(1, -1, *(1 for _ in update.kernel))
+    return {"lora_magnitude_vector": norms}
+
+
 def _tensors(adapter: Adapter, updates: Mapping[str, LowRankUpdate]) -> dict[str, NDArray[Any]]:
     """Return the tensors by key; refuse names that the keys cannot carry."""
     tensors: dict[str, NDArray[Any]] = {}
     for name, update in updates.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = _float32(update.A, name)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = _float32(update.B, name)
+        for end, tensor in _factor_tensors(update).items():
+            tensors[f"{PREFIX}{name}.{end}"] = tensor
     for name, tensor in adapter.saved_modules.items():
         tensors[f"{PREFIX}{name}"] = np.asarray(tensor, order="C")
     read_back = sort_keys(adapter.label, tensors)
@@ -104,8 +142,12 @@ def _float32(factor: NDArray[Any], name: str) -> NDArray[np.float32]:
 
 
 def _config(adapter: Adapter, updates: Mapping[str, LowRankUpdate]) -> dict[str, Any]:
-    """Return the config's fields; what only newer versions of PEFT know is left out."""
+    """Return the config's fields; what only newer versions of PEFT know, only where it is set."""
     given = adapter.config
+    newer = {
+        "layer_replication": given.get("layer_replication"),
+        "use_dora": _use_dora(adapter, updates),
+    }
     rslora = bool(given.get("use_rslora"))
     rank, rank_pattern = _default_and_pattern({name: u.rank for name, u in updates.items()})
     alpha, alpha_pattern = _default_and_pattern(
@@ -132,7 +174,16 @@ def _config(adapter: Adapter, updates: Mapping[str, LowRankUpdate]) -> dict[str,
         "target_modules": _targets(adapter),
         "task_type": given.get("task_type"),
         "use_rslora": rslora,
-    }
+    } | {key: value for key, value in newer.items() if value}
+
+
+def _use_dora(adapter: Adapter, updates: Mapping[str, LowRankUpdate]) -> bool:
+    """Say whether the adapter is DoRA's; PEFT's config says it of every module or of none."""
+    kinds = {update.variant == DORA for update in updates.values()}
+    if len(kinds) > 1:
+        message = f"{adapter.label} is DoRA in some modules only, which PEFT's config cannot say."
+        raise InputError(message)
+    return kinds.pop()
 
 
 def _default_and_pattern(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 
 from lora_analysis.errors import MalformedFileError, SourceError
 from lora_analysis.formats.registry import READERS
-from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, locate
+from lora_analysis.formats.sources import (
+    CONTAINER_SUFFIXES,
+    AdapterRef,
+    ReadOptions,
+    label_of,
+    locate,
+)
 from lora_analysis.formats.unknown import unknown_format
 from lora_analysis.patterns import natural_key
 from lora_analysis.storage.safetensors import read_header
@@ -18,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lora_analysis.adapter import Adapter
+    from lora_analysis.formats.initial import StartOf
 
 _MAX_DEPTH = 6
 _LISTED = 12
@@ -30,6 +37,8 @@ def read_adapter(
     scale: float | None = None,
     pair: tuple[str, str] | None = None,
     label: str | None = None,
+    allow_pickle: bool = False,
+    initial: str | os.PathLike[str] | StartOf | None = None,
 ) -> Adapter:
     """Return the one adapter at ``source``; its factors are read when a module is asked for.
 
@@ -49,6 +58,14 @@ def read_adapter(
         pairs: ``("w_a_{name}", "w_b_{name}")``.
     label
         Short name for tables and figures; by default that of the file or folder.
+    allow_pickle
+        Whether files of ``torch.save`` (``.bin``, ``.pt``) are read. Only their tensors and plain
+        values are; one that names anything else is refused, and nothing it names is run.
+    initial
+        The adapter as it was before training, for methods that take its product out of the base
+        weight at the start (PiSSA, OLoRA, CorDA, LoRA-GA): the update is then the difference
+        of the two products, of rank 2r. For PiSSA and OLoRA :func:`lora_analysis.start_from_base`
+        makes a function that works the initial factors out of the base.
 
     Returns
     -------
@@ -66,7 +83,15 @@ def read_adapter(
     UnsupportedMethodError
         The adapter's update is not ``s·B·A`` on matrices.
     """
-    return _read(source, ReadOptions(alpha=alpha, scale=scale, pair=pair, label=label))
+    options = ReadOptions(
+        alpha=alpha,
+        scale=scale,
+        pair=pair,
+        label=label,
+        allow_pickle=allow_pickle,
+        initial=initial,
+    )
+    return _read(source, options)
 
 
 def _read(source: str | os.PathLike[str] | AdapterRef, options: ReadOptions) -> Adapter:
@@ -76,14 +101,17 @@ def _read(source: str | os.PathLike[str] | AdapterRef, options: ReadOptions) -> 
             return reader.read(path, name, options)
     found = list(_walk(path, options)) if path.is_dir() else []
     if not found:
-        raise unknown_format(path)
+        raise unknown_format(path, options)
     if len(found) > 1:
         raise _several(path, found)
     return _read(found[0], options)
 
 
 def find_adapters(
-    source: str | os.PathLike[str] | AdapterRef, *, pair: tuple[str, str] | None = None
+    source: str | os.PathLike[str] | AdapterRef,
+    *,
+    pair: tuple[str, str] | None = None,
+    allow_pickle: bool = False,
 ) -> list[AdapterRef]:
     """Return every adapter at ``source`` and in its sub-folders, in natural order.
 
@@ -93,6 +121,9 @@ def find_adapters(
         A folder or a file.
     pair
         As in :func:`read_adapter`; then the files whose names match it are listed.
+    allow_pickle
+        As in :func:`read_adapter`; without it a pickle is listed only where other files or its
+        name say that it is an adapter.
 
     Returns
     -------
@@ -108,9 +139,10 @@ def find_adapters(
         Nothing that lies there is recognised.
     """
     path, name = locate(source)
-    found = list(_walk(path, ReadOptions(pair=pair)))
+    options = ReadOptions(pair=pair, allow_pickle=allow_pickle)
+    found = list(_walk(path, options))
     if not found:
-        raise unknown_format(path)
+        raise unknown_format(path, options)
     if name is None:
         return found
     # A file with one adapter is found without a name: whether it is the one, reading it will say.
@@ -146,7 +178,7 @@ def _walk_folder(
         if entry.is_dir():
             if depth > 1:
                 yield from _walk_folder(entry, options, depth - 1, seen)
-        elif not here and entry.suffix == ".safetensors":
+        elif not here and entry.suffix in CONTAINER_SUFFIXES:
             yield from _find_here(entry, options)
 
 

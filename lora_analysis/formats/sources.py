@@ -5,21 +5,31 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from lora_analysis.errors import InputError
 from lora_analysis.storage.documents import read_json_object
+from lora_analysis.storage.pickles import PICKLE_SUFFIXES
 from lora_analysis.storage.places import existing_path, nothing_there
+from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
     import os
+
+    from lora_analysis.formats.initial import StartOf
+    from lora_analysis.storage.tensors import NamedTensors
 
 _GENERIC = re.compile(
     r"(adapters?|lora|final|best|last|latest|checkpoints?|output|model|default|epoch|step)"
     r"([-_]?\d+)?",
     re.IGNORECASE,
 )
+
+
+# Files that may hold tensors, where a folder is searched; what they hold decides.
+CONTAINER_SUFFIXES = frozenset({".safetensors", ".npz", ".gguf", *PICKLE_SUFFIXES})
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +64,17 @@ class AdapterRef:
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
-    """What the caller of a reader knows better than the file."""
+    """What the caller of a reader knows better than the file, and what he allows.
+
+    ``initial`` is where the factors lie that the training started from, or what works them out.
+    """
 
     alpha: float | None = None
     scale: float | None = None
     pair: tuple[str, str] | None = None
     label: str | None = None
+    allow_pickle: bool = False
+    initial: str | os.PathLike[str] | StartOf | None = None
 
     def __post_init__(self) -> None:
         if self.alpha is not None and self.scale is not None:
@@ -75,6 +90,27 @@ class ReadOptions:
             if number == 0:
                 message = f"{role} = 0 would make every update zero. Leave it out if it is unknown."
                 raise InputError(message)
+
+
+def tensors_at(path: Path, options: ReadOptions) -> NamedTensors | None:
+    """Return the tensors of a file for a look at their names, None where it cannot be opened.
+
+    That is so of a pickle that the caller has not allowed, and of damaged files: reading the
+    adapter says what is wrong. The last few files are remembered, since each format looks.
+    """
+    try:
+        status = path.stat()
+        if not path.is_file():
+            return None
+        key = (status.st_mtime_ns, status.st_size, status.st_ino)
+        return _opened(path, options.allow_pickle, key)
+    except (InputError, OSError, ValueError):
+        return None
+
+
+@lru_cache(maxsize=8)
+def _opened(path: Path, allow_pickle: bool, _state: tuple[int, ...]) -> NamedTensors:
+    return open_tensors(path, allow_pickle=allow_pickle)
 
 
 def locate(source: str | os.PathLike[str] | AdapterRef) -> tuple[Path, str | None]:
@@ -103,7 +139,7 @@ def label_of(path: Path, name: str | None = None) -> str:
     ``final``, ``checkpoint-23`` and their like say nothing without the folder they lie in.
     """
     resolved = path.absolute()
-    own = resolved.stem if resolved.suffix == ".safetensors" else resolved.name
+    own = resolved.stem if resolved.suffix in CONTAINER_SUFFIXES else resolved.name
     if _GENERIC.fullmatch(own) and resolved.parent.name:
         own = f"{resolved.parent.name}/{own}"
     return own if name is None else f"{own}#{name}"

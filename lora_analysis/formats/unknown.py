@@ -6,18 +6,21 @@ from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import UnknownFormatError
 from lora_analysis.formats.pairs import known_pair, pair_needed
+from lora_analysis.formats.sources import tensors_at
 from lora_analysis.storage.documents import regular_file_size
-from lora_analysis.storage.tensors import TensorFiles, open_tensors
+from lora_analysis.storage.pickles import PICKLE_SUFFIXES, is_pickle, pickle_refused
+from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-_READABLE: Final = (
-    "Readable: PEFT folders (adapter_config.json with adapter_model.safetensors), and bare pairs "
-    "of matrices in a safetensors file with pair=."
-)
+    from lora_analysis.formats.sources import ReadOptions
+    from lora_analysis.storage.tensors import NamedTensors
 
-_PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
+_READABLE: Final = (
+    "Readable: PEFT folders (adapter_config.json with adapter_model.safetensors or, allowed with "
+    "allow_pickle=True, adapter_model.bin), and bare pairs of matrices in one file with pair=."
+)
 
 # Parts of tensor names, and what they are known for.
 _STYLES: Final = (
@@ -35,29 +38,35 @@ _STYLES: Final = (
 )
 
 
-def unknown_format(path: Path) -> UnknownFormatError:
+def unknown_format(path: Path, options: ReadOptions) -> UnknownFormatError:
     """Return the error that says what lies at ``path``; raise where looking already fails."""
     if path.is_dir():
-        return _unknown_folder(path)
+        return _unknown_folder(path, options)
     regular_file_size(path)
     with path.open("rb") as stream:
         start = stream.read(9)
-    if path.suffix.lower() in _PICKLE_SUFFIXES or start[:2] in (b"PK", b"\x80\x02"):
-        return UnknownFormatError(
-            f"{path}: this looks like a pickle (or a zip of one), which can run code when it is "
-            f"opened, so it is not read. Save the tensors as safetensors. {_READABLE}"
-        )
+    if _is_closed_pickle(path, options):
+        return pickle_refused(path)
     if start[:4] == b"GGUF":
         return UnknownFormatError(f"{path}: this is a GGUF file, which is not read. {_READABLE}")
-    if path.suffix != ".safetensors" and start[8:] != b"{":
-        return UnknownFormatError(f"{path}: this is no safetensors file. {_READABLE}")
-    tensors = open_tensors(path)
+    if path.suffix != ".safetensors" and start[8:] != b"{" and not is_pickle(path):
+        return UnknownFormatError(
+            f"{path}: this is no safetensors file, nor another file of tensors. {_READABLE}"
+        )
+    tensors = open_tensors(path, allow_pickle=options.allow_pickle)
     if known_pair(tensors.infos):
         return pair_needed(path, tensors)
     return UnknownFormatError(f"{path}: {_described(tensors)} {_READABLE}")
 
 
-def _unknown_folder(folder: Path) -> UnknownFormatError:
+def _is_closed_pickle(path: Path, options: ReadOptions) -> bool:
+    """Say whether a file is, or is called, a pickle, and the caller has not allowed those."""
+    if options.allow_pickle or tensors_at(path, options) is not None:
+        return False
+    return path.suffix.lower() in PICKLE_SUFFIXES or is_pickle(path)
+
+
+def _unknown_folder(folder: Path, options: ReadOptions) -> UnknownFormatError:
     names = sorted(entry.name for entry in folder.iterdir())
     if not names:
         return UnknownFormatError(f"{folder}: the folder is empty.")
@@ -66,12 +75,15 @@ def _unknown_folder(folder: Path) -> UnknownFormatError:
     stored = [folder / name for name in names if name.endswith(".safetensors")]
     if stored:
         text += f" {stored[0].name}: {_described(open_tensors(stored[0]))}"
-    elif any(name.endswith(tuple(_PICKLE_SUFFIXES)) for name in names):
-        text += " Pickles can run code when they are opened and are not read; save as safetensors."
+    elif any(name.endswith(tuple(PICKLE_SUFFIXES)) for name in names) and not options.allow_pickle:
+        text += (
+            " Pickles can run code when other programs open them, and are read only with "
+            "allow_pickle=True (command line: --allow-pickle); or save as safetensors."
+        )
     return UnknownFormatError(f"{text} {_READABLE}")
 
 
-def _described(tensors: TensorFiles) -> str:
+def _described(tensors: NamedTensors) -> str:
     """Return a sentence on the tensors of a file: how many, the first ones, and their style."""
     infos = list(tensors.infos.values())
     first = ", ".join(f"'{info.name}' {info.shape}" for info in infos[:3])

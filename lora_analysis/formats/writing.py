@@ -21,7 +21,8 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike[str], *, format: str
     """Write an adapter, each file whole or not at all.
 
     ``"peft"`` makes a folder with ``adapter_config.json`` and ``adapter_model.safetensors``
-    that PEFT loads: factors as float32, scale kept exactly, trained modules beside them.
+    that PEFT loads: factors as float32 in the shapes of their layers, scale kept exactly, DoRA's
+    norms and trained modules beside them.
 
     Parameters
     ----------
@@ -42,7 +43,8 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike[str], *, format: str
     ScaleError
         The scale of a module is not known; a file would have to make one up.
     UnsupportedMethodError
-        Biases or single tokens were trained beside the factors; they would be lost.
+        Biases or single tokens were trained beside the factors, and would be lost; or an update is
+        part of a method that also changes the base (KaSA), or one of a stack of experts.
     InputError
         The format is not written, or the adapter has no modules or one that it cannot say.
     OSError

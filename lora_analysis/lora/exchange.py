@@ -17,6 +17,7 @@ from lora_analysis.errors import (
     IncompatibleError,
     InputError,
     TargetError,
+    UnsupportedMethodError,
 )
 from lora_analysis.lora.layers import Factors, LoraLayer, initial_factor
 from lora_analysis.lora.model import attach, unwrapped, wrappers
@@ -120,7 +121,8 @@ def load_adapter_into(
     ScaleError
         The scale of a module is not known.
     UnsupportedMethodError
-        More than factors and whole modules was trained: biases, single tokens.
+        More than factors and whole modules was trained (biases, single tokens), or an update is
+        not ``s·B·A`` on the weight of its module (DoRA, replicated layers).
     InputError
         An update is dense, or the name is taken.
     """
@@ -138,6 +140,7 @@ def load_adapter_into(
         if not isinstance(update, LowRankUpdate):
             message = f"'{module}' in {adapter.label} is a dense update, without factors to load."
             raise InputError(message)
+        _refuse_other_updates(update, adapter)
         factors[module] = kinds[module].factors(
             unwrapped(modules[module]),
             torch.tensor(update.A),
@@ -152,6 +155,18 @@ def load_adapter_into(
     if not trainable:
         model.requires_grad_(False)
     return list(factors)
+
+
+def _refuse_other_updates(update: LowRankUpdate, adapter: Adapter) -> None:
+    """Raise for an update that adding ``s·B·A`` to this module's weight would not be."""
+    if update.variant:
+        reason = f"of {update.variant}, whose update is more than s·B·A; see effective_update"
+    elif update.base_name not in ("", update.name):
+        reason = f"of the weight '{update.base_name}', not of the module of that name"
+    else:
+        return
+    message = f"'{update.name}' in {adapter.label} is {reason}. It is not loaded."
+    raise UnsupportedMethodError(message)
 
 
 def initial_adapter(adapter: Adapter) -> Adapter:

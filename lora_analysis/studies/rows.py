@@ -63,6 +63,7 @@ def spectrum_row(update: LowRankUpdate | DenseUpdate, value: Spectrum) -> dict[s
         "scale": update.scale if isinstance(update, LowRankUpdate) else 1.0,
         "alpha": update.alpha if isinstance(update, LowRankUpdate) else None,
         "stored_dtype": value.stored_dtype,
+        "variant": getattr(update, "variant", ""),
     }
 
 

@@ -61,7 +61,8 @@ class Study:
     changes
         One row per adapter, module and side, where W's whole spectra were asked for: ΔW's energy
         in W's leading and trailing directions, intruder dimensions, drift and rotation of W's
-        top, and how W's vectors change in magnitude and direction.
+        top, and how W's vectors change in magnitude and direction. For DoRA and KaSA all but the
+        energy is of the change that the model really has, see `effective_update`.
     failures
         What could not be analysed.
     base

@@ -15,6 +15,7 @@ from lora_analysis import linalg
 from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate
 from lora_analysis.amplify import Amplification, amplifications, weight_basis_energy
 from lora_analysis.bases import BaseWeights, Weight
+from lora_analysis.effective import effective_update
 from lora_analysis.errors import BaseWeightError, InputError
 from lora_analysis.initialisation import ModuleStart, module_start_of
 from lora_analysis.intruders import intruder_dimensions
@@ -123,8 +124,13 @@ class Walk:
             kept = {at: spectra[at] for at in members}
             visit.groups.append(self._compared(kept, [updates[at] for at in members]))
         if self.base is not None:
-            own = [s for s in spectra.values() if s.label in self.analysed and not s.untrained]
-            self._amplify(module, own, visit, {s.label: updates[at] for at, s in spectra.items()})
+            by_label = {s.label: updates[at] for at, s in spectra.items()}
+            by_weight: dict[str, list[Spectrum]] = {}
+            for at, s in spectra.items():
+                if s.label in self.analysed and not s.untrained:
+                    by_weight.setdefault(_base_name(updates[at]) or module, []).append(s)
+            for name, own in by_weight.items():
+                self._amplify(module, name, own, visit, by_label)
         return visit
 
     def _load(
@@ -154,16 +160,18 @@ class Walk:
     def _amplify(
         self,
         module: str,
+        name: str,
         spectra: Sequence[Spectrum],
         visit: Visit,
         updates: Mapping[str, LowRankUpdate | DenseUpdate],
     ) -> None:
+        """Hold the updates of a module against the base's weight called ``name``."""
         known = [s for s in spectra if not s.in_units_of_scale]
         for members in _by_shape(dict(enumerate(known))):
             group = [known[at] for at in members]
             try:
                 weight = self.base.weight(  # type: ignore[union-attr]  # asked for with a base only
-                    module, shape=group[0].shape, transposed=self.transposed
+                    name, shape=group[0].shape, transposed=self.transposed
                 )
             except BaseWeightError as error:
                 visit.unmatched = str(error)
@@ -193,12 +201,17 @@ def _changes(
     """Yield the rows of what every update makes of one weight, whose spectrum is found once."""
     whole = weight_svd(weight)
     for one in spectra:
-        update = updates[one.label]
+        change = effective_update(updates[one.label], weight)  # of DoRA more than the low-rank part
         yield from change_rows(
             weight_basis_energy(one, whole),
-            intruder_dimensions(update, weight, weight=whole),
-            magnitude_direction(update, weight),
+            intruder_dimensions(change, weight, weight=whole),
+            magnitude_direction(change, weight),
         )
+
+
+def _base_name(update: LowRankUpdate | DenseUpdate) -> str:
+    """Return the name of the base's weight where it is not the module's."""
+    return update.base_name if isinstance(update, LowRankUpdate) else ""
 
 
 def _by_shape(spectra: Mapping[int, Spectrum]) -> list[list[int]]:

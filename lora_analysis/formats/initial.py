@@ -1,0 +1,95 @@
+"""Methods that take their first product out of the base weight: the update is the difference.
+
+PiSSA, OLoRA, CorDA and LoRA-GA start from ``W - s·B₀A₀`` and train B and A from B₀ and A₀, so
+that ``ΔW = s·(B·A - B₀·A₀)``, a product of rank 2r: ``[B, -B₀]·[A; A₀]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_analysis.adapter import LowRankUpdate
+from lora_analysis.errors import MalformedFileError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from lora_analysis.formats.factors import StoredPair
+    from lora_analysis.storage.tensors import NamedTensors
+
+
+@dataclass(frozen=True, slots=True)
+class StartRequest:
+    """What is asked of a function that works the initial factors out.
+
+    ``method`` is the config's ``init_lora_weights`` in lower case, ``update`` the trained one.
+    """
+
+    method: str
+    update: LowRankUpdate
+
+
+Factors = tuple["NDArray[Any]", "NDArray[Any]"]
+StartOf = Callable[[StartRequest], Factors]
+
+
+def less_start(load: Callable[[], LowRankUpdate], start: StartOf, method: str) -> LowRankUpdate:
+    """Return the update less what it started from, of rank 2r and the same scale."""
+    update = load()
+    a0, b0 = start(StartRequest(method, update))
+    return replace(
+        update,
+        A=np.vstack([update.A, a0]),
+        B=np.hstack([update.B, -b0]),
+        alpha=None,  # alpha/2r is not the scale
+    )
+
+
+def less_starts(
+    loaders: Mapping[str, Callable[[], LowRankUpdate]], start: StartOf, method: str
+) -> dict[str, Callable[[], LowRankUpdate]]:
+    """Return loaders of the updates less their starts; nothing is read yet."""
+    return {name: partial(less_start, load, start, method) for name, load in loaders.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredStart:
+    """The factors of an adapter saved before training, read one module at a time."""
+
+    tensors: NamedTensors
+    pairs: Mapping[str, StoredPair]
+
+    def __call__(self, request: StartRequest) -> Factors:
+        """Return A₀ and B₀ of one module."""
+        pair = self.pairs[request.update.name]
+        return pair.a.read(self.tensors), pair.b.read(self.tensors)
+
+
+def check_start(
+    path: object, tensors: NamedTensors, pairs: list[StoredPair], start: StoredStart
+) -> None:
+    """Raise where the initial factors are not those of the trained modules, by their shapes.
+
+    A file that PEFT converted holds both already, and has twice the rank.
+    """
+    for pair in pairs:
+        if pair.module not in start.pairs:
+            message = f"{start.tensors.path}: it holds no initial factors of '{pair.module}'."
+            raise MalformedFileError(message)
+        own = (pair.a.shape(tensors), pair.b.shape(tensors))
+        first = start.pairs[pair.module]
+        initial = (first.a.shape(start.tensors), first.b.shape(start.tensors))
+        if own != initial:
+            message = (
+                f"{path}: '{pair.module}' has factors {own[0]} and {own[1]}, the initial ones in "
+                f"{start.tensors.path} are {initial[0]} and {initial[1]}. They must be of one run; "
+                "twice the rank is a file that was converted, whose product is the update."
+            )
+            raise MalformedFileError(message)

@@ -1,0 +1,242 @@
+"""From the sorted keys of a PEFT file to the two factors of each module, whatever the layer."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from lora_analysis.errors import MalformedFileError, UnsupportedMethodError
+from lora_analysis.formats.factors import StatedScale, StoredPair, complete_pairs
+from lora_analysis.formats.peft_experts import expert_pairs
+from lora_analysis.formats.stored import StoredFactor, block_diagonal, tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lora_analysis.formats.factors import FactorRole
+    from lora_analysis.formats.peft_config import PeftConfig
+    from lora_analysis.formats.peft_keys import Part, SortedKeys
+    from lora_analysis.storage.tensors import NamedTensors
+
+# Where PEFT looks for the layers that it replicates.
+_LAYER = re.compile(r"(?P<before>(model\.)*(bert\.)?(layers|encoder\.layer|h))\.(?P<index>\d+)\.")
+
+DORA = "DoRA"
+KASA = "KaSA"
+
+
+@dataclass(slots=True)
+class ModulePairs:
+    """The pairs of one adapter, and what has to be said of some of them.
+
+    ``config_names`` holds, where it is another, the name by which the config knows a module.
+    """
+
+    pairs: list[StoredPair] = field(default_factory=list)
+    config_names: dict[str, str] = field(default_factory=dict)
+    divisors: dict[str, str] = field(default_factory=dict)
+    findings: list[str] = field(default_factory=list)
+
+
+def module_pairs(
+    path: object, tensors: NamedTensors, keys: SortedKeys, chosen: str | None, config: PeftConfig
+) -> ModulePairs:
+    """Return the factors of every module of the adapter called ``chosen``.
+
+    Raises
+    ------
+    MalformedFileError
+        Tensors of a module are missing or do not belong together.
+    UnsupportedMethodError
+        Factors lie inside others, and no config says of which parameters.
+    """
+    found = ModulePairs()
+    extras = keys.extras.get(chosen, {})
+    _check_names(path, keys)
+    own = _kept(tensors, keys.factors[chosen], extras, found)
+    for plain in complete_pairs(path, own, _expected_key):
+        stored = extras.get(plain.module, {})
+        _check_kind(path, plain, stored)
+        pair = _layer(tensors, plain, config)
+        expert = expert_pairs(path, tensors, pair, own, config)
+        if expert is not None:
+            found.pairs += [_with_base_name(path, one, config) for one in expert.pairs]
+            found.config_names |= expert.config_names
+            found.findings += [one for one in expert.findings if one not in found.findings]
+            continue
+        if plain.module.endswith(".base_layer"):
+            message = (
+                f"{path}: tensor '{plain.a.name}' lies inside the factors of the same module: an "
+                "expert parameter, of which target_parameters in the config should tell the name."
+            )
+            raise UnsupportedMethodError(message)
+        found.pairs.append(_with_base_name(path, _variant(path, pair, stored, config), config))
+        if name := stored.get("rank divisor"):
+            found.divisors[plain.module] = name
+    _check_leftovers(path, own, extras)
+    found.findings += _findings(found.pairs)
+    if config.replicated:
+        found.findings.append(
+            "Layers are numbered as replicated; each is held against the base's own layer."
+        )
+    return found
+
+
+def _expected_key(module: str, role: str) -> str:
+    return f"{module}.lora_{role}.weight"
+
+
+def _check_names(path: object, keys: SortedKeys) -> None:
+    """Raise where what belongs to factors goes by another adapter's name than any of them."""
+    for name in keys.extras.keys() - keys.factors.keys():
+        first = next(iter(next(iter(keys.extras[name].values())).values()))
+        message = f"{path}: '{first}' belongs to no factors of its adapter."
+        raise MalformedFileError(message)
+
+
+def _kept(
+    tensors: NamedTensors,
+    factors: Mapping[str, dict[FactorRole, str]],
+    extras: Mapping[str, Mapping[Part, str]],
+    found: ModulePairs,
+) -> dict[str, dict[FactorRole, str]]:
+    """Return the factors without those of modules that AdaLoRA has cut down to rank 0."""
+    values = {module: stored.get("singular values") for module, stored in extras.items()}
+    cut = [name for name in factors if (e := values.get(name)) and 0 in tensors.infos[e].shape]
+    if cut:
+        found.findings.append(
+            f"{len(cut)} modules were pruned to rank 0 and are left out (first: '{cut[0]}')."
+        )
+    return {module: stored for module, stored in factors.items() if module not in cut}
+
+
+def _check_kind(path: object, pair: StoredPair, stored: Mapping[Part, str]) -> None:
+    """Raise for factors that are plain parameters, which only AdaLoRA stores beside its E."""
+    for factor in (pair.a, pair.b):
+        embedding = "lora_embedding_" in factor.name
+        if (
+            not embedding
+            and not factor.name.endswith(".weight")
+            and "singular values" not in stored
+        ):
+            message = (
+                f"{path}: tensor '{factor.name}' is not <module>.lora_A.weight or "
+                "<module>.lora_B.weight, with or without an adapter's name. Is it from another "
+                "trainer?"
+            )
+            raise UnsupportedMethodError(message)
+
+
+def _layer(tensors: NamedTensors, pair: StoredPair, config: PeftConfig) -> StoredPair:
+    """Return the pair with the layout of the layer it belongs to, told by its keys and shapes."""
+    if "lora_embedding_" in pair.a.name:
+        return replace(pair, layout="embedding")
+    a, b = (factor.shape(tensors) for factor in (pair.a, pair.b))
+    if len(a) < 3:
+        return replace(pair, layout="conv1d" if config.fan_in_fan_out else "linear")
+    return replace(
+        pair,
+        a=pair.a.flattened(),
+        b=_up_factor(a, b, pair.b),
+        layout="conv",
+        kernel=a[2:],
+    )
+
+
+def _up_factor(a: tuple[int, ...], b: tuple[int, ...], factor: StoredFactor) -> StoredFactor:
+    """Return B ``(c_out, r)`` of a convolution; that of a grouped one has blocks on its diagonal.
+
+    PEFT gives B the groups of the base, A none: outputs of group g see rows of A of group g only.
+    """
+    flat = factor.flattened()
+    groups, rest = divmod(a[0], math.prod(b[1:]) or 1)
+    if groups <= 1 or rest or b[0] % groups:
+        return flat  # one group, or shapes that do not fit and are refused as such
+    height = b[0] // groups
+    return block_diagonal(
+        [flat.rows(slice(group * height, (group + 1) * height)) for group in range(groups)]
+    )
+
+
+def _variant(
+    path: object, pair: StoredPair, stored: Mapping[Part, str], config: PeftConfig
+) -> StoredPair:
+    """Return the pair with what its method stores beside the two factors."""
+    if values := stored.get("singular values"):
+        return replace(pair, a=pair.a.scaled_rows(tensor(values)))
+    if diagonal := stored.get("diagonal"):
+        return replace(pair, a=pair.a.scaled_rows(tensor(diagonal)), variant=KASA)
+    if magnitude := stored.get("magnitude"):
+        return replace(pair, variant=DORA, magnitude=tensor(magnitude))
+    lacking = "lora_magnitude_vector" if config.use_dora else ""
+    lacking = "lora_diag" if config.raw.get("kasa_config") else lacking
+    lacking = "lora_E" if config.adalora else lacking
+    if lacking:
+        message = f"{path}: '{pair.module}' has no {lacking}, which its config promises."
+        raise MalformedFileError(message)
+    return pair
+
+
+def _with_base_name(path: object, pair: StoredPair, config: PeftConfig) -> StoredPair:
+    """Return the pair with the name of the original layer where layers were replicated."""
+    name = pair.base_name or pair.module
+    match = _LAYER.match(name)
+    if not config.replicated or match is None:
+        return pair
+    origins = chain.from_iterable(range(*span) for span in config.replicated)
+    index = int(match["index"])
+    origin = next((one for at, one in enumerate(origins) if at == index), None)
+    if origin is None:
+        message = f"{path}: '{pair.module}' is beyond the layers that layer_replication makes."
+        raise MalformedFileError(message)
+    base_name = f"{match['before']}.{origin}.{name[match.end() :]}"
+    return replace(pair, base_name=base_name)
+
+
+def _check_leftovers(
+    path: object, factors: Mapping[str, object], extras: Mapping[str, Mapping[Part, str]]
+) -> None:
+    for module, stored in extras.items():
+        if module not in factors and "singular values" not in stored:
+            name = next(iter(stored.values()))
+            message = f"{path}: '{name}' belongs to a module without lora_A and lora_B."
+            raise MalformedFileError(message)
+
+
+def _findings(pairs: list[StoredPair]) -> list[str]:
+    findings = []
+    if count := sum(pair.variant == DORA for pair in pairs):
+        findings.append(
+            f"DoRA in {count} of {len(pairs)} modules: ΔW is the low-rank part s·B·A; the weight "
+            "in use is W + ΔW with each row brought to a learned norm."
+        )
+    if any(pair.variant == KASA for pair in pairs):
+        findings.append(
+            "KaSA: ΔW is the low-rank part s·B·diag·A; the smallest r singular directions were "
+            "taken out of the base weight beforehand."
+        )
+    grouped = [
+        p.module for p in pairs if p.layout == "conv" and len(set(p.b.names)) < len(p.b.names)
+    ]
+    if grouped:
+        findings.append(
+            f"{len(grouped)} grouped convolutions (first: '{grouped[0]}'): ΔW acts on all input "
+            "channels, the base weight on those of its group."
+        )
+    return findings
+
+
+def divided_scale(
+    tensors: NamedTensors, divisor: str | None, alpha: float, rank: int, start_rank: int | None
+) -> StatedScale:
+    """Return AdaLoRA's multiplier, alpha over the rank before pruning.
+
+    ``alpha/(ranknum + 1e-5)``, with ranknum as stored (old files), else the rank that training
+    started from; an alpha that is not positive stands for the rank (PEFT, ``adalora/layer.py``).
+    """
+    stored = None if divisor is None else float(tensors.read(divisor).reshape(-1)[0])
+    before = stored or float(start_rank or rank)
+    return StatedScale((alpha if alpha > 0 else rank) / (before + 1e-5), alpha, "config")
