@@ -139,10 +139,8 @@ _NAMES = {
 
 
 def _print(label: str, full: pd.DataFrame) -> None:
-    ranks = sorted(set(full["k"]))
-    k = f"k = {ranks[0]}" if len(ranks) == 1 else f"k = {ranks[0]} to {ranks[-1]}"
     print_table(
-        f"{label} against W, at full rank ({k})",
+        f"{label} against W, at full rank (k = {_span(full['k'])})",
         ("module", *_NAMES.values()),
         [(row["module"], *(decimals(row[name]) for name in _NAMES)) for row in records(full)],
         footer=("median", *(decimals(full[name].median()) for name in _NAMES)),
@@ -160,7 +158,7 @@ _CHANGES = {
     "chance_energy": "chance",
     "intruder_energy": "intruders'",
     "smallest_cosine": "least cos",
-    "chance_cosine": "chance",
+    "chance_cosine": "random cos",
     "largest_novelty": "novelty",
     "largest_drift": "σ drift",
     "direction_change": "turn",
@@ -170,8 +168,8 @@ _CHANGES = {
 def _print_changes(label: str, changes: pd.DataFrame) -> None:
     if changes.empty:
         return
-    ks, looked_at = sorted(set(changes["k"])), int(changes["directions"].max())
-    k = str(ks[0]) if len(ks) == 1 else f"{ks[0]} to {ks[-1]}"
+    k, span = (_span(changes[name]) for name in ("k", "span"))
+    looked_at, random = int(changes["directions"].max()), changes["chance_novelty"].median()
     click.echo()
     print_table(
         f"{label} in W's basis, and what W + ΔW becomes",
@@ -189,9 +187,16 @@ def _print_changes(label: str, changes: pd.DataFrame) -> None:
     print_text(
         f"intruders: of the first {looked_at} directions of W + ΔW those whose cosine with every "
         "one of W's is below 0.5; intruders' = their share of the energy of these; least cos = the "
-        "smallest of the largest cosines; chance = what a random direction has at its largest."
+        "smallest of the largest cosines; random cos = the largest that a random direction has."
     )
     print_text(
-        "novelty = the largest part of one that lies outside W's leading directions: an intruder "
-        "without novelty only mixes them. turn = mean 1 − cos of W's rows (output) or columns."
+        f"novelty = the largest part of one that lies outside W's first {span} directions (of a "
+        f"random one {decimals(random)}): an intruder without novelty only mixes them. turn = mean "
+        "1 − cos of W's rows (output) or columns (input)."
     )
+
+
+def _span(values: pd.Series) -> str:
+    """Return "8", or "4 to 8" where they differ."""
+    low, high = int(values.min()), int(values.max())
+    return str(low) if low == high else f"{low} to {high}"

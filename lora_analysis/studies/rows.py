@@ -34,7 +34,7 @@ CHANGE_COLUMNS = (
     "adapter", "module", "module_type", "layer", "side", "dimension", "k", "leading_energy",
     "trailing_energy", "chance_energy", "leading_p", "off_principal", "chance_off_principal",
     "directions", "intruders", "intruder_energy", "smallest_cosine", "chance_cosine",
-    "largest_novelty", "chance_novelty", "largest_rotation", "largest_drift", "magnitude_change",
+    "largest_novelty", "span", "chance_novelty", "largest_rotation", "largest_drift", "magnitude_change",
     "direction_change",
 )  # fmt: skip
 
@@ -119,6 +119,7 @@ def change_rows(
             "smallest_cosine": changed.max_cosine.min(),
             "chance_cosine": changed.chance_maximum,
             "largest_novelty": changed.novelty.max(),
+            "span": report.span,
             "chance_novelty": changed.chance_novelty,
             "largest_rotation": changed.rotation[-1],
             "largest_drift": drift[np.argmax(np.abs(drift))] if drift.size else np.nan,
