@@ -152,15 +152,20 @@ def _print(label: str, full: pd.DataFrame) -> None:
     print_text("factor = ‖ΔW‖ / ΔW's; chance = ‖ΔW‖ / random; enrichment = ΔW's / random.")
 
 
-_CHANGES = {
+_ENERGY = {
     "leading_energy": "leading",
     "trailing_energy": "trailing",
     "chance_energy": "chance",
-    "intruder_energy": "intruders'",
-    "smallest_cosine": "least cos",
-    "chance_cosine": "random cos",
+    "leading_p": "p",
+    "off_principal": "off both",
+    "chance_off_principal": "chance",
+}
+_CHANGES = {
+    "intruder_energy": "energy",
+    "smallest_cosine": "cosine",
+    "chance_cosine": "random",
     "largest_novelty": "novelty",
-    "largest_drift": "σ drift",
+    "largest_drift": "drift",
     "direction_change": "turn",
 }
 
@@ -170,29 +175,37 @@ def _print_changes(label: str, changes: pd.DataFrame) -> None:
         return
     k, span = (_span(changes[name]) for name in ("k", "span"))
     looked_at, random = int(changes["directions"].max()), changes["chance_novelty"].median()
+    rows = records(changes)
     click.echo()
     print_table(
-        f"{label} in W's basis, and what W + ΔW becomes",
+        f"{label} in W's basis (k = {k})",
+        ("module", "side", *_ENERGY.values()),
+        [(row["module"], row["side"], *(decimals(row[x]) for x in _ENERGY)) for row in rows],
+    )
+    click.echo()
+    print_text(
+        "leading, trailing: share of ‖ΔW‖² in W's first and last k directions, and off W's first k "
+        "on both sides; random updates spread widely around the chance."
+    )
+    click.echo()
+    print_table(
+        f"What W becomes: the first {looked_at} directions of W + ΔW",
         ("module", "side", "intruders", *_CHANGES.values()),
         [
             (row["module"], row["side"], row["intruders"], *(decimals(row[x]) for x in _CHANGES))
-            for row in records(changes)
+            for row in rows
         ],
     )
     click.echo()
     print_text(
-        f"leading, trailing: share of ‖ΔW‖² in W's first and last k directions (k = {k}); chance = "
-        "k/d. Random updates spread widely around it."
-    )
-    print_text(
-        f"intruders: of the first {looked_at} directions of W + ΔW those whose cosine with every "
-        "one of W's is below 0.5; intruders' = their share of the energy of these; least cos = the "
-        "smallest of the largest cosines; random cos = the largest that a random direction has."
+        "intruders: directions whose cosine with every one of W's is below 0.5; energy = their "
+        "share of that of all; cosine = the smallest of the largest cosines; random = the largest "
+        "that a random direction has."
     )
     print_text(
         f"novelty = the largest part of one that lies outside W's first {span} directions (of a "
-        f"random one {decimals(random)}): an intruder without novelty only mixes them. turn = mean "
-        "1 − cos of W's rows (output) or columns (input)."
+        f"random one {decimals(random)}): an intruder without novelty only mixes them. drift = the "
+        "largest relative change of σ; turn = mean 1 − cos of W's rows (output), columns (input)."
     )
 
 

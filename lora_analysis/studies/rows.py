@@ -34,8 +34,8 @@ CHANGE_COLUMNS = (
     "adapter", "module", "module_type", "layer", "side", "dimension", "k", "leading_energy",
     "trailing_energy", "chance_energy", "leading_p", "off_principal", "chance_off_principal",
     "directions", "intruders", "intruder_energy", "smallest_cosine", "chance_cosine",
-    "largest_novelty", "span", "chance_novelty", "largest_rotation", "largest_drift", "magnitude_change",
-    "direction_change",
+    "largest_novelty", "span", "chance_novelty", "largest_rotation", "largest_drift",
+    "magnitude_change", "direction_change",
 )  # fmt: skip
 
 
