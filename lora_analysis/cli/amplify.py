@@ -180,12 +180,13 @@ def _print_changes(label: str, changes: pd.DataFrame) -> None:
     print_table(
         f"{label} in W's basis (k = {k})",
         ("module", "side", *_ENERGY.values()),
-        [(row["module"], row["side"], *(decimals(row[x]) for x in _ENERGY)) for row in rows],
+        [(row["module"], row["side"], *(_energy_text(x, row[x]) for x in _ENERGY)) for row in rows],
     )
     click.echo()
     print_text(
         "leading, trailing: share of ‖ΔW‖² in W's first and last k directions, and off W's first k "
-        "on both sides; random updates spread widely around the chance."
+        "on both sides; p: that isotropic directions reach the "
+        "leading share, which says nothing of unrelated adapters."
     )
     click.echo()
     print_table(
@@ -207,6 +208,12 @@ def _print_changes(label: str, changes: pd.DataFrame) -> None:
         f"random one {decimals(random)}): an intruder without novelty only mixes them. drift = the "
         "largest relative change of σ; turn = mean 1 − cos of W's rows (output), columns (input)."
     )
+
+
+def _energy_text(name: str, value: float) -> str:
+    from lora_analysis.chance import p_value_text
+
+    return p_value_text(value) if name == "leading_p" else decimals(value)
 
 
 def _span(values: pd.Series) -> str:
