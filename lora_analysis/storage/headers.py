@@ -20,14 +20,12 @@ _LENGTH_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One tensor of a file: its type (``"bfloat16"``), shape, and the bytes it lies in."""
+class TensorSpec:
+    """One tensor of any container: its name, its type (``"bfloat16"``) and its shape."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    start: int
-    stop: int
 
     @property
     def elements(self) -> int:
@@ -36,8 +34,21 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class TensorInfo(TensorSpec):
+    """A tensor whose numbers lie in a file as they are, and the bytes they lie in.
+
+    ``strides`` are in elements; None where the rows follow each other without gaps, which all
+    containers but a torch pickle promise.
+    """
+
+    start: int
+    stop: int
+    strides: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Header:
-    """What a safetensors file says it holds, every offset checked against the file's size."""
+    """What a file says it holds, every offset checked against the file's size."""
 
     metadata: Mapping[str, str]
     tensors: Mapping[str, TensorInfo]

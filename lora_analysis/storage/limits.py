@@ -19,6 +19,12 @@ MAX_CONFIG_BYTES: Final = 2**20
 MAX_INDEX_BYTES: Final = 16 * 2**20
 """The index of a sharded model, which names every tensor once."""
 
+MAX_PICKLE_BYTES: Final = 16 * 2**20
+"""The pickle that names the tensors of a torch file; their numbers lie outside it."""
+
+MAX_NESTING: Final = 8
+"""Dictionaries inside dictionaries in a torch file."""
+
 MAX_RANK: Final = 4096
 """Rank of one low-rank update."""
 

@@ -1,4 +1,4 @@
-"""The safetensors format: tensors read whole or in blocks, never mapped."""
+"""Tensors that lie in a file as plain numbers: read whole or in blocks, never mapped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_analysis.errors import MalformedFileError, UnknownFormatError
 from lora_analysis.storage.dtypes import READABLE, raw_dtype, result_dtype, widen
-from lora_analysis.storage.headers import Header, TensorInfo, read_header, shown
+from lora_analysis.storage.headers import Header, TensorInfo, TensorSpec, read_header, shown
 from lora_analysis.storage.limits import BLOCK_ELEMENTS
 
 if TYPE_CHECKING:
@@ -17,7 +17,15 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["Header", "TensorInfo", "iter_blocks", "read_header", "read_tensor", "tile_slices"]
+__all__ = [
+    "Header",
+    "TensorInfo",
+    "TensorSpec",
+    "iter_blocks",
+    "read_header",
+    "read_tensor",
+    "tile_slices",
+]
 
 
 def read_tensor(path: Path, info: TensorInfo) -> NDArray[Any]:
@@ -41,18 +49,25 @@ def read_tensor(path: Path, info: TensorInfo) -> NDArray[Any]:
         The tensor is stored in a type that cannot be read as plain numbers (4- and 6-bit floats).
     """
     _check_readable(path, info)
-    out = np.empty(info.elements, dtype=result_dtype(info.dtype))
+    count = (info.stop - info.start) // raw_dtype(info.dtype).itemsize
+    out = np.empty(count, dtype=result_dtype(info.dtype))
     with path.open("rb", buffering=0) as stream:
         _check_size(path, info, stream)
         stream.seek(info.start)
         if out.dtype == raw_dtype(info.dtype):
             _fill(path, info, stream, out)
         else:
-            scratch = np.empty(min(info.elements, BLOCK_ELEMENTS), raw_dtype(info.dtype))
-            for first in range(0, info.elements, BLOCK_ELEMENTS):
+            scratch = np.empty(min(count, BLOCK_ELEMENTS), raw_dtype(info.dtype))
+            for first in range(0, count, BLOCK_ELEMENTS):
                 part = out[first : first + BLOCK_ELEMENTS]
                 _fill_widened(path, info, stream, part, scratch)
-    return out.reshape(info.shape)
+    return out.reshape(info.shape) if info.strides is None else _strided(out, info)
+
+
+def _strided(flat: NDArray[Any], info: TensorInfo) -> NDArray[Any]:
+    """Return the elements of a tensor that does not lie row by row; its span was checked."""
+    strides = [stride * flat.itemsize for stride in info.strides or ()]
+    return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, info.shape, strides))
 
 
 def iter_blocks(
@@ -83,6 +98,9 @@ def iter_blocks(
         The tensor is stored in a type that cannot be read as plain numbers.
     """
     _check_readable(path, info)
+    if info.strides is not None:
+        yield from _blocks_of_strided(path, info, elements)
+        return
     tiles = list(tile_slices(info.shape, elements))
     largest = max((_span(rows) * _span(columns) for rows, columns in tiles), default=0)
     buffer = np.empty(largest, dtype=np.float32)
@@ -98,6 +116,15 @@ def iter_blocks(
             else:
                 _fill_widened(path, info, stream, flat, scratch)
             yield rows, columns, flat.reshape(_span(rows), _span(columns))
+
+
+def _blocks_of_strided(
+    path: Path, info: TensorInfo, elements: int
+) -> Iterator[tuple[slice, slice, NDArray[np.float32]]]:
+    """Yield the tiles of a matrix stored by columns, say: it is read whole first."""
+    whole = read_tensor(path, info)
+    for rows, columns in tile_slices(info.shape, elements):
+        yield rows, columns, whole[rows, columns].astype(np.float32)
 
 
 def tile_slices(shape: tuple[int, ...], elements: int) -> Iterator[tuple[slice, slice]]:

@@ -1,16 +1,29 @@
-"""The tensors of one safetensors file, or of the shards an index names, under one roof."""
+"""Named tensors of any container under one roof: safetensors, torch files, ``.npz``, and shards.
+
+Readers ask :class:`NamedTensors` and know no container. :class:`TensorFiles` answers for every
+container whose numbers lie in the file as they are; one that must decode them (GGUF) is a class
+of its own with the same answers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_analysis.errors import MalformedFileError
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.limits import BLOCK_ELEMENTS, MAX_INDEX_BYTES
-from lora_analysis.storage.safetensors import Header, TensorInfo, iter_blocks, read_header
+from lora_analysis.storage.pickles import PICKLE_SUFFIXES, is_pickle, read_pickle
+from lora_analysis.storage.safetensors import (
+    Header,
+    TensorInfo,
+    TensorSpec,
+    iter_blocks,
+    read_header,
+)
 from lora_analysis.storage.safetensors import read_tensor as _read_tensor
+from lora_analysis.storage.zips import is_zip, zip_members
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,8 +32,39 @@ if TYPE_CHECKING:
 INDEX_SUFFIX = ".safetensors.index.json"
 
 
+class NamedTensors(Protocol):
+    """The tensors of a container; names, types and shapes are known before any is read."""
+
+    @property
+    def path(self) -> Path:
+        """What was opened."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file the tensors lie in."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Strings that the container states beside them."""
+
+    @property
+    def infos(self) -> Mapping[str, TensorSpec]:
+        """Type and shape of each tensor by name, in the order of the file."""
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Return one tensor, read now; floats narrower than 32 bits come as float32, exactly."""
+
+    def blocks(
+        self, name: str, *, elements: int = BLOCK_ELEMENTS
+    ) -> Iterator[tuple[slice, slice, NDArray[np.float32]]]:
+        """Yield one matrix tile by tile, as float32 in a reused buffer."""
+
+    def file_of(self, name: str) -> Path:
+        """Return the file a tensor lies in, for messages."""
+
+
 class TensorFiles:
-    """Named tensors over one or several safetensors files; headers are read once.
+    """Named tensors over one or several files; headers are read once.
 
     Parameters
     ----------
@@ -47,6 +91,11 @@ class TensorFiles:
         }
         self._places = dict(places)
 
+    @classmethod
+    def of(cls, path: Path, header: Header) -> TensorFiles:
+        """Return the tensors of one file with a header."""
+        return cls(path, {path: header}, dict.fromkeys(header.tensors, path))
+
     def read(self, name: str) -> NDArray[Any]:
         """Return one tensor, read now."""
         return _read_tensor(self._places[name], self.infos[name])
@@ -65,7 +114,7 @@ class TensorFiles:
 class LazyTensors(Mapping[str, "NDArray[Any]"]):
     """Tensors under other names, each read when it is asked for."""
 
-    def __init__(self, tensors: TensorFiles, stored_names: Mapping[str, str]) -> None:
+    def __init__(self, tensors: NamedTensors, stored_names: Mapping[str, str]) -> None:
         self._tensors = tensors
         self._stored_names = dict(stored_names)
 
@@ -79,8 +128,11 @@ class LazyTensors(Mapping[str, "NDArray[Any]"]):
         return len(self._stored_names)
 
 
-def open_tensors(path: Path) -> TensorFiles:
-    """Open a safetensors file, or the index of a sharded one (``*.safetensors.index.json``).
+def open_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFiles:
+    """Open a file of tensors, or the index of a sharded one (``*.index.json``).
+
+    The container is told by its first bytes: safetensors, ``.npz``, or, where the caller allows
+    it, a file of ``torch.save``, whose nested dictionaries are flattened (names joined by dots).
 
     Raises
     ------
@@ -89,14 +141,27 @@ def open_tensors(path: Path) -> TensorFiles:
         what the index says.
     SourceError
         A file is missing.
+    UnknownFormatError
+        It is a pickle and ``allow_pickle`` is false.
+    UnsupportedMethodError
+        It is a pickle of more than tensors and plain containers.
     """
     if path.name.endswith(".json"):
-        return _open_index(path)
-    header = read_header(path)
-    return TensorFiles(path, {path: header}, dict.fromkeys(header.tensors, path))
+        return _open_index(path, allow_pickle=allow_pickle)
+    return TensorFiles.of(path, _header_of(path, allow_pickle=allow_pickle))
 
 
-def _open_index(path: Path) -> TensorFiles:
+def _header_of(path: Path, *, allow_pickle: bool) -> Header:
+    if is_zip(path) and any(name.endswith(".npy") for name in zip_members(path)):
+        from lora_analysis.storage.npz import read_npz_header
+
+        return read_npz_header(path)
+    if is_pickle(path):
+        return read_pickle(path, allow_pickle=allow_pickle).header()
+    return read_header(path)
+
+
+def _open_index(path: Path, *, allow_pickle: bool) -> TensorFiles:
     shard_names = read_json_object(path, max_bytes=MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(shard_names, dict) or not shard_names:
         message = f"{path}: a sharded model's index needs a 'weight_map' of tensors to files."
@@ -104,7 +169,7 @@ def _open_index(path: Path) -> TensorFiles:
     files = {
         shard: _shard_path(path, shard) for shard in dict.fromkeys(_strings(path, shard_names))
     }
-    headers = {file: read_header(file) for file in files.values()}
+    headers = {file: _header_of(file, allow_pickle=allow_pickle) for file in files.values()}
     places = {name: files[shard] for name, shard in shard_names.items()}
     for name, file in places.items():
         if name not in headers[file].tensors:
@@ -125,7 +190,9 @@ def _shard_path(index: Path, shard: str) -> Path:
     """Return where a shard lies; its name may not lead out of the index's folder."""
     parts = (*PurePosixPath(shard).parts, *PureWindowsPath(shard).parts)
     leads_out = ".." in parts or PurePosixPath(shard).is_absolute() or PureWindowsPath(shard).drive
-    if leads_out or "\0" in shard or not shard.endswith(".safetensors"):
-        message = f"{index}: {shard!r} is no safetensors file inside the index's own folder."
+    suffix = PurePosixPath(index.name.removesuffix(".index.json")).suffix
+    known = suffix in PICKLE_SUFFIXES or suffix == ".safetensors"
+    if leads_out or "\0" in shard or not known or not shard.endswith(suffix):
+        message = f"{index}: {shard!r} is no {suffix} file inside the index's own folder."
         raise MalformedFileError(message)
     return index.parent / shard

@@ -1,0 +1,243 @@
+"""Files that ``torch.save`` wrote, in both its formats, read tensor by tensor and never executed.
+
+Since torch 1.6 a file is a zip archive: ``data.pkl`` describes the tensors, and each storage is a
+member of its own. Before, a row of pickles was followed by the storages one after another. In
+both, the numbers lie as they are; the descriptions are read by
+:mod:`~lora_analysis.storage.unpickling`, and every size they state is checked against the bytes
+that are there before memory is reserved.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from lora_analysis.errors import MalformedFileError, UnknownFormatError
+from lora_analysis.storage.documents import regular_file_size
+from lora_analysis.storage.dtypes import BITS
+from lora_analysis.storage.headers import Header, TensorInfo, shown
+from lora_analysis.storage.limits import MAX_NESTING, MAX_PICKLE_BYTES, MAX_TENSORS
+from lora_analysis.storage.unpickling import PickledTensor, unpickle
+from lora_analysis.storage.zips import is_zip, zip_members
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+_MAGIC: Final = 0x1950A86A20F9469CFC6C
+_ITEM_BYTES: Final = {name: -(-bits // 8) for name, bits in BITS.values()}
+PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
+
+
+@dataclass(frozen=True, slots=True)
+class Pickle:
+    """What a torch file holds.
+
+    Attributes
+    ----------
+    path
+        The file.
+    content
+        Dictionaries, lists, tuples, numbers and strings as saved, each tensor a
+        :class:`~lora_analysis.storage.unpickling.PickledTensor`. Other settings (alpha, a step
+        count) are read from here by the format that knows them.
+    storages
+        Key of a storage → the bytes it lies in.
+    """
+
+    path: Path
+    content: Any
+    storages: Mapping[str, tuple[int, int]]
+
+    def header(self, *keys: str) -> Header:
+        """Return the tensors found in the dictionary at ``keys``, say ``"model"``, by name.
+
+        Names of nested dictionaries are joined by dots; members of lists go by their index.
+        Other values are passed over.
+
+        Raises
+        ------
+        MalformedFileError
+            A key is missing, a name occurs twice, or a tensor does not fit its storage.
+        """
+        content = self.content
+        for key in keys:
+            if not isinstance(content, dict) or key not in content:
+                message = f"{self.path}: it holds no '{'.'.join(keys)}'."
+                raise MalformedFileError(message)
+            content = content[key]
+        tensors: dict[str, TensorInfo] = {}
+        for name, tensor in _walk(self.path, content, "", MAX_NESTING):
+            if name in tensors:
+                message = f"{self.path}: two tensors are called {shown(name)}."
+                raise MalformedFileError(message)
+            tensors[name] = self._placed(name, tensor)
+        return Header({}, tensors)
+
+    def _placed(self, name: str, tensor: PickledTensor) -> TensorInfo:
+        """Return a tensor with the bytes it lies in, its numbers checked against the file's."""
+        storage, item = tensor.storage, _ITEM_BYTES.get(tensor.dtype)
+        start, stop = self.storages.get(storage.key, (0, 0))
+        if item is None:
+            reason = f"it has the unknown type {shown(tensor.dtype)}"
+        elif min(storage.count, storage.first) < 0 or (
+            (storage.first + storage.count) * _ITEM_BYTES.get(storage.dtype, 1) > stop - start
+        ):
+            reason = f"its storage claims {storage.count:,} numbers, the file has fewer"
+        else:
+            first = tensor.offset + storage.first
+            span = _span(tensor)
+            begin, end = start + first * item, start + (first + span) * item
+            # Strides of zero could make a huge tensor of one number.
+            if end <= stop and math.prod(tensor.shape) <= (stop - start) // item:
+                strides = None if _is_contiguous(tensor) else tensor.strides
+                return TensorInfo(name, tensor.dtype, tensor.shape, begin, end, strides)
+            reason = f"{tensor.dtype} {tensor.shape} is larger than what the file holds for it"
+        message = f"{self.path}: tensor {shown(name)}: {reason}."
+        raise MalformedFileError(message)
+
+
+def pickle_refused(path: Path) -> UnknownFormatError:
+    """Return the error for a pickle that the caller has not allowed."""
+    return UnknownFormatError(
+        f"{path}: this is a pickle, which can run code when other programs open it, so it is not "
+        "read unasked. Save it as safetensors; or pass allow_pickle=True (command line: "
+        "--allow-pickle): then its tensors alone are read, and nothing it names is run."
+    )
+
+
+def is_pickle(path: Path) -> bool:
+    """Say whether a file begins as those of ``torch.save`` do, in either format."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        start = stream.read(2)
+    # Any pickle since protocol 2 begins with b"\x80" and a small number.
+    return is_zip(path) or (start[:1] == b"\x80" and start[1:] in (b"\2", b"\3", b"\4", b"\5"))
+
+
+def read_pickle(path: Path, *, allow_pickle: bool) -> Pickle:
+    """Return what a torch file holds; no tensor is read.
+
+    Raises
+    ------
+    UnknownFormatError
+        ``allow_pickle`` is false.
+    MalformedFileError
+        The file is damaged, compressed, or not from ``torch.save``.
+    UnsupportedMethodError
+        It names more than tensors and plain containers.
+    """
+    if not allow_pickle:
+        raise pickle_refused(path)
+    return _read_archive(path) if is_zip(path) else _read_row(path)
+
+
+def _read_archive(path: Path) -> Pickle:
+    members = zip_members(path)
+    described = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(described) != 1:
+        message = f"{path}: a zip archive without the data.pkl that torch.save writes."
+        raise MalformedFileError(message)
+    folder = described[0].removesuffix("data.pkl")
+    order = members.get(f"{folder}byteorder")
+    if order is not None and _bytes(path, order.start, order.stop) != b"little":
+        message = f"{path}: saved on a big-endian machine. Save it again as safetensors."
+        raise UnknownFormatError(message)
+    own = members[described[0]]
+    if own.stop - own.start > MAX_PICKLE_BYTES:
+        message = f"{path}: its data.pkl is too large (limit {MAX_PICKLE_BYTES:,} bytes)."
+        raise MalformedFileError(message)
+    content = unpickle(path, io.BytesIO(_bytes(path, own.start, own.stop)))
+    data = f"{folder}data/"
+    storages = {
+        name.removeprefix(data): (member.start, member.stop)
+        for name, member in members.items()
+        if name.startswith(data)
+    }
+    return Pickle(path, content, storages)
+
+
+def _read_row(path: Path) -> Pickle:
+    """Read the format from before torch 1.6: magic, version, system, content, keys, storages."""
+    size = regular_file_size(path)
+    stream = io.BytesIO(_bytes(path, 0, min(size, MAX_PICKLE_BYTES)))
+    if unpickle(path, stream) != _MAGIC:
+        message = f"{path}: a pickle that torch.save did not write. Save it as safetensors."
+        raise UnknownFormatError(message)
+    unpickle(path, stream)
+    system, content, keys = (unpickle(path, stream) for _ in range(3))
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        message = f"{path}: saved on a big-endian machine. Save it again as safetensors."
+        raise UnknownFormatError(message)
+    items = {
+        tensor.storage.key: _ITEM_BYTES.get(tensor.storage.dtype, 1)
+        for _, tensor in _walk(path, content, "", MAX_NESTING)
+    }
+    return Pickle(path, content, _row_of_storages(path, size, stream.tell(), keys, items))
+
+
+def _row_of_storages(
+    path: Path, size: int, at: int, keys: Any, items: Mapping[str, int]
+) -> dict[str, tuple[int, int]]:
+    """Return where each storage lies: a count of eight bytes comes before its numbers."""
+    storages = {}
+    with path.open("rb") as stream:
+        for key in keys if isinstance(keys, list) else ():
+            stream.seek(at)
+            count = int.from_bytes(stream.read(8), "little")
+            start = at + 8
+            at = start + count * items.get(str(key), 1)
+            if at > size:
+                message = f"{path}: a storage claims {count:,} numbers, the file is shorter."
+                raise MalformedFileError(message)
+            storages[str(key)] = start, at
+    return storages
+
+
+def _walk(path: Path, content: Any, name: str, depth: int) -> Iterator[tuple[str, PickledTensor]]:
+    """Yield the tensors inside nested containers, each under the way that leads to it."""
+    visited = 0
+    stack = [(content, name, depth)]
+    while stack:
+        one, own, left = stack.pop()
+        visited += 1
+        if visited > 4 * MAX_TENSORS or left < 0:
+            message = f"{path}: its dictionaries hold too much or are nested too deeply."
+            raise MalformedFileError(message)
+        if isinstance(one, PickledTensor):
+            yield own, one
+        elif isinstance(one, dict | list | tuple):
+            entries = one.items() if isinstance(one, dict) else enumerate(one)
+            below = [
+                (value, f"{own}.{key}" if own else str(key), left - 1)
+                for key, value in entries
+                if isinstance(value, PickledTensor | dict | list | tuple)
+            ]
+            stack.extend(reversed(below))
+
+
+def _span(tensor: PickledTensor) -> int:
+    """Return how many elements lie from the first to the last of a tensor."""
+    if 0 in tensor.shape:
+        return 0
+    return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.strides, strict=True))
+
+
+def _is_contiguous(tensor: PickledTensor) -> bool:
+    if 0 in tensor.shape:
+        return True
+    expected = 1
+    for n, step in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
+        if n != 1 and step != expected:
+            return False
+        expected *= n
+    return True
+
+
+def _bytes(path: Path, start: int, stop: int) -> bytes:
+    with path.open("rb") as stream:
+        stream.seek(start)
+        return stream.read(stop - start)
