@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from lora_analysis.bases.stable_diffusion import compvis_name
+from lora_analysis.bases.stable_diffusion import authors_name, diffusers_name
 
 Rewrite = Callable[[str], str]
 
@@ -103,9 +103,15 @@ FAMILIES: Final = (
     Family(re.compile(r"\.block_sparse_moe\."), _MIXTRAL),
     Family(re.compile(r"(^|\.)embed_out$"), _rules((r"(^|\.)embed_out$", r"\1lm_head"))),
     Family(re.compile(r"(^|\.)(double|single)_blocks\.\d"), _FLUX),
-    Family(re.compile(r"(^|\.)input_blocks\.\d"), compvis_name),
+    Family(
+        re.compile(r"(^|\.)((input|output|middle)_blocks?|time_embed|label_emb)\.\d"),
+        diffusers_name,
+    ),
     Family(re.compile(r"^(cond_stage_model|conditioner\.embedders)\."), _TEXT_ENCODERS),
 )
+
+# Names that a flattened one may come from, beside that in the file.
+SPELLINGS: Final = (*(family.rewrite for family in FAMILIES), authors_name)
 
 # kohya-ss joins a module's path by underscores behind one of these.
 _FLAT_PREFIX: Final = re.compile(r"^(lora|lycoris)_(unet|te|te1|te2|te3|transformer|prior)_")

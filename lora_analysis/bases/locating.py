@@ -19,7 +19,10 @@ _EXPERT: Final = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
 # "experts.gate_up_proj.3" and "experts.gate_up_proj[3]" are expert 3 of that parameter.
 _STACKED: Final = re.compile(r"(.*\.experts)\.(\w+)(?:\.(\d+)|\[(\d+)\])")
 _OF_GATE_UP: Final = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up"}
-_HEADS: Final = ("lm_head", "embed_out", "output", "output_layer")
+_HEAD: Final = re.compile(
+    r"output|(.*\.)?(lm_head|lm_head\.decoder|embed_out|output_layer|predictions\.decoder"
+    r"|vocab_projector)"
+)
 _EMBEDDINGS: Final = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "token_embd")
 
 
@@ -97,9 +100,10 @@ class Locator:
         return None
 
     def _part(self, wanted: str) -> Located | None:
-        for home, part in self._homes(wanted):
-            if held := self._whole(home):
-                return Located(held.tensors, held.index, home, part)
+        for spelling in self._names.spellings(wanted):
+            for home, part in self._homes(spelling):
+                if held := self._whole(home):
+                    return Located(held.tensors, held.index, home, part)
         return None
 
     @staticmethod
@@ -109,14 +113,17 @@ class Locator:
         return homes_of_part(wanted)
 
     def _joined(self, wanted: str) -> list[Located]:
-        parts = [self._whole(part) for part in parts_of_fused(wanted)]
-        found = [part for part in parts if part is not None]
-        return found if len(found) == len(parts) else []
+        for spelling in self._names.spellings(wanted):
+            parts = [self._whole(part) for part in parts_of_fused(spelling)]
+            found = [part for part in parts if part is not None]
+            if found and len(found) == len(parts):
+                return found
+        return []
 
     def _embedding(self, wanted: str) -> Located | None:
         """Return the embedding, for a head whose tensor is absent because the two are one."""
         path, _, last = wanted.rpartition(".")
-        shared = self._tied and last in _HEADS
+        shared = self._tied and _HEAD.fullmatch(wanted) is not None
         for name in _EMBEDDINGS:
             # T5's encoder and decoder both embed by `shared`.
             if shared or (name == "shared" and last == "embed_tokens"):

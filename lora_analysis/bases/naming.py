@@ -5,7 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
-from lora_analysis.bases.aliases import FAMILIES, Family, Rewrite, flattened, is_flattened
+from lora_analysis.bases.aliases import (
+    FAMILIES,
+    SPELLINGS,
+    Family,
+    Rewrite,
+    flattened,
+    is_flattened,
+)
 from lora_analysis.errors import BaseWeightError
 from lora_analysis.patterns import near_names
 
@@ -90,21 +97,27 @@ class TensorNames:
                 return found
         return []
 
+    @staticmethod
+    def spellings(wanted: str) -> list[str]:
+        """Return a name as it is, and in the spelling of every family that it may belong to."""
+        rewritten = [f.rewrite(wanted) for f in FAMILIES if f.mark.search(wanted)]
+        return list(dict.fromkeys([wanted, *rewritten]))
+
     def choose(
         self,
         module: str,
         candidates: Sequence[str],
         shape: tuple[int, int] | None,
-        fits: Callable[[tuple[int, ...]], bool],
+        fits: Callable[[str], bool],
     ) -> str:
-        """Return the one candidate that fits ``shape``, as ``fits`` says of a matrix's own.
+        """Return the one candidate that fits ``shape``, as ``fits`` says of a tensor.
 
         Raises
         ------
         BaseWeightError
             None or several do; the message lists them with their shapes.
         """
-        fitting = [name for name in candidates if fits(matrix_shape(name, self._shape_of(name)))]
+        fitting = [name for name in candidates if fits(name)]
         if len(fitting) == 1:
             return fitting[0]
         of_shape = f" of shape {tuple(shape)}" if shape else " that is a matrix"
@@ -134,8 +147,7 @@ class TensorNames:
     def _find_flattened(self, wanted: str) -> list[str]:
         """Return the tensors whose module, its dots made underscores, is or ends with the name."""
         end = flattened(wanted)
-        spellings = [self._modules, *(_renamed(self._modules, f.rewrite) for f in FAMILIES)]
-        for modules in spellings:
+        for modules in (self._modules, *(_renamed(self._modules, one) for one in SPELLINGS)):
             flat = _renamed(modules, lambda name: name.replace(".", "_"))
             for matches in ([end], [name for name in flat if name.endswith(f"_{end}")]):
                 if found := [tensor for name in matches for tensor in flat.get(name, ())]:

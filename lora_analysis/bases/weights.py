@@ -246,16 +246,19 @@ class BaseWeights:
             self._source.refuse_unreadable(candidate)
         alone = located.part is None and of == 1
 
-        def fits(stored: tuple[int, ...]) -> bool:
-            stored = stored[1:] if located.index is not None else stored
+        def matrix(name: str) -> tuple[int, ...]:
+            stored = self._source.shape(name)
+            return matrix_shape(name, stored) if located.index is None else stored[1:]
+
+        def fits(name: str) -> bool:
+            stored = matrix(name)
             if shape is None or len(stored) != 2:
                 return len(stored) == 2
             return stored in (shape, shape[::-1]) if alone else shape[1] in stored
 
         shape = None if shape is None else (shape[0], shape[1])
         name = self._names.choose(module, located.tensors, shape, fits)
-        stored = matrix_shape(name, self._source.shape(name))
-        stored = stored[1:] if located.index is not None else stored
+        stored = matrix(name)
         turned = is_transposed(
             name,
             stored,
