@@ -68,6 +68,48 @@ def test_every_type_is_read_as_the_library_decodes_it(
     assert weight.storage == f"GGUF {kind}"
 
 
+@pytest.mark.parametrize("kind", ["MXFP4", "TQ2_0"])
+def test_the_noise_of_coarse_levels_is_their_error(
+    rng: np.random.Generator, tmp_path: Path, kind: str
+) -> None:
+    # Uniform values: over cells this wide the density of others is far from even.
+    W = rng.uniform(-1, 1, (40, 512)).astype(np.float32)
+    base = open_base(write_gguf(tmp_path / "m.gguf", {"blk.0.ffn_down.weight": W}, kind=kind))
+    weight = base.weight(NORM)
+    true = np.linalg.norm(weight.array() - W) / np.linalg.norm(W)
+    assert weight.noise() == pytest.approx(true, rel=0.2)
+
+
+def iq4_nl(W: np.ndarray) -> np.ndarray:
+    """Blocks of IQ4_NL, each value rounded to the nearest level: f16 d, codes j and j + 16."""
+    levels = np.array(gguf.quants.IQ4_NL.kvalues, float)
+    blocks = W.reshape(-1, 32)
+    d = (np.abs(blocks).max(1, keepdims=True) / 127).astype(np.float16)
+    numbers = blocks / d.astype(float)
+    codes = np.abs(numbers[..., None] - levels).argmin(-1).astype(np.uint8)
+    packed = np.hstack([d.view(np.uint8), codes[:, :16] | codes[:, 16:] << 4])
+    return packed.reshape(len(W), -1)
+
+
+def test_the_noise_of_iq4_nl_is_its_error(rng: np.random.Generator, tmp_path: Path) -> None:
+    W = rng.standard_normal((40, 512)).astype(np.float32)
+    tensors = {"blk.0.ffn_down.weight": iq4_nl(W)}
+    path = write_gguf(tmp_path / "m.gguf", tensors, kind="IQ4_NL", raw=True)
+    weight = open_base(path).weight(NORM)
+    true = np.linalg.norm(weight.array() - W) / np.linalg.norm(W)
+    assert weight.noise() == pytest.approx(true, rel=0.12)
+
+
+def test_the_noise_of_codes_for_several_values_is_not_known(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    raw = random_blocks(rng, "IQ2_XS", 2, 1)
+    path = write_gguf(tmp_path / "m.gguf", {"blk.0.ffn_down.weight": raw}, kind="IQ2_XS", raw=True)
+    weight = open_base(path).weight(NORM)
+    assert weight.storage == "GGUF IQ2_XS"
+    assert weight.noise() is None
+
+
 def test_the_noise_of_q4_k_is_its_error(rng: np.random.Generator, tmp_path: Path) -> None:
     W = rng.standard_normal((48, 512)).astype(np.float32)
     path = write_gguf(

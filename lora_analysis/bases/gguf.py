@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from lora_analysis.bases.quantised.codes import MXFP4_REACH, cell_variances
 from lora_analysis.bases.weights import BaseWeights
 from lora_analysis.errors import BaseWeightError, MissingExtraError
 from lora_analysis.storage.gguf import TYPES, GGUFFile, read_gguf
@@ -32,14 +33,17 @@ _PLAIN: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Architectures whose converter puts the two halves of each head's q and k rows side by side, and
 # those whose rows it leaves. Of others it is not known, and q and k are refused.
 _PERMUTED: Final = frozenset(
-    {"llama", "arcee", "arctic", "deepseek", "granite", "granitemoe", "minicpm", "mistral3", "olmo"}
-)
+    {
+        "llama", "arcee", "arctic", "granite", "granitemoe", "minicpm", "mistral3", "nanbeige",
+        "olmo",
+    }
+)  # fmt: skip
 _LEFT: Final = frozenset(
     {
-        "bert", "bloom", "cohere2", "command-r", "deepseek2", "falcon", "gemma", "gemma2",
-        "gemma3", "gemma4", "glm4", "gpt-oss", "gpt2", "gptneox", "llama4", "mpt", "nomic-bert",
-        "olmo2", "olmoe", "phi2", "phi3", "qwen", "qwen2", "qwen2moe", "qwen2vl", "qwen3",
-        "qwen3moe", "stablelm", "starcoder2", "t5", "t5encoder",
+        "bert", "bloom", "cohere2", "command-r", "falcon", "gemma", "gemma2", "gemma3", "gpt-oss",
+        "gpt2", "gptneox", "llama4", "mpt", "nomic-bert", "olmo2", "olmoe", "phi2", "phi3", "qwen",
+        "qwen2", "qwen2moe", "qwen2vl", "qwen3", "qwen3moe", "stablelm", "starcoder2", "t5",
+        "t5encoder",
     }
 )  # fmt: skip
 # Fused rows that the converter has put into blocks: the family under whose name config.json has it.
@@ -50,8 +54,10 @@ _FUSED: Final = {"bloom": "bloom", "gptneox": "gpt_neox", "falcon": "falcon"}
 _CODES: Final = {
     "Q4_0": (2, 18, 0x11), "Q4_1": (4, 20, 0x11), "Q5_0": (6, 22, 0x11), "Q5_1": (8, 24, 0x11),
     "Q8_0": (2, 34, 1), "Q2_K": (16, 80, 0x55), "Q3_K": (32, 96, 0x55), "Q4_K": (16, 144, 0x11),
-    "Q5_K": (48, 176, 0x11), "Q6_K": (0, 128, 0x11),
+    "Q5_K": (48, 176, 0x11), "Q6_K": (0, 128, 0x11), "TQ2_0": (0, 64, 0x55),
 }  # fmt: skip
+# The same for types whose 4-bit codes stand for unequal levels (``kvalues`` in the library).
+_LEVELS: Final = {"IQ4_NL": (2, 18), "IQ4_XS": (8, 136), "MXFP4": (1, 17), "NVFP4": (4, 36)}
 
 
 def open_gguf(path: Path, label: str) -> BaseWeights:
@@ -127,10 +133,11 @@ class GGUFTensors:
         return self._decoded(name, index, self._values)
 
     def squared_errors(self, name: str, index: int | None) -> Tiles | None:
-        """Yield what rounding is expected to have done: step²/12; None for other kinds of code."""
-        if self._file.tensors[name].kind not in _CODES:
-            return None
-        return self._decoded(name, index, self._variances)
+        """Yield what rounding is expected to have done; None for codes of several values."""
+        kind = self._file.tensors[name].kind
+        if kind in _LEVELS:
+            return self._decoded(name, index, self._level_variances)
+        return self._decoded(name, index, self._variances) if kind in _CODES else None
 
     def refuse_unreadable(self, name: str) -> None:
         """Raise where the type is not decoded, or the order of the rows is not known."""
@@ -171,6 +178,25 @@ class GGUFTensors:
         blocks[:, :, start:stop] = one
         steps = self._values(name, blocks.reshape(rows.shape)) - zero
         return np.asarray(np.square(steps) / np.float32(12))
+
+    def _level_variances(self, name: str, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return the mean square error of each value: of its level's cell, times scale²."""
+        kind = self._file.tensors[name].kind
+        gguf = _library()
+        known = gguf.quants._type_traits[gguf.GGMLQuantizationType[kind]].kvalues
+        levels = np.array(known, np.float32)
+        start, stop = _LEVELS[kind]
+        blocks = rows.reshape(len(rows), -1, _block_bytes(kind)).copy()
+        blocks[:, :, start:stop] = 0xFF
+        scales = self._values(name, blocks.reshape(rows.shape)) / levels[15]
+        with np.errstate(divide="ignore", invalid="ignore"):  # a block of zeros has the scale 0
+            numbers = np.nan_to_num(self._values(name, rows) / scales)
+        order = np.argsort(levels)
+        middles = (levels[order][1:] + levels[order][:-1]) / 2
+        codes = order[np.searchsorted(middles, numbers)]
+        # The library's levels are twice those of the format.
+        reach = 2 * MXFP4_REACH if kind == "MXFP4" else 0.0
+        return np.asarray(cell_variances(levels, reach)[codes] * np.square(scales))
 
     def _rotation(self, name: str, height: int) -> _Rotation:
         if self._arch not in _PERMUTED or not _is_rotated(name):

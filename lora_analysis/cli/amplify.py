@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 @click.command(name="amplify")
 @click.argument("source", metavar="ADAPTER")
-@click.option("--base", required=True, help="Base weights: a safetensors file or model folder.")
+@click.option(
+    "--base", required=True, help="Base weights: a safetensors or GGUF file, or a model folder."
+)
 @transposed_option
 @click.option(
     "--draws", type=click.IntRange(0), default=16, show_default=True, help="Random draws."

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from lora_analysis.storage.headers import TensorInfo
 
+# MXFP4 scales a block by 2^(⌊log₂ largest⌋ − 2): its largest is below 8, its last level is 6.
+MXFP4_REACH: Final = 2.0
 # Of sign, two bits of exponent and one of mantissa; the high bit is the sign.
 E2M1: Final = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
@@ -51,12 +53,15 @@ class Coded:
         Value of every code; None where the codes are the numbers themselves.
     zero
         Broadcasts to ``(m, n)``; what an integer code for 0 is.
+    reach
+        How far beyond the outermost levels values may have been, in their unit.
     """
 
     codes: NDArray[Any]
     scale: NDArray[np.float32]
     levels: NDArray[np.float32] | None = None
     zero: NDArray[Any] | None = None
+    reach: float = 0.0
 
     def values(self) -> NDArray[np.float32]:
         """Return the weights, ``(m, n)``."""
@@ -78,7 +83,7 @@ class Coded:
         square = np.square(self.scale, dtype=np.float32)
         if self.levels is None:
             return np.broadcast_to(square / np.float32(12), self.codes.shape)
-        return np.asarray(cell_variances(self.levels)[self.codes] * square)
+        return np.asarray(cell_variances(self.levels, self.reach)[self.codes] * square)
 
 
 Decoder = Callable[[slice], Coded]
@@ -107,22 +112,23 @@ class Quantised(Protocol):
         """Return what decodes runs of rows, of one expert where there are several."""
 
 
-def cell_variances(levels: NDArray[np.float32]) -> NDArray[np.float32]:
+def cell_variances(levels: NDArray[np.float32], reach: float = 0.0) -> NDArray[np.float32]:
     """Return the mean square distance from every level of the values that are nearest to it.
 
     A cell reaches half way to the neighbours, ``a`` below and ``b`` above; uniform over it, the
     mean square is ``(a³ + b³)/(3(a + b))``, which is step²/12 for equal steps. Beyond the outermost
-    levels there is nothing: blocks are scaled so that their largest value is one of them.
+    levels there is ``reach``: nothing where blocks are scaled so that their largest value is one
+    of them, more where the scale is a power of two.
     """
-    return _cell_variances(levels.tobytes())
+    return _cell_variances(levels.tobytes(), reach)
 
 
 @cache
-def _cell_variances(raw: bytes) -> NDArray[np.float32]:
+def _cell_variances(raw: bytes, reach: float) -> NDArray[np.float32]:
     levels = np.frombuffer(raw, np.float32)
     finite = np.unique(levels[np.isfinite(levels)]).astype(np.float64)  # one zero for +0 and −0
     half = np.diff(finite) / 2
-    below, above = np.concatenate([[0.0], half]), np.concatenate([half, [0.0]])
+    below, above = np.concatenate([[reach], half]), np.concatenate([half, [reach]])
     variances = (below**3 + above**3) / (3 * (below + above))
     places = np.searchsorted(finite, np.nan_to_num(levels, posinf=0, neginf=0))
     return np.where(np.isfinite(levels), variances[places], 0).astype(np.float32)

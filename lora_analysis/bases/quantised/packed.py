@@ -16,6 +16,7 @@ import numpy as np
 
 from lora_analysis.bases.quantised.codes import (
     E2M1,
+    MXFP4_REACH,
     Coded,
     Decoder,
     RawTensors,
@@ -122,11 +123,13 @@ class Packed4BitFloats:
             factor = np.float32(tensors.read(self.whole).reshape(-1)[0])
             scales *= 1 / factor if self.divided else factor
         first = (index or 0) * height
+        reach = MXFP4_REACH if self.whole is None else 0.0
 
         def decode(rows: slice) -> Coded:
             bounds = ((first + at) * width // 2 for at in (rows.start, rows.stop))
             codes = nibbles(tensors.raw(self.name, *bounds), high_first=False)
-            return Coded(codes.reshape(-1, width), scales[rows].repeat(self.run, axis=-1), E2M1)
+            spread = scales[rows].repeat(self.run, axis=-1)
+            return Coded(codes.reshape(-1, width), spread, E2M1, reach=reach)
 
         return decode
 
