@@ -163,7 +163,7 @@ def _least_gap(values: np.ndarray) -> float:
 def test_rotated_rows_of_q_and_k_are_put_back(
     rng: np.random.Generator, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    q, k = rng.standard_normal((24, 32)), rng.standard_normal((8, 32))
+    q, k = rng.standard_normal((48, 32)), rng.standard_normal((16, 32))
     tensors = {
         "blk.0.attn_q.weight": permuted(q, 6),
         "blk.0.attn_k.weight": permuted(k, 2),
@@ -171,7 +171,7 @@ def test_rotated_rows_of_q_and_k_are_put_back(
     }
     path = write_gguf(tmp_path / "m.gguf", tensors, kind=kind, heads=6, kv_heads=2)
     base = open_base(path)
-    monkeypatch.setattr(gguf_base, "BLOCK_ELEMENTS", 9 * 32)  # tiles hold whole heads
+    monkeypatch.setattr(gguf_base, "BLOCK_ELEMENTS", 17 * 32)  # tiles hold whole heads
     exact = {"F32": 1e-6, "Q8_0": 0.02}[kind]
     for part, wanted in (("q", q), ("k", k), ("v", k)):
         found = base.weight(f"model.layers.0.self_attn.{part}_proj", shape=wanted.shape)

@@ -53,7 +53,8 @@ def test_bitsandbytes_4bit_reads_as_the_library_decodes_it(
     assert weight.noise() == pytest.approx(true_noise(W.numpy(), weight.array()), rel=NOISE)
 
 
-@given(m=st.integers(1, 9), n=st.integers(1, 70))
+# From three elements on: the library takes a single byte for a transposed weight.
+@given(m=st.integers(1, 9), n=st.integers(3, 70))
 def test_4bit_rows_may_begin_inside_a_byte_and_inside_a_block(
     tmp_path_factory: pytest.TempPathFactory, m: int, n: int
 ) -> None:
@@ -61,7 +62,7 @@ def test_4bit_rows_may_begin_inside_a_byte_and_inside_a_block(
     stored, decoded = bitsandbytes_4bit(W, "nf4", nested=False)
     folder = write_base(tmp_path_factory.mktemp("base"), stored)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantised, "BLOCK_ELEMENTS", 2 * n)
+        patch.setattr(quantised, "BLOCK_ELEMENTS", n)
         np.testing.assert_array_equal(read(folder), decoded)
 
 

@@ -33,7 +33,12 @@ INDEX_SUFFIX = ".safetensors.index.json"
 
 
 class NamedTensors(Protocol):
-    """The tensors of a container; names, types and shapes are known before any is read."""
+    """The tensors of a container; names, types and shapes are known before any is read.
+
+    Two containers are the same only if they are one: what was read of them is kept by identity.
+    """
+
+    def __hash__(self) -> int: ...
 
     @property
     def path(self) -> Path:
