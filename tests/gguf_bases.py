@@ -14,8 +14,8 @@ def write_gguf(
     *,
     arch: str = "llama",
     kind: str = "F32",
-    heads: int | None = None,
-    kv_heads: int | None = None,
+    heads: int | list[int] | None = None,
+    kv_heads: int | list[int] | None = None,
     raw: bool = False,
 ) -> Path:
     """Write tensors, quantised to ``kind`` by the library; ``raw`` ones are bytes of that kind."""

@@ -178,6 +178,18 @@ def test_rotated_rows_of_q_and_k_are_put_back(
         np.testing.assert_allclose(found.array(), wanted, atol=exact, rtol=0)
 
 
+def test_heads_may_differ_from_block_to_block(rng: np.random.Generator, tmp_path: Path) -> None:
+    q = rng.standard_normal((48, 32)).astype(np.float32)
+    tensors = {f"blk.{at}.attn_q.weight": permuted(q, heads) for at, heads in enumerate((6, 3))}
+    base = open_base(write_gguf(tmp_path / "m.gguf", tensors, heads=[6, 3]))
+    for at in range(2):
+        found = base.weight(f"model.layers.{at}.self_attn.q_proj", shape=q.shape)
+        np.testing.assert_array_equal(found.array(), q)
+    lone = open_base(write_gguf(tmp_path / "n.gguf", {"blk.0.attn_q.weight": q}))
+    with pytest.raises(BaseWeightError, match="the file states None"):
+        lone.weight("blk.0.attn_q")
+
+
 def test_rows_stay_where_the_architecture_has_not_moved_them(
     rng: np.random.Generator, tmp_path: Path
 ) -> None:

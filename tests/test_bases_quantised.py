@@ -306,6 +306,11 @@ def test_packed_words_that_do_not_fit_are_an_error(
         folder = write_base(tmp_path / name, stored, quant_method="gptq")
         with pytest.raises(BaseWeightError, match=r"q\.qweight.*do(es)? not fit"):
             open_base(folder).weight("q")
+    for wrong in (-1, 3):
+        stored = {**whole, "q.g_idx": np.full(96, wrong, np.int32)}
+        folder = write_base(tmp_path / f"group {wrong}", stored)
+        with pytest.raises(BaseWeightError, match="do not fit"):
+            open_base(folder).weight("q")
     folder = write_base(tmp_path / "marlin", whole, checkpoint_format="marlin")
     with pytest.raises(BaseWeightError, match=r"marlin.*dequantise"):
         open_base(folder).weight("q")

@@ -16,6 +16,8 @@ from lora_analysis.storage.safetensors import tile_slices
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from numpy.typing import NDArray
+
     from lora_analysis.bases.pieces import Tiles
 
 
@@ -67,6 +69,10 @@ class ArrayTensors:
 
     def squared_errors(self, name: str, index: int | None) -> None:
         """Return None: nothing was rounded."""
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Return an array as it was given."""
+        return self._arrays[name]
 
     def refuse_unreadable(self, name: str) -> None:
         """Raise where the array holds no floating-point numbers."""
@@ -126,6 +132,14 @@ class LiveTensors:
 
     def squared_errors(self, name: str, index: int | None) -> None:
         """Return None: nothing was rounded."""
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Return a parameter of any shape, brought to the CPU."""
+        tensor = self._parameters[name].detach()
+        whole: NDArray[Any] = (
+            (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
+        )
+        return whole
 
     def refuse_unreadable(self, name: str) -> None:
         """Raise for quantised, empty and outdated parameters, and under a merged adapter."""

@@ -7,6 +7,7 @@ interleaved heads were put into blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -139,6 +140,11 @@ class GGUFTensors:
             return self._decoded(name, index, self._level_variances)
         return self._decoded(name, index, self._variances) if kind in _CODES else None
 
+    def read(self, name: str) -> NDArray[Any]:
+        """Return a tensor of any shape, its rows in the order of the file."""
+        shape = self.shape(name)
+        return self._values(name, self._file.rows(name, 0, math.prod(shape[:-1]))).reshape(shape)
+
     def refuse_unreadable(self, name: str) -> None:
         """Raise where the type is not decoded, or the order of the rows is not known."""
         kind = self._file.tensors[name].kind
@@ -151,6 +157,7 @@ class GGUFTensors:
                 f"architecture '{self._arch}'. Use the model as safetensors."
             )
             raise BaseWeightError(message)
+        self._rotation(name, (1, 1, *self.shape(name))[-2])
 
     def _decoded(self, name: str, index: int | None, decode: _Decode) -> Tiles:
         shape = self.shape(name)
@@ -205,6 +212,9 @@ class GGUFTensors:
         heads = metadata.get(f"{self._arch}.attention.head_count")
         if name.endswith("attn_k.weight"):
             heads = metadata.get(f"{self._arch}.attention.head_count_kv", heads)
+        if isinstance(heads, list):  # a number for each block
+            block = int(name.split(".")[1])
+            heads = heads[block] if block < len(heads) else None
         if not isinstance(heads, int) or heads < 1 or height % (2 * heads):
             message = (
                 f"{self._label}: the {height} rows of '{name}' are permuted by heads, of which "

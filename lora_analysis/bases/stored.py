@@ -129,6 +129,10 @@ class StoredTensors:
         made = self._made(name)
         return None if made is None else tiles(made, self._stored, index, errors=True)
 
+    def read(self, name: str) -> NDArray[Any]:
+        """Return a tensor of any shape."""
+        return self._stored.read(name)
+
     def refuse_unreadable(self, name: str) -> None:
         """Raise where the tensor is the payload of a storage that is not read."""
         method = str(self._config.get("quant_method", ""))

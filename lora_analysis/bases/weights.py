@@ -49,6 +49,9 @@ class TensorSource(Protocol):
     def squared_errors(self, name: str, index: int | None) -> Tiles | None:
         """Yield what rounding is expected to have done to it; None where that is not known."""
 
+    def read(self, name: str) -> NDArray[Any]:
+        """Return a tensor of any shape, as stored."""
+
     def refuse_unreadable(self, name: str) -> None:
         """Raise BaseWeightError where the tensor does not hold the weight's own numbers."""
 
@@ -145,10 +148,15 @@ class BaseWeights:
         self.label = label
         stated = (config or {}).get("model_type")
         self.model_type = stated if isinstance(stated, str) else None
-        self._family = Family(self.model_type, config or {}, blocks)
+        self._config = config or {}
+        self._blocks = blocks
         self._source = source
         self._names = TensorNames(source.names, label, source.shape, source.aliases)
         self._locator = Locator(self._names, source.shape, config or {})
+
+    @property
+    def _family(self) -> Family:
+        return Family(self.model_type, self._config, self._blocks)
 
     @property
     def names(self) -> list[str]:

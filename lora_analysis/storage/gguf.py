@@ -29,6 +29,8 @@ _ALIGNMENT: Final = "general.alignment"
 _MAX_PAIRS: Final = 10_000
 _Found = tuple[str, tuple[int, ...], int, int]  # name, shape, type, offset
 _MAX_TEXT: Final = 2**24
+# Longer arrays are a vocabulary's, which nothing here needs.
+_MAX_ARRAY: Final = 1024
 # Code of a value's type → how it is unpacked; 8 is a string, 9 an array.
 _SCALARS: Final = {
     0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q",
@@ -188,19 +190,20 @@ class _Reader:
         return raw.decode("utf-8", errors="replace")
 
     def value(self, code: int) -> Any:
-        """Return a value of a type; None for arrays, which nothing here needs."""
+        """Return a value of a type; None for arrays of strings and for long ones."""
         if code in _SCALARS:
             return self.scalar(_SCALARS[code])
         if code == _STRING:
             return self.text()
         if code == _ARRAY:
-            self._skip_array()
-            return None
+            return self._array()
         message = f"{self._path}: a value has the unknown type {code}."
         raise MalformedFileError(message)
 
-    def _skip_array(self) -> None:
+    def _array(self) -> list[Any] | None:
         kind, count = self.scalar("<I"), self.count(self._size)
+        if kind in _SCALARS and count <= _MAX_ARRAY:
+            return [self.scalar(_SCALARS[kind]) for _ in range(count)]
         if kind in _SCALARS:
             self._forward(count * struct.calcsize(_SCALARS[kind]))
         elif kind == _STRING:
@@ -209,6 +212,7 @@ class _Reader:
         else:
             message = f"{self._path}: an array holds values of the unknown type {kind}."
             raise MalformedFileError(message)
+        return None
 
     def tensor(self) -> _Found:
         """Return name, shape slowest axis first, type and offset of a tensor."""

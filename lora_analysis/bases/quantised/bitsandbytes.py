@@ -76,13 +76,18 @@ def blockwise_4bit(name: str, kind: str, tensors: RawTensors, label: str) -> Blo
         if "nested_blocksize" in state:
             wanted[f"{name}.nested_absmax"] = math.ceil(blocks / nested)
             wanted[f"{name}.nested_quant_map"] = 256
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, RecursionError) as error:
         raise refused(label, name, storage, f"its quant_state is not readable ({error})") from error
     for tensor, elements in wanted.items():
         info = tensors.infos.get(tensor)
         if info is None or info.elements != elements:
             found = "is missing" if info is None else f"has {info.elements:,}"
             why = f"'{tensor}' should have {elements:,} elements, it {found}"
+            raise refused(label, name, storage, why)
+    kinds = {name: "uint8"} | ({f"{name}.absmax": "uint8"} if "nested_blocksize" in state else {})
+    for tensor, dtype in kinds.items():
+        if tensors.infos[tensor].dtype != dtype:
+            why = f"'{tensor}' should be {dtype}, it is {tensors.infos[tensor].dtype}"
             raise refused(label, name, storage, why)
     return Blockwise4Bit(name, (m, n), storage, state)
 

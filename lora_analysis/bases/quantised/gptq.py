@@ -124,9 +124,14 @@ def packed_words(
         rows = weight[0] * 32 // bits
         index = infos.get(f"{path}.g_idx")
         size = None if index is not None else -(-rows // groups)
-        if index is None or index.elements == rows:
+        if index is None or _names_groups(tensors.read(f"{path}.g_idx"), rows, groups):
             return GPTQ(path, (rows, out), bits, size, _added(config, label, path))
     raise refused(label, f"{path}.qweight", storage, f"the shapes do not fit: {shapes}")
+
+
+def _names_groups(index: Any, rows: int, groups: int) -> bool:
+    """Say whether ``g_idx`` gives each input one of the groups."""
+    return bool(index.shape == (rows,) and index.min() >= 0 and index.max() < groups)
 
 
 def _added(config: Mapping[str, Any], label: str, path: str) -> int:

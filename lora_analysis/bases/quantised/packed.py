@@ -141,10 +141,9 @@ def four_bit_floats(
     info, scales = tensors.infos[name], tensors.infos[scale]
     kind, run = ("MXFP4", 32) if scales.dtype in ("uint8", "float8_e8m0fnu") else ("NVFP4", 16)
     # gpt-oss keeps the sixteen bytes of a run on an axis of their own.
-    if len(info.shape) == len(scales.shape) + 1 and info.shape[:-1] == scales.shape:
-        shape = (*info.shape[:-2], info.shape[-2] * info.shape[-1] * 2)
-    else:
-        shape = (*info.shape[:-1], info.shape[-1] * 2)
+    by_run = len(info.shape) > 2 and info.shape[:-1] == scales.shape
+    packed = info.shape[-2:] if by_run else info.shape[-1:]
+    shape = (*info.shape[: len(info.shape) - len(packed)], 2 * math.prod(packed))
     wrong = info.dtype != "uint8" or len(shape) not in (2, 3)
     if wrong or scales.shape != (*shape[:-1], shape[-1] / run):
         why = f"{info.dtype} {info.shape} and scales {scales.dtype} {scales.shape} do not fit"

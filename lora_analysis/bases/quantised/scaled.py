@@ -87,7 +87,7 @@ def scaled(
     if scale is None:
         return Scaled(name, info.shape, f"{kind} without scales", info.dtype, None, (1, 1))
     shape = tensors.infos[scale].shape
-    block = block_of(info.shape, shape, config.get("weight_block_size"))
+    block = block_of(info.shape, shape, _stated_block(config))
     if block is None:
         why = f"scales of shape {shape} do not cover a weight of shape {info.shape}"
         raise refused(label, name, f"scaled {kind}", why)
@@ -97,6 +97,14 @@ def scaled(
     storage = f"{kind}, {_covering(info.shape, block)}"
     held = zero if zero in tensors.infos else None
     return Scaled(name, info.shape, storage, info.dtype, scale, block, held)
+
+
+def _stated_block(config: Mapping[str, Any]) -> list[int] | None:
+    """Return the edges of blocks that a configuration states, None where it states none."""
+    stated = config.get("weight_block_size")
+    if not isinstance(stated, list) or len(stated) != 2:
+        return None
+    return stated if all(isinstance(edge, int) and edge > 0 for edge in stated) else None
 
 
 def block_of(
