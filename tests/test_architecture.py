@@ -55,6 +55,9 @@ HEAVY = {
     "torch": {"lora", "spectra", "training"},  # spectra: on a device only
     "matplotlib": {"plots", "report"},
     "pandas": {"studies", "report"},
+    "gguf": {"bases"},
+    "bitsandbytes": set(),
+    "compressed_tensors": set(),
     "transformers": set(),
     "peft": set(),
 }

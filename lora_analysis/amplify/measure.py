@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -176,7 +177,7 @@ def amplifications(
         weight_values = linalg.leading_singular_values(dense, most)
     random = [_leading_norms(one.core) for one in found[len(own) :]]
     norms = np.array(random).reshape(draws, most)
-    return [
+    results = (
         _amplification(
             spectra[at],
             _norm(update, spectra[at]),
@@ -185,7 +186,11 @@ def amplifications(
             precisions[at],
         )
         for at, update in enumerate(updates)
-    ]
+    )
+    if isinstance(W, np.ndarray) or not W.storage:
+        return list(results)
+    noise = W.noise()
+    return [replace(one, storage=W.storage, noise=noise) for one in results]
 
 
 def _spectral(update: Update | Spectrum, k: int | None) -> Spectrum:

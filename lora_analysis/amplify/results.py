@@ -71,6 +71,12 @@ class Amplification:
         ``‖U_kᵀ·W‖_F`` over the same; None if not asked for.
     precision
         Type of the products with W, ``"float64"`` or ``"float32"``.
+    storage
+        How W is quantised ("bitsandbytes nf4"), empty where it is stored as plain numbers.
+    noise
+        Expected ‖rounding error of W‖_F/‖W‖_F (`Weight.noise`), None where it is not quantised or
+        not known. Such an error is no more aligned with ΔW than random directions are: it moves
+        ``enrichment`` at k by about ``noise/k``, and where that is weaker, to about ``noise``.
     """
 
     module: str
@@ -88,6 +94,8 @@ class Amplification:
     input_enrichment: NDArray[np.float64]
     output_enrichment: NDArray[np.float64] | None
     precision: Precision
+    storage: str = ""
+    noise: float | None = None
 
     @property
     def p_value(self) -> NDArray[np.float64]:

@@ -1,8 +1,8 @@
 """Frozen base weights: which tensor belongs to a module, how it lies, and its values in blocks.
 
 Nothing above this folder knows where W is stored or which way round; nothing in it knows an
-adapter's format. A base is a safetensors file or folder, a live ``torch.nn.Module`` (torch is
-not imported for it), or a mapping of arrays.
+adapter's format. A base is a safetensors, torch or GGUF file or a folder with one, plain or
+quantised, a live ``torch.nn.Module`` (torch is not imported for it), or a mapping of arrays.
 """
 
 from lora_analysis.bases.opening import open_base

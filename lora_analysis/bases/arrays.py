@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_analysis.bases.naming import quantised
+from lora_analysis.bases.naming import matrix_shape, quantised
 from lora_analysis.errors import BaseWeightError
 from lora_analysis.storage.limits import BLOCK_ELEMENTS
 from lora_analysis.storage.safetensors import tile_slices
@@ -16,7 +16,9 @@ from lora_analysis.storage.safetensors import tile_slices
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from lora_analysis.bases.weights import Tiles
+    from numpy.typing import NDArray
+
+    from lora_analysis.bases.pieces import Tiles
 
 
 def is_live_model(source: object) -> bool:
@@ -40,6 +42,11 @@ class ArrayTensors:
         """Names of all tensors; a module's plain name stands for its weight."""
         return list(self._arrays)
 
+    @property
+    def aliases(self) -> Mapping[str, Sequence[str]]:
+        """No further names are known."""
+        return {}
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape."""
         return self._arrays[name].shape
@@ -52,9 +59,20 @@ class ArrayTensors:
         """Return False: the caller hands matrices over as ``(d_out, d_in)``."""
         return False
 
-    def tiles(self, name: str) -> Tiles:
+    def storage(self, name: str) -> str:  # noqa: ARG002 - by agreement
+        """Return nothing: these are plain numbers."""
+        return ""
+
+    def tiles(self, name: str, index: int | None) -> Tiles:
         """Yield a matrix tile by tile."""
-        return _tiles(self._arrays[name])
+        return _tiles(_matrix(name, self._arrays[name], index))
+
+    def squared_errors(self, name: str, index: int | None) -> None:
+        """Return None: nothing was rounded."""
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Return an array as it was given."""
+        return self._arrays[name]
 
     def refuse_unreadable(self, name: str) -> None:
         """Raise where the array holds no floating-point numbers."""
@@ -81,6 +99,11 @@ class LiveTensors:
         """Names of all parameters."""
         return list(self._parameters)
 
+    @property
+    def aliases(self) -> Mapping[str, Sequence[str]]:
+        """No further names are known."""
+        return {}
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a parameter."""
         return tuple(self._parameters[name].shape)
@@ -99,9 +122,24 @@ class LiveTensors:
             return self.shape(name) != (module.out_features, module.in_features)
         return False if name.endswith("in_proj_weight") else None
 
-    def tiles(self, name: str) -> Tiles:
+    def storage(self, name: str) -> str:  # noqa: ARG002 - by agreement
+        """Return nothing: quantised parameters are refused."""
+        return ""
+
+    def tiles(self, name: str, index: int | None) -> Tiles:
         """Yield a matrix tile by tile, each brought to the CPU on its own."""
-        return _tiles(self._parameters[name].detach())
+        return _tiles(_matrix(name, self._parameters[name].detach(), index))
+
+    def squared_errors(self, name: str, index: int | None) -> None:
+        """Return None: nothing was rounded."""
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Return a parameter of any shape, brought to the CPU."""
+        tensor = self._parameters[name].detach()
+        whole: NDArray[Any] = (
+            (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
+        )
+        return whole
 
     def refuse_unreadable(self, name: str) -> None:
         """Raise for quantised, empty and outdated parameters, and under a merged adapter."""
@@ -128,6 +166,11 @@ class LiveTensors:
                     "there to be read. Unmerge it first."
                 )
                 raise BaseWeightError(message)
+
+
+def _matrix(name: str, array: Any, index: int | None) -> Any:
+    """Return an array as a matrix: one of a stack, or a kernel with a row per output."""
+    return array[index] if index is not None else array.reshape(matrix_shape(name, array.shape))
 
 
 def _tiles(matrix: Any) -> Tiles:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Final
 
+from lora_analysis.bases.aliases import (
+    FAMILIES,
+    SPELLINGS,
+    Family,
+    Rewrite,
+    flattened,
+    is_flattened,
+)
 from lora_analysis.errors import BaseWeightError
 from lora_analysis.patterns import near_names
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 _WRAPPER: Final = "base_model.model."
 
@@ -21,16 +30,19 @@ _PARTS: Final = frozenset(
 # Where a wrapped module keeps its frozen weight, and where what is trained beside it.
 _FROZEN: Final = frozenset({"base_layer", "original_module"})
 _TRAINED: Final = frozenset({"lora_A", "lora_B", "modules_to_save"})
+_STACKS: Final = frozenset({"gate_up_proj", "gate_proj", "up_proj", "down_proj"})
 
-# Tensors that a quantised weight is made of, beside or instead of "<module>.weight".
-_QUANTISED: Final = {
-    "qweight": "GPTQ or AWQ",
-    "weight_packed": "compressed-tensors",
-    "weight.absmax": "bitsandbytes 4-bit",
-    "SCB": "bitsandbytes 8-bit",
-    "weight_scale_inv": "block-scaled fp8",
-    "weight_scale": "scaled fp8 or compressed-tensors",
-    "weight_blocks": "MXFP4",
+# What no reader here decodes, by a tensor that marks it. Its own library turns it into numbers.
+_UNREAD: Final = {
+    "W_q": "HQQ",
+    "weight._data": "quanto",
+    "weight.qdata": "torchao",
+    "codebooks": "AQLM",
+    "weight_scales": "EETQ",
+    "centroids.weight": "VPTQ",
+    "Qidxs": "QuIP#",
+    "dense_weights": "SpQR",
+    "B": "Marlin",
 }
 
 
@@ -45,58 +57,114 @@ class TensorNames:
         The base's name, for messages.
     shape_of
         Gives the stored shape of a tensor.
+    aliases
+        Tensor name → further modules that it is the weight of, where the source knows them.
     """
 
     def __init__(
-        self, names: Iterable[str], label: str, shape_of: Callable[[str], tuple[int, ...]]
+        self,
+        names: Iterable[str],
+        label: str,
+        shape_of: Callable[[str], tuple[int, ...]],
+        aliases: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        self._label = label
+        self.label = label
         self._shape_of = shape_of
         self._stored = list(names)
-        self._tensors: dict[str, list[str]] = {}
+        self._modules: dict[str, list[str]] = {}
         for name in self._stored:
-            if (module := module_of(name)) is not None:
-                self._tensors.setdefault(module, []).append(name)
-        self._by_tail: dict[str, list[str]] = {}
-        for module in self._tensors:
-            self._by_tail.setdefault(module.rpartition(".")[2], []).append(module)
+            for module in (module_of(name), *(aliases or {}).get(name, ())):
+                if module is not None:
+                    self._modules.setdefault(module, []).append(name)
+        self._direct = _Index(self._modules)
+        self._families = [
+            family for family in FAMILIES if any(map(family.mark.search, self._modules))
+        ]
+        self._rewritten: dict[Family | None, _Index] = {}
 
-    def candidates(self, module: str) -> list[str]:
+    def find(self, wanted: str) -> list[str]:
         """Return the tensors that a module's name may mean: those of the closest match.
 
-        Raises
-        ------
-        BaseWeightError
-            There are none; the message lists near names.
+        The name is taken as it is, then in the spelling of every family that takes part.
         """
-        wanted = module.removeprefix(_WRAPPER).replace(".base_layer", "")
-        found = self._candidates(wanted)
-        if not found:
-            raise self._missing(module, wanted)
-        return found
+        if is_flattened(wanted):
+            return self._find_flattened(wanted)
+        if found := self._direct.find(wanted):
+            return found
+        for family in FAMILIES:
+            takes_part = family in self._families or family.mark.search(wanted)
+            if takes_part and (found := self._index(family).find(family.rewrite(wanted))):
+                return found
+        return []
 
-    def choose(self, module: str, candidates: list[str], shape: tuple[int, int] | None) -> str:
-        """Return the one candidate that holds a matrix of ``shape``, either way round.
+    @staticmethod
+    def spellings(wanted: str) -> list[str]:
+        """Return a name as it is, and in the spelling of every family that it may belong to."""
+        rewritten = [f.rewrite(wanted) for f in FAMILIES if f.mark.search(wanted)]
+        return list(dict.fromkeys([wanted, *rewritten]))
+
+    def choose(
+        self,
+        module: str,
+        candidates: Sequence[str],
+        shape: tuple[int, int] | None,
+        fits: Callable[[str], bool],
+    ) -> str:
+        """Return the one candidate that fits ``shape``, as ``fits`` says of a tensor.
 
         Raises
         ------
         BaseWeightError
             None or several do; the message lists them with their shapes.
         """
-        fitting = [name for name in candidates if self._fits(name, shape)]
+        fitting = [name for name in candidates if fits(name)]
         if len(fitting) == 1:
             return fitting[0]
         of_shape = f" of shape {tuple(shape)}" if shape else " that is a matrix"
         reason = "several tensors" if fitting else f"no tensor{of_shape}"
         listed = ", ".join(f"'{n}' {self._shape_of(n)}" for n in (fitting or candidates)[:6])
-        message = f"{self._label}: {reason} may belong to '{module}'. By name: {listed}."
+        message = f"{self.label}: {reason} may belong to '{module}'. By name: {listed}."
         raise BaseWeightError(message)
 
-    def _fits(self, name: str, shape: tuple[int, int] | None) -> bool:
-        stored = self._shape_of(name)
-        return len(stored) == 2 if shape is None else stored in (tuple(shape), tuple(shape)[::-1])
+    def missing(self, module: str) -> BaseWeightError:
+        """Return the error for a module that no tensor belongs to; it lists near names."""
+        wanted = plain_name(module)
+        for name in self._stored:
+            for mark, storage in _UNREAD.items():
+                if name == f"{wanted}.{mark}" or name.endswith(f".{wanted}.{mark}"):
+                    return quantised(self.label, name, storage)
+        near = ", ".join(f"'{name}'" for name in near_names(wanted, self._modules)) or "none"
+        return BaseWeightError(
+            f"{self.label}: no weight belongs to '{module}'. Near names among its "
+            f"{len(self._modules)} modules: {near}."
+        )
 
-    def _candidates(self, wanted: str) -> list[str]:
+    def _index(self, family: Family) -> _Index:
+        if family not in self._rewritten:
+            self._rewritten[family] = _Index(_renamed(self._modules, family.rewrite))
+        return self._rewritten[family]
+
+    def _find_flattened(self, wanted: str) -> list[str]:
+        """Return the tensors whose module, its dots made underscores, is or ends with the name."""
+        end = flattened(wanted)
+        for modules in (self._modules, *(_renamed(self._modules, one) for one in SPELLINGS)):
+            flat = _renamed(modules, lambda name: name.replace(".", "_"))
+            for matches in ([end], [name for name in flat if name.endswith(f"_{end}")]):
+                if found := [tensor for name in matches for tensor in flat.get(name, ())]:
+                    return list(dict.fromkeys(found))
+        return []
+
+
+class _Index:
+    """Modules by their last segment, to find those that end like a name."""
+
+    def __init__(self, modules: Mapping[str, list[str]]) -> None:
+        self._modules = modules
+        self._by_tail: dict[str, list[str]] = {}
+        for module in modules:
+            self._by_tail.setdefault(module.rpartition(".")[2], []).append(module)
+
+    def find(self, wanted: str) -> list[str]:
         """Return the tensors of the closest match by name."""
         segments = wanted.split(".")
         alike = self._by_tail.get(segments[-1], ())
@@ -105,50 +173,50 @@ class TensorNames:
             matches = [module for module in alike if _matches(module, prefix, rest)]
             exact = [module for module in matches if module == rest]
             if matches:
-                return [name for match in exact or matches for name in self._tensors[match]]
+                found = (name for match in exact or matches for name in self._modules[match])
+                return list(dict.fromkeys(found))
         return []
 
-    def _missing(self, module: str, wanted: str) -> BaseWeightError:
-        for name in self._stored:
-            for mark, storage in _QUANTISED.items():
-                if name.endswith(f"{wanted}.{mark}"):
-                    return quantised(self._label, name, storage)
-        near = ", ".join(f"'{name}'" for name in near_names(wanted, self._tensors)) or "none"
-        return BaseWeightError(
-            f"{self._label}: no weight belongs to '{module}'. Near names among its "
-            f"{len(self._tensors)} modules: {near}."
-        )
+
+def _renamed(modules: Mapping[str, list[str]], rewrite: Rewrite) -> dict[str, list[str]]:
+    renamed: dict[str, list[str]] = {}
+    for module, tensors in modules.items():
+        renamed.setdefault(rewrite(module), []).extend(tensors)
+    return renamed
+
+
+def plain_name(module: str) -> str:
+    """Return a module's name without what a wrapper adds."""
+    return module.removeprefix(_WRAPPER).replace(".base_layer", "")
+
+
+def matrix_shape(name: str, stored: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a tensor as a matrix: kernels are flattened, one row per output."""
+    if len(stored) > 2 and name.endswith(".weight"):
+        return stored[0], math.prod(stored[1:])
+    return stored
 
 
 def module_of(tensor: str) -> str | None:
-    """Return the module whose weight a tensor is, None for biases, adapter factors and others."""
+    """Return the module whose weight a tensor is, None for biases, adapter factors and others.
+
+    A stack of experts is a parameter of its own and bears its module's name alone.
+    """
     path, _, last = tensor.removeprefix(_WRAPPER).rpartition(".")
-    if last == "in_proj_weight" and path:
-        return path
-    if last != "weight" or not path:
-        return None
     segments = path.split(".")
-    if not _TRAINED.isdisjoint(segments):
-        return None
-    return ".".join(segment for segment in segments if segment not in _FROZEN)
+    if last in ("in_proj_weight", "weight") and path:
+        if not _TRAINED.isdisjoint(segments):
+            return None
+        return ".".join(segment for segment in segments if segment not in _FROZEN)
+    return f"{path}.{last}" if segments[-1] == "experts" and last in _STACKS else None
 
 
 def quantised(label: str, tensor: str, storage: str) -> BaseWeightError:
-    """Return the error for a weight that is not stored as plain numbers."""
+    """Return the error for a weight that is not stored in a way that is read."""
     return BaseWeightError(
         f"{label}: '{tensor}' belongs to a quantised weight ({storage}), which is not read. "
-        "Use the unquantised base model."
+        "Dequantise the model first, or use the unquantised one."
     )
-
-
-def quantised_storage(tensor: str, names: frozenset[str]) -> tuple[str, str] | None:
-    """Return a companion tensor that marks ``tensor`` as quantised, and the storage, or None."""
-    path, _, last = tensor.rpartition(".")
-    for mark, storage in _QUANTISED.items():
-        companion = f"{path}.{mark}" if last == "weight" else ""
-        if companion in names:
-            return companion, storage
-    return None
 
 
 def _most_dropped(segments: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.bases.arrays import ArrayTensors, LiveTensors, is_live_model
@@ -10,35 +11,53 @@ from lora_analysis.bases.stored import StoredTensors
 from lora_analysis.bases.weights import BaseWeights
 from lora_analysis.errors import SourceError, UnknownFormatError
 from lora_analysis.storage.documents import read_json_object
+from lora_analysis.storage.pickles import PICKLE_SUFFIXES
 from lora_analysis.storage.places import existing_path, nothing_there
-from lora_analysis.storage.tensors import INDEX_SUFFIX, open_tensors
+from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
     import os
-    from pathlib import Path
 
-_NAMES: Final = ("model.safetensors", f"model{INDEX_SUFFIX}")
+# In this order: a folder that holds a model twice is read without pickles.
+_NAMES: Final = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_INDEX: Final = ".index.json"
+_GGUF: Final = ".gguf"
 
 
-def open_base(source: str | os.PathLike[str] | Mapping[str, Any] | Any) -> BaseWeights:
+def open_base(
+    source: str | os.PathLike[str] | Mapping[str, Any] | Any, *, allow_pickle: bool = False
+) -> BaseWeights:
     """Return the frozen weights a source holds; their values are read when asked for.
 
     Parameters
     ----------
     source
-        A safetensors file, a folder with ``model.safetensors`` or
-        ``model.safetensors.index.json``, a live ``torch.nn.Module`` (its frozen weights, also
-        where adapters are attached), or a mapping of module names to arrays ``(d_out, d_in)``.
-        A ``config.json`` beside the file names the family, which decides how matrices lie.
+        A safetensors, torch or GGUF file, the index of a sharded one, a folder with such a model
+        (a hub's cache folder too), a live ``torch.nn.Module`` (its frozen weights, also where
+        adapters are attached), or a mapping of module names to arrays ``(d_out, d_in)``. A
+        ``config.json`` beside the file names the family, which decides how matrices lie.
+        Quantised weights are decoded block by block as they are read: fp8, GGUF (with the extra
+        ``quantized``), bitsandbytes, compressed-tensors, GPTQ, AWQ, MXFP4, NVFP4.
+    allow_pickle
+        Whether files of ``torch.save`` are read: their tensors alone, nothing they name is run.
 
     Raises
     ------
     SourceError
         Nothing lies at the path, or a folder without one clear model.
     UnknownFormatError
-        What lies there is not read.
+        What lies there is not read, or is a pickle and ``allow_pickle`` is false.
     MalformedFileError
         A file is damaged.
+    MissingExtraError
+        It is a GGUF file and the package ``gguf`` is not installed.
     TypeError
         The source is none of these.
     """
@@ -50,24 +69,55 @@ def open_base(source: str | os.PathLike[str] | Mapping[str, Any] | Any) -> BaseW
     path = existing_path(source)
     if path is None:
         raise nothing_there(source)
-    file = _file_in(path) if path.is_dir() else path
-    label = (file.parent if file.name in _NAMES else file).absolute().name
-    return BaseWeights(
-        StoredTensors(open_tensors(_checked(file)), label),
-        label=label,
-        model_type=_model_type(file.with_name("config.json")),
-    )
+    folder = _snapshot(path) if path.is_dir() else path.parent
+    file = _file_in(folder) if path.is_dir() else path
+    label = _label(path, file)
+    if file.name.endswith(_GGUF):
+        from lora_analysis.bases.gguf import open_gguf
+
+        return open_gguf(file, label)
+    files = open_tensors(_checked(file), allow_pickle=allow_pickle)
+    config = _config(file.with_name("config.json"))
+    return BaseWeights(StoredTensors(files, label, config), label=label, config=config)
 
 
 def _open_live(model: Any) -> BaseWeights:
     config = getattr(model, "config", None)
+    to_dict = getattr(config, "to_dict", dict)
+    stated: dict[str, Any] = to_dict()
     model_type = getattr(config, "model_type", None)
+    if isinstance(model_type, str):
+        stated = {**stated, "model_type": model_type}
     label = type(model).__name__
-    return BaseWeights(
-        LiveTensors(model, label),
-        label=label,
-        model_type=model_type if isinstance(model_type, str) else None,
-    )
+    return BaseWeights(LiveTensors(model, label), label=label, config=stated)
+
+
+def _snapshot(folder: Path) -> Path:
+    """Return the folder of files in a hub's cache folder: the branch "main", or the only one.
+
+    The cache holds ``models--owner--name/snapshots/<commit>``, whose entries are links to blobs.
+    """
+    snapshots = folder / "snapshots"
+    if not snapshots.is_dir():
+        return folder
+    held = sorted(entry for entry in snapshots.iterdir() if entry.is_dir())
+    main = folder / "refs" / "main"
+    if main.is_file() and main.stat().st_size <= 256:
+        commit = main.read_text(encoding="utf-8", errors="replace").strip()
+        held = [one for one in held if one.name == commit] or held
+    if len(held) == 1:
+        return held[0]
+    names = ", ".join(one.name for one in held[:6]) or "none"
+    message = f"{folder}: it holds several snapshots, or none: {names}. Pass the one that is meant."
+    raise SourceError(message)
+
+
+def _label(path: Path, file: Path) -> str:
+    """Return a short name: the folder's, the file's, or the repository's in a hub's cache."""
+    for folder in (path, *path.absolute().parents):
+        if folder.name.startswith("models--") and (folder / "snapshots").is_dir():
+            return folder.name.removeprefix("models--").rpartition("--")[2]
+    return (file.parent if file.name in _NAMES else file).absolute().name
 
 
 def _file_in(folder: Path) -> Path:
@@ -76,32 +126,31 @@ def _file_in(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     held = sorted(entry.name for entry in folder.iterdir())
-    stored = [name for name in held if name.endswith(".safetensors")]
-    indices = [name for name in held if name.endswith(INDEX_SUFFIX)]
-    if "adapter_config.json" not in held and len(indices or stored) == 1:
-        return folder / (indices or stored)[0]
+    for suffix in (".safetensors", _GGUF, ".bin"):
+        stored = [name for name in held if name.endswith(suffix)]
+        indices = [name for name in held if name.endswith(suffix + _INDEX)]
+        if "adapter_config.json" not in held and len(indices or stored) == 1:
+            return folder / (indices or stored)[0]
     shown = ", ".join(held[:6]) or "nothing"
     hint = "It looks like an adapter's folder. " if "adapter_config.json" in held else ""
     message = (
-        f"{folder}: no model.safetensors and no single other safetensors file. {hint}"
-        f"The folder holds: {shown}. Other storages (.bin, GGUF) are not read."
+        f"{folder}: no model.safetensors and no other single file of weights. {hint}"
+        f"The folder holds: {shown}."
     )
     raise SourceError(message)
 
 
 def _checked(file: Path) -> Path:
-    if file.name.endswith((".safetensors", INDEX_SUFFIX)):
+    suffixes = (".safetensors", *PICKLE_SUFFIXES)
+    if file.name.endswith((*suffixes, *(suffix + _INDEX for suffix in suffixes))):
         return file
     message = (
-        f"{file}: base weights are read from safetensors files and their indices only. Save the "
-        "model again with safe_serialization=True."
+        f"{file}: base weights are read from safetensors, torch (.bin, .pt) and GGUF files and "
+        "their indices only. Save the model again with safe_serialization=True."
     )
     raise UnknownFormatError(message)
 
 
-def _model_type(config: Path) -> str | None:
-    """Return the family that a model's ``config.json`` states, or None."""
-    if not config.is_file():
-        return None
-    stated = read_json_object(config).get("model_type")
-    return stated if isinstance(stated, str) else None
+def _config(config: Path) -> dict[str, Any]:
+    """Return a model's ``config.json``, empty where there is none."""
+    return read_json_object(config) if config.is_file() else {}

@@ -21,6 +21,17 @@ _CONV1D_FAMILIES: Final = frozenset(
 )
 _CONV1D_MODULES: Final = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
+# Tables with a row per entry: an update from entries to dimensions is shaped like their transpose.
+_EMBEDDINGS: Final = frozenset(
+    {
+        "embed_in", "embed_tokens", "embeddings", "position_embeddings", "shared", "token_embd",
+        "token_embedding", "token_type_embeddings", "word_embeddings", "wpe", "wte",
+    }
+)  # fmt: skip
+
+# Families whose stacks of experts are [expert, in, out].
+_TURNED_EXPERTS: Final = frozenset({"gpt_oss", "llama4", "llama4_text"})
+
 # Families that use those names for ordinary linear layers.
 _LINEAR_DESPITE_NAMES: Final = frozenset({"gpt_bigcode", "gpt_neo", "starcoder2"})
 
@@ -49,7 +60,8 @@ def is_transposed(
         (word for word in (asked, known, family_orientation(model_type, name)) if word is not None),
         None,
     )
-    if decided is None and shape is not None and shape[0] != shape[1]:
+    table = asked is None and known is None and not _EMBEDDINGS.isdisjoint(name.split(".")[-2:])
+    if (decided is None or table) and shape is not None and shape[0] != shape[1]:
         decided = stored != tuple(shape)
     if decided is None:
         square = "is square and " if stored[0] == stored[-1] else ""
@@ -79,6 +91,8 @@ def family_orientation(model_type: str | None, name: str) -> bool | None:
     if model_type is None:
         return None
     segments = name.split(".")
+    if segments[-2:-1] == ["experts"]:  # a stack, which has no ".weight"
+        return model_type in _TURNED_EXPERTS
     if not _CONV1D_MODULES.intersection(segments[-3:]):
         return False
     if model_type in _CONV1D_FAMILIES:

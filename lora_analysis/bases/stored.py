@@ -1,51 +1,159 @@
-"""Base weights in safetensors files."""
+"""Base weights in files: safetensors and torch files, plain or quantised."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from lora_analysis.bases.naming import quantised, quantised_storage
-from lora_analysis.storage.dtypes import FLOATING
+import numpy as np
+
+from lora_analysis.bases.naming import matrix_shape, quantised
+from lora_analysis.bases.quantised import Quantised, quantised_weights, tiles
+from lora_analysis.bases.quantised.codes import powers_of_two
+from lora_analysis.errors import BaseWeightError
+from lora_analysis.storage.dtypes import FLOATING, raw_dtype
+from lora_analysis.storage.raw import part_of, read_elements
+from lora_analysis.storage.safetensors import TensorInfo, iter_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lora_analysis.bases.weights import Tiles
+    from numpy.typing import NDArray
+
+    from lora_analysis.bases.pieces import Tiles
     from lora_analysis.storage.tensors import TensorFiles
+
+# Storages whose tensors look like others' or like nothing, by the configuration's quant_method.
+_UNREAD = frozenset(
+    {
+        "aqlm", "auto-round", "bitnet", "eetq", "fp_quant", "higgs", "hqq", "intel/auto-round",
+        "quanto", "quark", "sinq", "spqr", "torchao", "vptq",
+    }
+)  # fmt: skip
+
+
+class Stored:
+    """Tensors of one file or of its shards: values, and elements bit for bit."""
+
+    def __init__(self, files: TensorFiles) -> None:
+        self._files = files
+        self.infos: Mapping[str, TensorInfo] = files.infos
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Return a tensor's values."""
+        if self.infos[name].dtype == "float8_e8m0fnu":
+            codes = self.raw(name, 0, self.infos[name].elements)
+            return powers_of_two(codes).reshape(self.infos[name].shape)
+        return self._files.read(name)
+
+    def raw(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Return the elements ``start`` to ``stop`` of a tensor, flat, as they are stored."""
+        return read_elements(self._files.file_of(name), self.infos[name], start, stop)
+
+    def blocks(self, name: str, index: int | None) -> Tiles:
+        """Yield a matrix, or one of a stack, tile by tile."""
+        info = self.infos[name]
+        shape = matrix_shape(name, info.shape) if index is None else info.shape[1:]
+        if shape == info.shape:
+            yield from self._files.blocks(name)
+        elif info.strides is not None:
+            yield from _blocks_of(self.read(name), shape, index)
+        else:
+            size = raw_dtype(info.dtype).itemsize * shape[0] * shape[1]
+            part = part_of(info, shape, info.start + (index or 0) * size)
+            yield from iter_blocks(self._files.file_of(name), part)
 
 
 class StoredTensors:
-    """The tensors of one file, or of the shards an index names."""
+    """The weights of a base in files.
 
-    def __init__(self, tensors: TensorFiles, label: str) -> None:
-        self._tensors = tensors
+    Parameters
+    ----------
+    files
+        What is stored.
+    label
+        The base's name, for messages.
+    config
+        The model's ``config.json``; its ``quantization_config`` is asked for what tensors
+        do not tell.
+    """
+
+    def __init__(self, files: TensorFiles, label: str, config: Mapping[str, Any]) -> None:
+        self._stored = Stored(files)
         self._label = label
-        self._all = frozenset(tensors.infos)
+        stated = config.get("quantization_config")
+        self._config: Mapping[str, Any] = stated if isinstance(stated, Mapping) else {}
+        self._makers = quantised_weights(self._stored, self._config, label)
+        self._quantised: dict[str, Quantised] = {}
+        self._names = list(dict.fromkeys([*files.infos, *self._makers]))
 
     @property
     def names(self) -> Sequence[str]:
-        """Names of all tensors."""
-        return list(self._tensors.infos)
+        """Names of all tensors, and of the weights that quantised ones make."""
+        return self._names
+
+    @property
+    def aliases(self) -> Mapping[str, Sequence[str]]:
+        """No further names are known."""
+        return {}
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the stored shape."""
-        return self._tensors.infos[name].shape
+        """Return the shape of the plain numbers."""
+        made = self._made(name)
+        return self._stored.infos[name].shape if made is None else made.shape
 
     def dtype(self, name: str) -> str:
-        """Return the stored type."""
-        return self._tensors.infos[name].dtype
+        """Return the stored type; that of codes is the storage's name."""
+        made = self._made(name)
+        return self._stored.infos[name].dtype if made is None else made.storage
 
-    def transposed(self, name: str) -> bool | None:  # noqa: ARG002 - a file does not say
-        """Return None: only the model's family knows."""
-        return None
+    def storage(self, name: str) -> str:
+        """Return how a quantised weight is stored, nothing for others."""
+        made = self._made(name)
+        return "" if made is None else made.storage
 
-    def tiles(self, name: str) -> Tiles:
+    def transposed(self, name: str) -> bool | None:
+        """Return what a quantised storage says; of plain numbers only the family knows."""
+        made = self._made(name)
+        return None if made is None else made.transposed
+
+    def tiles(self, name: str, index: int | None) -> Tiles:
         """Yield a matrix tile by tile."""
-        return self._tensors.blocks(name)
+        made = self._made(name)
+        if made is None:
+            return self._stored.blocks(name, index)
+        return tiles(made, self._stored, index)
+
+    def squared_errors(self, name: str, index: int | None) -> Tiles | None:
+        """Yield what rounding is expected to have done; None for plain numbers."""
+        made = self._made(name)
+        return None if made is None else tiles(made, self._stored, index, errors=True)
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Return a tensor of any shape."""
+        return self._stored.read(name)
 
     def refuse_unreadable(self, name: str) -> None:
-        """Raise where the tensor is the payload of a quantised weight."""
-        if found := quantised_storage(name, self._all):
-            raise quantised(self._label, *found)
-        if (dtype := self.dtype(name)) not in FLOATING:
-            raise quantised(self._label, name, f"stored as {dtype}")
+        """Raise where the tensor is the payload of a storage that is not read."""
+        method = str(self._config.get("quant_method", ""))
+        if self._made(name) is not None and method in _UNREAD:
+            raise quantised(self._label, name, method)
+        if self._made(name) is None and (dtype := self.dtype(name)) not in FLOATING:
+            lost = f"{name}.absmax" in self._stored.infos
+            kind = "bitsandbytes 4-bit without its quant_state" if lost else f"stored as {dtype}"
+            raise quantised(self._label, name, kind)
+
+    def _made(self, name: str) -> Quantised | None:
+        """Return the quantised weight of that name, put together when it is first asked for."""
+        if name in self._makers and name not in self._quantised:
+            made = self._makers[name]()
+            if min(made.shape, default=0) < 1:
+                message = f"{self._label}: '{name}' ({made.storage}) has shape {made.shape}."
+                raise BaseWeightError(message)
+            self._quantised[name] = made
+        return self._quantised.get(name)
+
+
+def _blocks_of(values: NDArray[Any], shape: tuple[int, ...], index: int | None) -> Tiles:
+    matrix = values[index] if index is not None else values.reshape(shape)
+    yield slice(0, shape[0]), slice(0, shape[1]), np.asarray(matrix, np.float32)

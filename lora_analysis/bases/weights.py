@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from lora_analysis.bases.naming import TensorNames
+from lora_analysis.bases.fused import Family, is_interleaved, rows_of_part
+from lora_analysis.bases.locating import Located, Locator
+from lora_analysis.bases.naming import TensorNames, matrix_shape
 from lora_analysis.bases.orientation import is_transposed
+from lora_analysis.bases.pieces import Piece, Tiles, tiles_of
+from lora_analysis.errors import BaseWeightError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
     from numpy.typing import NDArray
-
-    Tiles = Iterator[tuple[slice, slice, NDArray[np.float32]]]
 
 
 class TensorSource(Protocol):
@@ -23,19 +25,32 @@ class TensorSource(Protocol):
 
     @property
     def names(self) -> Sequence[str]:
-        """Names of all tensors."""
+        """Names of all tensors, one for each weight however it is stored."""
+
+    @property
+    def aliases(self) -> Mapping[str, Sequence[str]]:
+        """Tensor name → further modules that it is the weight of, where the source knows them."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the stored shape."""
+        """Return the shape of the plain numbers."""
 
     def dtype(self, name: str) -> str:
         """Return the stored type, as ``"bfloat16"``."""
 
+    def storage(self, name: str) -> str:
+        """Return how a quantised weight is stored ("bitsandbytes nf4"), nothing for others."""
+
     def transposed(self, name: str) -> bool | None:
         """Say whether the matrix is stored as ``[in, out]``; None where that is not known."""
 
-    def tiles(self, name: str) -> Tiles:
-        """Yield a matrix in stored orientation, tile by tile, in a reused float32 buffer."""
+    def tiles(self, name: str, index: int | None) -> Tiles:
+        """Yield a matrix in stored orientation, tile by tile, as float32."""
+
+    def squared_errors(self, name: str, index: int | None) -> Tiles | None:
+        """Yield what rounding is expected to have done to it; None where that is not known."""
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Return a tensor of any shape, as stored."""
 
     def refuse_unreadable(self, name: str) -> None:
         """Raise BaseWeightError where the tensor does not hold the weight's own numbers."""
@@ -45,7 +60,18 @@ class TensorSource(Protocol):
 class Weight:
     """One frozen weight ``W``, shape ``(d_out, d_in)``, read when its blocks are asked for.
 
-    ``name`` is the tensor's, ``transposed`` says that it is stored as ``[in, out]``.
+    Attributes
+    ----------
+    name
+        The tensor's; of several, or of a part, what they are.
+    shape
+        ``(d_out, d_in)``.
+    stored_dtype
+        Type of the stored numbers.
+    transposed
+        Whether it is stored as ``[in, out]``.
+    storage
+        How it is quantised, as "bitsandbytes nf4"; empty where it is stored as plain numbers.
     """
 
     name: str
@@ -53,6 +79,8 @@ class Weight:
     stored_dtype: str
     transposed: bool
     _tiles: Callable[[], Tiles] = field(repr=False)
+    storage: str = ""
+    _errors: Callable[[], Tiles | None] = field(repr=False, default=lambda: None)
 
     def blocks(self) -> Tiles:
         """Yield row slice, column slice and that tile of ``W``, covering it once.
@@ -73,6 +101,26 @@ class Weight:
             whole[rows, columns] = tile
         return whole
 
+    def noise(self) -> float | None:
+        """Return the expected ‖error of rounding‖_F/‖W‖_F of a quantised weight.
+
+        From the scales and levels it is stored with: a value that rounds to a level is taken as
+        uniform over the values that do. True where each value was rounded to the nearest level;
+        methods that compensate (GPTQ) or rescale (AWQ) differ from the unquantised weight by more.
+        None where the weight is not quantised, or its storage does not tell.
+
+        Notes
+        -----
+        Takes two passes over the weight.
+        """
+        errors = self._errors()
+        if not self.storage or errors is None:
+            return None
+        square = sum(float(np.sum(tile, dtype=np.float64)) for _, _, tile in errors)
+        tiles = (tile for _, _, tile in self._tiles())
+        norm = sum(float(np.sum(np.square(tile, dtype=np.float64))) for tile in tiles)
+        return math.sqrt(square / norm) if norm else 0.0
+
 
 class BaseWeights:
     """The weights of one base model by module name.
@@ -83,19 +131,36 @@ class BaseWeights:
         Where the tensors lie.
     label
         Short name for messages and tables.
-    model_type
-        Family of the model, as its ``config.json`` states it, or None.
+    config
+        The model's ``config.json``; its ``model_type`` names the family.
+    blocks
+        Whether the writer has put interleaved fused rows into blocks (GGUF).
     """
 
-    def __init__(self, source: TensorSource, *, label: str, model_type: str | None = None) -> None:
+    def __init__(
+        self,
+        source: TensorSource,
+        *,
+        label: str,
+        config: Mapping[str, Any] | None = None,
+        blocks: bool = False,
+    ) -> None:
         self.label = label
-        self.model_type = model_type
+        stated = (config or {}).get("model_type")
+        self.model_type = stated if isinstance(stated, str) else None
+        self._config = config or {}
+        self._blocks = blocks
         self._source = source
-        self._names = TensorNames(source.names, label, source.shape)
+        self._names = TensorNames(source.names, label, source.shape, source.aliases)
+        self._locator = Locator(self._names, source.shape, config or {})
+
+    @property
+    def _family(self) -> Family:
+        return Family(self.model_type, self._config, self._blocks)
 
     @property
     def names(self) -> list[str]:
-        """Names of all tensors, as stored."""
+        """Names of all tensors; a quantised weight has the name its plain numbers would have."""
         return list(self._source.names)
 
     def weight(
@@ -108,15 +173,18 @@ class BaseWeights:
         """Return the frozen weight of a module.
 
         Names are matched exactly, then with leading segments taken away or added (a file may
-        lack the ``bert.`` or ``model.`` that the running model has); only a unique match of
-        fitting shape is accepted.
+        lack the ``bert.`` or ``model.`` that the running model has), then as the family's files
+        spell them. A module that is part of a fused tensor, or of a stack of experts, is cut out;
+        one that the file splits is put together; a head tied to its embedding is that. Only a
+        unique match of fitting shape is accepted.
 
         Parameters
         ----------
         module
             Name as an adapter gives it.
         shape
-            Shape ``(d_out, d_in)`` of the update the weight is for; it must fit.
+            Shape ``(d_out, d_in)`` of the update the weight is for; it must fit. A kernel counts
+            as ``(c_out, c_in·k·k)``, an embedding also as ``(dimension, entries)``.
         transposed
             True where the file stores ``[in, out]``, False for ``[out, in]``; None decides by
             the model's family (or the live module's class), then by ``shape``.
@@ -125,23 +193,124 @@ class BaseWeights:
         ------
         BaseWeightError
             No tensor, several, or none of fitting shape belongs to the module; it is stored
-            quantised; or its orientation cannot be known (a square matrix of unknown family).
+            quantised in a way that is not read, or fused in one that is not known; or its
+            orientation cannot be known (a square matrix of unknown family).
         """
-        candidates = self._names.candidates(module)
-        for candidate in candidates:  # before shapes: those of packed weights mislead
+        located = self._locator.locate(module)
+        found = [self._piece(module, one, shape, transposed, len(located)) for one in located]
+        pieces = [piece for piece, _, _ in found]
+        turned, width = found[0][1], found[0][2]
+        height = sum(piece.height for piece in pieces)
+        for _, other, columns in found:
+            if (other, columns) != (turned, width):
+                message = f"{self.label}: the tensors that make '{module}' differ in orientation."
+                raise BaseWeightError(message)
+        if shape is not None and (height, width) != tuple(shape):
+            names = ", ".join(f"'{piece.tensor}'" for piece in pieces)
+            message = (
+                f"{self.label}: {names} give '{module}' the shape {(height, width)}; the update "
+                f"has {tuple(shape)}. Is it from another base model?"
+            )
+            raise BaseWeightError(message)
+        return self._weight(pieces, (height, width), turned, located)
+
+    def _weight(
+        self,
+        pieces: Sequence[Piece],
+        shape: tuple[int, int],
+        transposed: bool,
+        located: Sequence[Located],
+    ) -> Weight:
+        source = self._source
+        names = [_shown(piece, one) for piece, one in zip(pieces, located, strict=True)]
+        storages = dict.fromkeys(source.storage(piece.tensor) for piece in pieces)
+        known = all(source.storage(piece.tensor) for piece in pieces)
+
+        def errors() -> Tiles | None:
+            if not known or any(source.squared_errors(p.tensor, p.index) is None for p in pieces):
+                return None
+            return tiles_of(pieces, source.squared_errors, transposed=transposed)  # type: ignore[arg-type]
+
+        return Weight(
+            " + ".join(names),
+            shape,
+            source.dtype(pieces[0].tensor),
+            transposed,
+            lambda: tiles_of(pieces, source.tiles, transposed=transposed),
+            " + ".join(storage for storage in storages if storage),
+            errors,
+        )
+
+    def _piece(
+        self,
+        module: str,
+        located: Located,
+        shape: tuple[int, int] | None,
+        asked: bool | None,
+        of: int,
+    ) -> tuple[Piece, bool, int]:
+        """Return the rows, whether they are stored as ``[in, out]``, and the width of W."""
+        for candidate in located.tensors:  # before shapes: those of packed weights mislead
             self._source.refuse_unreadable(candidate)
-        name = self._names.choose(module, candidates, shape)
-        stored = self._source.shape(name)
+        alone = located.part is None and of == 1
+
+        def matrix(name: str) -> tuple[int, ...]:
+            stored = self._source.shape(name)
+            return matrix_shape(name, stored) if located.index is None else stored[1:]
+
+        def fits(name: str) -> bool:
+            stored = matrix(name)
+            if shape is None or len(stored) != 2:
+                return len(stored) == 2
+            return stored in (shape, shape[::-1]) if alone else shape[1] in stored
+
+        shape = None if shape is None else (shape[0], shape[1])
+        name = self._names.choose(module, located.tensors, shape, fits)
+        stored = matrix(name)
         turned = is_transposed(
             name,
             stored,
-            asked=transposed,
+            asked=asked,
             known=self._source.transposed(name),
             model_type=self.model_type,
-            shape=shape,
+            shape=shape if alone else _shape_of_home(stored, shape),
             label=self.label,
         )
         d_out, d_in = stored[::-1] if turned else stored
-        return Weight(
-            name, (d_out, d_in), self._source.dtype(name), turned, lambda: self._source.tiles(name)
-        )
+        runs = self._runs(module, located, (d_out, d_in), shape)
+        return Piece(name, located.index, runs), turned, d_in
+
+    def _runs(
+        self,
+        module: str,
+        located: Located,
+        whole: tuple[int, int],
+        shape: tuple[int, int] | None,
+    ) -> tuple[slice, ...]:
+        """Return which rows of a tensor the module is."""
+        home, part = located.home, located.part
+        if part is None:
+            # The writer's blocks go back to the order in which the running model has the rows.
+            if not self._family.blocks or not is_interleaved(module, self._family):
+                return (slice(0, whole[0]),)
+            home, part = module, "all"
+        height = None if shape is None else shape[0]
+        runs = rows_of_part(home, part, whole, height, self._family)
+        if isinstance(runs, str):
+            message = f"{self.label}: '{module}' is part of '{located.tensors[0]}' {whole}; {runs}."
+            raise BaseWeightError(message)
+        return runs
+
+
+def _shown(piece: Piece, located: Located) -> str:
+    index = "" if piece.index is None else f"[{piece.index}]"
+    return f"{piece.tensor}{index}" + (f" ({located.part})" if located.part else "")
+
+
+def _shape_of_home(
+    stored: tuple[int, ...], shape: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """Return what a larger tensor is as ``(d_out, d_in)``, where its sides tell, by the inputs."""
+    if shape is None or stored.count(shape[1]) != 1:
+        return None
+    return (stored[0], stored[1]) if stored[1] == shape[1] else (stored[1], stored[0])

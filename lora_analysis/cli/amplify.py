@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 @click.command(name="amplify")
 @click.argument("source", metavar="ADAPTER")
-@click.option("--base", required=True, help="Base weights: a safetensors file or model folder.")
+@click.option(
+    "--base", required=True, help="Base weights: a safetensors or GGUF file, or a model folder."
+)
 @transposed_option
 @click.option(
     "--draws", type=click.IntRange(0), default=16, show_default=True, help="Random draws."
@@ -126,6 +128,19 @@ def _medians(full: pd.DataFrame) -> dict[str, dict[str, float]]:
     return {"medians": {column: float(full[column].median()) for column in columns}}
 
 
+def _print_storage(full: pd.DataFrame) -> None:
+    """Say how W is quantised and what that leaves uncertain; nothing where it is not."""
+    storages = sorted(set(full["storage"]) - {""})
+    if not storages:
+        return
+    noise = full["noise"].median()
+    moved = "an unknown part" if noise != noise else decimals(float(noise))  # noqa: PLR0124 - NaN
+    print_text(
+        f"W is quantised ({', '.join(storages)}); rounding moved it by {moved} of ‖W‖ (expected), "
+        "which alone gives an enrichment of that size."
+    )
+
+
 _NAMES = {
     "delta_norm": "‖ΔW‖",
     "weight_norm": "‖W‖",
@@ -146,6 +161,7 @@ def _print(label: str, full: pd.DataFrame) -> None:
         footer=("median", *(decimals(full[name].median()) for name in _NAMES)),
     )
     click.echo()
+    _print_storage(full)
     print_text(
         "ΔW's, W's, random: ‖UᵀWV‖ with the top-k directions of each; random is the exact rms."
     )

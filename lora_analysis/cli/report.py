@@ -24,7 +24,7 @@ from lora_analysis.cli.show import print_json
 @click.command(name="report")
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @reference_option
-@click.option("--base", help="Base weights: a safetensors file or model folder.")
+@click.option("--base", help="Base weights: a safetensors or GGUF file, or a model folder.")
 @transposed_option
 @click.option(
     "-o",

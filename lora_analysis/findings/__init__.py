@@ -29,6 +29,7 @@ _MAKERS: tuple[Callable[[Study], Iterator[Finding]], ...] = (
     overlaps.unknown,
     overlaps.shared_seed,
     weights.amplified,
+    weights.quantised,
     weights.energy,
     weights.accuracy,
     notes.few_runs,

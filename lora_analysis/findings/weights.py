@@ -91,3 +91,30 @@ def accuracy(study: Study) -> Iterator[Finding]:
         before = "" if start is None or start.isna().all() else f" from {start.median():.0%}"
         parts.append(f"{task} rank {int(rank)}{before} to {rows['metric_accuracy'].median():.0%}")
     yield Finding("result", "accuracy", f"Accuracy on held-out data: {'; '.join(parts)}.")
+
+
+def quantised(study: Study) -> Iterator[Finding]:
+    """Say how far rounding has moved a quantised W, and below which enrichment that is all."""
+    table = study.amplifications
+    rounded = table[(table["storage"] != "") & table["at_rank"]] if len(table) else table
+    if rounded.empty:
+        return
+    storages = sorted(set(rounded["storage"]))
+    noise = rounded["noise"].dropna()
+    text = (
+        f"W is quantised ({', '.join(storages)}): what is measured against it is measured against "
+        "the rounded weight. "
+    )
+    if noise.empty:
+        text += "How far rounding moved it is not known for this storage."
+        yield Finding("limit", "quantised base", text, {"noise": None})
+        return
+    worst = float(noise.max())
+    buried = int((rounded["enrichment"] < 2 * rounded["noise"]).sum())
+    text += (
+        f"The expected error is {number(float(noise.median()))} of ‖W‖ (median over modules; "
+        f"largest {number(worst)}) and as unaligned with ΔW as chance, so it alone gives an "
+        f"enrichment of that size. {buried} of {len(rounded)} enrichments are below twice theirs."
+    )
+    values = {"noise": float(noise.median()), "largest_noise": worst, "buried": buried}
+    yield Finding("limit", "quantised base", text, values)

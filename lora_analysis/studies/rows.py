@@ -29,6 +29,7 @@ AMPLIFICATION_COLUMNS = (
     "adapter", "module", "module_type", "layer", "k", "at_rank", "projected", "projected_weight",
     "projected_random", "random_mean", "random_spread", "delta_norm", "weight_norm",
     "relative_norm", "amplification_factor", "chance_factor", "enrichment",
+    "storage", "noise",
 )  # fmt: skip
 CHANGE_COLUMNS = (
     "adapter", "module", "module_type", "layer", "side", "dimension", "k", "leading_energy",
@@ -88,6 +89,8 @@ def amplification_rows(result: Amplification) -> Iterator[dict[str, Any]]:
             "amplification_factor": result.amplification_factor[at],
             "chance_factor": result.chance_factor[at],
             "enrichment": result.enrichment[at],
+            "storage": result.storage,
+            "noise": np.nan if result.noise is None else result.noise,
         }
 
 

@@ -1,0 +1,127 @@
+"""Modules that are called one thing when a model runs and another in its file, family by family.
+
+A family rewrites names, those of the file and the one that is looked for alike, so that both meet
+in one spelling. It takes part only where its mark occurs, so that no rule touches another family.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from lora_analysis.bases.stable_diffusion import authors_name, diffusers_name
+
+Rewrite = Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names that differ: ``mark`` finds a name that only this family has."""
+
+    mark: re.Pattern[str]
+    rewrite: Rewrite
+
+
+def _rules(*pairs: tuple[str, str]) -> Rewrite:
+    compiled = [(re.compile(pattern), replacement) for pattern, replacement in pairs]
+
+    def rewrite(name: str) -> str:
+        for pattern, replacement in compiled:
+            name = pattern.sub(replacement, name)
+        return name
+
+    return rewrite
+
+
+# ViT and its kin before and since transformers 5.
+_VIT = _rules(
+    (r"(?:^|(?<=\.))encoder\.layer\.(\d+)\.", r"layers.\1."),
+    (r"(?<=\.)attention\.attention\.(query|key|value)$", r"attention.\1"),
+    (r"(?<=\.)attention\.query$", "attention.q_proj"),
+    (r"(?<=\.)attention\.key$", "attention.k_proj"),
+    (r"(?<=\.)attention\.value$", "attention.v_proj"),
+    (r"(?<=\.)attention\.output\.dense$", "attention.o_proj"),
+    (r"(?<=\.)intermediate\.dense$", "mlp.fc1"),
+    (r"(layers\.\d+)\.output\.dense$", r"\1.mlp.fc2"),
+)
+
+# Mixtral's experts, which the running model stacks under other names.
+_MIXTRAL = _rules(
+    (r"\.block_sparse_moe\.", ".mlp."),
+    (r"(\.experts(?:\.\d+)?)\.w1$", r"\1.gate_proj"),
+    (r"(\.experts(?:\.\d+)?)\.w3$", r"\1.up_proj"),
+    (r"(\.experts(?:\.\d+)?)\.w2$", r"\1.down_proj"),
+)
+
+# FLUX in its authors' spelling, brought to that of diffusers.
+_FLUX = _rules(
+    (r"(?:^|(?<=\.))double_blocks\.(\d+)\.", r"transformer_blocks.\1."),
+    (r"(?:^|(?<=\.))single_blocks\.(\d+)\.", r"single_transformer_blocks.\1."),
+    (r"(?<=\.)img_attn\.qkv$", "attn.to_qkv"),
+    (r"(?<=\.)txt_attn\.qkv$", "attn.add_qkv_proj"),
+    (r"(?<=\.)img_attn\.proj$", "attn.to_out.0"),
+    (r"(?<=\.)txt_attn\.proj$", "attn.to_add_out"),
+    (r"(?<=\.)img_mlp\.0$", "ff.net.0.proj"),
+    (r"(?<=\.)img_mlp\.2$", "ff.net.2"),
+    (r"(?<=\.)txt_mlp\.0$", "ff_context.net.0.proj"),
+    (r"(?<=\.)txt_mlp\.2$", "ff_context.net.2"),
+    (r"(?<=\.)img_mod\.lin$", "norm1.linear"),
+    (r"(?<=\.)txt_mod\.lin$", "norm1_context.linear"),
+    (r"(?<=\.)modulation\.lin$", "norm.linear"),
+    (r"(?<=\.)linear1$", "attn.to_qkv_mlp"),
+    (r"(?<=\.)linear2$", "proj_out"),
+    (r"(?:^|(?<=\.))img_in$", "x_embedder"),
+    (r"(?:^|(?<=\.))txt_in$", "context_embedder"),
+    (r"(?:^|(?<=\.))time_in\.in_layer$", "time_text_embed.timestep_embedder.linear_1"),
+    (r"(?:^|(?<=\.))time_in\.out_layer$", "time_text_embed.timestep_embedder.linear_2"),
+    (r"(?:^|(?<=\.))vector_in\.in_layer$", "time_text_embed.text_embedder.linear_1"),
+    (r"(?:^|(?<=\.))vector_in\.out_layer$", "time_text_embed.text_embedder.linear_2"),
+    (r"(?:^|(?<=\.))guidance_in\.in_layer$", "time_text_embed.guidance_embedder.linear_1"),
+    (r"(?:^|(?<=\.))guidance_in\.out_layer$", "time_text_embed.guidance_embedder.linear_2"),
+    (r"(?:^|(?<=\.))final_layer\.linear$", "proj_out"),
+    (r"(?:^|(?<=\.))final_layer\.adaLN_modulation\.1$", "norm_out.shift_scale"),
+)
+
+# Text encoders inside a Stable Diffusion checkpoint of one file.
+_TEXT_ENCODERS = _rules(
+    (r"^cond_stage_model\.transformer\.", "text_encoder."),
+    (r"^conditioner\.embedders\.0\.transformer\.", "text_encoder."),
+    (
+        r"^(?:conditioner\.embedders\.1|cond_stage_model)\.model\.transformer\.resblocks\.(\d+)\.",
+        r"text_encoder_2.text_model.encoder.layers.\1.",
+    ),
+    (r"(text_encoder_2\..*)\.attn$", r"\1.self_attn.qkv_proj"),
+    (r"(text_encoder_2\..*)\.attn\.out_proj$", r"\1.self_attn.out_proj"),
+    (r"(text_encoder_2\..*)\.mlp\.c_fc$", r"\1.mlp.fc1"),
+    (r"(text_encoder_2\..*)\.mlp\.c_proj$", r"\1.mlp.fc2"),
+)
+
+FAMILIES: Final = (
+    Family(re.compile(r"attention\.attention\.(query|key|value)$"), _VIT),
+    Family(re.compile(r"\.block_sparse_moe\."), _MIXTRAL),
+    Family(re.compile(r"(^|\.)embed_out$"), _rules((r"(^|\.)embed_out$", r"\1lm_head"))),
+    Family(re.compile(r"(^|\.)(double|single)_blocks\.\d"), _FLUX),
+    Family(
+        re.compile(r"(^|\.)((input|output|middle)_blocks?|time_embed|label_emb)\.\d"),
+        diffusers_name,
+    ),
+    Family(re.compile(r"^(cond_stage_model|conditioner\.embedders)\."), _TEXT_ENCODERS),
+)
+
+# Names that a flattened one may come from, beside that in the file.
+SPELLINGS: Final = (*(family.rewrite for family in FAMILIES), authors_name)
+
+# kohya-ss joins a module's path by underscores behind one of these.
+_FLAT_PREFIX: Final = re.compile(r"^(lora|lycoris)_(unet|te|te1|te2|te3|transformer|prior)_")
+
+
+def flattened(name: str) -> str:
+    """Return a name as kohya-ss writes it, without its prefix."""
+    return _FLAT_PREFIX.sub("", name).replace(".", "_")
+
+
+def is_flattened(name: str) -> bool:
+    """Say whether a name has lost its dots; it then begins with kohya-ss's prefix."""
+    return "." not in name and _FLAT_PREFIX.match(name) is not None

@@ -1,0 +1,232 @@
+"""Tensors that hold several modules: which rows are q, k, v, gate or up, and how they lie.
+
+Most families put blocks after each other (q|k|v, gate|up). GPT-NeoX, BLOOM, old Falcon and
+DeBERTa interleave per head (q, k, v of head 0, then of head 1); new Falcon and InternLM2 per group
+of heads that share k and v; gpt-oss row by row. Reading one as the other gives plausible numbers
+of wrong rows, so a family that is not known here is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+_QKV: Final = ("q", "k", "v")
+_GATE_UP: Final = ("gate", "up")
+_QKV_MLP: Final = (*_QKV, "mlp")
+
+# Module of one part → the modules that may hold it, and which part it is.
+_PART_NAMES: Final = {
+    **{f"{p}_proj": (("qkv_proj", "W_pack", "query_key_value", "c_attn"), p) for p in _QKV},
+    **{f"{p}_proj": (("gate_up_proj",), p) for p in _GATE_UP},
+    **{f"to_{p}": (("to_qkv", "to_qkv_mlp"), p) for p in _QKV},
+    **{f"add_{p}_proj": (("add_qkv_proj",), p) for p in _QKV},
+}
+# What a fused module may be put together from.
+_JOINED: Final = {
+    "qkv_proj": tuple(f"{p}_proj" for p in _QKV),
+    "W_pack": tuple(f"{p}_proj" for p in _QKV),
+    "gate_up_proj": tuple(f"{p}_proj" for p in _GATE_UP),
+    "to_qkv": tuple(f"to_{p}" for p in _QKV),
+    "add_qkv_proj": tuple(f"add_{p}_proj" for p in _QKV),
+}
+_FUSED: Final = frozenset(
+    {
+        "qkv_proj", "W_pack", "query_key_value", "c_attn", "gate_up_proj", "to_qkv", "to_qkv_mlp",
+        "add_qkv_proj", "Wqkv", "qkv", "wqkv", "in_proj", "attn_qkv", "self_attn", "attn",
+    }
+)  # fmt: skip
+_OWN_PARTS: Final = {
+    "q": "q", "k": "k", "v": "v", "query": "q", "key": "k", "value": "v", "gate": "gate",
+    "up": "up", "mlp": "mlp",
+}  # fmt: skip
+_SINGLE_BLOCK: Final = re.compile(
+    r"(.*single_transformer_blocks\.\d+)\.(proj_mlp|attn\.to_qkv_mlp)"
+)
+
+_PER_HEAD: Final = frozenset({"bloom", "deberta", "gpt_neox", "gpt_neox_japanese"})
+_FALCON: Final = frozenset({"falcon", "RefinedWeb", "RefinedWebModel"})
+_HEADS: Final = ("num_attention_heads", "n_head", "num_heads", "n_heads")
+_KV_HEADS: Final = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num")
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What a model's configuration says about the layout of its fused tensors.
+
+    ``blocks`` is true where the writer of the file has put interleaved rows into blocks, as the
+    converter to GGUF does.
+    """
+
+    model_type: str | None
+    config: Mapping[str, Any]
+    blocks: bool = False
+
+    def number(self, names: Sequence[str]) -> int | None:
+        """Return the first number the configuration states under one of the names."""
+        nested = self.config.get("text_config")
+        for source in (self.config, nested if isinstance(nested, Mapping) else {}):
+            for name in names:
+                value = source.get(name)
+                if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                    return value
+        return None
+
+
+def homes_of_part(module: str) -> list[tuple[str, str]]:
+    """Return fused modules that may hold a module, each with the part that it is."""
+    path, _, last = module.rpartition(".")
+    found = []
+    if last in _PART_NAMES:
+        homes, part = _PART_NAMES[last]
+        found = [(f"{path}.{home}" if path else home, part) for home in homes]
+    if last in _OWN_PARTS and path.rpartition(".")[2] in _FUSED:
+        found.append((path, _OWN_PARTS[last]))
+    if (match := _SINGLE_BLOCK.fullmatch(module)) and match[2] == "proj_mlp":
+        found.append((f"{match[1]}.attn.to_qkv_mlp", "mlp"))
+    if module == "norm_out.linear" or module.endswith(".norm_out.linear"):
+        found.append((module.removesuffix("linear") + "shift_scale", "swapped"))
+    return found
+
+
+def parts_of_fused(module: str) -> list[str]:
+    """Return the modules whose rows, one after the other, make a fused module; or none."""
+    path, _, last = module.rpartition(".")
+    if (match := _SINGLE_BLOCK.fullmatch(module)) and last == "to_qkv_mlp":
+        return [*(f"{path}.to_{p}" for p in _QKV), f"{match[1]}.proj_mlp"]
+    return [f"{path}.{name}" if path else name for name in _JOINED.get(last, ())]
+
+
+def rows_of_part(
+    module: str, part: str, shape: tuple[int, int], height: int | None, family: Family
+) -> tuple[slice, ...] | str:
+    """Return the rows of a fused weight that are one part, as runs, or why they are not known.
+
+    Parameters
+    ----------
+    module
+        The fused module.
+    part
+        "q", "k", "v", "gate", "up", "mlp"; "all" for every row in the running model's order.
+    shape
+        Of the fused weight, ``(d_out, d_in)``.
+    height
+        Rows the part must have, where an update says so.
+    family
+        The model's.
+    """
+    total, last = shape[0], module.rpartition(".")[2]
+    if part == "swapped":  # diffusers has scale before shift, the authors shift before scale
+        return (slice(total // 2, total), slice(0, total // 2)) if total % 2 == 0 else _odd(total)
+    if part in _GATE_UP:
+        return _halves(total, _GATE_UP.index(part), interleaved=family.model_type == "gpt_oss")
+    if last == "to_qkv_mlp":
+        edges = [0, shape[1], 2 * shape[1], 3 * shape[1], total]
+        at = _QKV_MLP.index(part)
+        return (slice(edges[at], edges[at + 1]),)
+    grouped = _grouping(last, total, family)
+    if isinstance(grouped, str):
+        return grouped
+    if grouped is not None:
+        return _of_groups(part, *grouped, blocks=family.blocks)
+    if part not in _QKV:
+        return f"its rows are q, k and v, not {part}"
+    widths = _widths(part, total, height, family)
+    if isinstance(widths, str):
+        return widths
+    at = _QKV.index(part)
+    return (slice(sum(widths[:at]), sum(widths[: at + 1])),)
+
+
+def is_interleaved(module: str, family: Family) -> bool:
+    """Say whether the running model interleaves the rows of a fused module."""
+    grouping = _grouping(module.rpartition(".")[2], 0, family)
+    return grouping is not None and not isinstance(grouping, str)
+
+
+def _halves(total: int, at: int, *, interleaved: bool) -> tuple[slice, ...] | str:
+    if total % 2:
+        return _odd(total)
+    if interleaved:
+        return tuple(slice(row, row + 1) for row in range(at, total, 2))
+    return (slice(at * total // 2, (at + 1) * total // 2),)
+
+
+def _odd(total: int) -> str:
+    return f"its {total} rows have no half"
+
+
+def _grouping(last: str, total: int, family: Family) -> tuple[int, int, int] | str | None:
+    """Return (groups, query heads in each, rows of a head); None for blocks; or the reason."""
+    kind = family.model_type
+    if last == "qkv_proj" and kind == "codegen":
+        return "CodeGen mixes the rows of its qkv_proj over devices, which is not undone"
+    interleaved = (last in ("query_key_value", "in_proj") and kind in _PER_HEAD) or (
+        last == "c_attn" and kind == "gpt_bigcode" and not family.config.get("multi_query", True)
+    )
+    heads, groups = family.number(_HEADS), family.number(_KV_HEADS)
+    per_group = 1
+    if kind in _FALCON and last == "query_key_value":
+        if family.config.get("new_decoder_architecture"):
+            interleaved, per_group = True, (heads or 0) // (groups or 1)
+        elif family.config.get("multi_query", True):
+            return None
+        interleaved = True
+    elif last == "wqkv":
+        interleaved, per_group = True, (heads or 0) // (groups or 1)
+    elif last == "query_key_value" and not interleaved and kind != "chatglm":
+        return f"how family '{kind}' orders the rows of query_key_value is not known"
+    if not interleaved:
+        return None
+    if not heads or not per_group:
+        return "its config.json states no number of heads, by which the rows interleave"
+    count = heads // per_group * (per_group + 2)
+    if total % count:
+        return f"its {total} rows do not divide into {count} heads"
+    return heads // per_group, per_group, total // count
+
+
+def _of_groups(
+    part: str, groups: int, queries: int, head: int, *, blocks: bool
+) -> tuple[slice, ...] | str:
+    """Return the runs of a part: interleaved group by group, or put into blocks by the writer."""
+    size = (queries + 2) * head
+    inside = {"q": (0, queries), "k": (queries, queries + 1), "v": (queries + 1, queries + 2)}
+    if part == "all":
+        starts = {"q": 0, "k": groups * queries * head, "v": groups * (queries + 1) * head}
+        return tuple(
+            slice(starts[one] + group * width, starts[one] + (group + 1) * width)
+            for group in range(groups)
+            for one, (low, high) in inside.items()
+            for width in [(high - low) * head]
+        )
+    if part not in inside:
+        return f"its rows are q, k and v, not {part}"
+    low, high = inside[part]
+    if blocks:
+        return (slice(low * groups * head, high * groups * head),)
+    return tuple(
+        slice(group * size + low * head, group * size + high * head) for group in range(groups)
+    )
+
+
+def _widths(
+    part: str, total: int, height: int | None, family: Family
+) -> tuple[int, int, int] | str:
+    """Return the rows of q, k and v in blocks: k and v are alike, and q takes the rest."""
+    heads = family.number(_HEADS)
+    shared = family.number(_KV_HEADS) or heads
+    if family.config.get("multi_query") and family.number(_KV_HEADS) is None:
+        shared = 1
+    if height is None:
+        if heads is None or shared is None or total % (heads + 2 * shared):
+            return "how its rows divide is not known without an update's shape"
+        kv = total // (heads + 2 * shared) * shared
+    else:
+        kv = (total - height) // 2 if part == "q" else height
+    query = total - 2 * kv
+    if kv <= 0 or query < kv or (height is not None and height != (query if part == "q" else kv)):
+        return f"no division of its {total} rows gives {part} {height} of them"
+    return query, kv, kv
