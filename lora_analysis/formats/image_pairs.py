@@ -49,8 +49,11 @@ _EXTRA: Final = re.compile(
     r"(?P<what>alpha|scalar|dora_scale|lora_magnitude_vector(\.[^.]+)?)"
 )
 _EXTRAS: Final[dict[str, Part]] = {"alpha": "alpha", "scalar": "scalar"}
-# Whole weights, biases and norms that trainers store beside the factors: reported, not analysed.
-_DENSE: Final = re.compile(r".+\.(diff|diff_b|set_weight|w_norm|b_norm)")
+# What trainers store beside the factors: reported, not analysed.
+_OTHERS: Final = (
+    (re.compile(r".+\.(diff|diff_b|set_weight|w_norm|b_norm)"), "trained in full"),
+    (re.compile(r".+\.(lora_B|lora_up)(\.[^.]+)?\.bias"), "biases of B"),
+)
 
 _ROLE: Final = re.compile(r"(down|up)(?=\.weight$)|(?<=lora_)[AB](?=(\.[^.]+)?\.weight$)")
 _PARTNERS: Final = {"down": "up", "up": "down", "A": "B", "B": "A"}
@@ -146,8 +149,7 @@ def _sort_extra(path: Path, found: SortedParts, key: str, spellings: Sequence[Sp
             if name in found.modules:
                 _put(path, found, name, _EXTRAS.get(match["what"], "norms"), key)
                 return
-    dense = _DENSE.fullmatch(key) is not None
-    what = "trained in full" if dense else "no factors"
+    what = next((what for mark, what in _OTHERS if mark.fullmatch(key)), "no factors")
     found.rest.setdefault(what, []).append(key)
 
 

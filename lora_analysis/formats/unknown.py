@@ -24,9 +24,6 @@ _READABLE: Final = (
 
 # Parts of tensor names, and what they are known for.
 _STYLES: Final = (
-    (".processor.", "the diffusers attention-processor layout"),
-    ("_lora.down.weight", "the diffusers layout"),
-    (".lora.down.weight", "the diffusers layout"),
     (".lora_a", "the MLX or torchtune layout"),
     (".loras.", "the AdapterHub layout"),
     (".lora.lora_A", "the OpenDelta layout"),
