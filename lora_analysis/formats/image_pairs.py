@@ -53,9 +53,10 @@ _EXTRAS: Final[dict[str, Part]] = {"alpha": "alpha", "scalar": "scalar"}
 _OTHERS: Final = (
     (re.compile(r".+\.(diff|diff_b|set_weight|w_norm|b_norm)"), "trained in full"),
     (re.compile(r".+\.(lora_B|lora_up)(\.[^.]+)?\.bias"), "biases of B"),
+    (re.compile(r"<.+>"), "embeddings of new words"),
 )
 
-_ROLE: Final = re.compile(r"(down|up)(?=\.weight$)|(?<=lora_)[AB](?=(\.[^.]+)?\.weight$)")
+_ROLE: Final = re.compile(r"(down|up)(?=(\.weight)?$)|(?<=lora_)[AB](?=(\.[^.]+)?\.weight$)")
 _PARTNERS: Final = {"down": "up", "up": "down", "A": "B", "B": "A"}
 
 DORA: Final = "DoRA"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol
 
-from lora_analysis.formats import diffusers, kohya, lycoris, pairs, peft
+from lora_analysis.formats import cloneofsimo, diffusers, flux, kohya, lycoris, pairs, peft
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,8 +32,10 @@ class Format(Protocol):
 
 READERS: Final[tuple[Format, ...]] = (
     diffusers,
+    flux,
     kohya,
     peft,
+    cloneofsimo,
     lycoris,
     pairs,
 )
