@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -192,7 +193,7 @@ def _check(path: Path, config: Mapping[str, Any]) -> None:
     pattern = config.get("alpha_pattern") or {}
     numbers = pattern.values() if isinstance(pattern, dict) else [pattern]
     for alpha in (config.get("lora_alpha", 1), *numbers):
-        if type(alpha) not in (int, float) or not abs(alpha) < 1e38:
+        if type(alpha) not in (int, float) or not abs(alpha) <= sys.float_info.max:
             message = f"{path}: '{METADATA_KEY}' gives {alpha!r} as an alpha."
             raise MalformedFileError(message)
     start = str(config.get("init_lora_weights", True)).lower()
