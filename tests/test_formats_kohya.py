@@ -139,13 +139,16 @@ def test_an_underscored_conversion_with_doubled_prefixes_reads(
 ) -> None:
     """Keys as a published conversion has them: ``_lora_down``, the prefix twice, no alpha."""
     tensors = {}
-    for prefix in ("lora_unet_unet_down_q", "lora_te_text_encoder_q"):
+    for prefix in ("lora_unet_unet_down_q", "lora_te_text_encoder_q", "lora_te_v"):
         tensors |= {
             f"{prefix}_lora_down.weight": normal(rng, 2, 5),
             f"{prefix}_lora_up.weight": normal(rng, 6, 2),
         }
+    for role in ("down", "up"):
+        key = f"lora_te_v_lora_{role}.weight"
+        tensors[f"lora_te_v_lora_linear_layer_{role}.weight"] = tensors.pop(key)
     adapter = read_adapter(stored(tmp_path / "new.safetensors", tensors))
-    assert list(adapter) == ["lora_te_q", "lora_unet_down_q"]
+    assert list(adapter) == ["lora_te_q", "lora_te_v", "lora_unet_down_q"]
     assert set(adapter.provenance.scale_origin.values()) == {"format"}
 
 

@@ -34,8 +34,8 @@ def _undoubled(module: str) -> str:
 
 SPELLINGS: Final = (
     Spelling(
-        # Some converters wrote an underscore where the dot before the role belongs.
-        re.compile(r"(?P<module>.+?)[._]lora_(?P<role>down|up|mid)\.weight"),
+        # Some converters wrote underscores for all the dots, those of diffusers' keys too.
+        re.compile(r"(?P<module>.+?)[._]lora(_linear_layer)?_(?P<role>down|up|mid)\.weight"),
         default=1.0,
         reason="the format then takes alpha = r, a scale of 1; a conversion may have lost it",
         renamed=_undoubled,
