@@ -166,6 +166,34 @@ def test_a_diffusers_file_states_pefts_config_per_component(
     assert "unet.a.to_q.lora_A.weight" in load_file(file)
 
 
+@pytest.mark.parametrize(
+    ("format", "key", "linear", "conv"),
+    [
+        ("kohya", "lora_unet_q.dora_scale", (6, 1), (6, 1, 1, 1)),
+        ("diffusers", "unet.q.lora_magnitude_vector", (6,), (1, 6, 1, 1)),
+    ],
+)
+def test_doras_norms_have_the_shape_that_loaders_expect(
+    tmp_path: Path, format: str, key: str, linear: tuple[int, ...], conv: tuple[int, ...]
+) -> None:
+    """LyCORIS keeps the first axis (``modules/locon.py``), PEFT the second (``lora/dora.py``)."""
+    dora = {"variant": "DoRA", "magnitude": np.arange(1.0, 7.0)}
+    for shape, layout in ((linear, {}), (conv, {"layout": "conv", "kernel": (2, 1)})):
+        file = write_adapter(changed(**dora, **layout), tmp_path, format=format)
+        assert load_file(file)[key].shape == shape
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_scale_is_written_and_not_the_alpha_of_another_rule(
+    tmp_path: Path, format: str
+) -> None:
+    rslora = changed(alpha=16.0, scale=16 / 2**0.5)
+    (update,) = read_adapter(write_adapter(rslora, tmp_path, format=format)).values()
+    assert isinstance(update, LowRankUpdate)
+    assert update.scale == pytest.approx(16 / 2**0.5, rel=1e-15)
+    assert update.alpha == pytest.approx(16 * 2**0.5)
+
+
 def test_a_path_that_names_a_file_is_the_file(tmp_path: Path, rng: np.random.Generator) -> None:
     adapter = Adapter({"unet.to_q": low_rank_update(rng, 6, 5, 2)}, label="a")
     for format in FORMATS:

@@ -38,6 +38,14 @@ def test_a_linear_reads_with_alpha_over_r(tmp_path: Path, rng: np.random.Generat
     np.testing.assert_allclose(update.delta_weight(), 0.75 * up @ down, rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.float16, np.float64])
+def test_alpha_may_be_of_any_type_and_of_one_dimension(
+    tmp_path: Path, rng: np.random.Generator, dtype: type
+) -> None:
+    tensors = kohya_linear(rng, NAME, rank=4) | {f"{NAME}.alpha": np.array([3], dtype)}
+    assert low_rank(read_adapter(stored(tmp_path / "f.safetensors", tensors))).scale == 0.75
+
+
 def test_the_callers_scale_comes_before_the_files(tmp_path: Path, rng: np.random.Generator) -> None:
     path = stored(tmp_path / "f.safetensors", kohya_linear(rng, NAME, rank=4, alpha=3.0))
     assert low_rank(read_adapter(path, alpha=8)).scale == 2
@@ -196,6 +204,9 @@ def test_split_projections_saved_as_one_are_a_finding_and_keep_the_loaders_scale
     tensors[f"{module}.lora_up.weight"][0, -1] = 1
     joint = read_adapter(stored(tmp_path / "joint.safetensors", tensors))
     assert joint.provenance.findings == ()
+    tensors[f"{module}.lora_up.weight"][:] = 0  # untrained: no block says anything
+    untrained = read_adapter(stored(tmp_path / "untrained.safetensors", tensors))
+    assert untrained.provenance.findings == ()
 
 
 def test_an_a_copied_to_q_k_and_v_is_a_finding(tmp_path: Path, rng: np.random.Generator) -> None:
