@@ -169,6 +169,7 @@ def test_a_component_that_the_metadata_leaves_out_is_of_unknown_scale(
         "unet.conv.to_q": "metadata",
         "text_encoder.q_proj": "unknown",
     }
+    assert "scale of 1 of 2 modules is not known" in adapter.provenance.findings[0]
 
 
 def test_a_file_for_one_model_has_metadata_and_names_without_a_component(

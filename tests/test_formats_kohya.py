@@ -160,6 +160,13 @@ def test_an_underscored_conversion_with_doubled_prefixes_reads(
     assert set(adapter.provenance.scale_origin.values()) == {"format"}
 
 
+def test_dora_norms_of_another_number_are_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+    tensors = kohya_linear(rng, NAME) | {f"{NAME}.dora_scale": normal(rng, 7, 1)}
+    adapter = read_adapter(stored(tmp_path / "f.safetensors", tensors))
+    with pytest.raises(MalformedFileError, match="has 7 entries for 6 rows"):
+        adapter[NAME]
+
+
 def test_kohyas_metadata_names_base_and_seed(tmp_path: Path, rng: np.random.Generator) -> None:
     metadata = {
         "ss_base_model_version": "sdxl_base_v1-0",

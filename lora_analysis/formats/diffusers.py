@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Final
 from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
 from lora_analysis.formats import kohya
 from lora_analysis.formats.factors import StatedScale, scale_from_alpha
-from lora_analysis.formats.image_pairs import Spelling, read_image_adapter, spelled
+from lora_analysis.formats.image_keys import Spelling, spelled
+from lora_analysis.formats.image_pairs import read_image_adapter
 from lora_analysis.formats.peft_config import SUBTRACTED
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
 from lora_analysis.patterns import pattern_value

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.errors import InputError
 from lora_analysis.formats.diffusers import COMPONENT, METADATA_KEY
-from lora_analysis.formats.image_pairs import DORA
 from lora_analysis.formats.image_writing import (
     Tensors,
     exact_alpha,
@@ -19,6 +18,7 @@ from lora_analysis.formats.image_writing import (
     write_file,
 )
 from lora_analysis.formats.kohya_writer import KOHYAS_NAME, PATH
+from lora_analysis.formats.peft_pairs import DORA
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

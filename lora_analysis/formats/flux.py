@@ -14,7 +14,8 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.formats import kohya
-from lora_analysis.formats.image_pairs import Spelling, read_image_adapter, spelled
+from lora_analysis.formats.image_keys import Spelling, spelled
+from lora_analysis.formats.image_pairs import read_image_adapter
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
 
 if TYPE_CHECKING:

@@ -1,23 +1,17 @@
-"""What the formats of image models have in common: how keys are sorted, and pairs made of them.
-
-One file may mix the spellings of several trainers and eras. A format lists the spellings it
-reads; each says how a factor's key is built, what the module is called in the base, and which
-multiplier the format fixes where a module states no alpha.
-"""
+"""From the sorted keys of an image model's file to an adapter: pairs, scales, findings."""
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from lora_analysis.adapter import Adapter, Provenance
 from lora_analysis.errors import MalformedFileError
 from lora_analysis.formats.factors import (
-    UNKNOWN_SCALE,
     FactorRole,
     StatedScale,
     StoredPair,
@@ -30,135 +24,20 @@ from lora_analysis.formats.factors import (
     update_loaders,
 )
 from lora_analysis.formats.image_findings import block_findings, copied_findings
-from lora_analysis.formats.other_methods import refuse_other_methods
+from lora_analysis.formats.image_keys import Part, SortedParts, Spelling, sort_parts
+from lora_analysis.formats.peft_pairs import DORA
 from lora_analysis.formats.sources import ReadOptions, label_of, run_facts
 from lora_analysis.formats.stored import StoredFactor, contracted, tensor
 from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from lora_analysis.storage.tensors import NamedTensors
 
-Part = Literal["A", "B", "mid", "alpha", "scalar", "norms"]
-
-_ROLES: Final[dict[str, Part]] = {"down": "A", "up": "B", "mid": "mid", "A": "A", "B": "B"}
-_EXTRA: Final = re.compile(
-    r"(?P<module>.+?)(?:[._]lora)?\."
-    r"(?P<what>alpha|scalar|dora_scale|lora_magnitude_vector(\.[^.]+)?)"
-)
-_EXTRAS: Final[dict[str, Part]] = {"alpha": "alpha", "scalar": "scalar"}
-# What trainers store beside the factors: reported, not analysed.
-_OTHERS: Final = (
-    (re.compile(r".+\.(diff|diff_b|set_weight|w_norm|b_norm)"), "trained in full"),
-    (re.compile(r".+\.(lora_B|lora_up)(\.[^.]+)?\.bias"), "biases of B"),
-    (re.compile(r"<.+>"), "embeddings of new words"),
-)
-
 _ROLE: Final = re.compile(r"(down|up)(?=(\.weight)?$)|(?<=lora_)[AB](?=(\.[^.]+)?\.weight$)")
 _PARTNERS: Final = {"down": "up", "up": "down", "A": "B", "B": "A"}
-
-DORA: Final = "DoRA"
-
-
-def _same(name: str) -> str:
-    return name
-
-
-@dataclass(frozen=True, slots=True)
-class Spelling:
-    """How one trainer, or one era of it, names the factors of a module.
-
-    Parameters
-    ----------
-    pattern
-        Matches the key of a factor; its groups are ``module`` and ``role`` (``down``, ``up``,
-        ``mid``, ``A`` or ``B``).
-    default
-        Multiplier where the module states no alpha; None where it cannot be known then.
-    reason
-        Why it is that, or why it is not known: the end of the finding's sentence.
-    renamed
-        Gives the module's name in the base from that in the key.
-    alpha_is_rank
-        Whether the format says "alpha is r" where it is missing, and not "there is no alpha".
-    """
-
-    pattern: re.Pattern[str]
-    default: float | None
-    reason: str
-    renamed: Callable[[str], str] = _same
-    alpha_is_rank: bool = False
-
-    def factor(self, key: str) -> tuple[str, Part] | None:
-        """Return the module and the part a key names, None where it is spelled otherwise."""
-        match = self.pattern.fullmatch(key)
-        return None if match is None else (self.renamed(match["module"]), _ROLES[match["role"]])
-
-    def scale(self, rank: int) -> StatedScale:
-        """Return what the format says of a module without an alpha."""
-        if self.default is None:
-            return UNKNOWN_SCALE
-        return StatedScale(self.default, float(rank) if self.alpha_is_rank else None, "format")
-
-
-@dataclass(slots=True)
-class SortedParts:
-    """The tensor names of one file by module and part, and those that are nothing of these."""
-
-    modules: dict[str, dict[Part, str]] = field(default_factory=dict)
-    spellings: dict[str, Spelling] = field(default_factory=dict)
-    rest: dict[str, list[str]] = field(default_factory=dict)
-
-
-def spelled(keys: Iterable[str], spellings: Sequence[Spelling]) -> bool:
-    """Say whether any key is that of a factor in one of the spellings."""
-    return any(spelling.pattern.fullmatch(key) for key in keys for spelling in spellings)
-
-
-def sort_parts(path: Path, keys: Iterable[str], spellings: Sequence[Spelling]) -> SortedParts:
-    """Sort tensor names by module.
-
-    Raises
-    ------
-    MalformedFileError
-        Two tensors are the same part of a module.
-    UnsupportedMethodError
-        A key belongs to a method whose update is not ``s·B·A``.
-    """
-    names = list(keys)
-    refuse_other_methods(path, names)
-    found = SortedParts()
-    others = []
-    for key in names:
-        for spelling in spellings:
-            if factor := spelling.factor(key):
-                _put(path, found, *factor, key)
-                found.spellings.setdefault(factor[0], spelling)
-                break
-        else:
-            others.append(key)
-    for key in others:
-        _sort_extra(path, found, key, spellings)
-    return found
-
-
-def _sort_extra(path: Path, found: SortedParts, key: str, spellings: Sequence[Spelling]) -> None:
-    if match := _EXTRA.fullmatch(key):
-        for name in dict.fromkeys(spelling.renamed(match["module"]) for spelling in spellings):
-            if name in found.modules:
-                _put(path, found, name, _EXTRAS.get(match["what"], "norms"), key)
-                return
-    what = next((what for mark, what in _OTHERS if mark.fullmatch(key)), "no factors")
-    found.rest.setdefault(what, []).append(key)
-
-
-def _put(path: Path, found: SortedParts, module: str, part: Part, key: str) -> None:
-    before = found.modules.setdefault(module, {}).setdefault(part, key)
-    if before != key:
-        message = f"{path}: '{before}' and '{key}' are both {part} of '{module}'."
-        raise MalformedFileError(message)
 
 
 def read_image_adapter(
@@ -168,7 +47,6 @@ def read_image_adapter(
     format: str,
     spellings: Sequence[Spelling],
     stated: Callable[[str, int], StatedScale | None] = lambda _module, _rank: None,
-    findings: Sequence[str] = (),
 ) -> Adapter:
     """Read one file whose keys are spelled in one or several of the given ways.
 
@@ -184,8 +62,6 @@ def read_image_adapter(
         Ways to name factors, the first that matches a key counts.
     stated
         Gives the scale of a module of a rank, where something beside its own tensors states it.
-    findings
-        What the format's reader has noticed already.
 
     Raises
     ------
@@ -216,7 +92,6 @@ def read_image_adapter(
             scale_origin={module: one.origin for module, one in scales.items()},
             rank=common_rank(ranks),
             findings=(
-                *findings,
                 *_scale_findings(parts, scales),
                 *_dora_findings(pairs),
                 *block_findings(tensors, pairs),
@@ -269,10 +144,9 @@ def _dora(tensors: NamedTensors, b: StoredFactor, parts: Mapping[Part, str]) -> 
         return {}
     name = parts["norms"]
     shape = tensors.infos[name].shape
-    by_rows = math.prod(shape) == b.shape(tensors)[0]
-    if name.endswith("dora_scale") and len(shape) > 1:
-        by_rows = by_rows and shape[0] != 1
-    return {"variant": DORA, "magnitude": tensor(name) if by_rows else None}
+    first_is_one = name.endswith("dora_scale") and len(shape) > 1 and shape[0] == 1
+    by_columns = first_is_one and b.shape(tensors)[:1] != (1,)
+    return {"variant": DORA, "magnitude": None if by_columns else tensor(name)}
 
 
 def _own_scale(tensors: NamedTensors, parts: SortedParts, module: str) -> StatedScale | None:
@@ -298,16 +172,14 @@ def _number(tensors: NamedTensors, name: str) -> float:
 
 
 def _scale_findings(parts: SortedParts, scales: Mapping[str, StatedScale]) -> list[str]:
-    findings = []
     by_reason: dict[str, list[str]] = {}
     for module, one in scales.items():
         if one.origin in ("format", "unknown"):
-            spelling = parts.spellings[module]
-            by_reason.setdefault(spelling.reason, []).append(module)
+            by_reason.setdefault(parts.spellings[module].reason, []).append(module)
+    findings = []
     for reason, modules in by_reason.items():
-        some = {module: scales[module] for module in modules}
-        if unknown := scale_finding(some, reason):
-            findings += unknown
+        if scales[modules[0]].scale is None:
+            findings += scale_finding(scales, reason)
         else:
             findings.append(f"{len(modules)} of {len(scales)} modules state no alpha: {reason}.")
     return findings
@@ -337,6 +209,6 @@ def _facts(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     bases = [metadata[key] for key in stated if metadata.get(key) not in (None, "", "None")]
     if bases:
         facts["base_model"] = bases[0]
-    if "seed" not in facts and metadata.get("ss_seed", "").lstrip("-").isdecimal():
+    if "seed" not in facts and re.fullmatch(r"-?[0-9]{1,19}", metadata.get("ss_seed", "")):
         facts["seed"] = int(metadata["ss_seed"])
     return facts

@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.errors import InputError, UnsupportedMethodError
-from lora_analysis.formats.image_pairs import DORA
+from lora_analysis.formats.peft_pairs import DORA
 from lora_analysis.storage.adapter_fields import refuse_more_than_factors
 from lora_analysis.storage.atomic import write_atomic
 
