@@ -237,11 +237,14 @@ def test_whole_differences_beside_factors_are_reported(
     tensors = kohya_linear(rng, NAME) | {
         "lora_unet_norm.diff": normal(rng, 5),
         "lora_unet_norm.diff_b": normal(rng, 5),
+        "lora_unet_lost.alpha": np.ones(1, np.float32),
     }
     adapter = read_adapter(stored(tmp_path / "f.safetensors", tensors))
     assert list(adapter) == [NAME]
-    (finding,) = adapter.provenance.findings
-    assert "2 tensors beside the factors: trained in full" in finding
+    full, lost = adapter.provenance.findings
+    assert "2 tensors beside the factors: trained in full" in full
+    assert "1 tensors beside the factors: no factors" in lost
+    assert "'lora_unet_lost.alpha'" in lost
 
 
 @pytest.mark.parametrize(
@@ -279,6 +282,10 @@ def test_what_cannot_be_an_adapter_is_refused_with_names(
         ({f"{NAME}.alpha": np.float32("nan")}, r"must be one finite number, found nan"),
         ({f"{NAME}.lora_up.weight": normal(rng, 6, 3)}, r"different ranks.*\(2, 5\).*\(6, 3\)"),
         ({f"{NAME}_lora_up.weight": normal(rng, 6, 2)}, "are both B of"),
+        (
+            {"lora_unet_x.lora_mid.weight": normal(rng, 2, 2, 3, 3)},
+            "'lora_unet_x' has .*no factors",
+        ),
     ):
         tensors = {key: value for key, value in (whole | change).items() if value is not None}
         path = stored(tmp_path / "f.safetensors", tensors)
