@@ -241,7 +241,7 @@ def test_whole_differences_beside_factors_are_reported(
     }
     adapter = read_adapter(stored(tmp_path / "f.safetensors", tensors))
     assert list(adapter) == [NAME]
-    full, lost = adapter.provenance.findings
+    lost, full = sorted(adapter.provenance.findings)
     assert "2 tensors beside the factors: trained in full" in full
     assert "1 tensors beside the factors: no factors" in lost
     assert "'lora_unet_lost.alpha'" in lost
