@@ -126,6 +126,17 @@ def test_an_alpha_tensor_states_the_scale(tmp_path: Path, rng: np.random.Generat
     assert adapter.provenance.findings == ()
 
 
+def test_alphas_beside_pefts_factors_are_read_whatever_the_names(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    for module in ("lora_unet_blocks_0_attn_to_q", "transformer_blocks.0.attn.to_q"):
+        tensors = peft_keys(rng, module) | {f"{module}.alpha": np.array(5.0, np.float32)}
+        adapter = read_adapter(stored(tmp_path / "f.safetensors", tensors))
+        assert adapter.provenance.format == "diffusers"
+        assert adapter.provenance.scale_origin == {module: "tensor"}
+        assert adapter[module].scale == 2.5  # type: ignore[union-attr]
+
+
 def metadata(**components: dict[str, Any]) -> dict[str, str]:
     """The string that ``save_lora_weights`` puts beside the tensors; ``one=`` has no prefix."""
     fields = {

@@ -70,6 +70,7 @@ def test_an_alpha_beside_the_factors_counts(tmp_path: Path, rng: np.random.Gener
     adapter = read_adapter(stored(tmp_path / "f.safetensors", tensors))
     assert adapter[module].scale == 2.5  # type: ignore[union-attr]
     assert adapter.provenance.scale_origin == {module: "tensor"}
+    assert adapter.provenance.format == "flux"
 
 
 def test_a_control_lora_keeps_its_norms_and_biases_as_findings(

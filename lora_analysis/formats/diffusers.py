@@ -30,7 +30,7 @@ from lora_analysis.patterns import pattern_value
 from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
     from lora_analysis.adapter import Adapter
@@ -107,6 +107,8 @@ _PEFT_OF_COMPONENT: Final = (
         reason=_LOST,
     ),
 )
+# Names by which PEFT's own files and those under FLUX's authors' names are told.
+_OF_OTHERS: Final = re.compile(r"(base_model|diffusion_model|(double|single)_blocks)\.")
 SPELLINGS: Final = (_PROCESSORS, _OLD_TEXT_ENCODER, _LAYERS, _PEFT, *kohya.SPELLINGS)
 
 
@@ -116,8 +118,17 @@ def recognises(path: Path, options: ReadOptions) -> bool:
     if tensors is None:
         return False
     own = (_PROCESSORS, _OLD_TEXT_ENCODER, _LAYERS, *_PEFT_OF_COMPONENT)
-    return spelled(tensors.infos, own) or (
-        METADATA_KEY in tensors.metadata and spelled(tensors.infos, SPELLINGS)
+    marked = METADATA_KEY in tensors.metadata or _has_alphas(tensors.infos)
+    return spelled(tensors.infos, own) or (marked and spelled(tensors.infos, [_PEFT]))
+
+
+def _has_alphas(keys: Collection[str]) -> bool:
+    """Say whether alphas lie beside PEFT's factors, as converters of image models put them."""
+    return any(
+        key.endswith(".alpha")
+        and f"{key.removesuffix('.alpha')}.lora_A.weight" in keys
+        and not _OF_OTHERS.match(key)
+        for key in keys
     )
 
 
