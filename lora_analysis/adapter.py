@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 Layout = Literal["linear", "conv1d", "embedding", "conv"]
-ScaleOrigin = Literal["config", "tensor", "metadata", "caller", "unknown"]
+ScaleOrigin = Literal["config", "tensor", "metadata", "format", "caller", "unknown"]
 
 
 def _frozen_matrix(value: ArrayLike, *, role: str, name: str) -> NDArray[np.floating[Any]]:
@@ -237,7 +237,8 @@ Update = LowRankUpdate | DenseUpdate
 class Provenance:
     """Where an adapter came from, and what its reader noticed.
 
-    ``scale_origin`` says per module where the multiplier was found. ``findings`` are plain
+    ``scale_origin`` says per module where the multiplier was found; ``"format"`` where the format
+    itself fixes it and no file could say another. ``findings`` are plain
     sentences about the file itself, each naming what it touches. ``metrics`` are the final
     figures of its training (accuracy, loss), where the trainer left them beside the file.
     """

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save
 
 from lora_analysis.errors import (
     InputError,
@@ -266,3 +267,13 @@ def test_reading_a_torch_file_needs_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("header", [640, 896, 1152, 1408, 65536 + 640])
+def test_a_safetensors_header_of_unlucky_length_is_no_pickle(tmp_path: Path, header: int) -> None:
+    # The count of header bytes then begins with 0x80 and a small number, as a pickle does.
+    tensors = {"a": np.ones(2, np.float32)}
+    path = tmp_path / "f.safetensors"
+    path.write_bytes(save(tensors, {"note": " " * (header - 88)}))
+    assert int.from_bytes(path.read_bytes()[:8], "little") == header
+    assert list(open_tensors(path).infos) == ["a"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol
 
-from lora_analysis.formats import pairs, peft
+from lora_analysis.formats import cloneofsimo, diffusers, flux, kohya, lycoris, pairs, peft
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,4 +30,12 @@ class Format(Protocol):
         """Read one of them."""
 
 
-READERS: Final[tuple[Format, ...]] = (peft, pairs)
+READERS: Final[tuple[Format, ...]] = (
+    diffusers,
+    flux,
+    kohya,
+    peft,
+    cloneofsimo,
+    lycoris,
+    pairs,
+)

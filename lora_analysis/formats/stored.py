@@ -128,6 +128,32 @@ def block_diagonal(blocks: Sequence[StoredFactor]) -> StoredFactor:
     return StoredFactor(_Blocks(tuple(blocks)))
 
 
+def contracted(core: StoredFactor, matrix: StoredFactor) -> StoredFactor:
+    """Return a core ``(i, j, …)`` times a matrix ``(j, c)`` along j, ``(i, c, …)`` in float64."""
+    return StoredFactor(_Contracted(core, matrix))
+
+
+@dataclass(frozen=True, slots=True)
+class _Contracted:
+    core: StoredFactor
+    matrix: StoredFactor
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.matrix.names, *self.core.names)
+
+    def shape(self, tensors: NamedTensors) -> Shape:
+        core, matrix = self.core.shape(tensors), self.matrix.shape(tensors)
+        if len(core) < 2 or len(matrix) != 2 or core[1] != matrix[0]:
+            message = f"a core of shape {core} with a matrix of shape {matrix}"
+            raise ValueError(message)
+        return (core[0], matrix[1], *core[2:])
+
+    def read(self, tensors: NamedTensors) -> NDArray[Any]:
+        core, matrix = (part.read(tensors).astype(np.float64) for part in (self.core, self.matrix))
+        return np.moveaxis(np.tensordot(core, matrix, axes=(1, 0)), -1, 1)
+
+
 @dataclass(frozen=True, slots=True)
 class _Tensor:
     name: str

@@ -24,12 +24,6 @@ _READABLE: Final = (
 
 # Parts of tensor names, and what they are known for.
 _STYLES: Final = (
-    ("hada_w1", "LoHa (LyCORIS)"),
-    ("lokr_w", "LoKr (LyCORIS)"),
-    ("lora_down.weight", "the kohya-ss layout"),
-    (".processor.", "the diffusers attention-processor layout"),
-    ("_lora.down.weight", "the diffusers layout"),
-    (".lora.down.weight", "the diffusers layout"),
     (".lora_a", "the MLX or torchtune layout"),
     (".loras.", "the AdapterHub layout"),
     (".lora.lora_A", "the OpenDelta layout"),

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_analysis.errors import InputError
+from lora_analysis.formats.diffusers_writer import write_diffusers
+from lora_analysis.formats.kohya_writer import write_kohya
 from lora_analysis.formats.peft_writer import write_peft
 
 if TYPE_CHECKING:
@@ -14,7 +16,11 @@ if TYPE_CHECKING:
 
     from lora_analysis.adapter import Adapter
 
-WRITERS: dict[str, Callable[[Adapter, Path], Path]] = {"peft": write_peft}
+WRITERS: dict[str, Callable[[Adapter, Path], Path]] = {
+    "peft": write_peft,
+    "diffusers": write_diffusers,
+    "kohya": write_kohya,
+}
 
 
 def write_adapter(adapter: Adapter, path: str | os.PathLike[str], *, format: str = "peft") -> Path:
@@ -23,28 +29,31 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike[str], *, format: str
     ``"peft"`` makes a folder with ``adapter_config.json`` and ``adapter_model.safetensors``
     that PEFT loads: factors as float32 in the shapes of their layers, scale kept exactly, DoRA's
     norms and trained modules beside them.
+    ``"kohya"`` and ``"diffusers"`` make one file each, under the keys that programs for image
+    models load, an alpha per module or PEFT's config in its metadata.
 
     Parameters
     ----------
     adapter
         Read or extracted; every module a low-rank update of known scale.
     path
-        The folder; made where it does not exist, files of the same names are replaced.
+        The folder; made where it does not exist, files of the same names are replaced. For a
+        format of one file it may also be the file, ending in ``.safetensors``.
     format
         One of the formats that can be written.
 
     Returns
     -------
     Path
-        The folder.
+        The folder, or the one file.
 
     Raises
     ------
     ScaleError
         The scale of a module is not known; a file would have to make one up.
     UnsupportedMethodError
-        Biases or single tokens were trained beside the factors, and would be lost; or an update is
-        part of a method that also changes the base (KaSA), or one of a stack of experts.
+        More was trained beside the factors than the format can hold, and would be lost; or an
+        update is part of a method that also changes the base (KaSA), or one of a stack of experts.
     InputError
         The format is not written, or the adapter has no modules or one that it cannot say.
     OSError

@@ -113,9 +113,12 @@ def is_pickle(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as stream:
-        start = stream.read(2)
-    # Any pickle since protocol 2 begins with b"\x80" and a small number.
-    return is_zip(path) or (start[:1] == b"\x80" and start[1:] in (b"\2", b"\3", b"\4", b"\5"))
+        start = stream.read(9)
+    # Any pickle since protocol 2 begins with b"\x80" and a small number; so does a safetensors
+    # file whose header has 640 bytes, but that goes on with the rest of the count and a brace.
+    if start[8:] == b"{" and not any(start[4:8]):
+        return False
+    return is_zip(path) or (start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"))
 
 
 def read_pickle(path: Path, *, allow_pickle: bool) -> Pickle:

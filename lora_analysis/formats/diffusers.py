@@ -1,0 +1,218 @@
+"""Files of diffusers' ``save_lora_weights``, ``save_lora_adapter`` and ``save_attn_procs``.
+
+Three eras of keys, which one file may mix: attention processors (``attn1.processor.to_q_lora.
+down.weight``), ``attn1.to_q.lora.down.weight`` (text encoders: ``lora_linear_layer``), and PEFT's
+``lora_A.weight``. A module's name is its path in the base, after the component where the file
+names it: ``unet.``, ``text_encoder.``, ``transformer.`` keep alike paths of two models apart.
+
+The scale is stated by an ``alpha`` tensor or by the metadata ``lora_adapter_metadata`` (PEFT's
+config per component, as JSON) of newer files. Without them the alpha of the training is lost;
+loaders then multiply by 1, whatever it was. Reference: diffusers 0.42 ``loaders/lora_base.py``,
+``loaders/lora_conversion_utils.py``, ``utils/state_dict_utils.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
+from lora_analysis.formats import kohya
+from lora_analysis.formats.factors import StatedScale, scale_from_alpha
+from lora_analysis.formats.image_keys import Spelling, spelled
+from lora_analysis.formats.image_pairs import read_image_adapter
+from lora_analysis.formats.peft_config import SUBTRACTED
+from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
+from lora_analysis.patterns import pattern_value
+from lora_analysis.storage.tensors import open_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+    from pathlib import Path
+
+    from lora_analysis.adapter import Adapter
+
+NAME: Final = "diffusers"
+METADATA_KEY: Final = "lora_adapter_metadata"
+
+# Models of a pipeline, by the attribute that holds them.
+COMPONENT: Final = re.compile(r"(unet|transformer(_2)?|text_encoder(_[234])?|prior)(?=\.)")
+
+_LOST: Final = (
+    "the file has neither alphas nor metadata, and diffusers' own loaders then take a scale of 1, "
+    "whatever the training's was"
+)
+_CLIP: Final = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+def _of_processor(module: str) -> str:
+    """Return ``attn1.to_out.0`` for ``attn1.processor.to_out``: the layer beside the processor."""
+    plain = module.replace(".processor.", ".")
+    return f"{plain}.0" if plain.endswith(".to_out") else plain
+
+
+def _of_text_encoder(module: str) -> str:
+    path, _, projection = module.rpartition(".")
+    return f"{path}.{_CLIP[projection]}" if projection in _CLIP else module
+
+
+_PROCESSORS: Final = Spelling(
+    re.compile(
+        r"(?P<module>.+\.processor\.(to_[qkv]|to_out|add_[qkv]_proj|to_add_out))_lora"
+        r"\.(?P<role>down|up)\.weight"
+    ),
+    default=None,
+    reason=_LOST,
+    renamed=_of_processor,
+)
+_OLD_TEXT_ENCODER: Final = Spelling(
+    re.compile(
+        r"(?P<module>text_encoder.*\.self_attn\.to_(q|k|v|out))_lora\.(?P<role>down|up)\.weight"
+    ),
+    default=None,
+    reason=_LOST,
+    renamed=_of_text_encoder,
+)
+_LAYERS: Final = Spelling(
+    re.compile(r"(?P<module>.+)\.lora(_linear_layer)?\.(?P<role>down|up)\.weight"),
+    default=None,
+    reason=_LOST,
+)
+_PEFT: Final = Spelling(
+    re.compile(r"(?P<module>.+)\.lora_(?P<role>[AB])(\.[^.]+)?\.weight"),
+    default=None,
+    reason=_LOST,
+)
+# PEFT's keys are diffusers' where a component comes first. Language models of the GPT family are
+# called "transformer" as well: there the projections must have diffusers' names.
+_PEFT_OF_COMPONENT: Final = (
+    Spelling(
+        re.compile(
+            r"(?P<module>(unet|transformer_2|text_encoder(_[234])?|prior)\..+)"
+            r"\.lora_(?P<role>[AB])(\.[^.]+)?\.weight"
+        ),
+        default=None,
+        reason=_LOST,
+    ),
+    Spelling(
+        re.compile(
+            r"(?P<module>transformer\.(.+\.)?"
+            r"((single_)?transformer_blocks\..+|to_[qkv]|to_out\.0|add_[qkv]_proj))"
+            r"\.lora_(?P<role>[AB])(\.[^.]+)?\.weight"
+        ),
+        default=None,
+        reason=_LOST,
+    ),
+)
+# Names by which PEFT's own files and those under FLUX's authors' names are told.
+_OF_OTHERS: Final = re.compile(r"(base_model|diffusion_model|(double|single)_blocks)\.")
+SPELLINGS: Final = (_PROCESSORS, _OLD_TEXT_ENCODER, _LAYERS, _PEFT, *kohya.SPELLINGS)
+
+
+def recognises(path: Path, options: ReadOptions) -> bool:
+    """Say whether a file holds factors under diffusers' keys, or its metadata."""
+    tensors = None if options.pair else tensors_at(path, options)
+    if tensors is None:
+        return False
+    own = (_PROCESSORS, _OLD_TEXT_ENCODER, _LAYERS, *_PEFT_OF_COMPONENT)
+    marked = METADATA_KEY in tensors.metadata or _has_alphas(tensors.infos)
+    return spelled(tensors.infos, own) or (marked and spelled(tensors.infos, [_PEFT]))
+
+
+def _has_alphas(keys: Collection[str]) -> bool:
+    """Say whether alphas lie beside PEFT's factors, as converters of image models put them."""
+    return any(
+        key.endswith(".alpha")
+        and f"{key.removesuffix('.alpha')}.lora_A.weight" in keys
+        and not _OF_OTHERS.match(key)
+        for key in keys
+    )
+
+
+def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
+    """Return the file, where it holds such factors."""
+    return [AdapterRef(path, NAME, label_of(path))] if recognises(path, options) else []
+
+
+def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG001 - unnamed
+    """Read the file; the factors of all its components are one adapter.
+
+    Raises
+    ------
+    MalformedFileError
+        A module has one factor only, its factors do not fit, or the metadata is damaged.
+    UnsupportedMethodError
+        Another method's tensors lie beside the factors, or the metadata names an initialisation
+        after which ``s·B·A`` is not the update.
+    """
+    configs = _Metadata.of(path, open_tensors(path, allow_pickle=options.allow_pickle).metadata)
+    return read_image_adapter(
+        path, options, format=NAME, spellings=SPELLINGS, stated=configs.stated
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Metadata:
+    """PEFT's config of each component; that of a file for one model goes by the empty name."""
+
+    path: Path
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, path: Path, metadata: Mapping[str, str]) -> _Metadata:
+        """Return what the metadata of a file states, nothing where it has none."""
+        if METADATA_KEY not in metadata:
+            return cls(path)
+        try:
+            fields = json.loads(metadata[METADATA_KEY])
+        except (ValueError, RecursionError) as error:
+            message = f"{path}: its metadata '{METADATA_KEY}' is no JSON: {error}."
+            raise MalformedFileError(message) from error
+        if not isinstance(fields, dict):
+            message = f"{path}: its metadata '{METADATA_KEY}' must be a JSON object."
+            raise MalformedFileError(message)
+        configs: dict[str, dict[str, Any]] = {}
+        for key, value in fields.items():
+            component = COMPONENT.match(key)
+            prefix = component[0] if component else ""
+            configs.setdefault(prefix, {})[key.removeprefix(f"{prefix}.")] = value
+        for config in configs.values():
+            _check(path, config)
+        return cls(path, configs)
+
+    def stated(self, module: str, rank: int) -> StatedScale | None:
+        """Return the scale that the component's config gives a module of a rank."""
+        component = COMPONENT.match(module)
+        prefix = component[0] if component else ""
+        config = self.configs.get(prefix)
+        if not config or "lora_alpha" not in config:
+            return None
+        name = module.removeprefix(f"{prefix}.")
+        try:
+            alpha = pattern_value(name, config.get("alpha_pattern") or {}, config["lora_alpha"])
+        except InputError as error:
+            message = f"{self.path}: alpha_pattern in '{METADATA_KEY}': {error}"
+            raise MalformedFileError(message) from error
+        rslora = bool(config.get("use_rslora"))
+        return scale_from_alpha(float(alpha), rank, "metadata", rslora=rslora)
+
+
+def _check(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise where a config cannot be believed, or names what is not ``s·B·A``."""
+    pattern = config.get("alpha_pattern") or {}
+    numbers = pattern.values() if isinstance(pattern, dict) else [pattern]
+    for alpha in (config.get("lora_alpha", 1), *numbers):
+        if type(alpha) not in (int, float) or not abs(alpha) <= sys.float_info.max:
+            message = f"{path}: '{METADATA_KEY}' gives {alpha!r} as an alpha."
+            raise MalformedFileError(message)
+    start = str(config.get("init_lora_weights", True)).lower()
+    for key, method in (*SUBTRACTED.items(), ("loftq", "LoftQ")):
+        if start.startswith(key):
+            message = (
+                f"{path}: init_lora_weights is '{start}': {method} changes the base weight at the "
+                "start, so B·A is not the update of the original weight."
+            )
+            raise UnsupportedMethodError(message)

@@ -1,0 +1,96 @@
+"""What fused and split projections leave behind in files of image models, told from the numbers."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from lora_analysis.formats.factors import StoredPair
+    from lora_analysis.storage.tensors import NamedTensors
+
+# Fused projections of FLUX: three parts of equal width, or q, k, v and the MLP's four widths.
+_FUSED: Final = (
+    (re.compile(r".*(img|txt)_attn[._]qkv"), (1, 1, 1)),
+    (re.compile(r".*single_blocks[._]\d+[._]linear1"), (1, 1, 1, 4)),
+)
+_SPLIT: Final = re.compile(r"(?P<before>.*[._])(?P<letter>[qkv])(?P<after>_proj)?")
+
+
+def block_findings(tensors: NamedTensors, pairs: Sequence[StoredPair]) -> list[str]:
+    """Return a sentence where B of fused projections is block-diagonal, as split_qkv leaves it.
+
+    sd-scripts trains q, k, v (and the MLP) of FLUX apart, with ``alpha/r`` each, and saves them
+    as one pair of rank 3r or 4r beside the unchanged alpha. Every loader, its own too, then
+    computes ``alpha/(3r)``. One module of each kind is looked at: the option holds for a file.
+    """
+    findings = []
+    for pattern, widths in _FUSED:
+        fused = [pair for pair in pairs if pattern.fullmatch(pair.module)]
+        if fused and _is_block_diagonal(fused[0].b.read(tensors), widths):
+            n = len(widths)
+            findings.append(
+                f"{len(fused)} fused projections were trained as {n} LoRAs apart (split_qkv): B is "
+                f"block-diagonal (seen in '{fused[0].module}'). The scale is what every loader "
+                f"computes from the joint rank; training used {n} times as much."
+            )
+    return findings
+
+
+def _is_block_diagonal(b: NDArray[np.floating], widths: Sequence[int]) -> bool:
+    """Say whether B is zero outside its blocks, and in none of them."""
+    unit, rank, n = sum(widths), b.shape[1], len(widths)
+    if rank % n or b.shape[0] % unit:
+        return False
+    outside = b.copy()
+    top = 0
+    for k, width in enumerate(widths):
+        rows = slice(top, top + width * b.shape[0] // unit)
+        block = outside[rows, k * rank // n : (k + 1) * rank // n]
+        if not block.any():
+            return False
+        block[:] = 0
+        top = rows.stop
+    return not outside.any()
+
+
+def copied_findings(tensors: NamedTensors, pairs: Sequence[StoredPair]) -> list[str]:
+    """Return a sentence where q, k and v have one and the same A.
+
+    Converters that split a fused projection copy its A to each part; the input subspaces of the
+    parts then agree wholly, which no training made so. All are compared only if the first are.
+    """
+    first = next(_split_groups(pairs), [])
+    if len({_digest(tensors, pair) for pair in first}) != 1 or not first[0].a.read(tensors).any():
+        return []
+    alike: dict[bytes, list[str]] = {}
+    for pair in pairs:
+        alike.setdefault(_digest(tensors, pair), []).append(pair.module)
+    copied = [modules for modules in alike.values() if len(modules) > 1]
+    names = ", ".join(f"'{module}'" for module in copied[0])
+    return [
+        f"{sum(map(len, copied))} modules share their A with another (as {names}): a fused "
+        "projection was split and its A copied. An input overlap of 1 between them is an artefact."
+    ]
+
+
+def _split_groups(pairs: Sequence[StoredPair]) -> Iterator[list[StoredPair]]:
+    groups: dict[tuple[str, str], list[StoredPair]] = {}
+    for pair in pairs:
+        if match := _SPLIT.fullmatch(pair.module):
+            groups.setdefault((match["before"], match["after"] or ""), []).append(pair)
+    return (group for group in groups.values() if len(group) > 1)
+
+
+def _digest(tensors: NamedTensors, pair: StoredPair) -> bytes:
+    """Return what tells one A from another: its shape and a hash of its numbers."""
+    import hashlib  # reading most adapters needs no hash
+
+    a = np.ascontiguousarray(pair.a.read(tensors))
+    return hashlib.sha256(repr(a.shape).encode() + a.tobytes()).digest()

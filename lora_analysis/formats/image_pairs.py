@@ -1,0 +1,214 @@
+"""From the sorted keys of an image model's file to an adapter: pairs, scales, findings."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from lora_analysis.adapter import Adapter, Provenance
+from lora_analysis.errors import MalformedFileError
+from lora_analysis.formats.factors import (
+    FactorRole,
+    StatedScale,
+    StoredPair,
+    callers_scale,
+    common_rank,
+    complete_pairs,
+    scale_finding,
+    scale_from_alpha,
+    stored_rank,
+    update_loaders,
+)
+from lora_analysis.formats.image_findings import block_findings, copied_findings
+from lora_analysis.formats.image_keys import Part, SortedParts, Spelling, sort_parts
+from lora_analysis.formats.peft_pairs import DORA
+from lora_analysis.formats.sources import ReadOptions, label_of, run_facts
+from lora_analysis.formats.stored import StoredFactor, contracted, tensor
+from lora_analysis.storage.tensors import open_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from lora_analysis.storage.tensors import NamedTensors
+
+_ROLE: Final = re.compile(r"(down|up)(?=(\.weight)?$)|(?<=lora_)[AB](?=(\.[^.]+)?\.weight$)")
+_PARTNERS: Final = {"down": "up", "up": "down", "A": "B", "B": "A"}
+
+
+def read_image_adapter(
+    path: Path,
+    options: ReadOptions,
+    *,
+    format: str,
+    spellings: Sequence[Spelling],
+    stated: Callable[[str, int], StatedScale | None] = lambda _module, _rank: None,
+) -> Adapter:
+    """Read one file whose keys are spelled in one or several of the given ways.
+
+    Parameters
+    ----------
+    path
+        The file.
+    options
+        The caller's.
+    format
+        Name in the provenance.
+    spellings
+        Ways to name factors, the first that matches a key counts.
+    stated
+        Gives the scale of a module of a rank, where something beside its own tensors states it.
+
+    Raises
+    ------
+    MalformedFileError
+        A module has one factor only, its factors do not fit, or its alpha is no number.
+    UnsupportedMethodError
+        The file holds a method whose update is not ``s·B·A``.
+    """
+    tensors = open_tensors(path, allow_pickle=options.allow_pickle)
+    parts = sort_parts(path, tensors.infos, spellings)
+    pairs = [_completed(tensors, pair, parts.modules[pair.module]) for pair in _pairs(path, parts)]
+    ranks = {pair.module: stored_rank(tensors, pair) for pair in pairs}
+    scales = {
+        module: callers_scale(options, rank)
+        or _own_scale(tensors, parts, module)
+        or stated(module, rank)
+        or parts.spellings[module].scale(rank)
+        for module, rank in ranks.items()
+    }
+    label = options.label or label_of(path)
+    return Adapter(
+        update_loaders(tensors, pairs, scales, label=label),
+        label=label,
+        provenance=Provenance(
+            path=path,
+            format=format,
+            files=tensors.files,
+            scale_origin={module: one.origin for module, one in scales.items()},
+            rank=common_rank(ranks),
+            findings=(
+                *_scale_findings(parts, scales),
+                *_dora_findings(pairs),
+                *block_findings(tensors, pairs),
+                *copied_findings(tensors, pairs),
+                *_rest_findings(parts),
+            ),
+            **_facts(path, tensors.metadata),
+        ),
+    )
+
+
+def _pairs(path: Path, parts: SortedParts) -> list[StoredPair]:
+    """Return the pairs of a file; the missing partner is named after the one that is there."""
+    factors: dict[str, dict[FactorRole, str]] = {}
+    for module, stored in parts.modules.items():
+        if "A" not in stored and "B" not in stored:
+            message = f"{path}: '{module}' has '{next(iter(stored.values()))}' but no factors."
+            raise MalformedFileError(message)
+        roles: tuple[FactorRole, ...] = ("A", "B")
+        factors[module] = {role: stored[role] for role in roles if role in stored}
+    return complete_pairs(path, factors, lambda module, _: _partner(factors[module]))
+
+
+def _partner(factors: Mapping[FactorRole, str]) -> str:
+    (have,) = factors.values()
+    return _ROLE.sub(lambda role: _PARTNERS[role[0]], have)
+
+
+def _completed(tensors: NamedTensors, pair: StoredPair, parts: Mapping[Part, str]) -> StoredPair:
+    """Return a pair with its kernel, its core and what else its module stores."""
+    shapes = pair.a.shape(tensors), pair.b.shape(tensors)
+    kernel = shapes[0][2:]
+    a, b = pair.a, pair.b
+    if "mid" in parts:
+        # ΔW = einsum("ij…,ip,jr->pr…", mid, upᵀ, down): up stays B, mid and down make A.
+        kernel = tensors.infos[parts["mid"]].shape[2:]
+        a = contracted(tensor(parts["mid"]), a.flattened())
+    if "scalar" in parts:
+        b = b.times(_number(tensors, parts["scalar"]))
+    if kernel or any(len(shape) > 2 for shape in shapes):
+        kernel = kernel or tuple(1 for _ in shapes[1][2:])
+        pair = replace(pair, layout="conv", kernel=kernel)
+        a, b = a.flattened(), b.flattened()
+    return replace(pair, a=a, b=b, **_dora(tensors, b, parts))
+
+
+def _dora(tensors: NamedTensors, b: StoredFactor, parts: Mapping[Part, str]) -> dict[str, Any]:
+    """Return what a pair of DoRA says more; norms of columns are not those of PEFT's DoRA."""
+    if "norms" not in parts:
+        return {}
+    name = parts["norms"]
+    shape = tensors.infos[name].shape
+    first_is_one = name.endswith("dora_scale") and len(shape) > 1 and shape[0] == 1
+    by_columns = first_is_one and b.shape(tensors)[:1] != (1,)
+    return {"variant": DORA, "magnitude": None if by_columns else tensor(name)}
+
+
+def _own_scale(tensors: NamedTensors, parts: SortedParts, module: str) -> StatedScale | None:
+    """Return the scale from the module's own alpha, None without one that says anything."""
+    stored = parts.modules[module]
+    if "alpha" not in stored:
+        return None
+    alpha = _number(tensors, stored["alpha"])
+    if alpha == 0 and parts.spellings[module].alpha_is_rank:
+        return None  # in kohya's words, as if it were not there
+    # Of a Tucker decomposition, alpha is divided by the rows of lora_down.
+    return scale_from_alpha(alpha, tensors.infos[stored["A"]].shape[0], "tensor")
+
+
+def _number(tensors: NamedTensors, name: str) -> float:
+    shape = tensors.infos[name].shape
+    values = np.asarray(tensors.read(name)).reshape(-1) if math.prod(shape) == 1 else None
+    if values is None or not np.isfinite(float(values[0])):
+        found = shape if values is None else values[0]
+        message = f"{tensors.file_of(name)}: '{name}' must be one finite number, found {found}."
+        raise MalformedFileError(message)
+    return float(values[0])
+
+
+def _scale_findings(parts: SortedParts, scales: Mapping[str, StatedScale]) -> list[str]:
+    by_reason: dict[str, list[str]] = {}
+    for module, one in scales.items():
+        if one.origin in ("format", "unknown"):
+            by_reason.setdefault(parts.spellings[module].reason, []).append(module)
+    findings = []
+    for reason, modules in by_reason.items():
+        if scales[modules[0]].scale is None:
+            findings += scale_finding(scales, reason)
+        else:
+            findings.append(f"{len(modules)} of {len(scales)} modules state no alpha: {reason}.")
+    return findings
+
+
+def _dora_findings(pairs: Sequence[StoredPair]) -> list[str]:
+    odd = [pair for pair in pairs if pair.variant == DORA and pair.magnitude is None]
+    if not odd:
+        return []
+    return [
+        f"DoRA of {len(odd)} modules holds norms of the columns of W + ΔW, not of its rows (first: "
+        f"'{odd[0].module}'): the low-rank part is analysed, the effective update is not computed."
+    ]
+
+
+def _rest_findings(parts: SortedParts) -> list[str]:
+    return [
+        f"{len(names)} tensors beside the factors: {what}, not analysed (first: '{names[0]}')."
+        for what, names in parts.rest.items()
+    ]
+
+
+def _facts(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a training run left about itself: beside the file, or in kohya's metadata."""
+    facts: dict[str, Any] = dict(run_facts(path.parent))
+    stated = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name")
+    bases = [metadata[key] for key in stated if metadata.get(key) not in (None, "", "None")]
+    if bases:
+        facts["base_model"] = bases[0]
+    if "seed" not in facts and re.fullmatch(r"-?[0-9]{1,19}", metadata.get("ss_seed", "")):
+        facts["seed"] = int(metadata["ss_seed"])
+    return facts

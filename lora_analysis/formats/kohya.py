@@ -1,0 +1,69 @@
+"""kohya-ss sd-scripts, and all who took over its keys: LyCORIS LoCon, OneTrainer, SimpleTuner.
+
+``<module>.lora_down.weight`` is A, ``<module>.lora_up.weight`` B, ``<module>.alpha`` a number; the
+scale is ``alpha/r``. A module's name is the one in the file: its path in the base with ``_`` for
+``.`` after a prefix (``lora_unet_``, ``lora_te1_``), which cannot be undone without the base.
+Reference: sd-scripts ``networks/lora.py`` and ``lora_flux.py``, LyCORIS 4.1 ``modules/locon.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+from lora_analysis.formats.image_keys import Spelling, spelled
+from lora_analysis.formats.image_pairs import read_image_adapter
+from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lora_analysis.adapter import Adapter
+
+NAME: Final = "kohya"
+
+# Converters put their own prefix before a name that still began with the component's.
+_DOUBLED: Final = {"lora_unet_unet_": "lora_unet_", "lora_te_text_encoder_": "lora_te_"}
+
+
+def _undoubled(module: str) -> str:
+    for doubled, plain in _DOUBLED.items():
+        if module.startswith(doubled):
+            return plain + module.removeprefix(doubled)
+    return module
+
+
+SPELLINGS: Final = (
+    Spelling(
+        # Some converters wrote underscores for all the dots, those of diffusers' keys too.
+        re.compile(r"(?P<module>.+?)[._]lora(_linear_layer)?_(?P<role>down|up|mid)\.weight"),
+        default=1.0,
+        reason="the format then takes alpha = r, a scale of 1; a conversion may have lost it",
+        renamed=_undoubled,
+        alpha_is_rank=True,
+    ),
+)
+
+
+def recognises(path: Path, options: ReadOptions) -> bool:
+    """Say whether a file holds factors under kohya's keys."""
+    tensors = None if options.pair else tensors_at(path, options)
+    return tensors is not None and spelled(tensors.infos, SPELLINGS)
+
+
+def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
+    """Return the file, where it holds such factors."""
+    return [AdapterRef(path, NAME, label_of(path))] if recognises(path, options) else []
+
+
+def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG001 - unnamed
+    """Read the file; it holds one adapter.
+
+    Raises
+    ------
+    MalformedFileError
+        A module has one factor only, its factors do not fit, or its alpha is no number.
+    UnsupportedMethodError
+        Another method's tensors lie beside the factors.
+    """
+    return read_image_adapter(path, options, format=NAME, spellings=SPELLINGS)

@@ -1,0 +1,115 @@
+"""One file under kohya's keys, which most programs that run image models load."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from lora_analysis.errors import InputError
+from lora_analysis.formats.image_writing import (
+    Tensors,
+    exact_alpha,
+    factor_tensors,
+    float32,
+    writable_updates,
+    write_file,
+)
+from lora_analysis.formats.kohya import SPELLINGS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from lora_analysis.adapter import Adapter, LowRankUpdate
+
+_PREFIXES: Final = {
+    "unet": "lora_unet_",
+    "transformer": "lora_transformer_",
+    "text_encoder": "lora_te_",
+    "text_encoder_2": "lora_te2_",
+    "text_encoder_3": "lora_te3_",
+}
+# A module's path in a model, and a name that kohya's keys made of one.
+PATH: Final = re.compile(r"[\w.-]+")
+KOHYAS_NAME: Final = re.compile(r"(lora_(unet|transformer|te[123]?)|lycoris)_\w+")
+
+
+def write_kohya(adapter: Adapter, path: Path) -> Path:
+    """Write ``adapter`` as sd-scripts does; see :func:`lora_analysis.write_adapter`.
+
+    Dots in a module's name become underscores after the prefix of its component; one without a
+    component is the denoiser's (``lora_unet_``). Names that kohya's files gave are kept.
+    """
+    updates = writable_updates(adapter, "kohya")
+    names = flattened_names(updates)
+    tensors: Tensors = {}
+    for module, update in updates.items():
+        tensors |= _module_tensors(names[module], update)
+    base = adapter.provenance.base_model
+    metadata = {"ss_base_model_version": base} if base else {}
+    return write_file(path, f"{path.name}.safetensors", tensors, metadata)
+
+
+def flattened_names(modules: Iterable[str]) -> dict[str, str]:
+    """Return kohya's name of each module.
+
+    Raises
+    ------
+    InputError
+        Two modules would have one name, or a name has a meaning of its own in kohya's keys.
+    """
+    given = list(modules)
+    second = any(module.startswith("text_encoder_2.") for module in given)
+    names: dict[str, str] = {}
+    taken: dict[str, str] = {}
+    for module in given:
+        name = _flattened(module, two_encoders=second)
+        if taken.setdefault(name, module) != module:
+            message = f"'{taken[name]}' and '{module}' would both be '{name}' in kohya's keys."
+            raise InputError(message)
+        if SPELLINGS[0].factor(f"{name}.lora_down.weight") != (name, "A"):
+            message = f"'{module}' would be '{name}', which means something else in kohya's keys."
+            raise InputError(message)
+        names[module] = name
+    return names
+
+
+def _flattened(module: str, *, two_encoders: bool) -> str:
+    if KOHYAS_NAME.fullmatch(module):
+        return module
+    if not PATH.fullmatch(module):
+        message = f"'{module}' is no path of a module, which kohya's keys are made from."
+        raise InputError(message)
+    component, _, rest = module.partition(".")
+    prefix = _PREFIXES.get(component, "")
+    if component == "text_encoder" and two_encoders:
+        prefix = "lora_te1_"
+    return (prefix + rest if prefix and rest else f"lora_unet_{module}").replace(".", "_")
+
+
+def _module_tensors(name: str, update: LowRankUpdate) -> Tensors:
+    a, b = factor_tensors(update)
+    tensors: Tensors = {
+        f"{name}.lora_down.weight": a,
+        f"{name}.lora_up.weight": b,
+        f"{name}.alpha": _alpha_tensor(update),
+    }
+    if update.magnitude is not None:
+        norms = float32(update.magnitude, update.name)
+        tensors[f"{name}.dora_scale"] = norms.reshape(-1, *(1 for _ in a.shape[1:]))
+    return tensors
+
+
+def _alpha_tensor(update: LowRankUpdate) -> np.ndarray:
+    """Return alpha as float32 where that holds it exactly, as float64 where it does not."""
+    alpha = exact_alpha(update)
+    if alpha == 0:
+        message = (
+            f"'{update.name}' has scale 0, and kohya's loaders take an alpha of 0 for the rank."
+        )
+        raise InputError(message)
+    with np.errstate(over="ignore", under="ignore"):
+        narrow = np.array(alpha, np.float32)
+    return narrow if float(narrow) == alpha else np.array(alpha, np.float64)
