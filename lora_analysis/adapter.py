@@ -197,6 +197,8 @@ class DenseUpdate:
         ΔW, shape ``(d_out, d_in)``.
     label
         Name of the model it belongs to, for messages.
+    layout
+        How the base stores the weight, as for a low-rank update; ΔW has one orientation in all.
 
     Raises
     ------
@@ -208,6 +210,7 @@ class DenseUpdate:
     delta: NDArray[np.floating[Any]]
     stored_dtype: str = ""
     label: str = ""
+    layout: Layout = "linear"
 
     def __post_init__(self) -> None:
         delta = _frozen_matrix(self.delta, role="delta", name=self.name)

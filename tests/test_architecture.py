@@ -36,6 +36,7 @@ LEVELS = {
     "effective": 4,
     "spectra": 4,
     "amplify": 5,
+    "edit": 5,
     "groups": 5,
     "intruders": 5,
     "pairwise": 5,
