@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lora_analysis.adapter import LowRankUpdate as LowRankUpdate
     from lora_analysis.amplify import amplification as amplification
     from lora_analysis.bases import open_base as open_base
+    from lora_analysis.bases import read_update as read_update
+    from lora_analysis.edit import extract as extract
     from lora_analysis.edit import resize as resize
     from lora_analysis.edit import resize_adapter as resize_adapter
     from lora_analysis.edit import without_directions as without_directions
@@ -48,8 +50,8 @@ if TYPE_CHECKING:
 _HOME = {
     "adapter": ("Adapter", "DenseUpdate", "LowRankUpdate"),
     "amplify": ("amplification",),
-    "bases": ("open_base",),
-    "edit": ("resize", "resize_adapter", "without_directions", "without_subspace"),
+    "bases": ("open_base", "read_update"),
+    "edit": ("extract", "resize", "resize_adapter", "without_directions", "without_subspace"),
     "effective": ("effective_update", "start_from_base"),
     "formats": ("find_adapters", "read_adapter", "write_adapter"),
     "lora": (

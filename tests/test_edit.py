@@ -230,6 +230,12 @@ def test_greedy_ranks_are_the_best_but_for_one_direction(
     assert best <= held + max(passed_over, default=0.0) + 1e-9
 
 
+def test_two_cheap_directions_are_worth_more_than_a_stronger_dear_one() -> None:
+    values = {"wide": np.array([1.0]), "narrow": np.array([0.9, 0.8])}
+    ranks = ranks_within(100, values, {"wide": 100, "narrow": 50})
+    assert ranks == {"wide": 0, "narrow": 2}
+
+
 def test_a_budget_goes_where_the_energy_is(rng: np.random.Generator) -> None:
     small = resize_adapter(unequal(rng), budget=60)
     ranks = {one.module: one.rank for one in small.modules}

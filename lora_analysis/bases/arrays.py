@@ -16,6 +16,8 @@ from lora_analysis.storage.safetensors import tile_slices
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from numpy.typing import NDArray
+
     from lora_analysis.bases.weights import Tiles
 
 
@@ -55,6 +57,10 @@ class ArrayTensors:
     def tiles(self, name: str) -> Tiles:
         """Yield a matrix tile by tile."""
         return _tiles(self._arrays[name])
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Return an array as it was given."""
+        return self._arrays[name]
 
     def refuse_unreadable(self, name: str) -> None:
         """Raise where the array holds no floating-point numbers."""
@@ -102,6 +108,14 @@ class LiveTensors:
     def tiles(self, name: str) -> Tiles:
         """Yield a matrix tile by tile, each brought to the CPU on its own."""
         return _tiles(self._parameters[name].detach())
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Return a parameter of any shape, brought to the CPU."""
+        tensor = self._parameters[name].detach()
+        whole: NDArray[Any] = (
+            (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
+        )
+        return whole
 
     def refuse_unreadable(self, name: str) -> None:
         """Raise for quantised, empty and outdated parameters, and under a merged adapter."""

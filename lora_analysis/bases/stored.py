@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_analysis.bases.naming import quantised, quantised_storage
 from lora_analysis.storage.dtypes import FLOATING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
     from lora_analysis.bases.weights import Tiles
     from lora_analysis.storage.tensors import TensorFiles
@@ -42,6 +44,10 @@ class StoredTensors:
     def tiles(self, name: str) -> Tiles:
         """Yield a matrix tile by tile."""
         return self._tensors.blocks(name)
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Return a tensor of any shape."""
+        return self._tensors.read(name)
 
     def refuse_unreadable(self, name: str) -> None:
         """Raise where the tensor is the payload of a quantised weight."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -36,6 +36,9 @@ class TensorSource(Protocol):
 
     def tiles(self, name: str) -> Tiles:
         """Yield a matrix in stored orientation, tile by tile, in a reused float32 buffer."""
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Return a tensor of any shape, as stored."""
 
     def refuse_unreadable(self, name: str) -> None:
         """Raise BaseWeightError where the tensor does not hold the weight's own numbers."""
@@ -97,6 +100,14 @@ class BaseWeights:
     def names(self) -> list[str]:
         """Names of all tensors, as stored."""
         return list(self._source.names)
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, as stored."""
+        return self._source.shape(name)
+
+    def stored_tensor(self, name: str) -> NDArray[Any]:
+        """Return a tensor of any shape, as stored; :meth:`weight` is the way to a matrix."""
+        return self._source.read(name)
 
     def weight(
         self,

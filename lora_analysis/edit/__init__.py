@@ -6,6 +6,7 @@ an edit does to a model: that is for the user to evaluate.
 """
 
 from lora_analysis.edit.budgets import ranks_within
+from lora_analysis.edit.extraction import extract
 from lora_analysis.edit.interventions import (
     drop_directions,
     keep_directions,
@@ -20,6 +21,7 @@ __all__ = [
     "Resized",
     "Truncation",
     "drop_directions",
+    "extract",
     "keep_directions",
     "project_out",
     "ranks_within",
