@@ -27,6 +27,9 @@ VERBS = {
     "heatmap": "Draw the rank-overlap heat-map of two adapters.",
     "amplify": "Hold an adapter against its base weights (amplification, enrichment).",
     "report": "Analyse adapters and write one self-contained HTML report.",
+    "resize": "Write an adapter with fewer directions, and say what was lost.",
+    "convert": "Write an adapter in another format.",
+    "extract": "Write the best LoRA of a full fine-tune.",
 }
 
 

@@ -15,7 +15,7 @@ from lora_analysis.edit.interventions import (
     without_subspace,
 )
 from lora_analysis.edit.resizing import Resized, resize_adapter
-from lora_analysis.edit.truncation import Truncation, resize
+from lora_analysis.edit.truncation import Truncation, relative_difference, resize
 
 __all__ = [
     "Resized",
@@ -25,6 +25,7 @@ __all__ = [
     "keep_directions",
     "project_out",
     "ranks_within",
+    "relative_difference",
     "resize",
     "resize_adapter",
     "without_directions",
