@@ -242,7 +242,9 @@ class Provenance:
 
     ``scale_origin`` says per module where the multiplier was found. ``findings`` are plain
     sentences about the file itself, each naming what it touches. ``metrics`` are the final
-    figures of its training (accuracy, loss), where the trainer left them beside the file.
+    figures of its training (accuracy, loss), where the trainer left them beside the file. Of an
+    adapter from a hub, ``address`` is ``hf://owner/name@commit/…`` and ``revision`` the commit;
+    ``path`` and ``files`` then lie in the hub's cache, which is nobody's business.
     """
 
     path: Path | None = None
@@ -255,6 +257,13 @@ class Provenance:
     task: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     findings: tuple[str, ...] = ()
+    address: str | None = None
+    revision: str | None = None
+
+    @property
+    def place(self) -> str | None:
+        """What to call where it lies: the address on a hub, else the path; None in memory."""
+        return self.address or (str(self.path) if self.path is not None else None)
 
     @property
     def sha256(self) -> str | None:

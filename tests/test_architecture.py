@@ -58,6 +58,7 @@ HEAVY = {
     "pandas": {"studies", "report"},
     "transformers": set(),
     "peft": set(),
+    "huggingface_hub": {"storage"},
 }
 
 

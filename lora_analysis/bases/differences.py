@@ -93,14 +93,24 @@ def read_update(
         label=name,
         provenance=Provenance(
             path=existing_path(tuned) if isinstance(tuned, str | os.PathLike) else None,
+            address=new.address,
+            revision=None if new.snapshot is None else new.snapshot.commit,
             format="full fine-tune",
-            base_model=str(base) if isinstance(base, str | os.PathLike) else old.label,
+            base_model=_base_name(base, old),
             scale_origin=dict.fromkeys(changed, "tensor"),
             findings=tuple(
                 _findings(outcomes, _others(new, old) if modules is None else [], old.label)
             ),
         ),
+        config={} if old.snapshot is None else {"revision": old.snapshot.commit},
     )
+
+
+def _base_name(base: Any, old: BaseWeights) -> str:
+    """Return what a loader of the adapter may call the base."""
+    if old.snapshot is not None:
+        return old.snapshot.repo
+    return str(base) if isinstance(base, str | os.PathLike) else old.label
 
 
 def _of_one_family(new: BaseWeights, old: BaseWeights) -> tuple[BaseWeights, BaseWeights]:

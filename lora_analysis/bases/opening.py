@@ -10,12 +10,15 @@ from lora_analysis.bases.stored import StoredTensors
 from lora_analysis.bases.weights import BaseWeights
 from lora_analysis.errors import SourceError, UnknownFormatError
 from lora_analysis.storage.documents import read_json_object
-from lora_analysis.storage.places import existing_path, nothing_there
+from lora_analysis.storage.hub import fetch_model, shown_errors
+from lora_analysis.storage.places import existing_path
 from lora_analysis.storage.tensors import INDEX_SUFFIX, open_tensors
 
 if TYPE_CHECKING:
     import os
     from pathlib import Path
+
+    from lora_analysis.storage.hub import Snapshot
 
 _NAMES: Final = ("model.safetensors", f"model{INDEX_SUFFIX}")
 
@@ -30,11 +33,13 @@ def open_base(source: str | os.PathLike[str] | Mapping[str, Any] | Any) -> BaseW
         ``model.safetensors.index.json``, a live ``torch.nn.Module`` (its frozen weights, also
         where adapters are attached), or a mapping of module names to arrays ``(d_out, d_in)``.
         A ``config.json`` beside the file names the family, which decides how matrices lie.
+        Where nothing local has the name, a repository on a hub (extra ``hf``) as in
+        :func:`lora_analysis.read_adapter`, of which one whole model is fetched.
 
     Raises
     ------
     SourceError
-        Nothing lies at the path, or a folder without one clear model.
+        Nothing lies at the path, it cannot be fetched, or a folder without one clear model.
     UnknownFormatError
         What lies there is not read.
     MalformedFileError
@@ -47,15 +52,23 @@ def open_base(source: str | os.PathLike[str] | Mapping[str, Any] | Any) -> BaseW
     if isinstance(source, Mapping):
         label = "the given arrays"
         return BaseWeights(ArrayTensors(source, label), label=label)
-    path = existing_path(source)
-    if path is None:
-        raise nothing_there(source)
+    if path := existing_path(source):
+        return _open_stored(path)
+    snapshot = fetch_model(source)
+    with shown_errors(snapshot):
+        return _open_stored(snapshot.path, snapshot)
+
+
+def _open_stored(path: Path, snapshot: Snapshot | None = None) -> BaseWeights:
     file = _file_in(path) if path.is_dir() else path
     label = (file.parent if file.name in _NAMES else file).absolute().name
+    if snapshot is not None and path.is_dir():
+        label = snapshot.name
     return BaseWeights(
         StoredTensors(open_tensors(_checked(file)), label),
         label=label,
         model_type=_model_type(file.with_name("config.json")),
+        snapshot=snapshot,
     )
 
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from lora_analysis.storage.hub import Snapshot
+
     Tiles = Iterator[tuple[slice, slice, NDArray[np.float32]]]
 
 
@@ -88,13 +90,28 @@ class BaseWeights:
         Short name for messages and tables.
     model_type
         Family of the model, as its ``config.json`` states it, or None.
+    snapshot
+        The repository and commit it was fetched from, if it was.
     """
 
-    def __init__(self, source: TensorSource, *, label: str, model_type: str | None = None) -> None:
+    def __init__(
+        self,
+        source: TensorSource,
+        *,
+        label: str,
+        model_type: str | None = None,
+        snapshot: Snapshot | None = None,
+    ) -> None:
         self.label = label
         self.model_type = model_type
+        self.snapshot = snapshot
         self._source = source
         self._names = TensorNames(source.names, label, source.shape)
+
+    @property
+    def address(self) -> str | None:
+        """``hf://owner/name@commit`` and the path inside, of a model from a hub; else None."""
+        return None if self.snapshot is None else self.snapshot.address(self.snapshot.path)
 
     @property
     def names(self) -> list[str]:

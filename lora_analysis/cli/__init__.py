@@ -76,7 +76,8 @@ class _Verbs(click.Group):
 
 _HELP = """What did a LoRA adapter learn, seen from its weights?
 
-SOURCE is a PEFT adapter folder, a folder that holds several, or a safetensors file.
+SOURCE is an adapter: its folder or file, a folder that holds several, or a repository on a hub
+(hf://owner/name[@revision][/path], or owner/name where nothing local has that name).
 """
 
 

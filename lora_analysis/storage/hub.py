@@ -1,0 +1,300 @@
+"""Repositories of a model hub: their names, and what of one is fetched into the hub's own cache.
+
+Through the package ``huggingface_hub`` (extra ``hf``), which is imported when a name leads to a
+repository. Its environment variables hold: ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ``HF_HOME``,
+``HF_TOKEN``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote
+
+from lora_analysis.errors import InputError, LoraAnalysisError, MissingExtraError, SourceError
+from lora_analysis.storage.documents import read_json_object
+from lora_analysis.storage.limits import MAX_INDEX_BYTES
+from lora_analysis.storage.pickles import PICKLE_SUFFIXES
+from lora_analysis.storage.places import nothing_there
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+PREFIX: Final = "hf://"
+_PART: Final = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
+_BARE: Final = re.compile(rf"{_PART}/{_PART}")
+# A revision is one segment, in which %2F stands for a slash; the hub's own refs have three.
+_ADDRESS: Final = re.compile(
+    rf"hf://(?P<repo>{_PART}/{_PART})"
+    r"(@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[\w.%-]+))?(/(?P<inside>.*))?",
+    re.DOTALL,
+)
+
+_SAFE: Final = ".safetensors"
+# Containers without pickles that adapters also come in; asked for where there is no safetensors.
+_OTHERS: Final = ("*.gguf", "*.npz")
+_CONFIGS: Final = ("*config.json", "*manifest.json", "*.index.json")
+# What a training run leaves beside an adapter, and the shards of a whole model.
+_NOT_ADAPTERS: Final = (
+    "*tokenizer_config.json",
+    "*optimizer*",
+    "*scheduler*",
+    "*rng_state*",
+    "*training_args*",
+    "model-*-of-*",
+    "*/model-*-of-*",
+    "pytorch_model-*-of-*",
+    "*/pytorch_model-*-of-*",
+)
+_WHOLE_MODELS: Final = ("model", "diffusion_pytorch_model")
+
+
+@dataclass(frozen=True, slots=True)
+class HubName:
+    """A repository, a revision of it (None for the default one), and a path inside it."""
+
+    repo: str
+    revision: str | None = None
+    inside: str = ""
+    spelled: str = ""
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"{PREFIX}{self.repo}{revision}" + (f"/{self.inside}" if self.inside else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What was fetched of one commit of a repository; ``folder`` lies in the hub's cache."""
+
+    repo: str
+    commit: str
+    folder: Path
+    inside: str = ""
+
+    @property
+    def path(self) -> Path:
+        """Where the thing lies that was asked for."""
+        return self.folder / self.inside
+
+    @property
+    def name(self) -> str:
+        """The repository's name, without its owner."""
+        return self.repo.partition("/")[2]
+
+    def address(self, path: Path) -> str:
+        """Return what anyone may call a path in the snapshot: ``hf://owner/name@commit/…``."""
+        return self.shown(str(path))
+
+    def shown(self, text: str) -> str:
+        """Return a text in which the snapshot has its address in place of its cache folder."""
+        return text.replace(str(self.folder), f"{PREFIX}{self.repo}@{self.commit}")
+
+
+def hub_name(source: str | os.PathLike[str]) -> HubName | None:
+    """Return the repository that a source names where nothing local has its name, or None.
+
+    ``hf://owner/name[@revision][/path]``, or ``owner/name`` alone.
+
+    Raises
+    ------
+    SourceError
+        It begins as an address and is none.
+    """
+    text = source if isinstance(source, str) else ""  # a Path means a local one
+    if text.startswith(PREFIX):
+        match = _ADDRESS.fullmatch(text)
+        inside = (match["inside"] or "").strip("/") if match else ""
+        if match is None or ".." in PurePosixPath(inside).parts or "\0" in text:
+            message = f"{text!r} is no address of the form hf://owner/name[@revision][/path]."
+            raise SourceError(message)
+        revision = unquote(match["revision"]) if match["revision"] else None
+        return HubName(match["repo"], revision, inside, text)
+    return HubName(text, spelled=text) if _BARE.fullmatch(text) and not _is_file(text) else None
+
+
+def _is_file(text: str) -> bool:
+    suffix = PurePosixPath(text).suffix
+    return suffix in (_SAFE, ".json", ".gguf", ".npz") or suffix in PICKLE_SUFFIXES
+
+
+def fetch_adapter(source: str | os.PathLike[str], *, allow_pickle: bool = False) -> Snapshot:
+    """Fetch what adapters are made of: configurations, safetensors files and their indices.
+
+    Where a repository has no safetensors file, GGUF and ``.npz`` files; torch files only where
+    pickles are allowed. States of optimisers and shards of whole models are left.
+
+    Raises
+    ------
+    SourceError
+        The source names no repository, or it, the revision or the path in it cannot be had.
+    MissingExtraError
+        An address, and the extra is not installed.
+    """
+    name = _named(source)
+    if _is_file(name.inside):
+        return _fetch_file(name)
+    pickles = tuple(f"*{suffix}" for suffix in sorted(PICKLE_SUFFIXES)) if allow_pickle else ()
+    wanted = (*_CONFIGS, f"*{_SAFE}", *pickles)
+    found = _fetch(name, wanted, _NOT_ADAPTERS)
+    if not any(found.path.rglob(f"*{_SAFE}")):
+        _fetch(replace(name, revision=found.commit), _OTHERS)
+    return _with_path(found, name)
+
+
+def fetch_model(source: str | os.PathLike[str], *, allow_pickle: bool = False) -> Snapshot:
+    """Fetch one whole model: its configuration, and the files its index names or its only one.
+
+    Raises
+    ------
+    SourceError, MissingExtraError
+        As for `fetch_adapter`.
+    """
+    name = _named(source)
+    if _is_file(name.inside):
+        return _fetch_file(name)
+    found = _fetch(name, ("config.json", "adapter_config.json", "*.index.json"), ("*/*",))
+    pinned = replace(name, revision=found.commit)
+    suffixes = (_SAFE, ".bin") if allow_pickle else (_SAFE,)
+    for wanted in _model_files(found.path, suffixes):
+        _fetch(pinned, wanted, ("*/*",))
+        if _complete(found.path, wanted):
+            break
+    return _with_path(found, name)
+
+
+def _model_files(folder: Path, suffixes: Sequence[str]) -> Iterator[list[str]]:
+    """Yield what to ask for, one after the other, until it is there."""
+    for suffix in suffixes:
+        for index in sorted(folder.glob(f"*{suffix}.index.json")):
+            yield _shards(index)
+        yield from ([f"{whole}{suffix}"] for whole in _WHOLE_MODELS)
+        yield [f"*{suffix}"]
+    yield list(_OTHERS)
+
+
+def _shards(index: Path) -> list[str]:
+    stated = read_json_object(index, max_bytes=MAX_INDEX_BYTES).get("weight_map")
+    names = stated.values() if isinstance(stated, dict) else ()
+    # In brackets a special character stands for itself.
+    return sorted({re.sub(r"([*?[])", r"[\1]", name) for name in names if isinstance(name, str)})
+
+
+def _complete(folder: Path, wanted: Sequence[str]) -> bool:
+    return bool(wanted) and all(any(folder.glob(pattern)) for pattern in wanted)
+
+
+def _fetch_file(name: HubName) -> Snapshot:
+    """Fetch one file that was named, and the configurations beside it."""
+    folder, _, file = name.inside.rpartition("/")
+    literal = re.sub(r"([*?[])", r"[\1]", file)
+    found = _fetch(replace(name, inside=folder), (literal, *_CONFIGS), ("*/*",))
+    return _with_path(found, name)
+
+
+def _with_path(found: Snapshot, name: HubName) -> Snapshot:
+    """Return the snapshot with the path that was asked for; raise where it is not there."""
+    whole = replace(found, inside=name.inside)
+    if not whole.path.exists():
+        message = (
+            f"{whole.address(whole.folder)} has no '{name.inside}', or no file in it that is "
+            "fetched (JSON configurations, safetensors, GGUF, .npz; torch files with "
+            "allow_pickle=True or --allow-pickle)."
+        )
+        raise SourceError(message)
+    return whole
+
+
+def _named(source: str | os.PathLike[str]) -> HubName:
+    """Return the repository a source names, if it can be asked for."""
+    name = hub_name(source)
+    if name is None:
+        raise nothing_there(source)
+    if find_spec("huggingface_hub") is None:
+        install = "pip install 'lora-analysis[hf]'"
+        if name.spelled.startswith(PREFIX):
+            message = f"{name} is on a hub, which needs huggingface-hub. Install it: {install}"
+            raise MissingExtraError(message)
+        text = f"{nothing_there(source)} If it names a repository on a hub: {install}"
+        raise SourceError(text)
+    return name
+
+
+def _fetch(name: HubName, wanted: Sequence[str], ignored: Sequence[str] = ()) -> Snapshot:
+    """Fetch the files of a repository that match, inside the path that is asked for."""
+    from huggingface_hub import snapshot_download
+
+    start = f"{name.inside}/" if name.inside else ""
+    try:
+        folder = snapshot_download(
+            name.repo,
+            revision=name.revision,
+            allow_patterns=[f"{start}{pattern}" for pattern in wanted],
+            ignore_patterns=[f"{start}{pattern}" for pattern in ignored],
+            **_progress(),
+        )
+    except Exception as error:
+        # The errors of the HTTP client come through, of another client in every major version.
+        raise _refusal(name, error) from error
+    return Snapshot(name.repo, Path(folder).name, Path(folder), name.inside)
+
+
+def _progress() -> dict[str, Any]:
+    """Return the bars' class where none are to be seen: stderr is no terminal."""
+    if sys.stderr.isatty():
+        return {}
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # it is there
+
+    class Silent(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
+
+    return {"tqdm_class": Silent}
+
+
+def _refusal(name: HubName, error: Exception) -> InputError:
+    """Return what a failed request means, in one line."""
+    from huggingface_hub import errors
+
+    shown = HubName(name.repo, name.revision)
+    start = "" if name.spelled.startswith(PREFIX) else f"{nothing_there(name.spelled)} On the hub: "
+    login = "log in with 'hf auth login' or set HF_TOKEN"
+    if isinstance(error, errors.GatedRepoError):
+        text = f"{shown} is gated. Accept its terms on its page, then {login}."
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        text = f"{shown} does not exist, or is private; if you may read it, {login}."
+    elif isinstance(error, errors.RevisionNotFoundError):
+        text = f"{PREFIX}{name.repo} has no revision '{name.revision}'."
+    elif isinstance(error, errors.LocalEntryNotFoundError):
+        why = "HF_HUB_OFFLINE is set" if _offline(error) else "the hub cannot be reached"
+        text = f"{shown} is not in the local cache, or not whole, and {why}."
+    elif isinstance(error, errors.HfHubHTTPError):
+        status = getattr(getattr(error, "response", None), "status_code", "an error")
+        text = f"{shown} could not be fetched: the hub answered {status}."
+    else:
+        first = (str(error).splitlines() or [""])[0]
+        text = f"{shown} could not be fetched: {type(error).__name__}: {first}"
+    return SourceError(f"{start}{text}")
+
+
+def _offline(error: Exception) -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE) or "OfflineMode" in type(error.__cause__).__name__
+
+
+@contextmanager
+def shown_errors(snapshot: Snapshot | None) -> Iterator[None]:
+    """Name the address in errors, where a snapshot's files lie in someone's cache folder."""
+    try:
+        yield
+    except LoraAnalysisError as error:
+        if snapshot is None:
+            raise
+        raise type(error)(snapshot.shown(str(error))) from error
