@@ -196,3 +196,23 @@ def test_the_difference_of_two_updates_is_that_of_their_matrices(rng: np.random.
         np.linalg.norm(a - b) / np.linalg.norm(b), rel=1e-10
     )
     assert relative_difference(one, one) < 1e-15
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("folder", ["gpt-neo-peft", "qwen2.5-peft/final"])
+def test_real_adapters_lose_what_is_printed(
+    folder: str, real_adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = ("resize", real_adapters / folder, "--energy", 0.9, "-o", tmp_path / "small")
+    code, out, _ = call(capsys, *ask, "--format", "json")
+    assert code == 0
+    found = document(out)
+    whole, small = read_adapter(real_adapters / folder), read_adapter(tmp_path / "small")
+    assert list(small) == list(whole)
+    for one in found["modules"][:6]:
+        update = whole[one["module"]]
+        S = dense_svd(update.delta_weight(), update.rank)[1]
+        k = one["rank"]
+        assert np.sum(S[:k] ** 2) >= 0.9 * np.sum(S**2) > np.sum(S[: k - 1] ** 2)
+        apart = np.linalg.norm(update.delta_weight() - small[one["module"]].delta_weight())
+        assert apart / np.linalg.norm(S) == pytest.approx(one["error"], rel=1e-4)

@@ -143,6 +143,16 @@ def test_layout_kernel_and_magnitude_stay(rng: np.random.Generator) -> None:
     assert small.magnitude is not None
 
 
+def test_of_dora_the_errors_are_said_to_be_the_low_rank_parts(rng: np.random.Generator) -> None:
+    one = low_rank_update(rng, name="q")
+    dora = LowRankUpdate("q", one.A, one.B, 1.0, variant="DoRA", magnitude=np.ones(24))
+    for update, said in ((one, False), (dora, True)):
+        (finding,) = resize_adapter(
+            Adapter({"q": update}, label="x"), rank=2
+        ).adapter.provenance.findings
+        assert ("low-rank part" in finding) == said
+
+
 @pytest.mark.parametrize("shape", [(40, 30), (30, 40)])
 def test_a_dense_update_is_cut_like_a_factored_one(
     rng: np.random.Generator, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch

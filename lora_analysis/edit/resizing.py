@@ -109,7 +109,9 @@ def resize_adapter(
             new[lost.module] = update
         if progress:
             progress("modules", done, len(ranks))
-    return Resized(derived(adapter, new, _sentence(adapter, modules)), tuple(modules))
+    dora = any(isinstance(one, LowRankUpdate) and one.variant for one in new.values())
+    sentence = _sentence(adapter, modules, dora=dora)
+    return Resized(derived(adapter, new, sentence), tuple(modules))
 
 
 def _resized(
@@ -153,7 +155,7 @@ def _values(adapter: Adapter, budget: int, name: str) -> tuple[NDArray[np.float6
     return found.S[: found.numerical_rank], cost
 
 
-def _sentence(adapter: Adapter, modules: list[Truncation]) -> str:
+def _sentence(adapter: Adapter, modules: list[Truncation], *, dora: bool) -> str:
     before = sum(one.given_parameters for one in modules)
     after = sum(one.parameters for one in modules)
     out = sum(one.rank == 0 for one in modules)
@@ -163,4 +165,4 @@ def _sentence(adapter: Adapter, modules: list[Truncation]) -> str:
     return (
         f"Made from {adapter.label} by its leading singular directions: {after:,} of {before:,} "
         f"parameters, relative error {error:.3g}{left_out}."
-    )
+    ) + (" Of DoRA the errors are those of the low-rank part." if dora else "")
