@@ -321,7 +321,7 @@ def test_a_base_of_one_file_or_in_a_sub_folder_is_opened(
     hub.commit("o/nested", {"unet/weights.safetensors": one, "vae/weights.safetensors": b""})
     assert open_base("hf://o/nested/unet").names == ["layers.0.q_proj.weight"]
     file = open_base("hf://o/nested/unet/weights.safetensors")
-    assert file.label == "weights.safetensors"
+    assert file.label == "nested"
     assert not any(name.startswith("vae/") for name in hub.fetched())
 
 
@@ -337,6 +337,21 @@ def test_a_fine_tune_and_its_base_come_from_a_hub(hub: FakeHub, rng: np.random.G
     written = write_adapter(extract("me/tuned", "hf://org/base", rank=1).adapter, "lora")
     config = json.loads((written / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", base)
+
+
+def test_a_base_of_many_files_is_asked_for_by_file(
+    hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.commit("o/quants", {f"m-Q{bits}.gguf": b"GGUF" for bits in range(2, 9)})
+    with pytest.raises(SourceError, match=r"no safetensors file.*hf://o/quants/model\.gguf"):
+        open_base("o/quants")
+    with pytest.raises(SourceError, match=r"has no file that is fetched \(safetensors"):
+        read_adapter("o/quants")
+    assert not hub.fetched()
+    with pytest.raises(InputError):  # fetched, and what it holds is no model
+        open_base("hf://o/quants/m-Q4.gguf")
+    assert hub.fetched() == {"m-Q4.gguf"}
+    assert capsys.readouterr().err == ""
 
 
 def test_an_adapter_is_not_taken_for_a_base(

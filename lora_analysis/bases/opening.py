@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import os
     from pathlib import Path
 
-    from lora_analysis.storage.hub import Snapshot
-
 _NAMES: Final = ("model.safetensors", f"model{INDEX_SUFFIX}")
 
 
@@ -56,19 +54,18 @@ def open_base(source: str | os.PathLike[str] | Mapping[str, Any] | Any) -> BaseW
         return _open_stored(path)
     snapshot = fetch_model(source)
     with shown_errors(snapshot):
-        return _open_stored(snapshot.path, snapshot)
+        base = _open_stored(snapshot.path, snapshot.name)
+    base.snapshot = snapshot
+    return base
 
 
-def _open_stored(path: Path, snapshot: Snapshot | None = None) -> BaseWeights:
+def _open_stored(path: Path, label: str | None = None) -> BaseWeights:
     file = _file_in(path) if path.is_dir() else path
-    label = (file.parent if file.name in _NAMES else file).absolute().name
-    if snapshot is not None and path.is_dir():
-        label = snapshot.name
+    label = label or (file.parent if file.name in _NAMES else file).absolute().name
     return BaseWeights(
         StoredTensors(open_tensors(_checked(file)), label),
         label=label,
         model_type=_model_type(file.with_name("config.json")),
-        snapshot=snapshot,
     )
 
 

@@ -90,21 +90,18 @@ class BaseWeights:
         Short name for messages and tables.
     model_type
         Family of the model, as its ``config.json`` states it, or None.
+
+    Attributes
+    ----------
     snapshot
         The repository and commit it was fetched from, if it was.
     """
 
-    def __init__(
-        self,
-        source: TensorSource,
-        *,
-        label: str,
-        model_type: str | None = None,
-        snapshot: Snapshot | None = None,
-    ) -> None:
+    snapshot: Snapshot | None = None
+
+    def __init__(self, source: TensorSource, *, label: str, model_type: str | None = None) -> None:
         self.label = label
         self.model_type = model_type
-        self.snapshot = snapshot
         self._source = source
         self._names = TensorNames(source.names, label, source.shape)
 

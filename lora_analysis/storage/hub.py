@@ -7,6 +7,7 @@ repository. Its environment variables hold: ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``,
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -37,8 +38,9 @@ _ADDRESS: Final = re.compile(
 )
 
 _SAFE: Final = ".safetensors"
-# Containers without pickles that adapters also come in; asked for where there is no safetensors.
-_OTHERS: Final = ("*.gguf", "*.npz")
+# Other containers of adapters without pickles, asked for where there is no safetensors file. A GGUF
+# file of another name may be a whole model, of which repositories hold a dozen.
+_OTHERS: Final = ("*[Ll][Oo][Rr][Aa]*.gguf", "*adapter*.gguf", "*.npz")
 _CONFIGS: Final = ("*config.json", "*manifest.json", "*.index.json")
 # What a training run leaves beside an adapter, and the shards of a whole model.
 _NOT_ADAPTERS: Final = (
@@ -127,8 +129,9 @@ def _is_file(text: str) -> bool:
 def fetch_adapter(source: str | os.PathLike[str], *, allow_pickle: bool = False) -> Snapshot:
     """Fetch what adapters are made of: configurations, safetensors files and their indices.
 
-    Where a repository has no safetensors file, GGUF and ``.npz`` files; torch files only where
-    pickles are allowed. States of optimisers and shards of whole models are left.
+    Where a repository has no safetensors file, ``.npz`` files and GGUF files named as adapters;
+    torch files only where pickles are allowed. States of optimisers and shards of whole models
+    are left. A file that is named itself is fetched whatever it is.
 
     Raises
     ------
@@ -151,6 +154,8 @@ def fetch_adapter(source: str | os.PathLike[str], *, allow_pickle: bool = False)
 def fetch_model(source: str | os.PathLike[str], *, allow_pickle: bool = False) -> Snapshot:
     """Fetch one whole model: its configuration, and the files its index names or its only one.
 
+    A GGUF file must be named itself.
+
     Raises
     ------
     SourceError, MissingExtraError
@@ -165,8 +170,18 @@ def fetch_model(source: str | os.PathLike[str], *, allow_pickle: bool = False) -
     for wanted in _model_files(found.path, suffixes):
         _fetch(pinned, wanted, ("*/*",))
         if _complete(found.path, wanted):
-            break
+            return _with_path(found, name)
+    if not (found.path / "adapter_config.json").is_file():
+        raise _no_model(found)
     return _with_path(found, name)
+
+
+def _no_model(found: Snapshot) -> SourceError:
+    here = found.address(found.path)
+    return SourceError(
+        f"{here}: no safetensors file lies there. Another file is fetched by its own address, as "
+        f"{PREFIX}{found.repo}/model.gguf, a sub-folder's as {PREFIX}{found.repo}/unet."
+    )
 
 
 def _model_files(folder: Path, suffixes: Sequence[str]) -> Iterator[list[str]]:
@@ -176,7 +191,6 @@ def _model_files(folder: Path, suffixes: Sequence[str]) -> Iterator[list[str]]:
             yield _shards(index)
         yield from ([f"{whole}{suffix}"] for whole in _WHOLE_MODELS)
         yield [f"*{suffix}"]
-    yield list(_OTHERS)
 
 
 def _shards(index: Path) -> list[str]:
@@ -202,10 +216,10 @@ def _with_path(found: Snapshot, name: HubName) -> Snapshot:
     """Return the snapshot with the path that was asked for; raise where it is not there."""
     whole = replace(found, inside=name.inside)
     if not whole.path.exists():
+        what = f"'{name.inside}', or no file in it that" if name.inside else "file that"
         message = (
-            f"{whole.address(whole.folder)} has no '{name.inside}', or no file in it that is "
-            "fetched (JSON configurations, safetensors, GGUF, .npz; torch files with "
-            "allow_pickle=True or --allow-pickle)."
+            f"{whole.address(whole.folder)} has no {what} is fetched (safetensors, .npz, GGUF "
+            "named as an adapter; torch files with allow_pickle=True or --allow-pickle)."
         )
         raise SourceError(message)
     return whole
@@ -232,17 +246,33 @@ def _fetch(name: HubName, wanted: Sequence[str], ignored: Sequence[str] = ()) ->
 
     start = f"{name.inside}/" if name.inside else ""
     try:
-        folder = snapshot_download(
-            name.repo,
-            revision=name.revision,
-            allow_patterns=[f"{start}{pattern}" for pattern in wanted],
-            ignore_patterns=[f"{start}{pattern}" for pattern in ignored],
-            **_progress(),
-        )
+        with _without_remarks():
+            folder = snapshot_download(
+                name.repo,
+                revision=name.revision,
+                allow_patterns=[f"{start}{pattern}" for pattern in wanted],
+                ignore_patterns=[f"{start}{pattern}" for pattern in ignored],
+                **_progress(),
+            )
     except Exception as error:
         # The errors of the HTTP client come through, of another client in every major version.
         raise _refusal(name, error) from error
     return Snapshot(name.repo, Path(folder).name, Path(folder), name.inside)
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Keep off stderr that a pattern matched no file: several are tried, one after the other."""
+    log = logging.getLogger("huggingface_hub._snapshot_download")
+
+    def worth_saying(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("No files matched")
+
+    log.addFilter(worth_saying)
+    try:
+        yield
+    finally:
+        log.removeFilter(worth_saying)
 
 
 def _progress() -> dict[str, Any]:
