@@ -21,7 +21,7 @@ from lora_analysis import extract, open_base, read_update
 from lora_analysis.errors import InputError, MissingExtraError, SourceError
 from lora_analysis.formats import find_adapters, read_adapter, write_adapter
 from lora_analysis.storage import hub as hub_module
-from lora_analysis.storage.hub import HubName, hub_name
+from lora_analysis.storage.hub_names import HubName, hub_name
 
 constants = pytest.importorskip("huggingface_hub.constants")
 

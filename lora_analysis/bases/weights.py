@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from lora_analysis.storage.hub import Snapshot
+    from lora_analysis.storage.hub_names import Snapshot
 
     Tiles = Iterator[tuple[slice, slice, NDArray[np.float32]]]
 

@@ -7,11 +7,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lora_analysis.adapter import Adapter
-from lora_analysis.storage.hub import shown_errors
+from lora_analysis.storage.hub_names import shown_errors
 
 if TYPE_CHECKING:
     from lora_analysis.adapter import Update
-    from lora_analysis.storage.hub import Snapshot
+    from lora_analysis.storage.hub_names import Snapshot
 
 
 def fetched(adapter: Adapter, snapshot: Snapshot) -> Adapter:

@@ -18,7 +18,7 @@ from lora_analysis.formats.sources import (
 )
 from lora_analysis.formats.unknown import unknown_format
 from lora_analysis.patterns import natural_key
-from lora_analysis.storage.hub import shown_errors
+from lora_analysis.storage.hub_names import shown_errors
 from lora_analysis.storage.safetensors import read_header
 
 if TYPE_CHECKING:

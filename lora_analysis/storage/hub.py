@@ -1,4 +1,4 @@
-"""Repositories of a model hub: their names, and what of one is fetched into the hub's own cache.
+"""What of a repository on a model hub is fetched, into the hub's own cache.
 
 Through the package ``huggingface_hub`` (extra ``hf``), which is imported when a name leads to a
 repository. Its environment variables hold: ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ``HF_HOME``,
@@ -8,34 +8,24 @@ repository. Its environment variables hold: ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``,
 from __future__ import annotations
 
 import logging
-import os
 import re
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import unquote
 
-from lora_analysis.errors import InputError, LoraAnalysisError, MissingExtraError, SourceError
+from lora_analysis.errors import InputError, MissingExtraError, SourceError
 from lora_analysis.storage.documents import read_json_object
+from lora_analysis.storage.hub_names import PREFIX, HubName, Snapshot, hub_name, names_a_file
 from lora_analysis.storage.limits import MAX_INDEX_BYTES
 from lora_analysis.storage.pickles import PICKLE_SUFFIXES
 from lora_analysis.storage.places import nothing_there
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterator, Sequence
-
-PREFIX: Final = "hf://"
-_PART: Final = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
-_BARE: Final = re.compile(rf"{_PART}/{_PART}")
-# A revision is one segment, in which %2F stands for a slash; the hub's own refs have three.
-_ADDRESS: Final = re.compile(
-    rf"hf://(?P<repo>{_PART}/{_PART})"
-    r"(@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[\w.%-]+))?(/(?P<inside>.*))?",
-    re.DOTALL,
-)
 
 _SAFE: Final = ".safetensors"
 # Other containers of adapters without pickles, asked for where there is no safetensors file. A GGUF
@@ -57,75 +47,6 @@ _NOT_ADAPTERS: Final = (
 _WHOLE_MODELS: Final = ("model", "diffusion_pytorch_model")
 
 
-@dataclass(frozen=True, slots=True)
-class HubName:
-    """A repository, a revision of it (None for the default one), and a path inside it."""
-
-    repo: str
-    revision: str | None = None
-    inside: str = ""
-    spelled: str = ""
-
-    def __str__(self) -> str:
-        revision = f"@{self.revision}" if self.revision else ""
-        return f"{PREFIX}{self.repo}{revision}" + (f"/{self.inside}" if self.inside else "")
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """What was fetched of one commit of a repository; ``folder`` lies in the hub's cache."""
-
-    repo: str
-    commit: str
-    folder: Path
-    inside: str = ""
-
-    @property
-    def path(self) -> Path:
-        """Where the thing lies that was asked for."""
-        return self.folder / self.inside
-
-    @property
-    def name(self) -> str:
-        """The repository's name, without its owner."""
-        return self.repo.partition("/")[2]
-
-    def address(self, path: Path) -> str:
-        """Return what anyone may call a path in the snapshot: ``hf://owner/name@commit/…``."""
-        return self.shown(str(path))
-
-    def shown(self, text: str) -> str:
-        """Return a text in which the snapshot has its address in place of its cache folder."""
-        return text.replace(str(self.folder), f"{PREFIX}{self.repo}@{self.commit}")
-
-
-def hub_name(source: str | os.PathLike[str]) -> HubName | None:
-    """Return the repository that a source names where nothing local has its name, or None.
-
-    ``hf://owner/name[@revision][/path]``, or ``owner/name`` alone.
-
-    Raises
-    ------
-    SourceError
-        It begins as an address and is none.
-    """
-    text = source if isinstance(source, str) else ""  # a Path means a local one
-    if text.startswith(PREFIX):
-        match = _ADDRESS.fullmatch(text)
-        inside = (match["inside"] or "").strip("/") if match else ""
-        if match is None or ".." in PurePosixPath(inside).parts or "\0" in text:
-            message = f"{text!r} is no address of the form hf://owner/name[@revision][/path]."
-            raise SourceError(message)
-        revision = unquote(match["revision"]) if match["revision"] else None
-        return HubName(match["repo"], revision, inside, text)
-    return HubName(text, spelled=text) if _BARE.fullmatch(text) and not _is_file(text) else None
-
-
-def _is_file(text: str) -> bool:
-    suffix = PurePosixPath(text).suffix
-    return suffix in (_SAFE, ".json", ".gguf", ".npz") or suffix in PICKLE_SUFFIXES
-
-
 def fetch_adapter(source: str | os.PathLike[str], *, allow_pickle: bool = False) -> Snapshot:
     """Fetch what adapters are made of: configurations, safetensors files and their indices.
 
@@ -141,7 +62,7 @@ def fetch_adapter(source: str | os.PathLike[str], *, allow_pickle: bool = False)
         An address, and the extra is not installed.
     """
     name = _named(source)
-    if _is_file(name.inside):
+    if names_a_file(name.inside):
         return _fetch_file(name)
     pickles = tuple(f"*{suffix}" for suffix in sorted(PICKLE_SUFFIXES)) if allow_pickle else ()
     wanted = (*_CONFIGS, f"*{_SAFE}", *pickles)
@@ -162,7 +83,7 @@ def fetch_model(source: str | os.PathLike[str], *, allow_pickle: bool = False) -
         As for `fetch_adapter`.
     """
     name = _named(source)
-    if _is_file(name.inside):
+    if names_a_file(name.inside):
         return _fetch_file(name)
     found = _fetch(name, ("config.json", "adapter_config.json", "*.index.json"), ("*/*",))
     pinned = replace(name, revision=found.commit)
@@ -317,14 +238,3 @@ def _offline(error: Exception) -> bool:
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE) or "OfflineMode" in type(error.__cause__).__name__
-
-
-@contextmanager
-def shown_errors(snapshot: Snapshot | None) -> Iterator[None]:
-    """Name the address in errors, where a snapshot's files lie in someone's cache folder."""
-    try:
-        yield
-    except LoraAnalysisError as error:
-        if snapshot is None:
-            raise
-        raise type(error)(snapshot.shown(str(error))) from error
