@@ -197,6 +197,8 @@ class DenseUpdate:
         ΔW, shape ``(d_out, d_in)``.
     label
         Name of the model it belongs to, for messages.
+    layout
+        How the base stores the weight, as for a low-rank update; ΔW has one orientation in all.
 
     Raises
     ------
@@ -208,6 +210,7 @@ class DenseUpdate:
     delta: NDArray[np.floating[Any]]
     stored_dtype: str = ""
     label: str = ""
+    layout: Layout = "linear"
 
     def __post_init__(self) -> None:
         delta = _frozen_matrix(self.delta, role="delta", name=self.name)
@@ -240,7 +243,9 @@ class Provenance:
     ``scale_origin`` says per module where the multiplier was found; ``"format"`` where the format
     itself fixes it and no file could say another. ``findings`` are plain
     sentences about the file itself, each naming what it touches. ``metrics`` are the final
-    figures of its training (accuracy, loss), where the trainer left them beside the file.
+    figures of its training (accuracy, loss), where the trainer left them beside the file. Of an
+    adapter from a hub, ``address`` is ``hf://owner/name@commit/…`` and ``revision`` the commit;
+    ``path`` and ``files`` then lie in the hub's cache, which is nobody's business.
     """
 
     path: Path | None = None
@@ -253,6 +258,13 @@ class Provenance:
     task: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     findings: tuple[str, ...] = ()
+    address: str | None = None
+    revision: str | None = None
+
+    @property
+    def place(self) -> str | None:
+        """What to call where it lies: the address on a hub, else the path; None in memory."""
+        return self.address or (str(self.path) if self.path is not None else None)
 
     @property
     def sha256(self) -> str | None:

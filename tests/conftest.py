@@ -9,6 +9,9 @@ from pathlib import Path
 # Before numpy is loaded: small matrices are slower on two BLAS threads than on one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Before huggingface_hub is loaded: no test asks a hub but the one on loopback.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import hypothesis
 import numpy as np
 import pytest

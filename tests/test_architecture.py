@@ -36,6 +36,7 @@ LEVELS = {
     "effective": 4,
     "spectra": 4,
     "amplify": 5,
+    "edit": 5,
     "intruders": 5,
     "pairwise": 5,
     "similarity": 5,
@@ -60,6 +61,7 @@ HEAVY = {
     "compressed_tensors": set(),
     "transformers": set(),
     "peft": set(),
+    "huggingface_hub": {"storage"},
 }
 
 

@@ -5,7 +5,8 @@ adapter's format. A base is a safetensors, torch or GGUF file or a folder with o
 quantised, a live ``torch.nn.Module`` (torch is not imported for it), or a mapping of arrays.
 """
 
+from lora_analysis.bases.differences import read_update
 from lora_analysis.bases.opening import open_base
 from lora_analysis.bases.weights import BaseWeights, Weight
 
-__all__ = ["BaseWeights", "Weight", "open_base"]
+__all__ = ["BaseWeights", "Weight", "open_base", "read_update"]

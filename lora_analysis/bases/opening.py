@@ -11,8 +11,10 @@ from lora_analysis.bases.stored import StoredTensors
 from lora_analysis.bases.weights import BaseWeights
 from lora_analysis.errors import SourceError, UnknownFormatError
 from lora_analysis.storage.documents import read_json_object
+from lora_analysis.storage.hub import fetch_model
+from lora_analysis.storage.hub_names import shown_errors
 from lora_analysis.storage.pickles import PICKLE_SUFFIXES
-from lora_analysis.storage.places import existing_path, nothing_there
+from lora_analysis.storage.places import existing_path
 from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
@@ -44,14 +46,16 @@ def open_base(
         adapters are attached), or a mapping of module names to arrays ``(d_out, d_in)``. A
         ``config.json`` beside the file names the family, which decides how matrices lie.
         Quantised weights are decoded block by block as they are read: fp8, GGUF (with the extra
-        ``quantized``), bitsandbytes, compressed-tensors, GPTQ, AWQ, MXFP4, NVFP4.
+        ``quantized``), bitsandbytes, compressed-tensors, GPTQ, AWQ, MXFP4, NVFP4. Where nothing
+        local has the name, a repository on a hub (extra ``hf``) as in
+        :func:`lora_analysis.read_adapter`, of which one whole model is fetched.
     allow_pickle
         Whether files of ``torch.save`` are read: their tensors alone, nothing they name is run.
 
     Raises
     ------
     SourceError
-        Nothing lies at the path, or a folder without one clear model.
+        Nothing lies at the path, it cannot be fetched, or a folder without one clear model.
     UnknownFormatError
         What lies there is not read, or is a pickle and ``allow_pickle`` is false.
     MalformedFileError
@@ -66,12 +70,21 @@ def open_base(
     if isinstance(source, Mapping):
         label = "the given arrays"
         return BaseWeights(ArrayTensors(source, label), label=label)
-    path = existing_path(source)
-    if path is None:
-        raise nothing_there(source)
+    if path := existing_path(source):
+        return _open_stored(path, allow_pickle=allow_pickle)
+    snapshot = fetch_model(source, allow_pickle=allow_pickle)
+    with shown_errors(snapshot):
+        base = _open_stored(snapshot.path, snapshot.name, allow_pickle=allow_pickle)
+    base.snapshot = snapshot
+    return base
+
+
+def _open_stored(
+    path: Path, label: str | None = None, *, allow_pickle: bool = False
+) -> BaseWeights:
     folder = _snapshot(path) if path.is_dir() else path.parent
     file = _file_in(folder) if path.is_dir() else path
-    label = _label(path, file)
+    label = label or _label(path, file)
     if file.name.endswith(_GGUF):
         from lora_analysis.bases.gguf import open_gguf
 

@@ -19,6 +19,8 @@ from lora_analysis.errors import BaseWeightError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from lora_analysis.storage.hub_names import Snapshot
+
 
 class TensorSource(Protocol):
     """Where the tensors of a base lie: files, a live model, arrays."""
@@ -135,7 +137,14 @@ class BaseWeights:
         The model's ``config.json``; its ``model_type`` names the family.
     blocks
         Whether the writer has put interleaved fused rows into blocks (GGUF).
+
+    Attributes
+    ----------
+    snapshot
+        The repository and commit it was fetched from, if it was.
     """
+
+    snapshot: Snapshot | None = None
 
     def __init__(
         self,
@@ -159,9 +168,22 @@ class BaseWeights:
         return Family(self.model_type, self._config, self._blocks)
 
     @property
+    def address(self) -> str | None:
+        """``hf://owner/name@commit`` and the path inside, of a model from a hub; else None."""
+        return None if self.snapshot is None else self.snapshot.address(self.snapshot.path)
+
+    @property
     def names(self) -> list[str]:
         """Names of all tensors; a quantised weight has the name its plain numbers would have."""
         return list(self._source.names)
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, as stored."""
+        return self._source.shape(name)
+
+    def stored_tensor(self, name: str) -> NDArray[Any]:
+        """Return a tensor of any shape, as stored; :meth:`weight` is the way to a matrix."""
+        return self._source.read(name)
 
     def weight(
         self,

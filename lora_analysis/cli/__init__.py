@@ -27,6 +27,9 @@ VERBS = {
     "heatmap": "Draw the rank-overlap heat-map of two adapters.",
     "amplify": "Hold an adapter against its base weights (amplification, enrichment).",
     "report": "Analyse adapters and write one self-contained HTML report.",
+    "resize": "Write an adapter with fewer directions, and say what was lost.",
+    "convert": "Write an adapter in another format.",
+    "extract": "Write the best LoRA of a full fine-tune.",
 }
 
 
@@ -73,7 +76,8 @@ class _Verbs(click.Group):
 
 _HELP = """What did a LoRA adapter learn, seen from its weights?
 
-SOURCE is a PEFT adapter folder, a folder that holds several, or a safetensors file.
+SOURCE is an adapter: its folder or file, a folder that holds several, or a repository on a hub
+(hf://owner/name[@revision][/path], or owner/name where nothing local has that name).
 """
 
 

@@ -75,7 +75,8 @@ def _describe(adapter: Adapter, pattern: str | None) -> dict[str, Any]:
     facts = list(in_threads(partial(_module_facts, adapter), _chosen(adapter, pattern)))
     return {
         "label": adapter.label,
-        "path": source.path,
+        "path": source.place,
+        "revision": source.revision,
         "format": source.format,
         "base_model": source.base_model,
         "task": source.task,

@@ -6,16 +6,19 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lora_analysis.errors import MalformedFileError, SourceError
+from lora_analysis.formats.fetched import fetched
 from lora_analysis.formats.registry import READERS
 from lora_analysis.formats.sources import (
     CONTAINER_SUFFIXES,
     AdapterRef,
+    Place,
     ReadOptions,
     label_of,
-    locate,
+    place_of,
 )
 from lora_analysis.formats.unknown import unknown_format
 from lora_analysis.patterns import natural_key
+from lora_analysis.storage.hub_names import shown_errors
 from lora_analysis.storage.safetensors import read_header
 
 if TYPE_CHECKING:
@@ -45,9 +48,10 @@ def read_adapter(
     Parameters
     ----------
     source
-        A folder, a file in it, or what :func:`find_adapters` returned. ``path#name`` chooses one
-        of several adapters in a file. An adapter that lies directly in the folder is the one that
-        is meant, whatever its sub-folders hold.
+        A folder, a file in it, or what :func:`find_adapters` returned. Where nothing local has
+        that name, a repository on a hub (extra ``hf``): ``hf://owner/name[@revision][/path]`` or
+        ``owner/name``. ``source#name`` chooses one of several adapters in a file. An adapter that
+        lies directly in the folder is the one that is meant, whatever its sub-folders hold.
     alpha
         The hyper-parameter, overriding the file's: the scale is ``alpha/r`` with each module's own
         rank (``alpha/sqrt(r)`` where the file says rsLoRA).
@@ -75,7 +79,10 @@ def read_adapter(
     Raises
     ------
     SourceError
-        Nothing lies there, or several adapters do; the message lists them.
+        Nothing lies there, it cannot be fetched, or several adapters lie there; the message lists
+        them.
+    MissingExtraError
+        An ``hf://`` address, and the extra ``hf`` is not installed.
     UnknownFormatError
         No format is recognised; the message says what was found.
     MalformedFileError
@@ -91,11 +98,14 @@ def read_adapter(
         allow_pickle=allow_pickle,
         initial=initial,
     )
-    return _read(source, options)
+    place = place_of(source, allow_pickle=allow_pickle)
+    with shown_errors(place.snapshot):
+        adapter = _read(place, options)
+    return adapter if place.snapshot is None else fetched(adapter, place.snapshot)
 
 
-def _read(source: str | os.PathLike[str] | AdapterRef, options: ReadOptions) -> Adapter:
-    path, name = locate(source)
+def _read(place: Place, options: ReadOptions) -> Adapter:
+    path, name, _ = place
     for reader in READERS:
         if reader.recognises(path, options):
             return reader.read(path, name, options)
@@ -104,7 +114,7 @@ def _read(source: str | os.PathLike[str] | AdapterRef, options: ReadOptions) -> 
         raise unknown_format(path, options)
     if len(found) > 1:
         raise _several(path, found)
-    return _read(found[0], options)
+    return _read(Place(found[0].path, found[0].name), options)
 
 
 def find_adapters(
@@ -118,7 +128,7 @@ def find_adapters(
     Parameters
     ----------
     source
-        A folder or a file.
+        A folder, a file, or a repository on a hub, as in :func:`read_adapter`.
     pair
         As in :func:`read_adapter`; then the files whose names match it are listed.
     allow_pickle
@@ -138,8 +148,14 @@ def find_adapters(
     UnknownFormatError
         Nothing that lies there is recognised.
     """
-    path, name = locate(source)
-    options = ReadOptions(pair=pair, allow_pickle=allow_pickle)
+    place = place_of(source, allow_pickle=allow_pickle)
+    with shown_errors(place.snapshot):
+        found = _find(place, ReadOptions(pair=pair, allow_pickle=allow_pickle))
+    return [replace(ref, snapshot=place.snapshot) for ref in found]
+
+
+def _find(place: Place, options: ReadOptions) -> list[AdapterRef]:
+    path, name, _ = place
     found = list(_walk(path, options))
     if not found:
         raise unknown_format(path, options)

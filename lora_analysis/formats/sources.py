@@ -7,12 +7,14 @@ import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from lora_analysis.errors import InputError
 from lora_analysis.storage.documents import read_json_object
+from lora_analysis.storage.hub import fetch_adapter
+from lora_analysis.storage.hub_names import Snapshot
 from lora_analysis.storage.pickles import PICKLE_SUFFIXES
-from lora_analysis.storage.places import existing_path, nothing_there
+from lora_analysis.storage.places import existing_path
 from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
@@ -47,17 +49,21 @@ class AdapterRef:
         Short name for tables and figures.
     name
         Its name inside the file, where one file holds several; else None.
+    snapshot
+        The repository it was fetched from, if it was.
     """
 
     path: Path
     format: str
     label: str
     name: str | None = None
+    snapshot: Snapshot | None = None
 
     @property
     def source(self) -> str:
-        """The string that reads exactly this adapter: the path, or ``path#name``."""
-        return str(self.path) if self.name is None else f"{self.path}#{self.name}"
+        """The string that reads exactly this adapter: the path (or address), ``#name`` added."""
+        place = str(self.path) if self.snapshot is None else self.snapshot.address(self.path)
+        return place if self.name is None else f"{place}#{self.name}"
 
     def __str__(self) -> str:
         return self.source
@@ -114,24 +120,41 @@ def _opened(path: Path, allow_pickle: bool, _state: tuple[int, ...]) -> NamedTen
     return open_tensors(path, allow_pickle=allow_pickle)
 
 
-def locate(source: str | os.PathLike[str] | AdapterRef) -> tuple[Path, str | None]:
-    """Return the path a source leads to, and the name of the adapter chosen inside it.
+class Place(NamedTuple):
+    """Where a source leads: a local path, the adapter chosen in it, where it was fetched from."""
 
-    ``path#name`` chooses one of the adapters in a file; a path that exists as it is written wins.
+    path: Path
+    name: str | None = None
+    snapshot: Snapshot | None = None
+
+
+def place_of(source: str | os.PathLike[str] | AdapterRef, *, allow_pickle: bool = False) -> Place:
+    """Return where a source leads; a repository on a hub is fetched.
+
+    ``source#name`` chooses one of the adapters in a file. A path that exists as it is written
+    wins, then one that exists before the ``#``, then a repository.
 
     Raises
     ------
     SourceError
-        Nothing lies there.
+        Nothing lies there, or it cannot be fetched.
     """
     if isinstance(source, AdapterRef):
-        return source.path, source.name
+        return Place(source.path, source.name, source.snapshot)
     if path := existing_path(source):
-        return path, None
+        return Place(path)
     stem, _, name = str(source).rpartition("#")
     if stem and name and (path := existing_path(stem)):
-        return path, name
-    raise nothing_there(source)
+        return Place(path, name)
+    chosen = (stem, name) if stem and name else (source, None)
+    snapshot = fetch_adapter(chosen[0], allow_pickle=allow_pickle)
+    return Place(snapshot.path, chosen[1], snapshot)
+
+
+def locate(source: str | os.PathLike[str] | AdapterRef) -> tuple[Path, str | None]:
+    """Return the path a source leads to, and the name of the adapter chosen inside it."""
+    path, name, _ = place_of(source)
+    return path, name
 
 
 def label_of(path: Path, name: str | None = None) -> str:
@@ -140,10 +163,18 @@ def label_of(path: Path, name: str | None = None) -> str:
     ``final``, ``checkpoint-23`` and their like say nothing without the folder they lie in.
     """
     resolved = path.absolute()
-    own = resolved.stem if resolved.suffix in CONTAINER_SUFFIXES else resolved.name
+    own = resolved.stem if resolved.suffix in CONTAINER_SUFFIXES else _name_of(resolved)
     if _GENERIC.fullmatch(own) and resolved.parent.name:
-        own = f"{resolved.parent.name}/{own}"
+        own = f"{_name_of(resolved.parent)}/{own}"
     return own if name is None else f"{own}#{name}"
+
+
+def _name_of(folder: Path) -> str:
+    """Return a folder's name; of a commit in a hub's cache, the repository's."""
+    cached = folder.parent.parent.name.split("--", 2)
+    if folder.parent.name == "snapshots" and len(cached) == 3:
+        return cached[2]
+    return folder.name
 
 
 class RunFacts(TypedDict, total=False):

@@ -5,6 +5,7 @@ Shapes: ``B`` is ``(..., d_out, r)``, ``A`` is ``(..., r, d_in)``; bases have or
 
 from lora_analysis.linalg.constants import EPS
 from lora_analysis.linalg.dense import (
+    DENSE_SVD_LIMIT,
     DenseSVD,
     Operator,
     gram_seconds,
@@ -29,6 +30,7 @@ from lora_analysis.linalg.overlaps import (
 )
 
 __all__ = [
+    "DENSE_SVD_LIMIT",
     "EPS",
     "DenseSVD",
     "FactoredSVD",

@@ -1,0 +1,82 @@
+"""``lora-analysis convert``: the same adapter in another format."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from lora_analysis.cli.options import Reading, output_options, reading_options
+from lora_analysis.cli.show import decimals, print_facts, print_json, print_table
+from lora_analysis.cli.writing import WrittenFormat, notes, output_place, refuse_occupied
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lora_analysis.adapter import Adapter
+
+# Relative: factors are written as float32, whose rounding stays below this.
+_EQUAL = 1e-6
+
+
+@click.command(name="convert")
+@click.argument("source", metavar="SOURCE")
+@click.option("--to", "kind", type=WrittenFormat(), required=True, help="Format to write.")
+@output_place
+@reading_options
+@output_options
+def command(
+    source: str, *, kind: str, output: Path, force: bool, reading: Reading, form: str
+) -> None:
+    """Write SOURCE in another format, read it back, and say how far ΔW is from what it was."""
+    from lora_analysis.formats import write_adapter
+
+    refuse_occupied(output, force=force)
+    adapter = reading.read(source)
+    path = write_adapter(adapter, output, format=kind)
+    errors = _read_back(adapter, path)
+    if form == "json":
+        print_json(
+            {
+                "adapter": adapter.label,
+                "output": path,
+                "format": kind,
+                "error": max(errors.values(), default=float("nan")),
+                "modules": [{"module": name, "error": one} for name, one in errors.items()],
+                "findings": list(adapter.provenance.findings),
+            }
+        )
+    elif form == "quiet":
+        click.echo(path)
+    else:
+        _print(adapter, errors, path)
+
+
+def _read_back(adapter: Adapter, path: Path) -> dict[str, float]:
+    """Return per module the relative error of ΔW as it was written, where it kept its name."""
+    from lora_analysis.edit import relative_difference
+    from lora_analysis.formats import read_adapter
+
+    written = read_adapter(path, allow_pickle=True)  # a file of our own
+    return {
+        name: relative_difference(written[name], adapter[name])
+        for name in adapter
+        if name in written
+    }
+
+
+def _print(adapter: Adapter, errors: dict[str, float], path: Path) -> None:
+    worst = max(errors.values(), default=0.0)
+    if worst > _EQUAL:
+        rows = [(name, decimals(one)) for name, one in errors.items()]
+        print_table(f"{adapter.label}: what was lost", ("module", "relative"), rows)
+        click.echo()
+    renamed = len(adapter) - len(errors)
+    facts: list[tuple[str, object]] = [("written", path)]
+    if errors:
+        facts.append(
+            ("read back", f"ΔW of {len(errors)} modules, the largest relative error {worst:.1g}")
+        )
+    if renamed:
+        facts.append(("renamed", f"{renamed} modules have other names there; not compared"))
+    print_facts([*facts, *notes(adapter)])

@@ -1,0 +1,64 @@
+"""``lora-analysis extract``: the best LoRA of a full fine-tune."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from lora_analysis.cli.options import (
+    modules_option,
+    output_options,
+    progress_bar,
+    transposed_option,
+)
+from lora_analysis.cli.writing import (
+    WrittenFormat,
+    one_size,
+    output_place,
+    refuse_occupied,
+    size_options,
+    write_resized,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@click.command(name="extract")
+@click.argument("tuned", metavar="TUNED")
+@click.option("--base", required=True, help="The weights that the fine-tune started from.")
+@size_options
+@output_place
+@click.option("--to", "kind", type=WrittenFormat(), default="peft", help="Format to write.")
+@modules_option
+@transposed_option
+@output_options
+def command(
+    tuned: str,
+    *,
+    base: str,
+    rank: int | None,
+    energy: float | None,
+    budget: int | None,
+    output: Path,
+    force: bool,
+    kind: str,
+    modules: str | None,
+    transposed: bool | None,
+    form: str,
+) -> None:
+    """Write the best LoRA of the full fine-tune TUNED, and say what it lacks of it.
+
+    The difference of each weight matrix to the base's, cut to its leading singular directions.
+    Tables of embeddings are matrices too: --module chooses what is meant.
+    """
+    from lora_analysis.edit import extract
+
+    size = one_size(rank=rank, energy=energy, budget=budget)
+    refuse_occupied(output, force=force)
+    with progress_bar(form) as progress:
+        found = extract(
+            tuned, base, **size, modules=modules, transposed=transposed, progress=progress
+        )
+    write_resized(found, output, kind, form)

@@ -1,0 +1,53 @@
+"""``lora-analysis resize``: the same adapter in fewer parameters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from lora_analysis.cli.options import Reading, output_options, progress_bar, reading_options
+from lora_analysis.cli.writing import (
+    WrittenFormat,
+    one_size,
+    output_place,
+    refuse_occupied,
+    size_options,
+    write_resized,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@click.command(name="resize")
+@click.argument("source", metavar="SOURCE")
+@size_options
+@output_place
+@click.option("--to", "kind", type=WrittenFormat(), default="peft", help="Format to write.")
+@reading_options
+@output_options
+def command(
+    source: str,
+    *,
+    rank: int | None,
+    energy: float | None,
+    budget: int | None,
+    output: Path,
+    force: bool,
+    kind: str,
+    reading: Reading,
+    form: str,
+) -> None:
+    """Write SOURCE with fewer directions per module, and say what that loses.
+
+    Each module keeps its leading singular directions: no update of that rank is closer to it.
+    "lost" is the norm of what is gone, √Σσ², and "relative" that over ‖ΔW‖.
+    """
+    from lora_analysis.edit import resize_adapter
+
+    size = one_size(rank=rank, energy=energy, budget=budget)
+    refuse_occupied(output, force=force)
+    with progress_bar(form) as progress:
+        resized = resize_adapter(reading.read(source), **size, progress=progress)
+    write_resized(resized, output, kind, form)

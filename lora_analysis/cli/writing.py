@@ -1,0 +1,157 @@
+"""What the verbs that write an adapter share: where it goes, in which format, what was lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from lora_analysis.cli.show import decimals, print_facts, print_json, print_table
+from lora_analysis.errors import SourceError
+
+if TYPE_CHECKING:
+    from lora_analysis.adapter import Adapter
+    from lora_analysis.edit import Resized
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class WrittenFormat(click.ParamType):  # type: ignore[type-arg]  # generic in new clicks only
+    """A format that has a writer; which they are is asked when a command needs it."""
+
+    name = "format"
+
+    def get_metavar(self, *_: object, **__: object) -> str:
+        """Return the formats for the help."""
+        return f"[{'|'.join(_writers())}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the format; refuse one without a writer."""
+        if value not in _writers():
+            self.fail(f"{value!r} is not one of {', '.join(_writers())}.", param, ctx)
+        return value
+
+
+def _writers() -> list[str]:
+    from lora_analysis.formats.writing import WRITERS
+
+    return list(WRITERS)
+
+
+def output_place(command: Command) -> Command:
+    """Add ``--output`` and ``--force``."""
+    command = click.option(
+        "--force", is_flag=True, help="Write into a folder that is not empty, over its files."
+    )(command)
+    return click.option(
+        "-o",
+        "--output",
+        type=click.Path(path_type=Path),
+        required=True,
+        help="Folder (or file) for the new adapter.",
+    )(command)
+
+
+def size_options(command: Command) -> Command:
+    """Add ``--rank``, ``--energy`` and ``--budget``; see `one_size`."""
+    for option in (
+        click.option(
+            "--budget",
+            type=click.IntRange(1),
+            help="Parameters in all factors together; ranks go where they keep most.",
+        ),
+        click.option(
+            "--energy",
+            type=click.FloatRange(0, 1, min_open=True),
+            help="Share of Σσ² that every module keeps at least, as 0.9.",
+        ),
+        click.option("--rank", type=click.IntRange(1), help="Rank of every module."),
+    ):
+        command = option(command)
+    return command
+
+
+def one_size(**sizes: Any) -> dict[str, Any]:
+    """Return the one size that is given.
+
+    Raises
+    ------
+    click.UsageError
+        None or several are.
+    """
+    given = {name: value for name, value in sizes.items() if value is not None}
+    if len(given) != 1:
+        message = "Give exactly one of --rank, --energy and --budget."
+        raise click.UsageError(message)
+    return given
+
+
+def refuse_occupied(output: Path, *, force: bool) -> None:
+    """Raise where something lies at the output already and may not be written over."""
+    if force or not output.exists():
+        return
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    what = "is not empty" if output.is_dir() else "exists"
+    message = f"{output} {what}. Choose another place, or pass --force to write over its files."
+    raise SourceError(message)
+
+
+def write_resized(resized: Resized, output: Path, kind: str, form: str) -> None:
+    """Write a smaller adapter and say what it lost."""
+    from lora_analysis.formats import write_adapter
+
+    path = write_adapter(resized.adapter, output, format=kind)
+    if form == "json":
+        print_json(_document(resized, path, kind))
+    elif form == "quiet":
+        click.echo(decimals(resized.error))
+    else:
+        _print(resized, path)
+
+
+def notes(adapter: Adapter) -> list[tuple[str, object]]:
+    """Return what is known of an adapter beyond its numbers, for `print_facts`."""
+    return [("note", finding) for finding in adapter.provenance.findings]
+
+
+_FIELDS = ("module", "shape", "given_rank", "rank", "parameters", "norm", "lost", "error")
+
+
+def _document(resized: Resized, path: Path, kind: str) -> dict[str, Any]:
+    modules = [{field: getattr(one, field) for field in _FIELDS} for one in resized.modules]
+    return {
+        "adapter": resized.adapter.label,
+        "output": path,
+        "format": kind,
+        **{
+            field: getattr(resized, field)
+            for field in ("given_parameters", "parameters", "norm", "lost", "error")
+        },
+        "modules": modules,
+        "findings": list(resized.adapter.provenance.findings),
+    }
+
+
+def _print(resized: Resized, path: Path) -> None:
+    rows = [
+        (
+            one.module,
+            one.given_rank,
+            one.rank or "left out",
+            f"{one.parameters:,}",
+            *(decimals(value) for value in (one.norm, one.lost, one.error)),
+        )
+        for one in resized.modules
+    ]
+    totals = (decimals(value) for value in (resized.norm, resized.lost, resized.error))
+    print_table(
+        f"{resized.adapter.label}: what was lost",
+        ("module", "rank", "now", "parameters", "‖ΔW‖", "lost", "relative"),
+        rows,
+        footer=("all", "", "", f"{resized.parameters:,}", *totals),
+    )
+    click.echo()
+    print_facts([("written", path), *notes(resized.adapter)])

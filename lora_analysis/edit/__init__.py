@@ -1,0 +1,33 @@
+"""New adapters out of old ones: fewer directions, other directions, or a fine-tune's best LoRA.
+
+Pure functions on updates and adapters: what they return is an ordinary adapter that every writer
+can write and every metric can read. Nothing here reads or writes a file, and nothing judges what
+an edit does to a model: that is for the user to evaluate.
+"""
+
+from lora_analysis.edit.budgets import ranks_within
+from lora_analysis.edit.extraction import extract
+from lora_analysis.edit.interventions import (
+    drop_directions,
+    keep_directions,
+    project_out,
+    without_directions,
+    without_subspace,
+)
+from lora_analysis.edit.resizing import Resized, resize_adapter
+from lora_analysis.edit.truncation import Truncation, relative_difference, resize
+
+__all__ = [
+    "Resized",
+    "Truncation",
+    "drop_directions",
+    "extract",
+    "keep_directions",
+    "project_out",
+    "ranks_within",
+    "relative_difference",
+    "resize",
+    "resize_adapter",
+    "without_directions",
+    "without_subspace",
+]

@@ -1,0 +1,57 @@
+"""The adapter around edited updates: what of the old one still holds of the new one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from lora_analysis.adapter import Adapter, LowRankUpdate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from lora_analysis.adapter import Update
+
+# The writer works these out from the updates; what the old config said of them is no longer so.
+_OUTDATED = ("use_rslora", "rank_pattern", "alpha_pattern", "r", "lora_alpha")
+
+
+def derived(
+    adapter: Adapter, updates: Mapping[str, Update | Callable[[], Update]], sentence: str
+) -> Adapter:
+    """Return an adapter in memory with the label, head, task and base of another.
+
+    Parameters
+    ----------
+    adapter
+        The one it was made from.
+    updates
+        Its modules. Where some are gone, the config's targets are narrowed to the rest.
+    sentence
+        What was done, which becomes a finding.
+    """
+    source = adapter.provenance
+    ranks = {update.rank for update in updates.values() if isinstance(update, LowRankUpdate)}
+    whole = all(isinstance(update, LowRankUpdate) for update in updates.values())
+    return Adapter(
+        updates,
+        label=adapter.label,
+        provenance=replace(
+            source,
+            path=None,
+            format="memory",
+            files=(),
+            scale_origin={name: source.scale_origin.get(name, "caller") for name in updates},
+            rank=ranks.pop() if whole and len(ranks) == 1 else None,
+            findings=(*source.findings, sentence),
+        ),
+        saved_modules=adapter.saved_modules,
+        config=_config(adapter, updates),
+    )
+
+
+def _config(adapter: Adapter, updates: Mapping[str, object]) -> dict[str, Any]:
+    config = {key: value for key, value in adapter.config.items() if key not in _OUTDATED}
+    if len(updates) < len(adapter):
+        config["target_modules"] = list(updates)
+    return config

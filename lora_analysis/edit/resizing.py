@@ -1,0 +1,168 @@
+"""A whole adapter in fewer parameters: to a rank, an energy share, or a budget."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lora_analysis import linalg
+from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate
+from lora_analysis.edit.budgets import ranks_within
+from lora_analysis.edit.derived import derived
+from lora_analysis.edit.truncation import Truncation, check_size, resize
+from lora_analysis.errors import InputError
+from lora_analysis.execution import in_threads
+from lora_analysis.spectra import spectrum
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from lora_analysis.adapter import Update
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Resized:
+    """An adapter made smaller, and per module what that lost; modules left out have rank 0."""
+
+    adapter: Adapter
+    modules: tuple[Truncation, ...]
+
+    @property
+    def norm(self) -> float:
+        """‖ΔW‖_F of all modules together, before."""
+        return math.hypot(*(one.norm for one in self.modules))
+
+    @property
+    def lost(self) -> float:
+        """Norm of all that is gone: squares add over modules as they do over directions."""
+        return math.hypot(*(one.lost for one in self.modules))
+
+    @property
+    def error(self) -> float:
+        """``√(Σ lost²)/√(Σ‖ΔW‖²)`` over all modules."""
+        return self.lost / self.norm if self.norm > 0 else 0.0
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all factors afterwards."""
+        return sum(one.parameters for one in self.modules)
+
+    @property
+    def given_parameters(self) -> int:
+        """Numbers in all factors (or dense updates) before."""
+        return sum(one.given_parameters for one in self.modules)
+
+
+def resize_adapter(
+    adapter: Adapter,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    budget: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Resized:
+    """Return an adapter by the leading directions of each of its modules, and what was lost.
+
+    Each module as by :func:`lora_analysis.resize`, exactly one of the three given:
+
+    Parameters
+    ----------
+    adapter
+        Low-rank or dense updates, every scale known.
+    rank
+        The same for every module; one of a smaller numerical rank keeps that.
+    energy
+        Share of Σσ² that every module keeps at least.
+    budget
+        Numbers in all factors together (magnitudes and modules trained in full do not count); the
+        rank of each module is chosen by `ranks_within`. A module of which nothing is kept is left
+        out of the adapter.
+    progress
+        Called with (what, done, total).
+
+    Raises
+    ------
+    InputError
+        As for `resize`; the adapter has no modules; or no direction fits into the budget.
+    ScaleError
+        The scale of a module is not known: modules could not be weighed against each other.
+    """
+    check_size(rank=rank, energy=energy, budget=budget)
+    if not len(adapter):
+        message = f"{adapter.label} has no modules; there is nothing to resize."
+        raise InputError(message)
+    ranks = dict.fromkeys(adapter, rank)
+    if budget is not None:
+        ranks = dict(_ranks(adapter, budget, progress))
+    new: dict[str, Update] = {}
+    modules = []
+    one_module = partial(_resized, adapter, energy=energy)
+    for done, (update, lost) in enumerate(in_threads(one_module, ranks.items()), start=1):
+        modules.append(lost)
+        if update is not None:
+            new[lost.module] = update
+        if progress:
+            progress("modules", done, len(ranks))
+    dora = any(isinstance(one, LowRankUpdate) and one.variant for one in new.values())
+    sentence = _sentence(adapter, modules, dora=dora)
+    return Resized(derived(adapter, new, sentence), tuple(modules))
+
+
+def _resized(
+    adapter: Adapter, item: tuple[str, int | None], *, energy: float | None
+) -> tuple[LowRankUpdate | None, Truncation]:
+    """Return one module at its rank; None with rank 0, where all of it is lost."""
+    name, rank = item
+    update = _known(adapter[name])
+    if rank != 0:
+        return resize(update, rank=rank, energy=energy)
+    _, lost = resize(update, rank=1)
+    return None, replace(lost, rank=0, lost=lost.norm)
+
+
+def _known(update: Update) -> Update:
+    if isinstance(update, LowRankUpdate):
+        update.known_scale()
+    return update
+
+
+def _ranks(
+    adapter: Adapter, budget: int, progress: Callable[[str, int, int], None] | None
+) -> dict[str, int]:
+    values, costs = {}, {}
+    found = in_threads(partial(_values, adapter, budget), adapter)
+    for done, (name, (sigma, cost)) in enumerate(zip(adapter, found, strict=True), start=1):
+        values[name], costs[name] = sigma, cost
+        if progress:
+            progress("spectra", done, len(adapter))
+    return ranks_within(budget, values, costs)
+
+
+def _values(adapter: Adapter, budget: int, name: str) -> tuple[NDArray[np.float64], int]:
+    """Return the singular values of one module that a budget can hold, and one direction's cost."""
+    update = _known(adapter[name])
+    cost = sum(update.shape)
+    most = max(1, min(budget // cost, *update.shape))
+    if isinstance(update, DenseUpdate):
+        return linalg.leading_singular_values(update.delta, most), cost
+    found = spectrum(update, vectors=False)
+    return found.S[: found.numerical_rank], cost
+
+
+def _sentence(adapter: Adapter, modules: list[Truncation], *, dora: bool) -> str:
+    before = sum(one.given_parameters for one in modules)
+    after = sum(one.parameters for one in modules)
+    out = sum(one.rank == 0 for one in modules)
+    left_out = f"; {out} modules of which nothing was kept are left out" if out else ""
+    norm, lost = (math.hypot(*(getattr(m, key) for m in modules)) for key in ("norm", "lost"))
+    error = lost / norm if norm > 0 else 0.0
+    return (
+        f"Made from {adapter.label} by its leading singular directions: {after:,} of {before:,} "
+        f"parameters, relative error {error:.3g}{left_out}."
+    ) + (" Of DoRA the errors are those of the low-rank part." if dora else "")
