@@ -217,8 +217,6 @@ def test_pairs_of_a_known_naming_are_answered_with_the_call_that_reads_them(
         ("model.layers.0.self_attn.q_proj.lora_a", "MLX"),
         ("lora_unet_down_blocks_0.lora_down.weight", "kohya"),
         ("down_blocks.0.attn1.processor.to_q_lora.down.weight", "diffusers"),
-        ("layers.0.q.lora_A", "loralib"),
-        ("bert.layer.0.query.loras.default.lora_A", "AdapterHub"),
         ("x.hada_w1_a", "LoHa"),
         ("model.embed_tokens.weight", "no known naming"),
     ],

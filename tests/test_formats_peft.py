@@ -327,7 +327,6 @@ CONFIG_ERRORS: list[tuple[dict[str, Any], type[InputError], list[str]]] = [
     ({"peft_type": None}, UnsupportedMethodError, ["peft_type", "None"]),
     ({"use_qalora": True}, UnsupportedMethodError, ["use_qalora"]),
     ({"use_bdlora": {"nblocks": 2}}, UnsupportedMethodError, ["use_bdlora"]),
-    ({"enable_lora": [True, False]}, UnsupportedMethodError, ["enable_lora", "MergedLinear"]),
     ({"arrow_config": {"top_k": 1}}, UnsupportedMethodError, ["arrow_config"]),
     ({"target_parameters": "w1"}, MalformedFileError, ["target_parameters", "'w1'"]),
     ({"layer_replication": [[2, 0]]}, MalformedFileError, ["layer_replication", "[[2, 0]]"]),

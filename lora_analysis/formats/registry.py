@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol
 
-from lora_analysis.formats import pairs, peft
+from lora_analysis.formats import loralib, pairs, peft, peft_merged
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,4 +30,9 @@ class Format(Protocol):
         """Read one of them."""
 
 
-READERS: Final[tuple[Format, ...]] = (peft, pairs)
+READERS: Final[tuple[Format, ...]] = (
+    peft_merged,
+    peft,
+    loralib,
+    pairs,
+)

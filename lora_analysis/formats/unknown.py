@@ -33,7 +33,6 @@ _STYLES: Final = (
     (".lora_a", "the MLX or torchtune layout"),
     (".loras.", "the AdapterHub layout"),
     (".lora.lora_A", "the OpenDelta layout"),
-    (".lora_A", "the loralib layout"),
     (".adapter_layer.", "the NeMo layout"),
 )
 
