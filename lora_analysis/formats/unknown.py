@@ -30,7 +30,7 @@ _STYLES: Final = (
     (".processor.", "the diffusers attention-processor layout"),
     ("_lora.down.weight", "the diffusers layout"),
     (".lora.down.weight", "the diffusers layout"),
-    (".lora_a", "the MLX or torchtune layout"),
+    (".lora_a", "the torchtune layout"),
     (".loras.", "the AdapterHub layout"),
     (".lora.lora_A", "the OpenDelta layout"),
     (".adapter_layer.", "the NeMo layout"),
