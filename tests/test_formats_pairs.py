@@ -238,7 +238,6 @@ def test_other_layouts_are_named_with_their_first_tensors(
         ("pytorch_lora_weights.bin", b"PK\x03\x04", "pickle"),
         ("adapter.pt", b"\x80\x02", "pickle"),
         ("adapter", b"PK\x03\x04", "pickle"),
-        ("adapter.gguf", b"GGUF\x03", "GGUF"),
         ("notes.md", b"# A title", "no safetensors file"),
         ("empty", b"", "no safetensors file"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol
 
-from lora_analysis.formats import loralib, mlx, pairs, peft, peft_merged
+from lora_analysis.formats import gguf, loralib, mlx, pairs, peft, peft_merged
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,6 +33,7 @@ class Format(Protocol):
 READERS: Final[tuple[Format, ...]] = (
     peft_merged,
     peft,
+    gguf,
     mlx,
     loralib,
     pairs,

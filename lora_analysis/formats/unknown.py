@@ -46,8 +46,6 @@ def unknown_format(path: Path, options: ReadOptions) -> UnknownFormatError:
         start = stream.read(9)
     if _is_closed_pickle(path, options):
         return pickle_refused(path)
-    if start[:4] == b"GGUF":
-        return UnknownFormatError(f"{path}: this is a GGUF file, which is not read. {_READABLE}")
     if path.suffix != ".safetensors" and start[8:] != b"{" and not is_pickle(path):
         return UnknownFormatError(
             f"{path}: this is no safetensors file, nor another file of tensors. {_READABLE}"
