@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_analysis.adapter import Adapter, Provenance
 from lora_analysis.formats.factors import (
+    FactorRole,
     StatedScale,
     StoredPair,
     callers_scale,
@@ -18,6 +19,7 @@ from lora_analysis.formats.sources import ReadOptions, label_of, run_facts
 from lora_analysis.storage.tensors import LazyTensors
 
 if TYPE_CHECKING:
+    import re
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
@@ -90,6 +92,25 @@ def assembled(
         saved_modules=LazyTensors(tensors, saved or {}),
         config=config,
     )
+
+
+def factors_named(
+    tensors: NamedTensors, key: re.Pattern[str], first: str
+) -> tuple[dict[str, dict[FactorRole, str]], list[str]]:
+    """Return the factors' names by module and role, and the names that are none.
+
+    ``key`` matches a factor's whole name, with groups ``module`` and ``role``; the role ``first``
+    is A.
+    """
+    factors: dict[str, dict[FactorRole, str]] = {}
+    others = []
+    for name in tensors.infos:
+        if match := key.fullmatch(name):
+            role: FactorRole = "A" if match["role"] == first else "B"
+            factors.setdefault(match["module"], {})[role] = name
+        else:
+            others.append(name)
+    return factors, others
 
 
 def beside_finding(what: str, names: Sequence[str]) -> list[str]:

@@ -22,6 +22,7 @@ from lora_analysis.formats.factors import (
     complete_pairs,
     scale_from_alpha,
 )
+from lora_analysis.formats.rotary import in_halves
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of
 from lora_analysis.storage.gguf import is_gguf
 from lora_analysis.storage.gguf_names import (
@@ -219,9 +220,7 @@ def _undone(tensors: GGUFTensors, b: StoredFactor, heads: int) -> StoredFactor:
             "heads of two halves. Are heads= those of this base?"
         )
         raise MalformedFileError(message)
-    rows, rank = shape
-    in_pairs = b.reshaped(heads, rows // heads // 2, 2, rank)
-    return in_pairs.transposed(0, 2, 1, 3).reshaped(rows, rank)
+    return in_halves(b, *shape, heads)
 
 
 def _experts(tensors: GGUFTensors, pair: StoredPair) -> Iterator[StoredPair]:

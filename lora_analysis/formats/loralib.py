@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import MalformedFileError, UnsupportedMethodError
-from lora_analysis.formats.assembly import assembled, beside_finding
-from lora_analysis.formats.factors import UNKNOWN_SCALE, FactorRole, StoredPair, complete_pairs
+from lora_analysis.formats.assembly import assembled, beside_finding, factors_named
+from lora_analysis.formats.factors import UNKNOWN_SCALE, StoredPair, complete_pairs
 from lora_analysis.formats.merged import (
     FUSED,
     enable_needed,
@@ -79,14 +79,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
         ``enable_lora`` contradicts the shapes.
     """
     tensors = open_tensors(path, allow_pickle=options.allow_pickle)
-    factors: dict[str, dict[FactorRole, str]] = {}
-    others = []
-    for key in tensors.infos:
-        if match := _KEY.fullmatch(key):
-            role: FactorRole = "A" if match["role"] == "A" else "B"
-            factors.setdefault(match["module"], {})[role] = key
-        else:
-            others.append(key)
+    factors, others = factors_named(tensors, _KEY, "A")
     found = _Found()
     for pair in complete_pairs(path, factors, lambda module, role: f"{module}.lora_{role}"):
         _add(found, tensors, pair, options)

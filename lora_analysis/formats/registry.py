@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol
 
-from lora_analysis.formats import gguf, loralib, mlx, pairs, peft, peft_merged
+from lora_analysis.formats import (
+    adapterhub,
+    consolidated,
+    gguf,
+    litgpt,
+    loralib,
+    mlx,
+    nemo,
+    opendelta,
+    pairs,
+    peft,
+    peft_merged,
+    torchtune,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,9 +45,15 @@ class Format(Protocol):
 
 READERS: Final[tuple[Format, ...]] = (
     peft_merged,
+    consolidated,
     peft,
     gguf,
     mlx,
+    torchtune,
+    litgpt,
+    adapterhub,
+    opendelta,
+    nemo,
     loralib,
     pairs,
 )

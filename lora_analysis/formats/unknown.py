@@ -30,10 +30,6 @@ _STYLES: Final = (
     (".processor.", "the diffusers attention-processor layout"),
     ("_lora.down.weight", "the diffusers layout"),
     (".lora.down.weight", "the diffusers layout"),
-    (".lora_a", "the torchtune layout"),
-    (".loras.", "the AdapterHub layout"),
-    (".lora.lora_A", "the OpenDelta layout"),
-    (".adapter_layer.", "the NeMo layout"),
 )
 
 
