@@ -1,4 +1,4 @@
-"""torchtune, litgpt, AdapterHub, OpenDelta, NeMo and dumps of PEFT: files by the documented layouts.
+"""torchtune, litgpt, AdapterHub, OpenDelta, NeMo and dumps of PEFT, by their documented layouts.
 
 Each fixture writes what the trainer's source says it writes; where the library is installed,
 the last tests of a section hold the reading against its own layers.

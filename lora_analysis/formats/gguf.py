@@ -127,6 +127,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
             *beside_finding("norms trained in full or other vectors", others),
         ),
         base_model=base if isinstance(base, str) else None,
+        config={"gguf_architecture": architecture, "heads": rows.heads},
     )
 
 

@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import MalformedFileError, UnsupportedMethodError
 from lora_analysis.formats.assembly import assembled, beside_finding, factors_named
-from lora_analysis.formats.factors import UNKNOWN_SCALE, StoredPair, complete_pairs
+from lora_analysis.formats.factors import (
+    UNKNOWN_SCALE,
+    StatedScale,
+    StoredPair,
+    complete_pairs,
+)
 from lora_analysis.formats.merged import (
     FUSED,
     enable_needed,
@@ -24,6 +29,7 @@ from lora_analysis.formats.merged import (
     merged_finding,
     split,
 )
+from lora_analysis.formats.plain_yaml import number
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
 from lora_analysis.formats.stored import block_diagonal, tensor
 from lora_analysis.storage.tensors import open_tensors
@@ -36,11 +42,25 @@ if TYPE_CHECKING:
 
 NAME: Final = "loralib"
 
+# Metadata that our own files state, since loralib's do not: see loralib_writer.
+SCALE: Final = "lora_scale"
+ENABLED: Final = "enable_lora"
+
 _KEY: Final = re.compile(r"(?P<module>.+)\.lora_(?P<role>[AB])")
 # Training loops save the dictionary inside another, or from inside a parallel wrapper.
 _NESTING: Final = re.compile(r"^((model_state_dict|state_dict|module)\.)+")
 _EMBEDDINGS: Final = re.compile(r"wte|wpe|.*embed(ding)?s?(_tokens|_in|_tokenizer)?")
 _CONV: Final = re.compile(r".*conv.*", re.IGNORECASE)
+
+
+def is_embedding(module: str) -> bool:
+    """Say whether a module's name is that of an embedding."""
+    return _EMBEDDINGS.fullmatch(module.rpartition(".")[2]) is not None
+
+
+def is_convolution(module: str) -> bool:
+    """Say whether a module's name is that of a convolution."""
+    return _CONV.fullmatch(module.rpartition(".")[2]) is not None
 
 
 def recognises(path: Path, options: ReadOptions) -> bool:
@@ -88,7 +108,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
         NAME,
         tensors,
         found.pairs,
-        lambda _pair, _rank: UNKNOWN_SCALE,
+        lambda _pair, _rank: _stated_scale(tensors),
         options=options,
         missing="loralib's files state no alpha",
         divisors=found.divisors,
@@ -104,7 +124,7 @@ def _add(found: _Found, tensors: NamedTensors, pair: StoredPair, options: ReadOp
     module = _NESTING.sub("", pair.module)
     a, b = pair.a.name, pair.b.name
     last = module.rpartition(".")[2]
-    enabled = options.enable_lora
+    enabled = options.enable_lora or _stated_blocks(tensors)
     if is_merged(tensors, a, b):
         if enabled is None:
             raise enable_needed(tensors, module, a, b)
@@ -113,15 +133,26 @@ def _add(found: _Found, tensors: NamedTensors, pair: StoredPair, options: ReadOp
     elif enabled is not None and sum(enabled) == 1 and last in FUSED:
         found.pairs += split(tensors, module, a, b, enabled)
         found.fused.append(module)
-    elif (size := _kernel(tensors, pair, last, options)) is not None:
+    elif (size := _kernel(tensors, pair, options)) is not None:
         found.pairs.append(_convolution(tensors, module, pair, size))
         found.divisors[module] = tensors.infos[a].shape[0] // size
     else:
-        layout: Layout = "embedding" if _EMBEDDINGS.fullmatch(last) else "linear"
+        layout: Layout = "embedding" if is_embedding(module) else "linear"
         found.pairs.append(StoredPair(module, pair.a, pair.b, layout=layout))
 
 
-def _kernel(tensors: NamedTensors, pair: StoredPair, last: str, options: ReadOptions) -> int | None:
+def _stated_scale(tensors: NamedTensors) -> StatedScale:
+    scale = number(tensors.metadata.get(SCALE))
+    return UNKNOWN_SCALE if scale is None else StatedScale(scale, None, "metadata")
+
+
+def _stated_blocks(tensors: NamedTensors) -> tuple[bool, ...] | None:
+    stated = tensors.metadata.get(ENABLED, "").split(",")
+    known = all(one in ("0", "1") for one in stated) and "1" in stated
+    return tuple(one == "1" for one in stated) if known else None
+
+
+def _kernel(tensors: NamedTensors, pair: StoredPair, options: ReadOptions) -> int | None:
     """Return the width of a convolution's kernel; None where the module is none.
 
     The frozen kernel tells, where it is in the file; else the module's name says that there is
@@ -130,7 +161,7 @@ def _kernel(tensors: NamedTensors, pair: StoredPair, last: str, options: ReadOpt
     weight = tensors.infos.get(f"{pair.module}.conv.weight")
     if weight is not None and len(weight.shape) >= 3:
         return weight.shape[-1]
-    if not _CONV.fullmatch(last):
+    if not is_convolution(pair.module):
         return None
     if options.kernel is None:
         shapes = tensors.infos[pair.a.name].shape, tensors.infos[pair.b.name].shape

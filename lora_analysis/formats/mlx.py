@@ -44,7 +44,7 @@ _WEIGHTS_NAMES: Final = (WEIGHTS_NAME, "adapters.npz")
 _CHECKPOINT: Final = "[0-9]*_adapters.safetensors"
 _MAX_EXPERTS: Final = 4096
 # What mlx-lm stacks under this name are separate experts in the base.
-_SWITCH: Final = ".switch_mlp."
+SWITCH: Final = ".switch_mlp."
 
 # GGUF's names end in the same way behind ".weight".
 _KEY: Final = re.compile(r"(?P<module>.+)(?<!\.weight)\.(?P<role>lora_a|lora_b|m)")
@@ -61,6 +61,11 @@ class _Place:
     weights: Path
     config: Mapping[str, Any] | None
     config_path: Path | None
+
+
+def is_embedding(module: str) -> bool:
+    """Say whether a module's name is that of an embedding in mlx-lm's models."""
+    return _EMBEDDING.fullmatch(module) is not None
 
 
 def recognises(path: Path, options: ReadOptions) -> bool:
@@ -194,7 +199,7 @@ def _pairs(path: Path, tensors: NamedTensors) -> tuple[list[StoredPair], list[st
 
 def _matrix(plain: StoredPair, norm: str | None) -> StoredPair:
     pair = StoredPair.of(plain.module, plain.a.name, plain.b.name, flipped=True)
-    embedding = _EMBEDDING.fullmatch(plain.module) is not None
+    embedding = is_embedding(plain.module)
     if embedding:
         pair = replace(pair, layout="embedding")
     if norm is None:
@@ -214,8 +219,8 @@ def _experts(path: Path, tensors: NamedTensors, plain: StoredPair) -> Iterator[S
         raise MalformedFileError(message)
     for expert in range(a[0]):
         a_e, b_e = plain.a.at(expert), plain.b.at(expert)
-        if _SWITCH in plain.module:
-            own = plain.module.replace(_SWITCH, f".experts.{expert}.")
+        if SWITCH in plain.module:
+            own = plain.module.replace(SWITCH, f".experts.{expert}.")
             yield StoredPair(own, a_e, b_e)
         else:
             own, base_name = f"{plain.module}.{expert}", f"{plain.module}[{expert}]"
