@@ -125,6 +125,9 @@ def test_the_frozen_kernel_tells_its_width_and_else_the_caller_must(
     path = tmp_path / "c.safetensors"
     convolution(path, rng, conv1_conv_weight=matrix(rng, 5, 3, 3, 3))
     assert read_adapter(path)["conv1"].shape == (5, 27)
+    convolution(path, rng, conv1_conv_weight=matrix(rng, 10, 3, 3, 3))
+    with pytest.raises(UnsupportedMethodError, match="without groups"):
+        read_adapter(path)
     convolution(path, rng)
     with pytest.raises(UnsupportedMethodError, match="kernel="):
         read_adapter(path)

@@ -7,6 +7,7 @@ the last tests of a section hold the reading against its own layers.
 from __future__ import annotations
 
 import json
+import tarfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -335,6 +336,13 @@ def test_nemos_fused_rows_are_taken_apart_by_groups_of_heads(tmp_path: Path) -> 
         read(tmp_path / "m.pt")
     with pytest.raises(MalformedFileError, match="do not divide"):
         read(tmp_path / "m.pt", heads=(5, 5))
+
+
+def test_nemos_archive_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "lora.nemo", "w") as archive:
+        archive.add(__file__, "model_config.yaml")
+    with pytest.raises(UnsupportedMethodError, match="tar xf"):
+        read_adapter(tmp_path / "lora.nemo")
 
 
 def dump(path: Path, way: str, tensors: dict[str, torch.Tensor], **others: object) -> Path:

@@ -160,6 +160,7 @@ def _kernel(tensors: NamedTensors, pair: StoredPair, options: ReadOptions) -> in
     """
     weight = tensors.infos.get(f"{pair.module}.conv.weight")
     if weight is not None and len(weight.shape) >= 3:
+        _check_frozen(tensors, pair, weight.shape)
         return weight.shape[-1]
     if not is_convolution(pair.module):
         return None
@@ -172,6 +173,19 @@ def _kernel(tensors: NamedTensors, pair: StoredPair, options: ReadOptions) -> in
         )
         raise UnsupportedMethodError(message)
     return options.kernel
+
+
+def _check_frozen(tensors: NamedTensors, pair: StoredPair, kernels: tuple[int, ...]) -> None:
+    """Raise for a grouped convolution and for kernels that are no squares."""
+    rows = tensors.infos[pair.b.name].shape[:1]
+    square = len(kernels) == 4 and kernels[2] == kernels[3]
+    if square and rows == (kernels[0] * kernels[3],):
+        return
+    message = (
+        f"{tensors.file_of(pair.a.name)}: '{pair.module}' adapts kernels of shape {kernels} with "
+        f"B of {rows[0] if rows else 0} rows: only square kernels without groups are read."
+    )
+    raise UnsupportedMethodError(message)
 
 
 def _convolution(tensors: NamedTensors, module: str, pair: StoredPair, size: int) -> StoredPair:

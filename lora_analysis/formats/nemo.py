@@ -61,11 +61,22 @@ _CONFIGS: Final = ("model_config.yaml", "run_config.yaml")
 
 
 def recognises(path: Path, options: ReadOptions) -> bool:
-    """Say whether a file holds factors under NeMo's names."""
+    """Say whether a file holds factors under NeMo's names, or is NeMo's archive of such a file."""
+    if _is_archive(path):
+        return True
     tensors = tensors_at(path, options)
     return tensors is not None and any(
         _KEY.fullmatch(key) and _ADAPTER.fullmatch(key) for key in tensors.infos
     )
+
+
+def _is_archive(path: Path) -> bool:
+    """Say whether a file is a ``.nemo``: a tar archive, plain or compressed."""
+    if path.suffix != ".nemo" or not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        start = stream.read(262)
+    return start[257:262] == b"ustar" or start[:2] == b"\x1f\x8b"
 
 
 def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
@@ -83,6 +94,12 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
     UnsupportedMethodError
         q, k and v share one pair, and nothing says how many heads each has.
     """
+    if _is_archive(path):
+        message = (
+            f"{path}: a .nemo archive. Unpack it (tar xf) and read the model_weights.ckpt in it; "
+            "of several mp_rank_* folders, export the adapter to PEFT first."
+        )
+        raise UnsupportedMethodError(message)
     tensors = open_tensors(path, allow_pickle=options.allow_pickle)
     factors, others = factors_named(tensors, _KEY, "linear_in")
     pairs: list[StoredPair] = []
