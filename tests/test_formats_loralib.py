@@ -95,6 +95,9 @@ def test_the_command_line_says_which_blocks_are_enabled(
     assert "h.0.attn.c_attn.v" in capsys.readouterr().out
     assert run([*arguments, "--enable-lora", "yes"]) == 2
     assert "a 1 for each block" in capsys.readouterr().err
+    assert run([*arguments, "--enable-lora", "1,0,1", "--heads", "4"]) == 2
+    assert "heads of queries and of keys" in capsys.readouterr().err
+    assert run([*arguments, "--enable-lora", "1,0,1", "--heads", "4,2", "--kernel", "3"]) == 0
 
 
 def convolution(

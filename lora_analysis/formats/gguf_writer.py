@@ -91,18 +91,22 @@ def write_gguf(
             "Pass architecture='llama', or whichever it is in llama.cpp."
         )
         raise InputError(message)
+    heads = heads or base.heads
     alpha = _alpha(updates)
     factors = with_experts_stacked(folded(updates, lambda u: alpha / u.rank), _FORMAT)
     tensors: dict[str, NDArray[np.float32]] = {}
     for name, one in factors.items():
-        tensors |= _module_tensors(name, one, architecture, heads or base.heads)
-    facts: dict[str, str | float] = {
+        tensors |= _module_tensors(name, one, architecture, heads)
+    facts: dict[str, str | int | float] = {
         "general.architecture": architecture,
         "general.type": "adapter",
         "general.name": adapter.label,
         "adapter.type": "lora",
         "adapter.lora.alpha": alpha,
     }
+    if heads is not None:  # llama.cpp passes it over; who reads the file needs it for q and k
+        facts[f"{architecture}.attention.head_count"] = heads[0]
+        facts[f"{architecture}.attention.head_count_kv"] = heads[1]
     if adapter.provenance.base_model:
         facts["general.base_model.0.name"] = adapter.provenance.base_model
     file = path if path.suffix == ".gguf" else path / _WEIGHTS_NAME

@@ -15,18 +15,21 @@ if TYPE_CHECKING:
 _ALIGNMENT: Final = 32
 _STRING: Final = 8
 _FLOAT32: Final = 6
+_UINT32: Final = 4
 _TENSOR_F32: Final = 0
 
 
 def gguf_bytes(
-    facts: Mapping[str, str | float], tensors: Mapping[str, NDArray[np.float32]]
+    facts: Mapping[str, str | int | float], tensors: Mapping[str, NDArray[np.float32]]
 ) -> bytes:
-    """Return the file: strings and float32 numbers as key-value pairs, then the tensors."""
+    """Return the file: strings, whole numbers and float32 as key-value pairs, then the tensors."""
     header = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(facts))]
     for key, value in facts.items():
         header.append(_text(key))
         if isinstance(value, str):
             header.append(struct.pack("<I", _STRING) + _text(value))
+        elif isinstance(value, int):
+            header.append(struct.pack("<II", _UINT32, value))
         else:
             header.append(struct.pack("<If", _FLOAT32, value))
     data, offset = [], 0
