@@ -211,24 +211,22 @@ def test_pairs_of_a_known_naming_are_answered_with_the_call_that_reads_them(
         assert "--pair 'w_a_{name},w_b_{name}' --scale 1" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("key", "told"),
-    [
-        ("model.layers.0.self_attn.q_proj.lora_a", "MLX"),
-        ("layers.0.q.lora_A", "loralib"),
-        ("bert.layer.0.query.loras.default.lora_A", "AdapterHub"),
-        ("model.embed_tokens.weight", "no known naming"),
-    ],
-)
-def test_other_layouts_are_named_with_their_first_tensors(
-    tmp_path: Path, rng: np.random.Generator, key: str, told: str
+def test_a_file_without_an_adapter_is_described_by_its_first_tensors(
+    tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    path = tmp_path / "f.safetensors"
+    path, key = tmp_path / "f.safetensors", "model.embed_tokens.weight"
     path.write_bytes(save({key: matrix(rng, 2, 3)}, {"format": "pt"}))
     for source in (path, tmp_path):
         with pytest.raises(UnknownFormatError) as caught:
             read_adapter(source)
-        for part in (told, key, "(2, 3)", "metadata format 'pt'", "f.safetensors", "PEFT folders"):
+        for part in (
+            "no known naming",
+            key,
+            "(2, 3)",
+            "metadata format 'pt'",
+            "f.safetensors",
+            "PEFT folders",
+        ):
             assert part in str(caught.value)
 
 
@@ -238,7 +236,6 @@ def test_other_layouts_are_named_with_their_first_tensors(
         ("pytorch_lora_weights.bin", b"PK\x03\x04", "pickle"),
         ("adapter.pt", b"\x80\x02", "pickle"),
         ("adapter", b"PK\x03\x04", "pickle"),
-        ("adapter.gguf", b"GGUF\x03", "GGUF"),
         ("notes.md", b"# A title", "no safetensors file"),
         ("empty", b"", "no safetensors file"),
     ],
@@ -263,7 +260,7 @@ def test_a_damaged_safetensors_file_is_called_damaged(tmp_path: Path) -> None:
 def test_nothing_at_the_source_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no file or folder"):
         read_adapter(tmp_path / "gone")
-    with pytest.raises(SourceError, match=r"On the hub: .* is not in the local cache"):
+    with pytest.raises(SourceError, match="names a repository on a hub"):
         read_adapter("someone/some-adapter")
     with pytest.raises(SourceError, match="no file or folder"):
         read_adapter("a\0b")
@@ -328,9 +325,7 @@ def test_the_real_ring_reads_and_names_its_untrained_file(real_adapters: Path) -
 
 
 @pytest.mark.real
-def test_real_files_of_other_layouts_are_refused_by_name(real_adapters: Path) -> None:
-    with pytest.raises(UnknownFormatError, match="MLX"):
-        read_adapter(real_adapters / "qwen2.5-mlx")
+def test_a_real_pickle_is_refused_unless_allowed(real_adapters: Path) -> None:
     with pytest.raises(UnknownFormatError, match="pickle"):
         read_adapter(real_adapters / "sd15-diffusers" / "pytorch_lora_weights.bin")
 

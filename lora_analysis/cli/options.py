@@ -42,6 +42,9 @@ class Reading:
     alpha: float | None = None
     allow_pickle: bool = False
     initial: str | None = None
+    enable_lora: tuple[bool, ...] | None = None
+    kernel: int | None = None
+    heads: tuple[int, int] | None = None
 
     def read(self, source: str | AdapterRef) -> Adapter:
         """Read the one adapter at ``source``."""
@@ -54,6 +57,9 @@ class Reading:
             alpha=self.alpha,
             allow_pickle=self.allow_pickle,
             initial=self.initial,
+            enable_lora=self.enable_lora,
+            kernel=self.kernel,
+            heads=self.heads,
         )
 
     def find(self, sources: Iterable[str], left_out: list[LeftOut]) -> list[AdapterRef]:
@@ -144,12 +150,24 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
         alpha: Any,
         allow_pickle: bool,
         initial: Any,
+        enable_lora: Any,
+        kernel: Any,
+        heads: Any,
         **others: Any,
     ) -> Any:
         if scale is not None and alpha is not None:
             message = "--scale is the multiplier itself, --alpha gives alpha / rank: pass one."
             raise click.UsageError(message)
-        reading = Reading(pair, scale, alpha, allow_pickle, initial)
+        reading = Reading(
+            pair,
+            scale,
+            alpha,
+            allow_pickle,
+            initial,
+            enable_lora=enable_lora,
+            kernel=kernel,
+            heads=heads,
+        )
         return command(*args, reading=reading, **others)
 
     wrapped = click.option(
@@ -157,7 +175,7 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
         metavar="SOURCE",
         help="The adapter before training, where its product was taken out of the base (PiSSA, "
         "OLoRA, CorDA, LoRA-GA).",
-    )(with_reading)
+    )(_structure_options(with_reading))
     wrapped = click.option(
         "--allow-pickle",
         is_flag=True,
@@ -175,6 +193,27 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
         callback=_pair,
         help="Names of bare factor pairs, A first: 'w_a_{name},w_b_{name}'.",
     )(wrapped)
+
+
+def _structure_options(command: Command) -> Command:
+    """Add what says how factors are made up, where a file stores several together."""
+    command = click.option(
+        "--heads",
+        metavar="Q,K",
+        callback=_heads,
+        help="Attention heads and key-value heads of the base, for GGUF files that permute them.",
+    )(command)
+    command = click.option(
+        "--kernel",
+        type=click.IntRange(min=1),
+        help="Width of the kernels of loralib's ConvLoRA.",
+    )(command)
+    return click.option(
+        "--enable-lora",
+        metavar="1,0,1",
+        callback=_flags,
+        help="Which blocks of fused weights were adapted (loralib's MergedLinear): q, k, v.",
+    )(command)
 
 
 def modules_option(command: Command) -> Command:
@@ -217,6 +256,26 @@ def _pair(_ctx: click.Context, _param: click.Parameter, value: str | None) -> An
         message = "two names separated by a comma, each with {name} once: 'w_a_{name},w_b_{name}'"
         raise click.BadParameter(message)
     return tuple(part.strip() for part in parts)
+
+
+def _flags(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Any:
+    if value is None:
+        return None
+    parts = [part.strip() for part in value.split(",")]
+    if any(part not in ("0", "1") for part in parts) or "1" not in parts:
+        message = "a 1 for each block that was adapted, a 0 for each other: '1,0,1'"
+        raise click.BadParameter(message)
+    return tuple(part == "1" for part in parts)
+
+
+def _heads(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Any:
+    if value is None:
+        return None
+    parts = [part.strip() for part in value.split(",")]
+    if len(parts) != 2 or any(not part.isdecimal() or int(part) < 1 for part in parts):
+        message = "two numbers, heads of queries and of keys: '32,8'"
+        raise click.BadParameter(message)
+    return tuple(int(part) for part in parts)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
 from lora_analysis.formats.stored import StoredFactor, tensor
-from lora_analysis.storage.dtypes import FLOATING
+from lora_analysis.storage.dtypes import is_floating
 from lora_analysis.storage.limits import MAX_DIMENSION, MAX_RANK
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _check_tensor(tensors: NamedTensors, module: str, name: str) -> None:
             "Was it saved from a sharded training without gathering the parts?"
         )
         raise MalformedFileError(message)
-    if info.dtype not in FLOATING:
+    if not is_floating(info.dtype):
         message = f"{where} holds {info.dtype}, a factor must hold floating-point numbers."
         raise MalformedFileError(message)
 

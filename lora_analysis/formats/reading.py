@@ -23,7 +23,7 @@ from lora_analysis.storage.safetensors import read_header
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from lora_analysis.adapter import Adapter
@@ -42,6 +42,9 @@ def read_adapter(
     label: str | None = None,
     allow_pickle: bool = False,
     initial: str | os.PathLike[str] | StartOf | None = None,
+    enable_lora: Sequence[bool] | None = None,
+    kernel: int | None = None,
+    heads: tuple[int, int] | None = None,
 ) -> Adapter:
     """Return the one adapter at ``source``; its factors are read when a module is asked for.
 
@@ -70,6 +73,14 @@ def read_adapter(
         weight at the start (PiSSA, OLoRA, CorDA, LoRA-GA): the update is then the difference
         of the two products, of rank 2r. For PiSSA and OLoRA :func:`lora_analysis.start_from_base`
         makes a function that works the initial factors out of the base.
+    enable_lora
+        Which blocks of a fused weight were adapted, where a file stores their factors in one and
+        does not say: ``(True, False, True)`` for q and v of loralib's ``MergedLinear``.
+    kernel
+        Width of the kernels of loralib's ``ConvLoRA``, where the file does not hold the weights.
+    heads
+        The base's number of attention heads and of key-value heads, where a GGUF file's q and k
+        have their rows permuted by head and it does not state them.
 
     Returns
     -------
@@ -97,6 +108,9 @@ def read_adapter(
         label=label,
         allow_pickle=allow_pickle,
         initial=initial,
+        enable_lora=None if enable_lora is None else tuple(map(bool, enable_lora)),
+        kernel=kernel,
+        heads=heads,
     )
     place = place_of(source, allow_pickle=allow_pickle)
     with shown_errors(place.snapshot):

@@ -4,7 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol
 
-from lora_analysis.formats import cloneofsimo, diffusers, flux, kohya, lycoris, pairs, peft
+from lora_analysis.formats import (
+    adapterhub,
+    cloneofsimo,
+    consolidated,
+    diffusers,
+    flux,
+    gguf,
+    kohya,
+    litgpt,
+    loralib,
+    lycoris,
+    mlx,
+    nemo,
+    opendelta,
+    pairs,
+    peft,
+    peft_merged,
+    torchtune,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,12 +48,24 @@ class Format(Protocol):
         """Read one of them."""
 
 
+# The first that recognises a source reads it. Those with marks of their own come first: diffusers
+# and FLUX files also have PEFT's keys, and a plain ``.lora_A`` may be loralib's or anybody's.
 READERS: Final[tuple[Format, ...]] = (
     diffusers,
     flux,
     kohya,
+    peft_merged,
+    consolidated,
     peft,
+    gguf,
+    mlx,
+    torchtune,
+    litgpt,
+    adapterhub,
+    opendelta,
+    nemo,
     cloneofsimo,
     lycoris,
+    loralib,
     pairs,
 )

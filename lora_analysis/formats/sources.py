@@ -74,6 +74,8 @@ class ReadOptions:
     """What the caller of a reader knows better than the file, and what he allows.
 
     ``initial`` is where the factors lie that the training started from, or what works them out.
+    ``enable_lora`` says which blocks of a fused weight grouped factors belong to, ``kernel`` how
+    wide a convolution's is, ``heads`` how many heads of queries and of keys the base has.
     """
 
     alpha: float | None = None
@@ -82,6 +84,9 @@ class ReadOptions:
     label: str | None = None
     allow_pickle: bool = False
     initial: str | os.PathLike[str] | StartOf | None = None
+    enable_lora: tuple[bool, ...] | None = None
+    kernel: int | None = None
+    heads: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.alpha is not None and self.scale is not None:
@@ -97,6 +102,20 @@ class ReadOptions:
             if number == 0:
                 message = f"{role} = 0 would make every update zero. Leave it out if it is unknown."
                 raise InputError(message)
+        self._check_structure()
+
+    def _check_structure(self) -> None:
+        if self.enable_lora is not None and not any(self.enable_lora):
+            message = f"enable_lora={self.enable_lora!r} enables no block of the fused weight."
+            raise InputError(message)
+        if self.kernel is not None and self.kernel < 1:
+            message = f"kernel must be the width of a kernel, found {self.kernel}."
+            raise InputError(message)
+        if self.heads is not None and (len(self.heads) != 2 or min(self.heads) < 1):
+            message = (
+                f"heads must be two numbers, heads of queries and of keys, found {self.heads!r}."
+            )
+            raise InputError(message)
 
 
 def tensors_at(path: Path, options: ReadOptions) -> NamedTensors | None:

@@ -18,17 +18,9 @@ if TYPE_CHECKING:
     from lora_analysis.storage.tensors import NamedTensors
 
 _READABLE: Final = (
-    "Readable: PEFT folders (adapter_config.json with adapter_model.safetensors or, allowed with "
-    "allow_pickle=True, adapter_model.bin), and bare pairs of matrices in one file with pair=."
-)
-
-# Parts of tensor names, and what they are known for.
-_STYLES: Final = (
-    (".lora_a", "the MLX or torchtune layout"),
-    (".loras.", "the AdapterHub layout"),
-    (".lora.lora_A", "the OpenDelta layout"),
-    (".lora_A", "the loralib layout"),
-    (".adapter_layer.", "the NeMo layout"),
+    "Readable: PEFT folders, kohya-ss and LyCORIS LoCon, diffusers, FLUX trainers, cloneofsimo, "
+    "loralib, MLX, GGUF, torchtune, litgpt, AdapterHub, OpenDelta, NeMo, dumps of PEFT models, and "
+    "bare pairs of matrices in one file with pair=."
 )
 
 
@@ -41,8 +33,6 @@ def unknown_format(path: Path, options: ReadOptions) -> UnknownFormatError:
         start = stream.read(9)
     if _is_closed_pickle(path, options):
         return pickle_refused(path)
-    if start[:4] == b"GGUF":
-        return UnknownFormatError(f"{path}: this is a GGUF file, which is not read. {_READABLE}")
     if path.suffix != ".safetensors" and start[8:] != b"{" and not is_pickle(path):
         return UnknownFormatError(
             f"{path}: this is no safetensors file, nor another file of tensors. {_READABLE}"
@@ -78,13 +68,10 @@ def _unknown_folder(folder: Path, options: ReadOptions) -> UnknownFormatError:
 
 
 def _described(tensors: NamedTensors) -> str:
-    """Return a sentence on the tensors of a file: how many, the first ones, and their style."""
+    """Return a sentence on the tensors of a file: how many, and the first ones."""
     infos = list(tensors.infos.values())
     first = ", ".join(f"'{info.name}' {info.shape}" for info in infos[:3])
     text = f"it holds {len(infos)} tensors ({first or 'none'})"
     if stated := tensors.metadata.get("format"):
         text += f", metadata format '{stated}'"
-    for part, style in _STYLES:
-        if any(part in info.name for info in infos):
-            return f"{text}; it looks like {style}, which is not read."
     return f"{text}; no known naming of LoRA factors."

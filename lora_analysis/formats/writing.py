@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_analysis.errors import InputError
 from lora_analysis.formats.diffusers_writer import write_diffusers
+from lora_analysis.formats.gguf_writer import gguf_notes, write_gguf
 from lora_analysis.formats.kohya_writer import write_kohya
+from lora_analysis.formats.loralib_writer import loralib_notes, write_loralib
+from lora_analysis.formats.mlx_writer import mlx_notes, write_mlx
 from lora_analysis.formats.peft_writer import write_peft
 
 if TYPE_CHECKING:
@@ -16,14 +19,24 @@ if TYPE_CHECKING:
 
     from lora_analysis.adapter import Adapter
 
-WRITERS: dict[str, Callable[[Adapter, Path], Path]] = {
+WRITERS: dict[str, Callable[..., Path]] = {
     "peft": write_peft,
     "diffusers": write_diffusers,
     "kohya": write_kohya,
+    "loralib": write_loralib,
+    "mlx": write_mlx,
+    "gguf": write_gguf,
+}
+_NOTES: dict[str, Callable[[Adapter], list[str]]] = {
+    "loralib": loralib_notes,
+    "mlx": mlx_notes,
+    "gguf": gguf_notes,
 }
 
 
-def write_adapter(adapter: Adapter, path: str | os.PathLike[str], *, format: str = "peft") -> Path:
+def write_adapter(
+    adapter: Adapter, path: str | os.PathLike[str], *, format: str = "peft", **options: Any
+) -> Path:
     """Write an adapter, each file whole or not at all.
 
     ``"peft"`` makes a folder with ``adapter_config.json`` and ``adapter_model.safetensors``
@@ -31,6 +44,8 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike[str], *, format: str
     norms and trained modules beside them.
     ``"kohya"`` and ``"diffusers"`` make one file each, under the keys that programs for image
     models load, an alpha per module or PEFT's config in its metadata.
+    ``"mlx"`` makes the folder that mlx-lm loads, ``"gguf"`` one file for llama.cpp, ``"loralib"``
+    a state dictionary as safetensors; what each folds, :func:`writing_notes` says.
 
     Parameters
     ----------
@@ -41,6 +56,8 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike[str], *, format: str
         format of one file it may also be the file, ending in ``.safetensors``.
     format
         One of the formats that can be written.
+    **options
+        What the format's writer takes besides: ``architecture`` and ``heads`` for ``"gguf"``.
 
     Returns
     -------
@@ -62,4 +79,15 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike[str], *, format: str
     if format not in WRITERS:
         message = f"Format '{format}' is not written. Choose one of: {', '.join(WRITERS)}."
         raise InputError(message)
-    return WRITERS[format](adapter, Path(path))
+    return WRITERS[format](adapter, Path(path), **options)
+
+
+def writing_notes(adapter: Adapter, format: str) -> list[str]:
+    """Return what a format cannot say and its writer folds into something else, in sentences.
+
+    Raises
+    ------
+    InputError, ScaleError, UnsupportedMethodError
+        The adapter cannot be written in that format.
+    """
+    return _NOTES[format](adapter) if format in _NOTES else []

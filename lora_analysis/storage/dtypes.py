@@ -61,6 +61,11 @@ FLOATING: Final = frozenset(
 )
 
 
+def is_floating(name: str) -> bool:
+    """Say whether a stored type stands for floating-point numbers, blocks of GGUF's among them."""
+    return name in FLOATING or name.startswith("gguf_")
+
+
 def raw_dtype(name: str) -> np.dtype[Any]:
     """Return the numpy type that a tensor of type ``name`` is read as, bit for bit."""
     return np.dtype(_RAW[name])

@@ -140,6 +140,13 @@ def _ordered_dict(*items: Any) -> OrderedDict[Any, Any]:
     return OrderedDict()
 
 
+def _set(items: Any = ()) -> Any:
+    # The list it is made of, uncopied: DeepSpeed's dumps hold a set of names that nothing needs.
+    if not isinstance(items, list | tuple):
+        _refuse("a set of something other than a list")
+    return items
+
+
 def _size(items: Any) -> tuple[int, ...]:
     if len(items) > MAX_TENSOR_DIMENSIONS:
         _refuse("a shape of too many dimensions")
@@ -165,6 +172,8 @@ def _parameter(tensor: Any, *_rest: Any) -> PickledTensor:
 
 _STAND_INS: Final[dict[str, Callable[..., Any]]] = {
     "collections.OrderedDict": _ordered_dict,
+    "builtins.set": _set,
+    "__builtin__.set": _set,
     "torch.Size": _size,
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,

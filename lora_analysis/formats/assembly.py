@@ -1,0 +1,120 @@
+"""From the pairs that a format has found to the adapter: ranks, scales, provenance, findings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lora_analysis.adapter import Adapter, Provenance
+from lora_analysis.formats.factors import (
+    FactorRole,
+    StatedScale,
+    StoredPair,
+    callers_scale,
+    common_rank,
+    scale_finding,
+    stored_rank,
+    update_loaders,
+)
+from lora_analysis.formats.sources import ReadOptions, label_of, run_facts
+from lora_analysis.storage.tensors import LazyTensors
+
+if TYPE_CHECKING:
+    import re
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from lora_analysis.storage.tensors import NamedTensors
+
+
+def assembled(
+    path: Path,
+    name: str,
+    tensors: NamedTensors,
+    pairs: Sequence[StoredPair],
+    scale_of: Callable[[StoredPair, int], StatedScale],
+    *,
+    options: ReadOptions,
+    missing: str,
+    findings: Iterable[str] = (),
+    files: tuple[Path, ...] = (),
+    base_model: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    divisors: Mapping[str, int] | None = None,
+    saved: Mapping[str, str] | None = None,
+) -> Adapter:
+    """Return the adapter that pairs of stored tensors make.
+
+    Parameters
+    ----------
+    path, name
+        What the adapter goes by, and the format's name.
+    tensors, pairs
+        Where the factors lie, module by module.
+    scale_of
+        Gives the multiplier that the files state, from a pair and its rank; the caller's goes
+        before it.
+    options
+        The caller's.
+    missing
+        Why the files state no scale, for the finding where one is not known.
+    findings
+        What the reader noticed besides.
+    files
+        Files read beside those of the tensors, say a configuration.
+    base_model, config
+        As in :class:`~lora_analysis.adapter.Adapter` and its provenance.
+    divisors
+        Modules whose alpha is divided by another rank than that of their two factors.
+    saved
+        Tensors trained in full: name in the base model → name in the file.
+    """
+    ranks = {pair.module: stored_rank(tensors, pair) for pair in pairs}
+    over = {**ranks, **(divisors or {})}
+    scales = {
+        pair.module: callers_scale(options, over[pair.module]) or scale_of(pair, over[pair.module])
+        for pair in pairs
+    }
+    label = options.label or label_of(path)
+    folder = path if path.is_dir() else path.parent
+    return Adapter(
+        update_loaders(tensors, pairs, scales, label=label),
+        label=label,
+        provenance=Provenance(
+            path=path,
+            format=name,
+            files=(*tensors.files, *files),
+            scale_origin={module: stated.origin for module, stated in scales.items()},
+            base_model=base_model,
+            rank=common_rank(ranks),
+            findings=(*scale_finding(scales, missing), *findings),
+            **run_facts(folder),
+        ),
+        saved_modules=LazyTensors(tensors, saved or {}),
+        config=config,
+    )
+
+
+def factors_named(
+    tensors: NamedTensors, key: re.Pattern[str], first: str
+) -> tuple[dict[str, dict[FactorRole, str]], list[str]]:
+    """Return the factors' names by module and role, and the names that are none.
+
+    ``key`` matches a factor's whole name, with groups ``module`` and ``role``; the role ``first``
+    is A.
+    """
+    factors: dict[str, dict[FactorRole, str]] = {}
+    others = []
+    for name in tensors.infos:
+        if match := key.fullmatch(name):
+            role: FactorRole = "A" if match["role"] == first else "B"
+            factors.setdefault(match["module"], {})[role] = name
+        else:
+            others.append(name)
+    return factors, others
+
+
+def beside_finding(what: str, names: Sequence[str]) -> list[str]:
+    """Return the sentence on tensors that are there and not analysed, where there are any."""
+    if not names:
+        return []
+    return [f"{len(names)} tensors beside the factors: {what} (first: '{names[0]}')."]

@@ -1,0 +1,154 @@
+"""PEFT's tensors inside a training framework's dump: under ``module``, ``state_dict`` or ``model``.
+
+DeepSpeed's ``mp_rank_00_model_states.pt``, Lightning's checkpoints and consolidated FSDP files hold
+the whole wrapped model, base weights beside the factors, each name behind the way that leads to
+it. Parts that were not gathered are refused, with the tool that gathers them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+from lora_analysis.errors import InputError, SourceError, UnsupportedMethodError
+from lora_analysis.formats.assembly import assembled, beside_finding
+from lora_analysis.formats.peft_config import CONFIG_NAME, PeftConfig, read_peft_config
+from lora_analysis.formats.peft_keys import has_factors, sort_keys
+from lora_analysis.formats.peft_pairs import module_pairs
+from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
+from lora_analysis.storage.headers import Header, TensorInfo
+from lora_analysis.storage.tensors import TensorFiles, open_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from lora_analysis.adapter import Adapter
+    from lora_analysis.storage.headers import TensorSpec
+
+NAME: Final = "peft-dump"
+
+# All before PEFT's own prefix: names of dictionaries and of wrappers.
+_WAY: Final = re.compile(
+    r"(?P<way>((module|state_dict|model_state_dict|model|_forward_module|_orig_mod)\.)+)"
+    r"(?P<name>base_model\.model\..+)"
+)
+# PEFT's own file, whose reader knows the wrappers of a plain dump.
+_OWN_FILES: Final = "adapter_model"
+_ZERO: Final = "zero_pp_rank_*_model_states.pt"
+
+
+def recognises(path: Path, options: ReadOptions) -> bool:
+    """Say whether PEFT's factors lie behind a framework's prefix, or a folder holds their parts."""
+    if path.is_dir():
+        return _parts(path) != ""
+    if path.name.startswith(_OWN_FILES):
+        return False
+    tensors = tensors_at(path, options)
+    return tensors is not None and has_factors(_renamed(tensors.infos))
+
+
+def _parts(folder: Path) -> str:
+    """Return what the parts of a checkpoint in a folder are, nothing where there are none."""
+    if any(folder.glob("*.distcp")):
+        return (
+            "a distributed checkpoint of FSDP (*.distcp). Put it together with "
+            "torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
+        )
+    if any(folder.glob(_ZERO)) and not any(folder.glob("mp_rank_*_model_states.pt")):
+        return "a checkpoint of DeepSpeed ZeRO-3 in parts. Gather it with its zero_to_fp32.py"
+    return ""
+
+
+def _renamed(infos: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """Return PEFT's own names → the names in the file, of tensors behind a prefix."""
+    return {match["name"]: key for key in infos if (match := _WAY.fullmatch(key))}
+
+
+def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
+    """Return the dump, where it is one."""
+    return [AdapterRef(path, NAME, label_of(path))] if recognises(path, options) else []
+
+
+def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:
+    """Read the factors out of a dump, or of the adapter called ``name`` where it has several.
+
+    Raises
+    ------
+    UnsupportedMethodError
+        The parts of the checkpoint were not gathered.
+    SourceError
+        It holds several adapters, and none, or no such one, is named.
+    MalformedFileError
+        Tensors of a module are missing or do not belong together.
+    """
+    if path.is_dir():
+        message = f"{path}: {_parts(path)}; then read the file that makes."
+        raise UnsupportedMethodError(message)
+    whole = open_tensors(path, allow_pickle=options.allow_pickle)
+    names = _renamed(whole.infos)
+    tensors = _only(whole, names)
+    _check_gathered(path, tensors)
+    keys = sort_keys(path, tensors.infos)
+    if name is None and len(keys.factors) == 1:
+        (name,) = keys.factors
+    if name not in keys.factors:
+        listed = ", ".join(f"'{path}#{one}'" for one in keys.factors)
+        message = f"{path}: several adapters are in this file. Read one of: {listed}."
+        raise SourceError(message)
+    config = _config(path)
+    found = module_pairs(path, tensors, keys, name, config)
+    stored = [key for of in keys.saved.values() for key in of.values()]
+    copies = keys.notes.get("copies of base weights", [])
+    others = {key: n for key, n in keys.notes.items() if key != "copies of base weights"}
+    return assembled(
+        path,
+        NAME,
+        tensors,
+        found.pairs,
+        lambda pair, rank: config.stated_scale(
+            found.config_names.get(pair.module, pair.module), rank
+        ),
+        options=options,
+        missing=f"no {CONFIG_NAME} lies beside the dump",
+        findings=(
+            *found.findings,
+            *beside_finding("the base model's, not analysed", [*copies, *stored]),
+            *(line for what, n in others.items() for line in beside_finding(what, n)),
+        ),
+        files=() if config.path is None else (config.path,),
+        base_model=config.base_model,
+    )
+
+
+def _only(whole: TensorFiles, names: Mapping[str, str]) -> TensorFiles:
+    """Return some of a file's tensors under PEFT's names."""
+    infos = {}
+    for own, stored in names.items():
+        info = whole.infos[stored]
+        infos[own] = TensorInfo(own, info.dtype, info.shape, info.start, info.stop, info.strides)
+    return TensorFiles.of(whole.path, Header(whole.metadata, infos))
+
+
+def _check_gathered(path: Path, tensors: TensorFiles) -> None:
+    for key, info in tensors.infos.items():
+        if has_factors([key]) and (len(info.shape) < 2 or 0 in info.shape):
+            message = (
+                f"{path}: tensor '{key}' has shape {info.shape}: the parts of a sharded training "
+                "were not gathered (DeepSpeed ZeRO-3). Run zero_to_fp32.py of the checkpoint, then "
+                "read the file it makes."
+            )
+            raise UnsupportedMethodError(message)
+
+
+def _config(path: Path) -> PeftConfig:
+    """Return PEFT's configuration beside the dump, an empty one where there is none."""
+    config = path.with_name(CONFIG_NAME)
+    if not config.is_file():
+        return PeftConfig()
+    try:
+        return read_peft_config(config)
+    except UnsupportedMethodError:
+        raise
+    except InputError:
+        return PeftConfig()

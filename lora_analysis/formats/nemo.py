@@ -1,0 +1,189 @@
+"""Adapters of NeMo and Megatron-Bridge: ``linear_in.weight`` and ``linear_out.weight``.
+
+Reference: NeMo, ``lora_converter.py``; Megatron-Bridge, ``peft/lora.py`` and ``canonical_lora.py``.
+A is ``(r, d_in)``, B ``(d_out, r)``. In the canonical layout q, k, v, gate and up have factors of
+their own. Else the fused ``linear_qkv`` has one pair, the rows of B group by group of heads
+(q … q, k, v); they are taken apart where the number of heads is known.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+from lora_analysis.errors import MalformedFileError, UnsupportedMethodError
+from lora_analysis.formats.assembly import assembled, beside_finding, factors_named
+from lora_analysis.formats.factors import (
+    UNKNOWN_SCALE,
+    StatedScale,
+    StoredPair,
+    complete_pairs,
+    scale_from_alpha,
+)
+from lora_analysis.formats.plain_yaml import number, plain_values
+from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
+from lora_analysis.storage.tensors import open_tensors
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lora_analysis.adapter import Adapter
+    from lora_analysis.storage.tensors import NamedTensors
+
+NAME: Final = "nemo"
+
+_KEY: Final = re.compile(r"(?P<module>.+)\.(?P<role>linear_in|linear_out)\.weight")
+_ADAPTER: Final = re.compile(r"(^|.*\.)(adapter|adapter_layer)\..*")
+_LAYER: Final = re.compile(r"(?:.*\.)?layers\.(?P<index>\d+)\.(?P<part>.+)")
+_QKV: Final = "self_attn.qkv"
+# What stands behind the layer's number → the module in Hugging Face's Llama-like models.
+_PARTS: Final = {
+    "self_attention.adapter_layer.lora_kqv_adapter": _QKV,
+    "self_attention.linear_qkv.adapter": _QKV,
+    **{
+        f"self_attention.adapter_layer.lora_unfused_kqv_adapter.{p}_adapter": f"self_attn.{p}_proj"
+        for p in "qkv"
+    },
+    **{f"self_attention.linear_qkv.adapter.adapter_{p}": f"self_attn.{p}_proj" for p in "qkv"},
+    "self_attention.adapter_layer.lora_dense_attention_adapter": "self_attn.o_proj",
+    "self_attention.linear_proj.adapter": "self_attn.o_proj",
+    **{
+        f"mlp.adapter_layer.lora_unfused_hto4h_adapter.{p}_adapter": f"mlp.{p}_proj"
+        for p in ("gate", "up")
+    },
+    **{f"mlp.linear_fc1.adapter.adapter_{p}": f"mlp.{p}_proj" for p in ("gate", "up")},
+    "mlp.adapter_layer.lora_hto4h_adapter": "mlp.linear_fc1",
+    "mlp.linear_fc1.adapter": "mlp.linear_fc1",
+    "mlp.adapter_layer.lora_4htoh_adapter": "mlp.down_proj",
+    "mlp.linear_fc2.adapter": "mlp.down_proj",
+}
+_CONFIGS: Final = ("model_config.yaml", "run_config.yaml")
+
+
+def recognises(path: Path, options: ReadOptions) -> bool:
+    """Say whether a file holds factors under NeMo's names, or is NeMo's archive of such a file."""
+    if _is_archive(path):
+        return True
+    tensors = tensors_at(path, options)
+    return tensors is not None and any(
+        _KEY.fullmatch(key) and _ADAPTER.fullmatch(key) for key in tensors.infos
+    )
+
+
+def _is_archive(path: Path) -> bool:
+    """Say whether a file is a ``.nemo``: a tar archive, plain or compressed."""
+    if path.suffix != ".nemo" or not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        start = stream.read(262)
+    return start[257:262] == b"ustar" or start[:2] == b"\x1f\x8b"
+
+
+def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
+    """Return the file, where it is one."""
+    return [AdapterRef(path, NAME, label_of(path))] if recognises(path, options) else []
+
+
+def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG001 - unnamed
+    """Read a consolidated ``model_weights.ckpt`` or a file of the same names.
+
+    Raises
+    ------
+    MalformedFileError
+        A module has one factor only, or its factors do not fit together.
+    UnsupportedMethodError
+        q, k and v share one pair, and nothing says how many heads each has.
+    """
+    if _is_archive(path):
+        message = (
+            f"{path}: a .nemo archive. Unpack it (tar xf) and read the model_weights.ckpt in it; "
+            "of several mp_rank_* folders, export the adapter to PEFT first."
+        )
+        raise UnsupportedMethodError(message)
+    tensors = open_tensors(path, allow_pickle=options.allow_pickle)
+    factors, others = factors_named(tensors, _KEY, "linear_in")
+    pairs: list[StoredPair] = []
+    for plain in complete_pairs(
+        path, factors, lambda m, role: f"{m}.linear_{'in' if role == 'A' else 'out'}.weight"
+    ):
+        module = _module(plain.module)
+        if module.endswith(_QKV):
+            pairs += _unfused(tensors, plain, module.removesuffix("qkv"), options)
+        else:
+            pairs.append(StoredPair(module, plain.a, plain.b))
+    alpha, config = _alpha(path)
+    fused = sum(pair.module.endswith(".linear_fc1") for pair in pairs)
+    return assembled(
+        path,
+        NAME,
+        tensors,
+        pairs,
+        lambda _pair, rank: _scale(alpha, rank),
+        options=options,
+        missing="no model_config.yaml or run_config.yaml with one alpha lies beside the file",
+        findings=(
+            *_fc1_finding(fused),
+            *beside_finding("not analysed", others),
+        ),
+        files=() if config is None else (config,),
+    )
+
+
+def _scale(alpha: float | None, rank: int) -> StatedScale:
+    return UNKNOWN_SCALE if alpha is None else scale_from_alpha(alpha, rank, "config")
+
+
+def _module(stored: str) -> str:
+    match = _LAYER.fullmatch(stored)
+    part = match and _PARTS.get(match["part"])
+    return f"model.layers.{match['index']}.{part}" if match and part else stored
+
+
+def _alpha(path: Path) -> tuple[float | None, Path | None]:
+    for name in _CONFIGS:
+        config = path.with_name(name)
+        if (alpha := number(plain_values(config).get("alpha"))) is not None:
+            return alpha, config
+    return None, None
+
+
+def _unfused(
+    tensors: NamedTensors, plain: StoredPair, prefix: str, options: ReadOptions
+) -> list[StoredPair]:
+    """Return the pairs of q, k and v, which share A; the rows of B lie group by group."""
+    shape = tensors.infos[plain.b.name].shape
+    if options.heads is None:
+        message = (
+            f"{tensors.path}: '{plain.module}' adapts the fused q, k, v, whose rows {shape} lie "
+            "between each other by groups of heads, and nothing says how many there are. Pass "
+            "heads= (command line: --heads 32,8); or export the adapter to PEFT."
+        )
+        raise UnsupportedMethodError(message)
+    heads, groups = options.heads
+    rows, rank = shape if len(shape) == 2 else (0, 0)
+    if heads % groups or not rows or rows % (heads + 2 * groups):
+        message = (
+            f"{tensors.path}: '{plain.b.name}' has shape {shape}, which {heads} heads in {groups} "
+            "groups do not divide."
+        )
+        raise MalformedFileError(message)
+    size, queries = rows // (heads + 2 * groups), heads // groups
+    by_group = plain.b.reshaped(groups, (queries + 2) * size, rank)
+    ends = (0, queries * size, (queries + 1) * size, (queries + 2) * size)
+    return [
+        StoredPair(
+            f"{prefix}{part}_proj",
+            plain.a,
+            by_group.columns(slice(start, stop)).reshaped(groups * (stop - start), rank),
+        )
+        for part, start, stop in zip("qkv", ends[:-1], ends[1:], strict=True)
+    ]
+
+
+def _fc1_finding(count: int) -> list[str]:
+    if not count:
+        return []
+    return [
+        f"{count} modules linear_fc1 are kept whole: the rows of B are Megatron's own, gate above "
+        "up in every tensor-parallel part."
+    ]

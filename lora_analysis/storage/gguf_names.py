@@ -1,0 +1,134 @@
+"""How llama.cpp's converter names modules and orders their rows, architecture by architecture.
+
+Reference: ``gguf-py/gguf/tensor_mapping.py`` and the model classes of ``convert_hf_to_gguf.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+# Architectures whose converter puts the two halves of each head's q and k rows side by side, and
+# those whose rows it leaves. Of others it is not known.
+PERMUTED: Final = frozenset(
+    {"llama", "arcee", "arctic", "deepseek", "granite", "granitemoe", "minicpm", "mistral3", "olmo"}
+)
+LEFT: Final = frozenset(
+    {
+        "bert", "bloom", "cohere2", "command-r", "deepseek2", "falcon", "gemma", "gemma2",
+        "gemma3", "gemma4", "glm4", "gpt-oss", "gpt2", "gptneox", "llama4", "mpt", "nomic-bert",
+        "olmo2", "olmoe", "phi2", "phi3", "qwen", "qwen2", "qwen2moe", "qwen2vl", "qwen3",
+        "qwen3moe", "stablelm", "starcoder2", "t5", "t5encoder",
+    }
+)  # fmt: skip
+# Architectures whose fused q, k, v rows the converter takes from per head to blocks.
+UNTANGLED: Final = frozenset({"bloom", "gptneox", "falcon"})
+
+EMBEDDING: Final = "token_embd"
+_BLOCK: Final = re.compile(r"blk\.(?P<index>\d+)\.(?P<part>[a-z0-9_]+)")
+_LAYER: Final = re.compile(
+    r"(?:base_model\.model\.)?(?:model|transformer|gpt_neox)\.(?:layers|h)"
+    r"\.(?P<index>\d+)\.(?P<part>[a-z0-9_.]+)"
+)
+
+_LLAMA_PARTS: Final = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    # Stacks of all experts: the module's name takes the expert's number behind "experts".
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """The modules of architectures: prefix of a block's, those of a block, those outside."""
+
+    prefix: str
+    parts: dict[str, str]
+    outside: dict[str, str]
+
+
+_LLAMA: Final = _Family(
+    "model.layers", _LLAMA_PARTS, {EMBEDDING: "model.embed_tokens", "output": "lm_head"}
+)
+_PHI3: Final = _Family(
+    "model.layers",
+    {
+        "attn_qkv": "self_attn.qkv_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_up": "mlp.gate_up_proj",
+        "ffn_down": "mlp.down_proj",
+    },
+    _LLAMA.outside,
+)
+_GPT2: Final = _Family(
+    "transformer.h",
+    {
+        "attn_qkv": "attn.c_attn",
+        "attn_output": "attn.c_proj",
+        "ffn_up": "mlp.c_fc",
+        "ffn_down": "mlp.c_proj",
+    },
+    {EMBEDDING: "transformer.wte", "output": "lm_head"},
+)
+_PHI2: Final = _Family(
+    "model.layers",
+    _LLAMA_PARTS | {"attn_output": "self_attn.dense", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2"},
+    _LLAMA.outside,
+)
+_FAMILIES: Final = {
+    **dict.fromkeys(
+        (
+            "llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "olmoe", "gemma",
+            "gemma2", "gemma3", "mistral3", "olmo", "olmo2", "stablelm", "command-r",
+            "cohere2", "granite", "minicpm", "arcee",
+        ),
+        _LLAMA,
+    ),
+    "phi3": _PHI3,
+    "phi2": _PHI2,
+    "gpt2": _GPT2,
+}  # fmt: skip
+
+
+def module_of(tensor: str, architecture: str) -> str:
+    """Return the module of the original model that a GGUF tensor's name (without ``.weight``) is.
+
+    Where the architecture is not in the table, or the tensor not in the architecture's, the name
+    stays as it is.
+    """
+    family = _FAMILIES.get(architecture)
+    if family is None:
+        return tensor
+    if match := _BLOCK.fullmatch(tensor):
+        part = family.parts.get(match["part"])
+        return tensor if part is None else f"{family.prefix}.{match['index']}.{part}"
+    return family.outside.get(tensor, tensor)
+
+
+def tensor_of(module: str, architecture: str) -> str | None:
+    """Return the name of a module's tensor in a GGUF file, None where it is not known."""
+    if _BLOCK.fullmatch(module):
+        return module
+    family = _FAMILIES.get(architecture)
+    if family is None:
+        return None
+    if match := _LAYER.fullmatch(module):
+        names = {own: part for part, own in family.parts.items()}
+        part = names.get(match["part"])
+        inside = module.startswith((family.prefix, f"base_model.model.{family.prefix}"))
+        return f"blk.{match['index']}.{part}" if part and inside else None
+    return {own: name for name, own in family.outside.items()}.get(module)
+
+
+def is_rotated(tensor: str) -> bool:
+    """Say whether a tensor (without ``.weight``) is a block's q or k."""
+    return tensor.startswith("blk.") and tensor.endswith((".attn_q", ".attn_k"))
