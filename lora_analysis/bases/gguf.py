@@ -18,6 +18,7 @@ from lora_analysis.bases.quantised.codes import MXFP4_REACH, cell_variances
 from lora_analysis.bases.weights import BaseWeights
 from lora_analysis.errors import BaseWeightError, MissingExtraError
 from lora_analysis.storage.gguf import TYPES, GGUFFile, read_gguf
+from lora_analysis.storage.gguf_names import LEFT, PERMUTED
 from lora_analysis.storage.limits import BLOCK_ELEMENTS
 
 if TYPE_CHECKING:
@@ -31,22 +32,6 @@ if TYPE_CHECKING:
 _Decode = Callable[[str, "NDArray[np.uint8]"], "NDArray[np.float32]"]
 _PLAIN: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
-# Architectures whose converter puts the two halves of each head's q and k rows side by side, and
-# those whose rows it leaves. Of others it is not known, and q and k are refused.
-_PERMUTED: Final = frozenset(
-    {
-        "llama", "arcee", "arctic", "granite", "granitemoe", "minicpm", "mistral3", "nanbeige",
-        "olmo",
-    }
-)  # fmt: skip
-_LEFT: Final = frozenset(
-    {
-        "bert", "bloom", "cohere2", "command-r", "falcon", "gemma", "gemma2", "gemma3", "gpt-oss",
-        "gpt2", "gptneox", "llama4", "mpt", "nomic-bert", "olmo2", "olmoe", "phi2", "phi3", "qwen",
-        "qwen2", "qwen2moe", "qwen2vl", "qwen3", "qwen3moe", "stablelm", "starcoder2", "t5",
-        "t5encoder",
-    }
-)  # fmt: skip
 # Fused rows that the converter has put into blocks: the family under whose name config.json has it.
 _FUSED: Final = {"bloom": "bloom", "gptneox": "gpt_neox", "falcon": "falcon"}
 
@@ -151,7 +136,7 @@ class GGUFTensors:
         if not _decodes(_library(), kind):
             message = f"{self._label}: '{name}' is stored as GGUF {kind}, which is not read."
             raise BaseWeightError(message)
-        if _is_rotated(name) and self._arch not in _PERMUTED | _LEFT:
+        if _is_rotated(name) and self._arch not in PERMUTED | LEFT:
             message = (
                 f"{self._label}: whether the rows of '{name}' are permuted is not known for "
                 f"architecture '{self._arch}'. Use the model as safetensors."
@@ -206,7 +191,7 @@ class GGUFTensors:
         return np.asarray(cell_variances(levels, reach)[codes] * np.square(scales))
 
     def _rotation(self, name: str, height: int) -> _Rotation:
-        if self._arch not in _PERMUTED or not _is_rotated(name):
+        if self._arch not in PERMUTED or not _is_rotated(name):
             return _Rotation(1)
         metadata = self._file.metadata
         heads = metadata.get(f"{self._arch}.attention.head_count")

@@ -66,7 +66,7 @@ def command(
     with progress_bar(form) as progress:
         result = study(
             [adapter],
-            base=base,
+            base=reading.open_base(base),
             transposed=transposed,
             modules=modules,
             draws=draws,

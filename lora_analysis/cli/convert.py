@@ -22,18 +22,35 @@ _EQUAL = 1e-6
 @click.command(name="convert")
 @click.argument("source", metavar="SOURCE")
 @click.option("--to", "kind", type=WrittenFormat(), required=True, help="Format to write.")
+@click.option(
+    "--architecture",
+    help="For gguf: llama.cpp's name of the base's architecture, as llama; --heads may be needed "
+    "too. By default those of the file, or of a base on this disk.",
+)
 @output_place
 @reading_options
 @output_options
 def command(
-    source: str, *, kind: str, output: Path, force: bool, reading: Reading, form: str
+    source: str,
+    *,
+    kind: str,
+    architecture: str | None,
+    output: Path,
+    force: bool,
+    reading: Reading,
+    form: str,
 ) -> None:
     """Write SOURCE in another format, read it back, and say how far ΔW is from what it was."""
-    from lora_analysis.formats import write_adapter
+    from lora_analysis.formats import write_adapter, writing_notes
 
+    if architecture is not None and kind != "gguf":
+        message = f"--architecture belongs to --to gguf, not to {kind}."
+        raise click.UsageError(message)
     refuse_occupied(output, force=force)
     adapter = reading.read(source)
-    path = write_adapter(adapter, output, format=kind)
+    options = {"architecture": architecture, "heads": reading.heads} if kind == "gguf" else {}
+    path = write_adapter(adapter, output, format=kind, **options)
+    folded = writing_notes(adapter, kind)
     errors = _read_back(adapter, path)
     if form == "json":
         print_json(
@@ -43,13 +60,14 @@ def command(
                 "format": kind,
                 "error": max(errors.values(), default=float("nan")),
                 "modules": [{"module": name, "error": one} for name, one in errors.items()],
+                "folded": folded,
                 "findings": list(adapter.provenance.findings),
             }
         )
     elif form == "quiet":
         click.echo(path)
     else:
-        _print(adapter, errors, path)
+        _print(adapter, errors, path, folded)
 
 
 def _read_back(adapter: Adapter, path: Path) -> dict[str, float]:
@@ -65,7 +83,7 @@ def _read_back(adapter: Adapter, path: Path) -> dict[str, float]:
     }
 
 
-def _print(adapter: Adapter, errors: dict[str, float], path: Path) -> None:
+def _print(adapter: Adapter, errors: dict[str, float], path: Path, folded: list[str]) -> None:
     worst = max(errors.values(), default=0.0)
     if worst > _EQUAL:
         rows = [(name, decimals(one)) for name, one in errors.items()]
@@ -79,4 +97,5 @@ def _print(adapter: Adapter, errors: dict[str, float], path: Path) -> None:
         )
     if renamed:
         facts.append(("renamed", f"{renamed} modules have other names there; not compared"))
+    facts += [("folded", sentence) for sentence in folded]
     print_facts([*facts, *notes(adapter)])

@@ -15,6 +15,7 @@ from lora_analysis.errors import InputError, SourceError
 
 if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter
+    from lora_analysis.bases import BaseWeights
     from lora_analysis.formats import AdapterRef
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -61,6 +62,12 @@ class Reading:
             kernel=self.kernel,
             heads=self.heads,
         )
+
+    def open_base(self, source: str | None) -> BaseWeights | None:
+        """Open the base at ``source``, as pickles where these are allowed; None without one."""
+        from lora_analysis.bases import open_base
+
+        return None if source is None else open_base(source, allow_pickle=self.allow_pickle)
 
     def find(self, sources: Iterable[str], left_out: list[LeftOut]) -> list[AdapterRef]:
         """Return every adapter found at the sources; a source without one is left out."""

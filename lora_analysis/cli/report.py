@@ -73,7 +73,7 @@ def command(
         result = study(
             adapters,
             reference=others,
-            base=base,
+            base=reading.open_base(base),
             transposed=transposed,
             modules=modules,
             failures=failures,

@@ -8,6 +8,6 @@ factors it reads.
 
 from lora_analysis.formats.reading import find_adapters, read_adapter
 from lora_analysis.formats.sources import AdapterRef
-from lora_analysis.formats.writing import write_adapter
+from lora_analysis.formats.writing import write_adapter, writing_notes
 
-__all__ = ["AdapterRef", "find_adapters", "read_adapter", "write_adapter"]
+__all__ = ["AdapterRef", "find_adapters", "read_adapter", "write_adapter", "writing_notes"]

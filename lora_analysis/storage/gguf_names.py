@@ -12,14 +12,17 @@ from typing import Final
 # Architectures whose converter puts the two halves of each head's q and k rows side by side, and
 # those whose rows it leaves. Of others it is not known.
 PERMUTED: Final = frozenset(
-    {"llama", "arcee", "arctic", "deepseek", "granite", "granitemoe", "minicpm", "mistral3", "olmo"}
-)
+    {
+        "llama", "arcee", "arctic", "granite", "granitemoe", "minicpm", "mistral3", "nanbeige",
+        "olmo",
+    }
+)  # fmt: skip
 LEFT: Final = frozenset(
     {
-        "bert", "bloom", "cohere2", "command-r", "deepseek2", "falcon", "gemma", "gemma2",
-        "gemma3", "gemma4", "glm4", "gpt-oss", "gpt2", "gptneox", "llama4", "mpt", "nomic-bert",
-        "olmo2", "olmoe", "phi2", "phi3", "qwen", "qwen2", "qwen2moe", "qwen2vl", "qwen3",
-        "qwen3moe", "stablelm", "starcoder2", "t5", "t5encoder",
+        "bert", "bloom", "cohere2", "command-r", "falcon", "gemma", "gemma2", "gemma3", "gpt-oss",
+        "gpt2", "gptneox", "llama4", "mpt", "nomic-bert", "olmo2", "olmoe", "phi2", "phi3", "qwen",
+        "qwen2", "qwen2moe", "qwen2vl", "qwen3", "qwen3moe", "stablelm", "starcoder2", "t5",
+        "t5encoder",
     }
 )  # fmt: skip
 # Architectures whose fused q, k, v rows the converter takes from per head to blocks.
