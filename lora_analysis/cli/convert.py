@@ -71,16 +71,19 @@ def command(
 
 
 def _read_back(adapter: Adapter, path: Path) -> dict[str, float]:
-    """Return per module the relative error of ΔW as it was written, where it kept its name."""
+    """Return per module the relative error of ΔW as it was written, where it can be told apart."""
     from lora_analysis.edit import relative_difference
     from lora_analysis.formats import read_adapter
 
     written = read_adapter(path, allow_pickle=True)  # a file of our own
-    return {
-        name: relative_difference(written[name], adapter[name])
-        for name in adapter
-        if name in written
-    }
+    errors = {}
+    for name in adapter:
+        # kohya's keys put a prefix before a name and underscores for its dots.
+        flat = name.replace(".", "_")
+        same = [name] if name in written else [one for one in written if one.endswith(flat)]
+        if len(same) == 1:
+            errors[name] = relative_difference(written[same[0]], adapter[name])
+    return errors
 
 
 def _print(adapter: Adapter, errors: dict[str, float], path: Path, folded: list[str]) -> None:

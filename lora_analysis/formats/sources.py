@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lora_analysis.storage.tensors import NamedTensors
 
 _GENERIC = re.compile(
-    r"(adapters?|lora|final|best|last|latest|checkpoints?|output|model|default|epoch|step"
+    r"(\d+[-_])?(adapters?|lora|final|best|last|latest|checkpoints?|output|model|default|epoch|step"
     r"|pytorch_lora_weights)"
     r"([-_]?\d+)?",
     re.IGNORECASE,
