@@ -14,8 +14,8 @@ from test_cli import PAIR, call, document
 
 from lora_analysis.adapter import Adapter
 from lora_analysis.edit import relative_difference
-from lora_analysis.formats import read_adapter, write_adapter
-from lora_analysis.formats.writing import WRITERS
+from lora_analysis.formats import peft_writer, read_adapter, write_adapter
+from lora_analysis.formats.registry import WRITERS
 
 
 @pytest.fixture
@@ -113,9 +113,10 @@ def test_convert_shows_what_a_format_loses_and_renames(
         """Forget a tenth of every update, and rename a module."""
         names = {name: name for name in whole} | {"layers.0.q_proj": "layers.0.query"}
         updates = {new: low_rank_update_of(whole[name], new, 0.9) for name, new in names.items()}
-        return WRITERS["peft"](Adapter(updates, label="lossy"), path)
+        return peft_writer.write_peft(Adapter(updates, label="lossy"), path)
 
-    monkeypatch.setitem(WRITERS, "lossy", lossy)
+    monkeypatch.setitem(WRITERS, "lossy", "peft_writer.write_lossy")
+    monkeypatch.setattr(peft_writer, "write_lossy", lossy, raising=False)
     assert "lossy" in call(capsys, "convert", "--help")[1]
     code, out, _ = call(capsys, "convert", source, "--to", "lossy", "-o", tmp_path / "out")
     assert code == 0

@@ -35,7 +35,7 @@ class WrittenFormat(click.ParamType):  # type: ignore[type-arg]  # generic in ne
 
 
 def _writers() -> list[str]:
-    from lora_analysis.formats.writing import WRITERS
+    from lora_analysis.formats.registry import WRITERS
 
     return list(WRITERS)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_analysis.errors import MalformedFileError, SourceError
 from lora_analysis.formats.fetched import fetched
-from lora_analysis.formats.registry import READERS
+from lora_analysis.formats.registry import readers
 from lora_analysis.formats.sources import (
     CONTAINER_SUFFIXES,
     AdapterRef,
@@ -120,7 +120,7 @@ def read_adapter(
 
 def _read(place: Place, options: ReadOptions) -> Adapter:
     path, name, _ = place
-    for reader in READERS:
+    for reader in readers(path):
         if reader.recognises(path, options):
             return reader.read(path, name, options)
     found = list(_walk(path, options)) if path.is_dir() else []
@@ -214,7 +214,7 @@ def _walk_folder(
 
 def _find_here(path: Path, options: ReadOptions) -> list[AdapterRef]:
     """Return what the first format that recognises exactly this path finds there."""
-    for reader in READERS:
+    for reader in readers(path):
         if found := reader.find(path, options):
             return found
     return _damaged(path)

@@ -1,30 +1,15 @@
-"""The formats that are read, in the order they are asked."""
+"""The formats that are read and written; a format's module is imported when its turn comes."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Protocol
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
-from lora_analysis.formats import (
-    adapterhub,
-    cloneofsimo,
-    consolidated,
-    diffusers,
-    flux,
-    gguf,
-    kohya,
-    litgpt,
-    loralib,
-    lycoris,
-    mlx,
-    nemo,
-    opendelta,
-    pairs,
-    peft,
-    peft_merged,
-    torchtune,
-)
+from lora_analysis.errors import InputError
+from lora_analysis.storage.documents import read_json_object
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from lora_analysis.adapter import Adapter
@@ -50,22 +35,55 @@ class Format(Protocol):
 
 # The first that recognises a source reads it. Those with marks of their own come first: diffusers
 # and FLUX files also have PEFT's keys, and a plain ``.lora_A`` may be loralib's or anybody's.
-READERS: Final[tuple[Format, ...]] = (
-    diffusers,
-    flux,
-    kohya,
-    peft_merged,
-    consolidated,
-    peft,
-    gguf,
-    mlx,
-    torchtune,
-    litgpt,
-    adapterhub,
-    opendelta,
-    nemo,
-    cloneofsimo,
-    lycoris,
-    loralib,
-    pairs,
-)
+READERS: Final = (
+    "diffusers", "flux", "kohya", "peft_merged", "consolidated", "peft", "gguf", "mlx", "torchtune",
+    "litgpt", "adapterhub", "opendelta", "nemo", "cloneofsimo", "lycoris", "loralib", "pairs",
+)  # fmt: skip
+# A config that names PEFT leaves no doubt, and is by far the commonest: no other module is loaded.
+_NAMED_PEFT: Final = ("peft_merged", "peft")
+# Format → its writer, in the module of that name.
+WRITERS: Final = {
+    "peft": "peft_writer.write_peft",
+    "diffusers": "diffusers_writer.write_diffusers",
+    "kohya": "kohya_writer.write_kohya",
+    "loralib": "loralib_writer.write_loralib",
+    "mlx": "mlx_writer.write_mlx",
+    "gguf": "gguf_writer.write_gguf",
+}
+_NOTES: Final = {
+    "loralib": "loralib_writer.loralib_notes",
+    "mlx": "mlx_writer.mlx_notes",
+    "gguf": "gguf_writer.gguf_notes",
+}
+
+
+def readers(path: Path) -> Iterator[Format]:
+    """Yield the formats in the order in which they are asked whether they know a path."""
+    first = _NAMED_PEFT if _names_peft(path) else ()
+    for name in (*first, *(one for one in READERS if one not in first)):
+        yield cast("Format", import_module(f"lora_analysis.formats.{name}"))
+
+
+def _names_peft(path: Path) -> bool:
+    config = path / "adapter_config.json"
+    try:
+        return config.is_file() and "peft_type" in read_json_object(config)
+    except InputError:
+        return False
+
+
+def writer(format: str) -> Callable[..., Path]:
+    """Return the function that writes a format."""
+    return cast("Callable[..., Path]", _loaded(WRITERS[format]))
+
+
+def notes_of(format: str) -> Callable[[Adapter], list[str]]:
+    """Return the function that says what a format's writer folds into something else."""
+    if format not in _NOTES:
+        return lambda _: []
+    return cast("Callable[[Adapter], list[str]]", _loaded(_NOTES[format]))
+
+
+def _loaded(place: str) -> Any:
+    module, _, name = place.partition(".")
+    return getattr(import_module(f"lora_analysis.formats.{module}"), name)

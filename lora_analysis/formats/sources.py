@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from lora_analysis.errors import InputError
 from lora_analysis.storage.documents import read_json_object
-from lora_analysis.storage.hub import fetch_adapter
 from lora_analysis.storage.hub_names import Snapshot
 from lora_analysis.storage.pickles import PICKLE_SUFFIXES
 from lora_analysis.storage.places import existing_path
@@ -166,6 +165,8 @@ def place_of(source: str | os.PathLike[str] | AdapterRef, *, allow_pickle: bool 
     if stem and name and (path := existing_path(stem)):
         return Place(path, name)
     chosen = (stem, name) if stem and name else (source, None)
+    from lora_analysis.storage.hub import fetch_adapter  # most sources lie on this disk
+
     snapshot = fetch_adapter(chosen[0], allow_pickle=allow_pickle)
     return Place(snapshot.path, chosen[1], snapshot)
 

@@ -6,32 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_analysis.errors import InputError
-from lora_analysis.formats.diffusers_writer import write_diffusers
-from lora_analysis.formats.gguf_writer import gguf_notes, write_gguf
-from lora_analysis.formats.kohya_writer import write_kohya
-from lora_analysis.formats.loralib_writer import loralib_notes, write_loralib
-from lora_analysis.formats.mlx_writer import mlx_notes, write_mlx
-from lora_analysis.formats.peft_writer import write_peft
+from lora_analysis.formats.registry import WRITERS, notes_of, writer
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
 
     from lora_analysis.adapter import Adapter
-
-WRITERS: dict[str, Callable[..., Path]] = {
-    "peft": write_peft,
-    "diffusers": write_diffusers,
-    "kohya": write_kohya,
-    "loralib": write_loralib,
-    "mlx": write_mlx,
-    "gguf": write_gguf,
-}
-_NOTES: dict[str, Callable[[Adapter], list[str]]] = {
-    "loralib": loralib_notes,
-    "mlx": mlx_notes,
-    "gguf": gguf_notes,
-}
 
 
 def write_adapter(
@@ -79,7 +59,7 @@ def write_adapter(
     if format not in WRITERS:
         message = f"Format '{format}' is not written. Choose one of: {', '.join(WRITERS)}."
         raise InputError(message)
-    return WRITERS[format](adapter, Path(path), **options)
+    return writer(format)(adapter, Path(path), **options)
 
 
 def writing_notes(adapter: Adapter, format: str) -> list[str]:
@@ -90,4 +70,4 @@ def writing_notes(adapter: Adapter, format: str) -> list[str]:
     InputError, ScaleError, UnsupportedMethodError
         The adapter cannot be written in that format.
     """
-    return _NOTES[format](adapter) if format in _NOTES else []
+    return notes_of(format)(adapter)

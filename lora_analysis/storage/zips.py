@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -11,9 +10,11 @@ from lora_analysis.storage.documents import regular_file_size
 from lora_analysis.storage.limits import MAX_TENSORS
 
 if TYPE_CHECKING:
+    import zipfile
     from pathlib import Path
 
 _LOCAL_HEADER_BYTES = 30
+_STORED = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,8 @@ def zip_members(path: Path) -> dict[str, ZipMember]:
     SourceError
         It is not a regular file.
     """
+    import zipfile  # most adapters are no archives
+
     size = regular_file_size(path)
     try:
         with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
@@ -60,7 +63,7 @@ def zip_members(path: Path) -> dict[str, ZipMember]:
 
 
 def _member(path: Path, size: int, stream: BinaryIO, entry: zipfile.ZipInfo) -> ZipMember:
-    if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+    if entry.compress_type != _STORED or entry.flag_bits & 1:
         message = (
             f"{path}: member '{entry.filename}' is compressed or encrypted. Only archives that "
             "store their members as they are can be read; save it again uncompressed."
