@@ -56,7 +56,7 @@ HEAVY = {
     "torch": {"lora", "spectra", "training"},  # spectra: on a device only
     "matplotlib": {"plots", "report"},
     "pandas": {"studies", "report"},
-    "gguf": {"bases"},
+    "gguf": {"bases", "storage"},
     "bitsandbytes": set(),
     "compressed_tensors": set(),
     "transformers": set(),
