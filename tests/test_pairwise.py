@@ -9,11 +9,11 @@ import pytest
 from factories import adapter, low_rank_update
 from reference import IDENTITY, assert_close
 
-from lora_analysis import pairwise as pairwise_module
 from lora_analysis.adapter import Adapter, DenseUpdate
 from lora_analysis.errors import IncompatibleError, InputError
 from lora_analysis.initialisation import module_start
 from lora_analysis.pairwise import module_pairs, pair_angles, pairwise
+from lora_analysis.pairwise import products as pairwise_module
 from lora_analysis.similarity import (
     energy_overlap,
     principal_angles,
@@ -37,6 +37,7 @@ def updates(rng):
 @pytest.mark.parametrize("rows", [1, 4, 1024])
 def test_every_pair_has_the_numbers_of_that_pair_alone(monkeypatch, updates, rows):
     monkeypatch.setattr(pairwise_module, "_ROWS", rows)
+    monkeypatch.setattr(pairwise_module, "_AT_ONCE", 0 if rows < 1024 else 1024)
     spectra = [spectrum(one) for one in updates]
     found = module_pairs(spectra, updates)
     for i, a in enumerate(spectra):

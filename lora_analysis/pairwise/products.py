@@ -1,30 +1,28 @@
-"""Every pair of many adapters at once: one product per module and side, whatever their number."""
+"""Every pair of many updates of one module: one product a side, whatever their number."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from lora_analysis import chance, linalg
 from lora_analysis.adapter import LowRankUpdate, Update
-from lora_analysis.errors import IncompatibleError, InputError
-from lora_analysis.execution import in_threads
+from lora_analysis.errors import IncompatibleError
 from lora_analysis.initialisation import StartEvidence, start_evidence
-from lora_analysis.patterns import choose_names, natural_key
-from lora_analysis.spectra import SIDES, Side, Spectrum, spectrum
+from lora_analysis.spectra import SIDES, Side, Spectrum
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from lora_analysis.adapter import Adapter
-
     _Sums = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
 
-# Rows of the large product taken at a time: its blocks are reduced before the next are made, and
-# what lies left of a block's own columns is known from the blocks before.
+# Up to so many directions their products are made at once: BLAS then computes half of them.
+_AT_ONCE = 2048
+# Beyond, so many rows of products at a time: they are reduced before the next are made, and what
+# lies left of their own columns is known from those before.
 _ROWS = 128
 _EVIDENCE = ("row_cosine", "cross_cosine", "z", "other_cosine")
 
@@ -152,44 +150,79 @@ def _reduced(
 ) -> tuple[_Sums, _Sums, NDArray[np.float64]]:
     """Return per side (first squares, sums of squares, weighted sums), and the cosines.
 
-    All are sums over blocks of ``U₁ᵀU₂``, of which a few thousand columns are there at a time.
+    All are sums over blocks of ``U₁ᵀU₂``, made for some members and all that follow at a time.
     """
-    count, starts = len(spectra), np.cumsum(ranks) - ranks
+    count = len(spectra)
     bases = [np.vstack([one.vectors(side).T for one in spectra]) for side in SIDES]  # (Σr, d)
-    owner = np.repeat(np.arange(count), ranks)
-    member = np.zeros((len(owner), count))
-    member[np.arange(len(owner)), owner] = 1.0
-    first = starts[ranks > 0]
     found = np.zeros((7, count, count))
     for members in _chunks(ranks):
-        low, high = starts[members[0]], starts[members[-1]] + ranks[members[-1]]
-        own, rest = slice(low, high), slice(low, None)  # what lies before is known by symmetry
-        grams = [basis[own] @ basis[rest].T for basis in bases]
-        rows, columns = member[own, members[0] : members[-1] + 1].T, member[rest]
-        block = np.s_[members[0] : members[-1] + 1, :]
-        product = grams[0] * grams[1]
-        found[6][block] = (rows * signed[own]) @ product @ (columns * signed[rest, None])
-        heads = first[(first >= low) & (first < high)]
+        block = _block(ranks, members)
+        if not block.here.size:
+            continue
+        pairs = np.ix_(block.here, block.following)
+        grams = [basis[block.own] @ basis[block.rest].T for basis in bases]
+        found[6][pairs] = block.summed(block.weighted(grams[0] * grams[1], signed))
         for at, gram in enumerate(grams):
-            tops = np.ix_(owner[heads], owner[first[first >= low]])
-            found[3 * at][tops] = gram[np.ix_(heads - low, first[first >= low] - low)] ** 2
             np.square(gram, out=gram)
-            found[3 * at + 1][block] = rows @ (gram @ columns)
-            found[3 * at + 2][block] = (rows * energy[own]) @ (
-                gram @ (columns * energy[rest, None])
-            )
+            found[3 * at][pairs] = gram[np.ix_(block.rows, block.columns)]
+            found[3 * at + 1][pairs] = block.summed(gram)
+            found[3 * at + 2][pairs] = block.summed(block.weighted(gram, energy))
     for one in found:
         lower = np.tril_indices(count, -1)
         one[lower] = one.T[lower]
     return (found[0], found[1], found[2]), (found[3], found[4], found[5]), found[6]
 
 
+class _Block(NamedTuple):
+    """Products of the directions of some members with those of all that follow.
+
+    ``here`` and ``following`` are the trained ones among them, ``rows`` and ``columns`` where the
+    directions of each begin.
+    """
+
+    own: slice
+    rest: slice
+    here: NDArray[np.intp]
+    following: NDArray[np.intp]
+    rows: NDArray[np.intp]
+    columns: NDArray[np.intp]
+
+    def weighted(
+        self, matrix: NDArray[np.float64], weights: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Multiply by the weights of both directions, in place."""
+        matrix *= weights[self.own, None]
+        matrix *= weights[self.rest]
+        return matrix
+
+    def summed(self, matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the sum over the directions of each pair, ``(here, following)``."""
+        by_column = np.add.reduceat(matrix, self.columns, axis=1)
+        return np.add.reduceat(by_column, self.rows, axis=0)
+
+
+def _block(ranks: NDArray[np.intp], members: Sequence[int]) -> _Block:
+    starts, trained = np.cumsum(ranks) - ranks, np.flatnonzero(ranks)
+    low, high = int(starts[members[0]]), int(starts[members[-1]] + ranks[members[-1]])
+    following = trained[trained >= members[0]]  # what lies before is known by symmetry
+    here = following[following <= members[-1]]
+    return _Block(
+        slice(low, high),
+        slice(low, None),
+        here,
+        following,
+        starts[here] - low,
+        starts[following] - low,
+    )
+
+
 def _chunks(ranks: NDArray[np.intp]) -> Iterator[list[int]]:
-    """Yield runs of updates with ``_ROWS`` directions together or more; the last may have fewer."""
+    """Yield runs of updates whose products are made together."""
     members: list[int] = []
+    rows = _ROWS if ranks.sum() > _AT_ONCE else _AT_ONCE
     for at in range(len(ranks)):
         members.append(at)
-        if ranks[members].sum() >= _ROWS:
+        if ranks[members].sum() >= rows:
             yield members
             members = []
     if members:
@@ -272,137 +305,3 @@ def _block_cosines(
     )
     gram = (left.T @ right).reshape(len(rows), -1, len(columns), right.shape[1] // len(columns))
     return np.linalg.svd(gram.transpose(0, 2, 1, 3), compute_uv=False)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PairwiseSimilarity:
-    """N adapters against each other in M modules.
-
-    Attributes
-    ----------
-    labels, modules
-        Names along the axes, N and M of them.
-    phi_1_1, phi_r_r, omega, excess_r_r
-        ``(2, M, N, N)``, the input side first; NaN where a module is missing or untrained, or of
-        another shape than the first adapter's that has it.
-    cosine
-        ``(M, N, N)``.
-    total_cosine
-        ``(N, N)``: signed cosine over all common modules at once.
-    shared_start
-        ``(M, N, N)``, whether the module starts from the same rows; input-side numbers of those
-        come from the start.
-    """
-
-    labels: tuple[str, ...]
-    modules: tuple[str, ...]
-    phi_1_1: NDArray[np.float64]
-    phi_r_r: NDArray[np.float64]
-    omega: NDArray[np.float64]
-    excess_r_r: NDArray[np.float64]
-    cosine: NDArray[np.float64]
-    total_cosine: NDArray[np.float64]
-    shared_start: NDArray[np.bool_]
-
-    def median(self, quantity: str = "omega", side: Side = "output") -> NDArray[np.float64]:
-        """Return the median over modules of one quantity on one side, ``(N, N)``.
-
-        Input-side values of modules with a shared start are left out; NaN where none is left.
-        """
-        values = getattr(self, quantity)[SIDES.index(side)]
-        if side == "input":
-            values = np.where(self.shared_start, np.nan, values)
-        lost = np.isnan(values).all(axis=0)
-        return np.where(lost, np.nan, np.nanmedian(np.where(lost, 0.0, values), axis=0))
-
-
-def pairwise(
-    adapters: Sequence[Adapter],
-    *,
-    modules: str | Sequence[str] | None = None,
-    workers: int | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> PairwiseSimilarity:
-    """Compare every pair of adapters in every module: N factorisations a module, never N².
-
-    Parameters
-    ----------
-    adapters
-        At least two. They are read module by module, so that a hundred fit in memory.
-    modules
-        The end of module names, or one regular expression; all by default.
-    workers
-        Threads over modules; the CPUs of this process by default.
-    progress
-        Called with ("modules", done, total) after each module.
-
-    Raises
-    ------
-    InputError
-        Fewer than two adapters, or no module matches.
-    """
-    if len(adapters) < 2:
-        message = f"Pairs need at least two adapters, got {len(adapters)}."
-        raise InputError(message)
-    chosen = chosen_modules(adapters, modules)
-    count = len(adapters)
-    sides = np.full((4, 2, len(chosen), count, count), np.nan)
-    cosine = np.full((len(chosen), count, count), np.nan)
-    shared = np.zeros((len(chosen), count, count), dtype=bool)
-    inner = np.zeros((count, count))
-    squares = np.zeros((count, count))
-    walk = in_threads(lambda name: _visit(adapters, name), chosen, workers=workers)
-    for at, (members, pairs) in enumerate(walk):
-        block = np.ix_(members, members)
-        for s, side in enumerate(SIDES):
-            for q, name in enumerate(("phi_1_1", "phi_r_r", "omega", "excess_r_r")):
-                sides[q, s, at][block] = getattr(pairs.sides[side], name)
-        cosine[at][block] = pairs.cosine
-        if pairs.start is not None:
-            shared[at][block] = pairs.start.shared
-        inner[block] += np.nan_to_num(pairs.cosine) * np.outer(pairs.norms, pairs.norms)
-        squares[block] += np.where(np.isnan(pairs.cosine), 0.0, pairs.norms[:, None] ** 2)
-        if progress:
-            progress("modules", at + 1, len(chosen))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        total = inner / np.sqrt(squares * squares.T)
-    return PairwiseSimilarity(
-        labels=tuple(adapter.label for adapter in adapters),
-        modules=tuple(chosen),
-        phi_1_1=sides[0],
-        phi_r_r=sides[1],
-        omega=sides[2],
-        excess_r_r=sides[3],
-        cosine=cosine,
-        total_cosine=total,
-        shared_start=shared,
-    )
-
-
-def chosen_modules(adapters: Sequence[Adapter], pattern: str | Sequence[str] | None) -> list[str]:
-    """Return the names of modules that any adapter has and the pattern means, in order.
-
-    Raises
-    ------
-    InputError
-        None matches.
-    """
-    names = sorted({name for adapter in adapters for name in adapter}, key=natural_key)
-    chosen = choose_names(names, pattern)
-    if not chosen:
-        message = f"No module of the {len(adapters)} adapters matches {pattern!r}."
-        raise InputError(message)
-    return chosen
-
-
-def updates_of_one_shape(adapters: Sequence[Adapter], name: str) -> tuple[list[int], list[Update]]:
-    """Return which adapters have the module in its first shape, and their updates, read now."""
-    updates = {at: adapter[name] for at, adapter in enumerate(adapters) if name in adapter}
-    shape = next(iter(updates.values())).shape
-    members = [at for at, update in updates.items() if update.shape == shape]
-    return members, [updates[at] for at in members]
-
-
-def _visit(adapters: Sequence[Adapter], name: str) -> tuple[list[int], ModulePairs]:
-    members, updates = updates_of_one_shape(adapters, name)
-    return members, module_pairs([spectrum(one) for one in updates], updates)

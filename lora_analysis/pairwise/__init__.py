@@ -1,0 +1,31 @@
+"""Every pair of many adapters at once.
+
+`products` holds the updates of one module against each other, `walk` goes through the modules of
+whole adapters. What a group has in common is in ``groups``.
+"""
+
+from lora_analysis.pairwise.products import (
+    ModulePairs,
+    PairValues,
+    module_pairs,
+    pair_angles,
+    updates_start,
+)
+from lora_analysis.pairwise.walk import (
+    PairwiseSimilarity,
+    chosen_modules,
+    pairwise,
+    updates_of_one_shape,
+)
+
+__all__ = [
+    "ModulePairs",
+    "PairValues",
+    "PairwiseSimilarity",
+    "chosen_modules",
+    "module_pairs",
+    "pair_angles",
+    "pairwise",
+    "updates_of_one_shape",
+    "updates_start",
+]
