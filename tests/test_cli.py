@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora_analysis import __version__
 from lora_analysis.adapter import Adapter, LowRankUpdate
-from lora_analysis.cli import VERBS, run
+from lora_analysis.cli import VERBS, run, show
 from lora_analysis.cli.options import progress_bar
 from lora_analysis.cli.show import decimals, print_json
 from lora_analysis.formats import write_adapter
@@ -836,3 +836,20 @@ def test_the_initial_adapter_is_given_by_name(
     (found,) = document(out)["adapters"]
     assert {one["rank"] for one in found["modules"]} == {4}
     assert found["norm"] < 1e-12  # it is its own start
+
+
+@pytest.mark.parametrize("numbers_from", [0, 1, 2])
+def test_a_table_that_fits_looks_as_it_does_laid_out(
+    rng: np.random.Generator, numbers_from: int
+) -> None:
+    rows = [["module", "side", "‖ΔW‖"]]
+    rows += [["q" * int(n), "in put", f"{n / 7:.3f}"] for n in rng.integers(0, 12, 5)]
+    assert show._is_plain(rows)
+    plain = [line.rstrip() for line in show._aligned(rows, numbers_from)]
+    laid_out = show._laid_out(rows, numbers_from, 200, close=False)
+    assert plain == [line.rstrip() for line in laid_out]
+
+
+@pytest.mark.parametrize("cell", ["層", "\x1b[31m", "a\nb", "e\u0301"])
+def test_wide_and_unprintable_cells_are_laid_out_with_care(cell: str) -> None:
+    assert not show._is_plain([["a", cell]])

@@ -10,10 +10,10 @@ from lora_analysis.bases.arrays import ArrayTensors, LiveTensors, is_live_model
 from lora_analysis.bases.stored import StoredTensors
 from lora_analysis.bases.weights import BaseWeights
 from lora_analysis.errors import SourceError, UnknownFormatError
+from lora_analysis.storage.containers import PICKLE_SUFFIXES
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.hub import fetch_model
 from lora_analysis.storage.hub_names import shown_errors
-from lora_analysis.storage.pickles import PICKLE_SUFFIXES
 from lora_analysis.storage.places import existing_path
 from lora_analysis.storage.tensors import open_tensors
 

@@ -22,6 +22,8 @@ from lora_analysis.cli.show import decimals, print_facts, print_json, print_tabl
 if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter
 
+# Rank from which threads over modules pay.
+_WORTH_THREADS = 32
 # More modules than this are summed up by type unless --all asks for each.
 MODULES_SHOWN = 48
 
@@ -69,10 +71,14 @@ def command(
 
 
 def _describe(adapter: Adapter, pattern: str | None) -> dict[str, Any]:
-    from lora_analysis.execution import in_threads
+    from lora_analysis.execution import in_threads, keep_freed_memory
 
+    keep_freed_memory()
     source = adapter.provenance
-    facts = list(in_threads(partial(_module_facts, adapter), _chosen(adapter, pattern)))
+    # Factors of few columns take less time than two threads lose to each other.
+    workers = 1 if source.rank is not None and source.rank < _WORTH_THREADS else None
+    walk = in_threads(partial(_module_facts, adapter), _chosen(adapter, pattern), workers=workers)
+    facts = list(walk)
     return {
         "label": adapter.label,
         "path": source.place,

@@ -8,8 +8,9 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from unicodedata import combining, east_asian_width
 
 import click
 
@@ -72,10 +73,6 @@ def print_table(
     Where it is wider than the page, module names in the first column lose the start that all
     share (unless ``cut_names`` is false), and the columns move together.
     """
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     width = page_width()
     body = [[str(cell) for cell in row] for row in rows]
     last = [[str(cell) for cell in footer]] if footer else []
@@ -83,28 +80,66 @@ def print_table(
     if start and _width([columns, *body, *last]) > width:
         body = [[row[0].removeprefix(start), *row[1:]] for row in body]
         title = ", ".join(filter(None, (title, f"names without '{start}'")))
-    close = _width([columns, *body, *last]) > width
+    if title:
+        click.echo(title)
+    table = [list(columns), *body, *last]
+    fits = _width(table) <= width
+    if fits and _is_plain(table):
+        lines = _aligned(table, numbers_from)
+    else:
+        lines = _laid_out(table, numbers_from, width, close=not fits)
+    # Through click: it knows a reader that has gone from other errors.
+    click.echo("\n".join(line.rstrip() for line in lines))
+
+
+def _is_plain(table: Sequence[Sequence[str]]) -> bool:
+    """Whether every character takes one place: no wide ones, none that move the cursor."""
+    cells = "".join(cell for row in table for cell in row)
+    return cells.isprintable() and not any(
+        east_asian_width(one) in "WF" or combining(one) for one in set(cells)
+    )
+
+
+def _aligned(table: Sequence[Sequence[str]], numbers_from: int) -> list[str]:
+    """Return the lines of a table that fits; rich's layout takes as long to import as numpy."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if at >= numbers_from else cell.ljust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in table
+    ]
+
+
+def _laid_out(
+    rows: Sequence[Sequence[str]], numbers_from: int, width: int, *, close: bool
+) -> list[str]:
+    """Return the lines of any table, cells folded where it is too wide."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0) if close else (0, 1))
-    for at, name in enumerate(columns):
+    for at, name in enumerate(rows[0]):
         number = at >= numbers_from
         justify = "right" if number else "left"
         table.add_column(Text(name), justify=justify, overflow="fold", no_wrap=number)  # type: ignore[arg-type]  # a literal
-    for row in (*body, *last):
+    for row in rows[1:]:
         table.add_row(*map(Text, row))
-    if title:
-        click.echo(title)
     console = Console(width=width)
-    # Through click: it knows a reader that has gone from other errors.
     with console.capture() as printed:
         console.print(table)
-    click.echo("\n".join(line.rstrip() for line in printed.get().splitlines()))
+    return printed.get().splitlines()
 
 
 def _width(rows: Sequence[Sequence[str]]) -> int:
     """Return how wide a table is, two spaces between columns."""
-    from rich.cells import cell_len
+    size: Callable[[str], int] = len
+    if not _is_plain(rows):
+        from rich.cells import cell_len as size
 
-    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(size, column)) for column in zip(*rows, strict=True)]
     return sum(widths) + 2 * (len(widths) - 1)
 
 

@@ -9,8 +9,8 @@ from lora_analysis.errors import MalformedFileError, SourceError
 from lora_analysis.formats.peft_config import CONFIG_NAME
 from lora_analysis.formats.peft_keys import has_factors
 from lora_analysis.formats.sources import tensors_at
+from lora_analysis.storage.containers import pickle_refused
 from lora_analysis.storage.documents import read_json_object
-from lora_analysis.storage.pickles import pickle_refused
 
 if TYPE_CHECKING:
     from pathlib import Path

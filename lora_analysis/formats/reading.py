@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lora_analysis.errors import MalformedFileError, SourceError
+from lora_analysis.errors import InputError, MalformedFileError, SourceError
 from lora_analysis.formats.fetched import fetched
 from lora_analysis.formats.registry import readers
 from lora_analysis.formats.sources import (
@@ -16,7 +16,6 @@ from lora_analysis.formats.sources import (
     label_of,
     place_of,
 )
-from lora_analysis.formats.unknown import unknown_format
 from lora_analysis.patterns import natural_key
 from lora_analysis.storage.hub_names import shown_errors
 from lora_analysis.storage.safetensors import read_header
@@ -125,7 +124,7 @@ def _read(place: Place, options: ReadOptions) -> Adapter:
             return reader.read(path, name, options)
     found = list(_walk(path, options)) if path.is_dir() else []
     if not found:
-        raise unknown_format(path, options)
+        raise _unknown(path, options)
     if len(found) > 1:
         raise _several(path, found)
     return _read(Place(found[0].path, found[0].name), options)
@@ -172,7 +171,7 @@ def _find(place: Place, options: ReadOptions) -> list[AdapterRef]:
     path, name, _ = place
     found = list(_walk(path, options))
     if not found:
-        raise unknown_format(path, options)
+        raise _unknown(path, options)
     if name is None:
         return found
     # A file with one adapter is found without a name: whether it is the one, reading it will say.
@@ -181,6 +180,12 @@ def _find(place: Place, options: ReadOptions) -> list[AdapterRef]:
         message = f"{path} holds no adapter '{name}'. It holds: {_listed(found)}."
         raise SourceError(message)
     return chosen
+
+
+def _unknown(path: Path, options: ReadOptions) -> InputError:
+    from lora_analysis.formats.unknown import unknown_format  # seldom needed
+
+    return unknown_format(path, options)
 
 
 def _walk(path: Path, options: ReadOptions) -> Iterator[AdapterRef]:

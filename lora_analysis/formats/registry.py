@@ -39,8 +39,6 @@ READERS: Final = (
     "diffusers", "flux", "kohya", "peft_merged", "consolidated", "peft", "gguf", "mlx", "torchtune",
     "litgpt", "adapterhub", "opendelta", "nemo", "cloneofsimo", "lycoris", "loralib", "pairs",
 )  # fmt: skip
-# A config that names PEFT leaves no doubt, and is by far the commonest: no other module is loaded.
-_NAMED_PEFT: Final = ("peft_merged", "peft")
 # Format → its writer, in the module of that name.
 WRITERS: Final = {
     "peft": "peft_writer.write_peft",
@@ -59,17 +57,21 @@ _NOTES: Final = {
 
 def readers(path: Path) -> Iterator[Format]:
     """Yield the formats in the order in which they are asked whether they know a path."""
-    first = _NAMED_PEFT if _names_peft(path) else ()
+    first = _named_in_config(path)
     for name in (*first, *(one for one in READERS if one not in first)):
         yield cast("Format", import_module(f"lora_analysis.formats.{name}"))
 
 
-def _names_peft(path: Path) -> bool:
+def _named_in_config(path: Path) -> tuple[str, ...]:
+    """Return PEFT's readers where the config names PEFT: the commonest case asks no others."""
     config = path / "adapter_config.json"
     try:
-        return config.is_file() and "peft_type" in read_json_object(config)
+        found = read_json_object(config) if config.is_file() else {}
     except InputError:
-        return False
+        return ()
+    if "peft_type" not in found:
+        return ()
+    return ("peft_merged", "peft") if found.get("enable_lora") else ("peft",)
 
 
 def writer(format: str) -> Callable[..., Path]:

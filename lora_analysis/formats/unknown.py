@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final
 from lora_analysis.errors import UnknownFormatError
 from lora_analysis.formats.pairs import known_pair, pair_needed
 from lora_analysis.formats.sources import tensors_at
+from lora_analysis.storage.containers import PICKLE_SUFFIXES, is_pickle, pickle_refused
 from lora_analysis.storage.documents import regular_file_size
-from lora_analysis.storage.pickles import PICKLE_SUFFIXES, is_pickle, pickle_refused
 from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:

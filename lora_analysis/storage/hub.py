@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.errors import InputError, MissingExtraError, SourceError
+from lora_analysis.storage.containers import PICKLE_SUFFIXES
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.hub_names import PREFIX, HubName, Snapshot, hub_name, names_a_file
 from lora_analysis.storage.limits import MAX_INDEX_BYTES
-from lora_analysis.storage.pickles import PICKLE_SUFFIXES
 from lora_analysis.storage.places import nothing_there
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote
 
 from lora_analysis.errors import LoraAnalysisError, SourceError
-from lora_analysis.storage.pickles import PICKLE_SUFFIXES
+from lora_analysis.storage.containers import PICKLE_SUFFIXES
 
 if TYPE_CHECKING:
     import os

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.errors import MalformedFileError, UnknownFormatError
+from lora_analysis.storage.containers import is_zip, pickle_refused
 from lora_analysis.storage.documents import regular_file_size
 from lora_analysis.storage.dtypes import BITS
 from lora_analysis.storage.headers import Header, TensorInfo, shown
 from lora_analysis.storage.limits import MAX_NESTING, MAX_PICKLE_BYTES, MAX_TENSORS
 from lora_analysis.storage.unpickling import PickledTensor, unpickle
-from lora_analysis.storage.zips import is_zip, zip_members
+from lora_analysis.storage.zips import zip_members
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 _MAGIC: Final = 0x1950A86A20F9469CFC6C
 _ITEM_BYTES: Final = {name: -(-bits // 8) for name, bits in BITS.values()}
-PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,28 +97,6 @@ class Pickle:
             reason = f"{tensor.dtype} {tensor.shape} is larger than what the file holds for it"
         message = f"{self.path}: tensor {shown(name)}: {reason}."
         raise MalformedFileError(message)
-
-
-def pickle_refused(path: Path) -> UnknownFormatError:
-    """Return the error for a pickle that the caller has not allowed."""
-    return UnknownFormatError(
-        f"{path}: this is a pickle, which can run code when other programs open it, so it is not "
-        "read unasked. Save it as safetensors; or pass allow_pickle=True (command line: "
-        "--allow-pickle): then its tensors alone are read, and nothing it names is run."
-    )
-
-
-def is_pickle(path: Path) -> bool:
-    """Say whether a file begins as those of ``torch.save`` do, in either format."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as stream:
-        start = stream.read(9)
-    # Any pickle since protocol 2 begins with b"\x80" and a small number; so does a safetensors
-    # file whose header has 640 bytes, but that goes on with the rest of the count and a brace.
-    if start[8:] == b"{" and not any(start[4:8]):
-        return False
-    return is_zip(path) or (start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"))
 
 
 def read_pickle(path: Path, *, allow_pickle: bool) -> Pickle:

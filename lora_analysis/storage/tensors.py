@@ -12,9 +12,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_analysis.errors import MalformedFileError
+from lora_analysis.storage.containers import PICKLE_SUFFIXES, is_pickle, is_zip
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.limits import BLOCK_ELEMENTS, MAX_INDEX_BYTES
-from lora_analysis.storage.pickles import PICKLE_SUFFIXES, is_pickle, read_pickle
 from lora_analysis.storage.safetensors import (
     Header,
     TensorInfo,
@@ -23,7 +23,6 @@ from lora_analysis.storage.safetensors import (
     read_header,
 )
 from lora_analysis.storage.safetensors import read_tensor as _read_tensor
-from lora_analysis.storage.zips import is_zip, zip_members
 
 if TYPE_CHECKING:
     import numpy as np
@@ -157,11 +156,15 @@ def open_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFiles:
 
 
 def _header_of(path: Path, *, allow_pickle: bool) -> Header:
-    if is_zip(path) and any(name.endswith(".npy") for name in zip_members(path)):
+    if is_zip(path):
         from lora_analysis.storage.npz import read_npz_header
+        from lora_analysis.storage.zips import zip_members
 
-        return read_npz_header(path)
+        if any(name.endswith(".npy") for name in zip_members(path)):
+            return read_npz_header(path)
     if is_pickle(path):
+        from lora_analysis.storage.pickles import read_pickle
+
         return read_pickle(path, allow_pickle=allow_pickle).header()
     return read_header(path)
 

@@ -26,14 +26,6 @@ class ZipMember:
     stop: int
 
 
-def is_zip(path: Path) -> bool:
-    """Say whether a regular file begins as a zip archive does."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as stream:
-        return stream.read(4) == b"PK\x03\x04"
-
-
 def zip_members(path: Path) -> dict[str, ZipMember]:
     """Return the members of an archive, every range checked against the file's size.
 
