@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from threadpoolctl import threadpool_limits
 
 from benchmarks import overlaps, processes, spectra, weights
@@ -42,7 +43,8 @@ def main() -> None:
     unknown = sorted(set(chosen) - set(GROUPS))
     if unknown:
         parser.error(f"no group {', '.join(unknown)}; there are {', '.join(GROUPS)}")
-    found: list[Row] = []
+    torch.set_num_threads(1)
+    sections = _written() if options.write else {}
     with tempfile.TemporaryDirectory() as folder, threadpool_limits(1, user_api="blas"):
         floors = (
             f"one thread reads {memory_rate() / 1e9:.1f} GB/s from memory and multiplies at "
@@ -51,15 +53,32 @@ def main() -> None:
         )
         print(f"{machine()}; {floors}\n")
         for name in chosen:
+            found: list[Row] = []
             for row in GROUPS[name](options.rounds, Path(folder)):
                 print(" | ".join(row.cells()), flush=True)
                 found.append(row)
+            sections[name] = f"{machine()}; {floors}.\n\n{markdown(found)}"
     if options.write:
-        RESULTS.write_text(
-            f"# Benchmark results\n\nMade by `make bench`. {machine()}; {floors}.\n\n"
-            f"{markdown(found)}\n",
-            encoding="utf-8",
-        )
+        RESULTS.write_text(document(sections), encoding="utf-8")
+
+
+def document(sections: dict[str, str]) -> str:
+    """Return the page of results, group by group."""
+    text = (
+        "# Benchmark results\n\nMade by `make bench`; every group in one run, its sides in turn.\n"
+    )
+    for name in GROUPS:
+        if name in sections:
+            text += f"\n## {name}\n\n{sections[name].strip()}\n"
+    return text
+
+
+def _written() -> dict[str, str]:
+    """Return the sections of the page as it is, to be replaced one by one."""
+    if not RESULTS.exists():
+        return {}
+    parts = RESULTS.read_text(encoding="utf-8").split("\n## ")[1:]
+    return dict(part.split("\n", 1) for part in parts)
 
 
 if __name__ == "__main__":

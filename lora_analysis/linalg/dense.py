@@ -70,7 +70,7 @@ def leading_svd(W: NDArray[np.floating], k: int) -> DenseSVD:
     """
     if _is_small(W.shape, k):
         return _lapack_svd(W, k)
-    exponent = int(np.frexp(np.max(np.abs(W)))[1])
+    exponent = int(np.frexp(max(np.max(W), -np.min(W)))[1])  # no copy of W for its sizes
     if abs(exponent) > 30:  # squares must stay in range, those of float32 too
         u, s, v = leading_svd(np.ldexp(np.asarray(W, dtype=np.float64), -exponent), k)
         return DenseSVD(u, np.ldexp(s, exponent), v)

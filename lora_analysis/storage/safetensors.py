@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -109,6 +110,10 @@ def iter_blocks(
     with path.open("rb", buffering=0) as stream:
         _check_size(path, info, stream)
         stream.seek(info.start)  # tiles follow each other in the file: one seek is enough
+        if hasattr(os, "posix_fadvise"):  # the disk reads on while a tile is computed with
+            os.posix_fadvise(
+                stream.fileno(), info.start, info.stop - info.start, os.POSIX_FADV_WILLNEED
+            )
         for rows, columns in tiles:
             flat = buffer[: _span(rows) * _span(columns)]
             if plain:
