@@ -105,7 +105,8 @@ def test_checkpoints_beside_the_final_adapter_are_found_and_read(
     for step in ("0000900", "0000100"):
         save_file(tensors, place / f"{step}_adapters.safetensors")
     found = find_adapters(place)
-    assert [one.label for one in found] == ["run", "0000100_adapters", "0000900_adapters"]
+    steps = ["run/0000100_adapters", "run/0000900_adapters"]
+    assert [one.label for one in found] == ["run", *steps]
     assert read_adapter(found[1])[Q].scale == 10.0  # type: ignore[union-attr]
     assert read_adapter(place).label == read_adapter(place / "adapter_config.json").label == "run"
 
@@ -150,7 +151,10 @@ def test_a_real_adapter_reads_as_its_tensors_say(real_adapters: Path) -> None:
     from safetensors.numpy import load_file
 
     folder = real_adapters / "qwen2.5-mlx"
-    assert [one.label for one in find_adapters(folder)] == ["qwen2.5-mlx", "0000100_adapters"]
+    assert [one.label for one in find_adapters(folder)] == [
+        "qwen2.5-mlx",
+        "qwen2.5-mlx/0000100_adapters",
+    ]
     for path in ("adapters.safetensors", "0000100_adapters.safetensors"):
         adapter, stored = read_adapter(folder / path), load_file(folder / path)
         assert len(adapter) == 8
