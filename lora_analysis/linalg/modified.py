@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from lora_analysis.linalg.constants import EPS, Float
 from lora_analysis.linalg.dense import DENSE_SVD_LIMIT, DenseSVD, gram_svd
 
+Start = Literal["projected", "counted"]
+_STARTS: tuple[Start, Start] = ("projected", "counted")
 # Diagonal entries this near to a shift are not divided by, but solved for together.
 _NEAR = 64
 # Rounds of bisection before inverse iteration, which leave 2**-16 of the first ratio of bounds.
@@ -26,8 +28,9 @@ def modified_svd(values: Float, P: Float, Q: Float, k: int) -> DenseSVD:
 
     Known singular values make M's Gram matrix a diagonal one plus a correction of twice the rank,
     whose eigenvalues above any number can be counted exactly (Sylvester's law of inertia, as for
-    the secular equation of Golub 1973). Bisection by such counts finds where the leading ones are,
-    inverse iteration the vectors, and a last count proves that none was missed.
+    the secular equation of Golub 1973). Inverse iteration finds the leading ones, from those of a
+    projection on M's leading axes and the change, or where that misleads from a bisection by such
+    counts; a last count proves that none was missed.
 
     Parameters
     ----------
@@ -55,8 +58,9 @@ def modified_svd(values: Float, P: Float, Q: Float, k: int) -> DenseSVD:
     if size == 0:
         return DenseSVD(np.eye(m, k), np.zeros(k), np.eye(n, k))
     problem = _problem(values / size, P / size, Q)
-    vectors, squares = problem.leading(k)
-    if not problem.proves(vectors, squares):
+    tried = (problem.leading(k, start) for start in _STARTS)
+    vectors = next((one for one in tried if one is not None), None)
+    if vectors is None:
         return _whole(values, P, Q, k)
     images = P @ (Q.T @ vectors)
     images[:n] += values[:, None] * vectors
@@ -136,25 +140,41 @@ class _Modified(NamedTuple):
         length = float(np.linalg.norm(x))
         return x / length if np.isfinite(length) and length > 0 else vector
 
-    def leading(self, k: int) -> tuple[Float, Float]:
-        """Return the ``k`` leading eigenvectors ``(n, k)`` and eigenvalues, descending."""
-        # One more than asked for, and some: close neighbours are told apart by the projection.
+    def leading(self, k: int, start: Start) -> Float | None:
+        """Return the ``k`` leading eigenvectors ``(n, k)``; None where the start did not do."""
+        # Some more than asked for: close neighbours are told apart by the projection.
         count = min(k + 4, len(self.diagonal))
-        shifts = self._bisected(count)
-        vectors = np.random.default_rng(0).standard_normal((len(self.diagonal), count))
+        shifts, vectors = self._projected(count) if start == "projected" else self._counted(count)
         for done in range(_REFINEMENTS):
             vectors = np.stack(
                 [self.solve(float(s), v) for s, v in zip(shifts, vectors.T, strict=True)], axis=1
             )
-            basis = np.linalg.qr(vectors)[0]
-            image = self.apply(basis)
-            projected = basis.T @ image
-            squares, turn = np.linalg.eigh((projected + projected.T) / 2)
-            vectors, shifts = basis @ turn[:, ::-1], squares[::-1]
-            residual = np.linalg.norm(image @ turn[:, ::-1] - vectors * shifts, axis=0)
-            if done >= 2 and (residual[:k] <= _RESIDUAL).all():
+            shifts, vectors, residual = self._ritz(vectors, count)
+            if done >= 1 and (residual[:k] <= _RESIDUAL).all():
                 break
-        return vectors[:, :k], shifts[:k]
+        return vectors[:, :k] if self.proves(vectors[:, :k], shifts[:k]) else None
+
+    def _ritz(self, vectors: Float, count: int) -> tuple[Float, Float, Float]:
+        """Return the leading Ritz values and vectors of a span, and their residuals."""
+        basis = np.linalg.qr(vectors)[0]
+        image = self.apply(basis)
+        projected = basis.T @ image
+        squares, turn = np.linalg.eigh((projected + projected.T) / 2)
+        squares, turn = squares[::-1][:count], turn[:, ::-1][:, :count]
+        found = basis @ turn
+        return squares, found, np.linalg.norm(image @ turn - found * squares, axis=0)
+
+    def _projected(self, count: int) -> tuple[Float, Float]:
+        """Return eigenvalues and vectors on the leading axes and the directions of the change."""
+        n = len(self.diagonal)
+        axes = np.eye(n, min(n, count + 2 * len(self.inverse)))
+        squares, vectors, _ = self._ritz(np.hstack([axes, self.F]), count)
+        return squares, vectors
+
+    def _counted(self, count: int) -> tuple[Float, Float]:
+        """Return numbers near the largest eigenvalues, and random vectors to begin with."""
+        vectors = np.random.default_rng(0).standard_normal((len(self.diagonal), count))
+        return self._bisected(count), vectors
 
     def _bisected(self, count: int) -> Float:
         """Return numbers near the ``count`` largest eigenvalues, by counting those above."""
