@@ -137,7 +137,7 @@ def permute_runs(
     differences = np.array([task_difference(values, labels) for labels in relabelled])
     # A relabelling that is the same partition must not be lost to rounding; one that missing
     # pairs leave without a difference speaks against the claim.
-    as_large = np.count_nonzero(~(differences < found - 1e-12 * abs(found)))
+    as_large = int(np.count_nonzero(~(differences < found - 1e-12 * abs(found))))
     count = len(differences)
     p = as_large / count if exact else (as_large + 1) / (count + 1)
     smallest = 1 / total if exact else 1 / (count + 1)

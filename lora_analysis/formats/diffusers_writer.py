@@ -13,12 +13,12 @@ from lora_analysis.formats.image_writing import (
     Tensors,
     exact_alpha,
     factor_tensors,
-    float32,
     writable_updates,
     write_file,
 )
 from lora_analysis.formats.kohya_writer import KOHYAS_NAME, PATH
 from lora_analysis.formats.peft_pairs import DORA
+from lora_analysis.formats.written import float32
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

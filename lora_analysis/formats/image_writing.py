@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.errors import InputError, UnsupportedMethodError
 from lora_analysis.formats.peft_pairs import DORA
-from lora_analysis.storage.adapter_fields import refuse_more_than_factors
+from lora_analysis.formats.written import factors_alone, float32
 from lora_analysis.storage.atomic import write_atomic
 
 if TYPE_CHECKING:
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from lora_analysis.adapter import Adapter
+    from lora_analysis.adapter import Adapter, LowRankUpdate
 
 Tensors = dict[str, "NDArray[np.floating]"]
 
@@ -37,25 +36,9 @@ def writable_updates(adapter: Adapter, format: str) -> dict[str, LowRankUpdate]:
     ScaleError
         A scale is not known.
     """
-    refuse_more_than_factors(adapter.config, adapter.label, f"which {format} files cannot say.")
-    if adapter.saved_modules:
-        message = (
-            f"{adapter.label} also trained '{next(iter(adapter.saved_modules))}' in full, which a "
-            f"file of {format} cannot hold. It is not written."
-        )
-        raise UnsupportedMethodError(message)
-    updates = {}
-    for name, update in adapter.items():
-        if not isinstance(update, LowRankUpdate):
-            message = f"'{name}' in {adapter.label} is a dense update; a LoRA file holds A and B."
-            raise InputError(message)
-        _refuse_unsayable(update, adapter.label, format)
-        update.known_scale()
-        updates[name] = update
-    if not updates:
-        message = f"{adapter.label} adapts no module; there is nothing to write."
-        raise InputError(message)
-    return updates
+    return factors_alone(
+        adapter, format, lambda update: _refuse_unsayable(update, adapter.label, format)
+    )
 
 
 def _refuse_unsayable(update: LowRankUpdate, label: str, format: str) -> None:
@@ -84,16 +67,6 @@ def factor_tensors(update: LowRankUpdate) -> tuple[NDArray[np.float32], NDArray[
         a = a.reshape(update.rank, -1, *update.kernel)
         b = b.reshape(*b.shape, *(1 for _ in update.kernel))
     return a, b
-
-
-def float32(factor: NDArray[np.floating], name: str) -> NDArray[np.float32]:
-    """Return numbers as float32; refuse those that it cannot hold."""
-    with np.errstate(over="ignore"):  # refused below, with the module's name
-        stored = np.ascontiguousarray(factor, dtype=np.float32)
-    if not np.isfinite(stored).all():
-        message = f"A factor of '{name}' is too large for float32, the type it is written in."
-        raise InputError(message)
-    return stored
 
 
 def exact_alpha(update: LowRankUpdate) -> float:

@@ -12,11 +12,11 @@ from lora_analysis.formats.image_writing import (
     Tensors,
     exact_alpha,
     factor_tensors,
-    float32,
     writable_updates,
     write_file,
 )
 from lora_analysis.formats.kohya import SPELLINGS
+from lora_analysis.formats.written import float32
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

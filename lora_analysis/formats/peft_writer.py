@@ -16,6 +16,7 @@ from lora_analysis.formats.peft_config import CONFIG_NAME
 from lora_analysis.formats.peft_keys import PREFIX, sort_keys
 from lora_analysis.formats.peft_pairs import DORA
 from lora_analysis.formats.peft_places import WEIGHTS_NAME
+from lora_analysis.formats.written import float32
 from lora_analysis.patterns import matches_target, pattern_value
 from lora_analysis.storage.adapter_fields import refuse_more_than_factors
 from lora_analysis.storage.atomic import write_atomic
@@ -85,7 +86,7 @@ def _refuse_unsayable(update: LowRankUpdate, adapter: Adapter) -> None:
 
 def _factor_tensors(update: LowRankUpdate) -> dict[str, NDArray[np.float32]]:
     """Return the tensors of one module by the end of their keys, in the shapes of its layer."""
-    a, b = _float32(update.A, update.name), _float32(update.B, update.name)
+    a, b = float32(update.A, update.name), float32(update.B, update.name)
     if update.layout == "embedding":
         return {"lora_embedding_A": a, "lora_embedding_B": b} | _magnitude(update)
     if update.layout == "conv":
@@ -97,7 +98,7 @@ def _factor_tensors(update: LowRankUpdate) -> dict[str, NDArray[np.float32]]:
 def _magnitude(update: LowRankUpdate) -> dict[str, NDArray[np.float32]]:
     if update.magnitude is None:
         return {}
-    norms = _float32(update.magnitude, update.name)
+    norms = float32(update.magnitude, update.name)
     if update.layout == "conv":
         norms = norms.reshape(1, -1, *(1 for _ in update.kernel))
     return {"lora_magnitude_vector": norms}
@@ -130,15 +131,6 @@ def _alpha(update: LowRankUpdate, *, rslora: bool) -> float:
     if round(alpha) / divisor == scale or alpha == round(alpha):
         return round(alpha)
     return alpha
-
-
-def _float32(factor: NDArray[Any], name: str) -> NDArray[np.float32]:
-    with np.errstate(over="ignore"):  # refused below, with the module's name
-        stored = np.ascontiguousarray(factor, dtype=np.float32)
-    if not np.isfinite(stored).all():
-        message = f"A factor of '{name}' is too large for float32, the type it is written in."
-        raise InputError(message)
-    return stored
 
 
 def _config(adapter: Adapter, updates: Mapping[str, LowRankUpdate]) -> dict[str, Any]:

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.errors import InputError, UnsupportedMethodError
-from lora_analysis.storage.adapter_fields import refuse_more_than_factors
+from lora_analysis.formats.written import factors_alone, float32
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
 
-    from lora_analysis.adapter import Adapter
+    from lora_analysis.adapter import Adapter, LowRankUpdate
 
 _EXPERT: Final = re.compile(r"(?P<before>.+\.experts)\.(?P<index>\d+)\.(?P<after>.+)")
 
@@ -59,25 +58,9 @@ def writable(
     ScaleError
         A scale is not known.
     """
-    refuse_more_than_factors(adapter.config, adapter.label, f"which {format} files cannot say.")
-    if adapter.saved_modules:
-        message = (
-            f"{adapter.label} also trained '{next(iter(adapter.saved_modules))}' in full, which a "
-            f"file of {format} cannot hold. It is not written."
-        )
-        raise UnsupportedMethodError(message)
-    updates = {}
-    for name, update in adapter.items():
-        if not isinstance(update, LowRankUpdate):
-            message = f"'{name}' in {adapter.label} is a dense update; a LoRA file holds A and B."
-            raise InputError(message)
-        _refuse_unsayable(update, adapter.label, format, variants)
-        update.known_scale()
-        updates[name] = update
-    if not updates:
-        message = f"{adapter.label} adapts no module; there is nothing to write."
-        raise InputError(message)
-    return updates
+    return factors_alone(
+        adapter, format, lambda update: _refuse_unsayable(update, adapter.label, format, variants)
+    )
 
 
 def _refuse_unsayable(
@@ -116,16 +99,6 @@ def folded(
         norms = None if update.magnitude is None else float32(update.magnitude, name)
         found[name] = Factors(float32(update.A, name), float32(b, name), update.layout, norms)
     return found
-
-
-def float32(factor: NDArray[np.floating], name: str) -> NDArray[np.float32]:
-    """Return numbers as float32; refuse those that it cannot hold."""
-    with np.errstate(over="ignore"):  # refused below, with the module's name
-        stored = np.ascontiguousarray(factor, dtype=np.float32)
-    if not np.isfinite(stored).all():
-        message = f"A factor of '{name}' is too large for float32, the type it is written in."
-        raise InputError(message)
-    return stored
 
 
 def one_scale(updates: Mapping[str, LowRankUpdate]) -> float:
