@@ -12,7 +12,9 @@
     │   ├── BaseWeightError              no unique, fitting base tensor for a module
     │   ├── IncompatibleError            two things that cannot be held against each other
     │   ├── DegenerateSubspaceError      a subspace that the numbers do not define
-    │   └── TargetError                  no module to adapt, or one that cannot be
+    │   ├── TargetError                  no module to adapt, or one that cannot be
+    │   └── InUseError                   another process is at work there
+    ├── LostWorkerError                  the process that did the work ended before it was done
     └── MissingExtraError (ImportError)  an optional dependency is not installed
 
 A message says what was asked, what was found (with names and numbers), and the likely cause or
@@ -62,6 +64,14 @@ class DegenerateSubspaceError(InputError):
 
 class TargetError(InputError):
     """The targets name no module of the model, or one that LoRA cannot adapt."""
+
+
+class InUseError(InputError):
+    """Another process is at work in the folder."""
+
+
+class LostWorkerError(LoraAnalysisError):
+    """The process that did a piece of work ended before the work was done."""
 
 
 class MissingExtraError(LoraAnalysisError, ImportError):

@@ -62,6 +62,7 @@ HEAVY = {
     "transformers": set(),
     "peft": set(),
     "huggingface_hub": {"storage"},
+    "ray": {"execution"},
 }
 
 
