@@ -78,7 +78,7 @@ class UntilStopped:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def __call__(self, cell, tell):  # noqa: ARG002
+    def __call__(self, cell, tell):
         (self.folder / f"started-{cell}").write_text(str(os.getpid()))
         try:
             while True:
