@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from lora_analysis.errors import TargetError
-from lora_analysis.lora.layers import KINDS, LoraLayer, Wrapper
+from lora_analysis.lora.kinds import KINDS
+from lora_analysis.lora.layers import LoraLayer, Wrapper
 from lora_analysis.patterns import matches_target, module_type, natural_key, near_names
 
 
@@ -97,8 +98,18 @@ def inside(name: str, owners: Collection[str]) -> bool:
 def _obstacle(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     """Say why a LoRA layer in this place cannot be, or would not be called."""
     layer, parent = modules[name], modules[name.rpartition(".")[0]]
+    if isinstance(layer, nn.MultiheadAttention):
+        return (
+            "MultiheadAttention keeps q, k and v in one parameter and calls no layer for them; "
+            "use an attention with a Linear for each"
+        )
+    if getattr(layer, "groups", 1) != 1:
+        return f"a {type(layer).__name__} in {layer.groups} groups has no matrix to factor"
     if _kind(layer) is None:
-        return f"a {type(layer).__name__} is neither Linear nor Conv1D with a plain weight"
+        return (
+            f"a {type(layer).__name__} is no Linear, Conv1D, Embedding or convolution with a "
+            "plain weight"
+        )
     if isinstance(parent, nn.MultiheadAttention):
         return "MultiheadAttention reads its weight and never calls it, so LoRA would do nothing"
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():

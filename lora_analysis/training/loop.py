@@ -14,8 +14,8 @@ from torch.nn import functional
 from lora_analysis.errors import InputError
 
 if TYPE_CHECKING:
-    from lora_analysis.training.config import LoopOptions
     from lora_analysis.training.data import Split, TaskData
+    from lora_analysis.training.options import LoopOptions
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Transform = Callable[[Tensor, torch.Generator], Tensor]
@@ -45,6 +45,7 @@ def training_steps(
     data: TaskData,
     options: LoopOptions,
     *,
+    seed: int = 0,
     loss: Loss = functional.cross_entropy,
     transform: Transform | None = None,
 ) -> Iterator[StepMetrics]:
@@ -61,7 +62,9 @@ def training_steps(
     data
         What to train and to test on.
     options
-        Steps, batch size, optimiser, and the seed of the order of the data.
+        Steps, batch size and optimiser.
+    seed
+        Of the order of the examples, and of their augmentation.
     loss
         Mean loss of outputs and targets.
     transform
@@ -86,7 +89,7 @@ def training_steps(
         trained, lr=options.lr, betas=(0.9, options.beta2), weight_decay=options.weight_decay
     )
     inputs, targets = _on_device(data.train, device)
-    generator = torch.Generator().manual_seed(options.data_seed)
+    generator = torch.Generator().manual_seed(seed)
     batches = _batches(len(data.train), options.batch_size, generator)
     yield StepMetrics(0, test_accuracy=accuracy(model, data.test))
     model.train()
@@ -99,7 +102,8 @@ def training_steps(
         value = loss(model(batch), targets[rows])
         optimizer.zero_grad(set_to_none=True)
         value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        nn.utils.clip_grad_norm_(trained, options.clip)
+        if options.clip is not None:
+            nn.utils.clip_grad_norm_(trained, options.clip)
         optimizer.step()
         measured = accuracy(model, data.test) if _evaluated_at(step, options) else None
         yield StepMetrics(step, _finite(value, step, rate), rate, measured)

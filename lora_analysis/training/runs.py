@@ -15,7 +15,8 @@ from lora_analysis import __version__
 from lora_analysis.errors import InputError
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.locks import locked
-from lora_analysis.training.files import MANIFEST_NAME, base_sha256, file_sha256, write_json
+from lora_analysis.training.files import MANIFEST_NAME, file_sha256, write_json
+from lora_analysis.training.inputs import base_place, input_hashes, run_key
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +76,7 @@ class _Setting:
     data: TaskData
 
 
-def run_state(config: RunConfig, folder: Path, *, base: Path | None = None) -> RunState:
+def run_state(config: RunConfig, folder: Path) -> RunState:
     """Return what the folder of a run holds.
 
     Parameters
@@ -84,8 +85,6 @@ def run_state(config: RunConfig, folder: Path, *, base: Path | None = None) -> R
         The run that is wanted.
     folder
         The run's own folder.
-    base
-        Folder of the base model; the shipped one by default.
 
     Returns
     -------
@@ -102,7 +101,7 @@ def run_state(config: RunConfig, folder: Path, *, base: Path | None = None) -> R
         found = read_json_object(manifest)
     except InputError:
         return "damaged"
-    if found.get("key") != config.key(base_sha256(base)):
+    if found.get("key") != run_key(config):
         return "changed"
     wanted = {name: _sha256_or_none(folder / name) for name in (METRICS_NAME, *ADAPTER_NAMES)}
     return "finished" if found.get("files") == wanted else "damaged"
@@ -113,7 +112,6 @@ def train_run(
     folder: Path,
     *,
     device: str = "auto",
-    base: Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Train one adapter into its folder, or find it there finished.
@@ -131,8 +129,6 @@ def train_run(
         The run's own folder; made where it does not exist.
     device
         ``"auto"`` (cuda, mps, cpu: the first there is), or a device as torch names it.
-    base
-        Folder of the base model; the shipped one by default.
     progress
         Called with every :class:`RunEvent`.
 
@@ -155,24 +151,24 @@ def train_run(
 
     tell = progress or _ignore
     total = config.loop.steps
-    state = run_state(config, folder, base=base)
+    state = run_state(config, folder)
     if state == "finished":
         tell(RunEvent(config.name, "skipped", total, total, state=state))
         return folder
     with one_thread():
-        setting = _prepare(config, device, base)
+        setting = _prepare(config, device)
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
             for name in (MANIFEST_NAME, *ADAPTER_NAMES, METRICS_NAME):
                 (folder / name).unlink(missing_ok=True)
             tell(RunEvent(config.name, "started", 0, total, state=state))
-            facts = _identity(config, base) | _train(config, folder, setting, tell)
+            facts = _identity(config) | _train(config, folder, setting, tell)
             write_json(folder / MANIFEST_NAME, facts)
     tell(RunEvent(config.name, "finished", total, total))
     return folder
 
 
-def _prepare(config: RunConfig, device: str, base: Path | None) -> _Setting:
+def _prepare(config: RunConfig, device: str) -> _Setting:
     """Return device, data, and the base with its LoRA layers."""
     from lora_analysis.lora import add_lora
     from lora_analysis.training.base import read_base
@@ -181,7 +177,7 @@ def _prepare(config: RunConfig, device: str, base: Path | None) -> _Setting:
 
     place = resolve_device(device)
     data = digits_task(config.task)
-    model = read_base(base)
+    model = read_base(base_place(config.base.source))
     modules = add_lora(
         model,
         rank=config.rank,
@@ -220,7 +216,7 @@ def _run_loop(
     from lora_analysis.training.loop import training_steps
 
     seen: list[StepMetrics] = []
-    for metrics in training_steps(setting.model, setting.data, config.loop):
+    for metrics in training_steps(setting.model, setting.data, config.loop, seed=config.seeds.data):
         stream.write(json.dumps(metrics.to_dict()) + "\n")
         stream.flush()
         seen.append(metrics)
@@ -244,17 +240,17 @@ def _run_loop(
     }
 
 
-def _identity(config: RunConfig, base: Path | None) -> dict[str, Any]:
-    digest = base_sha256(base)
+def _identity(config: RunConfig) -> dict[str, Any]:
+    inputs = input_hashes(config)
     return {
         "name": config.name,
         "task": config.task,
         "rank": config.rank,
         "seed": config.seed,
-        "data_seed": config.loop.data_seed,
+        "data_seed": config.seeds.data,
         "config": config.to_dict(),
-        "base_sha256": digest,
-        "key": config.key(digest),
+        "base_sha256": inputs["base"],
+        "key": config.key(inputs),
     }
 
 
