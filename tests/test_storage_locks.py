@@ -11,11 +11,13 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
 from lora_analysis.errors import InUseError
 from lora_analysis.storage import locks
+from lora_analysis.storage.atomic import write_atomic
 from lora_analysis.storage.locks import locked
 
 HOST = socket.gethostname()
@@ -44,6 +46,26 @@ def test_an_error_gives_the_lock_up(tmp_path: Path) -> None:
 def test_locks_of_other_names_are_others(tmp_path: Path) -> None:
     with locked(tmp_path), locked(tmp_path, ".lock-2"):
         assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", ".lock-2"]
+
+
+def test_the_holder_of_a_folder_is_rid_of_what_was_left_half_written(tmp_path: Path) -> None:
+    def fail(stream: BinaryIO) -> None:
+        for left in tmp_path.glob(".table*.tmp"):
+            left.with_name(left.name.replace("table", "figure")).touch()
+        message = "the disk is full"
+        raise OSError(message)
+
+    with pytest.raises(OSError, match="disk"):
+        write_atomic(tmp_path / "table.csv", fail)
+    others = [tmp_path / ".hidden", tmp_path / ".own.tmp", tmp_path / "plain.tmp"]
+    for path in others:
+        path.touch()
+    assert len(list(tmp_path.glob(".figure*.tmp"))) == 1
+    with locked(tmp_path, ".lock-2"):
+        assert len(list(tmp_path.glob(".figure*.tmp"))) == 1
+    with locked(tmp_path):
+        pass
+    assert sorted(tmp_path.iterdir()) == sorted(others)
 
 
 @posix

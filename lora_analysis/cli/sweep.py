@@ -105,8 +105,7 @@ def command(
     if status:
         return _print_status(runs, folder, form)
     given = {"executor": executor, "workers": workers, "device": device, "address": address}
-    lock = _lock_name(shard, only)
-    result = _train(plan, runs, folder, given, lock_name=lock, force=force, form=form)
+    result = _train(plan, list(runs), folder, given, force=force, form=form)
     return _print_result(result, folder, form)
 
 
@@ -123,46 +122,29 @@ def _chosen(plan: SweepPlan, shard: Shard | None, only: Sequence[str]) -> dict[s
     return {name: plan.runs[name] for name in (shard.of(names) if shard else names)}
 
 
-def _lock_name(shard: Shard | None, only: Sequence[str]) -> str:
-    """Return the file that keeps a second sweep of the same runs out; others may go on beside."""
-    import hashlib
-
-    from lora_analysis.storage.locks import LOCK_NAME
-
-    if only:
-        digest = hashlib.sha256("\n".join(only).encode()).hexdigest()[:12]
-        return f"{LOCK_NAME}-{digest}"
-    return f"{LOCK_NAME}-{shard.index}-of-{shard.count}" if shard else LOCK_NAME
-
-
 def _train(
     plan: SweepPlan,
-    runs: Mapping[str, RunConfig],
+    names: Sequence[str],
     folder: Path,
     given: Mapping[str, Any],
     *,
-    lock_name: str,
     force: bool,
     form: str,
 ) -> SweepResult:
     from dataclasses import replace
 
-    from lora_analysis.training import SweepProgress, run_sweep, write_plan
-    from lora_analysis.training.executors import choose_executor
+    from lora_analysis.training import SweepProgress, run_sweep
 
     options = {key: value for key, value in given.items() if value is not None}
     execution = replace(plan.execution, **options)
-    executor = choose_executor(execution, len(runs)) if runs else None
-    write_plan(plan, folder)
     with progress_bar(form) as counts:
         return run_sweep(
-            runs,
+            plan.runs,
             folder,
-            device=execution.device,
-            executor=executor,
+            names=names,
+            execution=execution,
             force=force,
-            lock_name=lock_name,
-            progress=SweepProgress(counts, len(runs)),
+            progress=SweepProgress(counts, len(names)),
             report=lambda text: click.echo(text, err=True),
         )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from lora_analysis.errors import InUseError
+from lora_analysis.storage.atomic import remove_leftovers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +42,8 @@ def locked(folder: Path, name: str = LOCK_NAME) -> Iterator[None]:
     """Keep other processes that ask for it out of a folder, by a file that names this one.
 
     A file that a process left when it was killed is taken over: at once where it was on this
-    host, after two minutes without a sign of life where it was on another.
+    host, after two minutes without a sign of life where it was on another. With the lock of the
+    usual name, files that were left half-written in the folder are deleted.
 
     Raises
     ------
@@ -53,6 +55,8 @@ def locked(folder: Path, name: str = LOCK_NAME) -> Iterator[None]:
         over = threading.Event()
         threading.Thread(target=_renew, args=(lock, over), daemon=True).start()
         try:
+            if name == LOCK_NAME:
+                remove_leftovers(folder)
             yield
         finally:
             over.set()

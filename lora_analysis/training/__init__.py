@@ -10,7 +10,7 @@ from lora_analysis.training.config import RunConfig, Seeds
 from lora_analysis.training.files import base_folder
 from lora_analysis.training.inputs import run_key
 from lora_analysis.training.options import BaseOptions, DataOptions, LoopOptions
-from lora_analysis.training.plan import ExecutionOptions, SweepPlan, read_plan, write_plan
+from lora_analysis.training.plan import ExecutionOptions, SweepPlan, read_plan
 from lora_analysis.training.progress import SweepProgress
 from lora_analysis.training.runs import RunEvent, run_state, train_run
 from lora_analysis.training.sweep import (
@@ -41,5 +41,4 @@ __all__ = [
     "run_sweep",
     "sweep_states",
     "train_run",
-    "write_plan",
 ]

@@ -8,17 +8,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_analysis import __version__
 from lora_analysis.errors import InputError, MalformedFileError
 from lora_analysis.storage.documents import regular_file_size
 from lora_analysis.storage.limits import MAX_CONFIG_BYTES
 from lora_analysis.training.axes import Point, axes_of, merged, points
 from lora_analysis.training.config import RunConfig
-from lora_analysis.training.files import write_json
 from lora_analysis.training.naming import named_runs
 from lora_analysis.training.options import check, check_choice, from_table, refuse_unknown
 
-PLAN_NAME = "sweep.json"
 ExecutorName = Literal["auto", "serial", "process", "ray"]
 
 # More is a slip of the keyboard: at a second each they would take a day.
@@ -113,18 +110,6 @@ def read_plan(path: Path) -> SweepPlan:
     except InputError as error:
         message = f"{path}: {error}"
         raise type(error)(message) from error
-
-
-def write_plan(plan: SweepPlan, folder: Path) -> Path:
-    """Write every run with all of its options into ``sweep.json`` in a folder, made if missing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    document = {
-        "schema_version": 1,
-        "generator": f"lora_analysis {__version__}",
-        "source": plan.source.name,
-        "runs": {name: config.to_dict() for name, config in plan.runs.items()},
-    }
-    return write_json(folder / PLAN_NAME, document)
 
 
 def _parsed(path: Path) -> dict[str, Any]:

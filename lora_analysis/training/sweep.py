@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import socket
 import time
 import traceback
@@ -11,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lora_analysis import __version__
 from lora_analysis.errors import InputError, InUseError, LoraAnalysisError
 from lora_analysis.execution.protocol import Executor, Outcome, Retried, Tell
 from lora_analysis.storage.locks import LOCK_NAME, locked
@@ -20,6 +23,7 @@ from lora_analysis.training.files import write_json
 from lora_analysis.training.plan import ExecutionOptions
 from lora_analysis.training.runs import Progress, RunEvent, RunState, run_state, train_run
 
+SWEEP_NAME = "sweep.json"
 FAILURE_NAME = "failed.json"
 
 # A worker that was lost on another machine holds its run's folder until its silence is noticed.
@@ -120,9 +124,10 @@ def run_sweep(
     *,
     device: str = "auto",
     workers: int | None = None,
+    execution: ExecutionOptions | None = None,
     executor: Executor | None = None,
+    names: Sequence[str] | None = None,
     force: bool = False,
-    lock_name: str = LOCK_NAME,
     progress: Progress | None = None,
     report: Report | None = None,
 ) -> SweepResult:
@@ -131,7 +136,8 @@ def run_sweep(
     Runs that are done stay whatever happens to the others, so that an interrupted sweep goes on
     when it is called again. The result of a run depends neither on the executor nor on the number
     of workers. A run that fails is tried again once, unless what it was given is wrong; then it
-    is reported, with ``failed.json`` in its folder, and the rest goes on.
+    is reported, with ``failed.json`` in its folder, and the rest goes on. ``sweep.json`` holds
+    every run with all of its options.
 
     Parameters
     ----------
@@ -144,13 +150,15 @@ def run_sweep(
     workers
         Runs side by side; see `ExecutionOptions`. Worker processes import the caller's main
         module anew, so a script must guard its own start with ``if __name__ == "__main__"``.
+    execution
+        More about where to train, in place of ``device`` and ``workers``.
     executor
-        Who trains; by default chosen from ``device`` and ``workers``.
+        Who trains; by default chosen from these.
+    names
+        Only these of the runs; others may be trained beside, by another process.
     force
         Whether runs of another configuration, which lie in the folder under the same name, are
         trained anew.
-    lock_name
-        File that keeps a second sweep out of the folder; shards have one each.
     progress
         Called in this process with every :class:`RunEvent` of every run.
     report
@@ -163,19 +171,19 @@ def run_sweep(
         finished runs would be replaced.
     """
     named = runs if isinstance(runs, Mapping) else _by_own_names(runs)
-    options = ExecutionOptions(workers=workers, device=device)
+    chosen = named if names is None else {name: named[name] for name in names}
+    options = execution or ExecutionOptions(workers=workers, device=device)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, lock_name):
-        cells = _unfinished(named, folder, force=force, progress=progress)
-        if cells and executor is None:
-            executor = choose_executor(options, len(cells))
-        failures: dict[str, RunFailure] = {}
-        watch = _watch(progress, report)
-        if cells and executor:
-            for outcome in executor.map(TrainCell(folder, device), cells, tell=watch):
+    failures: dict[str, RunFailure] = {}
+    with locked(folder, _lock_name(named, chosen)):
+        cells = _unfinished(chosen, folder, force=force, progress=progress)
+        _write_resolved(named, folder)
+        if cells:
+            executor = executor or choose_executor(options, len(cells))
+            watch = _watch(progress, report)
+            for outcome in executor.map(TrainCell(folder, options.device), cells, tell=watch):
                 _settle(outcome, folder, failures, report)
-    folders = {name: folder / name for name in named if name not in failures}
-    return SweepResult(folders, failures)
+    return SweepResult({n: folder / n for n in chosen if n not in failures}, failures)
 
 
 def sweep_states(runs: Runs, folder: Path) -> dict[str, RunState]:
@@ -192,6 +200,23 @@ def _by_own_names(configs: Sequence[RunConfig]) -> dict[str, RunConfig]:
         )
         raise InputError(message)
     return {config.name: config for config in configs}
+
+
+def _lock_name(runs: Runs, chosen: Runs) -> str:
+    """Return the file that keeps out a second sweep of the same runs, and no other."""
+    if chosen.keys() == runs.keys():
+        return LOCK_NAME
+    return f"{LOCK_NAME}-{hashlib.sha256(json.dumps(list(chosen)).encode()).hexdigest()[:12]}"
+
+
+def _write_resolved(runs: Runs, folder: Path) -> None:
+    """Write every run with all of its options beside the results."""
+    document = {
+        "schema_version": 1,
+        "generator": f"lora_analysis {__version__}",
+        "runs": {name: config.to_dict() for name, config in runs.items()},
+    }
+    write_json(folder / SWEEP_NAME, document)
 
 
 def _unfinished(
