@@ -11,7 +11,7 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 import pytest
 
@@ -126,6 +126,26 @@ def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path: Path) -> None
 
 
 @posix
+def test_a_lock_that_its_holder_deletes_meanwhile_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold = locks._hold
+    deleted: list[Path] = []
+
+    def hold_late(stream: TextIO) -> bool:
+        if not deleted:
+            deleted.append(tmp_path / ".lock")
+            deleted[0].unlink()  # as its holder does, between our opening and our holding it
+        return hold(stream)
+
+    monkeypatch.setattr(locks, "_hold", hold_late)
+    with locked(tmp_path):
+        assert deleted[0].exists()
+        with pytest.raises(InUseError), locked(tmp_path):
+            pass
+
+
+@posix
 def test_of_many_that_race_for_a_lock_one_at_a_time_has_it(tmp_path: Path) -> None:
     script = tmp_path / "racer.py"
     script.write_text(
@@ -137,7 +157,7 @@ def test_of_many_that_race_for_a_lock_one_at_a_time_has_it(tmp_path: Path) -> No
             from lora_analysis.storage.locks import locked
             folder = Path(sys.argv[1])
             won = 0
-            while won < 30:
+            while won < 100:
                 try:
                     with locked(folder):
                         alone = folder / "alone"
