@@ -245,7 +245,7 @@ def _watch(progress: Progress | None, report: Report | None) -> Tell:
     def watch(event: Any) -> None:
         if isinstance(event, Retried):
             if report is not None:
-                report(f"{event.cell.name}: {event.error} It is tried again.")
+                report(f"{event.cell.name} failed and is tried again: {event.error}")
         elif progress is not None:
             progress(event)
 
@@ -266,7 +266,8 @@ def _settle(
         return
     failures[name] = RunFailure(outcome.error, outcome.attempts)
     if report is not None:
-        report(f"{name}: {outcome.error} Given up after {outcome.attempts} attempts.")
+        times = "once" if outcome.attempts == 1 else f"{outcome.attempts} times"
+        report(f"{name} failed {times} and is left out: {outcome.error}")
     place.mkdir(parents=True, exist_ok=True)
     facts = {
         "error": str(outcome.error),
