@@ -8,6 +8,7 @@ import click
 
 from lora_analysis.cli.options import (
     Reading,
+    label_option,
     modules_option,
     output_options,
     progress_bar,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 @click.argument("b", metavar="B")
 @reference_option
 @modules_option
+@label_option
 @reading_options
 @output_options
 def command(
@@ -35,6 +37,7 @@ def command(
     *,
     references: tuple[str, ...],
     modules: str | None,
+    label: str | None,
     reading: Reading,
     form: str,
 ) -> int:
@@ -49,7 +52,14 @@ def command(
     adapters = [reading.read(one) for one in (a, b)]
     with progress_bar(form) as progress:
         others, left_out = reading.read_all(references, progress) if references else ([], [])
-        result = study(adapters, reference=others, modules=modules, progress=progress)
+        result = study(
+            adapters,
+            reference=others,
+            modules=modules,
+            label=label,
+            across_bases=True,  # two adapters that are named are compared
+            progress=progress,
+        )
     lost = _lost_references(result)
     pair, table = _of_the_pair(result, result.pairs), _of_the_pair(result, result.similarities)
     said = [one for one in findings(result) if one.topic != "directions needed"]

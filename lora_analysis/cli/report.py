@@ -11,6 +11,7 @@ import click
 
 from lora_analysis.cli.options import (
     Reading,
+    label_option,
     modules_option,
     output_options,
     progress_bar,
@@ -43,6 +44,12 @@ from lora_analysis.cli.show import print_json
 )
 @click.option("--title", help="Heading of the report.")
 @modules_option
+@label_option
+@click.option(
+    "--across-bases",
+    is_flag=True,
+    help="Compare adapters of different base models too; by default they are grouped by base.",
+)
 @reading_options
 @output_options
 def command(
@@ -55,6 +62,8 @@ def command(
     kind: Any,
     title: str | None,
     modules: str | None,
+    label: str | None,
+    across_bases: bool,
     reading: Reading,
     form: str,
 ) -> int:
@@ -76,6 +85,8 @@ def command(
             base=reading.open_base(base),
             transposed=transposed,
             modules=modules,
+            label=label,
+            across_bases=across_bases,
             failures=failures,
             progress=progress,
         )
