@@ -239,7 +239,7 @@ def label_option(command: Command) -> Command:
     return click.option(
         "--label",
         metavar="PATTERN",
-        help="What names say of task, rank, seed and step: '{task}-r{rank}-s{seed}'; * is anything.",
+        help="What names say of task, rank, seed and step: '{task}-r{rank}-s{seed}' (*: anything).",
     )(command)
 
 

@@ -97,7 +97,7 @@ def _many_starts(start: str, rows: pd.DataFrame, words: str) -> Finding:
     said = words.format(b=own[0], n=own[1], m=own[2])
     first = rows.iloc[0]
     who = f"{len(rows)} pairs ({first['a']} and {first['b']} among them)"
-    values = {"start": start, "pairs": len(rows)}
+    values: dict[str, float | int | str | None] = {"start": start, "pairs": len(rows)}
     return Finding("artefact", "shared start", f"{who} {said}", values)
 
 
