@@ -234,7 +234,7 @@ def plot_intruders(
         ax.set_yticks(range(0, rows, step), plot.labels[::step], parse_math=False)
         ax.set_xticks(style.count_ticks(columns))
         ax.set_xlabel(
-            f"direction of W + ΔW, {side} side\ndot: cosine below {plot.epsilon:g}, sized by novelty"
+            f"direction of W + ΔW, {side} side\ndot: cosine below {plot.epsilon:g}, by novelty"
         )
         ax.figure.colorbar(image, ax=ax, label="largest cosine with W's", fraction=0.08, pad=0.03)
     return ax

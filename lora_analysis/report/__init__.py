@@ -3,6 +3,7 @@
 `selection` chooses what is shown, `figures` and `tables` prepare it, `writing` puts it on disk.
 """
 
+from lora_analysis.report.results import results_schema
 from lora_analysis.report.writing import write_report
 
-__all__ = ["write_report"]
+__all__ = ["results_schema", "write_report"]

@@ -35,6 +35,7 @@ Progress = Callable[[str, int, int], None]
 
 # Pairs of more adapters fill tables that nobody reads: 40 have 780 pairs, in every module.
 MOST_IN_PAIRS = 40
+DRAWS = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,6 +77,8 @@ class Study:
         Labels of the adapters in ``pairs`` and ``similarities``: all of them, up to a number.
     across_bases
         Pairs of adapters of different base models, which are not compared.
+    options
+        What `study` was asked for beside its adapters, where that is not the default.
     """
 
     adapters: Mapping[str, Adapter]
@@ -92,6 +95,7 @@ class Study:
     atlas: Atlas | None = None
     tabulated: tuple[str, ...] = ()
     across_bases: int = 0
+    options: Mapping[str, object] = field(default_factory=dict)
     _amplified: Mapping[tuple[str, str], Amplification] = field(default_factory=dict)
 
     def grid(
@@ -173,7 +177,7 @@ def study(
     modules: str | Sequence[str] | None = None,
     transposed: bool | None = None,
     failures: Sequence[Failure] = (),
-    draws: int = 16,
+    draws: int = DRAWS,
     weight_spectra: bool = False,
     label: str | None = None,
     across_bases: bool = False,
@@ -272,7 +276,17 @@ def study(
     if unmatched and not walk.amplified:
         raise BaseWeightError(next(iter(unmatched.values())))
     atlas = sums.atlas([at for at, one in enumerate(named) if one.label not in failed])
-    return _assemble(walk, kept, lost, opened, atlas)
+    asked = {
+        "base": base and (str(base) if isinstance(base, str | Path) else ...),
+        "modules": modules,
+        "transposed": transposed,
+        "draws": draws if base and draws != DRAWS else None,
+        "weight_spectra": weight_spectra or None,
+        "label": label,
+        "across_bases": across_bases or None,
+    }
+    options = {name: value for name, value in asked.items() if value is not None}
+    return _assemble(walk, kept, lost, opened, atlas=atlas, options=options)
 
 
 def _assemble(
@@ -280,7 +294,9 @@ def _assemble(
     kept: Sequence[Adapter],
     lost: Sequence[Failure],
     base: BaseWeights | None,
+    *,
     atlas: Atlas,
+    options: Mapping[str, object],
 ) -> Study:
     failed = walk.failed
     rows = (row for visit in walk.visits for row in visit.spectra)
@@ -308,5 +324,6 @@ def _assemble(
         atlas=atlas,
         tabulated=tuple(one.label for one in kept if one in walk.paired),
         across_bases=walk.across,
+        options=options,
         _amplified=amplified,
     )
