@@ -127,7 +127,7 @@ def _compared(study: Study, rows: pd.DataFrame, who: str, topic: str) -> Finding
     else:
         text = f"{who} {'; they '.join(_clause(one, first=one is present[0]) for one in present)}."
     values = {name: value for one in present for name, value in one.values().items()}
-    return Finding("result", topic, text, values)
+    return Finding("result", topic, text, {"subject": who} | values)
 
 
 def reference(study: Study) -> Iterator[Finding]:

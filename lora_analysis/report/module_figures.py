@@ -100,7 +100,7 @@ def atlas_figures(study: Study) -> Iterator[ReportFigure]:
                 "linkage on the output side, the tree above; grey: no number."
             ),
             alt=f"Atlas, {word}; median over pairs {number(float(np.nanmedian(above)))}.",
-            figure=plots.plot_atlas(atlas, plots.new_axes(size, size + 0.5), what=what).figure,  # type: ignore[arg-type]
+            figure=plots.plot_atlas(atlas, plots.new_axes(size, size + 0.15), what=what).figure,  # type: ignore[arg-type]
         )
 
 

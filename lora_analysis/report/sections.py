@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -60,26 +60,33 @@ class Section:
         return not (self.figures or self.tables or self.folded or self.telling)
 
 
-def _drawn(found: Iterable[ReportFigure], folder: Path | None) -> Iterator[DrawnFigure]:
-    """Save each figure in every format (unless ``folder`` is None), and return it for inlining."""
+def _drawn(
+    found: Iterable[ReportFigure], folder: Path, formats: Sequence[str]
+) -> Iterator[DrawnFigure]:
+    """Save each figure in the formats, and return it for inlining."""
     for one in found:
         narrow = one.figure.get_figwidth() < NARROW
         svg = plots.svg_text(one.figure, title=one.title, description=one.alt)
-        if folder is not None:
-            plots.save_figure(one.figure, folder / "figures" / one.name, FORMATS)
+        if formats:
+            plots.save_figure(one.figure, folder / "figures" / one.name, formats)
         yield DrawnFigure(one.name, one.title, one.caption, Markup(svg), narrow)
 
 
-def _placed(section: Section, *found: ReportTable | None) -> Section:
+def _placed(section: Section, *found: ReportTable | None, shown_rows: int = SHOWN_ROWS) -> Section:
     """Return the section with tables shown where they are short, folded where they are longer."""
     present = [one for one in found if one is not None]
-    shown = tuple(one for one in present if len(one.rows) <= SHOWN_ROWS)
-    folded = tuple(one for one in present if SHOWN_ROWS < len(one.rows) <= FOLDED_ROWS)
+    shown = tuple(one for one in present if len(one.rows) <= shown_rows)
+    folded = tuple(one for one in present if shown_rows < len(one.rows) <= FOLDED_ROWS)
     return replace(section, tables=shown, folded=folded)
 
 
 def sections(
-    study: Study, folder: Path, progress: Progress | None, *, telling: bool
+    study: Study,
+    folder: Path,
+    formats: Sequence[str],
+    *,
+    telling: bool,
+    progress: Progress | None = None,
 ) -> list[Section]:
     """Draw and tabulate section by section; those with nothing to show are left out.
 
@@ -88,7 +95,7 @@ def sections(
     modules = telling_modules(list(dict.fromkeys(study.spectra["module"])))
     plan: list[tuple[Section, tuple[Drawing, ...]]] = [
         (_placed(Section("adapters", "What was analysed"), tables.adapters_table(study),
-                 tables.accuracy_table(study)), ()),
+                 tables.accuracy_table(study), shown_rows=8), ()),
         (_placed(Section("ranks", "Ranks", "Do different ranks find the same directions, and how "
                          "many directions does an update use?"), tables.spectra_table(study)),
          (figures.rank_figures, weight_figures.spectrum_figures)),
@@ -107,10 +114,10 @@ def sections(
     ]  # fmt: skip
     done = []
     for at, (section, drawings) in enumerate(plan, start=1):
-        drawn = [figure for draw in drawings for figure in _drawn(draw(study), folder)]
+        drawn = [figure for draw in drawings for figure in _drawn(draw(study), folder, formats)]
         section = replace(section, figures=tuple(drawn))  # noqa: PLW2901 - filled step by step
         if section.name == "modules" and telling:
-            found = tuple(_drawn(module_figures.telling_figures(study), None))
+            found = tuple(_drawn(module_figures.telling_figures(study), folder, ()))
             section = replace(section, telling=found)  # noqa: PLW2901
         done.append(section)
         if progress:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lora_analysis.findings import number
+from lora_analysis.findings import Finding, number
 from lora_analysis.studies import REFERENCE, SHARED_SEED
 
 if TYPE_CHECKING:
@@ -208,6 +208,33 @@ def spectra_table(study: Study) -> ReportTable:
     columns = ("adapter", "rank", *values.values())
     caption = "Medians over modules. Energy: how many directions hold that share of ‖ΔW‖²."
     return ReportTable("spectra", caption, columns, _rows(medians.reset_index()))
+
+
+_VERDICTS = {
+    "share": "shared",
+    "partly": "partly shared",
+    "no more": "no more than unrelated",
+    None: "no verdict",
+}
+
+
+def verdicts_table(said: Sequence[Finding]) -> ReportTable | None:
+    """Return every comparison that has a sentence of its own, in one look."""
+    rows = []
+    for one in said:
+        values = one.values
+        for side in ("output", "input"):
+            if f"phi_1_1_{side}" in values and "subject" in values:
+                numbers = (values[f"{name}_{side}"] for name in ("phi_1_1", "reference", "chance"))
+                verdict = _VERDICTS[values[f"verdict_{side}"]]  # type: ignore[index]
+                rows.append((str(values["subject"]), side, verdict, *map(_cell, numbers)))
+    if not rows:
+        return None
+    above = any(one.values.get("above_chance_output") for one in said)
+    name = "φ(1,1) above chance" if above else "φ(1,1)"
+    columns = ("comparison", "side", "first direction", name, "unrelated pairs", "chance")
+    caption = f"Medians of {name} over modules and pairs, beside those of the reference."
+    return ReportTable("verdicts", caption, columns, tuple(rows), 3)
 
 
 def kinds_table(study: Study) -> ReportTable | None:

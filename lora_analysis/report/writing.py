@@ -19,6 +19,8 @@ from lora_analysis.report.sections import FORMATS, sections
 from lora_analysis.storage.atomic import write_atomic
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pandas as pd
 
     from lora_analysis.studies import Progress, Study
@@ -40,6 +42,7 @@ def write_report(
     command: str | None = None,
     form: Literal["html", "md"] = "html",
     parquet: bool = False,
+    figures: Sequence[str] = FORMATS,
     progress: Progress | None = None,
 ) -> Path:
     """Write a study as one self-contained report, with figures, tables and numbers beside it.
@@ -59,6 +62,8 @@ def write_report(
         or a model card, which shows the files in ``figures/``.
     parquet
         Whether the tables are written as Parquet too (extra ``parquet``).
+    figures
+        Formats of the files in ``figures/``: any of ``"svg"``, ``"png"``, ``"pdf"``.
     progress
         Called with ("report sections", done, total).
 
@@ -81,7 +86,8 @@ def write_report(
         "title": title or _title(study),
         "lead": _lead(study),
         "findings": said,
-        "sections": sections(study, folder, progress, telling=form == "html"),
+        "sections": sections(study, folder, figures, progress=progress, telling=form == "html"),
+        "verdicts": tables.verdicts_table(said),
         "starts": tables.starts_table(study),
         "made": made(study, command),
     }
