@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Progress = Callable[[str, int, int], None]
+# More modules than this are summed up by type unless --all asks for each.
+MODULES_SHOWN = 48
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,15 +60,15 @@ class Section:
         return not (self.figures or self.tables or self.folded or self.telling)
 
 
-def _drawn(
-    found: Iterable[ReportFigure], folder: Path, formats: Sequence[str]
+def drawn_figures(
+    found: Iterable[ReportFigure], folder: Path, formats: Sequence[str] = FORMATS
 ) -> Iterator[DrawnFigure]:
     """Save each figure in the formats, and return it for inlining."""
     for one in found:
         narrow = one.figure.get_figwidth() < NARROW
         svg = plots.svg_text(one.figure, title=one.title, description=one.alt)
         if formats:
-            plots.save_figure(one.figure, folder / "figures" / one.name, formats)
+            plots.save_figure(one.figure, folder / one.name, formats)
         yield DrawnFigure(one.name, one.title, one.caption, Markup(svg), narrow)
 
 
@@ -114,10 +114,14 @@ def sections(
     ]  # fmt: skip
     done = []
     for at, (section, drawings) in enumerate(plan, start=1):
-        drawn = [figure for draw in drawings for figure in _drawn(draw(study), folder, formats)]
+        drawn = [
+            figure
+            for draw in drawings
+            for figure in drawn_figures(draw(study), folder / "figures", formats)
+        ]
         section = replace(section, figures=tuple(drawn))  # noqa: PLW2901 - filled step by step
         if section.name == "modules" and telling:
-            found = tuple(_drawn(module_figures.telling_figures(study), folder, ()))
+            found = tuple(drawn_figures(module_figures.telling_figures(study), folder, ()))
             section = replace(section, telling=found)  # noqa: PLW2901
         done.append(section)
         if progress:

@@ -15,7 +15,7 @@ from lora_analysis.report import tables
 from lora_analysis.report.grids import grids_file
 from lora_analysis.report.made import made
 from lora_analysis.report.results import TABLE_NAMES, all_tables, results
-from lora_analysis.report.sections import FORMATS, sections
+from lora_analysis.report.sections import FORMATS, Section, sections
 from lora_analysis.storage.atomic import write_atomic
 
 if TYPE_CHECKING:
@@ -98,6 +98,29 @@ def write_report(
         write_atomic(folder / "grids.npz", grids)
     text = _environment(form).get_template(f"report.{form}.j2").render(page)
     return write_atomic(folder / f"report.{form}", text.encode())
+
+
+def write_page(
+    study: Study,
+    made_sections: Sequence[Section],
+    path: Path,
+    *,
+    title: str,
+    lead: str,
+    command: str,
+) -> Path:
+    """Write a page of given sections in the report's look, without findings; return its path."""
+    page = {
+        "title": title,
+        "lead": lead,
+        "findings": (),
+        "sections": made_sections,
+        "verdicts": None,
+        "starts": None,
+        "made": made(study, command),
+    }
+    text = _environment("html").get_template("report.html.j2").render(page)
+    return write_atomic(path, text.encode())
 
 
 def _check_parquet() -> None:
