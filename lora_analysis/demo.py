@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_analysis.bases import open_base
 from lora_analysis.formats import read_adapter
 from lora_analysis.patterns import natural_key
 from lora_analysis.report import write_report
@@ -36,9 +35,8 @@ def train_demo(
 
 def study_demo(runs: Sequence[Path], *, progress: Progress | None = None) -> Study:
     """Return the study of trained runs against the bundled base."""
-    base = open_base(base_folder())
     adapters = [read_adapter(run) for run in sorted(runs, key=lambda one: natural_key(one.name))]
-    return study(adapters, base=base, progress=progress)
+    return study(adapters, base=base_folder(), progress=progress)
 
 
 def run_demo(folder: Path, *, device: str = "auto", progress: Progress | None = None) -> Path:

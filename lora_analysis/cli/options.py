@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Progress = Callable[[str, int, int], None]
+# More modules than this are summed up by type unless --all asks for each.
+MODULES_SHOWN = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +73,13 @@ class Reading:
 
     def find(self, sources: Iterable[str], left_out: list[LeftOut]) -> list[AdapterRef]:
         """Return every adapter found at the sources; a source without one is left out."""
-        from lora_analysis.formats import find_adapters
+        from lora_analysis.formats import expanded, find_adapters
 
         found = []
         for source in sources:
             try:
-                found += find_adapters(source, pair=self.pair, allow_pickle=self.allow_pickle)
+                for place in expanded(source):
+                    found += find_adapters(place, pair=self.pair, allow_pickle=self.allow_pickle)
             except InputError as error:
                 left_out.append(LeftOut(source, error))
         return found
@@ -230,6 +233,15 @@ def modules_option(command: Command) -> Command:
         "modules",
         metavar="PATTERN",
         help="Only these modules: a name, the end of one, or a regular expression.",
+    )(command)
+
+
+def label_option(command: Command) -> Command:
+    """Add ``--label``."""
+    return click.option(
+        "--label",
+        metavar="PATTERN",
+        help="What names say of task, rank, seed and step: '{task}-r{rank}-s{seed}' (*: anything).",
     )(command)
 
 

@@ -11,6 +11,7 @@ import click
 
 from lora_analysis.cli.options import (
     Reading,
+    label_option,
     modules_option,
     output_options,
     progress_bar,
@@ -42,7 +43,14 @@ from lora_analysis.cli.show import print_json
     help="One HTML file, or Markdown for a README or a model card.",
 )
 @click.option("--title", help="Heading of the report.")
+@click.option("--parquet", is_flag=True, help="Write tables/ as Parquet too (extra: parquet).")
 @modules_option
+@label_option
+@click.option(
+    "--across-bases",
+    is_flag=True,
+    help="Compare adapters of different base models too; by default they are grouped by base.",
+)
 @reading_options
 @output_options
 def command(
@@ -54,7 +62,10 @@ def command(
     output: Path,
     kind: Any,
     title: str | None,
+    parquet: bool,
     modules: str | None,
+    label: str | None,
+    across_bases: bool,
     reading: Reading,
     form: str,
 ) -> int:
@@ -73,16 +84,25 @@ def command(
         result = study(
             adapters,
             reference=others,
-            base=reading.open_base(base),
+            # A base that is named can be named again, in the report's lines of Python.
+            base=reading.open_base(base) if reading.allow_pickle else base,
             transposed=transposed,
             modules=modules,
+            label=label,
+            across_bases=across_bases,
             failures=failures,
             progress=progress,
         )
         for one in result.failures[len(failures) :]:
             click.echo(f"Left out: {one.source}: {one.reason}", err=True)
         path = write_report(
-            result, output, title=title, command=_command_line(), form=kind, progress=progress
+            result,
+            output,
+            title=title,
+            command=_command_line(),
+            form=kind,
+            parquet=parquet,
+            progress=progress,
         )
     if form == "json":
         print_json(

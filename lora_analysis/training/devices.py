@@ -24,7 +24,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     InputError
         torch knows no such device, or this machine has none.
     """
-    there = _available()
+    there = available_devices()
     if name == "auto":
         return torch.device(there[0])
     try:
@@ -39,9 +39,12 @@ def resolve_device(name: str = "auto") -> torch.device:
     return device
 
 
-def _available() -> list[str]:
+def available_devices() -> list[str]:
     """Return the kinds of device this machine has, fastest first."""
-    kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    kinds = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
     return [kind for kind, there in kinds.items() if there] + ["cpu"]
 
 
