@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter
     from lora_analysis.bases import BaseWeights
     from lora_analysis.formats import AdapterRef
+    from lora_analysis.studies import ReadLater
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Progress = Callable[[str, int, int], None]
@@ -114,6 +115,25 @@ class Reading:
         adapters = list(self.read_each(sources, left_out, progress))
         say_left_out(left_out, some=bool(adapters))
         return sorted(adapters, key=lambda one: natural_key(one.label)), left_out
+
+    def to_read(
+        self, sources: Iterable[str], _progress: Progress
+    ) -> tuple[list[ReadLater], list[LeftOut]]:
+        """Return what `read_all` would read, for workers that read for themselves.
+
+        Raises
+        ------
+        InputError
+            None of the sources leads to an adapter.
+        """
+        from lora_analysis.patterns import natural_key
+        from lora_analysis.studies import ReadLater
+
+        left_out: list[LeftOut] = []
+        found = self.find(sources, left_out)
+        say_left_out(left_out, some=bool(found))
+        found.sort(key=lambda ref: natural_key(ref.label))
+        return [ReadLater(ref, self.read) for ref in found], left_out
 
 
 def say_left_out(left_out: list[LeftOut], *, some: bool) -> None:

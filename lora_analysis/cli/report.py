@@ -20,6 +20,7 @@ from lora_analysis.cli.options import (
     transposed_option,
 )
 from lora_analysis.cli.show import print_json
+from lora_analysis.cli.spreading import analysis_executor, analysis_executor_options
 
 
 @click.command(name="report")
@@ -51,6 +52,7 @@ from lora_analysis.cli.show import print_json
     is_flag=True,
     help="Compare adapters of different base models too; by default they are grouped by base.",
 )
+@analysis_executor_options
 @reading_options
 @output_options
 def command(
@@ -66,6 +68,9 @@ def command(
     modules: str | None,
     label: str | None,
     across_bases: bool,
+    kind_of_executor: str,
+    workers: int | None,
+    address: str | None,
     reading: Reading,
     form: str,
 ) -> int:
@@ -78,8 +83,10 @@ def command(
     from lora_analysis.studies import Failure, study
 
     with progress_bar(form) as progress:
-        adapters, left_out = reading.read_all(sources, progress)
-        others, more = reading.read_all(references, progress) if references else ([], [])
+        executor = analysis_executor(kind_of_executor, workers, address)
+        find = reading.read_all if executor is None else reading.to_read
+        adapters, left_out = find(sources, progress)
+        others, more = find(references, progress) if references else ([], [])
         failures = [Failure(one.source, str(one.error)) for one in left_out + more]
         result = study(
             adapters,
@@ -91,6 +98,8 @@ def command(
             label=label,
             across_bases=across_bases,
             failures=failures,
+            workers=workers,
+            executor=executor,
             progress=progress,
         )
         for one in result.failures[len(failures) :]:

@@ -1,9 +1,10 @@
 """Many adapters: which pairs are compared, module by module, as labelled tables.
 
 `sources` and `labels` say which adapters there are and what they are, `relations` how they are
-related; `walk` reads and factors every module once, `rows` names the columns, `tables` puts them
-together, `atlas` sums up all pairs, `inference` goes from pairs to runs. Nothing is judged here:
-`findings` turns the tables into sentences, and `report` shows both.
+related; `walk` reads and factors every module once, `spread` has that done by an executor, `rows`
+names the columns, `tables` puts them together, `atlas` sums up all pairs, `inference` goes from
+pairs to runs. Nothing is judged here: `findings` turns the tables into sentences, and `report`
+shows both.
 """
 
 from lora_analysis.studies.atlas import Atlas
@@ -20,7 +21,7 @@ from lora_analysis.studies.relations import (
     relation,
     run_key,
 )
-from lora_analysis.studies.sources import Failure
+from lora_analysis.studies.sources import Failure, ReadLater
 from lora_analysis.studies.tables import MOST_IN_PAIRS, Progress, Study, study
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Atlas",
     "Failure",
     "Progress",
+    "ReadLater",
     "Relation",
     "RunInference",
     "Study",

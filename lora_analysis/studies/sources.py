@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_analysis.adapter import Adapter
 from lora_analysis.errors import InputError
-from lora_analysis.formats import expanded, find_adapters, read_adapter
+from lora_analysis.formats import AdapterRef, expanded, find_adapters, read_adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +19,16 @@ class Failure:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class ReadLater:
+    """An adapter that was found, and how it is to be read, here or in another process."""
+
+    ref: AdapterRef
+    read: Callable[[AdapterRef], Adapter]
+
+
 def read_sources(
-    sources: Iterable[Adapter | str | Path], failures: list[Failure]
+    sources: Iterable[Adapter | ReadLater | str | Path], failures: list[Failure]
 ) -> Iterator[Adapter]:
     """Yield every adapter the sources lead to, in their order.
 
@@ -30,6 +38,12 @@ def read_sources(
     for one in sources:
         if isinstance(one, Adapter):
             yield one
+            continue
+        if isinstance(one, ReadLater):
+            try:
+                yield one.read(one.ref)
+            except InputError as error:
+                failures.append(Failure(one.ref.source, str(error)))
             continue
         found = [ref for place in expanded(str(one)) for ref in find_adapters(place)]
         for ref in found:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from lora_analysis.adapter import Adapter
 from lora_analysis.amplify import Amplification
-from lora_analysis.bases import BaseWeights, open_base
+from lora_analysis.bases import BaseWeights
 from lora_analysis.errors import BaseWeightError, InputError, SourceError
 from lora_analysis.execution import in_threads
 from lora_analysis.patterns import choose_names, module_type, natural_key
@@ -19,16 +20,19 @@ from lora_analysis.similarity import SimilarityGrid, subspace_similarity
 from lora_analysis.spectra import Factor, Side, Spectrum, spectrum
 from lora_analysis.studies.atlas import Atlas, AtlasSums
 from lora_analysis.studies.inference import RunInference, run_inference
-from lora_analysis.studies.labels import with_label_facts
 from lora_analysis.studies.pairs import pair_tables
-from lora_analysis.studies.relations import Relation, earlier_steps, unique_labels
+from lora_analysis.studies.relations import Relation, earlier_steps
 from lora_analysis.studies.rows import (
     AMPLIFICATION_COLUMNS,
     CHANGE_COLUMNS,
     amplification_rows,
 )
-from lora_analysis.studies.sources import Failure, read_sources
+from lora_analysis.studies.sources import Failure
+from lora_analysis.studies.spread import Question, Source, visits
 from lora_analysis.studies.walk import Walk
+
+if TYPE_CHECKING:
+    from lora_analysis.execution.protocol import Executor
 
 Progress = Callable[[str, int, int], None]
 
@@ -170,10 +174,10 @@ def _chosen_modules(adapters: Sequence[Adapter], pattern: str | Sequence[str] | 
 
 
 def study(
-    adapters: Sequence[Adapter | str | Path],
+    adapters: Sequence[Source],
     *,
     base: BaseWeights | str | Path | None = None,
-    reference: Sequence[Adapter | str | Path] = (),
+    reference: Sequence[Source] = (),
     modules: str | Sequence[str] | None = None,
     transposed: bool | None = None,
     failures: Sequence[Failure] = (),
@@ -183,6 +187,7 @@ def study(
     across_bases: bool = False,
     most_in_pairs: int = MOST_IN_PAIRS,
     workers: int | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> Study:
     """Compare adapters pair by pair and hold them against their base, module by module.
@@ -222,6 +227,9 @@ def study(
         rank; the atlas holds all.
     workers
         Threads over modules; the CPUs of this process by default.
+    executor
+        Who visits the modules in place of threads: processes, or the machines of a cluster.
+        Adapters and base are then given by their sources, which every worker opens for itself.
     progress
         Called with ("modules", done, total) after each module.
 
@@ -242,24 +250,24 @@ def study(
     -----
     Every module of every adapter is read and factored once.
     """
-    unread = list(failures)
-    own, against = (list(read_sources(sources, unread)) for sources in (adapters, reference))
-    named = unique_labels([*with_label_facts(own, label), *with_label_facts(against, label)])
-    opened = open_base(base) if isinstance(base, str | Path) else base
-    analysed, others = named[: len(own)], named[len(own) :]
-    walk = Walk(
-        analysed,
-        others,
-        opened,
-        draws=draws,
-        transposed=transposed,
-        weight_spectra=weight_spectra,
-        across_bases=across_bases,
-        most=most_in_pairs,
-    )
+    walking = {
+        "draws": draws,
+        "transposed": transposed,
+        "weight_spectra": weight_spectra,
+        "across_bases": across_bases,
+        "most": most_in_pairs,
+    }
+    question = Question(tuple(adapters), tuple(reference), base, label, walking)
+    opened = question.opened()
+    walk, named, unread = opened.walk, opened.named, [*failures, *opened.unread]
+    analysed = named[: opened.own]
     chosen = _chosen_modules(named, modules)
     sums = AtlasSums([one.label for one in named], [module_type(name) for name in chosen])
-    for done, visit in enumerate(in_threads(walk.visit, chosen, workers=workers), start=1):
+    if executor is None:
+        visited = in_threads(walk.visit, chosen, workers=workers)
+    else:
+        visited = visits(executor, question, chosen)
+    for done, visit in enumerate(visited, start=1):
         walk.visits.append(visit)
         for members, pairs in visit.atlas:
             sums.add(members, module_type(visit.module), pairs)
@@ -286,7 +294,7 @@ def study(
         "across_bases": across_bases or None,
     }
     options = {name: value for name, value in asked.items() if value is not None}
-    return _assemble(walk, kept, lost, opened, atlas=atlas, options=options)
+    return _assemble(walk, kept, lost, opened.base, atlas=atlas, options=options)
 
 
 def _assemble(

@@ -9,6 +9,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -181,8 +182,10 @@ def run_sweep(
         if cells:
             executor = executor or choose_executor(options, len(cells))
             watch = _watch(progress, report)
-            for outcome in executor.map(TrainCell(folder, options.device), cells, tell=watch):
-                _settle(outcome, folder, failures, report)
+            work = TrainCell(folder, options.device)
+            with closing(executor.map(work, cells, tell=watch)) as outcomes:
+                for outcome in outcomes:
+                    _settle(outcome, folder, failures, report)
     return SweepResult({n: folder / n for n in chosen if n not in failures}, failures)
 
 
