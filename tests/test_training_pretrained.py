@@ -195,7 +195,14 @@ def test_a_number_is_learnt_by_regression(models: Path, tmp_path: Path) -> None:
         lines.append(f"{'good' if good else 'bad'} {rest},{good}.5")
     (tmp_path / "scores.csv").write_text("\n".join(lines))
     loop = {**LOOP, "steps": 60}
-    run, _ = trained(models, "llama", tmp_path / "scores.csv", tmp_path / "run", loop=loop)
+    run, _ = trained(
+        models,
+        "llama",
+        tmp_path / "scores.csv",
+        tmp_path / "run",
+        loop=loop,
+        options={"test_share": 0.4},
+    )
     metrics = json.loads((run / "manifest.json").read_text())["metrics"]
     assert metrics["correlation"] > 0.9
     assert metrics["test_loss"] < 0.1 < metrics["base_test_loss"]
