@@ -152,7 +152,7 @@ def test_the_loss_is_taken_on_completions_alone(models: Path, tmp_path: Path) ->
         "base": {"source": base_of(models, "llama")},
         "data": {"source": str(data), "format": "e2e"},
     }
-    task = prepare(RunConfig.from_dict(table), "cpu").task
+    task = prepare(RunConfig.from_dict(table), torch.device("cpu")).task
     batch = task.training_batch(torch.tensor([0, 1]), torch.Generator())
     prompt = batch["labels"] == NO_TARGET
     assert prompt[:, :5].all()  # price X eat Y ||

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -25,6 +26,8 @@ def resolve_device(name: str = "auto") -> torch.device:
         torch knows no such device, or this machine has none.
     """
     there = _available()
+    if name in ("auto", "cuda") and there[0] == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"  # of several processes, each has its own
     if name == "auto":
         return torch.device(there[0])
     try:
