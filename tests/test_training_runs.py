@@ -19,14 +19,14 @@ from training_bases import SHORT, on, write_tiny_base
 
 import lora_analysis
 from lora_analysis.errors import InputError, MissingExtraError, TargetError
-from lora_analysis.formats import read_adapter
+from lora_analysis.formats import find_adapters, read_adapter
 from lora_analysis.lora import initial_factor, load_adapter_into
 from lora_analysis.training import RunConfig, RunEvent, run_state, train_run
 from lora_analysis.training.base import read_base
 from lora_analysis.training.digits import digits_task
-from lora_analysis.training.files import base_sha256
-from lora_analysis.training.loop import accuracy
+from lora_analysis.training.inputs import folder_sha256
 from lora_analysis.training.options import LoopOptions
+from lora_analysis.training.tasks import accuracy
 
 CONFIG = RunConfig(task="rotate", rank=2, seed=3, loop=SHORT)
 FILES = ["adapter_config.json", "adapter_model.safetensors", "manifest.json", "metrics.jsonl"]
@@ -69,7 +69,7 @@ def test_the_manifest_says_what_was_done_and_with_what(finished: Path, base: Pat
         "seed": 3,
         "data_seed": 3,
     }
-    assert manifest["base_sha256"] == base_sha256(base)
+    assert manifest["inputs"] == {"base": folder_sha256(base), "data": "digits"}
     assert manifest["device"] == "cpu"
     assert manifest["modules"] == [
         f"blocks.{block}.attention.{kind}_proj" for block in (0, 1) for kind in "qv"
@@ -230,7 +230,10 @@ def test_an_interrupted_run_is_not_taken_for_an_adapter(
     other = on(base, replace(CONFIG, seed=4))
     with pytest.raises(KeyboardInterrupt):
         train_run(other, tmp_path / "run", device="cpu", progress=interrupt)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {"metrics.jsonl", "checkpoint.safetensors"}
+    with pytest.raises(InputError, match="no adapter was recognised"):
+        find_adapters(tmp_path)
     assert run_state(other, tmp_path / "run") == "unfinished"
     assert train(other)[-1].kind == "finished"
 

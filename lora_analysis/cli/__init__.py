@@ -33,6 +33,7 @@ VERBS = {
     "extract": "Write the best LoRA of a full fine-tune.",
     "reproduce": "Draw section 7 of the LoRA paper from the demo's adapters, beside its values.",
     "doctor": "Say which versions, devices and extras are here.",
+    "train": "Train an adapter on a file of your own and a model of transformers.",
 }
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_analysis.errors import TargetError
 from lora_analysis.lora.kinds import KINDS
-from lora_analysis.lora.layers import LoraLayer, Wrapper
+from lora_analysis.lora.layers import Conv1DLoraLayer, LoraLayer, Wrapper
 from lora_analysis.patterns import matches_target, module_type, natural_key, near_names
 
 
@@ -75,6 +75,34 @@ def target_modules(
             raise TargetError(message)
         matched |= found
     return {name: kind_of(name, modules) for name in sorted(matched, key=natural_key)}
+
+
+def linear_layers_of_blocks(model: nn.Module, trainable: Collection[str] = ()) -> list[str]:
+    """Return every linear layer inside of a repeated block, MLP included, in natural order.
+
+    A block is a member of a list of modules, so that embeddings and heads are outside. Those
+    inside of a module to be ``trainable`` in full are left out.
+
+    Raises
+    ------
+    TargetError
+        The model has none.
+    """
+    modules = base_modules(model)
+    trained = trained_modules(modules, trainable)
+    found = [
+        name
+        for name, module in modules.items()
+        if _kind(module) in (LoraLayer, Conv1DLoraLayer)
+        and any(part.isdecimal() for part in name.split("."))
+        and name not in trained
+        and not inside(name, trained)
+        and not _obstacle(name, modules)
+    ]
+    if not found:
+        message = f"The model has no linear layer inside of a block. {_near('', modules)}"
+        raise TargetError(message)
+    return sorted(found, key=natural_key)
 
 
 def kind_of(name: str, modules: Mapping[str, nn.Module]) -> type[LoraLayer]:

@@ -8,10 +8,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import PurePath
+from types import MappingProxyType
 from typing import Any, Literal
 
 from lora_analysis.errors import InputError
 from lora_analysis.training.options import (
+    DIGITS,
     BaseOptions,
     DataOptions,
     LoopOptions,
@@ -20,6 +22,7 @@ from lora_analysis.training.options import (
     check_choice,
     checked_fields,
     from_table,
+    laid_over,
     refuse_unknown,
 )
 
@@ -27,6 +30,10 @@ from lora_analysis.training.options import (
 RUN_VERSION = 2
 
 ALL_LINEAR = "all-linear"
+# Of the loop where a model of transformers is trained and a table does not say otherwise.
+TRANSFORMERS_LOOP: Mapping[str, Any] = MappingProxyType(
+    {"epochs": 3, "batch_size": 16, "lr": 2e-4, "schedule": "linear", "warmup_ratio": 0.06}
+)
 Pattern = tuple[tuple[str, float], ...]
 
 
@@ -160,6 +167,8 @@ class RunConfig:
             As :meth:`to_dict` gives it. ``seed`` is one number for all three streams or a table
             of ``init``, ``data`` and ``dropout``; ``base``, ``data`` and ``loop`` are tables. The
             task is named after the data file where it is not given, and ``rank`` is 8, ``seed`` 0.
+            On another base than the digits', targets are all linear layers and the loop's defaults
+            those of `TRANSFORMERS_LOOP`.
 
         Raises
         ------
@@ -172,8 +181,13 @@ class RunConfig:
             given |= _seeds(given["seed"])
         base = from_table(BaseOptions, given.pop("base", {}), "base")
         data = from_table(DataOptions, given.pop("data", {}), "data")
-        loop = from_table(LoopOptions, given.pop("loop", {}), "loop")
-        plain = {"task": PurePath(data.source).stem, "rank": 8, "seed": 0} | given
+        plain: dict[str, Any] = {"task": PurePath(data.source).stem, "rank": 8, "seed": 0}
+        options = given.pop("loop", {})
+        if base.source != DIGITS and isinstance(options, Mapping):
+            plain["targets"] = ALL_LINEAR
+            options = laid_over(TRANSFORMERS_LOOP, options)
+        loop = from_table(LoopOptions, options, "loop")
+        plain |= given
         return cls(**checked_fields(cls, plain, ""), base=base, data=data, loop=loop)
 
     def key(self, inputs: Mapping[str, str]) -> str:

@@ -18,7 +18,15 @@ Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
 DIGITS = "digits"  # the bundled base and its data
+MINILM = "minilm"  # the sentence encoder that an extra installs
+DOCSTRINGS = "docstrings"  # text of installed packages
 T = TypeVar("T")
+_RIVALS = {
+    "steps": "epochs",
+    "epochs": "steps",
+    "warmup": "warmup_ratio",
+    "warmup_ratio": "warmup",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +256,16 @@ def checked_fields(kind: type, table: object, place: str) -> dict[str, Any]:
         _check_type(f"{place}.{key}" if place else key, value, known[key])
         found[key] = tuple(value) if isinstance(value, list) else value
     return found
+
+
+def laid_over(held: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with later ones over them.
+
+    A later ``steps`` takes the place of earlier ``epochs``, ``warmup`` of ``warmup_ratio``, and the
+    other way round: of the two that say one thing, the last word counts.
+    """
+    gone = {_RIVALS[key] for key in later if key in _RIVALS}
+    return {key: value for key, value in held.items() if key not in gone} | dict(later)
 
 
 def refuse_unknown(key: str, known: Mapping[str, object], place: str) -> None:
