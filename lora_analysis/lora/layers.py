@@ -166,6 +166,10 @@ class LoraLayer(Wrapper):
             )
             raise IncompatibleError(message)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        if "rows" in kept:
+            from lora_analysis.lora.parts import PartFactors  # which is made of what is here
+
+            return PartFactors(A.to(weight.device, dtype), B.to(weight.device, dtype), **kept)
         return Factors(A.to(weight.device, dtype), B.to(weight.device, dtype), **kept)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -195,6 +199,10 @@ class LoraLayer(Wrapper):
         factors = cast("Factors", self.adapters[self.active])
         delta = self.stored(factors.scale * (factors.B @ factors.A), weight)
         return nn.Parameter((weight.to(delta.dtype) + delta).to(weight.dtype), requires_grad=False)
+
+    def merged_parameters(self) -> dict[str, nn.Parameter]:
+        """Return what merging puts into the layer, by name."""
+        return {"weight": self.merged_weight()}
 
 
 class Conv1DLoraLayer(LoraLayer):

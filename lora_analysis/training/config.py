@@ -35,6 +35,7 @@ TRANSFORMERS_LOOP: Mapping[str, Any] = MappingProxyType(
     {"epochs": 3, "batch_size": 16, "lr": 2e-4, "schedule": "linear", "warmup_ratio": 0.06}
 )
 Pattern = tuple[tuple[str, float], ...]
+Parts = tuple[tuple[str, tuple[str, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,10 @@ class RunConfig:
     rank_pattern, alpha_pattern
         Rank or alpha of modules by pattern, in PEFT's rule, over ``rank`` and ``alpha``. Given as
         a mapping or as pairs.
+    parts
+        Of fused modules by pattern, the parts to adapt: ``{"c_attn": ["q", "v"]}``.
+    target_parameters
+        Stacks of experts to adapt besides, by the ends of their names: ``"experts.down_proj"``.
     trainable
         Ends of the names of modules to train in full. A fresh classification head is trained
         without being named.
@@ -103,6 +108,8 @@ class RunConfig:
     dropout: float = 0.0
     rank_pattern: Pattern = ()
     alpha_pattern: Pattern = ()
+    parts: Parts = ()
+    target_parameters: tuple[str, ...] = ()
     trainable: tuple[str, ...] = ()
     objective: Objective = "auto"
     base: BaseOptions = field(default_factory=BaseOptions)
@@ -112,6 +119,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, _pairs(getattr(self, name)))
+        parts = tuple((key, tuple(names)) for key, names in _pairs(self.parts))
+        object.__setattr__(self, "parts", parts)
         check("task", self.task, bool(self.task), "a name")
         check("rank", self.rank, self.rank >= 1, "at least 1")
         check("seed", self.seed, 0 <= self.seed < 2**63, "from 0 to 2^63 - 1")
@@ -119,7 +128,8 @@ class RunConfig:
             value = getattr(self, role)
             check(role, value, value is None or 0 <= value < 2**63, "from 0 to 2^63 - 1")
         check("alpha", self.alpha, 0 < self.alpha < math.inf, "a positive number")
-        check("targets", self.targets, len(self.targets) > 0, "at least one module name")
+        some = len(self.targets) + len(self.target_parameters) > 0
+        check("targets", self.targets, some, "at least one module name")
         check("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
         check_choice("method", self.method, Literal["lora", "full"])
         check_choice("objective", self.objective, Objective)
@@ -154,8 +164,10 @@ class RunConfig:
             del values[name]
         for name in ("rank_pattern", "alpha_pattern"):
             values[name] = dict(getattr(self, name))
+        values["parts"] = {key: list(names) for key, names in self.parts}
         targets = self.targets if isinstance(self.targets, str) else list(self.targets)
-        return {**values, "targets": targets, "trainable": list(self.trainable)}
+        lists = {name: list(getattr(self, name)) for name in ("target_parameters", "trainable")}
+        return {**values, "targets": targets, **lists}
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> RunConfig:
@@ -208,7 +220,7 @@ class RunConfig:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _pairs(pattern: object) -> Pattern:
+def _pairs(pattern: object) -> tuple[tuple[str, Any], ...]:
     """Return a pattern's pairs, of a mapping or of pairs as they are."""
     pairs: Any = pattern.items() if isinstance(pattern, Mapping) else pattern
     try:
