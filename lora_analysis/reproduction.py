@@ -230,7 +230,7 @@ def _table_7(study: Study) -> ReportTable:
         ("paper", "4", "0.32", "21.67", "0.02", "61.95", "6.91", "21.6", "343", "15.9"),
         ("paper", "64", "1.90", "37.71", "0.33", "61.95", "3.57", "1.88", "11.1", "5.9"),
     ]
-    columns = ("", "r", "‖UᵀWV‖ ΔW’s", "W’s", "random", "‖W‖", "‖ΔW‖", "factor", "chance",
+    columns = ("model", "r", "‖UᵀWV‖ ΔW’s", "W’s", "random", "‖W‖", "‖ΔW‖", "factor", "chance",
                "enrichment")  # fmt: skip
     caption = (
         f"Table 7: {name} here, W_q of GPT-3’s layer 48 in the paper. Factor: ‖ΔW‖/‖UᵀWV‖ along "

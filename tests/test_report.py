@@ -199,7 +199,7 @@ def test_the_markdown_report_shows_findings_figures_and_tables(
 
 def test_the_telling_modules_are_one_middle_layer_of_each_type() -> None:
     names = [f"layers.{i}.{kind}_proj" for i in range(8) for kind in "qkv"]
-    assert telling_modules(names) == ["layers.4.q_proj", "layers.4.k_proj"]
+    assert telling_modules(names) == ["layers.4.q_proj", "layers.4.v_proj"]
     assert telling_modules(["a.0.q", "a.1.q", "a.2.q", "a.3.q"]) == ["a.1.q", "a.2.q"]
     assert telling_modules(["q"]) == ["q"]
     assert short_name("model.layers.4.q_proj") == "q_proj, layer 4"
