@@ -12,7 +12,14 @@ from lora_analysis.amplify import amplification
 from lora_analysis.demo import study_demo, train_demo
 from lora_analysis.errors import InputError
 from lora_analysis.findings import number
-from lora_analysis.report import ReportFigure, ReportTable, Section, drawn_figures, write_page
+from lora_analysis.report import (
+    FORMATS,
+    ReportFigure,
+    ReportTable,
+    Section,
+    drawn_figures,
+    write_page,
+)
 from lora_analysis.report.tables import accuracy_table
 from lora_analysis.similarity import random_similarity, subspace_similarity
 
@@ -53,8 +60,16 @@ def run_reproduction(
     return write_reproduction(study_demo(runs, progress=progress), folder, progress=progress)
 
 
-def write_reproduction(study: Study, folder: Path, *, progress: Progress | None = None) -> Path:
+def write_reproduction(
+    study: Study,
+    folder: Path,
+    *,
+    formats: Sequence[str] = FORMATS,
+    progress: Progress | None = None,
+) -> Path:
     """Draw the paper's figures of section 7 and appendix H from the study of a demo run.
+
+    ``formats`` are those of the files in ``section7/``.
 
     Raises
     ------
@@ -67,7 +82,7 @@ def write_reproduction(study: Study, folder: Path, *, progress: Progress | None 
         raise InputError(message)
     made = []
     for at, (name, title, question, draw) in enumerate(_PARTS, start=1):
-        figures = tuple(drawn_figures(draw(study), folder / "section7"))
+        figures = tuple(drawn_figures(draw(study), folder / "section7", formats))
         made.append(Section(name, title, question, figures, tuple(_tables(study, name))))
         if progress:
             progress("report sections", at, len(_PARTS))

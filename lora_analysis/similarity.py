@@ -95,7 +95,7 @@ class SimilarityGrid:
 
     def _repr_html_(self) -> str:
         rows, columns = self.values.shape
-        cells = dict.fromkeys(one for one in ((1, 1), (1, columns), (rows, columns)) if min(one))
+        cells = dict.fromkeys(((1, 1), (1, columns), (rows, columns)) if rows and columns else ())
         title = f"φ(i, j) of {self.labels[0]} and {self.labels[1]}, {self.module}, {self.side} side"
         note = f"{rows} × {columns} cells; d = {self.dimension}. Chance is isotropic: a floor."
         shown = ((i, j, self.values[i - 1, j - 1], self.chance[i - 1, j - 1]) for i, j in cells)
