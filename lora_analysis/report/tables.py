@@ -142,18 +142,15 @@ def pairs_table(study: Study) -> ReportTable | None:
     """Return every pair: how it is related, how it started, how alike it is in all."""
     if study.pairs.empty:
         return None
+    cells = ("phi_1_1", "output"), ("phi_1_1", "input"), ("omega", "output"), ("omega", "input")
+    medians = study.similarities.groupby(["a", "b", "side"])[["phi_1_1", "omega"]].median()
+    known = medians.to_dict("index")
     rows = []
     for pair in study.pairs.itertuples():
-        own = study.similarities
-        own = own if own.empty else own[(own["a"] == pair.a) & (own["b"] == pair.b)]
-        medians = [
-            number(own.loc[own["side"] == side, value].median()) if len(own) else "–"
-            for value in ("phi_1_1", "omega")
-            for side in ("output", "input")
-        ]
-        rows.append(
-            (pair.a, pair.b, pair.relation, pair.start, *medians, _cell(float(pair.total_cosine)))
-        )
+        found = (known.get((pair.a, pair.b, side), {}).get(value) for value, side in cells)
+        shown = ("–" if one is None else number(one) for one in found)
+        total = _cell(float(pair.total_cosine))
+        rows.append((pair.a, pair.b, pair.relation, pair.start, *shown, total))
     columns = ("adapter", "adapter", "relation", "start", "φ(1,1) out", "φ(1,1) in", "ω out",
                "ω in", "cosine")  # fmt: skip
     caption = (
@@ -225,7 +222,8 @@ def verdicts_table(said: Sequence[Finding]) -> ReportTable | None:
         values = one.values
         for side in ("output", "input"):
             if f"phi_1_1_{side}" in values and "subject" in values:
-                numbers = (values[f"{name}_{side}"] for name in ("phi_1_1", "reference", "chance"))
+                names = ("phi_1_1", "reference", "chance")
+                numbers = (_small(values[f"{name}_{side}"]) for name in names)
                 verdict = _VERDICTS[values[f"verdict_{side}"]]  # type: ignore[index]
                 rows.append((str(values["subject"]), side, verdict, *map(_cell, numbers)))
     if not rows:
@@ -235,6 +233,11 @@ def verdicts_table(said: Sequence[Finding]) -> ReportTable | None:
     columns = ("comparison", "side", "first direction", name, "unrelated pairs", "chance")
     caption = f"Medians of {name} over modules and pairs, beside those of the reference."
     return ReportTable("verdicts", caption, columns, tuple(rows), 3)
+
+
+def _small(value: Any) -> Any:
+    """Return a number to five decimals: above chance, nothing is 0 and not −1e-6."""
+    return round(value, 5) + 0.0 if isinstance(value, float) else value
 
 
 def kinds_table(study: Study) -> ReportTable | None:
