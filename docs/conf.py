@@ -31,7 +31,6 @@ napoleon_attr_annotations = False  # "np.bool_" would be read as a link
 
 html_theme = "furo"
 html_title = "lora_analysis"
-html_static_path: list[str] = []
 html_copy_source = False
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]

@@ -35,7 +35,22 @@ def make_workspace(folder: Path) -> Path:
         _write_run(folder / f"runs/{task}-r{rank}-s{seed}", task, rank, seed)
     for name, seed in (("adapter", 0), ("path/to/adapter", 0), ("adapter-a", 0), ("adapter-b", 1)):
         _write_run(folder / name, "a", 8, seed)
+    for name, seed, alpha in (("style", 1, 4.0), ("subject", 2, 4.0), ("old", 3, None)):
+        _write_kohya(folder / f"{name}.safetensors", seed, alpha)
     return folder
+
+
+def _write_kohya(path: Path, seed: int, alpha: float | None) -> None:
+    """Write a LoRA of Stable Diffusion's denoiser under kohya's keys."""
+    rng = np.random.default_rng(seed)
+    block = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0"
+    tensors = {}
+    for name in (f"{block}_{attn}_to_{kind}" for attn in ("attn1", "attn2") for kind in "qv"):
+        tensors[f"{name}.lora_down.weight"] = _normal(rng, 8, WIDTH)
+        tensors[f"{name}.lora_up.weight"] = _normal(rng, WIDTH, 8)
+        if alpha is not None:
+            tensors[f"{name}.alpha"] = np.array(alpha, np.float32)
+    save_file(tensors, path)
 
 
 def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -49,14 +64,14 @@ def _write_model(folder: Path, weights: dict[str, np.ndarray]) -> None:
 
 
 def _write_run(folder: Path, task: str, rank: int, seed: int) -> None:
-    """Write an adapter: a direction its task learned on both sides, over an A of its own seed."""
+    """Write an adapter: three directions that its task learned, over an A of its own seed."""
     updates = {}
     for at, name in enumerate(MODULES):
         learned = np.random.default_rng([ord(task), at])
         own = np.random.default_rng([rank, seed, at])
         A, B = _normal(own, rank, WIDTH), 0.1 * _normal(own, WIDTH, rank)
-        A[0] += 8 * _normal(learned, WIDTH)
-        B[:, 0] += _normal(learned, WIDTH)
+        A[:3] += 3 * _normal(learned, 3, WIDTH)
+        B[:, :3] += _normal(learned, WIDTH, 3) * np.array([1, 0.6, 0.4], np.float32)
         updates[name] = LowRankUpdate(name=name, A=A, B=B, scale=8 / rank, alpha=8)
     config = {
         "target_modules": ["q_proj", "v_proj"],

@@ -12,6 +12,7 @@ import ast
 import contextlib
 import glob
 import io
+import os
 import re
 import shlex
 import shutil
@@ -142,8 +143,13 @@ class Page:
         elif program == "pip" and words[1] == "install":
             check_extras(words, place)
         elif program == "python" and words[1].endswith(".py"):
+            here = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
             done = subprocess.run(
-                [sys.executable, *words[1:]], capture_output=True, text=True, check=False
+                [sys.executable, *words[1:]],
+                env={**os.environ, "PATH": here},
+                capture_output=True,
+                text=True,
+                check=False,
             )
             assert done.returncode == 0, f"{place}: {done.stderr}"
             assert not printed.strip() or fits(printed, done.stdout), f"{place}: {done.stdout}"

@@ -12,7 +12,7 @@ from document_workspace import make_workspace
 from documents import ROOT, Page, blocks, copy_tree
 
 import lora_analysis
-from lora_analysis import demo
+from lora_analysis import demo, formats
 from lora_analysis.cli import VERBS
 from lora_analysis.formats import registry
 from lora_analysis.training import LoopOptions, RunConfig
@@ -36,6 +36,7 @@ def inside(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     # What a document adds to the program ends with it.
     monkeypatch.setattr(registry, "READERS", registry.READERS)
+    monkeypatch.setattr(formats, "__path__", [*formats.__path__, "lora_analysis/formats"])
     loop = LoopOptions(steps=2, warmup=1, evaluations=1)
     short = [RunConfig(task="rotate", rank=r, seed=0, loop=loop) for r in (2, 3)]
     monkeypatch.setattr(demo, "demo_sweep", lambda: short)
