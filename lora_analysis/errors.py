@@ -12,7 +12,8 @@
     │   ├── BaseWeightError              no unique, fitting base tensor for a module
     │   ├── IncompatibleError            two things that cannot be held against each other
     │   ├── DegenerateSubspaceError      a subspace that the numbers do not define
-    │   └── TargetError                  no module to adapt, or one that cannot be
+    │   ├── TargetError                  no module to adapt, or one that cannot be
+    │   └── DivergedError                training whose loss is no longer finite
     └── MissingExtraError (ImportError)  an optional dependency is not installed
 
 A message says what was asked, what was found (with names and numbers), and the likely cause or
@@ -62,6 +63,10 @@ class DegenerateSubspaceError(InputError):
 
 class TargetError(InputError):
     """The targets name no module of the model, or one that LoRA cannot adapt."""
+
+
+class DivergedError(InputError):
+    """The loss or the gradient of a training is no longer finite."""
 
 
 class MissingExtraError(LoraAnalysisError, ImportError):

@@ -57,9 +57,9 @@ HEAVY = {
     "matplotlib": {"plots", "report"},
     "pandas": {"studies", "report"},
     "gguf": {"bases", "storage"},
-    "bitsandbytes": set(),
+    "bitsandbytes": {"training"},  # to say that it is missing
     "compressed_tensors": set(),
-    "transformers": set(),
+    "transformers": {"training"},
     "peft": set(),
     "huggingface_hub": {"storage"},
 }

@@ -30,6 +30,7 @@ VERBS = {
     "resize": "Write an adapter with fewer directions, and say what was lost.",
     "convert": "Write an adapter in another format.",
     "extract": "Write the best LoRA of a full fine-tune.",
+    "train": "Train an adapter on a file of your own and a model of transformers.",
 }
 
 

@@ -7,14 +7,16 @@ import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
 
 from lora_analysis.errors import InputError, TargetError
-from lora_analysis.lora.layers import Factors, LoraLayer, TrainedModule, Wrapper, initial_factor
+from lora_analysis.lora.layers import Factors, LoraLayer, TrainedModule, Wrapper
 from lora_analysis.lora.targets import base_modules, target_modules, trained_modules
+from lora_analysis.patterns import near_names, pattern_value
 
 
 def add_lora(
@@ -25,14 +27,17 @@ def add_lora(
     targets: str | Iterable[str],
     seed: SupportsIndex,
     use_rslora: bool = False,
+    dropout: float = 0.0,
+    rank_pattern: Mapping[str, SupportsIndex] = MappingProxyType({}),
+    alpha_pattern: Mapping[str, float] = MappingProxyType({}),
     name: str = "default",
     trainable: str | Iterable[str] = (),
 ) -> list[str]:
     """Put a new, active adapter into ``model``, in place, and freeze everything else.
 
     B starts at zero, so the model computes what it did; A from :func:`initial_factor`, which
-    depends on the module's name, the rank and the seed alone. Optimisers take
-    ``p for p in model.parameters() if p.requires_grad``.
+    depends on the module's name, the rank and the seed alone (of an embedding, A is zero and B
+    is drawn). Optimisers take ``p for p in model.parameters() if p.requires_grad``.
 
     Parameters
     ----------
@@ -43,6 +48,11 @@ def add_lora(
         name a module; or a string, a regular expression for the whole name.
     seed
         Of the initial factors.
+    dropout
+        Share of the inputs of each adapted layer that the factors do not see in training mode.
+    rank_pattern, alpha_pattern
+        Rank or alpha of single modules over ``rank`` and ``alpha``, in PEFT's rule: the first
+        pattern that matches a module's name or its last segments.
     name
         Of the adapter; a second one under another name leaves the first there, inactive.
     trainable
@@ -57,43 +67,64 @@ def add_lora(
     Raises
     ------
     TargetError
-        A target or ``trainable`` entry names nothing, or a module that cannot be adapted.
+        A target, pattern or ``trainable`` entry names nothing, or a module that cannot be adapted.
     InputError
-        ``rank`` is no positive integer, ``seed`` no integer, ``alpha`` no positive number, or the
-        name is taken.
+        ``rank`` is no positive integer, ``seed`` no integer, ``alpha`` no positive number,
+        ``dropout`` no share below 1, or the name is taken.
     """
     rank = _integer(rank, "rank must be a positive integer", least=1)
+    ranks = {
+        key: _integer(r, f"rank of '{key}' must be a positive integer", least=1)
+        for key, r in rank_pattern.items()
+    }
     seed = _integer(seed, "seed must be an integer")
-    if not (math.isfinite(alpha) and alpha > 0):
-        message = f"alpha must be a positive number, found {alpha!r}."
+    for value in (alpha, *alpha_pattern.values()):
+        if not (math.isfinite(value) and value > 0):
+            message = f"alpha must be a positive number, found {value!r}."
+            raise InputError(message)
+    if not 0 <= dropout < 1:
+        message = f"dropout must be a share below 1, found {dropout!r}."
         raise InputError(message)
     targets = targets if isinstance(targets, str) else list(targets)
     trainable = [trainable] if isinstance(trainable, str) else list(trainable)
     modules = base_modules(model)
     trained = trained_modules(modules, trainable)
     kinds = target_modules(modules, targets, trained)
+    _check_patterns((*ranks, *alpha_pattern), kinds)
     config = {
         "target_modules": targets,
         "modules_to_save": trainable or None,
         "use_rslora": use_rslora,
+        "lora_dropout": dropout,
     }
     factors: dict[str, Factors] = {}
     for module, kind in kinds.items():
         layer = unwrapped(modules[module])
-        d_out, d_in = kind.shape(layer)
+        own_rank = pattern_value(module, ranks, rank)
+        own_alpha = pattern_value(module, alpha_pattern, alpha)
         factors[module] = kind.factors(
             layer,
-            initial_factor(module, rank, seed, d_in),
-            torch.zeros(d_out, rank),
+            *kind.start(layer, module, own_rank, seed),
             module,
-            scale=alpha / (math.sqrt(rank) if use_rslora else rank),
-            alpha=alpha,
+            scale=own_alpha / (math.sqrt(own_rank) if use_rslora else own_rank),
+            alpha=own_alpha,
             seed=seed,
+            dropout=dropout,
             config=config,
         )
     copies = {module: copy.deepcopy(unwrapped(modules[module])) for module in trained}
     attach(model, name, kinds, factors, copies)
     return list(factors)
+
+
+def _check_patterns(patterns: Iterable[str], modules: Iterable[str]) -> None:
+    """Raise for a pattern that matches no adapted module: it would be without effect, silently."""
+    names = list(modules)
+    for pattern in patterns:
+        if not any(pattern_value(name, {pattern: True}, False) for name in names):
+            near = ", ".join(near_names(pattern, names)) or "none"
+            message = f"No adapted module matches the pattern '{pattern}'. Near names: {near}."
+            raise TargetError(message)
 
 
 def _integer(value: SupportsIndex, wanted: str, *, least: float = -math.inf) -> int:

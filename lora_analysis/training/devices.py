@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -45,16 +45,26 @@ def _available() -> list[str]:
     return [kind for kind, there in kinds.items() if there] + ["cpu"]
 
 
+def gpu_memory() -> int:
+    """Return the bytes of GPU memory this process held at most; 0 where it uses no GPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one CPU thread inside the block.
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Let torch use so many CPU threads inside the block; None leaves it as it is.
 
     The order of a sum depends on the number of threads: with one, a run gives the same bits
-    whether it shares the machine with other runs or not. Models this small gain little from two.
+    whether it shares the machine with other runs or not. Small models gain little from two.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(before if count is None else count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def one_thread() -> AbstractContextManager[None]:
+    """Let torch use one CPU thread inside the block."""
+    return cpu_threads(1)

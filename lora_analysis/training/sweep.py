@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_analysis.errors import InputError
-from lora_analysis.training.config import LoopOptions, RunConfig
+from lora_analysis.training.config import RunConfig
 from lora_analysis.training.runs import Progress, RunEvent, run_state, train_run
 from lora_analysis.training.workers import train_in_processes
 
@@ -26,10 +26,7 @@ def demo_sweep() -> list[RunConfig]:
     """
     cells = [(task, 8, seed) for task in ("rotate", "invert", "mirror") for seed in (0, 1, 2)]
     cells += [("rotate", rank, seed) for rank in (4, 64) for seed in (0, 1)]
-    return [
-        RunConfig(task=task, rank=rank, seed=seed, loop=LoopOptions(data_seed=seed))
-        for task, rank, seed in cells
-    ]
+    return [RunConfig(task=task, rank=rank, seed=seed) for task, rank, seed in cells]
 
 
 def run_sweep(
@@ -38,7 +35,6 @@ def run_sweep(
     *,
     device: str = "auto",
     workers: int | None = None,
-    base: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
     """Train every run that is not finished yet, each into ``folder / config.name``.
@@ -59,8 +55,6 @@ def run_sweep(
         at most 4; one on any other device. With one worker, or one run to train, it is done in
         this process. Worker processes import the caller's main module anew, so a script must
         guard its own start with ``if __name__ == "__main__"``.
-    base
-        Folder of the base model; the shipped one by default.
     progress
         Called in this process with every :class:`RunEvent` of every run.
 
@@ -83,7 +77,7 @@ def run_sweep(
     places = {config: folder / config.name for config in configs}
     todo: list[RunConfig] = []
     for config, place in places.items():
-        state = run_state(config, place, base=base)
+        state = run_state(config, place)
         if state != "finished":
             todo.append(config)
         elif progress is not None:
@@ -94,10 +88,10 @@ def run_sweep(
     count = min(workers or _default_workers(device), len(todo))
     if count == 1:
         for config in todo:
-            train_run(config, places[config], device=device, base=base, progress=progress)
+            train_run(config, places[config], device=device, progress=progress)
     else:
         jobs = [(config, places[config]) for config in todo]
-        train_in_processes(jobs, count, device=device, base=base, progress=progress)
+        train_in_processes(jobs, count, device=device, progress=progress)
     return list(places.values())
 
 

@@ -32,7 +32,6 @@ def train_in_processes(
     count: int,
     *,
     device: str,
-    base: Path | None,
     progress: Progress | None,
 ) -> None:
     """Train every job in one of ``count`` worker processes.
@@ -44,7 +43,7 @@ def train_in_processes(
         the worker's traceback as a note. In either case the other workers are stopped.
     """
     waiting = iter(jobs)
-    with _started(count, device, base) as workers:
+    with _started(count, device) as workers:
         at_work: dict[Pipe, Job] = {}
         for pipe in workers:
             _give_next(pipe, waiting, at_work, workers[pipe])
@@ -94,14 +93,14 @@ def _report_death(config: RunConfig, worker: SpawnProcess) -> NoReturn:
 
 
 @contextmanager
-def _started(count: int, device: str, base: Path | None) -> Iterator[dict[Pipe, SpawnProcess]]:
+def _started(count: int, device: str) -> Iterator[dict[Pipe, SpawnProcess]]:
     """Start workers by their pipes, and end them whatever happens inside the block."""
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     workers: dict[Pipe, SpawnProcess] = {}
     try:
         for _ in range(count):
             ours, theirs = context.Pipe()
-            worker = context.Process(target=_work, args=(theirs, device, base), daemon=True)
+            worker = context.Process(target=_work, args=(theirs, device), daemon=True)
             worker.start()
             theirs.close()
             workers[ours] = worker
@@ -121,14 +120,14 @@ def _started(count: int, device: str, base: Path | None) -> Iterator[dict[Pipe, 
             pipe.close()
 
 
-def _work(pipe: Pipe, device: str, base: Path | None) -> None:
+def _work(pipe: Pipe, device: str) -> None:
     """Train what comes over the pipe until None comes, telling every event; the worker's main."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the caller's to handle
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a run gives up its folder
     while (job := pipe.recv()) is not None:
         config, folder = job
         try:
-            train_run(config, folder, device=device, base=base, progress=pipe.send)
+            train_run(config, folder, device=device, progress=pipe.send)
         except BrokenPipeError:
             return  # the caller is gone
         except Exception as error:  # noqa: BLE001 - raised again in the caller
