@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check figures notebooks data bench clean
+.PHONY: demo test test-cluster check figures notebooks data bench clean
 
 demo: .venv/.demo
 	$(BIN)/lora-analysis demo -o runs/demo
@@ -12,14 +12,19 @@ test: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest -n auto --dist loadfile -m "not cluster"
+
+# Work through a Ray cluster of two nodes, both on this machine.
+test-cluster: .venv/.dev
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[ray]'
+	$(BIN)/pytest -m cluster
 
 # The quick half, for while you work.
 check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto --dist loadfile -m "not slow"
+	$(BIN)/pytest -n auto --dist loadfile -m "not slow and not cluster"
 
 figures: .venv/.demo
 	$(BIN)/python -m lora_analysis demo -o runs/demo

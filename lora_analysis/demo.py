@@ -11,7 +11,7 @@ from lora_analysis.formats import read_adapter
 from lora_analysis.patterns import natural_key
 from lora_analysis.report import write_report
 from lora_analysis.studies import Study, study
-from lora_analysis.training import RunEvent, base_folder, demo_sweep, run_sweep
+from lora_analysis.training import SweepProgress, base_folder, demo_sweep, run_sweep
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,24 +19,6 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 
 TITLE = "Section 7 of the LoRA paper, on handwritten digits"
-
-
-class _TrainingProgress:
-    """Turn the events of many runs into two counts: adapters done, and steps done in all."""
-
-    def __init__(self, progress: Progress, runs: int) -> None:
-        self.progress = progress
-        self.runs = runs
-        self.steps: dict[str, int] = {}
-        self.done: set[str] = set()
-
-    def __call__(self, event: RunEvent) -> None:
-        """Take one event."""
-        self.steps[event.label] = event.step
-        if event.kind in ("finished", "skipped"):
-            self.done.add(event.label)
-        self.progress("training steps", sum(self.steps.values()), self.runs * event.total)
-        self.progress("adapters", len(self.done), self.runs)
 
 
 def train_demo(
@@ -47,8 +29,9 @@ def train_demo(
     Rank 8 on three tasks with three seeds, ranks 4 and 64 with two seeds on one task.
     """
     configs = demo_sweep()
-    watch = _TrainingProgress(progress, len(configs)) if progress else None
-    return run_sweep(configs, folder, device=device, progress=watch)
+    watch = SweepProgress(progress, len(configs)) if progress else None
+    # What an earlier version left there is trained anew, as the demo's other files are made anew.
+    return run_sweep(configs, folder, device=device, force=True, progress=watch).all_folders()
 
 
 def study_demo(runs: Sequence[Path], *, progress: Progress | None = None) -> Study:

@@ -13,7 +13,9 @@
     │   ├── IncompatibleError            two things that cannot be held against each other
     │   ├── DegenerateSubspaceError      a subspace that the numbers do not define
     │   ├── TargetError                  no module to adapt, or one that cannot be
-    │   └── DivergedError                training whose loss is no longer finite
+    │   ├── DivergedError                training whose loss is no longer finite
+    │   └── InUseError                   another process is at work there
+    ├── LostWorkerError                  the process that did the work ended before it was done
     └── MissingExtraError (ImportError)  an optional dependency is not installed
 
 A message says what was asked, what was found (with names and numbers), and the likely cause or
@@ -67,6 +69,14 @@ class TargetError(InputError):
 
 class DivergedError(InputError):
     """The loss or the gradient of a training is no longer finite."""
+
+
+class InUseError(InputError):
+    """Another process is at work in the folder."""
+
+
+class LostWorkerError(LoraAnalysisError):
+    """The process that did a piece of work ended before the work was done."""
 
 
 class MissingExtraError(LoraAnalysisError, ImportError):

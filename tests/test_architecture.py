@@ -62,6 +62,7 @@ HEAVY = {
     "transformers": {"training"},
     "peft": set(),
     "huggingface_hub": {"storage"},
+    "ray": {"execution"},
 }
 
 

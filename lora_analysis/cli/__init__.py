@@ -22,6 +22,7 @@ from lora_analysis.errors import LoraAnalysisError, MissingExtraError
 # The help of the group needs one line per verb, and must not import what the verbs need.
 VERBS = {
     "demo": "Train ranks × seeds × tasks on bundled data, analyse them, write the report.",
+    "sweep": "Train every combination of ranks, seeds, tasks, options in a TOML file.",
     "inspect": "Say what is in an adapter: format, modules, ranks, scale, spectrum.",
     "compare": "Compare two adapters module by module, with chance beside every number.",
     "heatmap": "Draw the rank-overlap heat-map of two adapters.",

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from typing import TYPE_CHECKING, BinaryIO
+
+# Names of temporary files: of the file, the process, and chance.
+_TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,6 +56,16 @@ def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> Pat
         raise
     _sync_folder(path.parent)
     return path
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what writers that were killed left half-written in a folder.
+
+    For whoever has the folder to itself: what others are writing would go too.
+    """
+    for path in folder.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
