@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
+from tiny_models import write_model, write_reviews
 
 from lora_analysis import Adapter, LowRankUpdate, write_adapter
 from lora_analysis.adapter import Provenance
@@ -37,6 +38,8 @@ def make_workspace(folder: Path) -> Path:
         _write_run(folder / name, "a", 8, seed)
     for name, seed, alpha in (("style", 1, 4.0), ("subject", 2, 4.0), ("old", 3, None)):
         _write_kohya(folder / f"{name}.safetensors", seed, alpha)
+    write_model(folder / "models/bert", "bert")
+    write_reviews(folder / "reviews.csv")
     return folder
 
 

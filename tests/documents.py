@@ -130,6 +130,9 @@ class Page:
             ast.parse(block.body, place)
         elif block.language == "bash":
             subprocess.run(["bash", "-n", path], check=True)
+            for line in block.body.splitlines():
+                if line.startswith("lora-analysis "):
+                    self._command(os.path.expandvars(line), "", place)
 
     def _command(self, command: str, printed: str, place: str) -> None:
         words = shlex.split(command)

@@ -14,8 +14,9 @@ from documents import ROOT, Page, blocks, copy_tree
 import lora_analysis
 from lora_analysis import demo, formats
 from lora_analysis.cli import VERBS
+from lora_analysis.execution import SerialExecutor
 from lora_analysis.formats import registry
-from lora_analysis.training import LoopOptions, RunConfig
+from lora_analysis.training import LoopOptions, RunConfig, sweep
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts)
@@ -37,6 +38,9 @@ def inside(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     # What a document adds to the program ends with it.
     monkeypatch.setattr(registry, "READERS", registry.READERS)
     monkeypatch.setattr(formats, "__path__", [*formats.__path__, "lora_analysis/formats"])
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    # Two steps each are done in this process before another one has imported torch.
+    monkeypatch.setattr(sweep, "choose_executor", lambda *_: SerialExecutor())
     loop = LoopOptions(steps=2, warmup=1, evaluations=1)
     short = [RunConfig(task="rotate", rank=r, seed=0, loop=loop) for r in (2, 3)]
     monkeypatch.setattr(demo, "demo_sweep", lambda: short)
@@ -68,7 +72,7 @@ def test_few_blocks_are_not_run_and_each_says_why() -> None:
         for block in blocks(path.read_text(encoding="utf-8"))
         if block.why
     ]
-    assert len(left_out) == 0, left_out
+    assert len(left_out) == 2, left_out
 
 
 def test_the_readme_shows_every_verb() -> None:
