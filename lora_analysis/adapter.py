@@ -243,7 +243,8 @@ class Provenance:
     ``scale_origin`` says per module where the multiplier was found; ``"format"`` where the format
     itself fixes it and no file could say another. ``findings`` are plain
     sentences about the file itself, each naming what it touches. ``metrics`` are the final
-    figures of its training (accuracy, loss), where the trainer left them beside the file. Of an
+    figures of its training (accuracy, loss), where the trainer left them beside the file; ``step``
+    is how far the training had come, where it says so. Of an
     adapter from a hub, ``address`` is ``hf://owner/name@commit/…`` and ``revision`` the commit;
     ``path`` and ``files`` then lie in the hub's cache, which is nobody's business.
     """
@@ -256,6 +257,7 @@ class Provenance:
     rank: int | None = None
     seed: int | None = None
     task: str | None = None
+    step: int | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     findings: tuple[str, ...] = ()
     address: str | None = None
@@ -349,6 +351,16 @@ class Adapter(Mapping[str, Update]):
             self._updates,
             label=label,
             provenance=self.provenance,
+            saved_modules=self.saved_modules,
+            config=self.config,
+        )
+
+    def described(self, **facts: Any) -> Adapter:
+        """Return the same adapter with fields of its provenance replaced; nothing is loaded."""
+        return Adapter(
+            self._updates,
+            label=self.label,
+            provenance=replace(self.provenance, **facts),
             saved_modules=self.saved_modules,
             config=self.config,
         )

@@ -13,8 +13,8 @@
     │   ├── IncompatibleError            two things that cannot be held against each other
     │   ├── DegenerateSubspaceError      a subspace that the numbers do not define
     │   ├── TargetError                  no module to adapt, or one that cannot be
-    │   ├── DivergedError                training whose loss is no longer finite
-    │   └── InUseError                   another process is at work there
+    │   ├── InUseError                   another process is at work there
+    │   └── DivergedError                training whose loss is no longer finite
     ├── LostWorkerError                  the process that did the work ended before it was done
     └── MissingExtraError (ImportError)  an optional dependency is not installed
 
@@ -67,16 +67,16 @@ class TargetError(InputError):
     """The targets name no module of the model, or one that LoRA cannot adapt."""
 
 
-class DivergedError(InputError):
-    """The loss or the gradient of a training is no longer finite."""
-
-
 class InUseError(InputError):
     """Another process is at work in the folder."""
 
 
 class LostWorkerError(LoraAnalysisError):
     """The process that did a piece of work ended before the work was done."""
+
+
+class DivergedError(InputError):
+    """The loss or the gradient of a training is no longer finite."""
 
 
 class MissingExtraError(LoraAnalysisError, ImportError):

@@ -48,8 +48,9 @@ LEVELS = {
     "plots": 7,
     "report": 8,
     "demo": 9,
-    "cli": 10,
-    "__main__": 11,
+    "reproduction": 10,
+    "cli": 11,
+    "__main__": 12,
 }
 # Which parts may import what is slow to import, and no other part may.
 HEAVY = {

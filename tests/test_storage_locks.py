@@ -52,9 +52,11 @@ def test_the_holder_of_a_folder_is_rid_of_what_was_left_half_written(tmp_path: P
     def fail(stream: BinaryIO) -> None:
         for left in tmp_path.glob(".table*.tmp"):
             left.with_name(left.name.replace("table", "figure")).touch()
+            (tmp_path / "below" / left.name).touch()
         message = "the disk is full"
         raise OSError(message)
 
+    (tmp_path / "below").mkdir()
     with pytest.raises(OSError, match="disk"):
         write_atomic(tmp_path / "table.csv", fail)
     others = [tmp_path / ".hidden", tmp_path / ".own.tmp", tmp_path / "plain.tmp"]
@@ -65,7 +67,7 @@ def test_the_holder_of_a_folder_is_rid_of_what_was_left_half_written(tmp_path: P
         assert len(list(tmp_path.glob(".figure*.tmp"))) == 1
     with locked(tmp_path):
         pass
-    assert sorted(tmp_path.iterdir()) == sorted(others)
+    assert sorted(tmp_path.rglob("*")) == sorted([*others, tmp_path / "below"])
 
 
 @posix

@@ -124,6 +124,39 @@ def test_grids_are_sweeps_over_what_stands_at_the_top(plan) -> None:
     assert {one.loop.steps for one in found.values()} == {9}
 
 
+def test_a_preset_lies_under_what_the_file_says(plan) -> None:
+    (only,) = plan(
+        'preset = "gpt2-e2e"\ndata = "e2e.txt"\nbase = "gpt2"\nloop.epochs = 2'
+    ).runs.values()
+    assert (only.rank, only.alpha, only.targets) == (4, 32.0, ("c_attn",))
+    assert (only.loop.epochs, only.loop.lr, only.loop.label_smoothing) == (2, 2e-4, 0.1)
+    found = plan(
+        """
+        data = "sst2.tsv"
+        base = "roberta-base"
+        rank = [4, 8]
+        [[grid]]
+        preset = "roberta-base-sst2"
+        [[grid]]
+        preset = "roberta-base-rte"
+        seed = 1
+        """
+    ).runs
+    assert [(one.rank, one.data.max_length, one.loop.epochs) for one in found.values()] == [
+        (4, 512, 60.0),
+        (8, 512, 60.0),
+        (4, 512, 80.0),
+        (8, 512, 80.0),
+    ]
+    assert len(found) == 4
+
+
+def test_a_whole_number_is_the_same_run_as_its_decimal(plan) -> None:
+    (one,) = plan('task = "rotate"\nalpha = 8').runs.values()
+    (two,) = plan('task = "rotate"\nalpha = 8.0').runs.values()
+    assert one.key({}) == two.key({})
+
+
 def test_a_run_that_two_grids_describe_is_one(plan) -> None:
     found = plan('task = "rotate"\n[[grid]]\nrank = [4, 8]\n[[grid]]\nrank = [8, 16]').runs
     assert list(found) == ["rotate-r4-s0", "rotate-r8-s0", "rotate-r16-s0"]
@@ -172,6 +205,8 @@ def test_where_to_train_is_said_apart(plan, tmp_path: Path) -> None:
         ("[seed]\ndate = 3", r"no option 'date' in seed. Near names: data"),
         ("[execution]\nworker = 3", r"no option 'worker' in execution. Near names: workers"),
         ("[[grid]]\nrang = 3", r"no option 'rang'. Near names: rank"),
+        ('preset = "gpt2-e2f"', r"no preset 'gpt2-e2f'. Near names: gpt2-e2e"),
+        ('preset = ["gpt2-e2e"]', r"preset must be one name"),
         ("rank = []", r"rank is an empty list"),
         ("rank = [4, 0]", r"rank must be at least 1, found 0"),
         ('rank = [4, "8"]', r"rank must be an integer, found '8'"),

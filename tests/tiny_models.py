@@ -123,7 +123,7 @@ def write_vit(folder: Path) -> Path:
     layers = {"num_attention_heads": 2, "num_hidden_layers": 2}
     config = t.ViTConfig(**sizes, **layers, num_labels=5)
     t.ViTForImageClassification(config).save_pretrained(folder)
-    t.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
+    t.ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
     return folder
 
 

@@ -31,6 +31,8 @@ VERBS = {
     "resize": "Write an adapter with fewer directions, and say what was lost.",
     "convert": "Write an adapter in another format.",
     "extract": "Write the best LoRA of a full fine-tune.",
+    "reproduce": "Draw section 7 of the LoRA paper from the demo's adapters, beside its values.",
+    "doctor": "Say which versions, devices and extras are here.",
     "train": "Train an adapter on a file of your own and a model of transformers.",
 }
 

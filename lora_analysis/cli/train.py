@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -95,6 +96,7 @@ def _column_options(command: Command) -> Command:
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any field; TOML.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")
 @click.option("--threads", type=int, help="CPU threads; torch's own number by default.")
+@click.option("--fsdp", is_flag=True, help="With torchrun: spread the frozen weights.")
 @click.option("--tracker", "trackers", multiple=True, help="tensorboard, trackio or wandb; repeat.")
 @output_options
 def command(
@@ -107,6 +109,7 @@ def command(
     settings: tuple[str, ...],
     device: str,
     threads: int | None,
+    fsdp: bool,
     trackers: tuple[str, ...],
     form: str,
     **options: Any,
@@ -118,6 +121,7 @@ def command(
 
     Interrupted and run again, it goes on from its last checkpoint. Options lie over --config,
     and that over --preset; --set reaches every field, as in --set loop.accumulate=4.
+    On several GPUs: torchrun --nproc-per-node 4 -m lora_analysis train …, the same options.
     """
     from lora_analysis.training import RunConfig, train_run
     from lora_analysis.training.presets import merged
@@ -135,9 +139,16 @@ def command(
     config = RunConfig.from_dict(merged(*tables, given, *map(_setting, settings)))
     with _watched(form) as progress:
         train_run(
-            config, output, device=device, threads=threads, trackers=trackers, progress=progress
+            config,
+            output,
+            device=device,
+            threads=threads,
+            trackers=trackers,
+            sharded=fsdp,
+            progress=progress,
         )
-    _report(output, form)
+    if os.environ.get("RANK", "0") == "0":
+        _report(output, form)
 
 
 def _table(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,7 @@ class RayExecutor:
 
     def map(
         self, function: Work[Cell, Result], cells: Iterable[Cell], *, tell: Tell | None = None
-    ) -> Iterator[Outcome[Cell, Result]]:
+    ) -> Generator[Outcome[Cell, Result], None, None]:
         """Yield the outcome of every cell; see `protocol.Executor`."""
         ray = _ray()
         with self._connected(ray):

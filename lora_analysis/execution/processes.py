@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -119,7 +119,7 @@ class ProcessExecutor:
 
     def map(
         self, function: Work[Cell, Result], cells: Iterable[Cell], *, tell: Tell | None = None
-    ) -> Iterator[Outcome[Cell, Result]]:
+    ) -> Generator[Outcome[Cell, Result], None, None]:
         """Yield the outcome of every cell; see `protocol.Executor`."""
         waiting = deque((cell, 1) for cell in cells)
         start = partial(_start, bytes(ForkingPickler.dumps(function)), self.threads)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pickle
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -47,7 +48,7 @@ class Executor(Protocol):
 
     def map(
         self, function: Work[Cell, Result], cells: Iterable[Cell], *, tell: Tell | None = None
-    ) -> Iterator[Outcome[Cell, Result]]:
+    ) -> Generator[Outcome[Cell, Result], None, None]:
         """Yield the outcome of ``function(cell, tell)`` for every cell, as they come.
 
         Parameters
@@ -100,3 +101,26 @@ def sendable(error: Exception) -> Exception:
 def is_final(error: Exception, attempts: int) -> bool:
     """Say whether a cell that failed is not tried again."""
     return attempts >= MAX_ATTEMPTS or isinstance(error, InputError)
+
+
+def results_in_order(
+    outcomes: Generator[Outcome[Cell, Result], None, None], cells: Sequence[Cell]
+) -> Iterator[Result]:
+    """Yield the results in the order of the cells, which must differ, whatever order they come in.
+
+    Raises
+    ------
+    Exception
+        The error of the first cell that failed.
+    """
+    done: dict[Cell, Result] = {}
+    left = iter(cells)
+    wanted = next(left, None)
+    with closing(outcomes):  # a caller that goes away stops the work at once
+        for outcome in outcomes:
+            if outcome.error is not None:
+                raise outcome.error
+            done[outcome.cell] = outcome.result  # type: ignore[assignment]  # it did not fail
+            while wanted in done:
+                yield done.pop(wanted)
+                wanted = next(left, None)

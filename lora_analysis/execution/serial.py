@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 
 from lora_analysis.execution.protocol import (
     Cell,
@@ -20,7 +20,7 @@ class SerialExecutor:
 
     def map(
         self, function: Work[Cell, Result], cells: Iterable[Cell], *, tell: Tell | None = None
-    ) -> Iterator[Outcome[Cell, Result]]:
+    ) -> Generator[Outcome[Cell, Result], None, None]:
         """Yield the outcome of every cell; see `protocol.Executor`."""
         for cell in cells:
             yield _outcome(function, cell, tell or _ignore)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 Kind = Literal["result", "reference", "artefact", "limit", "failure"]
 
 # The output side leads: what an update writes is not diluted by its initial A.
+# Pairs alike are described one by one up to this many, then together.
+PAIRS_IN_WORDS = 6
 SIDES_IN_ORDER: tuple[Side, Side] = ("output", "input")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lora_analysis.findings.levels import (
+    PAIRS_IN_WORDS,
     SIDES_IN_ORDER,
     Finding,
     Level,
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lora_analysis.spectra import Side
-
-# Pairs of unknown relation are described one by one up to this many, then together.
-PAIRS_IN_WORDS = 6
-
 
 # Fewer pairs say too little about what unrelated adapters give.
 MIN_REFERENCE_PAIRS = 3
@@ -130,7 +127,7 @@ def _compared(study: Study, rows: pd.DataFrame, who: str, topic: str) -> Finding
     else:
         text = f"{who} {'; they '.join(_clause(one, first=one is present[0]) for one in present)}."
     values = {name: value for one in present for name, value in one.values().items()}
-    return Finding("result", topic, text, values)
+    return Finding("result", topic, text, {"subject": who} | values)
 
 
 def reference(study: Study) -> Iterator[Finding]:

@@ -75,6 +75,7 @@ def _paint_group(ax: Axes, group: Group, y: float, colour: str, span: tuple[floa
         color=colour,
         alpha=0.55,
         linewidth=0,
+        rasterized=len(group.values) > style.MANY_POINTS,
         label=style.legend_label(group.label),
         clip_on=False,
     )

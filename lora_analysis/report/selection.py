@@ -90,6 +90,39 @@ def seed_pair(study: Study) -> tuple[str, str] | None:
     return str(best["a"]), str(best["b"])
 
 
+def any_pair(study: Study) -> tuple[str, str] | None:
+    """Return two adapters of unknown relation; None where there are none to be compared."""
+    pairs = _with_ranks(study)
+    if pairs.empty:
+        return None
+    pairs = pairs[(pairs["relation"] == "unknown") & (pairs["start"] != "same run")]
+    if pairs.empty:
+        return None
+    return str(pairs.iloc[0]["a"]), str(pairs.iloc[0]["b"])
+
+
+def drawn_pairs(study: Study) -> dict[str, tuple[str, str]]:
+    """Return the pairs whose heat-maps are drawn, by what they show; empty without pairs."""
+    found = {"ranks": rank_pair(study), "seeds": seed_pair(study)}
+    chosen = {name: pair for name, pair in found.items() if pair is not None}
+    if not chosen and (other := any_pair(study)) is not None:
+        chosen["pair"] = other
+    return chosen
+
+
+def most_telling(study: Study, a: str, b: str, count: int) -> list[str]:
+    """Return the modules whose overlap is farthest from the pair's median, either way.
+
+    By φ(r, r) above chance on the output side, which no shared start touches; the largest alone
+    would be those that chance or an artefact made large.
+    """
+    table = study.similarities
+    own = table[table["a"].isin([a, b]) & table["b"].isin([a, b]) & (table["side"] == "output")]
+    values = own.set_index("module")["excess_r_r"].dropna()
+    far = (values - values.median()).abs().sort_values(ascending=False, kind="stable")
+    return list(far.index[:count])
+
+
 def short_name(module: str) -> str:
     """Return ``"q_proj, layer 2"`` for a module name, or the name where it says neither."""
     layer, kind = layer_index(module), module_type(module)

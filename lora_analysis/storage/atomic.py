@@ -58,12 +58,12 @@ def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> Pat
     return path
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what writers that were killed left half-written in a folder.
+def remove_leftovers(folder: Path, *, below: bool = False) -> None:
+    """Delete what writers that were killed left half-written in a folder, or ``below`` it too.
 
     For whoever has the folder to itself: what others are writing would go too.
     """
-    for path in folder.glob(".*.tmp"):
+    for path in (folder.rglob if below else folder.glob)(".*.tmp"):
         if _TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)
 

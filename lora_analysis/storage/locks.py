@@ -43,7 +43,7 @@ def locked(folder: Path, name: str = LOCK_NAME) -> Iterator[None]:
 
     A file that a process left when it was killed is taken over: at once where it was on this
     host, after two minutes without a sign of life where it was on another. With the lock of the
-    usual name, files that were left half-written in the folder are deleted.
+    usual name, files that were left half-written in the folder or below are deleted.
 
     Raises
     ------
@@ -56,7 +56,7 @@ def locked(folder: Path, name: str = LOCK_NAME) -> Iterator[None]:
         threading.Thread(target=_renew, args=(lock, over), daemon=True).start()
         try:
             if name == LOCK_NAME:
-                remove_leftovers(folder)
+                remove_leftovers(folder, below=True)
             yield
         finally:
             over.set()

@@ -12,6 +12,7 @@ import pandas as pd
 from lora_analysis import chance
 from lora_analysis.errors import InputError
 from lora_analysis.spectra import SIDES, Side
+from lora_analysis.studies.relations import base_key
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -145,7 +146,7 @@ def _check_columns(quantity: str, side: str) -> None:
 
 def _known_runs(study: Study, rank: int | None) -> pd.DataFrame:
     """Return the rows of runs that may be relabelled."""
-    runs = study.runs[~study.runs["adapter"].isin(study.reference)]
+    runs = study.runs[~study.runs["adapter"].isin(study.reference) & ~study.runs["earlier"]]
     known = runs.dropna(subset=["task", "seed"])
     if known.empty:
         message = (
@@ -159,7 +160,7 @@ def _known_runs(study: Study, rank: int | None) -> pd.DataFrame:
         found = sorted({int(one) for one in known["rank"].dropna()})
         message = f"No run has rank {rank}; the {len(known)} runs with a known task have {found}."
         raise InputError(message)
-    bases = sorted(str(one) for one in chosen["base_model"].dropna().unique())
+    bases = sorted({str(base_key(one)) for one in chosen["base_model"].dropna()})
     if len(bases) > 1:
         message = (
             f"The runs adapt {len(bases)} base models ({', '.join(bases[:4])}): directions of "

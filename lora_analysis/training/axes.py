@@ -14,7 +14,7 @@ from lora_analysis.training.options import BaseOptions, DataOptions, LoopOptions
 
 Axes = dict[str, list[Any]]
 
-# A string in place of the table is its source.
+# Of these, a string in place of the table is its source.
 _SOURCES = ("base", "data")
 _TABLES = {"base": BaseOptions, "data": DataOptions, "loop": LoopOptions}
 _PLACES = ("base.source", "data.source", "data.test")
@@ -48,16 +48,12 @@ class Point:
         return Point(found, self.chosen)
 
 
-def merged(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a table with the keys of both, those of ``own`` before those of ``common``."""
-    result = dict(common)
-    for key, value in own.items():
-        before = result.get(key)
-        if isinstance(before, Mapping) and isinstance(value, Mapping):
-            result[key] = {**before, **value}
-        else:
-            result[key] = value
-    return result
+def spelled_out(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a table in which the sources that stand for a table are in one."""
+    return {
+        key: {"source": value} if key in _SOURCES and not isinstance(value, Mapping) else value
+        for key, value in table.items()
+    }
 
 
 def axes_of(table: Mapping[str, Any]) -> Axes:
@@ -92,8 +88,6 @@ def _flat(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in table.items():
         if isinstance(value, Mapping) and (key == "seed" or key in _TABLES):
             yield from ((f"{key}.{inner}", one) for inner, one in value.items())
-        elif key in _SOURCES:
-            yield f"{key}.source", value
         else:
             yield key, value
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lora_analysis.storage.atomic import write_atomic
+from lora_analysis.training.randomness import DropoutStream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +81,10 @@ def load_checkpoint(training: Training, folder: Path) -> None:
                 placed = {m: value.to(parameter.device) for m, value in held.items()}
                 training.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **placed}
     training.order.go_to(_below("order", tensors))
-    training.dropout.go_to(_below("dropout", tensors))
+    if training.processes.is_first:
+        training.dropout.go_to(_below("dropout", tensors))
+    else:  # the file holds the first process's stream; the others draw anew, each its own
+        training.dropout = DropoutStream(hash((step, training.processes.rank)), training.device)
     training.scaler.load_state_dict(own["scaler"])
     training.step = step
     training.best = float("inf") if own["best"] is None else own["best"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -24,7 +25,9 @@ def resolve_device(name: str = "auto") -> torch.device:
     InputError
         torch knows no such device, or this machine has none.
     """
-    there = _available()
+    there = available_devices()
+    if name in ("auto", "cuda") and there[0] == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"  # of several processes, each has its own
     if name == "auto":
         return torch.device(there[0])
     try:
@@ -39,9 +42,12 @@ def resolve_device(name: str = "auto") -> torch.device:
     return device
 
 
-def _available() -> list[str]:
+def available_devices() -> list[str]:
     """Return the kinds of device this machine has, fastest first."""
-    kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    kinds = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
     return [kind for kind, there in kinds.items() if there] + ["cpu"]
 
 

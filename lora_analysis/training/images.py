@@ -29,10 +29,10 @@ def image_task(found: Examples, place: Path) -> tuple[ArrayTask, list[str]]:
         import PIL  # noqa: F401 - to say what is missing
         from transformers import AutoImageProcessor
     except ImportError as error:
-        message = "Images are read by Pillow and torchvision. Run: pip install pillow torchvision"
+        message = "Images are read by Pillow. Run: pip install pillow"
         raise MissingExtraError(message) from error
     try:
-        processor = AutoImageProcessor.from_pretrained(place)  # type: ignore[no-untyped-call]
+        processor = AutoImageProcessor.from_pretrained(place, backend="pil")  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         message = f"{place} holds no image processor (preprocessor_config.json)."
         raise InputError(message) from error

@@ -254,8 +254,17 @@ def checked_fields(kind: type, table: object, place: str) -> dict[str, Any]:
     for key, value in table.items():
         refuse_unknown(key, known, place)
         _check_type(f"{place}.{key}" if place else key, value, known[key])
-        found[key] = tuple(value) if isinstance(value, list) else value
+        found[key] = _plain(value, known[key])
     return found
+
+
+def _plain(value: Any, annotation: str) -> Any:
+    """Return a value as its field has it: 8 and 8.0 must not make two keys of one run."""
+    if isinstance(value, list):
+        return tuple(value)
+    if type(value) is int and "float" in annotation:
+        return float(value)
+    return value
 
 
 def laid_over(held: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:

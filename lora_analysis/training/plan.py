@@ -11,17 +11,18 @@ from typing import Any, Literal
 from lora_analysis.errors import InputError, MalformedFileError
 from lora_analysis.storage.documents import regular_file_size
 from lora_analysis.storage.limits import MAX_CONFIG_BYTES
-from lora_analysis.training.axes import Point, axes_of, merged, points
+from lora_analysis.training.axes import Point, axes_of, points, spelled_out
 from lora_analysis.training.config import RunConfig
 from lora_analysis.training.naming import named_runs
 from lora_analysis.training.options import check, check_choice, from_table, refuse_unknown
+from lora_analysis.training.presets import merged, preset
 
 ExecutorName = Literal["auto", "serial", "process", "ray"]
 
 # More is a slip of the keyboard: at a second each they would take a day.
 MAX_RUNS = 100_000
 
-_OWN_KEYS = ("grid", "execution", "output")
+_OWN_KEYS = ("grid", "execution", "output", "preset")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,8 @@ def read_plan(path: Path) -> SweepPlan:
 
     Keys are those of `RunConfig.from_dict`. A key that is given a list of values is an axis, and
     every combination is a run; for a key whose value is a list itself (``targets``), that is a
-    list of lists. ``base = "folder"`` and ``data = "file"`` stand for their ``source``. Each table
+    list of lists. ``base = "folder"`` and ``data = "file"`` stand for their ``source``, ``preset``
+    for the options of that name (`training.presets`), over which all others go. Each table
     ``[[grid]]`` is a sweep of its own over what stands at the top, and may overrule it.
     ``[execution]`` says where to train (`ExecutionOptions`), ``output`` into which folder. Files
     that lie beside the TOML file may be named from there.
@@ -139,10 +141,22 @@ def _plan(document: Mapping[str, Any], path: Path) -> SweepPlan:
     for table in (common, *grids):
         for key in table:
             refuse_unknown(key, known, "")
-    tables = [merged(common, grid) for grid in grids]
+    tables = [_laid_over(common, grid) for grid in grids]
     runs = named_runs(_points(tables, path.absolute().parent))
     folder = None if output is None else path.parent / output
     return SweepPlan(path, runs, folder, execution)
+
+
+def _laid_over(common: Mapping[str, Any], grid: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a grid's options over those at the top, and both over the preset they name."""
+    own = merged(spelled_out(common), spelled_out(grid))
+    name = own.pop("preset", None)
+    if name is None:
+        return own
+    if not isinstance(name, str):
+        message = f"preset must be one name, found {name!r}. Use a [[grid]] for each of several."
+        raise InputError(message)
+    return merged(preset(name), own)
 
 
 def _points(tables: list[dict[str, Any]], origin: Path) -> list[Point]:

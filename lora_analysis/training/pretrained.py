@@ -38,6 +38,10 @@ _DROPOUTS: Final = (
     "attention_dropout", "attention_probs_dropout_prob", "attn_dropout", "attn_pdrop", "dropout",
     "dropout_rate", "embd_pdrop", "hidden_dropout", "hidden_dropout_prob", "resid_pdrop",
 )  # fmt: skip
+_TOKENISERS: Final = (
+    "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "spm.model",
+    "sentencepiece.bpe.model", "tekken.json",
+)  # fmt: skip
 _HUB_NAME: Final = {MINILM: "sentence-transformers/all-MiniLM-L6-v2"}
 
 
@@ -92,13 +96,17 @@ def prepare_pretrained(config: RunConfig, device: torch.device) -> Prepared:
 def _tokenizer(place: Path) -> Any:
     from transformers import AutoTokenizer
 
+    # Without them, some families' tokenisers are made of nothing and turn every text into none.
+    if not any((place / name).is_file() for name in _TOKENISERS):
+        message = (
+            f"{place} holds no tokeniser. The base's folder must hold it as transformers saves it: "
+            "tokenizer.json, tokenizer_config.json."
+        )
+        raise InputError(message)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError, KeyError) as error:
-        message = (
-            f"{place}: its tokeniser cannot be read ({_first_line(error)}). The base's folder "
-            "must hold it, as transformers saves it: tokenizer.json, tokenizer_config.json."
-        )
+        message = f"{place}: its tokeniser cannot be read: {_first_line(error)}"
         raise InputError(message) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +21,7 @@ from lora_analysis.training.manifests import final_metrics, identity, origin
 if TYPE_CHECKING:
     from lora_analysis.training.config import RunConfig
     from lora_analysis.training.loop import StepMetrics, Training
+    from lora_analysis.training.parallel import Processes
     from lora_analysis.training.settings import Setting
 
 METRICS_NAME = "metrics.jsonl"
@@ -118,6 +121,7 @@ def train_run(
     device: str = "auto",
     threads: int | None = 1,
     trackers: tuple[str, ...] = (),
+    sharded: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Train one adapter into its folder, or find it there finished, or go on with it.
@@ -141,8 +145,12 @@ def train_run(
         CPU threads that torch may use: the order of sums depends on it. None leaves torch's own.
     trackers
         Programs that are told the metrics as well: ``"tensorboard"``, ``"trackio"``, ``"wandb"``.
+    sharded
+        Spread the frozen weights over the processes that ``torchrun`` started (FSDP2). Without
+        it, each holds them whole. Either way each takes its part of every batch, and the first
+        writes the files.
     progress
-        Called with every :class:`RunEvent`.
+        Called with every :class:`RunEvent`, in the first process.
 
     Returns
     -------
@@ -159,21 +167,26 @@ def train_run(
     MissingExtraError
         The base or the data need a package that is not installed.
     """
-    from lora_analysis.training.devices import cpu_threads
-
     tell = progress or _ignore
     state = run_state(config, folder)
     if state == "finished":
         total = config.loop.steps
         tell(RunEvent(config.name, "skipped", total, total, state=state))
         return folder
-    with cpu_threads(threads):
+    from lora_analysis.training.devices import cpu_threads, resolve_device
+    from lora_analysis.training.parallel import joined
+
+    place = resolve_device(device)
+    with cpu_threads(threads), joined(place) as processes:
         from lora_analysis.training.settings import prepare
 
-        setting = prepare(config, device)
+        setting = prepare(config, place, sharded=sharded and processes.count > 1)
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
-            _Run(config, folder, setting, tell, trackers).complete(state)
+        with locked(folder) if processes.is_first else nullcontext():
+            processes.wait()
+            run = _Run(config, folder, setting, processes, tell=tell, trackers=trackers)
+            run.complete(state)
+            processes.wait()
     return folder
 
 
@@ -185,6 +198,8 @@ class _Run:
         config: RunConfig,
         folder: Path,
         setting: Setting,
+        processes: Processes,
+        *,
         tell: Progress,
         trackers: tuple[str, ...],
     ) -> None:
@@ -194,14 +209,15 @@ class _Run:
         self.config = config
         self.folder = folder
         self.setting = setting
-        self.tell = tell
+        self.first = processes.is_first
+        self.tell = tell if self.first else _ignore
         self.inputs = input_hashes(config)
         self.key = config.key(self.inputs)
         self.training: Training = Training(
-            setting.model, setting.task, config.loop, seeds=config.seeds
+            setting.model, setting.task, config.loop, seeds=config.seeds, processes=processes
         )
         self.total = self.training.options.steps
-        self.trackers = Trackers(trackers, config, folder, self._note)
+        self.trackers = Trackers(trackers if self.first else (), config, folder, self._note)
         self.before = 0.0  # seconds of the sessions before this one
         self.started = time.perf_counter()
 
@@ -212,6 +228,8 @@ class _Run:
         for note in self.setting.notes:
             self._note(note)
         self._train()
+        if not self.first:
+            return
         files = [METRICS_NAME, *self._write_result(self.folder)]
         facts = identity(self.config, self.inputs, self.key) | origin(self.setting)
         facts |= {
@@ -233,9 +251,12 @@ class _Run:
         metrics = self.folder / METRICS_NAME
         if facts and facts.get("key") == self.key and _size(metrics) >= facts["metrics_bytes"]:
             load_checkpoint(self.training, self.folder)
-            with metrics.open("r+b") as stream:
-                stream.truncate(facts["metrics_bytes"])
+            if self.first:
+                with metrics.open("r+b") as stream:
+                    stream.truncate(facts["metrics_bytes"])
             self.before = facts["seconds"]
+            return
+        if not self.first:
             return
         for name in _OWN_FILES:
             (self.folder / name).unlink(missing_ok=True)
@@ -244,12 +265,14 @@ class _Run:
     def _train(self) -> None:
         from lora_analysis.training.checkpoints import checkpoint_facts
 
+        lines = self.folder / METRICS_NAME if self.first else Path(os.devnull)
         try:
-            with (self.folder / METRICS_NAME).open("ab") as stream:
+            with lines.open("ab") as stream:
                 for metrics in self.training:
-                    stream.write(metrics.to_line())
-                    stream.flush()
-                    self._after_step(metrics, stream.tell())
+                    if self.first:
+                        stream.write(metrics.to_line())
+                        stream.flush()
+                        self._after_step(metrics, stream.tell())
         except DivergedError as error:
             saved = checkpoint_facts(self.folder)
             place = self.folder / _CHECKPOINT_NAME

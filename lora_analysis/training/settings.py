@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from lora_analysis.errors import InputError
-from lora_analysis.lora import add_lora
+from lora_analysis.lora import add_lora, trainable_parameters
 from lora_analysis.lora.targets import linear_layers_of_blocks
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.training.config import ALL_LINEAR
-from lora_analysis.training.devices import resolve_device
 from lora_analysis.training.files import CONFIG_NAME, MODEL_TYPE
 from lora_analysis.training.inputs import base_place
 from lora_analysis.training.options import DIGITS
+from lora_analysis.training.parallel import shard_frozen
 
 if TYPE_CHECKING:
     from lora_analysis.training.config import RunConfig
@@ -60,19 +60,21 @@ class Prepared:
     notes: tuple[str, ...] = ()
 
 
-def prepare(config: RunConfig, device: str) -> Setting:
+def prepare(config: RunConfig, place: torch.device, *, sharded: bool = False) -> Setting:
     """Return a run's model, adapted and in its place, and its task.
+
+    With ``sharded`` the frozen weights are spread over the processes of a `torchrun`.
 
     Raises
     ------
     InputError
-        The task, the device, the base or the data do not exist, or do not fit each other.
+        The task, the base or the data do not exist, or do not fit each other; or weights are to
+        be spread that are trained.
     TargetError
         The targets name no module of the base.
     MissingExtraError
         The base or the data need a package that is not installed.
     """
-    place = resolve_device(device)
     ready = _digits(config) if _is_digits(config) else _transformers(config, place)
     model = ready.model
     trainable = [*config.trainable, *ready.fresh]
@@ -93,8 +95,18 @@ def prepare(config: RunConfig, device: str) -> Setting:
             trainable=trainable,
         )
     _use_less_memory(config, model)
+    if sharded:
+        if config.method == "full":
+            message = "Only frozen weights are spread over processes; method 'full' trains them."
+            raise InputError(message)
+        shard_frozen(model, place)
+    elif config.base.quantised is None:
+        model.to(place)
+    else:  # what is quantised was put in its place when it was read
+        for _, parameter in trainable_parameters(model):
+            parameter.data = parameter.data.to(place)
     return Setting(
-        model.to(place),
+        model,
         modules,
         place,
         ready.task,

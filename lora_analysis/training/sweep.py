@@ -9,6 +9,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 from lora_analysis import __version__
 from lora_analysis.errors import InputError, InUseError, LoraAnalysisError
 from lora_analysis.execution.protocol import Executor, Outcome, Retried, Tell
-from lora_analysis.storage.locks import LOCK_NAME, locked
+from lora_analysis.storage.atomic import remove_leftovers
+from lora_analysis.storage.locks import locked
 from lora_analysis.training.config import RunConfig
 from lora_analysis.training.executors import choose_executor
 from lora_analysis.training.files import write_json
@@ -25,6 +27,7 @@ from lora_analysis.training.runs import Progress, RunEvent, RunState, run_state,
 
 SWEEP_NAME = "sweep.json"
 FAILURE_NAME = "failed.json"
+_LOCK_NAME = ".sweep.lock"  # runs have locks of their own
 
 # A worker that was lost on another machine holds its run's folder until its silence is noticed.
 _PATIENCE = 150.0  # seconds
@@ -172,17 +175,22 @@ def run_sweep(
     """
     named = runs if isinstance(runs, Mapping) else _by_own_names(runs)
     chosen = named if names is None else {name: named[name] for name in names}
+    chosen = named if chosen.keys() == named.keys() else chosen
     options = execution or ExecutionOptions(workers=workers, device=device)
     folder.mkdir(parents=True, exist_ok=True)
     failures: dict[str, RunFailure] = {}
     with locked(folder, _lock_name(named, chosen)):
+        if chosen is named:
+            remove_leftovers(folder)
         cells = _unfinished(chosen, folder, force=force, progress=progress)
         _write_resolved(named, folder)
         if cells:
             executor = executor or choose_executor(options, len(cells))
             watch = _watch(progress, report)
-            for outcome in executor.map(TrainCell(folder, options.device), cells, tell=watch):
-                _settle(outcome, folder, failures, report)
+            work = TrainCell(folder, options.device)
+            with closing(executor.map(work, cells, tell=watch)) as outcomes:
+                for outcome in outcomes:
+                    _settle(outcome, folder, failures, report)
     return SweepResult({n: folder / n for n in chosen if n not in failures}, failures)
 
 
@@ -204,9 +212,9 @@ def _by_own_names(configs: Sequence[RunConfig]) -> dict[str, RunConfig]:
 
 def _lock_name(runs: Runs, chosen: Runs) -> str:
     """Return the file that keeps out a second sweep of the same runs, and no other."""
-    if chosen.keys() == runs.keys():
-        return LOCK_NAME
-    return f"{LOCK_NAME}-{hashlib.sha256(json.dumps(list(chosen)).encode()).hexdigest()[:12]}"
+    if chosen is runs:
+        return _LOCK_NAME
+    return f"{_LOCK_NAME}-{hashlib.sha256(json.dumps(list(chosen)).encode()).hexdigest()[:12]}"
 
 
 def _write_resolved(runs: Runs, folder: Path) -> None:
@@ -241,13 +249,21 @@ def _unfinished(
 
 def _watch(progress: Progress | None, report: Report | None) -> Tell:
     """Return what takes the events of an executor: those of the runs, and its own."""
+    said: set[str] = set()
 
     def watch(event: Any) -> None:
         if isinstance(event, Retried):
-            if report is not None:
-                report(f"{event.cell.name} failed and is tried again: {event.error}")
-        elif progress is not None:
+            say(f"{event.cell.name} failed and is tried again: {event.error}")
+            return
+        if event.kind == "note" and event.note not in said:
+            said.add(event.note)  # runs of one file have the same to say of it
+            say(f"{event.label}: {event.note}")
+        if progress is not None:
             progress(event)
+
+    def say(text: str) -> None:
+        if report is not None:
+            report(text)
 
     return watch
 

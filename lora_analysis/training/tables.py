@@ -32,7 +32,7 @@ _BY_SUFFIX: Final[Mapping[str, DataFormat]] = {
 _COLA: Final = ("source", "label", "mark", "sentence")
 # What GLUE calls the columns of its tasks, by the names that are used here.
 _GLUE_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
-    "text": ("sentence", "sentence1", "#1 String", "question1", "question"),
+    "text": ("sentence1", "#1 String", "question1", "question", "sentence"),
     "text_pair": ("sentence2", "#2 String", "question2", "sentence"),
     "label": ("gold_label", "label", "Quality", "is_duplicate", "score"),
 }
@@ -163,7 +163,7 @@ def _glue(path: Path) -> _Lines:
     own = {
         role: next((n for n in known if n in names), None) for role, known in _GLUE_NAMES.items()
     }
-    if own["text_pair"] == own["text"] or own["text"] == "sentence":
+    if own["text_pair"] == own["text"]:
         own["text_pair"] = None
     for line, row in _delimited(path, "\t", csv.QUOTE_NONE, header):
         if isinstance(row, str):

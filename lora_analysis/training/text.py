@@ -128,12 +128,15 @@ def text_task(found: Examples, tokenizer: Any, max_length: int) -> tuple[TextTas
     return task, notes
 
 
-def _whole(example: Example, tokenizer: Any, max_length: int) -> dict[str, Any]:
-    """Return a text, or a pair of texts, with its label; a masked model's is made later."""
+def _whole(example: Example, tokenizer: Any, max_length: int) -> dict[str, Any] | None:
+    """Return a text, or a pair of texts, with its label; a masked model's is made later.
+
+    None where the tokeniser makes no token of the text.
+    """
     pair = () if example.pair is None else (example.pair,)
     made = tokenizer(example.text, *pair, truncation=True, max_length=max_length)
     label = {} if example.label is None else {"labels": example.label}
-    return {**made, **label}
+    return {**made, **label} if made["input_ids"] else None
 
 
 def _completed(example: Example, tokenizer: Any, max_length: int) -> dict[str, Any] | None:
@@ -170,8 +173,8 @@ def _lengths(
     notes = []
     if lost := len(examples) - len(kept):
         notes.append(
-            f"{lost} of {len(examples)} {role} examples are left out: their prompts alone fill "
-            f"the {max_length} tokens of max_length."
+            f"{lost} of {len(examples)} {role} examples are left out: they have no token to learn "
+            f"within the {max_length} of max_length."
         )
     if full := sum(len(one["input_ids"]) >= max_length for one in kept):
         notes.append(f"{full} of {len(kept)} {role} examples reach max_length ({max_length}).")
