@@ -40,7 +40,6 @@ def together(inputs: list[str], out: Path, *more: str) -> None:
         "--standalone",
         "--nproc-per-node",
         "2",
-        *before.split(),
     ]
     command = [*launch, "-m", "lora_analysis", "train", *inputs, *OPTIONS, "-o", str(out), *more]
     done = subprocess.run(

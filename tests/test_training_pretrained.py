@@ -265,6 +265,38 @@ def test_a_full_fine_tune_is_a_model_that_transformers_loads(
     assert model.config.id2label == {0: "neg", 1: "pos"}
 
 
+@pytest.mark.parametrize("quantised", ["nf4", "int8"])
+def test_an_adapter_of_a_quantised_base_is_loaded_by_peft_on_that_base(
+    quantised: str, models: Path, tmp_path: Path
+) -> None:
+    from transformers import BitsAndBytesConfig
+
+    from lora_analysis.errors import UnsupportedMethodError
+    from lora_analysis.training.settings import prepare
+
+    data = write_e2e(tmp_path / "e2e.txt")
+    base = {"source": base_of(models, "llama-wide"), "quantised": quantised, "dtype": "bfloat16"}
+    run, _ = trained(
+        models, "llama-wide", data, tmp_path / "run", options={"format": "e2e"}, base=base
+    )
+    metrics = json.loads((run / "manifest.json").read_text())["metrics"]
+    assert metrics["test_loss"] < metrics["base_test_loss"]
+    bits = {"load_in_8bit": True} if quantised == "int8" else {"load_in_4bit": True}
+    if quantised == "nf4":
+        bits |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        bits |= {"bnb_4bit_compute_dtype": torch.bfloat16}
+    options = {"quantization_config": BitsAndBytesConfig(**bits), "dtype": torch.bfloat16}
+    foreign = with_peft(models, "llama-wide", run, LM, **options)
+    ours = with_us(models, "llama-wide", run, LM, **options)
+    expected = logits(foreign).float()  # in bfloat16, rounded at other places than here
+    assert (logits(ours).float() - expected).norm() < 0.02 * expected.norm()
+    with pytest.raises(UnsupportedMethodError, match="nothing can be merged into it"):
+        merge_lora(ours)
+    table = {"base": base, "data": {"source": str(data), "format": "e2e"}}
+    model = prepare(RunConfig.from_dict(table), torch.device("cpu")).model
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
 def cli(*arguments: str) -> Any:
     return CliRunner().invoke(group, ["train", *arguments])
 

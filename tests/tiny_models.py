@@ -42,6 +42,9 @@ def _configs() -> dict[str, Callable[[], Any]]:
             pos_att_type="p2c|c2p",
         ),
         "llama": lambda: t.LlamaConfig(**_WIDE, **_ENDS, **kv),
+        "llama-wide": lambda: t.LlamaConfig(  # as 4-bit kernels want it: a multiple of 32
+            **_LAYERS, **_ENDS, hidden_size=64, intermediate_size=64, num_key_value_heads=1
+        ),
         "qwen2": lambda: t.Qwen2Config(**_WIDE, **_ENDS, num_key_value_heads=1),
         "gemma": lambda: t.GemmaConfig(**_WIDE, **_ENDS, **kv),
         "t5": lambda: t.T5Config(
@@ -73,7 +76,7 @@ def bare_model(family: str, seed: int = 0) -> Any:
     import transformers as t
 
     config = _configs()[family]()
-    kind = t.AutoModelForCausalLM if family in CAUSAL else t.AutoModelForMaskedLM
+    kind = t.AutoModelForCausalLM if family in (*CAUSAL, "llama-wide") else t.AutoModelForMaskedLM
     kind = t.AutoModelForSeq2SeqLM if family == "t5" else kind
     torch.manual_seed(seed)
     model = kind.from_config(config)

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lora_analysis.errors import UnsupportedMethodError
 from lora_analysis.lora.layers import Conv1DLoraLayer, Factors, LoraLayer, generator_of
 
 if TYPE_CHECKING:
     from lora_analysis.adapter import Layout
 
+_QUANTISED = ("Linear4bit", "Linear8bitLt", "LinearNF4", "LinearFP4")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -100,9 +102,37 @@ class ConvLoraLayer(LoraLayer):
         return result
 
 
+class QuantisedLoraLayer(LoraLayer):
+    """A linear layer whose frozen weight bitsandbytes holds in 4 or 8 bits (QLoRA).
+
+    The base decodes its weight as it computes; the factors are float32 as elsewhere. There is
+    nothing to merge into: a sum would be rounded to codes again.
+    """
+
+    @classmethod
+    def accepts(cls, layer: nn.Module) -> bool:
+        """Return whether the layer is one of bitsandbytes'; told by name, to import nothing."""
+        kind = type(layer)
+        return kind.__name__ in _QUANTISED and kind.__module__.startswith("bitsandbytes.")
+
+    @classmethod
+    def shape(cls, layer: nn.Module) -> tuple[int, int]:
+        """Return ``(d_out, d_in)``, which the codes' own shape does not tell."""
+        return int(cast("Any", layer).out_features), int(cast("Any", layer).in_features)
+
+    def merged_weight(self) -> nn.Parameter:
+        """Raise: the sum of codes and an update is no code."""
+        message = (
+            "The base is quantised, so nothing can be merged into it. Load the adapter into the "
+            "base in full precision, and merge there."
+        )
+        raise UnsupportedMethodError(message)
+
+
 KINDS: tuple[type[LoraLayer], ...] = (
     LoraLayer,
     Conv1DLoraLayer,
     EmbeddingLoraLayer,
     ConvLoraLayer,
+    QuantisedLoraLayer,
 )

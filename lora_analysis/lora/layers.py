@@ -166,6 +166,10 @@ class LoraLayer(Wrapper):
             )
             raise IncompatibleError(message)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        if "rows" in kept:
+            from lora_analysis.lora.parts import PartFactors  # which is made of what is here
+
+            return PartFactors(A.to(weight.device, dtype), B.to(weight.device, dtype), **kept)
         return Factors(A.to(weight.device, dtype), B.to(weight.device, dtype), **kept)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

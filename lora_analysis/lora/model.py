@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, SupportsIndex
@@ -15,6 +15,7 @@ from torch import nn
 
 from lora_analysis.errors import InputError, TargetError
 from lora_analysis.lora.layers import Factors, LoraLayer, TrainedModule, Wrapper
+from lora_analysis.lora.parts import rows_of_parts
 from lora_analysis.lora.targets import base_modules, target_modules, trained_modules
 from lora_analysis.patterns import near_names, pattern_value
 
@@ -30,6 +31,7 @@ def add_lora(
     dropout: float = 0.0,
     rank_pattern: Mapping[str, SupportsIndex] = MappingProxyType({}),
     alpha_pattern: Mapping[str, float] = MappingProxyType({}),
+    parts: Mapping[str, Sequence[str]] = MappingProxyType({}),
     name: str = "default",
     trainable: str | Iterable[str] = (),
 ) -> list[str]:
@@ -53,6 +55,10 @@ def add_lora(
     rank_pattern, alpha_pattern
         Rank or alpha of single modules over ``rank`` and ``alpha``, in PEFT's rule: the first
         pattern that matches a module's name or its last segments.
+    parts
+        Of fused modules by pattern, which parts to adapt, ``{"c_attn": ["q", "v"]}``, each with
+        ``rank``; a module that no pattern matches is adapted whole. Which rows these are, the
+        model's family says.
     name
         Of the adapter; a second one under another name leaves the first there, inactive.
     trainable
@@ -90,7 +96,7 @@ def add_lora(
     modules = base_modules(model)
     trained = trained_modules(modules, trainable)
     kinds = target_modules(modules, targets, trained)
-    _check_patterns((*ranks, *alpha_pattern), kinds)
+    _check_patterns((*ranks, *alpha_pattern, *parts), kinds)
     config = {
         "target_modules": targets,
         "modules_to_save": trainable or None,
@@ -102,10 +108,13 @@ def add_lora(
         layer = unwrapped(modules[module])
         own_rank = pattern_value(module, ranks, rank)
         own_alpha = pattern_value(module, alpha_pattern, alpha)
+        rows = rows_of_parts(model, module, kind, layer, parts)
+        kept: dict[str, Any] = {} if rows is None else {"rows": rows}
         factors[module] = kind.factors(
             layer,
-            *kind.start(layer, module, own_rank, seed),
+            *kind.start(layer, module, own_rank * len(rows or "1"), seed),
             module,
+            **kept,
             scale=own_alpha / (math.sqrt(own_rank) if use_rslora else own_rank),
             alpha=own_alpha,
             seed=seed,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lora_analysis.errors import TargetError
-from lora_analysis.lora.kinds import KINDS
+from lora_analysis.lora.kinds import KINDS, QuantisedLoraLayer
 from lora_analysis.lora.layers import Conv1DLoraLayer, LoraLayer, Wrapper
 from lora_analysis.patterns import matches_target, module_type, natural_key, near_names
 
@@ -93,7 +93,7 @@ def linear_layers_of_blocks(model: nn.Module, trainable: Collection[str] = ()) -
     found = [
         name
         for name, module in modules.items()
-        if _kind(module) in (LoraLayer, Conv1DLoraLayer)
+        if _kind(module) in (LoraLayer, Conv1DLoraLayer, QuantisedLoraLayer)
         and any(part.isdecimal() for part in name.split("."))
         and name not in trained
         and not inside(name, trained)

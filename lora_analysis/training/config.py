@@ -35,6 +35,7 @@ TRANSFORMERS_LOOP: Mapping[str, Any] = MappingProxyType(
     {"epochs": 3, "batch_size": 16, "lr": 2e-4, "schedule": "linear", "warmup_ratio": 0.06}
 )
 Pattern = tuple[tuple[str, float], ...]
+Parts = tuple[tuple[str, tuple[str, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,8 @@ class RunConfig:
     rank_pattern, alpha_pattern
         Rank or alpha of modules by pattern, in PEFT's rule, over ``rank`` and ``alpha``. Given as
         a mapping or as pairs.
+    parts
+        Of fused modules by pattern, the parts to adapt: ``{"c_attn": ["q", "v"]}``.
     trainable
         Ends of the names of modules to train in full. A fresh classification head is trained
         without being named.
@@ -103,6 +106,7 @@ class RunConfig:
     dropout: float = 0.0
     rank_pattern: Pattern = ()
     alpha_pattern: Pattern = ()
+    parts: Parts = ()
     trainable: tuple[str, ...] = ()
     objective: Objective = "auto"
     base: BaseOptions = field(default_factory=BaseOptions)
@@ -112,6 +116,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, _pairs(getattr(self, name)))
+        parts = tuple((key, tuple(names)) for key, names in _pairs(self.parts))
+        object.__setattr__(self, "parts", parts)
         check("task", self.task, bool(self.task), "a name")
         check("rank", self.rank, self.rank >= 1, "at least 1")
         check("seed", self.seed, 0 <= self.seed < 2**63, "from 0 to 2^63 - 1")
@@ -154,6 +160,7 @@ class RunConfig:
             del values[name]
         for name in ("rank_pattern", "alpha_pattern"):
             values[name] = dict(getattr(self, name))
+        values["parts"] = {key: list(names) for key, names in self.parts}
         targets = self.targets if isinstance(self.targets, str) else list(self.targets)
         return {**values, "targets": targets, "trainable": list(self.trainable)}
 
@@ -208,7 +215,7 @@ class RunConfig:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _pairs(pattern: object) -> Pattern:
+def _pairs(pattern: object) -> tuple[tuple[str, Any], ...]:
     """Return a pattern's pairs, of a mapping or of pairs as they are."""
     pairs: Any = pattern.items() if isinstance(pattern, Mapping) else pattern
     try:

@@ -302,7 +302,7 @@ def _check_type(role: str, value: object, annotation: str) -> None:
     """Raise for a value that the annotation of its field does not allow: ``"int | None"``."""
     if value is None:
         check(role, value, "None" in annotation, "given")
-    elif annotation == "Pattern":
+    elif annotation in ("Pattern", "Parts"):
         check(role, value, isinstance(value, Mapping | tuple), "a table of module names")
     elif "tuple" in annotation:
         plain = isinstance(value, str) and annotation.endswith("str")

@@ -70,6 +70,7 @@ def _all() -> dict[str, dict[str, Any]]:
             "alpha": 32.0,
             "dropout": dropout,
             "targets": ["c_attn"],
+            "parts": {"c_attn": ["q", "v"]},
             "loop": {
                 "batch_size": 8,
                 "epochs": 5,

@@ -92,6 +92,7 @@ def prepare(config: RunConfig, place: torch.device, *, sharded: bool = False) ->
             dropout=config.dropout,
             rank_pattern={key: int(rank) for key, rank in config.rank_pattern},
             alpha_pattern=dict(config.alpha_pattern),
+            parts=dict(config.parts),
             trainable=trainable,
         )
     _use_less_memory(config, model)
