@@ -13,6 +13,7 @@ import numpy as np
 
 from lora_analysis.errors import InputError, ScaleError
 from lora_analysis.patterns import natural_key, near_names
+from lora_analysis.showing import html_facts
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -364,6 +365,14 @@ class Adapter(Mapping[str, Update]):
             saved_modules=self.saved_modules,
             config=self.config,
         )
+
+    def _repr_html_(self) -> str:
+        source = self.provenance
+        known = (("task", source.task), ("rank", source.rank), ("seed", source.seed),
+                 ("step", source.step), ("base model", source.base_model))  # fmt: skip
+        facts = [("format", source.format), ("modules", len(self))]
+        facts += [(name, str(value)) for name, value in known if value is not None]
+        return html_facts(self.label, facts, " ".join(source.findings))
 
     def __repr__(self) -> str:
         return f"<Adapter {self.label!r}: {len(self)} modules, {self.provenance.format}>"

@@ -12,7 +12,14 @@ from lora_analysis.amplify import amplification
 from lora_analysis.demo import study_demo, train_demo
 from lora_analysis.errors import InputError
 from lora_analysis.findings import number
-from lora_analysis.report import ReportFigure, ReportTable, Section, drawn_figures, write_page
+from lora_analysis.report import (
+    FORMATS,
+    ReportFigure,
+    ReportTable,
+    Section,
+    drawn_figures,
+    write_page,
+)
 from lora_analysis.report.tables import accuracy_table
 from lora_analysis.similarity import random_similarity, subspace_similarity
 
@@ -53,8 +60,16 @@ def run_reproduction(
     return write_reproduction(study_demo(runs, progress=progress), folder, progress=progress)
 
 
-def write_reproduction(study: Study, folder: Path, *, progress: Progress | None = None) -> Path:
+def write_reproduction(
+    study: Study,
+    folder: Path,
+    *,
+    formats: Sequence[str] = FORMATS,
+    progress: Progress | None = None,
+) -> Path:
     """Draw the paper's figures of section 7 and appendix H from the study of a demo run.
+
+    ``formats`` are those of the files in ``section7/``.
 
     Raises
     ------
@@ -67,7 +82,7 @@ def write_reproduction(study: Study, folder: Path, *, progress: Progress | None 
         raise InputError(message)
     made = []
     for at, (name, title, question, draw) in enumerate(_PARTS, start=1):
-        figures = tuple(drawn_figures(draw(study), folder / "section7"))
+        figures = tuple(drawn_figures(draw(study), folder / "section7", formats))
         made.append(Section(name, title, question, figures, tuple(_tables(study, name))))
         if progress:
             progress("report sections", at, len(_PARTS))
@@ -230,7 +245,7 @@ def _table_7(study: Study) -> ReportTable:
         ("paper", "4", "0.32", "21.67", "0.02", "61.95", "6.91", "21.6", "343", "15.9"),
         ("paper", "64", "1.90", "37.71", "0.33", "61.95", "3.57", "1.88", "11.1", "5.9"),
     ]
-    columns = ("", "r", "‖UᵀWV‖ ΔW’s", "W’s", "random", "‖W‖", "‖ΔW‖", "factor", "chance",
+    columns = ("model", "r", "‖UᵀWV‖ ΔW’s", "W’s", "random", "‖W‖", "‖ΔW‖", "factor", "chance",
                "enrichment")  # fmt: skip
     caption = (
         f"Table 7: {name} here, W_q of GPT-3’s layer 48 in the paper. Factor: ‖ΔW‖/‖UᵀWV‖ along "

@@ -39,7 +39,7 @@ def command(*, form: str) -> int:
         name: all(find_spec(one) is not None for one in modules)
         for name, (modules, _) in EXTRAS.items()
     }
-    devices = _devices() if found["torch"] else []
+    devices = _devices() if found.get("torch") else []
     missing = [name for name, version in found.items() if version is None]
     document: dict[str, Any] = {
         "lora_analysis": __version__,

@@ -23,6 +23,15 @@ from lora_analysis.cli.show import print_json
 from lora_analysis.cli.spreading import analysis_executor, analysis_executor_options
 
 
+def _formats(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[str, ...]:
+    found = tuple(filter(None, (one.strip() for one in value.split(","))))
+    unknown = [one for one in found if one not in ("svg", "png", "pdf")]
+    if unknown:
+        message = f"{', '.join(unknown)} is none of svg, png, pdf"
+        raise click.BadParameter(message)
+    return found
+
+
 @click.command(name="report")
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @reference_option
@@ -44,6 +53,14 @@ from lora_analysis.cli.spreading import analysis_executor, analysis_executor_opt
     help="One HTML file, or Markdown for a README or a model card.",
 )
 @click.option("--title", help="Heading of the report.")
+@click.option(
+    "--figures",
+    default="svg,png,pdf",
+    show_default=True,
+    metavar="FORMATS",
+    callback=_formats,
+    help="Formats of the files in figures/; empty for none.",
+)
 @click.option("--parquet", is_flag=True, help="Write tables/ as Parquet too (extra: parquet).")
 @modules_option
 @label_option
@@ -64,6 +81,7 @@ def command(
     output: Path,
     kind: Any,
     title: str | None,
+    figures: tuple[str, ...],
     parquet: bool,
     modules: str | None,
     label: str | None,
@@ -111,6 +129,7 @@ def command(
             command=_command_line(),
             form=kind,
             parquet=parquet,
+            figures=figures,
             progress=progress,
         )
     if form == "json":

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from lora_analysis.showing import html_facts
+
 if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
@@ -39,6 +41,9 @@ class Finding:
     topic: str
     text: str
     values: Mapping[str, float | int | str | None] = field(default_factory=dict)
+
+    def _repr_html_(self) -> str:
+        return html_facts(f"{self.kind}: {self.topic}", self.values.items(), self.text)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,6 +86,10 @@ class Level:
     def pairs(self) -> int:
         """How many pairs have a value."""
         return len(self.pair_medians)
+
+    def text(self, value: float) -> str:
+        """Return a value as a sentence shows it; above chance, what is nothing is 0."""
+        return number(round(value, 3) + 0.0 if self.above_chance else value)
 
     @property
     def name(self) -> str:

@@ -66,6 +66,7 @@ def _inferred(found: RunInference, rank: int) -> Finding:
 
 
 def _quartiles(values: NDArray[np.float64]) -> str:
+    values = np.round(values, 4) + 0.0  # above chance, nothing is 0 and not −1e-5
     return f"{number(values[1])} (quartiles {number(values[0])} to {number(values[2])})"
 
 

@@ -7,11 +7,12 @@ and `made` are what lies beside the page, and how it came about.
 
 from lora_analysis.report.figures import ReportFigure
 from lora_analysis.report.results import results_schema
-from lora_analysis.report.sections import DrawnFigure, Section, drawn_figures
+from lora_analysis.report.sections import FORMATS, DrawnFigure, Section, drawn_figures
 from lora_analysis.report.tables import ReportTable
 from lora_analysis.report.writing import write_page, write_report
 
 __all__ = [
+    "FORMATS",
     "DrawnFigure",
     "ReportFigure",
     "ReportTable",

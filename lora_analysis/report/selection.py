@@ -15,18 +15,25 @@ if TYPE_CHECKING:
 
 # The smaller rank of the paper's Figure 3.
 SMALL_RANK = 8
+# What queries and values are called; one name of each at most is in a model.
+_PAPER_TYPES = (
+    "q_proj", "query", "q", "to_q", "wq", "q_lin", "v_proj", "value", "v", "to_v", "wv", "v_lin",
+)  # fmt: skip
 
 
 def telling_modules(names: Sequence[str], count: int = 2) -> list[str]:
-    """Return one middle-layer module of each of the first ``count`` types, in order.
+    """Return one middle-layer module of each of ``count`` types.
 
+    Those that the paper adapts, queries and values, where they are there, else the first in order.
     With a single type (or names without one), neighbours in the middle are returned.
     """
     by_type: dict[str, list[str]] = {}
     for name in names:
         by_type.setdefault(module_type(name), []).append(name)
     if len(by_type) >= count:
-        return [own[len(own) // 2] for own in list(by_type.values())[:count]]
+        first = [kind for kind in _PAPER_TYPES if kind in by_type]
+        order = dict.fromkeys([*(first if len(first) > 1 else ()), *by_type])
+        return [by_type[kind][len(by_type[kind]) // 2] for kind in list(order)[:count]]
     start = max(0, (len(names) - count) // 2)
     return list(names[start : start + count])
 

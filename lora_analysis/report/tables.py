@@ -225,7 +225,8 @@ def verdicts_table(said: Sequence[Finding]) -> ReportTable | None:
         values = one.values
         for side in ("output", "input"):
             if f"phi_1_1_{side}" in values and "subject" in values:
-                numbers = (values[f"{name}_{side}"] for name in ("phi_1_1", "reference", "chance"))
+                names = ("phi_1_1", "reference", "chance")
+                numbers = (_small(values[f"{name}_{side}"]) for name in names)
                 verdict = _VERDICTS[values[f"verdict_{side}"]]  # type: ignore[index]
                 rows.append((str(values["subject"]), side, verdict, *map(_cell, numbers)))
     if not rows:
@@ -235,6 +236,11 @@ def verdicts_table(said: Sequence[Finding]) -> ReportTable | None:
     columns = ("comparison", "side", "first direction", name, "unrelated pairs", "chance")
     caption = f"Medians of {name} over modules and pairs, beside those of the reference."
     return ReportTable("verdicts", caption, columns, tuple(rows), 3)
+
+
+def _small(value: Any) -> Any:
+    """Return a number to five decimals: above chance, nothing is 0 and not −1e-6."""
+    return round(value, 5) + 0.0 if isinstance(value, float) else value
 
 
 def kinds_table(study: Study) -> ReportTable | None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from lora_analysis import chance
 from lora_analysis.errors import InputError
+from lora_analysis.showing import html_table
 from lora_analysis.spectra import SIDES, Side
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from lora_analysis.pairwise import ModulePairs
 
 ALL = "all"
+# A notebook shows larger atlases by name only.
+SHOWN = 24
 # From here on two updates are one, whatever their length.
 DUPLICATE_COSINE = 0.99
 # An order in which neighbours in the tree are neighbours in the picture costs O(N³) to find.
@@ -78,6 +81,15 @@ class Atlas:
         of = self.cosine if what == "cosine" else self.overlap[what]  # type: ignore[index]
         found: NDArray[np.float64] = of[self.kinds.index(kind)]
         return found
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (name, *(self.matrix("output")[at] if len(self.labels) <= SHOWN else ()))
+            for at, name in enumerate(self.labels[:SHOWN])
+        ]
+        columns = ("adapter", *(self.labels if len(self.labels) <= SHOWN else ()))
+        note = "Mean over modules of ω above chance, output side."
+        return html_table(f"Atlas of {len(self.labels)} adapters", columns, rows, note)
 
     def linkage(self, what: str = "output", kind: str = ALL) -> NDArray[np.float64]:
         """Return the tree of average linkage, ``(N − 1, 4)`` as scipy has it.

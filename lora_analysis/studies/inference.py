@@ -11,6 +11,7 @@ import pandas as pd
 
 from lora_analysis import chance
 from lora_analysis.errors import InputError
+from lora_analysis.showing import html_facts
 from lora_analysis.spectra import SIDES, Side
 from lora_analysis.studies.relations import base_key
 
@@ -56,6 +57,19 @@ class RunInference:
     within: NDArray[np.float64]
     between: NDArray[np.float64]
     standard_error: float | None
+
+    def _repr_html_(self) -> str:
+        test = self.permutation
+        facts = [
+            ("runs, tasks", f"{self.n}, {len(set(self.tasks))}"),
+            ("median between runs of one task", self.within[1]),
+            ("median between runs of different tasks", self.between[1]),
+            ("difference of the means", test.difference),
+            ("its standard error (jackknife over runs)", self.standard_error),
+            ("p, relabelling runs", test.p_value),
+            ("smallest p that so few runs allow", test.smallest_p_value),
+        ]
+        return html_facts(f"{self.quantity}, {self.side} side", facts)
 
     @property
     def n(self) -> int:

@@ -16,6 +16,7 @@ from lora_analysis.bases import BaseWeights
 from lora_analysis.errors import BaseWeightError, InputError, SourceError
 from lora_analysis.execution import in_threads
 from lora_analysis.patterns import choose_names, module_type, natural_key
+from lora_analysis.showing import html_table
 from lora_analysis.similarity import SimilarityGrid, subspace_similarity
 from lora_analysis.spectra import Factor, Side, Spectrum, spectrum
 from lora_analysis.studies.atlas import Atlas, AtlasSums
@@ -40,6 +41,8 @@ Progress = Callable[[str, int, int], None]
 # Pairs of more adapters fill tables that nobody reads: 40 have 780 pairs, in every module.
 MOST_IN_PAIRS = 40
 DRAWS = 16
+# Rows that a notebook shows.
+SHOWN = 40
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,6 +104,15 @@ class Study:
     across_bases: int = 0
     options: Mapping[str, object] = field(default_factory=dict)
     _amplified: Mapping[tuple[str, str], Amplification] = field(default_factory=dict)
+
+    def _repr_html_(self) -> str:
+        known = [c for c in ("task", "rank", "seed", "step") if self.runs[c].notna().any()]
+        columns = ["adapter", *known, "modules", "norm"]
+        rows = [[row[c] for c in columns] for row in self.runs.head(SHOWN).to_dict("records")]
+        left = len(self.runs) - len(rows)
+        note = f"{len(self.pairs)} pairs compared" + (f"; {left} more adapters" if left else "")
+        title = f"Study of {len(self.adapters)} adapters"
+        return html_table(title, columns, rows, f"{note}. write_report(study, path) shows all.")
 
     def grid(
         self, a: str, b: str, module: str, *, side: Side = "input", factor: Factor = "delta"
