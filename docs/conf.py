@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
+import click
+
 import lora_analysis
+from lora_analysis.cli import VERBS, group
 
 HERE = Path(__file__).parent
 
@@ -16,7 +20,7 @@ author = "the lora_analysis authors"
 copyright = author
 release = version = lora_analysis.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_click", "myst_nb"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_nb"]
 exclude_patterns = ["_build"]
 # Docstrings put names into single backticks: all of them are code.
 default_role = "code"
@@ -56,6 +60,32 @@ def copy_notebooks(_app: Any) -> None:
         shutil.copyfile(notebook, target / notebook.name)
 
 
+def write_commands(_app: Any) -> None:
+    """Write the page of the commands: of each, exactly what ``--help`` prints."""
+    parts = [_titled("Commands", "="), _COMMANDS, _help(group, "lora-analysis")]
+    for verb in VERBS:
+        command = group.get_command(click.Context(group), verb)
+        assert command is not None
+        name = f"lora-analysis {verb}"
+        parts += [_titled(name, "-"), _help(command, name)]
+    (HERE / "reference" / "commands.rst").write_text("\n".join(parts), encoding="utf-8")
+
+
+_COMMANDS = """What ``--help`` prints. Data goes to stdout, everything else to stderr. Exit codes:
+0 done, 1 unexpected, 2 usage, 3 input refused, 4 done but some adapters failed, 130 interrupted,
+141 the reader of stdout went away.
+"""
+
+
+def _titled(text: str, mark: str) -> str:
+    return f"{text}\n{mark * len(text)}\n"
+
+
+def _help(command: click.Command, name: str) -> str:
+    with click.Context(command, info_name=name, terminal_width=90, max_content_width=90) as context:
+        return ".. code-block:: text\n\n" + textwrap.indent(command.get_help(context), "   ") + "\n"
+
+
 def skip_what_lives_elsewhere(
     app: Any, _what: str, name: str, value: object, skip: bool, _options: object
 ) -> bool:
@@ -66,6 +96,7 @@ def skip_what_lives_elsewhere(
 
 
 def setup(app: Any) -> None:
-    """Connect the two to Sphinx."""
+    """Connect the three to Sphinx."""
     app.connect("builder-inited", copy_notebooks)
+    app.connect("builder-inited", write_commands)
     app.connect("autodoc-skip-member", skip_what_lives_elsewhere)

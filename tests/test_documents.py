@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ from documents import ROOT, Page, blocks, copy_tree
 import lora_analysis
 from lora_analysis import demo, formats
 from lora_analysis.cli import VERBS
-from lora_analysis.execution import SerialExecutor
+from lora_analysis.execution.serial import SerialExecutor
 from lora_analysis.formats import registry
 from lora_analysis.training import LoopOptions, RunConfig, sweep
 
@@ -112,3 +116,32 @@ def test_notebooks_were_run_in_order_and_without_an_error(path: Path) -> None:
     pictures = [one for one in outputs if "image/png" in one.get("data", {})]
     drawn = [cell for cell in cells if re.search(r"^plot_", "".join(cell["source"]), re.MULTILINE)]
     assert len(pictures) >= len(drawn) > 0
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_use_the_package_and_define_next_to_nothing(path: Path) -> None:
+    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    tree = ast.parse("\n".join(re.sub(r";$", "", "".join(c["source"])) for c in cells))
+    imported = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert any(name.startswith("lora_analysis") for name in imported)
+    for node in ast.walk(tree):
+        assert not isinstance(node, ast.ClassDef | ast.AsyncFunctionDef)
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 5, node.name
+
+
+@pytest.mark.slow
+def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("myst_nb", reason="the documentation's extra is not installed")
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-W", "-q", "-d", tmp_path / "trees", ROOT / "docs", "."],
+        # Its pages are run above; here it is their text, their links, and the docstrings.
+        env={**os.environ, "DOCS_EXECUTION": "off"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    shown = (tmp_path / "reference" / "commands.html").read_text(encoding="utf-8")
+    assert all(f"Usage: lora-analysis {verb}" in shown for verb in VERBS)
