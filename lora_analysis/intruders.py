@@ -28,7 +28,7 @@ class IntruderSide:
     Attributes
     ----------
     max_cosine
-        ``(k,)``: max over i of |cos(y_j, x_i)|, for all singular vectors x_i of W up to its
+        ``(k,)``: ``max_i |cos(y_j, x_i)|``, for all singular vectors x_i of W up to its
         numerical rank; what LAPACK returns beyond is arbitrary.
     nearest
         ``(k,)``: the i of that maximum, from 1; 0 where W is zero.
