@@ -198,7 +198,7 @@ class GGUFTensors:
         if name.endswith("attn_k.weight"):
             heads = metadata.get(f"{self._arch}.attention.head_count_kv", heads)
         if isinstance(heads, list):  # a number for each block
-            block = int(name.split(".")[1])
+            block = int(name.split(".")[1]) if _has_block(name) else len(heads)
             heads = heads[block] if block < len(heads) else None
         if not isinstance(heads, int) or heads < 1 or height % (2 * heads):
             message = (
@@ -265,4 +265,5 @@ def _modules_of(gguf: Any, arch: str, names: Mapping[str, Any]) -> dict[str, lis
 
 
 def _has_block(name: str) -> bool:
-    return name.startswith("blk.") and name.split(".")[1].isdecimal()
+    number = name.split(".")[1] if name.startswith("blk.") else ""
+    return number.isdecimal() and len(number) < 5  # the library writes a table for each

@@ -91,7 +91,7 @@ def _describe(adapter: Adapter, pattern: str | None) -> dict[str, Any]:
         "scale_known": not any(one["in_units_of_scale"] for one in facts),
         "untrained_modules": sum(one["untrained"] for one in facts),
         "saved_modules": sorted(adapter.saved_modules),
-        "findings": list(source.findings),
+        "findings": [*source.findings, *(doubt for one in facts for doubt in one.pop("doubts"))],
         "modules": facts,
     }
 
@@ -112,6 +112,7 @@ def _chosen(adapter: Adapter, pattern: str | None) -> list[str]:
 
 def _module_facts(adapter: Adapter, name: str) -> dict[str, Any]:
     """Read one module and return what is said of it."""
+    from lora_analysis.formats.doubts import doubts
     from lora_analysis.patterns import module_type
     from lora_analysis.spectra import spectrum
 
@@ -136,6 +137,7 @@ def _module_facts(adapter: Adapter, name: str) -> dict[str, Any]:
         "stable_rank": value.stable_rank,
         "energy_rank_90": value.energy_rank(0.9),
         "singular_values": value.S,
+        "doubts": doubts(update),
     }
 
 

@@ -20,6 +20,7 @@ from lora_analysis.formats.factors import (
     StatedScale,
     StoredPair,
     complete_pairs,
+    finite_number,
     scale_from_alpha,
 )
 from lora_analysis.formats.merged import FUSED, enable_needed, is_merged, merged_finding, split
@@ -210,6 +211,5 @@ def _pairs(
 
 
 def _scale(alpha: object, rank: int) -> StatedScale:
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-        return UNKNOWN_SCALE
-    return scale_from_alpha(float(alpha), rank, "config")
+    number = finite_number(alpha)
+    return UNKNOWN_SCALE if number is None else scale_from_alpha(number, rank, "config")

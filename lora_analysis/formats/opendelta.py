@@ -15,6 +15,7 @@ from lora_analysis.formats.factors import (
     UNKNOWN_SCALE,
     StatedScale,
     complete_pairs,
+    finite_number,
     scale_from_alpha,
 )
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
@@ -84,6 +85,5 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
 
 
 def _scale(alpha: object, rank: int) -> StatedScale:
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-        return UNKNOWN_SCALE
-    return scale_from_alpha(float(alpha), rank, "config")
+    number = finite_number(alpha)
+    return UNKNOWN_SCALE if number is None else scale_from_alpha(number, rank, "config")

@@ -61,11 +61,11 @@ def _is_shard(path: Path) -> bool:
 
 def _names_peft(config: Path) -> bool:
     """Say whether a config is PEFT's; a broken one is taken for it, so that reading says why."""
-    if not config.is_file():
+    if not config.exists():
         return False
     try:
         return "peft_type" in read_json_object(config)
-    except MalformedFileError:
+    except (MalformedFileError, SourceError):  # a pipe is not opened
         return True
 
 

@@ -17,8 +17,9 @@ from lora_analysis.formats.sources import (
     place_of,
 )
 from lora_analysis.patterns import natural_key
+from lora_analysis.storage.gguf import read_gguf
 from lora_analysis.storage.hub_names import shown_errors
-from lora_analysis.storage.safetensors import read_header
+from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
     import os
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter
     from lora_analysis.formats.initial import StartOf
 
+_UNPICKLED = (".safetensors", ".gguf", ".npz")
 _MAX_DEPTH = 6
 _LISTED = 12
 
@@ -226,12 +228,14 @@ def _find_here(path: Path, options: ReadOptions) -> list[AdapterRef]:
 
 
 def _damaged(path: Path) -> list[AdapterRef]:
-    """Return a safetensors file whose header cannot be read: what it was, nobody can say."""
-    if path.suffix == ".safetensors" and path.is_file():
+    """Return a file of tensors whose header cannot be read: what it was, nobody can say."""
+    if path.suffix in _UNPICKLED and path.is_file():
         try:
-            read_header(path)
+            read_gguf(path) if path.suffix == ".gguf" else open_tensors(path)
         except MalformedFileError:
             return [AdapterRef(path, "damaged", label_of(path))]
+        except InputError:
+            return []
     return []
 
 

@@ -20,6 +20,7 @@ from lora_analysis.formats.factors import (
     StatedScale,
     StoredPair,
     complete_pairs,
+    finite_number,
     scale_from_alpha,
 )
 from lora_analysis.formats.peft_config import CONFIG_NAME
@@ -113,9 +114,8 @@ def _scale(alpha: float | None, rank: int) -> StatedScale:
 def _alpha(path: Path) -> tuple[float | None, Path | None]:
     """Return the alpha that the exported config or the run's own states, and which file did."""
     exported = path.with_name(CONFIG_NAME)
-    found = _json(exported).get("lora_alpha")
-    if isinstance(found, int | float) and not isinstance(found, bool):
-        return float(found), exported
+    if (stated := finite_number(_json(exported).get("lora_alpha"))) is not None:
+        return stated, exported
     for folder in (path.parent, path.absolute().parent.parent):
         run = folder / "torchtune_config.yaml"
         if (alpha := number(plain_values(run).get("lora_alpha"))) is not None:

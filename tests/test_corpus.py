@@ -1,0 +1,33 @@
+"""The command line on files that nobody should send: a refusal or a number, never a crash."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from corpus.cases import CASES, Case
+
+from lora_analysis.cli import run
+
+
+def test_the_cases_have_names_of_their_own() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_inspect_refuses_or_reads_and_says_why(
+    case: Case, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = case.make(tmp_path)
+    code = run(["inspect", str(source), "--format", "json", *case.arguments])
+    out, err = capfd.readouterr()
+    assert code == case.code, err
+    assert case.said in out + err
+    assert "never be printed" not in out
+    if code == 3:
+        assert out == ""
+        assert err.startswith("Error: ")
+        return
+    document = json.loads(out, parse_constant=lambda text: pytest.fail(f"{text} is not JSON"))
+    assert document["adapters"]
