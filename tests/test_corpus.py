@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from corpus.cases import CASES, Case
+from corpus.headers import NAMES
 
 from lora_analysis.cli import run
 
@@ -31,3 +32,13 @@ def test_inspect_refuses_or_reads_and_says_why(
         return
     document = json.loads(out, parse_constant=lambda text: pytest.fail(f"{text} is not JSON"))
     assert document["adapters"]
+
+
+@pytest.mark.parametrize("case", NAMES, ids=[case.name for case in NAMES])
+def test_no_name_acts_on_the_terminal(
+    case: Case, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(["inspect", str(case.make(tmp_path))])
+    shown = "".join(capfd.readouterr())
+    assert all(line.isprintable() for line in shown.splitlines())
+    assert "Traceback" not in shown

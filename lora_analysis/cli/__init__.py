@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import click
 
 from lora_analysis import __version__
+from lora_analysis.cli.text import printable_lines
 from lora_analysis.errors import LoraAnalysisError, MissingExtraError
 
 # The help of the group needs one line per verb, and must not import what the verbs need.
@@ -112,7 +113,7 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def _say(message: str, code: int) -> int:
-    click.echo(message, err=True)
+    click.echo(printable_lines(message), err=True)
     return code
 
 

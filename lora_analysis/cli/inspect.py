@@ -18,6 +18,7 @@ from lora_analysis.cli.options import (
     say_left_out,
 )
 from lora_analysis.cli.show import decimals, print_facts, print_json, print_table, sparkline
+from lora_analysis.cli.text import printable
 
 if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter
@@ -62,7 +63,7 @@ def command(
         print_json({"adapters": documents, "failures": lost})
     elif form == "quiet":
         for one in documents:
-            click.echo(one["label"])
+            click.echo(printable(one["label"]))
     elif len(documents) + len(left_out) == 1:
         _print_one(documents[0], every=every)
     else:

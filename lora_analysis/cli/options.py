@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from lora_analysis.cli.text import printable
 from lora_analysis.errors import InputError, SourceError
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def say_left_out(left_out: list[LeftOut], *, some: bool) -> None:
     if len(left_out) == 1 and not some:
         raise left_out[0].error
     for one in left_out:
-        click.echo(f"Left out: {one}", err=True)
+        click.echo(printable(f"Left out: {one}"), err=True)
     if not some:
         message = f"None of the {len(left_out)} adapters and sources can be used."
         raise SourceError(message)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 # The largest of a million normal numbers is 5 times their root mean square, in factors of real
 # files 3 to 7 times.
 _OUTLYING: Final = 1000.0
+# Alphas of a few hundred over a rank of 1 are met.
+_LARGE_SCALE: Final = 1e4
+_LARGE: Final = 1e4
 # Of fewer numbers than these, one may well be all that matters.
 _FEW: Final = 16
 # Adam's first step already moves B by the learning rate.
@@ -27,15 +30,20 @@ _NOTHING: Final = 1e-20
 
 
 def doubts(update: Update) -> list[str]:
-    """Return a sentence on each factor with numbers that training hardly leaves.
+    """Return a sentence on each factor with numbers that training hardly leaves, and on the scale.
 
-    One number a thousand times the root mean square of the other non-zero ones (a flipped bit of
-    an exponent), or none above 1e-20 though some are not zero (bytes read as another type).
+    One number above 1e4, or a thousand times the root mean square of the other non-zero ones (a
+    flipped bit of an exponent), or none above 1e-20 though some are not zero (bytes read as
+    another type).
     """
     if not isinstance(update, LowRankUpdate):
         return []
+    scale = update.scale
+    large = []
+    if scale is not None and abs(scale) > _LARGE_SCALE:
+        large = [f"The scale of '{update.name}' is {scale:.3g}. Is its alpha damaged?"]
     found = (_doubt(role, update.name, one) for role, one in (("A", update.A), ("B", update.B)))
-    return [sentence for sentence in found if sentence]
+    return large + [sentence for sentence in found if sentence]
 
 
 def _doubt(role: str, name: str, values: NDArray[np.floating[Any]]) -> str:
@@ -48,6 +56,8 @@ def _doubt(role: str, name: str, values: NDArray[np.floating[Any]]) -> str:
             f"{role} of '{name}' holds no number above {largest:.1g}; trained factors are not so "
             "small. Is the file damaged?"
         )
+    if largest > _LARGE:
+        return f"{role} of '{name}' holds a number of {largest:.3g}. Is the file damaged?"
     sizes = np.abs(flat)
     # A mean is at most the root mean square: with this much in the others, there is no doubt.
     if float(sizes.sum()) > largest * (1 + flat.size / _OUTLYING):

@@ -28,7 +28,7 @@ MAX_NESTING: Final = 8
 MAX_ADAPTER_BYTES: Final = 8 * 2**30
 """The factors of one adapter, as float32."""
 
-MAX_SCALE: Final = 1e9
+MAX_SCALE: Final = 1e6
 """Multiplier of an update, by its size."""
 
 MAX_VALUE: Final = 1e15
