@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter
     from lora_analysis.bases import BaseWeights
     from lora_analysis.formats import AdapterRef
+    from lora_analysis.formats.initial import StartOf
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Progress = Callable[[str, int, int], None]
@@ -47,9 +48,26 @@ class Reading:
     enable_lora: tuple[bool, ...] | None = None
     kernel: int | None = None
     heads: tuple[int, int] | None = None
+    trained_on: str | None = None
 
     def read(self, source: str | AdapterRef) -> Adapter:
-        """Read the one adapter at ``source``."""
+        """Read the one adapter at ``source``, with the change it makes where the base is named."""
+        from lora_analysis.errors import UnsupportedMethodError
+
+        base = self.open_base(self.trained_on)
+        if base is None:
+            return self._read(source, self.initial)
+        from lora_analysis.effective import effective_adapter, start_from_base
+
+        try:
+            adapter = self._read(source, self.initial)
+        except UnsupportedMethodError:
+            if self.initial is not None:
+                raise
+            adapter = self._read(source, start_from_base(base))
+        return effective_adapter(adapter, base)
+
+    def _read(self, source: str | AdapterRef, initial: str | StartOf | None) -> Adapter:
         from lora_analysis.formats import read_adapter
 
         return read_adapter(
@@ -58,7 +76,7 @@ class Reading:
             scale=self.scale,
             alpha=self.alpha,
             allow_pickle=self.allow_pickle,
-            initial=self.initial,
+            initial=initial,
             enable_lora=self.enable_lora,
             kernel=self.kernel,
             heads=self.heads,
@@ -66,9 +84,7 @@ class Reading:
 
     def open_base(self, source: str | None) -> BaseWeights | None:
         """Open the base at ``source``, as pickles where these are allowed; None without one."""
-        from lora_analysis.bases import open_base
-
-        return None if source is None else open_base(source, allow_pickle=self.allow_pickle)
+        return None if source is None else _opened(source, self.allow_pickle)
 
     def find(self, sources: Iterable[str], left_out: list[LeftOut]) -> list[AdapterRef]:
         """Return every adapter found at the sources; a source without one is left out."""
@@ -112,6 +128,14 @@ class Reading:
         adapters = list(self.read_each(sources, left_out, progress))
         say_left_out(left_out, some=bool(adapters))
         return sorted(adapters, key=lambda one: natural_key(one.label)), left_out
+
+
+@functools.lru_cache(maxsize=2)
+def _opened(source: str, allow_pickle: bool) -> BaseWeights:
+    """Open a base once for all adapters that are held against it."""
+    from lora_analysis.bases import open_base
+
+    return open_base(source, allow_pickle=allow_pickle)
 
 
 def say_left_out(left_out: list[LeftOut], *, some: bool) -> None:
@@ -161,6 +185,7 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
         enable_lora: Any,
         kernel: Any,
         heads: Any,
+        trained_on: Any,
         **others: Any,
     ) -> Any:
         if scale is not None and alpha is not None:
@@ -175,15 +200,22 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
             enable_lora=enable_lora,
             kernel=kernel,
             heads=heads,
+            trained_on=trained_on,
         )
         return command(*args, reading=reading, **others)
 
+    wrapped = click.option(
+        "--trained-on",
+        metavar="BASE",
+        help="The base weights that training started from: the update is then the whole change of "
+        "the weight (DoRA, KaSA), and a start that was taken out of them is known (PiSSA, OLoRA).",
+    )(_structure_options(with_reading))
     wrapped = click.option(
         "--initial",
         metavar="SOURCE",
         help="The adapter before training, where its product was taken out of the base (PiSSA, "
         "OLoRA, CorDA, LoRA-GA).",
-    )(_structure_options(with_reading))
+    )(wrapped)
     wrapped = click.option(
         "--allow-pickle",
         is_flag=True,

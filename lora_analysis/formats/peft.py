@@ -170,7 +170,8 @@ def _start(
 
 def _start_needed(config: PeftConfig) -> UnsupportedMethodError:
     recomputed = (
-        " For PiSSA and OLoRA, initial=start_from_base(base) works them out of the base weights."
+        " For PiSSA and OLoRA, initial=start_from_base(base) works them out of the base weights "
+        "(command line: --trained-on BASE)."
         if config.subtracted in ("PiSSA", "OLoRA")
         else ""
     )
