@@ -363,6 +363,36 @@ def test_an_adapter_is_not_taken_for_a_base(
     assert str(tmp_path) not in str(caught.value)
 
 
+def test_errors_about_values_name_the_address_and_not_the_cache(
+    hub: FakeHub, stored: dict[str, bytes], rng: np.random.Generator, tmp_path: Path
+) -> None:
+    weights, files = sharded(rng)
+    hub.commit("org/base", files)
+    base = open_base("org/base")
+    weight = base.weight(next(iter(weights)).removesuffix(".weight"))
+    for shard in base.snapshot.path.glob("*.safetensors"):  # type: ignore[union-attr]
+        shard.resolve().write_bytes(b"cut")
+    with pytest.raises(InputError, match=r"hf://org/base@\w+/.*file now has 3") as caught:
+        weight.array()
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_an_initial_adapter_comes_from_a_hub_and_its_errors_say_so(
+    hub: FakeHub, stored: dict[str, bytes], tmp_path: Path
+) -> None:
+    config = json.loads(stored["adapter_config.json"]) | {"init_lora_weights": "pissa"}
+    own = tmp_path / "stored"
+    (own / "adapter_config.json").write_text(json.dumps(config))
+    hub.commit("me/start", stored)
+    trained = read_adapter(own, initial="hf://me/start")
+    name = next(iter(trained))
+    assert np.abs(trained[name].delta_weight()).max() < 1e-6  # nothing was trained
+    hub.commit("me/none", {"config.json": b"{}", "other.safetensors": save({})})
+    with pytest.raises(InputError, match=r"hf://me/none@\w+: no adapter") as caught:
+        read_adapter(own, initial="me/none")
+    assert str(tmp_path / "cache") not in str(caught.value)
+
+
 # --- the command line -------------------------------------------------------------------------
 
 

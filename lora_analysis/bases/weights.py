@@ -15,6 +15,7 @@ from lora_analysis.bases.naming import TensorNames, matrix_shape
 from lora_analysis.bases.orientation import is_transposed
 from lora_analysis.bases.pieces import Piece, Tiles, tiles_of
 from lora_analysis.errors import BaseWeightError
+from lora_analysis.storage.hub_names import shown_errors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -183,7 +184,8 @@ class BaseWeights:
 
     def stored_tensor(self, name: str) -> NDArray[Any]:
         """Return a tensor of any shape, as stored; :meth:`weight` is the way to a matrix."""
-        return self._source.read(name)
+        with shown_errors(self.snapshot):
+            return self._source.read(name)
 
     def weight(
         self,
@@ -251,17 +253,23 @@ class BaseWeights:
         def errors() -> Tiles | None:
             if not known or any(source.squared_errors(p.tensor, p.index) is None for p in pieces):
                 return None
-            return tiles_of(pieces, source.squared_errors, transposed=transposed)  # type: ignore[arg-type]
+            found = tiles_of(pieces, source.squared_errors, transposed=transposed)  # type: ignore[arg-type]
+            return self._named(found)
 
         return Weight(
             " + ".join(names),
             shape,
             source.dtype(pieces[0].tensor),
             transposed,
-            lambda: tiles_of(pieces, source.tiles, transposed=transposed),
+            lambda: self._named(tiles_of(pieces, source.tiles, transposed=transposed)),
             " + ".join(storage for storage in storages if storage),
             errors,
         )
+
+    def _named(self, tiles: Tiles) -> Tiles:
+        """Yield tiles; an error names the address of a model from a hub, not its cache."""
+        with shown_errors(self.snapshot):
+            yield from tiles
 
     def _piece(
         self,

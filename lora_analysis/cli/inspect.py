@@ -151,11 +151,13 @@ def _counted(values: list[Any]) -> str:
 
 
 def _scales(facts: list[dict[str, Any]]) -> str:
-    words = [
-        "unknown" if one["scale"] is None else f"{one['scale']:.4g} from {one['scale_origin']}"
-        for one in facts
-    ]
-    return _counted(words)
+    return _counted([_scale(one) for one in facts])
+
+
+def _scale(fact: dict[str, Any]) -> str:
+    if fact["scale"] is None:
+        return "unknown" if fact["in_units_of_scale"] else "1 (a dense update)"
+    return f"{fact['scale']:.4g} from {fact['scale_origin']}"
 
 
 def _unresolved(facts: list[dict[str, Any]]) -> list[str]:

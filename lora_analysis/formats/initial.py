@@ -15,6 +15,7 @@ import numpy as np
 
 from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.errors import MalformedFileError
+from lora_analysis.storage.hub_names import shown_errors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lora_analysis.formats.factors import StoredPair
+    from lora_analysis.storage.hub_names import Snapshot
     from lora_analysis.storage.tensors import NamedTensors
 
 
@@ -65,11 +67,13 @@ class StoredStart:
 
     tensors: NamedTensors
     pairs: Mapping[str, StoredPair]
+    snapshot: Snapshot | None = None
 
     def __call__(self, request: StartRequest) -> Factors:
         """Return A₀ and B₀ of one module."""
         pair = self.pairs[request.update.name]
-        return pair.a.read(self.tensors), pair.b.read(self.tensors)
+        with shown_errors(self.snapshot):
+            return pair.a.read(self.tensors), pair.b.read(self.tensors)
 
 
 def check_start(
