@@ -338,6 +338,24 @@ def test_nemos_fused_rows_are_taken_apart_by_groups_of_heads(tmp_path: Path) -> 
         read(tmp_path / "m.pt", heads=(5, 5))
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_nemos_gate_and_up_are_split_where_they_lie_whole(tmp_path: Path, parts: int) -> None:
+    a, gate, up = random(2, 6), random(8, 2), random(8, 2)
+    key = "model.decoder.layers.0.mlp.linear_fc1.adapter"
+    tensors = {f"{key}.linear_in.weight": a, f"{key}.linear_out.weight": torch.cat([gate, up])}
+    torch.save(tensors, tmp_path / "model_weights.ckpt")
+    (tmp_path / "model_config.yaml").write_text(
+        f"tensor_model_parallel_size: {parts}\nffn_hidden_size: 8\npeft:\n  alpha: 4\n"
+    )
+    adapter = read(tmp_path / "model_weights.ckpt")
+    if parts == 1:
+        assert_delta(adapter, "model.layers.0.mlp.gate_proj", 2 * gate @ a)
+        assert_delta(adapter, "model.layers.0.mlp.up_proj", 2 * up @ a)
+        assert adapter.provenance.findings == ()
+    else:
+        assert list(adapter) == ["model.layers.0.mlp.linear_fc1"]
+
+
 def test_nemos_archive_is_refused_with_what_to_do(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "lora.nemo", "w") as archive:
         archive.add(__file__, "model_config.yaml")
