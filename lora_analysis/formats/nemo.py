@@ -21,6 +21,7 @@ from lora_analysis.formats.factors import (
     scale_from_alpha,
 )
 from lora_analysis.formats.plain_yaml import count, number, plain_values
+from lora_analysis.formats.rank_parts import refuse_rank_part
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
 from lora_analysis.storage.tensors import open_tensors
 
@@ -101,6 +102,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
             "of several mp_rank_* folders, export the adapter to PEFT first."
         )
         raise UnsupportedMethodError(message)
+    refuse_rank_part(path)
     tensors = open_tensors(path, allow_pickle=options.allow_pickle)
     factors, others = factors_named(tensors, _KEY, "linear_in")
     pairs: list[StoredPair] = []
@@ -211,7 +213,7 @@ def _fc1_finding(modules: int) -> list[str]:
     if not modules:
         return []
     return [
-        f"{modules} modules linear_fc1 are kept whole: the rows of B are Megatron's own, gate above "
-        "up in every tensor-parallel part. A model_config.yaml beside the file that states "
+        f"{modules} modules linear_fc1 are kept whole: the rows of B are Megatron's own, gate "
+        "above up in every tensor-parallel part. A model_config.yaml beside the file that states "
         "ffn_hidden_size and tensor_model_parallel_size 1 has them split."
     ]
