@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from factories import low_rank_update
 from image_files import lora_pair, stored
 
 from lora_analysis.adapter import DenseUpdate
-from lora_analysis.errors import MalformedFileError
-from lora_analysis.formats import read_adapter
+from lora_analysis.cli import run
+from lora_analysis.errors import MalformedFileError, SourceError
+from lora_analysis.formats import find_adapters, read_adapter
 from lora_analysis.formats.doubts import doubts
 from lora_analysis.storage import limits
 
@@ -82,3 +84,27 @@ def test_scales_and_sizes_beyond_the_limits_are_refused(
     with pytest.raises(MalformedFileError, match="take 88 bytes, the limit is 80"):
         read_adapter(path, scale=1)
     assert limits.MAX_ADAPTER_BYTES == 8 * 2**30
+
+
+def test_what_the_system_refuses_is_named_as_any_bad_input(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = lora_pair(rng, f"{PEFT}.lora_A.weight", f"{PEFT}.lora_B.weight")
+    for name in ("good", "bad"):
+        stored(tmp_path / name / "adapter_model.safetensors", tensors)
+    bad = tmp_path / "bad" / "adapter_model.safetensors"
+    adapter = read_adapter(bad, scale=1)
+    plain = Path.open
+
+    def refusing(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == bad:
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    with pytest.raises(SourceError, match=r"bad/adapter_model.safetensors: cannot be read: Perm"):
+        _ = adapter["q"]
+    with pytest.raises(SourceError, match="cannot be read: Permission denied"):
+        read_adapter(bad, scale=1)
+    assert [ref.format for ref in find_adapters(tmp_path)] == ["unreadable", "peft"]
+    assert run(["inspect", str(tmp_path), "--scale", "1"]) == 4

@@ -105,6 +105,10 @@ def run(arguments: list[str] | None = None) -> int:
         if "--debug" in given:
             raise
         return _say(f"Error: {error}", 1 if isinstance(error, MissingExtraError) else 3)
+    except OSError as error:
+        if "--debug" in given:
+            raise
+        return _say(f"Error: {error}", 1)
     except Exception as error:  # the last line of defence is the one place for it
         if "--debug" in given:
             raise

@@ -90,6 +90,9 @@ def one_size(**sizes: Any) -> dict[str, Any]:
 
 def refuse_occupied(output: Path, *, force: bool) -> None:
     """Raise where something lies at the output already and may not be written over."""
+    if output.is_symlink():
+        message = f"{output} is a symbolic link; nothing is written through one. Name its target."
+        raise SourceError(message)
     if force or not output.exists():
         return
     if output.is_dir() and not any(output.iterdir()):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lora_analysis.adapter import LowRankUpdate
-from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
+from lora_analysis.errors import InputError, MalformedFileError, SourceError, UnsupportedMethodError
 from lora_analysis.formats.stored import StoredFactor, tensor
 from lora_analysis.storage.dtypes import is_floating
 from lora_analysis.storage.limits import (
@@ -211,7 +211,11 @@ def _read_factor(
     tensors: NamedTensors, pair: StoredPair, role: FactorRole, factor: StoredFactor
 ) -> NDArray[Any]:
     """Read a factor; refuse numbers that no training leaves, whose products nobody can believe."""
-    values = factor.read(tensors)
+    try:
+        values = factor.read(tensors)
+    except OSError as error:
+        message = f"{tensors.file_of(factor.name)}: cannot be read: {error.strerror or error}."
+        raise SourceError(message) from error
     flat = values.ravel(order="K")
     with np.errstate(over="ignore", invalid="ignore"):
         square = float(np.vdot(flat, flat))

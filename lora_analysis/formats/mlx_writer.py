@@ -25,7 +25,7 @@ from lora_analysis.formats.text_writing import (
     with_experts_stacked,
     writable,
 )
-from lora_analysis.storage.atomic import write_atomic
+from lora_analysis.storage.atomic import write_together
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -73,8 +73,12 @@ def write_mlx(adapter: Adapter, folder: Path) -> Path:
         "num_layers": -1,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / WEIGHTS_NAME, save(tensors, metadata={"format": "mlx"}))
-    write_atomic(folder / CONFIG_NAME, f"{json.dumps(config, indent=4)}\n".encode())
+    write_together(
+        {
+            folder / WEIGHTS_NAME: save(tensors, metadata={"format": "mlx"}),
+            folder / CONFIG_NAME: f"{json.dumps(config, indent=4)}\n".encode(),
+        }
+    )
     return folder
 
 

@@ -19,7 +19,7 @@ from lora_analysis.formats.peft_places import WEIGHTS_NAME
 from lora_analysis.formats.written import float32
 from lora_analysis.patterns import matches_target, pattern_value
 from lora_analysis.storage.adapter_fields import refuse_more_than_factors
-from lora_analysis.storage.atomic import write_atomic
+from lora_analysis.storage.atomic import write_together
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,8 +49,12 @@ def write_peft(adapter: Adapter, folder: Path) -> Path:
     config = json.dumps(_config(adapter, updates), indent=2, sort_keys=True, allow_nan=False)
     folder.mkdir(parents=True, exist_ok=True)
     # The config goes last: without it, half a folder is not taken for an adapter.
-    write_atomic(folder / WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
-    write_atomic(folder / CONFIG_NAME, f"{config}\n".encode())
+    write_together(
+        {
+            folder / WEIGHTS_NAME: save(tensors, metadata={"format": "pt"}),
+            folder / CONFIG_NAME: f"{config}\n".encode(),
+        }
+    )
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -114,9 +115,19 @@ def read_adapter(
         heads=heads,
     )
     place = place_of(source, allow_pickle=allow_pickle)
-    with shown_errors(place.snapshot):
+    with shown_errors(place.snapshot), _refusals_of(place.path):
         adapter = _read(place, options)
     return adapter if place.snapshot is None else fetched(adapter, place.snapshot)
+
+
+@contextmanager
+def _refusals_of(path: Path) -> Iterator[None]:
+    """Name the file that the system refuses to open or to list, as any other bad input."""
+    try:
+        yield
+    except OSError as error:
+        message = f"{error.filename or path}: cannot be read: {error.strerror or error}."
+        raise SourceError(message) from error
 
 
 def _read(place: Place, options: ReadOptions) -> Adapter:
@@ -164,7 +175,7 @@ def find_adapters(
         Nothing that lies there is recognised.
     """
     place = place_of(source, allow_pickle=allow_pickle)
-    with shown_errors(place.snapshot):
+    with shown_errors(place.snapshot), _refusals_of(place.path):
         found = _find(place, ReadOptions(pair=pair, allow_pickle=allow_pickle))
     return [replace(ref, snapshot=place.snapshot) for ref in found]
 
@@ -205,11 +216,15 @@ def _walk_folder(
     if real in seen:
         return
     seen.add(real)
-    entries = sorted(
-        (entry for entry in folder.iterdir() if not entry.name.startswith(".")),
-        key=lambda entry: natural_key(entry.name),
-    )
-    here = _find_here(folder, options)
+    try:
+        entries = sorted(
+            (entry for entry in folder.iterdir() if not entry.name.startswith(".")),
+            key=lambda entry: natural_key(entry.name),
+        )
+        here = _find_here(folder, options)
+    except OSError:  # reading it says why
+        yield AdapterRef(folder, "unreadable", label_of(folder))
+        return
     yield from here
     for entry in entries:
         if entry.is_dir():
