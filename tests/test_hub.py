@@ -310,6 +310,53 @@ def test_a_base_is_opened_from_a_hub_by_its_index(hub: FakeHub, rng: np.random.G
     assert hub.fetched() == set(files)
 
 
+@pytest.mark.parametrize("gives_parts", [True, False])
+def test_only_the_shards_that_are_read_are_fetched(
+    hub: FakeHub, rng: np.random.Generator, gives_parts: bool
+) -> None:
+    weights, files = sharded(rng)
+    hub.commit("org/base", files)
+    hub.gives_parts = gives_parts
+    base = open_base("org/base")
+    shards = set(SHARDS.values())
+    weight = base.weight("layers.1.q_proj")
+    assert hub.fetched() & shards == (set() if gives_parts else shards)
+    assert_close(weight.array(), weights["layers.1.q_proj.weight"])
+    assert_close(weight.array(), weights["layers.1.q_proj.weight"])
+    assert hub.fetched() & shards == ({"two.safetensors"} if gives_parts else shards)
+    again = open_base("org/base")  # one shard is in the cache, the other is not
+    for name, W in weights.items():
+        assert_close(again.stored_tensor(name), W)
+
+
+def test_a_shard_is_not_asked_for_where_the_hub_may_not_be(
+    hub: FakeHub, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, files = sharded(rng)
+    hub.commit("org/base", files)
+    base = open_base("org/base")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SourceError, match="HF_HUB_OFFLINE is set") as caught:
+        base.weight("layers.1.q_proj").array()
+    assert str(tmp_path) not in str(caught.value)
+    with pytest.raises(SourceError, match="HF_HUB_OFFLINE is set"):
+        open_base("org/base")
+
+
+def test_a_shard_that_lacks_what_the_index_says_is_refused(
+    hub: FakeHub, rng: np.random.Generator
+) -> None:
+    _, files = sharded(rng)
+    files["two.safetensors"] = files["one.safetensors"]
+    hub.commit("org/base", files)
+    with pytest.raises(InputError, match=r"said to be in two\.safetensors, which"):
+        open_base("org/base")
+    files["two.safetensors"] = b"half"
+    hub.commit("org/cut", files)
+    with pytest.raises(InputError, match="4 bytes are too few"):
+        open_base("org/cut")
+
+
 def test_a_base_of_one_file_or_in_a_sub_folder_is_opened(
     hub: FakeHub, rng: np.random.Generator
 ) -> None:
@@ -370,6 +417,7 @@ def test_errors_about_values_name_the_address_and_not_the_cache(
     hub.commit("org/base", files)
     base = open_base("org/base")
     weight = base.weight(next(iter(weights)).removesuffix(".weight"))
+    weight.array()
     for shard in base.snapshot.path.glob("*.safetensors"):  # type: ignore[union-attr]
         shard.resolve().write_bytes(b"cut")
     with pytest.raises(InputError, match=r"hf://org/base@\w+/.*file now has 3") as caught:

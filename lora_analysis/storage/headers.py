@@ -86,6 +86,31 @@ def read_header(path: Path) -> Header:
     if len(raw) != length:
         message = f"{path}: the file shrank while its header was read."
         raise MalformedFileError(message)
+    return parse_header(path, prefix + raw, size)
+
+
+def header_size(path: Path, start: bytes, size: int) -> int:
+    """Return how many bytes the header takes, its length included, from a file's first bytes.
+
+    Raises
+    ------
+    MalformedFileError
+        The length is beyond the limit or the file's size.
+    """
+    length = int.from_bytes(start[:_LENGTH_BYTES], "little")
+    _check_header_length(path, size, start[:_LENGTH_BYTES], length)
+    return _LENGTH_BYTES + length
+
+
+def parse_header(path: Path, start: bytes, size: int) -> Header:
+    """Return the header that the first bytes of a file are, checked against the file's size.
+
+    Raises
+    ------
+    MalformedFileError
+        As for `read_header`.
+    """
+    raw, length = start[_LENGTH_BYTES:], len(start) - _LENGTH_BYTES
     document = parse_json_object(raw, path, what="the safetensors header", constants=False)
     metadata = _checked_metadata(path, document.pop("__metadata__", None))
     if len(document) > MAX_TENSORS:
