@@ -7,19 +7,19 @@ BIN := .venv/bin
 demo: .venv/.demo
 	$(BIN)/lora-analysis demo -o runs/demo
 
-# What .ci/run runs.
+# What .ci/run runs: one file of tests a worker, for the fixtures that a file shares.
 test: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 # The quick half, for while you work.
 check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n auto --dist loadfile -m "not slow"
 
 figures: .venv/.demo
 	$(BIN)/python -m lora_analysis demo -o runs/demo

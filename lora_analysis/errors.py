@@ -13,6 +13,7 @@
     │   ├── IncompatibleError            two things that cannot be held against each other
     │   ├── DegenerateSubspaceError      a subspace that the numbers do not define
     │   └── TargetError                  no module to adapt, or one that cannot be
+    ├── OutputError (OSError)            a file could not be written; what was there still is
     └── MissingExtraError (ImportError)  an optional dependency is not installed
 
 A message says what was asked, what was found (with names and numbers), and the likely cause or
@@ -62,6 +63,10 @@ class DegenerateSubspaceError(InputError):
 
 class TargetError(InputError):
     """The targets name no module of the model, or one that LoRA cannot adapt."""
+
+
+class OutputError(LoraAnalysisError, OSError):
+    """A file could not be written: a full disk, a folder that may not be written to."""
 
 
 class MissingExtraError(LoraAnalysisError, ImportError):

@@ -37,13 +37,18 @@ def write_base(folder: Path, tensors: dict[str, Any], **quantization: Any) -> Pa
 def bitsandbytes_4bit(
     W: torch.Tensor, kind: str, *, nested: bool, path: str = "q"
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Return what bitsandbytes stores, and what it decodes."""
+    """Return what bitsandbytes stores, and what it decodes.
+
+    It decodes one row of all numbers: its CPU kernel begins a block of scales with every row,
+    where its own quantiser, and its kernel for GPUs, let blocks run on from row to row.
+    """
     import bitsandbytes.functional as bnb
 
     packed, state = bnb.quantize_4bit(W, quant_type=kind, compress_statistics=nested)
     stored = {f"{path}.weight": packed}
     stored |= {f"{path}.weight.{name}": value for name, value in state.as_dict(packed=True).items()}
-    return stored, bnb.dequantize_4bit(packed, state)
+    state.shape = torch.Size([W.numel()])
+    return stored, bnb.dequantize_4bit(packed, state).reshape(W.shape)
 
 
 def bitsandbytes_int8(

@@ -164,7 +164,7 @@ def test_graded_values_keep_their_digits_beside_a_large_one(rng):
     values = np.geomspace(1, 1e-10, 60)
     W = (orthonormal(rng, 80, 60) * values) @ orthonormal(rng, 60, 60).T
     found = linalg.gram_svd(W)
-    assert_close(found.S, values, atol=1e-15)
+    assert_close(found.S, values, atol=4e-15)
     for basis in (found.U, found.V):
         assert_close(basis.T @ basis, np.eye(60), atol=1e-9)
 

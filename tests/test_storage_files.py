@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import BinaryIO
@@ -13,7 +11,7 @@ import pytest
 
 from lora_analysis.errors import MalformedFileError, SourceError
 from lora_analysis.storage import bundled
-from lora_analysis.storage.atomic import write_atomic, write_together
+from lora_analysis.storage.atomic import write_atomic
 from lora_analysis.storage.bundled import bundled_data
 from lora_analysis.storage.documents import read_json_object
 
@@ -97,69 +95,3 @@ def test_bundled_data_is_found_in_a_package_and_in_a_checkout(
     assert bundled_data("base") == tmp_path / "data" / "base"
     (package / "data" / "base").mkdir(parents=True)
     assert bundled_data("base") == package / "data" / "base"
-
-
-# Kills itself after each system call in turn that can change the folder, and reports what is left.
-_KILLED = """
-import json, os, sys
-from pathlib import Path
-from lora_analysis.storage.atomic import write_together
-
-folder = Path(sys.argv[1])
-names = ["weights", "config"]
-states = []
-for point in range(100):
-    for name in names:
-        (folder / name).write_bytes(b"old")
-    child = os.fork()
-    if child == 0:
-        left = [point]
-        def counted(function):
-            def call(*arguments, **options):
-                if left[0] == 0:
-                    os._exit(9)
-                left[0] -= 1
-                return function(*arguments, **options)
-            return call
-        for owner, name in ((os, "open"), (os, "fsync"), (Path, "replace"), (Path, "unlink")):
-            setattr(owner, name, counted(getattr(owner, name)))
-        write_together({folder / name: b"new" for name in names})
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    found = {n: (folder / n).read_text() if (folder / n).exists() else None for n in names}
-    states.append([code, found["weights"], found["config"]])
-    if code == 0:
-        break
-print(json.dumps(states))
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_anywhere_no_old_file_lies_beside_a_new_one(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _KILLED, str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
-    states = json.loads(done.stdout)
-    assert len(states) > 8
-    assert states[-1] == [0, "new", "new"]
-    whole = {("old", "old"), ("old", None), ("new", None), ("new", "new")}
-    assert {(weights, config) for _, weights, config in states} <= whole
-
-
-def test_a_disk_that_fills_up_leaves_both_old_files(tmp_path: Path) -> None:
-    def fail(stream: BinaryIO) -> None:
-        raise OSError(28, "No space left on device")
-
-    for name in ("weights", "config"):
-        (tmp_path / name).write_bytes(b"old")
-    with pytest.raises(OSError, match="No space left"):
-        write_together({tmp_path / "weights": b"new", tmp_path / "config": fail})
-    assert {one.name: one.read_bytes() for one in tmp_path.iterdir()} == {
-        "weights": b"old",
-        "config": b"old",
-    }

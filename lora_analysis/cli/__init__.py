@@ -18,7 +18,7 @@ import click
 
 from lora_analysis import __version__
 from lora_analysis.cli.text import printable_lines
-from lora_analysis.errors import LoraAnalysisError, MissingExtraError
+from lora_analysis.errors import InputError, LoraAnalysisError
 
 # The help of the group needs one line per verb, and must not import what the verbs need.
 VERBS = {
@@ -104,7 +104,7 @@ def run(arguments: list[str] | None = None) -> int:
     except LoraAnalysisError as error:
         if "--debug" in given:
             raise
-        return _say(f"Error: {error}", 1 if isinstance(error, MissingExtraError) else 3)
+        return _say(f"Error: {error}", 3 if isinstance(error, InputError) else 1)
     except OSError as error:
         if "--debug" in given:
             raise

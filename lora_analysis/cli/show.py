@@ -8,7 +8,9 @@ import math
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unicodedata import combining, east_asian_width
 
@@ -166,7 +168,18 @@ def print_facts(facts: Iterable[tuple[str, object]]) -> None:
     indent = max(len(name) for name, _ in lines) + 2
     for name, value in lines:
         first = f"{name:<{indent}}"
-        click.echo(click.wrap_text(printable(str(value)), page_width(), first, " " * indent))
+        if isinstance(value, Path):
+            click.echo(f"{first}{printable(str(value))}")  # to be copied: never broken
+            continue
+        wrapped = textwrap.wrap(
+            printable(str(value)),
+            page_width(),
+            initial_indent=first,
+            subsequent_indent=" " * indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        click.echo("\n".join(wrapped) or first)
 
 
 def decimals(value: float | None) -> str:

@@ -117,7 +117,6 @@ def write_gguf(
     if adapter.provenance.base_model:
         facts["general.base_model.0.name"] = adapter.provenance.base_model
     file = path if path.suffix == ".gguf" else path / _WEIGHTS_NAME
-    file.parent.mkdir(parents=True, exist_ok=True)
     return write_atomic(file, gguf_bytes(facts, tensors))
 
 

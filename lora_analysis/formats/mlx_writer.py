@@ -72,13 +72,9 @@ def write_mlx(adapter: Adapter, folder: Path) -> Path:
         "model": adapter.provenance.base_model,
         "num_layers": -1,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_together(
-        {
-            folder / WEIGHTS_NAME: save(tensors, metadata={"format": "mlx"}),
-            folder / CONFIG_NAME: f"{json.dumps(config, indent=4)}\n".encode(),
-        }
-    )
+    stated = f"{json.dumps(config, indent=4)}\n".encode()
+    weights = save(tensors, metadata={"format": "mlx"})
+    write_together({folder / WEIGHTS_NAME: weights, folder / CONFIG_NAME: stated})
     return folder
 
 

@@ -47,14 +47,9 @@ def write_peft(adapter: Adapter, folder: Path) -> Path:
     updates = _low_rank_updates(adapter)
     tensors = _tensors(adapter, updates)
     config = json.dumps(_config(adapter, updates), indent=2, sort_keys=True, allow_nan=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    # The config goes last: without it, half a folder is not taken for an adapter.
-    write_together(
-        {
-            folder / WEIGHTS_NAME: save(tensors, metadata={"format": "pt"}),
-            folder / CONFIG_NAME: f"{config}\n".encode(),
-        }
-    )
+    # The config is the mark: without it, half a folder is not taken for an adapter.
+    weights = save(tensors, metadata={"format": "pt"})
+    write_together({folder / WEIGHTS_NAME: weights, folder / CONFIG_NAME: f"{config}\n".encode()})
     return folder
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeAlias
+
+from lora_analysis.errors import OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
-
-Content = bytes | Callable[[BinaryIO], None]
+Content: TypeAlias = "bytes | Callable[[BinaryIO], None]"
 
 
 def write_atomic(path: Path, content: Content) -> Path:
@@ -25,7 +25,7 @@ def write_atomic(path: Path, content: Content) -> Path:
     Parameters
     ----------
     path
-        The file; its folder must exist.
+        The file; its folder is made where it does not exist.
     content
         The bytes, or a function that writes them to the binary stream it is given.
 
@@ -36,56 +36,63 @@ def write_atomic(path: Path, content: Content) -> Path:
 
     Raises
     ------
-    OSError
+    OutputError
         The disk refused; the old file is untouched and the temporary one removed.
     """
     return write_together({path: content})
 
 
-def write_together(files: Mapping[Path, Content]) -> Path:
-    """Write files of one folder that only mean something together, as weights and their config.
+def write_together(contents: Mapping[Path, Content]) -> Path:
+    """Write files that mean nothing without each other, as weights and what scales them.
 
-    All are on the disk before the first takes its name. Old files of the other names are taken
-    away just before: whenever the process is killed, nothing old lies beside anything new.
+    Each is written as by `write_atomic`, all of them before the first takes its name. The last
+    one is the mark that the rest is whole: of an older set it goes first and comes back last, so
+    that whoever is interrupted leaves the old set, the new one, or one that lacks its mark, and
+    never a mixture that could be taken for either.
 
     Parameters
     ----------
-    files
-        Each file and its content, as in `write_atomic`; the first is the one that may stand alone.
+    contents
+        What to write by file, the mark last.
 
     Returns
     -------
     Path
-        The first file.
+        The mark.
 
     Raises
     ------
-    OSError
+    OutputError
         The disk refused; the old files are untouched and the temporary ones removed.
     """
+    *parts, mark = contents
     temporaries: dict[Path, Path] = {}
     try:
-        for path, content in files.items():
+        for path, content in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
             temporaries[path] = path.with_name(
                 f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
             )
             _write(temporaries[path], content)
-        first, *others = files
-        for path in others:
-            path.unlink(missing_ok=True)
+        if parts:
+            mark.unlink(missing_ok=True)
         for path, temporary in temporaries.items():
             temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _refused(mark, error) from error
         raise
-    _sync_folder(first.parent)
-    return first
+    for folder in {path.parent for path in contents}:
+        _sync_folder(folder)
+    return mark
 
 
-def _write(path: Path, content: Content) -> None:
+def _write(temporary: Path, content: Content) -> None:
+    """Write a new file down to the disk."""
     # Exclusive creation with mode 666 lets the umask decide; tempfile would make it 600.
-    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     with os.fdopen(descriptor, "wb") as stream:
         if callable(content):
             content(stream)
@@ -93,6 +100,14 @@ def _write(path: Path, content: Content) -> None:
             stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _refused(path: Path, error: OSError) -> OutputError:
+    reason = error.strerror or str(error)
+    return OutputError(
+        f"{path} could not be written: {reason}. What was there before is untouched; make room "
+        "or name another place with -o."
+    )
 
 
 def _sync_folder(folder: Path) -> None:

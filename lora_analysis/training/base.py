@@ -68,7 +68,6 @@ def write_base(model: DigitsViT, folder: Path, manifest: dict[str, Any]) -> Path
     manifest
         How it came about; the SHA-256 of the weights is added.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().to("cpu", torch.bfloat16) for name, t in model.state_dict().items()}
     content = safetensors.torch.save(tensors, metadata={"format": "pt"})
     write_atomic(folder / WEIGHTS_NAME, content)
