@@ -16,6 +16,7 @@ from lora_analysis.bases.orientation import is_transposed
 from lora_analysis.bases.pieces import Piece, Tiles, tiles_of
 from lora_analysis.errors import BaseWeightError
 from lora_analysis.storage.hub_names import shown_errors
+from lora_analysis.storage.limits import MAX_VALUE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -247,6 +248,7 @@ class BaseWeights:
     ) -> Weight:
         source = self._source
         names = [_shown(piece, one) for piece, one in zip(pieces, located, strict=True)]
+        name = " + ".join(names)
         storages = dict.fromkeys(source.storage(piece.tensor) for piece in pieces)
         known = all(source.storage(piece.tensor) for piece in pieces)
 
@@ -254,22 +256,40 @@ class BaseWeights:
             if not known or any(source.squared_errors(p.tensor, p.index) is None for p in pieces):
                 return None
             found = tiles_of(pieces, source.squared_errors, transposed=transposed)  # type: ignore[arg-type]
-            return self._named(found)
+            return self._checked(name, found)
 
         return Weight(
-            " + ".join(names),
+            name,
             shape,
             source.dtype(pieces[0].tensor),
             transposed,
-            lambda: self._named(tiles_of(pieces, source.tiles, transposed=transposed)),
+            lambda: self._checked(name, tiles_of(pieces, source.tiles, transposed=transposed)),
             " + ".join(storage for storage in storages if storage),
             errors,
         )
 
-    def _named(self, tiles: Tiles) -> Tiles:
-        """Yield tiles; an error names the address of a model from a hub, not its cache."""
+    def _checked(self, name: str, tiles: Tiles) -> Tiles:
+        """Yield tiles whose numbers can be computed with; raise at the first that cannot.
+
+        An error names the address of a model from a hub, not its cache.
+        """
         with shown_errors(self.snapshot):
-            yield from tiles
+            for rows, columns, tile in tiles:
+                flat = tile.ravel(order="K")
+                with np.errstate(over="ignore", invalid="ignore"):
+                    square = float(np.vdot(flat, flat))  # one pass, where a look at each takes two
+                if not square <= MAX_VALUE**2:
+                    self._refuse(name, flat)
+                yield rows, columns, tile
+
+    def _refuse(self, name: str, values: NDArray[np.float32]) -> None:
+        lost = int(values.size - np.count_nonzero(np.isfinite(values)))
+        largest = float(np.abs(values).max())
+        if not lost and largest <= MAX_VALUE:
+            return
+        what = f"{lost:,} numbers that are not finite" if lost else f"a number of {largest:.3g}"
+        message = f"{self.label}: '{name}' holds {what}; nothing can be computed with it. Damaged?"
+        raise BaseWeightError(message)
 
     def _piece(
         self,

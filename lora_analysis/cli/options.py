@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -49,6 +49,7 @@ class Reading:
     kernel: int | None = None
     heads: tuple[int, int] | None = None
     trained_on: str | None = None
+    _opened: dict[str, BaseWeights] = field(default_factory=dict, repr=False, compare=False)
 
     def read(self, source: str | AdapterRef) -> Adapter:
         """Read the one adapter at ``source``, with the change it makes where the base is named."""
@@ -83,8 +84,17 @@ class Reading:
         )
 
     def open_base(self, source: str | None) -> BaseWeights | None:
-        """Open the base at ``source``, as pickles where these are allowed; None without one."""
-        return None if source is None else _opened(source, self.allow_pickle)
+        """Open the base at ``source``, once for all adapters; None without one.
+
+        Pickles are read where they are allowed.
+        """
+        from lora_analysis.bases import open_base
+
+        if source is None:
+            return None
+        if source not in self._opened:
+            self._opened[source] = open_base(source, allow_pickle=self.allow_pickle)
+        return self._opened[source]
 
     def find(self, sources: Iterable[str], left_out: list[LeftOut]) -> list[AdapterRef]:
         """Return every adapter found at the sources; a source without one is left out."""
@@ -128,14 +138,6 @@ class Reading:
         adapters = list(self.read_each(sources, left_out, progress))
         say_left_out(left_out, some=bool(adapters))
         return sorted(adapters, key=lambda one: natural_key(one.label)), left_out
-
-
-@functools.lru_cache(maxsize=2)
-def _opened(source: str, allow_pickle: bool) -> BaseWeights:
-    """Open a base once for all adapters that are held against it."""
-    from lora_analysis.bases import open_base
-
-    return open_base(source, allow_pickle=allow_pickle)
 
 
 def say_left_out(left_out: list[LeftOut], *, some: bool) -> None:

@@ -16,13 +16,16 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from fuzz.bases import BASES, adapter_of
 from fuzz.mutations import mutated
 from fuzz.seeds import SEEDS, real_adapters
 from lora_analysis.cli import run
 
+_ALWAYS = ("--format", "json", "--allow-pickle", "--debug")
 SECONDS_EACH = 5
 MEGABYTES_MORE = 700
 
@@ -39,14 +42,24 @@ def _stop(_signal: int, _frame: FrameType | None) -> None:
 _PAIRS = ("--pair", "w_a_{name},w_b_{name}")
 
 
-def inspected(source: Path, name: str) -> tuple[int, str]:
+@dataclass(frozen=True)
+class Seed:
+    """What is damaged: a source, its files, and the command that is pointed at it."""
+
+    name: str
+    source: Path
+    files: list[Path]
+    before: tuple[str, ...] = ("inspect",)
+    after: tuple[str, ...] = ()
+
+
+def ran(seed: Seed, target: Path) -> tuple[int, str]:
     """Run the command; return its code and what is wrong with how it went, empty if nothing."""
     out, err = io.StringIO(), io.StringIO()
     signal.setitimer(signal.ITIMER_REAL, SECONDS_EACH)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            arguments = ["inspect", str(source), "--format", "json", "--allow-pickle", "--debug"]
-            arguments += _PAIRS if "sam-ring" in name else ()
+            arguments = [*seed.before, str(target), *seed.after, *_ALWAYS]
             code = run(arguments)
     except _TooLongError:
         return -1, f"more than {SECONDS_EACH} s:\n{traceback.format_exc()[-1500:]}"
@@ -72,24 +85,36 @@ def _wrong_in(text: str, code: int) -> str:
         document = json.loads(text, parse_constant=refuse)
     except ValueError as error:
         return f"no JSON: {error}"
-    for one in document["adapters"]:
+    for one in document.get("modules", ()):
+        if one["at_rank"] and one["amplification_factor"] is None:
+            return "no factor and no reason"
+    for one in document.get("adapters", ()):
         sizes = [abs(value) for fact in one["modules"] for value in fact["singular_values"]]
         if max(sizes, default=0) > 1e6 and not one["findings"]:
             return f"sigma of {max(sizes):g} without a finding (exit {code})"
     return ""
 
 
-def _seeds(folder: Path, real: Path | None, only: str) -> Iterator[tuple[str, Path, list[Path]]]:
-    """Yield name, source and files of each seed, written once."""
-    for name, make in SEEDS.items():
+def _seeds(folder: Path, real: Path | None, only: str) -> Iterator[Seed]:
+    """Yield each seed, written once."""
+    against = folder / "adapter"
+    against.mkdir()
+    adapter_of(against)
+    for name, make in {**SEEDS, **BASES}.items():
         if only in name:
-            own = folder / name
+            own = folder / name.replace(" ", "-")
             own.mkdir()
             source = make(own)
-            yield name, source, sorted(one for one in own.rglob("*") if one.is_file())
+            files = sorted(one for one in own.rglob("*") if one.is_file())
+            if name in BASES:
+                before = ("amplify", str(against), "--base")
+                yield Seed(name, source, files, before, ("--scale", "1", "--draws", "0"))
+            else:
+                yield Seed(name, source, files)
     for name, files in real_adapters(real) if real else ():
         if only in name:
-            yield f"real {name}", files[0].parent, files
+            after = _PAIRS if "sam-ring" in name else ()
+            yield Seed(f"real {name}", files[0].parent, files, after=after)
 
 
 def main() -> int:
@@ -109,15 +134,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         seeds = list(_seeds(folder, given.real, given.only))
-        for name, source, _ in seeds:
-            code, wrong = inspected(source, name)
-            print(f"{name}: {code} {wrong}")
+        for seed in seeds:
+            print(f"{seed.name}: {' '.join(map(str, ran(seed, seed.source)))}")
         while time.monotonic() < end:
-            name, source, files = draw.choice(seeds)
+            seed = draw.choice(seeds)
             damaged = folder / "damaged"
-            target = _damaged(damaged, source, files, draw)
+            target = _damaged(damaged, seed, draw)
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            code, wrong = inspected(target, name)
+            code, wrong = ran(seed, target)
             grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
             if grown > MEGABYTES_MORE:
                 wrong = f"{grown} MB more memory"
@@ -127,16 +151,17 @@ def main() -> int:
             if wrong and (key := f"{place_of} {last}"[:200]) not in found:
                 found[key] = wrong
                 given.keep.mkdir(parents=True, exist_ok=True)
-                kept = Path(tempfile.mkdtemp(dir=given.keep)) / name.replace("/", "_")
+                kept = Path(tempfile.mkdtemp(dir=given.keep)) / seed.name.replace("/", "_")
                 shutil.copytree(damaged, kept)
-                print(f"\n{name}: kept in {kept}\n{wrong}", flush=True)
+                print(f"\n{seed.name}: kept in {kept}\n{wrong}", flush=True)
             shutil.rmtree(damaged)
     print(f"{sum(codes.values())} files; exit codes {dict(codes)}; {len(found)} kinds of failure")
     return 1 if found else 0
 
 
-def _damaged(place: Path, source: Path, files: list[Path], draw: random.Random) -> Path:
+def _damaged(place: Path, seed: Seed, draw: random.Random) -> Path:
     """Write a copy of an adapter with one or two of its files damaged; return what to point at."""
+    source, files = seed.source, seed.files
     root = source if source.is_dir() else source.parent
     hit = set(draw.sample(files, min(len(files), draw.choice((1, 1, 1, 2)))))
     for file in files:
