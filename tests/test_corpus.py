@@ -42,3 +42,16 @@ def test_no_name_acts_on_the_terminal(
     shown = "".join(capfd.readouterr())
     assert all(line.isprintable() for line in shown.splitlines())
     assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize("verb", ["resize", "convert"])
+def test_what_can_be_inspected_can_be_written_or_is_refused(
+    verb: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    how = {"resize": ["--rank", "1"], "convert": ["--to", "mlx"]}[verb]
+    for at, case in enumerate(CASES):
+        if case.code == 0:
+            (tmp_path / str(at)).mkdir()
+            source, output = case.make(tmp_path / str(at)), tmp_path / f"out-{at}"
+            code = run([verb, str(source), *how, "-o", str(output), *case.arguments])
+            assert code in (0, 3), f"{case.name}: {capfd.readouterr().err}"

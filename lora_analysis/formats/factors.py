@@ -19,6 +19,7 @@ from lora_analysis.storage.limits import (
     MAX_RANK,
     MAX_SCALE,
     MAX_VALUE,
+    MIN_SCALE,
 )
 
 if TYPE_CHECKING:
@@ -187,11 +188,12 @@ def _check_scales(
 ) -> None:
     for pair in pairs:
         stated = scales[pair.module]
-        if stated.scale is not None and not abs(stated.scale) <= MAX_SCALE:
+        size = abs(stated.scale or 0.0)
+        if size and not MIN_SCALE <= size <= MAX_SCALE:
             message = (
                 f"{tensors.file_of(pair.a.name)}: the scale of '{pair.module}' would be "
-                f"{stated.scale:g} ({stated.origin}); the limit is {MAX_SCALE:g}. Is the alpha "
-                "damaged? Pass scale= or alpha= to set it."
+                f"{stated.scale:g} ({stated.origin}); the limits are {MIN_SCALE:g} and "
+                f"{MAX_SCALE:g}. Is the alpha damaged? Pass scale= or alpha= to set it."
             )
             raise MalformedFileError(message)
 

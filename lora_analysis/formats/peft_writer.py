@@ -202,6 +202,9 @@ def _targets(adapter: Adapter) -> list[str] | str:
     """Return the given targets where they alone still name the modules, else these in full."""
     given = adapter.config.get("target_modules")
     alone = all(adapter.config.get(key) is None for key in _NARROWING)
+    listed = isinstance(given, list | tuple) and all(isinstance(one, str) for one in given)
+    if not listed and not isinstance(given, str):
+        return list(adapter)
     if given and alone and all(matches_target(name, given) for name in adapter):
         return given if isinstance(given, str) else sorted(given)
     return list(adapter)

@@ -31,6 +31,9 @@ MAX_ADAPTER_BYTES: Final = 8 * 2**30
 MAX_SCALE: Final = 1e6
 """Multiplier of an update, by its size."""
 
+MIN_SCALE: Final = 1e-12
+"""The same, where it is not zero."""
+
 MAX_VALUE: Final = 1e15
 """Size of one number in a factor; beyond it a file is damaged, not trained."""
 

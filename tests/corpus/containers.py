@@ -242,7 +242,7 @@ IMAGE = [
             ("0", np.array(0, np.float32), 0, ""),
             ("of two numbers", np.ones(2, np.float32), 3, "alpha"),
             ("of none", np.ones(0, np.float32), 3, "alpha"),
-            ("1e300", np.array(1e300), 3, "the limit is"),
+            ("1e300", np.array(1e300), 3, "the limits are"),
         )
     ),
     *(
