@@ -321,7 +321,7 @@ class BaseWeights:
             name,
             stored,
             asked=asked,
-            known=self._source.transposed(name),
+            known=self._known_orientation(name, located),
             model_type=self.model_type,
             shape=shape if alone else _shape_of_home(stored, shape),
             label=self.label,
@@ -329,6 +329,11 @@ class BaseWeights:
         d_out, d_in = stored[::-1] if turned else stored
         runs = self._runs(module, located, (d_out, d_in), shape)
         return Piece(name, located.index, runs), turned, d_in
+
+    def _known_orientation(self, name: str, located: Located) -> bool | None:
+        """Return what the source says; kernels lie output by output in every framework here."""
+        kernels = located.index is None and len(self._source.shape(name)) > 2
+        return False if kernels else self._source.transposed(name)
 
     def _runs(
         self,

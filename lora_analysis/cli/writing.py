@@ -54,8 +54,12 @@ def output_place(command: Command) -> Command:
     )(command)
 
 
-def size_options(command: Command) -> Command:
-    """Add ``--rank``, ``--energy`` and ``--budget``; see `one_size`."""
+def smaller_options(command: Command) -> Command:
+    """Add the size (see `one_size`), where to write, and ``--to``."""
+    command = click.option(
+        "--to", "kind", type=WrittenFormat(), default="peft", help="Format to write."
+    )(command)
+    command = output_place(command)
     for option in (
         click.option(
             "--budget",

@@ -13,15 +13,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.errors import InputError, MalformedFileError, SourceError, UnsupportedMethodError
-from lora_analysis.formats.assembly import assembled, beside_finding
+from lora_analysis.formats.assembly import assembled, beside_finding, stated_alpha
 from lora_analysis.formats.factors import (
-    UNKNOWN_SCALE,
     FactorRole,
-    StatedScale,
     StoredPair,
     complete_pairs,
     finite_number,
-    scale_from_alpha,
 )
 from lora_analysis.formats.merged import FUSED, enable_needed, is_merged, merged_finding, split
 from lora_analysis.formats.peft_config import CONFIG_NAME
@@ -121,7 +118,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:
         NAME,
         tensors,
         pairs,
-        lambda _pair, rank: _scale(alpha, rank),
+        stated_alpha(finite_number(alpha)),
         options=options,
         missing=f"no {CONFIG_NAME} with config.alpha lies beside the file",
         findings=(
@@ -208,8 +205,3 @@ def _pairs(
         else:
             pairs.append(plain)
     return pairs, fused
-
-
-def _scale(alpha: object, rank: int) -> StatedScale:
-    number = finite_number(alpha)
-    return UNKNOWN_SCALE if number is None else scale_from_alpha(number, rank, "config")

@@ -12,13 +12,15 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import MalformedFileError, UnsupportedMethodError
-from lora_analysis.formats.assembly import assembled, beside_finding, factors_named
+from lora_analysis.formats.assembly import (
+    assembled,
+    beside_finding,
+    factors_named,
+    stated_alpha,
+)
 from lora_analysis.formats.factors import (
-    UNKNOWN_SCALE,
-    StatedScale,
     StoredPair,
     complete_pairs,
-    scale_from_alpha,
 )
 from lora_analysis.formats.plain_yaml import count, number, plain_values
 from lora_analysis.formats.rank_parts import refuse_rank_part
@@ -123,7 +125,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
         NAME,
         tensors,
         pairs,
-        lambda _pair, rank: _scale(alpha, rank),
+        stated_alpha(alpha),
         options=options,
         missing="no model_config.yaml or run_config.yaml with one alpha lies beside the file",
         findings=(
@@ -132,10 +134,6 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
         ),
         files=() if config is None else (config,),
     )
-
-
-def _scale(alpha: float | None, rank: int) -> StatedScale:
-    return UNKNOWN_SCALE if alpha is None else scale_from_alpha(alpha, rank, "config")
 
 
 def _module(stored: str) -> str:

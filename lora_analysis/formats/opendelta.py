@@ -10,13 +10,15 @@ import re
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.errors import InputError
-from lora_analysis.formats.assembly import assembled, beside_finding, factors_named
+from lora_analysis.formats.assembly import (
+    assembled,
+    beside_finding,
+    factors_named,
+    stated_alpha,
+)
 from lora_analysis.formats.factors import (
-    UNKNOWN_SCALE,
-    StatedScale,
     complete_pairs,
     finite_number,
-    scale_from_alpha,
 )
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
 from lora_analysis.storage.documents import read_json_object
@@ -75,15 +77,10 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
         NAME,
         tensors,
         pairs,
-        lambda _pair, rank: _scale(alpha, rank),
+        stated_alpha(finite_number(alpha)),
         options=options,
         missing=f"no {_CONFIG_NAME} with lora_alpha lies beside the file",
         findings=beside_finding("not analysed", others),
         files=(weights.with_name(_CONFIG_NAME),) if config else (),
         base_model=base if isinstance(base, str) else None,
     )
-
-
-def _scale(alpha: object, rank: int) -> StatedScale:
-    number = finite_number(alpha)
-    return UNKNOWN_SCALE if number is None else scale_from_alpha(number, rank, "config")

@@ -14,14 +14,16 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.errors import InputError, MalformedFileError
-from lora_analysis.formats.assembly import assembled, beside_finding, factors_named
+from lora_analysis.formats.assembly import (
+    assembled,
+    beside_finding,
+    factors_named,
+    stated_alpha,
+)
 from lora_analysis.formats.factors import (
-    UNKNOWN_SCALE,
-    StatedScale,
     StoredPair,
     complete_pairs,
     finite_number,
-    scale_from_alpha,
 )
 from lora_analysis.formats.peft_config import CONFIG_NAME
 from lora_analysis.formats.peft_pairs import DORA
@@ -96,7 +98,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
         NAME,
         tensors,
         pairs,
-        lambda _pair, rank: _scale(alpha, rank),
+        stated_alpha(alpha),
         options=options,
         missing="the file states no alpha, nor does a configuration of the run beside it",
         findings=(
@@ -105,10 +107,6 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
         ),
         files=() if config is None else (config,),
     )
-
-
-def _scale(alpha: float | None, rank: int) -> StatedScale:
-    return UNKNOWN_SCALE if alpha is None else scale_from_alpha(alpha, rank, "config")
 
 
 def _alpha(path: Path) -> tuple[float | None, Path | None]:
