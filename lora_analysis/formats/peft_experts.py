@@ -143,7 +143,7 @@ def _is_turned(shapes: Mapping[str, tuple[int, int]], config: PeftConfig) -> boo
         straight, turned = _straight(*pair), _straight(pair[0][::-1], pair[1][::-1])
         if straight != turned:
             return turned
-    match = re.match(r"(\d+)\.(\d+)", str(config.raw.get("peft_version")))
+    match = re.match(r"(\d{1,9})\.(\d{1,9})", str(config.raw.get("peft_version")))
     if match and (int(match[1]), int(match[2])) >= _TURNS_SINCE:
         return False
     return None

@@ -213,6 +213,9 @@ def _targets(adapter: Adapter, updates: Mapping[str, LowRankUpdate]) -> list[str
     given = adapter.config.get("target_modules")
     alone = all(adapter.config.get(key) is None for key in _NARROWING)
     modules = [name for name, update in updates.items() if not is_expert(update)]
+    listed = isinstance(given, list | tuple) and all(isinstance(one, str) for one in given)
+    if not listed and not isinstance(given, str):
+        return modules
     if given and alone and all(matches_target(name, given) for name in modules):
         return given if isinstance(given, str) else sorted(given)
     return modules
