@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import metrics_of, write_model, write_reviews
+from tiny_models import metrics_of
+from training_bases import write_tiny_base
 
 from lora_analysis.errors import InputError
 from lora_analysis.formats import read_adapter
@@ -27,9 +28,8 @@ OPTIONS = ["--steps", "5", "--batch-size", "6", "--lr", "0.01", "--rank", "2", "
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("inputs")
-    model, data = write_model(folder / "llama", "llama"), write_reviews(folder / "reviews.csv")
-    return [str(data), "--base", str(model)]
+    base = write_tiny_base(tmp_path_factory.mktemp("base"))
+    return ["--base", str(base), "--name", "rotate"]
 
 
 def together(inputs: list[str], out: Path, *more: str) -> None:
@@ -82,7 +82,7 @@ def test_weights_that_are_trained_are_not_spread(inputs: list[str]) -> None:
 
     from lora_analysis.training.settings import prepare
 
-    table = {"base": {"source": inputs[2]}, "data": {"source": inputs[0]}, "method": "full"}
+    table = {"base": {"source": inputs[1]}, "task": "rotate", "method": "full"}
     with pytest.raises(InputError, match="Only frozen weights are spread"):
         prepare(RunConfig.from_dict(table), torch.device("cpu"), sharded=True)
 
@@ -108,7 +108,7 @@ def test_torchrun_restarts_what_was_killed_and_it_goes_on(
     inputs: list[str], tmp_path: Path
 ) -> None:
     loop = {"steps": 6, "batch_size": 6, "lr": 0.01, "checkpoint_every": 2}
-    table = {"base": {"source": inputs[2]}, "data": {"source": inputs[0]}, "rank": 2, "loop": loop}
+    table = {"base": {"source": inputs[1]}, "task": "rotate", "rank": 2, "loop": loop}
     script, mark = tmp_path / "killed_once.py", tmp_path / "mark"
     script.write_text(KILLED_ONCE)
     done = subprocess.run(
