@@ -82,3 +82,14 @@ def test_the_demo_trains_the_13_adapters_that_its_conclusions_need() -> None:
         ("rotate", rank, seed) for rank in (4, 64) for seed in (0, 1)
     }
     assert len({one.alpha for one in demo_sweep()}) == 1
+
+
+def test_the_demo_on_text_has_the_same_seeds_on_a_second_task() -> None:
+    configs = demo.text_sweep()
+    assert len({config.name for config in configs}) == 10
+    eights = {(c.task, c.seed) for c in configs if c.rank == 8}
+    assert eights == {(task, seed) for task in ("scipy", "sklearn") for seed in (0, 1, 2)}
+    assert {(c.task, c.rank, c.seed) for c in configs if c.rank != 8} == {
+        ("scipy", rank, seed) for rank in (4, 64) for seed in (0, 1)
+    }
+    assert len({(c.alpha, c.targets, c.base, c.data, c.loop) for c in configs}) == 1
