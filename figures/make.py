@@ -10,7 +10,6 @@ from pathlib import Path
 from lora_analysis.demo import TITLE, study_demo
 from lora_analysis.report import write_report
 
-
 # PNGs that other pages show; report.md shows the SVGs.
 SHOWN = ("ranks_output.png", "atlas_output.png")
 
