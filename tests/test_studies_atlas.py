@@ -12,7 +12,7 @@ from lora_analysis.errors import InputError
 from lora_analysis.findings import findings
 from lora_analysis.pairwise import pairwise
 from lora_analysis.studies import study
-from lora_analysis.studies.walk import chosen_for_pairs
+from lora_analysis.studies.choice import chosen_for_pairs
 
 
 def test_the_atlas_is_the_mean_of_the_tables(sweep: list[Adapter]) -> None:  # noqa: F811
