@@ -13,6 +13,7 @@ import numpy as np
 
 from lora_analysis.errors import InputError, ScaleError
 from lora_analysis.patterns import natural_key, near_names
+from lora_analysis.showing import html_facts
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -246,7 +247,8 @@ class Provenance:
     ``scale_origin`` says per module where the multiplier was found; ``"format"`` where the format
     itself fixes it and no file could say another. ``findings`` are plain
     sentences about the file itself, each naming what it touches. ``metrics`` are the final
-    figures of its training (accuracy, loss), where the trainer left them beside the file. Of an
+    figures of its training (accuracy, loss), where the trainer left them beside the file; ``step``
+    is how far the training had come, where it says so. Of an
     adapter from a hub, ``address`` is ``hf://owner/name@commit/…`` and ``revision`` the commit;
     ``path`` and ``files`` then lie in the hub's cache, which is nobody's business.
     """
@@ -259,6 +261,7 @@ class Provenance:
     rank: int | None = None
     seed: int | None = None
     task: str | None = None
+    step: int | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     findings: tuple[str, ...] = ()
     address: str | None = None
@@ -355,6 +358,24 @@ class Adapter(Mapping[str, Update]):
             saved_modules=self.saved_modules,
             config=self.config,
         )
+
+    def described(self, **facts: Any) -> Adapter:
+        """Return the same adapter with fields of its provenance replaced; nothing is loaded."""
+        return Adapter(
+            self._updates,
+            label=self.label,
+            provenance=replace(self.provenance, **facts),
+            saved_modules=self.saved_modules,
+            config=self.config,
+        )
+
+    def _repr_html_(self) -> str:
+        source = self.provenance
+        known = (("task", source.task), ("rank", source.rank), ("seed", source.seed),
+                 ("step", source.step), ("base model", source.base_model))  # fmt: skip
+        facts = [("format", source.format), ("modules", len(self))]
+        facts += [(name, str(value)) for name, value in known if value is not None]
+        return html_facts(self.label, facts, " ".join(source.findings))
 
     def __repr__(self) -> str:
         return f"<Adapter {self.label!r}: {len(self)} modules, {self.provenance.format}>"

@@ -12,7 +12,10 @@
     │   ├── BaseWeightError              no unique, fitting base tensor for a module
     │   ├── IncompatibleError            two things that cannot be held against each other
     │   ├── DegenerateSubspaceError      a subspace that the numbers do not define
-    │   └── TargetError                  no module to adapt, or one that cannot be
+    │   ├── TargetError                  no module to adapt, or one that cannot be
+    │   ├── InUseError                   another process is at work there
+    │   └── DivergedError                training whose loss is no longer finite
+    ├── LostWorkerError                  the process that did the work ended before it was done
     ├── OutputError (OSError)            a file could not be written; what was there still is
     └── MissingExtraError (ImportError)  an optional dependency is not installed
 
@@ -63,6 +66,18 @@ class DegenerateSubspaceError(InputError):
 
 class TargetError(InputError):
     """The targets name no module of the model, or one that LoRA cannot adapt."""
+
+
+class InUseError(InputError):
+    """Another process is at work in the folder."""
+
+
+class LostWorkerError(LoraAnalysisError):
+    """The process that did a piece of work ended before the work was done."""
+
+
+class DivergedError(InputError):
+    """The loss or the gradient of a training is no longer finite."""
 
 
 class OutputError(LoraAnalysisError, OSError):

@@ -11,6 +11,7 @@ import numpy as np
 from lora_analysis import chance, linalg
 from lora_analysis.adapter import DenseUpdate, Update
 from lora_analysis.errors import IncompatibleError, InputError, ScaleError
+from lora_analysis.showing import html_table
 from lora_analysis.spectra import SIDES, Side, weight_svd
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class IntruderSide:
     Attributes
     ----------
     max_cosine
-        ``(k,)``: max over i of |cos(y_j, x_i)|, for all singular vectors x_i of W up to its
+        ``(k,)``: ``max_i |cos(y_j, x_i)|``, for all singular vectors x_i of W up to its
         numerical rank; what LAPACK returns beyond is arbitrary.
     nearest
         ``(k,)``: the i of that maximum, from 1; 0 where W is zero.
@@ -87,6 +88,16 @@ class IntruderReport:
     def count(self, side: Side) -> int:
         """Return how many of the k directions are intruders."""
         return int(self.intruders(side).sum())
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (side, self.count(side), self.energy_share(side), own.max_cosine.min(),
+             own.chance_maximum, own.novelty.max())
+            for side, own in self.sides.items()
+        ]  # fmt: skip
+        columns = ("side", "intruders", "energy", "smallest cosine", "random", "largest novelty")
+        title = f"First {len(self.S)} directions of W + ΔW, {self.module}, {self.label}"
+        return html_table(title, columns, rows)
 
     def energy_share(self, side: Side) -> float:
         """Return the intruders' share of the k directions' energy, Σσ² over Σσ²; NaN for 0."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from lora_analysis import chance, linalg
 from lora_analysis.errors import DegenerateSubspaceError, IncompatibleError
+from lora_analysis.showing import html_table
 from lora_analysis.spectra import SIDES, Factor, Side, Spectrum, check_side, spectrum
 
 if TYPE_CHECKING:
@@ -91,6 +92,14 @@ class SimilarityGrid:
             )
             raise DegenerateSubspaceError(message)
         return float(self.values[i - 1, j - 1])
+
+    def _repr_html_(self) -> str:
+        rows, columns = self.values.shape
+        cells = dict.fromkeys(((1, 1), (1, columns), (rows, columns)) if rows and columns else ())
+        title = f"φ(i, j) of {self.labels[0]} and {self.labels[1]}, {self.module}, {self.side} side"
+        note = f"{rows} × {columns} cells; d = {self.dimension}. Chance is isotropic: a floor."
+        shown = ((i, j, self.values[i - 1, j - 1], self.chance[i - 1, j - 1]) for i, j in cells)
+        return html_table(title, ("i", "j", "φ", "chance"), shown, note)
 
     def ill_defined(self, i: int, j: int) -> str:
         """Return ``"undefined"``, ``"soft"`` or ``""`` for φ(i, j)."""

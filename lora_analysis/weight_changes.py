@@ -37,7 +37,7 @@ class VectorChange:
 
     @property
     def mean_magnitude(self) -> float:
-        """ΔM: mean of |magnitude|."""
+        """ΔM: mean of ``|magnitude|``."""
         return float(np.mean(np.abs(self.magnitude)))
 
     @property
@@ -48,7 +48,7 @@ class VectorChange:
 
     @property
     def correlation(self) -> float:
-        """Pearson correlation of |magnitude| and direction over vectors; NaN where one is even."""
+        """Pearson correlation of ``|magnitude|`` and direction; NaN where either is even."""
         known = ~np.isnan(self.direction)
         a, b = np.abs(self.magnitude[known]), self.direction[known]
         if len(a) < 2 or not (np.ptp(a) > 0 and np.ptp(b) > 0):

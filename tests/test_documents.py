@@ -1,36 +1,82 @@
-"""What the documents say exists, exists."""
+"""What the documents show works: every command, every line of Python, every link."""
 
 from __future__ import annotations
 
 import ast
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
-import click
 import pytest
+import torch
+from document_workspace import make_workspace
+from documents import ROOT, Page, blocks, copy_tree
 
 import lora_analysis
-from lora_analysis.cli import VERBS, group
+from lora_analysis import demo, formats
+from lora_analysis.cli import VERBS
+from lora_analysis.execution.serial import SerialExecutor
+from lora_analysis.formats import registry
+from lora_analysis.training import LoopOptions, RunConfig, sweep
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts)
+REFERENCE = sorted((ROOT / "docs" / "reference").glob("*.rst"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-def fenced(kind: str) -> list[str]:
-    return re.findall(rf"```{kind}\n(.*?)```", README, flags=re.DOTALL)
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder that every document finds around it; each runs in a copy."""
+    return make_workspace(tmp_path_factory.mktemp("workspace"))
 
 
-def test_every_command_in_the_readme_parses() -> None:
-    lines = [line for block in fenced("console") for line in block.splitlines()]
-    used = [re.split(r"\s{2,}#", line)[0] for line in lines if "lora-analysis " in line]
-    assert len(used) >= 6
-    for line in used:
-        words = line.partition("lora-analysis ")[2].split()
-        command = group.get_command(click.Context(group), words[0])
-        assert command is not None, line
-        command.make_context(words[0], words[1:])
+@pytest.fixture
+def inside(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Go into a fresh copy of the workspace."""
+    copy_tree(workspace, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    # What a document adds to the program ends with it.
+    monkeypatch.setattr(registry, "READERS", registry.READERS)
+    monkeypatch.setattr(formats, "__path__", [*formats.__path__, "lora_analysis/formats"])
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    # Two steps each are done in this process before another one has imported torch.
+    monkeypatch.setattr(sweep, "choose_executor", lambda *_: SerialExecutor())
+    loop = LoopOptions(steps=2, warmup=1, evaluations=1)
+    short = [RunConfig(task="rotate", rank=r, seed=0, loop=loop) for r in (2, 3)]
+    monkeypatch.setattr(demo, "demo_sweep", lambda: short)
+    return tmp_path
+
+
+def run_in(path: Path, **namespace: object) -> Page:
+    page = Page(path, dict(namespace))
+    page.run()
+    return page
+
+
+def test_every_block_of_the_readme_runs(inside: Path) -> None:
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(8, 8) for name in ("q_proj", "v_proj")})
+    page = run_in(ROOT / "README.md", model=model)
+    assert page.ran >= 5
+    assert len({path.name for path in inside.iterdir()} & {"ab.svg", "out", "small", "lora"}) == 4
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT / "docs")))
+def test_every_block_of_the_documentation_runs(path: Path, inside: Path) -> None:
+    run_in(path)
+
+
+def test_few_blocks_are_not_run_and_each_says_why() -> None:
+    left_out = [
+        f"{path.name}: {block.why}"
+        for path in (ROOT / "README.md", *PAGES)
+        for block in blocks(path.read_text(encoding="utf-8"))
+        if block.why
+    ]
+    assert len(left_out) == 2, left_out
 
 
 def test_the_readme_shows_every_verb() -> None:
@@ -38,15 +84,12 @@ def test_the_readme_shows_every_verb() -> None:
         assert f"lora-analysis {verb}" in README
 
 
-def test_the_pythons_of_the_readme_import_public_names_only() -> None:
-    blocks = fenced("python")
-    assert len(blocks) >= 2
-    for block in blocks:
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom):
-                assert node.module == "lora_analysis"
-                for alias in node.names:
-                    assert alias.name in lora_analysis.__all__
+def test_the_reference_has_every_public_name_and_every_module() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in REFERENCE)
+    for name in lora_analysis.__all__:
+        assert name.startswith("_") or re.search(rf"lora_analysis\.{name}$", text, re.MULTILINE)
+    for home in lora_analysis._HOME:
+        assert f".. automodule:: lora_analysis.{home}\n" in text
 
 
 def test_every_make_target_of_the_documents_exists() -> None:
@@ -73,3 +116,32 @@ def test_notebooks_were_run_in_order_and_without_an_error(path: Path) -> None:
     pictures = [one for one in outputs if "image/png" in one.get("data", {})]
     drawn = [cell for cell in cells if re.search(r"^plot_", "".join(cell["source"]), re.MULTILINE)]
     assert len(pictures) >= len(drawn) > 0
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_use_the_package_and_define_next_to_nothing(path: Path) -> None:
+    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    tree = ast.parse("\n".join(re.sub(r";$", "", "".join(c["source"])) for c in cells))
+    imported = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert any(name.startswith("lora_analysis") for name in imported)
+    for node in ast.walk(tree):
+        assert not isinstance(node, ast.ClassDef | ast.AsyncFunctionDef)
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 5, node.name
+
+
+@pytest.mark.slow
+def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("myst_nb", reason="the documentation's extra is not installed")
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-W", "-q", "-d", tmp_path / "trees", ROOT / "docs", "."],
+        # Its pages are run above; here it is their text, their links, and the docstrings.
+        env={**os.environ, "DOCS_EXECUTION": "off"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    shown = (tmp_path / "reference" / "commands.html").read_text(encoding="utf-8")
+    assert all(f"Usage: lora-analysis {verb}" in shown for verb in VERBS)

@@ -14,6 +14,7 @@ from lora_analysis import linalg
 from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate
 from lora_analysis.edit import (
     drop_directions,
+    error_by_parameters,
     keep_directions,
     project_out,
     ranks_within,
@@ -29,6 +30,7 @@ from lora_analysis.errors import (
     ScaleError,
     UnsupportedMethodError,
 )
+from lora_analysis.spectra import singular_values
 
 
 def planted(
@@ -382,3 +384,37 @@ def test_what_cannot_be_done_is_said(rng: np.random.Generator) -> None:
 
 def test_coinciding_directions_may_go_together(rng: np.random.Generator) -> None:
     assert drop_directions(planted(rng, [2.0, 1.0, 1.0]), [2, 3]).rank == 1
+
+
+def test_the_error_by_parameters_is_that_of_resized_adapters(rng: np.random.Generator) -> None:
+    whole = adapter(rng, modules=2, rank=4)
+    values = {name: singular_values(update) for name, update in whole.items()}
+    costs = {name: sum(update.shape) for name, update in whole.items()}
+    total = np.sqrt(sum(float(np.sum(s**2)) for s in values.values()))
+
+    def error(ranks: dict[str, int]) -> float:
+        lost = sum(
+            np.linalg.norm(update.delta_weight() - dense_best(update.delta_weight(), ranks[name]))
+            ** 2
+            for name, update in whole.items()
+        )
+        return float(np.sqrt(lost) / total)
+
+    def dense_best(delta: np.ndarray, rank: int) -> np.ndarray:
+        u, s, vt = np.linalg.svd(delta, full_matrices=False)
+        return (u[:, :rank] * s[:rank]) @ vt[:rank]
+
+    parameters, errors = error_by_parameters(values, costs)
+    for at in (0, 5, 9, 15):
+        ranks = ranks_within(int(parameters[at]), values, costs)
+        assert errors[at] == pytest.approx(error(ranks), abs=1e-7)
+    parameters, errors = error_by_parameters(values, costs, uniform=True)
+    assert list(parameters) == [k * sum(costs.values()) for k in (1, 2, 3, 4)]
+    for k in (1, 2, 3, 4):
+        expected = error(dict.fromkeys(whole, k))
+        assert errors[k - 1] == pytest.approx(expected, abs=1e-7)
+
+
+def test_an_untrained_adapter_has_no_error_by_parameters() -> None:
+    with pytest.raises(InputError, match="untrained"):
+        error_by_parameters({"q": np.zeros(2)}, {"q": 10})

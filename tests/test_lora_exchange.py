@@ -57,6 +57,7 @@ def test_an_extracted_adapter_holds_factors_scale_layout_and_head() -> None:
         "target_modules": ["q_proj", "c_proj"],
         "modules_to_save": ["head"],
         "use_rslora": False,
+        "lora_dropout": 0.0,
         "base_model_name_or_path": None,
     }
     provenance = adapter.provenance
@@ -172,7 +173,7 @@ GOOD = update_of("layers.0.q_proj", 10, 8)
             TargetError,
             "'layers.0.qproj'.*layers.0.q_proj",
         ),
-        (adapter_of(update_of("layers.0.norm", 8, 8)), TargetError, "a LayerNorm is neither"),
+        (adapter_of(update_of("layers.0.norm", 8, 8)), TargetError, "a LayerNorm is no Linear"),
         (
             adapter_of(GOOD, update_of("layers.1.q_proj", 8, 10)),
             IncompatibleError,

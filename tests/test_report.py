@@ -5,16 +5,20 @@ import json
 from html.parser import HTMLParser
 from pathlib import Path
 
+import jsonschema
 import numpy as np
+import pandas as pd
 import pytest
 from factories import adapter
 from test_studies import sweep  # noqa: F401  (a fixture)
 
 from lora_analysis.adapter import Adapter, LowRankUpdate, Provenance
 from lora_analysis.bases import open_base
-from lora_analysis.report import write_report
+from lora_analysis.formats import read_adapter, write_adapter
+from lora_analysis.report import results_schema, write_report
 from lora_analysis.report.selection import rank_pair, seed_pair, short_name, telling_modules
 from lora_analysis.report.tables import csv_text
+from lora_analysis.similarity import subspace_similarity
 from lora_analysis.studies import Failure, study
 
 # Elements that end themselves in HTML.
@@ -61,7 +65,12 @@ def report(
     rng = np.random.default_rng(1)
     weights = {f"{name}.weight": rng.standard_normal((48, 40)) for name in sweep[0]}
     folder = tmp_path_factory.mktemp("report")
-    return write_report(study(sweep, base=open_base(weights), draws=2), folder)
+    return write_report(
+        study(sweep, base=open_base(weights), draws=2),
+        folder,
+        figures=("svg",),
+        command="made by a test",
+    )
 
 
 def test_the_page_runs_no_script_and_asks_for_nothing(report: Path) -> None:
@@ -101,9 +110,13 @@ def test_findings_lead_and_figures_and_tables_follow(report: Path) -> None:
     page = Page(text)
     figures = [found["id"] for tag, found in page.tags if tag == "figure"]
     assert figures == [
-        "figure-ranks_output", "figure-ranks_input", "figure-seeds_output", "figure-seeds_input",
-        "figure-levels_output", "figure-levels_input", "figure-amplification_factor",
-        "figure-enrichment", "figure-spectra",
+        "figure-ranks_output", "figure-ranks_input", "figure-spectra", "figure-energy",
+        "figure-budget", "figure-seeds_output", "figure-seeds_input", "figure-levels_output",
+        "figure-levels_input", "figure-atlas_output", "figure-atlas_input", "figure-atlas_cosine",
+        "figure-amplification_factor", "figure-enrichment", "figure-amplification_layers",
+        "figure-enrichment_layers", "figure-energy_output", "figure-energy_input",
+        "figure-intruders_output", "figure-intruders_input", "figure-modules",
+        "figure-module_1", "figure-module_2", "figure-module_3", "figure-module_4",
     ]  # fmt: skip
     svgs = [found for tag, found in page.tags if tag == "svg"]
     assert len(svgs) == len(figures)
@@ -113,7 +126,7 @@ def test_findings_lead_and_figures_and_tables_follow(report: Path) -> None:
 def test_figures_and_tables_lie_beside_the_page(report: Path) -> None:
     folder = report.parent
     names = {path.name for path in (folder / "figures").iterdir()}
-    assert {"ranks_output.svg", "ranks_output.png", "enrichment.svg"} <= names
+    assert {"ranks_output.svg", "modules.svg", "enrichment.svg", "atlas_cosine.svg"} <= names
     with (folder / "tables" / "similarities.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 10 * 4 * 2
@@ -126,15 +139,96 @@ def test_results_are_strict_json_with_every_row(report: Path) -> None:
 
     text = (report.parent / "results.json").read_text()
     results = json.loads(text, parse_constant=refuse)
-    assert results["schema_version"] == 1
-    assert len(results["similarities"]) == 80
+    assert results["schema_version"] == 2
+    jsonschema.validate(results, results_schema())
+    assert len(results["overlaps"]) == 10 * 2
     assert {one["k"] for one in results["amplifications"]} == {4, 8}
     assert results["findings"][0]["text"]
+    assert results["run_inference"][0]["smallest_p"] == pytest.approx(1 / 3)
+
+
+def test_the_summaries_are_medians_of_the_tables(report: Path) -> None:
+    results = json.loads((report.parent / "results.json").read_text())
+    with (report.parent / "tables" / "similarities.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    for one in results["overlaps"]:
+        own = [
+            float(row["omega"])
+            for row in rows
+            if (row["a"], row["b"], row["side"]) == (one["a"], one["b"], one["side"])
+        ]
+        assert one["rows"] == len(own) == 4
+        assert one["omega"] == pytest.approx(np.median(own))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_small_studies_follow_the_schema_too(
+    rng: np.random.Generator, tmp_path: Path, count: int
+) -> None:
+    made = [adapter(rng, label=f"a{n}", rank=2 + n) for n in range(count)]
+    write_report(study(made), tmp_path, figures=(), form="md")
+    results = json.loads((tmp_path / "results.json").read_text())
+    jsonschema.validate(results, results_schema())
+    assert (results["atlas"] is None) == (count == 1)
+    assert (tmp_path / "grids.npz").is_file() == (count == 2)
+
+
+def test_the_grids_beside_the_page_are_those_of_the_study(
+    sweep: list[Adapter],  # noqa: F811
+    report: Path,
+) -> None:
+    name = "layers.1.v_proj"
+    with np.load(report.parent / "grids.npz", allow_pickle=False) as grids:
+        assert len(grids) == 2 * 2 * 4  # pairs of ranks and of seeds, both sides, four modules
+        found = grids[f"turn-r4-s1|turn-r8-s0|output|{name}"]
+    expected = subspace_similarity(sweep[1][name], sweep[4][name], side="output").values
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_the_lines_of_python_give_the_numbers_of_the_report(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    places = [
+        write_adapter(adapter(rng, label=f"turn-r{rank}-s{seed}", rank=rank), tmp_path / name)
+        for rank, seed, name in ((2, 0, "a"), (3, 1, "b"))
+    ]
+    result = study(
+        [read_adapter(place, label=f"turn-r{n + 2}-s{n}") for n, place in enumerate(places)],
+        label="{task}-r{rank}-s{seed}",
+        modules="q_proj",
+    )
+    text = write_report(result, tmp_path / "out", figures=(), form="md").read_text()
+    lines = text.split("```python\n")[1].split("```")[0]
+    told: dict[str, object] = {}
+    exec(lines, told)  # the lines are the report's own
+    again = told["result"]
+    pd.testing.assert_frame_equal(again.similarities, result.similarities)  # type: ignore[attr-defined]
+    assert list(again.runs["task"]) == ["turn", "turn"]  # type: ignore[attr-defined]
+
+
+def test_the_verdicts_stand_in_a_table_before_the_sentences(report: Path) -> None:
+    text = report.read_text()
+    table = text.index("Table: verdicts")
+    assert text.index('id="findings"') < table < text.index('<ul class="findings">')
+    assert ">shared</td>" in text[table:]
+
+
+def test_artefacts_come_before_what_they_touch(report: Path) -> None:
+    results = json.loads((report.parent / "results.json").read_text())
+    kinds = [one["kind"] for one in results["findings"]]
+    assert kinds.index("artefact") < kinds.index("reference") < kinds.index("result")
+
+
+def test_tables_are_written_as_parquet_when_asked(rng: np.random.Generator, tmp_path: Path) -> None:
+    result = study([adapter(rng, label="one")])
+    write_report(result, tmp_path, figures=(), form="md", parquet=True)
+    found = pd.read_parquet(tmp_path / "tables" / "spectra.parquet")
+    assert list(found["module"]) == list(result.spectra["module"])
 
 
 def test_the_same_study_gives_the_same_bytes(rng: np.random.Generator, tmp_path: Path) -> None:
     result = study([adapter(rng, label="r2", rank=2), adapter(rng, label="r3", rank=3)])
-    first, second = (write_report(result, tmp_path / name) for name in ("a", "b"))
+    first, second = (write_report(result, tmp_path / name, figures=("svg",)) for name in ("a", "b"))
     assert first.read_bytes() == second.read_bytes()
     for figure in (first.parent / "figures").iterdir():
         assert figure.read_bytes() == (second.parent / "figures" / figure.name).read_bytes()
@@ -148,7 +242,11 @@ def test_hostile_names_are_shown_as_text(rng: np.random.Generator, tmp_path: Pat
     hostile = Adapter({name: update}, label="<b>=cmd()")
     other = Adapter({name: update}, label="other")
     path = write_report(
-        study([hostile, other]), tmp_path, title="<i>title</i>", command="run <u>this</u>"
+        study([hostile, other]),
+        tmp_path,
+        title="<i>title</i>",
+        command="run <u>this</u>",
+        figures=(),
     )
     page = Page(path.read_text())
     assert not {tag for tag, _ in page.tags} & {"img", "script", "b", "i", "u"}
@@ -156,29 +254,29 @@ def test_hostile_names_are_shown_as_text(rng: np.random.Generator, tmp_path: Pat
 
 
 def test_csv_cells_that_a_spreadsheet_would_run_are_quoted() -> None:
-    import pandas as pd
-
     text = csv_text(pd.DataFrame({"name": ["=cmd()", "+1", "plain"], "value": [-1.0, 2.0, 3.0]}))
     assert [line.split(",")[0] for line in text.splitlines()[1:]] == ["'=cmd()", "'+1", "plain"]
     assert "-1.0" in text
 
 
 def test_one_adapter_alone_makes_a_report(rng: np.random.Generator, tmp_path: Path) -> None:
-    text = write_report(study([adapter(rng, label="alone")]), tmp_path).read_text()
+    text = write_report(study([adapter(rng, label="alone")]), tmp_path, figures=()).read_text()
     assert "<h1>What alone learned</h1>" in text
     assert "Across ranks" not in text
 
 
 def test_an_untrained_adapter_alone_makes_a_report(tmp_path: Path) -> None:
     empty = LowRankUpdate(name="q", A=np.ones((2, 9)), B=np.zeros((8, 2)), scale=1.0)
-    text = write_report(study([Adapter({"q": empty}, label="empty")]), tmp_path).read_text()
+    text = write_report(
+        study([Adapter({"q": empty}, label="empty")]), tmp_path, figures=()
+    ).read_text()
     assert "empty is untrained" in text
     assert "figure-" not in text
 
 
 def test_failures_are_named_in_the_report(rng: np.random.Generator, tmp_path: Path) -> None:
     result = study([adapter(rng)], failures=[Failure("bad.safetensors", "it is truncated")])
-    text = write_report(result, tmp_path).read_text()
+    text = write_report(result, tmp_path, figures=()).read_text()
     assert "bad.safetensors could not be analysed: it is truncated" in text
 
 
@@ -186,7 +284,7 @@ def test_the_markdown_report_shows_findings_figures_and_tables(
     rng: np.random.Generator, tmp_path: Path
 ) -> None:
     result = study([adapter(rng, label="r2", rank=2), adapter(rng, label="r3", rank=3)])
-    path = write_report(result, tmp_path, form="md", title="A *bold* title")
+    path = write_report(result, tmp_path, figures=("svg",), form="md", title="A *bold* title")
     text = path.read_text()
     assert path.name == "report.md"
     assert "![Two ranks, output side.](figures/ranks_output.svg)" in text
@@ -199,7 +297,7 @@ def test_the_markdown_report_shows_findings_figures_and_tables(
 
 def test_the_telling_modules_are_one_middle_layer_of_each_type() -> None:
     names = [f"layers.{i}.{kind}_proj" for i in range(8) for kind in "qkv"]
-    assert telling_modules(names) == ["layers.4.q_proj", "layers.4.k_proj"]
+    assert telling_modules(names) == ["layers.4.q_proj", "layers.4.v_proj"]
     assert telling_modules(["a.0.q", "a.1.q", "a.2.q", "a.3.q"]) == ["a.1.q", "a.2.q"]
     assert telling_modules(["q"]) == ["q"]
     assert short_name("model.layers.4.q_proj") == "q_proj, layer 4"
@@ -228,16 +326,16 @@ def test_a_later_report_leaves_nothing_of_an_earlier_one(
 ) -> None:
     one = adapter(rng, label="one")
     weights = {f"{name}.weight": rng.standard_normal((24, 20)) for name in one}
-    write_report(study([one], base=open_base(weights), draws=0), tmp_path)
+    write_report(study([one], base=open_base(weights), draws=0), tmp_path, figures=("svg", "pdf"))
     (tmp_path / "figures" / "mine.png").write_bytes(b"mine")
     assert (tmp_path / "tables" / "amplifications.csv").is_file()
-    write_report(study([one]), tmp_path)
+    write_report(study([one]), tmp_path, figures=("png",))
     assert {path.name for path in (tmp_path / "tables").iterdir()} == {
         "adapters.csv",
         "spectra.csv",
     }
     names = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert names == {"spectra.svg", "spectra.png", "mine.png"}
+    assert names == {"spectra.png", "energy.png", "budget.png", "mine.png"}
     assert json.loads((tmp_path / "results.json").read_text())["amplifications"] == []
 
 
@@ -252,6 +350,6 @@ def test_a_manifest_with_accuracy_alone_makes_a_table(
         )
         for seed, metrics in ((0, {"accuracy": 0.75}), (1, {}))
     ]
-    text = write_report(study(made), tmp_path).read_text()
+    text = write_report(study(made), tmp_path, figures=()).read_text()
     assert "75.0%" in text
     assert "nan" not in text

@@ -11,7 +11,7 @@ from lora_analysis.adapter import Adapter, LowRankUpdate, Provenance
 from lora_analysis.bases import open_base
 from lora_analysis.errors import BaseWeightError, InputError, SourceError
 from lora_analysis.findings import findings, level, number
-from lora_analysis.studies import REFERENCE, SHARED_SEED, relation, study
+from lora_analysis.studies import OTHER_BASE, REFERENCE, SHARED_SEED, relation, study
 
 NAMES = ("layers.0.q_proj", "layers.0.v_proj", "layers.1.q_proj", "layers.1.v_proj")
 
@@ -336,7 +336,7 @@ def test_adapters_of_two_bases_are_no_reference_for_each_other(sweep: list[Adapt
         Adapter({}, label="x", provenance=Provenance(task=task, seed=seed, rank=4, base_model=base))
         for task, seed, base in (("turn", 0, "gpt2"), ("flip", 1, "llama"))
     )
-    assert relation(a, b) == "unknown"
+    assert relation(a, b) == OTHER_BASE
 
 
 def test_one_run_twice_counts_in_no_result(sweep: list[Adapter], rng: np.random.Generator) -> None:
@@ -446,7 +446,8 @@ def test_several_base_models_are_named(rng: np.random.Generator) -> None:
         for base in ("org/one", "org/two")
     ]
     text = next(one.text for one in findings(study(made)) if one.topic == "several bases")
-    assert "org/one, org/two" in text
+    assert "org/one (1 adapter), org/two (1 adapter)" in text
+    assert "1 pair across them not compared" in text
 
 
 # --- W's whole spectra ------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from lora_analysis.training import pretrain as pretraining
 from lora_analysis.training.base import read_base
 from lora_analysis.training.data import Split
 from lora_analysis.training.digits import TASKS, digits_task
-from lora_analysis.training.files import base_folder, base_sha256, write_json
-from lora_analysis.training.loop import accuracy
+from lora_analysis.training.files import WEIGHTS_NAME, base_folder, file_sha256, write_json
 from lora_analysis.training.pretrain import augment, initialise
+from lora_analysis.training.tasks import accuracy
 from lora_analysis.training.vit import DigitsViT, VitConfig
 
 
@@ -103,7 +103,7 @@ def test_the_shipped_base_knows_upright_digits_and_no_other() -> None:
 def test_the_shipped_base_is_small_and_is_the_file_of_its_manifest() -> None:
     folder = base_folder()
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["weights_sha256"] == base_sha256()
+    assert manifest["weights_sha256"] == file_sha256(base_folder() / WEIGHTS_NAME)
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 4_000_000
     assert {p.dtype for p in read_base().parameters()} == {torch.float32}
 
@@ -182,7 +182,7 @@ def test_the_pretraining_command_writes_a_base_that_says_how_it_was_made(
     folder = tmp_path / "digits-vit"
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["options"] == SHORT.to_dict()
-    assert manifest["weights_sha256"] == base_sha256(folder)
+    assert manifest["weights_sha256"] == file_sha256(folder / WEIGHTS_NAME)
     assert manifest["data"]["licence"] == "CC BY 4.0"
     # The accuracies are those of the weights as they are stored.
     right = accuracy(read_base(folder), digits_task("mirror").test)

@@ -10,13 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from lora_analysis.errors import InputError
-from lora_analysis.training.config import LoopOptions
+from lora_analysis.errors import DivergedError, InputError
+from lora_analysis.training.config import Seeds
 from lora_analysis.training.data import Split, TaskData
 from lora_analysis.training.devices import one_thread, resolve_device
-from lora_analysis.training.loop import StepMetrics, accuracy, learning_rate, training_steps
+from lora_analysis.training.loop import StepMetrics, training_steps
+from lora_analysis.training.options import LoopOptions
+from lora_analysis.training.schedules import learning_rate
+from lora_analysis.training.tasks import ArrayTask, accuracy
 
-OPTIONS = LoopOptions(steps=12, batch_size=8, lr=1e-2, warmup=3, evaluations=3, data_seed=4)
+OPTIONS = LoopOptions(steps=12, batch_size=8, lr=1e-2, warmup=3, evaluations=3)
 
 
 @pytest.fixture
@@ -33,10 +36,10 @@ def model() -> nn.Sequential:
 
 
 def _trained(
-    model: nn.Module, data: TaskData, options: LoopOptions
+    model: nn.Module, data: TaskData, options: LoopOptions, seed: int = 4
 ) -> tuple[nn.Module, list[StepMetrics]]:
     twin = copy.deepcopy(model)
-    return twin, list(training_steps(twin, data, options))
+    return twin, list(training_steps(twin, ArrayTask(data), options, seeds=Seeds(0, seed, 0)))
 
 
 def test_training_lowers_the_loss_and_raises_the_accuracy(model: nn.Module, data: TaskData) -> None:
@@ -55,7 +58,7 @@ def test_the_same_options_give_the_same_bits(model: nn.Module, data: TaskData) -
 
 def test_another_data_seed_gives_another_order(model: nn.Module, data: TaskData) -> None:
     _, seen = _trained(model, data, OPTIONS)
-    _, other = _trained(model, data, replace(OPTIONS, data_seed=5))
+    _, other = _trained(model, data, OPTIONS, seed=5)
     assert seen[0] == other[0]  # the model before training is the same
     assert seen[1].loss != other[1].loss
 
@@ -83,7 +86,7 @@ def test_one_epoch_draws_every_example_once(model: nn.Module, data: TaskData) ->
         return batch
 
     options = replace(OPTIONS, steps=10)  # 40 examples in batches of 8: two epochs
-    list(training_steps(model, data, options, transform=record))
+    list(training_steps(model, ArrayTask(data, record), options))
     wanted = np.sort(data.train.inputs[:, 0])
     for epoch in (drawn[:5], drawn[5:]):
         np.testing.assert_array_equal(np.sort(torch.cat(epoch)[:, 0].numpy()), wanted)
@@ -101,7 +104,7 @@ def test_the_first_step_is_adamw_by_hand(data: TaskData) -> None:
     model = nn.Linear(5, 2, bias=False)
     before = model.weight.detach().clone()
     options = LoopOptions(steps=1, batch_size=40, lr=0.1, warmup=0, weight_decay=0.5, clip=1e9)
-    list(training_steps(model, data, options))
+    list(training_steps(model, ArrayTask(data), options))
     twin = before.clone().requires_grad_()
     inputs, targets = torch.as_tensor(data.train.inputs), torch.as_tensor(data.train.targets)
     (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(inputs @ twin.T, targets), twin)
@@ -148,17 +151,18 @@ def test_accuracy_measures_in_evaluation_mode_and_leaves_the_mode(data: TaskData
 
 
 def test_a_diverged_training_says_at_which_step(model: nn.Module, data: TaskData) -> None:
-    def loss(outputs: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-        return outputs.sum() * float("inf")
+    def spoil(inputs: torch.Tensor, _: torch.Generator) -> torch.Tensor:
+        return inputs * float("inf")
 
-    with pytest.raises(InputError, match=r"diverged: the loss at step 1 is .* smaller lr"):
-        list(training_steps(model, data, OPTIONS, loss=loss))
+    words = r"diverged: the loss at step 1 is nan at .* examples \d+, .* smaller lr"
+    with pytest.raises(DivergedError, match=words):
+        list(training_steps(model, ArrayTask(data, spoil), OPTIONS))
 
 
 def test_a_model_with_nothing_to_train_is_refused(model: nn.Module, data: TaskData) -> None:
     model.requires_grad_(False)
     with pytest.raises(InputError, match="no parameter to train"):
-        list(training_steps(model, data, OPTIONS))
+        list(training_steps(model, ArrayTask(data), OPTIONS))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +176,6 @@ def test_a_model_with_nothing_to_train_is_refused(model: nn.Module, data: TaskDa
         ("weight_decay", -0.1),
         ("beta2", 1.0),
         ("clip", 0.0),
-        ("data_seed", -1),
         ("evaluations", 0),
     ],
 )

@@ -15,20 +15,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training_bases import SHORT, write_tiny_base
+from training_bases import SHORT, on, write_tiny_base
 
 import lora_analysis
 from lora_analysis.errors import InputError, MissingExtraError, TargetError
-from lora_analysis.formats import read_adapter
+from lora_analysis.formats import find_adapters, read_adapter
 from lora_analysis.lora import initial_factor, load_adapter_into
 from lora_analysis.training import RunConfig, RunEvent, run_state, train_run
 from lora_analysis.training.base import read_base
-from lora_analysis.training.config import LoopOptions
 from lora_analysis.training.digits import digits_task
-from lora_analysis.training.files import base_sha256
-from lora_analysis.training.loop import accuracy
+from lora_analysis.training.inputs import folder_sha256
+from lora_analysis.training.options import LoopOptions
+from lora_analysis.training.tasks import accuracy
 
-CONFIG = RunConfig(task="rotate", rank=2, seed=3, loop=replace(SHORT, data_seed=3))
+CONFIG = RunConfig(task="rotate", rank=2, seed=3, loop=SHORT)
 FILES = ["adapter_config.json", "adapter_model.safetensors", "manifest.json", "metrics.jsonl"]
 
 
@@ -40,7 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / CONFIG.name
-    return train_run(CONFIG, folder, device="cpu", base=base)
+    return train_run(on(base, CONFIG), folder, device="cpu")
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def train(base: Path, tmp_path: Path) -> Callable[..., list[RunEvent]]:
 
     def run(config: RunConfig = CONFIG) -> list[RunEvent]:
         events: list[RunEvent] = []
-        train_run(config, tmp_path / "run", device="cpu", base=base, progress=events.append)
+        train_run(on(base, config), tmp_path / "run", device="cpu", progress=events.append)
         return events
 
     return run
@@ -62,14 +62,14 @@ def test_a_run_leaves_metrics_adapter_and_manifest(finished: Path) -> None:
 
 def test_the_manifest_says_what_was_done_and_with_what(finished: Path, base: Path) -> None:
     manifest = json.loads((finished / "manifest.json").read_text())
-    assert manifest["config"] == CONFIG.to_dict()
+    assert manifest["config"] == on(base, CONFIG).to_dict()
     assert {k: manifest[k] for k in ("task", "rank", "seed", "data_seed")} == {
         "task": "rotate",
         "rank": 2,
         "seed": 3,
         "data_seed": 3,
     }
-    assert manifest["base_sha256"] == base_sha256(base)
+    assert manifest["inputs"] == {"base": folder_sha256(base), "data": "digits"}
     assert manifest["device"] == "cpu"
     assert manifest["modules"] == [
         f"blocks.{block}.attention.{kind}_proj" for block in (0, 1) for kind in "qv"
@@ -113,7 +113,7 @@ def test_the_adapter_on_the_base_has_the_accuracy_of_the_manifest(
 def test_the_initial_factor_of_a_run_can_be_computed_again(base: Path, tmp_path: Path) -> None:
     # So small a rate moves nothing: what is saved is what training started from.
     still = replace(CONFIG, loop=LoopOptions(steps=1, batch_size=8, lr=1e-12, weight_decay=0.0))
-    adapter = read_adapter(train_run(still, tmp_path / "still", device="cpu", base=base))
+    adapter = read_adapter(train_run(on(base, still), tmp_path / "still", device="cpu"))
     for name, update in adapter.items():
         start = initial_factor(name, still.rank, still.seed, update.A.shape[1])
         np.testing.assert_allclose(update.A, start.numpy(), atol=1e-9)
@@ -132,7 +132,7 @@ def test_two_runs_of_one_configuration_are_equal_bit_for_bit(
 def test_the_seeds_of_start_and_data_act_apart(
     finished: Path, train: Callable[..., list[RunEvent]], tmp_path: Path
 ) -> None:
-    train(replace(CONFIG, loop=replace(CONFIG.loop, data_seed=4)))
+    train(replace(CONFIG, data_seed=4))
     first = json.loads((finished / "metrics.jsonl").read_text().splitlines()[1])
     other = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])
     assert first["loss"] != other["loss"]  # B is zero at step 1: the data alone differ
@@ -152,7 +152,7 @@ def test_the_base_is_left_as_it_was(base: Path, train: Callable[..., list[RunEve
 def test_a_finished_run_is_skipped(
     base: Path, train: Callable[..., list[RunEvent]], tmp_path: Path
 ) -> None:
-    assert run_state(CONFIG, tmp_path / "run", base=base) == "missing"
+    assert run_state(on(base, CONFIG), tmp_path / "run") == "missing"
     events = train()
     assert [event.kind for event in events] == ["started", *["step"] * 5, "finished"]
     assert [event.step for event in events] == [0, 0, 1, 2, 3, 4, 4]
@@ -210,12 +210,12 @@ def test_a_run_that_is_not_whole_is_trained_anew(
 def test_any_other_configuration_is_another_run(
     change: dict[str, object], finished: Path, base: Path
 ) -> None:
-    assert run_state(replace(CONFIG, **change), finished, base=base) == "changed"
+    assert run_state(replace(on(base, CONFIG), **change), finished) == "changed"
 
 
 def test_another_base_is_another_run(finished: Path, tmp_path: Path) -> None:
     other = write_tiny_base(tmp_path / "other", seed=6)
-    assert run_state(CONFIG, finished, base=other) == "changed"
+    assert run_state(on(other, CONFIG), finished) == "changed"
 
 
 def test_an_interrupted_run_is_not_taken_for_an_adapter(
@@ -227,11 +227,14 @@ def test_an_interrupted_run_is_not_taken_for_an_adapter(
         if event.step == 2:
             raise KeyboardInterrupt
 
-    other = replace(CONFIG, seed=4)
+    other = on(base, replace(CONFIG, seed=4))
     with pytest.raises(KeyboardInterrupt):
-        train_run(other, tmp_path / "run", device="cpu", base=base, progress=interrupt)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
-    assert run_state(other, tmp_path / "run", base=base) == "unfinished"
+        train_run(other, tmp_path / "run", device="cpu", progress=interrupt)
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {"metrics.jsonl", "checkpoint.safetensors"}
+    with pytest.raises(InputError, match="no adapter was recognised"):
+        find_adapters(tmp_path)
+    assert run_state(other, tmp_path / "run") == "unfinished"
     assert train(other)[-1].kind == "finished"
 
 
@@ -250,7 +253,9 @@ def test_a_configuration_out_of_range_is_refused_by_name(field: str, value: obje
 
 
 def test_the_name_tells_a_data_seed_of_its_own() -> None:
-    assert replace(CONFIG, loop=replace(SHORT, data_seed=7)).name == "rotate-r2-s3-d7"
+    assert replace(CONFIG, data_seed=7).name == "rotate-r2-s3-d7"
+    assert replace(CONFIG, dropout_seed=7).name == "rotate-r2-s3-p7"
+    assert replace(CONFIG, method="full").name == "rotate-full-s3"
 
 
 def test_a_run_that_cannot_start_leaves_the_older_one_as_it_was(
@@ -260,10 +265,10 @@ def test_a_run_that_cannot_start_leaves_the_older_one_as_it_was(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     train()
-    folder, other = tmp_path / "run", replace(CONFIG, seed=4)
+    folder, other = tmp_path / "run", on(base, replace(CONFIG, seed=4))
     held = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(InputError, match="no device 'abacus'"):
-        train_run(other, folder, device="abacus", base=base)
+        train_run(other, folder, device="abacus")
     with pytest.raises(TargetError, match="q_porj"):
         train(replace(other, targets=("q_porj",)))
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)

@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from training_bases import SHORT, write_tiny_base
+from training_bases import SHORT, on, write_tiny_base
 
-from lora_analysis.errors import InputError, LoraAnalysisError, TargetError
+from lora_analysis.errors import InputError, InUseError, TargetError
 from lora_analysis.formats import find_adapters
-from lora_analysis.patterns import natural_key
-from lora_analysis.training import RunConfig, RunEvent, demo_sweep, run_state, run_sweep
-from lora_analysis.training.workers import train_in_processes
+from lora_analysis.storage.locks import locked
+from lora_analysis.training import (
+    FAILURE_NAME,
+    ExecutionOptions,
+    RunConfig,
+    RunEvent,
+    demo_sweep,
+    run_state,
+    run_sweep,
+    sweep_states,
+)
 
-CONFIGS = [
-    RunConfig(task="invert", rank=2, seed=s, loop=replace(SHORT, data_seed=s)) for s in (0, 1, 2)
-]
+SEEDS = (0, 1, 2)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def configs(base: Path) -> list[RunConfig]:
+    return [on(base, RunConfig(task="invert", rank=2, seed=seed, loop=SHORT)) for seed in SEEDS]
 
 
 def test_the_demo_trains_thirteen_adapters() -> None:
@@ -41,135 +55,266 @@ def test_the_demo_trains_thirteen_adapters() -> None:
         ("rotate", 4): 2,
         ("rotate", 64): 2,
     }
-    assert all(config.loop.data_seed == config.seed for config in configs)
+    assert all(config.seeds.data == config.seed for config in configs)
     assert len({config.alpha for config in configs}) == 1
 
 
-def test_a_sweep_goes_on_where_it_was_interrupted(base: Path, tmp_path: Path) -> None:
+def test_a_sweep_goes_on_where_it_was_interrupted(configs: list[RunConfig], tmp_path: Path) -> None:
     events: list[RunEvent] = []
 
     def interrupt(event: RunEvent) -> None:
         events.append(event)
-        if event.label == CONFIGS[1].name and event.step == 2:
+        if event.label == configs[1].name and event.step == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_sweep(CONFIGS, tmp_path, device="cpu", workers=1, base=base, progress=interrupt)
-    states = [run_state(config, tmp_path / config.name, base=base) for config in CONFIGS]
+        run_sweep(configs, tmp_path, device="cpu", workers=1, progress=interrupt)
+    states = [run_state(config, tmp_path / config.name) for config in configs]
     assert states == ["finished", "unfinished", "missing"]
     events.clear()
-    places = run_sweep(
-        CONFIGS, tmp_path, device="cpu", workers=1, base=base, progress=events.append
-    )
-    assert [event.label for event in events if event.kind == "skipped"] == [CONFIGS[0].name]
+    result = run_sweep(configs, tmp_path, device="cpu", workers=1, progress=events.append)
+    assert [event.label for event in events if event.kind == "skipped"] == [configs[0].name]
     assert [event.label for event in events if event.kind == "finished"] == [
-        config.name for config in CONFIGS[1:]
+        config.name for config in configs[1:]
     ]
-    assert places == [tmp_path / config.name for config in CONFIGS]
-    assert [ref.label for ref in find_adapters(tmp_path)] == [config.name for config in CONFIGS]
+    assert result.all_folders() == [tmp_path / config.name for config in configs]
+    assert [ref.label for ref in find_adapters(tmp_path)] == [config.name for config in configs]
 
 
-def test_a_finished_sweep_only_tells_that_it_is(base: Path, tmp_path: Path) -> None:
-    run_sweep(CONFIGS[:1], tmp_path, device="cpu", workers=1, base=base)
+def test_a_finished_sweep_only_tells_that_it_is(configs: list[RunConfig], tmp_path: Path) -> None:
+    run_sweep(configs[:1], tmp_path, device="cpu", workers=1)
     events: list[RunEvent] = []
-    run_sweep(CONFIGS[:1], tmp_path, device="cpu", base=base, progress=events.append)
+    run_sweep(configs[:1], tmp_path, device="cpu", progress=events.append)
     assert [event.kind for event in events] == ["skipped"]
 
 
-def test_runs_that_would_share_a_folder_are_refused(tmp_path: Path) -> None:
+def test_runs_that_would_share_a_folder_are_refused(
+    configs: list[RunConfig], tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match=r"share a folder name, 'invert-r2-s0'"):
-        run_sweep([CONFIGS[0], replace(CONFIGS[0], alpha=1.0)], tmp_path)
+        run_sweep([configs[0], replace(configs[0], alpha=1.0)], tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fewer_than_one_worker_is_refused(tmp_path: Path) -> None:
+def test_fewer_than_one_worker_is_refused(configs: list[RunConfig], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="workers must be at least 1, found 0"):
-        run_sweep(CONFIGS, tmp_path, workers=0)
+        run_sweep(configs, tmp_path, workers=0)
+
+
+def test_what_is_resolved_is_written_beside_the_results(
+    configs: list[RunConfig], tmp_path: Path
+) -> None:
+    run_sweep({"one": configs[0]}, tmp_path, device="cpu")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "sweep.json"]
+    found = json.loads((tmp_path / "sweep.json").read_text())["runs"]
+    assert RunConfig.from_dict(found["one"]).to_dict() == configs[0].to_dict()
+
+
+def test_runs_of_another_configuration_are_replaced_by_force_only(
+    configs: list[RunConfig], tmp_path: Path
+) -> None:
+    run_sweep({"one": configs[0]}, tmp_path, device="cpu")
+    files = (tmp_path / "one" / "manifest.json", tmp_path / "sweep.json")
+    before = [path.read_bytes() for path in files]
+    other = {"one": replace(configs[0], alpha=1.0), "two": configs[1]}
+    with pytest.raises(InputError, match=r"1 runs, 'one' among them, .*another configuration"):
+        run_sweep(other, tmp_path, device="cpu")
+    assert [path.read_bytes() for path in files] == before
+    assert not (tmp_path / "two").exists()
+    run_sweep(other, tmp_path, device="cpu", workers=1, force=True)
+    assert run_state(other["one"], tmp_path / "one") == "finished"
+
+
+def test_a_second_sweep_of_the_same_runs_is_refused_and_of_others_is_not(
+    configs: list[RunConfig], tmp_path: Path
+) -> None:
+    names = [config.name for config in configs]
+
+    def start_others(event: RunEvent) -> None:
+        if event.kind == "started":
+            with pytest.raises(InUseError, match="in use by process"):
+                run_sweep(configs, tmp_path, names=names[:1], device="cpu")
+            run_sweep(configs, tmp_path, names=names[1:2], device="cpu")
+
+    result = run_sweep(configs, tmp_path, names=names[:1], device="cpu", progress=start_others)
+    assert list(result.folders) == names[:1]
+    assert list(sweep_states(_named(configs), tmp_path).values()) == [
+        "finished",
+        "finished",
+        "missing",
+    ]
+
+
+def test_a_run_that_cannot_be_trained_is_told_and_the_rest_goes_on(
+    configs: list[RunConfig], tmp_path: Path
+) -> None:
+    runs = {"wrong": replace(configs[0], targets=("q_porj",)), "right": configs[1]}
+    told: list[str] = []
+    result = run_sweep(runs, tmp_path, device="cpu", workers=1, report=told.append)
+    assert list(result.folders) == ["right"]
+    assert isinstance(result.failures["wrong"].error, TargetError)
+    assert len(told) == 1
+    assert told[0].startswith("wrong failed once and is left out: ")
+    note = json.loads((tmp_path / "wrong" / FAILURE_NAME).read_text())
+    assert (note["kind"], note["attempts"]) == ("TargetError", 1)
+    assert any("q_porj" in line for line in note["traceback"])
+    with pytest.raises(InputError, match=r"1 of 2 runs failed, 'wrong' among them: .*q_porj"):
+        result.all_folders()
+    mended = run_sweep(runs | {"wrong": configs[0]}, tmp_path, device="cpu")
+    assert not mended.failures
+    assert not (tmp_path / "wrong" / FAILURE_NAME).exists()
+
+
+def test_who_is_still_in_a_runs_folder_is_waited_for(
+    configs: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "one"
+    place.mkdir()
+    holding = locked(place)
+    holding.__enter__()
+    monkeypatch.setattr(time, "sleep", lambda _: holding.__exit__(None, None, None))
+    assert run_sweep({"one": configs[0]}, tmp_path, device="cpu").folders == {"one": place}
+
+
+def _contents(folder: Path) -> dict[str, object]:
+    """Return every file below a folder; of manifests all but how long it took."""
+    found: dict[str, object] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content: object = path.read_bytes()
+        if path.name == "manifest.json":
+            content = {k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"}
+        found[str(path.relative_to(folder))] = content
+    return found
 
 
 @pytest.mark.slow
-def test_two_workers_make_what_one_makes(base: Path, tmp_path: Path) -> None:
-    events: list[RunEvent] = []
-    alone = run_sweep(CONFIGS, tmp_path / "one", device="cpu", workers=1, base=base)
-    beside = run_sweep(
-        CONFIGS, tmp_path / "two", device="cpu", workers=2, base=base, progress=events.append
-    )
-    for one, two in zip(alone, beside, strict=True):
-        for name in ("adapter_model.safetensors", "adapter_config.json", "metrics.jsonl"):
-            assert (one / name).read_bytes() == (two / name).read_bytes()
-    told = Counter((event.label, event.kind) for event in events)
-    for config in CONFIGS:
-        assert told[config.name, "step"] == 5
-        assert told[config.name, "finished"] == 1
-
-
-@pytest.mark.slow
-def test_an_error_in_a_worker_is_raised_with_its_traceback(base: Path, tmp_path: Path) -> None:
-    wrong = replace(CONFIGS[1], targets=("q_porj",))
-    with pytest.raises(TargetError, match="q_porj") as caught:
-        run_sweep([CONFIGS[0], wrong], tmp_path, device="cpu", workers=2, base=base)
-    assert any("Traceback" in note for note in caught.value.__notes__)
-
-
-@pytest.mark.slow
-def test_a_killed_worker_is_told_with_its_run(base: Path, tmp_path: Path) -> None:
-    long = [replace(c, loop=replace(c.loop, steps=100_000)) for c in CONFIGS[:2]]
+def test_two_workers_make_what_one_makes_though_one_is_killed(
+    configs: list[RunConfig], tmp_path: Path
+) -> None:
     killed: list[int] = []
+    told: list[str] = []
 
     def kill_once(event: RunEvent) -> None:
-        if event.kind == "step" and not killed:
-            killed.append(_children()[0])
-            os.kill(killed[0], signal.SIGKILL)
+        if event.kind == "step" and event.step == 2 and not killed:
+            for worker in multiprocessing.active_children():
+                killed.append(worker.pid or 0)
+                worker.kill()
 
-    with pytest.raises(LoraAnalysisError, match=r"trained 'invert-r2-s[01]' ended with exit code"):
-        run_sweep(long, tmp_path, device="cpu", workers=2, base=base, progress=kill_once)
-    assert _children() == []  # the other one was stopped
+    run_sweep(configs, tmp_path / "one", device="cpu", workers=1)
+    result = run_sweep(
+        configs,
+        tmp_path / "two",
+        device="cpu",
+        workers=2,
+        progress=kill_once,
+        report=told.append,
+    )
+    assert not result.failures
+    assert len(killed) == 2
+    assert told
+    assert all("ended with exit code -9" in text for text in told)
+    assert _contents(tmp_path / "one") == _contents(tmp_path / "two")
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.slow
-def test_a_worker_killed_between_two_runs_is_told_as_any_other(base: Path, tmp_path: Path) -> None:
-    def kill_when_done(event: RunEvent) -> None:
-        if event.kind == "finished":
-            time.sleep(0.5)  # it has asked for the next run by then, and waits
-            (worker,) = multiprocessing.active_children()
-            worker.kill()
-            worker.join()
-
-    jobs = [(config, tmp_path / config.name) for config in CONFIGS[:2]]
-    with pytest.raises(LoraAnalysisError, match=r"'invert-r2-s1' ended with exit code -9"):
-        train_in_processes(jobs, 1, device="cpu", base=base, progress=kill_when_done)
-
-
-@pytest.mark.slow
-def test_a_worker_killed_when_nothing_is_left_to_do_is_not_missed(
-    base: Path, tmp_path: Path
+@pytest.mark.parametrize("seed", [20210617])
+def test_a_sweep_killed_three_times_ends_as_one_that_never_was(
+    configs: list[RunConfig], tmp_path: Path, seed: int
 ) -> None:
-    def kill_the_idle_one(event: RunEvent) -> None:
-        if event.kind == "started":
-            idle = max(multiprocessing.active_children(), key=lambda one: natural_key(one.name))
-            idle.kill()
-            idle.join()
+    long = {one.name: replace(one, loop=replace(SHORT, steps=60)) for one in configs}
+    run_sweep(long, tmp_path / "whole", device="cpu", workers=1)
+    steps = sum(one.loop.steps for one in long.values())
+    broken = tmp_path / "broken"
+    for executor, at in zip(
+        ("serial", "process", "serial"),
+        sorted(random.Random(seed).sample(range(1, steps), 3)),
+        strict=True,
+    ):
+        with _sweeping(long, broken, executor) as process:
+            _wait_until(lambda at=at: _steps_done(broken) >= at)
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+    result = run_sweep(long, broken, device="cpu", workers=1)
+    assert not result.failures
+    assert _contents(broken) == _contents(tmp_path / "whole")
 
-    jobs = [(CONFIGS[0], tmp_path / "run")]
-    train_in_processes(jobs, 2, device="cpu", base=base, progress=kill_the_idle_one)
-    assert run_state(CONFIGS[0], tmp_path / "run", base=base) == "finished"
+
+def _sweeping(runs: dict[str, RunConfig], folder: Path, executor: str) -> subprocess.Popen[bytes]:
+    """Start a sweep in a process of its own."""
+    folder.mkdir(exist_ok=True)
+    script = folder.with_name("script.py")
+    tables = {name: config.to_dict() for name, config in runs.items()}
+    script.write_text(
+        f"""
+import json
+from pathlib import Path
+from lora_analysis.training import ExecutionOptions, RunConfig, run_sweep
+
+if __name__ == "__main__":
+    tables = json.loads({json.dumps(tables)!r})
+    runs = {{name: RunConfig.from_dict(table) for name, table in tables.items()}}
+    execution = ExecutionOptions(executor={executor!r}, workers=2, device="cpu")
+    run_sweep(runs, Path({str(folder)!r}), execution=execution)
+"""
+    )
+    return subprocess.Popen([sys.executable, script])
+
+
+def _steps_done(folder: Path) -> int:
+    return sum(len(path.read_bytes().splitlines()) for path in folder.glob("*/metrics.jsonl"))
+
+
+def _wait_until(holds: Callable[[], bool]) -> None:
+    """Wait for something that is sure to come; two minutes are for very busy machines."""
+    for _ in range(12_000):
+        if holds():
+            return
+        time.sleep(0.01)
+    pytest.fail("It did not come.")
+
+
+@pytest.mark.cluster
+def test_processes_and_a_ray_cluster_make_the_same_adapters(
+    configs: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed")
+    here = str(Path(__file__).parent.parent)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]))
+    events: list[RunEvent] = []
+    for executor in ("process", "ray"):
+        run_sweep(
+            configs,
+            tmp_path / executor,
+            execution=ExecutionOptions(executor=executor, workers=2, device="cpu"),
+            progress=events.append,
+        ).all_folders()
+    assert _contents(tmp_path / "process") == _contents(tmp_path / "ray")
+    told = Counter((event.label, event.kind) for event in events)
+    for config in configs:
+        assert told[config.name, "step"] == 2 * (SHORT.steps + 1)
+        assert told[config.name, "finished"] == 2
 
 
 @pytest.mark.slow
-def test_workers_that_are_stopped_leave_no_lock_behind(base: Path, tmp_path: Path) -> None:
-    long = replace(CONFIGS[0], loop=replace(SHORT, steps=100_000))
+def test_workers_that_are_stopped_leave_no_lock_behind(
+    configs: list[RunConfig], tmp_path: Path
+) -> None:
+    long = [replace(configs[0], loop=replace(SHORT, steps=100_000))]
+    execution = ExecutionOptions(executor="process", workers=1, device="cpu")
 
     def interrupt(event: RunEvent) -> None:
         if event.kind == "step":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_in_processes([(long, tmp_path)], 1, device="cpu", base=base, progress=interrupt)
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+        run_sweep(long, tmp_path, execution=execution, progress=interrupt)
+    assert multiprocessing.active_children() == []
+    assert list(tmp_path.rglob(".*")) == []
 
 
-def _children() -> list[int]:
-    return [process.pid for process in multiprocessing.active_children() if process.pid]
+def _named(configs: list[RunConfig]) -> dict[str, RunConfig]:
+    return {config.name: config for config in configs}
 
 
 def test_a_sweep_can_be_described_without_torch() -> None:

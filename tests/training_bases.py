@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from lora_analysis.training.base import write_base
-from lora_analysis.training.config import LoopOptions
+from lora_analysis.training.config import RunConfig
+from lora_analysis.training.options import BaseOptions, LoopOptions
 from lora_analysis.training.pretrain import initialise
 from lora_analysis.training.vit import DigitsViT, VitConfig
 
@@ -17,3 +19,8 @@ def write_tiny_base(folder: Path, *, seed: int = 5) -> Path:
     model = DigitsViT(TINY)
     initialise(model, seed)
     return write_base(model, folder, {"seed": seed})
+
+
+def on(base: Path, config: RunConfig) -> RunConfig:
+    """The same run on the base of that folder."""
+    return replace(config, base=BaseOptions(source=str(base)))

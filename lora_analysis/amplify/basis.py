@@ -10,6 +10,7 @@ import numpy as np
 
 from lora_analysis import chance
 from lora_analysis.errors import DegenerateSubspaceError, IncompatibleError
+from lora_analysis.showing import html_table
 from lora_analysis.spectra import SIDES, Side, Spectrum, spectrum
 
 if TYPE_CHECKING:
@@ -73,6 +74,16 @@ class WeightBasisEnergy:
     weight_values: NDArray[np.float64]
     sides: Mapping[Side, BasisSide]
     off_principal: NDArray[np.float64]
+
+    def _repr_html_(self) -> str:
+        k = min(len(self.S), len(self.weight_values))
+        rows = [
+            (side, k, own.leading[k - 1], own.trailing[k - 1], k / own.dimension)
+            for side, own in self.sides.items()
+        ]
+        columns = ("side", "k", "in W's first k", "in W's last k", "chance")
+        title = f"Share of ‖ΔW‖² in W's basis, {self.module}, {self.label}"
+        return html_table(title, columns, rows)
 
     @property
     def chance_off_principal(self) -> NDArray[np.float64]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lora_analysis.showing import html_table
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -96,6 +98,17 @@ class Amplification:
     precision: Precision
     storage: str = ""
     noise: float | None = None
+
+    def _repr_html_(self) -> str:
+        if not len(self.S):
+            return html_table(f"Amplification, {self.module}, {self.label}: untrained", (), ())
+        columns = ("k", "‖UᵀWV‖", "random", "factor", "chance", "enrichment")
+        rows = [
+            (k, self.projected[k - 1], self.random.rms[k - 1], self.amplification_factor[k - 1],
+             self.chance_factor[k - 1], self.enrichment[k - 1])
+            for k in dict.fromkeys((1, len(self.S)))
+        ]  # fmt: skip
+        return html_table(f"Amplification, {self.module}, {self.label}", columns, rows)
 
     @property
     def p_value(self) -> NDArray[np.float64]:

@@ -7,14 +7,24 @@ from typing import TYPE_CHECKING
 import click
 
 from lora_analysis.cli.options import (
+    MODULES_SHOWN,
     Reading,
+    label_option,
     modules_option,
     output_options,
     progress_bar,
     reading_options,
     reference_option,
 )
-from lora_analysis.cli.show import decimals, print_json, print_table, print_text, records
+from lora_analysis.cli.show import (
+    decimals,
+    print_facts,
+    print_finding,
+    print_json,
+    print_table,
+    print_text,
+    records,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +36,9 @@ if TYPE_CHECKING:
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @reference_option
+@click.option("--all", "every", is_flag=True, help="Show every module, however many.")
 @modules_option
+@label_option
 @reading_options
 @output_options
 def command(
@@ -34,7 +46,9 @@ def command(
     b: str,
     *,
     references: tuple[str, ...],
+    every: bool,
     modules: str | None,
+    label: str | None,
     reading: Reading,
     form: str,
 ) -> int:
@@ -49,10 +63,17 @@ def command(
     adapters = [reading.read(one) for one in (a, b)]
     with progress_bar(form) as progress:
         others, left_out = reading.read_all(references, progress) if references else ([], [])
-        result = study(adapters, reference=others, modules=modules, progress=progress)
+        result = study(
+            adapters,
+            reference=others,
+            modules=modules,
+            label=label,
+            across_bases=True,  # two adapters that are named are compared
+            progress=progress,
+        )
     lost = _lost_references(result)
     pair, table = _of_the_pair(result, result.pairs), _of_the_pair(result, result.similarities)
-    said = [one for one in findings(result) if one.topic != "directions needed"]
+    said = [one for one in findings(result) if one.topic not in _BESIDE]
     if form == "json":
         print_json(
             {
@@ -66,7 +87,7 @@ def command(
     elif form == "quiet":
         click.echo(decimals(_median(table, "output", "omega")))
     else:
-        _print(pair.iloc[0], table, [one.text for one in said])
+        _print(pair.iloc[0], table, [(one.kind, one.text) for one in said], every=every)
     return 4 if lost or left_out else 0
 
 
@@ -103,6 +124,8 @@ def _summary(table: pd.DataFrame) -> dict[str, dict[str, float]]:
     }
 
 
+# What a study says of its adapters one by one is for `inspect` and `report`.
+_BESIDE = ("directions needed", "few runs", "accuracy", "not grouped")
 _COLUMNS = {
     "phi_1_1": "φ(1,1)",
     "chance_1_1": "chance",
@@ -124,29 +147,55 @@ _STARS = {
 }
 
 
-def _print(pair: pd.Series, table: pd.DataFrame, sentences: list[str]) -> None:
-    for text in sentences:
-        print_text(text)
-        click.echo()
+def _print(
+    pair: pd.Series, table: pd.DataFrame, said: list[tuple[str, str]], *, every: bool
+) -> None:
+    cosine = decimals(float(pair["total_cosine"]))
+    print_facts(
+        [
+            ("A, B", f"{pair['a']}, {pair['b']}"),
+            ("relation", f"{pair['relation']}; start: {pair['start']}"),
+            ("in all", f"signed cosine {cosine} over {pair['modules']} common modules, chance 0"),
+        ]
+    )
+    click.echo()
+    for kind, text in said:
+        print_finding(kind, text)
     if table.empty:
         return
+    by_type = table["module"].nunique() > MODULES_SHOWN and not every
     for side in ("output", "input"):
         own = table[table["side"] == side]
+        rows = _types(own) if by_type else _modules(own, side)
+        what = ", medians by type of module (every module: --all)" if by_type else ""
+        click.echo()
         print_table(
-            f"{side} side",
-            ("module", *_COLUMNS.values()),
-            [
-                (
-                    row["module"] + (" *" if row["shared_start"] and side == "input" else ""),
-                    *(decimals(row[name]) for name in _COLUMNS),
-                )
-                for row in records(own)
-            ],
+            f"{side} side{what}",
+            ("modules" if by_type else "module", *_COLUMNS.values()),
+            rows,
             footer=("median", *(decimals(own[name].median()) for name in _COLUMNS)),
         )
-        click.echo()
+    click.echo()
     if table["shared_start"].any():
         print_text(f"* {_STARS[pair['start']]}")
     ranks = sorted(set(zip(table["rank_a"], table["rank_b"], strict=True)))
     shown = ", ".join(f"{i}/{j}" for i, j in ranks)
     print_text(f"r: numerical ranks of the two updates ({shown}). Angles: --format json.")
+
+
+def _modules(own: pd.DataFrame, side: str) -> list[tuple[str, ...]]:
+    return [
+        (
+            row["module"] + (" *" if row["shared_start"] and side == "input" else ""),
+            *(decimals(row[name]) for name in _COLUMNS),
+        )
+        for row in records(own)
+    ]
+
+
+def _types(own: pd.DataFrame) -> list[tuple[str, ...]]:
+    """Return medians over layers for each type of module."""
+    return [
+        (f"{kind} ({len(rows)})", *(decimals(float(rows[name].median())) for name in _COLUMNS))
+        for kind, rows in own.groupby("module_type", sort=False)
+    ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_analysis.cli.options import (
+    MODULES_SHOWN,
     LeftOut,
     Reading,
     modules_option,
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 # Rank from which threads over modules pay.
 _WORTH_THREADS = 32
-# More modules than this are summed up by type unless --all asks for each.
-MODULES_SHOWN = 48
 
 
 @click.command(name="inspect")

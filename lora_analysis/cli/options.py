@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from lora_analysis.bases import BaseWeights
     from lora_analysis.formats import AdapterRef
     from lora_analysis.formats.initial import StartOf
+    from lora_analysis.studies import ReadLater
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Progress = Callable[[str, int, int], None]
+# More modules than this are summed up by type unless --all asks for each.
+MODULES_SHOWN = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +101,13 @@ class Reading:
 
     def find(self, sources: Iterable[str], left_out: list[LeftOut]) -> list[AdapterRef]:
         """Return every adapter found at the sources; a source without one is left out."""
-        from lora_analysis.formats import find_adapters
+        from lora_analysis.formats import expanded, find_adapters
 
         found = []
         for source in sources:
             try:
-                found += find_adapters(source, pair=self.pair, allow_pickle=self.allow_pickle)
+                for place in expanded(source):
+                    found += find_adapters(place, pair=self.pair, allow_pickle=self.allow_pickle)
             except InputError as error:
                 left_out.append(LeftOut(source, error))
         return found
@@ -138,6 +142,25 @@ class Reading:
         adapters = list(self.read_each(sources, left_out, progress))
         say_left_out(left_out, some=bool(adapters))
         return sorted(adapters, key=lambda one: natural_key(one.label)), left_out
+
+    def to_read(
+        self, sources: Iterable[str], _progress: Progress
+    ) -> tuple[list[ReadLater], list[LeftOut]]:
+        """Return what `read_all` would read, for workers that read for themselves.
+
+        Raises
+        ------
+        InputError
+            None of the sources leads to an adapter.
+        """
+        from lora_analysis.patterns import natural_key
+        from lora_analysis.studies import ReadLater
+
+        left_out: list[LeftOut] = []
+        found = self.find(sources, left_out)
+        say_left_out(left_out, some=bool(found))
+        found.sort(key=lambda ref: natural_key(ref.label))
+        return [ReadLater(ref, self.read) for ref in found], left_out
 
 
 def say_left_out(left_out: list[LeftOut], *, some: bool) -> None:
@@ -265,6 +288,15 @@ def modules_option(command: Command) -> Command:
         "modules",
         metavar="PATTERN",
         help="Only these modules: a name, the end of one, or a regular expression.",
+    )(command)
+
+
+def label_option(command: Command) -> Command:
+    """Add ``--label``."""
+    return click.option(
+        "--label",
+        metavar="PATTERN",
+        help="What names say of task, rank, seed and step: '{task}-r{rank}-s{seed}' (*: anything).",
     )(command)
 
 

@@ -11,6 +11,7 @@ import click
 
 from lora_analysis.cli.options import (
     Reading,
+    label_option,
     modules_option,
     output_options,
     progress_bar,
@@ -19,6 +20,16 @@ from lora_analysis.cli.options import (
     transposed_option,
 )
 from lora_analysis.cli.show import print_json
+from lora_analysis.cli.spreading import analysis_executor, analysis_executor_options
+
+
+def _formats(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[str, ...]:
+    found = tuple(filter(None, (one.strip() for one in value.split(","))))
+    unknown = [one for one in found if one not in ("svg", "png", "pdf")]
+    if unknown:
+        message = f"{', '.join(unknown)} is none of svg, png, pdf"
+        raise click.BadParameter(message)
+    return found
 
 
 @click.command(name="report")
@@ -42,7 +53,23 @@ from lora_analysis.cli.show import print_json
     help="One HTML file, or Markdown for a README or a model card.",
 )
 @click.option("--title", help="Heading of the report.")
+@click.option(
+    "--figures",
+    default="svg,png,pdf",
+    show_default=True,
+    metavar="FORMATS",
+    callback=_formats,
+    help="Formats of the files in figures/; empty for none.",
+)
+@click.option("--parquet", is_flag=True, help="Write tables/ as Parquet too (extra: parquet).")
 @modules_option
+@label_option
+@click.option(
+    "--across-bases",
+    is_flag=True,
+    help="Compare adapters of different base models too; by default they are grouped by base.",
+)
+@analysis_executor_options
 @reading_options
 @output_options
 def command(
@@ -54,7 +81,14 @@ def command(
     output: Path,
     kind: Any,
     title: str | None,
+    figures: tuple[str, ...],
+    parquet: bool,
     modules: str | None,
+    label: str | None,
+    across_bases: bool,
+    kind_of_executor: str,
+    workers: int | None,
+    address: str | None,
     reading: Reading,
     form: str,
 ) -> int:
@@ -67,22 +101,36 @@ def command(
     from lora_analysis.studies import Failure, study
 
     with progress_bar(form) as progress:
-        adapters, left_out = reading.read_all(sources, progress)
-        others, more = reading.read_all(references, progress) if references else ([], [])
+        executor = analysis_executor(kind_of_executor, workers, address)
+        find = reading.read_all if executor is None else reading.to_read
+        adapters, left_out = find(sources, progress)
+        others, more = find(references, progress) if references else ([], [])
         failures = [Failure(one.source, str(one.error)) for one in left_out + more]
         result = study(
             adapters,
             reference=others,
-            base=reading.open_base(base),
+            # A base that is named can be named again, in the report's lines of Python.
+            base=reading.open_base(base) if reading.allow_pickle else base,
             transposed=transposed,
             modules=modules,
+            label=label,
+            across_bases=across_bases,
             failures=failures,
+            workers=workers,
+            executor=executor,
             progress=progress,
         )
         for one in result.failures[len(failures) :]:
             click.echo(f"Left out: {one.source}: {one.reason}", err=True)
         path = write_report(
-            result, output, title=title, command=_command_line(), form=kind, progress=progress
+            result,
+            output,
+            title=title,
+            command=_command_line(),
+            form=kind,
+            parquet=parquet,
+            figures=figures,
+            progress=progress,
         )
     if form == "json":
         print_json(

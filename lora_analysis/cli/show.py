@@ -162,6 +162,18 @@ def print_text(text: str) -> None:
     click.echo(click.wrap_text(printable(text), width=page_width()))
 
 
+# Colour says what kind of sentence it is, which the first word says too.
+_KINDS = {"artefact": "yellow", "failure": "red", "limit": "bright_black", "result": "blue"}
+
+
+def print_finding(kind: str, text: str) -> None:
+    """Print a finding: its kind, coloured on a terminal unless NO_COLOR is set, and its text."""
+    lines = click.wrap_text(text, page_width(), f"{kind:<10} ", " " * 11)
+    label, rest = lines[: len(kind)], lines[len(kind) :]
+    colour = None if os.environ.get("NO_COLOR") else _KINDS.get(kind)
+    click.echo((click.style(label, fg=colour, bold=True) if colour else label) + rest)
+
+
 def print_facts(facts: Iterable[tuple[str, object]]) -> None:
     """Print aligned ``name  value`` lines."""
     lines = list(facts)

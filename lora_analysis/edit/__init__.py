@@ -5,7 +5,7 @@ can write and every metric can read. Nothing here reads or writes a file, and no
 an edit does to a model: that is for the user to evaluate.
 """
 
-from lora_analysis.edit.budgets import ranks_within
+from lora_analysis.edit.budgets import error_by_parameters, ranks_within
 from lora_analysis.edit.extraction import extract
 from lora_analysis.edit.interventions import (
     drop_directions,
@@ -21,6 +21,7 @@ __all__ = [
     "Resized",
     "Truncation",
     "drop_directions",
+    "error_by_parameters",
     "extract",
     "keep_directions",
     "project_out",

@@ -74,3 +74,53 @@ def ranks_within(
         )
         raise InputError(message)
     return dict(zip(names, ranks.tolist(), strict=True))
+
+
+def error_by_parameters(
+    values: Mapping[str, NDArray[np.float64]], costs: Mapping[str, int], *, uniform: bool = False
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return how the error of a smaller adapter falls with its parameters.
+
+    The relative error is ``‖ΔW − ΔW′‖_F/‖ΔW‖_F`` over all modules at once. Directions are taken
+    one by one as in `ranks_within`, or (``uniform``) the same rank in every module.
+
+    Parameters
+    ----------
+    values, costs
+        As for `ranks_within`.
+    uniform
+        Whether every module gets the same rank, as far as its own goes.
+
+    Returns
+    -------
+    tuple of ndarray
+        Parameters, ascending, and errors, descending; one entry per direction, or per rank.
+
+    Raises
+    ------
+    InputError
+        Every value is zero.
+
+    Examples
+    --------
+    >>> error_by_parameters({"q": np.array([4.0, 3.0])}, {"q": 10})
+    (array([10, 20]), array([0.6, 0. ]))
+    """
+    names = list(values)
+    sizes = [len(values[name]) for name in names]
+    cost = np.repeat([costs[name] for name in names], sizes)
+    energy = np.concatenate([values[name] ** 2 for name in names])
+    total = energy.sum()
+    if not total > 0:
+        message = "Every module is zero (untrained): a budget has nothing to be spent on."
+        raise InputError(message)
+    place = np.concatenate([np.arange(size) for size in sizes])
+    if uniform:
+        order = np.argsort(place, kind="stable")
+        ends = np.flatnonzero(np.diff(place[order], append=place.max() + 1))
+    else:
+        order = np.argsort(-energy / cost, kind="stable")
+        ends = np.arange(len(order))
+    left = np.cumsum(energy[order][::-1])[::-1] - energy[order]  # no difference of large numbers
+    parameters = np.cumsum(cost[order])[ends].astype(np.int64)
+    return parameters, np.sqrt(np.maximum(left[ends], 0.0) / total)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from lora_analysis.findings import notes, overlaps, weights
+from lora_analysis.findings import groups, notes, overlaps, runs, weights
 from lora_analysis.findings.levels import Finding, Level, level, number, plural
 from lora_analysis.studies import Study
 
@@ -19,17 +19,25 @@ __all__ = ["Finding", "Level", "findings", "level", "number", "plural"]
 _MAKERS: tuple[Callable[[Study], Iterator[Finding]], ...] = (
     notes.failures,
     notes.untrained,
-    notes.bases,
+    groups.diverged,
+    runs.bases,
+    runs.ungrouped,
+    runs.chosen,
     notes.mismatched,
-    notes.unmatched,
+    groups.duplicates,
     notes.starts,
+    overlaps.shared_seed,
+    groups.degenerate,
     overlaps.reference,
     overlaps.by_rank_pair,
     overlaps.by_seed,
+    runs.inference,
     overlaps.unknown,
-    overlaps.shared_seed,
-    weights.amplified,
+    runs.largest,
+    runs.trajectories,
+    notes.unmatched,
     weights.quantised,
+    weights.amplified,
     weights.energy,
     weights.accuracy,
     notes.few_runs,

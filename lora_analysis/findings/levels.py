@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from lora_analysis.showing import html_facts
+
 if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 Kind = Literal["result", "reference", "artefact", "limit", "failure"]
 
 # The output side leads: what an update writes is not diluted by its initial A.
+# Pairs alike are described one by one up to this many, then together.
+PAIRS_IN_WORDS = 6
 SIDES_IN_ORDER: tuple[Side, Side] = ("output", "input")
 
 
@@ -37,6 +41,9 @@ class Finding:
     topic: str
     text: str
     values: Mapping[str, float | int | str | None] = field(default_factory=dict)
+
+    def _repr_html_(self) -> str:
+        return html_facts(f"{self.kind}: {self.topic}", self.values.items(), self.text)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,6 +86,10 @@ class Level:
     def pairs(self) -> int:
         """How many pairs have a value."""
         return len(self.pair_medians)
+
+    def text(self, value: float) -> str:
+        """Return a value as a sentence shows it; above chance, what is nothing is 0."""
+        return number(round(value, 3) + 0.0 if self.above_chance else value)
 
     @property
     def name(self) -> str:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from lora_analysis.findings.levels import Finding, number, plural
-from lora_analysis.studies import SHARED_SEED, Study
+from lora_analysis.findings.levels import PAIRS_IN_WORDS, Finding, number, plural
+from lora_analysis.studies import SAME_RUN, SHARED_SEED, Study
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # What `overlaps.shared_seed` says about all pairs of other tasks and one seed in one sentence.
 TOLD_TOGETHER = ("same initial A", "partly shared")
@@ -72,15 +76,29 @@ def starts(study: Study) -> Iterator[Finding]:
         "init from data or from W). Their input-side overlap is not learned.",
         "undecidable": "have rank 1: whether they share their start cannot be told.",
     }
-    for row in study.pairs.itertuples():
-        told_together = row.relation == SHARED_SEED and row.start in TOLD_TOGETHER
-        if row.start not in words or told_together:
+    told = study.pairs[study.pairs["start"].isin(words)]
+    together = (told["relation"] == SHARED_SEED) & told["start"].isin(TOLD_TOGETHER)
+    told = told[~together & ~told["relation"].isin([SAME_RUN])]
+    for start, rows in told.groupby("start", sort=False):
+        if len(rows) > PAIRS_IN_WORDS:
+            yield _many_starts(str(start), rows, words[start])
             continue
-        told = words[row.start].format(
-            b=number(row.b_cosine or 0.0), n=row.shared_modules, m=row.modules
-        )
-        values = {"a": row.a, "b": row.b, "start": row.start, "modules": row.shared_modules}
-        yield Finding("artefact", "shared start", f"{row.a} and {row.b} {told}", values)
+        for row in rows.itertuples():
+            said = words[start].format(
+                b=number(row.b_cosine or 0.0), n=row.shared_modules, m=row.modules
+            )
+            values = {"a": row.a, "b": row.b, "start": start, "modules": row.shared_modules}
+            yield Finding("artefact", "shared start", f"{row.a} and {row.b} {said}", values)
+
+
+def _many_starts(start: str, rows: pd.DataFrame, words: str) -> Finding:
+    """Return one sentence for many pairs of one kind of start; table ``pairs`` names them all."""
+    own = [number(float(rows[name].median())) for name in ("b_cosine", "shared_modules", "modules")]
+    said = words.format(b=own[0], n=own[1], m=own[2])
+    first = rows.iloc[0]
+    who = f"{len(rows)} pairs ({first['a']} and {first['b']} among them)"
+    values: dict[str, float | int | str | None] = {"start": start, "pairs": len(rows)}
+    return Finding("artefact", "shared start", f"{who} {said}", values)
 
 
 def few_runs(study: Study) -> Iterator[Finding]:
@@ -107,14 +125,3 @@ def unmatched(study: Study) -> Iterator[Finding]:
             f"'{module}' among them: {reason}"
         )
         yield Finding("limit", "no base weight", text, {"modules": len(study.unmatched)})
-
-
-def bases(study: Study) -> Iterator[Finding]:
-    """Say that the adapters name more than one base model."""
-    named = [str(one) for one in study.runs["base_model"].dropna().unique()]
-    if len(named) > 1:
-        text = (
-            f"The adapters name {len(named)} base models ({', '.join(named[:4])}). Directions of "
-            "different bases have nothing to do with each other, even where shapes agree."
-        )
-        yield Finding("limit", "several bases", text, {"bases": len(named)})

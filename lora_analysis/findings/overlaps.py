@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lora_analysis.findings.levels import (
+    PAIRS_IN_WORDS,
     SIDES_IN_ORDER,
     Finding,
     Level,
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lora_analysis.spectra import Side
-
-# Pairs of unknown relation are described one by one up to this many, then together.
-PAIRS_IN_WORDS = 6
-
 
 # Fewer pairs say too little about what unrelated adapters give.
 MIN_REFERENCE_PAIRS = 3
@@ -66,17 +63,17 @@ class _SideLevel:
     def numbers(self, *, first: bool) -> str:
         """Return "median φ(1,1) 0.61 over ..."; short where a first side has said what it is."""
         one = self.found
-        quartiles = f"quartiles {number(one.quantile(0.25))} to {number(one.quantile(0.75))}"
+        quartiles = f"quartiles {one.text(one.quantile(0.25))} to {one.text(one.quantile(0.75))}"
         over = f"{plural(one.modules, 'module')} of {plural(one.pairs, 'pair')}"
-        text = f"median {one.name} {number(one.median)} over {over} ({quartiles})"
+        text = f"median {one.name} {one.text(one.median)} over {over} ({quartiles})"
         if not first:
-            text = f"{number(one.median)} ({quartiles})"
+            text = f"{one.text(one.median)} ({quartiles})"
         if one.left_out:
             text += f", {one.left_out} left out as ill defined or shared from the start"
         if self.reference is not None:
             text += (
                 f", {self.above} of {len(one.values)} above 95 % of unrelated pairs (their median "
-                f"{number(self.reference.median)})"
+                f"{self.reference.text(self.reference.median)})"
             )
         return f"{text}, isotropic chance {number(one.chance)}" if first else text
 
@@ -130,7 +127,7 @@ def _compared(study: Study, rows: pd.DataFrame, who: str, topic: str) -> Finding
     else:
         text = f"{who} {'; they '.join(_clause(one, first=one is present[0]) for one in present)}."
     values = {name: value for one in present for name, value in one.values().items()}
-    return Finding("result", topic, text, values)
+    return Finding("result", topic, text, {"subject": who} | values)
 
 
 def reference(study: Study) -> Iterator[Finding]:
@@ -147,8 +144,8 @@ def reference(study: Study) -> Iterator[Finding]:
         if found is None:
             continue
         parts.append(
-            f"{number(found.median)} on the {side} side (95 % below "
-            f"{number(found.quantile(0.95))}, chance {number(found.chance)})"
+            f"{found.text(found.median)} on the {side} side (95 % below "
+            f"{found.text(found.quantile(0.95))}, chance {number(found.chance)})"
         )
         values |= {f"phi_1_1_{side}": found.median, f"chance_{side}": found.chance}
     text = (

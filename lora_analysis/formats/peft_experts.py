@@ -68,7 +68,7 @@ def expert_pairs(
         )
         raise MalformedFileError(message)
     shapes = [_features(tensors, factors[level]) for level in levels]
-    ordered = _in_order_of_shapes(_registered_order(targets), shapes)
+    ordered = _in_order_of_shapes(registered_order(targets), shapes)
     return _split(
         path,
         tensors,
@@ -101,7 +101,7 @@ def _parameters_of(owner: str, targets: tuple[str, ...]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _registered_order(parameters: list[str]) -> list[str]:
+def registered_order(parameters: list[str]) -> list[str]:
     """Return the parameters in the order of registration; unknown ones as the config has them."""
     if all(name in _REGISTERED for name in parameters):
         return sorted(parameters, key=_REGISTERED.index)

@@ -29,6 +29,7 @@ _GENERIC = re.compile(
     re.IGNORECASE,
 )
 
+_CHECKPOINT = re.compile(r"(?:checkpoint|ckpt|step|global_step)[-_]?(\d{1,12})", re.IGNORECASE)
 
 # Files that may hold tensors, where a folder is searched; what they hold decides.
 CONTAINER_SUFFIXES = frozenset({".safetensors", ".npz", ".gguf", *PICKLE_SUFFIXES})
@@ -196,11 +197,15 @@ class RunFacts(TypedDict, total=False):
 
     seed: int
     task: str
+    step: int
     metrics: dict[str, float]
 
 
 def run_facts(folder: Path) -> RunFacts:
-    """Return seed, task and final metrics that a run's ``manifest.json`` states, if any.
+    """Return seed, task, step and final metrics that a run's ``manifest.json`` states, if any.
+
+    Without a step in it, that of the Trainer's ``trainer_state.json`` in the same folder counts,
+    else the number in the folder's name (``checkpoint-500``).
 
     It lies beside the adapter's files, or one level up, beside the adapter's folder. A file that
     is no JSON object and values of a wrong type are left out: any program may write that name.
@@ -217,9 +222,27 @@ def run_facts(folder: Path) -> RunFacts:
                 facts["seed"] = found["seed"]
             if type(found.get("task")) is str:
                 facts["task"] = found["task"]
+            if type(found.get("step")) is int:
+                facts["step"] = found["step"]
             facts["metrics"] = _finite_numbers(found.get("metrics"))
             break
+    if "step" not in facts and (step := _step_of(folder.absolute())) is not None:
+        facts["step"] = step
     return facts
+
+
+def _step_of(folder: Path) -> int | None:
+    """Return the step a checkpoint was saved at, by its trainer's state or its folder's name."""
+    state = folder / "trainer_state.json"
+    if state.is_file():
+        try:
+            found = read_json_object(state).get("global_step")
+        except InputError:
+            found = None
+        if type(found) is int:
+            return found
+    named = _CHECKPOINT.fullmatch(folder.name)
+    return int(named[1]) if named else None
 
 
 def _finite_numbers(found: object) -> dict[str, float]:

@@ -5,6 +5,7 @@ What lives here: the adapted layer, which modules get one, merging, and the way 
 """
 
 from lora_analysis.lora.exchange import extract_adapter, initial_adapter, load_adapter_into
+from lora_analysis.lora.kinds import ConvLoraLayer, EmbeddingLoraLayer
 from lora_analysis.lora.layers import Conv1DLoraLayer, Factors, LoraLayer, initial_factor
 from lora_analysis.lora.model import (
     MergeHandle,
@@ -18,6 +19,8 @@ from lora_analysis.lora.model import (
 
 __all__ = [
     "Conv1DLoraLayer",
+    "ConvLoraLayer",
+    "EmbeddingLoraLayer",
     "Factors",
     "LoraLayer",
     "MergeHandle",

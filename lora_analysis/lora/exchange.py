@@ -19,7 +19,8 @@ from lora_analysis.errors import (
     TargetError,
     UnsupportedMethodError,
 )
-from lora_analysis.lora.layers import Factors, LoraLayer, initial_factor
+from lora_analysis.lora.experts import ExpertLayer, expert_update
+from lora_analysis.lora.layers import Factors, LoraLayer, generator_of, initial_factor
 from lora_analysis.lora.model import attach, unwrapped, wrappers
 from lora_analysis.lora.targets import base_modules, inside, kind_of
 from lora_analysis.patterns import natural_key, near_names
@@ -62,7 +63,11 @@ def extract_adapter(
         if name not in layer.adapters:
             continue
         part = layer.adapters[name]
-        if isinstance(layer, LoraLayer):
+        if isinstance(layer, ExpertLayer):
+            for own, place, expert, held in layer.updates(module, name):
+                factors[own] = held
+                updates[own] = expert_update(own, place, expert, held, label)
+        elif isinstance(layer, LoraLayer):
             factors[module] = part = cast("Factors", part)
             updates[module] = LowRankUpdate(
                 module,
@@ -72,6 +77,7 @@ def extract_adapter(
                 alpha=part.alpha,
                 stored_dtype=str(part.A.dtype).removeprefix("torch."),
                 layout=layer.layout,
+                kernel=layer.kernel,
                 label=label,
             )
         else:
@@ -149,6 +155,7 @@ def load_adapter_into(
             scale=update.known_scale(),
             alpha=update.alpha,
             seed=adapter.provenance.seed,
+            dropout=float(config.get("lora_dropout") or 0.0),
             config=config,
         )
     attach(model, name, kinds, factors, dict(_trained_copies(modules, adapter)))
@@ -171,6 +178,8 @@ def _refuse_other_updates(update: LowRankUpdate, adapter: Adapter) -> None:
 
 def initial_adapter(adapter: Adapter) -> Adapter:
     """Return what training started from: the same modules with their initial A, and B = 0.
+
+    Of an embedding B is drawn, and A = 0.
 
     Made anew from (module, rank, seed), the way `add_lora` draws it: for adapters that this
     package trained, or of which ``provenance.seed`` is the seed of such a start. It is what
@@ -201,6 +210,11 @@ def _initial_update(adapter: Adapter, module: str, seed: int) -> LowRankUpdate:
     if not isinstance(update, LowRankUpdate):
         message = f"'{module}' in {adapter.label} is a dense update, without an initial A."
         raise InputError(message)
+    if update.layout == "embedding":
+        d_out, rank = update.B.shape
+        generator = generator_of(module, rank, seed)
+        start = torch.empty(d_out, rank).normal_(generator=generator).numpy()
+        return replace(update, A=np.zeros_like(update.A), B=start, stored_dtype="float32")
     start = initial_factor(module, update.rank, seed, update.shape[1]).numpy()
     return replace(update, A=start, B=np.zeros_like(update.B), stored_dtype="float32")
 

@@ -25,15 +25,21 @@ def initial_factor(module_name: str, rank: int, seed: int, d_in: int) -> Tensor:
     one generator for all, rank 8 and rank 64 would share their first rows under the same seed,
     and their overlap would be 1 before any training. The global generator is left alone.
     """
-    digest = hashlib.blake2b(f"{module_name}\n{rank}\n{seed}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    generator = generator_of(module_name, rank, seed)
     return nn.init.kaiming_uniform_(torch.empty(rank, d_in), a=math.sqrt(5), generator=generator)
+
+
+def generator_of(module_name: str, rank: int, seed: int) -> torch.Generator:
+    """Return the generator of one module's initial factors."""
+    digest = hashlib.blake2b(f"{module_name}\n{rank}\n{seed}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 class Factors(nn.Module):
     """A ``(r, d_in)``, B ``(d_out, r)`` and multiplier of one adapter on one layer.
 
     ``config`` is shared by all factors of the adapter: what it was made with, in PEFT's words.
+    ``dropout`` is the share of the inputs that the factors do not see at a training step.
     """
 
     A: nn.Parameter
@@ -47,6 +53,7 @@ class Factors(nn.Module):
         scale: float,
         alpha: float | None,
         seed: int | None = None,
+        dropout: float = 0.0,
         config: Mapping[str, Any],
     ) -> None:
         super().__init__()
@@ -55,6 +62,7 @@ class Factors(nn.Module):
         self.scale = scale
         self.alpha = alpha
         self.seed = seed
+        self.dropout = dropout
         self.config = config
 
     def extra_repr(self) -> str:
@@ -96,7 +104,7 @@ class LoraLayer(Wrapper):
     W ``(d_out, d_in)`` is frozen at ``base_layer`` with its bias; of the adapters, those in
     ``adapters`` by name, ``active`` is added, or none. x ``(…, d_in)``, h ``(…, d_out)``.
     A and B are float32 also on a base in half precision (float64 on float64): x is cast to their
-    type, h back to the type of Wx. Training and evaluation mode compute the same.
+    type, h back to the type of Wx. But for dropout, training and evaluation mode compute the same.
 
     A kind of layer is a subclass: which layers it accepts, how their weight lies, and where x does
     not meet A as a vector (an embedding, a convolution) what the update of the output is.
@@ -121,15 +129,31 @@ class LoraLayer(Wrapper):
         )
 
     @staticmethod
-    def oriented(matrix: Tensor) -> Tensor:
-        """Turn ``(d_out, d_in)`` into the layer's own way of storing W, and back."""
+    def matrix(weight: Tensor) -> Tensor:
+        """Return a stored weight as ``(d_out, d_in)``."""
+        return weight
+
+    @staticmethod
+    def stored(matrix: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG004 - a kernel's shape
+        """Return a matrix ``(d_out, d_in)`` in the shape in which the layer stores ``weight``."""
         return matrix
 
     @classmethod
     def shape(cls, layer: nn.Module) -> tuple[int, int]:
         """Return ``(d_out, d_in)``."""
-        d_out, d_in = cls.oriented(cast("Tensor", layer.weight)).shape
+        d_out, d_in = cls.matrix(cast("Tensor", layer.weight)).shape
         return d_out, d_in
+
+    @classmethod
+    def start(cls, layer: nn.Module, name: str, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Return the A and B from which training starts; their product is zero."""
+        d_out, d_in = cls.shape(layer)
+        return initial_factor(name, rank, seed, d_in), torch.zeros(d_out, rank)
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The shape of a convolution's kernel, none for other layers."""
+        return ()
 
     @classmethod
     def factors(cls, layer: nn.Module, A: Tensor, B: Tensor, name: str, **kept: Any) -> Factors:
@@ -142,6 +166,10 @@ class LoraLayer(Wrapper):
             )
             raise IncompatibleError(message)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        if "rows" in kept:
+            from lora_analysis.lora.parts import PartFactors  # which is made of what is here
+
+            return PartFactors(A.to(weight.device, dtype), B.to(weight.device, dtype), **kept)
         return Factors(A.to(weight.device, dtype), B.to(weight.device, dtype), **kept)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -153,7 +181,10 @@ class LoraLayer(Wrapper):
 
     def update(self, x: Tensor, factors: Factors) -> Tensor:
         """Return ``s·B(Ax)``; s multiplies the r features in the middle, which are the fewest."""
-        down = functional.linear(x.to(factors.A.dtype), factors.A)  # (…, r)
+        x = x.to(factors.A.dtype)
+        if factors.dropout:
+            x = functional.dropout(x, factors.dropout, self.training)
+        down = functional.linear(x, factors.A)  # (…, r)
         return functional.linear(down * factors.scale, factors.B)  # (…, d_out)
 
     @torch.no_grad()
@@ -166,8 +197,12 @@ class LoraLayer(Wrapper):
         if self.active is None:
             return weight
         factors = cast("Factors", self.adapters[self.active])
-        delta = self.oriented(factors.scale * (factors.B @ factors.A))
+        delta = self.stored(factors.scale * (factors.B @ factors.A), weight)
         return nn.Parameter((weight.to(delta.dtype) + delta).to(weight.dtype), requires_grad=False)
+
+    def merged_parameters(self) -> dict[str, nn.Parameter]:
+        """Return what merging puts into the layer, by name."""
+        return {"weight": self.merged_weight()}
 
 
 class Conv1DLoraLayer(LoraLayer):
@@ -188,7 +223,12 @@ class Conv1DLoraLayer(LoraLayer):
         )
 
     @staticmethod
-    def oriented(matrix: Tensor) -> Tensor:
+    def matrix(weight: Tensor) -> Tensor:
+        """Transpose."""
+        return weight.T
+
+    @staticmethod
+    def stored(matrix: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG004
         """Transpose."""
         return matrix.T
 
@@ -204,6 +244,3 @@ class TrainedModule(Wrapper):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module in charge."""
         return self.bare(*args, **kwargs)
-
-
-KINDS: tuple[type[LoraLayer], ...] = (LoraLayer, Conv1DLoraLayer)

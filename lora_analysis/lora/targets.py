@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from lora_analysis.errors import TargetError
-from lora_analysis.lora.layers import KINDS, LoraLayer, Wrapper
+from lora_analysis.lora.kinds import KINDS, QuantisedLoraLayer
+from lora_analysis.lora.layers import Conv1DLoraLayer, LoraLayer, Wrapper
 from lora_analysis.patterns import matches_target, module_type, natural_key, near_names
 
 
@@ -76,6 +77,34 @@ def target_modules(
     return {name: kind_of(name, modules) for name in sorted(matched, key=natural_key)}
 
 
+def linear_layers_of_blocks(model: nn.Module, trainable: Collection[str] = ()) -> list[str]:
+    """Return every linear layer inside of a repeated block, MLP included, in natural order.
+
+    A block is a member of a list of modules, so that embeddings and heads are outside. Those
+    inside of a module to be ``trainable`` in full are left out.
+
+    Raises
+    ------
+    TargetError
+        The model has none.
+    """
+    modules = base_modules(model)
+    trained = trained_modules(modules, trainable)
+    found = [
+        name
+        for name, module in modules.items()
+        if _kind(module) in (LoraLayer, Conv1DLoraLayer, QuantisedLoraLayer)
+        and any(part.isdecimal() for part in name.split("."))
+        and name not in trained
+        and not inside(name, trained)
+        and not _obstacle(name, modules)
+    ]
+    if not found:
+        message = f"The model has no linear layer inside of a block. {_near('', modules)}"
+        raise TargetError(message)
+    return sorted(found, key=natural_key)
+
+
 def kind_of(name: str, modules: Mapping[str, nn.Module]) -> type[LoraLayer]:
     """Return the kind of LoRA layer that fits the module; raise TargetError if none can."""
     if name not in modules:
@@ -97,8 +126,18 @@ def inside(name: str, owners: Collection[str]) -> bool:
 def _obstacle(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     """Say why a LoRA layer in this place cannot be, or would not be called."""
     layer, parent = modules[name], modules[name.rpartition(".")[0]]
+    if isinstance(layer, nn.MultiheadAttention):
+        return (
+            "MultiheadAttention keeps q, k and v in one parameter and calls no layer for them; "
+            "use an attention with a Linear for each"
+        )
+    if getattr(layer, "groups", 1) != 1:
+        return f"a {type(layer).__name__} in {layer.groups} groups has no matrix to factor"
     if _kind(layer) is None:
-        return f"a {type(layer).__name__} is neither Linear nor Conv1D with a plain weight"
+        return (
+            f"a {type(layer).__name__} is no Linear, Conv1D, Embedding or convolution with a "
+            "plain weight"
+        )
     if isinstance(parent, nn.MultiheadAttention):
         return "MultiheadAttention reads its weight and never calls it, so LoRA would do nothing"
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():

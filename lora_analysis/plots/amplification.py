@@ -280,6 +280,7 @@ def _paint_column(
         color=colour,
         alpha=0.55,
         linewidth=0,
+        rasterized=len(values) > style.MANY_POINTS,
         label=style.legend_label(points.label),
     )
     ax.plot([x - 0.17, x + 0.17], [points.median] * 2, color=colour, linewidth=2)

@@ -75,6 +75,7 @@ def _paint_group(ax: Axes, group: Group, y: float, colour: str, span: tuple[floa
         color=colour,
         alpha=0.55,
         linewidth=0,
+        rasterized=len(group.values) > style.MANY_POINTS,
         label=style.legend_label(group.label),
         clip_on=False,
     )
@@ -84,7 +85,7 @@ def _paint_group(ax: Axes, group: Group, y: float, colour: str, span: tuple[floa
     ax.text(
         1.02,
         y,
-        f"{middle:.3f}" if middle < 0.1 else f"{middle:.2f}",
+        f"{round(middle, 3) + 0.0:.3f}" if middle < 0.1 else f"{middle:.2f}",
         color=colour,
         va="center",
         transform=ax.get_yaxis_transform(),

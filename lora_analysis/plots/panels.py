@@ -175,6 +175,39 @@ def figure_seeds(
     return _figure(panels, above_chance, headline, width)
 
 
+def figure_layers(
+    layers: Mapping[str, Mapping[str, SimilarityGrid]],
+    *,
+    zoom: int | None = 8,
+    excess: bool = False,
+    title: str | None = None,
+    width: float = style.TWO_COLUMNS,
+) -> Figure:
+    """Draw several layers below each other, as the LoRA paper's Figures 6 (two ranks) and 7.
+
+    Parameters
+    ----------
+    layers
+        Name of the row (``"layer 1"``) to panel title to grid.
+    zoom
+        Adds the corner and triangle to every row, as Figure 6 has them; None leaves them out, as
+        Figure 7.
+    excess
+        Whether to draw φ above chance.
+    title, width
+        As in `figure_ranks`.
+    """
+    rows = []
+    for row, grids in layers.items():
+        whole = [Panel(grid, f"{name}, {row}", None, excess) for name, grid in grids.items()]
+        corner = [
+            Panel(grid, f"{name}, {row}, j ≤ i", zoom, excess) for name, grid in grids.items()
+        ]
+        rows.append([*whole, *(corner if zoom else ())])
+    every = [grid for grids in layers.values() for grid in grids.values()]
+    return figure_grid(rows, title=_headline(every) if title is None else title, width=width)
+
+
 def _figure(
     panels: Sequence[tuple[str, SimilarityGrid, int | None]],
     above_chance: bool | None,

@@ -101,14 +101,19 @@ def _text_element(tag: str, text: str, name: str) -> ET.Element:
 
 
 def _make_local(root: ET.Element, prefix: str) -> None:
-    """Give every id and every reference to one a prefix, and drop the XML namespaces."""
+    """Give every id and every reference to one a prefix, and drop the XML namespaces.
+
+    Axes inside axes give some groups one id; a second one gets a number (no group is referred to).
+    """
+    seen: dict[str, int] = {}
     for element in root.iter():
         element.tag = element.tag.removeprefix(_SVG)
         if _HREF in element.attrib:
             element.set("href", element.attrib.pop(_HREF))
         for key, value in element.attrib.items():
             if key == "id":
-                element.set(key, prefix + value)
+                seen[value] = count = seen.get(value, 0) + 1
+                element.set(key, prefix + value + (f"-{count}" if count > 1 else ""))
             elif key == "href" and value.startswith("#"):
                 element.set(key, f"#{prefix}{value[1:]}")
             elif "url(#" in value:

@@ -31,6 +31,8 @@ BLANK = "#dedede"  # a cell that is not shown
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 ONE_COLUMN = 3.3  # inches
+# More points than this are one picture inside a vector file: each would cost 100 bytes.
+MANY_POINTS = 500
 TWO_COLUMNS = 7.0
 
 STYLE: dict[str, Any] = {

@@ -14,8 +14,7 @@ from lora_analysis.findings import level, number
 from lora_analysis.plots.panels import SMALL_CHANCE
 from lora_analysis.report.selection import (
     common_modules,
-    rank_pair,
-    seed_pair,
+    drawn_pairs,
     short_name,
     telling_modules,
 )
@@ -28,12 +27,6 @@ if TYPE_CHECKING:
 
     from lora_analysis.similarity import SimilarityGrid
     from lora_analysis.studies import Study
-
-# Every figure a report may hold, by the name of its files.
-NAMES = (
-    "ranks_output", "ranks_input", "seeds_output", "seeds_input", "levels_output", "levels_input",
-    "amplification_factor", "enrichment", "spectra",
-)  # fmt: skip
 
 _LEGEND = (
     "The bar at the colour scale spans isotropic chance; light lines mark directions whose "
@@ -79,7 +72,7 @@ def _spoken(grids: dict[str, SimilarityGrid], side: Side) -> str:
 
 def rank_figures(study: Study) -> Iterator[ReportFigure]:
     """Yield the paper's Figure 3 for either side; nothing if all ranks are equal."""
-    pair = rank_pair(study)
+    pair = drawn_pairs(study).get("ranks")
     if pair is None:
         return
     a, b = pair
@@ -100,17 +93,28 @@ def rank_figures(study: Study) -> Iterator[ReportFigure]:
 
 def seed_figures(study: Study) -> Iterator[ReportFigure]:
     """Yield the paper's Figure 4 for either side; nothing without two seeds of one task."""
-    pair = seed_pair(study)
-    if pair is None:
-        return
-    a, b = pair
+    pair = drawn_pairs(study).get("seeds")
+    if pair is not None:
+        yield from _beside_random(study, *pair, name="seeds", title="Two seeds")
+
+
+def pair_figures(study: Study) -> Iterator[ReportFigure]:
+    """Yield two adapters of unknown relation, where no others are drawn."""
+    pair = drawn_pairs(study).get("pair")
+    if pair is not None:
+        yield from _beside_random(study, *pair, name="pair", title="Two adapters")
+
+
+def _beside_random(
+    study: Study, a: str, b: str, *, name: str, title: str
+) -> Iterator[ReportFigure]:
     for side in reversed(SIDES):
         grids = _named(study, a, b, side)
         first = next(iter(grids.values()))
         grids["random Gaussian"] = random_similarity(first.dimension, first.values.shape)
         yield ReportFigure(
-            name=f"seeds_{side}",
-            title=f"Two seeds, {side} side.",
+            name=f"{name}_{side}",
+            title=f"{title}, {side} side.",
             caption=(
                 f"φ(i, j) between {a} and {b}, {_DIRECTIONS[side]} of ΔW, beside two random "
                 f"matrices, laid out as Figure 4 of the LoRA paper. {_LEGEND}{_above(grids)}"
@@ -126,16 +130,21 @@ _GROUPS: dict[Relation, str] = {
     "same task, other seed": "same task, other seed",
     REFERENCE: "other task, other seed (reference)",
     SHARED_SEED: "other task, same seed (shared initial A)",
+    "unknown": "relation not known",
 }
 
 
 def level_figures(study: Study) -> Iterator[ReportFigure]:
     """Yield φ(1, 1) of every pair and module by relation, beside chance, for either side."""
     table = study.similarities
-    if table.empty or level(study.select(REFERENCE, "output")) is None:
+    table = table[table["start"] != "same run"]
+    reference = level(study.select(REFERENCE, "output")) is not None
+    if not table["relation"].isin(_GROUPS).any():
         return
     for side in reversed(SIDES):
         own = table[(table["side"] == side) & (table["ill_defined_1_1"] == "")]
+        if own.empty:
+            continue
         above = own["dimension"].nunique() > 1  # then chance differs from module to module
         values = excess(own["phi_1_1"], own["chance_1_1"]) if above else own["phi_1_1"].to_numpy()
         groups = {
@@ -148,77 +157,25 @@ def level_figures(study: Study) -> Iterator[ReportFigure]:
         medians = "; ".join(
             f"{label}: median {number(float(np.median(v)))}" for label, v in groups.items()
         )
-        axes = plots.plot_levels(groups, chance, plots.new_axes(), xlabel=f"{what}, {side} side")
+        size = plots.new_axes(height=0.75 + 0.42 * len(groups))
+        axes = plots.plot_levels(groups, chance, size, xlabel=f"{what}, {side} side")
         yield ReportFigure(
             name=f"levels_{side}",
             title=f"The first {side} direction, by relation.",
             caption=(
-                "One point is one module of one pair, the bar the quartiles. A verdict compares a "
-                "group with the reference; the line is isotropic chance."
+                "One point is one module of one pair, the bar the quartiles; the line is isotropic "
+                "chance. "
                 + (
-                    " The last group shares its initial A: an artefact, largest in φ(r, r)."
-                    if side == "input"
+                    "A verdict compares a group with the reference."
+                    if reference
+                    else "Without a reference there is no verdict."
+                )
+                + (
+                    " Groups that share their initial A are artefacts, largest in φ(r, r)."
+                    if side == "input" and own["shared_start"].any()
                     else ""
                 )
             ),
             alt=f"{what} on the {side} side by relation of the pair. {medians}.",
             figure=axes.figure,  # type: ignore[arg-type]  # no sub-figures here
         )
-
-
-def amplification_figures(study: Study) -> Iterator[ReportFigure]:
-    """Yield amplification factor and enrichment by rank, chance in both; nothing without W."""
-    if study.amplifications.empty:
-        return
-    results = study.amplified()
-    rank_of = study.spectra.set_index(["adapter", "module"])["rank"]
-    ranks = [int(rank_of[one.label, one.module]) for one in results]
-    words = {
-        "amplification_factor": (
-            "Amplification factor by rank.",
-            "‖ΔW‖/‖UᵀWV‖ along ΔW's own directions, one point a module of an adapter, all tasks; "
-            "grey: what random directions of the same size would score (box: mean and spread of "
-            "draws).",
-        ),
-        "enrichment": (
-            "Enrichment by rank.",
-            "‖UᵀWV‖ along ΔW's directions over that along random ones: 1 means that W holds no "
-            "more there than anywhere. A larger rank counts more and weaker directions.",
-        ),
-    }
-    full = study.amplifications[study.amplifications["at_rank"]]
-    for value, (title, caption) in words.items():
-        axes = plots.plot_amplification(results, plots.new_axes(), value=value, ranks=ranks)  # type: ignore[arg-type]
-        yield ReportFigure(
-            name=value,
-            title=title,
-            caption=caption,
-            alt=f"{title} Median over all modules {number(float(full[value].median()))}.",
-            figure=axes.figure,  # type: ignore[arg-type]
-        )
-
-
-def spectrum_figures(study: Study, limit: int = 8) -> Iterator[ReportFigure]:
-    """Yield the spectra of one telling module, one line per adapter (at most ``limit``)."""
-    trained = study.spectra[study.spectra["numerical_rank"] > 0]
-    if trained.empty:
-        return
-    module = telling_modules(list(dict.fromkeys(trained["module"])), 1)[0]
-    labels = list(trained.loc[trained["module"] == module, "adapter"])
-    chosen = _one_per_rank(study, labels)[:limit] if len(labels) > limit else labels
-    axes = plots.plot_spectrum(
-        [study.spectrum(label, module) for label in chosen], plots.new_axes()
-    )
-    yield ReportFigure(
-        name="spectra",
-        title=f"Singular values of ΔW, {short_name(module)}.",
-        caption="Falling from the strongest direction; where a line ends, so does the rank.",
-        alt=f"Singular values of {', '.join(chosen)} in {module}.",
-        figure=axes.figure,  # type: ignore[arg-type]
-    )
-
-
-def _one_per_rank(study: Study, labels: list[str]) -> list[str]:
-    """Return the first adapter of every task and rank, so that few lines show all kinds."""
-    runs = study.runs[study.runs["adapter"].isin(labels)]
-    return list(runs.drop_duplicates(["task", "rank"])["adapter"])

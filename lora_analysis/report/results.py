@@ -1,12 +1,19 @@
-"""Everything a report knows, for programs: the tables, and one strict JSON document."""
+"""Everything a report says, for programs: one strict JSON document of summaries.
+
+``results.schema.json`` beside this file describes it (JSON Schema, draft 2020-12). Rows per module
+and pair are in ``tables/``, grids in ``grids.npz``.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from lora_analysis import __version__
+from lora_analysis.errors import InputError
 from lora_analysis.findings import Finding
 
 if TYPE_CHECKING:
@@ -14,17 +21,38 @@ if TYPE_CHECKING:
 
     from lora_analysis.studies import Study
 
-SCHEMA_VERSION = 1
-TABLE_NAMES = ("adapters", "spectra", "pairs", "similarities", "amplifications")
+SCHEMA_VERSION = 2
+TABLE_NAMES = ("adapters", "spectra", "pairs", "similarities", "amplifications", "changes")
+# Matrices of more adapters are in tables/atlas_*.csv alone.
+ATLAS_LIMIT = 100
+_OVERLAPS = (
+    "phi_1_1", "chance_1_1", "phi_r_r", "chance_r_r", "omega", "omega_chance", "signed_cosine",
+)  # fmt: skip
+_SPECTRA = (
+    "rank", "numerical_rank", "effective_rank", "stable_rank", "energy_rank_90", "energy_rank_99",
+    "participation_ratio", "norm", "resolution",
+)  # fmt: skip
+_WEIGHTS = (
+    "k", "projected", "projected_random", "delta_norm", "weight_norm", "relative_norm",
+    "amplification_factor", "chance_factor", "enrichment",
+)  # fmt: skip
+
+
+def results_schema() -> dict[str, Any]:
+    """Return the JSON Schema of ``results.json``."""
+    text = files("lora_analysis.report").joinpath("results.schema.json").read_text("utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
 
 
 def all_tables(study: Study) -> list[tuple[str, pd.DataFrame]]:
     """Return every table of a study by name, empty ones too."""
-    every = (study.runs, study.spectra, study.pairs, study.similarities, study.amplifications)
+    every = (study.runs, study.spectra, study.pairs, study.similarities, study.amplifications,
+             study.changes)  # fmt: skip
     return list(zip(TABLE_NAMES, every, strict=True))
 
 
-def _json_value(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """Return a JSON value: numpy's scalars as Python's, everything not finite as None."""
     if hasattr(value, "item"):
         value = value.item()
@@ -33,11 +61,15 @@ def _json_value(value: Any) -> Any:
     return value
 
 
-def results(study: Study, said: Sequence[Finding]) -> dict[str, Any]:
-    """Return the document of ``results.json``: findings, failures, and the rows of every table.
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [
+        {str(key): json_value(value) for key, value in row.items()}
+        for row in table.astype(object).to_dict("records")
+    ]
 
-    Of the amplifications the rows at full rank; every k is in ``tables/amplifications.csv``.
-    """
+
+def results(study: Study, said: Sequence[Finding]) -> dict[str, Any]:
+    """Return the document of ``results.json``."""
     return {
         "schema_version": SCHEMA_VERSION,
         "generator": f"lora_analysis {__version__}",
@@ -47,25 +79,78 @@ def results(study: Study, said: Sequence[Finding]) -> dict[str, Any]:
                 "kind": one.kind,
                 "topic": one.topic,
                 "text": one.text,
-                "values": {key: _json_value(value) for key, value in one.values.items()},
+                "values": {key: json_value(value) for key, value in one.values.items()},
             }
             for one in said
         ],
         "failures": [{"source": one.source, "reason": one.reason} for one in study.failures],
-        **{
-            name: [
-                {key: _json_value(value) for key, value in row.items()}
-                for row in table.astype(object).to_dict("records")
-            ]
-            for name, table in all_tables(study)
-            if name != "amplifications"
-        },
-        "amplifications": [
-            {key: _json_value(value) for key, value in row.items()}
-            for row in _at_rank(study.amplifications).astype(object).to_dict("records")
-        ],
+        "adapters": _records(study.runs),
+        "spectra": _medians(study.spectra, ["adapter"], _SPECTRA),
+        "pairs": _records(study.pairs),
+        "overlaps": _overlaps(study),
+        "modules": _modules(study),
+        "amplifications": _medians(_at_rank(study.amplifications), ["adapter"], _WEIGHTS),
+        "run_inference": list(_inference(study)),
+        "atlas": _atlas(study),
     }
+
+
+def _medians(
+    table: pd.DataFrame, by: Sequence[str], columns: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return medians per group, and over how many rows."""
+    if table.empty:
+        return []
+    groups = table.groupby(list(by), sort=False)
+    medians = groups[list(columns)].median()
+    return _records(medians.assign(rows=groups.size()).reset_index())
+
+
+def _overlaps(study: Study) -> list[dict[str, Any]]:
+    """Return medians over modules for each pair and side."""
+    return _medians(study.similarities, ["a", "b", "relation", "side"], _OVERLAPS)
+
+
+def _modules(study: Study) -> list[dict[str, Any]]:
+    """Return medians over the pairs of each relation, for each module and side."""
+    return _medians(study.similarities, ["module", "relation", "side"], _OVERLAPS)
 
 
 def _at_rank(table: pd.DataFrame) -> pd.DataFrame:
     return table if table.empty else table[table["at_rank"]]
+
+
+def _inference(study: Study) -> Iterator[dict[str, Any]]:
+    for rank in sorted({int(one) for one in study.runs["rank"].dropna()}):
+        try:
+            found = study.run_inference(rank=rank)
+        except InputError:
+            continue
+        yield {
+            "rank": rank,
+            "quantity": found.quantity,
+            "side": found.side,
+            "runs": list(found.runs),
+            "tasks": list(found.tasks),
+            "within": [json_value(one) for one in found.within],
+            "between": [json_value(one) for one in found.between],
+            "difference": json_value(found.permutation.difference),
+            "standard_error": json_value(found.standard_error),
+            "p": found.permutation.p_value,
+            "smallest_p": found.permutation.smallest_p_value,
+        }
+
+
+def _atlas(study: Study) -> dict[str, Any] | None:
+    atlas = study.atlas
+    if atlas is None or not 2 <= len(atlas.labels) <= ATLAS_LIMIT:
+        return None
+    return {
+        "labels": list(atlas.labels),
+        "order": [int(one) for one in atlas.order()],
+        **{
+            what: [[json_value(one) for one in row] for row in atlas.matrix(what)]
+            for what in ("output", "input", "cosine")
+        },
+        "shared_start": [[json_value(one) for one in row] for row in atlas.shared],
+    }

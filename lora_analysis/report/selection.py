@@ -15,18 +15,25 @@ if TYPE_CHECKING:
 
 # The smaller rank of the paper's Figure 3.
 SMALL_RANK = 8
+# What queries and values are called; one name of each at most is in a model.
+_PAPER_TYPES = (
+    "q_proj", "query", "q", "to_q", "wq", "q_lin", "v_proj", "value", "v", "to_v", "wv", "v_lin",
+)  # fmt: skip
 
 
 def telling_modules(names: Sequence[str], count: int = 2) -> list[str]:
-    """Return one middle-layer module of each of the first ``count`` types, in order.
+    """Return one middle-layer module of each of ``count`` types.
 
+    Those that the paper adapts, queries and values, where they are there, else the first in order.
     With a single type (or names without one), neighbours in the middle are returned.
     """
     by_type: dict[str, list[str]] = {}
     for name in names:
         by_type.setdefault(module_type(name), []).append(name)
     if len(by_type) >= count:
-        return [own[len(own) // 2] for own in list(by_type.values())[:count]]
+        first = [kind for kind in _PAPER_TYPES if kind in by_type]
+        order = dict.fromkeys([*(first if len(first) > 1 else ()), *by_type])
+        return [by_type[kind][len(by_type[kind]) // 2] for kind in list(order)[:count]]
     start = max(0, (len(names) - count) // 2)
     return list(names[start : start + count])
 
@@ -88,6 +95,39 @@ def seed_pair(study: Study) -> tuple[str, str] | None:
         return None
     best = pairs.sort_values("rank_a", ascending=False, kind="stable").iloc[0]
     return str(best["a"]), str(best["b"])
+
+
+def any_pair(study: Study) -> tuple[str, str] | None:
+    """Return two adapters of unknown relation; None where there are none to be compared."""
+    pairs = _with_ranks(study)
+    if pairs.empty:
+        return None
+    pairs = pairs[(pairs["relation"] == "unknown") & (pairs["start"] != "same run")]
+    if pairs.empty:
+        return None
+    return str(pairs.iloc[0]["a"]), str(pairs.iloc[0]["b"])
+
+
+def drawn_pairs(study: Study) -> dict[str, tuple[str, str]]:
+    """Return the pairs whose heat-maps are drawn, by what they show; empty without pairs."""
+    found = {"ranks": rank_pair(study), "seeds": seed_pair(study)}
+    chosen = {name: pair for name, pair in found.items() if pair is not None}
+    if not chosen and (other := any_pair(study)) is not None:
+        chosen["pair"] = other
+    return chosen
+
+
+def most_telling(study: Study, a: str, b: str, count: int) -> list[str]:
+    """Return the modules whose overlap is farthest from the pair's median, either way.
+
+    By φ(r, r) above chance on the output side, which no shared start touches; the largest alone
+    would be those that chance or an artefact made large.
+    """
+    table = study.similarities
+    own = table[table["a"].isin([a, b]) & table["b"].isin([a, b]) & (table["side"] == "output")]
+    values = own.set_index("module")["excess_r_r"].dropna()
+    far = (values - values.median()).abs().sort_values(ascending=False, kind="stable")
+    return list(far.index[:count])
 
 
 def short_name(module: str) -> str:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lora_analysis.findings import number
+from lora_analysis.findings import Finding, number
 from lora_analysis.studies import REFERENCE, SHARED_SEED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
     from lora_analysis.studies import Study
 
@@ -46,7 +48,7 @@ def _rows(table: pd.DataFrame) -> tuple[tuple[str, ...], ...]:
 def adapters_table(study: Study) -> ReportTable:
     """Return what was analysed, one adapter a row."""
     runs = study.runs
-    known = [c for c in ("task", "rank", "seed") if runs[c].notna().any()]
+    known = [c for c in ("task", "rank", "seed", "step") if runs[c].notna().any()]
     columns = {
         "adapter": runs["adapter"],
         **{c: runs[c] for c in known},
@@ -140,18 +142,15 @@ def pairs_table(study: Study) -> ReportTable | None:
     """Return every pair: how it is related, how it started, how alike it is in all."""
     if study.pairs.empty:
         return None
+    cells = ("phi_1_1", "output"), ("phi_1_1", "input"), ("omega", "output"), ("omega", "input")
+    medians = study.similarities.groupby(["a", "b", "side"])[["phi_1_1", "omega"]].median()
+    known = medians.to_dict("index")
     rows = []
     for pair in study.pairs.itertuples():
-        own = study.similarities
-        own = own if own.empty else own[(own["a"] == pair.a) & (own["b"] == pair.b)]
-        medians = [
-            number(own.loc[own["side"] == side, value].median()) if len(own) else "–"
-            for value in ("phi_1_1", "omega")
-            for side in ("output", "input")
-        ]
-        rows.append(
-            (pair.a, pair.b, pair.relation, pair.start, *medians, _cell(float(pair.total_cosine)))
-        )
+        found = (known.get((pair.a, pair.b, side), {}).get(value) for value, side in cells)
+        shown = ("–" if one is None else number(one) for one in found)
+        total = _cell(float(pair.total_cosine))
+        rows.append((pair.a, pair.b, pair.relation, pair.start, *shown, total))
     columns = ("adapter", "adapter", "relation", "start", "φ(1,1) out", "φ(1,1) in", "ω out",
                "ω in", "cosine")  # fmt: skip
     caption = (
@@ -208,6 +207,118 @@ def spectra_table(study: Study) -> ReportTable:
     return ReportTable("spectra", caption, columns, _rows(medians.reset_index()))
 
 
+_VERDICTS = {
+    "share": "shared",
+    "partly": "partly shared",
+    "no more": "no more than unrelated",
+    None: "no verdict",
+}
+
+
+def verdicts_table(said: Sequence[Finding]) -> ReportTable | None:
+    """Return every comparison that has a sentence of its own, in one look."""
+    rows = []
+    for one in said:
+        values = one.values
+        for side in ("output", "input"):
+            if f"phi_1_1_{side}" in values and "subject" in values:
+                names = ("phi_1_1", "reference", "chance")
+                numbers = (_small(values[f"{name}_{side}"]) for name in names)
+                verdict = _VERDICTS[values[f"verdict_{side}"]]  # type: ignore[index]
+                rows.append((str(values["subject"]), side, verdict, *map(_cell, numbers)))
+    if not rows:
+        return None
+    above = any(one.values.get("above_chance_output") for one in said)
+    name = "φ(1,1) above chance" if above else "φ(1,1)"
+    columns = ("comparison", "side", "first direction", name, "unrelated pairs", "chance")
+    caption = f"Medians of {name} over modules and pairs, beside those of the reference."
+    return ReportTable("verdicts", caption, columns, tuple(rows), 3)
+
+
+def _small(value: Any) -> Any:
+    """Return a number to five decimals: above chance, nothing is 0 and not −1e-6."""
+    return round(value, 5) + 0.0 if isinstance(value, float) else value
+
+
+def kinds_table(study: Study) -> ReportTable | None:
+    """Return medians by type of module: how alike, how many directions, against W."""
+    spectra = study.spectra[study.spectra["numerical_rank"] > 0]
+    if spectra.empty:
+        return None
+    table = spectra.groupby("module_type", sort=False).agg(
+        modules=("module", "nunique"),
+        stable_rank=("stable_rank", "median"),
+        energy_rank_90=("energy_rank_90", "median"),
+    )
+    names = {"stable_rank": "stable rank", "energy_rank_90": "90 % of energy"}
+    rows = study.similarities
+    rows = rows[(rows["start"] != "same run") & (rows["relation"] != REFERENCE)]
+    for side in ("output", "input"):
+        own = rows[(rows["side"] == side) & ~(rows["shared_start"] & (side == "input"))]
+        for value, name in (("phi_1_1", "φ(1,1)"), ("omega", "ω")):
+            if len(own):
+                table[value + side] = own.groupby("module_type")[value].median()
+                names[value + side] = f"{name} {side[:-3]}"
+    full = study.amplifications
+    if len(full):
+        full = full[full["at_rank"]].groupby("module_type")
+        table["enrichment"] = full["enrichment"].median()
+        table["relative"] = full["relative_norm"].median()
+        names["relative"] = "‖ΔW‖/‖W‖"
+    table = table.rename(columns=names).reset_index(names="type of module")
+    caption = (
+        "Medians over modules and adapters, and over pairs that are no reference; shared starts "
+        "left out on the input side."
+    )
+    return ReportTable("types", caption, tuple(table.columns), _rows(table))
+
+
+def starts_table(study: Study) -> ReportTable | None:
+    """Return the pairs that do not start independently; None where all do."""
+    pairs = study.pairs
+    if pairs.empty:
+        return None
+    own = pairs[~pairs["start"].isin(["independent", "not applicable"])]
+    if own.empty:
+        return None
+    rows = tuple(
+        (one.a, one.b, one.relation, one.start, f"{one.shared_modules} of {one.modules}",
+         _cell(float(one.b_cosine if one.b_cosine is not None else np.nan)))
+        for one in own.itertuples()
+    )  # fmt: skip
+    columns = ("adapter", "adapter", "relation", "start", "modules", "cosine of B")
+    caption = (
+        "Pairs that share their initial A, in how many modules, and how alike their B became "
+        "(median matched cosine)."
+    )
+    return ReportTable("starts", caption, columns, rows, 4)
+
+
+def runs_table(study: Study) -> ReportTable | None:
+    """Return how much the overlap of runs spreads over seeds, by task and rank."""
+    table = study.similarities
+    table = table[(table["relation"] == "same task, other seed") & (table["side"] == "output")]
+    table = table[table["start"] != "same run"]
+    if table.empty:
+        return None
+    runs = study.runs.set_index("adapter")
+    pairs = table.groupby(["a", "b"], sort=False)[["phi_1_1", "omega"]].median().reset_index()
+    pairs = pairs.assign(task=pairs["a"].map(runs["task"]), rank=pairs["a"].map(runs["rank"]))
+    rows = []
+    for (task, rank), own in pairs.groupby(["task", "rank"], sort=False):
+        seeds = len(set(own["a"]) | set(own["b"]))
+        low, middle, high = own["omega"].quantile([0.25, 0.5, 0.75])
+        spread = f"{number(low)} to {number(high)}" if seeds >= 3 else "–"
+        phi = number(float(own["phi_1_1"].median()))
+        rows.append((str(task), str(int(rank)), str(seeds), phi, number(middle), spread))
+    columns = ("task", "rank", "seeds", "φ(1,1)", "ω", "quartiles of ω")
+    caption = (
+        "Two seeds of one task and rank, output side: medians over modules, then over pairs of "
+        "runs. Quartiles over pairs of runs from three seeds on."
+    )
+    return ReportTable("seeds", caption, columns, tuple(rows))
+
+
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -219,3 +330,10 @@ def csv_text(table: pd.DataFrame) -> str:
         return f"'{value}" if starts else value
 
     return str(table.map(safe).to_csv(index=False))
+
+
+def square_table(labels: Sequence[str], values: NDArray[np.float64]) -> pd.DataFrame:
+    """Return a matrix over adapters as a table, their names in the first column and the head."""
+    table = pd.DataFrame(values, columns=list(labels))
+    table.insert(0, "adapter", list(labels), allow_duplicates=True)
+    return table

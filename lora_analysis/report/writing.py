@@ -1,55 +1,37 @@
-"""Put a study on disk: report.html (or .md), figures/, tables/ and results.json."""
+"""Put a study on disk: report.html (or .md), figures/, tables/, results.json and grids.npz."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
-from dataclasses import dataclass, replace
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import jinja2
-from markupsafe import Markup
 
-from lora_analysis import __version__, plots
+from lora_analysis.errors import MissingExtraError
 from lora_analysis.findings import findings, plural
-from lora_analysis.report import figures, tables
+from lora_analysis.report import tables
+from lora_analysis.report.grids import grids_file
+from lora_analysis.report.made import made
 from lora_analysis.report.results import TABLE_NAMES, all_tables, results
-from lora_analysis.report.selection import telling_modules
+from lora_analysis.report.sections import FORMATS, Section, sections
 from lora_analysis.storage.atomic import write_atomic
-from lora_analysis.studies import REFERENCE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
-    from lora_analysis.report.figures import ReportFigure
-    from lora_analysis.report.tables import ReportTable
+    import pandas as pd
+
     from lora_analysis.studies import Progress, Study
 
-# In inches; two figures of one column stand side by side.
-NARROW = 4.5
-# Pages stay readable: longer tables are in tables/ only.
-FOLDED_ROWS = 120
-
-
-@dataclass(frozen=True, slots=True)
-class _Figure:
-    name: str
-    title: str
-    caption: str
-    svg: str
-    narrow: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Section:
-    name: str
-    title: str
-    text: str
-    figures: tuple[_Figure, ...] = ()
-    tables: tuple[ReportTable, ...] = ()
-    folded: tuple[ReportTable, ...] = ()
+# What earlier reports may have left in figures/: names that this package gives, and no others.
+_FIGURE = re.compile(
+    r"(ranks|seeds|pair|levels|energy|intruders)_(output|input)|atlas_(output|input|cosine)"
+    r"|amplification_factor|enrichment|amplification_layers|enrichment_layers|spectra|energy|budget"
+    r"|modules|steps"
+)
+_TABLE = re.compile("|".join((*TABLE_NAMES, "atlas_(output|input|cosine)")))
 
 
 def write_report(
@@ -59,6 +41,8 @@ def write_report(
     title: str | None = None,
     command: str | None = None,
     form: Literal["html", "md"] = "html",
+    parquet: bool = False,
+    figures: Sequence[str] = FORMATS,
     progress: Progress | None = None,
 ) -> Path:
     """Write a study as one self-contained report, with figures, tables and numbers beside it.
@@ -76,7 +60,10 @@ def write_report(
     form
         ``"html"``: one file without script or network access; ``"md"``: Markdown for a README
         or a model card, which shows the files in ``figures/``.
-
+    parquet
+        Whether the tables are written as Parquet too (extra ``parquet``).
+    figures
+        Formats of the files in ``figures/``: any of ``"svg"``, ``"png"``, ``"pdf"``.
     progress
         Called with ("report sections", done, total).
 
@@ -84,7 +71,14 @@ def write_report(
     -------
     Path
         Of report.html or report.md.
+
+    Raises
+    ------
+    MissingExtraError
+        ``parquet`` without pyarrow; nothing is written then.
     """
+    if parquet:
+        _check_parquet()
     folder = Path(path)
     _prepare(folder)
     said = findings(study)
@@ -92,25 +86,83 @@ def write_report(
         "title": title or _title(study),
         "lead": _lead(study),
         "findings": said,
-        "sections": _sections(study, folder, progress),
-        "made": _made(study, command),
+        "sections": sections(study, folder, figures, progress=progress, telling=form == "html"),
+        "verdicts": tables.verdicts_table(said),
+        "starts": tables.starts_table(study),
+        "made": made(study, command),
     }
-    for name, table in all_tables(study):
-        if not table.empty:
-            write_atomic(folder / "tables" / f"{name}.csv", tables.csv_text(table).encode())
+    _write_tables(study, folder / "tables", parquet=parquet)
     document = json.dumps(results(study, said), indent=1, allow_nan=False, ensure_ascii=False)
     write_atomic(folder / "results.json", document.encode())
+    if (grids := grids_file(study)) is not None:
+        write_atomic(folder / "grids.npz", grids)
     text = _environment(form).get_template(f"report.{form}.j2").render(page)
     return write_atomic(folder / f"report.{form}", text.encode())
 
 
+def write_page(
+    study: Study,
+    made_sections: Sequence[Section],
+    path: Path,
+    *,
+    title: str,
+    lead: str,
+    command: str,
+) -> Path:
+    """Write a page of given sections in the report's look, without findings; return its path."""
+    page = {
+        "title": title,
+        "lead": lead,
+        "findings": (),
+        "sections": made_sections,
+        "verdicts": None,
+        "starts": None,
+        "made": made(study, command),
+    }
+    text = _environment("html").get_template("report.html.j2").render(page)
+    return write_atomic(path, text.encode())
+
+
+def _check_parquet() -> None:
+    try:
+        import pyarrow as pa  # type: ignore[import-untyped]  # noqa: F401
+    except ImportError as error:
+        message = "Parquet tables need pyarrow: pip install 'lora-analysis[parquet]'."
+        raise MissingExtraError(message) from error
+
+
+def _write_tables(study: Study, folder: Path, *, parquet: bool) -> None:
+    for name, table in (*all_tables(study), *_atlas_tables(study)):
+        if table.empty:
+            continue
+        write_atomic(folder / f"{name}.csv", tables.csv_text(table).encode())
+        if parquet:
+            write_atomic(folder / f"{name}.parquet", table.to_parquet(None, index=False))
+
+
+def _atlas_tables(study: Study) -> list[tuple[str, pd.DataFrame]]:
+    """Return the atlas as square tables, one per quantity; none for one adapter."""
+    atlas = study.atlas
+    if atlas is None or len(atlas.labels) < 2:
+        return []
+    return [
+        (f"atlas_{what}", tables.square_table(atlas.labels, atlas.matrix(what)))
+        for what in ("output", "input", "cosine")
+    ]
+
+
 def _prepare(folder: Path) -> None:
     """Make the folders, and take away what an earlier report left: it may not be written anew."""
-    for place, suffixes in (("figures", (".svg", ".png")), ("tables", (".csv",))):
+    mine = (
+        ("figures", tuple(f".{kind}" for kind in FORMATS), _FIGURE),
+        ("tables", (".csv", ".parquet"), _TABLE),
+    )
+    for place, suffixes, name in mine:
         (folder / place).mkdir(parents=True, exist_ok=True)
         for old in (folder / place).iterdir():
-            if old.suffix in suffixes and old.stem in (*figures.NAMES, *TABLE_NAMES):
+            if old.suffix in suffixes and name.fullmatch(old.stem):
                 old.unlink()
+    (folder / "grids.npz").unlink(missing_ok=True)
 
 
 def _environment(form: str) -> jinja2.Environment:
@@ -147,101 +199,3 @@ def _lead(study: Study) -> str:
     return (
         f"{plural(len(study.adapters), 'adapter')}, {plural(modules, 'module')}{compared}.{against}"
     )
-
-
-def _drawn(found: Iterable[ReportFigure], folder: Path) -> tuple[_Figure, ...]:
-    """Save each figure as SVG and PNG, and return it for inlining."""
-    result = []
-    for one in found:
-        narrow = one.figure.get_figwidth() < NARROW
-        svg = plots.svg_text(one.figure, title=one.title, description=one.alt)
-        plots.save_figure(one.figure, folder / "figures" / one.name)
-        result.append(_Figure(one.name, one.title, one.caption, Markup(svg), narrow))
-    return tuple(result)
-
-
-def _present(*found: ReportTable | None) -> tuple[ReportTable, ...]:
-    return tuple(one for one in found if one is not None)
-
-
-def _short(*found: ReportTable | None) -> tuple[ReportTable, ...]:
-    return tuple(one for one in _present(*found) if len(one.rows) <= FOLDED_ROWS)
-
-
-def _sections(study: Study, folder: Path, progress: Progress | None) -> list[_Section]:
-    """Draw and tabulate section by section; those with nothing to show are left out."""
-    modules = telling_modules(list(dict.fromkeys(study.spectra["module"])))
-    plan = (
-        (
-            _Section("adapters", "What was analysed", ""),
-            None,
-            (tables.adapters_table(study), tables.accuracy_table(study)),
-        ),
-        (
-            _Section("ranks", "Across ranks", "Do different ranks find the same directions?"),
-            figures.rank_figures,
-            (),
-        ),
-        (
-            _Section(
-                "seeds",
-                "Across seeds",
-                "Do two trainings that differ in nothing but their seed find the same directions?",
-            ),
-            figures.seed_figures,
-            (),
-        ),
-        (
-            _Section(
-                "reference",
-                *_reference_words(study),
-                folded=_short(tables.pairs_table(study)),
-            ),
-            figures.level_figures,
-            (tables.overlap_table(study),),
-        ),
-        (
-            _Section(
-                "weights",
-                "Against W",
-                "Does ΔW strengthen directions that the frozen weight already carries?",
-            ),
-            figures.amplification_figures,
-            (tables.amplification_table(study, modules),),
-        ),
-        (
-            _Section("spectra", "How many directions", ""),
-            figures.spectrum_figures,
-            (tables.spectra_table(study),),
-        ),
-    )
-    sections = []
-    for done, (section, draw, shown) in enumerate(plan, start=1):
-        drawn = _drawn(draw(study), folder) if draw else ()
-        sections.append(replace(section, figures=drawn, tables=_present(*shown)))
-        if progress:
-            progress("report sections", done, len(plan))
-    return [one for one in sections if one.figures or one.tables or one.folded]
-
-
-def _reference_words(study: Study) -> tuple[str, str]:
-    """Return title and question of the section that holds all pairs."""
-    if study.select(REFERENCE, "output").empty:
-        return "All pairs", "How alike are they? Without a reference no pair is called related."
-    question = "What is shared because the task is, and what by any two adapters of this base?"
-    return "Against unrelated adapters", question
-
-
-def _made(study: Study, command: str | None) -> dict[str, Any]:
-    packages = ("numpy", "scipy", "matplotlib", "pandas")
-    versions = [f"lora_analysis {__version__}", f"Python {platform.python_version()}"]
-    versions += [f"{name} {importlib.metadata.version(name)}" for name in packages]
-    return {
-        "version": __version__,
-        "command": command or "lora_analysis.write_report(study, path)",
-        "versions": ", ".join(versions),
-        "base": "none" if study.base is None else study.base.label,
-        "hashes": [
-            (label, one.provenance.sha256 or "in memory") for label, one in study.adapters.items()
-        ],
-    }

@@ -9,6 +9,7 @@ import numpy as np
 
 from lora_analysis import linalg
 from lora_analysis.errors import DegenerateSubspaceError, InputError
+from lora_analysis.showing import html_facts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -169,6 +170,20 @@ class Spectrum:
         # A hair below the share: one that falls on a step is not lost to rounding.
         below = np.searchsorted(self.energy_shares, share * (1 - 4 * linalg.EPS))
         return 0 if self.untrained else int(below) + 1
+
+    def _repr_html_(self) -> str:
+        of = "ΔW" if self.factor == "delta" else self.factor
+        facts = [
+            ("shape", " × ".join(map(str, self.shape))),
+            ("rank", self.rank),
+            ("numerical rank", self.numerical_rank),
+            ("effective rank", self.effective_rank),
+            ("stable rank", self.stable_rank),
+            ("directions for 90 % of the energy", self.energy_rank(0.9)),
+            ("norm, in units of the scale" if self.in_units_of_scale else "norm", self.norm),
+            ("leading singular values", ", ".join(f"{one:.3g}" for one in self.S[:6])),
+        ]
+        return html_facts(f"Spectrum of {of}, {self.name}, {self.label}", facts)
 
     def vectors(self, side: Side) -> NDArray[np.float64]:
         """Return the singular vectors of one side up to the numerical rank, ``(d, n)``.

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
 from lora_analysis.errors import OutputError
+
+# Names of temporary files: of the file, the process, and chance.
+_TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -108,6 +112,16 @@ def _refused(path: Path, error: OSError) -> OutputError:
         f"{path} could not be written: {reason}. What was there before is untouched; make room "
         "or name another place with -o."
     )
+
+
+def remove_leftovers(folder: Path, *, below: bool = False) -> None:
+    """Delete what writers that were killed left half-written in a folder, or ``below`` it too.
+
+    For whoever has the folder to itself: what others are writing would go too.
+    """
+    for path in (folder.rglob if below else folder.glob)(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -32,6 +32,8 @@ _SAFE: Final = ".safetensors"
 # file of another name may be a whole model, of which repositories hold a dozen.
 _OTHERS: Final = ("*[Ll][Oo][Rr][Aa]*.gguf", "*adapter*.gguf", "*.npz")
 _CONFIGS: Final = ("*config.json", "*manifest.json", "*.index.json")
+# What turns text or images into a model's inputs.
+_BESIDE_WEIGHTS: Final = ("*.json", "*.txt", "*.model", "*.jinja")
 # What a training run leaves beside an adapter, and the shards of a whole model.
 _NOT_ADAPTERS: Final = (
     "*tokenizer_config.json",
@@ -110,6 +112,21 @@ def fetch_files(found: Snapshot, names: Sequence[str]) -> None:
     """
     literal = [re.sub(r"([*?[])", r"[\1]", name) for name in names]
     _fetch(HubName(found.repo, found.commit, found.inside, f"{PREFIX}{found.repo}"), literal)
+
+
+def fetch_pretrained(source: str | os.PathLike[str], *, revision: str | None = None) -> Snapshot:
+    """Fetch one whole model as `fetch_model` does, with its tokeniser or image processor.
+
+    Raises
+    ------
+    SourceError, MissingExtraError
+        As for `fetch_adapter`.
+    """
+    name = _named(source)
+    found = fetch_model(str(replace(name, revision=revision) if revision else name))
+    shards = [one for index in found.path.glob(f"*{_SAFE}.index.json") for one in _shards(index)]
+    _fetch(replace(name, revision=found.commit), (*_BESIDE_WEIGHTS, *shards), ("*/*",))
+    return found
 
 
 def _no_model(found: Snapshot) -> SourceError:

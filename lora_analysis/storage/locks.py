@@ -4,67 +4,160 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+import threading
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from lora_analysis.errors import InputError
+from lora_analysis.errors import InUseError
+from lora_analysis.storage.atomic import remove_leftovers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
+    from typing import TextIO
 
 LOCK_NAME: Final = ".lock"
+# Seconds: how often a holder shows that it lives, and after which silence one of another host,
+# of which nobody here can tell, counts as gone.
+_RENEWAL: Final = 15.0
+_SILENCE: Final = 120.0
+# Of a process that has ended, and whose parent has not asked how.
+_ENDED: Final = "ended"
+
+
+class _Holder(NamedTuple):
+    """Who took a lock: process, host, and when that process began (pids are given out again)."""
+
+    pid: str = ""
+    host: str = ""
+    began: str = ""
+
+    def __str__(self) -> str:
+        return f"process {self.pid or 'unknown'} on {self.host or 'an unknown host'}"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, name: str = LOCK_NAME) -> Iterator[None]:
     """Keep other processes that ask for it out of a folder, by a file that names this one.
 
-    A file that a process of this host left when it was killed is taken over.
+    A file that a process left when it was killed is taken over: at once where it was on this
+    host, after two minutes without a sign of life where it was on another. With the lock of the
+    usual name, files that were left half-written in the folder or below are deleted.
 
     Raises
     ------
-    InputError
-        Another process is in the folder, or was on another host, of which nobody can tell.
+    InUseError
+        Another process is in the folder, or was a moment ago on another host.
     """
-    lock = folder / LOCK_NAME
-    if lock.is_file() and _is_stale(lock):
-        lock.unlink(missing_ok=True)
-    try:
-        with lock.open("x", encoding="utf-8") as stream:
-            stream.write(f"{os.getpid()} {socket.gethostname()}\n")
-    except FileExistsError as error:
-        pid, host = _holder(lock)
-        message = (
-            f"{folder} is in use by process {pid} on {host}. Wait for it, or take another folder; "
-            f"if there is no such process any more, delete {lock}."
-        )
-        raise InputError(message) from error
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
+    lock = folder / name
+    with _acquired(lock) as stream:
+        over = threading.Event()
+        threading.Thread(target=_renew, args=(lock, over), daemon=True).start()
+        try:
+            if name == LOCK_NAME:
+                remove_leftovers(folder, below=True)
+            yield
+        finally:
+            over.set()
+            if os.name != "posix":
+                stream.close()  # an open file cannot be deleted there
+            lock.unlink(missing_ok=True)
 
 
-def _holder(lock: Path) -> tuple[str, str]:
-    """Return process and host as the file has them, both unknown where it has not."""
+@contextmanager
+def _acquired(lock: Path) -> Iterator[TextIO]:
+    """Open the lock's file, hold it by the system's means, and write our name into it."""
+    while True:
+        with _opened(lock) as stream:
+            if not _hold(stream):
+                raise _in_use(lock, _read_holder(stream))
+            if not _is_at(stream, lock):
+                continue  # its holder deleted it between our opening and our holding it
+            holder = _read_holder(stream)
+            if holder.pid and not _is_gone(holder, lock):
+                raise _in_use(lock, holder)
+            stream.seek(0)
+            stream.truncate()
+            stream.write(f"{os.getpid()} {socket.gethostname()} {_began(os.getpid())}\n")
+            stream.flush()
+            yield stream
+            return
+
+
+def _opened(lock: Path) -> TextIO:
+    """Open the file, made where it is not; a symbolic link in its place is not followed."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    return os.fdopen(os.open(lock, flags, 0o666), "r+", encoding="utf-8", errors="replace")
+
+
+def _hold(stream: TextIO) -> bool:
+    """Take the system's lock on a file; say whether nobody else has it.
+
+    It goes with the process, however that ends. Where a system or a file system has none, the
+    name in the file decides alone.
+    """
     try:
-        pid, _, host = lock.read_text(encoding="utf-8", errors="replace").strip().partition(" ")
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
     except OSError:
-        pid = host = ""
-    return pid or "unknown", host or "an unknown host"
+        return True
+    return True
 
 
-def _is_stale(lock: Path) -> bool:
-    """Say whether the file was left by a process of this host that is gone."""
-    pid, host = _holder(lock)
+def _is_at(stream: TextIO, lock: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), lock.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _read_holder(stream: TextIO) -> _Holder:
+    stream.seek(0)
+    return _Holder(*stream.read(300).split()[:3])
+
+
+def _is_gone(holder: _Holder, lock: Path) -> bool:
+    """Say whether the process that wrote the file is no more."""
+    if holder.host != socket.gethostname():
+        return time.time() - lock.stat().st_mtime > _SILENCE
     # Elsewhere than on POSIX systems, signal 0 is not a question but ends the process.
-    if os.name != "posix" or host != socket.gethostname() or not pid.isdecimal():
+    if os.name != "posix" or not holder.pid.isdecimal():
         return False
     try:
-        os.kill(int(pid), 0)
+        os.kill(int(holder.pid), 0)
     except (ProcessLookupError, OverflowError):
         return True
     except PermissionError:
         return False
-    return False
+    began = _began(int(holder.pid))
+    return began == _ENDED or (bool(holder.began) and holder.began != began)
+
+
+def _began(pid: int) -> str:
+    """Return when a process began, in the kernel's ticks; empty where it cannot be known."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    state, *fields = stat.rpartition(")")[2].split()
+    return _ENDED if state in "ZX" else fields[18]
+
+
+def _renew(lock: Path, over: threading.Event) -> None:
+    while not over.wait(_RENEWAL):
+        with suppress(OSError):
+            os.utime(lock)
+
+
+def _in_use(lock: Path, holder: _Holder) -> InUseError:
+    message = (
+        f"{lock.parent} is in use by {holder}. Wait for it, or take another folder; "
+        f"if there is no such process any more, delete {lock}."
+    )
+    return InUseError(message)

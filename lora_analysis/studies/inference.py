@@ -11,7 +11,9 @@ import pandas as pd
 
 from lora_analysis import chance
 from lora_analysis.errors import InputError
+from lora_analysis.showing import html_facts
 from lora_analysis.spectra import SIDES, Side
+from lora_analysis.studies.relations import base_key
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -55,6 +57,19 @@ class RunInference:
     within: NDArray[np.float64]
     between: NDArray[np.float64]
     standard_error: float | None
+
+    def _repr_html_(self) -> str:
+        test = self.permutation
+        facts = [
+            ("runs, tasks", f"{self.n}, {len(set(self.tasks))}"),
+            ("median between runs of one task", self.within[1]),
+            ("median between runs of different tasks", self.between[1]),
+            ("difference of the means", test.difference),
+            ("its standard error (jackknife over runs)", self.standard_error),
+            ("p, relabelling runs", test.p_value),
+            ("smallest p that so few runs allow", test.smallest_p_value),
+        ]
+        return html_facts(f"{self.quantity}, {self.side} side", facts)
 
     @property
     def n(self) -> int:
@@ -145,7 +160,8 @@ def _check_columns(quantity: str, side: str) -> None:
 
 def _known_runs(study: Study, rank: int | None) -> pd.DataFrame:
     """Return the rows of runs that may be relabelled."""
-    runs = study.runs[~study.runs["adapter"].isin(study.reference)]
+    runs = study.runs[~study.runs["adapter"].isin(study.reference) & ~study.runs["earlier"]]
+    runs = runs[runs["adapter"].isin(study.tabulated)]  # the others have no pairs
     known = runs.dropna(subset=["task", "seed"])
     if known.empty:
         message = (
@@ -159,7 +175,7 @@ def _known_runs(study: Study, rank: int | None) -> pd.DataFrame:
         found = sorted({int(one) for one in known["rank"].dropna()})
         message = f"No run has rank {rank}; the {len(known)} runs with a known task have {found}."
         raise InputError(message)
-    bases = sorted(str(one) for one in chosen["base_model"].dropna().unique())
+    bases = sorted({str(base_key(one)) for one in chosen["base_model"].dropna()})
     if len(bases) > 1:
         message = (
             f"The runs adapt {len(bases)} base models ({', '.join(bases[:4])}): directions of "

@@ -1,8 +1,8 @@
-"""How adapters are related: by task, rank and seed, where those are known."""
+"""How adapters are related: by base, task, rank, seed and step, where those are known."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Literal
 
 from lora_analysis.adapter import Adapter
@@ -15,10 +15,17 @@ Relation = Literal[
     "other task, other seed",
     "other task, same seed",
     "other task, other rank, same seed",
+    "same run, other step",
+    "earlier step",
+    "other base",
     "unknown",
 ]
 REFERENCE: Relation = "other task, other seed"
 SHARED_SEED: Relation = "other task, same seed"
+SAME_RUN: Relation = "same run, other step"
+# One of the two is not the last of its run: it counts in no result beside that.
+EARLIER: Relation = "earlier step"
+OTHER_BASE: Relation = "other base"
 
 
 def unique_labels(adapters: Sequence[Adapter]) -> list[Adapter]:
@@ -31,11 +38,51 @@ def unique_labels(adapters: Sequence[Adapter]) -> list[Adapter]:
     return result
 
 
+def base_key(name: str | None) -> str | None:
+    """Return what tells base models apart: the last part of a path or of a hub's name.
+
+    ``meta-llama/Llama-3.1-8B`` and ``/models/Llama-3.1-8B/`` are one base.
+    """
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower() or None if name else None
+
+
+def run_key(adapter: Adapter) -> Hashable | None:
+    """Return what the checkpoints of one run have in common; None where nothing says so.
+
+    Task, rank and seed where task and seed are known, else the folder in which the checkpoints
+    lie side by side.
+    """
+    source = adapter.provenance
+    if source.step is None:
+        return None
+    if source.task is not None and source.seed is not None:
+        return (base_key(source.base_model), source.task, source.rank, source.seed)
+    return None if source.path is None else str(source.path.absolute().parent)
+
+
+def earlier_steps(adapters: Sequence[Adapter]) -> set[str]:
+    """Return the labels of checkpoints that are not the last of their run."""
+    last: dict[Hashable, Adapter] = {}
+    for adapter in adapters:
+        key = run_key(adapter)
+        if key is not None and (key not in last or _step(adapter) >= _step(last[key])):
+            last[key] = adapter
+    kept = {adapter.label for adapter in last.values()}
+    return {a.label for a in adapters if run_key(a) is not None and a.label not in kept}
+
+
+def _step(adapter: Adapter) -> int:
+    return adapter.provenance.step or 0
+
+
 def relation(a: Adapter, b: Adapter) -> Relation:
     """Return how two adapters are related, from task, rank and seed; "unknown" without them."""
     one, two = a.provenance, b.provenance
-    bases = (one.base_model, two.base_model)
-    if None in (one.task, two.task, one.seed, two.seed) or _differ(*bases):
+    if _differ(base_key(one.base_model), base_key(two.base_model)):
+        return OTHER_BASE
+    if one.step != two.step and run_key(a) is not None and run_key(a) == run_key(b):
+        return SAME_RUN
+    if None in (one.task, two.task, one.seed, two.seed):
         return "unknown"
     if one.task == two.task and None in (one.rank, two.rank):
         return "unknown"
@@ -49,5 +96,5 @@ def relation(a: Adapter, b: Adapter) -> Relation:
 
 
 def _differ(a: str | None, b: str | None) -> bool:
-    """Return whether both base models are known, and other ones."""
+    """Return whether both are known, and other ones."""
     return None not in (a, b) and a != b

@@ -5,38 +5,44 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from lora_analysis.adapter import Adapter
 from lora_analysis.amplify import Amplification
-from lora_analysis.bases import BaseWeights, open_base
+from lora_analysis.bases import BaseWeights
 from lora_analysis.errors import BaseWeightError, InputError, SourceError
 from lora_analysis.execution import in_threads
-from lora_analysis.formats import read_adapter
-from lora_analysis.patterns import choose_names, natural_key
+from lora_analysis.patterns import choose_names, module_type, natural_key
+from lora_analysis.showing import html_table
 from lora_analysis.similarity import SimilarityGrid, subspace_similarity
 from lora_analysis.spectra import Factor, Side, Spectrum, spectrum
+from lora_analysis.studies.atlas import Atlas, AtlasSums
 from lora_analysis.studies.inference import RunInference, run_inference
 from lora_analysis.studies.pairs import pair_tables
-from lora_analysis.studies.relations import Relation, unique_labels
+from lora_analysis.studies.relations import Relation, earlier_steps
 from lora_analysis.studies.rows import (
     AMPLIFICATION_COLUMNS,
     CHANGE_COLUMNS,
     amplification_rows,
 )
+from lora_analysis.studies.sources import Failure
+from lora_analysis.studies.spread import Question, Source, visits
 from lora_analysis.studies.walk import Walk
+
+if TYPE_CHECKING:
+    from lora_analysis.execution.protocol import Executor
 
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """An adapter that could not be analysed, and why."""
-
-    source: str
-    reason: str
+# Pairs of more adapters fill tables that nobody reads: 40 have 780 pairs, in every module.
+MOST_IN_PAIRS = 40
+DRAWS = 16
+# Rows that a notebook shows.
+SHOWN = 40
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,7 +54,8 @@ class Study:
     adapters
         Those that were analysed, by label.
     runs
-        One row per adapter: task, rank, seed, modules, norm, metrics of its training.
+        One row per adapter: task, rank, seed, step (``earlier`` where a later checkpoint of the
+        same run is here), modules, norm, metrics of its training.
     spectra
         One row per adapter and module: ranks, norms, leading singular values.
     pairs
@@ -71,6 +78,14 @@ class Study:
         Labels of the adapters that serve as the reference alone.
     unmatched
         Modules without a fitting weight in the base, and why.
+    atlas
+        Every adapter against every other in one matrix per quantity and type of module.
+    tabulated
+        Labels of the adapters in ``pairs`` and ``similarities``: all of them, up to a number.
+    across_bases
+        Pairs of adapters of different base models, which are not compared.
+    options
+        What `study` was asked for beside its adapters, where that is not the default.
     """
 
     adapters: Mapping[str, Adapter]
@@ -84,7 +99,20 @@ class Study:
     base: BaseWeights | None = None
     reference: tuple[str, ...] = ()
     unmatched: Mapping[str, str] = field(default_factory=dict)
+    atlas: Atlas | None = None
+    tabulated: tuple[str, ...] = ()
+    across_bases: int = 0
+    options: Mapping[str, object] = field(default_factory=dict)
     _amplified: Mapping[tuple[str, str], Amplification] = field(default_factory=dict)
+
+    def _repr_html_(self) -> str:
+        known = [c for c in ("task", "rank", "seed", "step") if self.runs[c].notna().any()]
+        columns = ["adapter", *known, "modules", "norm"]
+        rows = [[row[c] for c in columns] for row in self.runs.head(SHOWN).to_dict("records")]
+        left = len(self.runs) - len(rows)
+        note = f"{len(self.pairs)} pairs compared" + (f"; {left} more adapters" if left else "")
+        title = f"Study of {len(self.adapters)} adapters"
+        return html_table(title, columns, rows, f"{note}. write_report(study, path) shows all.")
 
     def grid(
         self, a: str, b: str, module: str, *, side: Side = "input", factor: Factor = "delta"
@@ -120,6 +148,7 @@ class Study:
 
 def _runs_table(adapters: Sequence[Adapter], spectra: pd.DataFrame) -> pd.DataFrame:
     rows = []
+    earlier = earlier_steps(adapters)
     for adapter in adapters:
         own = spectra[spectra["adapter"] == adapter.label]
         source = adapter.provenance
@@ -129,6 +158,8 @@ def _runs_table(adapters: Sequence[Adapter], spectra: pd.DataFrame) -> pd.DataFr
                 "task": source.task,
                 "rank": source.rank,
                 "seed": source.seed,
+                "step": source.step,
+                "earlier": adapter.label in earlier,
                 "format": source.format,
                 "base_model": source.base_model,
                 "modules": len(own),
@@ -155,16 +186,20 @@ def _chosen_modules(adapters: Sequence[Adapter], pattern: str | Sequence[str] | 
 
 
 def study(
-    adapters: Sequence[Adapter | str | Path],
+    adapters: Sequence[Source],
     *,
     base: BaseWeights | str | Path | None = None,
-    reference: Sequence[Adapter | str | Path] = (),
+    reference: Sequence[Source] = (),
     modules: str | Sequence[str] | None = None,
     transposed: bool | None = None,
     failures: Sequence[Failure] = (),
-    draws: int = 16,
+    draws: int = DRAWS,
     weight_spectra: bool = False,
+    label: str | None = None,
+    across_bases: bool = False,
+    most_in_pairs: int = MOST_IN_PAIRS,
     workers: int | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> Study:
     """Compare adapters pair by pair and hold them against their base, module by module.
@@ -172,7 +207,7 @@ def study(
     Parameters
     ----------
     adapters
-        Adapters, or sources that `read_adapter` takes.
+        Adapters, or sources of one or several: files, folders, globs, repositories on a hub.
     base
         The frozen weights, or their source; without it nothing is said about amplification.
     reference
@@ -193,8 +228,20 @@ def study(
         Whether to hold every update against W's whole spectrum too, for the table ``changes``.
         That takes about half a minute per 4096 × 4096 weight on one core the first time (see
         `linalg.gram_seconds`), and is kept on disk (see `spectra.weight_svd`).
+    label
+        What names say where files do not, as ``"{task}-r{rank}-s{seed}"``; ``{step}`` too, and
+        ``*`` for anything. It must fit an adapter's label or the end of its path.
+    across_bases
+        Whether adapters that name different base models are compared too; their directions have
+        nothing to do with each other.
+    most_in_pairs
+        Beyond so many adapters the tables of pairs hold a choice of them, some of every task and
+        rank; the atlas holds all.
     workers
         Threads over modules; the CPUs of this process by default.
+    executor
+        Who visits the modules in place of threads: processes, or the machines of a cluster.
+        Adapters and base are then given by their sources, which every worker opens for itself.
     progress
         Called with ("modules", done, total) after each module.
 
@@ -215,40 +262,61 @@ def study(
     -----
     Every module of every adapter is read and factored once.
     """
-    read = [
-        one if isinstance(one, Adapter) else read_adapter(one) for one in (*adapters, *reference)
-    ]
-    named = unique_labels(read)
-    opened = open_base(base) if isinstance(base, str | Path) else base
-    analysed = named[: len(adapters)]
-    others = named[len(adapters) :]
-    walk = Walk(
-        analysed,
-        others,
-        opened,
-        draws=draws,
-        transposed=transposed,
-        weight_spectra=weight_spectra,
-    )
+    walking = {
+        "draws": draws,
+        "transposed": transposed,
+        "weight_spectra": weight_spectra,
+        "across_bases": across_bases,
+        "most": most_in_pairs,
+    }
+    question = Question(tuple(adapters), tuple(reference), base, label, walking)
+    opened = question.opened()
+    walk, named, unread = opened.walk, opened.named, [*failures, *opened.unread]
+    analysed = named[: opened.own]
     chosen = _chosen_modules(named, modules)
-    for done, visit in enumerate(in_threads(walk.visit, chosen, workers=workers), start=1):
+    sums = AtlasSums([one.label for one in named], [module_type(name) for name in chosen])
+    if executor is None:
+        visited = in_threads(walk.visit, chosen, workers=workers)
+    else:
+        visited = visits(executor, question, chosen)
+    for done, visit in enumerate(visited, start=1):
         walk.visits.append(visit)
+        for members, pairs in visit.atlas:
+            sums.add(members, module_type(visit.module), pairs)
+        visit.atlas.clear()
         if progress:
             progress("modules", done, len(chosen))
     failed, unmatched = walk.failed, walk.unmatched
     kept = [adapter for adapter in named if adapter.label not in failed]
-    lost = [*failures, *(Failure(label, reason) for label, reason in failed.items())]
+    lost = [*unread, *(Failure(label, reason) for label, reason in failed.items())]
     if not any(adapter in kept for adapter in analysed):
         reasons = "; ".join(f"{one.source}: {one.reason}" for one in lost) or "none was given"
         message = f"No adapter is left to analyse ({reasons})."
         raise SourceError(message)
     if unmatched and not walk.amplified:
         raise BaseWeightError(next(iter(unmatched.values())))
-    return _assemble(walk, kept, lost, opened)
+    atlas = sums.atlas([at for at, one in enumerate(named) if one.label not in failed])
+    asked = {
+        "base": base and (str(base) if isinstance(base, str | Path) else ...),
+        "modules": modules,
+        "transposed": transposed,
+        "draws": draws if base and draws != DRAWS else None,
+        "weight_spectra": weight_spectra or None,
+        "label": label,
+        "across_bases": across_bases or None,
+    }
+    options = {name: value for name, value in asked.items() if value is not None}
+    return _assemble(walk, kept, lost, opened.base, atlas=atlas, options=options)
 
 
 def _assemble(
-    walk: Walk, kept: Sequence[Adapter], lost: Sequence[Failure], base: BaseWeights | None
+    walk: Walk,
+    kept: Sequence[Adapter],
+    lost: Sequence[Failure],
+    base: BaseWeights | None,
+    *,
+    atlas: Atlas,
+    options: Mapping[str, object],
 ) -> Study:
     failed = walk.failed
     rows = (row for visit in walk.visits for row in visit.spectra)
@@ -273,5 +341,9 @@ def _assemble(
         base=base,
         reference=tuple(a.label for a in kept if a.label not in walk.analysed),
         unmatched=walk.unmatched,
+        atlas=atlas,
+        tabulated=tuple(one.label for one in kept if one in walk.paired),
+        across_bases=walk.across,
+        options=options,
         _amplified=amplified,
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import combinations
+from dataclasses import dataclass, field, replace
+from itertools import combinations, islice, zip_longest
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,19 @@ from lora_analysis.amplify import Amplification, amplifications, weight_basis_en
 from lora_analysis.bases import BaseWeights, Weight
 from lora_analysis.effective import effective_update
 from lora_analysis.errors import BaseWeightError, InputError
-from lora_analysis.initialisation import ModuleStart, module_start_of
+from lora_analysis.initialisation import ModuleStart, StartEvidence, module_start_of
 from lora_analysis.intruders import intruder_dimensions
 from lora_analysis.pairwise import ModulePairs, module_pairs, pair_angles
 from lora_analysis.spectra import SIDES, Spectrum, spectrum, weight_svd
-from lora_analysis.studies.relations import REFERENCE, Relation, relation
+from lora_analysis.studies.relations import (
+    EARLIER,
+    OTHER_BASE,
+    REFERENCE,
+    SAME_RUN,
+    Relation,
+    earlier_steps,
+    relation,
+)
 from lora_analysis.studies.rows import change_rows, spectrum_row
 from lora_analysis.weight_changes import magnitude_direction
 
@@ -62,6 +70,7 @@ class Visit:
     module: str
     spectra: list[dict[str, Any]] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
+    atlas: list[tuple[list[int], ModulePairs]] = field(default_factory=list)
     amplified: dict[tuple[str, str], Amplification] = field(default_factory=dict)
     changes: list[dict[str, Any]] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
@@ -71,7 +80,9 @@ class Visit:
 class Walk:
     """Which adapters are compared, and what is gathered from each module.
 
-    ``pairs`` holds the two places in ``adapters`` of every pair that is compared.
+    ``pairs`` holds the two places in ``adapters`` of every pair that is compared, ``relations``
+    how they are related; ``across`` counts the pairs of different bases, which are not. Only
+    adapters at ``tabulated`` places get into the tables of pairs: all, up to ``most``.
     """
 
     def __init__(
@@ -83,6 +94,8 @@ class Walk:
         draws: int,
         transposed: bool | None,
         weight_spectra: bool,
+        across_bases: bool,
+        most: int,
     ) -> None:
         self.adapters = (*adapters, *reference)
         self.analysed = {adapter.label for adapter in adapters}
@@ -91,13 +104,29 @@ class Walk:
         self.transposed = transposed
         self.weight_spectra = weight_spectra
         self.visits: list[Visit] = []
-        pairs = [(a, b) for a, b in combinations(range(len(self.adapters)), 2) if a < len(adapters)]
-        self.pairs = np.array(pairs, dtype=np.intp).reshape(-1, 2)
-        self.relations: list[Relation] = [
+        self.tabulated = chosen_for_pairs(self.adapters, most)
+        early = earlier_steps(adapters)
+        pairs: list[tuple[int, int]] = []
+        self.relations: list[Relation] = []
+        self.across = 0
+        for a, b in combinations(self.tabulated, 2):
+            if a >= len(adapters):
+                continue  # two of the reference
             # The user says that these are unrelated; how they are related is not asked.
-            relation(self.adapters[a], self.adapters[b]) if b < len(adapters) else REFERENCE
-            for a, b in pairs
-        ]
+            related = REFERENCE
+            if b < len(adapters):
+                related = _relation(self.adapters[a], self.adapters[b], early)
+            if related == OTHER_BASE and not across_bases:
+                self.across += 1
+                continue
+            pairs.append((a, b))
+            self.relations.append(related)
+        self.pairs = np.array(pairs, dtype=np.intp).reshape(-1, 2)
+
+    @property
+    def paired(self) -> set[Adapter]:
+        """The adapters in the tables of pairs."""
+        return {self.adapters[at] for at in self.tabulated}
 
     @property
     def failed(self) -> dict[str, str]:
@@ -121,8 +150,10 @@ class Walk:
         spectra = {at: spectrum(update) for at, update in updates.items()}
         visit.spectra = [spectrum_row(updates[at], value) for at, value in spectra.items()]
         for members in _by_shape(spectra):
-            kept = {at: spectra[at] for at in members}
-            visit.groups.append(self._compared(kept, [updates[at] for at in members]))
+            pairs = module_pairs([spectra[at] for at in members], [updates[at] for at in members])
+            visit.atlas.append((members, pairs))
+            if group := self._compared({at: spectra[at] for at in members}, updates, pairs):
+                visit.groups.append(group)
         if self.base is not None:
             by_label = {s.label: updates[at] for at, s in spectra.items()}
             by_weight: dict[str, list[Spectrum]] = {}
@@ -144,16 +175,24 @@ class Walk:
                     failed[adapter.label] = str(error)
 
     def _compared(
-        self, spectra: Mapping[int, Spectrum], updates: Sequence[LowRankUpdate | DenseUpdate]
-    ) -> Group:
-        values = list(spectra.values())
+        self,
+        spectra: Mapping[int, Spectrum],
+        updates: Mapping[int, LowRankUpdate | DenseUpdate],
+        pairs: ModulePairs,
+    ) -> Group | None:
+        chosen = set(self.tabulated)
+        kept = [(row, at) for row, at in enumerate(spectra) if at in chosen]
+        if not kept:
+            return None
+        members = [at for _, at in kept]
+        values = [spectra[at] for at in members]
         place = np.full(len(self.adapters), -1)
-        place[list(spectra)] = np.arange(len(spectra))
+        place[members] = np.arange(len(members))
         return Group(
             place=place,
-            pairs=module_pairs(values, updates),
+            pairs=pairs if len(kept) == len(spectra) else _part(pairs, [row for row, _ in kept]),
             angles=(pair_angles(values, SIDES[0]), pair_angles(values, SIDES[1])),
-            ranks=np.array([one.rank for one in updates]),
+            ranks=np.array([updates[at].rank for at in members]),
             ill_defined=np.array([_first_direction(one) for one in values], dtype=object),
         )
 
@@ -191,6 +230,60 @@ class Walk:
             visit.amplified |= {(one.label, module): one for one in found}
             if self.weight_spectra:
                 visit.changes += _changes(group, updates, weight)
+
+
+def chosen_for_pairs(adapters: Sequence[Adapter], most: int) -> list[int]:
+    """Return the places of at most ``most`` adapters, all kinds of task and rank among them.
+
+    One of each kind in turn, in the order in which they are given, until there are enough.
+    """
+    if len(adapters) <= most:
+        return list(range(len(adapters)))
+    kinds: dict[tuple[str | None, int | None], list[int]] = {}
+    for at, adapter in enumerate(adapters):
+        kinds.setdefault((adapter.provenance.task, adapter.provenance.rank), []).append(at)
+    in_turn = (at for turn in zip_longest(*kinds.values()) for at in turn if at is not None)
+    return sorted(islice(in_turn, most))
+
+
+def _relation(a: Adapter, b: Adapter, early: set[str]) -> Relation:
+    """Return how two adapters are related; one that its run has left behind counts nowhere."""
+    found = relation(a, b)
+    if found not in (SAME_RUN, OTHER_BASE) and not early.isdisjoint((a.label, b.label)):
+        return EARLIER
+    return found
+
+
+def _part(pairs: ModulePairs, rows: Sequence[int]) -> ModulePairs:
+    """Return the pairs of some of the updates."""
+    plane = np.ix_(rows, rows)
+    start = pairs.start
+    return replace(
+        pairs,
+        sides={
+            side: replace(
+                values,
+                phi_1_1=values.phi_1_1[plane],
+                phi_r_r=values.phi_r_r[plane],
+                omega=values.omega[plane],
+                chance_r_r=values.chance_r_r[plane],
+                omega_chance=values.omega_chance[plane],
+            )
+            for side, values in pairs.sides.items()
+        },
+        cosine=pairs.cosine[plane],
+        ranks=pairs.ranks[rows],
+        norms=pairs.norms[rows],
+        start=None
+        if start is None
+        else StartEvidence(
+            start.row_cosine[plane],
+            start.cross_cosine[plane],
+            start.z[plane],
+            start.other_cosine[plane],
+            start.shared[plane],
+        ),
+    )
 
 
 def _changes(

@@ -6,18 +6,39 @@ modules that compute with it (``vit``, ``base``, ``loop``, ``pretrain``), never 
 ``config`` or by ``sweep``.
 """
 
-from lora_analysis.training.config import LoopOptions, RunConfig
+from lora_analysis.training.config import RunConfig, Seeds
 from lora_analysis.training.files import base_folder
+from lora_analysis.training.inputs import run_key
+from lora_analysis.training.options import BaseOptions, DataOptions, LoopOptions
+from lora_analysis.training.plan import ExecutionOptions, SweepPlan, read_plan
+from lora_analysis.training.progress import SweepProgress
 from lora_analysis.training.runs import RunEvent, run_state, train_run
-from lora_analysis.training.sweep import demo_sweep, run_sweep
+from lora_analysis.training.sweep import (
+    FAILURE_NAME,
+    SweepResult,
+    demo_sweep,
+    run_sweep,
+    sweep_states,
+)
 
 __all__ = [
+    "FAILURE_NAME",
+    "BaseOptions",
+    "DataOptions",
+    "ExecutionOptions",
     "LoopOptions",
     "RunConfig",
     "RunEvent",
+    "Seeds",
+    "SweepPlan",
+    "SweepProgress",
+    "SweepResult",
     "base_folder",
     "demo_sweep",
+    "read_plan",
+    "run_key",
     "run_state",
     "run_sweep",
+    "sweep_states",
     "train_run",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +67,19 @@ def write_base(model: DigitsViT, folder: Path, manifest: dict[str, Any]) -> Path
     manifest
         How it came about; the SHA-256 of the weights is added.
     """
-    tensors = {name: t.detach().to("cpu", torch.bfloat16) for name, t in model.state_dict().items()}
+    write_weights(model, folder, dtype=torch.bfloat16)
+    digest = file_sha256(folder / WEIGHTS_NAME)
+    write_json(folder / MANIFEST_NAME, {**manifest, "weights_sha256": digest})
+    return folder
+
+
+def write_weights(model: DigitsViT, folder: Path, *, dtype: torch.dtype) -> list[str]:
+    """Write a model's weights and configuration, and return the names of the two files."""
+    tensors = {name: t.detach().to("cpu", dtype) for name, t in model.state_dict().items()}
     content = safetensors.torch.save(tensors, metadata={"format": "pt"})
     write_atomic(folder / WEIGHTS_NAME, content)
     write_json(folder / CONFIG_NAME, model.config.to_dict())
-    digest = hashlib.sha256(content).hexdigest()
-    write_json(folder / MANIFEST_NAME, {**manifest, "weights_sha256": digest})
-    return folder
+    return [CONFIG_NAME, WEIGHTS_NAME]
 
 
 def _check_sha256(folder: Path, weights: Path) -> None:

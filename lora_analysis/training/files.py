@@ -21,11 +21,6 @@ def base_folder() -> Path:
     return bundled_data(MODEL_TYPE)
 
 
-def base_sha256(folder: Path | None = None) -> str:
-    """Return the SHA-256 of a base's weights file, the shipped one's by default."""
-    return file_sha256((folder or base_folder()) / WEIGHTS_NAME)
-
-
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as stream:

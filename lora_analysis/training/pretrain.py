@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_analysis.training.base import read_base, write_base
-from lora_analysis.training.config import LoopOptions
+from lora_analysis.training.config import Seeds
 from lora_analysis.training.devices import one_thread
 from lora_analysis.training.digits import TASKS, TRAIN_IMAGES, digits_task
 from lora_analysis.training.files import MODEL_TYPE, WEIGHTS_NAME
-from lora_analysis.training.loop import accuracy, training_steps
+from lora_analysis.training.loop import training_steps
+from lora_analysis.training.options import LoopOptions
+from lora_analysis.training.tasks import ArrayTask, accuracy
 from lora_analysis.training.vit import DigitsViT, VitConfig
 
 SEED = 0
@@ -30,7 +32,6 @@ OPTIONS = LoopOptions(
     weight_decay=0.1,
     beta2=0.98,
     clip=1.0,
-    data_seed=SEED,
     evaluations=15,
 )
 SHIFTED = 0.4  # share of images moved by a pixel
@@ -58,7 +59,8 @@ def pretrain(options: LoopOptions, config: VitConfig | None = None) -> DigitsViT
     """Return a model trained on upright digits, lightly shifted and noised."""
     model = DigitsViT(config)
     initialise(model, SEED)
-    for metrics in training_steps(model, digits_task(), options, transform=augment):
+    task = ArrayTask(digits_task(), augment)
+    for metrics in training_steps(model, task, options, seeds=Seeds(SEED, SEED, SEED)):
         if metrics.test_accuracy is not None:
             line = f"step {metrics.step}/{options.steps}: test accuracy {metrics.test_accuracy:.3f}"
             sys.stderr.write(line + "\n")

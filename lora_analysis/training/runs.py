@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
-import json
-import platform
+import os
+import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal
 
-from lora_analysis import __version__
-from lora_analysis.errors import InputError
+from lora_analysis.errors import DivergedError, InputError
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.locks import locked
-from lora_analysis.training.files import MANIFEST_NAME, base_sha256, file_sha256, write_json
+from lora_analysis.training.files import MANIFEST_NAME, file_sha256, write_json
+from lora_analysis.training.inputs import input_hashes, run_key
+from lora_analysis.training.manifests import final_metrics, identity, origin
 
 if TYPE_CHECKING:
-    import torch
-
     from lora_analysis.training.config import RunConfig
-    from lora_analysis.training.data import TaskData
-    from lora_analysis.training.loop import StepMetrics
-    from lora_analysis.training.vit import DigitsViT
+    from lora_analysis.training.loop import StepMetrics, Training
+    from lora_analysis.training.parallel import Processes
+    from lora_analysis.training.settings import Setting
 
 METRICS_NAME = "metrics.jsonl"
 ADAPTER_NAMES = ("adapter_config.json", "adapter_model.safetensors")
+TRAJECTORY_NAME = "trajectory"
+_CHECKPOINT_NAME = "checkpoint.safetensors"
+# All that a run may have left in its folder, the manifest first: without it nothing is finished.
+_OWN_FILES = (
+    MANIFEST_NAME,
+    *ADAPTER_NAMES,
+    "config.json",
+    "model.safetensors",
+    METRICS_NAME,
+    _CHECKPOINT_NAME,
+)
 
 RunState = Literal["missing", "unfinished", "changed", "damaged", "finished"]
-EventKind = Literal["skipped", "started", "step", "finished"]
+EventKind = Literal["skipped", "started", "note", "step", "finished"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +51,18 @@ class RunEvent:
     label
         Name of the run.
     kind
-        ``"skipped"`` where it was finished before; else ``"started"``, then ``"step"`` after each
-        step, then ``"finished"``.
+        ``"skipped"`` where it was finished before; else ``"started"``, then ``"note"`` for each
+        sentence worth reading (rows left out), ``"step"`` after each step, then ``"finished"``.
     step, total
-        Steps done, and in all.
+        Steps done, and in all. A run that goes on from a checkpoint starts at its step.
     loss
         Training loss of the step.
-    test_accuracy
-        Accuracy on the test split, where it was measured at this step.
+    test_loss, test_accuracy
+        On the test split, where it was looked at after this step.
     state
         What was found in the folder: why a run was started or skipped.
+    note
+        The sentence of a note.
     """
 
     label: str
@@ -60,22 +72,15 @@ class RunEvent:
     loss: float | None = None
     test_accuracy: float | None = None
     state: RunState | None = None
+    test_loss: float | None = None
+    lr: float | None = None
+    note: str | None = None
 
 
 Progress = Callable[[RunEvent], None]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Setting:
-    """What a run trains, where, and on what: all that could be missing or wrong."""
-
-    model: DigitsViT
-    modules: list[str]
-    device: torch.device
-    data: TaskData
-
-
-def run_state(config: RunConfig, folder: Path, *, base: Path | None = None) -> RunState:
+def run_state(config: RunConfig, folder: Path) -> RunState:
     """Return what the folder of a run holds.
 
     Parameters
@@ -84,8 +89,6 @@ def run_state(config: RunConfig, folder: Path, *, base: Path | None = None) -> R
         The run that is wanted.
     folder
         The run's own folder.
-    base
-        Folder of the base model; the shipped one by default.
 
     Returns
     -------
@@ -102,10 +105,13 @@ def run_state(config: RunConfig, folder: Path, *, base: Path | None = None) -> R
         found = read_json_object(manifest)
     except InputError:
         return "damaged"
-    if found.get("key") != config.key(base_sha256(base)):
+    if found.get("key") != run_key(config):
         return "changed"
-    wanted = {name: _sha256_or_none(folder / name) for name in (METRICS_NAME, *ADAPTER_NAMES)}
-    return "finished" if found.get("files") == wanted else "damaged"
+    stated = found.get("files")
+    if not isinstance(stated, dict) or METRICS_NAME not in stated:
+        return "damaged"
+    whole = {name: _sha256_or_none(folder / name) for name in stated} == stated
+    return "finished" if whole else "damaged"
 
 
 def train_run(
@@ -113,15 +119,19 @@ def train_run(
     folder: Path,
     *,
     device: str = "auto",
-    base: Path | None = None,
+    threads: int | None = 1,
+    trackers: tuple[str, ...] = (),
+    sharded: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Train one adapter into its folder, or find it there finished.
+    """Train one adapter into its folder, or find it there finished, or go on with it.
 
-    The folder gets ``metrics.jsonl`` (one line per step), the adapter in PEFT's layout, and last
-    ``manifest.json``. Whatever else than this very run it held is trained anew, from the start:
-    its files go once it is sure that the new run can begin. One process at a time is in a folder.
-    On a CPU one thread is used, and the same configuration gives the same bits.
+    The folder gets ``metrics.jsonl`` (one line per step), the adapter in PEFT's layout (with
+    ``method="full"`` the model), below ``trajectory`` those of chosen steps, and last
+    ``manifest.json``. An interrupted run goes on from its last checkpoint. Whatever else than
+    this very run the folder held is trained anew, from the start: its files go once it is sure
+    that the new run can begin. One process at a time is in a folder. On a CPU, with one number of
+    threads, the same configuration gives the same bits, interrupted or not.
 
     Parameters
     ----------
@@ -131,10 +141,16 @@ def train_run(
         The run's own folder; made where it does not exist.
     device
         ``"auto"`` (cuda, mps, cpu: the first there is), or a device as torch names it.
-    base
-        Folder of the base model; the shipped one by default.
+    threads
+        CPU threads that torch may use: the order of sums depends on it. None leaves torch's own.
+    trackers
+        Programs that are told the metrics as well: ``"tensorboard"``, ``"trackio"``, ``"wandb"``.
+    sharded
+        Spread the frozen weights over the processes that ``torchrun`` started (FSDP2). Without
+        it, each holds them whole. Either way each takes its part of every batch, and the first
+        writes the files.
     progress
-        Called with every :class:`RunEvent`.
+        Called with every :class:`RunEvent`, in the first process.
 
     Returns
     -------
@@ -144,139 +160,185 @@ def train_run(
     Raises
     ------
     InputError
-        The task or the device does not exist, another process is training into the folder, or
-        the training diverged.
+        The task, the data, the base or the device do not exist, another process is training into
+        the folder, or the training diverged.
     TargetError
         The targets name no module of the base.
     MissingExtraError
-        The task's data come with a package that is not installed.
+        The base or the data need a package that is not installed.
     """
-    from lora_analysis.training.devices import one_thread
-
     tell = progress or _ignore
-    total = config.loop.steps
-    state = run_state(config, folder, base=base)
+    state = run_state(config, folder)
     if state == "finished":
+        total = config.loop.steps
         tell(RunEvent(config.name, "skipped", total, total, state=state))
         return folder
-    with one_thread():
-        setting = _prepare(config, device, base)
+    from lora_analysis.training.devices import cpu_threads, resolve_device
+    from lora_analysis.training.parallel import joined
+
+    place = resolve_device(device)
+    with cpu_threads(threads), joined(place) as processes:
+        from lora_analysis.training.settings import prepare
+
+        setting = prepare(config, place, sharded=sharded and processes.count > 1)
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
-            for name in (MANIFEST_NAME, *ADAPTER_NAMES, METRICS_NAME):
-                (folder / name).unlink(missing_ok=True)
-            tell(RunEvent(config.name, "started", 0, total, state=state))
-            facts = _identity(config, base) | _train(config, folder, setting, tell)
-            write_json(folder / MANIFEST_NAME, facts)
-    tell(RunEvent(config.name, "finished", total, total))
+        with locked(folder) if processes.is_first else nullcontext():
+            processes.wait()
+            run = _Run(config, folder, setting, processes, tell=tell, trackers=trackers)
+            run.complete(state)
+            processes.wait()
     return folder
 
 
-def _prepare(config: RunConfig, device: str, base: Path | None) -> _Setting:
-    """Return device, data, and the base with its LoRA layers."""
-    from lora_analysis.lora import add_lora
-    from lora_analysis.training.base import read_base
-    from lora_analysis.training.devices import resolve_device
-    from lora_analysis.training.digits import digits_task
+class _Run:
+    """A run in its folder, from the first file to the manifest."""
 
-    place = resolve_device(device)
-    data = digits_task(config.task)
-    model = read_base(base)
-    modules = add_lora(
-        model,
-        rank=config.rank,
-        alpha=config.alpha,
-        targets=config.targets,
-        seed=config.seed,
-        use_rslora=config.use_rslora,
-    )
-    return _Setting(model.to(place), modules, place, data)
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        setting: Setting,
+        processes: Processes,
+        *,
+        tell: Progress,
+        trackers: tuple[str, ...],
+    ) -> None:
+        from lora_analysis.training.loop import Training
+        from lora_analysis.training.trackers import Trackers
 
-
-def _train(config: RunConfig, folder: Path, setting: _Setting, tell: Progress) -> dict[str, Any]:
-    """Train, write the adapter and the metrics, and return what the manifest says of it."""
-    from lora_analysis.formats import write_adapter
-    from lora_analysis.lora import extract_adapter
-
-    started = time.perf_counter()
-    with (folder / METRICS_NAME).open("w", encoding="utf-8") as stream:
-        metrics = _run_loop(config, setting, stream, tell)
-    fields = _peft_fields(config, setting.model)
-    write_adapter(extract_adapter(setting.model, label=config.name, config=fields), folder)
-    return {
-        "modules": setting.modules,
-        "device": _describe(setting.device),
-        "versions": _versions(),
-        "metrics": metrics,
-        "seconds": round(time.perf_counter() - started, 2),
-        "files": {name: file_sha256(folder / name) for name in (METRICS_NAME, *ADAPTER_NAMES)},
-    }
-
-
-def _run_loop(
-    config: RunConfig, setting: _Setting, stream: TextIO, tell: Progress
-) -> dict[str, float]:
-    """Train, writing each step as it comes; return the figures that stand for the run."""
-    from lora_analysis.training.loop import training_steps
-
-    seen: list[StepMetrics] = []
-    for metrics in training_steps(setting.model, setting.data, config.loop):
-        stream.write(json.dumps(metrics.to_dict()) + "\n")
-        stream.flush()
-        seen.append(metrics)
-        tell(
-            RunEvent(
-                config.name,
-                "step",
-                metrics.step,
-                config.loop.steps,
-                loss=metrics.loss,
-                test_accuracy=metrics.test_accuracy,
-            )
+        self.config = config
+        self.folder = folder
+        self.setting = setting
+        self.first = processes.is_first
+        self.tell = tell if self.first else _ignore
+        self.inputs = input_hashes(config)
+        self.key = config.key(self.inputs)
+        self.training: Training = Training(
+            setting.model, setting.task, config.loop, seeds=config.seeds, processes=processes
         )
-    epoch = max(1, len(setting.data.train) // config.loop.batch_size)
-    losses = [metrics.loss for metrics in seen if metrics.loss is not None][-epoch:]
-    accuracies = [m.test_accuracy for m in seen if m.test_accuracy is not None]
-    return {
-        "base_accuracy": accuracies[0],
-        "accuracy": accuracies[-1],
-        "loss": sum(losses) / len(losses),  # training loss, mean over the last epoch
-    }
+        self.total = self.training.options.steps
+        self.trackers = Trackers(trackers if self.first else (), config, folder, self._note)
+        self.before = 0.0  # seconds of the sessions before this one
+        self.started = time.perf_counter()
+
+    def complete(self, state: RunState) -> None:
+        """Train from where the folder is to the end."""
+        self._clear_or_go_on()
+        self._event("started", state=state)
+        for note in self.setting.notes:
+            self._note(note)
+        self._train()
+        if not self.first:
+            return
+        files = [METRICS_NAME, *self._write_result(self.folder)]
+        facts = identity(self.config, self.inputs, self.key) | origin(self.setting)
+        facts |= {
+            "steps": self.training.step,
+            "metrics": final_metrics(self.folder / METRICS_NAME, self.config, self.setting),
+            "seconds": round(self._seconds(), 2),
+            "files": {name: file_sha256(self.folder / name) for name in files},
+        }
+        write_json(self.folder / MANIFEST_NAME, facts)
+        (self.folder / _CHECKPOINT_NAME).unlink(missing_ok=True)
+        self.trackers.close()
+        self._event("finished")
+
+    def _clear_or_go_on(self) -> None:
+        """Take up the checkpoint where it is this run's; else remove what the folder holds."""
+        from lora_analysis.training.checkpoints import checkpoint_facts, load_checkpoint
+
+        facts = checkpoint_facts(self.folder)
+        metrics = self.folder / METRICS_NAME
+        if facts and facts.get("key") == self.key and _size(metrics) >= facts["metrics_bytes"]:
+            load_checkpoint(self.training, self.folder)
+            if self.first:
+                with metrics.open("r+b") as stream:
+                    stream.truncate(facts["metrics_bytes"])
+            self.before = facts["seconds"]
+            return
+        if not self.first:
+            return
+        for name in _OWN_FILES:
+            (self.folder / name).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / TRAJECTORY_NAME, ignore_errors=True)
+
+    def _train(self) -> None:
+        from lora_analysis.training.checkpoints import checkpoint_facts
+
+        lines = self.folder / METRICS_NAME if self.first else Path(os.devnull)
+        try:
+            with lines.open("ab") as stream:
+                for metrics in self.training:
+                    if self.first:
+                        stream.write(metrics.to_line())
+                        stream.flush()
+                        self._after_step(metrics, stream.tell())
+        except DivergedError as error:
+            saved = checkpoint_facts(self.folder)
+            place = self.folder / _CHECKPOINT_NAME
+            last = f"that of step {saved['step']}, {place}" if saved else "none"
+            message = f"{self.config.name}: {error} The last checkpoint: {last}."
+            raise DivergedError(message) from error
+
+    def _after_step(self, metrics: StepMetrics, metrics_bytes: int) -> None:
+        """Save what this step is chosen for, and tell of it."""
+        from lora_analysis.training.checkpoints import save_checkpoint
+        from lora_analysis.training.schedules import is_checkpointed
+
+        step = metrics.step
+        if step in self.config.loop.trajectory:
+            self._write_passing(step)
+        if step and is_checkpointed(step, self.training.options):
+            facts = {
+                "key": self.key,
+                "step": step,
+                "metrics_bytes": metrics_bytes,
+                "seconds": self._seconds(),
+            }
+            save_checkpoint(self.training, self.folder, facts)
+        self.trackers.log(metrics)
+        self._event(
+            "step",
+            loss=metrics.loss,
+            lr=metrics.lr,
+            test_loss=metrics.test_loss,
+            test_accuracy=metrics.test_accuracy,
+        )
+
+    def _write_result(self, folder: Path, **fields: Any) -> list[str]:
+        """Write what was trained; return the names of its files."""
+        from lora_analysis.formats import write_adapter
+        from lora_analysis.lora import extract_adapter
+
+        if self.config.method == "full":
+            return self.setting.save(folder)
+        adapter = extract_adapter(
+            self.setting.model, label=self.config.name, config={**self.setting.fields, **fields}
+        )
+        write_adapter(adapter, folder)
+        return list(ADAPTER_NAMES)
+
+    def _write_passing(self, step: int) -> None:
+        """Write the adapter of a step on the way, with a manifest that says which."""
+        place = self.folder / TRAJECTORY_NAME / f"{self.config.name}-step{step}"
+        place.mkdir(parents=True, exist_ok=True)
+        self._write_result(place)
+        facts = identity(self.config, self.inputs, self.key)
+        name = f"{self.config.name}-step{step}"
+        write_json(place / MANIFEST_NAME, facts | {"name": name, "step": step})
+
+    def _seconds(self) -> float:
+        return self.before + time.perf_counter() - self.started
+
+    def _note(self, text: str) -> None:
+        self._event("note", note=text)
+
+    def _event(self, kind: EventKind, **fields: Any) -> None:
+        self.tell(RunEvent(self.config.name, kind, self.training.step, self.total, **fields))
 
 
-def _identity(config: RunConfig, base: Path | None) -> dict[str, Any]:
-    digest = base_sha256(base)
-    return {
-        "name": config.name,
-        "task": config.task,
-        "rank": config.rank,
-        "seed": config.seed,
-        "data_seed": config.loop.data_seed,
-        "config": config.to_dict(),
-        "base_sha256": digest,
-        "key": config.key(digest),
-    }
-
-
-def _peft_fields(config: RunConfig, model: DigitsViT) -> dict[str, Any]:
-    return {
-        "base_model_name_or_path": model.config.to_dict()["model_type"],
-        "target_modules": list(config.targets),
-        "use_rslora": config.use_rslora,
-    }
-
-
-def _versions() -> dict[str, str]:
-    own = {"python": platform.python_version(), "lora-analysis": __version__}
-    return own | {name: version(name) for name in ("torch", "numpy", "scikit-learn")}
-
-
-def _describe(device: torch.device) -> str:
-    import torch
-
-    if device.type != "cuda":
-        return str(device)
-    return f"{device} ({torch.cuda.get_device_name(device)})"
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
 
 
 def _sha256_or_none(path: Path) -> str | None:

@@ -1,19 +1,111 @@
-"""Many runs into one folder: what is finished is skipped, the rest trained by worker processes."""
+"""Many runs into one folder: what is finished is skipped, the rest trained by an executor."""
 
 from __future__ import annotations
 
-import os
+import hashlib
+import json
+import socket
+import time
+import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from lora_analysis.errors import InputError
-from lora_analysis.training.config import LoopOptions, RunConfig
-from lora_analysis.training.runs import Progress, RunEvent, run_state, train_run
-from lora_analysis.training.workers import train_in_processes
+from lora_analysis import __version__
+from lora_analysis.errors import InputError, InUseError, LoraAnalysisError
+from lora_analysis.execution.protocol import Executor, Outcome, Retried, Tell
+from lora_analysis.storage.atomic import remove_leftovers
+from lora_analysis.storage.locks import locked
+from lora_analysis.training.config import RunConfig
+from lora_analysis.training.executors import choose_executor
+from lora_analysis.training.files import write_json
+from lora_analysis.training.plan import ExecutionOptions
+from lora_analysis.training.runs import Progress, RunEvent, RunState, run_state, train_run
 
-# Each worker holds some 350 MB: two of them and the caller stay below 1.5 GB.
-MAX_DEFAULT_WORKERS = 4
+SWEEP_NAME = "sweep.json"
+FAILURE_NAME = "failed.json"
+_LOCK_NAME = ".sweep.lock"  # runs have locks of their own
+
+# A worker that was lost on another machine holds its run's folder until its silence is noticed.
+_PATIENCE = 150.0  # seconds
+
+Runs = Mapping[str, RunConfig]
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RunFailure:
+    """Why a run was given up, after how many attempts."""
+
+    error: Exception
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """What a sweep left: the folders of the runs that are finished, and why others are not."""
+
+    folders: Mapping[str, Path]
+    failures: Mapping[str, RunFailure] = field(default_factory=dict)
+
+    def all_folders(self) -> list[Path]:
+        """Return the folders of all runs.
+
+        Raises
+        ------
+        LoraAnalysisError
+            A run failed.
+        """
+        for name, failure in self.failures.items():
+            total = len(self.folders) + len(self.failures)
+            message = (
+                f"{len(self.failures)} of {total} runs failed, '{name}' among them: "
+                f"{failure.error} Finished runs are kept: run again to go on."
+            )
+            kind = InputError if isinstance(failure.error, InputError) else LoraAnalysisError
+            raise kind(message) from failure.error
+        return list(self.folders.values())
+
+
+@dataclass(frozen=True, slots=True)
+class RunCell:
+    """A run on its way to a worker."""
+
+    name: str
+    config: RunConfig
+
+    def __str__(self) -> str:
+        return f"'{self.name}'"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainCell:
+    """The work of a sweep: train a run into its folder, and tell how far it is."""
+
+    folder: Path
+    device: str
+
+    def __call__(self, cell: RunCell, tell: Tell) -> None:
+        """Train a run, waiting a moment for whoever may still be in its folder."""
+
+        def relabelled(event: RunEvent) -> None:
+            tell(replace(event, label=cell.name))
+
+        end = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                train_run(
+                    cell.config, self.folder / cell.name, device=self.device, progress=relabelled
+                )
+            except InUseError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(1.0)
+            else:
+                return
 
 
 def demo_sweep() -> list[RunConfig]:
@@ -26,98 +118,178 @@ def demo_sweep() -> list[RunConfig]:
     """
     cells = [(task, 8, seed) for task in ("rotate", "invert", "mirror") for seed in (0, 1, 2)]
     cells += [("rotate", rank, seed) for rank in (4, 64) for seed in (0, 1)]
-    return [
-        RunConfig(task=task, rank=rank, seed=seed, loop=LoopOptions(data_seed=seed))
-        for task, rank, seed in cells
-    ]
+    return [RunConfig(task=task, rank=rank, seed=seed) for task, rank, seed in cells]
 
 
 def run_sweep(
-    configs: Sequence[RunConfig],
+    runs: Runs | Sequence[RunConfig],
     folder: Path,
     *,
     device: str = "auto",
     workers: int | None = None,
-    base: Path | None = None,
+    execution: ExecutionOptions | None = None,
+    executor: Executor | None = None,
+    names: Sequence[str] | None = None,
+    force: bool = False,
     progress: Progress | None = None,
-) -> list[Path]:
-    """Train every run that is not finished yet, each into ``folder / config.name``.
+    report: Report | None = None,
+) -> SweepResult:
+    """Train every run that is not finished yet, each into ``folder / name``.
 
     Runs that are done stay whatever happens to the others, so that an interrupted sweep goes on
-    when it is called again. The result of a run does not depend on the number of workers.
+    when it is called again. The result of a run depends neither on the executor nor on the number
+    of workers. A run that fails is tried again once, unless what it was given is wrong; then it
+    is reported, with ``failed.json`` in its folder, and the rest goes on. ``sweep.json`` holds
+    every run with all of its options.
 
     Parameters
     ----------
-    configs
-        The runs, of different names.
+    runs
+        The runs by name; a sequence takes their own names, which must differ.
     folder
         Where their folders lie; made where it does not exist.
     device
         ``"auto"``, or a device as torch names it.
     workers
-        Processes that train side by side. None: on a CPU one per core that this process may use,
-        at most 4; one on any other device. With one worker, or one run to train, it is done in
-        this process. Worker processes import the caller's main module anew, so a script must
-        guard its own start with ``if __name__ == "__main__"``.
-    base
-        Folder of the base model; the shipped one by default.
+        Runs side by side; see `ExecutionOptions`. Worker processes import the caller's main
+        module anew, so a script must guard its own start with ``if __name__ == "__main__"``.
+    execution
+        More about where to train, in place of ``device`` and ``workers``.
+    executor
+        Who trains; by default chosen from these.
+    names
+        Only these of the runs; others may be trained beside, by another process.
+    force
+        Whether runs of another configuration, which lie in the folder under the same name, are
+        trained anew.
     progress
         Called in this process with every :class:`RunEvent` of every run.
-
-    Returns
-    -------
-    list[Path]
-        The folders of the runs, in the order of ``configs``.
+    report
+        Called with a sentence where a run is tried again or given up.
 
     Raises
     ------
     InputError
-        Two runs have one name, ``workers`` is below 1, or a run cannot be trained as asked.
-    LoraAnalysisError
-        A worker process ended before its run was done.
+        Two runs have one name, ``workers`` is below 1, another sweep is at work in the folder, or
+        finished runs would be replaced.
     """
-    _check_names(configs)
-    if workers is not None and workers < 1:
-        message = f"workers must be at least 1, found {workers}."
-        raise InputError(message)
-    places = {config: folder / config.name for config in configs}
-    todo: list[RunConfig] = []
-    for config, place in places.items():
-        state = run_state(config, place, base=base)
-        if state != "finished":
-            todo.append(config)
-        elif progress is not None:
-            total = config.loop.steps
-            progress(RunEvent(config.name, "skipped", total, total, state=state))
-    if not todo:
-        return list(places.values())
-    count = min(workers or _default_workers(device), len(todo))
-    if count == 1:
-        for config in todo:
-            train_run(config, places[config], device=device, base=base, progress=progress)
-    else:
-        jobs = [(config, places[config]) for config in todo]
-        train_in_processes(jobs, count, device=device, base=base, progress=progress)
-    return list(places.values())
+    named = runs if isinstance(runs, Mapping) else _by_own_names(runs)
+    chosen = named if names is None else {name: named[name] for name in names}
+    chosen = named if chosen.keys() == named.keys() else chosen
+    options = execution or ExecutionOptions(workers=workers, device=device)
+    folder.mkdir(parents=True, exist_ok=True)
+    failures: dict[str, RunFailure] = {}
+    with locked(folder, _lock_name(named, chosen)):
+        if chosen is named:
+            remove_leftovers(folder)
+        cells = _unfinished(chosen, folder, force=force, progress=progress)
+        _write_resolved(named, folder)
+        if cells:
+            executor = executor or choose_executor(options, len(cells))
+            watch = _watch(progress, report)
+            work = TrainCell(folder, options.device)
+            with closing(executor.map(work, cells, tell=watch)) as outcomes:
+                for outcome in outcomes:
+                    _settle(outcome, folder, failures, report)
+    return SweepResult({n: folder / n for n in chosen if n not in failures}, failures)
 
 
-def _check_names(configs: Sequence[RunConfig]) -> None:
+def sweep_states(runs: Runs, folder: Path) -> dict[str, RunState]:
+    """Return what the folder holds of every run, by name."""
+    return {name: run_state(config, folder / name) for name, config in runs.items()}
+
+
+def _by_own_names(configs: Sequence[RunConfig]) -> dict[str, RunConfig]:
     twice = [name for name, n in Counter(config.name for config in configs).items() if n > 1]
     if twice:
         message = (
             f"{len(twice)} of the runs share a folder name, '{twice[0]}' among them. "
-            "Task, rank, seed and data seed must tell the runs of one folder apart."
+            "Task, rank and seeds must tell the runs of one folder apart; or give them names."
         )
         raise InputError(message)
+    return {config.name: config for config in configs}
 
 
-def _default_workers(device: str) -> int:
-    from lora_analysis.training.devices import resolve_device
+def _lock_name(runs: Runs, chosen: Runs) -> str:
+    """Return the file that keeps out a second sweep of the same runs, and no other."""
+    if chosen is runs:
+        return _LOCK_NAME
+    return f"{_LOCK_NAME}-{hashlib.sha256(json.dumps(list(chosen)).encode()).hexdigest()[:12]}"
 
-    if resolve_device(device).type != "cpu":
-        return 1
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not every system can say which cores are ours
-        cores = os.cpu_count() or 1
-    return min(cores, MAX_DEFAULT_WORKERS)
+
+def _write_resolved(runs: Runs, folder: Path) -> None:
+    """Write every run with all of its options beside the results."""
+    document = {
+        "schema_version": 1,
+        "generator": f"lora_analysis {__version__}",
+        "runs": {name: config.to_dict() for name, config in runs.items()},
+    }
+    write_json(folder / SWEEP_NAME, document)
+
+
+def _unfinished(
+    runs: Runs, folder: Path, *, force: bool, progress: Progress | None
+) -> list[RunCell]:
+    """Return the runs to train, having told of those that are finished."""
+    states = sweep_states(runs, folder)
+    changed = [name for name, state in states.items() if state == "changed"]
+    if changed and not force:
+        message = (
+            f"{folder}: {len(changed)} runs, '{changed[0]}' among them, were trained with another "
+            "configuration, base, data or version. Take another folder, or force them to be "
+            "trained anew."
+        )
+        raise InputError(message)
+    for name, state in states.items():
+        if state == "finished" and progress is not None:
+            total = runs[name].loop.steps
+            progress(RunEvent(name, "skipped", total, total, state=state))
+    return [RunCell(name, runs[name]) for name, state in states.items() if state != "finished"]
+
+
+def _watch(progress: Progress | None, report: Report | None) -> Tell:
+    """Return what takes the events of an executor: those of the runs, and its own."""
+    said: set[str] = set()
+
+    def watch(event: Any) -> None:
+        if isinstance(event, Retried):
+            say(f"{event.cell.name} failed and is tried again: {event.error}")
+            return
+        if event.kind == "note" and event.note not in said:
+            said.add(event.note)  # runs of one file have the same to say of it
+            say(f"{event.label}: {event.note}")
+        if progress is not None:
+            progress(event)
+
+    def say(text: str) -> None:
+        if report is not None:
+            report(text)
+
+    return watch
+
+
+def _settle(
+    outcome: Outcome[RunCell, None],
+    folder: Path,
+    failures: dict[str, RunFailure],
+    report: Report | None,
+) -> None:
+    """Note how a run ended, in its folder too."""
+    name, place = outcome.cell.name, folder / outcome.cell.name
+    note = place / FAILURE_NAME
+    if outcome.error is None:
+        note.unlink(missing_ok=True)
+        return
+    failures[name] = RunFailure(outcome.error, outcome.attempts)
+    if report is not None:
+        times = "once" if outcome.attempts == 1 else f"{outcome.attempts} times"
+        report(f"{name} failed {times} and is left out: {outcome.error}")
+    place.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "error": str(outcome.error),
+        "kind": type(outcome.error).__name__,
+        "attempts": outcome.attempts,
+        "host": socket.gethostname(),
+        "traceback": traceback.format_exception(outcome.error),
+    }
+    write_json(note, facts)

@@ -1,0 +1,102 @@
+"""How the documentation is built: ``make docs``, offline, warnings being errors."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import click
+
+import lora_analysis
+from lora_analysis.cli import VERBS, group
+
+HERE = Path(__file__).parent
+
+project = "lora_analysis"
+author = "the lora_analysis authors"
+copyright = author
+release = version = lora_analysis.__version__
+
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_nb"]
+exclude_patterns = ["_build"]
+# Docstrings put names into single backticks: all of them are code.
+default_role = "code"
+nitpicky = False
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+napoleon_google_docstring = False
+napoleon_use_rtype = False
+napoleon_attr_annotations = False  # "np.bool_" would be read as a link
+
+html_theme = "furo"
+html_title = "lora_analysis"
+html_copy_source = False
+
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+# Pages are run whenever they are built: what they show is what this version gives.
+nb_execution_mode = os.environ.get("DOCS_EXECUTION", "force")
+nb_execution_excludepatterns = ["notebooks/*"]  # executed by `make notebooks`, outputs kept
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+nb_merge_streams = True
+# One file per picture, the same for a screen and for a printer.
+nb_mime_priority_overrides = [("html", "image/png", 0)]
+suppress_warnings = ["mystnb.unknown_mime_type"]
+
+_PUBLIC = frozenset(lora_analysis.__all__)
+
+
+def copy_notebooks(_app: Any) -> None:
+    """Put the executed notebooks where Sphinx finds them."""
+    target = HERE / "notebooks"
+    target.mkdir(exist_ok=True)
+    for notebook in HERE.parent.glob("notebooks/*.ipynb"):
+        shutil.copyfile(notebook, target / notebook.name)
+
+
+def write_commands(_app: Any) -> None:
+    """Write the page of the commands: of each, exactly what ``--help`` prints."""
+    parts = [_titled("Commands", "="), _COMMANDS, _help(group, "lora-analysis")]
+    for verb in VERBS:
+        command = group.get_command(click.Context(group), verb)
+        assert command is not None
+        name = f"lora-analysis {verb}"
+        parts += [_titled(name, "-"), _help(command, name)]
+    (HERE / "reference" / "commands.rst").write_text("\n".join(parts), encoding="utf-8")
+
+
+_COMMANDS = """What ``--help`` prints. Data goes to stdout, everything else to stderr. Exit codes:
+0 done, 1 unexpected, 2 usage, 3 input refused, 4 done but some adapters failed, 130 interrupted,
+141 the reader of stdout went away.
+"""
+
+
+def _titled(text: str, mark: str) -> str:
+    return f"{text}\n{mark * len(text)}\n"
+
+
+def _help(command: click.Command, name: str) -> str:
+    with click.Context(command, info_name=name, terminal_width=90, max_content_width=90) as context:
+        return ".. code-block:: text\n\n" + textwrap.indent(command.get_help(context), "   ") + "\n"
+
+
+def skip_what_lives_elsewhere(
+    app: Any, _what: str, name: str, value: object, skip: bool, _options: object
+) -> bool:
+    """Leave out of a module's page what it imports, and what the package itself exports."""
+    page = app.env.current_document.autodoc_module
+    home = getattr(value, "__module__", page)
+    return skip or name in _PUBLIC or not str(home).startswith(page)
+
+
+def setup(app: Any) -> None:
+    """Connect the three to Sphinx."""
+    app.connect("builder-inited", copy_notebooks)
+    app.connect("builder-inited", write_commands)
+    app.connect("autodoc-skip-member", skip_what_lives_elsewhere)

@@ -1,0 +1,28 @@
+"""Patterns of paths, for shells that do not expand them and for sources named in Python."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+
+from lora_analysis.errors import SourceError
+from lora_analysis.patterns import natural_key
+
+
+def expanded(source: str) -> list[str]:
+    """Return the paths a glob means, in natural order; any other source as it is.
+
+    ``**`` goes through folders. A path that exists as it is written is no glob.
+
+    Raises
+    ------
+    SourceError
+        No path fits the glob.
+    """
+    if not glob.has_magic(source) or "://" in source or Path(source).exists():
+        return [source]
+    found = sorted(glob.glob(source, recursive=True), key=natural_key)  # noqa: PTH207 - any root
+    if not found:
+        message = f"No file or folder fits '{source}'. Is the pattern right, and the folder?"
+        raise SourceError(message)
+    return found

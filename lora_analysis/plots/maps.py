@@ -1,0 +1,240 @@
+"""A whole model in one picture: one number per module, layers across and types of module down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.colors import Normalize
+
+from lora_analysis.errors import InputError
+from lora_analysis.patterns import layer_index, module_type
+from lora_analysis.plots import style
+from lora_analysis.plots.heatmap import excess_colours
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+    from numpy.typing import NDArray
+
+    from lora_analysis.intruders import IntruderReport
+    from lora_analysis.spectra import Side
+
+EXCESS_LABEL = "above chance\n(φ − c)/(1 − c)"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModuleMap:
+    """What `plot_module_map` shows: ``data[t, l]`` belongs to type t in layer l, NaN is blank.
+
+    Where a type has several modules in a layer (experts, blocks of an image model) their median
+    stands there.
+    """
+
+    data: NDArray[np.float64]
+    kinds: tuple[str, ...]
+    layers: tuple[int, ...]
+    limits: tuple[float, float]
+    label: str
+    title: str
+
+
+def resolve_module_map(
+    values: Mapping[str, float],
+    *,
+    limits: tuple[float, float] = (0.0, 1.0),
+    label: str = "φ",
+    title: str = "",
+) -> ModuleMap:
+    """Return what `plot_module_map` draws, as plain attributes."""
+    if not values:
+        message = "plot_module_map was given no module."
+        raise InputError(message)
+    cells: dict[tuple[str, int], list[float]] = {}
+    for name, value in values.items():
+        cells.setdefault((module_type(name), layer_index(name) or 0), []).append(float(value))
+    kinds = tuple(dict.fromkeys(kind for kind, _ in cells))
+    layers = tuple(sorted({layer for _, layer in cells}))
+    data = np.full((len(kinds), len(layers)), np.nan)
+    for (kind, layer), found in cells.items():
+        known = [one for one in found if np.isfinite(one)]
+        if known:
+            data[kinds.index(kind), layers.index(layer)] = np.median(known)
+    return ModuleMap(data, tuple(map(style.plain, kinds)), layers, limits, label, title)
+
+
+def paint_module_map(ax: Axes, plot: ModuleMap) -> AxesImage:
+    """Draw a resolved map; return its image, to which a colour bar can belong."""
+    above = plot.limits[0] < 0
+    colours = excess_colours() if above else mpl.colormaps["viridis"]
+    rows, columns = plot.data.shape
+    image = ax.imshow(
+        np.ma.masked_invalid(plot.data),
+        cmap=colours.with_extremes(bad=style.BLANK),
+        norm=Normalize(*plot.limits),
+        aspect="auto",
+        interpolation="nearest",
+    )
+    ax.spines[:].set_visible(False)
+    ax.set_yticks(range(rows), plot.kinds, parse_math=False)
+    step = max(1, -(-columns // 8))
+    ax.set_xticks(range(0, columns, step), [str(one) for one in plot.layers[::step]])
+    ax.set_xlabel("layer")
+    ax.set_title(plot.title, parse_math=False)
+    return image
+
+
+def plot_module_map(
+    values: Mapping[str, float],
+    ax: Axes | None = None,
+    *,
+    limits: tuple[float, float] = (0.0, 1.0),
+    label: str = "φ",
+    title: str = "",
+) -> Axes:
+    """Draw one number per module as a map: layers across, types of module down.
+
+    Parameters
+    ----------
+    values
+        Module name to its number; grey where it is not finite, or there is no such module.
+    ax
+        Where to draw; None makes a figure of one column's width.
+    limits
+        Of the colours. With a lower limit below 0 the scale is that of numbers above chance:
+        white at 0.
+    label
+        What the number is, for the colour bar.
+
+    Raises
+    ------
+    InputError
+        No module.
+    """
+    plot = resolve_module_map(values, limits=limits, label=label, title=title)
+    with style.house_style():
+        ax = style.axes_or_new(ax, (style.ONE_COLUMN, 0.9 + 0.2 * len(plot.kinds)))
+        image = paint_module_map(ax, plot)
+        ax.figure.colorbar(image, ax=ax, label=plot.label, fraction=0.08, pad=0.03)
+    return ax
+
+
+def figure_module_maps(
+    maps: Sequence[Sequence[ModuleMap]], *, width: float = style.TWO_COLUMNS
+) -> Figure:
+    """Draw rows of maps of one set of modules; one colour bar beside each row.
+
+    Raises
+    ------
+    InputError
+        No map.
+    """
+    if not maps or not all(maps):
+        message = "A figure of maps needs at least one map in every row."
+        raise InputError(message)
+    columns = max(map(len, maps))
+    height = 0.75 + 0.17 * max(len(one.kinds) for row in maps for one in row)
+    with style.house_style():
+        figure = style.PanelFigure(figsize=(width, height * len(maps)), layout="constrained")
+        axes = figure.subplots(len(maps), columns, squeeze=False)
+        for row, places in zip(maps, axes, strict=True):
+            images = [paint_module_map(ax, one) for ax, one in zip(places, row, strict=False)]
+            for ax in places[1:]:
+                ax.set_yticklabels([])
+            figure.colorbar(images[-1], ax=list(places), label=row[-1].label, pad=0.01)
+    return figure
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class IntruderStrip:
+    """What `plot_intruders` shows: one row per report, one column per direction of W + ΔW.
+
+    ``cosine`` is the largest with any of W's directions, ``intruder`` where that is below ε;
+    ``novelty`` the share outside W's leading directions.
+    """
+
+    cosine: NDArray[np.float64]
+    intruder: NDArray[np.bool_]
+    novelty: NDArray[np.float64]
+    labels: tuple[str, ...]
+    epsilon: float
+    side: Side
+
+
+def resolve_intruders(reports: Sequence[IntruderReport], *, side: Side = "output") -> IntruderStrip:
+    """Return what `plot_intruders` draws, as plain attributes."""
+    if not reports:
+        message = "plot_intruders was given no report."
+        raise InputError(message)
+    k = max(len(one.S) for one in reports)
+    cosine, novelty = np.full((2, len(reports), k), np.nan)
+    for at, one in enumerate(reports):
+        cosine[at, : len(one.S)] = one.sides[side].max_cosine
+        novelty[at, : len(one.S)] = one.sides[side].novelty
+    names = style.without_common_start([one.module for one in reports])
+    several = len({one.label for one in reports}) > 1
+    labels = [
+        f"{one.label} {name}" if several else name for one, name in zip(reports, names, strict=True)
+    ]
+    return IntruderStrip(
+        cosine=cosine,
+        intruder=cosine < reports[0].epsilon,
+        novelty=novelty,
+        labels=tuple(style.plain(one, 32) for one in labels),
+        epsilon=reports[0].epsilon,
+        side=side,
+    )
+
+
+def plot_intruders(
+    reports: Sequence[IntruderReport], ax: Axes | None = None, *, side: Side = "output"
+) -> Axes:
+    """Draw the leading directions of W + ΔW by how like W's they are; intruders carry a dot.
+
+    One row per report. A dot's size is its novelty: a small one only mixes directions that W has.
+
+    Parameters
+    ----------
+    reports
+        From `intruder_dimensions`, one per module or adapter.
+    ax
+        Where to draw; None makes a figure of one column's width.
+    side
+        ``"input"`` or ``"output"``.
+
+    Raises
+    ------
+    InputError
+        No report.
+    """
+    plot = resolve_intruders(reports, side=side)
+    with style.house_style():
+        rows, columns = plot.cosine.shape
+        ax = style.axes_or_new(ax, (style.ONE_COLUMN, 0.7 + 0.16 * rows))
+        image = ax.imshow(
+            np.ma.masked_invalid(plot.cosine),
+            cmap=mpl.colormaps["cividis"].with_extremes(bad=style.BLANK),
+            norm=Normalize(0, 1),
+            aspect="auto",
+            interpolation="nearest",
+            extent=(0.5, columns + 0.5, rows - 0.5, -0.5),
+        )
+        where = np.argwhere(plot.intruder)
+        size = 2 + 22 * np.nan_to_num(plot.novelty[plot.intruder])
+        ax.scatter(
+            where[:, 1] + 1, where[:, 0], s=size, color="white", linewidth=0, label="intruder"
+        )
+        ax.spines[:].set_visible(False)
+        step = max(1, -(-rows // 24))
+        ax.set_yticks(range(0, rows, step), plot.labels[::step], parse_math=False)
+        ax.set_xticks(style.count_ticks(columns))
+        ax.set_xlabel(
+            f"direction of W + ΔW, {side} side\ndot: cosine below {plot.epsilon:g}, by novelty"
+        )
+        ax.figure.colorbar(image, ax=ax, label="largest cosine with W's", fraction=0.08, pad=0.03)
+    return ax

@@ -1,0 +1,148 @@
+"""The atlas of many adapters: similarities in the order of a tree, the tree above."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.collections import LineCollection
+from matplotlib.colors import Normalize
+
+from lora_analysis.errors import InputError
+from lora_analysis.plots import style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+    from lora_analysis.studies import Atlas
+
+# More names than this cannot be read along one column's width.
+_NAMED = 60
+_LABELS = {
+    "cosine": "signed cosine",
+    "input": "input ω above chance",
+    "output": "output ω above chance",
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AtlasPlot:
+    """What `plot_atlas` shows.
+
+    Attributes
+    ----------
+    data
+        ``(N, N)`` in the order of the tree, NaN where there is no number.
+    labels
+        In that order; empty where there is no room for them.
+    branches
+        ``(N − 1, 4, 2)``: the corners (x, height) of each join, x in the order of the tree.
+    """
+
+    data: NDArray[np.float64]
+    labels: tuple[str, ...]
+    branches: NDArray[np.float64]
+    limits: tuple[float, float]
+    colour_label: str
+    title: str
+
+
+def resolve_atlas(atlas: Atlas, *, what: str = "output", kind: str = "all") -> AtlasPlot:
+    """Return what `plot_atlas` draws, as plain attributes."""
+    count = len(atlas.labels)
+    if count < 2:
+        message = f"An atlas needs at least two adapters, it has {count}."
+        raise InputError(message)
+    order = atlas.order("output", kind)
+    data = atlas.matrix(what, kind)[np.ix_(order, order)]
+    labels = style.without_common_start([atlas.labels[at] for at in order])
+    return AtlasPlot(
+        data=data,
+        labels=tuple(style.plain(one, 24) for one in labels) if count <= _NAMED else (),
+        branches=_branches(atlas.linkage("output", kind), order),
+        limits=(-1.0, 1.0) if what == "cosine" else (-0.5, 1.0),
+        colour_label=_LABELS[what],
+        title="" if kind == "all" else kind,
+    )
+
+
+def _branches(tree: NDArray[np.float64], order: NDArray[np.intp]) -> NDArray[np.float64]:
+    """Return the corners of every join of a linkage, leaves at 0, 1, 2, … in the order given."""
+    count = len(order)
+    x = np.empty(2 * count - 1)
+    height = np.zeros(2 * count - 1)
+    x[order] = np.arange(count)
+    corners = np.empty((count - 1, 4, 2))
+    for at, (left, right, joined, _) in enumerate(tree):
+        a, b, node = int(left), int(right), count + at
+        x[node], height[node] = (x[a] + x[b]) / 2, joined
+        corners[at] = [(x[a], height[a]), (x[a], joined), (x[b], joined), (x[b], height[b])]
+    return corners
+
+
+def plot_atlas(
+    atlas: Atlas, ax: Axes | None = None, *, what: str = "output", kind: str = "all"
+) -> Axes:
+    """Draw every adapter against every other, alike ones side by side, and the tree above.
+
+    The tree is that of average linkage on 1 − (output ω above chance), in every panel, so that
+    panels of several quantities can be compared place by place.
+
+    Parameters
+    ----------
+    atlas
+        ``Study.atlas``.
+    ax
+        Where to draw; None makes a figure of one column's width.
+    what
+        ``"output"`` or ``"input"`` (ω above chance; inputs with a shared start left out), or
+        ``"cosine"``.
+    kind
+        One type of module, or ``"all"``.
+
+    Raises
+    ------
+    InputError
+        Fewer than two adapters, an unknown quantity or kind.
+    """
+    plot = resolve_atlas(atlas, what=what, kind=kind)
+    count = len(plot.data)
+    with style.house_style():
+        ax = style.axes_or_new(ax, (style.ONE_COLUMN, style.ONE_COLUMN + 0.5))
+        colours = "RdBu" if what == "cosine" else None
+        from lora_analysis.plots.heatmap import excess_colours
+
+        image = ax.imshow(
+            np.ma.masked_invalid(plot.data),
+            cmap=(mpl.colormaps[colours] if colours else excess_colours()).with_extremes(
+                bad=style.BLANK
+            ),
+            norm=Normalize(*plot.limits),
+            interpolation="nearest",
+        )
+        ax.spines[:].set_visible(False)
+        if plot.labels:
+            size = 7 if count <= 24 else 5
+            ax.set_xticks(range(count), plot.labels, rotation=90, fontsize=size, parse_math=False)
+            ax.set_yticks(range(count), plot.labels, fontsize=size, parse_math=False)
+        else:
+            ax.set_xticks([])
+            ax.set_yticks([])
+            ax.set_xlabel(f"{count} adapters")
+        above = ax.inset_axes((0, 1.01, 1, 0.16))
+        above.add_collection(
+            LineCollection(list(plot.branches), colors=style.QUIET, linewidths=0.6)
+        )
+        above.set_xlim(-0.5, count - 0.5)
+        above.set_ylim(0, max(float(plot.branches[..., 1].max()), 1e-9) * 1.05)
+        above.set_axis_off()
+        beside = ax.inset_axes((1.02, 0, 0.035, 1))
+        bar = ax.figure.colorbar(image, cax=beside)
+        bar.outline.set_visible(False)
+        bar.set_label(plot.colour_label)
+        if plot.title:
+            above.set_title(plot.title, parse_math=False)
+    return ax

@@ -1,0 +1,143 @@
+"""The figures of many: whole models by layer and type, the atlas, steps, single modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lora_analysis import plots
+from lora_analysis.chance import excess
+from lora_analysis.findings import number
+from lora_analysis.findings.runs import last_steps
+from lora_analysis.plots.heatmap import EXCESS_LIMITS
+from lora_analysis.report.figures import ReportFigure
+from lora_analysis.report.selection import drawn_pairs, most_telling
+from lora_analysis.studies import REFERENCE
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lora_analysis.plots import ModuleMap
+    from lora_analysis.studies import Study
+
+MODULES_DRAWN = 40
+
+
+def map_figures(study: Study) -> Iterator[ReportFigure]:
+    """Yield φ(1, 1) and φ(r, r) above chance by layer and type, for either side."""
+    rows, whom = _mapped(study)
+    if rows.empty or rows["module"].nunique() < 3:
+        return
+    maps = [[_map(rows, side, cell) for cell in ("1_1", "r_r")] for side in ("output", "input")]
+    spoken = "; ".join(
+        f"{side} side {name}: median {number(float(np.nanmedian(one.data)))}"
+        for side, row in zip(("output", "input"), maps, strict=True)
+        for name, one in zip(("φ(1,1)", "φ(r,r)"), row, strict=True)
+        if np.isfinite(one.data).any()
+    )
+    yield ReportFigure(
+        name="modules",
+        title="The whole model.",
+        caption=(
+            f"φ above chance, (φ − c)/(1 − c), by layer and type of module: medians over {whom}. "
+            "Grey: nothing that counts (ill-defined directions, a shared start on the input side)."
+        ),
+        alt=f"Overlap above chance by layer and type of module. {spoken}.",
+        figure=plots.figure_module_maps(maps),
+    )
+
+
+def _mapped(study: Study) -> tuple[pd.DataFrame, str]:
+    """Return the rows behind the maps, and who they are: one task's pairs, else all pairs."""
+    table = study.similarities
+    table = table[table["start"] != "same run"]
+    same = table[table["relation"].str.startswith("same task")]
+    if len(same):
+        return same, f"{same.groupby(['a', 'b']).ngroups} pair(s) of one task"
+    rest = table[table["relation"].isin(["unknown", REFERENCE])]
+    return rest, f"{rest.groupby(['a', 'b']).ngroups} pair(s), relation not known or other task"
+
+
+def _map(rows: pd.DataFrame, side: str, cell: str) -> ModuleMap:
+    own = rows[rows["side"] == side]
+    every = dict.fromkeys(own["module"], np.nan)
+    if side == "input":
+        own = own[~own["shared_start"]]
+    if cell == "1_1":
+        own = own[own["ill_defined_1_1"] == ""]
+    above = excess(own[f"phi_{cell}"], own[f"chance_{cell}"])
+    medians = own.assign(above=above).groupby("module", sort=False)["above"].median()
+    return plots.resolve_module_map(
+        every | medians.to_dict(),
+        limits=EXCESS_LIMITS,
+        label="above chance",
+        title=f"φ({cell.replace('_', ', ')}), {side} side",
+    )
+
+
+def atlas_figures(study: Study) -> Iterator[ReportFigure]:
+    """Yield every adapter against every other, both sides and the signed cosine."""
+    atlas = study.atlas
+    if atlas is None or len(atlas.labels) < 3:
+        return
+    words = {
+        "output": "mean over modules of ω above chance, (ω − c)/(1 − c), output side",
+        "input": "the same on the input side, modules with a shared start left out",
+        "cosine": "signed cosine of the whole updates, chance 0",
+    }
+    size = 3.3 if len(atlas.labels) <= 24 else 4.4
+    for what, word in words.items():
+        above = atlas.matrix(what)[np.triu_indices(len(atlas.labels), 1)]
+        if np.isnan(above).all():
+            continue
+        yield ReportFigure(
+            name=f"atlas_{what}",
+            title=f"Atlas, {what}.",
+            caption=(
+                f"{len(atlas.labels)} adapters against each other: {word}. Ordered by average "
+                "linkage on the output side, the tree above; grey: no number."
+            ),
+            alt=f"Atlas, {word}; median over pairs {number(float(np.nanmedian(above)))}.",
+            figure=plots.plot_atlas(atlas, plots.new_axes(size, size + 0.15), what=what).figure,  # type: ignore[arg-type]
+        )
+
+
+def step_figures(study: Study) -> Iterator[ReportFigure]:
+    """Yield how the checkpoints of each run approach its last; nothing without steps."""
+    series = {}
+    for rows in last_steps(study):
+        ends = [*rows["step"], rows["last_step"].iloc[0]]
+        series[str(rows["last"].iloc[0])] = (ends, [*rows["omega"], 1.0])
+    if series:
+        axes = plots.plot_trajectories(series, plots.new_axes())
+        yield ReportFigure(
+            name="steps",
+            title="Training steps.",
+            caption=(
+                "ω of each checkpoint with the last of its run, output side, median over modules: "
+                "1 by construction at the last."
+            ),
+            alt=f"Overlap with the last checkpoint over training steps for {', '.join(series)}.",
+            figure=axes.figure,  # type: ignore[arg-type]
+        )
+
+
+def telling_figures(study: Study) -> Iterator[ReportFigure]:
+    """Yield heat-maps of both sides, module by module, for those that differ most."""
+    pairs = drawn_pairs(study)
+    if not pairs:
+        return
+    a, b = next(iter(pairs.values()))
+    for at, module in enumerate(most_telling(study, a, b, MODULES_DRAWN)):
+        grids = {side: study.grid(a, b, module, side=side) for side in ("output", "input")}
+        panels = [plots.Panel(grid, f"{side} side") for side, grid in grids.items()]
+        corners = "; ".join(f"{side}: φ(1,1) = {number(g.at(1, 1))}" for side, g in grids.items())
+        yield ReportFigure(
+            name=f"module_{at + 1}",
+            title=f"{module}.",
+            caption=f"φ(i, j) between {a} (i, down) and {b} (j, across).",
+            alt=f"Heat-maps of subspace similarity in {module}. {corners}.",
+            figure=plots.figure_grid([panels], width=4.4),
+        )

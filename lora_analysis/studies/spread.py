@@ -1,0 +1,104 @@
+"""A study's modules visited by an executor: each worker opens the adapters for itself."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_analysis.adapter import Adapter
+from lora_analysis.bases import BaseWeights, open_base
+from lora_analysis.errors import InputError
+from lora_analysis.execution.protocol import results_in_order
+from lora_analysis.studies.labels import with_label_facts
+from lora_analysis.studies.relations import unique_labels
+from lora_analysis.studies.sources import Failure, ReadLater, read_sources
+from lora_analysis.studies.walk import Visit, Walk
+
+if TYPE_CHECKING:
+    from lora_analysis.execution.protocol import Executor, Tell
+
+Source = Adapter | ReadLater | str | Path
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Question:
+    """What a study was asked: all that it takes to open its adapters, here or in a worker."""
+
+    adapters: tuple[Source, ...]
+    reference: tuple[Source, ...]
+    base: BaseWeights | str | Path | None
+    label: str | None
+    walking: dict[str, Any]
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def opened(self) -> Opened:
+        """Open the adapters and the base."""
+        unread: list[Failure] = []
+        own = list(read_sources(self.adapters, unread))
+        against = list(read_sources(self.reference, unread))
+        named = unique_labels(
+            [*with_label_facts(own, self.label), *with_label_facts(against, self.label)]
+        )
+        base = open_base(self.base) if isinstance(self.base, str | Path) else self.base
+        walk = Walk(named[: len(own)], named[len(own) :], base, **self.walking)
+        return Opened(walk, named, len(own), base, unread)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Opened:
+    """Adapters under their labels, ``own`` of them analysed, then the reference; and the base."""
+
+    walk: Walk
+    named: list[Adapter]
+    own: int
+    base: BaseWeights | None
+    unread: list[Failure]
+
+
+@dataclass(frozen=True, slots=True)
+class VisitModule:
+    """The work of one module, for workers that know nothing of the study yet."""
+
+    question: Question
+
+    def __call__(self, module: str, _tell: Tell) -> Visit:
+        """Visit a module, having opened the adapters the first time."""
+        token = self.question.token
+        if token not in _held:
+            _held.clear()
+            _held[token] = self.question.opened().walk
+        return _held[token].visit(module)
+
+
+# The walk of the study that this process works for: executors may send the work with every cell.
+_held: dict[str, Walk] = {}
+
+
+def visits(executor: Executor, question: Question, modules: Sequence[str]) -> Iterator[Visit]:
+    """Yield every module's visit, in their order, made by an executor.
+
+    Raises
+    ------
+    InputError
+        An adapter or the base is a value in memory, which no worker can open.
+    """
+    for one in (*question.adapters, *question.reference):
+        if isinstance(one, Adapter):
+            message = (
+                f"{one.label} is in memory: with an executor, adapters are given by their "
+                "sources, which every worker opens for itself."
+            )
+            raise InputError(message)
+    if isinstance(question.base, BaseWeights):
+        message = (
+            f"The base {question.base.label} is open already: with an executor it is given by "
+            "its source, which every worker opens for itself."
+        )
+        raise InputError(message)
+    try:
+        yield from results_in_order(executor.map(VisitModule(question), modules), modules)
+    finally:
+        _held.clear()

@@ -1,0 +1,103 @@
+"""A training in progress as one file: what is trained, AdamW's momenta, every random stream.
+
+One safetensors file with its few numbers as JSON in the header, written whole or not at all: a
+run killed at any moment goes on from the last one, to the same bits on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lora_analysis.storage.atomic import write_atomic
+from lora_analysis.training.randomness import DropoutStream
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lora_analysis.training.loop import Training
+
+CHECKPOINT_NAME = "checkpoint.safetensors"
+_FACTS = "lora_analysis.training"
+_MOMENTA = ("exp_avg", "exp_avg_sq")
+
+
+def save_checkpoint(training: Training, folder: Path, facts: dict[str, Any]) -> Path:
+    """Write where a training is, over the checkpoint before it.
+
+    Parameters
+    ----------
+    training
+        Between two steps.
+    folder
+        The run's.
+    facts
+        What the run wants to know when it goes on: its key, how far its files had come.
+    """
+    tensors = {f"parameter/{n}": p.detach() for n, p in training.trained.items()}
+    for name, parameter in training.trained.items():
+        held = training.optimizer.state[parameter]
+        tensors |= {f"{moment}/{name}": held[moment] for moment in _MOMENTA if moment in held}
+    tensors |= {f"order/{name}": value for name, value in training.order.state().items()}
+    tensors |= {f"dropout/{name}": value for name, value in training.dropout.state().items()}
+    own = {
+        "step": training.step,
+        "best": training.best if training.best < float("inf") else None,
+        "waited": training.waited,
+        "scaler": training.scaler.state_dict(),
+        "facts": facts,
+    }
+    content = safetensors.torch.save(
+        {name: value.to("cpu").contiguous() for name, value in tensors.items()},
+        metadata={_FACTS: json.dumps(own)},
+    )
+    return write_atomic(folder / CHECKPOINT_NAME, content)
+
+
+def checkpoint_facts(folder: Path) -> dict[str, Any] | None:
+    """Return the facts of the checkpoint in a run's folder; None without one that can be read."""
+    try:
+        return dict(_header(folder / CHECKPOINT_NAME)["facts"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+
+
+def load_checkpoint(training: Training, folder: Path) -> None:
+    """Put a training, made anew with the same arguments, where the checkpoint was taken."""
+    path = folder / CHECKPOINT_NAME
+    own = _header(path)
+    tensors = safetensors.torch.load_file(path)
+    step = int(own["step"])
+    with torch.no_grad():
+        for name, parameter in training.trained.items():
+            parameter.copy_(tensors[f"parameter/{name}"])
+            held = {m: tensors[f"{m}/{name}"] for m in _MOMENTA if f"{m}/{name}" in tensors}
+            if held:
+                placed = {m: value.to(parameter.device) for m, value in held.items()}
+                training.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **placed}
+    training.order.go_to(_below("order", tensors))
+    if training.processes.is_first:
+        training.dropout.go_to(_below("dropout", tensors))
+    else:  # the file holds the first process's stream; the others draw anew, each its own
+        training.dropout = DropoutStream(hash((step, training.processes.rank)), training.device)
+    training.scaler.load_state_dict(own["scaler"])
+    training.step = step
+    training.best = float("inf") if own["best"] is None else own["best"]
+    training.waited = own["waited"]
+
+
+def _below(place: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of one place, by the rest of their names."""
+    start = f"{place}/"
+    return {n.removeprefix(start): value for n, value in tensors.items() if n.startswith(start)}
+
+
+def _header(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        found: dict[str, Any] = json.loads((file.metadata() or {})[_FACTS])
+    return found

@@ -1,0 +1,125 @@
+"""The LoRA paper's hyper-parameters (arXiv 2106.09685 v2, Tables 9 to 12) by name.
+
+The tables state learning rate, batch, epochs, warm-up, weight decay, dropout and label smoothing;
+what they leave out (AdamW's momenta, clipping) is as the loop's defaults have it. The modules are
+the query and value projections, whose names depend on the model: the targets list those of the
+families that the tables speak of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Final
+
+from lora_analysis.errors import InputError
+from lora_analysis.patterns import near_names
+from lora_analysis.training.options import laid_over
+
+_GLUE: Final = ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb")
+
+# Per task in the order above: batch, epochs, learning rate, longest sequence.
+_ROBERTA_BASE: Final = (
+    (16, 30, 5e-4, 512), (16, 60, 5e-4, 512), (16, 30, 4e-4, 512), (32, 80, 4e-4, 512),
+    (32, 25, 4e-4, 512), (16, 25, 5e-4, 512), (32, 80, 5e-4, 512), (16, 40, 4e-4, 512),
+)  # fmt: skip
+_ROBERTA_LARGE: Final = (
+    (4, 10, 3e-4, 128), (4, 10, 4e-4, 128), (4, 20, 3e-4, 512), (4, 20, 2e-4, 128),
+    (4, 10, 2e-4, 512), (4, 20, 3e-4, 512), (8, 20, 4e-4, 512), (8, 30, 2e-4, 512),
+)  # fmt: skip
+# With weight decay besides, and the dropout of the classifier.
+_DEBERTA_XXL: Final = (
+    (8, 5, 1e-4, 256, 0.0), (8, 16, 6e-5, 128, 0.01), (32, 30, 2e-4, 128, 0.01),
+    (4, 10, 1e-4, 64, 0.0), (6, 8, 1e-4, 512, 0.01), (8, 11, 1e-4, 320, 0.01),
+    (4, 11, 2e-4, 320, 0.01), (4, 10, 2e-4, 128, 0.1),
+)  # fmt: skip
+# Weight decay, dropout, label smoothing.
+_GPT2: Final = {"e2e": (0.01, 0.1, 0.1), "webnlg": (0.01, 0.1, 0.1), "dart": (0.0, 0.0, 0.0)}
+
+
+def _glue(
+    batch: int, epochs: int, lr: float, length: int, decay: float, *, alpha: float, warmup: float
+) -> dict[str, Any]:
+    return {
+        "rank": 8,
+        "alpha": alpha,
+        "targets": ["query", "value"] if warmup < 0.1 else ["query_proj", "value_proj"],
+        "data": {"max_length": length},
+        "loop": {
+            "batch_size": batch,
+            "epochs": epochs,
+            "lr": lr,
+            "schedule": "linear",
+            "warmup_ratio": warmup,
+            "weight_decay": decay,
+        },
+    }
+
+
+def _all() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for task, base, large, xxl in zip(
+        _GLUE, _ROBERTA_BASE, _ROBERTA_LARGE, _DEBERTA_XXL, strict=True
+    ):
+        found[f"roberta-base-{task}"] = _glue(*base, 0.01, alpha=8, warmup=0.06)
+        found[f"roberta-large-{task}"] = _glue(*large, 0.01, alpha=16, warmup=0.06)
+        found[f"deberta-xxl-{task}"] = _glue(*xxl, alpha=8, warmup=0.1)
+    for task, (decay, dropout, smoothing) in _GPT2.items():
+        found[f"gpt2-{task}"] = {
+            "rank": 4,
+            "alpha": 32.0,
+            "dropout": dropout,
+            "targets": ["c_attn"],
+            "parts": {"c_attn": ["q", "v"]},
+            "loop": {
+                "batch_size": 8,
+                "epochs": 5,
+                "lr": 2e-4,
+                "schedule": "linear",
+                "warmup": 500,
+                "weight_decay": decay,
+                "label_smoothing": smoothing,
+            },
+        }
+    found["gpt3"] = {
+        "targets": ["q_proj", "v_proj"],
+        "loop": {
+            "batch_size": 128,
+            "epochs": 2,
+            "lr": 2e-4,
+            "schedule": "linear",
+            "weight_decay": 0.1,
+        },
+    }
+    return found
+
+
+PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(_all())
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Return the fields of a preset, as `RunConfig.from_dict` takes them.
+
+    Raises
+    ------
+    InputError
+        There is no such preset.
+    """
+    if name not in PRESETS:
+        near = ", ".join(near_names(name, PRESETS) or PRESETS)
+        message = f"There is no preset '{name}'. Near names: {near}."
+        raise InputError(message)
+    return {key: dict(v) if isinstance(v, Mapping) else v for key, v in PRESETS[name].items()}
+
+
+def merged(*tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return tables laid over each other, the later over the earlier, field by field."""
+    result: dict[str, Any] = {}
+    for table in tables:
+        for key, value in table.items():
+            held = result.get(key)
+            if isinstance(value, Mapping) and isinstance(held, Mapping):
+                result[key] = laid_over(held, value)
+            else:
+                result[key] = dict(value) if isinstance(value, Mapping) else value
+    return result

@@ -1,0 +1,264 @@
+"""Rows of a user's file: JSONL, CSV, TSV, Parquet, plain text, E2E's and GLUE's; none lost unseen.
+
+A row that cannot be read is kept as a bad one, with its line and the reason, and counted.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from lora_analysis.errors import InputError, MalformedFileError, MissingExtraError
+
+if TYPE_CHECKING:
+    from lora_analysis.training.options import DataFormat
+
+Row = Mapping[str, Any]
+
+_BY_SUFFIX: Final[Mapping[str, DataFormat]] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+# CoLA's files have no header: source, label, the author's mark, sentence.
+_COLA: Final = ("source", "label", "mark", "sentence")
+# What GLUE calls the columns of its tasks, by the names that are used here.
+_GLUE_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
+    "text": ("sentence1", "#1 String", "question1", "question", "sentence"),
+    "text_pair": ("sentence2", "#2 String", "question2", "sentence"),
+    "label": ("gold_label", "label", "Quality", "is_duplicate", "score"),
+}
+
+
+@dataclass(slots=True)
+class Rows:
+    """What was read: rows with the line each stands in, and the bad ones with the reason."""
+
+    source: str
+    rows: list[tuple[int, Row]] = field(default_factory=list)
+    bad: list[tuple[int, str]] = field(default_factory=list)
+
+    def notes(self) -> list[str]:
+        """Return a sentence on the bad rows where there are any: how many, where, and why."""
+        if not self.bad:
+            return []
+        count = len(self.bad) + len(self.rows)
+        shown = "; ".join(f"line {line}: {reason}" for line, reason in self.bad[:3])
+        more = f"; and {len(self.bad) - 3} more" if len(self.bad) > 3 else ""
+        return [f"{self.source}: {len(self.bad)} of {count} rows are left out ({shown}{more})."]
+
+
+def read_rows(path: Path, *, format: DataFormat = "auto", limit: int | None = None) -> Rows:
+    """Return the rows of a file by column.
+
+    Plain text has the column ``text``; E2E's ``slots || reference`` the columns ``prompt`` and
+    ``completion``; GLUE's files ``text``, ``text_pair`` and ``label``, whatever the task calls
+    them.
+
+    Parameters
+    ----------
+    path
+        The file.
+    format
+        How it is read; ``"auto"`` goes by the end of its name.
+    limit
+        Rows to read at most.
+
+    Raises
+    ------
+    InputError
+        The end of the name says nothing.
+    MalformedFileError
+        The file is empty, has no header, or is no text.
+    MissingExtraError
+        It is Parquet, and pyarrow is not installed.
+    """
+    kind = format if format != "auto" else _BY_SUFFIX.get(path.suffix.lower())
+    if kind is None or kind not in _READERS:
+        message = (
+            f"{path}: how to read it is not clear from its name. Pass a format "
+            f"(command line: --data-format): {', '.join(_READERS)}."
+        )
+        raise InputError(message)
+    found = Rows(path.name)
+    try:
+        for line, row in islice(_READERS[kind](path), limit):
+            if isinstance(row, str):
+                found.bad.append((line, row))
+            else:
+                found.rows.append((line, row))
+    except UnicodeDecodeError as error:
+        message = f"{path}: not UTF-8 text at byte {error.start}; is it of another format?"
+        raise MalformedFileError(message) from error
+    if not found.rows:
+        first = f" (line {found.bad[0][0]}: {found.bad[0][1]})" if found.bad else ""
+        message = f"{path}: no row of {kind} could be read{first}."
+        raise MalformedFileError(message)
+    return found
+
+
+# A reader yields (line, row), or (line, reason) for a row that is none.
+_Lines = Iterator[tuple[int, Row | str]]
+
+
+def _jsonl(path: Path) -> _Lines:
+    with path.open(encoding="utf-8") as stream:
+        for line, text in enumerate(stream, 1):
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except ValueError as error:
+                yield line, f"no JSON ({error})"
+                continue
+            yield line, row if isinstance(row, dict) else f"a {type(row).__name__}, no object"
+
+
+def _csv(path: Path) -> _Lines:
+    yield from _delimited(path, ",", csv.QUOTE_MINIMAL)
+
+
+def _tsv(path: Path) -> _Lines:
+    """Yield rows between tabs; a file with GLUE's columns is read as GLUE writes it."""
+    with path.open(encoding="utf-8", newline="") as stream:
+        first = stream.readline().rstrip("\r\n").split("\t")
+    if _is_cola(first) or set(first) & {"#1 String", "gold_label", "is_duplicate"}:
+        yield from _glue(path)
+    else:
+        yield from _delimited(path, "\t", csv.QUOTE_MINIMAL)
+
+
+def _delimited(
+    path: Path, delimiter: str, quoting: Literal[0, 3], header: Iterable[str] | None = None
+) -> _Lines:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        # A field may be longer than csv's limit, which would be an error in the middle.
+        csv.field_size_limit(2**31 - 1)
+        reader = csv.reader(stream, delimiter=delimiter, quoting=quoting)
+        names = list(header) if header else next(reader, [])
+        if len(set(names)) != len(names):
+            message = f"{path}: two columns of the header have one name: {', '.join(names)}."
+            raise MalformedFileError(message)
+        for fields in reader:
+            if not fields:
+                continue
+            fits = len(fields) == len(names)
+            reason = f"{len(fields)} fields where the header has {len(names)}"
+            yield reader.line_num, dict(zip(names, fields, strict=True)) if fits else reason
+
+
+def _glue(path: Path) -> _Lines:
+    with path.open(encoding="utf-8", newline="") as stream:
+        first = stream.readline().rstrip("\r\n").split("\t")
+    header = _COLA if _is_cola(first) else None
+    names = header or first
+    own = {
+        role: next((n for n in known if n in names), None) for role, known in _GLUE_NAMES.items()
+    }
+    if own["text_pair"] == own["text"]:
+        own["text_pair"] = None
+    for line, row in _delimited(path, "\t", csv.QUOTE_NONE, header):
+        if isinstance(row, str):
+            yield line, row
+        elif row.get(own["label"] or "") == "-":
+            yield line, "no label that annotators agree on"
+        else:
+            yield line, {role: row[name] for role, name in own.items() if name}
+
+
+def _is_cola(first: list[str]) -> bool:
+    return len(first) == len(_COLA) and first[1] in ("0", "1") and first[2] in ("", "*")
+
+
+def _parquet(path: Path) -> _Lines:
+    try:
+        from pyarrow import parquet  # type: ignore[import-untyped]
+    except ImportError as error:
+        message = f"{path} is Parquet, which pyarrow reads. Run: pip install pyarrow"
+        raise MissingExtraError(message) from error
+    try:
+        file = parquet.ParquetFile(path)
+    except ValueError as error:  # ArrowInvalid
+        message = f"{path}: no Parquet file ({error})."
+        raise MalformedFileError(message) from error
+    number = 0
+    for batch in file.iter_batches():
+        for row in batch.to_pylist():
+            number += 1
+            yield number, row
+
+
+def _text(path: Path) -> _Lines:
+    """Yield a paragraph each: lines up to an empty one."""
+    with path.open(encoding="utf-8") as stream:
+        gathered: list[str] = []
+        start = 1
+        for line, text in enumerate(stream, 1):
+            if text.strip():
+                start = start if gathered else line
+                gathered.append(text.rstrip("\r\n"))
+            elif gathered:
+                yield start, {"text": "\n".join(gathered)}
+                gathered = []
+        if gathered:
+            yield start, {"text": "\n".join(gathered)}
+
+
+def _e2e(path: Path) -> _Lines:
+    with path.open(encoding="utf-8") as stream:
+        for line, text in enumerate(stream, 1):
+            if not text.strip():
+                continue
+            slots, bars, reference = text.rstrip("\r\n").partition("||")
+            if bars and slots.strip() and reference.strip():
+                # As in the paper's code: the bars end the prompt.
+                yield line, {"prompt": f"{slots.strip()} ||", "completion": f" {reference.strip()}"}
+            else:
+                yield line, "not of the form 'slots || reference'"
+
+
+_READERS: Final[Mapping[str, Callable[[Path], _Lines]]] = {
+    "jsonl": _jsonl,
+    "csv": _csv,
+    "tsv": _tsv,
+    "parquet": _parquet,
+    "text": _text,
+    "e2e": _e2e,
+    "glue": _glue,
+}
+
+
+def read_datasets(name: str, split: str, limit: int | None = None) -> Rows:
+    """Return the rows of one split of a data set, through the package ``datasets``.
+
+    Parameters
+    ----------
+    name
+        Its id on a hub, or ``id:configuration``.
+    split
+        ``"train"``, ``"test"``, …; where it is not there, nothing is found.
+
+    Raises
+    ------
+    MissingExtraError
+        The package is not installed.
+    """
+    try:
+        import datasets  # type: ignore[import-not-found,unused-ignore]
+    except ImportError as error:
+        message = f"'{name}' is a data set of a hub. Run: pip install 'lora-analysis[data]'"
+        raise MissingExtraError(message) from error
+    identifier, _, configuration = name.partition(":")
+    found = datasets.load_dataset(identifier, configuration or None)
+    rows = Rows(f"{name} ({split})")
+    if split in found:
+        rows.rows = list(enumerate(islice(iter(found[split]), limit), 1))
+    return rows

@@ -1,0 +1,124 @@
+"""What the commands show in a terminal of 80 columns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from factories import adapter, low_rank_update
+from test_cli import call
+
+from lora_analysis.adapter import Adapter
+from lora_analysis.cli import show
+from lora_analysis.formats import write_adapter
+
+
+@pytest.fixture
+def deep(rng: np.random.Generator, tmp_path: Path) -> list[Path]:
+    """Two adapters of 60 modules with long names."""
+    paths = []
+    for label in ("first", "second"):
+        names = [f"base.model.layers.{n}.self_attention.{k}_proj" for n in range(30) for k in "qv"]
+        updates = {name: low_rank_update(rng, name=name) for name in names}
+        paths.append(write_adapter(Adapter(updates, label=label), tmp_path / label))
+    return paths
+
+
+@pytest.mark.parametrize("arguments", [[], ["--all"]])
+def test_inspect_and_compare_keep_to_80_columns(
+    deep: list[Path],
+    arguments: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for words in (["inspect", deep[0]], ["compare", *deep]):
+        code, out, err = call(capsys, *words, *arguments)
+        assert (code, err) == (0, "")
+        assert max(map(len, out.splitlines())) <= 80
+    lines = out.splitlines()
+    assert any(one.startswith("q_proj (30)") for one in lines) != bool(arguments)
+
+
+def test_compare_says_relation_start_and_cosine_first(
+    deep: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out, _ = call(capsys, "compare", *deep, "--label", "{task}")
+    assert out.splitlines()[0] == "A, B      first, second"
+    assert "relation  unknown; start: independent" in out
+    assert "q_proj (30)" in out
+
+
+def test_labels_in_names_make_a_relation(
+    rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("turn-s0", "turn-s1"):
+        write_adapter(adapter(rng, label=name), tmp_path / name)
+    _, out, _ = call(
+        capsys, "compare", tmp_path / "turn-s0", tmp_path / "turn-s1", "--label", "{task}-s{seed}"
+    )
+    assert "same task, other seed" in out
+    glob = str(tmp_path / "turn-*")
+    words = ("report", glob, "--label", "{task}-s{seed}", "--as", "md", "--figures", "")
+    code, out, err = call(capsys, *words, "-o", tmp_path / "out")
+    assert (code, err) == (0, "")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [one["seed"] for one in results["adapters"]] == [0, 1]
+    code, _, err = call(capsys, *words[:3], "{tsk}", "-o", tmp_path / "out")
+    assert code == 3
+    assert "must name at least one of {task}" in err
+
+
+def test_formats_of_figures_are_chosen_and_checked(
+    rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = write_adapter(adapter(rng), tmp_path / "one")
+    words = ("report", place, "-o", tmp_path / "out", "--figures")
+    assert call(capsys, *words, "pdf")[0] == 0
+    suffixes = {path.suffix for path in (tmp_path / "out" / "figures").iterdir()}
+    assert suffixes == {".pdf"}
+    code, _, err = call(capsys, *words, "svg,bmp")
+    assert code == 2
+    assert "bmp" in err
+
+
+def test_colour_says_a_kind_and_stays_away_when_asked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coloured: list[object] = []
+    monkeypatch.setattr(show.click, "style", lambda text, **how: coloured.append(how) or text)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    show.print_finding("artefact", "It is one.")
+    assert coloured == [{"fg": "yellow", "bold": True}]
+    monkeypatch.setenv("NO_COLOR", "1")
+    show.print_finding("failure", "It is gone.")
+    assert len(coloured) == 1
+    assert capsys.readouterr().out == "artefact   It is one.\nfailure    It is gone.\n"
+
+
+def test_doctor_says_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "doctor", "--format", "json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["packages"]["numpy"] == np.__version__
+    assert "cpu" in found["devices"]
+    assert found["missing"] == []
+    assert set(found["extras"]) == {"demo", "hf", "quantized", "parquet", "notebook"}
+    code, out, _ = call(capsys, "doctor")
+    assert "packages" in out
+    assert call(capsys, "doctor", "--format", "quiet")[1] == "ok\n"
+
+
+def test_doctor_names_what_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_analysis.cli import doctor
+
+    monkeypatch.setattr(doctor, "CORE", ("numpy", "no-such-package"))
+    monkeypatch.setitem(doctor.EXTRAS, "demo", (("no_such_module",), "the demo"))
+    code, out, _ = call(capsys, "doctor")
+    assert code == 1
+    assert "no-such-package. Install the package again" in out
+    assert "pip install 'lora-analysis[demo]'" in out

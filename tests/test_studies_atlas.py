@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from factories import adapter
+from test_studies import sweep  # noqa: F401  (a fixture)
+
+from lora_analysis.adapter import Adapter, LowRankUpdate, Provenance
+from lora_analysis.errors import InputError
+from lora_analysis.findings import findings
+from lora_analysis.pairwise import pairwise
+from lora_analysis.studies import study
+from lora_analysis.studies.walk import chosen_for_pairs
+
+
+def test_the_atlas_is_the_mean_of_the_tables(sweep: list[Adapter]) -> None:  # noqa: F811
+    result = study(sweep)
+    atlas = result.atlas
+    assert atlas is not None
+    assert atlas.kinds == ("all", "q_proj", "v_proj")
+    assert list(atlas.modules) == [4, 2, 2]
+    table = result.similarities
+    for side in ("output", "input"):
+        for kind in atlas.kinds:
+            rows = table[table["side"] == side]
+            if kind != "all":
+                rows = rows[rows["module_type"] == kind]
+            if side == "input":
+                rows = rows[~rows["shared_start"]]
+            above = (rows["omega"] - rows["omega_chance"]) / (1 - rows["omega_chance"])
+            means = above.groupby([rows["a"], rows["b"]]).mean()
+            matrix = atlas.matrix(side, kind)
+            for i, a in enumerate(atlas.labels):
+                for j, b in enumerate(atlas.labels[i + 1 :], i + 1):
+                    expected = means.get((a, b), np.nan)
+                    assert matrix[i, j] == pytest.approx(expected, abs=1e-12, nan_ok=True)
+                    assert matrix[j, i] == pytest.approx(expected, abs=1e-12, nan_ok=True)
+
+
+def test_the_cosine_of_the_atlas_is_that_of_all_modules(sweep: list[Adapter]) -> None:  # noqa: F811
+    atlas = study(sweep).atlas
+    assert atlas is not None
+    expected = pairwise(sweep).total_cosine
+    np.testing.assert_allclose(atlas.matrix("cosine"), expected, atol=1e-12)
+    only = pairwise(sweep, modules="q_proj").total_cosine
+    np.testing.assert_allclose(atlas.matrix("cosine", "q_proj"), only, atol=1e-12)
+
+
+def test_the_order_puts_tasks_side_by_side(sweep: list[Adapter]) -> None:  # noqa: F811
+    atlas = study(sweep).atlas
+    assert atlas is not None
+    tasks = [atlas.labels[at].split("-")[0] for at in atlas.order()]
+    assert sum(a != b for a, b in itertools.pairwise(tasks)) == 1
+    assert atlas.linkage().shape == (4, 4)
+
+
+def test_a_quantity_that_is_not_there_is_refused(sweep: list[Adapter]) -> None:  # noqa: F811
+    atlas = study(sweep[:2]).atlas
+    assert atlas is not None
+    with pytest.raises(InputError, match="'k_proj'"):
+        atlas.matrix("output", "k_proj")
+
+
+def scaled(one: Adapter, label: str, factor: float, **facts: object) -> Adapter:
+    updates = {
+        name: LowRankUpdate(name=name, A=u.A, B=u.B * factor, scale=u.scale)  # type: ignore[union-attr]
+        for name, u in one.items()
+    }
+    return Adapter(updates, label=label, provenance=Provenance(rank=4, **facts))  # type: ignore[arg-type]
+
+
+def test_doubles_untrained_and_diverged_adapters_are_named(rng: np.random.Generator) -> None:
+    first = adapter(rng, label="first")
+    made = [
+        first,
+        scaled(first, "double", 1.5),
+        scaled(first, "empty", 0.0),
+        adapter(rng, label="x"),
+        adapter(rng, label="y"),
+        scaled(adapter(rng), "huge", 100.0),
+    ]
+    result = study(made)
+    assert result.atlas is not None
+    assert result.atlas.duplicates() == [("first", "double")]
+    assert result.atlas.shared_starts() == [("first", "double", "empty")]
+    assert result.atlas.untrained() == ["empty"]
+    said = {one.topic: one.text for one in findings(result)}
+    assert said["near-duplicates"].startswith("first and double are near-duplicates")
+    assert "1.50 times the smallest" in said["near-duplicates"]
+    assert said["diverged"].startswith("huge has probably diverged")
+    assert said["untrained"].startswith("empty is untrained")
+
+
+def test_adapters_of_one_size_have_not_diverged(rng: np.random.Generator) -> None:
+    made = [adapter(rng, label=str(n)) for n in range(4)]
+    assert "diverged" not in {one.topic for one in findings(study(made))}
+
+
+def test_beyond_a_number_the_tables_hold_a_choice_and_the_atlas_all(
+    rng: np.random.Generator,
+) -> None:
+    made = [
+        Adapter(
+            dict(adapter(rng, modules=1, rank=2)),
+            label=f"{task}-{seed}",
+            provenance=Provenance(rank=2, task=task, seed=seed),
+        )
+        for task in ("a", "b")
+        for seed in range(6)
+    ]
+    assert chosen_for_pairs(made, 4) == [0, 1, 6, 7]
+    few, every = study(made, most_in_pairs=4), study(made)
+    assert len(few.pairs) == 6
+    assert few.tabulated == ("a-0", "a-1", "b-0", "b-1")
+    assert few.atlas is not None
+    assert every.atlas is not None
+    for what in ("output", "input", "cosine"):
+        np.testing.assert_array_equal(few.atlas.matrix(what), every.atlas.matrix(what))
+    text = next(one.text for one in findings(few) if one.topic == "choice")
+    assert "Pairs of 4 adapters" in text
+    assert "all 12" in text
+    columns = ["phi_1_1", "phi_r_r", "omega", "signed_cosine", "smallest_angle", "shared_start"]
+    both = few.similarities.merge(every.similarities, on=["a", "b", "module", "side"])
+    for name in columns:
+        assert (both[f"{name}_x"] == both[f"{name}_y"]).all()
+
+
+def test_the_largest_of_many_stands_beside_what_as_many_random_ones_reach(
+    rng: np.random.Generator,
+) -> None:
+    result = study([adapter(rng, label=str(n)) for n in range(4)])
+    said = next(one for one in findings(result) if one.topic == "largest")
+    rows = result.similarities[result.similarities["side"] == "output"]
+    rows = rows[rows["ill_defined_1_1"] == ""]
+    assert said.values["count"] == len(rows)
+    assert said.values["phi_1_1"] == pytest.approx(rows["phi_1_1"].max())
+    others = rng.standard_normal((400, len(rows), 24))
+    lines = others[..., 0] ** 2 / (others**2).sum(axis=-1)
+    assert said.values["expected_maximum"] == pytest.approx(lines.max(axis=1).mean(), rel=0.05)
+
+
+def test_runs_are_told_with_the_smallest_p_there_is(sweep: list[Adapter]) -> None:  # noqa: F811
+    said = [one for one in findings(study(sweep)) if one.topic == "runs"]
+    assert [one.values["rank"] for one in said] == [4]
+    assert "p = 0.33; the smallest that so few runs allow is 0.33" in said[0].text
+    assert "With more runs it could say more." in said[0].text
+    assert said[0].values["within"] > said[0].values["between"]  # type: ignore[operator]
+
+
+def test_norms_of_other_bases_modules_or_steps_are_no_measure(rng: np.random.Generator) -> None:
+    def of(label: str, factor: float, **facts: object) -> Adapter:
+        return scaled(adapter(rng), label, factor, **facts)
+
+    small = [of(f"s{n}", 0.01, base_model="one") for n in range(3)]
+    steps = [of(f"t{n}", 0.01, base_model="two", task="t", seed=0, step=n) for n in (1, 2)]
+    last = of("last", 1.0, base_model="two", task="t", seed=0, step=3)
+    said = findings(study([*small, of("other", 1.0, base_model="two"), *steps, last]))
+    assert "diverged" not in {one.topic for one in said}

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from factories import adapter
+
+from lora_analysis.adapter import Adapter, Provenance
+from lora_analysis.errors import InputError, SourceError
+from lora_analysis.findings import findings
+from lora_analysis.formats import expanded, read_adapter, write_adapter
+from lora_analysis.formats.sources import run_facts
+from lora_analysis.studies import (
+    EARLIER,
+    OTHER_BASE,
+    SAME_RUN,
+    earlier_steps,
+    label_facts,
+    relation,
+    study,
+)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "facts"),
+    [
+        ("{task}-r{rank}-s{seed}", "a-b-r8-s1", {"task": "a-b", "rank": 8, "seed": 1}),
+        ("{task}/seed{seed}/checkpoint-{step}", "sst2/seed3/checkpoint-500",
+         {"task": "sst2", "seed": 3, "step": 500}),
+        ("*_{task}_*", "x_math_y", {"task": "math"}),
+        ("{task}.v1", "moreXv1", None),
+        ("{task}-s{seed}", "turn-sx", None),
+    ],
+)  # fmt: skip
+def test_a_pattern_says_what_a_name_means(pattern: str, text: str, facts: object) -> None:
+    assert label_facts(pattern, text) == facts
+
+
+@pytest.mark.parametrize("pattern", ["{taks}-s{seed}", "{task}{task}", "plain", "{task", "", "*"])
+def test_a_pattern_that_cannot_be_meant_is_refused(pattern: str) -> None:
+    with pytest.raises(InputError, match=re.escape(repr(pattern))):
+        label_facts(pattern, "x")
+
+
+def test_names_fill_in_what_files_do_not_say(rng: np.random.Generator, tmp_path: Path) -> None:
+    for name in ("math-s0", "math-s1", "code-s0", "stray"):
+        write_adapter(adapter(rng, label=name), tmp_path / name / "final")
+    result = study([str(tmp_path / "*")], label="{task}-s{seed}/final")
+    runs = result.runs.set_index("adapter")
+    assert list(runs["task"]) == ["code", "math", "math", None] or runs["task"].isna().sum() == 1
+    assert sorted(runs["seed"].dropna()) == [0, 0, 1]
+    relations = dict(zip(zip(result.pairs["a"], result.pairs["b"], strict=True),
+                         result.pairs["relation"], strict=True))  # fmt: skip
+    assert relations["math-s0/final", "math-s1/final"] == "same task, other seed"
+    said = [one for one in findings(result) if one.topic == "not grouped"]
+    assert "stray/final do not say" in said[0].text
+    notes = [one.text for one in findings(result) if "does not fit the pattern" in one.text]
+    assert len(notes) == 1
+
+
+def test_a_rank_in_a_name_that_the_tensors_contradict_is_noted(rng: np.random.Generator) -> None:
+    result = study([adapter(rng, label="t-r16-s0", rank=4)], label="{task}-r{rank}-s{seed}")
+    assert list(result.runs["rank"]) == [4]
+    assert any("says rank 16, its tensors have rank 4" in one.text for one in findings(result))
+
+
+def test_globs_are_expanded_in_natural_order(tmp_path: Path) -> None:
+    for name in ("r2", "r10", "other"):
+        (tmp_path / name).mkdir()
+    found = expanded(str(tmp_path / "r*"))
+    assert [Path(one).name for one in found] == ["r2", "r10"]
+    assert expanded("hf://owner/name*") == ["hf://owner/name*"]
+    with pytest.raises(SourceError, match="No file or folder fits"):
+        expanded(str(tmp_path / "x*"))
+
+
+def test_a_bracket_in_a_name_that_exists_is_no_glob(tmp_path: Path) -> None:
+    (tmp_path / "a[1]").mkdir()
+    assert expanded(str(tmp_path / "a[1]")) == [str(tmp_path / "a[1]")]
+
+
+def test_of_several_at_one_source_a_damaged_one_is_a_failure(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    write_adapter(adapter(rng, label="good"), tmp_path / "good")
+    write_adapter(adapter(rng, label="bad"), tmp_path / "bad")
+    (tmp_path / "bad" / "adapter_model.safetensors").write_bytes(b"no such thing")
+    result = study([str(tmp_path)])
+    assert list(result.adapters) == ["good"]
+    assert len(result.failures) == 1
+    with pytest.raises(InputError):
+        study([str(tmp_path / "bad")])
+
+
+@pytest.mark.parametrize(
+    ("folder", "file", "content", "step"),
+    [
+        ("checkpoint-500", None, None, 500),
+        ("run", "trainer_state.json", {"global_step": 30}, 30),
+        ("run", "manifest.json", {"step": 7}, 7),
+        ("checkpoint-500", "trainer_state.json", {"global_step": 501}, 501),
+        ("run", "trainer_state.json", ["no object"], None),
+        ("run", "manifest.json", {"step": "7"}, None),
+    ],
+)
+def test_a_checkpoint_says_its_step(
+    tmp_path: Path, folder: str, file: str | None, content: object, step: int | None
+) -> None:
+    place = tmp_path / folder
+    place.mkdir()
+    if file:
+        (place / file).write_text(json.dumps(content))
+    assert run_facts(place).get("step") == step
+
+
+def checkpoint(one: Adapter, label: str, step: int, **facts: object) -> Adapter:
+    known = {"rank": 4, "task": "t", "seed": 0} | facts
+    return Adapter(dict(one), label=label, provenance=Provenance(step=step, **known))  # type: ignore[arg-type]
+
+
+def test_checkpoints_of_one_run_are_one_sample(rng: np.random.Generator) -> None:
+    last = adapter(rng)
+    early = Adapter(
+        {
+            name: type(one)(name=name, A=one.A, B=one.B + 0.5 * rng.standard_normal(one.B.shape),
+                            scale=one.scale)
+            for name, one in last.items()
+        },
+        label="early",
+    )  # fmt: skip
+    other = adapter(rng)
+    made = [
+        checkpoint(early, "t0-100", 100),
+        checkpoint(last, "t0-200", 200),
+        checkpoint(other, "t1-200", 200, seed=1),
+    ]
+    assert relation(made[0], made[1]) == SAME_RUN
+    assert earlier_steps(made) == {"t0-100"}
+    result = study(made)
+    relations = result.pairs.set_index(["a", "b"])["relation"]
+    assert relations["t0-100", "t0-200"] == SAME_RUN
+    assert relations["t0-100", "t1-200"] == EARLIER
+    assert relations["t0-200", "t1-200"] == "same task, other seed"
+    said = next(one for one in findings(result) if one.topic == "steps")
+    omega = result.select(SAME_RUN, "output")["omega"].median()
+    assert f"step 100: {omega:.2f}" in said.text
+    assert list(result.runs["earlier"]) == [True, False, False]
+
+
+def test_adapters_of_other_bases_are_not_compared_unless_asked(rng: np.random.Generator) -> None:
+    made = [
+        Adapter(dict(adapter(rng)), label=label, provenance=Provenance(base_model=base))
+        for label, base in (
+            ("a", "meta-llama/Llama-3.1-8B"),
+            ("b", "/models/llama-3.1-8b/"),
+            ("c", "mistralai/Mistral-7B"),
+            ("d", None),
+        )
+    ]
+    assert relation(made[0], made[1]) == "unknown"
+    assert relation(made[0], made[2]) == OTHER_BASE
+    result = study(made)
+    compared = set(zip(result.pairs["a"], result.pairs["b"], strict=True))
+    assert compared == {("a", "b"), ("a", "d"), ("b", "d"), ("c", "d")}
+    said = next(one.text for one in findings(result) if one.topic == "several bases")
+    assert "2 pairs across them not compared" in said
+    assert "d name no base" in said
+    assert len(study(made, across_bases=True).pairs) == 6
+
+
+def test_peft_checkpoints_carry_their_step(rng: np.random.Generator, tmp_path: Path) -> None:
+    place = write_adapter(adapter(rng), tmp_path / "checkpoint-40")
+    assert read_adapter(place).provenance.step == 40

@@ -1,0 +1,87 @@
+"""Several processes that train one model, started by torchrun as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import metrics_of, write_model, write_reviews
+
+from lora_analysis.errors import InputError
+from lora_analysis.formats import read_adapter
+from lora_analysis.training import RunConfig
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+OPTIONS = ["--steps", "5", "--batch-size", "6", "--lr", "0.01", "--rank", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("inputs")
+    model, data = write_model(folder / "llama", "llama"), write_reviews(folder / "reviews.csv")
+    return [str(data), "--base", str(model)]
+
+
+def together(inputs: list[str], out: Path, *more: str) -> None:
+    """Train with two processes under torchrun, on a free port of its own choice."""
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    command = [*launch, "-m", "lora_analysis", "train", *inputs, *OPTIONS, "-o", str(out), *more]
+    done = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("steps") == 1  # the report is the first process's
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--fsdp",)])
+def test_two_processes_make_what_one_makes(
+    more: tuple[str, ...], inputs: list[str], tmp_path: Path
+) -> None:
+    from click.testing import CliRunner
+
+    from lora_analysis.cli import group
+
+    alone = tmp_path / "alone"
+    done = CliRunner().invoke(group, ["train", *inputs, *OPTIONS, "-o", str(alone)])
+    assert done.exit_code == 0, done.output
+    together(inputs, tmp_path / "two", *more)
+    ours, theirs = read_adapter(alone), read_adapter(tmp_path / "two")
+    for name, update in ours.items():
+        np.testing.assert_allclose(update.A, theirs[name].A, rtol=1e-5, atol=1e-5)  # type: ignore[union-attr]
+        np.testing.assert_allclose(update.B, theirs[name].B, rtol=1e-5, atol=1e-5)  # type: ignore[union-attr]
+    losses = [[line.get("loss") for line in metrics_of(f)] for f in (alone, tmp_path / "two")]
+    assert losses[0][1:] == pytest.approx(losses[1][1:], rel=1e-5)
+    manifests = [json.loads((f / "manifest.json").read_text()) for f in (alone, tmp_path / "two")]
+    assert manifests[0]["key"] == manifests[1]["key"]
+
+
+def test_weights_that_are_trained_are_not_spread(inputs: list[str]) -> None:
+    import torch
+
+    from lora_analysis.training.settings import prepare
+
+    table = {"base": {"source": inputs[2]}, "data": {"source": inputs[0]}, "method": "full"}
+    with pytest.raises(InputError, match="Only frozen weights are spread"):
+        prepare(RunConfig.from_dict(table), torch.device("cpu"), sharded=True)
