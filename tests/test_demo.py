@@ -38,7 +38,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_the_demo_leaves_runs_and_a_report(short: Path) -> None:
     names = {path.name for path in (short / "runs").iterdir()}
-    assert names == {"rotate-r2-s0", "rotate-r3-s0", "mirror-r2-s1"}
+    assert names == {"sweep.json", "rotate-r2-s0", "rotate-r3-s0", "mirror-r2-s1"}
     results = json.loads((short / "results.json").read_text())
     assert {row["task"] for row in results["adapters"]} == {"rotate", "mirror"}
     assert "figure-ranks_output" in (short / "report.html").read_text()

@@ -17,6 +17,8 @@ from lora_analysis import __version__
 from lora_analysis.errors import InputError, LoraAnalysisError
 from lora_analysis.execution.protocol import Executor, Outcome, Retried, Tell
 from lora_analysis.storage.atomic import remove_leftovers
+from lora_analysis.storage.documents import read_json_object
+from lora_analysis.storage.limits import MAX_INDEX_BYTES
 from lora_analysis.storage.locks import locked
 from lora_analysis.training.cells import RunCell, TrainCell
 from lora_analysis.training.config import RunConfig
@@ -177,13 +179,19 @@ def _lock_name(runs: Runs, chosen: Runs) -> str:
 
 
 def _write_resolved(runs: Runs, folder: Path) -> None:
-    """Write every run with all of its options beside the results."""
+    """Write every run with all of its options beside the results, unless they are there."""
     document = {
         "schema_version": 1,
         "generator": f"lora_analysis {__version__}",
         "runs": {name: config.to_dict() for name, config in runs.items()},
     }
-    write_json(folder / SWEEP_NAME, document)
+    path = folder / SWEEP_NAME
+    try:
+        written = path.is_file() and read_json_object(path, max_bytes=MAX_INDEX_BYTES) == document
+    except InputError:
+        written = False
+    if not written:
+        write_json(path, document)
 
 
 def _unfinished(
