@@ -175,8 +175,8 @@ def captured(arguments: list[str]) -> str:
 
 
 def expanded(word: str) -> list[str]:
-    """Return the files that a word with a ``*`` means, as a shell would."""
-    return sorted(glob.glob(word)) if "*" in word else [word]  # noqa: PTH207 - as shells do
+    """Return the files that a word with a ``*`` means, as a shell would; the word if none."""
+    return sorted(glob.glob(word)) or [word] if "*" in word else [word]  # noqa: PTH207 - as shells
 
 
 def check_extras(words: list[str], place: str) -> None:
