@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-cluster check figures notebooks data bench clean
+.PHONY: demo test test-cluster check figures notebooks data bench fuzz clean
 
 demo: .venv/.demo
 	$(BIN)/lora-analysis demo -o runs/demo
@@ -45,6 +45,10 @@ data: .venv/.demo
 # Compares with PEFT among others, so it needs what the tests need; some 20 minutes.
 bench: .venv/.dev
 	$(BIN)/python -m benchmarks --write
+
+# Damages adapters of every format at random, a minute each time; SEED=n draws other damage.
+fuzz: .venv/.dev
+	cd tests && ../$(BIN)/python -m fuzz --seed $(or $(SEED),0)
 
 clean:
 	rm -rf .venv build dist runs

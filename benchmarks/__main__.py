@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from threadpoolctl import threadpool_limits
 
-from benchmarks import overlaps, processes, spectra, weights
+from benchmarks import overlaps, processes, spectra, training, weights
 from benchmarks.floors import machine, memory_rate, product_rate
 from benchmarks.harness import Row, markdown
 
@@ -29,6 +29,7 @@ GROUPS: dict[str, Group] = {
     "amplification": weights.amplification_rows,
     "directions": lambda rounds, _: weights.own_directions(rounds),
     "intruders": lambda *_: weights.intruders(),
+    "training": lambda rounds, _: training.rows(rounds),
 }
 
 

@@ -43,19 +43,25 @@ class Row:
 HEADINGS = ["what", "against", "ratio", "target", "met", "accuracy", "note"]
 
 
-def seconds(call: Call) -> float:
+def seconds(call: Call, clock: Callable[[], float] = time.perf_counter) -> float:
     """Return the seconds of one call, with the garbage collector out of the way."""
     gc.collect()
     gc.disable()
     try:
-        start = time.perf_counter()
+        start = clock()
         call()
-        return time.perf_counter() - start
+        return clock() - start
     finally:
         gc.enable()
 
 
-def in_turn(sides: Mapping[str, Call], rounds: int, *, warm: bool = True) -> dict[str, float]:
+def in_turn(
+    sides: Mapping[str, Call],
+    rounds: int,
+    *,
+    warm: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Return the median seconds of every side; each round runs all of them once, in turn.
 
     A machine that slows down for a while then slows all sides alike, and ratios hold.
@@ -66,7 +72,7 @@ def in_turn(sides: Mapping[str, Call], rounds: int, *, warm: bool = True) -> dic
     found: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, call in sides.items():
-            found[name].append(seconds(call))
+            found[name].append(seconds(call, clock))
     return {name: statistics.median(times) for name, times in found.items()}
 
 

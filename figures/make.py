@@ -10,16 +10,27 @@ from pathlib import Path
 from lora_analysis.demo import TITLE, study_demo
 from lora_analysis.report import write_report
 
+# PNGs that other pages show; report.md shows the SVGs.
+SHOWN = ("ranks_output.png", "atlas_output.png")
+
 
 def main(run: Path, target: Path) -> None:
     """Write the demo's report as Markdown into ``target``, its figures beside it."""
     result = study_demo(sorted((run / "runs").iterdir()))
     with tempfile.TemporaryDirectory() as folder:
-        report = write_report(result, folder, title=TITLE, command="lora-analysis demo", form="md")
+        report = write_report(
+            result,
+            folder,
+            title=TITLE,
+            command="lora-analysis demo",
+            form="md",
+            figures=("svg", "png"),
+        )
         text = report.read_text(encoding="utf-8").replace("](figures/", "](")
         (target / "report.md").write_text(text, encoding="utf-8")
         for figure in sorted((Path(folder) / "figures").iterdir()):
-            shutil.copyfile(figure, target / figure.name)
+            if figure.suffix == ".svg" or figure.name in SHOWN:
+                shutil.copyfile(figure, target / figure.name)
 
 
 if __name__ == "__main__":

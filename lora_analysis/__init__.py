@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lora_analysis.edit import resize_adapter as resize_adapter
     from lora_analysis.edit import without_directions as without_directions
     from lora_analysis.edit import without_subspace as without_subspace
+    from lora_analysis.effective import effective_adapter as effective_adapter
     from lora_analysis.effective import effective_update as effective_update
     from lora_analysis.effective import start_from_base as start_from_base
     from lora_analysis.formats import find_adapters as find_adapters
@@ -53,7 +54,7 @@ _HOME = {
     "amplify": ("amplification",),
     "bases": ("open_base", "read_update"),
     "edit": ("extract", "resize", "resize_adapter", "without_directions", "without_subspace"),
-    "effective": ("effective_update", "start_from_base"),
+    "effective": ("effective_adapter", "effective_update", "start_from_base"),
     "formats": ("find_adapters", "read_adapter", "write_adapter"),
     "intruders": ("intruder_dimensions",),
     "lora": (

@@ -61,6 +61,16 @@ def _finite_or_none(value: float | None, *, role: str, name: str) -> float | Non
     return number
 
 
+def _check_kernel(name: str, layout: Layout, kernel: tuple[int, ...], d_in: int) -> None:
+    fits = (layout == "conv") == bool(kernel)
+    if not fits or (kernel and d_in % max(math.prod(kernel), 1)):
+        message = (
+            f"The kernel of '{name}' must be given with layout 'conv' alone, and divide its {d_in} "
+            f"inputs; found {kernel} with layout '{layout}'."
+        )
+        raise InputError(message)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRankUpdate:
     """The update ``ΔW = scale·B·A`` of one weight, kept as its factors.
@@ -130,7 +140,7 @@ class LowRankUpdate:
                 "A must be (r, d_in) and B (d_out, r); is one of them transposed?"
             )
             raise InputError(message)
-        self._check_kernel(a.shape[1])
+        _check_kernel(self.name, self.layout, self.kernel, a.shape[1])
         put = object.__setattr__
         put(self, "A", a)
         put(self, "B", b)
@@ -147,15 +157,6 @@ class LowRankUpdate:
             raise InputError(message)
         row: NDArray[np.floating[Any]] = _frozen_matrix(norms, role="magnitude", name=self.name)[0]
         return row
-
-    def _check_kernel(self, d_in: int) -> None:
-        fits = (self.layout == "conv") == bool(self.kernel)
-        if not fits or (self.kernel and d_in % max(math.prod(self.kernel), 1)):
-            message = (
-                f"The kernel of '{self.name}' must be given with layout 'conv' alone, and divide "
-                f"its {d_in} inputs; found {self.kernel} with layout '{self.layout}'."
-            )
-            raise InputError(message)
 
     @property
     def rank(self) -> int:
@@ -198,13 +199,13 @@ class DenseUpdate:
         ΔW, shape ``(d_out, d_in)``.
     label
         Name of the model it belongs to, for messages.
-    layout
+    layout, kernel
         How the base stores the weight, as for a low-rank update; ΔW has one orientation in all.
 
     Raises
     ------
     InputError
-        ``delta`` is not a finite floating-point matrix.
+        ``delta`` is not a finite floating-point matrix, or the kernel is not one of its layout.
     """
 
     name: str
@@ -212,9 +213,11 @@ class DenseUpdate:
     stored_dtype: str = ""
     label: str = ""
     layout: Layout = "linear"
+    kernel: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         delta = _frozen_matrix(self.delta, role="delta", name=self.name)
+        _check_kernel(self.name, self.layout, self.kernel, delta.shape[1])
         stored = self.stored_dtype or np.asarray(self.delta).dtype.name
         object.__setattr__(self, "delta", delta)
         object.__setattr__(self, "stored_dtype", stored)

@@ -8,11 +8,12 @@ PiSSA and OLoRA first take out a product that is a function of W. What the file 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_analysis.adapter import DenseUpdate, LowRankUpdate
+from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate
 from lora_analysis.bases import Weight
 from lora_analysis.errors import (
     DegenerateSubspaceError,
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 # PEFT works in float32: where W's r-th and next singular value are closer than this, relatively,
 # its leading space is another one on another machine.
 _GAP = 1e-4
+# What readers say of such methods; it holds no more once the base is known.
+_LOW_RANK_PART = "low-rank part"
 
 
 def effective_update(update: Update, W: Weight | NDArray[np.floating]) -> Update:
@@ -76,6 +79,50 @@ def effective_update(update: Update, W: Weight | NDArray[np.floating]) -> Update
         return _kasa(update, weight)
     message = f"What '{update.variant}' makes of '{update.name}' is not known."
     raise UnsupportedMethodError(message)
+
+
+def effective_adapter(
+    adapter: Adapter, base: BaseWeights, *, transposed: bool | None = None
+) -> Adapter:
+    """Return the adapter with every update as the model with it really has it.
+
+    Parameters
+    ----------
+    adapter
+        As read.
+    base
+        The weights that training started from.
+    transposed
+        As in ``base.weight``.
+
+    Returns
+    -------
+    Adapter
+        Of the same modules; what :func:`effective_update` says is worked out when a module is
+        asked for, and so are the errors of the base's weights. Updates that are the whole change
+        already are those of ``adapter``, and the base is not asked for theirs.
+    """
+    said = [one for one in adapter.provenance.findings if _LOW_RANK_PART not in one]
+    if len(said) < len(adapter.provenance.findings):
+        said.append(
+            "Where a method rescales the weight or takes a part of it away, ΔW is the whole change "
+            f"of the weight, worked out of {base.address or base.label}."
+        )
+    return Adapter(
+        {name: partial(_effective, adapter, name, base, transposed) for name in adapter},
+        label=adapter.label,
+        provenance=replace(adapter.provenance, findings=tuple(said)),
+        saved_modules=adapter.saved_modules,
+        config=adapter.config,
+    )
+
+
+def _effective(adapter: Adapter, name: str, base: BaseWeights, transposed: bool | None) -> Update:
+    update = adapter[name]
+    if not isinstance(update, LowRankUpdate) or not update.variant:
+        return update
+    weight = base.weight(update.base_name or name, shape=update.shape, transposed=transposed)
+    return effective_update(update, weight)
 
 
 def start_from_base(base: BaseWeights, *, transposed: bool | None = None) -> StartOf:

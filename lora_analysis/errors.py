@@ -16,6 +16,7 @@
     │   ├── InUseError                   another process is at work there
     │   └── DivergedError                training whose loss is no longer finite
     ├── LostWorkerError                  the process that did the work ended before it was done
+    ├── OutputError (OSError)            a file could not be written; what was there still is
     └── MissingExtraError (ImportError)  an optional dependency is not installed
 
 A message says what was asked, what was found (with names and numbers), and the likely cause or
@@ -77,6 +78,10 @@ class LostWorkerError(LoraAnalysisError):
 
 class DivergedError(InputError):
     """The loss or the gradient of a training is no longer finite."""
+
+
+class OutputError(LoraAnalysisError, OSError):
+    """A file could not be written: a full disk, a folder that may not be written to."""
 
 
 class MissingExtraError(LoraAnalysisError, ImportError):

@@ -107,7 +107,7 @@ class StartEvidence:
 
 
 def start_evidence(
-    updates: Sequence[LowRankUpdate], *, factor: Literal["A", "B"] = "A"
+    updates: Sequence[LowRankUpdate], *, factor: Literal["A", "B"] | None = None
 ) -> StartEvidence:
     """Return the evidence, for every pair, that two updates of one module share their start.
 
@@ -116,8 +116,10 @@ def start_evidence(
     updates
         Of one module, with one d_in; ranks may differ, and B may be untrained.
     factor
-        The factor that starts non-zero: nearly always A. After an orthogonal init both do, and
-        either may be asked.
+        The factor that starts non-zero. By default A, and of an embedding that of the two in which
+        more pairs agree: PEFT starts its B at random and its A at zero, mlx-lm the other way
+        round, and what is learned from zero agrees in no pair's rows. After an orthogonal init
+        both start non-zero, and either may be asked.
 
     Notes
     -----
@@ -125,6 +127,18 @@ def start_evidence(
     that do not belong together, is what independent rows of these very factors give. One product
     over all rows: O((Σr)²·d).
     """
+    if factor is not None:
+        return _evidence(updates, factor)
+    found = _evidence(updates, "A")
+    if not all(one.layout == "embedding" for one in updates) or len({u.shape for u in updates}) > 1:
+        return found
+    other = _evidence(updates, "B")
+    return max(
+        found, other, key=lambda one: (one.shared.sum(), float(np.nansum(np.triu(one.z, 1))))
+    )
+
+
+def _evidence(updates: Sequence[LowRankUpdate], factor: Literal["A", "B"]) -> StartEvidence:
     rows = [_unit_rows(one.A if factor == "A" else one.B.T) for one in updates]
     others = [_unit_rows(one.B.T if factor == "A" else one.A) for one in updates]
     ranks = np.array([len(one) for one in rows])

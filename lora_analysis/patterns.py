@@ -12,7 +12,8 @@ from lora_analysis.errors import InputError
 T = TypeVar("T")
 
 _DIGITS = re.compile(r"(\d+)")
-_INDEX = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+# More digits than that are no layer's number, and Python refuses to convert thousands of them.
+_INDEX = re.compile(r"(?:^|\.)(\d{1,9})(?=\.|$)")
 # Without other special characters, only the dots of a pattern mean more than themselves.
 _PLAIN = re.compile(r"[\w.\-]*")
 # A pattern may come from a file: one that backtracks without end is stopped, in CPU seconds.
@@ -20,9 +21,15 @@ PATTERN_TIMEOUT = 1.0
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
-    """Return a sort key that puts ``layers.2`` before ``layers.10``."""
+    """Return a sort key that puts ``layers.2`` before ``layers.10``, however long a number is."""
     parts = _DIGITS.split(name)
-    return tuple((0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts)
+    return tuple(_number_key(part) if part.isdecimal() else (1, 0, part) for part in parts)
+
+
+def _number_key(digits: str) -> tuple[int, int, str]:
+    """Order by value: of numbers without leading zeros the longer one is larger."""
+    plain = digits.lstrip("0")
+    return 0, len(plain), f"{plain} {digits}"
 
 
 def near_names(wanted: str, names: Iterable[str], count: int = 3) -> list[str]:
@@ -124,9 +131,11 @@ def _matches_expression(name: str, expression: str) -> bool:
     import regex  # type: ignore[import-untyped]  # ships no stubs
 
     try:
+        re.compile(expression)  # PEFT's own; regex would also take patterns that call themselves
         return regex.fullmatch(expression, name, timeout=PATTERN_TIMEOUT) is not None
-    except regex.error as error:
-        message = f"'{expression}' is not a regular expression: {error}."
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
+        shown = expression if len(expression) <= 160 else f"{expression[:157]}..."
+        message = f"'{shown}' is not a regular expression: {error}."
     except TimeoutError:
         message = (
             f"Matching '{name}' against '{expression}' was stopped after {PATTERN_TIMEOUT:g} s. "

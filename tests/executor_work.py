@@ -102,3 +102,11 @@ class Meeting:
             time.sleep(0.02)
         message = "the others did not come"
         raise InputError(message)
+
+
+def address(cell, tell):
+    """Return the address of the machine, when another cell has begun as well."""
+    import ray
+
+    Meeting(Path(os.environ["MEETING"]), 2)(cell, tell)
+    return ray.util.get_node_ip_address()

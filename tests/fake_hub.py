@@ -22,6 +22,7 @@ class FakeHub:
     broken: set[str] = field(default_factory=set)
     requests: list[tuple[str, str]] = field(default_factory=list)
     url: str = ""
+    gives_parts: bool = True
 
     def commit(self, repo: str, files: dict[str, bytes], revision: str = "main") -> str:
         digest = hashlib.sha1(usedforsecurity=False)
@@ -63,7 +64,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        self.hub.requests.append((self.command, path))
+        part = self.headers.get("Range") if self.hub.gives_parts else None
+        self.hub.requests.append(("PART" if part else self.command, path))
         parts = path.strip("/").split("/")
         api = parts[:2] == ["api", "models"]
         repo = "/".join(parts[2:4] if api else parts[:2])
@@ -89,6 +91,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json([_entry(one, content) for one, content in files.items()])
         if name not in files:
             return self._send(404, X_Error_Code="EntryNotFound")
+        if part:
+            first, last = (int(one) for one in part.removeprefix("bytes=").split("-"))
+            stated = f"bytes {first}-{last}/{len(files[name])}"
+            return self._send(206, files[name][first : last + 1], Content_Range=stated)
         return self._send(200, files[name], ETag=f'"{_blob(files[name])}"', X_Repo_Commit=commit)
 
     def _json(self, document: object) -> None:

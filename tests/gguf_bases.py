@@ -93,5 +93,7 @@ def random_blocks(rng: np.random.Generator, kind: str, rows: int, blocks: int) -
     if kind == "IQ1_M":  # its scale lies in the upper halves of four numbers
         raw[..., 49::2] = raw[..., 49::2] & 0x0F
         raw[..., 55] |= 0x30
+    if kind == "MXFP4":  # its scale is a power of two by the exponent
+        raw[..., 0] = rng.integers(110, 140, (rows, blocks))
     assert elements
     return raw.reshape(rows, -1)

@@ -68,7 +68,7 @@ def test_every_type_is_read_as_the_library_decodes_it(
     assert weight.storage == f"GGUF {kind}"
 
 
-@pytest.mark.parametrize("kind", ["MXFP4", "TQ2_0"])
+@pytest.mark.parametrize("kind", ["MXFP4", "TQ1_0", "TQ2_0"])
 def test_the_noise_of_coarse_levels_is_their_error(
     rng: np.random.Generator, tmp_path: Path, kind: str
 ) -> None:

@@ -304,3 +304,17 @@ def test_a_file_of_another_name_is_taken_where_it_is_the_only_one(tmp_path: Path
     (tmp_path / "weights.safetensors").write_bytes(save({"q.weight": matrix(2, 3)}))
     assert open_base(tmp_path).weight("q", transposed=False).shape == (2, 3)
     assert open_base(tmp_path).label == "weights.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(np.nan, "1 numbers that are not finite"), (-np.inf, "not finite"), (3e38, r"of 3e\+38")],
+)
+def test_numbers_that_nothing_can_be_computed_with_are_refused_by_name(
+    rng: np.random.Generator, value: float, said: str
+) -> None:
+    W = rng.standard_normal((6, 5)).astype(np.float32)
+    W[4, 2] = value
+    weight = open_base({"layers.0.q_proj": W}).weight("layers.0.q_proj")
+    with pytest.raises(BaseWeightError, match=rf"'layers\.0\.q_proj\.weight' holds .*{said}"):
+        weight.array()

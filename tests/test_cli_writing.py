@@ -217,3 +217,15 @@ def test_real_adapters_lose_what_is_printed(
         assert np.sum(S[:k] ** 2) >= 0.9 * np.sum(S**2) > np.sum(S[: k - 1] ** 2)
         apart = np.linalg.norm(update.delta_weight() - small[one["module"]].delta_weight())
         assert apart / np.linalg.norm(S) == pytest.approx(one["error"], rel=1e-4)
+
+
+def test_nothing_is_written_through_a_symbolic_link(
+    rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_adapter(adapter(rng), tmp_path / "a")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    for verb in (["resize", source, "--rank", 1], ["convert", source, "--to", "mlx"]):
+        code, _, err = call(capsys, *verb, "-o", tmp_path / "link", "--force")
+        assert (code, "is a symbolic link" in err) == (3, True)
+    assert not list((tmp_path / "elsewhere").iterdir())

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from factories import low_rank_update, orthonormal
+from safetensors.numpy import save_file
 
 from lora_analysis import effective_update, start_from_base
 from lora_analysis.adapter import DenseUpdate, LowRankUpdate
 from lora_analysis.bases import open_base
+from lora_analysis.cli import run
 from lora_analysis.errors import (
     DegenerateSubspaceError,
     IncompatibleError,
@@ -118,3 +124,71 @@ def test_what_is_not_defined_or_does_not_fit_is_refused(
     ]:
         with pytest.raises(kind, match=told):
             attempt()
+
+
+def stored_with_base(
+    folder: Path, rng: np.random.Generator, **config: object
+) -> tuple[Path, Path, dict[str, np.ndarray]]:
+    """An adapter of one module in PEFT's layout, its base, and all arrays by name."""
+    arrays = {
+        "W": rng.standard_normal((24, 20)).astype(np.float32),
+        "A": rng.standard_normal((2, 20)).astype(np.float32),
+        "B": rng.standard_normal((24, 2)).astype(np.float32),
+        "m": rng.uniform(1, 2, 24).astype(np.float32),
+    }
+    adapter, base = folder / "adapter", folder / "model.safetensors"
+    adapter.mkdir()
+    key = "base_model.model.layers.0.q_proj"
+    tensors = {f"{key}.lora_{role}.weight": arrays[role] for role in "AB"}
+    if config.get("use_dora"):
+        tensors[f"{key}.lora_magnitude_vector"] = arrays["m"]
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    save_file({"layers.0.q_proj.weight": arrays["W"]}, base)
+    document = {"peft_type": "LORA", "r": 2, "lora_alpha": 4} | config
+    (adapter / "adapter_config.json").write_text(json.dumps(document))
+    return adapter, base, {name: one.astype(np.float64) for name, one in arrays.items()}
+
+
+def inspected(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    capsys.readouterr()
+    assert run([str(one) for one in ("inspect", *arguments, "--format", "json")]) == 0
+    return json.loads(capsys.readouterr().out)["adapters"][0]  # type: ignore[no-any-return]
+
+
+def test_the_command_line_gives_doras_whole_change(
+    tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, base, a = stored_with_base(tmp_path, rng, use_dora=True)
+    V = a["W"] + 2 * a["B"] @ a["A"]
+    whole = a["m"][:, None] * V / np.linalg.norm(V, axis=1, keepdims=True) - a["W"]
+    found = inspected(capsys, adapter, "--trained-on", base)
+    np.testing.assert_allclose(
+        found["modules"][0]["singular_values"], np.linalg.svd(whole)[1], rtol=1e-6
+    )
+    assert "worked out of" in found["findings"][-1]
+    plain = inspected(capsys, adapter)
+    assert "low-rank part" in plain["findings"][0]
+    assert plain["modules"][0]["rank"] == 2
+
+
+def test_the_command_line_takes_pissas_start_from_the_base(
+    tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, base, a = stored_with_base(tmp_path, rng, init_lora_weights="pissa")
+    assert run(["inspect", str(adapter)]) == 3
+    assert "--trained-on BASE" in capsys.readouterr().err
+    found = inspected(capsys, adapter, "--trained-on", base)
+    U, S, Vh = np.linalg.svd(a["W"])
+    whole = 2 * a["B"] @ a["A"] - (U[:, :2] * S[:2]) @ Vh[:2]
+    np.testing.assert_allclose(
+        found["modules"][0]["singular_values"], np.linalg.svd(whole)[1][:4], rtol=1e-5
+    )
+
+
+def test_a_base_that_does_not_fit_is_one_line(
+    tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, base, _ = stored_with_base(tmp_path, rng, use_dora=True)
+    save_file({"layers.0.q_proj.weight": np.ones((24, 21), np.float32)}, base)
+    assert run(["inspect", str(adapter), "--trained-on", str(base)]) == 3
+    assert "(24, 21)" in capsys.readouterr().err

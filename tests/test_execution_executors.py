@@ -11,6 +11,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import executor_work as work
 import pytest
@@ -226,6 +227,18 @@ def test_a_missing_ray_is_said_with_what_to_install(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"pip install 'lora-analysis\[ray\]'"):
         RayExecutor()
+
+
+def test_a_cluster_that_cannot_be_reached_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        message = "no route to head:6379"
+        raise ConnectionError(message)
+
+    ray = SimpleNamespace(init=refuse, is_initialized=lambda: False, exceptions=None)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray.exceptions", ray)
+    with pytest.raises(InputError, match=r"cluster at head:6379: no route .*RAY_AUTH_TOKEN"):
+        list(RayExecutor(address="head:6379").map(work.square, [1]))
 
 
 @executors_with_workers

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from factories import orthonormal
 from reference import assert_close, dense_svd
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from lora_analysis import extract, open_base, read_update, write_adapter
+from lora_analysis import extract, open_base, read_adapter, read_update, write_adapter
 from lora_analysis.adapter import DenseUpdate
 from lora_analysis.errors import BaseWeightError, InputError
 from lora_analysis.similarity import subspace_similarity
@@ -230,3 +230,30 @@ def test_an_extracted_lora_of_full_rank_has_the_logits_of_the_fine_tune(
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, tuned(ids).logits, rtol=1e-4, atol=1e-5)
         assert (loaded(ids).logits - base(ids).logits).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(("kernel", "inputs"), [((3, 3), 4), ((1, 1), 6), ((5,), 2)])
+def test_convolutions_are_part_of_a_fine_tune(
+    rng: np.random.Generator, tmp_path: Path, kernel: tuple[int, ...], inputs: int
+) -> None:
+    shape = (6, inputs, *kernel)
+    base = {"conv.weight": rng.standard_normal(shape).astype(np.float32)}
+    step = rng.standard_normal(shape).astype(np.float32)
+    places = [tmp_path / name for name in ("base.safetensors", "tuned.safetensors")]
+    for place, tensor in zip(
+        places, (base["conv.weight"], base["conv.weight"] + step), strict=True
+    ):
+        save_file({"conv.weight": tensor}, place)
+    update = read_update(places[1], places[0])
+    one = update["conv"]
+    assert isinstance(one, DenseUpdate)
+    assert (one.layout, one.kernel) == ("conv", kernel)
+    assert_close(one.delta_weight(), step.reshape(6, -1), atol=1e-6)
+    small = extract(places[1], places[0], rank=2).adapter
+    folder = write_adapter(small, tmp_path / "lora")
+    back = read_adapter(folder)["conv"]
+    U, S, V = np.linalg.svd(step.reshape(6, -1).astype(float), full_matrices=False)
+    assert_close(back.delta_weight(), (U[:, :2] * S[:2]) @ V[:2], atol=1e-5)
+    assert load_file(folder / "adapter_model.safetensors")[
+        "base_model.model.conv.lora_A.weight"
+    ].shape == (2, inputs, *kernel)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from image_files import Tensors, kohya_linear, lora_pair, normal, stored
 
+from lora_analysis import open_base, start_from_base
 from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.errors import MalformedFileError, UnsupportedMethodError
 from lora_analysis.formats import find_adapters, read_adapter
@@ -227,7 +228,11 @@ def test_dora_and_biases_are_told(tmp_path: Path, rng: np.random.Generator) -> N
             MalformedFileError,
             "alpha_pattern in 'lora_adapter_metadata'",
         ),
-        ('{"unet.init_lora_weights": "pissa_niter_4"}', UnsupportedMethodError, "PiSSA changes"),
+        (
+            '{"unet.init_lora_weights": "pissa_niter_4"}',
+            UnsupportedMethodError,
+            "PiSSA starts from",
+        ),
     ],
 )
 def test_metadata_that_cannot_be_believed_is_refused(
@@ -300,3 +305,35 @@ def test_what_diffusers_saves_reads_with_pefts_delta_weight(tmp_path: Path) -> N
     for name, layer in layers.items():
         delta = layer.get_delta_weight("default").detach().numpy()
         np.testing.assert_allclose(adapter[name].delta_weight(), delta, rtol=1e-5, atol=1e-6)
+
+
+def test_a_start_that_was_taken_out_of_the_base_is_subtracted(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    unet, text = "unet.mid.attn1.to_q", "text_encoder.layers.0.q_proj"
+    parts = {"unet": {"lora_alpha": 4, "init_lora_weights": "pissa"}}
+    said = metadata(**parts, text_encoder={"lora_alpha": 4})
+    tensors = peft_keys(rng, unet) | peft_keys(rng, text)
+    trained = stored(tmp_path / "trained.safetensors", tensors, said)
+    with pytest.raises(UnsupportedMethodError, match=r"PiSSA starts from .*--trained-on BASE"):
+        read_adapter(trained)
+    before = peft_keys(rng, unet)
+    first = stored(tmp_path / "first.safetensors", before, said)
+    adapter = read_adapter(trained, initial=first)
+    assert adapter.provenance.findings[-1].endswith("ΔW has rank 2r.")
+
+    def product(of: Tensors, stem: str) -> np.ndarray:
+        a, b = (of[f"{stem}.lora_{role}.weight"].astype(float) for role in "AB")
+        return 2 * b @ a
+
+    found = adapter[unet].delta_weight()
+    np.testing.assert_allclose(found, product(tensors, unet) - product(before, unet), rtol=1e-6)
+    np.testing.assert_allclose(adapter[text].delta_weight(), product(tensors, text), rtol=1e-6)
+    W = rng.standard_normal((6, 5)).astype(np.float32)
+    worked_out = read_adapter(trained, initial=start_from_base(open_base({unet: W})))
+    U, S, V = np.linalg.svd(W.astype(float))
+    wanted = product(tensors, unet) - (U[:, :2] * S[:2]) @ V[:2]
+    np.testing.assert_allclose(worked_out[unet].delta_weight(), wanted, rtol=1e-5)
+    other = stored(tmp_path / "other.safetensors", peft_keys(rng, unet, rank=3), said)
+    with pytest.raises(MalformedFileError, match=r"must have rank 2 and shape .*of one run\?"):
+        _ = read_adapter(trained, initial=other)[unet]

@@ -238,3 +238,48 @@ def test_models_and_other_adapters_are_refused(
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(MalformedFileError):
         read_adapter(path)
+
+
+GPT2 = {"blk.0.attn_qkv": (24, 8), "blk.0.attn_output": (8, 8), "blk.0.ffn_down": (8, 32)}
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_gpt2s_factors_are_read_as_the_model_has_them_whichever_way_they_lie(
+    written: Callable[..., Path],
+    factors: dict[str, tuple[np.ndarray, np.ndarray]],
+    rng: np.random.Generator,
+    turned: bool,
+) -> None:
+    """llama.cpp's converter turns GPT-2's weights, and the factors with them; ours does not."""
+    factors.clear()
+    for name, (d_out, d_in) in GPT2.items():
+        a, b = rng.standard_normal((2, d_in)), rng.standard_normal((d_out, 2))
+        factors[name] = (a, b)
+    kept = dict(factors)
+    if turned:
+        factors.update({name: (b.T, a.T) for name, (a, b) in kept.items()})
+    adapter = read_adapter(written("gpt2", alpha=2.0, dtype=np.float64))
+    for name, module in (
+        ("blk.0.attn_qkv", "transformer.h.0.attn.c_attn"),
+        ("blk.0.attn_output", "transformer.h.0.attn.c_proj"),
+        ("blk.0.ffn_down", "transformer.h.0.mlp.c_proj"),
+    ):
+        a, b = kept[name]
+        np.testing.assert_allclose(adapter[module].delta_weight(), b @ a, atol=1e-12)
+    said = "A and B are taken for each other" in " ".join(adapter.provenance.findings)
+    assert said == turned
+
+
+def test_gpt2s_square_matrices_alone_leave_the_sides_open(
+    written: Callable[..., Path],
+    factors: dict[str, tuple[np.ndarray, np.ndarray]],
+    rng: np.random.Generator,
+) -> None:
+    factors.clear()
+    square = (rng.standard_normal((2, 8)), rng.standard_normal((8, 2)))
+    factors["blk.0.attn_output"] = square
+    assert "may be exchanged" in read_adapter(written("gpt2")).provenance.findings[0]
+    factors["blk.0.ffn_up"] = (rng.standard_normal((2, 8)), rng.standard_normal((32, 2)))
+    factors["blk.1.ffn_up"] = (rng.standard_normal((2, 32)), rng.standard_normal((8, 2)))
+    with pytest.raises(MalformedFileError, match="some factors of GPT-2 lie transposed"):
+        read_adapter(written("gpt2"))

@@ -301,7 +301,7 @@ def test_factors_are_read_when_asked_for_and_not_before(
     adapter = read_adapter(folder)
     (folder / "adapter_model.safetensors").unlink()
     assert list(adapter) == ["layers.0.q", "layers.1.q"]
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(SourceError, match="cannot be read: No such file"):
         adapter["layers.1.q"]
 
 

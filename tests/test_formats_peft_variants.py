@@ -494,11 +494,28 @@ def test_what_peft_cannot_load_again_is_not_written(tmp_path: Path) -> None:
     lora(["proj"], kasa_config=peft.KasaConfig()).save_pretrained(tmp_path / "kasa")
     with pytest.raises(UnsupportedMethodError, match="part of KaSA"):
         write_adapter(read_adapter(tmp_path / "kasa"), tmp_path / "out")
-    config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"])
-    randomise(get_peft_model(Layers(turned=False), config)).save_pretrained(tmp_path / "experts")
-    with pytest.raises(UnsupportedMethodError, match=r"one member of '.*experts\.down_proj\[0\]'"):
-        write_adapter(read_adapter(tmp_path / "experts"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("targets", [["down_proj"], ["gate_up_proj", "down_proj"]])
+def test_experts_are_written_back_as_peft_stored_them(
+    tmp_path: Path, targets: list[str], turned: bool
+) -> None:
+    from safetensors.numpy import load_file
+
+    named = [f"experts.{name}" for name in targets]
+    config = LoraConfig(
+        r=2, target_modules=[], target_parameters=named, rank_pattern={"experts.down_proj": 3}
+    )
+    randomise(get_peft_model(Layers(turned=turned), config)).save_pretrained(tmp_path / "theirs")
+    write_adapter(read_adapter(tmp_path / "theirs"), tmp_path / "ours")
+    theirs, ours = (
+        load_file(tmp_path / f / "adapter_model.safetensors") for f in ("theirs", "ours")
+    )
+    assert theirs.keys() == ours.keys()
+    for key, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[key], tensor)
 
 
 @pytest.mark.parametrize(

@@ -338,6 +338,24 @@ def test_nemos_fused_rows_are_taken_apart_by_groups_of_heads(tmp_path: Path) -> 
         read(tmp_path / "m.pt", heads=(5, 5))
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_nemos_gate_and_up_are_split_where_they_lie_whole(tmp_path: Path, parts: int) -> None:
+    a, gate, up = random(2, 6), random(8, 2), random(8, 2)
+    key = "model.decoder.layers.0.mlp.linear_fc1.adapter"
+    tensors = {f"{key}.linear_in.weight": a, f"{key}.linear_out.weight": torch.cat([gate, up])}
+    torch.save(tensors, tmp_path / "model_weights.ckpt")
+    (tmp_path / "model_config.yaml").write_text(
+        f"tensor_model_parallel_size: {parts}\nffn_hidden_size: 8\npeft:\n  alpha: 4\n"
+    )
+    adapter = read(tmp_path / "model_weights.ckpt")
+    if parts == 1:
+        assert_delta(adapter, "model.layers.0.mlp.gate_proj", 2 * gate @ a)
+        assert_delta(adapter, "model.layers.0.mlp.up_proj", 2 * up @ a)
+        assert adapter.provenance.findings == ()
+    else:
+        assert list(adapter) == ["model.layers.0.mlp.linear_fc1"]
+
+
 def test_nemos_archive_is_refused_with_what_to_do(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "lora.nemo", "w") as archive:
         archive.add(__file__, "model_config.yaml")
@@ -423,3 +441,45 @@ def test_a_module_with_one_factor_is_refused_whatever_the_trainer(tmp_path: Path
     torch.save({key: random(2, 4)}, tmp_path / "m.pt")
     with pytest.raises(InputError, match=r"has '.*' but no '"):
         read(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("where", ["mp_rank_00/model_weights.ckpt", "mp_rank_00_model_states.pt"])
+def test_a_part_of_a_tensor_parallel_training_is_refused(tmp_path: Path, where: str) -> None:
+    """Half of B's rows would pass for a smaller adapter."""
+    path = tmp_path / where
+    path.parent.mkdir(exist_ok=True)
+    if where.endswith(".ckpt"):
+        key = "model.decoder.layers.0.mlp.linear_fc2.adapter.linear_"
+        tensors = {f"{key}in.weight": random(2, 6), f"{key}out.weight": random(5, 2)}
+    else:
+        tensors = {
+            f"module.{PEFT_KEY}.lora_A.default.weight": random(2, 6),
+            f"module.{PEFT_KEY}.lora_B.default.weight": random(5, 2),
+        }
+    torch.save(tensors, path)
+    assert len(read(path, scale=1)) == 1
+    other = tmp_path / where.replace("00", "01")
+    other.parent.mkdir(exist_ok=True)
+    torch.save(tensors, other)
+    with pytest.raises(UnsupportedMethodError, match=r"one of 2 parts .* \(beside it: mp_rank_01"):
+        read(path, scale=1)
+
+
+def test_ms_swifts_own_tuners_are_read_as_pefts(tmp_path: Path) -> None:
+    """Its LoRAConfig extends PEFT's; keys keep the adapter's name and have no prefix."""
+    key = "model.layers.0.self_attn.q_proj"
+    tensors = {
+        f"{key}.lora_A.default.weight": random(2, 6),
+        f"{key}.lora_B.default.weight": random(5, 2),
+    }
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    config = {"swift_type": "LORA", "r": 2, "lora_alpha": 8, "use_qa_lora": False}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    adapter = read(tmp_path)
+    a, b = tensors.values()
+    assert_delta(adapter, key, 4 * b @ a)
+    assert set(adapter.provenance.scale_origin.values()) == {"config"}
+    for changed, said in (({"swift_type": "REFT"}, "'REFT'"), ({"use_qa_lora": True}, "QA-LoRA")):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | changed))
+        with pytest.raises(UnsupportedMethodError, match=said):
+            read(tmp_path)

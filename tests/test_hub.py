@@ -310,6 +310,53 @@ def test_a_base_is_opened_from_a_hub_by_its_index(hub: FakeHub, rng: np.random.G
     assert hub.fetched() == set(files)
 
 
+@pytest.mark.parametrize("gives_parts", [True, False])
+def test_only_the_shards_that_are_read_are_fetched(
+    hub: FakeHub, rng: np.random.Generator, gives_parts: bool
+) -> None:
+    weights, files = sharded(rng)
+    hub.commit("org/base", files)
+    hub.gives_parts = gives_parts
+    base = open_base("org/base")
+    shards = set(SHARDS.values())
+    weight = base.weight("layers.1.q_proj")
+    assert hub.fetched() & shards == (set() if gives_parts else shards)
+    assert_close(weight.array(), weights["layers.1.q_proj.weight"])
+    assert_close(weight.array(), weights["layers.1.q_proj.weight"])
+    assert hub.fetched() & shards == ({"two.safetensors"} if gives_parts else shards)
+    again = open_base("org/base")  # one shard is in the cache, the other is not
+    for name, W in weights.items():
+        assert_close(again.stored_tensor(name), W)
+
+
+def test_a_shard_is_not_asked_for_where_the_hub_may_not_be(
+    hub: FakeHub, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, files = sharded(rng)
+    hub.commit("org/base", files)
+    base = open_base("org/base")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SourceError, match="HF_HUB_OFFLINE is set") as caught:
+        base.weight("layers.1.q_proj").array()
+    assert str(tmp_path) not in str(caught.value)
+    with pytest.raises(SourceError, match="HF_HUB_OFFLINE is set"):
+        open_base("org/base")
+
+
+def test_a_shard_that_lacks_what_the_index_says_is_refused(
+    hub: FakeHub, rng: np.random.Generator
+) -> None:
+    _, files = sharded(rng)
+    files["two.safetensors"] = files["one.safetensors"]
+    hub.commit("org/base", files)
+    with pytest.raises(InputError, match=r"said to be in two\.safetensors, which"):
+        open_base("org/base")
+    files["two.safetensors"] = b"half"
+    hub.commit("org/cut", files)
+    with pytest.raises(InputError, match="4 bytes are too few"):
+        open_base("org/cut")
+
+
 def test_a_base_of_one_file_or_in_a_sub_folder_is_opened(
     hub: FakeHub, rng: np.random.Generator
 ) -> None:
@@ -361,6 +408,37 @@ def test_an_adapter_is_not_taken_for_a_base(
     with pytest.raises(SourceError, match="looks like an adapter's folder") as caught:
         open_base("o/n")
     assert str(tmp_path) not in str(caught.value)
+
+
+def test_errors_about_values_name_the_address_and_not_the_cache(
+    hub: FakeHub, stored: dict[str, bytes], rng: np.random.Generator, tmp_path: Path
+) -> None:
+    weights, files = sharded(rng)
+    hub.commit("org/base", files)
+    base = open_base("org/base")
+    weight = base.weight(next(iter(weights)).removesuffix(".weight"))
+    weight.array()
+    for shard in base.snapshot.path.glob("*.safetensors"):  # type: ignore[union-attr]
+        shard.resolve().write_bytes(b"cut")
+    with pytest.raises(InputError, match=r"hf://org/base@\w+/.*file now has 3") as caught:
+        weight.array()
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_an_initial_adapter_comes_from_a_hub_and_its_errors_say_so(
+    hub: FakeHub, stored: dict[str, bytes], tmp_path: Path
+) -> None:
+    config = json.loads(stored["adapter_config.json"]) | {"init_lora_weights": "pissa"}
+    own = tmp_path / "stored"
+    (own / "adapter_config.json").write_text(json.dumps(config))
+    hub.commit("me/start", stored)
+    trained = read_adapter(own, initial="hf://me/start")
+    name = next(iter(trained))
+    assert np.abs(trained[name].delta_weight()).max() < 1e-6  # nothing was trained
+    hub.commit("me/none", {"config.json": b"{}", "other.safetensors": save({})})
+    with pytest.raises(InputError, match=r"hf://me/none@\w+: no adapter") as caught:
+        read_adapter(own, initial="me/none")
+    assert str(tmp_path / "cache") not in str(caught.value)
 
 
 # --- the command line -------------------------------------------------------------------------

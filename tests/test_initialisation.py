@@ -424,3 +424,19 @@ def test_a_start_of_another_shape_is_refused(rng):
     update = low_rank_update(rng, rank=3)
     with pytest.raises(IncompatibleError, match=r"initial A .* is \(2, 20\), the trained one"):
         drift(update, update.A[:2])
+
+
+@pytest.mark.parametrize("random", ["A", "B"])
+def test_of_an_embedding_the_factor_that_starts_at_random_is_judged(rng, random):
+    """PEFT draws an embedding's B, mlx-lm its A; the other starts at zero and is learned."""
+    first = kaiming(rng, 4, D)
+    one, two = (trained(rng, first) for _ in range(2))
+    if random == "B":
+        one, two = (replace(update, A=update.B.T, B=update.A.T) for update in (one, two))
+    one, two = (replace(update, layout="embedding") for update in (one, two))
+    found = module_start(one, two)
+    assert found.shared
+    assert found.row_cosine > 0.9
+    assert abs(found.other_cosine) < 0.4
+    other = trained(rng, kaiming(rng, 4, D))
+    assert not module_start(one, replace(other, layout="embedding")).shared

@@ -147,3 +147,14 @@ def test_runs_are_told_with_the_smallest_p_there_is(sweep: list[Adapter]) -> Non
     assert "p = 0.33; the smallest that so few runs allow is 0.33" in said[0].text
     assert "With more runs it could say more." in said[0].text
     assert said[0].values["within"] > said[0].values["between"]  # type: ignore[operator]
+
+
+def test_norms_of_other_bases_modules_or_steps_are_no_measure(rng: np.random.Generator) -> None:
+    def of(label: str, factor: float, **facts: object) -> Adapter:
+        return scaled(adapter(rng), label, factor, **facts)
+
+    small = [of(f"s{n}", 0.01, base_model="one") for n in range(3)]
+    steps = [of(f"t{n}", 0.01, base_model="two", task="t", seed=0, step=n) for n in (1, 2)]
+    last = of("last", 1.0, base_model="two", task="t", seed=0, step=3)
+    said = findings(study([*small, of("other", 1.0, base_model="two"), *steps, last]))
+    assert "diverged" not in {one.topic for one in said}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from lora_analysis.adapter import Layout
     from lora_analysis.bases.weights import Weight
 
     # The error says why a weight has no counterpart.
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 _TABLES: Final = frozenset({"wte", "wpe", "shared", "relative_attention_bias"})
 _NO_TABLES: Final = frozenset({"embed_out"})
 _LISTED: Final = 6
+# Those of the channels, and up to three of the kernel.
+_CONV_AXES: Final = 5
 
 
 def read_update(
@@ -68,7 +71,7 @@ def read_update(
     Adapter
         Of dense updates, for every metric and for :func:`lora_analysis.resize_adapter`. Weights
         that are identical in both are left out. Their number, weights without a counterpart, and
-        other tensors that differ (biases, norms, convolutions) are in ``provenance.findings``.
+        other tensors that differ (biases, norms, stacks of experts) are in ``provenance.findings``.
 
     Raises
     ------
@@ -127,7 +130,7 @@ def _opened(model: Any) -> BaseWeights:
 
 def _chosen(new: BaseWeights, modules: str | Sequence[str] | None, label: str) -> list[str]:
     """Return the modules of the tuned model that have a matrix, of which the caller means some."""
-    matrices = (name for name in new.names if len(new.stored_shape(name)) == 2)
+    matrices = (name for name in new.names if _is_matrix(name, new.stored_shape(name)))
     names = list(dict.fromkeys(filter(None, map(module_of, matrices))))
     chosen = choose_names(names, modules)
     if not chosen:
@@ -135,6 +138,17 @@ def _chosen(new: BaseWeights, modules: str | Sequence[str] | None, label: str) -
         message = f"{label} {what}; it has {len(new.names)} tensors."
         raise InputError(message)
     return chosen
+
+
+def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Say whether a tensor is a matrix, or kernels, which are one once flattened."""
+    return len(shape) == 2 or _kernel(name, shape) != ()
+
+
+def _kernel(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the kernel of a convolution's weight, empty for others: a stack's has no ".weight"."""
+    is_conv = name.endswith(".weight") and 2 < len(shape) <= _CONV_AXES and 0 not in shape
+    return shape[2:] if is_conv else ()
 
 
 def _pair(
@@ -169,6 +183,7 @@ def _difference(
 ) -> DenseUpdate:
     one, other = _pair(new, old, module, transposed)
     table = _is_table(module)
+    kernel = _kernel(one.name, new.stored_shape(one.name)) if one.name in new.names else ()
     delta = _subtracted(one, other)
     return DenseUpdate(
         name=module,
@@ -176,8 +191,17 @@ def _difference(
         delta=delta.T if table else delta,
         stored_dtype=one.stored_dtype,
         label=label,
-        layout="embedding" if table else "conv1d" if one.transposed else "linear",
+        layout=_layout(module, one, kernel),
+        kernel=kernel,
     )
+
+
+def _layout(module: str, weight: Weight, kernel: tuple[int, ...]) -> Layout:
+    if kernel:
+        return "conv"
+    if _is_table(module):
+        return "embedding"
+    return "conv1d" if weight.transposed else "linear"
 
 
 def _subtracted(one: Weight, other: Weight) -> NDArray[np.float32]:
@@ -200,7 +224,7 @@ def _others(new: BaseWeights, old: BaseWeights) -> list[str]:
         name
         for name in new.names
         if name in there
-        and len(shape := new.stored_shape(name)) != 2
+        and not _is_matrix(name, shape := new.stored_shape(name))
         and shape == old.stored_shape(name)
         and not np.array_equal(new.stored_tensor(name), old.stored_tensor(name))
     ]
@@ -221,7 +245,7 @@ def _findings(outcomes: Mapping[str, Outcome], others: Sequence[str], base: str)
         )
     if others:
         yield (
-            f"{len(others)} tensors that are no matrices (biases, norms, convolutions) differ too "
+            f"{len(others)} tensors that are no matrices (biases, norms, stacks) differ too "
             f"and are not part of the update: {_listed(others)}."
         )
 

@@ -42,6 +42,8 @@ _CODES: Final = {
     "Q8_0": (2, 34, 1), "Q2_K": (16, 80, 0x55), "Q3_K": (32, 96, 0x55), "Q4_K": (16, 144, 0x11),
     "Q5_K": (48, 176, 0x11), "Q6_K": (0, 128, 0x11), "TQ2_0": (0, 64, 0x55),
 }  # fmt: skip
+# TQ1_0 packs five ternary digits into a byte: 0xFF makes each 2, which is two steps.
+_TERNARY: Final = ("TQ1_0", (0, 52, 0xFF), 2)
 # The same for types whose 4-bit codes stand for unequal levels (``kvalues`` in the library).
 _LEVELS: Final = {"IQ4_NL": (2, 18), "IQ4_XS": (8, 136), "MXFP4": (1, 17), "NVFP4": (4, 36)}
 
@@ -123,7 +125,8 @@ class GGUFTensors:
         kind = self._file.tensors[name].kind
         if kind in _LEVELS:
             return self._decoded(name, index, self._level_variances)
-        return self._decoded(name, index, self._variances) if kind in _CODES else None
+        known = kind in _CODES or kind == _TERNARY[0]
+        return self._decoded(name, index, self._variances) if known else None
 
     def read(self, name: str) -> NDArray[Any]:
         """Return a tensor of any shape, its rows in the order of the file."""
@@ -162,13 +165,15 @@ class GGUFTensors:
 
     def _variances(self, name: str, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return step²/12: the step is what adding one to every code adds to its value."""
-        start, stop, one = _CODES[self._file.tensors[name].kind]
+        ternary = self._file.tensors[name].kind == _TERNARY[0]
+        start, stop, one = _TERNARY[1] if ternary else _CODES[self._file.tensors[name].kind]
         width = _block_bytes(self._file.tensors[name].kind)
         blocks = rows.reshape(len(rows), -1, width).copy()
         blocks[:, :, start:stop] = 0
         zero = self._values(name, blocks.reshape(rows.shape))
         blocks[:, :, start:stop] = one
         steps = self._values(name, blocks.reshape(rows.shape)) - zero
+        steps /= _TERNARY[2] if ternary else 1
         return np.asarray(np.square(steps) / np.float32(12))
 
     def _level_variances(self, name: str, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -198,7 +203,7 @@ class GGUFTensors:
         if name.endswith("attn_k.weight"):
             heads = metadata.get(f"{self._arch}.attention.head_count_kv", heads)
         if isinstance(heads, list):  # a number for each block
-            block = int(name.split(".")[1])
+            block = int(name.split(".")[1]) if _has_block(name) else len(heads)
             heads = heads[block] if block < len(heads) else None
         if not isinstance(heads, int) or heads < 1 or height % (2 * heads):
             message = (
@@ -265,4 +270,5 @@ def _modules_of(gguf: Any, arch: str, names: Mapping[str, Any]) -> dict[str, lis
 
 
 def _has_block(name: str) -> bool:
-    return name.startswith("blk.") and name.split(".")[1].isdecimal()
+    number = name.split(".")[1] if name.startswith("blk.") else ""
+    return number.isdecimal() and len(number) < 5  # the library writes a table for each

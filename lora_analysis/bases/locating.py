@@ -15,9 +15,9 @@ from typing import Any, Final
 from lora_analysis.bases.fused import homes_of_part, parts_of_fused
 from lora_analysis.bases.naming import TensorNames, plain_name
 
-_EXPERT: Final = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
+_EXPERT: Final = re.compile(r"(.*\.experts)\.(\d{1,9})\.(\w+)")
 # "experts.gate_up_proj.3" and "experts.gate_up_proj[3]" are expert 3 of that parameter.
-_STACKED: Final = re.compile(r"(.*\.experts)\.(\w+)(?:\.(\d+)|\[(\d+)\])")
+_STACKED: Final = re.compile(r"(.*\.experts)\.(\w+)(?:\.(\d{1,9})|\[(\d{1,9})\])")
 _OF_GATE_UP: Final = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up"}
 _HEAD: Final = re.compile(
     r"output|(.*\.)?(lm_head|lm_head\.decoder|embed_out|output_layer|predictions\.decoder"

@@ -20,6 +20,9 @@ from lora_analysis.storage.tensors import open_tensors
 if TYPE_CHECKING:
     import os
 
+    from lora_analysis.storage.hub_names import Snapshot
+    from lora_analysis.storage.tensors import TensorFiles
+
 # In this order: a folder that holds a model twice is read without pickles.
 _NAMES: Final = (
     "model.safetensors",
@@ -74,13 +77,19 @@ def open_base(
         return _open_stored(path, allow_pickle=allow_pickle)
     snapshot = fetch_model(source, allow_pickle=allow_pickle)
     with shown_errors(snapshot):
-        base = _open_stored(snapshot.path, snapshot.name, allow_pickle=allow_pickle)
+        base = _open_stored(
+            snapshot.path, snapshot.name, allow_pickle=allow_pickle, snapshot=snapshot
+        )
     base.snapshot = snapshot
     return base
 
 
 def _open_stored(
-    path: Path, label: str | None = None, *, allow_pickle: bool = False
+    path: Path,
+    label: str | None = None,
+    *,
+    allow_pickle: bool = False,
+    snapshot: Snapshot | None = None,
 ) -> BaseWeights:
     folder = _snapshot(path) if path.is_dir() else path.parent
     file = _file_in(folder) if path.is_dir() else path
@@ -89,7 +98,12 @@ def _open_stored(
         from lora_analysis.bases.gguf import open_gguf
 
         return open_gguf(file, label)
-    files = open_tensors(_checked(file), allow_pickle=allow_pickle)
+    if snapshot is not None and file.name.endswith(f".safetensors{_INDEX}"):
+        from lora_analysis.storage.hub_shards import HubShards
+
+        files: TensorFiles = HubShards(file, snapshot)
+    else:
+        files = open_tensors(_checked(file), allow_pickle=allow_pickle)
     config = _config(file.with_name("config.json"))
     return BaseWeights(StoredTensors(files, label, config), label=label, config=config)
 

@@ -28,7 +28,9 @@ _DIFFUSERS: Final = re.compile(
     r"(|.*\.)(down_blocks|up_blocks|mid_block)\.(?:(\d+)\.)?"
     r"(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
 )
-_AUTHORS: Final = re.compile(r"(|.*\.)(input|output|middle)_blocks?\.(\d+)\.(?:(\d+)\.)?(.+)")
+_AUTHORS: Final = re.compile(
+    r"(|.*\.)(input|output|middle)_blocks?\.(\d{1,9})\.(?:(\d{1,9})\.)?(.+)"
+)
 
 
 def diffusers_name(name: str) -> str:

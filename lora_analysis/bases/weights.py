@@ -15,6 +15,8 @@ from lora_analysis.bases.naming import TensorNames, matrix_shape
 from lora_analysis.bases.orientation import is_transposed
 from lora_analysis.bases.pieces import Piece, Tiles, tiles_of
 from lora_analysis.errors import BaseWeightError
+from lora_analysis.storage.hub_names import shown_errors
+from lora_analysis.storage.limits import MAX_VALUE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -183,7 +185,8 @@ class BaseWeights:
 
     def stored_tensor(self, name: str) -> NDArray[Any]:
         """Return a tensor of any shape, as stored; :meth:`weight` is the way to a matrix."""
-        return self._source.read(name)
+        with shown_errors(self.snapshot):
+            return self._source.read(name)
 
     def weight(
         self,
@@ -245,23 +248,48 @@ class BaseWeights:
     ) -> Weight:
         source = self._source
         names = [_shown(piece, one) for piece, one in zip(pieces, located, strict=True)]
+        name = " + ".join(names)
         storages = dict.fromkeys(source.storage(piece.tensor) for piece in pieces)
         known = all(source.storage(piece.tensor) for piece in pieces)
 
         def errors() -> Tiles | None:
             if not known or any(source.squared_errors(p.tensor, p.index) is None for p in pieces):
                 return None
-            return tiles_of(pieces, source.squared_errors, transposed=transposed)  # type: ignore[arg-type]
+            found = tiles_of(pieces, source.squared_errors, transposed=transposed)  # type: ignore[arg-type]
+            return self._checked(name, found)
 
         return Weight(
-            " + ".join(names),
+            name,
             shape,
             source.dtype(pieces[0].tensor),
             transposed,
-            lambda: tiles_of(pieces, source.tiles, transposed=transposed),
+            lambda: self._checked(name, tiles_of(pieces, source.tiles, transposed=transposed)),
             " + ".join(storage for storage in storages if storage),
             errors,
         )
+
+    def _checked(self, name: str, tiles: Tiles) -> Tiles:
+        """Yield tiles whose numbers can be computed with; raise at the first that cannot.
+
+        An error names the address of a model from a hub, not its cache.
+        """
+        with shown_errors(self.snapshot):
+            for rows, columns, tile in tiles:
+                flat = tile.ravel(order="K")
+                with np.errstate(over="ignore", invalid="ignore"):
+                    square = float(np.vdot(flat, flat))  # one pass, where a look at each takes two
+                if not square <= MAX_VALUE**2:
+                    self._refuse(name, flat)
+                yield rows, columns, tile
+
+    def _refuse(self, name: str, values: NDArray[np.float32]) -> None:
+        lost = int(values.size - np.count_nonzero(np.isfinite(values)))
+        largest = float(np.abs(values).max())
+        if not lost and largest <= MAX_VALUE:
+            return
+        what = f"{lost:,} numbers that are not finite" if lost else f"a number of {largest:.3g}"
+        message = f"{self.label}: '{name}' holds {what}; nothing can be computed with it. Damaged?"
+        raise BaseWeightError(message)
 
     def _piece(
         self,
@@ -293,7 +321,7 @@ class BaseWeights:
             name,
             stored,
             asked=asked,
-            known=self._source.transposed(name),
+            known=self._known_orientation(name, located),
             model_type=self.model_type,
             shape=shape if alone else _shape_of_home(stored, shape),
             label=self.label,
@@ -301,6 +329,11 @@ class BaseWeights:
         d_out, d_in = stored[::-1] if turned else stored
         runs = self._runs(module, located, (d_out, d_in), shape)
         return Piece(name, located.index, runs), turned, d_in
+
+    def _known_orientation(self, name: str, located: Located) -> bool | None:
+        """Return what the source says; kernels lie output by output in every framework here."""
+        kernels = located.index is None and len(self._source.shape(name)) > 2
+        return False if kernels else self._source.transposed(name)
 
     def _runs(
         self,

@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 import click
 
 from lora_analysis import __version__
-from lora_analysis.errors import LoraAnalysisError, MissingExtraError
+from lora_analysis.cli.text import printable_lines
+from lora_analysis.errors import InputError, LoraAnalysisError
 
 # The help of the group needs one line per verb, and must not import what the verbs need.
 VERBS = {
@@ -107,7 +108,11 @@ def run(arguments: list[str] | None = None) -> int:
     except LoraAnalysisError as error:
         if "--debug" in given:
             raise
-        return _say(f"Error: {error}", 1 if isinstance(error, MissingExtraError) else 3)
+        return _say(f"Error: {error}", 3 if isinstance(error, InputError) else 1)
+    except OSError as error:
+        if "--debug" in given:
+            raise
+        return _say(f"Error: {error}", 1)
     except Exception as error:  # the last line of defence is the one place for it
         if "--debug" in given:
             raise
@@ -116,7 +121,7 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def _say(message: str, code: int) -> int:
-    click.echo(message, err=True)
+    click.echo(printable_lines(message), err=True)
     return code
 
 

@@ -15,6 +15,7 @@ from lora_analysis.cli.options import (
     transposed_option,
 )
 from lora_analysis.cli.show import decimals, print_json, print_table, print_text, records
+from lora_analysis.cli.text import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -110,7 +111,7 @@ def _amplifications(result: Study, label: str) -> pd.DataFrame:
     from lora_analysis.errors import InputError
 
     for reason in result.unmatched.values():
-        click.echo(f"Left out: {reason}", err=True)
+        click.echo(printable(f"Left out: {reason}"), err=True)
     table = result.amplifications
     if not table.empty:
         return table

@@ -8,6 +8,7 @@ import click
 
 from lora_analysis.cli.options import Reading, output_options, reading_options
 from lora_analysis.cli.show import decimals, print_facts, print_json, print_table
+from lora_analysis.cli.text import printable
 from lora_analysis.cli.writing import WrittenFormat, notes, output_place, refuse_occupied
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def command(
             }
         )
     elif form == "quiet":
-        click.echo(path)
+        click.echo(printable(str(path)))
     else:
         _print(adapter, errors, path, folded)
 

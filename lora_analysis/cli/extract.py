@@ -13,11 +13,9 @@ from lora_analysis.cli.options import (
     transposed_option,
 )
 from lora_analysis.cli.writing import (
-    WrittenFormat,
     one_size,
-    output_place,
     refuse_occupied,
-    size_options,
+    smaller_options,
     write_resized,
 )
 
@@ -28,9 +26,7 @@ if TYPE_CHECKING:
 @click.command(name="extract")
 @click.argument("tuned", metavar="TUNED")
 @click.option("--base", required=True, help="The weights that the fine-tune started from.")
-@size_options
-@output_place
-@click.option("--to", "kind", type=WrittenFormat(), default="peft", help="Format to write.")
+@smaller_options
 @modules_option
 @transposed_option
 @output_options

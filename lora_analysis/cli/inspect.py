@@ -19,6 +19,7 @@ from lora_analysis.cli.options import (
     say_left_out,
 )
 from lora_analysis.cli.show import decimals, print_facts, print_json, print_table, sparkline
+from lora_analysis.cli.text import printable
 
 if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter
@@ -61,7 +62,7 @@ def command(
         print_json({"adapters": documents, "failures": lost})
     elif form == "quiet":
         for one in documents:
-            click.echo(one["label"])
+            click.echo(printable(one["label"]))
     elif len(documents) + len(left_out) == 1:
         _print_one(documents[0], every=every)
     else:
@@ -90,7 +91,7 @@ def _describe(adapter: Adapter, pattern: str | None) -> dict[str, Any]:
         "scale_known": not any(one["in_units_of_scale"] for one in facts),
         "untrained_modules": sum(one["untrained"] for one in facts),
         "saved_modules": sorted(adapter.saved_modules),
-        "findings": list(source.findings),
+        "findings": [*source.findings, *(doubt for one in facts for doubt in one.pop("doubts"))],
         "modules": facts,
     }
 
@@ -111,6 +112,7 @@ def _chosen(adapter: Adapter, pattern: str | None) -> list[str]:
 
 def _module_facts(adapter: Adapter, name: str) -> dict[str, Any]:
     """Read one module and return what is said of it."""
+    from lora_analysis.formats.doubts import doubts
     from lora_analysis.patterns import module_type
     from lora_analysis.spectra import spectrum
 
@@ -135,6 +137,7 @@ def _module_facts(adapter: Adapter, name: str) -> dict[str, Any]:
         "stable_rank": value.stable_rank,
         "energy_rank_90": value.energy_rank(0.9),
         "singular_values": value.S,
+        "doubts": doubts(update),
     }
 
 
@@ -147,11 +150,13 @@ def _counted(values: list[Any]) -> str:
 
 
 def _scales(facts: list[dict[str, Any]]) -> str:
-    words = [
-        "unknown" if one["scale"] is None else f"{one['scale']:.4g} from {one['scale_origin']}"
-        for one in facts
-    ]
-    return _counted(words)
+    return _counted([_scale(one) for one in facts])
+
+
+def _scale(fact: dict[str, Any]) -> str:
+    if fact["scale"] is None:
+        return "unknown" if fact["in_units_of_scale"] else "1 (a dense update)"
+    return f"{fact['scale']:.4g} from {fact['scale_origin']}"
 
 
 def _unresolved(facts: list[dict[str, Any]]) -> list[str]:

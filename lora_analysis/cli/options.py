@@ -6,17 +6,19 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from lora_analysis.cli.text import printable
 from lora_analysis.errors import InputError, SourceError
 
 if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter
     from lora_analysis.bases import BaseWeights
     from lora_analysis.formats import AdapterRef
+    from lora_analysis.formats.initial import StartOf
     from lora_analysis.studies import ReadLater
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -49,9 +51,27 @@ class Reading:
     enable_lora: tuple[bool, ...] | None = None
     kernel: int | None = None
     heads: tuple[int, int] | None = None
+    trained_on: str | None = None
+    _opened: dict[str, BaseWeights] = field(default_factory=dict, repr=False, compare=False)
 
     def read(self, source: str | AdapterRef) -> Adapter:
-        """Read the one adapter at ``source``."""
+        """Read the one adapter at ``source``, with the change it makes where the base is named."""
+        from lora_analysis.errors import UnsupportedMethodError
+
+        base = self.open_base(self.trained_on)
+        if base is None:
+            return self._read(source, self.initial)
+        from lora_analysis.effective import effective_adapter, start_from_base
+
+        try:
+            adapter = self._read(source, self.initial)
+        except UnsupportedMethodError:
+            if self.initial is not None:
+                raise
+            adapter = self._read(source, start_from_base(base))
+        return effective_adapter(adapter, base)
+
+    def _read(self, source: str | AdapterRef, initial: str | StartOf | None) -> Adapter:
         from lora_analysis.formats import read_adapter
 
         return read_adapter(
@@ -60,17 +80,24 @@ class Reading:
             scale=self.scale,
             alpha=self.alpha,
             allow_pickle=self.allow_pickle,
-            initial=self.initial,
+            initial=initial,
             enable_lora=self.enable_lora,
             kernel=self.kernel,
             heads=self.heads,
         )
 
     def open_base(self, source: str | None) -> BaseWeights | None:
-        """Open the base at ``source``, as pickles where these are allowed; None without one."""
+        """Open the base at ``source``, once for all adapters; None without one.
+
+        Pickles are read where they are allowed.
+        """
         from lora_analysis.bases import open_base
 
-        return None if source is None else open_base(source, allow_pickle=self.allow_pickle)
+        if source is None:
+            return None
+        if source not in self._opened:
+            self._opened[source] = open_base(source, allow_pickle=self.allow_pickle)
+        return self._opened[source]
 
     def find(self, sources: Iterable[str], left_out: list[LeftOut]) -> list[AdapterRef]:
         """Return every adapter found at the sources; a source without one is left out."""
@@ -147,7 +174,7 @@ def say_left_out(left_out: list[LeftOut], *, some: bool) -> None:
     if len(left_out) == 1 and not some:
         raise left_out[0].error
     for one in left_out:
-        click.echo(f"Left out: {one}", err=True)
+        click.echo(printable(f"Left out: {one}"), err=True)
     if not some:
         message = f"None of the {len(left_out)} adapters and sources can be used."
         raise SourceError(message)
@@ -183,6 +210,7 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
         enable_lora: Any,
         kernel: Any,
         heads: Any,
+        trained_on: Any,
         **others: Any,
     ) -> Any:
         if scale is not None and alpha is not None:
@@ -197,15 +225,22 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
             enable_lora=enable_lora,
             kernel=kernel,
             heads=heads,
+            trained_on=trained_on,
         )
         return command(*args, reading=reading, **others)
 
+    wrapped = click.option(
+        "--trained-on",
+        metavar="BASE",
+        help="The base weights that training started from: the update is then the whole change of "
+        "the weight (DoRA, KaSA), and a start that was taken out of them is known (PiSSA, OLoRA).",
+    )(_structure_options(with_reading))
     wrapped = click.option(
         "--initial",
         metavar="SOURCE",
         help="The adapter before training, where its product was taken out of the base (PiSSA, "
         "OLoRA, CorDA, LoRA-GA).",
-    )(_structure_options(with_reading))
+    )(wrapped)
     wrapped = click.option(
         "--allow-pickle",
         is_flag=True,

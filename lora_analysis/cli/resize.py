@@ -8,11 +8,9 @@ import click
 
 from lora_analysis.cli.options import Reading, output_options, progress_bar, reading_options
 from lora_analysis.cli.writing import (
-    WrittenFormat,
     one_size,
-    output_place,
     refuse_occupied,
-    size_options,
+    smaller_options,
     write_resized,
 )
 
@@ -22,9 +20,7 @@ if TYPE_CHECKING:
 
 @click.command(name="resize")
 @click.argument("source", metavar="SOURCE")
-@size_options
-@output_place
-@click.option("--to", "kind", type=WrittenFormat(), default="peft", help="Format to write.")
+@smaller_options
 @reading_options
 @output_options
 def command(

@@ -16,6 +16,8 @@ from unicodedata import combining, east_asian_width
 
 import click
 
+from lora_analysis.cli.text import json_for_terminals, printable
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -32,7 +34,8 @@ def print_json(document: Mapping[str, Any]) -> None:
     clean = {"schema_version": SCHEMA_VERSION, **_clean(document, "$", undefined)}
     if undefined:
         clean["undefined"] = dict.fromkeys(undefined, "not defined or not known")
-    click.echo(json.dumps(clean, indent=2, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(clean, indent=2, ensure_ascii=False, allow_nan=False)
+    click.echo(json_for_terminals(text))
 
 
 def _clean(value: Any, path: str, undefined: list[str]) -> Any:
@@ -76,14 +79,14 @@ def print_table(
     share (unless ``cut_names`` is false), and the columns move together.
     """
     width = page_width()
-    body = [[str(cell) for cell in row] for row in rows]
-    last = [[str(cell) for cell in footer]] if footer else []
+    body = [[printable(str(cell)) for cell in row] for row in rows]
+    last = [[printable(str(cell)) for cell in footer]] if footer else []
     start = _common_start(body) if cut_names else ""
     if start and _width([columns, *body, *last]) > width:
         body = [[row[0].removeprefix(start), *row[1:]] for row in body]
         title = ", ".join(filter(None, (title, f"names without '{start}'")))
     if title:
-        click.echo(title)
+        click.echo(printable(title))
     table = [list(columns), *body, *last]
     fits = _width(table) <= width
     if fits and _is_plain(table):
@@ -156,7 +159,7 @@ def _common_start(rows: Sequence[Sequence[str]]) -> str:
 
 def print_text(text: str) -> None:
     """Print a paragraph, broken between words where the page ends."""
-    click.echo(click.wrap_text(text, width=page_width()))
+    click.echo(click.wrap_text(printable(text), width=page_width()))
 
 
 # Colour says what kind of sentence it is, which the first word says too.
@@ -178,10 +181,10 @@ def print_facts(facts: Iterable[tuple[str, object]]) -> None:
     for name, value in lines:
         first = f"{name:<{indent}}"
         if isinstance(value, Path):
-            click.echo(f"{first}{value}")  # to be copied: never broken
+            click.echo(f"{first}{printable(str(value))}")  # to be copied: never broken
             continue
         wrapped = textwrap.wrap(
-            str(value),
+            printable(str(value)),
             page_width(),
             initial_indent=first,
             subsequent_indent=" " * indent,

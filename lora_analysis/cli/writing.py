@@ -54,8 +54,12 @@ def output_place(command: Command) -> Command:
     )(command)
 
 
-def size_options(command: Command) -> Command:
-    """Add ``--rank``, ``--energy`` and ``--budget``; see `one_size`."""
+def smaller_options(command: Command) -> Command:
+    """Add the size (see `one_size`), where to write, and ``--to``."""
+    command = click.option(
+        "--to", "kind", type=WrittenFormat(), default="peft", help="Format to write."
+    )(command)
+    command = output_place(command)
     for option in (
         click.option(
             "--budget",
@@ -90,6 +94,9 @@ def one_size(**sizes: Any) -> dict[str, Any]:
 
 def refuse_occupied(output: Path, *, force: bool) -> None:
     """Raise where something lies at the output already and may not be written over."""
+    if output.is_symlink():
+        message = f"{output} is a symbolic link; nothing is written through one. Name its target."
+        raise SourceError(message)
     if force or not output.exists():
         return
     if output.is_dir() and not any(output.iterdir()):

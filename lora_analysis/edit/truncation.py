@@ -185,6 +185,7 @@ def from_directions(
         scale=scale,
         alpha=alpha,
         layout=update.layout,
+        kernel=update.kernel,
         label=update.label,
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from lora_analysis.errors import LoraAnalysisError, LostWorkerError, MissingExtraError
+from lora_analysis.errors import InputError, LoraAnalysisError, LostWorkerError, MissingExtraError
 from lora_analysis.execution.protocol import (
     Cell,
     Failed,
@@ -45,7 +45,8 @@ class RayExecutor:
     Raises
     ------
     MissingExtraError
-        Ray is not installed.
+        Ray is not installed. When the work begins, ``InputError`` where the cluster cannot be
+        reached.
 
     Notes
     -----
@@ -91,7 +92,15 @@ class RayExecutor:
         address = self.address or os.environ.get("RAY_ADDRESS")
         # A cluster of one's own has as many places as workers were asked for.
         own = {} if address else {"num_cpus": self.workers, "include_dashboard": False}
-        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
+        try:
+            ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            message = (
+                f"Cannot connect to a Ray cluster at {address or 'this machine'}: "
+                f"{_last_line(error)} Is it running, reachable from here, of the same version of "
+                "Ray and Python, and is its token (RAY_AUTH_TOKEN), if it has one, set?"
+            )
+            raise InputError(message) from error
         try:
             yield
         finally:

@@ -9,6 +9,7 @@ import numpy as np
 from lora_analysis.findings.levels import Finding, number, plural
 from lora_analysis.findings.runs import some
 from lora_analysis.studies import Study
+from lora_analysis.studies.relations import base_key
 
 # Times the median norm of the others from which an adapter is called diverged.
 EXPLODED = 10.0
@@ -30,16 +31,23 @@ def duplicates(study: Study) -> Iterator[Finding]:
 
 
 def diverged(study: Study) -> Iterator[Finding]:
-    """Name adapters whose norm is far from the others', or beyond that of W itself."""
+    """Name adapters whose norm is far from the others', or beyond that of W itself.
+
+    Only adapters of the same modules of one base are held against each other, and no checkpoint
+    that its run has left behind: norms grow in training.
+    """
     known = study.runs[study.runs["scale_known"] & (study.runs["trained_modules"] > 0)]
+    modules = study.spectra.groupby("adapter")["module"].agg(lambda own: hash(frozenset(own)))
+    kinds = known["adapter"].map(modules).astype(str) + known["base_model"].map(base_key).map(str)
     against = study.amplifications
     against = against[against["at_rank"]] if len(against) else against
     for row in known.itertuples():
-        others = known.loc[known["adapter"] != row.adapter, "norm"]
+        alike = (kinds == kinds[row.Index]) & (known["adapter"] != row.adapter)
+        others = known.loc[alike & ~known["earlier"], "norm"]
         usual = float(others.median()) if len(others) >= 2 else np.nan
         said = []
         if row.norm >= EXPLODED * usual:
-            said.append(f"{number(row.norm / usual)} times the median of the others")
+            said.append(f"{number(row.norm / usual)} times the median of the others like it")
         relative = float(against.loc[against["adapter"] == row.adapter, "relative_norm"].median())
         if relative >= 1:
             said.append(f"{number(relative)} times ‖W‖, median over modules")

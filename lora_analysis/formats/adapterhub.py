@@ -13,14 +13,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.errors import InputError, MalformedFileError, SourceError, UnsupportedMethodError
-from lora_analysis.formats.assembly import assembled, beside_finding
+from lora_analysis.formats.assembly import assembled, beside_finding, stated_alpha
 from lora_analysis.formats.factors import (
-    UNKNOWN_SCALE,
     FactorRole,
-    StatedScale,
     StoredPair,
     complete_pairs,
-    scale_from_alpha,
+    finite_number,
 )
 from lora_analysis.formats.merged import FUSED, enable_needed, is_merged, merged_finding, split
 from lora_analysis.formats.peft_config import CONFIG_NAME
@@ -120,7 +118,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:
         NAME,
         tensors,
         pairs,
-        lambda _pair, rank: _scale(alpha, rank),
+        stated_alpha(finite_number(alpha)),
         options=options,
         missing=f"no {CONFIG_NAME} with config.alpha lies beside the file",
         findings=(
@@ -207,9 +205,3 @@ def _pairs(
         else:
             pairs.append(plain)
     return pairs, fused
-
-
-def _scale(alpha: object, rank: int) -> StatedScale:
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-        return UNKNOWN_SCALE
-    return scale_from_alpha(float(alpha), rank, "config")

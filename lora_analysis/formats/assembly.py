@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from lora_analysis.adapter import Adapter, Provenance
 from lora_analysis.formats.factors import (
+    UNKNOWN_SCALE,
     FactorRole,
     StatedScale,
     StoredPair,
     callers_scale,
     common_rank,
     scale_finding,
+    scale_from_alpha,
     stored_rank,
     update_loaders,
 )
@@ -92,6 +94,15 @@ def assembled(
         saved_modules=LazyTensors(tensors, saved or {}),
         config=config,
     )
+
+
+def stated_alpha(alpha: float | None) -> Callable[[StoredPair, int], StatedScale]:
+    """Return what gives ``alpha/r`` as a configuration states it; without one it is unknown."""
+
+    def scale(_pair: StoredPair, rank: int) -> StatedScale:
+        return UNKNOWN_SCALE if alpha is None else scale_from_alpha(alpha, rank, "config")
+
+    return scale
 
 
 def factors_named(

@@ -15,6 +15,7 @@ from lora_analysis.formats.assembly import assembled, beside_finding
 from lora_analysis.formats.peft_config import CONFIG_NAME, PeftConfig, read_peft_config
 from lora_analysis.formats.peft_keys import has_factors, sort_keys
 from lora_analysis.formats.peft_pairs import module_pairs
+from lora_analysis.formats.rank_parts import refuse_rank_part
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
 from lora_analysis.storage.headers import Header, TensorInfo
 from lora_analysis.storage.tensors import TensorFiles, open_tensors
@@ -85,6 +86,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:
     if path.is_dir():
         message = f"{path}: {_parts(path)}; then read the file that makes."
         raise UnsupportedMethodError(message)
+    refuse_rank_part(path)
     whole = open_tensors(path, allow_pickle=options.allow_pickle)
     names = _renamed(whole.infos)
     tensors = _only(whole, names)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
@@ -24,9 +24,11 @@ from lora_analysis.formats import kohya
 from lora_analysis.formats.factors import StatedScale, scale_from_alpha
 from lora_analysis.formats.image_keys import Spelling, spelled
 from lora_analysis.formats.image_pairs import read_image_adapter
+from lora_analysis.formats.initial import AdapterStart, adapter_less_start
 from lora_analysis.formats.peft_config import SUBTRACTED
-from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
+from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, place_of, tensors_at
 from lora_analysis.patterns import pattern_value
+from lora_analysis.storage.hub_names import shown_errors
 from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lora_analysis.adapter import Adapter
+    from lora_analysis.formats.initial import StartOf
 
 NAME: Final = "diffusers"
 METADATA_KEY: Final = "lora_adapter_metadata"
@@ -146,11 +149,42 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
         A module has one factor only, its factors do not fit, or the metadata is damaged.
     UnsupportedMethodError
         Another method's tensors lie beside the factors, or the metadata names an initialisation
-        after which ``s·B·A`` is not the update.
+        after which ``s·B·A`` is not the update, and the initial factors are not given.
     """
     configs = _Metadata.of(path, open_tensors(path, allow_pickle=options.allow_pickle).metadata)
-    return read_image_adapter(
+    adapter = read_image_adapter(
         path, options, format=NAME, spellings=SPELLINGS, stated=configs.stated
+    )
+    methods = {module: start for module in adapter if (start := configs.start_of(module))}
+    if not methods:
+        return adapter
+    if options.initial is None:
+        raise _start_needed(path, next(iter(methods.values())))
+    return adapter_less_start(adapter, _start(options), methods)
+
+
+def _start(options: ReadOptions) -> StartOf:
+    """Return what gives the initial factors: the caller's function, or a file of diffusers'."""
+    if callable(options.initial):
+        return options.initial
+    first, _, snapshot = place_of(options.initial, allow_pickle=options.allow_pickle)  # type: ignore[arg-type]
+    with shown_errors(snapshot):
+        before = read_image_adapter(
+            first,
+            replace(options, initial=None, scale=1.0, alpha=None),
+            format=NAME,
+            spellings=SPELLINGS,
+            stated=lambda _module, _rank: None,
+        )
+    return AdapterStart(before)
+
+
+def _start_needed(path: Path, start: str) -> UnsupportedMethodError:
+    method = next(name for key, name in SUBTRACTED.items() if start.startswith(key))
+    return UnsupportedMethodError(
+        f"{path}: init_lora_weights is '{start}': {method} starts from W - s·B0·A0, so B·A is not "
+        "the update of the original weight. Pass initial= (command line: --initial), the file as "
+        "saved before training; of PiSSA and OLoRA the base alone is enough (--trained-on BASE)."
     )
 
 
@@ -183,11 +217,19 @@ class _Metadata:
             _check(path, config)
         return cls(path, configs)
 
-    def stated(self, module: str, rank: int) -> StatedScale | None:
-        """Return the scale that the component's config gives a module of a rank."""
+    def _config_of(self, module: str) -> tuple[str, Mapping[str, Any]]:
         component = COMPONENT.match(module)
         prefix = component[0] if component else ""
-        config = self.configs.get(prefix)
+        return prefix, self.configs.get(prefix, {})
+
+    def start_of(self, module: str) -> str | None:
+        """Return a module's ``init_lora_weights`` where its product was taken out of the base."""
+        start = str(self._config_of(module)[1].get("init_lora_weights", True)).lower()
+        return start if start.startswith(tuple(SUBTRACTED)) else None
+
+    def stated(self, module: str, rank: int) -> StatedScale | None:
+        """Return the scale that the component's config gives a module of a rank."""
+        prefix, config = self._config_of(module)
         if not config or "lora_alpha" not in config:
             return None
         name = module.removeprefix(f"{prefix}.")
@@ -209,10 +251,9 @@ def _check(path: Path, config: Mapping[str, Any]) -> None:
             message = f"{path}: '{METADATA_KEY}' gives {alpha!r} as an alpha."
             raise MalformedFileError(message)
     start = str(config.get("init_lora_weights", True)).lower()
-    for key, method in (*SUBTRACTED.items(), ("loftq", "LoftQ")):
-        if start.startswith(key):
-            message = (
-                f"{path}: init_lora_weights is '{start}': {method} changes the base weight at the "
-                "start, so B·A is not the update of the original weight."
-            )
-            raise UnsupportedMethodError(message)
+    if start.startswith("loftq"):
+        message = (
+            f"{path}: init_lora_weights is '{start}': LoftQ changes the base weight at the start, "
+            "so B·A is not the update of the original weight."
+        )
+        raise UnsupportedMethodError(message)

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from lora_analysis.adapter import LowRankUpdate
-from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
+from lora_analysis.errors import InputError, MalformedFileError, SourceError, UnsupportedMethodError
 from lora_analysis.formats.stored import StoredFactor, tensor
 from lora_analysis.storage.dtypes import is_floating
-from lora_analysis.storage.limits import MAX_DIMENSION, MAX_RANK
+from lora_analysis.storage.limits import (
+    MAX_ADAPTER_BYTES,
+    MAX_DIMENSION,
+    MAX_RANK,
+    MAX_SCALE,
+    MAX_VALUE,
+    MIN_SCALE,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    from numpy.typing import NDArray
 
     from lora_analysis.adapter import Layout, ScaleOrigin
     from lora_analysis.formats.sources import ReadOptions
@@ -65,6 +77,13 @@ def scale_from_alpha(
 ) -> StatedScale:
     """Return the multiplier ``alpha/r``, or ``alpha/sqrt(r)`` with rsLoRA."""
     return StatedScale(alpha / (rank**0.5 if rslora else rank), alpha, origin)
+
+
+def finite_number(value: object) -> float | None:
+    """Return the number that a configuration states, None for what is none a float can hold."""
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # type: ignore[arg-type]
+        return None
+    return float(value)  # type: ignore[arg-type]
 
 
 def callers_scale(options: ReadOptions, rank: int, *, rslora: bool = False) -> StatedScale | None:
@@ -149,18 +168,77 @@ def update_loaders(
     *,
     label: str,
 ) -> dict[str, Callable[[], LowRankUpdate]]:
-    """Return per module a function that reads its two factors when it is called."""
+    """Return per module a function that reads its two factors when it is called.
+
+    Raises
+    ------
+    MalformedFileError
+        A scale, or all factors together, are beyond the limits.
+    """
+    _check_scales(tensors, pairs, scales)
+    _check_total(tensors, pairs)
     return {
         pair.module: partial(load_update, tensors, pair, scales[pair.module], label)
         for pair in pairs
     }
 
 
+def _check_scales(
+    tensors: NamedTensors, pairs: Sequence[StoredPair], scales: Mapping[str, StatedScale]
+) -> None:
+    for pair in pairs:
+        stated = scales[pair.module]
+        size = abs(stated.scale or 0.0)
+        if size and not MIN_SCALE <= size <= MAX_SCALE:
+            message = (
+                f"{tensors.file_of(pair.a.name)}: the scale of '{pair.module}' would be "
+                f"{stated.scale:g} ({stated.origin}); the limits are {MIN_SCALE:g} and "
+                f"{MAX_SCALE:g}. Is the alpha damaged? Pass scale= or alpha= to set it."
+            )
+            raise MalformedFileError(message)
+
+
+def _check_total(tensors: NamedTensors, pairs: Sequence[StoredPair]) -> None:
+    names = {name for pair in pairs for factor in (pair.a, pair.b) for name in factor.names}
+    total = 4 * sum(tensors.infos[name].elements for name in names)
+    if total > MAX_ADAPTER_BYTES:
+        message = (
+            f"{tensors.path}: the factors take {total:,} bytes, the limit is "
+            f"{MAX_ADAPTER_BYTES:,}. Is it a whole model?"
+        )
+        raise MalformedFileError(message)
+
+
+def _read_factor(
+    tensors: NamedTensors, pair: StoredPair, role: FactorRole, factor: StoredFactor
+) -> NDArray[Any]:
+    """Read a factor; refuse numbers that no training leaves, whose products nobody can believe."""
+    try:
+        values = factor.read(tensors)
+    except OSError as error:
+        message = f"{tensors.file_of(factor.name)}: cannot be read: {error.strerror or error}."
+        raise SourceError(message) from error
+    flat = values.ravel(order="K")
+    with np.errstate(over="ignore", invalid="ignore"):
+        square = float(np.vdot(flat, flat))
+    # Anything not finite is counted and named by the update itself.
+    if square > MAX_VALUE**2 and np.isfinite(flat).all():
+        largest = float(np.abs(flat).max())
+        if largest > MAX_VALUE:
+            message = (
+                f"{tensors.file_of(factor.name)}: {role} of '{pair.module}' holds "
+                f"{largest:.3g}; no training leaves numbers above {MAX_VALUE:g}. The file is "
+                "damaged."
+            )
+            raise MalformedFileError(message)
+    return values
+
+
 def load_update(
     tensors: NamedTensors, pair: StoredPair, stated: StatedScale, label: str
 ) -> LowRankUpdate:
     """Read the two factors of one module."""
-    a, b = pair.a.read(tensors), pair.b.read(tensors)
+    a, b = _read_factor(tensors, pair, "A", pair.a), _read_factor(tensors, pair, "B", pair.b)
     try:
         return LowRankUpdate(
             name=pair.module,

@@ -31,6 +31,7 @@ from lora_analysis.storage.gguf_names import (
     PERMUTED,
     UNTANGLED,
     is_rotated,
+    is_turned,
     module_of,
 )
 from lora_analysis.storage.gguf_tensors import GGUFTensors
@@ -80,6 +81,7 @@ class _Found:
     undone: list[str] = field(default_factory=list)
     permuted: list[str] = field(default_factory=list)
     untangled: list[str] = field(default_factory=list)
+    turned: bool | None = False
 
 
 def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG001 - unnamed
@@ -105,7 +107,10 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
     architecture = str(tensors.facts.get("general.architecture", ""))
     found = _Found()
     rows = _Rows(architecture, _heads(tensors.facts, architecture, options))
-    for plain in complete_pairs(path, factors, lambda t, r: f"{t}.weight.lora_{r.lower()}"):
+    plain_pairs = complete_pairs(path, factors, lambda t, r: f"{t}.weight.lora_{r.lower()}")
+    if architecture == "gpt2":
+        found.turned = _turned(tensors, plain_pairs)
+    for plain in plain_pairs:
         _add(found, tensors, plain, rows)
     alpha = tensors.facts.get(_ALPHA)
     base = tensors.facts.get("general.base_model.0.repo_url") or tensors.facts.get(
@@ -187,10 +192,30 @@ class _Rows:
         return None if self.heads is None else self.heads[tensor.endswith("attn_k")]
 
 
+def _turned(tensors: GGUFTensors, pairs: list[StoredPair]) -> bool | None:
+    """Say whether GPT-2's factors were turned by the converter; all of a file alike."""
+    shapes = {
+        p.module: (tensors.infos[p.b.name].shape, tensors.infos[p.a.name].shape) for p in pairs
+    }
+    told = {
+        is_turned(module, (b[0], a[-1]))
+        for module, (b, a) in shapes.items()
+        if len(a) == len(b) == 2 and module.startswith("blk.")
+    }
+    if told >= {True, False}:
+        message = f"{tensors.path}: some factors of GPT-2 lie transposed and others do not."
+        raise MalformedFileError(message)
+    if not told:
+        return False
+    return next((one for one in told if one is not None), None)
+
+
 def _add(found: _Found, tensors: GGUFTensors, plain: StoredPair, rows: _Rows) -> None:
     """Add the pair of one tensor, or of each expert that it stacks."""
     tensor, module = plain.module, module_of(plain.module, rows.architecture)
     a, b = plain.a, plain.b
+    if found.turned and tensor.startswith("blk."):
+        a, b = b.transposed(), a.transposed()
     variant = ""
     if is_rotated(tensor) and rows.architecture not in LEFT:
         heads = rows.heads_of(tensor) if rows.architecture in PERMUTED else None
@@ -244,6 +269,15 @@ def _experts(tensors: GGUFTensors, pair: StoredPair) -> Iterator[StoredPair]:
 
 def _row_findings(found: _Found, architecture: str) -> list[str]:
     findings = []
+    if found.turned:
+        findings.append(
+            "A and B are taken for each other, transposed: llama.cpp's converter turns GPT-2's."
+        )
+    if found.turned is None:
+        findings.append(
+            "Input and output side may be exchanged: llama.cpp's converter turns GPT-2's factors, "
+            "and no matrix here is of a shape that tells. Singular values do not depend on it."
+        )
     if found.undone:
         findings.append(
             f"The rows of B of {len(found.undone)} q and k modules are put back from llama.cpp's "

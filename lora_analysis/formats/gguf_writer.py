@@ -22,7 +22,14 @@ from lora_analysis.formats.text_writing import (
 )
 from lora_analysis.storage.atomic import write_atomic
 from lora_analysis.storage.documents import read_json_object
-from lora_analysis.storage.gguf_names import EMBEDDING, LEFT, PERMUTED, is_rotated, tensor_of
+from lora_analysis.storage.gguf_names import (
+    EMBEDDING,
+    LEFT,
+    PERMUTED,
+    UNTANGLED,
+    is_rotated,
+    tensor_of,
+)
 from lora_analysis.storage.gguf_writing import gguf_bytes
 
 if TYPE_CHECKING:
@@ -110,7 +117,6 @@ def write_gguf(
     if adapter.provenance.base_model:
         facts["general.base_model.0.name"] = adapter.provenance.base_model
     file = path if path.suffix == ".gguf" else path / _WEIGHTS_NAME
-    file.parent.mkdir(parents=True, exist_ok=True)
     return write_atomic(file, gguf_bytes(facts, tensors))
 
 
@@ -195,6 +201,12 @@ def _module_tensors(
     a, b = one.a, one.b
     if tensor == EMBEDDING:
         a = np.ascontiguousarray(a.T)
+    if architecture in UNTANGLED and tensor.endswith(".attn_qkv"):
+        message = (
+            f"'{name}' has the rows of q, k and v per head, GGUF's '{architecture}' in blocks. It "
+            "is not written."
+        )
+        raise UnsupportedMethodError(message)
     if is_rotated(tensor) and architecture not in LEFT:
         b = _permuted(name, b, architecture, None if heads is None else heads["attn_k" in tensor])
     return {f"{tensor}.weight.lora_a": a, f"{tensor}.weight.lora_b": b}

@@ -88,6 +88,5 @@ def write_file(
 
     file = path if path.suffix == ".safetensors" else path / name
     content = save(dict(tensors), metadata={"format": "pt"} | metadata)
-    file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, content)
     return file

@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_analysis.adapter import LowRankUpdate
+from lora_analysis.adapter import Adapter, LowRankUpdate
 from lora_analysis.errors import MalformedFileError
+from lora_analysis.storage.hub_names import shown_errors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
+    from lora_analysis.adapter import Update
     from lora_analysis.formats.factors import StoredPair
+    from lora_analysis.storage.hub_names import Snapshot
     from lora_analysis.storage.tensors import NamedTensors
 
 
@@ -65,11 +68,55 @@ class StoredStart:
 
     tensors: NamedTensors
     pairs: Mapping[str, StoredPair]
+    snapshot: Snapshot | None = None
 
     def __call__(self, request: StartRequest) -> Factors:
         """Return A₀ and B₀ of one module."""
         pair = self.pairs[request.update.name]
-        return pair.a.read(self.tensors), pair.b.read(self.tensors)
+        with shown_errors(self.snapshot):
+            return pair.a.read(self.tensors), pair.b.read(self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterStart:
+    """The factors of an adapter that was read as it was before training."""
+
+    adapter: Adapter
+
+    def __call__(self, request: StartRequest) -> Factors:
+        """Return A₀ and B₀ of one module; raise where they are not those of the trained one."""
+        name, own = request.update.name, request.update
+        first = self.adapter.get(name)
+        wanted = (own.rank, own.shape)
+        if not isinstance(first, LowRankUpdate) or (first.rank, first.shape) != wanted:
+            found = "none" if first is None else f"rank {first.rank} and shape {first.shape}"
+            message = (
+                f"{self.adapter.provenance.place}: the initial factors of '{name}' must have rank "
+                f"{own.rank} and shape {own.shape}, found {found}. Are both of one run?"
+            )
+            raise MalformedFileError(message)
+        return first.A, first.B
+
+
+def adapter_less_start(adapter: Adapter, start: StartOf, methods: Mapping[str, str]) -> Adapter:
+    """Return an adapter whose modules in ``methods`` are less what they started from.
+
+    ``methods`` gives the config's ``init_lora_weights`` of each such module, in lower case.
+    """
+    loaders: dict[str, Callable[[], Update]] = {}
+    for name in adapter:
+        load = partial(adapter.__getitem__, name)
+        method = methods.get(name)
+        loaders[name] = load if method is None else partial(less_start, load, start, method)  # type: ignore[arg-type]
+    said = "The product that training started from is subtracted: ΔW has rank 2r."
+    source = adapter.provenance
+    return Adapter(
+        loaders,
+        label=adapter.label,
+        provenance=replace(source, rank=None, findings=(*source.findings, said)),
+        saved_modules=adapter.saved_modules,
+        config=adapter.config,
+    )
 
 
 def check_start(

@@ -12,13 +12,15 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import UnsupportedMethodError
-from lora_analysis.formats.assembly import assembled, beside_finding, factors_named
+from lora_analysis.formats.assembly import (
+    assembled,
+    beside_finding,
+    factors_named,
+    stated_alpha,
+)
 from lora_analysis.formats.factors import (
-    UNKNOWN_SCALE,
-    StatedScale,
     StoredPair,
     complete_pairs,
-    scale_from_alpha,
 )
 from lora_analysis.formats.merged import enable_needed, is_merged, merged_finding, split
 from lora_analysis.formats.plain_yaml import count, number, plain_values
@@ -101,7 +103,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
         NAME,
         tensors,
         pairs,
-        lambda _pair, rank: _scale(alpha, rank),
+        stated_alpha(alpha),
         options=options,
         missing="no hyperparameters.yaml with lora_alpha lies beside the file",
         findings=(
@@ -111,10 +113,6 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
         files=tuple(one for one in beside if one.is_file()),
         base_model=run.get("checkpoint_dir"),
     )
-
-
-def _scale(alpha: float | None, rank: int) -> StatedScale:
-    return UNKNOWN_SCALE if alpha is None else scale_from_alpha(alpha, rank, "config")
 
 
 def _renamed(pair: StoredPair) -> StoredPair:

@@ -56,7 +56,6 @@ def write_loralib(adapter: Adapter, path: Path) -> Path:
         _check_name(name, one)
         tensors |= {f"{name}.lora_A": one.a, f"{name}.lora_B": one.b}
     file = path if path.suffix == ".safetensors" else path / _WEIGHTS_NAME
-    file.parent.mkdir(parents=True, exist_ok=True)
     return write_atomic(file, save(tensors, metadata=metadata))
 
 

@@ -21,6 +21,7 @@ from lora_analysis.formats.factors import (
     StatedScale,
     StoredPair,
     complete_pairs,
+    finite_number,
 )
 from lora_analysis.formats.peft_config import CONFIG_NAME
 from lora_analysis.formats.peft_pairs import DORA
@@ -230,15 +231,17 @@ def _experts(path: Path, tensors: NamedTensors, plain: StoredPair) -> Iterator[S
 def _scale(config: Mapping[str, Any]) -> tuple[StatedScale, list[str]]:
     """Return the multiplier that the arguments state, and what is doubtful about it."""
     parameters = config.get("lora_parameters")
-    scale = parameters.get("scale") if isinstance(parameters, dict) else None
-    if not isinstance(scale, int | float) or isinstance(scale, bool):
+    if (
+        not isinstance(parameters, dict)
+        or (scale := finite_number(parameters.get("scale"))) is None
+    ):
         return UNKNOWN_SCALE, []
-    stated = StatedScale(float(scale), None, "config")
+    stated = StatedScale(scale, None, "config")
     if "num_layers" in config and "fine_tune_type" in config:
         return stated, []
-    alpha, rank = (parameters.get(key) for key in ("alpha", "rank"))  # type: ignore[union-attr]
+    alpha, rank = (finite_number(parameters.get(key)) for key in ("alpha", "rank"))
     other = ""
-    if isinstance(alpha, int | float) and isinstance(rank, int) and rank:
+    if alpha is not None and rank:
         other = f", here {scale * alpha / rank:g}"
     return stated, [
         f"The scale {scale:g} is taken from lora_parameters. mlx-lm up to 0.14 applied "

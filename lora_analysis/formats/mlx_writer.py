@@ -25,7 +25,7 @@ from lora_analysis.formats.text_writing import (
     with_experts_stacked,
     writable,
 )
-from lora_analysis.storage.atomic import write_atomic
+from lora_analysis.storage.atomic import write_together
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -72,9 +72,9 @@ def write_mlx(adapter: Adapter, folder: Path) -> Path:
         "model": adapter.provenance.base_model,
         "num_layers": -1,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / WEIGHTS_NAME, save(tensors, metadata={"format": "mlx"}))
-    write_atomic(folder / CONFIG_NAME, f"{json.dumps(config, indent=4)}\n".encode())
+    stated = f"{json.dumps(config, indent=4)}\n".encode()
+    weights = save(tensors, metadata={"format": "mlx"})
+    write_together({folder / WEIGHTS_NAME: weights, folder / CONFIG_NAME: stated})
     return folder
 
 

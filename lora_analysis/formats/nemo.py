@@ -12,15 +12,18 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import MalformedFileError, UnsupportedMethodError
-from lora_analysis.formats.assembly import assembled, beside_finding, factors_named
+from lora_analysis.formats.assembly import (
+    assembled,
+    beside_finding,
+    factors_named,
+    stated_alpha,
+)
 from lora_analysis.formats.factors import (
-    UNKNOWN_SCALE,
-    StatedScale,
     StoredPair,
     complete_pairs,
-    scale_from_alpha,
 )
-from lora_analysis.formats.plain_yaml import number, plain_values
+from lora_analysis.formats.plain_yaml import count, number, plain_values
+from lora_analysis.formats.rank_parts import refuse_rank_part
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
 from lora_analysis.storage.tensors import open_tensors
 
@@ -57,6 +60,7 @@ _PARTS: Final = {
     "mlp.adapter_layer.lora_4htoh_adapter": "mlp.down_proj",
     "mlp.linear_fc2.adapter": "mlp.down_proj",
 }
+_FC1: Final = "mlp.linear_fc1"
 _CONFIGS: Final = ("model_config.yaml", "run_config.yaml")
 
 
@@ -100,6 +104,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
             "of several mp_rank_* folders, export the adapter to PEFT first."
         )
         raise UnsupportedMethodError(message)
+    refuse_rank_part(path)
     tensors = open_tensors(path, allow_pickle=options.allow_pickle)
     factors, others = factors_named(tensors, _KEY, "linear_in")
     pairs: list[StoredPair] = []
@@ -109,6 +114,8 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
         module = _module(plain.module)
         if module.endswith(_QKV):
             pairs += _unfused(tensors, plain, module.removesuffix("qkv"), options)
+        elif module.endswith(_FC1) and (width := _gate_width(path, tensors, plain)):
+            pairs += _gate_and_up(plain, module.removesuffix(_FC1), width)
         else:
             pairs.append(StoredPair(module, plain.a, plain.b))
     alpha, config = _alpha(path)
@@ -118,7 +125,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
         NAME,
         tensors,
         pairs,
-        lambda _pair, rank: _scale(alpha, rank),
+        stated_alpha(alpha),
         options=options,
         missing="no model_config.yaml or run_config.yaml with one alpha lies beside the file",
         findings=(
@@ -127,10 +134,6 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
         ),
         files=() if config is None else (config,),
     )
-
-
-def _scale(alpha: float | None, rank: int) -> StatedScale:
-    return UNKNOWN_SCALE if alpha is None else scale_from_alpha(alpha, rank, "config")
 
 
 def _module(stored: str) -> str:
@@ -180,10 +183,35 @@ def _unfused(
     ]
 
 
-def _fc1_finding(count: int) -> list[str]:
-    if not count:
+def _gate_width(path: Path, tensors: NamedTensors, plain: StoredPair) -> int | None:
+    """Return how many rows of a fused gate and up are the gate's, None where that is not known.
+
+    Where a configuration says that the tensors were not split over devices, the gate lies above
+    up; that there are both follows from rows twice the width that the configuration states.
+    """
+    rows = tensors.infos[plain.b.name].shape[0]
+    for name in _CONFIGS:
+        stated = plain_values(path.with_name(name))
+        width = count(stated.get("ffn_hidden_size"))
+        whole = count(stated.get("tensor_model_parallel_size")) == 1
+        if whole and width is not None and rows == 2 * width:
+            return width
+    return None
+
+
+def _gate_and_up(plain: StoredPair, prefix: str, width: int) -> list[StoredPair]:
+    """Return the pairs of both, which share A."""
+    return [
+        StoredPair(f"{prefix}mlp.{part}_proj", plain.a, plain.b.rows(rows))
+        for part, rows in (("gate", slice(0, width)), ("up", slice(width, 2 * width)))
+    ]
+
+
+def _fc1_finding(modules: int) -> list[str]:
+    if not modules:
         return []
     return [
-        f"{count} modules linear_fc1 are kept whole: the rows of B are Megatron's own, gate above "
-        "up in every tensor-parallel part."
+        f"{modules} modules linear_fc1 are kept whole: the rows of B are Megatron's own, gate "
+        "above up in every tensor-parallel part. A model_config.yaml beside the file that states "
+        "ffn_hidden_size and tensor_model_parallel_size 1 has them split."
     ]

@@ -10,12 +10,15 @@ import re
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.errors import InputError
-from lora_analysis.formats.assembly import assembled, beside_finding, factors_named
+from lora_analysis.formats.assembly import (
+    assembled,
+    beside_finding,
+    factors_named,
+    stated_alpha,
+)
 from lora_analysis.formats.factors import (
-    UNKNOWN_SCALE,
-    StatedScale,
     complete_pairs,
-    scale_from_alpha,
+    finite_number,
 )
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
 from lora_analysis.storage.documents import read_json_object
@@ -74,16 +77,10 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
         NAME,
         tensors,
         pairs,
-        lambda _pair, rank: _scale(alpha, rank),
+        stated_alpha(finite_number(alpha)),
         options=options,
         missing=f"no {_CONFIG_NAME} with lora_alpha lies beside the file",
         findings=beside_finding("not analysed", others),
         files=(weights.with_name(_CONFIG_NAME),) if config else (),
         base_model=base if isinstance(base, str) else None,
     )
-
-
-def _scale(alpha: object, rank: int) -> StatedScale:
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-        return UNKNOWN_SCALE
-    return scale_from_alpha(float(alpha), rank, "config")

@@ -32,7 +32,9 @@ from lora_analysis.formats.peft_config import CONFIG_NAME, PeftConfig, read_peft
 from lora_analysis.formats.peft_keys import SortedKeys, sort_keys
 from lora_analysis.formats.peft_pairs import ModulePairs, divided_scale, module_pairs
 from lora_analysis.formats.peft_places import PeftPlace, check_weights, place_of
-from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, locate, run_facts
+from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, run_facts
+from lora_analysis.formats.sources import place_of as source_of
+from lora_analysis.storage.hub_names import shown_errors
 from lora_analysis.storage.tensors import LazyTensors, NamedTensors, open_tensors
 
 if TYPE_CHECKING:
@@ -157,20 +159,23 @@ def _start(
         return None
     if callable(options.initial):
         return options.initial
-    path, name = locate(options.initial)
-    initial = place_of(path, options)
-    if initial is None:
-        message = f"{path}: no adapter in PEFT's layout lies here, to be the initial one."
-        raise UnknownFormatError(message)
-    before = _open(initial, name, config, options)
-    start = StoredStart(before.tensors, {pair.module: pair for pair in before.found.pairs})
-    check_start(place.weights, stored.tensors, stored.found.pairs, start)
+    path, name, snapshot = source_of(options.initial)
+    with shown_errors(snapshot):
+        initial = place_of(path, options)
+        if initial is None:
+            message = f"{path}: no adapter in PEFT's layout lies here, to be the initial one."
+            raise UnknownFormatError(message)
+        before = _open(initial, name, config, options)
+        pairs = {pair.module: pair for pair in before.found.pairs}
+        start = StoredStart(before.tensors, pairs, snapshot)
+        check_start(place.weights, stored.tensors, stored.found.pairs, start)
     return start
 
 
 def _start_needed(config: PeftConfig) -> UnsupportedMethodError:
     recomputed = (
-        " For PiSSA and OLoRA, initial=start_from_base(base) works them out of the base weights."
+        " For PiSSA and OLoRA, initial=start_from_base(base) works them out of the base weights "
+        "(command line: --trained-on BASE)."
         if config.subtracted in ("PiSSA", "OLoRA")
         else ""
     )

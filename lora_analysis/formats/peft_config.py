@@ -36,6 +36,7 @@ _REFUSED_INITIALISATIONS: Final = {
 
 _VARIANTS: Final = {
     "use_qalora": "QA-LoRA pools the input before A",
+    "use_qa_lora": "QA-LoRA pools the input before A",
     "use_bdlora": "BD-LoRA stores a block-diagonal factor as stacked blocks",
     "arrow_config": "Arrow routes each token through several adapters",
     "monteclora_config": "MonteCLoRA samples around the factors",
@@ -130,7 +131,7 @@ def read_peft_config(path: Path) -> PeftConfig:
     raw = read_json_object(path)
     _refuse_other_methods(path, raw)
     start = str(raw.get("init_lora_weights", True)).lower()
-    adalora = raw["peft_type"] == "ADALORA"
+    adalora = method_of(raw) == "ADALORA"
     return PeftConfig(
         path=path,
         adalora=adalora,
@@ -152,9 +153,19 @@ def read_peft_config(path: Path) -> PeftConfig:
     )
 
 
+def names_a_method(raw: Mapping[str, Any]) -> bool:
+    """Say whether a configuration is PEFT's, or ms-swift's, which has its fields."""
+    return "peft_type" in raw or "swift_type" in raw
+
+
+def method_of(raw: Mapping[str, Any]) -> object:
+    """Return the method's name: ms-swift writes its own beside PEFT's, or in place of it."""
+    return raw.get("peft_type", raw.get("swift_type"))
+
+
 def _refuse_other_methods(path: Path, raw: Mapping[str, Any]) -> None:
     """Raise where the config names a method whose update is not ``s·B·A``."""
-    peft_type = raw.get("peft_type")
+    peft_type = method_of(raw)
     if peft_type not in ("LORA", "ADALORA"):
         stored = _OTHER_METHODS.get(str(peft_type), "something else")
         message = (

@@ -68,7 +68,7 @@ def expert_pairs(
         )
         raise MalformedFileError(message)
     shapes = [_features(tensors, factors[level]) for level in levels]
-    ordered = _in_order_of_shapes(_registered_order(targets), shapes)
+    ordered = _in_order_of_shapes(registered_order(targets), shapes)
     return _split(
         path,
         tensors,
@@ -101,7 +101,7 @@ def _parameters_of(owner: str, targets: tuple[str, ...]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _registered_order(parameters: list[str]) -> list[str]:
+def registered_order(parameters: list[str]) -> list[str]:
     """Return the parameters in the order of registration; unknown ones as the config has them."""
     if all(name in _REGISTERED for name in parameters):
         return sorted(parameters, key=_REGISTERED.index)
@@ -143,7 +143,7 @@ def _is_turned(shapes: Mapping[str, tuple[int, int]], config: PeftConfig) -> boo
         straight, turned = _straight(*pair), _straight(pair[0][::-1], pair[1][::-1])
         if straight != turned:
             return turned
-    match = re.match(r"(\d+)\.(\d+)", str(config.raw.get("peft_version")))
+    match = re.match(r"(\d{1,9})\.(\d{1,9})", str(config.raw.get("peft_version")))
     if match and (int(match[1]), int(match[2])) >= _TURNS_SINCE:
         return False
     return None

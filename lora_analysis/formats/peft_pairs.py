@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import MalformedFileError, UnsupportedMethodError
 from lora_analysis.formats.factors import StatedScale, StoredPair, complete_pairs
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from lora_analysis.storage.tensors import NamedTensors
 
 # Where PEFT looks for the layers that it replicates.
-_LAYER = re.compile(r"(?P<before>(model\.)*(bert\.)?(layers|encoder\.layer|h))\.(?P<index>\d+)\.")
+# Conv3d's kernel has three axes beside those of the channels.
+_CONV_AXES: Final = 5
+_LAYER = re.compile(
+    r"(?P<before>(model\.)*(bert\.)?(layers|encoder\.layer|h))\.(?P<index>\d{1,9})\."
+)
 
 DORA = "DoRA"
 KASA = "KaSA"
@@ -135,7 +139,7 @@ def _layer(tensors: NamedTensors, pair: StoredPair, config: PeftConfig) -> Store
     if "lora_embedding_" in pair.a.name:
         return replace(pair, layout="embedding")
     a, b = (factor.shape(tensors) for factor in (pair.a, pair.b))
-    if len(a) < 3:
+    if not 3 <= len(a) <= _CONV_AXES:  # matrices, and what is refused for having too many
         return replace(pair, layout="conv1d" if config.fan_in_fan_out else "linear")
     return replace(
         pair,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import MalformedFileError, SourceError
-from lora_analysis.formats.peft_config import CONFIG_NAME
+from lora_analysis.formats.peft_config import CONFIG_NAME, names_a_method
 from lora_analysis.formats.peft_keys import has_factors
 from lora_analysis.formats.sources import tensors_at
 from lora_analysis.storage.containers import pickle_refused
@@ -61,11 +61,11 @@ def _is_shard(path: Path) -> bool:
 
 def _names_peft(config: Path) -> bool:
     """Say whether a config is PEFT's; a broken one is taken for it, so that reading says why."""
-    if not config.is_file():
+    if not config.exists():
         return False
     try:
-        return "peft_type" in read_json_object(config)
-    except MalformedFileError:
+        return names_a_method(read_json_object(config))
+    except (MalformedFileError, SourceError):  # a pipe is not opened
         return True
 
 

@@ -13,13 +13,14 @@ import numpy as np
 from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.errors import InputError, UnsupportedMethodError
 from lora_analysis.formats.peft_config import CONFIG_NAME
+from lora_analysis.formats.peft_experts_writer import is_expert, parameter_of, stacked_factors
 from lora_analysis.formats.peft_keys import PREFIX, sort_keys
 from lora_analysis.formats.peft_pairs import DORA
 from lora_analysis.formats.peft_places import WEIGHTS_NAME
 from lora_analysis.formats.written import float32
 from lora_analysis.patterns import matches_target, pattern_value
 from lora_analysis.storage.adapter_fields import refuse_more_than_factors
-from lora_analysis.storage.atomic import write_atomic
+from lora_analysis.storage.atomic import write_together
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,10 +48,9 @@ def write_peft(adapter: Adapter, folder: Path) -> Path:
     updates = _low_rank_updates(adapter)
     tensors = _tensors(adapter, updates)
     config = json.dumps(_config(adapter, updates), indent=2, sort_keys=True, allow_nan=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    # The config goes last: without it, half a folder is not taken for an adapter.
-    write_atomic(folder / WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
-    write_atomic(folder / CONFIG_NAME, f"{config}\n".encode())
+    # The config is the mark: without it, half a folder is not taken for an adapter.
+    weights = save(tensors, metadata={"format": "pt"})
+    write_together({folder / WEIGHTS_NAME: weights, folder / CONFIG_NAME: f"{config}\n".encode()})
     return folder
 
 
@@ -74,8 +74,8 @@ def _refuse_unsayable(update: LowRankUpdate, adapter: Adapter) -> None:
         reason = f"a part of {update.variant}, which also changes the base weight"
     elif update.variant == DORA and update.magnitude is None:
         reason = "DoRA's, but holds no magnitude"
-    elif update.base_name.endswith("]"):
-        reason = f"that of one member of '{update.base_name}', which PEFT stores all together"
+    elif is_expert(update):  # refused below where it is not one of a whole stack
+        return
     elif update.base_name and not adapter.config.get("layer_replication"):
         reason = f"for the weight '{update.base_name}', and PEFT would look for '{update.name}'"
     else:
@@ -107,13 +107,17 @@ def _magnitude(update: LowRankUpdate) -> dict[str, NDArray[np.float32]]:
 def _tensors(adapter: Adapter, updates: Mapping[str, LowRankUpdate]) -> dict[str, NDArray[Any]]:
     """Return the tensors by key; refuse names that the keys cannot carry."""
     tensors: dict[str, NDArray[Any]] = {}
-    for name, update in updates.items():
+    plain = {name: update for name, update in updates.items() if not is_expert(update)}
+    for name, update in plain.items():
         for end, tensor in _factor_tensors(update).items():
             tensors[f"{PREFIX}{name}.{end}"] = tensor
+    stacked = stacked_factors(adapter.label, updates)
+    for name, (a, b) in stacked.items():
+        tensors |= {f"{PREFIX}{name}.lora_A.weight": a, f"{PREFIX}{name}.lora_B.weight": b}
     for name, tensor in adapter.saved_modules.items():
         tensors[f"{PREFIX}{name}"] = np.asarray(tensor, order="C")
     read_back = sort_keys(adapter.label, tensors)
-    if set(read_back.factors.get(None, {})) != set(updates) or (
+    if set(read_back.factors.get(None, {})) != {*plain, *stacked} or (
         set(read_back.saved.get(None, {})) != set(adapter.saved_modules)
     ):
         message = f"{adapter.label}: a module's name has a meaning of its own in PEFT's layout."
@@ -141,10 +145,15 @@ def _config(adapter: Adapter, updates: Mapping[str, LowRankUpdate]) -> dict[str,
         "use_dora": _use_dora(adapter, updates),
     }
     rslora = bool(given.get("use_rslora"))
-    rank, rank_pattern = _default_and_pattern({name: u.rank for name, u in updates.items()})
+    # A stack of experts goes by the name of its parameter, with one rank and one scale.
+    named = {parameter_of(name, update): update for name, update in updates.items()}
+    rank, rank_pattern = _default_and_pattern({name: u.rank for name, u in named.items()})
     alpha, alpha_pattern = _default_and_pattern(
-        {name: _alpha(update, rslora=rslora) for name, update in updates.items()}
+        {name: _alpha(update, rslora=rslora) for name, update in named.items()}
     )
+    stacks = [name for name, update in named.items() if is_expert(update)]
+    if stacks:  # a reader has to know that A acts on the inputs, which it did not before 0.19
+        newer |= {"target_parameters": stacks, "peft_version": "0.19.0"}
     return {
         "alpha_pattern": alpha_pattern,
         "auto_mapping": given.get("auto_mapping"),
@@ -163,7 +172,7 @@ def _config(adapter: Adapter, updates: Mapping[str, LowRankUpdate]) -> dict[str,
         "r": rank,
         "rank_pattern": rank_pattern,
         "revision": given.get("revision"),
-        "target_modules": _targets(adapter),
+        "target_modules": _targets(adapter, updates),
         "task_type": given.get("task_type"),
         "use_rslora": rslora,
     } | {key: value for key, value in newer.items() if value}
@@ -199,13 +208,17 @@ def _reaches_no_other(key: str, value: T, values: Mapping[str, T]) -> bool:
     return all(pattern_value(name, {key: value}, own) == own for name, own in values.items())
 
 
-def _targets(adapter: Adapter) -> list[str] | str:
+def _targets(adapter: Adapter, updates: Mapping[str, LowRankUpdate]) -> list[str] | str:
     """Return the given targets where they alone still name the modules, else these in full."""
     given = adapter.config.get("target_modules")
     alone = all(adapter.config.get(key) is None for key in _NARROWING)
-    if given and alone and all(matches_target(name, given) for name in adapter):
+    modules = [name for name, update in updates.items() if not is_expert(update)]
+    listed = isinstance(given, list | tuple) and all(isinstance(one, str) for one in given)
+    if not listed and not isinstance(given, str):
+        return modules
+    if given and alone and all(matches_target(name, given) for name in modules):
         return given if isinstance(given, str) else sorted(given)
-    return list(adapter)
+    return modules
 
 
 def _modules_to_save(adapter: Adapter) -> list[str] | None:

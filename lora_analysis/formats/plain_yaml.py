@@ -47,4 +47,5 @@ def number(text: str | None) -> float | None:
 
 def count(text: str | None) -> int | None:
     """Return the whole positive number that a value spells, or None."""
-    return int(text) if text is not None and text.isdecimal() and int(text) > 0 else None
+    plain = text is not None and text.isdecimal() and len(text) < 10
+    return int(text) or None if plain and text is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,9 @@ from lora_analysis.formats.sources import (
     place_of,
 )
 from lora_analysis.patterns import natural_key
+from lora_analysis.storage.gguf import read_gguf
 from lora_analysis.storage.hub_names import shown_errors
-from lora_analysis.storage.safetensors import read_header
+from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
     import os
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter
     from lora_analysis.formats.initial import StartOf
 
+_UNPICKLED = (".safetensors", ".gguf", ".npz")
 _MAX_DEPTH = 6
 _LISTED = 12
 
@@ -112,9 +115,19 @@ def read_adapter(
         heads=heads,
     )
     place = place_of(source, allow_pickle=allow_pickle)
-    with shown_errors(place.snapshot):
+    with shown_errors(place.snapshot), _refusals_of(place.path):
         adapter = _read(place, options)
     return adapter if place.snapshot is None else fetched(adapter, place.snapshot)
+
+
+@contextmanager
+def _refusals_of(path: Path) -> Iterator[None]:
+    """Name the file that the system refuses to open or to list, as any other bad input."""
+    try:
+        yield
+    except OSError as error:
+        message = f"{error.filename or path}: cannot be read: {error.strerror or error}."
+        raise SourceError(message) from error
 
 
 def _read(place: Place, options: ReadOptions) -> Adapter:
@@ -162,7 +175,7 @@ def find_adapters(
         Nothing that lies there is recognised.
     """
     place = place_of(source, allow_pickle=allow_pickle)
-    with shown_errors(place.snapshot):
+    with shown_errors(place.snapshot), _refusals_of(place.path):
         found = _find(place, ReadOptions(pair=pair, allow_pickle=allow_pickle))
     return [replace(ref, snapshot=place.snapshot) for ref in found]
 
@@ -203,11 +216,15 @@ def _walk_folder(
     if real in seen:
         return
     seen.add(real)
-    entries = sorted(
-        (entry for entry in folder.iterdir() if not entry.name.startswith(".")),
-        key=lambda entry: natural_key(entry.name),
-    )
-    here = _find_here(folder, options)
+    try:
+        entries = sorted(
+            (entry for entry in folder.iterdir() if not entry.name.startswith(".")),
+            key=lambda entry: natural_key(entry.name),
+        )
+        here = _find_here(folder, options)
+    except OSError:  # reading it says why
+        yield AdapterRef(folder, "unreadable", label_of(folder))
+        return
     yield from here
     for entry in entries:
         if entry.is_dir():
@@ -226,12 +243,14 @@ def _find_here(path: Path, options: ReadOptions) -> list[AdapterRef]:
 
 
 def _damaged(path: Path) -> list[AdapterRef]:
-    """Return a safetensors file whose header cannot be read: what it was, nobody can say."""
-    if path.suffix == ".safetensors" and path.is_file():
+    """Return a file of tensors whose header cannot be read: what it was, nobody can say."""
+    if path.suffix in _UNPICKLED and path.is_file():
         try:
-            read_header(path)
+            read_gguf(path) if path.suffix == ".gguf" else open_tensors(path)
         except MalformedFileError:
             return [AdapterRef(path, "damaged", label_of(path))]
+        except InputError:
+            return []
     return []
 
 

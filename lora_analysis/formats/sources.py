@@ -172,12 +172,6 @@ def place_of(source: str | os.PathLike[str] | AdapterRef, *, allow_pickle: bool 
     return Place(snapshot.path, chosen[1], snapshot)
 
 
-def locate(source: str | os.PathLike[str] | AdapterRef) -> tuple[Path, str | None]:
-    """Return the path a source leads to, and the name of the adapter chosen inside it."""
-    path, name, _ = place_of(source)
-    return path, name
-
-
 def label_of(path: Path, name: str | None = None) -> str:
     """Return a short name: the file's stem or the folder's name, with its parent where generic.
 

@@ -14,13 +14,16 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.errors import InputError, MalformedFileError
-from lora_analysis.formats.assembly import assembled, beside_finding, factors_named
+from lora_analysis.formats.assembly import (
+    assembled,
+    beside_finding,
+    factors_named,
+    stated_alpha,
+)
 from lora_analysis.formats.factors import (
-    UNKNOWN_SCALE,
-    StatedScale,
     StoredPair,
     complete_pairs,
-    scale_from_alpha,
+    finite_number,
 )
 from lora_analysis.formats.peft_config import CONFIG_NAME
 from lora_analysis.formats.peft_pairs import DORA
@@ -95,7 +98,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
         NAME,
         tensors,
         pairs,
-        lambda _pair, rank: _scale(alpha, rank),
+        stated_alpha(alpha),
         options=options,
         missing="the file states no alpha, nor does a configuration of the run beside it",
         findings=(
@@ -106,16 +109,11 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
     )
 
 
-def _scale(alpha: float | None, rank: int) -> StatedScale:
-    return UNKNOWN_SCALE if alpha is None else scale_from_alpha(alpha, rank, "config")
-
-
 def _alpha(path: Path) -> tuple[float | None, Path | None]:
     """Return the alpha that the exported config or the run's own states, and which file did."""
     exported = path.with_name(CONFIG_NAME)
-    found = _json(exported).get("lora_alpha")
-    if isinstance(found, int | float) and not isinstance(found, bool):
-        return float(found), exported
+    if (stated := finite_number(_json(exported).get("lora_alpha"))) is not None:
+        return stated, exported
     for folder in (path.parent, path.absolute().parent.parent):
         run = folder / "torchtune_config.yaml"
         if (alpha := number(plain_values(run).get("lora_alpha"))) is not None:

@@ -9,6 +9,7 @@ from lora_analysis.formats.pairs import known_pair, pair_needed
 from lora_analysis.formats.sources import tensors_at
 from lora_analysis.storage.containers import PICKLE_SUFFIXES, is_pickle, pickle_refused
 from lora_analysis.storage.documents import regular_file_size
+from lora_analysis.storage.gguf import is_gguf, read_gguf
 from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ def unknown_format(path: Path, options: ReadOptions) -> UnknownFormatError:
     if path.is_dir():
         return _unknown_folder(path, options)
     regular_file_size(path)
+    if is_gguf(path):
+        read_gguf(path)
+        return UnknownFormatError(f"{path}: a GGUF file, but not of a LoRA adapter. {_READABLE}")
     with path.open("rb") as stream:
         start = stream.read(9)
     if _is_closed_pickle(path, options):
@@ -45,7 +49,7 @@ def unknown_format(path: Path, options: ReadOptions) -> UnknownFormatError:
 
 def _is_closed_pickle(path: Path, options: ReadOptions) -> bool:
     """Say whether a file is, or is called, a pickle, and the caller has not allowed those."""
-    if options.allow_pickle or tensors_at(path, options) is not None:
+    if options.allow_pickle or path.suffix == ".npz" or tensors_at(path, options) is not None:
         return False
     return path.suffix.lower() in PICKLE_SUFFIXES or is_pickle(path)
 

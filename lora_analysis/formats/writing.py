@@ -53,7 +53,7 @@ def write_adapter(
         update is part of a method that also changes the base (KaSA), or one of a stack of experts.
     InputError
         The format is not written, or the adapter has no modules or one that it cannot say.
-    OSError
+    OutputError
         The disk refused.
     """
     if format not in WRITERS:

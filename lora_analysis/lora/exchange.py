@@ -19,6 +19,7 @@ from lora_analysis.errors import (
     TargetError,
     UnsupportedMethodError,
 )
+from lora_analysis.lora.experts import ExpertLayer, expert_update
 from lora_analysis.lora.layers import Factors, LoraLayer, generator_of, initial_factor
 from lora_analysis.lora.model import attach, unwrapped, wrappers
 from lora_analysis.lora.targets import base_modules, inside, kind_of
@@ -62,7 +63,11 @@ def extract_adapter(
         if name not in layer.adapters:
             continue
         part = layer.adapters[name]
-        if isinstance(layer, LoraLayer):
+        if isinstance(layer, ExpertLayer):
+            for own, place, expert, held in layer.updates(module, name):
+                factors[own] = held
+                updates[own] = expert_update(own, place, expert, held, label)
+        elif isinstance(layer, LoraLayer):
             factors[module] = part = cast("Factors", part)
             updates[module] = LowRankUpdate(
                 module,

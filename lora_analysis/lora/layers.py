@@ -200,6 +200,10 @@ class LoraLayer(Wrapper):
         delta = self.stored(factors.scale * (factors.B @ factors.A), weight)
         return nn.Parameter((weight.to(delta.dtype) + delta).to(weight.dtype), requires_grad=False)
 
+    def merged_parameters(self) -> dict[str, nn.Parameter]:
+        """Return what merging puts into the layer, by name."""
+        return {"weight": self.merged_weight()}
+
 
 class Conv1DLoraLayer(LoraLayer):
     """The same on the ``Conv1D`` of GPT-2, a linear layer that stores W as ``(d_in, d_out)``."""

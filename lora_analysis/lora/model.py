@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from lora_analysis.errors import InputError, TargetError
-from lora_analysis.lora.layers import Factors, LoraLayer, TrainedModule, Wrapper
+from lora_analysis.lora.experts import ExpertLayer, expert_factors, expert_parameters
+from lora_analysis.lora.layers import LoraLayer, TrainedModule, Wrapper
 from lora_analysis.lora.parts import rows_of_parts
 from lora_analysis.lora.targets import base_modules, target_modules, trained_modules
-from lora_analysis.patterns import near_names, pattern_value
+from lora_analysis.patterns import natural_key, near_names, pattern_value
 
 
 def add_lora(
@@ -32,6 +33,7 @@ def add_lora(
     rank_pattern: Mapping[str, SupportsIndex] = MappingProxyType({}),
     alpha_pattern: Mapping[str, float] = MappingProxyType({}),
     parts: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    target_parameters: Iterable[str] = (),
     name: str = "default",
     trainable: str | Iterable[str] = (),
 ) -> list[str]:
@@ -59,6 +61,9 @@ def add_lora(
         Of fused modules by pattern, which parts to adapt, ``{"c_attn": ["q", "v"]}``, each with
         ``rank``; a module that no pattern matches is adapted whole. Which rows these are, the
         model's family says.
+    target_parameters
+        Stacks of experts ``[E, out, in]`` by name or its last segments, as PEFT's field of that
+        name: every expert gets factors of its own. The targets may then be empty.
     name
         Of the adapter; a second one under another name leaves the first there, inactive.
     trainable
@@ -68,7 +73,7 @@ def add_lora(
     Returns
     -------
     list of str
-        The adapted modules, in natural order.
+        The adapted modules, in natural order; of experts their module and parameter.
 
     Raises
     ------
@@ -95,35 +100,44 @@ def add_lora(
     trainable = [trainable] if isinstance(trainable, str) else list(trainable)
     modules = base_modules(model)
     trained = trained_modules(modules, trainable)
-    kinds = target_modules(modules, targets, trained)
-    _check_patterns((*ranks, *alpha_pattern, *parts), kinds)
+    stacks = expert_parameters(modules, target_parameters := list(target_parameters))
+    if stacks and dropout:
+        message = "The factors of experts know no dropout: their inputs are not seen apart."
+        raise InputError(message)
+    kinds = target_modules(modules, targets, trained) if targets or not stacks else {}
+    names = [*kinds, *(f"{module}.{one}" for module, found in stacks.items() for one in found)]
+    _check_patterns((*ranks, *alpha_pattern, *parts), names)
     config = {
         "target_modules": targets,
         "modules_to_save": trainable or None,
         "use_rslora": use_rslora,
         "lora_dropout": dropout,
+        **({"target_parameters": target_parameters} if stacks else {}),
     }
-    factors: dict[str, Factors] = {}
-    for module, kind in kinds.items():
-        layer = unwrapped(modules[module])
+
+    def kept(module: str) -> tuple[int, dict[str, Any]]:
+        """Return a module's rank and what its factors hold besides."""
         own_rank = pattern_value(module, ranks, rank)
         own_alpha = pattern_value(module, alpha_pattern, alpha)
+        scale = own_alpha / (math.sqrt(own_rank) if use_rslora else own_rank)
+        held = {"scale": scale, "alpha": own_alpha, "dropout": dropout, "config": config}
+        return own_rank, held
+
+    factors: dict[str, nn.Module] = {}
+    for module, kind in kinds.items():
+        layer = unwrapped(modules[module])
+        own_rank, held = kept(module)
         rows = rows_of_parts(model, module, kind, layer, parts)
-        kept: dict[str, Any] = {} if rows is None else {"rows": rows}
-        factors[module] = kind.factors(
-            layer,
-            *kind.start(layer, module, own_rank * len(rows or "1"), seed),
-            module,
-            **kept,
-            scale=own_alpha / (math.sqrt(own_rank) if use_rslora else own_rank),
-            alpha=own_alpha,
-            seed=seed,
-            dropout=dropout,
-            config=config,
-        )
+        if rows is not None:
+            held["rows"] = rows
+        start = kind.start(layer, module, own_rank * len(rows or "1"), seed)
+        factors[module] = kind.factors(layer, *start, module, seed=seed, **held)
+    for module, found in stacks.items():
+        layer = unwrapped(modules[module])
+        factors[module] = expert_factors(module, layer, found, seed=seed, kept=kept)
     copies = {module: copy.deepcopy(unwrapped(modules[module])) for module in trained}
-    attach(model, name, kinds, factors, copies)
-    return list(factors)
+    attach(model, name, {**kinds, **dict.fromkeys(stacks, ExpertLayer)}, factors, copies)
+    return sorted(names, key=natural_key)
 
 
 def _check_patterns(patterns: Iterable[str], modules: Iterable[str]) -> None:
@@ -151,13 +165,13 @@ def _integer(value: SupportsIndex, wanted: str, *, least: float = -math.inf) -> 
 def attach(
     model: nn.Module,
     name: str,
-    kinds: Mapping[str, type[LoraLayer]],
-    factors: Mapping[str, Factors],
+    kinds: Mapping[str, type[Wrapper]],
+    factors: Mapping[str, nn.Module],
     copies: Mapping[str, nn.Module],
 ) -> None:
     """Put an adapter's factors and trained copies in, active and the only ones to train."""
     modules = base_modules(model)
-    both = [module for module in copies if isinstance(modules[module], LoraLayer)]
+    both = [module for module in copies if isinstance(modules[module], LoraLayer | ExpertLayer)]
     if both:
         message = f"'{both[0]}' has LoRA factors of another adapter; it cannot be trained in full."
         raise TargetError(message)
@@ -206,7 +220,7 @@ class MergeHandle:
 
     model: nn.Module
     layers: Mapping[str, Wrapper]
-    weights: Mapping[str, nn.Parameter]
+    weights: Mapping[str, Mapping[str, nn.Parameter]]
     dtypes: Mapping[str, torch.dtype]
 
 
@@ -227,8 +241,8 @@ def merge_lora(model: nn.Module) -> MergeHandle:
     if not layers:
         message = "The model has no LoRA layers: none were added, or they are merged already."
         raise InputError(message)
-    lora = {name: layer for name, layer in layers.items() if isinstance(layer, LoraLayer)}
-    merged = {name: layer.merged_weight() for name, layer in lora.items()}
+    lora = {n: one for n, one in layers.items() if isinstance(one, LoraLayer | ExpertLayer)}
+    merged = {name: layer.merged_parameters() for name, layer in lora.items()}
     weights = {
         name: _exchange(layer.base_layer, merged[name], merged=True) for name, layer in lora.items()
     }
@@ -272,10 +286,14 @@ def unmerge_lora(handle: MergeHandle) -> None:
         model.set_submodule(name, layer.train(layer.bare.training).to(device))
 
 
-def _exchange(layer: Any, weight: nn.Parameter, *, merged: bool) -> nn.Parameter:
-    """Give the layer another W, note whose it is for who wants the frozen one; return the old."""
-    old: nn.Parameter = layer.weight
-    layer.weight, layer.merged = weight, merged
+def _exchange(
+    layer: Any, values: Mapping[str, nn.Parameter], *, merged: bool
+) -> dict[str, nn.Parameter]:
+    """Give the layer other weights, and note whose they are; return the old ones."""
+    old = {name: getattr(layer, name) for name in values}
+    for name, value in values.items():
+        setattr(layer, name, value)
+    layer.merged = merged
     return old
 
 

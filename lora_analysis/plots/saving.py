@@ -86,7 +86,6 @@ def save_figure(
         message = f"Cannot write {', '.join(unknown)}; known formats: {', '.join(_METADATA)}."
         raise InputError(message)
     stem = Path(path)
-    stem.parent.mkdir(parents=True, exist_ok=True)
     return [
         write_atomic(
             stem.with_name(f"{stem.name}.{kind}"), _render(figure, kind, dpi=dpi, text="path")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_analysis import __version__
@@ -33,6 +34,7 @@ def made(study: Study, command: str | None) -> dict[str, Any]:
 def python_lines(study: Study) -> str:
     """Return a program that computes the numbers of the report anew from the same files.
 
+    They are to be run in the folder in which the report was made: paths below it are relative.
     Where an adapter or the base was made in memory, the line says that it has to be put there.
     """
     lines = ["from lora_analysis import read_adapter, study", ""]
@@ -43,9 +45,9 @@ def python_lines(study: Study) -> str:
         if labels:
             lines += [f"{name} = [", *(f"    {_reading(study, one)}," for one in labels), "]"]
     given = ["adapters", *(["reference=reference"] if groups["reference"] else [])]
-    given += [
-        f"{name}={'...' if value is ... else repr(value)}" for name, value in study.options.items()
-    ]
+    for name, value in study.options.items():
+        shown = _near(value) if name == "base" and isinstance(value, str) else value
+        given.append(f"{name}={'...' if value is ... else repr(shown)}")
     lines += [f"result = study({', '.join(given)})", ""]
     if len(study.similarities):
         lines += [
@@ -60,11 +62,18 @@ def python_lines(study: Study) -> str:
     return "\n".join(lines)
 
 
+def _near(place: str) -> str:
+    """Return a path relative to the working directory if it lies below; any other as it is."""
+    path = Path(place)
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_absolute() and here in path.parents else place
+
+
 def _reading(study: Study, label: str) -> str:
     source = study.adapters[label].provenance
     if source.place is None:
         return f"...,  # {label!r} was made in memory"
-    options = [repr(source.place)]
+    options = [repr(_near(source.place))]
     if "caller" in source.scale_origin.values():
         scales = study.spectra.loc[study.spectra["adapter"] == label, "scale"].unique()
         # Several scales came from one alpha over several ranks.

@@ -142,18 +142,15 @@ def pairs_table(study: Study) -> ReportTable | None:
     """Return every pair: how it is related, how it started, how alike it is in all."""
     if study.pairs.empty:
         return None
+    cells = ("phi_1_1", "output"), ("phi_1_1", "input"), ("omega", "output"), ("omega", "input")
+    medians = study.similarities.groupby(["a", "b", "side"])[["phi_1_1", "omega"]].median()
+    known = medians.to_dict("index")
     rows = []
     for pair in study.pairs.itertuples():
-        own = study.similarities
-        own = own if own.empty else own[(own["a"] == pair.a) & (own["b"] == pair.b)]
-        medians = [
-            number(own.loc[own["side"] == side, value].median()) if len(own) else "–"
-            for value in ("phi_1_1", "omega")
-            for side in ("output", "input")
-        ]
-        rows.append(
-            (pair.a, pair.b, pair.relation, pair.start, *medians, _cell(float(pair.total_cosine)))
-        )
+        found = (known.get((pair.a, pair.b, side), {}).get(value) for value, side in cells)
+        shown = ("–" if one is None else number(one) for one in found)
+        total = _cell(float(pair.total_cosine))
+        rows.append((pair.a, pair.b, pair.relation, pair.start, *shown, total))
     columns = ("adapter", "adapter", "relation", "start", "φ(1,1) out", "φ(1,1) in", "ω out",
                "ω in", "cosine")  # fmt: skip
     caption = (

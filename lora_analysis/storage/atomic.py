@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeAlias
+
+from lora_analysis.errors import OutputError
 
 # Names of temporary files: of the file, the process, and chance.
 _TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
+Content: TypeAlias = "bytes | Callable[[BinaryIO], None]"
 
-def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> Path:
+
+def write_atomic(path: Path, content: Content) -> Path:
     """Write a file so that, whatever happens, its name leads to the old content or to the new.
 
     The content goes to a temporary file in the same folder, is flushed to the disk, and takes
@@ -25,7 +29,7 @@ def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> Pat
     Parameters
     ----------
     path
-        The file; its folder must exist.
+        The file; its folder is made where it does not exist.
     content
         The bytes, or a function that writes them to the binary stream it is given.
 
@@ -36,26 +40,78 @@ def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> Pat
 
     Raises
     ------
-    OSError
+    OutputError
         The disk refused; the old file is untouched and the temporary one removed.
     """
-    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    return write_together({path: content})
+
+
+def write_together(contents: Mapping[Path, Content]) -> Path:
+    """Write files that mean nothing without each other, as weights and what scales them.
+
+    Each is written as by `write_atomic`, all of them before the first takes its name. The last
+    one is the mark that the rest is whole: of an older set it goes first and comes back last, so
+    that whoever is interrupted leaves the old set, the new one, or one that lacks its mark, and
+    never a mixture that could be taken for either.
+
+    Parameters
+    ----------
+    contents
+        What to write by file, the mark last.
+
+    Returns
+    -------
+    Path
+        The mark.
+
+    Raises
+    ------
+    OutputError
+        The disk refused; the old files are untouched and the temporary ones removed.
+    """
+    *parts, mark = contents
+    temporaries: dict[Path, Path] = {}
+    try:
+        for path, content in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporaries[path] = path.with_name(
+                f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+            )
+            _write(temporaries[path], content)
+        if parts:
+            mark.unlink(missing_ok=True)
+        for path, temporary in temporaries.items():
+            temporary.replace(path)
+    except BaseException as error:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _refused(mark, error) from error
+        raise
+    for folder in {path.parent for path in contents}:
+        _sync_folder(folder)
+    return mark
+
+
+def _write(temporary: Path, content: Content) -> None:
+    """Write a new file down to the disk."""
     # Exclusive creation with mode 666 lets the umask decide; tempfile would make it 600.
     descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            if callable(content):
-                content(stream)
-            else:
-                stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-    return path
+    with os.fdopen(descriptor, "wb") as stream:
+        if callable(content):
+            content(stream)
+        else:
+            stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _refused(path: Path, error: OSError) -> OutputError:
+    reason = error.strerror or str(error)
+    return OutputError(
+        f"{path} could not be written: {reason}. What was there before is untouched; make room "
+        "or name another place with -o."
+    )
 
 
 def remove_leftovers(folder: Path, *, below: bool = False) -> None:

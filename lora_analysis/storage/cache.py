@@ -79,7 +79,6 @@ def keep(key: str, arrays: Mapping[str, NDArray[Any]]) -> bool:
         return False
     path = _path(key)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         _drop_oldest(path.parent.glob("*.safetensors"), room)
         dense = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         write_atomic(path, save(dense))

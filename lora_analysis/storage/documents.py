@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from lora_analysis.errors import MalformedFileError, SourceError
 from lora_analysis.storage.limits import MAX_CONFIG_BYTES
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+_HALF: Final = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}|\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 
 
 def read_json_object(path: Path, *, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
@@ -65,7 +69,19 @@ def parse_json_object(raw: bytes, path: Path, *, what: str, constants: bool) -> 
     if not isinstance(document, dict):
         message = f"{path}: {what} must be a JSON object, found {type(document).__name__}."
         raise MalformedFileError(message)
+    if _HALF.search(raw) and not is_text(json.dumps(document, ensure_ascii=False)):
+        message = f"{path}: {what} holds half a character (a lone \\ud800 to \\udfff)."
+        raise MalformedFileError(message)
     return document
+
+
+def is_text(text: str) -> bool:
+    """Say whether a string can be written anywhere: it holds no lone half of a character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def regular_file_size(path: Path) -> int:

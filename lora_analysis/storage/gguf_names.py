@@ -13,13 +13,14 @@ from typing import Final
 # those whose rows it leaves. Of others it is not known.
 PERMUTED: Final = frozenset(
     {
-        "llama", "arcee", "arctic", "granite", "granitemoe", "minicpm", "mistral3", "nanbeige",
-        "olmo",
+        "llama", "arcee", "arctic", "granite", "granitemoe", "llama-embed", "minicpm", "mistral3",
+        "nanbeige", "olmo", "smollm3",
     }
 )  # fmt: skip
 LEFT: Final = frozenset(
     {
-        "bert", "bloom", "cohere2", "command-r", "falcon", "gemma", "gemma2", "gemma3", "gpt-oss",
+        "apertus", "bert", "bloom", "cohere2", "command-r", "falcon", "gemma", "gemma2", "gemma3",
+        "gpt-oss",
         "gpt2", "gptneox", "llama4", "mpt", "nomic-bert", "olmo2", "olmoe", "phi2", "phi3", "qwen",
         "qwen2", "qwen2moe", "qwen2vl", "qwen3", "qwen3moe", "stablelm", "starcoder2", "t5",
         "t5encoder",
@@ -82,6 +83,22 @@ _GPT2: Final = _Family(
     },
     {EMBEDDING: "transformer.wte", "output": "lm_head"},
 )
+_NEOX_PARTS: Final = {
+    "attn_qkv": "attention.query_key_value",
+    "attn_output": "attention.dense",
+    "ffn_up": "mlp.dense_h_to_4h",
+    "ffn_down": "mlp.dense_4h_to_h",
+}
+_GPTNEOX: Final = _Family(
+    "gpt_neox.layers", _NEOX_PARTS, {EMBEDDING: "gpt_neox.embed_in", "output": "embed_out"}
+)
+# BLOOM and Falcon share the names of their blocks.
+_BLOOM: Final = _Family(
+    "transformer.h",
+    _NEOX_PARTS
+    | {"attn_qkv": "self_attention.query_key_value", "attn_output": "self_attention.dense"},
+    {EMBEDDING: "transformer.word_embeddings", "output": "lm_head"},
+)
 _PHI2: Final = _Family(
     "model.layers",
     _LLAMA_PARTS | {"attn_output": "self_attn.dense", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2"},
@@ -92,13 +109,16 @@ _FAMILIES: Final = {
         (
             "llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "olmoe", "gemma",
             "gemma2", "gemma3", "mistral3", "olmo", "olmo2", "stablelm", "command-r",
-            "cohere2", "granite", "minicpm", "arcee",
+            "cohere2", "granite", "minicpm", "arcee", "smollm3", "nanbeige", "llama-embed",
         ),
         _LLAMA,
     ),
     "phi3": _PHI3,
     "phi2": _PHI2,
     "gpt2": _GPT2,
+    "gptneox": _GPTNEOX,
+    "bloom": _BLOOM,
+    "falcon": _BLOOM,
 }  # fmt: skip
 
 
@@ -130,6 +150,27 @@ def tensor_of(module: str, architecture: str) -> str | None:
         inside = module.startswith((family.prefix, f"base_model.model.{family.prefix}"))
         return f"blk.{match['index']}.{part}" if part and inside else None
     return {own: name for name, own in family.outside.items()}.get(module)
+
+
+# Rows over columns of GPT-2's matrices, which are not square.
+_GPT2_HEIGHTS: Final = {"attn_qkv": (3, 1), "ffn_up": (4, 1), "ffn_down": (1, 4)}
+
+
+def is_turned(tensor: str, shape: tuple[int, int]) -> bool | None:
+    """Say whether an update of GPT-2's, of a shape ``(d_out, d_in)``, lies transposed.
+
+    llama.cpp's converter turns GPT-2's weights, which their model stores as ``[in, out]``, and
+    turns a LoRA's factors in the same way, although PEFT keeps those as in any other model. None
+    where the shape does not tell.
+    """
+    match = _BLOCK.fullmatch(tensor)
+    heights = _GPT2_HEIGHTS.get(match["part"]) if match else None
+    if heights is None:
+        return None
+    up, across = heights
+    if shape[0] * across == shape[1] * up:
+        return False
+    return True if shape[1] * across == shape[0] * up else None
 
 
 def is_rotated(tensor: str) -> bool:

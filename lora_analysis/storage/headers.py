@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _LENGTH_BYTES = 8
+# What Git leaves in place of a large file that was not fetched begins so.
+_POINTER = b"version "
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,31 @@ def read_header(path: Path) -> Header:
     if len(raw) != length:
         message = f"{path}: the file shrank while its header was read."
         raise MalformedFileError(message)
+    return parse_header(path, prefix + raw, size)
+
+
+def header_size(path: Path, start: bytes, size: int) -> int:
+    """Return how many bytes the header takes, its length included, from a file's first bytes.
+
+    Raises
+    ------
+    MalformedFileError
+        The length is beyond the limit or the file's size.
+    """
+    length = int.from_bytes(start[:_LENGTH_BYTES], "little")
+    _check_header_length(path, size, start[:_LENGTH_BYTES], length)
+    return _LENGTH_BYTES + length
+
+
+def parse_header(path: Path, start: bytes, size: int) -> Header:
+    """Return the header that the first bytes of a file are, checked against the file's size.
+
+    Raises
+    ------
+    MalformedFileError
+        As for `read_header`.
+    """
+    raw, length = start[_LENGTH_BYTES:], len(start) - _LENGTH_BYTES
     document = parse_json_object(raw, path, what="the safetensors header", constants=False)
     metadata = _checked_metadata(path, document.pop("__metadata__", None))
     if len(document) > MAX_TENSORS:
@@ -100,6 +127,11 @@ def read_header(path: Path) -> Header:
 def _check_header_length(path: Path, size: int, prefix: bytes, length: int) -> None:
     if len(prefix) < _LENGTH_BYTES:
         message = f"{path}: {size} bytes are too few for a safetensors file; is it cut short?"
+    elif prefix == _POINTER:
+        message = (
+            f"{path}: a pointer of Git LFS, not the file itself. Fetch it with 'git lfs pull', or "
+            "download it from its page."
+        )
     elif length > MAX_HEADER_BYTES:
         message = (
             f"{path}: the header claims {length:,} bytes (limit {MAX_HEADER_BYTES:,}). "

@@ -75,9 +75,10 @@ def fetch_adapter(source: str | os.PathLike[str], *, allow_pickle: bool = False)
 
 
 def fetch_model(source: str | os.PathLike[str], *, allow_pickle: bool = False) -> Snapshot:
-    """Fetch one whole model: its configuration, and the files its index names or its only one.
+    """Fetch one whole model: its configuration, and its index of safetensors or its only file.
 
-    A GGUF file must be named itself.
+    The shards that the index names are left to whoever reads them (`fetch_files`). A GGUF file
+    must be named itself.
 
     Raises
     ------
@@ -89,6 +90,8 @@ def fetch_model(source: str | os.PathLike[str], *, allow_pickle: bool = False) -
         return _fetch_file(name)
     found = _fetch(name, ("config.json", "adapter_config.json", "*.index.json"), ("*/*",))
     pinned = replace(name, revision=found.commit)
+    if any(found.path.glob(f"*{_SAFE}.index.json")):
+        return _with_path(found, name)
     suffixes = (_SAFE, ".bin") if allow_pickle else (_SAFE,)
     for wanted in _model_files(found.path, suffixes):
         _fetch(pinned, wanted, ("*/*",))
@@ -97,6 +100,18 @@ def fetch_model(source: str | os.PathLike[str], *, allow_pickle: bool = False) -
     if not (found.path / "adapter_config.json").is_file():
         raise _no_model(found)
     return _with_path(found, name)
+
+
+def fetch_files(found: Snapshot, names: Sequence[str]) -> None:
+    """Fetch files of a snapshot's folder by name.
+
+    Raises
+    ------
+    SourceError
+        They cannot be had.
+    """
+    literal = [re.sub(r"([*?[])", r"[\1]", name) for name in names]
+    _fetch(HubName(found.repo, found.commit, found.inside, f"{PREFIX}{found.repo}"), literal)
 
 
 def fetch_pretrained(source: str | os.PathLike[str], *, revision: str | None = None) -> Snapshot:
@@ -109,7 +124,8 @@ def fetch_pretrained(source: str | os.PathLike[str], *, revision: str | None = N
     """
     name = _named(source)
     found = fetch_model(str(replace(name, revision=revision) if revision else name))
-    _fetch(replace(name, revision=found.commit), _BESIDE_WEIGHTS, ("*/*",))
+    shards = [one for index in found.path.glob(f"*{_SAFE}.index.json") for one in _shards(index)]
+    _fetch(replace(name, revision=found.commit), (*_BESIDE_WEIGHTS, *shards), ("*/*",))
     return found
 
 

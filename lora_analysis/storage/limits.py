@@ -25,6 +25,18 @@ MAX_PICKLE_BYTES: Final = 16 * 2**20
 MAX_NESTING: Final = 8
 """Dictionaries inside dictionaries in a torch file."""
 
+MAX_ADAPTER_BYTES: Final = 8 * 2**30
+"""The factors of one adapter, as float32."""
+
+MAX_SCALE: Final = 1e6
+"""Multiplier of an update, by its size."""
+
+MIN_SCALE: Final = 1e-12
+"""The same, where it is not zero."""
+
+MAX_VALUE: Final = 1e15
+"""Size of one number in a factor; beyond it a file is damaged, not trained."""
+
 MAX_RANK: Final = 4096
 """Rank of one low-rank update."""
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.errors import MalformedFileError, UnknownFormatError
 from lora_analysis.storage.containers import is_zip, pickle_refused
-from lora_analysis.storage.documents import regular_file_size
+from lora_analysis.storage.documents import is_text, regular_file_size
 from lora_analysis.storage.dtypes import BITS
 from lora_analysis.storage.headers import Header, TensorInfo, shown
 from lora_analysis.storage.limits import MAX_NESTING, MAX_PICKLE_BYTES, MAX_TENSORS
@@ -70,8 +70,9 @@ class Pickle:
             content = content[key]
         tensors: dict[str, TensorInfo] = {}
         for name, tensor in _walk(self.path, content, "", MAX_NESTING):
-            if name in tensors:
-                message = f"{self.path}: two tensors are called {shown(name)}."
+            if name in tensors or not is_text(name):
+                what = "two tensors are" if name in tensors else "half a character in a tensor"
+                message = f"{self.path}: {what} called {shown(name)}."
                 raise MalformedFileError(message)
             tensors[name] = self._placed(name, tensor)
         return Header({}, tensors)

@@ -85,6 +85,10 @@ class TensorFiles:
     def __init__(
         self, path: Path, headers: Mapping[Path, Header], places: Mapping[str, Path]
     ) -> None:
+        for name, file in places.items():
+            if name not in headers[file].tensors:
+                message = f"{path}: tensor {name!r} is said to be in {file.name}, which lacks it."
+                raise MalformedFileError(message)
         self.path = path
         self.files = tuple(headers)
         self.metadata: Mapping[str, str] = {
@@ -169,7 +173,14 @@ def _header_of(path: Path, *, allow_pickle: bool) -> Header:
     return read_header(path)
 
 
-def _open_index(path: Path, *, allow_pickle: bool) -> TensorFiles:
+def shards_of(path: Path) -> dict[str, Path]:
+    """Return the tensors that an index names and the files it says they lie in; none is opened.
+
+    Raises
+    ------
+    MalformedFileError
+        It is no index, or names files outside its folder.
+    """
     shard_names = read_json_object(path, max_bytes=MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(shard_names, dict) or not shard_names:
         message = f"{path}: a sharded model's index needs a 'weight_map' of tensors to files."
@@ -177,12 +188,13 @@ def _open_index(path: Path, *, allow_pickle: bool) -> TensorFiles:
     files = {
         shard: _shard_path(path, shard) for shard in dict.fromkeys(_strings(path, shard_names))
     }
-    headers = {file: _header_of(file, allow_pickle=allow_pickle) for file in files.values()}
-    places = {name: files[shard] for name, shard in shard_names.items()}
-    for name, file in places.items():
-        if name not in headers[file].tensors:
-            message = f"{path}: tensor {name!r} is said to be in {file.name}, which lacks it."
-            raise MalformedFileError(message)
+    return {name: files[shard] for name, shard in shard_names.items()}
+
+
+def _open_index(path: Path, *, allow_pickle: bool) -> TensorFiles:
+    places = shards_of(path)
+    files = dict.fromkeys(places.values())
+    headers = {file: _header_of(file, allow_pickle=allow_pickle) for file in files}
     return TensorFiles(path, headers, places)
 
 

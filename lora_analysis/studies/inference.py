@@ -161,6 +161,7 @@ def _check_columns(quantity: str, side: str) -> None:
 def _known_runs(study: Study, rank: int | None) -> pd.DataFrame:
     """Return the rows of runs that may be relabelled."""
     runs = study.runs[~study.runs["adapter"].isin(study.reference) & ~study.runs["earlier"]]
+    runs = runs[runs["adapter"].isin(study.tabulated)]  # the others have no pairs
     known = runs.dropna(subset=["task", "seed"])
     if known.empty:
         message = (

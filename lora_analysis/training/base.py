@@ -67,7 +67,6 @@ def write_base(model: DigitsViT, folder: Path, manifest: dict[str, Any]) -> Path
     manifest
         How it came about; the SHA-256 of the weights is added.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     write_weights(model, folder, dtype=torch.bfloat16)
     digest = file_sha256(folder / WEIGHTS_NAME)
     write_json(folder / MANIFEST_NAME, {**manifest, "weights_sha256": digest})

@@ -79,6 +79,8 @@ class RunConfig:
         a mapping or as pairs.
     parts
         Of fused modules by pattern, the parts to adapt: ``{"c_attn": ["q", "v"]}``.
+    target_parameters
+        Stacks of experts to adapt besides, by the ends of their names: ``"experts.down_proj"``.
     trainable
         Ends of the names of modules to train in full. A fresh classification head is trained
         without being named.
@@ -107,6 +109,7 @@ class RunConfig:
     rank_pattern: Pattern = ()
     alpha_pattern: Pattern = ()
     parts: Parts = ()
+    target_parameters: tuple[str, ...] = ()
     trainable: tuple[str, ...] = ()
     objective: Objective = "auto"
     base: BaseOptions = field(default_factory=BaseOptions)
@@ -125,7 +128,8 @@ class RunConfig:
             value = getattr(self, role)
             check(role, value, value is None or 0 <= value < 2**63, "from 0 to 2^63 - 1")
         check("alpha", self.alpha, 0 < self.alpha < math.inf, "a positive number")
-        check("targets", self.targets, len(self.targets) > 0, "at least one module name")
+        some = len(self.targets) + len(self.target_parameters) > 0
+        check("targets", self.targets, some, "at least one module name")
         check("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
         check_choice("method", self.method, Literal["lora", "full"])
         check_choice("objective", self.objective, Objective)
@@ -162,7 +166,8 @@ class RunConfig:
             values[name] = dict(getattr(self, name))
         values["parts"] = {key: list(names) for key, names in self.parts}
         targets = self.targets if isinstance(self.targets, str) else list(self.targets)
-        return {**values, "targets": targets, "trainable": list(self.trainable)}
+        lists = {name: list(getattr(self, name)) for name in ("target_parameters", "trainable")}
+        return {**values, "targets": targets, **lists}
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> RunConfig:

@@ -93,6 +93,7 @@ def prepare(config: RunConfig, place: torch.device, *, sharded: bool = False) ->
             rank_pattern={key: int(rank) for key, rank in config.rank_pattern},
             alpha_pattern=dict(config.alpha_pattern),
             parts=dict(config.parts),
+            target_parameters=config.target_parameters,
             trainable=trainable,
         )
     _use_less_memory(config, model)

@@ -35,7 +35,7 @@ class Blockwise4Bit:
 
     def decoder(self, tensors: RawTensors, index: int | None) -> Decoder:  # noqa: ARG002
         """Return what decodes runs of rows."""
-        levels = tensors.read(f"{self.name}.quant_map").astype(np.float32)
+        levels = tensors.read(f"{self.name}.quant_map").astype(np.float32).reshape(-1)
         scales = self._scales(tensors)
         columns, block = self.shape[1], int(self.state["blocksize"])
 
@@ -50,11 +50,12 @@ class Blockwise4Bit:
 
     def _scales(self, tensors: RawTensors) -> NDArray[np.float32]:
         """Return one scale per block."""
-        absmax = tensors.read(f"{self.name}.absmax")
+        # Their numbers of elements were checked, their shapes were not.
+        absmax = tensors.read(f"{self.name}.absmax").reshape(-1)
         if "nested_blocksize" not in self.state:
             return absmax.astype(np.float32)
-        nested = tensors.read(f"{self.name}.nested_quant_map")[absmax]
-        outer = tensors.read(f"{self.name}.nested_absmax")
+        nested = tensors.read(f"{self.name}.nested_quant_map").reshape(-1)[absmax]
+        outer = tensors.read(f"{self.name}.nested_absmax").reshape(-1)
         outer = outer[np.arange(len(absmax)) // int(self.state["nested_blocksize"])]
         scales = nested * outer + np.float32(self.state.get("nested_offset", 0.0))
         return np.asarray(scales, np.float32)
