@@ -96,7 +96,7 @@ def test_every_make_target_of_the_documents_exists() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     texts = README + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     for target in set(
-        re.findall(r"\bmake (test|check|demo|figures|notebooks|data|bench)\b", texts)
+        re.findall(r"\bmake (test|check|demo|docs|figures|notebooks|data|bench|fuzz)\b", texts)
     ):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
