@@ -31,7 +31,8 @@ figures: .venv/.demo
 	$(BIN)/python figures/make.py runs/demo figures
 
 notebooks: .venv/.notebook
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+	  --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 # Runs every page, so that what it shows is what this version gives; nothing is fetched.
 docs: .venv/.docs

@@ -16,7 +16,7 @@ from document_workspace import make_workspace
 from documents import ROOT, Page, blocks, copy_tree
 
 import lora_analysis
-from lora_analysis import demo, formats
+from lora_analysis import demo, formats, write_report
 from lora_analysis.cli import VERBS
 from lora_analysis.execution.serial import SerialExecutor
 from lora_analysis.formats import registry
@@ -43,6 +43,8 @@ def inside(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(registry, "READERS", registry.READERS)
     monkeypatch.setattr(formats, "__path__", [*formats.__path__, "lora_analysis/formats"])
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    # The files of a report's figures take most of its time, and have tests of their own.
+    monkeypatch.setitem(write_report.__kwdefaults__, "figures", ())
     # Two steps each are done in this process before another one has imported torch.
     monkeypatch.setattr(sweep, "choose_executor", lambda *_: SerialExecutor())
     loop = LoopOptions(steps=2, warmup=1, evaluations=1)
@@ -114,7 +116,7 @@ def test_notebooks_were_run_in_order_and_without_an_error(path: Path) -> None:
     outputs = [output for cell in cells for output in cell["outputs"]]
     assert not [one for one in outputs if one["output_type"] == "error"]
     pictures = [one for one in outputs if "image/png" in one.get("data", {})]
-    drawn = [cell for cell in cells if re.search(r"^plot_", "".join(cell["source"]), re.MULTILINE)]
+    drawn = [cell for cell in cells if re.search(r"^ *plot_", "".join(cell["source"]), re.MULTILINE)]
     assert len(pictures) >= len(drawn) > 0
 
 

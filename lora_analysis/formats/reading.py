@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from lora_analysis.formats.initial import StartOf
 
 _UNPICKLED = (".safetensors", ".gguf", ".npz")
+# What a report leaves beside the adapters that it was made of.
+_OUTPUTS = frozenset({"grids.npz"})
 _MAX_DEPTH = 6
 _LISTED = 12
 
@@ -230,7 +232,7 @@ def _walk_folder(
         if entry.is_dir():
             if depth > 1:
                 yield from _walk_folder(entry, options, depth - 1, seen)
-        elif not here and entry.suffix in CONTAINER_SUFFIXES:
+        elif not here and entry.suffix in CONTAINER_SUFFIXES and entry.name not in _OUTPUTS:
             yield from _find_here(entry, options)
 
 
