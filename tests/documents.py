@@ -2,8 +2,8 @@
 
 Fenced blocks are read from the Markdown itself. ``console`` holds commands after ``$`` and what
 they print; ``python`` and ``{code-cell}`` share one namespace a page; a ``{code-block}`` with a
-caption is a file of that name, as is ``toml`` whose first line is one. A block after ``% not run: why`` (README: ``<!-- not run: why -->``)
-is left out, and counted by the caller.
+caption is a file of that name, as is ``toml`` whose first line is one. A block after
+``% not run: why`` (README: ``<!-- not run: why -->``) is left out, and counted by the caller.
 """
 
 from __future__ import annotations
