@@ -147,3 +147,5 @@ def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     shown = (tmp_path / "reference" / "commands.html").read_text(encoding="utf-8")
     assert all(f"Usage: lora-analysis {verb}" in shown for verb in VERBS)
+    pages = [page.read_text(encoding="utf-8") for page in tmp_path.rglob("*.html")]
+    assert not [one for page in pages for one in re.findall(r'(?:src|<link[^>]*href)="http', page)]
