@@ -47,7 +47,8 @@ data: .venv/.demo
 bench: .venv/.dev
 	$(BIN)/python -m benchmarks --write
 
-# Damages adapters of every format at random, a minute each time; SEED=n draws other damage.
+# Damages adapters and bases of every format at random for a minute; SEED=n draws other damage.
+# Guided by coverage, one format at a time: tests/fuzz/guided.py.
 fuzz: .venv/.dev
 	cd tests && ../$(BIN)/python -m fuzz --seed $(or $(SEED),0)
 

@@ -226,10 +226,10 @@ def _tables(study: Study, name: str) -> Iterator[ReportTable]:
     if name == "table-6" and (found := accuracy_table(study)) is not None:
         yield found
     if name == "table-7":
-        yield _table_7(study)
+        yield table_7(study)
 
 
-def _table_7(study: Study) -> ReportTable:
+def table_7(study: Study) -> ReportTable:
     """Return ‖UᵀWV‖ for three choices of directions, and the factor, beside the paper's."""
     name = next(iter(_modules(study, _middle(study)).values()))
     weight = study.base.weight(name)  # type: ignore[union-attr]  # checked by the caller

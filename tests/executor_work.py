@@ -72,6 +72,10 @@ def print_something(cell, tell):
     sys.stdout.flush()
 
 
+def here(cell, tell):
+    return str(Path.cwd())
+
+
 class UntilStopped:
     """Work for ever, and say in a file when it is stopped in an orderly way."""
 

@@ -17,6 +17,8 @@ from lora_analysis.bases import open_base
 from lora_analysis.report import write_report
 from lora_analysis.studies import study
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SIZES = {"desktop": (1280, 900), "phone": (360, 740)}
 
@@ -55,8 +57,7 @@ def pages(
     }
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("size", "scheme"), [("desktop", "light"), ("phone", "dark")])
 @pytest.mark.parametrize("name", ["full", "strangers"])
 def test_a_report_fits_asks_for_nothing_and_can_be_read_by_everyone(
     browser: Any, pages: dict[str, Path], name: str, size: str, scheme: str

@@ -38,7 +38,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_the_demo_leaves_runs_and_a_report(short: Path) -> None:
     names = {path.name for path in (short / "runs").iterdir()}
-    assert names == {"rotate-r2-s0", "rotate-r3-s0", "mirror-r2-s1"}
+    assert names == {"sweep.json", "rotate-r2-s0", "rotate-r3-s0", "mirror-r2-s1"}
     results = json.loads((short / "results.json").read_text())
     assert {row["task"] for row in results["adapters"]} == {"rotate", "mirror"}
     assert "figure-ranks_output" in (short / "report.html").read_text()
@@ -82,3 +82,14 @@ def test_the_demo_trains_the_13_adapters_that_its_conclusions_need() -> None:
         ("rotate", rank, seed) for rank in (4, 64) for seed in (0, 1)
     }
     assert len({one.alpha for one in demo_sweep()}) == 1
+
+
+def test_the_demo_on_text_has_the_same_seeds_on_a_second_task() -> None:
+    configs = demo.text_sweep()
+    assert len({config.name for config in configs}) == 10
+    eights = {(c.task, c.seed) for c in configs if c.rank == 8}
+    assert eights == {(task, seed) for task in ("scipy", "sklearn") for seed in (0, 1, 2)}
+    assert {(c.task, c.rank, c.seed) for c in configs if c.rank != 8} == {
+        ("scipy", rank, seed) for rank in (4, 64) for seed in (0, 1)
+    }
+    assert len({(c.alpha, c.targets, c.base, c.data, c.loop) for c in configs}) == 1

@@ -242,6 +242,16 @@ def test_a_cluster_that_cannot_be_reached_is_said(monkeypatch: pytest.MonkeyPatc
 
 
 @executors_with_workers
+def test_relative_paths_start_where_the_caller_is(
+    make, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = make(name)
+    monkeypatch.chdir(tmp_path)
+    (outcome,) = executor.map(work.here, [1])
+    assert outcome.result == str(tmp_path)
+
+
+@executors_with_workers
 def test_two_cells_are_under_way_at_once(make, name: str, tmp_path: Path) -> None:
     outcomes = list(make(name).map(work.Meeting(tmp_path, 2), range(2)))
     assert len({one.result for one in outcomes}) == 2  # by processes

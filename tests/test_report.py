@@ -227,7 +227,7 @@ def test_tables_are_written_as_parquet_when_asked(rng: np.random.Generator, tmp_
 
 
 def test_the_same_study_gives_the_same_bytes(rng: np.random.Generator, tmp_path: Path) -> None:
-    result = study([adapter(rng, label="r2", rank=2), adapter(rng, label="r3", rank=3)])
+    result = study([adapter(rng, modules=1, label=f"r{r}", rank=r) for r in (2, 3)])
     first, second = (write_report(result, tmp_path / name, figures=("svg",)) for name in ("a", "b"))
     assert first.read_bytes() == second.read_bytes()
     for figure in (first.parent / "figures").iterdir():

@@ -8,7 +8,8 @@ import pytest
 from lora_analysis import open_base
 from lora_analysis.adapter import Adapter, LowRankUpdate, Provenance
 from lora_analysis.errors import InputError
-from lora_analysis.reproduction import write_reproduction
+from lora_analysis.findings import number
+from lora_analysis.reproduction import table_7, write_reproduction
 from lora_analysis.storage.bundled import bundled_data
 from lora_analysis.studies import Study, study
 
@@ -50,15 +51,19 @@ def test_every_figure_of_section_7_and_appendix_h_is_drawn(demo: Study, tmp_path
     assert f"φ(8, 64) {grid.at(8, 64):.2f}" in text
 
 
-def test_table_7_holds_the_dense_numbers(demo: Study, tmp_path: Path) -> None:
-    text = write_reproduction(demo, tmp_path, formats=()).read_text()
+def test_table_7_holds_the_dense_numbers(demo: Study) -> None:
+    rows = table_7(demo).rows
+    assert [row[:2] for row in rows] == [
+        ("here", "4"), ("here", "8"), ("here", "64"), ("paper", "4"), ("paper", "64"),
+    ]  # fmt: skip
     W = open_base(bundled_data("digits-vit")).weight(MODULES[4]).array().astype(float)
     u, s, vt = np.linalg.svd(demo.adapters["rotate-r4-s0"][MODULES[4]].delta_weight())
     projected = np.linalg.norm(u[:, :4].T @ W @ vt[:4].T)
     top = np.linalg.norm(np.linalg.svd(W, compute_uv=False)[:4])
-    for value in (projected, top, np.linalg.norm(W)):
-        assert f">{value:.2f}</td>" in text or f">{value:.2g}</td>" in text, value
-    assert np.linalg.norm(s[:4]) > 0
+    norm = np.linalg.norm(s[:4])
+    values = (projected, top, np.linalg.norm(W) * 4 / 192, np.linalg.norm(W), norm)
+    assert rows[0][2:7] == tuple(map(number, values))
+    assert rows[0][7] == number(norm / projected)
 
 
 def test_another_study_is_refused_with_what_is_missing(demo: Study, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from lora_analysis.errors import InputError
 from lora_analysis.findings import findings
 from lora_analysis.pairwise import pairwise
 from lora_analysis.studies import study
-from lora_analysis.studies.walk import chosen_for_pairs
+from lora_analysis.studies.choice import chosen_for_pairs
 
 
 def test_the_atlas_is_the_mean_of_the_tables(sweep: list[Adapter]) -> None:  # noqa: F811
@@ -158,3 +158,15 @@ def test_norms_of_other_bases_modules_or_steps_are_no_measure(rng: np.random.Gen
     last = of("last", 1.0, base_model="two", task="t", seed=0, step=3)
     said = findings(study([*small, of("other", 1.0, base_model="two"), *steps, last]))
     assert "diverged" not in {one.topic for one in said}
+
+
+def test_a_copied_factor_is_an_artefact_before_the_results(sweep: list[Adapter]) -> None:  # noqa: F811
+    note = (
+        "4 modules share their A with another. An input overlap of 1 between them is an artefact."
+    )
+    noted = sweep[0].described(findings=(note, "its config names no base."))
+    said = findings(study([noted, *sweep[1:]]))
+    copied = next(at for at, one in enumerate(said) if note in one.text)
+    assert said[copied].kind == "artefact"
+    assert copied < next(at for at, one in enumerate(said) if one.kind == "result")
+    assert said[-1].text.endswith("its config names no base.")

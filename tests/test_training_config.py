@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -117,3 +118,19 @@ def test_the_content_of_the_inputs_is_in_the_key_and_their_place_is_not() -> Non
 
 def test_a_seed_that_is_stated_and_one_that_follows_are_one_run() -> None:
     assert replace(CONFIG, dropout_seed=3).key({"base": "b", "data": "d"}) == KEY
+
+
+@pytest.mark.parametrize(
+    ("table", "field"),
+    [
+        ({"loop": {"autocast": "bfloat16"}}, lambda run: run.loop.autocast),
+        ({"base": {"quantised": "nf4"}}, lambda run: run.base.quantised),
+        ({"base": {"quantised": "int8"}}, lambda run: run.base.quantised),
+    ],
+)
+def test_a_word_that_names_a_type_of_numbers_is_a_word(
+    table: dict[str, Any], field: Callable[[RunConfig], str | None]
+) -> None:
+    config = RunConfig.from_dict({"task": "rotate", "rank": 2} | table)
+    assert field(config) == next(iter(next(iter(table.values())).values()))
+    assert field(RunConfig.from_dict(config.to_dict())) == field(config)

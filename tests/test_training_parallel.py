@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import metrics_of, write_model, write_reviews
+from tiny_models import metrics_of
+from training_bases import write_tiny_base
 
 from lora_analysis.errors import InputError
 from lora_analysis.formats import read_adapter
-from lora_analysis.training import RunConfig
+from lora_analysis.training import RunConfig, train_run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -27,9 +28,8 @@ OPTIONS = ["--steps", "5", "--batch-size", "6", "--lr", "0.01", "--rank", "2", "
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("inputs")
-    model, data = write_model(folder / "llama", "llama"), write_reviews(folder / "reviews.csv")
-    return [str(data), "--base", str(model)]
+    base = write_tiny_base(tmp_path_factory.mktemp("base"))
+    return ["--base", str(base), "--name", "rotate"]
 
 
 def together(inputs: list[str], out: Path, *more: str) -> None:
@@ -82,6 +82,51 @@ def test_weights_that_are_trained_are_not_spread(inputs: list[str]) -> None:
 
     from lora_analysis.training.settings import prepare
 
-    table = {"base": {"source": inputs[2]}, "data": {"source": inputs[0]}, "method": "full"}
+    table = {"base": {"source": inputs[1]}, "task": "rotate", "method": "full"}
     with pytest.raises(InputError, match="Only frozen weights are spread"):
         prepare(RunConfig.from_dict(table), torch.device("cpu"), sharded=True)
+
+
+KILLED_ONCE = """
+import json, os, signal, sys
+from pathlib import Path
+from lora_analysis.training import RunConfig, train_run
+
+table, out, mark = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+
+def watch(event):
+    if event.kind == "step" and event.step == 4 and not mark.exists():
+        mark.write_text("killed")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train_run(RunConfig.from_dict(table), out, device="cpu", progress=watch)
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_what_was_killed_and_it_goes_on(
+    inputs: list[str], tmp_path: Path
+) -> None:
+    loop = {"steps": 6, "batch_size": 6, "lr": 0.01, "checkpoint_every": 2}
+    table = {"base": {"source": inputs[1]}, "task": "rotate", "rank": 2, "loop": loop}
+    script, mark = tmp_path / "killed_once.py", tmp_path / "mark"
+    script.write_text(KILLED_ONCE)
+    done = subprocess.run(
+        [
+            *[sys.executable, "-m", "torch.distributed.run", "--standalone"],
+            *["--nproc-per-node", "2", "--max-restarts", "1", str(script)],
+            *[json.dumps(table), str(tmp_path / "run"), str(mark)],
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert mark.exists()
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(7))
+    alone = train_run(RunConfig.from_dict(table), tmp_path / "alone", device="cpu")
+    ours, theirs = read_adapter(alone), read_adapter(tmp_path / "run")
+    for name, update in ours.items():
+        np.testing.assert_allclose(update.B, theirs[name].B, rtol=1e-5, atol=1e-5)  # type: ignore[union-attr]

@@ -314,6 +314,19 @@ def test_a_csv_and_a_local_model_are_enough(models: Path, reviews: Path, tmp_pat
     assert document["config"]["loop"]["schedule"] == "linear"
 
 
+def test_a_terminal_sees_loss_rate_and_what_is_left_out(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    data = write_reviews(tmp_path / "reviews.csv")
+    data.write_text(data.read_text() + "no label,\n")
+    options = ["--base", base_of(models, "bert"), "-o", str(tmp_path / "run"), "--device", "cpu"]
+    done = cli(str(data), *options, "--steps", "3")
+    assert done.exit_code == 0, done.output
+    assert "1 of 61 rows are left out (line 62: 'label' is empty)" in done.stderr.replace("\n", " ")
+    assert "lr " in done.stderr
+
+
 def test_options_lie_over_a_file_and_that_over_a_preset(
     models: Path, reviews: Path, tmp_path: Path
 ) -> None:

@@ -265,3 +265,69 @@ def test_trackers_are_checked_before_anything_is_trained(monkeypatch: pytest.Mon
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(MissingExtraError, match="pip install wandb"):
         check_trackers(("wandb",))
+
+
+def test_the_presets_are_the_papers_and_give_runs() -> None:
+    from lora_analysis.training.presets import PRESETS, preset
+
+    assert len(PRESETS) == 8 * 3 + 3 + 1
+    for name in PRESETS:
+        RunConfig.from_dict({**preset(name), "base": {"source": "somewhere"}})
+    e2e = RunConfig.from_dict({**preset("gpt2-e2e"), "base": {"source": "gpt2"}})
+    assert (e2e.rank, e2e.alpha, e2e.dropout) == (4, 32, 0.1)
+    assert e2e.parts == (("c_attn", ("q", "v")),)
+    loop = e2e.loop
+    assert (loop.batch_size, loop.epochs, loop.warmup, loop.lr) == (8, 5, 500, 2e-4)
+    assert (loop.schedule, loop.weight_decay, loop.label_smoothing) == ("linear", 0.01, 0.1)
+    with pytest.raises(InputError, match=r"no preset 'gpt2-e2'. Near names: gpt2-e2e"):
+        preset("gpt2-e2")
+
+
+def test_the_linear_schedule_is_transformers_own() -> None:
+    pytest.importorskip("transformers")
+    from transformers import get_linear_schedule_with_warmup
+
+    from lora_analysis.training.schedules import learning_rate
+
+    options = LoopOptions(steps=50, lr=1.0, warmup=10, schedule="linear")
+    optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_linear_schedule_with_warmup(optimiser, 10, 50)
+    for step in range(1, 51):
+        # Theirs has a first step at rate zero, which trains nothing.
+        optimiser.step()
+        theirs.step()
+        falling = optimiser.param_groups[0]["lr"]
+        assert learning_rate(step, options) == pytest.approx(falling, abs=1 / 40 + 1e-9)
+
+
+def test_tensorboard_is_told_every_figure(base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = train_run(on(base, CONFIG), tmp_path / "run", device="cpu", trackers=("tensorboard",))
+    events = EventAccumulator(str(folder / "tensorboard" / CONFIG.name))
+    events.Reload()
+    told = [event.value for event in events.Scalars("loss")]
+    assert told == pytest.approx([line["loss"] for line in metrics_of(folder)[1:]])
+
+
+def test_half_precision_with_a_scaled_loss_trains() -> None:
+    options = LoopOptions(steps=60, batch_size=8, lr=0.02, warmup=0, autocast="float16")
+    seen = [metrics.loss for metrics in Training(model(), data(), options)][1:]
+    assert np.isfinite(seen).all()
+    assert np.mean(seen[-5:]) < np.mean(seen[:5])
+
+
+def test_gradients_that_are_not_finite_stop_the_training() -> None:
+    class Root(nn.Module):
+        """Zero at zero, where the square root has no slope."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(2, 5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(x, self.weight).abs().sqrt()
+
+    with pytest.raises(DivergedError, match=r"step 1 is 0.69.*, but its gradient (nan|inf)"):
+        list(Training(Root(), data(), LoopOptions(steps=3, batch_size=8)))

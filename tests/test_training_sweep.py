@@ -196,9 +196,9 @@ def test_two_workers_make_what_one_makes_though_one_is_killed(
 
     def kill_once(event: RunEvent) -> None:
         if event.kind == "step" and event.step == 2 and not killed:
-            for worker in multiprocessing.active_children():
-                killed.append(worker.pid or 0)
-                worker.kill()
+            worker = multiprocessing.active_children()[0]
+            killed.append(worker.pid or 0)
+            worker.kill()
 
     run_sweep(configs, tmp_path / "one", device="cpu", workers=1)
     result = run_sweep(
@@ -210,9 +210,8 @@ def test_two_workers_make_what_one_makes_though_one_is_killed(
         report=told.append,
     )
     assert not result.failures
-    assert len(killed) == 2
-    assert told
-    assert all("ended with exit code -9" in text for text in told)
+    assert len(told) == 1
+    assert f"The worker process {killed[0]} ended with exit code -9" in told[0]
     assert _contents(tmp_path / "one") == _contents(tmp_path / "two")
     assert multiprocessing.active_children() == []
 

@@ -87,6 +87,7 @@ def _describe(adapter: Adapter, pattern: str | None) -> dict[str, Any]:
         "base_model": source.base_model,
         "task": source.task,
         "seed": source.seed,
+        "step": source.step,
         "norm": sum(one["norm"] ** 2 for one in facts) ** 0.5,
         "scale_known": not any(one["in_units_of_scale"] for one in facts),
         "untrained_modules": sum(one["untrained"] for one in facts),
@@ -172,11 +173,17 @@ def _unresolved(facts: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+# What a run says of itself, shown where any says it.
+_RUN = ("task", "seed", "step")
+
+
 def _print_several(documents: list[dict[str, Any]]) -> None:
-    columns = ["adapter", "format", "modules", "rank", "scale", "‖ΔW‖"]
+    known = [name for name in _RUN if any(one[name] is not None for one in documents)]
+    columns = ["adapter", *known, "format", "modules", "rank", "scale", "‖ΔW‖"]
     rows = [
         [
             one["label"],
+            *("" if one[name] is None else one[name] for name in known),
             one["format"],
             len(one["modules"]),
             _counted([m["rank"] for m in one["modules"]]),
@@ -190,7 +197,7 @@ def _print_several(documents: list[dict[str, Any]]) -> None:
         for row, one in zip(rows, documents, strict=True):
             row.append(one["untrained_modules"] or "")
     title = "1 adapter" if len(documents) == 1 else f"{len(documents)} adapters"
-    print_table(title, columns, rows, numbers_from=2, cut_names=False)
+    print_table(title, columns, rows, numbers_from=2 + len(known), cut_names=False)
 
 
 def _print_one(one: dict[str, Any], *, every: bool) -> None:
@@ -204,6 +211,7 @@ def _print_one(one: dict[str, Any], *, every: bool) -> None:
         ("path", one["path"]),
         ("format", one["format"]),
         ("base model", one["base_model"] or "not stated"),
+        *((name, one[name]) for name in _RUN if one[name] is not None),
         ("modules", f"{len(facts)} ({_counted([m['module_type'] for m in facts])})"),
         ("rank", _counted([m["rank"] for m in facts])),
         ("scale", _scales(facts)),

@@ -52,12 +52,13 @@ Command = Callable[..., Any]
 def _column_options(command: Command) -> Command:
     for name in reversed(_COLUMNS):
         option = f"--{name.replace('_', '-')}-column"
-        command = click.option(option, metavar="NAME", help=f"Column of the {name}.")(command)
+        what = "second text of a pair" if name == "text_pair" else name
+        command = click.option(option, metavar="NAME", help=f"Column of the {what}.")(command)
     return command
 
 
 @click.command(name="train")
-@click.argument("data", metavar="DATA", required=False)
+@click.argument("data", metavar="[DATA]", required=False)
 @click.option("--base", metavar="BASE", help="Folder of a transformers model, hub id, or minilm.")
 @click.option(
     "-o",
@@ -189,13 +190,18 @@ def _setting(text: str) -> dict[str, Any]:
 def _watched(form: str) -> Iterator[Callable[[RunEvent], None]]:
     """Show notes as they come, and a bar with loss, rate and time left where stderr is one."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(bar_width=12),
+        MofNCompleteColumn(),
         TextColumn("{task.fields[figures]}"),
         TimeRemainingColumn(),
     )
@@ -209,12 +215,12 @@ def _watched(form: str) -> Iterator[Callable[[RunEvent], None]]:
             if event.note and form != "quiet":
                 bar.console.print(f"Note: {event.note}", markup=False, highlight=False)
             if event.test_loss is not None:
-                tested = f"test loss {event.test_loss:.4f}"
+                tested = f"test {event.test_loss:.4f}"
                 if event.test_accuracy is not None:
-                    tested += f", accuracy {event.test_accuracy:.3f}"
-            figures = f"loss {event.loss:.4f}  " if event.loss is not None else ""
+                    tested += f" ({event.test_accuracy:.3f})"
+            figures = f"loss {event.loss:.4f} " if event.loss is not None else ""
             if event.lr is not None:
-                figures += f"lr {event.lr:.1e}  "
+                figures += f"lr {event.lr:.1e} "
             bar.update(
                 task,
                 completed=event.step,
@@ -230,13 +236,13 @@ def _memory() -> str:
     from lora_analysis.training.devices import gpu_memory
 
     if on_gpu := gpu_memory():
-        return f"  {on_gpu / 2**30:.1f} GiB"
+        return f" {on_gpu / 2**30:.1f} GiB"
     try:
         import resource
     except ImportError:  # not on every system
         return ""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f"  {peak / 2**20:.1f} GiB"
+    return f" {peak / 2**20:.1f} GiB"
 
 
 def _report(folder: Path, form: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_analysis.errors import InputError, LoraAnalysisError, LostWorkerError, MissingExtraError
@@ -51,8 +52,8 @@ class RayExecutor:
     Notes
     -----
     Every machine needs this package, in the same version, and the folders that the work reads
-    and writes at the same paths. A cell whose process or machine is lost is tried again
-    elsewhere.
+    and writes at the same paths; relative ones start from the caller's working folder. A cell
+    whose process or machine is lost is tried again elsewhere.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class _Run:
         # Ray's own retries would count neither with ours nor be told of.
         self.task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_do)
         self.mailbox = ray.remote(num_cpus=0)(_Mailbox).remote() if tell else None
+        self.folder = str(Path.cwd())
         self.under_way: dict[Any, tuple[Any, int]] = {}
 
     def outcomes(self, cells: Iterable[Any], limit: int | None) -> Iterator[Outcome[Any, Any]]:
@@ -160,7 +162,8 @@ class _Run:
                 self.ray.kill(self.mailbox)
 
     def _submit(self, cell: Any, attempts: int) -> None:
-        self.under_way[self.task.remote(self.function, cell, self.mailbox)] = cell, attempts
+        ref = self.task.remote(self.function, cell, self.mailbox, self.folder)
+        self.under_way[ref] = cell, attempts
 
     def _result(self, ref: Any, cell: Any) -> Any:
         """Return what the task returned, or that its process or machine is gone."""
@@ -206,10 +209,12 @@ class _Mailbox:
         return events
 
 
-def _do(function: Any, cell: Any, mailbox: Any) -> Any:
-    """Do one cell in a process of Ray's."""
+def _do(function: Any, cell: Any, mailbox: Any, folder: str) -> Any:
+    """Do one cell in a process of Ray's, in the caller's working folder where it is there too."""
     import ray
 
+    with suppress(OSError):
+        os.chdir(folder)
     last = None
 
     def tell(event: object) -> None:

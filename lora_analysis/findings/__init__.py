@@ -28,6 +28,8 @@ _MAKERS: tuple[Callable[[Study], Iterator[Finding]], ...] = (
     notes.starts,
     overlaps.shared_seed,
     groups.degenerate,
+    notes.file_artefacts,
+    notes.few_runs,
     overlaps.reference,
     overlaps.by_rank_pair,
     overlaps.by_seed,
@@ -40,7 +42,6 @@ _MAKERS: tuple[Callable[[Study], Iterator[Finding]], ...] = (
     weights.amplified,
     weights.energy,
     weights.accuracy,
-    notes.few_runs,
     notes.file_notes,
 )
 

@@ -38,7 +38,9 @@ def diverged(study: Study) -> Iterator[Finding]:
     """
     known = study.runs[study.runs["scale_known"] & (study.runs["trained_modules"] > 0)]
     modules = study.spectra.groupby("adapter")["module"].agg(lambda own: hash(frozenset(own)))
-    kinds = known["adapter"].map(modules).astype(str) + known["base_model"].map(base_key).map(str)
+    kinds = known["adapter"].map(modules).astype(str) + known["base_model"].map(
+        base_key, na_action="ignore"
+    ).map(str)
     against = study.amplifications
     against = against[against["at_rank"]] if len(against) else against
     for row in known.itertuples():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lora_analysis.findings.levels import PAIRS_IN_WORDS, Finding, number, plural
@@ -11,6 +12,7 @@ from lora_analysis.studies import SAME_RUN, SHARED_SEED, Study
 if TYPE_CHECKING:
     import pandas as pd
 
+_ARTEFACT = "artefact"
 # What `overlaps.shared_seed` says about all pairs of other tasks and one seed in one sentence.
 TOLD_TOGETHER = ("same initial A", "partly shared")
 
@@ -38,8 +40,19 @@ def untrained(study: Study) -> Iterator[Finding]:
         yield Finding("limit", "untrained", text, {"adapter": row.adapter, "modules": missing})
 
 
+def file_artefacts(study: Study) -> Iterator[Finding]:
+    """Pass on what the readers call an artefact: an A that a conversion has copied."""
+    for one in _noted(study):
+        if _ARTEFACT in one.text:
+            yield replace(one, kind="artefact")
+
+
 def file_notes(study: Study) -> Iterator[Finding]:
-    """Pass on what the readers noticed in the files."""
+    """Pass on what else the readers noticed in the files."""
+    yield from (one for one in _noted(study) if _ARTEFACT not in one.text)
+
+
+def _noted(study: Study) -> Iterator[Finding]:
     for adapter in study.adapters.values():
         for note in adapter.provenance.findings:
             yield Finding("limit", "file", f"{adapter.label}: {note}", {"adapter": adapter.label})

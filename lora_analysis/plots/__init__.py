@@ -7,11 +7,11 @@ them. Nothing here reads a file, computes a metric or touches matplotlib's globa
 """
 
 from lora_analysis.plots.amplification import plot_amplification
+from lora_analysis.plots.basis import plot_weight_energy
 from lora_analysis.plots.curves import (
     plot_budget,
     plot_layers,
     plot_trajectories,
-    plot_weight_energy,
 )
 from lora_analysis.plots.heatmap import plot_similarity
 from lora_analysis.plots.levels import plot_levels

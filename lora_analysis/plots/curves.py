@@ -1,4 +1,4 @@
-"""Lines: a number over layers, over W's directions, over training steps, over parameters."""
+"""Lines: a number over layers, over training steps, over parameters."""
 
 from __future__ import annotations
 
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
     from numpy.typing import ArrayLike, NDArray
-
-    from lora_analysis.amplify import WeightBasisEnergy
-    from lora_analysis.spectra import Side
 
     _Series = Mapping[str, tuple[ArrayLike, ArrayLike]]
 
@@ -48,7 +45,8 @@ class LinesPlot:
     note: str = ""
 
 
-def _lines(series: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> tuple[Line, ...]:
+def lines_of(series: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> tuple[Line, ...]:
+    """Return one line per entry, sorted by x, without what is not finite."""
     made = []
     for at, (label, (x, y)) in enumerate(series.items()):
         xs, ys = (np.asarray(one, dtype=np.float64) for one in (x, y))
@@ -87,12 +85,12 @@ def _paint(ax: Axes, plot: LinesPlot, *, marker: bool) -> None:
         ax.set_ylim(*plot.limits)
     ax.set_xlabel(plot.xlabel)
     ax.set_ylabel(plot.ylabel)
-    name_lines(ax, [line for line in plot.lines if line.y.size])
+    namelines_of(ax, [line for line in plot.lines if line.y.size])
     if plot.note:
         ax.set_title(plot.note, fontsize=7, color=style.QUIET, loc="left", parse_math=False)
 
 
-def name_lines(ax: Axes, lines: Sequence[Line]) -> None:
+def namelines_of(ax: Axes, lines: Sequence[Line]) -> None:
     """Write the lines' names at the right of the axes, in their colour, where they end."""
     if len(lines) < 2:
         return
@@ -129,11 +127,11 @@ def resolve_layers(
     if not values:
         message = "plot_layers was given no module."
         raise InputError(message)
-    lines = _lines(_by_layer(values, module_type))
+    lines = lines_of(_by_layer(values, module_type))
     level = chance if isinstance(chance, float | int) else None
     if isinstance(chance, Mapping):
         found = _by_layer(chance, lambda _: "random directions")
-        lines = (*lines, *(replace(one, colour=style.QUIET) for one in _lines(found)))
+        lines = (*lines, *(replace(one, colour=style.QUIET) for one in lines_of(found)))
     return LinesPlot(lines, "layer", ylabel, _limits(lines, log=log), log, level)
 
 
@@ -174,93 +172,6 @@ def plot_layers(
     return ax
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class EnergyPlot:
-    """What `plot_weight_energy` shows: cumulated shares over k, chance and its 95 % bound."""
-
-    lines: tuple[Line, ...]
-    k: NDArray[np.float64]
-    chance: NDArray[np.float64]
-    bound: NDArray[np.float64]
-    xlabel: str
-    ylabel: str
-
-
-def resolve_weight_energy(
-    energies: Sequence[WeightBasisEnergy], *, side: Side = "output"
-) -> EnergyPlot:
-    """Return what `plot_weight_energy` draws, as plain attributes."""
-    if not energies:
-        message = "plot_weight_energy was given no result."
-        raise InputError(message)
-    sizes = {(len(one.weight_values), one.sides[side].dimension) for one in energies}
-    if len(sizes) > 1:
-        message = f"The weights have {len(sizes)} sizes; draw those of one size together."
-        raise InputError(message)
-    ((count, dimension),) = sizes
-    k = np.arange(1, count + 1, dtype=np.float64)
-    labels = [one.label for one in energies]
-    names = labels if len(set(labels)) == len(energies) else [one.module for one in energies]
-    names = style.without_common_start(names)
-    lines = _lines(
-        {name: (k, one.sides[side].leading) for name, one in zip(names, energies, strict=True)}
-    )
-    # The fewest effective directions vary most: their bound holds for all.
-    bound = np.max([one.band(side, 0.95) for one in energies], axis=0)
-    return EnergyPlot(
-        lines=lines,
-        k=k,
-        chance=k / dimension,
-        bound=bound,
-        xlabel="k, leading directions of W",
-        ylabel=f"share of ‖ΔW‖², {side} side",
-    )
-
-
-def plot_weight_energy(
-    energies: WeightBasisEnergy | Sequence[WeightBasisEnergy],
-    ax: Axes | None = None,
-    *,
-    side: Side = "output",
-) -> Axes:
-    """Draw the share of ‖ΔW‖² in W's top-k directions over k, beside what random ones hold.
-
-    Dashed: chance, k/d; grey up to where 95 % of isotropic updates of such a spectrum stay. The
-    LoRA paper's Figure 8 is a part of it.
-
-    Parameters
-    ----------
-    energies
-        From `lora_analysis.amplify.weight_basis_energy`; several of one size.
-    ax
-        Where to draw; None makes a figure of one column's width.
-    side
-        ``"input"`` or ``"output"``.
-
-    Raises
-    ------
-    InputError
-        No result, or weights of several sizes.
-    """
-    from lora_analysis.amplify import WeightBasisEnergy as One
-
-    several = [energies] if isinstance(energies, One) else list(energies)
-    plot = resolve_weight_energy(several, side=side)
-    with style.house_style():
-        ax = style.axes_or_new(ax, (style.ONE_COLUMN, 2.4))
-        ax.fill_between(plot.k, 0, plot.bound, color=style.QUIET, alpha=0.18, linewidth=0)
-        ax.plot(plot.k, plot.chance, color=style.QUIET, linestyle=(0, (4, 2)), label="chance")
-        for line in plot.lines:
-            ax.plot(line.x, line.y, color=line.colour, label=style.legend_label(line.label))
-        style.log_axis(ax, "x", (0.9, float(plot.k[-1]) * 1.05), base=2)
-        ax.set_ylim(0, 1.02)
-        ax.set_xlabel(plot.xlabel)
-        ax.set_ylabel(plot.ylabel)
-        # All lines end at 1: they are named where they differ, in a legend.
-        ax.legend(fontsize=7, frameon=False, loc="upper left", handlelength=1.2)
-    return ax
-
-
 def plot_trajectories(
     series: Mapping[str, tuple[ArrayLike, ArrayLike]],
     ax: Axes | None = None,
@@ -289,7 +200,7 @@ def plot_trajectories(
     if not series:
         message = "plot_trajectories was given no run."
         raise InputError(message)
-    lines = _lines(series)
+    lines = lines_of(series)
     plot = LinesPlot(lines, "training step", ylabel, _limits(lines, log=False), False, chance)
     with style.house_style():
         ax = style.axes_or_new(ax, (style.ONE_COLUMN, 2.4))
@@ -318,7 +229,7 @@ def plot_budget(
     if not curves:
         message = "plot_budget was given no curve."
         raise InputError(message)
-    lines = _lines(curves)
+    lines = lines_of(curves)
     plot = LinesPlot(lines, "parameters", "relative error of ΔW", (0.0, 1.02), False)
     with style.house_style():
         ax = style.axes_or_new(ax, (style.ONE_COLUMN, 2.4))

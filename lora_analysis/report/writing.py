@@ -11,7 +11,7 @@ import jinja2
 
 from lora_analysis.errors import MissingExtraError
 from lora_analysis.findings import findings, plural
-from lora_analysis.report import tables
+from lora_analysis.report import pair_tables, tables
 from lora_analysis.report.grids import grids_file
 from lora_analysis.report.made import made
 from lora_analysis.report.results import TABLE_NAMES, all_tables, results
@@ -87,8 +87,8 @@ def write_report(
         "lead": _lead(study),
         "findings": said,
         "sections": sections(study, folder, figures, progress=progress, telling=form == "html"),
-        "verdicts": tables.verdicts_table(said),
-        "starts": tables.starts_table(study),
+        "verdicts": pair_tables.verdicts_table(said),
+        "starts": pair_tables.starts_table(study),
         "made": made(study, command),
     }
     _write_tables(study, folder / "tables", parquet=parquet)

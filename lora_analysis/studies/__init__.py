@@ -21,8 +21,9 @@ from lora_analysis.studies.relations import (
     relation,
     run_key,
 )
+from lora_analysis.studies.result import Study
 from lora_analysis.studies.sources import Failure, ReadLater
-from lora_analysis.studies.tables import MOST_IN_PAIRS, Progress, Study, study
+from lora_analysis.studies.tables import MOST_IN_PAIRS, Progress, study
 
 __all__ = [
     "EARLIER",

@@ -18,7 +18,7 @@ from lora_analysis.studies.relations import base_key
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from lora_analysis.studies.tables import Study
+    from lora_analysis.studies.result import Study
 
 QUANTITIES = ("omega", "phi_1_1", "phi_r_r", "excess_r_r", "signed_cosine")
 

@@ -43,7 +43,9 @@ def base_key(name: str | None) -> str | None:
 
     ``meta-llama/Llama-3.1-8B`` and ``/models/Llama-3.1-8B/`` are one base.
     """
-    return name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower() or None if name else None
+    if not name:
+        return None
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower() or None
 
 
 def run_key(adapter: Adapter) -> Hashable | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations, islice, zip_longest
 from typing import Any
 
 import numpy as np
@@ -21,15 +20,7 @@ from lora_analysis.initialisation import ModuleStart, StartEvidence, module_star
 from lora_analysis.intruders import intruder_dimensions
 from lora_analysis.pairwise import ModulePairs, module_pairs, pair_angles
 from lora_analysis.spectra import SIDES, Spectrum, spectrum, weight_svd
-from lora_analysis.studies.relations import (
-    EARLIER,
-    OTHER_BASE,
-    REFERENCE,
-    SAME_RUN,
-    Relation,
-    earlier_steps,
-    relation,
-)
+from lora_analysis.studies.choice import choose_pairs
 from lora_analysis.studies.rows import change_rows, spectrum_row
 from lora_analysis.weight_changes import magnitude_direction
 
@@ -104,24 +95,9 @@ class Walk:
         self.transposed = transposed
         self.weight_spectra = weight_spectra
         self.visits: list[Visit] = []
-        self.tabulated = chosen_for_pairs(self.adapters, most)
-        early = earlier_steps(adapters)
-        pairs: list[tuple[int, int]] = []
-        self.relations: list[Relation] = []
-        self.across = 0
-        for a, b in combinations(self.tabulated, 2):
-            if a >= len(adapters):
-                continue  # two of the reference
-            # The user says that these are unrelated; how they are related is not asked.
-            related = REFERENCE
-            if b < len(adapters):
-                related = _relation(self.adapters[a], self.adapters[b], early)
-            if related == OTHER_BASE and not across_bases:
-                self.across += 1
-                continue
-            pairs.append((a, b))
-            self.relations.append(related)
-        self.pairs = np.array(pairs, dtype=np.intp).reshape(-1, 2)
+        chosen = choose_pairs(adapters, reference, across_bases=across_bases, most=most)
+        self.tabulated, self.pairs = chosen.tabulated, chosen.pairs
+        self.relations, self.across = chosen.relations, chosen.across
 
     @property
     def paired(self) -> set[Adapter]:
@@ -230,28 +206,6 @@ class Walk:
             visit.amplified |= {(one.label, module): one for one in found}
             if self.weight_spectra:
                 visit.changes += _changes(group, updates, weight)
-
-
-def chosen_for_pairs(adapters: Sequence[Adapter], most: int) -> list[int]:
-    """Return the places of at most ``most`` adapters, all kinds of task and rank among them.
-
-    One of each kind in turn, in the order in which they are given, until there are enough.
-    """
-    if len(adapters) <= most:
-        return list(range(len(adapters)))
-    kinds: dict[tuple[str | None, int | None], list[int]] = {}
-    for at, adapter in enumerate(adapters):
-        kinds.setdefault((adapter.provenance.task, adapter.provenance.rank), []).append(at)
-    in_turn = (at for turn in zip_longest(*kinds.values()) for at in turn if at is not None)
-    return sorted(islice(in_turn, most))
-
-
-def _relation(a: Adapter, b: Adapter, early: set[str]) -> Relation:
-    """Return how two adapters are related; one that its run has left behind counts nowhere."""
-    found = relation(a, b)
-    if found not in (SAME_RUN, OTHER_BASE) and not early.isdisjoint((a.label, b.label)):
-        return EARLIER
-    return found
 
 
 def _part(pairs: ModulePairs, rows: Sequence[int]) -> ModulePairs:

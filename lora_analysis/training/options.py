@@ -302,6 +302,8 @@ def _check_type(role: str, value: object, annotation: str) -> None:
     """Raise for a value that the annotation of its field does not allow: ``"int | None"``."""
     if value is None:
         check(role, value, "None" in annotation, "given")
+    elif "Literal" in annotation:  # its words may name a type: "bfloat16" is none
+        check(role, value, isinstance(value, str), "a string")
     elif annotation in ("Pattern", "Parts"):
         check(role, value, isinstance(value, Mapping | tuple), "a table of module names")
     elif "tuple" in annotation:
@@ -311,7 +313,7 @@ def _check_type(role: str, value: object, annotation: str) -> None:
         check(role, value, isinstance(value, bool), "true or false")
     elif "float" in annotation:
         check(role, value, isinstance(value, int | float) and value is not True, "a number")
-    elif "int" in annotation and "Literal" not in annotation:
+    elif "int" in annotation:
         check(role, value, isinstance(value, int) and not isinstance(value, bool), "an integer")
     else:
         check(role, value, isinstance(value, str), "a string")

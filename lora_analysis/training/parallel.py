@@ -70,7 +70,18 @@ def joined(device: torch.device) -> Iterator[Processes]:
     if count == 1 or "MASTER_ADDR" not in os.environ:
         yield ALONE
         return
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, count = next(rendezvous("env://"))
+    # The store outlives a restart, and with it the addresses of processes that are gone.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    torch.distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=PrefixStore(f"attempt {attempt}", store),
+        rank=rank,
+        world_size=count,
+    )
     try:
         yield Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
     finally:

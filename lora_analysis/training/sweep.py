@@ -5,32 +5,31 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
-import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lora_analysis import __version__
-from lora_analysis.errors import InputError, InUseError, LoraAnalysisError
+from lora_analysis.errors import InputError, LoraAnalysisError
 from lora_analysis.execution.protocol import Executor, Outcome, Retried, Tell
 from lora_analysis.storage.atomic import remove_leftovers
+from lora_analysis.storage.documents import read_json_object
+from lora_analysis.storage.limits import MAX_INDEX_BYTES
 from lora_analysis.storage.locks import locked
+from lora_analysis.training.cells import RunCell, TrainCell
 from lora_analysis.training.config import RunConfig
 from lora_analysis.training.executors import choose_executor
 from lora_analysis.training.files import write_json
 from lora_analysis.training.plan import ExecutionOptions
-from lora_analysis.training.runs import Progress, RunEvent, RunState, run_state, train_run
+from lora_analysis.training.runs import Progress, RunEvent, RunState, run_state
 
 SWEEP_NAME = "sweep.json"
 FAILURE_NAME = "failed.json"
 _LOCK_NAME = ".sweep.lock"  # runs have locks of their own
-
-# A worker that was lost on another machine holds its run's folder until its silence is noticed.
-_PATIENCE = 150.0  # seconds
 
 Runs = Mapping[str, RunConfig]
 Report = Callable[[str], None]
@@ -68,44 +67,6 @@ class SweepResult:
             kind = InputError if isinstance(failure.error, InputError) else LoraAnalysisError
             raise kind(message) from failure.error
         return list(self.folders.values())
-
-
-@dataclass(frozen=True, slots=True)
-class RunCell:
-    """A run on its way to a worker."""
-
-    name: str
-    config: RunConfig
-
-    def __str__(self) -> str:
-        return f"'{self.name}'"
-
-
-@dataclass(frozen=True, slots=True)
-class TrainCell:
-    """The work of a sweep: train a run into its folder, and tell how far it is."""
-
-    folder: Path
-    device: str
-
-    def __call__(self, cell: RunCell, tell: Tell) -> None:
-        """Train a run, waiting a moment for whoever may still be in its folder."""
-
-        def relabelled(event: RunEvent) -> None:
-            tell(replace(event, label=cell.name))
-
-        end = time.monotonic() + _PATIENCE
-        while True:
-            try:
-                train_run(
-                    cell.config, self.folder / cell.name, device=self.device, progress=relabelled
-                )
-            except InUseError:
-                if time.monotonic() > end:
-                    raise
-                time.sleep(1.0)
-            else:
-                return
 
 
 def demo_sweep() -> list[RunConfig]:
@@ -218,13 +179,19 @@ def _lock_name(runs: Runs, chosen: Runs) -> str:
 
 
 def _write_resolved(runs: Runs, folder: Path) -> None:
-    """Write every run with all of its options beside the results."""
+    """Write every run with all of its options beside the results, unless they are there."""
     document = {
         "schema_version": 1,
         "generator": f"lora_analysis {__version__}",
         "runs": {name: config.to_dict() for name, config in runs.items()},
     }
-    write_json(folder / SWEEP_NAME, document)
+    path = folder / SWEEP_NAME
+    try:
+        written = path.is_file() and read_json_object(path, max_bytes=MAX_INDEX_BYTES) == document
+    except InputError:
+        written = False
+    if not written:
+        write_json(path, document)
 
 
 def _unfinished(

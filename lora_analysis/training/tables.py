@@ -51,7 +51,7 @@ class Rows:
         if not self.bad:
             return []
         count = len(self.bad) + len(self.rows)
-        shown = "; ".join(f"line {line}: {reason}" for line, reason in self.bad[:3])
+        shown = "; ".join(f"line {line}: {reason}" for line, reason in sorted(self.bad)[:3])
         more = f"; and {len(self.bad) - 3} more" if len(self.bad) > 3 else ""
         return [f"{self.source}: {len(self.bad)} of {count} rows are left out ({shown}{more})."]
 

@@ -1,0 +1,106 @@
+"""ΔW in W's own basis: how much of its energy lies in W's leading directions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lora_analysis.amplify import WeightBasisEnergy
+from lora_analysis.errors import InputError
+from lora_analysis.plots import style
+from lora_analysis.plots.curves import Line, lines_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+    from lora_analysis.spectra import Side
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EnergyPlot:
+    """What `plot_weight_energy` shows: cumulated shares over k, chance and its 95 % bound."""
+
+    lines: tuple[Line, ...]
+    k: NDArray[np.float64]
+    chance: NDArray[np.float64]
+    bound: NDArray[np.float64]
+    xlabel: str
+    ylabel: str
+
+
+def resolve_weight_energy(
+    energies: Sequence[WeightBasisEnergy], *, side: Side = "output"
+) -> EnergyPlot:
+    """Return what `plot_weight_energy` draws, as plain attributes."""
+    if not energies:
+        message = "plot_weight_energy was given no result."
+        raise InputError(message)
+    sizes = {(len(one.weight_values), one.sides[side].dimension) for one in energies}
+    if len(sizes) > 1:
+        message = f"The weights have {len(sizes)} sizes; draw those of one size together."
+        raise InputError(message)
+    ((count, dimension),) = sizes
+    k = np.arange(1, count + 1, dtype=np.float64)
+    labels = [one.label for one in energies]
+    names = labels if len(set(labels)) == len(energies) else [one.module for one in energies]
+    names = style.without_common_start(names)
+    lines = lines_of(
+        {name: (k, one.sides[side].leading) for name, one in zip(names, energies, strict=True)}
+    )
+    # The fewest effective directions vary most: their bound holds for all.
+    bound = np.max([one.band(side, 0.95) for one in energies], axis=0)
+    return EnergyPlot(
+        lines=lines,
+        k=k,
+        chance=k / dimension,
+        bound=bound,
+        xlabel="k, leading directions of W",
+        ylabel=f"share of ‖ΔW‖², {side} side",
+    )
+
+
+def plot_weight_energy(
+    energies: WeightBasisEnergy | Sequence[WeightBasisEnergy],
+    ax: Axes | None = None,
+    *,
+    side: Side = "output",
+) -> Axes:
+    """Draw the share of ‖ΔW‖² in W's top-k directions over k, beside what random ones hold.
+
+    Dashed: chance, k/d; grey up to where 95 % of isotropic updates of such a spectrum stay. The
+    LoRA paper's Figure 8 is a part of it.
+
+    Parameters
+    ----------
+    energies
+        From `lora_analysis.amplify.weight_basis_energy`; several of one size.
+    ax
+        Where to draw; None makes a figure of one column's width.
+    side
+        ``"input"`` or ``"output"``.
+
+    Raises
+    ------
+    InputError
+        No result, or weights of several sizes.
+    """
+    several = [energies] if isinstance(energies, WeightBasisEnergy) else list(energies)
+    plot = resolve_weight_energy(several, side=side)
+    with style.house_style():
+        ax = style.axes_or_new(ax, (style.ONE_COLUMN, 2.4))
+        ax.fill_between(plot.k, 0, plot.bound, color=style.QUIET, alpha=0.18, linewidth=0)
+        ax.plot(plot.k, plot.chance, color=style.QUIET, linestyle=(0, (4, 2)), label="chance")
+        for line in plot.lines:
+            ax.plot(line.x, line.y, color=line.colour, label=style.legend_label(line.label))
+        style.log_axis(ax, "x", (0.9, float(plot.k[-1]) * 1.05), base=2)
+        ax.set_ylim(0, 1.02)
+        ax.set_xlabel(plot.xlabel)
+        ax.set_ylabel(plot.ylabel)
+        # All lines end at 1: they are named where they differ, in a legend.
+        ax.legend(fontsize=7, frameon=False, loc="upper left", handlelength=1.2)
+    return ax

@@ -1,0 +1,172 @@
+"""The tables of a report about pairs: verdicts, overlaps, starts, seeds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_analysis.findings import Finding, number
+from lora_analysis.report.tables import ReportTable, cell
+from lora_analysis.studies import REFERENCE, SHARED_SEED
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import pandas as pd
+
+    from lora_analysis.studies import Study
+
+_ORDER = (
+    "same task, rank and seed",
+    "same task, other rank",
+    "same task, other seed",
+    "same task, other rank and seed",
+    REFERENCE,
+    SHARED_SEED,
+    "other task, other rank, same seed",
+    "unknown",
+)
+
+
+def overlap_table(study: Study) -> ReportTable | None:
+    """Return medians of φ and ω by relation, side and pair of ranks, chance beside each."""
+    if study.similarities.empty:
+        return None
+    ranks = study.spectra.groupby("adapter")["rank"].max()
+    table = study.similarities.assign(
+        ranks=[
+            "/".join(map(str, sorted((ranks[a], ranks[b]))))
+            for a, b in zip(study.similarities["a"], study.similarities["b"], strict=True)
+        ]
+    )
+    rows = []
+    for relation in _ORDER:
+        for side in ("output", "input"):
+            own = table[(table["relation"] == relation) & (table["side"] == side)]
+            for (pair_ranks, d), group in own.groupby(["ranks", "dimension"], sort=False):
+                rows.append(_overlap_row(relation, side, f"{pair_ranks}", str(d), group))
+    columns = ("relation", "side", "ranks", "d", "pairs", "φ(1,1)", "chance", "φ(r,r)", "chance",
+               "ω", "chance")  # fmt: skip
+    caption = (
+        "Medians over modules and pairs. d: dimension of the space; ω: energy-weighted overlap. "
+        f"“{REFERENCE}” is the reference; “{SHARED_SEED}” shares its initial A, so its input side "
+        "is an artefact."
+    )
+    return ReportTable("overlaps", caption, columns, tuple(rows), 3)
+
+
+def _overlap_row(
+    relation: str, side: str, ranks: str, dimension: str, group: pd.DataFrame
+) -> tuple[str, ...]:
+    values = ("phi_1_1", "chance_1_1", "phi_r_r", "chance_r_r", "omega", "omega_chance")
+    pairs = group.groupby(["a", "b"]).ngroups
+    return (
+        relation,
+        side,
+        ranks,
+        dimension,
+        str(pairs),
+        *(number(group[v].median()) for v in values),
+    )
+
+
+def pairs_table(study: Study) -> ReportTable | None:
+    """Return every pair: how it is related, how it started, how alike it is in all."""
+    if study.pairs.empty:
+        return None
+    cells = ("phi_1_1", "output"), ("phi_1_1", "input"), ("omega", "output"), ("omega", "input")
+    medians = study.similarities.groupby(["a", "b", "side"])[["phi_1_1", "omega"]].median()
+    known = medians.to_dict("index")
+    rows = []
+    for pair in study.pairs.itertuples():
+        found = (known.get((pair.a, pair.b, side), {}).get(value) for value, side in cells)
+        shown = ("–" if one is None else number(one) for one in found)
+        total = cell(float(pair.total_cosine))
+        rows.append((pair.a, pair.b, pair.relation, pair.start, *shown, total))
+    columns = ("adapter", "adapter", "relation", "start", "φ(1,1) out", "φ(1,1) in", "ω out",
+               "ω in", "cosine")  # fmt: skip
+    caption = (
+        "Medians over modules; cosine: signed cosine of the two whole updates. Start: whether the "
+        "two began from the same initial A."
+    )
+    return ReportTable("pairs", caption, columns, tuple(rows), 4)
+
+
+_VERDICTS = {
+    "share": "shared",
+    "partly": "partly shared",
+    "no more": "no more than unrelated",
+    None: "no verdict",
+}
+
+
+def verdicts_table(said: Sequence[Finding]) -> ReportTable | None:
+    """Return every comparison that has a sentence of its own, in one look."""
+    rows = []
+    for one in said:
+        values = one.values
+        for side in ("output", "input"):
+            if f"phi_1_1_{side}" in values and "subject" in values:
+                names = ("phi_1_1", "reference", "chance")
+                numbers = (_small(values[f"{name}_{side}"]) for name in names)
+                verdict = _VERDICTS[values[f"verdict_{side}"]]  # type: ignore[index]
+                rows.append((str(values["subject"]), side, verdict, *map(cell, numbers)))
+    if not rows:
+        return None
+    above = any(one.values.get("above_chance_output") for one in said)
+    name = "φ(1,1) above chance" if above else "φ(1,1)"
+    columns = ("comparison", "side", "first direction", name, "unrelated pairs", "chance")
+    caption = f"Medians of {name} over modules and pairs, beside those of the reference."
+    return ReportTable("verdicts", caption, columns, tuple(rows), 3)
+
+
+def _small(value: Any) -> Any:
+    """Return a number to five decimals: above chance, nothing is 0 and not −1e-6."""
+    return round(value, 5) + 0.0 if isinstance(value, float) else value
+
+
+def starts_table(study: Study) -> ReportTable | None:
+    """Return the pairs that do not start independently; None where all do."""
+    pairs = study.pairs
+    if pairs.empty:
+        return None
+    own = pairs[~pairs["start"].isin(["independent", "not applicable"])]
+    if own.empty:
+        return None
+    rows = tuple(
+        (one.a, one.b, one.relation, one.start, f"{one.shared_modules} of {one.modules}",
+         cell(float(one.b_cosine if one.b_cosine is not None else np.nan)))
+        for one in own.itertuples()
+    )  # fmt: skip
+    columns = ("adapter", "adapter", "relation", "start", "modules", "cosine of B")
+    caption = (
+        "Pairs that share their initial A, in how many modules, and how alike their B became "
+        "(median matched cosine)."
+    )
+    return ReportTable("starts", caption, columns, rows, 4)
+
+
+def runs_table(study: Study) -> ReportTable | None:
+    """Return how much the overlap of runs spreads over seeds, by task and rank."""
+    table = study.similarities
+    table = table[(table["relation"] == "same task, other seed") & (table["side"] == "output")]
+    table = table[table["start"] != "same run"]
+    if table.empty:
+        return None
+    runs = study.runs.set_index("adapter")
+    pairs = table.groupby(["a", "b"], sort=False)[["phi_1_1", "omega"]].median().reset_index()
+    pairs = pairs.assign(task=pairs["a"].map(runs["task"]), rank=pairs["a"].map(runs["rank"]))
+    rows = []
+    for (task, rank), own in pairs.groupby(["task", "rank"], sort=False):
+        seeds = len(set(own["a"]) | set(own["b"]))
+        low, middle, high = own["omega"].quantile([0.25, 0.5, 0.75])
+        spread = f"{number(low)} to {number(high)}" if seeds >= 3 else "–"
+        phi = number(float(own["phi_1_1"].median()))
+        rows.append((str(task), str(int(rank)), str(seeds), phi, number(middle), spread))
+    columns = ("task", "rank", "seeds", "φ(1,1)", "ω", "quartiles of ω")
+    caption = (
+        "Two seeds of one task and rank, output side: medians over modules, then over pairs of "
+        "runs. Quartiles over pairs of runs from three seeds on."
+    )
+    return ReportTable("seeds", caption, columns, tuple(rows))
