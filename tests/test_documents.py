@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from document_workspace import make_workspace
-from documents import ROOT, Page, blocks, copy_tree
+from documents import ROOT, Page, blocks, copy_tree, fits
 
 import lora_analysis
 from lora_analysis import demo, formats, write_report
@@ -69,6 +69,31 @@ def test_every_block_of_the_readme_runs(inside: Path) -> None:
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT / "docs")))
 def test_every_block_of_the_documentation_runs(path: Path, inside: Path) -> None:
     run_in(path)
+
+
+@pytest.mark.parametrize(
+    ("block", "error"),
+    [
+        ("```console\n$ lora-analysis inspect adapter\nadapter     another\n...\n```", "printed"),
+        ("```console\n$ lora-analysis inspect nothing\n```", "ended with 3"),
+        ("```console\n$ lora-analysis heatmap adapter\n```", "ended with 2"),
+        ("```console\n$ rm -rf adapter\n```", "cannot run `rm"),
+        ("```console\n$ make sense\n```", "line 1"),
+        ("```python\nassert 1 + 1 == 3, 'sum'\n```", "sum"),
+        ("```ruby\nputs 1\n```", "what is to be done"),
+    ],
+)
+def test_a_document_with_a_mistake_does_not_pass(block: str, error: str, inside: Path) -> None:
+    page = inside / "page.md"
+    page.write_text(block, encoding="utf-8")
+    with pytest.raises(AssertionError, match=error):
+        run_in(page)
+
+
+def test_numbers_in_what_is_shown_may_differ_and_words_may_not() -> None:
+    assert fits("rank  8\n...\nall  0.25 █▃▁\n", "rank 16\nlayer 1\n all 1e-3 ▇▂▁")
+    assert not fits("rank  8\n", "size 8\n")
+    assert not fits("rank  8\n", "rank 8 of 9\n")
 
 
 def test_few_blocks_are_not_run_and_each_says_why() -> None:
