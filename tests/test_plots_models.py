@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from factories import adapter, low_rank_update
 
@@ -51,7 +52,7 @@ def test_maps_share_a_figure(rng: np.random.Generator) -> None:
 
 def test_layers_are_lines_by_type_with_chance() -> None:
     values = {f"layers.{n}.{kind}": n + 1.0 for n in range(3) for kind in "qv"}
-    plot = resolve_layers(values, ylabel="enrichment", chance=1.0, log=True)
+    plot = resolve_layers(pd.Series(values), ylabel="enrichment", chance=1.0, log=True)
     assert [line.label for line in plot.lines] == ["q", "v"]
     assert plot.chance == 1.0
     grey = resolve_layers(values, ylabel="x", chance=dict.fromkeys(values, 2.0)).lines[-1]
