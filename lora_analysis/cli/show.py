@@ -168,7 +168,7 @@ _KINDS = {"artefact": "yellow", "failure": "red", "limit": "bright_black", "resu
 
 def print_finding(kind: str, text: str) -> None:
     """Print a finding: its kind, coloured on a terminal unless NO_COLOR is set, and its text."""
-    lines = click.wrap_text(text, page_width(), f"{kind:<10} ", " " * 11)
+    lines = click.wrap_text(printable(text), page_width(), f"{kind:<10} ", " " * 11)
     label, rest = lines[: len(kind)], lines[len(kind) :]
     colour = None if os.environ.get("NO_COLOR") else _KINDS.get(kind)
     click.echo((click.style(label, fg=colour, bold=True) if colour else label) + rest)

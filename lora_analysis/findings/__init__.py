@@ -18,6 +18,7 @@ __all__ = ["Finding", "Level", "findings", "level", "number", "plural"]
 
 _MAKERS: tuple[Callable[[Study], Iterator[Finding]], ...] = (
     notes.failures,
+    notes.damaged,
     notes.untrained,
     groups.diverged,
     runs.bases,
