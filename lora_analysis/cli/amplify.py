@@ -22,7 +22,7 @@ from lora_analysis.cli.show import (
     print_text,
     records,
 )
-from lora_analysis.cli.text import printable
+from lora_analysis.showing import printable
 
 if TYPE_CHECKING:
     import pandas as pd

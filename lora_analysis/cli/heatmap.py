@@ -16,7 +16,7 @@ from lora_analysis.cli.options import (
     reading_options,
 )
 from lora_analysis.cli.show import print_json
-from lora_analysis.cli.text import printable
+from lora_analysis.showing import printable
 
 if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter, Update

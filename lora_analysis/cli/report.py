@@ -21,6 +21,7 @@ from lora_analysis.cli.options import (
 )
 from lora_analysis.cli.show import print_json
 from lora_analysis.cli.spreading import analysis_executor, analysis_executor_options
+from lora_analysis.showing import printable
 
 
 def _formats(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[str, ...]:
@@ -121,7 +122,7 @@ def command(
             progress=progress,
         )
         for one in result.failures[len(failures) :]:
-            click.echo(f"Left out: {one.source}: {one.reason}", err=True)
+            click.echo(printable(f"Left out: {one.source}: {one.reason}"), err=True)
         path = write_report(
             result,
             output,

@@ -16,7 +16,7 @@ from unicodedata import combining, east_asian_width
 
 import click
 
-from lora_analysis.cli.text import json_for_terminals, printable
+from lora_analysis.showing import printable, printable_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +35,7 @@ def print_json(document: Mapping[str, Any]) -> None:
     if undefined:
         clean["undefined"] = dict.fromkeys(undefined, "not defined or not known")
     text = json.dumps(clean, indent=2, ensure_ascii=False, allow_nan=False)
-    click.echo(json_for_terminals(text))
+    click.echo(printable_json(text))
 
 
 def _clean(value: Any, path: str, undefined: list[str]) -> Any:
