@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     required=True,
-    help="Picture to write; .svg, .png or .pdf.",
+    help="Picture to write; .svg, .png or .pdf. One of that name is replaced.",
 )
 @click.option(
     "--side",

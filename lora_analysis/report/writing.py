@@ -13,9 +13,10 @@ from markupsafe import Markup
 from lora_analysis.errors import MissingExtraError
 from lora_analysis.findings import findings, plural
 from lora_analysis.report import pair_tables, tables
+from lora_analysis.report.folder import GRIDS, RESULTS, prepare
 from lora_analysis.report.grids import grids_file
 from lora_analysis.report.made import made
-from lora_analysis.report.results import TABLE_NAMES, all_tables, results
+from lora_analysis.report.results import all_tables, results
 from lora_analysis.report.sections import FORMATS, Section, sections
 from lora_analysis.showing import printable, printable_json, printable_lines
 from lora_analysis.storage.atomic import write_atomic
@@ -26,14 +27,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lora_analysis.studies import Progress, Study
-
-# What earlier reports may have left in figures/: names that this package gives, and no others.
-_FIGURE = re.compile(
-    r"(ranks|seeds|pair|levels|energy|intruders)_(output|input)|atlas_(output|input|cosine)"
-    r"|amplification_factor|enrichment|amplification_layers|enrichment_layers|spectra|energy|budget"
-    r"|modules|steps"
-)
-_TABLE = re.compile("|".join((*TABLE_NAMES, "atlas_(output|input|cosine)")))
 
 
 def write_report(
@@ -82,7 +75,7 @@ def write_report(
     if parquet:
         _check_parquet()
     folder = Path(path)
-    _prepare(folder)
+    prepare(folder)
     said = findings(study)
     page = {
         "title": title or _title(study),
@@ -95,9 +88,9 @@ def write_report(
     }
     _write_tables(study, folder / "tables", parquet=parquet)
     document = json.dumps(results(study, said), indent=1, allow_nan=False, ensure_ascii=False)
-    write_atomic(folder / "results.json", printable_json(document).encode())
+    write_atomic(folder / RESULTS, printable_json(document).encode())
     if (grids := grids_file(study)) is not None:
-        write_atomic(folder / "grids.npz", grids)
+        write_atomic(folder / GRIDS, grids)
     text = _environment(form).get_template(f"report.{form}.j2").render(page)
     return write_atomic(folder / f"report.{form}", text.encode())
 
@@ -151,20 +144,6 @@ def _atlas_tables(study: Study) -> list[tuple[str, pd.DataFrame]]:
         (f"atlas_{what}", tables.square_table(atlas.labels, atlas.matrix(what)))
         for what in ("output", "input", "cosine")
     ]
-
-
-def _prepare(folder: Path) -> None:
-    """Make the folders, and take away what an earlier report left: it may not be written anew."""
-    mine = (
-        ("figures", tuple(f".{kind}" for kind in FORMATS), _FIGURE),
-        ("tables", (".csv", ".parquet"), _TABLE),
-    )
-    for place, suffixes, name in mine:
-        (folder / place).mkdir(parents=True, exist_ok=True)
-        for old in (folder / place).iterdir():
-            if old.suffix in suffixes and name.fullmatch(old.stem):
-                old.unlink()
-    (folder / "grids.npz").unlink(missing_ok=True)
 
 
 def _environment(form: str) -> jinja2.Environment:
