@@ -116,7 +116,9 @@ def test_notebooks_were_run_in_order_and_without_an_error(path: Path) -> None:
     outputs = [output for cell in cells for output in cell["outputs"]]
     assert not [one for one in outputs if one["output_type"] == "error"]
     pictures = [one for one in outputs if "image/png" in one.get("data", {})]
-    drawn = [cell for cell in cells if re.search(r"^ *plot_", "".join(cell["source"]), re.MULTILINE)]
+    drawn = [
+        cell for cell in cells if re.search(r"^ *plot_", "".join(cell["source"]), re.MULTILINE)
+    ]
     assert len(pictures) >= len(drawn) > 0
 
 

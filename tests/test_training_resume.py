@@ -309,7 +309,7 @@ ALPHA_AND_WARMUP = {"roberta-base": (8, 0.06), "roberta-large": (16, 0.06), "deb
 def test_the_presets_of_glue_are_the_tables_row_by_row(model_name: str) -> None:
     from lora_analysis.training.presets import preset
 
-    tasks = "mnli sst2 mrpc cola qnli qqp rte stsb".split()
+    tasks = ["mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"]
     found = [preset(f"{model_name}-{task}") for task in tasks]
     rows = [[float(word) for word in line.split()] for line in PRINTED[model_name].splitlines()]
     for row, field in zip(rows, ("batch_size", "epochs", "lr", "", "weight_decay"), strict=True):
