@@ -10,12 +10,18 @@ import torch
 from tiny_models import SIZE, bare_model
 from torch import Tensor, nn
 
-from lora_analysis.errors import InputError, TargetError, UnsupportedMethodError
+from lora_analysis.errors import (
+    IncompatibleError,
+    InputError,
+    TargetError,
+    UnsupportedMethodError,
+)
 from lora_analysis.formats import read_adapter, write_adapter
 from lora_analysis.lora import (
     add_lora,
     extract_adapter,
     initial_adapter,
+    load_adapter_into,
     merge_lora,
     set_active,
     trainable_parameters,
@@ -150,3 +156,66 @@ def test_a_stack_that_lacks_an_expert_is_not_written(tmp_path: Path) -> None:
     part = type(adapter)({n: u for n, u in adapter.items() if ".1.gate" not in n}, label="part")
     with pytest.raises(UnsupportedMethodError, match="found 2 of them, up to number 2"):
         write_adapter(part, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("options", [{}, {"targets": ["q_proj"], "target_parameters": BOTH[:1]}])
+def test_experts_are_loaded_into_a_model_and_compute_the_same(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = trained(**options)
+    adapter = extract_adapter(model)
+    write_adapter(adapter, tmp_path / "adapter")
+    for given in (adapter, read_adapter(tmp_path / "adapter")):
+        other = bare_model("mixtral")
+        names = load_adapter_into(other, given, trainable=True)
+        assert torch.equal(logits(other), logits(model))
+        assert "model.layers.0.mlp.experts.gate_up_proj" in names
+        counted = sum(value.numel() for _, value in trainable_parameters(other))
+        assert counted == sum(value.numel() for _, value in trainable_parameters(model))
+        held = extract_adapter(other)
+        assert list(held) == list(adapter)
+        for name, update in adapter.items():
+            assert (held[name].A == update.A).all()  # type: ignore[union-attr]
+            assert held[name].base_name == update.base_name  # type: ignore[union-attr]
+
+
+def test_an_adapter_of_peft_on_experts_is_loaded_with_equal_logits(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    foreign = get_peft_model(
+        bare_model("mixtral"),
+        LoraConfig(r=2, lora_alpha=6, target_modules=["v_proj"], target_parameters=BOTH),
+    )
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, value in foreign.named_parameters():
+            if "lora_B" in name:
+                value.normal_(std=0.1)
+    foreign.save_pretrained(tmp_path)
+    own = bare_model("mixtral")
+    load_adapter_into(own, read_adapter(tmp_path))
+    assert (logits(foreign) - logits(bare_model("mixtral"))).abs().max() > 0.05
+    torch.testing.assert_close(logits(own), logits(foreign), rtol=1e-4, atol=1e-5)
+
+
+def test_turned_experts_are_loaded_as_they_were() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Turned())
+    other = nn.Sequential(Turned())
+    other.load_state_dict(model.state_dict())
+    add_lora(model, rank=2, alpha=2, seed=0, targets=[], target_parameters=["up"])
+    with torch.no_grad():
+        model[0].adapters["default"]["up"].B.normal_()
+    load_adapter_into(other, extract_adapter(model))
+    x = torch.randn(5, 4)
+    assert torch.equal(other(x), model(x))
+
+
+def test_experts_that_are_not_the_whole_stack_are_not_loaded() -> None:
+    adapter = extract_adapter(trained(target_parameters=BOTH[:1]))
+    part = type(adapter)({n: u for n, u in adapter.items() if ".1.gate" not in n}, label="part")
+    words = r"experts.gate_up_proj' has 3 experts of shape .* part adapts 2 up to number 2"
+    with pytest.raises(IncompatibleError, match=words):
+        load_adapter_into(bare_model("mixtral"), part)
+    with pytest.raises(TargetError, match="No parameter is named by the target"):
+        load_adapter_into(bare_model("llama"), adapter)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import SIZE, bare_model
 from torch import Tensor, nn
 
-from lora_analysis.errors import TargetError
-from lora_analysis.formats import write_adapter
+from lora_analysis.bases import open_base
+from lora_analysis.edit import resize
+from lora_analysis.errors import MalformedFileError, TargetError
+from lora_analysis.formats import read_adapter, write_adapter
 from lora_analysis.lora import (
     add_lora,
     extract_adapter,
+    initial_adapter,
     initial_factor,
+    load_adapter_into,
     merge_lora,
     trainable_parameters,
 )
@@ -63,13 +69,37 @@ def trained(family: str, parts: list[str], **options: Any) -> Any:
 @pytest.mark.parametrize("parts", [["q", "v"], ["k"], ["v", "q"]])
 @pytest.mark.parametrize("family", FUSED)
 def test_the_rows_of_the_parts_change_and_no_others(family: str, parts: list[str]) -> None:
-    adapter = extract_adapter(trained(family, parts))
-    for name, update in adapter.items():
-        assert name.endswith(FUSED[family])
-        assert update.rank == 2 * len(parts)
-        for at, part in enumerate(parts):
-            block = update.B[:, 2 * at : 2 * at + 2]  # type: ignore[union-attr]
-            assert block.any(axis=1).nonzero()[0].tolist() == sorted(rows_by_hand(family, part))
+    model, plain = trained(family, parts), bare_model(family)
+    adapter = extract_adapter(model)
+    merge_lora(model)
+    for name in (name for name, _ in plain.named_modules() if name.endswith(FUSED[family])):
+        old, new = (m.get_submodule(name).weight.detach() for m in (plain, model))
+        change = (new - old).T if family == "gpt2" else new - old  # (d_out, d_in)
+        rows = [row for part in parts for row in rows_by_hand(family, part)]
+        assert change.abs().sum(dim=1).nonzero().flatten().tolist() == sorted(rows)
+        for part in parts:
+            update = adapter[f"{name}.{part}"]
+            assert (update.rank, update.scale, update.shape) == (2, 3.0, (16, 16))
+            own = change[rows_by_hand(family, part)].double()
+            torch.testing.assert_close(torch.tensor(update.delta_weight()), own, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("parts", [["q", "v"], ["v", "q"]])
+@pytest.mark.parametrize("family", FUSED)
+def test_the_base_gives_the_rows_of_a_part_by_the_name_of_its_update(
+    family: str, parts: list[str], tmp_path: Path
+) -> None:
+    model = trained(family, parts)
+    plain = bare_model(family)
+    plain.save_pretrained(tmp_path / "base")
+    adapter = extract_adapter(model)
+    for base in (open_base(plain), open_base(tmp_path / "base")):
+        for name, update in adapter.items():
+            module, _, part = name.rpartition(".")
+            weight = plain.get_submodule(module).weight.detach().numpy()
+            weight = weight.T if family == "gpt2" else weight
+            own = base.weight(name, shape=update.shape).array()
+            assert (own == weight[rows_by_hand(family, part)]).all()
 
 
 @pytest.mark.parametrize("family", FUSED)
@@ -91,8 +121,85 @@ def test_what_is_trained_are_the_blocks_alone() -> None:
     names = add_lora(model, rank=2, alpha=6, targets=["c_attn"], seed=4, parts={"c_attn": "qv"})
     counted = sum(value.numel() for _, value in trainable_parameters(model))
     assert counted == 2 * (2 * 2 * 16 + 2 * 16 * 2)  # per layer: A (2·r, d), two B (d, r)
-    A = extract_adapter(model)[names[0]].A  # type: ignore[union-attr]
-    assert (initial_factor(names[0], 4, 4, 16).numpy() == A).all()
+    start = extract_adapter(model)
+    assert [name.rpartition(".")[2] for name in start] == ["q", "v"] * 2
+    for name, update in start.items():
+        assert (initial_factor(name, 2, 4, 16).numpy() == update.A).all()  # type: ignore[union-attr]
+        assert not update.B.any()  # type: ignore[union-attr]
+    again = initial_adapter(extract_adapter(trained("gpt2", ["q", "v"])))
+    assert (again[f"{names[0]}.v"].A == start[f"{names[0]}.v"].A).all()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True}, {"rank_pattern": {"h.1.attn.c_attn": 3}}]
+)
+@pytest.mark.parametrize("parts", [["q", "v"], ["v", "q"], ["k"]])
+def test_parts_that_were_written_are_read_as_parts_again(
+    parts: list[str], options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = trained("gpt2", parts, **options)
+    adapter = extract_adapter(model)
+    write_adapter(adapter, tmp_path / "adapter")
+    again = read_adapter(tmp_path / "adapter")
+    assert list(again) == list(adapter)
+    assert again.provenance.rank == adapter.provenance.rank
+    for name, update in adapter.items():
+        same = again[name]
+        assert (same.scale, same.alpha, same.layout) == (update.scale, update.alpha, "conv1d")  # type: ignore[union-attr]
+        assert (same.A == update.A).all()  # type: ignore[union-attr]
+        assert (same.B == update.B).all()  # type: ignore[union-attr]
+    write_adapter(again, tmp_path / "twice")
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "twice" / file).read_bytes() == (
+            tmp_path / "adapter" / file
+        ).read_bytes()
+    other = bare_model("gpt2")
+    load_adapter_into(other, again)
+    assert torch.equal(logits(other), logits(model))
+    held = extract_adapter(other)
+    assert list(held) == list(adapter)
+    assert all((held[name].B == update.B).all() for name, update in adapter.items())  # type: ignore[union-attr]
+
+
+def test_parts_of_other_ranks_are_still_one_update_to_peft(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    adapter = extract_adapter(trained("gpt2", ["q", "v"]))
+    changed = {n: resize(u, rank=1)[0] if n.endswith(".q") else u for n, u in adapter.items()}
+    mixed = type(adapter)(changed, label="mixed", config=adapter.config)
+    write_adapter(mixed, tmp_path / "adapter")
+    again = read_adapter(tmp_path / "adapter")
+    assert [update.rank for update in again.values()] == [1, 2, 1, 2]
+    for name, update in mixed.items():
+        np.testing.assert_allclose(again[name].delta_weight(), update.delta_weight(), atol=1e-6)
+    foreign = PeftModel.from_pretrained(bare_model("gpt2"), tmp_path / "adapter")
+    own = bare_model("gpt2")
+    load_adapter_into(own, again)
+    torch.testing.assert_close(logits(foreign), logits(own), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["[", "[]", None, '{"rows": 48}', "ranks", "rows"])
+def test_metadata_that_does_not_fit_the_factors_is_refused(
+    text: str | None, tmp_path: Path
+) -> None:
+    from safetensors import safe_open
+    from safetensors.numpy import load_file, save_file
+
+    write_adapter(extract_adapter(trained("gpt2", ["q", "v"])), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    with safe_open(file, framework="np") as opened:
+        told = json.loads(opened.metadata()["lora_analysis.fused_parts"])
+    module = next(iter(told))
+    if text in ("ranks", "rows"):
+        value = told[module]
+        value["ranks"]["q"] = 3 if text == "ranks" else 2
+        value["parts"]["v"] = [[32, 49]] if text == "rows" else [[32, 48]]
+        text = json.dumps(told)
+    elif text is None or "rows" in text:
+        text = json.dumps({module: json.loads(text or "null")})
+    save_file(load_file(file), file, metadata={"lora_analysis.fused_parts": text})
+    with pytest.raises(MalformedFileError, match=r"adapter_model.safetensors: .*fused_parts"):
+        read_adapter(tmp_path)
 
 
 @pytest.mark.parametrize(

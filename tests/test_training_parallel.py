@@ -15,7 +15,7 @@ from training_bases import write_tiny_base
 
 from lora_analysis.errors import InputError
 from lora_analysis.formats import read_adapter
-from lora_analysis.training import RunConfig, train_run
+from lora_analysis.training import RunConfig
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -103,19 +103,11 @@ train_run(RunConfig.from_dict(table), out, device="cpu", progress=watch)
 """
 
 
-@pytest.mark.slow
-def test_torchrun_restarts_what_was_killed_and_it_goes_on(
-    inputs: list[str], tmp_path: Path
-) -> None:
-    loop = {"steps": 6, "batch_size": 6, "lr": 0.01, "checkpoint_every": 2}
-    table = {"base": {"source": inputs[1]}, "task": "rotate", "rank": 2, "loop": loop}
-    script, mark = tmp_path / "killed_once.py", tmp_path / "mark"
-    script.write_text(KILLED_ONCE)
+def in_torchrun(script: Path, *arguments: str) -> None:
     done = subprocess.run(
         [
             *[sys.executable, "-m", "torch.distributed.run", "--standalone"],
-            *["--nproc-per-node", "2", "--max-restarts", "1", str(script)],
-            *[json.dumps(table), str(tmp_path / "run"), str(mark)],
+            *["--nproc-per-node", "2", "--max-restarts", "1", str(script), *arguments],
         ],
         capture_output=True,
         text=True,
@@ -124,9 +116,20 @@ def test_torchrun_restarts_what_was_killed_and_it_goes_on(
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_what_was_killed_and_it_ends_bit_equal(
+    inputs: list[str], tmp_path: Path
+) -> None:
+    loop = {"steps": 6, "batch_size": 6, "lr": 0.01, "checkpoint_every": 2}
+    table = {"base": {"source": inputs[1]}, "task": "rotate", "rank": 2, "loop": loop}
+    text = json.dumps({**table, "dropout": 0.3})  # of which each process has a stream of its own
+    script, mark = tmp_path / "killed_once.py", tmp_path / "mark"
+    script.write_text(KILLED_ONCE)
+    in_torchrun(script, text, str(tmp_path / "run"), str(mark))
     assert mark.exists()
+    in_torchrun(script, text, str(tmp_path / "whole"), str(mark))  # which the mark lets live
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(7))
-    alone = train_run(RunConfig.from_dict(table), tmp_path / "alone", device="cpu")
-    ours, theirs = read_adapter(alone), read_adapter(tmp_path / "run")
-    for name, update in ours.items():
-        np.testing.assert_allclose(update.B, theirs[name].B, rtol=1e-5, atol=1e-5)  # type: ignore[union-attr]
+    for name in ("metrics.jsonl", "adapter_model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -279,8 +279,46 @@ def test_the_presets_are_the_papers_and_give_runs() -> None:
     loop = e2e.loop
     assert (loop.batch_size, loop.epochs, loop.warmup, loop.lr) == (8, 5, 500, 2e-4)
     assert (loop.schedule, loop.weight_decay, loop.label_smoothing) == ("linear", 0.01, 0.1)
+    assert loop.clip is None
     with pytest.raises(InputError, match=r"no preset 'gpt2-e2'. Near names: gpt2-e2e"):
         preset("gpt2-e2")
+
+
+# Tables 9 and 10 as printed: task by task a row each of batch, epochs, rate and longest sequence.
+PRINTED = {
+    "roberta-base": """16 16 16 32 32 16 32 16
+        30 60 30 80 25 25 80 40
+        5E-04 5E-04 4E-04 4E-04 4E-04 5E-04 5E-04 4E-04
+        512 512 512 512 512 512 512 512
+        0.1 0.1 0.1 0.1 0.1 0.1 0.1 0.1""",
+    "roberta-large": """4 4 4 4 4 4 8 8
+        10 10 20 20 10 20 20 30
+        3E-04 4E-04 3E-04 2E-04 2E-04 3E-04 4E-04 2E-04
+        128 128 512 128 512 512 512 512
+        0.1 0.1 0.1 0.1 0.1 0.1 0.1 0.1""",
+    "deberta-xxl": """8 8 32 4 6 8 4 4
+        5 16 30 10 8 11 11 10
+        1E-04 6E-05 2E-04 1E-04 1E-04 1E-04 2E-04 2E-04
+        256 128 128 64 512 320 320 128
+        0 0.01 0.01 0 0.01 0.01 0.01 0.1""",
+}
+ALPHA_AND_WARMUP = {"roberta-base": (8, 0.06), "roberta-large": (16, 0.06), "deberta-xxl": (8, 0.1)}
+
+
+@pytest.mark.parametrize("model_name", PRINTED)
+def test_the_presets_of_glue_are_the_tables_row_by_row(model_name: str) -> None:
+    from lora_analysis.training.presets import preset
+
+    tasks = ["mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"]
+    found = [preset(f"{model_name}-{task}") for task in tasks]
+    rows = [[float(word) for word in line.split()] for line in PRINTED[model_name].splitlines()]
+    for row, field in zip(rows, ("batch_size", "epochs", "lr", "", "weight_decay"), strict=True):
+        held = [one["loop"][field] if field else one["data"]["max_length"] for one in found]
+        assert held == row, field
+    alpha, warmup = ALPHA_AND_WARMUP[model_name]
+    for one in found:
+        assert (one["rank"], one["alpha"], one["loop"]["warmup_ratio"]) == (8, alpha, warmup)
+        assert one["loop"]["schedule"] == "linear"
 
 
 def test_the_linear_schedule_is_transformers_own() -> None:

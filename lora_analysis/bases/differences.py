@@ -75,9 +75,11 @@ def read_update(
     Returns
     -------
     Adapter
-        Of dense updates, for every metric and for :func:`lora_analysis.resize_adapter`. Weights
-        that are identical in both are left out. Their number, weights without a counterpart, and
-        other tensors that differ (biases, norms, stacks of experts) are in ``provenance.findings``.
+        Of dense updates, for every metric and for :func:`lora_analysis.resize_adapter`; what of
+        them is due to their size alone, :func:`lora_analysis.edit.noise_of_equal_norm` shows.
+        Weights that are identical in both are left out. Their number, weights without a
+        counterpart, and other tensors that differ (biases, norms, stacks of experts) are in
+        ``provenance.findings``.
 
     Raises
     ------

@@ -14,6 +14,7 @@ from lora_analysis.edit.interventions import (
     without_directions,
     without_subspace,
 )
+from lora_analysis.edit.noise import noise_of_equal_norm
 from lora_analysis.edit.resizing import Resized, resize_adapter
 from lora_analysis.edit.truncation import Truncation, relative_difference, resize
 
@@ -24,6 +25,7 @@ __all__ = [
     "error_by_parameters",
     "extract",
     "keep_directions",
+    "noise_of_equal_norm",
     "project_out",
     "ranks_within",
     "relative_difference",

@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_analysis.errors import InputError, UnsupportedMethodError
 from lora_analysis.formats.peft_pairs import DORA
-from lora_analysis.formats.written import factors_alone, float32
+from lora_analysis.formats.written import factors_alone, float32, saved
 from lora_analysis.storage.atomic import write_atomic
 
 if TYPE_CHECKING:
@@ -84,9 +84,7 @@ def write_file(
     path: Path, name: str, tensors: Mapping[str, NDArray[np.floating]], metadata: dict[str, str]
 ) -> Path:
     """Write one file: ``path`` where it ends in ``.safetensors``, else ``name`` in that folder."""
-    from safetensors.numpy import save
-
     file = path if path.suffix == ".safetensors" else path / name
-    content = save(dict(tensors), metadata={"format": "pt"} | metadata)
+    content = saved(tensors, {"format": "pt"} | metadata)
     write_atomic(file, content)
     return file

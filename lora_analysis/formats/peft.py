@@ -27,6 +27,7 @@ from lora_analysis.formats.factors import (
     stored_rank,
     update_loaders,
 )
+from lora_analysis.formats.fused_parts import FUSED_PARTS, parted
 from lora_analysis.formats.initial import StoredStart, check_start, less_starts
 from lora_analysis.formats.peft_config import CONFIG_NAME, PeftConfig, read_peft_config
 from lora_analysis.formats.peft_keys import SortedKeys, sort_keys
@@ -101,7 +102,13 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:
     }
     saved, others = _saved_tensors(stored.keys, stored.chosen, config)
     label = options.label or label_of(place.shown, name)
-    loaders = update_loaders(stored.tensors, stored.found.pairs, scales, label=label)
+    pairs, applied, parts = (
+        parted(stored.tensors, stored.found.pairs, scales, options, rslora=config.use_rslora)
+        if start is None  # which is of the weight as a whole
+        else (stored.found.pairs, scales, {})
+    )
+    loaders = update_loaders(stored.tensors, pairs, applied, label=label)
+    own = {pair.module: stored_rank(stored.tensors, pair) for pair in pairs} if parts else ranks
     return Adapter(
         loaders if start is None else less_starts(loaders, start, config.start),
         label=label,
@@ -109,9 +116,9 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:
             path=place.shown,
             format=NAME,
             files=(*stored.tensors.files, *([] if place.config is None else [place.config])),
-            scale_origin={module: stated.origin for module, stated in scales.items()},
+            scale_origin={module: stated.origin for module, stated in applied.items()},
             base_model=config.base_model,
-            rank=common_rank({m: r if start is None else 2 * r for m, r in ranks.items()}),
+            rank=common_rank({m: r if start is None else 2 * r for m, r in own.items()}),
             findings=(
                 *_findings(place, config, stored.found, ranks=ranks, scales=scales, others=others),
                 *_start_findings(config, start),
@@ -119,7 +126,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:
             **run_facts(place.weights.parent),
         ),
         saved_modules=LazyTensors(stored.tensors, saved),
-        config=config.raw,
+        config={**config.raw, FUSED_PARTS: parts} if parts else config.raw,
     )
 
 

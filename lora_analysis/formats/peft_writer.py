@@ -12,12 +12,13 @@ import numpy as np
 
 from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.errors import InputError, UnsupportedMethodError
+from lora_analysis.formats.fused_parts import parts_metadata
 from lora_analysis.formats.peft_config import CONFIG_NAME
 from lora_analysis.formats.peft_experts_writer import is_expert, parameter_of, stacked_factors
 from lora_analysis.formats.peft_keys import PREFIX, sort_keys
 from lora_analysis.formats.peft_pairs import DORA
 from lora_analysis.formats.peft_places import WEIGHTS_NAME
-from lora_analysis.formats.written import float32
+from lora_analysis.formats.written import float32, saved
 from lora_analysis.patterns import matches_target, pattern_value
 from lora_analysis.storage.adapter_fields import refuse_more_than_factors
 from lora_analysis.storage.atomic import write_together
@@ -38,8 +39,6 @@ _NARROWING: Final = ("exclude_modules", "layers_pattern", "layers_to_transform")
 
 def write_peft(adapter: Adapter, folder: Path) -> Path:
     """Write ``adapter`` as PEFT does; see :func:`lora_analysis.write_adapter`."""
-    from safetensors.numpy import save
-
     refuse_more_than_factors(
         adapter.config,
         adapter.label,
@@ -49,7 +48,7 @@ def write_peft(adapter: Adapter, folder: Path) -> Path:
     tensors = _tensors(adapter, updates)
     config = json.dumps(_config(adapter, updates), indent=2, sort_keys=True, allow_nan=False)
     # The config is the mark: without it, half a folder is not taken for an adapter.
-    weights = save(tensors, metadata={"format": "pt"})
+    weights = saved(tensors, {"format": "pt"} | parts_metadata(adapter))
     write_together({folder / WEIGHTS_NAME: weights, folder / CONFIG_NAME: f"{config}\n".encode()})
     return folder
 

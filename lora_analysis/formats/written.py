@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from lora_analysis.errors import InputError, UnsupportedMethodError
 from lora_analysis.storage.adapter_fields import refuse_more_than_factors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
 
@@ -68,3 +69,21 @@ def float32(factor: NDArray[np.floating], name: str) -> NDArray[np.float32]:
         message = f"A factor of '{name}' is too large for float32, the type it is written in."
         raise InputError(message)
     return stored
+
+
+def saved(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
+    """Return a safetensors file's bytes, the same for the same numbers.
+
+    The library writes several entries of metadata in an order that changes from run to run.
+    """
+    from safetensors.numpy import save
+
+    content = save(dict(tensors), metadata=dict(metadata))
+    if len(metadata) < 2:
+        return content
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]

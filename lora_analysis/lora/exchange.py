@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -19,9 +19,22 @@ from lora_analysis.errors import (
     TargetError,
     UnsupportedMethodError,
 )
-from lora_analysis.lora.experts import ExpertLayer, expert_update
-from lora_analysis.lora.layers import Factors, LoraLayer, generator_of, initial_factor
+from lora_analysis.formats.fused_parts import FUSED_PARTS, joined
+from lora_analysis.lora.experts import (
+    ExpertLayer,
+    expert_members,
+    expert_update,
+    loaded_experts,
+)
+from lora_analysis.lora.layers import (
+    Factors,
+    LoraLayer,
+    Wrapper,
+    generator_of,
+    initial_factor,
+)
 from lora_analysis.lora.model import attach, unwrapped, wrappers
+from lora_analysis.lora.parts import PartFactors, stated_parts
 from lora_analysis.lora.targets import base_modules, inside, kind_of
 from lora_analysis.patterns import natural_key, near_names
 from lora_analysis.storage.adapter_fields import refuse_more_than_factors
@@ -38,6 +51,8 @@ def extract_adapter(
     name: str | None = None,
 ) -> Adapter:
     """Return a model's adapter as a value: copies on the CPU, whatever becomes of the model.
+
+    Of a fused module adapted in parts, each part is an update of its own, ``c_attn.q``.
 
     Parameters
     ----------
@@ -59,6 +74,7 @@ def extract_adapter(
     factors: dict[str, Factors] = {}
     updates: dict[str, LowRankUpdate] = {}
     saved: dict[str, NDArray[Any]] = {}
+    fused: dict[str, Any] = {}
     for module, layer in wrappers(model):
         if name not in layer.adapters:
             continue
@@ -69,17 +85,9 @@ def extract_adapter(
                 updates[own] = expert_update(own, place, expert, held, label)
         elif isinstance(layer, LoraLayer):
             factors[module] = part = cast("Factors", part)
-            updates[module] = LowRankUpdate(
-                module,
-                _to_numpy(part.A),
-                _to_numpy(part.B),
-                part.scale,
-                alpha=part.alpha,
-                stored_dtype=str(part.A.dtype).removeprefix("torch."),
-                layout=layer.layout,
-                kernel=layer.kernel,
-                label=label,
-            )
+            updates |= {one.name: one for one in _updates(module, layer, part, label)}
+            if isinstance(part, PartFactors):
+                fused[module] = part.stated()
         else:
             saved |= {f"{module}.{key}": _to_numpy(t) for key, t in part.state_dict().items()}
     if not factors:
@@ -88,6 +96,8 @@ def extract_adapter(
     first = next(iter(factors.values()))
     base = getattr(getattr(model, "config", None), "name_or_path", None)
     fields = {"base_model_name_or_path": base or None} | dict(first.config) | dict(config or {})
+    if fused:
+        fields[FUSED_PARTS] = fused
     ranks = {update.rank for update in updates.values()}
     return Adapter(
         updates,
@@ -104,6 +114,27 @@ def extract_adapter(
     )
 
 
+def _updates(
+    module: str, layer: LoraLayer, factors: Factors, label: str
+) -> Iterator[LowRankUpdate]:
+    """Yield the updates that a module's factors are: one, or one for each part."""
+    pairs: Iterable[tuple[str, Tensor, Tensor]] = [(module, factors.A, factors.B)]
+    if isinstance(factors, PartFactors):
+        pairs = ((f"{module}.{part}", A, B) for part, A, B in factors.of_parts())
+    for name, A, B in pairs:
+        yield LowRankUpdate(
+            name,
+            _to_numpy(A),
+            _to_numpy(B),
+            factors.scale,
+            alpha=factors.alpha,
+            stored_dtype=str(A.dtype).removeprefix("torch."),
+            layout=layer.layout,
+            kernel=layer.kernel,
+            label=label,
+        )
+
+
 def load_adapter_into(
     model: nn.Module, adapter: Adapter, *, name: str = "default", trainable: bool = False
 ) -> list[str]:
@@ -115,7 +146,7 @@ def load_adapter_into(
     Returns
     -------
     list of str
-        The adapted modules, in natural order.
+        The adapted modules, in natural order; of experts their module and parameter.
 
     Raises
     ------
@@ -123,7 +154,8 @@ def load_adapter_into(
         The adapter adapts or trains a module that the model does not have, or not as a layer that
         can be adapted.
     IncompatibleError
-        A factor or a trained tensor does not fit the module's shape.
+        A factor or a trained tensor does not fit the module's shape, or a stack of experts is not
+        adapted whole.
     ScaleError
         The scale of a module is not known.
     UnsupportedMethodError
@@ -138,30 +170,42 @@ def load_adapter_into(
         "which is not loaded: the model would not compute what it did. Its factors can be "
         "analysed all the same.",
     )
+    adapter = joined(adapter)
     modules = base_modules(model)
-    kinds = {module: kind_of(module, modules) for module in adapter}
+    stacks, plain = expert_members(adapter)
+    kinds: dict[str, type[Wrapper]] = dict.fromkeys(stacks, ExpertLayer)
     config = dict(adapter.config) or {"target_modules": list(adapter)}
-    factors: dict[str, Factors] = {}
-    for module, update in adapter.items():
-        if not isinstance(update, LowRankUpdate):
-            message = f"'{module}' in {adapter.label} is a dense update, without factors to load."
-            raise InputError(message)
+    fused = config.pop(FUSED_PARTS, {})
+    seed = adapter.provenance.seed
+    factors: dict[str, nn.Module] = {
+        module: loaded_experts(module, modules, members, seed=seed, config=config)
+        for module, members in stacks.items()
+    }
+    for module, update in plain.items():
         _refuse_other_updates(update, adapter)
-        factors[module] = kinds[module].factors(
+        kinds[module] = kind = kind_of(module, modules)
+        factors[module] = kind.factors(
             unwrapped(modules[module]),
             torch.tensor(update.A),
             torch.tensor(update.B),
             f"{module}' of '{adapter.label}",
             scale=update.known_scale(),
             alpha=update.alpha,
-            seed=adapter.provenance.seed,
+            seed=seed,
             dropout=float(config.get("lora_dropout") or 0.0),
             config=config,
+            **_parts_of(module, fused),
         )
     attach(model, name, kinds, factors, dict(_trained_copies(modules, adapter)))
     if not trainable:
         model.requires_grad_(False)
-    return list(factors)
+    held = {f"{module}.{name}" for module, found in stacks.items() for name in found}
+    return sorted(held.union(plain), key=natural_key)
+
+
+def _parts_of(module: str, fused: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a module's factors are told of its parts; nothing where it is adapted whole."""
+    return {"parts": stated_parts(fused[module])} if module in fused else {}
 
 
 def _refuse_other_updates(update: LowRankUpdate, adapter: Adapter) -> None:

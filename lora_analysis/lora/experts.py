@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 from torch import Tensor, nn
 
 from lora_analysis.adapter import LowRankUpdate
-from lora_analysis.errors import TargetError
+from lora_analysis.errors import IncompatibleError, InputError, TargetError
 from lora_analysis.lora.layers import Factors, Wrapper, initial_factor
 from lora_analysis.patterns import near_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from lora_analysis.adapter import Adapter
+
+# Updates of the experts of one stack, by number.
+Members = dict[int, LowRankUpdate]
+_MEMBER: Final = re.compile(r"(?P<module>.+)\.(?P<name>[^.]+)\[(?P<expert>\d+)\]")
 
 
 class ExpertLayer(Wrapper):
@@ -146,3 +153,82 @@ def expert_update(
         label=label,
         base_name=base_name,
     )
+
+
+def expert_members(
+    adapter: Adapter,
+) -> tuple[dict[str, dict[str, Members]], dict[str, LowRankUpdate]]:
+    """Return the updates of experts by module, parameter and number, and all others by name.
+
+    Raises
+    ------
+    InputError
+        An update is dense.
+    """
+    stacks: dict[str, dict[str, Members]] = {}
+    others: dict[str, LowRankUpdate] = {}
+    for name, update in adapter.items():
+        if not isinstance(update, LowRankUpdate):
+            message = f"'{name}' in {adapter.label} is a dense update, without factors to load."
+            raise InputError(message)
+        match = _MEMBER.fullmatch(update.base_name)
+        if match is None or update.variant:
+            others[name] = update
+        else:
+            found = stacks.setdefault(match["module"], {})
+            found.setdefault(match["name"], {})[int(match["expert"])] = update
+    return stacks, others
+
+
+def loaded_experts(
+    module: str,
+    modules: Mapping[str, nn.Module],
+    stacks: Mapping[str, Members],
+    *,
+    seed: int | None,
+    config: Mapping[str, Any],
+) -> nn.ModuleDict:
+    """Return the factors of a module's stacks, put together from the updates of their experts.
+
+    Raises
+    ------
+    TargetError
+        The model has no such module or parameter, or it is no stack.
+    IncompatibleError
+        An expert is missing, does not fit, or differs from the others in rank or scale.
+    """
+    expert_parameters(modules, [f"{module}.{name}" for name in stacks])
+    layer: Any = modules[module]
+    bare = layer.base_layer if isinstance(layer, Wrapper) else layer
+    found = nn.ModuleDict()
+    for name in (name for name in bare._parameters if name in stacks):  # in the model's order
+        weight: Tensor = getattr(bare, name)
+        ordered = _ordered(f"{module}.{name}", weight, stacks[name], turned=is_turned(bare))
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        A, B = (
+            torch.stack([torch.tensor(getattr(one, role)) for one in ordered]).to(
+                weight.device, dtype
+            )
+            for role in "AB"
+        )
+        found[name] = Factors(
+            A, B, scale=ordered[0].known_scale(), alpha=ordered[0].alpha, seed=seed, config=config
+        )
+    return found
+
+
+def _ordered(full: str, weight: Tensor, members: Members, *, turned: bool) -> list[LowRankUpdate]:
+    """Return the updates expert by expert; raise where they are not those of the whole stack."""
+    count, *shape = weight.shape
+    wanted = tuple(reversed(shape)) if turned else tuple(shape)
+    found = {(one.rank, one.shape, one.known_scale()) for one in members.values()}
+    if set(members) != set(range(count)) or len(found) > 1 or next(iter(found))[1] != wanted:
+        label = next(iter(members.values())).label
+        told = ", ".join(f"rank {r}, shape {s}, scale {scale:g}" for r, s, scale in sorted(found))
+        message = (
+            f"The model's '{full}' has {count} experts of shape (d_out, d_in) = {wanted}; {label} "
+            f"adapts {len(members)} up to number {max(members)}, of {told}. They are loaded all "
+            "together, with one rank and scale. Was the adapter made for another base?"
+        )
+        raise IncompatibleError(message)
+    return [members[expert] for expert in range(count)]

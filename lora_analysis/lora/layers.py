@@ -166,7 +166,7 @@ class LoraLayer(Wrapper):
             )
             raise IncompatibleError(message)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        if "rows" in kept:
+        if "parts" in kept:
             from lora_analysis.lora.parts import PartFactors  # which is made of what is here
 
             return PartFactors(A.to(weight.device, dtype), B.to(weight.device, dtype), **kept)

@@ -16,7 +16,7 @@ from torch import nn
 from lora_analysis.errors import InputError, TargetError
 from lora_analysis.lora.experts import ExpertLayer, expert_factors, expert_parameters
 from lora_analysis.lora.layers import LoraLayer, TrainedModule, Wrapper
-from lora_analysis.lora.parts import rows_of_parts
+from lora_analysis.lora.parts import Part, rows_of_parts, start_of_parts
 from lora_analysis.lora.targets import base_modules, target_modules, trained_modules
 from lora_analysis.patterns import natural_key, near_names, pattern_value
 
@@ -59,8 +59,8 @@ def add_lora(
         pattern that matches a module's name or its last segments.
     parts
         Of fused modules by pattern, which parts to adapt, ``{"c_attn": ["q", "v"]}``, each with
-        ``rank``; a module that no pattern matches is adapted whole. Which rows these are, the
-        model's family says.
+        ``rank`` and a start of its own; a module that no pattern matches is adapted whole. Which
+        rows these are, the model's family says.
     target_parameters
         Stacks of experts ``[E, out, in]`` by name or its last segments, as PEFT's field of that
         name: every expert gets factors of its own. The targets may then be empty.
@@ -128,9 +128,11 @@ def add_lora(
         layer = unwrapped(modules[module])
         own_rank, held = kept(module)
         rows = rows_of_parts(model, module, kind, layer, parts)
-        if rows is not None:
-            held["rows"] = rows
-        start = kind.start(layer, module, own_rank * len(rows or "1"), seed)
+        if rows is None:
+            start = kind.start(layer, module, own_rank, seed)
+        else:
+            held["parts"] = [Part(part, own, own_rank) for part, own in rows.items()]
+            start = start_of_parts(module, kind.shape(layer), held["parts"], seed)
         factors[module] = kind.factors(layer, *start, module, seed=seed, **held)
     for module, found in stacks.items():
         layer = unwrapped(modules[module])

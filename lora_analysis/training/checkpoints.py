@@ -30,6 +30,9 @@ _MOMENTA = ("exp_avg", "exp_avg_sq")
 def save_checkpoint(training: Training, folder: Path, facts: dict[str, Any]) -> Path:
     """Write where a training is, over the checkpoint before it.
 
+    Every process of the training has to call it, each for its own stream of dropout; the first
+    writes the file.
+
     Parameters
     ----------
     training
@@ -38,13 +41,25 @@ def save_checkpoint(training: Training, folder: Path, facts: dict[str, Any]) -> 
         The run's.
     facts
         What the run wants to know when it goes on: its key, how far its files had come.
+
+    Returns
+    -------
+    Path
+        The file.
     """
+    streams = {
+        f"{_stream(rank)}/{name}": one
+        for name, value in training.dropout.state().items()
+        for rank, one in enumerate(training.processes.gathered(value))
+    }
+    if not training.processes.is_first:
+        return folder / CHECKPOINT_NAME
     tensors = {f"parameter/{n}": p.detach() for n, p in training.trained.items()}
     for name, parameter in training.trained.items():
         held = training.optimizer.state[parameter]
         tensors |= {f"{moment}/{name}": held[moment] for moment in _MOMENTA if moment in held}
     tensors |= {f"order/{name}": value for name, value in training.order.state().items()}
-    tensors |= {f"dropout/{name}": value for name, value in training.dropout.state().items()}
+    tensors |= streams
     own = {
         "step": training.step,
         "best": training.best if training.best < float("inf") else None,
@@ -81,14 +96,20 @@ def load_checkpoint(training: Training, folder: Path) -> None:
                 placed = {m: value.to(parameter.device) for m, value in held.items()}
                 training.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **placed}
     training.order.go_to(_below("order", tensors))
-    if training.processes.is_first:
-        training.dropout.go_to(_below("dropout", tensors))
-    else:  # the file holds the first process's stream; the others draw anew, each its own
-        training.dropout = DropoutStream(hash((step, training.processes.rank)), training.device)
+    rank = training.processes.rank
+    if stream := _below(_stream(rank), tensors):
+        training.dropout.go_to(stream)
+    else:  # there were fewer processes when it was saved: the others draw anew, each its own
+        training.dropout = DropoutStream(hash((step, rank)), training.device)
     training.scaler.load_state_dict(own["scaler"])
     training.step = step
     training.best = float("inf") if own["best"] is None else own["best"]
     training.waited = own["waited"]
+
+
+def _stream(rank: int) -> str:
+    """Return the place of a process's stream of dropout."""
+    return f"dropout{rank}" if rank else "dropout"
 
 
 def _below(place: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -43,6 +43,16 @@ class Processes:
             torch.distributed.all_reduce(value)
         return value
 
+    def gathered(self, value: Tensor) -> list[Tensor]:
+        """Return a tensor of every process, in their order, on the CPU."""
+        if self.count == 1:
+            return [value.cpu()]
+        nccl = torch.distributed.get_backend() == "nccl"  # which sends what lies on a GPU
+        sent = value.to("cuda" if nccl else "cpu")
+        found = [torch.empty_like(sent) for _ in range(self.count)]
+        torch.distributed.all_gather(found, sent)
+        return [one.cpu() for one in found]
+
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum the gradients over the processes, in place; what has none counts as zero."""
         if self.count == 1:

@@ -272,7 +272,7 @@ class _Run:
                     if self.first:
                         stream.write(metrics.to_line())
                         stream.flush()
-                        self._after_step(metrics, stream.tell())
+                    self._after_step(metrics, stream.tell())
         except DivergedError as error:
             saved = checkpoint_facts(self.folder)
             place = self.folder / _CHECKPOINT_NAME
@@ -286,7 +286,7 @@ class _Run:
         from lora_analysis.training.schedules import is_checkpointed
 
         step = metrics.step
-        if step in self.config.loop.trajectory:
+        if self.first and step in self.config.loop.trajectory:
             self._write_passing(step)
         if step and is_checkpointed(step, self.training.options):
             facts = {
@@ -296,6 +296,8 @@ class _Run:
                 "seconds": self._seconds(),
             }
             save_checkpoint(self.training, self.folder, facts)
+        if not self.first:
+            return
         self.trackers.log(metrics)
         self._event(
             "step",

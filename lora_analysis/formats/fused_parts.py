@@ -1,0 +1,236 @@
+"""Parts of fused weights, q and v of a joint projection: apart in an adapter, one pair in a file.
+
+A file holds one pair of factors for the whole weight, which is what its model has: A of the parts
+below each other, B with a block of columns for each, zero outside of that part's rows. Which rows
+and columns are whose, an adapter's config says under ``fused_parts``, and the file in the metadata
+that other programs pass over::
+
+    {"h.0.attn.c_attn": {"rows": 48, "parts": {"q": [[0, 16]], "v": [[32, 48]]}}}
+
+A part goes by the name of the weight and its own, ``h.0.attn.c_attn.q``, by which the reader of
+the base cuts its rows out too.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from lora_analysis.adapter import Adapter, LowRankUpdate
+from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
+from lora_analysis.formats.factors import StatedScale, callers_scale
+from lora_analysis.formats.stored import stacked, tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from lora_analysis.adapter import Update
+    from lora_analysis.formats.factors import StoredPair
+    from lora_analysis.formats.sources import ReadOptions
+    from lora_analysis.storage.tensors import NamedTensors
+
+FUSED_PARTS: Final = "fused_parts"
+_METADATA: Final = "lora_analysis.fused_parts"
+
+
+def joined(adapter: Adapter) -> Adapter:
+    """Return the adapter with the parts of each fused weight as one update of the whole.
+
+    Its config then says per weight the rank of each part too. An adapter without parts is
+    returned as it is.
+
+    Raises
+    ------
+    InputError
+        A part is dense.
+    UnsupportedMethodError
+        A part is of a method whose update is more than ``s·B·A``.
+    """
+    stated = adapter.config.get(FUSED_PARTS) or {}
+    owners = {
+        f"{module}.{part}": module for module, held in stated.items() for part in held["parts"]
+    }
+    if owners.keys().isdisjoint(adapter):
+        return adapter
+    updates: dict[str, Any] = {}
+    told: dict[str, Any] = {}
+    for name in adapter:
+        module = owners.get(name, name)
+        if name not in owners:
+            updates[name] = adapter[name]
+        elif module not in told:
+            held = stated[module]
+            own = {p: adapter[one] for p in held["parts"] if (one := f"{module}.{p}") in adapter}
+            updates[module], told[module] = _whole(module, held, own)
+    origins = {owners.get(name, name): o for name, o in adapter.provenance.scale_origin.items()}
+    return Adapter(
+        updates,
+        label=adapter.label,
+        provenance=replace(adapter.provenance, scale_origin=origins),
+        saved_modules=adapter.saved_modules,
+        config={**adapter.config, FUSED_PARTS: told},
+    )
+
+
+def _whole(
+    module: str, stated: Mapping[str, Any], own: Mapping[str, Update]
+) -> tuple[LowRankUpdate, dict[str, Any]]:
+    """Return parts as an update of their weight, and what the config says of it."""
+    updates = {part: _plain(update) for part, update in own.items()}
+    first = max(updates.values(), key=lambda update: abs(update.known_scale()))
+    scale = first.known_scale()
+    ranks = {part: update.rank for part, update in updates.items()}
+    kind = np.result_type(*(update.B for update in updates.values()))
+    B = np.zeros((stated["rows"], sum(ranks.values())), kind)
+    start = 0
+    for part, update in updates.items():
+        same = update.scale == scale
+        columns = slice(start, start + update.rank)
+        B[indices_of(stated["parts"][part]), columns] = (
+            update.B if same else update.B * (update.known_scale() / scale)
+        )
+        start += update.rank
+    whole = replace(
+        first, name=module, A=np.vstack([one.A for one in updates.values()]), B=B, alpha=None
+    )
+    kept = {part: stated["parts"][part] for part in updates}
+    return whole, {"rows": stated["rows"], "parts": kept, "ranks": ranks}
+
+
+def _plain(update: Update) -> LowRankUpdate:
+    if not isinstance(update, LowRankUpdate):
+        message = f"'{update.name}' in {update.label} is a dense update; a LoRA file holds A and B."
+        raise InputError(message)
+    if update.variant:
+        message = (
+            f"'{update.name}' in {update.label} is a part of a fused weight and of "
+            f"{update.variant}; the two are not put together."
+        )
+        raise UnsupportedMethodError(message)
+    return update
+
+
+def indices_of(runs: Sequence[Sequence[int]]) -> list[int]:
+    """Return the rows that runs hold."""
+    return [row for start, stop in runs for row in range(start, stop)]
+
+
+def runs_of(rows: Sequence[int]) -> list[list[int]]:
+    """Return rows as runs ``[start, stop]``, in their order."""
+    runs: list[list[int]] = []
+    for row in rows:
+        if runs and runs[-1][1] == row:
+            runs[-1][1] = row + 1
+        else:
+            runs.append([row, row + 1])
+    return runs
+
+
+def parts_metadata(adapter: Adapter) -> dict[str, str]:
+    """Return what a file's metadata has to say of an adapter whose parts are joined.
+
+    The order of the parts is that of their columns.
+    """
+    stated = adapter.config.get(FUSED_PARTS) or {}
+    told = {module: held for module, held in stated.items() if module in adapter}
+    return {_METADATA: json.dumps(told)} if told else {}
+
+
+def parted(
+    tensors: NamedTensors,
+    pairs: Sequence[StoredPair],
+    scales: Mapping[str, StatedScale],
+    options: ReadOptions,
+    *,
+    rslora: bool,
+) -> tuple[list[StoredPair], dict[str, StatedScale], dict[str, Any]]:
+    """Return the pairs with those of fused weights taken apart, their scales, and the config's say.
+
+    Raises
+    ------
+    MalformedFileError
+        What the metadata says of a weight does not fit its factors.
+    """
+    stated = _stated(tensors)
+    found: list[StoredPair] = []
+    told: dict[str, Any] = {}
+    by_part: dict[str, StatedScale] = {}
+    for pair in pairs:
+        if pair.module not in stated:
+            found.append(pair)
+            by_part[pair.module] = scales[pair.module]
+            continue
+        held = stated[pair.module]
+        _check(tensors, pair, held)
+        told[pair.module] = {"rows": held["rows"], "parts": held["parts"]}
+        for part, rank in _cut(pair, held):
+            found.append(part)
+            by_part[part.module] = _scale(scales[pair.module], options, rank, rslora=rslora)
+    return found, by_part, told
+
+
+def _stated(tensors: NamedTensors) -> dict[str, Any]:
+    text = tensors.metadata.get(_METADATA)
+    if text is None:
+        return {}
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        message = f"{tensors.path}: the metadata '{_METADATA}' is no JSON object. It is damaged."
+        raise MalformedFileError(message)
+    return found
+
+
+def _check(tensors: NamedTensors, pair: StoredPair, held: Any) -> None:
+    """Raise for parts whose rows or ranks are not those of the factors."""
+    try:
+        d_out, rank = pair.b.shape(tensors)
+        parts, ranks = held["parts"], held["ranks"]
+        edges = [edge for runs in parts.values() for run in runs for edge in run]
+        numbers = [*edges, *ranks.values(), held["rows"]]
+        fits = (
+            all(type(number) is int for number in numbers)
+            and list(parts) == list(ranks)
+            and all(len(run) == 2 and run[0] < run[1] for runs in parts.values() for run in runs)
+            and all(parts.values())
+            and min(edges) >= 0
+            and max(edges) <= d_out == held["rows"]
+            and min(ranks.values()) >= 1
+            and sum(ranks.values()) == rank
+        )
+    except (TypeError, KeyError, ValueError, AttributeError):
+        fits = False
+    if not fits:
+        message = (
+            f"{tensors.file_of(pair.a.name)}: what the metadata '{_METADATA}' says of "
+            f"'{pair.module}' does not fit its factors. Was the file changed by another program?"
+        )
+        raise MalformedFileError(message)
+
+
+def _cut(pair: StoredPair, held: Mapping[str, Any]) -> Iterator[tuple[StoredPair, int]]:
+    """Yield the parts of a pair, each with its rank."""
+    whole = tensor(pair.b.name, shared=True)
+    start = 0
+    for part, rank in held["ranks"].items():
+        own = slice(start, start + rank)
+        rows = stacked([whole.rows(slice(*run)) for run in held["parts"][part]])
+        yield (
+            replace(pair, module=f"{pair.module}.{part}", a=pair.a.rows(own), b=rows.columns(own)),
+            rank,
+        )
+        start += rank
+
+
+def _scale(stated: StatedScale, options: ReadOptions, rank: int, *, rslora: bool) -> StatedScale:
+    """Return a part's multiplier: that of the whole, with the alpha of its own rank."""
+    if called := callers_scale(options, rank, rslora=rslora):
+        return called
+    if stated.scale is None:
+        return stated
+    return replace(stated, alpha=stated.scale * (rank**0.5 if rslora else rank))
