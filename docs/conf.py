@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+from docutils import nodes
+from latex2mathml.converter import convert as latex_to_mathml
 
 import lora_analysis
 from lora_analysis.cli import VERBS, group
@@ -36,6 +38,7 @@ napoleon_attr_annotations = False  # "np.bool_" would be read as a link
 html_theme = "furo"
 html_title = "lora_analysis"
 html_copy_source = False
+html_math_renderer = "mathml"  # what browsers draw by themselves: no script, nothing to fetch
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
@@ -95,8 +98,21 @@ def skip_what_lives_elsewhere(
     return skip or name in _PUBLIC or not str(home).startswith(page)
 
 
+def inline_math(self: Any, node: nodes.math) -> None:
+    """Write a formula as MathML."""
+    self.body.append(latex_to_mathml(node.astext()))
+    raise nodes.SkipNode
+
+
+def block_math(self: Any, node: nodes.math_block) -> None:
+    """Write a formula that stands by itself."""
+    self.body.append(latex_to_mathml(node.astext(), display="block"))
+    raise nodes.SkipNode
+
+
 def setup(app: Any) -> None:
-    """Connect the three to Sphinx."""
+    """Connect these to Sphinx."""
     app.connect("builder-inited", copy_notebooks)
     app.connect("builder-inited", write_commands)
     app.connect("autodoc-skip-member", skip_what_lives_elsewhere)
+    app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))

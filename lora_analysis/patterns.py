@@ -16,6 +16,8 @@ _DIGITS = re.compile(r"(\d+)")
 _INDEX = re.compile(r"(?:^|\.)(\d{1,9})(?=\.|$)")
 # Without other special characters, only the dots of a pattern mean more than themselves.
 _PLAIN = re.compile(r"[\w.\-]*")
+# The type of modules whose names are numbers alone; no name has a space in it.
+NO_TYPE = "no type"
 # A pattern may come from a file: one that backtracks without end is stopped, in CPU seconds.
 PATTERN_TIMEOUT = 1.0
 
@@ -101,8 +103,11 @@ def pattern_value(name: str, patterns: Mapping[str, T], default: T) -> T:
 
 
 def module_type(name: str) -> str:
-    """Return the last segment that is not a number: ``"q_proj"`` of ``"layers.0.q_proj"``."""
-    return next((part for part in reversed(name.split(".")) if not part.isdecimal()), name)
+    """Return the last segment that is not a number: ``"q_proj"`` of ``"layers.0.q_proj"``.
+
+    Names of numbers alone (``"003"``) say no type, and all have the same: `NO_TYPE`.
+    """
+    return next((part for part in reversed(name.split(".")) if not part.isdecimal()), NO_TYPE)
 
 
 def layer_index(name: str) -> int | None:

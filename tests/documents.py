@@ -2,8 +2,8 @@
 
 Fenced blocks are read from the Markdown itself. ``console`` holds commands after ``$`` and what
 they print; ``python`` and ``{code-cell}`` share one namespace a page; a ``{code-block}`` with a
-caption is a file of that name. A block after ``% not run: why`` (README: ``<!-- not run: why -->``)
-is left out, and counted by the caller.
+caption is a file of that name, as is ``toml`` whose first line is one. A block after
+``% not run: why`` (README: ``<!-- not run: why -->``) is left out, and counted by the caller.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sys
 import textwrap
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,10 @@ class Page:
                     self._command(command, printed, place)
             elif "caption" in block.options:
                 self._file(block, place)
+            elif block.kind == "toml":  # its first line names the file
+                name, _, body = block.body.removeprefix("# ").partition("\n")
+                options = {"caption": name}
+                self._file(replace(block, language="toml", body=body, options=options), place)
             else:
                 assert block.kind in SHOWN_KINDS, f"{place}: what is to be done with it?"
                 continue

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from factories import adapter, low_rank_update
+from hostile_names import NAMES, hostile_adapters
 from test_studies import sweep  # noqa: F401  (a fixture)
 
 from lora_analysis.adapter import Adapter
 from lora_analysis.bases import open_base
 from lora_analysis.report import write_report
+from lora_analysis.showing import printable
 from lora_analysis.studies import study
 
 pytestmark = pytest.mark.slow
@@ -89,4 +91,29 @@ def test_a_printed_report_shows_its_tables_whole(browser: Any, pages: dict[str, 
     style = "getComputedStyle(document.querySelector('.scroll')).overflowX"
     assert page.evaluate(style) == "visible"
     assert page.evaluate("getComputedStyle(document.querySelector('nav')).display") == "none"
+    page.close()
+
+
+def test_names_of_strangers_run_nothing_and_ask_for_nothing(browser: Any, tmp_path: Path) -> None:
+    adapters = hostile_adapters(np.random.default_rng(5))
+    title = "".join(NAMES)
+    path = write_report(study(adapters), tmp_path, figures=("svg",), title=title, command=title)
+    page = browser.new_page()
+    told: list[str] = []
+    page.on("request", lambda request: told.append(request.url))
+    page.on("console", lambda message: told.append(message.text))
+    page.on("pageerror", lambda error: told.append(str(error)))
+    page.on("dialog", lambda dialog: told.append(dialog.message))
+    pictures = sorted((tmp_path / "figures").iterdir())
+    for place in (path, *pictures):
+        page.goto(place.as_uri())
+        told = [one for one in told if one != place.as_uri() and not one.startswith("data:")]
+        assert not told
+        elements = (
+            "document.querySelectorAll('script, img, iframe, [onload], [onerror], a[href^=j]')"
+        )
+        assert page.evaluate(f"{elements}.length") == 0
+        assert page.title() != "owned"
+    page.goto(path.as_uri())
+    assert printable("".join(NAMES)) in page.inner_text("body")
     page.close()

@@ -16,6 +16,7 @@ from lora_analysis.adapter import Adapter
 from lora_analysis.edit import relative_difference
 from lora_analysis.formats import peft_writer, read_adapter, write_adapter
 from lora_analysis.formats.registry import WRITERS
+from lora_analysis.report.folder import holds_report
 
 
 @pytest.fixture
@@ -229,3 +230,52 @@ def test_nothing_is_written_through_a_symbolic_link(
         code, _, err = call(capsys, *verb, "-o", tmp_path / "link", "--force")
         assert (code, "is a symbolic link" in err) == (3, True)
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_report_replaces_a_report_and_nothing_else(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def report(folder: Path, *more: str) -> tuple[int, str]:
+        words = ("report", source, "--as", "md", "--figures", "", "-o", folder, *more)
+        code, _, err = call(capsys, *words)
+        return code, err
+
+    out = tmp_path / "out"
+    assert report(out) == (0, "")
+    (out / "notes.txt").write_text("mine")
+    assert report(out) == (0, "")
+    assert (out / "notes.txt").read_text() == "mine"
+    other = tmp_path / "other"
+    (other / "figures").mkdir(parents=True)
+    (other / "figures" / "energy.svg").write_text("mine")
+    (other / "results.json").write_text('{"accuracy": 1}')
+    code, err = report(other)
+    assert code == 3
+    assert "other is not empty" in err
+    assert "--force" in err
+    assert (other / "figures" / "energy.svg").read_text() == "mine"
+    assert report(other, "--force") == (0, "")
+    link = tmp_path / "link"
+    link.symlink_to(out)
+    code, err = report(link, "--force")
+    assert code == 3
+    assert "symbolic link" in err
+
+
+def test_the_beginnings_of_a_report_are_a_report(tmp_path: Path) -> None:
+    for name in ("figures/energy.svg", "figures/.energy.svg.12-0123abcd.tmp", "tables/spectra.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "grids.npz").write_text("")
+    assert holds_report(tmp_path)
+    (tmp_path / "figures" / "mine.svg").write_text("")
+    assert not holds_report(tmp_path)
+
+
+def test_a_picture_is_replaced_by_the_next(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "picture.svg"
+    picture.write_text("an earlier one")
+    assert call(capsys, "heatmap", source, source, "--module", "q_proj", "-o", picture)[0] == 0
+    assert picture.read_text().startswith("<?xml")

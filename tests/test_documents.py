@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from document_workspace import make_workspace
-from documents import ROOT, Page, blocks, copy_tree
+from documents import ROOT, Page, blocks, copy_tree, fits
 
 import lora_analysis
 from lora_analysis import demo, formats, write_report
@@ -71,6 +71,31 @@ def test_every_block_of_the_documentation_runs(path: Path, inside: Path) -> None
     run_in(path)
 
 
+@pytest.mark.parametrize(
+    ("block", "error"),
+    [
+        ("```console\n$ lora-analysis inspect adapter\nadapter     another\n...\n```", "printed"),
+        ("```console\n$ lora-analysis inspect nothing\n```", "ended with 3"),
+        ("```console\n$ lora-analysis heatmap adapter\n```", "ended with 2"),
+        ("```console\n$ rm -rf adapter\n```", "cannot run `rm"),
+        ("```console\n$ make sense\n```", "line 1"),
+        ("```python\nassert 1 + 1 == 3, 'sum'\n```", "sum"),
+        ("```ruby\nputs 1\n```", "what is to be done"),
+    ],
+)
+def test_a_document_with_a_mistake_does_not_pass(block: str, error: str, inside: Path) -> None:
+    page = inside / "page.md"
+    page.write_text(block, encoding="utf-8")
+    with pytest.raises(AssertionError, match=error):
+        run_in(page)
+
+
+def test_numbers_in_what_is_shown_may_differ_and_words_may_not() -> None:
+    assert fits("rank  8\n...\nall  0.25 █▃▁\n", "rank 16\nlayer 1\n all 1e-3 ▇▂▁")
+    assert not fits("rank  8\n", "size 8\n")
+    assert not fits("rank  8\n", "rank 8 of 9\n")
+
+
 def test_few_blocks_are_not_run_and_each_says_why() -> None:
     left_out = [
         f"{path.name}: {block.why}"
@@ -78,12 +103,13 @@ def test_few_blocks_are_not_run_and_each_says_why() -> None:
         for block in blocks(path.read_text(encoding="utf-8"))
         if block.why
     ]
-    assert len(left_out) == 2, left_out
+    assert len(left_out) == 3, left_out
 
 
-def test_the_readme_shows_every_verb() -> None:
+def test_the_documents_show_every_verb() -> None:
+    texts = README + "".join(page.read_text(encoding="utf-8") for page in PAGES)
     for verb in VERBS:
-        assert f"lora-analysis {verb}" in README
+        assert f"lora-analysis {verb}" in texts
 
 
 def test_the_reference_has_every_public_name_and_every_module() -> None:
@@ -116,9 +142,8 @@ def test_notebooks_were_run_in_order_and_without_an_error(path: Path) -> None:
     outputs = [output for cell in cells for output in cell["outputs"]]
     assert not [one for one in outputs if one["output_type"] == "error"]
     pictures = [one for one in outputs if "image/png" in one.get("data", {})]
-    drawn = [
-        cell for cell in cells if re.search(r"^ *plot_", "".join(cell["source"]), re.MULTILINE)
-    ]
+    sources = ["".join(cell["source"]) for cell in cells]
+    drawn = [one for one in sources if re.search(r"^ *plot_", one, re.MULTILINE)]
     assert len(pictures) >= len(drawn) > 0
 
 
@@ -149,3 +174,5 @@ def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     shown = (tmp_path / "reference" / "commands.html").read_text(encoding="utf-8")
     assert all(f"Usage: lora-analysis {verb}" in shown for verb in VERBS)
+    pages = [page.read_text(encoding="utf-8") for page in tmp_path.rglob("*.html")]
+    assert not [one for page in pages for one in re.findall(r'(?:src|<link[^>]*href)="http', page)]

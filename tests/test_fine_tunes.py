@@ -57,6 +57,31 @@ def models(rng: np.random.Generator, tmp_path: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("vit.embed", "linear"),
+        ("embed_out", "linear"),
+        ("gpt_neox.embed_in", "embedding"),
+        ("bert.embeddings.word_embeddings", "embedding"),
+        ("text_model.embeddings.position_embedding", "embedding"),
+        ("transformer.wte", "embedding"),
+    ],
+)
+def test_a_table_is_told_from_a_projection_by_its_whole_name(
+    tmp_path: Path, rng: np.random.Generator, name: str, layout: str
+) -> None:
+    old, new = (rng.standard_normal((6, 4)).astype(np.float32) for _ in range(2))
+    for place, tensor in (("base", old), ("tuned", new)):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        save_file({f"{name}.weight": tensor}, tmp_path / place / "model.safetensors")
+    one = read_update(tmp_path / "tuned", tmp_path / "base")[name]
+    assert one.layout == layout
+    delta = new - old
+    assert_close(one.delta_weight(), delta.T if layout == "embedding" else delta, atol=1e-6)
+
+
 def test_the_update_of_a_fine_tune_is_the_difference_of_the_weights(
     models: dict[str, Any],
 ) -> None:

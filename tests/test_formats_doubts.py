@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from factories import low_rank_update
+from factories import adapter, low_rank_update
 from image_files import lora_pair, stored
 
-from lora_analysis.adapter import DenseUpdate
+from lora_analysis.adapter import Adapter, DenseUpdate
 from lora_analysis.cli import run
 from lora_analysis.errors import MalformedFileError, SourceError
-from lora_analysis.formats import find_adapters, read_adapter
+from lora_analysis.findings import findings
+from lora_analysis.formats import find_adapters, read_adapter, write_adapter
 from lora_analysis.formats.doubts import doubts
 from lora_analysis.storage import limits
+from lora_analysis.studies import study
 
 PEFT = "base_model.model.q"
 
@@ -108,3 +110,48 @@ def test_what_the_system_refuses_is_named_as_any_bad_input(
         read_adapter(bad, scale=1)
     assert [ref.format for ref in find_adapters(tmp_path)] == ["unreadable", "peft"]
     assert run(["inspect", str(tmp_path), "--scale", "1"]) == 4
+
+
+def damaged(rng: np.random.Generator, label: str, *names: str) -> Adapter:
+    """An adapter with one number of 1e9 in B of some modules."""
+    updates = dict(adapter(rng, label=label))
+    for name in names:
+        B = updates[name].B.copy()
+        B[0, 0] = 1e9
+        updates[name] = replace(updates[name], B=B)
+    return Adapter(updates, label=label)
+
+
+def test_a_study_names_adapters_and_modules_with_doubtful_numbers_first(
+    rng: np.random.Generator,
+) -> None:
+    names = ("layers.0.v_proj", "layers.1.q_proj")
+    result = study([damaged(rng, "bad", *names), adapter(rng, label="good")])
+    assert {label: tuple(said) for label, said in result.doubts.items()} == {"bad": names}
+    found = findings(result)
+    (one,) = (one for one in found if one.topic == "damaged numbers")
+    assert one.kind == "artefact"
+    assert "in 2 of 4 modules ('layers.0.v_proj' and 'layers.1.q_proj')" in one.text
+    assert "B of 'layers.0.v_proj' holds a number of 1e+09" in one.text
+    assert found.index(one) < min(at for at, f in enumerate(found) if f.kind == "result")
+    assert not study([adapter(rng, label="good")]).doubts
+
+
+def test_every_verb_that_shows_a_doubtful_number_says_so(
+    tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = {f"{name}.weight": rng.standard_normal((24, 20)) for name in adapter(rng)}
+    base = stored(tmp_path / "base.safetensors", weights)
+    bad = write_adapter(damaged(rng, "bad", "layers.0.v_proj"), tmp_path / "bad")
+    good = write_adapter(adapter(rng), tmp_path / "good")
+    picture, out = tmp_path / "out.svg", tmp_path / "out"
+    for words in (
+        ["inspect", bad],
+        ["compare", bad, good],
+        ["heatmap", bad, good, "--module", "v_proj", "-o", picture],
+        ["amplify", bad, "--base", base],
+        ["report", bad, good, "--as", "md", "--figures", "", "-o", out],
+    ):
+        assert run([str(one) for one in words]) == 0
+        said = "".join(capsys.readouterr()) + "".join(p.read_text() for p in out.glob("*.md"))
+        assert "a number of 1e+09" in " ".join(said.replace("\\", "").split()), words[0]

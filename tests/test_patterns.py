@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lora_analysis.errors import InputError
 from lora_analysis.patterns import (
+    NO_TYPE,
     choose_names,
     layer_index,
     matches_target,
@@ -99,7 +100,8 @@ def test_an_endless_expression_is_stopped(monkeypatch: pytest.MonkeyPatch) -> No
         ("model.layers.2.mlp.experts.7.w1", "w1", 2),
         ("classifier.0", "classifier", 0),
         ("lm_head", "lm_head", None),
-        ("0", "0", 0),
+        ("0", NO_TYPE, 0),
+        ("007.1", NO_TYPE, 7),
         ("conv2d.layer4", "layer4", None),
     ],
 )

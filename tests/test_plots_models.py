@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from factories import adapter, low_rank_update
 
 from lora_analysis import plots
+from lora_analysis.adapter import Adapter
 from lora_analysis.amplify import weight_basis_energy
 from lora_analysis.errors import InputError
 from lora_analysis.intruders import intruder_dimensions
+from lora_analysis.patterns import NO_TYPE
 from lora_analysis.plots.basis import resolve_weight_energy
 from lora_analysis.plots.curves import resolve_layers
 from lora_analysis.plots.maps import resolve_intruders, resolve_module_map
@@ -51,7 +55,7 @@ def test_maps_share_a_figure(rng: np.random.Generator) -> None:
 
 def test_layers_are_lines_by_type_with_chance() -> None:
     values = {f"layers.{n}.{kind}": n + 1.0 for n in range(3) for kind in "qv"}
-    plot = resolve_layers(values, ylabel="enrichment", chance=1.0, log=True)
+    plot = resolve_layers(pd.Series(values), ylabel="enrichment", chance=1.0, log=True)
     assert [line.label for line in plot.lines] == ["q", "v"]
     assert plot.chance == 1.0
     grey = resolve_layers(values, ylabel="x", chance=dict.fromkeys(values, 2.0)).lines[-1]
@@ -60,6 +64,13 @@ def test_layers_are_lines_by_type_with_chance() -> None:
     axes = plots.plot_layers(values, plots.new_axes(), chance=1.0, log=True)
     assert axes.get_yscale() == "log"
     assert [text.get_text() for text in axes.texts] == ["q", "v"]
+
+
+def test_modules_named_by_numbers_alone_are_one_row() -> None:
+    plot = resolve_module_map({f"{n:03}": n / 10 for n in range(4)})
+    assert plot.kinds == (NO_TYPE,)
+    assert plot.layers == (0, 1, 2, 3)
+    np.testing.assert_allclose(plot.data, [[0, 0.1, 0.2, 0.3]])
 
 
 def test_the_energy_in_w_is_drawn_with_its_chance(rng: np.random.Generator) -> None:
@@ -109,6 +120,29 @@ def test_the_atlas_is_drawn_in_the_order_of_its_tree(rng: np.random.Generator) -
         axes = plots.plot_atlas(atlas, plots.new_axes(), what=what)
         assert axes.images[0].get_array().shape == (5, 5)
         axes.figure.canvas.draw()
+
+
+def test_untrained_adapters_stand_outside_the_tree(rng: np.random.Generator) -> None:
+    def empty(label: str) -> Adapter:
+        whole = adapter(rng, label=label)
+        updates = {name: replace(one, B=np.zeros_like(one.B)) for name, one in whole.items()}
+        return Adapter(updates, label=label)
+
+    trained = [adapter(rng, label=f"t{n}") for n in range(3)]
+    mixed = study([empty("one"), trained[0], empty("two"), *trained[1:]]).atlas
+    alone = study(trained).atlas
+    assert mixed is not None
+    assert alone is not None
+    np.testing.assert_allclose(mixed.linkage(), alone.linkage())
+    plot, expected = resolve_atlas(mixed), resolve_atlas(alone)
+    assert plot.labels == (*expected.labels, "one (untrained)", "two (untrained)")
+    np.testing.assert_allclose(plot.branches, expected.branches)
+    np.testing.assert_allclose(plot.data[:3, :3], expected.data)
+    assert np.isnan(plot.data[3:]).all()
+    few = study([empty("one"), trained[0], empty("two")]).atlas
+    assert few is not None
+    assert resolve_atlas(few).branches.shape == (0, 4, 2)
+    plots.plot_atlas(few, plots.new_axes())
 
 
 def test_two_adapters_have_an_atlas_and_one_has_none(rng: np.random.Generator) -> None:

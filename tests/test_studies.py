@@ -11,6 +11,7 @@ from lora_analysis.adapter import Adapter, LowRankUpdate, Provenance
 from lora_analysis.bases import open_base
 from lora_analysis.errors import BaseWeightError, InputError, SourceError
 from lora_analysis.findings import findings, level, number
+from lora_analysis.report.pair_tables import verdicts_table
 from lora_analysis.studies import OTHER_BASE, REFERENCE, SHARED_SEED, relation, study
 
 NAMES = ("layers.0.q_proj", "layers.0.v_proj", "layers.1.q_proj", "layers.1.v_proj")
@@ -286,6 +287,26 @@ def test_the_published_rank_comparison_of_four_real_adapters(real_adapters: Path
     assert means["input"] == pytest.approx(0.284, abs=5e-4)
     assert means["output"] == pytest.approx(0.785, abs=5e-4)
     assert table["chance_1_1"].unique() == pytest.approx([1 / 768])
+
+
+def test_comparisons_without_a_verdict_are_summed_up_in_one_sentence(
+    rng: np.random.Generator,
+) -> None:
+    result = study([adapter(rng, label=f"a{n}") for n in range(3)])
+    said = findings(result)
+    (one,) = (one for one in said if one.topic == "no verdict")
+    assert not [one for one in said if one.topic == "pairs"]
+    assert [part.values["subject"] for part in one.parts] == ["a0 and a1", "a0 and a2", "a1 and a2"]
+    assert one.text.startswith("3 comparisons have no verdict (no reference). Their medians of")
+    table = result.similarities[result.similarities["ill_defined_1_1"] == ""]
+    medians = table.groupby(["side", "a", "b"])["phi_1_1"].median()
+    for side in ("output", "input"):
+        assert one.values[f"lowest_{side}"] == pytest.approx(medians[side].min())
+        assert one.values[f"highest_{side}"] == pytest.approx(medians[side].max())
+    shown = verdicts_table(said)
+    assert shown is not None
+    assert len(shown.rows) == 3 * 2
+    assert {row[2] for row in shown.rows} == {"no verdict"}
 
 
 def relabelled(adapters: list[Adapter]) -> list[Adapter]:

@@ -72,6 +72,9 @@ def test_globs_are_expanded_in_natural_order(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     found = expanded(str(tmp_path / "r*"))
     assert [Path(one).name for one in found] == ["r2", "r10"]
+    (tmp_path / "sweep.json").write_text("{}")  # beside a sweep's runs
+    assert expanded(str(tmp_path / "sweep.json")) == []
+    assert [Path(one).name for one in expanded(str(tmp_path / "*"))] == ["other", "r2", "r10"]
     assert expanded("hf://owner/name*") == ["hf://owner/name*"]
     with pytest.raises(SourceError, match="No file or folder fits"):
         expanded(str(tmp_path / "x*"))

@@ -29,10 +29,16 @@ if TYPE_CHECKING:
     # The error says why a weight has no counterpart.
     Outcome = Literal["changed", "identical"] | BaseWeightError
 
-# Tables that a model looks rows up in, beside modules with "embed" in their last name; LoRA adapts
-# them as embeddings. GPT-NeoX calls its head, an ordinary linear layer, "embed_out".
-_TABLES: Final = frozenset({"wte", "wpe", "shared", "relative_attention_bias"})
-_NO_TABLES: Final = frozenset({"embed_out"})
+# Tables that a model looks rows up in; LoRA adapts them as embeddings. By their whole names:
+# GPT-NeoX calls its head "embed_out", vision models their patches' projection "embed", and both
+# are linear layers.
+_TABLES: Final = frozenset(
+    {
+        "wte", "wpe", "shared", "relative_attention_bias", "embed_tokens", "embed_positions",
+        "embed_in", "embed_tokens_per_layer", "token_embd", "position_embd", "tok_embd",
+    }
+)  # fmt: skip
+_TABLE_ENDINGS: Final = ("embedding", "embeddings")
 _LISTED: Final = 6
 # Those of the channels, and up to three of the kernel.
 _CONV_AXES: Final = 5
@@ -216,7 +222,7 @@ def _subtracted(one: Weight, other: Weight) -> NDArray[np.float32]:
 
 def _is_table(module: str) -> bool:
     last = module.rpartition(".")[2]
-    return last in _TABLES or ("embed" in last and last not in _NO_TABLES)
+    return last in _TABLES or last.endswith(_TABLE_ENDINGS)
 
 
 def _others(new: BaseWeights, old: BaseWeights) -> list[str]:

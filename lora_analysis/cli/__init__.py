@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 import click
 
 from lora_analysis import __version__
-from lora_analysis.cli.text import printable_lines
 from lora_analysis.errors import InputError, LoraAnalysisError
+from lora_analysis.showing import printable, printable_lines
 
 # The help of the group needs one line per verb, and must not import what the verbs need.
 VERBS = {
@@ -108,15 +108,16 @@ def run(arguments: list[str] | None = None) -> int:
     except LoraAnalysisError as error:
         if "--debug" in given:
             raise
-        return _say(f"Error: {error}", 3 if isinstance(error, InputError) else 1)
+        return _say(printable(f"Error: {error}"), 3 if isinstance(error, InputError) else 1)
     except OSError as error:
         if "--debug" in given:
             raise
-        return _say(f"Error: {error}", 1)
+        return _say(printable(f"Error: {error}"), 1)
     except Exception as error:  # the last line of defence is the one place for it
         if "--debug" in given:
             raise
-        return _say(f"Unexpected {type(error).__name__}: {error}\nRun again with --debug.", 1)
+        what = printable(f"Unexpected {type(error).__name__}: {error}")
+        return _say(f"{what}\nRun again with --debug.", 1)
     return result if isinstance(result, int) else 0
 
 

@@ -14,8 +14,15 @@ from lora_analysis.cli.options import (
     reading_options,
     transposed_option,
 )
-from lora_analysis.cli.show import decimals, print_json, print_table, print_text, records
-from lora_analysis.cli.text import printable
+from lora_analysis.cli.show import (
+    decimals,
+    print_finding,
+    print_json,
+    print_table,
+    print_text,
+    records,
+)
+from lora_analysis.showing import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,6 +66,7 @@ def command(
     The amplification factor ‖ΔW‖/‖UᵀWV‖ proves little by itself; "chance" is what random
     directions of the same size score, and enrichment the ratio of the two.
     """
+    from lora_analysis.findings import findings
     from lora_analysis.studies import study
 
     adapter = reading.read(source)
@@ -76,16 +84,22 @@ def command(
         )
     table = _amplifications(result, adapter.label)
     full = table[table["at_rank"]]
+    said = [one for one in findings(result) if one.topic in _OF_THE_FILE]
     if form == "json":
         changes = {"changes": records(result.changes)} if spectrum else {}
         print_json(
             {"adapter": adapter.label, "base": base, "modules": records(table)}
             | _medians(full)
             | changes
+            | {"findings": [{"kind": one.kind, "text": one.text} for one in said]}
         )
     elif form == "quiet":
         click.echo(decimals(float(full["amplification_factor"].median())))
     else:
+        for one in said:
+            print_finding(one.kind, one.text)
+        if said:
+            click.echo()
         _print(adapter.label, full)
         if spectrum:
             _print_changes(adapter.label, result.changes)
@@ -142,6 +156,8 @@ def _print_storage(full: pd.DataFrame) -> None:
     )
 
 
+# Findings that say how far the adapter's own numbers can be trusted.
+_OF_THE_FILE = ("damaged numbers", "file")
 _NAMES = {
     "delta_norm": "‖ΔW‖",
     "weight_norm": "‖W‖",

@@ -25,6 +25,7 @@ from lora_analysis.cli.show import (
     print_text,
     records,
 )
+from lora_analysis.showing import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -98,7 +99,7 @@ def _lost_references(result: Study) -> int:
     if len(result.adapters) - len(result.reference) < 2:
         raise InputError(" ".join(one.reason for one in result.failures))
     for one in result.failures:
-        click.echo(f"Left out: {one.source}: {one.reason}", err=True)
+        click.echo(printable(f"Left out: {one.source}: {one.reason}"), err=True)
     return len(result.failures)
 
 

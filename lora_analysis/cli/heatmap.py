@@ -16,6 +16,7 @@ from lora_analysis.cli.options import (
     reading_options,
 )
 from lora_analysis.cli.show import print_json
+from lora_analysis.showing import printable
 
 if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter, Update
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     required=True,
-    help="Picture to write; .svg, .png or .pdf.",
+    help="Picture to write; .svg, .png or .pdf. One of that name is replaced.",
 )
 @click.option(
     "--side",
@@ -78,9 +79,13 @@ def command(
         }
         kind = output.suffix.lstrip(".") or "svg"
         written = save_figure(figure_ranks(grids), output.with_suffix(""), [kind])[0]
+    said = _doubts((first.label, second.label), chosen)
     if form == "json":
-        print_json({"figure": written, "modules": list(chosen), "side": side, "factor": factor})
+        about = {"modules": list(chosen), "side": side, "factor": factor}
+        print_json({"figure": written, **about, "findings": said})
     else:
+        for one in said:
+            click.echo(printable(one), err=True)
         click.echo(written)
 
 
@@ -116,6 +121,18 @@ def _comparable(a: Update, b: Update) -> bool:
     from lora_analysis.spectra import spectrum
 
     return a.shape == b.shape and not (spectrum(a).untrained or spectrum(b).untrained)
+
+
+def _doubts(labels: tuple[str, str], chosen: dict[str, tuple[Update, Update]]) -> list[str]:
+    """Return what may be damaged in what is drawn."""
+    from lora_analysis.formats.doubts import doubts
+
+    return [
+        f"{label}: {doubt}"
+        for updates in chosen.values()
+        for label, update in zip(labels, updates, strict=True)
+        for doubt in doubts(update)
+    ]
 
 
 def _titles(names: list[str]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from lora_analysis.cli.options import (
     say_left_out,
 )
 from lora_analysis.cli.show import decimals, print_facts, print_json, print_table, sparkline
-from lora_analysis.cli.text import printable
+from lora_analysis.showing import printable
 
 if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter

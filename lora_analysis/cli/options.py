@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from lora_analysis.cli.text import printable
 from lora_analysis.errors import InputError, SourceError
+from lora_analysis.showing import printable
 
 if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter

@@ -21,6 +21,8 @@ from lora_analysis.cli.options import (
 )
 from lora_analysis.cli.show import print_json
 from lora_analysis.cli.spreading import analysis_executor, analysis_executor_options
+from lora_analysis.cli.writing import refuse_occupied
+from lora_analysis.showing import printable
 
 
 def _formats(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[str, ...]:
@@ -42,7 +44,13 @@ def _formats(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
     required=True,
-    help="Folder for report.html, figures/, tables/ and results.json.",
+    help="Folder for report.html, figures/, tables/ and results.json; an earlier report in it is "
+    "replaced.",
+)
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Write into a folder that holds other things, over files of the same names.",
 )
 @click.option(
     "--as",
@@ -79,6 +87,7 @@ def command(
     base: str | None,
     transposed: bool | None,
     output: Path,
+    force: bool,
     kind: Any,
     title: str | None,
     figures: tuple[str, ...],
@@ -98,8 +107,10 @@ def command(
     sources, where task and seed are known, or given with --reference.
     """
     from lora_analysis.report import write_report
+    from lora_analysis.report.folder import holds_report
     from lora_analysis.studies import Failure, study
 
+    refuse_occupied(output, force=force, ours=holds_report)
     with progress_bar(form) as progress:
         executor = analysis_executor(kind_of_executor, workers, address)
         find = reading.read_all if executor is None else reading.to_read
@@ -121,7 +132,7 @@ def command(
             progress=progress,
         )
         for one in result.failures[len(failures) :]:
-            click.echo(f"Left out: {one.source}: {one.reason}", err=True)
+            click.echo(printable(f"Left out: {one.source}: {one.reason}"), err=True)
         path = write_report(
             result,
             output,

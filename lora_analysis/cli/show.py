@@ -16,7 +16,7 @@ from unicodedata import combining, east_asian_width
 
 import click
 
-from lora_analysis.cli.text import json_for_terminals, printable
+from lora_analysis.showing import printable, printable_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +35,7 @@ def print_json(document: Mapping[str, Any]) -> None:
     if undefined:
         clean["undefined"] = dict.fromkeys(undefined, "not defined or not known")
     text = json.dumps(clean, indent=2, ensure_ascii=False, allow_nan=False)
-    click.echo(json_for_terminals(text))
+    click.echo(printable_json(text))
 
 
 def _clean(value: Any, path: str, undefined: list[str]) -> Any:
@@ -168,7 +168,7 @@ _KINDS = {"artefact": "yellow", "failure": "red", "limit": "bright_black", "resu
 
 def print_finding(kind: str, text: str) -> None:
     """Print a finding: its kind, coloured on a terminal unless NO_COLOR is set, and its text."""
-    lines = click.wrap_text(text, page_width(), f"{kind:<10} ", " " * 11)
+    lines = click.wrap_text(printable(text), page_width(), f"{kind:<10} ", " " * 11)
     label, rest = lines[: len(kind)], lines[len(kind) :]
     colour = None if os.environ.get("NO_COLOR") else _KINDS.get(kind)
     click.echo((click.style(label, fg=colour, bold=True) if colour else label) + rest)

@@ -12,6 +12,7 @@ import click
 from lora_analysis.cli.options import output_options, progress_bar
 from lora_analysis.cli.show import print_json, print_table
 from lora_analysis.errors import InputError
+from lora_analysis.showing import printable
 
 if TYPE_CHECKING:
     from lora_analysis.execution.shards import Shard
@@ -177,7 +178,7 @@ def _print_status(runs: Mapping[str, RunConfig], folder: Path, form: str) -> int
         print_table(title, ("run", "state"), states.items(), numbers_from=2, cut_names=False)
         for name, reason in reasons.items():
             if reason:
-                click.echo(f"{name} failed: {reason}")
+                click.echo(printable(f"{name} failed: {reason}"))
     return 0
 
 

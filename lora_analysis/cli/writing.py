@@ -92,14 +92,19 @@ def one_size(**sizes: Any) -> dict[str, Any]:
     return given
 
 
-def refuse_occupied(output: Path, *, force: bool) -> None:
-    """Raise where something lies at the output already and may not be written over."""
+def refuse_occupied(
+    output: Path, *, force: bool, ours: Callable[[Path], bool] = lambda _: False
+) -> None:
+    """Raise where something lies at the output already and may not be written over.
+
+    ``ours`` says whether it is what the command itself wrote earlier, and may replace.
+    """
     if output.is_symlink():
         message = f"{output} is a symbolic link; nothing is written through one. Name its target."
         raise SourceError(message)
     if force or not output.exists():
         return
-    if output.is_dir() and not any(output.iterdir()):
+    if (output.is_dir() and not any(output.iterdir())) or ours(output):
         return
     what = "is not empty" if output.is_dir() else "exists"
     message = f"{output} {what}. Choose another place, or pass --force to write over its files."

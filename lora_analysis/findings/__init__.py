@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from lora_analysis.findings import groups, notes, overlaps, runs, weights
+from lora_analysis.findings import groups, notes, overlaps, runs, unjudged, weights
 from lora_analysis.findings.levels import Finding, Level, level, number, plural
 from lora_analysis.studies import Study
 
@@ -18,6 +18,7 @@ __all__ = ["Finding", "Level", "findings", "level", "number", "plural"]
 
 _MAKERS: tuple[Callable[[Study], Iterator[Finding]], ...] = (
     notes.failures,
+    notes.damaged,
     notes.untrained,
     groups.diverged,
     runs.bases,
@@ -31,10 +32,8 @@ _MAKERS: tuple[Callable[[Study], Iterator[Finding]], ...] = (
     notes.file_artefacts,
     notes.few_runs,
     overlaps.reference,
-    overlaps.by_rank_pair,
-    overlaps.by_seed,
+    unjudged.comparisons,
     runs.inference,
-    overlaps.unknown,
     runs.largest,
     runs.trajectories,
     notes.unmatched,

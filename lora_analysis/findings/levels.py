@@ -35,12 +35,15 @@ class Finding:
         that has another cause than learning); ``"limit"`` (what cannot be said); ``"failure"``.
     topic
         What it is about, one or two words.
+    parts
+        The findings that it sums up, if any; they stand in no list beside it.
     """
 
     kind: Kind
     topic: str
     text: str
     values: Mapping[str, float | int | str | None] = field(default_factory=dict)
+    parts: tuple[Finding, ...] = ()
 
     def _repr_html_(self) -> str:
         return html_facts(f"{self.kind}: {self.topic}", self.values.items(), self.text)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lora_analysis.findings.levels import PAIRS_IN_WORDS, Finding, number, plural
+from lora_analysis.findings.runs import some
 from lora_analysis.studies import SAME_RUN, SHARED_SEED, Study
 
 if TYPE_CHECKING:
@@ -38,6 +39,21 @@ def untrained(study: Study) -> Iterator[Finding]:
             "have no directions and are left out."
         )
         yield Finding("limit", "untrained", text, {"adapter": row.adapter, "modules": missing})
+
+
+def damaged(study: Study) -> Iterator[Finding]:
+    """Name adapters with numbers that training hardly leaves; nothing else about them is safe."""
+    modules = study.spectra["adapter"].value_counts()
+    for label, doubted in study.doubts.items():
+        names, first = list(doubted), next(iter(doubted.values()))
+        where = some([f"'{name}'" for name in names])
+        text = (
+            f"{label} may be damaged in {len(names)} of {plural(int(modules[label]), 'module')} "
+            f"({where}): {' '.join(first)} What is said of {label} there is in doubt."
+        )
+        yield Finding(
+            "artefact", "damaged numbers", text, {"adapter": label, "modules": len(names)}
+        )
 
 
 def file_artefacts(study: Study) -> Iterator[Finding]:

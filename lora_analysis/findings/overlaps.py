@@ -60,6 +60,14 @@ class _SideLevel:
             return "share"
         return "partly" if share >= 0.25 else "no more"
 
+    @property
+    def reason(self) -> str | None:
+        """Why there is no verdict; None where there is one."""
+        if self.verdict is not None:
+            return None
+        pairs = self.reference.pairs if self.reference else 0
+        return f"a reference of {plural(pairs, 'pair')} is too small" if pairs else "no reference"
+
     def numbers(self, *, first: bool) -> str:
         """Return "median φ(1,1) 0.61 over ..."; short where a first side has said what it is."""
         one = self.found
@@ -89,6 +97,7 @@ class _SideLevel:
             "above_reference_95": self.above if self.reference else None,
             "reference": self.reference.median if self.reference else None,
             "verdict": self.verdict,
+            "reason": self.reason,
         }
         return {f"{name}_{self.side}": value for name, value in found.items()}
 
@@ -113,9 +122,7 @@ def _clause(one: _SideLevel, *, first: bool) -> str:
     numbers = one.numbers(first=first)
     if one.verdict is not None:
         return f"{_VERDICT_WORDS[one.verdict].format(side=one.side)}: {numbers}"
-    pairs = one.reference.pairs if one.reference else 0
-    why = f"a reference of {plural(pairs, 'pair')} is too small" if pairs else "no reference"
-    return f"have no verdict on the {one.side} side ({why}): {numbers}"
+    return f"have no verdict on the {one.side} side ({one.reason}): {numbers}"
 
 
 def _compared(study: Study, rows: pd.DataFrame, who: str, topic: str) -> Finding:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import glob
 from pathlib import Path
+from typing import Final
 
 from lora_analysis.errors import SourceError
 from lora_analysis.patterns import natural_key
+
+# What a sweep leaves beside its runs, and a shell's ``runs/*`` names too.
+_BESIDE_RUNS: Final = frozenset({"sweep.json", "failed.json"})
 
 
 def expanded(source: str) -> list[str]:
     """Return the paths a glob means, in natural order; any other source as it is.
 
-    ``**`` goes through folders. A path that exists as it is written is no glob.
+    ``**`` goes through folders. A path that exists as it is written is no glob. The notes of a
+    sweep among its runs are passed over.
 
     Raises
     ------
@@ -20,8 +25,9 @@ def expanded(source: str) -> list[str]:
         No path fits the glob.
     """
     if not glob.has_magic(source) or "://" in source or Path(source).exists():
-        return [source]
+        return [] if Path(source).name in _BESIDE_RUNS else [source]
     found = sorted(glob.glob(source, recursive=True), key=natural_key)  # noqa: PTH207 - any root
+    found = [one for one in found if Path(one).name not in _BESIDE_RUNS]
     if not found:
         message = f"No file or folder fits '{source}'. Is the pattern right, and the folder?"
         raise SourceError(message)

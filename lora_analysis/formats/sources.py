@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from lora_analysis.errors import InputError
+from lora_analysis.showing import whole_characters
 from lora_analysis.storage.containers import PICKLE_SUFFIXES
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.hub_names import Snapshot
@@ -181,7 +182,7 @@ def label_of(path: Path, name: str | None = None) -> str:
     own = resolved.stem if resolved.suffix in CONTAINER_SUFFIXES else _name_of(resolved)
     if _GENERIC.fullmatch(own) and resolved.parent.name:
         own = f"{_name_of(resolved.parent)}/{own}"
-    return own if name is None else f"{own}#{name}"
+    return whole_characters(own if name is None else f"{own}#{name}")
 
 
 def _name_of(folder: Path) -> str:

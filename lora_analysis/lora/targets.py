@@ -10,7 +10,7 @@ from torch import nn
 from lora_analysis.errors import TargetError
 from lora_analysis.lora.kinds import KINDS, QuantisedLoraLayer
 from lora_analysis.lora.layers import Conv1DLoraLayer, LoraLayer, Wrapper
-from lora_analysis.patterns import matches_target, module_type, natural_key, near_names
+from lora_analysis.patterns import NO_TYPE, matches_target, module_type, natural_key, near_names
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -170,5 +170,6 @@ def _near(wanted: str, modules: Mapping[str, nn.Module]) -> str:
     near = [name for name in near_names(wanted, modules) if name != wanted]
     if near:
         return f"Near names: {', '.join(near)}."
-    endings = {module_type(name): None for name in modules if not _obstacle(name, modules)}
+    found = {name: module_type(name) for name in modules if not _obstacle(name, modules)}
+    endings = dict.fromkeys(name if kind == NO_TYPE else kind for name, kind in found.items())
     return f"Modules that can be adapted end in: {', '.join(list(endings)[:8]) or 'none found'}."

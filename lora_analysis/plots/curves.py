@@ -124,7 +124,7 @@ def resolve_layers(
     log: bool = False,
 ) -> LinesPlot:
     """Return what `plot_layers` draws, as plain attributes."""
-    if not values:
+    if not len(values):  # a pandas Series has no truth of its own
         message = "plot_layers was given no module."
         raise InputError(message)
     lines = lines_of(_by_layer(values, module_type))

@@ -118,7 +118,7 @@ def plot_module_map(
     """
     plot = resolve_module_map(values, limits=limits, label=label, title=title)
     with style.house_style():
-        ax = style.axes_or_new(ax, (style.ONE_COLUMN, 0.9 + 0.2 * len(plot.kinds)))
+        ax = style.axes_or_new(ax, (style.ONE_COLUMN, 0.9 + 0.2 * max(len(plot.kinds), 3)))
         image = paint_module_map(ax, plot)
         ax.figure.colorbar(image, ax=ax, label=plot.label, fraction=0.08, pad=0.03)
     return ax
@@ -138,7 +138,8 @@ def figure_module_maps(
         message = "A figure of maps needs at least one map in every row."
         raise InputError(message)
     columns = max(map(len, maps))
-    height = 0.75 + 0.17 * max(len(one.kinds) for row in maps for one in row)
+    # The label beside the bar of colours needs the height of four rows.
+    height = 0.75 + 0.17 * max(4, *(len(one.kinds) for row in maps for one in row))
     with style.house_style():
         figure = style.PanelFigure(figsize=(width, height * len(maps)), layout="constrained")
         axes = figure.subplots(len(maps), columns, squeeze=False)

@@ -39,7 +39,8 @@ class AtlasPlot:
     labels
         In that order; empty where there is no room for them.
     branches
-        ``(N − 1, 4, 2)``: the corners (x, height) of each join, x in the order of the tree.
+        ``(P − 1, 4, 2)``: the corners (x, height) of each join, x in the order of the tree.
+        P adapters are trained; the others stand last, outside the tree, and are named so.
     """
 
     data: NDArray[np.float64]
@@ -58,11 +59,17 @@ def resolve_atlas(atlas: Atlas, *, what: str = "output", kind: str = "all") -> A
         raise InputError(message)
     order = atlas.order("output", kind)
     data = atlas.matrix(what, kind)[np.ix_(order, order)]
+    placed = atlas.placed("output", kind)
     labels = style.without_common_start([atlas.labels[at] for at in order])
+    labels = [
+        one if at < len(placed) else f"{style.plain(one, 12)} (untrained)"
+        for at, one in enumerate(labels)
+    ]
+    leaves = np.searchsorted(placed, order[: len(placed)])
     return AtlasPlot(
         data=data,
         labels=tuple(style.plain(one, 24) for one in labels) if count <= _NAMED else (),
-        branches=_branches(atlas.linkage("output", kind), order),
+        branches=_branches(atlas.linkage("output", kind), leaves),
         limits=(-1.0, 1.0) if what == "cosine" else (-0.5, 1.0),
         colour_label=_LABELS[what],
         title="" if kind == "all" else kind,
@@ -72,10 +79,10 @@ def resolve_atlas(atlas: Atlas, *, what: str = "output", kind: str = "all") -> A
 def _branches(tree: NDArray[np.float64], order: NDArray[np.intp]) -> NDArray[np.float64]:
     """Return the corners of every join of a linkage, leaves at 0, 1, 2, … in the order given."""
     count = len(order)
-    x = np.empty(2 * count - 1)
-    height = np.zeros(2 * count - 1)
+    x = np.empty(count + len(tree))
+    height = np.zeros(count + len(tree))
     x[order] = np.arange(count)
-    corners = np.empty((count - 1, 4, 2))
+    corners = np.empty((len(tree), 4, 2))
     for at, (left, right, joined, _) in enumerate(tree):
         a, b, node = int(left), int(right), count + at
         x[node], height[node] = (x[a] + x[b]) / 2, joined
@@ -89,7 +96,8 @@ def plot_atlas(
     """Draw every adapter against every other, alike ones side by side, and the tree above.
 
     The tree is that of average linkage on 1 − (output ω above chance), in every panel, so that
-    panels of several quantities can be compared place by place.
+    panels of several quantities can be compared place by place. Untrained adapters have no number
+    and stand last, grey, outside the tree.
 
     Parameters
     ----------
@@ -137,7 +145,7 @@ def plot_atlas(
             LineCollection(list(plot.branches), colors=style.QUIET, linewidths=0.6)
         )
         above.set_xlim(-0.5, count - 0.5)
-        above.set_ylim(0, max(float(plot.branches[..., 1].max()), 1e-9) * 1.05)
+        above.set_ylim(0, max(float(plot.branches[..., 1].max(initial=0.0)), 1e-9) * 1.05)
         above.set_axis_off()
         beside = ax.inset_axes((1.02, 0, 0.035, 1))
         bar = ax.figure.colorbar(image, cax=beside)

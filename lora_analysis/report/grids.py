@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_analysis.report.selection import common_modules, drawn_pairs
+from lora_analysis.showing import printable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,5 +37,5 @@ def _grids(study: Study) -> Iterator[tuple[str, NDArray[np.float32]]]:
             for side in ("output", "input"):
                 grid = study.grid(a, b, module, side=side)
                 # A slash would make a folder inside the archive.
-                key = f"{a}|{b}|{side}|{module}".replace("/", "∕")
+                key = printable(f"{a}|{b}|{side}|{module}").replace("/", "∕")
                 yield key, grid.values.astype(np.float32)

@@ -87,6 +87,7 @@ def atlas_figures(study: Study) -> Iterator[ReportFigure]:
         "input": "the same on the input side, modules with a shared start left out",
         "cosine": "signed cosine of the whole updates, chance 0",
     }
+    untrained = " Untrained adapters stand last, outside the tree." if atlas.untrained() else ""
     size = 3.3 if len(atlas.labels) <= 24 else 4.4
     for what, word in words.items():
         above = atlas.matrix(what)[np.triu_indices(len(atlas.labels), 1)]
@@ -97,7 +98,7 @@ def atlas_figures(study: Study) -> Iterator[ReportFigure]:
             title=f"Atlas, {what}.",
             caption=(
                 f"{len(atlas.labels)} adapters against each other: {word}. Ordered by average "
-                "linkage on the output side, the tree above; grey: no number."
+                f"linkage on the output side, the tree above; grey: no number.{untrained}"
             ),
             alt=f"Atlas, {word}; median over pairs {number(float(np.nanmedian(above)))}.",
             figure=plots.plot_atlas(atlas, plots.new_axes(size, size + 0.15), what=what).figure,  # type: ignore[arg-type]

@@ -102,9 +102,10 @@ _VERDICTS = {
 
 
 def verdicts_table(said: Sequence[Finding]) -> ReportTable | None:
-    """Return every comparison that has a sentence of its own, in one look."""
+    """Return every comparison in one look, those too that share a sentence."""
     rows = []
-    for one in said:
+    single = [part for whole in said for part in (whole.parts or (whole,))]
+    for one in single:
         values = one.values
         for side in ("output", "input"):
             if f"phi_1_1_{side}" in values and "subject" in values:
@@ -114,7 +115,7 @@ def verdicts_table(said: Sequence[Finding]) -> ReportTable | None:
                 rows.append((str(values["subject"]), side, verdict, *map(cell, numbers)))
     if not rows:
         return None
-    above = any(one.values.get("above_chance_output") for one in said)
+    above = any(one.values.get("above_chance_output") for one in single)
     name = "φ(1,1) above chance" if above else "φ(1,1)"
     columns = ("comparison", "side", "first direction", name, "unrelated pairs", "chance")
     caption = f"Medians of {name} over modules and pairs, beside those of the reference."

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from lora_analysis.patterns import layer_index, module_type
+from lora_analysis.patterns import NO_TYPE, layer_index, module_type
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -133,4 +133,4 @@ def most_telling(study: Study, a: str, b: str, count: int) -> list[str]:
 def short_name(module: str) -> str:
     """Return ``"q_proj, layer 2"`` for a module name, or the name where it says neither."""
     layer, kind = layer_index(module), module_type(module)
-    return f"{kind}, layer {layer}" if layer is not None and kind != module else module
+    return f"{kind}, layer {layer}" if layer is not None and kind != NO_TYPE else module

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lora_analysis.findings import number
+from lora_analysis.showing import printable
 from lora_analysis.studies import REFERENCE
 
 if TYPE_CHECKING:
@@ -165,17 +166,23 @@ def kinds_table(study: Study) -> ReportTable | None:
     return ReportTable("types", caption, tuple(table.columns), _rows(table))
 
 
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+# A spreadsheet takes the wide ones for the same.
+_FORMULA_STARTS = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 
 
 def csv_text(table: pd.DataFrame) -> str:
-    """Return a table as CSV; text that a spreadsheet would run as a formula is quoted."""
+    """Return a table as CSV; text that a spreadsheet would run as a formula is quoted.
+
+    One row is one line: what does not print, line ends too, is shown by its code.
+    """
 
     def safe(value: Any) -> Any:
-        starts = isinstance(value, str) and value.startswith(_FORMULA_STARTS)
-        return f"'{value}" if starts else value
+        if not isinstance(value, str):
+            return value
+        line = printable(value)
+        return f"'{line}" if line.startswith(_FORMULA_STARTS) else line
 
-    return str(table.map(safe).to_csv(index=False))
+    return str(table.map(safe).to_csv(index=False, header=[safe(one) for one in table.columns]))
 
 
 def square_table(labels: Sequence[str], values: NDArray[np.float64]) -> pd.DataFrame:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
+from markupsafe import Markup
 
 from lora_analysis.errors import MissingExtraError
 from lora_analysis.findings import findings, plural
 from lora_analysis.report import pair_tables, tables
+from lora_analysis.report.folder import GRIDS, RESULTS, prepare
 from lora_analysis.report.grids import grids_file
 from lora_analysis.report.made import made
-from lora_analysis.report.results import TABLE_NAMES, all_tables, results
+from lora_analysis.report.results import all_tables, results
 from lora_analysis.report.sections import FORMATS, Section, sections
+from lora_analysis.showing import printable, printable_json, printable_lines
 from lora_analysis.storage.atomic import write_atomic
 
 if TYPE_CHECKING:
@@ -24,14 +27,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lora_analysis.studies import Progress, Study
-
-# What earlier reports may have left in figures/: names that this package gives, and no others.
-_FIGURE = re.compile(
-    r"(ranks|seeds|pair|levels|energy|intruders)_(output|input)|atlas_(output|input|cosine)"
-    r"|amplification_factor|enrichment|amplification_layers|enrichment_layers|spectra|energy|budget"
-    r"|modules|steps"
-)
-_TABLE = re.compile("|".join((*TABLE_NAMES, "atlas_(output|input|cosine)")))
 
 
 def write_report(
@@ -80,7 +75,7 @@ def write_report(
     if parquet:
         _check_parquet()
     folder = Path(path)
-    _prepare(folder)
+    prepare(folder)
     said = findings(study)
     page = {
         "title": title or _title(study),
@@ -93,9 +88,9 @@ def write_report(
     }
     _write_tables(study, folder / "tables", parquet=parquet)
     document = json.dumps(results(study, said), indent=1, allow_nan=False, ensure_ascii=False)
-    write_atomic(folder / "results.json", document.encode())
+    write_atomic(folder / RESULTS, printable_json(document).encode())
     if (grids := grids_file(study)) is not None:
-        write_atomic(folder / "grids.npz", grids)
+        write_atomic(folder / GRIDS, grids)
     text = _environment(form).get_template(f"report.{form}.j2").render(page)
     return write_atomic(folder / f"report.{form}", text.encode())
 
@@ -151,43 +146,48 @@ def _atlas_tables(study: Study) -> list[tuple[str, pd.DataFrame]]:
     ]
 
 
-def _prepare(folder: Path) -> None:
-    """Make the folders, and take away what an earlier report left: it may not be written anew."""
-    mine = (
-        ("figures", tuple(f".{kind}" for kind in FORMATS), _FIGURE),
-        ("tables", (".csv", ".parquet"), _TABLE),
-    )
-    for place, suffixes, name in mine:
-        (folder / place).mkdir(parents=True, exist_ok=True)
-        for old in (folder / place).iterdir():
-            if old.suffix in suffixes and name.fullmatch(old.stem):
-                old.unlink()
-    (folder / "grids.npz").unlink(missing_ok=True)
-
-
 def _environment(form: str) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lora_analysis.report"),
         autoescape=form == "html",
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
+        finalize=_shown if form == "html" else _shown_lines,
     )
     environment.filters["md"] = _markdown_text
+    environment.filters["md_code"] = _markdown_code
     return environment
 
 
+def _shown(value: Any) -> Any:
+    """Return what a template shows of a value: names may hold anything, drawings are our own."""
+    return value if isinstance(value, Markup) else printable(str(value))
+
+
+def _shown_lines(value: Any) -> str:
+    """Return the same for Markdown, where a macro's lines pass here; names are one line by then."""
+    return printable_lines(str(value))
+
+
 def _markdown_text(text: str) -> str:
-    """Return text that Markdown shows as it is: names may hold anything."""
-    safe = "".join("\\" + c if c in "\\`*_[]<>|#" else c for c in str(text))
-    return " ".join(safe.split())
+    """Return text that Markdown shows as it is."""
+    line = printable(" ".join(str(text).split()))
+    return "".join("\\" + c if c in "\\`*_[]<>|#$~" else c for c in line)
+
+
+def _markdown_code(text: str) -> str:
+    """Return text as code in a line: between more backticks than it holds in a row."""
+    line = printable(text)
+    ticks = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{ticks} {line} {ticks}" if "`" in line else f"`{line}`"
 
 
 def _title(study: Study) -> str:
     names = list(study.adapters)
     if len(names) == 1:
         return f"What {names[0]} learned"
-    bases = {one.provenance.base_model for one in study.adapters.values()} - {None}
-    of = f" of {Path(str(bases.pop())).name}" if len(bases) == 1 else ""
+    bases = set(study.runs["base_model"].dropna())
+    of = f" of {bases.pop().rpartition('/')[2]}" if len(bases) == 1 else ""
     return f"{len(names)} LoRA adapters{of}"
 
 

@@ -120,8 +120,13 @@ def remove_leftovers(folder: Path, *, below: bool = False) -> None:
     For whoever has the folder to itself: what others are writing would go too.
     """
     for path in (folder.rglob if below else folder.glob)(".*.tmp"):
-        if _TEMPORARY.fullmatch(path.name):
+        if is_leftover(path):
             path.unlink(missing_ok=True)
+
+
+def is_leftover(path: Path) -> bool:
+    """Return whether a file is what a writer that was killed left half-written."""
+    return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def _sync_folder(folder: Path) -> None:

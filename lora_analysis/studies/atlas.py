@@ -91,15 +91,22 @@ class Atlas:
         note = "Mean over modules of ω above chance, output side."
         return html_table(f"Atlas of {len(self.labels)} adapters", columns, rows, note)
 
+    def placed(self, what: str = "output", kind: str = ALL) -> NDArray[np.intp]:
+        """Return the places of the adapters with any number: all but the untrained."""
+        return np.flatnonzero(~np.isnan(self.matrix(what, kind)).all(axis=1))
+
     def linkage(self, what: str = "output", kind: str = ALL) -> NDArray[np.float64]:
-        """Return the tree of average linkage, ``(N − 1, 4)`` as scipy has it.
+        """Return the tree of average linkage over the P `placed` ones, ``(P − 1, 4)`` as scipy's.
 
         The distance is 1 − similarity; pairs without a number stand as far apart as strangers.
         """
         from scipy.cluster import hierarchy
         from scipy.spatial.distance import squareform
 
-        distance = 1.0 - np.nan_to_num(self.matrix(what, kind), nan=0.0)
+        placed = self.placed(what, kind)
+        if len(placed) < 2:
+            return np.zeros((0, 4))
+        distance = 1.0 - np.nan_to_num(self.matrix(what, kind)[np.ix_(placed, placed)], nan=0.0)
         np.fill_diagonal(distance, 0.0)
         condensed = squareform(np.maximum((distance + distance.T) / 2, 0.0), checks=False)
         best = len(self.labels) <= _ORDERED_BEST
@@ -109,12 +116,14 @@ class Atlas:
         return tree
 
     def order(self, what: str = "output", kind: str = ALL) -> NDArray[np.intp]:
-        """Return the order of the adapters in which the tree has no crossing branches."""
-        if len(self.labels) < 3:
-            return np.arange(len(self.labels))
-        from scipy.cluster import hierarchy
+        """Return the order in which the tree has no crossing branches, those outside it last."""
+        placed = self.placed(what, kind)
+        if len(placed) > 2:
+            from scipy.cluster import hierarchy
 
-        return np.asarray(hierarchy.leaves_list(self.linkage(what, kind)), dtype=np.intp)
+            placed = placed[hierarchy.leaves_list(self.linkage(what, kind))]
+        rest = np.setdiff1d(np.arange(len(self.labels)), placed)
+        return np.concatenate([placed, rest]).astype(np.intp)
 
     def duplicates(self, cosine: float = DUPLICATE_COSINE) -> list[tuple[str, ...]]:
         """Return groups of adapters whose updates point the same way, by the signed cosine."""

@@ -10,6 +10,7 @@ from typing import Any
 from lora_analysis.adapter import Adapter
 from lora_analysis.errors import InputError
 from lora_analysis.formats.sources import CONTAINER_SUFFIXES
+from lora_analysis.showing import whole_characters
 
 FIELDS = ("task", "rank", "seed", "step")
 _PART = re.compile(r"\{(?P<field>[^{}]*)\}|(?P<any>\*)|(?P<text>[^{}*]+)|(?P<stray>[{}])")
@@ -73,7 +74,7 @@ def names_of(adapter: Adapter, depth: int) -> tuple[str, ...]:
     place = adapter.provenance.place
     if place is None:
         return (adapter.label,)
-    path = PurePath(place)
+    path = PurePath(whole_characters(place))
     if path.suffix in CONTAINER_SUFFIXES:
         path = path.with_suffix("")
     parts = path.parts

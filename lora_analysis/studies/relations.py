@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Sequence
 from typing import Literal
 
@@ -27,6 +28,8 @@ SAME_RUN: Relation = "same run, other step"
 EARLIER: Relation = "earlier step"
 OTHER_BASE: Relation = "other base"
 
+_ON_A_DISK = re.compile(r"[/~\\]|[A-Za-z]:[/\\]|file:")
+
 
 def unique_labels(adapters: Sequence[Adapter]) -> list[Adapter]:
     """Return the adapters with labels made unique by a number where two are the same."""
@@ -46,6 +49,13 @@ def base_key(name: str | None) -> str | None:
     if not name:
         return None
     return name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower() or None
+
+
+def shown_base(name: str | None) -> str | None:
+    """Return the name of a base without the folders of somebody's disk; a hub's name as it is."""
+    if name is None or not _ON_A_DISK.match(name):
+        return name
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2] or None
 
 
 def run_key(adapter: Adapter) -> Hashable | None:

@@ -16,7 +16,7 @@ from lora_analysis.execution import in_threads
 from lora_analysis.patterns import choose_names, module_type, natural_key
 from lora_analysis.studies.atlas import Atlas, AtlasSums
 from lora_analysis.studies.pairs import pair_tables
-from lora_analysis.studies.relations import earlier_steps
+from lora_analysis.studies.relations import earlier_steps, shown_base
 from lora_analysis.studies.result import Study
 from lora_analysis.studies.rows import (
     AMPLIFICATION_COLUMNS,
@@ -53,7 +53,7 @@ def _runs_table(adapters: Sequence[Adapter], spectra: pd.DataFrame) -> pd.DataFr
                 "step": source.step,
                 "earlier": adapter.label in earlier,
                 "format": source.format,
-                "base_model": source.base_model,
+                "base_model": shown_base(source.base_model),
                 "modules": len(own),
                 "trained_modules": int((own["numerical_rank"] > 0).sum()),
                 "norm": float(np.linalg.norm(own["norm"])) if len(own) else np.nan,
@@ -233,6 +233,7 @@ def _assemble(
         base=base,
         reference=tuple(a.label for a in kept if a.label not in walk.analysed),
         unmatched=walk.unmatched,
+        doubts={label: said for label, said in walk.doubts.items() if label not in failed},
         atlas=atlas,
         tabulated=tuple(one.label for one in kept if one in walk.paired),
         across_bases=walk.across,

@@ -16,6 +16,7 @@ from lora_analysis.amplify import Amplification, amplifications, weight_basis_en
 from lora_analysis.bases import BaseWeights, Weight
 from lora_analysis.effective import effective_update
 from lora_analysis.errors import BaseWeightError, InputError
+from lora_analysis.formats.doubts import doubts
 from lora_analysis.initialisation import ModuleStart, StartEvidence, module_start_of
 from lora_analysis.intruders import intruder_dimensions
 from lora_analysis.pairwise import ModulePairs, module_pairs, pair_angles
@@ -64,6 +65,7 @@ class Visit:
     atlas: list[tuple[list[int], ModulePairs]] = field(default_factory=list)
     amplified: dict[tuple[str, str], Amplification] = field(default_factory=dict)
     changes: list[dict[str, Any]] = field(default_factory=list)
+    doubts: dict[str, list[str]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     unmatched: str | None = None
 
@@ -110,6 +112,15 @@ class Walk:
         return {label: why for visit in self.visits for label, why in visit.failed.items()}
 
     @property
+    def doubts(self) -> dict[str, dict[str, tuple[str, ...]]]:
+        """Numbers that may be damage: by adapter, then module, a sentence each."""
+        found: dict[str, dict[str, tuple[str, ...]]] = {}
+        for visit in self.visits:
+            for label, said in visit.doubts.items():
+                found.setdefault(label, {})[visit.module] = tuple(said)
+        return found
+
+    @property
     def unmatched(self) -> dict[str, str]:
         """Modules without a weight in the base, and why."""
         return {one.module: one.unmatched for one in self.visits if one.unmatched}
@@ -123,6 +134,8 @@ class Walk:
         """Read, factor and compare one module of every adapter."""
         visit = Visit(module)
         updates = dict(self._load(module, visit.failed))
+        doubted = ((self.adapters[at].label, doubts(update)) for at, update in updates.items())
+        visit.doubts = {label: said for label, said in doubted if said}
         spectra = {at: spectrum(update) for at, update in updates.items()}
         visit.spectra = [spectrum_row(updates[at], value) for at, value in spectra.items()]
         for members in _by_shape(spectra):
