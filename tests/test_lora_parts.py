@@ -16,6 +16,7 @@ from lora_analysis.bases import open_base
 from lora_analysis.edit import resize
 from lora_analysis.errors import MalformedFileError, TargetError
 from lora_analysis.formats import read_adapter, write_adapter
+from lora_analysis.formats.fused_parts import joined
 from lora_analysis.lora import (
     add_lora,
     extract_adapter,
@@ -216,3 +217,39 @@ def test_parts_that_a_module_does_not_have_are_refused(
     model = bare_model("gpt2")
     with pytest.raises(TargetError, match=words):
         add_lora(model, rank=2, alpha=6, targets=["c_attn"], seed=4, parts=parts)
+
+
+@pytest.mark.parametrize(
+    ("family", "parts", "names"),
+    [("gpt2", ["q", "v"], ["c_attn.q", "c_attn.v"]), ("bloom", ["q", "v"], ["query_key_value"])],
+)
+def test_loralib_has_equal_blocks_as_its_own_merged_layers(
+    family: str, parts: list[str], names: list[str], tmp_path: Path
+) -> None:
+    adapter = extract_adapter(trained(family, parts))
+    again = read_adapter(write_adapter(adapter, tmp_path, format="loralib"))
+    assert len(again) == 2 * len(names)
+    assert all(name.endswith(tuple(names)) for name in again)
+    for name, update in again.items():
+        wanted = adapter if name in adapter else joined(adapter)
+        own = wanted[name].delta_weight()
+        np.testing.assert_allclose(update.delta_weight(), own, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "count"), [("gpt2", "peft", 4), ("gpt2", "loralib", 4), ("bloom", "mlx", 2)]
+)
+def test_converting_parts_says_how_far_they_are_from_what_they_were(
+    family: str, kind: str, count: int, tmp_path: Path
+) -> None:
+    from click.testing import CliRunner
+
+    from lora_analysis.cli import group
+
+    write_adapter(extract_adapter(trained(family, ["q", "v"])), tmp_path / "adapter")
+    command = ["convert", str(tmp_path / "adapter"), "--to", kind, "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(group, [*command, "--format", "json"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert len(told["modules"]) == count
+    assert told["error"] < 1e-6

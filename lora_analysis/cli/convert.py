@@ -52,7 +52,7 @@ def command(
     options = {"architecture": architecture, "heads": reading.heads} if kind == "gguf" else {}
     path = write_adapter(adapter, output, format=kind, **options)
     folded = writing_notes(adapter, kind)
-    errors = _read_back(adapter, path)
+    adapter, errors = _read_back(adapter, path)
     if form == "json":
         print_json(
             {
@@ -71,12 +71,18 @@ def command(
         _print(adapter, errors, path, folded)
 
 
-def _read_back(adapter: Adapter, path: Path) -> dict[str, float]:
-    """Return per module the relative error of ΔW as it was written, where it can be told apart."""
+def _read_back(adapter: Adapter, path: Path) -> tuple[Adapter, dict[str, float]]:
+    """Return per module the relative error of ΔW as it was written, where it can be told apart.
+
+    And the adapter in the modules that are there: parts of fused weights may be put together.
+    """
     from lora_analysis.edit import relative_difference
     from lora_analysis.formats import read_adapter
+    from lora_analysis.formats.fused_parts import joined
 
     written = read_adapter(path, allow_pickle=True)  # a file of our own
+    if not adapter.keys() <= written.keys():
+        adapter = joined(adapter)
     errors = {}
     for name in adapter:
         # kohya's keys put a prefix before a name and underscores for its dots.
@@ -84,7 +90,7 @@ def _read_back(adapter: Adapter, path: Path) -> dict[str, float]:
         same = [name] if name in written else [one for one in written if one.endswith(flat)]
         if len(same) == 1:
             errors[name] = relative_difference(written[same[0]], adapter[name])
-    return errors
+    return adapter, errors
 
 
 def _print(adapter: Adapter, errors: dict[str, float], path: Path, folded: list[str]) -> None:

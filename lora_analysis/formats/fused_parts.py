@@ -25,7 +25,7 @@ from lora_analysis.formats.factors import StatedScale, callers_scale
 from lora_analysis.formats.stored import stacked, tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from lora_analysis.adapter import Update
     from lora_analysis.formats.factors import StoredPair
@@ -36,11 +36,14 @@ FUSED_PARTS: Final = "fused_parts"
 _METADATA: Final = "lora_analysis.fused_parts"
 
 
-def joined(adapter: Adapter) -> Adapter:
+def joined(
+    adapter: Adapter, *, but: Callable[[str, Mapping[str, Any]], bool] | None = None
+) -> Adapter:
     """Return the adapter with the parts of each fused weight as one update of the whole.
 
     Its config then says per weight the rank of each part too. An adapter without parts is
-    returned as it is.
+    returned as it is, and of the weights of which ``but`` says so (by name and what the config
+    states) the parts are left apart.
 
     Raises
     ------
@@ -49,7 +52,8 @@ def joined(adapter: Adapter) -> Adapter:
     UnsupportedMethodError
         A part is of a method whose update is more than ``s·B·A``.
     """
-    stated = adapter.config.get(FUSED_PARTS) or {}
+    given = adapter.config.get(FUSED_PARTS) or {}
+    stated = {module: held for module, held in given.items() if not (but and but(module, held))}
     owners = {
         f"{module}.{part}": module for module, held in stated.items() for part in held["parts"]
     }

@@ -16,6 +16,7 @@ from lora_analysis.errors import InputError
 from lora_analysis.formats.loralib import ENABLED, SCALE, is_convolution, is_embedding
 from lora_analysis.formats.merged import FUSED, block_names
 from lora_analysis.formats.text_writing import folded, folding_note, one_scale, writable
+from lora_analysis.formats.written import saved
 from lora_analysis.storage.atomic import write_atomic
 
 if TYPE_CHECKING:
@@ -42,8 +43,6 @@ def write_loralib(adapter: Adapter, path: Path) -> Path:
     UnsupportedMethodError
         An update needs more than two factors and a scale.
     """
-    from safetensors.numpy import save
-
     updates = writable(adapter, _FORMAT)
     scale = one_scale(updates)
     factors = folded(updates, lambda _update: scale)
@@ -56,7 +55,7 @@ def write_loralib(adapter: Adapter, path: Path) -> Path:
         _check_name(name, one)
         tensors |= {f"{name}.lora_A": one.a, f"{name}.lora_B": one.b}
     file = path if path.suffix == ".safetensors" else path / _WEIGHTS_NAME
-    return write_atomic(file, save(tensors, metadata=metadata))
+    return write_atomic(file, saved(tensors, metadata))
 
 
 def loralib_notes(adapter: Adapter) -> list[str]:

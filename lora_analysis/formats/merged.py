@@ -9,8 +9,8 @@ store the same; with grouped queries the widths differ.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
 from lora_analysis.formats.factors import StoredPair
@@ -37,6 +37,20 @@ def block_names(module: str, count: int) -> list[str]:
     if count == len(_PARTS) and module.rpartition(".")[2] not in _INTERLEAVED:
         return [f"{module}.{part}" for part in _PARTS]
     return [f"{module}.rows{index}" for index in range(count)]
+
+
+def are_blocks(module: str, stated: Mapping[str, Any]) -> bool:
+    """Say whether the parts of a fused weight, as a config states them, are such blocks."""
+    third, rest = divmod(stated["rows"], len(_PARTS))
+    blocks = {
+        name: [[at * third, (at + 1) * third]]
+        for at, name in enumerate(block_names(module, len(_PARTS)))
+    }
+    return (
+        rest == 0
+        and module.rpartition(".")[2] in FUSED
+        and all(blocks.get(f"{module}.{part}") == runs for part, runs in stated["parts"].items())
+    )
 
 
 def is_merged(tensors: NamedTensors, a: str, b: str) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_analysis.errors import InputError
 from lora_analysis.formats.fused_parts import joined
+from lora_analysis.formats.merged import are_blocks
 from lora_analysis.formats.registry import WRITERS, notes_of, writer
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ def write_adapter(
     ``"peft"`` makes a folder with ``adapter_config.json`` and ``adapter_model.safetensors``
     that PEFT loads: factors as float32 in the shapes of their layers, scale kept exactly, DoRA's
     norms and trained modules beside them. The parts of a fused weight are written as one update
-    of the whole in every format; from ``"peft"`` they are read as parts again.
+    of the whole; from ``"peft"`` they are read as parts again, and in ``"loralib"`` equal blocks
+    are ``MergedLinear``'s.
     ``"kohya"`` and ``"diffusers"`` make one file each, under the keys that programs for image
     models load, an alpha per module or PEFT's config in its metadata.
     ``"mlx"`` makes the folder that mlx-lm loads, ``"gguf"`` one file for llama.cpp, ``"loralib"``
@@ -61,7 +63,7 @@ def write_adapter(
     if format not in WRITERS:
         message = f"Format '{format}' is not written. Choose one of: {', '.join(WRITERS)}."
         raise InputError(message)
-    return writer(format)(joined(adapter), Path(path), **options)
+    return writer(format)(_whole(adapter, format), Path(path), **options)
 
 
 def writing_notes(adapter: Adapter, format: str) -> list[str]:
@@ -72,4 +74,9 @@ def writing_notes(adapter: Adapter, format: str) -> list[str]:
     InputError, ScaleError, UnsupportedMethodError
         The adapter cannot be written in that format.
     """
-    return notes_of(format)(joined(adapter))
+    return notes_of(format)(_whole(adapter, format))
+
+
+def _whole(adapter: Adapter, format: str) -> Adapter:
+    """Return the adapter with parts of fused weights put together, where the format needs it."""
+    return joined(adapter, but=are_blocks if format == "loralib" else None)
