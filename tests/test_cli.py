@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import importlib
 import io
 import json
@@ -780,12 +781,13 @@ def test_report_on_real_bare_pairs(
     files = sorted((real_adapters / "sam-ring").glob("*.safetensors"))
     code, _, _ = call(capsys, "report", *files, "--pair", PAIR, "--scale", 1, "-o", tmp_path)
     assert code == 0
-    results = json.loads((tmp_path / "results.json").read_text())
+    with (tmp_path / "tables" / "similarities.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
     phi = {
         side: np.mean(
             [
-                row["phi_1_1"]
-                for row in results["similarities"]
+                float(row["phi_1_1"])
+                for row in rows
                 if {row["a"], row["b"]} == {"lora_rank8", "lora_rank16"} and row["side"] == side
             ]
         )

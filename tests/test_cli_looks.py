@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from factories import adapter, low_rank_update
 from test_cli import call
 
 from lora_analysis.adapter import Adapter
-from lora_analysis.cli import show
+from lora_analysis.cli import doctor, show
 from lora_analysis.formats import write_adapter
 
 
@@ -106,7 +107,10 @@ def test_doctor_says_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["packages"]["numpy"] == np.__version__
     assert "cpu" in found["devices"]
     assert found["missing"] == []
-    assert set(found["extras"]) == {"demo", "hf", "quantized", "parquet", "notebook"}
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    assert set(found["extras"]) == set(project["project"]["optional-dependencies"])
+    assert list(found["extras"]) == list(doctor.EXTRAS)
+    assert all(one["here"] != bool(one["missing"]) for one in found["extras"].values())
     code, out, _ = call(capsys, "doctor")
     assert "packages" in out
     assert call(capsys, "doctor", "--format", "quiet")[1] == "ok\n"
@@ -115,11 +119,23 @@ def test_doctor_says_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor_names_what_is_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_analysis.cli import doctor
-
     monkeypatch.setattr(doctor, "CORE", ("numpy", "no-such-package"))
-    monkeypatch.setitem(doctor.EXTRAS, "demo", (("no_such_module",), "the demo"))
+    needed = ["numpy>=2", "no.such-one>=1; extra == 'demo'", 'numpy; extra == "odd"']
+    monkeypatch.setattr(doctor.metadata, "requires", lambda _: needed)
     code, out, _ = call(capsys, "doctor")
     assert code == 1
     assert "no-such-package. Install the package again" in out
+    assert "not here (no no.such-one): demo, train" in out
     assert "pip install 'lora-analysis[demo]'" in out
+    assert "extra odd      here: not described here" in out
+
+
+def test_doctor_in_a_checkout_reads_the_extras_of_the_project(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(name: str) -> list[str]:
+        raise doctor.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "requires", lost)
+    _, out, _ = call(capsys, "doctor", "--format", "json")
+    assert list(json.loads(out)["extras"]) == list(doctor.EXTRAS)

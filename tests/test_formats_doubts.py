@@ -150,6 +150,7 @@ def test_every_verb_that_shows_a_doubtful_number_says_so(
         ["compare", bad, good],
         ["heatmap", bad, good, "--module", "v_proj", "-o", picture],
         ["amplify", bad, "--base", base],
+        ["resize", bad, "--rank", "2", "-o", tmp_path / "small"],
         ["report", bad, good, "--as", "md", "--figures", "", "-o", out],
     ):
         assert run([str(one) for one in words]) == 0

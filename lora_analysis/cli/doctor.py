@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+import re
+import tomllib
 from importlib import metadata
-from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import click
@@ -17,14 +19,22 @@ CORE = (
     "torch", "numpy", "scipy", "matplotlib", "pandas", "safetensors", "jinja2", "click", "rich",
     "regex", "threadpoolctl", "array-api-compat",
 )  # fmt: skip
-# Extra, the modules it brings, and what works with it.
+# What works with each extra. Which packages it takes, the package's own metadata say.
 EXTRAS = {
-    "demo": (("sklearn",), "demo, train and reproduce on the bundled digits"),
-    "hf": (("huggingface_hub",), "adapters and bases by name (hf://owner/name)"),
-    "quantized": (("gguf",), "bases in GGUF's quantised types"),
-    "parquet": (("pyarrow",), "report --parquet"),
-    "notebook": (("notebook",), "the notebooks"),
+    "demo": "demo, train and reproduce on the bundled digits",
+    "demo-text": "demo --text on a pretrained sentence encoder",
+    "hf": "adapters and bases by name (hf://owner/name), train on models of transformers",
+    "data": "train on data sets of a hub, on images and on Parquet",
+    "quantized": "bases in GGUF's quantised types, train on a quantised base",
+    "ray": "sweep and report on the machines of a Ray cluster",
+    "trackers": "train --tracker with TensorBoard, Trackio, W&B",
+    "parquet": "report --parquet",
+    "notebook": "the notebooks",
+    "docs": "building the documentation",
+    "dev": "the tests",
 }
+_REQUIREMENT = re.compile(r"([\w.-]+)")
+_FOR_EXTRA = re.compile(r"extra == ['\"]([\w.-]+)['\"]")
 
 
 @click.command(name="doctor")
@@ -35,10 +45,7 @@ def command(*, form: str) -> int:
     Exit code 1 where a package that is always needed is missing.
     """
     found = {name: _version(name) for name in CORE}
-    extras = {
-        name: all(find_spec(one) is not None for one in modules)
-        for name, (modules, _) in EXTRAS.items()
-    }
+    extras = {name: [one for one in needed if _version(one) is None] for name, needed in _extras()}
     devices = _devices() if found.get("torch") else []
     missing = [name for name, version in found.items() if version is None]
     document: dict[str, Any] = {
@@ -47,7 +54,10 @@ def command(*, form: str) -> int:
         "platform": platform.platform(),
         "packages": found,
         "devices": devices,
-        "extras": extras,
+        "extras": {
+            name: {"here": not lacking, "missing": lacking, "for": EXTRAS.get(name)}
+            for name, lacking in extras.items()
+        },
         "missing": missing,
     }
     if form == "json":
@@ -57,6 +67,29 @@ def command(*, form: str) -> int:
     else:
         _print(document)
     return 1 if missing else 0
+
+
+def _extras() -> list[tuple[str, list[str]]]:
+    """Return the extras in the order of the table, each with the packages that it takes."""
+    needed: dict[str, list[str]] = {}
+    for line in _requirements():
+        package, extra = _REQUIREMENT.match(line), _FOR_EXTRA.search(line)
+        if package and extra:
+            needed.setdefault(extra[1], []).append(package[1])
+    order = list(EXTRAS)
+    return sorted(needed.items(), key=lambda one: order.index(one[0]) if one[0] in EXTRAS else 99)
+
+
+def _requirements() -> list[str]:
+    """Return what the installed package requires, or where a checkout runs, its pyproject.toml."""
+    try:
+        return metadata.requires("lora-analysis") or []
+    except metadata.PackageNotFoundError:
+        project = Path(__file__).parents[2] / "pyproject.toml"
+    if not project.is_file():
+        return []
+    extras = tomllib.loads(project.read_text("utf-8"))["project"]["optional-dependencies"]
+    return [f"{one}; extra == '{name}'" for name, needed in extras.items() for one in needed]
 
 
 def _version(name: str) -> str | None:
@@ -89,10 +122,11 @@ def _print(document: dict[str, Any]) -> None:
         ("devices", ", ".join(document["devices"]) or "none (torch does not load)"),
         ("cache", cache_folder()),
     ]
-    for name, there in document["extras"].items():
-        what = EXTRAS[name][1]
-        install = f"for {what}: pip install 'lora-analysis[{name}]'"
-        lines.append((f"extra {name}", f"here: {what}" if there else f"not here; {install}"))
+    for name, extra in document["extras"].items():
+        what = extra["for"] or "not described here"
+        lacking = f"not here (no {', '.join(extra['missing'])}): {what}; "
+        install = f"pip install 'lora-analysis[{name}]'"
+        lines.append((f"extra {name}", f"here: {what}" if extra["here"] else lacking + install))
     if document["missing"]:
         names = ", ".join(document["missing"])
         lines.append(("missing", f"{names}. Install the package again: pip install lora-analysis"))

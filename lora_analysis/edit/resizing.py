@@ -16,6 +16,7 @@ from lora_analysis.edit.derived import derived
 from lora_analysis.edit.truncation import Truncation, check_size, resize
 from lora_analysis.errors import InputError
 from lora_analysis.execution import in_threads
+from lora_analysis.formats.doubts import doubts
 from lora_analysis.spectra import spectrum
 
 if TYPE_CHECKING:
@@ -103,27 +104,31 @@ def resize_adapter(
     new: dict[str, Update] = {}
     modules = []
     one_module = partial(_resized, adapter, energy=energy)
-    for done, (update, lost) in enumerate(in_threads(one_module, ranks.items()), start=1):
+    doubted: list[str] = []
+    for done, (update, lost, said) in enumerate(in_threads(one_module, ranks.items()), start=1):
         modules.append(lost)
+        doubted += said
         if update is not None:
             new[lost.module] = update
         if progress:
             progress("modules", done, len(ranks))
     dora = any(isinstance(one, LowRankUpdate) and one.variant for one in new.values())
     sentence = _sentence(adapter, modules, dora=dora)
-    return Resized(derived(adapter, new, sentence), tuple(modules))
+    made = derived(adapter, new, sentence)
+    return Resized(made.described(findings=(*made.provenance.findings, *doubted)), tuple(modules))
 
 
 def _resized(
     adapter: Adapter, item: tuple[str, int | None], *, energy: float | None
-) -> tuple[LowRankUpdate | None, Truncation]:
-    """Return one module at its rank; None with rank 0, where all of it is lost."""
+) -> tuple[LowRankUpdate | None, Truncation, list[str]]:
+    """Return one module at its rank (None with 0, where all of it is lost), and what is doubted."""
     name, rank = item
     update = _known(adapter[name])
+    said = doubts(update)
     if rank != 0:
-        return resize(update, rank=rank, energy=energy)
+        return *resize(update, rank=rank, energy=energy), said
     _, lost = resize(update, rank=1)
-    return None, replace(lost, rank=0, lost=lost.norm)
+    return None, replace(lost, rank=0, lost=lost.norm), said
 
 
 def _known(update: Update) -> Update:
