@@ -120,8 +120,9 @@ def _reference_rows(study: Study, rows: pd.DataFrame, side: Side) -> pd.DataFram
     wanted = {base for one in ("a", "b") for base in _bases(study, rows[one])}
     if None in wanted:
         return reference
-    fits = [base is None or base in wanted for base in _bases(study, reference["a"])]
-    return reference[fits]
+    # Of rows, by number: an empty list would choose columns.
+    bases = enumerate(_bases(study, reference["a"]))
+    return reference.iloc[[i for i, base in bases if base is None or base in wanted]]
 
 
 def _bases(study: Study, adapters: pd.Series) -> list[str | None]:
@@ -186,8 +187,8 @@ def _reference(study: Study, output: pd.DataFrame, base: str | None) -> Finding 
     parts: list[str] = []
     for side in SIDES_IN_ORDER:
         rows = study.select(REFERENCE, side)
-        chosen = [pair in pairs for pair in zip(rows["a"], rows["b"], strict=True)]
-        one = _level(study, rows[chosen])
+        both = enumerate(zip(rows["a"], rows["b"], strict=True))
+        one = _level(study, rows.iloc[[i for i, pair in both if pair in pairs]])
         if one is None:
             continue
         parts.append(
