@@ -319,6 +319,9 @@ def test_the_figure_of_ranks_takes_the_largest_against_the_one_near_eight(
     assert rank_pair(result) == ("r7", "r12")
     assert rank_pair(study(list(reversed(made)))) == ("r7", "r12")
     assert seed_pair(result) is None
+    # A stranger whose rank is nearer to 8 does not answer what ranks of one task share.
+    stranger = adapter(rng, label="stranger", rank=8)
+    assert rank_pair(study([*made, stranger])) == ("r7", "r12")
 
 
 def test_a_later_report_leaves_nothing_of_an_earlier_one(

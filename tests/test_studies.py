@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -526,3 +527,54 @@ def test_updates_of_one_weight_under_two_names_are_both_held_against_it(
     np.testing.assert_allclose(full.loc["layers.0.q", columns], full.loc["layers.1.q", columns])
     own = table[table["at_rank"] & (table["adapter"] == "plain")]
     assert own["weight_norm"].item() != full["weight_norm"].iloc[0]
+
+
+def on_base(one: Adapter, base: str, label: str, **fields: object) -> Adapter:
+    provenance = replace(one.provenance, base_model=base, **fields)
+    return Adapter(dict(one), label=label, provenance=provenance)
+
+
+def test_unrelated_adapters_of_another_base_set_no_reference(sweep: list[Adapter]) -> None:
+    ours = [on_base(one, "first", one.label) for one in sweep]
+    # On the other base, every task writes the same directions: unrelated pairs agree there.
+    alike = [
+        on_base(one, "second", f"{task}{seed}", task=task, seed=seed)
+        for task in ("a", "b")
+        for one, seed in zip(sweep[:2], (5, 6), strict=True)
+    ]
+    said = {one.text for one in findings(study(ours)) if one.topic in ("seeds", "ranks")}
+    mixed = findings(study([*ours, *alike]))
+    assert len(said) >= 2
+    for text in said:
+        if "rank 8" in text:
+            assert text in {one.text for one in mixed}
+    references = [one for one in mixed if one.topic == "reference"]
+    assert [one.values["base"] for one in references] == ["first", "second"]
+    first, second = (one.values["phi_1_1_output"] for one in references)
+    assert isinstance(first, float)
+    assert isinstance(second, float)
+    assert first < 0.2
+    assert second > 0.8
+
+
+def test_what_is_held_against_the_reference_is_on_its_scale(rng: np.random.Generator) -> None:
+    """Adapters of square modules against a reference that has others: both above chance."""
+    shapes = {"layers.0.q_proj": (40, 40), "layers.0.v_proj": (40, 40), "layers.0.up": (80, 60)}
+
+    def made(label: str, names: list[str]) -> Adapter:
+        updates = {
+            name: low_rank_update(rng, *shapes[name], rank=2, name=name, label=label)
+            for name in names
+        }
+        return Adapter(updates, label=label)
+
+    square = list(shapes)[:2]
+    pair = [made("a", list(shapes)), made("b", square)]
+    others = [made(f"other{i}", list(shapes)) for i in range(3)]
+    result = study(pair, reference=others)
+    said = next(one for one in findings(result) if one.topic == "pairs")
+    rows = result.select("unknown", "output")
+    expected = ((rows["phi_1_1"] - 1 / 40) / (1 - 1 / 40)).median()
+    assert said.values["phi_1_1_output"] == pytest.approx(expected, abs=1e-12)
+    assert said.values["above_chance_output"] is True
+    assert said.values["above_chance_input"] is True

@@ -56,7 +56,7 @@ def test_names_fill_in_what_files_do_not_say(rng: np.random.Generator, tmp_path:
                          result.pairs["relation"], strict=True))  # fmt: skip
     assert relations["math-s0/final", "math-s1/final"] == "same task, other seed"
     said = [one for one in findings(result) if one.topic == "not grouped"]
-    assert "stray/final do not say" in said[0].text
+    assert "stray/final does not say which task and seed it was" in said[0].text
     notes = [one.text for one in findings(result) if "does not fit the pattern" in one.text]
     assert len(notes) == 1
 

@@ -116,18 +116,20 @@ def plural(count: int, word: str) -> str:
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
-def level(rows: pd.DataFrame) -> Level | None:
+def level(rows: pd.DataFrame, *, above_chance: bool | None = None) -> Level | None:
     """Return the level of φ(1, 1) over rows of ``Study.similarities``; None if none count.
 
     What does not count: ill-defined first directions, pairs that are one run twice, and input
     sides that share their start. Where modules differ in dimension, chance differs too, and
-    ``(φ − chance)/(1 − chance)`` is taken instead of φ.
+    ``(φ − chance)/(1 − chance)`` is taken instead of φ, or as ``above_chance`` says: what is held
+    against each other must be on one scale.
     """
     counted = rows[(rows["start"] != "same run") & (rows["ill_defined_1_1"] == "")]
     counted = counted[~(counted["shared_start"] & (counted["side"] == "input"))]
     if counted.empty:
         return None
-    above_chance = bool(counted["dimension"].nunique() > 1)
+    if above_chance is None or counted["dimension"].nunique() > 1:
+        above_chance = bool(counted["dimension"].nunique() > 1)
     phi, expected = counted["phi_1_1"], counted["chance_1_1"]
     values = (phi - expected) / (1 - expected) if above_chance else phi
     by_pair = values.groupby([counted["a"], counted["b"]], sort=False)

@@ -18,6 +18,7 @@ from lora_analysis.findings.levels import (
     plural,
 )
 from lora_analysis.studies import REFERENCE, SHARED_SEED, Study
+from lora_analysis.studies.relations import base_key
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -104,10 +105,40 @@ class _SideLevel:
 
 def _side_level(study: Study, rows: pd.DataFrame, side: Side) -> _SideLevel | None:
     own = rows[rows["side"] == side]
-    found = level(own)
+    found = _level(study, own)
     if found is None:
         return None
-    return _SideLevel(side, found, level(study.select(REFERENCE, side)))
+    return _SideLevel(side, found, _level(study, _reference_rows(study, rows, side)))
+
+
+def _level(study: Study, rows: pd.DataFrame) -> Level | None:
+    """Return the level of rows on the one scale of the study.
+
+    Chosen group by group, φ of square modules would be held against the reference's φ above
+    chance wherever the reference has modules of other dimensions.
+    """
+    return level(rows, above_chance=study.similarities["dimension"].nunique() > 1)
+
+
+def _reference_rows(study: Study, rows: pd.DataFrame, side: Side) -> pd.DataFrame:
+    """Return the unrelated pairs on the bases of ``rows``: those of another base say nothing.
+
+    An adapter that names no base may be of any.
+    """
+    reference = study.select(REFERENCE, side)
+    wanted = {base for one in ("a", "b") for base in _bases(study, rows[one])}
+    if None in wanted:
+        return reference
+    # Of rows, by number: an empty list would choose columns.
+    bases = enumerate(_bases(study, reference["a"]))
+    return reference.iloc[[i for i, base in bases if base is None or base in wanted]]
+
+
+def _bases(study: Study, adapters: pd.Series) -> list[str | None]:
+    """Return what tells the base of each adapter apart, None where it names none."""
+    named = dict(zip(study.runs["adapter"], study.runs["base_model"], strict=True))
+    names = (named[one] for one in adapters)
+    return [base_key(name) if isinstance(name, str) else None for name in names]
 
 
 _VERDICT_WORDS: dict[Verdict, str] = {
@@ -138,37 +169,55 @@ def _compared(study: Study, rows: pd.DataFrame, who: str, topic: str) -> Finding
 
 
 def reference(study: Study) -> Iterator[Finding]:
-    """Say what unrelated adapters give, or that none are known."""
-    output = level(study.select(REFERENCE, "output"))
-    if output is None:
+    """Say what unrelated adapters give, base by base, or that none are known."""
+    output = study.select(REFERENCE, "output")
+    if _level(study, output) is None:
         if len(study.adapters) > 1:
             yield _no_reference()
         return
-    values: dict[str, float | int | str | None] = {}
+    bases = _bases(study, output["a"])
+    groups = list(dict.fromkeys(bases))
+    for base in groups:
+        own = output[[one == base for one in bases]]
+        found = _reference(study, own, base if len(groups) > 1 else None)
+        if found is not None:
+            yield found
+
+
+def _reference(study: Study, output: pd.DataFrame, base: str | None) -> Finding | None:
+    """Return the sentence about the unrelated pairs among ``output``; None if none counts."""
+    found = _level(study, output)
+    if found is None:
+        return None
+    values: dict[str, float | int | str | None] = {} if base is None else {"base": base}
+    pairs = set(zip(output["a"], output["b"], strict=True))
     parts: list[str] = []
     for side in SIDES_IN_ORDER:
-        found = level(study.select(REFERENCE, side))
-        if found is None:
+        rows = study.select(REFERENCE, side)
+        both = enumerate(zip(rows["a"], rows["b"], strict=True))
+        one = _level(study, rows.iloc[[i for i, pair in both if pair in pairs]])
+        if one is None:
             continue
         parts.append(
-            f"{found.text(found.median)} on the {side} side (95 % below "
-            f"{found.text(found.quantile(0.95))}, chance {number(found.chance)})"
+            f"{one.text(one.median)} on the {side} side (95 % below "
+            f"{one.text(one.quantile(0.95))}, chance {number(one.chance)})"
         )
-        values |= {f"phi_1_1_{side}": found.median, f"chance_{side}": found.chance}
+        values |= {f"phi_1_1_{side}": one.median, f"chance_{side}": one.chance}
+    where = "here" if base is None else f"on {base}"
     text = (
-        f"Unrelated adapters set the reference: {plural(output.pairs, 'pair')} with other task and "
-        f"other seed (ranks {_rank_pairs(study)}) have a median {output.name} of "
-        f"{' and '.join(parts)}. Every verdict here is made against these pairs, not against "
-        "chance: “share” means that the median of each pair exceeds that of every reference pair, "
-        "and at least half of the modules exceed 95 % of the reference's."
+        f"Unrelated adapters{'' if base is None else f' of {base}'} set the reference: "
+        f"{plural(found.pairs, 'pair')} with other task and other seed (ranks "
+        f"{_rank_pairs(study, output)}) have a median {found.name} of {' and '.join(parts)}. "
+        f"Every verdict {where} is made against these pairs, not against chance: “share” means "
+        "that the median of each pair exceeds that of every reference pair, and at least half of "
+        "the modules exceed 95 % of the reference's."
     )
-    yield Finding("reference", "reference", text, values)
+    return Finding("reference", "reference", text, values)
 
 
-def _rank_pairs(study: Study) -> str:
+def _rank_pairs(study: Study, rows: pd.DataFrame) -> str:
     """Return the ranks of the reference pairs, "8/8, 4/8": φ(1, 1) has one chance for all."""
     ranks = study.spectra.groupby("adapter")["rank"].max()
-    rows = study.select(REFERENCE, "output")
     found = {
         _in_order(int(ranks[a]), int(ranks[b])) for a, b in zip(rows["a"], rows["b"], strict=True)
     }
@@ -231,7 +280,8 @@ def unknown(study: Study) -> Iterator[Finding]:
         return
     groups = list(rows.groupby(["a", "b"], sort=False))
     if len(groups) > PAIRS_IN_WORDS:
-        yield _compared(study, rows, f"{len(study.adapters)} adapters of unknown relation", "pairs")
+        count = len(set(rows["a"]) | set(rows["b"]))
+        yield _compared(study, rows, f"{count} adapters of unknown relation", "pairs")
         return
     for (a, b), chosen in groups:
         yield _compared(study, chosen, f"{a} and {b}", "pairs")

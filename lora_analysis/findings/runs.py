@@ -167,9 +167,15 @@ def ungrouped(study: Study) -> Iterator[Finding]:
     unknown = list(runs.loc[runs["task"].isna() | runs["seed"].isna(), "adapter"])
     if len(runs) < 2 or not unknown:
         return
-    who = "No adapter says" if len(unknown) == len(runs) else f"{some(unknown)} do not say"
+    one = "it was trained"
+    if len(unknown) == len(runs):
+        who = f"No adapter says which task and seed {one}"
+    elif len(unknown) == 1:
+        who = f"{unknown[0]} does not say which task and seed {one}"
+    else:
+        who = f"{some(unknown)} do not say which task and seed they were trained"
     text = (
-        f"{who} which task and seed it was trained with, so the pairs concerned could not be "
+        f"{who} with, so the pairs concerned could not be "
         "grouped by them. A pattern for the names says it (--label '{task}-r{rank}-s{seed}'), or "
         'a manifest.json beside the adapter ({"task": ..., "seed": ...}).'
     )

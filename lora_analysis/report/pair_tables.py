@@ -156,18 +156,19 @@ def runs_table(study: Study) -> ReportTable | None:
     if table.empty:
         return None
     runs = study.runs.set_index("adapter")
-    pairs = table.groupby(["a", "b"], sort=False)[["phi_1_1", "omega"]].median().reset_index()
+    measured = ["phi_1_1", "chance_1_1", "omega", "omega_chance"]
+    pairs = table.groupby(["a", "b"], sort=False)[measured].median().reset_index()
     pairs = pairs.assign(task=pairs["a"].map(runs["task"]), rank=pairs["a"].map(runs["rank"]))
     rows = []
     for (task, rank), own in pairs.groupby(["task", "rank"], sort=False):
         seeds = len(set(own["a"]) | set(own["b"]))
-        low, middle, high = own["omega"].quantile([0.25, 0.5, 0.75])
+        low, high = own["omega"].quantile([0.25, 0.75])
         spread = f"{number(low)} to {number(high)}" if seeds >= 3 else "–"
-        phi = number(float(own["phi_1_1"].median()))
-        rows.append((str(task), str(int(rank)), str(seeds), phi, number(middle), spread))
-    columns = ("task", "rank", "seeds", "φ(1,1)", "ω", "quartiles of ω")
+        medians = (number(float(own[name].median())) for name in measured)
+        rows.append((str(task), str(int(rank)), str(seeds), *medians, spread))
+    columns = ("task", "rank", "seeds", "φ(1,1)", "chance", "ω", "chance", "quartiles of ω")
     caption = (
         "Two seeds of one task and rank, output side: medians over modules, then over pairs of "
-        "runs. Quartiles over pairs of runs from three seeds on."
+        "runs, each beside isotropic chance. Quartiles over pairs of runs from three seeds on."
     )
     return ReportTable("seeds", caption, columns, tuple(rows))

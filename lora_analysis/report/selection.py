@@ -60,7 +60,8 @@ def _with_ranks(study: Study) -> pd.DataFrame:
 def rank_pair(study: Study) -> tuple[str, str] | None:
     """Return the pair for the figure of ranks, smaller rank first; None if all ranks are equal.
 
-    Same task, other seeds where both are known; the largest rank against the one closest to 8.
+    Same task, other seeds where both are known, before pairs of unknown relation, whatever their
+    ranks; then the largest rank against the one closest to 8.
     """
     pairs = _with_ranks(study)
     if pairs.empty:
@@ -75,6 +76,8 @@ def rank_pair(study: Study) -> tuple[str, str] | None:
     high = pairs[["rank_a", "rank_b"]].max(axis=1)
     order = pd.DataFrame(
         {
+            # The section asks about ranks of one task: two strangers do not answer it.
+            "unknown": pairs["relation"] == "unknown",
             "high": -high,
             "distance": (low - SMALL_RANK).abs(),
             "relation": pairs["relation"].map(preference.index),
