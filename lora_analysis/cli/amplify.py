@@ -170,6 +170,10 @@ _NAMES = {
 }
 
 
+# What rounding leaves of ‖W‖ when it is taken along all directions there are.
+_ALL_OF_IT = 1e-6
+
+
 def _print(label: str, full: pd.DataFrame) -> None:
     print_table(
         f"{label} against W, at full rank (k = {_span(full['k'])})",
@@ -183,6 +187,12 @@ def _print(label: str, full: pd.DataFrame) -> None:
         "ΔW's, W's, random: ‖UᵀWV‖ with the top-k directions of each; random is the exact rms."
     )
     print_text("factor = ‖ΔW‖ / ΔW's; chance = ‖ΔW‖ / random; enrichment = ΔW's / random.")
+    whole = int((full["projected"] / full["weight_norm"] > 1 - _ALL_OF_IT).sum())
+    if whole:
+        print_text(
+            f"In {whole} of {len(full)} modules ΔW has as many directions as W: ΔW's is ‖W‖ "
+            "and the enrichment says nothing there. --format json has every smaller k."
+        )
 
 
 _ENERGY = {

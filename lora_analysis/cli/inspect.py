@@ -142,6 +142,11 @@ def _module_facts(adapter: Adapter, name: str) -> dict[str, Any]:
     }
 
 
+def _how_many(kinds: list[str]) -> str:
+    """Return the number of modules, by type where a type has several."""
+    return f"{len(kinds)} ({_counted(kinds)})" if len(set(kinds)) < len(kinds) else str(len(kinds))
+
+
 def _counted(values: list[Any]) -> str:
     """Return "8" where all agree, else "8 (20), 16 (4)"."""
     counts = Counter(values)
@@ -212,7 +217,7 @@ def _print_one(one: dict[str, Any], *, every: bool) -> None:
         ("format", one["format"]),
         ("base model", one["base_model"] or "not stated"),
         *((name, one[name]) for name in _RUN if one[name] is not None),
-        ("modules", f"{len(facts)} ({_counted([m['module_type'] for m in facts])})"),
+        ("modules", _how_many([m["module_type"] for m in facts])),
         ("rank", _counted([m["rank"] for m in facts])),
         ("scale", _scales(facts)),
         ("stored as", _counted([m["stored_dtype"] for m in facts])),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _ARTEFACT = "artefact"
+_KOHYA_PREFIX = re.compile(r"^lora_(unet|te\d?|transformer)_")
 # What `overlaps.shared_seed` says about all pairs of other tasks and one seed in one sentence.
 TOLD_TOGETHER = ("same initial A", "partly shared")
 
@@ -85,9 +87,19 @@ def mismatched(study: Study) -> Iterator[Finding]:
             )
         elif not row.modules:
             text = f"{row.a} and {row.b} adapt no module in common: nothing can be compared."
+            if _flat_names(study, row.a) & _flat_names(study, row.b):
+                text += (
+                    " Their names differ in dots and underscores only, as kohya's do: write the "
+                    "one with dots in that format too (lora-analysis convert --to kohya)."
+                )
         else:
             continue
         yield Finding("limit", "nothing in common", text, {"a": row.a, "b": row.b})
+
+
+def _flat_names(study: Study, label: str) -> set[str]:
+    names = (name.replace(".", "_") for name in study.adapters[label])
+    return {_KOHYA_PREFIX.sub("", name) for name in names}
 
 
 def starts(study: Study) -> Iterator[Finding]:
