@@ -16,7 +16,7 @@ SHOWN = ("ranks_output.png", "atlas_output.png")
 
 def main(run: Path, target: Path) -> None:
     """Write the demo's report as Markdown into ``target``, its figures beside it."""
-    result = study_demo(sorted((run / "runs").iterdir()))
+    result = study_demo([one for one in (run / "runs").iterdir() if one.is_dir()])
     with tempfile.TemporaryDirectory() as folder:
         report = write_report(
             result,
