@@ -208,25 +208,21 @@ def _watched(form: str) -> Iterator[Callable[[RunEvent], None]]:
     hidden = form == "quiet" or not console.is_terminal
     with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
         task = bar.add_task("training", total=None, figures="")
-        tested = ""
+        shown = {"loss": "", "lr": "", "test": ""}  # the latest of each: no event has them all
 
         def watch(event: RunEvent) -> None:
-            nonlocal tested
             if event.note and form != "quiet":
                 bar.console.print(f"Note: {event.note}", markup=False, highlight=False)
-            if event.test_loss is not None:
-                tested = f"test {event.test_loss:.4f}"
-                if event.test_accuracy is not None:
-                    tested += f" ({event.test_accuracy:.3f})"
-            figures = f"loss {event.loss:.4f} " if event.loss is not None else ""
+            if event.loss is not None:
+                shown["loss"] = f"loss {event.loss:.4f} "
             if event.lr is not None:
-                figures += f"lr {event.lr:.1e} "
-            bar.update(
-                task,
-                completed=event.step,
-                total=event.total,
-                figures=f"{figures}{tested}{_memory()}",
-            )
+                shown["lr"] = f"lr {event.lr:.1e} "
+            if event.test_loss is not None:
+                shown["test"] = f"test {event.test_loss:.4f} "
+                if event.test_accuracy is not None:
+                    shown["test"] += f"({event.test_accuracy:.3f}) "
+            figures = "".join(shown.values()) + _memory()
+            bar.update(task, completed=event.step, total=event.total, figures=figures)
 
         yield watch
 
@@ -236,13 +232,13 @@ def _memory() -> str:
     from lora_analysis.training.devices import gpu_memory
 
     if on_gpu := gpu_memory():
-        return f" {on_gpu / 2**30:.1f} GiB"
+        return f"{on_gpu / 2**30:.1f} GiB"
     try:
         import resource
     except ImportError:  # not on every system
         return ""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f" {peak / 2**20:.1f} GiB"
+    return f"{peak / 2**20:.1f} GiB"
 
 
 def _report(folder: Path, form: str) -> None:
