@@ -471,6 +471,17 @@ def test_rounding_moves_no_singular_value_by_more_than_the_resolution(rng):
         assert moved <= spectrum(stored).resolution
 
 
+def test_a_rank_above_a_dimension_leaves_what_there_is_resolved(rng):
+    # A head of six classes: B has dependent columns.
+    update = replace(low_rank_update(rng, 6, 40, 8), stored_dtype="float32")
+    found = spectrum(update)
+    assert found.numerical_rank == 6
+    assert found.resolution < 1e-4
+    B, A = update.B.astype(np.float32), update.A.astype(np.float32)
+    moved = spectrum(replace(update, B=B, A=A)).S / found.S - 1
+    assert 0 < np.max(np.abs(moved)) <= found.resolution
+
+
 def test_nearly_dependent_columns_are_not_resolved_by_a_coarse_type(rng):
     update = low_rank_update(rng, 24, 20, 3)
     B = update.B.copy()

@@ -42,8 +42,20 @@ def _delta_spectrum(update: LowRankUpdate, svd: linalg.FactoredSVD) -> Spectrum:
         in_units_of_scale=update.scale is None,
         stored_dtype=update.stored_dtype,
         label=update.label,
-        factor_condition=float(svd.B_condition + svd.A_condition),
+        factor_condition=_factor_condition(update, svd, found),
     )
+
+
+def _factor_condition(update: LowRankUpdate, svd: linalg.FactoredSVD, found: int) -> float:
+    """Return κ(B̂) + κ(Â); where r exceeds a dimension, the bound by norms in its place.
+
+    Such a factor has dependent columns whatever was trained, and an infinite κ, while the
+    singular values that there are may be well determined: rounding moves each by no more than
+    ½·eps·√r·2‖B‖₂‖A‖₂.
+    """
+    if update.rank <= min(update.shape) or found == 0:
+        return float(svd.B_condition + svd.A_condition)
+    return float(2 * svd.B_norm * svd.A_norm / svd.S[found - 1])
 
 
 def _factor_spectrum(

@@ -106,8 +106,10 @@ class Spectrum:
     def resolution(self) -> float:
         """η: how far the stored type may have moved each σ, relative, against before rounding.
 
-        ``½·eps(stored)·√r·(κ(B̂) + κ(Â))``. From 1 on the smallest singular values are those of
-        the rounding, not of the training. NaN where there is no bound (dense, untrained).
+        ``½·eps(stored)·√r·(κ(B̂) + κ(Â))``; where r exceeds a dimension, with
+        ``2‖B‖₂‖A‖₂/σ_min`` in the bracket's place, since κ is infinite there. From 1 on the
+        smallest singular values are those of the rounding, not of the training. NaN where there
+        is no bound (dense, untrained).
         """
         if self.untrained:
             return float("nan")
