@@ -10,7 +10,7 @@ from lora_analysis.formats.peft_config import CONFIG_NAME, names_a_method
 from lora_analysis.formats.peft_keys import has_factors
 from lora_analysis.formats.sources import tensors_at
 from lora_analysis.storage.containers import pickle_refused
-from lora_analysis.storage.documents import read_json_object
+from lora_analysis.storage.documents import read_json_object, regular_file_size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,6 +78,7 @@ def check_weights(place: PeftPlace, options: ReadOptions) -> None:
     """Raise where the weights are missing, or are a pickle that the caller has not allowed."""
     if place.weights.is_file():
         if place.weights.name == PICKLE_NAME and not options.allow_pickle:
+            regular_file_size(place.weights)  # a pointer is no pickle
             raise pickle_refused(place.weights)
         return
     folder = place.weights.parent

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+# What Git leaves in place of a large file that was not fetched: below 1,024 bytes, begun so.
+_POINTER: Final = b"version https://git-lfs"
+_POINTER_BYTES: Final = 1024
 _HALF: Final = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}|\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 
 
@@ -85,15 +88,39 @@ def is_text(text: str) -> bool:
 
 
 def regular_file_size(path: Path) -> int:
-    """Return the size of a regular file; refuse folders, pipes, devices and sockets unopened."""
+    """Return the size of a regular file; refuse folders, pipes, devices and sockets unopened.
+
+    Raises
+    ------
+    SourceError
+        It is none of those, or cannot be looked at.
+    MalformedFileError
+        It is what Git LFS leaves in place of a file that was not fetched.
+    """
     try:
-        if path.is_file():
-            return path.stat().st_size
+        regular = path.is_file()
+        size = path.stat().st_size if regular else 0
+        pointer = regular and _is_pointer(path, size)
         kind = "does not exist" if not path.exists() else "is not a regular file"
     except (OSError, ValueError) as error:
-        kind = f"cannot be looked at: {error}"
-    message = f"{path} {kind}."
-    raise SourceError(message)
+        regular, kind = False, f"cannot be looked at: {error}"
+    if not regular:
+        message = f"{path} {kind}."
+        raise SourceError(message)
+    if pointer:
+        message = (
+            f"{path}: a pointer of Git LFS, not the file itself. Fetch it with 'git lfs pull', or "
+            "download it from its page."
+        )
+        raise MalformedFileError(message)
+    return size
+
+
+def _is_pointer(path: Path, size: int) -> bool:
+    if not len(_POINTER) < size < _POINTER_BYTES:
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(_POINTER)) == _POINTER
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _LENGTH_BYTES = 8
-# What Git leaves in place of a large file that was not fetched begins so.
-_POINTER = b"version "
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +125,6 @@ def parse_header(path: Path, start: bytes, size: int) -> Header:
 def _check_header_length(path: Path, size: int, prefix: bytes, length: int) -> None:
     if len(prefix) < _LENGTH_BYTES:
         message = f"{path}: {size} bytes are too few for a safetensors file; is it cut short?"
-    elif prefix == _POINTER:
-        message = (
-            f"{path}: a pointer of Git LFS, not the file itself. Fetch it with 'git lfs pull', or "
-            "download it from its page."
-        )
     elif length > MAX_HEADER_BYTES:
         message = (
             f"{path}: the header claims {length:,} bytes (limit {MAX_HEADER_BYTES:,}). "

@@ -114,6 +114,23 @@ def _sharded(weight_map: Any, *, cut: bool = False, raw: bytes | None = None) ->
 
 
 _WHOLE = dict(zip((A, B), _PARTS, strict=True))
+_LFS = (
+    b"version https://git-lfs.github.com/spec/v1\n"
+    b"oid sha256:53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db\nsize 90868376\n"
+)
+
+
+def _config_pointer(folder: Path) -> Path:
+    (peft(folder) / "adapter_config.json").write_bytes(_LFS)
+    return folder
+
+
+def _pickle_pointer(folder: Path) -> Path:
+    (peft(folder) / WEIGHTS).unlink()
+    _text(folder, "adapter_model.bin", _LFS)
+    return folder
+
+
 ON_DISK = [
     Case("an empty folder", lambda folder: folder, 3, "empty"),
     Case("nothing at all", lambda folder: folder / "nothing", 3, "no file or folder"),
@@ -138,12 +155,12 @@ ON_DISK = [
     Case("text as safetensors", lambda f: _text(f, "a.safetensors", b"hello world" * 9), 3, ""),
     Case("a pointer of Git LFS", lambda f: _text(f, "a.safetensors", _LFS), 3, "Git LFS"),
     Case("a pointer in PEFT's folder", lambda f: peft(f, _LFS), 3, "Git LFS"),
+    Case("a pointer as pickle", lambda f: _text(f, "a.pt", _LFS), 3, "Git LFS"),
+    Case("a pointer as GGUF", lambda f: _text(f, "a.gguf", _LFS), 3, "Git LFS"),
+    Case("a pointer as config", _config_pointer, 3, "config.json: a pointer of Git LFS"),
+    Case("a pointer as PEFT's pickle", _pickle_pointer, 3, "Git LFS"),
     Case("a page of a web server", lambda f: peft(f, b"<!DOCTYPE html><html>" * 9), 3, ""),
 ]
-_LFS = (
-    b"version https://git-lfs.github.com/spec/v1\n"
-    b"oid sha256:53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db\nsize 90868376\n"
-)
 
 
 def _text(folder: Path, name: str, content: bytes) -> Path:
