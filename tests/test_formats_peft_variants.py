@@ -17,7 +17,12 @@ from torch import nn
 from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate
 from lora_analysis.bases import open_base
 from lora_analysis.effective import effective_update, start_from_base
-from lora_analysis.errors import MalformedFileError, SourceError, UnsupportedMethodError
+from lora_analysis.errors import (
+    MalformedFileError,
+    SourceError,
+    UnknownFormatError,
+    UnsupportedMethodError,
+)
 from lora_analysis.formats import find_adapters, read_adapter, write_adapter
 
 pytestmark = [
@@ -445,6 +450,19 @@ def test_replicated_layers_name_the_layer_they_share(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"layer_replication": [[0, 2]]}))
     with pytest.raises(MalformedFileError, match="beyond the layers"):
         read_adapter(tmp_path)
+
+
+def test_weights_that_are_named_are_read_whatever_lies_beside_them(tmp_path: Path) -> None:
+    model = lora(["proj"])
+    model.save_pretrained(tmp_path)
+    other = {key.replace(".default", ""): 2 * value for key, value in model.state_dict().items()}
+    torch.save(other, tmp_path / "adapter_model.bin")
+    named = read_adapter(tmp_path / "adapter_model.bin", allow_pickle=True)
+    whole = read_adapter(tmp_path, allow_pickle=True)  # safetensors first, as in PEFT
+    np.testing.assert_array_equal(low_rank(named, "proj").B, 2 * low_rank(whole, "proj").B)
+    assert named.provenance.files[0] == tmp_path / "adapter_model.bin"
+    with pytest.raises(UnknownFormatError, match=r"adapter_model\.bin: this is a pickle"):
+        read_adapter(tmp_path / "adapter_model.bin")
 
 
 def test_a_pickle_and_a_dump_of_one_read_as_the_safetensors_do(tmp_path: Path) -> None:

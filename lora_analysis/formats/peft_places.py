@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
 _INDEX_NAME: Final = "adapter_model.safetensors.index.json"
 PICKLE_NAME: Final = "adapter_model.bin"
+_STORED: Final = (WEIGHTS_NAME, _INDEX_NAME, PICKLE_NAME)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,9 @@ def place_of(path: Path, options: ReadOptions) -> PeftPlace | None:
     """Return the files of the adapter at ``path``: a folder, its config, weights or index."""
     if path.is_dir():
         return _place_in_folder(path, options)
-    if path.name in (CONFIG_NAME, WEIGHTS_NAME, _INDEX_NAME, PICKLE_NAME) or _is_shard(path):
+    if path.name in _STORED and path.is_file():
+        return _place_in_folder(path.parent, options, named=path)
+    if path.name in (CONFIG_NAME, *_STORED) or _is_shard(path):
         return _place_in_folder(path.parent, options)
     if not path.is_file() or not _holds_factors(path, options):
         return None
@@ -43,15 +46,18 @@ def place_of(path: Path, options: ReadOptions) -> PeftPlace | None:
     return PeftPlace(path, path, config if _names_peft(config) else None)
 
 
-def _place_in_folder(folder: Path, options: ReadOptions) -> PeftPlace | None:
-    """Return the files in a folder; safetensors are taken before a pickle, as PEFT does."""
-    names = (WEIGHTS_NAME, _INDEX_NAME, PICKLE_NAME)
-    stored = [folder / name for name in names if (folder / name).is_file()]
+def _place_in_folder(
+    folder: Path, options: ReadOptions, *, named: Path | None = None
+) -> PeftPlace | None:
+    """Return the files in a folder: the weights ``named``, else safetensors first, as PEFT does."""
+    stored = [folder / name for name in _STORED if (folder / name).is_file()]
+    weights = named or (stored[0] if stored else folder / WEIGHTS_NAME)
+    shown = folder if not stored or weights == stored[0] else weights
     config = folder / CONFIG_NAME
     if _names_peft(config):
-        return PeftPlace(folder, stored[0] if stored else folder / WEIGHTS_NAME, config)
-    if stored and _holds_factors(stored[0], options):
-        return PeftPlace(folder, stored[0], config if config.is_file() else None)
+        return PeftPlace(shown, weights, config)
+    if stored and _holds_factors(weights, options):
+        return PeftPlace(shown, weights, config if config.is_file() else None)
     return None
 
 
