@@ -9,6 +9,7 @@ import pytest
 from factories import adapter
 
 from lora_analysis.adapter import Adapter, Provenance
+from lora_analysis.cli.options import Reading
 from lora_analysis.errors import InputError, SourceError
 from lora_analysis.findings import findings
 from lora_analysis.formats import expanded, read_adapter, write_adapter
@@ -83,6 +84,26 @@ def test_globs_are_expanded_in_natural_order(tmp_path: Path) -> None:
 def test_a_bracket_in_a_name_that_exists_is_no_glob(tmp_path: Path) -> None:
     (tmp_path / "a[1]").mkdir()
     assert expanded(str(tmp_path / "a[1]")) == [str(tmp_path / "a[1]")]
+
+
+def test_an_adapter_that_is_named_twice_is_one(rng: np.random.Generator, tmp_path: Path) -> None:
+    for name in ("one", "one/checkpoint-5", "two"):
+        write_adapter(adapter(rng, label=name), tmp_path / name)
+    sources = [tmp_path / "one", str(tmp_path / "one" / "checkpoint-5"), str(tmp_path / "*")]
+    assert len(study(sources).adapters) == 3
+    found = Reading().find(map(str, sources), [])
+    assert [ref.path.name for ref in found] == ["one", "checkpoint-5", "two"]
+
+
+def test_a_note_on_several_files_is_said_once(rng: np.random.Generator) -> None:
+    made = [adapter(rng, label=name) for name in ("a", "b", "c")]
+    noted = [
+        made[0].described(findings=("two.", "odd.")),
+        made[1].described(findings=("odd.",)),
+        made[2],
+    ]
+    texts = [one.text for one in findings(study(noted)) if one.topic == "file"]
+    assert texts == ["a: two.", "a and b: odd."]
 
 
 def test_of_several_at_one_source_a_damaged_one_is_a_failure(

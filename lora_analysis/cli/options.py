@@ -100,14 +100,16 @@ class Reading:
         return self._opened[source]
 
     def find(self, sources: Iterable[str], left_out: list[LeftOut]) -> list[AdapterRef]:
-        """Return every adapter found at the sources; a source without one is left out."""
-        from lora_analysis.formats import expanded, find_adapters
+        """Return every adapter found at the sources, once; a source without one is left out."""
+        from lora_analysis.formats import each_once, expanded, find_adapters
 
-        found = []
+        found: list[AdapterRef] = []
+        known: set[tuple[str, str | None]] = set()
         for source in sources:
             try:
                 for place in expanded(source):
-                    found += find_adapters(place, pair=self.pair, allow_pickle=self.allow_pickle)
+                    here = find_adapters(place, pair=self.pair, allow_pickle=self.allow_pickle)
+                    found += each_once(here, known)
             except InputError as error:
                 left_out.append(LeftOut(source, error))
         return found

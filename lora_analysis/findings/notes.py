@@ -71,9 +71,13 @@ def file_notes(study: Study) -> Iterator[Finding]:
 
 
 def _noted(study: Study) -> Iterator[Finding]:
+    """Yield each note once, with all the adapters whose files it is about."""
+    noted: dict[str, list[str]] = {}
     for adapter in study.adapters.values():
         for note in adapter.provenance.findings:
-            yield Finding("limit", "file", f"{adapter.label}: {note}", {"adapter": adapter.label})
+            noted.setdefault(note, []).append(adapter.label)
+    for note, labels in noted.items():
+        yield Finding("limit", "file", f"{some(labels)}: {note}", {"adapters": labels})
 
 
 def mismatched(study: Study) -> Iterator[Finding]:

@@ -6,13 +6,14 @@ knows a key, a config field or a file name of any format, and nothing in it comp
 factors it reads.
 """
 
-from lora_analysis.formats.globs import expanded
+from lora_analysis.formats.globs import each_once, expanded
 from lora_analysis.formats.reading import find_adapters, read_adapter
 from lora_analysis.formats.sources import AdapterRef
 from lora_analysis.formats.writing import write_adapter, writing_notes
 
 __all__ = [
     "AdapterRef",
+    "each_once",
     "expanded",
     "find_adapters",
     "read_adapter",

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import glob
+import os
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import SourceError
 from lora_analysis.patterns import natural_key
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from lora_analysis.formats.sources import AdapterRef
 
 # What a sweep leaves beside its runs, and a shell's ``runs/*`` names too.
 _BESIDE_RUNS: Final = frozenset({"sweep.json", "failed.json"})
@@ -32,3 +38,14 @@ def expanded(source: str) -> list[str]:
         message = f"No file or folder fits '{source}'. Is the pattern right, and the folder?"
         raise SourceError(message)
     return found
+
+
+def each_once(
+    found: Iterable[AdapterRef], known: set[tuple[str, str | None]]
+) -> Iterator[AdapterRef]:
+    """Yield what is not ``known`` yet, and note it: a folder and one inside it may be named."""
+    for ref in found:
+        key = (os.path.abspath(ref.path), ref.name)  # noqa: PTH100 - a link is a name of its own
+        if key not in known:
+            known.add(key)
+            yield ref

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_analysis.adapter import Adapter
 from lora_analysis.errors import InputError
-from lora_analysis.formats import AdapterRef, expanded, find_adapters, read_adapter
+from lora_analysis.formats import AdapterRef, each_once, expanded, find_adapters, read_adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +30,12 @@ class ReadLater:
 def read_sources(
     sources: Iterable[Adapter | ReadLater | str | Path], failures: list[Failure]
 ) -> Iterator[Adapter]:
-    """Yield every adapter the sources lead to, in their order.
+    """Yield every adapter the sources lead to, in their order, once however often it is named.
 
     Of several at one source, those that cannot be read are added to ``failures``; a source that
     leads to one alone raises what is wrong with it.
     """
+    known: set[tuple[str, str | None]] = set()
     for one in sources:
         if isinstance(one, Adapter):
             yield one
@@ -46,7 +47,7 @@ def read_sources(
                 failures.append(Failure(one.ref.source, str(error)))
             continue
         found = [ref for place in expanded(str(one)) for ref in find_adapters(place)]
-        for ref in found:
+        for ref in each_once(found, known):
             try:
                 yield read_adapter(ref)
             except InputError as error:
