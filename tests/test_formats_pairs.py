@@ -67,6 +67,22 @@ def test_without_a_scale_the_pairs_are_read_and_it_is_a_finding(
     assert "scale of 2 of 2 modules is not known" in adapter.provenance.findings[0]
 
 
+def test_transposed_factors_under_a_known_name_say_how_and_are_then_read(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    A, B = matrix(rng, 6, 2), matrix(rng, 2, 9)  # x·A·B, as code written by hand has it
+    path = pair_file(tmp_path / "f.safetensors", {"h.0.q.lora_A": A, "h.0.q.lora_B": B})
+    pair = ("{name}.lora_A", "{name}.lora_B")
+    with pytest.raises(MalformedFileError, match=r"fit transposed.*--pair '{name}\.lora_A,{name}"):
+        read_adapter(path)
+    adapter = read_adapter(path, pair=pair, scale=2)  # before what the names look like
+    np.testing.assert_allclose(adapter["h.0.q"].delta_weight(), 2 * (A @ B).T, rtol=1e-5)
+    assert "stored transposed" in adapter.provenance.findings[0]
+    odd = {"h.0.q.lora_A": matrix(rng, 6, 2), "h.0.q.lora_B": matrix(rng, 3, 9)}
+    with pytest.raises(MalformedFileError, match="fused, grouped or block-diagonal"):
+        read_adapter(pair_file(tmp_path / "g.safetensors", odd))
+
+
 def test_the_name_may_stand_anywhere_in_the_patterns(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:

@@ -112,8 +112,7 @@ def stored_rank(tensors: NamedTensors, pair: StoredPair) -> int:
     if rank != rank_b:
         message = (
             f"{where} has factors of different ranks: {pair.a.name} is {a}, {pair.b.name} is {b}; "
-            "A must be (r, d_in) and B (d_out, r). A fused, grouped or block-diagonal variant, or "
-            "damage?"
+            f"A must be (r, d_in) and B (d_out, r). {_way_on(pair, transposed=d_in == d_out)}"
         )
         raise MalformedFileError(message)
     if rank > MAX_RANK or max(d_in, d_out) > MAX_DIMENSION:
@@ -123,6 +122,17 @@ def stored_rank(tensors: NamedTensors, pair: StoredPair) -> int:
         )
         raise MalformedFileError(message)
     return rank
+
+
+def _way_on(pair: StoredPair, *, transposed: bool) -> str:
+    """Say how factors whose ranks differ may be read: transposed ones as a pair of any names."""
+    if not transposed or pair.module not in pair.a.name or pair.module not in pair.b.name:
+        return "A fused, grouped or block-diagonal variant, or damage?"
+    a, b = (one.name.replace(pair.module, "{name}", 1) for one in (pair.a, pair.b))
+    return (
+        f"They fit transposed, as in x·A·B: pass pair=('{a}', '{b}') and scale= or alpha= "
+        f"(command line: --pair '{a},{b}' --scale 1)."
+    )
 
 
 def _factor_shape(tensors: NamedTensors, pair: StoredPair, factor: StoredFactor) -> tuple[int, int]:

@@ -34,7 +34,11 @@ if TYPE_CHECKING:
 NAME: Final = "pairs"
 
 # Names seen in files that others wrote by hand; such a file is listed, and read with pair=.
-KNOWN_PATTERNS: Final = (("w_a_{name}", "w_b_{name}"), ("w_A_{name}", "w_B_{name}"))
+KNOWN_PATTERNS: Final = (
+    ("w_a_{name}", "w_b_{name}"),
+    ("w_A_{name}", "w_B_{name}"),
+    ("weights.{name}.w_lora_A", "weights.{name}.w_lora_B"),  # CLIP-LoRA
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +84,16 @@ def known_pair(keys: Iterable[str]) -> tuple[str, str] | None:
 
 def recognises(path: Path, options: ReadOptions) -> bool:
     """Say whether a file holds bare pairs of a known naming, or is said to by the caller."""
-    return path.is_file() if options.pair is not None else _has_pairs(path, options)
+    return path.is_file() if options.pair is not None else described(path, options)
 
 
 def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
     """Return the file, where its names match the caller's patterns, or else a known naming."""
-    return [AdapterRef(path, NAME, label_of(path))] if _has_pairs(path, options) else []
+    return [AdapterRef(path, NAME, label_of(path))] if described(path, options) else []
 
 
-def _has_pairs(path: Path, options: ReadOptions) -> bool:
+def described(path: Path, options: ReadOptions) -> bool:
+    """Say whether a file's names match the caller's patterns, or without any a known naming."""
     tensors = tensors_at(path, options)
     if tensors is None:
         return False

@@ -134,7 +134,7 @@ def _refusals_of(path: Path) -> Iterator[None]:
 
 def _read(place: Place, options: ReadOptions) -> Adapter:
     path, name, _ = place
-    for reader in readers(path):
+    for reader in readers(path, options):
         if reader.recognises(path, options):
             return reader.read(path, name, options)
     found = list(_walk(path, options)) if path.is_dir() else []
@@ -238,7 +238,7 @@ def _walk_folder(
 
 def _find_here(path: Path, options: ReadOptions) -> list[AdapterRef]:
     """Return what the first format that recognises exactly this path finds there."""
-    for reader in readers(path):
+    for reader in readers(path, options):
         if found := reader.find(path, options):
             return found
     return _damaged(path)

@@ -55,9 +55,16 @@ _NOTES: Final = {
 }
 
 
-def readers(path: Path) -> Iterator[Format]:
-    """Yield the formats in the order in which they are asked whether they know a path."""
+def readers(path: Path, options: ReadOptions) -> Iterator[Format]:
+    """Yield the formats in the order in which they are asked whether they know a path.
+
+    What the caller says of a file's names goes before what they look like.
+    """
     first = _named_in_config(path)
+    if options.pair is not None and path.is_file():
+        from lora_analysis.formats import pairs
+
+        first = (pairs.NAME, *first) if pairs.described(path, options) else first
     for name in (*first, *(one for one in READERS if one not in first)):
         yield cast("Format", import_module(f"lora_analysis.formats.{name}"))
 

@@ -19,9 +19,10 @@ with atheris.instrument_imports(include=["lora_analysis"]):
     from lora_analysis.formats import find_adapters, read_adapter
     from lora_analysis.formats.doubts import doubts
     from lora_analysis.formats.registry import readers
+    from lora_analysis.formats.sources import ReadOptions
     from lora_analysis.spectra import singular_values
 
-    list(readers(Path()))  # all of them, while they are instrumented
+    list(readers(Path(), ReadOptions()))  # all of them, while they are instrumented
 
 from fuzz.seeds import SEEDS
 
