@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 from tiny_models import (
     CAUSAL,
     FAMILIES,
@@ -312,6 +314,80 @@ def test_a_csv_and_a_local_model_are_enough(models: Path, reviews: Path, tmp_pat
     document = json.loads(again.stdout)
     assert document["config"]["rank"] == 2
     assert document["config"]["loop"]["schedule"] == "linear"
+
+
+def changed_base(models: Path, folder: Path, **fields: Any) -> Path:
+    shutil.copytree(base_of(models, "bert"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    return folder
+
+
+@pytest.mark.parametrize("model_type", ["bert", "made-up"])
+def test_code_that_a_base_brings_is_never_run(
+    models: Path,
+    reviews: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model_type: str,
+) -> None:
+    ran = tmp_path / "ran"
+    kinds = ("AutoConfig", "AutoModelForSequenceClassification")
+    base = changed_base(
+        models,
+        tmp_path / "base",
+        model_type=model_type,
+        auto_map={name: f"modeling_theirs.{name}" for name in kinds},
+    )
+    (base / "modeling_theirs.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # as somebody in a hurry would answer
+    options = ["--base", str(base), "-o", str(tmp_path / "run"), "--steps", "1", "--device", "cpu"]
+    done = cli(str(reviews), *options)
+    assert not ran.exists()
+    if model_type == "bert":  # whose own class transformers has
+        assert done.exit_code == 0, done.output
+    else:
+        assert "code from a base's folder is never run" in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"attn_implementation": "somebody/kernel"},
+        {"text_config": {"experts_implementation": "somebody/kernel"}},
+        {"_attn_implementation": "somebody/kernel"},
+    ],
+)
+def test_a_base_that_names_code_of_a_hub_is_refused(
+    models: Path, reviews: Path, tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    base = changed_base(models, tmp_path / "base", **fields)
+    done = cli(str(reviews), "--base", str(base), "-o", str(tmp_path / "run"), "--steps", "1")
+    assert isinstance(done.exception, InputError)
+    assert "config.json: " in str(done.exception)
+    assert "'somebody/kernel'" in str(done.exception)
+
+
+def test_an_adapter_beside_a_base_is_not_loaded_with_it(
+    models: Path, reviews: Path, tmp_path: Path
+) -> None:
+    base = changed_base(models, tmp_path / "base")
+    (base / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/else"}')
+    done = cli(str(reviews), "--base", str(base), "-o", str(tmp_path / "run"), "--steps", "1")
+    assert "holds an adapter beside the model" in str(done.exception)
+
+
+def test_a_base_in_a_pickle_is_read_when_asked_alone(
+    models: Path, reviews: Path, tmp_path: Path
+) -> None:
+    base = changed_base(models, tmp_path / "base")
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    options = ["--base", str(base), "-o", str(tmp_path / "run"), "--steps", "1", "--device", "cpu"]
+    done = cli(str(reviews), *options)
+    assert "--allow-pickle" in str(done.exception)
+    done = cli(str(reviews), *options, "--allow-pickle")
+    assert done.exit_code == 0, done.output
 
 
 def test_a_terminal_sees_loss_rate_and_what_is_left_out(

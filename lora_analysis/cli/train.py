@@ -25,6 +25,7 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
     "revision": ("base", "revision"),
     "dtype": ("base", "dtype"),
     "quantised": ("base", "quantised"),
+    "allow_pickle": ("base", "allow_pickle"),
     "test": ("data", "test"),
     "data_format": ("data", "format"),
     "max_length": ("data", "max_length"),
@@ -90,6 +91,7 @@ def _column_options(command: Command) -> Command:
 @click.option("--autocast", metavar="TYPE", help="Of matrix products: bfloat16 or float16.")
 @click.option("--quantised", metavar="HOW", help="nf4 or int8: the frozen base, QLoRA's way.")
 @click.option("--revision", metavar="REV", help="Of a base on a hub.")
+@click.option("--allow-pickle", is_flag=True, default=None, help="Read a base's pytorch_model.bin.")
 @click.option("--data-format", metavar="HOW", help="jsonl, csv, tsv, parquet, text, e2e, glue.")
 @_column_options
 @click.option("--max-length", type=int, help="Tokens after which a text is cut.  [default: 128]")

@@ -209,10 +209,10 @@ class RunConfig:
         ----------
         inputs
             Hashes of the base's and the data's files by role. Where these lie is not part of the
-            key, nor is how often the run saves checkpoints.
+            key, nor is how often the run saves checkpoints, nor whether pickles are read.
         """
         config = self.to_dict()
-        for part, names in (("base", ("source",)), ("data", ("source", "test"))):
+        for part, names in (("base", ("source", "allow_pickle")), ("data", ("source", "test"))):
             for name in names:
                 del config[part][name]
         del config["loop"]["checkpoint_every"]

@@ -9,6 +9,7 @@ import numpy as np
 
 from lora_analysis.errors import InputError, MissingExtraError
 from lora_analysis.training.data import Split, TaskData
+from lora_analysis.training.inputs import LOCAL
 from lora_analysis.training.tasks import ArrayTask
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def image_task(found: Examples, place: Path) -> tuple[ArrayTask, list[str]]:
         message = "Images are read by Pillow. Run: pip install pillow"
         raise MissingExtraError(message) from error
     try:
-        processor = AutoImageProcessor.from_pretrained(place, backend="pil")  # type: ignore[no-untyped-call]
+        processor = AutoImageProcessor.from_pretrained(place, backend="pil", **LOCAL)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         message = f"{place} holds no image processor (preprocessor_config.json)."
         raise InputError(message) from error

@@ -46,6 +46,9 @@ class BaseOptions:
         ``"nf4"`` or ``"int8"``: the frozen linear layers as bitsandbytes stores them (QLoRA).
     dropout
         Of the base model itself, over its configuration's own; None leaves that.
+    allow_pickle
+        Whether weights that a folder holds as a pickle alone (``pytorch_model.bin``) are read,
+        their tensors alone.
 
     Raises
     ------
@@ -58,6 +61,7 @@ class BaseOptions:
     dtype: Precision = "float32"
     quantised: Literal["nf4", "int8"] | None = None
     dropout: float | None = None
+    allow_pickle: bool = False
 
     def __post_init__(self) -> None:
         check("base.source", self.source, bool(self.source), "a folder or a name")

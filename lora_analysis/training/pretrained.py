@@ -13,7 +13,7 @@ from torch import nn
 from lora_analysis.errors import InputError, MissingExtraError
 from lora_analysis.storage.places import existing_path
 from lora_analysis.training.examples import Examples, read_examples
-from lora_analysis.training.inputs import base_place
+from lora_analysis.training.inputs import LOCAL, base_place
 from lora_analysis.training.options import MINILM
 from lora_analysis.training.settings import Prepared
 from lora_analysis.training.text import text_task
@@ -104,7 +104,7 @@ def _tokenizer(place: Path) -> Any:
         )
         raise InputError(message)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        tokenizer = AutoTokenizer.from_pretrained(place, **LOCAL)
     except (OSError, ValueError, KeyError) as error:
         message = f"{place}: its tokeniser cannot be read: {_first_line(error)}"
         raise InputError(message) from error
@@ -126,6 +126,8 @@ def _model(
     options: dict[str, Any] = {
         "dtype": getattr(torch, config.base.dtype),
         "output_loading_info": True,
+        "use_safetensors": None if config.base.allow_pickle else True,
+        **LOCAL,
         **_quantisation(config, device),
     }
     labels = {"classification": len(examples.labels), "regression": 1}
@@ -134,7 +136,7 @@ def _model(
         options["num_labels"] = labels[examples.objective]
         options["ignore_mismatched_sizes"] = True  # a head for another number of classes
     if config.base.dropout is not None:
-        stated = transformers.AutoConfig.from_pretrained(place).to_dict()
+        stated = transformers.AutoConfig.from_pretrained(place, **LOCAL).to_dict()
         options |= {name: config.base.dropout for name in _DROPOUTS if name in stated}
     try:
         with torch.random.fork_rng(devices=[]):
@@ -210,6 +212,8 @@ def _save(model: Any, folder: Path) -> list[str]:
 
 
 def _first_line(error: Exception) -> str:
+    if "trust_remote_code" in str(error):  # what transformers advises is not to be had here
+        return "it needs code of its own (auto_map), and code from a base's folder is never run."
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
