@@ -9,7 +9,7 @@ import pytest
 from factories import adapter
 
 from lora_analysis.adapter import Adapter, Provenance
-from lora_analysis.cli.options import Reading
+from lora_analysis.cli.reading import Reading
 from lora_analysis.errors import InputError, SourceError
 from lora_analysis.findings import findings
 from lora_analysis.formats import expanded, read_adapter, write_adapter

@@ -431,7 +431,7 @@ def test_options_lie_over_a_file_and_that_over_a_preset(
         (["--set", "lr"], "--set takes KEY=VALUE"),
         (["--preset", "gpt2-e2"], "no preset 'gpt2-e2'. Near names: gpt2-e2e"),
         (["--base", "."], "holds no config.json"),
-        (["--config", "nowhere.toml"], "nowhere.toml cannot be read"),
+        (["--config", "nowhere.toml"], "nowhere.toml does not exist"),
         (["--tracker", "x"], "no tracker 'x'"),
     ],
 )

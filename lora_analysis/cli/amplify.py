@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 import click
 
 from lora_analysis.cli.options import (
-    Reading,
     modules_option,
     output_options,
     progress_bar,
-    reading_options,
     transposed_option,
 )
+from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.show import (
     decimals,
     print_finding,

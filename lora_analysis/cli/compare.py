@@ -8,14 +8,13 @@ import click
 
 from lora_analysis.cli.options import (
     MODULES_SHOWN,
-    Reading,
     label_option,
     modules_option,
     output_options,
     progress_bar,
-    reading_options,
     reference_option,
 )
+from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.show import (
     decimals,
     print_facts,

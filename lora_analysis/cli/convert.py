@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_analysis.cli.options import Reading, output_options, reading_options
+from lora_analysis.cli.options import output_options
+from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.show import decimals, print_facts, print_json, print_table
 from lora_analysis.cli.writing import WrittenFormat, notes, output_place, refuse_occupied
 from lora_analysis.showing import printable

@@ -7,14 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_analysis.cli.options import (
-    Progress,
-    Reading,
-    modules_option,
-    output_options,
-    progress_bar,
-    reading_options,
-)
+from lora_analysis.cli.options import Progress, modules_option, output_options, progress_bar
+from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.show import print_json
 from lora_analysis.showing import printable
 

@@ -8,16 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_analysis.cli.options import (
-    MODULES_SHOWN,
-    LeftOut,
-    Reading,
-    modules_option,
-    output_options,
-    progress_bar,
-    reading_options,
-    say_left_out,
-)
+from lora_analysis.cli.options import MODULES_SHOWN, modules_option, output_options, progress_bar
+from lora_analysis.cli.reading import LeftOut, Reading, reading_options, say_left_out
 from lora_analysis.cli.show import decimals, print_facts, print_json, print_table, sparkline
 from lora_analysis.showing import printable
 

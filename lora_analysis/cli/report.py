@@ -10,15 +10,14 @@ from typing import Any
 import click
 
 from lora_analysis.cli.options import (
-    Reading,
     label_option,
     modules_option,
     output_options,
     progress_bar,
-    reading_options,
     reference_option,
     transposed_option,
 )
+from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.show import print_json
 from lora_analysis.cli.spreading import analysis_executor, analysis_executor_options
 from lora_analysis.cli.writing import refuse_occupied

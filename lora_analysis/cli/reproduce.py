@@ -6,25 +6,13 @@ from pathlib import Path
 
 import click
 
-from lora_analysis.cli.options import output_options, progress_bar
+from lora_analysis.cli.options import demo_option, device_option, output_options, progress_bar
 from lora_analysis.cli.show import print_json
 
 
 @click.command(name="reproduce")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("lora-analysis-demo"),
-    show_default=True,
-    help="Folder of a demo; its trained adapters (runs/) are used, and trained where missing.",
-)
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    help="auto, cpu, cuda or mps; auto takes a GPU where there is one.",
-)
+@demo_option
+@device_option
 @output_options
 def command(output: Path, *, device: str, form: str) -> None:
     """Draw section 7 and appendix H of the LoRA paper, with its own values in the captions.

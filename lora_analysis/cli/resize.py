@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_analysis.cli.options import Reading, output_options, progress_bar, reading_options
+from lora_analysis.cli.options import output_options, progress_bar
+from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.writing import (
     one_size,
     refuse_occupied,

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_analysis.cli.options import output_options
+from lora_analysis.cli.options import device_option, output_options
 from lora_analysis.cli.show import print_facts, print_json
-from lora_analysis.errors import InputError, MalformedFileError
 
 if TYPE_CHECKING:
     from lora_analysis.training import RunEvent
@@ -97,7 +96,7 @@ def _column_options(command: Command) -> Command:
 @click.option("--max-length", type=int, help="Tokens after which a text is cut.  [default: 128]")
 @click.option("--limit", type=int, help="Rows to read at most.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any field; TOML.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")
+@device_option
 @click.option("--threads", type=int, help="CPU threads; torch's own number by default.")
 @click.option("--fsdp", is_flag=True, help="With torchrun: spread the frozen weights.")
 @click.option("--tracker", "trackers", multiple=True, help="tensorboard, trackio or wandb; repeat.")
@@ -126,6 +125,7 @@ def command(
     and that over --preset; --set reaches every field, as in --set loop.accumulate=4.
     On several GPUs: torchrun --nproc-per-node 4 -m lora_analysis train …, the same options.
     """
+    from lora_analysis.storage.documents import read_toml
     from lora_analysis.training import RunConfig, train_run
     from lora_analysis.training.presets import merged
     from lora_analysis.training.presets import preset as preset_fields
@@ -133,7 +133,7 @@ def command(
 
     check_trackers(trackers)
     tables = [preset_fields(preset)] if preset else []
-    tables += [_table(file)] if file else []
+    tables += [read_toml(file)] if file else []
     given = _nested({_FIELDS[key]: v for key, v in options.items() if v is not None})
     if data:
         given = merged(given, {"data": {"source": data}})
@@ -152,17 +152,6 @@ def command(
         )
     if os.environ.get("RANK", "0") == "0":
         _report(output, form)
-
-
-def _table(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        message = f"{path} cannot be read: {error.strerror}."
-        raise InputError(message) from error
-    except ValueError as error:
-        message = f"{path} is no TOML: {error}."
-        raise MalformedFileError(message) from error
 
 
 def _nested(fields: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""JSON from files that nobody vouches for."""
+"""JSON and TOML from files that nobody vouches for."""
 
 from __future__ import annotations
 
@@ -37,11 +37,34 @@ def read_json_object(path: Path, *, max_bytes: int = MAX_CONFIG_BYTES) -> dict[s
     SourceError
         It is not a regular file.
     """
+    return parse_json_object(_bounded(path, max_bytes), path, what="the file", constants=True)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the table that a TOML file holds.
+
+    Raises
+    ------
+    MalformedFileError
+        It is larger than a configuration may be, not UTF-8, or not TOML.
+    SourceError
+        It is not a regular file.
+    """
+    import tomllib
+
+    try:
+        return tomllib.loads(_bounded(path, MAX_CONFIG_BYTES).decode("utf-8"))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        message = f"{path} is not TOML: {error}."
+        raise MalformedFileError(message) from error
+
+
+def _bounded(path: Path, max_bytes: int) -> bytes:
     size = regular_file_size(path)
     if size > max_bytes:
         message = f"{path}: {size:,} bytes are too many for this file (limit {max_bytes:,})."
         raise MalformedFileError(message)
-    return parse_json_object(path.read_bytes(), path, what="the file", constants=True)
+    return path.read_bytes()
 
 
 def parse_json_object(raw: bytes, path: Path, *, what: str, constants: bool) -> dict[str, Any]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_analysis.errors import InputError, MalformedFileError
-from lora_analysis.storage.documents import regular_file_size
-from lora_analysis.storage.limits import MAX_CONFIG_BYTES
+from lora_analysis.errors import InputError
+from lora_analysis.storage.documents import read_toml
 from lora_analysis.training.axes import Point, axes_of, points, spelled_out
 from lora_analysis.training.config import RunConfig
 from lora_analysis.training.naming import named_runs
@@ -106,24 +104,12 @@ def read_plan(path: Path) -> SweepPlan:
     InputError
         A key is unknown (near names are given), a value wrong, or an axis empty.
     """
-    document = _parsed(path)
+    document = read_toml(path)
     try:
         return _plan(document, path)
     except InputError as error:
         message = f"{path}: {error}"
         raise type(error)(message) from error
-
-
-def _parsed(path: Path) -> dict[str, Any]:
-    size = regular_file_size(path)
-    if size > MAX_CONFIG_BYTES:
-        message = f"{path}: {size:,} bytes are too many (limit {MAX_CONFIG_BYTES:,})."
-        raise MalformedFileError(message)
-    try:
-        return tomllib.loads(path.read_bytes().decode("utf-8"))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        message = f"{path} is not TOML: {error}."
-        raise MalformedFileError(message) from error
 
 
 def _plan(document: Mapping[str, Any], path: Path) -> SweepPlan:
