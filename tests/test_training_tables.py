@@ -52,6 +52,15 @@ def test_e2e_is_a_prompt_and_a_completion(tmp_path: Path) -> None:
     assert "line 2: not of the form 'slots || reference'" in found.notes()[0]
 
 
+def test_e2e_is_told_by_its_lines(tmp_path: Path) -> None:
+    path = tmp_path / "train.txt"
+    path.write_text("name : X | type : pub||X is a pub .\nname : Y||Y .\n")
+    assert set(read_rows(path).rows[0][1]) == {"prompt", "completion"}
+    for text in ("a || b\n", "name : X | pub || X\n", "name : X ||\n", "name : X\n", "\n\nplain"):
+        path.write_text(f"name : X || X\n{text}")
+        assert set(read_rows(path).rows[0][1]) == {"text"}
+
+
 GLUE = {
     "cola": ("gj04\t1\t\tOur friends won't buy this.\nbc01\t0\t*\tThey drank the pub.\n", 2),
     "mrpc": ("Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\tHe \"said\tIt's so\n", 1),

@@ -77,7 +77,7 @@ def _noted(study: Study) -> Iterator[Finding]:
         for note in adapter.provenance.findings:
             noted.setdefault(note, []).append(adapter.label)
     for note, labels in noted.items():
-        yield Finding("limit", "file", f"{some(labels)}: {note}", {"adapters": labels})
+        yield Finding("limit", "file", f"{some(labels)}: {note}", {"adapters": len(labels)})
 
 
 def mismatched(study: Study) -> Iterator[Finding]:

@@ -68,7 +68,7 @@ def read_rows(path: Path, *, format: DataFormat = "auto", limit: int | None = No
     path
         The file.
     format
-        How it is read; ``"auto"`` goes by the end of its name.
+        How it is read; ``"auto"`` goes by the end of its name, and tells E2E's lines in a text.
     limit
         Rows to read at most.
 
@@ -82,6 +82,8 @@ def read_rows(path: Path, *, format: DataFormat = "auto", limit: int | None = No
         It is Parquet, and pyarrow is not installed.
     """
     kind = format if format != "auto" else _BY_SUFFIX.get(path.suffix.lower())
+    if format == "auto" and kind == "text" and _looks_as_e2e(path):
+        kind = "e2e"
     if kind is None or kind not in _READERS:
         message = (
             f"{path}: how to read it is not clear from its name. Pass a format "
@@ -223,6 +225,17 @@ def _e2e(path: Path) -> _Lines:
                 yield line, {"prompt": f"{slots.strip()} ||", "completion": f" {reference.strip()}"}
             else:
                 yield line, "not of the form 'slots || reference'"
+
+
+def _looks_as_e2e(path: Path) -> bool:
+    """Say whether the first lines are all E2E's, ``slot : value | … || reference``."""
+    with path.open(encoding="utf-8", errors="replace") as stream:
+        lines = [line for line in islice(stream, 8) if line.strip()]
+    parts = [line.partition("||") for line in lines]
+    return bool(lines) and all(
+        reference.strip() and all(" : " in slot for slot in slots.split("|"))
+        for slots, _, reference in parts
+    )
 
 
 _READERS: Final[Mapping[str, Callable[[Path], _Lines]]] = {
