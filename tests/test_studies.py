@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import reference
 from factories import adapter, low_rank_update, orthonormal, planted_update
+from safetensors.numpy import save_file
 
 from lora_analysis.adapter import Adapter, LowRankUpdate, Provenance
 from lora_analysis.bases import open_base
@@ -549,12 +550,17 @@ def test_unrelated_adapters_of_another_base_set_no_reference(sweep: list[Adapter
         for task in ("a", "b")
         for one, seed in zip(sweep[:2], (5, 6), strict=True)
     ]
-    said = {one.text for one in findings(study(ours)) if one.topic in ("seeds", "ranks")}
+    topics = ("seeds", "ranks", "runs", "shared seed", "largest")
+    alone = [[one for one in findings(study(some)) if one.topic in topics]
+             for some in (ours, alike)]  # fmt: skip
     mixed = findings(study([*ours, *alike]))
-    assert len(said) >= 2
-    for text in said:
-        if "rank 8" in text:
-            assert text in {one.text for one in mixed}
+    texts = {one.text for one in mixed}
+    assert {one.topic for one in alone[0]} == set(topics)
+    for own, base in zip(alone, ("first", "second"), strict=True):
+        # What is said of each base is what is said where it is alone: nothing is pooled.
+        for one in own:
+            assert one.text not in texts
+            assert one.text in {text.replace(f" on {base}", "") for text in texts}
     references = [one for one in mixed if one.topic == "reference"]
     assert [one.values["base"] for one in references] == ["first", "second"]
     first, second = (one.values["phi_1_1_output"] for one in references)
@@ -562,6 +568,36 @@ def test_unrelated_adapters_of_another_base_set_no_reference(sweep: list[Adapter
     assert isinstance(second, float)
     assert first < 0.2
     assert second > 0.8
+
+
+def test_the_reference_is_of_the_types_of_module_that_a_pair_has(rng: np.random.Generator) -> None:
+    """Unrelated adapters agree in ``up``: a pair that adapts ``q_proj`` alone is not held to it."""
+
+    def graded(name: str, label: str) -> LowRankUpdate:
+        one = low_rank_update(rng, 40, 40, 2, name=name, label=label)
+        return replace(one, B=one.B * [5, 1])  # so that its first direction is well defined
+
+    shared = graded("layers.0.up", "")
+
+    def made(label: str, names: list[str]) -> Adapter:
+        updates = {name: graded(name, label) for name in names}
+        if "layers.0.up" in updates:
+            updates["layers.0.up"] = replace(shared, label=label)
+        return Adapter(updates, label=label)
+
+    both = ["layers.0.q_proj", "layers.0.up"]
+    pair = [made("a", both[:1]), made("b", both)]
+    others = [made(f"other{i}", both) for i in range(3)]
+    result = study(pair, reference=others)
+    said = next(one for one in findings(result) if one.topic == "pairs")
+    rows = result.select(REFERENCE, "output")
+    assert rows["phi_1_1"].max() == pytest.approx(1)
+    own = rows.loc[rows["module_type"] == "q_proj", "phi_1_1"]
+    assert said.values["reference_output"] == pytest.approx(own.median())
+    elsewhere = study([made("a", ["layers.0.k_proj"]), made("b", ["layers.0.k_proj"])],
+                      reference=others)  # fmt: skip
+    said = next(one for one in findings(elsewhere) if one.topic == "pairs")
+    assert said.values["reason_output"] == "no reference"
 
 
 def test_what_is_held_against_the_reference_is_on_its_scale(rng: np.random.Generator) -> None:
@@ -585,3 +621,27 @@ def test_what_is_held_against_the_reference_is_on_its_scale(rng: np.random.Gener
     assert said.values["phi_1_1_output"] == pytest.approx(expected, abs=1e-12)
     assert said.values["above_chance_output"] is True
     assert said.values["above_chance_input"] is True
+
+
+def test_an_adapter_of_another_base_is_not_held_against_this_one(
+    sweep: list[Adapter], tmp_path: Path, rng: np.random.Generator
+) -> None:
+    weights = {f"{name}.weight": rng.standard_normal((48, 40)) for name in NAMES}
+    place = tmp_path / "first-awq"
+    place.mkdir()
+    save_file(weights, place / "model.safetensors")
+    ours = on_base(sweep[0], "somebody/First", "ours")
+    theirs = on_base(sweep[1], "somebody/first-instruct", "theirs")
+    result = study([ours, theirs, sweep[2]], base=open_base(place))
+    assert set(result.amplifications["adapter"]) == {"ours", sweep[2].label}
+    said = [one.text for one in findings(result) if one.topic == "other base"]
+    assert said == ["theirs names another base than first-awq: not held against it."]
+    # Where all name one base, it may lie on this disk under another name: held, and said.
+    alone = study([theirs], base=open_base(place))
+    assert set(alone.amplifications["adapter"]) == {"theirs"}
+    (one,) = (one for one in findings(alone) if one.topic == "other base")
+    assert "somebody/first-instruct" in one.text
+    assert not [one for one in findings(study([ours], base=open_base(place)))
+                if one.topic == "other base"]  # fmt: skip
+    unnamed = study([ours, theirs], base=open_base(weights))  # arrays have no name
+    assert set(unnamed.amplifications["adapter"]) == {"ours", "theirs"}

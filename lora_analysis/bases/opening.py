@@ -72,7 +72,7 @@ def open_base(
         return _open_live(source)
     if isinstance(source, Mapping):
         label = "the given arrays"
-        return BaseWeights(ArrayTensors(source, label), label=label)
+        return BaseWeights(ArrayTensors(source, label), label=label, name=None)
     if path := existing_path(source):
         return _open_stored(path, allow_pickle=allow_pickle)
     snapshot = fetch_model(source, allow_pickle=allow_pickle)
@@ -116,7 +116,8 @@ def _open_live(model: Any) -> BaseWeights:
     if isinstance(model_type, str):
         stated = {**stated, "model_type": model_type}
     label = type(model).__name__
-    return BaseWeights(LiveTensors(model, label), label=label, config=stated)
+    name = getattr(config, "_name_or_path", None) or None
+    return BaseWeights(LiveTensors(model, label), label=label, config=stated, name=name)
 
 
 def _snapshot(folder: Path) -> Path:

@@ -139,6 +139,8 @@ class BaseWeights:
         The model's ``config.json``; its ``model_type`` names the family.
     blocks
         Whether the writer has put interleaved fused rows into blocks (GGUF).
+    name
+        What the model is called, where that is not ``label``; None where nothing says so.
 
     Attributes
     ----------
@@ -155,8 +157,10 @@ class BaseWeights:
         label: str,
         config: Mapping[str, Any] | None = None,
         blocks: bool = False,
+        name: str | None = "",
     ) -> None:
         self.label = label
+        self.name = label if name == "" else name
         stated = (config or {}).get("model_type")
         self.model_type = stated if isinstance(stated, str) else None
         self._config = config or {}

@@ -156,7 +156,7 @@ def _print_storage(full: pd.DataFrame) -> None:
 
 
 # Findings that say how far the adapter's own numbers can be trusted.
-_OF_THE_FILE = ("damaged numbers", "file")
+_OF_THE_FILE = ("damaged numbers", "file", "other base")
 _NAMES = {
     "delta_norm": "‖ΔW‖",
     "weight_norm": "‖W‖",

@@ -37,6 +37,7 @@ _MAKERS: tuple[Callable[[Study], Iterator[Finding]], ...] = (
     runs.largest,
     runs.trajectories,
     notes.unmatched,
+    weights.other_base,
     weights.quantised,
     weights.amplified,
     weights.energy,

@@ -116,6 +116,11 @@ def plural(count: int, word: str) -> str:
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
+def on(base: str) -> str:
+    """Return " on gpt2", or nothing where a study has one base."""
+    return f" on {base}" if base else ""
+
+
 def level(rows: pd.DataFrame, *, above_chance: bool | None = None) -> Level | None:
     """Return the level of φ(1, 1) over rows of ``Study.similarities``; None if none count.
 

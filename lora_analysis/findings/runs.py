@@ -9,17 +9,19 @@ import numpy as np
 
 from lora_analysis import chance
 from lora_analysis.errors import InputError
-from lora_analysis.findings.levels import Finding, number, plural
+from lora_analysis.findings.levels import Finding, number, on, plural
 from lora_analysis.studies import EARLIER, OTHER_BASE, REFERENCE, SAME_RUN, Study
+from lora_analysis.studies.bases import per_base, runs_per_base
+from lora_analysis.studies.labels import MISFIT
 from lora_analysis.studies.relations import base_key
 
 if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
+    from lora_analysis.adapter import Adapter
     from lora_analysis.studies import RunInference
 
-# With fewer values a maximum is one of the numbers that lead anyway.
 _MANY = 8
 
 
@@ -27,23 +29,24 @@ def inference(study: Study) -> Iterator[Finding]:
     """Hold runs of one task against runs of other tasks, rank by rank, with the run as the unit."""
     one_dimension = study.similarities["dimension"].nunique() <= 1
     quantity = "omega" if one_dimension else "excess_r_r"
-    for rank in sorted({int(one) for one in study.runs["rank"].dropna()}):
-        try:
-            found = study.run_inference(quantity=quantity, rank=rank)
-        except InputError:
-            continue  # a rank of one task, or of one run each, has nothing to relabel
-        if not np.isnan([found.within[1], found.between[1]]).any():
-            yield _inferred(found, rank)
+    for base, runs in runs_per_base(study):
+        for rank in sorted({int(one) for one in runs["rank"].dropna()}):
+            try:
+                found = study.run_inference(quantity=quantity, rank=rank, base=base or None)
+            except InputError:
+                continue  # a rank of one task, or of one run each, has nothing to relabel
+            if not np.isnan([found.within[1], found.between[1]]).any():
+                yield _inferred(found, rank, base)
 
 
-def _inferred(found: RunInference, rank: int) -> Finding:
+def _inferred(found: RunInference, rank: int, base: str) -> Finding:
     name = "ω" if found.quantity == "omega" else "φ(r,r) above chance"
     test = found.permutation
     spread = found.standard_error if test.allows_interval else None
     error = "" if spread is None else f" (jackknife over the runs: standard error {number(spread)})"
     at_least = chance.p_value_text(test.smallest_p_value)
     text = (
-        f"Run by run at rank {rank} ({plural(found.n, 'run')} of "
+        f"Run by run at rank {rank}{on(base)} ({plural(found.n, 'run')} of "
         f"{plural(len(set(found.tasks)), 'task')}): median {name} on the output side is "
         f"{_quartiles(found.within)} between runs of one task and {_quartiles(found.between)} "
         f"between runs of different tasks; the means differ by {number(test.difference)}{error}. "
@@ -53,6 +56,7 @@ def _inferred(found: RunInference, rank: int) -> Finding:
     if test.smallest_p_value > 0.05:
         text += " With more runs it could say more."
     values = {
+        **({"base": base} if base else {}),
         "rank": rank,
         "runs": found.n,
         "within": float(found.within[1]),
@@ -105,20 +109,27 @@ def last_steps(study: Study) -> Iterator[pd.DataFrame]:
 
 
 def largest(study: Study) -> Iterator[Finding]:
-    """Name the largest overlap of all, as the largest of M, beside what M random ones reach."""
+    """Name the largest overlap on each base, as the largest of M, beside what M random ones reach.
+
+    Where there are few, a maximum is one of the numbers that lead anyway.
+    """
     rows = study.similarities
     rows = rows[(rows["side"] == "output") & (rows["ill_defined_1_1"] == "")]
     rows = rows[(rows["start"] != "same run") & ~rows["relation"].isin([SAME_RUN, EARLIER])]
-    others = rows[rows["relation"] == REFERENCE]
-    rows = rows[~rows["relation"].isin([REFERENCE, OTHER_BASE])]
-    if len(rows) < _MANY:
-        return
+    for base, own in per_base(study, rows[rows["relation"] != OTHER_BASE]):
+        others = own[own["relation"] == REFERENCE]
+        chosen = own[own["relation"] != REFERENCE]
+        if len(chosen) >= _MANY:
+            yield _largest(chosen, others, base)
+
+
+def _largest(rows: pd.DataFrame, others: pd.DataFrame, base: str) -> Finding:
     top = rows.loc[_excess(rows).idxmax()]
     expected = max(
         chance.similarity_maximum(int(d), 1, 1, len(own)) for d, own in rows.groupby("dimension")
     )
     text = (
-        f"The largest φ(1,1) on the output side is the largest of {len(rows)}: "
+        f"The largest φ(1,1) on the output side{on(base)} is the largest of {len(rows)}: "
         f"{number(top['phi_1_1'])} in {top['module']} of {top['a']} and {top['b']}. The largest of "
         f"so many random ones is {number(expected)} on average"
     )
@@ -126,7 +137,7 @@ def largest(study: Study) -> Iterator[Finding]:
         best = others.loc[_excess(others).idxmax(), "phi_1_1"]
         text += f", of the {len(others)} unrelated ones it is {number(best)}"
     values = {"phi_1_1": float(top["phi_1_1"]), "count": len(rows), "expected_maximum": expected}
-    yield Finding("result", "largest", f"{text}.", values | {"module": str(top["module"])})
+    return Finding("result", "largest", f"{text}.", values | {"module": str(top["module"])})
 
 
 def _excess(rows: pd.DataFrame) -> pd.Series:
@@ -162,9 +173,13 @@ def bases(study: Study) -> Iterator[Finding]:
 
 
 def ungrouped(study: Study) -> Iterator[Finding]:
-    """Name the adapters whose task or seed is not known, where there are several adapters."""
+    """Name the adapters whose task or seed is not known, where there are several adapters.
+
+    Not those whose name does not fit the user's pattern: a note on the file says so.
+    """
     runs = study.runs[~study.runs["adapter"].isin(study.reference)]
     unknown = list(runs.loc[runs["task"].isna() | runs["seed"].isna(), "adapter"])
+    unknown = [label for label in unknown if not _misfit(study.adapters[label])]
     if len(runs) < 2 or not unknown:
         return
     one = "it was trained"
@@ -180,6 +195,11 @@ def ungrouped(study: Study) -> Iterator[Finding]:
         'a manifest.json beside the adapter ({"task": ..., "seed": ...}).'
     )
     yield Finding("limit", "not grouped", text, {"adapters": len(unknown)})
+
+
+def _misfit(adapter: Adapter) -> bool:
+    """Say whether a note on the adapter says already that its name tells nothing."""
+    return any(note.startswith(MISFIT) for note in adapter.provenance.findings)
 
 
 def chosen(study: Study) -> Iterator[Finding]:

@@ -6,10 +6,38 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lora_analysis.findings.levels import Finding, number
+from lora_analysis.findings.runs import some
 from lora_analysis.studies import Study
+from lora_analysis.studies.bases import other_bases, strange_name
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+def other_base(study: Study) -> Iterator[Finding]:
+    """Say which adapters are not held against the base, and where it may be another model."""
+    runs = study.runs[~study.runs["adapter"].isin(study.reference)]
+    named = {
+        label: name if isinstance(name, str) else None
+        for label, name in zip(runs["adapter"], runs["base_model"], strict=True)
+    }
+    base = study.base
+    if base is None:
+        return
+    left = sorted(other_bases(named, base), key=list(named).index)
+    if left:
+        text = (
+            f"{some(left)} {'names' if len(left) == 1 else 'name'} another base than {base.name}: "
+            "not held against it."
+        )
+        yield Finding("limit", "other base", text, {"adapters": len(left)})
+    elif name := strange_name(named, base):
+        text = (
+            f"The adapters name {name} as their base; the one they are held against is called "
+            f"{base.name}. If these are two models (versions of one have the same shapes), what is "
+            "measured against W means nothing."
+        )
+        yield Finding("limit", "other base", text, {"named": name, "given": base.name})
 
 
 def amplified(study: Study) -> Iterator[Finding]:

@@ -112,13 +112,22 @@ def verdicts_table(said: Sequence[Finding]) -> ReportTable | None:
                 names = ("phi_1_1", "reference", "chance")
                 numbers = (_small(values[f"{name}_{side}"]) for name in names)
                 verdict = _VERDICTS[values[f"verdict_{side}"]]  # type: ignore[index]
-                rows.append((str(values["subject"]), side, verdict, *map(cell, numbers)))
+                above = values[f"above_reference_95_{side}"]
+                share = "–" if above is None else f"{above} of {values[f'values_{side}']}"
+                subject = str(values["subject"])
+                rows.append((subject, side, verdict, share, *map(cell, numbers)))
     if not rows:
         return None
-    above = any(one.values.get("above_chance_output") for one in single)
-    name = "φ(1,1) above chance" if above else "φ(1,1)"
-    columns = ("comparison", "side", "first direction", name, "unrelated pairs", "chance")
-    caption = f"Medians of {name} over modules and pairs, beside those of the reference."
+    excess = any(one.values.get("above_chance_output") for one in single)
+    name = "φ(1,1) above chance" if excess else "φ(1,1)"
+    columns = ("comparison", "side", "first direction", "above 95 % of unrelated", name,
+               "unrelated pairs", "chance")  # fmt: skip
+    caption = (
+        f"Medians of {name} over modules and pairs, beside those of the reference. The verdict "
+        "rests on how many of the values, one per module and pair, lie above 95 % of the "
+        "reference's: shared from half on (and every pair's median above every reference pair's), "
+        "partly shared from a quarter on, where 5 % do among unrelated pairs."
+    )
     return ReportTable("verdicts", caption, columns, tuple(rows), 3)
 
 

@@ -193,9 +193,14 @@ def _title(study: Study) -> str:
 
 def _lead(study: Study) -> str:
     modules = study.spectra["module"].nunique()
-    pairs = plural(len(study.pairs), "pair")
-    compared = f", {pairs} compared on both sides, each beside chance" if len(study.pairs) else ""
-    against = f" Held against {study.base.label}." if study.base else " No base weights were given."
-    return (
-        f"{plural(len(study.adapters), 'adapter')}, {plural(modules, 'module')}{compared}.{against}"
-    )
+    found = f"{plural(len(study.adapters), 'adapter')}, {plural(modules, 'module')}"
+    compared = study.compared_pairs
+    if compared:
+        found += f", {plural(compared, 'pair')} compared on both sides, each beside chance"
+    if left := len(study.pairs) - compared:
+        found += (
+            f"{';' if compared else ','} {plural(left, 'pair')} with nothing to compare (an "
+            "untrained adapter, or no module in common)"
+        )
+    against = f"Held against {study.base.label}." if study.base else "No base weights were given."
+    return f"{found}. {against}"

@@ -83,6 +83,7 @@ def run_inference(
     quantity: str = "omega",
     side: Side = "output",
     rank: int | None = None,
+    base: str | None = None,
     draws: int = 9999,
     seed: int = 0,
 ) -> RunInference:
@@ -105,6 +106,8 @@ def run_inference(
         The output side says more: the input side is diluted by the initial A.
     rank
         Only runs of this rank.
+    base
+        Only runs of this base model, by its name.
     draws, seed
         Random relabellings, where all would be more than 20,000.
 
@@ -123,7 +126,7 @@ def run_inference(
     the study, ask for one at a time with ``rank``.
     """
     _check_columns(quantity, side)
-    runs = _known_runs(study, rank)
+    runs = _known_runs(study, rank, base)
     duplicates = _duplicates(study.pairs, runs)
     runs = runs[~runs["adapter"].isin([lost for lost, _ in duplicates])]
     labels = tuple(str(one) for one in runs["adapter"])
@@ -158,10 +161,12 @@ def _check_columns(quantity: str, side: str) -> None:
     raise InputError(message)
 
 
-def _known_runs(study: Study, rank: int | None) -> pd.DataFrame:
+def _known_runs(study: Study, rank: int | None, base: str | None) -> pd.DataFrame:
     """Return the rows of runs that may be relabelled."""
     runs = study.runs[~study.runs["adapter"].isin(study.reference) & ~study.runs["earlier"]]
     runs = runs[runs["adapter"].isin(study.tabulated)]  # the others have no pairs
+    if base is not None:
+        runs = runs[runs["base_model"].map(base_key, na_action="ignore") == base_key(base)]
     known = runs.dropna(subset=["task", "seed"])
     if known.empty:
         message = (
@@ -179,7 +184,7 @@ def _known_runs(study: Study, rank: int | None) -> pd.DataFrame:
     if len(bases) > 1:
         message = (
             f"The runs adapt {len(bases)} base models ({', '.join(bases[:4])}): directions of "
-            "different bases have nothing to do with each other. Make one study for each."
+            "different bases have nothing to do with each other. Ask for one at a time with base=."
         )
         raise InputError(message)
     return chosen

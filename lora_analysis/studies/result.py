@@ -90,9 +90,14 @@ class Study:
         columns = ["adapter", *known, "modules", "norm"]
         rows = [[row[c] for c in columns] for row in self.runs.head(SHOWN).to_dict("records")]
         left = len(self.runs) - len(rows)
-        note = f"{len(self.pairs)} pairs compared" + (f"; {left} more adapters" if left else "")
+        note = f"{self.compared_pairs} pairs compared" + (f"; {left} more adapters" if left else "")
         title = f"Study of {len(self.adapters)} adapters"
         return html_table(title, columns, rows, f"{note}. write_report(study, path) shows all.")
+
+    @property
+    def compared_pairs(self) -> int:
+        """How many pairs have a number: both trained, in a module that both have."""
+        return int(self.similarities.groupby(["a", "b"]).ngroups) if len(self.similarities) else 0
 
     def grid(
         self, a: str, b: str, module: str, *, side: Side = "input", factor: Factor = "delta"
@@ -120,7 +125,12 @@ class Study:
         return table[(table["relation"] == relation) & (table["side"] == side)]
 
     def run_inference(
-        self, *, quantity: str = "omega", side: Side = "output", rank: int | None = None
+        self,
+        *,
+        quantity: str = "omega",
+        side: Side = "output",
+        rank: int | None = None,
+        base: str | None = None,
     ) -> RunInference:
         """Return whether runs of one task agree more than runs of others; see `run_inference`."""
-        return run_inference(self, quantity=quantity, side=side, rank=rank)
+        return run_inference(self, quantity=quantity, side=side, rank=rank, base=base)

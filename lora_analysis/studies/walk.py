@@ -21,6 +21,7 @@ from lora_analysis.initialisation import ModuleStart, StartEvidence, module_star
 from lora_analysis.intruders import intruder_dimensions
 from lora_analysis.pairwise import ModulePairs, module_pairs, pair_angles
 from lora_analysis.spectra import SIDES, Spectrum, spectrum, weight_svd
+from lora_analysis.studies.bases import other_bases
 from lora_analysis.studies.choice import choose_pairs
 from lora_analysis.studies.rows import change_rows, spectrum_row
 from lora_analysis.weight_changes import magnitude_direction
@@ -91,7 +92,9 @@ class Walk:
         most: int,
     ) -> None:
         self.adapters = (*adapters, *reference)
-        self.analysed = {adapter.label for adapter in adapters}
+        named = {adapter.label: adapter.provenance.base_model for adapter in adapters}
+        self.analysed = set(named)
+        self.measured = self.analysed - other_bases(named, base)
         self.base = base
         self.draws = draws
         self.transposed = transposed
@@ -147,7 +150,7 @@ class Walk:
             by_label = {s.label: updates[at] for at, s in spectra.items()}
             by_weight: dict[str, list[Spectrum]] = {}
             for at, s in spectra.items():
-                if s.label in self.analysed and not s.untrained:
+                if s.label in self.measured and not s.untrained:
                     by_weight.setdefault(_base_name(updates[at]) or module, []).append(s)
             for name, own in by_weight.items():
                 self._amplify(module, name, own, visit, by_label)
