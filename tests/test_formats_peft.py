@@ -25,6 +25,7 @@ from lora_analysis.errors import (
     UnsupportedMethodError,
 )
 from lora_analysis.formats import find_adapters, read_adapter, write_adapter
+from lora_analysis.formats.sources import label_of
 
 CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"]}
 Q = "base_model.model.layers.0.q"
@@ -794,3 +795,19 @@ def test_real_peft_folders_read_with_their_ranks_and_scales(real_adapters: Path)
     assert labels == [
         f"qwen2.5-peft/{name}" for name in ("checkpoint-23", "checkpoint-46", "final")
     ]
+
+
+@pytest.mark.parametrize(
+    ("place", "label"),
+    [
+        ("sst2", "sst2"),
+        ("sst2/final", "sst2/final"),
+        ("imdb/lora_adapter", "imdb/lora_adapter"),
+        ("imdb/model/checkpoint-500", "imdb/model/checkpoint-500"),
+        ("a/b/output/best_model/checkpoint-9", "output/best_model/checkpoint-9"),
+        ("imdb/pytorch_lora_weights.safetensors", "imdb/pytorch_lora_weights"),
+        ("x/model_of_ours/model_of_theirs", "model_of_theirs"),
+    ],
+)
+def test_a_name_that_says_nothing_takes_the_folder_above(place: str, label: str) -> None:
+    assert label_of(Path("/somewhere") / place) == label

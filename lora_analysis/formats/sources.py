@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
     from lora_analysis.formats.initial import StartOf
     from lora_analysis.storage.tensors import NamedTensors
 
+# Names of folders and files that say nothing of what was trained: the folder above does.
+_SAYS_NOTHING = (
+    "adapters?|lora|peft|final|best|last|latest|checkpoints?|outputs?|results?|models?|weights"
+    "|trainer|trained|default|epoch|step|pytorch"
+)
 _GENERIC = re.compile(
-    r"(\d+[-_])?(adapters?|lora|final|best|last|latest|checkpoints?|output|model|default|epoch|step"
-    r"|pytorch_lora_weights)"
-    r"([-_]?\d+)?",
-    re.IGNORECASE,
+    rf"(\d+[-_])?({_SAYS_NOTHING})([-_]({_SAYS_NOTHING}))*([-_]?\d+)?", re.IGNORECASE
 )
 
 _CHECKPOINT = re.compile(r"(?:checkpoint|ckpt|step|global_step)[-_]?(\d{1,12})", re.IGNORECASE)
@@ -174,14 +177,18 @@ def place_of(source: str | os.PathLike[str] | AdapterRef, *, allow_pickle: bool 
 
 
 def label_of(path: Path, name: str | None = None) -> str:
-    """Return a short name: the file's stem or the folder's name, with its parent where generic.
+    """Return a short name: the file's stem or the folder's name, with those above where generic.
 
-    ``final``, ``checkpoint-23`` and their like say nothing without the folder they lie in.
+    ``final``, ``checkpoint-23`` and their like say nothing without the folder they lie in; at
+    most two are added.
     """
-    resolved = path.absolute()
-    own = resolved.stem if resolved.suffix in CONTAINER_SUFFIXES else _name_of(resolved)
-    if _GENERIC.fullmatch(own) and resolved.parent.name:
-        own = f"{_name_of(resolved.parent)}/{own}"
+    place = path.absolute()
+    first = own = place.stem if place.suffix in CONTAINER_SUFFIXES else _name_of(place)
+    for folder in islice(place.parents, 2):
+        if not _GENERIC.fullmatch(first) or not folder.name:
+            break
+        first = _name_of(folder)
+        own = f"{first}/{own}"
     return whole_characters(own if name is None else f"{own}#{name}")
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from lora_analysis import plots
 from lora_analysis.chance import excess
 from lora_analysis.findings import level, number
+from lora_analysis.findings.levels import on
 from lora_analysis.plots.panels import SMALL_CHANCE
 from lora_analysis.report.selection import (
     common_modules,
@@ -21,6 +22,7 @@ from lora_analysis.report.selection import (
 from lora_analysis.similarity import random_similarity
 from lora_analysis.spectra import SIDES, Side
 from lora_analysis.studies import REFERENCE, SHARED_SEED, Relation
+from lora_analysis.studies.bases import per_base
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -147,10 +149,12 @@ def level_figures(study: Study) -> Iterator[ReportFigure]:
             continue
         above = own["dimension"].nunique() > 1  # then chance differs from module to module
         values = excess(own["phi_1_1"], own["chance_1_1"]) if above else own["phi_1_1"].to_numpy()
+        own = own.assign(value=values)
         groups = {
-            label: values[own["relation"] == relation]
+            f"{label}{on(base)}": rows.loc[rows["relation"] == relation, "value"].to_numpy()
+            for base, rows in per_base(study, own)
             for relation, label in _GROUPS.items()
-            if (own["relation"] == relation).any()
+            if (rows["relation"] == relation).any()
         }
         chance = 0.0 if above else float(own["chance_1_1"].iloc[0])
         what = "φ(1,1) above chance" if above else "φ(1,1)"

@@ -10,11 +10,13 @@ import numpy as np
 from lora_analysis import plots
 from lora_analysis.chance import excess
 from lora_analysis.findings import number
+from lora_analysis.findings.levels import on, plural
 from lora_analysis.findings.runs import last_steps
 from lora_analysis.plots.heatmap import EXCESS_LIMITS
 from lora_analysis.report.figures import ReportFigure
 from lora_analysis.report.selection import drawn_pairs, most_telling
-from lora_analysis.studies import REFERENCE
+from lora_analysis.studies import EARLIER, REFERENCE, SAME_RUN
+from lora_analysis.studies.bases import per_base
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,10 +28,18 @@ MODULES_DRAWN = 40
 
 
 def map_figures(study: Study) -> Iterator[ReportFigure]:
-    """Yield φ(1, 1) and φ(r, r) above chance by layer and type, for either side."""
-    rows, whom = _mapped(study)
-    if rows.empty or rows["module"].nunique() < 3:
-        return
+    """Yield φ(1, 1) and φ(r, r) above chance by layer and type, for either side of each base."""
+    drawn = 0
+    for base, of_base in per_base(study, study.similarities):
+        rows, whom = _mapped(of_base)
+        if rows["module"].nunique() >= 3:
+            drawn += 1
+            yield _map_figure(
+                rows, f"{whom}{on(base)}", "modules" if drawn == 1 else f"modules_{drawn}"
+            )
+
+
+def _map_figure(rows: pd.DataFrame, whom: str, name: str) -> ReportFigure:
     maps = [[_map(rows, side, cell) for cell in ("1_1", "r_r")] for side in ("output", "input")]
     spoken = "; ".join(
         f"{side} side {name}: median {number(float(np.nanmedian(one.data)))}"
@@ -37,8 +47,8 @@ def map_figures(study: Study) -> Iterator[ReportFigure]:
         for name, one in zip(("φ(1,1)", "φ(r,r)"), row, strict=True)
         if np.isfinite(one.data).any()
     )
-    yield ReportFigure(
-        name="modules",
+    return ReportFigure(
+        name=name,
         title="The whole model.",
         caption=(
             f"φ above chance, (φ − c)/(1 − c), by layer and type of module: medians over {whom}. "
@@ -49,15 +59,15 @@ def map_figures(study: Study) -> Iterator[ReportFigure]:
     )
 
 
-def _mapped(study: Study) -> tuple[pd.DataFrame, str]:
+def _mapped(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """Return the rows behind the maps, and who they are: one task's pairs, else all pairs."""
-    table = study.similarities
-    table = table[table["start"] != "same run"]
+    table = table[(table["start"] != "same run") & ~table["relation"].isin([SAME_RUN, EARLIER])]
     same = table[table["relation"].str.startswith("same task")]
     if len(same):
-        return same, f"{same.groupby(['a', 'b']).ngroups} pair(s) of one task"
+        return same, f"{plural(same.groupby(['a', 'b']).ngroups, 'pair')} of one task"
     rest = table[table["relation"].isin(["unknown", REFERENCE])]
-    return rest, f"{rest.groupby(['a', 'b']).ngroups} pair(s), relation not known or other task"
+    pairs = plural(rest.groupby(["a", "b"]).ngroups, "pair")
+    return rest, f"{pairs}, relation not known or other task"
 
 
 def _map(rows: pd.DataFrame, side: str, cell: str) -> ModuleMap:

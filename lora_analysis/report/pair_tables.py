@@ -9,6 +9,7 @@ import numpy as np
 from lora_analysis.findings import Finding, number
 from lora_analysis.report.tables import ReportTable, cell
 from lora_analysis.studies import REFERENCE, SHARED_SEED
+from lora_analysis.studies.bases import per_base, several_bases
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,20 +41,25 @@ def overlap_table(study: Study) -> ReportTable | None:
             for a, b in zip(study.similarities["a"], study.similarities["b"], strict=True)
         ]
     )
+    table = table[table["start"] != "same run"]  # one sample, no pair
     rows = []
-    for relation in _ORDER:
-        for side in ("output", "input"):
-            own = table[(table["relation"] == relation) & (table["side"] == side)]
-            for (pair_ranks, d), group in own.groupby(["ranks", "dimension"], sort=False):
-                rows.append(_overlap_row(relation, side, f"{pair_ranks}", str(d), group))
-    columns = ("relation", "side", "ranks", "d", "pairs", "φ(1,1)", "chance", "φ(r,r)", "chance",
-               "ω", "chance")  # fmt: skip
+    for base, of_base in per_base(study, table):
+        for relation in _ORDER:
+            for side in ("output", "input"):
+                own = of_base[(of_base["relation"] == relation) & (of_base["side"] == side)]
+                for (pair_ranks, d), group in own.groupby(["ranks", "dimension"], sort=False):
+                    row = _overlap_row(relation, side, f"{pair_ranks}", str(d), group)
+                    rows.append((base, *row) if base else row)
+    several = ("base",) if several_bases(study) else ()
+    columns = (*several, "relation", "side", "ranks", "d", "pairs", "φ(1,1)", "chance",
+               "φ(r,r)", "chance", "ω", "chance")  # fmt: skip
     caption = (
-        "Medians over modules and pairs. d: dimension of the space; ω: energy-weighted overlap. "
+        "Medians over modules and pairs, without pairs that are one run. d: dimension of the "
+        "space; ω: energy-weighted overlap. "
         f"“{REFERENCE}” is the reference; “{SHARED_SEED}” shares its initial A, so its input side "
         "is an artefact."
     )
-    return ReportTable("overlaps", caption, columns, tuple(rows), 3)
+    return ReportTable("overlaps", caption, columns, tuple(rows), 3 + len(several))
 
 
 def _overlap_row(
@@ -169,15 +175,32 @@ def runs_table(study: Study) -> ReportTable | None:
     pairs = table.groupby(["a", "b"], sort=False)[measured].median().reset_index()
     pairs = pairs.assign(task=pairs["a"].map(runs["task"]), rank=pairs["a"].map(runs["rank"]))
     rows = []
-    for (task, rank), own in pairs.groupby(["task", "rank"], sort=False):
+    several = ("base",) if several_bases(study) else ()
+    groups = (
+        (base, *key, own)
+        for base, of_base in per_base(study, pairs)
+        for key, own in of_base.groupby(["task", "rank"], sort=False)
+    )
+    for base, task, rank, own in groups:
         seeds = len(set(own["a"]) | set(own["b"]))
         low, high = own["omega"].quantile([0.25, 0.75])
         spread = f"{number(low)} to {number(high)}" if seeds >= 3 else "–"
         medians = (number(float(own[name].median())) for name in measured)
-        rows.append((str(task), str(int(rank)), str(seeds), *medians, spread))
-    columns = ("task", "rank", "seeds", "φ(1,1)", "chance", "ω", "chance", "quartiles of ω")
+        row = (str(task), str(int(rank)), str(seeds), *medians, spread)
+        rows.append((base, *row) if several else row)
+    columns = (
+        *several,
+        "task",
+        "rank",
+        "seeds",
+        "φ(1,1)",
+        "chance",
+        "ω",
+        "chance",
+        "quartiles of ω",
+    )
     caption = (
         "Two seeds of one task and rank, output side: medians over modules, then over pairs of "
         "runs, each beside isotropic chance. Quartiles over pairs of runs from three seeds on."
     )
-    return ReportTable("seeds", caption, columns, tuple(rows))
+    return ReportTable("seeds", caption, columns, tuple(rows), 1 + len(several))

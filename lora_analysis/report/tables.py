@@ -10,7 +10,8 @@ import pandas as pd
 
 from lora_analysis.findings import number
 from lora_analysis.showing import printable
-from lora_analysis.studies import REFERENCE
+from lora_analysis.studies import EARLIER, REFERENCE, SAME_RUN
+from lora_analysis.studies.bases import bases_of, several_bases
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -134,36 +135,46 @@ def spectra_table(study: Study) -> ReportTable:
 
 
 def kinds_table(study: Study) -> ReportTable | None:
-    """Return medians by type of module: how alike, how many directions, against W."""
+    """Return medians by base and type of module: how alike, how many directions, against W."""
     spectra = study.spectra[study.spectra["numerical_rank"] > 0]
     if spectra.empty:
         return None
-    table = spectra.groupby("module_type", sort=False).agg(
+    keys = ["base", "module_type"]
+    spectra = spectra.assign(base=bases_of(study, spectra["adapter"]))
+    table = spectra.groupby(keys, sort=False).agg(
         modules=("module", "nunique"),
         stable_rank=("stable_rank", "median"),
         energy_rank_90=("energy_rank_90", "median"),
     )
     names = {"stable_rank": "stable rank", "energy_rank_90": "90 % of energy"}
     rows = study.similarities
-    rows = rows[(rows["start"] != "same run") & (rows["relation"] != REFERENCE)]
+    rows = rows[
+        (rows["start"] != "same run") & ~rows["relation"].isin([REFERENCE, SAME_RUN, EARLIER])
+    ]
+    rows = rows.assign(base=bases_of(study, rows["a"]))
     for side in ("output", "input"):
         own = rows[(rows["side"] == side) & ~(rows["shared_start"] & (side == "input"))]
         for value, name in (("phi_1_1", "φ(1,1)"), ("omega", "ω")):
             if len(own):
-                table[value + side] = own.groupby("module_type")[value].median()
+                table[value + side] = own.groupby(keys)[value].median()
                 names[value + side] = f"{name} {side[:-3]}"
     full = study.amplifications
     if len(full):
-        full = full[full["at_rank"]].groupby("module_type")
+        full = full[full["at_rank"]]
+        full = full.assign(base=bases_of(study, full["adapter"])).groupby(keys)
         table["enrichment"] = full["enrichment"].median()
         table["relative"] = full["relative_norm"].median()
         names["relative"] = "‖ΔW‖/‖W‖"
-    table = table.rename(columns=names).reset_index(names="type of module")
+    table = table.rename(columns=names).reset_index()
+    several = several_bases(study)
+    if not several:
+        del table["base"]
+    table = table.rename(columns={"module_type": "type of module"})
     caption = (
-        "Medians over modules and adapters, and over pairs that are no reference; shared starts "
-        "left out on the input side."
+        "Medians over modules and adapters, and over pairs that are no reference nor one run; "
+        "shared starts left out on the input side."
     )
-    return ReportTable("types", caption, tuple(table.columns), _rows(table))
+    return ReportTable("types", caption, tuple(table.columns), _rows(table), 1 + several)
 
 
 # A spreadsheet takes the wide ones for the same.
