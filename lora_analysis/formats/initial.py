@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -39,6 +39,8 @@ class StartRequest:
     update: LowRankUpdate
 
 
+# Their first factors are made of W's own directions.
+_STARTS_IN_W: Final = ("pissa", "olora", "corda")
 Factors = tuple["NDArray[Any]", "NDArray[Any]"]
 StartOf = Callable[[StartRequest], Factors]
 
@@ -60,6 +62,17 @@ def less_starts(
 ) -> dict[str, Callable[[], LowRankUpdate]]:
     """Return loaders of the updates less their starts; nothing is read yet."""
     return {name: partial(less_start, load, start, method) for name, load in loaders.items()}
+
+
+def subtracted_note(method: str) -> str:
+    """Return what is to be known of an update less its start, for those that start in W too."""
+    said = f"The product that {method} started from is subtracted: ΔW has rank 2r."
+    if method.lower().startswith(_STARTS_IN_W):
+        said += (
+            " It began in directions of W, so that its enrichment and its energy in W's leading "
+            "directions lie above chance by that alone."
+        )
+    return said
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +121,7 @@ def adapter_less_start(adapter: Adapter, start: StartOf, methods: Mapping[str, s
         load = partial(adapter.__getitem__, name)
         method = methods.get(name)
         loaders[name] = load if method is None else partial(less_start, load, start, method)  # type: ignore[arg-type]
-    said = "The product that training started from is subtracted: ΔW has rank 2r."
+    said = subtracted_note(next(iter(methods.values()), "training"))
     source = adapter.provenance
     return Adapter(
         loaders,

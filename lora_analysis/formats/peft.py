@@ -28,7 +28,7 @@ from lora_analysis.formats.factors import (
     update_loaders,
 )
 from lora_analysis.formats.fused_parts import FUSED_PARTS, parted
-from lora_analysis.formats.initial import StoredStart, check_start, less_starts
+from lora_analysis.formats.initial import StoredStart, check_start, less_starts, subtracted_note
 from lora_analysis.formats.peft_config import CONFIG_NAME, PeftConfig, read_peft_config
 from lora_analysis.formats.peft_keys import SortedKeys, sort_keys
 from lora_analysis.formats.peft_pairs import ModulePairs, divided_scale, module_pairs
@@ -197,7 +197,7 @@ def _start_needed(config: PeftConfig) -> UnsupportedMethodError:
 def _start_findings(config: PeftConfig, start: StartOf | None) -> list[str]:
     if start is not None:
         name = config.subtracted or "an initialisation the caller names"
-        return [f"The product that {name} started from is subtracted: ΔW has rank 2r."]
+        return [subtracted_note(name)]
     if config.start == "mica":
         return [
             "MiCA: B is not trained, it holds the base weight's last left singular vectors; the "
