@@ -16,7 +16,7 @@ from factories import low_rank_update
 from lora_analysis import LowRankUpdate, read_adapter, write_adapter
 from lora_analysis.adapter import Adapter, Provenance
 from lora_analysis.errors import InputError, OutputError
-from lora_analysis.storage.atomic import write_together
+from lora_analysis.storage.atomic import write_atomic, write_together
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="ends processes as POSIX does")
 
@@ -188,6 +188,41 @@ def test_a_full_disk_leaves_the_old_files(tmp_path: Path) -> None:
         }
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {one.name: one.read_bytes() for one in folder.iterdir() if one.is_file()}
+
+
+def test_a_set_that_cannot_take_its_names_leaves_the_old_one(tmp_path: Path) -> None:
+    first, second, mark = (tmp_path / name for name in ("weights", "more", "mark"))
+    write_together({second: b"old", mark: b"old"})
+    first.mkdir()  # a folder in the place of a file
+    with pytest.raises(OutputError, match="What was there before is untouched"):
+        write_together({first: b"new", second: b"new", mark: b"new"})
+    assert contents_of(tmp_path) == {"more": b"old", "mark": b"old"}
+    with pytest.raises(OutputError, match="more is new and stands without it"):
+        write_together({second: b"new", first: b"new", mark: b"new"})
+    assert contents_of(tmp_path) == {"more": b"new"}  # no mark beside a mixture
+
+
+def test_the_next_writer_clears_what_a_killed_one_left(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    path, old = tmp_path / "file[1]", time.time() - 7200
+    left = {
+        "abandoned": f".file[1].{gone.pid}-0123abcd.tmp",
+        "young": f".file[1].{gone.pid}-4567abcd.tmp",
+        "of a living process": f".file[1].{os.getpid()}-0123abcd.tmp",
+        "of another file": f".other.{gone.pid}-0123abcd.tmp",
+    }
+    for what, name in left.items():
+        (tmp_path / name).write_bytes(b"")
+        if what != "young":
+            os.utime(tmp_path / name, (old, old))
+    write_atomic(path, b"new")
+    del left["abandoned"]
+    assert {one.name for one in tmp_path.iterdir()} == {"file[1]", *left.values()}
 
 
 def test_a_place_that_is_no_folder_is_named(tmp_path: Path) -> None:

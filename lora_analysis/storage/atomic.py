@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import secrets
+import time
 from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
 from lora_analysis.errors import OutputError
 
 # Names of temporary files: of the file, the process, and chance.
-_TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
+_TEMPORARY = re.compile(r"\..+\.(\d{1,10})-[0-9a-f]{8}\.tmp")
+# Seconds without a change after which a file of a process that does not run here was left behind;
+# a process of another host, of which nobody here can tell, writes more often.
+_ABANDONED = 3600.0
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
 Content: TypeAlias = "bytes | Callable[[BinaryIO], None]"
@@ -67,30 +72,62 @@ def write_together(contents: Mapping[Path, Content]) -> Path:
     Raises
     ------
     OutputError
-        The disk refused; the old files are untouched and the temporary ones removed.
+        The disk refused; the old files are untouched and the temporary ones removed. Where it
+        refused after the first had its name, the message says so, and the mark is missing.
     """
     *parts, mark = contents
     temporaries: dict[Path, Path] = {}
+    aside = _temporary(mark)
+    renamed: list[Path] = []
     try:
         for path, content in contents.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporaries[path] = path.with_name(
-                f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-            )
+            _remove_abandoned(path)
+            temporaries[path] = _temporary(path)
             _write(temporaries[path], content)
-        if parts:
-            mark.unlink(missing_ok=True)
+        if parts and os.path.lexists(mark):
+            mark.replace(aside)
         for path, temporary in temporaries.items():
             temporary.replace(path)
+            renamed.append(path)
     except BaseException as error:
-        for temporary in temporaries.values():
+        if not renamed and os.path.lexists(aside):
+            aside.replace(mark)
+        for temporary in (*temporaries.values(), *([aside] if renamed else [])):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise _refused(mark, error) from error
+            raise _refused(mark, error, renamed) from error
         raise
+    aside.unlink(missing_ok=True)
     for folder in {path.parent for path in contents}:
         _sync_folder(folder)
     return mark
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Delete what writers of this very file left half-written when they were killed."""
+    for old in path.parent.glob(f".{glob.escape(path.name[:100])}.*.tmp"):
+        if _is_abandoned(old):
+            old.unlink(missing_ok=True)
+
+
+def _is_abandoned(path: Path) -> bool:
+    found = _TEMPORARY.fullmatch(path.name)
+    if os.name != "posix":  # there, signal 0 is not a question but ends the process
+        return False
+    try:
+        if found is None or time.time() - path.lstat().st_mtime < _ABANDONED:
+            return False
+        os.kill(int(found[1]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # gone meanwhile, or somebody else's process
+        return False
+    return False
 
 
 def _write(temporary: Path, content: Content) -> None:
@@ -106,8 +143,13 @@ def _write(temporary: Path, content: Content) -> None:
         os.fsync(stream.fileno())
 
 
-def _refused(path: Path, error: OSError) -> OutputError:
+def _refused(path: Path, error: OSError, renamed: Sequence[Path] = ()) -> OutputError:
     reason = error.strerror or str(error)
+    if renamed:
+        return OutputError(
+            f"{path} could not be written: {reason}. {renamed[0]} is new and stands without it; "
+            "write both again."
+        )
     return OutputError(
         f"{path} could not be written: {reason}. What was there before is untouched; make room "
         "or name another place with -o."
