@@ -144,6 +144,9 @@ def test_every_verb_that_shows_a_doubtful_number_says_so(
     base = stored(tmp_path / "base.safetensors", weights)
     bad = write_adapter(damaged(rng, "bad", "layers.0.v_proj"), tmp_path / "bad")
     good = write_adapter(adapter(rng), tmp_path / "good")
+    broken = {name: value.copy() for name, value in weights.items()}
+    broken["layers.0.v_proj.weight"][3, 4] = 1e9
+    tuned = stored(tmp_path / "tuned.safetensors", broken)
     picture, out = tmp_path / "out.svg", tmp_path / "out"
     for words in (
         ["inspect", bad],
@@ -151,6 +154,8 @@ def test_every_verb_that_shows_a_doubtful_number_says_so(
         ["heatmap", bad, good, "--module", "v_proj", "-o", picture],
         ["amplify", bad, "--base", base],
         ["resize", bad, "--rank", "2", "-o", tmp_path / "small"],
+        ["convert", bad, "--to", "mlx", "-o", tmp_path / "mlx"],
+        ["extract", tuned, "--base", base, "--not-transposed", "--rank", "2", "-o", tmp_path / "e"],
         ["report", bad, good, "--as", "md", "--figures", "", "-o", out],
     ):
         assert run([str(one) for one in words]) == 0

@@ -44,12 +44,13 @@ def command(
 ) -> None:
     """Write SOURCE in another format, read it back, and say how far ΔW is from what it was."""
     from lora_analysis.formats import write_adapter, writing_notes
+    from lora_analysis.formats.doubts import with_doubts
 
     if architecture is not None and kind != "gguf":
         message = f"--architecture belongs to --to gguf, not to {kind}."
         raise click.UsageError(message)
     refuse_occupied(output, force=force)
-    adapter = reading.read(source)
+    adapter = with_doubts(reading.read(source))
     options = {"architecture": architecture, "heads": reading.heads} if kind == "gguf" else {}
     path = write_adapter(adapter, output, format=kind, **options)
     folded = writing_notes(adapter, kind)

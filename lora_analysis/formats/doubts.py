@@ -15,7 +15,7 @@ from lora_analysis.adapter import LowRankUpdate
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from lora_analysis.adapter import Update
+    from lora_analysis.adapter import Adapter, Update
 
 # The largest of a million normal numbers is 5 times their root mean square, in factors of real
 # files 3 to 7 times.
@@ -34,16 +34,27 @@ def doubts(update: Update) -> list[str]:
 
     One number above 1e4, or a thousand times the root mean square of the other non-zero ones (a
     flipped bit of an exponent), or none above 1e-20 though some are not zero (bytes read as
-    another type).
+    another type). Of a dense update, on a number above 1e4 alone: a fine-tune may move a few rows.
     """
     if not isinstance(update, LowRankUpdate):
-        return []
+        largest = float(np.max(np.abs(update.delta)))
+        return [_large("ΔW", update.name, largest)] if largest > _LARGE else []
     scale = update.scale
     large = []
     if scale is not None and abs(scale) > _LARGE_SCALE:
         large = [f"The scale of '{update.name}' is {scale:.3g}. Is its alpha damaged?"]
     found = (_doubt(role, update.name, one) for role, one in (("A", update.A), ("B", update.B)))
     return large + [sentence for sentence in found if sentence]
+
+
+def _large(role: str, name: str, value: float) -> str:
+    return f"{role} of '{name}' holds a number of {value:.3g}. Is the file damaged?"
+
+
+def with_doubts(adapter: Adapter) -> Adapter:
+    """Return the adapter with what is doubted in its numbers among its findings."""
+    said = [doubt for update in adapter.values() for doubt in doubts(update)]
+    return adapter.described(findings=(*adapter.provenance.findings, *said)) if said else adapter
 
 
 def _doubt(role: str, name: str, values: NDArray[np.floating[Any]]) -> str:
@@ -57,7 +68,7 @@ def _doubt(role: str, name: str, values: NDArray[np.floating[Any]]) -> str:
             "small. Is the file damaged?"
         )
     if largest > _LARGE:
-        return f"{role} of '{name}' holds a number of {largest:.3g}. Is the file damaged?"
+        return _large(role, name, largest)
     sizes = np.abs(flat)
     # A mean is at most the root mean square: with this much in the others, there is no doubt.
     if float(sizes.sum()) > largest * (1 + flat.size / _OUTLYING):
