@@ -179,7 +179,7 @@ def test_parts_of_other_ranks_are_still_one_update_to_peft(tmp_path: Path) -> No
     torch.testing.assert_close(logits(foreign), logits(own), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("text", ["[", "[]", None, '{"rows": 48}', "ranks", "rows"])
+@pytest.mark.parametrize("text", ["[", "[]", None, '{"rows": 48}', "ranks", "rows", "overlap"])
 def test_metadata_that_does_not_fit_the_factors_is_refused(
     text: str | None, tmp_path: Path
 ) -> None:
@@ -191,16 +191,51 @@ def test_metadata_that_does_not_fit_the_factors_is_refused(
     with safe_open(file, framework="np") as opened:
         told = json.loads(opened.metadata()["lora_analysis.fused_parts"])
     module = next(iter(told))
-    if text in ("ranks", "rows"):
+    if text in ("ranks", "rows", "overlap"):
         value = told[module]
         value["ranks"]["q"] = 3 if text == "ranks" else 2
-        value["parts"]["v"] = [[32, 49]] if text == "rows" else [[32, 48]]
+        value["parts"]["v"] = {"rows": [[32, 49]], "overlap": [[8, 48]]}.get(text, [[32, 48]])
         text = json.dumps(told)
     elif text is None or "rows" in text:
         text = json.dumps({module: json.loads(text or "null")})
     save_file(load_file(file), file, metadata={"lora_analysis.fused_parts": text})
     with pytest.raises(MalformedFileError, match=r"adapter_model.safetensors: .*fused_parts"):
         read_adapter(tmp_path)
+
+
+def test_factors_that_reach_beyond_their_parts_are_not_cut_to_them(tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.numpy import load_file, save_file
+
+    write_adapter(extract_adapter(trained("gpt2", ["q", "v"])), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    with safe_open(file, framework="np") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    B = next(value for name, value in tensors.items() if "lora_B" in name)
+    B[20, 0] = 0.5  # as where another program went on training the whole weight: k moved too
+    save_file(tensors, file, metadata=metadata)
+    with pytest.raises(MalformedFileError, match="does not fit its factors"):
+        read_adapter(tmp_path)
+
+
+def test_blocks_of_loralib_are_one_update_to_peft(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    own = extract_adapter(trained("gpt2", ["q", "v"]))
+    file = write_adapter(own, tmp_path / "lora.safetensors", format="loralib")
+    blocks = read_adapter(file)
+    assert list(blocks) == list(own)
+    write_adapter(blocks, tmp_path / "peft")
+    foreign = PeftModel.from_pretrained(bare_model("gpt2"), tmp_path / "peft").base_model
+    layers = {n: m for n, m in foreign.named_modules() if n.endswith("c_attn")}
+    assert len(layers) == 2
+    for name, layer in layers.items():
+        delta = layer.get_delta_weight("default").detach().numpy()  # Conv1D: (in, out)
+        module = name.removeprefix("model.")
+        for part, rows in (("q", slice(16)), ("k", slice(16, 32)), ("v", slice(32, 48))):
+            wanted = 0 if part == "k" else own[f"{module}.{part}"].delta_weight()
+            np.testing.assert_allclose(delta.T[rows], wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,15 @@ from lora_analysis.formats.factors import (
     complete_pairs,
     finite_number,
 )
-from lora_analysis.formats.merged import FUSED, enable_needed, is_merged, merged_finding, split
+from lora_analysis.formats.fused_parts import FUSED_PARTS
+from lora_analysis.formats.merged import (
+    FUSED,
+    enable_needed,
+    is_merged,
+    merged_finding,
+    parts_of,
+    split,
+)
 from lora_analysis.formats.peft_config import CONFIG_NAME
 from lora_analysis.formats.peft_pairs import DORA
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
@@ -122,10 +130,11 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:
         options=options,
         missing=f"no {CONFIG_NAME} with config.alpha lies beside the file",
         findings=(
-            *merged_finding(fused, interleaved=False),
+            *merged_finding(len(fused), interleaved=False),
             *beside_finding("not analysed", others),
         ),
         files=() if place.config_path is None else (place.config_path,),
+        config={FUSED_PARTS: fused} if fused else None,
         base_model=base if isinstance(base, str) else None,
     )
 
@@ -187,10 +196,10 @@ def _pairs(
     factors: Mapping[str, Mapping[FactorRole, str]],
     norms: Mapping[str, str],
     enabled: tuple[bool, ...] | None,
-) -> tuple[list[StoredPair], int]:
-    """Return the pairs, fused modules taken apart, and how many of those there were."""
+) -> tuple[list[StoredPair], dict[str, Any]]:
+    """Return the pairs, fused modules taken apart, and what the config is to say of those."""
     pairs: list[StoredPair] = []
-    fused = 0
+    fused: dict[str, Any] = {}
     for plain in complete_pairs(place.weights, factors, lambda m, role: f"{m}.loras.*.lora_{role}"):
         a, b, last = plain.a.name, plain.b.name, plain.module.rpartition(".")[2]
         merged = is_merged(tensors, a, b)
@@ -198,7 +207,7 @@ def _pairs(
             raise enable_needed(tensors, plain.module, a, b)
         if enabled and (merged or (sum(enabled) == 1 and last in FUSED)):
             pairs += split(tensors, plain.module, a, b, enabled)
-            fused += 1
+            fused[plain.module] = parts_of(tensors, plain.module, b, enabled)
         elif plain.module in norms:
             magnitude = tensor(norms[plain.module])
             pairs.append(replace(plain, variant=DORA, magnitude=magnitude))

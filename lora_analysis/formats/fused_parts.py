@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -25,7 +26,9 @@ from lora_analysis.formats.factors import StatedScale, callers_scale
 from lora_analysis.formats.stored import stacked, tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
 
     from lora_analysis.adapter import Update
     from lora_analysis.formats.factors import StoredPair
@@ -191,7 +194,7 @@ def _stated(tensors: NamedTensors) -> dict[str, Any]:
 
 
 def _check(tensors: NamedTensors, pair: StoredPair, held: Any) -> None:
-    """Raise for parts whose rows or ranks are not those of the factors."""
+    """Raise for parts whose rows or ranks are not those of the factors, and where B says more."""
     try:
         d_out, rank = pair.b.shape(tensors)
         parts, ranks = held["parts"], held["ranks"]
@@ -206,6 +209,8 @@ def _check(tensors: NamedTensors, pair: StoredPair, held: Any) -> None:
             and max(edges) <= d_out == held["rows"]
             and min(ranks.values()) >= 1
             and sum(ranks.values()) == rank
+            and _disjoint(parts.values())
+            and _zero_outside(pair.b.read(tensors), parts, ranks)
         )
     except (TypeError, KeyError, ValueError, AttributeError):
         fits = False
@@ -215,6 +220,25 @@ def _check(tensors: NamedTensors, pair: StoredPair, held: Any) -> None:
             f"'{pair.module}' does not fit its factors. Was the file changed by another program?"
         )
         raise MalformedFileError(message)
+
+
+def _disjoint(parts: Iterable[Sequence[Sequence[int]]]) -> bool:
+    runs = sorted(tuple(run) for part in parts for run in part)
+    return all(one[1] <= two[0] for one, two in pairwise(runs))
+
+
+def _zero_outside(
+    B: NDArray[Any], parts: Mapping[str, Sequence[Sequence[int]]], ranks: Mapping[str, int]
+) -> bool:
+    """Say whether each part's columns of B are zero outside of its rows: else there is more."""
+    start = 0
+    for part, rank in ranks.items():
+        outside = np.ones(len(B), dtype=bool)
+        outside[indices_of(parts[part])] = False
+        if np.any(B[outside, start : start + rank]):
+            return False
+        start += rank
+    return True
 
 
 def _cut(pair: StoredPair, held: Mapping[str, Any]) -> Iterator[tuple[StoredPair, int]]:

@@ -21,12 +21,14 @@ from lora_analysis.formats.factors import (
     StoredPair,
     complete_pairs,
 )
+from lora_analysis.formats.fused_parts import FUSED_PARTS
 from lora_analysis.formats.merged import (
     FUSED,
     enable_needed,
     interleaves,
     is_merged,
     merged_finding,
+    parts_of,
     split,
 )
 from lora_analysis.formats.plain_yaml import number
@@ -36,6 +38,7 @@ from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import Any
 
     from lora_analysis.adapter import Adapter, Layout
     from lora_analysis.storage.tensors import NamedTensors
@@ -78,11 +81,11 @@ def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
 
 @dataclass(slots=True)
 class _Found:
-    """The pairs of a file, what alpha is divided by where it is not the rank, and what is said."""
+    """The pairs of a file, what alpha is divided by where it is not the rank, and fused weights."""
 
     pairs: list[StoredPair] = field(default_factory=list)
     divisors: dict[str, int] = field(default_factory=dict)
-    fused: list[str] = field(default_factory=list)
+    fused: dict[str, Any] = field(default_factory=dict)
 
 
 def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG001 - unnamed
@@ -112,6 +115,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
         options=options,
         missing="loralib's files state no alpha",
         divisors=found.divisors,
+        config={FUSED_PARTS: found.fused} if found.fused else None,
         findings=(
             *merged_finding(len(found.fused), interleaved=any(map(interleaves, found.fused))),
             *beside_finding("not analysed", others),
@@ -129,10 +133,10 @@ def _add(found: _Found, tensors: NamedTensors, pair: StoredPair, options: ReadOp
         if enabled is None:
             raise enable_needed(tensors, module, a, b)
         found.pairs += split(tensors, module, a, b, enabled)
-        found.fused.append(module)
+        found.fused[module] = parts_of(tensors, module, b, enabled)
     elif enabled is not None and sum(enabled) == 1 and last in FUSED:
         found.pairs += split(tensors, module, a, b, enabled)
-        found.fused.append(module)
+        found.fused[module] = parts_of(tensors, module, b, enabled)
     elif (size := _kernel(tensors, pair, options)) is not None:
         found.pairs.append(_convolution(tensors, module, pair, size))
         found.divisors[module] = tensors.infos[a].shape[0] // size

@@ -10,6 +10,7 @@ store the same; with grouped queries the widths differ.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
@@ -102,6 +103,29 @@ def split(
     sizes = _sizes(tensors, module, b, enabled, widths)
     matrix = tensor(b) if len(stored_b) == 2 else tensor(b).flattened()
     return _blocks(module, (tensor(a), matrix), enabled, sizes, rank)
+
+
+def parts_of(
+    tensors: NamedTensors,
+    module: str,
+    b: str,
+    enabled: Sequence[bool],
+    *,
+    widths: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """Return what an adapter's config says of a split weight, see `formats.fused_parts`.
+
+    By it the writers of other formats put the blocks together again.
+    """
+    sizes = _sizes(tensors, module, b, enabled, widths)
+    every = list(widths) if widths is not None else [sizes[0]] * len(enabled)
+    edges = [0, *accumulate(every)]
+    names = [name.removeprefix(f"{module}.") for name in block_names(module, len(enabled))]
+    blocks = zip(names, enabled, edges, edges[1:], strict=False)
+    return {
+        "rows": edges[-1],
+        "parts": {name: [[start, stop]] for name, on, start, stop in blocks if on},
+    }
 
 
 def _sizes(

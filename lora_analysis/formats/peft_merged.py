@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Final
 from lora_analysis.errors import InputError, MalformedFileError
 from lora_analysis.formats.assembly import assembled, beside_finding
 from lora_analysis.formats.factors import complete_pairs
-from lora_analysis.formats.merged import FUSED, interleaves, is_merged, merged_finding, split
+from lora_analysis.formats.fused_parts import FUSED_PARTS
+from lora_analysis.formats.merged import (
+    FUSED,
+    interleaves,
+    is_merged,
+    merged_finding,
+    parts_of,
+    split,
+)
 from lora_analysis.formats.peft_config import CONFIG_NAME, PeftConfig
 from lora_analysis.formats.peft_keys import module_name, sort_keys
 from lora_analysis.formats.peft_places import PeftPlace, check_weights, place_of
@@ -74,13 +82,13 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
         message = f"{place.weights}: no LoRA factors found, or of several adapters."
         raise MalformedFileError(message)
     pairs: list[StoredPair] = []
-    fused = []
+    fused = {}
     for pair in complete_pairs(
         place.weights, keys.factors[None], lambda module, role: f"{module}.lora_{role}.weight"
     ):
         if _is_fused(tensors, pair, enabled):
             pairs += split(tensors, pair.module, pair.a.name, pair.b.name, enabled)
-            fused.append(pair.module)
+            fused[pair.module] = parts_of(tensors, pair.module, pair.b.name, enabled)
         else:
             pairs.append(pair)
     alpha = _number(place.config, raw, "lora_alpha")
@@ -101,6 +109,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
         ),
         files=(place.config,),
         base_model=base_model if isinstance(base_model, str) else None,
+        config={FUSED_PARTS: fused} if fused else None,
     )
 
 
