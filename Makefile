@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-cluster check figures notebooks data bench fuzz clean
+.PHONY: demo test test-cluster check figures notebooks docs data bench fuzz clean
 
 demo: .venv/.demo
 	$(BIN)/lora-analysis demo -o runs/demo
@@ -53,7 +53,7 @@ fuzz: .venv/.dev
 	cd tests && ../$(BIN)/python -m fuzz --seed $(or $(SEED),0)
 
 clean:
-	rm -rf .venv build dist runs
+	rm -rf .venv build dist runs docs/_build
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

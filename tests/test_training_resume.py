@@ -113,6 +113,11 @@ def test_adapters_of_chosen_steps_are_kept_where_a_study_finds_them(
         start = initial_factor(name, 2, 3, update.shape[1]).numpy()
         np.testing.assert_array_equal(update.A, start)  # type: ignore[union-attr]
     final = read_adapter(folder)
+    assert final.provenance.step == 7  # so that a study knows it for the last of the run
+    assert (
+        read_adapter(train_run(on(base, CONFIG), tmp_path / "whole", device="cpu")).provenance.step
+        is None
+    )
     for name, update in last.items():
         np.testing.assert_array_equal(update.B, final[name].B)  # type: ignore[union-attr]
     manifest = folder / "trajectory" / f"{CONFIG.name}-step2" / "manifest.json"

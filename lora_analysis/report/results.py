@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lora_analysis import __version__
 from lora_analysis.errors import InputError
 from lora_analysis.findings import Finding
+from lora_analysis.studies.bases import bases_of, runs_per_base, several_bases
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -112,8 +113,13 @@ def _overlaps(study: Study) -> list[dict[str, Any]]:
 
 
 def _modules(study: Study) -> list[dict[str, Any]]:
-    """Return medians over the pairs of each relation, for each module and side."""
-    return _medians(study.similarities, ["module", "relation", "side"], _OVERLAPS)
+    """Return medians over the pairs of each relation, for each base, module and side."""
+    table = study.similarities
+    base = bases_of(study, table["a"]) if several_bases(study) else [None] * len(table)
+    # As text: groups of None would be left out.
+    table = table.assign(base=[one or "" for one in base])
+    rows = _medians(table, ["base", "module", "relation", "side"], _OVERLAPS)
+    return [{**row, "base": row["base"] or None} for row in rows]
 
 
 def _at_rank(table: pd.DataFrame) -> pd.DataFrame:
@@ -121,12 +127,18 @@ def _at_rank(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _inference(study: Study) -> Iterator[dict[str, Any]]:
-    for rank in sorted({int(one) for one in study.runs["rank"].dropna()}):
+    asked = [
+        (base or None, rank)
+        for base, runs in runs_per_base(study)
+        for rank in sorted({int(one) for one in runs["rank"].dropna()})
+    ]
+    for base, rank in asked:
         try:
-            found = study.run_inference(rank=rank)
+            found = study.run_inference(rank=rank, base=base)
         except InputError:
             continue
         yield {
+            "base": base,
             "rank": rank,
             "quantity": found.quantity,
             "side": found.side,

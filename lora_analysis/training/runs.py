@@ -234,6 +234,8 @@ class _Run:
         facts = identity(self.config, self.inputs, self.key) | origin(self.setting)
         facts |= {
             "steps": self.training.step,
+            # Beside steps on the way, the adapter is one of them: the last.
+            **({"step": self.training.step} if self.config.loop.trajectory else {}),
             "metrics": final_metrics(self.folder / METRICS_NAME, self.config, self.setting),
             "seconds": round(self._seconds(), 2),
             "files": {name: file_sha256(self.folder / name) for name in files},

@@ -135,7 +135,10 @@ def main() -> int:
         folder = Path(place)
         seeds = list(_seeds(folder, given.real, given.only))
         for seed in seeds:
-            print(f"{seed.name}: {' '.join(map(str, ran(seed, seed.source)))}")
+            code, wrong = ran(seed, seed.source)
+            print(f"{seed.name}: {code} {wrong}")
+            if code or wrong:  # before any damage
+                found[seed.name] = wrong or f"exit code {code}"
         while time.monotonic() < end:
             seed = draw.choice(seeds)
             damaged = folder / "damaged"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import struct
@@ -123,4 +124,4 @@ def _other(key: Any, value: Any, draw: random.Random) -> Any:
     if isinstance(value, str) and value and draw.random() < 0.3:
         at = draw.randrange(len(value))
         return value[:at] + draw.choice(("", "\0", "9", "é", '"')) + value[at + 1 :]
-    return draw.choice(_VALUES)
+    return copy.deepcopy(draw.choice(_VALUES))  # what is put in may be edited next
