@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from factories import adapter
+from factories import adapter, low_rank_update
 
 from lora_analysis.adapter import Adapter, Provenance
+from lora_analysis.bases import open_base
 from lora_analysis.cli.reading import Reading
 from lora_analysis.errors import InputError, SourceError
 from lora_analysis.findings import findings
@@ -197,3 +198,30 @@ def test_adapters_of_other_bases_are_not_compared_unless_asked(rng: np.random.Ge
 def test_peft_checkpoints_carry_their_step(rng: np.random.Generator, tmp_path: Path) -> None:
     place = write_adapter(adapter(rng), tmp_path / "checkpoint-40")
     assert read_adapter(place).provenance.step == 40
+
+
+def test_names_that_others_have_without_a_first_segment_are_one(
+    rng: np.random.Generator,
+) -> None:
+    def called(label: str, *names: str) -> Adapter:
+        updates = {n: low_rank_update(rng, 30, 20, 2, name=n, label=label) for n in names}
+        origins = dict.fromkeys(names, "config")
+        return Adapter(updates, label=label, provenance=Provenance(scale_origin=origins))
+
+    long = called("long", "unet.mid.0.q", "unet.mid.0.k", "text_encoder.0.q")
+    short, again = called("short", "mid.0.q", "mid.0.v"), called("again", "mid.0.q")
+    result = study([long, short, again])
+    assert set(result.adapters["long"]) == {"mid.0.q", "mid.0.k", "text_encoder.0.q"}
+    assert result.adapters["long"]["mid.0.q"].base_name == "unet.mid.0.q"  # type: ignore[union-attr]
+    assert set(result.adapters["long"].provenance.scale_origin) == set(result.adapters["long"])
+    assert (result.pairs["modules"] == 1).all()
+    (said,) = (one.text for one in findings(result) if one.topic == "file")
+    assert said.startswith("long: its modules are called 'unet.…'")
+    W = rng.standard_normal((30, 20))
+    held = study([long, short], base=open_base({"unet.mid.0.q": W, "unet.mid.0.v": W}))
+    assert set(held.amplifications["adapter"]) == {"long", "short"}
+    # Names in common as they are: nothing is guessed.
+    both = called("both", "unet.mid.0.q", "mid.0.q")
+    assert set(study([both, short]).adapters["both"]) == set(both)
+    one = called("one", "layers.0.q", "layers.1.q")
+    assert set(study([one, one.relabelled("two")]).adapters["one"]) == set(one)

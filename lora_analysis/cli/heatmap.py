@@ -61,9 +61,10 @@ def command(
     """
     from lora_analysis.plots import figure_ranks, save_figure
     from lora_analysis.similarity import subspace_similarity
+    from lora_analysis.studies.alignment import aligned
     from lora_analysis.studies.relations import unique_labels
 
-    first, second = unique_labels([reading.read(one) for one in (a, b)])
+    first, second = aligned(unique_labels([reading.read(one) for one in (a, b)]))
     with progress_bar(form) as progress:
         chosen = _telling(first, second, modules, progress)
         titles = _titles(list(chosen))

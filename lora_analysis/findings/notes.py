@@ -21,10 +21,14 @@ TOLD_TOGETHER = ("same initial A", "partly shared")
 
 
 def failures(study: Study) -> Iterator[Finding]:
-    """Name what could not be analysed, and why."""
+    """Name what could not be analysed, and why: together what has one reason."""
+    by_reason: dict[str, list[str]] = {}
     for one in study.failures:
-        text = f"{one.source} could not be analysed: {one.reason}"
-        yield Finding("failure", "not analysed", text, {"source": one.source})
+        reason = one.reason.removeprefix(f"{one.source}: ")
+        by_reason.setdefault(reason, []).append(one.source)
+    for reason, sources in by_reason.items():
+        text = f"{some(sources, at_most=12)} could not be analysed: {reason}"
+        yield Finding("failure", "not analysed", text, {"adapters": len(sources)})
 
 
 def untrained(study: Study) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ from lora_analysis.adapter import Adapter
 from lora_analysis.bases import BaseWeights, open_base
 from lora_analysis.errors import InputError
 from lora_analysis.execution.protocol import results_in_order
+from lora_analysis.studies.alignment import aligned
 from lora_analysis.studies.labels import with_label_facts
 from lora_analysis.studies.relations import unique_labels
 from lora_analysis.studies.sources import Failure, ReadLater, read_sources
@@ -39,9 +40,8 @@ class Question:
         unread: list[Failure] = []
         own = list(read_sources(self.adapters, unread))
         against = list(read_sources(self.reference, unread))
-        named = unique_labels(
-            [*with_label_facts(own, self.label), *with_label_facts(against, self.label)]
-        )
+        labelled = [*with_label_facts(own, self.label), *with_label_facts(against, self.label)]
+        named = aligned(unique_labels(labelled))
         base = open_base(self.base) if isinstance(self.base, str | Path) else self.base
         walk = Walk(named[: len(own)], named[len(own) :], base, **self.walking)
         return Opened(walk, named, len(own), base, unread)
