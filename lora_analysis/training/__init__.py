@@ -7,12 +7,14 @@ modules that compute with it (``vit``, ``base``, ``loop``, ``pretrain``), never 
 """
 
 from lora_analysis.training.config import RunConfig, Seeds
+from lora_analysis.training.events import RunEvent
 from lora_analysis.training.files import base_folder
 from lora_analysis.training.inputs import run_key
 from lora_analysis.training.options import BaseOptions, DataOptions, LoopOptions
 from lora_analysis.training.plan import ExecutionOptions, SweepPlan, read_plan
 from lora_analysis.training.progress import SweepProgress
-from lora_analysis.training.runs import RunEvent, run_state, train_run
+from lora_analysis.training.run_folders import run_state
+from lora_analysis.training.runs import train_run
 from lora_analysis.training.sweep import (
     FAILURE_NAME,
     SweepResult,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from lora_analysis.errors import InUseError
 from lora_analysis.training.config import RunConfig
-from lora_analysis.training.runs import RunEvent, train_run
+from lora_analysis.training.events import RunEvent
+from lora_analysis.training.runs import train_run
 
 if TYPE_CHECKING:
     from lora_analysis.execution.protocol import Tell

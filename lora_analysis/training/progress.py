@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lora_analysis.training.runs import RunEvent
+from lora_analysis.training.events import RunEvent
 
 Counts = Callable[[str, int, int], None]
 

@@ -5,113 +5,31 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from lora_analysis.errors import DivergedError, InputError
-from lora_analysis.storage.documents import read_json_object
+from lora_analysis.errors import DivergedError
 from lora_analysis.storage.locks import locked
+from lora_analysis.training.events import EventKind, Progress, RunEvent
 from lora_analysis.training.files import MANIFEST_NAME, file_sha256, write_json
-from lora_analysis.training.inputs import input_hashes, run_key
+from lora_analysis.training.inputs import input_hashes
 from lora_analysis.training.manifests import final_metrics, identity, origin
+from lora_analysis.training.run_folders import (
+    ADAPTER_NAMES,
+    CHECKPOINT_NAME,
+    METRICS_NAME,
+    OWN_FILES,
+    TRAJECTORY_NAME,
+    RunState,
+    run_state,
+)
 
 if TYPE_CHECKING:
     from lora_analysis.training.config import RunConfig
     from lora_analysis.training.loop import StepMetrics, Training
     from lora_analysis.training.parallel import Processes
     from lora_analysis.training.settings import Setting
-
-METRICS_NAME = "metrics.jsonl"
-ADAPTER_NAMES = ("adapter_config.json", "adapter_model.safetensors")
-TRAJECTORY_NAME = "trajectory"
-_CHECKPOINT_NAME = "checkpoint.safetensors"
-# All that a run may have left in its folder, the manifest first: without it nothing is finished.
-_OWN_FILES = (
-    MANIFEST_NAME,
-    *ADAPTER_NAMES,
-    "config.json",
-    "model.safetensors",
-    METRICS_NAME,
-    _CHECKPOINT_NAME,
-)
-
-RunState = Literal["missing", "unfinished", "changed", "damaged", "finished"]
-EventKind = Literal["skipped", "started", "note", "step", "finished"]
-
-
-@dataclass(frozen=True, slots=True)
-class RunEvent:
-    """What a run tells whoever watches it.
-
-    Parameters
-    ----------
-    label
-        Name of the run.
-    kind
-        ``"skipped"`` where it was finished before; else ``"started"``, then ``"note"`` for each
-        sentence worth reading (rows left out), ``"step"`` after each step, then ``"finished"``.
-    step, total
-        Steps done, and in all. A run that goes on from a checkpoint starts at its step.
-    loss
-        Training loss of the step.
-    test_loss, test_accuracy
-        On the test split, where it was looked at after this step.
-    state
-        What was found in the folder: why a run was started or skipped.
-    note
-        The sentence of a note.
-    """
-
-    label: str
-    kind: EventKind
-    step: int
-    total: int
-    loss: float | None = None
-    test_accuracy: float | None = None
-    state: RunState | None = None
-    test_loss: float | None = None
-    lr: float | None = None
-    note: str | None = None
-
-
-Progress = Callable[[RunEvent], None]
-
-
-def run_state(config: RunConfig, folder: Path) -> RunState:
-    """Return what the folder of a run holds.
-
-    Parameters
-    ----------
-    config
-        The run that is wanted.
-    folder
-        The run's own folder.
-
-    Returns
-    -------
-    RunState
-        ``"finished"``: this very run, its files as they were written. ``"missing"``: nothing.
-        ``"unfinished"``: no manifest, which is written last. ``"changed"``: another configuration
-        or base. ``"damaged"``: a file is absent or not the one that was written, or the manifest
-        cannot be read.
-    """
-    manifest = folder / MANIFEST_NAME
-    if not manifest.is_file():
-        return "unfinished" if folder.is_dir() and any(folder.iterdir()) else "missing"
-    try:
-        found = read_json_object(manifest)
-    except InputError:
-        return "damaged"
-    if found.get("key") != run_key(config):
-        return "changed"
-    stated = found.get("files")
-    if not isinstance(stated, dict) or METRICS_NAME not in stated:
-        return "damaged"
-    whole = {name: _sha256_or_none(folder / name) for name in stated} == stated
-    return "finished" if whole else "damaged"
 
 
 def train_run(
@@ -241,7 +159,7 @@ class _Run:
             "files": {name: file_sha256(self.folder / name) for name in files},
         }
         write_json(self.folder / MANIFEST_NAME, facts)
-        (self.folder / _CHECKPOINT_NAME).unlink(missing_ok=True)
+        (self.folder / CHECKPOINT_NAME).unlink(missing_ok=True)
         self.trackers.close()
         self._event("finished")
 
@@ -260,7 +178,7 @@ class _Run:
             return
         if not self.first:
             return
-        for name in _OWN_FILES:
+        for name in OWN_FILES:
             (self.folder / name).unlink(missing_ok=True)
         shutil.rmtree(self.folder / TRAJECTORY_NAME, ignore_errors=True)
 
@@ -277,7 +195,7 @@ class _Run:
                     self._after_step(metrics, stream.tell())
         except DivergedError as error:
             saved = checkpoint_facts(self.folder)
-            place = self.folder / _CHECKPOINT_NAME
+            place = self.folder / CHECKPOINT_NAME
             last = f"that of step {saved['step']}, {place}" if saved else "none"
             message = f"{self.config.name}: {error} The last checkpoint: {last}."
             raise DivergedError(message) from error
@@ -343,10 +261,6 @@ class _Run:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
-
-
-def _sha256_or_none(path: Path) -> str | None:
-    return file_sha256(path) if path.is_file() else None
 
 
 def _ignore(event: RunEvent) -> None:

@@ -22,10 +22,11 @@ from lora_analysis.storage.limits import MAX_INDEX_BYTES
 from lora_analysis.storage.locks import locked
 from lora_analysis.training.cells import RunCell, TrainCell
 from lora_analysis.training.config import RunConfig
+from lora_analysis.training.events import Progress, RunEvent
 from lora_analysis.training.executors import choose_executor
 from lora_analysis.training.files import write_json
 from lora_analysis.training.plan import ExecutionOptions
-from lora_analysis.training.runs import Progress, RunEvent, RunState, run_state
+from lora_analysis.training.run_folders import RunState, run_state
 
 SWEEP_NAME = "sweep.json"
 FAILURE_NAME = "failed.json"
