@@ -6,11 +6,8 @@ Shapes: ``B`` is ``(..., d_out, r)``, ``A`` is ``(..., r, d_in)``; bases have or
 from lora_analysis.linalg.constants import EPS
 from lora_analysis.linalg.dense import (
     DENSE_SVD_LIMIT,
-    DenseSVD,
-    Operator,
     gram_seconds,
     gram_svd,
-    krylov_svd,
     leading_singular_values,
     leading_svd,
 )
@@ -21,6 +18,7 @@ from lora_analysis.linalg.factored import (
     factored_svd,
     tall_svd,
 )
+from lora_analysis.linalg.krylov import DenseSVD, Operator, krylov_svd
 from lora_analysis.linalg.modified import modified_svd
 from lora_analysis.linalg.overlaps import (
     cumulative_overlap,

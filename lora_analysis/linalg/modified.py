@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from lora_analysis.linalg.constants import EPS, Float
-from lora_analysis.linalg.dense import DENSE_SVD_LIMIT, DenseSVD, gram_svd
+from lora_analysis.linalg.dense import DENSE_SVD_LIMIT, gram_svd
+from lora_analysis.linalg.krylov import DenseSVD
 
 Start = Literal["projected", "counted"]
 _STARTS: tuple[Start, Start] = ("projected", "counted")
