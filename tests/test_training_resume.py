@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,29 @@ def test_a_tracker_that_fails_is_noted_and_stops_nothing(
     notes = [event.note for event in events if event.kind == "note"]
     assert notes == ["The tracker trackio failed (OSError: the disk is full); it is left out."]
     assert events[-1].kind == "finished"
+
+
+def test_what_a_tracker_prints_is_no_part_of_what_a_command_prints(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lora_analysis.training import trackers
+
+    class Loud:
+        def __init__(self, *_: object) -> None:
+            sys.stdout.write("* project initialised\n")
+
+        def log(self, _values: object, _step: int) -> None:
+            sys.stdout.write("* logged\n")
+
+        def close(self) -> None:
+            sys.stdout.write("* finished\n")
+
+    monkeypatch.setattr(trackers, "_MAKERS", {"trackio": ("json", Loud)})
+    train_run(on(base, CONFIG), tmp_path / "run", device="cpu", trackers=("trackio",))
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "* project initialised" in err
+    assert "* finished" in err
 
 
 def test_trackers_are_checked_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -129,7 +131,8 @@ class Trackers:
 
     def _try(self, name: str, action: Callable[[], None]) -> None:
         try:
-            action()
+            with redirect_stdout(sys.stderr):  # trackio greets; stdout is the command's
+                action()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is no reason to stop
             self.working.pop(name, None)
             first = (str(error).splitlines() or [""])[0]
