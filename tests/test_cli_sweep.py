@@ -170,9 +170,12 @@ def test_an_interrupt_ends_it_with_130_and_keeps_what_is_finished(folder: Path) 
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        _wait_until_one_trains(folder / "ranks")
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
+        try:
+            _wait_until_one_trains(folder / "ranks")
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=120)
+        finally:
+            process.kill()  # one that does not end would be waited for
     assert (process.returncode, out) == (130, "")
     assert err.strip() == "Interrupted. What was finished is kept."
     assert not list((folder / "ranks").rglob(".*"))

@@ -173,15 +173,15 @@ def test_a_convolution_merges_to_the_same_whatever_its_stride_padding_and_dilati
 
 
 def test_dropout_hides_inputs_from_the_factors_in_training_alone() -> None:
-    model = nn.Sequential(nn.Linear(4000, 2))
+    model = nn.Sequential(nn.Linear(4096, 2))
     add_lora(model, rank=2, alpha=2, targets=["0"], seed=1, dropout=0.25)
     factors = model[0].adapters["default"]
     with torch.no_grad():
         model[0].base_layer.weight.zero_()
         model[0].base_layer.bias.zero_()
-        factors.A.fill_(1 / 4000)
+        factors.A.fill_(1 / 4096)  # exact, and so is every sum of it
         factors.B.fill_(1.0)
-    x = torch.ones(1, 4000)
+    x = torch.ones(1, 4096)
     torch.testing.assert_close(model.eval()(x), torch.full((1, 2), 2.0))
     torch.manual_seed(0)
     seen = model.train()(x)  # each input is dropped with 0.25, the others grow by 1 / 0.75
