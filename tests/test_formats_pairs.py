@@ -67,6 +67,16 @@ def test_without_a_scale_the_pairs_are_read_and_it_is_a_finding(
     assert "scale of 2 of 2 modules is not known" in adapter.provenance.findings[0]
 
 
+def test_a_file_with_one_factor_of_each_pair_is_half_an_adapter(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    for role, missing in (("a", "B"), ("b", "A")):
+        half = {name: one for name, one in ring(rng).items() if f"_{role}_" in name}
+        path = pair_file(tmp_path / f"{role}.safetensors", half)
+        with pytest.raises(UnknownFormatError, match=f"no {missing} among them.*half of an ad"):
+            read_adapter(path)
+
+
 def test_transposed_factors_under_a_known_name_say_how_and_are_then_read(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:

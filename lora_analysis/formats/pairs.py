@@ -187,7 +187,14 @@ def stored_flipped(tensors: NamedTensors, pair: StoredPair) -> bool:
 
 def pair_needed(path: Path, tensors: NamedTensors) -> UnknownFormatError:
     """Return the error that shows how a file of bare pairs is read."""
-    first, second = known_pair(tensors.infos) or KNOWN_PATTERNS[0]
+    first, second = pair = known_pair(tensors.infos) or KNOWN_PATTERNS[0]
+    for role, pattern in zip("AB", parse_pair(pair), strict=True):
+        if not any(pattern.module(key) for key in tensors.infos):
+            other = next(iter(tensors.infos))
+            return UnknownFormatError(
+                f"{path}: it holds factors of bare pairs ('{other}'), but no {role} among them "
+                f"('{pattern.key('{name}')}'): half of an adapter, whose update is not known."
+            )
     return UnknownFormatError(
         f"{path}: it looks like bare pairs of matrices, which state neither their pairing nor "
         f"their scale. Pass pair=('{first}', '{second}'), A first, and scale= or alpha= "
