@@ -35,6 +35,8 @@ StartKind = Literal[
 SAME_SPACE = 0.7
 # Median cosine of the other factor from which two adapters are not two samples.
 SAME_RUN = 0.4
+# Mean cosine of rows that is no contradiction to a start that other modules share.
+_ALIKE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +298,17 @@ def _verdict(flagged: Sequence[ModuleStart], compared: int) -> SharedStart:
     return SharedStart(kind, names, compared, other)
 
 
+def _is_one_run(starts: Sequence[ModuleStart]) -> bool:
+    """Say whether the modules that are not clear agree as one run's do.
+
+    Where training has drawn the rows of a small rank together, q is as large as c and z says
+    nothing, while rows and columns agree all the same.
+    """
+    rest = [start for start in starts if not start.shared]
+    other = float(np.median([start.other_cosine for start in starts]))
+    return other >= SAME_RUN and all(start.row_cosine >= _ALIKE for start in rest)
+
+
 def judge_start(
     starts: Sequence[ModuleStart], input_similarity: Sequence[float] = ()
 ) -> SharedStart:
@@ -317,7 +330,7 @@ def judge_start(
         return _rank_one_verdict(starts)
     flagged = [start for start in decidable if start.shared]
     if flagged:
-        return _verdict(flagged, len(decidable))
+        return _verdict(decidable if _is_one_run(decidable) else flagged, len(decidable))
     if len(input_similarity) and float(np.median(input_similarity)) >= SAME_SPACE:
         return SharedStart("same input space", (), len(decidable))
     return SharedStart("independent", (), len(decidable))

@@ -224,6 +224,25 @@ def test_correlated_rows_alone_do_not_make_a_start_shared(rng):
 # --- rank one ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("unclear", "other", "kind"),
+    [
+        (0.98, 0.97, "same run"),  # drawn together by training: q is as large as c there
+        (0.98, 0.1, "partly shared"),  # B was learned apart: the rest may be learned too
+        (0.3, 0.97, "partly shared"),
+    ],
+)
+def test_modules_whose_rows_were_drawn_together_do_not_hide_one_run(unclear, other, kind):
+    starts = [
+        ModuleStart("layers.0.q", (2, 2), 0.97, 0.08, 18.0, other, shared=True),
+        ModuleStart("layers.1.q", (2, 2), unclear, 0.6, 2.2, other, shared=False),
+        ModuleStart("layers.2.q", (2, 2), unclear, 0.6, 2.2, other, shared=False),
+    ]
+    found = judge_start(starts)
+    assert found.kind == kind
+    assert len(found.modules) == (3 if kind == "same run" else 1)
+
+
 def rank_one(cosines, other=0.0):
     return [
         ModuleStart(f"layers.{k}.q_proj", (1, 1), c, None, None, other, shared=False)
