@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -145,6 +145,35 @@ class Atlas:
         return [tuple(self.labels[at] for at in one) for one in found if len(one) > 1]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class AtlasPart:
+    """What the atlas needs of one module: a fifth of what is known of its pairs.
+
+    ``members`` are the places of its N updates, ``cosine`` and ``above`` per side ``(N, N)``, NaN
+    where nothing counts.
+    """
+
+    members: Sequence[int]
+    cosine: NDArray[np.float64]
+    above: Mapping[Side, NDArray[np.float64]]
+    norms: NDArray[np.float64]
+    shared: NDArray[np.bool_]
+    compared: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, members: Sequence[int], pairs: ModulePairs) -> AtlasPart:
+        """Take it out of the pairs of a module."""
+        shared = compared = np.zeros(pairs.cosine.shape, dtype=bool)
+        if pairs.start is not None:
+            shared, compared = pairs.start.shared, ~np.isnan(pairs.start.row_cosine)
+        above = {}
+        for side, values in pairs.sides.items():
+            above[side] = chance.excess(values.omega, values.omega_chance)
+            if side == "input":
+                above[side][shared & ~np.eye(len(shared), dtype=bool)] = np.nan
+        return cls(members, pairs.cosine, above, pairs.norms, shared, compared)
+
+
 class AtlasSums:
     """What is added up over modules; `atlas` gives the means.
 
@@ -164,32 +193,24 @@ class AtlasSums:
         self.inner = np.zeros(shape)
         self.squares = np.zeros(shape)  # of the row's adapter, over modules that both train
         self.overlap = {side: np.zeros(shape) for side in SIDES}
-        self.counts = {side: np.zeros(shape, dtype=np.intp) for side in SIDES}
-        self.shared = np.zeros(shape[1:])
-        self.compared = np.zeros(shape[1:])
+        # Of modules: there are fewer than a hundred thousand.
+        self.counts = {side: np.zeros(shape, dtype=np.int32) for side in SIDES}
+        self.shared, self.compared = np.zeros((2, *shape[1:]), dtype=np.int32)
         self.norms = np.zeros(len(labels))
 
-    def add(self, members: Sequence[int], kind: str, pairs: ModulePairs) -> None:
-        """Add one module in which ``members`` have one shape."""
-        block = np.ix_(members, members)
-        known = ~np.isnan(pairs.cosine)
-        shared = np.zeros_like(known)
-        if pairs.start is not None:
-            shared = pairs.start.shared
-            self.shared[block] += shared
-            self.compared[block] += ~np.isnan(pairs.start.row_cosine)
-        self.norms[list(members)] += pairs.norms**2
+    def add(self, kind: str, part: AtlasPart) -> None:
+        """Add one module of a kind."""
+        block = np.ix_(part.members, part.members)
+        known = ~np.isnan(part.cosine)
+        self.shared[block] += part.shared
+        self.compared[block] += part.compared
+        self.norms[list(part.members)] += part.norms**2
         for at in self._places(kind):
             self.modules[at] += 1
-            self.inner[at][block] += np.nan_to_num(pairs.cosine) * np.outer(
-                pairs.norms, pairs.norms
-            )
-            self.squares[at][block] += np.where(known, pairs.norms[:, None] ** 2, 0.0)
-            for side, values in pairs.sides.items():
-                above = chance.excess(values.omega, values.omega_chance)
+            self.inner[at][block] += np.nan_to_num(part.cosine) * np.outer(part.norms, part.norms)
+            self.squares[at][block] += np.where(known, part.norms[:, None] ** 2, 0.0)
+            for side, above in part.above.items():
                 counted = known & ~np.isnan(above)
-                if side == "input":
-                    counted &= ~shared | np.eye(len(shared), dtype=bool)
                 self.overlap[side][at][block] += np.where(counted, above, 0.0)
                 self.counts[side][at][block] += counted
 
@@ -200,19 +221,26 @@ class AtlasSums:
 
     def atlas(self, kept: Sequence[int]) -> Atlas:
         """Return the atlas of some of the adapters: a failed one has half of its modules here."""
-        inside = np.ix_(range(len(self.kinds)), kept, kept)
         plane = np.ix_(kept, kept)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            lengths = np.sqrt(self.squares * self.squares.transpose(0, 2, 1))
-            cosine = np.clip(self.inner / lengths, -1.0, 1.0)
-            overlap = {side: self.overlap[side] / self.counts[side] for side in SIDES}
-            shared = self.shared / self.compared
+
+        def means(sums: NDArray[Any], over: NDArray[Any]) -> NDArray[np.float64]:
+            """Divide kind by kind, so that the sums are not copied whole."""
+            with np.errstate(divide="ignore", invalid="ignore"):
+                return np.stack(
+                    [one[plane] / by[plane] for one, by in zip(sums, over, strict=True)]
+                )
+
+        cosine = np.empty((len(self.kinds), len(kept), len(kept)))
+        for at, square in enumerate(self.squares):
+            lengths = np.sqrt(square * square.T)[plane]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                cosine[at] = np.clip(self.inner[at][plane] / lengths, -1.0, 1.0)
         return Atlas(
             labels=tuple(self.labels[at] for at in kept),
             kinds=self.kinds,
             modules=self.modules,
-            cosine=cosine[inside],
-            overlap={side: overlap[side][inside] for side in SIDES},
-            shared=shared[plane],
+            cosine=cosine,
+            overlap={side: means(self.overlap[side], self.counts[side]) for side in SIDES},
+            shared=means(self.shared[None], self.compared[None])[0],
             norms=np.sqrt(self.norms[list(kept)]),
         )

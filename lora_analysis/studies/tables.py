@@ -36,6 +36,8 @@ Progress = Callable[[str, int, int], None]
 # Pairs of more adapters fill tables that nobody reads: 40 have 780 pairs, in every module.
 MOST_IN_PAIRS = 40
 DRAWS = 16
+# Above so many adapters one module at a time: each takes some thirty matrices of all pairs.
+_ONE_BY_ONE = 1000
 
 
 def _runs_table(adapters: Sequence[Adapter], spectra: pd.DataFrame) -> pd.DataFrame:
@@ -130,7 +132,8 @@ def study(
         Beyond so many adapters the tables of pairs hold a choice of them, some of every task and
         rank; the atlas holds all.
     workers
-        Threads over modules; the CPUs of this process by default.
+        Threads over modules; by default the CPUs of this process, and one beyond 1,000 adapters,
+        where each holds some thirty matrices ``(N, N)``.
     executor
         Who visits the modules in place of threads: processes, or the machines of a cluster.
         Adapters and base are then given by their sources, which every worker opens for itself.
@@ -168,13 +171,14 @@ def study(
     chosen = _chosen_modules(named, modules)
     sums = AtlasSums([one.label for one in named], [module_type(name) for name in chosen])
     if executor is None:
-        visited = in_threads(walk.visit, chosen, workers=workers)
+        at_once = workers or (1 if len(named) > _ONE_BY_ONE else None)
+        visited = in_threads(walk.visit, chosen, workers=at_once)
     else:
         visited = visits(executor, question, chosen)
     for done, visit in enumerate(visited, start=1):
         walk.visits.append(visit)
-        for members, pairs in visit.atlas:
-            sums.add(members, module_type(visit.module), pairs)
+        for part in visit.atlas:
+            sums.add(module_type(visit.module), part)
         visit.atlas.clear()
         if progress:
             progress("modules", done, len(chosen))

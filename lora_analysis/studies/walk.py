@@ -21,6 +21,7 @@ from lora_analysis.initialisation import ModuleStart, StartEvidence, module_star
 from lora_analysis.intruders import intruder_dimensions
 from lora_analysis.pairwise import ModulePairs, module_pairs, pair_angles
 from lora_analysis.spectra import SIDES, Spectrum, spectrum, weight_svd
+from lora_analysis.studies.atlas import AtlasPart
 from lora_analysis.studies.bases import other_bases
 from lora_analysis.studies.choice import choose_pairs
 from lora_analysis.studies.rows import change_rows, spectrum_row
@@ -63,7 +64,7 @@ class Visit:
     module: str
     spectra: list[dict[str, Any]] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
-    atlas: list[tuple[list[int], ModulePairs]] = field(default_factory=list)
+    atlas: list[AtlasPart] = field(default_factory=list)
     amplified: dict[tuple[str, str], Amplification] = field(default_factory=dict)
     changes: list[dict[str, Any]] = field(default_factory=list)
     doubts: dict[str, list[str]] = field(default_factory=dict)
@@ -143,7 +144,7 @@ class Walk:
         visit.spectra = [spectrum_row(updates[at], value) for at, value in spectra.items()]
         for members in _by_shape(spectra):
             pairs = module_pairs([spectra[at] for at in members], [updates[at] for at in members])
-            visit.atlas.append((members, pairs))
+            visit.atlas.append(AtlasPart.of(members, pairs))
             if group := self._compared({at: spectra[at] for at in members}, updates, pairs):
                 visit.groups.append(group)
         if self.base is not None:
