@@ -194,6 +194,3 @@ def _orthonormal(
             pass
     q, r = np.linalg.qr(block)
     return q, lost | (np.abs(np.diagonal(r)) < 100 * eps * np.max(np.abs(r), initial=1e-30))
-
-
-# --- the whole spectrum -----------------------------------------------------------------------
