@@ -125,7 +125,7 @@ def _product(W: NDArray[np.floating], basis: Float) -> Float:
     return found
 
 
-# --- block Krylov -----------------------------------------------------------------------------
+# --- the whole spectrum -----------------------------------------------------------------------
 
 
 def gram_svd(W: NDArray[np.floating]) -> DenseSVD:
