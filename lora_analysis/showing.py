@@ -76,3 +76,8 @@ def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3g}" if math.isfinite(value) else "–"
     return printable(str(value))
+
+
+def plural(count: int, word: str) -> str:
+    """Return ``"1 pair"``, ``"2 pairs"``."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"

@@ -208,7 +208,7 @@ def test_dora_and_biases_are_told(tmp_path: Path, rng: np.random.Generator) -> N
     assert isinstance(update, LowRankUpdate)
     assert update.variant == "DoRA"
     np.testing.assert_array_equal(update.magnitude, tensors["unet.to_q.lora_magnitude_vector"])
-    assert "1 tensors beside the factors: biases of B" in adapter.provenance.findings[0]
+    assert "1 tensor beside the factors: biases of B" in adapter.provenance.findings[0]
 
 
 @pytest.mark.parametrize(

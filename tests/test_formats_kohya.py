@@ -243,7 +243,7 @@ def test_whole_differences_beside_factors_are_reported(
     assert list(adapter) == [NAME]
     lost, full = sorted(adapter.provenance.findings)
     assert "2 tensors beside the factors: trained in full" in full
-    assert "1 tensors beside the factors: no factors" in lost
+    assert "1 tensor beside the factors: no factors" in lost
     assert "'lora_unet_lost.alpha'" in lost
 
 

@@ -198,6 +198,7 @@ def test_the_lines_of_python_give_the_numbers_of_the_report(
         modules="q_proj",
     )
     text = write_report(result, tmp_path / "out", figures=(), form="md").read_text()
+    assert "![" not in text  # no picture that is not there
     lines = text.split("```python\n")[1].split("```")[0]
     told: dict[str, object] = {}
     exec(lines, told)  # the lines are the report's own

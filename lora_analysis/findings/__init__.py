@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from lora_analysis.findings import groups, notes, overlaps, runs, unjudged, weights
-from lora_analysis.findings.levels import Finding, Level, level, number, plural
+from lora_analysis.findings.levels import Finding, Level, level, number
+from lora_analysis.showing import plural
 from lora_analysis.studies import Study
 
 __all__ = ["Finding", "Level", "findings", "level", "number", "plural"]

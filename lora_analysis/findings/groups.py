@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lora_analysis.findings.levels import Finding, number, plural
+from lora_analysis.findings.levels import Finding, number
 from lora_analysis.findings.runs import some
+from lora_analysis.showing import plural
 from lora_analysis.studies import Study
 from lora_analysis.studies.relations import base_key
 

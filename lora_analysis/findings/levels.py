@@ -111,11 +111,6 @@ def number(value: float) -> str:
     return f"{value:.2g}" if 1e-4 <= abs(value) < 0.1 else f"{value:.1e}"
 
 
-def plural(count: int, word: str) -> str:
-    """Return ``"1 pair"``, ``"2 pairs"``."""
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"
-
-
 def on(base: str) -> str:
     """Return " on gpt2", or nothing where a study has one base."""
     return f" on {base}" if base else ""

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lora_analysis.findings.levels import PAIRS_IN_WORDS, Finding, number, plural
+from lora_analysis.findings.levels import PAIRS_IN_WORDS, Finding, number
 from lora_analysis.findings.runs import some
+from lora_analysis.showing import plural
 from lora_analysis.studies import SAME_RUN, SHARED_SEED, Study
 
 if TYPE_CHECKING:

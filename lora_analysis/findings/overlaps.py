@@ -13,9 +13,9 @@ from lora_analysis.findings.levels import (
     Finding,
     number,
     on,
-    plural,
 )
 from lora_analysis.findings.verdicts import compared, reference_rows, study_level
+from lora_analysis.showing import plural
 from lora_analysis.studies import REFERENCE, SHARED_SEED, Study
 from lora_analysis.studies.bases import per_base
 

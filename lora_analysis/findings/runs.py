@@ -9,7 +9,8 @@ import numpy as np
 
 from lora_analysis import chance
 from lora_analysis.errors import InputError
-from lora_analysis.findings.levels import Finding, number, on, plural
+from lora_analysis.findings.levels import Finding, number, on
+from lora_analysis.showing import plural
 from lora_analysis.studies import EARLIER, OTHER_BASE, REFERENCE, SAME_RUN, Study
 from lora_analysis.studies.bases import per_base, runs_per_base
 from lora_analysis.studies.labels import MISFIT

@@ -18,6 +18,7 @@ from lora_analysis.formats.factors import (
     update_loaders,
 )
 from lora_analysis.formats.sources import ReadOptions, label_of, run_facts
+from lora_analysis.showing import plural
 from lora_analysis.storage.tensors import LazyTensors
 
 if TYPE_CHECKING:
@@ -128,4 +129,4 @@ def beside_finding(what: str, names: Sequence[str]) -> list[str]:
     """Return the sentence on tensors that are there and not analysed, where there are any."""
     if not names:
         return []
-    return [f"{len(names)} tensors beside the factors: {what} (first: '{names[0]}')."]
+    return [f"{plural(len(names), 'tensor')} beside the factors: {what} (first: '{names[0]}')."]

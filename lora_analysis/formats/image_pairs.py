@@ -28,6 +28,7 @@ from lora_analysis.formats.image_keys import Part, SortedParts, Spelling, sort_p
 from lora_analysis.formats.peft_pairs import DORA
 from lora_analysis.formats.sources import ReadOptions, label_of, run_facts
 from lora_analysis.formats.stored import StoredFactor, contracted, tensor
+from lora_analysis.showing import plural
 from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
@@ -197,7 +198,8 @@ def _dora_findings(pairs: Sequence[StoredPair]) -> list[str]:
 
 def _rest_findings(parts: SortedParts) -> list[str]:
     return [
-        f"{len(names)} tensors beside the factors: {what}, not analysed (first: '{names[0]}')."
+        f"{plural(len(names), 'tensor')} beside the factors: {what}, not analysed (first: "
+        f"'{names[0]}')."
         for what, names in parts.rest.items()
     ]
 

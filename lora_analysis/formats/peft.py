@@ -35,6 +35,7 @@ from lora_analysis.formats.peft_pairs import ModulePairs, divided_scale, module_
 from lora_analysis.formats.peft_places import PeftPlace, check_weights, place_of
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, run_facts
 from lora_analysis.formats.sources import place_of as source_of
+from lora_analysis.showing import plural
 from lora_analysis.storage.hub_names import shown_errors
 from lora_analysis.storage.tensors import LazyTensors, NamedTensors, open_tensors
 
@@ -295,7 +296,7 @@ def _findings(
         findings.append("aLoRA: the update acts only after the invocation tokens.")
     findings += found.findings
     findings += [
-        f"{len(names)} tensors beside the factors: {what} (first: '{names[0]}')."
+        f"{plural(len(names), 'tensor')} beside the factors: {what} (first: '{names[0]}')."
         for what, names in others.items()
     ]
     return tuple(findings)

@@ -10,11 +10,12 @@ import numpy as np
 from lora_analysis import plots
 from lora_analysis.chance import excess
 from lora_analysis.findings import number
-from lora_analysis.findings.levels import on, plural
+from lora_analysis.findings.levels import on
 from lora_analysis.findings.runs import last_steps
 from lora_analysis.plots.heatmap import EXCESS_LIMITS
 from lora_analysis.report.figures import ReportFigure
 from lora_analysis.report.selection import drawn_pairs, most_telling
+from lora_analysis.showing import plural
 from lora_analysis.studies import EARLIER, REFERENCE, SAME_RUN
 from lora_analysis.studies.bases import per_base
 

@@ -85,6 +85,8 @@ def write_report(
         "verdicts": pair_tables.verdicts_table(said),
         "starts": pair_tables.starts_table(study),
         "made": made(study, command),
+        # What a page of Markdown can show of what lies beside it.
+        "image": next((one for one in ("svg", "png") if one in figures), None),
     }
     _write_tables(study, folder / "tables", parquet=parquet)
     document = json.dumps(results(study, said), indent=1, allow_nan=False, ensure_ascii=False)
