@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from test_studies import sweep  # noqa: F401  (a fixture)
 
 from lora_analysis.adapter import Adapter, LowRankUpdate, Provenance
 from lora_analysis.bases import open_base
+from lora_analysis.findings import number
 from lora_analysis.formats import read_adapter, write_adapter
 from lora_analysis.report import results_schema, write_report
 from lora_analysis.report.selection import rank_pair, seed_pair, short_name, telling_modules
+from lora_analysis.report.step_tables import steps_table
 from lora_analysis.report.tables import csv_text
 from lora_analysis.similarity import subspace_similarity
 from lora_analysis.studies import Failure, study
@@ -357,3 +360,33 @@ def test_a_manifest_with_accuracy_alone_makes_a_table(
     text = write_report(study(made), tmp_path, figures=()).read_text()
     assert "75.0%" in text
     assert "nan" not in text
+
+
+def test_the_steps_of_a_run_stand_in_a_table(rng: np.random.Generator) -> None:
+    first = adapter(rng, label="whole", task="t", seed=0, step=9)
+    steps = {}
+    for step, share in ((0, 0.0), (4, 0.5), (9, 1.0)):
+        updates = {
+            name: replace(one, B=share * one.B, A=one.A * (1 + 0.1 * share))  # type: ignore[type-var]
+            for name, one in first.items()
+        }
+        described = replace(first.provenance, step=step)
+        steps[step] = Adapter(updates, label=f"s{step}", provenance=described)
+    weights = {f"{name}.weight": rng.standard_normal((24, 20)) for name in first}
+    result = study(list(steps.values()), base=open_base(weights))
+    table = steps_table(result)
+    assert table is not None
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    assert [(row["run"], row["step"]) for row in rows] == [("s9", "0"), ("s9", "4"), ("s9", "9")]
+    assert rows[0]["ω"] == "–"
+    assert float(rows[1]["ω"]) == float(rows[2]["ω"]) == 1  # the same directions, half as long
+    assert rows[0]["A turned"] == "0"
+    assert [row["A's size"] for row in rows] == ["0", "0.05", "0.10"]
+    full = result.amplifications[result.amplifications["at_rank"]].groupby("adapter")["enrichment"]
+    assert rows[2]["enrichment"] == number(float(full.median()["s9"]))
+    assert rows[0]["enrichment"] == "–"
+    without = steps_table(study([steps[4], steps[9]]))
+    assert without is not None
+    assert "enrichment" not in without.columns
+    assert [row[-2:] for row in without.rows] == [("–", "–"), ("–", "–")]
+    assert steps_table(study([steps[9]])) is None

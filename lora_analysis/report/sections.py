@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup
 
 from lora_analysis import plots
-from lora_analysis.report import figures, module_figures, pair_tables, tables, weight_figures
+from lora_analysis.report import (
+    figures,
+    module_figures,
+    pair_tables,
+    step_tables,
+    tables,
+    weight_figures,
+)
 from lora_analysis.report.selection import telling_modules
 from lora_analysis.studies import REFERENCE
 
@@ -100,7 +107,8 @@ def sections(
                          "many directions does an update use?"), tables.spectra_table(study)),
          (figures.rank_figures, weight_figures.spectrum_figures)),
         (_placed(Section("seeds", "Seeds", "Do trainings that differ in their seed alone, or in "
-                         "their length, find the same directions?"), pair_tables.runs_table(study)),
+                         "their length, find the same directions?"), pair_tables.runs_table(study),
+                 step_tables.steps_table(study)),
          (figures.seed_figures, module_figures.step_figures)),
         (_placed(Section("tasks", *_task_words(study)), pair_tables.overlap_table(study),
                  pair_tables.pairs_table(study)),
