@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -643,5 +644,8 @@ def test_an_adapter_of_another_base_is_not_held_against_this_one(
     assert "somebody/first-instruct" in one.text
     assert not [one for one in findings(study([ours], base=open_base(place)))
                 if one.topic == "other base"]  # fmt: skip
+    shutil.copytree(place, tmp_path / "model")  # a name that says nothing contradicts none
+    nothing = study([theirs], base=open_base(tmp_path / "model"))
+    assert "other base" not in {one.topic for one in findings(nothing)}
     unnamed = study([ours, theirs], base=open_base(weights))  # arrays have no name
     assert set(unnamed.amplifications["adapter"]) == {"ours", "theirs"}

@@ -176,6 +176,11 @@ def place_of(source: str | os.PathLike[str] | AdapterRef, *, allow_pickle: bool 
     return Place(snapshot.path, chosen[1], snapshot)
 
 
+def says_nothing(name: str) -> bool:
+    """Say whether a file's or folder's name is one that many have, as ``final`` or ``model``."""
+    return _GENERIC.fullmatch(name) is not None
+
+
 def label_of(path: Path, name: str | None = None) -> str:
     """Return a short name: the file's stem or the folder's name, with those above where generic.
 
@@ -185,7 +190,7 @@ def label_of(path: Path, name: str | None = None) -> str:
     place = path.absolute()
     first = own = place.stem if place.suffix in CONTAINER_SUFFIXES else _name_of(place)
     for folder in islice(place.parents, 2):
-        if not _GENERIC.fullmatch(first) or not folder.name:
+        if not says_nothing(first) or not folder.name:
             break
         first = _name_of(folder)
         own = f"{first}/{own}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lora_analysis.formats.sources import says_nothing
 from lora_analysis.studies.relations import base_key, shown_base
 
 if TYPE_CHECKING:
@@ -45,9 +46,12 @@ def other_bases(named: Mapping[str, str | None], base: BaseWeights | None) -> fr
 
 
 def strange_name(named: Mapping[str, str | None], base: BaseWeights | None) -> str | None:
-    """Return the one base that adapters name where the given one is called otherwise."""
+    """Return the one base that adapters name where the given one is called otherwise.
+
+    A folder called ``model`` is called nothing.
+    """
     keys = {base_key(name): name for name in named.values() if base_key(name)}
-    if base is None or base.name is None or len(keys) != 1:
+    if base is None or base.name is None or len(keys) != 1 or says_nothing(base.name):
         return None
     ((key, name),) = keys.items()
     return None if _plain(key) == _plain(base.name) else shown_base(name)
