@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.harness import in_turn, seconds
+from benchmarks.harness import in_turn
 
 
 def memory_rate() -> float:
@@ -17,17 +17,12 @@ def memory_rate() -> float:
     return words.nbytes / in_turn({"read": words.sum}, 5)["read"]
 
 
-def disk_rate(path: Path) -> float:
-    """Return bytes per second of a file read past the page cache."""
-    drop_cached(path)
+def read_file(path: Path) -> None:
+    """Read a file from its first byte to its last, and do nothing with it."""
     buffer = bytearray(1 << 22)
-
-    def read() -> None:
-        with path.open("rb", buffering=0) as stream:
-            while stream.readinto(buffer):
-                pass
-
-    return path.stat().st_size / seconds(read)
+    with path.open("rb", buffering=0) as stream:
+        while stream.readinto(buffer):
+            pass
 
 
 def drop_cached(path: Path) -> None:

@@ -60,11 +60,13 @@ def in_turn(
     rounds: int,
     *,
     warm: bool = True,
+    before: Call = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Return the median seconds of every side; each round runs all of them once, in turn.
 
-    A machine that slows down for a while then slows all sides alike, and ratios hold.
+    A machine that slows down for a while then slows all sides alike, and ratios hold. ``before``
+    is called before each, and not timed.
     """
     if warm:
         for call in sides.values():
@@ -72,6 +74,7 @@ def in_turn(
     found: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, call in sides.items():
+            before()
             found[name].append(seconds(call, clock))
     return {name: statistics.median(times) for name, times in found.items()}
 

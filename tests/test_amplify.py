@@ -404,11 +404,11 @@ def half(monkeypatch):
     monkeypatch.setattr(streaming, "_SMALL", 0)
 
 
-def halved(W):
+def halved(W, **tiles):
     """A weight as bfloat16 holds it, in tiles, and its exact values."""
     bits = W.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
     exact = bits.view(np.float32)
-    return replace(streamed(exact), stored_dtype="bfloat16"), exact
+    return replace(streamed(exact, **tiles), stored_dtype="bfloat16"), exact
 
 
 @pytest.mark.usefixtures("half")
@@ -428,6 +428,30 @@ def test_half_precision_weights_keep_six_digits_in_single_precision(rng, kind):
     assert_close(found.weight_norm, expected.weight_norm, rtol=1e-7)
     for name in ("projected", "enrichment", "input_enrichment", "output_enrichment"):
         assert_close(getattr(found, name), getattr(expected, name), rtol=1e-6)
+
+
+@pytest.mark.usefixtures("half")
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rank", [1, 5, streaming._FEW + 1])
+@pytest.mark.parametrize(
+    "columns",
+    [streaming._DEPTH - 1, streaming._DEPTH, (streaming._GROUP + 1) * streaming._DEPTH + 3],
+)
+def test_products_in_pieces_are_the_dense_products(rng, monkeypatch, columns, rank, transposed):
+    monkeypatch.setattr(streaming, "_PIECE", 7 * rank * streaming._DEPTH)  # seven rows at a time
+    weight, exact = halved(
+        rng.standard_normal((100, columns)), rows=30, columns=columns, transposed=transposed
+    )
+    U, V = rng.standard_normal((100, rank)), np.asfortranarray(rng.standard_normal((columns, rank)))
+    for precision, rtol in (("float32", 1e-6), ("float64", 1e-12)):
+        (found,), norm = streaming.project(weight, [(U, V)], precision=precision, one_sided=True)
+        images = exact.astype(np.float64) @ V
+        core = U.T @ images
+        np.testing.assert_allclose(found.core, core, rtol=0, atol=rtol * np.linalg.norm(core))
+        assert_close(found.input_squares, np.sum(images**2, axis=0), rtol=rtol)
+        outputs = np.sum((U.T @ exact.astype(np.float64)) ** 2, axis=1)
+        assert_close(found.output_squares, outputs, rtol=rtol)
+        assert_close(norm, np.linalg.norm(exact.astype(np.float64)), rtol=rtol)
 
 
 @pytest.mark.usefixtures("half")

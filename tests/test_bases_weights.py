@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from factories import low_rank_update
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
+from lora_analysis.amplify import amplification
 from lora_analysis.bases import BaseWeights, Weight, arrays, open_base
 from lora_analysis.errors import (
     BaseWeightError,
@@ -316,5 +318,8 @@ def test_numbers_that_nothing_can_be_computed_with_are_refused_by_name(
     W = rng.standard_normal((6, 5)).astype(np.float32)
     W[4, 2] = value
     weight = open_base({"layers.0.q_proj": W}).weight("layers.0.q_proj")
-    with pytest.raises(BaseWeightError, match=rf"'layers\.0\.q_proj\.weight' holds .*{said}"):
+    match = rf"'layers\.0\.q_proj\.weight' holds .*{said}"
+    with pytest.raises(BaseWeightError, match=match):
         weight.array()
+    with pytest.raises(BaseWeightError, match=match):  # which looks at the norm alone
+        amplification(low_rank_update(rng, 6, 5, rank=2), weight)

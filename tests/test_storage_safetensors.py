@@ -90,6 +90,24 @@ def test_every_bit_pattern_of_a_narrow_float_is_upcast_exactly(
         np.testing.assert_array_equal(tile, wanted[rows, columns])
 
 
+@pytest.mark.parametrize("flushed", [False, True])
+@pytest.mark.parametrize("last", [0x7BFF, 0x7C00, 0x7FFF])
+def test_halves_are_widened_exactly_in_either_way(tmp_path: Path, last: int, flushed: bool) -> None:
+    # Up to 0x7BFF all are finite. What a processor that flushes subnormals would make of the first
+    # thousand is zero; another library in the process may have told it to.
+    bits = np.concatenate([np.arange(0x7C00), [last], np.arange(0x8000, 0xFC00)]).astype(np.uint16)
+    wanted = bits.view(np.float16).astype(np.float32)
+    (tmp_path / "f.safetensors").write_bytes(save({"all": bits.view(np.float16)}))
+    info = read_header(tmp_path / "f.safetensors").tensors["all"]
+    was = torch.set_flush_denormal(flushed)
+    try:
+        read = read_tensor(tmp_path / "f.safetensors", info)
+    finally:
+        torch.set_flush_denormal(False)
+    np.testing.assert_array_equal(read.view(np.uint32), wanted.view(np.uint32))
+    assert was  # the machine can be told at all
+
+
 @given(
     m=st.integers(0, 12),
     n=st.integers(0, 12),

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from lora_analysis.adapter import Update
     from lora_analysis.bases import Weight
 
-# Float32 products err by 3e-7 of what unaligned directions give. Where W is this much weaker along
-# ΔW's directions, that is more than 1e-6, and those directions are taken again in float64.
-_WEAK = 0.3
+# Float32 products err by 2e-7 of what unaligned directions give. Where W is this much weaker along
+# ΔW's directions, that is 1e-6 and more, and those directions are taken again in float64.
+_WEAK = 0.25
 
 
 def _check(update: Spectrum, weight: Weight | NDArray[np.floating]) -> None:
@@ -219,7 +219,7 @@ def _sharpen(
     if not again:
         return
     frames = [(own[at][0][:, : weak[at]], own[at][1][:, : weak[at]]) for at in again]
-    exact, _ = project(W, frames, precision="float64")
+    exact, _ = project(W, frames, precision="float64", norm=False)
     for at, projection in zip(again, exact, strict=True):
         k = weak[at]
         found[at].core[:k, :k] = projection.core

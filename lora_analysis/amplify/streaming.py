@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from lora_analysis.storage.limits import MAX_VALUE
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -23,6 +25,12 @@ _TILE = 1 << 20
 _HALF = {"bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"}
 # Below this size float64 costs next to nothing.
 _SMALL = 1 << 20
+# A product with few columns is cut into pieces this deep, each of at most so many multiplications;
+# so many pieces at a time are added in their own type.
+_FEW = 64
+_DEPTH = 128
+_PIECE = 1_000_000
+_GROUP = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,6 +69,7 @@ def project(
     *,
     precision: Precision,
     one_sided: bool = False,
+    norm: bool = True,
 ) -> tuple[list[Projection], float]:
     """Return every projection, and ‖W‖_F, from one pass over W.
 
@@ -74,15 +83,21 @@ def project(
         Of the products with W; sums over its rows are in float64 in any case.
     one_sided
         Whether to find ``‖u_jᵀ·W‖²`` too, which doubles the products.
+    norm
+        Whether to find ``‖W‖_F``, and to look at W's numbers so; zero otherwise.
 
     Notes
     -----
     O(d_out·d_in·Σr). Beside one tile it holds ``Σr`` columns of a tile's height, and ``Σr`` rows
     of W's width if ``one_sided``.
     """
-    passed = _Pass(W.shape, frames, precision, one_sided=one_sided)
-    for rows, columns, tile in _tiles(W):
-        passed.add(rows, columns, tile)
+    passed = _Pass(W.shape, frames, precision, one_sided=one_sided, norm=norm)
+    with np.errstate(over="ignore", invalid="ignore"):  # damage is told at the end
+        for rows, columns, tile in _tiles(W):
+            passed.add(rows, columns, tile)
+    if not isinstance(W, np.ndarray) and not passed.square <= MAX_VALUE**2:
+        for _ in W.blocks():  # raises where a number is to blame, and says which tensor holds it
+            pass
     return passed.projections(), float(np.sqrt(passed.square))
 
 
@@ -91,7 +106,7 @@ def _tiles(
 ) -> Iterator[tuple[slice, slice, NDArray[np.floating]]]:
     """Yield row slice, column slice and tile; an array keeps its own type."""
     if not isinstance(W, np.ndarray):
-        yield from W.blocks()
+        yield from W.blocks(check=False)  # the norm shows what is not finite
         return
     rows = max(1, _TILE // W.shape[1])
     for start in range(0, W.shape[0], rows):
@@ -106,11 +121,17 @@ class _Pass:
     """The sums of one pass."""
 
     def __init__(
-        self, shape: tuple[int, int], frames: Frames, precision: Precision, *, one_sided: bool
+        self,
+        shape: tuple[int, int],
+        frames: Frames,
+        precision: Precision,
+        *,
+        one_sided: bool,
+        norm: bool,
     ) -> None:
         self.shape = shape
         self.dtype = np.dtype(precision)
-        self.V = np.hstack([v for _, v in frames]).astype(self.dtype)  # (d_in, Σr)
+        self.V = np.hstack([v for _, v in frames]).astype(self.dtype, order="C")  # (d_in, Σr)
         self.U = np.hstack([u for u, _ in frames])  # (d_out, Σr)
         edges = np.cumsum([0, *(u.shape[1] for u, _ in frames)])
         self.own = [slice(*ends) for ends in pairwise(edges)]
@@ -119,15 +140,16 @@ class _Pass:
         # W·V of rows that come in pieces: a weight stored transposed arrives column by column.
         self.pieces: NDArray[np.float64] | None = None
         self.outputs = np.zeros((edges[-1], shape[1])) if one_sided else None
-        self.square = 0.0
+        self.norm, self.square = norm, 0.0
         self.buffer = np.empty(0)
+        self.products = np.empty(0, self.dtype)
 
     def add(self, rows: slice, columns: slice, tile: NDArray[np.floating]) -> None:
         """Add what one tile of W contributes."""
         block = self._typed(tile)
-        self.square += float(np.sum(np.vecdot(block, block), dtype=np.float64))
-        # W's values are exact in float64; a sum over many rows would lose digits in float32.
-        images = (block @ self.V[columns]).astype(np.float64)
+        if self.norm:
+            self.square += float(np.sum(np.vecdot(block, block), dtype=np.float64))
+        images = self._images(block, self.V[columns])
         for at, own in enumerate(self.own):
             self.cores[at] += self.U[rows, own].T @ images[:, own]
         if columns.stop - columns.start == self.shape[1]:
@@ -138,6 +160,32 @@ class _Pass:
             self.pieces[rows] += images
         if self.outputs is not None:
             self.outputs[:, columns] += self.U[rows].astype(self.dtype).T @ block
+
+    def _images(self, block: NDArray[np.floating], V: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Return ``block·V``, ``(rows, Σr)``.
+
+        A BLAS first copies both sides of a product into an order of its own. For few columns that
+        takes as long as the product, and OpenBLAS spares it for small ones (with AVX-512): hence
+        the pieces. Added in this order they also lose fewer digits than one deep product.
+        """
+        (m, n), r = block.shape, V.shape[1]
+        pieces = n // _DEPTH
+        if not pieces or not 0 < r <= _FEW or not block.flags.c_contiguous:
+            return (block @ V).astype(np.float64)
+        whole, height = pieces * _DEPTH, max(1, min(m, _PIECE // (_DEPTH * r)))
+        deep = V[:whole].reshape(pieces, _DEPTH, r)
+        if self.products.size < pieces * height * r:
+            self.products = np.empty(pieces * height * r, self.dtype)
+        images = np.zeros((m, r))
+        if whole < n:
+            images += block[:, whole:] @ V[whole:]
+        for top in range(0, m, height):
+            part = block[top : top + height, :whole].reshape(-1, pieces, _DEPTH)
+            products = self.products[: pieces * len(part) * r].reshape(pieces, -1, r)
+            np.matmul(part.transpose(1, 0, 2), deep, out=products)
+            for first in range(0, pieces, _GROUP):
+                images[top : top + height] += products[first : first + _GROUP].sum(axis=0)
+        return images
 
     def _typed(self, tile: NDArray[np.floating]) -> NDArray[np.floating]:
         """Return the tile in the type of the products, through one reused buffer."""

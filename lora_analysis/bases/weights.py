@@ -85,14 +85,28 @@ class Weight:
     _tiles: Callable[[], Tiles] = field(repr=False)
     storage: str = ""
     _errors: Callable[[], Tiles | None] = field(repr=False, default=lambda: None)
+    _check: Callable[[NDArray[np.float32]], None] = field(repr=False, default=lambda _: None)
 
-    def blocks(self) -> Tiles:
+    def blocks(self, *, check: bool = True) -> Tiles:
         """Yield row slice, column slice and that tile of ``W``, covering it once.
 
         A tile is float32 and about a million elements. Its memory is reused: the values last
         until the next step. What is open for reading is closed at the end.
+
+        Parameters
+        ----------
+        check
+            Whether to raise at the first tile that holds numbers that nothing can be computed
+            with. False is for whoever takes W's norm on the way, which shows them too.
+
+        Raises
+        ------
+        BaseWeightError
+            The tensor holds numbers that are not finite, or beyond all reason.
         """
         for rows, columns, tile in self._tiles():
+            if check:
+                self._check(tile)
             if self.transposed:
                 yield columns, rows, tile.T
             else:
@@ -121,7 +135,7 @@ class Weight:
         if not self.storage or errors is None:
             return None
         square = sum(float(np.sum(tile, dtype=np.float64)) for _, _, tile in errors)
-        tiles = (tile for _, _, tile in self._tiles())
+        tiles = (tile for _, _, tile in self.blocks())
         norm = sum(float(np.sum(np.square(tile, dtype=np.float64))) for tile in tiles)
         return math.sqrt(square / norm) if norm else 0.0
 
@@ -259,34 +273,32 @@ class BaseWeights:
         def errors() -> Tiles | None:
             if not known or any(source.squared_errors(p.tensor, p.index) is None for p in pieces):
                 return None
-            found = tiles_of(pieces, source.squared_errors, transposed=transposed)  # type: ignore[arg-type]
-            return self._checked(name, found)
+            return self._addressed(
+                tiles_of(pieces, source.squared_errors, transposed=transposed)  # type: ignore[arg-type]
+            )
 
         return Weight(
             name,
             shape,
             source.dtype(pieces[0].tensor),
             transposed,
-            lambda: self._checked(name, tiles_of(pieces, source.tiles, transposed=transposed)),
+            lambda: self._addressed(tiles_of(pieces, source.tiles, transposed=transposed)),
             " + ".join(storage for storage in storages if storage),
             errors,
+            lambda tile: self._refuse_damaged(name, tile),
         )
 
-    def _checked(self, name: str, tiles: Tiles) -> Tiles:
-        """Yield tiles whose numbers can be computed with; raise at the first that cannot.
-
-        An error names the address of a model from a hub, not its cache.
-        """
+    def _addressed(self, tiles: Tiles) -> Tiles:
+        """Yield tiles; an error names the address of a model from a hub, not its cache."""
         with shown_errors(self.snapshot):
-            for rows, columns, tile in tiles:
-                flat = tile.ravel(order="K")
-                with np.errstate(over="ignore", invalid="ignore"):
-                    square = float(np.vdot(flat, flat))  # one pass, where a look at each takes two
-                if not square <= MAX_VALUE**2:
-                    self._refuse(name, flat)
-                yield rows, columns, tile
+            yield from tiles
 
-    def _refuse(self, name: str, values: NDArray[np.float32]) -> None:
+    def _refuse_damaged(self, name: str, tile: NDArray[np.float32]) -> None:
+        values = tile.ravel(order="K")
+        with np.errstate(over="ignore", invalid="ignore"):
+            square = float(np.vdot(values, values))  # one pass, where a look at each takes two
+        if square <= MAX_VALUE**2:
+            return
         lost = int(values.size - np.count_nonzero(np.isfinite(values)))
         largest = float(np.abs(values).max())
         if not lost and largest <= MAX_VALUE:
