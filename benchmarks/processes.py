@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import compileall
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+import lora_analysis
 from benchmarks.harness import Row, in_turn, process
 from benchmarks.synthetic import llama, roberta, written
 
@@ -34,6 +36,8 @@ list(in_threads(lambda name: singular_values(adapter[name]), adapter))
 
 def rows(rounds: int, folder: Path) -> Iterator[Row]:
     """Yield the rows about whole processes."""
+    # As it is installed: numpy and torch are compiled, and some environments keep no bytecode.
+    compileall.compile_dir(Path(lora_analysis.__file__).parent, quiet=1)
     adapters = (
         ("RoBERTa q, v, r = 8 (24 modules)", roberta, "≤ 3", "≥ 5"),
         ("Llama-8B, r = 16 (224 modules, 84 MB)", llama, "≤ 6", "≥ 3"),

@@ -16,7 +16,7 @@ from benchmarks.synthetic import LLAMA_8B, base_file, flat_weight, update
 from lora_analysis import amplification, open_base, spectrum
 from lora_analysis.execution import in_threads
 from lora_analysis.intruders import intruder_dimensions
-from lora_analysis.linalg import leading_singular_values
+from lora_analysis.linalg import leading_singular_values, thin_product
 from lora_analysis.spectra import Spectrum, weight_svd
 
 RANK = 16
@@ -35,7 +35,8 @@ def amplification_rows(rounds: int, folder: Path) -> Iterator[Row]:
         weight = base.weight(name, transposed=False)
         return amplification(spectra[name], weight, draws=0, weight_directions=False).projected
 
-    layers = 4 * [*spectra]  # the last of seven weights alone would leave one worker idle
+    largest_first = sorted(spectra, key=lambda name: -np.prod(LLAMA_8B[name]))
+    layers = 4 * largest_first  # the last of seven weights alone would leave one worker idle
 
     def ours() -> list[np.ndarray]:
         return list(in_threads(one, layers, workers=2))
@@ -76,7 +77,7 @@ def amplification_rows(rounds: int, folder: Path) -> Iterator[Row]:
     )
     cold = in_turn(
         {
-            "ours": lambda: list(in_threads(one, spectra, workers=2)),
+            "ours": lambda: list(in_threads(one, largest_first, workers=2)),
             "read": lambda: read_file(path),
         },
         rounds,
@@ -99,7 +100,7 @@ def thin_products(shape: tuple[int, int]) -> None:
     tile = np.ones((rows // columns, columns), np.float32)
     right = np.ones((columns, RANK), np.float32)
     for _ in range(shape[0] // len(tile)):
-        _ = tile @ right
+        thin_product(tile, right)
 
 
 def error(base: object, spectra: dict[str, Spectrum], one: object) -> str:

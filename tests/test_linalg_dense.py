@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import product
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 from factories import orthonormal
 from reference import ORACLE, assert_close
 from scipy.linalg import block_diag
+from threadpoolctl import threadpool_limits
 
 from lora_analysis import linalg
-from lora_analysis.linalg import dense, krylov
+from lora_analysis.linalg import dense, krylov, thin
 
 
 @pytest.fixture
@@ -135,13 +139,42 @@ def test_an_operator_is_only_multiplied(rng):
     assert found.U.shape[0] == 90
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(50, 30), (400, 300)])
 @pytest.mark.parametrize("order", "CF")
-def test_products_in_the_order_of_memory_are_the_products(rng, monkeypatch, order):
-    monkeypatch.setattr(dense, "_TILE", 100)
-    W, X = np.asarray(rng.standard_normal((50, 30)), order=order), rng.standard_normal((30, 4))
+def test_products_in_the_order_of_memory_are_the_products(rng, monkeypatch, order, shape, threads):
+    monkeypatch.setattr(dense, "_TILE", 7 * max(shape))
+    W, X = np.asarray(rng.standard_normal(shape), order=order), rng.standard_normal((shape[1], 4))
     operator = dense._operator(W)
     assert_close(operator.apply(X), W @ X)
-    assert_close(operator.normal(X), W.T @ (W @ X), rtol=1e-12, atol=1e-12)
+    with threadpool_limits(threads, user_api="blas"):
+        assert_close(operator.normal(X), W.T @ (W @ X), rtol=1e-12, atol=1e-11)
+
+
+def test_neighbouring_numbers_alone_are_multiplied_in_pieces(rng):
+    W = rng.standard_normal((6, 512))
+    for block in (W, W[::2], np.asfortranarray(W), W[:, ::2]):
+        X, Y = rng.standard_normal((block.shape[1], 3)), rng.standard_normal((len(block), 3))
+        with threadpool_limits(1, user_api="blas"):
+            assert_close(linalg.thin_product(block, X), block @ X, atol=1e-12)
+            assert_close(linalg.thin_left_product(Y, block), Y.T @ block, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("r", [0, 1, 5, thin._FEW, thin._FEW + 1])
+@pytest.mark.parametrize(
+    ("m", "n"), list(product([0, 1, 40, 400], [1, 127, 128, (thin._GROUP + 1) * thin._DEPTH + 3]))
+)
+def test_thin_products_are_the_products(rng, m, n, r, dtype):
+    block, X, Y = (rng.standard_normal(s).astype(dtype) for s in ((m, n), (n, r), (m, r)))
+    wide = block.astype(np.float64)
+    bound = 8 * np.finfo(dtype).eps
+    several_runs_of_rows = patch.object(thin, "_WORK", 170 * thin._DEPTH)
+    with threadpool_limits(1, user_api="blas"), several_runs_of_rows:
+        right, left = linalg.thin_product(block, X), linalg.thin_left_product(Y, block)
+    assert (right.dtype, left.dtype) == (np.float64, dtype)
+    assert_close(right, wide @ X, atol=bound * np.sqrt(n) * 8)
+    assert_close(left, Y.T @ wide, atol=bound * np.sqrt(m) * 8)
 
 
 # --- the whole spectrum -----------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from lora_analysis import linalg
 from lora_analysis.storage.limits import MAX_VALUE
 
 if TYPE_CHECKING:
@@ -25,12 +26,6 @@ _TILE = 1 << 20
 _HALF = {"bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"}
 # Below this size float64 costs next to nothing.
 _SMALL = 1 << 20
-# A product with few columns is cut into pieces this deep, each of at most so many multiplications;
-# so many pieces at a time are added in their own type.
-_FEW = 64
-_DEPTH = 128
-_PIECE = 1_000_000
-_GROUP = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,14 +137,13 @@ class _Pass:
         self.outputs = np.zeros((edges[-1], shape[1])) if one_sided else None
         self.norm, self.square = norm, 0.0
         self.buffer = np.empty(0)
-        self.products = np.empty(0, self.dtype)
 
     def add(self, rows: slice, columns: slice, tile: NDArray[np.floating]) -> None:
         """Add what one tile of W contributes."""
         block = self._typed(tile)
         if self.norm:
             self.square += float(np.sum(np.vecdot(block, block), dtype=np.float64))
-        images = self._images(block, self.V[columns])
+        images = linalg.thin_product(block, self.V[columns])
         for at, own in enumerate(self.own):
             self.cores[at] += self.U[rows, own].T @ images[:, own]
         if columns.stop - columns.start == self.shape[1]:
@@ -159,33 +153,9 @@ class _Pass:
                 self.pieces = np.zeros((self.shape[0], len(self.inputs)))
             self.pieces[rows] += images
         if self.outputs is not None:
-            self.outputs[:, columns] += self.U[rows].astype(self.dtype).T @ block
-
-    def _images(self, block: NDArray[np.floating], V: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Return ``block·V``, ``(rows, Σr)``.
-
-        A BLAS first copies both sides of a product into an order of its own. For few columns that
-        takes as long as the product, and OpenBLAS spares it for small ones (with AVX-512): hence
-        the pieces. Added in this order they also lose fewer digits than one deep product.
-        """
-        (m, n), r = block.shape, V.shape[1]
-        pieces = n // _DEPTH
-        if not pieces or not 0 < r <= _FEW or not block.flags.c_contiguous:
-            return (block @ V).astype(np.float64)
-        whole, height = pieces * _DEPTH, max(1, min(m, _PIECE // (_DEPTH * r)))
-        deep = V[:whole].reshape(pieces, _DEPTH, r)
-        if self.products.size < pieces * height * r:
-            self.products = np.empty(pieces * height * r, self.dtype)
-        images = np.zeros((m, r))
-        if whole < n:
-            images += block[:, whole:] @ V[whole:]
-        for top in range(0, m, height):
-            part = block[top : top + height, :whole].reshape(-1, pieces, _DEPTH)
-            products = self.products[: pieces * len(part) * r].reshape(pieces, -1, r)
-            np.matmul(part.transpose(1, 0, 2), deep, out=products)
-            for first in range(0, pieces, _GROUP):
-                images[top : top + height] += products[first : first + _GROUP].sum(axis=0)
-        return images
+            self.outputs[:, columns] += linalg.thin_left_product(
+                self.U[rows].astype(self.dtype), block
+            )
 
     def _typed(self, tile: NDArray[np.floating]) -> NDArray[np.floating]:
         """Return the tile in the type of the products, through one reused buffer."""

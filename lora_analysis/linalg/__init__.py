@@ -26,6 +26,7 @@ from lora_analysis.linalg.overlaps import (
     overlap_grid,
     principal_angles,
 )
+from lora_analysis.linalg.thin import thin_left_product, thin_product
 
 __all__ = [
     "DENSE_SVD_LIMIT",
@@ -47,4 +48,6 @@ __all__ = [
     "overlap_grid",
     "principal_angles",
     "tall_svd",
+    "thin_left_product",
+    "thin_product",
 ]

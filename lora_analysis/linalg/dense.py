@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import reduce
+
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_analysis.linalg.constants import Float
 from lora_analysis.linalg.krylov import TOLERANCE, DenseSVD, Operator, krylov_svd
+from lora_analysis.linalg.thin import thin_left_product, thin_product
 
 # Below this size LAPACK's full SVD of a dense matrix is quicker than an iteration on it.
 DENSE_SVD_LIMIT = 768
 # Singular vectors W·v/σ lose (σ₁/σ)² digits: below this share of σ₁ they are found anew.
 GRAM_RANGE = 1e-3
-# Elements that are turned to float64 at a time.
+# Elements that are taken at a time.
 _TILE = 1 << 20
 
 
@@ -67,23 +71,30 @@ def _iterated(W: NDArray[np.floating], k: int) -> DenseSVD:
 
 
 def _operator(W: NDArray[np.floating]) -> Operator:
-    """Return a tall matrix for the iteration, multiplied in the order of its memory.
-
-    ``XᵀWᵀ`` and ``YᵀW`` with short, contiguous left factors take half the time of W·X and Wᵀ·Y.
-    """
+    """Return a tall matrix for the iteration, multiplied in the order of its memory."""
+    kind = W.dtype.type
 
     def normal(X: NDArray[np.floating]) -> NDArray[np.floating]:
-        rows = np.ascontiguousarray(X.T)
-        if not W.flags.c_contiguous:
-            return np.asarray(((rows @ W.T) @ W).T)
-        total = np.zeros_like(rows)
-        height = max(1, _TILE // W.shape[1])
-        for start in range(0, W.shape[0], height):  # W comes from memory once for both products
-            block = W[start : start + height]
-            total += (rows @ block.T) @ block
-        return total.T
+        if W.flags.c_contiguous:  # W comes from memory once for both products
+            parts = (
+                thin_left_product(thin_product(block, X).astype(kind), block)
+                for block in _blocks(W)
+            )
+            return np.asarray(reduce(np.add, parts).T)
+        blocks, given = list(_blocks(W.T)), iter(_blocks(X, like=W.T))
+        images = reduce(np.add, map(thin_left_product, given, blocks)).T  # W·X
+        return np.vstack([thin_product(block, images).astype(kind) for block in blocks])
 
-    return Operator((W.shape[0], W.shape[1]), lambda X: W @ X, normal, W.dtype.type)
+    return Operator((W.shape[0], W.shape[1]), lambda X: W @ X, normal, kind)
+
+
+def _blocks(
+    matrix: NDArray[np.floating], like: NDArray[np.floating] | None = None
+) -> Iterator[NDArray[np.floating]]:
+    """Yield runs of rows, as many at a time as make a tile of the matrix (or of another)."""
+    height = max(1, _TILE // (matrix if like is None else like).shape[1])
+    for start in range(0, len(matrix), height):
+        yield matrix[start : start + height]
 
 
 def _is_exact(W: NDArray[np.floating], found: DenseSVD, k: int) -> bool:
@@ -117,12 +128,7 @@ def _refined(W: NDArray[np.floating], directions: NDArray[np.floating]) -> Dense
 
 def _product(W: NDArray[np.floating], basis: Float) -> Float:
     """Return ``W·basis`` in float64 without a copy of W in it."""
-    found = np.empty((W.shape[0], basis.shape[1]))
-    rows = max(1, _TILE // W.shape[1])
-    for start in range(0, W.shape[0], rows):
-        part = slice(start, start + rows)
-        found[part] = W[part].astype(np.float64) @ basis
-    return found
+    return np.vstack([block.astype(np.float64) @ basis for block in _blocks(W)])
 
 
 # --- the whole spectrum -----------------------------------------------------------------------
