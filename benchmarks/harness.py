@@ -35,7 +35,8 @@ class Row:
 
     def cells(self) -> list[str]:
         """Return the row's text, column by column."""
-        shown = f"{self.ratio:,.0f} ×" if self.ratio >= 100 else f"{self.ratio:.2f} ×"
+        ratio = self.ratio
+        shown = f"{ratio:,.0f} ×" if ratio >= 100 else f"{ratio:.{2 if ratio >= 0.1 else 4}f} ×"
         verdict = {None: "", True: "yes", False: "no"}[self.met]
         return [self.what, self.against, shown, self.target, verdict, self.accuracy, self.note]
 

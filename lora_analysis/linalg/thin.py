@@ -72,10 +72,12 @@ def thin_left_product(Y: NDArray[np.floating], block: NDArray[np.floating]) -> N
 
 
 def _pays(block: NDArray[np.floating], columns: int) -> bool:
+    found = _blas().lib_controllers
     return (
         0 < columns <= _FEW
         and block.flags.c_contiguous
-        and all(one.num_threads == 1 for one in _blas().lib_controllers)
+        and bool(found)
+        and all(one.internal_api == "openblas" and one.num_threads == 1 for one in found)
     )
 
 
