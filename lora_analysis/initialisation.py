@@ -165,9 +165,10 @@ def _evidence(updates: Sequence[LowRankUpdate], factor: Literal["A", "B"]) -> St
 
 
 def _unit_rows(matrix: NDArray[np.floating]) -> NDArray[np.float64]:
-    rows = matrix.astype(np.float64)
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(length > 0, length, 1.0)
+    rows = np.array(matrix, dtype=np.float64, order="C")
+    length = np.sqrt(np.vecdot(rows, rows))
+    rows /= np.where(length > 0, length, 1.0)[:, None]
+    return rows
 
 
 def _matched_sums(

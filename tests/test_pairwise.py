@@ -101,7 +101,7 @@ def test_angles_of_every_pair_are_those_of_the_pair_alone(rng, updates, side):
             ranks = a.numerical_rank, b.numerical_rank
             angles = principal_angles(a, b, side=side, k=ranks)
             expected = [angles[0], angles[-1]]
-            assert_close([smallest[i, j], largest[i, j]], expected, rtol=1e-9, atol=1e-15)
+            assert_close([smallest[i, j], largest[i, j]], expected, rtol=1e-9, atol=1e-14)
 
 
 # --- whole adapters ---------------------------------------------------------------------------

@@ -91,7 +91,9 @@ def _column_options(command: Command) -> Command:
 @click.option("--quantised", metavar="HOW", help="nf4 or int8: the frozen base, QLoRA's way.")
 @click.option("--revision", metavar="REV", help="Of a base on a hub.")
 @click.option("--allow-pickle", is_flag=True, default=None, help="Read a base's pytorch_model.bin.")
-@click.option("--data-format", metavar="HOW", help="jsonl, csv, tsv, parquet, text, e2e, glue.")
+@click.option(
+    "--data-format", metavar="HOW", help="jsonl, csv, tsv, parquet, text, e2e, glue, datasets."
+)
 @_column_options
 @click.option("--max-length", type=int, help="Tokens after which a text is cut.  [default: 128]")
 @click.option("--limit", type=int, help="Rows to read at most.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -280,28 +281,33 @@ def pair_angles(
     """
     ranks = np.array([one.numerical_rank for one in spectra])
     smallest, largest = np.full((2, len(spectra), len(spectra)), np.nan)
-    kinds = [np.flatnonzero(ranks == rank) for rank in np.unique(ranks[ranks > 0])]
-    for at, rows in enumerate(kinds):
-        for columns in kinds[at:]:
-            cosines = _block_cosines(spectra, rows, columns, side)
-            for found, end in ((smallest, 0), (largest, -1)):
-                angles = np.arccos(np.minimum(cosines[..., end], 1.0))
-                found[np.ix_(rows, columns)] = angles
-                found[np.ix_(columns, rows)] = angles.T
+    same = np.flatnonzero(ranks)
+    smallest[same, same] = largest[same, same] = 0.0
+    for rank, other in combinations_with_replacement(np.unique(ranks[same]), 2):
+        left, right, cosines = _cosines(spectra, ranks, (rank, other), side)
+        for found, end in ((smallest, 0), (largest, -1)):
+            angles = np.arccos(np.minimum(cosines[:, end], 1.0))
+            found[left, right] = found[right, left] = angles
     # A cosine near 1 has lost the angle's digits: those few are taken from the sines.
-    for a, b in zip(*np.nonzero(np.triu(smallest < 0.1)), strict=True):
+    for a, b in zip(*np.nonzero(np.triu(smallest < 0.1, 1)), strict=True):
         exact = linalg.principal_angles(spectra[a].vectors(side), spectra[b].vectors(side))
         smallest[a, b] = smallest[b, a] = exact[0]
         largest[a, b] = largest[b, a] = exact[-1]
     return smallest, largest
 
 
-def _block_cosines(
-    spectra: Sequence[Spectrum], rows: NDArray[np.intp], columns: NDArray[np.intp], side: Side
-) -> NDArray[np.float64]:
-    """Return the cosines of the principal angles, ``(rows, columns, min rank)``, falling."""
-    left, right = (
-        np.hstack([spectra[at].vectors(side) for at in part]) for part in (rows, columns)
-    )
-    gram = (left.T @ right).reshape(len(rows), -1, len(columns), right.shape[1] // len(columns))
-    return np.linalg.svd(gram.transpose(0, 2, 1, 3), compute_uv=False)
+def _cosines(
+    spectra: Sequence[Spectrum], ranks: NDArray[np.intp], kinds: tuple[int, int], side: Side
+) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
+    """Return every pair of two ranks, and the cosines of its principal angles, falling."""
+    rows, columns = (np.flatnonzero(ranks == rank) for rank in kinds)
+    left = np.vstack([spectra[at].vectors(side).T for at in rows.tolist()])
+    alike = kinds[0] == kinds[1]
+    right = left if alike else np.vstack([spectra[at].vectors(side).T for at in columns.tolist()])
+    gram = (left @ right.T).reshape(len(rows), kinds[0], len(columns), kinds[1])
+    own, others = np.indices((len(rows), len(columns))).reshape(2, -1)
+    if alike:
+        own, others = np.triu_indices(len(rows), 1)
+    pairs = gram.transpose(0, 2, 1, 3)[own, others]
+    cosines = np.asarray(np.linalg.svd(pairs, compute_uv=False), np.float64)
+    return rows[own], columns[others], cosines
