@@ -112,6 +112,15 @@ def _tiles(
         )
 
 
+def _square(block: NDArray[np.floating]) -> float:
+    """Return ‖block‖_F²: each run of memory in its own type, their sum in float64.
+
+    As products of rows with themselves, in which numpy lets other threads run; `vecdot` does not.
+    """
+    runs = block if block.flags.c_contiguous else block.T
+    return float(np.sum(runs[:, None, :] @ runs[:, :, None], dtype=np.float64))
+
+
 class _Pass:
     """The sums of one pass."""
 
@@ -142,7 +151,7 @@ class _Pass:
         """Add what one tile of W contributes."""
         block = self._typed(tile)
         if self.norm:
-            self.square += float(np.sum(np.vecdot(block, block), dtype=np.float64))
+            self.square += _square(block)
         images = linalg.thin_product(block, self.V[columns])
         for at, own in enumerate(self.own):
             self.cores[at] += self.U[rows, own].T @ images[:, own]
