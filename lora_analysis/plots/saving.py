@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from xml.etree import ElementTree as ET
 
+from matplotlib import rc_context
 from matplotlib.layout_engine import PlaceHolderLayoutEngine
 
 from lora_analysis.errors import InputError
@@ -42,9 +43,12 @@ def _render(figure: Figure, kind: str, *, dpi: int, text: Literal["none", "path"
 
 def _settle(figure: Figure) -> None:
     """Lay the figure out once and for all: every further pass would move it by a hair."""
-    if not isinstance(figure.get_layout_engine(), PlaceHolderLayoutEngine | None):
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
+    engine = figure.get_layout_engine()
+    if not isinstance(engine, PlaceHolderLayoutEngine | None):
+        engine.execute(figure)
+        # With no engine at all, not even the one called "none", a figure is drawn once when saved.
+        with rc_context({"figure.constrained_layout.use": False, "figure.autolayout": False}):
+            figure.set_layout_engine(None)
 
 
 def save_figure(
