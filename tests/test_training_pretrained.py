@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from lora_analysis.cli import group
 from lora_analysis.errors import InputError, MalformedFileError, MissingExtraError
 from lora_analysis.formats import read_adapter
-from lora_analysis.lora import load_adapter_into, merge_lora
+from lora_analysis.lora import add_lora, load_adapter_into, merge_lora
 from lora_analysis.training import RunConfig, RunEvent, train_run
 
 pytestmark = [
@@ -297,6 +298,46 @@ def test_an_adapter_of_a_quantised_base_is_loaded_by_peft_on_that_base(
     table = {"base": base, "data": {"source": str(data), "format": "e2e"}}
     model = prepare(RunConfig.from_dict(table), torch.device("cpu")).model
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+@pytest.mark.parametrize("quantised", ["nf4", "int8"])
+def test_layers_that_a_quantised_base_does_not_hold_are_not_quantised(
+    quantised: str, models: Path, reviews: Path, tmp_path: Path
+) -> None:
+    # A masked language model has no pooler: it is drawn, and trained with the classifier.
+    base = {"source": base_of(models, "bert"), "quantised": quantised}
+    run, _ = trained(models, "bert", reviews, tmp_path / "run", base=base)
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert math.isfinite(manifest["metrics"]["test_loss"])
+    saved = load_file(run / "adapter_model.safetensors")
+    assert any("pooler.dense.weight" in key for key in saved)
+
+
+@pytest.mark.parametrize("width", [24, 64])
+def test_a_quantised_layer_gives_gradients_after_an_evaluation(width: int) -> None:
+    # On some CPUs an evaluation packs the codes for a kernel that has none, or refuses the width.
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    layers = [bnb.nn.Linear4bit(width, width, bias=False, quant_type="nf4") for _ in "ab"]
+    model = nn.Sequential(*layers).to("cpu").eval()
+    x = torch.randn(8, width)
+    if width % 32 == 0:
+        with torch.no_grad():
+            model(x)  # packed before there is an adapter
+    add_lora(model, rank=2, alpha=2, targets=["0"], seed=0)
+    with torch.no_grad():
+        model.eval()(x)
+    factors = model[0].adapters["default"]
+    nn.init.normal_(factors.B)
+    model.train()(x).sum().backward()
+    first, second = (
+        bnb.functional.dequantize_4bit(layer.weight, layer.weight.quant_state)
+        for layer in (model[0].base_layer, model[1])
+    )
+    A, B = (one.detach().clone().requires_grad_(True) for one in (factors.A, factors.B))
+    ((x @ first.T + x @ A.T @ B.T) @ second.T).sum().backward()
+    for found, expected in ((factors.A.grad, A.grad), (factors.B.grad, B.grad)):
+        assert (found - expected).norm() < 1e-4 * expected.norm()
 
 
 def cli(*arguments: str) -> Any:

@@ -120,6 +120,18 @@ class QuantisedLoraLayer(LoraLayer):
         """Return ``(d_out, d_in)``, which the codes' own shape does not tell."""
         return int(cast("Any", layer).out_features), int(cast("Any", layer).in_features)
 
+    @classmethod
+    def keep_gradients(cls, model: nn.Module) -> None:
+        """Keep the 4-bit layers of a model from bitsandbytes' packed form, which has no gradient.
+
+        On a CPU with AVX-512 BF16 an evaluation packs the codes for a kernel of inference, and
+        leaves them so: what is trained afterwards would get no gradient through the layer.
+        """
+        for layer in model.modules():
+            if cls.accepts(layer) and hasattr(layer, "support_avx512bf16_for_cpu"):
+                cast("Any", layer).support_avx512bf16_for_cpu = False
+                layer.state_dict()  # whose making puts packed codes back
+
     def merged_weight(self) -> nn.Parameter:
         """Raise: the sum of codes and an update is no code."""
         message = (

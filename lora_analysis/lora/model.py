@@ -15,6 +15,7 @@ from torch import nn
 
 from lora_analysis.errors import InputError, TargetError
 from lora_analysis.lora.experts import ExpertLayer, expert_factors, expert_parameters
+from lora_analysis.lora.kinds import QuantisedLoraLayer
 from lora_analysis.lora.layers import LoraLayer, TrainedModule, Wrapper
 from lora_analysis.lora.parts import Part, rows_of_parts, start_of_parts
 from lora_analysis.lora.targets import base_modules, target_modules, trained_modules
@@ -184,6 +185,7 @@ def attach(
         message = f"An adapter cannot be called {name!r}: torch allows no dot and no method's name."
         raise InputError(message)
     model.requires_grad_(False)
+    QuantisedLoraLayer.keep_gradients(model)
     for module, part in (*factors.items(), *copies.items()):
         wrapper = modules[module]
         if not isinstance(wrapper, Wrapper):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lora_analysis.errors import InputError, MissingExtraError
+from lora_analysis.lora.kinds import QuantisedLoraLayer
 from lora_analysis.storage.places import existing_path
 from lora_analysis.training.examples import Examples, read_examples
 from lora_analysis.training.inputs import LOCAL, base_place
@@ -138,17 +139,25 @@ def _model(
     if config.base.dropout is not None:
         stated = transformers.AutoConfig.from_pretrained(place, **LOCAL).to_dict()
         options |= {name: config.base.dropout for name in _DROPOUTS if name in stated}
-    try:
+
+    def made() -> tuple[Any, list[str]]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model, info = kind.from_pretrained(place, **options)
+        missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+        return model, fresh_modules(model, missing)
+
+    try:
+        model, fresh = made()
+        parts = (layer for name in fresh for layer in model.get_submodule(name).modules())
+        if any(map(QuantisedLoraLayer.accepts, parts)):  # there is nothing yet to quantise
+            options["quantization_config"].llm_int8_skip_modules = fresh
+            model, fresh = made()
     except (OSError, ValueError, KeyError) as error:
         message = (
             f"{place}: no model for {examples.objective} can be made of it: {_first_line(error)}"
         )
         raise InputError(message) from error
-    missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-    fresh = fresh_modules(model, missing)
     if examples.labels:
         model.config.id2label = dict(enumerate(examples.labels))
         model.config.label2id = {name: at for at, name in enumerate(examples.labels)}
