@@ -26,7 +26,7 @@ from lora_analysis.lora import add_lora, merge_lora, parameter_counts, unmerge_l
 WIDTH, HEADS, BLOCKS, RANK = 768, 12, 6, 8
 BATCH, TOKENS = 8, 128
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# What a GPU needs to be busy with: at the small size a step is the time its launches take.
+# The second size is for a GPU, which the first does not fill.
 SIZES = [(BATCH, TOKENS), (64, 512)] if DEVICE == "cuda" else [(BATCH, TOKENS)]
 # With one thread on a CPU, its own time counts: others that want the CPU then change nothing.
 CLOCK = time.perf_counter if DEVICE == "cuda" else time.process_time
@@ -148,14 +148,12 @@ def timed(rounds: int, size: tuple[int, int]) -> Iterator[Row]:
 
 
 def launched() -> Iterator[Row]:
-    """Yield the rows about the operations of forward and backward: what a small step waits for."""
+    """Yield the rows about how many operations forward and backward launch."""
     sides = ("ours", "PEFT", "full fine-tuning")
     counts = {side: operations(SIDES[side](blocks())) for side in sides}
     for side in ("PEFT", "full fine-tuning"):
         ours, theirs = counts["ours"], counts[side]
-        note = (
-            f"{ours} to {theirs}; a step too small to fill a GPU takes as long as their launching"
-        )
+        note = f"{ours} to {theirs}"
         yield Row("operations of forward and backward", side, ours / theirs, "", note=note)
 
 

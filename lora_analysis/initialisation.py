@@ -166,8 +166,8 @@ def _evidence(updates: Sequence[LowRankUpdate], factor: Literal["A", "B"]) -> St
 
 def _unit_rows(matrix: NDArray[np.floating]) -> NDArray[np.float64]:
     rows = np.array(matrix, dtype=np.float64, order="C")
-    length = np.sqrt(np.vecdot(rows, rows))
-    rows /= np.where(length > 0, length, 1.0)[:, None]
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    rows /= np.where(length > 0, length, 1.0)
     return rows
 
 

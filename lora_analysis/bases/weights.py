@@ -134,7 +134,10 @@ class Weight:
         errors = self._errors()
         if not self.storage or errors is None:
             return None
-        square = sum(float(np.sum(tile, dtype=np.float64)) for _, _, tile in errors)
+        square = 0.0
+        for _, _, tile in errors:
+            self._check(tile)
+            square += float(np.sum(tile, dtype=np.float64))
         tiles = (tile for _, _, tile in self.blocks())
         norm = sum(float(np.sum(np.square(tile, dtype=np.float64))) for tile in tiles)
         return math.sqrt(square / norm) if norm else 0.0

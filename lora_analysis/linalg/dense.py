@@ -77,24 +77,22 @@ def _operator(W: NDArray[np.floating]) -> Operator:
     def normal(X: NDArray[np.floating]) -> NDArray[np.floating]:
         if W.flags.c_contiguous:  # W comes from memory once for both products
             parts = (
-                thin_left_product(thin_product(block, X).astype(kind), block)
-                for block in _blocks(W)
+                thin_left_product(thin_product(W[run], X).astype(kind), W[run])
+                for run in _runs(W.shape)
             )
             return np.asarray(reduce(np.add, parts).T)
-        blocks, given = list(_blocks(W.T)), iter(_blocks(X, like=W.T))
-        images = reduce(np.add, map(thin_left_product, given, blocks)).T  # W·X
-        return np.vstack([thin_product(block, images).astype(kind) for block in blocks])
+        wide, runs = W.T, list(_runs(W.T.shape))
+        images = reduce(np.add, (thin_left_product(X[run], wide[run]) for run in runs)).T  # W·X
+        return np.vstack([thin_product(wide[run], images).astype(kind) for run in runs])
 
     return Operator((W.shape[0], W.shape[1]), lambda X: W @ X, normal, kind)
 
 
-def _blocks(
-    matrix: NDArray[np.floating], like: NDArray[np.floating] | None = None
-) -> Iterator[NDArray[np.floating]]:
-    """Yield runs of rows, as many at a time as make a tile of the matrix (or of another)."""
-    height = max(1, _TILE // (matrix if like is None else like).shape[1])
-    for start in range(0, len(matrix), height):
-        yield matrix[start : start + height]
+def _runs(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Yield runs of rows, as many at a time as make a tile."""
+    height = max(1, _TILE // shape[1])
+    for start in range(0, shape[0], height):
+        yield slice(start, start + height)
 
 
 def _is_exact(W: NDArray[np.floating], found: DenseSVD, k: int) -> bool:
@@ -128,7 +126,7 @@ def _refined(W: NDArray[np.floating], directions: NDArray[np.floating]) -> Dense
 
 def _product(W: NDArray[np.floating], basis: Float) -> Float:
     """Return ``W·basis`` in float64 without a copy of W in it."""
-    return np.vstack([block.astype(np.float64) @ basis for block in _blocks(W)])
+    return np.vstack([W[run].astype(np.float64) @ basis for run in _runs(W.shape)])
 
 
 # --- the whole spectrum -----------------------------------------------------------------------

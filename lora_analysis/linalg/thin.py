@@ -8,7 +8,6 @@ hence the pieces. Where the BLAS may use several threads, whole products make be
 from __future__ import annotations
 
 from functools import cache
-from threading import local
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +22,6 @@ _DEPTH = 128
 _WORK = 1_000_000
 # Sums of so many pieces are taken in their own type.
 _GROUP = 8
-_memory = local()
 
 
 def thin_product(block: NDArray[np.floating], X: NDArray[np.floating]) -> Float:
@@ -44,17 +42,15 @@ def thin_product(block: NDArray[np.floating], X: NDArray[np.floating]) -> Float:
     pieces = n // _DEPTH
     if not pieces or not _pays(block, r):
         return np.asarray(block @ X, dtype=np.float64)
-    whole, height = pieces * _DEPTH, max(1, min(m, _WORK // (_DEPTH * r)))
+    whole, height = pieces * _DEPTH, max(1, _WORK // (_DEPTH * r))
     grouped = pieces // _GROUP * _GROUP
     deep = np.ascontiguousarray(X[:whole]).reshape(pieces, _DEPTH, r)
-    memory = _kept(pieces * height * r, block.dtype)
     found = np.zeros((m, r))
     if whole < n:
         found += block[:, whole:] @ X[whole:]
     for top in range(0, m, height):
         part = block[top : top + height, :whole].reshape(-1, pieces, _DEPTH)
-        products = memory[: pieces * len(part) * r].reshape(pieces, len(part), r)
-        np.matmul(part.transpose(1, 0, 2), deep, out=products)
+        products = part.transpose(1, 0, 2) @ deep
         groups = products[:grouped].reshape(-1, _GROUP, len(part), r).sum(axis=1)
         found[top : top + height] += groups.sum(axis=0, dtype=np.float64)
         if grouped < pieces:
@@ -76,15 +72,6 @@ def thin_left_product(Y: NDArray[np.floating], block: NDArray[np.floating]) -> N
     if whole < n:
         found[:, whole:] = rows @ block[:, whole:]
     return found
-
-
-def _kept(size: int, dtype: np.dtype[np.floating]) -> NDArray[np.floating]:
-    """Return this thread's memory for pieces; fresh pages take a tenth of the time of a product."""
-    memory: NDArray[np.floating] | None = getattr(_memory, dtype.name, None)
-    if memory is None or memory.size < size:
-        memory = np.empty(size, dtype)
-        setattr(_memory, dtype.name, memory)
-    return memory
 
 
 def _pays(block: NDArray[np.floating], columns: int) -> bool:

@@ -151,7 +151,8 @@ def _model(
         model, fresh = made()
         parts = (layer for name in fresh for layer in model.get_submodule(name).modules())
         if any(map(QuantisedLoraLayer.accepts, parts)):  # there is nothing yet to quantise
-            options["quantization_config"].llm_int8_skip_modules = fresh
+            plain = [name for name, layer in model.named_modules() if type(layer) is nn.Linear]
+            options["quantization_config"].llm_int8_skip_modules = [*fresh, *plain]
             model, fresh = made()
     except (OSError, ValueError, KeyError) as error:
         message = (
