@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lora_analysis.errors import InputError, ScaleError
+from lora_analysis.finding import Finding, as_findings
 from lora_analysis.patterns import natural_key, near_names
 from lora_analysis.showing import html_facts
 
@@ -245,8 +246,8 @@ class Provenance:
     """Where an adapter came from, and what its reader noticed.
 
     ``scale_origin`` says per module where the multiplier was found; ``"format"`` where the format
-    itself fixes it and no file could say another. ``findings`` are plain
-    sentences about the file itself, each naming what it touches. ``metrics`` are the final
+    itself fixes it and no file could say another. ``findings`` are about the file itself; a
+    sentence given as a string becomes one with the code ``"file-note"``. ``metrics`` are the final
     figures of its training (accuracy, loss), where the trainer left them beside the file; ``step``
     is how far the training had come, where it says so. Of an
     adapter from a hub, ``address`` is ``hf://owner/name@commit/…`` and ``revision`` the commit;
@@ -263,9 +264,12 @@ class Provenance:
     task: str | None = None
     step: int | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
-    findings: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
     address: str | None = None
     revision: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "findings", as_findings(self.findings))
 
     @property
     def place(self) -> str | None:
@@ -375,7 +379,7 @@ class Adapter(Mapping[str, Update]):
                  ("step", source.step), ("base model", source.base_model))  # fmt: skip
         facts = [("format", source.format), ("modules", len(self))]
         facts += [(name, str(value)) for name, value in known if value is not None]
-        return html_facts(self.label, facts, " ".join(source.findings))
+        return html_facts(self.label, facts, " ".join(finding.text for finding in source.findings))
 
     def __repr__(self) -> str:
         return f"<Adapter {self.label!r}: {len(self)} modules, {self.provenance.format}>"

@@ -21,6 +21,7 @@ from lora_analysis.errors import (
     InputError,
     UnsupportedMethodError,
 )
+from lora_analysis.finding import Finding
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 # PEFT works in float32: where W's r-th and next singular value are closer than this, relatively,
 # its leading space is another one on another machine.
 _GAP = 1e-4
-# What readers say of such methods; it holds no more once the base is known.
-_LOW_RANK_PART = "low-rank part"
+# Findings of readers on such methods; they no longer hold once the base is known.
+_LOW_RANK_PART = frozenset({"dora", "kasa"})
 
 
 def effective_update(update: Update, W: Weight | NDArray[np.floating]) -> Update:
@@ -102,16 +103,13 @@ def effective_adapter(
         asked for, and so are the errors of the base's weights. Updates that are the whole change
         already are those of ``adapter``, and the base is not asked for theirs.
     """
-    said = [one for one in adapter.provenance.findings if _LOW_RANK_PART not in one]
-    if len(said) < len(adapter.provenance.findings):
-        said.append(
-            "Where a method rescales the weight or takes a part of it away, ΔW is the whole change "
-            f"of the weight, worked out of {base.address or base.label}."
-        )
+    findings = [one for one in adapter.provenance.findings if one.code not in _LOW_RANK_PART]
+    if len(findings) < len(adapter.provenance.findings):
+        findings.append(Finding("whole-change", {"base": base.address or base.label}))
     return Adapter(
         {name: partial(_effective, adapter, name, base, transposed) for name in adapter},
         label=adapter.label,
-        provenance=replace(adapter.provenance, findings=tuple(said)),
+        provenance=replace(adapter.provenance, findings=tuple(findings)),
         saved_modules=adapter.saved_modules,
         config=adapter.config,
     )

@@ -26,6 +26,7 @@ LEVELS = {
     "showing": 0,
     "execution": 1,
     "linalg": 1,
+    "finding": 1,
     "patterns": 1,
     "adapter": 2,
     "chance": 2,

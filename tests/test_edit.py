@@ -209,7 +209,7 @@ def test_the_total_error_is_that_of_all_modules_as_one_matrix(rng: np.random.Gen
     assert small.parameters == 20 + 10 + 40
     assert small.given_parameters == 60 + 30 + 80
     assert "use_rslora" not in small.adapter.config
-    assert f"relative error {expected:.3g}" in small.adapter.provenance.findings[-1]
+    assert f"relative error {expected:.3g}" in small.adapter.provenance.findings[-1].text
 
 
 def best_by_trying(
@@ -257,7 +257,7 @@ def test_a_budget_goes_where_the_energy_is(rng: np.random.Generator) -> None:
     assert small.adapter.config["target_modules"] == ["layers.0.q", "layers.0.v"]
     assert small.modules[2].error == 1.0
     assert_close(small.lost, np.sqrt(0.1**2 + 1.8**2 + 0.5**2 + 0.01**2))
-    assert "1 modules of which nothing was kept" in small.adapter.provenance.findings[-1]
+    assert "1 modules of which nothing was kept" in small.adapter.provenance.findings[-1].text
 
 
 def test_progress_counts_the_modules(rng: np.random.Generator) -> None:
@@ -325,7 +325,7 @@ def test_nothing_of_the_others_subspace_is_left(rng: np.random.Generator, side: 
             assert_close(remaining @ V, 0.0, atol=1e-12)
         if side == "output":
             assert np.abs(remaining @ V).max() > 0.1
-    assert "other projected out" in rest.provenance.findings[-1]
+    assert "other projected out" in rest.provenance.findings[-1].text
 
 
 def test_only_the_top_k_of_the_other_may_be_taken(rng: np.random.Generator) -> None:

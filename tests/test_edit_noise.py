@@ -36,7 +36,7 @@ def test_the_noise_has_the_norm_of_each_update_and_nothing_of_it(
     adapter = tuned(rng)
     noise = noise_of_equal_norm(adapter, seed=3)
     assert noise.label == "tuned (noise)"
-    assert "a control" in noise.provenance.findings[-1]
+    assert "a control" in noise.provenance.findings[-1].text
     for name, update in adapter.items():
         own = noise[name].delta_weight()
         assert own.shape == update.shape

@@ -98,7 +98,9 @@ def test_the_update_of_a_fine_tune_is_the_difference_of_the_weights(
 
 
 def test_what_is_not_part_of_the_update_is_said(models: dict[str, Any]) -> None:
-    identical, lost, others = read_update(models["tuned"], models["base"]).provenance.findings
+    identical, lost, others = map(
+        str, read_update(models["tuned"], models["base"]).provenance.findings
+    )
     assert "1 of 5 weights are identical in base and left out: 'model.layers.1.q_proj'" in identical
     assert "1 of 5 weights are left out, since nothing in base can be held" in lost
     assert "no weight belongs to 'score'" in lost
@@ -152,7 +154,7 @@ def test_a_live_model_of_conv1d_is_turned(rng: np.random.Generator) -> None:
     assert isinstance(one, DenseUpdate)
     assert one.layout == "conv1d"
     assert_close(one.delta_weight(), step.numpy().T, atol=1e-6)
-    assert "'layers.3.norm.bias'" in update.provenance.findings[-1]
+    assert "'layers.3.norm.bias'" in update.provenance.findings[-1].text
 
 
 def test_what_cannot_be_compared_is_refused(

@@ -41,7 +41,10 @@ def test_layers_are_named_by_model_and_place(tmp_path: Path, rng: np.random.Gene
     assert (conv.scale, conv.layout, conv.kernel) == (1.0, "conv", (3, 3))
     up, down = tensors["unet:0:up"].astype(float), tensors["unet:0:down"]
     np.testing.assert_allclose(adapter["unet:0"].delta_weight(), up @ down, rtol=1e-6)
-    assert "1 tensor beside the factors: embeddings of new words" in adapter.provenance.findings[1]
+    assert (
+        "1 tensor beside the factors: embeddings of new words"
+        in adapter.provenance.findings[1].text
+    )
 
 
 def test_a_list_in_a_torch_file_reads_where_pickles_are_allowed(

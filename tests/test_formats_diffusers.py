@@ -108,7 +108,7 @@ def test_without_metadata_the_scale_is_unknown_and_is_said(
     assert isinstance(update, LowRankUpdate)
     assert update.scale is None
     assert set(adapter.provenance.scale_origin.values()) == {"unknown"}
-    (finding,) = adapter.provenance.findings
+    (finding,) = map(str, adapter.provenance.findings)
     assert "scale of 1 of 1 modules is not known" in finding
     assert "loaders then take a scale of 1" in finding
     assert adapter.label == "sd/pytorch_lora_weights"
@@ -181,7 +181,7 @@ def test_a_component_that_the_metadata_leaves_out_is_of_unknown_scale(
         "unet.conv.to_q": "metadata",
         "text_encoder.q_proj": "unknown",
     }
-    assert "scale of 1 of 2 modules is not known" in adapter.provenance.findings[0]
+    assert "scale of 1 of 2 modules is not known" in adapter.provenance.findings[0].text
 
 
 def test_a_file_for_one_model_has_metadata_and_names_without_a_component(
@@ -208,7 +208,7 @@ def test_dora_and_biases_are_told(tmp_path: Path, rng: np.random.Generator) -> N
     assert isinstance(update, LowRankUpdate)
     assert update.variant == "DoRA"
     np.testing.assert_array_equal(update.magnitude, tensors["unet.to_q.lora_magnitude_vector"])
-    assert "1 tensor beside the factors: biases of B" in adapter.provenance.findings[0]
+    assert "1 tensor beside the factors: biases of B" in adapter.provenance.findings[0].text
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_a_start_that_was_taken_out_of_the_base_is_subtracted(
     before = peft_keys(rng, unet)
     first = stored(tmp_path / "first.safetensors", before, said)
     adapter = read_adapter(trained, initial=first)
-    assert "ΔW has rank 2r." in adapter.provenance.findings[-1]
+    assert "ΔW has rank 2r." in adapter.provenance.findings[-1].text
 
     def product(of: Tensors, stem: str) -> np.ndarray:
         a, b = (of[f"{stem}.lora_{role}.weight"].astype(float) for role in "AB")

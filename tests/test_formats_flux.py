@@ -34,7 +34,7 @@ def test_xlabs_processors_are_the_layers_they_add_to(
     assert adapter.provenance.format == "flux"
     assert set(adapter) == set(XLABS.values())
     assert set(adapter.provenance.scale_origin.values()) == {"format"}
-    assert adapter.provenance.findings == (
+    assert tuple(map(str, adapter.provenance.findings)) == (
         "6 of 6 modules state no alpha: XLabs' format has none, its scale is 1.",
     )
     for stem, name in XLABS.items():
@@ -57,7 +57,7 @@ def test_pefts_keys_under_the_authors_names_have_scale_1_by_the_format(
     adapter = read_adapter(stored(tmp_path / "f.safetensors", tensors))
     assert (list(adapter), adapter.provenance.format) == ([module], "flux")
     assert adapter.provenance.scale_origin == {module: "format"}
-    assert told in adapter.provenance.findings[0]
+    assert told in adapter.provenance.findings[0].text
     wanted = tensors[f"{module}.lora_B.weight"].astype(float) @ tensors[f"{module}.lora_A.weight"]
     np.testing.assert_allclose(adapter[module].delta_weight(), wanted, rtol=1e-6)
 
@@ -83,7 +83,7 @@ def test_a_control_lora_keeps_its_norms_and_biases_as_findings(
     tensors["double_blocks.0.img_attn.norm.query_norm.scale"] = normal(rng, 5)
     adapter = read_adapter(stored(tmp_path / "f.safetensors", tensors))
     assert len(adapter) == 3
-    text = " ".join(adapter.provenance.findings)
+    text = " ".join(map(str, adapter.provenance.findings))
     assert "3 tensors beside the factors: biases of B" in text
     assert "1 tensor beside the factors: no factors" in text
 

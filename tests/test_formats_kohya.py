@@ -60,7 +60,7 @@ def test_a_missing_alpha_is_r_by_the_format_and_is_said(
     adapter = read_adapter(stored(tmp_path / "f.safetensors", tensors))
     assert (low_rank(adapter).scale, low_rank(adapter).alpha) == (1.0, 4.0)
     assert adapter.provenance.scale_origin == {NAME: "format", "lora_te_q": "tensor"}
-    (finding,) = adapter.provenance.findings
+    (finding,) = map(str, adapter.provenance.findings)
     assert "1 of 2 modules state no alpha" in finding
     assert "alpha = r" in finding
 
@@ -123,7 +123,7 @@ def test_dora_norms_of_columns_are_told_apart_even_where_square(
     tensors = kohya_linear(rng, NAME, 5, 5) | {f"{NAME}.dora_scale": normal(rng, 1, 5)}
     adapter = read_adapter(stored(tmp_path / "f.safetensors", tensors))
     assert (low_rank(adapter).variant, low_rank(adapter).magnitude) == ("DoRA", None)
-    assert "norms of the columns" in adapter.provenance.findings[0]
+    assert "norms of the columns" in adapter.provenance.findings[0].text
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_split_projections_saved_as_one_are_a_finding_and_keep_the_loaders_scale
     adapter = read_adapter(stored(tmp_path / "flux.safetensors", tensors))
     n = len(widths)
     assert low_rank(adapter, module).scale == 2 / (2 * n)
-    assert f"trained as {n} LoRAs apart (split_qkv)" in adapter.provenance.findings[0]
+    assert f"trained as {n} LoRAs apart (split_qkv)" in adapter.provenance.findings[0].text
     tensors[f"{module}.lora_up.weight"][0, -1] = 1
     joint = read_adapter(stored(tmp_path / "joint.safetensors", tensors))
     assert joint.provenance.findings == ()
@@ -226,7 +226,7 @@ def test_an_a_copied_to_q_k_and_v_is_a_finding(tmp_path: Path, rng: np.random.Ge
         if key.endswith("down.weight"):
             tensors[key] = tensors[key.replace("to_k", "to_q").replace("to_v", "to_q")]
     copied = read_adapter(stored(tmp_path / "copied.safetensors", tensors))
-    (finding,) = copied.provenance.findings
+    (finding,) = map(str, copied.provenance.findings)
     assert "6 modules share their A" in finding
     assert "artefact" in finding
 
@@ -241,7 +241,7 @@ def test_whole_differences_beside_factors_are_reported(
     }
     adapter = read_adapter(stored(tmp_path / "f.safetensors", tensors))
     assert list(adapter) == [NAME]
-    lost, full = sorted(adapter.provenance.findings)
+    lost, full = sorted(map(str, adapter.provenance.findings))
     assert "2 tensors beside the factors: trained in full" in full
     assert "1 tensor beside the factors: no factors" in lost
     assert "'lora_unet_lost.alpha'" in lost

@@ -52,7 +52,7 @@ def test_a_merged_layer_is_read_as_its_enabled_blocks(
     np.testing.assert_allclose(adapter["h.0.attn.c_attn.v"].delta_weight(), 2 * b[5:] @ a[3:])
     assert adapter.provenance.format == "loralib"
     assert adapter.provenance.rank == 3
-    assert "1 fused modules are read block by block" in adapter.provenance.findings[0]
+    assert "1 fused modules are read block by block" in adapter.provenance.findings[0].text
 
 
 def test_without_enable_lora_a_merged_layer_is_refused_with_the_hint(
@@ -84,7 +84,7 @@ def test_blocks_of_an_interleaved_weight_are_not_called_q_and_v(
     save_file({f"{key}A": matrix(rng, 4, 8), f"{key}B": matrix(rng, 10, 2)}, tmp_path / "m.npz.st")
     adapter = read_adapter(tmp_path / "m.npz.st", enable_lora=Q_AND_V)
     assert [name.rpartition(".")[2] for name in adapter] == ["rows0", "rows2"]
-    assert "interleaves q, k and v per head" in adapter.provenance.findings[2]
+    assert "interleaves q, k and v per head" in adapter.provenance.findings[2].text
 
 
 def test_the_command_line_says_which_blocks_are_enabled(
@@ -154,9 +154,9 @@ def test_nested_dictionaries_embeddings_and_biases_are_read_through(
     adapter = read_adapter(tmp_path / "m.pt", allow_pickle=True)
     assert list(adapter) == ["q", "wte"]
     assert adapter["wte"].layout == "embedding"  # type: ignore[union-attr]
-    assert "states no alpha" not in adapter.provenance.findings[0]
-    assert "files state no alpha" in adapter.provenance.findings[0]
-    assert "1 tensor beside the factors" in adapter.provenance.findings[1]
+    assert "states no alpha" not in adapter.provenance.findings[0].text
+    assert "files state no alpha" in adapter.provenance.findings[0].text
+    assert "1 tensor beside the factors" in adapter.provenance.findings[1].text
     assert [ref.format for ref in find_adapters(tmp_path, allow_pickle=True)] == ["loralib"]
 
 

@@ -80,7 +80,7 @@ def test_an_older_configuration_may_mean_another_scale_and_that_is_said(
     place = folder(lora_layers=4)
     adapter = read_adapter(place)
     assert adapter[Q].scale == 10.0  # type: ignore[union-attr]
-    (finding,) = adapter.provenance.findings
+    (finding,) = map(str, adapter.provenance.findings)
     assert "up to 0.14 applied scale·alpha/rank, here 80" in finding
     mine = read_adapter(place, scale=80)
     assert mine.provenance.findings == ()
@@ -94,7 +94,7 @@ def test_without_a_configuration_the_scale_is_not_known(
     np.savez(path, **tensors)  # type: ignore[arg-type]
     adapter = read_adapter(path)
     assert adapter[Q].scale is None  # type: ignore[union-attr]
-    assert "no adapter_config.json" in adapter.provenance.findings[0]
+    assert "no adapter_config.json" in adapter.provenance.findings[0].text
     assert read_adapter(tmp_path, scale=2)[Q].shape == (5, 6)
 
 
@@ -125,7 +125,7 @@ def test_dora_keeps_its_norms_of_a_matrix_and_says_so(
     wanted = tensors[f"{Q}.m"][:, None] * moved / np.linalg.norm(moved, axis=1, keepdims=True)
     np.testing.assert_allclose(effective_update(update, weight).delta_weight(), wanted - weight)
     assert adapter["model.embed_tokens"].variant == "DoRA by entries"  # type: ignore[union-attr]
-    assert "2 modules are DoRA's" in adapter.provenance.findings[0]
+    assert "2 modules are DoRA's" in adapter.provenance.findings[0].text
 
 
 def test_what_is_no_lora_or_damaged_is_refused(

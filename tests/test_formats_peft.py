@@ -106,7 +106,7 @@ def test_the_rank_comes_from_the_factors_and_a_config_that_differs_is_a_finding(
     adapter = read_adapter(folder)
     assert only(adapter).scale == 8 / 2
     assert adapter.provenance.rank == 2
-    (finding,) = adapter.provenance.findings
+    (finding,) = map(str, adapter.provenance.findings)
     assert "'layers.0.q': 16, really 2" in finding
 
 
@@ -145,7 +145,7 @@ def test_an_alpha_that_is_not_stated_leaves_the_scale_unknown(
     adapter = read_adapter(folder)
     assert only(adapter).scale is None
     assert adapter.provenance.scale_origin == {"layers.0.q": "unknown"}
-    assert "no lora_alpha" in adapter.provenance.findings[0]
+    assert "no lora_alpha" in adapter.provenance.findings[0].text
     assert only(read_adapter(folder, alpha=8)).scale == 2.0
 
 
@@ -155,7 +155,7 @@ def test_without_a_config_the_factors_are_read_and_the_scale_is_unknown(
     folder = peft_folder(tmp_path / "run", factors(rng), None)
     adapter = read_adapter(folder)
     assert only(adapter).scale is None
-    assert "no adapter_config.json" in adapter.provenance.findings[0]
+    assert "no adapter_config.json" in adapter.provenance.findings[0].text
     assert only(read_adapter(folder / "adapter_model.safetensors", scale=1)).scale == 1.0
 
 
@@ -192,7 +192,7 @@ def test_an_adapter_name_in_the_keys_is_stripped(tmp_path: Path, rng: np.random.
     adapter = read_adapter(peft_folder(tmp_path, tensors, CONFIG | {"modules_to_save": ["score"]}))
     assert list(adapter) == ["layers.0.q"]
     np.testing.assert_array_equal(adapter.saved_modules["score.weight"], np.ones((2, 3)))
-    assert "frozen copies" in adapter.provenance.findings[0]
+    assert "frozen copies" in adapter.provenance.findings[0].text
 
 
 def test_several_adapters_in_one_file_are_listed_and_chosen_by_name(
@@ -239,7 +239,7 @@ def test_a_module_trained_in_full_and_adapted_keeps_its_own_factors(
     np.testing.assert_array_equal(
         only(adapter).A, tensors["base_model.model.classifier.lora_A.weight"]
     )
-    told = " ".join(adapter.provenance.findings)
+    told = " ".join(map(str, adapter.provenance.findings))
     for what in ("frozen copies", "copies of base weights", "also trained in full"):
         assert what in told
 
@@ -250,7 +250,7 @@ def test_tensors_stored_in_full_without_notice_are_a_finding(
     tensors = factors(rng) | {"base_model.model.embed_tokens.weight": np.ones((3, 2), np.float32)}
     adapter = read_adapter(peft_folder(tmp_path, tensors))
     assert set(adapter.saved_modules) == {"embed_tokens.weight"}
-    assert "embed_tokens.weight" in adapter.provenance.findings[0]
+    assert "embed_tokens.weight" in adapter.provenance.findings[0].text
 
 
 def test_tensors_in_full_are_a_finding_without_a_config_too(
@@ -265,7 +265,7 @@ def test_an_update_that_acts_on_some_tokens_only_is_a_finding(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
     folder = peft_folder(tmp_path, factors(rng), CONFIG | {"alora_invocation_tokens": [1, 2]})
-    assert "aLoRA" in read_adapter(folder).provenance.findings[0]
+    assert "aLoRA" in read_adapter(folder).provenance.findings[0].text
 
 
 def test_seed_and_task_come_from_a_manifest_beside_the_adapter(

@@ -319,7 +319,7 @@ def test_biases_and_replaced_tokens_are_reported(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     adapter = read_adapter(tmp_path)
     assert_same_updates(adapter, peft_deltas(model))
-    told = " ".join(adapter.provenance.findings)
+    told = " ".join(map(str, adapter.provenance.findings))
     assert "lora_bias" in told
     assert "biases of the base" in told
     assert "replaced token embeddings" in told
@@ -330,5 +330,5 @@ def test_biases_trained_throughout_are_not_taken_for_saved_modules(tmp_path: Pat
     model = peft_model("roberta", {"bias": "all"})
     model.save_pretrained(tmp_path)
     adapter = read_adapter(tmp_path)
-    assert any("biases of the base" in finding for finding in adapter.provenance.findings)
+    assert any("biases of the base" in finding for finding in map(str, adapter.provenance.findings))
     assert all(name.startswith("classifier.") for name in adapter.saved_modules)

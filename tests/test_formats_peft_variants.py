@@ -135,7 +135,7 @@ def test_a_grouped_convolution_reads_as_peft_computes_it(tmp_path: Path) -> None
         wanted = own.lora_B["default"](own.lora_A["default"](x)) * own.scaling["default"]
     kernels = torch.tensor(update.delta_weight()).float().reshape(12, 8, *update.kernel)
     assert_same(nn.functional.conv2d(x, kernels).numpy(), wanted.numpy())
-    assert any("grouped" in finding for finding in adapter.provenance.findings)
+    assert any("grouped" in finding for finding in map(str, adapter.provenance.findings))
 
 
 @pytest.mark.parametrize("name", ["proj", "embed", "conv1", "conv2", "conv3"])
@@ -147,7 +147,9 @@ def test_dora_is_read_as_its_low_rank_part_and_is_whole_with_the_base(
     adapter = read_adapter(tmp_path)
     update = low_rank(adapter, name)
     assert update.variant == "DoRA"
-    assert any("DoRA in 1 of 1 modules" in finding for finding in adapter.provenance.findings)
+    assert any(
+        "DoRA in 1 of 1 modules" in finding for finding in map(str, adapter.provenance.findings)
+    )
     assert_same(update.delta_weight(), delta(model, name))
     before = base().get_submodule(name).weight.detach().double()
     after = model.merge_and_unload().get_submodule(name).weight.detach().double()
@@ -218,7 +220,7 @@ def test_adalora_after_pruning_keeps_the_scale_of_the_first_rank(tmp_path: Path)
     assert_same(adapter["proj"].delta_weight(), wanted)
     loaded = PeftModel.from_pretrained(base(), str(tmp_path))
     assert_same(adapter["proj"].delta_weight(), delta(loaded, "proj"))
-    (finding,) = adapter.provenance.findings
+    (finding,) = map(str, adapter.provenance.findings)
     assert "1 modules were pruned to rank 0" in finding
 
 
@@ -264,7 +266,7 @@ def test_what_starts_from_a_product_of_the_base_is_less_that_product(
     update = low_rank(adapter, "proj")
     assert (update.rank, adapter.provenance.rank, update.alpha) == (8, 8, None)
     assert_same(update.delta_weight(), wanted, 1e-5)
-    assert any("above chance by that alone" in one for one in adapter.provenance.findings)
+    assert any("above chance by that alone" in one for one in map(str, adapter.provenance.findings))
     again = read_adapter(write_adapter(adapter, tmp_path / "written"))
     assert_same(again["proj"].delta_weight(), wanted, 1e-5)
 
@@ -316,7 +318,7 @@ def test_mica_is_a_plain_update_whose_b_was_not_learned(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     adapter = read_adapter(tmp_path)
     assert_same(adapter["proj"].delta_weight(), delta(model, "proj"))
-    assert any("MiCA" in finding for finding in adapter.provenance.findings)
+    assert any("MiCA" in finding for finding in map(str, adapter.provenance.findings))
 
 
 class Experts(nn.Module):
@@ -407,7 +409,7 @@ def test_experts_of_one_parameter_and_an_unknown_version_are_a_finding(tmp_path:
     path = tmp_path / "adapter_config.json"
     stated = json.loads(path.read_text())
     path.write_text(json.dumps(stated | {"peft_version": "0.18.1"}))
-    (finding,) = read_adapter(tmp_path).provenance.findings
+    (finding,) = map(str, read_adapter(tmp_path).provenance.findings)
     assert "before 0.19" in finding
     path.write_text(json.dumps(stated | {"r": 4}))
     with pytest.raises(MalformedFileError, match=r"6 rows.*rank 4"):

@@ -102,8 +102,8 @@ def test_torchtunes_rows_are_marked_where_the_heads_are_not_known(
     adapter = read(path)
     assert one(adapter, "model.layers.0.self_attn.q_proj").variant == "rows in torchtune's order"
     assert one(adapter, "model.layers.0.mlp.down_proj").variant == ""
-    assert "scale of 3 of 3 modules is not known" in adapter.provenance.findings[0]
-    assert "Output side not to be used" in adapter.provenance.findings[1]
+    assert "scale of 3 of 3 modules is not known" in adapter.provenance.findings[0].text
+    assert "Output side not to be used" in adapter.provenance.findings[1].text
     with pytest.raises(MalformedFileError, match="do not divide into 3 heads"):
         read(path, heads=(3, 2))
     path.with_name("config.json").write_text(json.dumps({"model_type": "qwen2"}))
@@ -168,7 +168,7 @@ def test_litgpts_settings_may_come_from_the_caller_and_must_come_from_somewhere(
     path, _ = litgpt
     adapter = read(path, heads=(4, 2), enable_lora=(True, False, True))
     assert adapter["transformer.h.1.attn.qkv.v"].shape == (6, 12)
-    assert "no hyperparameters.yaml" in adapter.provenance.findings[0]
+    assert "no hyperparameters.yaml" in adapter.provenance.findings[0].text
     with pytest.raises(UnsupportedMethodError, match="--enable-lora"):
         read(path)
     with pytest.raises(UnsupportedMethodError, match="--heads 32,4"):
@@ -388,8 +388,8 @@ def test_dumps_are_read_through_their_nesting(tmp_path: Path, way: str) -> None:
     assert adapter.provenance.format == "peft-dump"
     a, b, *_ = tensors.values()
     assert_delta(adapter, "layers.0.q_proj", 2 * b @ a)
-    assert "2 tensors beside the factors: the base model's" in adapter.provenance.findings[0]
-    assert "no adapter_config.json lies beside" in read(path).provenance.findings[0]
+    assert "2 tensors beside the factors: the base model's" in adapter.provenance.findings[0].text
+    assert "no adapter_config.json lies beside" in read(path).provenance.findings[0].text
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "base_model_name_or_path": "b"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     assert one(read(path), "layers.0.q_proj").scale == 3.0

@@ -15,6 +15,7 @@ from lora_analysis.bases.naming import module_of
 from lora_analysis.bases.opening import open_base
 from lora_analysis.bases.weights import BaseWeights
 from lora_analysis.errors import BaseWeightError, InputError
+from lora_analysis.finding import as_findings
 from lora_analysis.patterns import choose_names
 from lora_analysis.storage.places import existing_path
 
@@ -109,8 +110,8 @@ def read_update(
             format="full fine-tune",
             base_model=_base_name(base, old),
             scale_origin=dict.fromkeys(changed, "tensor"),
-            findings=tuple(
-                _findings(outcomes, _others(new, old) if modules is None else [], old.label)
+            findings=as_findings(
+                tuple(_findings(outcomes, _others(new, old) if modules is None else [], old.label))
             ),
         ),
         config={} if old.snapshot is None else {"revision": old.snapshot.commit},

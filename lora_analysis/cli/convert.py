@@ -64,7 +64,7 @@ def command(
                 "error": max(errors.values(), default=float("nan")),
                 "modules": [{"module": name, "error": one} for name, one in errors.items()],
                 "folded": folded,
-                "findings": list(adapter.provenance.findings),
+                "findings": [one.to_dict() for one in adapter.provenance.findings],
             }
         )
     elif form == "quiet":

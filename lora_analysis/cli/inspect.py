@@ -11,6 +11,7 @@ import click
 from lora_analysis.cli.options import MODULES_SHOWN, modules_option, output_options, progress_bar
 from lora_analysis.cli.reading import LeftOut, Reading, reading_options, say_left_out
 from lora_analysis.cli.show import decimals, print_facts, print_json, print_table, sparkline
+from lora_analysis.finding import as_findings
 from lora_analysis.showing import printable
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def _describe(adapter: Adapter, pattern: str | None) -> dict[str, Any]:
     workers = 1 if source.rank is not None and source.rank < _WORTH_THREADS else None
     walk = in_threads(partial(_module_facts, adapter), _chosen(adapter, pattern), workers=workers)
     facts = list(walk)
+    doubts = tuple(doubt for one in facts for doubt in one.pop("doubts"))
     return {
         "label": adapter.label,
         "path": source.place,
@@ -84,7 +86,10 @@ def _describe(adapter: Adapter, pattern: str | None) -> dict[str, Any]:
         "scale_known": not any(one["in_units_of_scale"] for one in facts),
         "untrained_modules": sum(one["untrained"] for one in facts),
         "saved_modules": sorted(adapter.saved_modules),
-        "findings": [*source.findings, *(doubt for one in facts for doubt in one.pop("doubts"))],
+        "findings": [
+            *(finding.to_dict() for finding in source.findings),
+            *(finding.to_dict() for finding in as_findings(doubts)),
+        ],
         "modules": facts,
     }
 
@@ -219,7 +224,8 @@ def _print_one(one: dict[str, Any], *, every: bool) -> None:
         lines.append(("also saved", ", ".join(one["saved_modules"])))
     if state:
         lines.append(("state", state))
-    lines += [("note", finding) for finding in (*one["findings"], *_unresolved(facts))]
+    lines += [("note", finding["text"]) for finding in one["findings"]]
+    lines += [("note", sentence) for sentence in _unresolved(facts)]
     print_facts(lines)
     click.echo()
     by_type = len(facts) > MODULES_SHOWN and not every

@@ -126,7 +126,7 @@ def write_resized(resized: Resized, output: Path, kind: str, form: str) -> None:
 
 def notes(adapter: Adapter) -> list[tuple[str, object]]:
     """Return what is known of an adapter beyond its numbers, for `print_facts`."""
-    return [("note", finding) for finding in adapter.provenance.findings]
+    return [("note", finding.text) for finding in adapter.provenance.findings]
 
 
 _FIELDS = ("module", "shape", "given_rank", "rank", "parameters", "norm", "lost", "error")
@@ -143,7 +143,7 @@ def _document(resized: Resized, path: Path, kind: str) -> dict[str, Any]:
             for field in ("given_parameters", "parameters", "norm", "lost", "error")
         },
         "modules": modules,
-        "findings": list(resized.adapter.provenance.findings),
+        "findings": [one.to_dict() for one in resized.adapter.provenance.findings],
     }
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lora_analysis.adapter import Adapter, LowRankUpdate
+from lora_analysis.finding import as_findings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -43,7 +44,7 @@ def derived(
             files=(),
             scale_origin={name: source.scale_origin.get(name, "caller") for name in updates},
             rank=ranks.pop() if whole and len(ranks) == 1 else None,
-            findings=(*source.findings, sentence),
+            findings=(*source.findings, *as_findings((sentence,))),
         ),
         saved_modules=adapter.saved_modules,
         config=_config(adapter, updates),

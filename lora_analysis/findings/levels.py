@@ -37,6 +37,8 @@ class Finding:
         What it is about, one or two words.
     parts
         The findings that it sums up, if any; they stand in no list beside it.
+    code
+        Of a finding about a file: its code in `lora_analysis.finding`.
     """
 
     kind: Kind
@@ -44,6 +46,7 @@ class Finding:
     text: str
     values: Mapping[str, float | int | str | None] = field(default_factory=dict)
     parts: tuple[Finding, ...] = ()
+    code: str = ""
 
     def _repr_html_(self) -> str:
         return html_facts(f"{self.kind}: {self.topic}", self.values.items(), self.text)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from lora_analysis.findings.levels import PAIRS_IN_WORDS, Finding, number
+from lora_analysis.finding import Finding as FileFinding
+from lora_analysis.finding import Severity
+from lora_analysis.findings.levels import PAIRS_IN_WORDS, Finding, Kind, number
 from lora_analysis.findings.runs import some
 from lora_analysis.showing import plural
 from lora_analysis.studies import SAME_RUN, SHARED_SEED, Study
@@ -15,7 +16,12 @@ from lora_analysis.studies import SAME_RUN, SHARED_SEED, Study
 if TYPE_CHECKING:
     import pandas as pd
 
-_ARTEFACT = "artefact"
+_KIND_OF: Mapping[Severity, Kind] = {
+    "result": "result",
+    "artifact": "artefact",
+    "limit": "limit",
+    "damage": "artefact",
+}
 _KOHYA_PREFIX = re.compile(r"^lora_(unet|te\d?|transformer)_")
 # What `overlaps.shared_seed` says about all pairs of other tasks and one seed in one sentence.
 TOLD_TOGETHER = ("same initial A", "partly shared")
@@ -66,23 +72,25 @@ def damaged(study: Study) -> Iterator[Finding]:
 def file_artefacts(study: Study) -> Iterator[Finding]:
     """Pass on what the readers call an artefact: an A that a conversion has copied."""
     for one in _noted(study):
-        if _ARTEFACT in one.text:
-            yield replace(one, kind="artefact")
+        if one.kind == "artefact":
+            yield one
 
 
 def file_notes(study: Study) -> Iterator[Finding]:
     """Pass on what else the readers noticed in the files."""
-    yield from (one for one in _noted(study) if _ARTEFACT not in one.text)
+    yield from (one for one in _noted(study) if one.kind != "artefact")
 
 
 def _noted(study: Study) -> Iterator[Finding]:
     """Yield each note once, with all the adapters whose files it is about."""
-    noted: dict[str, list[str]] = {}
+    noted: dict[FileFinding, list[str]] = {}
     for adapter in study.adapters.values():
         for note in adapter.provenance.findings:
             noted.setdefault(note, []).append(adapter.label)
     for note, labels in noted.items():
-        yield Finding("limit", "file", f"{some(labels)}: {note}", {"adapters": len(labels)})
+        kind = _KIND_OF[note.severity]
+        values: dict[str, float | int | str | None] = {"adapters": len(labels)}
+        yield Finding(kind, "file", f"{some(labels)}: {note.text}", values, code=note.code)
 
 
 def mismatched(study: Study) -> Iterator[Finding]:

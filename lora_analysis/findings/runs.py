@@ -13,7 +13,6 @@ from lora_analysis.findings.levels import Finding, number, on
 from lora_analysis.showing import plural
 from lora_analysis.studies import EARLIER, OTHER_BASE, REFERENCE, SAME_RUN, Study
 from lora_analysis.studies.bases import per_base, runs_per_base
-from lora_analysis.studies.labels import MISFIT
 from lora_analysis.studies.relations import base_key
 
 if TYPE_CHECKING:
@@ -200,7 +199,7 @@ def ungrouped(study: Study) -> Iterator[Finding]:
 
 def _misfit(adapter: Adapter) -> bool:
     """Say whether a note on the adapter says already that its name tells nothing."""
-    return any(note.startswith(MISFIT) for note in adapter.provenance.findings)
+    return any(note.code == "label-misfit" for note in adapter.provenance.findings)
 
 
 def chosen(study: Study) -> Iterator[Finding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lora_analysis.adapter import Adapter, Provenance
+from lora_analysis.finding import Finding, as_findings
 from lora_analysis.formats.factors import (
     UNKNOWN_SCALE,
     FactorRole,
@@ -38,7 +39,7 @@ def assembled(
     *,
     options: ReadOptions,
     missing: str,
-    findings: Iterable[str] = (),
+    findings: Iterable[Finding | str] = (),
     files: tuple[Path, ...] = (),
     base_model: str | None = None,
     config: Mapping[str, Any] | None = None,
@@ -89,7 +90,7 @@ def assembled(
             scale_origin={module: stated.origin for module, stated in scales.items()},
             base_model=base_model,
             rank=common_rank(ranks),
-            findings=(*scale_finding(scales, missing), *findings),
+            findings=as_findings((*scale_finding(scales, missing), *findings)),
             **run_facts(folder),
         ),
         saved_modules=LazyTensors(tensors, saved or {}),

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from lora_analysis.finding import Finding
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -60,8 +62,8 @@ def _is_block_diagonal(b: NDArray[np.floating], widths: Sequence[int]) -> bool:
     return not outside.any()
 
 
-def copied_findings(tensors: NamedTensors, pairs: Sequence[StoredPair]) -> list[str]:
-    """Return a sentence where q, k and v have one and the same A.
+def copied_findings(tensors: NamedTensors, pairs: Sequence[StoredPair]) -> list[Finding]:
+    """Return a finding where q, k and v have one and the same A.
 
     Converters that split a fused projection copy its A to each part; the input subspaces of the
     parts then agree wholly, which no training made so. All are compared only if the first are.
@@ -73,11 +75,7 @@ def copied_findings(tensors: NamedTensors, pairs: Sequence[StoredPair]) -> list[
     for pair in pairs:
         alike.setdefault(_digest(tensors, pair), []).append(pair.module)
     copied = [modules for modules in alike.values() if len(modules) > 1]
-    names = ", ".join(f"'{module}'" for module in copied[0])
-    return [
-        f"{sum(map(len, copied))} modules share their A with another (as {names}): a fused "
-        "projection was split and its A copied. An input overlap of 1 between them is an artefact."
-    ]
+    return [Finding("copied-a", {"count": sum(map(len, copied)), "modules": copied[0]})]
 
 
 def _split_groups(pairs: Sequence[StoredPair]) -> Iterator[list[StoredPair]]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from lora_analysis.adapter import Adapter, Provenance
 from lora_analysis.errors import MalformedFileError
+from lora_analysis.finding import Finding, as_findings
 from lora_analysis.formats.factors import (
     FactorRole,
     StatedScale,
@@ -92,12 +93,14 @@ def read_image_adapter(
             files=tensors.files,
             scale_origin={module: one.origin for module, one in scales.items()},
             rank=common_rank(ranks),
-            findings=(
-                *_scale_findings(parts, scales),
-                *_dora_findings(pairs),
-                *block_findings(tensors, pairs),
-                *copied_findings(tensors, pairs),
-                *_rest_findings(parts),
+            findings=as_findings(
+                (
+                    *_scale_findings(parts, scales),
+                    *_dora_findings(pairs),
+                    *block_findings(tensors, pairs),
+                    *copied_findings(tensors, pairs),
+                    *_rest_findings(parts),
+                )
             ),
             **_facts(path, tensors.metadata),
         ),
@@ -186,14 +189,12 @@ def _scale_findings(parts: SortedParts, scales: Mapping[str, StatedScale]) -> li
     return findings
 
 
-def _dora_findings(pairs: Sequence[StoredPair]) -> list[str]:
+def _dora_findings(pairs: Sequence[StoredPair]) -> list[Finding]:
     odd = [pair for pair in pairs if pair.variant == DORA and pair.magnitude is None]
     if not odd:
         return []
-    return [
-        f"DoRA of {len(odd)} modules holds norms of the columns of W + ΔW, not of its rows (first: "
-        f"'{odd[0].module}'): the low-rank part is analysed, the effective update is not computed."
-    ]
+    fields = {"count": len(odd), "total": len(pairs), "module": f"'{odd[0].module}'"}
+    return [Finding("dora-columns", fields)]
 
 
 def _rest_findings(parts: SortedParts) -> list[str]:

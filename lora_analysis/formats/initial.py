@@ -15,6 +15,7 @@ import numpy as np
 
 from lora_analysis.adapter import Adapter, LowRankUpdate
 from lora_analysis.errors import MalformedFileError
+from lora_analysis.finding import as_findings
 from lora_analysis.storage.hub_names import shown_errors
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def adapter_less_start(adapter: Adapter, start: StartOf, methods: Mapping[str, s
     return Adapter(
         loaders,
         label=adapter.label,
-        provenance=replace(source, rank=None, findings=(*source.findings, said)),
+        provenance=replace(source, rank=None, findings=(*source.findings, *as_findings((said,)))),
         saved_modules=adapter.saved_modules,
         config=adapter.config,
     )

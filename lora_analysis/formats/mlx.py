@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.errors import MalformedFileError, UnsupportedMethodError
+from lora_analysis.finding import Finding
 from lora_analysis.formats.assembly import assembled, beside_finding
 from lora_analysis.formats.factors import (
     UNKNOWN_SCALE,
@@ -250,11 +251,6 @@ def _scale(config: Mapping[str, Any]) -> tuple[StatedScale, list[str]]:
     ]
 
 
-def _dora_finding(pairs: list[StoredPair]) -> list[str]:
+def _dora_finding(pairs: list[StoredPair]) -> list[Finding]:
     count = sum(bool(pair.variant) for pair in pairs)
-    if not count:
-        return []
-    return [
-        f"{count} modules are DoRA's: the low-rank part is analysed; what the norms make of it "
-        "depends on the base weight."
-    ]
+    return [Finding("dora", {"count": count, "total": len(pairs)})] if count else []

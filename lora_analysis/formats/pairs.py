@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from lora_analysis.adapter import Adapter, Provenance
 from lora_analysis.errors import InputError, MalformedFileError, UnknownFormatError
+from lora_analysis.finding import as_findings
 from lora_analysis.formats.factors import (
     UNKNOWN_SCALE,
     FactorRole,
@@ -166,7 +167,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
             files=tensors.files,
             scale_origin={module: stated.origin for module, stated in scales.items()},
             rank=common_rank(ranks),
-            findings=tuple(findings),
+            findings=as_findings(tuple(findings)),
             **run_facts(path.parent),
         ),
     )

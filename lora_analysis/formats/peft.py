@@ -18,6 +18,7 @@ from lora_analysis.errors import (
     UnknownFormatError,
     UnsupportedMethodError,
 )
+from lora_analysis.finding import Finding, as_findings
 from lora_analysis.formats.factors import (
     UNKNOWN_SCALE,
     StatedScale,
@@ -120,9 +121,13 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:
             scale_origin={module: stated.origin for module, stated in applied.items()},
             base_model=config.base_model,
             rank=common_rank({m: r if start is None else 2 * r for m, r in own.items()}),
-            findings=(
-                *_findings(place, config, stored.found, ranks=ranks, scales=scales, others=others),
-                *_start_findings(config, start),
+            findings=as_findings(
+                (
+                    *_findings(
+                        place, config, stored.found, ranks=ranks, scales=scales, others=others
+                    ),
+                    *_start_findings(config, start),
+                )
             ),
             **run_facts(place.weights.parent),
         ),
@@ -273,9 +278,9 @@ def _findings(
     ranks: Mapping[str, int],
     scales: Mapping[str, StatedScale],
     others: Mapping[str, list[str]],
-) -> tuple[str, ...]:
-    """Return what the reader noticed, in sentences."""
-    findings = []
+) -> list[Finding | str]:
+    """Return what the reader noticed."""
+    findings: list[Finding | str] = []
     if place.config is None:
         findings.append(
             f"There is no {CONFIG_NAME}: neither the scale nor the initialisation is stated."
@@ -299,4 +304,4 @@ def _findings(
         f"{plural(len(names), 'tensor')} beside the factors: {what} (first: '{names[0]}')."
         for what, names in others.items()
     ]
-    return tuple(findings)
+    return findings

@@ -9,6 +9,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import MalformedFileError, UnsupportedMethodError
+from lora_analysis.finding import Finding
 from lora_analysis.formats.factors import StatedScale, StoredPair, complete_pairs
 from lora_analysis.formats.peft_experts import expert_pairs
 from lora_analysis.formats.stored import StoredFactor, block_diagonal, tensor
@@ -42,7 +43,7 @@ class ModulePairs:
     pairs: list[StoredPair] = field(default_factory=list)
     config_names: dict[str, str] = field(default_factory=dict)
     divisors: dict[str, str] = field(default_factory=dict)
-    findings: list[str] = field(default_factory=list)
+    findings: list[Finding | str] = field(default_factory=list)
 
 
 def module_pairs(
@@ -210,18 +211,12 @@ def _check_leftovers(
             raise MalformedFileError(message)
 
 
-def _findings(pairs: list[StoredPair]) -> list[str]:
-    findings = []
+def _findings(pairs: list[StoredPair]) -> list[Finding | str]:
+    findings: list[Finding | str] = []
     if count := sum(pair.variant == DORA for pair in pairs):
-        findings.append(
-            f"DoRA in {count} of {len(pairs)} modules: ΔW is the low-rank part s·B·A; the weight "
-            "in use is W + ΔW with each row brought to a learned norm."
-        )
+        findings.append(Finding("dora", {"count": count, "total": len(pairs)}))
     if any(pair.variant == KASA for pair in pairs):
-        findings.append(
-            "KaSA: ΔW is the low-rank part s·B·diag·A; the smallest r singular directions were "
-            "taken out of the base weight beforehand."
-        )
+        findings.append(Finding("kasa"))
     grouped = [
         p.module for p in pairs if p.layout == "conv" and len(set(p.b.names)) < len(p.b.names)
     ]

@@ -79,6 +79,7 @@ def results(study: Study, said: Sequence[Finding]) -> dict[str, Any]:
             {
                 "kind": one.kind,
                 "topic": one.topic,
+                "code": one.code or one.topic.replace(" ", "-"),
                 "text": one.text,
                 "values": {key: json_value(value) for key, value in one.values.items()},
             }

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 from lora_analysis.adapter import Adapter, LowRankUpdate, Update
+from lora_analysis.finding import as_findings
 
 
 def aligned(adapters: Sequence[Adapter]) -> list[Adapter]:
@@ -49,7 +50,9 @@ def _without(adapter: Adapter, head: str) -> Adapter:
     return Adapter(
         {new: partial(_renamed, adapter, name, new) for name, new in shorter.items()},
         label=adapter.label,
-        provenance=replace(source, scale_origin=origins, findings=(*source.findings, note)),
+        provenance=replace(
+            source, scale_origin=origins, findings=(*source.findings, *as_findings((note,)))
+        ),
         saved_modules=adapter.saved_modules,
         config=adapter.config,
     )

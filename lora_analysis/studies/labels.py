@@ -9,11 +9,10 @@ from typing import Any
 
 from lora_analysis.adapter import Adapter
 from lora_analysis.errors import InputError
+from lora_analysis.finding import Finding
 from lora_analysis.formats.sources import CONTAINER_SUFFIXES
 from lora_analysis.showing import whole_characters
 
-# Begins the note on an adapter whose name says nothing under the pattern.
-MISFIT = "the name does not fit the pattern of labels"
 FIELDS = ("task", "rank", "seed", "step")
 _PART = re.compile(r"\{(?P<field>[^{}]*)\}|(?P<any>\*)|(?P<text>[^{}*]+)|(?P<stray>[{}])")
 
@@ -102,8 +101,8 @@ def _described(adapter: Adapter, pattern: str) -> Adapter:
         if facts is not None:
             break
     else:
-        note = f"{MISFIT} {pattern!r}, so task and seed stay as the files have them."
-        return adapter.described(findings=(*known.findings, note))
+        misfit = Finding("label-misfit", {"pattern": repr(pattern)})
+        return adapter.described(findings=(*known.findings, misfit))
     rank = facts.get("rank")
     if known.rank is not None and rank is not None and rank != known.rank:
         note = f"its name says rank {rank}, its tensors have rank {known.rank}, which counts."

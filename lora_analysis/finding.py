@@ -1,0 +1,159 @@
+"""Findings: what a reader, a check or a writer noticed, as a code with fields.
+
+A finding is a code and the fields that fill its sentence; severity and text follow from the code
+through the table `KINDS`. Decisions look at codes and fields, never into a sentence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from string import Formatter
+from typing import Any, Final, Literal, NamedTuple
+
+from lora_analysis.showing import html_facts
+
+# result: a statement about the adapters; artifact: a number with another cause than learning;
+# limit: what cannot be said or was not used; damage: numbers that should not be relied on.
+Severity = Literal["result", "artifact", "limit", "damage"]
+# Names that a sentence lists before it says how many more there are.
+_LISTED: Final = 4
+
+
+class Kind(NamedTuple):
+    """Severity and sentence of a code; the sentence has ``{field}`` where a field belongs."""
+
+    severity: Severity
+    template: str
+
+
+KINDS: Final[dict[str, Kind]] = {
+    "file-note": Kind("limit", "{text}"),
+    "copied-a": Kind(
+        "artifact",
+        "{count} modules share their A with another (for example {modules}): a fused projection "
+        "was split and its A copied. An input overlap of 1 between them is an artifact.",
+    ),
+    "dora": Kind(
+        "limit",
+        "DoRA in {count} of {total} modules: ΔW is the low-rank part s·B·A; the weight in use is "
+        "W + ΔW with each row scaled to a learned norm.",
+    ),
+    "dora-columns": Kind(
+        "limit",
+        "DoRA in {count} of {total} modules holds norms of the columns of W + ΔW, not of its rows "
+        "(first: {module}): the low-rank part is analyzed, the effective update is not computed.",
+    ),
+    "kasa": Kind(
+        "limit",
+        "KaSA: ΔW is the low-rank part s·B·diag·A; the smallest r singular directions were taken "
+        "out of the base weight beforehand.",
+    ),
+    "whole-change": Kind(
+        "limit",
+        "Where a method rescales the weight or takes a part of it away, ΔW is the whole change of "
+        "the weight, worked out of {base}.",
+    ),
+    "label-misfit": Kind(
+        "limit",
+        "the name does not fit the pattern of labels {pattern}, so task and seed stay as the files "
+        "have them.",
+    ),
+}
+
+
+class _Sentence(Formatter):
+    """Fill a template: numbers get three digits that matter, long lists are cut."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if format_spec:
+            return format(value, format_spec)
+        if isinstance(value, bool) or value is None:
+            return str(value)
+        if isinstance(value, float):
+            return f"{value:.3g}" if math.isfinite(value) else str(value)
+        if isinstance(value, (list, tuple)):
+            return listed(value)
+        return str(value)
+
+
+_SENTENCE: Final = _Sentence()
+
+
+def listed(names: list[Any] | tuple[Any, ...], at_most: int = _LISTED) -> str:
+    """Return names in quotes, the first few of them and how many more there are.
+
+    Examples
+    --------
+    >>> listed(["a", "b", "c"], at_most=2)
+    "'a', 'b' and 1 more"
+    """
+    shown = ", ".join(f"'{name}'" for name in names[:at_most])
+    return f"{shown} and {len(names) - at_most} more" if len(names) > at_most else shown
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something worth knowing about an adapter, a weight or a study.
+
+    Parameters
+    ----------
+    code
+        A key of `KINDS`, for example ``"label-misfit"``.
+    fields
+        What the sentence is about: names, counts and numbers, by field name.
+
+    Raises
+    ------
+    KeyError
+        The code is not in `KINDS`, or its sentence has a field that is missing.
+    """
+
+    code: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fields", dict(self.fields))
+        self.text  # noqa: B018 - a missing field is an error here, not where it is printed
+
+    @property
+    def severity(self) -> Severity:
+        """How the finding bears on the numbers next to it."""
+        return KINDS[self.code].severity
+
+    @property
+    def text(self) -> str:
+        """The sentence."""
+        return _SENTENCE.vformat(KINDS[self.code].template, (), self.fields)
+
+    def mapped(self, function: Callable[[str], str]) -> Finding:
+        """Return the finding with a function applied to each field that is a string."""
+        fields = {k: function(v) if isinstance(v, str) else v for k, v in self.fields.items()}
+        return Finding(self.code, fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return code, severity, text and fields, as JSON output has them."""
+        return {
+            "code": self.code,
+            "severity": self.severity,
+            "text": self.text,
+            "fields": dict(self.fields),
+        }
+
+    def __hash__(self) -> int:
+        return hash((self.code, self.text))
+
+    def __str__(self) -> str:
+        return self.text
+
+    def _repr_html_(self) -> str:
+        return html_facts(f"{self.severity}: {self.code}", self.fields.items(), self.text)
+
+
+def as_findings(findings: tuple[Finding | str, ...]) -> tuple[Finding, ...]:
+    """Return findings; a sentence without a code becomes a ``"file-note"``."""
+    return tuple(
+        finding if isinstance(finding, Finding) else Finding("file-note", {"text": finding})
+        for finding in findings
+    )
