@@ -125,7 +125,7 @@ def test_dora_keeps_its_norms_of_a_matrix_and_says_so(
     wanted = tensors[f"{Q}.m"][:, None] * moved / np.linalg.norm(moved, axis=1, keepdims=True)
     np.testing.assert_allclose(effective_update(update, weight).delta_weight(), wanted - weight)
     assert adapter["model.embed_tokens"].variant == "DoRA by entries"  # type: ignore[union-attr]
-    assert "2 modules are DoRA's" in adapter.provenance.findings[0].text
+    assert "DoRA in 2 of 5 modules" in adapter.provenance.findings[0].text
 
 
 def test_what_is_no_lora_or_damaged_is_refused(

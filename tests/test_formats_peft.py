@@ -258,7 +258,7 @@ def test_tensors_in_full_are_a_finding_without_a_config_too(
 ) -> None:
     tensors = factors(rng) | {"base_model.model.head.weight": np.ones((3, 2), np.float32)}
     findings = read_adapter(peft_folder(tmp_path, tensors, None)).provenance.findings
-    assert any("stored in full (first: 'head.weight')" in finding for finding in findings)
+    assert any("stored in full (first: 'head.weight')" in finding.text for finding in findings)
 
 
 def test_an_update_that_acts_on_some_tokens_only_is_a_finding(
