@@ -14,6 +14,8 @@
     │   ├── DegenerateSubspaceError      a subspace that the numbers do not define
     │   ├── TargetError                  no module to adapt, or one that cannot be
     │   ├── InUseError                   another process is at work there
+    │   ├── OccupiedError                something lies at the output that may not be replaced
+    │   ├── UnfinishedError              files that this package has not finished writing
     │   └── DivergedError                training whose loss is no longer finite
     ├── LostWorkerError                  the process that did the work ended before it was done
     ├── OutputError (OSError)            a file could not be written; what was there still is
@@ -70,6 +72,14 @@ class TargetError(InputError):
 
 class InUseError(InputError):
     """Another process is at work in the folder."""
+
+
+class OccupiedError(InputError):
+    """Something lies at the output that may not be replaced, or the output is an input."""
+
+
+class UnfinishedError(InputError):
+    """The files at a source are in the middle of being written by this package."""
 
 
 class LostWorkerError(LoraAnalysisError):

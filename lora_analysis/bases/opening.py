@@ -15,6 +15,7 @@ from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.hub import fetch_model
 from lora_analysis.storage.hub_names import shown_errors
 from lora_analysis.storage.places import existing_path
+from lora_analysis.storage.records import refuse_unfinished
 from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def _open_stored(
     allow_pickle: bool = False,
     snapshot: Snapshot | None = None,
 ) -> BaseWeights:
+    refuse_unfinished(path)
     folder = _snapshot(path) if path.is_dir() else path.parent
     file = _file_in(folder) if path.is_dir() else path
     label = label or _label(path, file)

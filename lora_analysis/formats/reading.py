@@ -20,6 +20,7 @@ from lora_analysis.formats.sources import (
 from lora_analysis.patterns import natural_key
 from lora_analysis.storage.gguf import read_gguf
 from lora_analysis.storage.hub_names import shown_errors
+from lora_analysis.storage.records import refuse_unfinished
 from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ def read_adapter(
     )
     place = place_of(source, allow_pickle=allow_pickle)
     with shown_errors(place.snapshot), _refusals_of(place.path):
+        refuse_unfinished(place.path)
         adapter = _read(place, options)
     return adapter if place.snapshot is None else fetched(adapter, place.snapshot)
 

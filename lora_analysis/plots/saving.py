@@ -15,17 +15,19 @@ from matplotlib.layout_engine import PlaceHolderLayoutEngine
 from lora_analysis.errors import InputError
 from lora_analysis.plots import style
 from lora_analysis.storage.atomic import write_atomic
+from lora_analysis.storage.marks import GENERATOR
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from matplotlib.figure import Figure
 
-# None leaves out what would change from run to run or from machine to machine.
-_METADATA: dict[str, dict[str, None]] = {
-    "svg": dict.fromkeys(("Date", "Creator", "Format", "Type")),
-    "png": {"Software": None},
-    "pdf": dict.fromkeys(("CreationDate", "Creator", "Producer")),
+# The creator is the mark by which a file is known as ours; None leaves out what would change from
+# run to run or from machine to machine.
+_METADATA: dict[str, dict[str, str | None]] = {
+    "svg": {"Date": None, "Creator": GENERATOR, "Format": None, "Type": None},
+    "png": {"Software": GENERATOR},
+    "pdf": {"CreationDate": None, "Creator": GENERATOR, "Producer": None},
 }
 _SVG = "{http://www.w3.org/2000/svg}"
 _HREF = "{http://www.w3.org/1999/xlink}href"

@@ -100,7 +100,7 @@ def write_together(contents: Mapping[Path, Content]) -> Path:
         raise
     aside.unlink(missing_ok=True)
     for folder in {path.parent for path in contents}:
-        _sync_folder(folder)
+        sync_folder(folder)
     return mark
 
 
@@ -171,7 +171,7 @@ def is_leftover(path: Path) -> bool:
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename in ``folder`` durable, where the system can open folders."""
     if os.name != "posix":
         return

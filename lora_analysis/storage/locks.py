@@ -38,12 +38,13 @@ class _Holder(NamedTuple):
 
 
 @contextmanager
-def locked(folder: Path, name: str = LOCK_NAME) -> Iterator[None]:
+def locked(folder: Path, name: str = LOCK_NAME, *, target: Path | None = None) -> Iterator[None]:
     """Keep other processes that ask for it out of a folder, by a file that names this one.
 
     A file that a process left when it was killed is taken over: at once where it was on this
     host, after two minutes without a sign of life where it was on another. With the lock of the
-    usual name, files that were left half-written in the folder or below are deleted.
+    usual name, files that were left half-written in the folder or below are deleted. ``target``
+    is what the error names, the folder by default.
 
     Raises
     ------
@@ -51,7 +52,7 @@ def locked(folder: Path, name: str = LOCK_NAME) -> Iterator[None]:
         Another process is in the folder, or was a moment ago on another host.
     """
     lock = folder / name
-    with _acquired(lock) as stream:
+    with _acquired(lock, target or folder) as stream:
         over = threading.Event()
         threading.Thread(target=_renew, args=(lock, over), daemon=True).start()
         try:
@@ -66,17 +67,17 @@ def locked(folder: Path, name: str = LOCK_NAME) -> Iterator[None]:
 
 
 @contextmanager
-def _acquired(lock: Path) -> Iterator[TextIO]:
+def _acquired(lock: Path, target: Path) -> Iterator[TextIO]:
     """Open the lock's file, hold it by the system's means, and write our name into it."""
     while True:
         with _opened(lock) as stream:
             if not _hold(stream):
-                raise _in_use(lock, _read_holder(stream))
+                raise _in_use(lock, target, _read_holder(stream))
             if not _is_at(stream, lock):
                 continue  # its holder deleted it between our opening and our holding it
             holder = _read_holder(stream)
             if holder.pid and not _is_gone(holder, lock):
-                raise _in_use(lock, holder)
+                raise _in_use(lock, target, holder)
             stream.seek(0)
             stream.truncate()
             stream.write(f"{os.getpid()} {socket.gethostname()} {_began(os.getpid())}\n")
@@ -155,9 +156,9 @@ def _renew(lock: Path, over: threading.Event) -> None:
             os.utime(lock)
 
 
-def _in_use(lock: Path, holder: _Holder) -> InUseError:
+def _in_use(lock: Path, target: Path, holder: _Holder) -> InUseError:
     message = (
-        f"{lock.parent} is in use by {holder}. Wait for it, or take another folder; "
+        f"{target} is in use by {holder}. Wait for it, or take another folder; "
         f"if there is no such process any more, delete {lock}."
     )
     return InUseError(message)

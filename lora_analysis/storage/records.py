@@ -1,0 +1,261 @@
+"""The record of what this package wrote into a folder, and what it says to readers.
+
+A folder of results holds ``.lora_analysis/KIND.json``: which verb wrote it, with which settings,
+and the name, size and hash of every file of ours. It is written before the first file, so that an
+interrupted run is known for what it is, and it is the only reason to replace or delete anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, Literal
+
+from lora_analysis import __version__
+from lora_analysis.errors import InputError, UnfinishedError
+from lora_analysis.storage.atomic import write_atomic
+from lora_analysis.storage.documents import parse_json_object, read_json_object
+from lora_analysis.storage.limits import MAX_HEADER_BYTES, MAX_INDEX_BYTES
+
+RECORD_FOLDER: Final = ".lora_analysis"
+RECORD_VERSION: Final = 1
+_CHUNK: Final = 1 << 20
+# A file system that lost power leaves blocks of zeros where data had not reached the disk.
+_LOST_TAIL: Final = 64
+
+# Kinds whose files are adapters or models.
+_READ: Final = ("adapter", "run")
+
+# writing: the first set of files is not complete; replacing: new files are taking the places of
+# old ones; finished: all files are as the record says.
+State = Literal["writing", "replacing", "finished"]
+
+
+@dataclass(frozen=True, slots=True)
+class FileMark:
+    """Size and SHA-256 of a file when it was finished."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What was written into a folder.
+
+    Parameters
+    ----------
+    kind
+        What the files are: ``"adapter"``, ``"report"``, ``"run"``, … A folder may hold several
+        kinds, each with a record and files of its own.
+    verb
+        The command or function that wrote them.
+    run
+        Its settings, as JSON values: what has to be equal for the files to be its result.
+    state
+        How far it came.
+    files
+        The finished files by name relative to the folder, with ``/`` between the parts.
+    new
+        While ``"replacing"``: the files that take their places.
+    removed
+        While ``"replacing"``: files of the earlier set that the new one does not have.
+    version
+        Of the package that wrote them.
+    """
+
+    kind: str
+    verb: str
+    run: Mapping[str, Any] = field(default_factory=dict)
+    state: State = "writing"
+    files: Mapping[str, FileMark] = field(default_factory=dict)
+    new: Mapping[str, FileMark] = field(default_factory=dict)
+    removed: tuple[str, ...] = ()
+    version: str = __version__
+
+    def finished(self) -> Record:
+        """Return the record once the new files are at their places."""
+        return replace(self, state="finished", files=self.new, new={}, removed=())
+
+    def write(self, folder: Path) -> None:
+        """Write the record into its folder, whole or not at all."""
+        journal = {"new": _marks_document(self.new), "removed": list(self.removed)}
+        document = {
+            "record_version": RECORD_VERSION,
+            "generator": f"lora_analysis {self.version}",
+            "kind": self.kind,
+            "verb": self.verb,
+            "state": self.state,
+            "run": dict(self.run),
+            "files": _marks_document(self.files),
+            **(journal if self.new else {}),
+        }
+        text = json.dumps(document, indent=1, allow_nan=False)
+        write_atomic(record_path(folder, self.kind), text.encode())
+
+
+def record_path(folder: Path, kind: str) -> Path:
+    """Return where the record of one kind of output lies."""
+    return folder / RECORD_FOLDER / f"{kind}.json"
+
+
+def read_record(folder: Path, kind: str) -> Record | None:
+    """Return the record of one kind in a folder; None without one that can be trusted.
+
+    A record that cannot be read, or names files outside its folder, counts as none: what it
+    claims is then treated as somebody else's.
+    """
+    path = record_path(folder, kind)
+    if not path.is_file() or path.is_symlink():
+        return None
+    try:
+        return _parsed(read_json_object(path, max_bytes=MAX_INDEX_BYTES), kind)
+    except (InputError, KeyError, TypeError, ValueError):
+        return None
+
+
+def read_records(folder: Path) -> Iterator[Record]:
+    """Yield the records of every kind in a folder."""
+    inside = folder / RECORD_FOLDER
+    if inside.is_symlink() or not inside.is_dir():
+        return
+    for path in sorted(inside.glob("*.json")):
+        record = read_record(folder, path.stem)
+        if record is not None:
+            yield record
+
+
+def refuse_unfinished(source: Path) -> None:
+    """Raise if the files at a source are in the middle of being written by this package.
+
+    Parameters
+    ----------
+    source
+        A folder, or a file in it.
+
+    Raises
+    ------
+    UnfinishedError
+        Naming the verb, and how to complete or discard its work.
+    """
+    folder = source if source.is_dir() else source.parent
+    for record in read_records(folder):
+        if record.kind not in _READ or record.state == "finished":
+            continue
+        if source.is_file() and source.name not in {*record.files, *record.new, *record.removed}:
+            continue
+        if record.state == "replacing":
+            message = (
+                f"{folder} is not complete: 'lora-analysis {record.verb}' was interrupted while it "
+                "put new files in place of old ones. Run the same command again to complete it."
+            )
+        else:
+            message = (
+                f"{folder} is not finished: 'lora-analysis {record.verb}' is still at work there "
+                "or was interrupted. Run the same command again to go on."
+            )
+        raise UnfinishedError(message)
+
+
+def mark_of(path: Path) -> FileMark:
+    """Return the size and hash of a file."""
+    digest = hashlib.sha256()
+    size = 0
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileMark(size, digest.hexdigest())
+
+
+def file_state(path: Path, mark: FileMark) -> Literal["whole", "damaged", "edited"]:
+    """Return whether a file is as it was written, damaged, or edited by somebody.
+
+    Damaged is what cannot be anybody's work: missing, empty, ending in zeros that were not there,
+    or not readable as what its name says. Everything else that differs counts as edited.
+    """
+    if not path.is_file():
+        return "damaged"
+    if path.stat().st_size == mark.size and mark_of(path) == mark:
+        return "whole"
+    return "damaged" if _is_broken(path, mark) else "edited"
+
+
+def _is_broken(path: Path, mark: FileMark) -> bool:
+    size = path.stat().st_size
+    if size == 0:
+        return mark.size > 0
+    with path.open("rb") as stream:
+        stream.seek(max(0, size - _LOST_TAIL))
+        if not stream.read().strip(b"\0"):
+            return True
+        stream.seek(0)
+        if path.suffix == ".safetensors":
+            return not _is_whole_safetensors(stream.read(8), size, path)
+        if path.suffix == ".json":
+            try:
+                json.loads(stream.read(MAX_INDEX_BYTES))
+            except (ValueError, RecursionError):
+                return True
+    return False
+
+
+def _is_whole_safetensors(start: bytes, size: int, path: Path) -> bool:
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
+        return False
+    with path.open("rb") as stream:
+        stream.seek(8)
+        raw = stream.read(length)
+    try:
+        header = parse_json_object(raw, path, what="the header", constants=False)
+        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name[:2] != "__"]
+    except (InputError, KeyError, IndexError, TypeError, ValueError):
+        return False
+    return 8 + length + max(ends, default=0) == size
+
+
+def _marks_document(marks: Mapping[str, FileMark]) -> dict[str, dict[str, Any]]:
+    return {name: {"size": mark.size, "sha256": mark.sha256} for name, mark in marks.items()}
+
+
+def _parsed(document: Mapping[str, Any], kind: str) -> Record:
+    if document["record_version"] != RECORD_VERSION or document["kind"] != kind:
+        message = "a record of another version or kind"
+        raise ValueError(message)
+    if document["state"] not in ("writing", "replacing", "finished"):
+        message = "an unknown state"
+        raise ValueError(message)
+    generator = str(document["generator"])
+    return Record(
+        kind=kind,
+        verb=str(document["verb"]),
+        run=dict(document["run"]),
+        state=document["state"],
+        files=_marks(document["files"]),
+        new=_marks(document.get("new", {})),
+        removed=tuple(_checked_name(name) for name in document.get("removed", ())),
+        version=generator.rpartition(" ")[2],
+    )
+
+
+def _marks(document: Mapping[str, Any]) -> dict[str, FileMark]:
+    return {
+        _checked_name(name): FileMark(int(mark["size"]), str(mark["sha256"]))
+        for name, mark in document.items()
+    }
+
+
+def _checked_name(name: object) -> str:
+    """Return a name that stays inside its folder; raise ValueError for any other."""
+    text = str(name)
+    parts = PurePosixPath(text).parts
+    odd = not parts or PurePosixPath(text).is_absolute() or ".." in parts or "\0" in text
+    if odd or parts[0] == RECORD_FOLDER or (os.name != "posix" and ("\\" in text or ":" in text)):
+        message = f"{text!r} is no name inside a folder"
+        raise ValueError(message)
+    return text
