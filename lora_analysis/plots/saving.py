@@ -15,7 +15,7 @@ from matplotlib.layout_engine import PlaceHolderLayoutEngine
 from lora_analysis.errors import InputError
 from lora_analysis.plots import style
 from lora_analysis.storage.atomic import write_atomic
-from lora_analysis.storage.marks import GENERATOR
+from lora_analysis.storage.marks import FIGURE_CREATOR
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 # The creator is the mark by which a file is known as ours; None leaves out what would change from
 # run to run or from machine to machine.
 _METADATA: dict[str, dict[str, str | None]] = {
-    "svg": {"Date": None, "Creator": GENERATOR, "Format": None, "Type": None},
-    "png": {"Software": GENERATOR},
-    "pdf": {"CreationDate": None, "Creator": GENERATOR, "Producer": None},
+    "svg": {"Date": None, "Creator": FIGURE_CREATOR, "Format": None, "Type": None},
+    "png": {"Software": FIGURE_CREATOR},
+    "pdf": {"CreationDate": None, "Creator": FIGURE_CREATOR, "Producer": None},
 }
 _SVG = "{http://www.w3.org/2000/svg}"
 _HREF = "{http://www.w3.org/1999/xlink}href"

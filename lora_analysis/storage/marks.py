@@ -1,52 +1,85 @@
-"""The mark by which a single file is known as written by this package, in its own metadata."""
+"""The mark by which a file of ours is recognized, and the digest that ties weights to a config.
+
+Every file of tensors that this package writes states its version in the metadata, which other
+programs ignore: safetensors under `KEY` as JSON, GGUF as the value ``lora_analysis.version``.
+Figures (SVG, PNG, PDF) name the package as their creator.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
-GENERATOR: Final = "lora_analysis"
-"""What figures carry as their creator: no version, so that figures stay the same bytes."""
+from lora_analysis import __version__
+from lora_analysis.errors import InputError
+from lora_analysis.storage.gguf import is_gguf, read_gguf
+from lora_analysis.storage.headers import read_header
 
-MARK_KEY: Final = "lora_analysis"
-"""Key in the metadata of a safetensors file; ``lora_analysis.version`` in GGUF."""
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
 
-# The metadata of these formats stands at the start of the file, that of PDF at either end.
+KEY: Final = "lora_analysis"
+FIGURE_CREATOR: Final = "lora_analysis"
+"""What figures state as their creator; without a version, so that equal figures are equal bytes."""
+# The metadata of figures stands at the start of the file, that of PDF at either end.
 _HEAD: Final = 1 << 16
 _FIGURES: Final = {
     ".svg": re.compile(rb"<dc:title>lora_analysis</dc:title>"),
     ".png": re.compile(rb"tEXtSoftware\0lora_analysis"),
     ".pdf": re.compile(rb"/Creator \(lora_analysis\)"),
 }
-_GGUF_KEY: Final = b"lora_analysis.version"
+GGUF_VERSION_KEY: Final = "lora_analysis.version"
+_CONFIG_DIGEST: Final = "config_sha256"
+
+
+def safetensors_mark(config: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Return the metadata entry that marks a safetensors file as ours.
+
+    Parameters
+    ----------
+    config
+        The configuration that is written with the weights: its digest is stated in the entry.
+    """
+    stated = {"version": __version__}
+    if config is not None:
+        stated[_CONFIG_DIGEST] = config_digest(config)
+    return {KEY: json.dumps(stated, separators=(",", ":"), sort_keys=True)}
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a configuration's content, whatever its layout and order of keys."""
+    text = json.dumps(config, separators=(",", ":"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def stated_config_digest(metadata: Mapping[str, str]) -> str | None:
+    """Return the digest of the config that weights were written with; None if they state none."""
+    try:
+        stated = json.loads(metadata.get(KEY, ""))
+    except (ValueError, RecursionError):
+        return None
+    digest = stated.get(_CONFIG_DIGEST) if isinstance(stated, dict) else None
+    return digest if isinstance(digest, str) else None
 
 
 def is_marked(path: Path) -> bool:
-    """Return True if a file says in its own metadata that this package wrote it."""
+    """Return True if a file carries our mark; False if it cannot be read."""
     try:
-        if path.suffix == ".safetensors":
-            return _is_marked_safetensors(path)
-        with path.open("rb") as stream:
-            head = stream.read(_HEAD)
-            if path.suffix == ".gguf":
-                return head[:4] == b"GGUF" and _GGUF_KEY in head
-            pattern = _FIGURES.get(path.suffix)
-            if pattern is None:
-                return False
-            if path.suffix == ".pdf":
-                stream.seek(max(0, path.stat().st_size - _HEAD))
-                head += stream.read()
-            return pattern.search(head) is not None
-    except OSError:
+        if path.suffix in _FIGURES:
+            return _is_marked_figure(path)
+        if is_gguf(path):
+            return GGUF_VERSION_KEY in read_gguf(path).metadata
+        return KEY in read_header(path).metadata
+    except (InputError, OSError):
         return False
 
 
-def _is_marked_safetensors(path: Path) -> bool:
-    from lora_analysis.errors import InputError
-    from lora_analysis.storage.headers import read_header
-
-    try:
-        return MARK_KEY in read_header(path).metadata
-    except InputError:
-        return False
+def _is_marked_figure(path: Path) -> bool:
+    with path.open("rb") as stream:
+        content = stream.read(_HEAD)
+        stream.seek(max(0, path.stat().st_size - _HEAD))
+        content += stream.read()
+    return _FIGURES[path.suffix].search(content) is not None
