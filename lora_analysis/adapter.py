@@ -277,6 +277,11 @@ class Provenance:
         return self.address or (str(self.path) if self.path is not None else None)
 
     @property
+    def inputs(self) -> tuple[Path, ...]:
+        """The files and folders it was read from, which no output may touch."""
+        return self.files if self.path is None else (self.path, *self.files)
+
+    @property
     def sha256(self) -> str | None:
         """Hash over the adapter's files in their order, read now; None for one in memory."""
         if not self.files:
@@ -352,6 +357,11 @@ class Adapter(Mapping[str, Update]):
     # Two adapters are the same only if they are one: comparing values would load every module.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """The files and folders it was read from, which no output may touch."""
+        return self.provenance.inputs
 
     def relabelled(self, label: str) -> Adapter:
         """Return the same adapter under another label; nothing is loaded."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lora_analysis.formats import read_adapter
 from lora_analysis.patterns import natural_key
 from lora_analysis.report import write_report
+from lora_analysis.report.writing import check_report_folder
 from lora_analysis.studies import Study, study
 from lora_analysis.training import (
     BaseOptions,
@@ -22,6 +23,7 @@ from lora_analysis.training import (
 )
 from lora_analysis.training.minilm import minilm_folder
 from lora_analysis.training.options import DOCSTRINGS, MINILM
+from lora_analysis.training.sweep import SWEEP_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,17 +59,27 @@ def text_sweep() -> list[RunConfig]:
 
 
 def train_demo(
-    folder: Path, *, text: bool = False, device: str = "auto", progress: Progress | None = None
+    folder: Path,
+    *,
+    text: bool = False,
+    device: str = "auto",
+    progress: Progress | None = None,
+    force: bool = False,
 ) -> list[Path]:
     """Train the demo's adapters below ``folder``; those finished before are skipped.
 
     Of the digits 13: rank 8 on three tasks with three seeds, ranks 4 and 64 with two seeds on one
-    task. On ``text`` 10, see `text_sweep`.
+    task. On ``text`` 10, see `text_sweep`. ``force`` trains runs of another version anew.
     """
     configs = text_sweep() if text else demo_sweep()
     watch = SweepProgress(progress, len(configs)) if progress else None
-    # What an earlier version left there is trained anew, as the demo's other files are made anew.
-    return run_sweep(configs, folder, device=device, force=True, progress=watch).all_folders()
+    return run_sweep(configs, folder, device=device, force=force, progress=watch).all_folders()
+
+
+def trained_before(folder: Path) -> list[Path]:
+    """Return the folder of an earlier demo's runs, if there is one: it makes the folder ours."""
+    runs = folder / "runs"
+    return [runs] if (runs / SWEEP_NAME).is_file() else []
 
 
 def study_demo(
@@ -80,7 +92,12 @@ def study_demo(
 
 
 def run_demo(
-    folder: Path, *, text: bool = False, device: str = "auto", progress: Progress | None = None
+    folder: Path,
+    *,
+    text: bool = False,
+    device: str = "auto",
+    progress: Progress | None = None,
+    force: bool = False,
 ) -> Path:
     """Train, analyse and report; return the path of the report.
 
@@ -96,13 +113,18 @@ def run_demo(
         ``"auto"`` (a GPU where there is one), ``"cpu"``, ``"cuda"`` or ``"mps"``.
     progress
         Called with (what, done, total).
+    force
+        Whether runs of another version or configuration, and files of others at the names that
+        the report writes, are replaced.
     """
-    runs = train_demo(folder / "runs", text=text, device=device, progress=progress)
+    check_report_folder(folder, inputs=trained_before(folder), force=force)
+    runs = train_demo(folder / "runs", text=text, device=device, progress=progress, force=force)
     result = study_demo(runs, text=text, progress=progress)
     return write_report(
         result,
         folder,
         title=TEXT_TITLE if text else TITLE,
         progress=progress,
+        force=force,
         command=f"lora-analysis demo{' --text' if text else ''} --device {device}",
     )

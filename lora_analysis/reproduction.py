@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lora_analysis import plots
 from lora_analysis.adapter import DenseUpdate
 from lora_analysis.amplify import amplification
-from lora_analysis.demo import study_demo, train_demo
+from lora_analysis.demo import study_demo, train_demo, trained_before
 from lora_analysis.errors import InputError
 from lora_analysis.findings import number
 from lora_analysis.report import (
@@ -21,7 +21,9 @@ from lora_analysis.report import (
     write_page,
 )
 from lora_analysis.report.tables import accuracy_table
+from lora_analysis.report.writing import study_inputs
 from lora_analysis.similarity import random_similarity, subspace_similarity
+from lora_analysis.storage.outputs import OutputFolder, output_folder
 
 if TYPE_CHECKING:
     from lora_analysis.plots import Panel
@@ -44,7 +46,11 @@ RANKS = ("rotate-r4-s0", "rotate-r8-s0", "rotate-r64-s0")
 
 
 def run_reproduction(
-    folder: Path, *, device: str = "auto", progress: Progress | None = None
+    folder: Path,
+    *,
+    device: str = "auto",
+    progress: Progress | None = None,
+    force: bool = False,
 ) -> Path:
     """Train what is missing of the demo, draw the paper's figures; return the page's path.
 
@@ -53,11 +59,15 @@ def run_reproduction(
     folder
         As for the demo: its ``runs/`` are used where they are there. Gets ``section7.html`` and
         ``section7/`` with every figure as SVG, PNG and PDF.
-    device, progress
+    device, progress, force
         As for the demo.
     """
-    runs = train_demo(folder / "runs", device=device, progress=progress)
-    return write_reproduction(study_demo(runs, progress=progress), folder, progress=progress)
+    OutputFolder(
+        folder, kind="reproduction", verb="reproduce", inputs=trained_before(folder), force=force
+    ).check()
+    runs = train_demo(folder / "runs", device=device, progress=progress, force=force)
+    result = study_demo(runs, progress=progress)
+    return write_reproduction(result, folder, progress=progress, force=force)
 
 
 def write_reproduction(
@@ -66,10 +76,12 @@ def write_reproduction(
     *,
     formats: Sequence[str] = FORMATS,
     progress: Progress | None = None,
+    force: bool = False,
 ) -> Path:
     """Draw the paper's figures of section 7 and appendix H from the study of a demo run.
 
-    ``formats`` are those of the files in ``section7/``.
+    ``formats`` are those of the files in ``section7/``; ``force`` replaces files of others at the
+    names that are written.
 
     Raises
     ------
@@ -81,15 +93,19 @@ def write_reproduction(
         message = f"The paper's figures need the demo's sweep and base; missing: {missing}."
         raise InputError(message)
     made = []
-    for at, (name, title, question, draw) in enumerate(_PARTS, start=1):
-        figures = tuple(drawn_figures(draw(study), folder / "section7", formats))
-        made.append(Section(name, title, question, figures, tuple(_tables(study, name))))
-        if progress:
-            progress("report sections", at, len(_PARTS))
-    return write_page(
-        study, made, folder / "section7.html", title=TITLE, lead=LEAD,
-        command="lora-analysis reproduce",
-    )  # fmt: skip
+    with output_folder(
+        folder, kind="reproduction", verb="reproduce", inputs=study_inputs(study), force=force
+    ) as staging:
+        for at, (name, title, question, draw) in enumerate(_PARTS, start=1):
+            figures = tuple(drawn_figures(draw(study), staging / "section7", formats))
+            made.append(Section(name, title, question, figures, tuple(_tables(study, name))))
+            if progress:
+                progress("report sections", at, len(_PARTS))
+        write_page(
+            study, made, staging / "section7.html", title=TITLE, lead=LEAD,
+            command="lora-analysis reproduce",
+        )  # fmt: skip
+    return folder / "section7.html"
 
 
 def _modules(study: Study, layer: int) -> dict[str, str]:

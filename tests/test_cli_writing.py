@@ -16,7 +16,6 @@ from lora_analysis.adapter import Adapter
 from lora_analysis.edit import relative_difference
 from lora_analysis.formats import peft_writer, read_adapter, write_adapter
 from lora_analysis.formats.registry import WRITERS
-from lora_analysis.report.folder import holds_report
 
 
 @pytest.fixture
@@ -262,20 +261,24 @@ def test_a_report_replaces_a_report_and_nothing_else(
     assert "symbolic link" in err
 
 
-def test_the_beginnings_of_a_report_are_a_report(tmp_path: Path) -> None:
-    for name in ("figures/energy.svg", "figures/.energy.svg.12-0123abcd.tmp", "tables/spectra.csv"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("")
-    (tmp_path / "grids.npz").write_text("")
-    assert holds_report(tmp_path)
-    (tmp_path / "figures" / "mine.svg").write_text("")
-    assert not holds_report(tmp_path)
+def test_a_report_of_an_earlier_version_is_named_as_that(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results.json").write_text('{"generator": "lora_analysis 0.1.0"}')
+    words = ("report", source, "--as", "md", "--figures", "", "-o", tmp_path)
+    code, _, err = call(capsys, *words)
+    assert (code, "a report of an earlier version" in err) == (3, True)
+    assert call(capsys, *words, "--force")[0] == 0
 
 
 def test_a_picture_is_replaced_by_the_next(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = tmp_path / "picture.svg"
-    picture.write_text("an earlier one")
-    assert call(capsys, "heatmap", source, source, "--module", "q_proj", "-o", picture)[0] == 0
+    picture.write_text("somebody's")
+    words = ("heatmap", source, source, "--module", "q_proj", "-o", picture)
+    code, _, err = call(capsys, *words)
+    assert (code, "did not write it" in err, picture.read_text()) == (3, True, "somebody's")
+    assert call(capsys, *words, "--force")[0] == 0
+    assert call(capsys, *words)[0] == 0
     assert picture.read_text().startswith("<?xml")

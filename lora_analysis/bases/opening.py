@@ -75,7 +75,9 @@ def open_base(
         label = "the given arrays"
         return BaseWeights(ArrayTensors(source, label), label=label, name=None)
     if path := existing_path(source):
-        return _open_stored(path, allow_pickle=allow_pickle)
+        base = _open_stored(path, allow_pickle=allow_pickle)
+        base.path = path
+        return base
     snapshot = fetch_model(source, allow_pickle=allow_pickle)
     with shown_errors(snapshot):
         base = _open_stored(

@@ -19,6 +19,8 @@ from lora_analysis.storage.hub_names import shown_errors
 from lora_analysis.storage.limits import MAX_VALUE
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
     from lora_analysis.storage.hub_names import Snapshot
@@ -163,9 +165,12 @@ class BaseWeights:
     ----------
     snapshot
         The repository and commit it was fetched from, if it was.
+    path
+        The file or folder it was opened from; None for a live model or arrays.
     """
 
     snapshot: Snapshot | None = None
+    path: Path | None = None
 
     def __init__(
         self,

@@ -6,20 +6,27 @@ from pathlib import Path
 
 import click
 
-from lora_analysis.cli.options import demo_option, device_option, output_options, progress_bar
+from lora_analysis.cli.options import (
+    demo_option,
+    device_option,
+    force_option,
+    output_options,
+    progress_bar,
+)
 from lora_analysis.cli.show import print_json
 
 
 @click.command(name="demo")
 @demo_option
 @device_option
+@force_option
 @click.option(
     "--text",
     is_flag=True,
     help="A pretrained sentence encoder on text of installed packages (extra demo-text).",
 )
 @output_options
-def command(output: Path, *, device: str, text: bool, form: str) -> None:
+def command(output: Path, *, device: str, force: bool, text: bool, form: str) -> None:
     """Train 13 adapters on handwritten digits, analyse them, write the report.
 
     Rank 8 on three tasks with three seeds, ranks 4 and 64 with two seeds on one task; two to
@@ -29,7 +36,7 @@ def command(output: Path, *, device: str, text: bool, form: str) -> None:
     from lora_analysis.demo import run_demo
 
     with progress_bar(form) as progress:
-        path = run_demo(output, text=text, device=device, progress=progress)
+        path = run_demo(output, text=text, device=device, progress=progress, force=force)
     if form == "json":
         print_json({"report": path})
     else:

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_analysis.cli.options import Progress, modules_option, output_options, progress_bar
+from lora_analysis.cli.options import (
+    Progress,
+    force_option,
+    modules_option,
+    output_options,
+    progress_bar,
+)
 from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.show import print_json
 from lora_analysis.showing import printable
@@ -24,8 +30,9 @@ if TYPE_CHECKING:
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     required=True,
-    help="Picture to write; .svg, .png or .pdf. One of that name is replaced.",
+    help="Picture to write; .svg, .png or .pdf. One that this command wrote is replaced.",
 )
+@force_option
 @click.option(
     "--side",
     type=click.Choice(["input", "output"]),
@@ -48,6 +55,7 @@ def command(
     b: str,
     *,
     output: Path,
+    force: bool,
     side: Any,
     factor: Any,
     modules: str | None,
@@ -61,9 +69,13 @@ def command(
     """
     from lora_analysis.plots import figure_ranks, save_figure
     from lora_analysis.similarity import subspace_similarity
+    from lora_analysis.storage.outputs import check_output_file, output_file
     from lora_analysis.studies.alignment import aligned
     from lora_analysis.studies.relations import unique_labels
 
+    kind = output.suffix.lstrip(".") or "svg"
+    target = output.with_suffix(f".{kind}")
+    check_output_file(target, force=force)
     first, second = aligned(unique_labels([reading.read(one) for one in (a, b)]))
     with progress_bar(form) as progress:
         chosen = _telling(first, second, modules, progress)
@@ -72,8 +84,9 @@ def command(
             titles[name]: subspace_similarity(*updates, side=side, factor=factor)
             for name, updates in chosen.items()
         }
-        kind = output.suffix.lstrip(".") or "svg"
-        written = save_figure(figure_ranks(grids), output.with_suffix(""), [kind])[0]
+        inputs = [*first.provenance.inputs, *second.provenance.inputs]
+        with output_file(target, inputs=inputs, force=force):
+            written = save_figure(figure_ranks(grids), output.with_suffix(""), [kind])[0]
     said = _doubts((first.label, second.label), chosen)
     if form == "json":
         about = {"modules": list(chosen), "side": side, "factor": factor}

@@ -54,6 +54,15 @@ def demo_option(command: Command) -> Command:
     )(command)
 
 
+def force_option(command: Command) -> Command:
+    """Add ``--force``."""
+    return click.option(
+        "--force",
+        is_flag=True,
+        help="Replace files of others, or edited ones, at the names that are written.",
+    )(command)
+
+
 def modules_option(command: Command) -> Command:
     """Add ``--module``."""
     return click.option(

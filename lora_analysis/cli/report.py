@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from lora_analysis.cli.options import (
+    force_option,
     label_option,
     modules_option,
     output_options,
@@ -20,7 +21,6 @@ from lora_analysis.cli.options import (
 from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.show import print_json
 from lora_analysis.cli.spreading import analysis_executor, analysis_executor_options
-from lora_analysis.cli.writing import refuse_occupied
 from lora_analysis.showing import printable
 
 
@@ -46,11 +46,7 @@ def _formats(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[
     help="Folder for report.html, figures/, tables/ and results.json; an earlier report in it is "
     "replaced.",
 )
-@click.option(
-    "--force",
-    is_flag=True,
-    help="Write into a folder that holds other things, over files of the same names.",
-)
+@force_option
 @click.option(
     "--as",
     "kind",
@@ -105,16 +101,17 @@ def command(
     A verdict needs adapters of other tasks on the same base, trained with other seeds: among the
     sources, where task and seed are known, or given with --reference.
     """
-    from lora_analysis.report import write_report
-    from lora_analysis.report.folder import holds_report
+    from lora_analysis.report.writing import check_report_folder, write_report
     from lora_analysis.studies import Failure, study
 
-    refuse_occupied(output, force=force, ours=holds_report)
     with progress_bar(form) as progress:
         executor = analysis_executor(kind_of_executor, workers, address)
         find = reading.read_all if executor is None else reading.to_read
         adapters, left_out = find(sources, progress)
         others, more = find(references, progress) if references else ([], [])
+        inputs = [path for one in (*adapters, *others) for path in one.inputs]
+        inputs += [Path(base)] if base and Path(base).exists() else []
+        check_report_folder(output, inputs=inputs, force=force)
         failures = [Failure(one.source, str(one.error)) for one in left_out + more]
         result = study(
             adapters,
@@ -141,6 +138,7 @@ def command(
             parquet=parquet,
             figures=figures,
             progress=progress,
+            force=force,
         )
     if form == "json":
         print_json(

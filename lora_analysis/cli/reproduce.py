@@ -6,15 +6,22 @@ from pathlib import Path
 
 import click
 
-from lora_analysis.cli.options import demo_option, device_option, output_options, progress_bar
+from lora_analysis.cli.options import (
+    demo_option,
+    device_option,
+    force_option,
+    output_options,
+    progress_bar,
+)
 from lora_analysis.cli.show import print_json
 
 
 @click.command(name="reproduce")
 @demo_option
 @device_option
+@force_option
 @output_options
-def command(output: Path, *, device: str, form: str) -> None:
+def command(output: Path, *, device: str, force: bool, form: str) -> None:
     """Draw section 7 and appendix H of the LoRA paper, with its own values in the captions.
 
     Figures 3, 4, 6, 7 and 8 in the paper's panel layout as SVG, PNG and PDF, Tables 6 and 7, and
@@ -23,7 +30,7 @@ def command(output: Path, *, device: str, form: str) -> None:
     from lora_analysis.reproduction import run_reproduction
 
     with progress_bar(form) as progress:
-        path = run_reproduction(output, device=device, progress=progress)
+        path = run_reproduction(output, device=device, progress=progress, force=force)
     if form == "json":
         print_json({"page": path})
     else:

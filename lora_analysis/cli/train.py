@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_analysis.cli.options import device_option, output_options
+from lora_analysis.cli.options import device_option, force_option, output_options
 from lora_analysis.cli.show import print_facts, print_json
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def _column_options(command: Command) -> Command:
 @click.option("--threads", type=int, help="CPU threads; torch's own number by default.")
 @click.option("--fsdp", is_flag=True, help="With torchrun: spread the frozen weights.")
 @click.option("--tracker", "trackers", multiple=True, help="tensorboard, trackio or wandb; repeat.")
+@force_option
 @output_options
 def command(
     data: str | None,
@@ -115,6 +116,7 @@ def command(
     threads: int | None,
     fsdp: bool,
     trackers: tuple[str, ...],
+    force: bool,
     form: str,
     **options: Any,
 ) -> None:
@@ -151,6 +153,7 @@ def command(
             trackers=trackers,
             sharded=fsdp,
             progress=progress,
+            force=force,
         )
     if os.environ.get("RANK", "0") == "0":
         _report(output, form)

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import jinja2
 from markupsafe import Markup
 
-from lora_analysis.errors import MissingExtraError
+from lora_analysis.errors import MissingExtraError, OccupiedError
 from lora_analysis.findings import findings, plural
 from lora_analysis.report import pair_tables, tables
-from lora_analysis.report.folder import GRIDS, RESULTS, prepare
 from lora_analysis.report.grids import grids_file
 from lora_analysis.report.made import made
 from lora_analysis.report.results import all_tables, results
 from lora_analysis.report.sections import FORMATS, Section, sections
 from lora_analysis.showing import printable, printable_json, printable_lines
 from lora_analysis.storage.atomic import write_atomic
+from lora_analysis.storage.outputs import OutputFolder, holds_output, output_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lora_analysis.studies import Progress, Study
+
+GRIDS, RESULTS = "grids.npz", "results.json"
+# Within so many bytes of its start results.json names what wrote it.
+_HEAD = 200
 
 
 def write_report(
@@ -39,6 +43,7 @@ def write_report(
     parquet: bool = False,
     figures: Sequence[str] = FORMATS,
     progress: Progress | None = None,
+    force: bool = False,
 ) -> Path:
     """Write a study as one self-contained report, with figures, tables and numbers beside it.
 
@@ -47,7 +52,8 @@ def write_report(
     study
         From `lora_analysis.study`.
     path
-        Folder to write into; made if missing. Files of an earlier report are replaced.
+        Folder to write into; made if missing. An earlier report of this package in it is replaced
+        as a whole, when the new one is complete. It may contain the adapters of the study.
     title
         Heading; made from the adapters by default.
     command
@@ -61,6 +67,9 @@ def write_report(
         Formats of the files in ``figures/``: any of ``"svg"``, ``"png"``, ``"pdf"``.
     progress
         Called with ("report sections", done, total).
+    force
+        Whether files of others, or edited ones of an earlier report, may be replaced at the names
+        that the report writes.
 
     Returns
     -------
@@ -71,11 +80,68 @@ def write_report(
     ------
     MissingExtraError
         ``parquet`` without pyarrow; nothing is written then.
+    OccupiedError
+        The folder holds other things and ``force`` is not given, or is an input.
+    InUseError
+        Another process writes a report there.
+    OutputError
+        The disk refused; the message says what the folder holds now.
     """
     if parquet:
         _check_parquet()
     folder = Path(path)
-    prepare(folder)
+    check_report_folder(folder, inputs=study_inputs(study), force=force)
+    run = {"title": title, "command": command, "adapters": list(study.adapters), "as": form}
+    with output_folder(
+        folder, kind="report", verb="report", run=run, inputs=study_inputs(study), force=force
+    ) as staging:
+        _write_files(
+            study, staging, title=title, command=command, form=form, parquet=parquet,
+            figures=figures, progress=progress,
+        )  # fmt: skip
+    return folder / f"report.{form}"
+
+
+def check_report_folder(folder: Path, *, inputs: Sequence[Path], force: bool) -> None:
+    """Raise if a report may not be written into a folder, before any work is done.
+
+    Raises
+    ------
+    OccupiedError
+        See `OutputFolder.check`; or it holds a report of a version that kept no record.
+    """
+    results = folder / RESULTS
+    if not force and not holds_output(folder, "report") and results.is_file():
+        with results.open("rb") as stream:
+            earlier = b'"generator": "lora_analysis' in stream.read(_HEAD)
+        if earlier:
+            message = (
+                f"{folder} holds a report of an earlier version of this package, which kept no "
+                "record of its files. Choose another folder, or pass --force (force=True in "
+                "Python) to replace it."
+            )
+            raise OccupiedError(message)
+    OutputFolder(folder, kind="report", verb="report", inputs=inputs, force=force).check()
+
+
+def study_inputs(study: Study) -> list[Path]:
+    """Return the files and folders that a study was read from."""
+    inputs = [path for one in study.adapters.values() for path in one.provenance.inputs]
+    base = None if study.base is None else study.base.path
+    return inputs if base is None else [*inputs, base]
+
+
+def _write_files(
+    study: Study,
+    folder: Path,
+    *,
+    title: str | None,
+    command: str | None,
+    form: Literal["html", "md"],
+    parquet: bool,
+    figures: Sequence[str],
+    progress: Progress | None,
+) -> None:
     said = findings(study)
     page = {
         "title": title or _title(study),
@@ -94,7 +160,7 @@ def write_report(
     if (grids := grids_file(study)) is not None:
         write_atomic(folder / GRIDS, grids)
     text = _environment(form).get_template(f"report.{form}.j2").render(page)
-    return write_atomic(folder / f"report.{form}", text.encode())
+    write_atomic(folder / f"report.{form}", text.encode())
 
 
 def write_page(

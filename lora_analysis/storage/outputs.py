@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -64,6 +64,10 @@ class OutputFolder:
         run writes.
     shared
         Whether the folder may hold other things already, as long as no name collides.
+    ignored
+        Names in the folder that do not count as somebody else's.
+    names
+        See `Record.names`.
     """
 
     def __init__(
@@ -76,13 +80,16 @@ class OutputFolder:
         inputs: Iterable[Path] = (),
         force: bool = False,
         shared: bool = False,
+        ignored: Collection[str] = (),
+        names: Sequence[str] = (),
     ) -> None:
         self.folder = folder
         self.kind = kind
         self.force = force
         self.shared = shared
+        self.ignored = frozenset(ignored)
         self.inputs = [path.resolve() for path in inputs if path.exists()]
-        self.record = Record(kind, verb, dict(run or {}))
+        self.record = Record(kind, verb, dict(run or {}), names=tuple(names))
         self.earlier = read_record(folder, kind) or self.record
         self.staging = folder / RECORD_FOLDER / f"{kind}.new"
         self._made: list[Path] = []
@@ -97,7 +104,8 @@ class OutputFolder:
             or lies inside, an input; or it is a symbolic link.
         """
         refuse_link(self.folder)
-        refuse_inputs(self.folder, self.inputs)
+        for name in (".", *self.record.names):
+            refuse_inputs(self.folder / name, self.inputs)
         if self.folder.exists() and not self.folder.is_dir():
             message = f"{self.folder} is a file; a folder is written. Choose another name."
             raise OccupiedError(message)
@@ -123,14 +131,26 @@ class OutputFolder:
             raise OccupiedError(message)
 
     def _refuse_others(self) -> None:
-        others = [one for one in sorted(self.folder.iterdir()) if not _is_bookkeeping(one)]
-        holds_inputs = any(self.folder.resolve() in path.parents for path in self.inputs)
-        if others and not self.shared and not holds_inputs:
+        if self.shared:
+            return
+        known = {name.partition("/")[0] for one in read_records(self.folder) for name in one.files}
+        others = [
+            path
+            for path in sorted(self.folder.iterdir())
+            if not is_bookkeeping(path)
+            and path.name not in known | self.ignored
+            and not self._leads_to_input(path.resolve())
+        ]
+        if others:
             message = (
                 f"{self.folder} is not empty ('{others[0].name}' is in it) and no result of this "
                 f"kind. Choose another folder, or {_FORCE} to write next to what is there."
             )
             raise OccupiedError(message)
+
+    def _leads_to_input(self, path: Path) -> bool:
+        """Return True if something in the folder is an input or holds one."""
+        return any(path == one or path in one.parents for one in self.inputs)
 
     def begin(self) -> None:
         """Put the record in place; complete what an interrupted run left."""
@@ -142,6 +162,9 @@ class OutputFolder:
             earlier = earlier.finished()
             self.check()
         if earlier is None or not earlier.files:
+            for name in () if earlier is None else earlier.names:
+                if name not in self.record.names:  # of an unfinished run that this one replaces
+                    (self.folder / name).unlink(missing_ok=True)
             self.record.write(self.folder)
             self.earlier = self.record
         else:
@@ -185,7 +208,12 @@ class OutputFolder:
             if name not in new and file_state(self.folder / name, mark) == "whole"
         )
         journal = replace(
-            self.record, state="replacing", files=self.earlier.files, new=new, removed=removed
+            self.record,
+            state="replacing",
+            files=self.earlier.files,
+            new=new,
+            removed=removed,
+            names=self.earlier.names,
         )
         journal.write(self.folder)
         self._complete(journal)
@@ -243,6 +271,8 @@ class OutputFolder:
         refuse_inputs(target, self.inputs)
         if own or self.force or not os.path.lexists(target):
             return
+        if name in self.earlier.names:
+            return
         mark = self.earlier.files.get(name)
         if mark is None or file_state(target, mark) == "edited":
             message = f"{target} exists and is not of this run. Move it away, or {_FORCE}."
@@ -256,7 +286,8 @@ class OutputFolder:
             weights = path.suffix in _WEIGHT_SUFFIXES and not path.name.startswith(_NOT_WEIGHTS)
             if not path.is_file() or not (weights or path.name.endswith(".index.json")):
                 continue
-            if path.name not in names and path.name not in self.earlier.files:
+            ours = names.union(self.earlier.files, self.earlier.names)
+            if path.name not in ours:
                 message = (
                     f"{path} would stay next to the files written here, and a program that loads "
                     "the folder might take it for them. Move it away, or choose another folder."
@@ -281,6 +312,9 @@ class OutputFolder:
                 target.unlink()
                 with suppress(OSError):
                     target.parent.rmdir()  # a folder that held nothing else
+        for name in journal.names:
+            if name not in journal.new:
+                (self.folder / name).unlink(missing_ok=True)
         journal.finished().write(self.folder)
         shutil.rmtree(self.staging, ignore_errors=True)
 
@@ -445,6 +479,6 @@ def _below(folder: Path, target: Path) -> list[Path]:
     return [place for place in target.parents if folder in place.parents]
 
 
-def _is_bookkeeping(path: Path) -> bool:
+def is_bookkeeping(path: Path) -> bool:
     """Return True for what writers leave besides results: records, locks, half-written files."""
     return path.name == RECORD_FOLDER or path.name.endswith(".lock") or is_leftover(path)

@@ -64,6 +64,9 @@ class Record:
         While ``"replacing"``: the files that take their places.
     removed
         While ``"replacing"``: files of the earlier set that the new one does not have.
+    names
+        Until it is finished: files that the run makes in the folder itself on its way, whether or
+        not they stay.
     version
         Of the package that wrote them.
     """
@@ -75,11 +78,12 @@ class Record:
     files: Mapping[str, FileMark] = field(default_factory=dict)
     new: Mapping[str, FileMark] = field(default_factory=dict)
     removed: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
     version: str = __version__
 
     def finished(self) -> Record:
         """Return the record once the new files are at their places."""
-        return replace(self, state="finished", files=self.new, new={}, removed=())
+        return replace(self, state="finished", files=self.new, new={}, removed=(), names=())
 
     def write(self, folder: Path) -> None:
         """Write the record into its folder, whole or not at all."""
@@ -93,6 +97,7 @@ class Record:
             "run": dict(self.run),
             "files": _marks_document(self.files),
             **(journal if self.new else {}),
+            **({"names": list(self.names)} if self.names else {}),
         }
         text = json.dumps(document, indent=1, allow_nan=False)
         write_atomic(record_path(folder, self.kind), text.encode())
@@ -239,6 +244,7 @@ def _parsed(document: Mapping[str, Any], kind: str) -> Record:
         files=_marks(document["files"]),
         new=_marks(document.get("new", {})),
         removed=tuple(_checked_name(name) for name in document.get("removed", ())),
+        names=tuple(_checked_name(name) for name in document.get("names", ())),
         version=generator.rpartition(" ")[2],
     )
 

@@ -26,6 +26,11 @@ class ReadLater:
     ref: AdapterRef
     read: Callable[[AdapterRef], Adapter]
 
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Where it lies, which no output may touch."""
+        return (self.ref.path,)
+
 
 def read_sources(
     sources: Iterable[Adapter | ReadLater | str | Path], failures: list[Failure]

@@ -13,10 +13,9 @@ from lora_analysis.training.inputs import run_key
 from lora_analysis.training.options import BaseOptions, DataOptions, LoopOptions
 from lora_analysis.training.plan import ExecutionOptions, SweepPlan, read_plan
 from lora_analysis.training.progress import SweepProgress
-from lora_analysis.training.run_folders import run_state
+from lora_analysis.training.run_folders import FAILURE_NAME, run_state
 from lora_analysis.training.runs import train_run
 from lora_analysis.training.sweep import (
-    FAILURE_NAME,
     SweepResult,
     demo_sweep,
     run_sweep,

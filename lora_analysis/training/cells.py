@@ -36,6 +36,7 @@ class TrainCell:
 
     folder: Path
     device: str
+    force: bool = False
 
     def __call__(self, cell: RunCell, tell: Tell) -> None:
         """Train a run, waiting a moment for whoever may still be in its folder."""
@@ -47,7 +48,11 @@ class TrainCell:
         while True:
             try:
                 train_run(
-                    cell.config, self.folder / cell.name, device=self.device, progress=relabelled
+                    cell.config,
+                    self.folder / cell.name,
+                    device=self.device,
+                    progress=relabelled,
+                    force=self.force,
                 )
             except InUseError:
                 if time.monotonic() > end:

@@ -1,11 +1,13 @@
 """A training in progress as one file: what is trained, AdamW's momenta, every random stream.
 
-One safetensors file with its few numbers as JSON in the header, written whole or not at all: a
-run killed at any moment goes on from the last one, to the same bits on a CPU.
+One safetensors file with its few numbers and a hash of its tensors as JSON in the header, written
+whole or not at all; the checkpoint before the last is kept next to it. A run killed at any moment
+goes on from the last one that is whole, to the same bits on a CPU.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,21 +16,25 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lora_analysis.storage.atomic import write_atomic
+from lora_analysis.storage.atomic import sync_folder, write_atomic
 from lora_analysis.training.randomness import DropoutStream
+from lora_analysis.training.run_folders import (
+    CHECKPOINT_NAME,
+    EARLIER_CHECKPOINT_NAME,
+    NEXT_CHECKPOINT_NAME,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lora_analysis.training.loop import Training
 
-CHECKPOINT_NAME = "checkpoint.safetensors"
 _FACTS = "lora_analysis.training"
 _MOMENTA = ("exp_avg", "exp_avg_sq")
 
 
 def save_checkpoint(training: Training, folder: Path, facts: dict[str, Any]) -> Path:
-    """Write where a training is, over the checkpoint before it.
+    """Write where a training is; the checkpoint before it stays as the earlier one.
 
     Every process of the training has to call it, each for its own stream of dropout; the first
     writes the file.
@@ -60,33 +66,48 @@ def save_checkpoint(training: Training, folder: Path, facts: dict[str, Any]) -> 
         tensors |= {f"{moment}/{name}": held[moment] for moment in _MOMENTA if moment in held}
     tensors |= {f"order/{name}": value for name, value in training.order.state().items()}
     tensors |= streams
+    tensors = {name: value.to("cpu").contiguous() for name, value in tensors.items()}
     own = {
+        "sha256": _digest(tensors),
         "step": training.step,
         "best": training.best if training.best < float("inf") else None,
         "waited": training.waited,
         "scaler": training.scaler.state_dict(),
         "facts": facts,
     }
-    content = safetensors.torch.save(
-        {name: value.to("cpu").contiguous() for name, value in tensors.items()},
-        metadata={_FACTS: json.dumps(own)},
-    )
-    return write_atomic(folder / CHECKPOINT_NAME, content)
+    content = safetensors.torch.save(tensors, metadata={_FACTS: json.dumps(own)})
+    last = folder / CHECKPOINT_NAME
+    written = write_atomic(folder / NEXT_CHECKPOINT_NAME, content)
+    if last.is_file():
+        last.replace(folder / EARLIER_CHECKPOINT_NAME)
+    written.replace(last)
+    sync_folder(folder)
+    return last
 
 
-def checkpoint_facts(folder: Path) -> dict[str, Any] | None:
-    """Return the facts of the checkpoint in a run's folder; None without one that can be read."""
+def checkpoint_facts(path: Path) -> dict[str, Any] | None:
+    """Return the facts that a checkpoint states; None if it cannot be read."""
     try:
-        return dict(_header(folder / CHECKPOINT_NAME)["facts"])
+        return dict(_header(path)["facts"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 
 
-def load_checkpoint(training: Training, folder: Path) -> None:
-    """Put a training, made anew with the same arguments, where the checkpoint was taken."""
-    path = folder / CHECKPOINT_NAME
-    own = _header(path)
-    tensors = safetensors.torch.load_file(path)
+def load_checkpoint(training: Training, path: Path) -> bool:
+    """Put a training, made anew with the same arguments, where a checkpoint was taken.
+
+    Returns
+    -------
+    bool
+        False, with the training as it was, if the file is not as it was written.
+    """
+    try:
+        own = _header(path)
+        tensors = safetensors.torch.load_file(path)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return False
+    if own.get("sha256") != _digest(tensors):
+        return False
     step = int(own["step"])
     with torch.no_grad():
         for name, parameter in training.trained.items():
@@ -105,6 +126,17 @@ def load_checkpoint(training: Training, folder: Path) -> None:
     training.step = step
     training.best = float("inf") if own["best"] is None else own["best"]
     training.waited = own["waited"]
+    return True
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """Return one hash over the names, types, shapes and numbers of tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _stream(rank: int) -> str:

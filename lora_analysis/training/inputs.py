@@ -121,6 +121,14 @@ def data_places(data: DataOptions) -> dict[str, Path]:
     return paths
 
 
+def input_paths(config: RunConfig) -> list[Path]:
+    """Return the files and folders of a run's base and data, which no output may touch."""
+    paths = [base_place(config.base)]
+    if config.data.source not in _BUNDLED and config.data.format != "datasets":
+        paths += data_places(config.data).values()
+    return paths
+
+
 def folder_sha256(folder: Path) -> str:
     """Return one hash over the names and contents of a base's files."""
     digest = hashlib.sha256()

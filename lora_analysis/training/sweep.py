@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,23 +15,29 @@ from pathlib import Path
 from typing import Any
 
 from lora_analysis import __version__
-from lora_analysis.errors import InputError, LoraAnalysisError
+from lora_analysis.errors import InputError, InUseError, LoraAnalysisError, OccupiedError
 from lora_analysis.execution.protocol import Executor, Outcome, Retried, Tell
+from lora_analysis.showing import plural
 from lora_analysis.storage.atomic import remove_leftovers
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.limits import MAX_INDEX_BYTES
 from lora_analysis.storage.locks import locked
+from lora_analysis.storage.outputs import OutputFolder, output_folder
+from lora_analysis.storage.records import read_record
 from lora_analysis.training.cells import RunCell, TrainCell
 from lora_analysis.training.config import RunConfig
 from lora_analysis.training.events import Progress, RunEvent
 from lora_analysis.training.executors import choose_executor
 from lora_analysis.training.files import write_json
+from lora_analysis.training.inputs import input_paths
 from lora_analysis.training.plan import ExecutionOptions
-from lora_analysis.training.run_folders import RunState, run_state
+from lora_analysis.training.run_folders import FAILURE_NAME, RunState, changes, run_state
 
 SWEEP_NAME = "sweep.json"
-FAILURE_NAME = "failed.json"
 _LOCK_NAME = ".sweep.lock"  # runs have locks of their own
+_KIND = "sweep"
+_PATIENCE = 30.0  # seconds
+_HEAD = 200  # bytes within which sweep.json names what wrote it
 
 Runs = Mapping[str, RunConfig]
 Report = Callable[[str], None]
@@ -139,17 +146,18 @@ def run_sweep(
     chosen = named if names is None else {name: named[name] for name in names}
     chosen = named if chosen.keys() == named.keys() else chosen
     options = execution or ExecutionOptions(workers=workers, device=device)
+    _check_folder(named, folder, force=force)
     folder.mkdir(parents=True, exist_ok=True)
     failures: dict[str, RunFailure] = {}
     with locked(folder, _lock_name(named, chosen)):
         if chosen is named:
             remove_leftovers(folder)
         cells = _unfinished(chosen, folder, force=force, progress=progress)
-        _write_resolved(named, folder)
+        _write_resolved(named, folder, force=force)
         if cells:
             executor = executor or choose_executor(options, len(cells))
             watch = _watch(progress, report)
-            work = TrainCell(folder, options.device)
+            work = TrainCell(folder, options.device, force=force)
             with closing(executor.map(work, cells, tell=watch)) as outcomes:
                 for outcome in outcomes:
                     _settle(outcome, folder, failures, report)
@@ -179,7 +187,26 @@ def _lock_name(runs: Runs, chosen: Runs) -> str:
     return f"{_LOCK_NAME}-{hashlib.sha256(json.dumps(list(chosen)).encode()).hexdigest()[:12]}"
 
 
-def _write_resolved(runs: Runs, folder: Path) -> None:
+def _check_folder(runs: Runs, folder: Path, *, force: bool) -> None:
+    """Raise if a sweep may not write into a folder: it holds other things, or is an input."""
+    earlier = folder / SWEEP_NAME
+    known = {*runs}
+    if earlier.is_file() and read_record(folder, _KIND) is None:
+        with earlier.open("rb") as stream:  # of a version that kept no record
+            if b'"generator": "lora_analysis' in stream.read(_HEAD):
+                known |= {path.name for path in folder.iterdir()}
+    paths = {path for config in _distinct_inputs(runs) for path in input_paths(config)}
+    OutputFolder(
+        folder, kind=_KIND, verb="sweep", inputs=sorted(paths), force=force, ignored=known
+    ).check()
+
+
+def _distinct_inputs(runs: Runs) -> list[RunConfig]:
+    """Return one run of each base and data."""
+    return list({(config.base, config.data): config for config in runs.values()}.values())
+
+
+def _write_resolved(runs: Runs, folder: Path, *, force: bool) -> None:
     """Write every run with all of its options beside the results, unless they are there."""
     document = {
         "schema_version": 1,
@@ -192,7 +219,24 @@ def _write_resolved(runs: Runs, folder: Path) -> None:
     except InputError:
         written = False
     if not written:
-        write_json(path, document)
+        _write_locked(document, folder, force=force)
+
+
+def _write_locked(document: dict[str, Any], folder: Path, *, force: bool) -> None:
+    """Write the runs, waiting for other shards of the sweep that write the same."""
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            with output_folder(
+                folder, kind=_KIND, verb="sweep", force=force, shared=True
+            ) as staging:
+                write_json(staging / SWEEP_NAME, document)
+        except InUseError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+        else:
+            return
 
 
 def _unfinished(
@@ -203,11 +247,18 @@ def _unfinished(
     changed = [name for name, state in states.items() if state == "changed"]
     if changed and not force:
         message = (
-            f"{folder}: {len(changed)} runs, '{changed[0]}' among them, were trained with another "
-            "configuration, base, data or version. Take another folder, or force them to be "
-            "trained anew."
+            f"{folder}: {plural(len(changed), 'run')} of another configuration, for example "
+            f"'{changed[0]}': {changes(runs[changed[0]], folder / changed[0])}. Choose another "
+            "folder, or pass --force (force=True in Python) to train them anew."
         )
-        raise InputError(message)
+        raise OccupiedError(message)
+    taken = [name for name, state in states.items() if state in ("edited", "occupied")]
+    if taken and not force:
+        message = (
+            f"{folder / taken[0]} holds files that no run wrote, or that were edited since. Choose "
+            "another folder, or pass --force (force=True in Python) to train it anew."
+        )
+        raise OccupiedError(message)
     for name, state in states.items():
         if state == "finished" and progress is not None:
             total = runs[name].loop.steps
