@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from power_loss import disks, put, recorded
 
 from lora_analysis.errors import InUseError, OccupiedError, OutputError, UnfinishedError
+from lora_analysis.storage.atomic import write_atomic
 from lora_analysis.storage.locks import locked
 from lora_analysis.storage.outputs import output_file, output_folder, write_output_file
 from lora_analysis.storage.records import RECORD_FOLDER, read_record, refuse_unfinished
@@ -24,9 +26,7 @@ def fill(folder: Path, files: dict[str, bytes], **options: Any) -> None:
     """Write a set of files as a verb does."""
     with output_folder(folder, kind="adapter", verb="convert", **options) as staging:
         for name, content in files.items():
-            path = staging / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+            write_atomic(staging / name, content)
 
 
 def names(folder: Path) -> list[str]:
@@ -298,3 +298,33 @@ def test_a_failed_single_file_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), output_file(tmp_path / "a" / "b" / "x.svg"):
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("earlier", [{}, OLD], ids=["new", "replace"])
+def test_a_loss_of_power_leaves_old_new_or_what_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: dict[str, bytes]
+) -> None:
+    root = tmp_path / "disk"
+    root.mkdir()
+    if earlier:
+        fill(root / "out", earlier)
+    with recorded(root) as log:
+        fill(root / "out", NEW)
+    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
+    seen = set()
+    for name, tree in disks(log):
+        copy = tmp_path / name
+        put(tree, root, copy)
+        folder = copy / "out"
+        for lock in folder.rglob("*.lock"):
+            lock.unlink()
+        files = contents(folder) if folder.exists() else {}
+        if is_refused(folder):
+            seen.add("refused")
+        else:
+            assert files in (earlier, NEW), name
+            seen.add("new" if files == NEW else "old")
+        fill(folder, NEW)
+        assert contents(folder) == NEW, name
+        shutil.rmtree(copy)
+    assert seen == {"old", "new", "refused"}

@@ -255,7 +255,7 @@ class OutputFolder:
         missing = [self.folder, *self.folder.parents]
         self._made += [place for place in reversed(missing) if not place.exists()]
         (self.folder / RECORD_FOLDER).mkdir(parents=True, exist_ok=True)
-        for place in self._made:
+        for place in (*self._made, self.folder / RECORD_FOLDER):
             sync_folder(place.parent)
 
     def _check_place(self, name: str, *, own: bool) -> None:
@@ -296,25 +296,35 @@ class OutputFolder:
 
     def _complete(self, journal: Record) -> None:
         """Carry out a journal: every staged file to its place, then what is no longer wanted."""
-        touched = {self.folder}
+        places = {(self.folder / name).parent for name in journal.new}
+        for place in sorted(places):
+            # On the disk before anything moves into it, or a loss of power could lose the file.
+            for missing in [one for one in reversed([place, *place.parents]) if not one.exists()]:
+                missing.mkdir()
+                sync_folder(missing.parent)
         for name in journal.new:
-            source, target = self.staging / name, self.folder / name
-            touched |= set(target.parents) & {self.folder, *_below(self.folder, target)}
+            source = self.staging / name
             if source.is_file():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                source.replace(target)
-        for place in sorted(touched, key=lambda one: len(one.parts), reverse=True):
+                source.replace(self.folder / name)
+        for place in places:
             sync_folder(place)
+        emptied = set()
         for name in journal.removed:
             target = self.folder / name
             mark = journal.files.get(name)
             if mark is not None and file_state(target, mark) == "whole":
                 target.unlink()
-                with suppress(OSError):
-                    target.parent.rmdir()  # a folder that held nothing else
+                emptied.add(target.parent)
         for name in journal.names:
             if name not in journal.new:
                 (self.folder / name).unlink(missing_ok=True)
+                emptied.add((self.folder / name).parent)
+        for place in sorted(emptied - {self.folder}, key=lambda one: len(one.parts), reverse=True):
+            with suppress(OSError):
+                place.rmdir()  # if it held nothing else
+        for place in (self.folder, *emptied):
+            if place.is_dir():
+                sync_folder(place)
         journal.finished().write(self.folder)
         shutil.rmtree(self.staging, ignore_errors=True)
 
@@ -472,11 +482,6 @@ def _synced_mark(path: Path) -> FileMark:
     finally:
         os.close(descriptor)
     return mark
-
-
-def _below(folder: Path, target: Path) -> list[Path]:
-    """Return the folders between a folder and a file in it."""
-    return [place for place in target.parents if folder in place.parents]
 
 
 def is_bookkeeping(path: Path) -> bool:
