@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from training_bases import write_tiny_base
 
 from lora_analysis.cli import group
+from lora_analysis.storage.records import RECORD_FOLDER
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,7 +36,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in found
-        if path.name != "manifest.json"
+        if path.name != "manifest.json" and path.parent.name != RECORD_FOLDER
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tiny_models import metrics_of
 from torch import nn
 from training_bases import SHORT, on, write_tiny_base
 
-from lora_analysis.errors import DivergedError, InputError, MissingExtraError
+from lora_analysis.errors import DivergedError, InputError, MissingExtraError, OccupiedError
 from lora_analysis.formats import find_adapters, read_adapter
 from lora_analysis.lora import initial_factor
 from lora_analysis.training import LoopOptions, RunConfig, RunEvent, Seeds, run_state, train_run
@@ -76,7 +77,9 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from(base: Path, tmp_path: P
     interrupted(on(base, CONFIG), tmp_path / "run", 5)
     other = replace(on(base, CONFIG), seed=4)
     events: list[RunEvent] = []
-    train_run(other, tmp_path / "run", device="cpu", progress=events.append)
+    with pytest.raises(OccupiedError, match=r"seed.init 3, now 4"):
+        train_run(other, tmp_path / "run", device="cpu")
+    train_run(other, tmp_path / "run", device="cpu", progress=events.append, force=True)
     assert events[0].step == 0
     assert len(metrics_of(tmp_path / "run")) == 8
 
@@ -85,10 +88,51 @@ def test_a_checkpoint_that_cannot_be_read_is_not_gone_on_from(
     base: Path, whole: Path, tmp_path: Path
 ) -> None:
     interrupted(on(base, CONFIG), tmp_path / "run", 5)
-    (tmp_path / "run" / "checkpoint.safetensors").write_bytes(b"cut off")
+    for damaged in ("checkpoint.safetensors", "checkpoint.earlier.safetensors"):
+        (tmp_path / "run" / damaged).write_bytes(b"cut off")
     train_run(on(base, CONFIG), tmp_path / "run", device="cpu")
     name = "adapter_model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
+
+
+def _flip_a_bit(folder: Path) -> int:
+    path = folder / "checkpoint.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    return 2
+
+
+def _zero_the_tail(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    content = path.read_bytes()
+    kept = content.index(b"\n", content.index(b'"step": 3')) + 1
+    path.write_bytes(content[:kept] + bytes(len(content) - kept))
+    return 2
+
+
+def _zero_all(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    path.write_bytes(bytes(path.stat().st_size))
+    return 0
+
+
+def _lose_the_last(folder: Path) -> int:
+    (folder / "checkpoint.safetensors").unlink()
+    return 2
+
+
+@pytest.mark.parametrize("harm", [_flip_a_bit, _zero_the_tail, _zero_all, _lose_the_last])
+def test_a_damaged_run_goes_on_from_what_is_whole_to_the_same_bits(
+    harm: Callable[[Path], int], base: Path, whole: Path, tmp_path: Path
+) -> None:
+    interrupted(on(base, CONFIG), tmp_path / "run", 5)
+    step = harm(tmp_path / "run")
+    events: list[RunEvent] = []
+    train_run(on(base, CONFIG), tmp_path / "run", device="cpu", progress=events.append)
+    assert events[0].step == step
+    for name in RESULTS:
+        assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_dropout_has_a_stream_of_its_own(base: Path, whole: Path, tmp_path: Path) -> None:
@@ -150,7 +194,7 @@ def test_a_run_that_diverges_names_step_examples_and_last_checkpoint(
     words = r"rotate-r2-s3: Training diverged.*step \d+.*examples \d+.*last checkpoint: (that|none)"
     with pytest.raises(DivergedError, match=words):
         train_run(config, tmp_path / "run", device="cpu")
-    saved = checkpoint_facts(tmp_path / "run")
+    saved = checkpoint_facts(tmp_path / "run" / "checkpoint.safetensors")
     if saved is not None:
         assert saved["step"] >= 1
 
@@ -219,8 +263,8 @@ def test_a_training_goes_on_from_its_file_to_the_same_bits(autocast: Any, tmp_pa
             break
     again = model()
     second = Training(again, data(), options, seeds=seeds)
-    load_checkpoint(second, tmp_path)
-    assert checkpoint_facts(tmp_path) == {"key": "k"}
+    assert load_checkpoint(second, tmp_path / "checkpoint.safetensors")
+    assert checkpoint_facts(tmp_path / "checkpoint.safetensors") == {"key": "k"}
     assert list(second) == seen[5:]
     for one, other in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)

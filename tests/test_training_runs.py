@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,9 +19,16 @@ import torch
 from training_bases import SHORT, on, write_tiny_base
 
 import lora_analysis
-from lora_analysis.errors import InputError, MissingExtraError, TargetError
+from lora_analysis.errors import (
+    InputError,
+    MissingExtraError,
+    OccupiedError,
+    TargetError,
+    UnfinishedError,
+)
 from lora_analysis.formats import find_adapters, read_adapter
 from lora_analysis.lora import initial_factor, load_adapter_into
+from lora_analysis.storage.records import RECORD_FOLDER
 from lora_analysis.training import RunConfig, RunEvent, run_state, train_run
 from lora_analysis.training.base import read_base
 from lora_analysis.training.digits import digits_task
@@ -30,6 +38,11 @@ from lora_analysis.training.tasks import accuracy
 
 CONFIG = RunConfig(task="rotate", rank=2, seed=3, loop=SHORT)
 FILES = ["adapter_config.json", "adapter_model.safetensors", "manifest.json", "metrics.jsonl"]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Return every file below a folder."""
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +60,19 @@ def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(base: Path, tmp_path: Path) -> Callable[..., list[RunEvent]]:
     """Train into ``tmp_path / "run"``; return what was told."""
 
-    def run(config: RunConfig = CONFIG) -> list[RunEvent]:
+    def run(config: RunConfig = CONFIG, *, force: bool = False) -> list[RunEvent]:
         events: list[RunEvent] = []
-        train_run(on(base, config), tmp_path / "run", device="cpu", progress=events.append)
+        train_run(
+            on(base, config), tmp_path / "run", device="cpu", progress=events.append, force=force
+        )
         return events
 
     return run
 
 
 def test_a_run_leaves_metrics_adapter_and_manifest(finished: Path) -> None:
-    assert sorted(path.name for path in finished.iterdir()) == FILES
+    assert sorted(path.name for path in finished.iterdir()) == [RECORD_FOLDER, *FILES]
+    assert [path.name for path in (finished / RECORD_FOLDER).iterdir()] == ["run.json"]
     assert finished.name == "rotate-r2-s3"
 
 
@@ -162,7 +178,19 @@ def test_a_finished_run_is_skipped(
 
 
 def _cut_metrics(folder: Path) -> str:
-    (folder / "metrics.jsonl").write_text("{}\n")
+    (folder / "metrics.jsonl").write_bytes((folder / "metrics.jsonl").read_bytes()[:40])
+    return "damaged"
+
+
+def _zero_metrics(folder: Path) -> str:
+    content = (folder / "metrics.jsonl").read_bytes()
+    (folder / "metrics.jsonl").write_bytes(content[:100] + bytes(len(content) - 100))
+    return "damaged"
+
+
+def _cut_weights(folder: Path) -> str:
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
     return "damaged"
 
 
@@ -173,7 +201,7 @@ def _lose_weights(folder: Path) -> str:
 
 def _lose_manifest(folder: Path) -> str:
     (folder / "manifest.json").unlink()
-    return "unfinished"
+    return "damaged"
 
 
 def _spoil_manifest(folder: Path) -> str:
@@ -181,7 +209,10 @@ def _spoil_manifest(folder: Path) -> str:
     return "damaged"
 
 
-@pytest.mark.parametrize("harm", [_cut_metrics, _lose_weights, _lose_manifest, _spoil_manifest])
+@pytest.mark.parametrize(
+    "harm",
+    [_cut_metrics, _zero_metrics, _lose_weights, _cut_weights, _lose_manifest, _spoil_manifest],
+)
 def test_a_run_that_is_not_whole_is_trained_anew(
     harm: Callable[[Path], str],
     finished: Path,
@@ -227,15 +258,80 @@ def test_an_interrupted_run_is_not_taken_for_an_adapter(
         if event.step == 2:
             raise KeyboardInterrupt
 
+    older = read_adapter(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        train_run(on(base, CONFIG), tmp_path / "new", device="cpu", progress=interrupt)
+    left = {path.name for path in (tmp_path / "new").iterdir()}
+    assert left == {RECORD_FOLDER, "metrics.jsonl", "checkpoint.safetensors"}
+    assert [ref.label for ref in find_adapters(tmp_path)] == ["run"]
+    with pytest.raises(UnfinishedError, match="'lora-analysis train' is still at work there"):
+        read_adapter(tmp_path / "new")
+    assert run_state(on(base, CONFIG), tmp_path / "new") == "unfinished"
+
+    # Where an older run is replaced, it stays until the new one is complete.
     other = on(base, replace(CONFIG, seed=4))
     with pytest.raises(KeyboardInterrupt):
-        train_run(other, tmp_path / "run", device="cpu", progress=interrupt)
-    left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert left == {"metrics.jsonl", "checkpoint.safetensors"}
-    with pytest.raises(InputError, match="no adapter was recognised"):
-        find_adapters(tmp_path)
-    assert run_state(other, tmp_path / "run") == "unfinished"
-    assert train(other)[-1].kind == "finished"
+        train_run(other, tmp_path / "run", device="cpu", progress=interrupt, force=True)
+    assert read_adapter(tmp_path / "run").provenance.sha256 == older.provenance.sha256
+    assert train()[0].kind == "skipped"
+    assert run_state(other, tmp_path / "run") == "changed"
+    events = train(other, force=True)
+    assert (events[0].step, events[-1].kind) == (2, "finished")  # from its checkpoint
+    assert run_state(other, tmp_path / "run") == "finished"
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [RECORD_FOLDER, *FILES]
+
+
+def test_a_run_of_another_configuration_is_refused_by_what_changed(
+    base: Path, train: Callable[..., list[RunEvent]], tmp_path: Path
+) -> None:
+    train()
+    held = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    with pytest.raises(OccupiedError, match=r"another configuration: rank 2, now 4 .*--force"):
+        train(replace(CONFIG, rank=4))
+    # A run of an earlier version, which kept no record, is named as that and stays readable.
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    manifest["versions"]["lora-analysis"] = "0.0.9"
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+    shutil.rmtree(tmp_path / "run" / RECORD_FOLDER)
+    with pytest.raises(OccupiedError, match=r"rank 2, now 4 \(written by lora_analysis 0.0.9\)"):
+        train(replace(CONFIG, rank=4))
+    assert read_adapter(tmp_path / "run").provenance.rank == 2
+    assert train()[0].kind == "skipped"
+    weights = tmp_path / "run" / "adapter_model.safetensors"
+    assert weights.read_bytes() == held[weights.name]
+    assert train(replace(CONFIG, rank=4), force=True)[-1].kind == "finished"
+
+
+def test_files_of_others_and_inputs_are_never_trained_over(
+    base: Path, train: Callable[..., list[RunEvent]], tmp_path: Path
+) -> None:
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    for folder in (base, base / "trajectory"):
+        for force in (False, True):
+            with pytest.raises(OccupiedError, match="inputs are never written"):
+                train_run(on(base, CONFIG), folder, device="cpu", force=force)
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+    (tmp_path / "run" / "trajectory").mkdir(parents=True)
+    (tmp_path / "run" / "trajectory" / "mine").write_text("mine")
+    (tmp_path / "run" / "adapter_model.safetensors").write_text("mine too")
+    with pytest.raises(OccupiedError, match="is not empty"):
+        train()
+    train(force=True)
+    assert (tmp_path / "run" / "trajectory" / "mine").read_text() == "mine"
+    assert read_adapter(tmp_path / "run").provenance.seed == 3
+
+
+def test_an_edited_file_of_a_run_needs_force(
+    train: Callable[..., list[RunEvent]], tmp_path: Path
+) -> None:
+    train()
+    manifest = tmp_path / "run" / "manifest.json"
+    facts = json.loads(manifest.read_text()) | {"note": "by hand"}
+    manifest.write_text(json.dumps(facts))
+    with pytest.raises(OccupiedError, match=r"manifest.json is not as .* it was edited"):
+        train()
+    assert json.loads(manifest.read_text()) == facts
+    assert train(force=True)[-1].kind == "finished"
 
 
 def test_a_target_that_matches_nothing_is_refused(train: Callable[..., list[RunEvent]]) -> None:
@@ -266,15 +362,15 @@ def test_a_run_that_cannot_start_leaves_the_older_one_as_it_was(
 ) -> None:
     train()
     folder, other = tmp_path / "run", on(base, replace(CONFIG, seed=4))
-    held = {path.name: path.read_bytes() for path in folder.iterdir()}
+    held = files_of(folder)
     with pytest.raises(InputError, match="no device 'abacus'"):
-        train_run(other, folder, device="abacus")
+        train_run(other, folder, device="abacus", force=True)
     with pytest.raises(TargetError, match="q_porj"):
-        train(replace(other, targets=("q_porj",)))
+        train(replace(other, targets=("q_porj",)), force=True)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(MissingExtraError, match="scikit-learn"):
-        train(other)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == held
+        train(other, force=True)
+    assert files_of(folder) == held
 
 
 def test_a_run_needs_no_installed_package_to_say_its_version(
@@ -305,21 +401,21 @@ def test_a_run_that_another_process_is_at_is_left_to_it(
     host: str | None, train: Callable[..., list[RunEvent]], tmp_path: Path
 ) -> None:
     train()
-    lock = tmp_path / "run" / ".lock"
+    lock = tmp_path / "run" / RECORD_FOLDER / "run.lock"
     pid = os.getpid() if host is None else _gone()  # on another host, nobody can tell
     lock.write_text(f"{pid} {host or socket.gethostname()}\n")
-    held = {path.name: path.read_bytes() for path in lock.parent.iterdir()}
+    held = files_of(tmp_path / "run")
     with pytest.raises(InputError, match=rf"process {pid} on {host or ''}.*delete .*\.lock"):
-        train(replace(CONFIG, seed=4))
-    assert {path.name: path.read_bytes() for path in lock.parent.iterdir()} == held
+        train(replace(CONFIG, seed=4), force=True)
+    assert files_of(tmp_path / "run") == held
     assert train()[0].kind == "skipped"  # reading what is finished disturbs nobody
 
 
 def test_a_lock_that_a_killed_process_left_is_taken_over(
     train: Callable[..., list[RunEvent]], tmp_path: Path
 ) -> None:
-    lock = tmp_path / "run" / ".lock"
-    lock.parent.mkdir()
+    lock = tmp_path / "run" / RECORD_FOLDER / "run.lock"
+    lock.parent.mkdir(parents=True)
     lock.write_text(f"{_gone()} {socket.gethostname()}\n")
     assert train()[-1].kind == "finished"
     assert not lock.exists()

@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 from training_bases import SHORT, on, write_tiny_base
 
-from lora_analysis.errors import InputError, InUseError, TargetError
+from lora_analysis.errors import InputError, InUseError, OccupiedError, TargetError
 from lora_analysis.formats import find_adapters
 from lora_analysis.storage.locks import locked
+from lora_analysis.storage.records import RECORD_FOLDER
 from lora_analysis.training import (
     FAILURE_NAME,
     ExecutionOptions,
@@ -105,7 +106,11 @@ def test_what_is_resolved_is_written_beside_the_results(
     configs: list[RunConfig], tmp_path: Path
 ) -> None:
     run_sweep({"one": configs[0]}, tmp_path, device="cpu")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "sweep.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        RECORD_FOLDER,
+        "one",
+        "sweep.json",
+    ]
     found = json.loads((tmp_path / "sweep.json").read_text())["runs"]
     assert RunConfig.from_dict(found["one"]).to_dict() == configs[0].to_dict()
 
@@ -117,7 +122,7 @@ def test_runs_of_another_configuration_are_replaced_by_force_only(
     files = (tmp_path / "one" / "manifest.json", tmp_path / "sweep.json")
     before = [path.read_bytes() for path in files]
     other = {"one": replace(configs[0], alpha=1.0), "two": configs[1]}
-    with pytest.raises(InputError, match=r"1 runs, 'one' among them, .*another configuration"):
+    with pytest.raises(OccupiedError, match=r"1 run of another configuration.*'one': alpha 8.0"):
         run_sweep(other, tmp_path, device="cpu")
     assert [path.read_bytes() for path in files] == before
     assert not (tmp_path / "two").exists()
@@ -170,7 +175,8 @@ def test_who_is_still_in_a_runs_folder_is_waited_for(
 ) -> None:
     place = tmp_path / "one"
     place.mkdir()
-    holding = locked(place)
+    (place / RECORD_FOLDER).mkdir()
+    holding = locked(place, f"{RECORD_FOLDER}/run.lock")
     holding.__enter__()
     monkeypatch.setattr(time, "sleep", lambda _: holding.__exit__(None, None, None))
     assert run_sweep({"one": configs[0]}, tmp_path, device="cpu").folders == {"one": place}
@@ -179,7 +185,8 @@ def test_who_is_still_in_a_runs_folder_is_waited_for(
 def _contents(folder: Path) -> dict[str, object]:
     """Return every file below a folder; of manifests all but how long it took."""
     found: dict[str, object] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    files = (path for path in folder.rglob("*") if path.is_file())
+    for path in sorted(path for path in files if path.parent.name != RECORD_FOLDER):
         content: object = path.read_bytes()
         if path.name == "manifest.json":
             content = {k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"}
@@ -309,7 +316,8 @@ def test_workers_that_are_stopped_leave_no_lock_behind(
     with pytest.raises(KeyboardInterrupt):
         run_sweep(long, tmp_path, execution=execution, progress=interrupt)
     assert multiprocessing.active_children() == []
-    assert list(tmp_path.rglob(".*")) == []
+    hidden = [path for path in tmp_path.rglob(".*") if path.name != RECORD_FOLDER]
+    assert hidden + list(tmp_path.rglob("*.lock")) + list(tmp_path.rglob("*.tmp")) == []
 
 
 def _named(configs: list[RunConfig]) -> dict[str, RunConfig]:

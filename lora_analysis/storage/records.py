@@ -201,12 +201,24 @@ def _is_broken(path: Path, mark: FileMark) -> bool:
         stream.seek(0)
         if path.suffix == ".safetensors":
             return not _is_whole_safetensors(stream.read(8), size, path)
+        if path.suffix == ".jsonl":
+            return not _is_whole_line(stream.read().rpartition(b"\n"))
         if path.suffix == ".json":
             try:
                 json.loads(stream.read(MAX_INDEX_BYTES))
             except (ValueError, RecursionError):
                 return True
     return False
+
+
+def _is_whole_line(parts: tuple[bytes, bytes, bytes]) -> bool:
+    """Return True if nothing follows the last line break, and the line before it is JSON."""
+    lines, _, rest = parts
+    try:
+        json.loads(lines.rpartition(b"\n")[2])
+    except (ValueError, RecursionError):
+        return False
+    return not rest
 
 
 def _is_whole_safetensors(start: bytes, size: int, path: Path) -> bool:
