@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-cluster check figures notebooks docs data bench fuzz clean
+.PHONY: demo test test-cluster test-faults check figures notebooks docs data bench fuzz clean
 
 demo: .venv/.demo
 	$(BIN)/lora-analysis demo -o runs/demo
@@ -12,7 +12,7 @@ test: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto --dist loadfile -m "not cluster"
+	$(BIN)/pytest -n auto --dist loadfile -m "not cluster and not faults"
 
 # Work through a Ray cluster of two nodes, both on this machine.
 test-cluster: .venv/.dev
@@ -24,7 +24,11 @@ check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto --dist loadfile -m "not slow and not cluster"
+	$(BIN)/pytest -n auto --dist loadfile -m "not slow and not cluster and not faults"
+
+# Every file operation of every verb that writes fails once, by a full disk, an error or a kill.
+test-faults: .venv/.dev
+	$(BIN)/pytest -n auto -m faults
 
 figures: .venv/.demo
 	$(BIN)/python -m lora_analysis demo -o runs/demo
