@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -171,13 +172,7 @@ class LowRankUpdate:
 
     def known_scale(self) -> float:
         """Return the scale; raise ScaleError where it is not known."""
-        if self.scale is None:
-            message = (
-                f"The scale of '{self.name}' in {self.label or 'this adapter'} is not known. "
-                "Pass scale= or alpha= (command line: --scale, --alpha)."
-            )
-            raise ScaleError(message)
-        return self.scale
+        return _known_scale(self)
 
     def delta_weight(self) -> NDArray[np.float64]:
         """Return ΔW as a dense float64 matrix ``(d_out, d_in)``; costs ``d_out·d_in·r``.
@@ -239,6 +234,68 @@ class DenseUpdate:
 
 
 Update = LowRankUpdate | DenseUpdate
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateOutline:
+    """An update without its numbers: everything that the header of a file states about it.
+
+    The fields are those of the update; ``dense`` is True for a `DenseUpdate`, whose ``scale`` is 1,
+    and ``has_magnitude`` if there are DoRA's norms.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    scale: float | None
+    alpha: float | None = None
+    stored_dtype: str = ""
+    layout: Layout = "linear"
+    label: str = ""
+    kernel: tuple[int, ...] = ()
+    variant: str = ""
+    base_name: str = ""
+    has_magnitude: bool = False
+    dense: bool = False
+
+    @classmethod
+    def of(cls, update: Update) -> UpdateOutline:
+        """Return the outline of an update; nothing of its numbers is kept."""
+        shared = {name: getattr(update, name) for name in _OUTLINED_ALWAYS}
+        if isinstance(update, DenseUpdate):
+            return cls(**shared, scale=1.0, dense=True)
+        more = {name: getattr(update, name) for name in _OUTLINED_LOW_RANK}
+        return cls(**shared, **more, has_magnitude=update.magnitude is not None)
+
+    def known_scale(self) -> float:
+        """Return the scale; raise ScaleError where it is not known."""
+        return _known_scale(self)
+
+
+_OUTLINED_ALWAYS = ("name", "shape", "rank", "stored_dtype", "layout", "label", "kernel")
+_OUTLINED_LOW_RANK = ("scale", "alpha", "variant", "base_name")
+
+
+def _known_scale(update: LowRankUpdate | UpdateOutline) -> float:
+    if update.scale is None:
+        message = (
+            f"The scale of '{update.name}' in {update.label or 'this adapter'} is not known. "
+            "Pass scale= or alpha= (command line: --scale, --alpha)."
+        )
+        raise ScaleError(message)
+    return update.scale
+
+
+@dataclass(frozen=True, slots=True)
+class LazyUpdate:
+    """An update that is computed when it is asked for, and whose outline is known before."""
+
+    outline: UpdateOutline
+    load: Callable[[], Update]
+
+    def __call__(self) -> Update:
+        """Compute the update."""
+        return self.load()
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,7 +373,7 @@ class Adapter(Mapping[str, Update]):
         words of PEFT's ``adapter_config.json``.
     """
 
-    __slots__ = ("_updates", "config", "label", "provenance", "saved_modules")
+    __slots__ = ("_outlines", "_updates", "config", "label", "provenance", "saved_modules")
 
     def __init__(
         self,
@@ -328,6 +385,7 @@ class Adapter(Mapping[str, Update]):
         config: Mapping[str, Any] | None = None,
     ) -> None:
         self._updates = {name: updates[name] for name in sorted(updates, key=natural_key)}
+        self._outlines: dict[str, UpdateOutline] = {}
         self.label = label
         self.provenance = provenance or Provenance()
         # A reader's mapping loads a head only when it is asked for: copying it would load all.
@@ -344,6 +402,24 @@ class Adapter(Mapping[str, Update]):
             raise KeyError(message) from None
         value = update() if callable(update) else update
         return value if value.label == self.label else replace(value, label=self.label)
+
+    def outline(self, name: str) -> UpdateOutline:
+        """Return what is known of a module besides its numbers.
+
+        The module is loaded for it, once, unless it is a `LazyUpdate`.
+        """
+        if name not in self._outlines:
+            update = self._updates.get(name)
+            self._outlines[name] = (
+                replace(update.outline, label=self.label)
+                if isinstance(update, LazyUpdate)
+                else UpdateOutline.of(self[name])
+            )
+        return self._outlines[name]
+
+    def lazy(self, name: str) -> LazyUpdate:
+        """Return a module with its outline, to be put into another adapter without loading it."""
+        return LazyUpdate(self.outline(name), partial(self.__getitem__, name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._updates)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,9 @@ from lora_analysis.adapter import Adapter
 from lora_analysis.edit import relative_difference
 from lora_analysis.formats import peft_writer, read_adapter, write_adapter
 from lora_analysis.formats.registry import WRITERS
+
+if TYPE_CHECKING:
+    from lora_analysis.storage.atomic import Content
 
 
 @pytest.fixture
@@ -109,14 +114,16 @@ def test_convert_shows_what_a_format_loses_and_renames(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def lossy(whole: Adapter, path: Path) -> Path:
+    def lossy(whole: Adapter) -> dict[str, Content]:
         """Forget a tenth of every update, and rename a module."""
         names = {name: name for name in whole} | {"layers.0.q_proj": "layers.0.query"}
         updates = {new: low_rank_update_of(whole[name], new, 0.9) for name, new in names.items()}
-        return peft_writer.write_peft(Adapter(updates, label="lossy"), path)
+        return peft_writer.contents(Adapter(updates, label="lossy"))
 
-    monkeypatch.setitem(WRITERS, "lossy", "peft_writer.write_lossy")
-    monkeypatch.setattr(peft_writer, "write_lossy", lossy, raising=False)
+    module = types.ModuleType("lora_analysis.formats.lossy_writer")
+    module.contents = lossy  # type: ignore[attr-defined]
+    monkeypatch.setitem(WRITERS, "lossy", "lossy_writer")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     assert "lossy" in call(capsys, "convert", "--help")[1]
     code, out, _ = call(capsys, "convert", source, "--to", "lossy", "-o", tmp_path / "out")
     assert code == 0

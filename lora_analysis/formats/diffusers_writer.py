@@ -9,47 +9,42 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.errors import InputError
 from lora_analysis.formats.diffusers import COMPONENT, METADATA_KEY
-from lora_analysis.formats.image_writing import (
-    Tensors,
-    exact_alpha,
-    factor_tensors,
-    writable_updates,
-    write_file,
-)
+from lora_analysis.formats.image_writing import exact_alpha, writable_updates
 from lora_analysis.formats.kohya_writer import KOHYAS_NAME, PATH
 from lora_analysis.formats.peft_pairs import DORA
-from lora_analysis.formats.written import float32
+from lora_analysis.formats.written import layer_shapes, layer_tensors
+from lora_analysis.storage.tensor_writer import OutputTensor, safetensors_content
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
-    from lora_analysis.adapter import Adapter, LowRankUpdate
+    from lora_analysis.adapter import Adapter, UpdateOutline
+    from lora_analysis.storage.atomic import Content
 
 FILE_NAME: Final = "pytorch_lora_weights.safetensors"
 
 
-def write_diffusers(adapter: Adapter, path: Path) -> Path:
-    """Write ``adapter`` as diffusers does; see :func:`lora_analysis.write_adapter`.
+def contents(adapter: Adapter) -> dict[str, Content]:
+    """Return ``adapter`` as diffusers' file, by its name; see :func:`lora_analysis.write_adapter`.
 
     Modules named after a component of a pipeline (``unet.``, ``transformer.``, ``text_encoder.``)
     make a file of ``save_lora_weights``; without any, one of ``save_lora_adapter`` for one model.
     """
     updates = writable_updates(adapter, "diffusers")
-    tensors: Tensors = {}
+    tensors: list[OutputTensor] = []
     for module, update in updates.items():
-        tensors |= _module_tensors(module, update)
+        tensors += _module_tensors(adapter, module, update)
     stated: dict[str, Any] = {}
     for component, members in _components(updates).items():
         prefix = f"{component}." if component else ""
         stated |= {f"{prefix}{key}": value for key, value in _config(members, component).items()}
     text = json.dumps(stated, indent=2, sort_keys=True, allow_nan=False)
-    return write_file(path, FILE_NAME, tensors, {METADATA_KEY: text})
+    return {FILE_NAME: safetensors_content(tensors, {"format": "pt", METADATA_KEY: text})}
 
 
-def _components(updates: Mapping[str, LowRankUpdate]) -> dict[str, dict[str, LowRankUpdate]]:
+def _components(updates: Mapping[str, UpdateOutline]) -> dict[str, dict[str, UpdateOutline]]:
     """Return the updates by component and their names in it; all or none must name one."""
-    components: dict[str, dict[str, LowRankUpdate]] = {}
+    components: dict[str, dict[str, UpdateOutline]] = {}
     for module, update in updates.items():
         match = COMPONENT.match(module)
         component = match[0] if match else ""
@@ -65,21 +60,21 @@ def _components(updates: Mapping[str, LowRankUpdate]) -> dict[str, dict[str, Low
     return components
 
 
-def _module_tensors(name: str, update: LowRankUpdate) -> Tensors:
-    a, b = factor_tensors(update)
+def _module_tensors(adapter: Adapter, name: str, update: UpdateOutline) -> list[OutputTensor]:
     if KOHYAS_NAME.fullmatch(name) or not PATH.fullmatch(name):
         message = f"'{name}' is no path of a module, by which diffusers finds the layer."
         raise InputError(message)
-    tensors: Tensors = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
-    if update.magnitude is not None:
-        norms = float32(update.magnitude, update.name)
-        if update.layout == "conv":
-            norms = norms.reshape(1, -1, *(1 for _ in update.kernel))
-        tensors[f"{name}.lora_magnitude_vector"] = norms
-    return tensors
+    a, b = layer_shapes(update)
+    shapes = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+    if update.has_magnitude:
+        rows = update.shape[0]
+        conv = update.layout == "conv"
+        norms = (1, rows, *(1 for _ in update.kernel)) if conv else (rows,)
+        shapes[f"{name}.lora_magnitude_vector"] = norms
+    return layer_tensors(adapter, name, shapes)
 
 
-def _config(updates: Mapping[str, LowRankUpdate], component: str) -> dict[str, Any]:
+def _config(updates: Mapping[str, UpdateOutline], component: str) -> dict[str, Any]:
     """Return PEFT's config of one component; a module that differs has an anchored key."""
     kinds = {update.variant == DORA for update in updates.values()}
     if len(kinds) > 1:
@@ -102,7 +97,7 @@ def _config(updates: Mapping[str, LowRankUpdate], component: str) -> dict[str, A
     }
 
 
-def _alpha(update: LowRankUpdate) -> float:
+def _alpha(update: UpdateOutline) -> float:
     alpha = exact_alpha(update)
     return int(alpha) if alpha == int(alpha) else alpha
 

@@ -8,6 +8,7 @@ converter does, for which the number of heads is needed.
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,12 +16,11 @@ import numpy as np
 
 from lora_analysis.errors import InputError, UnsupportedMethodError
 from lora_analysis.formats.text_writing import (
-    Factors,
+    PlannedFactors,
     folded,
     with_experts_stacked,
     writable,
 )
-from lora_analysis.storage.atomic import write_atomic
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.gguf_names import (
     EMBEDDING,
@@ -30,14 +30,16 @@ from lora_analysis.storage.gguf_names import (
     is_rotated,
     tensor_of,
 )
-from lora_analysis.storage.gguf_writing import gguf_bytes
+from lora_analysis.storage.gguf_writing import gguf_content
+from lora_analysis.storage.tensor_writer import OutputTensor, output_group
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
-    from lora_analysis.adapter import Adapter, LowRankUpdate
+    from lora_analysis.adapter import Adapter, UpdateOutline
+    from lora_analysis.storage.atomic import Content
 
 _FORMAT: Final = "GGUF"
 _WEIGHTS_NAME: Final = "adapter.gguf"
@@ -60,21 +62,18 @@ _ARCHITECTURES: Final = {
 }
 
 
-def write_gguf(
+def contents(
     adapter: Adapter,
-    path: Path,
     *,
     architecture: str | None = None,
     heads: tuple[int, int] | None = None,
-) -> Path:
-    """Write one file: ``path`` where it ends in ``.gguf``, else a file in that folder.
+) -> dict[str, Content]:
+    """Return ``adapter`` as one GGUF file, by its name.
 
     Parameters
     ----------
     adapter
         Every module a low-rank update of known scale.
-    path
-        Where to.
     architecture
         llama.cpp's name of the base's architecture, ``"llama"``; by default that of the file the
         adapter was read from, or of a base model that lies on this disk.
@@ -88,6 +87,8 @@ def write_gguf(
         permuted by a number of heads that is not known.
     UnsupportedMethodError
         An update needs more than two factors and a scale.
+    MissingExtraError
+        The package ``gguf`` is not installed.
     """
     updates = writable(adapter, _FORMAT)
     base = _base_facts(adapter)
@@ -100,11 +101,11 @@ def write_gguf(
         raise InputError(message)
     heads = heads or base.heads
     alpha = _alpha(updates)
-    factors = with_experts_stacked(folded(updates, lambda u: alpha / u.rank), _FORMAT)
-    tensors: dict[str, NDArray[np.float32]] = {}
-    for name, one in factors.items():
-        tensors |= _module_tensors(name, one, architecture, heads)
-    facts: dict[str, str | int | float] = {
+    factors = with_experts_stacked(folded(adapter, updates, lambda u: alpha / u.rank), _FORMAT)
+    tensors: list[OutputTensor] = []
+    for name, planned in factors.items():
+        tensors += _module_tensors(name, planned, architecture, heads)
+    fields: dict[str, str | int | float] = {
         "general.architecture": architecture,
         "general.type": "adapter",
         "general.name": adapter.label,
@@ -112,12 +113,11 @@ def write_gguf(
         "adapter.lora.alpha": alpha,
     }
     if heads is not None:  # llama.cpp passes it over; who reads the file needs it for q and k
-        facts[f"{architecture}.attention.head_count"] = heads[0]
-        facts[f"{architecture}.attention.head_count_kv"] = heads[1]
+        fields[f"{architecture}.attention.head_count"] = heads[0]
+        fields[f"{architecture}.attention.head_count_kv"] = heads[1]
     if adapter.provenance.base_model:
-        facts["general.base_model.0.name"] = adapter.provenance.base_model
-    file = path if path.suffix == ".gguf" else path / _WEIGHTS_NAME
-    return write_atomic(file, gguf_bytes(facts, tensors))
+        fields["general.base_model.0.name"] = adapter.provenance.base_model
+    return {_WEIGHTS_NAME: gguf_content(tensors, fields)}
 
 
 def gguf_notes(adapter: Adapter) -> list[str]:
@@ -142,7 +142,7 @@ def gguf_notes(adapter: Adapter) -> list[str]:
     return notes
 
 
-def _alpha(updates: Mapping[str, LowRankUpdate]) -> float:
+def _alpha(updates: Mapping[str, UpdateOutline]) -> float:
     """Return the alpha that serves most modules, as float32 holds it; never zero.
 
     llama.cpp takes an alpha of zero for a scale of one.
@@ -189,37 +189,48 @@ def _base_config(base_model: str | None) -> dict[str, Any]:
 
 
 def _module_tensors(
-    name: str, one: Factors, architecture: str, heads: tuple[int, int] | None
-) -> dict[str, NDArray[np.float32]]:
+    name: str, planned: PlannedFactors, architecture: str, heads: tuple[int, int] | None
+) -> list[OutputTensor]:
     tensor = tensor_of(name, architecture)
-    if tensor is None or (one.layout == "embedding") != (tensor == EMBEDDING):
+    if tensor is None or (planned.layout == "embedding") != (tensor == EMBEDDING):
         message = (
-            f"'{name}' (layout '{one.layout}') has no tensor in GGUF's architecture "
+            f"'{name}' (layout '{planned.layout}') has no tensor in GGUF's architecture "
             f"'{architecture}' that is known here. It is not written."
         )
         raise InputError(message)
-    a, b = one.a, one.b
-    if tensor == EMBEDDING:
-        a = np.ascontiguousarray(a.T)
     if architecture in UNTANGLED and tensor.endswith(".attn_qkv"):
         message = (
             f"'{name}' has the rows of q, k and v per head, GGUF's '{architecture}' in blocks. It "
             "is not written."
         )
         raise UnsupportedMethodError(message)
+    permuted = None
     if is_rotated(tensor) and architecture not in LEFT:
-        b = _permuted(name, b, architecture, None if heads is None else heads["attn_k" in tensor])
-    return {f"{tensor}.weight.lora_a": a, f"{tensor}.weight.lora_b": b}
+        count = None if heads is None else heads["attn_k" in tensor]
+        permuted = _heads_to_permute(name, planned.b[0], architecture, count)
+    turned = tensor == EMBEDDING
+    keys = f"{tensor}.weight.lora_a", f"{tensor}.weight.lora_b"
+    shapes = {keys[0]: planned.a[::-1] if turned else planned.a, keys[1]: planned.b}
+    return output_group(shapes, partial(_module_arrays, planned, keys, permuted, turned=turned))
 
 
-def _permuted(
-    name: str, b: NDArray[np.float32], architecture: str, heads: int | None
-) -> NDArray[np.float32]:
-    """Return B with the two halves of each head's rows in turn, as llama.cpp has them."""
+def _module_arrays(
+    planned: PlannedFactors, keys: tuple[str, str], heads: int | None, *, turned: bool
+) -> dict[str, NDArray[np.float32]]:
+    factors = planned.load()
+    a, b = factors.a, factors.b
+    if heads is not None:  # the two halves of each head's rows in turn, as llama.cpp has them
+        rows, rank = b.shape
+        halves = b.reshape(heads, 2, rows // heads // 2, rank)
+        b = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows, rank)
+    return {keys[0]: np.ascontiguousarray(a.T) if turned else a, keys[1]: b}
+
+
+def _heads_to_permute(name: str, rows: int, architecture: str, heads: int | None) -> int:
+    """Return the number of heads by which B's rows are permuted; refuse what is not known."""
     if architecture not in PERMUTED:
         message = f"Whether GGUF's '{architecture}' permutes the rows of '{name}' is not known."
         raise UnsupportedMethodError(message)
-    rows, rank = b.shape
     if heads is None or rows % (2 * heads):
         stated = "is not known" if heads is None else f"{heads} does not divide them"
         message = (
@@ -227,5 +238,4 @@ def _permuted(
             "heads=(of queries, of keys)."
         )
         raise InputError(message)
-    halves = b.reshape(heads, 2, rows // heads // 2, rank)
-    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows, rank)
+    return heads

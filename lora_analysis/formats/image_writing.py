@@ -8,24 +8,16 @@ import numpy as np
 
 from lora_analysis.errors import InputError, UnsupportedMethodError
 from lora_analysis.formats.peft_pairs import DORA
-from lora_analysis.formats.written import factors_alone, float32, saved
-from lora_analysis.storage.atomic import write_atomic
+from lora_analysis.formats.written import factors_alone
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from numpy.typing import NDArray
-
-    from lora_analysis.adapter import Adapter, LowRankUpdate
-
-Tensors = dict[str, "NDArray[np.floating]"]
+    from lora_analysis.adapter import Adapter, UpdateOutline
 
 _LAYOUTS: Final = ("linear", "conv")
 
 
-def writable_updates(adapter: Adapter, format: str) -> dict[str, LowRankUpdate]:
-    """Return the updates of an adapter whose every module such a file can hold.
+def writable_updates(adapter: Adapter, format: str) -> dict[str, UpdateOutline]:
+    """Return the outlines of an adapter whose every module such a file can hold.
 
     Raises
     ------
@@ -41,7 +33,7 @@ def writable_updates(adapter: Adapter, format: str) -> dict[str, LowRankUpdate]:
     )
 
 
-def _refuse_unsayable(update: LowRankUpdate, label: str, format: str) -> None:
+def _refuse_unsayable(update: UpdateOutline, label: str, format: str) -> None:
     if update.layout not in _LAYOUTS:
         message = (
             f"'{update.name}' in {label} adapts a weight of layout '{update.layout}', which a file "
@@ -50,7 +42,7 @@ def _refuse_unsayable(update: LowRankUpdate, label: str, format: str) -> None:
         raise InputError(message)
     if update.variant not in ("", DORA):
         reason = f"a part of {update.variant}, which also changes the base weight"
-    elif update.variant == DORA and update.magnitude is None:
+    elif update.variant == DORA and not update.has_magnitude:
         reason = "DoRA's, but holds no magnitude"
     elif update.base_name:
         reason = f"for the weight '{update.base_name}', and loaders look for '{update.name}'"
@@ -60,16 +52,7 @@ def _refuse_unsayable(update: LowRankUpdate, label: str, format: str) -> None:
     raise UnsupportedMethodError(message)
 
 
-def factor_tensors(update: LowRankUpdate) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return A and B as the layer stores them, a convolution's with its kernel, in float32."""
-    a, b = float32(update.A, update.name), float32(update.B, update.name)
-    if update.layout == "conv":
-        a = a.reshape(update.rank, -1, *update.kernel)
-        b = b.reshape(*b.shape, *(1 for _ in update.kernel))
-    return a, b
-
-
-def exact_alpha(update: LowRankUpdate) -> float:
+def exact_alpha(update: UpdateOutline) -> float:
     """Return the alpha of which ``alpha/r`` is the update's scale; whole where it is whole."""
     scale, rank, stated = update.known_scale(), update.rank, update.alpha
     alpha = stated if stated is not None and stated / rank == scale else scale * rank
@@ -78,13 +61,3 @@ def exact_alpha(update: LowRankUpdate) -> float:
         raise InputError(message)
     # 2.0000000000000004·8 is meant as 16: the nearest whole number that gives the same scale.
     return float(round(alpha)) if round(alpha) / rank == scale else alpha
-
-
-def write_file(
-    path: Path, name: str, tensors: Mapping[str, NDArray[np.floating]], metadata: dict[str, str]
-) -> Path:
-    """Write one file: ``path`` where it ends in ``.safetensors``, else ``name`` in that folder."""
-    file = path if path.suffix == ".safetensors" else path / name
-    content = saved(tensors, {"format": "pt"} | metadata)
-    write_atomic(file, content)
-    return file

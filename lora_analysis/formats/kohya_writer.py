@@ -8,22 +8,21 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from lora_analysis.errors import InputError
-from lora_analysis.formats.image_writing import (
-    Tensors,
-    exact_alpha,
-    factor_tensors,
-    writable_updates,
-    write_file,
-)
+from lora_analysis.formats.image_writing import exact_alpha, writable_updates
 from lora_analysis.formats.kohya import SPELLINGS
-from lora_analysis.formats.written import float32
+from lora_analysis.formats.written import layer_shapes, layer_tensors
+from lora_analysis.storage.tensor_writer import OutputTensor, output_array, safetensors_content
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
-    from lora_analysis.adapter import Adapter, LowRankUpdate
+    from numpy.typing import NDArray
 
+    from lora_analysis.adapter import Adapter, UpdateOutline
+    from lora_analysis.storage.atomic import Content
+
+# Of a file in a folder that has no name of its own: the folder's name takes the star's place.
+FILE_NAME: Final = "*.safetensors"
 _PREFIXES: Final = {
     "unet": "lora_unet_",
     "transformer": "lora_transformer_",
@@ -36,20 +35,20 @@ PATH: Final = re.compile(r"[\w.-]+")
 KOHYAS_NAME: Final = re.compile(r"(lora_(unet|transformer|te[123]?)|lycoris)_\w+")
 
 
-def write_kohya(adapter: Adapter, path: Path) -> Path:
-    """Write ``adapter`` as sd-scripts does; see :func:`lora_analysis.write_adapter`.
+def contents(adapter: Adapter) -> dict[str, Content]:
+    """Return ``adapter`` as sd-scripts' file, by its name; see :func:`lora_analysis.write_adapter`.
 
     Dots in a module's name become underscores after the prefix of its component; one without a
     component is the denoiser's (``lora_unet_``). Names that kohya's files gave are kept.
     """
     updates = writable_updates(adapter, "kohya")
     names = flattened_names(updates)
-    tensors: Tensors = {}
+    tensors: list[OutputTensor] = []
     for module, update in updates.items():
-        tensors |= _module_tensors(names[module], update)
+        tensors += _module_tensors(adapter, module, names[module], update)
     base = adapter.provenance.base_model
-    metadata = {"ss_base_model_version": base} if base else {}
-    return write_file(path, f"{path.name}.safetensors", tensors, metadata)
+    metadata = {"format": "pt"} | ({"ss_base_model_version": base} if base else {})
+    return {FILE_NAME: safetensors_content(tensors, metadata)}
 
 
 def flattened_names(modules: Iterable[str]) -> dict[str, str]:
@@ -89,20 +88,18 @@ def _flattened(module: str, *, two_encoders: bool) -> str:
     return (prefix + rest if prefix and rest else f"lora_unet_{module}").replace(".", "_")
 
 
-def _module_tensors(name: str, update: LowRankUpdate) -> Tensors:
-    a, b = factor_tensors(update)
-    tensors: Tensors = {
-        f"{name}.lora_down.weight": a,
-        f"{name}.lora_up.weight": b,
-        f"{name}.alpha": _alpha_tensor(update),
-    }
-    if update.magnitude is not None:
-        norms = float32(update.magnitude, update.name)
-        tensors[f"{name}.dora_scale"] = norms.reshape(-1, *(1 for _ in a.shape[1:]))
-    return tensors
+def _module_tensors(
+    adapter: Adapter, module: str, name: str, update: UpdateOutline
+) -> list[OutputTensor]:
+    a, b = layer_shapes(update)
+    shapes = {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b}
+    if update.has_magnitude:
+        shapes[f"{name}.dora_scale"] = (update.shape[0], *(1 for _ in a[1:]))
+    factors = layer_tensors(adapter, module, shapes)
+    return [*factors, output_array(f"{name}.alpha", _alpha_tensor(update))]
 
 
-def _alpha_tensor(update: LowRankUpdate) -> np.ndarray:
+def _alpha_tensor(update: UpdateOutline) -> NDArray[np.floating]:
     """Return alpha as float32 where that holds it exactly, as float64 where it does not."""
     alpha = exact_alpha(update)
     if alpha == 0:

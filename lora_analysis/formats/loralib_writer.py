@@ -8,6 +8,7 @@ has them.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -15,25 +16,30 @@ import numpy as np
 from lora_analysis.errors import InputError
 from lora_analysis.formats.loralib import ENABLED, SCALE, is_convolution, is_embedding
 from lora_analysis.formats.merged import FUSED, block_names
-from lora_analysis.formats.text_writing import folded, folding_note, one_scale, writable
-from lora_analysis.formats.written import saved
-from lora_analysis.storage.atomic import write_atomic
+from lora_analysis.formats.text_writing import (
+    Factors,
+    PlannedFactors,
+    folded,
+    folding_note,
+    one_scale,
+    writable,
+)
+from lora_analysis.storage.tensor_writer import OutputTensor, output_group, safetensors_content
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from lora_analysis.adapter import Adapter
-    from lora_analysis.formats.text_writing import Factors
+    from lora_analysis.storage.atomic import Content
 
 _WEIGHTS_NAME: Final = "lora.safetensors"
 _FORMAT: Final = "loralib"
 
 
-def write_loralib(adapter: Adapter, path: Path) -> Path:
-    """Write one file: ``path`` where it ends in ``.safetensors``, else a file in that folder.
+def contents(adapter: Adapter) -> dict[str, Content]:
+    """Return ``adapter`` as one file of safetensors, by its name.
 
     Raises
     ------
@@ -45,17 +51,21 @@ def write_loralib(adapter: Adapter, path: Path) -> Path:
     """
     updates = writable(adapter, _FORMAT)
     scale = one_scale(updates)
-    factors = folded(updates, lambda _update: scale)
     metadata = {"format": "pt", SCALE: repr(float(scale))}
-    whole, enabled = _merged(factors)
+    whole, enabled = _merged(folded(adapter, updates, lambda _update: scale))
     if enabled:
         metadata[ENABLED] = ",".join(str(int(on)) for on in enabled)
-    tensors: dict[str, NDArray[np.float32]] = {}
-    for name, one in whole.items():
-        _check_name(name, one)
-        tensors |= {f"{name}.lora_A": one.a, f"{name}.lora_B": one.b}
-    file = path if path.suffix == ".safetensors" else path / _WEIGHTS_NAME
-    return write_atomic(file, saved(tensors, metadata))
+    tensors: list[OutputTensor] = []
+    for name, planned in whole.items():
+        _check_name(name, planned)
+        shapes = {f"{name}.lora_A": planned.a, f"{name}.lora_B": planned.b}
+        tensors += output_group(shapes, partial(_module_arrays, name, planned))
+    return {_WEIGHTS_NAME: safetensors_content(tensors, metadata)}
+
+
+def _module_arrays(name: str, planned: PlannedFactors) -> dict[str, NDArray[np.float32]]:
+    factors = planned.load()
+    return {f"{name}.lora_A": factors.a, f"{name}.lora_B": factors.b}
 
 
 def loralib_notes(adapter: Adapter) -> list[str]:
@@ -68,16 +78,18 @@ def loralib_notes(adapter: Adapter) -> list[str]:
     ]
 
 
-def _check_name(name: str, one: Factors) -> None:
-    if is_convolution(name) or (one.layout == "embedding") != is_embedding(name):
+def _check_name(name: str, planned: PlannedFactors) -> None:
+    if is_convolution(name) or (planned.layout == "embedding") != is_embedding(name):
         message = (
-            f"'{name}' is of layout '{one.layout}', and its name says otherwise to who reads "
+            f"'{name}' is of layout '{planned.layout}', and its name says otherwise to who reads "
             "loralib's files. It is not written."
         )
         raise InputError(message)
 
 
-def _merged(factors: Mapping[str, Factors]) -> tuple[dict[str, Factors], tuple[bool, ...] | None]:
+def _merged(
+    factors: Mapping[str, PlannedFactors],
+) -> tuple[dict[str, PlannedFactors], tuple[bool, ...] | None]:
     """Return the modules with blocks of fused weights put together, and which are enabled.
 
     Raises
@@ -86,25 +98,33 @@ def _merged(factors: Mapping[str, Factors]) -> tuple[dict[str, Factors], tuple[b
         The blocks of a weight differ in rank, height or A's width, or the weights in which of them
         are there.
     """
-    whole: dict[str, Factors] = {}
-    blocks: dict[str, dict[str, Factors]] = {}
-    for name, one in factors.items():
+    whole: dict[str, PlannedFactors] = {}
+    blocks: dict[str, dict[str, PlannedFactors]] = {}
+    for name, planned in factors.items():
         fused, _, _ = name.rpartition(".")
         if fused.rpartition(".")[2] in FUSED and name in block_names(fused, 3):
-            blocks.setdefault(fused, {})[name] = one
+            blocks.setdefault(fused, {})[name] = planned
         else:
-            whole[name] = one
+            whole[name] = planned
     patterns = set()
     for fused, members in blocks.items():
         names = block_names(fused, 3)
         patterns.add(tuple(name in members for name in names))
         ordered = [members[name] for name in names if name in members]
-        if len({(one.a.shape, one.b.shape) for one in ordered}) != 1 or len(patterns) != 1:
+        if len({(planned.a, planned.b) for planned in ordered}) != 1 or len(patterns) != 1:
             message = (
                 f"The blocks of '{fused}' differ in shape or rank, or other blocks are adapted in "
                 "another module; loralib's MergedLinear has one rank, and one enable_lora."
             )
             raise InputError(message)
-        a, b = (np.concatenate([getattr(one, role) for one in ordered]) for role in "ab")
-        whole[fused] = type(ordered[0])(a, b, "linear")
+        a, b = ((len(ordered) * s[0], *s[1:]) for s in (ordered[0].a, ordered[0].b))
+        whole[fused] = PlannedFactors(a, b, "linear", partial(_concatenated, ordered))
     return whole, next(iter(patterns), None)
+
+
+def _concatenated(blocks: Sequence[PlannedFactors]) -> Factors:
+    factors = [planned.load() for planned in blocks]
+    return Factors(
+        np.concatenate([block.a for block in factors]),
+        np.concatenate([block.b for block in factors]),
+    )

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -18,29 +19,30 @@ from lora_analysis.formats.mlx import SWITCH, WEIGHTS_NAME, is_embedding
 from lora_analysis.formats.peft_config import CONFIG_NAME
 from lora_analysis.formats.peft_pairs import DORA
 from lora_analysis.formats.text_writing import (
-    Factors,
+    PlannedFactors,
     folded,
     folding_note,
     one_scale,
     with_experts_stacked,
     writable,
 )
-from lora_analysis.storage.atomic import write_together
+from lora_analysis.storage.tensor_writer import OutputTensor, output_group, safetensors_content
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
+    from collections.abc import Iterable, Mapping
 
     from numpy.typing import NDArray
 
-    from lora_analysis.adapter import Adapter, LowRankUpdate
+    from lora_analysis.adapter import Adapter, UpdateOutline
+    from lora_analysis.formats.written import Shape
+    from lora_analysis.storage.atomic import Content
 
 _FORMAT: Final = "MLX"
 _LAYER: Final = re.compile(r".*?layers\.\d+\.(?P<key>.+)")
 
 
-def write_mlx(adapter: Adapter, folder: Path) -> Path:
-    """Write ``adapter`` as mlx-lm does.
+def contents(adapter: Adapter) -> dict[str, Content]:
+    """Return ``adapter`` as mlx-lm's files by name.
 
     Raises
     ------
@@ -50,17 +52,15 @@ def write_mlx(adapter: Adapter, folder: Path) -> Path:
     UnsupportedMethodError
         An update needs more than MLX can say.
     """
-    from safetensors.numpy import save
-
     updates = writable(adapter, _FORMAT, variants=(DORA,))
     dora = _is_dora(updates.values(), adapter.label)
     scale = one_scale(updates)
-    factors = with_experts_stacked(folded(updates, lambda _update: scale), _FORMAT)
-    rank = max(one.rank for one in factors.values())
-    tensors: dict[str, NDArray[np.float32]] = {}
-    names = {name: _mlx_name(name, one) for name, one in factors.items()}
-    for name, one in factors.items():
-        tensors |= _module_tensors(names[name], _filled(one, rank))
+    factors = with_experts_stacked(folded(adapter, updates, lambda _update: scale), _FORMAT)
+    rank = max(planned.rank for planned in factors.values())
+    names = {name: _mlx_name(name, planned) for name, planned in factors.items()}
+    tensors: list[OutputTensor] = []
+    for name, planned in factors.items():
+        tensors += _module_tensors(names[name], planned, rank)
     config = {
         "fine_tune_type": "dora" if dora else "lora",
         "lora_parameters": {
@@ -72,10 +72,10 @@ def write_mlx(adapter: Adapter, folder: Path) -> Path:
         "model": adapter.provenance.base_model,
         "num_layers": -1,
     }
-    stated = f"{json.dumps(config, indent=4)}\n".encode()
-    weights = save(tensors, metadata={"format": "mlx"})
-    write_together({folder / WEIGHTS_NAME: weights, folder / CONFIG_NAME: stated})
-    return folder
+    return {
+        WEIGHTS_NAME: safetensors_content(tensors, {"format": "mlx"}, config=config),
+        CONFIG_NAME: f"{json.dumps(config, indent=4)}\n".encode(),
+    }
 
 
 def mlx_notes(adapter: Adapter) -> list[str]:
@@ -92,7 +92,7 @@ def mlx_notes(adapter: Adapter) -> list[str]:
     return notes
 
 
-def _is_dora(updates: Iterable[LowRankUpdate], label: str) -> bool:
+def _is_dora(updates: Iterable[UpdateOutline], label: str) -> bool:
     kinds = {update.variant == DORA for update in updates}
     if len(kinds) > 1 or any(u.layout == "embedding" and u.variant for u in updates):
         message = f"{label} is DoRA in some modules only or in an embedding; MLX cannot say that."
@@ -100,14 +100,14 @@ def _is_dora(updates: Iterable[LowRankUpdate], label: str) -> bool:
     return kinds.pop()
 
 
-def _mlx_name(name: str, one: Factors) -> str:
+def _mlx_name(name: str, planned: PlannedFactors) -> str:
     """Return mlx-lm's name of a module; refuse one that it would take for another kind."""
-    if one.a.ndim == 3:
+    if len(planned.a) == 3:
         name = name.replace(".experts.", SWITCH)
-    if (one.layout == "embedding") != is_embedding(name):
+    if (planned.layout == "embedding") != is_embedding(name):
         message = (
-            f"'{name}' is of layout '{one.layout}', and its name says otherwise to who reads MLX "
-            "files. It is not written."
+            f"'{name}' is of layout '{planned.layout}', and its name says otherwise to who reads "
+            "MLX files. It is not written."
         )
         raise InputError(message)
     return name
@@ -119,19 +119,35 @@ def _key(name: str) -> str:
     return match["key"] if match else name
 
 
-def _filled(one: Factors, rank: int) -> Factors:
-    lacking = rank - one.rank
-    if not lacking:
-        return one
-    stack = [(0, 0)] * (one.a.ndim - 2)
-    a: Any = np.pad(one.a, [*stack, (0, lacking), (0, 0)])
-    b: Any = np.pad(one.b, [*stack, (0, 0), (0, lacking)])
-    return Factors(a, b, one.layout, one.norms)
+def _module_tensors(name: str, planned: PlannedFactors, rank: int) -> list[OutputTensor]:
+    """Return one module's tensors, filled up to a rank: experts as they are, others transposed."""
+    a, b = (*planned.a[:-2], rank, planned.a[-1]), (*planned.b[:-1], rank)
+    shapes = {f"{name}.lora_a": a, f"{name}.lora_b": b}
+    if len(a) == 2:
+        shapes = {key: shape[::-1] for key, shape in shapes.items()}
+        if planned.norms is not None:
+            shapes[f"{name}.m"] = planned.norms
+    return output_group(shapes, partial(_module_arrays, planned, shapes))
 
 
-def _module_tensors(name: str, one: Factors) -> dict[str, NDArray[np.float32]]:
-    if one.a.ndim == 3:  # experts lie as they are, all else transposed
-        return {f"{name}.lora_a": one.a, f"{name}.lora_b": one.b}
-    a, b = (np.ascontiguousarray(factor.T) for factor in (one.a, one.b))
-    norms = {} if one.norms is None else {f"{name}.m": one.norms}
-    return {f"{name}.lora_a": a, f"{name}.lora_b": b, **norms}
+def _module_arrays(
+    planned: PlannedFactors, shapes: Mapping[str, Shape]
+) -> dict[str, NDArray[np.float32]]:
+    factors = planned.load()
+    a, b = factors.a, factors.b
+    if a.ndim == 2:
+        a, b = a.T, b.T
+    arrays = [a, b] if factors.norms is None else [a, b, factors.norms]
+    return {
+        name: _filled(array, shape)
+        for (name, shape), array in zip(shapes.items(), arrays, strict=True)
+    }
+
+
+def _filled(array: NDArray[np.float32], shape: Shape) -> NDArray[np.float32]:
+    """Return an array with zeros after its last entries along each axis, up to a shape."""
+    if array.shape == shape:
+        return np.ascontiguousarray(array)
+    whole = np.zeros(shape, np.float32)
+    whole[tuple(slice(size) for size in array.shape)] = array
+    return whole

@@ -6,72 +6,69 @@ import json
 import math
 import re
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
-from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.errors import InputError, UnsupportedMethodError
 from lora_analysis.formats.fused_parts import parts_metadata
 from lora_analysis.formats.peft_config import CONFIG_NAME
-from lora_analysis.formats.peft_experts_writer import is_expert, parameter_of, stacked_factors
+from lora_analysis.formats.peft_experts_writer import is_expert, parameter_of, stacked_tensors
 from lora_analysis.formats.peft_keys import PREFIX, sort_keys
 from lora_analysis.formats.peft_pairs import DORA
 from lora_analysis.formats.peft_places import WEIGHTS_NAME
-from lora_analysis.formats.written import float32, saved
+from lora_analysis.formats.written import layer_shapes, layer_tensors, low_rank_outlines
 from lora_analysis.patterns import matches_target, pattern_value
 from lora_analysis.storage.adapter_fields import refuse_more_than_factors
-from lora_analysis.storage.atomic import write_together
+from lora_analysis.storage.tensor_writer import OutputTensor, safetensors_content
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from lora_analysis.adapter import Adapter
+    from lora_analysis.adapter import Adapter, UpdateOutline
+    from lora_analysis.formats.written import Shape
+    from lora_analysis.storage.atomic import Content
 
 T = TypeVar("T", int, float)
 
+_FACTOR_ENDS: Final = {
+    "": ("lora_A.weight", "lora_B.weight"),
+    "embedding": ("lora_embedding_A", "lora_embedding_B"),
+}
+_MAGNITUDE: Final = "lora_magnitude_vector"
 # PEFT's fields that leave out some of the modules the targets name. They are not written.
 _NARROWING: Final = ("exclude_modules", "layers_pattern", "layers_to_transform")
 
 
-def write_peft(adapter: Adapter, folder: Path) -> Path:
-    """Write ``adapter`` as PEFT does; see :func:`lora_analysis.write_adapter`."""
+def contents(adapter: Adapter) -> dict[str, Content]:
+    """Return ``adapter`` as PEFT's files by name; see :func:`lora_analysis.write_adapter`."""
     refuse_more_than_factors(
         adapter.config,
         adapter.label,
         "which is not written: a model that loads the file would not compute what it did.",
     )
-    updates = _low_rank_updates(adapter)
-    tensors = _tensors(adapter, updates)
-    config = json.dumps(_config(adapter, updates), indent=2, sort_keys=True, allow_nan=False)
-    # The config is the mark: without it, half a folder is not taken for an adapter.
-    weights = saved(tensors, {"format": "pt"} | parts_metadata(adapter))
-    write_together({folder / WEIGHTS_NAME: weights, folder / CONFIG_NAME: f"{config}\n".encode()})
-    return folder
-
-
-def _low_rank_updates(adapter: Adapter) -> dict[str, LowRankUpdate]:
-    updates = {}
-    for name, update in adapter.items():
-        if not isinstance(update, LowRankUpdate):
-            message = f"'{name}' in {adapter.label} is a dense update; a LoRA file holds A and B."
-            raise InputError(message)
+    updates = low_rank_outlines(adapter)
+    for update in updates.values():
         _refuse_unsayable(update, adapter)
-        updates[name] = update
-    if not updates:
-        message = f"{adapter.label} adapts no module; there is nothing to write."
-        raise InputError(message)
-    return updates
+    tensors = _tensors(adapter, updates)
+    config = _config(adapter, updates)
+    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
+    metadata = {"format": "pt"} | parts_metadata(adapter)
+    # The config is the mark: without it, half a folder is not taken for an adapter.
+    return {
+        WEIGHTS_NAME: safetensors_content(tensors, metadata, config=config),
+        CONFIG_NAME: f"{text}\n".encode(),
+    }
 
 
-def _refuse_unsayable(update: LowRankUpdate, adapter: Adapter) -> None:
+def _refuse_unsayable(update: UpdateOutline, adapter: Adapter) -> None:
     """Raise for an update that needs more than two factors and a scale to be loaded again."""
     if update.variant not in ("", DORA):
         reason = f"a part of {update.variant}, which also changes the base weight"
-    elif update.variant == DORA and update.magnitude is None:
+    elif update.variant == DORA and not update.has_magnitude:
         reason = "DoRA's, but holds no magnitude"
     elif is_expert(update):  # refused below where it is not one of a whole stack
         return
@@ -83,39 +80,30 @@ def _refuse_unsayable(update: LowRankUpdate, adapter: Adapter) -> None:
     raise UnsupportedMethodError(message)
 
 
-def _factor_tensors(update: LowRankUpdate) -> dict[str, NDArray[np.float32]]:
-    """Return the tensors of one module by the end of their keys, in the shapes of its layer."""
-    a, b = float32(update.A, update.name), float32(update.B, update.name)
-    if update.layout == "embedding":
-        return {"lora_embedding_A": a, "lora_embedding_B": b} | _magnitude(update)
-    if update.layout == "conv":
-        a = a.reshape(update.rank, -1, *update.kernel)
-        b = b.reshape(*b.shape, *(1 for _ in update.kernel))
-    return {"lora_A.weight": a, "lora_B.weight": b} | _magnitude(update)
+def _module_shapes(update: UpdateOutline) -> dict[str, Shape]:
+    """Return the shapes of one module's tensors by the end of their keys."""
+    a, b = _FACTOR_ENDS["embedding" if update.layout == "embedding" else ""]
+    shapes: dict[str, Shape] = dict(zip((a, b), layer_shapes(update), strict=True))
+    if update.has_magnitude:
+        rows = update.shape[0]
+        conv = update.layout == "conv"
+        shapes[_MAGNITUDE] = (1, rows, *(1 for _ in update.kernel)) if conv else (rows,)
+    return shapes
 
 
-def _magnitude(update: LowRankUpdate) -> dict[str, NDArray[np.float32]]:
-    if update.magnitude is None:
-        return {}
-    norms = float32(update.magnitude, update.name)
-    if update.layout == "conv":
-        norms = norms.reshape(1, -1, *(1 for _ in update.kernel))
-    return {"lora_magnitude_vector": norms}
-
-
-def _tensors(adapter: Adapter, updates: Mapping[str, LowRankUpdate]) -> dict[str, NDArray[Any]]:
-    """Return the tensors by key; refuse names that the keys cannot carry."""
-    tensors: dict[str, NDArray[Any]] = {}
+def _tensors(adapter: Adapter, updates: Mapping[str, UpdateOutline]) -> list[OutputTensor]:
+    """Return the tensors to write; refuse names that the keys cannot carry."""
     plain = {name: update for name, update in updates.items() if not is_expert(update)}
+    stacked, tensors = stacked_tensors(adapter, updates, PREFIX)
     for name, update in plain.items():
-        for end, tensor in _factor_tensors(update).items():
-            tensors[f"{PREFIX}{name}.{end}"] = tensor
-    stacked = stacked_factors(adapter.label, updates)
-    for name, (a, b) in stacked.items():
-        tensors |= {f"{PREFIX}{name}.lora_A.weight": a, f"{PREFIX}{name}.lora_B.weight": b}
-    for name, tensor in adapter.saved_modules.items():
-        tensors[f"{PREFIX}{name}"] = np.asarray(tensor, order="C")
-    read_back = sort_keys(adapter.label, tensors)
+        stem = f"{PREFIX}{name}"
+        shapes = {f"{stem}.{end}": shape for end, shape in _module_shapes(update).items()}
+        tensors += layer_tensors(adapter, name, shapes)
+    for name in adapter.saved_modules:
+        saved = np.asarray(adapter.saved_modules[name])  # read for its type and shape alone
+        producer = partial(_saved_tensor, adapter, name)
+        tensors.append(OutputTensor(f"{PREFIX}{name}", saved.dtype.name, saved.shape, producer))
+    read_back = sort_keys(adapter.label, [tensor.name for tensor in tensors])
     if set(read_back.factors.get(None, {})) != {*plain, *stacked} or (
         set(read_back.saved.get(None, {})) != set(adapter.saved_modules)
     ):
@@ -124,7 +112,11 @@ def _tensors(adapter: Adapter, updates: Mapping[str, LowRankUpdate]) -> dict[str
     return tensors
 
 
-def _alpha(update: LowRankUpdate, *, rslora: bool) -> float:
+def _saved_tensor(adapter: Adapter, name: str) -> NDArray[Any]:
+    return np.asarray(adapter.saved_modules[name])
+
+
+def _alpha(update: UpdateOutline, *, rslora: bool) -> float:
     """Return the alpha from which PEFT computes the update's scale; whole where it is whole."""
     divisor = math.sqrt(update.rank) if rslora else update.rank
     scale = update.known_scale()
@@ -136,7 +128,7 @@ def _alpha(update: LowRankUpdate, *, rslora: bool) -> float:
     return alpha
 
 
-def _config(adapter: Adapter, updates: Mapping[str, LowRankUpdate]) -> dict[str, Any]:
+def _config(adapter: Adapter, updates: Mapping[str, UpdateOutline]) -> dict[str, Any]:
     """Return the config's fields; what only newer versions of PEFT know, only where it is set."""
     given = adapter.config
     newer = {
@@ -177,7 +169,7 @@ def _config(adapter: Adapter, updates: Mapping[str, LowRankUpdate]) -> dict[str,
     } | {key: value for key, value in newer.items() if value}
 
 
-def _use_dora(adapter: Adapter, updates: Mapping[str, LowRankUpdate]) -> bool:
+def _use_dora(adapter: Adapter, updates: Mapping[str, UpdateOutline]) -> bool:
     """Say whether the adapter is DoRA's; PEFT's config says it of every module or of none."""
     kinds = {update.variant == DORA for update in updates.values()}
     if len(kinds) > 1:
@@ -207,7 +199,7 @@ def _reaches_no_other(key: str, value: T, values: Mapping[str, T]) -> bool:
     return all(pattern_value(name, {key: value}, own) == own for name, own in values.items())
 
 
-def _targets(adapter: Adapter, updates: Mapping[str, LowRankUpdate]) -> list[str] | str:
+def _targets(adapter: Adapter, updates: Mapping[str, UpdateOutline]) -> list[str] | str:
     """Return the given targets where they alone still name the modules, else these in full."""
     given = adapter.config.get("target_modules")
     alone = all(adapter.config.get(key) is None for key in _NARROWING)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from lora_analysis.adapter import Adapter
     from lora_analysis.formats.sources import AdapterRef, ReadOptions
+    from lora_analysis.storage.atomic import Content
 
 
 class Format(Protocol):
@@ -39,14 +40,14 @@ READERS: Final = (
     "diffusers", "flux", "kohya", "peft_merged", "consolidated", "peft", "gguf", "mlx", "torchtune",
     "litgpt", "adapterhub", "opendelta", "nemo", "cloneofsimo", "lycoris", "loralib", "pairs",
 )  # fmt: skip
-# Format → its writer, in the module of that name.
+# Format → the module that writes it: its ``contents`` returns the files by name.
 WRITERS: Final = {
-    "peft": "peft_writer.write_peft",
-    "diffusers": "diffusers_writer.write_diffusers",
-    "kohya": "kohya_writer.write_kohya",
-    "loralib": "loralib_writer.write_loralib",
-    "mlx": "mlx_writer.write_mlx",
-    "gguf": "gguf_writer.write_gguf",
+    "peft": "peft_writer",
+    "diffusers": "diffusers_writer",
+    "kohya": "kohya_writer",
+    "loralib": "loralib_writer",
+    "mlx": "mlx_writer",
+    "gguf": "gguf_writer",
 }
 _NOTES: Final = {
     "loralib": "loralib_writer.loralib_notes",
@@ -81,9 +82,13 @@ def _named_in_config(path: Path) -> tuple[str, ...]:
     return ("peft_merged", "peft") if found.get("enable_lora") else ("peft",)
 
 
-def writer(format: str) -> Callable[..., Path]:
-    """Return the function that writes a format."""
-    return cast("Callable[..., Path]", _loaded(WRITERS[format]))
+def contents_of(format: str) -> Callable[..., dict[str, Content]]:
+    """Return the function that gives the files of a format: name → what to write.
+
+    It takes the adapter and the format's own options. The file that makes the set readable comes
+    last; a star in a name stands for the name of the folder.
+    """
+    return cast("Callable[..., dict[str, Content]]", _loaded(f"{WRITERS[format]}.contents"))
 
 
 def notes_of(format: str) -> Callable[[Adapter], list[str]]:

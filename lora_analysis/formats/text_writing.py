@@ -5,19 +5,21 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from lora_analysis.errors import InputError, UnsupportedMethodError
-from lora_analysis.formats.written import factors_alone, float32
+from lora_analysis.formats.written import factors_alone, float32, low_rank_update
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from lora_analysis.adapter import Adapter, LowRankUpdate
+    from lora_analysis.adapter import Adapter, UpdateOutline
+    from lora_analysis.formats.written import Shape
 
 _EXPERT: Final = re.compile(r"(?P<before>.+\.experts)\.(?P<index>\d+)\.(?P<after>.+)")
 
@@ -28,19 +30,29 @@ class Factors:
 
     a: NDArray[np.float32]
     b: NDArray[np.float32]
-    layout: str
     norms: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedFactors:
+    """The shapes of a module's factors, and a function that computes them."""
+
+    a: Shape
+    b: Shape
+    layout: str
+    load: Callable[[], Factors]
+    norms: Shape | None = None
 
     @property
     def rank(self) -> int:
         """Rows of A."""
-        return int(self.a.shape[-2])
+        return self.a[-2]
 
 
 def writable(
     adapter: Adapter, format: str, *, variants: tuple[str, ...] = ()
-) -> dict[str, LowRankUpdate]:
-    """Return the updates of an adapter, each of which a file of two factors can hold.
+) -> dict[str, UpdateOutline]:
+    """Return the outlines of an adapter's updates, each of which two factors can hold.
 
     Parameters
     ----------
@@ -64,13 +76,13 @@ def writable(
 
 
 def _refuse_unsayable(
-    update: LowRankUpdate, label: str, format: str, variants: tuple[str, ...]
+    update: UpdateOutline, label: str, format: str, variants: tuple[str, ...]
 ) -> None:
     if update.layout == "conv":
         reason = f"a convolution's, which a file of {format} cannot say"
     elif update.variant and update.variant not in variants:
         reason = f"not the whole update ({update.variant}), which a file of {format} cannot say"
-    elif update.variant and update.magnitude is None:
+    elif update.variant and not update.has_magnitude:
         reason = f"{update.variant}'s, but holds no magnitude"
     elif update.base_name:
         reason = f"for the weight '{update.base_name}', and loaders look for '{update.name}'"
@@ -81,33 +93,41 @@ def _refuse_unsayable(
 
 
 def folded(
-    updates: Mapping[str, LowRankUpdate], multiplier_of: Callable[[LowRankUpdate], float]
-) -> dict[str, Factors]:
+    adapter: Adapter,
+    updates: Mapping[str, UpdateOutline],
+    multiplier_of: Callable[[UpdateOutline], float],
+) -> dict[str, PlannedFactors]:
     """Return float32 factors whose product times a stated multiplier is the update.
 
-    Where the update's scale is another than ``multiplier_of`` gives, the ratio goes into B.
-
-    Raises
-    ------
-    InputError
-        A factor is too large for float32.
+    If the update's scale differs from what ``multiplier_of`` gives, the ratio goes into B. A factor
+    too large for float32 raises InputError when it is computed.
     """
-    found = {}
-    for name, update in updates.items():
-        ratio = update.known_scale() / multiplier_of(update)
-        b = update.B if ratio == 1 else update.B.astype(np.float64) * ratio
-        norms = None if update.magnitude is None else float32(update.magnitude, name)
-        found[name] = Factors(float32(update.A, name), float32(b, name), update.layout, norms)
-    return found
+    return {
+        name: PlannedFactors(
+            (update.rank, update.shape[1]),
+            (update.shape[0], update.rank),
+            update.layout,
+            partial(_folded, adapter, name, update.known_scale() / multiplier_of(update)),
+            (update.shape[0],) if update.has_magnitude else None,
+        )
+        for name, update in updates.items()
+    }
 
 
-def one_scale(updates: Mapping[str, LowRankUpdate]) -> float:
+def _folded(adapter: Adapter, name: str, ratio: float) -> Factors:
+    update = low_rank_update(adapter, name)
+    b = update.B if ratio == 1 else update.B.astype(np.float64) * ratio
+    norms = None if update.magnitude is None else float32(update.magnitude, name)
+    return Factors(float32(update.A, name), float32(b, name), norms)
+
+
+def one_scale(updates: Mapping[str, UpdateOutline]) -> float:
     """Return the multiplier that a file states for all modules: the commonest one but zero."""
     counts = Counter(s for update in updates.values() if (s := update.known_scale()))
     return counts.most_common(1)[0][0] if counts else 1.0
 
 
-def folding_note(updates: Mapping[str, LowRankUpdate], format: str, stated: str) -> list[str]:
+def folding_note(updates: Mapping[str, UpdateOutline], format: str, stated: str) -> list[str]:
     """Return the sentence on scales that went into B, where some did."""
     scale = one_scale(updates)
     count = sum(update.known_scale() != scale for update in updates.values())
@@ -119,7 +139,9 @@ def folding_note(updates: Mapping[str, LowRankUpdate], format: str, stated: str)
     ]
 
 
-def with_experts_stacked(factors: Mapping[str, Factors], format: str) -> dict[str, Factors]:
+def with_experts_stacked(
+    factors: Mapping[str, PlannedFactors], format: str
+) -> dict[str, PlannedFactors]:
     """Return the modules with all experts of a stack made one: A ``(E, r, in)``, B ``(E, out, r)``.
 
     ``before.experts.3.up_proj`` becomes part of ``before.experts.up_proj``.
@@ -129,23 +151,32 @@ def with_experts_stacked(factors: Mapping[str, Factors], format: str) -> dict[st
     InputError
         Experts of a stack are missing, or differ in rank or shape.
     """
-    plain: dict[str, Factors] = {}
-    stacks: dict[str, dict[int, Factors]] = {}
-    for name, one in factors.items():
+    plain: dict[str, PlannedFactors] = {}
+    stacks: dict[str, dict[int, PlannedFactors]] = {}
+    for name, planned in factors.items():
         if match := _EXPERT.fullmatch(name):
             whole = f"{match['before']}.{match['after']}"
-            stacks.setdefault(whole, {})[int(match["index"])] = one
+            stacks.setdefault(whole, {})[int(match["index"])] = planned
         else:
-            plain[name] = one
+            plain[name] = planned
     for whole, members in stacks.items():
         ordered = [members[index] for index in sorted(members)]
-        shapes = {(one.a.shape, one.b.shape) for one in ordered}
+        shapes = {(planned.a, planned.b) for planned in ordered}
         if sorted(members) != list(range(len(members))) or len(shapes) != 1:
             message = (
                 f"'{whole}': {format} stores the experts of a layer in one, all of one rank; found "
                 f"experts {sorted(members)[:8]} of shapes {sorted(shapes)[:3]}."
             )
             raise InputError(message)
-        a, b = (np.stack([getattr(one, role) for one in ordered]) for role in "ab")
-        plain[whole] = Factors(a, b, "linear")
+        a, b = ((len(ordered), *shape) for shape in next(iter(shapes)))
+        plain[whole] = PlannedFactors(a, b, "linear", partial(_stacked, ordered, a, b))
     return plain
+
+
+def _stacked(members: Sequence[PlannedFactors], a: Shape, b: Shape) -> Factors:
+    """Return the factors of a stack; one member at a time is loaded."""
+    whole = Factors(np.empty(a, np.float32), np.empty(b, np.float32))
+    for index, member in enumerate(members):
+        factors = member.load()
+        whole.a[index], whole.b[index] = factors.a, factors.b
+    return whole

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 from lora_analysis.errors import InputError
 from lora_analysis.formats.fused_parts import joined
 from lora_analysis.formats.merged import are_blocks
-from lora_analysis.formats.registry import WRITERS, notes_of, writer
+from lora_analysis.formats.registry import WRITERS, contents_of, notes_of
+from lora_analysis.storage.atomic import write_together
 
 if TYPE_CHECKING:
     import os
 
     from lora_analysis.adapter import Adapter
+    from lora_analysis.storage.atomic import Content
 
 
 def write_adapter(
@@ -60,10 +62,29 @@ def write_adapter(
     OutputError
         The disk refused.
     """
+    files = adapter_files(adapter, path, format=format, **options)
+    write_together(files)
+    return Path(path) if len(files) > 1 else next(iter(files))
+
+
+def adapter_files(
+    adapter: Adapter, path: str | os.PathLike[str], *, format: str = "peft", **options: Any
+) -> dict[Path, Content]:
+    """Return the files of an adapter by path, the one that makes the set readable last.
+
+    Everything that can be refused from types, shapes and scales is refused here; the numbers are
+    read, module by module, when a content is written. Parameters and errors are those of
+    `write_adapter`.
+    """
     if format not in WRITERS:
         message = f"Format '{format}' is not written. Choose one of: {', '.join(WRITERS)}."
         raise InputError(message)
-    return writer(format)(_whole(adapter, format), Path(path), **options)
+    target = Path(path)
+    contents = contents_of(format)(_whole(adapter, format), **options)
+    first, content = next(iter(contents.items()))
+    if len(contents) == 1 and target.suffix == Path(first).suffix:
+        return {target: content}
+    return {target / name.replace("*", target.name): data for name, data in contents.items()}
 
 
 def writing_notes(adapter: Adapter, format: str) -> list[str]:

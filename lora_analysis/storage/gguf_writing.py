@@ -1,52 +1,112 @@
-"""A GGUF file of float32 tensors: version 3, little-endian, aligned to 32 bytes."""
+"""GGUF files written tensor by tensor: the header by the package ``gguf``, then the numbers."""
 
 from __future__ import annotations
 
-import struct
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
-import numpy as np
+from lora_analysis import __version__
+from lora_analysis.errors import InputError, MissingExtraError
+from lora_analysis.storage.dtypes import raw_dtype
+from lora_analysis.storage.headers import shown
+from lora_analysis.storage.marks import GGUF_VERSION_KEY
+from lora_analysis.storage.tensor_writer import OutputTensor, refuse_repeated, tensor_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
-    from numpy.typing import NDArray
+    from lora_analysis.storage.atomic import Content
 
-_ALIGNMENT: Final = 32
-_STRING: Final = 8
-_FLOAT32: Final = 6
-_UINT32: Final = 4
-_TENSOR_F32: Final = 0
+# Our name of a type → the package's.
+_TYPES: Final = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float64": "F64",
+    "int8": "I8",
+    "int16": "I16",
+    "int32": "I32",
+    "int64": "I64",
+}
+_ARCHITECTURE: Final = "general.architecture"
 
 
-def gguf_bytes(
-    facts: Mapping[str, str | int | float], tensors: Mapping[str, NDArray[np.float32]]
-) -> bytes:
-    """Return the file: strings, whole numbers and float32 as key-value pairs, then the tensors."""
-    header = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(facts))]
-    for key, value in facts.items():
-        header.append(_text(key))
+def gguf_content(
+    tensors: Iterable[OutputTensor], fields: Mapping[str, str | int | float]
+) -> Content:
+    """Return a GGUF file of ours: its fields carry our mark.
+
+    Raises
+    ------
+    InputError
+        A name occurs twice, or a type is not one of GGUF's plain ones.
+    MissingExtraError
+        The package ``gguf`` is not installed.
+    """
+    given = list(tensors)
+    marked = {**fields, GGUF_VERSION_KEY: __version__}
+    _gguf()
+    for tensor in given:
+        if tensor.dtype not in _TYPES:
+            message = f"Tensor {shown(tensor.name)} is {tensor.dtype}, which GGUF does not have."
+            raise InputError(message)
+    refuse_repeated(given)
+    return lambda stream: write_gguf(stream, given, marked)
+
+
+def write_gguf(
+    stream: BinaryIO, tensors: Iterable[OutputTensor], fields: Mapping[str, str | int | float]
+) -> None:
+    """Write a GGUF file (version 3, little-endian), tensor by tensor.
+
+    Parameters
+    ----------
+    stream
+        An empty file.
+    tensors
+        In the order of the file; each producer is called once.
+    fields
+        Strings, whole numbers (uint32) and floats (float32) by key, ``general.architecture``
+        first.
+
+    Raises
+    ------
+    InputError
+        A producer returns another type or shape than announced.
+    """
+    gguf = _gguf()
+    given = list(tensors)
+    others = dict(fields)
+    writer = gguf.GGUFWriter(None, str(others.pop(_ARCHITECTURE)))
+    for key, value in others.items():
         if isinstance(value, str):
-            header.append(struct.pack("<I", _STRING) + _text(value))
+            writer.add_string(key, value)
         elif isinstance(value, int):
-            header.append(struct.pack("<II", _UINT32, value))
+            writer.add_uint32(key, value)
         else:
-            header.append(struct.pack("<If", _FLOAT32, value))
-    data, offset = [], 0
-    for name, tensor in tensors.items():
-        sizes = tuple(reversed(tensor.shape))
-        header.append(_text(name) + struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes))
-        header.append(struct.pack("<IQ", _TENSOR_F32, offset))
-        raw = _padded(np.ascontiguousarray(tensor, "<f4").tobytes())
-        data.append(raw)
-        offset += len(raw)
-    return _padded(b"".join(header)) + b"".join(data)
+            writer.add_float32(key, value)
+    for tensor in given:
+        raw = raw_dtype(tensor.dtype)
+        size = tensor.elements * raw.itemsize
+        kind = gguf.GGMLQuantizationType[_TYPES[tensor.dtype]]
+        writer.add_tensor_info(tensor.name, tensor.shape, raw, size, raw_dtype=kind)
+    # The package opens a path of its own; here the file is another's, who puts it in its place.
+    writer.fout = [stream]
+    writer.state = gguf.gguf_writer.WriterState.EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.write_padding(stream, stream.tell())
+    # Its write_tensor_data uses ndarray.tofile, whose errors do not say what the disk refused.
+    for tensor in given:
+        content = tensor_bytes(tensor)
+        stream.write(content)
+        writer.write_padding(stream, len(content))
 
 
-def _text(text: str) -> bytes:
-    raw = text.encode()
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def _padded(raw: bytes) -> bytes:
-    return raw + bytes(-len(raw) % _ALIGNMENT)
+def _gguf() -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        message = "Writing GGUF needs the package gguf: pip install 'lora-analysis[gguf]'."
+        raise MissingExtraError(message) from error
+    return gguf
