@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lora_analysis.adapter import Adapter, LowRankUpdate
+from lora_analysis.adapter import Adapter, LazyUpdate, LowRankUpdate
 from lora_analysis.finding import as_findings
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ def derived(
     adapter
         The one it was made from.
     updates
-        Its modules. Where some are gone, the config's targets are narrowed to the rest.
+        Its modules. Where some are gone, the config's targets are narrowed to the rest. The ranks
+        of those that a plain function returns stay unknown.
     sentence
         What was done, which becomes a finding.
     """
     source = adapter.provenance
-    ranks = {update.rank for update in updates.values() if isinstance(update, LowRankUpdate)}
-    whole = all(isinstance(update, LowRankUpdate) for update in updates.values())
+    ranks = {_rank(update) for update in updates.values()}
     return Adapter(
         updates,
         label=adapter.label,
@@ -43,12 +43,18 @@ def derived(
             format="memory",
             files=(),
             scale_origin={name: source.scale_origin.get(name, "caller") for name in updates},
-            rank=ranks.pop() if whole and len(ranks) == 1 else None,
+            rank=ranks.pop() if len(ranks) == 1 else None,
             findings=(*source.findings, *as_findings((sentence,))),
         ),
         saved_modules=adapter.saved_modules,
         config=_config(adapter, updates),
     )
+
+
+def _rank(update: Update | Callable[[], Update]) -> int | None:
+    if isinstance(update, LazyUpdate):
+        return None if update.outline.dense else update.outline.rank
+    return update.rank if isinstance(update, LowRankUpdate) else None
 
 
 def _config(adapter: Adapter, updates: Mapping[str, object]) -> dict[str, Any]:

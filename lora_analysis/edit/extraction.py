@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_analysis.bases import read_update
 from lora_analysis.edit.resizing import Resized, resize_adapter
+from lora_analysis.execution import available_workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -48,4 +49,11 @@ def extract(
     update = read_update(
         tuned, base, modules=modules, transposed=transposed, label=label, progress=progress
     )
-    return resize_adapter(update, rank=rank, energy=energy, budget=budget, progress=progress)
+    return resize_adapter(
+        update,
+        rank=rank,
+        energy=energy,
+        budget=budget,
+        progress=progress,
+        workers=available_workers(),
+    )

@@ -10,12 +10,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_analysis import linalg
-from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate
+from lora_analysis.adapter import Adapter, DenseUpdate, LazyUpdate, LowRankUpdate
 from lora_analysis.edit.budgets import ranks_within
 from lora_analysis.edit.derived import derived
-from lora_analysis.edit.truncation import Truncation, check_size, resize
+from lora_analysis.edit.truncation import (
+    Truncation,
+    check_size,
+    leading_outline,
+    leading_part,
+    measure,
+    resize,
+)
 from lora_analysis.errors import InputError
-from lora_analysis.execution import in_threads
+from lora_analysis.execution import available_workers, in_threads
 from lora_analysis.formats.doubts import doubts
 from lora_analysis.spectra import spectrum
 
@@ -25,6 +32,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lora_analysis.adapter import Update
+
+# Memory counts here: more modules at a time would be quicker only if many CPUs had nothing to do.
+_WORKERS = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,10 +77,13 @@ def resize_adapter(
     energy: float | None = None,
     budget: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    workers: int | None = None,
 ) -> Resized:
     """Return an adapter by the leading directions of each of its modules, and what was lost.
 
-    Each module as by :func:`lora_analysis.resize`, exactly one of the three given:
+    Low-rank updates are read and measured now, and computed when a module of the result is asked
+    for: the result holds no factors, and takes them from ``adapter`` each time. Each module as by
+    :func:`lora_analysis.resize`, exactly one of the three given:
 
     Parameters
     ----------
@@ -86,6 +99,8 @@ def resize_adapter(
         out of the adapter.
     progress
         Called with (what, done, total).
+    workers
+        Modules that are in memory at the same time; by default two, or one on a single CPU.
 
     Raises
     ------
@@ -98,37 +113,51 @@ def resize_adapter(
     if not len(adapter):
         message = f"{adapter.label} has no modules; there is nothing to resize."
         raise InputError(message)
+    workers = workers or min(_WORKERS, available_workers())
     ranks = dict.fromkeys(adapter, rank)
     if budget is not None:
-        ranks = dict(_ranks(adapter, budget, progress))
-    new: dict[str, Update] = {}
+        ranks = _ranks(adapter, budget, progress, workers)
+    new: dict[str, LowRankUpdate | LazyUpdate] = {}
     modules = []
     one_module = partial(_resized, adapter, energy=energy)
-    doubted: list[str] = []
-    for done, (update, lost, said) in enumerate(in_threads(one_module, ranks.items()), start=1):
+    suspicions: list[str] = []
+    results = in_threads(one_module, ranks.items(), workers=workers)
+    for done, (update, lost, suspicious) in enumerate(results, start=1):
         modules.append(lost)
-        doubted += said
+        suspicions += suspicious
         if update is not None:
             new[lost.module] = update
         if progress:
             progress("modules", done, len(ranks))
-    dora = any(isinstance(one, LowRankUpdate) and one.variant for one in new.values())
+    dora = any((u.outline if isinstance(u, LazyUpdate) else u).variant for u in new.values())
     sentence = _sentence(adapter, modules, dora=dora)
     made = derived(adapter, new, sentence)
-    return Resized(made.described(findings=(*made.provenance.findings, *doubted)), tuple(modules))
+    findings = (*made.provenance.findings, *suspicions)
+    return Resized(made.described(findings=findings), tuple(modules))
 
 
 def _resized(
     adapter: Adapter, item: tuple[str, int | None], *, energy: float | None
-) -> tuple[LowRankUpdate | None, Truncation, list[str]]:
+) -> tuple[LowRankUpdate | LazyUpdate | None, Truncation, list[str]]:
     """Return one module at its rank (None with 0, where all of it is lost), and what is doubted."""
     name, rank = item
     update = _known(adapter[name])
-    said = doubts(update)
-    if rank != 0:
-        return *resize(update, rank=rank, energy=energy), said
-    _, lost = resize(update, rank=1)
-    return None, replace(lost, rank=0, lost=lost.norm), said
+    suspicious = doubts(update)
+    new: LowRankUpdate | LazyUpdate
+    if isinstance(update, LowRankUpdate):
+        lost, count = measure(update, rank=1 if rank == 0 else rank, energy=energy)
+        new = LazyUpdate(leading_outline(update, count), partial(_leading, adapter, name, count))
+    else:
+        new, lost = resize(update, rank=1 if rank == 0 else rank, energy=energy)
+    if rank == 0:
+        return None, replace(lost, rank=0, lost=lost.norm), suspicious
+    return new, lost, suspicious
+
+
+def _leading(adapter: Adapter, name: str, count: int) -> Update:
+    """Return one module by its leading directions, computed when it is asked for."""
+    update = adapter[name]
+    return leading_part(update, count) if isinstance(update, LowRankUpdate) else update
 
 
 def _known(update: Update) -> Update:
@@ -138,10 +167,13 @@ def _known(update: Update) -> Update:
 
 
 def _ranks(
-    adapter: Adapter, budget: int, progress: Callable[[str, int, int], None] | None
+    adapter: Adapter,
+    budget: int,
+    progress: Callable[[str, int, int], None] | None,
+    workers: int,
 ) -> dict[str, int]:
     values, costs = {}, {}
-    found = in_threads(partial(_values, adapter, budget), adapter)
+    found = in_threads(partial(_values, adapter, budget), adapter, workers=workers)
     for done, (name, (sigma, cost)) in enumerate(zip(adapter, found, strict=True), start=1):
         values[name], costs[name] = sigma, cost
         if progress:

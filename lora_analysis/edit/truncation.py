@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from lora_analysis import linalg
-from lora_analysis.adapter import DenseUpdate, LowRankUpdate
+from lora_analysis.adapter import DenseUpdate, LowRankUpdate, UpdateOutline
 from lora_analysis.errors import InputError, UnsupportedMethodError
 from lora_analysis.spectra import Spectrum, leading_spectrum, spectrum
 
@@ -96,18 +96,71 @@ def resize(
     >>> small.rank, small.scale, lost.error
     (1, 1.0, 0.6)
     """
+    if isinstance(update, LowRankUpdate):
+        lost, count = measure(update, rank=rank, energy=energy)
+        return leading_part(update, count), lost
     check_size(rank=rank, energy=energy)
-    refuse_parts(update)
     kept = _kept(update, rank, energy)
     new = from_directions(update, kept.U, kept.S, kept.V)
-    return new, Truncation(
+    return new, _truncation(update, new.rank, kept.norm, kept.lost)
+
+
+def measure(
+    update: LowRankUpdate, *, rank: int | None = None, energy: float | None = None
+) -> tuple[Truncation, int]:
+    """Return what `resize` would lose of a low-rank update, and how many directions it keeps.
+
+    Parameters and errors are those of `resize`. No singular vectors are computed. The count is 0
+    for an update that is zero.
+    """
+    check_size(rank=rank, energy=energy)
+    refuse_parts(update)
+    found = spectrum(update, vectors=False)
+    count = min(rank or found.energy_rank(energy or 1.0), found.numerical_rank)
+    lost = _norm(found.S[count : found.numerical_rank])
+    return _truncation(update, max(count, 1), found.norm, lost), count
+
+
+def leading_outline(update: LowRankUpdate, count: int) -> UpdateOutline:
+    """Return the outline of what `leading_part` makes of an update."""
+    known = update.scale is not None
+    rank = max(count, 1)
+    return replace(
+        UpdateOutline.of(update),
+        rank=rank,
+        scale=1.0 if known else None,
+        alpha=float(rank) if known else None,
+        stored_dtype="float64" if count else update.A.dtype.name,
+    )
+
+
+def leading_part(update: LowRankUpdate, count: int) -> LowRankUpdate:
+    """Return an update by a number of its leading singular directions, balanced, of scale 1.
+
+    At most its factors, those of the result and a few rows are in memory.
+    """
+    if not count:
+        empty = np.zeros((0, 0))
+        return from_directions(update, empty, np.zeros(0), empty)
+    svd = linalg.factored_svd(update.B, update.A, vectors=count)
+    scale = 1.0 if update.scale is None else update.scale
+    root = np.sqrt(abs(scale) * svd.S[:count])
+    B, V = np.asarray(svd.U), np.asarray(svd.V)
+    B *= root
+    V *= np.copysign(root, scale)
+    new = leading_outline(update, count)
+    return replace(update, A=V.T, B=B, scale=new.scale, alpha=new.alpha, stored_dtype="")
+
+
+def _truncation(update: Update, rank: int, norm: float, lost: float) -> Truncation:
+    return Truncation(
         module=update.name,
         shape=update.shape,
         given_rank=update.rank,
         given_parameters=parameters_of(update),
-        rank=new.rank,
-        norm=kept.norm,
-        lost=kept.lost,
+        rank=rank,
+        norm=norm,
+        lost=lost,
     )
 
 
@@ -200,8 +253,8 @@ class _Kept(NamedTuple):
     lost: float
 
 
-def _kept(update: Update, rank: int | None, energy: float | None) -> _Kept:
-    if isinstance(update, DenseUpdate) and min(update.shape) > linalg.DENSE_SVD_LIMIT:
+def _kept(update: DenseUpdate, rank: int | None, energy: float | None) -> _Kept:
+    if min(update.shape) > linalg.DENSE_SVD_LIMIT:
         return _kept_of_large(update, rank, energy)
     found = spectrum(update)
     k = min(rank or found.energy_rank(energy or 1.0), found.numerical_rank)

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from lora_analysis.adapter import Adapter, LowRankUpdate
+from lora_analysis.adapter import Adapter, LazyUpdate, LowRankUpdate
 from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
 from lora_analysis.formats.factors import StatedScale, callers_scale
 from lora_analysis.formats.stored import stacked, tensor
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from lora_analysis.adapter import Update
+    from lora_analysis.adapter import UpdateOutline
     from lora_analysis.formats.factors import StoredPair
     from lora_analysis.formats.sources import ReadOptions
     from lora_analysis.storage.tensors import NamedTensors
@@ -62,16 +63,15 @@ def joined(
     }
     if owners.keys().isdisjoint(adapter):
         return adapter
-    updates: dict[str, Any] = {}
+    updates: dict[str, LazyUpdate] = {}
     told: dict[str, Any] = {}
     for name in adapter:
         module = owners.get(name, name)
         if name not in owners:
-            updates[name] = adapter[name]
+            updates[name] = adapter.lazy(name)
         elif module not in told:
-            held = stated[module]
-            own = {p: adapter[one] for p in held["parts"] if (one := f"{module}.{p}") in adapter}
-            updates[module], told[module] = _whole(module, held, own)
+            parts = [p for p in stated[module]["parts"] if f"{module}.{p}" in adapter]
+            updates[module], told[module] = _whole(adapter, module, stated[module], parts)
     origins = {owners.get(name, name): o for name, o in adapter.provenance.scale_origin.items()}
     return Adapter(
         updates,
@@ -83,15 +83,37 @@ def joined(
 
 
 def _whole(
-    module: str, stated: Mapping[str, Any], own: Mapping[str, Update]
-) -> tuple[LowRankUpdate, dict[str, Any]]:
+    adapter: Adapter, module: str, stated: Mapping[str, Any], parts: Sequence[str]
+) -> tuple[LazyUpdate, dict[str, Any]]:
     """Return parts as an update of their weight, and what the config says of it."""
-    updates = {part: _plain(update) for part, update in own.items()}
-    first = max(updates.values(), key=lambda update: abs(update.known_scale()))
-    scale = first.known_scale()
-    ranks = {part: update.rank for part, update in updates.items()}
+    outlines = {part: _plain(adapter.outline(f"{module}.{part}")) for part in parts}
+    leading = max(outlines, key=lambda part: abs(outlines[part].known_scale()))
+    ranks = {part: outline.rank for part, outline in outlines.items()}
+    rows = {part: stated["parts"][part] for part in parts}
+    told = {"rows": stated["rows"], "parts": rows, "ranks": ranks}
+    first = outlines[leading]
+    whole = replace(
+        first,
+        name=module,
+        shape=(stated["rows"], first.shape[1]),
+        rank=sum(ranks.values()),
+        alpha=None,
+    )
+    return LazyUpdate(whole, partial(_put_together, adapter, whole, told, leading)), told
+
+
+def _put_together(
+    adapter: Adapter, whole: UpdateOutline, stated: Mapping[str, Any], leading: str
+) -> LowRankUpdate:
+    """Return the update of a fused weight: A of its parts below each other, B in their rows."""
+    updates: dict[str, LowRankUpdate] = {}
+    for part in stated["parts"]:
+        update = adapter[f"{whole.name}.{part}"]
+        if isinstance(update, LowRankUpdate):  # _plain saw to it
+            updates[part] = update
     kind = np.result_type(*(update.B for update in updates.values()))
-    B = np.zeros((stated["rows"], sum(ranks.values())), kind)
+    B = np.zeros((whole.shape[0], whole.rank), kind)
+    scale = whole.known_scale()
     start = 0
     for part, update in updates.items():
         same = update.scale == scale
@@ -100,15 +122,12 @@ def _whole(
             update.B if same else update.B * (update.known_scale() / scale)
         )
         start += update.rank
-    whole = replace(
-        first, name=module, A=np.vstack([one.A for one in updates.values()]), B=B, alpha=None
-    )
-    kept = {part: stated["parts"][part] for part in updates}
-    return whole, {"rows": stated["rows"], "parts": kept, "ranks": ranks}
+    A = np.vstack([update.A for update in updates.values()])
+    return replace(updates[leading], name=whole.name, A=A, B=B, alpha=None)
 
 
-def _plain(update: Update) -> LowRankUpdate:
-    if not isinstance(update, LowRankUpdate):
+def _plain(update: UpdateOutline) -> UpdateOutline:
+    if update.dense:
         message = f"'{update.name}' in {update.label} is a dense update; a LoRA file holds A and B."
         raise InputError(message)
     if update.variant:

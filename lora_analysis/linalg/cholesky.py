@@ -33,7 +33,14 @@ class Triangular(NamedTuple):
 
     def rows(self, turn: Float) -> Float:
         """Return ``(Q @ turn).T``, whose rows lie contiguous in memory."""
-        rows: Float = (self.coefficients @ turn).T @ self.matrix.T.astype(np.float64, copy=False)
+        weights, matrix = (self.coefficients @ turn).T, self.matrix
+        if matrix.dtype == np.float64:
+            return np.asarray(weights @ matrix.T)
+        rows = np.empty((len(weights), len(matrix)))
+        height = max(1, _WIDENED // matrix.shape[1])
+        for start in range(0, len(matrix), height):
+            block = matrix[start : start + height].astype(np.float64)
+            np.matmul(weights, block.T, out=rows[:, start : start + height])
         return rows
 
 

@@ -28,7 +28,7 @@ class FactoredSVD(NamedTuple):
     A_condition: Float
 
 
-def factored_svd(B: Any, A: Any, *, vectors: bool = True) -> FactoredSVD:
+def factored_svd(B: Any, A: Any, *, vectors: bool | int = True) -> FactoredSVD:
     """Return the thin SVD ``B·A = U·diag(S)·Vᵀ`` without forming the product.
 
     QR of B and of Aᵀ, then the SVD of the small core ``R_B·R_Aᵀ``. Where the factors are well
@@ -43,7 +43,8 @@ def factored_svd(B: Any, A: Any, *, vectors: bool = True) -> FactoredSVD:
         ``(..., r, d_in)``. Both are numpy arrays, computed in float64, or torch tensors, computed
         where they are and in their own type (float32 has an error of 1e-6·‖B‖₂‖A‖₂).
     vectors
-        False leaves U and V out, which takes a quarter of the time.
+        False leaves U and V out, which takes a quarter of the time; a number keeps so many leading
+        columns of them.
 
     Returns
     -------
@@ -70,10 +71,11 @@ def factored_svd(B: Any, A: Any, *, vectors: bool = True) -> FactoredSVD:
     if not vectors:
         return FactoredSVD(None, values[4], None, *measures)
     u, s, v_t = np.linalg.svd(core)
-    U = left.rows(u).T
+    count = len(s) if vectors is True else vectors
+    U = left.rows(u[:, :count]).T
     sign = column_signs(U)
     U *= sign
-    return FactoredSVD(U, s, right.rows(v_t.T * sign).T, *measures)
+    return FactoredSVD(U, s, right.rows(v_t.T[:, :count] * sign).T, *measures)
 
 
 def factored_singular_values(B: NDArray[np.floating], A: NDArray[np.floating]) -> Float:
@@ -152,7 +154,7 @@ def _unscaled(values: Any, *scales: Any) -> Any:
     return values
 
 
-def _householder_svd(b: Any, a: Any, *, vectors: bool) -> FactoredSVD:
+def _householder_svd(b: Any, a: Any, *, vectors: bool | int) -> FactoredSVD:
     """Return the SVD of any factors, stacks and tensors included, by the array API standard."""
     xp = namespace(b)
     b, a, scale_b, scale_a = _prepared(_double(b), _double(a), xp)
@@ -161,9 +163,10 @@ def _householder_svd(b: Any, a: Any, *, vectors: bool) -> FactoredSVD:
         q_b, r_b = xp.linalg.qr(b)
         q_a, r_a = xp.linalg.qr(a.mT)
         left, values, right_t = xp.linalg.svd(r_b @ r_a.mT, full_matrices=False)
-        u = q_b @ left
+        count = values.shape[-1] if vectors is True else vectors
+        u = q_b @ left[..., :count]
         sign = _signs(u, xp)
-        u, v = u * sign, (q_a @ right_t.mT) * sign
+        u, v = u * sign, (q_a @ right_t.mT[..., :count]) * sign
     else:
         r_b, r_a = _triangle(b, xp), _triangle(a.mT, xp)
         values = xp.linalg.svdvals(r_b @ r_a.mT)
