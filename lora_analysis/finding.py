@@ -55,6 +55,12 @@ KINDS: Final[dict[str, Kind]] = {
         "Where a method rescales the weight or takes a part of it away, ΔW is the whole change of "
         "the weight, worked out of {base}.",
     ),
+    "config-not-written-with-weights": Kind(
+        "damage",
+        "{config} is not the one that {weights} was written with: rank, scale or targets may be "
+        "those of another adapter. Restore the two files as they were written together, or write "
+        "the adapter again.",
+    ),
     "label-misfit": Kind(
         "limit",
         "the name does not fit the pattern of labels {pattern}, so task and seed stay as the files "

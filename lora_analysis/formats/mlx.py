@@ -30,6 +30,7 @@ from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, ten
 from lora_analysis.formats.stored import tensor
 from lora_analysis.patterns import natural_key
 from lora_analysis.storage.documents import read_json_object
+from lora_analysis.storage.marks import config_findings
 from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
@@ -153,6 +154,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
         options=options,
         missing="there is no adapter_config.json with lora_parameters.scale beside it",
         findings=(
+            *config_findings(tensors.metadata, config, place.weights, place.config_path),
             *(findings if options.scale is None and options.alpha is None else []),
             *_dora_finding(pairs),
             *beside_finding("not analysed", others),

@@ -38,6 +38,7 @@ from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, run
 from lora_analysis.formats.sources import place_of as source_of
 from lora_analysis.showing import plural
 from lora_analysis.storage.hub_names import shown_errors
+from lora_analysis.storage.marks import config_findings
 from lora_analysis.storage.tensors import LazyTensors, NamedTensors, open_tensors
 
 if TYPE_CHECKING:
@@ -127,6 +128,9 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:
                         place, config, stored.found, ranks=ranks, scales=scales, others=others
                     ),
                     *_start_findings(config, start),
+                    *config_findings(
+                        stored.tensors.metadata, config.raw, place.weights, place.config
+                    ),
                 )
             ),
             **run_facts(place.weights.parent),

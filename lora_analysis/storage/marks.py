@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis import __version__
 from lora_analysis.errors import InputError
+from lora_analysis.finding import Finding
 from lora_analysis.storage.gguf import is_gguf, read_gguf
 from lora_analysis.storage.headers import read_header
 
@@ -63,6 +64,28 @@ def stated_config_digest(metadata: Mapping[str, str]) -> str | None:
         return None
     digest = stated.get(_CONFIG_DIGEST) if isinstance(stated, dict) else None
     return digest if isinstance(digest, str) else None
+
+
+def config_findings(
+    metadata: Mapping[str, str],
+    config: Mapping[str, Any],
+    weights: Path,
+    config_path: Path | None,
+) -> list[Finding]:
+    """Return a finding if weights state that they were written with another configuration.
+
+    Parameters
+    ----------
+    metadata, weights
+        Metadata and path of the weights.
+    config, config_path
+        The whole document next to them, and where it lies; None if there is none.
+    """
+    digest = stated_config_digest(metadata)
+    if digest is None or config_path is None or digest == config_digest(config):
+        return []
+    fields = {"weights": weights.name, "config": config_path.name}
+    return [Finding("config-not-written-with-weights", fields)]
 
 
 def is_marked(path: Path) -> bool:
