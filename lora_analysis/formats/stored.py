@@ -170,7 +170,7 @@ class _Tensor:
         return _read_shared(tensors, self.name) if self.shared else tensors.read(self.name)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=6)
 def _read_shared(tensors: NamedTensors, name: str) -> NDArray[Any]:
     whole = tensors.read(name)
     whole.flags.writeable = False

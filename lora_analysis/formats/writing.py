@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +64,16 @@ def write_adapter(
         The disk refused.
     """
     files = adapter_files(adapter, path, format=format, **options)
-    write_together(files)
-    return Path(path) if len(files) > 1 else next(iter(files))
+    first = next(iter(files))
+    made = [folder for folder in first.parents if not folder.exists()]
+    try:
+        write_together(files)
+    except BaseException:
+        for folder in made:  # a refusal while the numbers are computed leaves nothing either
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+    return Path(path) if len(files) > 1 else first
 
 
 def adapter_files(

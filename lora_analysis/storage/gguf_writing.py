@@ -9,7 +9,12 @@ from lora_analysis.errors import InputError, MissingExtraError
 from lora_analysis.storage.dtypes import raw_dtype
 from lora_analysis.storage.headers import shown
 from lora_analysis.storage.marks import GGUF_VERSION_KEY
-from lora_analysis.storage.tensor_writer import OutputTensor, refuse_repeated, tensor_bytes
+from lora_analysis.storage.tensor_writer import (
+    OutputTensor,
+    refuse_repeated,
+    stored_bytes,
+    tensor_bytes,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -85,10 +90,14 @@ def write_gguf(
         else:
             writer.add_float32(key, value)
     for tensor in given:
-        raw = raw_dtype(tensor.dtype)
-        size = tensor.elements * raw.itemsize
         kind = gguf.GGMLQuantizationType[_TYPES[tensor.dtype]]
-        writer.add_tensor_info(tensor.name, tensor.shape, raw, size, raw_dtype=kind)
+        writer.add_tensor_info(
+            tensor.name,
+            tensor.shape,
+            raw_dtype(tensor.dtype),
+            stored_bytes(tensor),
+            raw_dtype=kind,
+        )
     # The package opens a path of its own; here the file is another's, who puts it in its place.
     writer.fout = [stream]
     writer.state = gguf.gguf_writer.WriterState.EMPTY
@@ -98,9 +107,8 @@ def write_gguf(
     writer.write_padding(stream, stream.tell())
     # Its write_tensor_data uses ndarray.tofile, whose errors do not say what the disk refused.
     for tensor in given:
-        content = tensor_bytes(tensor)
-        stream.write(content)
-        writer.write_padding(stream, len(content))
+        stream.write(tensor_bytes(tensor))
+        writer.write_padding(stream, stored_bytes(tensor))
 
 
 def _gguf() -> Any:

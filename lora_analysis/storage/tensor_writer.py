@@ -164,6 +164,11 @@ def tensor_bytes(tensor: OutputTensor) -> memoryview:
     return memoryview(flat)  # type: ignore[arg-type]  # numpy arrays are buffers
 
 
+def stored_bytes(tensor: TensorSpec) -> int:
+    """Return how many bytes the numbers of a tensor take."""
+    return tensor.elements * raw_dtype(tensor.dtype).itemsize
+
+
 def _ordered(tensors: Iterable[OutputTensor]) -> list[OutputTensor]:
     """Return tensors in the order of a safetensors file; refuse what has no place in one."""
     given = list(tensors)
@@ -206,6 +211,6 @@ def _header(ordered: Sequence[OutputTensor], metadata: Mapping[str, str]) -> byt
 def _offsets(ordered: Sequence[OutputTensor]) -> Iterator[tuple[int, int]]:
     start = 0
     for tensor in ordered:
-        stop = start + tensor.elements * raw_dtype(tensor.dtype).itemsize
+        stop = start + stored_bytes(tensor)
         yield start, stop
         start = stop
