@@ -9,7 +9,7 @@ import click
 from lora_analysis.cli.options import output_options
 from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.show import decimals, print_facts, print_json, print_table
-from lora_analysis.cli.writing import WrittenFormat, notes, output_place, refuse_occupied
+from lora_analysis.cli.writing import WrittenFormat, notes, output_place
 from lora_analysis.showing import printable
 
 if TYPE_CHECKING:
@@ -45,14 +45,15 @@ def command(
     """Write SOURCE in another format, read it back, and say how far ΔW is from what it was."""
     from lora_analysis.formats import write_adapter, writing_notes
     from lora_analysis.formats.doubts import with_doubts
+    from lora_analysis.formats.writing import check_adapter_place
 
     if architecture is not None and kind != "gguf":
         message = f"--architecture belongs to --to gguf, not to {kind}."
         raise click.UsageError(message)
-    refuse_occupied(output, force=force)
     adapter = with_doubts(reading.read(source))
+    check_adapter_place(output, inputs=adapter.inputs, force=force)
     options = {"architecture": architecture, "heads": reading.heads} if kind == "gguf" else {}
-    path = write_adapter(adapter, output, format=kind, **options)
+    path = write_adapter(adapter, output, format=kind, force=force, verb="convert", **options)
     folded = writing_notes(adapter, kind)
     adapter, errors = _read_back(adapter, path)
     if form == "json":

@@ -14,7 +14,6 @@ from lora_analysis.cli.options import (
 )
 from lora_analysis.cli.writing import (
     one_size,
-    refuse_occupied,
     smaller_options,
     write_resized,
 )
@@ -50,11 +49,13 @@ def command(
     Tables of embeddings are matrices too: --module chooses what is meant.
     """
     from lora_analysis.edit import extract
+    from lora_analysis.formats.writing import check_adapter_place
 
     size = one_size(rank=rank, energy=energy, budget=budget)
-    refuse_occupied(output, force=force)
+    inputs = [Path(one) for one in (tuned, base) if Path(one).exists()]
+    check_adapter_place(output, inputs=inputs, force=force)
     with progress_bar(form) as progress:
         found = extract(
             tuned, base, **size, modules=modules, transposed=transposed, progress=progress
         )
-    write_resized(found, output, kind, form)
+    write_resized(found, output, kind, form, inputs=inputs, force=force)

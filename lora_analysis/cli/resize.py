@@ -10,7 +10,6 @@ from lora_analysis.cli.options import output_options, progress_bar
 from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.writing import (
     one_size,
-    refuse_occupied,
     smaller_options,
     write_resized,
 )
@@ -42,9 +41,11 @@ def command(
     "lost" is the norm of what is gone, √Σσ², and "relative" that over ‖ΔW‖.
     """
     from lora_analysis.edit import resize_adapter
+    from lora_analysis.formats.writing import check_adapter_place
 
     size = one_size(rank=rank, energy=energy, budget=budget)
-    refuse_occupied(output, force=force)
+    adapter = reading.read(source)
+    check_adapter_place(output, inputs=adapter.inputs, force=force)
     with progress_bar(form) as progress:
-        resized = resize_adapter(reading.read(source), **size, progress=progress)
-    write_resized(resized, output, kind, form)
+        resized = resize_adapter(adapter, **size, progress=progress)
+    write_resized(resized, output, kind, form, inputs=adapter.inputs, force=force)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from lora_analysis.cli.options import force_option
 from lora_analysis.cli.show import decimals, print_facts, print_json, print_table
-from lora_analysis.errors import SourceError
 
 if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter
@@ -42,9 +42,7 @@ def _writers() -> list[str]:
 
 def output_place(command: Command) -> Command:
     """Add ``--output`` and ``--force``."""
-    command = click.option(
-        "--force", is_flag=True, help="Write into a folder that is not empty, over its files."
-    )(command)
+    command = force_option(command)
     return click.option(
         "-o",
         "--output",
@@ -92,30 +90,15 @@ def one_size(**sizes: Any) -> dict[str, Any]:
     return given
 
 
-def refuse_occupied(
-    output: Path, *, force: bool, ours: Callable[[Path], bool] = lambda _: False
+def write_resized(
+    resized: Resized, output: Path, kind: str, form: str, *, inputs: Sequence[Path], force: bool
 ) -> None:
-    """Raise where something lies at the output already and may not be written over.
-
-    ``ours`` says whether it is what the command itself wrote earlier, and may replace.
-    """
-    if output.is_symlink():
-        message = f"{output} is a symbolic link; nothing is written through one. Name its target."
-        raise SourceError(message)
-    if force or not output.exists():
-        return
-    if (output.is_dir() and not any(output.iterdir())) or ours(output):
-        return
-    what = "is not empty" if output.is_dir() else "exists"
-    message = f"{output} {what}. Choose another place, or pass --force to write over its files."
-    raise SourceError(message)
-
-
-def write_resized(resized: Resized, output: Path, kind: str, form: str) -> None:
     """Write a smaller adapter and say what it lost."""
     from lora_analysis.formats import write_adapter
 
-    path = write_adapter(resized.adapter, output, format=kind)
+    path = write_adapter(
+        resized.adapter, output, format=kind, force=force, inputs=inputs, verb="resize"
+    )
     if form == "json":
         print_json(_document(resized, path, kind))
     elif form == "quiet":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,19 +9,36 @@ from lora_analysis.errors import InputError
 from lora_analysis.formats.fused_parts import joined
 from lora_analysis.formats.merged import are_blocks
 from lora_analysis.formats.registry import WRITERS, contents_of, notes_of
-from lora_analysis.storage.atomic import write_together
+from lora_analysis.storage.atomic import write_atomic
+from lora_analysis.storage.outputs import (
+    OutputFolder,
+    check_output_file,
+    output_folder,
+    write_output_file,
+)
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Sequence
 
     from lora_analysis.adapter import Adapter
     from lora_analysis.storage.atomic import Content
 
+_KIND = "adapter"
+_FILE_SUFFIXES = (".safetensors", ".gguf")
+
 
 def write_adapter(
-    adapter: Adapter, path: str | os.PathLike[str], *, format: str = "peft", **options: Any
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    *,
+    format: str = "peft",
+    force: bool = False,
+    inputs: Sequence[Path] = (),
+    verb: str = "write_adapter",
+    **options: Any,
 ) -> Path:
-    """Write an adapter, each file whole or not at all.
+    """Write an adapter as a whole or not at all.
 
     ``"peft"`` makes a folder with ``adapter_config.json`` and ``adapter_model.safetensors``
     that PEFT loads: factors as float32 in the shapes of their layers, scale kept exactly, DoRA's
@@ -39,10 +55,17 @@ def write_adapter(
     adapter
         Read or extracted; every module a low-rank update of known scale.
     path
-        The folder; made where it does not exist, files of the same names are replaced. For a
-        format of one file it may also be the file, ending in ``.safetensors``.
+        The folder; made where it does not exist. Files that this function wrote are replaced
+        together; other files stay. For a format of one file it may also be the file, ending in
+        ``.safetensors`` or ``.gguf``.
     format
         One of the formats that can be written.
+    force
+        Whether files of others, or edited ones, are replaced at the names that are written.
+    inputs
+        Files and folders besides the adapter's own that may not be written.
+    verb
+        What the record of the folder names as its writer.
     **options
         What the format's writer takes besides: ``architecture`` and ``heads`` for ``"gguf"``.
 
@@ -60,20 +83,44 @@ def write_adapter(
         update is part of a method that also changes the base (KaSA), or one of a stack of experts.
     InputError
         The format is not written, or the adapter has no modules or one that it cannot say.
+    OccupiedError
+        A name that is written is taken by a file of somebody else, or the place is an input.
+    InUseError
+        Another process writes there.
     OutputError
         The disk refused.
     """
-    files = adapter_files(adapter, path, format=format, **options)
-    first = next(iter(files))
-    made = [folder for folder in first.parents if not folder.exists()]
-    try:
-        write_together(files)
-    except BaseException:
-        for folder in made:  # a refusal while the numbers are computed leaves nothing either
-            with suppress(OSError):
-                folder.rmdir()
-        raise
-    return Path(path) if len(files) > 1 else first
+    target = Path(path)
+    files = adapter_files(adapter, target, format=format, **options)
+    protected = [*adapter.provenance.inputs, *inputs]
+    if list(files) == [target]:
+        return write_output_file(target, files[target], inputs=protected, force=force)
+    with output_folder(
+        target, kind=_KIND, verb=verb, inputs=protected, force=force, shared=True
+    ) as staging:
+        for file, content in files.items():
+            write_atomic(staging / file.relative_to(target), content)
+    return target if len(files) > 1 else next(iter(files))
+
+
+def check_adapter_place(path: Path, *, inputs: Sequence[Path], force: bool) -> None:
+    """Raise if an adapter may not be written to a place; a folder must hold nothing of others.
+
+    Raises
+    ------
+    OccupiedError
+        See `OutputFolder.check` and `check_output_file`.
+    """
+    if path.suffix in _FILE_SUFFIXES and not path.is_dir():
+        check_output_file(path, inputs=inputs, force=force)
+    else:
+        OutputFolder(path, kind=_KIND, verb="", inputs=inputs, force=force).check()
+
+
+def write_adapter_files(adapter: Adapter, folder: Path) -> list[str]:
+    """Write a PEFT adapter into a folder that the caller has to itself; return the names."""
+    files = adapter_files(adapter, folder)
+    return [write_atomic(path, content).name for path, content in files.items()]
 
 
 def adapter_files(

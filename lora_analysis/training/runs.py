@@ -317,7 +317,7 @@ class _Run:
 
     def _write_result(self, folder: Path, **fields: Any) -> list[str]:
         """Write what was trained; return the names of its files."""
-        from lora_analysis.formats import write_adapter
+        from lora_analysis.formats.writing import write_adapter_files
         from lora_analysis.lora import extract_adapter
 
         if self.config.method == "full":
@@ -325,8 +325,7 @@ class _Run:
         adapter = extract_adapter(
             self.setting.model, label=self.config.name, config={**self.setting.fields, **fields}
         )
-        write_adapter(adapter, folder)
-        return list(ADAPTER_NAMES)
+        return write_adapter_files(adapter, folder)
 
     def _write_passing(self, step: int) -> None:
         """Write the adapter of a step on the way, with a manifest that says which."""
