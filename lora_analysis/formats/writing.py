@@ -89,6 +89,12 @@ def write_adapter(
         Another process writes there.
     OutputError
         The disk refused.
+    MissingExtraError
+        ``"gguf"``, and the extra of that name is not installed.
+
+    Notes
+    -----
+    One module at a time is in memory; each is read twice, for the header and for its numbers.
     """
     target = Path(path)
     files = adapter_files(adapter, target, format=format, **options)
