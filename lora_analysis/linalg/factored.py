@@ -161,10 +161,13 @@ def _householder_svd(b: Any, a: Any, *, vectors: bool | int) -> FactoredSVD:
     u, v = None, None
     if vectors:
         q_b, r_b = xp.linalg.qr(b)
+        del b  # the memory of a factor in float64
         q_a, r_a = xp.linalg.qr(a.mT)
+        del a
         left, values, right_t = xp.linalg.svd(r_b @ r_a.mT, full_matrices=False)
         count = values.shape[-1] if vectors is True else vectors
         u = q_b @ left[..., :count]
+        del q_b
         sign = _signs(u, xp)
         u, v = u * sign, (q_a @ right_t.mT[..., :count]) * sign
     else:
