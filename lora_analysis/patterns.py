@@ -133,7 +133,7 @@ def _equal_but_for_dots(text: str, plain: str) -> bool:
 
 
 def _matches_expression(name: str, expression: str) -> bool:
-    import regex  # type: ignore[import-untyped]  # ships no stubs
+    import regex
 
     try:
         re.compile(expression)  # PEFT's own; regex would also take patterns that call themselves

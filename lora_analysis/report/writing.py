@@ -188,7 +188,7 @@ def write_page(
 
 def _check_parquet() -> None:
     try:
-        import pyarrow as pa  # type: ignore[import-untyped]  # noqa: F401
+        import pyarrow as pa  # noqa: F401
     except ImportError as error:
         message = "Parquet tables need pyarrow: pip install 'lora-analysis[parquet]'."
         raise MissingExtraError(message) from error

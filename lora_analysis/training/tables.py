@@ -182,7 +182,7 @@ def _is_cola(first: list[str]) -> bool:
 
 def _parquet(path: Path) -> _Lines:
     try:
-        from pyarrow import parquet  # type: ignore[import-untyped]
+        from pyarrow import parquet
     except ImportError as error:
         message = f"{path} is Parquet, which pyarrow reads. Run: pip install pyarrow"
         raise MissingExtraError(message) from error
@@ -265,7 +265,7 @@ def read_datasets(name: str, split: str, limit: int | None = None) -> Rows:
         The package is not installed.
     """
     try:
-        import datasets  # type: ignore[import-not-found,unused-ignore]
+        import datasets
     except ImportError as error:
         message = f"'{name}' is a data set of a hub. Run: pip install 'lora-analysis[data]'"
         raise MissingExtraError(message) from error
