@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lora_models import TOKENS, adapted, fill, lora_layers, tiny_model
+from lora_models import TOKENS, adapted, fill, lora_layers, output, tiny_model
 from torch import nn
 
 from lora_analysis.errors import InputError, TargetError
@@ -177,9 +177,9 @@ def test_an_adapter_is_not_added_twice() -> None:
 
 def test_a_fresh_adapter_leaves_the_output_exactly_as_it_was() -> None:
     model = tiny_model()
-    before = model(TOKENS)
+    before = output(model)
     add(model, targets=["q_proj", "c_proj"], trainable=["head"])
-    assert torch.equal(model(TOKENS), before)
+    assert torch.equal(output(model), before)
 
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 4 / 9), (True, 4 / 3)])
@@ -228,8 +228,8 @@ def test_evaluation_mode_computes_the_same_and_changes_no_weight() -> None:
     model = adapted()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     outputs = [model.train()(TOKENS), model.eval()(TOKENS), model.train()(TOKENS)]
-    for output in outputs[1:]:
-        torch.testing.assert_close(output, outputs[0], rtol=1e-5, atol=1e-6)
+    for later in outputs[1:]:
+        torch.testing.assert_close(later, outputs[0], rtol=1e-5, atol=1e-6)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
@@ -237,27 +237,27 @@ def test_evaluation_mode_computes_the_same_and_changes_no_weight() -> None:
 
 
 def test_without_an_active_adapter_the_model_is_its_base_head_included() -> None:
-    expected = tiny_model()(TOKENS)
+    expected = output(tiny_model())
     model = adapted()
-    trained = model(TOKENS)
+    trained = output(model)
     assert not torch.allclose(trained, expected)
     set_active(model, None)
-    assert torch.equal(model(TOKENS), expected)
+    assert torch.equal(output(model), expected)
     set_active(model, "default")
-    assert torch.equal(model(TOKENS), trained)
+    assert torch.equal(output(model), trained)
 
 
 def test_a_second_adapter_leaves_the_first_as_it_was() -> None:
     model = adapted()
-    first = model(TOKENS)
+    first = output(model)
     names = add(model, rank=3, targets=["1.q_proj"], name="second", trainable=["head"])
     assert names == ["layers.1.q_proj"]
     assert all(".second." in name for name, _ in trainable_parameters(model))
-    assert torch.equal(model(TOKENS), tiny_model()(TOKENS))  # its B is zero, its head the base's
+    assert torch.equal(output(model), output(tiny_model()))  # its B is zero, its head the base's
     fill(model, "second")
-    assert not torch.allclose(model(TOKENS), first)
+    assert not torch.allclose(output(model), first)
     set_active(model, "default")
-    assert torch.equal(model(TOKENS), first)
+    assert torch.equal(output(model), first)
 
 
 def test_a_module_is_not_both_adapted_and_trained_in_full() -> None:
@@ -287,13 +287,13 @@ def shape_of(model: nn.Module) -> list[tuple[str, type]]:
 
 def test_a_merged_model_has_the_modules_and_tensors_of_its_base_and_the_same_output() -> None:
     model, base = adapted(), tiny_model()
-    expected = model(TOKENS)
+    expected = output(model)
     merge_lora(model)
     assert shape_of(model) == shape_of(base)
     assert list(model.state_dict()) == list(base.state_dict())
-    torch.testing.assert_close(model(TOKENS), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output(model), expected, rtol=1e-5, atol=1e-5)
     base.load_state_dict(model.state_dict())
-    assert torch.equal(base(TOKENS), model(TOKENS))
+    assert torch.equal(output(base), output(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -301,7 +301,7 @@ def test_unmerging_gives_back_every_weight_bit_for_bit(dtype: torch.dtype) -> No
     model = adapted(dtype=dtype)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     owners = [layer.base_layer.weight for layer in lora_layers(model).values()]
-    expected = model(TOKENS)
+    expected = output(model)
     for _ in range(3):
         handle = merge_lora(model)
         assert not torch.equal(
@@ -313,7 +313,7 @@ def test_unmerging_gives_back_every_weight_bit_for_bit(dtype: torch.dtype) -> No
     assert all(torch.equal(after[name], value) for name, value in before.items())
     now = [layer.base_layer.weight for layer in lora_layers(model).values()]
     assert all(one is two for one, two in zip(owners, now, strict=True))
-    assert torch.equal(model(TOKENS), expected)
+    assert torch.equal(output(model), expected)
 
 
 def test_a_merged_bfloat16_model_equals_the_unmerged_one_to_its_precision() -> None:
@@ -327,19 +327,19 @@ def test_merging_takes_the_active_adapter_and_none_gives_the_base() -> None:
     model = adapted()
     set_active(model, None)
     handle = merge_lora(model)
-    assert torch.equal(model(TOKENS), tiny_model()(TOKENS))
+    assert torch.equal(output(model), output(tiny_model()))
     unmerge_lora(handle)
     set_active(model, "default")
-    assert not torch.allclose(model(TOKENS), tiny_model()(TOKENS))
+    assert not torch.allclose(output(model), output(tiny_model()))
 
 
 def test_merging_and_unmerging_twice_are_errors_that_change_nothing() -> None:
     model = adapted()
     handle = merge_lora(model)
-    merged = model(TOKENS)
+    merged = output(model)
     with pytest.raises(InputError, match="merged already"):
         merge_lora(model)
-    assert torch.equal(model(TOKENS), merged)
+    assert torch.equal(output(model), merged)
     unmerge_lora(handle)
     with pytest.raises(InputError, match=r"'layers.0.q_proj' \(of 23 modules\).*unmerged already"):
         unmerge_lora(handle)
@@ -402,11 +402,11 @@ def test_modes_set_while_merged_hold_after_unmerging() -> None:
 def test_a_deep_copy_is_independent() -> None:
     model = adapted()
     twin = copy.deepcopy(model)
-    expected = model(TOKENS)
+    expected = output(model)
     fill(twin, seed=5)
     set_active(twin, None)
-    assert torch.equal(model(TOKENS), expected)
-    assert torch.equal(twin(TOKENS), tiny_model()(TOKENS))
+    assert torch.equal(output(model), expected)
+    assert torch.equal(output(twin), output(tiny_model()))
 
 
 # Deprecated in favour of torch.export, which takes eight seconds to import.
