@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-cluster test-faults check figures notebooks docs data bench fuzz clean
+.PHONY: demo test test-cluster test-faults test-kernels test-peft check figures notebooks docs data \
+  bench fuzz clean
 
 demo: .venv/.demo
 	$(BIN)/lora-analysis demo -o runs/demo
@@ -18,6 +19,24 @@ test: .venv/.dev
 test-cluster: .venv/.dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[ray]'
 	$(BIN)/pytest -m cluster
+
+# The numeric tests with the kernels of other processors: what this one chooses, those for AVX2, and
+# those for every x86-64. Bounds come from the arithmetic, so they hold under each.
+NUMERIC := $(addprefix tests/test_,$(addsuffix .py,adapter amplify* bases_* chance* doctests edit* \
+  effective fine_tunes formats_* groups* initialisation intruders linalg* lora_* pairwise plots_* \
+  similarity spectra studies* training_* weight_changes))
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell
+test-kernels: .venv/.dev
+	$(BIN)/pytest -n auto --dist loadfile -m "not cluster" $(NUMERIC)
+	$(AVX2) $(BIN)/pytest -n auto --dist loadfile -m "not cluster" $(NUMERIC)
+	ATEN_CPU_CAPABILITY=default $(BIN)/pytest -n auto --dist loadfile -m "not cluster" $(NUMERIC)
+
+# PEFT's own tests as a client: every adapter that they save is read and compared with PEFT's layers.
+# make test-peft PEFT_TESTS=/path/to/peft/tests, of the version that is installed.
+test-peft: .venv/.dev
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+	  datasets diffusers parameterized
+	cd tests && ../$(BIN)/python -m peft_client $(abspath $(PEFT_TESTS))
 
 # The quick half, for while you work.
 check: .venv/.dev

@@ -1,0 +1,169 @@
+"""What PEFT's live layers add to their weights, and how a folder read compares with it."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+
+from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate
+from lora_analysis.errors import LoraAnalysisError
+from lora_analysis.formats import read_adapter
+
+# Layers whose update is s·B·A whatever the method around it: a refusal of these needs a reason.
+PLAIN_LAYERS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding")
+
+
+@dataclass
+class LiveUpdate:
+    """ΔW of one live layer as the base stores it, and what says how exact and how plain it is."""
+
+    delta: torch.Tensor
+    dtype: torch.dtype
+    layer: str
+    is_plain: bool
+
+    @property
+    def matrices(self) -> list[np.ndarray]:
+        """Return ΔW as ``(d_out, d_in)``, once per expert; see `LowRankUpdate.layout`."""
+        delta = self.delta.detach().double().cpu().numpy()
+        if self.layer == "ParamWrapper":
+            return list(delta) if delta.ndim == 3 else [delta]
+        if self.layer in ("Embedding", "of Conv1D"):
+            return [delta.T]
+        return [delta.reshape(len(delta), -1)]
+
+
+@dataclass
+class Outcome:
+    """What reading one folder gave: right, refused, wrong, crashed or unchecked."""
+
+    kind: str
+    method: str
+    detail: str = ""
+    folder: str = ""
+    test: str = field(default="", compare=False)
+
+    @property
+    def is_failure(self) -> bool:
+        return self.kind not in ("right", "refused")
+
+
+def live_updates(model: Any, adapter: str, initial: Path | None = None) -> dict[str, LiveUpdate]:
+    """Return ΔW of every live layer that has the adapter, by the name of its module.
+
+    With ``initial``, the folder of the adapter before training, its s·B₀·A₀ is subtracted, as
+    ``save_pretrained(path_initial_model_for_weight_conversion=)`` does.
+    """
+    updates = {}
+    started = {} if initial is None else load_file(initial / "adapter_model.safetensors")
+    root = getattr(model.base_model, "model", model.base_model)
+    for path, layer in root.named_modules():
+        if not isinstance(layer, BaseTunerLayer) or not hasattr(layer, "get_delta_weight"):
+            continue
+        if not any(adapter in getattr(layer, names) for names in layer.adapter_layer_names):
+            continue
+        try:
+            delta = layer.get_delta_weight(adapter)
+        except (NotImplementedError, TypeError, AttributeError):  # a method without one ΔW
+            continue
+        stem = f"base_model.model.{path}.lora_"
+        if f"{stem}A.weight" in started:
+            product = started[f"{stem}B.weight"].double() @ started[f"{stem}A.weight"].double()
+            delta = delta.double() - layer.scaling[adapter] * product
+        kind = type(layer).__name__
+        base = type(layer.get_base_layer()).__name__
+        variants = getattr(layer, "lora_variant", {})
+        name = path.replace(".base_layer", "")
+        if kind == "ParamWrapper":
+            name = f"{name}.{layer.parameter_name}"
+        updates[name] = LiveUpdate(
+            delta,
+            next(iter(layer.parameters())).dtype if delta.dtype == torch.float64 else delta.dtype,
+            "of Conv1D" if base == "Conv1D" else kind,
+            kind in PLAIN_LAYERS
+            and type(layer).__module__ == "peft.tuners.lora.layer"
+            and adapter not in variants,
+        )
+    return updates
+
+
+def check_folder(folder: Path, model: Any, adapter: str, initial: Path | None = None) -> Outcome:
+    """Read a folder that PEFT has just saved, and compare it with the live layers."""
+    config = model.peft_config[adapter]
+    method = str(getattr(config.peft_type, "value", config.peft_type))
+    with _undisturbed():
+        live = live_updates(model, adapter, initial)
+        try:
+            read = read_adapter(folder)
+            problems = list(_differences(read, live))
+        except LoraAnalysisError as error:
+            plain = bool(live) and all(update.is_plain for update in live.values())
+            plain = plain and method == "LORA"
+            text = f"{type(error).__name__}: {error}"
+            return Outcome("refused plain LoRA" if plain else "refused", method, text, str(folder))
+        except Exception as error:  # noqa: BLE001 - whatever is not ours is a crash
+            return Outcome("crashed", method, f"{type(error).__name__}: {error}", str(folder))
+    if problems:
+        return Outcome("wrong", method, "; ".join(problems[:3]), str(folder))
+    if not live and len(read):
+        return Outcome("unchecked", method, f"{len(read)} modules without a live ΔW", str(folder))
+    return Outcome("right", method, f"{len(read)} modules", str(folder))
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Leave the random state and the warnings of PEFT's test as they are."""
+    with torch.random.fork_rng(), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _differences(read: Adapter, live: dict[str, LiveUpdate]) -> Iterator[str]:
+    expected = {}
+    for name, update in live.items():
+        matrices = update.matrices
+        owner, _, parameter = name.rpartition(".")
+        for expert, matrix in enumerate(matrices):
+            key = f"{owner}.{expert}.{parameter}" if len(matrices) > 1 else name
+            expected[key] = (matrix, update)
+    if set(read) != set(expected) and live:
+        missing, extra = sorted(set(expected) - set(read)), sorted(set(read) - set(expected))
+        yield f"modules differ: missing {missing[:4]}, unexpected {extra[:4]}"
+    for name in sorted(set(read) & set(expected)):
+        matrix, update = expected[name]
+        ours, bound = read[name].delta_weight(), _rounding(read[name], update.dtype)
+        if update.layer == "ParamWrapper" and ours.shape != matrix.shape:
+            matrix = matrix.T  # how the base stores a parameter is the base's affair
+        if ours.shape != matrix.shape:
+            yield f"'{name}' has shape {ours.shape}, PEFT's {matrix.shape}"
+            continue
+        same = np.abs(ours - matrix) <= bound
+        if update.layer == "ParamWrapper" and matrix.shape[0] == matrix.shape[1]:
+            same = same if same.all() else np.abs(ours - matrix.T) <= bound
+        if not same.all():
+            error = np.abs(ours - matrix).max()
+            yield f"'{name}' ({update.layer}) differs by {error:.3g} of {np.abs(matrix).max():.3g}"
+
+
+def _rounding(update: LowRankUpdate | DenseUpdate, dtype: torch.dtype) -> np.ndarray:
+    """Return how far PEFT's ΔW may lie from the exact product of the same factors.
+
+    PEFT multiplies in float32 at least: (r + 3) roundings of each sum of r products, the scale
+    among them; then the result is rounded to the type of the layer.
+    """
+    exact = np.abs(update.delta_weight())
+    single = torch.finfo(torch.float32).eps
+    if isinstance(update, DenseUpdate):  # products of products, ranks unknown: its width instead
+        return np.full(exact.shape, min(exact.shape) * single * exact.max(initial=0.0) + 1e-12)
+    terms = np.abs(update.B.astype(np.float64)) @ np.abs(update.A.astype(np.float64))
+    product = (update.rank + 3) * single * abs(update.known_scale()) * terms
+    return product + torch.finfo(dtype).eps * exact + 1e-12
