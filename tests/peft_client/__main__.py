@@ -51,6 +51,8 @@ class Client:
                 outcome = check_folder(folder, model, name, Path(initial) if initial else None)
                 outcome.test = self.test
                 self.outcomes.append(outcome)
+                if outcome.is_failure:  # at once: the run takes long
+                    _print_failure(outcome)
             return result
 
         PeftModel.save_pretrained = save_and_read  # type: ignore[method-assign]
@@ -73,8 +75,12 @@ class Client:
             print(f"  refused {count} x {reason}")
         for outcome in self.outcomes:
             if outcome.is_failure:
-                print(f"{outcome.kind.upper()} {outcome.method} in {outcome.test}")
-                print(f"    {outcome.detail}")
+                _print_failure(outcome)
+
+
+def _print_failure(outcome: Outcome) -> None:
+    text = f"\n{outcome.kind.upper()} {outcome.method} in {outcome.test}\n    {outcome.detail}"
+    print(text, file=sys.__stderr__, flush=True)
 
 
 def _without_names(outcome: Outcome) -> str:
