@@ -79,6 +79,7 @@ class Client:
 
 
 def _print_failure(outcome: Outcome) -> None:
+    # Past what pytest captures, of sys.stderr alone: see pytest.ini.
     text = f"\n{outcome.kind.upper()} {outcome.method} in {outcome.test}\n    {outcome.detail}"
     print(text, file=sys.__stderr__, flush=True)
 
@@ -99,8 +100,11 @@ def main(arguments: list[str]) -> int:
     client = Client()
     client.install()
     settings = str(Path(__file__).with_name("pytest.ini"))
-    pytest.main(["-c", settings, "--rootdir", str(folder.parent), *files, *arguments[1:]], [client])
-    client.report()
+    try:
+        options = ["-c", settings, "--rootdir", str(folder.parent), *arguments[1:]]
+        pytest.main([*files, *options], [client])
+    finally:
+        client.report()
     return int(not client.outcomes or any(outcome.is_failure for outcome in client.outcomes))
 
 
