@@ -75,6 +75,9 @@ def live_updates(model: Any, adapter: str, initial: Path | None = None) -> dict[
             delta = layer.get_delta_weight(adapter)
         except Exception:  # noqa: BLE001 - a method that has no ΔW; what is read is "unchecked"
             continue
+        if adapter in getattr(layer, "lora_diag", {}):  # KaSA: s·B·diag·A, which that leaves out
+            A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            delta = layer.scaling[adapter] * (B * layer.lora_diag[adapter]) @ A
         stem = f"base_model.model.{path}.lora_"
         if f"{stem}A.weight" in started:
             product = started[f"{stem}B.weight"].double() @ started[f"{stem}A.weight"].double()
