@@ -72,7 +72,10 @@ def live_updates(model: Any, adapter: str, initial: Path | None = None) -> dict[
         if not any(adapter in getattr(layer, names) for names in layer.adapter_layer_names):
             continue
         try:
-            delta = layer.get_delta_weight(adapter)
+            if getattr(layer.get_base_layer(), "groups", 1) > 1 and hasattr(layer, "lora_A"):
+                delta = _grouped_product(layer, adapter)
+            else:
+                delta = layer.get_delta_weight(adapter)
         except Exception:  # noqa: BLE001 - a method that has no ΔW; what is read is "unchecked"
             continue
         if adapter in getattr(layer, "lora_diag", {}):  # KaSA: s·B·diag·A, which that leaves out
@@ -97,6 +100,19 @@ def live_updates(model: Any, adapter: str, initial: Path | None = None) -> dict[
             and adapter not in variants,
         )
     return updates
+
+
+def _grouped_product(layer: Any, adapter: str) -> torch.Tensor:
+    """Return ΔW of a grouped convolution, for which PEFT's own ``get_delta_weight`` fails.
+
+    B has the groups of the base and A none: group g of the outputs sees the g-th part of A's rows.
+    """
+    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight.flatten(1)
+    groups = layer.lora_B[adapter].groups
+    products = [
+        torch.tensordot(b, a, dims=1) for b, a in zip(B.chunk(groups), A.chunk(groups), strict=True)
+    ]
+    return torch.cat(products) * layer.scaling[adapter]
 
 
 def check_folder(folder: Path, model: Any, adapter: str, initial: Path | None = None) -> Outcome:
