@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
 from lora_analysis.errors import OutputError
@@ -18,7 +19,7 @@ _TEMPORARY = re.compile(r"\..+\.(\d{1,10})-[0-9a-f]{8}\.tmp")
 _ABANDONED = 3600.0
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable
     from pathlib import Path
 
 Content: TypeAlias = "bytes | Callable[[BinaryIO], None]"
@@ -46,62 +47,33 @@ def write_atomic(path: Path, content: Content) -> Path:
     Raises
     ------
     OutputError
-        The disk refused; the old file is untouched and the temporary one removed.
+        The disk refused; the message says whether the old file or the new one is there.
     """
-    return write_together({path: content})
-
-
-def write_together(contents: Mapping[Path, Content]) -> Path:
-    """Write files that mean nothing without each other, as weights and what scales them.
-
-    Each is written as by `write_atomic`, all of them before the first takes its name. The last
-    one is the mark that the rest is whole: of an older set it goes first and comes back last, so
-    that whoever is interrupted leaves the old set, the new one, or one that lacks its mark, and
-    never a mixture that could be taken for either.
-
-    Parameters
-    ----------
-    contents
-        What to write by file, the mark last.
-
-    Returns
-    -------
-    Path
-        The mark.
-
-    Raises
-    ------
-    OutputError
-        The disk refused; the old files are untouched and the temporary ones removed. Where it
-        refused after the first had its name, the message says so, and the mark is missing.
-    """
-    *parts, mark = contents
-    temporaries: dict[Path, Path] = {}
-    aside = _temporary(mark)
-    renamed: list[Path] = []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
+    temporary = _temporary(path)
     try:
-        for path, content in contents.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(path)
-            temporaries[path] = _temporary(path)
-            _write(temporaries[path], content)
-        if parts and os.path.lexists(mark):
-            mark.replace(aside)
-        for path, temporary in temporaries.items():
-            temporary.replace(path)
-            renamed.append(path)
+        _write(temporary, content)
+        temporary.replace(path)
     except BaseException as error:
-        if not renamed and os.path.lexists(aside):
-            aside.replace(mark)
-        for temporary in (*temporaries.values(), *([aside] if renamed else [])):
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise _refused(mark, error, renamed) from error
+            message = (
+                f"{path} could not be written: {error.strerror or error}. What was there before is "
+                "untouched; make room or name another place with -o."
+            )
+            raise OutputError(message) from error
         raise
-    aside.unlink(missing_ok=True)
-    for folder in {path.parent for path in contents}:
-        sync_folder(folder)
-    return mark
+    try:
+        sync_folder(path.parent)
+    except OSError as error:
+        message = (
+            f"{path} is written, but the disk did not confirm it: {error.strerror or error}. "
+            "Write it again."
+        )
+        raise OutputError(message) from error
+    return path
 
 
 def _temporary(path: Path) -> Path:
@@ -141,19 +113,6 @@ def _write(temporary: Path, content: Content) -> None:
             stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _refused(path: Path, error: OSError, renamed: Sequence[Path] = ()) -> OutputError:
-    reason = error.strerror or str(error)
-    if renamed:
-        return OutputError(
-            f"{path} could not be written: {reason}. {renamed[0]} is new and stands without it; "
-            "write both again."
-        )
-    return OutputError(
-        f"{path} could not be written: {reason}. What was there before is untouched; make room "
-        "or name another place with -o."
-    )
 
 
 def remove_leftovers(folder: Path, *, below: bool = False) -> None:

@@ -459,7 +459,7 @@ def holds_output(folder: Path, kind: str) -> bool:
 
 
 @contextmanager
-def _disk_errors(target: Path, state: Callable[[], str] = lambda: _UNTOUCHED) -> Iterator[None]:
+def _disk_errors(target: Path, state: Callable[[], str] | None = None) -> Iterator[None]:
     """Turn what the system refuses into one sentence that is true of the target."""
     try:
         yield
@@ -467,9 +467,13 @@ def _disk_errors(target: Path, state: Callable[[], str] = lambda: _UNTOUCHED) ->
         cause = error.__cause__ if isinstance(error, OutputError) else error
         if not isinstance(cause, OSError) or cause.errno in (None, errno.EPIPE, errno.EINTR):
             raise
+        if state is None and cause is not error:
+            raise  # of one file, `write_atomic` says what is there now
         reason = cause.strerror or str(cause)
         place = cause.filename or target
-        message = f"{place} could not be written: {reason}. {state()}"
+        message = (
+            f"{place} could not be written: {reason}. {_UNTOUCHED if state is None else state()}"
+        )
         raise OutputError(message) from error
 
 
