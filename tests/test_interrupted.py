@@ -16,7 +16,8 @@ from factories import low_rank_update
 from lora_analysis import LowRankUpdate, read_adapter, write_adapter
 from lora_analysis.adapter import Adapter, Provenance
 from lora_analysis.errors import InputError, OutputError
-from lora_analysis.storage.atomic import write_atomic, write_together
+from lora_analysis.storage.atomic import write_atomic
+from lora_analysis.storage.outputs import output_folder
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="ends processes as POSIX does")
 
@@ -179,31 +180,21 @@ def test_a_full_disk_leaves_the_old_files(tmp_path: Path) -> None:
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("no file system may be mounted here")
     try:
-        write_together({disk / "weights": b"old", disk / "mark": b"old"})
-        with pytest.raises(OutputError, match="No space left"):
-            write_together({disk / "weights": bytes(1 << 20), disk / "mark": b"new"})
-        assert {path.name: path.read_bytes() for path in disk.iterdir()} == {
-            "weights": b"old",
-            "mark": b"old",
-        }
+        with output_folder(disk / "out", kind="adapter", verb="convert") as staging:
+            write_atomic(staging / "weights", b"old")
+        with (
+            pytest.raises(OutputError, match=r"No space left.*untouched"),
+            output_folder(disk / "out", kind="adapter", verb="convert") as staging,
+        ):
+            write_atomic(staging / "config", b"new")
+            write_atomic(staging / "weights", bytes(1 << 20))
+        assert contents_of(disk / "out") == {"weights": b"old"}
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
 def contents_of(folder: Path) -> dict[str, bytes]:
     return {one.name: one.read_bytes() for one in folder.iterdir() if one.is_file()}
-
-
-def test_a_set_that_cannot_take_its_names_leaves_the_old_one(tmp_path: Path) -> None:
-    first, second, mark = (tmp_path / name for name in ("weights", "more", "mark"))
-    write_together({second: b"old", mark: b"old"})
-    first.mkdir()  # a folder in the place of a file
-    with pytest.raises(OutputError, match="What was there before is untouched"):
-        write_together({first: b"new", second: b"new", mark: b"new"})
-    assert contents_of(tmp_path) == {"more": b"old", "mark": b"old"}
-    with pytest.raises(OutputError, match="more is new and stands without it"):
-        write_together({second: b"new", first: b"new", mark: b"new"})
-    assert contents_of(tmp_path) == {"more": b"new"}  # no mark beside a mixture
 
 
 def test_the_next_writer_clears_what_a_killed_one_left(tmp_path: Path) -> None:
