@@ -180,17 +180,18 @@ def test_a_full_disk_leaves_the_old_files(tmp_path: Path) -> None:
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("no file system may be mounted here")
     try:
-        with output_folder(disk / "out", kind="adapter", verb="convert") as staging:
-            write_atomic(staging / "weights", b"old")
-        with (
-            pytest.raises(OutputError, match=r"No space left.*untouched"),
-            output_folder(disk / "out", kind="adapter", verb="convert") as staging,
-        ):
-            write_atomic(staging / "config", b"new")
-            write_atomic(staging / "weights", bytes(1 << 20))
+        put_together(disk / "out", {"weights": b"old"})
+        with pytest.raises(OutputError, match=r"No space left.*untouched"):
+            put_together(disk / "out", {"config": b"new", "weights": bytes(1 << 20)})
         assert contents_of(disk / "out") == {"weights": b"old"}
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def put_together(folder: Path, contents: dict[str, bytes]) -> None:
+    with output_folder(folder, kind="adapter", verb="convert") as staging:
+        for name, content in contents.items():
+            write_atomic(staging / name, content)
 
 
 def contents_of(folder: Path) -> dict[str, bytes]:
