@@ -30,6 +30,25 @@ class Kind(NamedTuple):
 
 KINDS: Final[dict[str, Kind]] = {
     "file-note": Kind("limit", "{text}"),
+    "names-matched": Kind(
+        "limit",
+        "{count} of {total} modules are matched with those that other files call otherwise: "
+        "'{module}' is shown as '{shown}'.",
+    ),
+    "names-prefix": Kind(
+        "limit",
+        "names differ by a prefix ({prefixes}), which counts and shapes of all modules decide.",
+    ),
+    "names-ambiguous": Kind(
+        "limit",
+        "the same names and shapes stand behind several prefixes ({prefixes}), so these modules "
+        "are not matched. Pass prefix= to name one (command line: --prefix OLD=NEW).",
+    ),
+    "names-hidden": Kind(
+        "limit",
+        "the prefix that was passed gives the place of these modules to others, so they are left "
+        "out: {modules}.",
+    ),
     "copied-a": Kind(
         "artifact",
         "{count} modules share their A with another (for example {modules}): a fused projection "

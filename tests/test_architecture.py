@@ -26,4 +26,196 @@ LEVELS = {
     "showing": 0,
     "execution": 1,
     "linalg": 1,
+    "finding": 1,
     "names": 1,
+    "patterns": 1,
+    "adapter": 2,
+    "chance": 2,
+    "storage": 2,
+    "bases": 3,
+    "formats": 3,
+    "initialisation": 3,
+    "effective": 4,
+    "lora": 4,
+    "spectra": 4,
+    "amplify": 5,
+    "edit": 5,
+    "intruders": 5,
+    "pairwise": 5,
+    "similarity": 5,
+    "weight_changes": 5,
+    "groups": 6,
+    "studies": 6,
+    "training": 6,
+    "findings": 7,
+    "plots": 7,
+    "report": 8,
+    "demo": 9,
+    "reproduction": 10,
+    "cli": 11,
+    "__main__": 12,
+}
+# Which parts may import what is slow to import, and no other part may.
+HEAVY = {
+    "torch": {"lora", "spectra", "training"},  # spectra: on a device only
+    "matplotlib": {"plots", "report"},
+    "pandas": {"studies", "report"},
+    "gguf": {"bases", "storage"},
+    "bitsandbytes": {"training"},  # to say that it is missing
+    "compressed_tensors": set(),
+    "transformers": {"training"},
+    "peft": set(),
+    "huggingface_hub": {"storage"},
+    "ray": {"execution"},
+}
+
+
+def part_of(path: Path) -> str:
+    """Return the entry of the table to which a source file belongs."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    """Yield the full name of everything a file imports, wherever in the file it does."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_parts(path: Path) -> set[str]:
+    """Return the parts of the package that a file imports; a public name counts for its home."""
+    parts = set()
+    for name in imported_names(path):
+        package, _, rest = name.partition(".")
+        if package == "lora_analysis" and rest != "__version__":
+            first = rest.partition(".")[0]
+            parts.add(lora_analysis._MODULE_OF.get(first, first))
+    return parts
+
+
+def test_every_module_has_a_level() -> None:
+    assert {part_of(path) for path in SOURCES} - {"__init__"} <= set(LEVELS)
+
+
+@pytest.mark.parametrize("part", sorted({part_of(path) for path in SOURCES} - {"__init__"}))
+def test_imports_lead_to_lower_levels_only(part: str) -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} (level {LEVELS[part]}) imports {other} (level {LEVELS[other]})"
+        for path in SOURCES
+        if part_of(path) == part
+        for other in imported_parts(path) - {part}
+        if LEVELS[other] >= LEVELS[part]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("heavy", HEAVY)
+def test_heavy_packages_are_imported_where_they_belong_and_nowhere_else(heavy: str) -> None:
+    users = {
+        part_of(path)
+        for path in SOURCES
+        if any(name.partition(".")[0] == heavy for name in runtime_imports(path))
+    }
+    assert users <= HEAVY[heavy]
+
+
+def runtime_imports(path: Path) -> Iterator[str]:
+    """Yield what a file imports when it runs: what only type checkers see costs nothing."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+def test_scipy_stats_is_never_imported() -> None:
+    # It takes five times as long as scipy.special, which holds all that is needed.
+    assert not [
+        path for path in SOURCES for name in imported_names(path) if name.startswith("scipy.stats")
+    ]
+
+
+def test_no_exported_name_is_a_submodules_name() -> None:
+    for package in sorted({path.parent for path in SOURCES}):
+        name = ".".join(("lora_analysis", *package.relative_to(ROOT).parts))
+        exported = set(getattr(importlib.import_module(name), "__all__", ()))
+        submodules = {path.stem for path in package.iterdir() if path.suffix in ("", ".py")}
+        assert not exported & submodules, name
+
+
+def test_every_exported_name_is_there_and_documented() -> None:
+    assert dir(lora_analysis) == lora_analysis.__all__
+    for name in lora_analysis.__all__:
+        value = getattr(lora_analysis, name)
+        assert isinstance(value, str) or value.__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = lora_analysis.nothing
+
+
+def test_what_type_checkers_see_is_what_is_exported() -> None:
+    shown = {name for name in imported_names(ROOT / "__init__.py") if "lora_analysis." in name}
+    assert shown == {
+        f"lora_analysis.{home}.{name}" for name, home in lora_analysis._MODULE_OF.items()
+    }
+
+
+def loaded_by(code: str) -> set[str]:
+    """Return the top-level packages that a fresh interpreter has loaded after running ``code``."""
+    script = f"import sys, json\n{code}\nprint(json.dumps(sorted(sys.modules)), file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
+    )
+    return {name.partition(".")[0] for name in json.loads(done.stderr.splitlines()[-1])}
+
+
+def loaded_by_command(*arguments: str, code: int = 0) -> set[str]:
+    """Return the same for a command, run as ``python -m lora_analysis``."""
+    return loaded_by(
+        "import runpy\n"
+        f"sys.argv = ['lora-analysis', *{list(arguments)!r}]\n"
+        "try: runpy.run_module('lora_analysis', run_name='__main__')\n"
+        f"except SystemExit as end: assert end.code == {code}, end.code"
+    )
+
+
+@pytest.fixture
+def stored(rng: np.random.Generator, tmp_path: Path) -> list[str]:
+    """Two adapters on disk."""
+    return [str(write_adapter(adapter(rng, rank=r), tmp_path / f"r{r}")) for r in (2, 4)]
+
+
+LATE = {"torch", "scipy", "matplotlib", "pandas"}
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    assert not loaded_by("import lora_analysis") & (LATE | {"numpy"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["--help"], 0), (["--version"], 0), (["nonsense"], 2)]
+)
+def test_help_and_usage_errors_load_nothing_heavy(arguments: list[str], code: int) -> None:
+    assert not loaded_by_command(*arguments, code=code) & (LATE | {"numpy"})
+
+
+def test_reading_an_adapter_needs_numpy_alone(stored: list[str]) -> None:
+    read = f"from lora_analysis import read_adapter\nlist(read_adapter({stored[0]!r}).values())"
+    assert not loaded_by(read) & LATE
+
+
+def test_inspect_needs_numpy_alone(stored: list[str]) -> None:
+    loaded = loaded_by_command("inspect", *stored)
+    assert "numpy" in loaded
+    assert not loaded & LATE
+
+
+def test_compare_loads_no_torch(stored: list[str]) -> None:
+    loaded = loaded_by_command("compare", *stored)
+    assert not loaded & {"torch", "matplotlib"}

@@ -7,7 +7,7 @@ in one spelling. It takes part only where its mark occurs, so that no rule touch
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -112,6 +112,15 @@ FAMILIES: Final = (
 
 # Names that a flattened one may come from, beside that in the file.
 SPELLINGS: Final = (*(family.rewrite for family in FAMILIES), authors_name)
+
+
+def spellings_of(names: Iterable[str]) -> list[Rewrite]:
+    """Return the rewrites of the families that take part among names, by their marks."""
+    every = list(names)
+    taking_part = [family for family in FAMILIES if any(map(family.mark.search, every))]
+    flat = [authors_name] if any(map(is_flattened, every)) else []
+    return [*(family.rewrite for family in taking_part), *flat]
+
 
 # kohya-ss joins a module's path by underscores behind one of these.
 _FLAT_PREFIX: Final = re.compile(r"^(lora|lycoris)_(unet|te|te1|te2|te3|transformer|prior)_")

@@ -9,6 +9,7 @@ import click
 from lora_analysis.cli.options import (
     modules_option,
     output_options,
+    prefix_option,
     progress_bar,
     transposed_option,
 )
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     "the first time; kept in $LORA_ANALYSIS_CACHE.",
 )
 @modules_option
+@prefix_option
 @reading_options
 @output_options
 def command(
@@ -57,6 +59,7 @@ def command(
     draws: int,
     spectrum: bool,
     modules: str | None,
+    prefixes: tuple[str, ...],
     reading: Reading,
     form: str,
 ) -> None:
@@ -77,6 +80,7 @@ def command(
             base=reading.open_base(base),
             transposed=transposed,
             modules=modules,
+            prefix=prefixes,
             draws=draws,
             weight_spectra=spectrum,
             progress=progress,

@@ -11,6 +11,7 @@ from lora_analysis.cli.options import (
     label_option,
     modules_option,
     output_options,
+    prefix_option,
     progress_bar,
     reference_option,
 )
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 @reference_option
 @click.option("--all", "every", is_flag=True, help="Show every module, however many.")
 @modules_option
+@prefix_option
 @label_option
 @reading_options
 @output_options
@@ -48,6 +50,7 @@ def command(
     references: tuple[str, ...],
     every: bool,
     modules: str | None,
+    prefixes: tuple[str, ...],
     label: str | None,
     reading: Reading,
     form: str,
@@ -67,6 +70,7 @@ def command(
             adapters,
             reference=others,
             modules=modules,
+            prefix=prefixes,
             label=label,
             across_bases=True,  # two adapters that are named are compared
             progress=progress,

@@ -12,6 +12,7 @@ from lora_analysis.cli.options import (
     force_option,
     modules_option,
     output_options,
+    prefix_option,
     progress_bar,
 )
 from lora_analysis.cli.reading import Reading, reading_options
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     help="Whose singular vectors; A on the input side is what the LoRA paper plots.",
 )
 @modules_option
+@prefix_option
 @reading_options
 @output_options
 def command(
@@ -59,6 +61,7 @@ def command(
     side: Any,
     factor: Any,
     modules: str | None,
+    prefixes: tuple[str, ...],
     reading: Reading,
     form: str,
 ) -> None:
@@ -67,16 +70,19 @@ def command(
     One middle layer of the first two types of module is drawn, as in the paper; --module narrows
     the choice.
     """
+    from lora_analysis.names import parse_prefixes
+    from lora_analysis.pairwise import align_adapters
     from lora_analysis.plots import figure_ranks, save_figure
     from lora_analysis.similarity import subspace_similarity
     from lora_analysis.storage.outputs import check_output_file, output_file
-    from lora_analysis.studies.alignment import aligned
     from lora_analysis.studies.relations import unique_labels
 
     kind = output.suffix.lstrip(".") or "svg"
     target = output.with_suffix(f".{kind}")
     check_output_file(target, force=force)
-    first, second = aligned(unique_labels([reading.read(one) for one in (a, b)]))
+    first, second = align_adapters(
+        unique_labels([reading.read(one) for one in (a, b)]), prefix=parse_prefixes(prefixes)
+    )
     with progress_bar(form) as progress:
         chosen = _telling(first, second, modules, progress)
         titles = _titles(list(chosen))

@@ -73,6 +73,18 @@ def modules_option(command: Command) -> Command:
     )(command)
 
 
+def prefix_option(command: Command) -> Command:
+    """Add ``--prefix``."""
+    return click.option(
+        "--prefix",
+        "prefixes",
+        metavar="OLD=NEW",
+        multiple=True,
+        help="Match module names that begin with OLD as if they began with NEW (OLD alone: as if "
+        "without it), if names leave open which module is meant. May be given several times.",
+    )(command)
+
+
 def label_option(command: Command) -> Command:
     """Add ``--label``."""
     return click.option(

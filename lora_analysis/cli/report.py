@@ -14,6 +14,7 @@ from lora_analysis.cli.options import (
     label_option,
     modules_option,
     output_options,
+    prefix_option,
     progress_bar,
     reference_option,
     transposed_option,
@@ -66,6 +67,7 @@ def _formats(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[
 )
 @click.option("--parquet", is_flag=True, help="Write tables/ as Parquet too (extra: parquet).")
 @modules_option
+@prefix_option
 @label_option
 @click.option(
     "--across-bases",
@@ -88,6 +90,7 @@ def command(
     figures: tuple[str, ...],
     parquet: bool,
     modules: str | None,
+    prefixes: tuple[str, ...],
     label: str | None,
     across_bases: bool,
     kind_of_executor: str,
@@ -120,6 +123,7 @@ def command(
             base=reading.open_base(base) if reading.allow_pickle else base,
             transposed=transposed,
             modules=modules,
+            prefix=prefixes,
             label=label,
             across_bases=across_bases,
             failures=failures,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from lora_analysis.finding import Finding as FileFinding
-from lora_analysis.finding import Severity
+from lora_analysis.finding import Severity, listed
 from lora_analysis.findings.levels import PAIRS_IN_WORDS, Finding, Kind, number
 from lora_analysis.findings.runs import some
 from lora_analysis.showing import plural
@@ -22,7 +22,6 @@ _KIND_OF: Mapping[Severity, Kind] = {
     "limit": "limit",
     "damage": "artefact",
 }
-_KOHYA_PREFIX = re.compile(r"^lora_(unet|te\d?|transformer)_")
 # What `overlaps.shared_seed` says about all pairs of other tasks and one seed in one sentence.
 TOLD_TOGETHER = ("same initial A", "partly shared")
 
@@ -104,19 +103,27 @@ def mismatched(study: Study) -> Iterator[Finding]:
             )
         elif not row.modules:
             text = f"{row.a} and {row.b} adapt no module in common: nothing can be compared."
-            if _flat_names(study, row.a) & _flat_names(study, row.b):
+            if shared := _alike(study, row.a, row.b):
                 text += (
-                    " Their names differ in dots and underscores only, as kohya's do: write the "
-                    "one with dots in that format too (lora-analysis convert --to kohya)."
+                    f" {plural(shared, 'module')} have the same shapes under other names. "
+                    f"{_first_names(study, row.a)}; {_first_names(study, row.b)}. If they are the "
+                    "same modules, pass prefix= (command line: --prefix OLD=NEW)."
                 )
         else:
             continue
         yield Finding("limit", "nothing in common", text, {"a": row.a, "b": row.b})
 
 
-def _flat_names(study: Study, label: str) -> set[str]:
-    names = (name.replace(".", "_") for name in study.adapters[label])
-    return {_KOHYA_PREFIX.sub("", name) for name in names}
+def _alike(study: Study, a: str, b: str) -> int:
+    """Return how many modules of two adapters agree in shape; 0 unless all of one adapter do."""
+    shapes = study.spectra.groupby("adapter")[["d_out", "d_in"]]
+    counts = [Counter(map(tuple, shapes.get_group(label).to_numpy())) for label in (a, b)]
+    shared = (counts[0] & counts[1]).total()
+    return shared if shared == min(count.total() for count in counts) else 0
+
+
+def _first_names(study: Study, label: str) -> str:
+    return f"{label} has {listed(list(study.adapters[label]))}"
 
 
 def starts(study: Study) -> Iterator[Finding]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -14,7 +14,8 @@ from lora_analysis.execution import in_threads
 from lora_analysis.groups.bases import explained, shared_starts
 from lora_analysis.groups.merging import inner_products
 from lora_analysis.groups.stacking import stacked
-from lora_analysis.pairwise import chosen_modules, updates_of_one_shape
+from lora_analysis.names import parse_prefixes
+from lora_analysis.pairwise import align_adapters, chosen_modules, updates_of_one_shape
 from lora_analysis.spectra import SIDES, Side, spectrum
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def group_similarity(
     *,
     k: int | None = None,
     modules: str | Sequence[str] | None = None,
+    prefix: str | Sequence[str] | Mapping[str, str] | None = None,
     workers: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> GroupSimilarity:
@@ -118,6 +120,8 @@ def group_similarity(
         trained members.
     modules
         The end of module names, or one regular expression; all by default.
+    prefix
+        As for :func:`lora_analysis.pairwise`: what stands for the beginning of module names.
     workers
         Threads over modules; the CPUs of this process by default.
     progress
@@ -136,6 +140,7 @@ def group_similarity(
     if len(adapters) < 2:
         message = f"A group needs at least two adapters, got {len(adapters)}."
         raise InputError(message)
+    adapters = align_adapters(adapters, prefix=parse_prefixes(prefix))
     chosen = chosen_modules(adapters, modules)
     count = len(adapters)
     shares = np.full((2, 2, len(chosen), count), np.nan)

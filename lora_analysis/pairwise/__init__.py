@@ -4,6 +4,7 @@
 whole adapters. What a group has in common is in ``groups``.
 """
 
+from lora_analysis.pairwise.alignment import align_adapters
 from lora_analysis.pairwise.products import (
     ModulePairs,
     PairValues,
@@ -22,6 +23,7 @@ __all__ = [
     "ModulePairs",
     "PairValues",
     "PairwiseSimilarity",
+    "align_adapters",
     "chosen_modules",
     "module_pairs",
     "pair_angles",

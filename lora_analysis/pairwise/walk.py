@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,8 @@ import numpy as np
 
 from lora_analysis.errors import InputError
 from lora_analysis.execution import in_threads
+from lora_analysis.names import parse_prefixes
+from lora_analysis.pairwise.alignment import align_adapters
 from lora_analysis.pairwise.products import ModulePairs, module_pairs
 from lora_analysis.patterns import choose_names, natural_key
 from lora_analysis.spectra import SIDES, Side, spectrum
@@ -66,6 +68,7 @@ def pairwise(
     adapters: Sequence[Adapter],
     *,
     modules: str | Sequence[str] | None = None,
+    prefix: str | Sequence[str] | Mapping[str, str] | None = None,
     workers: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> PairwiseSimilarity:
@@ -77,6 +80,10 @@ def pairwise(
         At least two. They are read module by module, so that a hundred fit in memory.
     modules
         The end of module names, or one regular expression; all by default.
+    prefix
+        Beginning of module names and what stands for it when names are matched: ``"OLD=NEW"``,
+        ``"OLD"`` for names without it, or a mapping; for adapters whose names differ by more than
+        wrappers, model classes and components.
     workers
         Threads over modules; the CPUs of this process by default.
     progress
@@ -90,6 +97,7 @@ def pairwise(
     if len(adapters) < 2:
         message = f"Pairs need at least two adapters, got {len(adapters)}."
         raise InputError(message)
+    adapters = align_adapters(adapters, prefix=parse_prefixes(prefix))
     chosen = chosen_modules(adapters, modules)
     count = len(adapters)
     sides = np.full((4, 2, len(chosen), count, count), np.nan)

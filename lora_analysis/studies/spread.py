@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from lora_analysis.adapter import Adapter
 from lora_analysis.bases import BaseWeights, open_base
 from lora_analysis.errors import InputError
 from lora_analysis.execution.protocol import results_in_order
-from lora_analysis.studies.alignment import aligned
+from lora_analysis.pairwise import align_adapters
 from lora_analysis.studies.labels import with_label_facts
 from lora_analysis.studies.relations import unique_labels
 from lora_analysis.studies.sources import Failure, ReadLater, read_sources
@@ -32,6 +32,7 @@ class Question:
     reference: tuple[Source, ...]
     base: BaseWeights | str | Path | None
     label: str | None
+    prefix: Mapping[str, str]
     walking: dict[str, Any]
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -41,7 +42,7 @@ class Question:
         own = list(read_sources(self.adapters, unread))
         against = list(read_sources(self.reference, unread))
         labelled = [*with_label_facts(own, self.label), *with_label_facts(against, self.label)]
-        named = aligned(unique_labels(labelled))
+        named = align_adapters(unique_labels(labelled), prefix=self.prefix)
         base = open_base(self.base) if isinstance(self.base, str | Path) else self.base
         walk = Walk(named[: len(own)], named[len(own) :], base, **self.walking)
         return Opened(walk, named, len(own), base, unread)

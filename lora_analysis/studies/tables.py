@@ -13,6 +13,7 @@ from lora_analysis.adapter import Adapter
 from lora_analysis.bases import BaseWeights
 from lora_analysis.errors import BaseWeightError, InputError, SourceError
 from lora_analysis.execution import in_threads
+from lora_analysis.names import parse_prefixes
 from lora_analysis.patterns import choose_names, module_type, natural_key
 from lora_analysis.studies.atlas import Atlas, AtlasSums
 from lora_analysis.studies.pairs import pair_tables
@@ -85,6 +86,7 @@ def study(
     base: BaseWeights | str | Path | None = None,
     reference: Sequence[Source] = (),
     modules: str | Sequence[str] | None = None,
+    prefix: str | Sequence[str] | Mapping[str, str] | None = None,
     transposed: bool | None = None,
     failures: Sequence[Failure] = (),
     draws: int = DRAWS,
@@ -110,6 +112,9 @@ def study(
         against such pairs among ``adapters``, where task and seed are known).
     modules
         The end of module names, or one regular expression; all by default.
+    prefix
+        Beginning of module names and what stands for it when names are matched, among adapters
+        and with the base: ``"OLD=NEW"``, ``"OLD"`` for names without it, or a mapping.
     transposed
         Whether the base stores its weights as ``[in, out]``, where neither its family nor the
         shapes say so.
@@ -164,7 +169,8 @@ def study(
         "across_bases": across_bases,
         "most": most_in_pairs,
     }
-    question = Question(tuple(adapters), tuple(reference), base, label, walking)
+    prefixes = parse_prefixes(prefix)
+    question = Question(tuple(adapters), tuple(reference), base, label, prefixes, walking)
     opened = question.opened()
     walk, named, unread = opened.walk, opened.named, [*failures, *opened.unread]
     analysed = named[: opened.own]
@@ -195,6 +201,7 @@ def study(
     asked = {
         "base": base and (str(base) if isinstance(base, str | Path) else ...),
         "modules": modules,
+        "prefix": prefixes or None,
         "transposed": transposed,
         "draws": draws if base and draws != DRAWS else None,
         "weight_spectra": weight_spectra or None,

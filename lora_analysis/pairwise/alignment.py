@@ -1,0 +1,131 @@
+"""The same module under one name in all adapters of a comparison, whatever each file calls it.
+
+Modules are matched by their identities (`lora_analysis.names`) for each adapter as a whole, and
+shown under a name that one of the files has. The base is asked for the name of the adapter's own
+file all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+from lora_analysis.adapter import Adapter, LowRankUpdate, Update
+from lora_analysis.bases.aliases import spellings_of
+from lora_analysis.errors import InputError
+from lora_analysis.finding import Finding
+from lora_analysis.names import NameMatch, Prefixes, is_flattened, match_names
+
+
+def align_adapters(adapters: Sequence[Adapter], *, prefix: Prefixes | None = None) -> list[Adapter]:
+    """Return the adapters with one name for each module that several of them adapt.
+
+    The name is that of the first adapter with dots in its names. Adapters whose names are equal
+    already are returned as they are; a finding on each other one says what was matched, or that
+    several prefixes fit alike and none was taken.
+
+    Parameters
+    ----------
+    adapters
+        Adapters of one model.
+    prefix
+        Beginning of module names → what stands for it in the comparison (`names.parse_prefixes`).
+    """
+    first: dict[frozenset[str], Adapter] = {}
+    for adapter in adapters:
+        first.setdefault(frozenset(adapter), adapter)
+    if len(first) < 2:  # of a thousand adapters most have the same names
+        return list(adapters)
+    shapes = _Shapes()
+    shown: dict[str, Adapter] = {}
+    matches: dict[frozenset[str], NameMatch] = {}
+    # Names with dots first: they tell layer and type, and are shown.
+    for names, adapter in sorted(first.items(), key=lambda item: _is_flat(item[0])):
+        if prefix or not names <= shown.keys():
+            matches[names] = match_names(
+                adapter,
+                shown,
+                fits=partial(shapes.fit, adapter, shown),
+                prefix=prefix,
+                spellings=spellings_of((*names, *shown)),
+            )
+        taken = matches[names].pairs if names in matches else {name: name for name in names}
+        for name in adapter:
+            if name not in taken:
+                shown.setdefault(name, adapter)
+    by_adapter = (matches.get(frozenset(adapter)) for adapter in adapters)
+    return [
+        adapter if match is None else _renamed(adapter, match)
+        for adapter, match in zip(adapters, by_adapter, strict=True)
+    ]
+
+
+class _Shapes:
+    """Shapes of updates, read once: they are asked for where names differ only."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, str], tuple[int, int] | None] = {}
+
+    def fit(self, adapter: Adapter, others: Mapping[str, Adapter], name: str, other: str) -> bool:
+        """Return True if two modules have one shape, or one of them cannot be read."""
+        shapes = (self._shape(adapter, name), self._shape(others[other], other))
+        return None in shapes or shapes[0] == shapes[1]
+
+    def _shape(self, adapter: Adapter, name: str) -> tuple[int, int] | None:
+        key = (id(adapter), name)
+        if key not in self._known:
+            try:
+                self._known[key] = adapter[name].shape
+            except InputError:  # the walk says which module of which adapter
+                self._known[key] = None
+        return self._known[key]
+
+
+def _is_flat(names: frozenset[str]) -> bool:
+    return any(map(is_flattened, names))
+
+
+def _renamed(adapter: Adapter, match: NameMatch) -> Adapter:
+    """Return the adapter under the names that are shown, and findings on what was matched."""
+    pairs = {name: match.pairs.get(name, name) for name in adapter}
+    # The caller's prefix may give a module the place of another one of that name.
+    targets = {target for name, target in pairs.items() if name in match.pairs}
+    hidden = [name for name in adapter if name not in match.pairs and name in targets]
+    updates: dict[str, Callable[[], Update]] = {}
+    for name, target in pairs.items():
+        if name not in hidden:
+            updates[target] = (
+                partial(adapter.__getitem__, name)
+                if name == target
+                else partial(_update_renamed, adapter, name, target)
+            )
+    changed = [name for name in adapter if pairs[name] != name]
+    findings = []
+    if changed:
+        fields = {"count": len(changed), "total": len(adapter), "module": changed[0]}
+        findings.append(Finding("names-matched", fields | {"shown": pairs[changed[0]]}))
+    if match.decided:
+        findings.append(Finding("names-prefix", {"prefixes": list(match.decided)}))
+    if match.ambiguous:
+        findings.append(Finding("names-ambiguous", {"prefixes": list(match.ambiguous)}))
+    if hidden:
+        findings.append(Finding("names-hidden", {"modules": hidden}))
+    if not findings:
+        return adapter
+    source = adapter.provenance
+    origins = {pairs.get(name, name): origin for name, origin in source.scale_origin.items()}
+    return Adapter(
+        updates,
+        label=adapter.label,
+        provenance=replace(source, scale_origin=origins, findings=(*source.findings, *findings)),
+        saved_modules=adapter.saved_modules,
+        config=adapter.config,
+    )
+
+
+def _update_renamed(adapter: Adapter, name: str, target: str) -> Update:
+    update = adapter[name]
+    if isinstance(update, LowRankUpdate):
+        return replace(update, name=target, base_name=update.base_name or name)
+    return replace(update, name=target)
