@@ -103,6 +103,7 @@ def effective_adapter(
         asked for, and so are the errors of the base's weights. Updates that are the whole change
         already are those of ``adapter``, and the base is not asked for theirs.
     """
+    base = base.matched_to([adapter])
     findings = [one for one in adapter.provenance.findings if one.code not in _LOW_RANK_PART]
     if len(findings) < len(adapter.provenance.findings):
         findings.append(Finding("whole-change", {"base": base.address or base.label}))

@@ -230,7 +230,7 @@ def identify_all(
         Beginning of names → what stands for it in the comparison, often nothing.
     """
     stored = list(dict.fromkeys(names))
-    renamed = {name: _renamed(name, prefix) for name in stored}
+    renamed = {name: rename_prefix(name, prefix) for name in stored}
     identities = {name: identify(renamed[name], flat=flat) for name in stored}
     counts = Counter(identities.values())
     if len(counts) == len(stored):
@@ -475,8 +475,8 @@ def _splits(name: str, separator: str) -> Iterator[tuple[str, str]]:
         yield separator.join(segments[:count]), separator.join(segments[count:])
 
 
-def _renamed(name: str, prefix: Prefixes | None) -> str:
-    """Return the name with the longest prefix of the caller's that it begins with exchanged."""
+def rename_prefix(name: str, prefix: Prefixes | None) -> str:
+    """Return a name with the longest of the caller's prefixes that it begins with exchanged."""
     for old in sorted(prefix or (), key=len, reverse=True):
         new = (prefix or {})[old]
         for path in (name, strip_wrappers(name)):

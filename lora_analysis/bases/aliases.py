@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from lora_analysis.bases.stable_diffusion import authors_name, diffusers_name
+from lora_analysis.names import is_flattened
 
 Rewrite = Callable[[str], str]
 
@@ -84,6 +85,12 @@ _FLUX = _rules(
     (r"(?:^|(?<=\.))final_layer\.adaLN_modulation\.1$", "norm_out.shift_scale"),
 )
 
+# Z-Image and Lumina in their authors' spelling, brought to that of diffusers.
+_LUMINA: Final = _rules(
+    (r"(?<=\.)attention\.qkv$", "attention.to_qkv"),
+    (r"(?<=\.)attention\.out$", "attention.to_out.0"),
+)
+
 # Text encoders inside a Stable Diffusion checkpoint of one file.
 _TEXT_ENCODERS = _rules(
     (r"^cond_stage_model\.transformer\.", "text_encoder."),
@@ -103,6 +110,7 @@ FAMILIES: Final = (
     Family(re.compile(r"\.block_sparse_moe\."), _MIXTRAL),
     Family(re.compile(r"(^|\.)embed_out$"), _rules((r"(^|\.)embed_out$", r"\1lm_head"))),
     Family(re.compile(r"(^|\.)(double|single)_blocks\.\d"), _FLUX),
+    Family(re.compile(r"(layers|refiner)\.\d+\.attention\.(qkv|out)$"), _LUMINA),
     Family(
         re.compile(r"(^|\.)((input|output|middle)_blocks?|time_embed|label_emb)\.\d"),
         diffusers_name,
@@ -120,17 +128,3 @@ def spellings_of(names: Iterable[str]) -> list[Rewrite]:
     taking_part = [family for family in FAMILIES if any(map(family.mark.search, every))]
     flat = [authors_name] if any(map(is_flattened, every)) else []
     return [*(family.rewrite for family in taking_part), *flat]
-
-
-# kohya-ss joins a module's path by underscores behind one of these.
-_FLAT_PREFIX: Final = re.compile(r"^(lora|lycoris)_(unet|te|te1|te2|te3|transformer|prior)_")
-
-
-def flattened(name: str) -> str:
-    """Return a name as kohya-ss writes it, without its prefix."""
-    return _FLAT_PREFIX.sub("", name).replace(".", "_")
-
-
-def is_flattened(name: str) -> bool:
-    """Say whether a name has lost its dots; it then begins with kohya-ss's prefix."""
-    return "." not in name and _FLAT_PREFIX.match(name) is not None

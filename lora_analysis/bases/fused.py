@@ -91,6 +91,16 @@ def homes_of_part(module: str) -> list[tuple[str, str]]:
     return found
 
 
+def parts_inside(module: str) -> list[tuple[str, str]]:
+    """Return the modules that a fused module may hold, each with the part that it is."""
+    path, _, last = module.rpartition(".")
+    names = [(name, part) for name, (homes, part) in _PART_NAMES.items() if last in homes]
+    parts = [(f"{path}.{name}" if path else name, part) for name, part in names]
+    if (match := _SINGLE_BLOCK.fullmatch(module)) and last == "to_qkv_mlp":
+        parts.append((f"{match[1]}.proj_mlp", "mlp"))
+    return parts
+
+
 def parts_of_fused(module: str) -> list[str]:
     """Return the modules whose rows, one after the other, make a fused module; or none."""
     path, _, last = module.rpartition(".")

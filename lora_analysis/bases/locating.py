@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from lora_analysis.bases.fused import homes_of_part, parts_of_fused
-from lora_analysis.bases.naming import TensorNames, plain_name
+from lora_analysis.bases.naming import TensorNames
+from lora_analysis.names import strip_wrappers
 
 _EXPERT: Final = re.compile(r"(.*\.experts)\.(\d{1,9})\.(\w+)")
 # "experts.gate_up_proj.3" and "experts.gate_up_proj[3]" are expert 3 of that parameter.
@@ -71,7 +72,7 @@ class Locator:
         BaseWeightError
             Nowhere; the message lists near names.
         """
-        wanted = plain_name(module)
+        wanted = strip_wrappers(module)
         if match := _STACKED.fullmatch(wanted):
             wanted = f"{match[1]}.{match[3] or match[4]}.{match[2]}"
         if found := self._whole(wanted):
@@ -101,7 +102,7 @@ class Locator:
 
     def _part(self, wanted: str) -> Located | None:
         for spelling in self._names.spellings(wanted):
-            for home, part in self._homes(spelling):
+            for home, part in (*self._homes(spelling), *self._names.flat_homes(spelling)):
                 if held := self._whole(home):
                     return Located(held.tensors, held.index, home, part)
         return None

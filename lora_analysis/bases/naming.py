@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.bases.aliases import (
@@ -10,16 +12,24 @@ from lora_analysis.bases.aliases import (
     SPELLINGS,
     Family,
     Rewrite,
-    flattened,
-    is_flattened,
 )
+from lora_analysis.bases.fused import parts_inside
 from lora_analysis.errors import BaseWeightError
+from lora_analysis.names import (
+    ModuleName,
+    Prefixes,
+    identify,
+    identify_all,
+    is_flattened,
+    match_names,
+    rename_prefix,
+    split_component,
+    strip_wrappers,
+)
 from lora_analysis.patterns import near_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
-
-_WRAPPER: Final = "base_model.model."
 
 # Names of parts that exist side by side in one model. A prefix that holds one of them may only be
 # exchanged for a prefix that holds the same: the encoder's layer 0 is not the decoder's.
@@ -28,7 +38,7 @@ _PARTS: Final = frozenset(
 )
 
 # Where a wrapped module keeps its frozen weight, and where what is trained beside it.
-_FROZEN: Final = frozenset({"base_layer", "original_module"})
+_FROZEN: Final = frozenset({"original_module"})
 _TRAINED: Final = frozenset({"lora_A", "lora_B", "modules_to_save"})
 _STACKS: Final = frozenset({"gate_up_proj", "gate_proj", "up_proj", "down_proj"})
 
@@ -81,12 +91,69 @@ class TensorNames:
             family for family in FAMILIES if any(map(family.mark.search, self._modules))
         ]
         self._rewritten: dict[Family | None, _Index] = {}
+        self._prefix: Prefixes = {}
+        self._pairs: dict[str, str] = {}
+        self._heads: dict[tuple[str, str], None] = {}
+        self._ambiguous: tuple[str, ...] = ()
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the modules that have a weight."""
+        return list(self._modules)
+
+    def matched(
+        self,
+        sets: Iterable[Iterable[str]],
+        fits: Callable[[str, Sequence[str]], bool],
+        prefix: Prefixes | None = None,
+    ) -> TensorNames:
+        """Return the same tensors, with the prefixes of adapters decided for each as a whole.
+
+        Parameters
+        ----------
+        sets
+            Names of the modules of each adapter.
+        fits
+            Returns True if the update of a module may be one of a weight among tensors.
+        prefix
+            What the caller says of prefixes, by `names.parse_prefixes`.
+        """
+        matched = copy.copy(self)
+        matched._pairs, matched._heads = dict(self._pairs), dict(self._heads)
+        matched._prefix = dict(prefix or {})
+        for indexed in ("_identities", "_flat", "_flat_parts"):
+            matched.__dict__.pop(indexed, None)
+        for names in sets:
+            strange = [name for name in names if strip_wrappers(name) not in self._modules]
+            if not strange and not prefix:
+                continue
+            match = match_names(
+                names,
+                self._modules,
+                fits=lambda name, module: fits(name, self._modules[module]),
+                prefix=prefix,
+            )
+            matched._ambiguous += match.ambiguous
+            for name, module in match.pairs.items():
+                if name != module:
+                    matched._pairs.setdefault(strip_wrappers(name), module)
+                    matched._heads[_different_heads(strip_wrappers(name), module)] = None
+        return matched
 
     def find(self, wanted: str) -> list[str]:
         """Return the tensors that a module's name may mean: those of the closest match.
 
         The name is taken as it is, then in the spelling of every family that takes part.
         """
+        if module := self._pairs.get(wanted):
+            return self._modules[module]
+        if wanted in self._modules and not self._prefix:
+            return self._modules[wanted]
+        if module := self._identities.get(identify(rename_prefix(wanted, self._prefix))):
+            return self._modules[module]
+        for old, new in self._heads:  # parts and stacks beside the modules that were matched
+            if wanted.startswith(old) and (name := new + wanted.removeprefix(old)) in self._modules:
+                return self._modules[name]
         if is_flattened(wanted):
             return self._find_flattened(wanted)
         if found := self._direct.find(wanted):
@@ -120,6 +187,13 @@ class TensorNames:
         fitting = [name for name in candidates if fits(name)]
         if len(fitting) == 1:
             return fitting[0]
+        if self._ambiguous:
+            message = (
+                f"{self.label}: '{module}' may stand behind several prefixes "
+                f"({', '.join(self._ambiguous)}), which names and shapes do not decide. Pass "
+                "prefix= to name one (command line: --prefix OLD=NEW)."
+            )
+            raise BaseWeightError(message)
         of_shape = f" of shape {tuple(shape)}" if shape else " that is a matrix"
         reason = "several tensors" if fitting else f"no tensor{of_shape}"
         listed = ", ".join(f"'{n}' {self._shape_of(n)}" for n in (fitting or candidates)[:6])
@@ -128,7 +202,7 @@ class TensorNames:
 
     def missing(self, module: str) -> BaseWeightError:
         """Return the error for a module that no tensor belongs to; it lists near names."""
-        wanted = plain_name(module)
+        wanted = strip_wrappers(module)
         for name in self._stored:
             for mark, storage in _UNREAD.items():
                 if name == f"{wanted}.{mark}" or name.endswith(f".{wanted}.{mark}"):
@@ -139,6 +213,34 @@ class TensorNames:
             f"{len(self._modules)} modules: {near}."
         )
 
+    def flat_homes(self, wanted: str) -> list[tuple[str, str]]:
+        """Return the fused modules that hold a module whose name has no dots, and which part."""
+        if not is_flattened(wanted):
+            return []
+        goal = identify(rename_prefix(wanted, self._prefix), flat=True)
+        return self._flat_parts.get(goal, [])
+
+    @cached_property
+    def _identities(self) -> dict[ModuleName, str]:
+        identities = identify_all(self._modules, prefix=self._prefix)
+        return {identity: module for module, identity in identities.items()}
+
+    @cached_property
+    def _flat(self) -> dict[ModuleName, str]:
+        identities = identify_all(self._modules, flat=True, prefix=self._prefix)
+        return {identity: module for module, identity in identities.items()}
+
+    @cached_property
+    def _flat_parts(self) -> dict[ModuleName, list[tuple[str, str]]]:
+        homes: dict[ModuleName, list[tuple[str, str]]] = {}
+        rewrites: list[Rewrite] = [str, *(family.rewrite for family in self._families)]
+        for module in self._modules:
+            for home in dict.fromkeys(rewrite(module) for rewrite in rewrites):
+                for name, part in parts_inside(home):
+                    key = identify(rename_prefix(name, self._prefix), flat=True)
+                    homes.setdefault(key, []).append((home, part))
+        return homes
+
     def _index(self, family: Family) -> _Index:
         if family not in self._rewritten:
             self._rewritten[family] = _Index(_renamed(self._modules, family.rewrite))
@@ -146,7 +248,9 @@ class TensorNames:
 
     def _find_flattened(self, wanted: str) -> list[str]:
         """Return the tensors whose module, its dots made underscores, is or ends with the name."""
-        end = flattened(wanted)
+        if module := self._flat.get(identify(rename_prefix(wanted, self._prefix), flat=True)):
+            return self._modules[module]
+        end = split_component(wanted).name
         for modules in (self._modules, *(_renamed(self._modules, one) for one in SPELLINGS)):
             flat = _renamed(modules, lambda name: name.replace(".", "_"))
             for matches in ([end], [name for name in flat if name.endswith(f"_{end}")]):
@@ -185,11 +289,6 @@ def _renamed(modules: Mapping[str, list[str]], rewrite: Rewrite) -> dict[str, li
     return renamed
 
 
-def plain_name(module: str) -> str:
-    """Return a module's name without what a wrapper adds."""
-    return module.removeprefix(_WRAPPER).replace(".base_layer", "")
-
-
 def matrix_shape(name: str, stored: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of a tensor as a matrix: kernels are flattened, one row per output."""
     if len(stored) > 2 and name.endswith(".weight"):
@@ -202,7 +301,7 @@ def module_of(tensor: str) -> str | None:
 
     A stack of experts is a parameter of its own and bears its module's name alone.
     """
-    path, _, last = tensor.removeprefix(_WRAPPER).rpartition(".")
+    path, _, last = strip_wrappers(tensor).rpartition(".")
     segments = path.split(".")
     if last in ("in_proj_weight", "weight") and path:
         if not _TRAINED.isdisjoint(segments):
@@ -219,6 +318,16 @@ def quantised(label: str, tensor: str, storage: str) -> BaseWeightError:
     )
 
 
+def _different_heads(name: str, other: str) -> tuple[str, str]:
+    """Return what stands in front of the segments that two names share at their end."""
+    first, second = name.split("."), other.split(".")
+    count = 0
+    while count < min(len(first), len(second)) and first[-1 - count] == second[-1 - count]:
+        count += 1
+    end = ".".join(first[len(first) - count :])
+    return name.removesuffix(end), other.removesuffix(end)
+
+
 def _most_dropped(segments: Sequence[str]) -> int:
     """Return how many leading segments may go: all before the one in front of the first number.
 
@@ -232,7 +341,10 @@ def _matches(module: str, prefix: Sequence[str], rest: str) -> bool:
     """Say whether a base's module is ``rest`` with a prefix that may stand for ``prefix``."""
     if module != rest and not module.endswith(f".{rest}"):
         return False
-    return not prefix or _parts(module.removesuffix(rest).split(".")) == _parts(prefix)
+    added = module.removesuffix(rest).split(".")
+    if "mtp" in added and "mtp" not in prefix:
+        return False
+    return not prefix or _parts(added) == _parts(prefix)
 
 
 def _parts(segments: Iterable[str]) -> frozenset[str]:

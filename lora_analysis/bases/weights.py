@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -14,7 +16,7 @@ from lora_analysis.bases.locating import Located, Locator
 from lora_analysis.bases.naming import TensorNames, matrix_shape
 from lora_analysis.bases.orientation import is_transposed
 from lora_analysis.bases.pieces import Piece, Tiles, tiles_of
-from lora_analysis.errors import BaseWeightError
+from lora_analysis.errors import BaseWeightError, InputError
 from lora_analysis.storage.hub_names import shown_errors
 from lora_analysis.storage.limits import MAX_VALUE
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from lora_analysis.adapter import Adapter
+    from lora_analysis.names import Prefixes
     from lora_analysis.storage.hub_names import Snapshot
 
 
@@ -194,6 +198,46 @@ class BaseWeights:
     @property
     def _family(self) -> Family:
         return Family(self.model_type, self._config, self._blocks)
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the modules that have a weight, as the tensors name them."""
+        return self._names.modules
+
+    def matched_to(
+        self, adapters: Iterable[Adapter], *, prefix: Prefixes | None = None
+    ) -> BaseWeights:
+        """Return the same weights, with the names of adapters matched for each as a whole.
+
+        What wrappers, model classes and components put into a name is known without that. Where
+        a base holds alike modules behind several other prefixes, counts and shapes of all modules
+        of an adapter decide which of them it means.
+
+        Parameters
+        ----------
+        adapters
+            Adapters whose modules will be asked for, under the names of their files.
+        prefix
+            Beginning of names → what stands for it in the comparison (`names.parse_prefixes`),
+            for those of the adapters and of the base alike.
+        """
+        first = {frozenset(adapter): adapter for adapter in adapters}
+        names = self._names
+        for adapter in first.values():
+            names = names.matched([list(adapter)], partial(self._may_be, adapter), prefix)
+        matched = copy.copy(self)
+        matched._names = names
+        matched._locator = Locator(names, self._source.shape, self._config)
+        return matched
+
+    def _may_be(self, adapter: Adapter, name: str, tensors: Sequence[str]) -> bool:
+        """Return True if an update has the shape of one of the tensors, or cannot be read."""
+        try:
+            shape = adapter[name].shape
+        except InputError:
+            return True
+        stored = [matrix_shape(tensor, self._source.shape(tensor)) for tensor in tensors]
+        return any(len(sizes) != 2 or sizes in (shape, shape[::-1]) for sizes in stored)
 
     @property
     def address(self) -> str | None:

@@ -44,6 +44,8 @@ class Question:
         labelled = [*with_label_facts(own, self.label), *with_label_facts(against, self.label)]
         named = align_adapters(unique_labels(labelled), prefix=self.prefix)
         base = open_base(self.base) if isinstance(self.base, str | Path) else self.base
+        if base is not None:
+            base = base.matched_to(labelled, prefix=self.prefix)
         walk = Walk(named[: len(own)], named[len(own) :], base, **self.walking)
         return Opened(walk, named, len(own), base, unread)
 

@@ -13,6 +13,7 @@ from lora_analysis.adapter import Adapter
 from lora_analysis.bases import BaseWeights
 from lora_analysis.errors import BaseWeightError, InputError, SourceError
 from lora_analysis.execution import in_threads
+from lora_analysis.finding import listed
 from lora_analysis.names import parse_prefixes
 from lora_analysis.patterns import choose_names, module_type, natural_key
 from lora_analysis.studies.atlas import Atlas, AtlasSums
@@ -196,7 +197,7 @@ def study(
         message = f"No adapter is left to analyse ({reasons})."
         raise SourceError(message)
     if unmatched and not walk.amplified:
-        raise BaseWeightError(next(iter(unmatched.values())))
+        raise _no_weight(next(iter(unmatched.values())), analysed[0], opened.base)
     atlas = sums.atlas([at for at, one in enumerate(named) if one.label not in failed])
     asked = {
         "base": base and (str(base) if isinstance(base, str | Path) else ...),
@@ -210,6 +211,16 @@ def study(
     }
     options = {name: value for name, value in asked.items() if value is not None}
     return _assemble(walk, kept, lost, opened.base, atlas=atlas, options=options)
+
+
+def _no_weight(reason: str, adapter: Adapter, base: BaseWeights | None) -> BaseWeightError:
+    """Return the error for a base that holds no module's weight; it lists both sets of names."""
+    modules = [] if base is None else base.modules
+    return BaseWeightError(
+        f"{reason} No module of {adapter.label} has a weight there. {adapter.label} has "
+        f"{listed(list(adapter))}; the base has {listed(modules)}. If they are the same modules, "
+        "pass prefix= (command line: --prefix OLD=NEW)."
+    )
 
 
 def _assemble(
