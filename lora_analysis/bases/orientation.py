@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from lora_analysis.errors import BaseWeightError
@@ -34,6 +35,13 @@ _TURNED_EXPERTS: Final = frozenset({"gpt_oss", "llama4", "llama4_text"})
 
 # Families that use those names for ordinary linear layers.
 _LINEAR_DESPITE_NAMES: Final = frozenset({"gpt_bigcode", "gpt_neo", "starcoder2"})
+
+# Names that only denoisers of images and videos have; none of them uses Conv1D, and their files
+# name no family.
+_DENOISER: Final = re.compile(
+    r"(^|\.)(to_(q|k|v|qkv|out\.\d)|add_[qkv]_proj|to_add_out|(double|single)_blocks\.\d"
+    r"|(single_)?transformer_blocks\.\d|diffusion_model|attention\.(qkv|out))(\.|$)"
+)
 
 
 def is_transposed(
@@ -89,7 +97,7 @@ def family_orientation(model_type: str | None, name: str) -> bool | None:
     used under, all known ones store ``[out, in]``.
     """
     if model_type is None:
-        return None
+        return False if _DENOISER.search(name) else None
     segments = name.split(".")
     if segments[-2:-1] == ["experts"]:  # a stack, which has no ".weight"
         return model_type in _TURNED_EXPERTS

@@ -128,6 +128,11 @@ def _telling(
             return {name: seen[name] for name in chosen}
         left = [name for name in left if name not in useless]
     message = f"{a.label} and {b.label} have no trained module in common to draw."
+    if not common:
+        message += (
+            f" {a.label} has {_some(list(a))}; {b.label} has {_some(list(b))}. If they are the "
+            "same modules, pass --prefix OLD=NEW."
+        )
     raise InputError(message)
 
 
