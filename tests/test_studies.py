@@ -198,7 +198,7 @@ def test_modules_of_other_shapes_are_counted_not_compared(rng: np.random.Generat
 
 def test_adapters_with_nothing_in_common_are_said_to_be_so(rng: np.random.Generator) -> None:
     one = Adapter({"a.q": low_rank_update(rng, name="a.q")}, label="one")
-    two = Adapter({"b.q": low_rank_update(rng, name="b.q")}, label="two")
+    two = Adapter({"b.q": low_rank_update(rng, d_in=18, name="b.q")}, label="two")
     texts = [finding.text for finding in findings(study([one, two]))]
     assert "one and two adapt no module in common: nothing can be compared." in texts
     name = "lora_unet_a_q"
