@@ -18,6 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from lora_analysis.errors import InputError
@@ -66,6 +67,12 @@ _COMPONENTS: Final = tuple(
         (r"text_encoder_4\.", "text_encoder_4"),
     )
 )
+# The first segment of such paths, which most names do not have.
+_STARTS: Final = re.compile(
+    r"(model|diffusion_model|unet|transformer|dit|prior|controlnet|control_model|vae|conditioner"
+    r"|first_stage_model|cond_stage_model|clip_[lg]|t5xxl|te[1-3]?|text_encoders?"
+    r"|(unet|transformer|diffusion_model)_2|text_encoder_[1-4])\."
+)
 # The same for names whose dots have become underscores.
 _FLAT: Final = re.compile(
     r"(?:lora_(?P<part>unet_2|unet|te_?[1-4]|te|text_encoder_[2-4]|text_encoder"
@@ -111,6 +118,10 @@ _SIDES: Final = frozenset(
 )
 
 
+# Names are asked for again and again: as a part of a set, with and without a prefix.
+_REMEMBERED: Final = 1 << 16
+
+
 class ModuleName(NamedTuple):
     """Which module a name means: the component of the model, and the path in it.
 
@@ -123,6 +134,7 @@ class ModuleName(NamedTuple):
     name: str
 
 
+@lru_cache(maxsize=_REMEMBERED)
 def strip_wrappers(stored: str) -> str:
     """Return a module's path without the segments that wrappers put into it.
 
@@ -140,6 +152,7 @@ def strip_wrappers(stored: str) -> str:
     return ".".join(segments) or stored
 
 
+@lru_cache(maxsize=_REMEMBERED)
 def split_component(stored: str) -> ModuleName:
     """Return a name's component and the path in it, as the component's own class has it.
 
@@ -161,12 +174,13 @@ def split_component(stored: str) -> ModuleName:
             component = f"text_encoder_{part[-1]}"
             component = "text_encoder" if part[-1] == "1" else component
         return ModuleName(component, path[match.end() :])
-    for pattern, component in _COMPONENTS:
+    for pattern, component in _COMPONENTS if _STARTS.match(path) else ():
         if (match := pattern.match(path)) and match.end() < len(path):
             return ModuleName(component, path[match.end() :])
     return ModuleName("", path)
 
 
+@lru_cache(maxsize=_REMEMBERED)
 def identify(stored: str, *, flat: bool = False) -> ModuleName:
     """Return the component and the canonical name of the module that a stored name means.
 
@@ -380,11 +394,17 @@ class _Rest:
     def by_prefix(self) -> dict[str, str]:
         """Return the pairs whose names differ by a prefix, each decided for all modules."""
         pairs: dict[str, str] = {}
-        while groups := {
-            prefix: group
-            for prefix, group in self._by_prefix().items()
-            if all(self._fits(*pair) for pair in group.items())
-        }:
+        while (
+            self._names
+            and self._others
+            and (
+                groups := {
+                    prefix: group
+                    for prefix, group in self._by_prefix().items()
+                    if all(self._fits(*pair) for pair in group.items())
+                }
+            )
+        ):
             best = max(groups, key=lambda prefix: (len(groups[prefix]), -len(prefix.head)))
             group = groups[best]
             rivals = [p for p in groups if groups[p] != group and _compete(groups[p], group)]
@@ -410,7 +430,7 @@ class _Rest:
         for longer in (0, 1):
             ends = {identity: name for name, identity in sets[1 - longer].items()}
             for name, identity in sets[longer].items():
-                for head, rest in _splits(identity.name, self._separator):
+                for head, rest in possible_prefixes(identity.name, self._separator):
                     inner = identify(rest, flat=self._flat)
                     parts = [part for part in (identity.component, inner.component) if part]
                     target = ModuleName(".".join(parts), inner.name)
@@ -467,8 +487,8 @@ def _always(_name: str, _other: str) -> bool:
     return True
 
 
-def _splits(name: str, separator: str) -> Iterator[tuple[str, str]]:
-    """Yield what may be a prefix and the rest: the segment before the first number stays."""
+def possible_prefixes(name: str, separator: str) -> Iterator[tuple[str, str]]:
+    """Yield what may be a prefix and the rest; the segment before the first number stays there."""
     segments = name.split(separator)
     first = next((i for i, part in enumerate(segments) if part.isdecimal()), len(segments))
     for count in range(max(first, 1)):
@@ -503,6 +523,8 @@ def _flat_match(path: str) -> re.Match[str] | None:
 
 def _without_linear(path: str) -> str:
     """Return a path without the ``.linear`` at which a tower's wrapper holds its layer."""
+    if not path.endswith("linear"):
+        return path
     match = _WRAPPED_LINEAR.search(path)
     return path if match is None else path[: match.start("layer")]
 

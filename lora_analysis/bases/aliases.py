@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 from lora_analysis.bases.stable_diffusion import authors_name, diffusers_name
@@ -24,16 +25,28 @@ class Family:
     mark: re.Pattern[str]
     rewrite: Rewrite
 
+    def has_mark(self, name: str) -> bool:
+        """Return True if a name, with or without its dots, is one of this family alone."""
+        mark = self.mark if "." in name else _without_dots(self.mark.pattern)
+        return mark.search(name) is not None
+
 
 def _rules(*pairs: tuple[str, str]) -> Rewrite:
-    compiled = [(re.compile(pattern), replacement) for pattern, replacement in pairs]
+    dotted = [(re.compile(pattern), replacement) for pattern, replacement in pairs]
+    flat = [(_without_dots(pattern), text.replace(".", "_")) for pattern, text in pairs]
 
     def rewrite(name: str) -> str:
-        for pattern, replacement in compiled:
+        for pattern, replacement in dotted if "." in name else flat:
             name = pattern.sub(replacement, name)
         return name
 
     return rewrite
+
+
+@cache
+def _without_dots(pattern: str) -> re.Pattern[str]:
+    """Return the pattern for names that kohya wrote, whose dots are underscores."""
+    return re.compile(pattern.replace(r"\.", "_"))
 
 
 # ViT and its kin before and since transformers 5.
@@ -125,6 +138,6 @@ SPELLINGS: Final = (*(family.rewrite for family in FAMILIES), authors_name)
 def spellings_of(names: Iterable[str]) -> list[Rewrite]:
     """Return the rewrites of the families that take part among names, by their marks."""
     every = list(names)
-    taking_part = [family for family in FAMILIES if any(map(family.mark.search, every))]
+    taking_part = [family for family in FAMILIES if any(map(family.has_mark, every))]
     flat = [authors_name] if any(map(is_flattened, every)) else []
     return [*(family.rewrite for family in taking_part), *flat]

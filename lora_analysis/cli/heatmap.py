@@ -93,7 +93,7 @@ def command(
         inputs = [*first.provenance.inputs, *second.provenance.inputs]
         with output_file(target, inputs=inputs, force=force):
             written = save_figure(figure_ranks(grids), output.with_suffix(""), [kind])[0]
-    said = _doubts((first.label, second.label), chosen)
+    said = [*_matching(first, second), *_doubts((first.label, second.label), chosen)]
     if form == "json":
         about = {"modules": list(chosen), "side": side, "factor": factor}
         print_json({"figure": written, **about, "findings": said})
@@ -140,6 +140,18 @@ def _comparable(a: Update, b: Update) -> bool:
     from lora_analysis.spectra import spectrum
 
     return a.shape == b.shape and not (spectrum(a).untrained or spectrum(b).untrained)
+
+
+def _matching(*adapters: Adapter) -> list[str]:
+    """Return how modules of other names were matched."""
+    from lora_analysis.pairwise import MATCHING_CODES
+
+    return [
+        f"{adapter.label}: {finding.text}"
+        for adapter in adapters
+        for finding in adapter.provenance.findings
+        if finding.code in MATCHING_CODES
+    ]
 
 
 def _doubts(labels: tuple[str, str], chosen: dict[str, tuple[Update, Update]]) -> list[str]:

@@ -4,7 +4,7 @@
 whole adapters. What a group has in common is in ``groups``.
 """
 
-from lora_analysis.pairwise.alignment import align_adapters
+from lora_analysis.pairwise.alignment import MATCHING_CODES, align_adapters
 from lora_analysis.pairwise.products import (
     ModulePairs,
     PairValues,
@@ -20,6 +20,7 @@ from lora_analysis.pairwise.walk import (
 )
 
 __all__ = [
+    "MATCHING_CODES",
     "ModulePairs",
     "PairValues",
     "PairwiseSimilarity",

@@ -7,15 +7,26 @@ file all the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Final
 
 from lora_analysis.adapter import Adapter, LowRankUpdate, Update
-from lora_analysis.bases.aliases import spellings_of
+from lora_analysis.bases.aliases import Rewrite, spellings_of
 from lora_analysis.errors import InputError
 from lora_analysis.finding import Finding
-from lora_analysis.names import NameMatch, Prefixes, is_flattened, match_names
+from lora_analysis.names import (
+    NameMatch,
+    Prefixes,
+    identify,
+    is_flattened,
+    match_names,
+    possible_prefixes,
+)
+
+# Findings on how modules were matched.
+MATCHING_CODES: Final = ("names-matched", "names-prefix", "names-ambiguous", "names-hidden")
 
 
 def align_adapters(adapters: Sequence[Adapter], *, prefix: Prefixes | None = None) -> list[Adapter]:
@@ -37,28 +48,60 @@ def align_adapters(adapters: Sequence[Adapter], *, prefix: Prefixes | None = Non
         first.setdefault(frozenset(adapter), adapter)
     if len(first) < 2:  # of a thousand adapters most have the same names
         return list(adapters)
-    shapes = _Shapes()
+    shapes, known = _Shapes(), _Known()
     shown: dict[str, Adapter] = {}
+    spellings: dict[Rewrite, None] = {}
     matches: dict[frozenset[str], NameMatch] = {}
     # Names with dots first: they tell layer and type, and are shown.
     for names, adapter in sorted(first.items(), key=lambda item: _is_flat(item[0])):
-        if prefix or not names <= shown.keys():
+        spellings |= dict.fromkeys(spellings_of(names))
+        if prefix or (not names <= shown.keys() and (spellings or known.may_match(names))):
             matches[names] = match_names(
                 adapter,
                 shown,
                 fits=partial(shapes.fit, adapter, shown),
                 prefix=prefix,
-                spellings=spellings_of((*names, *shown)),
+                spellings=list(spellings),
             )
-        taken = matches[names].pairs if names in matches else {name: name for name in names}
+        taken = matches[names].pairs if names in matches else {}
         for name in adapter:
-            if name not in taken:
-                shown.setdefault(name, adapter)
+            if name not in taken and name not in shown:
+                shown[name] = adapter
+                known.add(name)
     by_adapter = (matches.get(frozenset(adapter)) for adapter in adapters)
     return [
         adapter if match is None else _renamed(adapter, match)
         for adapter, match in zip(adapters, by_adapter, strict=True)
     ]
+
+
+class _Known:
+    """Paths of modules and what is left of them behind a prefix: thousands are asked for one."""
+
+    def __init__(self) -> None:
+        self._paths: set[str] = set()
+        self._rests: set[str] = set()
+
+    def add(self, name: str) -> None:
+        """Remember a name."""
+        for path, rests in self._read(name):
+            self._paths.add(path)
+            self._rests.update(rests)
+
+    def may_match(self, names: Iterable[str]) -> bool:
+        """Return True if an identity or a prefix may bring one of the names to a known one."""
+        return any(
+            path in self._rests or not self._paths.isdisjoint(rests)
+            for name in names
+            for path, rests in self._read(name)
+        )
+
+    @staticmethod
+    def _read(name: str) -> Iterator[tuple[str, list[str]]]:
+        for flat in (False, True):
+            path = identify(name, flat=flat).name
+            rests = [rest for _, rest in possible_prefixes(path, "_" if flat else ".")]
+            yield path, [path, *(identify(rest, flat=flat).name for rest in rests)]
 
 
 class _Shapes:
