@@ -69,7 +69,7 @@ _COMPONENTS: Final = tuple(
 )
 # The first segment of such paths, which most names do not have.
 _STARTS: Final = re.compile(
-    r"(model|diffusion_model|unet|transformer|dit|prior|controlnet|control_model|vae|conditioner"
+    r"(model\.diffusion_model|diffusion_model|unet|transformer|dit|prior|controlnet|control_model|vae|conditioner"
     r"|first_stage_model|cond_stage_model|clip_[lg]|t5xxl|te[1-3]?|text_encoders?"
     r"|(unet|transformer|diffusion_model)_2|text_encoder_[1-4])\."
 )

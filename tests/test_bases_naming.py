@@ -470,3 +470,41 @@ def test_a_kernel_is_a_matrix_with_a_row_per_output(
     np.testing.assert_array_equal(live.array(), flat)
     with pytest.raises(BaseWeightError, match=r"of shape \(6, 5\)"):
         base.weight("conv", shape=(6, 5))
+
+
+WITH_PARTS = {
+    "language": "model.language_model.layers.0.self_attn.q_proj",
+    "vision": "model.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj",
+    "mtp": "mtp.layers.0.self_attn.q_proj",
+    "wrapped": "model._orig_mod.lm_body.0.proj",
+}
+
+
+@pytest.mark.parametrize(
+    ("module", "part"),
+    [
+        ("layers.0.self_attn.q_proj", "language"),
+        ("model.layers.0.self_attn.q_proj", "language"),
+        ("language_model.model.layers.0.self_attn.q_proj", "language"),
+        ("module.base_model.model.model.layers.0.self_attn.q_proj.base_layer", "language"),
+        ("vision_tower.encoder.layers.0.self_attn.q_proj.linear", "vision"),
+        ("model.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj", "vision"),
+        ("model.mtp.layers.0.self_attn.q_proj", "mtp"),
+        ("model.lm_body.0.proj", "wrapped"),
+    ],
+)
+def test_a_part_of_a_model_is_found_whatever_the_class_in_front(module: str, part: str) -> None:
+    weights = {
+        f"{name}.weight": np.full((4, 4), index, np.float32)
+        for index, name in enumerate(WITH_PARTS.values())
+    }
+    base = open_base(weights)
+    weight = base.weight(module, shape=(4, 4), transposed=False)
+    assert weight.array()[0, 0] == list(WITH_PARTS).index(part)
+
+
+@pytest.mark.parametrize("module", ["layers.0.q_proj", "model.layers.0.q_proj"])
+def test_the_mtp_head_does_not_stand_in_for_a_layer_that_is_missing(module: str) -> None:
+    base = open_base({"mtp.layers.0.q_proj.weight": np.ones((4, 4), np.float32)})
+    with pytest.raises(BaseWeightError, match="no weight belongs"):
+        base.weight(module, shape=(4, 4), transposed=False)
