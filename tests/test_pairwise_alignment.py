@@ -75,6 +75,102 @@ def test_one_training_in_two_spellings_is_one(
     assert table["total_cosine"] == pytest.approx(1.0)
 
 
+# The same modules in the spelling of a model's authors and in that of diffusers or transformers.
+FAMILIES = [
+    (
+        [
+            f"diffusion_model.blocks.{i}.{n}"
+            for i in range(2)
+            for n in ("self_attn.o", "cross_attn.k", "ffn.0")
+        ],
+        [
+            f"transformer.blocks.{i}.{n}"
+            for i in range(2)
+            for n in ("attn1.to_out.0", "attn2.to_k", "ffn.net.0.proj")
+        ],
+    ),
+    (
+        [
+            f"diffusion_model.{n}"
+            for i in range(2)
+            for n in (
+                f"double_blocks.{i}.img_attn.proj",
+                f"double_blocks.{i}.img_mlp.2",
+                f"single_blocks.{i}.linear2",
+            )
+        ],
+        [
+            f"transformer.{n}"
+            for i in range(2)
+            for n in (
+                f"transformer_blocks.{i}.attn.to_out.0",
+                f"transformer_blocks.{i}.ff.net.2",
+                f"single_transformer_blocks.{i}.proj_out",
+            )
+        ],
+    ),
+    (
+        [
+            f"lora_unet_input_blocks_{b}_1_transformer_blocks_0_attn1_to_{p}"
+            for b in (4, 5)
+            for p in "qkv"
+        ],
+        [
+            f"unet.down_blocks.1.attentions.{a}.transformer_blocks.0.attn1.to_{p}"
+            for a in (0, 1)
+            for p in "qkv"
+        ],
+    ),
+    (
+        [
+            f"vit.encoder.layer.{i}.{n}"
+            for i in range(2)
+            for n in ("attention.attention.query", "attention.output.dense", "intermediate.dense")
+        ],
+        [
+            f"vit.layers.{i}.{n}"
+            for i in range(2)
+            for n in ("attention.q_proj", "attention.o_proj", "mlp.fc1")
+        ],
+    ),
+    (
+        [
+            f"model.layers.{i}.block_sparse_moe.experts.1.{n}"
+            for i in range(2)
+            for n in ("w1", "w2", "w3")
+        ],
+        [
+            f"model.layers.{i}.mlp.experts.1.{n}_proj"
+            for i in range(2)
+            for n in ("gate", "down", "up")
+        ],
+    ),
+    (
+        [
+            f"lora_unet_double_blocks_{i}_{n}"
+            for i in range(3)
+            for n in ("txt_attn_proj", "img_mlp_0")
+        ],
+        [
+            f"transformer.transformer_blocks.{i}.{n}"
+            for i in range(3)
+            for n in ("attn.to_add_out", "ff.net.0.proj")
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("first", "second"), FAMILIES)
+def test_the_spellings_of_a_family_are_one(
+    updates: list[LowRankUpdate], first: list[str], second: list[str]
+) -> None:
+    pair = [called(updates, first, "a"), called(updates, second, "b")]
+    for order in (pair, pair[::-1]):
+        result = pairwise(order)
+        assert len(result.modules) == len(first)
+        np.testing.assert_allclose(result.cosine[:, 0, 1], 1.0)
+
+
 def test_adapters_of_equal_names_are_returned_as_they_are(updates: list[LowRankUpdate]) -> None:
     a, b = called(updates, DECODER, "a"), called(updates[:4], DECODER[:4], "b")
     assert align_adapters([a, b]) == [a, b]

@@ -104,6 +104,23 @@ _LUMINA: Final = _rules(
     (r"(?<=\.)attention\.out$", "attention.to_out.0"),
 )
 
+# Wan in its authors' spelling, brought to that of diffusers.
+_WAN: Final = _rules(
+    (r"(?<=\.)self_attn\.(q|k|v)$", r"attn1.to_\1"),
+    (r"(?<=\.)self_attn\.o$", "attn1.to_out.0"),
+    (r"(?<=\.)cross_attn\.(q|k|v)$", r"attn2.to_\1"),
+    (r"(?<=\.)cross_attn\.o$", "attn2.to_out.0"),
+    (r"(?<=\.)cross_attn\.(k|v)_img$", r"attn2.add_\1_proj"),
+    (r"(blocks\.\d+)\.ffn\.0$", r"\1.ffn.net.0.proj"),
+    (r"(blocks\.\d+)\.ffn\.2$", r"\1.ffn.net.2"),
+    (r"(?:^|(?<=\.))text_embedding\.0$", "condition_embedder.text_embedder.linear_1"),
+    (r"(?:^|(?<=\.))text_embedding\.2$", "condition_embedder.text_embedder.linear_2"),
+    (r"(?:^|(?<=\.))time_embedding\.0$", "condition_embedder.time_embedder.linear_1"),
+    (r"(?:^|(?<=\.))time_embedding\.2$", "condition_embedder.time_embedder.linear_2"),
+    (r"(?:^|(?<=\.))time_projection\.1$", "condition_embedder.time_proj"),
+    (r"(?:^|(?<=\.))head\.head$", "proj_out"),
+)
+
 # Text encoders inside a Stable Diffusion checkpoint of one file.
 _TEXT_ENCODERS = _rules(
     (r"^cond_stage_model\.transformer\.", "text_encoder."),
@@ -123,6 +140,7 @@ FAMILIES: Final = (
     Family(re.compile(r"\.block_sparse_moe\."), _MIXTRAL),
     Family(re.compile(r"(^|\.)embed_out$"), _rules((r"(^|\.)embed_out$", r"\1lm_head"))),
     Family(re.compile(r"(^|\.)(double|single)_blocks\.\d"), _FLUX),
+    Family(re.compile(r"(^|\.)blocks\.\d+\.(self|cross)_attn\.(q|k|v|o|[kv]_img)$"), _WAN),
     Family(re.compile(r"(layers|refiner)\.\d+\.attention\.(qkv|out)$"), _LUMINA),
     Family(
         re.compile(r"(^|\.)((input|output|middle)_blocks?|time_embed|label_emb)\.\d"),
