@@ -7,6 +7,7 @@ compiler. Their packers loop element by element and share no code with the reade
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +152,75 @@ def fp8_blocks(
             codes[own] = (W[own] / scales[i, j]).to(torch.float8_e4m3fn)
             values[own] = codes[own].float() * scales[i, j]
     return {"q.weight": codes, "q.weight_scale_inv": scales}, values
+
+
+E2M1_SIZES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def comfy_mark(**stated: Any) -> torch.Tensor:
+    """Return what ComfyUI stores as ``X.comfy_quant``: the bytes of a JSON object."""
+    return torch.tensor(list(json.dumps(stated).encode()), dtype=torch.uint8)
+
+
+def mxfp8(
+    W: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn, *, block: tuple[int, int] = (1, 32)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return codes, exponents + 127 for each block, and values, block by block.
+
+    The exponent is rounded up, so that no value is cut off.
+    """
+    height, width = block
+    rows, columns = -(-W.shape[0] // height), -(-W.shape[1] // width)
+    exponents = torch.zeros(rows, columns, dtype=torch.uint8)
+    codes, values = torch.zeros(W.shape, dtype=dtype), torch.zeros_like(W)
+    for i in range(rows):
+        for j in range(columns):
+            own = (slice(i * height, (i + 1) * height), slice(j * width, (j + 1) * width))
+            largest = float(W[own].abs().max()) / torch.finfo(dtype).max
+            exponent = int(np.ceil(np.log2(largest)))
+            exponents[i, j] = exponent + 127
+            codes[own] = (W[own] / 2.0**exponent).to(dtype)
+            values[own] = codes[own].float() * 2.0**exponent
+    return codes, exponents, values
+
+
+def nearest_e2m1(value: float) -> int:
+    """Return the 4-bit code whose value is nearest; the high bit is the sign."""
+    size = min(range(8), key=lambda code: abs(E2M1_SIZES[code] - abs(value)))
+    return size + (8 if value < 0 else 0)
+
+
+def four_bit_blocks(
+    W: np.ndarray, run: int, scale_of: Callable[[float], float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return codes, scales (from the largest of a run) and values of E2M1 numbers, run by run."""
+    codes = np.zeros(W.shape, np.uint8)
+    scales = np.zeros((W.shape[0], W.shape[1] // run))
+    values = np.zeros_like(W)
+    for i in range(W.shape[0]):
+        for j in range(scales.shape[1]):
+            own = slice(j * run, (j + 1) * run)
+            scales[i, j] = scale_of(float(np.abs(W[i, own]).max()))
+            for column in range(own.start, own.stop):
+                code = nearest_e2m1(W[i, column] / scales[i, j])
+                codes[i, column] = code
+                size = E2M1_SIZES[code % 8] * scales[i, j]
+                values[i, column] = -size if code >= 8 else size
+    return codes, scales, values
+
+
+def pack_nibbles(codes: np.ndarray, *, high_first: bool = False) -> np.ndarray:
+    """Pack two codes of a row into a byte."""
+    first, second = codes[:, ::2], codes[:, 1::2]
+    return first << 4 | second if high_first else first | second << 4
+
+
+def in_tiles(scales: torch.Tensor) -> torch.Tensor:
+    """Return scales in the order of cuBLAS, one by one: tiles of 128 × 4, rows 32 apart together."""
+    rows, columns = -(-scales.shape[0] // 128) * 128, -(-scales.shape[1] // 4) * 4
+    flat = torch.zeros(rows * columns, dtype=scales.dtype)
+    for i in range(scales.shape[0]):
+        for j in range(scales.shape[1]):
+            tile = (i // 128) * (columns // 4) + j // 4
+            flat[tile * 512 + (i % 32) * 16 + (i % 128) // 32 * 4 + j % 4] = scales[i, j]
+    return flat.reshape(rows, columns)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,17 +17,25 @@ from quantised_bases import (
     awq,
     bitsandbytes_4bit,
     bitsandbytes_int8,
+    comfy_mark,
+    four_bit_blocks,
     fp8_blocks,
     gptq,
+    in_tiles,
+    mxfp8,
+    pack_nibbles,
     write_base,
 )
 
 from lora_analysis.bases import open_base, quantised
 from lora_analysis.bases.quantised.codes import cell_variances, unpacked
 from lora_analysis.errors import BaseWeightError
+from lora_analysis.storage.dtypes import BITS
 
 # The noise is an expectation over where values fell inside their cells.
 NOISE = 0.12
+# Of 16 levels the outer ones are far apart, and values are not uniform between them.
+COARSE_NOISE = 0.25
 
 
 def normal(rng: np.random.Generator, *shape: int) -> torch.Tensor:
@@ -328,3 +338,351 @@ def test_scales_that_do_not_cover_the_weight_are_an_error(tmp_path: Path) -> Non
         )
         with pytest.raises(BaseWeightError, match=r"do not cover a weight of shape \(24, 40\)"):
             open_base(folder).weight("q")
+
+
+MX_STATEMENTS: tuple[dict[str, Any], ...] = (
+    {"quant_method": "mxfp8"},
+    {"quant_method": "modelopt", "quant_algo": "MXFP8"},
+    {"quant_method": "compressed-tensors", "format": "mxfp8-quantized"},
+    {"quant_method": "fp8", "scale_fmt": "ue8m0"},
+    {
+        "quant_method": "compressed-tensors",
+        "format": "mixed-precision",
+        "config_groups": {"group_0": {"format": "mxfp8-quantized"}},
+    },
+)
+
+
+@pytest.mark.parametrize("stated", MX_STATEMENTS)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_mxfp8_linear_layers_have_a_power_of_two_per_32(
+    rng: np.random.Generator, tmp_path: Path, stated: dict[str, Any], dtype: torch.dtype
+) -> None:
+    W = normal(rng, 24, 96) * 0.02
+    codes, exponents, values = mxfp8(W, dtype)
+    folder = write_base(tmp_path, {"q.weight": codes, "q.weight_scale": exponents}, **stated)
+    weight = open_base(folder).weight("q", shape=(24, 96))
+    np.testing.assert_array_equal(weight.array(), values)
+    assert weight.storage == "MXFP8, a scale per 1 × 32"
+    assert weight.noise() == pytest.approx(true_noise(W.numpy(), values.numpy()), rel=NOISE)
+
+
+@pytest.mark.parametrize("block", [(1, 32), (16, 32), (16, 48)])
+def test_scales_stored_as_exponents_need_no_statement(
+    rng: np.random.Generator, tmp_path: Path, block: tuple[int, int]
+) -> None:
+    codes, exponents, values = mxfp8(normal(rng, 32, 96), block=block)
+    stored = {"q.weight": codes, "q.weight_scale_inv": exponents.view(torch.float8_e8m0fnu)}
+    weight = open_base(write_base(tmp_path, stored)).weight("q")
+    np.testing.assert_array_equal(weight.array(), values)
+
+
+def test_mxfp8_is_read_as_compressed_tensors_decodes_it(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    for bits, name in (
+        (8, "mxfp8-quantized"),
+        (4, "mxfp4-pack-quantized"),
+        (6, "mxfp6-pack-quantized"),
+    ):
+        W = normal(rng, 24, 96)
+        stored, decoded = compressed_mx(W, name, bits)
+        folder = write_base(tmp_path / name, stored, quant_method="compressed-tensors", format=name)
+        weight = open_base(folder).weight("q", shape=(24, 96))
+        np.testing.assert_array_equal(weight.array(), decoded.float())
+        assert weight.storage.startswith(f"MXFP{bits}")
+        assert weight.noise() == pytest.approx(
+            true_noise(W.numpy(), weight.array()), rel=NOISE if bits > 4 else COARSE_NOISE
+        )
+
+
+def compressed_mx(
+    W: torch.Tensor, compressor: str, bits: int
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Return what compressed-tensors stores of W under a scheme of powers of two, and decodes."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    args = {
+        "num_bits": bits, "type": "float", "symmetric": True, "strategy": "group",
+        "group_size": 32, "scale_dtype": torch.uint8, "zp_dtype": torch.uint8,
+    }  # fmt: skip
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**args))
+    parts = W.reshape(W.shape[0], -1, 32)
+    scale, _ = calculate_qparams(parts.amin(-1), parts.amax(-1), scheme.weights)
+    kind = BaseCompressor.get_value_from_registry(compressor)
+    stored = kind.compress({"weight": W, "weight_scale": scale.float()}, scheme)
+    assert stored["weight_scale"].dtype == torch.uint8
+    decoded = kind.decompress(stored, scheme)["weight"]
+    return {f"q.{name}": value for name, value in stored.items()}, decoded
+
+
+@pytest.mark.parametrize("exponents", ["uint8", "float8_e8m0fnu"])
+def test_mxfp4_linear_layers_are_decoded(
+    rng: np.random.Generator, tmp_path: Path, exponents: str
+) -> None:
+    W = normal(rng, 12, 64).numpy()
+    codes, scales, values = four_bit_blocks(
+        W, 32, lambda largest: 2.0 ** (np.floor(np.log2(largest)) - 2)
+    )
+    stored = {
+        "q.weight": torch.from_numpy(pack_nibbles(codes)),
+        "q.weight_scale": torch.from_numpy((np.log2(scales) + 127).astype(np.uint8)).view(
+            getattr(torch, exponents)
+        ),
+    }
+    stated = {"quant_method": "modelopt", "quant_algo": "MXFP4"} if exponents == "uint8" else {}
+    weight = open_base(write_base(tmp_path, stored, **stated)).weight("q", shape=(12, 64))
+    np.testing.assert_array_equal(weight.array(), values)
+    assert weight.storage == "MXFP4"
+    assert weight.noise() == pytest.approx(true_noise(W, values), rel=COARSE_NOISE)
+
+
+def nvfp4(W: np.ndarray) -> tuple[np.ndarray, torch.Tensor, float, np.ndarray]:
+    """Return codes, fp8 scales per 16, the factor of the whole, and values."""
+    whole = float(np.abs(W).max()) / (6 * 448)
+
+    def scale_of(largest: float) -> float:
+        return float(torch.tensor(largest / 6 / whole).to(torch.float8_e4m3fn)) * whole
+
+    codes, scales, values = four_bit_blocks(W, 16, scale_of)
+    return codes, torch.from_numpy(scales / whole).to(torch.float8_e4m3fn), whole, values
+
+
+def test_nvfp4_of_modelopt_and_of_comfyui_differ_in_order_alone(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    # Of a size at which ComfyUI's tiles have the shape of scales in rows.
+    W = normal(rng, 128, 64).numpy()
+    codes, scales, whole, values = nvfp4(W)
+    second = torch.tensor(whole)
+    modelopt = {
+        "q.weight": torch.from_numpy(pack_nibbles(codes)),
+        "q.weight_scale": scales,
+        "q.weight_scale_2": second,
+        "q.input_scale": torch.ones(()),
+    }
+    comfy = {
+        "q.weight": torch.from_numpy(pack_nibbles(codes, high_first=True)),
+        "q.weight_scale": in_tiles(scales.float()).to(torch.float8_e4m3fn),
+        "q.weight_scale_2": second,
+        "q.comfy_quant": comfy_mark(format="nvfp4"),
+    }
+    assert comfy["q.weight_scale"].shape == scales.shape
+    folders = (
+        write_base(tmp_path / "modelopt", modelopt, quant_method="modelopt", quant_algo="NVFP4"),
+        write_base(tmp_path / "comfy", comfy),
+    )
+    for folder in folders:
+        weight = open_base(folder).weight("q", shape=(128, 64))
+        np.testing.assert_allclose(weight.array(), values, rtol=1e-6)
+        assert weight.storage == "NVFP4"
+        assert weight.noise() == pytest.approx(true_noise(W, values), rel=COARSE_NOISE)
+
+
+def test_comfyuis_mxfp8_has_its_scales_in_padded_tiles(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    codes, exponents, values = mxfp8(normal(rng, 160, 96))
+    stored = {
+        "q.weight": codes,
+        "q.weight_scale": in_tiles(exponents),
+        "q.comfy_quant": comfy_mark(format="mxfp8"),
+    }
+    assert stored["q.weight_scale"].shape == (256, 4)
+    np.testing.assert_array_equal(read(write_base(tmp_path, stored)), values)
+
+
+def test_comfyuis_marks_are_read_from_the_files_metadata_too(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    codes, exponents, values = mxfp8(normal(rng, 160, 96))
+    layers = {"blocks.0.q": {"format": "mxfp8"}}
+    save_file(
+        {
+            "model.diffusion_model.blocks.0.q.weight": codes,
+            "model.diffusion_model.blocks.0.q.weight_scale": in_tiles(exponents),
+        },
+        tmp_path / "model.safetensors",
+        {"_quantization_metadata": json.dumps({"layers": layers})},
+    )
+    weight = open_base(tmp_path / "model.safetensors").weight("blocks.0.q", transposed=False)
+    np.testing.assert_array_equal(weight.array(), values)
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_comfyuis_scaled_fp8_is_read(rng: np.random.Generator, tmp_path: Path, new: bool) -> None:
+    W = normal(rng, 24, 40)
+    scale = W.abs().max() / 448
+    codes = (W / scale).to(torch.float8_e4m3fn)
+    beside = (
+        {"q.weight_scale": scale, "q.comfy_quant": comfy_mark(format="float8_e4m3fn")}
+        if new
+        else {
+            "q.scale_weight": scale.reshape(1),
+            "q.scale_input": torch.ones(1),
+            "scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn),
+        }
+    )
+    weight = open_base(write_base(tmp_path, {"q.weight": codes, **beside})).weight("q")
+    np.testing.assert_array_equal(weight.array(), codes.float() * scale)
+    assert weight.storage == "fp8, one scale"
+
+
+@pytest.mark.parametrize(
+    ("shape", "block"), [((3, 1, 5, 1), (8, 8)), ((24, 5, 1), (1, 8)), ((3, 5), (8, 8))]
+)
+def test_axes_of_one_between_blocks_of_scales_are_dropped(
+    rng: np.random.Generator, tmp_path: Path, shape: tuple[int, ...], block: tuple[int, int]
+) -> None:
+    codes = normal(rng, 24, 40).to(torch.float8_e4m3fn)
+    scales = torch.rand(shape) + 0.5
+    spread = scales.reshape(24 // block[0], 40 // block[1])
+    for axis in (0, 1):
+        spread = spread.repeat_interleave(block[axis], axis)
+    folder = write_base(tmp_path, {"q.weight": codes, "q.weight_scale": scales})
+    np.testing.assert_array_equal(read(folder), codes.float() * spread)
+
+
+def test_a_stack_of_experts_has_its_scales_behind_its_own_name(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    path = "model.layers.0.mlp.experts.gate_up_proj"
+    codes = normal(rng, 2, 16, 64).to(torch.float8_e4m3fn)
+    scales = torch.rand(2, 2, 4) + 0.5
+    spread = scales.repeat_interleave(8, 1).repeat_interleave(16, 2)
+    folder = write_base(
+        tmp_path, {path: codes, f"{path}_scale_inv": scales},
+        quant_method="fp8", weight_block_size=[8, 16],
+    )  # fmt: skip
+    base = open_base(folder)
+    for expert in range(2):
+        weight = base.weight(f"{path}.{expert}", shape=(16, 64))
+        np.testing.assert_array_equal(weight.array(), (codes.float() * spread)[expert])
+
+
+def test_modelopts_own_file_of_settings_states_the_scheme(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    codes, exponents, values = mxfp8(normal(rng, 24, 96))
+    folder = write_base(tmp_path, {"q.weight": codes, "q.weight_scale": exponents})
+    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "MXFP8"}}')
+    np.testing.assert_array_equal(read(folder), values)
+
+
+def bytes_of(*shape: int) -> torch.Tensor:
+    return torch.full(shape, 120, dtype=torch.uint8)
+
+
+FP8 = torch.ones(24, 64).to(torch.float8_e4m3fn)
+REFUSED: tuple[tuple[dict[str, torch.Tensor], dict[str, Any], str], ...] = (
+    # Bytes that may be exponents or factors.
+    ({"weight": FP8, "weight_scale": bytes_of(24, 2)}, {}, "uint8 scales.*MXFP8.*no config"),
+    (
+        {"weight": FP8, "weight_scale": bytes_of(24, 2)},
+        {"quant_method": "modelopt", "quant_algo": "FP8"},
+        "uint8 scales.*MXFP8.*states modelopt, FP8",
+    ),
+    ({"weight": bytes_of(24, 32), "weight_scale": bytes_of(24, 2)}, {}, "uint8.*MXFP4"),
+    # Two 4-bit codes in an int8.
+    (
+        {"weight": bytes_of(24, 32).view(torch.int8), "weight_scale": torch.ones(24, 2)},
+        {"quant_method": "fp8"},
+        "int8 with float32 scales.*states fp8",
+    ),
+    (
+        {
+            "weight": bytes_of(24, 32).view(torch.int8),
+            "weight_scale": bytes_of(24, 2).view(torch.float8_e8m0fnu),
+        },
+        {},
+        "int8 with float8_e8m0fnu scales, which is not read",
+    ),
+    ({"weight": FP8, "weight_scale": torch.ones(24, dtype=torch.int32)}, {}, "int32 scales"),
+    ({"weight": torch.ones(24, 64).half(), "weight_scale": torch.ones(24)}, {}, "float16 with"),
+    ({"weight": FP8, "weight_scale": torch.ones(1), "scale_weight": torch.ones(1)}, {}, "several"),
+    (
+        {"weight": FP8, "weight_scale": torch.ones(1), "pre_quant_scale": torch.ones(64)},
+        {},
+        "pre_q",
+    ),
+    (
+        {"weight": FP8, "weight_scale": torch.ones(24), "weight_zero_point": torch.ones(24)},
+        {},
+        "zero points",
+    ),
+    ({"weight": FP8}, {"quant_method": "fp8"}, "states fp8, but the weight has no scales"),
+    (
+        {
+            "weight": torch.ones(24, 64, dtype=torch.int8),
+            "weight_scale": torch.ones(1),
+            "comfy_quant": comfy_mark(format="int8_tensorwise", convrot=True, convrot_groupsize=4),
+        },
+        {},
+        "int8_tensorwise with convrot",
+    ),
+    (
+        {
+            "weight": bytes_of(24, 32).view(torch.int8),
+            "weight_scale": torch.ones(1),
+            "comfy_quant": comfy_mark(format="svdquant_w4a4"),
+        },
+        {},
+        "states svdquant_w4a4, which is not read",
+    ),
+    (
+        {"weight": FP8, "weight_scale": torch.ones(1), "comfy_quant": comfy_mark(format="nvfp4")},
+        {},
+        "float8_e4m3fn with float32 scales are read as fp8, but ComfyUI's mark states nvfp4",
+    ),
+    (
+        {"weight": FP8, "weight_scale": torch.ones(1), "comfy_quant": bytes_of(3)},
+        {},
+        "comfy_quant' is not readable",
+    ),
+)
+
+
+@pytest.mark.parametrize(("stored", "stated", "told"), REFUSED)
+def test_what_the_table_does_not_cover_is_refused_by_name(
+    tmp_path: Path, stored: dict[str, torch.Tensor], stated: dict[str, Any], told: str
+) -> None:
+    folder = write_base(tmp_path, {f"q.{name}": value for name, value in stored.items()}, **stated)
+    with pytest.raises(BaseWeightError, match=told) as caught:
+        open_base(folder).weight("q").array()
+    assert "q.weight" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_exponent_that_means_nan_is_damage(rng: np.random.Generator, tmp_path: Path) -> None:
+    codes, exponents, _ = mxfp8(normal(rng, 24, 96))
+    exponents[3, 1] = 255
+    stored = {"q.weight": codes, "q.weight_scale": exponents.view(torch.float8_e8m0fnu)}
+    with pytest.raises(BaseWeightError, match="32 numbers that are not finite"):
+        open_base(write_base(tmp_path, stored)).weight("q").array()
+
+
+def test_every_type_of_safetensors_is_read_or_named(tmp_path: Path) -> None:
+    names = {
+        "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1,
+        "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
+        "C64": 8, "U64": 8, "U32": 4, "U16": 2, "F4": 0.5, "F6_E2M3": 0.75, "F6_E3M2": 0.75,
+    }  # fmt: skip
+    read_as_weights = {name for name in names if re.match("F16|F32|F64|BF16|F8_E[45]M[23]", name)}
+    for name, size in names.items():
+        data = bytes(int(8 * 16 * size))
+        path = tmp_path / f"{name}.safetensors"
+        header = json.dumps(
+            {"q.weight": {"dtype": name, "shape": [8, 16], "data_offsets": [0, len(data)]}}
+        ).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+        base = open_base(path)
+        if name in read_as_weights:
+            assert not base.weight("q", transposed=False).array().any()
+        else:
+            with pytest.raises(BaseWeightError, match=BITS[name][0]):
+                base.weight("q", transposed=False)
+    assert set(names) == set(BITS)

@@ -184,5 +184,15 @@ def _checked(file: Path) -> Path:
 
 
 def _config(config: Path) -> dict[str, Any]:
-    """Return a model's ``config.json``, empty where there is none."""
-    return read_json_object(config) if config.is_file() else {}
+    """Return a model's ``config.json``, empty if there is none.
+
+    modelopt states how weights are quantized in a file of its own too, in older versions there
+    alone.
+    """
+    stated = read_json_object(config) if config.is_file() else {}
+    beside = config.with_name("hf_quant_config.json")
+    if "quantization_config" not in stated and beside.is_file():
+        quantization = read_json_object(beside).get("quantization")
+        if isinstance(quantization, dict):
+            stated["quantization_config"] = {"quant_method": "modelopt", **quantization}
+    return stated

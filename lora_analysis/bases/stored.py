@@ -9,7 +9,6 @@ import numpy as np
 
 from lora_analysis.bases.naming import matrix_shape, quantised
 from lora_analysis.bases.quantised import Quantised, quantised_weights, tiles
-from lora_analysis.bases.quantised.codes import powers_of_two
 from lora_analysis.errors import BaseWeightError
 from lora_analysis.storage.dtypes import FLOATING, raw_dtype
 from lora_analysis.storage.raw import part_of, read_elements
@@ -41,9 +40,6 @@ class Stored:
 
     def read(self, name: str) -> NDArray[Any]:
         """Return a tensor's values."""
-        if self.infos[name].dtype == "float8_e8m0fnu":
-            codes = self.raw(name, 0, self.infos[name].elements)
-            return powers_of_two(codes).reshape(self.infos[name].shape)
         return self._files.read(name)
 
     def raw(self, name: str, start: int, stop: int) -> NDArray[Any]:
@@ -83,7 +79,7 @@ class StoredTensors:
         self._label = label
         stated = config.get("quantization_config")
         self._config: Mapping[str, Any] = stated if isinstance(stated, Mapping) else {}
-        self._makers = quantised_weights(self._stored, self._config, label)
+        self._makers = quantised_weights(self._stored, self._config, label, files.metadata)
         self._quantised: dict[str, Quantised] = {}
         self._names = list(dict.fromkeys([*files.infos, *self._makers]))
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from lora_analysis.errors import UnknownFormatError
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -52,13 +54,37 @@ _RAW: Final[dict[str, str]] = {
     "bfloat16": "<u2",
     "float8_e4m3fn": "u1",
     "float8_e5m2": "u1",
+    "float8_e4m3fnuz": "u1",
+    "float8_e5m2fnuz": "u1",
+    "float8_e8m0fnu": "u1",
 }
 """Our name → the little-endian numpy type its bytes are read as."""
 
+# Types whose bytes can be carried, but whose elements are not numbers of numpy: read for what
+# knows how they are packed, and named in an error otherwise.
+_CARRIED: Final[dict[str, str]] = {
+    "complex64": "<c8",
+    "float6_e2m3": "u1",
+    "float6_e3m2": "u1",
+    "float4_e2m1": "u1",
+}
+
 READABLE: Final = frozenset(_RAW)
-FLOATING: Final = frozenset(
-    {"float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2"}
-)
+"""Types whose elements are read as plain numbers."""
+
+FLOAT8: Final = frozenset({"float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"})
+"""8-bit floating-point numbers with a sign, of which all 256 values are tabulated."""
+
+FLOATING: Final = frozenset({"float16", "bfloat16", "float32", "float64"}) | FLOAT8
+"""Types that weights and factors may have. float8_e8m0fnu holds scales alone."""
+
+# Exponent bits and the bias of the exponent.
+_FLOAT8_LAYOUT: Final = {
+    "float8_e4m3fn": (4, 7),
+    "float8_e5m2": (5, 15),
+    "float8_e4m3fnuz": (4, 8),
+    "float8_e5m2fnuz": (5, 16),
+}
 
 
 # Where a half's sign, exponent and fraction lie in a float32, and the difference of the biases.
@@ -67,18 +93,30 @@ _HALF_SCALE: Final = np.float32(2.0**112)
 
 
 def is_floating(name: str) -> bool:
-    """Say whether a stored type stands for floating-point numbers, blocks of GGUF's among them."""
+    """Return True if a stored type holds floating-point numbers, blocks of GGUF included."""
     return name in FLOATING or name.startswith("gguf_")
 
 
 def raw_dtype(name: str) -> np.dtype[Any]:
-    """Return the numpy type that a tensor of type ``name`` is read as, bit for bit."""
-    return np.dtype(_RAW[name])
+    """Return the numpy type that a tensor of type ``name`` is read as, bit for bit.
+
+    Types of less than a byte are read as the bytes that they are packed in.
+
+    Raises
+    ------
+    UnknownFormatError
+        The type is not one of safetensors'.
+    """
+    code = _RAW.get(name) or _CARRIED.get(name)
+    if code is None:
+        message = f"Numbers of type {name} are not read. Convert the tensor to bfloat16 or wider."
+        raise UnknownFormatError(message)
+    return np.dtype(code)
 
 
 def result_dtype(name: str) -> np.dtype[Any]:
     """Return the numpy type that a tensor of type ``name`` is given out in."""
-    if name in FLOATING and name != "float64":
+    if name == "float8_e8m0fnu" or (name in FLOATING and name != "float64"):
         return np.dtype(np.float32)
     return raw_dtype(name).newbyteorder("=")
 
@@ -97,7 +135,7 @@ def widen(raw: NDArray[Any], name: str, out: NDArray[Any]) -> None:
         np.multiply(bits, np.uint32(1 << 16), out=bits)
     elif name == "float16" and out.dtype == np.float32 and _as_bits(raw):
         _widen_half(raw, out)
-    elif name in ("float8_e4m3fn", "float8_e5m2"):
+    elif name in FLOAT8 or name == "float8_e8m0fnu":
         # No index is out of range; "clip" spares numpy the copy it makes in order to check.
         np.take(_float8_values(name), raw, out=out, mode="clip")
     else:
@@ -126,16 +164,22 @@ def _widen_half(raw: NDArray[Any], out: NDArray[np.float32]) -> None:
 @cache
 def _float8_values(name: str) -> NDArray[np.float32]:
     """Return the 256 values of an 8-bit float type, by their bit pattern."""
-    exponent_bits, mantissa_bits = (4, 3) if name == "float8_e4m3fn" else (5, 2)
-    bias = 2 ** (exponent_bits - 1) - 1
     codes = np.arange(256)
+    if name == "float8_e8m0fnu":  # an exponent alone; its last code is NaN
+        powers = np.ldexp(1.0, codes - 127)
+        powers[255] = np.nan
+        return powers.astype(np.float32)
+    exponent_bits, bias = _FLOAT8_LAYOUT[name]
+    mantissa_bits = 7 - exponent_bits
     sign = np.where(codes & 0x80, -1.0, 1.0)
     exponent = (codes >> mantissa_bits) & (2**exponent_bits - 1)
     fraction = (codes & (2**mantissa_bits - 1)) / 2.0**mantissa_bits
     # Exponent 0 holds the subnormal numbers: no leading one, the smallest normal power.
     power = np.ldexp(1.0, np.maximum(exponent, 1) - bias)
     values = (sign * (fraction + (exponent > 0)) * power).astype(np.float32)
-    if name == "float8_e4m3fn":
+    if name.endswith("fnuz"):
+        values[0x80] = np.nan  # "uz": no negative zero, whose pattern is the one NaN
+    elif name == "float8_e4m3fn":
         values[(codes & 0x7F) == 0x7F] = np.nan  # "fn": one NaN pattern, no infinities
     else:
         top = exponent == 31

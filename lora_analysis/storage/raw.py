@@ -20,14 +20,13 @@ _CARRIERS = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64"}
 def read_elements(path: Path, info: TensorInfo, start: int, stop: int) -> NDArray[Any]:
     """Return elements ``start`` to ``stop`` of a tensor as it lies in the file, flat.
 
-    Types that numpy lacks come as unsigned integers of their width.
+    Types that numpy lacks come as unsigned integers of their width. Of types of less than a byte,
+    ``start`` and ``stop`` count bytes, which come as they are packed.
 
     Raises
     ------
     MalformedFileError
         The file is shorter than its header said.
-    UnknownFormatError
-        The tensor is stored in a type of less than a byte.
     """
     if info.strides is not None:
         return read_tensor(path, replace(info, dtype=_carrier(info.dtype))).reshape(-1)[start:stop]

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from lora_analysis.bases.quantised.bitsandbytes import STATE, blockwise_4bit, rowwise_int8
-from lora_analysis.bases.quantised.codes import Quantised, RawTensors
+from lora_analysis.bases.quantised.codes import Quantised, RawTensors, refused
 from lora_analysis.bases.quantised.gptq import packed_words
-from lora_analysis.bases.quantised.packed import four_bit_floats, packed_integers
-from lora_analysis.bases.quantised.scaled import FLOAT8, scaled
+from lora_analysis.bases.quantised.packed import packed_floats, packed_integers
+from lora_analysis.bases.quantised.scaled import scaled
+from lora_analysis.bases.quantised.schemes import Scheme, Schemes, stated_schemes
+from lora_analysis.storage.dtypes import FLOAT8
 from lora_analysis.storage.limits import BLOCK_ELEMENTS
 
 if TYPE_CHECKING:
@@ -27,10 +29,20 @@ __all__ = ["Quantised", "RawTensors", "quantised_weights", "tiles"]
 
 Makers = Mapping[str, Callable[[], Quantised]]
 
-_SCALES: Final = ("weight_scale_inv", "weight_scale", "scale_weight")
+# Scales beside ``X.weight``, and behind the name of a parameter (a stack of experts).
+_SCALES: Final = ("weight_scale_inv", "weight_scale", "scale_weight", "scale")
+_PACKED: Final = frozenset({"uint8", "float4_e2m1"})
+_CODES: Final = _PACKED | {"int8"}
+_PARAMETER_SCALES: Final = ("_scale_inv", "_scale")
+_GPT_OSS: Final = Scheme(frozenset({"mxfp4"}), "its names are gpt-oss's")
 
 
-def quantised_weights(tensors: RawTensors, config: Mapping[str, Any], label: str) -> Makers:
+def quantised_weights(
+    tensors: RawTensors,
+    config: Mapping[str, Any],
+    label: str,
+    metadata: Mapping[str, str] | None = None,
+) -> Makers:
     """Return what makes each quantised weight, by the name its plain numbers would have.
 
     Parameters
@@ -41,8 +53,10 @@ def quantised_weights(tensors: RawTensors, config: Mapping[str, Any], label: str
         The model's ``quantization_config``, empty where there is none.
     label
         The base's name, for messages.
+    metadata
+        Strings that the file states beside its tensors.
     """
-    return dict(_recognised(tensors, config, label))
+    return dict(_recognised(tensors, config, stated_schemes(config, metadata or {}), label))
 
 
 def tiles(
@@ -59,7 +73,7 @@ def tiles(
 
 
 def _recognised(
-    tensors: RawTensors, config: Mapping[str, Any], label: str
+    tensors: RawTensors, config: Mapping[str, Any], schemes: Schemes, label: str
 ) -> Iterator[tuple[str, Callable[[], Quantised]]]:
     infos = tensors.infos
     for name in infos:
@@ -73,33 +87,52 @@ def _recognised(
         elif last == "SCB" and weight in infos:
             yield weight, partial(rowwise_int8, weight, name, tensors, label)
         elif last == "weight_packed":
-            yield weight, _packed(path, tensors, label)
+            yield weight, _packed(path, tensors, schemes, label)
         elif last.endswith("_blocks") and name.removesuffix("blocks") + "scales" in infos:
             own = name.removesuffix("_blocks")
-            yield own, partial(four_bit_floats, name, f"{own}_scales", tensors, label)
-        elif last == "weight" and (maker := _scaled(name, tensors, config, label)):
+            yield own, partial(packed_floats, name, f"{own}_scales", tensors, _GPT_OSS, label)
+        elif len(infos[name].shape) > 1 and (maker := _scaled(name, tensors, schemes, label)):
             yield name, maker
 
 
-def _packed(path: str, tensors: RawTensors, label: str) -> Callable[[], Quantised]:
-    """Return what makes a packed weight of compressed-tensors: integers, or 4-bit floats."""
+def _packed(
+    path: str, tensors: RawTensors, schemes: Schemes, label: str
+) -> Callable[[], Quantised]:
+    """Return what makes a packed weight of compressed-tensors: integers, or floats."""
     name, scale, whole = (f"{path}.weight_{last}" for last in ("packed", "scale", "global_scale"))
     if tensors.infos[name].dtype == "uint8" and scale in tensors.infos:
         held = whole if whole in tensors.infos else None
-        return partial(four_bit_floats, name, scale, tensors, label, whole=held)
+        return partial(packed_floats, name, scale, tensors, schemes.whole, label, whole=held)
     return partial(packed_integers, path, tensors, label)
 
 
 def _scaled(
-    name: str, tensors: RawTensors, config: Mapping[str, Any], label: str
+    name: str, tensors: RawTensors, schemes: Schemes, label: str
 ) -> Callable[[], Quantised] | None:
-    """Return what makes a weight of 8-bit numbers with scales beside it; None for others."""
-    infos, path = tensors.infos, name.removesuffix(".weight")
-    scale = next((f"{path}.{last}" for last in _SCALES if f"{path}.{last}" in infos), None)
-    dtype = infos[name].dtype
-    if dtype == "uint8" and scale is not None and f"{path}.weight_scale_2" in infos:
-        whole = f"{path}.weight_scale_2"
-        return partial(four_bit_floats, name, scale, tensors, label, whole=whole)
-    if dtype in FLOAT8 or scale is not None:  # of other types with scales, it refuses to guess
-        return partial(scaled, name, scale, tensors, config, label)
-    return None
+    """Return what makes a weight of codes with scales beside it; None for others."""
+    infos, dtype = tensors.infos, tensors.infos[name].dtype
+    path, _, last = name.rpartition(".")
+    if last == "weight":
+        # Flux calls the gains of its norms "scale"; beside plain numbers they are no such scales.
+        ends = _SCALES if dtype in FLOAT8 | _CODES else _SCALES[:-1]
+        scales = [f"{path}.{end}" for end in ends if f"{path}.{end}" in infos]
+    else:
+        scales = [f"{name}{end}" for end in _PARAMETER_SCALES if f"{name}{end}" in infos]
+        if dtype not in FLOAT8 | _CODES:
+            return None
+    if not scales and dtype not in FLOAT8:
+        return None
+
+    def make() -> Quantised:
+        if len(scales) > 1:
+            listed = ", ".join(f"'{scale}'" for scale in scales)
+            raise refused(label, name, "scaled", f"it has several tensors of scales: {listed}")
+        scheme = schemes.of(name, tensors, label)
+        scale = scales[0] if scales else None
+        if scale is not None and dtype in _PACKED:
+            second = f"{scale}_2"
+            whole = second if second in infos else None
+            return packed_floats(name, scale, tensors, scheme, label, whole=whole)
+        return scaled(name, scale, tensors, scheme, label)
+
+    return make

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 MXFP4_REACH: Final = 2.0
 # Of sign, two bits of exponent and one of mantissa; the high bit is the sign.
 E2M1: Final = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+# Of sign, two bits of exponent and three of mantissa: eighths up to 1, then three octaves.
+_E2M3_SIZES: Final = np.concatenate(
+    [np.arange(8) / 8, *((1 + np.arange(8) / 8) * 2.0**octave for octave in range(3))]
+)
+E2M3: Final = np.concatenate([_E2M3_SIZES, -_E2M3_SIZES]).astype(np.float32)
+# A block of MXFP6 is scaled so that its largest value rounds to at most 7.5, the last level.
+MXFP6_REACH: Final = 0.25
 
 
 class RawTensors(Protocol):
@@ -144,14 +151,22 @@ def float_levels(dtype: str) -> NDArray[np.float32]:
 
 
 def powers_of_two(exponents: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return the scales that E8M0 bytes mean: ``2^(e − 127)``."""
-    return np.ldexp(np.float32(1), exponents.astype(np.int32) - 127).astype(np.float32)
+    """Return the scales that E8M0 bytes mean: ``2^(e − 127)``; 255 is NaN."""
+    return np.asarray(float_levels("float8_e8m0fnu")[exponents], np.float32)
 
 
 def nibbles(packed: NDArray[np.uint8], *, high_first: bool) -> NDArray[np.uint8]:
     """Return the 4-bit codes of bytes, twice as many along the last axis."""
     halves = (packed >> 4, packed & 15) if high_first else (packed & 15, packed >> 4)
     return np.stack(halves, axis=-1).reshape(*packed.shape[:-1], packed.shape[-1] * 2)
+
+
+def six_bit_codes(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the 6-bit codes of bytes, four of every three along the last axis, lowest first."""
+    low, middle, high = (packed[..., at::3].astype(np.uint32) for at in range(3))
+    words = low | middle << 8 | high << 16
+    codes = np.stack([words >> shift & 63 for shift in (0, 6, 12, 18)], axis=-1)
+    return codes.reshape(*packed.shape[:-1], -1).astype(np.uint8)
 
 
 def unpacked(words: NDArray[Any], bits: int) -> NDArray[np.uint8]:

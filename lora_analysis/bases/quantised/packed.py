@@ -1,9 +1,10 @@
-"""compressed-tensors integers, and 4-bit floats with block scales (MXFP4, NVFP4).
+"""compressed-tensors integers, and packed floats with block scales (MXFP4, MXFP6, NVFP4).
 
 Integers of 1 to 8 bits follow each other without gaps in 32-bit words along the input, offset by
 half their range. 4-bit floats are E2M1, two a byte, the first in the low half: MXFP4 has a power
 of two per 32, NVFP4 an fp8 scale per 16 and one factor for the whole, by which compressed-tensors
-divides and modelopt multiplies.
+divides and modelopt multiplies. 6-bit floats are E2M3, four in three bytes, the first lowest.
+ComfyUI keeps the first 4-bit float in the high half, and its scales in tiles.
 """
 
 from __future__ import annotations
@@ -16,15 +17,20 @@ import numpy as np
 
 from lora_analysis.bases.quantised.codes import (
     E2M1,
+    E2M3,
     MXFP4_REACH,
+    MXFP6_REACH,
     Coded,
     Decoder,
     RawTensors,
     nibbles,
     powers_of_two,
     refused,
+    six_bit_codes,
     unpacked,
 )
+from lora_analysis.bases.quantised.schemes import DECODED_PACKED, Scheme, decoding_of
+from lora_analysis.bases.quantised.tiled import tiled_shape, untiled
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -99,56 +105,99 @@ def packed_integers(path: str, tensors: RawTensors, label: str) -> PackedInteger
 
 
 @dataclass(frozen=True, slots=True)
-class Packed4BitFloats:
-    """One E2M1 weight with scales for runs of 16 or 32 along the input."""
+class _Format:
+    """A packed float: its bits, its levels, the run that one scale covers, and the reach."""
+
+    bits: int
+    levels: NDArray[np.float32]
+    run: int
+    reach: float = 0.0
+
+
+_FORMATS = {
+    "MXFP4": _Format(4, E2M1, 32, MXFP4_REACH),
+    "MXFP6": _Format(6, E2M3, 32, MXFP6_REACH),
+    "NVFP4": _Format(4, E2M1, 16),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PackedFloats:
+    """One weight of packed 4- or 6-bit floats with scales for runs along the input."""
 
     name: str
     scale: str
     shape: tuple[int, ...]
     storage: str
-    run: int
     whole: str | None = None
     divided: bool = False
+    tiled: bool = False
     transposed: bool = False
     step: int = 1
 
     def decoder(self, tensors: RawTensors, index: int | None) -> Decoder:
         """Return what decodes runs of rows."""
         height, width = self.shape[-2:]
+        kind = _FORMATS[self.storage]
         stored = tensors.read(self.scale)
         if len(self.shape) == 3:
             stored = stored[index or 0]
         scales = powers_of_two(stored) if stored.dtype == np.uint8 else stored.astype(np.float32)
+        if self.tiled:
+            scales = untiled(scales, height, width // kind.run)
         if self.whole is not None:
             factor = np.float32(tensors.read(self.whole).reshape(-1)[0])
             scales *= 1 / factor if self.divided else factor
-        first = (index or 0) * height
-        reach = MXFP4_REACH if self.whole is None else 0.0
+        first, size = (index or 0) * height, width * kind.bits // 8
 
         def decode(rows: slice) -> Coded:
-            bounds = ((first + at) * width // 2 for at in (rows.start, rows.stop))
-            codes = nibbles(tensors.raw(self.name, *bounds), high_first=False)
-            spread = scales[rows].repeat(self.run, axis=-1)
-            return Coded(codes.reshape(-1, width), spread, E2M1, reach=reach)
+            bounds = ((first + at) * size for at in (rows.start, rows.stop))
+            packed = tensors.raw(self.name, *bounds).reshape(-1, size)
+            codes = (
+                six_bit_codes(packed) if kind.bits == 6 else nibbles(packed, high_first=self.tiled)
+            )
+            spread = scales[rows].repeat(kind.run, axis=-1)
+            return Coded(codes, spread, kind.levels, reach=kind.reach)
 
         return decode
 
 
-def four_bit_floats(
-    name: str, scale: str, tensors: RawTensors, label: str, *, whole: str | None = None
-) -> Packed4BitFloats:
-    """Return the weight in ``name``: MXFP4 with scales in uint8, NVFP4 with scales in fp8."""
+def packed_floats(
+    name: str,
+    scale: str,
+    tensors: RawTensors,
+    scheme: Scheme,
+    label: str,
+    *,
+    whole: str | None = None,
+) -> PackedFloats:
+    """Return the weight in ``name``: MXFP4, MXFP6 or NVFP4, as the table of schemes says.
+
+    Raises
+    ------
+    BaseWeightError
+        The types are not decoded, the shapes do not fit together, NVFP4 lacks the factor for the
+        whole, or a tensor lies beside them that would change the values.
+    """
     info, scales = tensors.infos[name], tensors.infos[scale]
-    kind, run = ("MXFP4", 32) if scales.dtype in ("uint8", "float8_e8m0fnu") else ("NVFP4", 16)
-    # gpt-oss keeps the sixteen bytes of a run on an axis of their own.
+    decoding = decoding_of(DECODED_PACKED, info, scales, scheme, label)
+    storage, kind = decoding.name, _FORMATS[decoding.name]
+    path = name.rpartition(".")[0]
+    for last in ("pre_quant_scale", "weight_zero_point"):
+        if f"{path}.{last}" in tensors.infos:
+            raise refused(label, name, storage, f"'{path}.{last}' beside it is not read")
+    # gpt-oss keeps the bytes of a run on an axis of their own.
     by_run = len(info.shape) > 2 and info.shape[:-1] == scales.shape
     packed = info.shape[-2:] if by_run else info.shape[-1:]
-    shape = (*info.shape[: len(info.shape) - len(packed)], 2 * math.prod(packed))
-    wrong = info.dtype != "uint8" or len(shape) not in (2, 3)
-    if wrong or scales.shape != (*shape[:-1], shape[-1] / run):
+    bits = kind.bits if info.dtype == "float4_e2m1" else 8  # whose shape counts numbers
+    width = math.prod(packed) * bits // kind.bits
+    shape = (*info.shape[: len(info.shape) - len(packed)], width)
+    grid = tiled_shape(shape, scales, kind.run) if scheme.tiled else scales.shape
+    fits = len(shape) in (2, 3) and math.prod(packed) * bits == width * kind.bits
+    if not fits or width * kind.bits % 8 or grid != (*shape[:-1], width / kind.run):
         why = f"{info.dtype} {info.shape} and scales {scales.dtype} {scales.shape} do not fit"
-        raise refused(label, name, kind, why)
-    if kind == "NVFP4" and (whole is None or tensors.infos[whole].elements != 1):
-        raise refused(label, name, kind, "its one factor for the whole is missing")
+        raise refused(label, name, storage, why)
+    if storage == "NVFP4" and (whole is None or tensors.infos[whole].elements != 1):
+        raise refused(label, name, storage, "its one factor for the whole is missing")
     divided = whole is not None and whole.endswith("_global_scale")
-    return Packed4BitFloats(name, scale, shape, kind, run, whole, divided)
+    return PackedFloats(name, scale, shape, storage, whole, divided, scheme.tiled)

@@ -1,14 +1,14 @@
 """fp8 and int8 matrices with a scale for the whole, for rows, for groups or for square blocks.
 
-``W = weight·scale``, also where the scale is called ``weight_scale_inv`` (DeepSeek's name for it).
+``W = weight·scale``, also if the scale is called ``weight_scale_inv`` (DeepSeek's name for it).
 What a scale covers follows from its shape; the edge of a block that does not divide the matrix,
-from the configuration.
+from the configuration. What a scale means follows from the table of schemes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,15 @@ from lora_analysis.bases.quantised.codes import (
     Decoder,
     RawTensors,
     float_levels,
+    powers_of_two,
     refused,
 )
+from lora_analysis.bases.quantised.schemes import DECODED_8_BIT, Scheme, decoding_of
+from lora_analysis.bases.quantised.tiled import tiled_shape, untiled
+from lora_analysis.storage.dtypes import FLOAT8
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,8 @@ class Scaled:
     scale: str | None
     block: tuple[int, int]
     zero: str | None = None
+    power: bool = False
+    tiled: bool = False
     transposed: None = None
     step: int = 1
 
@@ -62,11 +66,20 @@ class Scaled:
         """Return one number per block, as a matrix."""
         if name is None:
             return np.ones((1, 1), np.float32)
-        found: NDArray[np.float32] = tensors.read(name).astype(np.float32)
-        if len(self.shape) == 3 and found.size > 1:
-            found = found[index or 0]
+        grid = powers_of_two(tensors.read(name)) if self._exponents(tensors, name) else None
+        numbers: NDArray[np.float32] = (
+            tensors.read(name).astype(np.float32) if grid is None else grid
+        )
         height, width = (math.ceil(n / b) for n, b in zip(self.shape[-2:], self.block, strict=True))
-        return found.reshape(height, width)
+        if self.tiled and name == self.scale:
+            return untiled(numbers, height, width)
+        if len(self.shape) == 3 and numbers.size > 1:
+            numbers = numbers[index or 0]
+        return numbers.reshape(height, width)
+
+    def _exponents(self, tensors: RawTensors, name: str) -> bool:
+        """Return True if the numbers of a tensor are exponents in plain bytes."""
+        return self.power and name == self.scale and tensors.infos[name].dtype == "uint8"
 
     def _spread(self, grid: NDArray[Any], rows: slice) -> NDArray[Any]:
         """Return the numbers of every row and column, kept thin where they are the same."""
@@ -76,35 +89,57 @@ class Scaled:
         return grid if grid.shape[0] == 1 else grid[own]
 
 
-def scaled(
-    name: str, scale: str | None, tensors: RawTensors, config: Mapping[str, Any], label: str
-) -> Scaled:
-    """Return the weight ``X.weight`` with its scales; they must cover it."""
+def scaled(name: str, scale: str | None, tensors: RawTensors, scheme: Scheme, label: str) -> Scaled:
+    """Return the weight ``name`` with its scales; the table must cover their types.
+
+    Raises
+    ------
+    BaseWeightError
+        The types are not decoded, the scales do not cover the weight, or a factor or zero point
+        lies beside them that would change the values.
+    """
     info = tensors.infos[name]
-    kind = "fp8" if info.dtype in FLOAT8 else "int8"
-    if info.dtype not in (*FLOAT8, "int8"):
-        raise refused(label, name, "scaled", f"it is stored as {info.dtype}, which is not read")
+    path = name.removesuffix(".weight")
+    if f"{path}.pre_quant_scale" in tensors.infos:
+        why = "its inputs are scaled too (pre_quant_scale), which is not read"
+        raise refused(label, name, "scaled", why)
     if scale is None:
-        return Scaled(name, info.shape, f"{kind} without scales", info.dtype, None, (1, 1))
-    shape = tensors.infos[scale].shape
-    block = block_of(info.shape, shape, _stated_block(config))
+        if scheme.kinds and info.dtype in FLOAT8:
+            why = f"{scheme.source}, but the weight has no scales; are tensors missing?"
+            raise refused(label, name, "fp8", why)
+        return Scaled(name, info.shape, "fp8 without scales", info.dtype, None, (1, 1))
+    decoding = decoding_of(DECODED_8_BIT, info, tensors.infos[scale], scheme, label)
+    kind, power = decoding.name, decoding.meaning == "power of two"
+    tiled = scheme.tiled and kind == "MXFP8"
+    shape = _grid_shape(info.shape, tensors.infos[scale].shape)
+    if tiled:
+        shape = tiled_shape(info.shape, tensors.infos[scale], 32)
+    stated = scheme.block or ((1, 32) if kind == "MXFP8" else None)
+    block = block_of(info.shape, shape, stated)
     if block is None:
         why = f"scales of shape {shape} do not cover a weight of shape {info.shape}"
         raise refused(label, name, f"scaled {kind}", why)
     zero = f"{name}_zero_point"
-    if zero in tensors.infos and tensors.infos[zero].shape != shape:
-        raise refused(label, name, kind, f"zero points and scales {shape} differ in shape")
+    if zero in tensors.infos:
+        if tensors.infos[zero].shape != tensors.infos[scale].shape:
+            raise refused(label, name, kind, f"zero points and scales {shape} differ in shape")
+        if info.dtype in FLOAT8 and np.any(tensors.read(zero)):
+            raise refused(label, name, kind, "it has zero points, which are read for integers only")
     storage = f"{kind}, {_covering(info.shape, block)}"
-    held = zero if zero in tensors.infos else None
-    return Scaled(name, info.shape, storage, info.dtype, scale, block, held)
+    held = zero if zero in tensors.infos and info.dtype not in FLOAT8 else None
+    return Scaled(name, info.shape, storage, info.dtype, scale, block, held, power, tiled)
 
 
-def _stated_block(config: Mapping[str, Any]) -> list[int] | None:
-    """Return the edges of blocks that a configuration states, None where it states none."""
-    stated = config.get("weight_block_size")
-    if not isinstance(stated, list) or len(stated) != 2:
-        return None
-    return stated if all(isinstance(edge, int) and edge > 0 for edge in stated) else None
+def _grid_shape(weight: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of scales without the axes of 1 that some writers leave between blocks.
+
+    modelopt stores ``(rows, 1, columns, 1)``, musubi ``(rows, columns, 1)``.
+    """
+    if len(weight) == 2 and len(scale) == 4 and scale[1] == scale[3] == 1:
+        return scale[0], scale[2]
+    if len(weight) == 2 and len(scale) == 3 and scale[2] == 1:
+        return scale[:2]
+    return scale
 
 
 def block_of(
