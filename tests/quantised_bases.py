@@ -216,7 +216,7 @@ def pack_nibbles(codes: np.ndarray, *, high_first: bool = False) -> np.ndarray:
 
 
 def in_tiles(scales: torch.Tensor) -> torch.Tensor:
-    """Return scales in the order of cuBLAS, one by one: tiles of 128 × 4, rows 32 apart together."""
+    """Return scales in the order of cuBLAS, by loops: tiles of 128 × 4, rows 32 apart together."""
     rows, columns = -(-scales.shape[0] // 128) * 128, -(-scales.shape[1] // 4) * 4
     flat = torch.zeros(rows * columns, dtype=scales.dtype)
     for i in range(scales.shape[0]):

@@ -45,6 +45,17 @@ def tiny(family: str) -> torch.nn.Module:  # noqa: PLR0912
     plain = without(TEXT, "num_key_value_heads")
     torch.manual_seed(0)
     match family:
+        case "mamba":
+            return t.MambaForCausalLM(
+                t.MambaConfig(
+                    hidden_size=16, num_hidden_layers=2, vocab_size=40, state_size=4,
+                    time_step_rank=3,
+                )
+            )  # fmt: skip
+        case "rwkv":
+            return t.RwkvForCausalLM(
+                t.RwkvConfig(hidden_size=16, num_hidden_layers=2, vocab_size=40, context_length=8)
+            )
         case "vit":
             return t.ViTForImageClassification(t.ViTConfig(**VISION))
         case "dinov2":
@@ -125,7 +136,8 @@ def adapted(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 FAMILIES = (
     "vit", "dinov2", "bert", "distilbert", "gpt2", "gpt_neox", "bloom", "falcon", "llama", "phi3",
-    "mixtral", "qwen2_moe", "t5", "llava", "qwen2_vl",
+    "mixtral", "qwen2_moe", "t5", "llava", "qwen2_vl", "mamba",
+    "rwkv",
 )  # fmt: skip
 
 
@@ -340,6 +352,35 @@ def test_experts_of_an_old_adapter_are_cut_out_of_a_stack(
         np.testing.assert_array_equal(weight.array(), stack[2, rows])
 
 
+NUMBERED = (
+    "model.visual.merger.mlp.0", "model.visual.merger.mlp.2", "model.mm_projector.2",
+    "model.layers.0.mlp.experts.down_projs.3", "model.layers.0.mlp.experts.3.down_proj",
+    "model.layers.0.mlp.shared.down_projs.3", "model.layers.0.experts.gate.1",
+)  # fmt: skip
+
+
+def test_modules_whose_own_name_ends_in_a_number_are_found_as_they_are_named(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    weights = {name: rng.standard_normal((8, 6)).astype(np.float32) for name in NUMBERED}
+    tensors = {f"{name}.weight": W for name, W in weights.items()}
+    base = fused(tmp_path, tensors, model_type="qwen2_vl")
+    for name, W in weights.items():
+        for spelling in (name, f"base_model.model.{name}", name.removeprefix("model.")):
+            np.testing.assert_array_equal(base.weight(spelling, shape=(8, 6)).array(), W)
+
+
+def test_a_module_of_a_list_stands_before_a_matrix_of_a_stack(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    stack = rng.standard_normal((3, 8, 6)).astype(np.float32)
+    own = rng.standard_normal((8, 6)).astype(np.float32)
+    path = "l.0.mlp.experts.down_proj"
+    base = fused(tmp_path, {path: stack, f"{path}.1.weight": own}, model_type="llama")
+    np.testing.assert_array_equal(base.weight(f"{path}.1", shape=(8, 6)).array(), own)
+    np.testing.assert_array_equal(base.weight(f"{path}.2", shape=(8, 6)).array(), stack[2])
+
+
 FLUX = {
     "transformer_blocks.3.attn.to_k": ("double_blocks.3.img_attn.qkv", slice(6, 12)),
     "transformer_blocks.3.attn.add_v_proj": ("double_blocks.3.txt_attn.qkv", slice(12, 18)),
@@ -430,8 +471,12 @@ def test_a_flattened_name_finds_a_module_of_its_own_spelling() -> None:
 
 @pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": True}])
 @pytest.mark.parametrize(
-    "name", ["model.embed_tokens", "transformer.wte", "shared", "word_embeddings"]
-)
+    "name",
+    [
+        "model.embed_tokens", "transformer.wte", "shared", "word_embeddings", "backbone.embeddings",
+        "transformer.tokens_embed", "tok_embeddings",
+    ],
+)  # fmt: skip
 def test_a_head_that_is_absent_is_the_embedding(
     tmp_path: Path, rng: np.random.Generator, config: dict[str, Any], name: str
 ) -> None:

@@ -1,8 +1,8 @@
 """From a module's name to where its weight lies: a tensor, a part of one, one of a stack, several.
 
-Tried in order, each only where the one before found nothing: the module's own tensor; a matrix in
-a stack of experts; rows of a fused tensor; several tensors that make a fused module; the embedding
-that a head is tied to.
+Tried in order, each only if the one before gave nothing: the module's own tensor, as it is named
+before anything is rewritten; a matrix in a stack of experts; rows of a fused tensor; several
+tensors that make a fused module; the embedding that a head is tied to.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ _HEAD: Final = re.compile(
     r"output|(.*\.)?(lm_head|lm_head\.decoder|embed_out|output_layer|predictions\.decoder"
     r"|vocab_projector)"
 )
-_EMBEDDINGS: Final = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "token_embd")
+_EMBEDDINGS: Final = (
+    "embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "token_embd", "tok_embeddings",
+    "tokens_embed", "word_embedding", "embeddings", "embedding",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +75,14 @@ class Locator:
         BaseWeightError
             Nowhere; the message lists near names.
         """
-        wanted = strip_wrappers(module)
-        if match := _STACKED.fullmatch(wanted):
-            wanted = f"{match[1]}.{match[3] or match[4]}.{match[2]}"
-        if found := self._whole(wanted):
-            return [found]
-        if found := self._part(wanted):
-            return [found]
-        if joined := self._joined(wanted):
-            return joined
-        if found := self._embedding(wanted):
-            return [found]
+        named = strip_wrappers(module)
+        spellings = [named]  # a module may itself be called "experts.down_projs.3"
+        if match := _STACKED.fullmatch(named):
+            spellings.append(f"{match[1]}.{match[3] or match[4]}.{match[2]}")
+        for search in (self._whole, self._part, self._joined, self._embedding):
+            for spelling in spellings:
+                if located := search(spelling):
+                    return [located] if isinstance(located, Located) else located
         raise self._names.missing(module)
 
     def _whole(self, wanted: str) -> Located | None:
