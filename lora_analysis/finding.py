@@ -80,6 +80,44 @@ KINDS: Final[dict[str, Kind]] = {
         "those of another adapter. Restore the two files as they were written together, or write "
         "the adapter again.",
     ),
+    "base-enlarged-entry": Kind(
+        "damage",
+        "{base}: {count} of {total} weights hold an entry more than 1000 times the rms of their "
+        "others ({weights}; largest {value}, {ratio} times): a flipped bit or damaged bytes. Do "
+        "not rely on numbers against them; fetch the file again.",
+    ),
+    "base-norm": Kind(
+        "damage",
+        "{base}: {count} of {total} weights have entries far from the size of trained ones "
+        "({weights}; rms {rms}, linear layers have 0.001 to 5): scales that are missing or "
+        "misread, bytes of another type, or a damaged file. Do not rely on numbers against them.",
+    ),
+    "base-hole": Kind(
+        "damage",
+        "{base}: {count} of {total} weights hold a long run of zeros ({weights}; longest {bytes} "
+        "bytes, {share:.0%} of the weight): a hole in the file, or rows that were pruned or never "
+        "trained. Do not rely on numbers against them before you know which.",
+    ),
+    "base-zeros": Kind(
+        "damage",
+        "{base}: {count} of {total} weights hold more than 10 % zeros ({weights}; at most "
+        "{share:.0%}), the others do not: a damaged file, or layers that were pruned.",
+    ),
+    "base-sparse": Kind(
+        "limit",
+        "{base} is a sparse model: {count} of {total} weights hold more than 10 % zeros (median "
+        "{share:.0%}).",
+    ),
+    "base-mixed-shards": Kind(
+        "damage",
+        "{base}: its shards store the same kind of tensor in two types ({tensor} is {dtype} in "
+        "{file}, {other} is {other_dtype} in {other_file}): files of two models may be mixed.",
+    ),
+    "base-part": Kind(
+        "limit",
+        "{base} is shard {number} of {total} alone: modules of the other shards are not found. "
+        "Pass the index or the folder of the whole model.",
+    ),
     "label-misfit": Kind(
         "limit",
         "the name does not fit the pattern of labels {pattern}, so task and seed stay as the files "

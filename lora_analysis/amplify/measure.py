@@ -157,7 +157,7 @@ def amplifications(
     rng = np.random.default_rng(seed)
     drawn = [tuple(linalg.haar_frame(rng, d, most) for d in W.shape) for _ in range(draws)]
     precision = precision_for(W)
-    found, weight_norm = project(
+    found, weight_norm, statistics = project(
         W,
         [*own, *((u, v) for u, v in drawn)],
         precision=precision,
@@ -187,10 +187,13 @@ def amplifications(
         )
         for at, update in enumerate(updates)
     )
-    if isinstance(W, np.ndarray) or not W.storage:
+    if isinstance(W, np.ndarray):
         return list(results)
-    noise = W.noise()
-    return [replace(one, storage=W.storage, noise=noise) for one in results]
+    noise = W.noise() if W.storage else None
+    return [
+        replace(one, storage=W.storage, noise=noise, weight_statistics=statistics)
+        for one in results
+    ]
 
 
 def _spectral(update: Update | Spectrum, k: int | None) -> Spectrum:
@@ -219,7 +222,7 @@ def _sharpen(
     if not again:
         return
     frames = [(own[at][0][:, : weak[at]], own[at][1][:, : weak[at]]) for at in again]
-    exact, _ = project(W, frames, precision="float64", norm=False)
+    exact, _, _ = project(W, frames, precision="float64", norm=False)
     for at, projection in zip(again, exact, strict=True):
         k = weak[at]
         found[at].core[:k, :k] = projection.core

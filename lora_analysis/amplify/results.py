@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lora_analysis.amplify.streaming import Precision
+    from lora_analysis.bases.sanity_checks import WeightStatistics
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,6 +80,8 @@ class Amplification:
         Expected ‖rounding error of W‖_F/‖W‖_F (`Weight.noise`), None where it is not quantised or
         not known. Such an error is no more aligned with ΔW than random directions are: it moves
         ``enrichment`` at k by about ``noise/k``, and where that is weaker, to about ``noise``.
+    weight_statistics
+        What the pass counted of a stored W, for `bases.sanity_checks`; None for an array.
     """
 
     module: str
@@ -98,6 +101,7 @@ class Amplification:
     precision: Precision
     storage: str = ""
     noise: float | None = None
+    weight_statistics: WeightStatistics | None = None
 
     def _repr_html_(self) -> str:
         if not len(self.S):

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from lora_analysis import linalg
+from lora_analysis.bases.sanity_checks import WeightWatch
 from lora_analysis.storage.limits import MAX_VALUE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lora_analysis.bases import Weight
+    from lora_analysis.bases.sanity_checks import WeightStatistics
 
 Precision = Literal["float64", "float32"]
 Frames = Sequence[tuple["NDArray[np.float64]", "NDArray[np.float64]"]]
@@ -65,8 +67,8 @@ def project(
     precision: Precision,
     one_sided: bool = False,
     norm: bool = True,
-) -> tuple[list[Projection], float]:
-    """Return every projection, and ‖W‖_F, from one pass over W.
+) -> tuple[list[Projection], float, WeightStatistics | None]:
+    """Return every projection, ‖W‖_F, and what was counted of a stored W, from one pass over W.
 
     Parameters
     ----------
@@ -79,21 +81,23 @@ def project(
     one_sided
         Whether to find ``‖u_jᵀ·W‖²`` too, which doubles the products.
     norm
-        Whether to find ``‖W‖_F``, and to look at W's numbers so; zero otherwise.
+        Whether to find ``‖W‖_F``, and to look W's numbers over; 0 and None otherwise.
 
     Notes
     -----
     O(d_out·d_in·Σr). Beside one tile it holds ``Σr`` columns of a tile's height, and ``Σr`` rows
     of W's width if ``one_sided``.
     """
-    passed = _Pass(W.shape, frames, precision, one_sided=one_sided, norm=norm)
+    watch = WeightWatch(W.shape[0] * W.shape[1]) if norm and not isinstance(W, np.ndarray) else None
+    passed = _Pass(W.shape, frames, precision, one_sided=one_sided, norm=norm, watch=watch)
     with np.errstate(over="ignore", invalid="ignore"):  # damage is told at the end
         for rows, columns, tile in _tiles(W):
             passed.add(rows, columns, tile)
     if not isinstance(W, np.ndarray) and not passed.square <= MAX_VALUE**2:
         for _ in W.blocks():  # raises where a number is to blame, and says which tensor holds it
             pass
-    return passed.projections(), float(np.sqrt(passed.square))
+    statistics = None if watch is None or isinstance(W, np.ndarray) else watch.statistics(W)
+    return passed.projections(), float(np.sqrt(passed.square)), statistics
 
 
 def _tiles(
@@ -112,13 +116,12 @@ def _tiles(
         )
 
 
-def _square(block: NDArray[np.floating]) -> float:
-    """Return ‖block‖_F²: each run of memory in its own type, their sum in float64.
+def _row_squares(runs: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Return the square of the norm of each row, in the type of the rows.
 
     As products of rows with themselves, in which numpy lets other threads run; `vecdot` does not.
     """
-    runs = block if block.flags.c_contiguous else block.T
-    return float(np.sum(runs[:, None, :] @ runs[:, :, None], dtype=np.float64))
+    return (runs[:, None, :] @ runs[:, :, None])[:, 0, 0]
 
 
 class _Pass:
@@ -132,6 +135,7 @@ class _Pass:
         *,
         one_sided: bool,
         norm: bool,
+        watch: WeightWatch | None,
     ) -> None:
         self.shape = shape
         self.dtype = np.dtype(precision)
@@ -144,14 +148,17 @@ class _Pass:
         # W·V of rows that come in pieces: a weight stored transposed arrives column by column.
         self.pieces: NDArray[np.float64] | None = None
         self.outputs = np.zeros((edges[-1], shape[1])) if one_sided else None
-        self.norm, self.square = norm, 0.0
+        self.norm, self.square, self.watch = norm, 0.0, watch
         self.buffer = np.empty(0)
 
     def add(self, rows: slice, columns: slice, tile: NDArray[np.floating]) -> None:
         """Add what one tile of W contributes."""
         block = self._typed(tile)
         if self.norm:
-            self.square += _square(block)
+            squares = _row_squares(block if block.flags.c_contiguous else block.T)
+            self.square += float(np.sum(squares, dtype=np.float64))
+            if self.watch is not None:
+                self.watch.add(tile if tile.flags.c_contiguous else tile.T, squares)
         images = linalg.thin_product(block, self.V[columns])
         for at, own in enumerate(self.own):
             self.cores[at] += self.U[rows, own].T @ images[:, own]

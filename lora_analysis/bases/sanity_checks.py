@@ -1,0 +1,291 @@
+"""Numbers of a base that its training cannot have left: enlarged entries, holes, norms far off.
+
+Nothing in a file of weights is a checksum. Most damage leaves numbers that nobody can tell from
+learned ones; these can be told, from what one pass over a weight counts on the way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from lora_analysis.finding import Finding
+from lora_analysis.storage.dtypes import READABLE, raw_dtype
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from lora_analysis.bases.weights import Weight
+
+# Largest entry over the rms of the others: genuine weights reach a few hundred at most.
+MAX_RATIO: Final = 1000.0
+# A hole: at least so many bytes, and so much of the weight.
+_HOLE_BYTES: Final = 4096
+_HOLE_SHARE: Final = 0.01
+# Share of zeros from which a weight is called sparse.
+_SPARSE_SHARE: Final = 0.1
+# Tables have rows of zeros for entries that were padded or never seen, up to this share.
+_TABLE_SHARE: Final = 0.25
+# Rms of the entries. Linear layers stay between about 0.001 and 5, tables of T5 reach some tens.
+_MAX_RMS: Final = 50.0
+_MAX_TABLE_RMS: Final = 1000.0
+_MIN_RMS: Final = 1e-8
+# Of fewer entries than this, one may well be all that matters.
+_FEW: Final = 16
+# Blocks of a tile, and rows of each, in which zeros are counted.
+_SAMPLED_BLOCKS: Final = 4
+_SAMPLED_ROWS: Final = 2
+# Tiles of at most this size are counted whole.
+_SMALL: Final = 1 << 16
+
+_TABLES: Final = frozenset(
+    {
+        "classifier", "embed_in", "embed_out", "embed_positions", "embed_tokens", "lm_head",
+        "output", "position_embd", "relative_attention_bias", "score", "shared", "tok_embeddings",
+        "token_embd", "tokens_embed", "vocab_projector", "wpe", "wte",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class WeightStatistics:
+    """What one pass over a weight counted.
+
+    Attributes
+    ----------
+    name
+        The weight's tensor.
+    elements, stored_bytes
+        Number of entries, and the bytes that one takes in the file (1 for packed codes).
+    storage
+        How it is quantized; empty if it is stored as plain numbers.
+    largest
+        Absolute value of the largest entry if it stands out of its tile, else 0.
+    other_squares
+        Sum of the squares of all other entries.
+    zeros
+        Number of zeros, estimated from a sample of rows in large weights.
+    zero_run
+        Length of the longest run of zeros in the order of the file.
+    whole_rows
+        Whether that run consists of whole rows.
+    """
+
+    name: str
+    elements: int
+    stored_bytes: int
+    storage: str
+    largest: float
+    other_squares: float
+    zeros: float
+    zero_run: int
+    whole_rows: bool
+
+    @property
+    def other_rms(self) -> float:
+        """Root mean square of the entries but the one that stands out."""
+        return math.sqrt(self.other_squares / max(self.elements - 1, 1))
+
+    @property
+    def rms(self) -> float:
+        """Root mean square of the entries."""
+        return math.sqrt((self.other_squares + self.largest**2) / max(self.elements, 1))
+
+    @property
+    def ratio(self) -> float:
+        """The largest entry over the rms of the others; 0 if there are too few to say."""
+        if self.elements < _FEW or self.other_rms == 0:
+            return 0.0
+        return self.largest / self.other_rms
+
+    @property
+    def zero_share(self) -> float:
+        """Share of the entries that are zero."""
+        return self.zeros / max(self.elements, 1)
+
+    @property
+    def is_table(self) -> bool:
+        """Whether the weight is an embedding or a head, with a row for each entry."""
+        segments = self.name.removesuffix(".weight").split(".")
+        return segments[-1] in _TABLES or segments[-1].endswith(("embedding", "embeddings"))
+
+    @property
+    def has_hole(self) -> bool:
+        """Whether a run of zeros is too long to have been learned."""
+        share = self.zero_run / max(self.elements, 1)
+        if self.zero_run * self.stored_bytes < _HOLE_BYTES or share < _HOLE_SHARE:
+            return False
+        return not (self.is_table and self.whole_rows and share < _TABLE_SHARE)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether more entries are zero than training leaves; codes of few bits often are."""
+        return not self.storage and self.zero_share >= _SPARSE_SHARE
+
+    @property
+    def is_far_off(self) -> bool:
+        """Whether the rms of the entries is outside what weights have."""
+        largest = _MAX_TABLE_RMS if self.is_table else _MAX_RMS
+        usual = self.other_rms if self.ratio > MAX_RATIO else self.rms
+        return usual > largest or 0 < usual < _MIN_RMS
+
+
+class WeightWatch:
+    """Counts what `WeightStatistics` holds, tile by tile, in the order of the file.
+
+    Notes
+    -----
+    Adds a few percent to a pass over W at most: the norms of rows, which the pass takes anyway,
+    tell in which tiles an entry stands out and where rows are zero; other zeros are counted in a
+    sample of rows.
+    """
+
+    def __init__(self, elements: int) -> None:
+        self._elements = elements
+        self._largest = 0.0
+        self._squares = 0.0
+        self._other_squares = 0.0  # those of the tile with the largest entry, without it
+        self._tile_squares = 0.0
+        self._zeros = 0.0
+        self._seen = 0
+        self._run, self._run_start, self._open = 0, 0, 0
+        self._width = 1
+
+    def add(self, tile: NDArray[Any], squares: NDArray[Any]) -> None:
+        """Count a tile whose rows follow each other in the file.
+
+        Parameters
+        ----------
+        tile
+            ``(m, n)``.
+        squares
+            Sum of the squares of each row, ``(m,)``.
+        """
+        total = float(np.sum(squares, dtype=np.float64))
+        self._squares += total
+        # An entry's square is part of its row's: only a row that stands out is looked into.
+        row = float(squares.max())
+        if row * max(tile.size - tile.shape[1], 0) > (MAX_RATIO / 2) ** 2 * (total - row):
+            self._look_into(tile, total)
+        self._count_zeros(tile, squares)
+
+    def _look_into(self, tile: NDArray[Any], total: float) -> None:
+        values = tile.astype(np.float64).ravel()
+        at = int(np.argmax(np.abs(values)))
+        largest, values[at] = abs(float(values[at])), 0.0
+        if largest > self._largest:
+            self._largest, self._tile_squares = largest, total
+            self._other_squares = float(np.dot(values, values))
+
+    def statistics(self, weight: Weight) -> WeightStatistics:
+        """Return what was counted of a weight."""
+        dtype = weight.stored_dtype
+        width = raw_dtype(dtype).itemsize if dtype in READABLE and not weight.storage else 1
+        whole = self._run_start % self._width == 0 and self._run % self._width == 0
+        return WeightStatistics(
+            name=weight.name,
+            elements=self._elements,
+            stored_bytes=width,
+            storage=weight.storage,
+            largest=self._largest,
+            other_squares=max(self._squares - self._tile_squares + self._other_squares, 0.0),
+            zeros=self._zeros,
+            zero_run=self._run,
+            whole_rows=bool(whole),
+        )
+
+    def _count_zeros(self, tile: NDArray[Any], squares: NDArray[Any]) -> None:
+        rows, width = tile.shape
+        empty = squares == 0
+        filled = rows - int(np.count_nonzero(empty))
+        # A row of a flat weight is more than what counts as a hole: there every zero is counted.
+        flat = width >= self._elements * _HOLE_SHARE or tile.size <= _SMALL
+        # Rows of zeros are counted, the share of zeros in the others is taken from a sample, of
+        # rows next to each other: those apart would have to be gathered first.
+        counted = nonzero = 0
+        height = rows if flat else _SAMPLED_ROWS
+        for top in range(0, rows, max(rows // _SAMPLED_BLOCKS, height)):
+            block = slice(top, top + height)
+            sample = tile[block]
+            nonzero += int(np.count_nonzero(sample))
+            counted += (len(sample) - int(np.count_nonzero(empty[block]))) * width
+        share = 1 - nonzero / counted if counted else 0.0
+        self._zeros += (rows - filled) * width + share * filled * width
+        if filled < rows or (flat and share > 0):
+            self._count_runs(tile.ravel())
+        else:
+            self._open = _trailing_zeros(tile[-1])
+        self._seen += tile.size
+        self._width = width
+
+    def _count_runs(self, entries: NDArray[Any]) -> None:
+        places = np.flatnonzero(entries)
+        if not places.size:
+            self._keep(self._seen - self._open, self._open + entries.size)
+            self._open += entries.size
+            return
+        self._keep(self._seen - self._open, self._open + int(places[0]))
+        gaps = np.diff(places) - 1
+        if gaps.size:
+            at = int(np.argmax(gaps))
+            self._keep(self._seen + int(places[at]) + 1, int(gaps[at]))
+        self._open = entries.size - 1 - int(places[-1])
+        self._keep(self._seen + int(places[-1]) + 1, self._open)
+
+    def _keep(self, start: int, length: int) -> None:
+        if length > self._run:
+            self._run, self._run_start = length, start
+
+
+def _trailing_zeros(entries: NDArray[Any]) -> int:
+    if entries[-1] != 0:
+        return 0
+    places = np.flatnonzero(entries)
+    return int(entries.size - 1 - places[-1]) if places.size else int(entries.size)
+
+
+def weight_findings(statistics: Iterable[WeightStatistics], base: str) -> tuple[Finding, ...]:
+    """Return what is wrong, or unusual, about the weights of a base that were read.
+
+    Parameters
+    ----------
+    statistics
+        Of each weight; one that comes twice counts once.
+    base
+        The base's name, for the sentences.
+
+    Notes
+    -----
+    A flipped bit is found if it is the top one of an exponent; four of five flips in an exponent
+    change ‖W‖ by about a percent and are not. A transposed square matrix is not either.
+    """
+    weights = list({one.name: one for one in statistics}.values())
+    return tuple(_weight_findings(weights, base))
+
+
+def _weight_findings(weights: Sequence[WeightStatistics], base: str) -> Iterator[Finding]:
+    def finding(code: str, found: Sequence[WeightStatistics], **fields: Any) -> Finding:
+        counts = {"base": base, "count": len(found), "total": len(weights)}
+        return Finding(code, {**counts, "weights": [one.name for one in found], **fields})
+
+    if enlarged := [one for one in weights if one.ratio > MAX_RATIO]:
+        worst = max(enlarged, key=lambda one: one.ratio)
+        yield finding("base-enlarged-entry", enlarged, value=worst.largest, ratio=worst.ratio)
+    if far := [one for one in weights if one.is_far_off]:
+        worst = max(far, key=lambda one: abs(math.log(one.rms)))
+        yield finding("base-norm", far, rms=worst.rms)
+    holes = [one for one in weights if one.has_hole]
+    if holes:
+        longest = max(holes, key=lambda one: one.zero_run / one.elements)
+        size = longest.zero_run * longest.stored_bytes
+        yield finding("base-hole", holes, bytes=size, share=longest.zero_run / longest.elements)
+    sparse = [one for one in weights if one.is_sparse]
+    if len(sparse) > 1 and 2 * len(sparse) >= len(weights):
+        median = float(np.median([one.zero_share for one in sparse]))
+        yield finding("base-sparse", sparse, share=median)
+    elif scattered := [one for one in sparse if not one.has_hole]:
+        yield finding("base-zeros", scattered, share=max(one.zero_share for one in scattered))
