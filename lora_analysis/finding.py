@@ -108,6 +108,13 @@ KINDS: Final[dict[str, Kind]] = {
         "{base} is a sparse model: {count} of {total} weights hold more than 10 % zeros (median "
         "{share:.0%}).",
     ),
+    "base-transposed": Kind(
+        "damage",
+        "{base}: {count} matrices have the shape of their update transposed ({weights}), none "
+        "that is not square has the shape that family '{family}' gives it: every weight seems "
+        "transposed, square ones too. Do not rely on numbers against square ones; pass "
+        "--transposed if the file is meant so.",
+    ),
     "base-mixed-shards": Kind(
         "damage",
         "{base}: its shards store the same kind of tensor in two types ({tensor} is {dtype} in "

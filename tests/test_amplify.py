@@ -443,7 +443,7 @@ def test_projections_are_the_dense_products(rng, threads, transposed):
     images, core = exact @ V, U.T @ exact @ V
     for precision, rtol in (("float32", 1e-6), ("float64", 1e-12)):
         with threadpool_limits(threads, user_api="blas"):
-            (found,), norm = streaming.project(
+            (found,), norm, _ = streaming.project(
                 weight, [(U, V)], precision=precision, one_sided=True
             )
         np.testing.assert_allclose(found.core, core, rtol=0, atol=rtol * np.linalg.norm(core))

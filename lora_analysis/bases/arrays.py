@@ -55,6 +55,10 @@ class ArrayTensors:
         """Return the type."""
         return str(self._arrays[name].dtype)
 
+    def is_plain(self, name: str) -> bool:  # noqa: ARG002 - by agreement
+        """Return True."""
+        return True
+
     def transposed(self, name: str) -> bool | None:  # noqa: ARG002 - by agreement
         """Return False: the caller hands matrices over as ``(d_out, d_in)``."""
         return False
@@ -111,6 +115,10 @@ class LiveTensors:
     def dtype(self, name: str) -> str:
         """Return the type of a parameter."""
         return str(self._parameters[name].dtype).removeprefix("torch.")
+
+    def is_plain(self, name: str) -> bool:  # noqa: ARG002 - by agreement
+        """Return True."""
+        return True
 
     def transposed(self, name: str) -> bool | None:
         """Say what the parameter's module says: Linear is ``[out, in]``, Conv1D ``[in, out]``."""

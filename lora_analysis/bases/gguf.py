@@ -112,6 +112,10 @@ class GGUFTensors:
         kind = self._file.tensors[name].kind
         return "" if kind in _PLAIN else f"GGUF {kind}"
 
+    def is_plain(self, name: str) -> bool:
+        """Return True if the tensor is stored as plain numbers."""
+        return self._file.tensors[name].kind in _PLAIN
+
     def transposed(self, name: str) -> bool | None:
         """Return False: the converter turns what a family stores as ``[in, out]``."""
         return None if name.startswith("token_") else False

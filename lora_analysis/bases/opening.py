@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.bases.arrays import ArrayTensors, LiveTensors, is_live_model
+from lora_analysis.bases.sanity_checks import file_findings
 from lora_analysis.bases.stored import StoredTensors
 from lora_analysis.bases.weights import BaseWeights
 from lora_analysis.errors import SourceError, UnknownFormatError
@@ -109,7 +110,9 @@ def _open_stored(
     else:
         files = open_tensors(_checked(file), allow_pickle=allow_pickle)
     config = _config(file.with_name("config.json"))
-    return BaseWeights(StoredTensors(files, label, config), label=label, config=config)
+    findings = file_findings(files, label)
+    stored = StoredTensors(files, label, config)
+    return BaseWeights(stored, label=label, config=config, findings=findings)
 
 
 def _open_live(model: Any) -> BaseWeights:

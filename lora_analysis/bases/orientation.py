@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 import re
-from typing import Final
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
 
 from lora_analysis.errors import BaseWeightError
+
+# Whether a module reads hidden states or writes them, by the last segment of its name.
+_ROLES: Final[Mapping[str, Literal["reads", "writes"]]] = {
+    **dict.fromkeys(
+        (
+            "c_fc", "dense_h_to_4h", "embed_out", "fc1", "gate_proj", "gate_up_proj", "k_proj",
+            "key", "lin1", "lm_head", "q_proj", "qkv_proj", "query", "query_key_value", "up_proj",
+            "v_proj", "value", "w1", "w3", "wi", "wi_0", "wi_1",
+        ),
+        "reads",
+    ),
+    **dict.fromkeys(
+        ("dense_4h_to_h", "down_proj", "fc2", "lin2", "o_proj", "out_proj", "w2", "wo"), "writes"
+    ),
+}  # fmt: skip
 
 # Families of transformers whose blocks use Conv1D, and the modules of those blocks that do. The
 # heads and embeddings of the same models are ordinary.
@@ -53,30 +70,36 @@ def is_transposed(
     model_type: str | None,
     shape: tuple[int, int] | None,
     label: str,
+    evidence: Evidence | None = None,
 ) -> bool:
-    """Say whether a stored matrix must be turned to become ``(d_out, d_in)``.
+    """Return True if a stored matrix must be turned to become ``(d_out, d_in)``.
 
     The caller's word counts first, then what the source knows (a live module's class), then the
-    family, then the update's shape. Whatever was decided must fit that shape.
+    family, then the update's shape, then the other matrices of the file. Whatever was decided must
+    fit the shape, and the family's way must be that of the other matrices.
 
     Raises
     ------
     BaseWeightError
         Nothing decides, or what was decided does not fit.
     """
-    decided = next(
-        (word for word in (asked, known, family_orientation(model_type, name)) if word is not None),
-        None,
-    )
-    table = asked is None and known is None and not _EMBEDDINGS.isdisjoint(name.split(".")[-2:])
+    family = family_orientation(model_type, name)
+    decided = next((word for word in (asked, known, family) if word is not None), None)
+    table = asked is None and known is None and is_table(name)
+    # What the other matrices of the file tell holds for this one too, unless somebody knows.
+    others = evidence.decided if evidence and asked is None and known is None else None
     if (decided is None or table) and shape is not None and shape[0] != shape[1]:
         decided = stored != tuple(shape)
+    elif decided is None:
+        decided = others
+    elif evidence and others not in (None, decided) and not table:
+        raise BaseWeightError(evidence.contradiction(name, stored, model_type, label))
     if decided is None:
         square = "is square and " if stored[0] == stored[-1] else ""
-        family = f"family '{model_type}'" if model_type else "no config.json that names a family"
+        origin = f"family '{model_type}'" if model_type else "no config.json that names a family"
         message = (
             f"{label}: whether '{name}' {stored} is stored as [out, in] or [in, out] cannot be "
-            f"known: it {square}comes with {family}. Pass transposed=False or transposed=True."
+            f"known: it {square}comes with {origin}. Pass transposed=False or transposed=True."
         )
         raise BaseWeightError(message)
     oriented = stored[::-1] if decided else stored
@@ -88,6 +111,113 @@ def is_transposed(
         )
         raise BaseWeightError(message)
     return decided
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Matrices of a file whose shape tells which way round they are stored.
+
+    Attributes
+    ----------
+    plain, turned
+        Names of those stored as ``[out, in]``, and as ``[in, out]``.
+    """
+
+    plain: tuple[str, ...]
+    turned: tuple[str, ...]
+
+    @property
+    def decided(self) -> bool | None:
+        """True for ``[in, out]``, False for ``[out, in]``, None if they differ or are too few."""
+        if bool(self.plain) == bool(self.turned):
+            return None
+        return bool(self.turned)
+
+    def contradiction(
+        self, name: str, stored: tuple[int, ...], model_type: str | None, label: str
+    ) -> str:
+        """Return the message for a weight that its family stores the other way round."""
+        way, other = ("[in, out]", "[out, in]") if self.decided else ("[out, in]", "[in, out]")
+        examples = (self.turned or self.plain)[:2]
+        listed = " and ".join(f"'{example}'" for example in examples)
+        return (
+            f"{label}: family '{model_type}' stores '{name}' {stored} as {other}, but the other "
+            f"matrices of the file are stored as {way} (by {listed}): every weight seems "
+            f"transposed, square ones too. Pass transposed={self.decided} if the file is meant so."
+        )
+
+
+def is_table(name: str) -> bool:
+    """Return True for embeddings, whose update may be shaped like their transpose."""
+    return not _EMBEDDINGS.isdisjoint(name.split(".")[-2:])
+
+
+def is_conv1d(name: str) -> bool:
+    """Return True for the modules that GPT-2's kin keep as Conv1D."""
+    return not _CONV1D_MODULES.isdisjoint(name.split(".")[-3:])
+
+
+def evidence_of(
+    names: Iterable[str],
+    shape_of: Callable[[str], tuple[int, ...]],
+    config: Mapping[str, Any],
+    *,
+    conv1d: bool,
+) -> Evidence:
+    """Return what the file's own matrices tell about the way they are stored.
+
+    A bias is as long as its matrix has outputs; and of modules with well-known names, one side is
+    the model's width. Square matrices and tables tell nothing.
+
+    Parameters
+    ----------
+    names, shape_of
+        The stored tensors and their shapes.
+    config
+        The model's configuration, for its width.
+    conv1d
+        Whether to look at the modules that GPT-2's kin keep as Conv1D, or at all others.
+    """
+    known = set(names)
+    width = _width(config)
+    found: dict[bool, list[str]] = {False: [], True: []}
+    for name in known:
+        module = name.removesuffix(".weight")
+        if module == name or is_conv1d(name) != conv1d or not _is_telling(name, shape_of(name)):
+            continue
+        bias = f"{module}.bias"
+        outputs = shape_of(bias) if bias in known else ()
+        turned = _way(shape_of(name), outputs, _ROLES.get(module.rpartition(".")[2]), width)
+        if turned is not None:
+            found[turned].append(name)
+    return Evidence(tuple(sorted(found[False])), tuple(sorted(found[True])))
+
+
+def _is_telling(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and shape[0] != shape[1] and not is_table(name)
+
+
+def _way(
+    shape: tuple[int, ...],
+    outputs: tuple[int, ...],
+    role: Literal["reads", "writes"] | None,
+    width: int | None,
+) -> bool | None:
+    """Return True if a matrix is stored as ``[in, out]``, None if nothing tells."""
+    if len(outputs) == 1 and outputs[0] in shape:
+        return outputs[0] == shape[1]
+    if role is None or width not in shape:
+        return None
+    return (width == shape[0]) == (role == "reads")
+
+
+def _width(config: Mapping[str, Any]) -> int | None:
+    """Return the width of the model's hidden states, None if the configuration states none."""
+    for part in (config, config.get("text_config")):
+        for key in ("hidden_size", "d_model", "n_embd", "dim"):
+            if isinstance(part, Mapping) and isinstance(width := part.get(key), int):
+                return width
+    return None
 
 
 def family_orientation(model_type: str | None, name: str) -> bool | None:

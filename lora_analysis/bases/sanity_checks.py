@@ -7,6 +7,7 @@ learned ones; these can be told, from what one pass over a weight counts on the 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -14,12 +15,13 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from lora_analysis.finding import Finding
-from lora_analysis.storage.dtypes import READABLE, raw_dtype
+from lora_analysis.storage.dtypes import FLOAT8, FLOATING, READABLE, raw_dtype
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lora_analysis.bases.weights import Weight
+    from lora_analysis.storage.tensors import TensorFiles
 
 # Largest entry over the rms of the others: genuine weights reach a few hundred at most.
 MAX_RATIO: Final = 1000.0
@@ -41,6 +43,10 @@ _SAMPLED_BLOCKS: Final = 4
 _SAMPLED_ROWS: Final = 2
 # Tiles of at most this size are counted whole.
 _SMALL: Final = 1 << 16
+
+# How transformers numbers the shards of a model.
+_SHARD: Final = re.compile(r".*-(\d{5})-of-(\d{5})\.\w+")
+_NUMBER: Final = re.compile(r"\d+")
 
 _TABLES: Final = frozenset(
     {
@@ -289,3 +295,34 @@ def _weight_findings(weights: Sequence[WeightStatistics], base: str) -> Iterator
         yield finding("base-sparse", sparse, share=median)
     elif scattered := [one for one in sparse if not one.has_hole]:
         yield finding("base-zeros", scattered, share=max(one.zero_share for one in scattered))
+
+
+def file_findings(files: TensorFiles, base: str) -> tuple[Finding, ...]:
+    """Return what is wrong, or unusual, about the files of a base, from their headers alone.
+
+    Shards of two models are told by their types: the same kind of matrix in two of them, kinds
+    being names without their numbers. A model with quantized layers mixes types by itself.
+    """
+    return tuple(_file_findings(files, base))
+
+
+def _file_findings(files: TensorFiles, base: str) -> Iterator[Finding]:
+    shard = _SHARD.fullmatch(files.path.name)
+    if shard and len(files.files) == 1 and int(shard[2]) > 1:
+        yield Finding("base-part", {"base": base, "number": int(shard[1]), "total": int(shard[2])})
+    matrices = {name: info for name, info in files.infos.items() if len(info.shape) > 1}
+    plain = FLOATING - FLOAT8
+    if len(files.files) < 2 or any(info.dtype not in plain for info in matrices.values()):
+        return
+    first: dict[str, str] = {}
+    for name, info in matrices.items():
+        other = first.setdefault(_NUMBER.sub("#", name), name)
+        files_differ = files.places[name] != files.places[other]
+        if info.dtype != matrices[other].dtype and files_differ:
+            fields = {
+                "base": base, "tensor": other, "dtype": matrices[other].dtype,
+                "file": files.places[other].name, "other": name, "other_dtype": info.dtype,
+                "other_file": files.places[name].name,
+            }  # fmt: skip
+            yield Finding("base-mixed-shards", fields)
+            return

@@ -108,6 +108,10 @@ class StoredTensors:
         made = self._made(name)
         return "" if made is None else made.storage
 
+    def is_plain(self, name: str) -> bool:
+        """Return True if the tensor is stored as plain numbers; none is put together for it."""
+        return name not in self._makers
+
     def transposed(self, name: str) -> bool | None:
         """Return what a quantised storage says; of plain numbers only the family knows."""
         made = self._made(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,9 +15,17 @@ import numpy as np
 from lora_analysis.bases.fused import Family, is_interleaved, rows_of_part
 from lora_analysis.bases.locating import Located, Locator
 from lora_analysis.bases.naming import TensorNames, matrix_shape
-from lora_analysis.bases.orientation import is_transposed
+from lora_analysis.bases.orientation import (
+    Evidence,
+    evidence_of,
+    family_orientation,
+    is_conv1d,
+    is_table,
+    is_transposed,
+)
 from lora_analysis.bases.pieces import Piece, Tiles, tiles_of
 from lora_analysis.errors import BaseWeightError, InputError
+from lora_analysis.finding import Finding
 from lora_analysis.storage.hub_names import shown_errors
 from lora_analysis.storage.limits import MAX_VALUE
 
@@ -49,6 +58,9 @@ class TensorSource(Protocol):
 
     def storage(self, name: str) -> str:
         """Return how a quantised weight is stored ("bitsandbytes nf4"), nothing for others."""
+
+    def is_plain(self, name: str) -> bool:
+        """Return True if the tensor is stored as plain numbers; tells without reading."""
 
     def transposed(self, name: str) -> bool | None:
         """Say whether the matrix is stored as ``[in, out]``; None where that is not known."""
@@ -164,6 +176,8 @@ class BaseWeights:
         Whether the writer has put interleaved fused rows into blocks (GGUF).
     name
         What the model is called, where that is not ``label``; None where nothing says so.
+    findings
+        What was noticed when its files were opened.
 
     Attributes
     ----------
@@ -184,6 +198,7 @@ class BaseWeights:
         config: Mapping[str, Any] | None = None,
         blocks: bool = False,
         name: str | None = "",
+        findings: tuple[Finding, ...] = (),
     ) -> None:
         self.label = label
         self.name = label if name == "" else name
@@ -191,6 +206,8 @@ class BaseWeights:
         self.model_type = stated if isinstance(stated, str) else None
         self._config = config or {}
         self._blocks = blocks
+        self.findings = findings
+        self._evidence: dict[bool, Evidence] = {}
         self._source = source
         self._names = TensorNames(source.names, label, source.shape, source.aliases)
         self._locator = Locator(self._names, source.shape, config or {})
@@ -393,10 +410,56 @@ class BaseWeights:
             model_type=self.model_type,
             shape=shape if alone else _shape_of_home(stored, shape),
             label=self.label,
+            evidence=self._orientation_evidence(name) if located.index is None else None,
         )
         d_out, d_in = stored[::-1] if turned else stored
         runs = self._runs(module, located, (d_out, d_in), shape)
         return Piece(name, located.index, runs), turned, d_in
+
+    def _orientation_evidence(self, name: str) -> Evidence | None:
+        """Return what the other matrices of the file tell; nothing of live models and GGUF."""
+        source = self._source
+        if not source.is_plain(name) or len(source.shape(name)) != 2:
+            return None
+        if source.transposed(name) is not None:
+            return None
+        kind = is_conv1d(name)
+        if kind not in self._evidence:
+            names = [one for one in source.names if source.is_plain(one)]
+            found = evidence_of(names, source.shape, self._config, conv1d=kind)
+            self._evidence[kind] = found
+        return self._evidence[kind]
+
+    def orientation_findings(self, shapes: Mapping[str, tuple[int, int]]) -> tuple[Finding, ...]:
+        """Return a finding if the shapes of updates say that every matrix is transposed.
+
+        The shape of an update decides how its own weight is stored unless it is square; what the
+        others of a file say jointly holds for square ones too.
+
+        Parameters
+        ----------
+        shapes
+            Shape ``(d_out, d_in)`` of the update of each module.
+        """
+        fitting, turned = 0, []
+        for module, shape in shapes.items():
+            if shape[0] == shape[1]:
+                continue
+            with suppress(BaseWeightError):
+                located = self._locator.locate(module)
+                name = located[0].tensors[0]
+                if len(located) > 1 or located[0].part or not self._source.is_plain(name):
+                    continue
+                stored, family = self._source.shape(name), family_orientation(self.model_type, name)
+                if family is None or is_table(name) or self._source.transposed(name) is not None:
+                    continue
+                expected = shape[::-1] if family else shape
+                fitting += stored == expected
+                turned += [name] if stored == expected[::-1] else []
+        if fitting or not turned or len(turned) == len(shapes):
+            return ()
+        fields = {"base": self.label, "weights": turned, "count": len(turned)}
+        return (Finding("base-transposed", {**fields, "family": self.model_type}),)
 
     def _known_orientation(self, name: str, located: Located) -> bool | None:
         """Return what the source says; kernels lie output by output in every framework here."""

@@ -95,6 +95,7 @@ def command(
             | _medians(full)
             | changes
             | {"findings": [{"kind": one.kind, "text": one.text} for one in said]}
+            | {"base_findings": [one.to_dict() for one in result.base_findings()]}
         )
     elif form == "quiet":
         click.echo(decimals(float(full["amplification_factor"].median())))
@@ -160,7 +161,7 @@ def _print_storage(full: pd.DataFrame) -> None:
 
 
 # Findings that say how far the adapter's own numbers can be trusted.
-_OF_THE_FILE = ("damaged numbers", "file", "other base")
+_OF_THE_FILE = ("damaged numbers", "base", "file", "other base")
 _NAMES = {
     "delta_norm": "‖ΔW‖",
     "weight_norm": "‖W‖",

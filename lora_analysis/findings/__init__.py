@@ -20,6 +20,7 @@ __all__ = ["Finding", "Level", "findings", "level", "number", "plural"]
 _MAKERS: tuple[Callable[[Study], Iterator[Finding]], ...] = (
     notes.failures,
     notes.damaged,
+    weights.damaged_base,
     notes.untrained,
     groups.diverged,
     runs.bases,
@@ -38,6 +39,7 @@ _MAKERS: tuple[Callable[[Study], Iterator[Finding]], ...] = (
     runs.largest,
     runs.trajectories,
     notes.unmatched,
+    weights.unusual_base,
     weights.other_base,
     weights.quantised,
     weights.amplified,

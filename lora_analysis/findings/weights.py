@@ -5,13 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from lora_analysis.findings.levels import Finding, number
+from lora_analysis.findings.levels import Finding, Kind, number
 from lora_analysis.findings.runs import some
 from lora_analysis.studies import Study
 from lora_analysis.studies.bases import other_bases, strange_name
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+def damaged_base(study: Study) -> Iterator[Finding]:
+    """Pass on what is wrong with the base's numbers."""
+    for one in _of_the_base(study):
+        if one.kind == "artefact":
+            yield one
+
+
+def unusual_base(study: Study) -> Iterator[Finding]:
+    """Pass on what else was noticed about the base."""
+    yield from (one for one in _of_the_base(study) if one.kind != "artefact")
+
+
+def _of_the_base(study: Study) -> Iterator[Finding]:
+    for one in study.base_findings():
+        kind: Kind = "artefact" if one.severity == "damage" else "limit"
+        scalar = (float, int, str)
+        values = {key: value for key, value in one.fields.items() if isinstance(value, scalar)}
+        yield Finding(kind, "base", one.text, values, code=one.code)
 
 
 def other_base(study: Study) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lora_analysis.errors import MalformedFileError
+from lora_analysis.errors import MalformedFileError, SourceError
 from lora_analysis.storage.containers import PICKLE_SUFFIXES, is_pickle, is_zip
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.limits import BLOCK_ELEMENTS, MAX_INDEX_BYTES
@@ -118,6 +118,11 @@ class TensorFiles:
         """Return the file a tensor lies in."""
         return self._places[name]
 
+    @property
+    def places(self) -> Mapping[str, Path]:
+        """Tensor name → the file it lies in, which need not have been fetched yet."""
+        return self._places
+
 
 class LazyTensors(Mapping[str, "NDArray[Any]"]):
     """Tensors under other names, each read when it is asked for."""
@@ -194,6 +199,12 @@ def shards_of(path: Path) -> dict[str, Path]:
 def _open_index(path: Path, *, allow_pickle: bool) -> TensorFiles:
     places = shards_of(path)
     files = dict.fromkeys(places.values())
+    if missing := [file.name for file in files if not file.exists()]:
+        message = (
+            f"{path}: {len(missing)} of the {len(files)} shards that it names are missing: "
+            f"{', '.join(missing[:6])}. Fetch the model again."
+        )
+        raise SourceError(message)
     headers = {file: _header_of(file, allow_pickle=allow_pickle) for file in files}
     return TensorFiles(path, headers, places)
 

@@ -10,6 +10,8 @@ import pandas as pd
 from lora_analysis.adapter import Adapter
 from lora_analysis.amplify import Amplification
 from lora_analysis.bases import BaseWeights
+from lora_analysis.bases.sanity_checks import weight_findings
+from lora_analysis.finding import Finding
 from lora_analysis.showing import html_table
 from lora_analysis.similarity import SimilarityGrid, subspace_similarity
 from lora_analysis.spectra import Factor, Side, Spectrum, spectrum
@@ -118,6 +120,19 @@ class Study:
     def amplified(self) -> list[Amplification]:
         """Return every amplification, module by module; empty without a base."""
         return list(self._amplified.values())
+
+    def base_findings(self) -> tuple[Finding, ...]:
+        """Return what is wrong, or unusual, about the base: its files, and the weights read."""
+        if self.base is None:
+            return ()
+        read = (one.weight_statistics for one in self._amplified.values())
+        columns = self.spectra[["module", "d_out", "d_in"]].drop_duplicates("module")
+        shapes = {row.module: (int(row.d_out), int(row.d_in)) for row in columns.itertuples()}
+        return (
+            *self.base.findings,
+            *self.base.orientation_findings(shapes),
+            *weight_findings((one for one in read if one is not None), self.base.label),
+        )
 
     def select(self, relation: Relation, side: Side) -> pd.DataFrame:
         """Return the rows of ``similarities`` with one relation and side."""
