@@ -162,6 +162,22 @@ def test_fp8_scales_cover_what_their_shape_says(
     np.testing.assert_array_equal(read(folder), wanted)
 
 
+@pytest.mark.parametrize("scale", [None, (), (1,), (8,), (8, 1, 1, 1)])
+def test_kernels_in_fp8_are_matrices_with_a_row_per_output(
+    rng: np.random.Generator, tmp_path: Path, scale: tuple[int, ...] | None
+) -> None:
+    codes = normal(rng, 8, 4, 3, 3).to(torch.float8_e4m3fn)
+    stored, factor = {"q.weight": codes}, torch.ones(())
+    if scale is not None:
+        stored["q.scale_weight"] = factor = torch.rand(scale) + 0.5
+    weight = open_base(write_base(tmp_path, stored)).weight("q", shape=(8, 36))
+    wanted = codes.float().reshape(8, 36) * (
+        factor.reshape(-1, 1) if factor.numel() > 1 else factor
+    )
+    np.testing.assert_array_equal(weight.array(), wanted)
+    assert 0 < weight.noise() < 0.05
+
+
 def test_fp8_without_scales_is_quantised_too(rng: np.random.Generator, tmp_path: Path) -> None:
     W = normal(rng, 24, 40)
     folder = write_base(tmp_path, {"q.weight": W.to(torch.float8_e4m3fn)})

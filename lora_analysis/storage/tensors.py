@@ -200,9 +200,10 @@ def _open_index(path: Path, *, allow_pickle: bool) -> TensorFiles:
     places = shards_of(path)
     files = dict.fromkeys(places.values())
     if missing := [file.name for file in files if not file.exists()]:
+        verb = "does" if len(missing) == 1 else "do"
         message = (
-            f"{path}: {len(missing)} of the {len(files)} shards that it names are missing: "
-            f"{', '.join(missing[:6])}. Fetch the model again."
+            f"{path}: {len(missing)} of the {len(files)} shards that it names {verb} not exist: "
+            f"{', '.join(missing[:6])}. Fetch the whole model."
         )
         raise SourceError(message)
     headers = {file: _header_of(file, allow_pickle=allow_pickle) for file in files}

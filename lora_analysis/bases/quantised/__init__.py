@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from lora_analysis.bases.quantised.bitsandbytes import STATE, blockwise_4bit, rowwise_int8
-from lora_analysis.bases.quantised.codes import Quantised, RawTensors, refused
+from lora_analysis.bases.quantised.codes import Quantised, RawTensors, plane_of, refused
 from lora_analysis.bases.quantised.gptq import packed_words
 from lora_analysis.bases.quantised.packed import packed_floats, packed_integers
 from lora_analysis.bases.quantised.scaled import scaled
@@ -63,7 +63,7 @@ def tiles(
     weight: Quantised, tensors: RawTensors, index: int | None, *, errors: bool = False
 ) -> Iterator[tuple[slice, slice, NDArray[np.float32]]]:
     """Yield the values of a weight by runs of whole rows, or their expected square errors."""
-    height, width = weight.shape[-2:]
+    height, width = plane_of(weight.shape, index)
     step = max(1, BLOCK_ELEMENTS // max(width, 1) // weight.step) * weight.step
     decode = weight.decoder(tensors, index)
     for top in range(0, height, step):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -117,6 +118,13 @@ class Quantised(Protocol):
 
     def decoder(self, tensors: RawTensors, index: int | None) -> Decoder:
         """Return what decodes runs of rows, of one expert where there are several."""
+
+
+def plane_of(shape: tuple[int, ...], index: int | None) -> tuple[int, int]:
+    """Return rows and columns: of one of a stack, or of kernels, which have a row per output."""
+    if index is None and len(shape) > 2:
+        return shape[0], math.prod(shape[1:])
+    return shape[-2], shape[-1]
 
 
 def cell_variances(levels: NDArray[np.float32], reach: float = 0.0) -> NDArray[np.float32]:

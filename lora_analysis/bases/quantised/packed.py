@@ -193,7 +193,8 @@ def packed_floats(
     width = math.prod(packed) * bits // kind.bits
     shape = (*info.shape[: len(info.shape) - len(packed)], width)
     grid = tiled_shape(shape, scales, kind.run) if scheme.tiled else scales.shape
-    fits = len(shape) in (2, 3) and math.prod(packed) * bits == width * kind.bits
+    kernels = len(shape) > 2 and name.endswith(".weight")  # a stack is a parameter of its own name
+    fits = len(shape) in (2, 3) and not kernels and math.prod(packed) * bits == width * kind.bits
     if not fits or width * kind.bits % 8 or grid != (*shape[:-1], width / kind.run):
         why = f"{info.dtype} {info.shape} and scales {scales.dtype} {scales.shape} do not fit"
         raise refused(label, name, storage, why)

@@ -19,6 +19,7 @@ from lora_analysis.bases.quantised.codes import (
     Decoder,
     RawTensors,
     float_levels,
+    plane_of,
     powers_of_two,
     refused,
 )
@@ -51,14 +52,14 @@ class Scaled:
         scales = self._grid(tensors, self.scale, index)
         zeros = None if self.zero is None else self._grid(tensors, self.zero, index)
         levels = float_levels(self.dtype) if self.dtype in FLOAT8 else None
-        height, width = self.shape[-2:]
+        height, width = plane_of(self.shape, index)
         start = (index or 0) * height * width
 
         def decode(rows: slice) -> Coded:
             codes = tensors.raw(self.name, start + rows.start * width, start + rows.stop * width)
             codes = codes.reshape(-1, width)
-            zero = None if zeros is None else self._spread(zeros, rows)
-            return Coded(codes, self._spread(scales, rows), levels, zero)
+            zero = None if zeros is None else self._spread(zeros, rows, width)
+            return Coded(codes, self._spread(scales, rows, width), levels, zero)
 
         return decode
 
@@ -70,21 +71,22 @@ class Scaled:
         numbers: NDArray[np.float32] = (
             tensors.read(name).astype(np.float32) if grid is None else grid
         )
-        height, width = (math.ceil(n / b) for n, b in zip(self.shape[-2:], self.block, strict=True))
+        plane = plane_of(self.shape, index)
+        height, width = (math.ceil(n / b) for n, b in zip(plane, self.block, strict=True))
         if self.tiled and name == self.scale:
             return untiled(numbers, height, width)
-        if len(self.shape) == 3 and numbers.size > 1:
-            numbers = numbers[index or 0]
+        if index is not None and numbers.size > 1:
+            numbers = numbers[index]
         return numbers.reshape(height, width)
 
     def _exponents(self, tensors: RawTensors, name: str) -> bool:
         """Return True if the numbers of a tensor are exponents in plain bytes."""
         return self.power and name == self.scale and tensors.infos[name].dtype == "uint8"
 
-    def _spread(self, grid: NDArray[Any], rows: slice) -> NDArray[Any]:
+    def _spread(self, grid: NDArray[Any], rows: slice, width: int) -> NDArray[Any]:
         """Return the numbers of every row and column, kept thin where they are the same."""
         if grid.shape[1] > 1:
-            grid = grid[:, np.arange(self.shape[-1]) // self.block[1]]
+            grid = grid[:, np.arange(width) // self.block[1]]
         own = np.arange(rows.start, rows.stop) // self.block[0]
         return grid if grid.shape[0] == 1 else grid[own]
 
@@ -111,11 +113,16 @@ def scaled(name: str, scale: str | None, tensors: RawTensors, scheme: Scheme, la
     decoding = decoding_of(DECODED_8_BIT, info, tensors.infos[scale], scheme, label)
     kind, power = decoding.name, decoding.meaning == "power of two"
     tiled = scheme.tiled and kind == "MXFP8"
-    shape = _grid_shape(info.shape, tensors.infos[scale].shape)
+    # Kernels are scaled as a whole or by output, as the matrix that they are.
+    kernel = len(info.shape) > 2 and name.endswith(".weight")
+    matrix = plane_of(info.shape, None) if kernel else info.shape
+    shape = _grid_shape(matrix, tensors.infos[scale].shape)
+    if kernel and shape[1:] and math.prod(shape) == shape[0]:
+        shape = shape[:1]
     if tiled:
-        shape = tiled_shape(info.shape, tensors.infos[scale], 32)
+        shape = tiled_shape(matrix, tensors.infos[scale], 32)
     stated = scheme.block or ((1, 32) if kind == "MXFP8" else None)
-    block = block_of(info.shape, shape, stated)
+    block = block_of(matrix, shape, stated)
     if block is None:
         why = f"scales of shape {shape} do not cover a weight of shape {info.shape}"
         raise refused(label, name, f"scaled {kind}", why)
@@ -125,7 +132,7 @@ def scaled(name: str, scale: str | None, tensors: RawTensors, scheme: Scheme, la
             raise refused(label, name, kind, f"zero points and scales {shape} differ in shape")
         if info.dtype in FLOAT8 and np.any(tensors.read(zero)):
             raise refused(label, name, kind, "it has zero points, which are read for integers only")
-    storage = f"{kind}, {_covering(info.shape, block)}"
+    storage = f"{kind}, {_covering(matrix, block)}"
     held = zero if zero in tensors.infos and info.dtype not in FLOAT8 else None
     return Scaled(name, info.shape, storage, info.dtype, scale, block, held, power, tiled)
 
