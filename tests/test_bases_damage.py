@@ -17,7 +17,12 @@ from lora_analysis.adapter import DenseUpdate
 from lora_analysis.amplify import amplification
 from lora_analysis.amplify.streaming import project
 from lora_analysis.bases import open_base
-from lora_analysis.bases.sanity_checks import WeightStatistics, weight_findings
+from lora_analysis.bases.sanity_checks import (
+    MAX_RATIO,
+    WeightStatistics,
+    WeightWatch,
+    weight_findings,
+)
 from lora_analysis.cli import run
 from lora_analysis.errors import BaseWeightError, SourceError
 from lora_analysis.studies import study
@@ -198,6 +203,40 @@ def test_zeros_and_their_longest_run_are_counted(rng: np.random.Generator, tmp_p
     assert abs(found.zero_run - 700_000) < 2 * 1700
     assert found.zeros == pytest.approx(700_000, rel=0.01)
     assert not found.whole_rows
+
+
+def watched(W: NDArray[np.float32], name: str = "layer.weight") -> WeightStatistics:
+    """What is counted of a weight whose tiles have 100 rows."""
+    weight = open_base({name: W}).weight(name.removesuffix(".weight"))
+    watch = WeightWatch(W.size)
+    for top in range(0, len(W), 100):
+        tile = W[top : top + 100]
+        watch.add(tile, np.einsum("ij,ij->i", tile, tile))
+    return watch.statistics(weight)
+
+
+def test_the_top_bit_of_a_half_precision_exponent_is_found(rng: np.random.Generator) -> None:
+    W = (rng.standard_normal((256, 300)) * 0.02).astype(np.float16)
+    found = 0
+    for _ in range(300):
+        damaged = W.copy()
+        bits = damaged.view(np.uint16)
+        bits[rng.integers(256), rng.integers(300)] ^= 1 << 14
+        found += watched(damaged.astype(np.float32)).ratio > MAX_RATIO
+    assert found >= 0.97 * 300  # those below a sixty-fifth of the rms stay below the limit
+
+
+@pytest.mark.parametrize("shape", [(40, 3000), (150, 800), (700, 200)])
+def test_a_hole_is_found_wherever_it_begins(
+    rng: np.random.Generator, shape: tuple[int, int]
+) -> None:
+    W = (rng.standard_normal(shape) * 0.02).astype(np.float32)
+    for _ in range(60):
+        length = int(rng.integers(0.012 * W.size + 1024, W.size // 2))
+        start = int(rng.integers(0, W.size - length))
+        damaged = W.copy()
+        damaged.reshape(-1)[start : start + length] = 0
+        assert watched(damaged).has_hole
 
 
 def statistics(**changes: Any) -> WeightStatistics:

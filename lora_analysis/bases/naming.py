@@ -47,6 +47,7 @@ _UNREAD: Final = {
     "W_q": "HQQ",
     "weight._data": "quanto",
     "weight.qdata": "torchao",
+    "_weight_qdata": "torchao",
     "codebooks": "AQLM",
     "weight_scales": "EETQ",
     "centroids.weight": "VPTQ",

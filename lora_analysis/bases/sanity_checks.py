@@ -208,8 +208,8 @@ class WeightWatch:
         rows, width = tile.shape
         empty = squares == 0
         filled = rows - int(np.count_nonzero(empty))
-        # A row of a flat weight is more than what counts as a hole: there every zero is counted.
-        flat = width >= self._elements * _HOLE_SHARE or tile.size <= _SMALL
+        # In a flat weight a hole need not hold a whole row: there every zero is counted.
+        flat = 2 * width >= self._elements * _HOLE_SHARE or tile.size <= _SMALL
         # Rows of zeros are counted, the share of zeros in the others is taken from a sample, of
         # rows next to each other: those apart would have to be gathered first.
         counted = nonzero = 0

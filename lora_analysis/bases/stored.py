@@ -77,7 +77,7 @@ class StoredTensors:
     def __init__(self, files: TensorFiles, label: str, config: Mapping[str, Any]) -> None:
         self._stored = Stored(files)
         self._label = label
-        stated = config.get("quantization_config")
+        stated = config.get("quantization_config", config.get("compression_config"))
         self._config: Mapping[str, Any] = stated if isinstance(stated, Mapping) else {}
         self._makers = quantised_weights(self._stored, self._config, label, files.metadata)
         self._quantised: dict[str, Quantised] = {}
