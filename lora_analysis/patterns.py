@@ -4,22 +4,37 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import Any, Final, NamedTuple, TypeVar
 
 from lora_analysis.errors import InputError
 
 T = TypeVar("T")
+D = TypeVar("D")
 
 _DIGITS = re.compile(r"(\d+)")
 # More digits than that are no layer's number, and Python refuses to convert thousands of them.
 _INDEX = re.compile(r"(?:^|\.)(\d{1,9})(?=\.|$)")
 # Without other special characters, only the dots of a pattern mean more than themselves.
 _PLAIN = re.compile(r"[\w.\-]*")
+_SPECIAL: Final = frozenset("^$*+?{}[]\\|()")
+# Parts of a regular expression: an escape, a comment, a set, a repetition, a brace that is none.
+_TOKEN: Final = re.compile(
+    r"""\\N\{[^}]*\} | \\. | \(\?\#[^)]*\)
+    | (?P<set>(?P<start>\[\^?\]?)(?P<inside>(?:\\.|[^\]\\])*)\])
+    | \{(?:\d+|\d*,\d*)\} | (?P<brace>[{}])""",
+    re.VERBOSE | re.DOTALL,
+)
 # The type of modules whose names are numbers alone; no name has a space in it.
 NO_TYPE = "no type"
-# A pattern may come from a file: one that backtracks without end is stopped, in CPU seconds.
-PATTERN_TIMEOUT = 1.0
+# All patterns of one adapter together, in CPU seconds: they may come from a stranger's file.
+PATTERN_SECONDS = 4.0
+MAX_PATTERN_CHARACTERS: Final = 2**16
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
@@ -81,25 +96,132 @@ def choose_names(names: Iterable[str], pattern: str | Sequence[str] | None) -> l
     ends = [pattern] if isinstance(pattern, str) else pattern
     chosen = [name for name in pool if matches_target(name, ends)]
     if not chosen and isinstance(pattern, str):
-        chosen = [name for name in pool if matches_target(name, pattern)]
+        with pattern_budget():
+            chosen = [name for name in pool if matches_target(name, pattern)]
     return chosen
 
 
-def pattern_value(name: str, patterns: Mapping[str, T], default: T) -> T:
+class ModulePatterns(Mapping[str, T]):
+    r"""The keys of PEFT's ``rank_pattern`` or ``alpha_pattern``, indexed for many module names.
+
+    Keys without a regular expression in them (``q_proj``, ``^model\.layers\.0\.q_proj$``,
+    ``.*\.q_proj``) are looked up by the end of the name. The others are matched one after the
+    other, each compiled once.
+
+    Parameters
+    ----------
+    patterns
+        Values by pattern; the first pattern that matches decides.
+
+    Notes
+    -----
+    All instances made within one `pattern_budget` share its time; any other has its own.
+    """
+
+    def __init__(self, patterns: Mapping[str, T]) -> None:
+        self._patterns = dict(patterns)
+        self._keys = list(self._patterns)
+        # By length, then by the positions of wildcards: the smallest place of every text.
+        self._literals: dict[int, dict[tuple[int, ...], dict[tuple[str, str], int]]] = {}
+        self._expressions: list[int] = []
+        for order, key in enumerate(self._keys):
+            literal = _as_literal(key)
+            if literal is None:
+                self._expressions.append(order)
+                continue
+            texts = self._literals.setdefault(len(literal.text), {})
+            texts.setdefault(literal.wildcards, {}).setdefault(literal[:2], order)
+        self._compiled: dict[int, Any] = {}
+        self._budget = _BUDGET.get() or _Budget(PATTERN_SECONDS)
+
+    def __getitem__(self, key: str) -> T:
+        return self._patterns[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._patterns)
+
+    def __len__(self) -> int:
+        return len(self._patterns)
+
+    def value(self, name: str, default: D) -> T | D:
+        """Return the value of the first pattern that matches the whole name or its last segments.
+
+        As in PEFT, a name that no pattern matches is then looked up as a key itself.
+
+        Raises
+        ------
+        InputError
+            A pattern is not a valid expression, or the patterns take too long to match.
+        """
+        order = self._first_match(name) if self._patterns else None
+        return self._patterns.get(name if order is None else self._keys[order], default)
+
+    def _first_match(self, name: str) -> int | None:
+        if "\n" in name:  # for which `.` and `$` make exceptions
+            literal, orders = None, list(range(len(self._keys)))
+        else:
+            with self._budget.spending(name, self._keys[0]):
+                literal, orders = self._literal_match(name), self._expressions
+        for order in orders:
+            if literal is not None and order > literal:
+                break
+            if self._matches(order, name):
+                return order
+        return literal
+
+    def _literal_match(self, name: str) -> int | None:
+        """Return the place of the first literal key that the name, or an end of it, equals."""
+        matches = []
+        for length, by_wildcards in self._literals.items():
+            start = len(name) - length
+            if start < 0:
+                continue
+            at_segment = start == 0 or name[start - 1] == "."
+            for wildcards, orders in by_wildcards.items():
+                end = _blanked(name[start:], wildcards)
+                matches += [
+                    orders[reach, end]
+                    for reach, fits in (("any", True), ("tail", at_segment), ("whole", start == 0))
+                    if fits and (reach, end) in orders
+                ]
+        return min(matches, default=None)
+
+    def _matches(self, order: int, name: str) -> bool:
+        key = self._keys[order]
+        with self._budget.spending(name, key) as seconds:
+            if order not in self._compiled:
+                self._compiled[order] = _compile(rf"(.*\.)?({key})$", key)
+            return self._compiled[order].match(name, timeout=seconds) is not None
+
+
+def pattern_value(name: str, patterns: Mapping[str, T], default: D) -> T | D:
     """Return the value PEFT's ``rank_pattern`` or ``alpha_pattern`` gives the module.
 
-    The first key, in their order, that matches the whole name or its last segments as a regular
-    expression decides; ``default`` where none does.
+    For many names, make one `ModulePatterns` and ask it.
 
     Raises
     ------
     InputError
         A key is not a valid expression, or takes too long to match.
     """
-    for pattern, value in patterns.items():
-        if _matches_tail(name, pattern):
-            return value
-    return default
+    compiled = patterns if isinstance(patterns, ModulePatterns) else ModulePatterns(patterns)
+    return compiled.value(name, default)
+
+
+@contextmanager
+def pattern_budget() -> Iterator[None]:
+    """Give all patterns that are matched inside one total of CPU time, `PATTERN_SECONDS`.
+
+    Inside another such block nothing changes: the total is that of the outer one.
+    """
+    if _BUDGET.get() is not None:
+        yield
+        return
+    token = _BUDGET.set(_Budget(PATTERN_SECONDS))
+    try:
+        yield
+    finally:
+        _BUDGET.reset(token)
 
 
 def module_type(name: str) -> str:
@@ -116,13 +238,96 @@ def layer_index(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _matches_tail(name: str, pattern: str) -> bool:
-    """Return whether the name, or its last segments, match; plain patterns need no engine."""
-    if not _PLAIN.fullmatch(pattern):
-        return _matches_expression(name, rf"(.*\.)?({pattern})")
-    start = len(name) - len(pattern)
-    at_segment = start == 0 or (start > 0 and name[start - 1] == ".")
-    return at_segment and _equal_but_for_dots(name[start:], pattern)
+class _Budget:
+    """CPU seconds that are left for matching."""
+
+    __slots__ = ("left", "total")
+
+    def __init__(self, seconds: float) -> None:
+        self.total = self.left = seconds
+
+    @contextmanager
+    def spending(self, name: str, pattern: str) -> Iterator[float]:
+        """Count the time inside; yield what is left of it.
+
+        Raises
+        ------
+        InputError
+            Nothing is left, or the regular expression engine stops because of it.
+        """
+        if self.left <= 0:
+            raise self._spent(name, pattern)
+        start = time.thread_time()
+        try:
+            yield self.left
+        except TimeoutError:
+            self.left = 0.0
+            raise self._spent(name, pattern) from None
+        finally:
+            self.left -= time.thread_time() - start
+
+    def _spent(self, name: str, pattern: str) -> InputError:
+        return InputError(
+            f"Matching module names against patterns was stopped after {self.total:g} s in all, "
+            f"at '{_shortened(name)}' against '{_shortened(pattern)}'. Write module names in full, "
+            "or patterns without nested repetition."
+        )
+
+
+_BUDGET: Final[ContextVar[_Budget | None]] = ContextVar("_BUDGET", default=None)
+
+
+class _Literal(NamedTuple):
+    """A pattern that only spells characters.
+
+    ``reach`` says which part of a name the text must equal: the ``"whole"`` name, its last segments
+    (``"tail"``) or ``"any"`` end. ``wildcards`` are positions where any character fits.
+    """
+
+    reach: str
+    text: str
+    wildcards: tuple[int, ...]
+
+
+def _as_literal(key: str) -> _Literal | None:
+    r"""Return what a key of ``rank_pattern`` spells, None if it takes a regular expression engine.
+
+    The key stands in ``(.*\.)?(key)$``.
+    """
+    reach, position = "tail", 0
+    if key.startswith("^"):
+        reach, position = "whole", 1
+    if key.startswith(".*", position):
+        reach, position = "any", position + 2
+    text: list[str] = []
+    wildcards = []
+    while position < len(key):
+        character = key[position]
+        if character == "\\":
+            position += 1
+            character = key[position : position + 1]
+            # A backslash before a letter or digit is a class, a reference or a special character.
+            if not character or character.isalnum() or not character.isascii():
+                return None
+        elif character == ".":
+            wildcards.append(len(text))
+        elif character == "$" and position == len(key) - 1:
+            break
+        elif character in _SPECIAL:
+            return None
+        text.append(character)
+        position += 1
+    return _Literal(reach, "".join(text), tuple(wildcards))
+
+
+def _blanked(text: str, positions: Sequence[int]) -> str:
+    """Return the text with a dot at every wildcard, as the pattern spells it."""
+    if not positions:
+        return text
+    characters = list(text)
+    for position in positions:
+        characters[position] = "."
+    return "".join(characters)
 
 
 def _equal_but_for_dots(text: str, plain: str) -> bool:
@@ -133,17 +338,47 @@ def _equal_but_for_dots(text: str, plain: str) -> bool:
 
 
 def _matches_expression(name: str, expression: str) -> bool:
+    """Return whether a regular expression matches the whole name."""
+    budget = _BUDGET.get() or _Budget(PATTERN_SECONDS)
+    with budget.spending(name, expression) as seconds:
+        compiled = _compile(expression, expression)
+        return compiled.fullmatch(name, timeout=seconds) is not None
+
+
+@lru_cache(maxsize=64)
+def _compile(expression: str, pattern: str) -> Any:
+    """Compile what Python's own engine accepts, for the one that stops at a time limit."""
     import regex
 
-    try:
-        re.compile(expression)  # PEFT's own; regex would also take patterns that call themselves
-        return regex.fullmatch(expression, name, timeout=PATTERN_TIMEOUT) is not None
-    except (re.error, regex.error, RecursionError, OverflowError) as error:
-        shown = expression if len(expression) <= 160 else f"{expression[:157]}..."
-        message = f"'{shown}' is not a regular expression: {error}."
-    except TimeoutError:
+    if len(expression) > MAX_PATTERN_CHARACTERS:
         message = (
-            f"Matching '{name}' against '{expression}' was stopped after {PATTERN_TIMEOUT:g} s. "
-            "Write the pattern without nested repetition."
+            f"'{_shortened(pattern)}' is too long for a regular expression: {len(pattern):,} "
+            f"characters, the limit is {MAX_PATTERN_CHARACTERS:,}."
         )
-    raise InputError(message)
+        raise InputError(message)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about sets that another version may read otherwise
+            re.compile(expression)
+            return regex.compile(_for_both_engines(expression))
+    except (re.error, regex.error, RecursionError, OverflowError, MemoryError) as error:
+        message = f"'{_shortened(pattern)}' is not a regular expression: {error}."
+        raise InputError(message) from error
+
+
+def _for_both_engines(expression: str) -> str:
+    """Escape what only the other engine takes for special: braces, and brackets in a set."""
+    return _TOKEN.sub(_escaped, expression)
+
+
+def _escaped(token: re.Match[str]) -> str:
+    if token["brace"]:
+        return f"\\{token['brace']}"
+    if token["set"]:
+        start, inside = token["start"], token["inside"]
+        return start + re.sub(r"\\.|\[", lambda one: one[0].replace("[", "\\["), inside) + "]"
+    return token[0]
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 160 else f"{text[:157]}..."

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from lora_analysis import patterns as patterns_module
 from lora_analysis.errors import InputError
 from lora_analysis.patterns import (
     NO_TYPE,
+    ModulePatterns,
     choose_names,
     layer_index,
     matches_target,
     module_type,
     natural_key,
     near_names,
+    pattern_budget,
     pattern_value,
 )
 
@@ -76,7 +81,7 @@ def test_the_first_matching_pattern_decides() -> None:
 
 
 def test_plain_patterns_need_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_analysis.patterns._matches_expression", None)
+    monkeypatch.setattr("lora_analysis.patterns._compile", None)
     assert pattern_value("model.layers.1.q_proj", {"layers.0.q_proj": 1, "q_proj": 2}, 0) == 2
     assert matches_target("model.q_proj", "model.q_proj")
 
@@ -87,9 +92,101 @@ def test_a_broken_expression_is_refused_with_its_text() -> None:
 
 
 def test_an_endless_expression_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_analysis.patterns.PATTERN_TIMEOUT", 0.001)
-    with pytest.raises(InputError, match="stopped after"):
+    monkeypatch.setattr("lora_analysis.patterns.PATTERN_SECONDS", 0.001)
+    with pytest.raises(InputError, match=r"stopped after 0\.001 s"):
         pattern_value("a" * 40, {"(a|a)+[b-c]": 1}, 0)
+    with pytest.raises(InputError, match=r"stopped after 0\.001 s"):
+        matches_target("a" * 40, "(a|a)+[b-c]")
+
+
+def test_all_patterns_of_one_adapter_share_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_analysis.patterns.PATTERN_SECONDS", 0.01)
+    endless = "(a|a)+[b-c]"
+    with pattern_budget():
+        ranks, alphas = ModulePatterns({endless: 1}), ModulePatterns({"[q]_proj": 2})
+        with pytest.raises(InputError, match="stopped after"):
+            ranks.value("a" * 40, 0)
+        with pytest.raises(InputError, match=r"0\.01 s in all, at 'q_proj' against"):
+            alphas.value("q_proj", 0)
+        with pytest.raises(InputError, match="stopped after"), pattern_budget():
+            matches_target("q_proj", "[q]_proj")
+    assert matches_target("q_proj", "[q]_proj")  # another adapter has a budget of its own
+
+
+LAYERS = [f"model.layers.{n}.{kind}" for n in range(80) for kind in ("q", "k", "v", "o")]
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda name: name,
+        lambda name: f"^{re.escape(name)}$",
+        lambda name: f"^{re.escape(name)}",
+        lambda name: rf".*\.{name}",
+        lambda name: f"^.*{name.partition('.')[2]}$",
+    ],
+)
+def test_keys_that_spell_names_take_no_engine_and_one_look_up_a_name(
+    monkeypatch: pytest.MonkeyPatch, spell: Callable[[str], str]
+) -> None:
+    monkeypatch.setattr("lora_analysis.patterns._compile", None)
+    looked_up: list[str] = []
+    blanked = patterns_module._blanked
+    monkeypatch.setattr(
+        patterns_module, "_blanked", lambda *given: looked_up.append(given[0]) or blanked(*given)
+    )
+    patterns = ModulePatterns({spell(name): n for n, name in enumerate(LAYERS)})
+    names = [f"base.{name}" for name in LAYERS] if spell("x").startswith(".*") else LAYERS
+    assert [patterns.value(name, -1) for name in names] == list(range(len(LAYERS)))
+    assert len(looked_up) < 6 * len(LAYERS)  # and not one for every key and name
+
+
+def test_a_pattern_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    compile_it = patterns_module._compile
+    monkeypatch.setattr(
+        patterns_module, "_compile", lambda *given: compiled.append(given[1]) or compile_it(*given)
+    )
+    keys = {rf"layers\.({n}|x)\.q": n for n in range(80)}  # more than caches hold
+    patterns = ModulePatterns(keys)
+    for name in LAYERS:
+        patterns.value(name, -1)
+    assert compiled == list(keys)
+
+
+def test_an_overlong_expression_is_refused_before_it_is_compiled() -> None:
+    with pytest.raises(InputError, match=r"too long for a regular expression: 80,000 char"):
+        pattern_value("q", {"(q|v)" * 16_000: 1}, 0)
+
+
+PIECES = st.sampled_from(
+    [*"ab.^$*+?|()[]{}\\,-1 \n", "a{1,2}", "{e<=1}", "[[:alpha:]]", "[^]a]", r"\.", r"\d",
+     ".*", r"(.*\.)?", "(?:", "(?i:", "(?#x{)", "(?P<n>", r"\1", r"\Z", r"\N{DOT}", "a.b", "é"]
+)  # fmt: skip
+
+
+@settings(max_examples=400)
+@given(
+    name=st.text("abA.1\n{}[]()^:e=\\é ", max_size=6),
+    keys=st.lists(st.lists(PIECES, max_size=5).map("".join), max_size=4, unique=True),
+)
+@example("aab", ["{e<=1}aab", "a{e<=1}b"])
+@example("a+b", ["a+b"])  # matched by nothing, then looked up as it is
+@example("a.b\n", ["b", "^a.b"])
+@example("a.", ["$", ""])
+@example("Axb", ["^.*.b$"])
+def test_any_keys_mean_what_peft_takes_them_to_mean(name: str, keys: list[str]) -> None:
+    get_pattern_key = pytest.importorskip("peft.utils.other").get_pattern_key
+    patterns = {key: n for n, key in enumerate(keys)}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            expected = patterns.get(get_pattern_key(list(patterns), name), -1)
+    except re.error:
+        with pytest.raises(InputError, match="is not a regular expression"):
+            pattern_value(name, patterns, -1)
+    else:
+        assert pattern_value(name, patterns, -1) == expected
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from lora_analysis.formats.image_pairs import read_image_adapter
 from lora_analysis.formats.initial import AdapterStart, adapter_less_start
 from lora_analysis.formats.peft_config import SUBTRACTED
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, place_of, tensors_at
-from lora_analysis.patterns import pattern_value
+from lora_analysis.patterns import ModulePatterns
 from lora_analysis.storage.hub_names import shown_errors
 from lora_analysis.storage.tensors import open_tensors
 
@@ -215,6 +215,7 @@ class _Metadata:
             configs.setdefault(prefix, {})[key.removeprefix(f"{prefix}.")] = value
         for config in configs.values():
             _check(path, config)
+            config["alpha_pattern"] = ModulePatterns(config.get("alpha_pattern") or {})
         return cls(path, configs)
 
     def _config_of(self, module: str) -> tuple[str, Mapping[str, Any]]:
@@ -234,7 +235,7 @@ class _Metadata:
             return None
         name = module.removeprefix(f"{prefix}.")
         try:
-            alpha = pattern_value(name, config.get("alpha_pattern") or {}, config["lora_alpha"])
+            alpha = config["alpha_pattern"].value(name, config["lora_alpha"])
         except InputError as error:
             message = f"{self.path}: alpha_pattern in '{METADATA_KEY}': {error}"
             raise MalformedFileError(message) from error
@@ -245,8 +246,10 @@ class _Metadata:
 def _check(path: Path, config: Mapping[str, Any]) -> None:
     """Raise where a config cannot be believed, or names what is not ``s·B·A``."""
     pattern = config.get("alpha_pattern") or {}
-    numbers = pattern.values() if isinstance(pattern, dict) else [pattern]
-    for alpha in (config.get("lora_alpha", 1), *numbers):
+    if not isinstance(pattern, dict):
+        message = f"{path}: alpha_pattern in '{METADATA_KEY}' must be a JSON object."
+        raise MalformedFileError(message)
+    for alpha in (config.get("lora_alpha", 1), *pattern.values()):
         if type(alpha) not in (int, float) or not abs(alpha) <= sys.float_info.max:
             message = f"{path}: '{METADATA_KEY}' gives {alpha!r} as an alpha."
             raise MalformedFileError(message)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
 from lora_analysis.formats.factors import UNKNOWN_SCALE, StatedScale, scale_from_alpha
-from lora_analysis.patterns import pattern_value
+from lora_analysis.patterns import ModulePatterns, pattern_value
 from lora_analysis.storage.documents import read_json_object
 
 if TYPE_CHECKING:
@@ -198,12 +198,14 @@ def _optional(
 
 def _pattern(
     check: Callable[[Path, str, Any], T], path: Path, key: str, raw: Mapping[str, Any]
-) -> dict[str, T]:
+) -> ModulePatterns[T]:
     """Return a checked mapping of module patterns to numbers, empty where it is absent."""
     found = raw.get(key) or {}
     if not isinstance(found, dict):
         raise _wrong(path, key, found, "an object of module patterns")
-    return {name: check(path, f"{key}[{name!r}]", value) for name, value in found.items()}
+    return ModulePatterns(
+        {name: check(path, f"{key}[{name!r}]", value) for name, value in found.items()}
+    )
 
 
 def _number(path: Path, key: str, value: Any) -> float:

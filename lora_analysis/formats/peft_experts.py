@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from lora_analysis.errors import MalformedFileError, UnsupportedMethodError
+from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
 from lora_analysis.formats.factors import StoredPair
 from lora_analysis.formats.stored import tensor
 from lora_analysis.patterns import matches_target
@@ -88,7 +88,13 @@ def _owner_of(name: str) -> str:
 
 def _is_module(owner: str, config: PeftConfig) -> bool:
     targets = config.raw.get("target_modules")
-    return bool(targets) and isinstance(targets, str | list) and matches_target(owner, targets)
+    if not targets or not isinstance(targets, str | list):
+        return False
+    try:
+        return matches_target(owner, targets)
+    except InputError as error:
+        message = f"{config.path}: target_modules: {error}"
+        raise MalformedFileError(message) from error
 
 
 def _parameters_of(owner: str, targets: tuple[str, ...]) -> list[str]:

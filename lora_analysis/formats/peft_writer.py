@@ -19,7 +19,7 @@ from lora_analysis.formats.peft_keys import PREFIX, sort_keys
 from lora_analysis.formats.peft_pairs import DORA
 from lora_analysis.formats.peft_places import WEIGHTS_NAME
 from lora_analysis.formats.written import layer_shapes, layer_tensors, low_rank_outlines
-from lora_analysis.patterns import matches_target, pattern_value
+from lora_analysis.patterns import ModulePatterns, matches_target, pattern_budget
 from lora_analysis.storage.adapter_fields import refuse_more_than_factors
 from lora_analysis.storage.tensor_writer import OutputTensor, safetensors_content
 
@@ -196,7 +196,8 @@ def _reaches_no_other(key: str, value: T, values: Mapping[str, T]) -> bool:
     """Say whether a plain name, read as a pattern, gives ``value`` to no module of another."""
     if re.escape(key) != key.replace(".", r"\."):
         return False
-    return all(pattern_value(name, {key: value}, own) == own for name, own in values.items())
+    pattern = ModulePatterns({key: value})
+    return all(pattern.value(name, own) == own for name, own in values.items())
 
 
 def _targets(adapter: Adapter, updates: Mapping[str, UpdateOutline]) -> list[str] | str:
@@ -207,8 +208,9 @@ def _targets(adapter: Adapter, updates: Mapping[str, UpdateOutline]) -> list[str
     listed = isinstance(given, list | tuple) and all(isinstance(one, str) for one in given)
     if not listed and not isinstance(given, str):
         return modules
-    if given and alone and all(matches_target(name, given) for name in modules):
-        return given if isinstance(given, str) else sorted(given)
+    with pattern_budget():
+        if given and alone and all(matches_target(name, given) for name in modules):
+            return given if isinstance(given, str) else sorted(given)
     return modules
 
 

@@ -17,7 +17,7 @@ from lora_analysis.formats.sources import (
     label_of,
     place_of,
 )
-from lora_analysis.patterns import natural_key
+from lora_analysis.patterns import natural_key, pattern_budget
 from lora_analysis.storage.gguf import read_gguf
 from lora_analysis.storage.hub_names import shown_errors
 from lora_analysis.storage.records import refuse_unfinished
@@ -118,7 +118,7 @@ def read_adapter(
         heads=heads,
     )
     place = place_of(source, allow_pickle=allow_pickle)
-    with shown_errors(place.snapshot), _refusals_of(place.path):
+    with shown_errors(place.snapshot), _refusals_of(place.path), pattern_budget():
         refuse_unfinished(place.path)
         adapter = _read(place, options)
     return adapter if place.snapshot is None else fetched(adapter, place.snapshot)

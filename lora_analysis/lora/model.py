@@ -19,7 +19,7 @@ from lora_analysis.lora.kinds import QuantisedLoraLayer
 from lora_analysis.lora.layers import LoraLayer, TrainedModule, Wrapper
 from lora_analysis.lora.parts import Part, rows_of_parts, start_of_parts
 from lora_analysis.lora.targets import base_modules, target_modules, trained_modules
-from lora_analysis.patterns import natural_key, near_names, pattern_value
+from lora_analysis.patterns import ModulePatterns, natural_key, near_names
 
 
 def add_lora(
@@ -116,10 +116,12 @@ def add_lora(
         **({"target_parameters": target_parameters} if stacks else {}),
     }
 
+    ranks_by_pattern, alphas_by_pattern = ModulePatterns(ranks), ModulePatterns(alpha_pattern)
+
     def kept(module: str) -> tuple[int, dict[str, Any]]:
         """Return a module's rank and what its factors hold besides."""
-        own_rank = pattern_value(module, ranks, rank)
-        own_alpha = pattern_value(module, alpha_pattern, alpha)
+        own_rank = ranks_by_pattern.value(module, rank)
+        own_alpha = alphas_by_pattern.value(module, alpha)
         scale = own_alpha / (math.sqrt(own_rank) if use_rslora else own_rank)
         held = {"scale": scale, "alpha": own_alpha, "dropout": dropout, "config": config}
         return own_rank, held
@@ -147,7 +149,8 @@ def _check_patterns(patterns: Iterable[str], modules: Iterable[str]) -> None:
     """Raise for a pattern that matches no adapted module: it would be without effect, silently."""
     names = list(modules)
     for pattern in patterns:
-        if not any(pattern_value(name, {pattern: True}, False) for name in names):
+        matching = ModulePatterns({pattern: True})
+        if not any(matching.value(name, False) for name in names):
             near = ", ".join(near_names(pattern, names)) or "none"
             message = f"No adapted module matches the pattern '{pattern}'. Near names: {near}."
             raise TargetError(message)

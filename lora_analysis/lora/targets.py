@@ -10,7 +10,14 @@ from torch import nn
 from lora_analysis.errors import TargetError
 from lora_analysis.lora.kinds import KINDS, QuantisedLoraLayer
 from lora_analysis.lora.layers import Conv1DLoraLayer, LoraLayer, Wrapper
-from lora_analysis.patterns import NO_TYPE, matches_target, module_type, natural_key, near_names
+from lora_analysis.patterns import (
+    NO_TYPE,
+    matches_target,
+    module_type,
+    natural_key,
+    near_names,
+    pattern_budget,
+)
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -65,7 +72,8 @@ def target_modules(
     matched: set[str] = set()
     for target in [targets] if isinstance(targets, str) else targets:
         rule = targets if isinstance(targets, str) else [target]
-        found = {name for name in names if matches_target(name, rule)}
+        with pattern_budget():
+            found = {name for name in names if matches_target(name, rule)}
         if not found:
             message = f"No module is named by the target {target!r}. {_near(target, modules)} " + (
                 "A string is a regular expression for the whole name; pass a list for endings."
