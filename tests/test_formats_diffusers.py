@@ -214,7 +214,7 @@ def test_dora_and_biases_are_told(tmp_path: Path, rng: np.random.Generator) -> N
 @pytest.mark.parametrize(
     ("text", "error", "told"),
     [
-        ("{", MalformedFileError, "is no JSON"),
+        ("{", MalformedFileError, "is not valid JSON"),
         ("[1]", MalformedFileError, "must be a JSON object"),
         ('{"unet.lora_alpha": "8"}', MalformedFileError, "gives '8' as an alpha"),
         ('{"unet.lora_alpha": NaN}', MalformedFileError, "gives nan as an alpha"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tomllib
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,7 +14,13 @@ from lora_analysis.errors import MalformedFileError, SourceError
 from lora_analysis.storage import bundled
 from lora_analysis.storage.atomic import write_atomic
 from lora_analysis.storage.bundled import bundled_data
-from lora_analysis.storage.documents import read_json_object
+from lora_analysis.storage.documents import (
+    parse_json,
+    parse_json_text,
+    read_json_object,
+    read_toml,
+)
+from lora_analysis.storage.headers import read_header
 
 
 def test_bytes_and_writers_give_the_file_its_new_content(tmp_path: Path) -> None:
@@ -95,3 +102,67 @@ def test_bundled_data_is_found_in_a_package_and_in_a_checkout(
     assert bundled_data("base") == tmp_path / "data" / "base"
     (package / "data" / "base").mkdir(parents=True)
     assert bundled_data("base") == package / "data" / "base"
+
+
+DEEP = 30_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a" + ".a" * DEEP + " = 1",
+        "a" + '."a"' * DEEP + " = 1",
+        "[a" + " . a" * DEEP + "]",
+        "[[a" + ".'a'" * DEEP + "]]",
+        "a = {" + "b" + ".b" * DEEP + " = 1}",
+        "a = " + "[" * DEEP + "]" * DEEP,
+        "a = " + "[\n" * DEEP,
+        "a = " + "{b = " * DEEP + "1" + "}" * DEEP,
+    ],
+)
+def test_deep_toml_is_refused_before_it_is_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setattr("tomllib.loads", None)
+    path = tmp_path / "sweep.toml"
+    path.write_text(text)
+    with pytest.raises(MalformedFileError, match=r"sweep.toml is not TOML: line \d+ nests more"):
+        read_toml(path)
+
+
+def test_toml_of_any_length_and_little_depth_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.toml"
+    lines = [f"[a.b.c{n}]\nx.y = [1.5, 2.5]\nz = '{'.' * 99}'\n# {'[' * 99}\n" for n in range(50)]
+    text = "".join(lines) + 'w = """' + "[.\n" * 99 + '"""\nv = "' + '\\"[' * 99 + '"\n'
+    path.write_text(text)
+    assert read_toml(path) == tomllib.loads(text)
+    path.write_text("a = 1\n" * 60_000)
+    with pytest.raises(MalformedFileError, match=r"360,000 bytes are too many"):
+        read_toml(path)
+
+
+@pytest.mark.parametrize("depth", [65, 500, 900, DEEP])
+@pytest.mark.parametrize("pair", [("[", "]"), ('{"a": ', "}")])
+def test_deep_json_is_refused_wherever_it_stands(
+    tmp_path: Path, depth: int, pair: tuple[str, str]
+) -> None:
+    inner = pair[0] * depth + "1" + pair[1] * depth
+    path = tmp_path / "config.json"
+    path.write_text(f'{{"a": {inner}}}')
+    with pytest.raises(MalformedFileError, match=r"config.json: the file .*nests too deeply"):
+        read_json_object(path)
+    with pytest.raises(MalformedFileError, match=r"metadata 'x' .*nests too deeply"):
+        parse_json_text(f'{{"a": {inner}}}', path, what="metadata 'x'")
+    with pytest.raises(ValueError, match="nests too deeply"):
+        parse_json(inner)
+    raw = f'{{"a": {inner}}}'.encode()
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(len(raw).to_bytes(8, "little") + raw)
+    with pytest.raises(MalformedFileError, match=r"x.safetensors: .*nests too deeply"):
+        read_header(file)
+
+
+def test_json_as_deep_as_configurations_are_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"a": ' + "[" * 60 + "]" * 60 + "}")
+    assert list(read_json_object(path)) == ["a"]

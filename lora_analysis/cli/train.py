@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,10 +173,15 @@ def _setting(text: str) -> dict[str, Any]:
     """Return one ``key=value`` as a table; a value that is no TOML is a string."""
     key, equals, value = text.partition("=")
     if not equals or not key:
-        message = f"--set takes KEY=VALUE, found '{text}'."
+        message = f"--set takes KEY=VALUE, found '{text[:80]}'."
         raise click.UsageError(message)
+    if key.count(".") > 8:
+        message = f"--set: no option has a name like '{key[:80]}'."
+        raise click.UsageError(message)
+    from lora_analysis.storage.documents import parse_toml
+
     try:
-        return tomllib.loads(text)
+        return parse_toml(text)
     except ValueError:
         return _nested({tuple(key.strip().split(".")): value.strip()})
 

@@ -13,7 +13,6 @@ loaders then multiply by 1, whatever it was. Reference: diffusers 0.42 ``loaders
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from dataclasses import dataclass, field, replace
@@ -28,6 +27,7 @@ from lora_analysis.formats.initial import AdapterStart, adapter_less_start
 from lora_analysis.formats.peft_config import SUBTRACTED
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, place_of, tensors_at
 from lora_analysis.patterns import ModulePatterns
+from lora_analysis.storage.documents import parse_json_text
 from lora_analysis.storage.hub_names import shown_errors
 from lora_analysis.storage.tensors import open_tensors
 
@@ -200,14 +200,7 @@ class _Metadata:
         """Return what the metadata of a file states, nothing where it has none."""
         if METADATA_KEY not in metadata:
             return cls(path)
-        try:
-            fields = json.loads(metadata[METADATA_KEY])
-        except (ValueError, RecursionError) as error:
-            message = f"{path}: its metadata '{METADATA_KEY}' is no JSON: {error}."
-            raise MalformedFileError(message) from error
-        if not isinstance(fields, dict):
-            message = f"{path}: its metadata '{METADATA_KEY}' must be a JSON object."
-            raise MalformedFileError(message)
+        fields = parse_json_text(metadata[METADATA_KEY], path, what=f"metadata '{METADATA_KEY}'")
         configs: dict[str, dict[str, Any]] = {}
         for key, value in fields.items():
             component = COMPONENT.match(key)

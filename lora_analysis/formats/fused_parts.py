@@ -25,6 +25,7 @@ from lora_analysis.adapter import Adapter, LazyUpdate, LowRankUpdate
 from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
 from lora_analysis.formats.factors import StatedScale, callers_scale
 from lora_analysis.formats.stored import stacked, tensor
+from lora_analysis.storage.documents import parse_json_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -202,14 +203,7 @@ def _stated(tensors: NamedTensors) -> dict[str, Any]:
     text = tensors.metadata.get(_METADATA)
     if text is None:
         return {}
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        message = f"{tensors.path}: the metadata '{_METADATA}' is no JSON object. It is damaged."
-        raise MalformedFileError(message)
-    return found
+    return parse_json_text(text, tensors.path, what=f"metadata '{_METADATA}'")
 
 
 def _check(tensors: NamedTensors, pair: StoredPair, held: Any) -> None:

@@ -8,15 +8,26 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from lora_analysis.errors import MalformedFileError, SourceError
-from lora_analysis.storage.limits import MAX_CONFIG_BYTES
+from lora_analysis.storage.limits import (
+    MAX_CONFIG_BYTES,
+    MAX_DOCUMENT_NESTING,
+    MAX_TOML_BYTES,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
 
+_TOO_DEEP: Final = f"it nests too deeply (limit {MAX_DOCUMENT_NESTING} levels)"
 # What Git leaves in place of a large file that was not fetched: below 1,024 bytes, begun so.
 _POINTER: Final = b"version https://git-lfs"
 _POINTER_BYTES: Final = 1024
+# What nests in TOML: brackets and dots, where they are not in a string or a comment.
+_TOML_TOKEN: Final = re.compile(
+    r'''"""(?:\\.|[^\\])*?"""|\'{3}.*?\'{3}|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|\#[^\n]*|[][{}.,=\n]''',
+    re.DOTALL,
+)
 _HALF: Final = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}|\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 
 
@@ -46,17 +57,45 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises
     ------
     MalformedFileError
-        It is larger than a configuration may be, not UTF-8, or not TOML.
+        It is larger than `MAX_TOML_BYTES`, not UTF-8, not TOML, or nested too deeply.
     SourceError
         It is not a regular file.
     """
-    import tomllib
-
+    raw = _bounded(path, MAX_TOML_BYTES)
     try:
-        return tomllib.loads(_bounded(path, MAX_CONFIG_BYTES).decode("utf-8"))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        return parse_toml(raw.decode("utf-8"))
+    except ValueError as error:
         message = f"{path} is not TOML: {error}."
         raise MalformedFileError(message) from error
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Return the table that a text spells in TOML.
+
+    Raises
+    ------
+    ValueError
+        It is not TOML, or nested too deeply. A key of many dots is refused before it is read: its
+        cost is quadratic.
+    """
+    import tomllib
+
+    depth = dots = 0
+    for match in _TOML_TOKEN.finditer(text):
+        token = match[0]
+        depth += (token in "[{") - (token in "]}")
+        if token == ".":
+            dots += 1
+        elif token in "=,\n":  # names in quotes stand between the dots of one key
+            dots = 0
+        if max(depth, dots) > MAX_DOCUMENT_NESTING:
+            line = text.count("\n", 0, match.start()) + 1
+            message = f"line {line} nests more than {MAX_DOCUMENT_NESTING} deep"
+            raise ValueError(message)
+    try:
+        return tomllib.loads(text)
+    except (RecursionError, MemoryError) as error:
+        raise ValueError(_TOO_DEEP) from error
 
 
 def _bounded(path: Path, max_bytes: int) -> bytes:
@@ -65,6 +104,41 @@ def _bounded(path: Path, max_bytes: int) -> bytes:
         message = f"{path}: {size:,} bytes are too many for this file (limit {max_bytes:,})."
         raise MalformedFileError(message)
     return path.read_bytes()
+
+
+def parse_json(text: str) -> Any:
+    """Return the value that a text spells in JSON.
+
+    Raises
+    ------
+    ValueError
+        It is not JSON, names a key twice, or nests deeper than `MAX_DOCUMENT_NESTING`.
+    """
+    return _parse(text, None)
+
+
+def _parse(text: str, parse_constant: Callable[[str], Any] | None) -> Any:
+    try:
+        document = json.loads(
+            text, object_pairs_hook=_without_duplicates, parse_constant=parse_constant
+        )
+    except (RecursionError, MemoryError) as error:
+        raise ValueError(_TOO_DEEP) from error
+    if _is_deep(document):
+        raise ValueError(_TOO_DEEP)
+    return document
+
+
+def parse_json_text(text: str, path: Path, *, what: str) -> dict[str, Any]:
+    """Return the JSON object in a string of a file, such as a value of its metadata.
+
+    Raises
+    ------
+    MalformedFileError
+        As for `read_json_object`.
+    """
+    raw = text.encode("utf-8", errors="surrogatepass")
+    return parse_json_object(raw, path, what=what, constants=True)
 
 
 def parse_json_object(raw: bytes, path: Path, *, what: str, constants: bool) -> dict[str, Any]:
@@ -78,19 +152,12 @@ def parse_json_object(raw: bytes, path: Path, *, what: str, constants: bool) -> 
         raise ValueError(message)
 
     try:
-        document = json.loads(
-            raw.decode("utf-8"),
-            object_pairs_hook=_without_duplicates,
-            parse_constant=None if constants else refuse,
-        )
+        document = _parse(raw.decode("utf-8"), None if constants else refuse)
     except UnicodeDecodeError as error:
         message = f"{path}: {what} is not UTF-8 (byte {error.start})."
         raise MalformedFileError(message) from error
     except ValueError as error:
         message = f"{path}: {what} is not valid JSON: {error}."
-        raise MalformedFileError(message) from error
-    except RecursionError as error:
-        message = f"{path}: {what} nests JSON too deeply."
         raise MalformedFileError(message) from error
     if not isinstance(document, dict):
         message = f"{path}: {what} must be a JSON object, found {type(document).__name__}."
@@ -99,6 +166,21 @@ def parse_json_object(raw: bytes, path: Path, *, what: str, constants: bool) -> 
         message = f"{path}: {what} holds half a character (a lone \\ud800 to \\udfff)."
         raise MalformedFileError(message)
     return document
+
+
+def _is_deep(document: object) -> bool:
+    """Return True if objects and arrays nest deeper than anything that reads them later expects."""
+    level = [document]
+    for _ in range(MAX_DOCUMENT_NESTING + 1):
+        nested: list[Any] = [node for node in level if isinstance(node, dict | list)]
+        if not nested:
+            return False
+        level = [child for node in nested for child in _children(node)]
+    return True
+
+
+def _children(node: dict[str, Any] | list[Any]) -> Iterable[object]:
+    return node.values() if isinstance(node, dict) else node
 
 
 def is_text(text: str) -> bool:

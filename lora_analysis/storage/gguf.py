@@ -17,7 +17,7 @@ import numpy as np
 from lora_analysis.errors import MalformedFileError, UnknownFormatError
 from lora_analysis.storage.documents import regular_file_size
 from lora_analysis.storage.headers import shown
-from lora_analysis.storage.limits import MAX_TENSOR_DIMENSIONS, MAX_TENSORS
+from lora_analysis.storage.limits import MAX_GGUF_STRINGS, MAX_TENSOR_DIMENSIONS, MAX_TENSORS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -171,6 +171,7 @@ class _Reader:
         self._path = path
         self._stream = stream
         self._size = size
+        self._strings = 0
 
     def scalar(self, layout: str) -> Any:
         """Return one number."""
@@ -207,6 +208,13 @@ class _Reader:
         if kind in _SCALARS:
             self._forward(count * struct.calcsize(_SCALARS[kind]))
         elif kind == _STRING:
+            self._strings += count
+            if self._strings > MAX_GGUF_STRINGS:
+                message = (
+                    f"{self._path}: the header claims {self._strings:,} strings in arrays (limit "
+                    f"{MAX_GGUF_STRINGS:,})."
+                )
+                raise MalformedFileError(message)
             for _ in range(count):
                 self._forward(self.count(_MAX_TEXT))
         else:

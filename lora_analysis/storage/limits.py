@@ -10,6 +10,9 @@ MAX_HEADER_BYTES: Final = 16 * 2**20
 MAX_TENSORS: Final = 100_000
 """Tensors in one safetensors file."""
 
+MAX_GGUF_STRINGS: Final = 2**21
+"""Strings in the arrays of one GGUF header: the tokens and merges of the largest vocabularies."""
+
 MAX_TENSOR_DIMENSIONS: Final = 16
 """Axes of one tensor; the deepest kernels in use have five."""
 
@@ -24,6 +27,12 @@ MAX_PICKLE_BYTES: Final = 16 * 2**20
 
 MAX_NESTING: Final = 8
 """Dictionaries inside dictionaries in a torch file."""
+
+MAX_DOCUMENT_NESTING: Final = 64
+"""Objects, arrays or tables inside each other in JSON and TOML, and names joined by dots."""
+
+MAX_TOML_BYTES: Final = 2**18
+"""A TOML file. People write them, and reading one takes up to 500 times its size in memory."""
 
 MAX_ADAPTER_BYTES: Final = 8 * 2**30
 """The factors of one adapter, as float32."""

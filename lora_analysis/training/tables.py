@@ -6,7 +6,6 @@ A row that cannot be read is kept as a bad one, with its line and the reason, an
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from lora_analysis.errors import InputError, MalformedFileError, MissingExtraError
+from lora_analysis.storage.documents import parse_json
 
 if TYPE_CHECKING:
     from lora_analysis.training.options import DataFormat
@@ -117,9 +117,9 @@ def _jsonl(path: Path) -> _Lines:
             if not text.strip():
                 continue
             try:
-                row = json.loads(text)
+                row = parse_json(text)
             except ValueError as error:
-                yield line, f"no JSON ({error})"
+                yield line, f"not JSON ({error})"
                 continue
             yield line, row if isinstance(row, dict) else f"a {type(row).__name__}, no object"
 

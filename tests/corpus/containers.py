@@ -248,10 +248,10 @@ IMAGE = [
     *(
         Case(f"diffusers: metadata {what}", _file("a.safetensors", _diffusers(text)), code, said)
         for what, text, code, said in (
-            ("cut", "{", 3, "no JSON"),
+            ("cut", "{", 3, "not valid JSON"),
             ("a list", "[]", 3, "JSON object"),
-            ("deep", "[" * 100_000, 3, "no JSON"),
-            ("of 5000 digits", '{"unet.lora_alpha": ' + "9" * 5000 + "}", 3, "no JSON"),
+            ("deep", "[" * 100_000, 3, "not valid JSON"),
+            ("of 5000 digits", '{"unet.lora_alpha": ' + "9" * 5000 + "}", 3, "not valid JSON"),
             ("alpha 1e999", '{"unet.lora_alpha": 1e999}', 3, "as an alpha"),
             ("alpha true", '{"unet.lora_alpha": true}', 3, "as an alpha"),
             ("alpha null", '{"unet.lora_alpha": null}', 3, "as an alpha"),

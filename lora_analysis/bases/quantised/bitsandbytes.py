@@ -7,7 +7,6 @@ double quantisation). The code-book and a JSON of shapes lie beside them in the 
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_analysis.bases.quantised.codes import Coded, Decoder, RawTensors, nibbles, refused
+from lora_analysis.storage.documents import parse_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -65,7 +65,7 @@ def blockwise_4bit(name: str, kind: str, tensors: RawTensors, label: str) -> Blo
     """Return the weight ``X.weight`` whose state says ``kind``; the sizes must fit together."""
     storage = f"bitsandbytes {kind}"
     try:
-        state = json.loads(bytes(tensors.read(f"{name}{STATE}{kind}")))
+        state = parse_json(bytes(tensors.read(f"{name}{STATE}{kind}")).decode("utf-8"))
         m, n = (int(size) for size in state["shape"])
         blocks = math.ceil(m * n / int(state["blocksize"]))
         nested = int(state.get("nested_blocksize", 1))
@@ -77,7 +77,7 @@ def blockwise_4bit(name: str, kind: str, tensors: RawTensors, label: str) -> Blo
         if "nested_blocksize" in state:
             wanted[f"{name}.nested_absmax"] = math.ceil(blocks / nested)
             wanted[f"{name}.nested_quant_map"] = 256
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise refused(label, name, storage, f"its quant_state is not readable ({error})") from error
     for tensor, elements in wanted.items():
         info = tensors.infos.get(tensor)
