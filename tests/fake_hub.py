@@ -23,6 +23,10 @@ class FakeHub:
     requests: list[tuple[str, str]] = field(default_factory=list)
     url: str = ""
     gives_parts: bool = True
+    states_sizes: bool = True
+    # Requests whose path holds one of these get no answer, until the server ends.
+    silent: set[str] = field(default_factory=set)
+    over: threading.Event = field(default_factory=threading.Event)
 
     def commit(self, repo: str, files: dict[str, bytes], revision: str = "main") -> str:
         digest = hashlib.sha1(usedforsecurity=False)
@@ -66,6 +70,9 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         part = self.headers.get("Range") if self.hub.gives_parts else None
         self.hub.requests.append(("PART" if part else self.command, path))
+        if any(one in path for one in self.hub.silent):
+            self.hub.over.wait()
+            return None
         parts = path.strip("/").split("/")
         api = parts[:2] == ["api", "models"]
         repo = "/".join(parts[2:4] if api else parts[:2])
@@ -76,6 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repo in self.hub.gated:
             return self._send(403, X_Error_Code="GatedRepo")
         rest = parts[4:] if api else parts[2:]
+        rest = rest or ["revision", "main"]  # as the API calls the default one
         what, revision, name = rest[0], rest[1], "/".join(rest[2:])
         if revision == "refs":
             revision, name = "/".join(rest[1:4]), "/".join(rest[4:])
@@ -84,9 +92,12 @@ class _Handler(BaseHTTPRequestHandler):
         if files is None:
             return self._send(404, X_Error_Code="RevisionNotFound")
         if what == "revision":
-            return self._json(
-                {"id": repo, "sha": commit, "siblings": [{"rfilename": one} for one in files]}
-            )
+            sized = self.hub.states_sizes and "blobs" in urlsplit(self.path).query
+            siblings = [
+                {"rfilename": one} | ({"size": len(content)} if sized else {})
+                for one, content in files.items()
+            ]
+            return self._json({"id": repo, "sha": commit, "siblings": siblings})
         if what == "tree":
             return self._json([_entry(one, content) for one, content in files.items()])
         if name not in files:
@@ -121,6 +132,7 @@ def serving() -> Iterator[FakeHub]:
     try:
         yield hub
     finally:
+        hub.over.set()
         server.shutdown()
         server.server_close()
         thread.join()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from lora_analysis import extract, open_base, read_update
 from lora_analysis.errors import InputError, MissingExtraError, SourceError
 from lora_analysis.formats import find_adapters, read_adapter, write_adapter
 from lora_analysis.storage import hub as hub_module
+from lora_analysis.storage import hub_choice
 from lora_analysis.storage.hub_names import HubName, hub_name
 
 constants = pytest.importorskip("huggingface_hub.constants")
@@ -282,6 +284,141 @@ def test_without_the_extra_the_error_gives_the_pip_line(monkeypatch: pytest.Monk
         read_adapter("o/n")
     with pytest.raises(SourceError, match="no file or folder"):
         read_adapter("/o/n")
+
+
+def test_only_the_files_of_the_adapter_are_fetched_from_a_model_with_one(
+    hub: FakeHub, stored: dict[str, bytes]
+) -> None:
+    model = {
+        "config.json": b"{}",
+        "model.safetensors": b"weights" * 999,
+        "consolidated.safetensors": b"again" * 999,
+        "unet/config.json": b"{ }",
+        "unet/diffusion_pytorch_model.fp16.safetensors": b"more" * 999,
+        "checkpoint-5/model-00001-of-00002.safetensors": b"more" * 999,
+    }
+    hub.commit("o/both", stored | model | OTHERS)
+    read_adapter("o/both")
+    assert hub.fetched() == {*stored, "config.json", "unet/config.json"}
+
+
+@pytest.mark.parametrize(
+    ("paths", "allow_pickle", "chosen"),
+    [
+        # What the config describes, and nothing else of the folder
+        ("adapter_config.json adapter_model.safetensors other.safetensors", False, [0, 1]),
+        ("adapter_config.json adapters.safetensors 0000100_adapters.safetensors", False, [0, 1, 2]),
+        ("adapter_config.json adapter_model.safetensors adapter_model.bin", True, [0, 1]),
+        ("adapter_config.json adapter_model.bin x.bin optimizer.bin", True, [0, 1]),
+        ("adapter_config.json adapter_model.bin", False, [0]),
+        (
+            "adapter_config.json adapter_model.safetensors.index.json "
+            "adapter_model-00001-of-00002.safetensors adapter_model-00002-of-00002.safetensors",
+            False,
+            [0, 1, 2, 3],
+        ),
+        # Files without a config
+        ("a.safetensors b.safetensors c.ckpt README.md", False, [0, 1]),
+        ("lora.safetensors config.json model.safetensors", False, [0, 1]),
+        ("lora.safetensors model.safetensors", False, [0, 1]),  # by its name alone it may be one
+        ("config.json model.safetensors x.npz", False, [0, 1]),  # that is what was asked about
+        ("x.npz my-lora-f16.gguf model-Q4.gguf", False, [0, 1]),
+        ("a/adapter_config.json a/adapter_model.safetensors a/model.safetensors b/x.safetensors",
+         False, [0, 1, 3]),
+    ],
+)  # fmt: skip
+def test_files_are_chosen_by_name(paths: str, allow_pickle: bool, chosen: list[int]) -> None:
+    listed = paths.split()
+    found = hub_choice.adapter_files(listed, allow_pickle=allow_pickle)
+    assert sorted(found) == sorted(listed[n] for n in chosen)
+
+
+@pytest.mark.parametrize("states_sizes", [True, False])
+@pytest.mark.parametrize("limit", ["MAX_HUB_ADAPTER_BYTES", "MAX_HUB_FILES", "disk"])
+def test_sizes_are_judged_before_anything_is_fetched(
+    hub: FakeHub,
+    stored: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    limit: str,
+    states_sizes: bool,
+) -> None:
+    hub.commit("o/n", stored)
+    hub.states_sizes = states_sizes
+    if limit == "disk":
+        usage = SimpleNamespace(free=1000)
+        monkeypatch.setattr(hub_module.shutil, "disk_usage", lambda _: usage)
+    else:
+        monkeypatch.setattr(hub_module, limit, 1)
+    said = {
+        "MAX_HUB_ADAPTER_BYTES": r"the 2 files to fetch have .* the largest is 'adapter_model.safe",
+        "MAX_HUB_FILES": r"2 files to fetch are too many \(limit 1\)",
+        "disk": r"are to be fetched, and the disk of the cache .* has 0\.00 GB free",
+    }
+    with pytest.raises(SourceError, match=said[limit]):
+        read_adapter("o/n")
+    assert not hub.fetched()
+
+
+def test_a_configuration_without_end_is_not_fetched(
+    hub: FakeHub, stored: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "MAX_INDEX_BYTES", 100)
+    hub.commit("o/n", stored | {"config.json": b" " * 101})
+    with pytest.raises(InputError, match=r"config\.json: \d+ bytes are too many"):
+        read_adapter("o/n")
+    assert not hub.fetched()
+
+
+@pytest.mark.parametrize("silent", ["/api/models/", "/resolve/"])
+@pytest.mark.parametrize("retries", [True, False])
+def test_a_hub_that_never_answers_is_given_up(
+    hub: FakeHub,
+    stored: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    silent: str,
+    retries: bool,
+) -> None:
+    # Either a request ends and is repeated, or it alone takes longer than all may take.
+    monkeypatch.setattr(hub_module, "HUB_TIMEOUT", 0.05 if retries else 30)
+    monkeypatch.setattr(hub_module, "HUB_ANSWER_SECONDS", 0.3)
+    hub.commit("o/n", stored)
+    hub.silent = {silent}
+    with pytest.raises(SourceError, match=r"o/n.* (could not be fetched|cannot be reached)"):
+        read_adapter("o/n")
+
+
+def test_what_is_cached_is_read_where_the_hub_does_not_answer(
+    hub: FakeHub, stored: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = hub.commit("o/n", stored)
+    read_adapter("o/n")
+    monkeypatch.setattr(hub_module, "HUB_TIMEOUT", 0.05)
+    hub.silent = {"/"}
+    assert read_adapter("o/n").provenance.revision == commit
+    assert read_adapter(f"hf://o/n@{commit}").provenance.revision == commit
+
+
+def test_a_repository_that_changes_while_it_is_fetched_is_refused(
+    hub: FakeHub, stored: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.commit("o/n", stored)
+    check = hub_module._check_sizes
+
+    def push(*given: object) -> None:
+        check(*given)
+        hub.commit("o/n", stored | {"README.md": b"changed"})
+
+    monkeypatch.setattr(hub_module, "_check_sizes", push)
+    with pytest.raises(SourceError, match="changed while it was fetched"):
+        read_adapter("o/n")
+
+
+def test_a_hub_cannot_name_files_outside_the_cache(
+    hub: FakeHub, stored: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.commit("o/n", stored | {"../../../../up.safetensors": b"x", "/abs.safetensors": b"x"})
+    read_adapter("o/n")
+    assert hub.fetched() == set(stored)
 
 
 # --- bases ------------------------------------------------------------------------------------

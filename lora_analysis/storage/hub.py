@@ -2,76 +2,63 @@
 
 Through the package ``huggingface_hub`` (extra ``hf``), which is imported when a name leads to a
 repository. Its environment variables hold: ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ``HF_HOME``,
-``HF_TOKEN``.
+``HF_TOKEN``. The list of files with their sizes comes first: what is chosen from it and how large
+that may be is decided before anything is downloaded. Every request ends in bounded time.
 """
 
 from __future__ import annotations
 
-import logging
-import re
+import shutil
 import sys
-from contextlib import contextmanager
-from dataclasses import replace
+import threading
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from lora_analysis.errors import InputError, MissingExtraError, SourceError
-from lora_analysis.storage.containers import PICKLE_SUFFIXES
+from lora_analysis.errors import InputError, MalformedFileError, MissingExtraError, SourceError
+from lora_analysis.storage import hub_choice
 from lora_analysis.storage.documents import read_json_object
+from lora_analysis.storage.hub_choice import SAFE
 from lora_analysis.storage.hub_names import PREFIX, HubName, Snapshot, hub_name, names_a_file
-from lora_analysis.storage.limits import MAX_INDEX_BYTES
+from lora_analysis.storage.limits import (
+    HUB_ANSWER_SECONDS,
+    HUB_BYTES_PER_SECOND,
+    HUB_TIMEOUT,
+    MAX_HUB_ADAPTER_BYTES,
+    MAX_HUB_FILES,
+    MAX_HUB_MODEL_BYTES,
+    MAX_INDEX_BYTES,
+)
 from lora_analysis.storage.places import nothing_there
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
-_SAFE: Final = ".safetensors"
-# Other containers of adapters without pickles, asked for where there is no safetensors file. A GGUF
-# file of another name may be a whole model, of which repositories hold a dozen.
-_OTHERS: Final = ("*[Ll][Oo][Rr][Aa]*.gguf", "*adapter*.gguf", "*.npz")
-_CONFIGS: Final = ("*config.json", "*manifest.json", "*.index.json")
-# What turns text or images into a model's inputs.
-_BESIDE_WEIGHTS: Final = ("*.json", "*.txt", "*.model", "*.jinja")
-# What a training run leaves beside an adapter, and the shards of a whole model.
-_NOT_ADAPTERS: Final = (
-    "*tokenizer_config.json",
-    "*optimizer*",
-    "*scheduler*",
-    "*rng_state*",
-    "*training_args*",
-    "model-*-of-*",
-    "*/model-*-of-*",
-    "pytorch_model-*-of-*",
-    "*/pytorch_model-*-of-*",
-)
-_WHOLE_MODELS: Final = ("model", "diffusion_pytorch_model")
+T = TypeVar("T")
+_MOST_ASKED: Final = 16
 
 
 def fetch_adapter(source: str | os.PathLike[str], *, allow_pickle: bool = False) -> Snapshot:
-    """Fetch what adapters are made of: configurations, safetensors files and their indices.
+    """Fetch the files that adapters consist of, see `hub_choice.adapter_files`.
 
-    Where a repository has no safetensors file, ``.npz`` files and GGUF files named as adapters;
-    torch files only where pickles are allowed. States of optimisers and shards of whole models
-    are left. A file that is named itself is fetched whatever it is.
+    A file that is named itself is fetched whatever it is, with the configurations in its folder.
 
     Raises
     ------
     SourceError
-        The source names no repository, or it, the revision or the path in it cannot be had.
+        The source names no repository, it, the revision or the path in it cannot be had in time,
+        or the files exceed `MAX_HUB_ADAPTER_BYTES` or the free disk space.
     MissingExtraError
         An address, and the extra is not installed.
     """
     name = _named(source)
     if names_a_file(name.inside):
-        return _fetch_file(name)
-    pickles = tuple(f"*{suffix}" for suffix in sorted(PICKLE_SUFFIXES)) if allow_pickle else ()
-    wanted = (*_CONFIGS, f"*{_SAFE}", *pickles)
-    found = _fetch(name, wanted, _NOT_ADAPTERS)
-    if not any(found.path.rglob(f"*{_SAFE}")):
-        _fetch(replace(name, revision=found.commit), _OTHERS)
-    return _with_path(found, name)
+        return _fetch_file(name, MAX_HUB_ADAPTER_BYTES)
+    listing = _listing(name)
+    files = hub_choice.adapter_files(listing.paths, allow_pickle=allow_pickle)
+    return _with_path(_fetch(name, listing, files, MAX_HUB_ADAPTER_BYTES), name)
 
 
 def fetch_model(source: str | os.PathLike[str], *, allow_pickle: bool = False) -> Snapshot:
@@ -83,23 +70,28 @@ def fetch_model(source: str | os.PathLike[str], *, allow_pickle: bool = False) -
     Raises
     ------
     SourceError, MissingExtraError
-        As for `fetch_adapter`.
+        As for `fetch_adapter`, with the limit `MAX_HUB_MODEL_BYTES`.
     """
     name = _named(source)
     if names_a_file(name.inside):
-        return _fetch_file(name)
-    found = _fetch(name, ("config.json", "adapter_config.json", "*.index.json"), ("*/*",))
-    pinned = replace(name, revision=found.commit)
-    if any(found.path.glob(f"*{_SAFE}.index.json")):
+        return _fetch_file(name, MAX_HUB_MODEL_BYTES)
+    listing = _listing(name)
+    configs = hub_choice.model_configs(listing.paths)
+    found = _fetch(name, listing, configs, MAX_HUB_MODEL_BYTES)
+    if any(path.endswith(f"{SAFE}.index.json") for path in configs):
         return _with_path(found, name)
-    suffixes = (_SAFE, ".bin") if allow_pickle else (_SAFE,)
-    for wanted in _model_files(found.path, suffixes):
-        _fetch(pinned, wanted, ("*/*",))
-        if _complete(found.path, wanted):
-            return _with_path(found, name)
-    if not (found.path / "adapter_config.json").is_file():
+    weights = hub_choice.whole_model_files(listing.paths, SAFE)
+    if not weights and allow_pickle:
+        indices = [path for path in configs if path.endswith(".bin.index.json")]
+        shards = [shard for index in indices for shard in _shards(found.path / index)]
+        weights = shards or hub_choice.whole_model_files(listing.paths, ".bin")
+    elif len(weights) > 1:
+        raise _several_models(found, weights)
+    if "adapter_config.json" in configs and not hub_choice.is_whole_model(weights):
+        return _with_path(found, name)  # which opening it says
+    if not weights:
         raise _no_model(found)
-    return _with_path(found, name)
+    return _with_path(_fetch(name, listing, weights, MAX_HUB_MODEL_BYTES), name)
 
 
 def fetch_files(found: Snapshot, names: Sequence[str]) -> None:
@@ -110,22 +102,26 @@ def fetch_files(found: Snapshot, names: Sequence[str]) -> None:
     SourceError
         They cannot be had.
     """
-    literal = [re.sub(r"([*?[])", r"[\1]", name) for name in names]
-    _fetch(HubName(found.repo, found.commit, found.inside, f"{PREFIX}{found.repo}"), literal)
+    name = HubName(found.repo, found.commit, found.inside, f"{PREFIX}{found.repo}")
+    _fetch(name, _listing(name), names, MAX_HUB_MODEL_BYTES)
 
 
 def fetch_pretrained(source: str | os.PathLike[str], *, revision: str | None = None) -> Snapshot:
-    """Fetch one whole model as `fetch_model` does, with its tokeniser or image processor.
+    """Fetch one whole model as `fetch_model` does, with its tokenizer or image processor.
 
     Raises
     ------
     SourceError, MissingExtraError
-        As for `fetch_adapter`.
+        As for `fetch_model`.
     """
     name = _named(source)
     found = fetch_model(str(replace(name, revision=revision) if revision else name))
-    shards = [one for index in found.path.glob(f"*{_SAFE}.index.json") for one in _shards(index)]
-    _fetch(replace(name, revision=found.commit), (*_BESIDE_WEIGHTS, *shards), ("*/*",))
+    indices = found.path.glob(f"*{SAFE}.index.json") if found.path.is_dir() else ()
+    shards = [shard for index in indices for shard in _shards(index)]
+    pinned = replace(name, revision=found.commit)
+    listing = _listing(pinned)
+    files = [*hub_choice.next_to_weights(listing.paths), *shards]
+    _fetch(pinned, listing, list(dict.fromkeys(files)), MAX_HUB_MODEL_BYTES)
     return found
 
 
@@ -137,32 +133,27 @@ def _no_model(found: Snapshot) -> SourceError:
     )
 
 
-def _model_files(folder: Path, suffixes: Sequence[str]) -> Iterator[list[str]]:
-    """Yield what to ask for, one after the other, until it is there."""
-    for suffix in suffixes:
-        for index in sorted(folder.glob(f"*{suffix}.index.json")):
-            yield _shards(index)
-        yield from ([f"{whole}{suffix}"] for whole in _WHOLE_MODELS)
-        yield [f"*{suffix}"]
+def _several_models(found: Snapshot, files: Sequence[str]) -> SourceError:
+    listed = ", ".join(f"'{file}'" for file in files[:6]) + (", ..." if len(files) > 6 else "")
+    return SourceError(
+        f"{found.address(found.path)}: {len(files)} safetensors files and no index: {listed}. Pass "
+        f"the address of one, as {PREFIX}{found.repo}/{files[0]}."
+    )
 
 
 def _shards(index: Path) -> list[str]:
     stated = read_json_object(index, max_bytes=MAX_INDEX_BYTES).get("weight_map")
     names = stated.values() if isinstance(stated, dict) else ()
-    # In brackets a special character stands for itself.
-    return sorted({re.sub(r"([*?[])", r"[\1]", name) for name in names if isinstance(name, str)})
+    return sorted({name for name in names if isinstance(name, str)})
 
 
-def _complete(folder: Path, wanted: Sequence[str]) -> bool:
-    return bool(wanted) and all(any(folder.glob(pattern)) for pattern in wanted)
-
-
-def _fetch_file(name: HubName) -> Snapshot:
+def _fetch_file(name: HubName, limit: int) -> Snapshot:
     """Fetch one file that was named, and the configurations beside it."""
     folder, _, file = name.inside.rpartition("/")
-    literal = re.sub(r"([*?[])", r"[\1]", file)
-    found = _fetch(replace(name, inside=folder), (literal, *_CONFIGS), ("*/*",))
-    return _with_path(found, name)
+    place = replace(name, inside=folder)
+    listing = _listing(place)
+    files = hub_choice.file_and_configs(listing.paths, file)
+    return _with_path(_fetch(place, listing, files, limit), name)
 
 
 def _with_path(found: Snapshot, name: HubName) -> Snapshot:
@@ -193,39 +184,240 @@ def _named(source: str | os.PathLike[str]) -> HubName:
     return name
 
 
-def _fetch(name: HubName, wanted: Sequence[str], ignored: Sequence[str] = ()) -> Snapshot:
-    """Fetch the files of a repository that match, inside the path that is asked for."""
-    from huggingface_hub import snapshot_download
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    """The files of one commit inside a path, with their sizes if the hub states them.
 
+    ``folder`` is where the commit lies in the hub's cache; ``local`` says that only what lies there
+    can be had, and why.
+    """
+
+    commit: str
+    folder: Path
+    sizes: Mapping[str, int | None]
+    local: str = ""
+
+    @property
+    def paths(self) -> list[str]:
+        return list(self.sizes)
+
+
+def _listing(name: HubName) -> _Listing:
+    """Return the files inside the path that a name leads to.
+
+    Raises
+    ------
+    SourceError
+        There is no such repository or revision, or the hub does not answer and nothing is cached.
+    """
+    listing = _whole_listing(name)
     start = f"{name.inside}/" if name.inside else ""
+    inside = {p.removeprefix(start): n for p, n in listing.sizes.items() if p.startswith(start)}
+    return replace(listing, sizes=inside)
+
+
+def _whole_listing(name: HubName) -> _Listing:
+    from huggingface_hub import constants, errors
+
+    if constants.HF_HUB_OFFLINE:
+        return _cached_listing(name, "HF_HUB_OFFLINE is set")
     try:
-        with _without_remarks():
-            folder = snapshot_download(
-                name.repo,
-                revision=name.revision,
-                allow_patterns=[f"{start}{pattern}" for pattern in wanted],
-                ignore_patterns=[f"{start}{pattern}" for pattern in ignored],
-                **_progress(),
-            )
-    except Exception as error:
-        # The errors of the HTTP client come through, of another client in every major version.
+        return _asked_listing(name)
+    except (
+        errors.RepositoryNotFoundError,
+        errors.GatedRepoError,
+        errors.RevisionNotFoundError,
+    ) as error:
         raise _refusal(name, error) from error
-    return Snapshot(name.repo, Path(folder).name, Path(folder), name.inside)
+    except Exception as error:  # noqa: BLE001 - the HTTP client's, another in every major version
+        try:
+            return _cached_listing(name, "the hub cannot be reached")
+        except SourceError:
+            raise _refusal(name, error) from error
 
 
-@contextmanager
-def _without_remarks() -> Iterator[None]:
-    """Keep off stderr that a pattern matched no file: several are tried, one after the other."""
-    log = logging.getLogger("huggingface_hub._snapshot_download")
+# Listings of commits, which never change: a model's shards are fetched one by one.
+_ASKED: Final[dict[tuple[str, str, str], _Listing]] = {}
 
-    def worth_saying(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("No files matched")
 
-    log.addFilter(worth_saying)
+def _asked_listing(name: HubName) -> _Listing:
+    """Return what the hub lists for a revision; it states the sizes in the same answer."""
+    from huggingface_hub import HfApi, constants
+
+    endpoint = str(constants.ENDPOINT)
+    if name.revision and (listing := _ASKED.get((endpoint, name.repo, name.revision))):
+        return listing
+    info = in_time(
+        lambda: HfApi(endpoint=endpoint).model_info(
+            name.repo, revision=name.revision, files_metadata=True, timeout=HUB_TIMEOUT
+        ),
+        HUB_ANSWER_SECONDS,
+    )
+    sizes = {
+        one.rfilename: one.size
+        for one in info.siblings or ()
+        if ".." not in PurePosixPath(one.rfilename).parts and not one.rfilename.startswith("/")
+    }
+    listing = _Listing(str(info.sha), _cache_of(name.repo) / "snapshots" / str(info.sha), sizes)
+    if len(_ASKED) >= _MOST_ASKED:
+        _ASKED.clear()
+    _ASKED[endpoint, name.repo, listing.commit] = listing
+    return listing
+
+
+def _cache_of(repo: str) -> Path:
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    # Resolved as the client does, so that its paths are equal to these.
+    cache = Path(constants.HF_HUB_CACHE).expanduser().resolve()
+    return cache / repo_folder_name(repo_id=repo, repo_type="model")
+
+
+def _cached_listing(name: HubName, why: str) -> _Listing:
+    """Return what lies in the cache of a revision; raise if nothing does."""
+    cache, commit = _cache_of(name.repo), name.revision or "main"
+    reference = cache / "refs" / commit
+    if ".." not in PurePosixPath(commit).parts and reference.is_file():
+        commit = reference.read_text(encoding="utf-8", errors="replace")[:64].strip()
+    folder = cache / "snapshots" / commit
+    if "/" in commit or not folder.is_dir():
+        raise _not_cached(name, why)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    return _Listing(commit, folder, sizes, why)
+
+
+def _not_cached(name: HubName, why: str) -> SourceError:
+    start = "" if name.spelled.startswith(PREFIX) else f"{nothing_there(name.spelled)} On the hub: "
+    shown = HubName(name.repo, name.revision)
+    return SourceError(f"{start}{shown} is not in the local cache, or not whole, and {why}.")
+
+
+def _fetch(name: HubName, listing: _Listing, files: Sequence[str], limit: int) -> Snapshot:
+    """Fetch files of a listing, by their paths inside the name's path, within a limit of bytes."""
+    found = Snapshot(name.repo, listing.commit, listing.folder, name.inside)
+    if listing.local:
+        if not files or not all((found.path / file).is_file() for file in files):
+            raise _not_cached(name, listing.local)
+        return found
+    chosen = [file for file in files if file in listing.sizes]
+    sizes = {file: _size(found, file, listing) for file in chosen}
+    _check_sizes(found, sizes, limit)
+    total = sum(sizes.values())
+    seconds = HUB_ANSWER_SECONDS + HUB_TIMEOUT * len(sizes) + total / HUB_BYTES_PER_SECOND
     try:
-        yield
-    finally:
-        log.removeFilter(worth_saying)
+        in_time(lambda: _download(name, found, chosen), seconds)
+    except InputError:
+        raise
+    except Exception as error:
+        raise _refusal(name, error) from error
+    return found
+
+
+def _size(found: Snapshot, file: str, listing: _Listing) -> int:
+    """Return the size of a file, asked for alone if the listing has none."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+
+    size = listing.sizes[file]
+    if size is None:
+        inside = f"{found.inside}/{file}" if found.inside else file
+        endpoint = str(constants.ENDPOINT)
+        url = hf_hub_url(found.repo, inside, revision=found.commit, endpoint=endpoint)
+        try:
+            size = in_time(
+                lambda: get_hf_file_metadata(url, timeout=HUB_TIMEOUT).size, HUB_ANSWER_SECONDS
+            )
+        except Exception as error:
+            raise _refusal(HubName(found.repo, found.commit, spelled=PREFIX), error) from error
+    if size is None:
+        message = f"{found.address(found.path / file)}: the hub does not state its size."
+        raise SourceError(message)
+    return size
+
+
+def _check_sizes(found: Snapshot, sizes: Mapping[str, int], limit: int) -> None:
+    """Raise if files are too many or too large, before any is downloaded."""
+    where, total = found.address(found.path), sum(sizes.values())
+    for file, size in sizes.items():
+        if file.endswith(".json") and size > MAX_INDEX_BYTES:
+            message = (
+                f"{where}/{file}: {size:,} bytes are too many for this file "
+                f"(limit {MAX_INDEX_BYTES:,})."
+            )
+            raise MalformedFileError(message)
+    if total > limit:
+        largest = max(sizes, key=sizes.__getitem__)
+        message = (
+            f"{where}: the {len(sizes)} files to fetch have {_gigabytes(total)} in all (limit "
+            f"{_gigabytes(limit)}); the largest is '{largest}', {_gigabytes(sizes[largest])}. "
+            "Pass the address of the file that is meant, or download it first."
+        )
+        raise SourceError(message)
+    if len(sizes) > MAX_HUB_FILES:
+        message = (
+            f"{where}: {len(sizes):,} files to fetch are too many (limit {MAX_HUB_FILES:,}). Pass "
+            "the address of a folder or file in it."
+        )
+        raise SourceError(message)
+    missing = sum(size for file, size in sizes.items() if not (found.path / file).exists())
+    disk = next(folder for folder in (found.folder, *found.folder.parents) if folder.is_dir())
+    free = shutil.disk_usage(disk).free
+    if missing > free:
+        message = (
+            f"{where}: {_gigabytes(missing)} are to be fetched, and the disk of the cache {disk} "
+            f"has {_gigabytes(free)} free. Make room, or set HF_HOME to a folder on another disk."
+        )
+        raise SourceError(message)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB"
+
+
+def _download(name: HubName, found: Snapshot, files: Iterable[str]) -> None:
+    """Fetch files one after the other, in this thread: others would outlast a time limit."""
+    from huggingface_hub import hf_hub_download
+
+    # By the revision's own name first, so that the cache knows it when the hub cannot be reached.
+    revision = name.revision
+    for file in files:
+        inside = f"{found.inside}/{file}" if found.inside else file
+        path = hf_hub_download(
+            found.repo, inside, revision=revision, etag_timeout=HUB_TIMEOUT, **_progress()
+        )
+        if Path(path) != found.path / file:
+            message = (
+                f"{HubName(name.repo, name.revision)} changed while it was fetched: its commit was "
+                f"{found.commit}. Run again."
+            )
+            raise SourceError(message)
+        revision = found.commit
+
+
+def in_time(work: Callable[[], T], seconds: float) -> T:
+    """Return what the work returns; raise TimeoutError if it takes longer, retries included.
+
+    What still waits for an answer then is left behind in a thread that no program waits for.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        message = f"no answer within {seconds:,.0f} s in all"
+        raise TimeoutError(message)
+    return results[0]
 
 
 def _progress() -> dict[str, Any]:
@@ -255,8 +447,7 @@ def _refusal(name: HubName, error: Exception) -> InputError:
     elif isinstance(error, errors.RevisionNotFoundError):
         text = f"{PREFIX}{name.repo} has no revision '{name.revision}'."
     elif isinstance(error, errors.LocalEntryNotFoundError):
-        why = "HF_HUB_OFFLINE is set" if _offline(error) else "the hub cannot be reached"
-        text = f"{shown} is not in the local cache, or not whole, and {why}."
+        text = f"{shown} is not in the local cache, or not whole, and the hub cannot be reached."
     elif isinstance(error, errors.HfHubHTTPError):
         status = getattr(getattr(error, "response", None), "status_code", "an error")
         text = f"{shown} could not be fetched: the hub answered {status}."
@@ -264,9 +455,3 @@ def _refusal(name: HubName, error: Exception) -> InputError:
         first = (str(error).splitlines() or [""])[0]
         text = f"{shown} could not be fetched: {type(error).__name__}: {first}"
     return SourceError(f"{start}{text}")
-
-
-def _offline(error: Exception) -> bool:
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE) or "OfflineMode" in type(error.__cause__).__name__

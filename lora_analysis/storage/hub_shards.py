@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.errors import MalformedFileError
 from lora_analysis.storage.headers import Header, TensorInfo, header_size, parse_header, read_header
-from lora_analysis.storage.hub import fetch_files
-from lora_analysis.storage.limits import BLOCK_ELEMENTS
+from lora_analysis.storage.hub import fetch_files, in_time
+from lora_analysis.storage.limits import BLOCK_ELEMENTS, HUB_ANSWER_SECONDS, HUB_TIMEOUT
 from lora_analysis.storage.tensors import TensorFiles, shards_of
 
 if TYPE_CHECKING:
@@ -94,11 +94,22 @@ def _first_bytes(name: str, snapshot: Snapshot, count: int) -> tuple[bytes, int]
     url = hf_hub_url(snapshot.repo, inside, revision=snapshot.commit, endpoint=constants.ENDPOINT)
     asked = {**build_hf_headers(), "range": f"bytes=0-{count - 1}", "accept-encoding": "identity"}
     try:
-        # Streamed: a hub that takes no notice of the range would send the whole file.
-        with get_session().stream("GET", url, headers=asked, follow_redirects=True) as answer:
-            total = answer.headers.get("content-range", "").rpartition("/")[2]
-            if answer.status_code != 206 or not total.isdecimal():
-                return None
-            return answer.read(), int(total)
+        return in_time(lambda: _part(get_session(), url, asked, count), HUB_ANSWER_SECONDS)
     except Exception:  # noqa: BLE001 - whatever the client says: then the whole file is asked for
         return None
+
+
+def _part(session: Any, url: str, headers: dict[str, str], count: int) -> tuple[bytes, int] | None:
+    # Streamed: a hub that takes no notice of the range would send the whole file.
+    with session.stream(
+        "GET", url, headers=headers, follow_redirects=True, timeout=HUB_TIMEOUT
+    ) as answer:
+        total = answer.headers.get("content-range", "").rpartition("/")[2]
+        if answer.status_code != 206 or not total.isdecimal():
+            return None
+        start = bytearray()
+        for chunk in answer.iter_bytes():
+            start += chunk
+            if len(start) >= count:
+                break
+        return bytes(start[:count]), int(total)

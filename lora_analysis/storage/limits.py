@@ -37,6 +37,24 @@ MAX_TOML_BYTES: Final = 2**18
 MAX_ADAPTER_BYTES: Final = 8 * 2**30
 """The factors of one adapter, as float32."""
 
+MAX_HUB_ADAPTER_BYTES: Final = 8 * 2**30
+"""What is downloaded for one source of adapters, in all."""
+
+MAX_HUB_MODEL_BYTES: Final = 2 * 2**40
+"""The same for one base model; its shards are downloaded as they are read."""
+
+MAX_HUB_FILES: Final = 10_000
+"""Files that are downloaded for one source."""
+
+HUB_TIMEOUT: Final = 10
+"""Seconds for which a hub may send nothing."""
+
+HUB_ANSWER_SECONDS: Final = 60.0
+"""Seconds for the list of files or the start of one, retries included."""
+
+HUB_BYTES_PER_SECOND: Final = 100_000
+"""A download slower than this, with `HUB_TIMEOUT` more per file, is stopped."""
+
 MAX_SCALE: Final = 1e6
 """Multiplier of an update, by its size."""
 

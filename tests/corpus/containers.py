@@ -255,7 +255,7 @@ IMAGE = [
             ("alpha 1e999", '{"unet.lora_alpha": 1e999}', 3, "as an alpha"),
             ("alpha true", '{"unet.lora_alpha": true}', 3, "as an alpha"),
             ("alpha null", '{"unet.lora_alpha": null}', 3, "as an alpha"),
-            ("alpha_pattern text", '{"unet.alpha_pattern": "x"}', 3, "as an alpha"),
+            ("alpha_pattern text", '{"unet.alpha_pattern": "x"}', 3, "must be a JSON object"),
             (
                 "an endless pattern",
                 '{"unet.lora_alpha": 1, "unet.alpha_pattern": {"[": 1}}',
