@@ -152,16 +152,67 @@ def _evidence(updates: Sequence[LowRankUpdate], factor: Literal["A", "B"]) -> St
         cross = np.sqrt(squares / np.where(rest > 0, rest, np.nan))
     cosine = matched / n
     z = np.sqrt(n) * cosine / np.maximum(cross, 1 / np.sqrt(rows[0].shape[1]))
-    clear = ((cosine >= 0.2) & (z >= 5)) | ((cosine >= 0.5) & (z >= 4))
     alike = len({one.shape[1] for one in others}) == 1
     return StartEvidence(
         row_cosine=cosine,
         cross_cosine=cross,
         z=z,
         other_cosine=_matched_sums(others)[0] / n if alike else np.zeros_like(cosine),
-        # The same rows to the last digits need no statistics: a file against itself, a frozen A.
-        shared=clear | (cosine > 1 - 1e-6),
+        shared=_are_shared(cosine, z),
     )
+
+
+def _are_shared(cosine: NDArray[np.float64], z: NDArray[np.float64]) -> NDArray[np.bool_]:
+    clear = ((cosine >= 0.2) & (z >= 5)) | ((cosine >= 0.5) & (z >= 4))
+    # The same rows to the last digits need no statistics: a file against itself, a frozen A.
+    shared: NDArray[np.bool_] = clear | (cosine > 1 - 1e-6)
+    return shared
+
+
+class StartRows:
+    """The rows of A of many updates: which pairs share their start, some pairs at a time.
+
+    For matrices; of an embedding, which factor is to be asked depends on all pairs.
+    """
+
+    def __init__(self, updates: Sequence[LowRankUpdate]) -> None:
+        rows = [_unit_rows(one.A) for one in updates]
+        self._ranks = np.array([len(one) for one in rows])
+        self._starts = np.cumsum(self._ranks) - self._ranks
+        self._rows = np.concatenate(rows)
+
+    def shared(self, a: NDArray[np.intp], b: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """Return whether updates ``a`` share their start with updates ``b``, ``(len(a), len(b))``.
+
+        The rule is that of `start_evidence`.
+        """
+        rows_a, starts_a = self._rows_of(a)
+        rows_b, starts_b = self._rows_of(b)
+        products = rows_a @ rows_b.T
+        matched, matched_squares = np.zeros((2, len(a), len(b)))
+        for k in range(min(self._ranks[a].max(), self._ranks[b].max())):
+            i, j = np.flatnonzero(self._ranks[a] > k), np.flatnonzero(self._ranks[b] > k)
+            pairs = np.ix_(i, j)
+            kth = products[np.ix_(starts_a[i] + k, starts_b[j] + k)]
+            matched[pairs] += kth
+            matched_squares[pairs] += kth**2
+        np.square(products, out=products)
+        by_column = np.add.reduceat(products, starts_b, axis=1)
+        squares = np.add.reduceat(by_column, starts_a, axis=0)
+        n = np.minimum.outer(self._ranks[a], self._ranks[b])
+        rest = np.outer(self._ranks[a], self._ranks[b]) - n
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rest_squares = np.maximum(squares - matched_squares, 0.0)
+            cross = np.sqrt(rest_squares / np.where(rest > 0, rest, np.nan))
+        cosine = matched / n
+        z = np.sqrt(n) * cosine / np.maximum(cross, 1 / np.sqrt(self._rows.shape[1]))
+        return _are_shared(cosine, z)
+
+    def _rows_of(self, members: NDArray[np.intp]) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+        ranks = self._ranks[members]
+        starts = np.cumsum(ranks) - ranks
+        places = np.repeat(self._starts[members] - starts, ranks) + np.arange(ranks.sum())
+        return self._rows[places], starts
 
 
 def _unit_rows(matrix: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from factories import adapter
 from test_studies import sweep  # noqa: F401  (a fixture)
 
-from lora_analysis.adapter import Adapter, LowRankUpdate, Provenance
+from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate, Provenance
 from lora_analysis.errors import InputError
 from lora_analysis.findings import findings
 from lora_analysis.pairwise import pairwise
 from lora_analysis.studies import study
+from lora_analysis.studies.atlas import AtlasBlocks
 from lora_analysis.studies.choice import chosen_for_pairs
 
 
@@ -170,3 +173,60 @@ def test_a_copied_factor_is_an_artefact_before_the_results(sweep: list[Adapter])
     assert said[copied].kind == "artefact"
     assert copied < next(at for at, one in enumerate(said) if one.kind == "result")
     assert said[-1].text.endswith("its config names no base.")
+
+
+def test_many_adapters_are_added_up_block_by_block_to_the_same_atlas(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def low_rank(name: str, rank: int, d_out: int = 12) -> LowRankUpdate:
+        A, B = rng.standard_normal((rank, 16)), rng.standard_normal((d_out, rank))
+        return LowRankUpdate(name=name, A=A, B=B, scale=1.0)
+
+    made = []
+    for n in range(14):
+        updates = {name: low_rank(name, 1 + n % 4) for name in ("a.q_proj", "b.q_proj", "c.v_proj")}
+        if n == 3:
+            updates["b.q_proj"] = low_rank("b.q_proj", 2, d_out=9)  # of another shape
+        if n in (5, 6):  # untrained, from the start of others
+            start = made[n - 4]["a.q_proj"]
+            assert isinstance(start, LowRankUpdate)
+            B = np.zeros((12, len(start.A)))
+            updates["a.q_proj"] = LowRankUpdate(name="a.q_proj", A=start.A, B=B, scale=1.0)
+        if n in (8, 12):  # a shared start
+            start = made[n - 8]["a.q_proj"]
+            assert isinstance(start, LowRankUpdate)
+            B = rng.standard_normal((12, len(start.A)))
+            updates["a.q_proj"] = LowRankUpdate(name="a.q_proj", A=start.A, B=B, scale=1.0)
+        if n == 9:
+            del updates["c.v_proj"]
+        made.append(Adapter(updates, label=str(n)))
+    whole = study(made, most_in_pairs=5)
+    monkeypatch.setattr("lora_analysis.studies.atlas.MOST_AT_ONCE", 6)
+    monkeypatch.setattr("lora_analysis.studies.atlas._ROWS", 4)
+    monkeypatch.setattr("lora_analysis.pairwise.products._AT_ONCE", 8)
+    monkeypatch.setattr("lora_analysis.pairwise.products._ROWS", 5)
+    blocks = study(made, most_in_pairs=5)
+    assert whole.atlas is not None
+    assert blocks.atlas is not None
+    assert blocks.atlas.kinds == ("all",)
+    assert list(blocks.atlas.modules) == [whole.atlas.modules[0]]
+    for what in ("output", "input", "cosine"):
+        expected = whole.atlas.matrix(what)
+        assert np.isfinite(expected).any()
+        np.testing.assert_allclose(blocks.atlas.matrix(what), expected, atol=1e-12)
+    np.testing.assert_array_equal(blocks.atlas.shared, whole.atlas.shared)
+    assert whole.atlas.shared[1, 5] == pytest.approx(1 / 3)
+    np.testing.assert_allclose(blocks.atlas.norms, whole.atlas.norms)
+    pd.testing.assert_frame_equal(blocks.pairs, whole.pairs)
+    pd.testing.assert_frame_equal(blocks.similarities, whole.similarities)
+
+
+def test_an_embedding_and_a_dense_update_are_not_added_up_in_blocks(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_analysis.studies.atlas.MOST_AT_ONCE", 1)
+    made = [adapter(rng, label=str(n)) for n in range(3)]
+    updates = [one[next(iter(one))] for one in made]
+    assert AtlasBlocks.fits(updates)
+    assert not AtlasBlocks.fits([*updates[:2], replace(updates[2], layout="embedding")])  # type: ignore[type-var]
+    assert not AtlasBlocks.fits([*updates[:2], DenseUpdate("x", np.ones((2, 2)))])

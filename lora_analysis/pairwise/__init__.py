@@ -10,6 +10,7 @@ from lora_analysis.pairwise.products import (
     PairValues,
     module_pairs,
     pair_angles,
+    pair_blocks,
     updates_start,
 )
 from lora_analysis.pairwise.walk import (
@@ -28,6 +29,7 @@ __all__ = [
     "chosen_modules",
     "module_pairs",
     "pair_angles",
+    "pair_blocks",
     "pairwise",
     "updates_of_one_shape",
     "updates_start",

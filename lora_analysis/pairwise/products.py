@@ -12,7 +12,7 @@ import numpy as np
 from lora_analysis import chance, linalg
 from lora_analysis.adapter import LowRankUpdate, Update
 from lora_analysis.errors import IncompatibleError
-from lora_analysis.initialisation import StartEvidence, start_evidence
+from lora_analysis.initialisation import StartEvidence, StartRows, start_evidence
 from lora_analysis.spectra import SIDES, Side, Spectrum
 
 if TYPE_CHECKING:
@@ -156,10 +156,7 @@ def _reduced(
     count = len(spectra)
     bases = [np.vstack([one.vectors(side).T for one in spectra]) for side in SIDES]  # (Σr, d)
     found = np.zeros((7, count, count))
-    for members in _chunks(ranks):
-        block = _block(ranks, members)
-        if not block.here.size:
-            continue
+    for block in _blocks(ranks):
         pairs = np.ix_(block.here, block.following)
         grams = [basis[block.own] @ basis[block.rest].T for basis in bases]
         found[6][pairs] = block.summed(block.weighted(grams[0] * grams[1], signed))
@@ -172,6 +169,55 @@ def _reduced(
         lower = np.tril_indices(count, -1)
         one[lower] = one.T[lower]
     return (found[0], found[1], found[2]), (found[3], found[4], found[5]), found[6]
+
+
+class PairBlock(NamedTuple):
+    """Some updates of one module against all that follow them, and themselves.
+
+    Attributes
+    ----------
+    rows, columns
+        Places of the h trained updates and of the f trained ones from the first of them on.
+    cosine
+        ``(h, f)``: signed cosine of the updates.
+    excess
+        Per side ``(h, f)``: ω above isotropic chance, ``(ω − c)/(1 − c)``.
+    shared
+        ``(h, f)``: whether a pair starts from the same rows.
+    """
+
+    rows: NDArray[np.intp]
+    columns: NDArray[np.intp]
+    cosine: NDArray[np.float64]
+    excess: Mapping[Side, NDArray[np.float64]]
+    shared: NDArray[np.bool_]
+
+
+def pair_blocks(
+    spectra: Sequence[Spectrum], updates: Sequence[LowRankUpdate]
+) -> Iterator[PairBlock]:
+    """Yield `module_pairs` of low-rank updates block by block: no matrix of all pairs is made.
+
+    Every pair of trained updates is in one block, some in both orders.
+    """
+    ranks = np.array([one.numerical_rank for one in spectra])
+    energy, signed = _weights(spectra)
+    participation = np.array([one.participation_ratio for one in spectra])
+    d_out, d_in = spectra[0].shape
+    bases = [np.vstack([one.vectors(side).T for one in spectra]) for side in SIDES]  # (Σr, d)
+    rows = StartRows(updates)
+    for block in _blocks(ranks):
+        grams = [basis[block.own] @ basis[block.rest].T for basis in bases]
+        cosine = block.summed(block.weighted(grams[0] * grams[1], signed))
+        excess: dict[Side, NDArray[np.float64]] = {}
+        for side, gram, dimension in zip(SIDES, grams, (d_in, d_out), strict=True):
+            omega = block.summed(block.weighted(np.square(gram, out=gram), energy))
+            pairs = np.outer(participation[block.here], participation[block.following])
+            by_chance = np.minimum(np.sqrt(pairs) / dimension, 1.0)
+            excess[side] = chance.excess(np.minimum(omega, 1.0), by_chance)
+        shared = rows.shared(block.here, block.following)
+        cosine = np.clip(cosine, -1.0, 1.0, out=cosine)
+        yield PairBlock(block.here, block.following, cosine, excess, shared)
 
 
 class _Block(NamedTuple):
@@ -215,6 +261,14 @@ def _block(ranks: NDArray[np.intp], members: Sequence[int]) -> _Block:
         starts[here] - low,
         starts[following] - low,
     )
+
+
+def _blocks(ranks: NDArray[np.intp]) -> Iterator[_Block]:
+    """Yield blocks in which every pair of trained updates is met."""
+    for members in _chunks(ranks):
+        block = _block(ranks, members)
+        if block.here.size:
+            yield block
 
 
 def _chunks(ranks: NDArray[np.intp]) -> Iterator[list[int]]:

@@ -15,6 +15,7 @@ from lora_analysis.studies.bases import bases_of, several_bases
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import BinaryIO
 
     from numpy.typing import NDArray
 
@@ -178,6 +179,7 @@ def kinds_table(study: Study) -> ReportTable | None:
 
 
 # A spreadsheet takes the wide ones for the same.
+_CELLS_AT_ONCE = 2**18
 _FORMULA_STARTS = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 
 
@@ -186,14 +188,24 @@ def csv_text(table: pd.DataFrame) -> str:
 
     One row is one line: what does not print, line ends too, is shown by its code.
     """
+    return str(table.map(_safe).to_csv(index=False, header=[_safe(one) for one in table.columns]))
 
-    def safe(value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        line = printable(value)
-        return f"'{line}" if line.startswith(_FORMULA_STARTS) else line
 
-    return str(table.map(safe).to_csv(index=False, header=[safe(one) for one in table.columns]))
+def write_square_csv(table: pd.DataFrame, stream: BinaryIO) -> None:
+    """Write a `square_table` as `csv_text` does, some rows at a time."""
+    rows = max(1, _CELLS_AT_ONCE // len(table.columns))
+    for first in range(0, len(table), rows):
+        part = table.iloc[first : first + rows].copy()
+        part.isetitem(0, part.iloc[:, 0].map(_safe))
+        header = [_safe(one) for one in table.columns] if first == 0 else False
+        stream.write(part.to_csv(index=False, header=header).encode())
+
+
+def _safe(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    line = printable(value)
+    return f"'{line}" if line.startswith(_FORMULA_STARTS) else line
 
 
 def square_table(labels: Sequence[str], values: NDArray[np.float64]) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -195,10 +196,16 @@ def _check_parquet() -> None:
 
 
 def _write_tables(study: Study, folder: Path, *, parquet: bool) -> None:
+    square = [name for name, _ in _atlas_tables(study)]
     for name, table in (*all_tables(study), *_atlas_tables(study)):
         if table.empty:
             continue
-        write_atomic(folder / f"{name}.csv", tables.csv_text(table).encode())
+        write_atomic(
+            folder / f"{name}.csv",
+            partial(tables.write_square_csv, table)
+            if name in square
+            else tables.csv_text(table).encode(),
+        )
         if parquet:
             write_atomic(folder / f"{name}.parquet", table.to_parquet(None, index=False))
 

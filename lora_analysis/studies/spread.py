@@ -73,7 +73,7 @@ class VisitModule:
         if token not in _held:
             _held.clear()
             _held[token] = self.question.opened().walk
-        return _held[token].visit(module)
+        return _held[token].visit(module, blocks=False)
 
 
 # The walk of the study that this process works for: executors may send the work with every cell.

@@ -16,7 +16,7 @@ from lora_analysis.execution import in_threads
 from lora_analysis.finding import listed
 from lora_analysis.names import parse_prefixes
 from lora_analysis.patterns import choose_names, module_type, natural_key
-from lora_analysis.studies.atlas import Atlas, AtlasSums
+from lora_analysis.studies.atlas import MOST_AT_ONCE, Atlas, AtlasSums
 from lora_analysis.studies.pairs import pair_tables
 from lora_analysis.studies.relations import earlier_steps, shown_base
 from lora_analysis.studies.result import Study
@@ -38,8 +38,6 @@ Progress = Callable[[str, int, int], None]
 # Pairs of more adapters fill tables that nobody reads: 40 have 780 pairs, in every module.
 MOST_IN_PAIRS = 40
 DRAWS = 16
-# Above so many adapters one module at a time: each takes some thirty matrices of all pairs.
-_ONE_BY_ONE = 1000
 
 
 def _runs_table(adapters: Sequence[Adapter], spectra: pd.DataFrame) -> pd.DataFrame:
@@ -138,8 +136,7 @@ def study(
         Beyond so many adapters the tables of pairs hold a choice of them, some of every task and
         rank; the atlas holds all.
     workers
-        Threads over modules; by default the CPUs of this process, and one beyond 1,000 adapters,
-        where each holds some thirty matrices ``(N, N)``.
+        Threads over modules; by default the CPUs of this process, and one beyond 1,000 adapters.
     executor
         Who visits the modules in place of threads: processes, or the machines of a cluster.
         Adapters and base are then given by their sources, which every worker opens for itself.
@@ -178,7 +175,7 @@ def study(
     chosen = _chosen_modules(named, modules)
     sums = AtlasSums([one.label for one in named], [module_type(name) for name in chosen])
     if executor is None:
-        at_once = workers or (1 if len(named) > _ONE_BY_ONE else None)
+        at_once = workers or (1 if len(named) > MOST_AT_ONCE else None)
         visited = in_threads(walk.visit, chosen, workers=at_once)
     else:
         visited = visits(executor, question, chosen)

@@ -21,7 +21,7 @@ from lora_analysis.initialisation import ModuleStart, StartEvidence, module_star
 from lora_analysis.intruders import intruder_dimensions
 from lora_analysis.pairwise import ModulePairs, module_pairs, pair_angles
 from lora_analysis.spectra import SIDES, Spectrum, spectrum, weight_svd
-from lora_analysis.studies.atlas import AtlasPart
+from lora_analysis.studies.atlas import AtlasBlocks, AtlasPart
 from lora_analysis.studies.bases import other_bases
 from lora_analysis.studies.choice import choose_pairs
 from lora_analysis.studies.rows import change_rows, spectrum_row
@@ -64,7 +64,7 @@ class Visit:
     module: str
     spectra: list[dict[str, Any]] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
-    atlas: list[AtlasPart] = field(default_factory=list)
+    atlas: list[AtlasPart | AtlasBlocks] = field(default_factory=list)
     amplified: dict[tuple[str, str], Amplification] = field(default_factory=dict)
     changes: list[dict[str, Any]] = field(default_factory=list)
     doubts: dict[str, list[str]] = field(default_factory=dict)
@@ -134,8 +134,11 @@ class Walk:
         """Every amplification, by adapter and module."""
         return {key: one for visit in self.visits for key, one in visit.amplified.items()}
 
-    def visit(self, module: str) -> Visit:
-        """Read, factor and compare one module of every adapter."""
+    def visit(self, module: str, *, blocks: bool = True) -> Visit:
+        """Read, factor and compare one module of every adapter.
+
+        ``blocks`` leaves the comparison of many to whoever adds up the atlas, in this process.
+        """
         visit = Visit(module)
         updates = dict(self._load(module, visit.failed))
         doubted = ((self.adapters[at].label, doubts(update)) for at, update in updates.items())
@@ -143,10 +146,7 @@ class Walk:
         spectra = {at: spectrum(update) for at, update in updates.items()}
         visit.spectra = [spectrum_row(updates[at], value) for at, value in spectra.items()]
         for members in _by_shape(spectra):
-            pairs = module_pairs([spectra[at] for at in members], [updates[at] for at in members])
-            visit.atlas.append(AtlasPart.of(members, pairs))
-            if group := self._compared({at: spectra[at] for at in members}, updates, pairs):
-                visit.groups.append(group)
+            visit.atlas.append(self._in_atlas(members, spectra, updates, visit, blocks=blocks))
         if self.base is not None:
             by_label = {s.label: updates[at] for at, s in spectra.items()}
             by_weight: dict[str, list[Spectrum]] = {}
@@ -156,6 +156,33 @@ class Walk:
             for name, own in by_weight.items():
                 self._amplify(module, name, own, visit, by_label)
         return visit
+
+    def _in_atlas(
+        self,
+        members: Sequence[int],
+        spectra: Mapping[int, Spectrum],
+        updates: Mapping[int, LowRankUpdate | DenseUpdate],
+        visit: Visit,
+        *,
+        blocks: bool,
+    ) -> AtlasPart | AtlasBlocks:
+        """Return a module's part of the atlas, with the tabulated pairs added to the visit."""
+        large = blocks and AtlasBlocks.fits([updates[at] for at in members])
+        chosen = set(self.tabulated)
+        compared = [at for at in members if at in chosen] if large else members
+        part: AtlasPart | AtlasBlocks
+        if compared:
+            own = [updates[at] for at in compared]
+            pairs = module_pairs([spectra[at] for at in compared], own)
+            if group := self._compared({at: spectra[at] for at in compared}, updates, pairs):
+                visit.groups.append(group)
+        if large:
+            factors = [one for at in members if isinstance(one := updates[at], LowRankUpdate)]
+            places = np.array(members, dtype=np.intp)
+            part = AtlasBlocks(places, [spectra[at] for at in members], factors)
+        else:
+            part = AtlasPart.of(members, pairs)
+        return part
 
     def _load(
         self, module: str, failed: dict[str, str]
