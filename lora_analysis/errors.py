@@ -16,14 +16,25 @@
     │   ├── InUseError                   another process is at work there
     │   ├── OccupiedError                something lies at the output that may not be replaced
     │   ├── UnfinishedError              files that this package has not finished writing
-    │   └── DivergedError                training whose loss is no longer finite
+    │   ├── DivergedError                training whose loss is no longer finite
+    │   └── UnguardedScriptError (SystemExit)  a script that its own worker processes would run
     ├── LostWorkerError                  the process that did the work ended before it was done
     ├── OutputError (OSError)            a file could not be written; what was there still is
+    ├── OutOfMemoryError (MemoryError)   the work needs more memory than there is
     └── MissingExtraError (ImportError)  an optional dependency is not installed
 
 A message says what was asked, what was found (with names and numbers), and the likely cause or
 next step.
 """
+
+from __future__ import annotations
+
+import errno
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class LoraAnalysisError(Exception):
@@ -90,9 +101,74 @@ class DivergedError(InputError):
     """The loss or the gradient of a training is no longer finite."""
 
 
+class UnguardedScriptError(InputError, SystemExit):
+    """A script starts worker processes outside ``if __name__ == "__main__"``.
+
+    Uncaught, it ends the script with its sentence and exit code 1, without a traceback.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.code = message
+
+
 class OutputError(LoraAnalysisError, OSError):
-    """A file could not be written: a full disk, a folder that may not be written to."""
+    """The system refused a file: a full disk, a folder that may not be written to."""
+
+
+class OutOfMemoryError(LoraAnalysisError, MemoryError):
+    """The work needs more memory than this machine, or its limit, has."""
 
 
 class MissingExtraError(LoraAnalysisError, ImportError):
     """An optional dependency is needed and not installed."""
+
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
+
+
+def named_error(error: BaseException, subject: str) -> LoraAnalysisError | None:
+    """Return what an error of the machine means for a subject, as an error of this package.
+
+    Parameters
+    ----------
+    error
+        Memory that ran out, recursion that is too deep, or a refusal of the operating system.
+    subject
+        What was being worked on: the file, folder or command.
+
+    Returns
+    -------
+    LoraAnalysisError or None
+        None for any other error, and for those that this package raises itself.
+    """
+    if isinstance(error, LoraAnalysisError):
+        return None
+    # torch's error for a device is a RuntimeError of this name.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return OutOfMemoryError(
+            f"{subject}: memory ran out. Use fewer workers or smaller inputs, or a machine with "
+            "more memory."
+        )
+    if isinstance(error, RecursionError):
+        return MalformedFileError(f"{subject}: something in it is nested too deeply to be read.")
+    if isinstance(error, OSError):
+        where = subject if error.filename is None else str(error.filename)
+        if error.errno in _DISK_FULL:
+            return OutputError(
+                f"{where}: {error.strerror}. Make room, or name a folder on another disk."
+            )
+        return OutputError(f"{where}: {error.strerror or error}.")
+    return None
+
+
+@contextmanager
+def named_errors(subject: str) -> Iterator[None]:
+    """Raise errors of the machine as what they mean for a subject, see `named_error`."""
+    try:
+        yield
+    except Exception as error:
+        named = named_error(error, subject)
+        if named is None:
+            raise
+        raise named from error

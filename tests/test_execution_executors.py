@@ -16,7 +16,12 @@ from types import SimpleNamespace
 import executor_work as work
 import pytest
 
-from lora_analysis.errors import InputError, LoraAnalysisError, LostWorkerError
+from lora_analysis.errors import (
+    InputError,
+    LoraAnalysisError,
+    LostWorkerError,
+    UnguardedScriptError,
+)
 from lora_analysis.execution.cluster import RayExecutor
 from lora_analysis.execution.processes import ProcessExecutor
 from lora_analysis.execution.protocol import Executor, Retried
@@ -221,6 +226,72 @@ def test_workers_end_when_their_caller_is_killed(tmp_path: Path) -> None:
         _wait_until((tmp_path / "started-0").exists)
         caller.send_signal(signal.SIGKILL)
     _wait_until((tmp_path / "stopped-0").exists)
+
+
+def _ended(script: Path, text: str) -> subprocess.CompletedProcess[str]:
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n" + textwrap.dedent(text)
+    )
+    return subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+
+
+def test_a_script_that_its_workers_would_run_again_fails_with_one_sentence(tmp_path: Path) -> None:
+    script = tmp_path / "caller.py"
+    text = """
+        import executor_work
+        from lora_analysis.execution.processes import ProcessExecutor
+        print("once")
+        for outcome in ProcessExecutor(2).map(executor_work.square, range(4)):
+            print(outcome)
+    """
+    done = _ended(script, text)
+    assert done.returncode == 1
+    assert "Outcome" not in done.stdout
+    assert done.stderr.strip() == (
+        f"{script} starts worker processes, which import it and would start their own: put the "
+        'call under `if __name__ == "__main__":`, or use one worker (workers=1).'
+    )
+
+
+def test_a_sweep_in_such_a_script_fails_before_it_writes(tmp_path: Path) -> None:
+    script = tmp_path / "caller.py"
+    text = f"""
+        from pathlib import Path
+        from lora_analysis.training import RunConfig, run_sweep
+        runs = [RunConfig("rotate", 2, seed=seed) for seed in range(2)]
+        run_sweep(runs, Path({str(tmp_path / "out")!r}), workers=2, device="cpu")
+        print("done")
+    """
+    done = _ended(script, text)
+    assert done.returncode == 1
+    assert "done" not in done.stdout
+    assert done.stderr.strip().startswith(f"{script} starts worker processes")
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_script_that_workers_cannot_import_is_said_once(tmp_path: Path) -> None:
+    text = """
+        import executor_work
+        from lora_analysis.errors import InputError
+        from lora_analysis.execution.processes import ProcessExecutor
+        if __name__ == "__mp_main__":
+            raise KeyError("main")
+        try:
+            list(ProcessExecutor(1).map(executor_work.square, range(9)))
+        except InputError as error:
+            print(error)
+    """
+    done = _ended(tmp_path / "caller.py", text)
+    assert done.returncode == 0
+    assert "Worker processes cannot import" in done.stdout
+    assert "(exit code 1; their error is above)" in done.stdout
+    assert done.stderr.count("KeyError") == 1
+
+
+def test_such_a_script_may_catch_the_error() -> None:
+    error = UnguardedScriptError("sentence")
+    assert isinstance(error, InputError)
+    assert (str(error), error.code) == ("sentence", "sentence")
 
 
 def test_a_missing_ray_is_said_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

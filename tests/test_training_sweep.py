@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -18,7 +19,8 @@ from pathlib import Path
 import pytest
 from training_bases import SHORT, on, write_tiny_base
 
-from lora_analysis.errors import InputError, InUseError, OccupiedError, TargetError
+from lora_analysis.errors import InputError, InUseError, OccupiedError, OutputError, TargetError
+from lora_analysis.execution.serial import SerialExecutor
 from lora_analysis.formats import find_adapters
 from lora_analysis.storage.locks import locked
 from lora_analysis.storage.records import RECORD_FOLDER
@@ -330,3 +332,34 @@ def test_a_sweep_can_be_described_without_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_full_disk_ends_one_run_and_not_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the run's own error, nor that of noting it, ends the others."""
+    from lora_analysis.training.files import write_json
+
+    trained: list[str] = []
+
+    def train(_config: RunConfig, folder: Path, **_: object) -> None:
+        if folder.name == "second":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        trained.append(folder.name)
+
+    def write(path: Path, fields: dict[str, object]) -> Path:
+        if path.parent.name == "second":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write_json(path, fields)
+
+    monkeypatch.setattr("lora_analysis.training.cells.train_run", train)
+    monkeypatch.setattr("lora_analysis.training.sweep.write_json", write)
+    runs = {name: RunConfig("rotate", 2, seed=n) for n, name in enumerate(("first", "second", "third"))}
+    said: list[str] = []
+    result = run_sweep(runs, tmp_path / "out", executor=SerialExecutor(), report=said.append)
+    assert trained == ["first", "third"]
+    assert list(result.failures) == ["second"]
+    error = result.failures["second"].error
+    assert isinstance(error, OutputError)
+    assert str(error).startswith(f"{tmp_path / 'out' / 'second'}: No space left on device.")
+    assert any("its failure could not be noted" in one for one in said)

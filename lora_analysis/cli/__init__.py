@@ -1,8 +1,9 @@
 """The command line: parse, call the library, print. One file per verb, imported when it is run.
 
 Nothing is computed here. Data goes to stdout, everything else to stderr. Exit codes: 0 done,
-1 unexpected, 2 usage, 3 input refused, 4 done but some adapters failed, 130 interrupted, 141 the
-reader of stdout went away (as the shell reports it of other tools).
+1 unexpected, 2 usage, 3 refused (input, a missing extra, a full disk, memory), 4 done but some
+adapters failed, 130 interrupted, 141 the reader of stdout went away (as the shell reports it of
+other tools).
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from typing import Any, NoReturn
 import click
 
 from lora_analysis import __version__
-from lora_analysis.errors import InputError, LoraAnalysisError
+from lora_analysis.errors import (
+    InputError,
+    LoraAnalysisError,
+    MissingExtraError,
+    OutOfMemoryError,
+    OutputError,
+    named_error,
+)
 from lora_analysis.showing import printable, printable_lines
 
 # The help of the group needs one line per verb, and must not import what the verbs need.
@@ -38,6 +46,7 @@ VERBS = {
 }
 
 
+REFUSED = 3
 INTERRUPTED = 130
 # 128 + SIGPIPE: what a shell reports of a program that its pager or `head` has left.
 READER_GONE = 141
@@ -105,20 +114,21 @@ def run(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return _say("Interrupted. What was finished is kept.", INTERRUPTED)
-    except LoraAnalysisError as error:
-        if "--debug" in given:
-            raise
-        return _say(printable(f"Error: {error}"), 3 if isinstance(error, InputError) else 1)
-    except OSError as error:
-        if "--debug" in given:
-            raise
-        return _say(printable(f"Error: {error}"), 1)
     except Exception as error:  # the last line of defence is the one place for it
         if "--debug" in given:
             raise
+        verb = next((one for one in given if one in VERBS), "lora-analysis")
+        known = error if isinstance(error, LoraAnalysisError) else named_error(error, verb)
+        if known is not None:
+            return _say(printable(f"Error: {known}"), REFUSED if _is_refusal(known) else 1)
         what = printable(f"Unexpected {type(error).__name__}: {error}")
         return _say(f"{what}\nRun again with --debug.", 1)
     return result if isinstance(result, int) else 0
+
+
+def _is_refusal(error: LoraAnalysisError) -> bool:
+    """Return True for input, a disk, memory or an extra that is not as the command needs it."""
+    return isinstance(error, InputError | OutputError | OutOfMemoryError | MissingExtraError)
 
 
 def _say(message: str, code: int) -> int:

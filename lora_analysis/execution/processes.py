@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -13,7 +14,7 @@ from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any, Generic
 
-from lora_analysis.errors import InputError, LostWorkerError
+from lora_analysis.errors import InputError, LostWorkerError, UnguardedScriptError
 from lora_analysis.execution.protocol import (
     Cell,
     Failed,
@@ -24,7 +25,14 @@ from lora_analysis.execution.protocol import (
     Work,
     is_final,
 )
-from lora_analysis.execution.worker import Done, run_worker
+from lora_analysis.execution.worker import (
+    UNGUARDED,
+    WORKER_NAME,
+    Done,
+    Ready,
+    end_if_imported_by_worker,
+    run_worker,
+)
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -48,6 +56,7 @@ class _Worker(Generic[Cell]):
     environment: Mapping[str, str]
     cell: Cell | None = None
     attempts: int = 0
+    ready: bool = False
 
     @property
     def busy(self) -> bool:
@@ -70,6 +79,8 @@ class _Worker(Generic[Cell]):
             return self.pipe.recv()
         except (EOFError, ConnectionError):
             self.process.join(_PATIENCE)
+            if not self.ready and (self.process.exitcode or 0) > 0:
+                raise _not_started(self.process.exitcode) from None
             message = (
                 f"The worker process {self.process.pid} ended with exit code "
                 f"{self.process.exitcode} before {self.cell} was done. Was it killed for want of "
@@ -94,7 +105,9 @@ class ProcessExecutor:
     Raises
     ------
     InputError
-        Fewer than one worker.
+        Fewer than one worker. When the work begins, if no worker can import the main module.
+    UnguardedScriptError
+        When the work begins, if the main module starts workers itself when it is imported.
 
     Notes
     -----
@@ -110,6 +123,7 @@ class ProcessExecutor:
         threads: int = 1,
         environments: Sequence[Mapping[str, str]] = (),
     ) -> None:
+        end_if_imported_by_worker()
         if workers < 1:
             message = f"workers must be at least 1, found {workers}."
             raise InputError(message)
@@ -150,6 +164,9 @@ def _outcomes(
         ready = wait([worker.pipe for worker in crew if worker.busy])
         for at in [at for at, worker in enumerate(crew) if worker.pipe in ready]:
             message = crew[at].receive()
+            if isinstance(message, Ready):
+                crew[at].ready = True
+                continue
             if not isinstance(message, Done | Failed):
                 tell(message)
                 continue
@@ -169,10 +186,25 @@ def _outcomes(
 def _start(work: bytes, threads: int, environment: Mapping[str, str]) -> _Worker[Any]:
     ours, theirs = _CONTEXT.Pipe()
     arguments = (theirs, work, threads, dict(environment))
-    process = _CONTEXT.Process(target=run_worker, args=arguments, daemon=True)
+    process = _CONTEXT.Process(target=run_worker, name=WORKER_NAME, args=arguments, daemon=True)
     process.start()
     theirs.close()
     return _Worker(process, ours, environment)
+
+
+def _not_started(exit_code: int | None) -> InputError:
+    """Return why a worker ended while it imported the main module, as every other one would."""
+    script = getattr(sys.modules["__main__"], "__file__", None) or "the main module"
+    guard = 'under `if __name__ == "__main__":`'
+    if exit_code == UNGUARDED:
+        return UnguardedScriptError(
+            f"{script} starts worker processes, which import it and would start their own: put the "
+            f"call {guard}, or use one worker (workers=1)."
+        )
+    return InputError(
+        f"Worker processes cannot import {script} (exit code {exit_code}; their error is above): "
+        f"put what it does {guard}, or use one worker (workers=1)."
+    )
 
 
 def _end(crew: Sequence[_Worker[Any]]) -> None:

@@ -37,6 +37,28 @@ class Done:
     result: Any
 
 
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Sent first: the worker has imported the caller's main module."""
+
+
+WORKER_NAME = "lora-analysis worker"
+UNGUARDED = 87
+"""Exit code of a worker whose main module starts workers itself."""
+
+
+def end_if_imported_by_worker() -> None:
+    """End a worker process that is importing the caller's main module, and nothing else.
+
+    To be called by what starts worker processes: a script that does so when it is imported would
+    start them again in every worker.
+    """
+    process = multiprocessing.current_process()
+    # Set by multiprocessing while it imports the main module in a new process.
+    if process.name == WORKER_NAME and getattr(process, "_inheriting", False):
+        os._exit(UNGUARDED)
+
+
 class _CallerGone(BaseException):
     """Nobody is left to tell; no work may take it for an error of its own."""
 
@@ -67,6 +89,7 @@ def _serve(pipe: Pipe, work: bytes) -> None:
             raise _CallerGone from None
 
     function = None
+    tell(Ready())
     while True:
         sent = pipe.recv_bytes()
         try:

@@ -6,7 +6,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lora_analysis.errors import InputError, MalformedFileError, SourceError
+from lora_analysis.errors import (
+    InputError,
+    LoraAnalysisError,
+    MalformedFileError,
+    SourceError,
+    named_error,
+)
 from lora_analysis.formats.fetched import fetched
 from lora_analysis.formats.registry import readers
 from lora_analysis.formats.sources import (
@@ -130,8 +136,12 @@ def _refusals_of(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if isinstance(error, LoraAnalysisError):
+            raise
         message = f"{error.filename or path}: cannot be read: {error.strerror or error}."
         raise SourceError(message) from error
+    except (MemoryError, RecursionError) as error:
+        raise named_error(error, str(path)) or error from error
 
 
 def _read(place: Place, options: ReadOptions) -> Adapter:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_analysis.errors import InUseError
+from lora_analysis.errors import InUseError, named_errors
 from lora_analysis.training.config import RunConfig
 from lora_analysis.training.events import RunEvent
 from lora_analysis.training.runs import train_run
@@ -44,16 +44,18 @@ class TrainCell:
         def relabelled(event: RunEvent) -> None:
             tell(replace(event, label=cell.name))
 
+        place = self.folder / cell.name
         end = time.monotonic() + _PATIENCE
         while True:
             try:
-                train_run(
-                    cell.config,
-                    self.folder / cell.name,
-                    device=self.device,
-                    progress=relabelled,
-                    force=self.force,
-                )
+                with named_errors(str(place)):
+                    train_run(
+                        cell.config,
+                        place,
+                        device=self.device,
+                        progress=relabelled,
+                        force=self.force,
+                    )
             except InUseError:
                 if time.monotonic() > end:
                     raise

@@ -9,7 +9,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from lora_analysis import __version__
 from lora_analysis.errors import InputError, InUseError, LoraAnalysisError, OccupiedError
 from lora_analysis.execution.protocol import Executor, Outcome, Retried, Tell
+from lora_analysis.execution.worker import end_if_imported_by_worker
 from lora_analysis.showing import plural
 from lora_analysis.storage.atomic import remove_leftovers
 from lora_analysis.storage.documents import read_json_object
@@ -142,6 +143,7 @@ def run_sweep(
         Two runs have one name, ``workers`` is below 1, another sweep is at work in the folder, or
         finished runs would be replaced.
     """
+    end_if_imported_by_worker()
     named = runs if isinstance(runs, Mapping) else _by_own_names(runs)
     chosen = named if names is None else {name: named[name] for name in names}
     chosen = named if chosen.keys() == named.keys() else chosen
@@ -297,13 +299,13 @@ def _settle(
     name, place = outcome.cell.name, folder / outcome.cell.name
     note = place / FAILURE_NAME
     if outcome.error is None:
-        note.unlink(missing_ok=True)
+        with suppress(OSError):  # the run is finished all the same
+            note.unlink(missing_ok=True)
         return
     failures[name] = RunFailure(outcome.error, outcome.attempts)
     if report is not None:
         times = "once" if outcome.attempts == 1 else f"{outcome.attempts} times"
         report(f"{name} failed {times} and is left out: {outcome.error}")
-    place.mkdir(parents=True, exist_ok=True)
     facts = {
         "error": str(outcome.error),
         "kind": type(outcome.error).__name__,
@@ -311,4 +313,8 @@ def _settle(
         "host": socket.gethostname(),
         "traceback": traceback.format_exception(outcome.error),
     }
-    write_json(note, facts)
+    try:
+        write_json(note, facts)
+    except OSError as error:  # the disk that is full for one run may have room for another
+        if report is not None:
+            report(f"{name}: its failure could not be noted: {error}")
