@@ -285,7 +285,7 @@ def test_a_script_that_workers_cannot_import_is_said_once(tmp_path: Path) -> Non
     assert done.returncode == 0
     assert "Worker processes cannot import" in done.stdout
     assert "(exit code 1; their error is above)" in done.stdout
-    assert done.stderr.count("KeyError") == 1
+    assert done.stderr.count("KeyError: 'main'") == 1
 
 
 def test_such_a_script_may_catch_the_error() -> None:

@@ -354,7 +354,9 @@ def test_a_full_disk_ends_one_run_and_not_the_sweep(
 
     monkeypatch.setattr("lora_analysis.training.cells.train_run", train)
     monkeypatch.setattr("lora_analysis.training.sweep.write_json", write)
-    runs = {name: RunConfig("rotate", 2, seed=n) for n, name in enumerate(("first", "second", "third"))}
+    runs = {
+        name: RunConfig("rotate", 2, seed=n) for n, name in enumerate(("first", "second", "third"))
+    }
     said: list[str] = []
     result = run_sweep(runs, tmp_path / "out", executor=SerialExecutor(), report=said.append)
     assert trained == ["first", "third"]

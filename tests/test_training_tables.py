@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lora_analysis.errors import InputError, MalformedFileError, MissingExtraError
-from lora_analysis.training import DataOptions, RunConfig
+from lora_analysis.training import DataOptions, RunConfig, tables
 from lora_analysis.training.docstrings import docstring_rows
 from lora_analysis.training.examples import Example, Examples, read_examples
 from lora_analysis.training.tables import read_datasets, read_rows
@@ -222,3 +222,79 @@ def test_the_docstrings_give_their_subpackage_away_nowhere() -> None:
     assert not [row for _, row in rows.rows if "sklearn" in row["text"].lower()]
     with pytest.raises(InputError, match=r"no task 'sklern' among the docstrings. Tasks: sklearn"):
         docstring_rows("sklern")
+
+
+def test_long_cells_are_cut_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "MAX_CELL_CHARACTERS", 10)
+    path = tmp_path / "x.csv"
+    path.write_text(f'text,label\n{"a" * 50},yes\n"{"b," * 20}",{"n" * 11}\nshort,no\n')
+    rows = read_rows(path)
+    assert [row["text"] for _, row in rows.rows] == ["a" * 10, "b," * 5, "short"]
+    assert rows.notes() == ["x.csv: 3 cells are cut to 10 characters."]
+
+
+def test_a_line_without_end_is_a_bad_row_and_read_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "MAX_LINE_CHARACTERS", 40)
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "' + "b" * 90 + '"}\n{"text": "c"}\n')
+    rows = read_rows(path)
+    assert [(line, row["text"]) for line, row in rows.rows] == [(1, "a"), (3, "c")]
+    assert [line for line, _ in rows.bad] == [2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a,1\n" + "b" * 90 + ",1\na,1\n", 'a,1\n"' + "\n".join(["b" * 20] * 4) + '",1\na,1\n'],
+)
+def test_a_table_with_a_line_or_field_without_end_is_refused(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "MAX_LINE_CHARACTERS", 40)
+    path = tmp_path / "x.csv"
+    path.write_text("text,label\n" + text)
+    with pytest.raises(MalformedFileError, match=r"x\.csv: line \d.*(longer|larger) than"):
+        read_rows(path)
+
+
+def test_a_line_of_text_without_end_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "MAX_LINE_CHARACTERS", 40)
+    path = tmp_path / "x.txt"
+    path.write_text("one\n\n" + "b" * 400 + "\n\ntwo\n")
+    rows = read_rows(path)
+    assert [(line, row["text"]) for line, row in rows.rows] == [(1, "one"), (5, "two")]
+    assert [line for line, _ in rows.bad] == [3]
+
+
+def test_nested_rows_and_rows_of_many_fields_are_bad_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "MAX_DATA_FIELDS", 3)
+    path = tmp_path / "x.jsonl"
+    deep = '{"text": ' + "[" * 5000 + "]" * 5000 + "}"
+    path.write_text(f'{{"text": "a"}}\n{deep}\n{{"a": 1, "b": 2, "c": 3, "d": 4}}\n')
+    rows = read_rows(path)
+    assert [reason for _, reason in rows.bad] == [
+        "not JSON (it nests too deeply (limit 64 levels))",
+        "4 fields, too many",
+    ]
+    path = tmp_path / "x.csv"
+    path.write_text("a,b,c,d\n1,2,3,4\n")
+    with pytest.raises(MalformedFileError, match=r"4 columns \(limit 3\)"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize("limit", ["MAX_DATA_ROWS", "MAX_DATA_CHARACTERS"])
+def test_more_than_a_total_is_refused(
+    limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("text,label\n" + "abc,no\n" * 9)
+    read_rows(path)
+    monkeypatch.setattr(tables, limit, 8)
+    with pytest.raises(InputError, match=r"x\.csv: more than .* Pass a limit .*--limit"):
+        read_rows(path)
+    assert len(read_rows(path, limit=1).rows) == 1

@@ -123,8 +123,11 @@ def plot_atlas(
         colours = "RdBu" if what == "cosine" else None
         from lora_analysis.plots.heatmap import excess_colours
 
+        # Of many, colors are chosen for the pixels that are drawn and not for every pair.
+        shown = plot.data if count <= _NAMED else plot.data.astype(np.float32)
         image = ax.imshow(
-            np.ma.masked_invalid(plot.data),
+            np.ma.masked_invalid(shown, copy=False),
+            interpolation_stage="data",
             cmap=(mpl.colormaps[colours] if colours else excess_colours()).with_extremes(
                 bad=style.BLANK
             ),

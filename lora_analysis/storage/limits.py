@@ -37,6 +37,21 @@ MAX_TOML_BYTES: Final = 2**18
 MAX_ADAPTER_BYTES: Final = 8 * 2**30
 """The factors of one adapter, as float32."""
 
+MAX_DATA_ROWS: Final = 10_000_000
+"""Rows of one file of training data, those that cannot be read among them."""
+
+MAX_DATA_FIELDS: Final = 4096
+"""Columns of one row of it."""
+
+MAX_LINE_CHARACTERS: Final = 2**28
+"""One line or field of it; a longer one is left out."""
+
+MAX_CELL_CHARACTERS: Final = 2**20
+"""What is kept of one cell."""
+
+MAX_DATA_CHARACTERS: Final = 2**31
+"""What is kept of all cells of one file."""
+
 MAX_HUB_ADAPTER_BYTES: Final = 8 * 2**30
 """What is downloaded for one source of adapters, in all."""
 

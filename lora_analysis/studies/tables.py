@@ -196,6 +196,7 @@ def study(
     if unmatched and not walk.amplified:
         raise _no_weight(next(iter(unmatched.values())), analysed[0], opened.base)
     atlas = sums.atlas([at for at, one in enumerate(named) if one.label not in failed])
+    del sums  # as large as the atlas
     asked = {
         "base": base and (str(base) if isinstance(base, str | Path) else ...),
         "modules": modules,

@@ -10,10 +10,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
 
 from lora_analysis.errors import InputError, MalformedFileError, MissingExtraError
 from lora_analysis.storage.documents import parse_json
+from lora_analysis.storage.limits import (
+    MAX_CELL_CHARACTERS,
+    MAX_DATA_CHARACTERS,
+    MAX_DATA_FIELDS,
+    MAX_DATA_ROWS,
+    MAX_LINE_CHARACTERS,
+)
 
 if TYPE_CHECKING:
     from lora_analysis.training.options import DataFormat
@@ -30,6 +37,7 @@ _BY_SUFFIX: Final[Mapping[str, DataFormat]] = {
 }
 # CoLA's files have no header: source, label, the author's mark, sentence.
 _COLA: Final = ("source", "label", "mark", "sentence")
+_TOO_LONG: Final = f"longer than {MAX_LINE_CHARACTERS:,} characters"
 # What GLUE calls the columns of its tasks, by the names that are used here.
 _GLUE_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "text": ("sentence1", "#1 String", "question1", "question", "sentence"),
@@ -45,9 +53,54 @@ class Rows:
     source: str
     rows: list[tuple[int, Row]] = field(default_factory=list)
     bad: list[tuple[int, str]] = field(default_factory=list)
+    cut: int = 0
+    characters: int = 0
+
+    def add(self, line: int, row: Row | str) -> None:
+        """Add a row, its long cells cut, or the reason why it is none.
+
+        Raises
+        ------
+        InputError
+            There are more rows or characters than are kept of one file.
+        """
+        if isinstance(row, str) or len(row) > MAX_DATA_FIELDS:
+            reason = row if isinstance(row, str) else f"{len(row):,} fields, too many"
+            self.bad.append((line, reason))
+        else:
+            self.rows.append((line, self._cut(row)))
+        count = len(self.rows) + len(self.bad)
+        if count > MAX_DATA_ROWS or self.characters > MAX_DATA_CHARACTERS:
+            message = (
+                f"{self.source}: more than {MAX_DATA_ROWS:,} rows or {MAX_DATA_CHARACTERS:,} "
+                f"characters (line {line:,}). Pass a limit (command line: --limit), or a part."
+            )
+            raise InputError(message)
+
+    def _cut(self, row: Row) -> Row:
+        """Return a row with no text longer than is kept of one."""
+        long = [
+            name
+            for name, cell in row.items()
+            if isinstance(cell, str) and len(cell) > MAX_CELL_CHARACTERS
+        ]
+        if long:
+            self.cut += len(long)
+            row = {**row, **{name: row[name][:MAX_CELL_CHARACTERS] for name in long}}
+        self.characters += sum(len(cell) for cell in row.values() if isinstance(cell, str))
+        return row
 
     def notes(self) -> list[str]:
-        """Return a sentence on the bad rows where there are any: how many, where, and why."""
+        """Return sentences on rows left out (how many, where, why) and on cells that are cut."""
+        return [*self._bad_note(), *self._cut_note()]
+
+    def _cut_note(self) -> list[str]:
+        if not self.cut:
+            return []
+        cells = "1 cell is" if self.cut == 1 else f"{self.cut:,} cells are"
+        return [f"{self.source}: {cells} cut to {MAX_CELL_CHARACTERS:,} characters."]
+
+    def _bad_note(self) -> list[str]:
         if not self.bad:
             return []
         count = len(self.bad) + len(self.rows)
@@ -77,7 +130,7 @@ def read_rows(path: Path, *, format: DataFormat = "auto", limit: int | None = No
     InputError
         The end of the name says nothing.
     MalformedFileError
-        The file is empty, has no header, or is no text.
+        The file is empty, has no header or too many columns, or is no text.
     MissingExtraError
         It is Parquet, and pyarrow is not installed.
     """
@@ -93,10 +146,7 @@ def read_rows(path: Path, *, format: DataFormat = "auto", limit: int | None = No
     found = Rows(path.name)
     try:
         for line, row in islice(_READERS[kind](path), limit):
-            if isinstance(row, str):
-                found.bad.append((line, row))
-            else:
-                found.rows.append((line, row))
+            found.add(line, row)
     except UnicodeDecodeError as error:
         message = f"{path}: not UTF-8 text at byte {error.start}; is it of another format?"
         raise MalformedFileError(message) from error
@@ -113,7 +163,10 @@ _Lines = Iterator[tuple[int, Row | str]]
 
 def _jsonl(path: Path) -> _Lines:
     with path.open(encoding="utf-8") as stream:
-        for line, text in enumerate(stream, 1):
+        for line, text in _lines(stream):
+            if text is None:
+                yield line, _TOO_LONG
+                continue
             if not text.strip():
                 continue
             try:
@@ -124,6 +177,28 @@ def _jsonl(path: Path) -> _Lines:
             yield line, row if isinstance(row, dict) else f"a {type(row).__name__}, no object"
 
 
+def _lines(stream: TextIO) -> Iterator[tuple[int, str | None]]:
+    """Yield lines with their numbers; None for one that is too long, read over in parts."""
+    number = 0
+    while text := stream.readline(MAX_LINE_CHARACTERS):
+        number += 1
+        if len(text) < MAX_LINE_CHARACTERS or text.endswith("\n"):
+            yield number, text
+            continue
+        while text and not text.endswith("\n"):
+            text = stream.readline(MAX_LINE_CHARACTERS)
+        yield number, None
+
+
+def _whole_lines(path: Path, stream: TextIO) -> Iterator[str]:
+    """Yield lines; raise for one that is too long, within which a row may end anywhere."""
+    for number, text in _lines(stream):
+        if text is None:
+            message = f"{path}: line {number:,} is {_TOO_LONG}."
+            raise MalformedFileError(message)
+        yield text
+
+
 def _csv(path: Path) -> _Lines:
     yield from _delimited(path, ",", csv.QUOTE_MINIMAL)
 
@@ -131,7 +206,7 @@ def _csv(path: Path) -> _Lines:
 def _tsv(path: Path) -> _Lines:
     """Yield rows between tabs; a file with GLUE's columns is read as GLUE writes it."""
     with path.open(encoding="utf-8", newline="") as stream:
-        first = stream.readline().rstrip("\r\n").split("\t")
+        first = stream.readline(2**20).rstrip("\r\n").split("\t")
     if _is_cola(first) or set(first) & {"#1 String", "gold_label", "is_duplicate"}:
         yield from _glue(path)
     else:
@@ -142,14 +217,24 @@ def _delimited(
     path: Path, delimiter: str, quoting: Literal[0, 3], header: Iterable[str] | None = None
 ) -> _Lines:
     with path.open(encoding="utf-8-sig", newline="") as stream:
-        # A field may be longer than csv's limit, which would be an error in the middle.
-        csv.field_size_limit(2**31 - 1)
-        reader = csv.reader(stream, delimiter=delimiter, quoting=quoting)
+        # A field may be longer than csv's own limit.
+        csv.field_size_limit(MAX_LINE_CHARACTERS)
+        reader = csv.reader(_whole_lines(path, stream), delimiter=delimiter, quoting=quoting)
         names = list(header) if header else next(reader, [])
+        if len(names) > MAX_DATA_FIELDS:
+            message = f"{path}: {len(names):,} columns (limit {MAX_DATA_FIELDS:,})."
+            raise MalformedFileError(message)
         if len(set(names)) != len(names):
             message = f"{path}: two columns of the header have one name: {', '.join(names)}."
             raise MalformedFileError(message)
-        for fields in reader:
+        while True:
+            try:
+                fields = next(reader, None)
+            except csv.Error as error:  # where the next row begins is not known then
+                message = f"{path}: line {reader.line_num:,}: {error}. Is a quote missing?"
+                raise MalformedFileError(message) from error
+            if fields is None:
+                return
             if not fields:
                 continue
             fits = len(fields) == len(names)
@@ -159,7 +244,7 @@ def _delimited(
 
 def _glue(path: Path) -> _Lines:
     with path.open(encoding="utf-8", newline="") as stream:
-        first = stream.readline().rstrip("\r\n").split("\t")
+        first = stream.readline(2**20).rstrip("\r\n").split("\t")
     header = _COLA if _is_cola(first) else None
     names = header or first
     own = {
@@ -192,7 +277,7 @@ def _parquet(path: Path) -> _Lines:
         message = f"{path}: no Parquet file ({error})."
         raise MalformedFileError(message) from error
     number = 0
-    for batch in file.iter_batches():
+    for batch in file.iter_batches(batch_size=1024):
         for row in batch.to_pylist():
             number += 1
             yield number, row
@@ -203,8 +288,10 @@ def _text(path: Path) -> _Lines:
     with path.open(encoding="utf-8") as stream:
         gathered: list[str] = []
         start = 1
-        for line, text in enumerate(stream, 1):
-            if text.strip():
+        for line, text in _lines(stream):
+            if text is None:
+                yield line, _TOO_LONG
+            elif text.strip():
                 start = start if gathered else line
                 gathered.append(text.rstrip("\r\n"))
             elif gathered:
@@ -216,7 +303,10 @@ def _text(path: Path) -> _Lines:
 
 def _e2e(path: Path) -> _Lines:
     with path.open(encoding="utf-8") as stream:
-        for line, text in enumerate(stream, 1):
+        for line, text in _lines(stream):
+            if text is None:
+                yield line, _TOO_LONG
+                continue
             if not text.strip():
                 continue
             slots, bars, reference = text.rstrip("\r\n").partition("||")
@@ -230,7 +320,8 @@ def _e2e(path: Path) -> _Lines:
 def _looks_as_e2e(path: Path) -> bool:
     """Say whether the first lines are all E2E's, ``slot : value | … || reference``."""
     with path.open(encoding="utf-8", errors="replace") as stream:
-        lines = [line for line in islice(stream, 8) if line.strip()]
+        starts = (stream.readline(2**16) for _ in range(8))
+        lines = [line for line in starts if line.strip()]
     parts = [line.partition("||") for line in lines]
     return bool(lines) and all(
         reference.strip() and all(" : " in slot for slot in slots.split("|"))
@@ -273,5 +364,6 @@ def read_datasets(name: str, split: str, limit: int | None = None) -> Rows:
     found = datasets.load_dataset(identifier, configuration or None)
     rows = Rows(f"{name} ({split})")
     if split in found:
-        rows.rows = list(enumerate(islice(iter(found[split]), limit), 1))
+        for number, row in enumerate(islice(iter(found[split]), limit), 1):
+            rows.add(number, row)
     return rows

@@ -24,6 +24,9 @@ _TARGETS: Final[Mapping[str, Target]] = {
     "causal-lm": "next token",
     "masked-lm": "masked token",
 }
+# A text of so many characters a token is cut before it is tokenized, with some tokens to spare.
+_CHARACTERS: Final = 32
+_SPARE_TOKENS: Final = 16
 _MASKED: Final = 0.15  # of the tokens, as BERT: of these 80 % masked, 10 % any, 10 % as they are
 
 
@@ -133,8 +136,9 @@ def _whole(example: Example, tokenizer: Any, max_length: int) -> dict[str, Any] 
 
     None where the tokeniser makes no token of the text.
     """
-    pair = () if example.pair is None else (example.pair,)
-    made = tokenizer(example.text, *pair, truncation=True, max_length=max_length)
+    pair = () if example.pair is None else (_start_of(example.pair, tokenizer, max_length),)
+    text = _start_of(example.text, tokenizer, max_length)
+    made = tokenizer(text, *pair, truncation=True, max_length=max_length)
     label = {} if example.label is None else {"labels": example.label}
     return {**made, **label} if made["input_ids"] else None
 
@@ -144,7 +148,7 @@ def _completed(example: Example, tokenizer: Any, max_length: int) -> dict[str, A
 
     None where the prompt leaves no room for a token of the completion.
     """
-    prompt = tokenizer(example.text).input_ids
+    prompt = tokenizer(_start_of(example.text, tokenizer, max_length)).input_ids
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if end and prompt[-1:] == end:  # some tokenisers end every text
         prompt = prompt[:-1]
@@ -155,12 +159,26 @@ def _completed(example: Example, tokenizer: Any, max_length: int) -> dict[str, A
             return None
     else:
         joint = "" if example.text[-1:].isspace() or example.completion[:1].isspace() else " "
-        rest = tokenizer(joint + example.completion, add_special_tokens=False).input_ids + end
+        completion = _start_of(joint + example.completion, tokenizer, max_length)
+        rest = tokenizer(completion, add_special_tokens=False).input_ids + end
         tokens = (prompt + rest)[:max_length]
         labels = ([NO_TARGET] * len(prompt) + rest)[:max_length]
         if len(prompt) >= max_length:
             return None
     return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
+
+
+def _start_of(text: str, tokenizer: Any, max_length: int) -> str:
+    """Return a start of a long text that has more tokens than are used; a short text as it is."""
+    size = _CHARACTERS * max_length + _CHARACTERS
+    while len(text) > size:
+        # Between words: a word that is cut has other tokens.
+        start = text[:size].rsplit(maxsplit=1)[0] if text[:size].strip() else text[:size]
+        count = len(tokenizer(start, add_special_tokens=False, verbose=False).input_ids)
+        if count > max_length + _SPARE_TOKENS:
+            return start
+        size *= 4
+    return text
 
 
 def _lengths(
