@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from lora_analysis.studies import Study
 
 MODULES_DRAWN = 40
+# From so many adapters on, one figure of all pairs takes megabytes.
+_MANY = 500
 
 
 def map_figures(study: Study) -> Iterator[ReportFigure]:
@@ -101,7 +104,9 @@ def atlas_figures(study: Study) -> Iterator[ReportFigure]:
     untrained = " Untrained adapters stand last, outside the tree." if atlas.untrained() else ""
     size = 3.3 if len(atlas.labels) <= 24 else 4.4
     for what, word in words.items():
-        above = atlas.matrix(what)[np.triu_indices(len(atlas.labels), 1)]
+        if len(atlas.labels) > _MANY:
+            gc.collect()  # figures hold themselves, and here a large array
+        above = np.concatenate([row[i + 1 :] for i, row in enumerate(atlas.matrix(what))])
         if np.isnan(above).all():
             continue
         yield ReportFigure(

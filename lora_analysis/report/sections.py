@@ -76,7 +76,9 @@ def drawn_figures(
         svg = plots.svg_text(one.figure, title=one.title, description=one.alt)
         if formats:
             plots.save_figure(one.figure, folder / one.name, formats)
-        yield DrawnFigure(one.name, one.title, one.caption, Markup(svg), narrow)
+        drawn = DrawnFigure(one.name, one.title, one.caption, Markup(svg), narrow)
+        del one  # may hold every pair of many adapters while the next is made
+        yield drawn
 
 
 def _placed(section: Section, *found: ReportTable | None, shown_rows: int = SHOWN_ROWS) -> Section:
