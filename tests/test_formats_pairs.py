@@ -262,8 +262,8 @@ def test_a_file_without_an_adapter_is_described_by_its_first_tensors(
         ("pytorch_lora_weights.bin", b"PK\x03\x04", "pickle"),
         ("adapter.pt", b"\x80\x02", "pickle"),
         ("adapter", b"PK\x03\x04", "pickle"),
-        ("notes.md", b"# A title", "no safetensors file"),
-        ("empty", b"", "no safetensors file"),
+        ("notes.md", b"# A title", "plain text"),
+        ("empty", b"", "not a safetensors file"),
     ],
 )
 def test_files_that_are_no_safetensors_are_told_apart(

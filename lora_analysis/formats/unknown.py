@@ -10,6 +10,7 @@ from lora_analysis.formats.sources import tensors_at
 from lora_analysis.storage.containers import PICKLE_SUFFIXES, is_pickle, pickle_refused
 from lora_analysis.storage.documents import regular_file_size
 from lora_analysis.storage.gguf import is_gguf, read_gguf
+from lora_analysis.storage.impostors import LOOK_BYTES, impostor, impostor_at
 from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
@@ -19,10 +20,13 @@ if TYPE_CHECKING:
     from lora_analysis.storage.tensors import NamedTensors
 
 _READABLE: Final = (
-    "Readable: PEFT folders, kohya-ss and LyCORIS LoCon, diffusers, FLUX trainers, cloneofsimo, "
-    "loralib, MLX, GGUF, torchtune, litgpt, AdapterHub, OpenDelta, NeMo, dumps of PEFT models, and "
-    "bare pairs of matrices in one file with pair=."
+    "Readable, as safetensors, GGUF, npz or torch files: PEFT folders, kohya-ss and LyCORIS LoCon, "
+    "diffusers, FLUX trainers, cloneofsimo, loralib, MLX, GGUF, torchtune, litgpt, AdapterHub, "
+    "OpenDelta, NeMo, dumps of PEFT models, and bare pairs of matrices in one file with pair=."
 )
+
+# Files of a folder whose first bytes are looked at, for the message.
+_LOOKED_AT: Final = 50
 
 
 def unknown_format(path: Path, options: ReadOptions) -> UnknownFormatError:
@@ -38,9 +42,8 @@ def unknown_format(path: Path, options: ReadOptions) -> UnknownFormatError:
     if _is_closed_pickle(path, options):
         return pickle_refused(path)
     if path.suffix != ".safetensors" and start[8:] != b"{" and not is_pickle(path):
-        return UnknownFormatError(
-            f"{path}: this is no safetensors file, nor another file of tensors. {_READABLE}"
-        )
+        kind = impostor_at(path) or "not a safetensors file, nor another file of tensors."
+        return UnknownFormatError(f"{path}: this is {kind} {_READABLE}")
     tensors = open_tensors(path, allow_pickle=options.allow_pickle)
     if known_pair(tensors.infos):
         return pair_needed(path, tensors)
@@ -61,7 +64,14 @@ def _unknown_folder(folder: Path, options: ReadOptions) -> UnknownFormatError:
     shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
     text = f"{folder}: no adapter was recognised. The folder holds: {shown}."
     stored = [folder / name for name in names if name.endswith(".safetensors")]
-    if stored:
+    kinds = [
+        f" {name}: this is {kind}"
+        for name in names[:_LOOKED_AT]
+        if (kind := _impostor(folder / name))
+    ]
+    if kinds:
+        text += "".join(kinds)
+    elif stored:
         text += f" {stored[0].name}: {_described(open_tensors(stored[0]))}"
     elif any(name.endswith(tuple(PICKLE_SUFFIXES)) for name in names) and not options.allow_pickle:
         text += (
@@ -69,6 +79,14 @@ def _unknown_folder(folder: Path, options: ReadOptions) -> UnknownFormatError:
             "allow_pickle=True (command line: --allow-pickle); or save as safetensors."
         )
     return UnknownFormatError(f"{text} {_READABLE}")
+
+
+def _impostor(path: Path) -> str:
+    """Return what a file is, if it is not what an adapter's file would be; "" for all others."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as stream:
+        return impostor(stream.read(LOOK_BYTES))
 
 
 def _described(tensors: NamedTensors) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import UnknownFormatError
+from lora_analysis.storage.impostors import impostor_at
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,7 +38,9 @@ def _start(path: Path) -> bytes:
 
 
 def pickle_refused(path: Path) -> UnknownFormatError:
-    """Return the error for a pickle that the caller has not allowed."""
+    """Return the error for a pickle that the caller has not allowed, or for what poses as one."""
+    if not is_pickle(path) and (kind := impostor_at(path)):
+        return UnknownFormatError(f"{path}: this is {kind}")
     return UnknownFormatError(
         f"{path}: this is a pickle, which can run code when other programs open it, so it is not "
         "read unasked. Save it as safetensors; or pass allow_pickle=True (command line: "

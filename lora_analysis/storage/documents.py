@@ -8,6 +8,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from lora_analysis.errors import MalformedFileError, SourceError
+from lora_analysis.storage.impostors import LOOK_BYTES, impostor, is_pointer
 from lora_analysis.storage.limits import (
     MAX_CONFIG_BYTES,
     MAX_DOCUMENT_NESTING,
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
 
 
 _TOO_DEEP: Final = f"it nests too deeply (limit {MAX_DOCUMENT_NESTING} levels)"
-# What Git leaves in place of a large file that was not fetched: below 1,024 bytes, begun so.
-_POINTER: Final = b"version https://git-lfs"
-_POINTER_BYTES: Final = 1024
 # What nests in TOML: brackets and dots, where they are not in a string or a comment.
 _TOML_TOKEN: Final = re.compile(
     r'''"""(?:\\.|[^\\])*?"""|\'{3}.*?\'{3}|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|\#[^\n]*|[][{}.,=\n]''',
@@ -157,7 +155,8 @@ def parse_json_object(raw: bytes, path: Path, *, what: str, constants: bool) -> 
         message = f"{path}: {what} is not UTF-8 (byte {error.start})."
         raise MalformedFileError(message) from error
     except ValueError as error:
-        message = f"{path}: {what} is not valid JSON: {error}."
+        kind = impostor(raw)
+        message = f"{path}: {what} is {kind or f'not valid JSON: {error}.'}"
         raise MalformedFileError(message) from error
     if not isinstance(document, dict):
         message = f"{path}: {what} must be a JSON object, found {type(document).__name__}."
@@ -205,27 +204,24 @@ def regular_file_size(path: Path) -> int:
     try:
         regular = path.is_file()
         size = path.stat().st_size if regular else 0
-        pointer = regular and _is_pointer(path, size)
+        # What Git LFS and Xet leave in place of a large file that was not fetched is smaller.
+        kind_of_pointer = _pointer_at(path) if regular and size <= LOOK_BYTES else ""
         kind = "does not exist" if not path.exists() else "is not a regular file"
     except (OSError, ValueError) as error:
         regular, kind = False, f"cannot be looked at: {error}"
     if not regular:
         message = f"{path} {kind}."
         raise SourceError(message)
-    if pointer:
-        message = (
-            f"{path}: a pointer of Git LFS, not the file itself. Fetch it with 'git lfs pull', or "
-            "download it from its page."
-        )
+    if kind_of_pointer:
+        message = f"{path}: this is {kind_of_pointer}"
         raise MalformedFileError(message)
     return size
 
 
-def _is_pointer(path: Path, size: int) -> bool:
-    if not len(_POINTER) < size < _POINTER_BYTES:
-        return False
+def _pointer_at(path: Path) -> str:
     with path.open("rb") as stream:
-        return stream.read(len(_POINTER)) == _POINTER
+        start = stream.read(LOOK_BYTES)
+    return impostor(start) if is_pointer(start) else ""
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

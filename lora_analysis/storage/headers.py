@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from lora_analysis.errors import MalformedFileError
 from lora_analysis.storage.documents import parse_json_object, regular_file_size
 from lora_analysis.storage.dtypes import BITS
+from lora_analysis.storage.impostors import LOOK_BYTES, impostor, text_start
 from lora_analysis.storage.limits import MAX_HEADER_BYTES, MAX_TENSOR_DIMENSIONS, MAX_TENSORS
 
 if TYPE_CHECKING:
@@ -77,9 +78,11 @@ def read_header(path: Path) -> Header:
     """
     size = regular_file_size(path)
     with path.open("rb") as stream:
-        prefix = stream.read(_LENGTH_BYTES)
+        start = stream.read(LOOK_BYTES)
+        prefix = start[:_LENGTH_BYTES]
         length = int.from_bytes(prefix, "little")
-        _check_header_length(path, size, prefix, length)
+        _check_header_length(path, size, start, length)
+        stream.seek(_LENGTH_BYTES)
         raw = stream.read(length)
     if len(raw) != length:
         message = f"{path}: the file shrank while its header was read."
@@ -96,7 +99,7 @@ def header_size(path: Path, start: bytes, size: int) -> int:
         The length is beyond the limit or the file's size.
     """
     length = int.from_bytes(start[:_LENGTH_BYTES], "little")
-    _check_header_length(path, size, start[:_LENGTH_BYTES], length)
+    _check_header_length(path, size, start, length)
     return _LENGTH_BYTES + length
 
 
@@ -122,8 +125,12 @@ def parse_header(path: Path, start: bytes, size: int) -> Header:
     return Header(metadata, tensors)
 
 
-def _check_header_length(path: Path, size: int, prefix: bytes, length: int) -> None:
-    if len(prefix) < _LENGTH_BYTES:
+def _check_header_length(path: Path, size: int, start: bytes, length: int) -> None:
+    beyond = len(start) < _LENGTH_BYTES or length > min(MAX_HEADER_BYTES, size - _LENGTH_BYTES)
+    kind = (impostor(start) or text_start(start[:LOOK_BYTES])) if beyond else ""
+    if kind:
+        message = f"{path}: this is {kind}"
+    elif len(start) < _LENGTH_BYTES:
         message = f"{path}: {size} bytes are too few for a safetensors file; is it cut short?"
     elif length > MAX_HEADER_BYTES:
         message = (
