@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate
-from lora_analysis.bases import Weight
+from lora_analysis.bases import Weight, check_experts
 from lora_analysis.errors import (
     DegenerateSubspaceError,
     IncompatibleError,
@@ -102,7 +102,13 @@ def effective_adapter(
         Of the same modules; what :func:`effective_update` says is worked out when a module is
         asked for, and so are the errors of the base's weights. Updates that are the whole change
         already are those of ``adapter``, and the base is not asked for theirs.
+
+    Raises
+    ------
+    IncompatibleError
+        The adapter stacks the factors of another number of experts than the base has.
     """
+    check_experts(adapter, base)
     base = base.matched_to([adapter])
     findings = [one for one in adapter.provenance.findings if one.code not in _LOW_RANK_PART]
     if len(findings) < len(adapter.provenance.findings):

@@ -69,6 +69,126 @@ KINDS: Final[dict[str, Kind]] = {
         "KaSA: ΔW is the low-rank part s·B·diag·A; the smallest r singular directions were taken "
         "out of the base weight beforehand.",
     ),
+    "config-missing": Kind(
+        "limit",
+        "There is no {config}: neither the scale nor the initialization is stated.",
+    ),
+    "config-type-missing": Kind(
+        "limit",
+        "{config} names no peft_type; it states r or lora_alpha and is read as PEFT's LoRA.",
+    ),
+    "config-rank-differs": Kind(
+        "damage",
+        "The rank in adapter_config.json is not that of the factors for {modules} of {of} modules "
+        "(first: '{first}', {stated} in the config, {rank} in the file). The factors count.",
+    ),
+    "config-targets-missing": Kind(
+        "limit",
+        "target_modules names {count} of {of} targets for which the file holds no factors: "
+        "{targets}. Either the model has no such module, or their factors are missing.",
+    ),
+    "config-targets-exceeded": Kind(
+        "limit",
+        "{modules} of {of} modules have factors and are not in target_modules (first: '{first}'). "
+        "PEFT would not load them. Are config and weights of one adapter?",
+    ),
+    "config-layers-differ": Kind(
+        "limit",
+        "The layers with factors are not those of layers_to_transform. Without factors: "
+        "[{missing}]; not in the config: [{beyond}].",
+    ),
+    "layers-missing": Kind(
+        "limit",
+        "{modules} modules are missing between layers that have them (first: '{first}'; layers "
+        "{layers}). Either these layers were excluded from training, or their factors were lost.",
+    ),
+    "config-saved-missing": Kind(
+        "limit",
+        "modules_to_save names modules of which the file holds no tensor: {modules}. Either the "
+        "model has no such module, or it was not saved.",
+    ),
+    "config-biases-missing": Kind(
+        "limit",
+        "The config says that biases were trained (bias = '{bias}'), and the file holds none.",
+    ),
+    "scale-unknown": Kind(
+        "limit",
+        "The scale of {modules} of {of} modules is not known ({reason}): spectra are in units of "
+        "the scale. Pass scale= or alpha= (command line: --scale, --alpha) to set it.",
+    ),
+    "alpha-zero": Kind(
+        "limit",
+        "lora_alpha is 0 for {modules} of {of} modules: the factors are not applied as "
+        "configured. They are analyzed as stored, in units of the scale. Pass alpha= or scale= "
+        "(command line: --alpha, --scale) to set it.",
+    ),
+    "alora": Kind("limit", "aLoRA: the update acts only after the invocation tokens."),
+    "mica": Kind(
+        "limit",
+        "MiCA: B is not trained, it holds the base weight's last left singular vectors; the "
+        "output side says nothing about what was learned.",
+    ),
+    "pruned-to-rank-0": Kind(
+        "limit",
+        "{modules} modules were pruned to rank 0 and are left out (first: '{first}').",
+    ),
+    "layers-replicated": Kind(
+        "limit",
+        "Layers are numbered as replicated; each is compared with the base's own layer.",
+    ),
+    "grouped-convolutions": Kind(
+        "limit",
+        "{modules} grouped convolutions (first: '{first}'): ΔW acts on all input channels, the "
+        "base weight on those of its group.",
+    ),
+    "expert-order": Kind(
+        "limit",
+        "Factors of {experts} experts lie in one tensor ({parameters}). The columns of B are read "
+        "{order}, {reason}. A wrong order gives other updates of the same size.",
+    ),
+    "expert-orientation-unknown": Kind(
+        "limit",
+        "'{parameter}': whether A of the experts acts on the inputs is not stated (PEFT before "
+        "0.19 took the axes as they came); it is taken to. Compare its shape with the base's.",
+    ),
+    "expert-stack": Kind(
+        "limit",
+        "Factors of {experts} experts lie in one tensor each ({parameters}) and are read per "
+        "expert.",
+    ),
+    "expert-factors-shared": Kind(
+        "artifact",
+        "All {experts} experts share one factor of each projection ({parameters}): their overlap "
+        "on that side is 1 by construction.",
+    ),
+    "empty-placeholders": Kind(
+        "limit",
+        "{modules} modules have empty factors and are left out ({types}): the model has no such "
+        "projection.",
+    ),
+    "kernel-assumed": Kind(
+        "limit",
+        "AdaLoRA on {modules} convolutions (first: '{first}'): the file does not tell the width of "
+        "the kernels; {kernel} is assumed from the number of columns. ΔW as a matrix is exact. "
+        "Pass kernel= (command line: --kernel) to set it.",
+    ),
+    "empty-saved-tensors": Kind(
+        "damage",
+        "{count} tensors of modules trained in full are empty (first: '{first}'): DeepSpeed "
+        "ZeRO-3 saved them without gathering their parts. What was learned there is not in the "
+        "file.",
+    ),
+    "tensors-beside": Kind(
+        "limit",
+        "{count} further tensors in the file: {what} (first: '{first}'). They are not analyzed and "
+        "not written.",
+    ),
+    "tensors-in-full": Kind("limit", "{count} tensors in the file are {what} (first: '{first}')."),
+    "side-file": Kind(
+        "limit",
+        "'{file}' lies next to the adapter: modules trained in full (in LLaVA and its kin the "
+        "projector). They are part of what was learned; they are not analyzed and not written.",
+    ),
     "whole-change": Kind(
         "limit",
         "Where a method rescales the weight or takes a part of it away, ΔW is the whole change of "

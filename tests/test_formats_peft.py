@@ -89,7 +89,7 @@ def test_the_folder_its_config_and_its_weights_all_name_the_adapter(
         ({"alpha_pattern": {r"layers\.\d+\.q": 12}}, 3.0),
         ({"alpha_pattern": {"k": 12, ".*": 16, "q": 20}}, 4.0),
         ({"lora_alpha": 8.0}, 2.0),
-        ({"lora_alpha": 0}, 0.0),
+        ({"lora_alpha": 0}, None),
     ],
 )
 def test_the_scale_follows_the_config(
@@ -106,8 +106,10 @@ def test_the_rank_comes_from_the_factors_and_a_config_that_differs_is_a_finding(
     adapter = read_adapter(folder)
     assert only(adapter).scale == 8 / 2
     assert adapter.provenance.rank == 2
-    (finding,) = map(str, adapter.provenance.findings)
-    assert "'layers.0.q': 16, really 2" in finding
+    (finding,) = adapter.provenance.findings
+    assert finding.code == "config-rank-differs"
+    assert finding.fields["first"] == "layers.0.q"
+    assert (finding.fields["stated"], finding.fields["rank"]) == (16, 2)
 
 
 def test_modules_of_several_ranks_have_no_common_rank(
@@ -417,7 +419,8 @@ def test_experts_that_nest_the_other_way_round_are_told_by_their_shapes(
         "experts.1.down_proj": (4, 5),
         "experts.1.gate_up_proj": (10, 4),
     }
-    assert adapter.provenance.findings == ()
+    (finding,) = adapter.provenance.findings
+    assert finding.code == "expert-order"
 
 
 CONFIG_ERRORS: list[tuple[dict[str, Any], type[InputError], list[str]]] = [
@@ -440,8 +443,10 @@ CONFIG_ERRORS: list[tuple[dict[str, Any], type[InputError], list[str]]] = [
     ({"rank_pattern": {"q[": 1}}, MalformedFileError, ["rank_pattern", "q["]),
     ({"peft_type": "LOHA"}, UnsupportedMethodError, ["peft_type", "'LOHA'"]),
     ({"peft_type": None}, UnsupportedMethodError, ["peft_type", "None"]),
+    ({"monteclora_config": {"buffer_size": 1}}, UnsupportedMethodError, ["monteclora_config"]),
     ({"use_qalora": True}, UnsupportedMethodError, ["use_qalora"]),
-    ({"use_bdlora": {"nblocks": 2}}, UnsupportedMethodError, ["use_bdlora"]),
+    ({"use_bdlora": True}, MalformedFileError, ["use_bdlora", "nblocks", "True"]),
+    ({"use_bdlora": {"nblocks": 0}}, MalformedFileError, ["nblocks", "0"]),
     ({"arrow_config": {"top_k": 1}}, UnsupportedMethodError, ["arrow_config"]),
     ({"target_parameters": "w1"}, MalformedFileError, ["target_parameters", "'w1'"]),
     ({"layer_replication": [[2, 0]]}, MalformedFileError, ["layer_replication", "[[2, 0]]"]),
@@ -602,7 +607,7 @@ def adapters(draw: st.DrawFn) -> Adapter:
             name=name,
             A=rng.standard_normal((rank, 7)).astype(dtype),
             B=rng.standard_normal((3, rank)).astype(dtype),
-            scale=draw(st.sampled_from([2.0, 0.3, 1e-3, -1.0, 0.0, 1 / 3])),
+            scale=draw(st.sampled_from([2.0, 0.3, 1e-3, -1.0, 1 / 3])),
             layout=layout,
         )
         for name, rank in draw(

@@ -195,11 +195,22 @@ def test_adalora_reads_with_its_singular_values_and_its_own_scale(tmp_path: Path
     adapter = read_adapter(tmp_path)
     for name in ("proj", "out", "conv2"):
         assert_same(adapter[name].delta_weight(), delta(model, name))
-    assert adapter.provenance.findings == ()
+    (finding,) = adapter.provenance.findings
+    assert (finding.code, finding.fields["first"]) == ("kernel-assumed", "conv2")
+    assert low_rank(adapter, "conv2").layout == "conv"
+    assert low_rank(adapter, "proj").layout == "linear"
     assert low_rank(adapter, "proj").alpha == 10
     half = read_adapter(tmp_path, alpha=5)
     assert_same(2 * half["proj"].delta_weight(), adapter["proj"].delta_weight())
     assert half.provenance.scale_origin["proj"] == "caller"
+
+
+def test_the_kernel_of_adalora_on_a_convolution_may_be_given(tmp_path: Path) -> None:
+    """Its A is ``(r, c_in·k·k)``; ``point`` has 4 inputs and a kernel of 1."""
+    adalora(["conv2", "point"]).save_pretrained(tmp_path)
+    adapter = read_adapter(tmp_path, kernel=1)
+    assert low_rank(adapter, "conv2").kernel == (1, 1)
+    assert adapter.provenance.findings == ()
 
 
 def test_adalora_after_pruning_keeps_the_scale_of_the_first_rank(tmp_path: Path) -> None:
@@ -383,7 +394,7 @@ def test_experts_are_read_one_by_one(tmp_path: Path, turned: bool, parameters: l
         stem, _, expert = owner.rpartition(".")
         assert update.base_name == f"{stem}.{parameter}[{expert}]"
         assert update.rank == (3 if parameter == "down_proj" else 2)
-    assert adapter.provenance.findings == ()
+    assert {finding.code for finding in adapter.provenance.findings} == {"expert-order"}
 
 
 def test_experts_of_early_versions_are_turned_where_their_shapes_tell(tmp_path: Path) -> None:
@@ -409,8 +420,8 @@ def test_experts_of_one_parameter_and_an_unknown_version_are_a_finding(tmp_path:
     path = tmp_path / "adapter_config.json"
     stated = json.loads(path.read_text())
     path.write_text(json.dumps(stated | {"peft_version": "0.18.1"}))
-    (finding,) = map(str, read_adapter(tmp_path).provenance.findings)
-    assert "before 0.19" in finding
+    codes = [finding.code for finding in read_adapter(tmp_path).provenance.findings]
+    assert codes == ["expert-orientation-unknown", "expert-order"]
     path.write_text(json.dumps(stated | {"r": 4}))
     with pytest.raises(MalformedFileError, match=r"6 rows.*rank 4"):
         read_adapter(tmp_path)
@@ -542,7 +553,7 @@ def test_experts_are_written_back_as_peft_stored_them(
     ("fields", "told"),
     [
         ({"use_qalora": True}, "QA-LoRA"),
-        ({"use_bdlora": peft.tuners.lora.config.BdLoraConfig(nblocks=2)}, "BD-LoRA"),
+        ({"monteclora_config": {"buffer_size": 4}}, "MonteCLoRA"),
         ({"init_lora_weights": "loftq", "loftq_config": {}}, "LoftQ"),
     ],
 )

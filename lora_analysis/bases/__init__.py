@@ -6,7 +6,8 @@ quantised, a live ``torch.nn.Module`` (torch is not imported for it), or a mappi
 """
 
 from lora_analysis.bases.differences import read_update
+from lora_analysis.bases.fit import check_experts
 from lora_analysis.bases.opening import open_base
 from lora_analysis.bases.weights import BaseWeights, Weight
 
-__all__ = ["BaseWeights", "Weight", "open_base", "read_update"]
+__all__ = ["BaseWeights", "Weight", "check_experts", "open_base", "read_update"]

@@ -137,7 +137,7 @@ _TEXT_ENCODERS = _rules(
 
 FAMILIES: Final = (
     Family(re.compile(r"attention\.attention\.(query|key|value)$"), _VIT),
-    Family(re.compile(r"\.block_sparse_moe\."), _MIXTRAL),
+    Family(re.compile(r"\.block_sparse_moe\.|\.experts\.\d+\.w[123]$"), _MIXTRAL),
     Family(re.compile(r"(^|\.)embed_out$"), _rules((r"(^|\.)embed_out$", r"\1lm_head"))),
     Family(re.compile(r"(^|\.)(double|single)_blocks\.\d"), _FLUX),
     Family(re.compile(r"(^|\.)blocks\.\d+\.(self|cross)_attn\.(q|k|v|o|[kv]_img)$"), _WAN),

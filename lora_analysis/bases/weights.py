@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from lora_analysis.bases.expert_count import count_experts
 from lora_analysis.bases.fused import Family, is_interleaved, rows_of_part
 from lora_analysis.bases.locating import Located, Locator
 from lora_analysis.bases.naming import TensorNames, matrix_shape
@@ -260,6 +261,14 @@ class BaseWeights:
     def address(self) -> str | None:
         """``hf://owner/name@commit`` and the path inside, of a model from a hub; else None."""
         return None if self.snapshot is None else self.snapshot.address(self.snapshot.path)
+
+    @property
+    def experts(self) -> int | None:
+        """Experts of a layer, None where there are none, or layers differ.
+
+        By the first axis of the stacks, else the numbers in names, else the config.
+        """
+        return count_experts(self._source.names, self._source.shape, self._config)
 
     @property
     def names(self) -> list[str]:

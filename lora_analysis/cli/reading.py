@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lora_analysis.bases import BaseWeights
     from lora_analysis.formats import AdapterRef
     from lora_analysis.formats.initial import StartOf
+    from lora_analysis.formats.sources import ExpertOrder
     from lora_analysis.studies import ReadLater
 
 
@@ -45,6 +46,8 @@ class Reading:
     enable_lora: tuple[bool, ...] | None = None
     kernel: int | None = None
     heads: tuple[int, int] | None = None
+    expert_order: ExpertOrder | None = None
+    experts: int | None = None
     trained_on: str | None = None
     _opened: dict[str, BaseWeights] = field(default_factory=dict, repr=False, compare=False)
 
@@ -78,6 +81,8 @@ class Reading:
             enable_lora=self.enable_lora,
             kernel=self.kernel,
             heads=self.heads,
+            expert_order=self.expert_order,
+            experts=self.experts,
         )
 
     def open_base(self, source: str | None) -> BaseWeights | None:
@@ -190,6 +195,8 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
         enable_lora: Any,
         kernel: Any,
         heads: Any,
+        expert_order: Any,
+        experts: Any,
         trained_on: Any,
         **others: Any,
     ) -> Any:
@@ -205,6 +212,8 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
             enable_lora=enable_lora,
             kernel=kernel,
             heads=heads,
+            expert_order=expert_order,
+            experts=experts,
             trained_on=trained_on,
         )
         return command(*args, reading=reading, **others)
@@ -242,6 +251,17 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _structure_options(command: Command) -> Command:
     """Add what says how factors are made up, where a file stores several together."""
+    command = click.option(
+        "--experts",
+        type=click.IntRange(min=1),
+        help="Number of experts of the base, if the rank of one expert is not the config's r.",
+    )(command)
+    command = click.option(
+        "--expert-order",
+        type=click.Choice(["expert-fastest", "expert-slowest"]),
+        help="Order of the columns of B for experts stored in one tensor: PEFT packs the expert "
+        "fastest, Unsloth packed it slowest until September 2026. Default: the config's mark.",
+    )(command)
     command = click.option(
         "--heads",
         metavar="Q,K",

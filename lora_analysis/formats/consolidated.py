@@ -31,7 +31,8 @@ NAME: Final = "peft-dump"
 
 # All before PEFT's own prefix: names of dictionaries and of wrappers.
 _WAY: Final = re.compile(
-    r"(?P<way>((module|state_dict|model_state_dict|model|_forward_module|_orig_mod)\.)+)"
+    r"(?P<way>((module|state_dict|model_state_dict|model|_forward_module|_orig_mod"
+    r"|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+)"
     r"(?P<name>base_model\.model\..+)"
 )
 # PEFT's own file, whose reader knows the wrappers of a plain dump.
@@ -99,7 +100,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:
         message = f"{path}: several adapters are in this file. Read one of: {listed}."
         raise SourceError(message)
     config = _config(path)
-    found = module_pairs(path, tensors, keys, name, config)
+    found = module_pairs(path, tensors, keys, name, config=config, options=options)
     stored = [key for of in keys.saved.values() for key in of.values()]
     copies = keys.notes.get("copies of base weights", [])
     others = {key: n for key, n in keys.notes.items() if key != "copies of base weights"}

@@ -11,6 +11,7 @@ import numpy as np
 
 from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.errors import InputError, MalformedFileError, SourceError, UnsupportedMethodError
+from lora_analysis.finding import Finding
 from lora_analysis.formats.stored import StoredFactor, tensor
 from lora_analysis.storage.dtypes import is_floating
 from lora_analysis.storage.limits import (
@@ -75,7 +76,12 @@ UNKNOWN_SCALE = StatedScale(None, None, "unknown")
 def scale_from_alpha(
     alpha: float, rank: int, origin: ScaleOrigin, *, rslora: bool = False
 ) -> StatedScale:
-    """Return the multiplier ``alpha/r``, or ``alpha/sqrt(r)`` with rsLoRA."""
+    """Return the multiplier ``alpha/r``, or ``alpha/sqrt(r)`` with rsLoRA.
+
+    An alpha of 0 gives none: factors that are not applied as configured are not untrained.
+    """
+    if alpha == 0:
+        return StatedScale(None, 0.0, origin)
     return StatedScale(alpha / (rank**0.5 if rslora else rank), alpha, origin)
 
 
@@ -111,7 +117,8 @@ def stored_rank(tensors: NamedTensors, pair: StoredPair) -> int:
     (rank, d_in), (d_out, rank_b) = a, b
     if rank != rank_b:
         message = (
-            f"{where} has factors of different ranks: {pair.a.name} is {a}, {pair.b.name} is {b}; "
+            f"{where} has factors of different ranks: {_shown(tensors, pair.a, a)}, "
+            f"{_shown(tensors, pair.b, b)}; "
             f"A must be (r, d_in) and B (d_out, r). {_way_on(pair, transposed=d_in == d_out)}"
         )
         raise MalformedFileError(message)
@@ -122,6 +129,13 @@ def stored_rank(tensors: NamedTensors, pair: StoredPair) -> int:
         )
         raise MalformedFileError(message)
     return rank
+
+
+def _shown(tensors: NamedTensors, factor: StoredFactor, shape: tuple[int, int]) -> str:
+    """Return a factor's name and shape, and that in the file if it was changed."""
+    stored = tensors.infos[factor.name].shape
+    in_file = "" if stored == shape else f", {stored} in the file"
+    return f"{factor.name} is {shape}{in_file}"
 
 
 def _way_on(pair: StoredPair, *, transposed: bool) -> str:
@@ -203,7 +217,8 @@ def _check_scales(
             message = (
                 f"{tensors.file_of(pair.a.name)}: the scale of '{pair.module}' would be "
                 f"{stated.scale:g} ({stated.origin}); the limits are {MIN_SCALE:g} and "
-                f"{MAX_SCALE:g}. Is the alpha damaged? Pass scale= or alpha= to set it."
+                f"{MAX_SCALE:g}. Is the alpha damaged? Pass scale= or alpha= (command line: "
+                "--scale, --alpha) to set it."
             )
             raise MalformedFileError(message)
 
@@ -237,7 +252,7 @@ def _read_factor(
         if largest > MAX_VALUE:
             message = (
                 f"{tensors.file_of(factor.name)}: {role} of '{pair.module}' holds "
-                f"{largest:.3g}; no training leaves numbers above {MAX_VALUE:g}. The file is "
+                f"{largest:.3g} (limit {MAX_VALUE:g}): the training diverged or the file is "
                 "damaged."
             )
             raise MalformedFileError(message)
@@ -275,15 +290,17 @@ def common_rank(ranks: Mapping[str, int]) -> int | None:
     return distinct.pop() if len(distinct) == 1 else None
 
 
-def scale_finding(scales: Mapping[str, StatedScale], missing: str) -> list[str]:
-    """Return the sentence about modules of unknown scale, where there are any."""
-    count = sum(stated.scale is None for stated in scales.values())
-    if not count:
-        return []
-    return [
-        f"The scale of {count} of {len(scales)} modules is not known ({missing}): spectra are in "
-        "units of the scale. Pass scale= or alpha= to set it."
-    ]
+def scale_finding(scales: Mapping[str, StatedScale], missing: str) -> list[Finding | str]:
+    """Return the findings about modules of unknown scale, and about those of alpha 0."""
+    unknown = sum(stated.scale is None and stated.alpha != 0 for stated in scales.values())
+    unused = sum(stated.scale is None and stated.alpha == 0 for stated in scales.values())
+    findings: list[Finding | str] = []
+    if unknown:
+        fields = {"modules": unknown, "of": len(scales), "reason": missing}
+        findings.append(Finding("scale-unknown", fields))
+    if unused:
+        findings.append(Finding("alpha-zero", {"modules": unused, "of": len(scales)}))
+    return findings
 
 
 def complete_pairs(

@@ -175,12 +175,12 @@ def _number(tensors: NamedTensors, name: str) -> float:
     return float(values[0])
 
 
-def _scale_findings(parts: SortedParts, scales: Mapping[str, StatedScale]) -> list[str]:
+def _scale_findings(parts: SortedParts, scales: Mapping[str, StatedScale]) -> list[Finding | str]:
     by_reason: dict[str, list[str]] = {}
     for module, one in scales.items():
         if one.origin in ("format", "unknown"):
             by_reason.setdefault(parts.spellings[module].reason, []).append(module)
-    findings = []
+    findings: list[Finding | str] = []
     for reason, modules in by_reason.items():
         if scales[modules[0]].scale is None:
             findings += scale_finding(scales, reason)

@@ -30,24 +30,33 @@ from lora_analysis.formats.factors import (
 )
 from lora_analysis.formats.fused_parts import FUSED_PARTS, parted
 from lora_analysis.formats.initial import StoredStart, check_start, less_starts, subtracted_note
+from lora_analysis.formats.peft_checks import (
+    StoredModules,
+    config_gaps,
+    rank_finding,
+    saves,
+)
 from lora_analysis.formats.peft_config import CONFIG_NAME, PeftConfig, read_peft_config
+from lora_analysis.formats.peft_incomplete import no_tensors
 from lora_analysis.formats.peft_keys import SortedKeys, sort_keys
 from lora_analysis.formats.peft_pairs import ModulePairs, divided_scale, module_pairs
-from lora_analysis.formats.peft_places import PeftPlace, check_weights, place_of
+from lora_analysis.formats.peft_places import PeftPlace, check_weights, place_of, side_files
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, run_facts
 from lora_analysis.formats.sources import place_of as source_of
-from lora_analysis.showing import plural
 from lora_analysis.storage.hub_names import shown_errors
 from lora_analysis.storage.marks import config_findings
 from lora_analysis.storage.tensors import LazyTensors, NamedTensors, open_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from lora_analysis.formats.initial import StartOf
 
 NAME: Final = "peft"
+_BIASES: Final = "trained biases of the base"
+_IN_FULL: Final = "stored in full"
+_UNNAMED: Final = "stored in full without being in modules_to_save"
 
 
 def recognises(path: Path, options: ReadOptions) -> bool:
@@ -103,7 +112,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:
         module: _stated_scale(stored, module, rank, config, options)
         for module, rank in ranks.items()
     }
-    saved, others = _saved_tensors(stored.keys, stored.chosen, config)
+    saved, others, empty = _saved_tensors(stored, config)
     label = options.label or label_of(place.shown, name)
     pairs, applied, parts = (
         parted(stored.tensors, stored.found.pairs, scales, options, rslora=config.use_rslora)
@@ -125,7 +134,13 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:
             findings=as_findings(
                 (
                     *_findings(
-                        place, config, stored.found, ranks=ranks, scales=scales, others=others
+                        place,
+                        config,
+                        stored,
+                        ranks=ranks,
+                        scales=scales,
+                        others=others,
+                        empty=empty,
                     ),
                     *_start_findings(config, start),
                     *config_findings(
@@ -156,7 +171,10 @@ def _open(place: PeftPlace, name: str | None, config: PeftConfig, options: ReadO
     keys = sort_keys(place.weights, tensors.infos)
     chosen = _choose(place, keys, name)
     return _Stored(
-        tensors, keys, chosen, module_pairs(place.weights, tensors, keys, chosen, config)
+        tensors,
+        keys,
+        chosen,
+        module_pairs(place.weights, tensors, keys, chosen, config=config, options=options),
     )
 
 
@@ -204,15 +222,12 @@ def _start_needed(config: PeftConfig) -> UnsupportedMethodError:
     )
 
 
-def _start_findings(config: PeftConfig, start: StartOf | None) -> list[str]:
+def _start_findings(config: PeftConfig, start: StartOf | None) -> list[Finding | str]:
     if start is not None:
         name = config.subtracted or "an initialisation the caller names"
         return [subtracted_note(name)]
     if config.start == "mica":
-        return [
-            "MiCA: B is not trained, it holds the base weight's last left singular vectors; the "
-            "output side says nothing about what was learned."
-        ]
+        return [Finding("mica")]
     return []
 
 
@@ -236,6 +251,8 @@ def _stated_scale(
 def _choose(place: PeftPlace, keys: SortedKeys, name: str | None) -> str | None:
     """Return the adapter name under which the wanted factors are filed."""
     names = list(keys.factors)
+    if not names and not keys.saved and not keys.notes:
+        raise no_tensors(place.weights)
     if not names:
         first = ", ".join(list(keys.saved.get(None, {}))[:3]) or "none"
         message = f"{place.weights}: no LoRA factors found. First tensors: {first}."
@@ -254,58 +271,69 @@ def _choose(place: PeftPlace, keys: SortedKeys, name: str | None) -> str | None:
 
 
 def _saved_tensors(
-    keys: SortedKeys, chosen: str | None, config: PeftConfig
-) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Return the tensors trained in full, and all others by what they are."""
+    stored: _Stored, config: PeftConfig
+) -> tuple[dict[str, str], dict[str, list[str]], list[str]]:
+    """Return the tensors trained in full, all others by what they are, and the empty ones."""
+    keys = stored.keys
     others = {what: list(names) for what, names in keys.notes.items()}
-    wanted = keys.saved if len(keys.factors) == 1 else (None, chosen)
+    adapters = keys.saved if len(keys.factors) == 1 else (None, stored.chosen)
     saved: dict[str, str] = {}
-    for adapter in wanted:
+    for adapter in adapters:
         saved |= keys.saved.get(adapter, {})
+    empty = [name for name, key in saved.items() if 0 in stored.tensors.infos[key].shape]
+    saved = {name: key for name, key in saved.items() if name not in empty}
     if config.path is None and saved:
-        others["stored in full"] = list(saved)
+        others[_IN_FULL] = list(saved)
     for name in list(saved) if config.path else []:
-        if any(f".{module}." in f".{name}" for module in config.modules_to_save):
+        if saves(config, name):
             continue
         if name.endswith(".bias") and config.raw.get("bias", "none") != "none":
-            others.setdefault("trained biases of the base", []).append(saved.pop(name))
+            others.setdefault(_BIASES, []).append(saved.pop(name))
         else:
-            others.setdefault("stored in full without being in modules_to_save", []).append(name)
-    return saved, others
+            others.setdefault(_UNNAMED, []).append(name)
+    return saved, others, empty
 
 
 def _findings(
     place: PeftPlace,
     config: PeftConfig,
-    found: ModulePairs,
+    stored: _Stored,
     *,
     ranks: Mapping[str, int],
     scales: Mapping[str, StatedScale],
     others: Mapping[str, list[str]],
+    empty: Sequence[str],
 ) -> list[Finding | str]:
     """Return what the reader noticed."""
+    pairs = stored.found
     findings: list[Finding | str] = []
     if place.config is None:
-        findings.append(
-            f"There is no {CONFIG_NAME}: neither the scale nor the initialisation is stated."
-        )
+        findings.append(Finding("config-missing", {"config": CONFIG_NAME}))
+    elif config.assumed:
+        findings.append(Finding("config-type-missing", {"config": CONFIG_NAME}))
     findings += scale_finding(scales, f"{CONFIG_NAME} states no lora_alpha")
-    stated = {
-        module: config.stated_rank(found.config_names.get(module, module)) for module in ranks
-    }
-    differing = [module for module in ranks if stated[module] not in (None, ranks[module])]
-    if differing and not config.adalora:  # which cuts ranks down as it trains
-        first = differing[0]
-        findings.append(
-            f"{CONFIG_NAME} states another rank than the factors have for {len(differing)} of "
-            f"{len(ranks)} modules ('{first}': {stated[first]}, really {ranks[first]}). "
-            "The factors count."
-        )
+    findings += rank_finding(config, pairs.config_names, ranks)
     if config.raw.get("alora_invocation_tokens"):
-        findings.append("aLoRA: the update acts only after the invocation tokens.")
-    findings += found.findings
+        findings.append(Finding("alora"))
+    findings += pairs.findings
+    saved = {name for names in stored.keys.saved.values() for name in names}
+    modules = StoredModules(
+        adapted=[pairs.config_names.get(module, module) for module in ranks],
+        pruned=pairs.pruned,
+        saved=[*saved, *stored.keys.full],
+        biases=sum(name.endswith(".bias") for name in (*saved, *others.get(_BIASES, ()))),
+    )
+    findings += config_gaps(config, modules)
+    if empty:
+        findings.append(Finding("empty-saved-tensors", {"count": len(empty), "first": empty[0]}))
     findings += [
-        f"{plural(len(names), 'tensor')} beside the factors: {what} (first: '{names[0]}')."
+        Finding(
+            "tensors-in-full" if what in (_IN_FULL, _UNNAMED) else "tensors-beside",
+            {"count": len(names), "what": what, "first": names[0]},
+        )
         for what, names in others.items()
+    ]
+    findings += [
+        Finding("side-file", {"file": path.name}) for path in side_files(place.weights.parent)
     ]
     return findings

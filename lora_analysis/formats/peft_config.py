@@ -21,6 +21,7 @@ CONFIG_NAME: Final = "adapter_config.json"
 
 # More layers than any model has; a range is written out, and must not cost memory.
 _MAX_LAYERS: Final = 10_000
+_MAX_BLOCK_NAMES: Final = 1000
 
 # Initialisations after which training starts from W + s·B₀A₀ = W: what is stored is the update.
 _PLAIN_INITIALISATIONS: Final = frozenset(
@@ -37,10 +38,8 @@ _REFUSED_INITIALISATIONS: Final = {
 _VARIANTS: Final = {
     "use_qalora": "QA-LoRA pools the input before A",
     "use_qa_lora": "QA-LoRA pools the input before A",
-    "use_bdlora": "BD-LoRA stores a block-diagonal factor as stacked blocks",
     "arrow_config": "Arrow routes each token through several adapters",
     "monteclora_config": "MonteCLoRA samples around the factors",
-    "velora_config": "VeLoRA compresses the input",
     "enable_lora": "MergedLinear of early PEFT stores the blocks of a fused weight in one",
 }
 
@@ -72,12 +71,22 @@ _OTHER_METHODS: Final = {
 
 
 @dataclass(frozen=True, slots=True)
+class Blocks:
+    """BD-LoRA's blocks: their number, and parts of the names of modules whose A or B has them."""
+
+    count: int
+    in_a: tuple[str, ...]
+    in_b: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PeftConfig:
     """What an ``adapter_config.json`` says about scale and orientation.
 
     ``subtracted`` names the method whose initial product was taken out of the base weight,
     ``start`` spells it as the file does. ``replicated`` holds the ranges of layers that were
-    put one after the other. ``raw`` is the whole document, kept for a writer to give back.
+    put one after the other. ``assumed`` tells that the file names no
+    method. ``raw`` is the whole document, kept for a writer to give back.
     """
 
     path: Path | None = None
@@ -95,6 +104,8 @@ class PeftConfig:
     fan_in_fan_out: bool = False
     modules_to_save: tuple[str, ...] = ()
     base_model: str | None = None
+    blocks: Blocks | None = None
+    assumed: bool = False
     raw: Mapping[str, Any] = field(default_factory=dict)
 
     def stated_scale(self, module: str, rank: int) -> StatedScale:
@@ -149,6 +160,8 @@ def read_peft_config(path: Path) -> PeftConfig:
         fan_in_fan_out=bool(_optional(_flag, path, "fan_in_fan_out", raw)),
         modules_to_save=_optional(_names, path, "modules_to_save", raw) or (),
         base_model=_optional(_text, path, "base_model_name_or_path", raw),
+        assumed=_is_bare(raw),
+        blocks=_optional(_blocks, path, "use_bdlora", raw),
         raw=raw,
     )
 
@@ -158,6 +171,11 @@ def names_a_method(raw: Mapping[str, Any]) -> bool:
     return "peft_type" in raw or "swift_type" in raw
 
 
+def _is_bare(raw: Mapping[str, Any]) -> bool:
+    """Return True for a config that states rank and alpha in PEFT's words and no method."""
+    return not names_a_method(raw) and ("lora_alpha" in raw or "r" in raw)
+
+
 def method_of(raw: Mapping[str, Any]) -> object:
     """Return the method's name: ms-swift writes its own beside PEFT's, or in place of it."""
     return raw.get("peft_type", raw.get("swift_type"))
@@ -165,7 +183,7 @@ def method_of(raw: Mapping[str, Any]) -> object:
 
 def _refuse_other_methods(path: Path, raw: Mapping[str, Any]) -> None:
     """Raise where the config names a method whose update is not ``s·B·A``."""
-    peft_type = method_of(raw)
+    peft_type = "LORA" if _is_bare(raw) else method_of(raw)
     if peft_type not in ("LORA", "ADALORA"):
         stored = _OTHER_METHODS.get(str(peft_type), "something else")
         message = (
@@ -247,6 +265,21 @@ def _ranges(path: Path, key: str, value: Any) -> tuple[tuple[int, int], ...]:
             raise _wrong(path, key, value, "a list of [first, one past the last] layers")
         found.append((first, stop))
     return tuple(found)
+
+
+def _blocks(path: Path, key: str, value: Any) -> Blocks | None:
+    if not value:
+        return None
+    if not isinstance(value, dict):
+        raise _wrong(path, key, value, "an object with nblocks and the modules that have blocks")
+    count = _optional(_rank, path, "nblocks", value)
+    in_a, in_b = (
+        _optional(_names, path, name, value) or ()
+        for name in ("target_modules_bd_a", "target_modules_bd_b")
+    )
+    if len(in_a) + len(in_b) > _MAX_BLOCK_NAMES:  # each is looked for in every module's name
+        raise _wrong(path, key, value, f"an object with at most {_MAX_BLOCK_NAMES} module names")
+    return Blocks(1 if count is None else count, in_a, in_b)
 
 
 def _wrong(path: Path, key: str, value: Any, wanted: str) -> MalformedFileError:

@@ -1,9 +1,12 @@
 """PEFT's ``target_parameters``: one pair of factors for a stack of experts, per expert.
 
 ``A`` is ``(r·E, in)``, expert by expert; ``B`` is ``(out, r·E)``, in which the column of expert e
-is every E-th: ``ΔW_e = s·B[:, e::E]·A[e·r:(e+1)·r]`` (PEFT, ``ParamWrapper``). Several parameters
-of one module nest in the order in which the module registers them, the first innermost, and no
-key says which is which.
+is every E-th: ``ΔW_e = s·B[:, e::E]·A[e·r:(e+1)·r]`` (PEFT, ``ParamWrapper``). Unsloth packed the
+columns of an expert next to each other until September 2026 and marks such configs. Several
+parameters of one module nest in the order in which the module registers them, the first innermost,
+and no key says which is which.
+
+A parameter that is a matrix has one "expert"; the ``weight`` of a module is the module itself.
 """
 
 from __future__ import annotations
@@ -13,15 +16,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
+from lora_analysis.finding import Finding
 from lora_analysis.formats.factors import StoredPair
 from lora_analysis.formats.stored import tensor
 from lora_analysis.patterns import matches_target
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from lora_analysis.formats.factors import FactorRole
     from lora_analysis.formats.peft_config import PeftConfig
+    from lora_analysis.formats.sources import ExpertOrder, ReadOptions
     from lora_analysis.storage.tensors import NamedTensors
 
 _INSIDE: Final = ".base_layer"
@@ -30,15 +35,27 @@ _REGISTERED: Final = ("gate_up_proj", "gate_proj", "up_proj", "w1", "v1", "w3", 
 _MAX_EXPERTS: Final = 4096
 # Before this version PEFT took the axes as (expert, in, out) whatever the model said.
 _TURNS_SINCE: Final = (0, 19)
+_MARK: Final = "unsloth_fixed"
+_ORDER_REASONS: Final = {
+    "caller": "as the caller says",
+    "mark": "by Unsloth's mark in the config, auto_mapping.unsloth_fixed",
+    "default": "as PEFT packs them: the config has no mark of another writer",
+}
 
 
 @dataclass(slots=True)
 class ExpertPairs:
-    """The pairs of one parameter, one per expert."""
+    """The pairs of one parameter, one per expert.
+
+    ``experts`` is 0 for a parameter that is a matrix; ``code`` is that of the finding about them.
+    """
 
     pairs: list[StoredPair] = field(default_factory=list)
     config_names: dict[str, str] = field(default_factory=dict)
-    findings: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    parameter: str = ""
+    experts: int = 0
+    code: str = "expert-order"
 
 
 def expert_pairs(
@@ -46,7 +63,9 @@ def expert_pairs(
     tensors: NamedTensors,
     pair: StoredPair,
     factors: Mapping[str, Mapping[FactorRole, str]],
+    *,
     config: PeftConfig,
+    options: ReadOptions,
 ) -> ExpertPairs | None:
     """Return the pairs of every expert, or None where the pair is that of a plain module.
 
@@ -74,6 +93,7 @@ def expert_pairs(
         tensors,
         pair,
         config,
+        options,
         owner=owner,
         parameter=ordered[levels.index(pair.module)],
         shapes=dict(zip(ordered, shapes, strict=True)),
@@ -155,41 +175,159 @@ def _is_turned(shapes: Mapping[str, tuple[int, int]], config: PeftConfig) -> boo
     return None
 
 
+def expert_order(config: PeftConfig, options: ReadOptions) -> tuple[ExpertOrder, str]:
+    """Return the order of the columns of B, and why: "caller", "mark" or "default"."""
+    if options.expert_order is not None:
+        return options.expert_order, "caller"
+    mapping = config.raw.get("auto_mapping")
+    if isinstance(mapping, dict) and mapping.get(_MARK) is True:
+        return "expert-slowest", "mark"
+    return "expert-fastest", "default"
+
+
+def without_mark(mapping: object) -> object:
+    """Return ``auto_mapping`` without Unsloth's mark: what is written here has PEFT's order."""
+    if not isinstance(mapping, dict):
+        return mapping
+    return {key: value for key, value in mapping.items() if key != _MARK} or None
+
+
+def _count_experts(
+    path: object,
+    pair: StoredPair,
+    rows: int,
+    config: PeftConfig,
+    options: ReadOptions,
+    *,
+    name: str,
+) -> int:
+    """Return the number of experts whose rows A holds.
+
+    Raises
+    ------
+    MalformedFileError
+        The rows are not a multiple of the rank that the config gives, or of the caller's number.
+    """
+    if options.experts is not None and not name.endswith(".weight"):
+        if rows % options.experts:
+            message = (
+                f"{path}: the {rows} rows of '{pair.a.name}' cannot be those of "
+                f"{options.experts} experts: {rows} is not a multiple of it."
+            )
+            raise MalformedFileError(message)
+        return options.experts
+    rank = config.stated_rank(name)
+    if rank is None or rows % rank or not 0 < rows // rank <= _MAX_EXPERTS:
+        message = (
+            f"{path}: the {rows} rows of '{pair.a.name}' are those of all experts; the config "
+            f"gives rank {rank}, which does not say how many there are. Pass experts=, the number "
+            "of experts of the base (command line: --experts)."
+        )
+        raise MalformedFileError(message)
+    return rows // rank
+
+
 def _split(
     path: object,
     tensors: NamedTensors,
     pair: StoredPair,
     config: PeftConfig,
+    options: ReadOptions,
     *,
     owner: str,
     parameter: str,
     shapes: Mapping[str, tuple[int, int]],
 ) -> ExpertPairs:
     name = f"{owner}.{parameter}"
-    rank, rows = config.stated_rank(name), pair.a.shape(tensors)[0]
-    if rank is None or rows % rank or not 0 < rows // rank <= _MAX_EXPERTS:
+    shape = pair.a.shape(tensors), pair.b.shape(tensors)
+    if len(shape[0]) != 2 or len(shape[1]) != 2:
         message = (
-            f"{path}: the {rows} rows of '{pair.a.name}' are those of all experts; the config "
-            f"gives rank {rank}, which does not say how many there are."
+            f"{path}: '{pair.a.name}' {shape[0]} and '{pair.b.name}' {shape[1]} of '{name}' must "
+            "be matrices of all experts' rows and columns."
         )
-        raise MalformedFileError(message)
-    if any(len(factor.shape(tensors)) != 2 for factor in (pair.a, pair.b)):
-        message = f"{path}: '{pair.a.name}' of '{name}' must be a matrix of all experts' rows."
         raise UnsupportedMethodError(message)
-    experts, found = rows // rank, ExpertPairs()
-    turned = experts > 1 and _is_turned(shapes, config)
+    rows = shape[0][0]
+    experts = _count_experts(path, pair, rows, config, options, name=name)
+    rank = rows // experts
+    if experts == 1:
+        module = owner if parameter == "weight" else name
+        base_name = "" if parameter == "weight" else name
+        plain = StoredPair(module, tensor(pair.a.name), tensor(pair.b.name), base_name=base_name)
+        return ExpertPairs([plain], {module: name})
+    split = ExpertPairs(parameter=parameter, experts=experts)
+    turned = _is_turned(shapes, config)
     if turned is None:
-        found.findings.append(
-            f"'{parameter}': whether A of the experts acts on the inputs is not stated (PEFT "
-            "before 0.19 took the axes as they came); it is taken to. Hold it against the base."
-        )
+        split.findings.append(Finding("expert-orientation-unknown", {"parameter": parameter}))
+    order, _ = expert_order(config, options)
     for expert in range(experts):
-        a = tensor(pair.a.name, shared=True).rows(slice(expert * rank, (expert + 1) * rank))
-        b = tensor(pair.b.name, shared=True).columns(slice(expert, None, experts))
+        rows_of_a = slice(expert * rank, (expert + 1) * rank)
+        columns = rows_of_a if order == "expert-slowest" else slice(expert, None, experts)
+        a = tensor(pair.a.name, shared=True).rows(rows_of_a)
+        b = tensor(pair.b.name, shared=True).columns(columns)
         if turned:
             a, b = b.transposed(), a.transposed()
-        module = f"{owner}.{expert}.{parameter}" if experts > 1 else name
-        base_name = f"{name}[{expert}]" if experts > 1 else name
-        found.pairs.append(StoredPair(module, a, b, base_name=base_name))
-        found.config_names[module] = name
-    return found
+        module = f"{owner}.{expert}.{parameter}"
+        split.pairs.append(StoredPair(module, a, b, base_name=f"{name}[{expert}]"))
+        split.config_names[module] = name
+    return split
+
+
+def is_shared_stack(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Return True for A ``(1 or E, r, d_in)`` and B ``(1 or E, d_out, r)``, from their shapes.
+
+    The kernels of a ``Conv1d``, A ``(r, c_in, k)`` and B ``(c_out, r, 1)``, have three axes too.
+    """
+    if len(a) != 3 or len(b) != 3 or a[1] != b[2] or 0 in (*a, *b):
+        return False
+    kernel = b[2] == 1 and a[0] % b[1] == 0
+    return not kernel and (a[0] == b[0] or 1 in (a[0], b[0]))
+
+
+def shared_pairs(path: object, tensors: NamedTensors, pair: StoredPair) -> ExpertPairs:
+    """Return the pairs of every expert of factors with three axes, of which one may be shared.
+
+    Reference: Tinker's adapters of mixtures of experts: w1 and w3 share A ``(1, r, d_in)`` and
+    have B ``(E, d_out, r)``, w2 has A ``(E, r, d_in)`` and shares B ``(1, d_out, r)``.
+    """
+    a, b = pair.a.shape(tensors), pair.b.shape(tensors)
+    experts = max(a[0], b[0])
+    if experts > _MAX_EXPERTS:
+        message = (
+            f"{path}: '{pair.module}' has factors {a} and {b} of {experts} experts; the limit is "
+            f"{_MAX_EXPERTS}."
+        )
+        raise MalformedFileError(message)
+    owner, _, parameter = pair.module.rpartition(".")
+    code = "expert-stack" if a[0] == b[0] else "expert-factors-shared"
+    split = ExpertPairs(parameter=parameter, experts=experts, code=code)
+    for expert in range(experts):
+        module = f"{owner}.{expert}.{parameter}"
+        split.pairs.append(
+            StoredPair(
+                module,
+                tensor(pair.a.name, shared=True).at(expert if a[0] > 1 else 0),
+                tensor(pair.b.name, shared=True).at(expert if b[0] > 1 else 0),
+            )
+        )
+        split.config_names[module] = pair.module
+    return split
+
+
+def expert_findings(
+    stacks: Sequence[ExpertPairs], config: PeftConfig, options: ReadOptions
+) -> list[Finding]:
+    """Return what is to be known about the stacks of an adapter, once for all of a kind."""
+    groups: dict[tuple[str, int], list[str]] = {}
+    findings: list[Finding] = []
+    for stack in stacks:
+        findings += [finding for finding in stack.findings if finding not in findings]
+        if stack.experts:
+            groups.setdefault((stack.code, stack.experts), []).append(stack.parameter)
+    for (code, experts), parameters in groups.items():
+        fields: dict[str, object] = {"parameters": sorted(set(parameters)), "experts": experts}
+        if code == "expert-order":
+            order, source = expert_order(config, options)
+            reason = _ORDER_REASONS[source]
+            fields |= {"order": order, "source": source, "reason": reason}
+        findings.append(Finding(code, fields))
+    return findings

@@ -35,7 +35,14 @@ _LORA_BIAS = re.compile(r"(?P<module>.+)\.lora_B(\.[^.]+)?\.bias")
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save(\.(?P<adapter>[^.]+))?\.(?P<rest>[^.]+)")
 
 # Wrappers that torch.compile, FSDP and data parallelism put into names.
-_WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module)\.|^module\.(?=base_model\.)")
+_WRAPPERS = re.compile(
+    r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+    r"|^(module\.)+(?=(_\w+\.)*base_model\.)"
+)
+# What Tinker calls the head of a language model, which no model of transformers has.
+_HEAD = re.compile(r"(?:model\.)*(?:language_model\.)?(?:model\.)*unembed_tokens")
+# What VeLoRA keeps for its backward pass; the update does not depend on it.
+_TRAINING_ONLY = "lora_velora_embed"
 
 # A key segment that starts so belongs to a method whose update is not s·B·A. Segments, not
 # substrings: 'poly_lora_A' and 'vera_A' look like plain factors otherwise.
@@ -88,12 +95,14 @@ class SortedKeys:
     module's name ends with ``.base_layer`` where factors lie inside those of the same module.
     ``extras``: the same for what some methods store beside the two factors.
     ``saved``: adapter name → tensor name in the base model → tensor name in the file.
+    ``full``: names, in the base model, of further tensors of modules that are trained in full.
     ``notes``: what is there and not analysed → its tensor names.
     """
 
     factors: dict[str | None, dict[str, dict[FactorRole, str]]] = field(default_factory=dict)
     extras: dict[str | None, dict[str, dict[Part, str]]] = field(default_factory=dict)
     saved: dict[str | None, dict[str, str]] = field(default_factory=dict)
+    full: list[str] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
 
     def note(self, what: str, key: str) -> None:
@@ -108,7 +117,8 @@ def has_factors(keys: Iterable[str]) -> bool:
 
 def module_name(key: str) -> str:
     """Return a module name as the base model has it: wrapper prefixes and layers stripped."""
-    return _WRAPPERS.sub("", key).removeprefix(PREFIX).replace(".base_layer.", ".")
+    name = _WRAPPERS.sub("", key).removeprefix(PREFIX).replace(".base_layer.", ".")
+    return "lm_head" if _HEAD.fullmatch(name) else name
 
 
 def sort_keys(path: object, keys: Iterable[str]) -> SortedKeys:
@@ -134,6 +144,8 @@ def _sort_key(path: object, key: str, found: SortedKeys) -> None:
         _sort_part(path, key, plain, found)
     elif segments[-1] == "trainable_tokens_delta":
         found.note("replaced token embeddings", key)
+    elif _TRAINING_ONLY in segments[-3:]:
+        found.note("VeLoRA's projection of activations, used in training only", key)
     elif method := _other_method(segments):
         message = (
             f"{path}: tensor '{key}' belongs to {method}. Only plain LoRA on matrices, s·B·A, is "
@@ -156,6 +168,7 @@ def _sort_part(path: object, key: str, plain: str, found: SortedKeys) -> None:
     at = max(place for place, segment in enumerate(segments) if segment in _PARTS)
     module, after = ".".join(segments[:at]), segments[at + 1 :]
     if "modules_to_save" in segments:
+        found.full.append(plain.replace(".modules_to_save", ""))
         found.note("factors on a module that is also trained in full", key)
     elif _LORA_BIAS.fullmatch(plain):
         found.note("biases of factor B (lora_bias)", key)

@@ -11,15 +11,23 @@ from typing import TYPE_CHECKING, Final
 from lora_analysis.errors import MalformedFileError, UnsupportedMethodError
 from lora_analysis.finding import Finding
 from lora_analysis.formats.factors import StatedScale, StoredPair, complete_pairs
-from lora_analysis.formats.peft_experts import expert_pairs
+from lora_analysis.formats.peft_experts import (
+    ExpertPairs,
+    expert_findings,
+    expert_pairs,
+    is_shared_stack,
+    shared_pairs,
+)
+from lora_analysis.formats.peft_incomplete import refuse_slices, without_placeholders
 from lora_analysis.formats.stored import StoredFactor, block_diagonal, tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from lora_analysis.formats.factors import FactorRole
     from lora_analysis.formats.peft_config import PeftConfig
     from lora_analysis.formats.peft_keys import Part, SortedKeys
+    from lora_analysis.formats.sources import ReadOptions
     from lora_analysis.storage.tensors import NamedTensors
 
 # Where PEFT looks for the layers that it replicates.
@@ -28,6 +36,9 @@ _CONV_AXES: Final = 5
 _LAYER = re.compile(
     r"(?P<before>(model\.)*(bert\.)?(layers|encoder\.layer|h))\.(?P<index>\d{1,9})\."
 )
+
+# Widths of kernels, the commonest first.
+_WIDTHS = (3, 5, 7, 1)
 
 DORA = "DoRA"
 KASA = "KaSA"
@@ -43,11 +54,18 @@ class ModulePairs:
     pairs: list[StoredPair] = field(default_factory=list)
     config_names: dict[str, str] = field(default_factory=dict)
     divisors: dict[str, str] = field(default_factory=dict)
+    pruned: list[str] = field(default_factory=list)
     findings: list[Finding | str] = field(default_factory=list)
 
 
 def module_pairs(
-    path: object, tensors: NamedTensors, keys: SortedKeys, chosen: str | None, config: PeftConfig
+    path: object,
+    tensors: NamedTensors,
+    keys: SortedKeys,
+    chosen: str | None,
+    *,
+    config: PeftConfig,
+    options: ReadOptions,
 ) -> ModulePairs:
     """Return the factors of every module of the adapter called ``chosen``.
 
@@ -62,15 +80,21 @@ def module_pairs(
     extras = keys.extras.get(chosen, {})
     _check_names(path, keys)
     own = _kept(tensors, keys.factors[chosen], extras, found)
+    own = without_placeholders(path, tensors, own, found.findings)
+    refuse_slices(path, tensors, own, config)
+    stacks: list[ExpertPairs] = []
     for plain in complete_pairs(path, own, _expected_key):
         stored = extras.get(plain.module, {})
         _check_kind(path, plain, stored)
-        pair = _layer(tensors, plain, config)
-        expert = expert_pairs(path, tensors, pair, own, config)
+        if is_shared_stack(plain.a.shape(tensors), plain.b.shape(tensors)):
+            expert: ExpertPairs | None = shared_pairs(path, tensors, plain)
+        else:
+            pair = _layer(tensors, plain, config)
+            expert = expert_pairs(path, tensors, pair, own, config=config, options=options)
         if expert is not None:
-            found.pairs += [_with_base_name(path, one, config) for one in expert.pairs]
+            found.pairs += [_with_base_name(path, member, config) for member in expert.pairs]
             found.config_names |= expert.config_names
-            found.findings += [one for one in expert.findings if one not in found.findings]
+            stacks.append(expert)
             continue
         if plain.module.endswith(".base_layer"):
             message = (
@@ -78,15 +102,17 @@ def module_pairs(
                 "expert parameter, of which target_parameters in the config should tell the name."
             )
             raise UnsupportedMethodError(message)
+        pair = _expanded(path, pair, config)
+        pair = _with_kernel(tensors, pair, stored, options)
         found.pairs.append(_with_base_name(path, _variant(path, pair, stored, config), config))
         if name := stored.get("rank divisor"):
             found.divisors[plain.module] = name
     _check_leftovers(path, own, extras)
+    found.findings += expert_findings(stacks, config, options)
     found.findings += _findings(found.pairs)
+    found.findings += _kernel_findings(found.pairs, extras, options)
     if config.replicated:
-        found.findings.append(
-            "Layers are numbered as replicated; each is held against the base's own layer."
-        )
+        found.findings.append(Finding("layers-replicated"))
     return found
 
 
@@ -111,10 +137,9 @@ def _kept(
     """Return the factors without those of modules that AdaLoRA has cut down to rank 0."""
     values = {module: stored.get("singular values") for module, stored in extras.items()}
     cut = [name for name in factors if (e := values.get(name)) and 0 in tensors.infos[e].shape]
+    found.pruned += cut
     if cut:
-        found.findings.append(
-            f"{len(cut)} modules were pruned to rank 0 and are left out (first: '{cut[0]}')."
-        )
+        found.findings.append(Finding("pruned-to-rank-0", {"modules": len(cut), "first": cut[0]}))
     return {module: stored for module, stored in factors.items() if module not in cut}
 
 
@@ -149,6 +174,71 @@ def _layer(tensors: NamedTensors, pair: StoredPair, config: PeftConfig) -> Store
         layout="conv",
         kernel=a[2:],
     )
+
+
+def _expanded(path: object, pair: StoredPair, config: PeftConfig) -> StoredPair:
+    """Return the pair with BD-LoRA's block-diagonal factor whole; it is stored as stacked blocks.
+
+    PEFT (``BdLoraConfig``) compares each entry with any part of the module's name.
+
+    Raises
+    ------
+    MalformedFileError
+        The config names the module for both factors.
+    """
+    blocks = config.blocks
+    if blocks is None or pair.layout in ("conv", "embedding"):  # PEFT has blocks of matrices alone
+        return pair
+    parts = [
+        role
+        for role, names in (("a", blocks.in_a), ("b", blocks.in_b))
+        if any(name in pair.module for name in names)
+    ]
+    if not parts:
+        return pair
+    if len(parts) == 2:
+        message = f"{path}: use_bdlora names '{pair.module}' for both of its factors."
+        raise MalformedFileError(message)
+    if parts == ["a"]:
+        return replace(pair, a=pair.a.spread(blocks.count))
+    return replace(pair, b=pair.b.spread(blocks.count))
+
+
+def _is_flat_kernel(pair: StoredPair, stored: Mapping[Part, str]) -> bool:
+    """Return True for AdaLoRA on a convolution, whose A is stored as a matrix, by its name."""
+    return "singular values" in stored and "conv" in pair.module.lower()
+
+
+def _with_kernel(
+    tensors: NamedTensors, pair: StoredPair, stored: Mapping[Part, str], options: ReadOptions
+) -> StoredPair:
+    """Return AdaLoRA's pair of a 2-D convolution with the layout of one.
+
+    Its A is ``(r, c_in·k·k)`` and no tensor tells k: the caller's, else the commonest odd width
+    whose square divides the columns.
+    """
+    if not _is_flat_kernel(pair, stored):
+        return pair
+    columns = pair.a.shape(tensors)[-1]
+    widths = _WIDTHS if options.kernel is None else (options.kernel,)
+    width = next((k for k in widths if columns % (k * k) == 0), None)
+    return pair if width is None else replace(pair, layout="conv", kernel=(width, width))
+
+
+def _kernel_findings(
+    pairs: Sequence[StoredPair],
+    extras: Mapping[str, Mapping[Part, str]],
+    options: ReadOptions,
+) -> list[Finding]:
+    flat = [pair for pair in pairs if _is_flat_kernel(pair, extras.get(pair.module, {}))]
+    if not flat or options.kernel is not None:
+        return []
+    fields = {
+        "modules": len(flat),
+        "first": flat[0].module,
+        "kernel": list(flat[0].kernel),
+    }
+    return [Finding("kernel-assumed", fields)]
 
 
 def _up_factor(a: tuple[int, ...], b: tuple[int, ...], factor: StoredFactor) -> StoredFactor:
@@ -221,10 +311,8 @@ def _findings(pairs: list[StoredPair]) -> list[Finding | str]:
         p.module for p in pairs if p.layout == "conv" and len(set(p.b.names)) < len(p.b.names)
     ]
     if grouped:
-        findings.append(
-            f"{len(grouped)} grouped convolutions (first: '{grouped[0]}'): ΔW acts on all input "
-            "channels, the base weight on those of its group."
-        )
+        fields = {"modules": len(grouped), "first": grouped[0]}
+        findings.append(Finding("grouped-convolutions", fields))
     return findings
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from lora_analysis.errors import MalformedFileError, SourceError
 from lora_analysis.formats.peft_config import CONFIG_NAME, names_a_method
 from lora_analysis.formats.peft_keys import has_factors
-from lora_analysis.formats.sources import tensors_at
+from lora_analysis.formats.sources import CONTAINER_SUFFIXES, tensors_at
 from lora_analysis.storage.containers import pickle_refused
 from lora_analysis.storage.documents import read_json_object, regular_file_size
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
 _INDEX_NAME: Final = "adapter_model.safetensors.index.json"
 PICKLE_NAME: Final = "adapter_model.bin"
+# The projector and other modules trained in full: non_lora_trainables.bin, non_lora_state_dict.bin.
+_SIDE_FILES: Final = "non_lora_*"
 _STORED: Final = (WEIGHTS_NAME, _INDEX_NAME, PICKLE_NAME)
 
 
@@ -91,3 +93,8 @@ def check_weights(place: PeftPlace, options: ReadOptions) -> None:
     held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6])
     message = f"{folder}: {CONFIG_NAME} has no {WEIGHTS_NAME} beside it. The folder holds: {held}."
     raise SourceError(message)
+
+
+def side_files(folder: Path) -> list[Path]:
+    """Return the files beside an adapter that hold what LLaVA and its kin train in full."""
+    return sorted(path for path in folder.glob(_SIDE_FILES) if path.suffix in CONTAINER_SUFFIXES)

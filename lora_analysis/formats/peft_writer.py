@@ -14,6 +14,7 @@ import numpy as np
 from lora_analysis.errors import InputError, UnsupportedMethodError
 from lora_analysis.formats.fused_parts import parts_metadata
 from lora_analysis.formats.peft_config import CONFIG_NAME
+from lora_analysis.formats.peft_experts import without_mark
 from lora_analysis.formats.peft_experts_writer import is_expert, parameter_of, stacked_tensors
 from lora_analysis.formats.peft_keys import PREFIX, sort_keys
 from lora_analysis.formats.peft_pairs import DORA
@@ -147,7 +148,7 @@ def _config(adapter: Adapter, updates: Mapping[str, UpdateOutline]) -> dict[str,
         newer |= {"target_parameters": stacks, "peft_version": "0.19.0"}
     return {
         "alpha_pattern": alpha_pattern,
-        "auto_mapping": given.get("auto_mapping"),
+        "auto_mapping": without_mark(given.get("auto_mapping")),
         "base_model_name_or_path": given.get("base_model_name_or_path")
         or adapter.provenance.base_model,
         "bias": "none",

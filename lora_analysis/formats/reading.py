@@ -18,6 +18,7 @@ from lora_analysis.formats.registry import readers
 from lora_analysis.formats.sources import (
     CONTAINER_SUFFIXES,
     AdapterRef,
+    ExpertOrder,
     Place,
     ReadOptions,
     label_of,
@@ -56,6 +57,8 @@ def read_adapter(
     enable_lora: Sequence[bool] | None = None,
     kernel: int | None = None,
     heads: tuple[int, int] | None = None,
+    expert_order: ExpertOrder | None = None,
+    experts: int | None = None,
 ) -> Adapter:
     """Return the one adapter at ``source``; its factors are read when a module is asked for.
 
@@ -92,6 +95,14 @@ def read_adapter(
     heads
         The base's number of attention heads and of key-value heads, where a GGUF file's q and k
         have their rows permuted by head and it does not state them.
+    expert_order
+        Order of the columns of B where a file stores all experts in one (``target_parameters``):
+        ``"expert-fastest"``, as PEFT packs them (``B.reshape(d_out, r, E)``), or
+        ``"expert-slowest"``, as Unsloth did until September 2026 (``B.reshape(d_out, E, r)``).
+        None follows the writer's mark in the config, else PEFT's order.
+    experts
+        Number of experts of the base, where the rank of one expert is not the config's; None
+        divides the rows of A by the config's rank.
 
     Returns
     -------
@@ -122,6 +133,8 @@ def read_adapter(
         enable_lora=None if enable_lora is None else tuple(map(bool, enable_lora)),
         kernel=kernel,
         heads=heads,
+        expert_order=expert_order,
+        experts=experts,
     )
     place = place_of(source, allow_pickle=allow_pickle)
     with shown_errors(place.snapshot), _refusals_of(place.path), pattern_budget():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypedDict, get_args
 
 from lora_analysis.errors import InputError
 from lora_analysis.showing import whole_characters
@@ -37,6 +37,10 @@ _CHECKPOINT = re.compile(r"(?:checkpoint|ckpt|step|global_step)[-_]?(\d{1,12})",
 
 # Files that may hold tensors, where a folder is searched; what they hold decides.
 CONTAINER_SUFFIXES = frozenset({".safetensors", ".npz", ".gguf", *PICKLE_SUFFIXES})
+
+
+ExpertOrder = Literal["expert-fastest", "expert-slowest"]
+EXPERT_ORDERS: Final = get_args(ExpertOrder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,8 @@ class ReadOptions:
     ``initial`` is where the factors lie that the training started from, or what works them out.
     ``enable_lora`` says which blocks of a fused weight grouped factors belong to, ``kernel`` how
     wide a convolution's is, ``heads`` how many heads of queries and of keys the base has.
+    ``expert_order`` is the order in which B of a stack of experts holds its columns, ``experts``
+    the number of experts of the base.
     """
 
     alpha: float | None = None
@@ -91,6 +97,8 @@ class ReadOptions:
     enable_lora: tuple[bool, ...] | None = None
     kernel: int | None = None
     heads: tuple[int, int] | None = None
+    expert_order: ExpertOrder | None = None
+    experts: int | None = None
 
     def __post_init__(self) -> None:
         if self.alpha is not None and self.scale is not None:
@@ -119,6 +127,13 @@ class ReadOptions:
             message = (
                 f"heads must be two numbers, heads of queries and of keys, found {self.heads!r}."
             )
+            raise InputError(message)
+        if self.expert_order is not None and self.expert_order not in EXPERT_ORDERS:
+            orders = " or ".join(repr(order) for order in EXPERT_ORDERS)
+            message = f"expert_order must be {orders}, found {self.expert_order!r}."
+            raise InputError(message)
+        if self.experts is not None and self.experts < 1:
+            message = f"experts must be the number of experts of the base, found {self.experts}."
             raise InputError(message)
 
 

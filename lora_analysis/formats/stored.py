@@ -100,6 +100,10 @@ class StoredFactor:
         """Return some of its columns; a step takes every n-th."""
         return StoredFactor(_Done(self, "columns", (part,)))
 
+    def spread(self, count: int) -> StoredFactor:
+        """Return the block-diagonal matrix of which it is the blocks, one below the other."""
+        return StoredFactor(_Done(self, "spread", (count,)))
+
     def times(self, number: float) -> StoredFactor:
         """Return it multiplied by a number, in float64."""
         return StoredFactor(_Done(self, "times", (number,)))
@@ -297,6 +301,21 @@ def _cut(shape: Shape, axis: int, part: slice) -> Shape:
     return (*shape[:axis], len(range(*part.indices(shape[axis]))), *shape[axis + 1 :])
 
 
+def _spread_shape(shape: Shape, count: int) -> Shape:
+    if len(shape) != 2 or shape[0] % count:
+        message = f"{count} blocks one below the other, of shape {shape} together"
+        raise ValueError(message)
+    return shape[0], shape[1] * count
+
+
+def _spread(blocks: NDArray[Any], count: int) -> NDArray[Any]:
+    rows, columns = blocks.shape
+    whole = np.zeros((count, rows // count, count, columns), blocks.dtype)
+    diagonal = np.arange(count)
+    whole[diagonal, :, diagonal] = blocks.reshape(count, -1, columns)
+    return whole.reshape(rows, -1)
+
+
 # Per operation what it does to a shape, and what to the numbers. A part is a copy: a view would
 # keep the whole tensor in memory.
 _OPERATIONS: Final[dict[str, tuple[Callable[..., Shape], Callable[..., NDArray[Any]]]]] = {
@@ -312,5 +331,6 @@ _OPERATIONS: Final[dict[str, tuple[Callable[..., Shape], Callable[..., NDArray[A
         lambda shape, part: _cut(shape, 1, part),
         lambda array, part: array[:, part].copy(),
     ),
+    "spread": (_spread_shape, _spread),
     "times": (lambda shape, _: shape, lambda array, number: array * np.float64(number)),
 }

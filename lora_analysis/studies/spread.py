@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_analysis.adapter import Adapter
-from lora_analysis.bases import BaseWeights, open_base
-from lora_analysis.errors import InputError
+from lora_analysis.bases import BaseWeights, check_experts, open_base
+from lora_analysis.errors import IncompatibleError, InputError
 from lora_analysis.execution.protocol import results_in_order
 from lora_analysis.pairwise import align_adapters
+from lora_analysis.studies.bases import other_bases
 from lora_analysis.studies.labels import with_label_facts
 from lora_analysis.studies.relations import unique_labels
 from lora_analysis.studies.sources import Failure, ReadLater, read_sources
@@ -37,17 +38,43 @@ class Question:
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def opened(self) -> Opened:
-        """Open the adapters and the base."""
+        """Open the adapters and the base; raise if no adapter can be of this base."""
         unread: list[Failure] = []
         own = list(read_sources(self.adapters, unread))
         against = list(read_sources(self.reference, unread))
         labelled = [*with_label_facts(own, self.label), *with_label_facts(against, self.label)]
         named = align_adapters(unique_labels(labelled), prefix=self.prefix)
         base = open_base(self.base) if isinstance(self.base, str | Path) else self.base
+        count = len(own)
         if base is not None:
             base = base.matched_to(labelled, prefix=self.prefix)
-        walk = Walk(named[: len(own)], named[len(own) :], base, **self.walking)
-        return Opened(walk, named, len(own), base, unread)
+            fitting, misfits = _that_fit(named[:count], base)
+            unread += misfits
+            if misfits and not fitting:
+                raise IncompatibleError(misfits[0].reason)
+            named, count = [*fitting, *named[count:]], len(fitting)
+        walk = Walk(named[:count], named[count:], base, **self.walking)
+        return Opened(walk, named, count, base, unread)
+
+
+def _that_fit(
+    adapters: Sequence[Adapter], base: BaseWeights
+) -> tuple[list[Adapter], list[Failure]]:
+    """Return the adapters that can be of this base, and why others cannot.
+
+    Those that name another base than the rest are not compared with this one.
+    """
+    elsewhere = other_bases({one.label: one.provenance.base_model for one in adapters}, base)
+    fitting, failures = [], []
+    for adapter in adapters:
+        try:
+            if adapter.label not in elsewhere:
+                check_experts(adapter, base)
+        except IncompatibleError as error:
+            failures.append(Failure(adapter.label, str(error)))
+        else:
+            fitting.append(adapter)
+    return fitting, failures
 
 
 @dataclass(frozen=True, slots=True, eq=False)

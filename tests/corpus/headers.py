@@ -77,7 +77,7 @@ CONTAINER = [
     Case("a shape that is text", _set(A, shape="2,6"), 3, "no valid shape"),
     Case("an entry that is null", edited(lambda h: h.update({A: None})), 3, "unknown type"),
     Case("an entry that is a list", edited(lambda h: h.update({A: [1, 2]})), 3, "unknown type"),
-    Case("no tensors", lambda f: peft(f, packed({})), 3, "no LoRA factors"),
+    Case("no tensors", lambda f: peft(f, packed({})), 3, "holds no tensors"),
     Case("a header that is a list", lambda f: peft(f, packed(b"[]")), 3, "JSON object"),
     Case("a header that is a number", lambda f: peft(f, packed(b"1")), 3, "JSON object"),
     Case("a header that is null", lambda f: peft(f, packed(b"null")), 3, "JSON object"),
