@@ -111,6 +111,10 @@ class LowRankUpdate:
         original one, of an expert ``"experts.down_proj[3]"``, the member along the first axis.
     magnitude
         DoRA's learned norms of the rows of ``W + ΔW``, shape ``(d_out,)``; None without them.
+    magnitude_side
+        ``"output"`` for norms of rows. ``"input"`` for those of input channels, as OneTrainer and
+        LyCORIS learn them too: of columns, or of a convolution's input channels over all outputs
+        and the kernel; ``magnitude`` then has one entry per channel.
 
     Raises
     ------
@@ -131,6 +135,7 @@ class LowRankUpdate:
     variant: str = ""
     base_name: str = ""
     magnitude: NDArray[np.floating[Any]] | None = None
+    magnitude_side: Literal["output", "input"] = "output"
 
     def __post_init__(self) -> None:
         given = self.A
@@ -150,12 +155,14 @@ class LowRankUpdate:
         put(self, "alpha", _finite_or_none(self.alpha, role="alpha", name=self.name))
         put(self, "stored_dtype", self.stored_dtype or np.asarray(given).dtype.name)
         if self.magnitude is not None:
-            put(self, "magnitude", self._checked_magnitude(b.shape[0]))
+            rows, channels = b.shape[0], a.shape[1] // math.prod(self.kernel)
+            expected = (rows, "rows") if self.magnitude_side == "output" else (channels, "inputs")
+            put(self, "magnitude", self._checked_magnitude(*expected))
 
-    def _checked_magnitude(self, d_out: int) -> NDArray[np.floating[Any]]:
+    def _checked_magnitude(self, count: int, what: str) -> NDArray[np.floating[Any]]:
         norms = np.asarray(self.magnitude).reshape(1, -1)
-        if norms.size != d_out:
-            message = f"The magnitude of '{self.name}' has {norms.size} entries for {d_out} rows."
+        if norms.size != count:
+            message = f"The magnitude of '{self.name}' has {norms.size} entries for {count} {what}."
             raise InputError(message)
         row: NDArray[np.floating[Any]] = _frozen_matrix(norms, role="magnitude", name=self.name)[0]
         return row
@@ -236,6 +243,25 @@ class DenseUpdate:
 Update = LowRankUpdate | DenseUpdate
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SideTensor:
+    """A tensor that a file stores next to the factors: carried over by writers, not analyzed.
+
+    Parameters
+    ----------
+    dtype
+        Type in the file, for example ``"bfloat16"``.
+    shape
+        Shape in the file.
+    read
+        Returns its bytes as stored, row by row, as a flat array of ``uint8``.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], NDArray[np.uint8]]
+
+
 @dataclass(frozen=True, slots=True)
 class UpdateOutline:
     """An update without its numbers: everything that the header of a file states about it.
@@ -256,6 +282,7 @@ class UpdateOutline:
     variant: str = ""
     base_name: str = ""
     has_magnitude: bool = False
+    magnitude_side: Literal["output", "input"] = "output"
     dense: bool = False
 
     @classmethod
@@ -273,7 +300,7 @@ class UpdateOutline:
 
 
 _OUTLINED_ALWAYS = ("name", "shape", "rank", "stored_dtype", "layout", "label", "kernel")
-_OUTLINED_LOW_RANK = ("scale", "alpha", "variant", "base_name")
+_OUTLINED_LOW_RANK = ("scale", "alpha", "variant", "base_name", "magnitude_side")
 
 
 def _known_scale(update: LowRankUpdate | UpdateOutline) -> float:
@@ -309,6 +336,9 @@ class Provenance:
     is how far the training had come, where it says so. Of an
     adapter from a hub, ``address`` is ``hf://owner/name@commit/…`` and ``revision`` the commit;
     ``path`` and ``files`` then lie in the hub's cache, which is nobody's business.
+    ``metadata`` are the strings that its file states about itself (kohya's ``ss_*``,
+    ``modelspec.*``); ``source_format`` is the format that they and an adapter's side tensors
+    belong to, also after an edit, which sets ``format`` to ``"memory"``.
     """
 
     path: Path | None = None
@@ -324,6 +354,8 @@ class Provenance:
     findings: tuple[Finding, ...] = ()
     address: str | None = None
     revision: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    source_format: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "findings", as_findings(self.findings))
@@ -371,9 +403,20 @@ class Adapter(Mapping[str, Update]):
     config
         What a writer needs to give the adapter back: task type, targets, base model, in the
         words of PEFT's ``adapter_config.json``.
+    side_tensors
+        Everything else that the file stores (biases, norms, embeddings of new words), by key in
+        the file: a writer of ``provenance.source_format`` carries it over.
     """
 
-    __slots__ = ("_outlines", "_updates", "config", "label", "provenance", "saved_modules")
+    __slots__ = (
+        "_outlines",
+        "_updates",
+        "config",
+        "label",
+        "provenance",
+        "saved_modules",
+        "side_tensors",
+    )
 
     def __init__(
         self,
@@ -383,6 +426,7 @@ class Adapter(Mapping[str, Update]):
         provenance: Provenance | None = None,
         saved_modules: Mapping[str, NDArray[Any]] | None = None,
         config: Mapping[str, Any] | None = None,
+        side_tensors: Mapping[str, SideTensor] | None = None,
     ) -> None:
         self._updates = {name: updates[name] for name in sorted(updates, key=natural_key)}
         self._outlines: dict[str, UpdateOutline] = {}
@@ -392,6 +436,7 @@ class Adapter(Mapping[str, Update]):
         saved = dict(saved_modules) if isinstance(saved_modules, dict) else saved_modules
         self.saved_modules = MappingProxyType({} if saved is None else saved)
         self.config = MappingProxyType(dict(config or {}))
+        self.side_tensors = MappingProxyType(dict(side_tensors or {}))
 
     def __getitem__(self, name: str) -> Update:
         try:
@@ -447,6 +492,7 @@ class Adapter(Mapping[str, Update]):
             provenance=self.provenance,
             saved_modules=self.saved_modules,
             config=self.config,
+            side_tensors=self.side_tensors,
         )
 
     def described(self, **facts: Any) -> Adapter:
@@ -457,6 +503,7 @@ class Adapter(Mapping[str, Update]):
             provenance=replace(self.provenance, **facts),
             saved_modules=self.saved_modules,
             config=self.config,
+            side_tensors=self.side_tensors,
         )
 
     def _repr_html_(self) -> str:

@@ -119,6 +119,7 @@ def effective_adapter(
         provenance=replace(adapter.provenance, findings=tuple(findings)),
         saved_modules=adapter.saved_modules,
         config=adapter.config,
+        side_tensors=adapter.side_tensors,
     )
 
 

@@ -45,9 +45,11 @@ def derived(
             scale_origin={name: source.scale_origin.get(name, "caller") for name in updates},
             rank=ranks.pop() if len(ranks) == 1 else None,
             findings=(*source.findings, *as_findings((sentence,))),
+            source_format=source.source_format or source.format,
         ),
         saved_modules=adapter.saved_modules,
         config=_config(adapter, updates),
+        side_tensors=adapter.side_tensors,
     )
 
 

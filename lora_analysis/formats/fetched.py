@@ -28,6 +28,7 @@ def fetched(adapter: Adapter, snapshot: Snapshot) -> Adapter:
         ),
         saved_modules=adapter.saved_modules,
         config=adapter.config,
+        side_tensors=adapter.side_tensors,
     )
 
 

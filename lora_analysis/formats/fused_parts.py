@@ -80,6 +80,7 @@ def joined(
         provenance=replace(adapter.provenance, scale_origin=origins),
         saved_modules=adapter.saved_modules,
         config={**adapter.config, FUSED_PARTS: told},
+        side_tensors=adapter.side_tensors,
     )
 
 

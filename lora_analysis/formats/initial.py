@@ -130,6 +130,7 @@ def adapter_less_start(adapter: Adapter, start: StartOf, methods: Mapping[str, s
         provenance=replace(source, rank=None, findings=(*source.findings, *as_findings((said,)))),
         saved_modules=adapter.saved_modules,
         config=adapter.config,
+        side_tensors=adapter.side_tensors,
     )
 
 
