@@ -254,12 +254,17 @@ class SideTensor:
     shape
         Shape in the file.
     read
-        Returns its bytes as stored, row by row, as a flat array of ``uint8``.
+        Returns its numbers as stored, in this shape; types that numpy does not have as their bits
+        (bfloat16 as ``uint16``, 8-bit floats as ``uint8``).
+    alters_model
+        Whether a model without it computes other numbers: True for biases, norms and differences
+        of whole weights, False for the embedding of a new word.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    read: Callable[[], NDArray[np.uint8]]
+    read: Callable[[], NDArray[Any]]
+    alters_model: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ PiSSA and OLoRA first take out a product that is a function of W. What the file 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -33,15 +34,19 @@ if TYPE_CHECKING:
 # PEFT works in float32: where W's r-th and next singular value are closer than this, relatively,
 # its leading space is another one on another machine.
 _GAP = 1e-4
+# Formats of trainers for image models, all of whose layers store a weight as [out, in].
+_ROWS_ARE_OUTPUTS = frozenset({"kohya", "flux", "diffusers", "cloneofsimo"})
 # Findings of readers on such methods; they no longer hold once the base is known.
-_LOW_RANK_PART = frozenset({"dora", "kasa"})
+_LOW_RANK_PART = frozenset({"dora", "dora-columns", "kasa"})
 
 
 def effective_update(update: Update, W: Weight | NDArray[np.floating]) -> Update:
     """Return the change of the weight that the model with the adapter really has.
 
     DoRA (arXiv 2402.09353, eq. 5): ``W' = m·V/‖V‖``, row by row, with ``V = W + s·B·A``, and the
-    change is ``W' - W``, dense. KaSA (arXiv 2412.06071): ``s·B·diag·A`` less the part of W along
+    change is ``W' - W``, dense. Where the magnitude is that of input columns (OneTrainer, LyCORIS
+    without ``wd_on_out``), column by column, of a convolution channel by channel.
+    KaSA (arXiv 2412.06071): ``s·B·diag·A`` less the part of W along
     its r smallest singular directions, of rank 2r. Any other update is returned as it is.
 
     Parameters
@@ -63,7 +68,7 @@ def effective_update(update: Update, W: Weight | NDArray[np.floating]) -> Update
     IncompatibleError
         W has another shape.
     DegenerateSubspaceError
-        A row of ``W + s·B·A`` is zero, or W's smallest directions are not defined.
+        A row or column of ``W + s·B·A`` is zero, or W's smallest directions are not defined.
     InputError
         The update says it is DoRA's and holds no magnitude.
 
@@ -94,7 +99,7 @@ def effective_adapter(
     base
         The weights that training started from.
     transposed
-        As in ``base.weight``.
+        As in ``base.weight``. Formats of image models' trainers say it: False.
 
     Returns
     -------
@@ -110,6 +115,8 @@ def effective_adapter(
     """
     check_experts(adapter, base)
     base = base.matched_to([adapter])
+    if transposed is None and adapter.provenance.format in _ROWS_ARE_OUTPUTS:
+        transposed = False
     findings = [one for one in adapter.provenance.findings if one.code not in _LOW_RANK_PART]
     if len(findings) < len(adapter.provenance.findings):
         findings.append(Finding("whole-change", {"base": base.address or base.label}))
@@ -194,13 +201,25 @@ def _dora(update: LowRankUpdate, W: NDArray[np.float64]) -> DenseUpdate:
         message = f"'{update.name}' is said to be DoRA's, but holds no magnitude."
         raise InputError(message)
     V = W + update.delta_weight()  # (d_out, d_in)
-    norms = np.linalg.norm(V, axis=1)
+    by_rows = update.magnitude_side == "output"
+    taps = 1 if by_rows else math.prod(update.kernel)
+    vectors = V if by_rows else V.reshape(len(V), -1, taps)  # (d_out, channels, taps)
+    norms = np.linalg.norm(vectors, axis=1) if by_rows else np.sqrt((vectors**2).sum(axis=(0, 2)))
     if not norms.all():
-        message = f"'{update.name}': {np.count_nonzero(norms == 0)} rows of W + s·B·A are zero."
+        what = "rows" if by_rows else "input columns"
+        message = f"'{update.name}': {np.count_nonzero(norms == 0)} {what} of W + s·B·A are zero."
         raise DegenerateSubspaceError(message)
-    V *= (update.magnitude / norms)[:, None]
+    factors = update.magnitude / norms
+    V *= factors[:, None] if by_rows else np.repeat(factors, taps)
     V -= W
-    return DenseUpdate(update.name, V, stored_dtype=update.stored_dtype, label=update.label)
+    return DenseUpdate(
+        update.name,
+        V,
+        stored_dtype=update.stored_dtype,
+        label=update.label,
+        layout=update.layout,
+        kernel=update.kernel,
+    )
 
 
 def _kasa(update: LowRankUpdate, W: NDArray[np.float64]) -> LowRankUpdate:

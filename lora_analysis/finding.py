@@ -57,12 +57,34 @@ KINDS: Final[dict[str, Kind]] = {
     "dora": Kind(
         "limit",
         "DoRA in {count} of {total} modules: ΔW is the low-rank part s·B·A; the weight in use is "
-        "W + ΔW with each row scaled to a learned norm.",
+        "W + ΔW with each row or column scaled to a learned norm.",
     ),
     "dora-columns": Kind(
         "limit",
-        "DoRA in {count} of {total} modules holds norms of the columns of W + ΔW, not of its rows "
-        "(first: {module}): the low-rank part is analyzed, the effective update is not computed.",
+        "DoRA in {count} of {total} modules holds norms of the input columns of W + ΔW, not of its "
+        "rows (first: {module}); PEFT has no such DoRA.",
+    ),
+    "side-tensors": Kind(
+        "limit",
+        "{tensors} next to the factors: {what} ({keys}).",
+    ),
+    "base-tensors": Kind(
+        "limit", "{tensors} next to the factors: the base model's, not analyzed ({keys})."
+    ),
+    "side-tensors-not-written": Kind(
+        "limit",
+        "Not written, because a file of {format} has no place for it: {tensors} next to the "
+        "factors ({keys}).",
+    ),
+    "metadata-not-written": Kind(
+        "limit",
+        "Not written, because it describes a file of another format than {format}: {entries} of "
+        "metadata ({keys}).",
+    ),
+    "loaders-scale": Kind(
+        "limit",
+        "The scale of {count} of {total} modules is not stated; 1 is written, which loaders of "
+        "the source take. The scale in training may have been another.",
     ),
     "kasa": Kind(
         "limit",

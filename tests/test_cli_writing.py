@@ -191,7 +191,8 @@ def test_sizes_and_formats_that_make_no_sense_are_usage_errors(
         ("resize", source, "-o", out, "--energy", 1.5),
         ("resize", source, "--rank", 2),
         ("convert", source, "-o", out, "--to", "nonsense"),
-        ("convert", source, "-o", out),
+        ("convert", source, "-o", out.with_suffix(".safetensors")),
+        ("convert", source, "-o", out.with_suffix(".bin"), "--to", "kohya"),
     ):
         assert call(capsys, *ask)[0] == 2
     assert not out.exists()

@@ -42,7 +42,7 @@ def test_layers_are_named_by_model_and_place(tmp_path: Path, rng: np.random.Gene
     up, down = tensors["unet:0:up"].astype(float), tensors["unet:0:down"]
     np.testing.assert_allclose(adapter["unet:0"].delta_weight(), up @ down, rtol=1e-6)
     assert (
-        "1 tensor beside the factors: embeddings of new words"
+        "1 tensor next to the factors: embeddings of new words"
         in adapter.provenance.findings[1].text
     )
 

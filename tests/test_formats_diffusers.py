@@ -208,7 +208,9 @@ def test_dora_and_biases_are_told(tmp_path: Path, rng: np.random.Generator) -> N
     assert isinstance(update, LowRankUpdate)
     assert update.variant == "DoRA"
     np.testing.assert_array_equal(update.magnitude, tensors["unet.to_q.lora_magnitude_vector"])
-    assert "1 tensor beside the factors: biases of B" in adapter.provenance.findings[0].text
+    dora, side = adapter.provenance.findings
+    assert dora.code == "dora"
+    assert "1 tensor next to the factors: biases of B" in side.text
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,8 @@ def test_a_control_lora_keeps_its_norms_and_biases_as_findings(
     adapter = read_adapter(stored(tmp_path / "f.safetensors", tensors))
     assert len(adapter) == 3
     text = " ".join(map(str, adapter.provenance.findings))
-    assert "3 tensors beside the factors: biases of B" in text
-    assert "1 tensor beside the factors: no factors" in text
+    assert "3 tensors next to the factors: biases of B" in text
+    assert "1 tensor next to the factors: no factors" in text
 
 
 def test_kohyas_text_encoder_may_lie_in_the_same_file(

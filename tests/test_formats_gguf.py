@@ -174,7 +174,7 @@ def test_the_embedding_is_transposed_and_experts_are_taken_apart(
     np.testing.assert_allclose(
         expert.delta_weight(), 3 * experts_b[2] @ experts_a[2], rtol=1e-5, atol=1e-6
     )
-    assert "1 tensor beside the factors" in adapter.provenance.findings[0].text
+    assert "1 tensor next to the factors" in adapter.provenance.findings[0].text
 
 
 def test_half_precision_is_exact_and_blocks_are_decoded(

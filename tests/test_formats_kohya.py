@@ -122,8 +122,8 @@ def test_dora_norms_of_columns_are_told_apart_even_where_square(
 ) -> None:
     tensors = kohya_linear(rng, NAME, 5, 5) | {f"{NAME}.dora_scale": normal(rng, 1, 5)}
     adapter = read_adapter(stored(tmp_path / "f.safetensors", tensors))
-    assert (low_rank(adapter).variant, low_rank(adapter).magnitude) == ("DoRA", None)
-    assert "norms of the columns" in adapter.provenance.findings[0].text
+    assert (low_rank(adapter).variant, low_rank(adapter).magnitude_side) == ("DoRA", "input")
+    assert [finding.code for finding in adapter.provenance.findings] == ["dora", "dora-columns"]
 
 
 @pytest.mark.parametrize(
@@ -242,8 +242,8 @@ def test_whole_differences_beside_factors_are_reported(
     adapter = read_adapter(stored(tmp_path / "f.safetensors", tensors))
     assert list(adapter) == [NAME]
     lost, full = sorted(map(str, adapter.provenance.findings))
-    assert "2 tensors beside the factors: trained in full" in full
-    assert "1 tensor beside the factors: no factors" in lost
+    assert "2 tensors next to the factors: trained in full" in full
+    assert "1 tensor next to the factors: no factors" in lost
     assert "'lora_unet_lost.alpha'" in lost
 
 

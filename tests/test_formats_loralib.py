@@ -156,7 +156,7 @@ def test_nested_dictionaries_embeddings_and_biases_are_read_through(
     assert adapter["wte"].layout == "embedding"  # type: ignore[union-attr]
     assert "states no alpha" not in adapter.provenance.findings[0].text
     assert "files state no alpha" in adapter.provenance.findings[0].text
-    assert "1 tensor beside the factors" in adapter.provenance.findings[1].text
+    assert "1 tensor next to the factors" in adapter.provenance.findings[1].text
     assert [ref.format for ref in find_adapters(tmp_path, allow_pickle=True)] == ["loralib"]
 
 

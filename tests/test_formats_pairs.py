@@ -140,7 +140,7 @@ def test_tensors_that_match_neither_pattern_are_a_finding(
     tensors = ring(rng) | {"head": matrix(rng, 2, 2)}
     adapter = read_adapter(pair_file(tmp_path / "f.safetensors", tensors), pair=PAIR, scale=1)
     (finding,) = map(str, adapter.provenance.findings)
-    assert "1 tensors match neither" in finding
+    assert "1 tensor next to the factors: they match neither pattern" in finding
     assert "'head'" in finding
 
 

@@ -9,7 +9,13 @@ import click
 from lora_analysis.cli.options import output_options
 from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.show import decimals, print_facts, print_json, print_table
-from lora_analysis.cli.writing import WrittenFormat, notes, output_place
+from lora_analysis.cli.writing import (
+    adapter_to_write,
+    chosen_format,
+    format_option,
+    notes,
+    output_place,
+)
 from lora_analysis.showing import printable
 
 if TYPE_CHECKING:
@@ -23,7 +29,7 @@ _EQUAL = 1e-6
 
 @click.command(name="convert")
 @click.argument("source", metavar="SOURCE")
-@click.option("--to", "kind", type=WrittenFormat(), required=True, help="Format to write.")
+@format_option
 @click.option(
     "--architecture",
     help="For gguf: llama.cpp's name of the base's architecture, as llama; --heads may be needed "
@@ -35,7 +41,7 @@ _EQUAL = 1e-6
 def command(
     source: str,
     *,
-    kind: str,
+    kind: str | None,
     architecture: str | None,
     output: Path,
     force: bool,
@@ -43,25 +49,29 @@ def command(
     form: str,
 ) -> None:
     """Write SOURCE in another format, read it back, and say how far ΔW is from what it was."""
-    from lora_analysis.formats import write_adapter, writing_notes
+    from lora_analysis.formats import unwritten_findings, write_adapter, writing_notes
     from lora_analysis.formats.doubts import with_doubts
     from lora_analysis.formats.writing import check_adapter_place
 
-    if architecture is not None and kind != "gguf":
-        message = f"--architecture belongs to --to gguf, not to {kind}."
+    adapter = reading.read(source)
+    written = chosen_format(kind, adapter, output)
+    if architecture is not None and written != "gguf":
+        message = f"--architecture belongs to --to gguf, not to {written}."
         raise click.UsageError(message)
-    adapter = with_doubts(reading.read(source))
+    adapter = with_doubts(adapter_to_write(adapter, written))
     check_adapter_place(output, inputs=adapter.inputs, force=force)
-    options = {"architecture": architecture, "heads": reading.heads} if kind == "gguf" else {}
-    path = write_adapter(adapter, output, format=kind, force=force, verb="convert", **options)
-    folded = writing_notes(adapter, kind)
-    adapter, errors = _read_back(adapter, path)
+    options = {"architecture": architecture, "heads": reading.heads} if written == "gguf" else {}
+    path = write_adapter(adapter, output, format=written, force=force, verb="convert", **options)
+    folded = writing_notes(adapter, written)
+    unwritten = unwritten_findings(adapter, written)
+    adapter, errors = _read_back(adapter, path, written)
+    adapter = adapter.described(findings=(*adapter.provenance.findings, *unwritten))
     if form == "json":
         print_json(
             {
                 "adapter": adapter.label,
                 "output": path,
-                "format": kind,
+                "format": written,
                 "error": max(errors.values(), default=float("nan")),
                 "modules": [{"module": name, "error": one} for name, one in errors.items()],
                 "folded": folded,
@@ -74,25 +84,24 @@ def command(
         _print(adapter, errors, path, folded)
 
 
-def _read_back(adapter: Adapter, path: Path) -> tuple[Adapter, dict[str, float]]:
+def _read_back(adapter: Adapter, path: Path, format: str) -> tuple[Adapter, dict[str, float]]:
     """Return per module the relative error of ΔW as it was written, where it can be told apart.
 
     And the adapter in the modules that are there: parts of fused weights may be put together.
     """
     from lora_analysis.edit import relative_difference
-    from lora_analysis.formats import read_adapter
+    from lora_analysis.formats import read_adapter, written_names
     from lora_analysis.formats.fused_parts import joined
 
     written = read_adapter(path, allow_pickle=True)  # a file of our own
     if not adapter.keys() <= written.keys():
         adapter = joined(adapter)
-    errors = {}
-    for name in adapter:
-        # kohya's keys put a prefix before a name and underscores for its dots.
-        flat = name.replace(".", "_")
-        same = [name] if name in written else [one for one in written if one.endswith(flat)]
-        if len(same) == 1:
-            errors[name] = relative_difference(written[same[0]], adapter[name])
+    names = written_names(adapter, format)
+    errors = {
+        name: relative_difference(written[names[name]], adapter[name])
+        for name in adapter
+        if names[name] in written
+    }
     return adapter, errors
 
 

@@ -13,6 +13,7 @@ from lora_analysis.cli.options import (
     transposed_option,
 )
 from lora_analysis.cli.writing import (
+    chosen_format,
     one_size,
     smaller_options,
     write_resized,
@@ -38,7 +39,7 @@ def command(
     budget: int | None,
     output: Path,
     force: bool,
-    kind: str,
+    kind: str | None,
     modules: str | None,
     transposed: bool | None,
     form: str,
@@ -54,8 +55,9 @@ def command(
     size = one_size(rank=rank, energy=energy, budget=budget)
     inputs = [Path(one) for one in (tuned, base) if Path(one).exists()]
     check_adapter_place(output, inputs=inputs, force=force)
+    written = chosen_format(kind, None, output)
     with progress_bar(form) as progress:
         found = extract(
             tuned, base, **size, modules=modules, transposed=transposed, progress=progress
         )
-    write_resized(found, output, kind, form, inputs=inputs, force=force)
+    write_resized(found, output, written, form, inputs=inputs, force=force)

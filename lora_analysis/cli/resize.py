@@ -9,6 +9,8 @@ import click
 from lora_analysis.cli.options import output_options, progress_bar
 from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.writing import (
+    adapter_to_write,
+    chosen_format,
     one_size,
     smaller_options,
     write_resized,
@@ -31,21 +33,29 @@ def command(
     budget: int | None,
     output: Path,
     force: bool,
-    kind: str,
+    kind: str | None,
     reading: Reading,
     form: str,
 ) -> None:
     """Write SOURCE with fewer directions per module, and say what that loses.
 
     Each module keeps its leading singular directions: no update of that rank is closer to it.
-    "lost" is the norm of what is gone, √Σσ², and "relative" that over ‖ΔW‖.
+    "lost" is the norm of what is gone, √Σσ², and "relative" that over ‖ΔW‖. Files of image models
+    keep their type, half precision too, and what else they hold: the rounding counts as lost.
     """
     from lora_analysis.edit import resize_adapter
+    from lora_analysis.formats.registry import LIKE_SOURCE
     from lora_analysis.formats.writing import check_adapter_place
 
     size = one_size(rank=rank, energy=energy, budget=budget)
     adapter = reading.read(source)
+    written = chosen_format(kind, adapter, output)
     check_adapter_place(output, inputs=adapter.inputs, force=force)
     with progress_bar(form) as progress:
-        resized = resize_adapter(adapter, **size, progress=progress)
-    write_resized(resized, output, kind, form, inputs=adapter.inputs, force=force)
+        resized = resize_adapter(
+            adapter_to_write(adapter, written),
+            **size,
+            like_source=written in LIKE_SOURCE,
+            progress=progress,
+        )
+    write_resized(resized, output, written, form, inputs=adapter.inputs, force=force)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -52,11 +53,19 @@ def output_place(command: Command) -> Command:
     )(command)
 
 
+def format_option(command: Command) -> Command:
+    """Add ``--to``."""
+    return click.option(
+        "--to",
+        "kind",
+        type=WrittenFormat(),
+        help="Format to write. By default that of SOURCE if it is one of these, else peft.",
+    )(command)
+
+
 def smaller_options(command: Command) -> Command:
     """Add the size (see `one_size`), where to write, and ``--to``."""
-    command = click.option(
-        "--to", "kind", type=WrittenFormat(), default="peft", help="Format to write."
-    )(command)
+    command = format_option(command)
     command = output_place(command)
     for option in (
         click.option(
@@ -90,15 +99,56 @@ def one_size(**sizes: Any) -> dict[str, Any]:
     return given
 
 
+def chosen_format(kind: str | None, adapter: Adapter | None, output: Path) -> str:
+    """Return the format to write: the one asked for, else that of the source, else PEFT's.
+
+    Raises
+    ------
+    click.UsageError
+        The output names a file of a kind that the format is not written in.
+    """
+    from lora_analysis.formats.registry import FILE_SUFFIXES, WRITERS
+    from lora_analysis.formats.sources import CONTAINER_SUFFIXES
+
+    source = adapter.provenance.format if adapter is not None else "peft"
+    chosen = kind or (source if source in WRITERS else "peft")
+    suffix, written = output.suffix.lower(), FILE_SUFFIXES.get(chosen)
+    if suffix in CONTAINER_SUFFIXES and suffix != written and not output.is_dir():
+        makes = f"files that end in {written}" if written else "a folder"
+        others = ", ".join(name for name, own in FILE_SUFFIXES.items() if own == suffix)
+        way_on = f", or choose a format of such files with --to: {others}" if others else ""
+        message = (
+            f"-o {output} names a {suffix} file, and the format {chosen} is written as {makes}. "
+            f"Name {'such a file or ' if written else ''}a folder{way_on}."
+        )
+        raise click.UsageError(message)
+    return chosen
+
+
+def adapter_to_write(adapter: Adapter, kind: str) -> Adapter:
+    """Return an adapter as a format is to state it.
+
+    A scale that no file states is the one that the source's loaders take, if the format is for
+    such loaders too.
+    """
+    from lora_analysis.formats.diffusers import with_loaders_scale
+    from lora_analysis.formats.registry import LIKE_SOURCE
+
+    return with_loaders_scale(adapter) if kind in LIKE_SOURCE else adapter
+
+
 def write_resized(
     resized: Resized, output: Path, kind: str, form: str, *, inputs: Sequence[Path], force: bool
 ) -> None:
     """Write a smaller adapter and say what it lost."""
-    from lora_analysis.formats import write_adapter
+    from lora_analysis.formats import unwritten_findings, write_adapter
 
     path = write_adapter(
         resized.adapter, output, format=kind, force=force, inputs=inputs, verb="resize"
     )
+    unwritten = unwritten_findings(resized.adapter, kind)
+    findings = (*resized.adapter.provenance.findings, *unwritten)
+    resized = replace(resized, adapter=resized.adapter.described(findings=findings))
     if form == "json":
         print_json(_document(resized, path, kind))
     elif form == "quiet":

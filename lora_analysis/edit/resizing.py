@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_analysis import linalg
-from lora_analysis.adapter import Adapter, DenseUpdate, LazyUpdate, LowRankUpdate
+from lora_analysis.adapter import Adapter, DenseUpdate, LazyUpdate, LowRankUpdate, UpdateOutline
 from lora_analysis.edit.budgets import ranks_within
 from lora_analysis.edit.derived import derived
 from lora_analysis.edit.truncation import (
@@ -19,12 +19,14 @@ from lora_analysis.edit.truncation import (
     leading_outline,
     leading_part,
     measure,
+    relative_difference,
     resize,
 )
 from lora_analysis.errors import InputError
 from lora_analysis.execution import available_workers, in_threads
 from lora_analysis.formats.doubts import doubts
 from lora_analysis.spectra import spectrum
+from lora_analysis.storage.narrowing import narrow, narrowed_type, widened
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,6 +78,7 @@ def resize_adapter(
     rank: int | None = None,
     energy: float | None = None,
     budget: int | None = None,
+    like_source: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
     workers: int | None = None,
 ) -> Resized:
@@ -97,6 +100,10 @@ def resize_adapter(
         Numbers in all factors together (magnitudes and modules trained in full do not count); the
         rank of each module is chosen by `ranks_within`. A module of which nothing is kept is left
         out of the adapter.
+    like_source
+        Whether factors are made as the source stores them: the scale of each module stays, and
+        numbers are rounded to the type of its file, which is part of the error. For writers that
+        keep that type (kohya, flux, diffusers).
     progress
         Called with (what, done, total).
     workers
@@ -105,7 +112,8 @@ def resize_adapter(
     Raises
     ------
     InputError
-        As for `resize`; the adapter has no modules; or no direction fits into the budget.
+        As for `resize`; the adapter has no modules; no direction fits into the budget; or a number
+        is too large for the type of the source.
     ScaleError
         The scale of a module is not known: modules could not be weighed against each other.
     """
@@ -119,7 +127,7 @@ def resize_adapter(
         ranks = _ranks(adapter, budget, progress, workers)
     new: dict[str, LowRankUpdate | LazyUpdate] = {}
     modules = []
-    one_module = partial(_resized, adapter, energy=energy)
+    one_module = partial(_resized, adapter, energy=energy, like_source=like_source)
     suspicions: list[str] = []
     results = in_threads(one_module, ranks.items(), workers=workers)
     for done, (update, lost, suspicious) in enumerate(results, start=1):
@@ -137,7 +145,7 @@ def resize_adapter(
 
 
 def _resized(
-    adapter: Adapter, item: tuple[str, int | None], *, energy: float | None
+    adapter: Adapter, item: tuple[str, int | None], *, energy: float | None, like_source: bool
 ) -> tuple[LowRankUpdate | LazyUpdate | None, Truncation, list[str]]:
     """Return one module at its rank (None with 0, where all of it is lost), and what is doubted."""
     name, rank = item
@@ -146,7 +154,13 @@ def _resized(
     new: LowRankUpdate | LazyUpdate
     if isinstance(update, LowRankUpdate):
         lost, count = measure(update, rank=1 if rank == 0 else rank, energy=energy)
-        new = LazyUpdate(leading_outline(update, count), partial(_leading, adapter, name, count))
+        outline = leading_outline(update, count)
+        if like_source and rank != 0:
+            stored = _as_stored(leading_part(update, count), update)
+            outline = UpdateOutline.of(stored)
+            lost = replace(lost, lost=lost.norm * relative_difference(stored, update))
+        load = partial(_leading, adapter, name, count, like_source=like_source)
+        new = LazyUpdate(outline, load)
     else:
         new, lost = resize(update, rank=1 if rank == 0 else rank, energy=energy)
     if rank == 0:
@@ -154,10 +168,29 @@ def _resized(
     return new, lost, suspicious
 
 
-def _leading(adapter: Adapter, name: str, count: int) -> Update:
+def _leading(adapter: Adapter, name: str, count: int, *, like_source: bool) -> Update:
     """Return one module by its leading directions, computed when it is asked for."""
     update = adapter[name]
-    return leading_part(update, count) if isinstance(update, LowRankUpdate) else update
+    if not isinstance(update, LowRankUpdate):
+        return update
+    leading = leading_part(update, count)
+    return _as_stored(leading, update) if like_source else leading
+
+
+def _as_stored(new: LowRankUpdate, source: LowRankUpdate) -> LowRankUpdate:
+    """Return a new update with the scale of its source and numbers that the source's type holds."""
+    scale = source.known_scale() or 1.0
+    root = math.sqrt(abs(scale))
+    dtype = narrowed_type(source.stored_dtype)
+    A, B = new.A / root, new.B / math.copysign(root, scale)
+    return replace(
+        new,
+        A=widened(narrow(A, dtype, f"A of '{new.name}'"), dtype),
+        B=widened(narrow(B, dtype, f"B of '{new.name}'"), dtype),
+        scale=scale,
+        alpha=scale * new.rank,
+        stored_dtype=dtype,
+    )
 
 
 def _known(update: Update) -> Update:

@@ -9,7 +9,12 @@ factors it reads.
 from lora_analysis.formats.globs import each_once, expanded
 from lora_analysis.formats.reading import find_adapters, read_adapter
 from lora_analysis.formats.sources import AdapterRef
-from lora_analysis.formats.writing import write_adapter, writing_notes
+from lora_analysis.formats.writing import (
+    unwritten_findings,
+    write_adapter,
+    writing_notes,
+    written_names,
+)
 
 __all__ = [
     "AdapterRef",
@@ -17,6 +22,8 @@ __all__ = [
     "expanded",
     "find_adapters",
     "read_adapter",
+    "unwritten_findings",
     "write_adapter",
     "writing_notes",
+    "written_names",
 ]

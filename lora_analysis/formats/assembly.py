@@ -18,8 +18,8 @@ from lora_analysis.formats.factors import (
     stored_rank,
     update_loaders,
 )
+from lora_analysis.formats.side_tensors import harmless_keys, side_finding, side_tensors
 from lora_analysis.formats.sources import ReadOptions, label_of, run_facts
-from lora_analysis.showing import plural
 from lora_analysis.storage.tensors import LazyTensors
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def assembled(
     config: Mapping[str, Any] | None = None,
     divisors: Mapping[str, int] | None = None,
     saved: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Adapter:
     """Return the adapter that pairs of stored tensors make.
 
@@ -71,6 +72,8 @@ def assembled(
         Modules whose alpha is divided by another rank than that of their two factors.
     saved
         Tensors trained in full: name in the base model → name in the file.
+    metadata
+        Strings of the file that a writer of the format carries over.
     """
     ranks = {pair.module: stored_rank(tensors, pair) for pair in pairs}
     over = {**ranks, **(divisors or {})}
@@ -78,6 +81,8 @@ def assembled(
         pair.module: callers_scale(options, over[pair.module]) or scale_of(pair, over[pair.module])
         for pair in pairs
     }
+    noticed = list(findings)
+    side_keys = _side_keys(noticed)
     label = options.label or label_of(path)
     folder = path if path.is_dir() else path.parent
     return Adapter(
@@ -90,11 +95,13 @@ def assembled(
             scale_origin={module: stated.origin for module, stated in scales.items()},
             base_model=base_model,
             rank=common_rank(ranks),
-            findings=as_findings((*scale_finding(scales, missing), *findings)),
+            metadata=metadata or {},
+            findings=as_findings((*scale_finding(scales, missing), *noticed)),
             **run_facts(folder),
         ),
         saved_modules=LazyTensors(tensors, saved or {}),
         config=config,
+        side_tensors=side_tensors(tensors, side_keys, harmless=harmless_keys(side_keys)),
     )
 
 
@@ -126,8 +133,15 @@ def factors_named(
     return factors, others
 
 
-def beside_finding(what: str, names: Sequence[str]) -> list[str]:
-    """Return the sentence on tensors that are there and not analysed, where there are any."""
-    if not names:
-        return []
-    return [f"{plural(len(names), 'tensor')} beside the factors: {what} (first: '{names[0]}')."]
+def _side_keys(findings: Iterable[Finding | str]) -> list[str]:
+    """Return the keys of the tensors that findings say lie next to the factors."""
+    found = [one for one in findings if isinstance(one, Finding) and one.code == "side-tensors"]
+    return [key for finding in found for key in finding.fields["keys"]]
+
+
+def beside_finding(what: str, names: Sequence[str]) -> list[Finding]:
+    """Return the finding on tensors that are there and not analyzed, if there are any.
+
+    They become the adapter's side tensors.
+    """
+    return side_finding(what, names)

@@ -11,17 +11,19 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import InputError, SourceError, UnsupportedMethodError
+from lora_analysis.finding import Finding
 from lora_analysis.formats.assembly import assembled, beside_finding
 from lora_analysis.formats.peft_config import CONFIG_NAME, PeftConfig, read_peft_config
 from lora_analysis.formats.peft_keys import has_factors, sort_keys
 from lora_analysis.formats.peft_pairs import module_pairs
 from lora_analysis.formats.rank_parts import refuse_rank_part
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
+from lora_analysis.showing import plural
 from lora_analysis.storage.headers import Header, TensorInfo
 from lora_analysis.storage.tensors import TensorFiles, open_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from lora_analysis.adapter import Adapter
@@ -116,7 +118,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:
         missing=f"no {CONFIG_NAME} lies beside the dump",
         findings=(
             *found.findings,
-            *beside_finding("the base model's, not analysed", [*copies, *stored]),
+            *_base_finding([*copies, *stored]),
             *(line for what, n in others.items() for line in beside_finding(what, n)),
         ),
         files=() if config.path is None else (config.path,),
@@ -155,3 +157,10 @@ def _config(path: Path) -> PeftConfig:
         raise
     except InputError:
         return PeftConfig()
+
+
+def _base_finding(keys: Sequence[str]) -> list[Finding]:
+    if not keys:
+        return []
+    fields = {"tensors": plural(len(keys), "tensor"), "keys": list(keys)}
+    return [Finding("base-tensors", {"count": len(keys), **fields})]

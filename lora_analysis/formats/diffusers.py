@@ -16,9 +16,12 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from lora_analysis.adapter import Adapter, LowRankUpdate
 from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
+from lora_analysis.finding import Finding
 from lora_analysis.formats import kohya
 from lora_analysis.formats.factors import StatedScale, scale_from_alpha
 from lora_analysis.formats.image_keys import Spelling, spelled
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
     from pathlib import Path
 
-    from lora_analysis.adapter import Adapter
+    from lora_analysis.adapter import Update
     from lora_analysis.formats.initial import StartOf
 
 NAME: Final = "diffusers"
@@ -111,7 +114,9 @@ _PEFT_OF_COMPONENT: Final = (
     ),
 )
 # Names by which PEFT's own files and those under FLUX's authors' names are told.
-_OF_OTHERS: Final = re.compile(r"(base_model|diffusion_model|(double|single)_blocks)\.")
+_OF_OTHERS: Final = re.compile(
+    r"(base_model|diffusion_model|text_encoders|(double|single)_blocks)\."
+)
 SPELLINGS: Final = (_PROCESSORS, _OLD_TEXT_ENCODER, _LAYERS, _PEFT, *kohya.SPELLINGS)
 
 
@@ -186,6 +191,39 @@ def _start_needed(path: Path, start: str) -> UnsupportedMethodError:
         "the update of the original weight. Pass initial= (command line: --initial), the file as "
         "saved before training; of PiSSA and OLoRA the base alone is enough (--trained-on BASE)."
     )
+
+
+def with_loaders_scale(adapter: Adapter) -> Adapter:
+    """Return an adapter of a file of diffusers' with the scale that its loaders take.
+
+    Where nothing in the file states a scale, that of the training is unknown; every program that
+    loads the file multiplies by 1, and a file for such programs is to say the same.
+    """
+    source = adapter.provenance
+    unknown = [name for name, origin in source.scale_origin.items() if origin == "unknown"]
+    if source.format != NAME or not unknown:
+        return adapter
+    fields = {"count": len(unknown), "total": len(adapter)}
+    others = (finding for finding in source.findings if finding.code != "scale-unknown")
+    return Adapter(
+        {name: partial(_at_loaders_scale, adapter, name) for name in adapter},
+        label=adapter.label,
+        provenance=replace(
+            source,
+            scale_origin={**source.scale_origin, **dict.fromkeys(unknown, "format")},
+            findings=(*others, Finding("loaders-scale", fields)),
+        ),
+        saved_modules=adapter.saved_modules,
+        config=adapter.config,
+        side_tensors=adapter.side_tensors,
+    )
+
+
+def _at_loaders_scale(adapter: Adapter, name: str) -> Update:
+    update = adapter[name]
+    if not isinstance(update, LowRankUpdate) or update.scale is not None:
+        return update
+    return replace(update, scale=1.0, alpha=float(update.rank))
 
 
 @dataclass(frozen=True, slots=True)

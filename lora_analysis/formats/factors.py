@@ -51,6 +51,7 @@ class StoredPair:
     variant: str = ""
     base_name: str = ""
     magnitude: StoredFactor | None = None
+    magnitude_side: Literal["output", "input"] = "output"
 
     @classmethod
     def of(cls, module: str, a: str, b: str, *, flipped: bool = False) -> StoredPair:
@@ -277,6 +278,7 @@ def load_update(
             variant=pair.variant,
             base_name=pair.base_name,
             magnitude=None if pair.magnitude is None else pair.magnitude.read(tensors),
+            magnitude_side=pair.magnitude_side,
             label=label,
         )
     except InputError as error:

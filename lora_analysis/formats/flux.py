@@ -17,6 +17,7 @@ from lora_analysis.formats import kohya
 from lora_analysis.formats.image_keys import Spelling, spelled
 from lora_analysis.formats.image_pairs import read_image_adapter
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
+from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,9 +38,21 @@ _LAYERS: Final = {
 }
 
 
+# Key of the config of an adapter whose file names XLabs' processors.
+PROCESSOR_KEYS: Final = "processor_keys"
+
+
 def _of_processor(module: str) -> str:
     path, processor, layer = module.rpartition(".processor.")
     return f"{path}.{_LAYERS[layer]}" if processor and layer in _LAYERS else module
+
+
+def processor_key(module: str) -> str | None:
+    """Return the name of XLabs' processor layer for a layer of the base, None without one."""
+    for processor, layer in _LAYERS.items():
+        if module.endswith(f".{layer}"):
+            return f"{module.removesuffix(f'.{layer}')}.processor.{processor}"
+    return None
 
 
 _XLABS: Final = Spelling(
@@ -52,19 +65,29 @@ _XLABS: Final = Spelling(
     renamed=_of_processor,
 )
 _PREFIXED: Final = Spelling(
-    re.compile(r"(?P<module>diffusion_model\..+)\.lora_(?P<role>[AB])(\.[^.]+)?\.weight"),
+    # OneTrainer's files for ComfyUI hold text encoders too, as ComfyUI names these.
+    re.compile(
+        r"(?P<module>(diffusion_model|text_encoders)\..+)\.lora_(?P<role>[AB])(\.[^.]+)?\.weight"
+    ),
     default=1.0,
     reason="ai-toolkit's format has none, its scale is 1; a conversion may have lost it",
 )
+# Layers of the model without a prefix.
+BARE: Final = re.compile(
+    r"(double|single)_blocks\.\d+\..+|(img|txt|time|vector|guidance)_in(\..+)?|final_layer\..+"
+)
 _BARE: Final = Spelling(
-    re.compile(
-        r"(?P<module>((double|single)_blocks\.\d+\..+|(img|txt|time|vector|guidance)_in(\..+)?"
-        r"|final_layer\..+))\.lora_(?P<role>[AB])(\.[^.]+)?\.weight"
-    ),
+    re.compile(rf"(?P<module>{BARE.pattern})\.lora_(?P<role>[AB])(\.[^.]+)?\.weight"),
     default=1.0,
     reason="FLUX's control LoRAs have none, their scale is 1",
 )
-SPELLINGS: Final = (_XLABS, _PREFIXED, _BARE, *kohya.SPELLINGS)
+# Whatever else lies in a file of these: it is not left out.
+_OTHERS: Final = Spelling(
+    re.compile(r"(?P<module>.+)\.lora_(?P<role>[AB])(\.[^.]+)?\.weight"),
+    default=1.0,
+    reason=_PREFIXED.reason,
+)
+SPELLINGS: Final = (_XLABS, _PREFIXED, _BARE, *kohya.SPELLINGS, _OTHERS)
 
 
 def recognises(path: Path, options: ReadOptions) -> bool:
@@ -91,4 +114,6 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
     UnsupportedMethodError
         Another method's tensors lie beside the factors.
     """
-    return read_image_adapter(path, options, format=NAME, spellings=SPELLINGS)
+    keys = open_tensors(path, allow_pickle=options.allow_pickle).infos
+    config = {PROCESSOR_KEYS: True} if spelled(keys, (_XLABS,)) else None
+    return read_image_adapter(path, options, format=NAME, spellings=SPELLINGS, config=config)

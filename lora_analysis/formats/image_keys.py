@@ -26,11 +26,12 @@ _EXTRA: Final = re.compile(
     r"(?P<what>alpha|scalar|dora_scale|lora_magnitude_vector(\.[^.]+)?)"
 )
 _EXTRAS: Final[dict[str, Part]] = {"alpha": "alpha", "scalar": "scalar"}
-# What trainers store beside the factors: reported, not analysed.
+EMBEDDINGS: Final = "embeddings of new words"
+# What trainers store beside the factors: reported and carried over, not analyzed.
 _OTHERS: Final = (
-    (re.compile(r".+\.(diff|diff_b|set_weight|w_norm|b_norm)"), "trained in full"),
+    (re.compile(r".+\.(diff|diff_b|diff_m|set_weight|w_norm|b_norm)"), "trained in full"),
     (re.compile(r".+\.(lora_B|lora_up)(\.[^.]+)?\.bias"), "biases of B"),
-    (re.compile(r"<.+>"), "embeddings of new words"),
+    (re.compile(r"<.+>|bundle_emb\..+|(.+\.)?(emb_params|string_to_param\..+)"), EMBEDDINGS),
 )
 
 
@@ -118,7 +119,10 @@ def sort_parts(path: Path, keys: Iterable[str], spellings: Sequence[Spelling]) -
 
 def _sort_extra(path: Path, found: SortedParts, key: str, spellings: Sequence[Spelling]) -> None:
     if match := _EXTRA.fullmatch(key):
-        for name in dict.fromkeys(spelling.renamed(match["module"]) for spelling in spellings):
+        # The "_lora" before the dot may belong to the name, as in XLabs' "proj_lora".
+        stems = match["module"], key[: match.start("what") - 1]
+        names = (spelling.renamed(stem) for stem in stems for spelling in spellings)
+        for name in dict.fromkeys(names):
             if name in found.modules:
                 _put(path, found, name, _EXTRAS.get(match["what"], "norms"), key)
                 return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
@@ -25,19 +25,22 @@ from lora_analysis.formats.factors import (
     update_loaders,
 )
 from lora_analysis.formats.image_findings import block_findings, copied_findings
-from lora_analysis.formats.image_keys import Part, SortedParts, Spelling, sort_parts
+from lora_analysis.formats.image_keys import EMBEDDINGS, Part, SortedParts, Spelling, sort_parts
 from lora_analysis.formats.peft_pairs import DORA
+from lora_analysis.formats.side_tensors import side_finding, side_tensors
 from lora_analysis.formats.sources import ReadOptions, label_of, run_facts
-from lora_analysis.formats.stored import StoredFactor, contracted, tensor
-from lora_analysis.showing import plural
+from lora_analysis.formats.stored import contracted, tensor
 from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from lora_analysis.adapter import SideTensor
     from lora_analysis.storage.tensors import NamedTensors
 
+# Entry of an adapter's config: keys of the factors in the file it was read from, by module.
+FACTOR_KEYS: Final = "factor_keys"
 _ROLE: Final = re.compile(r"(down|up)(?=(\.weight)?$)|(?<=lora_)[AB](?=(\.[^.]+)?\.weight$)")
 _PARTNERS: Final = {"down": "up", "up": "down", "A": "B", "B": "A"}
 
@@ -49,6 +52,7 @@ def read_image_adapter(
     format: str,
     spellings: Sequence[Spelling],
     stated: Callable[[str, int], StatedScale | None] = lambda _module, _rank: None,
+    config: Mapping[str, Any] | None = None,
 ) -> Adapter:
     """Read one file whose keys are spelled in one or several of the given ways.
 
@@ -64,6 +68,8 @@ def read_image_adapter(
         Ways to name factors, the first that matches a key counts.
     stated
         Gives the scale of a module of a rank, where something beside its own tensors states it.
+    config
+        What a writer of the format needs to know of the file.
 
     Raises
     ------
@@ -93,6 +99,7 @@ def read_image_adapter(
             files=tensors.files,
             scale_origin={module: one.origin for module, one in scales.items()},
             rank=common_rank(ranks),
+            metadata=tensors.metadata,
             findings=as_findings(
                 (
                     *_scale_findings(parts, scales),
@@ -104,7 +111,24 @@ def read_image_adapter(
             ),
             **_facts(path, tensors.metadata),
         ),
+        config={**(config or {}), **_factor_keys(parts)},
+        side_tensors=_side_tensors(tensors, parts),
     )
+
+
+def _factor_keys(parts: SortedParts) -> dict[str, Any]:
+    """Return the stored keys (of A, B and alpha) of modules that are not spelled as PEFT does."""
+    keys = {
+        module: (stored["A"], stored["B"], stored.get("alpha"))
+        for module, stored in parts.modules.items()
+        if stored["A"] != f"{module}.lora_A.weight" and "mid" not in stored
+    }
+    return {FACTOR_KEYS: keys} if keys else {}
+
+
+def _side_tensors(tensors: NamedTensors, parts: SortedParts) -> dict[str, SideTensor]:
+    keys = [key for names in parts.rest.values() for key in names]
+    return side_tensors(tensors, keys, harmless=parts.rest.get(EMBEDDINGS, ()))
 
 
 def _pairs(path: Path, parts: SortedParts) -> list[StoredPair]:
@@ -139,18 +163,27 @@ def _completed(tensors: NamedTensors, pair: StoredPair, parts: Mapping[Part, str
         kernel = kernel or tuple(1 for _ in shapes[1][2:])
         pair = replace(pair, layout="conv", kernel=kernel)
         a, b = a.flattened(), b.flattened()
-    return replace(pair, a=a, b=b, **_dora(tensors, b, parts))
+    pair = replace(pair, a=a, b=b)
+    return _with_norms(tensors, pair, parts["norms"]) if "norms" in parts else pair
 
 
-def _dora(tensors: NamedTensors, b: StoredFactor, parts: Mapping[Part, str]) -> dict[str, Any]:
-    """Return what a pair of DoRA says more; norms of columns are not those of PEFT's DoRA."""
-    if "norms" not in parts:
-        return {}
-    name = parts["norms"]
-    shape = tensors.infos[name].shape
-    first_is_one = name.endswith("dora_scale") and len(shape) > 1 and shape[0] == 1
-    by_columns = first_is_one and b.shape(tensors)[:1] != (1,)
-    return {"variant": DORA, "magnitude": None if by_columns else tensor(name)}
+def _with_norms(tensors: NamedTensors, pair: StoredPair, name: str) -> StoredPair:
+    """Return a pair as DoRA's, with the norms of the rows or of the input channels of W + ΔW.
+
+    LyCORIS and OneTrainer store ``dora_scale`` as ``[out, 1, …]`` (``wd_on_out``, "output axis")
+    or as ``[1, in, …]``; ComfyUI decides by the first axis. PEFT's norms are of rows.
+    """
+    shape, count = tensors.infos[name].shape, math.prod(tensors.infos[name].shape)
+    rows = pair.b.shape(tensors)[0]
+    if len(shape) > 1:
+        by_inputs = shape[0] == 1 and (rows > 1 or count > 1)
+    else:
+        channels = pair.a.shape(tensors)[-1] // math.prod(pair.kernel)
+        by_inputs = count == channels != rows
+    side: Literal["output", "input"] = "output"
+    if by_inputs and name.endswith("dora_scale"):
+        side = "input"
+    return replace(pair, variant=DORA, magnitude=tensor(name), magnitude_side=side)
 
 
 def _own_scale(tensors: NamedTensors, parts: SortedParts, module: str) -> StatedScale | None:
@@ -190,19 +223,18 @@ def _scale_findings(parts: SortedParts, scales: Mapping[str, StatedScale]) -> li
 
 
 def _dora_findings(pairs: Sequence[StoredPair]) -> list[Finding]:
-    odd = [pair for pair in pairs if pair.variant == DORA and pair.magnitude is None]
-    if not odd:
-        return []
-    fields = {"count": len(odd), "total": len(pairs), "module": f"'{odd[0].module}'"}
-    return [Finding("dora-columns", fields)]
+    dora = [pair for pair in pairs if pair.variant == DORA]
+    findings = [Finding("dora", {"count": len(dora), "total": len(pairs)})] if dora else []
+    by_inputs = [pair.module for pair in dora if pair.magnitude_side == "input"]
+    if by_inputs:
+        fields = {"count": len(by_inputs), "total": len(pairs), "module": f"'{by_inputs[0]}'"}
+        findings.append(Finding("dora-columns", fields))
+    return findings
 
 
-def _rest_findings(parts: SortedParts) -> list[str]:
-    return [
-        f"{plural(len(names), 'tensor')} beside the factors: {what}, not analysed (first: "
-        f"'{names[0]}')."
-        for what, names in parts.rest.items()
-    ]
+def _rest_findings(parts: SortedParts) -> Iterator[Finding]:
+    for what, keys in parts.rest.items():
+        yield from side_finding(f"{what}, not analyzed", keys)
 
 
 def _facts(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -26,11 +26,16 @@ NAME: Final = "kohya"
 _DOUBLED: Final = {"lora_unet_unet_": "lora_unet_", "lora_te_text_encoder_": "lora_te_"}
 
 
-def _undoubled(module: str) -> str:
+# Names that kohya's keys made of a module's path. Half-renamed files keep some of its dots.
+FLATTENED: Final = re.compile(r"(lora_(unet|transformer|te[123]?)|lycoris)_[\w.]+")
+
+
+def _flattened(module: str) -> str:
+    """Return a module's name with one prefix, and underscores for the dots that were left."""
     for doubled, plain in _DOUBLED.items():
         if module.startswith(doubled):
-            return plain + module.removeprefix(doubled)
-    return module
+            module = plain + module.removeprefix(doubled)
+    return module.replace(".", "_") if FLATTENED.fullmatch(module) else module
 
 
 SPELLINGS: Final = (
@@ -39,7 +44,7 @@ SPELLINGS: Final = (
         re.compile(r"(?P<module>.+?)[._]lora(_linear_layer)?_(?P<role>down|up|mid)\.weight"),
         default=1.0,
         reason="the format then takes alpha = r, a scale of 1; a conversion may have lost it",
-        renamed=_undoubled,
+        renamed=_flattened,
         alpha_is_rank=True,
     ),
 )

@@ -5,34 +5,46 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
-
 from lora_analysis.errors import InputError
-from lora_analysis.formats.image_writing import exact_alpha, writable_updates
-from lora_analysis.formats.kohya import SPELLINGS
-from lora_analysis.formats.written import layer_shapes, layer_tensors
-from lora_analysis.storage.tensor_writer import OutputTensor, output_array, safetensors_content
+from lora_analysis.formats.image_metadata import image_metadata
+from lora_analysis.formats.image_writing import (
+    PlannedModule,
+    alpha_tensor,
+    factor_tensors,
+    norms_tensor,
+    planned_modules,
+)
+from lora_analysis.formats.kohya import FLATTENED, NAME, SPELLINGS
+from lora_analysis.formats.side_tensors import side_output
+from lora_analysis.storage.tensor_writer import safetensors_content
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from numpy.typing import NDArray
-
-    from lora_analysis.adapter import Adapter, UpdateOutline
+    from lora_analysis.adapter import Adapter
     from lora_analysis.storage.atomic import Content
+    from lora_analysis.storage.tensor_writer import OutputTensor
 
 # Of a file in a folder that has no name of its own: the folder's name takes the star's place.
 FILE_NAME: Final = "*.safetensors"
+# Component of a pipeline → prefix of its modules' names. Where the path of a module in ComfyUI's
+# model starts otherwise, the longer one counts.
 _PREFIXES: Final = {
     "unet": "lora_unet_",
-    "transformer": "lora_transformer_",
+    "diffusion_model": "lora_unet_",
+    "transformer": "lora_unet_",
     "text_encoder": "lora_te_",
     "text_encoder_2": "lora_te2_",
     "text_encoder_3": "lora_te3_",
+    "text_encoders.clip_l.transformer": "lora_te1_",
+    "text_encoders.clip_g.transformer": "lora_te2_",
+    "text_encoders.t5xxl.transformer": "lora_te3_",
 }
-# A module's path in a model, and a name that kohya's keys made of one.
+# Blocks as diffusers names them. ComfyUI looks for these under OneTrainer's prefix, for the names
+# of a model's authors under "lora_unet_"; sd-scripts knows the authors' names alone.
+_DIFFUSERS_BLOCKS: Final = re.compile(r"transformer\.(single_)?transformer_blocks\..+")
 PATH: Final = re.compile(r"[\w.-]+")
-KOHYAS_NAME: Final = re.compile(r"(lora_(unet|transformer|te[123]?)|lycoris)_\w+")
+"""A module's path in a model."""
 
 
 def contents(adapter: Adapter) -> dict[str, Content]:
@@ -41,14 +53,31 @@ def contents(adapter: Adapter) -> dict[str, Content]:
     Dots in a module's name become underscores after the prefix of its component; one without a
     component is the denoiser's (``lora_unet_``). Names that kohya's files gave are kept.
     """
-    updates = writable_updates(adapter, "kohya")
-    names = flattened_names(updates)
-    tensors: list[OutputTensor] = []
-    for module, update in updates.items():
-        tensors += _module_tensors(adapter, module, names[module], update)
-    base = adapter.provenance.base_model
-    metadata = {"format": "pt"} | ({"ss_base_model_version": base} if base else {})
-    return {FILE_NAME: safetensors_content(tensors, metadata)}
+    modules = planned_modules(adapter, NAME)
+    names = flattened_names(modules)
+    tensors = side_output(adapter, NAME)
+    for module, plan in modules.items():
+        tensors += module_tensors(adapter, plan, names[module])
+    metadata = image_metadata(adapter, NAME, modules.values(), tensors)
+    return {FILE_NAME: safetensors_content(tensors, {"format": "pt", **metadata})}
+
+
+def module_tensors(adapter: Adapter, plan: PlannedModule, name: str) -> list[OutputTensor]:
+    """Return the tensors of one module under kohya's keys.
+
+    Raises
+    ------
+    InputError
+        Its scale is 0, which loaders would read as 1.
+    """
+    if plan.alpha == 0:
+        message = f"'{plan.name}' has scale 0, and kohya's loaders take an alpha of 0 for the rank."
+        raise InputError(message)
+    tensors = factor_tensors(adapter, plan, f"{name}.lora_down.weight", f"{name}.lora_up.weight")
+    tensors.append(alpha_tensor(f"{name}.alpha", plan.alpha))
+    if plan.norms:
+        tensors.append(norms_tensor(adapter, plan, f"{name}.dora_scale", plan.norms))
+    return tensors
 
 
 def flattened_names(modules: Iterable[str]) -> dict[str, str]:
@@ -76,37 +105,18 @@ def flattened_names(modules: Iterable[str]) -> dict[str, str]:
 
 
 def _flattened(module: str, *, two_encoders: bool) -> str:
-    if KOHYAS_NAME.fullmatch(module):
-        return module
+    if FLATTENED.fullmatch(module):
+        return module.replace(".", "_")
     if not PATH.fullmatch(module):
         message = f"'{module}' is no path of a module, which kohya's keys are made from."
         raise InputError(message)
-    component, _, rest = module.partition(".")
-    prefix = _PREFIXES.get(component, "")
-    if component == "text_encoder" and two_encoders:
+    prefix, rest = "lora_unet_", module
+    for component in sorted(_PREFIXES, key=len, reverse=True):
+        if module.startswith(f"{component}."):
+            prefix, rest = _PREFIXES[component], module.removeprefix(f"{component}.")
+            break
+    if _DIFFUSERS_BLOCKS.fullmatch(module):
+        prefix = "lora_transformer_"
+    if two_encoders and prefix == "lora_te_":
         prefix = "lora_te1_"
-    return (prefix + rest if prefix and rest else f"lora_unet_{module}").replace(".", "_")
-
-
-def _module_tensors(
-    adapter: Adapter, module: str, name: str, update: UpdateOutline
-) -> list[OutputTensor]:
-    a, b = layer_shapes(update)
-    shapes = {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b}
-    if update.has_magnitude:
-        shapes[f"{name}.dora_scale"] = (update.shape[0], *(1 for _ in a[1:]))
-    factors = layer_tensors(adapter, module, shapes)
-    return [*factors, output_array(f"{name}.alpha", _alpha_tensor(update))]
-
-
-def _alpha_tensor(update: UpdateOutline) -> NDArray[np.floating]:
-    """Return alpha as float32 where that holds it exactly, as float64 where it does not."""
-    alpha = exact_alpha(update)
-    if alpha == 0:
-        message = (
-            f"'{update.name}' has scale 0, and kohya's loaders take an alpha of 0 for the rank."
-        )
-        raise InputError(message)
-    with np.errstate(over="ignore", under="ignore"):
-        narrow = np.array(alpha, np.float32)
-    return narrow if float(narrow) == alpha else np.array(alpha, np.float64)
+    return f"{prefix}{rest}".replace(".", "_")

@@ -120,6 +120,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
             *merged_finding(len(found.fused), interleaved=any(map(interleaves, found.fused))),
             *beside_finding("not analysed", others),
         ),
+        metadata={k: v for k, v in tensors.metadata.items() if k not in (SCALE, ENABLED)},
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from lora_analysis.errors import InputError
 from lora_analysis.formats.loralib import ENABLED, SCALE, is_convolution, is_embedding
 from lora_analysis.formats.merged import FUSED, block_names
+from lora_analysis.formats.side_tensors import carried_metadata, side_output
 from lora_analysis.formats.text_writing import (
     Factors,
     PlannedFactors,
@@ -24,7 +25,7 @@ from lora_analysis.formats.text_writing import (
     one_scale,
     writable,
 )
-from lora_analysis.storage.tensor_writer import OutputTensor, output_group, safetensors_content
+from lora_analysis.storage.tensor_writer import output_group, safetensors_content
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -51,11 +52,11 @@ def contents(adapter: Adapter) -> dict[str, Content]:
     """
     updates = writable(adapter, _FORMAT)
     scale = one_scale(updates)
-    metadata = {"format": "pt", SCALE: repr(float(scale))}
+    metadata = {"format": "pt", SCALE: repr(float(scale)), **carried_metadata(adapter, _FORMAT)}
     whole, enabled = _merged(folded(adapter, updates, lambda _update: scale))
     if enabled:
         metadata[ENABLED] = ",".join(str(int(on)) for on in enabled)
-    tensors: list[OutputTensor] = []
+    tensors = side_output(adapter, _FORMAT)
     for name, planned in whole.items():
         _check_name(name, planned)
         shapes = {f"{name}.lora_A": planned.a, f"{name}.lora_B": planned.b}

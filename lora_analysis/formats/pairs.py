@@ -23,6 +23,7 @@ from lora_analysis.formats.factors import (
     stored_rank,
     update_loaders,
 )
+from lora_analysis.formats.side_tensors import side_finding, side_tensors
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, run_facts, tensors_at
 from lora_analysis.storage.tensors import open_tensors
 
@@ -154,10 +155,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
             "turned. If B was named first, swap the two patterns."
         )
     if unmatched:
-        findings.append(
-            f"{len(unmatched)} tensors match neither pattern and are not analysed "
-            f"(first: '{unmatched[0]}')."
-        )
+        findings += side_finding("they match neither pattern and are not analyzed", unmatched)
     return Adapter(
         update_loaders(tensors, pairs, scales, label=label),
         label=label,
@@ -168,8 +166,10 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
             scale_origin={module: stated.origin for module, stated in scales.items()},
             rank=common_rank(ranks),
             findings=as_findings(tuple(findings)),
+            metadata=tensors.metadata,
             **run_facts(path.parent),
         ),
+        side_tensors=side_tensors(tensors, unmatched, harmless=unmatched),
     )
 
 

@@ -19,6 +19,7 @@ from lora_analysis.formats.peft_experts_writer import is_expert, parameter_of, s
 from lora_analysis.formats.peft_keys import PREFIX, sort_keys
 from lora_analysis.formats.peft_pairs import DORA
 from lora_analysis.formats.peft_places import WEIGHTS_NAME
+from lora_analysis.formats.side_tensors import carried_tensors
 from lora_analysis.formats.written import layer_shapes, layer_tensors, low_rank_outlines
 from lora_analysis.patterns import ModulePatterns, matches_target, pattern_budget
 from lora_analysis.storage.adapter_fields import refuse_more_than_factors
@@ -51,6 +52,7 @@ def contents(adapter: Adapter) -> dict[str, Content]:
         adapter.label,
         "which is not written: a model that loads the file would not compute what it did.",
     )
+    carried_tensors(adapter, "peft")  # refuses what would be lost
     updates = low_rank_outlines(adapter)
     for update in updates.values():
         _refuse_unsayable(update, adapter)
@@ -71,6 +73,8 @@ def _refuse_unsayable(update: UpdateOutline, adapter: Adapter) -> None:
         reason = f"a part of {update.variant}, which also changes the base weight"
     elif update.variant == DORA and not update.has_magnitude:
         reason = "DoRA's, but holds no magnitude"
+    elif update.magnitude_side == "input":
+        reason = "DoRA's with norms of input columns, and PEFT's are of rows"
     elif is_expert(update):  # refused below where it is not one of a whole stack
         return
     elif update.base_name and not adapter.config.get("layer_replication"):

@@ -45,9 +45,22 @@ WRITERS: Final = {
     "peft": "peft_writer",
     "diffusers": "diffusers_writer",
     "kohya": "kohya_writer",
+    "flux": "flux_writer",
     "loralib": "loralib_writer",
     "mlx": "mlx_writer",
     "gguf": "gguf_writer",
+}
+# Formats whose writer keeps the scale of each module and the type of the source.
+LIKE_SOURCE: Final = frozenset({"kohya", "flux", "diffusers"})
+# Formats whose writer carries over what their files hold next to the factors.
+CARRYING: Final = LIKE_SOURCE | {"loralib"}
+# Format → suffix of the file that its writer makes where the path names one; others make folders.
+FILE_SUFFIXES: Final = {
+    "diffusers": ".safetensors",
+    "flux": ".safetensors",
+    "gguf": ".gguf",
+    "kohya": ".safetensors",
+    "loralib": ".safetensors",
 }
 _NOTES: Final = {
     "loralib": "loralib_writer.loralib_notes",

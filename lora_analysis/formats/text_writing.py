@@ -84,6 +84,8 @@ def _refuse_unsayable(
         reason = f"not the whole update ({update.variant}), which a file of {format} cannot say"
     elif update.variant and not update.has_magnitude:
         reason = f"{update.variant}'s, but holds no magnitude"
+    elif update.magnitude_side == "input":
+        reason = f"DoRA's with norms of input columns; a file of {format} holds norms of rows"
     elif update.base_name:
         reason = f"for the weight '{update.base_name}', and loaders look for '{update.name}'"
     else:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_analysis.errors import InputError
+from lora_analysis.formats import side_tensors
 from lora_analysis.formats.fused_parts import joined
 from lora_analysis.formats.merged import are_blocks
 from lora_analysis.formats.registry import WRITERS, contents_of, notes_of
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lora_analysis.adapter import Adapter
+    from lora_analysis.finding import Finding
     from lora_analysis.storage.atomic import Content
 
 _KIND = "adapter"
@@ -45,8 +47,11 @@ def write_adapter(
     norms and trained modules beside them. The parts of a fused weight are written as one update
     of the whole; from ``"peft"`` they are read as parts again, and in ``"loralib"`` equal blocks
     are ``MergedLinear``'s.
-    ``"kohya"`` and ``"diffusers"`` make one file each, under the keys that programs for image
-    models load, an alpha per module or PEFT's config in its metadata.
+    ``"kohya"``, ``"flux"`` and ``"diffusers"`` make one file each, under the keys that programs for
+    image models load: an alpha per module, ComfyUI's and ai-toolkit's names, or PEFT's config in
+    the metadata. Half precision stays as it was read. What the source stores next to its factors
+    (biases, norms, embeddings) and its metadata are carried over within a format; to another one,
+    :func:`unwritten_findings` names what is left out.
     ``"mlx"`` makes the folder that mlx-lm loads, ``"gguf"`` one file for llama.cpp, ``"loralib"``
     a state dictionary as safetensors; what each folds, :func:`writing_notes` says.
 
@@ -158,6 +163,34 @@ def writing_notes(adapter: Adapter, format: str) -> list[str]:
         The adapter cannot be written in that format.
     """
     return notes_of(format)(_whole(adapter, format))
+
+
+def unwritten_findings(adapter: Adapter, format: str) -> list[Finding]:
+    """Return findings on what a file of a format lacks of an adapter's source.
+
+    Tensors without which a model would compute other numbers are refused by `write_adapter`; what
+    is left out besides them (embeddings of new words, the source's metadata) is named here.
+    """
+    return side_tensors.unwritten_findings(adapter, format)
+
+
+def written_names(adapter: Adapter, format: str) -> dict[str, str]:
+    """Return the name under which each module of an adapter is read from a file of a format.
+
+    Raises
+    ------
+    InputError
+        A name cannot be written in the format.
+    """
+    if format == "kohya":
+        from lora_analysis.formats.kohya_writer import flattened_names
+
+        return flattened_names(adapter)
+    if format == "flux":
+        from lora_analysis.formats.flux_writer import authors_names
+
+        return authors_names(adapter)
+    return {name: name for name in adapter}
 
 
 def _whole(adapter: Adapter, format: str) -> Adapter:

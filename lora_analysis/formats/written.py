@@ -10,6 +10,7 @@ import numpy as np
 
 from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.errors import InputError, UnsupportedMethodError
+from lora_analysis.formats.side_tensors import carried_tensors
 from lora_analysis.storage.adapter_fields import refuse_more_than_factors
 from lora_analysis.storage.tensor_writer import OutputTensor, output_group
 
@@ -51,6 +52,7 @@ def factors_alone(
             f"file of {format} cannot hold. It is not written."
         )
         raise UnsupportedMethodError(message)
+    carried_tensors(adapter, format)  # refuses what would be lost
     outlines = low_rank_outlines(adapter)
     for outline in outlines.values():
         refuse(outline)

@@ -164,6 +164,7 @@ def _renamed(adapter: Adapter, match: NameMatch) -> Adapter:
         provenance=replace(source, scale_origin=origins, findings=(*source.findings, *findings)),
         saved_modules=adapter.saved_modules,
         config=adapter.config,
+        side_tensors=adapter.side_tensors,
     )
 
 

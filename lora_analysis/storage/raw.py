@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lora_analysis.storage.dtypes import raw_dtype
-from lora_analysis.storage.safetensors import TensorInfo, read_tensor
+from lora_analysis.storage.safetensors import TensorInfo, check_readable, read_tensor
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,6 +33,23 @@ def read_elements(path: Path, info: TensorInfo, start: int, stop: int) -> NDArra
     size = raw_dtype(info.dtype).itemsize
     part = part_of(info, (stop - start,), info.start + start * size)
     return read_tensor(path, replace(part, dtype=_carrier(info.dtype)))
+
+
+def read_stored(path: Path, info: TensorInfo) -> NDArray[Any]:
+    """Return a whole tensor as it lies in the file, in its shape and the type of its bytes.
+
+    Types that numpy lacks come as unsigned integers of their width.
+
+    Raises
+    ------
+    MalformedFileError
+        The file is shorter than its header said.
+    UnknownFormatError
+        The tensor is stored in a type that cannot be read as plain numbers.
+    """
+    check_readable(path, info)
+    elements = read_elements(path, info, 0, info.elements)
+    return elements.view(raw_dtype(info.dtype)).reshape(info.shape)
 
 
 def part_of(info: TensorInfo, shape: tuple[int, ...], start: int) -> TensorInfo:

@@ -49,7 +49,7 @@ def read_tensor(path: Path, info: TensorInfo) -> NDArray[Any]:
     UnknownFormatError
         The tensor is stored in a type that cannot be read as plain numbers (4- and 6-bit floats).
     """
-    _check_readable(path, info)
+    check_readable(path, info)
     count = (info.stop - info.start) // raw_dtype(info.dtype).itemsize
     out = np.empty(count, dtype=result_dtype(info.dtype))
     with path.open("rb", buffering=0) as stream:
@@ -98,7 +98,7 @@ def iter_blocks(
     UnknownFormatError
         The tensor is stored in a type that cannot be read as plain numbers.
     """
-    _check_readable(path, info)
+    check_readable(path, info)
     if info.strides is not None:
         yield from _blocks_of_strided(path, info, elements)
         return
@@ -146,7 +146,8 @@ def _span(part: slice) -> int:
     return int(part.stop - part.start)
 
 
-def _check_readable(path: Path, info: TensorInfo) -> None:
+def check_readable(path: Path, info: TensorInfo) -> None:
+    """Raise UnknownFormatError if a tensor cannot be read as plain numbers."""
     if info.dtype not in READABLE:
         message = (
             f"{path}: tensor {shown(info.name)} is stored as {info.dtype}, which cannot be read "

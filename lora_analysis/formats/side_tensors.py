@@ -1,0 +1,151 @@
+"""What a file stores next to the factors: kept with the adapter, written again within its format.
+
+A writer of the source's own format carries these tensors and the file's metadata over. Every other
+writer refuses an adapter whose model would compute other numbers without them, and names the rest
+in a finding.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from lora_analysis.adapter import SideTensor
+from lora_analysis.errors import UnsupportedMethodError
+from lora_analysis.finding import Finding, listed
+from lora_analysis.formats.registry import CARRYING
+from lora_analysis.showing import plural
+from lora_analysis.storage.headers import TensorInfo
+from lora_analysis.storage.raw import read_stored
+from lora_analysis.storage.tensor_writer import OutputTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Sequence
+
+    from numpy.typing import NDArray
+
+    from lora_analysis.adapter import Adapter
+    from lora_analysis.storage.tensors import NamedTensors
+
+# Entries that every writer states anew.
+_RESTATED: Final = frozenset({"format", "lora_adapter_metadata", "lora_analysis"})
+
+
+def side_tensors(
+    tensors: NamedTensors, keys: Iterable[str], *, harmless: Collection[str] = ()
+) -> dict[str, SideTensor]:
+    """Return tensors of a file that are not part of any update; none is read yet.
+
+    Parameters
+    ----------
+    tensors
+        The file.
+    keys
+        Their keys in it.
+    harmless
+        Those without which a model computes the same numbers, such as embeddings of new words.
+    """
+    return {
+        key: SideTensor(
+            tensors.infos[key].dtype,
+            tensors.infos[key].shape,
+            partial(_stored, tensors, key),
+            alters_model=key not in harmless,
+        )
+        for key in keys
+    }
+
+
+def _stored(tensors: NamedTensors, key: str) -> NDArray[Any]:
+    info = tensors.infos[key]
+    if isinstance(info, TensorInfo):
+        return read_stored(tensors.file_of(key), info)
+    return tensors.read(key)
+
+
+def harmless_keys(keys: Sequence[str]) -> list[str]:
+    """Return the keys of tensors that a state dictionary may hold without having trained them.
+
+    Those of a whole model's. Biases are trained if no weights are stored with them (loralib's
+    ``bias="lora_only"``).
+    """
+    whole_model = any(key.endswith(".weight") for key in keys)
+    return [key for key in keys if whole_model or not key.endswith(".bias")]
+
+
+def side_finding(what: str, keys: Sequence[str]) -> list[Finding]:
+    """Return the finding on tensors next to the factors, if there are any."""
+    if not keys:
+        return []
+    fields = {"count": len(keys), "tensors": plural(len(keys), "tensor"), "what": what}
+    return [Finding("side-tensors", {**fields, "keys": list(keys)})]
+
+
+def source_format(adapter: Adapter) -> str:
+    """Return the format that an adapter's side tensors and metadata belong to."""
+    return adapter.provenance.source_format or adapter.provenance.format
+
+
+def _is_carried(adapter: Adapter, format: str) -> bool:
+    return format in CARRYING and source_format(adapter) == format
+
+
+def carried_tensors(adapter: Adapter, format: str) -> dict[str, SideTensor]:
+    """Return the side tensors that a writer of a format writes too.
+
+    Raises
+    ------
+    UnsupportedMethodError
+        The format is not the source's, and a model without them would compute other numbers.
+    """
+    if _is_carried(adapter, format):
+        return dict(adapter.side_tensors)
+    needed = [key for key, tensor in adapter.side_tensors.items() if tensor.alters_model]
+    if needed:
+        source = source_format(adapter)
+        way_on = f" format='{source}' (command line: --to {source}) keeps them."
+        message = (
+            f"{adapter.label} also stores {listed(needed)} next to the factors, which a file of "
+            f"{format} cannot hold: a model that loads it would not compute what it did. It is "
+            f"not written.{way_on if source in CARRYING else ''}"
+        )
+        raise UnsupportedMethodError(message)
+    return {}
+
+
+def side_output(adapter: Adapter, format: str) -> list[OutputTensor]:
+    """Return the side tensors that a file of the format carries over from its source.
+
+    Raises
+    ------
+    UnsupportedMethodError
+        The format is not the source's, and a model without them would compute other numbers.
+    """
+    return [
+        OutputTensor(key, tensor.dtype, tensor.shape, tensor.read)
+        for key, tensor in carried_tensors(adapter, format).items()
+    ]
+
+
+def carried_metadata(adapter: Adapter, format: str) -> dict[str, str]:
+    """Return the entries of the source's metadata that a writer of a format writes too."""
+    if not _is_carried(adapter, format):
+        return {}
+    stated = adapter.provenance.metadata
+    return {key: value for key, value in stated.items() if key not in _RESTATED}
+
+
+def unwritten_findings(adapter: Adapter, format: str) -> list[Finding]:
+    """Return findings on what a file of a format lacks of an adapter's source."""
+    if _is_carried(adapter, format):
+        return []
+    findings = []
+    if keys := [key for key, tensor in adapter.side_tensors.items() if not tensor.alters_model]:
+        fields = {"count": len(keys), "format": format, "keys": keys}
+        fields["tensors"] = plural(len(keys), "tensor")
+        findings.append(Finding("side-tensors-not-written", fields))
+    if names := [key for key in adapter.provenance.metadata if key not in _RESTATED]:
+        entries = f"{len(names)} {'entry' if len(names) == 1 else 'entries'}"
+        fields = {"count": len(names), "format": format, "keys": names, "entries": entries}
+        findings.append(Finding("metadata-not-written", fields))
+    return findings
