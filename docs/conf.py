@@ -75,8 +75,10 @@ def write_commands(_app: Any) -> None:
 
 
 _COMMANDS = """What ``--help`` prints. Data goes to stdout, everything else to stderr. Exit codes:
-0 done, 1 unexpected, 2 usage, 3 input refused, 4 done but some adapters failed, 130 interrupted,
-141 the reader of stdout went away.
+0 done (a module left out by rule is a finding, not a failure), 1 a bug, 2 usage, 3 refused (input,
+a missing extra, a folder in use, a full disk), 4 done, but a source failed or a module could not be
+read, matched or computed, 5 a check failed, 6 a check was inconclusive, 130 interrupted, 141 the
+reader of stdout went away. Where several apply: 3, 5, 6, 4.
 """
 
 

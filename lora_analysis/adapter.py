@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -73,6 +73,23 @@ def _check_kernel(name: str, layout: Layout, kernel: tuple[int, ...], d_in: int)
         raise InputError(message)
 
 
+class FilePosition(NamedTuple):
+    """Where a factor lies in its file, in bytes, if it is stored there as one block.
+
+    ``itemsize`` is that of the stored type; ``shape`` that of the factor, whose order in memory
+    is the file's.
+    """
+
+    offset: int
+    itemsize: int
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Length of the block."""
+        return self.itemsize * math.prod(self.shape)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRankUpdate:
     """The update ``ΔW = scale·B·A`` of one weight, kept as its factors.
@@ -115,6 +132,8 @@ class LowRankUpdate:
         ``"output"`` for norms of rows. ``"input"`` for those of input channels, as OneTrainer and
         LyCORIS learn them too: of columns, or of a convolution's input channels over all outputs
         and the kernel; ``magnitude`` then has one entry per channel.
+    stored_at
+        Positions of A and B in their file; None for a factor that is computed or cut from others.
 
     Raises
     ------
@@ -136,6 +155,7 @@ class LowRankUpdate:
     base_name: str = ""
     magnitude: NDArray[np.floating[Any]] | None = None
     magnitude_side: Literal["output", "input"] = "output"
+    stored_at: tuple[FilePosition | None, FilePosition | None] = (None, None)
 
     def __post_init__(self) -> None:
         given = self.A

@@ -49,6 +49,89 @@ KINDS: Final[dict[str, Kind]] = {
         "the prefix that was passed gives the place of these modules to others, so they are left "
         "out: {modules}.",
     ),
+    "zero-a": Kind(
+        "damage",
+        "A is zero in {count} of {total} modules ({modules}). In linear layers A starts random, so "
+        "these tensors were lost; ΔW of these modules is zero in this file.",
+    ),
+    "enlarged-entry": Kind(
+        "damage",
+        "{role} of '{module}' holds {value}, {ratio} times the rms of its other entries: a flipped "
+        "bit or another error in the file. Affected: {modules} ({count} of {total} modules). Small "
+        "errors are not noticed; compare the file's sha256 with the original's.",
+    ),
+    "single-entry": Kind(
+        "damage",
+        "{role} of '{module}' is zero except for one entry of {value}: a flipped bit or another "
+        "error in the file. Affected: {modules} ({count} of {total} modules).",
+    ),
+    "large-values": Kind(
+        "damage",
+        "{role} of '{module}' holds {value} (limit 10,000): the training diverged or the file is "
+        "damaged. Affected: {modules} ({count} of {total} modules).",
+    ),
+    "tiny-values": Kind(
+        "damage",
+        "{role} of '{module}' holds no entry above {value}; trained factors are not so small: the "
+        "file is damaged or its type is wrong. Affected: {modules} ({count} of {total} modules).",
+    ),
+    "large-scale": Kind(
+        "damage",
+        "The scale of '{module}' is {value} (limit 10,000): its alpha may be damaged. Affected: "
+        "{modules} ({count} of {total} modules).",
+    ),
+    "norm-outlier": Kind(
+        "damage",
+        "{quantity} of '{module}' is {value}, a factor of {ratio} outside the {bound} over the "
+        "other {others} modules {scope} (limit {limit}): the training diverged there or the file "
+        "is damaged. Affected: {modules} ({count} of {total} modules).",
+    ),
+    "unusual-norm": Kind(
+        "limit",
+        "{quantity} of '{module}' is {value}, a factor of {ratio} outside the {bound} over the "
+        "other {others} modules {scope}; real adapters stay within a factor of 3. Affected: "
+        "{modules} ({count} of {total} modules).",
+    ),
+    "file-hole": Kind(
+        "damage",
+        "{role} of '{module}' has {bytes:,} bytes of zeros that start and end on 512-byte blocks "
+        "of the file or on tensor ends: a hole in the file, as an interrupted copy or download "
+        "leaves it. Affected: {modules} ({count} of {total} modules).",
+    ),
+    "zeros-in-a-row": Kind(
+        "limit",
+        "{role} of '{module}' has {bytes:,} bytes of zeros in a row. Harmless causes are embedding "
+        "rows that were never seen, a padded vocabulary, pruned or dead units, and block-diagonal "
+        "factors of fused projections. Affected: {modules} ({count} of {total} modules).",
+    ),
+    "scattered-zeros": Kind(
+        "limit",
+        "{share:.0%} of the entries of {role} of '{module}' are zero: a sparse method, a "
+        "block-diagonal factor, or underflow in {dtype}. Affected: {modules} ({count} of {total} "
+        "modules).",
+    ),
+    "no-gradient": Kind(
+        "limit",
+        "B is zero in {count} of {total} modules, in whole types or layers ({modules}): they never "
+        "received a gradient, as the last layer of a text encoder or experts that were never "
+        "routed to.",
+    ),
+    "zero-b": Kind(
+        "damage",
+        "B is zero in {count} of {total} modules ({modules}), while others of their types and "
+        "layers were trained: these tensors were probably lost. ΔW of these modules is zero in "
+        "this file.",
+    ),
+    "twin-modules": Kind(
+        "damage",
+        "'{module}' and '{other}' have identical A and B: training does not leave this, so one was "
+        "written over the other. Affected: {modules} ({count} of {total} modules).",
+    ),
+    "below-precision": Kind(
+        "limit",
+        "The smallest σ of {count} of {total} modules are below storage precision: rounding to "
+        "{dtype} alone may have changed those of '{module}' by {ratio:.1g} times their size.",
+    ),
     "copied-a": Kind(
         "artifact",
         "{count} modules share their A with another (for example {modules}): a fused projection "

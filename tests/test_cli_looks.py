@@ -123,7 +123,7 @@ def test_doctor_names_what_is_missing(
     needed = ["numpy>=2", "no.such-one>=1; extra == 'demo'", 'numpy; extra == "odd"']
     monkeypatch.setattr(doctor.metadata, "requires", lambda _: needed)
     code, out, _ = call(capsys, "doctor")
-    assert code == 1
+    assert code == 3
     assert "no-such-package. Install the package again" in out
     assert "not here (no no.such-one): demo, train" in out
     assert "pip install 'lora-analysis[demo]'" in out

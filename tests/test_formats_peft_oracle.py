@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from test_formats_peft import adapters
 
 from lora_analysis.adapter import Adapter, LowRankUpdate
 from lora_analysis.formats import find_adapters, read_adapter, write_adapter
+from lora_analysis.formats.sanity_checks import check_updates
 
 pytestmark = [
     pytest.mark.slow,
@@ -332,3 +334,24 @@ def test_biases_trained_throughout_are_not_taken_for_saved_modules(tmp_path: Pat
     adapter = read_adapter(tmp_path)
     assert any("biases of the base" in finding for finding in map(str, adapter.provenance.findings))
     assert all(name.startswith("classifier.") for name in adapter.saved_modules)
+
+
+def test_adapters_that_peft_has_just_saved_are_healthy(tmp_path: Path) -> None:
+    import peft
+
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict(
+        {
+            "emb": torch.nn.Embedding(50, 16),
+            "conv": torch.nn.Conv2d(4, 16, 3),
+            **{f"lin{i}": torch.nn.Linear(16, 16) for i in range(6)},
+        }
+    )
+    for trained in (False, True):
+        config = peft.LoraConfig(
+            r=4, target_modules=["emb", "conv", *(f"lin{i}" for i in range(6))],
+            init_lora_weights=not trained,
+        )  # fmt: skip
+        wrapped = peft.get_peft_model(copy.deepcopy(model), config)
+        wrapped.save_pretrained(tmp_path / str(trained))
+        assert check_updates(read_adapter(tmp_path / str(trained)).values()) == ()

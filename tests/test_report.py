@@ -142,7 +142,7 @@ def test_results_are_strict_json_with_every_row(report: Path) -> None:
 
     text = (report.parent / "results.json").read_text()
     results = json.loads(text, parse_constant=refuse)
-    assert results["schema_version"] == 2
+    assert results["schema_version"] == 3
     jsonschema.validate(results, results_schema())
     assert len(results["overlaps"]) == 10 * 2
     assert {one["k"] for one in results["amplifications"]} == {4, 8}

@@ -1,9 +1,10 @@
 """The command line: parse, call the library, print. One file per verb, imported when it is run.
 
-Nothing is computed here. Data goes to stdout, everything else to stderr. Exit codes: 0 done,
-1 unexpected, 2 usage, 3 refused (input, a missing extra, a full disk, memory), 4 done but some
-adapters failed, 130 interrupted, 141 the reader of stdout went away (as the shell reports it of
-other tools).
+Nothing is computed here. Data goes to stdout, everything else to stderr. Exit codes: 0 done (a
+module left out by rule is a finding, not a failure), 1 a bug, 2 usage, 3 refused (input, a missing
+extra, a folder in use, a full disk, memory), 4 done, but a source failed or a module could not be
+read, matched or computed, 5 a check failed, 6 a check was inconclusive, 130 interrupted, 141 the
+reader of stdout went away. Where several apply: 3, 5, 6, 4.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 import click
 
 from lora_analysis import __version__
+from lora_analysis.cli.exit_codes import BUG, DONE, INTERRUPTED, READER_GONE, REFUSED
 from lora_analysis.errors import (
     InputError,
     LoraAnalysisError,
@@ -44,12 +46,6 @@ VERBS = {
     "extract": "Write the best LoRA of a full fine-tune.",
     "doctor": "Say which versions, devices and extras are here.",
 }
-
-
-REFUSED = 3
-INTERRUPTED = 130
-# 128 + SIGPIPE: what a shell reports of a program that its pager or `head` has left.
-READER_GONE = 141
 
 
 @contextmanager
@@ -120,10 +116,10 @@ def run(arguments: list[str] | None = None) -> int:
         verb = next((one for one in given if one in VERBS), "lora-analysis")
         known = error if isinstance(error, LoraAnalysisError) else named_error(error, verb)
         if known is not None:
-            return _say(printable(f"Error: {known}"), REFUSED if _is_refusal(known) else 1)
+            return _say(printable(f"Error: {known}"), REFUSED if _is_refusal(known) else BUG)
         what = printable(f"Unexpected {type(error).__name__}: {error}")
-        return _say(f"{what}\nRun again with --debug.", 1)
-    return result if isinstance(result, int) else 0
+        return _say(f"{what}\nRun again with --debug.", BUG)
+    return result if isinstance(result, int) else DONE
 
 
 def _is_refusal(error: LoraAnalysisError) -> bool:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import (
     modules_option,
     output_options,
@@ -62,7 +63,7 @@ def command(
     prefixes: tuple[str, ...],
     reading: Reading,
     form: str,
-) -> None:
+) -> int:
     """Hold ADAPTER against its base weights: the paper's Table 7 for every module.
 
     The amplification factor ‖ΔW‖/‖UᵀWV‖ proves little by itself; "chance" is what random
@@ -94,7 +95,7 @@ def command(
             {"adapter": adapter.label, "base": base, "modules": records(table)}
             | _medians(full)
             | changes
-            | {"findings": [{"kind": one.kind, "text": one.text} for one in said]}
+            | {"left_out": _left_out(result), "findings": [one.to_dict() for one in said]}
             | {"base_findings": [one.to_dict() for one in result.base_findings()]}
         )
     elif form == "quiet":
@@ -107,6 +108,25 @@ def command(
         _print(adapter.label, full)
         if spectrum:
             _print_changes(adapter.label, result.changes)
+    return PARTLY_FAILED if result.unmatched else DONE
+
+
+def _left_out(result: Study) -> list[dict[str, str]]:
+    """Return the modules that are not measured against the base, and why."""
+    measured = set(result.amplifications["module"])
+    missing = [
+        {"module": module, "code": "no-base-weight", "reason": reason}
+        for module, reason in result.unmatched.items()
+    ]
+    for row in result.spectra.itertuples():
+        if row.module in measured or row.module in result.unmatched:
+            continue
+        untrained = not row.numerical_rank
+        code, reason = (
+            ("untrained", "ΔW is zero") if untrained else ("unknown-scale", "its scale is unknown")
+        )
+        missing.append({"module": row.module, "code": code, "reason": reason})
+    return missing
 
 
 def _announce(adapter: Adapter) -> None:

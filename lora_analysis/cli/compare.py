@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import (
     MODULES_SHOWN,
     label_option,
@@ -75,7 +76,9 @@ def command(
             across_bases=True,  # two adapters that are named are compared
             progress=progress,
         )
-    lost = _lost_references(result)
+    _check_pair(result)
+    failures = [*(one.to_dict() for one in left_out), *(one.to_dict() for one in result.failures)]
+    missing = _left_out(result)
     pair, table = _of_the_pair(result, result.pairs), _of_the_pair(result, result.similarities)
     said = [one for one in findings(result) if one.topic not in _BESIDE]
     if form == "json":
@@ -85,17 +88,20 @@ def command(
                 "reference": list(result.reference),
                 "summary": _summary(table),
                 "modules": records(table),
-                "findings": [{"kind": one.kind, "text": one.text} for one in said],
+                "findings": [one.to_dict() for one in said],
+                "left_out": missing,
+                "failures": failures,
             }
         )
     elif form == "quiet":
         click.echo(decimals(_median(table, "output", "omega")))
     else:
         _print(pair.iloc[0], table, [(one.kind, one.text) for one in said], every=every)
-    return 4 if lost or left_out else 0
+    mismatched = any(one["code"] == "shape-mismatch" for one in missing)
+    return PARTLY_FAILED if failures or mismatched else DONE
 
 
-def _lost_references(result: Study) -> int:
+def _check_pair(result: Study) -> None:
     """Name the references that could not be analysed; refuse to go on without A or B."""
     from lora_analysis.errors import InputError
 
@@ -103,7 +109,28 @@ def _lost_references(result: Study) -> int:
         raise InputError(" ".join(one.reason for one in result.failures))
     for one in result.failures:
         click.echo(printable(f"Left out: {one.source}: {one.reason}"), err=True)
-    return len(result.failures)
+
+
+def _left_out(result: Study) -> list[dict[str, str]]:
+    """Return the modules in which A and B are not compared, and why."""
+    rows: dict[str, list[Any]] = {}
+    labels = [label for label in result.adapters if label not in result.reference]
+    for row in result.spectra.itertuples():
+        if row.adapter in labels:
+            rows.setdefault(row.module, []).append(row)
+    missing = []
+    for module, pair in rows.items():
+        untrained = [row.adapter for row in pair if not row.numerical_rank]
+        shapes = dict.fromkeys((row.d_out, row.d_in) for row in pair)
+        if len(pair) == 1:
+            missing.append((module, "only-in-one", f"only {pair[0].adapter} adapts it"))
+        elif len(shapes) > 1:
+            found = " and ".join(map(str, shapes))
+            missing.append((module, "shape-mismatch", f"the shapes differ: {found}"))
+        elif untrained:
+            text = f"ΔW is zero in {' and '.join(untrained)}"
+            missing.append((module, "untrained", text))
+    return [{"module": name, "code": code, "reason": reason} for name, code, reason in missing]
 
 
 def _of_the_pair(result: Study, table: pd.DataFrame) -> pd.DataFrame:

@@ -50,7 +50,7 @@ def command(
 ) -> None:
     """Write SOURCE in another format, read it back, and say how far ΔW is from what it was."""
     from lora_analysis.formats import unwritten_findings, write_adapter, writing_notes
-    from lora_analysis.formats.doubts import with_doubts
+    from lora_analysis.formats.sanity_checks import with_sanity_findings
     from lora_analysis.formats.writing import check_adapter_place
 
     adapter = reading.read(source)
@@ -58,7 +58,7 @@ def command(
     if architecture is not None and written != "gguf":
         message = f"--architecture belongs to --to gguf, not to {written}."
         raise click.UsageError(message)
-    adapter = with_doubts(adapter_to_write(adapter, written))
+    adapter = with_sanity_findings(adapter_to_write(adapter, written))
     check_adapter_place(output, inputs=adapter.inputs, force=force)
     options = {"architecture": architecture, "heads": reading.heads} if written == "gguf" else {}
     path = write_adapter(adapter, output, format=written, force=force, verb="convert", **options)
@@ -75,6 +75,15 @@ def command(
                 "error": max(errors.values(), default=float("nan")),
                 "modules": [{"module": name, "error": one} for name, one in errors.items()],
                 "folded": folded,
+                "left_out": [
+                    {
+                        "module": name,
+                        "code": "renamed",
+                        "reason": "it has another name in the file and was not compared",
+                    }
+                    for name in adapter
+                    if name not in errors
+                ],
                 "findings": [one.to_dict() for one in adapter.provenance.findings],
             }
         )

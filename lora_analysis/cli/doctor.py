@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from lora_analysis import __version__
+from lora_analysis.cli.exit_codes import DONE, REFUSED
 from lora_analysis.cli.options import output_options
 from lora_analysis.cli.show import print_facts, print_json
 
@@ -42,7 +43,7 @@ _FOR_EXTRA = re.compile(r"extra == ['\"]([\w.-]+)['\"]")
 def command(*, form: str) -> int:
     """Say which versions, devices and extras are here, and what is missing for what.
 
-    Exit code 1 where a package that is always needed is missing.
+    Exit code 3 if a package that is always needed is missing.
     """
     found = {name: _version(name) for name in CORE}
     extras = {name: [one for one in needed if _version(one) is None] for name, needed in _extras()}
@@ -66,7 +67,7 @@ def command(*, form: str) -> int:
         click.echo("incomplete" if missing else "ok")
     else:
         _print(document)
-    return 1 if missing else 0
+    return REFUSED if missing else DONE
 
 
 def _extras() -> list[tuple[str, list[str]]]:

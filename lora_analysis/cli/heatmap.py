@@ -71,7 +71,7 @@ def command(
     the choice.
     """
     from lora_analysis.names import parse_prefixes
-    from lora_analysis.pairwise import align_adapters
+    from lora_analysis.pairwise import MATCHING_CODES, align_adapters
     from lora_analysis.plots import figure_ranks, save_figure
     from lora_analysis.similarity import subspace_similarity
     from lora_analysis.storage.outputs import check_output_file, output_file
@@ -84,7 +84,8 @@ def command(
         unique_labels([reading.read(one) for one in (a, b)]), prefix=parse_prefixes(prefixes)
     )
     with progress_bar(form) as progress:
-        chosen = _telling(first, second, modules, progress)
+        seen: dict[str, tuple[Update, Update]] = {}
+        chosen = _representative(first, second, modules, progress, seen)
         titles = _titles(list(chosen))
         grids = {
             titles[name]: subspace_similarity(*updates, side=side, factor=factor)
@@ -93,20 +94,38 @@ def command(
         inputs = [*first.provenance.inputs, *second.provenance.inputs]
         with output_file(target, inputs=inputs, force=force):
             written = save_figure(figure_ranks(grids), output.with_suffix(""), [kind])[0]
-    said = [*_matching(first, second), *_doubts((first.label, second.label), chosen)]
+    findings = _findings(first, second, seen)
     if form == "json":
-        about = {"modules": list(chosen), "side": side, "factor": factor}
-        print_json({"figure": written, **about, "findings": said})
+        left_out = [
+            {"module": name, "reason": _why_not(*updates)}
+            for name, updates in seen.items()
+            if name not in chosen
+        ]
+        print_json(
+            {
+                "figure": written,
+                "modules": list(chosen),
+                "side": side,
+                "factor": factor,
+                "left_out": left_out,
+                "findings": findings,
+            }
+        )
     else:
-        for one in said:
-            click.echo(printable(one), err=True)
+        for finding in findings:
+            if finding["severity"] == "damage" or finding["code"] in MATCHING_CODES:
+                click.echo(printable(f"{finding['adapter']}: {finding['text']}"), err=True)
         click.echo(written)
 
 
-def _telling(
-    a: Adapter, b: Adapter, pattern: str | None, progress: Progress
+def _representative(
+    a: Adapter,
+    b: Adapter,
+    pattern: str | None,
+    progress: Progress,
+    seen: dict[str, tuple[Update, Update]],
 ) -> dict[str, tuple[Update, Update]]:
-    """Return the modules to draw; no more are read than it takes to find them."""
+    """Return the modules to draw; what has to be read to find them is added to ``seen``."""
     from lora_analysis.errors import InputError
     from lora_analysis.patterns import choose_names
     from lora_analysis.report.selection import telling_modules
@@ -116,14 +135,13 @@ def _telling(
     if common and not left:
         message = f"No common module matches '{pattern}'. There are {len(common)}: {_some(common)}."
         raise InputError(message)
-    seen: dict[str, tuple[Update, Update]] = {}
     while left:
         chosen = telling_modules(left)
         for name in chosen:
             if name not in seen:
                 seen[name] = (a[name], b[name])
             progress("modules", len(seen), len(common))
-        useless = [name for name in chosen if not _comparable(*seen[name])]
+        useless = [name for name in chosen if _why_not(*seen[name])]
         if not useless:
             return {name: seen[name] for name in chosen}
         left = [name for name in left if name not in useless]
@@ -136,33 +154,30 @@ def _telling(
     raise InputError(message)
 
 
-def _comparable(a: Update, b: Update) -> bool:
+def _why_not(a: Update, b: Update) -> str:
+    """Return why two updates cannot be drawn; empty if they can."""
     from lora_analysis.spectra import spectrum
 
-    return a.shape == b.shape and not (spectrum(a).untrained or spectrum(b).untrained)
+    if a.shape != b.shape:
+        return f"the shapes differ: {a.shape} and {b.shape}"
+    untrained = [update.label for update in (a, b) if spectrum(update).untrained]
+    return f"ΔW is zero in {' and '.join(untrained)}" if untrained else ""
 
 
-def _matching(*adapters: Adapter) -> list[str]:
-    """Return how modules of other names were matched."""
-    from lora_analysis.pairwise import MATCHING_CODES
+def _findings(
+    a: Adapter, b: Adapter, seen: dict[str, tuple[Update, Update]]
+) -> list[dict[str, Any]]:
+    """Return what is known about the two files and the modules that were read."""
+    from lora_analysis.formats.sanity_checks import check_updates
 
+    pairs = zip(*seen.values(), strict=True)
     return [
-        f"{adapter.label}: {finding.text}"
-        for adapter in adapters
-        for finding in adapter.provenance.findings
-        if finding.code in MATCHING_CODES
-    ]
-
-
-def _doubts(labels: tuple[str, str], chosen: dict[str, tuple[Update, Update]]) -> list[str]:
-    """Return what may be damaged in what is drawn."""
-    from lora_analysis.formats.doubts import doubts
-
-    return [
-        f"{label}: {doubt}"
-        for updates in chosen.values()
-        for label, update in zip(labels, updates, strict=True)
-        for doubt in doubts(update)
+        {"adapter": adapter.label, **finding.to_dict()}
+        for adapter, updates in zip((a, b), pairs, strict=True)
+        for finding in (
+            *adapter.provenance.findings,
+            *check_updates(updates, adapter.provenance.findings),
+        )
     ]
 
 

@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import MODULES_SHOWN, modules_option, output_options, progress_bar
 from lora_analysis.cli.reading import LeftOut, Reading, reading_options, say_left_out
-from lora_analysis.cli.show import decimals, print_facts, print_json, print_table, sparkline
-from lora_analysis.finding import as_findings
+from lora_analysis.cli.show import (
+    decimals,
+    print_facts,
+    print_finding,
+    print_json,
+    print_table,
+    sparkline,
+)
+from lora_analysis.finding import Finding
 from lora_analysis.showing import printable
 
 if TYPE_CHECKING:
@@ -51,8 +59,7 @@ def command(
                 left_out.append(LeftOut(adapter.label, error))
     say_left_out(left_out, some=bool(documents))
     if form == "json":
-        lost = [{"source": one.source, "reason": str(one.error)} for one in left_out]
-        print_json({"adapters": documents, "failures": lost})
+        print_json({"adapters": documents, "failures": [one.to_dict() for one in left_out]})
     elif form == "quiet":
         for one in documents:
             click.echo(printable(one["label"]))
@@ -60,11 +67,12 @@ def command(
         _print_one(documents[0], every=every)
     else:
         _print_several(documents)
-    return 4 if left_out else 0
+    return PARTLY_FAILED if left_out else DONE
 
 
 def _describe(adapter: Adapter, pattern: str | None) -> dict[str, Any]:
     from lora_analysis.execution import in_threads, keep_freed_memory
+    from lora_analysis.formats.sanity_checks import sanity_findings
 
     keep_freed_memory()
     source = adapter.provenance
@@ -72,7 +80,8 @@ def _describe(adapter: Adapter, pattern: str | None) -> dict[str, Any]:
     workers = 1 if source.rank is not None and source.rank < _WORTH_THREADS else None
     walk = in_threads(partial(_module_facts, adapter), _chosen(adapter, pattern), workers=workers)
     facts = list(walk)
-    doubts = tuple(doubt for one in facts for doubt in one.pop("doubts"))
+    warnings = sanity_findings((one.pop("statistics") for one in facts), source.findings)
+    findings = (*source.findings, *warnings, *_below_precision(facts))
     return {
         "label": adapter.label,
         "path": source.place,
@@ -86,10 +95,7 @@ def _describe(adapter: Adapter, pattern: str | None) -> dict[str, Any]:
         "scale_known": not any(one["in_units_of_scale"] for one in facts),
         "untrained_modules": sum(one["untrained"] for one in facts),
         "saved_modules": sorted(adapter.saved_modules),
-        "findings": [
-            *(finding.to_dict() for finding in source.findings),
-            *(finding.to_dict() for finding in as_findings(doubts)),
-        ],
+        "findings": [finding.to_dict() for finding in findings],
         "modules": facts,
     }
 
@@ -110,7 +116,7 @@ def _chosen(adapter: Adapter, pattern: str | None) -> list[str]:
 
 def _module_facts(adapter: Adapter, name: str) -> dict[str, Any]:
     """Read one module and return what is said of it."""
-    from lora_analysis.formats.doubts import doubts
+    from lora_analysis.formats.sanity_checks import module_statistics
     from lora_analysis.patterns import module_type
     from lora_analysis.spectra import spectrum
 
@@ -135,7 +141,7 @@ def _module_facts(adapter: Adapter, name: str) -> dict[str, Any]:
         "stable_rank": value.stable_rank,
         "energy_rank_90": value.energy_rank(0.9),
         "singular_values": value.S,
-        "doubts": doubts(update),
+        "statistics": module_statistics(update, norm=value.norm),
     }
 
 
@@ -162,17 +168,20 @@ def _scale(fact: dict[str, Any]) -> str:
     return f"{fact['scale']:.4g} from {fact['scale_origin']}"
 
 
-def _unresolved(facts: list[dict[str, Any]]) -> list[str]:
-    """Return the sentence about modules whose small σ are those of the stored type's rounding."""
+def _below_precision(facts: list[dict[str, Any]]) -> list[Finding]:
+    """Return the finding about modules whose small σ are those of the stored type's rounding."""
     coarse = [one for one in facts if one["resolution"] >= 1]
     if not coarse:
         return []
     worst = max(coarse, key=lambda one: one["resolution"])
-    return [
-        f"The smallest σ of {len(coarse)} of {len(facts)} modules are not resolved by the stored "
-        f"type: rounding to {worst['stored_dtype']} alone may have moved those of "
-        f"'{worst['module']}' by {worst['resolution']:.1g} times their size."
-    ]
+    fields = {
+        "count": len(coarse),
+        "total": len(facts),
+        "dtype": worst["stored_dtype"],
+        "module": worst["module"],
+        "ratio": worst["resolution"],
+    }
+    return [Finding("below-precision", fields)]
 
 
 # What a run says of itself, shown where any says it.
@@ -200,6 +209,10 @@ def _print_several(documents: list[dict[str, Any]]) -> None:
             row.append(one["untrained_modules"] or "")
     title = "1 adapter" if len(documents) == 1 else f"{len(documents)} adapters"
     print_table(title, columns, rows, numbers_from=2 + len(known), cut_names=False)
+    for one in documents:
+        for finding in one["findings"]:
+            if finding["severity"] == "damage":
+                print_finding("damage", f"{one['label']}: {finding['text']}")
 
 
 def _print_one(one: dict[str, Any], *, every: bool) -> None:
@@ -224,12 +237,15 @@ def _print_one(one: dict[str, Any], *, every: bool) -> None:
         lines.append(("also saved", ", ".join(one["saved_modules"])))
     if state:
         lines.append(("state", state))
-    lines += [("note", finding["text"]) for finding in one["findings"]]
-    lines += [("note", sentence) for sentence in _unresolved(facts)]
+    lines += [(_heading(finding), finding["text"]) for finding in one["findings"]]
     print_facts(lines)
     click.echo()
     by_type = len(facts) > MODULES_SHOWN and not every
     (_print_types if by_type else _print_modules)(facts)
+
+
+def _heading(finding: dict[str, Any]) -> str:
+    return "damage" if finding["severity"] == "damage" else "note"
 
 
 _MEASURES = ("effective", "stable", "90 %", "‖ΔW‖")

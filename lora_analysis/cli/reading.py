@@ -33,6 +33,10 @@ class LeftOut:
         reason = str(self.error)
         return reason if self.source in reason else f"{self.source}: {reason}"
 
+    def to_dict(self) -> dict[str, str]:
+        """Return source and reason, as JSON output has them."""
+        return {"source": self.source, "reason": str(self.error)}
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:

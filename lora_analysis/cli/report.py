@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import (
     force_option,
     label_option,
@@ -104,6 +105,7 @@ def command(
     A verdict needs adapters of other tasks on the same base, trained with other seeds: among the
     sources, where task and seed are known, or given with --reference.
     """
+    from lora_analysis.findings import findings
     from lora_analysis.report.writing import check_report_folder, write_report
     from lora_analysis.studies import Failure, study
 
@@ -149,14 +151,17 @@ def command(
             {
                 "report": path,
                 "adapters": list(result.adapters),
-                "failures": [
-                    {"source": one.source, "reason": one.reason} for one in result.failures
+                "findings": [one.to_dict() for one in findings(result)],
+                "left_out": [
+                    {"module": module, "reason": reason}
+                    for module, reason in result.unmatched.items()
                 ],
+                "failures": [one.to_dict() for one in result.failures],
             }
         )
     else:
         click.echo(path)
-    return 4 if result.failures else 0
+    return PARTLY_FAILED if result.failures or result.unmatched else DONE
 
 
 def _command_line() -> str:

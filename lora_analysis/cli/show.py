@@ -163,7 +163,13 @@ def print_text(text: str) -> None:
 
 
 # Colour says what kind of sentence it is, which the first word says too.
-_KINDS = {"artefact": "yellow", "failure": "red", "limit": "bright_black", "result": "blue"}
+_KINDS = {
+    "artefact": "yellow",
+    "damage": "red",
+    "failure": "red",
+    "limit": "bright_black",
+    "result": "blue",
+}
 
 
 def print_finding(kind: str, text: str) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import output_options, progress_bar
 from lora_analysis.cli.show import print_json, print_table
 from lora_analysis.errors import InputError
@@ -17,8 +18,6 @@ from lora_analysis.showing import printable
 if TYPE_CHECKING:
     from lora_analysis.execution.shards import Shard
     from lora_analysis.training import RunConfig, SweepPlan, SweepResult
-
-SOME_FAILED = 4
 
 
 class _ShardType(click.ParamType):  # type: ignore[type-arg]  # generic in new clicks only
@@ -202,4 +201,4 @@ def _print_result(result: SweepResult, folder: Path, form: str) -> int:
         print_json({"folder": folder, "finished": list(result.folders), "failed": failed})
     else:
         click.echo(folder)
-    return SOME_FAILED if result.failures else 0
+    return PARTLY_FAILED if result.failures else DONE

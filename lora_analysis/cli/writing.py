@@ -159,7 +159,10 @@ def write_resized(
 
 def notes(adapter: Adapter) -> list[tuple[str, object]]:
     """Return what is known of an adapter beyond its numbers, for `print_facts`."""
-    return [("note", finding.text) for finding in adapter.provenance.findings]
+    return [
+        ("damage" if finding.severity == "damage" else "note", finding.text)
+        for finding in adapter.provenance.findings
+    ]
 
 
 _FIELDS = ("module", "shape", "given_rank", "rank", "parameters", "norm", "lost", "error")
@@ -176,6 +179,11 @@ def _document(resized: Resized, path: Path, kind: str) -> dict[str, Any]:
             for field in ("given_parameters", "parameters", "norm", "lost", "error")
         },
         "modules": modules,
+        "left_out": [
+            {"module": one.module, "code": "nothing-kept", "reason": "no direction was kept of it"}
+            for one in resized.modules
+            if one.rank == 0
+        ],
         "findings": [one.to_dict() for one in resized.adapter.provenance.findings],
     }
 

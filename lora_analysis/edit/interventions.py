@@ -110,7 +110,8 @@ def project_out(
     Q = None if input is None else _orthonormal(update, input, "input", update.shape[1])
     if isinstance(update, DenseUpdate):
         return replace(update, delta=_without(_without(update.delta, P).T, Q).T)
-    return replace(update, A=_without(update.A.T, Q).T, B=_without(update.B, P), stored_dtype="")
+    A, B = _without(update.A.T, Q).T, _without(update.B, P)
+    return replace(update, A=A, B=B, stored_dtype="", stored_at=(None, None))
 
 
 def without_directions(adapter: Adapter, directions: Mapping[str, Sequence[int]]) -> Adapter:

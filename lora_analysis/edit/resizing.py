@@ -24,7 +24,11 @@ from lora_analysis.edit.truncation import (
 )
 from lora_analysis.errors import InputError
 from lora_analysis.execution import available_workers, in_threads
-from lora_analysis.formats.doubts import doubts
+from lora_analysis.formats.sanity_checks import (
+    ModuleStatistics,
+    module_statistics,
+    sanity_findings,
+)
 from lora_analysis.spectra import spectrum
 from lora_analysis.storage.narrowing import narrow, narrowed_type, widened
 
@@ -128,11 +132,11 @@ def resize_adapter(
     new: dict[str, LowRankUpdate | LazyUpdate] = {}
     modules = []
     one_module = partial(_resized, adapter, energy=energy, like_source=like_source)
-    suspicions: list[str] = []
+    statistics: list[ModuleStatistics] = []
     results = in_threads(one_module, ranks.items(), workers=workers)
-    for done, (update, lost, suspicious) in enumerate(results, start=1):
+    for done, (update, lost, measured) in enumerate(results, start=1):
         modules.append(lost)
-        suspicions += suspicious
+        statistics.append(measured)
         if update is not None:
             new[lost.module] = update
         if progress:
@@ -140,17 +144,17 @@ def resize_adapter(
     dora = any((u.outline if isinstance(u, LazyUpdate) else u).variant for u in new.values())
     sentence = _sentence(adapter, modules, dora=dora)
     made = derived(adapter, new, sentence)
-    findings = (*made.provenance.findings, *suspicions)
+    known = made.provenance.findings
+    findings = (*known, *sanity_findings(statistics, known))
     return Resized(made.described(findings=findings), tuple(modules))
 
 
 def _resized(
     adapter: Adapter, item: tuple[str, int | None], *, energy: float | None, like_source: bool
-) -> tuple[LowRankUpdate | LazyUpdate | None, Truncation, list[str]]:
-    """Return one module at its rank (None with 0, where all of it is lost), and what is doubted."""
+) -> tuple[LowRankUpdate | LazyUpdate | None, Truncation, ModuleStatistics]:
+    """Return one module at its rank (None with 0, if all of it is lost), and its statistics."""
     name, rank = item
     update = _known(adapter[name])
-    suspicious = doubts(update)
     new: LowRankUpdate | LazyUpdate
     if isinstance(update, LowRankUpdate):
         lost, count = measure(update, rank=1 if rank == 0 else rank, energy=energy)
@@ -163,9 +167,10 @@ def _resized(
         new = LazyUpdate(outline, load)
     else:
         new, lost = resize(update, rank=1 if rank == 0 else rank, energy=energy)
+    statistics = module_statistics(update, norm=lost.norm)
     if rank == 0:
-        return None, replace(lost, rank=0, lost=lost.norm), suspicious
-    return new, lost, suspicious
+        return None, replace(lost, rank=0, lost=lost.norm), statistics
+    return new, lost, statistics
 
 
 def _leading(adapter: Adapter, name: str, count: int, *, like_source: bool) -> Update:

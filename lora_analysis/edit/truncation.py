@@ -153,7 +153,9 @@ def leading_part(update: LowRankUpdate, count: int) -> LowRankUpdate:
     B *= root
     V *= np.copysign(root, scale)
     new = leading_outline(update, count)
-    return replace(update, A=V.T, B=B, scale=new.scale, alpha=new.alpha, stored_dtype="")
+    return replace(
+        update, A=V.T, B=B, scale=new.scale, alpha=new.alpha, stored_dtype="", stored_at=_NOWHERE
+    )
 
 
 def _truncation(update: Update, rank: int, norm: float, lost: float) -> Truncation:
@@ -274,7 +276,9 @@ def from_directions(
         A = update.A[:1] if isinstance(update, LowRankUpdate) else np.zeros((1, update.shape[1]))
     scale, alpha = (1.0, float(B.shape[1])) if known else (None, None)
     if isinstance(update, LowRankUpdate):
-        return replace(update, A=A, B=B, scale=scale, alpha=alpha, stored_dtype="")
+        return replace(
+            update, A=A, B=B, scale=scale, alpha=alpha, stored_dtype="", stored_at=_NOWHERE
+        )
     return LowRankUpdate(
         name=update.name,
         A=A,

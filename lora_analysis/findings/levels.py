@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -14,9 +14,18 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
+    from lora_analysis.finding import Severity
     from lora_analysis.spectra import Side
 
-Kind = Literal["result", "reference", "artefact", "limit", "failure"]
+Kind = Literal["result", "reference", "artefact", "limit", "failure", "damage"]
+_SEVERITIES: Mapping[Kind, Severity] = {
+    "result": "result",
+    "reference": "result",
+    "artefact": "artifact",
+    "limit": "limit",
+    "failure": "limit",
+    "damage": "damage",
+}
 
 # The output side leads: what an update writes is not diluted by its initial A.
 # Pairs alike are described one by one up to this many, then together.
@@ -32,7 +41,8 @@ class Finding:
     ----------
     kind
         ``"result"``; ``"reference"`` (what unrelated adapters give); ``"artefact"`` (a number
-        that has another cause than learning); ``"limit"`` (what cannot be said); ``"failure"``.
+        that has another cause than learning); ``"limit"`` (what cannot be said); ``"failure"``;
+        ``"damage"`` (numbers that should not be relied on).
     topic
         What it is about, one or two words.
     parts
@@ -44,9 +54,24 @@ class Finding:
     kind: Kind
     topic: str
     text: str
-    values: Mapping[str, float | int | str | None] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
     parts: tuple[Finding, ...] = ()
     code: str = ""
+
+    @property
+    def severity(self) -> Severity:
+        """How the finding bears on the numbers next to it."""
+        return _SEVERITIES[self.kind]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return code, severity, topic, text and fields, as JSON output has them."""
+        return {
+            "code": self.code or self.topic.replace(" ", "-"),
+            "severity": self.severity,
+            "topic": self.topic,
+            "text": self.text,
+            "fields": dict(self.values),
+        }
 
     def _repr_html_(self) -> str:
         return html_facts(f"{self.kind}: {self.topic}", self.values.items(), self.text)

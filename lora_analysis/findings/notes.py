@@ -20,8 +20,10 @@ _KIND_OF: Mapping[Severity, Kind] = {
     "result": "result",
     "artifact": "artefact",
     "limit": "limit",
-    "damage": "artefact",
+    "damage": "damage",
 }
+# Sentences of readers that have no code yet: each may say something else.
+_UNCODED = "file-note"
 # What `overlaps.shared_seed` says about all pairs of other tasks and one seed in one sentence.
 TOLD_TOGETHER = ("same initial A", "partly shared")
 
@@ -55,41 +57,48 @@ def untrained(study: Study) -> Iterator[Finding]:
 
 def damaged(study: Study) -> Iterator[Finding]:
     """Name adapters with numbers that training hardly leaves; nothing else about them is safe."""
-    modules = study.spectra["adapter"].value_counts()
-    for label, doubted in study.doubts.items():
-        names, first = list(doubted), next(iter(doubted.values()))
-        where = some([f"'{name}'" for name in names])
-        text = (
-            f"{label} may be damaged in {len(names)} of {plural(int(modules[label]), 'module')} "
-            f"({where}): {' '.join(first)} What is said of {label} there is in doubt."
-        )
-        yield Finding(
-            "artefact", "damaged numbers", text, {"adapter": label, "modules": len(names)}
-        )
+    for note, labels in _by_note(study).items():
+        if note.severity == "damage":
+            who = some(labels)
+            text = f"{who}: {note.text} Results from these modules of {who} are unreliable."
+            yield _of_files(note, labels, text, topic="damaged numbers")
 
 
 def file_artefacts(study: Study) -> Iterator[Finding]:
-    """Pass on what the readers call an artefact: an A that a conversion has copied."""
-    for one in _noted(study):
-        if one.kind == "artefact":
-            yield one
+    """Pass on artifacts in the files: an A that a conversion has copied."""
+    yield from _noted(study, "artifact")
 
 
 def file_notes(study: Study) -> Iterator[Finding]:
-    """Pass on what else the readers noticed in the files."""
-    yield from (one for one in _noted(study) if one.kind != "artefact")
+    """Pass on what else the readers and the sanity checks noticed in the files."""
+    yield from _noted(study, "limit", "result")
 
 
-def _noted(study: Study) -> Iterator[Finding]:
-    """Yield each note once, with all the adapters whose files it is about."""
-    noted: dict[FileFinding, list[str]] = {}
-    for adapter in study.adapters.values():
-        for note in adapter.provenance.findings:
-            noted.setdefault(note, []).append(adapter.label)
-    for note, labels in noted.items():
-        kind = _KIND_OF[note.severity]
-        values: dict[str, float | int | str | None] = {"adapters": len(labels)}
-        yield Finding(kind, "file", f"{some(labels)}: {note.text}", values, code=note.code)
+def _noted(study: Study, *severities: Severity) -> Iterator[Finding]:
+    by_code: dict[str, list[tuple[FileFinding, list[str]]]] = {}
+    for note, labels in _by_note(study).items():
+        if note.severity in severities:
+            by_code.setdefault(note.code, []).append((note, labels))
+    for code, notes in by_code.items():
+        if code != _UNCODED and len(notes) > PAIRS_IN_WORDS:
+            every = list(dict.fromkeys(label for _, labels in notes for label in labels))
+            notes[:] = [(notes[0][0], every)]
+        for note, labels in notes:
+            yield _of_files(note, labels, f"{some(labels)}: {note.text}", topic="file")
+
+
+def _by_note(study: Study) -> dict[FileFinding, list[str]]:
+    """Return each finding about files once, with all the adapters it is about."""
+    labels: dict[FileFinding, list[str]] = {}
+    for label, adapter in study.adapters.items():
+        for note in (*adapter.provenance.findings, *study.warnings.get(label, ())):
+            labels.setdefault(note, []).append(label)
+    return labels
+
+
+def _of_files(note: FileFinding, labels: list[str], text: str, *, topic: str) -> Finding:
+    kind = _KIND_OF[note.severity]
+    return Finding(kind, topic, text, {"adapters": list(labels), **note.fields}, code=note.code)
 
 
 def mismatched(study: Study) -> Iterator[Finding]:

@@ -24,7 +24,7 @@ from lora_analysis.storage.limits import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -146,7 +146,7 @@ def _way_on(pair: StoredPair, *, transposed: bool) -> str:
     a, b = (one.name.replace(pair.module, "{name}", 1) for one in (pair.a, pair.b))
     return (
         f"They fit transposed, as in x·A·B: pass pair=('{a}', '{b}') and scale= or alpha= "
-        f"(command line: --pair '{a},{b}' --scale 1)."
+        f"(command line: --pair '{a},{b}' --scale 1). If A and B are swapped, name B first."
     )
 
 
@@ -192,20 +192,56 @@ def update_loaders(
     scales: Mapping[str, StatedScale],
     *,
     label: str,
+    stated_ranks: Collection[int] = (),
 ) -> dict[str, Callable[[], LowRankUpdate]]:
     """Return per module a function that reads its two factors when it is called.
+
+    Parameters
+    ----------
+    tensors, pairs, scales
+        The file, the factors of its modules, and their scales.
+    label
+        Name of the adapter.
+    stated_ranks
+        Ranks that a configuration states; a file with one of them does not have A and B swapped.
 
     Raises
     ------
     MalformedFileError
-        A scale, or all factors together, are beyond the limits.
+        A scale, or all factors together, are beyond the limits, or A and B are swapped.
     """
+    _check_swapped(tensors, pairs, stated_ranks)
     _check_scales(tensors, pairs, scales)
     _check_total(tensors, pairs)
     return {
         pair.module: partial(load_update, tensors, pair, scales[pair.module], label)
         for pair in pairs
     }
+
+
+def _check_swapped(
+    tensors: NamedTensors, pairs: Sequence[StoredPair], stated_ranks: Collection[int]
+) -> None:
+    """Raise if no module has a side above its rank, and some rank is twice both sides or more.
+
+    That is what swapped factors of square weights give. One side below the rank is a small head,
+    and where the two sides differ, swapped factors do not fit together at all.
+    """
+    ranks, sides = [], []
+    for pair in pairs:
+        a, b = pair.a.shape(tensors), pair.b.shape(tensors)
+        ranks.append(a[0])
+        sides.append((b[0], a[1]))
+    ratios = [rank / max(shape) for rank, shape in zip(ranks, sides, strict=True)]
+    if min(ratios, default=0) < 1 or max(ratios) < 2 or not set(ranks).isdisjoint(stated_ranks):
+        return
+    first = pairs[0]
+    message = (
+        f"{tensors.path}: A and B are swapped: the rank of every module exceeds both sides of its "
+        f"update (first: '{first.module}', rank {ranks[0]}, update {sides[0]}). Exchange the names "
+        f"of the two factors ('{first.a.name}' and '{first.b.name}')."
+    )
+    raise MalformedFileError(message)
 
 
 def _check_scales(
@@ -280,6 +316,7 @@ def load_update(
             magnitude=None if pair.magnitude is None else pair.magnitude.read(tensors),
             magnitude_side=pair.magnitude_side,
             label=label,
+            stored_at=(pair.a.position(tensors), pair.b.position(tensors)),
         )
     except InputError as error:
         message = f"{tensors.file_of(pair.a.name)}: {error}"

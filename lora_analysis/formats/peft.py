@@ -119,7 +119,8 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:
         if start is None  # which is of the weight as a whole
         else (stored.found.pairs, scales, {})
     )
-    loaders = update_loaders(stored.tensors, pairs, applied, label=label)
+    stated = {rank for rank in (config.rank, *config.rank_pattern.values()) if rank is not None}
+    loaders = update_loaders(stored.tensors, pairs, applied, label=label, stated_ranks=stated)
     own = {pair.module: stored_rank(stored.tensors, pair) for pair in pairs} if parts else ranks
     return Adapter(
         loaders if start is None else less_starts(loaders, start, config.start),

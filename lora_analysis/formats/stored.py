@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
+from lora_analysis.adapter import FilePosition
+from lora_analysis.storage.headers import TensorInfo
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -40,6 +43,17 @@ class _Part(Protocol):
     def shape(self, tensors: NamedTensors) -> Shape: ...
 
     def read(self, tensors: NamedTensors) -> NDArray[Any]: ...
+
+    def position(self, tensors: NamedTensors) -> FilePosition | None: ...
+
+
+class _Computed:
+    """A part whose entries are not one block of a file."""
+
+    __slots__ = ()
+
+    def position(self, tensors: NamedTensors) -> FilePosition | None:  # noqa: ARG002
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +76,11 @@ class StoredFactor:
         """Name of the first tensor."""
         return self.part.names[0]
 
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the last thing done to it was to transpose it."""
+        return isinstance(self.part, _Done) and self.part.operation == "transposed"
+
     def shape(self, tensors: NamedTensors) -> Shape:
         """Return the shape after everything is done, from the headers.
 
@@ -75,6 +94,10 @@ class StoredFactor:
     def read(self, tensors: NamedTensors) -> NDArray[Any]:
         """Return the numbers."""
         return self.part.read(tensors)
+
+    def position(self, tensors: NamedTensors) -> FilePosition | None:
+        """Return where it lies in its file; None unless it is one block there, in this order."""
+        return self.part.position(tensors)
 
     def transposed(self, *axes: int) -> StoredFactor:
         """Return it with its axes in the given order, reversed by default."""
@@ -138,7 +161,7 @@ def contracted(core: StoredFactor, matrix: StoredFactor) -> StoredFactor:
 
 
 @dataclass(frozen=True, slots=True)
-class _Contracted:
+class _Contracted(_Computed):
     core: StoredFactor
     matrix: StoredFactor
 
@@ -173,6 +196,12 @@ class _Tensor:
     def read(self, tensors: NamedTensors) -> NDArray[Any]:
         return _read_shared(tensors, self.name) if self.shared else tensors.read(self.name)
 
+    def position(self, tensors: NamedTensors) -> FilePosition | None:
+        info = tensors.infos[self.name]
+        if not isinstance(info, TensorInfo) or info.strides is not None or not info.elements:
+            return None
+        return FilePosition(info.start, (info.stop - info.start) // info.elements, info.shape)
+
 
 @lru_cache(maxsize=6)
 def _read_shared(tensors: NamedTensors, name: str) -> NDArray[Any]:
@@ -199,9 +228,30 @@ class _Done:
     def read(self, tensors: NamedTensors) -> NDArray[Any]:
         return _OPERATIONS[self.operation][1](self.of.read(tensors), *self.arguments)
 
+    def position(self, tensors: NamedTensors) -> FilePosition | None:
+        """Return the position of a part that is one block; nothing is done after a transposition.
+
+        A transposed matrix is a view in the file's order; what is done to it makes a copy.
+        """
+        source = self.of.position(tensors)
+        if source is None or self.of.is_transposed:
+            return None
+        first = 0
+        turned = self.operation == "transposed" and len(source.shape) > 2
+        if turned or self.operation == "columns":
+            return None
+        if self.operation == "at":
+            first = self.arguments[0] % source.shape[0]
+        elif self.operation == "rows":
+            first, _, step = self.arguments[0].indices(source.shape[0])
+            if step != 1:
+                return None
+        skipped = first * math.prod(source.shape[1:]) * source.itemsize
+        return FilePosition(source.offset + skipped, source.itemsize, self.shape(tensors))
+
 
 @dataclass(frozen=True, slots=True)
-class _ScaledRows:
+class _ScaledRows(_Computed):
     of: StoredFactor
     diagonal: StoredFactor
 
@@ -222,7 +272,7 @@ class _ScaledRows:
 
 
 @dataclass(frozen=True, slots=True)
-class _Joined:
+class _Joined(_Computed):
     parts: tuple[StoredFactor, ...]
     axis: int
 
@@ -245,7 +295,7 @@ class _Joined:
 
 
 @dataclass(frozen=True, slots=True)
-class _Blocks:
+class _Blocks(_Computed):
     parts: tuple[StoredFactor, ...]
 
     @property

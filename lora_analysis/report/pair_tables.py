@@ -117,7 +117,7 @@ def verdicts_table(said: Sequence[Finding]) -> ReportTable | None:
             if f"phi_1_1_{side}" in values and "subject" in values:
                 names = ("phi_1_1", "reference", "chance")
                 numbers = (_small(values[f"{name}_{side}"]) for name in names)
-                verdict = _VERDICTS[values[f"verdict_{side}"]]  # type: ignore[index]
+                verdict = _VERDICTS[values[f"verdict_{side}"]]
                 above = values[f"above_reference_95_{side}"]
                 share = "–" if above is None else f"{above} of {values[f'values_{side}']}"
                 subject = str(values["subject"])

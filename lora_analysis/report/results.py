@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from lora_analysis.studies import Study
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 TABLE_NAMES = ("adapters", "spectra", "pairs", "similarities", "amplifications", "changes")
 # Matrices of more adapters are in tables/atlas_*.csv alone.
 ATLAS_LIMIT = 100
@@ -59,7 +59,7 @@ def json_value(value: Any) -> Any:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value
+    return [json_value(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -77,15 +77,16 @@ def results(study: Study, said: Sequence[Finding]) -> dict[str, Any]:
         "null_means": "not defined, not known, or not computed for this row",
         "findings": [
             {
+                **one.to_dict(),
                 "kind": one.kind,
-                "topic": one.topic,
-                "code": one.code or one.topic.replace(" ", "-"),
-                "text": one.text,
-                "values": {key: json_value(value) for key, value in one.values.items()},
+                "fields": {key: json_value(value) for key, value in one.values.items()},
             }
             for one in said
         ],
-        "failures": [{"source": one.source, "reason": one.reason} for one in study.failures],
+        "failures": [one.to_dict() for one in study.failures],
+        "unmatched": [
+            {"module": module, "reason": reason} for module, reason in study.unmatched.items()
+        ],
         "adapters": _records(study.runs),
         "spectra": _medians(study.spectra, ["adapter"], _SPECTRA),
         "pairs": _records(study.pairs),

@@ -57,8 +57,8 @@ class Study:
         Labels of the adapters that serve as the reference alone.
     unmatched
         Modules without a fitting weight in the base, and why.
-    doubts
-        Sentences on numbers that may be damage, by adapter and module, see `formats.doubts`.
+    warnings
+        Findings about numbers that may be damage, by adapter, see `formats.sanity_checks`.
     atlas
         Every adapter against every other in one matrix per quantity and type of module.
     tabulated
@@ -80,7 +80,7 @@ class Study:
     base: BaseWeights | None = None
     reference: tuple[str, ...] = ()
     unmatched: Mapping[str, str] = field(default_factory=dict)
-    doubts: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    warnings: Mapping[str, tuple[Finding, ...]] = field(default_factory=dict)
     atlas: Atlas | None = None
     tabulated: tuple[str, ...] = ()
     across_bases: int = 0

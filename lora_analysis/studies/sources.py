@@ -18,6 +18,10 @@ class Failure:
     source: str
     reason: str
 
+    def to_dict(self) -> dict[str, str]:
+        """Return source and reason, as JSON output has them."""
+        return {"source": self.source, "reason": self.reason}
+
 
 @dataclass(frozen=True, slots=True)
 class ReadLater:

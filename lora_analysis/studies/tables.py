@@ -253,7 +253,7 @@ def _assemble(
         base=base,
         reference=tuple(a.label for a in kept if a.label not in walk.analysed),
         unmatched=walk.unmatched,
-        doubts={label: said for label, said in walk.doubts.items() if label not in failed},
+        warnings={label: said for label, said in walk.warnings.items() if label not in failed},
         atlas=atlas,
         tabulated=tuple(one.label for one in kept if one in walk.paired),
         across_bases=walk.across,

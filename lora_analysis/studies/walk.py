@@ -16,7 +16,12 @@ from lora_analysis.amplify import Amplification, amplifications, weight_basis_en
 from lora_analysis.bases import BaseWeights, Weight
 from lora_analysis.effective import effective_update
 from lora_analysis.errors import BaseWeightError, InputError
-from lora_analysis.formats.doubts import doubts
+from lora_analysis.finding import Finding
+from lora_analysis.formats.sanity_checks import (
+    ModuleStatistics,
+    module_statistics,
+    sanity_findings,
+)
 from lora_analysis.initialisation import ModuleStart, StartEvidence, module_start_of
 from lora_analysis.intruders import intruder_dimensions
 from lora_analysis.pairwise import ModulePairs, module_pairs, pair_angles
@@ -67,7 +72,7 @@ class Visit:
     atlas: list[AtlasPart | AtlasBlocks] = field(default_factory=list)
     amplified: dict[tuple[str, str], Amplification] = field(default_factory=dict)
     changes: list[dict[str, Any]] = field(default_factory=list)
-    doubts: dict[str, list[str]] = field(default_factory=dict)
+    statistics: dict[str, ModuleStatistics] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     unmatched: str | None = None
 
@@ -116,13 +121,17 @@ class Walk:
         return {label: why for visit in self.visits for label, why in visit.failed.items()}
 
     @property
-    def doubts(self) -> dict[str, dict[str, tuple[str, ...]]]:
-        """Numbers that may be damage: by adapter, then module, a sentence each."""
-        found: dict[str, dict[str, tuple[str, ...]]] = {}
+    def warnings(self) -> dict[str, tuple[Finding, ...]]:
+        """Findings of the sanity checks, by adapter; each is decided over all its modules."""
+        by_label: dict[str, list[ModuleStatistics]] = {}
         for visit in self.visits:
-            for label, said in visit.doubts.items():
-                found.setdefault(label, {})[visit.module] = tuple(said)
-        return found
+            for label, statistics in visit.statistics.items():
+                by_label.setdefault(label, []).append(statistics)
+        known = {adapter.label: adapter.provenance.findings for adapter in self.adapters}
+        warnings = {
+            label: sanity_findings(modules, known[label]) for label, modules in by_label.items()
+        }
+        return {label: findings for label, findings in warnings.items() if findings}
 
     @property
     def unmatched(self) -> dict[str, str]:
@@ -141,9 +150,11 @@ class Walk:
         """
         visit = Visit(module)
         updates = dict(self._load(module, visit.failed))
-        doubted = ((self.adapters[at].label, doubts(update)) for at, update in updates.items())
-        visit.doubts = {label: said for label, said in doubted if said}
         spectra = {at: spectrum(update) for at, update in updates.items()}
+        visit.statistics = {
+            value.label: module_statistics(updates[at], norm=value.norm)
+            for at, value in spectra.items()
+        }
         visit.spectra = [spectrum_row(updates[at], value) for at, value in spectra.items()]
         for members in _by_shape(spectra):
             visit.atlas.append(self._in_atlas(members, spectra, updates, visit, blocks=blocks))

@@ -45,7 +45,7 @@ NUMBERS = [
     Case("half-precision infinity", _with(float("inf"), dtype=np.float16), 3, "non-finite"),
     Case("the largest float", _with(3e38), 3, "damaged"),
     Case("the largest double", _with(1e308, dtype=np.float64), 3, "damaged"),
-    Case("one number too large", _with(5000.0, dtype=np.float16), 0, "times the root mean"),
+    Case("one number too large", _with(5000.0, dtype=np.float16), 0, "times the rms of its other"),
     Case("only denormal numbers", holding(A=np.full((2, 6), 1e-44, np.float32)), 0, "not so small"),
     Case("B is zero", holding(B=np.zeros((5, 2), np.float32)), 0, '"untrained": true'),
     Case("A is zero", holding(A=np.zeros((2, 6), np.float32)), 0, ""),

@@ -17,8 +17,8 @@ import atheris
 with atheris.instrument_imports(include=["lora_analysis"]):
     from lora_analysis.errors import LoraAnalysisError
     from lora_analysis.formats import find_adapters, read_adapter
-    from lora_analysis.formats.doubts import doubts
     from lora_analysis.formats.registry import readers
+    from lora_analysis.formats.sanity_checks import check_updates
     from lora_analysis.formats.sources import ReadOptions
     from lora_analysis.spectra import singular_values
 
@@ -41,7 +41,7 @@ def main() -> None:
         try:
             for found in find_adapters(source, allow_pickle=True):
                 for update in read_adapter(found, allow_pickle=True).values():
-                    doubts(update)
+                    check_updates([update])
                     singular_values(update)
         except LoraAnalysisError:
             pass
