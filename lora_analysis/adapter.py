@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import numpy as np
 
@@ -90,6 +90,10 @@ class FilePosition(NamedTuple):
         return self.itemsize * math.prod(self.shape)
 
 
+# Of factors that were computed, and are in no file as they are.
+NOT_STORED: Final[tuple[FilePosition | None, FilePosition | None]] = (None, None)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRankUpdate:
     """The update ``ΔW = scale·B·A`` of one weight, kept as its factors.
@@ -155,7 +159,7 @@ class LowRankUpdate:
     base_name: str = ""
     magnitude: NDArray[np.floating[Any]] | None = None
     magnitude_side: Literal["output", "input"] = "output"
-    stored_at: tuple[FilePosition | None, FilePosition | None] = (None, None)
+    stored_at: tuple[FilePosition | None, FilePosition | None] = NOT_STORED
 
     def __post_init__(self) -> None:
         given = self.A

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from lora_analysis.adapter import DenseUpdate, LowRankUpdate
+from lora_analysis.adapter import NOT_STORED, DenseUpdate, LowRankUpdate
 from lora_analysis.edit.derived import derived
 from lora_analysis.edit.truncation import from_directions, refuse_parts
 from lora_analysis.errors import DegenerateSubspaceError, IncompatibleError, InputError
@@ -111,7 +111,7 @@ def project_out(
     if isinstance(update, DenseUpdate):
         return replace(update, delta=_without(_without(update.delta, P).T, Q).T)
     A, B = _without(update.A.T, Q).T, _without(update.B, P)
-    return replace(update, A=A, B=B, stored_dtype="", stored_at=(None, None))
+    return replace(update, A=A, B=B, stored_dtype="", stored_at=NOT_STORED)
 
 
 def without_directions(adapter: Adapter, directions: Mapping[str, Sequence[int]]) -> Adapter:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_analysis.adapter import DenseUpdate
+from lora_analysis.adapter import NOT_STORED, DenseUpdate
 from lora_analysis.edit.derived import derived
 from lora_analysis.spectra import singular_values
 
@@ -68,7 +68,7 @@ def _noise(adapter: Adapter, name: str, seed: int) -> Update:
 
 def _low_rank(update: LowRankUpdate, rng: np.random.Generator) -> LowRankUpdate:
     A, B = (rng.standard_normal(one.shape).astype(one.dtype) for one in (update.A, update.B))
-    drawn = replace(update, A=A, B=B, variant="", magnitude=None, stored_at=(None, None))
+    drawn = replace(update, A=A, B=B, variant="", magnitude=None, stored_at=NOT_STORED)
     size = _norm(singular_values(drawn))
     ratio = _norm(singular_values(update)) / size if size else 0.0
     return replace(drawn, B=(B * ratio).astype(B.dtype))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from lora_analysis import linalg
-from lora_analysis.adapter import DenseUpdate, LowRankUpdate, UpdateOutline
+from lora_analysis.adapter import NOT_STORED, DenseUpdate, LowRankUpdate, UpdateOutline
 from lora_analysis.errors import InputError, UnsupportedMethodError
 from lora_analysis.spectra import Spectrum, leading_spectrum, spectrum
 
@@ -154,7 +154,7 @@ def leading_part(update: LowRankUpdate, count: int) -> LowRankUpdate:
     V *= np.copysign(root, scale)
     new = leading_outline(update, count)
     return replace(
-        update, A=V.T, B=B, scale=new.scale, alpha=new.alpha, stored_dtype="", stored_at=_NOWHERE
+        update, A=V.T, B=B, scale=new.scale, alpha=new.alpha, stored_dtype="", stored_at=NOT_STORED
     )
 
 
@@ -277,7 +277,7 @@ def from_directions(
     scale, alpha = (1.0, float(B.shape[1])) if known else (None, None)
     if isinstance(update, LowRankUpdate):
         return replace(
-            update, A=A, B=B, scale=scale, alpha=alpha, stored_dtype="", stored_at=_NOWHERE
+            update, A=A, B=B, scale=scale, alpha=alpha, stored_dtype="", stored_at=NOT_STORED
         )
     return LowRankUpdate(
         name=update.name,
