@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +24,7 @@ from lora_analysis.storage.atomic import write_atomic
 from lora_analysis.storage.outputs import OutputFolder, holds_output, output_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import pandas as pd
 
@@ -196,29 +197,24 @@ def _check_parquet() -> None:
 
 
 def _write_tables(study: Study, folder: Path, *, parquet: bool) -> None:
-    square = [name for name, _ in _atlas_tables(study)]
-    for name, table in (*all_tables(study), *_atlas_tables(study)):
+    for name, table in chain(all_tables(study), _atlas_tables(study)):
         if table.empty:
             continue
+        square = name.startswith("atlas_")
         write_atomic(
             folder / f"{name}.csv",
-            partial(tables.write_square_csv, table)
-            if name in square
-            else tables.csv_text(table).encode(),
+            partial(tables.write_square_csv, table) if square else tables.csv_text(table).encode(),
         )
         if parquet:
             write_atomic(folder / f"{name}.parquet", table.to_parquet(None, index=False))
 
 
-def _atlas_tables(study: Study) -> list[tuple[str, pd.DataFrame]]:
-    """Return the atlas as square tables, one per quantity; none for one adapter."""
+def _atlas_tables(study: Study) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the atlas as square tables, one per quantity; none for one adapter."""
     atlas = study.atlas
-    if atlas is None or len(atlas.labels) < 2:
-        return []
-    return [
-        (f"atlas_{what}", tables.square_table(atlas.labels, atlas.matrix(what)))
-        for what in ("output", "input", "cosine")
-    ]
+    if atlas is not None and len(atlas.labels) > 1:
+        for what in ("output", "input", "cosine"):
+            yield f"atlas_{what}", tables.square_table(atlas.labels, atlas.matrix(what))
 
 
 def _environment(form: str) -> jinja2.Environment:
