@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import click
 
@@ -18,9 +18,6 @@ from lora_analysis.cli.writing import (
     smaller_options,
     write_resized,
 )
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @click.command(name="extract")
