@@ -54,13 +54,16 @@ def command(
     from lora_analysis.formats.writing import check_adapter_place
 
     adapter = reading.read(source)
+    check_adapter_place(output, inputs=adapter.inputs, force=force)
     written = chosen_format(kind, adapter, output)
     if architecture is not None and written != "gguf":
         message = f"--architecture belongs to --to gguf, not to {written}."
         raise click.UsageError(message)
     adapter = with_sanity_findings(adapter_to_write(adapter, written))
     check_adapter_place(output, inputs=adapter.inputs, force=force)
-    options = {"architecture": architecture, "heads": reading.heads} if written == "gguf" else {}
+    options: dict[str, Any] = (
+        {"architecture": architecture, "heads": reading.heads} if written == "gguf" else {}
+    )
     path = write_adapter(adapter, output, format=written, force=force, verb="convert", **options)
     folded = writing_notes(adapter, written)
     unwritten = unwritten_findings(adapter, written)

@@ -49,8 +49,8 @@ def command(
 
     size = one_size(rank=rank, energy=energy, budget=budget)
     adapter = reading.read(source)
-    written = chosen_format(kind, adapter, output)
     check_adapter_place(output, inputs=adapter.inputs, force=force)
+    written = chosen_format(kind, adapter, output)
     with progress_bar(form) as progress:
         resized = resize_adapter(
             adapter_to_write(adapter, written),
