@@ -140,8 +140,9 @@ class Evidence:
         way, other = ("[in, out]", "[out, in]") if self.decided else ("[out, in]", "[in, out]")
         examples = (self.turned or self.plain)[:2]
         listed = " and ".join(f"'{example}'" for example in examples)
+        origin = f"family '{model_type}'" if model_type else "its kind of model"
         return (
-            f"{label}: family '{model_type}' stores '{name}' {stored} as {other}, but the other "
+            f"{label}: {origin} stores '{name}' {stored} as {other}, but the other "
             f"matrices of the file are stored as {way} (by {listed}): every weight seems "
             f"transposed, square ones too. Pass transposed={self.decided} if the file is meant so."
         )

@@ -468,7 +468,9 @@ class BaseWeights:
         if fitting or not turned or len(turned) == len(shapes):
             return ()
         fields = {"base": self.label, "weights": turned, "count": len(turned)}
-        return (Finding("base-transposed", {**fields, "family": self.model_type}),)
+        return (
+            Finding("base-transposed", {**fields, "family": self.model_type or "of such names"}),
+        )
 
     def _known_orientation(self, name: str, located: Located) -> bool | None:
         """Return what the source says; kernels lie output by output in every framework here."""
