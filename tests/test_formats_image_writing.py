@@ -18,6 +18,8 @@ from safetensors.numpy import load_file
 from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate, Provenance
 from lora_analysis.errors import InputError, LoraAnalysisError, ScaleError, UnsupportedMethodError
 from lora_analysis.formats import read_adapter, write_adapter
+from lora_analysis.formats.kohya_writer import flattened_names
+from lora_analysis.names import identify
 
 UNET = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
 FLAT = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0"
@@ -263,6 +265,8 @@ def test_more_than_factors_is_refused(
         (["unet.a.b", "unet.a_b"], "'unet.a.b' and 'unet.a_b' would both be 'lora_unet_a_b'"),
         (["unet_a"], "means something else"),
         (["unet:0"], "is no path of a module"),
+        (["vae.decoder.q"], "belongs to the component 'vae', for which kohya's keys have no"),
+        (["te1.q", "clip_l.q"], "would both be 'lora_te1_q'"),
     ],
 )
 def test_names_that_kohyas_keys_cannot_carry_are_refused(
@@ -277,7 +281,8 @@ def test_a_scale_of_zero_is_refused_where_it_would_be_taken_for_r(tmp_path: Path
     with pytest.raises(InputError, match="alpha of 0 for the rank"):
         write_adapter(changed(scale=0.0), tmp_path, format="kohya")
     read = read_adapter(write_adapter(changed(scale=0.0), tmp_path, format="diffusers"))
-    assert read["unet.q"].scale == 0  # type: ignore[union-attr]
+    assert read["unet.q"].scale is None  # type: ignore[union-attr]
+    assert "alpha-zero" in [finding.code for finding in read.provenance.findings]
 
 
 def test_names_that_diffusers_files_cannot_carry_are_refused(
@@ -293,3 +298,30 @@ def test_names_that_diffusers_files_cannot_carry_are_refused(
     mixed = {**changed(variant="DoRA", magnitude=np.ones(6)), **of("unet.k")}
     with pytest.raises(InputError, match="DoRA in some modules of 'unet' only"):
         write_adapter(Adapter(mixed, label="a"), tmp_path, format="diffusers")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.diffusion_model.blocks.0.attn.q",
+        "module._orig_mod.blocks.0.attn.q",
+        "unet.down_blocks.0.proj",
+        "transformer.transformer_blocks.0.attn.to_q",
+        "transformer_2.blocks.0.attn.to_q",
+        "prior.unet.down.q",
+        "text_encoder.text_model.q",
+        "text_encoders.clip_g.transformer.text_model.q",
+        "conditioner.embedders.1.model.q",
+        "text_encoder_4.layers.0.q",
+    ],
+)
+def test_kohyas_name_means_the_same_module(name: str) -> None:
+    written = flattened_names([name])[name]
+    assert identify(written, flat=True) == identify(name, flat=True)
+    assert written.startswith("lora_")
+
+
+def test_a_second_text_encoder_numbers_the_first() -> None:
+    first, second = "text_encoder.text_model.q", "text_encoder_2.text_model.q"
+    assert flattened_names([first])[first] == "lora_te_text_model_q"
+    assert flattened_names([first, second])[first] == "lora_te1_text_model_q"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -104,17 +105,26 @@ def _read_back(adapter: Adapter, path: Path, format: str) -> tuple[Adapter, dict
     from lora_analysis.edit import relative_difference
     from lora_analysis.formats import read_adapter, written_names
     from lora_analysis.formats.fused_parts import joined
+    from lora_analysis.names import match_names
 
     written = read_adapter(path, allow_pickle=True)  # a file of our own
     if not adapter.keys() <= written.keys():
         adapter = joined(adapter)
     names = written_names(adapter, format)
+    missing = [name for name in adapter if names[name] not in written]
+    others = written.keys() - set(names.values())
+    if missing:
+        names |= match_names(missing, sorted(others), fits=partial(_fits, adapter, written)).pairs
     errors = {
         name: relative_difference(written[names[name]], adapter[name])
         for name in adapter
         if names[name] in written
     }
     return adapter, errors
+
+
+def _fits(adapter: Adapter, written: Adapter, name: str, other: str) -> bool:
+    return adapter[name].shape == written[other].shape
 
 
 def _print(adapter: Adapter, errors: dict[str, float], path: Path, folded: list[str]) -> None:

@@ -332,14 +332,17 @@ def common_rank(ranks: Mapping[str, int]) -> int | None:
 def scale_finding(scales: Mapping[str, StatedScale], missing: str) -> list[Finding | str]:
     """Return the findings about modules of unknown scale, and about those of alpha 0."""
     unknown = sum(stated.scale is None and stated.alpha != 0 for stated in scales.values())
-    unused = sum(stated.scale is None and stated.alpha == 0 for stated in scales.values())
     findings: list[Finding | str] = []
     if unknown:
         fields = {"modules": unknown, "of": len(scales), "reason": missing}
         findings.append(Finding("scale-unknown", fields))
-    if unused:
-        findings.append(Finding("alpha-zero", {"modules": unused, "of": len(scales)}))
-    return findings
+    return [*findings, *alpha_zero_finding(scales)]
+
+
+def alpha_zero_finding(scales: Mapping[str, StatedScale]) -> list[Finding]:
+    """Return the finding about modules whose alpha is 0, if there are any."""
+    unused = sum(stated.scale is None and stated.alpha == 0 for stated in scales.values())
+    return [Finding("alpha-zero", {"modules": unused, "of": len(scales)})] if unused else []
 
 
 def complete_pairs(

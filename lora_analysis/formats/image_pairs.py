@@ -16,10 +16,10 @@ from lora_analysis.formats.factors import (
     FactorRole,
     StatedScale,
     StoredPair,
+    alpha_zero_finding,
     callers_scale,
     common_rank,
     complete_pairs,
-    scale_finding,
     scale_from_alpha,
     stored_rank,
     update_loaders,
@@ -213,10 +213,11 @@ def _scale_findings(parts: SortedParts, scales: Mapping[str, StatedScale]) -> li
     for module, one in scales.items():
         if one.origin in ("format", "unknown"):
             by_reason.setdefault(parts.spellings[module].reason, []).append(module)
-    findings: list[Finding | str] = []
+    findings: list[Finding | str] = [*alpha_zero_finding(scales)]
     for reason, modules in by_reason.items():
         if scales[modules[0]].scale is None:
-            findings += scale_finding(scales, reason)
+            fields = {"modules": len(modules), "of": len(scales), "reason": reason}
+            findings.append(Finding("scale-unknown", fields))
         else:
             findings.append(f"{len(modules)} of {len(scales)} modules state no alpha: {reason}.")
     return findings

@@ -27,7 +27,7 @@ _DOUBLED: Final = {"lora_unet_unet_": "lora_unet_", "lora_te_text_encoder_": "lo
 
 
 # Names that kohya's keys made of a module's path. Half-renamed files keep some of its dots.
-FLATTENED: Final = re.compile(r"(lora_(unet|transformer|te[123]?)|lycoris)_[\w.]+")
+FLATTENED: Final = re.compile(r"(lora_(unet|transformer|prior_unet|te[1-4]?)|lycoris)_[\w.]+")
 
 
 def _flattened(module: str) -> str:

@@ -16,6 +16,7 @@ from lora_analysis.formats.image_writing import (
 )
 from lora_analysis.formats.kohya import FLATTENED, NAME, SPELLINGS
 from lora_analysis.formats.side_tensors import side_output
+from lora_analysis.names import split_component, strip_wrappers
 from lora_analysis.storage.tensor_writer import safetensors_content
 
 if TYPE_CHECKING:
@@ -27,19 +28,18 @@ if TYPE_CHECKING:
 
 # Of a file in a folder that has no name of its own: the folder's name takes the star's place.
 FILE_NAME: Final = "*.safetensors"
-# Component of a pipeline → prefix of its modules' names. Where the path of a module in ComfyUI's
-# model starts otherwise, the longer one counts.
+# Component of a pipeline → prefix of its modules' names.
 _PREFIXES: Final = {
-    "unet": "lora_unet_",
-    "diffusion_model": "lora_unet_",
-    "transformer": "lora_unet_",
+    "": "lora_unet_",
+    "denoiser_2": "lora_unet_2_",
+    "prior": "lora_prior_unet_",
     "text_encoder": "lora_te_",
     "text_encoder_2": "lora_te2_",
     "text_encoder_3": "lora_te3_",
-    "text_encoders.clip_l.transformer": "lora_te1_",
-    "text_encoders.clip_g.transformer": "lora_te2_",
-    "text_encoders.t5xxl.transformer": "lora_te3_",
+    "text_encoder_4": "lora_te4_",
 }
+# Names of the first text encoder that do not say whether there is a second one.
+_FIRST_ENCODERS: Final = ("text_encoder.", "cond_stage_model.", "te.")
 # Blocks as diffusers names them. ComfyUI looks for these under OneTrainer's prefix, for the names
 # of a model's authors under "lora_unet_"; sd-scripts knows the authors' names alone.
 _DIFFUSERS_BLOCKS: Final = re.compile(r"transformer\.(single_)?transformer_blocks\..+")
@@ -86,14 +86,15 @@ def flattened_names(modules: Iterable[str]) -> dict[str, str]:
     Raises
     ------
     InputError
-        Two modules would have one name, or a name has a meaning of its own in kohya's keys.
+        Two modules would have one name, a name has a meaning of its own in kohya's keys, or a
+        module belongs to a component that they do not know.
     """
     given = list(modules)
-    second = any(module.startswith("text_encoder_2.") for module in given)
+    second = any(split_component(module).component == "text_encoder_2" for module in given)
     names: dict[str, str] = {}
     taken: dict[str, str] = {}
     for module in given:
-        name = _flattened(module, two_encoders=second)
+        name = _flattened(module, several_encoders=second)
         if taken.setdefault(name, module) != module:
             message = f"'{taken[name]}' and '{module}' would both be '{name}' in kohya's keys."
             raise InputError(message)
@@ -104,19 +105,23 @@ def flattened_names(modules: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def _flattened(module: str, *, two_encoders: bool) -> str:
+def _flattened(module: str, *, several_encoders: bool) -> str:
     if FLATTENED.fullmatch(module):
         return module.replace(".", "_")
     if not PATH.fullmatch(module):
         message = f"'{module}' is no path of a module, which kohya's keys are made from."
         raise InputError(message)
-    prefix, rest = "lora_unet_", module
-    for component in sorted(_PREFIXES, key=len, reverse=True):
-        if module.startswith(f"{component}."):
-            prefix, rest = _PREFIXES[component], module.removeprefix(f"{component}.")
-            break
-    if _DIFFUSERS_BLOCKS.fullmatch(module):
+    path = strip_wrappers(module)
+    component, rest = split_component(path)
+    if component not in _PREFIXES:
+        message = (
+            f"'{module}' belongs to the component '{component}', for which kohya's keys have no "
+            "prefix. It is not written; diffusers and peft keep such names (command line: --to)."
+        )
+        raise InputError(message)
+    prefix = _PREFIXES[component]
+    if _DIFFUSERS_BLOCKS.fullmatch(path):
         prefix = "lora_transformer_"
-    if two_encoders and prefix == "lora_te_":
+    if prefix == "lora_te_" and (several_encoders or not path.startswith(_FIRST_ENCODERS)):
         prefix = "lora_te1_"
     return f"{prefix}{rest}".replace(".", "_")
