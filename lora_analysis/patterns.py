@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, Final, NamedTuple, TypeVar
 
 from lora_analysis.errors import InputError
+from lora_analysis.names import identify, is_flattened
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -88,7 +89,8 @@ def choose_names(names: Iterable[str], pattern: str | Sequence[str] | None) -> l
     """Return the names that a pattern means; all for None, none where nothing matches.
 
     A string is the end of a name (whole segments) if any name ends so, else a regular expression
-    that must match in full; a list holds ends of names.
+    that must match in full; a list holds ends of names. If neither fits, modules are chosen that
+    another file would call so (`lora_analysis.names.identify`).
     """
     pool = list(names)
     if pattern is None:
@@ -98,7 +100,15 @@ def choose_names(names: Iterable[str], pattern: str | Sequence[str] | None) -> l
     if not chosen and isinstance(pattern, str):
         with pattern_budget():
             chosen = [name for name in pool if matches_target(name, pattern)]
-    return chosen
+    return chosen or _same_modules(pool, ends)
+
+
+def _same_modules(names: Sequence[str], others: Iterable[str]) -> list[str]:
+    """Return the names of modules that other files call as in ``others``."""
+    given = list(others)
+    flat = any(map(is_flattened, (*names, *given)))
+    identities = {identify(name, flat=flat) for name in given}
+    return [name for name in names if identify(name, flat=flat) in identities]
 
 
 class ModulePatterns(Mapping[str, T]):

@@ -226,3 +226,21 @@ def test_a_choice_is_the_end_of_a_name_or_else_an_expression() -> None:
     assert choose_names(names, r"layers\.1\..*") == names[1:]
     assert choose_names(names, ["v_proj", "0.q_proj"]) == [names[0], names[2]]
     assert choose_names(names, "proj") == []
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "base_model.model.model.layers.0.q_proj",
+        "model.layers.0._orig_mod.q_proj",
+        "lora_unet_layers_0_q_proj",
+        ["model.language_model.layers.0.q_proj"],
+    ],
+)
+def test_a_module_is_chosen_by_the_name_that_another_file_gives_it(
+    pattern: str | list[str],
+) -> None:
+    names = ["model.layers.0.q_proj", "model.layers.10.q_proj", "vision_tower.layers.0.q_proj"]
+    if isinstance(pattern, str) and pattern.startswith("lora_"):
+        names[0] = "unet.layers.0.q_proj"
+    assert choose_names(names, pattern) == names[:1]
