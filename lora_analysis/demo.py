@@ -117,10 +117,23 @@ def run_demo(
         Whether runs of another version or configuration, and files of others at the names that
         the report writes, are replaced.
     """
+    _, path = make_demo(folder, text=text, device=device, progress=progress, force=force)
+    return path
+
+
+def make_demo(
+    folder: Path,
+    *,
+    text: bool = False,
+    device: str = "auto",
+    progress: Progress | None = None,
+    force: bool = False,
+) -> tuple[Study, Path]:
+    """Run the demo, see `run_demo`; return the study and the path of its report."""
     check_report_folder(folder, inputs=trained_before(folder), force=force)
     runs = train_demo(folder / "runs", text=text, device=device, progress=progress, force=force)
     result = study_demo(runs, text=text, progress=progress)
-    return write_report(
+    path = write_report(
         result,
         folder,
         title=TEXT_TITLE if text else TITLE,
@@ -128,3 +141,4 @@ def run_demo(
         force=force,
         command=f"lora-analysis demo{' --text' if text else ''} --device {device}",
     )
+    return result, path

@@ -350,6 +350,8 @@ KINDS: Final[dict[str, Kind]] = {
         "{base} is shard {number} of {total} alone: modules of the other shards are not found. "
         "Pass the index or the folder of the whole model.",
     ),
+    "run-note": Kind("limit", "{run}: {text}"),
+    "run-retried": Kind("limit", "{run} failed and is tried again: {error}"),
     "label-misfit": Kind(
         "limit",
         "the name does not fit the pattern of labels {pattern}, so task and seed stay as the files "

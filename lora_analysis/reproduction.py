@@ -62,12 +62,24 @@ def run_reproduction(
     device, progress, force
         As for the demo.
     """
+    _, path = make_reproduction(folder, device=device, progress=progress, force=force)
+    return path
+
+
+def make_reproduction(
+    folder: Path,
+    *,
+    device: str = "auto",
+    progress: Progress | None = None,
+    force: bool = False,
+) -> tuple[Study, Path]:
+    """Draw the paper's figures, see `run_reproduction`; return the study and the page's path."""
     OutputFolder(
         folder, kind="reproduction", verb="reproduce", inputs=trained_before(folder), force=force
     ).check()
     runs = train_demo(folder / "runs", device=device, progress=progress, force=force)
     result = study_demo(runs, progress=progress)
-    return write_reproduction(result, folder, progress=progress, force=force)
+    return result, write_reproduction(result, folder, progress=progress, force=force)
 
 
 def write_reproduction(

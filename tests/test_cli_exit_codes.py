@@ -14,12 +14,20 @@ import numpy as np
 import pytest
 from factories import adapter
 from image_files import stored
+from training_bases import write_tiny_base
 
 from lora_analysis.adapter import Adapter
 from lora_analysis.cli import VERBS, run
 from lora_analysis.cli.exit_codes import exit_code
-from lora_analysis.errors import InUseError, MissingExtraError, OutputError, SourceError
+from lora_analysis.errors import (
+    InUseError,
+    MissingExtraError,
+    OutputError,
+    SourceError,
+    TargetError,
+)
 from lora_analysis.formats import write_adapter
+from lora_analysis.training import RunEvent
 
 # What each verb needs to be parsed; nothing of it has to exist.
 WORDS = {
@@ -73,6 +81,19 @@ def test_what_ends_a_verb_decides_its_exit_code(
     assert bool(err) is (error is not None)
     assert "Traceback" not in err
     assert err.count("\n") <= 2
+
+
+@pytest.mark.parametrize("verb", WORDS)
+def test_a_reader_that_went_away_is_141(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def end(**_: Any) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(import_module(f"lora_analysis.cli.{verb}").command, "callback", end)
+    monkeypatch.setattr("lora_analysis.cli.os.dup2", lambda *_: None)  # capfd needs its stdout
+    assert run([verb, *WORDS[verb]]) == 141
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("verb", WORDS)
@@ -186,6 +207,82 @@ def test_what_failed_in_part_is_4_and_in_the_json(
     plain = ["--figures", ""] if case.startswith("report") else []
     assert run([case.partition(",")[0], *given, *plain, "--format", "json"]) == 4
     assert look(json.loads(capsys.readouterr().out)) == expected
+
+
+PLAN = """
+task = "mirror"
+base = "base"
+rank = 2
+{axis}
+[loop]
+steps = 1
+warmup = 0
+batch_size = 8
+evaluations = 1
+[execution]
+executor = "serial"
+device = "cpu"
+"""
+
+
+def test_a_job_of_a_sweep_that_fails_is_4_and_in_the_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny_base(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    Path("plan.toml").write_text(PLAN.format(axis='targets = [["q_proj"], ["no_such"]]'))
+    assert run(["sweep", "plan.toml", "--format", "json"]) == 4
+    document = json.loads(capsys.readouterr().out)
+    assert len(document["finished"]) == 1
+    (failure,) = document["failures"]
+    assert "no_such" in failure["source"]
+    assert "no_such" in failure["reason"]
+    assert (failure["kind"], failure["attempts"]) == ("TargetError", 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (TargetError("no module"), 3),
+        (OSError(errno.ENOSPC, "No space left on device"), 3),
+        (MemoryError(), 3),
+        (ZeroDivisionError(), 1),
+    ],
+)
+def test_a_sweep_of_which_nothing_is_left_names_each_failure_and_is_refused(
+    error: Exception,
+    expected: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    write_tiny_base(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lora_analysis.training.cells.train_run", fail)
+    Path("plan.toml").write_text(PLAN.format(axis="seed = [0, 1]"))
+    assert run(["sweep", "plan.toml", "--format", "json"]) == expected
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["failures"]) == 2
+    assert "2 of 2 runs failed" in err
+
+
+def test_notes_of_a_training_are_findings_in_the_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(config: Any, folder: Path, *, progress: Any, **_: Any) -> None:
+        progress(RunEvent(config.name, "note", 0, 1, note="3 rows are left out."))
+        folder.mkdir()
+        (folder / "manifest.json").write_text(f'{{"name": "{config.name}", "steps": 1}}')
+
+    monkeypatch.setattr("lora_analysis.training.train_run", train)
+    words = ["train", "--base", "digits", "--name", "mirror", "-o", str(tmp_path / "run")]
+    assert run([*words, "--format", "json"]) == 0
+    (finding,) = json.loads(capsys.readouterr().out)["findings"]
+    assert (finding["code"], finding["severity"]) == ("run-note", "limit")
+    assert finding["fields"]["text"] == "3 rows are left out."
 
 
 DAMAGED = {

@@ -107,6 +107,8 @@ def test_doctor_says_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["packages"]["numpy"] == np.__version__
     assert "cpu" in found["devices"]
     assert found["missing"] == []
+    assert found["cpus"] >= 1
+    assert found["cache"]
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
     assert set(found["extras"]) == set(project["project"]["optional-dependencies"])
     assert list(found["extras"]) == list(doctor.EXTRAS)

@@ -59,7 +59,7 @@ def test_run_again_it_trains_what_is_left(folder: Path, capsys: pytest.CaptureFi
     before = (folder / "ranks" / NAMES[2] / "manifest.json").stat().st_mtime_ns
     assert run(["sweep", "ranks.toml", "--format", "json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert (document["finished"], document["failed"]) == (NAMES, [])
+    assert (document["finished"], document["failures"]) == (NAMES, [])
     assert (folder / "ranks" / NAMES[2] / "manifest.json").stat().st_mtime_ns == before
 
 
@@ -105,8 +105,10 @@ def test_a_run_that_fails_is_named_and_the_others_are_there(
     assert run(["sweep", "ranks.toml", "--format", "json"]) == 4
     printed = capsys.readouterr()
     document = json.loads(printed.out)
-    assert len(document["finished"]) == len(document["failed"]) == 4
-    assert all("q_porj" in one["name"] and "q_porj" in one["error"] for one in document["failed"])
+    assert len(document["finished"]) == len(document["failures"]) == 4
+    assert all(
+        "q_porj" in one["source"] and "q_porj" in one["reason"] for one in document["failures"]
+    )
     assert printed.err.count("failed once and is left out: No module") == 4
     assert run(["sweep", "ranks.toml", "--status"]) == 0
     status = capsys.readouterr().out

@@ -13,7 +13,7 @@ from lora_analysis.cli.options import (
     output_options,
     progress_bar,
 )
-from lora_analysis.cli.show import print_json
+from lora_analysis.cli.show import print_json, study_facts
 
 
 @click.command(name="demo")
@@ -33,11 +33,11 @@ def command(output: Path, *, device: str, force: bool, text: bool, form: str) ->
     three minutes on two CPU cores. With --text, 10 adapters of a real pretrained model, in some
     five minutes. Interrupted and run again, it goes on where it stopped.
     """
-    from lora_analysis.demo import run_demo
+    from lora_analysis.demo import make_demo
 
     with progress_bar(form) as progress:
-        path = run_demo(output, text=text, device=device, progress=progress, force=force)
+        result, path = make_demo(output, text=text, device=device, progress=progress, force=force)
     if form == "json":
-        print_json({"report": path})
+        print_json({"report": path, **study_facts(result)})
     else:
         click.echo(path)

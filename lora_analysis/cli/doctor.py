@@ -26,7 +26,8 @@ EXTRAS = {
     "demo-text": "demo --text on a pretrained sentence encoder",
     "hf": "adapters and bases by name (hf://owner/name), train on models of transformers",
     "data": "train on data sets of a hub, on images and on Parquet",
-    "quantized": "bases in GGUF's quantised types, train on a quantised base",
+    "gguf": "convert --to gguf, bases in GGUF's quantized types",
+    "quantized": "bases in GGUF's quantized types, train on a quantized base",
     "ray": "sweep and report on the machines of a Ray cluster",
     "trackers": "train --tracker with TensorBoard, Trackio, W&B",
     "parquet": "report --parquet",
@@ -54,7 +55,9 @@ def command(*, form: str) -> int:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": found,
+        "cpus": _cpus(),
         "devices": devices,
+        "cache": _cache(),
         "extras": {
             name: {"here": not lacking, "missing": lacking, "for": EXTRAS.get(name)}
             for name, lacking in extras.items()
@@ -109,19 +112,34 @@ def _devices() -> list[str]:
     return available_devices()
 
 
-def _print(document: dict[str, Any]) -> None:
-    from lora_analysis.execution import available_workers
-    from lora_analysis.storage.cache import cache_folder
+def _cpus() -> int | None:
+    """Return the processors that may be used; None if a package that counts them is missing."""
+    try:
+        from lora_analysis.execution import available_workers
+    except ImportError:
+        return None
+    return available_workers()
 
+
+def _cache() -> Path | None:
+    """Return the folder of the cache; None if a package that is always needed is missing."""
+    try:
+        from lora_analysis.storage.cache import cache_folder
+    except ImportError:
+        return None
+    return cache_folder()
+
+
+def _print(document: dict[str, Any]) -> None:
     packages = document["packages"]
     known = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
     lines: list[tuple[str, object]] = [
         ("lora_analysis", document["lora_analysis"]),
         ("python", f"{document['python']} on {document['platform']}"),
         ("packages", known),
-        ("cpus", available_workers()),
+        ("cpus", document["cpus"] or "not known"),
         ("devices", ", ".join(document["devices"]) or "none (torch does not load)"),
-        ("cache", cache_folder()),
+        ("cache", document["cache"] or "not known"),
     ]
     for name, extra in document["extras"].items():
         what = extra["for"] or "not described here"

@@ -21,7 +21,7 @@ from lora_analysis.cli.options import (
     transposed_option,
 )
 from lora_analysis.cli.reading import Reading, reading_options
-from lora_analysis.cli.show import print_json
+from lora_analysis.cli.show import print_json, study_facts
 from lora_analysis.cli.spreading import analysis_executor, analysis_executor_options
 from lora_analysis.showing import printable
 
@@ -105,7 +105,6 @@ def command(
     A verdict needs adapters of other tasks on the same base, trained with other seeds: among the
     sources, where task and seed are known, or given with --reference.
     """
-    from lora_analysis.findings import findings
     from lora_analysis.report.writing import check_report_folder, write_report
     from lora_analysis.studies import Failure, study
 
@@ -147,18 +146,7 @@ def command(
             force=force,
         )
     if form == "json":
-        print_json(
-            {
-                "report": path,
-                "adapters": list(result.adapters),
-                "findings": [one.to_dict() for one in findings(result)],
-                "left_out": [
-                    {"module": module, "reason": reason}
-                    for module, reason in result.unmatched.items()
-                ],
-                "failures": [one.to_dict() for one in result.failures],
-            }
-        )
+        print_json({"report": path, **study_facts(result)})
     else:
         click.echo(path)
     return PARTLY_FAILED if result.failures or result.unmatched else DONE

@@ -13,7 +13,7 @@ from lora_analysis.cli.options import (
     output_options,
     progress_bar,
 )
-from lora_analysis.cli.show import print_json
+from lora_analysis.cli.show import print_json, study_facts
 
 
 @click.command(name="reproduce")
@@ -27,11 +27,11 @@ def command(output: Path, *, device: str, force: bool, form: str) -> None:
     Figures 3, 4, 6, 7 and 8 in the paper's panel layout as SVG, PNG and PDF, Tables 6 and 7, and
     one page with all of them.
     """
-    from lora_analysis.reproduction import run_reproduction
+    from lora_analysis.reproduction import make_reproduction
 
     with progress_bar(form) as progress:
-        path = run_reproduction(output, device=device, progress=progress, force=force)
+        result, path = make_reproduction(output, device=device, progress=progress, force=force)
     if form == "json":
-        print_json({"page": path})
+        print_json({"page": path, **study_facts(result)})
     else:
         click.echo(path)

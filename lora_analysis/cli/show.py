@@ -21,6 +21,8 @@ from lora_analysis.showing import printable, printable_json
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lora_analysis.studies import Study
+
 SCHEMA_VERSION = 1
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -50,6 +52,21 @@ def _clean(value: Any, path: str, undefined: list[str]) -> Any:
         undefined.append(path)
         return None
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def study_facts(study: Study) -> dict[str, Any]:
+    """Return what JSON output says of a study: adapters, findings, what was left out, failures."""
+    from lora_analysis.findings import findings
+
+    return {
+        "adapters": list(study.adapters),
+        "findings": [finding.to_dict() for finding in findings(study)],
+        "left_out": [
+            {"module": module, "code": "no-base-weight", "reason": reason}
+            for module, reason in study.unmatched.items()
+        ],
+        "failures": [failure.to_dict() for failure in study.failures],
+    }
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -194,11 +194,25 @@ def _reason(place: Path) -> str | None:
 
 
 def _print_result(result: SweepResult, folder: Path, form: str) -> int:
-    if result.failures and not result.folders:
-        result.all_folders()
     if form == "json":
-        failed = [{"name": n, "error": str(f.error)} for n, f in result.failures.items()]
-        print_json({"folder": folder, "finished": list(result.folders), "failed": failed})
-    else:
+        print_json(
+            {
+                "folder": folder,
+                "finished": list(result.folders),
+                "findings": [finding.to_dict() for finding in result.findings],
+                "failures": [
+                    {
+                        "source": name,
+                        "reason": str(failure.error),
+                        "kind": type(failure.error).__name__,
+                        "attempts": failure.attempts,
+                    }
+                    for name, failure in result.failures.items()
+                ],
+            }
+        )
+    if result.failures and not result.folders:
+        result.all_folders()  # raises
+    if form != "json":
         click.echo(folder)
     return PARTLY_FAILED if result.failures else DONE

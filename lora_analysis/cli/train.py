@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,7 +143,8 @@ def command(
     if targets:
         given["targets"] = targets[0] if targets == ("all-linear",) else list(targets)
     config = RunConfig.from_dict(merged(*tables, given, *map(_setting, settings)))
-    with _watched(form) as progress:
+    notes: list[str] = []
+    with _watched(form, notes) as progress:
         train_run(
             config,
             output,
@@ -155,7 +156,7 @@ def command(
             force=force,
         )
     if os.environ.get("RANK", "0") == "0":
-        _report(output, form)
+        _report(output, form, notes)
 
 
 def _nested(fields: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
@@ -187,8 +188,11 @@ def _setting(text: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _watched(form: str) -> Iterator[Callable[[RunEvent], None]]:
-    """Show notes as they come, and a bar with loss, rate and time left where stderr is one."""
+def _watched(form: str, notes: list[str]) -> Iterator[Callable[[RunEvent], None]]:
+    """Show notes as they come, and a bar with loss, rate and time left if stderr is a terminal.
+
+    The notes are added to ``notes``.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -211,6 +215,8 @@ def _watched(form: str) -> Iterator[Callable[[RunEvent], None]]:
         shown = {"loss": "", "lr": "", "test": ""}  # the latest of each: no event has them all
 
         def watch(event: RunEvent) -> None:
+            if event.note:
+                notes.append(event.note)
             if event.note and form != "quiet":
                 bar.console.print(f"Note: {event.note}", markup=False, highlight=False)
             if event.loss is not None:
@@ -241,12 +247,15 @@ def _memory() -> str:
     return f"{peak / 2**20:.1f} GiB"
 
 
-def _report(folder: Path, form: str) -> None:
+def _report(folder: Path, form: str, notes: Sequence[str]) -> None:
+    from lora_analysis.finding import Finding
     from lora_analysis.storage.documents import read_json_object
 
     manifest = read_json_object(folder / "manifest.json")
     if form == "json":
-        print_json({"run": folder, **manifest})
+        fields = [{"run": manifest["name"], "text": note} for note in notes]
+        findings = [Finding("run-note", one).to_dict() for one in fields]
+        print_json({"run": folder, **manifest, "findings": findings})
         return
     if form == "quiet":
         click.echo(folder)

@@ -15,9 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from lora_analysis import __version__
-from lora_analysis.errors import InputError, InUseError, LoraAnalysisError, OccupiedError
+from lora_analysis.errors import (
+    InputError,
+    InUseError,
+    LoraAnalysisError,
+    MissingExtraError,
+    OccupiedError,
+    OutOfMemoryError,
+    OutputError,
+    named_error,
+)
 from lora_analysis.execution.protocol import Executor, Outcome, Retried, Tell
 from lora_analysis.execution.worker import end_if_imported_by_worker
+from lora_analysis.finding import Finding
 from lora_analysis.showing import plural
 from lora_analysis.storage.atomic import remove_leftovers
 from lora_analysis.storage.documents import read_json_object
@@ -54,10 +64,14 @@ class RunFailure:
 
 @dataclass(frozen=True, slots=True)
 class SweepResult:
-    """What a sweep left: the folders of the runs that are finished, and why others are not."""
+    """What a sweep left: the folders of the runs that are finished, and why others are not.
+
+    ``findings`` are the notes of the runs, and the runs that were tried again.
+    """
 
     folders: Mapping[str, Path]
     failures: Mapping[str, RunFailure] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
 
     def all_folders(self) -> list[Path]:
         """Return the folders of all runs.
@@ -73,9 +87,15 @@ class SweepResult:
                 f"{len(self.failures)} of {total} runs failed, '{name}' among them: "
                 f"{failure.error} Finished runs are kept: run again to go on."
             )
-            kind = InputError if isinstance(failure.error, InputError) else LoraAnalysisError
-            raise kind(message) from failure.error
+            raise _class_of(failure.error)(message) from failure.error
         return list(self.folders.values())
+
+
+def _class_of(error: Exception) -> type[LoraAnalysisError]:
+    """Return the error of this package that says of a sweep what an error says of a run."""
+    named = named_error(error, "") or error
+    kinds = InputError, OutputError, OutOfMemoryError, MissingExtraError
+    return next((kind for kind in kinds if isinstance(named, kind)), LoraAnalysisError)
 
 
 def demo_sweep() -> list[RunConfig]:
@@ -151,6 +171,7 @@ def run_sweep(
     _check_folder(named, folder, force=force)
     folder.mkdir(parents=True, exist_ok=True)
     failures: dict[str, RunFailure] = {}
+    findings: list[Finding] = []
     with locked(folder, _lock_name(named, chosen)):
         if chosen is named:
             remove_leftovers(folder)
@@ -158,12 +179,13 @@ def run_sweep(
         _write_resolved(named, folder, force=force)
         if cells:
             executor = executor or choose_executor(options, len(cells))
-            watch = _watch(progress, report)
+            watch = _watch(progress, report, findings)
             work = TrainCell(folder, options.device, force=force)
             with closing(executor.map(work, cells, tell=watch)) as outcomes:
                 for outcome in outcomes:
                     _settle(outcome, folder, failures, report)
-    return SweepResult({n: folder / n for n in chosen if n not in failures}, failures)
+    folders = {name: folder / name for name in chosen if name not in failures}
+    return SweepResult(folders, failures, tuple(findings))
 
 
 def sweep_states(runs: Runs, folder: Path) -> dict[str, RunState]:
@@ -268,23 +290,28 @@ def _unfinished(
     return [RunCell(name, runs[name]) for name, state in states.items() if state != "finished"]
 
 
-def _watch(progress: Progress | None, report: Report | None) -> Tell:
-    """Return what takes the events of an executor: those of the runs, and its own."""
+def _watch(progress: Progress | None, report: Report | None, findings: list[Finding]) -> Tell:
+    """Return what takes the events of an executor: those of the runs, and its own.
+
+    Notes and retries are reported, and added to ``findings``.
+    """
     said: set[str] = set()
 
     def watch(event: Any) -> None:
         if isinstance(event, Retried):
-            say(f"{event.cell.name} failed and is tried again: {event.error}")
+            fields = {"run": event.cell.name, "error": str(event.error)}
+            add(Finding("run-retried", fields))
             return
         if event.kind == "note" and event.note not in said:
             said.add(event.note)  # runs of one file have the same to say of it
-            say(f"{event.label}: {event.note}")
+            add(Finding("run-note", {"run": event.label, "text": event.note}))
         if progress is not None:
             progress(event)
 
-    def say(text: str) -> None:
+    def add(finding: Finding) -> None:
+        findings.append(finding)
         if report is not None:
-            report(text)
+            report(finding.text)
 
     return watch
 
