@@ -197,6 +197,9 @@ KINDS: Final[dict[str, Kind]] = {
         "{modules} of {of} modules have factors and are not in target_modules (first: '{first}'). "
         "PEFT would not load them. Are config and weights of one adapter?",
     ),
+    "config-targets-unchecked": Kind(
+        "limit", "The modules of the file were not compared with target_modules: {reason}"
+    ),
     "config-layers-differ": Kind(
         "limit",
         "The layers with factors are not those of layers_to_transform. Without factors: "

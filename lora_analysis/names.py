@@ -112,6 +112,21 @@ _PARTS: Final = (
 _SENTENCE_TRANSFORMER: Final = re.compile(r"0\.auto_model\.")
 # T5 is the second text encoder of one pipeline and the third of another; its path tells it apart.
 _T5: Final = re.compile(r"(encoder|decoder)[._]block[._]\d")
+# The two ends of a model that share one weight if its embeddings are tied.
+_TIED: Final = frozenset(
+    {
+        "embed_tokens",
+        "lm_head",
+        "wte",
+        "word_embeddings",
+        "shared",
+        "embed_in",
+        "embed_out",
+        "decoder",
+        "output_embeddings",
+        "input_embeddings",
+    }
+)
 # Words of a prefix that name one of several parts of a model.
 _SIDES: Final = frozenset(
     {"encoder", "decoder", "vision", "visual", "image", "audio", "speech", "text", "mtp"}
@@ -224,6 +239,17 @@ def identify(stored: str, *, flat: bool = False) -> ModuleName:
 def is_flattened(stored: str) -> bool:
     """Return True if a name has lost its dots: it begins with kohya's or LyCORIS' prefix."""
     return _flat_match(stored) is not None
+
+
+def may_be_tied(stored: str) -> bool:
+    """Return True if a module is one of the ends of a model that may share one weight.
+
+    Examples
+    --------
+    >>> may_be_tied("model.embed_tokens"), may_be_tied("model.layers.0.mlp.up_proj")
+    (True, False)
+    """
+    return stored.rpartition(".")[2] in _TIED
 
 
 def identify_all(

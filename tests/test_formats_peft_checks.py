@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.numpy import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+from lora_analysis import patterns
 from lora_analysis.adapter import Adapter
 from lora_analysis.cli import run
 from lora_analysis.finding import Finding
@@ -75,13 +76,36 @@ def test_factors_that_are_no_target_are_a_finding(tmp_path: Path, targets: Any) 
 
 @pytest.mark.parametrize(
     "targets",
-    ["all-linear", ["all-linear"], None, r"model\.layers\.\d+\.self_attn\.(q|v)_proj", "(", [3]],
+    ["all-linear", ["all-linear"], None, r"model\.layers\.\d+\.self_attn\.(q|v)_proj", [3]],
 )
 def test_targets_that_name_the_modules_or_cannot_be_compared_accuse_nobody(
     tmp_path: Path, targets: Any
 ) -> None:
     path = folder(tmp_path, grid(ALL, "q_proj", "v_proj"), target_modules=targets)
     assert read_adapter(path).provenance.findings == ()
+
+
+def test_targets_that_are_no_expression_are_named(tmp_path: Path) -> None:
+    path = folder(tmp_path, grid(ALL, "q_proj"), target_modules="(")
+    finding = only(read_adapter(path))
+    assert (finding.code, finding.severity) == ("config-targets-unchecked", "limit")
+    assert "'(' is not a regular expression" in finding.text
+
+
+def test_targets_share_the_time_of_all_patterns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budgets = []
+
+    def matches(*_: Any) -> bool:
+        budgets.append(patterns._BUDGET.get())
+        return True
+
+    monkeypatch.setattr("lora_analysis.formats.peft_checks.matches_target", matches)
+    read_adapter(folder(tmp_path, grid(ALL, "q_proj"), target_modules=r".*\.q_proj"))
+    assert len(budgets) == len(ALL)
+    assert None not in budgets
+    assert len(set(map(id, budgets))) == 1
 
 
 @pytest.mark.parametrize("missing", [[5], [1], [10], [4, 5], [2, 7, 8]])

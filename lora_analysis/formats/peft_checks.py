@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import InputError
 from lora_analysis.finding import Finding
+from lora_analysis.names import may_be_tied
 from lora_analysis.patterns import layer_index, matches_target
 
 if TYPE_CHECKING:
@@ -26,11 +27,6 @@ _HEADS: Final = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-# The two ends that share one weight in models with tied embeddings.
-_TIED: Final = (
-    "embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out",
-    "decoder", "output_embeddings", "input_embeddings",
-)  # fmt: skip
 _NUMBER: Final = re.compile(r"(?<![^.])\d{1,9}(?![^.])")
 _DIGIT: Final = re.compile(r"\d")
 # More missing layers than this share are a choice, not a loss.
@@ -105,7 +101,7 @@ def _modules_to_save(config: PeftConfig) -> tuple[str, ...]:
 
 
 def _is_tied(modules: Iterable[str]) -> bool:
-    return any(module.rpartition(".")[2] in _TIED for module in modules)
+    return any(map(may_be_tied, modules))
 
 
 def _bias(config: PeftConfig) -> str:
@@ -138,8 +134,8 @@ def _target_findings(config: PeftConfig, stored: StoredModules) -> list[Finding]
     pool = targets if isinstance(targets, str) else frozenset(targets)
     try:
         beyond = [name for name in stored.adapted if not _is_target(config, name, pool)]
-    except InputError:  # an expression that PEFT, too, cannot use: it decides nothing here
-        return findings
+    except InputError as error:  # an expression that PEFT cannot use either
+        return [*findings, Finding("config-targets-unchecked", {"reason": str(error)})]
     if beyond:
         fields = {"modules": len(beyond), "of": len(stored.adapted), "first": beyond[0]}
         findings.append(Finding("config-targets-exceeded", fields))

@@ -20,6 +20,7 @@ import numpy as np
 
 from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.finding import Finding
+from lora_analysis.names import may_be_tied
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -481,7 +482,10 @@ def _twins(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
     for m in modules:
         if m.A and m.B and m.A.largest and m.B.largest:
             groups[m.A.fingerprint, m.B.fingerprint].append(m.module)
-    twins = [names for names in groups.values() if len(names) > 1]
+    # Embedding and head of a model with tied weights have one update.
+    twins = [
+        names for names in groups.values() if len(names) > 1 and not all(map(may_be_tied, names))
+    ]
     if twins:
         fields = {"module": twins[0][0], "other": twins[0][1]}
         names = [name for group in twins for name in group]
