@@ -288,8 +288,7 @@ KINDS: Final[dict[str, Kind]] = {
     ),
     "tensors-beside": Kind(
         "limit",
-        "{count} further tensors in the file: {what} (first: '{first}'). They are not analyzed and "
-        "not written.",
+        "{count} further tensors in the file: {what} (first: '{first}'). They are not analyzed.",
     ),
     "tensors-in-full": Kind("limit", "{count} tensors in the file are {what} (first: '{first}')."),
     "side-file": Kind(

@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from factories import low_rank_update
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save
+from safetensors.torch import load_file, save_file
 
 from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate, Provenance
+from lora_analysis.edit import resize_adapter
 from lora_analysis.errors import (
     InputError,
     MalformedFileError,
@@ -24,7 +27,7 @@ from lora_analysis.errors import (
     UnknownFormatError,
     UnsupportedMethodError,
 )
-from lora_analysis.formats import find_adapters, read_adapter, write_adapter
+from lora_analysis.formats import find_adapters, read_adapter, unwritten_findings, write_adapter
 from lora_analysis.formats.sources import label_of
 
 CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"]}
@@ -816,3 +819,44 @@ def test_real_peft_folders_read_with_their_ranks_and_scales(real_adapters: Path)
 )
 def test_a_name_that_says_nothing_takes_the_folder_above(place: str, label: str) -> None:
     assert label_of(Path("/somewhere") / place) == label
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_what_a_file_holds_next_to_the_factors_is_carried_over(
+    tmp_path: Path, rng: np.random.Generator, pickled: bool
+) -> None:
+    """Copies of base weights that PEFT saves with resized vocabularies, bit for bit."""
+    copy = f"{Q}.base_layer.weight"
+    tensors: dict[str, torch.Tensor] = {k: torch.from_numpy(v) for k, v in factors(rng).items()}
+    tensors[copy] = torch.from_numpy(rng.standard_normal((5, 6))).to(torch.bfloat16)
+    source = tmp_path / "in"
+    source.mkdir()
+    if pickled:
+        torch.save(tensors, source / "adapter_model.bin")
+    else:
+        save_file(tensors, source / "adapter_model.safetensors")
+    (source / "adapter_config.json").write_text(json.dumps(CONFIG))
+    adapter = read_adapter(source, allow_pickle=pickled)
+    assert list(adapter.side_tensors) == [copy]
+    for name, written in (("copy", adapter), ("small", resize_adapter(adapter, rank=2).adapter)):
+        target = write_adapter(written, tmp_path / name)
+        stored = load_file(target / "adapter_model.safetensors")
+        assert stored[copy].dtype == torch.bfloat16
+        assert torch.equal(stored[copy], tensors[copy])
+        assert list(read_adapter(target).side_tensors) == [copy]
+        assert unwritten_findings(written, "peft") == []
+    (finding,) = unwritten_findings(adapter, "mlx")
+    assert finding.code == "side-tensors-not-written"
+    assert finding.fields["keys"] == [copy]
+
+
+@pytest.mark.parametrize("end", ["lora_B.bias", "token_adapter.trainable_tokens_delta"])
+def test_what_alters_the_model_is_refused_in_other_formats(
+    tmp_path: Path, rng: np.random.Generator, end: str
+) -> None:
+    tensors = factors(rng) | {f"{Q}.{end}": np.ones(5, np.float32)}
+    adapter = read_adapter(peft_folder(tmp_path / "in", tensors))
+    written = read_adapter(write_adapter(adapter, tmp_path / "out"))
+    assert list(written.side_tensors) == list(adapter.side_tensors) == [f"{Q}.{end}"]
+    with pytest.raises(UnsupportedMethodError, match=r"would not compute.*--to peft"):
+        write_adapter(adapter, tmp_path / "mlx", format="mlx")

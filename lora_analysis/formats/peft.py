@@ -8,6 +8,7 @@ Reference: PEFT 0.21, ``tuners/lora/layer.py`` (scale) and ``utils/save_and_load
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.adapter import Adapter, Provenance
@@ -38,9 +39,10 @@ from lora_analysis.formats.peft_checks import (
 )
 from lora_analysis.formats.peft_config import CONFIG_NAME, PeftConfig, read_peft_config
 from lora_analysis.formats.peft_incomplete import no_tensors
-from lora_analysis.formats.peft_keys import SortedKeys, sort_keys
+from lora_analysis.formats.peft_keys import ALTERING, BASE_BIASES, SortedKeys, sort_keys
 from lora_analysis.formats.peft_pairs import ModulePairs, divided_scale, module_pairs
 from lora_analysis.formats.peft_places import PeftPlace, check_weights, place_of, side_files
+from lora_analysis.formats.side_tensors import side_tensors
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, run_facts
 from lora_analysis.formats.sources import place_of as source_of
 from lora_analysis.storage.hub_names import shown_errors
@@ -51,10 +53,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from lora_analysis.adapter import SideTensor
     from lora_analysis.formats.initial import StartOf
 
 NAME: Final = "peft"
-_BIASES: Final = "trained biases of the base"
 _IN_FULL: Final = "stored in full"
 _UNNAMED: Final = "stored in full without being in modules_to_save"
 
@@ -153,6 +155,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:
         ),
         saved_modules=LazyTensors(stored.tensors, saved),
         config={**config.raw, FUSED_PARTS: parts} if parts else config.raw,
+        side_tensors=_side_tensors(stored, others),
     )
 
 
@@ -289,10 +292,17 @@ def _saved_tensors(
         if saves(config, name):
             continue
         if name.endswith(".bias") and config.raw.get("bias", "none") != "none":
-            others.setdefault(_BIASES, []).append(saved.pop(name))
+            others.setdefault(BASE_BIASES, []).append(saved.pop(name))
         else:
             others.setdefault(_UNNAMED, []).append(name)
     return saved, others, empty
+
+
+def _side_tensors(stored: _Stored, others: Mapping[str, list[str]]) -> dict[str, SideTensor]:
+    """Return what the file holds besides factors and modules trained in full."""
+    keys = {what: others[what] for what in others if what not in (_IN_FULL, _UNNAMED)}
+    harmless = {key for what in keys if what not in ALTERING for key in keys[what]}
+    return side_tensors(stored.tensors, chain.from_iterable(keys.values()), harmless=harmless)
 
 
 def _findings(
@@ -322,7 +332,7 @@ def _findings(
         adapted=[pairs.config_names.get(module, module) for module in ranks],
         pruned=pairs.pruned,
         saved=[*saved, *stored.keys.full],
-        biases=sum(name.endswith(".bias") for name in (*saved, *others.get(_BIASES, ()))),
+        biases=sum(name.endswith(".bias") for name in (*saved, *others.get(BASE_BIASES, ()))),
     )
     findings += config_gaps(config, modules)
     if empty:

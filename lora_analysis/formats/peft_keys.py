@@ -43,6 +43,12 @@ _WRAPPERS = re.compile(
 _HEAD = re.compile(r"(?:model\.)*(?:language_model\.)?(?:model\.)*unembed_tokens")
 # What VeLoRA keeps for its backward pass; the update does not depend on it.
 _TRAINING_ONLY = "lora_velora_embed"
+BASE_BIASES: Final = "trained biases of the base"
+_FACTOR_BIASES: Final = "biases of factor B (lora_bias)"
+_TOKENS: Final = "replaced token embeddings"
+_FACTORS_IN_FULL: Final = "factors on a module that is also trained in full"
+# What a model needs to compute the same numbers; the rest is the base's or for training.
+ALTERING: Final = frozenset({BASE_BIASES, _FACTOR_BIASES, _FACTORS_IN_FULL, _TOKENS})
 
 # A key segment that starts so belongs to a method whose update is not s·B·A. Segments, not
 # substrings: 'poly_lora_A' and 'vera_A' look like plain factors otherwise.
@@ -143,7 +149,7 @@ def _sort_key(path: object, key: str, found: SortedKeys) -> None:
     elif not _PARTS.keys().isdisjoint(segments):
         _sort_part(path, key, plain, found)
     elif segments[-1] == "trainable_tokens_delta":
-        found.note("replaced token embeddings", key)
+        found.note(_TOKENS, key)
     elif _TRAINING_ONLY in segments[-3:]:
         found.note("VeLoRA's projection of activations, used in training only", key)
     elif method := _other_method(segments):
@@ -153,7 +159,7 @@ def _sort_key(path: object, key: str, found: SortedKeys) -> None:
         )
         raise UnsupportedMethodError(message)
     elif "base_layer" in segments:
-        what = "trained biases of the base" if segments[-1] == "bias" else "copies of base weights"
+        what = BASE_BIASES if segments[-1] == "bias" else "copies of base weights"
         found.note(what, key)
     elif match := _SAVED.fullmatch(plain):
         name = f"{match['module']}.{match['rest']}"
@@ -169,9 +175,9 @@ def _sort_part(path: object, key: str, plain: str, found: SortedKeys) -> None:
     module, after = ".".join(segments[:at]), segments[at + 1 :]
     if "modules_to_save" in segments:
         found.full.append(plain.replace(".modules_to_save", ""))
-        found.note("factors on a module that is also trained in full", key)
+        found.note(_FACTORS_IN_FULL, key)
     elif _LORA_BIAS.fullmatch(plain):
-        found.note("biases of factor B (lora_bias)", key)
+        found.note(_FACTOR_BIASES, key)
     elif not module or len(after) > 2 or (len(after) == 2 and after[1] != "weight"):
         message = (
             f"{path}: tensor '{key}' is not <module>.lora_A.weight or <module>.lora_B.weight, with "

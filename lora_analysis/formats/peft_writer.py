@@ -19,7 +19,7 @@ from lora_analysis.formats.peft_experts_writer import is_expert, parameter_of, s
 from lora_analysis.formats.peft_keys import PREFIX, sort_keys
 from lora_analysis.formats.peft_pairs import DORA
 from lora_analysis.formats.peft_places import WEIGHTS_NAME
-from lora_analysis.formats.side_tensors import carried_tensors
+from lora_analysis.formats.side_tensors import side_output
 from lora_analysis.formats.written import layer_shapes, layer_tensors, low_rank_outlines
 from lora_analysis.patterns import ModulePatterns, matches_target, pattern_budget
 from lora_analysis.storage.adapter_fields import refuse_more_than_factors
@@ -52,11 +52,11 @@ def contents(adapter: Adapter) -> dict[str, Content]:
         adapter.label,
         "which is not written: a model that loads the file would not compute what it did.",
     )
-    carried_tensors(adapter, "peft")  # refuses what would be lost
+    side = side_output(adapter, "peft")
     updates = low_rank_outlines(adapter)
     for update in updates.values():
         _refuse_unsayable(update, adapter)
-    tensors = _tensors(adapter, updates)
+    tensors = _tensors(adapter, updates) + side
     config = _config(adapter, updates)
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
     metadata = {"format": "pt"} | parts_metadata(adapter)

@@ -53,7 +53,7 @@ WRITERS: Final = {
 # Formats whose writer keeps the scale of each module and the type of the source.
 LIKE_SOURCE: Final = frozenset({"kohya", "flux", "diffusers"})
 # Formats whose writer carries over what their files hold next to the factors.
-CARRYING: Final = LIKE_SOURCE | {"loralib"}
+CARRYING: Final = LIKE_SOURCE | {"loralib", "peft"}
 # Format → suffix of the file that its writer makes where the path names one; others make folders.
 FILE_SUFFIXES: Final = {
     "diffusers": ".safetensors",
