@@ -15,6 +15,7 @@ from training_bases import write_tiny_base
 
 from lora_analysis.cli import run
 from lora_analysis.formats import find_adapters, read_adapter
+from lora_analysis.storage.records import RECORD_FOLDER
 
 PLAN = """
 base = "base"
@@ -46,7 +47,11 @@ def test_every_run_is_an_adapter_in_a_folder_named_after_the_file(
 ) -> None:
     assert run(["sweep", "ranks.toml"]) == 0
     assert capsys.readouterr() == ("ranks\n", "")
-    assert {path.name for path in (folder / "ranks").iterdir()} == {*NAMES, "sweep.json"}
+    assert {path.name for path in (folder / "ranks").iterdir()} == {
+        *NAMES,
+        "sweep.json",
+        RECORD_FOLDER,
+    }
     found = [read_adapter(one) for one in find_adapters(folder / "ranks")]
     facts = {(one.label, one.provenance.task, one.provenance.rank) for one in found}
     assert facts == {(name, name.partition("-")[0], int(name[-4])) for name in NAMES}
@@ -88,7 +93,11 @@ def test_the_printed_jobs_train_what_is_left(
     assert run(["sweep", "ranks.toml", "-o", "a b", "--print-jobs", "--device", "cpu"]) == 0
     jobs = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert [job[job.index("--only") + 1] for job in jobs] == NAMES[1:]
-    assert {path.name for path in (folder / "a b").iterdir()} == {NAMES[0], "sweep.json"}
+    assert {path.name for path in (folder / "a b").iterdir()} == {
+        NAMES[0],
+        "sweep.json",
+        RECORD_FOLDER,
+    }
     for job in jobs:
         assert job[0] == "lora-analysis"
         assert run(job[1:]) == 0
@@ -180,7 +189,9 @@ def test_an_interrupt_ends_it_with_130_and_keeps_what_is_finished(folder: Path) 
             process.kill()  # one that does not end would be waited for
     assert (process.returncode, out) == (130, "")
     assert err.strip() == "Interrupted. What was finished is kept."
-    assert not list((folder / "ranks").rglob(".*"))
+    hidden = [path for path in (folder / "ranks").rglob(".*") if path.name != RECORD_FOLDER]
+    assert not hidden
+    assert not list((folder / "ranks").rglob("*.lock"))
     assert (folder / "ranks" / "rotate-r2-s0" / "manifest.json").exists()
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from lora_analysis import demo
 from lora_analysis.cli import run
 from lora_analysis.storage.bundled import bundled_data
+from lora_analysis.storage.records import RECORD_FOLDER
 from lora_analysis.training import LoopOptions, RunConfig, demo_sweep
 
 CELLS = (("rotate", 2, 0), ("rotate", 3, 0), ("mirror", 2, 1))
@@ -38,7 +39,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_the_demo_leaves_runs_and_a_report(short: Path) -> None:
     names = {path.name for path in (short / "runs").iterdir()}
-    assert names == {"sweep.json", "rotate-r2-s0", "rotate-r3-s0", "mirror-r2-s1"}
+    assert names == {RECORD_FOLDER, "sweep.json", "rotate-r2-s0", "rotate-r3-s0", "mirror-r2-s1"}
     results = json.loads((short / "results.json").read_text())
     assert {row["task"] for row in results["adapters"]} == {"rotate", "mirror"}
     assert "figure-ranks_output" in (short / "report.html").read_text()

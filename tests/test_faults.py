@@ -24,6 +24,8 @@ from lora_analysis.storage.records import RECORD_FOLDER, refuse_unfinished
 
 _TRAIN = ["--rank", "2", "--batch-size", "8", "--steps", "4", "--device", "cpu", "--name", "rotate"]
 _TRAIN += ["--set", "loop.checkpoint_every=2", "--set", "loop.trajectory=[2]", "--force"]
+_EXTRACT = ["extract", "{in}/tuned.safetensors", "--base", "{in}/base.safetensors"]
+_EXTRACT += ["--not-transposed"]
 _REPORT = ["report", "{in}/a", "{in}/b", "--as", "md", "--figures", ""]
 # Of each verb: the words that write a first result, those that replace it by a second one, and
 # the name of the output.
@@ -49,11 +51,7 @@ VERBS: dict[str, tuple[list[str], list[str], str]] = {
         ["convert", "{in}/b", "--to", "kohya"],
         "out.safetensors",
     ),
-    "extract": (
-        ["extract", "{in}/tuned.safetensors", "--base", "{in}/base.safetensors", "--rank", "1"],
-        ["extract", "{in}/tuned.safetensors", "--base", "{in}/base.safetensors", "--rank", "2"],
-        "out",
-    ),
+    "extract": ([*_EXTRACT, "--rank", "1"], [*_EXTRACT, "--rank", "2"], "out"),
     "train": (
         ["train", "--base", "{in}/model", *_TRAIN, "--seed", "0"],
         ["train", "--base", "{in}/model", *_TRAIN, "--seed", "1"],

@@ -457,7 +457,7 @@ def test_replicated_layers_name_the_layer_they_share(tmp_path: Path) -> None:
         own = layer(model, name)
         assert own.base_layer.weight.data_ptr() == weights[origin].data_ptr()
         assert_same(update.delta_weight(), delta(model, name))
-    written = write_adapter(adapter, tmp_path / "again")
+    written = write_adapter(adapter, tmp_path.with_name("again"))
     assert low_rank(read_adapter(written), "model.layers.2.self_attn.q_proj").base_name
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"layer_replication": [[0, 2]]}))

@@ -28,6 +28,7 @@ from lora_analysis.bases import open_base
 from lora_analysis.report import results_schema, write_report
 from lora_analysis.report.tables import square_table
 from lora_analysis.showing import html_table, printable, printable_json
+from lora_analysis.storage.records import RECORD_FOLDER
 from lora_analysis.studies import study
 from lora_analysis.studies.relations import shown_base
 
@@ -69,7 +70,7 @@ def test_no_text_that_is_written_holds_an_active_character(reports: dict[str, Pa
 
 def test_no_name_becomes_the_name_of_a_file(reports: dict[str, Path]) -> None:
     for page in reports.values():
-        names = [one.name for one in page.parent.rglob("*")]
+        names = [one.name for one in page.parent.rglob("*") if one.name != RECORD_FOLDER]
         assert names == [one for one in names if re.fullmatch(r"[a-z0-9_]+(\.[a-z]+)?", one)]
 
 

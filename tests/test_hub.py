@@ -46,7 +46,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 
 def files_of(folder: Path, under: str = "") -> dict[str, bytes]:
-    return {f"{under}{one.name}": one.read_bytes() for one in folder.iterdir()}
+    return {f"{under}{one.name}": one.read_bytes() for one in folder.iterdir() if one.is_file()}
 
 
 @pytest.fixture

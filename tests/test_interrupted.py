@@ -15,7 +15,7 @@ from factories import low_rank_update
 
 from lora_analysis import LowRankUpdate, read_adapter, write_adapter
 from lora_analysis.adapter import Adapter, Provenance
-from lora_analysis.errors import InputError, OutputError
+from lora_analysis.errors import InputError, OccupiedError, OutputError
 from lora_analysis.storage.atomic import write_atomic
 from lora_analysis.storage.outputs import output_folder
 
@@ -166,7 +166,7 @@ def test_without_room_the_old_file_stays_and_one_line_says_so(
     assert made.returncode == 0
     before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
     done = run_without_room(name, source, *options, "-o", target, "--force")
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert done.stderr.count("\n") == 1
     assert "could not be written: File too large" in done.stderr
     after = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
@@ -219,7 +219,7 @@ def test_the_next_writer_clears_what_a_killed_one_left(tmp_path: Path) -> None:
 
 def test_a_place_that_is_no_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(OutputError, match=r"file/adapter_config\.json could not be written"):
+    with pytest.raises(OccupiedError, match=r"file is a file; a folder is written"):
         write_adapter(adapter_of(1.0, 2), tmp_path / "file")
 
 

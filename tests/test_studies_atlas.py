@@ -11,6 +11,7 @@ from test_studies import sweep  # noqa: F401  (a fixture)
 
 from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate, Provenance
 from lora_analysis.errors import InputError
+from lora_analysis.finding import Finding
 from lora_analysis.findings import findings
 from lora_analysis.pairwise import pairwise
 from lora_analysis.studies import study
@@ -164,12 +165,10 @@ def test_norms_of_other_bases_modules_or_steps_are_no_measure(rng: np.random.Gen
 
 
 def test_a_copied_factor_is_an_artefact_before_the_results(sweep: list[Adapter]) -> None:  # noqa: F811
-    note = (
-        "4 modules share their A with another. An input overlap of 1 between them is an artefact."
-    )
+    note = Finding("copied-a", {"count": 4, "modules": ["a", "b"]})
     noted = sweep[0].described(findings=(note, "its config names no base."))
     said = findings(study([noted, *sweep[1:]]))
-    copied = next(at for at, one in enumerate(said) if note in one.text)
+    copied = next(at for at, one in enumerate(said) if note.text in one.text)
     assert said[copied].kind == "artefact"
     assert copied < next(at for at, one in enumerate(said) if one.kind == "result")
     assert said[-1].text.endswith("its config names no base.")

@@ -99,7 +99,8 @@ def is_transposed(
         origin = f"family '{model_type}'" if model_type else "no config.json that names a family"
         message = (
             f"{label}: whether '{name}' {stored} is stored as [out, in] or [in, out] cannot be "
-            f"known: it {square}comes with {origin}. Pass transposed=False or transposed=True."
+            f"known: it {square}comes with {origin}. Pass transposed=True or "
+            "False (command line: --transposed or --not-transposed)."
         )
         raise BaseWeightError(message)
     oriented = stored[::-1] if decided else stored

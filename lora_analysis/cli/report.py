@@ -105,7 +105,8 @@ def command(
     A verdict needs adapters of other tasks on the same base, trained with other seeds: among the
     sources, where task and seed are known, or given with --reference.
     """
-    from lora_analysis.report.writing import check_report_folder, write_report
+    from lora_analysis.report import write_report
+    from lora_analysis.report.writing import check_report_folder
     from lora_analysis.studies import Failure, study
 
     with progress_bar(form) as progress:
