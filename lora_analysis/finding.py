@@ -32,21 +32,22 @@ KINDS: Final[dict[str, Kind]] = {
     "file-note": Kind("limit", "{text}"),
     "names-matched": Kind(
         "limit",
-        "{count} of {total} modules are matched with those that other files call otherwise: "
-        "'{module}' is shown as '{shown}'.",
+        "{count} of {total} modules have other names in other files and were matched: '{module}' "
+        "is shown as '{shown}'.",
     ),
     "names-prefix": Kind(
         "limit",
-        "names differ by a prefix ({prefixes}), which counts and shapes of all modules decide.",
+        "module names differ by a prefix ({prefixes}); it was ignored, because counts and shapes "
+        "of all modules agree without it.",
     ),
     "names-ambiguous": Kind(
         "limit",
-        "the same names and shapes stand behind several prefixes ({prefixes}), so these modules "
-        "are not matched. Pass prefix= to name one (command line: --prefix OLD=NEW).",
+        "several prefixes ({prefixes}) are followed by the same names and shapes, so these "
+        "modules were not matched. Pass prefix= to choose one (command line: --prefix OLD=NEW).",
     ),
     "names-hidden": Kind(
         "limit",
-        "the prefix that was passed gives the place of these modules to others, so they are left "
+        "the prefix that was passed gives other modules the names of these, so they were left "
         "out: {modules}.",
     ),
     "zero-a": Kind(
@@ -166,8 +167,8 @@ KINDS: Final[dict[str, Kind]] = {
     ),
     "loaders-scale": Kind(
         "limit",
-        "The scale of {count} of {total} modules is not stated; 1 is written, which loaders of "
-        "the source take. The scale in training may have been another.",
+        "The scale of {count} of {total} modules is not stated; 1 was written, as loaders of the "
+        "source assume. The scale in training may have been different.",
     ),
     "kasa": Kind(
         "limit",
@@ -257,7 +258,7 @@ KINDS: Final[dict[str, Kind]] = {
     "expert-orientation-unknown": Kind(
         "limit",
         "'{parameter}': whether A of the experts acts on the inputs is not stated (PEFT before "
-        "0.19 took the axes as they came); it is taken to. Compare its shape with the base's.",
+        "0.19 did not order the axes); this is assumed. Compare its shape with the base's.",
     ),
     "expert-stack": Kind(
         "limit",
@@ -298,8 +299,8 @@ KINDS: Final[dict[str, Kind]] = {
     ),
     "whole-change": Kind(
         "limit",
-        "Where a method rescales the weight or takes a part of it away, ΔW is the whole change of "
-        "the weight, worked out of {base}.",
+        "If a method rescales the weight or subtracts a part of it, ΔW is the total change of the "
+        "weight, computed from {base}.",
     ),
     "config-not-written-with-weights": Kind(
         "damage",
@@ -311,19 +312,20 @@ KINDS: Final[dict[str, Kind]] = {
         "damage",
         "{base}: {count} of {total} weights hold an entry more than 1000 times the rms of their "
         "others ({weights}; largest {value}, {ratio} times): a flipped bit or damaged bytes. Do "
-        "not rely on numbers against them; fetch the file again.",
+        "not rely on results that involve them; download the file again.",
     ),
     "base-norm": Kind(
         "damage",
         "{base}: {count} of {total} weights have entries far from the size of trained ones "
         "({weights}; rms {rms}, linear layers have 0.001 to 5): scales that are missing or "
-        "misread, bytes of another type, or a damaged file. Do not rely on numbers against them.",
+        "misread, bytes of another type, or a damaged file. Do not rely on results that involve "
+        "them.",
     ),
     "base-hole": Kind(
         "damage",
         "{base}: {count} of {total} weights hold a long run of zeros ({weights}; longest {bytes} "
         "bytes, {share:.0%} of the weight): a hole in the file, or rows that were pruned or never "
-        "trained. Do not rely on numbers against them before you know which.",
+        "trained. Find out which before you rely on results that involve them.",
     ),
     "base-zeros": Kind(
         "damage",
@@ -337,10 +339,10 @@ KINDS: Final[dict[str, Kind]] = {
     ),
     "base-transposed": Kind(
         "damage",
-        "{base}: {count} matrices have the shape of their update transposed ({weights}), none "
-        "that is not square has the shape that family '{family}' gives it: every weight seems "
-        "transposed, square ones too. Do not rely on numbers against square ones; pass "
-        "--transposed if the file is meant so.",
+        "{base}: {count} matrices have the transposed shape of their update ({weights}), and no "
+        "other has the shape of family '{family}' unless it is square: all weights seem to be "
+        "transposed, square ones included. Do not rely on results for square ones; pass "
+        "transposed=True (command line: --transposed) if the file is meant so.",
     ),
     "base-mixed-shards": Kind(
         "damage",
@@ -356,8 +358,8 @@ KINDS: Final[dict[str, Kind]] = {
     "run-retried": Kind("limit", "{run} failed and is tried again: {error}"),
     "label-misfit": Kind(
         "limit",
-        "the name does not fit the pattern of labels {pattern}, so task and seed stay as the files "
-        "have them.",
+        "the name does not match the label pattern {pattern}, so task and seed are those that the "
+        "files state.",
     ),
 }
 

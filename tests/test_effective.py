@@ -165,7 +165,7 @@ def test_the_command_line_gives_doras_whole_change(
     np.testing.assert_allclose(
         found["modules"][0]["singular_values"], np.linalg.svd(whole)[1], rtol=1e-6
     )
-    assert "worked out of" in found["findings"][-1]["text"]
+    assert "computed from" in found["findings"][-1]["text"]
     plain = inspected(capsys, adapter)
     assert "low-rank part" in plain["findings"][0]["text"]
     assert plain["modules"][0]["rank"] == 2

@@ -59,7 +59,7 @@ def test_names_fill_in_what_files_do_not_say(rng: np.random.Generator, tmp_path:
     assert relations["math-s0/final", "math-s1/final"] == "same task, other seed"
     said = [one.text for one in findings(result) if "stray" in one.text]
     assert len(said) == 2  # once, and in the sentence about its pairs
-    assert "stray/final: the name does not fit the pattern" in said[1]
+    assert "stray/final: the name does not match the label pattern" in said[1]
 
 
 def test_a_rank_in_a_name_that_the_tensors_contradict_is_noted(rng: np.random.Generator) -> None:
@@ -218,7 +218,7 @@ def test_names_that_others_have_without_a_first_segment_are_one(
     assert (result.pairs["modules"] == 1).all()
     texts = [one.text for one in findings(result) if one.code == "names-matched"]
     assert len(texts) == 2  # short has another count of modules than again
-    assert texts[0].startswith("short: 1 of 2 modules are matched with those that other files")
+    assert texts[0].startswith("short: 1 of 2 modules have other names in other files")
     assert texts[0].endswith("'mid.0.q' is shown as 'unet.mid.0.q'.")
     W = rng.standard_normal((30, 20))
     held = study([long, short], base=open_base({"unet.mid.0.q": W, "unet.mid.0.v": W}))

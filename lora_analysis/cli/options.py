@@ -59,7 +59,7 @@ def force_option(command: Command) -> Command:
     return click.option(
         "--force",
         is_flag=True,
-        help="Replace files of others, or edited ones, at the names that are written.",
+        help="Replace files at the output that this program did not write, or that were edited.",
     )(command)
 
 
@@ -80,8 +80,8 @@ def prefix_option(command: Command) -> Command:
         "prefixes",
         metavar="OLD=NEW",
         multiple=True,
-        help="Match module names that begin with OLD as if they began with NEW (OLD alone: as if "
-        "without it), if names leave open which module is meant. May be given several times.",
+        help="Replace the prefix OLD of module names with NEW (OLD alone: remove it), if the names "
+        "alone do not tell which modules match. May be given several times.",
     )(command)
 
 

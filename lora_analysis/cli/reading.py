@@ -263,8 +263,9 @@ def _structure_options(command: Command) -> Command:
     command = click.option(
         "--expert-order",
         type=click.Choice(["expert-fastest", "expert-slowest"]),
-        help="Order of the columns of B for experts stored in one tensor: PEFT packs the expert "
-        "fastest, Unsloth packed it slowest until September 2026. Default: the config's mark.",
+        help="Order of the columns of B if one tensor stores all experts: in PEFT the expert "
+        "index varies fastest, in Unsloth's files until September 2026 slowest. By default the "
+        "config decides.",
     )(command)
     command = click.option(
         "--heads",

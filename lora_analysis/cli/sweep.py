@@ -77,7 +77,7 @@ train. The runs as they are resolved are in sweep.json beside the results.
     "--print-jobs", is_flag=True, help="Print one command per unfinished run, and train nothing."
 )
 @click.option("--status", is_flag=True, help="Say what is finished, and train nothing.")
-@click.option("--force", is_flag=True, help="Train anew what has another configuration there.")
+@click.option("--force", is_flag=True, help="Retrain runs whose configuration changed.")
 @output_options
 def command(
     file: Path,

@@ -107,10 +107,13 @@ class OutputFolder:
         for name in (".", *self.record.names):
             refuse_inputs(self.folder / name, self.inputs)
         if self.folder.exists() and not self.folder.is_dir():
-            message = f"{self.folder} is a file; a folder is written. Choose another name."
+            message = f"{self.folder} is a file, and the output is a folder. Choose another name."
             raise OccupiedError(message)
         if (self.folder / RECORD_FOLDER).is_symlink():
-            message = f"{self.folder / RECORD_FOLDER} is a symbolic link; nothing is written."
+            message = (
+                f"{self.folder / RECORD_FOLDER} is a symbolic link, and records are not written "
+                "through one. Remove the link, or choose another folder."
+            )
             raise OccupiedError(message)
         if self.force or not self.folder.is_dir():
             return
@@ -125,8 +128,8 @@ class OutputFolder:
         ]
         if edited:
             message = (
-                f"{self.folder / edited[0]} is not as 'lora-analysis {earlier.verb}' wrote it: it "
-                f"was edited since. Keep a copy and {_FORCE}, or choose another folder."
+                f"{self.folder / edited[0]} was edited after 'lora-analysis {earlier.verb}' wrote "
+                f"it. Keep a copy and {_FORCE} to replace it, or choose another folder."
             )
             raise OccupiedError(message)
 
@@ -143,13 +146,13 @@ class OutputFolder:
         ]
         if others:
             message = (
-                f"{self.folder} is not empty ('{others[0].name}' is in it) and no result of this "
-                f"kind. Choose another folder, or {_FORCE} to write next to what is there."
+                f"{self.folder} is not empty (it holds '{others[0].name}') and is not a result of "
+                f"this command. Choose another folder, or {_FORCE} to write into it."
             )
             raise OccupiedError(message)
 
     def _leads_to_input(self, path: Path) -> bool:
-        """Return True if something in the folder is an input or holds one."""
+        """Return True if a path is an input or contains one."""
         return any(path == one or path in one.parents for one in self.inputs)
 
     def begin(self) -> None:
@@ -237,8 +240,8 @@ class OutputFolder:
         record = read_record(self.folder, self.kind)
         if record is not None and record.state == "replacing":
             return (
-                f"The files of {self.folder} are only partly in place; readers refuse it until "
-                "the same command has run again and completed it."
+                f"Only some of the new files of {self.folder} are in place. The folder cannot be "
+                "read until the same command is run again and completes it."
             )
         if record is not None and record.state == "finished" and record.files != self.earlier.files:
             return f"The new files of {self.folder} are in place, but the disk did not confirm it."
@@ -266,7 +269,7 @@ class OutputFolder:
                 break
             refuse_link(place)
         if target.is_dir():
-            message = f"{target} is a folder; a file of that name is written. Move it away."
+            message = f"{target} is a folder, and the output is a file of that name. Move it away."
             raise OccupiedError(message)
         refuse_inputs(target, self.inputs)
         if own or self.force or not os.path.lexists(target):
@@ -275,7 +278,7 @@ class OutputFolder:
             return
         mark = self.earlier.files.get(name)
         if mark is None or file_state(target, mark) == "edited":
-            message = f"{target} exists and is not of this run. Move it away, or {_FORCE}."
+            message = f"{target} exists and is not from this run. Move it away, or {_FORCE}."
             raise OccupiedError(message)
 
     def _refuse_misleading(self, names: set[str]) -> None:
@@ -289,13 +292,13 @@ class OutputFolder:
             ours = names.union(self.earlier.files, self.earlier.names)
             if path.name not in ours:
                 message = (
-                    f"{path} would stay next to the files written here, and a program that loads "
-                    "the folder might take it for them. Move it away, or choose another folder."
+                    f"{path} would stay next to the new weights, and a program that loads the "
+                    "folder might load it instead. Move it away, or choose another folder."
                 )
                 raise OccupiedError(message)
 
     def _complete(self, journal: Record) -> None:
-        """Carry out a journal: every staged file to its place, then what is no longer wanted."""
+        """Carry out a journal: move staged files to their places, then remove what is obsolete."""
         places = {(self.folder / name).parent for name in journal.new}
         for place in sorted(places):
             # On the disk before anything moves into it, or a loss of power could lose the file.
@@ -406,11 +409,14 @@ def check_output_file(path: Path, *, inputs: Iterable[Path] = (), force: bool = 
     refuse_link(path)
     refuse_inputs(path, [one.resolve() for one in inputs if one.exists()])
     if path.is_dir():
-        message = f"{path} is a folder; a file is written. Choose another name."
+        message = f"{path} is a folder, and the output is a file. Choose another name."
         raise OccupiedError(message)
     if force or not path.exists() or path.stat().st_size == 0 or is_marked(path):
         return
-    message = f"{path} exists and this program did not write it. Choose another name, or {_FORCE}."
+    message = (
+        f"{path} exists and was not written by this program. Choose another name, or {_FORCE} to "
+        "replace it."
+    )
     raise OccupiedError(message)
 
 
@@ -449,7 +455,9 @@ def refuse_inputs(output: Path, inputs: Iterable[Path]) -> None:
 def refuse_link(path: Path) -> None:
     """Raise if a path is a symbolic link."""
     if path.is_symlink():
-        message = f"{path} is a symbolic link; nothing is written through one. Name its target."
+        message = (
+            f"{path} is a symbolic link, and no output is written through one. Name its target."
+        )
         raise OccupiedError(message)
 
 
@@ -489,5 +497,5 @@ def _synced_mark(path: Path) -> FileMark:
 
 
 def is_bookkeeping(path: Path) -> bool:
-    """Return True for what writers leave besides results: records, locks, half-written files."""
+    """Return True for what writers leave next to results: records, locks, half-written files."""
     return path.name == RECORD_FOLDER or path.name.endswith(".lock") or is_leftover(path)

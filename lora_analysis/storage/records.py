@@ -156,12 +156,12 @@ def refuse_unfinished(source: Path) -> None:
         if record.state == "replacing":
             message = (
                 f"{folder} is not complete: 'lora-analysis {record.verb}' was interrupted while it "
-                "put new files in place of old ones. Run the same command again to complete it."
+                "replaced files. Run the same command again to complete it."
             )
         else:
             message = (
-                f"{folder} is not finished: 'lora-analysis {record.verb}' is still at work there "
-                "or was interrupted. Run the same command again to go on."
+                f"{folder} is not finished: 'lora-analysis {record.verb}' is still running there "
+                "or was interrupted. Run the same command again to resume it."
             )
         raise UnfinishedError(message)
 
@@ -274,6 +274,6 @@ def _checked_name(name: object) -> str:
     parts = PurePosixPath(text).parts
     odd = not parts or PurePosixPath(text).is_absolute() or ".." in parts or "\0" in text
     if odd or parts[0] == RECORD_FOLDER or (os.name != "posix" and ("\\" in text or ":" in text)):
-        message = f"{text!r} is no name inside a folder"
+        message = f"{text!r} is not a name inside a folder"
         raise ValueError(message)
     return text

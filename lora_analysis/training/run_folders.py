@@ -1,4 +1,4 @@
-"""What the folder of a run holds, and whether that is the run that is wanted, whole."""
+"""Compare the folder of a run with a configuration: finished, unfinished, changed, damaged."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def run_state(config: RunConfig, folder: Path) -> RunState:
     Parameters
     ----------
     config
-        The run that is wanted.
+        The requested run.
     folder
         The run's own folder.
 
     Returns
     -------
     RunState
-        ``"finished"``: this very run, its files as they were written. ``"missing"``: nothing.
+        ``"finished"``: this run, its files as they were written. ``"missing"``: nothing.
         ``"unfinished"``: this run, interrupted. ``"changed"``: a run of another configuration,
         base, data or version. ``"damaged"``: a file is absent or cannot be what was written.
-        ``"edited"``: somebody changed a file. ``"occupied"``: things that no run wrote.
+        ``"edited"``: somebody changed a file. ``"occupied"``: files that no run wrote.
     """
     record = read_record(folder, KIND)
     if record is None:
@@ -69,7 +69,7 @@ def _unrecorded_state(config: RunConfig, folder: Path) -> RunState:
     if not manifest.is_file():
         names = (
             [path for path in folder.iterdir() if not is_bookkeeping(path)]
-            if (folder.is_dir())
+            if folder.is_dir()
             else []
         )
         return "occupied" if any(path.name != FAILURE_NAME for path in names) else "missing"
@@ -87,16 +87,16 @@ def _unrecorded_state(config: RunConfig, folder: Path) -> RunState:
 
 
 def changes(config: RunConfig, folder: Path) -> str:
-    """Return how the run in a folder differs from the one that is wanted, for a message."""
+    """Return how the run in a folder differs from the requested one, for a message."""
     record = read_record(folder, KIND)
     facts: Mapping[str, Any] = record.run if record is not None else _manifest(folder)
     version = record.version if record is not None else _version(facts)
     earlier = dict(_flat(facts.get("config", {})))
-    wanted = dict(_flat(config.to_dict()))
+    requested = dict(_flat(config.to_dict()))
     differences = [
-        f"{name} {_shown(earlier.get(name))}, now {_shown(wanted.get(name))}"
-        for name in sorted({*earlier, *wanted})
-        if earlier.get(name) != wanted.get(name)
+        f"{name} {_shown(earlier.get(name))}, now {_shown(requested.get(name))}"
+        for name in sorted({*earlier, *requested})
+        if earlier.get(name) != requested.get(name)
     ]
     if not differences:
         differences = ["the content of its base or data, or how this version trains"]
@@ -106,7 +106,7 @@ def changes(config: RunConfig, folder: Path) -> str:
 
 
 def unfinished_names(config: RunConfig) -> list[str]:
-    """Return the files that a run makes in its folder on the way."""
+    """Return the files that a run makes in its folder before it is finished."""
     names = [METRICS_NAME, CHECKPOINT_NAME, EARLIER_CHECKPOINT_NAME, NEXT_CHECKPOINT_NAME]
     for step in config.loop.trajectory:
         place = f"{TRAJECTORY_NAME}/{config.name}-step{step}"

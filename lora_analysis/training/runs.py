@@ -139,7 +139,7 @@ def _checked_target(
     if state == "changed" and not force:
         message = (
             f"{folder} holds a run of another configuration: {changes(config, folder)}. Choose "
-            "another folder, or pass --force (force=True in Python) to train it anew."
+            "another folder, or pass --force (force=True in Python) to train it again."
         )
         raise OccupiedError(message)
     inputs = input_hashes(config)

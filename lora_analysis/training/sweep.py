@@ -273,14 +273,14 @@ def _unfinished(
         message = (
             f"{folder}: {plural(len(changed), 'run')} of another configuration, for example "
             f"'{changed[0]}': {changes(runs[changed[0]], folder / changed[0])}. Choose another "
-            "folder, or pass --force (force=True in Python) to train them anew."
+            "folder, or pass --force (force=True in Python) to train them again."
         )
         raise OccupiedError(message)
     taken = [name for name, state in states.items() if state in ("edited", "occupied")]
     if taken and not force:
         message = (
             f"{folder / taken[0]} holds files that no run wrote, or that were edited since. Choose "
-            "another folder, or pass --force (force=True in Python) to train it anew."
+            "another folder, or pass --force (force=True in Python) to train it again."
         )
         raise OccupiedError(message)
     for name, state in states.items():
