@@ -163,7 +163,8 @@ def test_damage_of_the_base_is_in_the_report(rng: np.random.Generator, tmp_path:
     out = tmp_path / "out"
     assert run(["report", str(adapter), "--base", str(base), "-o", str(out)]) == 0
     findings = json.loads((out / "results.json").read_text())["findings"]
-    assert "base-enlarged-entry" in [row.get("code") for row in findings]
+    severities = {row["code"]: row["severity"] for row in findings}
+    assert severities["base-enlarged-entry"] == "damage"
     assert "a flipped bit or damaged bytes" in (out / "report.html").read_text(encoding="utf-8")
 
 
@@ -280,8 +281,9 @@ def test_a_transposed_base_is_refused_for_square_matrices_too(
     turned = {name: W.T for name, W in sound(rng).items()}
     base = write_base(tmp_path / "base", turned)
     adapter = write_adapter(tmp_path / "a", rng, modules)
-    with pytest.raises(BaseWeightError, match=r"every weight seems transposed.*transposed=True"):
+    with pytest.raises(BaseWeightError, match=r"every weight seems transposed.*--transposed") as e:
         study([adapter], base=base)
+    assert "--prefix" not in str(e.value)  # the names fit: no other prefix would help
     assert run(["amplify", str(adapter), "--base", str(base)]) == 3
     asked = study([adapter], base=base, transposed=True)
     assert asked.amplifications["module"].nunique() == 3 * len(modules)

@@ -142,10 +142,12 @@ class Evidence:
         examples = (self.turned or self.plain)[:2]
         listed = " and ".join(f"'{example}'" for example in examples)
         origin = f"family '{model_type}'" if model_type else "its kind of model"
+        option = "--transposed" if self.decided else "--not-transposed"
         return (
             f"{label}: {origin} stores '{name}' {stored} as {other}, but the other "
             f"matrices of the file are stored as {way} (by {listed}): every weight seems "
-            f"transposed, square ones too. Pass transposed={self.decided} if the file is meant so."
+            f"transposed, square ones too. Pass transposed={self.decided} (command line: "
+            f"{option}) if the file is meant so."
         )
 
 

@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 def damaged_base(study: Study) -> Iterator[Finding]:
     """Pass on what is wrong with the base's numbers."""
     for one in _of_the_base(study):
-        if one.kind == "artefact":
+        if one.kind == "damage":
             yield one
 
 
 def unusual_base(study: Study) -> Iterator[Finding]:
     """Pass on what else was noticed about the base."""
-    yield from (one for one in _of_the_base(study) if one.kind != "artefact")
+    yield from (one for one in _of_the_base(study) if one.kind != "damage")
 
 
 def _of_the_base(study: Study) -> Iterator[Finding]:
     for one in study.base_findings():
-        kind: Kind = "artefact" if one.severity == "damage" else "limit"
+        kind: Kind = "damage" if one.severity == "damage" else "limit"
         scalar = (float, int, str)
         values = {key: value for key, value in one.fields.items() if isinstance(value, scalar)}
         yield Finding(kind, "base", one.text, values, code=one.code)

@@ -14,7 +14,7 @@ from lora_analysis.bases import BaseWeights
 from lora_analysis.errors import BaseWeightError, InputError, SourceError
 from lora_analysis.execution import in_threads
 from lora_analysis.finding import listed
-from lora_analysis.names import parse_prefixes
+from lora_analysis.names import match_names, parse_prefixes
 from lora_analysis.patterns import choose_names, module_type, natural_key
 from lora_analysis.studies.atlas import MOST_AT_ONCE, Atlas, AtlasSums
 from lora_analysis.studies.pairs import pair_tables
@@ -214,10 +214,13 @@ def study(
 def _no_weight(reason: str, adapter: Adapter, base: BaseWeights | None) -> BaseWeightError:
     """Return the error for a base that holds no module's weight; it lists both sets of names."""
     modules = [] if base is None else base.modules
+    text = f"{reason} No module of {adapter.label} has a weight there."
+    if match_names(adapter, modules, fits=lambda *_: False).pairs:  # no prefix would help
+        return BaseWeightError(text)
     return BaseWeightError(
-        f"{reason} No module of {adapter.label} has a weight there. {adapter.label} has "
-        f"{listed(list(adapter))}; the base has {listed(modules)}. If they are the same modules, "
-        "pass prefix= (command line: --prefix OLD=NEW)."
+        f"{text} {adapter.label} has {listed(list(adapter))}; the base has "
+        f"{listed(modules) or 'no weights'}. If they are the same modules, pass prefix= (command "
+        "line: --prefix OLD=NEW)."
     )
 
 
