@@ -201,6 +201,11 @@ KINDS: Final[dict[str, Kind]] = {
     "config-targets-unchecked": Kind(
         "limit", "The modules of the file were not compared with target_modules: {reason}"
     ),
+    "config-excluded": Kind(
+        "limit",
+        "{modules} of {of} modules have factors and are in exclude_modules (first: '{first}'). "
+        "PEFT would not load them. Are config and weights of one adapter?",
+    ),
     "config-layers-differ": Kind(
         "limit",
         "The layers with factors are not those of layers_to_transform. Without factors: "

@@ -66,6 +66,14 @@ def test_a_target_without_factors_is_a_finding(tmp_path: Path) -> None:
     assert finding.fields == {"targets": ["q_proj", "k_proj"], "count": 2, "of": 3}
 
 
+@pytest.mark.parametrize("excluded", [["q_proj"], r".*\.q_proj"])
+def test_factors_of_an_excluded_module_are_a_finding(tmp_path: Path, excluded: Any) -> None:
+    path = folder(tmp_path, grid(ALL, "q_proj", "v_proj"), exclude_modules=excluded)
+    finding = only(read_adapter(path))
+    assert finding.code == "config-excluded"
+    assert (finding.fields["modules"], finding.fields["of"]) == (12, 24)
+
+
 @pytest.mark.parametrize("targets", [["v_proj", "q_proj"], r".*\.[vq]_proj"])
 def test_factors_that_are_no_target_are_a_finding(tmp_path: Path, targets: Any) -> None:
     path = folder(tmp_path, grid(ALL, "q_proj", "v_proj", "up_proj"), target_modules=targets)

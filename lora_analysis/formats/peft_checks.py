@@ -121,10 +121,10 @@ def _targets(config: PeftConfig) -> str | list[str] | None:
 
 def _target_findings(config: PeftConfig, stored: StoredModules) -> list[Finding]:
     targets = _targets(config)
+    findings = _excluded_findings(config, stored)
     if targets is None:
-        return []
+        return findings
     names = [*stored.adapted, *stored.pruned]
-    findings = []
     if isinstance(targets, list):
         ends = {end for name in names for end in _ends(name)}
         missing = [target for target in targets if target not in ends]
@@ -140,6 +140,27 @@ def _target_findings(config: PeftConfig, stored: StoredModules) -> list[Finding]
         fields = {"modules": len(beyond), "of": len(stored.adapted), "first": beyond[0]}
         findings.append(Finding("config-targets-exceeded", fields))
     return findings
+
+
+def _excluded_findings(config: PeftConfig, stored: StoredModules) -> list[Finding]:
+    """Return the modules with factors that ``exclude_modules`` keeps from being adapted."""
+    excluded = config.raw.get("exclude_modules")
+    if isinstance(excluded, list):
+        patterns: str | frozenset[str] = frozenset(
+            name for name in excluded if isinstance(name, str)
+        )
+    elif isinstance(excluded, str):
+        patterns = excluded
+    else:
+        return []
+    try:
+        modules = [name for name in stored.adapted if patterns and _matches(name, patterns)]
+    except InputError:  # an expression that PEFT, too, cannot use: it decides nothing here
+        return []
+    if not modules:
+        return []
+    fields = {"modules": len(modules), "of": len(stored.adapted), "first": modules[0]}
+    return [Finding("config-excluded", fields)]
 
 
 def _ends(name: str) -> list[str]:
