@@ -367,7 +367,9 @@ class Provenance:
     ``path`` and ``files`` then lie in the hub's cache, which is nobody's business.
     ``metadata`` are the strings that its file states about itself (kohya's ``ss_*``,
     ``modelspec.*``); ``source_format`` is the format that they and an adapter's side tensors
-    belong to, also after an edit, which sets ``format`` to ``"memory"``.
+    belong to, also after an edit, which sets ``format`` to ``"memory"``. ``also_read`` are further
+    files and folders that values come from: initial factors, base weights, the adapter before an
+    edit.
     """
 
     path: Path | None = None
@@ -385,6 +387,7 @@ class Provenance:
     revision: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     source_format: str = ""
+    also_read: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "findings", as_findings(self.findings))
@@ -397,7 +400,8 @@ class Provenance:
     @property
     def inputs(self) -> tuple[Path, ...]:
         """The files and folders it was read from, which no output may touch."""
-        return self.files if self.path is None else (self.path, *self.files)
+        path = () if self.path is None else (self.path,)
+        return (*path, *self.files, *self.also_read)
 
     @property
     def sha256(self) -> str | None:

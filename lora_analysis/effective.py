@@ -123,7 +123,11 @@ def effective_adapter(
     return Adapter(
         {name: partial(_effective, adapter, name, base, transposed) for name in adapter},
         label=adapter.label,
-        provenance=replace(adapter.provenance, findings=tuple(findings)),
+        provenance=replace(
+            adapter.provenance,
+            findings=tuple(findings),
+            also_read=(*adapter.provenance.also_read, *base.inputs),
+        ),
         saved_modules=adapter.saved_modules,
         config=adapter.config,
         side_tensors=adapter.side_tensors,

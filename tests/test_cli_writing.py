@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 from test_cli import PAIR, call, document
 
 from lora_analysis.adapter import Adapter
-from lora_analysis.edit import relative_difference
+from lora_analysis.edit import relative_difference, resize_adapter
+from lora_analysis.errors import OccupiedError
 from lora_analysis.formats import peft_writer, read_adapter, write_adapter
 from lora_analysis.formats.registry import WRITERS
 
@@ -225,6 +226,62 @@ def test_real_adapters_lose_what_is_printed(
         assert np.sum(S[:k] ** 2) >= 0.9 * np.sum(S**2) > np.sum(S[: k - 1] ** 2)
         apart = np.linalg.norm(update.delta_weight() - small[one["module"]].delta_weight())
         assert apart / np.linalg.norm(S) == pytest.approx(one["error"], rel=1e-4)
+
+
+@pytest.mark.parametrize("verb", ["convert", "resize", "heatmap", "report"])
+@pytest.mark.parametrize("option", ["--initial", "--trained-on"])
+def test_what_options_of_reading_name_is_never_written(
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    verb: str,
+    option: str,
+) -> None:
+    given = tmp_path / "given"
+    if option == "--initial":
+        write_adapter(adapter(np.random.default_rng(1), rank=4, label="given"), given)
+        name = str(given)
+    else:
+        given.mkdir()
+        (given / "config.json").write_text('{"model_type": "llama"}')
+        names = read_adapter(source)
+        weights = {f"{name}.weight": np.ones((24, 20), np.float32) for name in names}
+        save_file(weights, given / "model.safetensors")
+        name = str(given / "model.safetensors")  # the folder of the model is protected too
+    before = {path: path.read_bytes() for path in given.rglob("*") if path.is_file()}
+    asked: dict[str, tuple[Any, ...]] = {
+        "convert": (source, "--force", "-o", given),
+        "resize": (source, "--rank", 2, "--force", "-o", given / "small"),
+        "heatmap": (source, source, "--force", "-o", given / "map.svg"),
+        "report": (source, "--force", "-o", given),
+    }
+    code, _, err = call(capsys, verb, *asked[verb], option, name)
+    assert code == 3
+    assert "inputs are never written" in err
+    assert {path: path.read_bytes() for path in given.rglob("*") if path.is_file()} == before
+
+
+def test_an_edited_adapter_does_not_replace_the_one_it_was_made_from(source: Path) -> None:
+    edited = resize_adapter(read_adapter(source), rank=2).adapter
+    before = (source / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(OccupiedError, match="inputs are never written"):
+        write_adapter(edited, source, force=True)
+    assert (source / "adapter_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("chosen", ["folder", "file"])
+def test_no_adapter_is_extracted_into_the_folder_of_a_model(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], chosen: str
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    tuned = models["tuned"].rename(folder / "model.safetensors")
+    ask = ("extract", folder if chosen == "folder" else tuned, "--base", models["base"])
+    code, _, err = call(capsys, *ask, "--rank", 2, "--force", "-o", folder / "k.safetensors")
+    assert code == 3
+    assert "lies inside the input" in err
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
 
 
 def test_nothing_is_written_through_a_symbolic_link(

@@ -105,6 +105,7 @@ def read_update(
         label=name,
         provenance=Provenance(
             path=existing_path(tuned) if isinstance(tuned, str | os.PathLike) else None,
+            also_read=(*new.inputs, *old.inputs),
             address=new.address,
             revision=None if new.snapshot is None else new.snapshot.commit,
             format="full fine-tune",

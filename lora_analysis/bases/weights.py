@@ -29,6 +29,7 @@ from lora_analysis.errors import BaseWeightError, InputError
 from lora_analysis.finding import Finding
 from lora_analysis.storage.hub_names import shown_errors
 from lora_analysis.storage.limits import MAX_VALUE
+from lora_analysis.storage.places import source_paths
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -216,6 +217,11 @@ class BaseWeights:
     @property
     def _family(self) -> Family:
         return Family(self.model_type, self._config, self._blocks)
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """The files and folders it was opened from, which no output may touch."""
+        return () if self.path is None else source_paths(self.path)
 
     @property
     def modules(self) -> list[str]:

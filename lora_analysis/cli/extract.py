@@ -48,9 +48,10 @@ def command(
     """
     from lora_analysis.edit import extract
     from lora_analysis.formats.writing import check_adapter_place
+    from lora_analysis.storage.places import source_paths
 
     size = one_size(rank=rank, energy=energy, budget=budget)
-    inputs = [Path(one) for one in (tuned, base) if Path(one).exists()]
+    inputs = [path for source in (tuned, base) for path in source_paths(source)]
     check_adapter_place(output, inputs=inputs, force=force)
     written = chosen_format(kind, None, output)
     with progress_bar(form) as progress:

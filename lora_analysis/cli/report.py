@@ -107,6 +107,7 @@ def command(
     """
     from lora_analysis.report import write_report
     from lora_analysis.report.writing import check_report_folder
+    from lora_analysis.storage.places import source_paths
     from lora_analysis.studies import Failure, study
 
     with progress_bar(form) as progress:
@@ -115,7 +116,7 @@ def command(
         adapters, left_out = find(sources, progress)
         others, more = find(references, progress) if references else ([], [])
         inputs = [path for one in (*adapters, *others) for path in one.inputs]
-        inputs += [Path(base)] if base and Path(base).exists() else []
+        inputs += source_paths(base) if base else ()
         check_report_folder(output, inputs=inputs, force=force)
         failures = [Failure(one.source, str(one.error)) for one in left_out + more]
         result = study(

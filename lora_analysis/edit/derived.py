@@ -46,6 +46,7 @@ def derived(
             rank=ranks.pop() if len(ranks) == 1 else None,
             findings=(*source.findings, *as_findings((sentence,))),
             source_format=source.source_format or source.format,
+            also_read=source.inputs,
         ),
         saved_modules=adapter.saved_modules,
         config=_config(adapter, updates),

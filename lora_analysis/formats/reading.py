@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -27,11 +28,11 @@ from lora_analysis.formats.sources import (
 from lora_analysis.patterns import natural_key, pattern_budget
 from lora_analysis.storage.gguf import read_gguf
 from lora_analysis.storage.hub_names import shown_errors
+from lora_analysis.storage.places import source_paths
 from lora_analysis.storage.records import refuse_unfinished
 from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
@@ -140,6 +141,9 @@ def read_adapter(
     with shown_errors(place.snapshot), _refusals_of(place.path), pattern_budget():
         refuse_unfinished(place.path)
         adapter = _read(place, options)
+    if isinstance(initial, str | os.PathLike):
+        paths = source_paths(initial) or source_paths(os.fspath(initial).partition("#")[0])
+        adapter = adapter.described(also_read=(*adapter.provenance.also_read, *paths))
     return adapter if place.snapshot is None else fetched(adapter, place.snapshot)
 
 

@@ -129,8 +129,7 @@ def check_report_folder(folder: Path, *, inputs: Sequence[Path], force: bool) ->
 def study_inputs(study: Study) -> list[Path]:
     """Return the files and folders that a study was read from."""
     inputs = [path for one in study.adapters.values() for path in one.provenance.inputs]
-    base = None if study.base is None else study.base.path
-    return inputs if base is None else [*inputs, base]
+    return inputs if study.base is None else [*inputs, *study.base.inputs]
 
 
 def _write_files(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lora_analysis.errors import SourceError
 
-if TYPE_CHECKING:
-    import os
+_CONFIGS = ("config.json", "adapter_config.json")
 
 
 def existing_path(source: str | os.PathLike[str]) -> Path | None:
@@ -18,6 +17,18 @@ def existing_path(source: str | os.PathLike[str]) -> Path | None:
         return path if path.exists() else None
     except (OSError, ValueError):  # a name too long, or with a null character in it
         return None
+
+
+def source_paths(source: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """Return the local files and folders of a model or adapter, which no output may touch.
+
+    A file next to its config is part of that folder. ``()`` if nothing local has the name.
+    """
+    path = existing_path(source)
+    if path is None or not os.fspath(source):
+        return ()
+    configured = path.is_file() and any(path.with_name(name).is_file() for name in _CONFIGS)
+    return (path, path.parent) if configured else (path,)
 
 
 def nothing_there(source: str | os.PathLike[str]) -> SourceError:
