@@ -68,7 +68,8 @@ def test_a_target_without_factors_is_a_finding(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("excluded", [["q_proj"], r".*\.q_proj"])
 def test_factors_of_an_excluded_module_are_a_finding(tmp_path: Path, excluded: Any) -> None:
-    path = folder(tmp_path, grid(ALL, "q_proj", "v_proj"), exclude_modules=excluded)
+    fields = {"target_modules": ["q_proj", "v_proj"], "exclude_modules": excluded}
+    path = folder(tmp_path, grid(ALL, "q_proj", "v_proj"), **fields)
     finding = only(read_adapter(path))
     assert finding.code == "config-excluded"
     assert (finding.fields["modules"], finding.fields["of"]) == (12, 24)
