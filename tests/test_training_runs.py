@@ -265,8 +265,10 @@ def test_an_interrupted_run_is_not_taken_for_an_adapter(
     left = {path.name for path in (tmp_path / "new").iterdir()}
     assert left == {RECORD_FOLDER, "metrics.jsonl"} | checkpoints
     assert [ref.label for ref in find_adapters(tmp_path)] == ["run"]
-    with pytest.raises(UnfinishedError, match="'lora-analysis train' is still at work there"):
+    with pytest.raises(UnfinishedError, match="'lora-analysis train' is still running there"):
         read_adapter(tmp_path / "new")
+    with pytest.raises(UnfinishedError, match="is not finished"):
+        find_adapters(tmp_path / "new")
     assert run_state(on(base, CONFIG), tmp_path / "new") == "unfinished"
 
     # Where an older run is replaced, it stays until the new one is complete.

@@ -229,6 +229,7 @@ def _find(place: Place, options: ReadOptions) -> list[AdapterRef]:
 def _unknown(path: Path, options: ReadOptions) -> InputError:
     from lora_analysis.formats.unknown import unknown_format  # seldom needed
 
+    refuse_unfinished(path)  # a run that has no adapter yet says more than its files
     return unknown_format(path, options)
 
 
