@@ -191,7 +191,7 @@ def test_a_square_weight_of_unknown_family_asks(
     tmp_path: Path, model_type: str | None, told: str
 ) -> None:
     base = open_base(base_folder(tmp_path, {GPT2: matrix(3, 3)}, model_type))
-    with pytest.raises(BaseWeightError, match="transposed=False or transposed=True") as caught:
+    with pytest.raises(BaseWeightError, match="Pass transposed=True or False") as caught:
         base.weight("transformer.h.0.attn.c_proj", shape=(3, 3))
     assert told in str(caught.value)
     assert "square" in str(caught.value)

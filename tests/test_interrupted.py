@@ -219,7 +219,7 @@ def test_the_next_writer_clears_what_a_killed_one_left(tmp_path: Path) -> None:
 
 def test_a_place_that_is_no_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(OccupiedError, match=r"file is a file; a folder is written"):
+    with pytest.raises(OccupiedError, match=r"file is a file, and the output is a folder"):
         write_adapter(adapter_of(1.0, 2), tmp_path / "file")
 
 

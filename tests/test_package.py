@@ -63,6 +63,6 @@ def test_the_demo_without_its_extra_says_what_to_install(installed: Path, tmp_pa
         [installed / "lora-analysis", "demo", "-o", "out"],
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert "lora-analysis[demo]" in done.stderr
     assert "Traceback" not in done.stderr
