@@ -72,7 +72,10 @@ def live_updates(model: Any, adapter: str, initial: Path | None = None) -> dict[
         if not any(adapter in getattr(layer, names) for names in layer.adapter_layer_names):
             continue
         try:
-            if getattr(layer.get_base_layer(), "groups", 1) > 1 and hasattr(layer, "lora_A"):
+            variant = getattr(layer, "lora_variant", {}).get(adapter)
+            if hasattr(variant, "_get_bdlora_delta_weight"):  # whose blocks the layer stacks
+                delta = variant._get_bdlora_delta_weight(layer, adapter)
+            elif getattr(layer.get_base_layer(), "groups", 1) > 1 and hasattr(layer, "lora_A"):
                 delta = _grouped_product(layer, adapter)
             else:
                 delta = layer.get_delta_weight(adapter)
@@ -89,7 +92,7 @@ def live_updates(model: Any, adapter: str, initial: Path | None = None) -> dict[
         base = type(layer.get_base_layer()).__name__
         variants = getattr(layer, "lora_variant", {})
         name = path.replace(".base_layer", "")
-        if kind == "ParamWrapper":
+        if kind == "ParamWrapper" and layer.parameter_name != "weight":
             name = f"{name}.{layer.parameter_name}"
         updates[name] = LiveUpdate(
             delta,
