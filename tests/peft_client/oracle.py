@@ -118,6 +118,13 @@ def _grouped_product(layer: Any, adapter: str) -> torch.Tensor:
     return torch.cat(products) * layer.scaling[adapter]
 
 
+def _starts_from_base(config: Any) -> bool:
+    """Return True if training starts from s·B₀·A₀ taken out of the base: ΔW is not s·B·A then."""
+    start = getattr(config, "init_lora_weights", None)
+    names = ("pissa", "olora", "corda", "lora_ga", "loftq", "milora")
+    return isinstance(start, str) and start.lower().startswith(names)
+
+
 def check_folder(folder: Path, model: Any, adapter: str, initial: Path | None = None) -> Outcome:
     """Read a folder that PEFT has just saved, and compare it with the live layers."""
     config = model.peft_config[adapter]
@@ -129,7 +136,7 @@ def check_folder(folder: Path, model: Any, adapter: str, initial: Path | None = 
             problems = list(_differences(read, live))
         except LoraAnalysisError as error:
             plain = bool(live) and all(update.is_plain for update in live.values())
-            plain = plain and method == "LORA"
+            plain = plain and method == "LORA" and not _starts_from_base(config)
             text = f"{type(error).__name__}: {error}"
             return Outcome("refused plain LoRA" if plain else "refused", method, text, str(folder))
         except Exception as error:  # noqa: BLE001 - whatever is not ours is a crash
