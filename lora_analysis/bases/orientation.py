@@ -168,7 +168,7 @@ def evidence_of(
     *,
     conv1d: bool,
 ) -> Evidence:
-    """Return what the file's own matrices tell about the way they are stored.
+    """Return the evidence in the file's own matrices for the way they are stored.
 
     A bias is as long as its matrix has outputs; and of modules with well-known names, one side is
     the model's width. Square matrices and tables tell nothing.

@@ -47,7 +47,7 @@ _NOT_WEIGHTS: Final = ("optimizer", "scheduler", "scaler", "rng_state", "trainin
 
 
 class OutputFolder:
-    """A folder that one run of a verb fills or replaces; used inside `output_folder`.
+    """A folder that one run fills or replaces, for `output_folder` and for training.
 
     Parameters
     ----------
