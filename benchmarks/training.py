@@ -184,7 +184,7 @@ def _has(package: str) -> bool:
 
 
 def _held(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Return the bytes of a side's gradients and optimiser state, after a step."""
+    """Return the bytes of a side's gradients and optimizer state, after a step."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     states = [
         v for held in optimizer.state.values() for v in held.values() if isinstance(v, Tensor)

@@ -11,7 +11,7 @@ from lora_analysis.demo import TITLE, study_demo
 from lora_analysis.report import write_report
 
 # PNGs that other pages show; report.md shows the SVGs.
-SHOWN = ("ranks_output.png", "atlas_output.png")
+SHOWN = ("ranks_output.png", "similarity_matrix_output.png")
 
 
 def main(run: Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""Analyse what a LoRA adapter learned, seen from its weights.
+"""Analyze what a LoRA adapter learned, seen from its weights.
 
 The public names below are loaded on first use: ``import lora_analysis`` alone imports neither
 numpy nor torch.
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from lora_analysis.adapter import LowRankUpdate as LowRankUpdate
     from lora_analysis.amplify import amplification as amplification
     from lora_analysis.bases import open_base as open_base
-    from lora_analysis.bases import read_update as read_update
-    from lora_analysis.edit import extract as extract
-    from lora_analysis.edit import resize as resize
+    from lora_analysis.bases import read_fine_tune as read_fine_tune
+    from lora_analysis.edit import approximate_fine_tune as approximate_fine_tune
     from lora_analysis.edit import resize_adapter as resize_adapter
+    from lora_analysis.edit import truncate as truncate
     from lora_analysis.edit import without_directions as without_directions
     from lora_analysis.edit import without_subspace as without_subspace
     from lora_analysis.effective import effective_adapter as effective_adapter
     from lora_analysis.effective import effective_update as effective_update
-    from lora_analysis.effective import start_from_base as start_from_base
+    from lora_analysis.effective import initial_factors_from_base as initial_factors_from_base
     from lora_analysis.formats import find_adapters as find_adapters
     from lora_analysis.formats import read_adapter as read_adapter
     from lora_analysis.formats import write_adapter as write_adapter
@@ -52,9 +52,15 @@ if TYPE_CHECKING:
 _HOME = {
     "adapter": ("Adapter", "DenseUpdate", "LowRankUpdate"),
     "amplify": ("amplification",),
-    "bases": ("open_base", "read_update"),
-    "edit": ("extract", "resize", "resize_adapter", "without_directions", "without_subspace"),
-    "effective": ("effective_adapter", "effective_update", "start_from_base"),
+    "bases": ("open_base", "read_fine_tune"),
+    "edit": (
+        "approximate_fine_tune",
+        "truncate",
+        "resize_adapter",
+        "without_directions",
+        "without_subspace",
+    ),
+    "effective": ("effective_adapter", "effective_update", "initial_factors_from_base"),
     "formats": ("find_adapters", "read_adapter", "write_adapter"),
     "intruders": ("intruder_dimensions",),
     "lora": (

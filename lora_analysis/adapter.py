@@ -15,7 +15,7 @@ import numpy as np
 from lora_analysis.errors import InputError, ScaleError
 from lora_analysis.finding import Finding, as_findings
 from lora_analysis.patterns import natural_key, near_names
-from lora_analysis.showing import html_facts
+from lora_analysis.text import html_facts
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -517,7 +517,7 @@ class Adapter(Mapping[str, Update]):
         """The files and folders it was read from, which no output may touch."""
         return self.provenance.inputs
 
-    def relabelled(self, label: str) -> Adapter:
+    def relabeled(self, label: str) -> Adapter:
         """Return the same adapter under another label; nothing is loaded."""
         return Adapter(
             self._updates,

@@ -1,4 +1,4 @@
-"""The embedded default: train on bundled data, analyse, report, as any user of the package."""
+"""The embedded default: train on bundled data, analyze, report, as any user of the package."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def text_sweep() -> list[RunConfig]:
             targets=("query", "value"),
             base=BaseOptions(source=MINILM),
             data=DataOptions(source=DOCSTRINGS, max_length=64, test_share=0.2),
-            loop=LoopOptions(steps=60, batch_size=16, lr=3e-3, warmup=6, evaluations=1),
+            loop=LoopOptions(steps=60, batch_size=16, lr=3e-3, warmup_steps=6, evaluations=1),
         )
         for task, rank, seed in cells
     ]
@@ -99,7 +99,7 @@ def run_demo(
     progress: Progress | None = None,
     force: bool = False,
 ) -> Path:
-    """Train, analyse and report; return the path of the report.
+    """Train, analyze and report; return the path of the report.
 
     Parameters
     ----------

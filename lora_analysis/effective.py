@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from lora_analysis.adapter import Update
     from lora_analysis.bases import BaseWeights
-    from lora_analysis.formats.initial import Factors, StartOf, StartRequest
+    from lora_analysis.formats.initial import Factors, InitialFactorsRequest, InitialFactorsSource
 
 # PEFT works in float32: where W's r-th and next singular value are closer than this, relatively,
 # its leading space is another one on another machine.
@@ -142,17 +142,19 @@ def _effective(adapter: Adapter, name: str, base: BaseWeights, transposed: bool 
     return effective_update(update, weight)
 
 
-def start_from_base(base: BaseWeights, *, transposed: bool | None = None) -> StartOf:
+def initial_factors_from_base(
+    base: BaseWeights, *, transposed: bool | None = None
+) -> InitialFactorsSource:
     """Return what works PiSSA's and OLoRA's initial factors out of the base, for ``read_adapter``.
 
-    ``read_adapter(source, initial=start_from_base(base))``. PiSSA (arXiv 2404.02948): with the
-    thin SVD of W, ``s·B₀A₀`` is its best approximation of rank r. OLoRA (arXiv 2406.01775): with
-    ``W = QR``, B₀ is Q's first r columns and A₀ R's first r rows.
+    ``read_adapter(source, initial=initial_factors_from_base(base))``. PiSSA (arXiv
+    2404.02948): with the thin SVD of W, ``s·B₀A₀`` is its best approximation of rank r. OLoRA
+    (arXiv 2406.01775): with ``W = QR``, B₀ is Q's first r columns and A₀ R's first r rows.
 
     Parameters
     ----------
     base
-        The weights that training started from, unquantised.
+        The weights that training started from, unquantized.
     transposed
         As in ``base.weight``.
 
@@ -168,7 +170,7 @@ def start_from_base(base: BaseWeights, *, transposed: bool | None = None) -> Sta
     module.
     """
 
-    def start(request: StartRequest) -> Factors:
+    def start(request: InitialFactorsRequest) -> Factors:
         update = request.update
         weight = base.weight(
             update.base_name or update.name, shape=update.shape, transposed=transposed

@@ -5,7 +5,7 @@
     LoraAnalysisError
     ├── InputError (ValueError)          what was given cannot be used; exit code 3
     │   ├── MalformedFileError           a file is not what its format says
-    │   ├── UnknownFormatError           no reader recognises the source
+    │   ├── UnknownFormatError           no reader recognizes the source
     │   ├── UnsupportedMethodError       an adapter, but its update is not s·B·A
     │   ├── SourceError                  no adapter at the source, or more than one
     │   ├── ScaleError                   the multiplier of the update is not known
@@ -50,7 +50,7 @@ class MalformedFileError(InputError):
 
 
 class UnknownFormatError(InputError):
-    """No reader recognises the source."""
+    """No reader recognizes the source."""
 
 
 class UnsupportedMethodError(InputError):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from string import Formatter
 from typing import Any, Final, Literal, NamedTuple
 
-from lora_analysis.showing import html_facts
+from lora_analysis.text import html_facts
 
 # result: a statement about the adapters; artifact: a number with another cause than learning;
 # limit: what cannot be said or was not used; damage: numbers that should not be relied on.

@@ -11,8 +11,8 @@ import numpy as np
 from lora_analysis import chance, linalg
 from lora_analysis.adapter import DenseUpdate, Update
 from lora_analysis.errors import IncompatibleError, InputError, ScaleError
-from lora_analysis.showing import html_table
 from lora_analysis.spectra import SIDES, Side, weight_svd
+from lora_analysis.text import html_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

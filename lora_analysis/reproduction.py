@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from lora_analysis import plots
 from lora_analysis.adapter import DenseUpdate
 from lora_analysis.amplify import amplification
+from lora_analysis.conclusions import number
 from lora_analysis.demo import study_demo, train_demo, trained_before
 from lora_analysis.errors import InputError
-from lora_analysis.findings import number
 from lora_analysis.report import (
     FORMATS,
     ReportFigure,
@@ -133,7 +133,7 @@ def _layers(study: Study) -> list[int]:
 def _grids(study: Study, a: str, b: str, layer: int) -> dict[str, SimilarityGrid]:
     """Return the paper's grids: right singular vectors of A."""
     return {
-        title: study.grid(a, b, name, side="input", factor="A")
+        title: study.grid(a, b, name, side="input", of="A")
         for title, name in _modules(study, layer).items()
     }
 
@@ -237,7 +237,7 @@ def _figure_8(study: Study) -> Iterator[ReportFigure]:
         f"φ(i, j) of W’s leading i (down) and ΔW’s leading j (across), right singular vectors, "
         f"{name}, above chance. φ itself: {inside}. The paper gives no number: it sees that ΔW "
         "does not hold W’s top directions, and that a larger rank picks up more of those W "
-        "emphasises.",
+        "emphasizes.",
         f"Four heat-maps above chance. {inside}.",
         plots.figure_grid(
             [[plots.Panel(grid, title, None, True) for title, grid in panels.items()]],
@@ -276,7 +276,7 @@ def table_7(study: Study) -> ReportTable:
     columns = ("model", "r", "‖UᵀWV‖ ΔW’s", "W’s", "random", "‖W‖", "‖ΔW‖", "factor", "chance",
                "enrichment")  # fmt: skip
     caption = (
-        f"Table 7: {name} here, W_q of GPT-3’s layer 48 in the paper. Factor: ‖ΔW‖/‖UᵀWV‖ along "
+        f"Table 7: {name} here, W_q of GPT-3’s layer 48 in the paper. VectorsOf: ‖ΔW‖/‖UᵀWV‖ along "
         "ΔW’s directions. Chance and enrichment are not in the paper and were worked out from its "
         "numbers: what random directions of the same size score, and W along ΔW’s directions over "
         "W along random ones. A factor of 21.6 is less than chance: W is strong where ΔW is."

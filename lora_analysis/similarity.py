@@ -9,8 +9,8 @@ import numpy as np
 
 from lora_analysis import chance, linalg
 from lora_analysis.errors import DegenerateSubspaceError, IncompatibleError
-from lora_analysis.showing import html_table
-from lora_analysis.spectra import SIDES, Factor, Side, Spectrum, check_side, spectrum
+from lora_analysis.spectra import SIDES, Side, Spectrum, VectorsOf, check_side, spectrum
+from lora_analysis.text import html_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from lora_analysis.adapter import Update
 
 
-class IllDefined(NamedTuple):
+class Degeneracy(NamedTuple):
     """For each i of one axis of a grid: what is wrong with the top-i subspace."""
 
-    undefined: NDArray[np.bool_]
-    soft: NDArray[np.bool_]
+    degenerate: NDArray[np.bool_]
+    nearly_degenerate: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +38,7 @@ class SimilarityGrid:
         ``(k₁, k₂)``, mean of φ for independent uniform subspaces, max(i, j)/dimension.
     dimension
         Of the space the directions live in: d_in or d_out.
-    rows_ill_defined, columns_ill_defined
+    rows_degeneracy, columns_degeneracy
         Where a top-i subspace is undefined or soft because singular values (nearly) coincide.
     """
 
@@ -47,10 +47,10 @@ class SimilarityGrid:
     dimension: int
     module: str
     side: Side
-    factor: Factor
+    of: VectorsOf
     labels: tuple[str, str]
-    rows_ill_defined: IllDefined
-    columns_ill_defined: IllDefined
+    rows_degeneracy: Degeneracy
+    columns_degeneracy: Degeneracy
 
     def __post_init__(self) -> None:
         self.values.flags.writeable = False
@@ -101,12 +101,12 @@ class SimilarityGrid:
         shown = ((i, j, self.values[i - 1, j - 1], self.chance[i - 1, j - 1]) for i, j in cells)
         return html_table(title, ("i", "j", "φ", "chance"), shown, note)
 
-    def ill_defined(self, i: int, j: int) -> str:
-        """Return ``"undefined"``, ``"soft"`` or ``""`` for φ(i, j)."""
-        axes = ((self.rows_ill_defined, i - 1), (self.columns_ill_defined, j - 1))
-        if any(axis.undefined[at] for axis, at in axes):
-            return "undefined"
-        return "soft" if any(axis.soft[at] for axis, at in axes) else ""
+    def degeneracy(self, i: int, j: int) -> str:
+        """Return ``"degenerate"``, ``"nearly degenerate"`` or ``""`` for φ(i, j)."""
+        axes = ((self.rows_degeneracy, i - 1), (self.columns_degeneracy, j - 1))
+        if any(axis.degenerate[at] for axis, at in axes):
+            return "degenerate"
+        return "nearly degenerate" if any(axis.nearly_degenerate[at] for axis, at in axes) else ""
 
 
 def _check_same_space(a: Spectrum, b: Spectrum, side: Side) -> int:
@@ -122,7 +122,7 @@ def _check_same_space(a: Spectrum, b: Spectrum, side: Side) -> int:
 
 
 def subspace_similarity(
-    a: Update | Spectrum, b: Update | Spectrum, *, side: Side = "input", factor: Factor = "delta"
+    a: Update | Spectrum, b: Update | Spectrum, *, side: Side = "input", of: VectorsOf = "delta"
 ) -> SimilarityGrid:
     """Return φ(i, j) for all i, j up to the numerical ranks, with isotropic chance beside it.
 
@@ -136,7 +136,7 @@ def subspace_similarity(
         Updates of the same module, or their spectra (to factor each only once).
     side
         ``"input"``: right singular vectors, in R^d_in; ``"output"``: left ones, in R^d_out.
-    factor
+    of
         Whose singular vectors, see `spectrum`; ``"A"`` on the input side is the paper's choice.
 
     Returns
@@ -160,8 +160,8 @@ def subspace_similarity(
     >>> subspace_similarity(one, two).values
     array([[1., 1.]])
     """
-    check_side(side, factor)
-    first, second = spectrum(a, factor=factor), spectrum(b, factor=factor)
+    check_side(side, of)
+    first, second = spectrum(a, of=of), spectrum(b, of=of)
     dimension = _check_same_space(first, second, side)
     gram = first.vectors(side).T @ second.vectors(side)  # (k₁, k₂)
     return SimilarityGrid(
@@ -170,10 +170,10 @@ def subspace_similarity(
         dimension=dimension,
         module=first.name,
         side=side,
-        factor=factor,
+        of=of,
         labels=(first.label or "first", second.label or "second"),
-        rows_ill_defined=IllDefined(first.undefined, first.soft),
-        columns_ill_defined=IllDefined(second.undefined, second.soft),
+        rows_degeneracy=Degeneracy(first.degenerate, first.nearly_degenerate),
+        columns_degeneracy=Degeneracy(second.degenerate, second.nearly_degenerate),
     )
 
 
@@ -277,15 +277,15 @@ def random_similarity(dimension: int, shape: tuple[int, int], *, seed: int = 0) 
     """
     rng = np.random.default_rng(seed)
     frames = [linalg.haar_frame(rng, dimension, columns) for columns in shape]
-    fine = [IllDefined(np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)) for n in shape]
+    fine = [Degeneracy(np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)) for n in shape]
     return SimilarityGrid(
         values=linalg.overlap_grid(frames[0].T @ frames[1]),
         chance=chance.similarity_grid_mean(dimension, *shape),
         dimension=dimension,
         module="random Gaussian",
         side="input",
-        factor="delta",
+        of="delta",
         labels=("random", "random"),
-        rows_ill_defined=fine[0],
-        columns_ill_defined=fine[1],
+        rows_degeneracy=fine[0],
+        columns_degeneracy=fine[1],
     )

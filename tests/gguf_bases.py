@@ -18,7 +18,7 @@ def write_gguf(
     kv_heads: int | list[int] | None = None,
     raw: bool = False,
 ) -> Path:
-    """Write tensors, quantised to ``kind`` by the library; ``raw`` ones are bytes of that kind."""
+    """Write tensors, quantized to ``kind`` by the library; ``raw`` ones are bytes of that kind."""
     writer = gguf.GGUFWriter(path, arch)
     if heads is not None:
         writer.add_head_count(heads)

@@ -58,7 +58,7 @@ def _mp_orthonormal(basis):
 def exact_principal_angles(U, V, digits=50):
     """Principal angles of two column spans in multiple precision, ascending.
 
-    The bases are orthonormalised again in that precision: their spans are what is compared.
+    The bases are orthonormalized again in that precision: their spans are what is compared.
     """
     with mpmath.workdps(digits):
         u, v = _mp_orthonormal(U), _mp_orthonormal(V)

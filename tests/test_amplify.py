@@ -316,7 +316,7 @@ W = np.ones((D_OUT, D_IN))
         ),
         (lambda: amplification(UPDATE, W, k=0), InputError, ["k >= 1", "k = 0"]),
         (
-            lambda: amplification(spectrum(UPDATE, factor="A"), W),
+            lambda: amplification(spectrum(UPDATE, of="A"), W),
             InputError,
             ["factor 'A'", "asked for 'delta'"],
         ),

@@ -23,7 +23,7 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 # A module imports from lower levels and from its own folder only.
 LEVELS = {
     "errors": 0,
-    "showing": 0,
+    "text": 0,
     "execution": 1,
     "linalg": 1,
     "finding": 1,
@@ -34,7 +34,7 @@ LEVELS = {
     "storage": 3,
     "bases": 4,
     "formats": 4,
-    "initialisation": 4,
+    "shared_init": 4,
     "effective": 5,
     "lora": 5,
     "spectra": 5,
@@ -47,7 +47,7 @@ LEVELS = {
     "groups": 7,
     "studies": 7,
     "training": 7,
-    "findings": 8,
+    "conclusions": 8,
     "plots": 8,
     "report": 9,
     "demo": 10,

@@ -36,7 +36,7 @@ def test_the_table_of_types_is_the_librarys() -> None:
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
-def test_what_the_library_quantises_is_read_with_its_noise(
+def test_what_the_library_quantizes_is_read_with_its_noise(
     rng: np.random.Generator, tmp_path: Path, kind: str
 ) -> None:
     W = rng.standard_normal((40, 64)).astype(np.float32)

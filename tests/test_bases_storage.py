@@ -11,7 +11,7 @@ import pytest
 import torch
 from factories import low_rank_update
 from gguf_bases import permuted, q4_k, write_gguf
-from quantised_bases import (
+from quantized_bases import (
     awq,
     bitsandbytes_4bit,
     bitsandbytes_int8,
@@ -25,8 +25,8 @@ from lora_analysis.adapter import Adapter
 from lora_analysis.amplify import amplification
 from lora_analysis.bases import open_base
 from lora_analysis.cli import run
+from lora_analysis.conclusions import findings
 from lora_analysis.errors import SourceError, UnknownFormatError, UnsupportedMethodError
-from lora_analysis.findings import findings
 from lora_analysis.formats import write_adapter
 from lora_analysis.studies import study
 
@@ -87,7 +87,7 @@ def test_a_pickle_that_names_code_is_refused_and_not_run(tmp_path: Path) -> None
     assert not (tmp_path / "ran").exists()
 
 
-def test_quantised_weights_are_read_out_of_torch_files_too(
+def test_quantized_weights_are_read_out_of_torch_files_too(
     rng: np.random.Generator, tmp_path: Path
 ) -> None:
     W = rng.standard_normal((32, 64)).astype(np.float32)
@@ -172,7 +172,7 @@ def test_memory_stays_near_one_tensors_size(
     assert peak < {"bfloat16": 0.75, "nf4": 1.75, "gptq": 2.5}[kind] * one
 
 
-def quantised_versions(W: np.ndarray, folder: Path) -> dict[str, Path]:
+def quantized_versions(W: np.ndarray, folder: Path) -> dict[str, Path]:
     """Every storage of one weight, under the name of a llama's q."""
     path = "model.layers.0.self_attn.q_proj"
     torch_W = torch.from_numpy(W)
@@ -209,7 +209,7 @@ def test_amplification_differs_from_the_float_base_by_the_stated_noise_alone(
     plain = amplification(update, W)
     assert (plain.storage, plain.noise) == ("", None)
     seen = {}
-    for kind, path in quantised_versions(W, tmp_path).items():
+    for kind, path in quantized_versions(W, tmp_path).items():
         rounded = amplification(update, open_base(path).weight(name, shape=shape))
         assert rounded.storage
         assert rounded.noise is not None
@@ -225,25 +225,25 @@ def test_amplification_differs_from_the_float_base_by_the_stated_noise_alone(
     assert seen["q8_0"] < seen["nf4"] < seen["fp4"]
 
 
-def test_a_study_of_a_quantised_base_says_so(
+def test_a_study_of_a_quantized_base_says_so(
     rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     W = rng.standard_normal((128, 256)).astype(np.float32)
     name = "model.layers.0.self_attn.q_proj"
     adapter = Adapter({name: low_rank_update(rng, 128, 256, rank=4, name=name)}, label="a")
-    versions = quantised_versions(W, tmp_path)
+    versions = quantized_versions(W, tmp_path)
     result = study([adapter], base=str(versions["nf4"]))
     row = result.amplifications.iloc[-1]
     assert row["storage"] == "bitsandbytes nf4"
     assert row["noise"] == pytest.approx(0.095, abs=0.01)
-    (told,) = [one for one in findings(result) if one.topic == "quantised base"]
+    (told,) = [one for one in findings(result) if one.topic == "quantized base"]
     assert "bitsandbytes nf4" in told.text
     assert told.values["noise"] == row["noise"]
     write_adapter(adapter, tmp_path / "adapter")
     code = run(["amplify", str(tmp_path / "adapter"), "--base", str(versions["q4_k"])])
     shown = " ".join(capsys.readouterr().out.split())
     assert code == 0
-    assert "W is quantised (GGUF Q4_K); rounding moved it by 0.0" in shown
+    assert "W is quantized (GGUF Q4_K); rounding moved it by 0.0" in shown
     plain = study([adapter], base=open_base({name: W}))
     assert plain.amplifications["noise"].isna().all()
-    assert not [one for one in findings(plain) if one.topic == "quantised base"]
+    assert not [one for one in findings(plain) if one.topic == "quantized base"]

@@ -270,7 +270,7 @@ def test_a_method_that_is_not_read_is_refused_by_what_the_config_says(
     base_folder(tmp_path, tensors)
     config = {"model_type": "llama", "quantization_config": {"quant_method": method}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BaseWeightError, match=f"{method}.*Dequantise"):
+    with pytest.raises(BaseWeightError, match=f"{method}.*Dequantize"):
         open_base(tmp_path).weight("q")
 
 

@@ -16,8 +16,8 @@ from test_studies import sweep  # noqa: F401  (a fixture)
 from lora_analysis.adapter import Adapter
 from lora_analysis.bases import open_base
 from lora_analysis.report import write_report
-from lora_analysis.showing import printable
 from lora_analysis.studies import study
+from lora_analysis.text import printable
 
 pytestmark = pytest.mark.slow
 

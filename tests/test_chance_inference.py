@@ -61,7 +61,7 @@ def test_runs_that_agree_by_task_reach_the_smallest_p_there_is(tasks, smallest):
     assert_close(found.difference, 0.5)
     assert found.exact
     assert found.allows_interval
-    assert found.relabellings == round(1 / smallest)
+    assert found.relabelings == round(1 / smallest)
 
 
 def test_permuted_runs_without_an_effect_are_uniform(rng):
@@ -80,7 +80,7 @@ def test_many_runs_are_permuted_by_drawing(rng):
     noise = rng.standard_normal((16, 16))
     similarity = (codes[:, None] == codes) * 5.0 + noise + noise.T
     found = chance.permute_runs(similarity, tasks, draws=199)
-    assert (found.exact, found.relabellings) == (False, 199)
+    assert (found.exact, found.relabelings) == (False, 199)
     assert_close([found.p_value, found.smallest_p_value], 1 / 200)
 
 

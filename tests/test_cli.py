@@ -709,7 +709,7 @@ def test_json_lists_what_is_not_defined(capsys: pytest.CaptureFixture[str]) -> N
     found = document(capsys.readouterr().out)
     assert found["a"] == [None, 1.5]
     assert found["b"] == {"c": [1.0, None]}
-    assert set(found["undefined"]) == {"$.a[0]", "$.b.c[1]"}
+    assert set(found["degenerate"]) == {"$.a[0]", "$.b.c[1]"}
 
 
 class Terminal(io.StringIO):

@@ -216,7 +216,7 @@ rank = 2
 {axis}
 [loop]
 steps = 1
-warmup = 0
+warmup_steps = 0
 batch_size = 8
 evaluations = 1
 [execution]

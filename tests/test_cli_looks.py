@@ -86,18 +86,18 @@ def test_formats_of_figures_are_chosen_and_checked(
     assert "bmp" in err
 
 
-def test_colour_says_a_kind_and_stays_away_when_asked(
+def test_color_says_a_kind_and_stays_away_when_asked(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    coloured: list[object] = []
-    monkeypatch.setattr(show.click, "style", lambda text, **how: coloured.append(how) or text)
+    colored: list[object] = []
+    monkeypatch.setattr(show.click, "style", lambda text, **how: colored.append(how) or text)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    show.print_finding("artefact", "It is one.")
-    assert coloured == [{"fg": "yellow", "bold": True}]
+    show.print_finding("artifact", "It is one.")
+    assert colored == [{"fg": "yellow", "bold": True}]
     monkeypatch.setenv("NO_COLOR", "1")
     show.print_finding("failure", "It is gone.")
-    assert len(coloured) == 1
-    assert capsys.readouterr().out == "artefact   It is one.\nfailure    It is gone.\n"
+    assert len(colored) == 1
+    assert capsys.readouterr().out == "artifact   It is one.\nfailure    It is gone.\n"
 
 
 def test_doctor_says_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:

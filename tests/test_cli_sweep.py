@@ -23,7 +23,7 @@ task = ["rotate", "mirror"]
 rank = [2, 3]
 [loop]
 steps = {steps}
-warmup = 1
+warmup_steps = 1
 batch_size = 16
 evaluations = 1
 [execution]

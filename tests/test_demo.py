@@ -20,7 +20,7 @@ CELLS = (("rotate", 2, 0), ("rotate", 3, 0), ("mirror", 2, 1))
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a demo of three runs of three steps."""
-    loop = LoopOptions(steps=3, warmup=1, evaluations=1)
+    loop = LoopOptions(steps=3, warmup_steps=1, evaluations=1)
     configs = [RunConfig(task=t, rank=r, seed=s, loop=loop) for t, r, s in CELLS]
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:

@@ -47,7 +47,7 @@ def inside(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(write_report.__kwdefaults__, "figures", ())
     # Two steps each are done in this process before another one has imported torch.
     monkeypatch.setattr(sweep, "choose_executor", lambda *_: SerialExecutor())
-    loop = LoopOptions(steps=2, warmup=1, evaluations=1)
+    loop = LoopOptions(steps=2, warmup_steps=1, evaluations=1)
     short = [RunConfig(task="rotate", rank=r, seed=0, loop=loop) for r in (2, 3)]
     monkeypatch.setattr(demo, "demo_sweep", lambda: short)
     return tmp_path

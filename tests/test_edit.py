@@ -18,8 +18,8 @@ from lora_analysis.edit import (
     keep_directions,
     project_out,
     ranks_within,
-    resize,
     resize_adapter,
+    truncate,
     without_directions,
     without_subspace,
 )
@@ -41,11 +41,11 @@ def planted(
     return planted_update(U, values, V, **more)
 
 
-# --- resize -----------------------------------------------------------------------------------
+# --- truncate -----------------------------------------------------------------------------------
 
 
 def test_a_planted_spectrum_loses_exactly_its_tail(rng: np.random.Generator) -> None:
-    small, lost = resize(planted(rng, [4.0, 3.0, 2.0, 1.0], scale=0.5), rank=2)
+    small, lost = truncate(planted(rng, [4.0, 3.0, 2.0, 1.0], scale=0.5), rank=2)
     assert small.rank == lost.rank == 2
     assert_close(lost.norm, 0.5 * np.sqrt(30))
     assert_close(lost.lost, 0.5 * np.sqrt(5))
@@ -60,7 +60,7 @@ def test_the_result_is_the_truncated_svd_of_the_dense_update(
     update = low_rank_update(rng, scale=scale)
     whole = delta(update.A, update.B, scale)
     U, S, V = dense_svd(whole, rank)
-    small, lost = resize(update, rank=rank)
+    small, lost = truncate(update, rank=rank)
     assert_close(small.delta_weight(), (U * S) @ V.T, atol=1e-11)
     assert_close(np.linalg.norm(whole - small.delta_weight()), lost.lost, atol=1e-11)
     assert_close(lost.norm, np.linalg.norm(whole))
@@ -68,7 +68,7 @@ def test_the_result_is_the_truncated_svd_of_the_dense_update(
 
 def test_no_other_update_of_the_rank_is_closer(rng: np.random.Generator) -> None:
     update = low_rank_update(rng)
-    small, lost = resize(update, rank=2)
+    small, lost = truncate(update, rank=2)
     whole = update.delta_weight()
     for _ in range(200):
         step = rng.standard_normal() * 0.05
@@ -77,7 +77,7 @@ def test_no_other_update_of_the_rank_is_closer(rng: np.random.Generator) -> None
 
 
 def test_factors_are_balanced_and_the_scale_is_folded(rng: np.random.Generator) -> None:
-    small, _ = resize(low_rank_update(rng, scale=3.0), rank=3)
+    small, _ = truncate(low_rank_update(rng, scale=3.0), rank=3)
     assert (small.scale, small.alpha) == (1.0, 3.0)
     assert_close(small.A @ small.A.T, small.B.T @ small.B, atol=1e-11)
 
@@ -88,7 +88,7 @@ def test_a_change_of_the_factors_changes_nothing(rng: np.random.Generator) -> No
     other = LowRankUpdate(
         name="q", A=np.linalg.solve(turn, update.A), B=update.B @ turn, scale=update.scale
     )
-    one, two = resize(update, rank=2), resize(other, rank=2)
+    one, two = truncate(update, rank=2), truncate(other, rank=2)
     assert_close(one[0].delta_weight(), two[0].delta_weight(), atol=1e-10)
     assert_close(one[1].error, two[1].error)
 
@@ -98,7 +98,7 @@ def test_a_rank_beyond_the_numerical_one_does_not_pad(rng: np.random.Generator) 
     padded = LowRankUpdate(
         name="q", A=np.vstack([thin.A, thin.A]), B=np.hstack([thin.B, thin.B]), scale=1.0
     )
-    small, lost = resize(padded, rank=4)
+    small, lost = truncate(padded, rank=4)
     assert (small.rank, lost.rank, lost.given_rank) == (2, 2, 4)
     assert lost.error == pytest.approx(0.0, abs=1e-15)
 
@@ -107,14 +107,14 @@ def test_a_rank_beyond_the_numerical_one_does_not_pad(rng: np.random.Generator) 
 def test_an_energy_share_keeps_the_fewest_directions_that_hold_it(
     rng: np.random.Generator, energy: float, rank: int
 ) -> None:
-    small, lost = resize(planted(rng, [4.0, 3.0, 2.0, 1.0]), energy=energy)
+    small, lost = truncate(planted(rng, [4.0, 3.0, 2.0, 1.0]), energy=energy)
     assert small.rank == rank
     assert 1 - lost.error**2 >= energy - 1e-12
 
 
 def test_a_zero_update_becomes_one_of_rank_one(rng: np.random.Generator) -> None:
     update = LowRankUpdate(name="q", A=rng.standard_normal((3, 5)), B=np.zeros((7, 3)), scale=1.0)
-    small, lost = resize(update, rank=2)
+    small, lost = truncate(update, rank=2)
     assert small.rank == 1
     assert not small.delta_weight().any()
     assert lost.error == 0.0
@@ -122,7 +122,7 @@ def test_a_zero_update_becomes_one_of_rank_one(rng: np.random.Generator) -> None
 
 def test_an_unknown_scale_stays_unknown(rng: np.random.Generator) -> None:
     update = low_rank_update(rng, scale=None)
-    small, lost = resize(update, rank=2)
+    small, lost = truncate(update, rank=2)
     assert small.scale is None
     assert small.alpha is None
     _, S, _ = dense_svd(update.B @ update.A, 4)
@@ -140,7 +140,7 @@ def test_layout_kernel_and_magnitude_stay(rng: np.random.Generator) -> None:
         variant="DoRA",
         magnitude=np.ones(5),
     )
-    small, _ = resize(update, rank=2)
+    small, _ = truncate(update, rank=2)
     assert (small.layout, small.kernel, small.variant) == ("conv", (3, 3), "DoRA")
     assert small.magnitude is not None
 
@@ -164,12 +164,12 @@ def test_a_dense_update_is_cut_like_a_factored_one(
     dense = DenseUpdate("q", (U * S) @ V.T)
     for limit in (768, 1):  # the whole spectrum, and its leading part alone
         monkeypatch.setattr(linalg, "DENSE_SVD_LIMIT", limit)
-        small, lost = resize(dense, rank=3)
+        small, lost = truncate(dense, rank=3)
         assert_close(small.delta_weight(), (U[:, :3] * S[:3]) @ V[:, :3].T, atol=1e-9)
         assert_close(lost.lost, np.linalg.norm(S[3:]), rtol=1e-8)
         assert_close(lost.norm, np.linalg.norm(S))
         assert lost.given_parameters == 1200
-        by_energy, held = resize(dense, energy=1 - float(np.sum(S[17:] ** 2) / np.sum(S**2)))
+        by_energy, held = truncate(dense, energy=1 - float(np.sum(S[17:] ** 2) / np.sum(S**2)))
         assert by_energy.rank == 17
         assert_close(held.lost, np.linalg.norm(S[17:]), rtol=1e-7)
 
@@ -178,7 +178,7 @@ def test_a_large_dense_update_takes_its_leading_part_alone(rng: np.random.Genera
     U, V = orthonormal(rng, 900, 40), orthonormal(rng, 800, 40)
     S = np.linspace(4.0, 1.0, 40)
     dense = DenseUpdate("q", ((U * S) @ V.T).astype(np.float32))
-    small, lost = resize(dense, energy=0.9)
+    small, lost = truncate(dense, energy=0.9)
     held = np.cumsum(S**2) / np.sum(S**2)
     assert small.rank == int(np.searchsorted(held, 0.9)) + 1
     assert_close(lost.error, np.sqrt(1 - held[small.rank - 1]), rtol=1e-5)
@@ -281,7 +281,7 @@ def test_keeping_and_dropping_are_two_halves_of_the_update(rng: np.random.Genera
 
 def test_keeping_the_top_k_is_resizing(rng: np.random.Generator) -> None:
     update = low_rank_update(rng)
-    one, two = keep_directions(update, range(1, 3)), resize(update, rank=2)[0]
+    one, two = keep_directions(update, range(1, 3)), truncate(update, rank=2)[0]
     assert_close(one.delta_weight(), two.delta_weight(), atol=1e-12)
 
 
@@ -357,11 +357,11 @@ def test_what_cannot_be_done_is_said(rng: np.random.Generator) -> None:
     zero = Adapter({"q": LowRankUpdate("q", np.eye(1, 3), np.zeros((3, 1)), 1.0)}, label="z")
     elsewhere = Adapter({"other": low_rank_update(rng, name="other")}, label="elsewhere")
     table: list[tuple[Any, type[InputError], str]] = [
-        (lambda: resize(update), InputError, "exactly one of rank, energy; got none"),
-        (lambda: resize(update, rank=1, energy=0.5), InputError, "got rank, energy"),
-        (lambda: resize(update, rank=0), InputError, "at least 1, got 0"),
-        (lambda: resize(update, energy=1.5), InputError, r"\(0, 1\], got 1.5"),
-        (lambda: resize(part, rank=1), UnsupportedMethodError, "a part of KaSA"),
+        (lambda: truncate(update), InputError, "exactly one of rank, energy; got none"),
+        (lambda: truncate(update, rank=1, energy=0.5), InputError, "got rank, energy"),
+        (lambda: truncate(update, rank=0), InputError, "at least 1, got 0"),
+        (lambda: truncate(update, energy=1.5), InputError, r"\(0, 1\], got 1.5"),
+        (lambda: truncate(part, rank=1), UnsupportedMethodError, "a part of KaSA"),
         (lambda: resize_adapter(whole, budget=40), InputError, "the smallest takes 44"),
         (lambda: resize_adapter(zero, budget=40), InputError, "untrained"),
         (lambda: resize_adapter(unknown, rank=1), ScaleError, "scale of 'q'"),

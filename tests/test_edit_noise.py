@@ -9,7 +9,7 @@ import pytest
 from factories import low_rank_update
 from training_bases import write_tiny_base
 
-from lora_analysis import DenseUpdate, read_adapter, read_update, write_adapter
+from lora_analysis import DenseUpdate, read_adapter, read_fine_tune, write_adapter
 from lora_analysis.adapter import Adapter
 from lora_analysis.chance import similarity_mean
 from lora_analysis.edit import noise_of_equal_norm
@@ -97,7 +97,7 @@ def test_an_update_that_is_zero_stays_zero() -> None:
 
 def test_a_full_fine_tune_has_its_noise(tmp_path: Path) -> None:
     one, other = (write_tiny_base(tmp_path / str(seed), seed=seed) for seed in (1, 2))
-    change = read_update(other, one)
+    change = read_fine_tune(other, one)
     noise = noise_of_equal_norm(change)
     assert list(noise) == list(change)
     assert noise.provenance.base_model == change.provenance.base_model

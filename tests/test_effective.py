@@ -11,7 +11,7 @@ import pytest
 from factories import low_rank_update, orthonormal
 from safetensors.numpy import save_file
 
-from lora_analysis import effective_update, start_from_base
+from lora_analysis import effective_update, initial_factors_from_base
 from lora_analysis.adapter import DenseUpdate, LowRankUpdate
 from lora_analysis.bases import open_base
 from lora_analysis.cli import run
@@ -22,7 +22,7 @@ from lora_analysis.errors import (
     ScaleError,
     UnsupportedMethodError,
 )
-from lora_analysis.formats.initial import StartRequest
+from lora_analysis.formats.initial import InitialFactorsRequest
 
 
 def of(update: LowRankUpdate, **fields: object) -> LowRankUpdate:
@@ -77,7 +77,7 @@ def test_a_start_is_the_product_its_method_takes_from_the_base(
 ) -> None:
     base = open_base({"layers.0.q_proj": W.astype(np.float32)})
     update = low_rank_update(rng, scale=0.25)
-    a0, b0 = start_from_base(base)(StartRequest(method, update))
+    a0, b0 = initial_factors_from_base(base)(InitialFactorsRequest(method, update))
     assert (a0.shape, b0.shape) == ((4, 20), (24, 4))
     W = W.astype(np.float32).astype(np.float64)
     if method == "pissa":
@@ -95,7 +95,7 @@ def test_what_is_not_defined_or_does_not_fit_is_refused(
     update = low_rank_update(rng)
     flat = orthonormal(rng, 24, 20)  # every singular value is 1
     base = open_base({"layers.0.q_proj": flat.astype(np.float32)})
-    start = start_from_base(base)
+    start = initial_factors_from_base(base)
     for attempt, kind, told in [
         (lambda: effective_update(of(update, variant="DoRA"), W), InputError, "no magnitude"),
         (
@@ -119,8 +119,8 @@ def test_what_is_not_defined_or_does_not_fit_is_refused(
         ),
         (lambda: effective_update(of(update, variant="KaSA"), flat), DegenerateSubspaceError, "16"),
         (lambda: effective_update(of(update, variant="X"), W), UnsupportedMethodError, "'X'"),
-        (lambda: start(StartRequest("pissa", update)), DegenerateSubspaceError, "sigma_4"),
-        (lambda: start(StartRequest("corda", update)), UnsupportedMethodError, "'corda'"),
+        (lambda: start(InitialFactorsRequest("pissa", update)), DegenerateSubspaceError, "sigma_4"),
+        (lambda: start(InitialFactorsRequest("corda", update)), UnsupportedMethodError, "'corda'"),
     ]:
         with pytest.raises(kind, match=told):
             attempt()

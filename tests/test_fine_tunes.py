@@ -13,7 +13,13 @@ from factories import orthonormal
 from reference import assert_close, dense_svd
 from safetensors.numpy import load_file, save_file
 
-from lora_analysis import extract, open_base, read_adapter, read_update, write_adapter
+from lora_analysis import (
+    approximate_fine_tune,
+    open_base,
+    read_adapter,
+    read_fine_tune,
+    write_adapter,
+)
 from lora_analysis.adapter import DenseUpdate
 from lora_analysis.errors import BaseWeightError, InputError
 from lora_analysis.similarity import subspace_similarity
@@ -76,7 +82,7 @@ def test_a_table_is_told_from_a_projection_by_its_whole_name(
         (tmp_path / place).mkdir()
         (tmp_path / place / "config.json").write_text(json.dumps({"model_type": "llama"}))
         save_file({f"{name}.weight": tensor}, tmp_path / place / "model.safetensors")
-    one = read_update(tmp_path / "tuned", tmp_path / "base")[name]
+    one = read_fine_tune(tmp_path / "tuned", tmp_path / "base")[name]
     assert one.layout == layout
     delta = new - old
     assert_close(one.delta_weight(), delta.T if layout == "embedding" else delta, atol=1e-6)
@@ -85,7 +91,7 @@ def test_a_table_is_told_from_a_projection_by_its_whole_name(
 def test_the_update_of_a_fine_tune_is_the_difference_of_the_weights(
     models: dict[str, Any],
 ) -> None:
-    update = read_update(models["tuned"], models["base"])
+    update = read_fine_tune(models["tuned"], models["base"])
     assert list(update) == list(models["deltas"])
     for name, delta in models["deltas"].items():
         one = update[name]
@@ -99,7 +105,7 @@ def test_the_update_of_a_fine_tune_is_the_difference_of_the_weights(
 
 def test_what_is_not_part_of_the_update_is_said(models: dict[str, Any]) -> None:
     identical, lost, others = map(
-        str, read_update(models["tuned"], models["base"]).provenance.findings
+        str, read_fine_tune(models["tuned"], models["base"]).provenance.findings
     )
     assert "1 of 5 weights are identical in base and left out: 'model.layers.1.q_proj'" in identical
     assert "1 of 5 weights are left out, since nothing in base can be held" in lost
@@ -113,13 +119,13 @@ def test_a_model_with_a_prefix_is_held_against_one_without(
 ) -> None:
     _, base = models["tensors"]
     bare = {name.removeprefix("model."): tensor for name, tensor in base.items()}
-    update = read_update(models["tuned"], save(tmp_path / "bare", bare))
+    update = read_fine_tune(models["tuned"], save(tmp_path / "bare", bare))
     assert list(update) == list(models["deltas"])
 
 
 def test_a_fine_tune_is_compared_like_any_adapter(models: dict[str, Any]) -> None:
-    full = read_update(models["tuned"], models["base"])
-    small = extract(models["tuned"], models["base"], rank=3).adapter
+    full = read_fine_tune(models["tuned"], models["base"])
+    small = approximate_fine_tune(models["tuned"], models["base"], rank=3).adapter
     name = "model.layers.0.up_proj"
     grid = subspace_similarity(full[name], small[name])
     assert_close(np.diag(grid.values)[:3], 1.0, atol=1e-6)
@@ -129,13 +135,13 @@ def test_a_fine_tune_saved_without_its_config_is_of_its_bases_family(
     models: dict[str, Any],
 ) -> None:
     (models["tuned"] / "config.json").unlink()
-    assert list(read_update(models["tuned"], models["base"])) == list(models["deltas"])
+    assert list(read_fine_tune(models["tuned"], models["base"])) == list(models["deltas"])
 
 
 def test_models_in_memory_are_taken_too(rng: np.random.Generator) -> None:
     base = {"layers.0.q": rng.standard_normal((6, 5)), "layers.1.q": rng.standard_normal((6, 5))}
     tuned = base | {"layers.1.q": base["layers.1.q"] + 1.0}
-    update = read_update(open_base(tuned), base, label="mine")
+    update = read_fine_tune(open_base(tuned), base, label="mine")
     assert list(update) == ["layers.1.q"]
     assert_close(update["layers.1.q"].delta_weight(), np.ones((6, 5)), atol=1e-6)
 
@@ -149,7 +155,7 @@ def test_a_live_model_of_conv1d_is_turned(rng: np.random.Generator) -> None:
     with torch.no_grad():
         tuned.layers[3].c_proj.weight += step
         tuned.layers[3].norm.bias += 1
-    update = read_update(tuned, base)
+    update = read_fine_tune(tuned, base)
     (one,) = update.values()
     assert isinstance(one, DenseUpdate)
     assert one.layout == "conv1d"
@@ -166,12 +172,16 @@ def test_what_cannot_be_compared_is_refused(
     other = save(tmp_path / "other", {"h.0.fc.weight": rng.standard_normal((4, 4))})
     only = save(tmp_path / "only", {"a.bias": np.ones(3)})
     table: list[tuple[Any, type[InputError], str]] = [
-        (lambda: read_update(models["base"], models["base"]), InputError, "Is it the base itself"),
-        (lambda: read_update(nameless, unknown), BaseWeightError, "Pass transposed="),
-        (lambda: read_update(other, models["base"]), BaseWeightError, "no weight belongs to"),
-        (lambda: read_update(only, models["base"]), InputError, "holds no weight matrix"),
         (
-            lambda: read_update(models["tuned"], models["base"], modules="k_proj"),
+            lambda: read_fine_tune(models["base"], models["base"]),
+            InputError,
+            "Is it the base itself",
+        ),
+        (lambda: read_fine_tune(nameless, unknown), BaseWeightError, "Pass transposed="),
+        (lambda: read_fine_tune(other, models["base"]), BaseWeightError, "no weight belongs to"),
+        (lambda: read_fine_tune(only, models["base"]), InputError, "holds no weight matrix"),
+        (
+            lambda: read_fine_tune(models["tuned"], models["base"], modules="k_proj"),
             InputError,
             "no weight named 'k_proj'",
         ),
@@ -188,7 +198,7 @@ def test_one_matrix_is_held_at_a_time(rng: np.random.Generator, tmp_path: Path) 
     paths = [save(tmp_path / name, t) for name, t in (("base", base), ("tuned", tuned))]
     del base, tuned
     tracemalloc.start()
-    update = read_update(paths[1], paths[0])
+    update = read_fine_tune(paths[1], paths[0])
     held = tracemalloc.get_traced_memory()[1]
     for name in update:
         _ = update[name]
@@ -199,11 +209,11 @@ def test_one_matrix_is_held_at_a_time(rng: np.random.Generator, tmp_path: Path) 
     assert peak < 2 * matrix + 2 * tile + 2**20  # the last one is let go after the next is made
 
 
-# --- extract ----------------------------------------------------------------------------------
+# --- approximate_fine_tune ----------------------------------------------------------------------
 
 
 def test_extract_gives_the_truncated_svd_of_each_difference(models: dict[str, Any]) -> None:
-    found = extract(models["tuned"], models["base"], rank=2)
+    found = approximate_fine_tune(models["tuned"], models["base"], rank=2)
     for one in found.modules:
         delta = models["deltas"][one.module]
         delta = delta.T if one.module == "model.embed_tokens" else delta
@@ -218,7 +228,7 @@ def test_a_planted_lora_is_found_whole(rng: np.random.Generator, tmp_path: Path)
     W = rng.standard_normal((40, 30))
     delta = orthonormal(rng, 40, 3) @ np.diag([3.0, 2.0, 1.0]) @ orthonormal(rng, 30, 3).T
     name = "layers.0.q_proj"
-    found = extract({name: W + delta}, {name: W}, rank=3, modules="q_proj")
+    found = approximate_fine_tune({name: W + delta}, {name: W}, rank=3, modules="q_proj")
     assert found.error < 1e-6
     assert_close(found.adapter[name].delta_weight(), delta, atol=1e-5)
 
@@ -250,7 +260,9 @@ def test_an_extracted_lora_of_full_rank_has_the_logits_of_the_fine_tune(
     for name, model in (("base", base), ("tuned", tuned)):
         model.save_pretrained(tmp_path / name)
     modules = rf".*({'|'.join(kinds)}).*"
-    found = extract(tmp_path / "tuned", tmp_path / "base", energy=1.0, modules=modules)
+    found = approximate_fine_tune(
+        tmp_path / "tuned", tmp_path / "base", energy=1.0, modules=modules
+    )
     write_adapter(found.adapter, tmp_path / "lora")
     loaded = PeftModel.from_pretrained(fresh(), str(tmp_path / "lora")).eval()
     ids = torch.arange(10)[None]
@@ -271,12 +283,12 @@ def test_convolutions_are_part_of_a_fine_tune(
         places, (base["conv.weight"], base["conv.weight"] + step), strict=True
     ):
         save_file({"conv.weight": tensor}, place)
-    update = read_update(places[1], places[0])
+    update = read_fine_tune(places[1], places[0])
     one = update["conv"]
     assert isinstance(one, DenseUpdate)
     assert (one.layout, one.kernel) == ("conv", kernel)
     assert_close(one.delta_weight(), step.reshape(6, -1), atol=1e-6)
-    small = extract(places[1], places[0], rank=2).adapter
+    small = approximate_fine_tune(places[1], places[0], rank=2).adapter
     folder = write_adapter(small, tmp_path / "lora")
     back = read_adapter(folder)["conv"]
     U, S, V = np.linalg.svd(step.reshape(6, -1).astype(float), full_matrices=False)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from image_files import Tensors, kohya_linear, lora_pair, normal, stored
 
-from lora_analysis import open_base, start_from_base
+from lora_analysis import initial_factors_from_base, open_base
 from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.errors import MalformedFileError, UnsupportedMethodError
 from lora_analysis.formats import find_adapters, read_adapter
@@ -332,7 +332,7 @@ def test_a_start_that_was_taken_out_of_the_base_is_subtracted(
     np.testing.assert_allclose(found, product(tensors, unet) - product(before, unet), rtol=1e-6)
     np.testing.assert_allclose(adapter[text].delta_weight(), product(tensors, text), rtol=1e-6)
     W = rng.standard_normal((6, 5)).astype(np.float32)
-    worked_out = read_adapter(trained, initial=start_from_base(open_base({unet: W})))
+    worked_out = read_adapter(trained, initial=initial_factors_from_base(open_base({unet: W})))
     U, S, V = np.linalg.svd(W.astype(float))
     wanted = product(tensors, unet) - (U[:, :2] * S[:2]) @ V[:2]
     np.testing.assert_allclose(worked_out[unet].delta_weight(), wanted, rtol=1e-5)

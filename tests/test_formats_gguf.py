@@ -188,7 +188,7 @@ def test_half_precision_is_exact_and_blocks_are_decoded(
     np.testing.assert_allclose(update.delta_weight(), 3 * b @ a, rtol=1e-12)
 
 
-def test_quantised_factors_are_decoded(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_quantized_factors_are_decoded(tmp_path: Path, rng: np.random.Generator) -> None:
     a = rng.standard_normal((RANK, 64)).astype(np.float32)
     b = rng.standard_normal((ROWS, RANK)).astype(np.float32)
     path = tmp_path / "q8.gguf"

@@ -1,4 +1,4 @@
-"""Bare pairs under any naming, and what is said about files that no format recognises."""
+"""Bare pairs under any naming, and what is said about files that no format recognizes."""
 
 from __future__ import annotations
 

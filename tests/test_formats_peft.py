@@ -482,7 +482,7 @@ def test_a_config_that_cannot_be_used_is_refused_with_its_field(
 @pytest.mark.parametrize(
     "start", [True, False, None, "gaussian", "Gaussian", "eva", "orthogonal", "true", "mica"]
 )
-def test_initialisations_that_leave_the_base_alone_are_read(
+def test_initializations_that_leave_the_base_alone_are_read(
     tmp_path: Path, rng: np.random.Generator, start: object
 ) -> None:
     folder = peft_folder(tmp_path, factors(rng), CONFIG | {"init_lora_weights": start})

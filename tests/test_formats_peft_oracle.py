@@ -101,11 +101,11 @@ def peft_model(family: str, variant: dict[str, Any], name: str = "default") -> A
         # One set of patterns serves three families: some keys match nothing in each.
         warnings.filterwarnings("ignore", "The following .*_pattern keys did not match")
         wrapped = get_peft_model(model, config, adapter_name=name)
-    randomise(wrapped)
+    randomize(wrapped)
     return wrapped
 
 
-def randomise(model: Any) -> None:
+def randomize(model: Any) -> None:
     for key, parameter in model.named_parameters():
         if "lora_B" in key:
             torch.nn.init.normal_(parameter)
@@ -197,7 +197,7 @@ def test_a_state_dict_dump_of_two_adapters_is_read_by_name(tmp_path: Path) -> No
 
     model = peft_model("llama", {}, name="one")
     model.add_adapter("two", LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"]))
-    randomise(model)
+    randomize(model)
     dump = {key: value for key, value in model.state_dict().items() if "lora_" in key}
     path = tmp_path / "dump.safetensors"
     save_file(dump, path, metadata={"format": "pt"})
@@ -227,7 +227,7 @@ def test_an_attention_of_torch_reads_in_both_its_projections(tmp_path: Path) -> 
             return self.attention(x, x, x)[0]
 
     model = get_peft_model(Block(), LoraConfig(r=3, target_modules=["attention"]))
-    randomise(model)
+    randomize(model)
     model.save_pretrained(tmp_path)
     layer = model.base_model.model.attention
     wanted = {

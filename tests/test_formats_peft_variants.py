@@ -16,7 +16,7 @@ from torch import nn
 
 from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate
 from lora_analysis.bases import open_base
-from lora_analysis.effective import effective_update, start_from_base
+from lora_analysis.effective import effective_update, initial_factors_from_base
 from lora_analysis.errors import (
     MalformedFileError,
     SourceError,
@@ -58,7 +58,7 @@ def base() -> Base:
     return Base()
 
 
-def randomise(model: nn.Module) -> nn.Module:
+def randomize(model: nn.Module) -> nn.Module:
     """Give every factor and every magnitude values that training could have given it."""
     torch.manual_seed(1)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def randomise(model: nn.Module) -> nn.Module:
 
 def lora(targets: list[str], **fields: Any) -> Any:
     config = LoraConfig(r=4, lora_alpha=10, target_modules=targets, **fields)
-    return randomise(get_peft_model(base(), config))
+    return randomize(get_peft_model(base(), config))
 
 
 def layer(model: Any, name: str) -> Any:
@@ -186,7 +186,7 @@ def adalora(targets: list[str], **fields: Any) -> Any:
     config = peft.AdaLoraConfig(
         init_r=6, target_r=3, lora_alpha=10, target_modules=targets, total_step=10, **fields
     )
-    return randomise(get_peft_model(base(), config))
+    return randomize(get_peft_model(base(), config))
 
 
 def test_adalora_reads_with_its_singular_values_and_its_own_scale(tmp_path: Path) -> None:
@@ -285,13 +285,17 @@ def test_what_starts_from_a_product_of_the_base_is_less_that_product(
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_the_start_is_worked_out_of_the_base_as_peft_does(tmp_path: Path, start: str) -> None:
     _, wanted = started(tmp_path, start)
-    adapter = read_adapter(tmp_path / "trained", initial=start_from_base(open_base(base())))
+    adapter = read_adapter(
+        tmp_path / "trained", initial=initial_factors_from_base(open_base(base()))
+    )
     assert_same(adapter["proj"].delta_weight(), wanted, 1e-5)
 
 
 def test_a_start_drawn_at_random_is_not_worked_out(tmp_path: Path) -> None:
     started(tmp_path, "pissa_niter_4")
-    adapter = read_adapter(tmp_path / "trained", initial=start_from_base(open_base(base())))
+    adapter = read_adapter(
+        tmp_path / "trained", initial=initial_factors_from_base(open_base(base()))
+    )
     with pytest.raises(UnsupportedMethodError, match="drawn at random"):
         adapter["proj"]
 
@@ -376,7 +380,7 @@ def test_experts_are_read_one_by_one(tmp_path: Path, turned: bool, parameters: l
         target_parameters=parameters,
         rank_pattern={"experts.down_proj": 3},
     )
-    model = randomise(get_peft_model(Layers(turned=turned), config))
+    model = randomize(get_peft_model(Layers(turned=turned), config))
     model.save_pretrained(tmp_path)
     adapter = read_adapter(tmp_path)
     wanted = {}
@@ -404,7 +408,7 @@ def test_experts_of_early_versions_are_turned_where_their_shapes_tell(tmp_path: 
     model = Layers(turned=False)
     for one in model.layers:
         one.experts.is_transposed = True  # PEFT then reads the axes as they come
-    model = randomise(get_peft_model(model, config))
+    model = randomize(get_peft_model(model, config))
     model.save_pretrained(tmp_path)
     adapter = read_adapter(tmp_path)
     wrapper = model.base_model.model.layers[0].experts.base_layer
@@ -416,7 +420,7 @@ def test_experts_of_early_versions_are_turned_where_their_shapes_tell(tmp_path: 
 
 def test_experts_of_one_parameter_and_an_unknown_version_are_a_finding(tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"])
-    randomise(get_peft_model(Layers(turned=False), config)).save_pretrained(tmp_path)
+    randomize(get_peft_model(Layers(turned=False), config)).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     stated = json.loads(path.read_text())
     path.write_text(json.dumps(stated | {"peft_version": "0.18.1"}))
@@ -446,7 +450,7 @@ def test_replicated_layers_name_the_layer_they_share(tmp_path: Path) -> None:
     weights = [one.self_attn.q_proj.weight for one in model.model.layers]
     replicated = [[0, 2], [1, 3]]
     config = LoraConfig(r=2, target_modules=["q_proj"], layer_replication=replicated)
-    model = randomise(get_peft_model(model, config))
+    model = randomize(get_peft_model(model, config))
     model.save_pretrained(tmp_path)
     adapter = read_adapter(tmp_path)
     assert len(adapter) == 4
@@ -539,7 +543,7 @@ def test_experts_are_written_back_as_peft_stored_them(
     config = LoraConfig(
         r=2, target_modules=[], target_parameters=named, rank_pattern={"experts.down_proj": 3}
     )
-    randomise(get_peft_model(Layers(turned=turned), config)).save_pretrained(tmp_path / "theirs")
+    randomize(get_peft_model(Layers(turned=turned), config)).save_pretrained(tmp_path / "theirs")
     write_adapter(read_adapter(tmp_path / "theirs"), tmp_path / "ours")
     theirs, ours = (
         load_file(tmp_path / f / "adapter_model.safetensors") for f in ("theirs", "ours")

@@ -15,8 +15,8 @@ from image_files import lora_pair, stored
 
 from lora_analysis.adapter import Adapter, DenseUpdate, FilePosition, LowRankUpdate, Update
 from lora_analysis.cli import run
+from lora_analysis.conclusions import findings
 from lora_analysis.errors import InputError, MalformedFileError, SourceError
-from lora_analysis.findings import findings
 from lora_analysis.formats import find_adapters, read_adapter, write_adapter
 from lora_analysis.formats.sanity_checks import check_updates
 from lora_analysis.formats.stored import stacked, tensor

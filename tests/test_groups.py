@@ -102,8 +102,8 @@ def test_unrelated_members_look_alike_in_sample_and_not_held_out(rng):
     found = shared_basis([spectrum(one) for one in made], "input")
     assert_close(found.in_sample[:, -1], np.ones(3))
     assert_close(found.held_out.values[:, :4], np.zeros((3, 4)), atol=1e-20)
-    assert found.undefined.tolist() == [True, True, False, True, True, False]
-    assert found.held_out_undefined[0].tolist() == [True, False, True, False, False, False]
+    assert found.degenerate.tolist() == [True, True, False, True, True, False]
+    assert found.held_out_degenerate[0].tolist() == [True, False, True, False, False, False]
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 6, 10])
@@ -117,11 +117,11 @@ def test_the_leading_k_are_the_first_k_of_all(rng, k):
     spectra = [spectrum(one) for one in made]
     every, found = shared_basis(spectra, "input"), shared_basis(spectra, "input", k=k)
     assert_close(found.eigenvalues, every.eigenvalues[:k])
-    assert found.undefined.tolist() == every.undefined[:k].tolist()
-    assert found.held_out_undefined.tolist() == every.held_out_undefined[:, :k].tolist()
+    assert found.degenerate.tolist() == every.degenerate[:k].tolist()
+    assert found.held_out_degenerate.tolist() == every.held_out_degenerate[:, :k].tolist()
     assert_close(found.held_out.values[:, k - 1], every.held_out.values[:, k - 1], atol=IDENTITY)
     only = [spectrum(one) for one in tied]
-    assert shared_basis(only, "input", k=2).undefined.tolist() == [True, True]
+    assert shared_basis(only, "input", k=2).degenerate.tolist() == [True, True]
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -195,7 +195,7 @@ def test_dense_and_low_rank_members_share_a_basis(rng):
     one = shared_basis([spectrum(m) for m in made], "output", k=3, updates=made)
     two = shared_basis([spectrum(m) for m in mixed], "output", k=3, updates=mixed)
     assert_close(two.held_out.values, one.held_out.values, atol=IDENTITY)
-    assert not two.shared_start.any()
+    assert not two.shared_init.any()
 
 
 def test_members_with_one_initial_a_are_marked_and_others_are_not(rng):
@@ -205,9 +205,9 @@ def test_members_with_one_initial_a_are_marked_and_others_are_not(rng):
     made = [one, copy, three, frozen]
     found = shared_basis([spectrum(m) for m in made], "input", k=8, updates=made)
     # The untrained member has the third one's A, and is in no basis.
-    assert found.shared_start.tolist() == [True, True, False, False]
+    assert found.shared_init.tolist() == [True, True, False, False]
     assert found.held_out.values[0, -1] > 0.9
-    assert shared_basis([spectrum(m) for m in made], "input").shared_start is None
+    assert shared_basis([spectrum(m) for m in made], "input").shared_init is None
 
 
 def test_what_is_no_group_is_refused(rng, updates):
@@ -341,7 +341,7 @@ def test_input_shares_of_a_shared_start_are_marked_and_left_out(rng):
     names = list(one)
     mixed = {n: replace(two[n], A=one[n].A) if n in names[:3] else two[n] for n in names}
     found = group_similarity([one, Adapter(mixed, label="mixed"), three])
-    assert found.shared_start.tolist() == [[True, True, False]] * 3 + [[False] * 3]
+    assert found.shared_init.tolist() == [[True, True, False]] * 3 + [[False] * 3]
     assert_close(found.quartiles("held_out", "input")[1, :2], found.held_out[0, 3, :2])
     assert_close(found.quartiles("held_out")[1], np.median(found.held_out[1], axis=0))
     part = group_similarity([one, Adapter({n: mixed[n] for n in names[:3]}, label="part"), three])
@@ -399,7 +399,7 @@ def test_checkpoints_of_one_run_share_their_basis_and_their_start(real_adapters)
     folder = real_adapters / "qwen2.5-peft"
     run = [read_adapter(folder / name) for name in ("checkpoint-23", "checkpoint-46", "final")]
     found = group_similarity(run)
-    assert found.shared_start.all()
+    assert found.shared_init.all()
     assert np.isnan(found.quartiles(side="input")).all()
     assert (found.quartiles("held_out")[0] > 0.85).all()
     assert found.total_cosine > 0.9

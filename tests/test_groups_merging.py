@@ -52,7 +52,7 @@ def test_every_number_equals_that_of_dense_matrices(updates, k, epsilon):
         assert_close(one.values[kept], values, atol=IDENTITY)
         assert_close(one.chance, np.sqrt(count / d))
         assert np.isnan(one.values[1])
-        assert not one.undefined
+        assert not one.degenerate
 
 
 def test_orthogonal_members_do_not_interfere_and_equal_ones_do_in_full(rng):
@@ -129,8 +129,8 @@ def test_a_cut_between_equal_merged_values_is_told(rng):
     ]
     found = measured(pair, epsilon=0.6)
     assert found.alignment["output"].directions == 3
-    assert found.alignment["output"].undefined
-    assert not measured(pair).alignment["output"].undefined
+    assert found.alignment["output"].degenerate
+    assert not measured(pair).alignment["output"].degenerate
 
 
 def test_the_cosine_of_random_members_has_the_stated_spread():

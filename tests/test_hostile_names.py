@@ -27,10 +27,10 @@ from lora_analysis.adapter import Adapter
 from lora_analysis.bases import open_base
 from lora_analysis.report import results_schema, write_report
 from lora_analysis.report.tables import square_table
-from lora_analysis.showing import html_table, printable, printable_json
 from lora_analysis.storage.records import RECORD_FOLDER
 from lora_analysis.studies import study
 from lora_analysis.studies.relations import shown_base
+from lora_analysis.text import html_table, printable, printable_json
 
 ALL = "".join(NAMES)
 
@@ -176,7 +176,7 @@ def test_a_terminal_shows_every_line_and_does_nothing_else(
 
 
 def test_a_real_terminal_is_left_as_it_was(rng: np.random.Generator, tmp_path: Path) -> None:
-    """On a terminal there are colours, a bar of progress, and a width."""
+    """On a terminal there are colors, a bar of progress, and a width."""
     one, two = hostile_files(rng, tmp_path)
     screen = pyte.Screen(100, 200)
     stream = pyte.ByteStream(screen)
@@ -197,11 +197,11 @@ def test_a_real_terminal_is_left_as_it_was(rng: np.random.Generator, tmp_path: P
     os.close(master)
     assert running.returncode == 0
     assert_untouched(screen)
-    coloured = [
+    colored = [
         "".join(cell.data for _, cell in sorted(line.items()) if cell.fg != "default").strip()
         for line in screen.buffer.values()
     ]
-    assert set(coloured) - {""} <= {"artefact", "limit", "result"}
+    assert set(colored) - {""} <= {"artifact", "limit", "result"}
     shown = "\n".join(screen.display)
     assert "\\x1b]0;owned\\x07" in shown
     assert "median" in shown
@@ -235,7 +235,7 @@ def test_folders_of_somebodys_disk_stay_out_of_reports(stated: str, shown: str) 
     assert shown_base(stated) == shown
 
 
-def test_a_folder_whose_name_is_no_utf_8_is_analysed_like_any_other(
+def test_a_folder_whose_name_is_no_utf_8_is_analyzed_like_any_other(
     rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one, two = hostile_files(rng, tmp_path)

@@ -18,7 +18,7 @@ from reference import assert_close
 from safetensors.numpy import save
 from test_cli import call, document
 
-from lora_analysis import extract, open_base, read_update
+from lora_analysis import approximate_fine_tune, open_base, read_fine_tune
 from lora_analysis.errors import InputError, MissingExtraError, SourceError
 from lora_analysis.formats import find_adapters, read_adapter, write_adapter
 from lora_analysis.storage import hub as hub_module
@@ -515,10 +515,12 @@ def test_a_fine_tune_and_its_base_come_from_a_hub(hub: FakeHub, rng: np.random.G
     changed = {name: W + 1 for name, W in weights.items()}
     files = {"model.safetensors": save(changed), "config.json": files["config.json"]}
     tuned = hub.commit("me/tuned", files)
-    update = read_update("me/tuned", "org/base")
+    update = read_fine_tune("me/tuned", "org/base")
     assert update.provenance.address == f"hf://me/tuned@{tuned}"
     assert update.provenance.revision == tuned
-    written = write_adapter(extract("me/tuned", "hf://org/base", rank=1).adapter, "lora")
+    written = write_adapter(
+        approximate_fine_tune("me/tuned", "hf://org/base", rank=1).adapter, "lora"
+    )
     config = json.loads((written / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", base)
 

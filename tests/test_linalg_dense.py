@@ -151,7 +151,7 @@ def test_products_in_the_order_of_memory_are_the_products(rng, monkeypatch, orde
         assert_close(operator.normal(X), W.T @ (W @ X), rtol=1e-12, atol=1e-11)
 
 
-def test_neighbouring_numbers_alone_are_multiplied_in_pieces(rng):
+def test_neighboring_numbers_alone_are_multiplied_in_pieces(rng):
     W = rng.standard_normal((6, 512))
     for block in (W, W[::2], np.asfortranarray(W), W[:, ::2]):
         X, Y = rng.standard_normal((block.shape[1], 3)), rng.standard_normal((len(block), 3))

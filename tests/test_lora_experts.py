@@ -48,13 +48,13 @@ def trained(**options: Any) -> Any:
     model = bare_model("mixtral")
     given: dict[str, Any] = {"targets": [], "target_parameters": BOTH, **options}
     add_lora(model, rank=2, alpha=6, seed=4, **given)
-    optimiser = torch.optim.AdamW([p for _, p in trainable_parameters(model)], lr=0.05)
+    optimizer = torch.optim.AdamW([p for _, p in trainable_parameters(model)], lr=0.05)
     for _ in range(4):
         labels = (TOKENS * 7) % SIZE
         loss = nn.functional.cross_entropy(model(TOKENS).logits.flatten(0, 1), labels.flatten())
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     return model
 
 

@@ -61,12 +61,12 @@ def output(model: nn.Module) -> Tensor:
 
 
 def train(model: nn.Module) -> None:
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(4):
         loss = nn.functional.cross_entropy(model(TOKENS), torch.tensor([0, 2]))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
 
 
 def close(found: Tensor, expected: Tensor) -> None:

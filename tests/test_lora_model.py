@@ -203,16 +203,16 @@ def test_the_start_is_the_same_for_every_task_order_and_choice_of_modules() -> N
     assert not starts[0].B.any()
 
 
-def test_gradients_and_optimiser_states_exist_for_the_adapter_and_the_head_alone() -> None:
+def test_gradients_and_optimizer_states_exist_for_the_adapter_and_the_head_alone() -> None:
     model = adapted()
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     model(TOKENS).square().sum().backward()
-    optimiser.step()
+    optimizer.step()
     after = dict(model.named_parameters())
     assert all(torch.equal(after[name], value) for name, value in frozen.items())
     assert {name for name, p in after.items() if p.grad is not None} == set(after) - set(frozen)
-    assert len(optimiser.state) == len(after) - len(frozen) == 22 * 2 + 4
+    assert len(optimizer.state) == len(after) - len(frozen) == 22 * 2 + 4
     assert all(".adapters.default." in name for name, _ in trainable_parameters(model))
 
 
@@ -409,7 +409,7 @@ def test_a_deep_copy_is_independent() -> None:
     assert torch.equal(output(twin), output(tiny_model()))
 
 
-# Deprecated in favour of torch.export, which takes eight seconds to import.
+# Deprecated in favor of torch.export, which takes eight seconds to import.
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
 def test_a_trace_computes_the_same() -> None:
     model = adapted().eval()

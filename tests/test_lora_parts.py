@@ -13,7 +13,7 @@ from tiny_models import SIZE, bare_model
 from torch import Tensor, nn
 
 from lora_analysis.bases import open_base
-from lora_analysis.edit import resize
+from lora_analysis.edit import truncate
 from lora_analysis.errors import MalformedFileError, TargetError
 from lora_analysis.formats import read_adapter, write_adapter
 from lora_analysis.formats.fused_parts import joined
@@ -57,13 +57,13 @@ def trained(family: str, parts: list[str], **options: Any) -> Any:
     model = bare_model(family)
     target = FUSED[family]
     add_lora(model, rank=2, alpha=6, targets=[target], seed=4, parts={target: parts}, **options)
-    optimiser = torch.optim.AdamW([p for _, p in trainable_parameters(model)], lr=0.05)
+    optimizer = torch.optim.AdamW([p for _, p in trainable_parameters(model)], lr=0.05)
     for _ in range(4):
         labels = (TOKENS * 7) % SIZE
         loss = nn.functional.cross_entropy(model(TOKENS).logits.flatten(0, 1), labels.flatten())
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     return model
 
 
@@ -166,7 +166,7 @@ def test_parts_of_other_ranks_are_still_one_update_to_peft(tmp_path: Path) -> No
     from peft import PeftModel
 
     adapter = extract_adapter(trained("gpt2", ["q", "v"]))
-    changed = {n: resize(u, rank=1)[0] if n.endswith(".q") else u for n, u in adapter.items()}
+    changed = {n: truncate(u, rank=1)[0] if n.endswith(".q") else u for n, u in adapter.items()}
     mixed = type(adapter)(changed, label="mixed", config=adapter.config)
     write_adapter(mixed, tmp_path / "adapter")
     again = read_adapter(tmp_path / "adapter")

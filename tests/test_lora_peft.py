@@ -78,14 +78,14 @@ def logits(model: nn.Module) -> Tensor:
 
 def train(model: nn.Module) -> None:
     """Take three large steps on whatever takes gradients."""
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
     for _ in range(3):
         predicted = model(TOKENS).logits.flatten(0, -2)
         labels = torch.arange(len(predicted)) % predicted.shape[-1]
         loss = nn.functional.cross_entropy(predicted, labels)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
 
 
 def close(found: Tensor, expected: Tensor) -> None:

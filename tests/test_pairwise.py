@@ -11,9 +11,9 @@ from reference import IDENTITY, assert_close
 
 from lora_analysis.adapter import Adapter, DenseUpdate
 from lora_analysis.errors import IncompatibleError, InputError
-from lora_analysis.initialisation import module_start
 from lora_analysis.pairwise import module_pairs, pair_angles, pairwise
 from lora_analysis.pairwise import products as pairwise_module
+from lora_analysis.shared_init import module_start
 from lora_analysis.similarity import (
     energy_overlap,
     principal_angles,
@@ -154,7 +154,7 @@ def test_a_shared_start_is_told_and_left_out_of_the_input_sides_median(rng):
         for name in names
     }
     found = pairwise([one, Adapter(mixed, label="mixed")])
-    assert found.shared_start[:, 0, 1].tolist() == [True, True, True, False]
+    assert found.shared_init[:, 0, 1].tolist() == [True, True, True, False]
     assert_close(found.median("omega", "input")[0, 1], found.omega[0, 3, 0, 1])
     every = pairwise([one, Adapter({n: mixed[n] for n in names[:3]}, label="same")])
     assert np.isnan(every.median("omega", "input")[0, 1])

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from lora_analysis import open_base, read_adapter, study
 from lora_analysis.adapter import Adapter, LowRankUpdate
 from lora_analysis.cli import run
+from lora_analysis.conclusions import findings
 from lora_analysis.errors import BaseWeightError
-from lora_analysis.findings import findings
 from lora_analysis.groups import group_similarity
 from lora_analysis.pairwise import align_adapters, pairwise
 

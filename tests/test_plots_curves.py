@@ -55,8 +55,8 @@ def test_a_spectrum_is_drawn_over_i_from_one_on_a_log_axis(rng):
     assert ax.get_ylabel() == "singular value σᵢ of ΔW"
 
 
-def test_normalised_spectra_start_at_one(rng):
-    plot = resolve_spectrum([_spectrum(rng)], normalised=True)
+def test_normalized_spectra_start_at_one(rng):
+    plot = resolve_spectrum([_spectrum(rng)], normalized=True)
     assert plot.curves[0].values[0] == 1
     assert plot.ylabel == "σᵢ / σ₁ of ΔW"
 
@@ -118,7 +118,7 @@ def test_an_unknown_scale_is_said_on_the_axis_or_at_the_curve(rng):
     assert resolve_spectrum([unknown]).ylabel.endswith("of ΔW / scale")
     mixed = resolve_spectrum([unknown, known])
     assert [c.label for c in mixed.curves] == ["a / scale", "b"]
-    assert [c.label for c in resolve_spectrum([unknown, known], normalised=True).curves] == [
+    assert [c.label for c in resolve_spectrum([unknown, known], normalized=True).curves] == [
         "a", "b",
     ]  # fmt: skip
 

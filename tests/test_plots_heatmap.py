@@ -37,7 +37,7 @@ def test_the_drawn_array_is_phi_with_i_down_and_j_across_from_one(rng):
     assert list(ax.get_yticks()) == [1, 2, 3]
 
 
-def test_colour_runs_from_zero_to_one_whatever_the_values(rng):
+def test_color_runs_from_zero_to_one_whatever_the_values(rng):
     (image,) = plot_similarity(_grid(rng)).images
     assert image.get_clim() == (0, 1)
     assert image.get_cmap().name == "viridis"
@@ -68,17 +68,17 @@ def test_zoom_below_one_is_refused(rng):
         plot_similarity(_grid(rng), zoom=0)
 
 
-def test_excess_is_drawn_around_zero_with_its_own_colours(rng):
+def test_excess_is_drawn_around_zero_with_its_own_colors(rng):
     grid = _grid(rng)
     heatmap = resolve_similarity(grid, excess=True)
     np.testing.assert_array_equal(heatmap.data, grid.excess)
     assert heatmap.limits == EXCESS_LIMITS
     assert heatmap.chance is None
-    middle = heatmap.colours((0 - EXCESS_LIMITS[0]) / (EXCESS_LIMITS[1] - EXCESS_LIMITS[0]))
+    middle = heatmap.colors((0 - EXCESS_LIMITS[0]) / (EXCESS_LIMITS[1] - EXCESS_LIMITS[0]))
     assert min(middle[:3]) > 0.95  # white at chance
 
 
-def test_excess_below_the_colour_bar_is_announced(rng):
+def test_excess_below_the_color_bar_is_announced(rng):
     d = 4  # chance of a half: orthogonal subspaces lie at -1
     U = np.eye(d)
     one = factories.planted_update(U[:, :2], np.array([2.0, 1.0]), U[:, :2])
@@ -88,7 +88,7 @@ def test_excess_below_the_colour_bar_is_announced(rng):
     assert heatmap.below
 
 
-def test_chance_is_marked_beside_the_colour_bar(rng):
+def test_chance_is_marked_beside_the_color_bar(rng):
     grid = _grid(rng, d=24)
     ax = plot_similarity(grid)
     (bar,) = ax.child_axes
@@ -103,17 +103,21 @@ def test_undefined_cells_are_not_drawn_and_soft_ones_are_marked(rng):
     two = _graded(rng, [5, 4.9, 1])  # top-1 soft
     heatmap = resolve_similarity(subspace_similarity(one, two))
     assert heatmap.data.mask.tolist() == [[True] * 3, [False] * 3, [False] * 3]
-    assert heatmap.undefined.tolist() == heatmap.data.mask.tolist()
-    assert heatmap.soft.tolist() == [[False] * 3, [True, False, False], [True, False, False]]
+    assert heatmap.degenerate.tolist() == heatmap.data.mask.tolist()
+    assert heatmap.nearly_degenerate.tolist() == [
+        [False] * 3,
+        [True, False, False],
+        [True, False, False],
+    ]
     ax = plot_similarity(subspace_similarity(one, two))
-    assert [patch.get_label() for patch in ax.patches] == ["undefined", "soft"]
+    assert [patch.get_label() for patch in ax.patches] == ["degenerate", "nearly degenerate"]
     assert all(patch.get_hatch() for patch in ax.patches)
 
 
 def test_cells_left_out_by_zoom_are_not_hatched(rng):
     one, two = _graded(rng, [4, 4, 1]), _graded(rng, [5, 4.9, 1])
     heatmap = resolve_similarity(subspace_similarity(one, two), zoom=3)
-    assert heatmap.undefined.tolist() == [[True, False, False], [False] * 3, [False] * 3]
+    assert heatmap.degenerate.tolist() == [[True, False, False], [False] * 3, [False] * 3]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (8, 8)])
@@ -191,16 +195,16 @@ def test_figure_of_seeds_takes_its_headline_from_the_measured_panels(rng):
     assert figure.get_suptitle().startswith("φ(r3-s0, r5-s0")
 
 
-def test_the_colour_bar_of_a_row_spans_the_chance_of_all_its_panels(rng):
+def test_the_color_bar_of_a_row_spans_the_chance_of_all_its_panels(rng):
     figure = figure_grid([[Panel(_grid(rng, d=200), "a"), Panel(_grid(rng, 2, 2, d=24), "b")]])
     (bar,) = [child for ax in figure.axes for child in ax.child_axes]
     (line,) = [line for line in bar.lines if line.get_label() == "chance"]
     assert list(line.get_ydata()) == pytest.approx([1 / 200, 2 / 24])
 
 
-def test_a_row_cannot_mix_two_colour_scales(rng):
+def test_a_row_cannot_mix_two_color_scales(rng):
     grid = _grid(rng)
-    with pytest.raises(InputError, match="one colour bar"):
+    with pytest.raises(InputError, match="one color bar"):
         figure_grid([[Panel(grid, "a"), Panel(grid, "b", excess=True)]])
     with pytest.raises(InputError, match="at least one panel"):
         figure_grid([])
@@ -210,7 +214,7 @@ def test_shorter_rows_leave_room_at_the_right(rng):
     panel = Panel(_grid(rng), "a")
     figure = figure_grid([[panel, panel], [panel]])
     assert [bool(ax.images) for ax in figure.axes] == [True, True, True, False]
-    assert [len(ax.child_axes) for ax in figure.axes] == [0, 1, 0, 1]  # colour bars
+    assert [len(ax.child_axes) for ax in figure.axes] == [0, 1, 0, 1]  # color bars
     figure.draw_without_rendering()
     widths = {round(ax.get_position().width, 6) for ax in figure.axes}
     assert len(widths) == 1
@@ -224,7 +228,5 @@ def test_panel_figures_stay_out_of_pyplot_and_show_themselves(rng):
 
 def test_a_factor_of_one_side_is_named(rng):
     one = factories.low_rank_update(rng, label="a")
-    grid = subspace_similarity(
-        spectrum(one, factor="A"), spectrum(one, factor="A"), side="input", factor="A"
-    )
+    grid = subspace_similarity(spectrum(one, of="A"), spectrum(one, of="A"), side="input", of="A")
     assert figure_ranks({"q": grid}).get_suptitle() == "φ(a, a, i, j), input directions of A"

@@ -15,9 +15,9 @@ from lora_analysis.errors import InputError
 from lora_analysis.intruders import intruder_dimensions
 from lora_analysis.patterns import NO_TYPE
 from lora_analysis.plots.basis import resolve_weight_energy
+from lora_analysis.plots.clustermap import resolve_clustermap
 from lora_analysis.plots.curves import resolve_layers
 from lora_analysis.plots.maps import resolve_intruders, resolve_module_map
-from lora_analysis.plots.trees import resolve_atlas
 from lora_analysis.similarity import subspace_similarity
 from lora_analysis.spectra import weight_svd
 from lora_analysis.studies import study
@@ -58,9 +58,9 @@ def test_layers_are_lines_by_type_with_chance() -> None:
     plot = resolve_layers(pd.Series(values), ylabel="enrichment", chance=1.0, log=True)
     assert [line.label for line in plot.lines] == ["q", "v"]
     assert plot.chance == 1.0
-    grey = resolve_layers(values, ylabel="x", chance=dict.fromkeys(values, 2.0)).lines[-1]
-    assert grey.label == "random directions"
-    assert grey.y.tolist() == [2.0, 2.0, 2.0]
+    gray = resolve_layers(values, ylabel="x", chance=dict.fromkeys(values, 2.0)).lines[-1]
+    assert gray.label == "random directions"
+    assert gray.y.tolist() == [2.0, 2.0, 2.0]
     axes = plots.plot_layers(values, plots.new_axes(), chance=1.0, log=True)
     assert axes.get_yscale() == "log"
     assert [text.get_text() for text in axes.texts] == ["q", "v"]
@@ -106,18 +106,20 @@ def test_intruders_carry_a_dot(rng: np.random.Generator) -> None:
     assert len(dots) == report.count("output")
 
 
-def test_the_atlas_is_drawn_in_the_order_of_its_tree(rng: np.random.Generator) -> None:
-    atlas = study([adapter(rng, label=f"a$ {n}") for n in range(5)]).atlas
-    assert atlas is not None
-    plot = resolve_atlas(atlas)
-    order = atlas.order()
-    np.testing.assert_array_equal(plot.data, atlas.matrix("output")[np.ix_(order, order)])
+def test_the_similarity_matrix_is_drawn_in_the_order_of_its_tree(rng: np.random.Generator) -> None:
+    similarity_matrix = study([adapter(rng, label=f"a$ {n}") for n in range(5)]).similarity_matrix
+    assert similarity_matrix is not None
+    plot = resolve_clustermap(similarity_matrix)
+    order = similarity_matrix.order()
+    np.testing.assert_array_equal(
+        plot.data, similarity_matrix.matrix("output")[np.ix_(order, order)]
+    )
     leaves = plot.branches[..., 0][plot.branches[..., 1] == 0]
     assert sorted(leaves) == [0, 1, 2, 3, 4]
     for corners in plot.branches:  # every join goes up, over and down again
         assert corners[1, 1] == corners[2, 1] >= max(corners[0, 1], corners[3, 1])
     for what in ("output", "input", "cosine"):
-        axes = plots.plot_atlas(atlas, plots.new_axes(), what=what)
+        axes = plots.plot_clustermap(similarity_matrix, plots.new_axes(), what=what)
         assert axes.images[0].get_array().shape == (5, 5)
         axes.figure.canvas.draw()
 
@@ -129,30 +131,30 @@ def test_untrained_adapters_stand_outside_the_tree(rng: np.random.Generator) -> 
         return Adapter(updates, label=label)
 
     trained = [adapter(rng, label=f"t{n}") for n in range(3)]
-    mixed = study([empty("one"), trained[0], empty("two"), *trained[1:]]).atlas
-    alone = study(trained).atlas
+    mixed = study([empty("one"), trained[0], empty("two"), *trained[1:]]).similarity_matrix
+    alone = study(trained).similarity_matrix
     assert mixed is not None
     assert alone is not None
     np.testing.assert_allclose(mixed.linkage(), alone.linkage())
-    plot, expected = resolve_atlas(mixed), resolve_atlas(alone)
+    plot, expected = resolve_clustermap(mixed), resolve_clustermap(alone)
     assert plot.labels == (*expected.labels, "one (untrained)", "two (untrained)")
     np.testing.assert_allclose(plot.branches, expected.branches)
     np.testing.assert_allclose(plot.data[:3, :3], expected.data)
     assert np.isnan(plot.data[3:]).all()
-    few = study([empty("one"), trained[0], empty("two")]).atlas
+    few = study([empty("one"), trained[0], empty("two")]).similarity_matrix
     assert few is not None
-    assert resolve_atlas(few).branches.shape == (0, 4, 2)
-    plots.plot_atlas(few, plots.new_axes())
+    assert resolve_clustermap(few).branches.shape == (0, 4, 2)
+    plots.plot_clustermap(few, plots.new_axes())
 
 
-def test_two_adapters_have_an_atlas_and_one_has_none(rng: np.random.Generator) -> None:
-    two = study([adapter(rng, label="a"), adapter(rng, label="b")]).atlas
+def test_two_adapters_have_an_similarity_matrix_and_one_has_none(rng: np.random.Generator) -> None:
+    two = study([adapter(rng, label="a"), adapter(rng, label="b")]).similarity_matrix
     assert two is not None
-    assert resolve_atlas(two).branches.shape == (1, 4, 2)
-    one = study([adapter(rng)]).atlas
+    assert resolve_clustermap(two).branches.shape == (1, 4, 2)
+    one = study([adapter(rng)]).similarity_matrix
     assert one is not None
     with pytest.raises(InputError, match="at least two adapters"):
-        plots.plot_atlas(one)
+        plots.plot_clustermap(one)
 
 
 def test_steps_are_sorted_and_named() -> None:
@@ -206,12 +208,12 @@ def test_many_points_are_one_picture(rng: np.random.Generator) -> None:
 
 
 def test_new_figures_are_the_same_bytes_each_time(rng: np.random.Generator, tmp_path: Path) -> None:
-    atlas = study([adapter(rng, label=str(n)) for n in range(4)]).atlas
-    assert atlas is not None
+    similarity_matrix = study([adapter(rng, label=str(n)) for n in range(4)]).similarity_matrix
+    assert similarity_matrix is not None
     for kind in ("svg", "pdf"):
         both = []
         for n in (0, 1):
-            figure = plots.plot_atlas(atlas, plots.new_axes()).figure
+            figure = plots.plot_clustermap(similarity_matrix, plots.new_axes()).figure
             (path,) = plots.save_figure(figure, tmp_path / f"{kind}{n}", (kind,))
             both.append(path.read_bytes())
         assert both[0] == both[1]

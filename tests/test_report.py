@@ -15,7 +15,7 @@ from test_studies import sweep  # noqa: F401  (a fixture)
 
 from lora_analysis.adapter import Adapter, LowRankUpdate, Provenance
 from lora_analysis.bases import open_base
-from lora_analysis.findings import number
+from lora_analysis.conclusions import number
 from lora_analysis.formats import read_adapter, write_adapter
 from lora_analysis.report import results_schema, write_report
 from lora_analysis.report.selection import rank_pair, seed_pair, short_name, telling_modules
@@ -115,7 +115,8 @@ def test_findings_lead_and_figures_and_tables_follow(report: Path) -> None:
     assert figures == [
         "figure-ranks_output", "figure-ranks_input", "figure-spectra", "figure-energy",
         "figure-budget", "figure-seeds_output", "figure-seeds_input", "figure-levels_output",
-        "figure-levels_input", "figure-atlas_output", "figure-atlas_input", "figure-atlas_cosine",
+        "figure-levels_input", "figure-similarity_matrix_output",
+        "figure-similarity_matrix_input", "figure-similarity_matrix_cosine",
         "figure-amplification_factor", "figure-enrichment", "figure-amplification_layers",
         "figure-enrichment_layers", "figure-energy_output", "figure-energy_input",
         "figure-intruders_output", "figure-intruders_input", "figure-modules",
@@ -129,7 +130,12 @@ def test_findings_lead_and_figures_and_tables_follow(report: Path) -> None:
 def test_figures_and_tables_lie_beside_the_page(report: Path) -> None:
     folder = report.parent
     names = {path.name for path in (folder / "figures").iterdir()}
-    assert {"ranks_output.svg", "modules.svg", "enrichment.svg", "atlas_cosine.svg"} <= names
+    assert {
+        "ranks_output.svg",
+        "modules.svg",
+        "enrichment.svg",
+        "similarity_matrix_cosine.svg",
+    } <= names
     with (folder / "tables" / "similarities.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 10 * 4 * 2
@@ -142,7 +148,7 @@ def test_results_are_strict_json_with_every_row(report: Path) -> None:
 
     text = (report.parent / "results.json").read_text()
     results = json.loads(text, parse_constant=refuse)
-    assert results["schema_version"] == 3
+    assert results["schema_version"] == 4
     jsonschema.validate(results, results_schema())
     assert len(results["overlaps"]) == 10 * 2
     assert {one["k"] for one in results["amplifications"]} == {4, 8}
@@ -172,7 +178,7 @@ def test_small_studies_follow_the_schema_too(
     write_report(study(made), tmp_path, figures=(), form="md")
     results = json.loads((tmp_path / "results.json").read_text())
     jsonschema.validate(results, results_schema())
-    assert (results["atlas"] is None) == (count == 1)
+    assert (results["similarity_matrix"] is None) == (count == 1)
     assert (tmp_path / "grids.npz").is_file() == (count == 2)
 
 
@@ -217,10 +223,10 @@ def test_the_verdicts_stand_in_a_table_before_the_sentences(report: Path) -> Non
     assert ">shared</td>" in text[table:]
 
 
-def test_artefacts_come_before_what_they_touch(report: Path) -> None:
+def test_artifacts_come_before_what_they_touch(report: Path) -> None:
     results = json.loads((report.parent / "results.json").read_text())
     kinds = [one["kind"] for one in results["findings"]]
-    assert kinds.index("artefact") < kinds.index("reference") < kinds.index("result")
+    assert kinds.index("artifact") < kinds.index("reference") < kinds.index("result")
 
 
 def test_tables_are_written_as_parquet_when_asked(rng: np.random.Generator, tmp_path: Path) -> None:
@@ -281,7 +287,7 @@ def test_an_untrained_adapter_alone_makes_a_report(tmp_path: Path) -> None:
 def test_failures_are_named_in_the_report(rng: np.random.Generator, tmp_path: Path) -> None:
     result = study([adapter(rng)], failures=[Failure("bad.safetensors", "it is truncated")])
     text = write_report(result, tmp_path, figures=()).read_text()
-    assert "bad.safetensors could not be analysed: it is truncated" in text
+    assert "bad.safetensors could not be analyzed: it is truncated" in text
 
 
 def test_the_markdown_report_shows_findings_figures_and_tables(

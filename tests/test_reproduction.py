@@ -7,8 +7,8 @@ import pytest
 
 from lora_analysis import open_base
 from lora_analysis.adapter import Adapter, LowRankUpdate, Provenance
+from lora_analysis.conclusions import number
 from lora_analysis.errors import InputError
-from lora_analysis.findings import number
 from lora_analysis.reproduction import table_7, write_reproduction
 from lora_analysis.storage.bundled import bundled_data
 from lora_analysis.studies import Study, study
@@ -47,7 +47,7 @@ def test_every_figure_of_section_7_and_appendix_h_is_drawn(demo: Study, tmp_path
     for value in ("0.404", "0.213", "0.060", "21.67", "61.95"):
         assert value in text
     assert "layer 48 of 96" in text
-    grid = demo.grid("rotate-r8-s0", "rotate-r64-s1", MODULES[4], factor="A")
+    grid = demo.grid("rotate-r8-s0", "rotate-r64-s1", MODULES[4], of="A")
     assert f"φ(8, 64) {grid.at(8, 64):.2f}" in text
 
 

@@ -143,13 +143,13 @@ def test_similarity_equals_the_oracle_on_hard_factors(rng, side, kind):
 
 def test_factor_similarity_is_that_of_each_factors_own_vectors(rng):
     one, two = pair(rng)
-    paper = subspace_similarity(one, two, factor="A")
+    paper = subspace_similarity(one, two, of="A")
     slow = reference.similarity(reference.dense_svd(one.A, 3)[2], reference.dense_svd(two.A, 5)[2])
     assert_close(paper.values, slow, atol=ORACLE)
-    out = subspace_similarity(one, two, factor="B", side="output")
+    out = subspace_similarity(one, two, of="B", side="output")
     slow = reference.similarity(reference.dense_svd(one.B, 3)[0], reference.dense_svd(two.B, 5)[0])
     assert_close(out.values, slow, atol=ORACLE)
-    assert (paper.factor, paper.side, out.factor, out.side) == ("A", "input", "B", "output")
+    assert (paper.of, paper.side, out.of, out.side) == ("A", "input", "B", "output")
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -175,9 +175,9 @@ def test_similarity_of_delta_is_unchanged_by_another_split_into_factors(rng, sid
 def test_similarity_of_one_factor_depends_on_the_split_except_at_full_rank(rng):
     one, two = pair(rng, 4, 4)
     moved = regauged(one, rng)
-    for side, factor in (("input", "A"), ("output", "B")):
-        before = subspace_similarity(one, two, side=side, factor=factor)
-        after = subspace_similarity(moved, two, side=side, factor=factor)
+    for side, of in (("input", "A"), ("output", "B")):
+        before = subspace_similarity(one, two, side=side, of=of)
+        after = subspace_similarity(moved, two, side=side, of=of)
         assert abs(after.at(1, 1) - before.at(1, 1)) > 0.01
         assert after.at(4, 4) == pytest.approx(before.at(4, 4), abs=ORACLE)
         assert before.at(4, 4) == pytest.approx(
@@ -185,11 +185,11 @@ def test_similarity_of_one_factor_depends_on_the_split_except_at_full_rank(rng):
         )
 
 
-@pytest.mark.parametrize(("side", "factor"), [("input", "A"), ("input", "delta"), ("output", "B")])
-def test_swapping_the_updates_transposes_the_grid(rng, side, factor):
+@pytest.mark.parametrize(("side", "of"), [("input", "A"), ("input", "delta"), ("output", "B")])
+def test_swapping_the_updates_transposes_the_grid(rng, side, of):
     one, two = pair(rng)
-    there = subspace_similarity(one, two, side=side, factor=factor)
-    back = subspace_similarity(two, one, side=side, factor=factor)
+    there = subspace_similarity(one, two, side=side, of=of)
+    back = subspace_similarity(two, one, side=side, of=of)
     assert_close(back.values, there.values.T, atol=1e-14)
     np.testing.assert_array_equal(back.chance, there.chance.T)
     assert there.labels == ("one", "two")
@@ -278,8 +278,12 @@ def test_a_grid_marks_undefined_and_soft_cuts_of_either_axis(rng):
     one = planted_update(U, np.array([1.0, 1.0, 0.5]), V)
     two = planted_update(U, np.array([1.0, 0.5, 0.49]), V)
     found = subspace_similarity(one, two)
-    marks = [[found.ill_defined(i, j) for j in (1, 2, 3)] for i in (1, 2, 3)]
-    assert marks == [["undefined"] * 3, ["", "soft", ""], ["", "soft", ""]]
+    marks = [[found.degeneracy(i, j) for j in (1, 2, 3)] for i in (1, 2, 3)]
+    assert marks == [
+        ["degenerate"] * 3,
+        ["", "nearly degenerate", ""],
+        ["", "nearly degenerate", ""],
+    ]
 
 
 def test_an_untrained_update_gives_an_empty_grid_and_no_numbers(rng):
@@ -288,7 +292,7 @@ def test_an_untrained_update_gives_an_empty_grid_and_no_numbers(rng):
     assert subspace_similarity(zero, two).values.shape == (0, 5)
     assert subspace_similarity(two, zero, side="output").values.shape == (5, 0)
     assert subspace_similarity(zero, zero).excess.shape == (0, 0)
-    assert subspace_similarity(zero, two, factor="A").values.shape == (3, 5)  # A is what it was
+    assert subspace_similarity(zero, two, of="A").values.shape == (3, 5)  # A is what it was
     assert np.isnan(energy_overlap(zero, two))
     assert np.isnan(signed_cosine(two, zero))
 
@@ -444,13 +448,13 @@ WIDE, NARROW = update_of(24, 1024, "r64-s0"), update_of(24, 768, "r8-s0")
             ["φ(0, 1)"],
         ),
         (
-            lambda: subspace_similarity(NARROW, WIDE, factor="A", side="output"),
+            lambda: subspace_similarity(NARROW, WIDE, of="A", side="output"),
             InputError,
-            ["factor='A' has no output side"],
+            ["of='A' has no output side"],
         ),
         (lambda: subspace_similarity(NARROW, WIDE, side="left"), InputError, ["side", "'left'"]),
         (
-            lambda: energy_overlap(spectrum(NARROW, factor="A"), NARROW),
+            lambda: energy_overlap(spectrum(NARROW, of="A"), NARROW),
             InputError,
             ["factor 'A'", "asked for 'delta'"],
         ),

@@ -122,7 +122,7 @@ def test_transposing_the_update_swaps_its_sides(rng):
 
 def test_factor_spectra_are_those_of_one_factor_alone(rng):
     update = low_rank_update(rng)
-    a, b = spectrum(update, factor="A"), spectrum(update, factor="B")
+    a, b = spectrum(update, of="A"), spectrum(update, of="B")
     _, values, right = reference.dense_svd(update.A, 4)
     assert_close(a.S, values, rtol=IDENTITY)
     assert_close(np.abs(np.diagonal(a.V.T @ right)), 1, rtol=IDENTITY)
@@ -130,7 +130,7 @@ def test_factor_spectra_are_those_of_one_factor_alone(rng):
     assert_close(b.S, values, rtol=IDENTITY)
     assert_close(np.abs(np.diagonal(b.U.T @ left)), 1, rtol=IDENTITY)
     assert (a.U, b.V) == (None, None)
-    assert (a.factor, b.factor) == ("A", "B")
+    assert (a.of, b.of) == ("A", "B")
     assert a.numerical_rank == b.numerical_rank == 4
 
 
@@ -192,7 +192,7 @@ def test_an_energy_share_that_falls_on_a_step_is_not_lost_to_rounding():
     # 0.55 · 100 is 55.00000000000001.
     flat = Spectrum(
         name="q", U=np.eye(100), S=np.ones(100), V=np.eye(100),
-        factor="delta", numerical_rank=100, rank=100, shape=(100, 100),
+        of="delta", numerical_rank=100, rank=100, shape=(100, 100),
     )  # fmt: skip
     assert [flat.energy_rank(k / 100) for k in range(1, 101)] == list(range(1, 101))
 
@@ -210,8 +210,8 @@ def test_the_numerical_rank_counts_independent_directions_whatever_the_scale(rng
     B[:, 4:] = B[:, :4] @ rng.standard_normal((4, 2))
     assert spectrum(full).numerical_rank == 6
     assert spectrum(replace(full, B=B)).numerical_rank == 4
-    assert spectrum(replace(full, B=B), factor="B").numerical_rank == 4
-    assert spectrum(replace(full, B=B), factor="A").numerical_rank == 6
+    assert spectrum(replace(full, B=B), of="B").numerical_rank == 4
+    assert spectrum(replace(full, B=B), of="A").numerical_rank == 6
 
 
 def test_a_product_may_have_a_lower_rank_than_either_factor(rng):
@@ -222,8 +222,8 @@ def test_a_product_may_have_a_lower_rank_than_either_factor(rng):
     B[:, :3] = orthonormal(rng, 24, 3)
     update = LowRankUpdate(name="q", A=A, B=B, scale=1.0)
     assert spectrum(update).numerical_rank == 2
-    assert spectrum(update, factor="A").numerical_rank == 3
-    assert spectrum(update, factor="B").numerical_rank == 3
+    assert spectrum(update, of="A").numerical_rank == 3
+    assert spectrum(update, of="B").numerical_rank == 3
 
 
 def test_half_precision_storage_does_not_lower_the_numerical_rank(rng):
@@ -244,8 +244,8 @@ def test_more_rank_than_dimension_ends_at_the_dimension(rng):
     assert found.numerical_rank == 3
     assert found.rank == 7
     assert_close((found.U * found.S) @ found.V.T, update.delta_weight())
-    assert spectrum(update, factor="A").V.shape == (3, 3)
-    assert spectrum(update, factor="B").U.shape == (4, 4)
+    assert spectrum(update, of="A").V.shape == (3, 3)
+    assert spectrum(update, of="B").U.shape == (4, 4)
 
 
 @pytest.mark.parametrize(("d_out", "d_in"), [(1, 6), (6, 1), (1, 1)])
@@ -315,7 +315,7 @@ def test_an_untrained_update_has_rank_zero_and_no_directions(kind):
     assert found.numerical_rank == 0
     assert found.vectors("input").shape == (20, 0)
     assert found.vectors("output").shape == (24, 0)
-    assert found.gaps.size == found.undefined.size == found.soft.size == 0
+    assert found.gaps.size == found.degenerate.size == found.nearly_degenerate.size == 0
     assert found.effective_rank == found.effective_rank_energy == found.stable_rank == 0
     assert found.participation_ratio == found.energy_rank(0.9) == 0
     assert found.norm <= 1e-12
@@ -325,15 +325,15 @@ def test_an_untrained_update_has_rank_zero_and_no_directions(kind):
 
 def test_a_trained_factor_is_not_untrained_because_the_other_is_zero(rng):
     update = replace(low_rank_update(rng), B=np.zeros((24, 4)))
-    assert spectrum(update, factor="A").numerical_rank == 4
-    assert spectrum(update, factor="B").untrained
+    assert spectrum(update, of="A").numerical_rank == 4
+    assert spectrum(update, of="B").untrained
 
 
 # --- degenerate directions --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("dtype", "gap", "undefined"),
+    ("dtype", "gap", "degenerate"),
     [
         ("bfloat16", 2.0**-7.5, True),
         ("bfloat16", 2.0**-6.5, False),
@@ -348,8 +348,8 @@ def test_a_trained_factor_is_not_untrained_because_the_other_is_zero(rng):
 def test_a_gap_below_the_stored_type_leaves_the_subspace_undefined(rng, dtype, gap, undefined):
     update = replace(planted(rng, [1.0, 1.0 - gap, 0.3]), stored_dtype=dtype)
     found = spectrum(update)
-    assert found.undefined.tolist() == [undefined, False, False]
-    assert found.soft.tolist() == [gap < 0.05, False, False]
+    assert found.degenerate.tolist() == [undefined, False, False]
+    assert found.nearly_degenerate.tolist() == [gap < 0.05, False, False]
     found.basis("output", 2)
     if undefined:
         with pytest.raises(DegenerateSubspaceError, match=f"sigma_1 and sigma_2 .*{dtype}"):
@@ -361,14 +361,14 @@ def test_a_gap_below_the_stored_type_leaves_the_subspace_undefined(rng, dtype, g
 def test_equal_values_leave_every_cut_between_them_undefined(rng):
     for rotation in (np.eye(4), orthonormal(rng, 4, 4)):  # equal to a few ulp, not to the bit
         found = spectrum(regauged(planted(rng, [3.0, 1.0, 1.0, 0.5]), rotation))
-        assert found.undefined.tolist() == [False, True, False, False]
-    assert spectrum(planted(rng, [2.0, 2.0])).undefined.tolist() == [True, False]
+        assert found.degenerate.tolist() == [False, True, False, False]
+    assert spectrum(planted(rng, [2.0, 2.0])).degenerate.tolist() == [True, False]
 
 
 def test_a_soft_cut_is_drawn_and_not_refused(rng):
     found = spectrum(planted(rng, [1.0, 0.96, 0.9]))
-    assert found.soft.tolist() == [True, False, False]
-    assert not found.undefined.any()
+    assert found.nearly_degenerate.tolist() == [True, False, False]
+    assert not found.degenerate.any()
     assert found.basis("input", 1).shape == (20, 1)
 
 
@@ -403,26 +403,26 @@ def rank_two():
             ["Top-9 output", "numerical rank is 2", "Use k <= 2"],
         ),
         (lambda: spectrum(rank_two()).basis("input", 0), InputError, ["k >= 1", "k = 0"]),
-        (lambda: spectrum(rank_two(), factor="C"), InputError, ["'delta', 'A' or 'B'", "'C'"]),
+        (lambda: spectrum(rank_two(), of="C"), InputError, ["'delta', 'A' or 'B'", "'C'"]),
         (
-            lambda: spectrum(spectrum(rank_two()), factor="A"),
+            lambda: spectrum(spectrum(rank_two()), of="A"),
             InputError,
             ["factor 'delta'", "asked for 'A'"],
         ),
         (
-            lambda: spectrum(DenseUpdate(name="q", delta=np.eye(2)), factor="B"),
+            lambda: spectrum(DenseUpdate(name="q", delta=np.eye(2)), of="B"),
             InputError,
             ["'q' is a dense update", "factor B"],
         ),
         (
-            lambda: spectrum(rank_two(), factor="A").vectors("output"),
+            lambda: spectrum(rank_two(), of="A").vectors("output"),
             InputError,
-            ["factor='A' has no output side", "side='input'"],
+            ["of='A' has no output side", "side='input'"],
         ),
         (
-            lambda: spectrum(rank_two(), factor="B").vectors("input"),
+            lambda: spectrum(rank_two(), of="B").vectors("input"),
             InputError,
-            ["factor='B' has no input side", "side='output'"],
+            ["of='B' has no input side", "side='output'"],
         ),
         (lambda: check_side("left", "delta"), InputError, ["'input' or 'output'", "'left'"]),
         (lambda: check_side("input", "C"), InputError, ["'delta', 'A' or 'B'", "'C'"]),
@@ -438,13 +438,13 @@ def test_errors_say_what_was_asked_and_what_was_found(ask, error, words):
 def test_a_spectrum_can_be_built_by_hand():
     found = Spectrum(
         name="q", U=np.eye(3, 1), S=np.array([2.0]), V=np.eye(4, 1),
-        factor="delta", numerical_rank=1, rank=1, shape=(3, 4),
+        of="delta", numerical_rank=1, rank=1, shape=(3, 4),
     )  # fmt: skip
     assert found.norm == 2
     assert found.basis("input", 1).shape == (4, 1)
 
 
-# --- resolution of the stored type ------------------------------------------------------------
+# --- rounding of the stored type ------------------------------------------------------------
 
 
 def test_the_resolution_is_its_formula(rng):
@@ -452,8 +452,8 @@ def test_the_resolution_is_its_formula(rng):
     kappa = sum(np.linalg.cond(m / np.linalg.norm(m, axis=0)) for m in (update.B, update.A.T))
     for dtype, eps in (("bfloat16", 2.0**-7), ("float16", 2.0**-10), ("float32", 2.0**-23)):
         found = spectrum(replace(update, stored_dtype=dtype))
-        assert_close(found.resolution, 0.5 * eps * 2 * kappa, rtol=ORACLE)
-        assert found.resolved
+        assert_close(found.rounding_error, 0.5 * eps * 2 * kappa, rtol=ORACLE)
+        assert not found.below_precision
 
 
 def test_rounding_moves_no_singular_value_by_more_than_the_resolution(rng):
@@ -468,7 +468,7 @@ def test_rounding_moves_no_singular_value_by_more_than_the_resolution(rng):
             LowRankUpdate("m", a, b, 1.0, stored_dtype="bfloat16") for b, a in ((B, A), halves)
         )
         moved = np.max(np.abs(spectrum(stored).S / spectrum(exact).S - 1))
-        assert moved <= spectrum(stored).resolution
+        assert moved <= spectrum(stored).rounding_error
 
 
 def test_a_rank_above_a_dimension_leaves_what_there_is_resolved(rng):
@@ -476,10 +476,10 @@ def test_a_rank_above_a_dimension_leaves_what_there_is_resolved(rng):
     update = replace(low_rank_update(rng, 6, 40, 8), stored_dtype="float32")
     found = spectrum(update)
     assert found.numerical_rank == 6
-    assert found.resolution < 1e-4
+    assert found.rounding_error < 1e-4
     B, A = update.B.astype(np.float32), update.A.astype(np.float32)
     moved = spectrum(replace(update, B=B, A=A)).S / found.S - 1
-    assert 0 < np.max(np.abs(moved)) <= found.resolution
+    assert 0 < np.max(np.abs(moved)) <= found.rounding_error
 
 
 def test_nearly_dependent_columns_are_not_resolved_by_a_coarse_type(rng):
@@ -487,15 +487,15 @@ def test_nearly_dependent_columns_are_not_resolved_by_a_coarse_type(rng):
     B = update.B.copy()
     B[:, 1] = B[:, 0] + 1e-4 * B[:, 1]
     coarse = spectrum(replace(update, B=B, stored_dtype="bfloat16"))
-    assert not coarse.resolved
-    assert spectrum(replace(update, B=B, stored_dtype="float32")).resolved
+    assert coarse.below_precision
+    assert not spectrum(replace(update, B=B, stored_dtype="float32")).below_precision
 
 
 def test_there_is_no_resolution_without_factors_or_without_training(rng):
     update = low_rank_update(rng, 24, 20, 3)
     for one in (DenseUpdate("m", update.delta_weight()), replace(update, B=0 * update.B)):
-        assert np.isnan(spectrum(one).resolution)
-        assert spectrum(one).resolved
+        assert np.isnan(spectrum(one).rounding_error)
+        assert not spectrum(one).below_precision
 
 
 # --- whole shapes at once ---------------------------------------------------------------------
@@ -534,7 +534,7 @@ def test_stacked_spectra_on_a_device_are_those_of_one_update_each(rng, device):
             both = found.vectors(side), expected.vectors(side)
             assert_close(both[0], both[1], atol=1e-8)
         if expected.factor_condition < 1e12:
-            assert_close(found.resolution, expected.resolution, rtol=1e-6)
+            assert_close(found.rounding_error, expected.rounding_error, rtol=1e-6)
 
 
 @pytest.mark.parametrize("device", devices())

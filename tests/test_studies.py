@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 
 from lora_analysis.adapter import Adapter, LowRankUpdate, Provenance
 from lora_analysis.bases import open_base
+from lora_analysis.conclusions import findings, level, number
 from lora_analysis.errors import BaseWeightError, InputError, SourceError
-from lora_analysis.findings import findings, level, number
 from lora_analysis.report.pair_tables import verdicts_table
 from lora_analysis.studies import OTHER_BASE, REFERENCE, SHARED_SEED, relation, study
 
@@ -107,11 +107,11 @@ def test_the_total_cosine_is_that_of_all_modules_stacked(sweep: list[Adapter]) -
 
 def test_a_shared_seed_is_found_and_kept_out_of_the_input_side(sweep: list[Adapter]) -> None:
     result = study(sweep)
-    starts = result.pairs.set_index(["a", "b"])["start"]
+    starts = result.pairs.set_index(["a", "b"])["initialization"]
     assert starts["turn-r4-s0", "flip-r4-s0"] == "same initial A"
     assert starts["turn-r4-s0", "flip-r4-s1"] == "independent"
     shared = result.select(SHARED_SEED, "input")
-    assert shared["shared_start"].all()
+    assert shared["shared_init"].all()
     assert level(shared) is None
     assert level(result.select(SHARED_SEED, "output")) is not None
 
@@ -130,7 +130,7 @@ def test_findings_tell_the_planted_story(sweep: list[Adapter]) -> None:
     assert ranks.values["phi_1_1_output"] > 0.9
     assert ranks.values["reference_output"] < 0.3
     shared = by_topic["shared seed"][0]
-    assert shared.kind == "artefact"
+    assert shared.kind == "artifact"
     assert shared.values["input"] > 0.9 > shared.values["input_reference"]
     assert [one.topic for one in said].index("reference") < [one.topic for one in said].index(
         "ranks"
@@ -262,7 +262,7 @@ def test_ill_defined_first_directions_do_not_count(rng: np.random.Generator) -> 
         for values in (equal, np.array([4.0, 2.0, 1.0, 0.5]))
     ]
     result = study([Adapter({"q": one}, label=str(at)) for at, one in enumerate(updates)])
-    assert set(result.similarities["ill_defined_1_1"]) == {"undefined"}
+    assert set(result.similarities["degeneracy_1_1"]) == {"degenerate"}
     assert level(result.similarities) is None
     text = next(one.text for one in findings(result) if one.topic == "pairs")
     assert "no first direction is well defined" in text
@@ -306,7 +306,7 @@ def test_comparisons_without_a_verdict_are_summed_up_in_one_sentence(
     assert not [one for one in said if one.topic == "pairs"]
     assert [part.values["subject"] for part in one.parts] == ["a0 and a1", "a0 and a2", "a1 and a2"]
     assert one.text.startswith("3 comparisons have no verdict (no reference). Their medians of")
-    table = result.similarities[result.similarities["ill_defined_1_1"] == ""]
+    table = result.similarities[result.similarities["degeneracy_1_1"] == ""]
     # The two sides differ in dimension here: what is told is how far φ lies above chance.
     assert "φ(1,1) above chance" in one.text
     excess = (table["phi_1_1"] - table["chance_1_1"]) / (1 - table["chance_1_1"])
@@ -320,7 +320,7 @@ def test_comparisons_without_a_verdict_are_summed_up_in_one_sentence(
     assert {row[2] for row in shown.rows} == {"no verdict"}
 
 
-def relabelled(adapters: list[Adapter]) -> list[Adapter]:
+def relabeled(adapters: list[Adapter]) -> list[Adapter]:
     """The same adapters as strangers publish them: no task, no seed."""
     return [
         Adapter(dict(one), label=one.label, provenance=Provenance(rank=one.provenance.rank))
@@ -329,7 +329,7 @@ def relabelled(adapters: list[Adapter]) -> list[Adapter]:
 
 
 def test_adapters_named_as_reference_make_a_verdict_possible(sweep: list[Adapter]) -> None:
-    turn0, turn1, flip0, flip1, _ = relabelled(sweep)
+    turn0, turn1, flip0, flip1, _ = relabeled(sweep)
     alone = findings(study([turn0, turn1]))
     assert "no verdict on the output side (no reference)" in next(
         o.text for o in alone if o.topic == "pairs"
@@ -372,7 +372,7 @@ def test_adapters_of_two_bases_are_no_reference_for_each_other(sweep: list[Adapt
 
 
 def test_one_run_twice_counts_in_no_result(sweep: list[Adapter], rng: np.random.Generator) -> None:
-    first = relabelled(sweep)[0]
+    first = relabeled(sweep)[0]
     later = Adapter(
         {
             name: LowRankUpdate(name=name, A=one.A + 0.01, B=one.B * 1.1, scale=one.scale)
@@ -382,7 +382,7 @@ def test_one_run_twice_counts_in_no_result(sweep: list[Adapter], rng: np.random.
         provenance=first.provenance,
     )
     result = study([first, later])
-    assert result.pairs["start"][0] == "same run"
+    assert result.pairs["initialization"][0] == "same run"
     assert level(result.similarities) is None
     said = findings(result)
     assert "pairs" not in {one.topic for one in said}

@@ -1,4 +1,4 @@
-"""From pairs to runs: which runs count, the relabelling test, and its numbers by hand."""
+"""From pairs to runs: which runs count, the relabeling test, and its numbers by hand."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_run_that_is_there_twice_is_one_run_and_is_named(runs):
     # A copy of the copy alone is still the first one's run.
     table = study([*runs, again, thrice]).pairs
     unclear = (table["a"] == runs[0].label) & (table["b"] == "turn once more")
-    chain = table.assign(start=table["start"].mask(unclear, "partly shared"))
+    chain = table.assign(initialization=table["initialization"].mask(unclear, "partly shared"))
     linked = replace(study([*runs, again, thrice]), pairs=chain).run_inference()
     assert linked.duplicates == found.duplicates
     # Under another seed it counts as a run, but its pair with itself is no number.
@@ -142,7 +142,7 @@ def test_other_quantities_are_medians_too_and_ill_defined_ones_do_not_count(runs
         found = result.run_inference(quantity=quantity)
         assert_close(found.similarity[0, 1], rows[quantity].median())
     soft = result.similarities.copy()
-    soft.loc[rows.index[0], "ill_defined_1_1"] = "soft"
+    soft.loc[rows.index[0], "degeneracy_1_1"] = "nearly degenerate"
     found = replace(result, similarities=soft).run_inference(quantity="phi_1_1")
     assert_close(found.similarity[0, 1], rows["phi_1_1"].iloc[1:].median())
 
@@ -156,7 +156,7 @@ def test_few_runs_have_no_standard_error(runs):
     assert_close(found.permutation.smallest_p_value, 1 / 3)
 
 
-def test_what_cannot_be_relabelled_is_refused(runs):
+def test_what_cannot_be_relabeled_is_refused(runs):
     result = study(runs)
     with pytest.raises(InputError, match="quantity must be one of omega"):
         result.run_inference(quantity="norm")

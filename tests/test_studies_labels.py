@@ -11,15 +11,15 @@ from factories import adapter, low_rank_update
 from lora_analysis.adapter import Adapter, Provenance
 from lora_analysis.bases import open_base
 from lora_analysis.cli.reading import Reading
+from lora_analysis.conclusions import findings
 from lora_analysis.errors import InputError, SourceError
-from lora_analysis.findings import findings
 from lora_analysis.formats import expanded, read_adapter, write_adapter
 from lora_analysis.formats.sources import run_facts
 from lora_analysis.studies import (
     EARLIER,
     OTHER_BASE,
     SAME_RUN,
-    earlier_steps,
+    earlier_checkpoints,
     label_facts,
     relation,
     study,
@@ -162,7 +162,7 @@ def test_checkpoints_of_one_run_are_one_sample(rng: np.random.Generator) -> None
         checkpoint(other, "t1-200", 200, seed=1),
     ]
     assert relation(made[0], made[1]) == SAME_RUN
-    assert earlier_steps(made) == {"t0-100"}
+    assert earlier_checkpoints(made) == {"t0-100"}
     result = study(made)
     relations = result.pairs.set_index(["a", "b"])["relation"]
     assert relations["t0-100", "t0-200"] == SAME_RUN
@@ -227,4 +227,4 @@ def test_names_that_others_have_without_a_first_segment_are_one(
     both = called("both", "unet.mid.0.q", "mid.0.q")
     assert set(study([both, short]).adapters["both"]) == set(both)
     one = called("one", "layers.0.q", "layers.1.q")
-    assert set(study([one, one.relabelled("two")]).adapters["one"]) == set(one)
+    assert set(study([one, one.relabeled("two")]).adapters["one"]) == set(one)

@@ -68,7 +68,7 @@ def test_a_study_is_the_same_whoever_visits_the_modules(
     assert len(spread.runs) == 4
     for name in TABLES:
         pd.testing.assert_frame_equal(getattr(spread, name), getattr(alone, name))
-    np.testing.assert_array_equal(spread.atlas.cosine, alone.atlas.cosine)
+    np.testing.assert_array_equal(spread.similarity_matrix.cosine, alone.similarity_matrix.cosine)
     assert spread.options == alone.options
 
 

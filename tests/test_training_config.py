@@ -78,7 +78,7 @@ def test_one_seed_serves_three_streams_or_each_has_its_own(
         ({"loop": 3}, "loop must be a table"),
         ({"data": {"test_share": 1.5}}, "data.test_share must be between 0 and 1"),
         ({"objective": "guess"}, "objective must be one of auto, causal-lm"),
-        ({"base": {"quantised": "int3"}}, "base.quantised must be one of nf4, int8"),
+        ({"base": {"quantized": "int3"}}, "base.quantized must be one of nf4, int8"),
     ],
 )
 def test_what_is_no_configuration_is_refused_by_name(table: dict[str, Any], message: str) -> None:
@@ -124,8 +124,8 @@ def test_a_seed_that_is_stated_and_one_that_follows_are_one_run() -> None:
     ("table", "field"),
     [
         ({"loop": {"autocast": "bfloat16"}}, lambda run: run.loop.autocast),
-        ({"base": {"quantised": "nf4"}}, lambda run: run.base.quantised),
-        ({"base": {"quantised": "int8"}}, lambda run: run.base.quantised),
+        ({"base": {"quantized": "nf4"}}, lambda run: run.base.quantized),
+        ({"base": {"quantized": "int8"}}, lambda run: run.base.quantized),
     ],
 )
 def test_a_word_that_names_a_type_of_numbers_is_a_word(

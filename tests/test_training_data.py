@@ -17,7 +17,7 @@ from lora_analysis.training.base import read_base
 from lora_analysis.training.data import Split
 from lora_analysis.training.digits import TASKS, digits_task
 from lora_analysis.training.files import WEIGHTS_NAME, base_folder, file_sha256, write_json
-from lora_analysis.training.pretrain import augment, initialise
+from lora_analysis.training.pretrain import augment, initialize
 from lora_analysis.training.tasks import accuracy
 from lora_analysis.training.vit import DigitsViT, VitConfig
 
@@ -117,7 +117,7 @@ def test_the_modules_of_the_base_bear_the_names_the_demo_adapts() -> None:
 
 def test_a_base_is_read_as_it_was_written_rounded_to_bfloat16(tiny_base: Path) -> None:
     model = DigitsViT(TINY)
-    initialise(model, 5)
+    initialize(model, 5)
     found = read_base(tiny_base).state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(found[name], tensor.bfloat16().float())
@@ -183,7 +183,7 @@ def test_the_pretraining_command_writes_a_base_that_says_how_it_was_made(
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["options"] == SHORT.to_dict()
     assert manifest["weights_sha256"] == file_sha256(folder / WEIGHTS_NAME)
-    assert manifest["data"]["licence"] == "CC BY 4.0"
+    assert manifest["data"]["license"] == "CC BY 4.0"
     # The accuracies are those of the weights as they are stored.
     right = accuracy(read_base(folder), digits_task("mirror").test)
     assert manifest["test_accuracy"]["mirror"] == round(right, 4)

@@ -19,7 +19,7 @@ from lora_analysis.training.options import LoopOptions
 from lora_analysis.training.schedules import learning_rate
 from lora_analysis.training.tasks import ArrayTask, accuracy
 
-OPTIONS = LoopOptions(steps=12, batch_size=8, lr=1e-2, warmup=3, evaluations=3)
+OPTIONS = LoopOptions(steps=12, batch_size=8, lr=1e-2, warmup_steps=3, evaluations=3)
 
 
 @pytest.fixture
@@ -103,7 +103,9 @@ def test_a_batch_larger_than_the_data_is_all_of_it(model: nn.Module, data: TaskD
 def test_the_first_step_is_adamw_by_hand(data: TaskData) -> None:
     model = nn.Linear(5, 2, bias=False)
     before = model.weight.detach().clone()
-    options = LoopOptions(steps=1, batch_size=40, lr=0.1, warmup=0, weight_decay=0.5, clip=1e9)
+    options = LoopOptions(
+        steps=1, batch_size=40, lr=0.1, warmup_steps=0, weight_decay=0.5, max_grad_norm=1e9
+    )
     list(training_steps(model, ArrayTask(data), options))
     twin = before.clone().requires_grad_()
     inputs, targets = torch.as_tensor(data.train.inputs), torch.as_tensor(data.train.targets)
@@ -114,13 +116,13 @@ def test_the_first_step_is_adamw_by_hand(data: TaskData) -> None:
 
 
 def test_the_rate_warms_up_and_falls_along_half_a_cosine() -> None:
-    options = LoopOptions(steps=100, lr=2.0, warmup=10)
+    options = LoopOptions(steps=100, lr=2.0, warmup_steps=10)
     rates = [learning_rate(step, options) for step in range(1, 101)]
     assert rates[0] == pytest.approx(0.2)
     assert max(rates) == pytest.approx(2.0, rel=0.03)
     assert rates[50] == pytest.approx(1.0)
     assert 0 < rates[-1] < 0.001
-    assert learning_rate(1, replace(options, warmup=0)) == 2.0
+    assert learning_rate(1, replace(options, warmup_steps=0)) == 2.0
 
 
 @pytest.mark.parametrize(("evaluations", "steps"), [(3, [0, 4, 8, 12]), (1, [0, 12])])
@@ -172,10 +174,10 @@ def test_a_model_with_nothing_to_train_is_refused(model: nn.Module, data: TaskDa
         ("batch_size", 0),
         ("lr", 0.0),
         ("lr", float("nan")),
-        ("warmup", -1),
+        ("warmup_steps", -1),
         ("weight_decay", -0.1),
         ("beta2", 1.0),
-        ("clip", 0.0),
+        ("max_grad_norm", 0.0),
         ("evaluations", 0),
     ],
 )

@@ -161,7 +161,7 @@ def test_the_loss_is_taken_on_completions_alone(models: Path, tmp_path: Path) ->
     assert prompt[:, :5].all()  # price X eat Y ||
     assert not prompt[:, 5:].any()
     assert (batch["labels"][~prompt] == batch["input_ids"][~prompt]).all()
-    assert (batch["input_ids"][:, -1] == 3).all()  # the end of the text is learnt
+    assert (batch["input_ids"][:, -1] == 3).all()  # the end of the text is learned
 
 
 def test_the_loss_of_a_language_model_is_transformers_own(models: Path, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_masked_tokens_are_found_again(models: Path, tmp_path: Path) -> None:
     assert metrics["test_loss"] < metrics["base_test_loss"]
 
 
-def test_a_number_is_learnt_by_regression(models: Path, tmp_path: Path) -> None:
+def test_a_number_is_learned_by_regression(models: Path, tmp_path: Path) -> None:
     lines = ["text,label"]
     for number in range(60):
         good = number % 2
@@ -237,7 +237,7 @@ def test_a_fresh_head_depends_on_the_seed_alone(
     heads = []
     for number, seed in enumerate((0, 0, 1)):
         torch.manual_seed(number)
-        still = {**LOOP, "steps": 1, "lr": 1e-12, "warmup": 0}
+        still = {**LOOP, "steps": 1, "lr": 1e-12, "warmup_steps": 0}
         run, _ = trained(
             models, "bert", reviews, tmp_path / str(number), seed={"init": seed}, loop=still
         )
@@ -251,7 +251,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(
 ) -> None:
     losses = []
     for checkpointing in (False, True):
-        loop = {**LOOP, "checkpointing": checkpointing}
+        loop = {**LOOP, "gradient_checkpointing": checkpointing}
         run, _ = trained(
             models, "llama", reviews, tmp_path / str(checkpointing), loop=loop, dropout=0.1
         )
@@ -352,9 +352,9 @@ def rounding_of_two_runs(codes: float) -> float:
     return 2 * math.sqrt(2 * roundings * BFLOAT16**2 / 3 + codes**2)
 
 
-@pytest.mark.parametrize("quantised", ["nf4", "int8"])
-def test_an_adapter_of_a_quantised_base_is_loaded_by_peft_on_that_base(
-    quantised: str, models: Path, tmp_path: Path
+@pytest.mark.parametrize("quantized", ["nf4", "int8"])
+def test_an_adapter_of_a_quantized_base_is_loaded_by_peft_on_that_base(
+    quantized: str, models: Path, tmp_path: Path
 ) -> None:
     from transformers import BitsAndBytesConfig
 
@@ -362,14 +362,14 @@ def test_an_adapter_of_a_quantised_base_is_loaded_by_peft_on_that_base(
     from lora_analysis.training.settings import prepare
 
     data = write_e2e(tmp_path / "e2e.txt")
-    base = {"source": base_of(models, "llama-wide"), "quantised": quantised, "dtype": "bfloat16"}
+    base = {"source": base_of(models, "llama-wide"), "quantized": quantized, "dtype": "bfloat16"}
     run, _ = trained(
         models, "llama-wide", data, tmp_path / "run", options={"format": "e2e"}, base=base
     )
     metrics = json.loads((run / "manifest.json").read_text())["metrics"]
     assert metrics["test_loss"] < metrics["base_test_loss"]
-    bits = {"load_in_8bit": True} if quantised == "int8" else {"load_in_4bit": True}
-    if quantised == "nf4":
+    bits = {"load_in_8bit": True} if quantized == "int8" else {"load_in_4bit": True}
+    if quantized == "nf4":
         bits |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         bits |= {"bnb_4bit_compute_dtype": torch.bfloat16}
     options = {"quantization_config": BitsAndBytesConfig(**bits), "dtype": torch.bfloat16}
@@ -381,7 +381,7 @@ def test_an_adapter_of_a_quantised_base_is_loaded_by_peft_on_that_base(
     for name, call in calls.items():
         assert_same_update(layers[name], call)
     expected = expected.float()
-    bound = rounding_of_two_runs(int8_rounding(calls) if quantised == "int8" else 0.0)
+    bound = rounding_of_two_runs(int8_rounding(calls) if quantized == "int8" else 0.0)
     bound *= float(expected.norm())
     assert (logits(ours).float() - expected).norm() < bound
     with foreign.disable_adapter():  # the bound would see a run without the adapter
@@ -393,12 +393,12 @@ def test_an_adapter_of_a_quantised_base_is_loaded_by_peft_on_that_base(
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
-@pytest.mark.parametrize("quantised", ["nf4", "int8"])
-def test_layers_that_a_quantised_base_does_not_hold_are_not_quantised(
-    quantised: str, models: Path, reviews: Path, tmp_path: Path
+@pytest.mark.parametrize("quantized", ["nf4", "int8"])
+def test_layers_that_a_quantized_base_does_not_hold_are_not_quantized(
+    quantized: str, models: Path, reviews: Path, tmp_path: Path
 ) -> None:
     # A masked language model has no pooler: it is drawn, and trained with the classifier.
-    base = {"source": base_of(models, "bert"), "quantised": quantised}
+    base = {"source": base_of(models, "bert"), "quantized": quantized}
     run, _ = trained(models, "bert", reviews, tmp_path / "run", base=base)
     manifest = json.loads((run / "manifest.json").read_text())
     assert math.isfinite(manifest["metrics"]["test_loss"])
@@ -407,7 +407,7 @@ def test_layers_that_a_quantised_base_does_not_hold_are_not_quantised(
 
 
 @pytest.mark.parametrize("width", [24, 64])
-def test_a_quantised_layer_gives_gradients_after_an_evaluation(width: int) -> None:
+def test_a_quantized_layer_gives_gradients_after_an_evaluation(width: int) -> None:
     # On some CPUs an evaluation packs the codes for a kernel that has none, or refuses the width.
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
@@ -545,9 +545,15 @@ def test_options_lie_over_a_file_and_that_over_a_preset(
     done = cli(
         *[str(reviews), "--base", base_of(models, "roberta"), "-o", str(out), "--device", "cpu"],
         *["--preset", "roberta-base-sst2", "--config", str(tmp_path / "run.toml")],
-        *["--steps", "2", "--set", "loop.accumulate=2", "--set", "base.dropout=0.0", "--quiet"][
-            :-1
-        ],
+        *[
+            "--steps",
+            "2",
+            "--set",
+            "loop.gradient_accumulation_steps=2",
+            "--set",
+            "base.dropout=0.0",
+            "--quiet",
+        ][:-1],
     )
     assert done.exit_code == 0, done.output
     config = json.loads((out / "manifest.json").read_text())["config"]
@@ -555,7 +561,11 @@ def test_options_lie_over_a_file_and_that_over_a_preset(
     assert config["targets"] == ["query", "value"]
     loop = config["loop"]
     assert (loop["batch_size"], loop["steps"], loop["epochs"]) == (4, 2, None)
-    assert (loop["lr"], loop["accumulate"], loop["warmup_ratio"]) == (5e-4, 2, 0.06)
+    assert (loop["lr"], loop["gradient_accumulation_steps"], loop["warmup_ratio"]) == (
+        5e-4,
+        2,
+        0.06,
+    )
 
 
 @pytest.mark.parametrize(
@@ -583,7 +593,7 @@ def test_what_cannot_be_trained_is_refused_in_a_line(
     assert words in " ".join(said) or code == 2
 
 
-def test_a_base_without_a_tokeniser_is_refused_by_name(
+def test_a_base_without_a_tokenizer_is_refused_by_name(
     models: Path, reviews: Path, tmp_path: Path
 ) -> None:
     import shutil
@@ -593,7 +603,7 @@ def test_a_base_without_a_tokeniser_is_refused_by_name(
     for name in ("config.json", "model.safetensors"):
         shutil.copy(Path(base_of(models, "gpt2")) / name, bare / name)
     table = {"base": {"source": str(bare)}, "data": {"source": str(reviews)}}
-    with pytest.raises(InputError, match=r"bare holds no tokeniser"):
+    with pytest.raises(InputError, match=r"bare holds no tokenizer"):
         train_run(RunConfig.from_dict(table), tmp_path / "run", device="cpu")
 
 

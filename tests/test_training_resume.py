@@ -174,7 +174,13 @@ def test_the_best_test_loss_that_does_not_come_back_ends_the_run(
 ) -> None:
     # So large a rate makes it worse at once.
     loop = LoopOptions(
-        steps=40, batch_size=16, lr=1.0, warmup=0, evaluations=20, patience=2, clip=None
+        steps=40,
+        batch_size=16,
+        lr=1.0,
+        warmup_steps=0,
+        evaluations=20,
+        patience=2,
+        max_grad_norm=None,
     )
     folder = train_run(replace(on(base, CONFIG), loop=loop), tmp_path / "run", device="cpu")
     tested = [line for line in metrics_of(folder) if "test_loss" in line]
@@ -188,7 +194,13 @@ def test_a_run_that_diverges_names_step_examples_and_last_checkpoint(
     base: Path, tmp_path: Path
 ) -> None:
     loop = LoopOptions(
-        steps=40, batch_size=8, lr=1e18, warmup=0, schedule="constant", clip=None, evaluations=1
+        steps=40,
+        batch_size=8,
+        lr=1e18,
+        warmup_steps=0,
+        schedule="constant",
+        max_grad_norm=None,
+        evaluations=1,
     )
     config = replace(on(base, CONFIG), loop=replace(loop, checkpoint_every=1))
     words = r"rotate-r2-s3: Training diverged.*step \d+.*examples \d+.*last checkpoint: (that|none)"
@@ -233,7 +245,9 @@ def test_many_small_batches_make_the_step_of_one_large_batch() -> None:
         torch.manual_seed(1)
         for value in one.parameters():
             nn.init.normal_(value)
-        options = LoopOptions(steps=10, batch_size=batch, accumulate=accumulate, warmup=0)
+        options = LoopOptions(
+            steps=10, batch_size=batch, gradient_accumulation_steps=accumulate, warmup_steps=0
+        )
         list(Training(one, data(), options))
         results.append([value.detach() for value in one.parameters()])
     for large, small in zip(*results, strict=True):
@@ -316,7 +330,7 @@ def test_what_a_tracker_prints_is_no_part_of_what_a_command_prints(
 
     class Loud:
         def __init__(self, *_: object) -> None:
-            sys.stdout.write("* project initialised\n")
+            sys.stdout.write("* project initialized\n")
 
         def log(self, _values: object, _step: int) -> None:
             sys.stdout.write("* logged\n")
@@ -328,7 +342,7 @@ def test_what_a_tracker_prints_is_no_part_of_what_a_command_prints(
     train_run(on(base, CONFIG), tmp_path / "run", device="cpu", trackers=("trackio",))
     out, err = capsys.readouterr()
     assert out == ""
-    assert "* project initialised" in err
+    assert "* project initialized" in err
     assert "* finished" in err
 
 
@@ -400,14 +414,14 @@ def test_the_linear_schedule_is_transformers_own() -> None:
 
     from lora_analysis.training.schedules import learning_rate
 
-    options = LoopOptions(steps=50, lr=1.0, warmup=10, schedule="linear")
-    optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    theirs = get_linear_schedule_with_warmup(optimiser, 10, 50)
+    options = LoopOptions(steps=50, lr=1.0, warmup_steps=10, schedule="linear")
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_linear_schedule_with_warmup(optimizer, 10, 50)
     for step in range(1, 51):
         # Theirs has a first step at rate zero, which trains nothing.
-        optimiser.step()
+        optimizer.step()
         theirs.step()
-        falling = optimiser.param_groups[0]["lr"]
+        falling = optimizer.param_groups[0]["lr"]
         assert learning_rate(step, options) == pytest.approx(falling, abs=1 / 40 + 1e-9)
 
 
@@ -423,7 +437,7 @@ def test_tensorboard_is_told_every_figure(base: Path, tmp_path: Path) -> None:
 
 
 def test_half_precision_with_a_scaled_loss_trains() -> None:
-    options = LoopOptions(steps=60, batch_size=8, lr=0.02, warmup=0, autocast="float16")
+    options = LoopOptions(steps=60, batch_size=8, lr=0.02, warmup_steps=0, autocast="float16")
     seen = [metrics.loss for metrics in Training(model(), data(), options)][1:]
     assert np.isfinite(seen).all()
     assert np.mean(seen[-5:]) < np.mean(seen[:5])

@@ -87,14 +87,14 @@ def bare_model(family: str, seed: int = 0) -> Any:
 
 
 def write_model(folder: Path, family: str, seed: int = 0) -> Path:
-    """Write a family's model and its tokeniser as transformers does."""
+    """Write a family's model and its tokenizer as transformers does."""
     bare_model(family, seed).save_pretrained(folder)
     write_tokenizer(folder, ends=family in ("t5", *ENCODERS))
     return folder
 
 
 def write_tokenizer(folder: Path, *, ends: bool) -> None:
-    """Write a tokeniser of whole words, which puts ``</s>`` after a text where ``ends``."""
+    """Write a tokenizer of whole words, which puts ``</s>`` after a text where ``ends``."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

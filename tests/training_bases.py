@@ -8,16 +8,16 @@ from pathlib import Path
 from lora_analysis.training.base import write_base
 from lora_analysis.training.config import RunConfig
 from lora_analysis.training.options import BaseOptions, LoopOptions
-from lora_analysis.training.pretrain import initialise
+from lora_analysis.training.pretrain import initialize
 from lora_analysis.training.vit import DigitsViT, VitConfig
 
 TINY = VitConfig(width=16, depth=2, heads=2, mlp_width=16)
-SHORT = LoopOptions(steps=4, batch_size=16, warmup=1, evaluations=2)
+SHORT = LoopOptions(steps=4, batch_size=16, warmup_steps=1, evaluations=2)
 
 
 def write_tiny_base(folder: Path, *, seed: int = 5) -> Path:
     model = DigitsViT(TINY)
-    initialise(model, seed)
+    initialize(model, seed)
     return write_base(model, folder, {"seed": seed})
 
 

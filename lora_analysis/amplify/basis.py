@@ -10,8 +10,8 @@ import numpy as np
 
 from lora_analysis import chance
 from lora_analysis.errors import DegenerateSubspaceError, IncompatibleError
-from lora_analysis.showing import html_table
 from lora_analysis.spectra import SIDES, Side, Spectrum, spectrum
+from lora_analysis.text import html_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_analysis.showing import html_table
+from lora_analysis.text import html_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -75,9 +75,9 @@ class Amplification:
     precision
         Type of the products with W, ``"float64"`` or ``"float32"``.
     storage
-        How W is quantised ("bitsandbytes nf4"), empty where it is stored as plain numbers.
+        How W is quantized ("bitsandbytes nf4"), empty where it is stored as plain numbers.
     noise
-        Expected ‖rounding error of W‖_F/‖W‖_F (`Weight.noise`), None where it is not quantised or
+        Expected ‖rounding error of W‖_F/‖W‖_F (`Weight.noise`), None where it is not quantized or
         not known. Such an error is no more aligned with ΔW than random directions are: it moves
         ``enrichment`` at k by about ``noise/k``, and where that is weaker, to about ``noise``.
     weight_statistics

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_analysis.bases.naming import matrix_shape, quantised
+from lora_analysis.bases.naming import matrix_shape, quantized
 from lora_analysis.errors import BaseWeightError
 from lora_analysis.storage.limits import BLOCK_ELEMENTS
 from lora_analysis.storage.safetensors import tile_slices
@@ -81,7 +81,7 @@ class ArrayTensors:
     def refuse_unreadable(self, name: str) -> None:
         """Raise where the array holds no floating-point numbers."""
         if not np.issubdtype(self._arrays[name].dtype, np.floating):
-            raise quantised(self._label, name, f"stored as {self.dtype(name)}")
+            raise quantized(self._label, name, f"stored as {self.dtype(name)}")
 
 
 class LiveTensors:
@@ -131,7 +131,7 @@ class LiveTensors:
         return False if name.endswith("in_proj_weight") else None
 
     def storage(self, name: str) -> str:  # noqa: ARG002 - by agreement
-        """Return nothing: quantised parameters are refused."""
+        """Return nothing: quantized parameters are refused."""
         return ""
 
     def tiles(self, name: str, index: int | None) -> Tiles:
@@ -150,7 +150,7 @@ class LiveTensors:
         return whole
 
     def refuse_unreadable(self, name: str) -> None:
-        """Raise for quantised, empty and outdated parameters, and under a merged adapter."""
+        """Raise for quantized, empty and outdated parameters, and under a merged adapter."""
         parameter = self._parameters[name]
         path, _, last = name.rpartition(".")
         current: Any = None
@@ -163,7 +163,7 @@ class LiveTensors:
             )
             raise BaseWeightError(message)
         if not parameter.is_floating_point():
-            raise quantised(self._label, name, f"stored as {self.dtype(name)}")
+            raise quantized(self._label, name, f"stored as {self.dtype(name)}")
         if parameter.is_meta:
             message = f"{self._label}: '{name}' is on the meta device and holds no values."
             raise BaseWeightError(message)

@@ -45,7 +45,7 @@ _LISTED: Final = 6
 _CONV_AXES: Final = 5
 
 
-def read_update(
+def read_fine_tune(
     tuned: Any,
     base: Any,
     *,

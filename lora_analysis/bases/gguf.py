@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from lora_analysis.bases.quantised.codes import MXFP4_REACH, cell_variances
+from lora_analysis.bases.quantized.codes import MXFP4_REACH, cell_variances
 from lora_analysis.bases.weights import BaseWeights
 from lora_analysis.errors import BaseWeightError, MissingExtraError
 from lora_analysis.storage.gguf import TYPES, GGUFFile, read_gguf
@@ -108,7 +108,7 @@ class GGUFTensors:
         return _PLAIN.get(kind, kind)
 
     def storage(self, name: str) -> str:
-        """Return the quantised type, nothing for plain numbers."""
+        """Return the quantized type, nothing for plain numbers."""
         kind = self._file.tensors[name].kind
         return "" if kind in _PLAIN else f"GGUF {kind}"
 

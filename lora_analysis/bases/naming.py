@@ -207,7 +207,7 @@ class TensorNames:
         for name in self._stored:
             for mark, storage in _UNREAD.items():
                 if name == f"{wanted}.{mark}" or name.endswith(f".{wanted}.{mark}"):
-                    return quantised(self.label, name, storage)
+                    return quantized(self.label, name, storage)
         near = ", ".join(f"'{name}'" for name in near_names(wanted, self._modules)) or "none"
         return BaseWeightError(
             f"{self.label}: no weight belongs to '{module}'. Near names among its "
@@ -311,11 +311,11 @@ def module_of(tensor: str) -> str | None:
     return f"{path}.{last}" if segments[-1] == "experts" and last in _STACKS else None
 
 
-def quantised(label: str, tensor: str, storage: str) -> BaseWeightError:
+def quantized(label: str, tensor: str, storage: str) -> BaseWeightError:
     """Return the error for a weight that is not stored in a way that is read."""
     return BaseWeightError(
-        f"{label}: '{tensor}' belongs to a quantised weight ({storage}), which is not read. "
-        "Dequantise the model first, or use the unquantised one."
+        f"{label}: '{tensor}' belongs to a quantized weight ({storage}), which is not read. "
+        "Dequantize the model first, or use the unquantized one."
     )
 
 

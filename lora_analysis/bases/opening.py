@@ -50,7 +50,7 @@ def open_base(
         (a hub's cache folder too), a live ``torch.nn.Module`` (its frozen weights, also where
         adapters are attached), or a mapping of module names to arrays ``(d_out, d_in)``. A
         ``config.json`` beside the file names the family, which decides how matrices lie.
-        Quantised weights are decoded block by block as they are read: fp8, MXFP8, MXFP6, MXFP4,
+        Quantized weights are decoded block by block as they are read: fp8, MXFP8, MXFP6, MXFP4,
         NVFP4, ComfyUI's files, GGUF (with the extra ``quantized``), bitsandbytes,
         compressed-tensors, GPTQ, AWQ; types that may mean several things are refused. If nothing
         local has the name, a repository on a hub (extra ``hf``) as in

@@ -1,4 +1,4 @@
-"""Base weights in files: safetensors and torch files, plain or quantised."""
+"""Base weights in files: safetensors and torch files, plain or quantized."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_analysis.bases.naming import matrix_shape, quantised
-from lora_analysis.bases.quantised import Quantised, quantised_weights, tiles
+from lora_analysis.bases.naming import matrix_shape, quantized
+from lora_analysis.bases.quantized import Quantized, quantized_weights, tiles
 from lora_analysis.errors import BaseWeightError
 from lora_analysis.storage.dtypes import FLOATING, raw_dtype
 from lora_analysis.storage.raw import part_of, read_elements
@@ -79,13 +79,13 @@ class StoredTensors:
         self._label = label
         stated = config.get("quantization_config", config.get("compression_config"))
         self._config: Mapping[str, Any] = stated if isinstance(stated, Mapping) else {}
-        self._makers = quantised_weights(self._stored, self._config, label, files.metadata)
-        self._quantised: dict[str, Quantised] = {}
+        self._makers = quantized_weights(self._stored, self._config, label, files.metadata)
+        self._quantized: dict[str, Quantized] = {}
         self._names = list(dict.fromkeys([*files.infos, *self._makers]))
 
     @property
     def names(self) -> Sequence[str]:
-        """Names of all tensors, and of the weights that quantised ones make."""
+        """Names of all tensors, and of the weights that quantized ones make."""
         return self._names
 
     @property
@@ -104,7 +104,7 @@ class StoredTensors:
         return self._stored.infos[name].dtype if made is None else made.storage
 
     def storage(self, name: str) -> str:
-        """Return how a quantised weight is stored, nothing for others."""
+        """Return how a quantized weight is stored, nothing for others."""
         made = self._made(name)
         return "" if made is None else made.storage
 
@@ -113,7 +113,7 @@ class StoredTensors:
         return name not in self._makers
 
     def transposed(self, name: str) -> bool | None:
-        """Return what a quantised storage says; of plain numbers only the family knows."""
+        """Return what a quantized storage says; of plain numbers only the family knows."""
         made = self._made(name)
         return None if made is None else made.transposed
 
@@ -137,21 +137,21 @@ class StoredTensors:
         """Raise where the tensor is the payload of a storage that is not read."""
         method = str(self._config.get("quant_method", ""))
         if self._made(name) is not None and method in _UNREAD:
-            raise quantised(self._label, name, method)
+            raise quantized(self._label, name, method)
         if self._made(name) is None and (dtype := self.dtype(name)) not in FLOATING:
             lost = f"{name}.absmax" in self._stored.infos
             kind = "bitsandbytes 4-bit without its quant_state" if lost else f"stored as {dtype}"
-            raise quantised(self._label, name, kind)
+            raise quantized(self._label, name, kind)
 
-    def _made(self, name: str) -> Quantised | None:
-        """Return the quantised weight of that name, put together when it is first asked for."""
-        if name in self._makers and name not in self._quantised:
+    def _made(self, name: str) -> Quantized | None:
+        """Return the quantized weight of that name, put together when it is first asked for."""
+        if name in self._makers and name not in self._quantized:
             made = self._makers[name]()
             if min(made.shape, default=0) < 1:
                 message = f"{self._label}: '{name}' ({made.storage}) has shape {made.shape}."
                 raise BaseWeightError(message)
-            self._quantised[name] = made
-        return self._quantised.get(name)
+            self._quantized[name] = made
+        return self._quantized.get(name)
 
 
 def _blocks_of(values: NDArray[Any], shape: tuple[int, ...], index: int | None) -> Tiles:

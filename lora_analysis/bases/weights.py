@@ -59,7 +59,7 @@ class TensorSource(Protocol):
         """Return the stored type, as ``"bfloat16"``."""
 
     def storage(self, name: str) -> str:
-        """Return how a quantised weight is stored ("bitsandbytes nf4"), nothing for others."""
+        """Return how a quantized weight is stored ("bitsandbytes nf4"), nothing for others."""
 
     def is_plain(self, name: str) -> bool:
         """Return True if the tensor is stored as plain numbers; tells without reading."""
@@ -95,7 +95,7 @@ class Weight:
     transposed
         Whether it is stored as ``[in, out]``.
     storage
-        How it is quantised, as "bitsandbytes nf4"; empty where it is stored as plain numbers.
+        How it is quantized, as "bitsandbytes nf4"; empty where it is stored as plain numbers.
     """
 
     name: str
@@ -140,12 +140,12 @@ class Weight:
         return whole
 
     def noise(self) -> float | None:
-        """Return the expected ‖error of rounding‖_F/‖W‖_F of a quantised weight.
+        """Return the expected ‖error of rounding‖_F/‖W‖_F of a quantized weight.
 
         From the scales and levels it is stored with: a value that rounds to a level is taken as
         uniform over the values that do. True where each value was rounded to the nearest level;
-        methods that compensate (GPTQ) or rescale (AWQ) differ from the unquantised weight by more.
-        None where the weight is not quantised, or its storage does not tell.
+        methods that compensate (GPTQ) or rescale (AWQ) differ from the unquantized weight by more.
+        None where the weight is not quantized, or its storage does not tell.
 
         Notes
         -----
@@ -278,7 +278,7 @@ class BaseWeights:
 
     @property
     def names(self) -> list[str]:
-        """Names of all tensors; a quantised weight has the name its plain numbers would have."""
+        """Names of all tensors; a quantized weight has the name its plain numbers would have."""
         return list(self._source.names)
 
     def stored_shape(self, name: str) -> tuple[int, ...]:
@@ -320,7 +320,7 @@ class BaseWeights:
         ------
         BaseWeightError
             No tensor, several, or none of fitting shape belongs to the module; it is stored
-            quantised in a way that is not read, or fused in one that is not known; or its
+            quantized in a way that is not read, or fused in one that is not known; or its
             orientation cannot be known (a square matrix of unknown family).
         """
         located = self._locator.locate(module)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 SMALLEST_P = 1e-4
 # Fewer runs than this bear no interval.
 FEWEST_RUNS = 3
-# Up to so many relabellings of runs are all gone through; beyond, as many are drawn.
-ALL_RELABELLINGS = 20_000
+# Up to so many relabelings of runs are all gone through; beyond, as many are drawn.
+ALL_RELABELINGS = 20_000
 
 
 def p_value_text(p: float) -> str:
@@ -66,10 +66,10 @@ class RunPermutation:
     difference
         Mean over pairs of one task minus mean over pairs of different tasks.
     p_value
-        Share of the relabellings whose difference is at least as large.
+        Share of the relabelings whose difference is at least as large.
     smallest_p_value
         What the p-value could be at best with so many runs.
-    relabellings
+    relabelings
         How many were gone through, or drawn.
     exact
         Whether those were all.
@@ -80,7 +80,7 @@ class RunPermutation:
     difference: float
     p_value: float
     smallest_p_value: float
-    relabellings: int
+    relabelings: int
     exact: bool
     runs: int
 
@@ -101,9 +101,9 @@ def permute_runs(
         ``(N, N)``, symmetric: one number per pair of runs, for example the median ω. NaN pairs
         do not count.
     tasks
-        Task of each run. Relabelling keeps how many runs each task has.
+        Task of each run. Relabeling keeps how many runs each task has.
     draws, seed
-        Random relabellings, where all would be more than 20,000.
+        Random relabelings, where all would be more than 20,000.
 
     Raises
     ------
@@ -132,10 +132,10 @@ def permute_runs(
     np.fill_diagonal(values, np.nan)
     found = task_difference(values, codes)
     total = _partitions(sizes)
-    exact = total <= ALL_RELABELLINGS
-    relabelled = _all_partitions(sizes) if exact else _random_partitions(codes, draws, seed)
-    differences = np.array([task_difference(values, labels) for labels in relabelled])
-    # A relabelling that is the same partition must not be lost to rounding; one that missing
+    exact = total <= ALL_RELABELINGS
+    relabeled = _all_partitions(sizes) if exact else _random_partitions(codes, draws, seed)
+    differences = np.array([task_difference(values, labels) for labels in relabeled])
+    # A relabeling that is the same partition must not be lost to rounding; one that missing
     # pairs leave without a difference speaks against the claim.
     as_large = int(np.count_nonzero(~(differences < found - 1e-12 * abs(found))))
     count = len(differences)
@@ -197,7 +197,7 @@ def _all_partitions(sizes: NDArray[np.intp]) -> Iterator[NDArray[np.intp]]:
             yield from place(group + 1)
             codes[list(chosen)] = -1
 
-    # Sizes in order, so that equal ones are neighbours.
+    # Sizes in order, so that equal ones are neighbors.
     sizes = np.sort(sizes)
     yield from place(0)
 

@@ -28,18 +28,18 @@ from lora_analysis.errors import (
     OutputError,
     named_error,
 )
-from lora_analysis.showing import printable, printable_lines
+from lora_analysis.text import printable, printable_lines
 
 # The help of the group needs one line per verb, and must not import what the verbs need.
 VERBS = {
-    "demo": "Train ranks × seeds × tasks on bundled data, analyse them, write the report.",
+    "demo": "Train ranks × seeds × tasks on bundled data, analyze them, write the report.",
     "train": "Train an adapter on a file of your own and a model of transformers.",
     "sweep": "Train every combination of ranks, seeds, tasks, options in a TOML file.",
     "inspect": "Say what is in an adapter: format, modules, ranks, scale, spectrum.",
     "compare": "Compare two adapters module by module, with chance beside every number.",
     "heatmap": "Draw the rank-overlap heat-map of two adapters.",
     "amplify": "Hold an adapter against its base weights (amplification, enrichment).",
-    "report": "Analyse adapters and write one self-contained HTML report.",
+    "report": "Analyze adapters and write one self-contained HTML report.",
     "reproduce": "Draw section 7 of the LoRA paper from the demo's adapters, beside its values.",
     "resize": "Write an adapter with fewer directions, and say what was lost.",
     "convert": "Write an adapter in another format.",

@@ -23,7 +23,7 @@ from lora_analysis.cli.show import (
     print_text,
     records,
 )
-from lora_analysis.showing import printable
+from lora_analysis.text import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,7 +69,7 @@ def command(
     The amplification factor ‖ΔW‖/‖UᵀWV‖ proves little by itself; "chance" is what random
     directions of the same size score, and enrichment the ratio of the two.
     """
-    from lora_analysis.findings import findings
+    from lora_analysis.conclusions import findings
     from lora_analysis.studies import study
 
     adapter = reading.read(source)
@@ -168,14 +168,14 @@ def _medians(full: pd.DataFrame) -> dict[str, dict[str, float]]:
 
 
 def _print_storage(full: pd.DataFrame) -> None:
-    """Say how W is quantised and what that leaves uncertain; nothing where it is not."""
+    """Say how W is quantized and what that leaves uncertain; nothing where it is not."""
     storages = sorted(set(full["storage"]) - {""})
     if not storages:
         return
     noise = full["noise"].median()
     moved = "an unknown part" if noise != noise else decimals(float(noise))  # noqa: PLR0124 - NaN
     print_text(
-        f"W is quantised ({', '.join(storages)}); rounding moved it by {moved} of ‖W‖ (expected), "
+        f"W is quantized ({', '.join(storages)}); rounding moved it by {moved} of ‖W‖ (expected), "
         "which alone gives an enrichment of that size."
     )
 

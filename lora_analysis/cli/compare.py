@@ -26,7 +26,7 @@ from lora_analysis.cli.show import (
     print_text,
     records,
 )
-from lora_analysis.showing import printable
+from lora_analysis.text import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,7 +61,7 @@ def command(
     Isotropic chance stands beside every number. It is a floor, not a verdict: unrelated adapters
     of one base exceed it too, so a verdict needs some of them, given with --reference.
     """
-    from lora_analysis.findings import findings
+    from lora_analysis.conclusions import findings
     from lora_analysis.studies import study
 
     adapters = [reading.read(one) for one in (a, b)]
@@ -102,7 +102,7 @@ def command(
 
 
 def _check_pair(result: Study) -> None:
-    """Name the references that could not be analysed; refuse to go on without A or B."""
+    """Name the references that could not be analyzed; refuse to go on without A or B."""
     from lora_analysis.errors import InputError
 
     if len(result.adapters) - len(result.reference) < 2:
@@ -143,7 +143,7 @@ def _median(table: pd.DataFrame, side: str, column: str) -> float:
 
 
 def _summary(table: pd.DataFrame) -> dict[str, dict[str, float]]:
-    columns = ("phi_1_1", "chance_1_1", "phi_r_r", "chance_r_r", "omega", "omega_chance")
+    columns = ("phi_1_1", "chance_1_1", "phi_r_r", "chance_r_r", "omega", "chance_omega")
     return {
         side: {
             f"{name}_{column}": float(getattr(table.loc[table["side"] == side, column], name)())
@@ -163,7 +163,7 @@ _COLUMNS = {
     "phi_r_r": "φ(r,r)",
     "chance_r_r": "chance",
     "omega": "ω",
-    "omega_chance": "chance",
+    "chance_omega": "chance",
     "signed_cosine": "cosine",
 }
 # What a star beside a module of the input side means, by the pair's start.
@@ -207,7 +207,7 @@ def _print(
             footer=("median", *(decimals(own[name].median()) for name in _COLUMNS)),
         )
     click.echo()
-    if table["shared_start"].any():
+    if table["shared_init"].any():
         print_text(f"* {_STARS[pair['start']]}")
     ranks = sorted(set(zip(table["rank_a"], table["rank_b"], strict=True)))
     shown = ", ".join(f"{i}/{j}" for i, j in ranks)
@@ -217,7 +217,7 @@ def _print(
 def _modules(own: pd.DataFrame, side: str) -> list[tuple[str, ...]]:
     return [
         (
-            row["module"] + (" *" if row["shared_start"] and side == "input" else ""),
+            row["module"] + (" *" if row["shared_init"] and side == "input" else ""),
             *(decimals(row[name]) for name in _COLUMNS),
         )
         for row in records(own)

@@ -17,7 +17,7 @@ from lora_analysis.cli.writing import (
     notes,
     output_place,
 )
-from lora_analysis.showing import printable
+from lora_analysis.text import printable
 
 if TYPE_CHECKING:
     from pathlib import Path

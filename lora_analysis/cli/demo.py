@@ -27,7 +27,7 @@ from lora_analysis.cli.show import print_json, study_facts
 )
 @output_options
 def command(output: Path, *, device: str, force: bool, text: bool, form: str) -> None:
-    """Train 13 adapters on handwritten digits, analyse them, write the report.
+    """Train 13 adapters on handwritten digits, analyze them, write the report.
 
     Rank 8 on three tasks with three seeds, ranks 4 and 64 with two seeds on one task; two to
     three minutes on two CPU cores. With --text, 10 adapters of a real pretrained model, in some

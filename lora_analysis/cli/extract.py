@@ -46,7 +46,7 @@ def command(
     The difference of each weight matrix to the base's, cut to its leading singular directions.
     Tables of embeddings are matrices too: --module chooses what is meant.
     """
-    from lora_analysis.edit import extract
+    from lora_analysis.edit import approximate_fine_tune
     from lora_analysis.formats.writing import check_adapter_place
     from lora_analysis.storage.places import source_paths
 
@@ -55,7 +55,7 @@ def command(
     check_adapter_place(output, inputs=inputs, force=force)
     written = chosen_format(kind, None, output)
     with progress_bar(form) as progress:
-        found = extract(
+        found = approximate_fine_tune(
             tuned, base, **size, modules=modules, transposed=transposed, progress=progress
         )
     write_resized(found, output, written, form, inputs=inputs, force=force)

@@ -17,7 +17,7 @@ from lora_analysis.cli.options import (
 )
 from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.show import print_json
-from lora_analysis.showing import printable
+from lora_analysis.text import printable
 
 if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter, Update
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     help="Right (input) or left (output) singular vectors.",
 )
 @click.option(
-    "--factor",
+    "--of",
     type=click.Choice(["delta", "A", "B"]),
     default="delta",
     show_default=True,
@@ -59,7 +59,7 @@ def command(
     output: Path,
     force: bool,
     side: Any,
-    factor: Any,
+    of: Any,
     modules: str | None,
     prefixes: tuple[str, ...],
     reading: Reading,
@@ -88,7 +88,7 @@ def command(
         chosen = _representative(first, second, modules, progress, seen)
         titles = _titles(list(chosen))
         grids = {
-            titles[name]: subspace_similarity(*updates, side=side, factor=factor)
+            titles[name]: subspace_similarity(*updates, side=side, of=of)
             for name, updates in chosen.items()
         }
         inputs = [*first.provenance.inputs, *second.provenance.inputs]
@@ -106,7 +106,7 @@ def command(
                 "figure": written,
                 "modules": list(chosen),
                 "side": side,
-                "factor": factor,
+                "of": of,
                 "left_out": left_out,
                 "findings": findings,
             }

@@ -20,7 +20,7 @@ from lora_analysis.cli.show import (
     sparkline,
 )
 from lora_analysis.finding import Finding
-from lora_analysis.showing import printable
+from lora_analysis.text import printable
 
 if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter
@@ -134,7 +134,7 @@ def _module_facts(adapter: Adapter, name: str) -> dict[str, Any]:
         "alpha": getattr(update, "alpha", None),
         "variant": getattr(update, "variant", ""),
         "stored_dtype": value.stored_dtype,
-        "resolution": value.resolution,
+        "rounding_error": value.rounding_error,
         "in_units_of_scale": value.in_units_of_scale,
         "norm": value.norm,
         "effective_rank": value.effective_rank,
@@ -170,16 +170,16 @@ def _scale(fact: dict[str, Any]) -> str:
 
 def _below_precision(facts: list[dict[str, Any]]) -> list[Finding]:
     """Return the finding about modules whose small σ are those of the stored type's rounding."""
-    coarse = [one for one in facts if one["resolution"] >= 1]
+    coarse = [one for one in facts if one["rounding_error"] >= 1]
     if not coarse:
         return []
-    worst = max(coarse, key=lambda one: one["resolution"])
+    worst = max(coarse, key=lambda one: one["rounding_error"])
     fields = {
         "count": len(coarse),
         "total": len(facts),
         "dtype": worst["stored_dtype"],
         "module": worst["module"],
-        "ratio": worst["resolution"],
+        "ratio": worst["rounding_error"],
     }
     return [Finding("below-precision", fields)]
 

@@ -11,13 +11,13 @@ import click
 
 from lora_analysis.cli.options import Command, Progress
 from lora_analysis.errors import InputError, SourceError
-from lora_analysis.showing import printable
+from lora_analysis.text import printable
 
 if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter
     from lora_analysis.bases import BaseWeights
     from lora_analysis.formats import AdapterRef
-    from lora_analysis.formats.initial import StartOf
+    from lora_analysis.formats.initial import InitialFactorsSource
     from lora_analysis.formats.sources import ExpertOrder
     from lora_analysis.studies import ReadLater
 
@@ -62,17 +62,19 @@ class Reading:
         base = self.open_base(self.trained_on)
         if base is None:
             return self._read(source, self.initial)
-        from lora_analysis.effective import effective_adapter, start_from_base
+        from lora_analysis.effective import effective_adapter, initial_factors_from_base
 
         try:
             adapter = self._read(source, self.initial)
         except UnsupportedMethodError:
             if self.initial is not None:
                 raise
-            adapter = self._read(source, start_from_base(base))
+            adapter = self._read(source, initial_factors_from_base(base))
         return effective_adapter(adapter, base)
 
-    def _read(self, source: str | AdapterRef, initial: str | StartOf | None) -> Adapter:
+    def _read(
+        self, source: str | AdapterRef, initial: str | InitialFactorsSource | None
+    ) -> Adapter:
         from lora_analysis.formats import read_adapter
 
         return read_adapter(

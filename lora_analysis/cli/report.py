@@ -20,10 +20,10 @@ from lora_analysis.cli.options import (
     reference_option,
     transposed_option,
 )
+from lora_analysis.cli.parallel_options import analysis_executor, analysis_executor_options
 from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.show import print_json, study_facts
-from lora_analysis.cli.spreading import analysis_executor, analysis_executor_options
-from lora_analysis.showing import printable
+from lora_analysis.text import printable
 
 
 def _formats(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[str, ...]:
@@ -100,7 +100,7 @@ def command(
     reading: Reading,
     form: str,
 ) -> int:
-    """Analyse the adapters at every SOURCE and write one self-contained HTML report.
+    """Analyze the adapters at every SOURCE and write one self-contained HTML report.
 
     A verdict needs adapters of other tasks on the same base, trained with other seeds: among the
     sources, where task and seed are known, or given with --reference.

@@ -16,7 +16,7 @@ from unicodedata import combining, east_asian_width
 
 import click
 
-from lora_analysis.showing import printable, printable_json
+from lora_analysis.text import printable, printable_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +41,7 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 
 def _clean(value: Any, path: str, undefined: list[str]) -> Any:
-    """Return ``value`` in JSON's own types; numpy's are recognised by ``tolist``."""
+    """Return ``value`` in JSON's own types; numpy's are recognized by ``tolist``."""
     if isinstance(value, Mapping):
         return {str(k): _clean(v, f"{path}.{k}", undefined) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -56,7 +56,7 @@ def _clean(value: Any, path: str, undefined: list[str]) -> Any:
 
 def study_facts(study: Study) -> dict[str, Any]:
     """Return what JSON output says of a study: adapters, findings, what was left out, failures."""
-    from lora_analysis.findings import findings
+    from lora_analysis.conclusions import findings
 
     return {
         "adapters": list(study.adapters),
@@ -179,9 +179,9 @@ def print_text(text: str) -> None:
     click.echo(click.wrap_text(printable(text), width=page_width()))
 
 
-# Colour says what kind of sentence it is, which the first word says too.
+# Color says what kind of sentence it is, which the first word says too.
 _KINDS = {
-    "artefact": "yellow",
+    "artifact": "yellow",
     "damage": "red",
     "failure": "red",
     "limit": "bright_black",
@@ -190,11 +190,11 @@ _KINDS = {
 
 
 def print_finding(kind: str, text: str) -> None:
-    """Print a finding: its kind, coloured on a terminal unless NO_COLOR is set, and its text."""
+    """Print a finding: its kind, colored on a terminal unless NO_COLOR is set, and its text."""
     lines = click.wrap_text(printable(text), page_width(), f"{kind:<10} ", " " * 11)
     label, rest = lines[: len(kind)], lines[len(kind) :]
-    colour = None if os.environ.get("NO_COLOR") else _KINDS.get(kind)
-    click.echo((click.style(label, fg=colour, bold=True) if colour else label) + rest)
+    color = None if os.environ.get("NO_COLOR") else _KINDS.get(kind)
+    click.echo((click.style(label, fg=color, bold=True) if color else label) + rest)
 
 
 def print_facts(facts: Iterable[tuple[str, object]]) -> None:

@@ -13,7 +13,7 @@ from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import output_options, progress_bar
 from lora_analysis.cli.show import print_json, print_table
 from lora_analysis.errors import InputError
-from lora_analysis.showing import printable
+from lora_analysis.text import printable
 
 if TYPE_CHECKING:
     from lora_analysis.execution.shards import Shard

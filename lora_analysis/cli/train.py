@@ -22,7 +22,7 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
     "base": ("base", "source"),
     "revision": ("base", "revision"),
     "dtype": ("base", "dtype"),
-    "quantised": ("base", "quantised"),
+    "quantized": ("base", "quantized"),
     "allow_pickle": ("base", "allow_pickle"),
     "test": ("data", "test"),
     "data_format": ("data", "format"),
@@ -79,7 +79,7 @@ def _column_options(command: Command) -> Command:
     "--target", "targets", multiple=True, metavar="MODULE", help="End of names to adapt; repeat."
 )
 @click.option("--seed", type=int, help="Of initial factors, order of data and dropout.")
-@click.option("--steps", type=int, help="Optimiser steps.")
+@click.option("--steps", type=int, help="Optimizer steps.")
 @click.option("--epochs", type=float, help="Passes over the data.  [default: 3]")
 @click.option("--batch-size", type=int, help="Examples in a backward pass.  [default: 16]")
 @click.option("--lr", type=float, help="Peak learning rate.  [default: 0.0002]")
@@ -87,7 +87,7 @@ def _column_options(command: Command) -> Command:
 @click.option("--evaluations", type=int, help="How often the test is looked at.")
 @click.option("--dtype", metavar="TYPE", help="Of the frozen weights: float32, bfloat16.")
 @click.option("--autocast", metavar="TYPE", help="Of matrix products: bfloat16 or float16.")
-@click.option("--quantised", metavar="HOW", help="nf4 or int8: the frozen base, QLoRA's way.")
+@click.option("--quantized", metavar="HOW", help="nf4 or int8: the frozen base, QLoRA's way.")
 @click.option("--revision", metavar="REV", help="Of a base on a hub.")
 @click.option("--allow-pickle", is_flag=True, default=None, help="Read a base's pytorch_model.bin.")
 @click.option(
@@ -125,8 +125,9 @@ def command(
     lora-analysis train reviews.csv --base models/bert -o runs/reviews
 
     Interrupted and run again, it goes on from its last checkpoint. Options lie over --config,
-    and that over --preset; --set reaches every field, as in --set loop.accumulate=4.
-    On several GPUs: torchrun --nproc-per-node 4 -m lora_analysis train …, the same options.
+    and that over --preset; --set reaches every field, as in
+    --set loop.gradient_accumulation_steps=4. On several GPUs: torchrun --nproc-per-node 4
+    -m lora_analysis train …, the same options.
     """
     from lora_analysis.storage.documents import read_toml
     from lora_analysis.training import RunConfig, train_run

@@ -6,7 +6,7 @@ an edit does to a model: that is for the user to evaluate.
 """
 
 from lora_analysis.edit.budgets import error_by_parameters, ranks_within
-from lora_analysis.edit.extraction import extract
+from lora_analysis.edit.extraction import approximate_fine_tune
 from lora_analysis.edit.interventions import (
     drop_directions,
     keep_directions,
@@ -16,21 +16,21 @@ from lora_analysis.edit.interventions import (
 )
 from lora_analysis.edit.noise import noise_of_equal_norm
 from lora_analysis.edit.resizing import Resized, resize_adapter
-from lora_analysis.edit.truncation import Truncation, relative_difference, resize
+from lora_analysis.edit.truncation import Truncation, relative_difference, truncate
 
 __all__ = [
     "Resized",
     "Truncation",
+    "approximate_fine_tune",
     "drop_directions",
     "error_by_parameters",
-    "extract",
     "keep_directions",
     "noise_of_equal_norm",
     "project_out",
     "ranks_within",
     "relative_difference",
-    "resize",
     "resize_adapter",
+    "truncate",
     "without_directions",
     "without_subspace",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lora_analysis.bases import read_update
+from lora_analysis.bases import read_fine_tune
 from lora_analysis.edit.resizing import Resized, resize_adapter
 from lora_analysis.execution import available_workers
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 
-def extract(
+def approximate_fine_tune(
     tuned: Any,
     base: Any,
     *,
@@ -37,16 +37,16 @@ def extract(
     rank, energy, budget
         Exactly one of them, as for `resize_adapter`.
     modules, transposed, label
-        As for :func:`lora_analysis.read_update`.
+        As for :func:`lora_analysis.read_fine_tune`.
     progress
         Called with (what, done, total).
 
     Raises
     ------
     InputError
-        As raised by `read_update` and `resize_adapter`.
+        As raised by `read_fine_tune` and `resize_adapter`.
     """
-    update = read_update(
+    update = read_fine_tune(
         tuned, base, modules=modules, transposed=transposed, label=label, progress=progress
     )
     return resize_adapter(

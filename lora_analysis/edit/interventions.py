@@ -38,7 +38,7 @@ def keep_directions(update: Update, directions: Sequence[int]) -> LowRankUpdate:
     Returns
     -------
     LowRankUpdate
-        ``Σ_i u_i·σ_i·v_iᵀ`` with the scale folded in, as by :func:`lora_analysis.resize`.
+        ``Σ_i u_i·σ_i·v_iᵀ`` with the scale folded in, as by :func:`lora_analysis.truncate`.
 
     Raises
     ------
@@ -228,7 +228,7 @@ def _chosen(found: Spectrum, directions: Sequence[int]) -> NDArray[np.bool_]:
         raise DegenerateSubspaceError(message)
     chosen = np.zeros(found.numerical_rank, dtype=bool)
     chosen[[place - 1 for place in named]] = True
-    cut = np.flatnonzero((chosen[:-1] != chosen[1:]) & found.undefined[:-1])
+    cut = np.flatnonzero((chosen[:-1] != chosen[1:]) & found.degenerate[:-1])
     if cut.size:
         i = int(cut[0]) + 1
         message = (

@@ -29,7 +29,7 @@ def noise_of_equal_norm(adapter: Adapter, *, seed: int = 0) -> Adapter:
     Parameters
     ----------
     adapter
-        Of dense updates (:func:`lora_analysis.read_update`) or of low-rank ones.
+        Of dense updates (:func:`lora_analysis.read_fine_tune`) or of low-rank ones.
     seed
         Of the noise. Each module draws from a generator of its own, by its name and the seed.
 
@@ -53,7 +53,7 @@ def noise_of_equal_norm(adapter: Adapter, *, seed: int = 0) -> Adapter:
     updates = {name: partial(_noise, adapter, name, seed) for name in adapter}
     sentence = f"Gaussian noise of each update's norm in its place (seed {seed}): a control."
     made = derived(adapter, updates, sentence).described(rank=adapter.provenance.rank, metrics={})
-    return made.relabelled(f"{adapter.label} (noise)")
+    return made.relabeled(f"{adapter.label} (noise)")
 
 
 def _noise(adapter: Adapter, name: str, seed: int) -> Update:

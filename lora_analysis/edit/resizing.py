@@ -20,7 +20,7 @@ from lora_analysis.edit.truncation import (
     leading_part,
     measure,
     relative_difference,
-    resize,
+    truncate,
 )
 from lora_analysis.errors import InputError
 from lora_analysis.execution import available_workers, in_threads
@@ -90,7 +90,7 @@ def resize_adapter(
 
     Low-rank updates are read and measured now, and computed when a module of the result is asked
     for: the result holds no factors, and takes them from ``adapter`` each time. Each module as by
-    :func:`lora_analysis.resize`, exactly one of the three given:
+    :func:`lora_analysis.truncate`, exactly one of the three given:
 
     Parameters
     ----------
@@ -116,8 +116,8 @@ def resize_adapter(
     Raises
     ------
     InputError
-        As for `resize`; the adapter has no modules; no direction fits into the budget; or a number
-        is too large for the type of the source.
+        As for `truncate`; the adapter has no modules; no direction fits into the budget; or a
+        number is too large for the type of the source.
     ScaleError
         The scale of a module is not known: modules could not be weighed against each other.
     """
@@ -166,7 +166,7 @@ def _resized(
         load = partial(_leading, adapter, name, count, like_source=like_source)
         new = LazyUpdate(outline, load)
     else:
-        new, lost = resize(update, rank=1 if rank == 0 else rank, energy=energy)
+        new, lost = truncate(update, rank=1 if rank == 0 else rank, energy=energy)
     statistics = module_statistics(update, norm=lost.norm)
     if rank == 0:
         return None, replace(lost, rank=0, lost=lost.norm), statistics

@@ -57,7 +57,7 @@ class Truncation:
         return self.rank * sum(self.shape)
 
 
-def resize(
+def truncate(
     update: Update, *, rank: int | None = None, energy: float | None = None
 ) -> tuple[LowRankUpdate, Truncation]:
     """Return the best approximation of an update by fewer directions, and what it loses.
@@ -96,7 +96,7 @@ def resize(
     Examples
     --------
     >>> A, B = np.eye(2, 5), np.eye(7, 2) * [4.0, 3.0]
-    >>> small, lost = resize(LowRankUpdate(name="q", A=A, B=B, scale=2.0), rank=1)
+    >>> small, lost = truncate(LowRankUpdate(name="q", A=A, B=B, scale=2.0), rank=1)
     >>> small.rank, small.scale, lost.error
     (1, 1.0, 0.6)
     """
@@ -112,9 +112,9 @@ def resize(
 def measure(
     update: LowRankUpdate, *, rank: int | None = None, energy: float | None = None
 ) -> tuple[Truncation, int]:
-    """Return what `resize` would lose of a low-rank update, and how many directions it keeps.
+    """Return what `truncate` would lose of a low-rank update, and how many directions it keeps.
 
-    Parameters and errors are those of `resize`. No singular vectors are computed. The count is 0
+    Parameters and errors are those of `truncate`. No singular vectors are computed. The count is 0
     for an update that is zero.
     """
     check_size(rank=rank, energy=energy)

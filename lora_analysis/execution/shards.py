@@ -49,7 +49,7 @@ class Shard:
         return cls(int(index), int(count))
 
     def of(self, cells: Sequence[Cell]) -> list[Cell]:
-        """Return this shard's cells: every ``count``-th, so that neighbours are spread.
+        """Return this shard's cells: every ``count``-th, so that neighbors are spread.
 
         Dealt from all cells and not from those that are left, or two shards would take one cell
         where a third has finished some meanwhile.

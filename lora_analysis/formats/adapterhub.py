@@ -59,7 +59,7 @@ class _Place:
     document: Mapping[str, Any]
 
 
-def recognises(path: Path, options: ReadOptions) -> bool:
+def recognizes(path: Path, options: ReadOptions) -> bool:
     """Say whether an adapter of AdapterHub lies at exactly this path."""
     return _place(path, options) is not None
 
@@ -131,7 +131,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:
         missing=f"no {CONFIG_NAME} with config.alpha lies beside the file",
         findings=(
             *merged_finding(len(fused), interleaved=False),
-            *beside_finding("not analysed", others),
+            *beside_finding("not analyzed", others),
         ),
         files=() if place.config_path is None else (place.config_path,),
         config={FUSED_PARTS: fused} if fused else None,

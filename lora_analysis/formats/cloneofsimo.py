@@ -55,7 +55,7 @@ def _is_list_of_pairs(infos: Mapping[str, TensorSpec]) -> bool:
     )
 
 
-def recognises(path: Path, options: ReadOptions) -> bool:
+def recognizes(path: Path, options: ReadOptions) -> bool:
     """Say whether a file holds factors by place, or a list in which they take turns."""
     tensors = None if options.pair else tensors_at(path, options)
     if tensors is None:
@@ -65,7 +65,7 @@ def recognises(path: Path, options: ReadOptions) -> bool:
 
 def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
     """Return the file, where it holds such factors."""
-    return [AdapterRef(path, NAME, label_of(path))] if recognises(path, options) else []
+    return [AdapterRef(path, NAME, label_of(path))] if recognizes(path, options) else []
 
 
 def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG001 - unnamed

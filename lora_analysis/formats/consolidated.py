@@ -18,9 +18,9 @@ from lora_analysis.formats.peft_keys import has_factors, sort_keys
 from lora_analysis.formats.peft_pairs import module_pairs
 from lora_analysis.formats.rank_parts import refuse_rank_part
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
-from lora_analysis.showing import plural
 from lora_analysis.storage.headers import Header, TensorInfo
 from lora_analysis.storage.tensors import TensorFiles, open_tensors
+from lora_analysis.text import plural
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ _OWN_FILES: Final = "adapter_model"
 _ZERO: Final = "zero_pp_rank_*_model_states.pt"
 
 
-def recognises(path: Path, options: ReadOptions) -> bool:
+def recognizes(path: Path, options: ReadOptions) -> bool:
     """Say whether PEFT's factors lie behind a framework's prefix, or a folder holds their parts."""
     if path.is_dir():
         return _parts(path) != ""
@@ -71,7 +71,7 @@ def _renamed(infos: Mapping[str, TensorSpec]) -> dict[str, str]:
 
 def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
     """Return the dump, where it is one."""
-    return [AdapterRef(path, NAME, label_of(path))] if recognises(path, options) else []
+    return [AdapterRef(path, NAME, label_of(path))] if recognizes(path, options) else []
 
 
 def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:

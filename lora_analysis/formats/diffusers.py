@@ -28,7 +28,13 @@ from lora_analysis.formats.image_keys import Spelling, spelled
 from lora_analysis.formats.image_pairs import read_image_adapter
 from lora_analysis.formats.initial import AdapterStart, adapter_less_start
 from lora_analysis.formats.peft_config import SUBTRACTED
-from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, place_of, tensors_at
+from lora_analysis.formats.sources import (
+    AdapterRef,
+    ReadOptions,
+    label_of,
+    resolve_source,
+    tensors_at,
+)
 from lora_analysis.patterns import ModulePatterns
 from lora_analysis.storage.documents import parse_json_text
 from lora_analysis.storage.hub_names import shown_errors
@@ -39,7 +45,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lora_analysis.adapter import Update
-    from lora_analysis.formats.initial import StartOf
+    from lora_analysis.formats.initial import InitialFactorsSource
 
 NAME: Final = "diffusers"
 METADATA_KEY: Final = "lora_adapter_metadata"
@@ -120,7 +126,7 @@ _OF_OTHERS: Final = re.compile(
 SPELLINGS: Final = (_PROCESSORS, _OLD_TEXT_ENCODER, _LAYERS, _PEFT, *kohya.SPELLINGS)
 
 
-def recognises(path: Path, options: ReadOptions) -> bool:
+def recognizes(path: Path, options: ReadOptions) -> bool:
     """Say whether a file holds factors under diffusers' keys, or its metadata."""
     tensors = None if options.pair else tensors_at(path, options)
     if tensors is None:
@@ -142,7 +148,7 @@ def _has_alphas(keys: Collection[str]) -> bool:
 
 def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
     """Return the file, where it holds such factors."""
-    return [AdapterRef(path, NAME, label_of(path))] if recognises(path, options) else []
+    return [AdapterRef(path, NAME, label_of(path))] if recognizes(path, options) else []
 
 
 def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG001 - unnamed
@@ -153,7 +159,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
     MalformedFileError
         A module has one factor only, its factors do not fit, or the metadata is damaged.
     UnsupportedMethodError
-        Another method's tensors lie beside the factors, or the metadata names an initialisation
+        Another method's tensors lie beside the factors, or the metadata names an initialization
         after which ``s·B·A`` is not the update, and the initial factors are not given.
     """
     configs = _Metadata.of(path, open_tensors(path, allow_pickle=options.allow_pickle).metadata)
@@ -168,11 +174,11 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
     return adapter_less_start(adapter, _start(options), methods)
 
 
-def _start(options: ReadOptions) -> StartOf:
+def _start(options: ReadOptions) -> InitialFactorsSource:
     """Return what gives the initial factors: the caller's function, or a file of diffusers'."""
     if callable(options.initial):
         return options.initial
-    first, _, snapshot = place_of(options.initial, allow_pickle=options.allow_pickle)  # type: ignore[arg-type]
+    first, _, snapshot = resolve_source(options.initial, allow_pickle=options.allow_pickle)  # type: ignore[arg-type]
     with shown_errors(snapshot):
         before = read_image_adapter(
             first,

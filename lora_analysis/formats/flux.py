@@ -90,7 +90,7 @@ _OTHERS: Final = Spelling(
 SPELLINGS: Final = (_XLABS, _PREFIXED, _BARE, *kohya.SPELLINGS, _OTHERS)
 
 
-def recognises(path: Path, options: ReadOptions) -> bool:
+def recognizes(path: Path, options: ReadOptions) -> bool:
     """Say whether a file holds factors under one of these names."""
     tensors = None if options.pair else tensors_at(path, options)
     if tensors is None:
@@ -101,7 +101,7 @@ def recognises(path: Path, options: ReadOptions) -> bool:
 
 def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
     """Return the file, where it holds such factors."""
-    return [AdapterRef(path, NAME, label_of(path))] if recognises(path, options) else []
+    return [AdapterRef(path, NAME, label_of(path))] if recognizes(path, options) else []
 
 
 def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG001 - unnamed

@@ -54,7 +54,7 @@ _TOKENS: Final = "adapter.alora.invocation_tokens"
 PERMUTED_ROWS: Final = "rows in llama.cpp's order"
 
 
-def recognises(path: Path, options: ReadOptions) -> bool:  # noqa: ARG001 - content alone decides
+def recognizes(path: Path, options: ReadOptions) -> bool:  # noqa: ARG001 - content alone decides
     """Say whether a file is GGUF; whether it is an adapter, reading it says."""
     return is_gguf(path)
 

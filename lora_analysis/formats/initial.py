@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class StartRequest:
+class InitialFactorsRequest:
     """What is asked of a function that works the initial factors out.
 
     ``method`` is the config's ``init_lora_weights`` in lower case, ``update`` the trained one.
@@ -43,13 +43,15 @@ class StartRequest:
 # Their first factors are made of W's own directions.
 _STARTS_IN_W: Final = ("pissa", "olora", "corda")
 Factors = tuple["NDArray[Any]", "NDArray[Any]"]
-StartOf = Callable[[StartRequest], Factors]
+InitialFactorsSource = Callable[[InitialFactorsRequest], Factors]
 
 
-def less_start(load: Callable[[], LowRankUpdate], start: StartOf, method: str) -> LowRankUpdate:
+def less_start(
+    load: Callable[[], LowRankUpdate], start: InitialFactorsSource, method: str
+) -> LowRankUpdate:
     """Return the update less what it started from, of rank 2r and the same scale."""
     update = load()
-    a0, b0 = start(StartRequest(method, update))
+    a0, b0 = start(InitialFactorsRequest(method, update))
     return replace(
         update,
         A=np.vstack([update.A, a0]),
@@ -59,7 +61,7 @@ def less_start(load: Callable[[], LowRankUpdate], start: StartOf, method: str) -
 
 
 def less_starts(
-    loaders: Mapping[str, Callable[[], LowRankUpdate]], start: StartOf, method: str
+    loaders: Mapping[str, Callable[[], LowRankUpdate]], start: InitialFactorsSource, method: str
 ) -> dict[str, Callable[[], LowRankUpdate]]:
     """Return loaders of the updates less their starts; nothing is read yet."""
     return {name: partial(less_start, load, start, method) for name, load in loaders.items()}
@@ -84,7 +86,7 @@ class StoredStart:
     pairs: Mapping[str, StoredPair]
     snapshot: Snapshot | None = None
 
-    def __call__(self, request: StartRequest) -> Factors:
+    def __call__(self, request: InitialFactorsRequest) -> Factors:
         """Return A₀ and B₀ of one module."""
         pair = self.pairs[request.update.name]
         with shown_errors(self.snapshot):
@@ -97,7 +99,7 @@ class AdapterStart:
 
     adapter: Adapter
 
-    def __call__(self, request: StartRequest) -> Factors:
+    def __call__(self, request: InitialFactorsRequest) -> Factors:
         """Return A₀ and B₀ of one module; raise where they are not those of the trained one."""
         name, own = request.update.name, request.update
         first = self.adapter.get(name)
@@ -112,7 +114,9 @@ class AdapterStart:
         return first.A, first.B
 
 
-def adapter_less_start(adapter: Adapter, start: StartOf, methods: Mapping[str, str]) -> Adapter:
+def adapter_less_start(
+    adapter: Adapter, start: InitialFactorsSource, methods: Mapping[str, str]
+) -> Adapter:
     """Return an adapter whose modules in ``methods`` are less what they started from.
 
     ``methods`` gives the config's ``init_lora_weights`` of each such module, in lower case.

@@ -52,7 +52,7 @@ _LLAMA_PARTS: Final = {
 _GATED: Final = frozenset({"LLaMAMLP", "GemmaMLP"})
 
 
-def recognises(path: Path, options: ReadOptions) -> bool:
+def recognizes(path: Path, options: ReadOptions) -> bool:
     """Say whether a file holds factors of litgpt's modules."""
     tensors = tensors_at(path, options)
     return tensors is not None and any(_OWN.fullmatch(key) for key in tensors.infos)
@@ -60,7 +60,7 @@ def recognises(path: Path, options: ReadOptions) -> bool:
 
 def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
     """Return the file, where it is one."""
-    return [AdapterRef(path, NAME, label_of(path))] if recognises(path, options) else []
+    return [AdapterRef(path, NAME, label_of(path))] if recognizes(path, options) else []
 
 
 def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG001 - unnamed
@@ -108,7 +108,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
         missing="no hyperparameters.yaml with lora_alpha lies beside the file",
         findings=(
             *merged_finding(fused, interleaved=False),
-            *beside_finding("not analysed", others),
+            *beside_finding("not analyzed", others),
         ),
         files=tuple(one for one in beside if one.is_file()),
         base_model=run.get("checkpoint_dir"),

@@ -66,7 +66,7 @@ def is_convolution(module: str) -> bool:
     return _CONV.fullmatch(module.rpartition(".")[2]) is not None
 
 
-def recognises(path: Path, options: ReadOptions) -> bool:
+def recognizes(path: Path, options: ReadOptions) -> bool:
     """Say whether a file holds parameters of loralib's names; a caller's pair= goes before."""
     if options.pair is not None:
         return False
@@ -76,7 +76,7 @@ def recognises(path: Path, options: ReadOptions) -> bool:
 
 def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
     """Return the file, where it is one."""
-    return [AdapterRef(path, NAME, label_of(path))] if recognises(path, options) else []
+    return [AdapterRef(path, NAME, label_of(path))] if recognizes(path, options) else []
 
 
 @dataclass(slots=True)
@@ -118,7 +118,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
         config={FUSED_PARTS: found.fused} if found.fused else None,
         findings=(
             *merged_finding(len(found.fused), interleaved=any(map(interleaves, found.fused))),
-            *beside_finding("not analysed", others),
+            *beside_finding("not analyzed", others),
         ),
         metadata={k: v for k, v in tensors.metadata.items() if k not in (SCALE, ENABLED)},
     )

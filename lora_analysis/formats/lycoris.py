@@ -1,7 +1,7 @@
 """LyCORIS files that hold no pair of factors: LoHa, LoKr, OFT, GLoRA, IA3, full differences.
 
 Its LoCon has kohya's keys and is read by :mod:`~lora_analysis.formats.kohya`. The others are
-recognised here so that they are refused by name, wherever they lie.
+recognized here so that they are refused by name, wherever they lie.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 NAME: Final = "lycoris"
 
 
-def recognises(path: Path, options: ReadOptions) -> bool:
+def recognizes(path: Path, options: ReadOptions) -> bool:
     """Say whether a file holds one of LyCORIS' other methods."""
     tensors = None if options.pair else tensors_at(path, options)
     if tensors is None:
@@ -31,7 +31,7 @@ def recognises(path: Path, options: ReadOptions) -> bool:
 
 def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
     """Return the file: reading it says which method it holds."""
-    return [AdapterRef(path, NAME, label_of(path))] if recognises(path, options) else []
+    return [AdapterRef(path, NAME, label_of(path))] if recognizes(path, options) else []
 
 
 def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG001 - unnamed

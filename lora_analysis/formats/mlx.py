@@ -71,7 +71,7 @@ def is_embedding(module: str) -> bool:
     return _EMBEDDING.fullmatch(module) is not None
 
 
-def recognises(path: Path, options: ReadOptions) -> bool:
+def recognizes(path: Path, options: ReadOptions) -> bool:
     """Say whether an adapter of mlx-lm lies at exactly this path."""
     return _place(path, options) is not None
 
@@ -157,7 +157,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
             *config_findings(tensors.metadata, config, place.weights, place.config_path),
             *(findings if options.scale is None and options.alpha is None else []),
             *_dora_finding(pairs),
-            *beside_finding("not analysed", others),
+            *beside_finding("not analyzed", others),
         ),
         files=() if place.config_path is None else (place.config_path,),
         base_model=model if isinstance(model, str) else None,

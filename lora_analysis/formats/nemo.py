@@ -64,7 +64,7 @@ _FC1: Final = "mlp.linear_fc1"
 _CONFIGS: Final = ("model_config.yaml", "run_config.yaml")
 
 
-def recognises(path: Path, options: ReadOptions) -> bool:
+def recognizes(path: Path, options: ReadOptions) -> bool:
     """Say whether a file holds factors under NeMo's names, or is NeMo's archive of such a file."""
     if _is_archive(path):
         return True
@@ -85,7 +85,7 @@ def _is_archive(path: Path) -> bool:
 
 def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
     """Return the file, where it is one."""
-    return [AdapterRef(path, NAME, label_of(path))] if recognises(path, options) else []
+    return [AdapterRef(path, NAME, label_of(path))] if recognizes(path, options) else []
 
 
 def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG001 - unnamed
@@ -130,7 +130,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
         missing="no model_config.yaml or run_config.yaml with one alpha lies beside the file",
         findings=(
             *_fc1_finding(fused),
-            *beside_finding("not analysed", others),
+            *beside_finding("not analyzed", others),
         ),
         files=() if config is None else (config,),
     )

@@ -36,7 +36,7 @@ _CONFIG_NAME: Final = "config.json"
 _KEY: Final = re.compile(r"(?P<module>.+)\.lora\.lora_(?P<role>[AB])")
 
 
-def recognises(path: Path, options: ReadOptions) -> bool:
+def recognizes(path: Path, options: ReadOptions) -> bool:
     """Say whether an adapter of OpenDelta lies here: by its config, or a file's names."""
     if path.is_dir():
         weights = path / _WEIGHTS_NAME
@@ -55,7 +55,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
     """Return the adapter, where there is one."""
-    return [AdapterRef(path, NAME, label_of(path))] if recognises(path, options) else []
+    return [AdapterRef(path, NAME, label_of(path))] if recognizes(path, options) else []
 
 
 def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG001 - unnamed
@@ -80,7 +80,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
         stated_alpha(finite_number(alpha)),
         options=options,
         missing=f"no {_CONFIG_NAME} with lora_alpha lies beside the file",
-        findings=beside_finding("not analysed", others),
+        findings=beside_finding("not analyzed", others),
         files=(weights.with_name(_CONFIG_NAME),) if config else (),
         base_model=base if isinstance(base, str) else None,
     )

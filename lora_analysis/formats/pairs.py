@@ -84,7 +84,7 @@ def known_pair(keys: Iterable[str]) -> tuple[str, str] | None:
     return None
 
 
-def recognises(path: Path, options: ReadOptions) -> bool:
+def recognizes(path: Path, options: ReadOptions) -> bool:
     """Say whether a file holds bare pairs of a known naming, or is said to by the caller."""
     return path.is_file() if options.pair is not None else described(path, options)
 

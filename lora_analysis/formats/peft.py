@@ -41,10 +41,20 @@ from lora_analysis.formats.peft_config import CONFIG_NAME, PeftConfig, read_peft
 from lora_analysis.formats.peft_incomplete import no_tensors
 from lora_analysis.formats.peft_keys import ALTERING, BASE_BIASES, SortedKeys, sort_keys
 from lora_analysis.formats.peft_pairs import ModulePairs, divided_scale, module_pairs
-from lora_analysis.formats.peft_places import PeftPlace, check_weights, place_of, side_files
+from lora_analysis.formats.peft_places import (
+    PeftPlace,
+    check_weights,
+    locate_peft_files,
+    side_files,
+)
 from lora_analysis.formats.side_tensors import side_tensors
-from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, run_facts
-from lora_analysis.formats.sources import place_of as source_of
+from lora_analysis.formats.sources import (
+    AdapterRef,
+    ReadOptions,
+    label_of,
+    resolve_source,
+    run_facts,
+)
 from lora_analysis.storage.hub_names import shown_errors
 from lora_analysis.storage.marks import config_findings
 from lora_analysis.storage.tensors import LazyTensors, NamedTensors, open_tensors
@@ -54,21 +64,21 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lora_analysis.adapter import SideTensor
-    from lora_analysis.formats.initial import StartOf
+    from lora_analysis.formats.initial import InitialFactorsSource
 
 NAME: Final = "peft"
 _IN_FULL: Final = "stored in full"
 _UNNAMED: Final = "stored in full without being in modules_to_save"
 
 
-def recognises(path: Path, options: ReadOptions) -> bool:
+def recognizes(path: Path, options: ReadOptions) -> bool:
     """Say whether an adapter in PEFT's layout lies at exactly this path."""
     return _place(path, options) is not None
 
 
 def _place(path: Path, options: ReadOptions) -> PeftPlace | None:
     """Return the adapter's files; names given by the caller hold where no config says PEFT."""
-    place = place_of(path, options)
+    place = locate_peft_files(path, options)
     return None if place is None or (options.pair and place.config is None) else place
 
 
@@ -102,7 +112,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:
     UnsupportedMethodError
         The update is not ``s·B·A`` on matrices.
     """
-    place = place_of(path, options)
+    place = locate_peft_files(path, options)
     if place is None:
         message = f"{path}: no adapter in PEFT's layout lies here."
         raise UnknownFormatError(message)
@@ -184,7 +194,7 @@ def _open(place: PeftPlace, name: str | None, config: PeftConfig, options: ReadO
 
 def _start(
     place: PeftPlace, stored: _Stored, config: PeftConfig, options: ReadOptions
-) -> StartOf | None:
+) -> InitialFactorsSource | None:
     """Return what gives the initial factors, where they have to be subtracted.
 
     Raises
@@ -198,9 +208,9 @@ def _start(
         return None
     if callable(options.initial):
         return options.initial
-    path, name, snapshot = source_of(options.initial)
+    path, name, snapshot = resolve_source(options.initial)
     with shown_errors(snapshot):
-        initial = place_of(path, options)
+        initial = locate_peft_files(path, options)
         if initial is None:
             message = f"{path}: no adapter in PEFT's layout lies here, to be the initial one."
             raise UnknownFormatError(message)
@@ -213,8 +223,8 @@ def _start(
 
 def _start_needed(config: PeftConfig) -> UnsupportedMethodError:
     recomputed = (
-        " For PiSSA and OLoRA, initial=start_from_base(base) works them out of the base weights "
-        "(command line: --trained-on BASE)."
+        " For PiSSA and OLoRA, initial=initial_factors_from_base(base) computes them from the base "
+        "weights (command line: --trained-on BASE)."
         if config.subtracted in ("PiSSA", "OLoRA")
         else ""
     )
@@ -226,9 +236,9 @@ def _start_needed(config: PeftConfig) -> UnsupportedMethodError:
     )
 
 
-def _start_findings(config: PeftConfig, start: StartOf | None) -> list[Finding | str]:
+def _start_findings(config: PeftConfig, start: InitialFactorsSource | None) -> list[Finding | str]:
     if start is not None:
-        name = config.subtracted or "an initialisation the caller names"
+        name = config.subtracted or "an initialization the caller names"
         return [subtracted_note(name)]
     if config.start == "mica":
         return [Finding("mica")]

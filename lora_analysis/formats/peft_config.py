@@ -23,16 +23,16 @@ CONFIG_NAME: Final = "adapter_config.json"
 _MAX_LAYERS: Final = 10_000
 _MAX_BLOCK_NAMES: Final = 1000
 
-# Initialisations after which training starts from W + s·B₀A₀ = W: what is stored is the update.
-_PLAIN_INITIALISATIONS: Final = frozenset(
+# Initializations after which training starts from W + s·B₀A₀ = W: what is stored is the update.
+_PLAIN_INITIALIZATIONS: Final = frozenset(
     {"gaussian", "eva", "orthogonal", "mica", "true", "false"}
 )
 
 # Those that take their product out of the base weight: the update is s·(B·A - B₀·A₀).
 SUBTRACTED: Final = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "lora_ga": "LoRA-GA"}
 
-_REFUSED_INITIALISATIONS: Final = {
-    "loftq": "LoftQ replaces the base weight by a quantised one that B·A corrects",
+_REFUSED_INITIALIZATIONS: Final = {
+    "loftq": "LoftQ replaces the base weight by a quantized one that B·A corrects",
 }
 
 _VARIANTS: Final = {
@@ -137,7 +137,7 @@ def read_peft_config(path: Path) -> PeftConfig:
     MalformedFileError
         A field that decides about the update has a wrong type.
     UnsupportedMethodError
-        The adapter is of a type, a variant or an initialisation whose update is not ``s·B·A``.
+        The adapter is of a type, a variant or an initialization whose update is not ``s·B·A``.
     """
     raw = read_json_object(path)
     _refuse_other_methods(path, raw)
@@ -196,10 +196,10 @@ def _refuse_other_methods(path: Path, raw: Mapping[str, Any]) -> None:
             message = f"{path}: {key} is set: {reason}. Not read."
             raise UnsupportedMethodError(message)
     start = str(raw.get("init_lora_weights", True)).lower()
-    known = (*_PLAIN_INITIALISATIONS, "none", *SUBTRACTED)
+    known = (*_PLAIN_INITIALIZATIONS, "none", *SUBTRACTED)
     if start in known or start.startswith(tuple(SUBTRACTED)):
         return
-    reason = _REFUSED_INITIALISATIONS.get(
+    reason = _REFUSED_INITIALIZATIONS.get(
         start, "whether the base weight was changed with it is not known"
     )
     message = f"{path}: init_lora_weights is {start!r}: {reason}. Not read."

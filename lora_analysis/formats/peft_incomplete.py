@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lora_analysis.errors import MalformedFileError, UnsupportedMethodError
 from lora_analysis.finding import Finding
 from lora_analysis.patterns import module_type
-from lora_analysis.showing import plural
+from lora_analysis.text import plural
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -102,7 +102,7 @@ class SortedKeys:
     ``extras``: the same for what some methods store beside the two factors.
     ``saved``: adapter name → tensor name in the base model → tensor name in the file.
     ``full``: names, in the base model, of further tensors of modules that are trained in full.
-    ``notes``: what is there and not analysed → its tensor names.
+    ``notes``: what is there and not analyzed → its tensor names.
     """
 
     factors: dict[str | None, dict[str, dict[FactorRole, str]]] = field(default_factory=dict)

@@ -23,7 +23,7 @@ from lora_analysis.formats.merged import (
 )
 from lora_analysis.formats.peft_config import CONFIG_NAME, PeftConfig
 from lora_analysis.formats.peft_keys import module_name, sort_keys
-from lora_analysis.formats.peft_places import PeftPlace, check_weights, place_of
+from lora_analysis.formats.peft_places import PeftPlace, check_weights, locate_peft_files
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.tensors import open_tensors
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
 NAME: Final = "peft-merged"
 
 
-def recognises(path: Path, options: ReadOptions) -> bool:
+def recognizes(path: Path, options: ReadOptions) -> bool:
     """Say whether an adapter of PEFT lies here whose config says ``enable_lora``."""
     return _place(path, options) is not None
 
 
 def _place(path: Path, options: ReadOptions) -> PeftPlace | None:
-    place = place_of(path, options)
+    place = locate_peft_files(path, options)
     if place is None or place.config is None:
         return None
     try:
@@ -105,7 +105,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
         missing=f"{CONFIG_NAME} states no lora_alpha",
         findings=(
             *merged_finding(len(fused), interleaved=any(map(interleaves, fused))),
-            *beside_finding("not analysed", beside),
+            *beside_finding("not analyzed", beside),
         ),
         files=(place.config,),
         base_model=base_model if isinstance(base_model, str) else None,

@@ -34,7 +34,7 @@ class PeftPlace:
     config: Path | None
 
 
-def place_of(path: Path, options: ReadOptions) -> PeftPlace | None:
+def locate_peft_files(path: Path, options: ReadOptions) -> PeftPlace | None:
     """Return the files of the adapter at ``path``: a folder, its config, weights or index."""
     if path.is_dir():
         return _place_in_folder(path, options)

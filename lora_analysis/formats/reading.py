@@ -20,10 +20,10 @@ from lora_analysis.formats.sources import (
     CONTAINER_SUFFIXES,
     AdapterRef,
     ExpertOrder,
-    Place,
     ReadOptions,
+    ResolvedSource,
     label_of,
-    place_of,
+    resolve_source,
 )
 from lora_analysis.patterns import natural_key, pattern_budget
 from lora_analysis.storage.gguf import read_gguf
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lora_analysis.adapter import Adapter
-    from lora_analysis.formats.initial import StartOf
+    from lora_analysis.formats.initial import InitialFactorsSource
 
 _UNPICKLED = (".safetensors", ".gguf", ".npz")
 # What a report leaves beside the adapters that it was made of.
@@ -54,7 +54,7 @@ def read_adapter(
     pair: tuple[str, str] | None = None,
     label: str | None = None,
     allow_pickle: bool = False,
-    initial: str | os.PathLike[str] | StartOf | None = None,
+    initial: str | os.PathLike[str] | InitialFactorsSource | None = None,
     enable_lora: Sequence[bool] | None = None,
     kernel: int | None = None,
     heads: tuple[int, int] | None = None,
@@ -86,8 +86,8 @@ def read_adapter(
     initial
         The adapter as it was before training, for methods that take its product out of the base
         weight at the start (PiSSA, OLoRA, CorDA, LoRA-GA): the update is then the difference
-        of the two products, of rank 2r. For PiSSA and OLoRA :func:`lora_analysis.start_from_base`
-        makes a function that works the initial factors out of the base.
+        of the two products, of rank 2r. For PiSSA and OLoRA
+        :func:`lora_analysis.initial_factors_from_base` computes the initial factors from the base.
     enable_lora
         Which blocks of a fused weight were adapted, where a file stores their factors in one and
         does not say: ``(True, False, True)`` for q and v of loralib's ``MergedLinear``.
@@ -118,7 +118,7 @@ def read_adapter(
     MissingExtraError
         An ``hf://`` address, and the extra ``hf`` is not installed.
     UnknownFormatError
-        No format is recognised; the message says what was found.
+        No format is recognized; the message says what was found.
     MalformedFileError
         A file does not hold what its format promises.
     UnsupportedMethodError
@@ -137,7 +137,7 @@ def read_adapter(
         expert_order=expert_order,
         experts=experts,
     )
-    place = place_of(source, allow_pickle=allow_pickle)
+    place = resolve_source(source, allow_pickle=allow_pickle)
     with shown_errors(place.snapshot), _refusals_of(place.path), pattern_budget():
         refuse_unfinished(place.path)
         adapter = _read(place, options)
@@ -161,17 +161,17 @@ def _refusals_of(path: Path) -> Iterator[None]:
         raise named_error(error, str(path)) or error from error
 
 
-def _read(place: Place, options: ReadOptions) -> Adapter:
+def _read(place: ResolvedSource, options: ReadOptions) -> Adapter:
     path, name, _ = place
     for reader in readers(path, options):
-        if reader.recognises(path, options):
+        if reader.recognizes(path, options):
             return reader.read(path, name, options)
     found = list(_walk(path, options)) if path.is_dir() else []
     if not found:
         raise _unknown(path, options)
     if len(found) > 1:
         raise _several(path, found)
-    return _read(Place(found[0].path, found[0].name), options)
+    return _read(ResolvedSource(found[0].path, found[0].name), options)
 
 
 def find_adapters(
@@ -203,15 +203,15 @@ def find_adapters(
     SourceError
         Nothing lies at the source.
     UnknownFormatError
-        Nothing that lies there is recognised.
+        Nothing that lies there is recognized.
     """
-    place = place_of(source, allow_pickle=allow_pickle)
+    place = resolve_source(source, allow_pickle=allow_pickle)
     with shown_errors(place.snapshot), _refusals_of(place.path):
         found = _find(place, ReadOptions(pair=pair, allow_pickle=allow_pickle))
     return [replace(ref, snapshot=place.snapshot) for ref in found]
 
 
-def _find(place: Place, options: ReadOptions) -> list[AdapterRef]:
+def _find(place: ResolvedSource, options: ReadOptions) -> list[AdapterRef]:
     path, name, _ = place
     found = list(_walk(path, options))
     if not found:
@@ -267,7 +267,7 @@ def _walk_folder(
 
 
 def _find_here(path: Path, options: ReadOptions) -> list[AdapterRef]:
-    """Return what the first format that recognises exactly this path finds there."""
+    """Return what the first format that recognizes exactly this path finds there."""
     for reader in readers(path, options):
         if found := reader.find(path, options):
             return found

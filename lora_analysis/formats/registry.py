@@ -24,7 +24,7 @@ class Format(Protocol):
     def NAME(self) -> str:  # noqa: N802 - a module's constant
         """Name in ``Provenance.format``."""
 
-    def recognises(self, path: Path, options: ReadOptions) -> bool:
+    def recognizes(self, path: Path, options: ReadOptions) -> bool:
         """Say, from content and options, whether the format lies at exactly this file or folder."""
 
     def find(self, path: Path, options: ReadOptions) -> list[AdapterRef]:
@@ -34,7 +34,7 @@ class Format(Protocol):
         """Read one of them."""
 
 
-# The first that recognises a source reads it. Those with marks of their own come first: diffusers
+# The first that recognizes a source reads it. Those with marks of their own come first: diffusers
 # and FLUX files also have PEFT's keys, and a plain ``.lora_A`` may be loralib's or anybody's.
 READERS: Final = (
     "diffusers", "flux", "kohya", "peft_merged", "consolidated", "peft", "gguf", "mlx", "torchtune",

@@ -1,6 +1,6 @@
 """Rows of q and k that a trainer or converter has put into another order, head by head.
 
-Meta's rotary embedding turns neighbouring rows of a head together, Hugging Face's row i of its
+Meta's rotary embedding turns neighboring rows of a head together, Hugging Face's row i of its
 first half with row i of its second. Weights that went from one to the other have their rows
 permuted, and so has B of an update.
 """
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def in_halves(b: StoredFactor, rows: int, rank: int, heads: int) -> StoredFactor:
-    """Return B whose heads have neighbouring rows in pairs, in the order of two halves.
+    """Return B whose heads have neighboring rows in pairs, in the order of two halves.
 
     Parameters
     ----------

@@ -14,10 +14,10 @@ from lora_analysis.adapter import SideTensor
 from lora_analysis.errors import UnsupportedMethodError
 from lora_analysis.finding import Finding, listed
 from lora_analysis.formats.registry import CARRYING
-from lora_analysis.showing import plural
 from lora_analysis.storage.headers import TensorInfo
 from lora_analysis.storage.raw import read_stored
 from lora_analysis.storage.tensor_writer import OutputTensor
+from lora_analysis.text import plural
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence

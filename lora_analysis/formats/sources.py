@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypedDict, get_args
 
 from lora_analysis.errors import InputError
-from lora_analysis.showing import whole_characters
 from lora_analysis.storage.containers import PICKLE_SUFFIXES
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.hub_names import Snapshot
 from lora_analysis.storage.places import existing_path
 from lora_analysis.storage.tensors import open_tensors
+from lora_analysis.text import whole_characters
 
 if TYPE_CHECKING:
     import os
 
-    from lora_analysis.formats.initial import StartOf
+    from lora_analysis.formats.initial import InitialFactorsSource
     from lora_analysis.storage.tensors import NamedTensors
 
 # Names of folders and files that say nothing of what was trained: the folder above does.
@@ -52,7 +52,7 @@ class AdapterRef:
     path
         Its folder or file.
     format
-        Name of the format that recognised it.
+        Name of the format that recognized it.
     label
         Short name for tables and figures.
     name
@@ -93,7 +93,7 @@ class ReadOptions:
     pair: tuple[str, str] | None = None
     label: str | None = None
     allow_pickle: bool = False
-    initial: str | os.PathLike[str] | StartOf | None = None
+    initial: str | os.PathLike[str] | InitialFactorsSource | None = None
     enable_lora: tuple[bool, ...] | None = None
     kernel: int | None = None
     heads: tuple[int, int] | None = None
@@ -158,7 +158,7 @@ def _opened(path: Path, allow_pickle: bool, _state: tuple[int, ...]) -> NamedTen
     return open_tensors(path, allow_pickle=allow_pickle)
 
 
-class Place(NamedTuple):
+class ResolvedSource(NamedTuple):
     """Where a source leads: a local path, the adapter chosen in it, where it was fetched from."""
 
     path: Path
@@ -166,7 +166,9 @@ class Place(NamedTuple):
     snapshot: Snapshot | None = None
 
 
-def place_of(source: str | os.PathLike[str] | AdapterRef, *, allow_pickle: bool = False) -> Place:
+def resolve_source(
+    source: str | os.PathLike[str] | AdapterRef, *, allow_pickle: bool = False
+) -> ResolvedSource:
     """Return where a source leads; a repository on a hub is fetched.
 
     ``source#name`` chooses one of the adapters in a file. A path that exists as it is written
@@ -178,17 +180,17 @@ def place_of(source: str | os.PathLike[str] | AdapterRef, *, allow_pickle: bool 
         Nothing lies there, or it cannot be fetched.
     """
     if isinstance(source, AdapterRef):
-        return Place(source.path, source.name, source.snapshot)
+        return ResolvedSource(source.path, source.name, source.snapshot)
     if path := existing_path(source):
-        return Place(path)
+        return ResolvedSource(path)
     stem, _, name = str(source).rpartition("#")
     if stem and name and (path := existing_path(stem)):
-        return Place(path, name)
+        return ResolvedSource(path, name)
     chosen = (stem, name) if stem and name else (source, None)
     from lora_analysis.storage.hub import fetch_adapter  # most sources lie on this disk
 
     snapshot = fetch_adapter(chosen[0], allow_pickle=allow_pickle)
-    return Place(snapshot.path, chosen[1], snapshot)
+    return ResolvedSource(snapshot.path, chosen[1], snapshot)
 
 
 def says_nothing(name: str) -> bool:

@@ -61,7 +61,7 @@ _LEFT: Final = frozenset({"qwen2", "qwen3", "phi3"})
 _OTHER_ORDER: Final = "rows in torchtune's order"
 
 
-def recognises(path: Path, options: ReadOptions) -> bool:
+def recognizes(path: Path, options: ReadOptions) -> bool:
     """Say whether a file holds factors under torchtune's names."""
     tensors = tensors_at(path, options)
     return tensors is not None and any(_KEY.fullmatch(key) for key in tensors.infos)
@@ -69,7 +69,7 @@ def recognises(path: Path, options: ReadOptions) -> bool:
 
 def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
     """Return the file, where it is one."""
-    return [AdapterRef(path, NAME, label_of(path))] if recognises(path, options) else []
+    return [AdapterRef(path, NAME, label_of(path))] if recognizes(path, options) else []
 
 
 def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG001 - unnamed
@@ -103,7 +103,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
         missing="the file states no alpha, nor does a configuration of the run beside it",
         findings=(
             *_order_finding(marked),
-            *beside_finding("not analysed", [key for key in beside if key not in norms.values()]),
+            *beside_finding("not analyzed", [key for key in beside if key not in norms.values()]),
         ),
         files=() if config is None else (config,),
     )

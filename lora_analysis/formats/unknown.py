@@ -1,4 +1,4 @@
-"""The error for a source that no format recognises: what it holds, and what could be done."""
+"""The error for a source that no format recognizes: what it holds, and what could be done."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _unknown_folder(folder: Path, options: ReadOptions) -> UnknownFormatError:
     if not names:
         return UnknownFormatError(f"{folder}: the folder is empty.")
     shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-    text = f"{folder}: no adapter was recognised. The folder holds: {shown}."
+    text = f"{folder}: no adapter was recognized. The folder holds: {shown}."
     stored = [folder / name for name in names if name.endswith(".safetensors")]
     kinds = [
         f" {name}: this is {kind}"

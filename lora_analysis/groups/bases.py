@@ -41,12 +41,12 @@ class SharedBasis:
     held_out
         ``(N, K)``: the same with the basis of the other members, beside its chance k/d. NaN
         where the others have no k directions.
-    undefined
+    degenerate
         ``(K,)``: whether the leading k directions are arbitrary, since eigenvalues k and k + 1
         coincide.
-    held_out_undefined
+    held_out_degenerate
         ``(N, K)``: the same of the bases without each member.
-    shared_start
+    shared_init
         ``(N,)``: whether a member starts from the same A as another trained one, which alone
         makes them alike on the input side; None where no updates were given.
     """
@@ -58,9 +58,9 @@ class SharedBasis:
     eigenvalues: NDArray[np.float64]
     in_sample: NDArray[np.float64]
     held_out: Shares
-    undefined: NDArray[np.bool_]
-    held_out_undefined: NDArray[np.bool_]
-    shared_start: NDArray[np.bool_] | None = None
+    degenerate: NDArray[np.bool_]
+    held_out_degenerate: NDArray[np.bool_]
+    shared_init: NDArray[np.bool_] | None = None
 
     @property
     def explained(self) -> NDArray[np.float64]:
@@ -74,7 +74,7 @@ class Explained(NamedTuple):
     directions: Directions
     in_sample: NDArray[np.float64]
     held_out: NDArray[np.float64]
-    held_out_undefined: NDArray[np.bool_]
+    held_out_degenerate: NDArray[np.bool_]
 
 
 def shared_basis(
@@ -122,7 +122,7 @@ def shared_basis(
     """
     stack = stacked(spectra, side)
     found = explained(stack, k)
-    values, vectors, undefined = found.directions
+    values, vectors, degenerate = found.directions
     count = len(values)
     if k is not None and k > count:
         message = (
@@ -139,9 +139,9 @@ def shared_basis(
         eigenvalues=values,
         in_sample=found.in_sample,
         held_out=Shares(found.held_out, directions, stack.dimension, stack.singular_values),
-        undefined=undefined,
-        held_out_undefined=found.held_out_undefined,
-        shared_start=None if updates is None else shared_starts(stack, updates),
+        degenerate=degenerate,
+        held_out_degenerate=found.held_out_degenerate,
+        shared_init=None if updates is None else shared_inits(stack, updates),
     )
 
 
@@ -154,7 +154,7 @@ def explained(stack: Stack, k: int | None) -> Explained:
     common = resolved_directions(gram, k)
     shape = (len(stack.own), len(common.values))
     in_sample, held_out = np.full((2, *shape), np.nan)
-    undefined = np.zeros(shape, dtype=bool)
+    degenerate = np.zeros(shape, dtype=bool)
     for at in stack.trained:
         own = stack.own[at]
         in_sample[at] = _rising(common.values * np.sum(common.vectors[own] ** 2, axis=0))
@@ -162,8 +162,8 @@ def explained(stack: Stack, k: int | None) -> Explained:
         values, vectors, ties = resolved_directions(gram[np.ix_(others, others)], shape[1])
         energy = np.sum((vectors.T @ gram[np.ix_(others, own)]) ** 2, axis=1) / values
         held_out[at, : len(values)] = _rising(energy)
-        undefined[at, : len(values)] = ties
-    return Explained(common, in_sample, held_out, undefined)
+        degenerate[at, : len(values)] = ties
+    return Explained(common, in_sample, held_out, degenerate)
 
 
 def _rising(energy: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -180,7 +180,7 @@ def _basis(
     return np.asarray(q * linalg.column_signs(q))
 
 
-def shared_starts(stack: Stack, updates: Sequence[Update]) -> NDArray[np.bool_]:
+def shared_inits(stack: Stack, updates: Sequence[Update]) -> NDArray[np.bool_]:
     """Return, for each member, whether it starts from the same A as another trained one."""
     if len(updates) != len(stack.own):
         message = (

@@ -35,14 +35,14 @@ class SubspaceAlignment:
         √(k/d): the root mean square of directions that are random against the merged ones.
     directions
         k, the directions of the merged update that are kept; 0 where the members cancel.
-    undefined
+    degenerate
         Whether the k-th and the next singular value of the merged update coincide.
     """
 
     values: NDArray[np.float64]
     chance: float
     directions: int
-    undefined: bool
+    degenerate: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -213,14 +213,14 @@ def _alignment(
     rounding = 8 * len(sigma) * linalg.EPS * float(inner.norms.sum())
     count = int(np.argmax(left <= epsilon * left[0])) if left[0] > rounding else 0
     following = merged.S[count] if 0 < count < len(merged.S) else -np.inf
-    undefined = count > 0 and bool(merged.S[count - 1] - following <= rounding)
+    degenerate = count > 0 and bool(merged.S[count - 1] - following <= rounding)
     bases = cast("tuple[NDArray[np.float64], ...]", (merged.V, merged.U))
     return {
         side: SubspaceAlignment(
             values=_kept_norms(stacks[side], basis[:, :count]),
             chance=float(np.sqrt(count / stacks[side].dimension)),
             directions=count,
-            undefined=undefined,
+            degenerate=degenerate,
         )
         for side, basis in zip(SIDES, bases, strict=True)
     }

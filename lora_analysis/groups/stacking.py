@@ -108,13 +108,13 @@ class Directions(NamedTuple):
         Eigenvalues ``(K,)``, descending.
     vectors
         Eigenvectors ``(R, K)``.
-    undefined
+    degenerate
         ``(K,)``: whether the leading k are arbitrary, since eigenvalues k and k + 1 coincide.
     """
 
     values: NDArray[np.float64]
     vectors: NDArray[np.float64]
-    undefined: NDArray[np.bool_]
+    degenerate: NDArray[np.bool_]
 
 
 def resolved_directions(gram: NDArray[np.float64], k: int | None = None) -> Directions:
@@ -129,6 +129,6 @@ def resolved_directions(gram: NDArray[np.float64], k: int | None = None) -> Dire
         values, vectors = eigh(gram, subset_by_index=(size - k - 1, size - 1))
     values, vectors = values[::-1], vectors[:, ::-1]
     gaps = values - np.append(values[1:], 0.0)
-    undefined = gaps <= 4 * size * linalg.EPS * values[0]
+    degenerate = gaps <= 4 * size * linalg.EPS * values[0]
     count = int(np.count_nonzero(values[:k] > RESOLVED * values[0]))
-    return Directions(values[:count], vectors[:, :count], undefined[:count])
+    return Directions(values[:count], vectors[:, :count], degenerate[:count])

@@ -11,7 +11,7 @@ import numpy as np
 from lora_analysis import chance
 from lora_analysis.errors import InputError
 from lora_analysis.execution import in_threads
-from lora_analysis.groups.bases import explained, shared_starts
+from lora_analysis.groups.bases import explained, shared_inits
 from lora_analysis.groups.merging import inner_products
 from lora_analysis.groups.stacking import stacked
 from lora_analysis.names import parse_prefixes
@@ -42,7 +42,7 @@ class GroupSimilarity:
         directions of all members, which is inflated, and of the others alone. NaN where a module
         is missing or untrained, of another shape than the first adapter's that has it, alone, or
         where the others have no k directions.
-    shared_start
+    shared_init
         ``(M, N)``: whether the member starts from the same A as another; its input-side shares
         come from the start.
     cosine
@@ -58,7 +58,7 @@ class GroupSimilarity:
     dimensions: NDArray[np.intp]
     in_sample: NDArray[np.float64]
     held_out: NDArray[np.float64]
-    shared_start: NDArray[np.bool_]
+    shared_init: NDArray[np.bool_]
     cosine: NDArray[np.float64]
     total_cosine: float
 
@@ -83,7 +83,7 @@ class GroupSimilarity:
         """
         values = getattr(self, quantity)[SIDES.index(side)]
         if side == "input":
-            values = np.where(self.shared_start, np.nan, values)
+            values = np.where(self.shared_init, np.nan, values)
         lost = np.isnan(values).all(axis=0)
         found = np.nanquantile(np.where(lost, 0.0, values), (0.25, 0.5, 0.75), axis=0)
         return np.where(lost, np.nan, found)
@@ -96,7 +96,7 @@ class _Visit(NamedTuple):
     directions: int
     dimensions: tuple[int, int]
     shares: NDArray[np.float64]
-    shared_start: NDArray[np.bool_]
+    shared_init: NDArray[np.bool_]
     sums: tuple[float, float]
 
 
@@ -134,7 +134,7 @@ def group_similarity(
 
     Notes
     -----
-    A module costs O(d·R² + N·R³) a side with R = Σr: the factorisations of N Gram matrices, one
+    A module costs O(d·R² + N·R³) a side with R = Σr: the factorizations of N Gram matrices, one
     for each member left out, lead from about R = d/N on.
     """
     if len(adapters) < 2:
@@ -152,7 +152,7 @@ def group_similarity(
     for at, visit in enumerate(walk):
         if visit is not None:
             shares[:, :, at, visit.members] = visit.shares
-            shared[at, visit.members] = visit.shared_start
+            shared[at, visit.members] = visit.shared_init
             directions[at], dimensions[:, at] = visit.directions, visit.dimensions
             sums[:, at] = visit.sums
         if progress:
@@ -172,7 +172,7 @@ def group_similarity(
         dimensions=dimensions,
         in_sample=shares[0],
         held_out=shares[1],
-        shared_start=shared,
+        shared_init=shared,
         cosine=np.clip(cosine, -1.0, 1.0),
         total_cosine=float(sums[0].sum() / sums[1].sum()),
     )
@@ -200,6 +200,6 @@ def _visit(adapters: Sequence[Adapter], name: str, k: int | None) -> _Visit | No
         wanted,
         (stacks["input"].dimension, stacks["output"].dimension),
         shares,
-        shared_starts(stacks["input"], updates),
+        shared_inits(stacks["input"], updates),
         (together, apart),
     )

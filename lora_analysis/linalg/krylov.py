@@ -41,7 +41,7 @@ def krylov_svd(
 ) -> DenseSVD | None:
     """Return a little more than ``k`` leading singular triplets; None where it did not converge.
 
-    Block Lanczos on WᵀW with full orthogonalisation, cut back to its best directions when the basis
+    Block Lanczos on WᵀW with full orthogonalization, cut back to its best directions when the basis
     is full. Afterwards a search in what is left makes sure that no
     larger singular value was missed, as may happen where one occurs very often.
 

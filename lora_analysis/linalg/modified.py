@@ -143,7 +143,7 @@ class _Modified(NamedTuple):
 
     def leading(self, k: int, start: Start) -> Float | None:
         """Return the ``k`` leading eigenvectors ``(n, k)``; None where the start did not do."""
-        # Some more than asked for: close neighbours are told apart by the projection.
+        # Some more than asked for: close neighbors are told apart by the projection.
         count = min(k + 4, len(self.diagonal))
         shifts, vectors = self._projected(count) if start == "projected" else self._counted(count)
         for done in range(_REFINEMENTS):

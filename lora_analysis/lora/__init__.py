@@ -4,7 +4,7 @@ What lives here: the adapted layer, which modules get one, merging, and the way 
 :class:`~lora_analysis.adapter.Adapter` and back. What does not: files, data, training loops.
 """
 
-from lora_analysis.lora.exchange import extract_adapter, initial_adapter, load_adapter_into
+from lora_analysis.lora.adapter_io import extract_adapter, initial_adapter, load_adapter_into
 from lora_analysis.lora.kinds import ConvLoraLayer, EmbeddingLoraLayer
 from lora_analysis.lora.layers import Conv1DLoraLayer, Factors, LoraLayer, initial_factor
 from lora_analysis.lora.model import (

@@ -14,7 +14,7 @@ from lora_analysis.lora.layers import Conv1DLoraLayer, Factors, LoraLayer, gener
 if TYPE_CHECKING:
     from lora_analysis.adapter import Layout
 
-_QUANTISED = ("Linear4bit", "Linear8bitLt", "LinearNF4", "LinearFP4")
+_QUANTIZED = ("Linear4bit", "Linear8bitLt", "LinearNF4", "LinearFP4")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -113,7 +113,7 @@ class QuantisedLoraLayer(LoraLayer):
     def accepts(cls, layer: nn.Module) -> bool:
         """Return whether the layer is one of bitsandbytes'; told by name, to import nothing."""
         kind = type(layer)
-        return kind.__name__ in _QUANTISED and kind.__module__.startswith("bitsandbytes.")
+        return kind.__name__ in _QUANTIZED and kind.__module__.startswith("bitsandbytes.")
 
     @classmethod
     def shape(cls, layer: nn.Module) -> tuple[int, int]:
@@ -135,7 +135,7 @@ class QuantisedLoraLayer(LoraLayer):
     def merged_weight(self) -> nn.Parameter:
         """Raise: the sum of codes and an update is no code."""
         message = (
-            "The base is quantised, so nothing can be merged into it. Load the adapter into the "
+            "The base is quantized, so nothing can be merged into it. Load the adapter into the "
             "base in full precision, and merge there."
         )
         raise UnsupportedMethodError(message)

@@ -42,7 +42,7 @@ def add_lora(
 
     B starts at zero, so the model computes what it did; A from :func:`initial_factor`, which
     depends on the module's name, the rank and the seed alone (of an embedding, A is zero and B
-    is drawn). Optimisers take ``p for p in model.parameters() if p.requires_grad``.
+    is drawn). Optimizers take ``p for p in model.parameters() if p.requires_grad``.
 
     Parameters
     ----------

@@ -12,7 +12,7 @@ import numpy as np
 from lora_analysis import chance, linalg
 from lora_analysis.adapter import LowRankUpdate, Update
 from lora_analysis.errors import IncompatibleError
-from lora_analysis.initialisation import StartEvidence, StartRows, start_evidence
+from lora_analysis.shared_init import InitEvidence, InitRows, init_evidence
 from lora_analysis.spectra import SIDES, Side, Spectrum
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class PairValues:
         φ(1, 1), and φ at both numerical ranks.
     omega
         The energy-weighted overlap ω.
-    chance_r_r, omega_chance
+    chance_r_r, chance_omega
         Isotropic chance of the latter two; that of φ(1, 1) is 1/dimension.
     dimension
         Of the space the directions live in.
@@ -50,7 +50,7 @@ class PairValues:
     phi_r_r: NDArray[np.float64]
     omega: NDArray[np.float64]
     chance_r_r: NDArray[np.float64]
-    omega_chance: NDArray[np.float64]
+    chance_omega: NDArray[np.float64]
     dimension: int
 
     @property
@@ -80,7 +80,7 @@ class ModulePairs:
     cosine: NDArray[np.float64]
     ranks: NDArray[np.intp]
     norms: NDArray[np.float64]
-    start: StartEvidence | None = None
+    start: InitEvidence | None = None
 
 
 def module_pairs(
@@ -205,7 +205,7 @@ def pair_blocks(
     participation = np.array([one.participation_ratio for one in spectra])
     d_out, d_in = spectra[0].shape
     bases = [np.vstack([one.vectors(side).T for one in spectra]) for side in SIDES]  # (Σr, d)
-    rows = StartRows(updates)
+    rows = InitRows(updates)
     for block in _blocks(ranks):
         grams = [basis[block.own] @ basis[block.rest].T for basis in bases]
         cosine = block.summed(block.weighted(grams[0] * grams[1], signed))
@@ -302,12 +302,12 @@ def _pair_values(
         phi_r_r=known(squares / smaller),
         omega=known(weighted),
         chance_r_r=known(np.maximum.outer(ranks, ranks) / dimension),
-        omega_chance=known(np.sqrt(np.outer(participation, participation)) / dimension),
+        chance_omega=known(np.sqrt(np.outer(participation, participation)) / dimension),
         dimension=dimension,
     )
 
 
-def updates_start(updates: Sequence[Update]) -> StartEvidence:
+def updates_start(updates: Sequence[Update]) -> InitEvidence:
     """Return the evidence of a shared start; dense updates have none, and NaN for it."""
     members = [at for at, one in enumerate(updates) if isinstance(one, LowRankUpdate)]
     shape = (len(updates), len(updates))
@@ -316,11 +316,11 @@ def updates_start(updates: Sequence[Update]) -> StartEvidence:
     if members:
         block = np.ix_(members, members)
         # mypy knows no list of a narrower type by its condition.
-        known = start_evidence([updates[at] for at in members])  # type: ignore[misc]
+        known = init_evidence([updates[at] for at in members])  # type: ignore[misc]
         shared[block] = known.shared
         for name, values in found.items():
             values[block] = getattr(known, name)
-    return StartEvidence(**found, shared=shared)
+    return InitEvidence(**found, shared=shared)
 
 
 def pair_angles(

@@ -37,7 +37,7 @@ class PairwiseSimilarity:
         ``(M, N, N)``.
     total_cosine
         ``(N, N)``: signed cosine over all common modules at once.
-    shared_start
+    shared_init
         ``(M, N, N)``, whether the module starts from the same rows; input-side numbers of those
         come from the start.
     """
@@ -50,7 +50,7 @@ class PairwiseSimilarity:
     excess_r_r: NDArray[np.float64]
     cosine: NDArray[np.float64]
     total_cosine: NDArray[np.float64]
-    shared_start: NDArray[np.bool_]
+    shared_init: NDArray[np.bool_]
 
     def median(self, quantity: str = "omega", side: Side = "output") -> NDArray[np.float64]:
         """Return the median over modules of one quantity on one side, ``(N, N)``.
@@ -59,7 +59,7 @@ class PairwiseSimilarity:
         """
         values = getattr(self, quantity)[SIDES.index(side)]
         if side == "input":
-            values = np.where(self.shared_start, np.nan, values)
+            values = np.where(self.shared_init, np.nan, values)
         lost = np.isnan(values).all(axis=0)
         return np.where(lost, np.nan, np.nanmedian(np.where(lost, 0.0, values), axis=0))
 
@@ -72,7 +72,7 @@ def pairwise(
     workers: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> PairwiseSimilarity:
-    """Compare every pair of adapters in every module: N factorisations a module, never N².
+    """Compare every pair of adapters in every module: N factorizations a module, never N².
 
     Parameters
     ----------
@@ -129,7 +129,7 @@ def pairwise(
         excess_r_r=sides[3],
         cosine=cosine,
         total_cosine=total,
-        shared_start=shared,
+        shared_init=shared,
     )
 
 

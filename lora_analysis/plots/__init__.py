@@ -8,6 +8,7 @@ them. Nothing here reads a file, computes a metric or touches matplotlib's globa
 
 from lora_analysis.plots.amplification import plot_amplification
 from lora_analysis.plots.basis import plot_weight_energy
+from lora_analysis.plots.clustermap import plot_clustermap
 from lora_analysis.plots.curves import (
     plot_budget,
     plot_layers,
@@ -32,7 +33,6 @@ from lora_analysis.plots.panels import (
 from lora_analysis.plots.saving import save_figure, svg_text
 from lora_analysis.plots.spectrum import plot_spectrum
 from lora_analysis.plots.style import new_axes
-from lora_analysis.plots.trees import plot_atlas
 
 __all__ = [
     "ModuleMap",
@@ -44,8 +44,8 @@ __all__ = [
     "figure_seeds",
     "new_axes",
     "plot_amplification",
-    "plot_atlas",
     "plot_budget",
+    "plot_clustermap",
     "plot_intruders",
     "plot_layers",
     "plot_levels",

@@ -158,7 +158,7 @@ def plot_amplification(
     Several items: one point per module at its adapter's rank, at k = numerical rank (the paper's
     number), with the median marked and written. One item: the value over k.
 
-    The amplification factor alone proves nothing, it is large wherever ΔW is: grey is the factor
+    The amplification factor alone proves nothing, it is large wherever ΔW is: gray is the factor
     of random directions. Enrichment is the ratio of the two, 1 (the line) for random directions,
     with one standard deviation of them shaded.
 
@@ -216,11 +216,11 @@ def _label_ends(ax: Axes, plot: DirectionsPlot) -> None:
     ends = np.log([plot.measured[-1], plot.chance[-1]])
     low, high = np.log(plot.limits)
     heights = (np.nan_to_num(ends, posinf=high, neginf=low) - low) / (high - low)
-    colours = (_MEASURED, _RANDOM)
-    for y, text, colour in zip(
-        style.apart(heights, 0.08, (0, 1)), ("ΔW", "random"), colours, strict=True
+    colors = (_MEASURED, _RANDOM)
+    for y, text, color in zip(
+        style.apart(heights, 0.08, (0, 1)), ("ΔW", "random"), colors, strict=True
     ):
-        ax.text(1.02, y, text, transform=ax.transAxes, color=colour, va="center", fontsize=7)
+        ax.text(1.02, y, text, transform=ax.transAxes, color=color, va="center", fontsize=7)
 
 
 def _paint_ranks(ax: Axes, plot: RanksPlot, *, at_one: bool) -> None:
@@ -239,10 +239,10 @@ def _paint_ranks(ax: Axes, plot: RanksPlot, *, at_one: bool) -> None:
         ax.axhline(1, color=_RANDOM, linestyle=(0, (4, 2)), linewidth=0.9, zorder=0)
     for x, (mine, chance) in enumerate(zip(plot.measured, plot.chance, strict=True)):
         if at_one:
-            _paint_column(ax, mine, x, colour=_MEASURED, limits=plot.limits, width=0.25)
+            _paint_column(ax, mine, x, color=_MEASURED, limits=plot.limits, width=0.25)
         else:
-            _paint_column(ax, mine, x - 0.2, colour=_MEASURED, limits=plot.limits, width=0.12)
-            _paint_column(ax, chance, x + 0.2, colour=_RANDOM, limits=plot.limits, width=0.12)
+            _paint_column(ax, mine, x - 0.2, color=_MEASURED, limits=plot.limits, width=0.12)
+            _paint_column(ax, chance, x + 0.2, color=_RANDOM, limits=plot.limits, width=0.12)
     ax.set_xlim(-0.55, len(plot.ranks) - 0.35)
     ax.set_xticks(range(len(plot.ranks)), [str(rank) for rank in plot.ranks])
     ax.set_xlabel("rank of the adapter" + (f"\n{plot.note}" if plot.note else ""))
@@ -252,7 +252,7 @@ def _paint_ranks(ax: Axes, plot: RanksPlot, *, at_one: bool) -> None:
 
 
 def _name_groups(ax: Axes, random: str) -> None:
-    """Name the two colours above the axes, in them."""
+    """Name the two colors above the axes, in them."""
     ax.text(0, 1.02, "ΔW’s directions", transform=ax.transAxes, color=_MEASURED, fontsize=7)
     ax.text(
         1,
@@ -266,7 +266,7 @@ def _name_groups(ax: Axes, random: str) -> None:
 
 
 def _paint_column(
-    ax: Axes, points: Group, x: float, *, colour: str, limits: tuple[float, float], width: float
+    ax: Axes, points: Group, x: float, *, color: str, limits: tuple[float, float], width: float
 ) -> None:
     """Draw one group as a vertical strip with its median marked and written."""
     values = points.values[points.values > 0]
@@ -277,13 +277,13 @@ def _paint_column(
         x + style.swarm(np.log(values), span, width=width),
         values,
         s=9,
-        color=colour,
+        color=color,
         alpha=0.55,
         linewidth=0,
         rasterized=len(values) > style.MANY_POINTS,
         label=style.legend_label(points.label),
     )
-    ax.plot([x - 0.17, x + 0.17], [points.median] * 2, color=colour, linewidth=2)
+    ax.plot([x - 0.17, x + 0.17], [points.median] * 2, color=color, linewidth=2)
     written = f"{points.median:.2f}" if points.median < 10 else f"{points.median:.3g}"
     ax.annotate(
         written,
@@ -293,7 +293,7 @@ def _paint_column(
         ha="center",
         va="bottom",
         fontsize=7,
-        color=colour,
+        color=color,
         fontweight="bold",
         annotation_clip=False,
     )

@@ -72,7 +72,7 @@ def plot_weight_energy(
 ) -> Axes:
     """Draw the share of ‖ΔW‖² in W's top-k directions over k, beside what random ones hold.
 
-    Dashed: chance, k/d; grey up to where 95 % of isotropic updates of such a spectrum stay. The
+    Dashed: chance, k/d; gray up to where 95 % of isotropic updates of such a spectrum stay. The
     LoRA paper's Figure 8 is a part of it.
 
     Parameters
@@ -96,7 +96,7 @@ def plot_weight_energy(
         ax.fill_between(plot.k, 0, plot.bound, color=style.QUIET, alpha=0.18, linewidth=0)
         ax.plot(plot.k, plot.chance, color=style.QUIET, linestyle=(0, (4, 2)), label="chance")
         for line in plot.lines:
-            ax.plot(line.x, line.y, color=line.colour, label=style.legend_label(line.label))
+            ax.plot(line.x, line.y, color=line.color, label=style.legend_label(line.label))
         style.log_axis(ax, "x", (0.9, float(plot.k[-1]) * 1.05), base=2)
         ax.set_ylim(0, 1.02)
         ax.set_xlabel(plot.xlabel)

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Line:
-    """One line: what it is called, where it goes, in which colour."""
+    """One line: what it is called, where it goes, in which color."""
 
     label: str
     x: NDArray[np.float64]
     y: NDArray[np.float64]
-    colour: str
+    color: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,8 +52,8 @@ def lines_of(series: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> tuple[Line, .
         xs, ys = (np.asarray(one, dtype=np.float64) for one in (x, y))
         order = np.argsort(xs, kind="stable")
         kept = order[np.isfinite(ys[order])]
-        colour = style.PALETTE[at % len(style.PALETTE)]
-        made.append(Line(style.plain(label, 28), xs[kept], ys[kept], colour))
+        color = style.PALETTE[at % len(style.PALETTE)]
+        made.append(Line(style.plain(label, 28), xs[kept], ys[kept], color))
     return tuple(made)
 
 
@@ -75,7 +75,7 @@ def _paint(ax: Axes, plot: LinesPlot, *, marker: bool) -> None:
         ax.plot(
             line.x,
             line.y,
-            color=line.colour,
+            color=line.color,
             marker="o" if marker and len(line.x) <= 40 else "",
             label=style.legend_label(line.label),
         )
@@ -91,7 +91,7 @@ def _paint(ax: Axes, plot: LinesPlot, *, marker: bool) -> None:
 
 
 def namelines_of(ax: Axes, lines: Sequence[Line]) -> None:
-    """Write the lines' names at the right of the axes, in their colour, where they end."""
+    """Write the lines' names at the right of the axes, in their color, where they end."""
     if len(lines) < 2:
         return
     ends = [(line.x[-1], line.y[-1]) for line in lines]
@@ -99,7 +99,7 @@ def namelines_of(ax: Axes, lines: Sequence[Line]) -> None:
     gap = 9.5 / ax.bbox.height * ax.figure.dpi / 72
     for line, y in zip(lines, style.apart(heights, gap, (0.0, 1.0)), strict=True):
         ax.text(
-            1.03, y, line.label, transform=ax.transAxes, color=line.colour, va="center",
+            1.03, y, line.label, transform=ax.transAxes, color=line.color, va="center",
             fontsize=7, parse_math=False,
         )  # fmt: skip
 
@@ -131,7 +131,7 @@ def resolve_layers(
     level = chance if isinstance(chance, float | int) else None
     if isinstance(chance, Mapping):
         found = _by_layer(chance, lambda _: "random directions")
-        lines = (*lines, *(replace(one, colour=style.QUIET) for one in lines_of(found)))
+        lines = (*lines, *(replace(one, color=style.QUIET) for one in lines_of(found)))
     return LinesPlot(lines, "layer", ylabel, _limits(lines, log=log), log, level)
 
 
@@ -154,7 +154,7 @@ def plot_layers(
     ylabel
         What the number is.
     chance
-        What chance gives: a level, drawn dashed, or one number per module, drawn as a grey line
+        What chance gives: a level, drawn dashed, or one number per module, drawn as a gray line
         of medians over the modules of a layer.
     log
         Whether the axis is logarithmic (factors and enrichment).
@@ -234,7 +234,7 @@ def plot_budget(
     with style.house_style():
         ax = style.axes_or_new(ax, (style.ONE_COLUMN, 2.4))
         for line in lines:
-            ax.plot(line.x, line.y, color=line.colour, label=style.legend_label(line.label))
+            ax.plot(line.x, line.y, color=line.color, label=style.legend_label(line.label))
         low = min((float(line.x.min()) for line in lines if line.x.size), default=1.0)
         high = max((float(line.x.max()) for line in lines if line.x.size), default=10.0)
         style.log_axis(ax, "x", (low / 1.1, high * 1.1))

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 PHI = "φ(i, j)"
 EXCESS = "φ above chance\n(φ − c)/(1 − c)"
-# Chance of a third puts orthogonal subspaces at −0.5; below that the colour bar gets an arrow.
+# Chance of a third puts orthogonal subspaces at −0.5; below that the color bar gets an arrow.
 EXCESS_LIMITS = (-0.5, 1.0)
 
 
-def excess_colours() -> Colormap:
-    """Return the colours of φ above chance: white at 0, purple above, orange below.
+def excess_colors() -> Colormap:
+    """Return the colors of φ above chance: white at 0, purple above, orange below.
 
-    Cut out of a symmetric colour-blind-safe map, so that equal distances from 0 look alike.
+    Cut out of a symmetric color-blind-safe map, so that equal distances from 0 look alike.
     """
     low, high = EXCESS_LIMITS
     where = np.linspace(0.5 + low / 2, 0.5 + high / 2, 384)
@@ -46,7 +46,7 @@ class HeatMap:
     ----------
     data
         ``(rows, columns)``, masked where a cell is not shown; ``data[i-1, j-1]`` belongs to (i, j).
-    undefined, soft
+    degenerate, nearly_degenerate
         ``(rows, columns)``: shown cells whose subspaces are not, or not well, defined.
     chance
         Least and largest isotropic chance over the shown cells; None where chance is the zero.
@@ -55,11 +55,11 @@ class HeatMap:
     """
 
     data: np.ma.MaskedArray[tuple[int, int], np.dtype[np.float64]]
-    undefined: NDArray[np.bool_]
-    soft: NDArray[np.bool_]
+    degenerate: NDArray[np.bool_]
+    nearly_degenerate: NDArray[np.bool_]
     limits: tuple[float, float]
-    colours: Colormap
-    colour_label: str
+    colors: Colormap
+    color_label: str
     chance: tuple[float, float] | None
     below: bool
     xlabel: str
@@ -69,17 +69,17 @@ class HeatMap:
 
     @property
     def extent(self) -> tuple[float, float, float, float]:
-        """Left, right, bottom, top: cell (i, j) is centred on (j, i), and i grows downward."""
+        """Left, right, bottom, top: cell (i, j) is centered on (j, i), and i grows downward."""
         rows, columns = self.data.shape
         return 0.5, columns + 0.5, rows + 0.5, 0.5
 
 
 def _cell_flags(grid: SimilarityGrid) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return for every cell whether its subspaces are undefined, and whether only soft."""
-    rows, columns = grid.rows_ill_defined, grid.columns_ill_defined
-    undefined = rows.undefined[:, None] | columns.undefined[None, :]  # (k1, k2)
-    soft = rows.soft[:, None] | columns.soft[None, :]
-    return undefined, soft & ~undefined
+    """Return masks ``(k1, k2)`` of degenerate cells and of nearly degenerate ones."""
+    rows, columns = grid.rows_degeneracy, grid.columns_degeneracy
+    degenerate = rows.degenerate[:, None] | columns.degenerate[None, :]  # (k1, k2)
+    nearly_degenerate = rows.nearly_degenerate[:, None] | columns.nearly_degenerate[None, :]
+    return degenerate, nearly_degenerate & ~degenerate
 
 
 def _window(grid: SimilarityGrid, zoom: int | None) -> tuple[int, int, NDArray[np.bool_]]:
@@ -113,18 +113,18 @@ def resolve_similarity(
     """Return what `plot_similarity` draws, as plain attributes."""
     rows, columns, left_out = _window(grid, zoom)
     corner = (slice(rows), slice(columns))
-    undefined, soft = (flags[corner] & ~left_out for flags in _cell_flags(grid))
+    degenerate, nearly_degenerate = (flags[corner] & ~left_out for flags in _cell_flags(grid))
     values = (grid.excess if excess else grid.values)[corner]
-    data = np.ma.masked_where(left_out | undefined | ~np.isfinite(values), values)
+    data = np.ma.masked_where(left_out | degenerate | ~np.isfinite(values), values)
     expected = grid.chance[corner][~left_out]
     has_band = not excess and expected.size > 0
     return HeatMap(
         data=data,
-        undefined=undefined,
-        soft=soft,
+        degenerate=degenerate,
+        nearly_degenerate=nearly_degenerate,
         limits=EXCESS_LIMITS if excess else (0.0, 1.0),
-        colours=excess_colours() if excess else mpl.colormaps["viridis"],
-        colour_label=EXCESS if excess else PHI,
+        colors=excess_colors() if excess else mpl.colormaps["viridis"],
+        color_label=EXCESS if excess else PHI,
         chance=(float(expected.min()), float(expected.max())) if has_band else None,
         below=bool(excess and data.count() and data.min() < EXCESS_LIMITS[0]),
         xlabel=f"j  ({style.plain(grid.labels[1], 24)})",
@@ -135,13 +135,13 @@ def resolve_similarity(
 
 
 def paint_heatmap(ax: Axes, heatmap: HeatMap, *, side: float = 2.0) -> AxesImage:
-    """Draw a resolved heat-map; return its image, to which a colour bar can belong.
+    """Draw a resolved heat-map; return its image, to which a color bar can belong.
 
     ``side`` is the room along each axis in inches: it says how many tick labels fit.
     """
     image = ax.imshow(
         heatmap.data if heatmap.data.size else np.ma.array([[0.0]], mask=True),
-        cmap=heatmap.colours.with_extremes(bad=style.BLANK),
+        cmap=heatmap.colors.with_extremes(bad=style.BLANK),
         norm=Normalize(*heatmap.limits),
         extent=heatmap.extent if heatmap.data.size else (0, 1, 1, 0),
         aspect="auto",
@@ -160,9 +160,18 @@ def paint_heatmap(ax: Axes, heatmap: HeatMap, *, side: float = 2.0) -> AxesImage
 
 def _paint_marks(ax: Axes, heatmap: HeatMap, side: float) -> None:
     """Draw ticks, as many as ``side`` inches have room for, and lines over doubtful cells."""
-    grey, lines = "#9a9a9a", (1, 1, 1, 0.35) if heatmap.limits[0] == 0 else (0.3, 0.3, 0.3, 0.2)
-    hatch_cells(ax, heatmap.undefined, "undefined", facecolor="none", edgecolor=grey, hatch="xxxx")
-    hatch_cells(ax, heatmap.soft, "soft", facecolor="none", edgecolor=lines, hatch="////")
+    gray, lines = "#9a9a9a", (1, 1, 1, 0.35) if heatmap.limits[0] == 0 else (0.3, 0.3, 0.3, 0.2)
+    hatch_cells(
+        ax, heatmap.degenerate, "degenerate", facecolor="none", edgecolor=gray, hatch="xxxx"
+    )
+    hatch_cells(
+        ax,
+        heatmap.nearly_degenerate,
+        "nearly degenerate",
+        facecolor="none",
+        edgecolor=lines,
+        hatch="////",
+    )
     rows, columns = heatmap.data.shape
     label_width = 0.01 + 0.065 * len(str(columns))
     ax.set_xticks(style.count_ticks(columns, min(9, int(side / label_width))))
@@ -179,7 +188,7 @@ def _paint_note(ax: Axes, note: str) -> None:
 def paint_colorbar(
     image: AxesImage, ax: Axes, heatmap: HeatMap, *, inside: bool = False
 ) -> Colorbar:
-    """Draw a colour bar as tall as ``ax`` with isotropic chance marked beside it.
+    """Draw a color bar as tall as ``ax`` with isotropic chance marked beside it.
 
     It stands at the right of ``ax``, or ``inside`` at the left where ``ax`` is an empty place.
     """
@@ -187,7 +196,7 @@ def paint_colorbar(
     room = ax.inset_axes((0 if inside else 1, 0, 0.06, 1), transform=ax.transAxes + gap)
     bar = ax.figure.colorbar(image, cax=room, extend="min" if heatmap.below else "neither")
     bar.outline.set_visible(False)
-    bar.set_label(heatmap.colour_label)
+    bar.set_label(heatmap.color_label)
     bar.set_ticks(np.linspace(*heatmap.limits, 6 if heatmap.limits[0] == 0 else 4).tolist())
     if heatmap.chance:
         _mark_chance(room, heatmap.chance)
@@ -195,7 +204,7 @@ def paint_colorbar(
 
 
 def _mark_chance(bar: Axes, chance: tuple[float, float]) -> None:
-    """Draw the range of isotropic chance as a line left of a colour bar."""
+    """Draw the range of isotropic chance as a line left of a color bar."""
     low, high = chance
     beside = bar.get_yaxis_transform() + ScaledTranslation(-0.04, 0, bar.figure.dpi_scale_trans)
     (line,) = bar.plot([0, 0], [low, max(high, low + 0.01)], transform=beside, label="chance")
@@ -226,10 +235,10 @@ def plot_similarity(
     """Draw φ(i, j) as a heat-map, i down and j across, both from 1 (LoRA, Figures 3 and 4).
 
     0 (dark) is orthogonal, 1 (bright) means that the smaller subspace lies inside the larger.
-    The bar beside the colour scale spans isotropic chance, max(i, j)/d, over the drawn cells.
+    The bar beside the color scale spans isotropic chance, max(i, j)/d, over the drawn cells.
 
-    Cells whose subspace is undefined (coinciding singular values) are grey and cross-hatched;
-    those that rounding may turn ("soft", relative gap below 0.05) carry light lines: read
+    Cells whose subspace is undefined (coinciding singular values) are gray and cross-hatched;
+    nearly degenerate ones (relative gap below 0.05) carry light lines: read
     nothing from a single one of them.
 
     Parameters
@@ -248,7 +257,7 @@ def plot_similarity(
         Draw ``(φ − c)/(1 − c)`` instead: 0 (white) is chance, 1 full agreement, orange less
         than chance. For dimensions so small that chance c is not.
     colorbar
-        Whether to add a colour bar.
+        Whether to add a color bar.
     title
         The module's name by default.
 

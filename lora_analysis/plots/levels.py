@@ -21,7 +21,7 @@ class LevelsPlot:
     """Everything `plot_levels` shows: the first group on top, chance as a line."""
 
     groups: tuple[Group, ...]
-    colours: tuple[str, ...]
+    colors: tuple[str, ...]
     chance: float
     limits: tuple[float, float]
     xlabel: str
@@ -45,7 +45,7 @@ def resolve_levels(
     high = max((float(g.values.max()) for g in found if g.values.size), default=1.0)
     return LevelsPlot(
         groups=found,
-        colours=tuple(style.PALETTE[n % len(style.PALETTE)] for n in range(len(found))),
+        colors=tuple(style.PALETTE[n % len(style.PALETTE)] for n in range(len(found))),
         chance=float(chance),
         limits=(min(0.0, low), max(1.0, high)),
         xlabel=xlabel,
@@ -53,13 +53,13 @@ def resolve_levels(
     )
 
 
-def _paint_group(ax: Axes, group: Group, y: float, colour: str, span: tuple[float, float]) -> None:
+def _paint_group(ax: Axes, group: Group, y: float, color: str, span: tuple[float, float]) -> None:
     ax.text(
         0,
         y + 0.3,
         f"{style.plain(group.label, 60)}  (n = {len(group.values)})",
         transform=ax.get_yaxis_transform(),
-        color=colour,
+        color=color,
         va="bottom",
         fontsize=7,
         parse_math=False,
@@ -72,7 +72,7 @@ def _paint_group(ax: Axes, group: Group, y: float, colour: str, span: tuple[floa
         group.values,
         y + offsets,
         s=9,
-        color=colour,
+        color=color,
         alpha=0.55,
         linewidth=0,
         rasterized=len(group.values) > style.MANY_POINTS,
@@ -80,13 +80,13 @@ def _paint_group(ax: Axes, group: Group, y: float, colour: str, span: tuple[floa
         clip_on=False,
     )
     low, middle, high = group.quartiles
-    ax.plot([low, high], [y, y], color=colour, linewidth=1.2, solid_capstyle="butt")
-    ax.plot([middle, middle], [y - 0.26, y + 0.26], color=colour, linewidth=2)
+    ax.plot([low, high], [y, y], color=color, linewidth=1.2, solid_capstyle="butt")
+    ax.plot([middle, middle], [y - 0.26, y + 0.26], color=color, linewidth=2)
     ax.text(
         1.02,
         y,
         f"{round(middle, 3) + 0.0:.3f}" if middle < 0.1 else f"{middle:.2f}",
-        color=colour,
+        color=color,
         va="center",
         transform=ax.get_yaxis_transform(),
         fontsize=8,
@@ -130,8 +130,8 @@ def plot_levels(
         ax.axvline(plot.chance, color=style.QUIET, linewidth=0.9, linestyle=(0, (4, 2)), zorder=0)
         ax.set_ylim(-0.5, len(plot.groups) - 0.2)
         ax.set_xlim(*plot.limits)
-        for group, y, colour in zip(plot.groups, plot.heights, plot.colours, strict=True):
-            _paint_group(ax, group, y, colour, plot.limits)
+        for group, y, color in zip(plot.groups, plot.heights, plot.colors, strict=True):
+            _paint_group(ax, group, y, color, plot.limits)
         ax.annotate(
             f"isotropic chance {plot.chance:.2g}",
             (plot.chance, 1),

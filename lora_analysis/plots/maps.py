@@ -12,7 +12,7 @@ from matplotlib.colors import Normalize
 from lora_analysis.errors import InputError
 from lora_analysis.patterns import layer_index, module_type
 from lora_analysis.plots import style
-from lora_analysis.plots.heatmap import excess_colours
+from lora_analysis.plots.heatmap import excess_colors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -69,13 +69,13 @@ def resolve_module_map(
 
 
 def paint_module_map(ax: Axes, plot: ModuleMap) -> AxesImage:
-    """Draw a resolved map; return its image, to which a colour bar can belong."""
+    """Draw a resolved map; return its image, to which a color bar can belong."""
     above = plot.limits[0] < 0
-    colours = excess_colours() if above else mpl.colormaps["viridis"]
+    colors = excess_colors() if above else mpl.colormaps["viridis"]
     rows, columns = plot.data.shape
     image = ax.imshow(
         np.ma.masked_invalid(plot.data),
-        cmap=colours.with_extremes(bad=style.BLANK),
+        cmap=colors.with_extremes(bad=style.BLANK),
         norm=Normalize(*plot.limits),
         aspect="auto",
         interpolation="nearest",
@@ -102,14 +102,14 @@ def plot_module_map(
     Parameters
     ----------
     values
-        Module name to its number; grey where it is not finite, or there is no such module.
+        Module name to its number; gray where it is not finite, or there is no such module.
     ax
         Where to draw; None makes a figure of one column's width.
     limits
-        Of the colours. With a lower limit below 0 the scale is that of numbers above chance:
+        Of the colors. With a lower limit below 0 the scale is that of numbers above chance:
         white at 0.
     label
-        What the number is, for the colour bar.
+        What the number is, for the color bar.
 
     Raises
     ------
@@ -127,7 +127,7 @@ def plot_module_map(
 def figure_module_maps(
     maps: Sequence[Sequence[ModuleMap]], *, width: float = style.TWO_COLUMNS
 ) -> Figure:
-    """Draw rows of maps of one set of modules; one colour bar beside each row.
+    """Draw rows of maps of one set of modules; one color bar beside each row.
 
     Raises
     ------
@@ -138,7 +138,7 @@ def figure_module_maps(
         message = "A figure of maps needs at least one map in every row."
         raise InputError(message)
     columns = max(map(len, maps))
-    # The label beside the bar of colours needs the height of four rows.
+    # The label beside the bar of colors needs the height of four rows.
     height = 0.75 + 0.17 * max(4, *(len(one.kinds) for row in maps for one in row))
     with style.house_style():
         figure = style.PanelFigure(figsize=(width, height * len(maps)), layout="constrained")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from lora_analysis.similarity import SimilarityGrid
 
-# Above this, isotropic chance is visible as colour, and a second row without it is drawn.
+# Above this, isotropic chance is visible as color, and a second row without it is drawn.
 SMALL_CHANCE = 0.05
 
 
@@ -44,7 +44,7 @@ class Panel:
 def figure_grid(
     rows: Sequence[Sequence[Panel]], *, title: str = "", width: float = style.TWO_COLUMNS
 ) -> Figure:
-    """Draw rows of heat-maps of equal size, one colour bar per row.
+    """Draw rows of heat-maps of equal size, one color bar per row.
 
     Parameters
     ----------
@@ -66,11 +66,11 @@ def figure_grid(
         raise InputError(message)
     for row in rows:
         if len({panel.excess for panel in row}) > 1:
-            message = "A row of panels shares one colour bar: draw φ and φ above chance apart."
+            message = "A row of panels shares one color bar: draw φ and φ above chance apart."
             raise InputError(message)
     columns = max(len(row) for row in rows)
     bar = 1.1 if any(panel.excess for row in rows for panel in row) else 0.8
-    side = (width - bar) / columns - 0.25  # what is left beside labels and the colour bar
+    side = (width - bar) / columns - 0.25  # what is left beside labels and the color bar
     headline = textwrap.wrap(style.plain(title, 200), int(16 * width))
     with style.house_style():
         figure = style.PanelFigure(
@@ -100,7 +100,7 @@ def _paint_row(row: Sequence[Panel], axes: list[Axes], side: float) -> None:
 
 
 def _summary(maps: Sequence[HeatMap]) -> HeatMap:
-    """Return a heat-map that stands for the row on its colour bar: all of its chance."""
+    """Return a heat-map that stands for the row on its color bar: all of its chance."""
     spans = [m.chance for m in maps if m.chance]
     chance = (min(low for low, _ in spans), max(high for _, high in spans)) if spans else None
     return replace(maps[0], below=any(m.below for m in maps), chance=chance)
@@ -114,7 +114,7 @@ def _rows(panels: Sequence[Panel], width: float) -> list[list[Panel]]:
 
 def _headline(grids: Sequence[SimilarityGrid]) -> str:
     """Return what all grids share: the two adapters, the side, the factor; else nothing."""
-    shared = {(grid.labels, grid.side, grid.factor) for grid in grids}
+    shared = {(grid.labels, grid.side, grid.of) for grid in grids}
     if len(shared) != 1:
         return ""
     (labels, side, factor) = shared.pop()

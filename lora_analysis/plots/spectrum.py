@@ -21,12 +21,12 @@ ENERGY_GUIDES = (0.9, 0.99)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Curve:
-    """One spectrum as drawn: values over i = 1, 2, …; the last ``lost`` are below resolution."""
+    """One spectrum as drawn: values over i = 1, 2, …; the last ``lost`` are rounding errors."""
 
     label: str
     values: NDArray[np.float64]
     lost: int
-    colour: str
+    color: str
 
     @property
     def i(self) -> NDArray[np.intp]:
@@ -77,16 +77,16 @@ def _labels(spectra: Sequence[Spectrum]) -> list[str]:
     return [f"{a} {m}" for a, m in zip(adapters, modules, strict=True)]
 
 
-def _colours(n: int) -> list[str]:
-    """Return distinct colours for few curves, one for a bundle of many."""
+def _colors(n: int) -> list[str]:
+    """Return distinct colors for few curves, one for a bundle of many."""
     return list(style.PALETTE[:n]) if n <= len(style.PALETTE) else [style.PALETTE[0]] * n
 
 
-def _curve_values(spectrum: Spectrum, *, normalised: bool, energy: bool) -> NDArray[np.float64]:
+def _curve_values(spectrum: Spectrum, *, normalized: bool, energy: bool) -> NDArray[np.float64]:
     if energy:
         energy_of: NDArray[np.float64] = np.cumsum(spectrum.S[: spectrum.numerical_rank] ** 2)
         return np.asarray(energy_of / energy_of[-1])
-    return spectrum.S / spectrum.S[0] if normalised else spectrum.S
+    return spectrum.S / spectrum.S[0] if normalized else spectrum.S
 
 
 def _log_limits(curves: Sequence[Curve]) -> tuple[float, float]:
@@ -97,12 +97,12 @@ def _log_limits(curves: Sequence[Curve]) -> tuple[float, float]:
     return low / room ** (2 if any(c.lost for c in curves) else 1), high * room
 
 
-def _ylabel(spectra: Sequence[Spectrum], *, normalised: bool, energy: bool) -> str:
-    factors = {s.factor for s in spectra}
+def _ylabel(spectra: Sequence[Spectrum], *, normalized: bool, energy: bool) -> str:
+    factors = {s.of for s in spectra}
     of = "ΔW" if factors == {"delta"} else " / ".join(sorted(factors))
     if energy:
         return f"share of Σσ² of {of} in the first i"
-    if normalised:
+    if normalized:
         return f"σᵢ / σ₁ of {of}"
     unknown = all(s.in_units_of_scale for s in spectra)
     return f"singular value σᵢ of {of}{' / scale' if unknown else ''}"
@@ -115,7 +115,7 @@ def _unit(spectrum: Spectrum, spectra: Sequence[Spectrum], *, relative: bool) ->
 
 
 def resolve_spectrum(
-    spectra: Sequence[Spectrum], *, normalised: bool = False, energy: bool = False
+    spectra: Sequence[Spectrum], *, normalized: bool = False, energy: bool = False
 ) -> SpectrumPlot:
     """Return what `plot_spectrum` draws, as plain attributes."""
     if not spectra:
@@ -123,12 +123,12 @@ def resolve_spectrum(
         raise InputError(message)
     labels = [style.plain(label, 24) for label in _labels(spectra)]
     curves = []
-    for spectrum, label, colour in zip(spectra, labels, _colours(len(spectra)), strict=True):
+    for spectrum, label, color in zip(spectra, labels, _colors(len(spectra)), strict=True):
         if not spectrum.untrained:
-            values = _curve_values(spectrum, normalised=normalised, energy=energy)
+            values = _curve_values(spectrum, normalized=normalized, energy=energy)
             lost = len(values) - spectrum.numerical_rank
-            unit = _unit(spectrum, spectra, relative=normalised or energy)
-            curves.append(Curve(label + unit, values, lost, colour))
+            unit = _unit(spectrum, spectra, relative=normalized or energy)
+            curves.append(Curve(label + unit, values, lost, color))
     untrained = [n for s, n in zip(spectra, labels, strict=True) if s.untrained]
     longest = max((len(c.values) for c in curves), default=1)
     shortest = min((len(c.values) for c in curves), default=1)
@@ -138,7 +138,7 @@ def resolve_spectrum(
         limits=(0.0, 1.04) if energy or not curves else _log_limits(curves),
         xscale="log" if longest > 4 * shortest else "linear",
         energy=energy,
-        ylabel=_ylabel(spectra, normalised=normalised, energy=energy),
+        ylabel=_ylabel(spectra, normalized=normalized, energy=energy),
         note=f"untrained (ΔW = 0): {', '.join(untrained)}" if untrained else "",
     )
 
@@ -167,21 +167,21 @@ def _paint_curve(ax: Axes, curve: Curve, floor: float, *, bundle: bool) -> None:
         values[:kept],
         marker="" if bundle or kept > 16 else "o",
         markersize=3,
-        color=curve.colour,
+        color=curve.color,
         label=style.legend_label(curve.label),
         alpha=0.4 if bundle else 1,
         linewidth=0.8 if bundle else 1.2,
     )
     # The end of a curve is the numerical rank.
     ax.plot(
-        curve.i[kept - 1], values[kept - 1], "o", color=curve.colour, markersize=2 if bundle else 4
+        curve.i[kept - 1], values[kept - 1], "o", color=curve.color, markersize=2 if bundle else 4
     )
     if curve.lost:
         ax.plot(
             curve.i[kept:],
             np.maximum(values[kept:], floor),
             "v",
-            color=curve.colour,
+            color=curve.color,
             markerfacecolor="white",
             markersize=3.5,
             clip_on=False,
@@ -189,7 +189,7 @@ def _paint_curve(ax: Axes, curve: Curve, floor: float, *, bundle: bool) -> None:
         )
 
 
-def _labelled(curves: Sequence[Curve]) -> list[Curve]:
+def _labeled(curves: Sequence[Curve]) -> list[Curve]:
     """Return the curves to name: all of a few; of a bundle those that end highest and lowest."""
     if len(curves) <= len(style.PALETTE):
         return list(curves)
@@ -198,7 +198,7 @@ def _labelled(curves: Sequence[Curve]) -> list[Curve]:
 
 
 def _paint_labels(ax: Axes, curves: Sequence[Curve]) -> None:
-    """Write curves' names at the right of the axes, in their colour, at the height they end."""
+    """Write curves' names at the right of the axes, in their color, at the height they end."""
     ends = [(c.i[c.kept - 1], c.values[c.kept - 1]) for c in curves]
     heights = (ax.transScale + ax.transLimits).transform(ends)[:, 1]
     texts = [
@@ -213,7 +213,7 @@ def _paint_labels(ax: Axes, curves: Sequence[Curve]) -> None:
             y,
             text,
             transform=ax.transAxes,
-            color=curve.colour,
+            color=curve.color,
             va="center",
             fontsize=7,
             parse_math=False,
@@ -224,14 +224,14 @@ def plot_spectrum(
     spectra: Spectrum | Sequence[Spectrum],
     ax: Axes | None = None,
     *,
-    normalised: bool = False,
+    normalized: bool = False,
     energy: bool = False,
 ) -> Axes:
     """Draw singular values against their index i, one curve per spectrum.
 
     A curve ends in a dot at the numerical rank. Values beyond it are rounding: hollow triangles,
     at the floor of the axis where they lie below it. An untrained update has no curve and is
-    named instead. More than seven curves are a bundle of one colour, in which only those that
+    named instead. More than seven curves are a bundle of one color, in which only those that
     end highest and lowest are named.
 
     Parameters
@@ -240,7 +240,7 @@ def plot_spectrum(
         One, or several to overlay; told apart by adapter label, or by module where that is it.
     ax
         Where to draw; None makes a figure of one column's width.
-    normalised
+    normalized
         Divide by σ₁, to compare shapes.
     energy
         Draw the share of Σσ² in the first i directions instead, from 0 to 1.
@@ -251,7 +251,7 @@ def plot_spectrum(
         No spectrum.
     """
     several = [spectra] if isinstance(spectra, Spectrum) else list(spectra)
-    plot = resolve_spectrum(several, normalised=normalised, energy=energy)
+    plot = resolve_spectrum(several, normalized=normalized, energy=energy)
     with style.house_style():
         ax = style.axes_or_new(ax, (style.ONE_COLUMN, 2.4))
         _paint_axes(ax, plot)
@@ -264,5 +264,5 @@ def plot_spectrum(
         if plot.note:
             ax.set_title(plot.note, fontsize=7, color=style.QUIET, loc="left", parse_math=False)
         if len(plot.curves) > 1 or any(c.lost for c in plot.curves):
-            _paint_labels(ax, _labelled(plot.curves))
+            _paint_labels(ax, _labeled(plot.curves))
     return ax

@@ -1,4 +1,4 @@
-"""The one style of every figure: fonts, colours, ticks, labels that cannot break a drawing.
+"""The one style of every figure: fonts, colors, ticks, labels that cannot break a drawing.
 
 Nothing here touches matplotlib's global settings: functions that draw run inside ``house_style``.
 """
@@ -27,7 +27,7 @@ INK = "#262626"
 QUIET = "#6b6b6b"
 FAINT = "#d9d9d9"
 BLANK = "#dedede"  # a cell that is not shown
-# Okabe and Ito's palette without yellow (too pale on white), ordered by contrast to neighbours.
+# Okabe and Ito's palette without yellow (too pale on white), ordered by contrast to neighbors.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 ONE_COLUMN = 3.3  # inches
@@ -165,7 +165,7 @@ def set_label(ax: Axes, axis: Literal["x", "y"], text: str) -> None:
 def log_axis(
     ax: Axes, axis: Literal["x", "y"], limits: tuple[float, float], *, base: int = 10
 ) -> None:
-    """Make an axis logarithmic over ``limits``, labelled with plain numbers, never powers."""
+    """Make an axis logarithmic over ``limits``, labeled with plain numbers, never powers."""
     (ax.set_xscale if axis == "x" else ax.set_yscale)("log", base=base)
     (ax.set_xlim if axis == "x" else ax.set_ylim)(*limits)
     line = ax.xaxis if axis == "x" else ax.yaxis
@@ -195,7 +195,7 @@ def swarm(values: ArrayLike, limits: tuple[float, float], *, width: float) -> ND
 
 
 def _side_by_side(n: int) -> NDArray[np.float64]:
-    """Return n positions one apart around 0, the middle first: 0, 1, −1, 2, … (centred)."""
+    """Return n positions one apart around 0, the middle first: 0, 1, −1, 2, … (centered)."""
     order = (np.arange(n) + 1) // 2 * np.where(np.arange(n) % 2, 1.0, -1.0)
     return np.asarray(order - order.mean())
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from lora_analysis import plots
 from lora_analysis.chance import excess
-from lora_analysis.findings import level, number
-from lora_analysis.findings.levels import on
+from lora_analysis.conclusions import level, number
+from lora_analysis.conclusions.levels import on
 from lora_analysis.plots.panels import SMALL_CHANCE
 from lora_analysis.report.selection import (
     common_modules,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lora_analysis.studies import Study
 
 _LEGEND = (
-    "The bar at the colour scale spans isotropic chance; light lines mark directions whose "
+    "The bar at the color scale spans isotropic chance; light lines mark directions whose "
     "singular values nearly coincide, so that noise may turn them."
 )
 _DIRECTIONS = {"input": "right singular vectors", "output": "left singular vectors"}
@@ -139,12 +139,12 @@ _GROUPS: dict[Relation, str] = {
 def level_figures(study: Study) -> Iterator[ReportFigure]:
     """Yield φ(1, 1) of every pair and module by relation, beside chance, for either side."""
     table = study.similarities
-    table = table[table["start"] != "same run"]
+    table = table[table["initialization"] != "same run"]
     reference = level(study.select(REFERENCE, "output")) is not None
     if not table["relation"].isin(_GROUPS).any():
         return
     for side in reversed(SIDES):
-        own = table[(table["side"] == side) & (table["ill_defined_1_1"] == "")]
+        own = table[(table["side"] == side) & (table["degeneracy_1_1"] == "")]
         if own.empty:
             continue
         above = own["dimension"].nunique() > 1  # then chance differs from module to module
@@ -175,8 +175,8 @@ def level_figures(study: Study) -> Iterator[ReportFigure]:
                     else "Without a reference there is no verdict."
                 )
                 + (
-                    " Groups that share their initial A are artefacts, largest in φ(r, r)."
-                    if side == "input" and own["shared_start"].any()
+                    " Groups that share their initial A are artifacts, largest in φ(r, r)."
+                    if side == "input" and own["shared_init"].any()
                     else ""
                 )
             ),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_analysis.report.selection import common_modules, drawn_pairs
-from lora_analysis.showing import printable
+from lora_analysis.text import printable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

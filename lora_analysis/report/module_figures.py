@@ -1,4 +1,4 @@
-"""The figures of many: whole models by layer and type, the atlas, steps, single modules."""
+"""Figures of many modules or adapters: layers and types, similarity matrix, training steps."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 
 from lora_analysis import plots
 from lora_analysis.chance import excess
-from lora_analysis.findings import number
-from lora_analysis.findings.levels import on
-from lora_analysis.findings.runs import last_steps
+from lora_analysis.conclusions import number
+from lora_analysis.conclusions.levels import on
+from lora_analysis.conclusions.runs import last_steps
 from lora_analysis.plots.heatmap import EXCESS_LIMITS
 from lora_analysis.report.figures import ReportFigure
 from lora_analysis.report.selection import drawn_pairs, most_telling
-from lora_analysis.showing import plural
 from lora_analysis.studies import EARLIER, REFERENCE, SAME_RUN
 from lora_analysis.studies.bases import per_base
+from lora_analysis.text import plural
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,7 +56,7 @@ def _map_figure(rows: pd.DataFrame, whom: str, name: str) -> ReportFigure:
         title="The whole model.",
         caption=(
             f"φ above chance, (φ − c)/(1 − c), by layer and type of module: medians over {whom}. "
-            "Grey: nothing that counts (ill-defined directions, a shared start on the input side)."
+            "Gray: nothing that counts (ill-defined directions, a shared start on the input side)."
         ),
         alt=f"Overlap above chance by layer and type of module. {spoken}.",
         figure=plots.figure_module_maps(maps),
@@ -65,7 +65,9 @@ def _map_figure(rows: pd.DataFrame, whom: str, name: str) -> ReportFigure:
 
 def _mapped(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """Return the rows behind the maps, and who they are: one task's pairs, else all pairs."""
-    table = table[(table["start"] != "same run") & ~table["relation"].isin([SAME_RUN, EARLIER])]
+    table = table[
+        (table["initialization"] != "same run") & ~table["relation"].isin([SAME_RUN, EARLIER])
+    ]
     same = table[table["relation"].str.startswith("same task")]
     if len(same):
         return same, f"{plural(same.groupby(['a', 'b']).ngroups, 'pair')} of one task"
@@ -78,9 +80,9 @@ def _map(rows: pd.DataFrame, side: str, cell: str) -> ModuleMap:
     own = rows[rows["side"] == side]
     every = dict.fromkeys(own["module"], np.nan)
     if side == "input":
-        own = own[~own["shared_start"]]
+        own = own[~own["shared_init"]]
     if cell == "1_1":
-        own = own[own["ill_defined_1_1"] == ""]
+        own = own[own["degeneracy_1_1"] == ""]
     above = excess(own[f"phi_{cell}"], own[f"chance_{cell}"])
     medians = own.assign(above=above).groupby("module", sort=False)["above"].median()
     return plots.resolve_module_map(
@@ -91,33 +93,39 @@ def _map(rows: pd.DataFrame, side: str, cell: str) -> ModuleMap:
     )
 
 
-def atlas_figures(study: Study) -> Iterator[ReportFigure]:
+def clustermap_figures(study: Study) -> Iterator[ReportFigure]:
     """Yield every adapter against every other, both sides and the signed cosine."""
-    atlas = study.atlas
-    if atlas is None or len(atlas.labels) < 3:
+    similarity_matrix = study.similarity_matrix
+    if similarity_matrix is None or len(similarity_matrix.labels) < 3:
         return
     words = {
         "output": "mean over modules of ω above chance, (ω − c)/(1 − c), output side",
         "input": "the same on the input side, modules with a shared start left out",
         "cosine": "signed cosine of the whole updates, chance 0",
     }
-    untrained = " Untrained adapters stand last, outside the tree." if atlas.untrained() else ""
-    size = 3.3 if len(atlas.labels) <= 24 else 4.4
+    untrained = (
+        " Untrained adapters stand last, outside the tree." if similarity_matrix.untrained() else ""
+    )
+    size = 3.3 if len(similarity_matrix.labels) <= 24 else 4.4
     for what, word in words.items():
-        if len(atlas.labels) > _MANY:
+        if len(similarity_matrix.labels) > _MANY:
             gc.collect()  # figures hold themselves, and here a large array
-        above = np.concatenate([row[i + 1 :] for i, row in enumerate(atlas.matrix(what))])
+        above = np.concatenate(
+            [row[i + 1 :] for i, row in enumerate(similarity_matrix.matrix(what))]
+        )
         if np.isnan(above).all():
             continue
         yield ReportFigure(
-            name=f"atlas_{what}",
-            title=f"Atlas, {what}.",
+            name=f"similarity_matrix_{what}",
+            title=f"Similarity matrix, {what}.",
             caption=(
-                f"{len(atlas.labels)} adapters against each other: {word}. Ordered by average "
-                f"linkage on the output side, the tree above; grey: no number.{untrained}"
+                f"{len(similarity_matrix.labels)} adapters in pairs: {word}. Ordered by average "
+                f"linkage on the output side, the tree above; gray: no number.{untrained}"
             ),
-            alt=f"Atlas, {word}; median over pairs {number(float(np.nanmedian(above)))}.",
-            figure=plots.plot_atlas(atlas, plots.new_axes(size, size + 0.15), what=what).figure,  # type: ignore[arg-type]
+            alt=f"Similarity matrix, {word}; median of pairs {number(float(np.nanmedian(above)))}.",
+            figure=plots.plot_clustermap(
+                similarity_matrix, plots.new_axes(size, size + 0.15), what=what
+            ).figure,  # type: ignore[arg-type]
         )
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_analysis.findings import Finding, number
+from lora_analysis.conclusions import Finding, number
 from lora_analysis.report.tables import ReportTable, cell
 from lora_analysis.studies import REFERENCE, SHARED_SEED
 from lora_analysis.studies.bases import per_base, several_bases
@@ -41,7 +41,7 @@ def overlap_table(study: Study) -> ReportTable | None:
             for a, b in zip(study.similarities["a"], study.similarities["b"], strict=True)
         ]
     )
-    table = table[table["start"] != "same run"]  # one sample, no pair
+    table = table[table["initialization"] != "same run"]  # one sample, no pair
     rows = []
     for base, of_base in per_base(study, table):
         for relation in _ORDER:
@@ -57,7 +57,7 @@ def overlap_table(study: Study) -> ReportTable | None:
         "Medians over modules and pairs, without pairs that are one run. d: dimension of the "
         "space; ω: energy-weighted overlap. "
         f"“{REFERENCE}” is the reference; “{SHARED_SEED}” shares its initial A, so its input side "
-        "is an artefact."
+        "is an artifact."
     )
     return ReportTable("overlaps", caption, columns, tuple(rows), 3 + len(several))
 
@@ -65,7 +65,7 @@ def overlap_table(study: Study) -> ReportTable | None:
 def _overlap_row(
     relation: str, side: str, ranks: str, dimension: str, group: pd.DataFrame
 ) -> tuple[str, ...]:
-    values = ("phi_1_1", "chance_1_1", "phi_r_r", "chance_r_r", "omega", "omega_chance")
+    values = ("phi_1_1", "chance_1_1", "phi_r_r", "chance_r_r", "omega", "chance_omega")
     pairs = group.groupby(["a", "b"]).ngroups
     return (
         relation,
@@ -89,8 +89,9 @@ def pairs_table(study: Study) -> ReportTable | None:
         found = (known.get((pair.a, pair.b, side), {}).get(value) for value, side in cells)
         shown = ("–" if one is None else number(one) for one in found)
         total = cell(float(pair.total_cosine))
-        rows.append((pair.a, pair.b, pair.relation, pair.start, *shown, total))
-    columns = ("adapter", "adapter", "relation", "start", "φ(1,1) out", "φ(1,1) in", "ω out",
+        rows.append((pair.a, pair.b, pair.relation, pair.initialization, *shown, total))
+    columns = ("adapter", "adapter", "relation", "initialization", "φ(1,1) out", "φ(1,1) in",
+               "ω out",
                "ω in", "cosine")  # fmt: skip
     caption = (
         "Medians over modules; cosine: signed cosine of the two whole updates. Start: whether the "
@@ -147,15 +148,16 @@ def starts_table(study: Study) -> ReportTable | None:
     pairs = study.pairs
     if pairs.empty:
         return None
-    own = pairs[~pairs["start"].isin(["independent", "not applicable"])]
+    own = pairs[~pairs["initialization"].isin(["independent", "not applicable"])]
     if own.empty:
         return None
     rows = tuple(
-        (one.a, one.b, one.relation, one.start, f"{one.shared_modules} of {one.modules}",
+        (one.a, one.b, one.relation, one.initialization,
+         f"{one.shared_init_modules} of {one.modules}",
          cell(float(one.b_cosine if one.b_cosine is not None else np.nan)))
         for one in own.itertuples()
     )  # fmt: skip
-    columns = ("adapter", "adapter", "relation", "start", "modules", "cosine of B")
+    columns = ("adapter", "adapter", "relation", "initialization", "modules", "cosine of B")
     caption = (
         "Pairs that share their initial A, in how many modules, and how alike their B became "
         "(median matched cosine)."
@@ -167,11 +169,11 @@ def runs_table(study: Study) -> ReportTable | None:
     """Return how much the overlap of runs spreads over seeds, by task and rank."""
     table = study.similarities
     table = table[(table["relation"] == "same task, other seed") & (table["side"] == "output")]
-    table = table[table["start"] != "same run"]
+    table = table[table["initialization"] != "same run"]
     if table.empty:
         return None
     runs = study.runs.set_index("adapter")
-    measured = ["phi_1_1", "chance_1_1", "omega", "omega_chance"]
+    measured = ["phi_1_1", "chance_1_1", "omega", "chance_omega"]
     pairs = table.groupby(["a", "b"], sort=False)[measured].median().reset_index()
     pairs = pairs.assign(task=pairs["a"].map(runs["task"]), rank=pairs["a"].map(runs["rank"]))
     rows = []

@@ -13,8 +13,8 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from lora_analysis import __version__
+from lora_analysis.conclusions import Finding
 from lora_analysis.errors import InputError
-from lora_analysis.findings import Finding
 from lora_analysis.studies.bases import bases_of, runs_per_base, several_bases
 
 if TYPE_CHECKING:
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
     from lora_analysis.studies import Study
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 TABLE_NAMES = ("adapters", "spectra", "pairs", "similarities", "amplifications", "changes")
-# Matrices of more adapters are in tables/atlas_*.csv alone.
-ATLAS_LIMIT = 100
+# Matrices of more adapters are in tables/similarity_matrix_*.csv alone.
+SIMILARITY_MATRIX_LIMIT = 100
 _OVERLAPS = (
-    "phi_1_1", "chance_1_1", "phi_r_r", "chance_r_r", "omega", "omega_chance", "signed_cosine",
+    "phi_1_1", "chance_1_1", "phi_r_r", "chance_r_r", "omega", "chance_omega", "signed_cosine",
 )  # fmt: skip
 _SPECTRA = (
     "rank", "numerical_rank", "effective_rank", "stable_rank", "energy_rank_90", "energy_rank_99",
-    "participation_ratio", "norm", "resolution",
+    "participation_ratio", "norm", "rounding_error",
 )  # fmt: skip
 _WEIGHTS = (
     "k", "projected", "projected_random", "delta_norm", "weight_norm", "relative_norm",
@@ -94,7 +94,7 @@ def results(study: Study, said: Sequence[Finding]) -> dict[str, Any]:
         "modules": _modules(study),
         "amplifications": _medians(_at_rank(study.amplifications), ["adapter"], _WEIGHTS),
         "run_inference": list(_inference(study)),
-        "atlas": _atlas(study),
+        "similarity_matrix": _similarity_matrix(study),
     }
 
 
@@ -155,16 +155,19 @@ def _inference(study: Study) -> Iterator[dict[str, Any]]:
         }
 
 
-def _atlas(study: Study) -> dict[str, Any] | None:
-    atlas = study.atlas
-    if atlas is None or not 2 <= len(atlas.labels) <= ATLAS_LIMIT:
+def _similarity_matrix(study: Study) -> dict[str, Any] | None:
+    similarity_matrix = study.similarity_matrix
+    if (
+        similarity_matrix is None
+        or not 2 <= len(similarity_matrix.labels) <= SIMILARITY_MATRIX_LIMIT
+    ):
         return None
     return {
-        "labels": list(atlas.labels),
-        "order": [int(one) for one in atlas.order()],
+        "labels": list(similarity_matrix.labels),
+        "order": [int(one) for one in similarity_matrix.order()],
         **{
-            what: [[json_value(one) for one in row] for row in atlas.matrix(what)]
+            what: [[json_value(one) for one in row] for row in similarity_matrix.matrix(what)]
             for what in ("output", "input", "cosine")
         },
-        "shared_start": [[json_value(one) for one in row] for row in atlas.shared],
+        "shared_init": [[json_value(one) for one in row] for row in similarity_matrix.shared],
     }

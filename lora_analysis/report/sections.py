@@ -103,7 +103,7 @@ def sections(
     """
     modules = telling_modules(list(dict.fromkeys(study.spectra["module"])))
     plan: list[tuple[Section, tuple[Drawing, ...]]] = [
-        (_placed(Section("adapters", "What was analysed"), tables.adapters_table(study),
+        (_placed(Section("adapters", "What was analyzed"), tables.adapters_table(study),
                  tables.accuracy_table(study), shown_rows=8), ()),
         (_placed(Section("ranks", "Ranks", "Do different ranks find the same directions, and how "
                          "many directions does an update use?"), tables.spectra_table(study)),
@@ -114,7 +114,7 @@ def sections(
          (figures.seed_figures, module_figures.step_figures)),
         (_placed(Section("tasks", *_task_words(study)), pair_tables.overlap_table(study),
                  pair_tables.pairs_table(study)),
-         (figures.level_figures, figures.pair_figures, module_figures.atlas_figures)),
+         (figures.level_figures, figures.pair_figures, module_figures.clustermap_figures)),
         (_placed(Section("weights", "Against W", "Does ΔW strengthen directions that the frozen "
                          "weight already carries?"), tables.amplification_table(study, modules)),
          (weight_figures.amplification_figures, weight_figures.basis_figures)),

@@ -25,7 +25,7 @@ def telling_modules(names: Sequence[str], count: int = 2) -> list[str]:
     """Return one middle-layer module of each of ``count`` types.
 
     Those that the paper adapts, queries and values, where they are there, else the first in order.
-    With a single type (or names without one), neighbours in the middle are returned.
+    With a single type (or names without one), neighbors in the middle are returned.
     """
     by_type: dict[str, list[str]] = {}
     for name in names:
@@ -105,7 +105,7 @@ def any_pair(study: Study) -> tuple[str, str] | None:
     pairs = _with_ranks(study)
     if pairs.empty:
         return None
-    pairs = pairs[(pairs["relation"] == "unknown") & (pairs["start"] != "same run")]
+    pairs = pairs[(pairs["relation"] == "unknown") & (pairs["initialization"] != "same run")]
     if pairs.empty:
         return None
     return str(pairs.iloc[0]["a"]), str(pairs.iloc[0]["b"])
@@ -124,7 +124,7 @@ def most_telling(study: Study, a: str, b: str, count: int) -> list[str]:
     """Return the modules whose overlap is farthest from the pair's median, either way.
 
     By φ(r, r) above chance on the output side, which no shared start touches; the largest alone
-    would be those that chance or an artefact made large.
+    would be those that chance or an artifact made large.
     """
     table = study.similarities
     own = table[table["a"].isin([a, b]) & table["b"].isin([a, b]) & (table["side"] == "output")]

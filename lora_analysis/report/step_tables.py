@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 from lora_analysis.adapter import Adapter, LowRankUpdate
-from lora_analysis.findings.runs import last_steps
-from lora_analysis.initialisation import drift
+from lora_analysis.conclusions.runs import last_steps
 from lora_analysis.report.tables import ReportTable, cell
+from lora_analysis.shared_init import drift
 from lora_analysis.studies import SAME_RUN
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lora_analysis.findings import number
-from lora_analysis.showing import printable
+from lora_analysis.conclusions import number
 from lora_analysis.studies import EARLIER, REFERENCE, SAME_RUN
 from lora_analysis.studies.bases import bases_of, several_bases
+from lora_analysis.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,7 +50,7 @@ def _rows(table: pd.DataFrame) -> tuple[tuple[str, ...], ...]:
 
 
 def adapters_table(study: Study) -> ReportTable:
-    """Return what was analysed, one adapter a row."""
+    """Return what was analyzed, one adapter a row."""
     runs = study.runs
     known = [c for c in ("task", "rank", "seed", "step") if runs[c].notna().any()]
     columns = {
@@ -150,11 +150,12 @@ def kinds_table(study: Study) -> ReportTable | None:
     names = {"stable_rank": "stable rank", "energy_rank_90": "90 % of energy"}
     rows = study.similarities
     rows = rows[
-        (rows["start"] != "same run") & ~rows["relation"].isin([REFERENCE, SAME_RUN, EARLIER])
+        (rows["initialization"] != "same run")
+        & ~rows["relation"].isin([REFERENCE, SAME_RUN, EARLIER])
     ]
     rows = rows.assign(base=bases_of(study, rows["a"]))
     for side in ("output", "input"):
-        own = rows[(rows["side"] == side) & ~(rows["shared_start"] & (side == "input"))]
+        own = rows[(rows["side"] == side) & ~(rows["shared_init"] & (side == "input"))]
         for value, name in (("phi_1_1", "φ(1,1)"), ("omega", "ω")):
             if len(own):
                 table[value + side] = own.groupby(keys)[value].median()

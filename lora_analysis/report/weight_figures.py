@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from lora_analysis import plots
 from lora_analysis.amplify import WeightBasisEnergy, weight_basis_energy
+from lora_analysis.conclusions import number
+from lora_analysis.conclusions.levels import SIDES_IN_ORDER
 from lora_analysis.edit import error_by_parameters
 from lora_analysis.effective import effective_update
 from lora_analysis.errors import InputError
-from lora_analysis.findings import number
-from lora_analysis.findings.levels import SIDES_IN_ORDER
 from lora_analysis.intruders import IntruderReport, intruder_dimensions
 from lora_analysis.report.figures import ReportFigure
 from lora_analysis.report.selection import short_name, telling_modules
@@ -42,7 +42,7 @@ def amplification_figures(study: Study) -> Iterator[ReportFigure]:
         "amplification_factor": (
             "Amplification factor by rank.",
             "‖ΔW‖/‖UᵀWV‖ along ΔW's own directions, one point a module of an adapter, all tasks; "
-            "grey: what random directions of the same size would score (box: mean and spread of "
+            "gray: what random directions of the same size would score (box: mean and spread of "
             "draws).",
         ),
         "enrichment": (
@@ -88,7 +88,7 @@ def _by_layer(study: Study) -> Iterator[ReportFigure]:
     yield _figure(
         "amplification_layers",
         "Amplification factor by layer.",
-        f"At full rank, {of}; grey: random directions of the same size.",
+        f"At full rank, {of}; gray: random directions of the same size.",
         f"Amplification factor by layer and type of module, {of}.",
         factor,
     )
@@ -118,7 +118,7 @@ def basis_figures(study: Study) -> Iterator[ReportFigure]:
             yield _figure(
                 f"energy_{side}",
                 f"ΔW in W's basis, {module}, {side} side.",
-                "Share of ‖ΔW‖² in W's leading k directions. Dashed: chance, k/d; grey: where 95 % "
+                "Share of ‖ΔW‖² in W's leading k directions. Dashed: chance, k/d; gray: where 95 % "
                 "of isotropic updates with such a spectrum stay (unrelated adapters need not).",
                 f"Energy of ΔW in W's leading directions, {side} side. {spoken}.",
                 axes,

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import jinja2
 from markupsafe import Markup
 
+from lora_analysis.conclusions import findings, plural
 from lora_analysis.errors import MissingExtraError, OccupiedError
-from lora_analysis.findings import findings, plural
 from lora_analysis.report import pair_tables, tables
 from lora_analysis.report.grids import grids_file
-from lora_analysis.report.made import made
+from lora_analysis.report.provenance import made
 from lora_analysis.report.results import all_tables, results
 from lora_analysis.report.sections import FORMATS, Section, sections
-from lora_analysis.showing import printable, printable_json, printable_lines
 from lora_analysis.storage.atomic import write_atomic
 from lora_analysis.storage.outputs import OutputFolder, holds_output, output_folder
+from lora_analysis.text import printable, printable_json, printable_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -196,10 +196,10 @@ def _check_parquet() -> None:
 
 
 def _write_tables(study: Study, folder: Path, *, parquet: bool) -> None:
-    for name, table in chain(all_tables(study), _atlas_tables(study)):
+    for name, table in chain(all_tables(study), _similarity_matrix_tables(study)):
         if table.empty:
             continue
-        square = name.startswith("atlas_")
+        square = name.startswith("similarity_matrix_")
         write_atomic(
             folder / f"{name}.csv",
             partial(tables.write_square_csv, table) if square else tables.csv_text(table).encode(),
@@ -208,12 +208,15 @@ def _write_tables(study: Study, folder: Path, *, parquet: bool) -> None:
             write_atomic(folder / f"{name}.parquet", table.to_parquet(None, index=False))
 
 
-def _atlas_tables(study: Study) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the atlas as square tables, one per quantity; none for one adapter."""
-    atlas = study.atlas
-    if atlas is not None and len(atlas.labels) > 1:
+def _similarity_matrix_tables(study: Study) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the similarity matrix as square tables, one per quantity; none for one adapter."""
+    similarity_matrix = study.similarity_matrix
+    if similarity_matrix is not None and len(similarity_matrix.labels) > 1:
         for what in ("output", "input", "cosine"):
-            yield f"atlas_{what}", tables.square_table(atlas.labels, atlas.matrix(what))
+            yield (
+                f"similarity_matrix_{what}",
+                tables.square_table(similarity_matrix.labels, similarity_matrix.matrix(what)),
+            )
 
 
 def _environment(form: str) -> jinja2.Environment:

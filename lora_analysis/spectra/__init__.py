@@ -2,15 +2,22 @@
 
 from lora_analysis.spectra.factoring import singular_values, spectrum, stacked_spectra
 from lora_analysis.spectra.leading import leading_spectrum
-from lora_analysis.spectra.values import SIDES, SOFT_GAP, Factor, Side, Spectrum, check_side
+from lora_analysis.spectra.values import (
+    NEARLY_DEGENERATE_GAP,
+    SIDES,
+    Side,
+    Spectrum,
+    VectorsOf,
+    check_side,
+)
 from lora_analysis.spectra.weights import weight_svd
 
 __all__ = [
+    "NEARLY_DEGENERATE_GAP",
     "SIDES",
-    "SOFT_GAP",
-    "Factor",
     "Side",
     "Spectrum",
+    "VectorsOf",
     "check_side",
     "leading_spectrum",
     "singular_values",

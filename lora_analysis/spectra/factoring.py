@@ -9,7 +9,7 @@ import numpy as np
 from lora_analysis import linalg
 from lora_analysis.adapter import DenseUpdate, LowRankUpdate, Update
 from lora_analysis.errors import InputError
-from lora_analysis.spectra.values import Factor, Spectrum
+from lora_analysis.spectra.values import Spectrum, VectorsOf
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,7 +21,7 @@ def _numerical_rank(S: NDArray[np.float64], rank: int, factor_norms: float) -> i
     """Count singular values above the arithmetic's error, ``4r·2⁻⁵²·‖B‖₂‖A‖₂``.
 
     The stored factors are the adapter: the cut lies at the error of float64 arithmetic on them,
-    never at the resolution of the stored type, which would call half-precision files untrained.
+    never at the rounding of the stored type, which would call half-precision files untrained.
     Zero wherever ‖BA‖_F ≤ 2⁻⁵²·‖B‖_F‖A‖_F, since no σ is then above r·2⁻⁵²·‖B‖₂‖A‖₂.
     """
     return int(np.count_nonzero(4 * rank * linalg.EPS * factor_norms < S))
@@ -35,7 +35,7 @@ def _delta_spectrum(update: LowRankUpdate, svd: linalg.FactoredSVD) -> Spectrum:
         U=svd.U,
         S=abs(scale) * svd.S,
         V=-svd.V if scale < 0 and svd.V is not None else svd.V,
-        factor="delta",
+        of="delta",
         numerical_rank=found if scale != 0 else 0,
         rank=update.rank,
         shape=update.shape,
@@ -58,18 +58,16 @@ def _factor_condition(update: LowRankUpdate, svd: linalg.FactoredSVD, found: int
     return float(2 * svd.B_norm * svd.A_norm / svd.S[found - 1])
 
 
-def _factor_spectrum(
-    update: LowRankUpdate, factor: Literal["A", "B"], *, vectors: bool
-) -> Spectrum:
+def _factor_spectrum(update: LowRankUpdate, of: Literal["A", "B"], *, vectors: bool) -> Spectrum:
     """Return the spectrum of one factor alone: right vectors of A, or left vectors of B."""
-    found, values = linalg.tall_svd(update.A.T if factor == "A" else update.B)
+    found, values = linalg.tall_svd(update.A.T if of == "A" else update.B)
     cut = 4 * update.rank * linalg.EPS * values[0]
     return Spectrum(
         name=update.name,
-        U=found if vectors and factor == "B" else None,
+        U=found if vectors and of == "B" else None,
         S=values,
-        V=found if vectors and factor == "A" else None,
-        factor=factor,
+        V=found if vectors and of == "A" else None,
+        of=of,
         numerical_rank=int(np.count_nonzero(values > cut)),
         rank=update.rank,
         shape=update.shape,
@@ -92,7 +90,7 @@ def _dense_spectrum(update: DenseUpdate, *, vectors: bool) -> Spectrum:
         U=U,
         S=s,
         V=V,
-        factor="delta",
+        of="delta",
         numerical_rank=int(np.count_nonzero(s > max(update.shape) * linalg.EPS * s[0])),
         rank=update.rank,
         shape=update.shape,
@@ -104,7 +102,7 @@ def _dense_spectrum(update: DenseUpdate, *, vectors: bool) -> Spectrum:
 def spectrum(
     update: Update | Spectrum,
     *,
-    factor: Factor = "delta",
+    of: VectorsOf = "delta",
     vectors: bool = True,
     device: str | None = None,
 ) -> Spectrum:
@@ -117,7 +115,7 @@ def spectrum(
     ----------
     update
         A low-rank or dense update; a Spectrum is given back as it is if its factor fits.
-    factor
+    of
         ``"delta"`` for ΔW; ``"A"`` for the right singular vectors of A alone (what the LoRA paper
         plots), ``"B"`` for the left ones of B alone. Those two depend on how ΔW is split into
         factors; only the span of all r directions does not.
@@ -143,33 +141,33 @@ def spectrum(
     array([1., 1.])
     """
     if isinstance(update, Spectrum):
-        if update.factor != factor:
-            message = f"This spectrum is of factor {update.factor!r}, asked for {factor!r}."
+        if update.of != of:
+            message = f"This spectrum is of factor {update.of!r}, asked for {of!r}."
             raise InputError(message)
         return update
-    _check_factor(update, factor, device)
+    _check_factor(update, of, device)
     if isinstance(update, DenseUpdate):
         return _dense_spectrum(update, vectors=vectors)
-    if factor != "delta":
-        return _factor_spectrum(update, factor, vectors=vectors)
+    if of != "delta":
+        return _factor_spectrum(update, of, vectors=vectors)
     if device is not None:
         return _spectra_on_device([update], device, "float64", vectors=vectors)[0]
     return _delta_spectrum(update, linalg.factored_svd(update.B, update.A, vectors=vectors))
 
 
-def _check_factor(update: Update, factor: str, device: str | None) -> None:
-    if factor not in ("delta", "A", "B"):
-        message = f"factor must be 'delta', 'A' or 'B', got {factor!r}."
-    elif factor == "delta":
+def _check_factor(update: Update, of: str, device: str | None) -> None:
+    if of not in ("delta", "A", "B"):
+        message = f"of must be 'delta', 'A' or 'B', got {of!r}."
+    elif of == "delta":
         return
     elif isinstance(update, DenseUpdate):
-        message = f"'{update.name}' is a dense update and has no factor {factor}."
+        message = f"'{update.name}' is a dense update and has no factor {of}."
     elif device is None:
         return
     else:
         message = (
-            f"Factor {factor} alone of '{update.name}' was asked for on {device}; only "
-            "factor='delta' is computed there. Leave device out."
+            f"Factor {of} alone of '{update.name}' was asked for on {device}; only "
+            "of='delta' is computed there. Leave device out."
         )
     raise InputError(message)
 

@@ -24,7 +24,7 @@ def leading_spectrum(update: DenseUpdate, k: int) -> Spectrum:
         U=u * sign,
         S=s,
         V=v * sign,
-        factor="delta",
+        of="delta",
         numerical_rank=int(np.count_nonzero(s > max(update.shape) * linalg.EPS * s[0])),
         rank=update.rank,
         shape=update.shape,

@@ -9,18 +9,18 @@ import numpy as np
 
 from lora_analysis import linalg
 from lora_analysis.errors import DegenerateSubspaceError, InputError
-from lora_analysis.showing import html_facts
+from lora_analysis.text import html_facts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Side = Literal["input", "output"]
-Factor = Literal["delta", "A", "B"]
+VectorsOf = Literal["delta", "A", "B"]
 
 SIDES: tuple[Side, Side] = ("input", "output")
 
-# Relative gaps below this let rounding or a few training steps turn the subspace: "soft".
-SOFT_GAP = 0.05
+# Rounding or a few training steps can rotate a subspace whose relative gap is below this.
+NEARLY_DEGENERATE_GAP = 0.05
 
 _STORED_EPS = {
     "float64": 2.0**-52,
@@ -39,13 +39,13 @@ class Spectrum:
     Attributes
     ----------
     U
-        Left singular vectors, ``(d_out, k)``; None for ``factor="A"``, or if not asked for.
+        Left singular vectors, ``(d_out, k)``; None for ``of="A"``, or if not asked for.
     S
         Singular values, ``(k,)``, descending, with k = min(r, d_out, d_in). For ``"delta"`` they
         include the scale, unless ``in_units_of_scale``.
     V
-        Right singular vectors, ``(d_in, k)``; None for ``factor="B"``, or if not asked for.
-    factor
+        Right singular vectors, ``(d_in, k)``; None for ``of="B"``, or if not asked for.
+    of
         Whose singular vectors: ``"delta"`` (ΔW), ``"A"`` or ``"B"`` alone.
     numerical_rank
         How many singular values stand above the error of the arithmetic; 0 is "untrained".
@@ -62,7 +62,7 @@ class Spectrum:
     U: NDArray[np.float64] | None
     S: NDArray[np.float64]
     V: NDArray[np.float64] | None
-    factor: Factor
+    of: VectorsOf
     numerical_rank: int
     rank: int
     shape: tuple[int, int]
@@ -103,7 +103,7 @@ class Spectrum:
         return 1.0 - np.append(s[1:], 0.0) / s
 
     @property
-    def resolution(self) -> float:
+    def rounding_error(self) -> float:
         """η: how far the stored type may have moved each σ, relative, against before rounding.
 
         ``½·eps(stored)·√r·(κ(B̂) + κ(Â))``; where r exceeds a dimension, with
@@ -116,24 +116,24 @@ class Spectrum:
         return 0.5 * self._stored_eps * float(np.sqrt(self.rank)) * self.factor_condition
 
     @property
-    def resolved(self) -> bool:
-        """False where the stored type does not resolve the small singular values (η ≥ 1)."""
-        return not self.resolution >= 1
+    def below_precision(self) -> bool:
+        """True if the smallest singular values are below storage precision (η ≥ 1)."""
+        return self.rounding_error >= 1
 
     @property
     def _stored_eps(self) -> float:
         return _STORED_EPS.get(self.stored_dtype, _STORED_EPS["float32"])
 
     @property
-    def undefined(self) -> NDArray[np.bool_]:
-        """For each i, whether the gap is below the resolution of the stored type."""
+    def degenerate(self) -> NDArray[np.bool_]:
+        """For each i, whether the gap is below the rounding of the stored type."""
         # Values that coincide exactly come out of the SVD a few ulp apart.
         return self.gaps < max(self._stored_eps, 4 * self.rank * linalg.EPS)
 
     @property
-    def soft(self) -> NDArray[np.bool_]:
+    def nearly_degenerate(self) -> NDArray[np.bool_]:
         """For each i, whether the gap is below 0.05: the top-i subspace may be turned by noise."""
-        return self.gaps < SOFT_GAP
+        return self.gaps < NEARLY_DEGENERATE_GAP
 
     @property
     def effective_rank(self) -> float:
@@ -174,7 +174,7 @@ class Spectrum:
         return 0 if self.untrained else int(below) + 1
 
     def _repr_html_(self) -> str:
-        of = "ΔW" if self.factor == "delta" else self.factor
+        of = "ΔW" if self.of == "delta" else self.of
         facts = [
             ("shape", " × ".join(map(str, self.shape))),
             ("rank", self.rank),
@@ -196,7 +196,7 @@ class Spectrum:
             The factor has no vectors on that side (A: input only, B: output only), or the
             spectrum was computed without vectors.
         """
-        check_side(side, self.factor)
+        check_side(side, self.of)
         basis = self.V if side == "input" else self.U
         if basis is None:
             message = (
@@ -213,7 +213,7 @@ class Spectrum:
         ------
         DegenerateSubspaceError
             k exceeds the numerical rank, or the k-th and the next singular value coincide to
-            the resolution of the stored type.
+            the rounding of the stored type.
         """
         vectors = self.vectors(side)
         if k < 1:
@@ -221,7 +221,7 @@ class Spectrum:
             raise InputError(message)
         if k > self.numerical_rank:
             raise DegenerateSubspaceError(self._beyond_rank(side, k))
-        if self.undefined[k - 1]:
+        if self.degenerate[k - 1]:
             message = (
                 f"Top-{k} {side} subspace of '{self.name}' in {self.label or 'the update'} is "
                 f"undefined: sigma_{k} and sigma_{k + 1} differ by {self.gaps[k - 1]:.1e} "
@@ -248,18 +248,18 @@ def _entropy_rank(weights: NDArray[np.float64]) -> float:
     return float(np.exp(-np.sum(p * np.log(p))))
 
 
-def check_side(side: str, factor: str) -> None:
-    """Raise InputError unless ``side`` and ``factor`` name something that exists."""
+def check_side(side: str, of: str) -> None:
+    """Raise InputError unless ``side`` and ``of`` name something that exists."""
     if side not in SIDES:
         message = f"side must be 'input' or 'output', got {side!r}."
         raise InputError(message)
     allowed = {"delta": SIDES, "A": ("input",), "B": ("output",)}
-    if factor not in allowed:
-        message = f"factor must be 'delta', 'A' or 'B', got {factor!r}."
+    if of not in allowed:
+        message = f"of must be 'delta', 'A' or 'B', got {of!r}."
         raise InputError(message)
-    if side not in allowed[factor]:
+    if side not in allowed[of]:
         message = (
-            f"factor={factor!r} has no {side} side: A spans input directions only, B output "
-            f"directions only. Use side={allowed[factor][0]!r}, or factor='delta'."
+            f"of={of!r} has no {side} side: A spans input directions only, B output "
+            f"directions only. Use side={allowed[of][0]!r}, or of='delta'."
         )
         raise InputError(message)

@@ -2,7 +2,7 @@
 
 Little-endian, versions 2 and 3: magic, version, counts of tensors and of key-value pairs, the
 pairs, the tensors (name, sizes from the fastest axis, type, offset), and their data, aligned.
-Quantised types lay a row out in blocks of some elements and some bytes.
+Quantized types lay a row out in blocks of some elements and some bytes.
 """
 
 from __future__ import annotations

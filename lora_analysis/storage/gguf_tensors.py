@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file by name: plain numbers read as they lie, quantised blocks decoded."""
+"""The tensors of a GGUF file by name: plain numbers read as they lie, quantized blocks decoded."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _PLAIN: Final = {
 class GGUFTensors(TensorFiles):
     """The tensors of one GGUF file; shapes slowest axis first, as numpy's.
 
-    ``facts`` are the key-value pairs with their own types. A quantised type goes by
+    ``facts`` are the key-value pairs with their own types. A quantized type goes by
     ``"gguf_q8_0"`` and is decoded by the package ``gguf``, imported when one is read.
     """
 
@@ -59,7 +59,7 @@ class GGUFTensors(TensorFiles):
         Raises
         ------
         MissingExtraError
-            It is quantised and the package ``gguf`` is not installed.
+            It is quantized and the package ``gguf`` is not installed.
         UnknownFormatError
             The package does not decode its type.
         """

@@ -49,7 +49,7 @@ def _array_info(path: Path, name: str, member: ZipMember) -> TensorInfo:
         if version != (1, 0):
             read = np.lib.format.read_array_header_2_0
         shape, by_columns, dtype = read(head)
-    except Exception as error:  # numpy has it tokenised and evaluated, which fails in many ways
+    except Exception as error:  # numpy has it tokenized and evaluated, which fails in many ways
         message = f"{path}: array {shown(name)} is damaged: {str(error)[:120]}."
         raise MalformedFileError(message) from error
     start = member.start + head.tell()

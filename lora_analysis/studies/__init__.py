@@ -1,13 +1,11 @@
-"""Many adapters: which pairs are compared, module by module, as labelled tables.
+"""Many adapters: which pairs are compared, module by module, as labeled tables.
 
-`sources` and `labels` say which adapters there are and what they are, `relations` how they are
-related; `walk` reads and factors every module once, `spread` has that done by an executor, `rows`
-names the columns, `tables` puts them together, `atlas` sums up all pairs, `inference` goes from
-pairs to runs. Nothing is judged here: `findings` turns the tables into sentences, and `report`
-shows both.
+`sources` and `labels` list the adapters and their labels, `relations` how they are related; `walk`
+reads and factors every module once, `spread` does so through an executor, `rows` names the columns,
+`tables` assembles the tables, `similarity_matrix` compares all pairs, `inference` aggregates pairs
+to runs. Conclusions are drawn in `lora_analysis.conclusions`.
 """
 
-from lora_analysis.studies.atlas import Atlas
 from lora_analysis.studies.inference import RunInference, run_inference
 from lora_analysis.studies.labels import label_facts, with_label_facts
 from lora_analysis.studies.relations import (
@@ -17,11 +15,12 @@ from lora_analysis.studies.relations import (
     SAME_RUN,
     SHARED_SEED,
     Relation,
-    earlier_steps,
+    earlier_checkpoints,
     relation,
     run_key,
 )
 from lora_analysis.studies.result import Study
+from lora_analysis.studies.similarity_matrix import SimilarityMatrix
 from lora_analysis.studies.sources import Failure, ReadLater
 from lora_analysis.studies.tables import MOST_IN_PAIRS, Progress, study
 
@@ -32,14 +31,14 @@ __all__ = [
     "REFERENCE",
     "SAME_RUN",
     "SHARED_SEED",
-    "Atlas",
     "Failure",
     "Progress",
     "ReadLater",
     "Relation",
     "RunInference",
+    "SimilarityMatrix",
     "Study",
-    "earlier_steps",
+    "earlier_checkpoints",
     "label_facts",
     "relation",
     "run_inference",

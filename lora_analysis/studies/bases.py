@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lora_analysis.studies.result import Study
 
 NO_BASE = "no base named"
-# What files and folders of quantised copies add to a model's name.
+# What files and folders of quantized copies add to a model's name.
 _COPY = re.compile(
     r"([-_.](gguf|awq|gptq|mlx|bnb|fp8|[348][-_]?bit|i?q[1-8](_\w+)?|b?f16|fp16|f32))+$",
     re.IGNORECASE,

@@ -11,9 +11,9 @@ import pandas as pd
 
 from lora_analysis import chance
 from lora_analysis.errors import InputError
-from lora_analysis.showing import html_facts
 from lora_analysis.spectra import SIDES, Side
 from lora_analysis.studies.relations import base_key
+from lora_analysis.text import html_facts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,7 +38,7 @@ class RunInference:
     similarity
         ``(n, n)``: median over modules of each pair; NaN where a pair has no value.
     permutation
-        The test over relabelled runs, with the smallest p-value that n runs allow.
+        The test over relabeled runs, with the smallest p-value that n runs allow.
     within, between
         Lower quartile, median and upper quartile over pairs of one task, and of different ones.
     standard_error
@@ -66,7 +66,7 @@ class RunInference:
             ("median between runs of different tasks", self.between[1]),
             ("difference of the means", test.difference),
             ("its standard error (jackknife over runs)", self.standard_error),
-            ("p, relabelling runs", test.p_value),
+            ("p, relabeling runs", test.p_value),
             ("smallest p that so few runs allow", test.smallest_p_value),
         ]
         return html_facts(f"{self.quantity}, {self.side} side", facts)
@@ -109,7 +109,7 @@ def run_inference(
     base
         Only runs of this base model, by its name.
     draws, seed
-        Random relabellings, where all would be more than 20,000.
+        Random relabelings, where all would be more than 20,000.
 
     Raises
     ------
@@ -119,7 +119,7 @@ def run_inference(
 
     Notes
     -----
-    Relabelling takes runs as exchangeable where the task makes no difference: each may then carry
+    Relabeling takes runs as exchangeable where the task makes no difference: each may then carry
     any task's label. Runs of one task, seed and rank pattern drawn alike for every task are. Runs
     of one task and seed at different ranks are not: they share the order of the data and often
     their first directions, agree for that reason too, and make p too small. With several ranks in
@@ -162,7 +162,7 @@ def _check_columns(quantity: str, side: str) -> None:
 
 
 def _known_runs(study: Study, rank: int | None, base: str | None) -> pd.DataFrame:
-    """Return the rows of runs that may be relabelled."""
+    """Return the rows of runs that may be relabeled."""
     runs = study.runs[~study.runs["adapter"].isin(study.reference) & ~study.runs["earlier"]]
     runs = runs[runs["adapter"].isin(study.tabulated)]  # the others have no pairs
     if base is not None:
@@ -197,7 +197,7 @@ def _duplicates(pairs: pd.DataFrame, runs: pd.DataFrame) -> tuple[tuple[str, str
         one.adapter: (str(one.task), str(one.seed), str(one.rank)) for one in runs.itertuples()
     }
     kept: dict[str, str] = {}
-    for pair in pairs[pairs["start"] == "same run"].itertuples():
+    for pair in pairs[pairs["initialization"] == "same run"].itertuples():
         if pair.a in identity and identity[pair.a] == identity.get(pair.b):
             kept.setdefault(pair.b, kept.get(pair.a, pair.a))
     return tuple(kept.items())
@@ -209,10 +209,12 @@ def _matrix(
     """Return the median over modules of every pair, ``(n, n)``; NaN where there is none."""
     rows = table[table["side"] == side]
     if side == "input":
-        rows = rows[~rows["shared_start"]]
+        rows = rows[~rows["shared_init"]]
     if quantity == "phi_1_1":
-        rows = rows[rows["ill_defined_1_1"] == ""]
-    rows = rows[(rows["start"] != "same run") & rows["a"].isin(labels) & rows["b"].isin(labels)]
+        rows = rows[rows["degeneracy_1_1"] == ""]
+    rows = rows[
+        (rows["initialization"] != "same run") & rows["a"].isin(labels) & rows["b"].isin(labels)
+    ]
     place = {label: at for at, label in enumerate(labels)}
     matrix = np.full((len(labels), len(labels)), np.nan)
     for (a, b), value in rows.groupby(["a", "b"])[quantity].median().items():

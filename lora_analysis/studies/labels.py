@@ -11,7 +11,7 @@ from lora_analysis.adapter import Adapter
 from lora_analysis.errors import InputError
 from lora_analysis.finding import Finding
 from lora_analysis.formats.sources import CONTAINER_SUFFIXES
-from lora_analysis.showing import whole_characters
+from lora_analysis.text import whole_characters
 
 FIELDS = ("task", "rank", "seed", "step")
 _PART = re.compile(r"\{(?P<field>[^{}]*)\}|(?P<any>\*)|(?P<text>[^{}*]+)|(?P<stray>[{}])")

@@ -10,8 +10,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lora_analysis import chance
-from lora_analysis.initialisation import SharedStart, judge_start
 from lora_analysis.patterns import layer_index, module_type
+from lora_analysis.shared_init import SharedInit, classify_init
 from lora_analysis.spectra import SIDES
 from lora_analysis.studies.rows import PAIR_COLUMNS, SIMILARITY_COLUMNS
 from lora_analysis.studies.walk import Group, Walk
@@ -27,8 +27,8 @@ def pair_tables(walk: Walk) -> tuple[pd.DataFrame, pd.DataFrame]:
     starts = [_start(walk, at, table) for at in kept]
     summaries = [_summary(walk, at, start) for at, start in zip(kept, starts, strict=True)]
     by_pair = dict(zip(kept, starts, strict=True))
-    table["start"] = [by_pair[at].kind for at in table["pair"]]
-    table["shared_start"] = np.array(
+    table["initialization"] = [by_pair[at].kind for at in table["pair"]]
+    table["shared_init"] = np.array(
         [
             by_pair[at].contaminates_input or module in by_pair[at].modules
             for at, module in zip(table["pair"], table["module"], strict=True)
@@ -53,9 +53,9 @@ def _similarities(walk: Walk, kept: NDArray[np.intp]) -> pd.DataFrame:
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     table = pd.DataFrame(columns)
     table = table.iloc[np.argsort(columns["pair"], kind="stable")].reset_index(drop=True)
-    table["isotropic_p"] = _p_values(table)
+    table["p_r_r"] = _p_values(table)
     # One value per module, of one pair and one side: never over (i, j), whose cells are nested.
-    table["isotropic_q"] = table.groupby(["pair", "side"])["isotropic_p"].transform(
+    table["q_r_r"] = table.groupby(["pair", "side"])["p_r_r"].transform(
         lambda values: chance.benjamini_hochberg(values.to_numpy())
     )
     return table
@@ -85,7 +85,7 @@ def _group_columns(walk: Walk, kept: NDArray[np.intp], group: Group) -> list[Col
         "layer": all_equal(layer) if layer is None else np.full(count, layer),
         "rank_a": pairs.ranks[i],
         "rank_b": pairs.ranks[j],
-        "ill_defined_1_1": _worse(group.ill_defined[i], group.ill_defined[j]),
+        "degeneracy_1_1": _worse(group.degeneracy[i], group.degeneracy[j]),
         "signed_cosine": pairs.cosine[i, j],
     }
     found = []
@@ -102,7 +102,7 @@ def _group_columns(walk: Walk, kept: NDArray[np.intp], group: Group) -> list[Col
                 "chance_r_r": values.chance_r_r[i, j],
                 "excess_r_r": values.excess_r_r[i, j],
                 "omega": values.omega[i, j],
-                "omega_chance": values.omega_chance[i, j],
+                "chance_omega": values.chance_omega[i, j],
                 "smallest_angle": angles[0][i, j],
                 "largest_angle": angles[1][i, j],
             }
@@ -111,9 +111,11 @@ def _group_columns(walk: Walk, kept: NDArray[np.intp], group: Group) -> list[Col
 
 
 def _worse(a: NDArray[np.object_], b: NDArray[np.object_]) -> NDArray[np.object_]:
-    both = np.where((a == "soft") | (b == "soft"), "soft", "")
+    both = np.where(
+        (a == "nearly degenerate") | (b == "nearly degenerate"), "nearly degenerate", ""
+    )
     worst: NDArray[np.object_] = np.where(
-        (a == "undefined") | (b == "undefined"), "undefined", both
+        (a == "degenerate") | (b == "degenerate"), "degenerate", both
     )
     return worst.astype(object)
 
@@ -143,17 +145,17 @@ def _groups(walk: Walk, at: int) -> list[tuple[Group, int, int]]:
     ]
 
 
-def _start(walk: Walk, at: int, table: pd.DataFrame) -> SharedStart:
+def _start(walk: Walk, at: int, table: pd.DataFrame) -> SharedInit:
     """Return the verdict on a pair's start; wide adapters fill the space by chance."""
     a, b = walk.pairs[at]
     starts = [group.start(a, b) for group, _, _ in _groups(walk, at)]
     low, high = np.searchsorted(table["pair"].to_numpy(dtype=np.intp), [at, at + 1])
     own = table.iloc[low:high]
     spans = own[(own["side"] == "input") & (own["chance_r_r"] <= 0.35)]["phi_r_r"]
-    return judge_start([start for start in starts if start is not None], spans.to_numpy())
+    return classify_init([start for start in starts if start is not None], spans.to_numpy())
 
 
-def _summary(walk: Walk, at: int, start: SharedStart) -> dict[str, Any]:
+def _summary(walk: Walk, at: int, start: SharedInit) -> dict[str, Any]:
     a, b = walk.pairs[at]
     groups = _groups(walk, at)
     both = sum(
@@ -167,8 +169,8 @@ def _summary(walk: Walk, at: int, start: SharedStart) -> dict[str, Any]:
         "relation": walk.relations[at],
         "modules": len(groups),
         "mismatched_modules": both - len(groups),
-        "start": start.kind,
-        "shared_modules": len(start.modules),
+        "initialization": start.kind,
+        "shared_init_modules": len(start.modules),
         "b_cosine": start.other_cosine,
         "total_cosine": _total_cosine(groups),
     }

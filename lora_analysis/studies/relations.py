@@ -37,7 +37,7 @@ def unique_labels(adapters: Sequence[Adapter]) -> list[Adapter]:
     result = []
     for adapter in adapters:
         seen[adapter.label] = count = seen.get(adapter.label, 0) + 1
-        result.append(adapter if count == 1 else adapter.relabelled(f"{adapter.label} ({count})"))
+        result.append(adapter if count == 1 else adapter.relabeled(f"{adapter.label} ({count})"))
     return result
 
 
@@ -72,7 +72,7 @@ def run_key(adapter: Adapter) -> Hashable | None:
     return None if source.path is None else str(source.path.absolute().parent)
 
 
-def earlier_steps(adapters: Sequence[Adapter]) -> set[str]:
+def earlier_checkpoints(adapters: Sequence[Adapter]) -> set[str]:
     """Return the labels of checkpoints that are not the last of their run."""
     last: dict[Hashable, Adapter] = {}
     for adapter in adapters:

@@ -12,13 +12,13 @@ from lora_analysis.amplify import Amplification
 from lora_analysis.bases import BaseWeights
 from lora_analysis.bases.sanity_checks import weight_findings
 from lora_analysis.finding import Finding
-from lora_analysis.showing import html_table
 from lora_analysis.similarity import SimilarityGrid, subspace_similarity
-from lora_analysis.spectra import Factor, Side, Spectrum, spectrum
-from lora_analysis.studies.atlas import Atlas
+from lora_analysis.spectra import Side, Spectrum, VectorsOf, spectrum
 from lora_analysis.studies.inference import RunInference, run_inference
 from lora_analysis.studies.relations import Relation
+from lora_analysis.studies.similarity_matrix import SimilarityMatrix
 from lora_analysis.studies.sources import Failure
+from lora_analysis.text import html_table
 
 # Rows that a notebook shows.
 SHOWN = 40
@@ -31,7 +31,7 @@ class Study:
     Attributes
     ----------
     adapters
-        Those that were analysed, by label.
+        Those that were analyzed, by label.
     runs
         One row per adapter: task, rank, seed, step (``earlier`` where a later checkpoint of the
         same run is here), modules, norm, metrics of its training.
@@ -50,7 +50,7 @@ class Study:
         top, and how W's vectors change in magnitude and direction. For DoRA and KaSA all but the
         energy is of the change that the model really has, see `effective_update`.
     failures
-        What could not be analysed.
+        What could not be analyzed.
     base
         The frozen weights, if given.
     reference
@@ -59,7 +59,7 @@ class Study:
         Modules without a fitting weight in the base, and why.
     warnings
         Findings about numbers that may be damage, by adapter, see `formats.sanity_checks`.
-    atlas
+    similarity matrix
         Every adapter against every other in one matrix per quantity and type of module.
     tabulated
         Labels of the adapters in ``pairs`` and ``similarities``: all of them, up to a number.
@@ -81,7 +81,7 @@ class Study:
     reference: tuple[str, ...] = ()
     unmatched: Mapping[str, str] = field(default_factory=dict)
     warnings: Mapping[str, tuple[Finding, ...]] = field(default_factory=dict)
-    atlas: Atlas | None = None
+    similarity_matrix: SimilarityMatrix | None = None
     tabulated: tuple[str, ...] = ()
     across_bases: int = 0
     options: Mapping[str, object] = field(default_factory=dict)
@@ -102,11 +102,11 @@ class Study:
         return int(self.similarities.groupby(["a", "b"]).ngroups) if len(self.similarities) else 0
 
     def grid(
-        self, a: str, b: str, module: str, *, side: Side = "input", factor: Factor = "delta"
+        self, a: str, b: str, module: str, *, side: Side = "input", of: VectorsOf = "delta"
     ) -> SimilarityGrid:
         """Return φ(i, j) of two adapters by label for one module, computed now."""
         return subspace_similarity(
-            self.adapters[a][module], self.adapters[b][module], side=side, factor=factor
+            self.adapters[a][module], self.adapters[b][module], side=side, of=of
         )
 
     def spectrum(self, label: str, module: str) -> Spectrum:

@@ -16,14 +16,14 @@ from lora_analysis.weight_changes import Changes
 
 # Columns are named here so that an empty table has them too.
 PAIR_COLUMNS = (
-    "a", "b", "relation", "modules", "mismatched_modules", "start", "shared_modules", "b_cosine",
-    "total_cosine",
+    "a", "b", "relation", "modules", "mismatched_modules", "initialization", "shared_init_modules",
+    "b_cosine", "total_cosine",
 )  # fmt: skip
 SIMILARITY_COLUMNS = (
     "a", "b", "relation", "module", "module_type", "layer", "side", "dimension", "rank_a", "rank_b",
-    "phi_1_1", "chance_1_1", "ill_defined_1_1", "phi_r_r", "chance_r_r", "excess_r_r",
-    "isotropic_p", "isotropic_q", "omega", "omega_chance", "smallest_angle", "largest_angle",
-    "signed_cosine", "start", "shared_start",
+    "phi_1_1", "chance_1_1", "degeneracy_1_1", "phi_r_r", "chance_r_r", "excess_r_r",
+    "p_r_r", "q_r_r", "omega", "chance_omega", "smallest_angle", "largest_angle",
+    "signed_cosine", "initialization", "shared_init",
 )  # fmt: skip
 AMPLIFICATION_COLUMNS = (
     "adapter", "module", "module_type", "layer", "k", "at_rank", "projected", "projected_weight",
@@ -57,7 +57,7 @@ def spectrum_row(update: LowRankUpdate | DenseUpdate, value: Spectrum) -> dict[s
         "energy_rank_90": value.energy_rank(0.9),
         "energy_rank_99": value.energy_rank(0.99),
         "participation_ratio": value.participation_ratio,
-        "resolution": value.resolution,
+        "rounding_error": value.rounding_error,
         "norm": value.norm,
         "sigma_1": float(s[0]),
         "in_units_of_scale": value.in_units_of_scale,

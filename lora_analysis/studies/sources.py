@@ -13,7 +13,7 @@ from lora_analysis.formats import AdapterRef, each_once, expanded, find_adapters
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An adapter that could not be analysed, and why."""
+    """An adapter that could not be analyzed, and why."""
 
     source: str
     reason: str

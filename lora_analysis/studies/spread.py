@@ -42,12 +42,12 @@ class Question:
         unread: list[Failure] = []
         own = list(read_sources(self.adapters, unread))
         against = list(read_sources(self.reference, unread))
-        labelled = [*with_label_facts(own, self.label), *with_label_facts(against, self.label)]
-        named = align_adapters(unique_labels(labelled), prefix=self.prefix)
+        labeled = [*with_label_facts(own, self.label), *with_label_facts(against, self.label)]
+        named = align_adapters(unique_labels(labeled), prefix=self.prefix)
         base = open_base(self.base) if isinstance(self.base, str | Path) else self.base
         count = len(own)
         if base is not None:
-            base = base.matched_to(labelled, prefix=self.prefix)
+            base = base.matched_to(labeled, prefix=self.prefix)
             fitting, misfits = _that_fit(named[:count], base)
             unread += misfits
             if misfits and not fitting:
@@ -79,7 +79,7 @@ def _that_fit(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Opened:
-    """Adapters under their labels, ``own`` of them analysed, then the reference; and the base."""
+    """Adapters under their labels, ``own`` of them analyzed, then the reference; and the base."""
 
     walk: Walk
     named: list[Adapter]

@@ -16,14 +16,18 @@ from lora_analysis.execution import in_threads
 from lora_analysis.finding import listed
 from lora_analysis.names import match_names, parse_prefixes
 from lora_analysis.patterns import choose_names, module_type, natural_key
-from lora_analysis.studies.atlas import MOST_AT_ONCE, Atlas, AtlasSums
 from lora_analysis.studies.pairs import pair_tables
-from lora_analysis.studies.relations import earlier_steps, shown_base
+from lora_analysis.studies.relations import earlier_checkpoints, shown_base
 from lora_analysis.studies.result import Study
 from lora_analysis.studies.rows import (
     AMPLIFICATION_COLUMNS,
     CHANGE_COLUMNS,
     amplification_rows,
+)
+from lora_analysis.studies.similarity_matrix import (
+    MOST_AT_ONCE,
+    SimilarityMatrix,
+    SimilarityMatrixSums,
 )
 from lora_analysis.studies.sources import Failure
 from lora_analysis.studies.spread import Question, Source, visits
@@ -42,7 +46,7 @@ DRAWS = 16
 
 def _runs_table(adapters: Sequence[Adapter], spectra: pd.DataFrame) -> pd.DataFrame:
     rows = []
-    earlier = earlier_steps(adapters)
+    earlier = earlier_checkpoints(adapters)
     for adapter in adapters:
         own = spectra[spectra["adapter"] == adapter.label]
         source = adapter.provenance
@@ -69,7 +73,7 @@ def _runs_table(adapters: Sequence[Adapter], spectra: pd.DataFrame) -> pd.DataFr
 def _chosen_modules(adapters: Sequence[Adapter], pattern: str | Sequence[str] | None) -> list[str]:
     names = sorted({name for adapter in adapters for name in adapter}, key=natural_key)
     if not names:
-        message = f"No adapter is left to analyse: {len(adapters)} given, with no module in any."
+        message = f"No adapter is left to analyze: {len(adapters)} given, with no module in any."
         raise SourceError(message)
     chosen = choose_names(names, pattern)
     if not chosen:
@@ -107,7 +111,7 @@ def study(
         The frozen weights, or their source; without it nothing is said about amplification.
     reference
         Adapters of other tasks on the same base, trained with other seeds. They are compared with
-        those analysed, not with each other, and every verdict is made against these pairs (and
+        those analyzed, not with each other, and every verdict is made against these pairs (and
         against such pairs among ``adapters``, where task and seed are known).
     modules
         The end of module names, or one regular expression; all by default.
@@ -134,7 +138,7 @@ def study(
         nothing to do with each other.
     most_in_pairs
         Beyond so many adapters the tables of pairs hold a choice of them, some of every task and
-        rank; the atlas holds all.
+        rank; the similarity matrix holds all.
     workers
         Threads over modules; by default the CPUs of this process, and one beyond 1,000 adapters.
     executor
@@ -152,7 +156,7 @@ def study(
     Raises
     ------
     SourceError
-        No adapter is left to analyse.
+        No adapter is left to analyze.
     BaseWeightError
         No module has a weight in the base.
 
@@ -171,9 +175,11 @@ def study(
     question = Question(tuple(adapters), tuple(reference), base, label, prefixes, walking)
     opened = question.opened()
     walk, named, unread = opened.walk, opened.named, [*failures, *opened.unread]
-    analysed = named[: opened.own]
+    analyzed = named[: opened.own]
     chosen = _chosen_modules(named, modules)
-    sums = AtlasSums([one.label for one in named], [module_type(name) for name in chosen])
+    sums = SimilarityMatrixSums(
+        [one.label for one in named], [module_type(name) for name in chosen]
+    )
     if executor is None:
         at_once = workers or (1 if len(named) > MOST_AT_ONCE else None)
         visited = in_threads(walk.visit, chosen, workers=at_once)
@@ -181,22 +187,24 @@ def study(
         visited = visits(executor, question, chosen)
     for done, visit in enumerate(visited, start=1):
         walk.visits.append(visit)
-        for part in visit.atlas:
+        for part in visit.similarity_matrix:
             sums.add(module_type(visit.module), part)
-        visit.atlas.clear()
+        visit.similarity_matrix.clear()
         if progress:
             progress("modules", done, len(chosen))
     failed, unmatched = walk.failed, walk.unmatched
     kept = [adapter for adapter in named if adapter.label not in failed]
     lost = [*unread, *(Failure(label, reason) for label, reason in failed.items())]
-    if not any(adapter in kept for adapter in analysed):
+    if not any(adapter in kept for adapter in analyzed):
         reasons = "; ".join(f"{one.source}: {one.reason}" for one in lost) or "none was given"
-        message = f"No adapter is left to analyse ({reasons})."
+        message = f"No adapter is left to analyze ({reasons})."
         raise SourceError(message)
     if unmatched and not walk.amplified:
-        raise _no_weight(next(iter(unmatched.values())), analysed[0], opened.base)
-    atlas = sums.atlas([at for at, one in enumerate(named) if one.label not in failed])
-    del sums  # as large as the atlas
+        raise _no_weight(next(iter(unmatched.values())), analyzed[0], opened.base)
+    similarity_matrix = sums.similarity_matrix(
+        [at for at, one in enumerate(named) if one.label not in failed]
+    )
+    del sums  # as large as the similarity matrix
     asked = {
         "base": base and (str(base) if isinstance(base, str | Path) else ...),
         "modules": modules,
@@ -208,7 +216,9 @@ def study(
         "across_bases": across_bases or None,
     }
     options = {name: value for name, value in asked.items() if value is not None}
-    return _assemble(walk, kept, lost, opened.base, atlas=atlas, options=options)
+    return _assemble(
+        walk, kept, lost, opened.base, similarity_matrix=similarity_matrix, options=options
+    )
 
 
 def _no_weight(reason: str, adapter: Adapter, base: BaseWeights | None) -> BaseWeightError:
@@ -230,7 +240,7 @@ def _assemble(
     lost: Sequence[Failure],
     base: BaseWeights | None,
     *,
-    atlas: Atlas,
+    similarity_matrix: SimilarityMatrix,
     options: Mapping[str, object],
 ) -> Study:
     failed = walk.failed
@@ -254,10 +264,10 @@ def _assemble(
         ),
         failures=tuple(lost),
         base=base,
-        reference=tuple(a.label for a in kept if a.label not in walk.analysed),
+        reference=tuple(a.label for a in kept if a.label not in walk.analyzed),
         unmatched=walk.unmatched,
         warnings={label: said for label, said in walk.warnings.items() if label not in failed},
-        atlas=atlas,
+        similarity_matrix=similarity_matrix,
         tabulated=tuple(one.label for one in kept if one in walk.paired),
         across_bases=walk.across,
         options=options,

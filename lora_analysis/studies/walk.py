@@ -22,14 +22,14 @@ from lora_analysis.formats.sanity_checks import (
     module_statistics,
     sanity_findings,
 )
-from lora_analysis.initialisation import ModuleStart, StartEvidence, module_start_of
 from lora_analysis.intruders import intruder_dimensions
 from lora_analysis.pairwise import ModulePairs, module_pairs, pair_angles
+from lora_analysis.shared_init import InitEvidence, ModuleInit, module_start_of
 from lora_analysis.spectra import SIDES, Spectrum, spectrum, weight_svd
-from lora_analysis.studies.atlas import AtlasBlocks, AtlasPart
 from lora_analysis.studies.bases import other_bases
-from lora_analysis.studies.choice import choose_pairs
+from lora_analysis.studies.representative_modules import choose_pairs
 from lora_analysis.studies.rows import change_rows, spectrum_row
+from lora_analysis.studies.similarity_matrix import BlockedContribution, ModuleContribution
 from lora_analysis.weight_changes import magnitude_direction
 
 # Up to this size of the smaller side, W's own singular values and random draws cost little next
@@ -50,9 +50,9 @@ class Group:
     pairs: ModulePairs
     angles: tuple[Angles, Angles]
     ranks: NDArray[np.intp]
-    ill_defined: NDArray[np.object_]
+    degeneracy: NDArray[np.object_]
 
-    def start(self, a: int, b: int) -> ModuleStart | None:
+    def start(self, a: int, b: int) -> ModuleInit | None:
         """Return the evidence on two adapters' start; None where one is dense, or not here."""
         i, j = int(self.place[a]), int(self.place[b])
         evidence = self.pairs.start
@@ -69,7 +69,7 @@ class Visit:
     module: str
     spectra: list[dict[str, Any]] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
-    atlas: list[AtlasPart | AtlasBlocks] = field(default_factory=list)
+    similarity_matrix: list[ModuleContribution | BlockedContribution] = field(default_factory=list)
     amplified: dict[tuple[str, str], Amplification] = field(default_factory=dict)
     changes: list[dict[str, Any]] = field(default_factory=list)
     statistics: dict[str, ModuleStatistics] = field(default_factory=dict)
@@ -99,8 +99,8 @@ class Walk:
     ) -> None:
         self.adapters = (*adapters, *reference)
         named = {adapter.label: adapter.provenance.base_model for adapter in adapters}
-        self.analysed = set(named)
-        self.measured = self.analysed - other_bases(named, base)
+        self.analyzed = set(named)
+        self.measured = self.analyzed - other_bases(named, base)
         self.base = base
         self.draws = draws
         self.transposed = transposed
@@ -146,7 +146,7 @@ class Walk:
     def visit(self, module: str, *, blocks: bool = True) -> Visit:
         """Read, factor and compare one module of every adapter.
 
-        ``blocks`` leaves the comparison of many to whoever adds up the atlas, in this process.
+        ``blocks`` leaves the comparison of many adapters to the calling process.
         """
         visit = Visit(module)
         updates = dict(self._load(module, visit.failed))
@@ -157,7 +157,9 @@ class Walk:
         }
         visit.spectra = [spectrum_row(updates[at], value) for at, value in spectra.items()]
         for members in _by_shape(spectra):
-            visit.atlas.append(self._in_atlas(members, spectra, updates, visit, blocks=blocks))
+            visit.similarity_matrix.append(
+                self._in_similarity_matrix(members, spectra, updates, visit, blocks=blocks)
+            )
         if self.base is not None:
             by_label = {s.label: updates[at] for at, s in spectra.items()}
             by_weight: dict[str, list[Spectrum]] = {}
@@ -168,7 +170,7 @@ class Walk:
                 self._amplify(module, name, own, visit, by_label)
         return visit
 
-    def _in_atlas(
+    def _in_similarity_matrix(
         self,
         members: Sequence[int],
         spectra: Mapping[int, Spectrum],
@@ -176,12 +178,12 @@ class Walk:
         visit: Visit,
         *,
         blocks: bool,
-    ) -> AtlasPart | AtlasBlocks:
-        """Return a module's part of the atlas, with the tabulated pairs added to the visit."""
-        large = blocks and AtlasBlocks.fits([updates[at] for at in members])
+    ) -> ModuleContribution | BlockedContribution:
+        """Return a module's contribution to the similarity matrix; add tabulated pairs."""
+        large = blocks and BlockedContribution.fits([updates[at] for at in members])
         chosen = set(self.tabulated)
         compared = [at for at in members if at in chosen] if large else members
-        part: AtlasPart | AtlasBlocks
+        part: ModuleContribution | BlockedContribution
         if compared:
             own = [updates[at] for at in compared]
             pairs = module_pairs([spectra[at] for at in compared], own)
@@ -190,9 +192,9 @@ class Walk:
         if large:
             factors = [one for at in members if isinstance(one := updates[at], LowRankUpdate)]
             places = np.array(members, dtype=np.intp)
-            part = AtlasBlocks(places, [spectra[at] for at in members], factors)
+            part = BlockedContribution(places, [spectra[at] for at in members], factors)
         else:
-            part = AtlasPart.of(members, pairs)
+            part = ModuleContribution.of(members, pairs)
         return part
 
     def _load(
@@ -224,7 +226,7 @@ class Walk:
             pairs=pairs if len(kept) == len(spectra) else _part(pairs, [row for row, _ in kept]),
             angles=(pair_angles(values, SIDES[0]), pair_angles(values, SIDES[1])),
             ranks=np.array([updates[at].rank for at in members]),
-            ill_defined=np.array([_first_direction(one) for one in values], dtype=object),
+            degeneracy=np.array([_first_direction(one) for one in values], dtype=object),
         )
 
     def _amplify(
@@ -276,7 +278,7 @@ def _part(pairs: ModulePairs, rows: Sequence[int]) -> ModulePairs:
                 phi_r_r=values.phi_r_r[plane],
                 omega=values.omega[plane],
                 chance_r_r=values.chance_r_r[plane],
-                omega_chance=values.omega_chance[plane],
+                chance_omega=values.chance_omega[plane],
             )
             for side, values in pairs.sides.items()
         },
@@ -285,7 +287,7 @@ def _part(pairs: ModulePairs, rows: Sequence[int]) -> ModulePairs:
         norms=pairs.norms[rows],
         start=None
         if start is None
-        else StartEvidence(
+        else InitEvidence(
             start.row_cosine[plane],
             start.cross_cosine[plane],
             start.z[plane],
@@ -324,7 +326,13 @@ def _by_shape(spectra: Mapping[int, Spectrum]) -> list[list[int]]:
 
 
 def _first_direction(value: Spectrum) -> str:
-    """Return what is wrong with the first direction: "undefined", "soft" or nothing."""
+    """Return the degeneracy of the first direction: "degenerate", "nearly degenerate" or ""."""
     if value.untrained:
         return ""
-    return "undefined" if value.undefined[0] else "soft" if value.soft[0] else ""
+    return (
+        "degenerate"
+        if value.degenerate[0]
+        else "nearly degenerate"
+        if value.nearly_degenerate[0]
+        else ""
+    )

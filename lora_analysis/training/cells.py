@@ -41,7 +41,7 @@ class TrainCell:
     def __call__(self, cell: RunCell, tell: Tell) -> None:
         """Train a run, waiting a moment for whoever may still be in its folder."""
 
-        def relabelled(event: RunEvent) -> None:
+        def relabeled(event: RunEvent) -> None:
             tell(replace(event, label=cell.name))
 
         place = self.folder / cell.name
@@ -53,7 +53,7 @@ class TrainCell:
                         cell.config,
                         place,
                         device=self.device,
-                        progress=relabelled,
+                        progress=relabeled,
                         force=self.force,
                     )
             except InUseError:

@@ -27,7 +27,7 @@ from lora_analysis.training.options import (
 )
 
 # Part of every key: raised when the same configuration would give other weights.
-RUN_VERSION = 2
+RUN_VERSION = 3
 
 ALL_LINEAR = "all-linear"
 # Of the loop where a model of transformers is trained and a table does not say otherwise.
@@ -88,7 +88,7 @@ class RunConfig:
         What the model is trained for. ``"auto"``: on the digits their classes; else by the
         columns of the data, a label means classification, and text alone a causal language model.
     base, data, loop
-        The frozen model, what is trained on, and how the loop optimises.
+        The frozen model, what is trained on, and how the loop optimizes.
 
     Raises
     ------

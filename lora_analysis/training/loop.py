@@ -25,7 +25,7 @@ _ZERO = Seeds(0, 0, 0)
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """What one optimiser step showed; the test's figures are None where it was not looked at.
+    """What one optimizer step showed; the test's figures are None where it was not looked at.
 
     Step 0 is the model before training: it has no loss of its own.
     """
@@ -47,9 +47,9 @@ class StepMetrics:
 
 
 class Training:
-    """A model's training in progress, one optimiser step per item taken.
+    """A model's training in progress, one optimizer step per item taken.
 
-    Only parameters that require a gradient are trained and have optimiser state. Examples are
+    Only parameters that require a gradient are trained and have optimizer state. Examples are
     drawn without replacement until fewer than a step's are left, then shuffled anew. A step's
     gradient is that of the mean over all its targets, in however many batches and processes they
     come. On a CPU with a fixed number of threads, the same arguments give the same bits, and so
@@ -101,7 +101,9 @@ class Training:
         )
         half = options.autocast == "float16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
-        self.order = Order(len(task), options.batch_size * options.accumulate, seeds.data)
+        self.order = Order(
+            len(task), options.batch_size * options.gradient_accumulation_steps, seeds.data
+        )
         self.dropout = DropoutStream(seeds.dropout + processes.rank, self.device)
         self.step = 0
         self.best = math.inf
@@ -140,7 +142,7 @@ class Training:
                 module.eval()
 
     def _one_step(self, rate: float) -> float:
-        """Take an optimiser step; return the mean loss over its targets."""
+        """Take an optimizer step; return the mean loss over its targets."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         rows = next(self.order)
@@ -188,7 +190,7 @@ class Training:
 
     def _clipped(self) -> Tensor:
         """Scale the gradient down to the largest norm allowed; return the norm it had."""
-        limit = math.inf if self.options.clip is None else self.options.clip
+        limit = math.inf if self.options.max_grad_norm is None else self.options.max_grad_norm
         return nn.utils.clip_grad_norm_(list(self.trained.values()), limit)
 
     def _refuse_divergence(self, loss: float, norm: Tensor, rate: float, rows: Tensor) -> None:

@@ -24,8 +24,8 @@ T = TypeVar("T")
 _RIVALS = {
     "steps": "epochs",
     "epochs": "steps",
-    "warmup": "warmup_ratio",
-    "warmup_ratio": "warmup",
+    "warmup_steps": "warmup_ratio",
+    "warmup_ratio": "warmup_steps",
 }
 
 
@@ -42,7 +42,7 @@ class BaseOptions:
         Branch, tag or commit of a hub's repository.
     dtype
         Type in which the frozen weights are held. Factors are float32 whatever it is.
-    quantised
+    quantized
         ``"nf4"`` or ``"int8"``: the frozen linear layers as bitsandbytes stores them (QLoRA).
     dropout
         Of the base model itself, over its configuration's own; None leaves that.
@@ -59,15 +59,15 @@ class BaseOptions:
     source: str = DIGITS
     revision: str | None = None
     dtype: Precision = "float32"
-    quantised: Literal["nf4", "int8"] | None = None
+    quantized: Literal["nf4", "int8"] | None = None
     dropout: float | None = None
     allow_pickle: bool = False
 
     def __post_init__(self) -> None:
         check("base.source", self.source, bool(self.source), "a folder or a name")
         check_choice("base.dtype", self.dtype, Precision)
-        if self.quantised is not None:
-            check_choice("base.quantised", self.quantised, Literal["nf4", "int8"])
+        if self.quantized is not None:
+            check_choice("base.quantized", self.quantized, Literal["nf4", "int8"])
         if self.dropout is not None:
             check("base.dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
 
@@ -129,31 +129,31 @@ class DataOptions:
 
 @dataclass(frozen=True, slots=True)
 class LoopOptions:
-    """How the loop optimises; the defaults are the demo's.
+    """How the loop optimizes; the defaults are the demo's.
 
     Parameters
     ----------
     steps, epochs
-        Optimiser steps; or, where ``epochs`` is given, passes over the data, and ``steps`` says
+        Optimizer steps; or, where ``epochs`` is given, passes over the data, and ``steps`` says
         nothing.
-    batch_size, accumulate
-        Examples in each backward pass, and how many of those make an optimiser step.
+    batch_size, gradient_accumulation_steps
+        Examples in each backward pass, and how many of those make an optimizer step.
     lr
         Peak learning rate of AdamW.
     schedule
         How the rate falls after the warm-up: ``"cosine"``, half of one, to zero; ``"linear"``, to
         zero; ``"constant"``, not at all.
-    warmup, warmup_ratio
+    warmup_steps, warmup_ratio
         Steps, or a share of all steps, in which the rate rises from zero. One of the two.
     weight_decay, beta1, beta2, epsilon
         Of AdamW.
-    clip
+    max_grad_norm
         Largest norm of the gradient over all trained parameters; None does not clip.
     label_smoothing
         Share of the target's probability that is spread over all classes or tokens.
     autocast
         ``"bfloat16"`` or ``"float16"``: matrix products in that type, factors and sums in float32.
-    checkpointing
+    gradient_checkpointing
         Compute activations anew in the backward pass instead of keeping them.
     compile
         Compile the model with torch; pays on GPUs and long runs.
@@ -176,20 +176,20 @@ class LoopOptions:
     steps: int = 240
     batch_size: int = 32
     lr: float = 3e-3
-    warmup: int = 20
+    warmup_steps: int = 20
     weight_decay: float = 0.01
     beta2: float = 0.999
-    clip: float | None = 1.0
+    max_grad_norm: float | None = 1.0
     evaluations: int = 3
     epochs: float | None = None
-    accumulate: int = 1
+    gradient_accumulation_steps: int = 1
     schedule: Schedule = "cosine"
     warmup_ratio: float | None = None
     beta1: float = 0.9
     epsilon: float = 1e-8
     label_smoothing: float = 0.0
     autocast: Literal["bfloat16", "float16"] | None = None
-    checkpointing: bool = False
+    gradient_checkpointing: bool = False
     compile: bool = False
     patience: int | None = None
     trajectory: tuple[int, ...] = ()
@@ -200,19 +200,29 @@ class LoopOptions:
         check("steps", self.steps, self.steps >= 1, "at least 1")
         check("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
         check("lr", self.lr, 0 < self.lr < math.inf, "a positive number")
-        check("warmup", self.warmup, self.warmup >= 0, "at least 0")
+        check("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "at least 0")
         check("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "at least 0")
         check("beta1", self.beta1, 0 <= self.beta1 < 1, "in [0, 1)")
         check("beta2", self.beta2, 0 <= self.beta2 < 1, "in [0, 1)")
         check("epsilon", self.epsilon, 0 < self.epsilon < math.inf, "a positive number")
-        check("clip", self.clip, self.clip is None or self.clip > 0, "positive")
+        check(
+            "max_grad_norm",
+            self.max_grad_norm,
+            self.max_grad_norm is None or self.max_grad_norm > 0,
+            "positive",
+        )
         check("evaluations", self.evaluations, self.evaluations >= 1, "at least 1")
         self._check_more()
 
     def _check_more(self) -> None:
         epochs, ratio, every = self.epochs, self.warmup_ratio, self.checkpoint_every
         check("epochs", epochs, epochs is None or 0 < epochs < math.inf, "a positive number")
-        check("accumulate", self.accumulate, self.accumulate >= 1, "at least 1")
+        check(
+            "gradient_accumulation_steps",
+            self.gradient_accumulation_steps,
+            self.gradient_accumulation_steps >= 1,
+            "at least 1",
+        )
         check_choice("schedule", self.schedule, Schedule)
         check("warmup_ratio", ratio, ratio is None or 0 <= ratio <= 1, "in [0, 1]")
         check("label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "in [0, 1)")
@@ -274,8 +284,8 @@ def _plain(value: Any, annotation: str) -> Any:
 def laid_over(held: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
     """Return options with later ones over them.
 
-    A later ``steps`` takes the place of earlier ``epochs``, ``warmup`` of ``warmup_ratio``, and the
-    other way round: of the two that say one thing, the last word counts.
+    ``steps`` and ``epochs`` exclude each other, as do ``warmup_steps`` and ``warmup_ratio``: the
+    later one replaces the earlier one.
     """
     gone = {_RIVALS[key] for key in later if key in _RIVALS}
     return {key: value for key, value in held.items() if key not in gone} | dict(later)

@@ -85,10 +85,10 @@ def _all() -> dict[str, dict[str, Any]]:
                 "epochs": 5,
                 "lr": 2e-4,
                 "schedule": "linear",
-                "warmup": 500,
+                "warmup_steps": 500,
                 "weight_decay": decay,
                 "label_smoothing": smoothing,
-                "clip": None,
+                "max_grad_norm": None,
             },
         }
     found["gpt3"] = {
@@ -98,7 +98,7 @@ def _all() -> dict[str, dict[str, Any]]:
             "epochs": 2,
             "lr": 2e-4,
             "schedule": "linear",
-            "warmup": _GPT3_WARMUP,
+            "warmup_steps": _GPT3_WARMUP,
             "weight_decay": 0.1,
         },
     }

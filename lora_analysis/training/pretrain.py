@@ -28,10 +28,10 @@ OPTIONS = LoopOptions(
     steps=1500,
     batch_size=32,
     lr=1e-3,
-    warmup=100,
+    warmup_steps=100,
     weight_decay=0.1,
     beta2=0.98,
-    clip=1.0,
+    max_grad_norm=1.0,
     evaluations=15,
 )
 SHIFTED = 0.4  # share of images moved by a pixel
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
 def pretrain(options: LoopOptions, config: VitConfig | None = None) -> DigitsViT:
     """Return a model trained on upright digits, lightly shifted and noised."""
     model = DigitsViT(config)
-    initialise(model, SEED)
+    initialize(model, SEED)
     task = ArrayTask(digits_task(), augment)
     for metrics in training_steps(model, task, options, seeds=Seeds(SEED, SEED, SEED)):
         if metrics.test_accuracy is not None:
@@ -67,7 +67,7 @@ def pretrain(options: LoopOptions, config: VitConfig | None = None) -> DigitsViT
     return model
 
 
-def initialise(model: DigitsViT, seed: int) -> None:
+def initialize(model: DigitsViT, seed: int) -> None:
     """Give every weight its start, from one generator: normal, biases zero, norms as they are."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
@@ -108,7 +108,7 @@ def describe(model: DigitsViT, options: LoopOptions) -> dict[str, Any]:
             "source": "scikit-learn, sklearn.datasets.load_digits: the test part of 'Optical "
             "Recognition of Handwritten Digits' (E. Alpaydin, C. Kaynak, 1998), UCI Machine "
             "Learning Repository, doi:10.24432/C50P49",
-            "licence": "CC BY 4.0",
+            "license": "CC BY 4.0",
             "split": f"in the file's order: first {TRAIN_IMAGES} train, the rest test",
         },
     }

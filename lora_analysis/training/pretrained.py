@@ -39,7 +39,7 @@ _DROPOUTS: Final = (
     "attention_dropout", "attention_probs_dropout_prob", "attn_dropout", "attn_pdrop", "dropout",
     "dropout_rate", "embd_pdrop", "hidden_dropout", "hidden_dropout_prob", "resid_pdrop",
 )  # fmt: skip
-_TOKENISERS: Final = (
+_TOKENIZERS: Final = (
     "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "spm.model",
     "sentencepiece.bpe.model", "tekken.json",
 )  # fmt: skip
@@ -97,22 +97,22 @@ def prepare_pretrained(config: RunConfig, device: torch.device) -> Prepared:
 def _tokenizer(place: Path) -> Any:
     from transformers import AutoTokenizer
 
-    # Without them, some families' tokenisers are made of nothing and turn every text into none.
-    if not any((place / name).is_file() for name in _TOKENISERS):
+    # Without them, some families' tokenizers are made of nothing and turn every text into none.
+    if not any((place / name).is_file() for name in _TOKENIZERS):
         message = (
-            f"{place} holds no tokeniser. The base's folder must hold it as transformers saves it: "
+            f"{place} holds no tokenizer. The base's folder must hold it as transformers saves it: "
             "tokenizer.json, tokenizer_config.json."
         )
         raise InputError(message)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, **LOCAL)
     except (OSError, ValueError, KeyError) as error:
-        message = f"{place}: its tokeniser cannot be read: {_first_line(error)}"
+        message = f"{place}: its tokenizer cannot be read: {_first_line(error)}"
         raise InputError(message) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
-        message = f"{place}: its tokeniser has neither a padding token nor one that ends a text."
+        message = f"{place}: its tokenizer has neither a padding token nor one that ends a text."
         raise InputError(message)
     return tokenizer
 
@@ -129,7 +129,7 @@ def _model(
         "output_loading_info": True,
         "use_safetensors": None if config.base.allow_pickle else True,
         **LOCAL,
-        **_quantisation(config, device),
+        **_quantization(config, device),
     }
     labels = {"classification": len(examples.labels), "regression": 1}
     labels["image-classification"] = len(examples.labels)
@@ -150,7 +150,7 @@ def _model(
     try:
         model, fresh = made()
         parts = (layer for name in fresh for layer in model.get_submodule(name).modules())
-        if any(map(QuantisedLoraLayer.accepts, parts)):  # there is nothing yet to quantise
+        if any(map(QuantisedLoraLayer.accepts, parts)):  # there is nothing yet to quantize
             plain = [name for name, layer in model.named_modules() if type(layer) is nn.Linear]
             options["quantization_config"].llm_int8_skip_modules = [*fresh, *plain]
             model, fresh = made()
@@ -183,18 +183,18 @@ def _all_missing(module: str, names: list[str], missing: set[str]) -> bool:
     return all(name in missing for name in names if name.startswith(f"{module}."))
 
 
-def _quantisation(config: RunConfig, device: torch.device) -> dict[str, Any]:
-    if config.base.quantised is None:
+def _quantization(config: RunConfig, device: torch.device) -> dict[str, Any]:
+    if config.base.quantized is None:
         return {}
     try:
         import bitsandbytes  # noqa: F401 - to say what is missing
     except ImportError as error:
-        message = "A quantised base needs bitsandbytes. Run: pip install 'lora-analysis[quantized]'"
+        message = "A quantized base needs bitsandbytes. Run: pip install 'lora-analysis[quantized]'"
         raise MissingExtraError(message) from error
     from transformers import BitsAndBytesConfig
 
     make: Any = BitsAndBytesConfig
-    if config.base.quantised == "int8":
+    if config.base.quantized == "int8":
         chosen = make(load_in_8bit=True)
     else:
         chosen = make(

@@ -94,10 +94,12 @@ def changes(config: RunConfig, folder: Path) -> str:
     earlier = dict(_flat(facts.get("config", {})))
     requested = dict(_flat(config.to_dict()))
     differences = [
-        f"{name} {_shown(earlier.get(name))}, now {_shown(requested.get(name))}"
-        for name in sorted({*earlier, *requested})
-        if earlier.get(name) != requested.get(name)
+        f"{name} {_shown(earlier[name])}, now {_shown(requested[name])}"
+        for name in sorted(earlier.keys() & requested.keys())
+        if earlier[name] != requested[name]
     ]
+    if earlier.keys() != requested.keys():  # fields were renamed, added or removed
+        differences.append("another version's configuration format")
     if not differences:
         differences = ["the content of its base or data, or how this version trains"]
     more = len(differences) - _LISTED

@@ -102,9 +102,9 @@ def prepare(config: RunConfig, place: torch.device, *, sharded: bool = False) ->
             message = "Only frozen weights are spread over processes; method 'full' trains them."
             raise InputError(message)
         shard_frozen(model, place)
-    elif config.base.quantised is None:
+    elif config.base.quantized is None:
         model.to(place)
-    else:  # what is quantised was put in its place when it was read
+    else:  # what is quantized was put in its place when it was read
         for _, parameter in trainable_parameters(model):
             parameter.data = parameter.data.to(place)
     return Setting(
@@ -128,7 +128,7 @@ def _targets(config: RunConfig, model: nn.Module, trainable: list[str]) -> str |
 
 def _use_less_memory(config: RunConfig, model: nn.Module) -> None:
     """Turn on what the loop's options ask of the model itself."""
-    if config.loop.checkpointing:
+    if config.loop.gradient_checkpointing:
         enable = getattr(model, "gradient_checkpointing_enable", None)
         if enable is None:
             message = f"{type(model).__name__} cannot recompute its activations (checkpointing)."

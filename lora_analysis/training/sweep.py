@@ -28,13 +28,13 @@ from lora_analysis.errors import (
 from lora_analysis.execution.protocol import Executor, Outcome, Retried, Tell
 from lora_analysis.execution.worker import end_if_imported_by_worker
 from lora_analysis.finding import Finding
-from lora_analysis.showing import plural
 from lora_analysis.storage.atomic import remove_leftovers
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.limits import MAX_INDEX_BYTES
 from lora_analysis.storage.locks import locked
 from lora_analysis.storage.outputs import OutputFolder, output_folder
 from lora_analysis.storage.records import read_record
+from lora_analysis.text import plural
 from lora_analysis.training.cells import RunCell, TrainCell
 from lora_analysis.training.config import RunConfig
 from lora_analysis.training.events import Progress, RunEvent

@@ -1,4 +1,4 @@
-"""Tokenised examples as a task: padded batches, and labels for classes, numbers and tokens."""
+"""Tokenized examples as a task: padded batches, and labels for classes, numbers and tokens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MASKED: Final = 0.15  # of the tokens, as BERT: of these 80 % masked, 10 % any,
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextTask:
-    """Tokenised examples for a model of transformers.
+    """Tokenized examples for a model of transformers.
 
     Parameters
     ----------
@@ -101,16 +101,16 @@ class TextTask:
 
 
 def text_task(found: Examples, tokenizer: Any, max_length: int) -> tuple[TextTask, list[str]]:
-    """Return the examples tokenised, and a sentence on those that are left out or cut.
+    """Return the examples tokenized, and a sentence on those that are left out or cut.
 
     Raises
     ------
     InputError
-        No example is left, or a masked language model's tokeniser knows no mask.
+        No example is left, or a masked language model's tokenizer knows no mask.
     """
     masked = found.objective == "masked-lm"
     if masked and tokenizer.mask_token_id is None:
-        message = "The tokeniser has no mask token. Train this model as causal-lm."
+        message = "The tokenizer has no mask token. Train this model as causal-lm."
         raise InputError(message)
     encode = _completed if found.objective == "causal-lm" else _whole
     notes: list[str] = []
@@ -134,7 +134,7 @@ def text_task(found: Examples, tokenizer: Any, max_length: int) -> tuple[TextTas
 def _whole(example: Example, tokenizer: Any, max_length: int) -> dict[str, Any] | None:
     """Return a text, or a pair of texts, with its label; a masked model's is made later.
 
-    None where the tokeniser makes no token of the text.
+    None where the tokenizer makes no token of the text.
     """
     pair = () if example.pair is None else (_start_of(example.pair, tokenizer, max_length),)
     text = _start_of(example.text, tokenizer, max_length)
@@ -150,7 +150,7 @@ def _completed(example: Example, tokenizer: Any, max_length: int) -> dict[str, A
     """
     prompt = tokenizer(_start_of(example.text, tokenizer, max_length)).input_ids
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if end and prompt[-1:] == end:  # some tokenisers end every text
+    if end and prompt[-1:] == end:  # some tokenizers end every text
         prompt = prompt[:-1]
     if example.completion is None:
         tokens = (prompt + end)[:max_length]

@@ -128,7 +128,7 @@ class Block(nn.Module):
 
 
 class DigitsViT(nn.Module):
-    """Vision transformer on grey images of a few pixels a side.
+    """Vision transformer on gray images of a few pixels a side.
 
     Patches are embedded linearly, a learned position is added, and the mean token after the last
     block is classified by ``head``.

@@ -148,7 +148,7 @@ ON_DISK = [
     Case("links into blobs", _linked, 0, ""),
     Case("folders in a circle", _around, 0, ""),
     Case("a folder as weights", _folder_as_file, 3, ""),
-    Case("forty folders deep", _deep, 3, "no adapter was recognised"),
+    Case("forty folders deep", _deep, 3, "no adapter was recognized"),
     Case("fifty with three broken", _fifty, 4, "run-33"),
     Case("text", lambda f: _text(f, "README.md", b"# LoRA\n"), 3, "not a safetensors file"),
     Case("a picture", lambda f: _text(f, "a.png", b"\x89PNG\r\n\x1a\n" * 9), 3, "safetensors file"),

@@ -150,8 +150,10 @@ def main() -> int:
                 wrong = f"{grown} MB more memory"
             codes[code] += 1
             last = wrong.strip().splitlines()[-1] if wrong else ""
-            place_of = next((x for x in reversed(wrong.splitlines()) if x.startswith("  File")), "")
-            if wrong and (key := f"{place_of} {last}"[:200]) not in found:
+            resolve_source = next(
+                (x for x in reversed(wrong.splitlines()) if x.startswith("  File")), ""
+            )
+            if wrong and (key := f"{resolve_source} {last}"[:200]) not in found:
                 found[key] = wrong
                 given.keep.mkdir(parents=True, exist_ok=True)
                 kept = Path(tempfile.mkdtemp(dir=given.keep)) / seed.name.replace("/", "_")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from gguf_bases import q4_k, write_gguf
-from quantised_bases import awq, bitsandbytes_4bit, bitsandbytes_int8, fp8_blocks, gptq, write_base
+from quantized_bases import awq, bitsandbytes_4bit, bitsandbytes_int8, fp8_blocks, gptq, write_base
 from safetensors.numpy import save_file
 
 _RNG = np.random.default_rng(5)

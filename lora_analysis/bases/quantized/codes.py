@@ -97,7 +97,7 @@ class Coded:
 Decoder = Callable[[slice], Coded]
 
 
-class Quantised(Protocol):
+class Quantized(Protocol):
     """One weight stored as codes, in the shape that its plain numbers have."""
 
     @property
@@ -130,7 +130,7 @@ def plane_of(shape: tuple[int, ...], index: int | None) -> tuple[int, int]:
 def cell_variances(levels: NDArray[np.float32], reach: float = 0.0) -> NDArray[np.float32]:
     """Return the mean square distance from every level of the values that are nearest to it.
 
-    A cell reaches half way to the neighbours, ``a`` below and ``b`` above; uniform over it, the
+    A cell reaches half way to the neighbors, ``a`` below and ``b`` above; uniform over it, the
     mean square is ``(a³ + b³)/(3(a + b))``, which is step²/12 for equal steps. Beyond the outermost
     levels there is ``reach``: nothing where blocks are scaled so that their largest value is one
     of them, more where the scale is a power of two.
@@ -193,5 +193,5 @@ def unpacked(words: NDArray[Any], bits: int) -> NDArray[np.uint8]:
 
 
 def refused(label: str, tensor: str, storage: str, why: str) -> BaseWeightError:
-    """Return the error for a quantised weight whose tensors do not fit together."""
+    """Return the error for a quantized weight whose tensors do not fit together."""
     return BaseWeightError(f"{label}: '{tensor}' ({storage}): {why}.")

@@ -6,19 +6,19 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from lora_analysis.conclusions.levels import PAIRS_IN_WORDS, Finding, Kind, number
+from lora_analysis.conclusions.runs import some
 from lora_analysis.finding import Finding as FileFinding
 from lora_analysis.finding import Severity, listed
-from lora_analysis.findings.levels import PAIRS_IN_WORDS, Finding, Kind, number
-from lora_analysis.findings.runs import some
-from lora_analysis.showing import plural
 from lora_analysis.studies import SAME_RUN, SHARED_SEED, Study
+from lora_analysis.text import plural
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _KIND_OF: Mapping[Severity, Kind] = {
     "result": "result",
-    "artifact": "artefact",
+    "artifact": "artifact",
     "limit": "limit",
     "damage": "damage",
 }
@@ -29,14 +29,14 @@ TOLD_TOGETHER = ("same initial A", "partly shared")
 
 
 def failures(study: Study) -> Iterator[Finding]:
-    """Name what could not be analysed, and why: together what has one reason."""
+    """Name what could not be analyzed, and why: together what has one reason."""
     by_reason: dict[str, list[str]] = {}
     for one in study.failures:
         reason = one.reason.removeprefix(f"{one.source}: ")
         by_reason.setdefault(reason, []).append(one.source)
     for reason, sources in by_reason.items():
-        text = f"{some(sources, at_most=12)} could not be analysed: {reason}"
-        yield Finding("failure", "not analysed", text, {"adapters": len(sources)})
+        text = f"{some(sources, at_most=12)} could not be analyzed: {reason}"
+        yield Finding("failure", "not analyzed", text, {"adapters": len(sources)})
 
 
 def untrained(study: Study) -> Iterator[Finding]:
@@ -64,7 +64,7 @@ def damaged(study: Study) -> Iterator[Finding]:
             yield _of_files(note, labels, text, topic="damaged numbers")
 
 
-def file_artefacts(study: Study) -> Iterator[Finding]:
+def file_artifacts(study: Study) -> Iterator[Finding]:
     """Pass on artifacts in the files: an A that a conversion has copied."""
     yield from _noted(study, "artifact")
 
@@ -150,29 +150,37 @@ def starts(study: Study) -> Iterator[Finding]:
         "init from data or from W). Their input-side overlap is not learned.",
         "undecidable": "have rank 1: whether they share their start cannot be told.",
     }
-    told = study.pairs[study.pairs["start"].isin(words)]
-    together = (told["relation"] == SHARED_SEED) & told["start"].isin(TOLD_TOGETHER)
+    told = study.pairs[study.pairs["initialization"].isin(words)]
+    together = (told["relation"] == SHARED_SEED) & told["initialization"].isin(TOLD_TOGETHER)
     told = told[~together & ~told["relation"].isin([SAME_RUN])]
-    for start, rows in told.groupby("start", sort=False):
+    for start, rows in told.groupby("initialization", sort=False):
         if len(rows) > PAIRS_IN_WORDS:
             yield _many_starts(str(start), rows, words[start])
             continue
         for row in rows.itertuples():
             said = words[start].format(
-                b=number(row.b_cosine or 0.0), n=row.shared_modules, m=row.modules
+                b=number(row.b_cosine or 0.0), n=row.shared_init_modules, m=row.modules
             )
-            values = {"a": row.a, "b": row.b, "start": start, "modules": row.shared_modules}
-            yield Finding("artefact", "shared start", f"{row.a} and {row.b} {said}", values)
+            values = {
+                "a": row.a,
+                "b": row.b,
+                "initialization": start,
+                "modules": row.shared_init_modules,
+            }
+            yield Finding("artifact", "shared start", f"{row.a} and {row.b} {said}", values)
 
 
 def _many_starts(start: str, rows: pd.DataFrame, words: str) -> Finding:
     """Return one sentence for many pairs of one kind of start; table ``pairs`` names them all."""
-    own = [number(float(rows[name].median())) for name in ("b_cosine", "shared_modules", "modules")]
+    own = [
+        number(float(rows[name].median()))
+        for name in ("b_cosine", "shared_init_modules", "modules")
+    ]
     said = words.format(b=own[0], n=own[1], m=own[2])
     first = rows.iloc[0]
     who = f"{len(rows)} pairs ({first['a']} and {first['b']} among them)"
-    values: dict[str, float | int | str | None] = {"start": start, "pairs": len(rows)}
-    return Finding("artefact", "shared start", f"{who} {said}", values)
+    values: dict[str, float | int | str | None] = {"initialization": start, "pairs": len(rows)}
+    return Finding("artifact", "shared start", f"{who} {said}", values)
 
 
 def few_runs(study: Study) -> Iterator[Finding]:

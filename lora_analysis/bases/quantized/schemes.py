@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from lora_analysis.bases.quantised.codes import RawTensors, refused
+from lora_analysis.bases.quantized.codes import RawTensors, refused
 from lora_analysis.storage.dtypes import FLOAT8
 
 if TYPE_CHECKING:

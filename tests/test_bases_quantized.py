@@ -1,4 +1,4 @@
-"""Quantised weights: read as their own libraries decode them, and with the noise that they have."""
+"""Quantized weights: read as their own libraries decode them, and with the noise that they have."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from quantised_bases import (
+from quantized_bases import (
     awq,
     bitsandbytes_4bit,
     bitsandbytes_int8,
@@ -27,8 +27,8 @@ from quantised_bases import (
     write_base,
 )
 
-from lora_analysis.bases import open_base, quantised
-from lora_analysis.bases.quantised.codes import cell_variances, unpacked
+from lora_analysis.bases import open_base, quantized
+from lora_analysis.bases.quantized.codes import cell_variances, unpacked
 from lora_analysis.errors import BaseWeightError
 from lora_analysis.storage.dtypes import BITS
 
@@ -72,7 +72,7 @@ def test_4bit_rows_may_begin_inside_a_byte_and_inside_a_block(
     stored, decoded = bitsandbytes_4bit(W, "nf4", nested=False)
     folder = write_base(tmp_path_factory.mktemp("base"), stored)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantised, "BLOCK_ELEMENTS", n)
+        patch.setattr(quantized, "BLOCK_ELEMENTS", n)
         np.testing.assert_array_equal(read(folder), decoded)
 
 
@@ -114,7 +114,7 @@ def test_gptq_with_activation_order_takes_each_inputs_own_group(
     stored, values = gptq(W, bits=4, group=32, order=order)
     folder = write_base(tmp_path, stored, quant_method="gptq")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantised, "BLOCK_ELEMENTS", 32 * 32)
+        patch.setattr(quantized, "BLOCK_ELEMENTS", 32 * 32)
         np.testing.assert_allclose(read(folder), values, rtol=1e-6)
 
 
@@ -178,7 +178,7 @@ def test_kernels_in_fp8_are_matrices_with_a_row_per_output(
     assert 0 < weight.noise() < 0.05
 
 
-def test_fp8_without_scales_is_quantised_too(rng: np.random.Generator, tmp_path: Path) -> None:
+def test_fp8_without_scales_is_quantized_too(rng: np.random.Generator, tmp_path: Path) -> None:
     W = normal(rng, 24, 40)
     folder = write_base(tmp_path, {"q.weight": W.to(torch.float8_e4m3fn)})
     weight = open_base(folder).weight("q")
@@ -338,7 +338,7 @@ def test_packed_words_that_do_not_fit_are_an_error(
         with pytest.raises(BaseWeightError, match="do not fit"):
             open_base(folder).weight("q")
     folder = write_base(tmp_path / "marlin", whole, checkpoint_format="marlin")
-    with pytest.raises(BaseWeightError, match=r"marlin.*dequantise"):
+    with pytest.raises(BaseWeightError, match=r"marlin.*dequantize"):
         open_base(folder).weight("q")
     stored, _ = awq(W, group=32)
     folder = write_base(tmp_path / "gemv", stored, quant_method="awq", version="gemv")

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any
 
-from lora_analysis.findings import overlaps
-from lora_analysis.findings.levels import SIDES_IN_ORDER, Finding, number
+from lora_analysis.conclusions import overlaps
+from lora_analysis.conclusions.levels import SIDES_IN_ORDER, Finding, number
 
 if TYPE_CHECKING:
     from lora_analysis.studies import Study

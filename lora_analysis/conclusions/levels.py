@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lora_analysis.showing import html_facts
+from lora_analysis.text import html_facts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from lora_analysis.finding import Severity
     from lora_analysis.spectra import Side
 
-Kind = Literal["result", "reference", "artefact", "limit", "failure", "damage"]
+Kind = Literal["result", "reference", "artifact", "limit", "failure", "damage"]
 _SEVERITIES: Mapping[Kind, Severity] = {
     "result": "result",
     "reference": "result",
-    "artefact": "artifact",
+    "artifact": "artifact",
     "limit": "limit",
     "failure": "limit",
     "damage": "damage",
@@ -40,7 +40,7 @@ class Finding:
     Attributes
     ----------
     kind
-        ``"result"``; ``"reference"`` (what unrelated adapters give); ``"artefact"`` (a number
+        ``"result"``; ``"reference"`` (what unrelated adapters give); ``"artifact"`` (a number
         that has another cause than learning); ``"limit"`` (what cannot be said); ``"failure"``;
         ``"damage"`` (numbers that should not be relied on).
     topic
@@ -152,8 +152,8 @@ def level(rows: pd.DataFrame, *, above_chance: bool | None = None) -> Level | No
     ``(φ − chance)/(1 − chance)`` is taken instead of φ, or as ``above_chance`` says: what is held
     against each other must be on one scale.
     """
-    counted = rows[(rows["start"] != "same run") & (rows["ill_defined_1_1"] == "")]
-    counted = counted[~(counted["shared_start"] & (counted["side"] == "input"))]
+    counted = rows[(rows["initialization"] != "same run") & (rows["degeneracy_1_1"] == "")]
+    counted = counted[~(counted["shared_init"] & (counted["side"] == "input"))]
     if counted.empty:
         return None
     if above_chance is None or counted["dimension"].nunique() > 1:

@@ -168,7 +168,7 @@ def load_adapter_into(
         adapter.config,
         adapter.label,
         "which is not loaded: the model would not compute what it did. Its factors can be "
-        "analysed all the same.",
+        "analyzed all the same.",
     )
     adapter = joined(adapter)
     modules = base_modules(model)
@@ -227,7 +227,7 @@ def initial_adapter(adapter: Adapter) -> Adapter:
 
     Made anew from (module, rank, seed), the way `add_lora` draws it: for adapters that this
     package trained, or of which ``provenance.seed`` is the seed of such a start. It is what
-    `initialisation.drift` and a control of φ between initial factors are held against.
+    `initialization.drift` and a control of φ between initial factors are held against.
 
     Raises
     ------

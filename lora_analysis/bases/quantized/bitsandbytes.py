@@ -2,7 +2,7 @@
 
 4-bit codes run through the flattened weight, two a byte, the first in the high half; each block of
 64 (``blocksize``) has a scale ``absmax``, which may itself be stored as 8-bit codes ("nested" or
-double quantisation). The code-book and a JSON of shapes lie beside them in the file.
+double quantization). The code-book and a JSON of shapes lie beside them in the file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_analysis.bases.quantised.codes import Coded, Decoder, RawTensors, nibbles, refused
+from lora_analysis.bases.quantized.codes import Coded, Decoder, RawTensors, nibbles, refused
 from lora_analysis.storage.documents import parse_json
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The atlas of many adapters: similarities in the order of a tree, the tree above."""
+"""The similarity matrix of many adapters: similarities in the order of a tree, the tree above."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-    from lora_analysis.studies import Atlas
+    from lora_analysis.studies import SimilarityMatrix
 
 # More names than this cannot be read along one column's width.
 _NAMED = 60
@@ -29,8 +29,8 @@ _LABELS = {
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AtlasPlot:
-    """What `plot_atlas` shows.
+class ClustermapPlot:
+    """What `plot_clustermap` shows.
 
     Attributes
     ----------
@@ -47,31 +47,33 @@ class AtlasPlot:
     labels: tuple[str, ...]
     branches: NDArray[np.float64]
     limits: tuple[float, float]
-    colour_label: str
+    color_label: str
     title: str
 
 
-def resolve_atlas(atlas: Atlas, *, what: str = "output", kind: str = "all") -> AtlasPlot:
-    """Return what `plot_atlas` draws, as plain attributes."""
-    count = len(atlas.labels)
+def resolve_clustermap(
+    similarity_matrix: SimilarityMatrix, *, what: str = "output", kind: str = "all"
+) -> ClustermapPlot:
+    """Return what `plot_clustermap` draws, as plain attributes."""
+    count = len(similarity_matrix.labels)
     if count < 2:
-        message = f"An atlas needs at least two adapters, it has {count}."
+        message = f"A similarity matrix needs at least two adapters, it has {count}."
         raise InputError(message)
-    order = atlas.order("output", kind)
-    data = atlas.matrix(what, kind)[np.ix_(order, order)]
-    placed = atlas.placed("output", kind)
-    labels = style.without_common_start([atlas.labels[at] for at in order])
+    order = similarity_matrix.order("output", kind)
+    data = similarity_matrix.matrix(what, kind)[np.ix_(order, order)]
+    placed = similarity_matrix.placed("output", kind)
+    labels = style.without_common_start([similarity_matrix.labels[at] for at in order])
     labels = [
         one if at < len(placed) else f"{style.plain(one, 12)} (untrained)"
         for at, one in enumerate(labels)
     ]
     leaves = np.searchsorted(placed, order[: len(placed)])
-    return AtlasPlot(
+    return ClustermapPlot(
         data=data,
         labels=tuple(style.plain(one, 24) for one in labels) if count <= _NAMED else (),
-        branches=_branches(atlas.linkage("output", kind), leaves),
+        branches=_branches(similarity_matrix.linkage("output", kind), leaves),
         limits=(-1.0, 1.0) if what == "cosine" else (-0.5, 1.0),
-        colour_label=_LABELS[what],
+        color_label=_LABELS[what],
         title="" if kind == "all" else kind,
     )
 
@@ -90,19 +92,23 @@ def _branches(tree: NDArray[np.float64], order: NDArray[np.intp]) -> NDArray[np.
     return corners
 
 
-def plot_atlas(
-    atlas: Atlas, ax: Axes | None = None, *, what: str = "output", kind: str = "all"
+def plot_clustermap(
+    similarity_matrix: SimilarityMatrix,
+    ax: Axes | None = None,
+    *,
+    what: str = "output",
+    kind: str = "all",
 ) -> Axes:
     """Draw every adapter against every other, alike ones side by side, and the tree above.
 
     The tree is that of average linkage on 1 − (output ω above chance), in every panel, so that
     panels of several quantities can be compared place by place. Untrained adapters have no number
-    and stand last, grey, outside the tree.
+    and stand last, gray, outside the tree.
 
     Parameters
     ----------
-    atlas
-        ``Study.atlas``.
+    similarity matrix
+        ``Study.similarity_matrix``.
     ax
         Where to draw; None makes a figure of one column's width.
     what
@@ -116,19 +122,19 @@ def plot_atlas(
     InputError
         Fewer than two adapters, an unknown quantity or kind.
     """
-    plot = resolve_atlas(atlas, what=what, kind=kind)
+    plot = resolve_clustermap(similarity_matrix, what=what, kind=kind)
     count = len(plot.data)
     with style.house_style():
         ax = style.axes_or_new(ax, (style.ONE_COLUMN, style.ONE_COLUMN + 0.5))
-        colours = "RdBu" if what == "cosine" else None
-        from lora_analysis.plots.heatmap import excess_colours
+        colors = "RdBu" if what == "cosine" else None
+        from lora_analysis.plots.heatmap import excess_colors
 
         # Of many, colors are chosen for the pixels that are drawn and not for every pair.
         shown = plot.data if count <= _NAMED else plot.data.astype(np.float32)
         image = ax.imshow(
             np.ma.masked_invalid(shown, copy=False),
             interpolation_stage="data",
-            cmap=(mpl.colormaps[colours] if colours else excess_colours()).with_extremes(
+            cmap=(mpl.colormaps[colors] if colors else excess_colors()).with_extremes(
                 bad=style.BLANK
             ),
             norm=Normalize(*plot.limits),
@@ -153,7 +159,7 @@ def plot_atlas(
         beside = ax.inset_axes((1.02, 0, 0.035, 1))
         bar = ax.figure.colorbar(image, cax=beside)
         bar.outline.set_visible(False)
-        bar.set_label(plot.colour_label)
+        bar.set_label(plot.color_label)
         if plot.title:
             above.set_title(plot.title, parse_math=False)
     return ax

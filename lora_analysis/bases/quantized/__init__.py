@@ -1,7 +1,7 @@
 """Weights stored as codes: which tensors belong together, and how their values are found.
 
 Each storage says what its codes, scales and levels are; values and the error of rounding follow
-from those in one place (:mod:`~lora_analysis.bases.quantised.codes`). Nothing here knows modules'
+from those in one place (:mod:`~lora_analysis.bases.quantized.codes`). Nothing here knows modules'
 names or which way the family stores a matrix.
 """
 
@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from lora_analysis.bases.quantised.bitsandbytes import STATE, blockwise_4bit, rowwise_int8
-from lora_analysis.bases.quantised.codes import Quantised, RawTensors, plane_of, refused
-from lora_analysis.bases.quantised.gptq import packed_words
-from lora_analysis.bases.quantised.packed import packed_floats, packed_integers
-from lora_analysis.bases.quantised.scaled import scaled
-from lora_analysis.bases.quantised.schemes import Scheme, Schemes, stated_schemes
+from lora_analysis.bases.quantized.bitsandbytes import STATE, blockwise_4bit, rowwise_int8
+from lora_analysis.bases.quantized.codes import Quantized, RawTensors, plane_of, refused
+from lora_analysis.bases.quantized.gptq import packed_words
+from lora_analysis.bases.quantized.packed import packed_floats, packed_integers
+from lora_analysis.bases.quantized.scaled import scaled
+from lora_analysis.bases.quantized.schemes import Scheme, Schemes, stated_schemes
 from lora_analysis.storage.dtypes import FLOAT8
 from lora_analysis.storage.limits import BLOCK_ELEMENTS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Quantised", "RawTensors", "quantised_weights", "tiles"]
+__all__ = ["Quantized", "RawTensors", "quantized_weights", "tiles"]
 
-Makers = Mapping[str, Callable[[], Quantised]]
+Makers = Mapping[str, Callable[[], Quantized]]
 
 # Scales beside ``X.weight``, and behind the name of a parameter (a stack of experts).
 _SCALES: Final = ("weight_scale_inv", "weight_scale", "scale_weight", "scale")
@@ -37,13 +37,13 @@ _PARAMETER_SCALES: Final = ("_scale_inv", "_scale")
 _GPT_OSS: Final = Scheme(frozenset({"mxfp4"}), "its names are gpt-oss's")
 
 
-def quantised_weights(
+def quantized_weights(
     tensors: RawTensors,
     config: Mapping[str, Any],
     label: str,
     metadata: Mapping[str, str] | None = None,
 ) -> Makers:
-    """Return what makes each quantised weight, by the name its plain numbers would have.
+    """Return what makes each quantized weight, by the name its plain numbers would have.
 
     Parameters
     ----------
@@ -56,11 +56,11 @@ def quantised_weights(
     metadata
         Strings that the file states beside its tensors.
     """
-    return dict(_recognised(tensors, config, stated_schemes(config, metadata or {}), label))
+    return dict(_recognized(tensors, config, stated_schemes(config, metadata or {}), label))
 
 
 def tiles(
-    weight: Quantised, tensors: RawTensors, index: int | None, *, errors: bool = False
+    weight: Quantized, tensors: RawTensors, index: int | None, *, errors: bool = False
 ) -> Iterator[tuple[slice, slice, NDArray[np.float32]]]:
     """Yield the values of a weight by runs of whole rows, or their expected square errors."""
     height, width = plane_of(weight.shape, index)
@@ -72,9 +72,9 @@ def tiles(
         yield rows, slice(0, width), coded.squared_errors() if errors else coded.values()
 
 
-def _recognised(
+def _recognized(
     tensors: RawTensors, config: Mapping[str, Any], schemes: Schemes, label: str
-) -> Iterator[tuple[str, Callable[[], Quantised]]]:
+) -> Iterator[tuple[str, Callable[[], Quantized]]]:
     infos = tensors.infos
     for name in infos:
         path, _, last = name.rpartition(".")
@@ -97,7 +97,7 @@ def _recognised(
 
 def _packed(
     path: str, tensors: RawTensors, schemes: Schemes, label: str
-) -> Callable[[], Quantised]:
+) -> Callable[[], Quantized]:
     """Return what makes a packed weight of compressed-tensors: integers, or floats."""
     name, scale, whole = (f"{path}.weight_{last}" for last in ("packed", "scale", "global_scale"))
     if tensors.infos[name].dtype == "uint8" and scale in tensors.infos:
@@ -108,7 +108,7 @@ def _packed(
 
 def _scaled(
     name: str, tensors: RawTensors, schemes: Schemes, label: str
-) -> Callable[[], Quantised] | None:
+) -> Callable[[], Quantized] | None:
     """Return what makes a weight of codes with scales beside it; None for others."""
     infos, dtype = tensors.infos, tensors.infos[name].dtype
     path, _, last = name.rpartition(".")
@@ -123,7 +123,7 @@ def _scaled(
     if not scales and dtype not in FLOAT8:
         return None
 
-    def make() -> Quantised:
+    def make() -> Quantized:
         if len(scales) > 1:
             listed = ", ".join(f"'{scale}'" for scale in scales)
             raise refused(label, name, "scaled", f"it has several tensors of scales: {listed}")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_analysis.bases.quantised.codes import (
+from lora_analysis.bases.quantized.codes import (
     E2M1,
     E2M3,
     MXFP4_REACH,
@@ -29,8 +29,8 @@ from lora_analysis.bases.quantised.codes import (
     six_bit_codes,
     unpacked,
 )
-from lora_analysis.bases.quantised.schemes import DECODED_PACKED, Scheme, decoding_of
-from lora_analysis.bases.quantised.tiled import tiled_shape, untiled
+from lora_analysis.bases.quantized.schemes import DECODED_PACKED, Scheme, decoding_of
+from lora_analysis.bases.quantized.tiled import tiled_shape, untiled
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

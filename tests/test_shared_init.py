@@ -13,12 +13,12 @@ from safetensors.numpy import load_file
 
 from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.errors import IncompatibleError
-from lora_analysis.initialisation import (
-    ModuleStart,
+from lora_analysis.shared_init import (
+    ModuleInit,
+    classify_init,
     drift,
-    judge_start,
+    init_evidence,
     module_start,
-    start_evidence,
 )
 from lora_analysis.similarity import subspace_similarity
 from lora_analysis.spectra import spectrum
@@ -62,7 +62,7 @@ def full_similarity(one, two):
 
 
 def verdict(one, two):
-    return judge_start(common_starts(one, two), full_similarity(one, two))
+    return classify_init(common_starts(one, two), full_similarity(one, two))
 
 
 # --- the evidence -----------------------------------------------------------------------------
@@ -205,8 +205,8 @@ def test_a_resized_copy_shares_its_space_though_not_its_rows(rng):
     assert found.contaminates_input
     smaller = [replace(u, A=u.A[:2], B=u.B[:, :2]) for u in resized]  # cut after the rotation
     assert verdict(one, smaller).kind == "same input space"
-    # Without φ there is nothing to recognise it by.
-    assert judge_start(common_starts(one, resized)).kind == "independent"
+    # Without φ there is nothing to recognize it by.
+    assert classify_init(common_starts(one, resized)).kind == "independent"
 
 
 def test_correlated_rows_alone_do_not_make_a_start_shared(rng):
@@ -218,7 +218,7 @@ def test_correlated_rows_alone_do_not_make_a_start_shared(rng):
     )
     starts = common_starts(one, two)
     assert max(abs(start.row_cosine) for start in starts) > 0.5
-    assert judge_start(starts).kind == "independent"
+    assert classify_init(starts).kind == "independent"
 
 
 # --- rank one ---------------------------------------------------------------------------------
@@ -234,18 +234,18 @@ def test_correlated_rows_alone_do_not_make_a_start_shared(rng):
 )
 def test_modules_whose_rows_were_drawn_together_do_not_hide_one_run(unclear, other, kind):
     starts = [
-        ModuleStart("layers.0.q", (2, 2), 0.97, 0.08, 18.0, other, shared=True),
-        ModuleStart("layers.1.q", (2, 2), unclear, 0.6, 2.2, other, shared=False),
-        ModuleStart("layers.2.q", (2, 2), unclear, 0.6, 2.2, other, shared=False),
+        ModuleInit("layers.0.q", (2, 2), 0.97, 0.08, 18.0, other, shared=True),
+        ModuleInit("layers.1.q", (2, 2), unclear, 0.6, 2.2, other, shared=False),
+        ModuleInit("layers.2.q", (2, 2), unclear, 0.6, 2.2, other, shared=False),
     ]
-    found = judge_start(starts)
+    found = classify_init(starts)
     assert found.kind == kind
     assert len(found.modules) == (3 if kind == "same run" else 1)
 
 
 def rank_one(cosines, other=0.0):
     return [
-        ModuleStart(f"layers.{k}.q_proj", (1, 1), c, None, None, other, shared=False)
+        ModuleInit(f"layers.{k}.q_proj", (1, 1), c, None, None, other, shared=False)
         for k, c in enumerate(cosines)
     ]
 
@@ -268,7 +268,7 @@ def test_rank_one_modules_carry_no_verdict_of_their_own(rng):
     ],
 )
 def test_rank_one_pairs_are_judged_by_many_modules_of_one_sign(cosines, other, kind):
-    found = judge_start(rank_one(cosines, other))
+    found = classify_init(rank_one(cosines, other))
     assert found.kind == kind
     assert found.compared == len(cosines)
     assert len(found.modules) == (sum(c >= 0.5 for c in cosines) if kind != "undecidable" else 0)
@@ -281,7 +281,7 @@ def test_simulated_rank_one_pairs(rng):
 
 def test_rank_one_modules_among_others_are_passed_over(rng):
     starts = common_starts(*pairs(rng))
-    found = judge_start([*starts, *rank_one([0.99, 0.0])])
+    found = classify_init([*starts, *rank_one([0.99, 0.0])])
     assert found.kind == "same initial A"
     assert found.compared == MODULES
 
@@ -290,7 +290,7 @@ def test_rank_one_modules_among_others_are_passed_over(rng):
 
 
 def test_nothing_to_compare_is_not_applicable():
-    found = judge_start([])
+    found = classify_init([])
     assert (found.kind, found.modules, found.compared) == ("not applicable", (), 0)
 
 
@@ -371,7 +371,7 @@ def test_a_file_against_itself_shares_every_module(rng):
     learned = [
         replace(u, A=u.A + 3 * np.outer(rng.standard_normal(4), common)) for u in pairs(rng)[0]
     ]
-    found = judge_start(common_starts(learned, learned))
+    found = classify_init(common_starts(learned, learned))
     assert found.kind == "same run"
     assert len(found.modules) == MODULES
 
@@ -383,7 +383,7 @@ def test_the_evidence_for_many_is_that_for_each_pair(rng):
     updates = [low_rank_update(rng, rank=r) for r in (3, 5, 1, 3, 1)]
     updates[3] = replace(updates[3], A=updates[0].A + 0.1 * updates[3].A)
     updates.append(replace(updates[1], B=0 * updates[1].B))
-    found = start_evidence(updates)
+    found = init_evidence(updates)
     for i, one in enumerate(updates):
         for j, two in enumerate(updates):
             c, q, z = reference.start(one.A, two.A) if {one.rank, two.rank} != {1} else (None,) * 3
@@ -410,8 +410,8 @@ def test_the_evidence_can_be_asked_of_the_other_factor(rng):
     turned = [replace(u, A=u.B.T, B=u.A.T) for u in (one, two)]
     for name in ("row_cosine", "cross_cosine", "z", "other_cosine"):
         assert_close(
-            getattr(start_evidence([one, two], factor="B"), name),
-            getattr(start_evidence(turned), name),
+            getattr(init_evidence([one, two], factor="B"), name),
+            getattr(init_evidence(turned), name),
         )
 
 

@@ -1,4 +1,4 @@
-"""The atlas: every adapter against every other, summed up while the modules go by.
+"""The similarity matrix: every adapter against every other, summed up while the modules go by.
 
 No table of pairs and modules is kept, so that a thousand adapters fit in memory: what remains is
 one matrix per quantity and type of module.
@@ -15,10 +15,10 @@ import numpy as np
 from lora_analysis import chance
 from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.errors import InputError
-from lora_analysis.initialisation import StartRows
 from lora_analysis.pairwise import pair_blocks
-from lora_analysis.showing import html_table
+from lora_analysis.shared_init import InitRows
 from lora_analysis.spectra import SIDES, Side
+from lora_analysis.text import html_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,16 +31,16 @@ ALL = "all"
 # Beyond, one module at a time is compared, block by block, and types of modules are not told apart.
 MOST_AT_ONCE = 1000
 _ROWS = 128
-# A notebook shows larger atlases by name only.
+# A notebook shows larger similarity matrices by name only.
 SHOWN = 24
 # From here on two updates are one, whatever their length.
 DUPLICATE_COSINE = 0.99
-# An order in which neighbours in the tree are neighbours in the picture costs O(N³) to find.
+# An order in which neighbors in the tree are neighbors in the picture costs O(N³) to find.
 _ORDERED_BEST = 200
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Atlas:
+class SimilarityMatrix:
     """N adapters against each other, by type of module and in all.
 
     Attributes
@@ -83,7 +83,7 @@ class Atlas:
         """
         if what not in ("cosine", *SIDES) or kind not in self.kinds:
             message = (
-                f"The atlas holds 'cosine', 'input' and 'output' of {', '.join(self.kinds)}; "
+                f"The matrix holds 'cosine', 'input' and 'output' of {', '.join(self.kinds)}; "
                 f"got {what!r} of {kind!r}."
             )
             raise InputError(message)
@@ -98,7 +98,7 @@ class Atlas:
         ]
         columns = ("adapter", *(self.labels if len(self.labels) <= SHOWN else ()))
         note = "Mean over modules of ω above chance, output side."
-        return html_table(f"Atlas of {len(self.labels)} adapters", columns, rows, note)
+        return html_table(f"Similarity matrix of {len(self.labels)} adapters", columns, rows, note)
 
     def placed(self, what: str = "output", kind: str = ALL) -> NDArray[np.intp]:
         """Return the places of the adapters with any number: all but the untrained."""
@@ -135,7 +135,7 @@ class Atlas:
         """Return groups of adapters whose updates point the same way, by the signed cosine."""
         return self._groups(self.matrix("cosine") >= cosine)  # False of NaN
 
-    def shared_starts(self) -> list[tuple[str, ...]]:
+    def shared_inits(self) -> list[tuple[str, ...]]:
         """Return groups of adapters that share their initial rows in half of all modules."""
         return self._groups(self.shared >= 0.5)
 
@@ -154,8 +154,8 @@ class Atlas:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AtlasPart:
-    """What the atlas needs of one module: a fifth of what is known of its pairs.
+class ModuleContribution:
+    """What the similarity matrix needs of one module: a fifth of what is known of its pairs.
 
     ``members`` are the places of its N updates, ``cosine`` and ``above`` per side ``(N, N)``, NaN
     where nothing counts.
@@ -169,21 +169,21 @@ class AtlasPart:
     compared: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, members: Sequence[int], pairs: ModulePairs) -> AtlasPart:
+    def of(cls, members: Sequence[int], pairs: ModulePairs) -> ModuleContribution:
         """Take it out of the pairs of a module."""
         shared = compared = np.zeros(pairs.cosine.shape, dtype=bool)
         if pairs.start is not None:
             shared, compared = pairs.start.shared, ~np.isnan(pairs.start.row_cosine)
         above = {}
         for side, values in pairs.sides.items():
-            above[side] = chance.excess(values.omega, values.omega_chance)
+            above[side] = chance.excess(values.omega, values.chance_omega)
             if side == "input":
                 above[side][shared & ~np.eye(len(shared), dtype=bool)] = np.nan
         return cls(members, pairs.cosine, above, pairs.norms, shared, compared)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AtlasBlocks:
+class BlockedContribution:
     """The same of many low-rank updates, computed block by block when it is added up.
 
     ``members`` are the places of the updates, in order, with their spectra.
@@ -201,8 +201,8 @@ class AtlasBlocks:
         )
 
 
-class AtlasSums:
-    """What is added up over modules; `atlas` gives the means.
+class SimilarityMatrixSums:
+    """What is added up over modules; `similarity_matrix` gives the means.
 
     Beyond `MOST_AT_ONCE` adapters, only sums over all modules are kept, not those of each type.
 
@@ -230,9 +230,9 @@ class AtlasSums:
         self.norms = np.zeros(len(labels))
         self._upper_only = False
 
-    def add(self, kind: str, part: AtlasPart | AtlasBlocks) -> None:
+    def add(self, kind: str, part: ModuleContribution | BlockedContribution) -> None:
         """Add one module of a kind."""
-        if isinstance(part, AtlasBlocks):
+        if isinstance(part, BlockedContribution):
             self._add_blocks(kind, part)
             return
         block = np.ix_(part.members, part.members)
@@ -249,8 +249,8 @@ class AtlasSums:
                 self.overlap[side][at][block] += np.where(counted, above, 0.0)
                 self.counts[side][at][block] += counted
 
-    def _add_blocks(self, kind: str, part: AtlasBlocks) -> None:
-        """Add one module of a kind, on and above the diagonal; `atlas` fills what is below it."""
+    def _add_blocks(self, kind: str, part: BlockedContribution) -> None:
+        """Add one module of a kind, on and above the diagonal."""
         self._upper_only = True
         members = part.members
         norms = np.array([one.norm for one in part.spectra])
@@ -277,10 +277,10 @@ class AtlasSums:
         for first in range(0, len(members), _ROWS):
             self.compared[np.ix_(members[first : first + _ROWS], members[first:])] += 1
 
-    def _add_untrained_starts(self, part: AtlasBlocks, trained: NDArray[np.intp]) -> None:
+    def _add_untrained_starts(self, part: BlockedContribution, trained: NDArray[np.intp]) -> None:
         """Count the shared starts of pairs with an untrained update, which blocks leave out."""
         untrained = np.setdiff1d(np.arange(len(part.members)), trained)
-        rows = StartRows(part.updates) if len(untrained) else None
+        rows = InitRows(part.updates) if len(untrained) else None
         every = np.arange(len(part.members))
         for first in range(0, len(untrained), _ROWS):
             own = untrained[first : first + _ROWS]
@@ -296,8 +296,8 @@ class AtlasSums:
         if kind in self.kinds[1:]:
             yield self.kinds.index(kind)
 
-    def atlas(self, kept: Sequence[int]) -> Atlas:
-        """Return the atlas of some of the adapters: a failed one has half of its modules here.
+    def similarity_matrix(self, kept: Sequence[int]) -> SimilarityMatrix:
+        """Return the similarity matrix of the adapters at ``kept``; failed ones are incomplete.
 
         The sums are turned into it in place, so that they can be asked for once.
         """
@@ -316,7 +316,7 @@ class AtlasSums:
             _divide(self.overlap[side], self.counts[side])
         with np.errstate(divide="ignore", invalid="ignore"):
             shared = self.shared[plane] / self.compared[plane]
-        return Atlas(
+        return SimilarityMatrix(
             labels=tuple(self.labels[at] for at in kept),
             kinds=self.kinds,
             modules=self.modules,

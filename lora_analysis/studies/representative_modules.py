@@ -16,13 +16,13 @@ from lora_analysis.studies.relations import (
     REFERENCE,
     SAME_RUN,
     Relation,
-    earlier_steps,
+    earlier_checkpoints,
     relation,
 )
 
 
 class ChosenPairs(NamedTuple):
-    """Places of adapters, analysed ones before the reference.
+    """Places of adapters, analyzed ones before the reference.
 
     ``tabulated`` are those that get into tables of pairs, ``pairs`` ``(P, 2)`` the pairs that are
     compared, ``relations`` how they are related; ``across`` counts pairs of different bases that
@@ -41,7 +41,7 @@ def choose_pairs(
     """Return the pairs of the adapters, and of each with those of the reference."""
     every = (*adapters, *reference)
     tabulated = chosen_for_pairs(every, most)
-    early = earlier_steps(adapters)
+    early = earlier_checkpoints(adapters)
     pairs: list[tuple[int, int]] = []
     relations: list[Relation] = []
     across = 0

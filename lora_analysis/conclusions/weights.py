@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from lora_analysis.findings.levels import Finding, Kind, number
-from lora_analysis.findings.runs import some
+from lora_analysis.conclusions.levels import Finding, Kind, number
+from lora_analysis.conclusions.runs import some
 from lora_analysis.studies import Study
 from lora_analysis.studies.bases import other_bases, strange_name
 
@@ -141,8 +141,8 @@ def accuracy(study: Study) -> Iterator[Finding]:
     yield Finding("result", "accuracy", f"Accuracy on held-out data: {'; '.join(parts)}.")
 
 
-def quantised(study: Study) -> Iterator[Finding]:
-    """Say how far rounding has moved a quantised W, and below which enrichment that is all."""
+def quantized(study: Study) -> Iterator[Finding]:
+    """Say how far rounding has moved a quantized W, and below which enrichment that is all."""
     table = study.amplifications
     rounded = table[(table["storage"] != "") & table["at_rank"]] if len(table) else table
     if rounded.empty:
@@ -150,12 +150,12 @@ def quantised(study: Study) -> Iterator[Finding]:
     storages = sorted(set(rounded["storage"]))
     noise = rounded["noise"].dropna()
     text = (
-        f"W is quantised ({', '.join(storages)}): what is measured against it is measured against "
+        f"W is quantized ({', '.join(storages)}): what is measured against it is measured against "
         "the rounded weight. "
     )
     if noise.empty:
         text += "How far rounding moved it is not known for this storage."
-        yield Finding("limit", "quantised base", text, {"noise": None})
+        yield Finding("limit", "quantized base", text, {"noise": None})
         return
     worst = float(noise.max())
     buried = int((rounded["enrichment"] < 2 * rounded["noise"]).sum())
@@ -165,4 +165,4 @@ def quantised(study: Study) -> Iterator[Finding]:
         f"enrichment of that size. {buried} of {len(rounded)} enrichments are below twice theirs."
     )
     values = {"noise": float(noise.median()), "largest_noise": worst, "buried": buried}
-    yield Finding("limit", "quantised base", text, values)
+    yield Finding("limit", "quantized base", text, values)

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from lora_analysis.findings import groups, notes, overlaps, runs, unjudged, weights
-from lora_analysis.findings.levels import Finding, Level, level, number
-from lora_analysis.showing import plural
+from lora_analysis.conclusions import groups, notes, overlaps, runs, unjudged, weights
+from lora_analysis.conclusions.levels import Finding, Level, level, number
 from lora_analysis.studies import Study
+from lora_analysis.text import plural
 
 __all__ = ["Finding", "Level", "findings", "level", "number", "plural"]
 
@@ -31,7 +31,7 @@ _MAKERS: tuple[Callable[[Study], Iterator[Finding]], ...] = (
     notes.starts,
     overlaps.shared_seed,
     groups.degenerate,
-    notes.file_artefacts,
+    notes.file_artifacts,
     notes.few_runs,
     overlaps.reference,
     unjudged.comparisons,
@@ -41,7 +41,7 @@ _MAKERS: tuple[Callable[[Study], Iterator[Finding]], ...] = (
     notes.unmatched,
     weights.unusual_base,
     weights.other_base,
-    weights.quantised,
+    weights.quantized,
     weights.amplified,
     weights.energy,
     weights.accuracy,
@@ -50,5 +50,5 @@ _MAKERS: tuple[Callable[[Study], Iterator[Finding]], ...] = (
 
 
 def findings(study: Study) -> tuple[Finding, ...]:
-    """Return everything the study can say in words; artefacts stand before what they touch."""
+    """Return everything the study can say in words; artifacts stand before what they touch."""
     return tuple(finding for maker in _MAKERS for finding in maker(study))

@@ -1,4 +1,4 @@
-"""Do two adapters share their initial factor? The artefact that makes strangers look alike.
+"""Do two adapters share their initial factor? The artifact that makes strangers look alike.
 
 A moves little in training. Two unrelated adapters whose scripts ran with the same seed share
 their initial A and so most of their input directions: overlaps of 0.93 to 0.998 on real pairs
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-StartKind = Literal[
+InitRelation = Literal[
     "independent",  # no module shares its start
     "partly shared",  # some modules do; they do not count on the input side
     "same initial A",  # all do, and B was learned apart: same script, same seed
@@ -40,7 +40,7 @@ _ALIKE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class ModuleStart:
+class ModuleInit:
     """The evidence from one module.
 
     Attributes
@@ -67,7 +67,7 @@ class ModuleStart:
 
 
 @dataclass(frozen=True, slots=True)
-class SharedStart:
+class SharedInit:
     """The verdict on a pair of adapters.
 
     Attributes
@@ -82,7 +82,7 @@ class SharedStart:
         Median over the shared modules of the matched cosine of B; None if there are none.
     """
 
-    kind: StartKind
+    kind: InitRelation
     modules: tuple[str, ...]
     compared: int
     other_cosine: float | None = None
@@ -94,11 +94,11 @@ class SharedStart:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class StartEvidence:
+class InitEvidence:
     """The evidence of one module for every pair of N updates: symmetric arrays ``(N, N)``.
 
     ``row_cosine``, ``cross_cosine``, ``z``, ``other_cosine`` and ``shared`` are those of
-    `ModuleStart`, with NaN for its None; the diagonal holds an update against itself.
+    `ModuleInit`, with NaN for its None; the diagonal holds an update against itself.
     """
 
     row_cosine: NDArray[np.float64]
@@ -108,9 +108,9 @@ class StartEvidence:
     shared: NDArray[np.bool_]
 
 
-def start_evidence(
+def init_evidence(
     updates: Sequence[LowRankUpdate], *, factor: Literal["A", "B"] | None = None
-) -> StartEvidence:
+) -> InitEvidence:
     """Return the evidence, for every pair, that two updates of one module share their start.
 
     Parameters
@@ -140,7 +140,7 @@ def start_evidence(
     )
 
 
-def _evidence(updates: Sequence[LowRankUpdate], factor: Literal["A", "B"]) -> StartEvidence:
+def _evidence(updates: Sequence[LowRankUpdate], factor: Literal["A", "B"]) -> InitEvidence:
     rows = [_unit_rows(one.A if factor == "A" else one.B.T) for one in updates]
     others = [_unit_rows(one.B.T if factor == "A" else one.A) for one in updates]
     ranks = np.array([len(one) for one in rows])
@@ -153,7 +153,7 @@ def _evidence(updates: Sequence[LowRankUpdate], factor: Literal["A", "B"]) -> St
     cosine = matched / n
     z = np.sqrt(n) * cosine / np.maximum(cross, 1 / np.sqrt(rows[0].shape[1]))
     alike = len({one.shape[1] for one in others}) == 1
-    return StartEvidence(
+    return InitEvidence(
         row_cosine=cosine,
         cross_cosine=cross,
         z=z,
@@ -169,7 +169,7 @@ def _are_shared(cosine: NDArray[np.float64], z: NDArray[np.float64]) -> NDArray[
     return shared
 
 
-class StartRows:
+class InitRows:
     """The rows of A of many updates: which pairs share their start, some pairs at a time.
 
     For matrices; of an embedding, which factor is to be asked depends on all pairs.
@@ -184,7 +184,7 @@ class StartRows:
     def shared(self, a: NDArray[np.intp], b: NDArray[np.intp]) -> NDArray[np.bool_]:
         """Return whether updates ``a`` share their start with updates ``b``, ``(len(a), len(b))``.
 
-        The rule is that of `start_evidence`.
+        The rule is that of `init_evidence`.
         """
         rows_a, starts_a = self._rows_of(a)
         rows_b, starts_b = self._rows_of(b)
@@ -250,21 +250,21 @@ def _block_squares(
     return found
 
 
-def module_start(a: LowRankUpdate, b: LowRankUpdate) -> ModuleStart:
+def module_start(a: LowRankUpdate, b: LowRankUpdate) -> ModuleInit:
     """Return the evidence that ``a`` and ``b`` started from the same rows of A.
 
-    Of one pair what `start_evidence` says of many; ``a`` and ``b`` have one d_in.
+    Of one pair what `init_evidence` says of many; ``a`` and ``b`` have one d_in.
     """
-    evidence = start_evidence([a, b])
+    evidence = init_evidence([a, b])
     return module_start_of(evidence, 0, 1, a.name, (a.rank, b.rank))
 
 
 def module_start_of(
-    evidence: StartEvidence, a: int, b: int, module: str, ranks: tuple[int, int]
-) -> ModuleStart:
+    evidence: InitEvidence, a: int, b: int, module: str, ranks: tuple[int, int]
+) -> ModuleInit:
     """Return the evidence about the pair (a, b) out of that about every pair."""
     known = ranks != (1, 1)
-    return ModuleStart(
+    return ModuleInit(
         module=module,
         ranks=ranks,
         row_cosine=float(evidence.row_cosine[a, b]),
@@ -331,26 +331,26 @@ def _one_minus_cosines(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArra
     return np.asarray(np.sum(apart**2, axis=1) / 2)
 
 
-def _rank_one_verdict(starts: Sequence[ModuleStart]) -> SharedStart:
+def _rank_one_verdict(starts: Sequence[ModuleInit]) -> SharedInit:
     """Judge a pair whose ranks are 1: only many modules of one sign can show a shared start."""
     cosines = np.array([start.row_cosine for start in starts])
     strong = np.abs(cosines) >= 0.5
     if strong.sum() >= 6 and abs(np.sign(cosines[strong]).sum()) == strong.sum():
         flagged = [start for start, is_strong in zip(starts, strong, strict=True) if is_strong]
         return _verdict(flagged, len(starts))
-    return SharedStart("undecidable", (), len(starts))
+    return SharedInit("undecidable", (), len(starts))
 
 
-def _verdict(flagged: Sequence[ModuleStart], compared: int) -> SharedStart:
+def _verdict(flagged: Sequence[ModuleInit], compared: int) -> SharedInit:
     names = tuple(start.module for start in flagged)
     other = float(np.median([start.other_cosine for start in flagged]))
     if len(flagged) < compared:
-        return SharedStart("partly shared", names, compared, other)
-    kind: StartKind = "same run" if other >= SAME_RUN else "same initial A"
-    return SharedStart(kind, names, compared, other)
+        return SharedInit("partly shared", names, compared, other)
+    kind: InitRelation = "same run" if other >= SAME_RUN else "same initial A"
+    return SharedInit(kind, names, compared, other)
 
 
-def _is_one_run(starts: Sequence[ModuleStart]) -> bool:
+def _is_one_run(starts: Sequence[ModuleInit]) -> bool:
     """Say whether the modules that are not clear agree as one run's do.
 
     Where training has drawn the rows of a small rank together, q is as large as c and z says
@@ -361,22 +361,22 @@ def _is_one_run(starts: Sequence[ModuleStart]) -> bool:
     return other >= SAME_RUN and all(start.row_cosine >= _ALIKE for start in rest)
 
 
-def judge_start(
-    starts: Sequence[ModuleStart], input_similarity: Sequence[float] = ()
-) -> SharedStart:
+def classify_init(
+    starts: Sequence[ModuleInit], input_similarity: Sequence[float] = ()
+) -> SharedInit:
     """Return the verdict on a pair of adapters from the evidence of their common modules.
 
     Parameters
     ----------
     starts
-        One `ModuleStart` per common low-rank module. Among others, modules of rank 1 on both
+        One `ModuleInit` per common low-rank module. Among others, modules of rank 1 on both
         sides are passed over: alone they cannot tell.
     input_similarity
-        φ_input(r, r) of the same modules, to recognise the same span under other rows. Values
+        φ_input(r, r) of the same modules, to recognize the same span under other rows. Values
         where a rank comes near the dimension should be left out: they are large by chance.
     """
     if not starts:
-        return SharedStart("not applicable", (), 0)
+        return SharedInit("not applicable", (), 0)
     decidable = [start for start in starts if start.ranks != (1, 1)]
     if not decidable:
         return _rank_one_verdict(starts)
@@ -384,5 +384,5 @@ def judge_start(
     if flagged:
         return _verdict(decidable if _is_one_run(decidable) else flagged, len(decidable))
     if len(input_similarity) and float(np.median(input_similarity)) >= SAME_SPACE:
-        return SharedStart("same input space", (), len(decidable))
-    return SharedStart("independent", (), len(decidable))
+        return SharedInit("same input space", (), len(decidable))
+    return SharedInit("independent", (), len(decidable))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from lora_analysis.findings.levels import SIDES_IN_ORDER, Finding, Level, level, number
-from lora_analysis.showing import plural
+from lora_analysis.conclusions.levels import SIDES_IN_ORDER, Finding, Level, level, number
 from lora_analysis.studies import REFERENCE, Study
 from lora_analysis.studies.bases import base_keys
+from lora_analysis.text import plural
 
 if TYPE_CHECKING:
     import pandas as pd

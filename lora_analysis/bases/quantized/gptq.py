@@ -3,7 +3,7 @@
 Both store ``[in, out]``. GPTQ packs along the input, eight 4-bit codes of one column a word; its
 ``g_idx`` gives the group of each input; format version 1 stores zeros less one. AWQ ("gemm")
 packs eight outputs a word in the order 0, 2, 4, 6, 1, 3, 5, 7. AWQ also moves a factor per input
-feature from W into the layer before it, which no file says: such a W differs from the unquantised
+feature from W into the layer before it, which no file says: such a W differs from the unquantized
 one by more than its rounding.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_analysis.bases.quantised.codes import Coded, Decoder, RawTensors, refused, unpacked
+from lora_analysis.bases.quantized.codes import Coded, Decoder, RawTensors, refused, unpacked
 
 # Where column j of eight lies in an AWQ word, in steps of four bits.
 _AWQ_PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7], dtype=np.uint32)
@@ -138,6 +138,6 @@ def _added(config: Mapping[str, Any], label: str, path: str) -> int:
     """Return what must be added to stored zeros: 1 in the first format, nothing in the second."""
     stated = config.get("checkpoint_format", "gptq")
     if stated not in ("gptq", "gptq_v2"):
-        why = f"checkpoint_format {stated!r} is not read; dequantise it first"
+        why = f"checkpoint_format {stated!r} is not read; dequantize it first"
         raise refused(label, f"{path}.qweight", "GPTQ", why)
     return 1 if stated == "gptq" else 0

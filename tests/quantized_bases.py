@@ -1,4 +1,4 @@
-"""Weights as other libraries quantise and store them, or, where none is light, by their layouts.
+"""Weights as other libraries quantize and store them, or, where none is light, by their layouts.
 
 GPTQ and AWQ are packed here by their layouts: no library that writes them installs without a
 compiler. Their packers loop element by element and share no code with the readers.
@@ -41,7 +41,7 @@ def bitsandbytes_4bit(
     """Return what bitsandbytes stores, and what it decodes.
 
     It decodes one row of all numbers: its CPU kernel begins a block of scales with every row,
-    where its own quantiser, and its kernel for GPUs, let blocks run on from row to row.
+    where its own quantizer, and its kernel for GPUs, let blocks run on from row to row.
     """
     import bitsandbytes.functional as bnb
 

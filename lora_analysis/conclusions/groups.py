@@ -1,4 +1,4 @@
-"""Sentences about groups of adapters that the atlas finds: doubles, common starts, outliers."""
+"""Findings about groups of adapters: duplicates, shared initializations, outliers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lora_analysis.findings.levels import Finding, number
-from lora_analysis.findings.runs import some
-from lora_analysis.showing import plural
+from lora_analysis.conclusions.levels import Finding, number
+from lora_analysis.conclusions.runs import some
 from lora_analysis.studies import Study
 from lora_analysis.studies.relations import base_key
+from lora_analysis.text import plural
 
 # Times the median norm of the others from which an adapter is called diverged.
 EXPLODED = 10.0
@@ -18,17 +18,17 @@ EXPLODED = 10.0
 
 def duplicates(study: Study) -> Iterator[Finding]:
     """Name adapters that are one update, up to length."""
-    if study.atlas is None or len(study.adapters) < 2:
+    if study.similarity_matrix is None or len(study.adapters) < 2:
         return
-    norms = dict(zip(study.atlas.labels, study.atlas.norms, strict=True))
-    for names in study.atlas.duplicates():
+    norms = dict(zip(study.similarity_matrix.labels, study.similarity_matrix.norms, strict=True))
+    for names in study.similarity_matrix.duplicates():
         own = [norms[name] for name in names]
         text = (
             f"{some(list(names))} are near-duplicates: the signed cosine of their whole updates is "
             f"0.99 or more (largest norm {number(max(own) / min(own))} times the smallest). They "
             "are one sample, whatever their names say."
         )
-        yield Finding("artefact", "near-duplicates", text, {"adapters": len(names)})
+        yield Finding("artifact", "near-duplicates", text, {"adapters": len(names)})
 
 
 def diverged(study: Study) -> Iterator[Finding]:
@@ -59,19 +59,19 @@ def diverged(study: Study) -> Iterator[Finding]:
                 f"{row.adapter} has probably diverged: ‖ΔW‖ is {number(row.norm)}, "
                 f"{' and '.join(said)}. Its directions are real, its training is in doubt."
             )
-            yield Finding("artefact", "diverged", text, {"adapter": row.adapter, "norm": row.norm})
+            yield Finding("artifact", "diverged", text, {"adapter": row.adapter, "norm": row.norm})
 
 
 def degenerate(study: Study) -> Iterator[Finding]:
     """Say how many first directions are not defined, or not well, and so count nowhere."""
     rows = study.similarities
     rows = rows[rows["side"] == "output"]
-    counts = rows["ill_defined_1_1"].value_counts()
-    undefined, soft = (int(counts.get(kind, 0)) for kind in ("undefined", "soft"))
+    counts = rows["degeneracy_1_1"].value_counts()
+    undefined, soft = (int(counts.get(kind, 0)) for kind in ("degenerate", "nearly degenerate"))
     if undefined + soft:
         text = (
             f"In {undefined + soft} of {plural(len(rows), 'comparison')} a first direction is not "
             f"well defined (σ₁ and σ₂ coincide in {undefined}, differ by less than 5 % in {soft}): "
             "noise may turn it, so φ(1,1) counts nowhere there."
         )
-        yield Finding("artefact", "degenerate directions", text, {"undefined": undefined})
+        yield Finding("artifact", "degenerate directions", text, {"undefined": undefined})

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_analysis import chance
+from lora_analysis.conclusions.levels import Finding, number, on
 from lora_analysis.errors import InputError
-from lora_analysis.findings.levels import Finding, number, on
-from lora_analysis.showing import plural
 from lora_analysis.studies import EARLIER, OTHER_BASE, REFERENCE, SAME_RUN, Study
 from lora_analysis.studies.bases import per_base, runs_per_base
 from lora_analysis.studies.relations import base_key
+from lora_analysis.text import plural
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +50,7 @@ def _inferred(found: RunInference, rank: int, base: str) -> Finding:
         f"{plural(len(set(found.tasks)), 'task')}): median {name} on the output side is "
         f"{_quartiles(found.within)} between runs of one task and {_quartiles(found.between)} "
         f"between runs of different tasks; the means differ by {number(test.difference)}{error}. "
-        f"Relabelling the runs gives p = {chance.p_value_text(test.p_value)}; the smallest that so "
+        f"Relabeling the runs gives p = {chance.p_value_text(test.p_value)}; the smallest that so "
         f"few runs allow is {at_least}."
     )
     if test.smallest_p_value > 0.05:
@@ -114,8 +114,10 @@ def largest(study: Study) -> Iterator[Finding]:
     Where there are few, a maximum is one of the numbers that lead anyway.
     """
     rows = study.similarities
-    rows = rows[(rows["side"] == "output") & (rows["ill_defined_1_1"] == "")]
-    rows = rows[(rows["start"] != "same run") & ~rows["relation"].isin([SAME_RUN, EARLIER])]
+    rows = rows[(rows["side"] == "output") & (rows["degeneracy_1_1"] == "")]
+    rows = rows[
+        (rows["initialization"] != "same run") & ~rows["relation"].isin([SAME_RUN, EARLIER])
+    ]
     for base, own in per_base(study, rows[rows["relation"] != OTHER_BASE]):
         others = own[own["relation"] == REFERENCE]
         chosen = own[own["relation"] != REFERENCE]
@@ -208,7 +210,7 @@ def chosen(study: Study) -> Iterator[Finding]:
     if left > 0:
         text = (
             f"Pairs of {len(study.tabulated)} adapters, some of every task and rank, are compared "
-            f"module by module; the other {left} are in the atlas, which holds all "
+            f"module by module; the other {left} are in the similarity matrix, which holds all "
             f"{len(study.adapters)}, and in the tables of single adapters."
         )
         yield Finding("limit", "choice", text, {"in_pairs": len(study.tabulated)})

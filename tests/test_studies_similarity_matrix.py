@@ -10,61 +10,61 @@ from factories import adapter
 from test_studies import sweep  # noqa: F401  (a fixture)
 
 from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate, Provenance
+from lora_analysis.conclusions import findings
 from lora_analysis.errors import InputError
 from lora_analysis.finding import Finding
-from lora_analysis.findings import findings
 from lora_analysis.pairwise import pairwise
 from lora_analysis.studies import study
-from lora_analysis.studies.atlas import AtlasBlocks
-from lora_analysis.studies.choice import chosen_for_pairs
+from lora_analysis.studies.representative_modules import chosen_for_pairs
+from lora_analysis.studies.similarity_matrix import BlockedContribution
 
 
-def test_the_atlas_is_the_mean_of_the_tables(sweep: list[Adapter]) -> None:  # noqa: F811
+def test_the_similarity_matrix_is_the_mean_of_the_tables(sweep: list[Adapter]) -> None:  # noqa: F811
     result = study(sweep)
-    atlas = result.atlas
-    assert atlas is not None
-    assert atlas.kinds == ("all", "q_proj", "v_proj")
-    assert list(atlas.modules) == [4, 2, 2]
+    similarity_matrix = result.similarity_matrix
+    assert similarity_matrix is not None
+    assert similarity_matrix.kinds == ("all", "q_proj", "v_proj")
+    assert list(similarity_matrix.modules) == [4, 2, 2]
     table = result.similarities
     for side in ("output", "input"):
-        for kind in atlas.kinds:
+        for kind in similarity_matrix.kinds:
             rows = table[table["side"] == side]
             if kind != "all":
                 rows = rows[rows["module_type"] == kind]
             if side == "input":
-                rows = rows[~rows["shared_start"]]
-            above = (rows["omega"] - rows["omega_chance"]) / (1 - rows["omega_chance"])
+                rows = rows[~rows["shared_init"]]
+            above = (rows["omega"] - rows["chance_omega"]) / (1 - rows["chance_omega"])
             means = above.groupby([rows["a"], rows["b"]]).mean()
-            matrix = atlas.matrix(side, kind)
-            for i, a in enumerate(atlas.labels):
-                for j, b in enumerate(atlas.labels[i + 1 :], i + 1):
+            matrix = similarity_matrix.matrix(side, kind)
+            for i, a in enumerate(similarity_matrix.labels):
+                for j, b in enumerate(similarity_matrix.labels[i + 1 :], i + 1):
                     expected = means.get((a, b), np.nan)
                     assert matrix[i, j] == pytest.approx(expected, abs=1e-12, nan_ok=True)
                     assert matrix[j, i] == pytest.approx(expected, abs=1e-12, nan_ok=True)
 
 
-def test_the_cosine_of_the_atlas_is_that_of_all_modules(sweep: list[Adapter]) -> None:  # noqa: F811
-    atlas = study(sweep).atlas
-    assert atlas is not None
+def test_the_cosine_of_the_similarity_matrix_is_that_of_all_modules(sweep: list[Adapter]) -> None:  # noqa: F811
+    similarity_matrix = study(sweep).similarity_matrix
+    assert similarity_matrix is not None
     expected = pairwise(sweep).total_cosine
-    np.testing.assert_allclose(atlas.matrix("cosine"), expected, atol=1e-12)
+    np.testing.assert_allclose(similarity_matrix.matrix("cosine"), expected, atol=1e-12)
     only = pairwise(sweep, modules="q_proj").total_cosine
-    np.testing.assert_allclose(atlas.matrix("cosine", "q_proj"), only, atol=1e-12)
+    np.testing.assert_allclose(similarity_matrix.matrix("cosine", "q_proj"), only, atol=1e-12)
 
 
 def test_the_order_puts_tasks_side_by_side(sweep: list[Adapter]) -> None:  # noqa: F811
-    atlas = study(sweep).atlas
-    assert atlas is not None
-    tasks = [atlas.labels[at].split("-")[0] for at in atlas.order()]
+    similarity_matrix = study(sweep).similarity_matrix
+    assert similarity_matrix is not None
+    tasks = [similarity_matrix.labels[at].split("-")[0] for at in similarity_matrix.order()]
     assert sum(a != b for a, b in itertools.pairwise(tasks)) == 1
-    assert atlas.linkage().shape == (4, 4)
+    assert similarity_matrix.linkage().shape == (4, 4)
 
 
 def test_a_quantity_that_is_not_there_is_refused(sweep: list[Adapter]) -> None:  # noqa: F811
-    atlas = study(sweep[:2]).atlas
-    assert atlas is not None
+    similarity_matrix = study(sweep[:2]).similarity_matrix
+    assert similarity_matrix is not None
     with pytest.raises(InputError, match="'k_proj'"):
-        atlas.matrix("output", "k_proj")
+        similarity_matrix.matrix("output", "k_proj")
 
 
 def scaled(one: Adapter, label: str, factor: float, **facts: object) -> Adapter:
@@ -86,10 +86,10 @@ def test_doubles_untrained_and_diverged_adapters_are_named(rng: np.random.Genera
         scaled(adapter(rng), "huge", 100.0),
     ]
     result = study(made)
-    assert result.atlas is not None
-    assert result.atlas.duplicates() == [("first", "double")]
-    assert result.atlas.shared_starts() == [("first", "double", "empty")]
-    assert result.atlas.untrained() == ["empty"]
+    assert result.similarity_matrix is not None
+    assert result.similarity_matrix.duplicates() == [("first", "double")]
+    assert result.similarity_matrix.shared_inits() == [("first", "double", "empty")]
+    assert result.similarity_matrix.untrained() == ["empty"]
     said = {one.topic: one.text for one in findings(result)}
     assert said["near-duplicates"].startswith("first and double are near-duplicates")
     assert "1.50 times the smallest" in said["near-duplicates"]
@@ -102,7 +102,7 @@ def test_adapters_of_one_size_have_not_diverged(rng: np.random.Generator) -> Non
     assert "diverged" not in {one.topic for one in findings(study(made))}
 
 
-def test_beyond_a_number_the_tables_hold_a_choice_and_the_atlas_all(
+def test_beyond_a_number_the_tables_hold_a_choice_and_the_similarity_matrix_all(
     rng: np.random.Generator,
 ) -> None:
     made = [
@@ -118,14 +118,16 @@ def test_beyond_a_number_the_tables_hold_a_choice_and_the_atlas_all(
     few, every = study(made, most_in_pairs=4), study(made)
     assert len(few.pairs) == 6
     assert few.tabulated == ("a-0", "a-1", "b-0", "b-1")
-    assert few.atlas is not None
-    assert every.atlas is not None
+    assert few.similarity_matrix is not None
+    assert every.similarity_matrix is not None
     for what in ("output", "input", "cosine"):
-        np.testing.assert_array_equal(few.atlas.matrix(what), every.atlas.matrix(what))
+        np.testing.assert_array_equal(
+            few.similarity_matrix.matrix(what), every.similarity_matrix.matrix(what)
+        )
     text = next(one.text for one in findings(few) if one.topic == "choice")
     assert "Pairs of 4 adapters" in text
     assert "all 12" in text
-    columns = ["phi_1_1", "phi_r_r", "omega", "signed_cosine", "smallest_angle", "shared_start"]
+    columns = ["phi_1_1", "phi_r_r", "omega", "signed_cosine", "smallest_angle", "shared_init"]
     both = few.similarities.merge(every.similarities, on=["a", "b", "module", "side"])
     for name in columns:
         assert (both[f"{name}_x"] == both[f"{name}_y"]).all()
@@ -137,7 +139,7 @@ def test_the_largest_of_many_stands_beside_what_as_many_random_ones_reach(
     result = study([adapter(rng, label=str(n)) for n in range(4)])
     said = next(one for one in findings(result) if one.topic == "largest")
     rows = result.similarities[result.similarities["side"] == "output"]
-    rows = rows[rows["ill_defined_1_1"] == ""]
+    rows = rows[rows["degeneracy_1_1"] == ""]
     assert said.values["count"] == len(rows)
     assert said.values["phi_1_1"] == pytest.approx(rows["phi_1_1"].max())
     others = rng.standard_normal((400, len(rows), 24))
@@ -164,17 +166,17 @@ def test_norms_of_other_bases_modules_or_steps_are_no_measure(rng: np.random.Gen
     assert "diverged" not in {one.topic for one in said}
 
 
-def test_a_copied_factor_is_an_artefact_before_the_results(sweep: list[Adapter]) -> None:  # noqa: F811
+def test_a_copied_factor_is_an_artifact_before_the_results(sweep: list[Adapter]) -> None:  # noqa: F811
     note = Finding("copied-a", {"count": 4, "modules": ["a", "b"]})
     noted = sweep[0].described(findings=(note, "its config names no base."))
     said = findings(study([noted, *sweep[1:]]))
     copied = next(at for at, one in enumerate(said) if note.text in one.text)
-    assert said[copied].kind == "artefact"
+    assert said[copied].kind == "artifact"
     assert copied < next(at for at, one in enumerate(said) if one.kind == "result")
     assert said[-1].text.endswith("its config names no base.")
 
 
-def test_many_adapters_are_added_up_block_by_block_to_the_same_atlas(
+def test_many_adapters_are_added_up_block_by_block_to_the_same_similarity_matrix(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def low_rank(name: str, rank: int, d_out: int = 12) -> LowRankUpdate:
@@ -200,22 +202,22 @@ def test_many_adapters_are_added_up_block_by_block_to_the_same_atlas(
             del updates["c.v_proj"]
         made.append(Adapter(updates, label=str(n)))
     whole = study(made, most_in_pairs=5)
-    monkeypatch.setattr("lora_analysis.studies.atlas.MOST_AT_ONCE", 6)
-    monkeypatch.setattr("lora_analysis.studies.atlas._ROWS", 4)
+    monkeypatch.setattr("lora_analysis.studies.similarity_matrix.MOST_AT_ONCE", 6)
+    monkeypatch.setattr("lora_analysis.studies.similarity_matrix._ROWS", 4)
     monkeypatch.setattr("lora_analysis.pairwise.products._AT_ONCE", 8)
     monkeypatch.setattr("lora_analysis.pairwise.products._ROWS", 5)
     blocks = study(made, most_in_pairs=5)
-    assert whole.atlas is not None
-    assert blocks.atlas is not None
-    assert blocks.atlas.kinds == ("all",)
-    assert list(blocks.atlas.modules) == [whole.atlas.modules[0]]
+    assert whole.similarity_matrix is not None
+    assert blocks.similarity_matrix is not None
+    assert blocks.similarity_matrix.kinds == ("all",)
+    assert list(blocks.similarity_matrix.modules) == [whole.similarity_matrix.modules[0]]
     for what in ("output", "input", "cosine"):
-        expected = whole.atlas.matrix(what)
+        expected = whole.similarity_matrix.matrix(what)
         assert np.isfinite(expected).any()
-        np.testing.assert_allclose(blocks.atlas.matrix(what), expected, atol=1e-12)
-    np.testing.assert_array_equal(blocks.atlas.shared, whole.atlas.shared)
-    assert whole.atlas.shared[1, 5] == pytest.approx(1 / 3)
-    np.testing.assert_allclose(blocks.atlas.norms, whole.atlas.norms)
+        np.testing.assert_allclose(blocks.similarity_matrix.matrix(what), expected, atol=1e-12)
+    np.testing.assert_array_equal(blocks.similarity_matrix.shared, whole.similarity_matrix.shared)
+    assert whole.similarity_matrix.shared[1, 5] == pytest.approx(1 / 3)
+    np.testing.assert_allclose(blocks.similarity_matrix.norms, whole.similarity_matrix.norms)
     pd.testing.assert_frame_equal(blocks.pairs, whole.pairs)
     pd.testing.assert_frame_equal(blocks.similarities, whole.similarities)
 
@@ -223,9 +225,9 @@ def test_many_adapters_are_added_up_block_by_block_to_the_same_atlas(
 def test_an_embedding_and_a_dense_update_are_not_added_up_in_blocks(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_analysis.studies.atlas.MOST_AT_ONCE", 1)
+    monkeypatch.setattr("lora_analysis.studies.similarity_matrix.MOST_AT_ONCE", 1)
     made = [adapter(rng, label=str(n)) for n in range(3)]
     updates = [one[next(iter(one))] for one in made]
-    assert AtlasBlocks.fits(updates)
-    assert not AtlasBlocks.fits([*updates[:2], replace(updates[2], layout="embedding")])  # type: ignore[type-var]
-    assert not AtlasBlocks.fits([*updates[:2], DenseUpdate("x", np.ones((2, 2)))])
+    assert BlockedContribution.fits(updates)
+    assert not BlockedContribution.fits([*updates[:2], replace(updates[2], layout="embedding")])  # type: ignore[type-var]
+    assert not BlockedContribution.fits([*updates[:2], DenseUpdate("x", np.ones((2, 2)))])

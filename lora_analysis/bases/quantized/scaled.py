@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_analysis.bases.quantised.codes import (
+from lora_analysis.bases.quantized.codes import (
     Coded,
     Decoder,
     RawTensors,
@@ -23,8 +23,8 @@ from lora_analysis.bases.quantised.codes import (
     powers_of_two,
     refused,
 )
-from lora_analysis.bases.quantised.schemes import DECODED_8_BIT, Scheme, decoding_of
-from lora_analysis.bases.quantised.tiled import tiled_shape, untiled
+from lora_analysis.bases.quantized.schemes import DECODED_8_BIT, Scheme, decoding_of
+from lora_analysis.bases.quantized.tiled import tiled_shape, untiled
 from lora_analysis.storage.dtypes import FLOAT8
 
 if TYPE_CHECKING:

@@ -8,12 +8,12 @@ from test_studies import sweep  # noqa: F401  (a fixture)
 
 from lora_analysis.adapter import Adapter, Provenance
 from lora_analysis.amplify import amplification, weight_basis_energy
-from lora_analysis.findings import findings
+from lora_analysis.conclusions import findings
 from lora_analysis.intruders import intruder_dimensions
-from lora_analysis.showing import html_table
 from lora_analysis.similarity import subspace_similarity
 from lora_analysis.spectra import spectrum, weight_svd
 from lora_analysis.studies import study
+from lora_analysis.text import html_table
 
 HOSTILE = "<script>alert(1)</script>&"
 
@@ -48,7 +48,7 @@ def results(rng: np.random.Generator) -> list[object]:
         intruder_dimensions(made, W),
         weight_basis_energy(made, weight_svd(W, cache=False)),
         found,
-        found.atlas,
+        found.similarity_matrix,
         *findings(found),
     ]
 
@@ -81,8 +81,8 @@ def test_many_adapters_are_shown_in_part(rng: np.random.Generator) -> None:
     made = [adapter(rng, modules=1, rank=1, label=str(n)) for n in range(45)]
     found = study(made)
     assert "5 more adapters" in found._repr_html_()
-    assert found.atlas is not None
-    assert found.atlas._repr_html_().count("<tr>") == 1 + 24
+    assert found.similarity_matrix is not None
+    assert found.similarity_matrix._repr_html_().count("<tr>") == 1 + 24
 
 
 def test_numbers_get_three_digits() -> None:

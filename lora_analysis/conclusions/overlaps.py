@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_analysis.findings.levels import (
+from lora_analysis.conclusions.levels import (
     PAIRS_IN_WORDS,
     SIDES_IN_ORDER,
     Finding,
     number,
     on,
 )
-from lora_analysis.findings.verdicts import compared, reference_rows, study_level
-from lora_analysis.showing import plural
+from lora_analysis.conclusions.verdicts import compared, reference_rows, study_level
 from lora_analysis.studies import REFERENCE, SHARED_SEED, Study
 from lora_analysis.studies.bases import per_base
+from lora_analysis.text import plural
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,7 +129,7 @@ def unknown(study: Study) -> Iterator[Finding]:
     """Describe pairs whose relation is not known, without a verdict."""
     table = study.similarities
     # One run twice is no pair: `starts` has said so.
-    table = table[(table["relation"] == "unknown") & (table["start"] != "same run")]
+    table = table[(table["relation"] == "unknown") & (table["initialization"] != "same run")]
     for base, rows in per_base(study, table):
         groups = list(rows.groupby(["a", "b"], sort=False))
         if len(groups) > PAIRS_IN_WORDS:
@@ -149,8 +149,8 @@ def shared_seed(study: Study) -> Iterator[Finding]:
 
 
 def _shared_seed(study: Study, pairs: pd.DataFrame, base: str) -> Iterator[Finding]:
-    whole = int((pairs["start"] == "same initial A").sum())
-    partly = int((pairs["start"] == "partly shared").sum())
+    whole = int((pairs["initialization"] == "same initial A").sum())
+    partly = int((pairs["initialization"] == "partly shared").sum())
     if not whole + partly:
         return
     named = set(zip(pairs["a"], pairs["b"], strict=True))
@@ -159,7 +159,7 @@ def _shared_seed(study: Study, pairs: pd.DataFrame, base: str) -> Iterator[Findi
         own = study.select(SHARED_SEED, side)
         pairs_here = zip(own["a"], own["b"], strict=True)
         mine = np.array([pair in named for pair in pairs_here], dtype=bool)
-        own = own[own["shared_start"] & mine]
+        own = own[own["shared_init"] & mine]
         other = reference_rows(study, own, side)
         same_ranks = other["rank_a"].isin(own["rank_a"]) & other["rank_b"].isin(own["rank_b"])
         other = other[same_ranks]  # φ(r, r) depends on r: like is held against like
@@ -177,7 +177,7 @@ def _shared_seed(study: Study, pairs: pd.DataFrame, base: str) -> Iterator[Findi
         "comes with the start and counts in no result."
     )
     values = {"input": i, "input_reference": i_ref, "output": o, "output_reference": o_ref}
-    yield Finding("artefact", "shared seed", text, {k: float(v) for k, v in values.items()})
+    yield Finding("artifact", "shared seed", text, {k: float(v) for k, v in values.items()})
 
 
 def _where(whole: int, partly: int) -> str:
