@@ -345,13 +345,13 @@ def test_a_trained_factor_is_not_untrained_because_the_other_is_zero(rng):
         ("something new", 2.0**-22.5, False),
     ],
 )
-def test_a_gap_below_the_stored_type_leaves_the_subspace_undefined(rng, dtype, gap, undefined):
+def test_a_gap_below_the_stored_type_leaves_the_subspace_undefined(rng, dtype, gap, degenerate):
     update = replace(planted(rng, [1.0, 1.0 - gap, 0.3]), stored_dtype=dtype)
     found = spectrum(update)
-    assert found.degenerate.tolist() == [undefined, False, False]
+    assert found.degenerate.tolist() == [degenerate, False, False]
     assert found.nearly_degenerate.tolist() == [gap < 0.05, False, False]
     found.basis("output", 2)
-    if undefined:
+    if degenerate:
         with pytest.raises(DegenerateSubspaceError, match=f"sigma_1 and sigma_2 .*{dtype}"):
             found.basis("output", 1)
     else:

@@ -364,9 +364,9 @@ def test_the_presets_are_the_papers_and_give_runs() -> None:
     assert (e2e.rank, e2e.alpha, e2e.dropout) == (4, 32, 0.1)
     assert e2e.parts == (("c_attn", ("q", "v")),)
     loop = e2e.loop
-    assert (loop.batch_size, loop.epochs, loop.warmup, loop.lr) == (8, 5, 500, 2e-4)
+    assert (loop.batch_size, loop.epochs, loop.warmup_steps, loop.lr) == (8, 5, 500, 2e-4)
     assert (loop.schedule, loop.weight_decay, loop.label_smoothing) == ("linear", 0.01, 0.1)
-    assert loop.clip is None
+    assert loop.max_grad_norm is None
     with pytest.raises(InputError, match=r"no preset 'gpt2-e2'. Near names: gpt2-e2e"):
         preset("gpt2-e2")
 

@@ -185,7 +185,7 @@ def _print(
     print_facts(
         [
             ("A, B", f"{pair['a']}, {pair['b']}"),
-            ("relation", f"{pair['relation']}; start: {pair['start']}"),
+            ("relation", f"{pair['relation']}; initialization: {pair['initialization']}"),
             ("in all", f"signed cosine {cosine} over {pair['modules']} common modules, chance 0"),
         ]
     )
@@ -208,7 +208,7 @@ def _print(
         )
     click.echo()
     if table["shared_init"].any():
-        print_text(f"* {_STARS[pair['start']]}")
+        print_text(f"* {_STARS[pair['initialization']]}")
     ranks = sorted(set(zip(table["rank_a"], table["rank_b"], strict=True)))
     shown = ", ".join(f"{i}/{j}" for i, j in ranks)
     print_text(f"r: numerical ranks of the two updates ({shown}). Angles: --format json.")
