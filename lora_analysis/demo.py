@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_analysis.formats import read_adapter
 from lora_analysis.patterns import natural_key
+from lora_analysis.progress import Progress
 from lora_analysis.report import write_report
 from lora_analysis.report.writing import check_report_folder
 from lora_analysis.studies import Study, study
@@ -28,7 +28,6 @@ from lora_analysis.training.sweep import SWEEP_NAME
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-Progress = Callable[[str, int, int], None]
 
 TITLE = "Section 7 of the LoRA paper, on handwritten digits"
 TEXT_TITLE = "Section 7 of the LoRA paper, on a sentence encoder and the docstrings of two packages"

@@ -457,6 +457,18 @@ class Finding:
         return html_facts(f"{self.severity}: {self.code}", self.fields.items(), self.text)
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A source or a module that could not be analyzed, and why."""
+
+    source: str
+    reason: str
+
+    def to_dict(self) -> dict[str, str]:
+        """Return source and reason, as JSON output has them."""
+        return {"source": self.source, "reason": self.reason}
+
+
 def as_findings(findings: tuple[Finding | str, ...]) -> tuple[Finding, ...]:
     """Return findings; a sentence without a code becomes a ``"file-note"``."""
     return tuple(

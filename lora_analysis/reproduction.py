@@ -12,6 +12,7 @@ from lora_analysis.amplify import amplification
 from lora_analysis.conclusions import number
 from lora_analysis.demo import study_demo, train_demo, trained_before
 from lora_analysis.errors import InputError
+from lora_analysis.progress import Progress
 from lora_analysis.report import (
     FORMATS,
     ReportFigure,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from lora_analysis.similarity import SimilarityGrid
     from lora_analysis.studies import Study
 
-Progress = Callable[[str, int, int], None]
 
 TITLE = "The LoRA paper’s section 7, on handwritten digits"
 LEAD = (

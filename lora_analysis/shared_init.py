@@ -9,6 +9,7 @@ ones by the rows of A themselves, one by one, which no learning brings into line
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -21,15 +22,18 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-InitRelation = Literal[
-    "independent",  # no module shares its start
-    "partly shared",  # some modules do; they do not count on the input side
-    "same initial A",  # all do, and B was learned apart: same script, same seed
-    "same run",  # all do, and B agrees too: one run twice, or one continued
-    "same input space",  # rows differ, their span does not: resized, or an init from data or W
-    "undecidable",  # rank 1 on both sides leaves nothing to compare the rows with
-    "not applicable",  # no low-rank factors
-]
+
+class InitRelation(StrEnum):
+    """How the initial factors of two adapters are related."""
+
+    INDEPENDENT = "independent"  # no module has a shared initialization
+    PARTLY_SHARED = "partly shared"  # some do; these are excluded on the input side
+    SHARED = "shared initialization"  # all do, and B was learned apart: same script, same seed
+    SAME_RUN = "same training run"  # all do, and B agrees too: one run twice, or continued
+    SAME_SPACE = "same input space"  # rows differ, spans agree: resized, or derived from data or W
+    INCONCLUSIVE = "inconclusive"  # rank 1 on both sides leaves no other row to compare with
+    NOT_APPLICABLE = "not applicable"  # no low-rank factors
+
 
 # A pair of spans this alike without alike rows was not found among independent adapters.
 SAME_SPACE = 0.7
@@ -90,7 +94,7 @@ class SharedInit:
     @property
     def contaminates_input(self) -> bool:
         """True where an input-side overlap of all modules may come from the start alone."""
-        return self.kind in ("same initial A", "same run", "same input space")
+        return self.kind in (InitRelation.SHARED, InitRelation.SAME_RUN, InitRelation.SAME_SPACE)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -338,15 +342,15 @@ def _rank_one_verdict(starts: Sequence[ModuleInit]) -> SharedInit:
     if strong.sum() >= 6 and abs(np.sign(cosines[strong]).sum()) == strong.sum():
         flagged = [start for start, is_strong in zip(starts, strong, strict=True) if is_strong]
         return _verdict(flagged, len(starts))
-    return SharedInit("undecidable", (), len(starts))
+    return SharedInit(InitRelation.INCONCLUSIVE, (), len(starts))
 
 
 def _verdict(flagged: Sequence[ModuleInit], compared: int) -> SharedInit:
     names = tuple(start.module for start in flagged)
     other = float(np.median([start.other_cosine for start in flagged]))
     if len(flagged) < compared:
-        return SharedInit("partly shared", names, compared, other)
-    kind: InitRelation = "same run" if other >= SAME_RUN else "same initial A"
+        return SharedInit(InitRelation.PARTLY_SHARED, names, compared, other)
+    kind: InitRelation = InitRelation.SAME_RUN if other >= SAME_RUN else InitRelation.SHARED
     return SharedInit(kind, names, compared, other)
 
 
@@ -376,7 +380,7 @@ def classify_init(
         where a rank comes near the dimension should be left out: they are large by chance.
     """
     if not starts:
-        return SharedInit("not applicable", (), 0)
+        return SharedInit(InitRelation.NOT_APPLICABLE, (), 0)
     decidable = [start for start in starts if start.ranks != (1, 1)]
     if not decidable:
         return _rank_one_verdict(starts)
@@ -384,5 +388,5 @@ def classify_init(
     if flagged:
         return _verdict(decidable if _is_one_run(decidable) else flagged, len(decidable))
     if len(input_similarity) and float(np.median(input_similarity)) >= SAME_SPACE:
-        return SharedInit("same input space", (), len(decidable))
-    return SharedInit("independent", (), len(decidable))
+        return SharedInit(InitRelation.SAME_SPACE, (), len(decidable))
+    return SharedInit(InitRelation.INDEPENDENT, (), len(decidable))

@@ -23,6 +23,7 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 # A module imports from lower levels and from its own folder only.
 LEVELS = {
     "errors": 0,
+    "progress": 0,
     "text": 0,
     "execution": 1,
     "linalg": 1,

@@ -297,7 +297,7 @@ def related(rng: np.random.Generator, folder: Path, first: Adapter, kind: str) -
     for at, (name, one) in enumerate(first.items()):
         assert isinstance(one, LowRankUpdate)
         A, B = one.A, rng.standard_normal(one.B.shape)
-        if kind == "same run":
+        if kind == "same training run":
             B = one.B + 0.1 * B
         if kind == "same input space":
             turn = np.linalg.qr(rng.standard_normal((one.rank, one.rank)))[0]
@@ -311,10 +311,10 @@ def related(rng: np.random.Generator, folder: Path, first: Adapter, kind: str) -
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("same initial A", "* starts from the same A in both adapters"),
-        ("partly shared", "* starts from the same A in both adapters"),
-        ("same run", "one run, not two samples"),
-        ("same input space", "* spans the same input space under other rows"),
+        ("shared initialization", "* has the same initial A in both adapters"),
+        ("partly shared", "* has the same initial A in both adapters"),
+        ("same training run", "one run, not two samples"),
+        ("same input space", "* spans the same input space with different rows"),
     ],
 )
 def test_compare_says_what_a_star_means_for_this_pair(
@@ -709,7 +709,7 @@ def test_json_lists_what_is_not_defined(capsys: pytest.CaptureFixture[str]) -> N
     found = document(capsys.readouterr().out)
     assert found["a"] == [None, 1.5]
     assert found["b"] == {"c": [1.0, None]}
-    assert set(found["degenerate"]) == {"$.a[0]", "$.b.c[1]"}
+    assert set(found["undefined"]) == {"$.a[0]", "$.b.c[1]"}
 
 
 class Terminal(io.StringIO):

@@ -61,7 +61,7 @@ def test_labels_in_names_make_a_relation(
     _, out, _ = call(
         capsys, "compare", tmp_path / "turn-s0", tmp_path / "turn-s1", "--label", "{task}-s{seed}"
     )
-    assert "same task, other seed" in out
+    assert "same task, different seed" in out
     glob = str(tmp_path / "turn-*")
     words = ("report", glob, "--label", "{task}-s{seed}", "--as", "md", "--figures", "")
     code, out, err = call(capsys, *words, "-o", tmp_path / "out")

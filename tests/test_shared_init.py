@@ -169,7 +169,7 @@ def test_independent_starts_are_called_independent(rng, r1, r2):
 @pytest.mark.parametrize(("r1", "r2"), [(4, 4), (8, 16), (16, 4), (2, 8)])
 def test_the_same_initial_rows_are_found_through_training_and_other_ranks(rng, r1, r2, drift):
     found = verdict(*pairs(rng, r1, r2, drift=drift))
-    assert found.kind == "same initial A"
+    assert found.kind == "shared initialization"
     assert found.modules == tuple(f"layers.{k}.q_proj" for k in range(MODULES))
     assert abs(found.other_cosine) < 0.4
     assert found.contaminates_input
@@ -189,7 +189,7 @@ def test_an_agreeing_other_factor_means_one_run(rng):
         replace(u, A=u.A + 0.01 * rng.standard_normal(u.A.shape), B=2 * u.B + 0.5) for u in one
     ]
     found = verdict(one, later)
-    assert found.kind == "same run"
+    assert found.kind == "same training run"
     assert found.other_cosine > 0.8
     assert found.contaminates_input
 
@@ -227,7 +227,7 @@ def test_correlated_rows_alone_do_not_make_a_start_shared(rng):
 @pytest.mark.parametrize(
     ("unclear", "other", "kind"),
     [
-        (0.98, 0.97, "same run"),  # drawn together by training: q is as large as c there
+        (0.98, 0.97, "same training run"),  # drawn together by training: q is as large as c there
         (0.98, 0.1, "partly shared"),  # B was learned apart: the rest may be learned too
         (0.3, 0.97, "partly shared"),
     ],
@@ -240,7 +240,7 @@ def test_modules_whose_rows_were_drawn_together_do_not_hide_one_run(unclear, oth
     ]
     found = classify_init(starts)
     assert found.kind == kind
-    assert len(found.modules) == (3 if kind == "same run" else 1)
+    assert len(found.modules) == (3 if kind == "same training run" else 1)
 
 
 def rank_one(cosines, other=0.0):
@@ -258,31 +258,31 @@ def test_rank_one_modules_carry_no_verdict_of_their_own(rng):
 @pytest.mark.parametrize(
     ("cosines", "other", "kind"),
     [
-        ([0.9] * 6, 0.1, "same initial A"),
-        ([0.9] * 6, 0.7, "same run"),
+        ([0.9] * 6, 0.1, "shared initialization"),
+        ([0.9] * 6, 0.7, "same training run"),
         ([0.9] * 6 + [0.1], 0.1, "partly shared"),
-        ([0.9] * 5, 0.1, "undecidable"),
-        ([0.9] * 6 + [-0.9], 0.1, "undecidable"),
-        ([0.4] * 20, 0.1, "undecidable"),
-        ([0.0] * 20, 0.1, "undecidable"),
+        ([0.9] * 5, 0.1, "inconclusive"),
+        ([0.9] * 6 + [-0.9], 0.1, "inconclusive"),
+        ([0.4] * 20, 0.1, "inconclusive"),
+        ([0.0] * 20, 0.1, "inconclusive"),
     ],
 )
 def test_rank_one_pairs_are_judged_by_many_modules_of_one_sign(cosines, other, kind):
     found = classify_init(rank_one(cosines, other))
     assert found.kind == kind
     assert found.compared == len(cosines)
-    assert len(found.modules) == (sum(c >= 0.5 for c in cosines) if kind != "undecidable" else 0)
+    assert len(found.modules) == (sum(c >= 0.5 for c in cosines) if kind != "inconclusive" else 0)
 
 
 def test_simulated_rank_one_pairs(rng):
-    assert verdict(*pairs(rng, 1, 1)).kind == "same initial A"
-    assert verdict(*pairs(rng, 1, 1, shared=0)).kind == "undecidable"
+    assert verdict(*pairs(rng, 1, 1)).kind == "shared initialization"
+    assert verdict(*pairs(rng, 1, 1, shared=0)).kind == "inconclusive"
 
 
 def test_rank_one_modules_among_others_are_passed_over(rng):
     starts = common_starts(*pairs(rng))
     found = classify_init([*starts, *rank_one([0.99, 0.0])])
-    assert found.kind == "same initial A"
+    assert found.kind == "shared initialization"
     assert found.compared == MODULES
 
 
@@ -320,7 +320,7 @@ def qwen(folder, name):
 @pytest.mark.parametrize("name", ["checkpoint-23", "checkpoint-46"])
 def test_checkpoints_of_one_run_are_called_the_same_run(real_adapters, name):
     found = verdict(qwen(real_adapters, name), qwen(real_adapters, "final"))
-    assert found.kind == "same run"
+    assert found.kind == "same training run"
     assert len(found.modules) == found.compared == 48
 
 
@@ -372,7 +372,7 @@ def test_a_file_against_itself_shares_every_module(rng):
         replace(u, A=u.A + 3 * np.outer(rng.standard_normal(4), common)) for u in pairs(rng)[0]
     ]
     found = classify_init(common_starts(learned, learned))
-    assert found.kind == "same run"
+    assert found.kind == "same training run"
     assert len(found.modules) == MODULES
 
 

@@ -15,7 +15,7 @@ from lora_analysis.bases import open_base
 from lora_analysis.conclusions import findings, level, number
 from lora_analysis.errors import BaseWeightError, InputError, SourceError
 from lora_analysis.report.pair_tables import verdicts_table
-from lora_analysis.studies import OTHER_BASE, REFERENCE, SHARED_SEED, relation, study
+from lora_analysis.studies import Relation, relation, study
 
 NAMES = ("layers.0.q_proj", "layers.0.v_proj", "layers.1.q_proj", "layers.1.v_proj")
 
@@ -61,12 +61,12 @@ def sweep() -> list[Adapter]:
 
 def test_relations_come_from_task_rank_and_seed(sweep: list[Adapter]) -> None:
     turn0, turn1, flip0, flip1, turn8 = sweep
-    assert relation(turn0, turn1) == "same task, other seed"
-    assert relation(turn0, turn8) == "same task, other rank"
-    assert relation(turn1, turn8) == "same task, other rank and seed"
-    assert relation(turn0, flip0) == SHARED_SEED
-    assert relation(turn0, flip1) == REFERENCE
-    assert relation(flip0, turn8) == "other task, other rank, same seed"
+    assert relation(turn0, turn1) == "same task, different seed"
+    assert relation(turn0, turn8) == "same task, different rank"
+    assert relation(turn1, turn8) == "same task, different rank and seed"
+    assert relation(turn0, flip0) == Relation.SHARED_SEED
+    assert relation(turn0, flip1) == Relation.REFERENCE
+    assert relation(flip0, turn8) == "different task, different rank, same seed"
     unknown = Adapter(dict(turn0), label="x", provenance=Provenance(rank=4, seed=0))
     assert relation(turn0, unknown) == "unknown"
 
@@ -108,12 +108,12 @@ def test_the_total_cosine_is_that_of_all_modules_stacked(sweep: list[Adapter]) -
 def test_a_shared_seed_is_found_and_kept_out_of_the_input_side(sweep: list[Adapter]) -> None:
     result = study(sweep)
     starts = result.pairs.set_index(["a", "b"])["initialization"]
-    assert starts["turn-r4-s0", "flip-r4-s0"] == "same initial A"
+    assert starts["turn-r4-s0", "flip-r4-s0"] == "shared initialization"
     assert starts["turn-r4-s0", "flip-r4-s1"] == "independent"
-    shared = result.select(SHARED_SEED, "input")
+    shared = result.select(Relation.SHARED_SEED, "input")
     assert shared["shared_init"].all()
     assert level(shared) is None
-    assert level(result.select(SHARED_SEED, "output")) is not None
+    assert level(result.select(Relation.SHARED_SEED, "output")) is not None
 
 
 def test_findings_tell_the_planted_story(sweep: list[Adapter]) -> None:
@@ -336,7 +336,7 @@ def test_adapters_named_as_reference_make_a_verdict_possible(sweep: list[Adapter
     )
     result = study([turn0, turn1], reference=[flip1])
     assert result.reference == ("flip-r4-s1",)
-    assert set(result.pairs["relation"]) == {"unknown", REFERENCE}
+    assert set(result.pairs["relation"]) == {"unknown", Relation.REFERENCE}
     assert len(result.pairs) == 3
     said = next(one for one in findings(result) if one.topic == "pairs")
     assert "a reference of 2 pairs is too small" in said.text
@@ -358,7 +358,7 @@ def test_an_unknown_rank_does_not_hide_another_task_and_seed(sweep: list[Adapter
         Adapter(dict(one), label="x", provenance=Provenance(task=task, seed=seed))
         for one, task, seed in ((sweep[0], "turn", 0), (sweep[3], "flip", 1))
     )
-    assert relation(a, b) == REFERENCE
+    assert relation(a, b) == Relation.REFERENCE
     other = Adapter(dict(b), label="y", provenance=Provenance(task="turn", seed=1))
     assert relation(a, other) == "unknown"
 
@@ -368,7 +368,7 @@ def test_adapters_of_two_bases_are_no_reference_for_each_other(sweep: list[Adapt
         Adapter({}, label="x", provenance=Provenance(task=task, seed=seed, rank=4, base_model=base))
         for task, seed, base in (("turn", 0, "gpt2"), ("flip", 1, "llama"))
     )
-    assert relation(a, b) == OTHER_BASE
+    assert relation(a, b) == Relation.OTHER_BASE
 
 
 def test_one_run_twice_counts_in_no_result(sweep: list[Adapter], rng: np.random.Generator) -> None:
@@ -382,7 +382,7 @@ def test_one_run_twice_counts_in_no_result(sweep: list[Adapter], rng: np.random.
         provenance=first.provenance,
     )
     result = study([first, later])
-    assert result.pairs["initialization"][0] == "same run"
+    assert result.pairs["initialization"][0] == "same training run"
     assert level(result.similarities) is None
     said = findings(result)
     assert "pairs" not in {one.topic for one in said}
@@ -592,7 +592,7 @@ def test_the_reference_is_of_the_types_of_module_that_a_pair_has(rng: np.random.
     others = [made(f"other{i}", both) for i in range(3)]
     result = study(pair, reference=others)
     said = next(one for one in findings(result) if one.topic == "pairs")
-    rows = result.select(REFERENCE, "output")
+    rows = result.select(Relation.REFERENCE, "output")
     assert rows["phi_1_1"].max() == pytest.approx(1)
     own = rows.loc[rows["module_type"] == "q_proj", "phi_1_1"]
     assert said.values["reference_output"] == pytest.approx(own.median())

@@ -16,9 +16,7 @@ from lora_analysis.errors import InputError, SourceError
 from lora_analysis.formats import expanded, read_adapter, write_adapter
 from lora_analysis.formats.sources import run_facts
 from lora_analysis.studies import (
-    EARLIER,
-    OTHER_BASE,
-    SAME_RUN,
+    Relation,
     earlier_checkpoints,
     label_facts,
     relation,
@@ -56,7 +54,7 @@ def test_names_fill_in_what_files_do_not_say(rng: np.random.Generator, tmp_path:
     assert sorted(runs["seed"].dropna()) == [0, 0, 1]
     relations = dict(zip(zip(result.pairs["a"], result.pairs["b"], strict=True),
                          result.pairs["relation"], strict=True))  # fmt: skip
-    assert relations["math-s0/final", "math-s1/final"] == "same task, other seed"
+    assert relations["math-s0/final", "math-s1/final"] == "same task, different seed"
     said = [one.text for one in findings(result) if "stray" in one.text]
     assert len(said) == 2  # once, and in the sentence about its pairs
     assert "stray/final: the name does not match the label pattern" in said[1]
@@ -161,15 +159,15 @@ def test_checkpoints_of_one_run_are_one_sample(rng: np.random.Generator) -> None
         checkpoint(last, "t0-200", 200),
         checkpoint(other, "t1-200", 200, seed=1),
     ]
-    assert relation(made[0], made[1]) == SAME_RUN
+    assert relation(made[0], made[1]) == Relation.SAME_RUN
     assert earlier_checkpoints(made) == {"t0-100"}
     result = study(made)
     relations = result.pairs.set_index(["a", "b"])["relation"]
-    assert relations["t0-100", "t0-200"] == SAME_RUN
-    assert relations["t0-100", "t1-200"] == EARLIER
-    assert relations["t0-200", "t1-200"] == "same task, other seed"
+    assert relations["t0-100", "t0-200"] == Relation.SAME_RUN
+    assert relations["t0-100", "t1-200"] == Relation.EARLIER
+    assert relations["t0-200", "t1-200"] == "same task, different seed"
     said = next(one for one in findings(result) if one.topic == "steps")
-    omega = result.select(SAME_RUN, "output")["omega"].median()
+    omega = result.select(Relation.SAME_RUN, "output")["omega"].median()
     assert f"step 100: {omega:.2f}" in said.text
     assert list(result.runs["earlier"]) == [True, False, False]
 
@@ -185,7 +183,7 @@ def test_adapters_of_other_bases_are_not_compared_unless_asked(rng: np.random.Ge
         )
     ]
     assert relation(made[0], made[1]) == "unknown"
-    assert relation(made[0], made[2]) == OTHER_BASE
+    assert relation(made[0], made[2]) == Relation.OTHER_BASE
     result = study(made)
     compared = set(zip(result.pairs["a"], result.pairs["b"], strict=True))
     assert compared == {("a", "b"), ("a", "d"), ("b", "d"), ("c", "d")}

@@ -26,6 +26,7 @@ from lora_analysis.cli.show import (
     print_text,
     records,
 )
+from lora_analysis.shared_init import InitRelation
 from lora_analysis.text import printable
 
 if TYPE_CHECKING:
@@ -168,13 +169,14 @@ _COLUMNS = {
 }
 # What a star beside a module of the input side means, by the pair's start.
 _STARS = {
-    "partly shared": "starts from the same A in both adapters: its input side says nothing about "
-    "learning.",
-    "same initial A": "starts from the same A in both adapters: its input side says nothing about "
-    "learning.",
-    "same run": "starts from the same A, and B agrees too: one run, not two samples.",
-    "same input space": "spans the same input space under other rows (a resized copy, or an init "
-    "from data or from W): its input side says nothing about learning.",
+    InitRelation.PARTLY_SHARED: "has the same initial A in both adapters: its input "
+    "side shows nothing that was learned.",
+    InitRelation.SHARED: "has the same initial A in both adapters: its input "
+    "side shows nothing that was learned.",
+    InitRelation.SAME_RUN: "starts from the same A, and B agrees too: one run, not two samples.",
+    InitRelation.SAME_SPACE: "spans the same input space with different rows (a resized copy or an "
+    "initialization "
+    "from data or from W): its input side shows nothing that was learned.",
 }
 
 

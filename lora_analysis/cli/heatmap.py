@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_analysis.cli.options import (
-    Progress,
     force_option,
     modules_option,
     output_options,
@@ -17,6 +16,7 @@ from lora_analysis.cli.options import (
 )
 from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.show import print_json
+from lora_analysis.progress import Progress
 from lora_analysis.text import printable
 
 if TYPE_CHECKING:

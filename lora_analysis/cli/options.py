@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 import click
 
+from lora_analysis.progress import Progress
+
 Command = TypeVar("Command", bound=Callable[..., Any])
-Progress = Callable[[str, int, int], None]
 # More modules than this are summed up by type unless --all asks for each.
 MODULES_SHOWN = 48
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_analysis.cli.options import Command, Progress
+from lora_analysis.cli.options import Command
 from lora_analysis.errors import InputError, SourceError
+from lora_analysis.progress import Progress
 from lora_analysis.text import printable
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from lora_analysis.shared_init import InitRelation
 from lora_analysis.text import html_facts
 
 if TYPE_CHECKING:
@@ -152,7 +153,9 @@ def level(rows: pd.DataFrame, *, above_chance: bool | None = None) -> Level | No
     ``(φ − chance)/(1 − chance)`` is taken instead of φ, or as ``above_chance`` says: what is held
     against each other must be on one scale.
     """
-    counted = rows[(rows["initialization"] != "same run") & (rows["degeneracy_1_1"] == "")]
+    counted = rows[
+        (rows["initialization"] != InitRelation.SAME_RUN) & (rows["degeneracy_1_1"] == "")
+    ]
     counted = counted[~(counted["shared_init"] & (counted["side"] == "input"))]
     if counted.empty:
         return None

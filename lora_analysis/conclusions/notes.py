@@ -10,7 +10,8 @@ from lora_analysis.conclusions.levels import PAIRS_IN_WORDS, Finding, Kind, numb
 from lora_analysis.conclusions.runs import some
 from lora_analysis.finding import Finding as FileFinding
 from lora_analysis.finding import Severity, listed
-from lora_analysis.studies import SAME_RUN, SHARED_SEED, Study
+from lora_analysis.shared_init import InitRelation
+from lora_analysis.studies import Relation, Study
 from lora_analysis.text import plural
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _KIND_OF: Mapping[Severity, Kind] = {
 # Sentences of readers that have no code yet: each may say something else.
 _UNCODED = "file-note"
 # What `overlaps.shared_seed` says about all pairs of other tasks and one seed in one sentence.
-TOLD_TOGETHER = ("same initial A", "partly shared")
+TOLD_TOGETHER = (InitRelation.SHARED, InitRelation.PARTLY_SHARED)
 
 
 def failures(study: Study) -> Iterator[Finding]:
@@ -138,21 +139,26 @@ def _first_names(study: Study, label: str) -> str:
 def starts(study: Study) -> Iterator[Finding]:
     """Say which pairs are not two samples, or share their start, where no seed explains it."""
     words = {
-        "same run": "start from the same A and their B agrees too (median matched cosine {b}): one "
+        InitRelation.SAME_RUN: "start from the same A and their B agrees too "
+        "(median matched cosine {b}): one "
         "run, a continued run, or the same seed on the same task (or an init in which B starts "
         "from the seed too). They are one sample, not two, and count in no result.",
-        "same initial A": "start from the same A in all {n} modules (same script, same seed), "
+        InitRelation.SHARED: "start from the same A in all {n} modules (same script, same seed), "
         "while B was learned apart (median matched cosine {b}). Their input-side overlap comes "
         "from the start and counts nowhere.",
-        "partly shared": "start from the same A in {n} of {m} modules; these are left out on the "
+        InitRelation.PARTLY_SHARED: "start from the same A in {n} of {m} modules; these "
+        "are left out on the "
         "input side.",
-        "same input space": "span the same input space under other rows (a resized copy, or an "
+        InitRelation.SAME_SPACE: "span the same input space under other rows (a "
+        "resized copy, or an "
         "init from data or from W). Their input-side overlap is not learned.",
-        "undecidable": "have rank 1: whether they share their start cannot be told.",
+        InitRelation.INCONCLUSIVE: "have rank 1: whether they share their start cannot be told.",
     }
     told = study.pairs[study.pairs["initialization"].isin(words)]
-    together = (told["relation"] == SHARED_SEED) & told["initialization"].isin(TOLD_TOGETHER)
-    told = told[~together & ~told["relation"].isin([SAME_RUN])]
+    together = (told["relation"] == Relation.SHARED_SEED) & told["initialization"].isin(
+        TOLD_TOGETHER
+    )
+    told = told[~together & ~told["relation"].isin([Relation.SAME_RUN])]
     for start, rows in told.groupby("initialization", sort=False):
         if len(rows) > PAIRS_IN_WORDS:
             yield _many_starts(str(start), rows, words[start])

@@ -15,7 +15,8 @@ from lora_analysis.conclusions.levels import (
     on,
 )
 from lora_analysis.conclusions.verdicts import compared, reference_rows, study_level
-from lora_analysis.studies import REFERENCE, SHARED_SEED, Study
+from lora_analysis.shared_init import InitRelation
+from lora_analysis.studies import Relation, Study
 from lora_analysis.studies.bases import per_base
 from lora_analysis.text import plural
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 def reference(study: Study) -> Iterator[Finding]:
     """Say what unrelated adapters give, base by base, or that none are known."""
-    output = study.select(REFERENCE, "output")
+    output = study.select(Relation.REFERENCE, "output")
     if study_level(study, output) is None:
         if len(study.adapters) > 1:
             yield _no_reference()
@@ -45,7 +46,7 @@ def _reference(study: Study, output: pd.DataFrame, base: str) -> Finding | None:
     pairs = set(zip(output["a"], output["b"], strict=True))
     parts: list[str] = []
     for side in SIDES_IN_ORDER:
-        rows = study.select(REFERENCE, side)
+        rows = study.select(Relation.REFERENCE, side)
         both = enumerate(zip(rows["a"], rows["b"], strict=True))
         one = study_level(study, rows.iloc[[i for i, pair in both if pair in pairs]])
         if one is None:
@@ -96,8 +97,8 @@ def by_rank_pair(study: Study) -> Iterator[Finding]:
     """
     ranks = study.runs.set_index("adapter")["rank"]
     relations = {
-        "same task, other rank and seed": "with other seeds",
-        "same task, other rank": "with one seed",
+        Relation.OTHER_RANK_AND_SEED: "with other seeds",
+        Relation.OTHER_RANK: "with one seed",
     }
     table = study.similarities[study.similarities["relation"].isin(relations)]
     for base, rows in per_base(study, table):
@@ -118,7 +119,7 @@ def by_seed(study: Study) -> Iterator[Finding]:
     """Compare seeds on one task, one sentence per base and rank."""
     ranks = study.runs.set_index("adapter")["rank"]
     table = study.similarities
-    for base, rows in per_base(study, table[table["relation"] == "same task, other seed"]):
+    for base, rows in per_base(study, table[table["relation"] == Relation.OTHER_SEED]):
         own = rows["a"].map(ranks)
         for rank in sorted(set(own), reverse=True):
             who = f"Two seeds of rank {int(rank)} on the same task{on(base)}"
@@ -129,7 +130,9 @@ def unknown(study: Study) -> Iterator[Finding]:
     """Describe pairs whose relation is not known, without a verdict."""
     table = study.similarities
     # One run twice is no pair: `starts` has said so.
-    table = table[(table["relation"] == "unknown") & (table["initialization"] != "same run")]
+    table = table[
+        (table["relation"] == Relation.UNKNOWN) & (table["initialization"] != InitRelation.SAME_RUN)
+    ]
     for base, rows in per_base(study, table):
         groups = list(rows.groupby(["a", "b"], sort=False))
         if len(groups) > PAIRS_IN_WORDS:
@@ -143,20 +146,20 @@ def unknown(study: Study) -> Iterator[Finding]:
 
 def shared_seed(study: Study) -> Iterator[Finding]:
     """Show what a shared initial A does to adapters of different tasks, base by base."""
-    pairs = study.pairs[study.pairs["relation"] == SHARED_SEED]
+    pairs = study.pairs[study.pairs["relation"] == Relation.SHARED_SEED]
     for base, own in per_base(study, pairs):
         yield from _shared_seed(study, own, base)
 
 
 def _shared_seed(study: Study, pairs: pd.DataFrame, base: str) -> Iterator[Finding]:
-    whole = int((pairs["initialization"] == "same initial A").sum())
-    partly = int((pairs["initialization"] == "partly shared").sum())
+    whole = int((pairs["initialization"] == InitRelation.SHARED).sum())
+    partly = int((pairs["initialization"] == InitRelation.PARTLY_SHARED).sum())
     if not whole + partly:
         return
     named = set(zip(pairs["a"], pairs["b"], strict=True))
     sides: dict[str, tuple[float, float, float]] = {}
     for side in SIDES_IN_ORDER:
-        own = study.select(SHARED_SEED, side)
+        own = study.select(Relation.SHARED_SEED, side)
         pairs_here = zip(own["a"], own["b"], strict=True)
         mine = np.array([pair in named for pair in pairs_here], dtype=bool)
         own = own[own["shared_init"] & mine]

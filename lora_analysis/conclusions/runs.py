@@ -10,7 +10,8 @@ import numpy as np
 from lora_analysis import chance
 from lora_analysis.conclusions.levels import Finding, number, on
 from lora_analysis.errors import InputError
-from lora_analysis.studies import EARLIER, OTHER_BASE, REFERENCE, SAME_RUN, Study
+from lora_analysis.shared_init import InitRelation
+from lora_analysis.studies import Relation, Study
 from lora_analysis.studies.bases import per_base, runs_per_base
 from lora_analysis.studies.relations import base_key
 from lora_analysis.text import plural
@@ -93,7 +94,7 @@ def last_steps(study: Study) -> Iterator[pd.DataFrame]:
 
     Columns: adapter, step, last, last_step, omega, phi_1_1 (medians over modules, output side).
     """
-    rows = study.select(SAME_RUN, "output")
+    rows = study.select(Relation.SAME_RUN, "output")
     if rows.empty:
         return
     step = study.runs.set_index("adapter")["step"]
@@ -116,11 +117,12 @@ def largest(study: Study) -> Iterator[Finding]:
     rows = study.similarities
     rows = rows[(rows["side"] == "output") & (rows["degeneracy_1_1"] == "")]
     rows = rows[
-        (rows["initialization"] != "same run") & ~rows["relation"].isin([SAME_RUN, EARLIER])
+        (rows["initialization"] != InitRelation.SAME_RUN)
+        & ~rows["relation"].isin([Relation.SAME_RUN, Relation.EARLIER])
     ]
-    for base, own in per_base(study, rows[rows["relation"] != OTHER_BASE]):
-        others = own[own["relation"] == REFERENCE]
-        chosen = own[own["relation"] != REFERENCE]
+    for base, own in per_base(study, rows[rows["relation"] != Relation.OTHER_BASE]):
+        others = own[own["relation"] == Relation.REFERENCE]
+        chosen = own[own["relation"] != Relation.REFERENCE]
         if len(chosen) >= _MANY:
             yield _largest(chosen, others, base)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_analysis.conclusions.levels import SIDES_IN_ORDER, Finding, Level, level, number
-from lora_analysis.studies import REFERENCE, Study
+from lora_analysis.studies import Relation, Study
 from lora_analysis.studies.bases import base_keys
 from lora_analysis.text import plural
 
@@ -116,7 +116,7 @@ def reference_rows(study: Study, rows: pd.DataFrame, side: Side) -> pd.DataFrame
 
     Those of another base or type say nothing. An adapter that names no base may be of any.
     """
-    reference = study.select(REFERENCE, side)
+    reference = study.select(Relation.REFERENCE, side)
     reference = reference[reference["module_type"].isin(rows["module_type"])]
     keys = base_keys(study)
     wanted = {keys[label] for one in ("a", "b") for label in rows[one].unique()}

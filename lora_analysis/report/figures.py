@@ -19,9 +19,10 @@ from lora_analysis.report.selection import (
     short_name,
     telling_modules,
 )
+from lora_analysis.shared_init import InitRelation
 from lora_analysis.similarity import random_similarity
 from lora_analysis.spectra import SIDES, Side
-from lora_analysis.studies import REFERENCE, SHARED_SEED, Relation
+from lora_analysis.studies import Relation
 from lora_analysis.studies.bases import per_base
 
 if TYPE_CHECKING:
@@ -127,20 +128,20 @@ def _beside_random(
 
 
 _GROUPS: dict[Relation, str] = {
-    "same task, other rank": "same task, other rank",
-    "same task, other rank and seed": "same task, other rank and seed",
-    "same task, other seed": "same task, other seed",
-    REFERENCE: "other task, other seed (reference)",
-    SHARED_SEED: "other task, same seed (shared initial A)",
-    "unknown": "relation not known",
+    Relation.OTHER_RANK: "same task, other rank",
+    Relation.OTHER_RANK_AND_SEED: "same task, other rank and seed",
+    Relation.OTHER_SEED: "same task, other seed",
+    Relation.REFERENCE: "other task, other seed (reference)",
+    Relation.SHARED_SEED: "other task, same seed (shared initial A)",
+    Relation.UNKNOWN: "relation not known",
 }
 
 
 def level_figures(study: Study) -> Iterator[ReportFigure]:
     """Yield φ(1, 1) of every pair and module by relation, beside chance, for either side."""
     table = study.similarities
-    table = table[table["initialization"] != "same run"]
-    reference = level(study.select(REFERENCE, "output")) is not None
+    table = table[table["initialization"] != InitRelation.SAME_RUN]
+    reference = level(study.select(Relation.REFERENCE, "output")) is not None
     if not table["relation"].isin(_GROUPS).any():
         return
     for side in reversed(SIDES):

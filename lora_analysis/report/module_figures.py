@@ -16,7 +16,8 @@ from lora_analysis.conclusions.runs import last_steps
 from lora_analysis.plots.heatmap import EXCESS_LIMITS
 from lora_analysis.report.figures import ReportFigure
 from lora_analysis.report.selection import drawn_pairs, most_telling
-from lora_analysis.studies import EARLIER, REFERENCE, SAME_RUN
+from lora_analysis.shared_init import InitRelation
+from lora_analysis.studies import Relation
 from lora_analysis.studies.bases import per_base
 from lora_analysis.text import plural
 
@@ -66,12 +67,13 @@ def _map_figure(rows: pd.DataFrame, whom: str, name: str) -> ReportFigure:
 def _mapped(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """Return the rows behind the maps, and who they are: one task's pairs, else all pairs."""
     table = table[
-        (table["initialization"] != "same run") & ~table["relation"].isin([SAME_RUN, EARLIER])
+        (table["initialization"] != InitRelation.SAME_RUN)
+        & ~table["relation"].isin([Relation.SAME_RUN, Relation.EARLIER])
     ]
     same = table[table["relation"].str.startswith("same task")]
     if len(same):
         return same, f"{plural(same.groupby(['a', 'b']).ngroups, 'pair')} of one task"
-    rest = table[table["relation"].isin(["unknown", REFERENCE])]
+    rest = table[table["relation"].isin([Relation.UNKNOWN, Relation.REFERENCE])]
     pairs = plural(rest.groupby(["a", "b"]).ngroups, "pair")
     return rest, f"{pairs}, relation not known or other task"
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from lora_analysis.conclusions import Finding, number
 from lora_analysis.report.tables import ReportTable, cell
-from lora_analysis.studies import REFERENCE, SHARED_SEED
+from lora_analysis.shared_init import InitRelation
+from lora_analysis.studies import Relation
 from lora_analysis.studies.bases import per_base, several_bases
 
 if TYPE_CHECKING:
@@ -19,14 +20,12 @@ if TYPE_CHECKING:
     from lora_analysis.studies import Study
 
 _ORDER = (
-    "same task, rank and seed",
-    "same task, other rank",
-    "same task, other seed",
-    "same task, other rank and seed",
-    REFERENCE,
-    SHARED_SEED,
-    "other task, other rank, same seed",
-    "unknown",
+    Relation.REPEATED,
+    Relation.OTHER_RANK,
+    Relation.OTHER_SEED,
+    Relation.OTHER_RANK_AND_SEED,
+    Relation.SHARED_SEED_OTHER_RANK,
+    Relation.UNKNOWN,
 )
 
 
@@ -41,7 +40,7 @@ def overlap_table(study: Study) -> ReportTable | None:
             for a, b in zip(study.similarities["a"], study.similarities["b"], strict=True)
         ]
     )
-    table = table[table["initialization"] != "same run"]  # one sample, no pair
+    table = table[table["initialization"] != InitRelation.SAME_RUN]  # one sample, no pair
     rows = []
     for base, of_base in per_base(study, table):
         for relation in _ORDER:
@@ -56,7 +55,8 @@ def overlap_table(study: Study) -> ReportTable | None:
     caption = (
         "Medians over modules and pairs, without pairs that are one run. d: dimension of the "
         "space; ω: energy-weighted overlap. "
-        f"“{REFERENCE}” is the reference; “{SHARED_SEED}” shares its initial A, so its input side "
+        f"“{Relation.REFERENCE}” is the reference; “{Relation.SHARED_SEED}” shares its initial A, "
+        "so its input side "
         "is an artifact."
     )
     return ReportTable("overlaps", caption, columns, tuple(rows), 3 + len(several))
@@ -148,7 +148,9 @@ def starts_table(study: Study) -> ReportTable | None:
     pairs = study.pairs
     if pairs.empty:
         return None
-    own = pairs[~pairs["initialization"].isin(["independent", "not applicable"])]
+    own = pairs[
+        ~pairs["initialization"].isin([InitRelation.INDEPENDENT, InitRelation.NOT_APPLICABLE])
+    ]
     if own.empty:
         return None
     rows = tuple(
@@ -168,8 +170,8 @@ def starts_table(study: Study) -> ReportTable | None:
 def runs_table(study: Study) -> ReportTable | None:
     """Return how much the overlap of runs spreads over seeds, by task and rank."""
     table = study.similarities
-    table = table[(table["relation"] == "same task, other seed") & (table["side"] == "output")]
-    table = table[table["initialization"] != "same run"]
+    table = table[(table["relation"] == "same task, different seed") & (table["side"] == "output")]
+    table = table[table["initialization"] != InitRelation.SAME_RUN]
     if table.empty:
         return None
     runs = study.runs.set_index("adapter")

@@ -18,14 +18,15 @@ from lora_analysis.report import (
     weight_figures,
 )
 from lora_analysis.report.selection import telling_modules
-from lora_analysis.studies import REFERENCE
+from lora_analysis.studies import Relation
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from lora_analysis.progress import Progress
     from lora_analysis.report.figures import ReportFigure
     from lora_analysis.report.tables import ReportTable
-    from lora_analysis.studies import Progress, Study
+    from lora_analysis.studies import Study
 
 # In inches; two figures of one column stand side by side.
 NARROW = 4.5
@@ -141,7 +142,7 @@ def sections(
 
 def _task_words(study: Study) -> tuple[str, str]:
     """Return title and question of the section that holds all pairs."""
-    if study.select(REFERENCE, "output").empty:
+    if study.select(Relation.REFERENCE, "output").empty:
         return "All pairs", "How alike are they? Without a reference no pair is called related."
     question = "What is shared because the task is, and what by any two adapters of this base?"
     return "Tasks", question

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from lora_analysis.patterns import NO_TYPE, layer_index, module_type
+from lora_analysis.shared_init import InitRelation
+from lora_analysis.studies import Relation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,7 +69,7 @@ def rank_pair(study: Study) -> tuple[str, str] | None:
     if pairs.empty:
         return None
     # Other seeds first: with one seed, both adapters saw their data in one order.
-    preference = ("same task, other rank and seed", "same task, other rank", "unknown")
+    preference = (Relation.OTHER_RANK_AND_SEED, Relation.OTHER_RANK, Relation.UNKNOWN)
     pairs = pairs[pairs["relation"].isin(preference)]
     pairs = pairs[pairs["rank_a"] != pairs["rank_b"]]
     if pairs.empty:
@@ -77,7 +79,7 @@ def rank_pair(study: Study) -> tuple[str, str] | None:
     order = pd.DataFrame(
         {
             # The section asks about ranks of one task: two strangers do not answer it.
-            "unknown": pairs["relation"] == "unknown",
+            Relation.UNKNOWN: pairs["relation"] == Relation.UNKNOWN,
             "high": -high,
             "distance": (low - SMALL_RANK).abs(),
             "relation": pairs["relation"].map(preference.index),
@@ -93,7 +95,7 @@ def seed_pair(study: Study) -> tuple[str, str] | None:
     pairs = _with_ranks(study)
     if pairs.empty:
         return None
-    pairs = pairs[pairs["relation"] == "same task, other seed"]
+    pairs = pairs[pairs["relation"] == Relation.OTHER_SEED]
     if pairs.empty:
         return None
     best = pairs.sort_values("rank_a", ascending=False, kind="stable").iloc[0]
@@ -105,7 +107,9 @@ def any_pair(study: Study) -> tuple[str, str] | None:
     pairs = _with_ranks(study)
     if pairs.empty:
         return None
-    pairs = pairs[(pairs["relation"] == "unknown") & (pairs["initialization"] != "same run")]
+    pairs = pairs[
+        (pairs["relation"] == Relation.UNKNOWN) & (pairs["initialization"] != InitRelation.SAME_RUN)
+    ]
     if pairs.empty:
         return None
     return str(pairs.iloc[0]["a"]), str(pairs.iloc[0]["b"])

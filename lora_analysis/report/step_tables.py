@@ -11,7 +11,7 @@ from lora_analysis.adapter import Adapter, LowRankUpdate
 from lora_analysis.conclusions.runs import last_steps
 from lora_analysis.report.tables import ReportTable, cell
 from lora_analysis.shared_init import drift
-from lora_analysis.studies import SAME_RUN
+from lora_analysis.studies import Relation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -56,7 +56,7 @@ def steps_table(study: Study) -> ReportTable | None:
 
 def _steps(study: Study, last: str) -> Iterator[tuple[str, int]]:
     """Yield the checkpoints of the run that ends with ``last``, by step."""
-    pairs = study.pairs[study.pairs["relation"] == SAME_RUN]
+    pairs = study.pairs[study.pairs["relation"] == Relation.SAME_RUN]
     own = pairs[(pairs["a"] == last) | (pairs["b"] == last)]
     labels = {*own["a"], *own["b"]}
     steps = study.runs.set_index("adapter")["step"]

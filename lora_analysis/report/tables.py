@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from lora_analysis.conclusions import number
-from lora_analysis.studies import EARLIER, REFERENCE, SAME_RUN
+from lora_analysis.shared_init import InitRelation
+from lora_analysis.studies import Relation
 from lora_analysis.studies.bases import bases_of, several_bases
 from lora_analysis.text import printable
 
@@ -150,8 +151,8 @@ def kinds_table(study: Study) -> ReportTable | None:
     names = {"stable_rank": "stable rank", "energy_rank_90": "90 % of energy"}
     rows = study.similarities
     rows = rows[
-        (rows["initialization"] != "same run")
-        & ~rows["relation"].isin([REFERENCE, SAME_RUN, EARLIER])
+        (rows["initialization"] != InitRelation.SAME_RUN)
+        & ~rows["relation"].isin([Relation.REFERENCE, Relation.SAME_RUN, Relation.EARLIER])
     ]
     rows = rows.assign(base=bases_of(study, rows["a"]))
     for side in ("output", "input"):

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from lora_analysis.studies import Progress, Study
+    from lora_analysis.progress import Progress
+    from lora_analysis.studies import Study
 
 GRIDS, RESULTS = "grids.npz", "results.json"
 # Within so many bytes of its start results.json names what wrote it.

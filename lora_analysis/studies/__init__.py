@@ -6,14 +6,10 @@ reads and factors every module once, `spread` does so through an executor, `rows
 to runs. Conclusions are drawn in `lora_analysis.conclusions`.
 """
 
+from lora_analysis.finding import Failure
 from lora_analysis.studies.inference import RunInference, run_inference
 from lora_analysis.studies.labels import label_facts, with_label_facts
 from lora_analysis.studies.relations import (
-    EARLIER,
-    OTHER_BASE,
-    REFERENCE,
-    SAME_RUN,
-    SHARED_SEED,
     Relation,
     earlier_checkpoints,
     relation,
@@ -21,18 +17,12 @@ from lora_analysis.studies.relations import (
 )
 from lora_analysis.studies.result import Study
 from lora_analysis.studies.similarity_matrix import SimilarityMatrix
-from lora_analysis.studies.sources import Failure, ReadLater
-from lora_analysis.studies.tables import MOST_IN_PAIRS, Progress, study
+from lora_analysis.studies.sources import ReadLater
+from lora_analysis.studies.tables import MOST_IN_PAIRS, study
 
 __all__ = [
-    "EARLIER",
     "MOST_IN_PAIRS",
-    "OTHER_BASE",
-    "REFERENCE",
-    "SAME_RUN",
-    "SHARED_SEED",
     "Failure",
-    "Progress",
     "ReadLater",
     "Relation",
     "RunInference",

@@ -11,6 +11,7 @@ import pandas as pd
 
 from lora_analysis import chance
 from lora_analysis.errors import InputError
+from lora_analysis.shared_init import InitRelation
 from lora_analysis.spectra import SIDES, Side
 from lora_analysis.studies.relations import base_key
 from lora_analysis.text import html_facts
@@ -91,9 +92,9 @@ def run_inference(
 
     The number of a pair of runs is its median over modules; input-side rows with a shared start
     and ill-defined φ(1, 1) do not count. Adapters that serve as the reference alone, or whose task
-    or seed is not known, take no part. An adapter that is another one's run again (its start is
-    "same run", and task, seed and rank are the same) is left out, the first one kept; any other
-    pair with that start is not two samples, and has no number.
+    or seed is not known, take no part. An adapter that is another one's run again (the same
+    training run, with the same task, seed and rank) is excluded, the first one kept; any other
+    pair from one training run is not two samples and has no number.
 
     Parameters
     ----------
@@ -197,7 +198,7 @@ def _duplicates(pairs: pd.DataFrame, runs: pd.DataFrame) -> tuple[tuple[str, str
         one.adapter: (str(one.task), str(one.seed), str(one.rank)) for one in runs.itertuples()
     }
     kept: dict[str, str] = {}
-    for pair in pairs[pairs["initialization"] == "same run"].itertuples():
+    for pair in pairs[pairs["initialization"] == InitRelation.SAME_RUN].itertuples():
         if pair.a in identity and identity[pair.a] == identity.get(pair.b):
             kept.setdefault(pair.b, kept.get(pair.a, pair.a))
     return tuple(kept.items())
@@ -213,7 +214,9 @@ def _matrix(
     if quantity == "phi_1_1":
         rows = rows[rows["degeneracy_1_1"] == ""]
     rows = rows[
-        (rows["initialization"] != "same run") & rows["a"].isin(labels) & rows["b"].isin(labels)
+        (rows["initialization"] != InitRelation.SAME_RUN)
+        & rows["a"].isin(labels)
+        & rows["b"].isin(labels)
     ]
     place = {label: at for at, label in enumerate(labels)}
     matrix = np.full((len(labels), len(labels)), np.nan)

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Sequence
-from typing import Literal
+from enum import StrEnum
 
 from lora_analysis.adapter import Adapter
 
-Relation = Literal[
-    "same task, other rank",
-    "same task, other seed",
-    "same task, other rank and seed",
-    "same task, rank and seed",
-    "other task, other seed",
-    "other task, same seed",
-    "other task, other rank, same seed",
-    "same run, other step",
-    "earlier step",
-    "other base",
-    "unknown",
-]
-REFERENCE: Relation = "other task, other seed"
-SHARED_SEED: Relation = "other task, same seed"
-SAME_RUN: Relation = "same run, other step"
-# One of the two is not the last of its run: it counts in no result beside that.
-EARLIER: Relation = "earlier step"
-OTHER_BASE: Relation = "other base"
+
+class Relation(StrEnum):
+    """How two adapters are related by base, task, rank, seed and step."""
+
+    OTHER_RANK = "same task, different rank"
+    OTHER_SEED = "same task, different seed"
+    OTHER_RANK_AND_SEED = "same task, different rank and seed"
+    REPEATED = "same task, rank and seed"
+    REFERENCE = "different task, different seed"  # unrelated, except for the base model
+    SHARED_SEED = "different task, same seed"
+    SHARED_SEED_OTHER_RANK = "different task, different rank, same seed"
+    SAME_RUN = "same run, different step"
+    EARLIER = "earlier step"  # not the last of its run: not used where the last one is
+    OTHER_BASE = "different base"
+    UNKNOWN = "unknown"
+
 
 _ON_A_DISK = re.compile(r"[/~\\]|[A-Za-z]:[/\\]|file:")
 
@@ -91,20 +88,20 @@ def relation(a: Adapter, b: Adapter) -> Relation:
     """Return how two adapters are related, from task, rank and seed; "unknown" without them."""
     one, two = a.provenance, b.provenance
     if _differ(base_key(one.base_model), base_key(two.base_model)):
-        return OTHER_BASE
+        return Relation.OTHER_BASE
     if one.step != two.step and run_key(a) is not None and run_key(a) == run_key(b):
-        return SAME_RUN
+        return Relation.SAME_RUN
     if None in (one.task, two.task, one.seed, two.seed):
-        return "unknown"
+        return Relation.UNKNOWN
     if one.task == two.task and None in (one.rank, two.rank):
-        return "unknown"
+        return Relation.UNKNOWN
     if one.task != two.task:
         if one.seed != two.seed:
-            return REFERENCE
-        return SHARED_SEED if one.rank == two.rank else "other task, other rank, same seed"
+            return Relation.REFERENCE
+        return Relation.SHARED_SEED if one.rank == two.rank else Relation.SHARED_SEED_OTHER_RANK
     if one.seed == two.seed:
-        return "same task, rank and seed" if one.rank == two.rank else "same task, other rank"
-    return "same task, other seed" if one.rank == two.rank else "same task, other rank and seed"
+        return Relation.REPEATED if one.rank == two.rank else Relation.OTHER_RANK
+    return Relation.OTHER_SEED if one.rank == two.rank else Relation.OTHER_RANK_AND_SEED
 
 
 def _differ(a: str | None, b: str | None) -> bool:

@@ -11,10 +11,6 @@ from numpy.typing import NDArray
 
 from lora_analysis.adapter import Adapter
 from lora_analysis.studies.relations import (
-    EARLIER,
-    OTHER_BASE,
-    REFERENCE,
-    SAME_RUN,
     Relation,
     earlier_checkpoints,
     relation,
@@ -49,8 +45,8 @@ def choose_pairs(
         if a >= len(adapters):
             continue  # two of the reference
         # The user says that these are unrelated; how they are related is not asked.
-        related = _relation(every[a], every[b], early) if b < len(adapters) else REFERENCE
-        if related == OTHER_BASE and not across_bases:
+        related = _relation(every[a], every[b], early) if b < len(adapters) else Relation.REFERENCE
+        if related == Relation.OTHER_BASE and not across_bases:
             across += 1
             continue
         pairs.append((a, b))
@@ -75,6 +71,8 @@ def chosen_for_pairs(adapters: Sequence[Adapter], most: int) -> list[int]:
 def _relation(a: Adapter, b: Adapter, early: set[str]) -> Relation:
     """Return how two adapters are related; one that its run has left behind counts nowhere."""
     found = relation(a, b)
-    if found not in (SAME_RUN, OTHER_BASE) and not early.isdisjoint((a.label, b.label)):
-        return EARLIER
+    if found not in (Relation.SAME_RUN, Relation.OTHER_BASE) and not early.isdisjoint(
+        (a.label, b.label)
+    ):
+        return Relation.EARLIER
     return found

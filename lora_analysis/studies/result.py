@@ -11,13 +11,12 @@ from lora_analysis.adapter import Adapter
 from lora_analysis.amplify import Amplification
 from lora_analysis.bases import BaseWeights
 from lora_analysis.bases.sanity_checks import weight_findings
-from lora_analysis.finding import Finding
+from lora_analysis.finding import Failure, Finding
 from lora_analysis.similarity import SimilarityGrid, subspace_similarity
 from lora_analysis.spectra import Side, Spectrum, VectorsOf, spectrum
 from lora_analysis.studies.inference import RunInference, run_inference
 from lora_analysis.studies.relations import Relation
 from lora_analysis.studies.similarity_matrix import SimilarityMatrix
-from lora_analysis.studies.sources import Failure
 from lora_analysis.text import html_table
 
 # Rows that a notebook shows.

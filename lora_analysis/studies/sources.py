@@ -8,19 +8,8 @@ from pathlib import Path
 
 from lora_analysis.adapter import Adapter
 from lora_analysis.errors import InputError
+from lora_analysis.finding import Failure
 from lora_analysis.formats import AdapterRef, each_once, expanded, find_adapters, read_adapter
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """An adapter that could not be analyzed, and why."""
-
-    source: str
-    reason: str
-
-    def to_dict(self) -> dict[str, str]:
-        """Return source and reason, as JSON output has them."""
-        return {"source": self.source, "reason": self.reason}
 
 
 @dataclass(frozen=True, slots=True)

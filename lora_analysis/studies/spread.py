@@ -12,11 +12,12 @@ from lora_analysis.adapter import Adapter
 from lora_analysis.bases import BaseWeights, check_experts, open_base
 from lora_analysis.errors import IncompatibleError, InputError
 from lora_analysis.execution.protocol import results_in_order
+from lora_analysis.finding import Failure
 from lora_analysis.pairwise import align_adapters
 from lora_analysis.studies.bases import other_bases
 from lora_analysis.studies.labels import with_label_facts
 from lora_analysis.studies.relations import unique_labels
-from lora_analysis.studies.sources import Failure, ReadLater, read_sources
+from lora_analysis.studies.sources import ReadLater, read_sources
 from lora_analysis.studies.walk import Visit, Walk
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +13,10 @@ from lora_analysis.adapter import Adapter
 from lora_analysis.bases import BaseWeights
 from lora_analysis.errors import BaseWeightError, InputError, SourceError
 from lora_analysis.execution import in_threads
-from lora_analysis.finding import listed
+from lora_analysis.finding import Failure, listed
 from lora_analysis.names import match_names, parse_prefixes
 from lora_analysis.patterns import choose_names, module_type, natural_key
+from lora_analysis.progress import Progress
 from lora_analysis.studies.pairs import pair_tables
 from lora_analysis.studies.relations import earlier_checkpoints, shown_base
 from lora_analysis.studies.result import Study
@@ -29,14 +30,11 @@ from lora_analysis.studies.similarity_matrix import (
     SimilarityMatrix,
     SimilarityMatrixSums,
 )
-from lora_analysis.studies.sources import Failure
 from lora_analysis.studies.spread import Question, Source, visits
 from lora_analysis.studies.walk import Walk
 
 if TYPE_CHECKING:
     from lora_analysis.execution.protocol import Executor
-
-Progress = Callable[[str, int, int], None]
 
 
 # Pairs of more adapters fill tables that nobody reads: 40 have 780 pairs, in every module.
