@@ -98,15 +98,19 @@ class SimilarityGrid:
         cells = dict.fromkeys(((1, 1), (1, columns), (rows, columns)) if rows and columns else ())
         title = f"φ(i, j) of {self.labels[0]} and {self.labels[1]}, {self.module}, {self.side} side"
         note = f"{rows} × {columns} cells; d = {self.dimension}. Chance is isotropic: a floor."
-        shown = ((i, j, self.values[i - 1, j - 1], self.chance[i - 1, j - 1]) for i, j in cells)
-        return html_table(title, ("i", "j", "φ", "chance"), shown, note)
+        rows = ((i, j, self.values[i - 1, j - 1], self.chance[i - 1, j - 1]) for i, j in cells)
+        return html_table(title, ("i", "j", "φ", "chance"), rows, note)
 
     def degeneracy(self, i: int, j: int) -> str:
         """Return ``"degenerate"``, ``"nearly degenerate"`` or ``""`` for φ(i, j)."""
         axes = ((self.rows_degeneracy, i - 1), (self.columns_degeneracy, j - 1))
-        if any(axis.degenerate[at] for axis, at in axes):
+        if any(axis.degenerate[index] for axis, index in axes):
             return "degenerate"
-        return "nearly degenerate" if any(axis.nearly_degenerate[at] for axis, at in axes) else ""
+        return (
+            "nearly degenerate"
+            if any(axis.nearly_degenerate[index] for axis, index in axes)
+            else ""
+        )
 
 
 def _check_same_space(a: Spectrum, b: Spectrum, side: Side) -> int:
@@ -257,10 +261,10 @@ def signed_cosine(a: Update | Spectrum, b: Update | Spectrum) -> float:
         _check_same_space(first, second, side)
     if first.untrained or second.untrained:
         return float("nan")
-    both = [first.vectors(side).T @ second.vectors(side) for side in SIDES]
-    s, t = (one.S[: one.numerical_rank] / one.S[0] for one in (first, second))
+    grams = [first.vectors(side).T @ second.vectors(side) for side in SIDES]
+    s, t = (spectral.S[: spectral.numerical_rank] / spectral.S[0] for spectral in (first, second))
     s, t = s / np.linalg.norm(s), t / np.linalg.norm(t)
-    return float(np.clip(s @ (both[0] * both[1]) @ t, -1.0, 1.0))
+    return float(np.clip(s @ (grams[0] * grams[1]) @ t, -1.0, 1.0))
 
 
 def random_similarity(dimension: int, shape: tuple[int, int], *, seed: int = 0) -> SimilarityGrid:

@@ -73,14 +73,14 @@ def test_energy_ends_at_one_on_a_linear_axis_with_guides(rng):
 
 def test_values_beyond_the_numerical_rank_are_hollow_and_do_not_stretch_the_axis(rng):
     plot = resolve_spectrum([_deficient(rng)])
-    assert (plot.curves[0].kept, plot.curves[0].lost) == (2, 2)
+    assert (plot.curves[0].numerical_rank, plot.curves[0].beyond_rank) == (2, 2)
     assert plot.limits[0] > 0.1
     ax = plot_spectrum(_deficient(rng))
     lost = _line(ax, "beyond numerical rank")
     assert list(lost.get_xdata()) == [3, 4]
     assert lost.get_markerfacecolor() == "white"
     assert lost.get_ydata() == pytest.approx([plot.limits[0]] * 2)
-    assert [text.get_text() for text in ax.texts] == ["half\n2 of 4 resolved"]
+    assert [text.get_text() for text in ax.texts] == ["half\n2 of 4 above rounding"]
 
 
 def test_an_untrained_update_is_named_and_not_drawn(rng):

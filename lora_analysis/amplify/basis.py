@@ -78,8 +78,8 @@ class WeightBasisEnergy:
     def _repr_html_(self) -> str:
         k = min(len(self.S), len(self.weight_values))
         rows = [
-            (side, k, own.leading[k - 1], own.trailing[k - 1], k / own.dimension)
-            for side, own in self.sides.items()
+            (side, k, energy.leading[k - 1], energy.trailing[k - 1], k / energy.dimension)
+            for side, energy in self.sides.items()
         ]
         columns = ("side", "k", "in W's first k", "in W's last k", "chance")
         title = f"Share of ‖ΔW‖² in W's basis, {self.module}, {self.label}"
@@ -94,17 +94,17 @@ class WeightBasisEnergy:
 
     def p_value(self, side: Side) -> NDArray[np.float64]:
         """Return ``(n,)``: P(random directions hold as much in W's top-k); of isotropy, no more."""
-        own = self.sides[side]
-        k = np.arange(1, len(own.share) + 1)
+        energy = self.sides[side]
+        k = np.arange(1, len(energy.share) + 1)
         return chance.one_sided_energy_p_value(
-            own.leading * own.dimension / k, self.S, own.dimension, k
+            energy.leading * energy.dimension / k, self.S, energy.dimension, k
         )
 
     def band(self, side: Side, level: float) -> NDArray[np.float64]:
         """Return ``(n,)``: the share in k directions that random ones stay below at ``level``."""
-        own = self.sides[side]
-        k = np.arange(1, len(own.share) + 1)
-        return chance.one_sided_energy_quantile(self.S, own.dimension, k, level)
+        energy = self.sides[side]
+        k = np.arange(1, len(energy.share) + 1)
+        return chance.one_sided_energy_quantile(self.S, energy.dimension, k, level)
 
 
 def weight_basis_energy(update: Update | Spectrum, weight: DenseSVD) -> WeightBasisEnergy:
@@ -153,14 +153,14 @@ def weight_basis_energy(update: Update | Spectrum, weight: DenseSVD) -> WeightBa
         outside = max(0.0, 1.0 - float(share.sum())) if dimensions[side] > len(weight.S) else 0.0
         sides[side] = BasisSide(share, outside, dimensions[side])
     core = _leading_blocks(P * s, Q)
-    kept = 1.0 - sides["input"].leading - sides["output"].leading + core
+    elsewhere = 1.0 - sides["input"].leading - sides["output"].leading + core
     return WeightBasisEnergy(
         module=spectral.name,
         label=spectral.label,
         S=spectral.S[: spectral.numerical_rank],
         weight_values=weight.S,
         sides=sides,
-        off_principal=np.maximum(kept, 0.0),
+        off_principal=np.maximum(elsewhere, 0.0),
     )
 
 
@@ -168,7 +168,7 @@ def _leading_blocks(P: NDArray[np.float64], Q: NDArray[np.float64]) -> NDArray[n
     """Return ``‖(P·Qᵀ)[:k, :k]‖_F²`` for every k, from r × r products cumulated over k."""
     n, rank = P.shape
     totals = np.zeros((2, rank, rank))
-    found = np.empty(n)
+    captured = np.empty(n)
     rows = max(1, _BLOCK // rank**2)
     for start in range(0, n, rows):
         part = slice(start, start + rows)
@@ -177,5 +177,5 @@ def _leading_blocks(P: NDArray[np.float64], Q: NDArray[np.float64]) -> NDArray[n
             growing = np.cumsum(factor[:, :, None] * factor[:, None, :], axis=0) + total
             total[...] = growing[-1]
             sums.append(growing)
-        found[part] = np.einsum("kab,kab->k", *sums)
-    return found
+        captured[part] = np.einsum("kab,kab->k", *sums)
+    return captured

@@ -141,25 +141,25 @@ def amplifications(
     all updates.
     """
     spectra = [_spectral(update, k) for update in updates]
-    counts = [one.numerical_rank if k is None else k for one in spectra]
-    for one in spectra:
-        _check(one, W)
+    counts = [spectral.numerical_rank if k is None else k for spectral in spectra]
+    for spectral in spectra:
+        _check(spectral, W)
         if k is not None:
-            one.basis("input", k)  # raises beyond the numerical rank and between equal values
+            spectral.basis("input", k)  # raises beyond the numerical rank and between equal values
     most = max(counts, default=0)
     if weight_values is not None and len(weight_values) < most:
         message = f"weight_values must hold at least {most} values, found {len(weight_values)}."
         raise InputError(message)
-    own = [
-        (one.vectors("output")[:, :n], one.vectors("input")[:, :n])
-        for one, n in zip(spectra, counts, strict=True)
+    update_frames = [
+        (spectral.vectors("output")[:, :n], spectral.vectors("input")[:, :n])
+        for spectral, n in zip(spectra, counts, strict=True)
     ]
     rng = np.random.default_rng(seed)
     drawn = [tuple(linalg.haar_frame(rng, d, most) for d in W.shape) for _ in range(draws)]
     precision = precision_for(W)
-    found, weight_norm, statistics = project(
+    projections, weight_norm, statistics = project(
         W,
-        [*own, *((u, v) for u, v in drawn)],
+        [*update_frames, *((u, v) for u, v in drawn)],
         precision=precision,
         one_sided=one_sided,
     )
@@ -169,30 +169,30 @@ def amplifications(
             "No number can be computed against it; is the file damaged?"
         )
         raise BaseWeightError(message)
-    precisions = [precision] * len(own)
+    precisions = [precision] * len(update_frames)
     if precision == "float32":
-        _sharpen(W, own, found, precisions)
+        _sharpen(W, update_frames, projections, precisions)
     if weight_values is None and weight_directions and most:
         dense = W if isinstance(W, np.ndarray) else W.array()
         weight_values = linalg.leading_singular_values(dense, most)
-    random = [_leading_norms(one.core) for one in found[len(own) :]]
+    random = [_leading_norms(projection.core) for projection in projections[len(update_frames) :]]
     norms = np.array(random).reshape(draws, most)
     results = (
         _amplification(
-            spectra[at],
-            _norm(update, spectra[at]),
-            found[at],
+            spectra[index],
+            _norm(update, spectra[index]),
+            projections[index],
             (weight_norm, norms, weight_values),
-            precisions[at],
+            precisions[index],
         )
-        for at, update in enumerate(updates)
+        for index, update in enumerate(updates)
     )
     if isinstance(W, np.ndarray):
         return list(results)
     noise = W.noise() if W.storage else None
     return [
-        replace(one, storage=W.storage, noise=noise, weight_statistics=statistics)
-        for one in results
+        replace(result, storage=W.storage, noise=noise, weight_statistics=statistics)
+        for result in results
     ]
 
 
@@ -212,22 +212,25 @@ def _norm(update: Update | Spectrum, spectral: Spectrum) -> float:
 
 def _sharpen(
     W: Weight | NDArray[np.floating],
-    own: Frames,
-    found: list[Projection],
+    update_frames: Frames,
+    projections: list[Projection],
     precisions: list[Precision],
 ) -> None:
     """Take the leading directions again in float64, up to the last k where W is weak."""
-    weak = {at: _last_weak(found[at], W.shape) for at in range(len(own))}
-    again = [at for at, k in weak.items() if k]
+    weak = {index: _last_weak(projections[index], W.shape) for index in range(len(update_frames))}
+    again = [index for index, k in weak.items() if k]
     if not again:
         return
-    frames = [(own[at][0][:, : weak[at]], own[at][1][:, : weak[at]]) for at in again]
+    frames = [
+        (update_frames[index][0][:, : weak[index]], update_frames[index][1][:, : weak[index]])
+        for index in again
+    ]
     exact, _, _ = project(W, frames, precision="float64", norm=False)
-    for at, projection in zip(again, exact, strict=True):
-        k = weak[at]
-        found[at].core[:k, :k] = projection.core
-        if k == len(found[at].core):
-            precisions[at] = "float64"
+    for index, projection in zip(again, exact, strict=True):
+        k = weak[index]
+        projections[index].core[:k, :k] = projection.core
+        if k == len(projections[index].core):
+            precisions[index] = "float64"
 
 
 def _last_weak(projection: Projection, shape: tuple[int, int]) -> int:

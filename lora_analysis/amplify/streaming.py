@@ -160,8 +160,8 @@ class _Pass:
             if self.watch is not None:
                 self.watch.add(tile if tile.flags.c_contiguous else tile.T, squares)
         images = linalg.thin_product(block, self.V[columns])
-        for at, own in enumerate(self.own):
-            self.cores[at] += self.U[rows, own].T @ images[:, own]
+        for index, columns_of_frame in enumerate(self.own):
+            self.cores[index] += self.U[rows, columns_of_frame].T @ images[:, columns_of_frame]
         if columns.stop - columns.start == self.shape[1]:
             self.inputs += np.einsum("ij,ij->j", images, images)
         else:
@@ -192,6 +192,10 @@ class _Pass:
         if self.outputs is not None:
             outputs = np.einsum("ij,ij->i", self.outputs, self.outputs)
         return [
-            Projection(core, inputs[own], None if outputs is None else outputs[own])
-            for core, own in zip(self.cores, self.own, strict=True)
+            Projection(
+                core,
+                inputs[columns_of_frame],
+                None if outputs is None else outputs[columns_of_frame],
+            )
+            for core, columns_of_frame in zip(self.cores, self.own, strict=True)
         ]

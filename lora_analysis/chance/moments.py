@@ -33,7 +33,7 @@ def energy_sums(singular_values: ArrayLike) -> NDArray[np.float64]:
 
 
 def overlap_moments(
-    dimension: ArrayLike, one: NDArray[np.float64], two: NDArray[np.float64]
+    dimension: ArrayLike, sums_m: NDArray[np.float64], sums_n: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Return E T, E T², E T³ of ``T = tr(M·Q·N·Qᵀ)``, Q uniform on O(dimension); ``(3, ...)``.
 
@@ -41,7 +41,7 @@ def overlap_moments(
     """
     whole = _sums_of_identity(dimension)
     return _from_polynomials(
-        [m * n / i for m, n, i in zip(_zonal(one), _zonal(two), _whole(whole), strict=True)]
+        [m * n / i for m, n, i in zip(_zonal(sums_m), _zonal(sums_n), _whole(whole), strict=True)]
     )
 
 
@@ -125,8 +125,8 @@ def matched_quantile(moments: NDArray[np.float64], level: ArrayLike) -> NDArray[
     y = betaincinv(a, b, level)
     with np.errstate(divide="ignore"):
         x = np.where(top > 0, top * y, -top * y / (1 - y))
-    found: NDArray[np.float64] = np.where(varies, x, moments[0])
-    return found
+    quantile: NDArray[np.float64] = np.where(varies, x, moments[0])
+    return quantile
 
 
 def _to_unit(x: NDArray[np.float64], top: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -79,9 +79,9 @@ def energy_overlap_quantile(
 def _energy_overlap_moments(
     dimension: int, singular_values: Sequence[ArrayLike]
 ) -> NDArray[np.float64]:
-    one, two = (energy_sums(values) for values in singular_values)
-    moments = overlap_moments(dimension, one, two)
-    unit = np.sqrt(one[1] * two[1])
+    sums_a, sums_b = (energy_sums(values) for values in singular_values)
+    moments = overlap_moments(dimension, sums_a, sums_b)
+    unit = np.sqrt(sums_a[1] * sums_b[1])
     scaled: NDArray[np.float64] = moments / np.stack([unit, unit**2, unit**3])
     return scaled
 
@@ -123,8 +123,8 @@ def signed_cosine_p_value(
     cosine = np.asarray(value, dtype=np.float64)
     if larger == 1:
         return np.where(np.isnan(cosine), np.nan, 1.0)  # two numbers: the cosine is ±1
-    one, two = (energy_sums(values) for values in singular_values)
-    moments = overlap_moments(smaller, one, two)
+    sums_a, sums_b = (energy_sums(values) for values in singular_values)
+    moments = overlap_moments(smaller, sums_a, sums_b)
     nodes, weights = np.polynomial.legendre.leggauss(64)
     # Crowded towards both ends: the upper one makes the tail, the lower one the peak.
     x = (1 - nodes) / 2

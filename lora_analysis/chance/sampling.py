@@ -50,8 +50,8 @@ def _grams(
     rest = dimension - rows
     if rest >= columns:
         root = np.tril(rng.standard_normal((draws, columns, columns)), -1)
-        at = np.arange(columns)
-        root[:, at, at] = np.sqrt(rng.chisquare(rest - at, (draws, columns)))
+        diagonal = np.arange(columns)
+        root[:, diagonal, diagonal] = np.sqrt(rng.chisquare(rest - diagonal, (draws, columns)))
         lower = root.transpose(0, 2, 1)
     else:
         lower = rng.standard_normal((draws, rest, columns))
@@ -84,13 +84,13 @@ def energy_overlap_draws(
     ranks r; ``dimension`` does not matter.
     """
     rng = np.random.default_rng(seed)
-    one, two = (e / np.linalg.norm(e) for e in map(_energies, singular_values))
-    found = [
-        np.einsum("a,nab,b->n", one, np.square(gram), two, optimize=True)
-        for count in _batches(draws, (one.size + two.size) * two.size)
-        for gram in [_grams(rng, dimension, one.size, two.size, count)]
+    energies_a, energies_b = (e / np.linalg.norm(e) for e in map(_energies, singular_values))
+    samples = [
+        np.einsum("a,nab,b->n", energies_a, np.square(gram), energies_b, optimize=True)
+        for count in _batches(draws, (energies_a.size + energies_b.size) * energies_b.size)
+        for gram in [_grams(rng, dimension, energies_a.size, energies_b.size, count)]
     ]
-    return np.concatenate(found)
+    return np.concatenate(samples)
 
 
 def signed_cosine_draws(
@@ -98,12 +98,12 @@ def signed_cosine_draws(
 ) -> NDArray[np.float64]:
     """Return ``(draws,)`` exact samples of the signed cosine for two given spectra."""
     rng = np.random.default_rng(seed)
-    one, two = (np.sqrt(_energies(values)) for values in singular_values)
-    found = []
-    for count in _batches(draws, (one.size + two.size) * two.size):
-        left, right = (_grams(rng, d, one.size, two.size, count) for d in shape)
-        found.append(np.einsum("a,nab,b->n", one, left * right, two, optimize=True))
-    return np.concatenate(found)
+    sigma_a, sigma_b = (np.sqrt(_energies(values)) for values in singular_values)
+    samples = []
+    for count in _batches(draws, (sigma_a.size + sigma_b.size) * sigma_b.size):
+        left, right = (_grams(rng, d, sigma_a.size, sigma_b.size, count) for d in shape)
+        samples.append(np.einsum("a,nab,b->n", sigma_a, left * right, sigma_b, optimize=True))
+    return np.concatenate(samples)
 
 
 def enrichment_draws(
@@ -116,11 +116,11 @@ def enrichment_draws(
     """
     rng = np.random.default_rng(seed)
     values = np.sqrt(_energies(singular_values))
-    found = []
+    samples = []
     for count in _batches(draws, (values.size + k) * k):
         left, right = (_grams(rng, d, values.size, k, count) for d in shape)
         core = np.swapaxes(left, 1, 2) @ (values[:, None] * right)
-        found.append(np.sqrt(np.sum(core**2, axis=(1, 2))))
+        samples.append(np.sqrt(np.sum(core**2, axis=(1, 2))))
     chance = float(np.sqrt(float(shape[0]) * shape[1]))
-    draws_over_chance: NDArray[np.float64] = np.concatenate(found) * (chance / k)
+    draws_over_chance: NDArray[np.float64] = np.concatenate(samples) * (chance / k)
     return draws_over_chance

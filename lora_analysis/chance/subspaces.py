@@ -97,10 +97,14 @@ class _Cells(NamedTuple):
 def _cells(dimension: int, i: ArrayLike, j: ArrayLike) -> _Cells:
     rows, columns = np.asarray(i, dtype=np.float64), np.asarray(j, dtype=np.float64)
     common = np.maximum(rows + columns - dimension, 0.0)
-    one = np.where(common > 0, dimension - rows, rows)
-    two = np.where(common > 0, dimension - columns, columns)
+    first = np.where(common > 0, dimension - rows, rows)
+    second = np.where(common > 0, dimension - columns, columns)
     return _Cells(
-        dimension, np.minimum(one, two), np.maximum(one, two), common, np.minimum(rows, columns)
+        dimension,
+        np.minimum(first, second),
+        np.maximum(first, second),
+        common,
+        np.minimum(rows, columns),
     )
 
 
@@ -154,13 +158,13 @@ def similarity_p_value(
 
 def _sampled_p_value(cells: _Cells, trace: NDArray[np.float64]) -> NDArray[np.float64]:
     every, p, q = np.broadcast_arrays(trace, cells.p, cells.q)
-    found = np.ones(every.shape)
-    for at in np.ndindex(every.shape):
-        if p[at] > 1:
-            found[at] = monte_carlo_p_value(
-                _traces(cells.dimension, int(p[at]), int(q[at])), float(every[at])
+    p_values = np.ones(every.shape)
+    for index in np.ndindex(every.shape):
+        if p[index] > 1:
+            p_values[index] = monte_carlo_p_value(
+                _traces(cells.dimension, int(p[index]), int(q[index])), float(every[index])
             )
-    return found
+    return p_values
 
 
 def similarity_null_method(dimension: int, i: ArrayLike, j: ArrayLike) -> NDArray[np.str_]:
@@ -179,15 +183,15 @@ def similarity_quantile(
     from scipy.special import betaincinv
 
     cells = _cells(dimension, i, j)
-    wanted = np.asarray(level, dtype=np.float64)
+    levels = np.asarray(level, dtype=np.float64)
     trace = betaincinv(
-        np.maximum(cells.q, 1.0) / 2, np.maximum(dimension - cells.q, 1.0) / 2, wanted
+        np.maximum(cells.q, 1.0) / 2, np.maximum(dimension - cells.q, 1.0) / 2, levels
     )
     if not cells.exact.all():
         if dimension < _SAMPLED_BELOW:
-            matched = _sampled_quantile(cells, wanted)
+            matched = _sampled_quantile(cells, levels)
         else:
-            below = matched_quantile(cells.moments, np.where(cells.upper, 1 - wanted, wanted))
+            below = matched_quantile(cells.moments, np.where(cells.upper, 1 - levels, levels))
             matched = np.where(cells.upper, cells.p - below, below)
         trace = np.where(cells.exact, trace, matched)
     trace = np.where(cells.constant, 0.0, np.clip(trace, 0.0, cells.p))
@@ -196,11 +200,13 @@ def similarity_quantile(
 
 def _sampled_quantile(cells: _Cells, level: NDArray[np.float64]) -> NDArray[np.float64]:
     every, p, q = np.broadcast_arrays(level, cells.p, cells.q)
-    found = np.zeros(every.shape)
-    for at in np.ndindex(every.shape):
-        if p[at] > 1:
-            found[at] = np.quantile(_traces(cells.dimension, int(p[at]), int(q[at])), every[at])
-    return found
+    quantiles = np.zeros(every.shape)
+    for index in np.ndindex(every.shape):
+        if p[index] > 1:
+            quantiles[index] = np.quantile(
+                _traces(cells.dimension, int(p[index]), int(q[index])), every[index]
+            )
+    return quantiles
 
 
 def similarity_maximum(dimension: int, i: int, j: int, count: int) -> float:

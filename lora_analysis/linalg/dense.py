@@ -59,10 +59,10 @@ def leading_svd(W: NDArray[np.floating], k: int) -> DenseSVD:
 
 def _iterated(W: NDArray[np.floating], k: int) -> DenseSVD:
     """Return a little more than ``k`` leading triplets of a tall matrix."""
-    found = krylov_svd(_operator(W.astype(np.float32, copy=False)), k)
-    if found is None:
+    iterated = krylov_svd(_operator(W.astype(np.float32, copy=False)), k)
+    if iterated is None:
         return _lapack_svd(W, k)
-    refined = _refined(W, found.V)
+    refined = _refined(W, iterated.V)
     if _is_exact(W, refined, k):
         return refined
     # Beside a value some hundred times larger, float32 does not resolve the others.
@@ -95,13 +95,13 @@ def _runs(shape: tuple[int, ...]) -> Iterator[slice]:
         yield slice(start, start + height)
 
 
-def _is_exact(W: NDArray[np.floating], found: DenseSVD, k: int) -> bool:
+def _is_exact(W: NDArray[np.floating], svd: DenseSVD, k: int) -> bool:
     """Check the residual in float64: the error of a value is residual² over its gap."""
-    away = _product(W.T, found.U) - found.V * found.S
-    residual, top = np.linalg.norm(away, axis=0)[:k], found.S[0]
-    gap = np.maximum(found.S[:k] - found.S[-1], 1e-300)
+    away = _product(W.T, svd.U) - svd.V * svd.S
+    residual, top = np.linalg.norm(away, axis=0)[:k], svd.S[0]
+    gap = np.maximum(svd.S[:k] - svd.S[-1], 1e-300)
     error = np.minimum(residual, residual * (residual / gap))
-    return bool(np.all((error <= TOLERANCE * found.S[:k]) | (found.S[:k] <= 1e-6 * top)))
+    return bool(np.all((error <= TOLERANCE * svd.S[:k]) | (svd.S[:k] <= 1e-6 * top)))
 
 
 def _is_small(shape: tuple[int, ...], k: int) -> bool:

@@ -59,10 +59,10 @@ def factored_svd(B: Any, A: Any, *, vectors: bool | int = True) -> FactoredSVD:
     that belong to singular values below that are orthonormal but arbitrary. The relative error of
     a small singular value is about 1e-16 times the sum of the two conditions, at least 1e-12.
     """
-    both = _by_cholesky(B, A)
-    if both is None:
+    triangles = _by_cholesky(B, A)
+    if triangles is None:
         return _householder_svd(B, A, vectors=vectors)
-    left, right = both
+    left, right = triangles
     core = left.R @ right.R.T
     # One call for all that is small: half of its time would go into making five.
     small = [left.R, right.R, left.unit, right.unit]
@@ -80,9 +80,9 @@ def factored_svd(B: Any, A: Any, *, vectors: bool | int = True) -> FactoredSVD:
 
 def factored_singular_values(B: NDArray[np.floating], A: NDArray[np.floating]) -> Float:
     """Return the singular values ``(..., k)`` of ``B·A``, descending; no vectors are built."""
-    both = _by_cholesky(B, A)
-    if both is not None:
-        left, right = both
+    triangles = _by_cholesky(B, A)
+    if triangles is not None:
+        left, right = triangles
         return np.asarray(np.linalg.svd(left.R @ right.R.T, compute_uv=False))
     return _householder_svd(B, A, vectors=False).S
 
@@ -93,10 +93,10 @@ def tall_svd(matrix: Any) -> tuple[Float, Float]:
     Of A these are taken as those of Aᵀ. ``k = min(d, r)``; accuracy, order, signs and types are
     as for `factored_svd`.
     """
-    found = by_cholesky([matrix]) if isinstance(matrix, np.ndarray) else None
-    if found is not None:
-        u, values, _ = np.linalg.svd(found[0].R)
-        vectors = found[0].rows(u).T
+    triangles = by_cholesky([matrix]) if isinstance(matrix, np.ndarray) else None
+    if triangles is not None:
+        u, values, _ = np.linalg.svd(triangles[0].R)
+        vectors = triangles[0].rows(u).T
     else:
         matrix, xp = _double(matrix), namespace(matrix)
         q, r = xp.linalg.qr(matrix)
@@ -202,8 +202,8 @@ def _condition(r: Any) -> Any:
     there = xp.count_nonzero(length, axis=-1)  # (..., 1)
     last = xp.clip(there - 1, 0, values.shape[-1] - 1)
     smallest = xp.take_along_axis(values, last, axis=-1)[..., 0]
-    lost = (there[..., 0] > values.shape[-1]) | (smallest == 0)
-    return xp.where(lost, xp.inf, values[..., 0] / xp.where(lost, 1.0, smallest))
+    deficient = (there[..., 0] > values.shape[-1]) | (smallest == 0)
+    return xp.where(deficient, xp.inf, values[..., 0] / xp.where(deficient, 1.0, smallest))
 
 
 def column_signs(U: Float) -> Float:

@@ -98,10 +98,10 @@ class _Krylov:
         """Add the next block to the basis, made orthogonal, and multiply it."""
         block = self._orthogonal(self.next[:, : self.capacity - self.columns])
         image = self.operator.normal(block)
-        own = slice(self.columns, self.columns + block.shape[1])
-        self.Q[:, own], self.Z[:, own] = block, image
-        self.columns = own.stop
-        self.gram[: own.stop, own] = self.Q[:, : own.stop].T @ image
+        block_columns = slice(self.columns, self.columns + block.shape[1])
+        self.Q[:, block_columns], self.Z[:, block_columns] = block, image
+        self.columns = block_columns.stop
+        self.gram[: block_columns.stop, block_columns] = self.Q[:, : block_columns.stop].T @ image
         self.next = image[:, -BLOCK:]
 
     def _orthogonal(self, block: NDArray[np.floating]) -> NDArray[np.floating]:
@@ -111,11 +111,11 @@ class _Krylov:
             size = np.linalg.norm(block, axis=0)
             block = block / np.where(size > 0, size, 1.0)
             block = block - Q @ (Q.T @ block)
-            q, lost = _orthonormal(block)
-            if not lost.any():
+            q, deficient = _orthonormal(block)
+            if not deficient.any():
                 break
-            fresh = self.rng.standard_normal((self.n, int(lost.sum())))
-            block[:, lost] = fresh.astype(block.dtype)
+            fresh = self.rng.standard_normal((self.n, int(deficient.sum())))
+            block[:, deficient] = fresh.astype(block.dtype)
         q = q - Q @ (Q.T @ q)  # what was small beside the basis still points into it a little
         return _orthonormal(q)[0]
 
@@ -147,10 +147,10 @@ class _Krylov:
 
     def missed(self) -> bool:
         """Look for a larger value outside what was found; go on from there if there is one."""
-        found = self.vectors()
-        block = self.rng.standard_normal((self.n, 8)).astype(found.dtype)
+        vectors = self.vectors()
+        block = self.rng.standard_normal((self.n, 8)).astype(vectors.dtype)
         for _ in range(4):
-            block = block - found @ (found.T @ block)
+            block = block - vectors @ (vectors.T @ block)
             block = np.linalg.qr(block)[0]
             image = self.operator.normal(block)
             square = float(np.linalg.norm(block.T @ image, 2))
@@ -183,14 +183,14 @@ def _orthonormal(
     Twice by its Gram matrix in float64: LAPACK's QR takes longer than the products with W.
     """
     eps = float(np.finfo(block.dtype).eps)
-    lost = np.linalg.norm(block, axis=0) < 100 * eps
-    if not lost.any():
+    deficient = np.linalg.norm(block, axis=0) < 100 * eps
+    if not deficient.any():
         wide = block.astype(np.float64)
         try:
             for _ in range(2):
                 wide = wide @ np.linalg.inv(np.linalg.cholesky(wide.T @ wide)).T
-            return wide.astype(block.dtype), lost
+            return wide.astype(block.dtype), deficient
         except np.linalg.LinAlgError:
             pass
     q, r = np.linalg.qr(block)
-    return q, lost | (np.abs(np.diagonal(r)) < 100 * eps * np.max(np.abs(r), initial=1e-30))
+    return q, deficient | (np.abs(np.diagonal(r)) < 100 * eps * np.max(np.abs(r), initial=1e-30))

@@ -60,7 +60,7 @@ def modified_svd(values: Float, P: Float, Q: Float, k: int) -> DenseSVD:
         return DenseSVD(np.eye(m, k), np.zeros(k), np.eye(n, k))
     problem = _problem(values / size, P / size, Q)
     tried = (problem.leading(k, start) for start in _STARTS)
-    vectors = next((one for one in tried if one is not None), None)
+    vectors = next((candidate for candidate in tried if candidate is not None), None)
     if vectors is None:
         return _whole(values, P, Q, k)
     images = P @ (Q.T @ vectors)
@@ -84,11 +84,11 @@ def _problem(values: Float, P: Float, Q: Float) -> _Modified:
     balance = np.sqrt(max(float(np.linalg.norm(P, 2)), 1e-150) / float(np.linalg.norm(Q, 2)))
     P, Q = P / balance, Q * balance
     rank = P.shape[1]
-    one, zero = np.eye(rank), np.zeros((rank, rank))
+    identity, zero = np.eye(rank), np.zeros((rank, rank))
     return _Modified(
         diagonal=values**2,
         F=np.hstack([values[:, None] * P[: len(values)], Q]),
-        inverse=np.block([[-(P.T @ P), one], [one, zero]]),
+        inverse=np.block([[-(P.T @ P), identity], [identity, zero]]),
     )
 
 
@@ -109,16 +109,16 @@ class _Modified(NamedTuple):
 
         ``[[E, F], [Fᵀ, −C⁻¹]]`` with E = diag − shift, after the far entries of E are eliminated.
         """
-        at = int(np.searchsorted(-self.diagonal, -shift))
-        start = min(max(at - _NEAR // 2, 0), len(self.diagonal) - _NEAR)
+        index = int(np.searchsorted(-self.diagonal, -shift))
+        start = min(max(index - _NEAR // 2, 0), len(self.diagonal) - _NEAR)
         near = slice(start, start + _NEAR)
         far = self.diagonal - shift
         far[near] = np.inf
         far[far == 0] = EPS  # more equal entries than are kept, and the shift on them
         weights = 1.0 / far  # zero for the near ones
         block = -self.inverse - (self.F.T * weights) @ self.F
-        own = self.F[near]
-        small = np.block([[np.diag(self.diagonal[near] - shift), own], [own.T, block]])
+        F_near = self.F[near]
+        small = np.block([[np.diag(self.diagonal[near] - shift), F_near], [F_near.T, block]])
         return near, weights, (small + small.T) / 2
 
     def above(self, shift: float) -> int:
@@ -133,11 +133,11 @@ class _Modified(NamedTuple):
         scaled = weights * vector
         right = np.concatenate([vector[near], -(self.F.T @ scaled)])
         try:
-            found = np.linalg.solve(small, right)
+            solution = np.linalg.solve(small, right)
         except np.linalg.LinAlgError:  # the shift is an eigenvalue to the last digit
-            found = np.linalg.solve(small + EPS * np.eye(len(small)), right)
-        x = scaled - weights * (self.F @ found[_NEAR:])
-        x[near] = found[:_NEAR]
+            solution = np.linalg.solve(small + EPS * np.eye(len(small)), right)
+        x = scaled - weights * (self.F @ solution[_NEAR:])
+        x[near] = solution[:_NEAR]
         length = float(np.linalg.norm(x))
         return x / length if np.isfinite(length) and length > 0 else vector
 
@@ -162,8 +162,8 @@ class _Modified(NamedTuple):
         projected = basis.T @ image
         squares, turn = np.linalg.eigh((projected + projected.T) / 2)
         squares, turn = squares[::-1][:count], turn[:, ::-1][:, :count]
-        found = basis @ turn
-        return squares, found, np.linalg.norm(image @ turn - found * squares, axis=0)
+        ritz_vectors = basis @ turn
+        return squares, ritz_vectors, np.linalg.norm(image @ turn - ritz_vectors * squares, axis=0)
 
     def _projected(self, count: int) -> tuple[Float, Float]:
         """Return eigenvalues and vectors on the leading axes and the directions of the change."""
@@ -181,16 +181,16 @@ class _Modified(NamedTuple):
         """Return numbers near the ``count`` largest eigenvalues, by counting those above."""
         # A change of rank r moves a singular value by r places at most; the scale bounds the rest.
         rank, n = len(self.inverse) // 2, len(self.diagonal)
-        wanted = np.arange(1, count + 1)
-        low: Float = np.maximum(self.diagonal[np.minimum(wanted + rank, n) - 1], _SMALLEST)
-        high = np.where(wanted > rank, self.diagonal[np.maximum(wanted - rank, 1) - 1], 1.0)
+        position = np.arange(1, count + 1)
+        low: Float = np.maximum(self.diagonal[np.minimum(position + rank, n) - 1], _SMALLEST)
+        high = np.where(position > rank, self.diagonal[np.maximum(position - rank, 1) - 1], 1.0)
         high = np.maximum(high, low)
-        known: dict[float, int] = {}
+        counts: dict[float, int] = {}
         for _ in range(_BISECTIONS):
             middle = np.sqrt(low * high)  # of ratios: the wanted ones may be far below the first
-            for at in {float(x) for x in middle} - set(known):
-                known[at] = self.above(at)
-            enough = np.array([known[float(x)] for x in middle]) >= wanted
+            for shift in {float(x) for x in middle} - set(counts):
+                counts[shift] = self.above(shift)
+            enough = np.array([counts[float(x)] for x in middle]) >= position
             low, high = np.where(enough, middle, low), np.where(enough, high, middle)
         return np.asarray(np.sqrt(low * high))
 

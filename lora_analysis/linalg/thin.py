@@ -45,17 +45,17 @@ def thin_product(block: NDArray[np.floating], X: NDArray[np.floating]) -> Float:
     whole, height = pieces * _DEPTH, max(1, _WORK // (_DEPTH * r))
     grouped = pieces // _GROUP * _GROUP
     deep = np.ascontiguousarray(X[:whole]).reshape(pieces, _DEPTH, r)
-    found = np.zeros((m, r))
+    product = np.zeros((m, r))
     if whole < n:
-        found += block[:, whole:] @ X[whole:]
+        product += block[:, whole:] @ X[whole:]
     for top in range(0, m, height):
         part = block[top : top + height, :whole].reshape(-1, pieces, _DEPTH)
         products = part.transpose(1, 0, 2) @ deep
         groups = products[:grouped].reshape(-1, _GROUP, len(part), r).sum(axis=1)
-        found[top : top + height] += groups.sum(axis=0, dtype=np.float64)
+        product[top : top + height] += groups.sum(axis=0, dtype=np.float64)
         if grouped < pieces:
-            found[top : top + height] += products[grouped:].sum(axis=0)
-    return found
+            product[top : top + height] += products[grouped:].sum(axis=0)
+    return product
 
 
 def thin_left_product(Y: NDArray[np.floating], block: NDArray[np.floating]) -> NDArray[np.floating]:
@@ -66,21 +66,24 @@ def thin_left_product(Y: NDArray[np.floating], block: NDArray[np.floating]) -> N
     if not pieces or m * r > _WORK // _DEPTH or not _pays(block, r):
         return np.asarray(rows @ block)
     whole = pieces * _DEPTH
-    found = np.empty((r, n), block.dtype)
+    product = np.empty((r, n), block.dtype)
     wide = block[:, :whole].reshape(m, pieces, _DEPTH).transpose(1, 0, 2)
-    found[:, :whole].reshape(r, pieces, _DEPTH)[:] = (rows @ wide).transpose(1, 0, 2)
+    product[:, :whole].reshape(r, pieces, _DEPTH)[:] = (rows @ wide).transpose(1, 0, 2)
     if whole < n:
-        found[:, whole:] = rows @ block[:, whole:]
-    return found
+        product[:, whole:] = rows @ block[:, whole:]
+    return product
 
 
 def _pays(block: NDArray[np.floating], columns: int) -> bool:
-    found = _blas().lib_controllers
+    controllers = _blas().lib_controllers
     return (
         0 < columns <= _FEW
         and block.flags.c_contiguous
-        and bool(found)
-        and all(one.internal_api == "openblas" and one.num_threads == 1 for one in found)
+        and bool(controllers)
+        and all(
+            controller.internal_api == "openblas" and controller.num_threads == 1
+            for controller in controllers
+        )
     )
 
 

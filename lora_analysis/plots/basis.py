@@ -40,20 +40,23 @@ def resolve_weight_energy(
     if not energies:
         message = "plot_weight_energy was given no result."
         raise InputError(message)
-    sizes = {(len(one.weight_values), one.sides[side].dimension) for one in energies}
+    sizes = {(len(energy.weight_values), energy.sides[side].dimension) for energy in energies}
     if len(sizes) > 1:
         message = f"The weights have {len(sizes)} sizes; draw those of one size together."
         raise InputError(message)
     ((count, dimension),) = sizes
     k = np.arange(1, count + 1, dtype=np.float64)
-    labels = [one.label for one in energies]
-    names = labels if len(set(labels)) == len(energies) else [one.module for one in energies]
+    labels = [energy.label for energy in energies]
+    names = labels if len(set(labels)) == len(energies) else [energy.module for energy in energies]
     names = style.without_common_start(names)
     lines = lines_of(
-        {name: (k, one.sides[side].leading) for name, one in zip(names, energies, strict=True)}
+        {
+            name: (k, energy.sides[side].leading)
+            for name, energy in zip(names, energies, strict=True)
+        }
     )
     # The fewest effective directions vary most: their bound holds for all.
-    bound = np.max([one.band(side, 0.95) for one in energies], axis=0)
+    bound = np.max([energy.band(side, 0.95) for energy in energies], axis=0)
     return EnergyPlot(
         lines=lines,
         k=k,

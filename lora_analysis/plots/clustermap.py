@@ -62,15 +62,15 @@ def resolve_clustermap(
     order = similarity_matrix.order("output", kind)
     data = similarity_matrix.matrix(what, kind)[np.ix_(order, order)]
     placed = similarity_matrix.placed("output", kind)
-    labels = style.without_common_start([similarity_matrix.labels[at] for at in order])
+    labels = style.without_common_start([similarity_matrix.labels[index] for index in order])
     labels = [
-        one if at < len(placed) else f"{style.plain(one, 12)} (untrained)"
-        for at, one in enumerate(labels)
+        label if index < len(placed) else f"{style.plain(label, 12)} (untrained)"
+        for index, label in enumerate(labels)
     ]
     leaves = np.searchsorted(placed, order[: len(placed)])
     return ClustermapPlot(
         data=data,
-        labels=tuple(style.plain(one, 24) for one in labels) if count <= _NAMED else (),
+        labels=tuple(style.plain(label, 24) for label in labels) if count <= _NAMED else (),
         branches=_branches(similarity_matrix.linkage("output", kind), leaves),
         limits=(-1.0, 1.0) if what == "cosine" else (-0.5, 1.0),
         color_label=_LABELS[what],
@@ -85,10 +85,10 @@ def _branches(tree: NDArray[np.float64], order: NDArray[np.intp]) -> NDArray[np.
     height = np.zeros(count + len(tree))
     x[order] = np.arange(count)
     corners = np.empty((len(tree), 4, 2))
-    for at, (left, right, joined, _) in enumerate(tree):
-        a, b, node = int(left), int(right), count + at
+    for index, (left, right, joined, _) in enumerate(tree):
+        a, b, node = int(left), int(right), count + index
         x[node], height[node] = (x[a] + x[b]) / 2, joined
-        corners[at] = [(x[a], height[a]), (x[a], joined), (x[b], joined), (x[b], height[b])]
+        corners[index] = [(x[a], height[a]), (x[a], joined), (x[b], joined), (x[b], height[b])]
     return corners
 
 
@@ -130,9 +130,9 @@ def plot_clustermap(
         from lora_analysis.plots.heatmap import excess_colors
 
         # Of many, colors are chosen for the pixels that are drawn and not for every pair.
-        shown = plot.data if count <= _NAMED else plot.data.astype(np.float32)
+        data = plot.data if count <= _NAMED else plot.data.astype(np.float32)
         image = ax.imshow(
-            np.ma.masked_invalid(shown, copy=False),
+            np.ma.masked_invalid(data, copy=False),
             interpolation_stage="data",
             cmap=(mpl.colormaps[colors] if colors else excess_colors()).with_extremes(
                 bad=style.BLANK

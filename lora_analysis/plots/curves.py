@@ -48,12 +48,12 @@ class LinesPlot:
 def lines_of(series: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> tuple[Line, ...]:
     """Return one line per entry, sorted by x, without what is not finite."""
     made = []
-    for at, (label, (x, y)) in enumerate(series.items()):
-        xs, ys = (np.asarray(one, dtype=np.float64) for one in (x, y))
+    for index, (label, (x, y)) in enumerate(series.items()):
+        xs, ys = (np.asarray(values, dtype=np.float64) for values in (x, y))
         order = np.argsort(xs, kind="stable")
-        kept = order[np.isfinite(ys[order])]
-        color = style.PALETTE[at % len(style.PALETTE)]
-        made.append(Line(style.plain(label, 28), xs[kept], ys[kept], color))
+        visible = order[np.isfinite(ys[order])]
+        color = style.PALETTE[index % len(style.PALETTE)]
+        made.append(Line(style.plain(label, 28), xs[visible], ys[visible], color))
     return tuple(made)
 
 
@@ -111,7 +111,7 @@ def _by_layer(values: Mapping[str, float], kind_of: Callable[[str], str]) -> _Se
         layers = by_kind.setdefault(kind_of(name), {})
         layers.setdefault(layer_index(name) or 0, []).append(float(value))
     return {
-        kind: (list(layers), [float(np.median(own)) for own in layers.values()])
+        kind: (list(layers), [float(np.median(values)) for values in layers.values()])
         for kind, layers in by_kind.items()
     }
 
@@ -130,8 +130,8 @@ def resolve_layers(
     lines = lines_of(_by_layer(values, module_type))
     level = chance if isinstance(chance, float | int) else None
     if isinstance(chance, Mapping):
-        found = _by_layer(chance, lambda _: "random directions")
-        lines = (*lines, *(replace(one, color=style.QUIET) for one in lines_of(found)))
+        random_layers = _by_layer(chance, lambda _: "random directions")
+        lines = (*lines, *(replace(line, color=style.QUIET) for line in lines_of(random_layers)))
     return LinesPlot(lines, "layer", ylabel, _limits(lines, log=log), log, level)
 
 

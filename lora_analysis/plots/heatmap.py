@@ -181,8 +181,8 @@ def _paint_marks(ax: Axes, heatmap: HeatMap, side: float) -> None:
 def _paint_note(ax: Axes, note: str) -> None:
     ax.set_xticks([])
     ax.set_yticks([])
-    said = ax.text(0.5, 0.5, note, ha="center", va="center", color=style.QUIET, parse_math=False)
-    said.set_transform(ax.transAxes)
+    text = ax.text(0.5, 0.5, note, ha="center", va="center", color=style.QUIET, parse_math=False)
+    text.set_transform(ax.transAxes)
 
 
 def paint_colorbar(
@@ -275,9 +275,9 @@ def plot_similarity(
     with style.house_style():
         rows, columns = heatmap.data.shape
         shape = float(np.clip(rows / max(columns, 1), 0.6, 1.0)) if rows else 1.0
-        own = ax is None
+        owns_figure = ax is None
         ax = style.axes_or_new(ax, (style.ONE_COLUMN, 0.65 + 2.05 * shape))
-        if own:
+        if owns_figure:
             ax.set_box_aspect(shape)
         image = paint_heatmap(ax, heatmap)
         if colorbar:

@@ -40,16 +40,16 @@ def resolve_levels(
     if not values:
         message = "plot_levels was given no group of values."
         raise InputError(message)
-    found = groups(values)
-    low = min((float(g.values.min()) for g in found if g.values.size), default=0.0)
-    high = max((float(g.values.max()) for g in found if g.values.size), default=1.0)
+    value_groups = groups(values)
+    low = min((float(g.values.min()) for g in value_groups if g.values.size), default=0.0)
+    high = max((float(g.values.max()) for g in value_groups if g.values.size), default=1.0)
     return LevelsPlot(
-        groups=found,
-        colors=tuple(style.PALETTE[n % len(style.PALETTE)] for n in range(len(found))),
+        groups=value_groups,
+        colors=tuple(style.PALETTE[n % len(style.PALETTE)] for n in range(len(value_groups))),
         chance=float(chance),
         limits=(min(0.0, low), max(1.0, high)),
         xlabel=xlabel,
-        note=dropped_note(found),
+        note=dropped_note(value_groups),
     )
 
 

@@ -61,10 +61,10 @@ def resolve_module_map(
     kinds = tuple(dict.fromkeys(kind for kind, _ in cells))
     layers = tuple(sorted({layer for _, layer in cells}))
     data = np.full((len(kinds), len(layers)), np.nan)
-    for (kind, layer), found in cells.items():
-        known = [one for one in found if np.isfinite(one)]
-        if known:
-            data[kinds.index(kind), layers.index(layer)] = np.median(known)
+    for (kind, layer), cell_values in cells.items():
+        finite = [value for value in cell_values if np.isfinite(value)]
+        if finite:
+            data[kinds.index(kind), layers.index(layer)] = np.median(finite)
     return ModuleMap(data, tuple(map(style.plain, kinds)), layers, limits, label, title)
 
 
@@ -83,7 +83,7 @@ def paint_module_map(ax: Axes, plot: ModuleMap) -> AxesImage:
     ax.spines[:].set_visible(False)
     ax.set_yticks(range(rows), plot.kinds, parse_math=False)
     step = max(1, -(-columns // 8))
-    ax.set_xticks(range(0, columns, step), [str(one) for one in plot.layers[::step]])
+    ax.set_xticks(range(0, columns, step), [str(layer) for layer in plot.layers[::step]])
     ax.set_xlabel("layer")
     ax.set_title(plot.title, parse_math=False)
     return image
@@ -139,12 +139,15 @@ def figure_module_maps(
         raise InputError(message)
     columns = max(map(len, maps))
     # The label beside the bar of colors needs the height of four rows.
-    height = 0.75 + 0.17 * max(4, *(len(one.kinds) for row in maps for one in row))
+    height = 0.75 + 0.17 * max(4, *(len(module_map.kinds) for row in maps for module_map in row))
     with style.house_style():
         figure = style.PanelFigure(figsize=(width, height * len(maps)), layout="constrained")
         axes = figure.subplots(len(maps), columns, squeeze=False)
         for row, places in zip(maps, axes, strict=True):
-            images = [paint_module_map(ax, one) for ax, one in zip(places, row, strict=False)]
+            images = [
+                paint_module_map(ax, module_map)
+                for ax, module_map in zip(places, row, strict=False)
+            ]
             for ax in places[1:]:
                 ax.set_yticklabels([])
             figure.colorbar(images[-1], ax=list(places), label=row[-1].label, pad=0.01)
@@ -172,21 +175,22 @@ def resolve_intruders(reports: Sequence[IntruderReport], *, side: Side = "output
     if not reports:
         message = "plot_intruders was given no report."
         raise InputError(message)
-    k = max(len(one.S) for one in reports)
+    k = max(len(report.S) for report in reports)
     cosine, novelty = np.full((2, len(reports), k), np.nan)
-    for at, one in enumerate(reports):
-        cosine[at, : len(one.S)] = one.sides[side].max_cosine
-        novelty[at, : len(one.S)] = one.sides[side].novelty
-    names = style.without_common_start([one.module for one in reports])
-    several = len({one.label for one in reports}) > 1
+    for row, report in enumerate(reports):
+        cosine[row, : len(report.S)] = report.sides[side].max_cosine
+        novelty[row, : len(report.S)] = report.sides[side].novelty
+    names = style.without_common_start([report.module for report in reports])
+    several = len({report.label for report in reports}) > 1
     labels = [
-        f"{one.label} {name}" if several else name for one, name in zip(reports, names, strict=True)
+        f"{report.label} {name}" if several else name
+        for report, name in zip(reports, names, strict=True)
     ]
     return IntruderStrip(
         cosine=cosine,
         intruder=cosine < reports[0].epsilon,
         novelty=novelty,
-        labels=tuple(style.plain(one, 32) for one in labels),
+        labels=tuple(style.plain(label, 32) for label in labels),
         epsilon=reports[0].epsilon,
         side=side,
     )

@@ -109,7 +109,7 @@ def _summary(maps: Sequence[HeatMap]) -> HeatMap:
 def _rows(panels: Sequence[Panel], width: float) -> list[list[Panel]]:
     """Break a row of panels in two where one column of a paper has no room for it."""
     per_row = len(panels) if width >= 5 or len(panels) < 3 else -(-len(panels) // 2)
-    return [list(panels[at : at + per_row]) for at in range(0, len(panels), per_row)]
+    return [list(panels[start : start + per_row]) for start in range(0, len(panels), per_row)]
 
 
 def _headline(grids: Sequence[SimilarityGrid]) -> str:
@@ -216,10 +216,10 @@ def _figure(
 ) -> Figure:
     """Draw the panels as φ and, where asked or where chance is visible, again above chance."""
     visible = any(grid.chance.size and grid.chance.max() > SMALL_CHANCE for _, grid, _ in panels)
-    both = visible if above_chance is None else above_chance
+    has_excess = visible if above_chance is None else above_chance
     rows = [
         row
-        for excess in ((False, True) if both else (False,))
+        for excess in ((False, True) if has_excess else (False,))
         for row in _rows([Panel(g, name, zoom, excess) for name, g, zoom in panels], width)
     ]
     return figure_grid(rows, title=title, width=width)

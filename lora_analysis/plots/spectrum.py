@@ -21,11 +21,11 @@ ENERGY_GUIDES = (0.9, 0.99)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Curve:
-    """One spectrum as drawn: values over i = 1, 2, …; the last ``lost`` are rounding errors."""
+    """One spectrum as drawn; its last ``beyond_rank`` values are rounding errors."""
 
     label: str
     values: NDArray[np.float64]
-    lost: int
+    beyond_rank: int
     color: str
 
     @property
@@ -34,9 +34,9 @@ class Curve:
         return np.arange(1, len(self.values) + 1)
 
     @property
-    def kept(self) -> int:
-        """How many values are resolved: the numerical rank."""
-        return len(self.values) - self.lost
+    def numerical_rank(self) -> int:
+        """Number of values above the rounding error."""
+        return len(self.values) - self.beyond_rank
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,7 +47,7 @@ class SpectrumPlot:
     ----------
     curves
         One per trained update.
-    lost
+    beyond_rank
         For each curve that has them, the singular values beyond the numerical rank.
     limits
         Of the vertical axis.
@@ -90,11 +90,11 @@ def _curve_values(spectrum: Spectrum, *, normalized: bool, energy: bool) -> NDAr
 
 
 def _log_limits(curves: Sequence[Curve]) -> tuple[float, float]:
-    """Return limits around what is resolved; what is not would stretch the axis to 1e-17."""
-    resolved = np.concatenate([c.values[: c.kept] for c in curves])
-    low, high = float(resolved.min()), float(resolved.max())
+    """Return limits around the values above rounding; others would stretch the axis to 1e-17."""
+    above_rounding = np.concatenate([c.values[: c.numerical_rank] for c in curves])
+    low, high = float(above_rounding.min()), float(above_rounding.max())
     room = max((high / low) ** 0.06, 1.3)
-    return low / room ** (2 if any(c.lost for c in curves) else 1), high * room
+    return low / room ** (2 if any(c.beyond_rank for c in curves) else 1), high * room
 
 
 def _ylabel(spectra: Sequence[Spectrum], *, normalized: bool, energy: bool) -> str:
@@ -126,9 +126,9 @@ def resolve_spectrum(
     for spectrum, label, color in zip(spectra, labels, _colors(len(spectra)), strict=True):
         if not spectrum.untrained:
             values = _curve_values(spectrum, normalized=normalized, energy=energy)
-            lost = len(values) - spectrum.numerical_rank
+            beyond_rank = len(values) - spectrum.numerical_rank
             unit = _unit(spectrum, spectra, relative=normalized or energy)
-            curves.append(Curve(label + unit, values, lost, color))
+            curves.append(Curve(label + unit, values, beyond_rank, color))
     untrained = [n for s, n in zip(spectra, labels, strict=True) if s.untrained]
     longest = max((len(c.values) for c in curves), default=1)
     shortest = min((len(c.values) for c in curves), default=1)
@@ -161,11 +161,11 @@ def _paint_axes(ax: Axes, plot: SpectrumPlot) -> None:
 
 
 def _paint_curve(ax: Axes, curve: Curve, floor: float, *, bundle: bool) -> None:
-    kept, values = curve.kept, curve.values
+    rank, values = curve.numerical_rank, curve.values
     ax.plot(
-        curve.i[:kept],
-        values[:kept],
-        marker="" if bundle or kept > 16 else "o",
+        curve.i[:rank],
+        values[:rank],
+        marker="" if bundle or rank > 16 else "o",
         markersize=3,
         color=curve.color,
         label=style.legend_label(curve.label),
@@ -174,12 +174,12 @@ def _paint_curve(ax: Axes, curve: Curve, floor: float, *, bundle: bool) -> None:
     )
     # The end of a curve is the numerical rank.
     ax.plot(
-        curve.i[kept - 1], values[kept - 1], "o", color=curve.color, markersize=2 if bundle else 4
+        curve.i[rank - 1], values[rank - 1], "o", color=curve.color, markersize=2 if bundle else 4
     )
-    if curve.lost:
+    if curve.beyond_rank:
         ax.plot(
-            curve.i[kept:],
-            np.maximum(values[kept:], floor),
+            curve.i[rank:],
+            np.maximum(values[rank:], floor),
             "v",
             color=curve.color,
             markerfacecolor="white",
@@ -193,18 +193,21 @@ def _labeled(curves: Sequence[Curve]) -> list[Curve]:
     """Return the curves to name: all of a few; of a bundle those that end highest and lowest."""
     if len(curves) <= len(style.PALETTE):
         return list(curves)
-    ends = sorted(curves, key=lambda c: float(c.values[c.kept - 1]))
+    ends = sorted(curves, key=lambda c: float(c.values[c.numerical_rank - 1]))
     return [ends[0], ends[-1]]
 
 
 def _paint_labels(ax: Axes, curves: Sequence[Curve]) -> None:
     """Write curves' names at the right of the axes, in their color, at the height they end."""
-    ends = [(c.i[c.kept - 1], c.values[c.kept - 1]) for c in curves]
+    ends = [(c.i[c.numerical_rank - 1], c.values[c.numerical_rank - 1]) for c in curves]
     heights = (ax.transScale + ax.transLimits).transform(ends)[:, 1]
     texts = [
-        f"{c.label}\n{c.kept} of {len(c.values)} resolved" if c.lost else c.label for c in curves
+        f"{c.label}\n{c.numerical_rank} of {len(c.values)} above rounding"
+        if c.beyond_rank
+        else c.label
+        for c in curves
     ]
-    lines = 2 if any(c.lost for c in curves) else 1
+    lines = 2 if any(c.beyond_rank for c in curves) else 1
     line = 9.5 / ax.bbox.height * ax.figure.dpi / 72
     where = style.apart(heights, line * lines, (0.0, 1.0))
     for curve, y, text in zip(curves, where, texts, strict=True):
@@ -263,6 +266,6 @@ def plot_spectrum(
             _paint_curve(ax, curve, plot.limits[0], bundle=len(plot.curves) > len(style.PALETTE))
         if plot.note:
             ax.set_title(plot.note, fontsize=7, color=style.QUIET, loc="left", parse_math=False)
-        if len(plot.curves) > 1 or any(c.lost for c in plot.curves):
+        if len(plot.curves) > 1 or any(c.beyond_rank for c in plot.curves):
             _paint_labels(ax, _labeled(plot.curves))
     return ax

@@ -128,8 +128,8 @@ def plain(text: object, at_most: int = 48) -> str:
 
     Draw it with ``parse_math=False``: a dollar sign in a name is a dollar sign.
     """
-    shown = "".join(c if _drawable(c) else "\N{REPLACEMENT CHARACTER}" for c in str(text))
-    return shown if len(shown) <= at_most else "…" + shown[1 - at_most :]
+    drawable = "".join(c if _drawable(c) else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+    return drawable if len(drawable) <= at_most else "…" + drawable[1 - at_most :]
 
 
 def without_common_start(names: list[str]) -> list[str]:
@@ -200,9 +200,9 @@ def _side_by_side(n: int) -> NDArray[np.float64]:
     return np.asarray(order - order.mean())
 
 
-def apart(wanted: ArrayLike, gap: float, limits: tuple[float, float]) -> NDArray[np.float64]:
+def apart(positions: ArrayLike, gap: float, limits: tuple[float, float]) -> NDArray[np.float64]:
     """Return positions for labels: as near to ``wanted`` as a mutual distance of ``gap`` allows."""
-    target = np.asarray(wanted, dtype=np.float64)
+    target = np.asarray(positions, dtype=np.float64)
     order = np.argsort(target, kind="stable")
     placed = target[order]
     for _ in range(200):

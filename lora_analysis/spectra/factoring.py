@@ -29,44 +29,44 @@ def _numerical_rank(S: NDArray[np.float64], rank: int, factor_norms: float) -> i
 
 def _delta_spectrum(update: LowRankUpdate, svd: linalg.FactoredSVD) -> Spectrum:
     scale = 1.0 if update.scale is None else update.scale
-    found = _numerical_rank(svd.S, update.rank, float(svd.B_norm * svd.A_norm))
+    numerical_rank = _numerical_rank(svd.S, update.rank, float(svd.B_norm * svd.A_norm))
     return Spectrum(
         name=update.name,
         U=svd.U,
         S=abs(scale) * svd.S,
         V=-svd.V if scale < 0 and svd.V is not None else svd.V,
         of="delta",
-        numerical_rank=found if scale != 0 else 0,
+        numerical_rank=numerical_rank if scale != 0 else 0,
         rank=update.rank,
         shape=update.shape,
         in_units_of_scale=update.scale is None,
         stored_dtype=update.stored_dtype,
         label=update.label,
-        factor_condition=_factor_condition(update, svd, found),
+        factor_condition=_factor_condition(update, svd, numerical_rank),
     )
 
 
-def _factor_condition(update: LowRankUpdate, svd: linalg.FactoredSVD, found: int) -> float:
+def _factor_condition(update: LowRankUpdate, svd: linalg.FactoredSVD, numerical_rank: int) -> float:
     """Return κ(B̂) + κ(Â); where r exceeds a dimension, the bound by norms in its place.
 
     Such a factor has dependent columns whatever was trained, and an infinite κ, while the
     singular values that there are may be well determined: rounding moves each by no more than
     ½·eps·√r·2‖B‖₂‖A‖₂.
     """
-    if update.rank <= min(update.shape) or found == 0:
+    if update.rank <= min(update.shape) or numerical_rank == 0:
         return float(svd.B_condition + svd.A_condition)
-    return float(2 * svd.B_norm * svd.A_norm / svd.S[found - 1])
+    return float(2 * svd.B_norm * svd.A_norm / svd.S[numerical_rank - 1])
 
 
 def _factor_spectrum(update: LowRankUpdate, of: Literal["A", "B"], *, vectors: bool) -> Spectrum:
     """Return the spectrum of one factor alone: right vectors of A, or left vectors of B."""
-    found, values = linalg.tall_svd(update.A.T if of == "A" else update.B)
+    singular_vectors, values = linalg.tall_svd(update.A.T if of == "A" else update.B)
     cut = 4 * update.rank * linalg.EPS * values[0]
     return Spectrum(
         name=update.name,
-        U=found if vectors and of == "B" else None,
+        U=singular_vectors if vectors and of == "B" else None,
         S=values,
-        V=found if vectors and of == "A" else None,
+        V=singular_vectors if vectors and of == "A" else None,
         of=of,
         numerical_rank=int(np.count_nonzero(values > cut)),
         rank=update.rank,
@@ -198,18 +198,18 @@ def stacked_spectra(
     """
     given = list(updates)
     if device is None:
-        return [spectrum(one) for one in given]
-    found: dict[int, Spectrum] = {}
+        return [spectrum(update) for update in given]
+    spectra_by_index: dict[int, Spectrum] = {}
     groups: dict[tuple[int, int, int], dict[int, LowRankUpdate]] = {}
-    for at, one in enumerate(given):
-        if isinstance(one, DenseUpdate):
-            found[at] = spectrum(one)
+    for index, update in enumerate(given):
+        if isinstance(update, DenseUpdate):
+            spectra_by_index[index] = spectrum(update)
         else:
-            groups.setdefault((*one.shape, one.rank), {})[at] = one
+            groups.setdefault((*update.shape, update.rank), {})[index] = update
     for members in groups.values():
         spectra = _spectra_on_device(list(members.values()), device, dtype)
-        found |= zip(members, spectra, strict=True)
-    return [found[at] for at in range(len(given))]
+        spectra_by_index |= zip(members, spectra, strict=True)
+    return [spectra_by_index[index] for index in range(len(given))]
 
 
 def _spectra_on_device(
@@ -219,7 +219,7 @@ def _spectra_on_device(
     import torch
 
     kind = getattr(torch, dtype)
-    stacks = ([one.B for one in updates], [one.A for one in updates])
+    stacks = ([update.B for update in updates], [update.A for update in updates])
     B, A = (
         torch.stack([torch.from_numpy(np.array(factor)) for factor in stack]).to(device).to(kind)
         for stack in stacks
@@ -233,8 +233,8 @@ def _spectra_on_device(
     # a larger norm of one factor says in the rule's own terms.
     fields[3] *= torch.finfo(kind).eps / linalg.EPS
     return [
-        _delta_spectrum(one, linalg.FactoredSVD(*parts))
-        for one, *parts in zip(updates, *fields, strict=True)
+        _delta_spectrum(update, linalg.FactoredSVD(*parts))
+        for update, *parts in zip(updates, *fields, strict=True)
     ]
 
 

@@ -183,7 +183,7 @@ class Spectrum:
             ("stable rank", self.stable_rank),
             ("directions for 90 % of the energy", self.energy_rank(0.9)),
             ("norm, in units of the scale" if self.in_units_of_scale else "norm", self.norm),
-            ("leading singular values", ", ".join(f"{one:.3g}" for one in self.S[:6])),
+            ("leading singular values", ", ".join(f"{sigma:.3g}" for sigma in self.S[:6])),
         ]
         return html_facts(f"Spectrum of {of}, {self.name}, {self.label}", facts)
 
@@ -234,10 +234,10 @@ class Spectrum:
         where = f"Top-{k} {side} subspace of '{self.name}' in {self.label or 'the update'}"
         if self.untrained:
             return f"{where} is undefined: the update is zero (untrained: B starts at zero)."
-        found = f"its numerical rank is {self.numerical_rank}"
+        reason = f"its numerical rank is {self.numerical_rank}"
         if k <= len(self.S):
-            found += f" (sigma_{k} is {self.S[k - 1] / self.S[0]:.0e} x sigma_1)"
-        return f"{where} is undefined: {found}. Use k <= {self.numerical_rank}."
+            reason += f" (sigma_{k} is {self.S[k - 1] / self.S[0]:.0e} x sigma_1)"
+        return f"{where} is undefined: {reason}. Use k <= {self.numerical_rank}."
 
 
 def _entropy_rank(weights: NDArray[np.float64]) -> float:

@@ -59,11 +59,11 @@ def weight_svd(W: Weight | NDArray[np.floating], *, cache: bool = True) -> Dense
     from lora_analysis.storage.cache import keep, read_cached
 
     key = f"svd-{_hash(dense)}"
-    found = read_cached(key)
+    cached = read_cached(key)
     n = min(dense.shape)
     shapes = {"U": (dense.shape[0], n), "S": (n,), "V": (dense.shape[1], n)}
-    if found is not None and {name: a.shape for name, a in found.items()} == shapes:
-        return linalg.DenseSVD(found["U"], found["S"], found["V"])
+    if cached is not None and {name: a.shape for name, a in cached.items()} == shapes:
+        return linalg.DenseSVD(cached["U"], cached["S"], cached["V"])
     svd = linalg.gram_svd(dense)
     keep(key, svd._asdict())
     return svd
