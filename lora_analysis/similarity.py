@@ -1,4 +1,4 @@
-"""Two updates of one module held against each other: φ, angles, ω, signed cosine, shared start."""
+"""Similarity of two updates of one module: φ, principal angles, ω, signed cosine."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ class Degeneracy(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SimilarityGrid:
-    """Subspace similarity φ(i, j) of two updates of one module, with its isotropic chance.
+    """Subspace similarity φ(i, j) of two updates of one module, with its the random baseline.
 
     Attributes
     ----------
     values
         ``(k₁, k₂)``, each axis ending at its numerical rank; ``values[i-1, j-1]`` is φ(i, j): 0
-        for orthogonal subspaces, 1 where the smaller lies inside the larger.
+        for orthogonal subspaces, 1 if the smaller is contained in the larger.
     chance
         ``(k₁, k₂)``, mean of φ for independent uniform subspaces, max(i, j)/dimension.
     dimension
         Of the space the directions live in: d_in or d_out.
     rows_degeneracy, columns_degeneracy
-        Where a top-i subspace is undefined or soft because singular values (nearly) coincide.
+        If a top-i subspace is undefined or soft because singular values (nearly) coincide.
     """
 
     values: NDArray[np.float64]
@@ -65,7 +65,7 @@ class SimilarityGrid:
     def p_value(self) -> NDArray[np.float64]:
         """``(k₁, k₂)``: P(φ_null ≥ φ), one-sided, for independent uniform subspaces.
 
-        It says how far φ is from isotropic chance and no more: unrelated adapters of one base
+        It measures the distance from the random baseline only: unrelated adapters of one base
         differ from that too. See `chance.similarity_p_value` for the distribution.
         """
         i, j = np.indices(self.values.shape) + 1
@@ -97,9 +97,9 @@ class SimilarityGrid:
         rows, columns = self.values.shape
         cells = dict.fromkeys(((1, 1), (1, columns), (rows, columns)) if rows and columns else ())
         title = f"φ(i, j) of {self.labels[0]} and {self.labels[1]}, {self.module}, {self.side} side"
-        note = f"{rows} × {columns} cells; d = {self.dimension}. Chance is isotropic: a floor."
+        note = f"{rows} × {columns} cells; d = {self.dimension}. Unrelated adapters exceed random."
         rows = ((i, j, self.values[i - 1, j - 1], self.chance[i - 1, j - 1]) for i, j in cells)
-        return html_table(title, ("i", "j", "φ", "chance"), rows, note)
+        return html_table(title, ("i", "j", "φ", "random"), rows, note)
 
     def degeneracy(self, i: int, j: int) -> str:
         """Return ``"degenerate"``, ``"nearly degenerate"`` or ``""`` for φ(i, j)."""
@@ -128,11 +128,11 @@ def _check_same_space(a: Spectrum, b: Spectrum, side: Side) -> int:
 def subspace_similarity(
     a: Update | Spectrum, b: Update | Spectrum, *, side: Side = "input", of: VectorsOf = "delta"
 ) -> SimilarityGrid:
-    """Return φ(i, j) for all i, j up to the numerical ranks, with isotropic chance beside it.
+    """Return φ(i, j) for all i, j up to the numerical ranks, with the random baseline next to it.
 
     ``φ(i, j) = ‖U₁[:, :i]ᵀ U₂[:, :j]‖_F² / min(i, j)`` over singular vectors, strongest first
-    (LoRA, arXiv 2106.09685, section 7.2): 1 where the smaller subspace lies inside the larger,
-    0 where they are orthogonal, max(i, j)/d on average for random ones.
+    (LoRA, arXiv 2106.09685, section 7.2): 1 if the smaller subspace is contained in the larger,
+    0 if they are orthogonal, max(i, j)/d on average for random ones.
 
     Parameters
     ----------
@@ -153,7 +153,7 @@ def subspace_similarity(
     IncompatibleError
         The dimensions of the chosen side differ.
     InputError
-        A factor that has no such side.
+        ``of`` has no such side.
 
     Examples
     --------
@@ -218,7 +218,7 @@ def chordal_distance(
 ) -> float:
     """Return ``‖sin θ‖₂`` over the principal angles of two top-k subspaces, in [0, √min(k)].
 
-    0 where the smaller subspace lies inside the larger; ``√(min(k)·(1 − φ))``, and right where φ
+    0 if the smaller subspace is contained in the larger; ``√(min(k)·(1 − φ))``, and right where φ
     rounds to 1. For parameters and errors see `principal_angles`.
     """
     return float(np.linalg.norm(np.sin(principal_angles(a, b, side=side, k=k))))
@@ -229,7 +229,7 @@ def energy_overlap(a: Update | Spectrum, b: Update | Spectrum, *, side: Side = "
 
     ``ω = Σ_ab σ_a²τ_b²(u_a·v_b)² / √(Σσ⁴·Στ⁴)``: the cosine between ΔW₁ᵀΔW₁ and ΔW₂ᵀΔW₂ (input;
     the other product for output). It needs no choice of i and j and does not depend on the
-    scale. Isotropic chance is `chance.energy_overlap_mean`. NaN if either is untrained.
+    scale. The random baseline is `chance.energy_overlap_mean`. NaN if either is untrained.
     """
     first, second = spectrum(a), spectrum(b)
     _check_same_space(first, second, side)
@@ -273,7 +273,7 @@ def random_similarity(dimension: int, shape: tuple[int, int], *, seed: int = 0) 
     Parameters
     ----------
     dimension
-        Of the space.
+        Dimension of the space.
     shape
         ``(i, j)``: columns of the two matrices.
     seed

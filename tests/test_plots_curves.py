@@ -217,7 +217,7 @@ def test_levels_draw_every_value_the_median_and_chance(rng):
     assert any(line.get_xdata() == [1 / 192, 1 / 192] for line in ax.lines)
     written = [text.get_text() for text in ax.texts]
     assert "same task  (n = 9)" in written
-    assert "isotropic chance 0.0052" in written
+    assert "random 0.0052" in written
     assert f"{np.median(values['same task']):.2f}" in written
     assert f"{np.median(values['other task (reference)']):.3f}" in written
     assert ax.get_xlim() == (0, 1)

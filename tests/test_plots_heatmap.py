@@ -92,7 +92,7 @@ def test_chance_is_marked_beside_the_color_bar(rng):
     grid = _grid(rng, d=24)
     ax = plot_similarity(grid)
     (bar,) = ax.child_axes
-    (line,) = [line for line in bar.lines if line.get_label() == "chance"]
+    (line,) = [line for line in bar.lines if line.get_label() == "random"]
     assert list(line.get_ydata()) == pytest.approx([1 / 24, 5 / 24])
     assert bar.get_ylabel() == "φ(i, j)"
     assert not plot_similarity(grid, colorbar=False).child_axes
@@ -198,7 +198,7 @@ def test_figure_of_seeds_takes_its_headline_from_the_measured_panels(rng):
 def test_the_color_bar_of_a_row_spans_the_chance_of_all_its_panels(rng):
     figure = figure_grid([[Panel(_grid(rng, d=200), "a"), Panel(_grid(rng, 2, 2, d=24), "b")]])
     (bar,) = [child for ax in figure.axes for child in ax.child_axes]
-    (line,) = [line for line in bar.lines if line.get_label() == "chance"]
+    (line,) = [line for line in bar.lines if line.get_label() == "random"]
     assert list(line.get_ydata()) == pytest.approx([1 / 200, 2 / 24])
 
 

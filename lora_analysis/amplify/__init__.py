@@ -1,6 +1,6 @@
 """ΔW against W: how strongly the update's directions are already present in the weight.
 
-`streaming` passes over W once, `results` says what the numbers are, `measure` puts them together;
+`streaming` passes over W once, `results` defines the numbers, `measure` computes them;
 `basis` holds ΔW against W's whole spectrum.
 """
 

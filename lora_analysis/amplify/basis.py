@@ -1,4 +1,4 @@
-"""ΔW seen in W's own basis: how much of its energy lies in W's leading and trailing directions."""
+"""ΔW in W's singular basis: the share of its energy in W's leading and trailing directions."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class WeightBasisEnergy:
             (side, k, energy.leading[k - 1], energy.trailing[k - 1], k / energy.dimension)
             for side, energy in self.sides.items()
         ]
-        columns = ("side", "k", "in W's first k", "in W's last k", "chance")
+        columns = ("side", "k", "in W's first k", "in W's last k", "random")
         title = f"Share of ‖ΔW‖² in W's basis, {self.module}, {self.label}"
         return html_table(title, columns, rows)
 
@@ -108,7 +108,7 @@ class WeightBasisEnergy:
 
 
 def weight_basis_energy(update: Update | Spectrum, weight: DenseSVD) -> WeightBasisEnergy:
-    """Return how ΔW's energy spreads over W's singular directions, on both sides.
+    """Return the distribution of ΔW's energy over W's singular directions, on both sides.
 
     ``‖U_kᵀ·ΔW‖_F²/‖ΔW‖_F²`` with W's top-k left singular vectors, and the same on the right: of
     which Figure 8 of LoRA (arXiv 2106.09685) is one point. W fixes the directions, so chance is

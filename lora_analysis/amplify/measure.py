@@ -72,10 +72,10 @@ def amplification(
     weight_directions: bool = True,
     one_sided: bool = False,
 ) -> Amplification:
-    """Return how ΔW amplifies W, for every number of directions up to ``k``.
+    """Measure how ΔW amplifies W, for every number of directions up to ``k``.
 
     ``AF_k = √Σ_{i≤k}σ_i(ΔW)² / ‖U_kᵀWV_k‖_F`` with ΔW's own top-k singular directions (LoRA,
-    arXiv 2106.09685, section 7.3 and Table 7), beside the same for W's own and for random
+    arXiv 2106.09685, section 7.3 and Table 7), next to the same for W's own and for random
     directions. The factor alone proves nothing: ``chance_factor`` is what random directions of
     the same size score, and ``enrichment`` the ratio of the two.
 
@@ -135,7 +135,7 @@ def amplifications(
     weight_directions: bool = True,
     one_sided: bool = False,
 ) -> list[Amplification]:
-    """Return how each of several updates of one weight amplifies it, from one pass over W.
+    """Measure how each of several updates of one weight amplifies it, in one pass over W.
 
     Parameters, errors and numbers are those of `amplification`; the random draws are the same for
     all updates.

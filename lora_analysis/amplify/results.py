@@ -1,4 +1,4 @@
-"""What a comparison of ΔW with W gives."""
+"""Results of comparing ΔW with W."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class RandomDirections:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Amplification:
-    """One update held against its frozen weight, for every k up to n = its numerical rank.
+    """One update compared with its frozen weight, for every k up to n, its numerical rank.
 
     Every array over k has shape ``(n,)``; entry ``k-1`` uses the top-k singular directions of
     ΔW. The last entry is the LoRA paper's number.
@@ -75,9 +75,9 @@ class Amplification:
     precision
         Type of the products with W, ``"float64"`` or ``"float32"``.
     storage
-        How W is quantized ("bitsandbytes nf4"), empty where it is stored as plain numbers.
+        How W is quantized ("bitsandbytes nf4"), empty if it is stored as plain numbers.
     noise
-        Expected ‖rounding error of W‖_F/‖W‖_F (`Weight.noise`), None where it is not quantized or
+        Expected ‖rounding error of W‖_F/‖W‖_F (`Weight.noise`), None if it is not quantized or
         not known. Such an error is no more aligned with ΔW than random directions are: it moves
         ``enrichment`` at k by about ``noise/k``, and where that is weaker, to about ``noise``.
     weight_statistics
@@ -106,7 +106,7 @@ class Amplification:
     def _repr_html_(self) -> str:
         if not len(self.S):
             return html_table(f"Amplification, {self.module}, {self.label}: untrained", (), ())
-        columns = ("k", "‖UᵀWV‖", "random", "factor", "chance", "enrichment")
+        columns = ("k", "‖UᵀWV‖", "random ‖UᵀWV‖", "factor", "random factor", "enrichment")
         rows = [
             (k, self.projected[k - 1], self.random.rms[k - 1], self.amplification_factor[k - 1],
              self.chance_factor[k - 1], self.enrichment[k - 1])

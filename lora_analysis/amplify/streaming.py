@@ -1,4 +1,4 @@
-"""W seen through directions, in one pass over its tiles, for any number of directions."""
+"""Project W onto any number of directions in one pass over its tiles."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def project(
     frames
         Pairs of U ``(d_out, r)`` and V ``(d_in, r)``, orthonormal columns.
     precision
-        Of the products with W; sums over its rows are in float64 in any case.
+        Type of the products with W; sums over its rows are always in float64.
     one_sided
         Whether to find ``‖u_jᵀ·W‖²`` too, which doubles the products.
     norm
@@ -90,11 +90,11 @@ def project(
     """
     watch = WeightWatch(W.shape[0] * W.shape[1]) if norm and not isinstance(W, np.ndarray) else None
     passed = _Pass(W.shape, frames, precision, one_sided=one_sided, norm=norm, watch=watch)
-    with np.errstate(over="ignore", invalid="ignore"):  # damage is told at the end
+    with np.errstate(over="ignore", invalid="ignore"):  # damage is reported at the end
         for rows, columns, tile in _tiles(W):
             passed.add(rows, columns, tile)
     if not isinstance(W, np.ndarray) and not passed.square <= MAX_VALUE**2:
-        for _ in W.blocks():  # raises where a number is to blame, and says which tensor holds it
+        for _ in W.blocks():  # raises if a number is not finite, naming its tensor
             pass
     statistics = None if watch is None or isinstance(W, np.ndarray) else watch.statistics(W)
     return passed.projections(), float(np.sqrt(passed.square)), statistics
@@ -184,7 +184,7 @@ class _Pass:
         return block
 
     def projections(self) -> list[Projection]:
-        """Return what was gathered, frame by frame."""
+        """Return the projections, one per frame."""
         inputs = self.inputs
         if self.pieces is not None:
             inputs = inputs + np.einsum("ij,ij->j", self.pieces, self.pieces)

@@ -1,6 +1,6 @@
-"""What unrelated, isotropic directions give: the level every number is held against.
+"""The random baseline: what independent, isotropic directions give.
 
-Isotropic chance means independent subspaces drawn uniformly (Haar). Real unrelated adapters of
+The random baseline means independent subspaces drawn uniformly (Haar). Real unrelated adapters of
 one base agree more than that, so "above chance" means "not isotropic" and nothing more; a verdict
 needs a reference (see ``studies``).
 """

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
-# Below this a matched distribution says only "smaller".
+# Below this a matched distribution is reported as "< 1e-4".
 SMALLEST_P = 1e-4
 # Fewer runs than this bear no interval.
 FEWEST_RUNS = 3
@@ -25,7 +25,7 @@ ALL_RELABELINGS = 20_000
 
 
 def p_value_text(p: float) -> str:
-    """Return a p-value as it may be reported: ``"< 1e-4"`` where its size is not known."""
+    """Return a p-value as text: ``"< 1e-4"`` below the range in which its size is known."""
     if np.isnan(p):
         return ""
     return "< 1e-4" if p < SMALLEST_P else f"{p:.2g}"
@@ -59,7 +59,7 @@ def benjamini_hochberg(p_values: ArrayLike) -> NDArray[np.float64]:
 
 @dataclass(frozen=True, slots=True)
 class RunPermutation:
-    """Whether runs of one task agree more with each other than with runs of other tasks.
+    """Test whether runs of one task agree more with each other than with those of other tasks.
 
     Attributes
     ----------
@@ -72,7 +72,7 @@ class RunPermutation:
     relabelings
         How many were gone through, or drawn.
     exact
-        Whether those were all.
+        True if all relabelings were tried.
     runs
         How many runs: below three there is no interval to be given.
     """
@@ -86,7 +86,7 @@ class RunPermutation:
 
     @property
     def allows_interval(self) -> bool:
-        """Whether there are runs enough for a jackknife interval."""
+        """True if there are enough runs for a jackknife interval."""
         return self.runs >= FEWEST_RUNS
 
 
@@ -103,7 +103,7 @@ def permute_runs(
     tasks
         Task of each run. Relabeling keeps how many runs each task has.
     draws, seed
-        Random relabelings, where all would be more than 20,000.
+        Number and seed of random relabelings, used if there are more than 20,000.
 
     Raises
     ------
@@ -150,14 +150,14 @@ def task_difference(values: NDArray[np.float64], codes: NDArray[np.intp]) -> flo
     Parameters
     ----------
     values
-        ``(N, N)``, symmetric, NaN where a pair is not known and on the diagonal.
+        ``(N, N)``, symmetric, NaN if a pair is not known and on the diagonal.
     codes
         Task of each run as a number, ``(N,)``.
 
     Returns
     -------
     float
-        NaN where pairs of one task, or of different ones, are missing altogether.
+        NaN if pairs of one task, or of different ones, are missing altogether.
     """
     same = codes[:, None] == codes[None, :]
     defined = ~np.isnan(values)

@@ -23,7 +23,7 @@ _CONSTANT = 1e-13
 def energy_sums(singular_values: ArrayLike) -> NDArray[np.float64]:
     """Return Σσ², Σσ⁴ and Σσ⁶ of values scaled to Σσ² = 1, shape ``(3, ...)``.
 
-    ``singular_values`` is ``(..., r)``; zeros may fill it up. NaN where all are zero.
+    ``singular_values`` is ``(..., r)``; zeros may fill it up. NaN if all are zero.
     """
     s = np.abs(np.asarray(singular_values, dtype=np.float64))
     largest = s.max(axis=-1, keepdims=True)
@@ -82,7 +82,7 @@ def _zonal(sums: NDArray[np.float64]) -> _Polynomials:
 
 
 def _whole(sums: NDArray[np.float64]) -> _Polynomials:
-    """Return C_κ(I), with ∞ where there are too few dimensions for κ: nothing comes from it."""
+    """Return C_κ(I), with ∞ if there are too few dimensions for κ, whose term then vanishes."""
     return tuple(np.where(value > 0, value, np.inf) for value in _zonal(sums))
 
 
@@ -94,7 +94,7 @@ def _from_polynomials(terms: list[NDArray[np.float64]]) -> NDArray[np.float64]:
 def matched_p_value(moments: NDArray[np.float64], value: ArrayLike) -> NDArray[np.float64]:
     """Return P(X ≥ value) for the Beta or beta prime distribution with these three moments.
 
-    ``moments`` is ``(3, ...)`` and broadcasts with ``value``. Where nothing varies, 1; NaN stays.
+    ``moments`` is ``(3, ...)`` and broadcasts with ``value``. If nothing varies, 1; NaN stays.
     """
     from scipy.special import betaincc
 
@@ -117,7 +117,7 @@ def matched_cdf(moments: NDArray[np.float64], value: ArrayLike) -> NDArray[np.fl
 def matched_quantile(moments: NDArray[np.float64], level: ArrayLike) -> NDArray[np.float64]:
     """Return the value that X stays below with probability ``level``: `matched_p_value` inverted.
 
-    The mean where nothing varies.
+    Returns the mean if the variance is zero.
     """
     from scipy.special import betaincinv
 

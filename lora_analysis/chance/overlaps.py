@@ -55,7 +55,7 @@ def energy_overlap_p_value(
     Parameters
     ----------
     dimension
-        Of the space, d_in or d_out.
+        Dimension of the space, d_in or d_out.
     singular_values
         Those of the two updates, ``(..., r₁)`` and ``(..., r₂)``, in any scale; zeros may fill up.
     value
@@ -64,7 +64,7 @@ def energy_overlap_p_value(
     Returns
     -------
     ndarray
-        In [0, 1]; NaN where ω is NaN or an update is zero; 1 in one dimension.
+        In [0, 1]; NaN if ω is NaN or an update is zero; 1 in one dimension.
     """
     return matched_p_value(_energy_overlap_moments(dimension, singular_values), value)
 
@@ -111,7 +111,7 @@ def signed_cosine_p_value(
     Returns
     -------
     ndarray
-        In [0, 1]; NaN where the cosine is or an update is zero; 1 where both dimensions are 1.
+        In [0, 1]; NaN if the cosine is or an update is zero; 1 if both dimensions are 1.
 
     Notes
     -----
@@ -139,7 +139,7 @@ def signed_cosine_p_value(
 def excess(value: ArrayLike, chance: ArrayLike) -> NDArray[np.float64]:
     """Return ``(value − chance) / (1 − chance)``: 0 at chance, 1 at full agreement.
 
-    The only form in which overlaps of modules with different dimensions are averaged. NaN where
+    The only form in which overlaps of modules with different dimensions are averaged. NaN if
     chance is 1, since nothing can exceed it there.
     """
     v, c = np.asarray(value, dtype=np.float64), np.asarray(chance, dtype=np.float64)

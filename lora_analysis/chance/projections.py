@@ -100,7 +100,7 @@ def energy_p_value(value: ArrayLike, mean: ArrayLike, variance: ArrayLike) -> ND
     For squared norms of W through random directions where no more than ``Σσ²`` and ``Σσ⁴`` of W
     are known. p-values below .3 are off by at most 0.08; .001 stands for .0002 to .004, less where
     few directions meet many flat singular values and more where one or two carry W. With all
-    singular values use `enrichment_p_value` or `one_sided_energy_p_value`. 1 where nothing varies.
+    singular values use `enrichment_p_value` or `one_sided_energy_p_value`. 1 if nothing varies.
     """
     from scipy.special import gammaincc
 
@@ -165,8 +165,8 @@ def one_sided_energy_quantile(
 ) -> NDArray[np.float64]:
     """Return a quantile of the share ‖U_kᵀΔW‖_F²/‖ΔW‖_F², in [0, 1], for bands in plots.
 
-    For parameters and distribution see `one_sided_energy_p_value`; 1 where k directions are all.
-    Where one direction of ΔW dominates, lower quantiles lie too low: 2.5 % may hold 0.3 %.
+    For parameters and distribution see `one_sided_energy_p_value`; 1 if k directions are all.
+    If one direction of ΔW dominates, lower quantiles lie too low: 2.5 % may hold 0.3 %.
     """
     quantile = matched_quantile(_share_moments(singular_values, dimension, k), level)
     return np.minimum(quantile, 1.0)

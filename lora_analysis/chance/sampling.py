@@ -1,4 +1,4 @@
-"""Exact draws of the nulls, without drawing whole frames: oracles, and a way out where needed."""
+"""Exact draws of the null distributions, without drawing whole frames."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def similarity_draws(
     (Edelman & Sutton 2008) needs 2·min(i, j) − 1 scalar Beta variables per draw.
     """
     rng = np.random.default_rng(seed)
-    least = max(0, i + j - dimension)  # so many directions are common to any two such subspaces
+    least = max(0, i + j - dimension)  # dimension of the intersection of any two such subspaces
     rows, columns = (dimension - i, dimension - j) if least else (i, j)
     p, q = sorted((rows, columns))
     if p == 0:

@@ -59,7 +59,7 @@ def similarity_variance(dimension: int, i: ArrayLike, j: ArrayLike) -> NDArray[n
 
 
 class _Cells(NamedTuple):
-    """Pairs of subspaces as such that meet in nothing but 0, the smaller first.
+    """Pairs of subspaces reduced to those that meet only in 0, the smaller first.
 
     i + j − d directions are common to any two subspaces; what is left of φ is that of their
     complements. The trace min(i, j)·φ − common lies in [0, p].
@@ -73,22 +73,22 @@ class _Cells(NamedTuple):
 
     @property
     def constant(self) -> NDArray[np.bool_]:
-        """Whether a subspace is the whole space."""
+        """True if a subspace is the whole space."""
         return np.less(self.p, 1)
 
     @property
     def exact(self) -> NDArray[np.bool_]:
-        """Whether the distribution is a Beta distribution, or a point."""
+        """True if the distribution is a Beta distribution, or a point."""
         return np.less_equal(self.p, 1)
 
     @property
     def upper(self) -> NDArray[np.bool_]:
-        """Whether the upper end of the support is the nearer one."""
+        """True if the upper end of the support is the nearer one."""
         return np.greater(2 * self.q, self.dimension)
 
     @property
     def moments(self) -> NDArray[np.float64]:
-        """Of the distance from the nearer end; any numbers where the distribution is exact."""
+        """Moments of the distance from the nearer end; arbitrary if the distribution is exact."""
         p, q = np.maximum(self.p, 1.0), np.maximum(self.q, 1.0)
         q = np.where(self.upper, np.maximum(self.dimension - q, 1.0), q)
         return overlap_moments(self.dimension, np.stack([p] * 3), np.stack([q] * 3))
@@ -127,15 +127,15 @@ def similarity_p_value(
     Parameters
     ----------
     dimension
-        Of the space.
+        Dimension of the space.
     i, j, value
         Dimensions of the subspaces and φ; they broadcast.
 
     Returns
     -------
     ndarray
-        In [0, 1]; 1 where a subspace is the whole space, since φ is 1 there whatever the other.
-        NaN where φ is.
+        In [0, 1]; 1 if a subspace is the whole space, since φ is 1 there whatever the other.
+        NaN if φ is NaN.
     """
     from scipy.special import betaincc
 
@@ -168,7 +168,7 @@ def _sampled_p_value(cells: _Cells, trace: NDArray[np.float64]) -> NDArray[np.fl
 
 
 def similarity_null_method(dimension: int, i: ArrayLike, j: ArrayLike) -> NDArray[np.str_]:
-    """Return how `similarity_p_value` finds each p: "exact", "matched beta" or "sampled"."""
+    """Return how each p-value is computed: "exact", "matched beta" or "sampled"."""
     other = "sampled" if dimension < _SAMPLED_BELOW else "matched beta"
     return np.where(_cells(dimension, i, j).exact, "exact", other)
 
@@ -178,7 +178,7 @@ def similarity_quantile(
 ) -> NDArray[np.float64]:
     """Return the value that φ(i, j) of random subspaces stays below with probability ``level``.
 
-    The inverse of `similarity_p_value`, for bands in plots; 1 where a subspace is everything.
+    The inverse of `similarity_p_value`, for bands in plots; 1 if a subspace is everything.
     """
     from scipy.special import betaincinv
 
@@ -212,7 +212,7 @@ def _sampled_quantile(cells: _Cells, level: NDArray[np.float64]) -> NDArray[np.f
 def similarity_maximum(dimension: int, i: int, j: int, count: int) -> float:
     """Return the expected largest of ``count`` independent φ(i, j) of random subspaces.
 
-    What "the largest of M modules" has to be held against.
+    The baseline for a maximum over modules.
     """
     nodes, weights = np.polynomial.legendre.leggauss(64)
     levels = ((nodes + 1) / 2) ** (1 / count)  # the maximum's quantiles, by those of one value

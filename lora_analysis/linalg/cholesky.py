@@ -32,7 +32,7 @@ class Triangular(NamedTuple):
     coefficients: Float
 
     def rows(self, turn: Float) -> Float:
-        """Return ``(Q @ turn).T``, whose rows lie contiguous in memory."""
+        """Return ``(Q @ turn).T``, with rows contiguous in memory."""
         weights, matrix = (self.coefficients @ turn).T, self.matrix
         if matrix.dtype == np.float64:
             return np.asarray(weights @ matrix.T)
@@ -45,14 +45,14 @@ class Triangular(NamedTuple):
 
 
 def by_cholesky(matrices: Sequence[NDArray[np.floating]]) -> list[Triangular] | None:
-    """Return tall matrices ``(d, r)`` as Q·R; None where that would cost digits.
+    """Return tall matrices ``(d, r)`` as Q·R; None if that would lose digits.
 
     The columns of all are sorted alike, by falling product of their lengths.
     """
     rank = matrices[0].shape[1]
     if any(matrix.shape[0] < rank for matrix in matrices):
         return None
-    with np.errstate(over="ignore", invalid="ignore"):  # told by what comes out
+    with np.errstate(over="ignore", invalid="ignore"):  # checked on the result
         grams = np.stack([_gram(matrix) for matrix in matrices])  # (n, r, r)
     squares = np.diagonal(grams, axis1=-2, axis2=-1)
     low, high = _SAFE_SQUARES
@@ -94,7 +94,7 @@ def _gram(matrix: NDArray[np.floating]) -> Float:
 def _triangular(
     matrix: NDArray[np.floating], unit: Float, length: Float, coefficients: Float, condition: float
 ) -> Triangular:
-    """Return one matrix as Q·R, by a second pass where its condition asks for one."""
+    """Return one matrix as Q·R, with a second pass if it is ill-conditioned."""
     if condition < ONE_PASS_CONDITION:
         return Triangular(unit * length, unit, matrix, coefficients)
     nearly = matrix.astype(np.float64, copy=False) @ coefficients

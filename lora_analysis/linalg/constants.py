@@ -1,4 +1,4 @@
-"""What the kernels here share: the element type, its rounding unit, the array namespace."""
+"""Shared by the kernels: the element type, its rounding unit, the array namespace."""
 
 from __future__ import annotations
 

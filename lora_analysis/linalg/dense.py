@@ -14,7 +14,7 @@ from lora_analysis.linalg.thin import thin_left_product, thin_product
 
 # Below this size LAPACK's full SVD of a dense matrix is quicker than an iteration on it.
 DENSE_SVD_LIMIT = 768
-# Singular vectors W·v/σ lose (σ₁/σ)² digits: below this share of σ₁ they are found anew.
+# Singular vectors W·v/σ lose (σ₁/σ)² digits: below this share of σ₁ they are recomputed.
 GRAM_RANGE = 1e-3
 # Elements that are taken at a time.
 _TILE = 1 << 20
@@ -43,7 +43,7 @@ def leading_svd(W: NDArray[np.floating], k: int) -> DenseSVD:
 
     Notes
     -----
-    A copy of W in float32 is made where it is none. O(m·n·k), with a factor of some tens on flat
+    W is copied to float32 unless it has that type. O(m·n·k), with a factor of some tens on flat
     spectra.
     """
     if _is_small(W.shape, k):
@@ -136,7 +136,7 @@ def gram_svd(W: NDArray[np.floating]) -> DenseSVD:
     """Return the whole thin SVD of a dense matrix, through ``eigh`` of its smaller Gram matrix.
 
     Several times quicker than LAPACK's SVD. A Gram matrix squares the condition: singular values
-    and vectors below 1e-3·σ₁ are found anew from W on their span, so that both sides are
+    and vectors below 1e-3·σ₁ are recomputed from W on their span, so that both sides are
     orthonormal to 1e-9 and ``U·diag(S)·Vᵀ`` is W to 1e-12·σ₁.
 
     Returns
@@ -172,7 +172,7 @@ def gram_svd(W: NDArray[np.floating]) -> DenseSVD:
 
 
 def _trailing(images: Float, leading: Float) -> tuple[Float, Float, Float]:
-    """Return U, S and the turn of V on the span where the Gram matrix had lost its digits."""
+    """Return U, S and the rotation of V on the span that the Gram matrix does not resolve."""
     u, s, vt = np.linalg.svd(images, full_matrices=False)
     # Directions of vanishing σ are arbitrary, but must stay outside those that are known.
     for _ in range(2):

@@ -14,7 +14,7 @@ from lora_analysis.linalg.constants import Float, namespace
 class FactoredSVD(NamedTuple):
     """Thin SVD of ``B·A``, with what its accuracy depends on.
 
-    U and V are None where no vectors were asked for. The norms are spectral; the conditions are
+    U and V are None if no vectors were asked for. The norms are spectral; the conditions are
     those of B with unit columns and A with unit rows (zero ones left out), which bound the
     relative error of small singular values.
     """
@@ -31,7 +31,7 @@ class FactoredSVD(NamedTuple):
 def factored_svd(B: Any, A: Any, *, vectors: bool | int = True) -> FactoredSVD:
     """Return the thin SVD ``B·A = U·diag(S)·Vᵀ`` without forming the product.
 
-    QR of B and of Aᵀ, then the SVD of the small core ``R_B·R_Aᵀ``. Where the factors are well
+    QR of B and of Aᵀ, then the SVD of the small core ``R_B·R_Aᵀ``. If the factors are well
     conditioned, R comes from the Cholesky factor of their Gram matrices, which is several times
     quicker; the accuracy is the same.
 
@@ -106,7 +106,7 @@ def tall_svd(matrix: Any) -> tuple[Float, Float]:
 
 
 def _by_cholesky(B: Any, A: Any) -> list[Triangular] | None:
-    """Return a pair of arrays as Q·R from their Gram matrices, where that keeps the digits."""
+    """Return a pair of arrays as Q·R from their Gram matrices; None if that would lose digits."""
     if not isinstance(B, np.ndarray) or B.ndim != 2:
         return None
     return by_cholesky([B, A.T])

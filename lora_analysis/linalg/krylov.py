@@ -39,7 +39,7 @@ class Operator(NamedTuple):
 def krylov_svd(
     operator: Operator, k: int, *, start: NDArray[np.floating] | None = None, steps: int = 400
 ) -> DenseSVD | None:
-    """Return a little more than ``k`` leading singular triplets; None where it did not converge.
+    """Return a little more than ``k`` leading singular triplets; None if it did not converge.
 
     Block Lanczos on WᵀW with full orthogonalization, cut back to its best directions when the basis
     is full. Afterwards a search in what is left makes sure that no
@@ -74,7 +74,7 @@ def krylov_svd(
 
 
 class _Krylov:
-    """A growing orthonormal basis Q of R^n, with ``Z = WᵀW·Q``, and what they tell."""
+    """A growing orthonormal basis Q of R^n, with ``Z = WᵀW·Q``, and the Ritz values they give."""
 
     def __init__(self, operator: Operator, k: int, start: NDArray[np.floating] | None) -> None:
         n = operator.shape[1]
@@ -105,7 +105,7 @@ class _Krylov:
         self.next = image[:, -BLOCK:]
 
     def _orthogonal(self, block: NDArray[np.floating]) -> NDArray[np.floating]:
-        """Return the block outside the basis, orthonormal; lost columns are drawn anew."""
+        """Return the block outside the basis, orthonormal; lost columns are redrawn."""
         Q = self.Q[:, : self.columns]
         for _ in range(3):
             size = np.linalg.norm(block, axis=0)
@@ -116,7 +116,7 @@ class _Krylov:
                 break
             fresh = self.rng.standard_normal((self.n, int(deficient.sum())))
             block[:, deficient] = fresh.astype(block.dtype)
-        q = q - Q @ (Q.T @ q)  # what was small beside the basis still points into it a little
+        q = q - Q @ (Q.T @ q)  # what was small next to the basis still points into it a little
         return _orthonormal(q)[0]
 
     def project(self) -> None:
@@ -134,14 +134,14 @@ class _Krylov:
         self.away = away
 
     def converged(self) -> bool:
-        """Whether every one of the k values is right: its error is residual² over the gap."""
+        """Return True if all k values converged: the error of each is residual² over the gap."""
         top = self.squares[0]
         if top == 0:
             return True
         squares, residual = self.squares[: self.k], self.residual[: self.k]
         gap = squares - self.squares[min(self.kept - 1, len(self.squares) - 1)]
         error = np.minimum(residual, residual**2 / np.maximum(gap, residual + 1e-300))
-        # In units of σ²; what lies below the arithmetic's own error cannot be asked for.
+        # In units of σ²; errors below that of the arithmetic cannot be required.
         floor = 4 * np.finfo(self.operator.dtype).eps * top
         return bool(np.all((error <= 2 * TOLERANCE * squares) | (residual <= floor)))
 

@@ -18,7 +18,7 @@ _NEAR = 64
 _BISECTIONS = 16
 # Rounds of inverse iteration, each followed by a projection; three are enough but for ties.
 _REFINEMENTS = 10
-# Eigenvalues below this share of the scale's square are not told from zero.
+# Eigenvalues below this share of the squared scale count as zero.
 _SMALLEST = 1e-18
 # Residual, relative to σ₁², at which a singular vector is taken as found.
 _RESIDUAL = 64 * EPS
@@ -46,7 +46,7 @@ def modified_svd(values: Float, P: Float, Q: Float, k: int) -> DenseSVD:
     -------
     DenseSVD
         U ``(m, k)``, S ``(k,)``, V ``(n, k)``; a vector's error is about 1e-15·σ₁² over the gap of
-        its σ² to the next. Where no certificate is found, M is decomposed whole.
+        its σ² to the next. If no certificate is found, M is decomposed whole.
 
     Notes
     -----
@@ -105,7 +105,7 @@ class _Modified(NamedTuple):
         return np.asarray(self.diagonal[:, None] * vectors + self.F @ inner)
 
     def _condensed(self, shift: float) -> tuple[slice, Float, Float]:
-        """Return which entries are near the shift, the inverses of the others, and what is left.
+        """Return the entries near the shift, the inverses of the others, the Schur complement.
 
         ``[[E, F], [Fᵀ, −C⁻¹]]`` with E = diag − shift, after the far entries of E are eliminated.
         """
@@ -122,7 +122,7 @@ class _Modified(NamedTuple):
         return near, weights, (small + small.T) / 2
 
     def above(self, shift: float) -> int:
-        """Return how many eigenvalues of H exceed the shift."""
+        """Return the number of eigenvalues of H above the shift."""
         _, weights, small = self._condensed(shift)
         rank = len(self.inverse) // 2
         return int(np.sum(weights > 0) + np.sum(np.linalg.eigvalsh(small) > 0) - rank)
@@ -142,8 +142,8 @@ class _Modified(NamedTuple):
         return x / length if np.isfinite(length) and length > 0 else vector
 
     def leading(self, k: int, start: Start) -> Float | None:
-        """Return the ``k`` leading eigenvectors ``(n, k)``; None where the start did not do."""
-        # Some more than asked for: close neighbors are told apart by the projection.
+        """Return the ``k`` leading eigenvectors ``(n, k)``; None without convergence."""
+        # More than requested: the projection separates close neighbors.
         count = min(k + 4, len(self.diagonal))
         shifts, vectors = self._projected(count) if start == "projected" else self._counted(count)
         for done in range(_REFINEMENTS):
@@ -195,7 +195,7 @@ class _Modified(NamedTuple):
         return np.asarray(np.sqrt(low * high))
 
     def proves(self, vectors: Float, squares: Float) -> bool:
-        """Whether these are eigenpairs, and no eigenvalue but theirs lies from the last one up."""
+        """Return True if these are the leading eigenpairs and none was missed."""
         margin = 1e3 * _RESIDUAL
         residual = np.linalg.norm(self.apply(vectors) - vectors * squares, axis=0)
         last, k = float(squares[-1]), len(squares)

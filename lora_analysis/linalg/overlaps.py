@@ -1,4 +1,4 @@
-"""How two orthonormal bases lie to each other: overlaps, angles; and random frames."""
+"""Overlaps and angles of two orthonormal bases, and random frames."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def principal_angles(U: Float, V: Float) -> Float:
 
 
 def haar_frame(rng: np.random.Generator, dimension: int, columns: int) -> Float:
-    """Return ``(dimension, columns)`` orthonormal columns, uniform over all such frames."""
+    """Return ``(dimension, columns)`` orthonormal columns, uniform over all orthonormal frames."""
     q, r = np.linalg.qr(rng.standard_normal((dimension, columns)))
     # LAPACK fixes the signs of R, so Q alone is not uniform: give them back to Q.
     return q * np.where(np.diagonal(r) < 0, -1.0, 1.0)

@@ -1,8 +1,8 @@
 """Products of a large block with few columns or rows, at the speed of the arithmetic.
 
-A BLAS first copies both sides of a product into an order of its own. Where one of them is thin,
+A BLAS first copies both sides of a product into an order of its own. If one of them is thin,
 that takes longer than the product; OpenBLAS spares it for small products where there is AVX-512:
-hence the pieces. Where the BLAS may use several threads, whole products make better use of them.
+hence the pieces. If the BLAS may use several threads, whole products make better use of them.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ _MEASURED, _RANDOM = style.PALETTE[0], style.QUIET
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RanksPlot:
-    """What the plot by rank shows: per rank, one value per module and what chance gives.
+    """Data of the plot by rank: per rank, one value per module and the random baseline.
 
     Attributes
     ----------
@@ -52,7 +52,7 @@ class RanksPlot:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DirectionsPlot:
-    """What the plot of one module shows: the value over k = 1…n, chance, and its band (n, 2)."""
+    """Data of the plot of one module: the value over k = 1…n, the baseline, its band (n, 2)."""
 
     k: NDArray[np.intp]
     measured: NDArray[np.float64]
@@ -98,7 +98,7 @@ def _limits(*arrays: NDArray[np.float64]) -> tuple[float, float]:
 def resolve_directions(
     item: Amplification, *, value: Value = "amplification_factor"
 ) -> DirectionsPlot:
-    """Return what `plot_amplification` draws for one module, as plain attributes."""
+    """Resolve the data that `plot_amplification` draws for one module."""
     _check(value)
     measured, chance, band = _series(item, value)
     return DirectionsPlot(
@@ -118,7 +118,7 @@ def resolve_ranks(
     value: Value = "amplification_factor",
     ranks: Sequence[int] | None = None,
 ) -> RanksPlot:
-    """Return what `plot_amplification` draws for several modules, as plain attributes."""
+    """Resolve the data that `plot_amplification` draws for several modules."""
     _check(value)
     if not items:
         message = "plot_amplification was given no amplification."
@@ -153,7 +153,7 @@ def plot_amplification(
     value: Value = "amplification_factor",
     ranks: Sequence[int] | None = None,
 ) -> Axes:
-    """Draw how ΔW amplifies W, beside what random directions of the same size would score.
+    """Draw how ΔW amplifies W, next to what random directions of the same size would score.
 
     Several items: one point per module at its adapter's rank, at k = numerical rank (the paper's
     number), with the median marked and written. One item: the value over k.
@@ -167,7 +167,7 @@ def plot_amplification(
     items
         From `amplification`, one per module and adapter.
     ax
-        Where to draw; None makes a figure of one column's width.
+        If to draw; None makes a figure of one column's width.
     value
         ``"amplification_factor"`` or ``"enrichment"``; logarithmic axis.
     ranks

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EnergyPlot:
-    """What `plot_weight_energy` shows: cumulated shares over k, chance and its 95 % bound."""
+    """Data drawn by `plot_weight_energy`: cumulated shares over k, chance and its 95 % bound."""
 
     lines: tuple[Line, ...]
     k: NDArray[np.float64]
@@ -36,7 +36,7 @@ class EnergyPlot:
 def resolve_weight_energy(
     energies: Sequence[WeightBasisEnergy], *, side: Side = "output"
 ) -> EnergyPlot:
-    """Return what `plot_weight_energy` draws, as plain attributes."""
+    """Resolve the data that `plot_weight_energy` draws."""
     if not energies:
         message = "plot_weight_energy was given no result."
         raise InputError(message)
@@ -73,7 +73,7 @@ def plot_weight_energy(
     *,
     side: Side = "output",
 ) -> Axes:
-    """Draw the share of ‖ΔW‖² in W's top-k directions over k, beside what random ones hold.
+    """Draw the share of ‖ΔW‖² in W's top-k directions over k, next to what random ones hold.
 
     Dashed: chance, k/d; gray up to where 95 % of isotropic updates of such a spectrum stay. The
     LoRA paper's Figure 8 is a part of it.
@@ -83,7 +83,7 @@ def plot_weight_energy(
     energies
         From `lora_analysis.amplify.weight_basis_energy`; several of one size.
     ax
-        Where to draw; None makes a figure of one column's width.
+        If to draw; None makes a figure of one column's width.
     side
         ``"input"`` or ``"output"``.
 
@@ -97,7 +97,7 @@ def plot_weight_energy(
     with style.house_style():
         ax = style.axes_or_new(ax, (style.ONE_COLUMN, 2.4))
         ax.fill_between(plot.k, 0, plot.bound, color=style.QUIET, alpha=0.18, linewidth=0)
-        ax.plot(plot.k, plot.chance, color=style.QUIET, linestyle=(0, (4, 2)), label="chance")
+        ax.plot(plot.k, plot.chance, color=style.QUIET, linestyle=(0, (4, 2)), label="random")
         for line in plot.lines:
             ax.plot(line.x, line.y, color=line.color, label=style.legend_label(line.label))
         style.log_axis(ax, "x", (0.9, float(plot.k[-1]) * 1.05), base=2)

@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 _NAMED = 60
 _LABELS = {
     "cosine": "signed cosine",
-    "input": "input ω above chance",
-    "output": "output ω above chance",
+    "input": "input ω, excess over random",
+    "output": "output ω, excess over random",
 }
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ClustermapPlot:
-    """What `plot_clustermap` shows.
+    """Data drawn by `plot_clustermap`.
 
     Attributes
     ----------
     data
-        ``(N, N)`` in the order of the tree, NaN where there is no number.
+        ``(N, N)`` in the order of the tree, NaN if there is no number.
     labels
-        In that order; empty where there is no room for them.
+        In that order; empty if there is no room for them.
     branches
         ``(P − 1, 4, 2)``: the corners (x, height) of each join, x in the order of the tree.
         P adapters are trained; the others stand last, outside the tree, and are named so.
@@ -54,7 +54,7 @@ class ClustermapPlot:
 def resolve_clustermap(
     similarity_matrix: SimilarityMatrix, *, what: str = "output", kind: str = "all"
 ) -> ClustermapPlot:
-    """Return what `plot_clustermap` draws, as plain attributes."""
+    """Resolve the data that `plot_clustermap` draws."""
     count = len(similarity_matrix.labels)
     if count < 2:
         message = f"A similarity matrix needs at least two adapters, it has {count}."
@@ -110,7 +110,7 @@ def plot_clustermap(
     similarity matrix
         ``Study.similarity_matrix``.
     ax
-        Where to draw; None makes a figure of one column's width.
+        If to draw; None makes a figure of one column's width.
     what
         ``"output"`` or ``"input"`` (ω above chance; inputs with a shared start left out), or
         ``"cosine"``.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Line:
-    """One line: what it is called, where it goes, in which color."""
+    """One line: label, points, color."""
 
     label: str
     x: NDArray[np.float64]
@@ -34,7 +34,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinesPlot:
-    """What the plots here show. ``chance`` is a level or None; ``note`` says what is not drawn."""
+    """Data of the plots. ``chance`` is a level or None; ``note`` names what is not drawn."""
 
     lines: tuple[Line, ...]
     xlabel: str
@@ -123,7 +123,7 @@ def resolve_layers(
     chance: float | Mapping[str, float] | None = None,
     log: bool = False,
 ) -> LinesPlot:
-    """Return what `plot_layers` draws, as plain attributes."""
+    """Resolve the data that `plot_layers` draws."""
     if not len(values):  # a pandas Series has no truth of its own
         message = "plot_layers was given no module."
         raise InputError(message)
@@ -150,7 +150,7 @@ def plot_layers(
     values
         Module name to its number; several modules of a type in a layer count as their median.
     ax
-        Where to draw; None makes a figure of one column's width.
+        If to draw; None makes a figure of one column's width.
     ylabel
         What the number is.
     chance
@@ -186,11 +186,11 @@ def plot_trajectories(
     series
         Name of the run to (steps, values).
     ax
-        Where to draw; None makes a figure of one column's width.
+        If to draw; None makes a figure of one column's width.
     ylabel
         What the number is.
     chance
-        Its isotropic chance, as a dashed line.
+        Its the random baseline, as a dashed line.
 
     Raises
     ------
@@ -219,7 +219,7 @@ def plot_budget(
     curves
         Name to (parameters, error), from `lora_analysis.edit.error_by_parameters`.
     ax
-        Where to draw; None makes a figure of one column's width.
+        If to draw; None makes a figure of one column's width.
 
     Raises
     ------

@@ -28,7 +28,7 @@ def rectangles(mask: NDArray[np.bool_]) -> Iterator[tuple[int, int, int, int]]:
 
 
 def hatch_cells(ax: Axes, mask: NDArray[np.bool_], label: str, **look: Any) -> None:
-    """Hatch the true cells with one patch; nothing where there are none."""
+    """Hatch the true cells with one patch; nothing if there are none."""
     boxes = [
         Outline(
             [(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)],

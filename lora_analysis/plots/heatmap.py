@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lora_analysis.similarity import SimilarityGrid
 
 PHI = "φ(i, j)"
-EXCESS = "φ above chance\n(φ − c)/(1 − c)"
+EXCESS = "excess φ over random\n(φ − c)/(1 − c)"
 # Chance of a third puts orthogonal subspaces at −0.5; below that the color bar gets an arrow.
 EXCESS_LIMITS = (-0.5, 1.0)
 
@@ -49,9 +49,9 @@ class HeatMap:
     degenerate, nearly_degenerate
         ``(rows, columns)``: shown cells whose subspaces are not, or not well, defined.
     chance
-        Least and largest isotropic chance over the shown cells; None where chance is the zero.
+        Least and largest the random baseline over the shown cells; None if chance is the zero.
     note
-        What to say instead of a picture; empty where there is one.
+        Text shown instead of a picture; empty if there is one.
     """
 
     data: np.ma.MaskedArray[tuple[int, int], np.dtype[np.float64]]
@@ -110,7 +110,7 @@ def resolve_similarity(
     excess: bool = False,
     title: str | None = None,
 ) -> HeatMap:
-    """Return what `plot_similarity` draws, as plain attributes."""
+    """Resolve the data that `plot_similarity` draws."""
     rows, columns, left_out = _window(grid, zoom)
     corner = (slice(rows), slice(columns))
     degenerate, nearly_degenerate = (flags[corner] & ~left_out for flags in _cell_flags(grid))
@@ -137,7 +137,7 @@ def resolve_similarity(
 def paint_heatmap(ax: Axes, heatmap: HeatMap, *, side: float = 2.0) -> AxesImage:
     """Draw a resolved heat-map; return its image, to which a color bar can belong.
 
-    ``side`` is the room along each axis in inches: it says how many tick labels fit.
+    ``side`` is the room along each axis in inches: it limits the number of tick labels.
     """
     image = ax.imshow(
         heatmap.data if heatmap.data.size else np.ma.array([[0.0]], mask=True),
@@ -188,7 +188,7 @@ def _paint_note(ax: Axes, note: str) -> None:
 def paint_colorbar(
     image: AxesImage, ax: Axes, heatmap: HeatMap, *, inside: bool = False
 ) -> Colorbar:
-    """Draw a color bar as tall as ``ax`` with isotropic chance marked beside it.
+    """Draw a color bar as tall as ``ax`` with the random baseline marked next to it.
 
     It stands at the right of ``ax``, or ``inside`` at the left where ``ax`` is an empty place.
     """
@@ -204,13 +204,13 @@ def paint_colorbar(
 
 
 def _mark_chance(bar: Axes, chance: tuple[float, float]) -> None:
-    """Draw the range of isotropic chance as a line left of a color bar."""
+    """Draw the range of the random baseline as a line left of a color bar."""
     low, high = chance
     beside = bar.get_yaxis_transform() + ScaledTranslation(-0.04, 0, bar.figure.dpi_scale_trans)
-    (line,) = bar.plot([0, 0], [low, max(high, low + 0.01)], transform=beside, label="chance")
+    (line,) = bar.plot([0, 0], [low, max(high, low + 0.01)], transform=beside, label="random")
     line.set(color=style.INK, linewidth=1.6, solid_capstyle="butt", clip_on=False)
     bar.annotate(
-        "chance",
+        "random",
         (0, low),
         xycoords=beside,
         xytext=(-1.5, 0),
@@ -234,8 +234,8 @@ def plot_similarity(
 ) -> Axes:
     """Draw φ(i, j) as a heat-map, i down and j across, both from 1 (LoRA, Figures 3 and 4).
 
-    0 (dark) is orthogonal, 1 (bright) means that the smaller subspace lies inside the larger.
-    The bar beside the color scale spans isotropic chance, max(i, j)/d, over the drawn cells.
+    0 (dark) is orthogonal, 1 (bright) means that the smaller subspace is contained in the larger.
+    The bar next to the color scale spans the random baseline, max(i, j)/d, over the drawn cells.
 
     Cells whose subspace is undefined (coinciding singular values) are gray and cross-hatched;
     nearly degenerate ones (relative gap below 0.05) carry light lines: read
@@ -246,12 +246,12 @@ def plot_similarity(
     grid
         From `subspace_similarity`.
     ax
-        Where to draw; None makes a figure of one column's width.
+        If to draw; None makes a figure of one column's width.
     zoom
         Draw the corner i, j ≤ zoom only, and in it the triangle j ≤ i, as the third and fourth
         panel of the paper's Figure 3. φ is divided by min(i, j), so the two triangles answer
-        different questions. Where j ≥ i, which is nearly all of a wide grid: how much of the
-        first's top i lies in the second's top j. Where j ≤ i, a sliver of it: how much of the
+        different questions. If j ≥ i, which is nearly all of a wide grid: how much of the
+        first's top i lies in the second's top j. If j ≤ i, a sliver of it: how much of the
         second's top j lies in the first's top i. The zoom shows the sliver alone.
     excess
         Draw ``(φ − c)/(1 − c)`` instead: 0 (white) is chance, 1 full agreement, orange less

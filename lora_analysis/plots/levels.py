@@ -36,7 +36,7 @@ class LevelsPlot:
 def resolve_levels(
     values: Mapping[str, ArrayLike], chance: float, *, xlabel: str = "φ(1, 1)"
 ) -> LevelsPlot:
-    """Return what `plot_levels` draws, as plain attributes."""
+    """Resolve the data that `plot_levels` draws."""
     if not values:
         message = "plot_levels was given no group of values."
         raise InputError(message)
@@ -101,9 +101,9 @@ def plot_levels(
     *,
     xlabel: str = "φ(1, 1)",
 ) -> Axes:
-    """Draw one number per module in groups, one strip each, with isotropic chance as a line.
+    """Draw one number per module in groups, one strip each, with the random baseline as a line.
 
-    What is wanted (the same task) goes first, then what it is judged against: other tasks with
+    The pairs of interest (same task) come first, then the reference: other tasks with
     other seeds (the reference) and what cannot count (other tasks from the same initial A). A
     point is one module, a thin bar the quartiles, the thick mark and the number at the right
     the median.
@@ -113,9 +113,9 @@ def plot_levels(
     values
         Group label to one number per module, in [0, 1] for φ; not-finite ones are counted below.
     chance
-        Isotropic chance of the number, for φ(1, 1) that is 1/d.
+        The random baseline of the number, for φ(1, 1) that is 1/d.
     ax
-        Where to draw; None makes a figure of one column's width.
+        If to draw; None makes a figure of one column's width.
     xlabel
         What the number is.
 
@@ -133,7 +133,7 @@ def plot_levels(
         for group, y, color in zip(plot.groups, plot.heights, plot.colors, strict=True):
             _paint_group(ax, group, y, color, plot.limits)
         ax.annotate(
-            f"isotropic chance {plot.chance:.2g}",
+            f"random {plot.chance:.2g}",
             (plot.chance, 1),
             xytext=(2, 1),
             xycoords=ax.get_xaxis_transform(),

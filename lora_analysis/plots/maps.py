@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from lora_analysis.intruders import IntruderReport
     from lora_analysis.spectra import Side
 
-EXCESS_LABEL = "above chance\n(φ − c)/(1 − c)"
+EXCESS_LABEL = "excess over random\n(φ − c)/(1 − c)"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModuleMap:
-    """What `plot_module_map` shows: ``data[t, l]`` belongs to type t in layer l, NaN is blank.
+    """Data drawn by `plot_module_map`: ``data[t, l]`` belongs to type t in layer l, NaN is blank.
 
-    Where a type has several modules in a layer (experts, blocks of an image model) their median
+    If a type has several modules in a layer (experts, blocks of an image model) their median
     stands there.
     """
 
@@ -51,7 +51,7 @@ def resolve_module_map(
     label: str = "φ",
     title: str = "",
 ) -> ModuleMap:
-    """Return what `plot_module_map` draws, as plain attributes."""
+    """Resolve the data that `plot_module_map` draws."""
     if not values:
         message = "plot_module_map was given no module."
         raise InputError(message)
@@ -104,7 +104,7 @@ def plot_module_map(
     values
         Module name to its number; gray where it is not finite, or there is no such module.
     ax
-        Where to draw; None makes a figure of one column's width.
+        If to draw; None makes a figure of one column's width.
     limits
         Of the colors. With a lower limit below 0 the scale is that of numbers above chance:
         white at 0.
@@ -127,7 +127,7 @@ def plot_module_map(
 def figure_module_maps(
     maps: Sequence[Sequence[ModuleMap]], *, width: float = style.TWO_COLUMNS
 ) -> Figure:
-    """Draw rows of maps of one set of modules; one color bar beside each row.
+    """Draw rows of maps of one set of modules; one color bar next to each row.
 
     Raises
     ------
@@ -138,7 +138,7 @@ def figure_module_maps(
         message = "A figure of maps needs at least one map in every row."
         raise InputError(message)
     columns = max(map(len, maps))
-    # The label beside the bar of colors needs the height of four rows.
+    # The label next to the bar of colors needs the height of four rows.
     height = 0.75 + 0.17 * max(4, *(len(module_map.kinds) for row in maps for module_map in row))
     with style.house_style():
         figure = style.PanelFigure(figsize=(width, height * len(maps)), layout="constrained")
@@ -156,7 +156,7 @@ def figure_module_maps(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class IntruderStrip:
-    """What `plot_intruders` shows: one row per report, one column per direction of W + ΔW.
+    """Data drawn by `plot_intruders`: one row per report, one column per direction of W + ΔW.
 
     ``cosine`` is the largest with any of W's directions, ``intruder`` where that is below ε;
     ``novelty`` the share outside W's leading directions.
@@ -171,7 +171,7 @@ class IntruderStrip:
 
 
 def resolve_intruders(reports: Sequence[IntruderReport], *, side: Side = "output") -> IntruderStrip:
-    """Return what `plot_intruders` draws, as plain attributes."""
+    """Resolve the data that `plot_intruders` draws."""
     if not reports:
         message = "plot_intruders was given no report."
         raise InputError(message)
@@ -208,7 +208,7 @@ def plot_intruders(
     reports
         From `intruder_dimensions`, one per module or adapter.
     ax
-        Where to draw; None makes a figure of one column's width.
+        If to draw; None makes a figure of one column's width.
     side
         ``"input"`` or ``"output"``.
 

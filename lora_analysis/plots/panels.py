@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from lora_analysis.similarity import SimilarityGrid
 
-# Above this, isotropic chance is visible as color, and a second row without it is drawn.
+# Above this, the random baseline is visible as color, and a second row without it is drawn.
 SMALL_CHANCE = 0.05
 
 
@@ -37,7 +37,7 @@ class Panel:
     excess: bool = False
 
     def resolve(self) -> HeatMap:
-        """Return what the panel shows."""
+        """Return the data of the panel."""
         return resolve_similarity(self.grid, zoom=self.zoom, excess=self.excess, title=self.title)
 
 
@@ -52,7 +52,7 @@ def figure_grid(
         Panels from left to right; a row holds either φ or φ above chance, not both. Shorter rows
         leave room at the right.
     title
-        Above everything, broken in lines where it is long.
+        Heading above all panels; long ones are wrapped.
     width
         In inches: 7.0 spans two columns of a paper, 3.3 one.
 
@@ -66,11 +66,11 @@ def figure_grid(
         raise InputError(message)
     for row in rows:
         if len({panel.excess for panel in row}) > 1:
-            message = "A row of panels shares one color bar: draw φ and φ above chance apart."
+            message = "A row of panels shares one color bar: draw φ and its excess separately."
             raise InputError(message)
     columns = max(len(row) for row in rows)
     bar = 1.1 if any(panel.excess for row in rows for panel in row) else 0.8
-    side = (width - bar) / columns - 0.25  # what is left beside labels and the color bar
+    side = (width - bar) / columns - 0.25  # what is left next to labels and the color bar
     headline = textwrap.wrap(style.plain(title, 200), int(16 * width))
     with style.house_style():
         figure = style.PanelFigure(
@@ -113,7 +113,7 @@ def _rows(panels: Sequence[Panel], width: float) -> list[list[Panel]]:
 
 
 def _headline(grids: Sequence[SimilarityGrid]) -> str:
-    """Return what all grids share: the two adapters, the side, the factor; else nothing."""
+    """Return the headline that all grids share (adapters, side, vectors), or an empty one."""
     shared = {(grid.labels, grid.side, grid.of) for grid in grids}
     if len(shared) != 1:
         return ""

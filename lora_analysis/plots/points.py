@@ -48,7 +48,7 @@ def groups(values: Mapping[str, ArrayLike]) -> tuple[Group, ...]:
 
 
 def dropped_note(all_groups: tuple[Group, ...]) -> str:
-    """Say how many values are missing from the picture; empty where none is."""
+    """Return a note on the number of values that are not drawn; empty if there are none."""
     missing = sum(g.dropped for g in all_groups)
     total = missing + sum(len(g.values) for g in all_groups)
     return f"{missing} of {total} values are not finite and not drawn" if missing else ""

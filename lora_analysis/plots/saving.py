@@ -69,7 +69,7 @@ def save_figure(
     Parameters
     ----------
     figure
-        Of any function of this package (``ax.figure`` where it returned axes).
+        Figure of any function of this package (``ax.figure`` for those that return axes).
     path
         Without suffix; missing folders are made, existing files replaced.
     formats

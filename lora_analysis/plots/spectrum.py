@@ -1,4 +1,4 @@
-"""Singular values of updates: how fast they fall, and where the arithmetic ends."""
+"""Singular values of updates, and where rounding errors begin."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ class SpectrumPlot:
     beyond_rank
         For each curve that has them, the singular values beyond the numerical rank.
     limits
-        Of the vertical axis.
+        Limits of the vertical axis.
     xscale
-        ``"log"`` where ranks are so different that a linear axis would hide the small ones.
+        ``"log"`` if ranks differ so much that a linear axis would hide the small ones.
     note
         Names the untrained updates, which have nothing to draw.
     """
@@ -109,7 +109,7 @@ def _ylabel(spectra: Sequence[Spectrum], *, normalized: bool, energy: bool) -> s
 
 
 def _unit(spectrum: Spectrum, spectra: Sequence[Spectrum], *, relative: bool) -> str:
-    """Return what a curve's label must add where only some of the scales are known."""
+    """Return the suffix of a curve's label if only some of the scales are known."""
     mixed = not all(s.in_units_of_scale for s in spectra)
     return " / scale" if spectrum.in_units_of_scale and mixed and not relative else ""
 
@@ -117,7 +117,7 @@ def _unit(spectrum: Spectrum, spectra: Sequence[Spectrum], *, relative: bool) ->
 def resolve_spectrum(
     spectra: Sequence[Spectrum], *, normalized: bool = False, energy: bool = False
 ) -> SpectrumPlot:
-    """Return what `plot_spectrum` draws, as plain attributes."""
+    """Resolve the data that `plot_spectrum` draws."""
     if not spectra:
         message = "plot_spectrum was given no spectrum."
         raise InputError(message)
@@ -242,7 +242,7 @@ def plot_spectrum(
     spectra
         One, or several to overlay; told apart by adapter label, or by module where that is it.
     ax
-        Where to draw; None makes a figure of one column's width.
+        If to draw; None makes a figure of one column's width.
     normalized
         Divide by σ₁, to compare shapes.
     energy

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def _numerical_rank(S: NDArray[np.float64], rank: int, factor_norms: float) -> int:
     """Count singular values above the arithmetic's error, ``4r·2⁻⁵²·‖B‖₂‖A‖₂``.
 
-    The stored factors are the adapter: the cut lies at the error of float64 arithmetic on them,
+    The stored factors are the adapter: the cut is at the error of float64 arithmetic on them,
     never at the rounding of the stored type, which would call half-precision files untrained.
     Zero wherever ‖BA‖_F ≤ 2⁻⁵²·‖B‖_F‖A‖_F, since no σ is then above r·2⁻⁵²·‖B‖₂‖A‖₂.
     """
@@ -47,7 +47,7 @@ def _delta_spectrum(update: LowRankUpdate, svd: linalg.FactoredSVD) -> Spectrum:
 
 
 def _factor_condition(update: LowRankUpdate, svd: linalg.FactoredSVD, numerical_rank: int) -> float:
-    """Return κ(B̂) + κ(Â); where r exceeds a dimension, the bound by norms in its place.
+    """Return κ(B̂) + κ(Â); if r exceeds a dimension, the bound by norms instead.
 
     Such a factor has dependent columns whatever was trained, and an infinite κ, while the
     singular values that there are may be well determined: rounding moves each by no more than
@@ -229,8 +229,8 @@ def _spectra_on_device(
         [None] * len(updates) if tensor is None else tensor.double().cpu().numpy()
         for tensor in cast("tuple[Any, ...]", svd)
     ]
-    # The cut between rank and rounding is the arithmetic's: in float32 it lies 2**29 higher, which
-    # a larger norm of one factor says in the rule's own terms.
+    # The cut between rank and rounding is the arithmetic's: in float32 it is 2**29 higher, which
+    # a larger norm of one factor expresses.
     fields[3] *= torch.finfo(kind).eps / linalg.EPS
     return [
         _delta_spectrum(update, linalg.FactoredSVD(*parts))
@@ -241,7 +241,7 @@ def _spectra_on_device(
 def singular_values(update: Update) -> NDArray[np.float64]:
     """Return the singular values of ΔW, descending, ``(min(r, d_out, d_in),)``; no vectors.
 
-    In units of the scale where it is not known.
+    In units of the scale if that is unknown.
 
     Examples
     --------

@@ -12,7 +12,7 @@ from lora_analysis.spectra.values import Spectrum
 def leading_spectrum(update: DenseUpdate, k: int) -> Spectrum:
     """Return the ``k`` leading singular triplets of a dense update.
 
-    By an iteration that takes seconds where the whole spectrum of a large matrix takes minutes;
+    An iteration takes seconds for a large matrix whose whole spectrum would take minutes;
     see `linalg.leading_svd` for its error. The ranks and the norm of the result are those of the
     ``k`` directions alone.
     """

@@ -55,7 +55,7 @@ class Spectrum:
         κ(B̂) + κ(Â), the conditions of the factors with unit columns and rows; NaN for a dense
         update and for one factor alone.
     in_units_of_scale
-        True where the scale is not known: S must then be multiplied by it.
+        True if the scale is not known: S must then be multiplied by it.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Spectrum:
 
     @property
     def untrained(self) -> bool:
-        """True where ΔW is zero to the accuracy of the arithmetic: no direction exists."""
+        """True if ΔW is zero to the accuracy of the arithmetic: no direction exists."""
         return self.numerical_rank == 0
 
     @property
@@ -108,7 +108,7 @@ class Spectrum:
 
         ``½·eps(stored)·√r·(κ(B̂) + κ(Â))``; where r exceeds a dimension, with
         ``2‖B‖₂‖A‖₂/σ_min`` in the bracket's place, since κ is infinite there. From 1 on the
-        smallest singular values are those of the rounding, not of the training. NaN where there
+        smallest singular values are those of the rounding, not of the training. NaN if there
         is no bound (dense, untrained).
         """
         if self.untrained:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lora_analysis.bases import Weight
     from lora_analysis.linalg import DenseSVD
 
-# What takes less than this many seconds is computed anew.
+# Spectra that take less time than this (seconds) are not cached.
 _WORTH_KEEPING = 1.0
 
 
