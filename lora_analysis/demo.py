@@ -1,4 +1,4 @@
-"""The embedded default: train on bundled data, analyze, report, as any user of the package."""
+"""The demo: train on bundled data, analyze and report, with the package's public functions."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ TEXT_TITLE = "Section 7 of the LoRA paper, on a sentence encoder and the docstri
 def text_sweep() -> list[RunConfig]:
     """Return the 10 runs of the demo on text, on the encoder all-MiniLM-L6-v2.
 
-    From which subpackage a docstring comes, of SciPy or of scikit-learn: rank 8 on both tasks with
-    the same three seeds, so that pairs of other tasks and one seed show what a shared start does;
-    ranks 4 and 64 on the first with two seeds.
+    The task is to tell from which subpackage a docstring comes, of SciPy or of scikit-learn: rank 8
+    on both tasks with the same three seeds, so that pairs of different tasks and one seed show the
+    effect of a shared initialization; ranks 4 and 64 on the first task with two seeds.
     """
     cells = [(task, 8, seed) for task in ("scipy", "sklearn") for seed in (0, 1, 2)]
     cells += [("scipy", rank, seed) for rank in (4, 64) for seed in (0, 1)]
@@ -65,10 +65,10 @@ def train_demo(
     progress: Progress | None = None,
     force: bool = False,
 ) -> list[Path]:
-    """Train the demo's adapters below ``folder``; those finished before are skipped.
+    """Train the demo's adapters below ``folder``; finished ones are skipped.
 
-    Of the digits 13: rank 8 on three tasks with three seeds, ranks 4 and 64 with two seeds on one
-    task. On ``text`` 10, see `text_sweep`. ``force`` trains runs of another version anew.
+    On digits 13: rank 8 on three tasks with three seeds, ranks 4 and 64 with two seeds on one
+    task. On ``text`` 10, see `text_sweep`. ``force`` retrains runs of other versions.
     """
     configs = text_sweep() if text else demo_sweep()
     watch = SweepProgress(progress, len(configs)) if progress else None
@@ -76,7 +76,7 @@ def train_demo(
 
 
 def trained_before(folder: Path) -> list[Path]:
-    """Return the folder of an earlier demo's runs, if there is one: it makes the folder ours."""
+    """Return the folder of an earlier demo's runs, if there is one."""
     runs = folder / "runs"
     return [runs] if (runs / SWEEP_NAME).is_file() else []
 
@@ -86,7 +86,7 @@ def study_demo(
 ) -> Study:
     """Return the study of trained runs against their base."""
     base = minilm_folder() if text else base_folder()
-    adapters = [read_adapter(run) for run in sorted(runs, key=lambda one: natural_key(one.name))]
+    adapters = [read_adapter(run) for run in sorted(runs, key=lambda run: natural_key(run.name))]
     return study(adapters, base=base, progress=progress)
 
 
@@ -103,18 +103,18 @@ def run_demo(
     Parameters
     ----------
     folder
-        Gets ``runs/`` (one folder per adapter), ``report.html``, ``figures/``, ``tables/`` and
+        Receives ``runs/`` (one folder per adapter), ``report.html``, ``figures/``, ``tables/`` and
         ``results.json``.
     text
-        Train a pretrained sentence encoder on text, in place of the bundled vision transformer
+        Train a pretrained sentence encoder on text instead of the bundled vision transformer
         on digits. Both come with installed packages (extra ``demo-text``).
     device
-        ``"auto"`` (a GPU where there is one), ``"cpu"``, ``"cuda"`` or ``"mps"``.
+        ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"`` or ``"mps"``.
     progress
         Called with (what, done, total).
     force
-        Whether runs of another version or configuration, and files of others at the names that
-        the report writes, are replaced.
+        Replace runs of another version or configuration, and foreign files at the names that the
+        report writes.
     """
     _, path = make_demo(folder, text=text, device=device, progress=progress, force=force)
     return path
@@ -128,7 +128,7 @@ def make_demo(
     progress: Progress | None = None,
     force: bool = False,
 ) -> tuple[Study, Path]:
-    """Run the demo, see `run_demo`; return the study and the path of its report."""
+    """Run the demo (see `run_demo`) and return the study and the path of its report."""
     check_report_folder(folder, inputs=trained_before(folder), force=force)
     runs = train_demo(folder / "runs", text=text, device=device, progress=progress, force=force)
     result = study_demo(runs, text=text, progress=progress)

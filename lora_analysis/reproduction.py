@@ -1,4 +1,4 @@
-"""Section 7 and appendix H of the LoRA paper from the demo's adapters, beside its own values."""
+"""The LoRA paper's section 7 and appendix H from the demo's adapters, with its values."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ LEAD = (
     "in their panel layout, from adapters of a small vision transformer for digits. Values of the "
     "paper are quoted where it prints or draws them. They are GPT-3’s (d = 12,288, layer 48 of 96; "
     "those of figures read off them, ± 0.002), this model has d = 192 and four layers: the shape "
-    "of a picture can be compared, its numbers cannot."
+    "of a figure can be compared, its numbers cannot."
 )
-# Rank 8 against rank 64 with another seed: one seed would share its order of the data.
+# Ranks 8 and 64 with different seeds: with one seed they would share the order of the data.
 SMALL, LARGE, SECOND = "rotate-r8-s0", "rotate-r64-s1", "rotate-r64-s0"
 RANKS = ("rotate-r4-s0", "rotate-r8-s0", "rotate-r64-s0")
 
@@ -52,12 +52,12 @@ def run_reproduction(
     progress: Progress | None = None,
     force: bool = False,
 ) -> Path:
-    """Train what is missing of the demo, draw the paper's figures; return the page's path.
+    """Train the demo's missing adapters, draw the paper's figures, return the page's path.
 
     Parameters
     ----------
     folder
-        As for the demo: its ``runs/`` are used where they are there. Gets ``section7.html`` and
+        Folder of the demo, whose ``runs/`` are reused if present. Receives ``section7.html`` and
         ``section7/`` with every figure as SVG, PNG and PDF.
     device, progress, force
         As for the demo.
@@ -73,7 +73,7 @@ def make_reproduction(
     progress: Progress | None = None,
     force: bool = False,
 ) -> tuple[Study, Path]:
-    """Draw the paper's figures, see `run_reproduction`; return the study and the page's path."""
+    """Run `run_reproduction` and return the study as well as the page's path."""
     OutputFolder(
         folder, kind="reproduction", verb="reproduce", inputs=trained_before(folder), force=force
     ).check()
@@ -92,7 +92,7 @@ def write_reproduction(
 ) -> Path:
     """Draw the paper's figures of section 7 and appendix H from the study of a demo run.
 
-    ``formats`` are those of the files in ``section7/``; ``force`` replaces files of others at the
+    ``formats`` are the file formats in ``section7/``; ``force`` replaces foreign files at the
     names that are written.
 
     Raises
@@ -100,7 +100,7 @@ def write_reproduction(
     InputError
         An adapter of the demo's sweep is not in the study.
     """
-    missing = [one for one in (SMALL, LARGE, *RANKS) if one not in study.adapters]
+    missing = [label for label in (SMALL, LARGE, *RANKS) if label not in study.adapters]
     if missing or study.base is None:
         message = f"The paper's figures need the demo's sweep and base; missing: {missing}."
         raise InputError(message)
@@ -108,11 +108,11 @@ def write_reproduction(
     with output_folder(
         folder, kind="reproduction", verb="reproduce", inputs=study_inputs(study), force=force
     ) as staging:
-        for at, (name, title, question, draw) in enumerate(_PARTS, start=1):
+        for index, (name, title, question, draw) in enumerate(_PARTS, start=1):
             figures = tuple(drawn_figures(draw(study), staging / "section7", formats))
             made.append(Section(name, title, question, figures, tuple(_tables(study, name))))
             if progress:
-                progress("report sections", at, len(_PARTS))
+                progress("report sections", index, len(_PARTS))
         write_page(
             study, made, staging / "section7.html", title=TITLE, lead=LEAD,
             command="lora-analysis reproduce",
@@ -122,12 +122,12 @@ def write_reproduction(
 
 def _modules(study: Study, layer: int) -> dict[str, str]:
     """Return title to name of the query and value projections of one layer."""
-    names = [one for one in study.adapters[SMALL] if f".{layer}." in one]
-    return {f"ΔW{one.rpartition('.')[2][0]}": one for one in names}
+    names = [name for name in study.adapters[SMALL] if f".{layer}." in name]
+    return {f"ΔW{name.rpartition('.')[2][0]}": name for name in names}
 
 
 def _layers(study: Study) -> list[int]:
-    return sorted({int(one) for one in study.spectra["layer"].dropna()})
+    return sorted({int(layer) for layer in study.spectra["layer"].dropna()})
 
 
 def _grids(study: Study, a: str, b: str, layer: int) -> dict[str, SimilarityGrid]:
@@ -152,8 +152,8 @@ def _middle(study: Study) -> int:
 
 
 _ABOUT_A = (
-    "Right singular vectors of A, as in the paper; those of ΔW, which no change of basis moves, "
-    "are in the demo’s report. "
+    "Right singular vectors of A, as in the paper; those of ΔW, which do not depend on how it is "
+    "factored, are in the demo’s report. "
 )
 
 
@@ -164,9 +164,9 @@ def _figure_3(study: Study) -> Iterator[ReportFigure]:
         "figure_3",
         "Figure 3: rank 8 against rank 64.",
         f"{_ABOUT_A}Here {_corner(grids, *cells)}. The paper: ΔWq: φ(1, 1) 0.404, φ(1, 64) 0.436, "
-        "φ(8, 64) 0.213; ΔWv: φ(1, 1) 0.436, φ(8, 64) 0.170, at a chance of 0.005 (64 of 12,288), "
-        "here 0.33 (64 of 192): hence the second row.",
-        f"Four heat-maps and the same above chance. {_corner(grids, *cells)}.",
+        "φ(8, 64) 0.213; ΔWv: φ(1, 1) 0.436, φ(8, 64) 0.170. Random subspaces give 0.005 there (64 "
+        "of 12,288) and 0.33 here (64 of 192): hence the second row.",
+        f"Four heat maps and their excess over random. {_corner(grids, *cells)}.",
         plots.figure_ranks(grids),
     )
 
@@ -174,14 +174,14 @@ def _figure_3(study: Study) -> Iterator[ReportFigure]:
 def _figure_4(study: Study) -> Iterator[ReportFigure]:
     grids = _grids(study, SECOND, LARGE, _middle(study))
     first = next(iter(grids.values()))
-    shown = grids | {"random Gaussian": random_similarity(first.dimension, first.values.shape)}
-    corner = _corner(shown, (1, 1), (64, 64))
+    panels = grids | {"random Gaussian": random_similarity(first.dimension, first.values.shape)}
+    corner = _corner(panels, (1, 1), (64, 64))
     yield ReportFigure(
         "figure_4",
         "Figure 4: two seeds of rank 64.",
         f"{_ABOUT_A}Here {corner}. The paper at (64, 64): ΔWq 0.060, ΔWv 0.026, random 0.005.",
-        f"Three heat-maps and the same above chance. {corner}.",
-        plots.figure_seeds(shown),
+        f"Three heat maps and their excess over random. {corner}.",
+        plots.figure_seeds(panels),
     )
 
 
@@ -191,9 +191,9 @@ def _figure_6(study: Study) -> Iterator[ReportFigure]:
     yield ReportFigure(
         "figure_6",
         "Figure 6: rank 8 against rank 64, by layer.",
-        f"{_ABOUT_A}All {len(rows)} layers (the paper: the 1st, 32nd, 64th and 96th of 96), above "
-        f"chance. φ itself: {corners}.",
-        f"Heat-maps above chance, {len(rows)} layers down. {corners}.",
+        f"{_ABOUT_A}All {len(rows)} layers (the paper: the 1st, 32nd, 64th and 96th of 96), as "
+        f"excess over random. φ itself: {corners}.",
+        f"Heat maps of the excess over random, {len(rows)} layers down. {corners}.",
         plots.figure_layers(rows, excess=True),
     )
 
@@ -208,14 +208,14 @@ def _figure_7(study: Study) -> Iterator[ReportFigure]:
     yield ReportFigure(
         "figure_7",
         "Figure 7: two seeds of rank 64, by layer.",
-        f"{_ABOUT_A}All {len(rows)} layers, above chance. φ itself: {corners}.",
-        f"Heat-maps above chance, {len(rows)} layers across. {corners}.",
+        f"{_ABOUT_A}All {len(rows)} layers, excess over random. φ itself: {corners}.",
+        f"Heat maps of the excess over random, {len(rows)} layers across. {corners}.",
         plots.figure_grid(panels, title=f"{SECOND} and {LARGE}, input directions of A"),
     )
 
 
 def _figure_8(study: Study) -> Iterator[ReportFigure]:
-    """Yield W_q's directions against those of ΔW_q at each rank, and random ones."""
+    """Yield φ of W_q's directions with those of ΔW_q at each rank, and with random ones."""
     name = next(iter(_modules(study, _middle(study)).values()))
     weight = study.base.weight(name)  # type: ignore[union-attr]  # checked by the caller
     whole = DenseUpdate(name, weight.array().astype("float64"), label="W")
@@ -235,10 +235,10 @@ def _figure_8(study: Study) -> Iterator[ReportFigure]:
         "figure_8",
         "Figure 8: W’s directions against ΔW’s.",
         f"φ(i, j) of W’s leading i (down) and ΔW’s leading j (across), right singular vectors, "
-        f"{name}, above chance. φ itself: {inside}. The paper gives no number: it sees that ΔW "
-        "does not hold W’s top directions, and that a larger rank picks up more of those W "
-        "emphasizes.",
-        f"Four heat-maps above chance. {inside}.",
+        f"{name}, as excess over random. φ itself: {inside}. The paper gives no number: it reports "
+        "that ΔW does not contain W’s top directions, and that a larger rank picks up more "
+        "directions that W emphasizes.",
+        f"Four heat maps of the excess over random. {inside}.",
         plots.figure_grid(
             [[plots.Panel(grid, title, None, True) for title, grid in panels.items()]],
             title=f"φ(W, ΔW, i, j), {name}",
@@ -251,35 +251,42 @@ def _nothing(_study: Study) -> Iterator[ReportFigure]:
 
 
 def _tables(study: Study, name: str) -> Iterator[ReportTable]:
-    if name == "table-6" and (found := accuracy_table(study)) is not None:
-        yield found
+    if name == "table-6" and (table := accuracy_table(study)) is not None:
+        yield table
     if name == "table-7":
         yield table_7(study)
 
 
 def table_7(study: Study) -> ReportTable:
-    """Return ‖UᵀWV‖ for three choices of directions, and the factor, beside the paper's."""
+    """Return ‖UᵀWV‖ for three choices of directions, and the factor, next to the paper's."""
     name = next(iter(_modules(study, _middle(study)).values()))
     weight = study.base.weight(name)  # type: ignore[union-attr]  # checked by the caller
     rows: list[tuple[str, ...]] = []
     for label in RANKS:
-        found = amplification(study.adapters[label][name], weight)
-        top = found.weight_top[-1] if found.weight_top is not None else float("nan")
-        values = (found.projected[-1], top, found.random.rms[-1], found.weight_norm)
-        size = float((found.S**2).sum() ** 0.5)
-        ends = (size, found.amplification_factor[-1], found.chance_factor[-1], found.enrichment[-1])
-        rows.append(("here", str(len(found.S)), *map(number, (*map(float, values), *ends))))
+        measured = amplification(study.adapters[label][name], weight)
+        top = measured.weight_top[-1] if measured.weight_top is not None else float("nan")
+        values = (measured.projected[-1], top, measured.random.rms[-1], measured.weight_norm)
+        size = float((measured.S**2).sum() ** 0.5)
+        ends = (
+            size,
+            measured.amplification_factor[-1],
+            measured.chance_factor[-1],
+            measured.enrichment[-1],
+        )
+        rows.append(("here", str(len(measured.S)), *map(number, (*map(float, values), *ends))))
     rows += [
         ("paper", "4", "0.32", "21.67", "0.02", "61.95", "6.91", "21.6", "343", "15.9"),
         ("paper", "64", "1.90", "37.71", "0.33", "61.95", "3.57", "1.88", "11.1", "5.9"),
     ]
-    columns = ("model", "r", "‖UᵀWV‖ ΔW’s", "W’s", "random", "‖W‖", "‖ΔW‖", "factor", "chance",
+    columns = ("model", "r", "‖UᵀWV‖ ΔW’s", "W’s", "random", "‖W‖", "‖ΔW‖", "factor",
+               "random factor",
                "enrichment")  # fmt: skip
     caption = (
-        f"Table 7: {name} here, W_q of GPT-3’s layer 48 in the paper. VectorsOf: ‖ΔW‖/‖UᵀWV‖ along "
-        "ΔW’s directions. Chance and enrichment are not in the paper and were worked out from its "
-        "numbers: what random directions of the same size score, and W along ΔW’s directions over "
-        "W along random ones. A factor of 21.6 is less than chance: W is strong where ΔW is."
+        f"Table 7: {name} here, W_q of GPT-3’s layer 48 in the paper. Factor: ‖ΔW‖/‖UᵀWV‖ along "
+        "ΔW’s directions. Random factor and enrichment are not in the paper; they were computed "
+        "from its numbers: the factor of random directions of the same size, and W along ΔW’s "
+        "directions over W along random ones. A factor of 21.6 is below that of random "
+        "directions: W is strong along ΔW’s directions."
     )
     return ReportTable("Table 7", caption, columns, tuple(rows))
 
@@ -287,10 +294,10 @@ def table_7(study: Study) -> ReportTable:
 _Part = tuple[str, str, str, Callable[["Study"], Iterator[ReportFigure]]]
 _PARTS: Sequence[_Part] = (
     ("table-6", "7.2 What is the optimal rank? Table 6",
-     "How good is each rank? (The paper’s tasks are others: its numbers are not quoted.)",
+     "How good is each rank? (The paper’s tasks differ, so its numbers are not quoted.)",
      _nothing),
     ("figure-3", "7.2 Subspace similarity between ranks: Figure 3",
-     "Does rank 64 hold the directions of rank 8?", _figure_3),
+     "Does rank 64 contain the directions of rank 8?", _figure_3),
     ("figure-4", "7.2 Subspace similarity between seeds: Figure 4",
      "Do two seeds find the same directions?", _figure_4),
     ("table-7", "7.3 How does ΔW compare to W? Table 7",

@@ -98,8 +98,8 @@ class SimilarityGrid:
         cells = dict.fromkeys(((1, 1), (1, columns), (rows, columns)) if rows and columns else ())
         title = f"φ(i, j) of {self.labels[0]} and {self.labels[1]}, {self.module}, {self.side} side"
         note = f"{rows} × {columns} cells; d = {self.dimension}. Unrelated adapters exceed random."
-        rows = ((i, j, self.values[i - 1, j - 1], self.chance[i - 1, j - 1]) for i, j in cells)
-        return html_table(title, ("i", "j", "φ", "random"), rows, note)
+        cell_rows = ((i, j, self.values[i - 1, j - 1], self.chance[i - 1, j - 1]) for i, j in cells)
+        return html_table(title, ("i", "j", "φ", "random"), cell_rows, note)
 
     def degeneracy(self, i: int, j: int) -> str:
         """Return ``"degenerate"``, ``"nearly degenerate"`` or ``""`` for φ(i, j)."""

@@ -32,29 +32,29 @@ from lora_analysis.text import printable, printable_lines
 
 # The help of the group needs one line per verb, and must not import what the verbs need.
 VERBS = {
-    "demo": "Train ranks × seeds × tasks on bundled data, analyze them, write the report.",
-    "train": "Train an adapter on a file of your own and a model of transformers.",
-    "sweep": "Train every combination of ranks, seeds, tasks, options in a TOML file.",
-    "inspect": "Say what is in an adapter: format, modules, ranks, scale, spectrum.",
-    "compare": "Compare two adapters module by module, with chance beside every number.",
-    "heatmap": "Draw the rank-overlap heat-map of two adapters.",
-    "amplify": "Hold an adapter against its base weights (amplification, enrichment).",
+    "demo": "Train adapters on bundled data, analyze them and write the report.",
+    "train": "Train an adapter on your own data and a transformers model.",
+    "sweep": "Train every combination of the ranks, seeds, tasks and options in a TOML file.",
+    "inspect": "Show format, modules, ranks, scale and singular values of an adapter.",
+    "compare": "Compare the subspaces of two adapters, module by module.",
+    "heatmap": "Draw the rank-overlap heat map of two adapters.",
+    "amplify": "Measure how an adapter amplifies directions of its base weights.",
     "report": "Analyze adapters and write one self-contained HTML report.",
-    "reproduce": "Draw section 7 of the LoRA paper from the demo's adapters, beside its values.",
-    "resize": "Write an adapter with fewer directions, and say what was lost.",
-    "convert": "Write an adapter in another format.",
-    "extract": "Write the best LoRA of a full fine-tune.",
-    "doctor": "Say which versions, devices and extras are here.",
+    "reproduce": "Draw the figures of the LoRA paper's section 7 from the demo's adapters.",
+    "resize": "Reduce an adapter's rank by truncated SVD and report the error.",
+    "convert": "Convert an adapter to another format.",
+    "extract": "Extract the best low-rank approximation of a full fine-tune.",
+    "doctor": "Show versions, devices and installed extras.",
 }
 
 
 @contextmanager
 def _reader_may_leave() -> Iterator[None]:
-    """Turn a closed stdout into a quiet end; click itself would end with 1, "unexpected"."""
+    """End quietly if stdout was closed; click itself would end with 1, "unexpected"."""
     try:
         yield
     except BrokenPipeError:
-        # What is still buffered is flushed at the very end, and must have somewhere to go.
+        # Buffered output is flushed at exit and needs an open file.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise click.exceptions.Exit(READER_GONE) from None
 
@@ -87,14 +87,14 @@ class _Verbs(click.Group):
 _HELP = """What did a LoRA adapter learn, seen from its weights?
 
 SOURCE is an adapter: its folder or file, a folder that holds several, or a repository on a hub
-(hf://owner/name[@revision][/path], or owner/name where nothing local has that name).
+(hf://owner/name[@revision][/path], or owner/name if no local path has that name).
 """
 
 
 @click.group(cls=_Verbs, help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="lora-analysis")
 def group() -> None:
-    """Hold the verbs; each is imported when it is run."""
+    """Group all commands; each is imported when it runs."""
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -109,25 +109,25 @@ def run(arguments: list[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        return _say("Interrupted. What was finished is kept.", INTERRUPTED)
-    except Exception as error:  # the last line of defence is the one place for it
+        return _fail("Interrupted. Finished results are kept.", INTERRUPTED)
+    except Exception as error:  # the last line of defense is the one place for it
         if "--debug" in given:
             raise
-        verb = next((one for one in given if one in VERBS), "lora-analysis")
-        known = error if isinstance(error, LoraAnalysisError) else named_error(error, verb)
-        if known is not None:
-            return _say(printable(f"Error: {known}"), REFUSED if _is_refusal(known) else BUG)
+        verb = next((word for word in given if word in VERBS), "lora-analysis")
+        typed = error if isinstance(error, LoraAnalysisError) else named_error(error, verb)
+        if typed is not None:
+            return _fail(printable(f"Error: {typed}"), REFUSED if _is_refusal(typed) else BUG)
         what = printable(f"Unexpected {type(error).__name__}: {error}")
-        return _say(f"{what}\nRun again with --debug.", BUG)
+        return _fail(f"{what}\nRun again with --debug.", BUG)
     return result if isinstance(result, int) else DONE
 
 
 def _is_refusal(error: LoraAnalysisError) -> bool:
-    """Return True for input, a disk, memory or an extra that is not as the command needs it."""
+    """Return True if input, disk, memory or a missing extra is to blame, not a bug."""
     return isinstance(error, InputError | OutputError | OutOfMemoryError | MissingExtraError)
 
 
-def _say(message: str, code: int) -> int:
+def _fail(message: str, code: int) -> int:
     click.echo(printable_lines(message), err=True)
     return code
 

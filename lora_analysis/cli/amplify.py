@@ -1,4 +1,4 @@
-"""``lora-analysis amplify``: one adapter against its base."""
+"""``lora-analysis amplify``: how an adapter amplifies its base weights."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
 )
 @transposed_option
 @click.option(
-    "--draws", type=click.IntRange(0), default=16, show_default=True, help="Random draws."
+    "--draws", type=click.IntRange(0), default=16, show_default=True, help="Number of random draws."
 )
 @click.option(
     "--spectrum",
     is_flag=True,
-    help="Hold ΔW against W's whole spectrum too: its energy in W's leading and trailing "
-    "directions, intruder dimensions, how W's vectors turn. Half a minute per 4096 × 4096 weight "
-    "the first time; kept in $LORA_ANALYSIS_CACHE.",
+    help="Also compare with W's full spectrum: ΔW's energy in W's leading and trailing directions, "
+    "intruder dimensions, rotation of W's vectors. Takes half a minute per 4096 × 4096 weight the "
+    "first time; cached in $LORA_ANALYSIS_CACHE.",
 )
 @modules_option
 @prefix_option
@@ -64,10 +64,10 @@ def command(
     reading: Reading,
     form: str,
 ) -> int:
-    """Hold ADAPTER against its base weights: the paper's Table 7 for every module.
+    """Measure how ΔW amplifies directions of the base weight, per module (LoRA paper, Table 7).
 
-    The amplification factor ‖ΔW‖/‖UᵀWV‖ proves little by itself; "chance" is what random
-    directions of the same size score, and enrichment the ratio of the two.
+    The amplification factor ‖ΔW‖/‖UᵀWV‖ proves little by itself: compare it with the factor of
+    random directions of the same size. Enrichment is the ratio of the two.
     """
     from lora_analysis.conclusions import findings
     from lora_analysis.studies import study
@@ -88,22 +88,25 @@ def command(
         )
     table = _amplifications(result, adapter.label)
     full = table[table["at_rank"]]
-    said = [one for one in findings(result) if one.topic in _OF_THE_FILE]
+    shown_findings = [f for f in findings(result) if f.topic in _OF_THE_FILE]
     if form == "json":
         changes = {"changes": records(result.changes)} if spectrum else {}
         print_json(
             {"adapter": adapter.label, "base": base, "modules": records(table)}
             | _medians(full)
             | changes
-            | {"left_out": _left_out(result), "findings": [one.to_dict() for one in said]}
-            | {"base_findings": [one.to_dict() for one in result.base_findings()]}
+            | {
+                "left_out": _left_out(result),
+                "findings": [finding.to_dict() for finding in shown_findings],
+            }
+            | {"base_findings": [f.to_dict() for f in result.base_findings()]}
         )
     elif form == "quiet":
         click.echo(decimals(float(full["amplification_factor"].median())))
     else:
-        for one in said:
-            print_finding(one.kind, one.text)
-        if said:
+        for finding in shown_findings:
+            print_finding(finding.kind, finding.text)
+        if shown_findings:
             click.echo()
         _print(adapter.label, full)
         if spectrum:
@@ -112,7 +115,7 @@ def command(
 
 
 def _left_out(result: Study) -> list[dict[str, str]]:
-    """Return the modules that are not measured against the base, and why."""
+    """Return the modules that are not compared with the base, with the reason."""
     measured = set(result.amplifications["module"])
     missing = [
         {"module": module, "code": "no-base-weight", "reason": reason}
@@ -130,7 +133,7 @@ def _left_out(result: Study) -> list[dict[str, str]]:
 
 
 def _announce(adapter: Adapter) -> None:
-    """Say on stderr what W's whole spectra will cost, where that is more than some seconds."""
+    """Announce on stderr how long W's full spectra take, if more than some seconds."""
     from lora_analysis.execution import available_workers
     from lora_analysis.linalg import gram_seconds
     from lora_analysis.storage.cache import cache_folder
@@ -138,14 +141,14 @@ def _announce(adapter: Adapter) -> None:
     seconds = sum(gram_seconds(update.shape) for update in adapter.values()) / available_workers()
     if seconds > 5:
         click.echo(
-            f"W's whole spectra take about {seconds / 60:.0f} min the first time; they are kept "
+            f"Full spectra of W take about {seconds / 60:.0f} min the first time; they are cached "
             f"in {cache_folder()}.",
             err=True,
         )
 
 
 def _amplifications(result: Study, label: str) -> pd.DataFrame:
-    """Return the table; raise where there is nothing in it, and say why."""
+    """Return the table; raise InputError with the reason if it is empty."""
     from lora_analysis.errors import InputError
 
     for reason in result.unmatched.values():
@@ -168,14 +171,14 @@ def _medians(full: pd.DataFrame) -> dict[str, dict[str, float]]:
 
 
 def _print_storage(full: pd.DataFrame) -> None:
-    """Say how W is quantized and what that leaves uncertain; nothing where it is not."""
+    """Print how W is quantized and how uncertain the numbers are; nothing if it is not."""
     storages = sorted(set(full["storage"]) - {""})
     if not storages:
         return
     noise = full["noise"].median()
     moved = "an unknown part" if noise != noise else decimals(float(noise))  # noqa: PLR0124 - NaN
     print_text(
-        f"W is quantized ({', '.join(storages)}); rounding moved it by {moved} of ‖W‖ (expected), "
+        f"W is quantized ({', '.join(storages)}): expected rounding error {moved} of ‖W‖, "
         "which alone gives an enrichment of that size."
     )
 
@@ -189,7 +192,7 @@ _NAMES = {
     "projected_weight": "W's",
     "projected_random": "random",
     "amplification_factor": "factor",
-    "chance_factor": "chance",
+    "chance_factor": "random factor",
     "enrichment": "enrichment",
 }
 
@@ -200,7 +203,7 @@ _ALL_OF_IT = 1e-6
 
 def _print(label: str, full: pd.DataFrame) -> None:
     print_table(
-        f"{label} against W, at full rank (k = {_span(full['k'])})",
+        f"Amplification of {label} at full rank (k = {_span(full['k'])})",
         ("module", *_NAMES.values()),
         [(row["module"], *(decimals(row[name]) for name in _NAMES)) for row in records(full)],
         footer=("median", *(decimals(full[name].median()) for name in _NAMES)),
@@ -210,22 +213,22 @@ def _print(label: str, full: pd.DataFrame) -> None:
     print_text(
         "ΔW's, W's, random: ‖UᵀWV‖ with the top-k directions of each; random is the exact rms."
     )
-    print_text("factor = ‖ΔW‖ / ΔW's; chance = ‖ΔW‖ / random; enrichment = ΔW's / random.")
+    print_text("factor = ‖ΔW‖ / ΔW's; random factor = ‖ΔW‖ / random; enrichment = ΔW's / random.")
     whole = int((full["projected"] / full["weight_norm"] > 1 - _ALL_OF_IT).sum())
     if whole:
         print_text(
             f"In {whole} of {len(full)} modules ΔW has as many directions as W: ΔW's is ‖W‖ "
-            "and the enrichment says nothing there. --format json has every smaller k."
+            "and the enrichment is 1 by construction. --format json has every smaller k."
         )
 
 
 _ENERGY = {
     "leading_energy": "leading",
     "trailing_energy": "trailing",
-    "chance_energy": "chance",
+    "chance_energy": "random",
     "leading_p": "p",
     "off_principal": "off both",
-    "chance_off_principal": "chance",
+    "chance_off_principal": "random",
 }
 _CHANGES = {
     "intruder_energy": "energy",
@@ -233,7 +236,7 @@ _CHANGES = {
     "chance_cosine": "random",
     "largest_novelty": "novelty",
     "largest_drift": "drift",
-    "direction_change": "turn",
+    "direction_change": "direction",
 }
 
 
@@ -252,12 +255,12 @@ def _print_changes(label: str, changes: pd.DataFrame) -> None:
     click.echo()
     print_text(
         "leading, trailing: share of ‖ΔW‖² in W's first and last k directions, and off W's first k "
-        "on both sides; p: that isotropic directions reach the "
-        "leading share, which says nothing of unrelated adapters."
+        "on both sides. p: probability that random directions reach the leading share; unrelated "
+        "adapters may reach it too."
     )
     click.echo()
     print_table(
-        f"What W becomes: the first {looked_at} directions of W + ΔW",
+        f"The first {looked_at} singular directions of W + ΔW",
         ("module", "side", "intruders", *_CHANGES.values()),
         [
             (row["module"], row["side"], row["intruders"], *(decimals(row[x]) for x in _CHANGES))
@@ -266,14 +269,14 @@ def _print_changes(label: str, changes: pd.DataFrame) -> None:
     )
     click.echo()
     print_text(
-        "intruders: directions whose cosine with every one of W's is below 0.5; energy = their "
-        "share of that of all; cosine = the smallest of the largest cosines; random = the largest "
-        "that a random direction has."
+        "intruders: directions whose cosine with each direction of W is below 0.5; energy = their "
+        "share of the energy; cosine = smallest maximum cosine; random = maximum cosine of a "
+        "random direction."
     )
     print_text(
-        f"novelty = the largest part of one that lies outside W's first {span} directions (of a "
-        f"random one {decimals(random)}): an intruder without novelty only mixes them. drift = the "
-        "largest relative change of σ; turn = mean 1 − cos of W's rows (output), columns (input)."
+        f"novelty = largest part outside W's first {span} directions (of a random direction "
+        f"{decimals(random)}); an intruder without novelty only mixes them. drift = largest "
+        "relative change of σ; direction = mean 1 − cos of W's rows (output) or columns (input)."
     )
 
 

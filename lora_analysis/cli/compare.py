@@ -59,13 +59,13 @@ def command(
 ) -> int:
     """Compare adapters A and B: subspace similarity φ on both sides, ω, angles, signed cosine.
 
-    Isotropic chance stands beside every number. It is a floor, not a verdict: unrelated adapters
-    of one base exceed it too, so a verdict needs some of them, given with --reference.
+    Every number comes with its random baseline. Unrelated adapters of one base exceed it too, so
+    a conclusion beyond "more alike than random" needs some of them: pass --reference.
     """
     from lora_analysis.conclusions import findings
     from lora_analysis.studies import study
 
-    adapters = [reading.read(one) for one in (a, b)]
+    adapters = [reading.read(source) for source in (a, b)]
     with progress_bar(form) as progress:
         others, left_out = reading.read_all(references, progress) if references else ([], [])
         result = study(
@@ -78,10 +78,11 @@ def command(
             progress=progress,
         )
     _check_pair(result)
-    failures = [*(one.to_dict() for one in left_out), *(one.to_dict() for one in result.failures)]
+    failures = [source.to_dict() for source in left_out]
+    failures += [failure.to_dict() for failure in result.failures]
     missing = _left_out(result)
     pair, table = _of_the_pair(result, result.pairs), _of_the_pair(result, result.similarities)
-    said = [one for one in findings(result) if one.topic not in _BESIDE]
+    shown_findings = [f for f in findings(result) if f.topic not in _NOT_ABOUT_THE_PAIR]
     if form == "json":
         print_json(
             {
@@ -89,7 +90,7 @@ def command(
                 "reference": list(result.reference),
                 "summary": _summary(table),
                 "modules": records(table),
-                "findings": [one.to_dict() for one in said],
+                "findings": [finding.to_dict() for finding in shown_findings],
                 "left_out": missing,
                 "failures": failures,
             }
@@ -97,23 +98,23 @@ def command(
     elif form == "quiet":
         click.echo(decimals(_median(table, "output", "omega")))
     else:
-        _print(pair.iloc[0], table, [(one.kind, one.text) for one in said], every=every)
-    mismatched = any(one["code"] == "shape-mismatch" for one in missing)
+        _print(pair.iloc[0], table, [(f.kind, f.text) for f in shown_findings], every=every)
+    mismatched = any(module["code"] == "shape-mismatch" for module in missing)
     return PARTLY_FAILED if failures or mismatched else DONE
 
 
 def _check_pair(result: Study) -> None:
-    """Name the references that could not be analyzed; refuse to go on without A or B."""
+    """Report sources that could not be analyzed; raise InputError without A or B."""
     from lora_analysis.errors import InputError
 
     if len(result.adapters) - len(result.reference) < 2:
-        raise InputError(" ".join(one.reason for one in result.failures))
-    for one in result.failures:
-        click.echo(printable(f"Left out: {one.source}: {one.reason}"), err=True)
+        raise InputError(" ".join(failure.reason for failure in result.failures))
+    for failure in result.failures:
+        click.echo(printable(f"Left out: {failure.source}: {failure.reason}"), err=True)
 
 
 def _left_out(result: Study) -> list[dict[str, str]]:
-    """Return the modules in which A and B are not compared, and why."""
+    """Return the modules that are not compared, with the reason."""
     rows: dict[str, list[Any]] = {}
     labels = [label for label in result.adapters if label not in result.reference]
     for row in result.spectra.itertuples():
@@ -126,8 +127,8 @@ def _left_out(result: Study) -> list[dict[str, str]]:
         if len(pair) == 1:
             missing.append((module, "only-in-one", f"only {pair[0].adapter} adapts it"))
         elif len(shapes) > 1:
-            found = " and ".join(map(str, shapes))
-            missing.append((module, "shape-mismatch", f"the shapes differ: {found}"))
+            different = " and ".join(map(str, shapes))
+            missing.append((module, "shape-mismatch", f"the shapes differ: {different}"))
         elif untrained:
             text = f"ΔW is zero in {' and '.join(untrained)}"
             missing.append((module, "untrained", text))
@@ -156,79 +157,82 @@ def _summary(table: pd.DataFrame) -> dict[str, dict[str, float]]:
     }
 
 
-# What a study says of its adapters one by one is for `inspect` and `report`.
-_BESIDE = ("directions needed", "few runs", "accuracy", "not grouped")
+# Findings about single adapters are left to `inspect` and `report`.
+_NOT_ABOUT_THE_PAIR = ("directions needed", "few runs", "accuracy", "not grouped")
 _COLUMNS = {
     "phi_1_1": "φ(1,1)",
-    "chance_1_1": "chance",
+    "chance_1_1": "random",
     "phi_r_r": "φ(r,r)",
-    "chance_r_r": "chance",
+    "chance_r_r": "random",
     "omega": "ω",
-    "chance_omega": "chance",
+    "chance_omega": "random",
     "signed_cosine": "cosine",
 }
-# What a star beside a module of the input side means, by the pair's start.
+# Meaning of a star after a module of the input side, by the pair's initialization.
 _STARS = {
     InitRelation.PARTLY_SHARED: "has the same initial A in both adapters: its input "
     "side shows nothing that was learned.",
     InitRelation.SHARED: "has the same initial A in both adapters: its input "
     "side shows nothing that was learned.",
-    InitRelation.SAME_RUN: "starts from the same A, and B agrees too: one run, not two samples.",
+    InitRelation.SAME_RUN: "has the same initial A, and B agrees too: one training run, not "
+    "two samples.",
     InitRelation.SAME_SPACE: "spans the same input space with different rows (a resized copy or an "
-    "initialization "
-    "from data or from W): its input side shows nothing that was learned.",
+    "initialization from data or from W): its input side shows nothing that was learned.",
 }
 
 
 def _print(
-    pair: pd.Series, table: pd.DataFrame, said: list[tuple[str, str]], *, every: bool
+    pair: pd.Series, table: pd.DataFrame, lines: list[tuple[str, str]], *, every: bool
 ) -> None:
     cosine = decimals(float(pair["total_cosine"]))
     print_facts(
         [
             ("A, B", f"{pair['a']}, {pair['b']}"),
             ("relation", f"{pair['relation']}; initialization: {pair['initialization']}"),
-            ("in all", f"signed cosine {cosine} over {pair['modules']} common modules, chance 0"),
+            (
+                "overall",
+                f"signed cosine {cosine} over {pair['modules']} common modules (random: 0)",
+            ),
         ]
     )
     click.echo()
-    for kind, text in said:
+    for kind, text in lines:
         print_finding(kind, text)
     if table.empty:
         return
     by_type = table["module"].nunique() > MODULES_SHOWN and not every
     for side in ("output", "input"):
-        own = table[table["side"] == side]
-        rows = _types(own) if by_type else _modules(own, side)
+        side_rows = table[table["side"] == side]
+        rows = _types(side_rows) if by_type else _modules(side_rows, side)
         what = ", medians by type of module (every module: --all)" if by_type else ""
         click.echo()
         print_table(
             f"{side} side{what}",
             ("modules" if by_type else "module", *_COLUMNS.values()),
             rows,
-            footer=("median", *(decimals(own[name].median()) for name in _COLUMNS)),
+            footer=("median", *(decimals(side_rows[name].median()) for name in _COLUMNS)),
         )
     click.echo()
     if table["shared_init"].any():
         print_text(f"* {_STARS[pair['initialization']]}")
     ranks = sorted(set(zip(table["rank_a"], table["rank_b"], strict=True)))
-    shown = ", ".join(f"{i}/{j}" for i, j in ranks)
-    print_text(f"r: numerical ranks of the two updates ({shown}). Angles: --format json.")
+    rank_pairs = ", ".join(f"{i}/{j}" for i, j in ranks)
+    print_text(f"r: numerical ranks of the two updates ({rank_pairs}). Angles: --format json.")
 
 
-def _modules(own: pd.DataFrame, side: str) -> list[tuple[str, ...]]:
+def _modules(rows: pd.DataFrame, side: str) -> list[tuple[str, ...]]:
     return [
         (
             row["module"] + (" *" if row["shared_init"] and side == "input" else ""),
             *(decimals(row[name]) for name in _COLUMNS),
         )
-        for row in records(own)
+        for row in records(rows)
     ]
 
 
-def _types(own: pd.DataFrame) -> list[tuple[str, ...]]:
+def _types(table: pd.DataFrame) -> list[tuple[str, ...]]:
     """Return medians over layers for each type of module."""
     return [
         (f"{kind} ({len(rows)})", *(decimals(float(rows[name].median())) for name in _COLUMNS))
-        for kind, rows in own.groupby("module_type", sort=False)
+        for kind, rows in table.groupby("module_type", sort=False)
     ]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from lora_analysis.adapter import Adapter
 
-# Relative: factors are written as float32, whose rounding stays below this.
+# Relative error; factors are written as float32, whose rounding is smaller.
 _EQUAL = 1e-6
 
 
@@ -33,8 +33,8 @@ _EQUAL = 1e-6
 @format_option
 @click.option(
     "--architecture",
-    help="For gguf: llama.cpp's name of the base's architecture, as llama; --heads may be needed "
-    "too. By default those of the file, or of a base on this disk.",
+    help="For gguf: llama.cpp's name of the base's architecture, for example llama; --heads may be "
+    "needed too. By default taken from the file or from a local base.",
 )
 @output_place
 @reading_options
@@ -49,7 +49,7 @@ def command(
     reading: Reading,
     form: str,
 ) -> None:
-    """Write SOURCE in another format, read it back, and say how far ΔW is from what it was."""
+    """Convert SOURCE to another format, read it back and report the error of ΔW."""
     from lora_analysis.formats import unwritten_findings, write_adapter, writing_notes
     from lora_analysis.formats.sanity_checks import with_sanity_findings
     from lora_analysis.formats.writing import check_adapter_place
@@ -77,18 +77,18 @@ def command(
                 "output": path,
                 "format": written,
                 "error": max(errors.values(), default=float("nan")),
-                "modules": [{"module": name, "error": one} for name, one in errors.items()],
+                "modules": [{"module": name, "error": error} for name, error in errors.items()],
                 "folded": folded,
                 "left_out": [
                     {
                         "module": name,
                         "code": "renamed",
-                        "reason": "it has another name in the file and was not compared",
+                        "reason": "it has a different name in the file and was not compared",
                     }
                     for name in adapter
                     if name not in errors
                 ],
-                "findings": [one.to_dict() for one in adapter.provenance.findings],
+                "findings": [finding.to_dict() for finding in adapter.provenance.findings],
             }
         )
     elif form == "quiet":
@@ -98,9 +98,9 @@ def command(
 
 
 def _read_back(adapter: Adapter, path: Path, format: str) -> tuple[Adapter, dict[str, float]]:
-    """Return per module the relative error of ΔW as it was written, where it can be told apart.
+    """Return the adapter in the modules of the written file and ΔW's relative error in each.
 
-    And the adapter in the modules that are there: parts of fused weights may be put together.
+    Parts of fused weights are joined if the file stores them so; renamed modules have no error.
     """
     from lora_analysis.edit import relative_difference
     from lora_analysis.formats import read_adapter, written_names
@@ -130,16 +130,18 @@ def _fits(adapter: Adapter, written: Adapter, name: str, other: str) -> bool:
 def _print(adapter: Adapter, errors: dict[str, float], path: Path, folded: list[str]) -> None:
     worst = max(errors.values(), default=0.0)
     if worst > _EQUAL:
-        rows = [(name, decimals(one)) for name, one in errors.items()]
-        print_table(f"{adapter.label}: what was lost", ("module", "relative"), rows)
+        rows = [(name, decimals(error)) for name, error in errors.items()]
+        print_table(f"{adapter.label}: error of ΔW", ("module", "relative error"), rows)
         click.echo()
     renamed = len(adapter) - len(errors)
     facts: list[tuple[str, object]] = [("written", path)]
     if errors:
         facts.append(
-            ("read back", f"ΔW of {len(errors)} modules, the largest relative error {worst:.1g}")
+            ("read back", f"{len(errors)} modules, maximum relative error of ΔW {worst:.1g}")
         )
     if renamed:
-        facts.append(("renamed", f"{renamed} modules have other names there; not compared"))
+        facts.append(
+            ("renamed", f"{renamed} modules have different names in the file and were not compared")
+        )
     facts += [("folded", sentence) for sentence in folded]
     print_facts([*facts, *notes(adapter)])

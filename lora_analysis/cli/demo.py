@@ -1,4 +1,4 @@
-"""``lora-analysis demo``: the whole path on bundled data."""
+"""``lora-analysis demo``: train, analyze and report on bundled data."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from lora_analysis.cli.show import print_json, study_facts
 @click.option(
     "--text",
     is_flag=True,
-    help="A pretrained sentence encoder on text of installed packages (extra demo-text).",
+    help="Use a pretrained sentence encoder and text of installed packages (extra demo-text).",
 )
 @output_options
 def command(output: Path, *, device: str, force: bool, text: bool, form: str) -> None:
-    """Train 13 adapters on handwritten digits, analyze them, write the report.
+    """Train 13 adapters on handwritten digits, analyze them and write the report.
 
-    Rank 8 on three tasks with three seeds, ranks 4 and 64 with two seeds on one task; two to
-    three minutes on two CPU cores. With --text, 10 adapters of a real pretrained model, in some
-    five minutes. Interrupted and run again, it goes on where it stopped.
+    Rank 8 on three tasks with three seeds, ranks 4 and 64 on one task with two seeds; two to
+    three minutes on two CPU cores. With --text, 10 adapters of a pretrained language model, about
+    five minutes. An interrupted demo continues where it stopped.
     """
     from lora_analysis.demo import make_demo
 

@@ -1,4 +1,4 @@
-"""``lora-analysis doctor``: what is installed, and what that allows."""
+"""``lora-analysis doctor``: installed versions, devices and extras."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CORE = (
     "torch", "numpy", "scipy", "matplotlib", "pandas", "safetensors", "jinja2", "click", "rich",
     "regex", "threadpoolctl", "array-api-compat",
 )  # fmt: skip
-# What works with each extra. Which packages it takes, the package's own metadata say.
+# Features of each extra; its packages are listed in the distribution's metadata.
 EXTRAS = {
     "demo": "demo, train and reproduce on the bundled digits",
     "demo-text": "demo --text on a pretrained sentence encoder",
@@ -42,19 +42,22 @@ _FOR_EXTRA = re.compile(r"extra == ['\"]([\w.-]+)['\"]")
 @click.command(name="doctor")
 @output_options
 def command(*, form: str) -> int:
-    """Say which versions, devices and extras are here, and what is missing for what.
+    """Show versions, devices and extras, and what each missing extra would add.
 
-    Exit code 3 if a package that is always needed is missing.
+    The exit code is 3 if a required package is missing.
     """
-    found = {name: _version(name) for name in CORE}
-    extras = {name: [one for one in needed if _version(one) is None] for name, needed in _extras()}
-    devices = _devices() if found.get("torch") else []
-    missing = [name for name, version in found.items() if version is None]
+    packages = {name: _version(name) for name in CORE}
+    extras = {
+        name: [package for package in needed if _version(package) is None]
+        for name, needed in _extras()
+    }
+    devices = _devices() if packages.get("torch") else []
+    missing = [name for name, version in packages.items() if version is None]
     document: dict[str, Any] = {
         "lora_analysis": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": found,
+        "packages": packages,
         "cpus": _cpus(),
         "devices": devices,
         "cache": _cache(),
@@ -74,18 +77,20 @@ def command(*, form: str) -> int:
 
 
 def _extras() -> list[tuple[str, list[str]]]:
-    """Return the extras in the order of the table, each with the packages that it takes."""
+    """Return the extras in the order of the table, each with its packages."""
     needed: dict[str, list[str]] = {}
     for line in _requirements():
         package, extra = _REQUIREMENT.match(line), _FOR_EXTRA.search(line)
         if package and extra:
             needed.setdefault(extra[1], []).append(package[1])
     order = list(EXTRAS)
-    return sorted(needed.items(), key=lambda one: order.index(one[0]) if one[0] in EXTRAS else 99)
+    return sorted(
+        needed.items(), key=lambda item: order.index(item[0]) if item[0] in EXTRAS else 99
+    )
 
 
 def _requirements() -> list[str]:
-    """Return what the installed package requires, or where a checkout runs, its pyproject.toml."""
+    """Return the requirements of the installed package, or of a checkout's pyproject.toml."""
     try:
         return metadata.requires("lora-analysis") or []
     except metadata.PackageNotFoundError:
@@ -93,7 +98,11 @@ def _requirements() -> list[str]:
     if not project.is_file():
         return []
     extras = tomllib.loads(project.read_text("utf-8"))["project"]["optional-dependencies"]
-    return [f"{one}; extra == '{name}'" for name, needed in extras.items() for one in needed]
+    return [
+        f"{requirement}; extra == '{name}'"
+        for name, needed in extras.items()
+        for requirement in needed
+    ]
 
 
 def _version(name: str) -> str | None:
@@ -104,7 +113,7 @@ def _version(name: str) -> str | None:
 
 
 def _devices() -> list[str]:
-    """Return the devices that ``--device`` takes, fastest first; those of a broken torch none."""
+    """Return the devices that ``--device`` accepts, fastest first; empty if torch is broken."""
     try:
         from lora_analysis.training.devices import available_devices
     except (ImportError, OSError):
@@ -113,7 +122,7 @@ def _devices() -> list[str]:
 
 
 def _cpus() -> int | None:
-    """Return the processors that may be used; None if a package that counts them is missing."""
+    """Return the number of usable CPUs; None if a package that counts them is missing."""
     try:
         from lora_analysis.execution import available_workers
     except ImportError:
@@ -122,7 +131,7 @@ def _cpus() -> int | None:
 
 
 def _cache() -> Path | None:
-    """Return the folder of the cache; None if a package that is always needed is missing."""
+    """Return the cache folder; None if a required package is missing."""
     try:
         from lora_analysis.storage.cache import cache_folder
     except ImportError:
@@ -132,11 +141,11 @@ def _cache() -> Path | None:
 
 def _print(document: dict[str, Any]) -> None:
     packages = document["packages"]
-    known = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
+    versions = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
     lines: list[tuple[str, object]] = [
         ("lora_analysis", document["lora_analysis"]),
         ("python", f"{document['python']} on {document['platform']}"),
-        ("packages", known),
+        ("packages", versions),
         ("cpus", document["cpus"] or "not known"),
         ("devices", ", ".join(document["devices"]) or "none (torch does not load)"),
         ("cache", document["cache"] or "not known"),

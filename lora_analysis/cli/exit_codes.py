@@ -13,14 +13,14 @@ PARTLY_FAILED: Final = 4  # a source failed, or a module was not read, matched o
 CHECK_FAILED: Final = 5
 INCONCLUSIVE: Final = 6
 INTERRUPTED: Final = 130
-# 128 + SIGPIPE: what a shell reports of a program that its pager or `head` has left.
+# 128 + SIGPIPE: what a shell reports if a pager or `head` closed the pipe.
 READER_GONE: Final = 141
 
 _PRECEDENCE: Final = (REFUSED, CHECK_FAILED, INCONCLUSIVE, PARTLY_FAILED)
 
 
 def exit_code(codes: Iterable[int]) -> int:
-    """Return the code of a command of which several apply, `DONE` if none does.
+    """Return the code that takes precedence, `DONE` if there is none.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""``lora-analysis extract``: the best LoRA of a full fine-tune."""
+"""``lora-analysis extract``: the best low-rank approximation of a full fine-tune."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lora_analysis.cli.writing import (
 
 @click.command(name="extract")
 @click.argument("tuned", metavar="TUNED")
-@click.option("--base", required=True, help="The weights that the fine-tune started from.")
+@click.option("--base", required=True, help="Base weights that the fine-tune started from.")
 @smaller_options
 @modules_option
 @transposed_option
@@ -41,10 +41,10 @@ def command(
     transposed: bool | None,
     form: str,
 ) -> None:
-    """Write the best LoRA of the full fine-tune TUNED, and say what it lacks of it.
+    """Extract the best low-rank approximation of the full fine-tune TUNED and report its error.
 
-    The difference of each weight matrix to the base's, cut to its leading singular directions.
-    Tables of embeddings are matrices too: --module chooses what is meant.
+    The difference of each weight matrix and the base's is truncated to its leading singular
+    directions. Embedding tables are included; select modules with --module.
     """
     from lora_analysis.edit import approximate_fine_tune
     from lora_analysis.formats.writing import check_adapter_place
@@ -55,7 +55,7 @@ def command(
     check_adapter_place(output, inputs=inputs, force=force)
     written = chosen_format(kind, None, output)
     with progress_bar(form) as progress:
-        found = approximate_fine_tune(
+        extracted = approximate_fine_tune(
             tuned, base, **size, modules=modules, transposed=transposed, progress=progress
         )
-    write_resized(found, output, written, form, inputs=inputs, force=force)
+    write_resized(extracted, output, written, form, inputs=inputs, force=force)

@@ -1,4 +1,4 @@
-"""``lora-analysis heatmap``: the paper's Figure 3 from two adapters, in one command."""
+"""``lora-analysis heatmap``: the LoRA paper's Figure 3 from two adapters."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     required=True,
-    help="Picture to write; .svg, .png or .pdf. One that this command wrote is replaced.",
+    help="Figure to write: .svg, .png or .pdf.",
 )
 @force_option
 @click.option(
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
     type=click.Choice(["input", "output"]),
     default="input",
     show_default=True,
-    help="Right (input) or left (output) singular vectors.",
+    help="Side: right (input) or left (output) singular vectors.",
 )
 @click.option(
     "--of",
     type=click.Choice(["delta", "A", "B"]),
     default="delta",
     show_default=True,
-    help="Whose singular vectors; A on the input side is what the LoRA paper plots.",
+    help="Singular vectors of ΔW, A or B. The LoRA paper plots those of A, input side.",
 )
 @modules_option
 @prefix_option
@@ -65,10 +65,10 @@ def command(
     reading: Reading,
     form: str,
 ) -> None:
-    """Draw φ(i, j) of adapters A and B: full grid, corner, and φ above chance.
+    """Draw φ(i, j) of adapters A and B: full grid, corner, and excess over random.
 
-    One middle layer of the first two types of module is drawn, as in the paper; --module narrows
-    the choice.
+    As in the LoRA paper, one middle layer of the first two module types is drawn; select others
+    with --module.
     """
     from lora_analysis.names import parse_prefixes
     from lora_analysis.pairwise import MATCHING_CODES, align_adapters
@@ -81,7 +81,7 @@ def command(
     target = output.with_suffix(f".{kind}")
     check_output_file(target, force=force)
     first, second = align_adapters(
-        unique_labels([reading.read(one) for one in (a, b)]), prefix=parse_prefixes(prefixes)
+        unique_labels([reading.read(source) for source in (a, b)]), prefix=parse_prefixes(prefixes)
     )
     with progress_bar(form) as progress:
         seen: dict[str, tuple[Update, Update]] = {}
@@ -97,7 +97,7 @@ def command(
     findings = _findings(first, second, seen)
     if form == "json":
         left_out = [
-            {"module": name, "reason": _why_not(*updates)}
+            {"module": name, "reason": _reason_not_drawn(*updates)}
             for name, updates in seen.items()
             if name not in chosen
         ]
@@ -125,7 +125,7 @@ def _representative(
     progress: Progress,
     seen: dict[str, tuple[Update, Update]],
 ) -> dict[str, tuple[Update, Update]]:
-    """Return the modules to draw; what has to be read to find them is added to ``seen``."""
+    """Return the modules to draw; updates that are read on the way are added to ``seen``."""
     from lora_analysis.errors import InputError
     from lora_analysis.patterns import choose_names
     from lora_analysis.report.selection import telling_modules
@@ -141,10 +141,10 @@ def _representative(
             if name not in seen:
                 seen[name] = (a[name], b[name])
             progress("modules", len(seen), len(common))
-        useless = [name for name in chosen if _why_not(*seen[name])]
-        if not useless:
+        unusable = [name for name in chosen if _reason_not_drawn(*seen[name])]
+        if not unusable:
             return {name: seen[name] for name in chosen}
-        left = [name for name in left if name not in useless]
+        left = [name for name in left if name not in unusable]
     message = f"{a.label} and {b.label} have no trained module in common to draw."
     if not common:
         message += (
@@ -154,8 +154,8 @@ def _representative(
     raise InputError(message)
 
 
-def _why_not(a: Update, b: Update) -> str:
-    """Return why two updates cannot be drawn; empty if they can."""
+def _reason_not_drawn(a: Update, b: Update) -> str:
+    """Return the reason two updates cannot be drawn; empty if they can."""
     from lora_analysis.spectra import spectrum
 
     if a.shape != b.shape:
@@ -167,7 +167,7 @@ def _why_not(a: Update, b: Update) -> str:
 def _findings(
     a: Adapter, b: Adapter, seen: dict[str, tuple[Update, Update]]
 ) -> list[dict[str, Any]]:
-    """Return what is known about the two files and the modules that were read."""
+    """Return the findings about the two files and the modules that were read."""
     from lora_analysis.formats.sanity_checks import check_updates
 
     pairs = zip(*seen.values(), strict=True)
@@ -182,7 +182,7 @@ def _findings(
 
 
 def _titles(names: list[str]) -> dict[str, str]:
-    """Return a short title per module; the full names where two would be the same."""
+    """Return a short title per module; the full names if two would be the same."""
     from lora_analysis.report.selection import short_name
 
     short = {name: short_name(name) for name in names}

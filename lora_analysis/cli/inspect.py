@@ -1,4 +1,4 @@
-"""``lora-analysis inspect``: what is in an adapter, read with numpy alone."""
+"""``lora-analysis inspect``: the contents of adapters, read with numpy alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lora_analysis.text import printable
 if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter
 
-# Rank from which threads over modules pay.
+# Rank from which threads over modules are worth their cost.
 _WORTH_THREADS = 32
 
 
@@ -43,9 +43,9 @@ def command(
     reading: Reading,
     form: str,
 ) -> int:
-    """Say what is in each SOURCE: format, modules, ranks, where the scale came from, spectrum.
+    """Show format, modules, ranks, scale (and where it was found) and singular values.
 
-    A folder that holds several adapters is listed, one line each.
+    A SOURCE that holds several adapters is listed, one line each.
     """
     from lora_analysis.errors import InputError
 
@@ -59,10 +59,10 @@ def command(
                 left_out.append(LeftOut(adapter.label, error))
     say_left_out(left_out, some=bool(documents))
     if form == "json":
-        print_json({"adapters": documents, "failures": [one.to_dict() for one in left_out]})
+        print_json({"adapters": documents, "failures": [failure.to_dict() for failure in left_out]})
     elif form == "quiet":
-        for one in documents:
-            click.echo(printable(one["label"]))
+        for document in documents:
+            click.echo(printable(document["label"]))
     elif len(documents) + len(left_out) == 1:
         _print_one(documents[0], every=every)
     else:
@@ -76,11 +76,11 @@ def _describe(adapter: Adapter, pattern: str | None) -> dict[str, Any]:
 
     keep_freed_memory()
     source = adapter.provenance
-    # Factors of few columns take less time than two threads lose to each other.
+    # For factors with few columns, threads cost more time than they save.
     workers = 1 if source.rank is not None and source.rank < _WORTH_THREADS else None
     walk = in_threads(partial(_module_facts, adapter), _chosen(adapter, pattern), workers=workers)
     facts = list(walk)
-    warnings = sanity_findings((one.pop("statistics") for one in facts), source.findings)
+    warnings = sanity_findings((fact.pop("statistics") for fact in facts), source.findings)
     findings = (*source.findings, *warnings, *_below_precision(facts))
     return {
         "label": adapter.label,
@@ -91,9 +91,9 @@ def _describe(adapter: Adapter, pattern: str | None) -> dict[str, Any]:
         "task": source.task,
         "seed": source.seed,
         "step": source.step,
-        "norm": sum(one["norm"] ** 2 for one in facts) ** 0.5,
-        "scale_known": not any(one["in_units_of_scale"] for one in facts),
-        "untrained_modules": sum(one["untrained"] for one in facts),
+        "norm": sum(fact["norm"] ** 2 for fact in facts) ** 0.5,
+        "scale_known": not any(fact["in_units_of_scale"] for fact in facts),
+        "untrained_modules": sum(fact["untrained"] for fact in facts),
         "saved_modules": sorted(adapter.saved_modules),
         "findings": [finding.to_dict() for finding in findings],
         "modules": facts,
@@ -115,7 +115,7 @@ def _chosen(adapter: Adapter, pattern: str | None) -> list[str]:
 
 
 def _module_facts(adapter: Adapter, name: str) -> dict[str, Any]:
-    """Read one module and return what is said of it."""
+    """Read one module and return its facts."""
     from lora_analysis.formats.sanity_checks import module_statistics
     from lora_analysis.patterns import module_type
     from lora_analysis.spectra import spectrum
@@ -146,12 +146,12 @@ def _module_facts(adapter: Adapter, name: str) -> dict[str, Any]:
 
 
 def _how_many(kinds: list[str]) -> str:
-    """Return the number of modules, by type where a type has several."""
+    """Return the number of modules, by type if a type has several."""
     return f"{len(kinds)} ({_counted(kinds)})" if len(set(kinds)) < len(kinds) else str(len(kinds))
 
 
 def _counted(values: list[Any]) -> str:
-    """Return "8" where all agree, else "8 (20), 16 (4)"."""
+    """Return "8" if all agree, else "8 (20), 16 (4)"."""
     counts = Counter(values)
     if len(counts) == 1:
         return str(values[0])
@@ -159,7 +159,7 @@ def _counted(values: list[Any]) -> str:
 
 
 def _scales(facts: list[dict[str, Any]]) -> str:
-    return _counted([_scale(one) for one in facts])
+    return _counted([_scale(fact) for fact in facts])
 
 
 def _scale(fact: dict[str, Any]) -> str:
@@ -169,11 +169,11 @@ def _scale(fact: dict[str, Any]) -> str:
 
 
 def _below_precision(facts: list[dict[str, Any]]) -> list[Finding]:
-    """Return the finding about modules whose small σ are those of the stored type's rounding."""
-    coarse = [one for one in facts if one["rounding_error"] >= 1]
+    """Return the finding about modules with singular values below storage precision."""
+    coarse = [fact for fact in facts if fact["rounding_error"] >= 1]
     if not coarse:
         return []
-    worst = max(coarse, key=lambda one: one["rounding_error"])
+    worst = max(coarse, key=lambda fact: fact["rounding_error"])
     fields = {
         "count": len(coarse),
         "total": len(facts),
@@ -184,60 +184,64 @@ def _below_precision(facts: list[dict[str, Any]]) -> list[Finding]:
     return [Finding("below-precision", fields)]
 
 
-# What a run says of itself, shown where any says it.
+# Facts about a training run, shown if any adapter states them.
 _RUN = ("task", "seed", "step")
 
 
 def _print_several(documents: list[dict[str, Any]]) -> None:
-    known = [name for name in _RUN if any(one[name] is not None for one in documents)]
-    columns = ["adapter", *known, "format", "modules", "rank", "scale", "‖ΔW‖"]
+    stated_facts = [name for name in _RUN if any(d[name] is not None for d in documents)]
+    columns = ["adapter", *stated_facts, "format", "modules", "rank", "scale", "‖ΔW‖"]
     rows = [
         [
-            one["label"],
-            *("" if one[name] is None else one[name] for name in known),
-            one["format"],
-            len(one["modules"]),
-            _counted([m["rank"] for m in one["modules"]]),
-            _scales(one["modules"]),
-            decimals(one["norm"]),
+            document["label"],
+            *("" if document[name] is None else document[name] for name in stated_facts),
+            document["format"],
+            len(document["modules"]),
+            _counted([m["rank"] for m in document["modules"]]),
+            _scales(document["modules"]),
+            decimals(document["norm"]),
         ]
-        for one in documents
+        for document in documents
     ]
-    if any(one["untrained_modules"] for one in documents):
+    if any(document["untrained_modules"] for document in documents):
         columns.append("untrained")
-        for row, one in zip(rows, documents, strict=True):
-            row.append(one["untrained_modules"] or "")
+        for row, document in zip(rows, documents, strict=True):
+            row.append(document["untrained_modules"] or "")
     title = "1 adapter" if len(documents) == 1 else f"{len(documents)} adapters"
-    print_table(title, columns, rows, numbers_from=2 + len(known), cut_names=False)
-    for one in documents:
-        for finding in one["findings"]:
+    print_table(title, columns, rows, numbers_from=2 + len(stated_facts), cut_names=False)
+    for document in documents:
+        for finding in document["findings"]:
             if finding["severity"] == "damage":
-                print_finding("damage", f"{one['label']}: {finding['text']}")
+                print_finding("damage", f"{document['label']}: {finding['text']}")
 
 
-def _print_one(one: dict[str, Any], *, every: bool) -> None:
-    facts = one["modules"]
-    untrained = one["untrained_modules"]
+def _print_one(document: dict[str, Any], *, every: bool) -> None:
+    facts = document["modules"]
+    untrained = document["untrained_modules"]
     state = "untrained: ΔW is zero in every module" if untrained == len(facts) else ""
     if 0 < untrained < len(facts):
         state = f"{untrained} of {len(facts)} modules untrained"
     lines: list[tuple[str, object]] = [
-        ("adapter", one["label"]),
-        ("path", one["path"]),
-        ("format", one["format"]),
-        ("base model", one["base_model"] or "not stated"),
-        *((name, one[name]) for name in _RUN if one[name] is not None),
+        ("adapter", document["label"]),
+        ("path", document["path"]),
+        ("format", document["format"]),
+        ("base model", document["base_model"] or "not stated"),
+        *((name, document[name]) for name in _RUN if document[name] is not None),
         ("modules", _how_many([m["module_type"] for m in facts])),
         ("rank", _counted([m["rank"] for m in facts])),
         ("scale", _scales(facts)),
         ("stored as", _counted([m["stored_dtype"] for m in facts])),
-        ("‖ΔW‖", decimals(one["norm"]) + ("" if one["scale_known"] else " × the unknown scale")),
+        (
+            "‖ΔW‖",
+            decimals(document["norm"])
+            + ("" if document["scale_known"] else " × the unknown scale"),
+        ),
     ]
-    if one["saved_modules"]:
-        lines.append(("also saved", ", ".join(one["saved_modules"])))
+    if document["saved_modules"]:
+        lines.append(("also saved", ", ".join(document["saved_modules"])))
     if state:
         lines.append(("state", state))
-    lines += [(_heading(finding), finding["text"]) for finding in one["findings"]]
+    lines += [(_heading(finding), finding["text"]) for finding in document["findings"]]
     print_facts(lines)
     click.echo()
     by_type = len(facts) > MODULES_SHOWN and not every
@@ -265,7 +269,7 @@ def _cells(fact: dict[str, Any]) -> tuple[object, ...]:
 
 def _print_modules(facts: list[dict[str, Any]]) -> None:
     columns = ("module", "rank", *_MEASURES, "σ")
-    print_table("", columns, [(one["module"], *_cells(one)) for one in facts])
+    print_table("", columns, [(fact["module"], *_cells(fact)) for fact in facts])
 
 
 def _print_types(facts: list[dict[str, Any]]) -> None:
@@ -273,10 +277,16 @@ def _print_types(facts: list[dict[str, Any]]) -> None:
     import numpy as np
 
     rows = []
-    for kind in dict.fromkeys(one["module_type"] for one in facts):
-        own = [one for one in facts if one["module_type"] == kind]
+    for kind in dict.fromkeys(fact["module_type"] for fact in facts):
+        rows_of_type = [fact for fact in facts if fact["module_type"] == kind]
         keys = ("numerical_rank", "effective_rank", "stable_rank", "energy_rank_90", "norm")
-        medians = [decimals(float(np.median([one[key] for one in own]))) for key in keys]
-        rows.append((f"{kind} ({len(own)})", _counted([one["rank"] for one in own]), *medians))
+        medians = [decimals(float(np.median([fact[key] for fact in rows_of_type]))) for key in keys]
+        rows.append(
+            (
+                f"{kind} ({len(rows_of_type)})",
+                _counted([fact["rank"] for fact in rows_of_type]),
+                *medians,
+            )
+        )
     columns = ("modules", "rank", "numerical", *_MEASURES)
     print_table("median over layers (every module: --all)", columns, rows)

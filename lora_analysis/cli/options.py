@@ -1,4 +1,4 @@
-"""Options and small services that several verbs share."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import click
 from lora_analysis.progress import Progress
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-# More modules than this are summed up by type unless --all asks for each.
+# Beyond this number, modules are summarized by type unless --all is given.
 MODULES_SHOWN = 48
 
 
@@ -29,7 +29,7 @@ def output_options(command: Command) -> Command:
         type=formats,
         default="human",
         show_default=True,
-        help="human: tables; json: one document; quiet: the essential value alone.",
+        help="Output: tables, one JSON document, or the essential value only.",
     )(command)
 
 
@@ -39,7 +39,7 @@ def device_option(command: Command) -> Command:
         "--device",
         default="auto",
         show_default=True,
-        help="auto, cpu, cuda or mps; auto takes a GPU where there is one.",
+        help="Device: cpu, cuda or mps; auto uses a GPU if there is one.",
     )(command)
 
 
@@ -51,7 +51,7 @@ def demo_option(command: Command) -> Command:
         type=click.Path(file_okay=False, path_type=Path),
         default=Path("lora-analysis-demo"),
         show_default=True,
-        help="Folder of the demo: its trained adapters lie in runs/, and are used again.",
+        help="Folder of the demo; adapters already trained in its runs/ are reused.",
     )(command)
 
 
@@ -60,7 +60,7 @@ def force_option(command: Command) -> Command:
     return click.option(
         "--force",
         is_flag=True,
-        help="Replace files at the output that this program did not write, or that were edited.",
+        help="Replace output files that this program did not write or that were edited since.",
     )(command)
 
 
@@ -70,7 +70,7 @@ def modules_option(command: Command) -> Command:
         "--module",
         "modules",
         metavar="PATTERN",
-        help="Only these modules: a name, the end of one, or a regular expression.",
+        help="Select modules by name, end of the name, or regular expression.",
     )(command)
 
 
@@ -81,8 +81,8 @@ def prefix_option(command: Command) -> Command:
         "prefixes",
         metavar="OLD=NEW",
         multiple=True,
-        help="Replace the prefix OLD of module names with NEW (OLD alone: remove it), if the names "
-        "alone do not tell which modules match. May be given several times.",
+        help="Replace the prefix OLD of module names with NEW (OLD alone: remove it) to match "
+        "modules of differently named models. Repeatable.",
     )(command)
 
 
@@ -91,7 +91,8 @@ def label_option(command: Command) -> Command:
     return click.option(
         "--label",
         metavar="PATTERN",
-        help="What names say of task, rank, seed and step: '{task}-r{rank}-s{seed}' (*: anything).",
+        help="Pattern that extracts task, rank, seed and step from adapter names, for example "
+        "'{task}-r{rank}-s{seed}'; * matches anything.",
     )(command)
 
 
@@ -102,8 +103,8 @@ def reference_option(command: Command) -> Command:
         "references",
         metavar="SOURCE",
         multiple=True,
-        help="Adapters of other tasks on the same base, trained with other seeds; verdicts are "
-        "made against them. May be given several times.",
+        help="Unrelated adapters to compare with: other tasks and seeds, same base. Without them "
+        "only random subspaces serve as a baseline. Repeatable.",
     )(command)
 
 
@@ -112,14 +113,14 @@ def transposed_option(command: Command) -> Command:
     return click.option(
         "--transposed/--not-transposed",
         default=None,
-        help="Whether the base stores its weights as [in, out]; by default its shapes and "
-        "model type decide.",
+        help="Orientation of the base's weights: stored as [in, out] or not. By default decided "
+        "from shapes and model type.",
     )(command)
 
 
 @contextmanager
 def progress_bar(form: str) -> Iterator[Progress]:
-    """Give a function (what, done, total) that draws a bar on stderr, if that is a terminal."""
+    """Yield a progress callback that draws a bar on stderr if that is a terminal."""
     if form != "human" or not sys.stderr.isatty():
         yield lambda _what, _done, _total: None
         return

@@ -1,4 +1,4 @@
-"""What verbs share that can have their work done elsewhere: by which executor, and how many."""
+"""Options for running in parallel: executor, number of workers, address of a cluster."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def analysis_executor_options(command: Command) -> Command:
     """Add ``--executor``, ``--workers`` and ``--address``; see `analysis_executor`."""
     for option in (
-        click.option("--address", help="Of the Ray cluster; without it one is started here."),
-        click.option("--workers", type=click.IntRange(min=1), help="Modules side by side."),
+        click.option(
+            "--address", help="Address of a Ray cluster; by default one is started on this machine."
+        ),
+        click.option("--workers", type=click.IntRange(min=1), help="Number of parallel workers."),
         click.option(
             "--executor",
             "kind_of_executor",
             type=click.Choice(["threads", "process", "ray"]),
             default="threads",
             show_default=True,
-            help="Who visits the modules: threads, processes, or a Ray cluster.",
+            help="How to run in parallel: threads, processes or a Ray cluster.",
         ),
     ):
         command = option(command)
@@ -32,7 +34,7 @@ def analysis_executor_options(command: Command) -> Command:
 
 
 def analysis_executor(kind: str, workers: int | None, address: str | None) -> Executor | None:
-    """Return the executor that was asked for; None for threads, which need none."""
+    """Return the requested executor; None for threads, which need none."""
     if kind == "process":
         from lora_analysis.execution import available_workers
         from lora_analysis.execution.processes import ProcessExecutor

@@ -1,4 +1,4 @@
-"""``lora-analysis report``: adapters in, one report out."""
+"""``lora-analysis report``: one report on any number of adapters."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from lora_analysis.text import printable
 
 
 def _formats(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[str, ...]:
-    found = tuple(filter(None, (one.strip() for one in value.split(","))))
-    unknown = [one for one in found if one not in ("svg", "png", "pdf")]
+    formats = tuple(filter(None, (name.strip() for name in value.split(","))))
+    unknown = [name for name in formats if name not in ("svg", "png", "pdf")]
     if unknown:
-        message = f"{', '.join(unknown)} is none of svg, png, pdf"
+        message = f"{', '.join(unknown)} is not one of svg, png, pdf"
         raise click.BadParameter(message)
-    return found
+    return formats
 
 
 @click.command(name="report")
@@ -45,8 +45,7 @@ def _formats(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
     required=True,
-    help="Folder for report.html, figures/, tables/ and results.json; an earlier report in it is "
-    "replaced.",
+    help="Folder for report.html, figures/, tables/ and results.json; replaces an earlier report.",
 )
 @force_option
 @click.option(
@@ -55,7 +54,7 @@ def _formats(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[
     type=click.Choice(["html", "md"]),
     default="html",
     show_default=True,
-    help="One HTML file, or Markdown for a README or a model card.",
+    help="Format: one HTML file, or Markdown for a README or a model card.",
 )
 @click.option("--title", help="Heading of the report.")
 @click.option(
@@ -73,7 +72,7 @@ def _formats(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[
 @click.option(
     "--across-bases",
     is_flag=True,
-    help="Compare adapters of different base models too; by default they are grouped by base.",
+    help="Also compare adapters of different base models; by default they are grouped by base.",
 )
 @analysis_executor_options
 @reading_options
@@ -102,8 +101,8 @@ def command(
 ) -> int:
     """Analyze the adapters at every SOURCE and write one self-contained HTML report.
 
-    A verdict needs adapters of other tasks on the same base, trained with other seeds: among the
-    sources, where task and seed are known, or given with --reference.
+    Conclusions beyond "more alike than random" need unrelated adapters (other tasks and seeds,
+    same base): among the sources, if their tasks and seeds are known, or given with --reference.
     """
     from lora_analysis.report import write_report
     from lora_analysis.report.writing import check_report_folder
@@ -115,14 +114,14 @@ def command(
         find = reading.read_all if executor is None else reading.to_read
         adapters, left_out = find(sources, progress)
         others, more = find(references, progress) if references else ([], [])
-        inputs = [path for one in (*adapters, *others) for path in one.inputs]
+        inputs = [path for adapter in (*adapters, *others) for path in adapter.inputs]
         inputs += source_paths(base) if base else ()
         check_report_folder(output, inputs=inputs, force=force)
-        failures = [Failure(one.source, str(one.error)) for one in left_out + more]
+        failures = [Failure(failure.source, str(failure.error)) for failure in left_out + more]
         result = study(
             adapters,
             reference=others,
-            # A base that is named can be named again, in the report's lines of Python.
+            # Passed by name if possible: the report's lines of Python repeat it.
             base=reading.open_base(base) if reading.allow_pickle else base,
             transposed=transposed,
             modules=modules,
@@ -134,8 +133,8 @@ def command(
             executor=executor,
             progress=progress,
         )
-        for one in result.failures[len(failures) :]:
-            click.echo(printable(f"Left out: {one.source}: {one.reason}"), err=True)
+        for failure in result.failures[len(failures) :]:
+            click.echo(printable(f"Left out: {failure.source}: {failure.reason}"), err=True)
         path = write_report(
             result,
             output,

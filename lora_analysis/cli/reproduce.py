@@ -1,4 +1,4 @@
-"""``lora-analysis reproduce``: the paper's figures from the demo's adapters."""
+"""``lora-analysis reproduce``: the LoRA paper's figures from the demo's adapters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lora_analysis.cli.show import print_json, study_facts
 @force_option
 @output_options
 def command(output: Path, *, device: str, force: bool, form: str) -> None:
-    """Draw section 7 and appendix H of the LoRA paper, with its own values in the captions.
+    """Draw the figures of the LoRA paper's section 7 and appendix H, its values in the captions.
 
     Figures 3, 4, 6, 7 and 8 in the paper's panel layout as SVG, PNG and PDF, Tables 6 and 7, and
     one page with all of them.

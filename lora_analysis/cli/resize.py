@@ -1,4 +1,4 @@
-"""``lora-analysis resize``: the same adapter in fewer parameters."""
+"""``lora-analysis resize``: reduce an adapter's rank by truncated SVD."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def command(
     reading: Reading,
     form: str,
 ) -> None:
-    """Write SOURCE with fewer directions per module, and say what that loses.
+    """Reduce an adapter's rank by truncated SVD and report the error.
 
-    Each module keeps its leading singular directions: no update of that rank is closer to it.
-    "lost" is the norm of what is gone, √Σσ², and "relative" that over ‖ΔW‖. Files of image models
-    keep their type, half precision too, and what else they hold: the rounding counts as lost.
+    Each module keeps its leading singular directions: the best approximation of that rank. The
+    error is ‖ΔW − new ΔW‖, relative to ‖ΔW‖ in the last column. Files of image models keep their
+    stored type, metadata and other tensors; rounding to that type is part of the error.
     """
     from lora_analysis.edit import resize_adapter
     from lora_analysis.formats.registry import LIKE_SOURCE

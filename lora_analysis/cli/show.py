@@ -1,4 +1,4 @@
-"""Printing: rich tables for people, one strict JSON document for programs."""
+"""Printing: tables for people, one strict JSON document for programs."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 
 _BARS = "▁▂▃▄▅▆▇█"
-# What is piped is never folded.
+# Width of piped output, which is never folded.
 _UNLIMITED = 10_000
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """Print one JSON document; what is not a finite number becomes null, listed with its path."""
+    """Print one JSON document; non-finite numbers become null and are listed with their path."""
     undefined: list[str] = []
     clean = {"schema_version": SCHEMA_VERSION, **_clean(document, "$", undefined)}
     if undefined:
@@ -45,7 +45,7 @@ def _clean(value: Any, path: str, undefined: list[str]) -> Any:
     if isinstance(value, Mapping):
         return {str(k): _clean(v, f"{path}.{k}", undefined) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_clean(one, f"{path}[{at}]", undefined) for at, one in enumerate(value)]
+        return [_clean(item, f"{path}[{index}]", undefined) for index, item in enumerate(value)]
     if hasattr(value, "tolist"):
         return _clean(value.tolist(), path, undefined)
     if isinstance(value, float) and not math.isfinite(value):
@@ -55,7 +55,7 @@ def _clean(value: Any, path: str, undefined: list[str]) -> Any:
 
 
 def study_facts(study: Study) -> dict[str, Any]:
-    """Return what JSON output says of a study: adapters, findings, what was left out, failures."""
+    """Return a study's adapters, findings, excluded modules and failures for JSON output."""
     from lora_analysis.conclusions import findings
 
     return {
@@ -92,8 +92,8 @@ def print_table(
 ) -> None:
     """Print an aligned table; columns from ``numbers_from`` on are right-aligned.
 
-    Where it is wider than the page, module names in the first column lose the start that all
-    share (unless ``cut_names`` is false), and the columns move together.
+    If it is wider than the page, module names in the first column lose their common prefix
+    (unless ``cut_names`` is false), and columns move closer.
     """
     width = page_width()
     body = [[printable(str(cell)) for cell in row] for row in rows]
@@ -110,15 +110,15 @@ def print_table(
         lines = _aligned(table, numbers_from)
     else:
         lines = _laid_out(table, numbers_from, width, close=not fits)
-    # Through click: it knows a reader that has gone from other errors.
+    # Through click, which tells a closed pipe from other errors.
     click.echo("\n".join(line.rstrip() for line in lines))
 
 
 def _is_plain(table: Sequence[Sequence[str]]) -> bool:
-    """Whether every character takes one place: no wide ones, none that move the cursor."""
+    """Return True if every character is one column wide and none moves the cursor."""
     cells = "".join(cell for row in table for cell in row)
     return cells.isprintable() and not any(
-        east_asian_width(one) in "WF" or combining(one) for one in set(cells)
+        east_asian_width(character) in "WF" or combining(character) for character in set(cells)
     )
 
 
@@ -127,8 +127,8 @@ def _aligned(table: Sequence[Sequence[str]], numbers_from: int) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [
         "  ".join(
-            cell.rjust(width) if at >= numbers_from else cell.ljust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.rjust(width) if index >= numbers_from else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in table
     ]
@@ -137,14 +137,14 @@ def _aligned(table: Sequence[Sequence[str]], numbers_from: int) -> list[str]:
 def _laid_out(
     rows: Sequence[Sequence[str]], numbers_from: int, width: int, *, close: bool
 ) -> list[str]:
-    """Return the lines of any table, cells folded where it is too wide."""
+    """Return the lines of any table, with cells folded if it is too wide."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0) if close else (0, 1))
-    for at, name in enumerate(rows[0]):
-        number = at >= numbers_from
+    for index, name in enumerate(rows[0]):
+        number = index >= numbers_from
         justify = "right" if number else "left"
         table.add_column(Text(name), justify=justify, overflow="fold", no_wrap=number)  # type: ignore[arg-type]  # a literal
     for row in rows[1:]:
@@ -156,7 +156,7 @@ def _laid_out(
 
 
 def _width(rows: Sequence[Sequence[str]]) -> int:
-    """Return how wide a table is, two spaces between columns."""
+    """Return the width of a table with two spaces between columns."""
     size: Callable[[str], int] = len
     if not _is_plain(rows):
         from rich.cells import cell_len as size
@@ -175,11 +175,11 @@ def _common_start(rows: Sequence[Sequence[str]]) -> str:
 
 
 def print_text(text: str) -> None:
-    """Print a paragraph, broken between words where the page ends."""
+    """Print a paragraph, wrapped to the page."""
     click.echo(click.wrap_text(printable(text), width=page_width()))
 
 
-# Color says what kind of sentence it is, which the first word says too.
+# Colors by severity, which is also printed as the first word.
 _KINDS = {
     "artifact": "yellow",
     "damage": "red",
@@ -218,7 +218,7 @@ def print_facts(facts: Iterable[tuple[str, object]]) -> None:
 
 
 def decimals(value: float | None) -> str:
-    """Return a number for a table: three decimals near one, a dash where there is none."""
+    """Return a number for a table: three decimals near one, a dash if there is none."""
     if value is None or not math.isfinite(value):
         return "–"
     if value == 0:

@@ -1,4 +1,4 @@
-"""What the verbs that write an adapter share: where it goes, in which format, what was lost."""
+"""Options and output of the commands that write an adapter: resize, convert, extract."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class WrittenFormat(click.ParamType):  # type: ignore[type-arg]  # generic in new clicks only
-    """A format that has a writer; which they are is asked when a command needs it."""
+    """A format that has a writer; the list is loaded when a command needs it."""
 
     name = "format"
 
@@ -29,7 +29,7 @@ class WrittenFormat(click.ParamType):  # type: ignore[type-arg]  # generic in ne
         return f"[{'|'.join(_writers())}]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the format; refuse one without a writer."""
+        """Return the format; fail for one without a writer."""
         if value not in _writers():
             self.fail(f"{value!r} is not one of {', '.join(_writers())}.", param, ctx)
         return value
@@ -59,24 +59,24 @@ def format_option(command: Command) -> Command:
         "--to",
         "kind",
         type=WrittenFormat(),
-        help="Format to write. By default that of SOURCE if it is one of these, else peft.",
+        help="Format to write; by default that of the source if it is one of these, else peft.",
     )(command)
 
 
 def smaller_options(command: Command) -> Command:
-    """Add the size (see `one_size`), where to write, and ``--to``."""
+    """Add ``--rank``, ``--energy``, ``--budget``, ``--output``, ``--force`` and ``--to``."""
     command = format_option(command)
     command = output_place(command)
     for option in (
         click.option(
             "--budget",
             type=click.IntRange(1),
-            help="Parameters in all factors together; ranks go where they keep most.",
+            help="Total number of parameters; ranks are distributed to minimize the error.",
         ),
         click.option(
             "--energy",
             type=click.FloatRange(0, 1, min_open=True),
-            help="Share of Σσ² that every module keeps at least, as 0.9.",
+            help="Minimum share of Σσ² to keep in every module, for example 0.9.",
         ),
         click.option("--rank", type=click.IntRange(1), help="Rank of every module."),
     ):
@@ -85,12 +85,12 @@ def smaller_options(command: Command) -> Command:
 
 
 def one_size(**sizes: Any) -> dict[str, Any]:
-    """Return the one size that is given.
+    """Return the one size that was passed.
 
     Raises
     ------
     click.UsageError
-        None or several are.
+        None or several were passed.
     """
     given = {name: value for name, value in sizes.items() if value is not None}
     if len(given) != 1:
@@ -100,12 +100,12 @@ def one_size(**sizes: Any) -> dict[str, Any]:
 
 
 def chosen_format(kind: str | None, adapter: Adapter | None, output: Path) -> str:
-    """Return the format to write: the one asked for, else that of the source, else PEFT's.
+    """Return the format to write: the requested one, else that of the source, else PEFT's.
 
     Raises
     ------
     click.UsageError
-        The output names a file of a kind that the format is not written in.
+        The output names a file with a suffix that the format does not have.
     """
     from lora_analysis.formats.registry import FILE_SUFFIXES, WRITERS
     from lora_analysis.formats.sources import CONTAINER_SUFFIXES
@@ -115,7 +115,7 @@ def chosen_format(kind: str | None, adapter: Adapter | None, output: Path) -> st
     suffix, written = output.suffix.lower(), FILE_SUFFIXES.get(chosen)
     if suffix in CONTAINER_SUFFIXES and suffix != written and not output.is_dir():
         makes = f"files that end in {written}" if written else "a folder"
-        others = ", ".join(name for name, own in FILE_SUFFIXES.items() if own == suffix)
+        others = ", ".join(name for name, ending in FILE_SUFFIXES.items() if ending == suffix)
         way_on = f", or choose a format of such files with --to: {others}" if others else ""
         message = (
             f"-o {output} names a {suffix} file, and the format {chosen} is written as {makes}. "
@@ -126,10 +126,9 @@ def chosen_format(kind: str | None, adapter: Adapter | None, output: Path) -> st
 
 
 def adapter_to_write(adapter: Adapter, kind: str) -> Adapter:
-    """Return an adapter as a format is to state it.
+    """Return the adapter with the scale that loaders of its format assume, if it states none.
 
-    A scale that no file states is the one that the source's loaders take, if the format is for
-    such loaders too.
+    Only for formats that have the same loaders.
     """
     from lora_analysis.formats.diffusers import with_loaders_scale
     from lora_analysis.formats.registry import LIKE_SOURCE
@@ -140,7 +139,7 @@ def adapter_to_write(adapter: Adapter, kind: str) -> Adapter:
 def write_resized(
     resized: Resized, output: Path, kind: str, form: str, *, inputs: Sequence[Path], force: bool
 ) -> None:
-    """Write a smaller adapter and say what it lost."""
+    """Write a smaller adapter and print its error."""
     from lora_analysis.formats import unwritten_findings, write_adapter
 
     path = write_adapter(
@@ -158,7 +157,7 @@ def write_resized(
 
 
 def notes(adapter: Adapter) -> list[tuple[str, object]]:
-    """Return what is known of an adapter beyond its numbers, for `print_facts`."""
+    """Return the findings of an adapter as lines for `print_facts`."""
     return [
         ("damage" if finding.severity == "damage" else "note", finding.text)
         for finding in adapter.provenance.findings
@@ -169,7 +168,7 @@ _FIELDS = ("module", "shape", "given_rank", "rank", "parameters", "norm", "lost"
 
 
 def _document(resized: Resized, path: Path, kind: str) -> dict[str, Any]:
-    modules = [{field: getattr(one, field) for field in _FIELDS} for one in resized.modules]
+    modules = [{field: getattr(module, field) for field in _FIELDS} for module in resized.modules]
     return {
         "adapter": resized.adapter.label,
         "output": path,
@@ -180,29 +179,29 @@ def _document(resized: Resized, path: Path, kind: str) -> dict[str, Any]:
         },
         "modules": modules,
         "left_out": [
-            {"module": one.module, "code": "nothing-kept", "reason": "no direction was kept of it"}
-            for one in resized.modules
-            if one.rank == 0
+            {"module": module.module, "code": "nothing-kept", "reason": "no direction was kept"}
+            for module in resized.modules
+            if module.rank == 0
         ],
-        "findings": [one.to_dict() for one in resized.adapter.provenance.findings],
+        "findings": [finding.to_dict() for finding in resized.adapter.provenance.findings],
     }
 
 
 def _print(resized: Resized, path: Path) -> None:
     rows = [
         (
-            one.module,
-            one.given_rank,
-            one.rank or "left out",
-            f"{one.parameters:,}",
-            *(decimals(value) for value in (one.norm, one.lost, one.error)),
+            module.module,
+            module.given_rank,
+            module.rank or "left out",
+            f"{module.parameters:,}",
+            *(decimals(value) for value in (module.norm, module.lost, module.error)),
         )
-        for one in resized.modules
+        for module in resized.modules
     ]
     totals = (decimals(value) for value in (resized.norm, resized.lost, resized.error))
     print_table(
-        f"{resized.adapter.label}: what was lost",
-        ("module", "rank", "now", "parameters", "‖ΔW‖", "lost", "relative"),
+        f"{resized.adapter.label}: error of the truncation",
+        ("module", "rank", "new rank", "parameters", "‖ΔW‖", "error", "relative"),
         rows,
         footer=("all", "", "", f"{resized.parameters:,}", *totals),
     )
