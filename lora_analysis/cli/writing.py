@@ -148,7 +148,7 @@ def write_resized(
     )
     unwritten = unwritten_findings(resized.adapter, kind)
     findings = (*resized.adapter.provenance.findings, *unwritten)
-    resized = replace(resized, adapter=resized.adapter.described(findings=findings))
+    resized = replace(resized, adapter=resized.adapter.with_provenance(findings=findings))
     if form == "json":
         print_json(_document(resized, path, kind))
     elif form == "quiet":

@@ -146,7 +146,7 @@ def resize_adapter(
     made = derived(adapter, new, sentence)
     known = made.provenance.findings
     findings = (*known, *sanity_findings(statistics, known))
-    return Resized(made.described(findings=findings), tuple(modules))
+    return Resized(made.with_provenance(findings=findings), tuple(modules))
 
 
 def _resized(
