@@ -34,7 +34,37 @@ FILLERS = frozenset(
     ]
 )
 # Parts whose names and docstrings have not been revised yet; the last one to leave deletes this.
-PENDING = frozenset(path.stem for path in ROOT.iterdir())
+PENDING = frozenset(
+    [
+        "__init__",
+        "__main__",
+        "amplify",
+        "bases",
+        "chance",
+        "cli",
+        "conclusions",
+        "demo",
+        "execution",
+        "finding",
+        "formats",
+        "groups",
+        "linalg",
+        "names",
+        "pairwise",
+        "patterns",
+        "plots",
+        "progress",
+        "report",
+        "reproduction",
+        "shared_init",
+        "similarity",
+        "spectra",
+        "storage",
+        "studies",
+        "text",
+        "training",
+    ]
+)
 
 
 def part_of(path: Path) -> str:

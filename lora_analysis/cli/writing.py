@@ -14,7 +14,7 @@ from lora_analysis.cli.show import decimals, print_facts, print_json, print_tabl
 
 if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter
-    from lora_analysis.edit import Resized
+    from lora_analysis.edit import ResizedAdapter
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -138,7 +138,13 @@ def adapter_to_write(adapter: Adapter, kind: str) -> Adapter:
 
 
 def write_resized(
-    resized: Resized, output: Path, kind: str, form: str, *, inputs: Sequence[Path], force: bool
+    resized: ResizedAdapter,
+    output: Path,
+    kind: str,
+    form: str,
+    *,
+    inputs: Sequence[Path],
+    force: bool,
 ) -> None:
     """Write a smaller adapter and say what it lost."""
     from lora_analysis.formats import unwritten_findings, write_adapter
@@ -165,10 +171,10 @@ def notes(adapter: Adapter) -> list[tuple[str, object]]:
     ]
 
 
-_FIELDS = ("module", "shape", "given_rank", "rank", "parameters", "norm", "lost", "error")
+_FIELDS = ("module", "shape", "given_rank", "rank", "parameters", "norm", "error_norm", "error")
 
 
-def _document(resized: Resized, path: Path, kind: str) -> dict[str, Any]:
+def _document(resized: ResizedAdapter, path: Path, kind: str) -> dict[str, Any]:
     modules = [{field: getattr(one, field) for field in _FIELDS} for one in resized.modules]
     return {
         "adapter": resized.adapter.label,
@@ -176,7 +182,7 @@ def _document(resized: Resized, path: Path, kind: str) -> dict[str, Any]:
         "format": kind,
         **{
             field: getattr(resized, field)
-            for field in ("given_parameters", "parameters", "norm", "lost", "error")
+            for field in ("given_parameters", "parameters", "norm", "error_norm", "error")
         },
         "modules": modules,
         "left_out": [
@@ -188,18 +194,18 @@ def _document(resized: Resized, path: Path, kind: str) -> dict[str, Any]:
     }
 
 
-def _print(resized: Resized, path: Path) -> None:
+def _print(resized: ResizedAdapter, path: Path) -> None:
     rows = [
         (
             one.module,
             one.given_rank,
             one.rank or "left out",
             f"{one.parameters:,}",
-            *(decimals(value) for value in (one.norm, one.lost, one.error)),
+            *(decimals(value) for value in (one.norm, one.error_norm, one.error)),
         )
         for one in resized.modules
     ]
-    totals = (decimals(value) for value in (resized.norm, resized.lost, resized.error))
+    totals = (decimals(value) for value in (resized.norm, resized.error_norm, resized.error))
     print_table(
         f"{resized.adapter.label}: what was lost",
         ("module", "rank", "now", "parameters", "‖ΔW‖", "lost", "relative"),
