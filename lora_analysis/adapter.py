@@ -1,10 +1,10 @@
-"""The values every level speaks of: updates of one weight, adapters, and where they came from."""
+"""The shared values: updates of one weight, adapters (a set of updates), and their provenance."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -25,7 +25,7 @@ ScaleOrigin = Literal["config", "tensor", "metadata", "format", "caller", "unkno
 
 
 def _frozen_matrix(value: ArrayLike, *, role: str, name: str) -> NDArray[np.floating[Any]]:
-    """Return ``value`` as a read-only float32 or float64 matrix; refuse what is not one."""
+    """Return ``value`` as a read-only float32 or float64 matrix; raise if it is not one."""
     array = np.asarray(value)
     if array.ndim != 2 or 0 in array.shape:
         message = f"{role} of '{name}' must be a non-empty matrix, found shape {array.shape}."
@@ -35,7 +35,9 @@ def _frozen_matrix(value: ArrayLike, *, role: str, name: str) -> NDArray[np.floa
         raise InputError(message)
     # Half precision is a storage type: arithmetic starts from its exact float32 value.
     array = array.astype(np.float64 if array.dtype.itemsize >= 8 else np.float32, copy=False)
-    if not _all_finite(array):
+    flat = array.ravel(order="K")  # in the order of memory, to copy nothing
+    # One sum of squares is enough, unless it overflows; checking each value costs twice as much.
+    if not (np.isfinite(np.vdot(flat, flat)) or np.isfinite(array).all()):
         bad = int(array.size - np.count_nonzero(np.isfinite(array)))
         message = (
             f"{role} of '{name}' holds {bad} non-finite of {array.size} values. "
@@ -45,12 +47,6 @@ def _frozen_matrix(value: ArrayLike, *, role: str, name: str) -> NDArray[np.floa
     view = array.view()
     view.flags.writeable = False
     return view
-
-
-def _all_finite(array: NDArray[np.floating[Any]]) -> bool:
-    flat = array.ravel(order="K")  # in the order of memory, to copy nothing
-    # One sum of squares tells, unless it overflows; to look at each value costs twice as much.
-    return bool(np.isfinite(np.vdot(flat, flat))) or bool(np.isfinite(array).all())
 
 
 def _finite_or_none(value: float | None, *, role: str, name: str) -> float | None:
@@ -63,18 +59,8 @@ def _finite_or_none(value: float | None, *, role: str, name: str) -> float | Non
     return number
 
 
-def _check_kernel(name: str, layout: Layout, kernel: tuple[int, ...], d_in: int) -> None:
-    fits = (layout == "conv") == bool(kernel)
-    if not fits or (kernel and d_in % max(math.prod(kernel), 1)):
-        message = (
-            f"The kernel of '{name}' must be given with layout 'conv' alone, and divide its {d_in} "
-            f"inputs; found {kernel} with layout '{layout}'."
-        )
-        raise InputError(message)
-
-
 class FilePosition(NamedTuple):
-    """Where a factor lies in its file, in bytes, if it is stored there as one block.
+    """Position of a factor in its file, in bytes, if it is stored there as one block.
 
     ``itemsize`` is that of the stored type; ``shape`` that of the factor, whose order in memory
     is the file's.
@@ -90,13 +76,48 @@ class FilePosition(NamedTuple):
         return self.itemsize * math.prod(self.shape)
 
 
-# Of factors that were computed, and are in no file as they are.
+# For factors that were computed: no file stores them as they are.
 NOT_STORED: Final[tuple[FilePosition | None, FilePosition | None]] = (None, None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LowRankUpdate:
-    """The update ``ΔW = scale·B·A`` of one weight, kept as its factors.
+class _Metadata:
+    """Metadata of every update and of its outline.
+
+    A field that is added here or in `_LowRankMetadata` is a field of all of them.
+    """
+
+    name: str
+    _: KW_ONLY
+    stored_dtype: str = ""
+    label: str = ""
+    layout: Layout = "linear"
+    kernel: tuple[int, ...] = ()
+
+    def _check_kernel(self, d_in: int) -> None:
+        fits = (self.layout == "conv") == bool(self.kernel)
+        if not fits or (self.kernel and d_in % max(math.prod(self.kernel), 1)):
+            message = (
+                f"The kernel of '{self.name}' must be given with layout 'conv' alone, and divide "
+                f"its {d_in} inputs; found {self.kernel} with layout '{self.layout}'."
+            )
+            raise InputError(message)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _LowRankMetadata(_Metadata):
+    """Metadata of low-rank updates and of every outline."""
+
+    _: KW_ONLY
+    alpha: float | None = None
+    variant: str = ""
+    base_name: str = ""
+    magnitude_side: Literal["output", "input"] = "output"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRankUpdate(_LowRankMetadata):
+    """The update ``ΔW = scale·B·A`` of one weight, stored as its factors.
 
     Parameters
     ----------
@@ -107,35 +128,35 @@ class LowRankUpdate:
     B
         Up-projection, shape ``(d_out, r)``.
     scale
-        The multiplier really applied (``alpha/r``, ``alpha/sqrt(r)`` with rsLoRA); None where it
-        is not known, and then ΔW is known in units of the scale only.
+        The scale that the model applies (``alpha/r``, ``alpha/sqrt(r)`` with rsLoRA); None if it
+        is unknown: then ΔW is known in units of the scale only.
     alpha
-        The hyper-parameter behind ``scale``, where it is known.
+        The hyper-parameter behind ``scale``, if it is known.
     stored_dtype
         Type in the file, for example ``"bfloat16"``; the type of ``A`` by default.
     layout
         How the base stores the weight; A and B have the same orientation in every layout.
         ``"linear"`` is ``[out, in]``; ``"conv1d"`` (GPT-2's ``Conv1D``) ``[in, out]``;
         ``"embedding"`` ``[entries, features]``, where ``d_in`` counts the entries and ``d_out``
-        the features; ``"conv"`` ``[channels out, channels in, *kernel]``, of which ΔW is the
+        the features; ``"conv"`` ``[channels out, channels in, *kernel]``, for which ΔW is the
         matrix ``(channels out, channels in · kernel)``, all axes but the first flattened.
     label
         Name of the adapter this update belongs to, for messages.
     kernel
         Shape of a convolution's kernel, ``(3, 3)``; empty in other layouts.
     variant
-        Empty where ``scale·B·A`` is the whole update. Otherwise the method of which it is a part,
-        ``"DoRA"``: ΔW is then the low-rank part only, and what the method makes of it depends
-        on the base weight (:func:`lora_analysis.effective.effective_update`).
+        Empty if ``scale·B·A`` is the whole update. Otherwise the method of which it is a part,
+        ``"DoRA"``: ΔW is then the low-rank part only, and the whole update depends on the base
+        weight (:func:`lora_analysis.effective.effective_update`).
     base_name
-        Name of the base's module or tensor where it is not ``name``: of a replicated layer the
-        original one, of an expert ``"experts.down_proj[3]"``, the member along the first axis.
+        Name of the base's module or tensor if it is not ``name``: for a replicated layer the
+        original one, for an expert ``"experts.down_proj[3]"``, the member along the first axis.
     magnitude
         DoRA's learned norms of the rows of ``W + ΔW``, shape ``(d_out,)``; None without them.
     magnitude_side
-        ``"output"`` for norms of rows. ``"input"`` for those of input channels, as OneTrainer and
-        LyCORIS learn them too: of columns, or of a convolution's input channels over all outputs
-        and the kernel; ``magnitude`` then has one entry per channel.
+        ``"output"`` for norms of rows. ``"input"`` for those of input channels, which OneTrainer
+        and LyCORIS can learn too: of columns, or of a convolution's input channels over all
+        outputs and the kernel; ``magnitude`` then has one entry per channel.
     stored_at
         Positions of A and B in their file; None for a factor that is computed or cut from others.
 
@@ -146,24 +167,16 @@ class LowRankUpdate:
         kernel does not divide the inputs or belongs to another layout.
     """
 
-    name: str
     A: NDArray[np.floating[Any]]
     B: NDArray[np.floating[Any]]
     scale: float | None
-    alpha: float | None = None
-    stored_dtype: str = ""
-    layout: Layout = "linear"
-    label: str = ""
-    kernel: tuple[int, ...] = ()
-    variant: str = ""
-    base_name: str = ""
+    _: KW_ONLY
     magnitude: NDArray[np.floating[Any]] | None = None
-    magnitude_side: Literal["output", "input"] = "output"
     stored_at: tuple[FilePosition | None, FilePosition | None] = NOT_STORED
 
     def __post_init__(self) -> None:
-        given = self.A
-        a = _frozen_matrix(given, role="A", name=self.name)
+        dtype = np.asarray(self.A).dtype.name
+        a = _frozen_matrix(self.A, role="A", name=self.name)
         b = _frozen_matrix(self.B, role="B", name=self.name)
         if a.shape[0] != b.shape[1]:
             message = (
@@ -171,13 +184,13 @@ class LowRankUpdate:
                 "A must be (r, d_in) and B (d_out, r); is one of them transposed?"
             )
             raise InputError(message)
-        _check_kernel(self.name, self.layout, self.kernel, a.shape[1])
+        self._check_kernel(a.shape[1])
         put = object.__setattr__
         put(self, "A", a)
         put(self, "B", b)
         put(self, "scale", _finite_or_none(self.scale, role="scale", name=self.name))
         put(self, "alpha", _finite_or_none(self.alpha, role="alpha", name=self.name))
-        put(self, "stored_dtype", self.stored_dtype or np.asarray(given).dtype.name)
+        put(self, "stored_dtype", self.stored_dtype or dtype)
         if self.magnitude is not None:
             rows, channels = b.shape[0], a.shape[1] // math.prod(self.kernel)
             expected = (rows, "rows") if self.magnitude_side == "output" else (channels, "inputs")
@@ -193,7 +206,7 @@ class LowRankUpdate:
 
     @property
     def rank(self) -> int:
-        """Columns of B: the rank the adapter was given, not the one it uses."""
+        """Columns of B: the rank of the factors, not that of the matrix ΔW."""
         return int(self.B.shape[1])
 
     @property
@@ -202,20 +215,20 @@ class LowRankUpdate:
         return self.B.shape[0], self.A.shape[1]
 
     def known_scale(self) -> float:
-        """Return the scale; raise ScaleError where it is not known."""
+        """Return the scale; raise ScaleError if it is unknown."""
         return _known_scale(self)
 
     def delta_weight(self) -> NDArray[np.float64]:
         """Return ΔW as a dense float64 matrix ``(d_out, d_in)``; costs ``d_out·d_in·r``.
 
-        Always a matrix from inputs to outputs, whatever the layout: of an embedding the transpose
-        of what is added to its table, of a convolution the kernels flattened row by row.
+        It is a matrix from inputs to outputs in every layout: for an embedding the transpose
+        of what is added to its table, for a convolution the kernels flattened row by row.
         """
         return self.known_scale() * (self.B.astype(np.float64) @ self.A.astype(np.float64))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class DenseUpdate:
+class DenseUpdate(_Metadata):
     """The update of one weight as a dense matrix, for example from a full fine-tune.
 
     Parameters
@@ -224,30 +237,23 @@ class DenseUpdate:
         Module name in the base model.
     delta
         ΔW, shape ``(d_out, d_in)``.
-    label
-        Name of the model it belongs to, for messages.
-    layout, kernel
-        How the base stores the weight, as for a low-rank update; ΔW has one orientation in all.
+    stored_dtype, label, layout, kernel
+        As for a low-rank update; ΔW has the same orientation in every layout.
 
     Raises
     ------
     InputError
-        ``delta`` is not a finite floating-point matrix, or the kernel is not one of its layout.
+        ``delta`` is not a finite floating-point matrix, or the kernel does not fit the layout.
     """
 
-    name: str
     delta: NDArray[np.floating[Any]]
-    stored_dtype: str = ""
-    label: str = ""
-    layout: Layout = "linear"
-    kernel: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         delta = _frozen_matrix(self.delta, role="delta", name=self.name)
-        _check_kernel(self.name, self.layout, self.kernel, delta.shape[1])
-        stored = self.stored_dtype or np.asarray(self.delta).dtype.name
+        self._check_kernel(delta.shape[1])
+        dtype = self.stored_dtype or np.asarray(self.delta).dtype.name
         object.__setattr__(self, "delta", delta)
-        object.__setattr__(self, "stored_dtype", stored)
+        object.__setattr__(self, "stored_dtype", dtype)
 
     @property
     def rank(self) -> int:
@@ -267,69 +273,38 @@ class DenseUpdate:
 Update = LowRankUpdate | DenseUpdate
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class SideTensor:
-    """A tensor that a file stores next to the factors: carried over by writers, not analyzed.
-
-    Parameters
-    ----------
-    dtype
-        Type in the file, for example ``"bfloat16"``.
-    shape
-        Shape in the file.
-    read
-        Returns its numbers as stored, in this shape; types that numpy does not have as their bits
-        (bfloat16 as ``uint16``, 8-bit floats as ``uint8``).
-    alters_model
-        Whether a model without it computes other numbers: True for biases, norms and differences
-        of whole weights, False for the embedding of a new word.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    read: Callable[[], NDArray[Any]]
-    alters_model: bool = True
-
-
 @dataclass(frozen=True, slots=True)
-class UpdateOutline:
+class UpdateOutline(_LowRankMetadata):
     """An update without its numbers: everything that the header of a file states about it.
 
-    The fields are those of the update; ``dense`` is True for a `DenseUpdate`, whose ``scale`` is 1,
+    It has the metadata of the update; ``dense`` is True for a `DenseUpdate`, whose ``scale`` is 1,
     and ``has_magnitude`` if there are DoRA's norms.
     """
 
-    name: str
     shape: tuple[int, int]
     rank: int
     scale: float | None
-    alpha: float | None = None
-    stored_dtype: str = ""
-    layout: Layout = "linear"
-    label: str = ""
-    kernel: tuple[int, ...] = ()
-    variant: str = ""
-    base_name: str = ""
+    _: KW_ONLY
     has_magnitude: bool = False
-    magnitude_side: Literal["output", "input"] = "output"
     dense: bool = False
 
     @classmethod
     def of(cls, update: Update) -> UpdateOutline:
-        """Return the outline of an update; nothing of its numbers is kept."""
-        shared = {name: getattr(update, name) for name in _OUTLINED_ALWAYS}
-        if isinstance(update, DenseUpdate):
-            return cls(**shared, scale=1.0, dense=True)
-        more = {name: getattr(update, name) for name in _OUTLINED_LOW_RANK}
-        return cls(**shared, **more, has_magnitude=update.magnitude is not None)
+        """Return the outline of an update, without references to its numbers."""
+        dense = isinstance(update, DenseUpdate)
+        names = [item.name for item in fields(_Metadata if dense else _LowRankMetadata)]
+        return cls(
+            shape=update.shape,
+            rank=update.rank,
+            scale=1.0 if isinstance(update, DenseUpdate) else update.scale,
+            has_magnitude=getattr(update, "magnitude", None) is not None,
+            dense=dense,
+            **{name: getattr(update, name) for name in names},
+        )
 
     def known_scale(self) -> float:
-        """Return the scale; raise ScaleError where it is not known."""
+        """Return the scale; raise ScaleError if it is unknown."""
         return _known_scale(self)
-
-
-_OUTLINED_ALWAYS = ("name", "shape", "rank", "stored_dtype", "layout", "label", "kernel")
-_OUTLINED_LOW_RANK = ("scale", "alpha", "variant", "base_name", "magnitude_side")
 
 
 def _known_scale(update: LowRankUpdate | UpdateOutline) -> float:
@@ -344,7 +319,7 @@ def _known_scale(update: LowRankUpdate | UpdateOutline) -> float:
 
 @dataclass(frozen=True, slots=True)
 class LazyUpdate:
-    """An update that is computed when it is asked for, and whose outline is known before."""
+    """An update that is computed on access, with an outline that is available before."""
 
     outline: UpdateOutline
     load: Callable[[], Update]
@@ -354,22 +329,62 @@ class LazyUpdate:
         return self.load()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SideTensor:
+    """A tensor that a file stores next to the factors: copied by writers, not analyzed.
+
+    Parameters
+    ----------
+    dtype
+        Type in the file, for example ``"bfloat16"``.
+    shape
+        Shape in the file.
+    read
+        Returns its numbers as stored, in this shape; types that numpy does not have as their bits
+        (bfloat16 as ``uint16``, 8-bit floats as ``uint8``).
+    alters_model
+        True if a model without it computes other numbers: for biases, norms and differences
+        of whole weights, not for the embedding of a new word.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], NDArray[Any]]
+    alters_model: bool = True
+
+
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where an adapter came from, and what its reader noticed.
+    """The origin of an adapter, and what its reader noticed.
 
-    ``scale_origin`` says per module where the multiplier was found; ``"format"`` where the format
-    itself fixes it and no file could say another. ``findings`` are about the file itself; a
-    sentence given as a string becomes one with the code ``"file-note"``. ``metrics`` are the final
-    figures of its training (accuracy, loss), where the trainer left them beside the file; ``step``
-    is how far the training had come, where it says so. Of an
-    adapter from a hub, ``address`` is ``hf://owner/name@commit/…`` and ``revision`` the commit;
-    ``path`` and ``files`` then lie in the hub's cache, which is nobody's business.
-    ``metadata`` are the strings that its file states about itself (kohya's ``ss_*``,
-    ``modelspec.*``); ``source_format`` is the format that they and an adapter's side tensors
-    belong to, also after an edit, which sets ``format`` to ``"memory"``. ``also_read`` are further
-    files and folders that values come from: initial factors, base weights, the adapter before an
-    edit.
+    Parameters
+    ----------
+    path, files
+        File or folder that was read, and the adapter's files in it. For an adapter from a hub they
+        are in the hub's cache and not shown.
+    format
+        Name of the file format; ``"memory"`` for adapters that were computed.
+    scale_origin
+        Per module the source of its scale; ``"format"`` if the format itself fixes it, so that no
+        file could state another.
+    base_model, rank, seed, task
+        What the file, its config or its name states.
+    step
+        Training step of the adapter, if it is stated.
+    metrics
+        Final metrics of its training (accuracy, loss), if the trainer left them next to the file.
+    findings
+        Findings about the file itself; a string becomes one with the code ``"file-note"``.
+    address, revision
+        ``hf://owner/name@commit/…`` and the commit, for an adapter from a hub.
+    metadata
+        The strings that its file states about itself (kohya's ``ss_*``, ``modelspec.*``).
+    source_format
+        Format to which ``metadata`` and the side tensors belong, also after an edit, which sets
+        ``format`` to ``"memory"``.
+    also_read
+        Further files and folders that values come from: initial factors, base weights, the adapter
+        before an edit.
     """
 
     path: Path | None = None
@@ -393,8 +408,8 @@ class Provenance:
         object.__setattr__(self, "findings", as_findings(self.findings))
 
     @property
-    def place(self) -> str | None:
-        """What to call where it lies: the address on a hub, else the path; None in memory."""
+    def location(self) -> str | None:
+        """The address on a hub, else the path; None in memory."""
         return self.address or (str(self.path) if self.path is not None else None)
 
     @property
@@ -405,7 +420,7 @@ class Provenance:
 
     @property
     def sha256(self) -> str | None:
-        """Hash over the adapter's files in their order, read now; None for one in memory."""
+        """Hash over the adapter's files in their order, computed now; None for one in memory."""
         if not self.files:
             return None
         import hashlib  # reading an adapter needs no hash
@@ -419,26 +434,26 @@ class Provenance:
 
 
 class Adapter(Mapping[str, Update]):
-    """A set of updates by module name, in natural order, each loaded when it is asked for.
+    """A set of updates by module name, in natural order, each loaded on access.
 
     Parameters
     ----------
     updates
         Per module either an update, or a function that returns one (called on every access, so
-        that a walk over many adapters never holds more than one module of each).
+        that a walk over many adapters has at most one module of each in memory).
     label
         Short name used in tables, figures and messages.
     provenance
-        Where it came from.
+        Its origin.
     saved_modules
-        Tensors trained in full beside the low-rank factors (a classification head), by tensor
+        Tensors trained in full next to the low-rank factors (a classification head), by tensor
         name in the base model, for example ``"classifier.weight"``.
     config
-        What a writer needs to give the adapter back: task type, targets, base model, in the
+        What a writer needs to write the adapter: task type, targets, base model, in the
         words of PEFT's ``adapter_config.json``.
     side_tensors
         Everything else that the file stores (biases, norms, embeddings of new words), by key in
-        the file: a writer of ``provenance.source_format`` carries it over.
+        the file: a writer of ``provenance.source_format`` copies it.
     """
 
     __slots__ = (
@@ -465,7 +480,7 @@ class Adapter(Mapping[str, Update]):
         self._outlines: dict[str, UpdateOutline] = {}
         self.label = label
         self.provenance = provenance or Provenance()
-        # A reader's mapping loads a head only when it is asked for: copying it would load all.
+        # A reader's mapping loads a head on access: copying it would load all of them.
         saved = dict(saved_modules) if isinstance(saved_modules, dict) else saved_modules
         self.saved_modules = MappingProxyType({} if saved is None else saved)
         self.config = MappingProxyType(dict(config or {}))
@@ -482,10 +497,7 @@ class Adapter(Mapping[str, Update]):
         return value if value.label == self.label else replace(value, label=self.label)
 
     def outline(self, name: str) -> UpdateOutline:
-        """Return what is known of a module besides its numbers.
-
-        The module is loaded for it, once, unless it is a `LazyUpdate`.
-        """
+        """Return the outline of a module, which is loaded for it, once, unless it is lazy."""
         if name not in self._outlines:
             update = self._updates.get(name)
             self._outlines[name] = (
@@ -496,7 +508,7 @@ class Adapter(Mapping[str, Update]):
         return self._outlines[name]
 
     def lazy(self, name: str) -> LazyUpdate:
-        """Return a module with its outline, to be put into another adapter without loading it."""
+        """Return a module with its outline, for another adapter, without loading its numbers."""
         return LazyUpdate(self.outline(name), partial(self.__getitem__, name))
 
     def __iter__(self) -> Iterator[str]:
@@ -508,7 +520,7 @@ class Adapter(Mapping[str, Update]):
     def __contains__(self, name: object) -> bool:
         return name in self._updates  # membership must not load the module
 
-    # Two adapters are the same only if they are one: comparing values would load every module.
+    # Adapters are compared by identity: comparing values would load every module.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
@@ -517,35 +529,33 @@ class Adapter(Mapping[str, Update]):
         """The files and folders it was read from, which no output may touch."""
         return self.provenance.inputs
 
-    def relabeled(self, label: str) -> Adapter:
-        """Return the same adapter under another label; nothing is loaded."""
-        return Adapter(
-            self._updates,
-            label=label,
-            provenance=self.provenance,
-            saved_modules=self.saved_modules,
-            config=self.config,
-            side_tensors=self.side_tensors,
-        )
+    def copy_with(self, **changes: Any) -> Adapter:
+        """Return a copy with some arguments of the constructor replaced; nothing is loaded."""
+        arguments: dict[str, Any] = {
+            "updates": self._updates,
+            "label": self.label,
+            "provenance": self.provenance,
+            "saved_modules": self.saved_modules,
+            "config": self.config,
+            "side_tensors": self.side_tensors,
+        }
+        return Adapter(**(arguments | changes))
 
-    def described(self, **facts: Any) -> Adapter:
+    def with_label(self, label: str) -> Adapter:
+        """Return the same adapter under another label; nothing is loaded."""
+        return self.copy_with(label=label)
+
+    def with_provenance(self, **fields: Any) -> Adapter:
         """Return the same adapter with fields of its provenance replaced; nothing is loaded."""
-        return Adapter(
-            self._updates,
-            label=self.label,
-            provenance=replace(self.provenance, **facts),
-            saved_modules=self.saved_modules,
-            config=self.config,
-            side_tensors=self.side_tensors,
-        )
+        return self.copy_with(provenance=replace(self.provenance, **fields))
 
     def _repr_html_(self) -> str:
         source = self.provenance
-        known = (("task", source.task), ("rank", source.rank), ("seed", source.seed),
-                 ("step", source.step), ("base model", source.base_model))  # fmt: skip
-        facts = [("format", source.format), ("modules", len(self))]
-        facts += [(name, str(value)) for name, value in known if value is not None]
-        return html_facts(self.label, facts, " ".join(finding.text for finding in source.findings))
+        optional = (("task", source.task), ("rank", source.rank), ("seed", source.seed),
+                    ("step", source.step), ("base model", source.base_model))  # fmt: skip
+        rows = [("format", source.format), ("modules", len(self))]
+        rows += [(name, str(value)) for name, value in optional if value is not None]
+        return html_facts(self.label, rows, " ".join(finding.text for finding in source.findings))
 
     def __repr__(self) -> str:
         return f"<Adapter {self.label!r}: {len(self)} modules, {self.provenance.format}>"

@@ -1,8 +1,8 @@
-"""The update really applied, for methods in which it depends on the base weight.
+"""The effective update, for methods in which it depends on the base weight.
 
-DoRA rescales the rows of ``W + s·B·A``; KaSA first takes W's smallest directions out of it;
-PiSSA and OLoRA first take out a product that is a function of W. What the file alone says is
-``s·B·A``: here is what becomes of it once W is known.
+DoRA rescales the rows of ``W + s·B·A``; KaSA first removes W's smallest directions from it;
+PiSSA and OLoRA first subtract a product that is a function of W. The file alone gives
+``s·B·A``; these functions compute the whole update, given W.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ if TYPE_CHECKING:
     from lora_analysis.bases import BaseWeights
     from lora_analysis.formats.initial import Factors, InitialFactorsRequest, InitialFactorsSource
 
-# PEFT works in float32: where W's r-th and next singular value are closer than this, relatively,
-# its leading space is another one on another machine.
+# PEFT computes in float32: if W's r-th and next singular value are closer than this, relatively,
+# its leading space differs between machines.
 _GAP = 1e-4
-# Formats of trainers for image models, all of whose layers store a weight as [out, in].
+# Formats of trainers for image models, in which all layers store a weight as [out, in].
 _ROWS_ARE_OUTPUTS = frozenset({"kohya", "flux", "diffusers", "cloneofsimo"})
-# Findings of readers on such methods; they no longer hold once the base is known.
+# Findings of readers on such methods, which are no longer true of the effective update.
 _LOW_RANK_PART = frozenset({"dora", "dora-columns", "kasa"})
 
 
 def effective_update(update: Update, W: Weight | NDArray[np.floating]) -> Update:
-    """Return the change of the weight that the model with the adapter really has.
+    """Return the whole update of the weight, ``W' - W``, in the model with the adapter.
 
-    DoRA (arXiv 2402.09353, eq. 5): ``W' = m·V/‖V‖``, row by row, with ``V = W + s·B·A``, and the
-    change is ``W' - W``, dense. Where the magnitude is that of input columns (OneTrainer, LyCORIS
-    without ``wd_on_out``), column by column, of a convolution channel by channel.
-    KaSA (arXiv 2412.06071): ``s·B·diag·A`` less the part of W along
-    its r smallest singular directions, of rank 2r. Any other update is returned as it is.
+    DoRA (arXiv 2402.09353, eq. 5): ``W' = m·V/‖V‖``, row by row, with ``V = W + s·B·A``; the
+    update is dense. If the magnitude is that of input columns (OneTrainer, LyCORIS
+    without ``wd_on_out``), column by column, in a convolution channel by channel.
+    KaSA (arXiv 2412.06071): ``s·B·diag·A`` minus the part of W along
+    its r smallest singular directions, of rank 2r. Any other update is returned unchanged.
 
     Parameters
     ----------
@@ -59,18 +59,18 @@ def effective_update(update: Update, W: Weight | NDArray[np.floating]) -> Update
     Returns
     -------
     DenseUpdate or LowRankUpdate
-        Of the same name, label and shape.
+        With the same name, label and shape.
 
     Raises
     ------
     ScaleError
-        The scale is not known.
+        The scale is unknown.
     IncompatibleError
-        W has another shape.
+        W has a different shape.
     DegenerateSubspaceError
         A row or column of ``W + s·B·A`` is zero, or W's smallest directions are not defined.
     InputError
-        The update says it is DoRA's and holds no magnitude.
+        The update is DoRA's but has no magnitude.
 
     Notes
     -----
@@ -78,19 +78,25 @@ def effective_update(update: Update, W: Weight | NDArray[np.floating]) -> Update
     """
     if not isinstance(update, LowRankUpdate) or not update.variant:
         return update
-    weight = _array(update, W)
+    weight = W.array() if isinstance(W, Weight) else np.asarray(W)
+    if weight.shape != update.shape:
+        message = (
+            f"'{update.name}' in {update.label or 'this adapter'} updates a weight of shape "
+            f"{update.shape}, found {weight.shape}. Is it another base model, or stored transposed?"
+        )
+        raise IncompatibleError(message)
     if update.variant == "DoRA":
-        return _dora(update, weight)
+        return _dora(update, weight.astype(np.float64))
     if update.variant == "KaSA":
-        return _kasa(update, weight)
-    message = f"What '{update.variant}' makes of '{update.name}' is not known."
+        return _kasa(update, weight.astype(np.float64))
+    message = f"The effective update of '{update.name}' is not known for '{update.variant}'."
     raise UnsupportedMethodError(message)
 
 
 def effective_adapter(
     adapter: Adapter, base: BaseWeights, *, transposed: bool | None = None
 ) -> Adapter:
-    """Return the adapter with every update as the model with it really has it.
+    """Return the adapter with every update replaced by its effective update.
 
     Parameters
     ----------
@@ -99,38 +105,33 @@ def effective_adapter(
     base
         The weights that training started from.
     transposed
-        As in ``base.weight``. Formats of image models' trainers say it: False.
+        As in ``base.weight``. False by default for the formats of image models' trainers.
 
     Returns
     -------
     Adapter
-        Of the same modules; what :func:`effective_update` says is worked out when a module is
-        asked for, and so are the errors of the base's weights. Updates that are the whole change
-        already are those of ``adapter``, and the base is not asked for theirs.
+        With the same modules; :func:`effective_update` is computed when a module is
+        accessed, which may raise errors of the base's weights. Updates that are the whole change
+        already are those of ``adapter``, without access to the base.
 
     Raises
     ------
     IncompatibleError
-        The adapter stacks the factors of another number of experts than the base has.
+        The adapter stacks the factors of a different number of experts than the base has.
     """
     check_experts(adapter, base)
     base = base.matched_to([adapter])
     if transposed is None and adapter.provenance.format in _ROWS_ARE_OUTPUTS:
         transposed = False
-    findings = [one for one in adapter.provenance.findings if one.code not in _LOW_RANK_PART]
-    if len(findings) < len(adapter.provenance.findings):
+    source = adapter.provenance
+    findings = [finding for finding in source.findings if finding.code not in _LOW_RANK_PART]
+    if len(findings) < len(source.findings):
         findings.append(Finding("whole-change", {"base": base.address or base.label}))
-    return Adapter(
-        {name: partial(_effective, adapter, name, base, transposed) for name in adapter},
-        label=adapter.label,
-        provenance=replace(
-            adapter.provenance,
-            findings=tuple(findings),
-            also_read=(*adapter.provenance.also_read, *base.inputs),
-        ),
-        saved_modules=adapter.saved_modules,
-        config=adapter.config,
-        side_tensors=adapter.side_tensors,
+    effective = adapter.copy_with(
+        updates={name: partial(_effective, adapter, name, base, transposed) for name in adapter}
+    )
+    return effective.with_provenance(
+        findings=tuple(findings), also_read=(*source.also_read, *base.inputs)
     )
 
 
@@ -145,9 +146,9 @@ def _effective(adapter: Adapter, name: str, base: BaseWeights, transposed: bool 
 def initial_factors_from_base(
     base: BaseWeights, *, transposed: bool | None = None
 ) -> InitialFactorsSource:
-    """Return what works PiSSA's and OLoRA's initial factors out of the base, for ``read_adapter``.
+    """Return a function that computes PiSSA's and OLoRA's initial factors from the base.
 
-    ``read_adapter(source, initial=initial_factors_from_base(base))``. PiSSA (arXiv
+    For ``read_adapter(source, initial=initial_factors_from_base(base))``. PiSSA (arXiv
     2404.02948): with the thin SVD of W, ``s·B₀A₀`` is its best approximation of rank r. OLoRA
     (arXiv 2406.01775): with ``W = QR``, B₀ is Q's first r columns and A₀ R's first r rows.
 
@@ -161,50 +162,43 @@ def initial_factors_from_base(
     Returns
     -------
     callable
-        Raises UnsupportedMethodError for a method whose start is drawn at random or from data,
-        and DegenerateSubspaceError where W's leading directions are not defined.
+        Raises UnsupportedMethodError for a method whose initial factors are random or computed
+        from data, and DegenerateSubspaceError if W's leading directions are not defined.
 
     Notes
     -----
-    In float64, where PEFT used float32: its residual weight differs by rounding. ``O(d³)`` a
-    module.
+    Computed in float64; PEFT used float32, so its residual weight differs by rounding. ``O(d³)``
+    per module.
     """
 
-    def start(request: InitialFactorsRequest) -> Factors:
-        update = request.update
+    def initial_factors(request: InitialFactorsRequest) -> Factors:
+        update, r = request.update, request.update.rank
         weight = base.weight(
             update.base_name or update.name, shape=update.shape, transposed=transposed
         )
         W = weight.array().astype(np.float64)
         if request.method == "pissa":
-            return _pissa(update, W)
+            U, S, Vh = np.linalg.svd(W, full_matrices=False)
+            _check_gap(update, S, r)
+            roots = np.sqrt(S[:r] / update.known_scale())
+            return roots[:, None] * Vh[:r], U[:, :r] * roots
         if request.method == "olora" and not weight.transposed:
-            return _olora(update, W)
+            Q, R = np.linalg.qr(W)
+            return R[:r], Q[:, :r]
         reason = "its start is drawn at random or from data, or depends on how W is stored"
         message = (
-            f"The initial factors of '{update.name}' cannot be worked out of the base for "
+            f"The initial factors of '{update.name}' cannot be computed from the base for "
             f"init_lora_weights '{request.method}': {reason}. Pass the adapter as saved before "
             "training."
         )
         raise UnsupportedMethodError(message)
 
-    return start
-
-
-def _array(update: LowRankUpdate, W: Weight | NDArray[np.floating]) -> NDArray[np.float64]:
-    whole = W.array() if isinstance(W, Weight) else np.asarray(W)
-    if whole.shape != update.shape:
-        message = (
-            f"'{update.name}' in {update.label or 'this adapter'} updates a weight of shape "
-            f"{update.shape}, found {whole.shape}. Is it another base model, or stored transposed?"
-        )
-        raise IncompatibleError(message)
-    return whole.astype(np.float64)
+    return initial_factors
 
 
 def _dora(update: LowRankUpdate, W: NDArray[np.float64]) -> DenseUpdate:
     if update.magnitude is None:
-        message = f"'{update.name}' is said to be DoRA's, but holds no magnitude."
+        message = f"'{update.name}' is marked as DoRA, but has no magnitude."
         raise InputError(message)
     V = W + update.delta_weight()  # (d_out, d_in)
     by_rows = update.magnitude_side == "output"
@@ -212,8 +206,8 @@ def _dora(update: LowRankUpdate, W: NDArray[np.float64]) -> DenseUpdate:
     vectors = V if by_rows else V.reshape(len(V), -1, taps)  # (d_out, channels, taps)
     norms = np.linalg.norm(vectors, axis=1) if by_rows else np.sqrt((vectors**2).sum(axis=(0, 2)))
     if not norms.all():
-        what = "rows" if by_rows else "input columns"
-        message = f"'{update.name}': {np.count_nonzero(norms == 0)} {what} of W + s·B·A are zero."
+        axis = "rows" if by_rows else "input columns"
+        message = f"'{update.name}': {np.count_nonzero(norms == 0)} {axis} of W + s·B·A are zero."
         raise DegenerateSubspaceError(message)
     factors = update.magnitude / norms
     V *= factors[:, None] if by_rows else np.repeat(factors, taps)
@@ -230,36 +224,23 @@ def _dora(update: LowRankUpdate, W: NDArray[np.float64]) -> DenseUpdate:
 
 def _kasa(update: LowRankUpdate, W: NDArray[np.float64]) -> LowRankUpdate:
     U, S, Vh = np.linalg.svd(W, full_matrices=False)
-    kept = len(S) - update.rank
-    if kept < 1:
+    first = len(S) - update.rank  # of the directions that are removed
+    if first < 1:
         message = f"'{update.name}': rank {update.rank} leaves nothing of a weight {W.shape}."
         raise IncompatibleError(message)
-    _check_gap(update, S, kept)
+    _check_gap(update, S, first)
     scale = update.known_scale()
     return replace(
         update,
-        A=np.vstack([update.A, Vh[kept:]]),
-        B=np.hstack([update.B, U[:, kept:] * (-S[kept:] / scale)]),
+        A=np.vstack([update.A, Vh[first:]]),
+        B=np.hstack([update.B, U[:, first:] * (-S[first:] / scale)]),
         alpha=None,
         variant="",
     )
 
 
-def _pissa(update: LowRankUpdate, W: NDArray[np.float64]) -> Factors:
-    U, S, Vh = np.linalg.svd(W, full_matrices=False)
-    r = update.rank
-    _check_gap(update, S, r)
-    roots = np.sqrt(S[:r] / update.known_scale())
-    return roots[:, None] * Vh[:r], U[:, :r] * roots
-
-
-def _olora(update: LowRankUpdate, W: NDArray[np.float64]) -> Factors:
-    Q, R = np.linalg.qr(W)
-    return R[: update.rank], Q[:, : update.rank]
-
-
 def _check_gap(update: LowRankUpdate, S: NDArray[np.float64], k: int) -> None:
-    """Raise where the first k singular directions cannot be told from those that follow."""
+    """Raise if the first k singular directions are not separated from those that follow."""
     following = S[k] if k < len(S) else 0.0
     if S[k - 1] - following <= _GAP * S[k - 1]:
         message = (

@@ -1,29 +1,29 @@
-"""Everything the package raises on purpose.
+"""The errors that the package raises on purpose.
 
 ::
 
     LoraAnalysisError
-    ├── InputError (ValueError)          what was given cannot be used; exit code 3
-    │   ├── MalformedFileError           a file is not what its format says
+    ├── InputError (ValueError)          the input cannot be used; exit code 3
+    │   ├── MalformedFileError           a file violates its format
     │   ├── UnknownFormatError           no reader recognizes the source
     │   ├── UnsupportedMethodError       an adapter, but its update is not s·B·A
     │   ├── SourceError                  no adapter at the source, or more than one
-    │   ├── ScaleError                   the multiplier of the update is not known
+    │   ├── ScaleError                   the scale of the update is unknown
     │   ├── BaseWeightError              no unique, fitting base tensor for a module
-    │   ├── IncompatibleError            two things that cannot be held against each other
+    │   ├── IncompatibleError            two values that cannot be compared or combined
     │   ├── DegenerateSubspaceError      a subspace that the numbers do not define
-    │   ├── TargetError                  no module to adapt, or one that cannot be
-    │   ├── InUseError                   another process is at work there
-    │   ├── OccupiedError                something lies at the output that may not be replaced
+    │   ├── TargetError                  no module to adapt, or one that cannot be adapted
+    │   ├── InUseError                   another process is working in the folder
+    │   ├── OccupiedError                the output has files that may not be replaced
     │   ├── UnfinishedError              files that this package has not finished writing
     │   ├── DivergedError                training whose loss is no longer finite
     │   └── UnguardedScriptError (SystemExit)  a script that its own worker processes would run
-    ├── LostWorkerError                  the process that did the work ended before it was done
-    ├── OutputError (OSError)            a file could not be written; what was there still is
-    ├── OutOfMemoryError (MemoryError)   the work needs more memory than there is
+    ├── LostWorkerError                  a worker process ended before its work was done
+    ├── OutputError (OSError)            a file could not be written; the old one is unchanged
+    ├── OutOfMemoryError (MemoryError)   the work needs more memory than is available
     └── MissingExtraError (ImportError)  an optional dependency is not installed
 
-A message says what was asked, what was found (with names and numbers), and the likely cause or
+A message states what was asked, what was found (with names and numbers), and the likely cause or
 next step.
 """
 
@@ -42,11 +42,11 @@ class LoraAnalysisError(Exception):
 
 
 class InputError(LoraAnalysisError, ValueError):
-    """What was given cannot be used; the message says why and what to do next."""
+    """The input cannot be used; the message states why and what to do next."""
 
 
 class MalformedFileError(InputError):
-    """A file does not hold what its format promises."""
+    """A file violates its format."""
 
 
 class UnknownFormatError(InputError):
@@ -54,23 +54,23 @@ class UnknownFormatError(InputError):
 
 
 class UnsupportedMethodError(InputError):
-    """The source holds an adapter whose update is not ``s·B·A``."""
+    """The source is an adapter whose update is not ``s·B·A``."""
 
 
 class SourceError(InputError):
-    """The source holds no adapter, or several where one was asked for."""
+    """The source has no adapter, or several if one was requested."""
 
 
 class ScaleError(InputError):
-    """A number was asked for that needs the scale, and the scale is not known."""
+    """The requested number depends on the scale, which is unknown."""
 
 
 class BaseWeightError(InputError):
-    """No unique base tensor of a fitting shape belongs to the module."""
+    """The base has no unique tensor of a fitting shape for the module."""
 
 
 class IncompatibleError(InputError):
-    """Two updates, or an update and a weight, do not belong to the same module shape."""
+    """Two updates, or an update and a weight, have different module shapes."""
 
 
 class DegenerateSubspaceError(InputError):
@@ -82,19 +82,19 @@ class TargetError(InputError):
 
 
 class InUseError(InputError):
-    """Another process is at work in the folder."""
+    """Another process is working in the folder."""
 
 
 class OccupiedError(InputError):
-    """Something lies at the output that may not be replaced, or the output is an input."""
+    """The output has files that may not be replaced, or is an input."""
 
 
 class UnfinishedError(InputError):
-    """The files at a source are in the middle of being written by this package."""
+    """Files at a source that this package has not finished writing."""
 
 
 class LostWorkerError(LoraAnalysisError):
-    """The process that did a piece of work ended before the work was done."""
+    """A worker process ended before its work was done."""
 
 
 class DivergedError(InputError):
@@ -104,7 +104,7 @@ class DivergedError(InputError):
 class UnguardedScriptError(InputError, SystemExit):
     """A script starts worker processes outside ``if __name__ == "__main__"``.
 
-    Uncaught, it ends the script with its sentence and exit code 1, without a traceback.
+    If it is not caught, the script ends with its message and exit code 1, without a traceback.
     """
 
     def __init__(self, message: str) -> None:
@@ -113,11 +113,11 @@ class UnguardedScriptError(InputError, SystemExit):
 
 
 class OutputError(LoraAnalysisError, OSError):
-    """The system refused a file: a full disk, a folder that may not be written to."""
+    """The system refused to write a file: a full disk, a read-only folder."""
 
 
 class OutOfMemoryError(LoraAnalysisError, MemoryError):
-    """The work needs more memory than this machine, or its limit, has."""
+    """The work needs more memory than the machine or its limit allows."""
 
 
 class MissingExtraError(LoraAnalysisError, ImportError):
@@ -128,19 +128,19 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errn
 
 
 def named_error(error: BaseException, subject: str) -> LoraAnalysisError | None:
-    """Return what an error of the machine means for a subject, as an error of this package.
+    """Return the error of this package for a system error, with a message that names its subject.
 
     Parameters
     ----------
     error
-        Memory that ran out, recursion that is too deep, or a refusal of the operating system.
+        An error of memory, recursion or the operating system.
     subject
-        What was being worked on: the file, folder or command.
+        The file, folder or command that was being processed.
 
     Returns
     -------
     LoraAnalysisError or None
-        None for any other error, and for those that this package raises itself.
+        None for every other type of error, and for those that this package raises itself.
     """
     if isinstance(error, LoraAnalysisError):
         return None
@@ -153,18 +153,18 @@ def named_error(error: BaseException, subject: str) -> LoraAnalysisError | None:
     if isinstance(error, RecursionError):
         return MalformedFileError(f"{subject}: something in it is nested too deeply to be read.")
     if isinstance(error, OSError):
-        where = subject if error.filename is None else str(error.filename)
+        path = subject if error.filename is None else str(error.filename)
         if error.errno in _DISK_FULL:
             return OutputError(
-                f"{where}: {error.strerror}. Make room, or name a folder on another disk."
+                f"{path}: {error.strerror}. Make room, or name a folder on another disk."
             )
-        return OutputError(f"{where}: {error.strerror or error}.")
+        return OutputError(f"{path}: {error.strerror or error}.")
     return None
 
 
 @contextmanager
 def named_errors(subject: str) -> Iterator[None]:
-    """Raise errors of the machine as what they mean for a subject, see `named_error`."""
+    """Raise system errors as errors of this package, see `named_error`."""
     try:
         yield
     except Exception as error:

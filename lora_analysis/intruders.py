@@ -1,4 +1,4 @@
-"""What W becomes: intruder dimensions of W + ΔW, drift of its spectrum, rotation of its top."""
+"""Intruder dimensions of W + ΔW, drift of W's spectrum, rotation of its leading directions."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class IntruderSide:
-    """The leading singular vectors of W + ΔW on one side, held against those of W.
+    """The leading singular vectors of W + ΔW on one side, compared with those of W.
 
     Attributes
     ----------
     max_cosine
         ``(k,)``: ``max_i |cos(y_j, x_i)|``, for all singular vectors x_i of W up to its
-        numerical rank; what LAPACK returns beyond is arbitrary.
+        numerical rank; the vectors that LAPACK returns beyond it are arbitrary.
     nearest
-        ``(k,)``: the i of that maximum, from 1; 0 where W is zero.
+        ``(k,)``: the i of that maximum, from 1; 0 if W is zero.
     novelty
         ``(k,)``: ``1 − ‖X_Kᵀy_j‖²``, the part of y_j outside W's leading ``span`` directions. A
-        mixture of W's own directions is an intruder by its cosines, and has no novelty.
+        mixture of W's directions is an intruder by its cosines, but has no novelty.
     chance_maximum
-        Median of the largest cosine of one random direction.
+        Median of the largest cosine of a random direction.
     chance_novelty
         Mean novelty of a random direction, ``1 − K/d``.
     rotation
@@ -53,18 +53,18 @@ class IntruderSide:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class IntruderReport:
-    """What adding ΔW makes of W's leading singular directions.
+    """Change of W's leading singular directions when ΔW is added.
 
     Attributes
     ----------
     epsilon
         Cosine below which a direction is an intruder.
     span
-        K, how many of W's directions novelty is held against.
+        K, the number of W's directions to which novelty refers.
     S, weight_values
         ``(k,)``: leading singular values of W + ΔW, and of W.
     sides
-        The directions of the input and of the output side.
+        Results for the input and the output side.
     """
 
     module: str
@@ -77,23 +77,23 @@ class IntruderReport:
 
     @property
     def drift(self) -> NDArray[np.float64]:
-        """``(k,)``: σ_j(W + ΔW)/σ_j(W) − 1, NaN where σ_j(W) is zero."""
-        known = self.weight_values > 0
-        return np.where(known, self.S / np.where(known, self.weight_values, 1.0) - 1.0, np.nan)
+        """``(k,)``: σ_j(W + ΔW)/σ_j(W) − 1, NaN if σ_j(W) is zero."""
+        nonzero = self.weight_values > 0
+        return np.where(nonzero, self.S / np.where(nonzero, self.weight_values, 1.0) - 1.0, np.nan)
 
     def intruders(self, side: Side) -> NDArray[np.bool_]:
-        """Return ``(k,)``: whether each direction is like none of W's."""
+        """Return ``(k,)``: True for directions that resemble none of W's."""
         return self.sides[side].max_cosine < self.epsilon
 
     def count(self, side: Side) -> int:
-        """Return how many of the k directions are intruders."""
+        """Return the number of intruders among the k directions."""
         return int(self.intruders(side).sum())
 
     def _repr_html_(self) -> str:
         rows = [
-            (side, self.count(side), self.energy_share(side), own.max_cosine.min(),
-             own.chance_maximum, own.novelty.max())
-            for side, own in self.sides.items()
+            (side, self.count(side), self.energy_share(side), values.max_cosine.min(),
+             values.chance_maximum, values.novelty.max())
+            for side, values in self.sides.items()
         ]  # fmt: skip
         columns = ("side", "intruders", "energy", "smallest cosine", "random", "largest novelty")
         title = f"First {len(self.S)} directions of W + ΔW, {self.module}, {self.label}"
@@ -115,12 +115,12 @@ def intruder_dimensions(
     span: int | None = None,
     weight: DenseSVD | None = None,
 ) -> IntruderReport:
-    """Return which leading singular directions of W + ΔW are unlike every one of W's.
+    """Return the leading singular directions of W + ΔW that resemble no singular direction of W.
 
     y_j is an intruder if ``max_i |cos(y_j, x_i)| < ε`` over all singular vectors x_i of W, leading
     and trailing (Shuttleworth et al., arXiv 2410.21228, with k = 10 and ε = 0.5), on either side.
-    Beside the count stands what it leaves out: the intruders' energy, what a random direction
-    gives, and the novelty, since an update wholly inside W's own span makes intruders by mixing.
+    The report also has what the count does not show: the intruders' energy, the values of a random
+    direction, and the novelty, since an update inside W's span makes intruders by mixing.
 
     Parameters
     ----------
@@ -129,20 +129,20 @@ def intruder_dimensions(
     W
         The frozen weight as ``(d_out, d_in)``.
     k
-        How many leading directions of W + ΔW to look at; at most min(d_out, d_in).
+        Number of leading directions of W + ΔW to test; at most min(d_out, d_in).
     epsilon
         Cosine below which a direction is an intruder.
     span
         K of the novelty: 10·k by default, at most half of W's directions.
     weight
-        W's SVD by `spectra.weight_svd`, where it is known already.
+        W's SVD by `spectra.weight_svd`, if it was computed before.
 
     Raises
     ------
     IncompatibleError
         The shapes of ΔW, W and its SVD differ.
     ScaleError
-        The scale of the update is not known.
+        The scale of the update is unknown.
     InputError
         k or span below 1, or epsilon outside (0, 1].
     BaseWeightError
@@ -150,58 +150,48 @@ def intruder_dimensions(
 
     Notes
     -----
-    W's whole SVD takes its time (see `spectra.weight_svd`) and serves every adapter of the base.
-    Given that, a low-rank update is added in W's own coordinates, in O(d²·r + k·d·r²): a fraction
-    of a second for 4096 × 4096, the vectors right to 1e-14 over their relative gap.
+    W's whole SVD is the expensive step (see `spectra.weight_svd`) and serves every adapter of the
+    base. A low-rank update is then added in W's coordinates, in O(d²·r + k·d·r²): a fraction
+    of a second for 4096 × 4096, with vectors accurate to 1e-14 over their relative gap.
     """
-    _check(update, W, weight, k, epsilon)
-    known = weight_svd(W) if weight is None else weight
-    n = len(known.S)
+    if k < 1 or not 0 < epsilon <= 1:
+        message = f"Intruders need k >= 1 and 0 < epsilon <= 1, got k = {k}, epsilon = {epsilon}."
+        raise InputError(message)
+    shape = W.shape if weight is None else (len(weight.U), len(weight.V))
+    if not update.shape == tuple(W.shape) == shape:
+        message = (
+            f"'{update.name}' in {update.label or 'this adapter'} updates a weight of shape "
+            f"{update.shape}, but '{getattr(W, 'name', 'the weight')}' is {tuple(W.shape)} as "
+            f"(d_out, d_in) and the SVD given is of {shape}. Is it another base model?"
+        )
+        raise IncompatibleError(message)
+    if not isinstance(update, DenseUpdate) and update.scale is None:
+        message = (
+            f"The effect of '{update.name}' in {update.label or 'this adapter'} on W depends on "
+            "its scale, which is not known. Pass scale= or alpha= when reading the adapter."
+        )
+        raise ScaleError(message)
+    svd = weight_svd(W) if weight is None else weight
+    n = len(svd.S)
     count = min(k, n)
-    kept = max(min(10 * count if span is None else span, n // 2 if span is None else n), 1)
-    left, S, right = _changed(update, known, count)
+    K = max(min(10 * count if span is None else span, n // 2 if span is None else n), 1)
+    left, S, right = _updated_svd(update, svd, count)
     sides = {"input": (right, update.shape[1]), "output": (left, update.shape[0])}
     return IntruderReport(
         module=update.name,
         label=update.label,
         epsilon=epsilon,
-        span=kept,
+        span=K,
         S=S,
-        weight_values=known.S[:count],
-        sides={side: _side(*sides[side], known.S, kept) for side in SIDES},
+        weight_values=svd.S[:count],
+        sides={side: _side(*sides[side], svd.S, K) for side in SIDES},
     )
 
 
-def _check(
-    update: Update,
-    W: Weight | NDArray[np.floating],
-    weight: DenseSVD | None,
-    k: int,
-    epsilon: float,
-) -> None:
-    if k < 1 or not 0 < epsilon <= 1:
-        message = f"Intruders need k >= 1 and 0 < epsilon <= 1, got k = {k}, epsilon = {epsilon}."
-        raise InputError(message)
-    known = W.shape if weight is None else (len(weight.U), len(weight.V))
-    if not update.shape == tuple(W.shape) == known:
-        message = (
-            f"'{update.name}' in {update.label or 'this adapter'} updates a weight of shape "
-            f"{update.shape}, but '{getattr(W, 'name', 'the weight')}' is {tuple(W.shape)} as "
-            f"(d_out, d_in) and the SVD given is of {known}. Is it another base model?"
-        )
-        raise IncompatibleError(message)
-    if not isinstance(update, DenseUpdate) and update.scale is None:
-        message = (
-            f"What '{update.name}' in {update.label or 'this adapter'} makes of W depends on its "
-            "scale, which is not known. Pass scale= or alpha= when reading the adapter."
-        )
-        raise ScaleError(message)
-
-
-def _changed(update: Update, svd: DenseSVD, k: int) -> linalg.DenseSVD:
+def _updated_svd(update: Update, svd: DenseSVD, k: int) -> linalg.DenseSVD:
     """Return the leading SVD of W + ΔW in W's coordinates.
 
-    Coordinates beyond W's n directions stand for what lies outside their span.
+    Coordinates beyond W's n directions are those of the complement of their span.
     """
     if isinstance(update, DenseUpdate):
         B, A = update.delta.astype(np.float64), np.eye(update.shape[1])
@@ -220,7 +210,7 @@ def _in_coordinates(
     P = svd.U.T @ B  # (n, r)
     if len(svd.U) > len(svd.V):
         outside = B - svd.U @ P
-        # Only lengths and angles of what is outside count: its triangular factor has them all.
+        # Only lengths and angles outside the span matter: the triangular factor has them all.
         P = np.vstack([P, np.linalg.qr(outside, mode="r")])
     return linalg.modified_svd(svd.S, P, svd.V.T @ A.T, k)
 
@@ -230,12 +220,12 @@ def _side(
 ) -> IntruderSide:
     squares = coordinates**2  # (n or more, k)
     rank = int(np.count_nonzero(values > dimension * linalg.EPS * values[0]))
-    own = squares[:rank]
-    # From the part outside where that is the smaller one: novelty near 0 keeps its digits.
+    leading = squares[:rank]
+    # From the part outside the span, so that novelty near 0 keeps its digits.
     outside, inside = squares[span:].sum(axis=0), squares[:span].sum(axis=0)
     return IntruderSide(
-        max_cosine=np.sqrt(own.max(axis=0, initial=0.0)),
-        nearest=own.argmax(axis=0) + 1 if rank else np.zeros(squares.shape[1], dtype=np.intp),
+        max_cosine=np.sqrt(leading.max(axis=0, initial=0.0)),
+        nearest=leading.argmax(axis=0) + 1 if rank else np.zeros(squares.shape[1], dtype=np.intp),
         novelty=outside / (outside + inside),
         chance_maximum=chance.largest_cosine_median(max(rank, 1), dimension),
         chance_novelty=1 - span / dimension,

@@ -1,4 +1,4 @@
-"""How ΔW changes W vector by vector: in magnitude and in direction."""
+"""Change of W's rows and columns by ΔW, in magnitude and in direction."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class VectorChange:
     magnitude
         ``(d,)``: ``‖w + δ‖ − ‖w‖`` of every vector.
     direction
-        ``(d,)``: ``1 − cos(w + δ, w)``, in [0, 2]; NaN where either is zero.
+        ``(d,)``: ``1 − cos(w + δ, w)``, in [0, 2]; NaN if either is zero.
     """
 
     magnitude: NDArray[np.float64]
@@ -42,15 +42,15 @@ class VectorChange:
 
     @property
     def mean_direction(self) -> float:
-        """ΔD: mean of the direction's change, over vectors that have one."""
-        known = self.direction[~np.isnan(self.direction)]
-        return float(known.mean()) if known.size else float("nan")
+        """ΔD: mean of the direction's change, over vectors for which it is defined."""
+        defined = self.direction[~np.isnan(self.direction)]
+        return float(defined.mean()) if defined.size else float("nan")
 
     @property
     def correlation(self) -> float:
-        """Pearson correlation of ``|magnitude|`` and direction; NaN where either is even."""
-        known = ~np.isnan(self.direction)
-        a, b = np.abs(self.magnitude[known]), self.direction[known]
+        """Pearson correlation of ``|magnitude|`` and direction; NaN if either is constant."""
+        defined = ~np.isnan(self.direction)
+        a, b = np.abs(self.magnitude[defined]), self.direction[defined]
         if len(a) < 2 or not (np.ptp(a) > 0 and np.ptp(b) > 0):
             return float("nan")
         return float(np.corrcoef(a, b)[0, 1])
@@ -60,12 +60,11 @@ Changes = Mapping[Side, VectorChange]
 
 
 def magnitude_direction(update: Update, W: Weight | NDArray[np.floating]) -> Changes:
-    """Return how W → W + ΔW changes the magnitude and the direction of W's vectors.
+    """Return the change in magnitude and direction of W's vectors from W to W + ΔW.
 
-    The decomposition of DoRA (Liu et al., arXiv 2402.09353, section 3.2), by which LoRA and full
-    fine-tuning differ. ``"output"`` is one vector per output feature, a row of W: the norm that
-    DoRA's magnitude has in PEFT. ``"input"`` is one per input feature, a column, as that paper
-    writes it.
+    The decomposition of DoRA (Liu et al., arXiv 2402.09353, section 3.2), in which LoRA and full
+    fine-tuning differ. ``"output"`` has one vector per output feature, a row of W, whose norm is
+    DoRA's magnitude in PEFT. ``"input"`` has one per input feature, a column, as in that paper.
 
     Parameters
     ----------
@@ -79,12 +78,12 @@ def magnitude_direction(update: Update, W: Weight | NDArray[np.floating]) -> Cha
     IncompatibleError
         The shapes differ.
     ScaleError
-        The scale of the update is not known.
+        The scale of the update is unknown.
 
     Notes
     -----
-    One pass over W in blocks, in float64; ΔW is never whole. 1 − cos is taken from
-    ``‖w‖²‖δ‖² − (w·δ)²``, right where it is small.
+    One pass over W in blocks, in float64; ΔW is never formed whole. 1 − cos is computed from
+    ``‖w‖²‖δ‖² − (w·δ)²``, which is accurate for small angles.
     """
     if tuple(W.shape) != update.shape:
         message = (
@@ -100,15 +99,15 @@ def magnitude_direction(update: Update, W: Weight | NDArray[np.floating]) -> Cha
         )
         raise ScaleError(message)
     d_out, d_in = update.shape
-    # Of every vector: w·w, w·δ, δ·δ.
-    rows, columns = np.zeros((3, d_out)), np.zeros((3, d_in))
-    for own, across, block in _blocks(W):
-        delta = _delta_block(update, own, across)
-        for at, (a, b) in enumerate(((block, block), (block, delta), (delta, delta))):
+    # Sums of w·w, w·δ and δ·δ for every vector.
+    by_row, by_column = np.zeros((3, d_out)), np.zeros((3, d_in))
+    for rows, columns, block in _blocks(W):
+        delta = _delta_block(update, rows, columns)
+        for i, (a, b) in enumerate(((block, block), (block, delta), (delta, delta))):
             product = a * b
-            rows[at, own] += product.sum(axis=1)
-            columns[at, across] += product.sum(axis=0)
-    sums = dict(zip(SIDES, (columns, rows), strict=True))
+            by_row[i, rows] += product.sum(axis=1)
+            by_column[i, columns] += product.sum(axis=0)
+    sums = dict(zip(SIDES, (by_column, by_row), strict=True))
     return {side: _change(*sums[side]) for side in SIDES}
 
 
@@ -133,18 +132,19 @@ def _delta_block(update: Update, rows: slice, columns: slice) -> NDArray[np.floa
 
 
 def _change(
-    own: NDArray[np.float64], mixed: NDArray[np.float64], delta: NDArray[np.float64]
+    ww: NDArray[np.float64], wd: NDArray[np.float64], dd: NDArray[np.float64]
 ) -> VectorChange:
-    before = np.sqrt(own)
-    change = 2 * mixed + delta  # ‖w + δ‖² − ‖w‖²
-    after = np.sqrt(np.maximum(own + change, 0.0))
+    """Return the change of vectors from ``w·w``, ``w·δ`` and ``δ·δ``."""
+    before = np.sqrt(ww)
+    change = 2 * wd + dd  # ‖w + δ‖² − ‖w‖²
+    after = np.sqrt(np.maximum(ww + change, 0.0))
     total = before + after
     magnitude = np.where(total > 0, change / np.where(total > 0, total, 1.0), 0.0)
     sizes = before * after
-    along = own + mixed  # w·(w + δ)
+    dot = ww + wd  # w·(w + δ)
     # 1 − cos = sin²/(1 + cos), with ‖w‖²‖w + δ‖²·sin² = ‖w‖²‖δ‖² − (w·δ)².
-    square = np.maximum(own * delta - mixed**2, 0.0)
-    known = sizes > 0
-    scale = np.where(known, sizes * (sizes + np.abs(along)), 1.0)
-    turn = np.where(along >= 0, square / scale, 2.0 - square / scale)
-    return VectorChange(magnitude, np.where(known, turn, np.nan))
+    square = np.maximum(ww * dd - wd**2, 0.0)
+    defined = sizes > 0
+    scale = np.where(defined, sizes * (sizes + np.abs(dot)), 1.0)
+    direction = np.where(dot >= 0, square / scale, 2.0 - square / scale)
+    return VectorChange(magnitude, np.where(defined, direction, np.nan))

@@ -160,7 +160,7 @@ def test_an_unknown_module_is_a_key_error_that_lists_near_names(rng):
 def test_an_update_carries_the_label_of_its_adapter(rng):
     update = low_rank_update(rng, name="q", label="other")
     adapter = Adapter({"q": update, "k": lambda: update}, label="r8-s0")
-    again = adapter.relabeled("renamed")
+    again = adapter.with_label("renamed")
     assert {adapter["q"].label, adapter["k"].label} == {"r8-s0"}
     assert again["q"].label == "renamed"
     np.testing.assert_array_equal(again["q"].A, update.A)

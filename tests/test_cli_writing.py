@@ -70,7 +70,7 @@ def test_resize_as_json_and_as_one_number_say_the_same(
     found = document(out)
     assert found["parameters"] <= 300 < found["given_parameters"]
     assert sum(one["parameters"] for one in found["modules"]) == found["parameters"]
-    squares = [sum(one[key] ** 2 for one in found["modules"]) for key in ("lost", "norm")]
+    squares = [sum(one[key] ** 2 for one in found["modules"]) for key in ("error_norm", "norm")]
     assert found["error"] == pytest.approx((squares[0] / squares[1]) ** 0.5)
     _, out, _ = call(capsys, *ask, "-o", tmp_path / "two", "--format", "quiet")
     assert float(out) == pytest.approx(found["error"], abs=6e-4)

@@ -48,7 +48,7 @@ def test_a_planted_spectrum_loses_exactly_its_tail(rng: np.random.Generator) -> 
     small, lost = truncate(planted(rng, [4.0, 3.0, 2.0, 1.0], scale=0.5), rank=2)
     assert small.rank == lost.rank == 2
     assert_close(lost.norm, 0.5 * np.sqrt(30))
-    assert_close(lost.lost, 0.5 * np.sqrt(5))
+    assert_close(lost.error_norm, 0.5 * np.sqrt(5))
     assert_close(lost.error, np.sqrt(5 / 30))
 
 
@@ -62,7 +62,7 @@ def test_the_result_is_the_truncated_svd_of_the_dense_update(
     U, S, V = dense_svd(whole, rank)
     small, lost = truncate(update, rank=rank)
     assert_close(small.delta_weight(), (U * S) @ V.T, atol=1e-11)
-    assert_close(np.linalg.norm(whole - small.delta_weight()), lost.lost, atol=1e-11)
+    assert_close(np.linalg.norm(whole - small.delta_weight()), lost.error_norm, atol=1e-11)
     assert_close(lost.norm, np.linalg.norm(whole))
 
 
@@ -73,7 +73,7 @@ def test_no_other_update_of_the_rank_is_closer(rng: np.random.Generator) -> None
     for _ in range(200):
         step = rng.standard_normal() * 0.05
         other = (small.B + step * rng.standard_normal(small.B.shape)) @ small.A
-        assert np.linalg.norm(whole - other) >= lost.lost
+        assert np.linalg.norm(whole - other) >= lost.error_norm
 
 
 def test_factors_are_balanced_and_the_scale_is_folded(rng: np.random.Generator) -> None:
@@ -166,12 +166,12 @@ def test_a_dense_update_is_cut_like_a_factored_one(
         monkeypatch.setattr(linalg, "DENSE_SVD_LIMIT", limit)
         small, lost = truncate(dense, rank=3)
         assert_close(small.delta_weight(), (U[:, :3] * S[:3]) @ V[:, :3].T, atol=1e-9)
-        assert_close(lost.lost, np.linalg.norm(S[3:]), rtol=1e-8)
+        assert_close(lost.error_norm, np.linalg.norm(S[3:]), rtol=1e-8)
         assert_close(lost.norm, np.linalg.norm(S))
         assert lost.given_parameters == 1200
         by_energy, held = truncate(dense, energy=1 - float(np.sum(S[17:] ** 2) / np.sum(S**2)))
         assert by_energy.rank == 17
-        assert_close(held.lost, np.linalg.norm(S[17:]), rtol=1e-7)
+        assert_close(held.error_norm, np.linalg.norm(S[17:]), rtol=1e-7)
 
 
 def test_a_large_dense_update_takes_its_leading_part_alone(rng: np.random.Generator) -> None:
@@ -256,7 +256,7 @@ def test_a_budget_goes_where_the_energy_is(rng: np.random.Generator) -> None:
     assert list(small.adapter) == ["layers.0.q", "layers.0.v"]
     assert small.adapter.config["target_modules"] == ["layers.0.q", "layers.0.v"]
     assert small.modules[2].error == 1.0
-    assert_close(small.lost, np.sqrt(0.1**2 + 1.8**2 + 0.5**2 + 0.01**2))
+    assert_close(small.error_norm, np.sqrt(0.1**2 + 1.8**2 + 0.5**2 + 0.01**2))
     assert "1 modules of which nothing was kept" in small.adapter.provenance.findings[-1].text
 
 

@@ -159,8 +159,8 @@ def test_ranks_that_differ_are_dynamic(tmp_path: Path, capsys: pytest.CaptureFix
     for module in document(out)["modules"]:
         whole = update_of(given, module["module"])
         lost = np.linalg.norm(update_of(tensors, module["module"]) - whole)
-        assert module["lost"] == pytest.approx(lost, rel=1e-6)
-        assert module["lost"] > 0
+        assert module["error_norm"] == pytest.approx(lost, rel=1e-6)
+        assert module["error_norm"] > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

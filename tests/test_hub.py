@@ -115,7 +115,7 @@ def test_an_adapter_is_read_from_a_hub_with_its_commit_pinned(
     assert found.label == "some-lora"
     assert found.provenance.revision == commit
     assert found.provenance.address == f"hf://someone/some-lora@{commit}"
-    assert found.provenance.place == found.provenance.address
+    assert found.provenance.location == found.provenance.address
     assert found.provenance.sha256 == local.provenance.sha256
     assert hub.fetched() == set(stored)  # and nothing of the others
 

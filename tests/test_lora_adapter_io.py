@@ -173,7 +173,7 @@ GOOD = update_of("layers.0.q_proj", 10, 8)
             TargetError,
             "'layers.0.qproj'.*layers.0.q_proj",
         ),
-        (adapter_of(update_of("layers.0.norm", 8, 8)), TargetError, "a LayerNorm is no Linear"),
+        (adapter_of(update_of("layers.0.norm", 8, 8)), TargetError, "a LayerNorm is not a Linear"),
         (
             adapter_of(GOOD, update_of("layers.1.q_proj", 8, 10)),
             IncompatibleError,
@@ -200,7 +200,7 @@ GOOD = update_of("layers.0.q_proj", 10, 8)
         (
             adapter_of(GOOD, saved_modules={"layers.0.q_proj.weight": np.ones((10, 8))}),
             TargetError,
-            "beside the adapted ones",
+            "apart from the adapted ones",
         ),
         (adapter_of(GOOD, config={"bias": "all"}), UnsupportedMethodError, "bias = 'all'"),
     ],

@@ -96,8 +96,8 @@ def test_an_adapter_that_is_named_twice_is_one(rng: np.random.Generator, tmp_pat
 def test_a_note_on_several_files_is_said_once(rng: np.random.Generator) -> None:
     made = [adapter(rng, label=name) for name in ("a", "b", "c")]
     noted = [
-        made[0].described(findings=("two.", "odd.")),
-        made[1].described(findings=("odd.",)),
+        made[0].with_provenance(findings=("two.", "odd.")),
+        made[1].with_provenance(findings=("odd.",)),
         made[2],
     ]
     texts = [one.text for one in findings(study(noted)) if one.topic == "file"]
@@ -225,4 +225,4 @@ def test_names_that_others_have_without_a_first_segment_are_one(
     both = called("both", "unet.mid.0.q", "mid.0.q")
     assert set(study([both, short]).adapters["both"]) == set(both)
     one = called("one", "layers.0.q", "layers.1.q")
-    assert set(study([one, one.relabeled("two")]).adapters["one"]) == set(one)
+    assert set(study([one, one.with_label("two")]).adapters["one"]) == set(one)

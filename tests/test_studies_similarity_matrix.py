@@ -168,7 +168,7 @@ def test_norms_of_other_bases_modules_or_steps_are_no_measure(rng: np.random.Gen
 
 def test_a_copied_factor_is_an_artifact_before_the_results(sweep: list[Adapter]) -> None:  # noqa: F811
     note = Finding("copied-a", {"count": 4, "modules": ["a", "b"]})
-    noted = sweep[0].described(findings=(note, "its config names no base."))
+    noted = sweep[0].with_provenance(findings=(note, "its config names no base."))
     said = findings(study([noted, *sweep[1:]]))
     copied = next(at for at, one in enumerate(said) if note.text in one.text)
     assert said[copied].kind == "artifact"

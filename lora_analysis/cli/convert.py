@@ -69,7 +69,7 @@ def command(
     folded = writing_notes(adapter, written)
     unwritten = unwritten_findings(adapter, written)
     adapter, errors = _read_back(adapter, path, written)
-    adapter = adapter.described(findings=(*adapter.provenance.findings, *unwritten))
+    adapter = adapter.with_provenance(findings=(*adapter.provenance.findings, *unwritten))
     if form == "json":
         print_json(
             {

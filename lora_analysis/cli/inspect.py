@@ -84,7 +84,7 @@ def _describe(adapter: Adapter, pattern: str | None) -> dict[str, Any]:
     findings = (*source.findings, *warnings, *_below_precision(facts))
     return {
         "label": adapter.label,
-        "path": source.place,
+        "path": source.location,
         "revision": source.revision,
         "format": source.format,
         "base_model": source.base_model,

@@ -14,7 +14,7 @@ from lora_analysis.cli.show import decimals, print_facts, print_json, print_tabl
 
 if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter
-    from lora_analysis.edit import Resized
+    from lora_analysis.edit import ResizedAdapter
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -137,7 +137,13 @@ def adapter_to_write(adapter: Adapter, kind: str) -> Adapter:
 
 
 def write_resized(
-    resized: Resized, output: Path, kind: str, form: str, *, inputs: Sequence[Path], force: bool
+    resized: ResizedAdapter,
+    output: Path,
+    kind: str,
+    form: str,
+    *,
+    inputs: Sequence[Path],
+    force: bool,
 ) -> None:
     """Write a smaller adapter and print its error."""
     from lora_analysis.formats import unwritten_findings, write_adapter
@@ -147,7 +153,7 @@ def write_resized(
     )
     unwritten = unwritten_findings(resized.adapter, kind)
     findings = (*resized.adapter.provenance.findings, *unwritten)
-    resized = replace(resized, adapter=resized.adapter.described(findings=findings))
+    resized = replace(resized, adapter=resized.adapter.with_provenance(findings=findings))
     if form == "json":
         print_json(_document(resized, path, kind))
     elif form == "quiet":
@@ -164,10 +170,10 @@ def notes(adapter: Adapter) -> list[tuple[str, object]]:
     ]
 
 
-_FIELDS = ("module", "shape", "given_rank", "rank", "parameters", "norm", "lost", "error")
+_FIELDS = ("module", "shape", "given_rank", "rank", "parameters", "norm", "error_norm", "error")
 
 
-def _document(resized: Resized, path: Path, kind: str) -> dict[str, Any]:
+def _document(resized: ResizedAdapter, path: Path, kind: str) -> dict[str, Any]:
     modules = [{field: getattr(module, field) for field in _FIELDS} for module in resized.modules]
     return {
         "adapter": resized.adapter.label,
@@ -175,7 +181,7 @@ def _document(resized: Resized, path: Path, kind: str) -> dict[str, Any]:
         "format": kind,
         **{
             field: getattr(resized, field)
-            for field in ("given_parameters", "parameters", "norm", "lost", "error")
+            for field in ("given_parameters", "parameters", "norm", "error_norm", "error")
         },
         "modules": modules,
         "left_out": [
@@ -187,18 +193,18 @@ def _document(resized: Resized, path: Path, kind: str) -> dict[str, Any]:
     }
 
 
-def _print(resized: Resized, path: Path) -> None:
+def _print(resized: ResizedAdapter, path: Path) -> None:
     rows = [
         (
             module.module,
             module.given_rank,
             module.rank or "left out",
             f"{module.parameters:,}",
-            *(decimals(value) for value in (module.norm, module.lost, module.error)),
+            *(decimals(value) for value in (module.norm, module.error_norm, module.error)),
         )
         for module in resized.modules
     ]
-    totals = (decimals(value) for value in (resized.norm, resized.lost, resized.error))
+    totals = (decimals(value) for value in (resized.norm, resized.error_norm, resized.error))
     print_table(
         f"{resized.adapter.label}: error of the truncation",
         ("module", "rank", "new rank", "parameters", "‖ΔW‖", "error", "relative"),

@@ -1,12 +1,11 @@
-"""New adapters out of old ones: fewer directions, other directions, or a fine-tune's best LoRA.
+"""Edit adapters: truncate them, remove directions, or approximate a full fine-tune by LoRA.
 
-Pure functions on updates and adapters: what they return is an ordinary adapter that every writer
-can write and every metric can read. Nothing here reads or writes a file, and nothing judges what
-an edit does to a model: that is for the user to evaluate.
+Pure functions on updates and adapters: each returns an ordinary adapter that every writer can
+write and every metric can read. Nothing here reads or writes a file, and nothing evaluates the
+edited model: that is up to the user.
 """
 
 from lora_analysis.edit.budgets import error_by_parameters, ranks_within
-from lora_analysis.edit.extraction import approximate_fine_tune
 from lora_analysis.edit.interventions import (
     drop_directions,
     keep_directions,
@@ -15,11 +14,11 @@ from lora_analysis.edit.interventions import (
     without_subspace,
 )
 from lora_analysis.edit.noise import noise_of_equal_norm
-from lora_analysis.edit.resizing import Resized, resize_adapter
+from lora_analysis.edit.resizing import ResizedAdapter, approximate_fine_tune, resize_adapter
 from lora_analysis.edit.truncation import Truncation, relative_difference, truncate
 
 __all__ = [
-    "Resized",
+    "ResizedAdapter",
     "Truncation",
     "approximate_fine_tune",
     "drop_directions",

@@ -1,8 +1,8 @@
-"""Ranks for many modules out of one number of parameters."""
+"""Ranks of many modules within one budget of parameters."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -13,40 +13,42 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+_UNTRAINED: Final = "Every module is zero (untrained): a budget has nothing to be spent on."
+
 
 def ranks_within(
     budget: int,
     values: Mapping[str, NDArray[np.float64]],
     costs: Mapping[str, int],
 ) -> dict[str, int]:
-    """Return the rank of each module that keeps most of Σσ² in ``budget`` parameters.
+    """Return the rank of each module that retains most of Σσ² in ``budget`` parameters.
 
-    Every direction of every module stands in one queue by the energy it keeps per parameter,
+    The directions of all modules are sorted by the energy they add per parameter,
     ``σ²/(d_out + d_in)``; each is taken if it still fits. Within a module σ falls and the cost
-    is one and the same, so leading directions are taken first.
+    is the same, so leading directions are taken first.
 
-    Where all modules have one shape, and wherever no direction had to be passed over, no choice of
-    ranks keeps more. Otherwise no choice keeps more than this one and the first direction that
-    was passed over together (the bound of the knapsack's relaxation).
+    If all modules have one shape, or no direction had to be skipped, no choice of
+    ranks retains more. Otherwise no choice retains more than this one and the first direction that
+    was skipped together (the bound of the knapsack's relaxation).
 
     Parameters
     ----------
     budget
-        Numbers in all factors together.
+        Parameters of all factors together.
     values
         Per module its singular values, descending.
     costs
-        Per module the numbers that one direction takes, ``d_out + d_in``.
+        Per module the parameters that one direction takes, ``d_out + d_in``.
 
     Returns
     -------
     dict
-        Rank by module, in the order of ``values``; 0 where nothing of a module is kept.
+        Rank by module, in the order of ``values``; 0 for a module that is dropped.
 
     Raises
     ------
     InputError
-        Every value is zero, or not one direction fits.
+        Every value is zero, or no direction fits.
 
     Examples
     --------
@@ -58,15 +60,14 @@ def ranks_within(
     sizes = [len(values[name]) for name in names]
     gains = np.concatenate([values[name] / np.sqrt(costs[name]) for name in names])
     owners = np.repeat(np.arange(len(names)), sizes)
-    ranks, left = np.zeros(len(names), dtype=int), budget
-    for at in np.argsort(-gains, kind="stable"):
-        cost = costs[names[owners[at]]]
-        if gains[at] > 0 and cost <= left:
-            ranks[owners[at]] += 1
-            left -= cost
     if not gains.any():
-        message = "Every module is zero (untrained): a budget has nothing to be spent on."
-        raise InputError(message)
+        raise InputError(_UNTRAINED)
+    ranks, remaining = np.zeros(len(names), dtype=int), budget
+    for i in np.argsort(-gains, kind="stable"):
+        cost = costs[names[owners[i]]]
+        if gains[i] > 0 and cost <= remaining:
+            ranks[owners[i]] += 1
+            remaining -= cost
     if not ranks.any():
         message = (
             f"A budget of {budget:,} parameters holds no direction of any module: the smallest "
@@ -79,17 +80,17 @@ def ranks_within(
 def error_by_parameters(
     values: Mapping[str, NDArray[np.float64]], costs: Mapping[str, int], *, uniform: bool = False
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return how the error of a smaller adapter falls with its parameters.
+    """Return the error of a truncated adapter as a function of its number of parameters.
 
-    The relative error is ``‖ΔW − ΔW′‖_F/‖ΔW‖_F`` over all modules at once. Directions are taken
-    one by one as in `ranks_within`, or (``uniform``) the same rank in every module.
+    The relative error is ``‖ΔW − ΔW′‖_F/‖ΔW‖_F`` over all modules at once. Directions are added
+    one by one as in `ranks_within`, or (``uniform``) one to every module at a time.
 
     Parameters
     ----------
     values, costs
         As for `ranks_within`.
     uniform
-        Whether every module gets the same rank, as far as its own goes.
+        True to give every module the same rank, up to its own.
 
     Returns
     -------
@@ -112,15 +113,14 @@ def error_by_parameters(
     energy = np.concatenate([values[name] ** 2 for name in names])
     total = energy.sum()
     if not total > 0:
-        message = "Every module is zero (untrained): a budget has nothing to be spent on."
-        raise InputError(message)
-    place = np.concatenate([np.arange(size) for size in sizes])
+        raise InputError(_UNTRAINED)
+    index = np.concatenate([np.arange(size) for size in sizes])  # within the module
     if uniform:
-        order = np.argsort(place, kind="stable")
-        ends = np.flatnonzero(np.diff(place[order], append=place.max() + 1))
+        order = np.argsort(index, kind="stable")
+        ends = np.flatnonzero(np.diff(index[order], append=index.max() + 1))
     else:
         order = np.argsort(-energy / cost, kind="stable")
         ends = np.arange(len(order))
-    left = np.cumsum(energy[order][::-1])[::-1] - energy[order]  # no difference of large numbers
+    rest = np.cumsum(energy[order][::-1])[::-1] - energy[order]  # no difference of large numbers
     parameters = np.cumsum(cost[order])[ends].astype(np.int64)
-    return parameters, np.sqrt(np.maximum(left[ends], 0.0) / total)
+    return parameters, np.sqrt(np.maximum(rest[ends], 0.0) / total)

@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lora_analysis import linalg
 from lora_analysis.adapter import Adapter, DenseUpdate, LazyUpdate, LowRankUpdate, UpdateOutline
+from lora_analysis.bases import read_fine_tune
 from lora_analysis.edit.budgets import ranks_within
-from lora_analysis.edit.derived import derived
+from lora_analysis.edit.derived_adapter import derive_adapter
 from lora_analysis.edit.truncation import (
     Truncation,
     check_size,
     leading_outline,
     leading_part,
-    measure,
+    measure_truncation,
     relative_difference,
     truncate,
 )
@@ -33,19 +34,19 @@ from lora_analysis.spectra import spectrum
 from lora_analysis.storage.narrowing import narrow, narrowed_type, widened
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
     from lora_analysis.adapter import Update
 
-# Memory counts here: more modules at a time would be quicker only if many CPUs had nothing to do.
+# Memory limits this: more modules at a time would be faster only if many CPUs were idle.
 _WORKERS = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Resized:
-    """An adapter made smaller, and per module what that lost; modules left out have rank 0."""
+class ResizedAdapter:
+    """A truncated adapter and the error per module; modules left out have rank 0."""
 
     adapter: Adapter
     modules: tuple[Truncation, ...]
@@ -53,27 +54,74 @@ class Resized:
     @property
     def norm(self) -> float:
         """‖ΔW‖_F of all modules together, before."""
-        return math.hypot(*(one.norm for one in self.modules))
+        return math.hypot(*(module.norm for module in self.modules))
 
     @property
-    def lost(self) -> float:
-        """Norm of all that is gone: squares add over modules as they do over directions."""
-        return math.hypot(*(one.lost for one in self.modules))
+    def error_norm(self) -> float:
+        """Norm of the difference: squares add over modules as they do over directions."""
+        return math.hypot(*(module.error_norm for module in self.modules))
 
     @property
     def error(self) -> float:
-        """``√(Σ lost²)/√(Σ‖ΔW‖²)`` over all modules."""
-        return self.lost / self.norm if self.norm > 0 else 0.0
+        """``√(Σ error_norm²)/√(Σ‖ΔW‖²)`` over all modules."""
+        return self.error_norm / self.norm if self.norm > 0 else 0.0
 
     @property
     def parameters(self) -> int:
-        """Numbers in all factors afterwards."""
-        return sum(one.parameters for one in self.modules)
+        """Number of parameters in all factors afterwards."""
+        return sum(module.parameters for module in self.modules)
 
     @property
     def given_parameters(self) -> int:
-        """Numbers in all factors (or dense updates) before."""
-        return sum(one.given_parameters for one in self.modules)
+        """Number of parameters in all factors (or dense updates) before."""
+        return sum(module.given_parameters for module in self.modules)
+
+
+def approximate_fine_tune(
+    tuned: Any,
+    base: Any,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    budget: int | None = None,
+    modules: str | Sequence[str] | None = None,
+    transposed: bool | None = None,
+    label: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> ResizedAdapter:
+    """Return the best low-rank approximation of a full fine-tune, and its error per module.
+
+    ``ΔW = W_tuned - W_base`` of every weight matrix, truncated to its leading singular directions
+    as by :func:`lora_analysis.resize_adapter`: no low-rank update of those ranks is closer.
+    Parameters that are not matrices (biases, norms) are excluded and named in the findings.
+
+    Parameters
+    ----------
+    tuned, base
+        The two models: anything :func:`lora_analysis.open_base` takes.
+    rank, energy, budget
+        Exactly one of them, as for `resize_adapter`.
+    modules, transposed, label
+        As for :func:`lora_analysis.read_fine_tune`.
+    progress
+        Called with (what, done, total).
+
+    Raises
+    ------
+    InputError
+        As raised by `read_fine_tune` and `resize_adapter`.
+    """
+    update = read_fine_tune(
+        tuned, base, modules=modules, transposed=transposed, label=label, progress=progress
+    )
+    return resize_adapter(
+        update,
+        rank=rank,
+        energy=energy,
+        budget=budget,
+        progress=progress,
+        workers=available_workers(),
+    )
 
 
 def resize_adapter(
@@ -85,27 +133,27 @@ def resize_adapter(
     like_source: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
     workers: int | None = None,
-) -> Resized:
-    """Return an adapter by the leading directions of each of its modules, and what was lost.
+) -> ResizedAdapter:
+    """Return an adapter by the leading directions of each of its modules, and the error.
 
-    Low-rank updates are read and measured now, and computed when a module of the result is asked
-    for: the result holds no factors, and takes them from ``adapter`` each time. Each module as by
-    :func:`lora_analysis.truncate`, exactly one of the three given:
+    Low-rank updates are read and measured now, and computed when a module of the result is
+    accessed: the result holds no factors, and takes them from ``adapter`` each time. Each module
+    as by :func:`lora_analysis.truncate`, with exactly one of rank, energy and budget.
 
     Parameters
     ----------
     adapter
         Low-rank or dense updates, every scale known.
     rank
-        The same for every module; one of a smaller numerical rank keeps that.
+        The same for every module; a module of a smaller numerical rank keeps that.
     energy
         Share of Σσ² that every module keeps at least.
     budget
-        Numbers in all factors together (magnitudes and modules trained in full do not count); the
-        rank of each module is chosen by `ranks_within`. A module of which nothing is kept is left
-        out of the adapter.
+        Parameters of all factors together (magnitudes and modules trained in full do not count);
+        the rank of each module is chosen by `ranks_within`. A module of rank 0 is left out of the
+        adapter.
     like_source
-        Whether factors are made as the source stores them: the scale of each module stays, and
+        True to store factors as the source does: the scale of each module stays, and
         numbers are rounded to the type of its file, which is part of the error. For writers that
         keep that type (kohya, flux, diffusers).
     progress
@@ -119,7 +167,7 @@ def resize_adapter(
         As for `truncate`; the adapter has no modules; no direction fits into the budget; or a
         number is too large for the type of the source.
     ScaleError
-        The scale of a module is not known: modules could not be weighed against each other.
+        The scale of a module is unknown: modules could not be compared with each other.
     """
     check_size(rank=rank, energy=energy, budget=budget)
     if not len(adapter):
@@ -129,52 +177,52 @@ def resize_adapter(
     ranks = dict.fromkeys(adapter, rank)
     if budget is not None:
         ranks = _ranks(adapter, budget, progress, workers)
-    new: dict[str, LowRankUpdate | LazyUpdate] = {}
-    modules = []
-    one_module = partial(_resized, adapter, energy=energy, like_source=like_source)
+    updates: dict[str, LowRankUpdate | LazyUpdate] = {}
+    truncations = []
     statistics: list[ModuleStatistics] = []
-    results = in_threads(one_module, ranks.items(), workers=workers)
-    for done, (update, lost, measured) in enumerate(results, start=1):
-        modules.append(lost)
+    resize = partial(_resize_module, adapter, energy=energy, like_source=like_source)
+    results = in_threads(resize, ranks.items(), workers=workers)
+    for done, (update, truncation, measured) in enumerate(results, start=1):
+        truncations.append(truncation)
         statistics.append(measured)
         if update is not None:
-            new[lost.module] = update
+            updates[truncation.module] = update
         if progress:
             progress("modules", done, len(ranks))
-    dora = any((u.outline if isinstance(u, LazyUpdate) else u).variant for u in new.values())
-    sentence = _sentence(adapter, modules, dora=dora)
-    made = derived(adapter, new, sentence)
-    known = made.provenance.findings
-    findings = (*known, *sanity_findings(statistics, known))
-    return Resized(made.described(findings=findings), tuple(modules))
+    result = ResizedAdapter(adapter, tuple(truncations))
+    new = derive_adapter(adapter, updates, _note(result, updates))
+    findings = new.provenance.findings
+    checked = new.with_provenance(findings=(*findings, *sanity_findings(statistics, findings)))
+    return replace(result, adapter=checked)
 
 
-def _resized(
+def _resize_module(
     adapter: Adapter, item: tuple[str, int | None], *, energy: float | None, like_source: bool
 ) -> tuple[LowRankUpdate | LazyUpdate | None, Truncation, ModuleStatistics]:
-    """Return one module at its rank (None with 0, if all of it is lost), and its statistics."""
+    """Return one module at its rank (None for rank 0), its error, and its statistics."""
     name, rank = item
-    update = _known(adapter[name])
+    update = _load_scaled(adapter, name)
     new: LowRankUpdate | LazyUpdate
     if isinstance(update, LowRankUpdate):
-        lost, count = measure(update, rank=1 if rank == 0 else rank, energy=energy)
+        truncation, count = measure_truncation(update, rank=1 if rank == 0 else rank, energy=energy)
         outline = leading_outline(update, count)
         if like_source and rank != 0:
             stored = _as_stored(leading_part(update, count), update)
             outline = UpdateOutline.of(stored)
-            lost = replace(lost, lost=lost.norm * relative_difference(stored, update))
-        load = partial(_leading, adapter, name, count, like_source=like_source)
+            error_norm = truncation.norm * relative_difference(stored, update)
+            truncation = replace(truncation, error_norm=error_norm)
+        load = partial(_load_leading, adapter, name, count, like_source=like_source)
         new = LazyUpdate(outline, load)
     else:
-        new, lost = truncate(update, rank=1 if rank == 0 else rank, energy=energy)
-    statistics = module_statistics(update, norm=lost.norm)
+        new, truncation = truncate(update, rank=1 if rank == 0 else rank, energy=energy)
+    statistics = module_statistics(update, norm=truncation.norm)
     if rank == 0:
-        return None, replace(lost, rank=0, lost=lost.norm), statistics
-    return new, lost, statistics
+        return None, replace(truncation, rank=0, error_norm=truncation.norm), statistics
+    return new, truncation, statistics
 
 
-def _leading(adapter: Adapter, name: str, count: int, *, like_source: bool) -> Update:
-    """Return one module by its leading directions, computed when it is asked for."""
+def _load_leading(adapter: Adapter, name: str, count: int, *, like_source: bool) -> Update:
+    """Load one module and return its leading directions."""
     update = adapter[name]
     if not isinstance(update, LowRankUpdate):
         return update
@@ -183,7 +231,7 @@ def _leading(adapter: Adapter, name: str, count: int, *, like_source: bool) -> U
 
 
 def _as_stored(new: LowRankUpdate, source: LowRankUpdate) -> LowRankUpdate:
-    """Return a new update with the scale of its source and numbers that the source's type holds."""
+    """Return a new update with the scale of its source, rounded to the source's type."""
     scale = source.known_scale() or 1.0
     root = math.sqrt(abs(scale))
     dtype = narrowed_type(source.stored_dtype)
@@ -198,7 +246,9 @@ def _as_stored(new: LowRankUpdate, source: LowRankUpdate) -> LowRankUpdate:
     )
 
 
-def _known(update: Update) -> Update:
+def _load_scaled(adapter: Adapter, name: str) -> Update:
+    """Load one module; raise if its scale is unknown."""
+    update = adapter[name]
     if isinstance(update, LowRankUpdate):
         update.known_scale()
     return update
@@ -210,34 +260,33 @@ def _ranks(
     progress: Callable[[str, int, int], None] | None,
     workers: int,
 ) -> dict[str, int]:
+    """Return the rank of each module within a budget, from the singular values of all."""
+
+    def spectrum_and_cost(name: str) -> tuple[NDArray[np.float64], int]:
+        update = _load_scaled(adapter, name)
+        cost = sum(update.shape)
+        if isinstance(update, DenseUpdate):
+            most = max(1, min(budget // cost, *update.shape))  # more cannot fit into the budget
+            return linalg.leading_singular_values(update.delta, most), cost
+        whole = spectrum(update, vectors=False)
+        return whole.S[: whole.numerical_rank], cost
+
     values, costs = {}, {}
-    found = in_threads(partial(_values, adapter, budget), adapter, workers=workers)
-    for done, (name, (sigma, cost)) in enumerate(zip(adapter, found, strict=True), start=1):
+    results = in_threads(spectrum_and_cost, adapter, workers=workers)
+    for done, (name, (sigma, cost)) in enumerate(zip(adapter, results, strict=True), start=1):
         values[name], costs[name] = sigma, cost
         if progress:
             progress("spectra", done, len(adapter))
     return ranks_within(budget, values, costs)
 
 
-def _values(adapter: Adapter, budget: int, name: str) -> tuple[NDArray[np.float64], int]:
-    """Return the singular values of one module that a budget can hold, and one direction's cost."""
-    update = _known(adapter[name])
-    cost = sum(update.shape)
-    most = max(1, min(budget // cost, *update.shape))
-    if isinstance(update, DenseUpdate):
-        return linalg.leading_singular_values(update.delta, most), cost
-    found = spectrum(update, vectors=False)
-    return found.S[: found.numerical_rank], cost
-
-
-def _sentence(adapter: Adapter, modules: list[Truncation], *, dora: bool) -> str:
-    before = sum(one.given_parameters for one in modules)
-    after = sum(one.parameters for one in modules)
-    out = sum(one.rank == 0 for one in modules)
-    left_out = f"; {out} modules of which nothing was kept are left out" if out else ""
-    norm, lost = (math.hypot(*(getattr(m, key) for m in modules)) for key in ("norm", "lost"))
-    error = lost / norm if norm > 0 else 0.0
+def _note(result: ResizedAdapter, updates: dict[str, LowRankUpdate | LazyUpdate]) -> str:
+    dropped = sum(module.rank == 0 for module in result.modules)
+    left_out = f"; {dropped} modules of which nothing was kept are left out" if dropped else ""
+    outlines = (u.outline if isinstance(u, LazyUpdate) else u for u in updates.values())
+    dora = any(outline.variant for outline in outlines)
     return (
-        f"Made from {adapter.label} by its leading singular directions: {after:,} of {before:,} "
-        f"parameters, relative error {error:.3g}{left_out}."
-    ) + (" Of DoRA the errors are those of the low-rank part." if dora else "")
+        f"Made from {result.adapter.label} by its leading singular directions: "
+        f"{result.parameters:,} of {result.given_parameters:,} parameters, relative error "
+        f"{result.error:.3g}{left_out}."
+    ) + (" For DoRA the errors are those of the low-rank part." if dora else "")

@@ -1,9 +1,9 @@
-"""One update by its leading singular directions, and what that loses."""
+"""Truncate one update to its leading singular directions, and measure the error."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 
     from lora_analysis.adapter import Update
 
-# Directions of a dense update looked for at first, where an energy share is asked of it.
-_FIRST_LOOK = 16
+# Leading directions of a dense update computed first if an energy share is requested.
+_FIRST_COUNT = 16
 # Relative difference of factors below which their Gram matrices give the distance.
 _NEARLY_EQUAL = 1e-7
 # Elements of a factor that are widened at a time.
 _WIDENED = 1 << 16
-# Rows of a dense update whose rest is formed at a time: about a million elements.
+# Elements of a dense update that are processed at a time.
 _BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Truncation:
-    """What became of one module.
+    """Sizes and error of one truncated module.
 
     ``given_rank`` and ``rank`` are those before and after; 0 after is a module that was left out.
-    ``norm`` is ‖ΔW‖_F before and ``lost`` ``√(Σ_{i>k}σ²)``, the norm of what is gone, both in
-    units of the scale where that is not known.
+    ``norm`` is ‖ΔW‖_F before and ``error_norm`` ``√(Σ_{i>k}σ²)``, the norm of the difference, in
+    units of the scale if that is unknown.
     """
 
     module: str
@@ -44,23 +44,23 @@ class Truncation:
     given_parameters: int
     rank: int
     norm: float
-    lost: float
+    error_norm: float
 
     @property
     def error(self) -> float:
-        """``√(Σ_{i>k}σ²)/‖ΔW‖_F``, from 0 to 1; 0 where ΔW was zero."""
-        return self.lost / self.norm if self.norm > 0 else 0.0
+        """``√(Σ_{i>k}σ²)/‖ΔW‖_F``, from 0 to 1; 0 if ΔW was zero."""
+        return self.error_norm / self.norm if self.norm > 0 else 0.0
 
     @property
     def parameters(self) -> int:
-        """Numbers in the two factors afterwards."""
+        """Number of parameters in the two factors afterwards."""
         return self.rank * sum(self.shape)
 
 
 def truncate(
     update: Update, *, rank: int | None = None, energy: float | None = None
 ) -> tuple[LowRankUpdate, Truncation]:
-    """Return the best approximation of an update by fewer directions, and what it loses.
+    """Return the best approximation of an update by fewer directions, and its error.
 
     With ``ΔW = U·diag(σ)·Vᵀ`` from its factors, ``B' = U_k·√σ_k`` and ``A' = √σ_k·V_kᵀ``: no
     matrix of rank k is closer in Frobenius or spectral norm (Eckart & Young). The scale is folded
@@ -71,16 +71,16 @@ def truncate(
     update
         Low-rank or dense.
     rank
-        Directions to keep. One larger than the numerical rank is not filled up with zeros.
+        Number of directions to keep. One above the numerical rank is not padded with zeros.
     energy
         Share of Σσ² to keep at least, in (0, 1], instead of a rank.
 
     Returns
     -------
     tuple
-        The new update, of rank ``min(rank, numerical rank)``, in float64; and what was lost. An
-        update that is zero becomes one of rank 1 with ``B = 0``. Of DoRA's the low-rank part is
-        resized, the magnitude stays, and the error is the part's.
+        The new update, of rank ``min(rank, numerical rank)``, in float64; and its error. An
+        update that is zero becomes one of rank 1 with ``B = 0``. For DoRA the low-rank part is
+        truncated, the magnitude stays, and the error is that of the part.
 
     Raises
     ------
@@ -91,49 +91,55 @@ def truncate(
 
     Notes
     -----
-    ``O((d_out + d_in)·r² + r³)``; a dense update takes as many leading directions as it needs.
+    ``O((d_out + d_in)·r² + r³)``; for a dense update, as many leading directions as are needed.
 
     Examples
     --------
     >>> A, B = np.eye(2, 5), np.eye(7, 2) * [4.0, 3.0]
-    >>> small, lost = truncate(LowRankUpdate(name="q", A=A, B=B, scale=2.0), rank=1)
-    >>> small.rank, small.scale, lost.error
+    >>> small, truncation = truncate(LowRankUpdate(name="q", A=A, B=B, scale=2.0), rank=1)
+    >>> small.rank, small.scale, truncation.error
     (1, 1.0, 0.6)
     """
     if isinstance(update, LowRankUpdate):
-        lost, count = measure(update, rank=rank, energy=energy)
-        return leading_part(update, count), lost
+        truncation, count = measure_truncation(update, rank=rank, energy=energy)
+        return leading_part(update, count), truncation
     check_size(rank=rank, energy=energy)
-    kept = _kept(update, rank, energy)
-    new = from_directions(update, kept.U, kept.S, kept.V)
-    return new, _truncation(update, new.rank, kept.norm, kept.lost)
+    if min(update.shape) > linalg.DENSE_SVD_LIMIT:
+        leading, norm, error_norm = _leading_of_large(update, rank, energy)
+    else:
+        whole = spectrum(update)
+        k = min(rank or whole.energy_rank(energy or 1.0), whole.numerical_rank)
+        leading, norm = _leading_vectors(whole, k), whole.norm
+        error_norm = float(np.linalg.norm(whole.S[k : whole.numerical_rank]))
+    new = from_directions(update, *leading)
+    return new, _truncation(update, new.rank, norm, error_norm)
 
 
-def measure(
+def measure_truncation(
     update: LowRankUpdate, *, rank: int | None = None, energy: float | None = None
 ) -> tuple[Truncation, int]:
-    """Return what `truncate` would lose of a low-rank update, and how many directions it keeps.
+    """Return the error of `truncate` for a low-rank update, and the number of directions kept.
 
     Parameters and errors are those of `truncate`. No singular vectors are computed. The count is 0
     for an update that is zero.
     """
     check_size(rank=rank, energy=energy)
-    refuse_parts(update)
-    found = spectrum(update, vectors=False)
-    count = min(rank or found.energy_rank(energy or 1.0), found.numerical_rank)
-    lost = _norm(found.S[count : found.numerical_rank])
-    return _truncation(update, max(count, 1), found.norm, lost), count
+    refuse_partial_methods(update)
+    whole = spectrum(update, vectors=False)
+    count = min(rank or whole.energy_rank(energy or 1.0), whole.numerical_rank)
+    error_norm = float(np.linalg.norm(whole.S[count : whole.numerical_rank]))
+    return _truncation(update, max(count, 1), whole.norm, error_norm), count
 
 
 def leading_outline(update: LowRankUpdate, count: int) -> UpdateOutline:
-    """Return the outline of what `leading_part` makes of an update."""
-    known = update.scale is not None
+    """Return the outline of the result of `leading_part`."""
+    has_scale = update.scale is not None
     rank = max(count, 1)
     return replace(
         UpdateOutline.of(update),
         rank=rank,
-        scale=1.0 if known else None,
-        alpha=float(rank) if known else None,
+        scale=1.0 if has_scale else None,
+        alpha=float(rank) if has_scale else None,
         stored_dtype="float64" if count else update.A.dtype.name,
     )
 
@@ -158,92 +164,94 @@ def leading_part(update: LowRankUpdate, count: int) -> LowRankUpdate:
     )
 
 
-def _truncation(update: Update, rank: int, norm: float, lost: float) -> Truncation:
+def _truncation(update: Update, rank: int, norm: float, error_norm: float) -> Truncation:
+    d_out, d_in = update.shape
+    low_rank = isinstance(update, LowRankUpdate)
     return Truncation(
         module=update.name,
         shape=update.shape,
         given_rank=update.rank,
-        given_parameters=parameters_of(update),
+        given_parameters=update.rank * (d_out + d_in) if low_rank else d_out * d_in,
         rank=rank,
         norm=norm,
-        lost=lost,
+        error_norm=error_norm,
     )
 
 
-def relative_difference(one: Update, other: Update) -> float:
-    """Return ``‖ΔW₁ - ΔW₂‖_F/‖ΔW₂‖_F``, of low-rank updates from their factors.
+def relative_difference(update: Update, reference: Update) -> float:
+    """Return ``‖ΔW₁ - ΔW₂‖_F/‖ΔW₂‖_F``, for low-rank updates from their factors.
 
-    0 where both are zero; the scales must be known. Accurate to about 1e-15 times the norms of
+    0 if both are zero; the scales must be known. Accurate to about 1e-15 times the norms of
     the factors, however close the two are.
     """
-    if isinstance(one, LowRankUpdate) and isinstance(other, LowRankUpdate):
-        apart = _small_distance(one, other)
-        if apart is None:
-            scales = one.known_scale(), other.known_scale()
-            B = np.hstack([scales[0] * one.B.astype(np.float64), -scales[1] * other.B])
-            apart = _norm(linalg.factored_singular_values(B, np.vstack([one.A, other.A])))
+    if isinstance(update, LowRankUpdate) and isinstance(reference, LowRankUpdate):
+        distance = _small_distance(update, reference)
+        if distance is None:
+            scales = update.known_scale(), reference.known_scale()
+            B = np.hstack([scales[0] * update.B.astype(np.float64), -scales[1] * reference.B])
+            A = np.vstack([update.A, reference.A])
+            distance = float(np.linalg.norm(linalg.factored_singular_values(B, A)))
     else:
-        apart = float(np.linalg.norm(one.delta_weight() - other.delta_weight()))
-    norm = spectrum(other, vectors=False).norm
-    return apart / norm if norm > 0 else (0.0 if apart == 0 else float("inf"))
+        distance = float(np.linalg.norm(update.delta_weight() - reference.delta_weight()))
+    norm = spectrum(reference, vectors=False).norm
+    return distance / norm if norm > 0 else (0.0 if distance == 0 else float("inf"))
 
 
-def _small_distance(one: LowRankUpdate, other: LowRankUpdate) -> float | None:
+def _small_distance(update: LowRankUpdate, reference: LowRankUpdate) -> float | None:
     """Return ``‖ΔW₁ - ΔW₂‖_F`` of updates whose factors are nearly equal, else None.
 
     ``s₁B₁A₁ - s₂B₂A₂ = s₁B₁(A₁ - A₂) + (s₁B₁ - s₂B₂)A₂``, whose norm follows from the Gram matrices
     of both sides, a few rows at a time. They lose half of the digits: with differences below 1e-7
     of the factors, 1e-15 of their norms.
     """
-    if one.A.shape != other.A.shape or one.B.shape != other.B.shape:
+    if update.A.shape != reference.A.shape or update.B.shape != reference.B.shape:
         return None
-    scales = one.known_scale(), other.known_scale()
-    left = _gram_with_difference(one.B, other.B, *scales)
-    right = _gram_with_difference(other.A.T, one.A.T, 1.0, 1.0)
-    r = one.rank
+    scales = update.known_scale(), reference.known_scale()
+    left = _gram_with_difference(update.B, reference.B, *scales)
+    right = _gram_with_difference(reference.A.T, update.A.T, 1.0, 1.0)
+    r = update.rank
     for gram in (left, right):
         if not np.trace(gram[r:, r:]) <= _NEARLY_EQUAL**2 * np.trace(gram[:r, :r]) < np.inf:
             return None
     # [s₁B₁, D_B] meets [-D_A; A₂]: the second side was made of A₂ first, and of A₂ - A₁.
-    turned = np.roll(right, (r, r), (0, 1))
-    turned[:r] *= -1
-    turned[:, :r] *= -1
-    return float(np.sqrt(max(np.sum(left * turned), 0.0)))
+    swapped = np.roll(right, (r, r), (0, 1))
+    swapped[:r] *= -1
+    swapped[:, :r] *= -1
+    return float(np.sqrt(max(np.sum(left * swapped), 0.0)))
 
 
 def _gram_with_difference(
     first: NDArray[np.floating], second: NDArray[np.floating], scale: float, other: float
 ) -> NDArray[np.float64]:
     """Return the Gram matrix of ``[s₁M₁, s₁M₁ - s₂M₂]`` for tall matrices, by blocks of rows."""
-    total = np.zeros((2 * first.shape[1],) * 2)
+    gram = np.zeros((2 * first.shape[1],) * 2)
     rows = max(1, _WIDENED // first.shape[1])
-    with np.errstate(over="ignore", invalid="ignore"):  # the caller looks at what comes out
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller checks the result
         for top in range(0, len(first), rows):
             block = scale * first[top : top + rows].astype(np.float64)
-            apart = block - other * second[top : top + rows]
-            both = np.hstack([block, apart])
-            total += both.T @ both
-    return total
+            difference = block - other * second[top : top + rows]
+            pair = np.hstack([block, difference])
+            gram += pair.T @ pair
+    return gram
 
 
-def check_size(**asked: float | None) -> None:
-    """Raise unless exactly one of rank, energy, budget is given and lies in its range."""
-    given = {key: value for key, value in asked.items() if value is not None}
+def check_size(**options: float | None) -> None:
+    """Raise unless exactly one of rank, energy, budget is given and in its range."""
+    given = {key: value for key, value in options.items() if value is not None}
     if len(given) != 1:
-        message = f"Give exactly one of {', '.join(asked)}; got {', '.join(given) or 'none'}."
+        message = f"Give exactly one of {', '.join(options)}; got {', '.join(given) or 'none'}."
         raise InputError(message)
     ((key, value),) = given.items()
-    whole = key != "energy"
-    if whole and (value != int(value) or value < 1):
-        message = f"{key} must be a whole number of at least 1, got {value!r}."
-        raise InputError(message)
-    if not whole and not 0 < value <= 1:
+    if key == "energy" and not 0 < value <= 1:
         message = f"An energy share lies in (0, 1], got {value!r}."
         raise InputError(message)
+    if key != "energy" and (value != int(value) or value < 1):
+        message = f"{key} must be a whole number of at least 1, got {value!r}."
+        raise InputError(message)
 
 
-def refuse_parts(update: Update) -> None:
-    """Raise for the part of a method whose other part depends on the directions of this one."""
+def refuse_partial_methods(update: Update) -> None:
+    """Raise for a part of a method whose other part depends on the directions of this one."""
     if isinstance(update, LowRankUpdate) and update.variant not in ("", "DoRA"):
         message = (
             f"'{update.name}' in {update.label or 'this adapter'} is a part of {update.variant}, "
@@ -253,100 +261,80 @@ def refuse_parts(update: Update) -> None:
         raise UnsupportedMethodError(message)
 
 
-def parameters_of(update: Update) -> int:
-    """Return how many numbers an update is stored in."""
-    if isinstance(update, LowRankUpdate):
-        return update.rank * sum(update.shape)
-    return update.shape[0] * update.shape[1]
-
-
 def from_directions(
     update: Update, U: NDArray[np.float64], S: NDArray[np.float64], V: NDArray[np.float64]
 ) -> LowRankUpdate:
     """Return ``U·diag(S)·Vᵀ`` as the new low-rank update of a module, balanced, of scale 1.
 
-    ``S`` includes the scale, where it is known. Without directions B is zero.
+    ``S`` includes the scale, if it is known. Without directions B is zero.
     """
-    known = not isinstance(update, LowRankUpdate) or update.scale is not None
     root = np.sqrt(S)
     A: NDArray[np.floating] = root[:, None] * V.T
     B = U * root
     if not len(S):
         B = np.zeros((update.shape[0], 1))
         A = update.A[:1] if isinstance(update, LowRankUpdate) else np.zeros((1, update.shape[1]))
-    scale, alpha = (1.0, float(B.shape[1])) if known else (None, None)
-    if isinstance(update, LowRankUpdate):
-        return replace(
-            update, A=A, B=B, scale=scale, alpha=alpha, stored_dtype="", stored_at=NOT_STORED
+    alpha = float(B.shape[1])
+    if isinstance(update, DenseUpdate):
+        return LowRankUpdate(
+            name=update.name,
+            A=A,
+            B=B,
+            scale=1.0,
+            alpha=alpha,
+            layout=update.layout,
+            kernel=update.kernel,
+            label=update.label,
         )
-    return LowRankUpdate(
-        name=update.name,
-        A=A,
-        B=B,
-        scale=scale,
-        alpha=alpha,
-        layout=update.layout,
-        kernel=update.kernel,
-        label=update.label,
+    scale = None if update.scale is None else 1.0
+    new_alpha = None if update.scale is None else alpha
+    return replace(
+        update, A=A, B=B, scale=scale, alpha=new_alpha, stored_dtype="", stored_at=NOT_STORED
     )
 
 
-class _Kept(NamedTuple):
-    """Leading directions, the norm of all, and of those that are not among them."""
-
-    U: NDArray[np.float64]
-    S: NDArray[np.float64]
-    V: NDArray[np.float64]
-    norm: float
-    lost: float
+Directions = tuple["NDArray[np.float64]", "NDArray[np.float64]", "NDArray[np.float64]"]
 
 
-def _kept(update: DenseUpdate, rank: int | None, energy: float | None) -> _Kept:
-    if min(update.shape) > linalg.DENSE_SVD_LIMIT:
-        return _kept_of_large(update, rank, energy)
-    found = spectrum(update)
-    k = min(rank or found.energy_rank(energy or 1.0), found.numerical_rank)
-    return _Kept(*_leading(found, k), found.norm, _norm(found.S[k : found.numerical_rank]))
+def _leading_of_large(
+    update: DenseUpdate, rank: int | None, energy: float | None
+) -> tuple[Directions, float, float]:
+    """Return leading U, S, V of a large dense update, its norm, and the norm of the rest.
 
-
-def _kept_of_large(update: DenseUpdate, rank: int | None, energy: float | None) -> _Kept:
-    """Return the same by an iteration for the leading part; the rest is formed to be measured."""
+    The leading part is iterated; the rest is formed block by block to measure it.
+    """
     norm = float(np.sqrt(sum(float(np.vdot(part, part)) for _, part in _row_blocks(update))))
     full = min(update.shape)
-    wanted = min(rank or _FIRST_LOOK, full)
-    found = leading_spectrum(update, wanted)
-    k = found.numerical_rank if energy is None else _count_for(found, energy * norm**2)
+    count = min(rank or _FIRST_COUNT, full)
+    leading = leading_spectrum(update, count)
+    k = leading.numerical_rank if energy is None else _energy_count(leading, energy * norm**2)
     while k is None:
-        wanted = min(4 * wanted, full)
-        found = leading_spectrum(update, wanted)
-        k = _count_for(found, (energy or 1.0) * norm**2)
-    u, s, v = _leading(found, k)
-    rest = sum(float(np.sum((p - (u[at] * s) @ v.T) ** 2)) for at, p in _row_blocks(update))
-    return _Kept(u, s, v, norm, float(np.sqrt(rest)))
+        count = min(4 * count, full)
+        leading = leading_spectrum(update, count)
+        k = _energy_count(leading, (energy or 1.0) * norm**2)
+    U, S, V = _leading_vectors(leading, k)
+    rest = sum(
+        float(np.sum((block - (U[rows] * S) @ V.T) ** 2)) for rows, block in _row_blocks(update)
+    )
+    return (U, S, V), norm, float(np.sqrt(rest))
 
 
-def _count_for(found: Spectrum, energy: float) -> int | None:
-    """Return how many leading directions hold an energy; None where those found do not."""
-    held = np.cumsum(found.S**2)
-    reached = int(np.searchsorted(held, energy * (1 - 1e-9))) + 1
-    if reached <= len(held):
-        return min(reached, found.numerical_rank)
-    return found.numerical_rank if len(held) == min(found.shape) else None
+def _energy_count(leading: Spectrum, energy: float) -> int | None:
+    """Return the number of leading directions with an energy; None if there are too few."""
+    energies = np.cumsum(leading.S**2)
+    count = int(np.searchsorted(energies, energy * (1 - 1e-9))) + 1
+    if count <= len(energies):
+        return min(count, leading.numerical_rank)
+    return leading.numerical_rank if len(energies) == min(leading.shape) else None
 
 
-def _leading(
-    found: Spectrum, k: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    return found.vectors("output")[:, :k], found.S[:k], found.vectors("input")[:, :k]
+def _leading_vectors(leading: Spectrum, k: int) -> Directions:
+    return leading.vectors("output")[:, :k], leading.S[:k], leading.vectors("input")[:, :k]
 
 
 def _row_blocks(update: DenseUpdate) -> Iterator[tuple[slice, NDArray[np.float64]]]:
     """Yield a dense update some rows at a time, in float64."""
-    rows = max(1, _BLOCK // update.shape[1])
-    for top in range(0, update.shape[0], rows):
-        at = slice(top, min(top + rows, update.shape[0]))
-        yield at, update.delta[at].astype(np.float64)
-
-
-def _norm(values: NDArray[np.float64]) -> float:
-    return float(np.linalg.norm(values))
+    height = max(1, _BLOCK // update.shape[1])
+    for top in range(0, update.shape[0], height):
+        rows = slice(top, min(top + height, update.shape[0]))
+        yield rows, update.delta[rows].astype(np.float64)

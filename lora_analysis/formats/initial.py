@@ -107,8 +107,8 @@ class AdapterStart:
         if not isinstance(first, LowRankUpdate) or (first.rank, first.shape) != wanted:
             found = "none" if first is None else f"rank {first.rank} and shape {first.shape}"
             message = (
-                f"{self.adapter.provenance.place}: the initial factors of '{name}' must have rank "
-                f"{own.rank} and shape {own.shape}, found {found}. Are both of one run?"
+                f"{self.adapter.provenance.location}: the initial factors of '{name}' must have "
+                f"rank {own.rank} and shape {own.shape}, found {found}. Are both of one run?"
             )
             raise MalformedFileError(message)
         return first.A, first.B

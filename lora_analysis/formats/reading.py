@@ -143,7 +143,7 @@ def read_adapter(
         adapter = _read(place, options)
     if isinstance(initial, str | os.PathLike):
         paths = source_paths(initial) or source_paths(os.fspath(initial).partition("#")[0])
-        adapter = adapter.described(also_read=(*adapter.provenance.also_read, *paths))
+        adapter = adapter.with_provenance(also_read=(*adapter.provenance.also_read, *paths))
     return adapter if place.snapshot is None else fetched(adapter, place.snapshot)
 
 

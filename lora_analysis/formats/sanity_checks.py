@@ -172,7 +172,7 @@ def with_sanity_findings(adapter: Adapter) -> Adapter:
     """Return the adapter with the sanity findings about its numbers; every module is loaded."""
     known = adapter.provenance.findings
     new = check_updates(adapter.values(), known)
-    return adapter.described(findings=(*known, *new)) if new else adapter
+    return adapter.with_provenance(findings=(*known, *new)) if new else adapter
 
 
 # Statistics of one factor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -20,22 +20,21 @@ from lora_analysis.errors import (
     UnsupportedMethodError,
 )
 from lora_analysis.formats.fused_parts import FUSED_PARTS, joined
-from lora_analysis.lora.experts import (
-    ExpertLayer,
-    expert_members,
-    expert_update,
-    loaded_experts,
-)
-from lora_analysis.lora.layers import (
-    Factors,
+from lora_analysis.lora.core import (
+    AdaptedModule,
+    LoraFactors,
     LoraLayer,
-    Wrapper,
-    generator_of,
+    TrainedModule,
+    adapted_modules,
+    add_adapter,
+    base_modules,
     initial_factor,
+    unwrap,
 )
-from lora_analysis.lora.model import attach, unwrapped, wrappers
-from lora_analysis.lora.parts import PartFactors, stated_parts
-from lora_analysis.lora.targets import base_modules, inside, kind_of
+from lora_analysis.lora.expert_stacks import ExpertLayer, loaded_stack_factors, split_experts
+from lora_analysis.lora.fused_projections import FusedFactors, parts_from_config
+from lora_analysis.lora.layer_kinds import initial_embedding_factor, keep_gradients
+from lora_analysis.lora.targets import is_inside, kind_of
 from lora_analysis.patterns import natural_key, near_names
 from lora_analysis.storage.adapter_fields import refuse_more_than_factors
 
@@ -50,20 +49,20 @@ def extract_adapter(
     config: Mapping[str, Any] | None = None,
     name: str | None = None,
 ) -> Adapter:
-    """Return a model's adapter as a value: copies on the CPU, whatever becomes of the model.
+    """Return a model's adapter as a value: copies on the CPU, independent of the model.
 
-    Of a fused module adapted in parts, each part is an update of its own, ``c_attn.q``.
+    If a fused module is adapted in parts, each part is an update of its own, ``c_attn.q``.
 
     Parameters
     ----------
     label
-        Of the adapter, for tables and messages.
+        Label of the adapter, for tables and messages.
     config
-        Fields in the words of PEFT's ``adapter_config.json`` (``task_type``, …), over those that
-        are known: targets, modules trained in full, rsLoRA, and the base model where a
-        transformers config names it.
+        Fields in the words of PEFT's ``adapter_config.json`` (``task_type``, …), which replace
+        those that follow from the model: targets, modules trained in full, rsLoRA, and the base
+        model if a transformers config names it.
     name
-        Which adapter; None takes the only one.
+        Name of the adapter in the model; None takes the only one.
 
     Raises
     ------
@@ -71,31 +70,27 @@ def extract_adapter(
         The model has no such adapter, or several; or a factor holds non-finite numbers.
     """
     name = name or _only_adapter(model)
-    factors: dict[str, Factors] = {}
     updates: dict[str, LowRankUpdate] = {}
     saved: dict[str, NDArray[Any]] = {}
     fused: dict[str, Any] = {}
-    for module, layer in wrappers(model):
+    all_factors: list[LoraFactors] = []
+    for module, layer in adapted_modules(model).items():
         if name not in layer.adapters:
             continue
-        part = layer.adapters[name]
-        if isinstance(layer, ExpertLayer):
-            for own, place, expert, held in layer.updates(module, name):
-                factors[own] = held
-                updates[own] = expert_update(own, place, expert, held, label)
-        elif isinstance(layer, LoraLayer):
-            factors[module] = part = cast("Factors", part)
-            updates |= {one.name: one for one in _updates(module, layer, part, label)}
-            if isinstance(part, PartFactors):
-                fused[module] = part.stated()
-        else:
-            saved |= {f"{module}.{key}": _to_numpy(t) for key, t in part.state_dict().items()}
-    if not factors:
+        trained = layer.adapters[name]
+        if isinstance(layer, TrainedModule):
+            saved |= {f"{module}.{key}": _to_numpy(t) for key, t in trained.state_dict().items()}
+            continue
+        updates |= {update.name: update for update in _updates(module, layer, name, label)}
+        all_factors += (part for part in trained.modules() if isinstance(part, LoraFactors))
+        if isinstance(trained, FusedFactors):
+            fused[module] = trained.config_entry()
+    if not all_factors:
         message = f"The model has no adapter {name!r}."
         raise InputError(message)
-    first = next(iter(factors.values()))
+    shared = all_factors[0]
     base = getattr(getattr(model, "config", None), "name_or_path", None)
-    fields = {"base_model_name_or_path": base or None} | dict(first.config) | dict(config or {})
+    fields = {"base_model_name_or_path": base or None} | dict(shared.config) | dict(config or {})
     if fused:
         fields[FUSED_PARTS] = fused
     ranks = {update.rank for update in updates.values()}
@@ -107,7 +102,7 @@ def extract_adapter(
             scale_origin=dict.fromkeys(updates, "config"),
             base_model=fields["base_model_name_or_path"],
             rank=ranks.pop() if len(ranks) == 1 else None,
-            seed=first.seed,
+            seed=shared.seed,
         ),
         saved_modules=saved,
         config=fields,
@@ -115,24 +110,35 @@ def extract_adapter(
 
 
 def _updates(
-    module: str, layer: LoraLayer, factors: Factors, label: str
+    module: str, layer: AdaptedModule, adapter: str, label: str
 ) -> Iterator[LowRankUpdate]:
-    """Yield the updates that a module's factors are: one, or one for each part."""
-    pairs: Iterable[tuple[str, Tensor, Tensor]] = [(module, factors.A, factors.B)]
-    if isinstance(factors, PartFactors):
-        pairs = ((f"{module}.{part}", A, B) for part, A, B in factors.of_parts())
-    for name, A, B in pairs:
-        yield LowRankUpdate(
-            name,
-            _to_numpy(A),
-            _to_numpy(B),
-            factors.scale,
-            alpha=factors.alpha,
-            stored_dtype=str(A.dtype).removeprefix("torch."),
-            layout=layer.layout,
-            kernel=layer.kernel,
-            label=label,
-        )
+    """Yield the updates of an adapted module: one, or one for each part or expert."""
+    if isinstance(layer, ExpertLayer):
+        for name, base_name, expert, factors in layer.factors_of_experts(module, adapter):
+            A, B = factors.A[expert], factors.B[expert]
+            yield _update(name, A, B, factors, label=label, base_name=base_name)
+        return
+    factors = cast("LoraFactors", layer.adapters[adapter])
+    shape: dict[str, Any] = {}
+    if isinstance(layer, LoraLayer):
+        shape = {"layout": layer.layout, "kernel": layer.kernel}
+    if isinstance(factors, FusedFactors):
+        for part, A, B in factors.factors_of_parts():
+            yield _update(f"{module}.{part}", A, B, factors, label=label, **shape)
+    else:
+        yield _update(module, factors.A, factors.B, factors, label=label, **shape)
+
+
+def _update(name: str, A: Tensor, B: Tensor, factors: LoraFactors, **fields: Any) -> LowRankUpdate:
+    return LowRankUpdate(
+        name,
+        _to_numpy(A),
+        _to_numpy(B),
+        factors.scale,
+        alpha=factors.alpha,
+        stored_dtype=str(A.dtype).removeprefix("torch."),
+        **fields,
+    )
 
 
 def load_adapter_into(
@@ -140,13 +146,13 @@ def load_adapter_into(
 ) -> list[str]:
     """Put an adapter into ``model``, in place and active: its factors, scales and trained modules.
 
-    Each module gets its own rank and scale. The model is frozen as a whole; with ``trainable``,
-    the adapter takes gradients and its training can go on.
+    Each module gets the rank and scale it has in the adapter. The whole model is frozen; with
+    ``trainable``, the adapter takes gradients and its training can continue.
 
     Returns
     -------
     list of str
-        The adapted modules, in natural order; of experts their module and parameter.
+        The adapted modules, in natural order; for experts their module and parameter.
 
     Raises
     ------
@@ -157,7 +163,7 @@ def load_adapter_into(
         A factor or a trained tensor does not fit the module's shape, or a stack of experts is not
         adapted whole.
     ScaleError
-        The scale of a module is not known.
+        The scale of a module is unknown.
     UnsupportedMethodError
         More than factors and whole modules was trained (biases, single tokens), or an update is
         not ``s·B·A`` on the weight of its module (DoRA, replicated layers).
@@ -172,44 +178,44 @@ def load_adapter_into(
     )
     adapter = joined(adapter)
     modules = base_modules(model)
-    stacks, plain = expert_members(adapter)
-    kinds: dict[str, type[Wrapper]] = dict.fromkeys(stacks, ExpertLayer)
+    stacks, plain = split_experts(adapter)
     config = dict(adapter.config) or {"target_modules": list(adapter)}
     fused = config.pop(FUSED_PARTS, {})
     seed = adapter.provenance.seed
-    factors: dict[str, nn.Module] = {
-        module: loaded_experts(module, modules, members, seed=seed, config=config)
-        for module, members in stacks.items()
-    }
+    adapted: dict[str, tuple[type[AdaptedModule], nn.Module]] = {}
+    for module, experts in stacks.items():
+        stack = loaded_stack_factors(module, modules, experts, seed=seed, config=config)
+        adapted[module] = ExpertLayer, stack
     for module, update in plain.items():
         _refuse_other_updates(update, adapter)
-        kinds[module] = kind = kind_of(module, modules)
-        factors[module] = kind.factors(
-            unwrapped(modules[module]),
-            torch.tensor(update.A),
-            torch.tensor(update.B),
-            f"{module}' of '{adapter.label}",
-            scale=update.known_scale(),
-            alpha=update.alpha,
-            seed=seed,
-            dropout=float(config.get("lora_dropout") or 0.0),
-            config=config,
-            **_parts_of(module, fused),
+        kind = kind_of(module, modules)
+        fields: dict[str, Any] = {
+            "scale": update.known_scale(),
+            "alpha": update.alpha,
+            "seed": seed,
+            "dropout": float(config.get("lora_dropout") or 0.0),
+            "config": config,
+        }
+        if module in fused:
+            fields |= {"factors_type": FusedFactors, "parts": parts_from_config(fused[module])}
+        A, B = torch.tensor(update.A), torch.tensor(update.B)
+        subject = f"{module}' of '{adapter.label}"
+        adapted[module] = (
+            kind,
+            kind.make_factors(unwrap(modules[module]), A, B, subject, **fields),
         )
-    attach(model, name, kinds, factors, dict(_trained_copies(modules, adapter)))
+    for module, trained in _trained_copies(modules, adapter):
+        adapted[module] = TrainedModule, trained
+    add_adapter(model, name, adapted)
+    keep_gradients(model)
     if not trainable:
         model.requires_grad_(False)
-    held = {f"{module}.{name}" for module, found in stacks.items() for name in found}
-    return sorted(held.union(plain), key=natural_key)
-
-
-def _parts_of(module: str, fused: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a module's factors are told of its parts; nothing where it is adapted whole."""
-    return {"parts": stated_parts(fused[module])} if module in fused else {}
+    names = {f"{module}.{parameter}" for module, experts in stacks.items() for parameter in experts}
+    return sorted(names.union(plain), key=natural_key)
 
 
 def _refuse_other_updates(update: LowRankUpdate, adapter: Adapter) -> None:
-    """Raise for an update that adding ``s·B·A`` to this module's weight would not be."""
+    """Raise if adding ``s·B·A`` to the module's weight is not the update."""
     if update.variant:
         reason = f"of {update.variant}, whose update is more than s·B·A; see effective_update"
     elif update.base_name not in ("", update.name):
@@ -221,18 +227,17 @@ def _refuse_other_updates(update: LowRankUpdate, adapter: Adapter) -> None:
 
 
 def initial_adapter(adapter: Adapter) -> Adapter:
-    """Return what training started from: the same modules with their initial A, and B = 0.
+    """Return the adapter from which training started: the same modules, initial A, and B = 0.
 
-    Of an embedding B is drawn, and A = 0.
-
-    Made anew from (module, rank, seed), the way `add_lora` draws it: for adapters that this
-    package trained, or of which ``provenance.seed`` is the seed of such a start. It is what
-    `initialization.drift` and a control of φ between initial factors are held against.
+    For an embedding, B is random and A = 0. The factors are computed from (module, rank, seed) as
+    `add_lora` does: for adapters that this package trained, or whose ``provenance.seed`` is the
+    seed of such an initialization. `shared_init.drift` and a control of φ between initial
+    factors compare with it.
 
     Raises
     ------
     InputError
-        The adapter's seed is not known, or it holds a dense update.
+        The adapter's seed is unknown, or it has a dense update.
     """
     seed = adapter.provenance.seed
     if seed is None:
@@ -254,17 +259,17 @@ def _initial_update(adapter: Adapter, module: str, seed: int) -> LowRankUpdate:
     if not isinstance(update, LowRankUpdate):
         message = f"'{module}' in {adapter.label} is a dense update, without an initial A."
         raise InputError(message)
+    (d_out, d_in), r = update.shape, update.rank
     if update.layout == "embedding":
-        d_out, rank = update.B.shape
-        generator = generator_of(module, rank, seed)
-        start = torch.empty(d_out, rank).normal_(generator=generator).numpy()
-        return replace(update, A=np.zeros_like(update.A), B=start, stored_dtype="float32")
-    start = initial_factor(module, update.rank, seed, update.shape[1]).numpy()
-    return replace(update, A=start, B=np.zeros_like(update.B), stored_dtype="float32")
+        A, B = np.zeros_like(update.A), initial_embedding_factor(module, r, seed, d_out).numpy()
+    else:
+        A, B = initial_factor(module, r, seed, d_in).numpy(), np.zeros_like(update.B)
+    return replace(update, A=A, B=B, stored_dtype="float32")
 
 
 def _only_adapter(model: nn.Module) -> str:
-    names = list(dict.fromkeys(key for _, layer in wrappers(model) for key in layer.adapters))
+    layers = adapted_modules(model).values()
+    names = list(dict.fromkeys(name for layer in layers for name in layer.adapters))
     if len(names) == 1:
         return names[0]
     message = (
@@ -287,20 +292,20 @@ def _trained_copies(
 ) -> Iterator[tuple[str, nn.Module]]:
     """Yield each module that was trained in full, as a copy that holds the adapter's tensors."""
     entries = tuple(adapter.config.get("modules_to_save") or ())
-    owned: dict[str, dict[str, Tensor]] = {}
+    tensors: dict[str, dict[str, Tensor]] = {}
     for tensor, value in adapter.saved_modules.items():
         owner = _owner(tensor, modules, entries)
-        if owner not in modules or owner in adapter or inside(owner, adapter):
+        if owner not in modules or owner in adapter or is_inside(owner, adapter):
             near = ", ".join(near_names(owner, modules)) or "none"
             message = (
-                f"{adapter.label} trained '{tensor}', but the model has no such module beside the "
-                f"adapted ones. Near names: {near}."
+                f"{adapter.label} trained '{tensor}', but the model has no such module apart from "
+                f"the adapted ones. Near names: {near}."
             )
             raise TargetError(message)
-        owned.setdefault(owner, {})[tensor.removeprefix(f"{owner}.")] = torch.tensor(value)
-    for owner in sorted(owned, key=natural_key):
-        module = copy.deepcopy(unwrapped(modules[owner]))
-        _put(module, owned[owner], f"{owner}' of '{adapter.label}")
+        tensors.setdefault(owner, {})[tensor.removeprefix(f"{owner}.")] = torch.tensor(value)
+    for owner in sorted(tensors, key=natural_key):
+        module = copy.deepcopy(unwrap(modules[owner]))
+        _load_tensors(module, tensors[owner], f"{owner}' of '{adapter.label}")
         yield owner, module
 
 
@@ -312,14 +317,14 @@ def _owner(tensor: str, modules: Mapping[str, nn.Module], entries: Collection[st
     return next(named, ".".join(segments))
 
 
-def _put(module: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
+def _load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
     """Copy tensors into a module, all of which it must have in the same shape."""
-    own = module.state_dict()
+    state = module.state_dict()
     for key, value in tensors.items():
-        found = tuple(own[key].shape) if key in own else "none"
-        if found != tuple(value.shape):
+        shape = tuple(state[key].shape) if key in state else "none"
+        if shape != tuple(value.shape):
             message = (
-                f"'{name}' holds '{key}' of shape {tuple(value.shape)}, the model's has {found}. "
+                f"'{name}' holds '{key}' of shape {tuple(value.shape)}, the model's has {shape}. "
                 "Was the adapter made for another base, or another number of classes?"
             )
             raise IncompatibleError(message)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from lora_analysis.errors import TargetError
-from lora_analysis.lora.kinds import KINDS, QuantisedLoraLayer
-from lora_analysis.lora.layers import Conv1DLoraLayer, LoraLayer, Wrapper
+from lora_analysis.lora.core import AdaptedModule, LoraLayer, base_modules
+from lora_analysis.lora.layer_kinds import LAYER_KINDS, Conv1DLoraLayer, QuantizedLoraLayer
 from lora_analysis.patterns import (
     NO_TYPE,
     matches_target,
@@ -20,37 +20,23 @@ from lora_analysis.patterns import (
 )
 
 
-def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every module by its name in the base model, the model itself as ``""``.
-
-    A wrapper stands for what it wraps, and is not entered.
-    """
-
-    def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-        for leaf, child in module._modules.items():
-            if child is not None:
-                yield prefix + leaf, child
-                if not isinstance(child, Wrapper):
-                    yield from walk(child, f"{prefix}{leaf}.")
-
-    return {"": model, **dict(walk(model, ""))}
-
-
 def trained_modules(modules: Mapping[str, nn.Module], trainable: Collection[str]) -> list[str]:
     """Return the modules whose names end in an entry of ``trainable``, the outermost ones.
 
     PEFT's rule for ``modules_to_save``: the end of the name, not of a segment.
     """
-    found: list[str] = []
+    names: list[str] = []
     for entry in trainable:
-        matched = [
-            n for n in modules if entry and n.endswith(entry) and _has_parameters(modules[n])
+        matches = [
+            name
+            for name, module in modules.items()
+            if entry and name.endswith(entry) and next(module.parameters(), None) is not None
         ]
-        if not matched:
-            message = f"No module to train ends in {entry!r}. {_near(entry, modules)}"
+        if not matches:
+            message = f"No module to train ends in {entry!r}. {_hint(entry, modules)}"
             raise TargetError(message)
-        found += matched
-    outermost = sorted({name for name in found if not inside(name, found)}, key=natural_key)
+        names += matches
+    outermost = sorted({name for name in names if not is_inside(name, names)}, key=natural_key)
     for name in outermost:
         if twin := _twin(name, modules):
             message = f"Cannot train '{name}' alone: it is the same module as '{twin}'."
@@ -63,33 +49,33 @@ def target_modules(
 ) -> dict[str, type[LoraLayer]]:
     """Return the targeted modules in natural order, each with its kind of LoRA layer.
 
-    Modules trained in full, and those inside of one, are no targets.
+    Modules trained in full, and modules inside them, are not targets.
     """
-    names = [n for n in modules if n and n not in trained and not inside(n, trained)]
+    names = [n for n in modules if n and n not in trained and not is_inside(n, trained)]
     if not targets:
-        message = f"No targets were given. {_near('', modules)}"
+        message = f"No targets were given. {_hint('', modules)}"
         raise TargetError(message)
-    matched: set[str] = set()
+    targeted: set[str] = set()
     for target in [targets] if isinstance(targets, str) else targets:
         rule = targets if isinstance(targets, str) else [target]
         with pattern_budget():
-            found = {name for name in names if matches_target(name, rule)}
-        if not found:
-            message = f"No module is named by the target {target!r}. {_near(target, modules)} " + (
+            matches = {name for name in names if matches_target(name, rule)}
+        if not matches:
+            message = f"No module is named by the target {target!r}. {_hint(target, modules)} " + (
                 "A string is a regular expression for the whole name; pass a list for endings."
                 if isinstance(targets, str)
                 else "An entry is a module's name, or its last segments."
             )
             raise TargetError(message)
-        matched |= found
-    return {name: kind_of(name, modules) for name in sorted(matched, key=natural_key)}
+        targeted |= matches
+    return {name: kind_of(name, modules) for name in sorted(targeted, key=natural_key)}
 
 
 def linear_layers_of_blocks(model: nn.Module, trainable: Collection[str] = ()) -> list[str]:
-    """Return every linear layer inside of a repeated block, MLP included, in natural order.
+    """Return every linear layer inside a repeated block, MLP included, in natural order.
 
-    A block is a member of a list of modules, so that embeddings and heads are outside. Those
-    inside of a module to be ``trainable`` in full are left out.
+    A block is a member of a list of modules, which excludes embeddings and heads. Layers inside
+    a module to be ``trainable`` in full are excluded too.
 
     Raises
     ------
@@ -98,41 +84,41 @@ def linear_layers_of_blocks(model: nn.Module, trainable: Collection[str] = ()) -
     """
     modules = base_modules(model)
     trained = trained_modules(modules, trainable)
-    found = [
+    names = [
         name
         for name, module in modules.items()
-        if _kind(module) in (LoraLayer, Conv1DLoraLayer, QuantisedLoraLayer)
-        and any(part.isdecimal() for part in name.split("."))
+        if _kind(module) in (LoraLayer, Conv1DLoraLayer, QuantizedLoraLayer)
+        and any(segment.isdecimal() for segment in name.split("."))
         and name not in trained
-        and not inside(name, trained)
+        and not is_inside(name, trained)
         and not _obstacle(name, modules)
     ]
-    if not found:
-        message = f"The model has no linear layer inside of a block. {_near('', modules)}"
+    if not names:
+        message = f"The model has no linear layer inside of a block. {_hint('', modules)}"
         raise TargetError(message)
-    return sorted(found, key=natural_key)
+    return sorted(names, key=natural_key)
 
 
 def kind_of(name: str, modules: Mapping[str, nn.Module]) -> type[LoraLayer]:
-    """Return the kind of LoRA layer that fits the module; raise TargetError if none can."""
+    """Return the kind of LoRA layer that fits the module; raise TargetError if there is none."""
     if name not in modules:
-        message = f"The model has no module '{name}'. {_near(name, modules)}"
+        message = f"The model has no module '{name}'. {_hint(name, modules)}"
         raise TargetError(message)
     kind = _kind(modules[name])
     reason = _obstacle(name, modules)
     if kind is None or reason:
-        message = f"Cannot adapt '{name}': {reason}. {_near(name, modules)}"
+        message = f"Cannot adapt '{name}': {reason}. {_hint(name, modules)}"
         raise TargetError(message)
     return kind
 
 
-def inside(name: str, owners: Collection[str]) -> bool:
-    """Return whether the name lies below one of the owners."""
+def is_inside(name: str, owners: Collection[str]) -> bool:
+    """Return True if the module is inside one of the owners."""
     return any(name.startswith(f"{owner}.") for owner in owners)
 
 
 def _obstacle(name: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """Say why a LoRA layer in this place cannot be, or would not be called."""
+    """Return the reason why a LoRA layer would not fit, or never be called; None without one."""
     layer, parent = modules[name], modules[name.rpartition(".")[0]]
     if isinstance(layer, nn.MultiheadAttention):
         return (
@@ -143,7 +129,7 @@ def _obstacle(name: str, modules: Mapping[str, nn.Module]) -> str | None:
         return f"a {type(layer).__name__} in {layer.groups} groups has no matrix to factor"
     if _kind(layer) is None:
         return (
-            f"a {type(layer).__name__} is no Linear, Conv1D, Embedding or convolution with a "
+            f"a {type(layer).__name__} is not a Linear, Conv1D, Embedding or convolution with a "
             "plain weight"
         )
     if isinstance(parent, nn.MultiheadAttention):
@@ -159,9 +145,9 @@ def _obstacle(name: str, modules: Mapping[str, nn.Module]) -> str | None:
 
 
 def _kind(layer: nn.Module) -> type[LoraLayer] | None:
-    if isinstance(layer, Wrapper):
+    if isinstance(layer, AdaptedModule):
         return type(layer) if isinstance(layer, LoraLayer) else None
-    return next((kind for kind in KINDS if kind.accepts(layer)), None)
+    return next((kind for kind in LAYER_KINDS if kind.accepts(layer)), None)
 
 
 def _twin(name: str, modules: Mapping[str, nn.Module]) -> str | None:
@@ -169,15 +155,11 @@ def _twin(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     return next((n for n, other in modules.items() if other is modules[name] and n != name), None)
 
 
-def _has_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
-
-
-def _near(wanted: str, modules: Mapping[str, nn.Module]) -> str:
-    """List near names, or where nothing is near the endings that can be adapted."""
-    near = [name for name in near_names(wanted, modules) if name != wanted]
+def _hint(target: str, modules: Mapping[str, nn.Module]) -> str:
+    """Return a sentence with near names, or without any the endings that can be adapted."""
+    near = [name for name in near_names(target, modules) if name != target]
     if near:
         return f"Near names: {', '.join(near)}."
-    found = {name: module_type(name) for name in modules if not _obstacle(name, modules)}
-    endings = dict.fromkeys(name if kind == NO_TYPE else kind for name, kind in found.items())
+    types = {name: module_type(name) for name in modules if not _obstacle(name, modules)}
+    endings = dict.fromkeys(name if kind == NO_TYPE else kind for name, kind in types.items())
     return f"Modules that can be adapted end in: {', '.join(list(endings)[:8]) or 'none found'}."

@@ -71,9 +71,9 @@ def _near(place: str) -> str:
 
 def _reading(study: Study, label: str) -> str:
     source = study.adapters[label].provenance
-    if source.place is None:
+    if source.location is None:
         return f"...,  # {label!r} was made in memory"
-    options = [repr(_near(source.place))]
+    options = [repr(_near(source.location))]
     if "caller" in source.scale_origin.values():
         scales = study.spectra.loc[study.spectra["adapter"] == label, "scale"].unique()
         # Several scales came from one alpha over several ranks.

@@ -72,7 +72,7 @@ def names_of(adapter: Adapter, depth: int) -> tuple[str, ...]:
     The path's last ``depth`` segments, without the suffix of a file, once as they are and once
     without the last: adapters often lie in a folder that says nothing (``final``).
     """
-    place = adapter.provenance.place
+    place = adapter.provenance.location
     if place is None:
         return (adapter.label,)
     path = PurePath(whole_characters(place))
@@ -102,11 +102,11 @@ def _described(adapter: Adapter, pattern: str) -> Adapter:
             break
     else:
         misfit = Finding("label-misfit", {"pattern": repr(pattern)})
-        return adapter.described(findings=(*known.findings, misfit))
+        return adapter.with_provenance(findings=(*known.findings, misfit))
     rank = facts.get("rank")
     if known.rank is not None and rank is not None and rank != known.rank:
         note = f"its name says rank {rank}, its tensors have rank {known.rank}, which counts."
         facts["findings"] = (*known.findings, note)
     if known.rank is not None:
         facts.pop("rank", None)
-    return adapter.described(**facts)
+    return adapter.with_provenance(**facts)

@@ -34,7 +34,7 @@ def unique_labels(adapters: Sequence[Adapter]) -> list[Adapter]:
     result = []
     for adapter in adapters:
         seen[adapter.label] = count = seen.get(adapter.label, 0) + 1
-        result.append(adapter if count == 1 else adapter.relabeled(f"{adapter.label} ({count})"))
+        result.append(adapter if count == 1 else adapter.with_label(f"{adapter.label} ({count})"))
     return result
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lora_analysis.errors import InputError, MissingExtraError
-from lora_analysis.lora.kinds import QuantisedLoraLayer
+from lora_analysis.lora.layer_kinds import QuantizedLoraLayer
 from lora_analysis.storage.places import existing_path
 from lora_analysis.training.examples import Examples, read_examples
 from lora_analysis.training.inputs import LOCAL, base_place
@@ -150,7 +150,7 @@ def _model(
     try:
         model, fresh = made()
         parts = (layer for name in fresh for layer in model.get_submodule(name).modules())
-        if any(map(QuantisedLoraLayer.accepts, parts)):  # there is nothing yet to quantize
+        if any(map(QuantizedLoraLayer.accepts, parts)):  # there is nothing yet to quantize
             plain = [name for name, layer in model.named_modules() if type(layer) is nn.Linear]
             options["quantization_config"].llm_int8_skip_modules = [*fresh, *plain]
             model, fresh = made()

@@ -1,9 +1,9 @@
-"""The adapter around edited updates: what of the old one still holds of the new one."""
+"""The adapter around edited updates: which facts about the source are still true."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_analysis.adapter import Adapter, LazyUpdate, LowRankUpdate
 from lora_analysis.finding import as_findings
@@ -13,30 +13,32 @@ if TYPE_CHECKING:
 
     from lora_analysis.adapter import Update
 
-# The writer works these out from the updates; what the old config said of them is no longer so.
+# The writer computes these from the updates; those of the source's config are outdated.
 _OUTDATED = ("use_rslora", "rank_pattern", "alpha_pattern", "r", "lora_alpha")
 
 
-def derived(
-    adapter: Adapter, updates: Mapping[str, Update | Callable[[], Update]], sentence: str
+def derive_adapter(
+    adapter: Adapter, updates: Mapping[str, Update | Callable[[], Update]], note: str
 ) -> Adapter:
     """Return an adapter in memory with the label, head, task and base of another.
 
     Parameters
     ----------
     adapter
-        The one it was made from.
+        The source.
     updates
-        Its modules. Where some are gone, the config's targets are narrowed to the rest. The ranks
-        of those that a plain function returns stay unknown.
-    sentence
-        What was done, which becomes a finding.
+        The new adapter's modules. If some of the source's are missing, the config's targets are
+        narrowed to the rest. The ranks of updates that a plain function returns stay unknown.
+    note
+        A sentence about the edit, which becomes a finding.
     """
     source = adapter.provenance
     ranks = {_rank(update) for update in updates.values()}
-    return Adapter(
-        updates,
-        label=adapter.label,
+    config = {key: value for key, value in adapter.config.items() if key not in _OUTDATED}
+    if len(updates) < len(adapter):
+        config["target_modules"] = list(updates)
+    return adapter.copy_with(
+        updates=updates,
         provenance=replace(
             source,
             path=None,
@@ -44,13 +46,11 @@ def derived(
             files=(),
             scale_origin={name: source.scale_origin.get(name, "caller") for name in updates},
             rank=ranks.pop() if len(ranks) == 1 else None,
-            findings=(*source.findings, *as_findings((sentence,))),
+            findings=(*source.findings, *as_findings((note,))),
             source_format=source.source_format or source.format,
             also_read=source.inputs,
         ),
-        saved_modules=adapter.saved_modules,
-        config=_config(adapter, updates),
-        side_tensors=adapter.side_tensors,
+        config=config,
     )
 
 
@@ -58,10 +58,3 @@ def _rank(update: Update | Callable[[], Update]) -> int | None:
     if isinstance(update, LazyUpdate):
         return None if update.outline.dense else update.outline.rank
     return update.rank if isinstance(update, LowRankUpdate) else None
-
-
-def _config(adapter: Adapter, updates: Mapping[str, object]) -> dict[str, Any]:
-    config = {key: value for key, value in adapter.config.items() if key not in _OUTDATED}
-    if len(updates) < len(adapter):
-        config["target_modules"] = list(updates)
-    return config

@@ -232,8 +232,8 @@ def test_swapping_adapters_back_and_forth_changes_nothing() -> None:
     ("layer", "words"),
     [
         (nn.Conv2d(4, 4, 1, groups=2), "a Conv2d in 2 groups has no matrix to factor"),
-        (nn.ConvTranspose1d(4, 4, 1), "a ConvTranspose1d is no Linear"),
-        (nn.Embedding(4, 4, max_norm=1.0), "a Embedding is no Linear"),
+        (nn.ConvTranspose1d(4, 4, 1), "a ConvTranspose1d is not a Linear"),
+        (nn.Embedding(4, 4, max_norm=1.0), "a Embedding is not a Linear"),
         (nn.MultiheadAttention(4, 2), "MultiheadAttention keeps q, k and v in one parameter"),
     ],
 )

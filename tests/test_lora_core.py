@@ -17,7 +17,9 @@ def wrapped(layer: nn.Module, rank: int = 3, scale: float = 1.7) -> LoraLayer:
     d_out, d_in = kind.shape(layer)
     result = kind(layer)
     A, B = torch.randn(rank, d_in), torch.randn(d_out, rank)
-    result.adapters["default"] = kind.factors(layer, A, B, "q", scale=scale, alpha=None, config={})
+    result.adapters["default"] = kind.make_factors(
+        layer, A, B, "q", scale=scale, alpha=None, config={}
+    )
     result.active = "default"
     return result
 
@@ -40,7 +42,7 @@ def test_the_merged_weight_computes_the_same(layer: nn.Module) -> None:
     lora = wrapped(layer)
     x = torch.randn(5, 6)
     expected = lora(x)
-    merged = lora.merged_weight()
+    merged = lora.merged_parameters()["weight"]
     assert merged.shape == layer.weight.shape
     output = torch.func.functional_call(layer, {"weight": merged}, x)
     torch.testing.assert_close(output, expected)
@@ -62,7 +64,7 @@ def test_factors_are_never_in_half_precision_and_outputs_keep_the_bases_type(
     assert lora.adapters["default"].A.dtype == factors
     assert lora.adapters["default"].B.dtype == factors
     assert lora(torch.randn(2, 6).to(base)).dtype == base
-    assert lora.merged_weight().dtype == base
+    assert lora.merged_parameters()["weight"].dtype == base
 
 
 def test_a_half_precision_base_is_rounded_once_after_the_sum() -> None:
@@ -84,7 +86,7 @@ def test_a_wrapper_answers_for_the_layer_it_wraps() -> None:
 
 def test_factors_of_another_shape_are_refused_with_both_shapes() -> None:
     with pytest.raises(IncompatibleError, match=r"'q'.*\(4, 6\).*A is \(2, 5\).*B \(4, 2\)"):
-        LoraLayer.factors(nn.Linear(6, 4), torch.ones(2, 5), torch.ones(4, 2), "q")
+        LoraLayer.make_factors(nn.Linear(6, 4), torch.ones(2, 5), torch.ones(4, 2), "q")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,226 @@
+"""LoRA on stacks of experts: parameters with three axes that belong to no layer of their own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_analysis.adapter import LowRankUpdate
+from lora_analysis.errors import IncompatibleError, InputError, TargetError
+from lora_analysis.lora.core import (
+    AdaptedModule,
+    LoraFactors,
+    factor_dtype,
+    initial_factor,
+    unwrap,
+)
+from lora_analysis.patterns import near_names
+
+if TYPE_CHECKING:
+    from lora_analysis.adapter import Adapter
+
+# Updates of the experts of one stack, by number.
+ExpertUpdates = dict[int, LowRankUpdate]
+_EXPERT: Final = re.compile(r"(?P<module>.+)\.(?P<parameter>[^.]+)\[(?P<expert>\d+)\]")
+
+
+class ExpertLayer(AdaptedModule):
+    """A module of experts with low-rank adapters: ``W_e + s·B_e·A_e`` for every expert e.
+
+    For each adapted parameter A is ``(E, r, d_in)`` and B ``(E, d_out, r)``. The module computes
+    with these sums, formed at every call, in place of its parameters.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module with the active adapter's parameters."""
+        if self.active is None:
+            return self.base_layer(*args, **kwargs)
+        return torch.func.functional_call(self.base_layer, self._adapted(), args, kwargs)
+
+    @torch.no_grad()
+    def merged_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters with the active adapter's updates added; none without one."""
+        if self.active is None:
+            return {}
+        return {
+            name: nn.Parameter(value, requires_grad=False)
+            for name, value in self._adapted().items()
+        }
+
+    def _adapted(self) -> dict[str, Tensor]:
+        """Return the adapted parameters with the active adapter's updates added."""
+        values = {}
+        for name, factors in self._factors(cast("str", self.active)):
+            W = cast("Tensor", getattr(self.base_layer, name))
+            delta = factors.scale * torch.bmm(factors.B, factors.A)  # (E, d_out, d_in)
+            delta = delta.transpose(1, 2) if _stores_transposed(self.base_layer) else delta
+            values[name] = (W.to(delta.dtype) + delta).to(W.dtype)
+        return values
+
+    def _factors(self, adapter: str) -> Iterator[tuple[str, LoraFactors]]:
+        """Yield the adapted parameters with their factors."""
+        for name, factors in cast("nn.ModuleDict", self.adapters[adapter]).items():
+            yield name, cast("LoraFactors", factors)
+
+    def factors_of_experts(
+        self, module: str, adapter: str
+    ) -> Iterator[tuple[str, str, int, LoraFactors]]:
+        """Yield (name of the update, name in the base, number of the expert, factors)."""
+        for name, factors in self._factors(adapter):
+            for expert in range(len(factors.A)):
+                yield f"{module}.{expert}.{name}", f"{module}.{name}[{expert}]", expert, factors
+
+
+def _stores_transposed(experts: nn.Module) -> bool:
+    """Return True if a module stores its experts as ``[E, in, out]``, as gpt-oss does."""
+    return bool(getattr(experts, "is_transposed", False))
+
+
+def target_stacks(
+    modules: Mapping[str, nn.Module], targets: Collection[str]
+) -> dict[str, list[str]]:
+    """Return the targeted parameters by their module, in the order in which it registers them.
+
+    PEFT's rule for ``target_parameters``: a parameter's full name, or its last segments.
+
+    Raises
+    ------
+    TargetError
+        A target names no parameter, or one that is not a stack of matrices.
+    """
+    parameters: dict[str, tuple[str, str]] = {}
+    for module, layer in modules.items():
+        for name in unwrap(layer)._parameters:
+            parameters[f"{module}.{name}" if module else name] = (module, name)
+    matches: set[str] = set()
+    for target in targets:
+        named = [full for full in parameters if full == target or full.endswith(f".{target}")]
+        if not named:
+            near = ", ".join(near_names(target, parameters)) or "none"
+            message = f"No parameter is named by the target {target!r}. Near names: {near}."
+            raise TargetError(message)
+        matches |= set(named)
+    stacks: dict[str, list[str]] = {}
+    for full, (module, name) in parameters.items():
+        if full in matches:
+            W: Tensor = getattr(modules[module], name)
+            if W.ndim != 3 or not W.is_floating_point():
+                message = (
+                    f"Cannot adapt the parameter '{full}': its shape is {tuple(W.shape)}, and a "
+                    "stack of experts has three axes. A linear layer is named among the targets."
+                )
+                raise TargetError(message)
+            stacks.setdefault(module, []).append(name)
+    return stacks
+
+
+def initial_stack_factors(
+    module: str,
+    layer: nn.Module,
+    names: Collection[str],
+    *,
+    seed: int,
+    settings: Callable[[str], tuple[int, dict[str, Any]]],
+) -> nn.ModuleDict:
+    """Return new factors of a module's stacks: for each expert its own A, and B = 0.
+
+    ``settings`` returns rank and the other fields of :class:`LoraFactors` for a parameter's full
+    name.
+    """
+    stacks = nn.ModuleDict()
+    for name in names:
+        W = cast("Tensor", getattr(layer, name))
+        experts, d_out, d_in = W.shape
+        if _stores_transposed(layer):
+            d_out, d_in = d_in, d_out
+        r, fields = settings(f"{module}.{name}")
+        starts = [initial_factor(f"{module}.{e}.{name}", r, seed, d_in) for e in range(experts)]
+        A = torch.stack(starts).to(W.device, factor_dtype(W))
+        B = torch.zeros(experts, d_out, r, device=W.device, dtype=factor_dtype(W))
+        stacks[name] = LoraFactors(A, B, seed=seed, **fields)
+    return stacks
+
+
+def split_experts(
+    adapter: Adapter,
+) -> tuple[dict[str, dict[str, ExpertUpdates]], dict[str, LowRankUpdate]]:
+    """Return the updates of experts by module, parameter and number, and all others by name.
+
+    Raises
+    ------
+    InputError
+        An update is dense.
+    """
+    stacks: dict[str, dict[str, ExpertUpdates]] = {}
+    others: dict[str, LowRankUpdate] = {}
+    for name, update in adapter.items():
+        if not isinstance(update, LowRankUpdate):
+            message = f"'{name}' in {adapter.label} is a dense update, without factors to load."
+            raise InputError(message)
+        match = _EXPERT.fullmatch(update.base_name)
+        if match is None or update.variant:
+            others[name] = update
+        else:
+            parameters = stacks.setdefault(match["module"], {})
+            parameters.setdefault(match["parameter"], {})[int(match["expert"])] = update
+    return stacks, others
+
+
+def loaded_stack_factors(
+    module: str,
+    modules: Mapping[str, nn.Module],
+    stacks: Mapping[str, ExpertUpdates],
+    *,
+    seed: int | None,
+    config: Mapping[str, Any],
+) -> nn.ModuleDict:
+    """Return the factors of a module's stacks, put together from the updates of their experts.
+
+    Raises
+    ------
+    TargetError
+        The model has no such module or parameter, or it is not a stack.
+    IncompatibleError
+        An expert is missing, does not fit, or differs from the others in rank or scale.
+    """
+    target_stacks(modules, [f"{module}.{name}" for name in stacks])
+    layer = unwrap(modules[module])
+    factors = nn.ModuleDict()
+    for name in (name for name in layer._parameters if name in stacks):  # in the model's order
+        W: Tensor = getattr(layer, name)
+        updates = _in_order(
+            f"{module}.{name}", W, stacks[name], transposed=_stores_transposed(layer)
+        )
+        A, B = (
+            torch.stack([torch.tensor(getattr(update, role)) for update in updates]).to(
+                W.device, factor_dtype(W)
+            )
+            for role in "AB"
+        )
+        factors[name] = LoraFactors(
+            A, B, scale=updates[0].known_scale(), alpha=updates[0].alpha, seed=seed, config=config
+        )
+    return factors
+
+
+def _in_order(
+    full: str, W: Tensor, updates: ExpertUpdates, *, transposed: bool
+) -> list[LowRankUpdate]:
+    """Return the updates expert by expert; raise if they are not those of the whole stack."""
+    count, *sizes = W.shape
+    shape = tuple(reversed(sizes)) if transposed else tuple(sizes)
+    kinds = {(update.rank, update.shape, update.known_scale()) for update in updates.values()}
+    if set(updates) != set(range(count)) or len(kinds) > 1 or next(iter(kinds))[1] != shape:
+        label = next(iter(updates.values())).label
+        text = ", ".join(f"rank {r}, shape {s}, scale {scale:g}" for r, s, scale in sorted(kinds))
+        message = (
+            f"The model's '{full}' has {count} experts of shape (d_out, d_in) = {shape}; {label} "
+            f"adapts {len(updates)} up to number {max(updates)}, of {text}. They are loaded all "
+            "together, with one rank and scale. Was the adapter made for another base?"
+        )
+        raise IncompatibleError(message)
+    return [updates[expert] for expert in range(count)]
