@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from lora_analysis import demo
 from lora_analysis.cli import run
-from lora_analysis.storage.bundled import bundled_data
+from lora_analysis.storage.paths import bundled_data
 from lora_analysis.storage.records import RECORD_FOLDER
 from lora_analysis.training import LoopOptions, RunConfig, demo_sweep
 

@@ -21,7 +21,7 @@ from lora_analysis.formats import find_adapters, read_adapter, write_adapter
 from lora_analysis.formats.sanity_checks import check_updates
 from lora_analysis.formats.stored import stacked, tensor
 from lora_analysis.storage import limits
-from lora_analysis.storage.headers import read_header
+from lora_analysis.storage.safetensors import read_header
 from lora_analysis.storage.tensors import open_tensors
 from lora_analysis.studies import study
 

@@ -22,7 +22,7 @@ from test_cli import call, document
 from lora_analysis.edit import resize_adapter
 from lora_analysis.errors import InputError, UnsupportedMethodError
 from lora_analysis.formats import read_adapter, unwritten_findings, write_adapter
-from lora_analysis.storage.narrowing import narrow, widened
+from lora_analysis.storage.dtypes import narrow, widened
 
 Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 CONV = "lora_unet_down_blocks_0_resnets_0_conv1"

@@ -22,8 +22,8 @@ from lora_analysis.errors import (
     UnknownFormatError,
     UnsupportedMethodError,
 )
-from lora_analysis.storage.pickles import read_pickle
 from lora_analysis.storage.tensors import open_tensors
+from lora_analysis.storage.torch_files import read_pickle
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False])
 

@@ -25,7 +25,8 @@ from lora_analysis.errors import (
     UnknownFormatError,
 )
 from lora_analysis.storage.limits import MAX_HEADER_BYTES
-from lora_analysis.storage.safetensors import iter_blocks, read_header, read_tensor
+from lora_analysis.storage.safetensors import read_header
+from lora_analysis.storage.tensor_reader import iter_blocks, read_tensor
 from lora_analysis.storage.tensors import open_tensors
 
 STORED = [np.float32, np.float64, np.float16, np.int64, np.int32, np.int16, np.int8, np.uint8, bool]

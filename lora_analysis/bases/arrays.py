@@ -11,7 +11,7 @@ import numpy as np
 from lora_analysis.bases.naming import matrix_shape, quantized
 from lora_analysis.errors import BaseWeightError
 from lora_analysis.storage.limits import BLOCK_ELEMENTS
-from lora_analysis.storage.safetensors import tile_slices
+from lora_analysis.storage.tensor_reader import tile_slices
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -17,7 +17,7 @@ from lora_analysis.bases.weights import BaseWeights
 from lora_analysis.errors import BaseWeightError, InputError
 from lora_analysis.finding import as_findings
 from lora_analysis.patterns import choose_names
-from lora_analysis.storage.places import existing_path
+from lora_analysis.storage.paths import existing_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

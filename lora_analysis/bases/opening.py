@@ -11,11 +11,11 @@ from lora_analysis.bases.sanity_checks import file_findings
 from lora_analysis.bases.stored import StoredTensors
 from lora_analysis.bases.weights import BaseWeights
 from lora_analysis.errors import SourceError, UnknownFormatError
-from lora_analysis.storage.containers import PICKLE_SUFFIXES
 from lora_analysis.storage.documents import read_json_object
+from lora_analysis.storage.file_signatures import PICKLE_SUFFIXES
 from lora_analysis.storage.hub import fetch_model
 from lora_analysis.storage.hub_names import shown_errors
-from lora_analysis.storage.places import existing_path
+from lora_analysis.storage.paths import existing_path
 from lora_analysis.storage.records import refuse_unfinished
 from lora_analysis.storage.tensors import open_tensors
 

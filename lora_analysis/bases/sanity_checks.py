@@ -317,12 +317,12 @@ def _file_findings(files: TensorFiles, base: str) -> Iterator[Finding]:
     first: dict[str, str] = {}
     for name, info in matrices.items():
         other = first.setdefault(_NUMBER.sub("#", name), name)
-        files_differ = files.places[name] != files.places[other]
+        files_differ = files.locations[name] != files.locations[other]
         if info.dtype != matrices[other].dtype and files_differ:
             fields = {
                 "base": base, "tensor": other, "dtype": matrices[other].dtype,
-                "file": files.places[other].name, "other": name, "other_dtype": info.dtype,
-                "other_file": files.places[name].name,
+                "file": files.locations[other].name, "other": name, "other_dtype": info.dtype,
+                "other_file": files.locations[name].name,
             }  # fmt: skip
             yield Finding("base-mixed-shards", fields)
             return

@@ -11,8 +11,8 @@ from lora_analysis.bases.naming import matrix_shape, quantized
 from lora_analysis.bases.quantized import Quantized, quantized_weights, tiles
 from lora_analysis.errors import BaseWeightError
 from lora_analysis.storage.dtypes import FLOATING, raw_dtype
-from lora_analysis.storage.raw import part_of, read_elements
-from lora_analysis.storage.safetensors import TensorInfo, iter_blocks
+from lora_analysis.storage.safetensors import TensorInfo
+from lora_analysis.storage.tensor_reader import iter_blocks, part_of, read_elements
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -29,7 +29,7 @@ from lora_analysis.errors import BaseWeightError, InputError
 from lora_analysis.finding import Finding
 from lora_analysis.storage.hub_names import shown_errors
 from lora_analysis.storage.limits import MAX_VALUE
-from lora_analysis.storage.places import source_paths
+from lora_analysis.storage.paths import source_paths
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -106,7 +106,7 @@ def command(
     """
     from lora_analysis.report import write_report
     from lora_analysis.report.writing import check_report_folder
-    from lora_analysis.storage.places import source_paths
+    from lora_analysis.storage.paths import source_paths
     from lora_analysis.studies import Failure, study
 
     with progress_bar(form) as progress:

@@ -31,7 +31,7 @@ from lora_analysis.formats.sanity_checks import (
     sanity_findings,
 )
 from lora_analysis.spectra import spectrum
-from lora_analysis.storage.narrowing import narrow, narrowed_type, widened
+from lora_analysis.storage.dtypes import narrow, narrowed_type, widened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

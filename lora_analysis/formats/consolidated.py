@@ -18,7 +18,7 @@ from lora_analysis.formats.peft_keys import has_factors, sort_keys
 from lora_analysis.formats.peft_pairs import module_pairs
 from lora_analysis.formats.rank_parts import refuse_rank_part
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
-from lora_analysis.storage.headers import Header, TensorInfo
+from lora_analysis.storage.safetensors import Header, TensorInfo
 from lora_analysis.storage.tensors import TensorFiles, open_tensors
 from lora_analysis.text import plural
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lora_analysis.adapter import Adapter
-    from lora_analysis.storage.headers import TensorSpec
+    from lora_analysis.storage.safetensors import TensorSpec
 
 NAME: Final = "peft-dump"
 

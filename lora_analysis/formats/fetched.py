@@ -24,7 +24,7 @@ def fetched(adapter: Adapter, snapshot: Snapshot) -> Adapter:
             source,
             address=snapshot.address(source.path or snapshot.path),
             revision=snapshot.commit,
-            findings=tuple(one.mapped(snapshot.shown) for one in source.findings),
+            findings=tuple(one.mapped(snapshot.with_addresses) for one in source.findings),
         ),
         saved_modules=adapter.saved_modules,
         config=adapter.config,

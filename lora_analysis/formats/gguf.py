@@ -24,7 +24,7 @@ from lora_analysis.formats.factors import (
 )
 from lora_analysis.formats.rotary import in_halves
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of
-from lora_analysis.storage.gguf import is_gguf
+from lora_analysis.storage.gguf import GGUFTensors, is_gguf
 from lora_analysis.storage.gguf_names import (
     EMBEDDING,
     LEFT,
@@ -34,7 +34,6 @@ from lora_analysis.storage.gguf_names import (
     is_turned,
     module_of,
 )
-from lora_analysis.storage.gguf_tensors import GGUFTensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

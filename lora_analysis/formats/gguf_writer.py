@@ -30,8 +30,7 @@ from lora_analysis.storage.gguf_names import (
     is_rotated,
     tensor_of,
 )
-from lora_analysis.storage.gguf_writing import gguf_content
-from lora_analysis.storage.tensor_writer import OutputTensor, output_group
+from lora_analysis.storage.tensor_writer import OutputTensor, gguf_content, output_group
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

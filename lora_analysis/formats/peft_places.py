@@ -9,8 +9,8 @@ from lora_analysis.errors import MalformedFileError, SourceError
 from lora_analysis.formats.peft_config import CONFIG_NAME, names_a_method
 from lora_analysis.formats.peft_keys import has_factors
 from lora_analysis.formats.sources import CONTAINER_SUFFIXES, tensors_at
-from lora_analysis.storage.containers import pickle_refused
 from lora_analysis.storage.documents import read_json_object, regular_file_size
+from lora_analysis.storage.file_signatures import pickle_refused
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -28,7 +28,7 @@ from lora_analysis.formats.sources import (
 from lora_analysis.patterns import natural_key, pattern_budget
 from lora_analysis.storage.gguf import read_gguf
 from lora_analysis.storage.hub_names import shown_errors
-from lora_analysis.storage.places import source_paths
+from lora_analysis.storage.paths import source_paths
 from lora_analysis.storage.records import refuse_unfinished
 from lora_analysis.storage.tensors import open_tensors
 

@@ -14,8 +14,8 @@ from lora_analysis.adapter import SideTensor
 from lora_analysis.errors import UnsupportedMethodError
 from lora_analysis.finding import Finding, listed
 from lora_analysis.formats.registry import CARRYING
-from lora_analysis.storage.headers import TensorInfo
-from lora_analysis.storage.raw import read_stored
+from lora_analysis.storage.safetensors import TensorInfo
+from lora_analysis.storage.tensor_reader import read_stored
 from lora_analysis.storage.tensor_writer import OutputTensor
 from lora_analysis.text import plural
 

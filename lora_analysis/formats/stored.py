@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import numpy as np
 
 from lora_analysis.adapter import FilePosition
-from lora_analysis.storage.headers import TensorInfo
+from lora_analysis.storage.safetensors import TensorInfo
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

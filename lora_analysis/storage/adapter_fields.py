@@ -1,4 +1,4 @@
-"""What an adapter's config states beyond the factors, for all who would lose it in silence."""
+"""Config fields of adapters that were trained with more than factors."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from lora_analysis.errors import UnsupportedMethodError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# PEFT's fields under which a model computes more than factors and modules trained in full.
-_BEYOND: Final = ("bias", "lora_bias", "alora_invocation_tokens", "trainable_token_indices")
+# PEFT's fields that add more to a model than factors and modules trained in full.
+_FURTHER_FIELDS: Final = ("bias", "lora_bias", "alora_invocation_tokens", "trainable_token_indices")
 
 
 def refuse_more_than_factors(config: Mapping[str, Any], label: str, consequence: str) -> None:
-    """Raise where an adapter was trained with more than factors and whole modules.
+    """Raise if an adapter was trained with more than factors and whole modules.
 
     Parameters
     ----------
     config
-        In the words of PEFT's ``adapter_config.json``.
+        Fields of PEFT's ``adapter_config.json``.
     label
-        The adapter's, for the message.
+        Name of the adapter, for the message.
     consequence
-        What that means to the caller: the part of the message after the field and its value.
+        Consequence for the caller: the part of the message after the field and its value.
 
     Raises
     ------
     UnsupportedMethodError
-        A field of the config says so.
+        The config states such a field.
     """
-    for key in _BEYOND:
+    for key in _FURTHER_FIELDS:
         value = config.get(key)
         if value and value != "none":
             message = f"{label} was trained with {key} = {value!r}, {consequence}"

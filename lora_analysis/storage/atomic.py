@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writes: a file is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
 from lora_analysis.errors import OutputError
 
-# Names of temporary files: of the file, the process, and chance.
+# Names of temporary files: name of the file, process id, random digits.
 _TEMPORARY = re.compile(r"\..+\.(\d{1,10})-[0-9a-f]{8}\.tmp")
-# Seconds without a change after which a file of a process that does not run here was left behind;
-# a process of another host, of which nobody here can tell, writes more often.
+# Seconds without a change after which the file of a process that does not run on this host counts
+# as abandoned; a live process of another host, which cannot be checked, writes more often.
 _ABANDONED = 3600.0
 
 if TYPE_CHECKING:
@@ -26,18 +26,18 @@ Content: TypeAlias = "bytes | Callable[[BinaryIO], None]"
 
 
 def write_atomic(path: Path, content: Content) -> Path:
-    """Write a file so that, whatever happens, its name leads to the old content or to the new.
+    """Write a file so that, whatever happens, its name has the old content or the new.
 
-    The content goes to a temporary file in the same folder, is flushed to the disk, and takes
-    the name in one step. The mode is what the umask gives to any new file; a symbolic link at
-    ``path`` is replaced, not followed.
+    The content goes to a temporary file in the same folder, is flushed to the disk, and is renamed
+    in one step. The mode follows the umask, as for any new file; a symbolic link at ``path`` is
+    replaced, not followed.
 
     Parameters
     ----------
     path
-        The file; its folder is made where it does not exist.
+        The file; its folder is created if it does not exist.
     content
-        The bytes, or a function that writes them to the binary stream it is given.
+        The bytes, or a function that writes them to a binary stream.
 
     Returns
     -------
@@ -47,11 +47,11 @@ def write_atomic(path: Path, content: Content) -> Path:
     Raises
     ------
     OutputError
-        The disk refused; the message says whether the old file or the new one is there.
+        The disk refused; the message says whether the old file or the new one exists.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
-    temporary = _temporary(path)
+    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         _write(temporary, content)
         temporary.replace(path)
@@ -76,28 +76,24 @@ def write_atomic(path: Path, content: Content) -> Path:
     return path
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-
-
 def _remove_abandoned(path: Path) -> None:
-    """Delete what writers of this very file left half-written when they were killed."""
+    """Delete temporary files of this path whose writers were killed."""
     for old in path.parent.glob(f".{glob.escape(path.name[:100])}.*.tmp"):
         if _is_abandoned(old):
             old.unlink(missing_ok=True)
 
 
 def _is_abandoned(path: Path) -> bool:
-    found = _TEMPORARY.fullmatch(path.name)
-    if os.name != "posix":  # there, signal 0 is not a question but ends the process
+    match = _TEMPORARY.fullmatch(path.name)
+    if os.name != "posix":  # elsewhere, signal 0 ends the process
         return False
     try:
-        if found is None or time.time() - path.lstat().st_mtime < _ABANDONED:
+        if match is None or time.time() - path.lstat().st_mtime < _ABANDONED:
             return False
-        os.kill(int(found[1]), 0)
+        os.kill(int(match[1]), 0)
     except ProcessLookupError:
         return True
-    except (OSError, OverflowError):  # gone meanwhile, or somebody else's process
+    except (OSError, OverflowError):  # removed meanwhile, or a process of another user
         return False
     return False
 
@@ -116,9 +112,9 @@ def _write(temporary: Path, content: Content) -> None:
 
 
 def remove_leftovers(folder: Path, *, below: bool = False) -> None:
-    """Delete what writers that were killed left half-written in a folder, or ``below`` it too.
+    """Delete temporary files of killed writers in a folder, or ``below`` it too.
 
-    For whoever has the folder to itself: what others are writing would go too.
+    Only for a process that has the folder locked: files that others are writing would go too.
     """
     for path in (folder.rglob if below else folder.glob)(".*.tmp"):
         if is_leftover(path):
@@ -126,12 +122,12 @@ def remove_leftovers(folder: Path, *, below: bool = False) -> None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Return whether a file is what a writer that was killed left half-written."""
+    """Return True if a file is a temporary file of `write_atomic`."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` durable, where the system can open folders."""
+    """Make a rename in ``folder`` durable, if the system can open folders."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""What is dear to compute, kept on disk under the hash of what it was computed from."""
+"""Disk cache of expensive results, keyed by the hash of their inputs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEFAULT_GIGABYTES: Final = 20.0
 
 
 def cache_folder() -> Path:
-    """Return where results are kept: ``$LORA_ANALYSIS_CACHE``, or the user's cache folder."""
+    """Return the folder of cached results: ``$LORA_ANALYSIS_CACHE``, or the user's cache folder."""
     named = os.environ.get(FOLDER_VARIABLE)
     if named:
         return Path(named)
@@ -33,12 +33,12 @@ def cache_folder() -> Path:
 
 
 def cache_limit() -> int:
-    """Return how many bytes may be kept: ``$LORA_ANALYSIS_CACHE_GB`` gigabytes, 20 by default.
+    """Return the limit in bytes: ``$LORA_ANALYSIS_CACHE_GB`` gigabytes, 20 by default.
 
     Raises
     ------
     InputError
-        The variable holds no number of at least 0.
+        The variable is not a number of at least 0.
     """
     text = os.environ.get(SIZE_VARIABLE) or str(DEFAULT_GIGABYTES)
     try:
@@ -52,25 +52,25 @@ def cache_limit() -> int:
 
 
 def read_cached(key: str) -> dict[str, NDArray[Any]] | None:
-    """Return the arrays that were kept under a key; None where they are not, or are damaged."""
+    """Return the arrays that are cached under a key; None if there are none, or damaged ones."""
     path = _path(key)
     try:
         tensors = open_tensors(path)
-        found = {name: tensors.read(name) for name in tensors.infos}
+        arrays = {name: tensors.read(name) for name in tensors.infos}
     except (InputError, OSError):
         return None
     with suppress(OSError):
-        path.touch()  # what is used is kept longest
-    return found
+        path.touch()  # the least recently used are deleted first
+    return arrays
 
 
 def keep(key: str, arrays: Mapping[str, NDArray[Any]]) -> bool:
-    """Keep arrays under a key, and drop what was not used for longest where room is short.
+    """Cache arrays under a key; delete the least recently used ones if there is no room.
 
     Returns
     -------
     bool
-        Whether they are kept: not if they alone exceed the limit, or the disk refuses.
+        False if the arrays alone exceed the limit, or the disk refuses.
     """
     from safetensors.numpy import save
 
@@ -82,7 +82,7 @@ def keep(key: str, arrays: Mapping[str, NDArray[Any]]) -> bool:
         _drop_oldest(path.parent.glob("*.safetensors"), room)
         dense = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         write_atomic(path, save(dense))
-    except OSError:  # a full or read-only disk takes nothing away from the result
+    except OSError:  # a full or read-only disk does not invalidate the result
         return False
     return True
 
@@ -93,13 +93,13 @@ def _path(key: str) -> Path:
 
 def _drop_oldest(files: Iterable[Path], room: int) -> None:
     """Delete files, the least recently used first, until the others fit into ``room`` bytes."""
-    known = []
+    entries = []
     for path in files:
-        with suppress(OSError):  # another process may have dropped it
+        with suppress(OSError):  # another process may have deleted it
             state = path.stat()
-            known.append((state.st_mtime_ns, state.st_size, path))
-    total = sum(size for _, size, _ in known)
-    for _, size, path in sorted(known):
+            entries.append((state.st_mtime_ns, state.st_size, path))
+    total = sum(size for _, size, _ in entries)
+    for _, size, path in sorted(entries):
         if total <= room:
             return
         path.unlink(missing_ok=True)

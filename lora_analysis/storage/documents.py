@@ -1,4 +1,4 @@
-"""JSON and TOML from files that nobody vouches for."""
+"""Bounded reading of JSON and TOML from untrusted files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from lora_analysis.errors import MalformedFileError, SourceError
-from lora_analysis.storage.impostors import LOOK_BYTES, impostor, is_pointer
+from lora_analysis.storage.file_signatures import LOOK_BYTES, first_bytes, impostor, is_pointer
 from lora_analysis.storage.limits import (
     MAX_CONFIG_BYTES,
     MAX_DOCUMENT_NESTING,
@@ -16,41 +16,41 @@ from lora_analysis.storage.limits import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
     from pathlib import Path
 
 
 _TOO_DEEP: Final = f"it nests too deeply (limit {MAX_DOCUMENT_NESTING} levels)"
-# What nests in TOML: brackets and dots, where they are not in a string or a comment.
+# Tokens that nest in TOML: brackets and dots outside strings and comments.
 _TOML_TOKEN: Final = re.compile(
     r'''"""(?:\\.|[^\\])*?"""|\'{3}.*?\'{3}|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|\#[^\n]*|[][{}.,=\n]''',
     re.DOTALL,
 )
-_HALF: Final = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}|\\u[dD][c-fC-F][0-9a-fA-F]{2}")
+_HALF_CHARACTER: Final = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}|\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 
 
 def read_json_object(path: Path, *, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """Return the JSON object a file holds.
+    """Read the JSON object in a file.
 
     Parameters
     ----------
     path
         The file.
     max_bytes
-        Size above which it is refused unread.
+        Size above which the file is refused unread.
 
     Raises
     ------
     MalformedFileError
-        It is larger than ``max_bytes``, not UTF-8, not JSON, not an object, or names a key twice.
+        It is larger than ``max_bytes``, not UTF-8, not JSON, not an object, or has a key twice.
     SourceError
         It is not a regular file.
     """
-    return parse_json_object(_bounded(path, max_bytes), path, what="the file", constants=True)
+    return parse_json_object(_read_bounded(path, max_bytes), path, what="the file", constants=True)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Return the table that a TOML file holds.
+    """Read the table in a TOML file.
 
     Raises
     ------
@@ -59,7 +59,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     SourceError
         It is not a regular file.
     """
-    raw = _bounded(path, MAX_TOML_BYTES)
+    raw = _read_bounded(path, MAX_TOML_BYTES)
     try:
         return parse_toml(raw.decode("utf-8"))
     except ValueError as error:
@@ -68,13 +68,13 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """Return the table that a text spells in TOML.
+    """Parse a table from TOML.
 
     Raises
     ------
     ValueError
-        It is not TOML, or nested too deeply. A key of many dots is refused before it is read: its
-        cost is quadratic.
+        It is not TOML, or nested too deeply. A key with many dots is refused before parsing, which
+        would take quadratic time.
     """
     import tomllib
 
@@ -84,7 +84,7 @@ def parse_toml(text: str) -> dict[str, Any]:
         depth += (token in "[{") - (token in "]}")
         if token == ".":
             dots += 1
-        elif token in "=,\n":  # names in quotes stand between the dots of one key
+        elif token in "=,\n":  # quoted names between the dots of one key do not reset the count
             dots = 0
         if max(depth, dots) > MAX_DOCUMENT_NESTING:
             line = text.count("\n", 0, match.start()) + 1
@@ -96,7 +96,7 @@ def parse_toml(text: str) -> dict[str, Any]:
         raise ValueError(_TOO_DEEP) from error
 
 
-def _bounded(path: Path, max_bytes: int) -> bytes:
+def _read_bounded(path: Path, max_bytes: int) -> bytes:
     size = regular_file_size(path)
     if size > max_bytes:
         message = f"{path}: {size:,} bytes are too many for this file (limit {max_bytes:,})."
@@ -105,12 +105,12 @@ def _bounded(path: Path, max_bytes: int) -> bytes:
 
 
 def parse_json(text: str) -> Any:
-    """Return the value that a text spells in JSON.
+    """Parse a value from JSON.
 
     Raises
     ------
     ValueError
-        It is not JSON, names a key twice, or nests deeper than `MAX_DOCUMENT_NESTING`.
+        It is not JSON, has a key twice, or nests deeper than `MAX_DOCUMENT_NESTING`.
     """
     return _parse(text, None)
 
@@ -128,7 +128,7 @@ def _parse(text: str, parse_constant: Callable[[str], Any] | None) -> Any:
 
 
 def parse_json_text(text: str, path: Path, *, what: str) -> dict[str, Any]:
-    """Return the JSON object in a string of a file, such as a value of its metadata.
+    """Parse a JSON object from a string in a file, such as a value of its metadata.
 
     Raises
     ------
@@ -140,9 +140,10 @@ def parse_json_text(text: str, path: Path, *, what: str) -> dict[str, Any]:
 
 
 def parse_json_object(raw: bytes, path: Path, *, what: str, constants: bool) -> dict[str, Any]:
-    """Return the object that ``raw`` spells; ``constants`` admits NaN and Infinity.
+    """Parse a JSON object from bytes; ``constants`` allows NaN and Infinity.
 
-    Some model configurations hold ``Infinity``; a header of offsets has no use for it.
+    ``what`` names the bytes in messages. Some model configurations contain ``Infinity``; a header
+    of offsets has no use for it.
     """
 
     def refuse(name: str) -> NoReturn:
@@ -161,29 +162,29 @@ def parse_json_object(raw: bytes, path: Path, *, what: str, constants: bool) -> 
     if not isinstance(document, dict):
         message = f"{path}: {what} must be a JSON object, found {type(document).__name__}."
         raise MalformedFileError(message)
-    if _HALF.search(raw) and not is_text(json.dumps(document, ensure_ascii=False)):
+    if _HALF_CHARACTER.search(raw) and not is_text(json.dumps(document, ensure_ascii=False)):
         message = f"{path}: {what} holds half a character (a lone \\ud800 to \\udfff)."
         raise MalformedFileError(message)
     return document
 
 
 def _is_deep(document: object) -> bool:
-    """Return True if objects and arrays nest deeper than anything that reads them later expects."""
+    """Return True if objects and arrays nest deeper than later readers expect."""
     level = [document]
     for _ in range(MAX_DOCUMENT_NESTING + 1):
         nested: list[Any] = [node for node in level if isinstance(node, dict | list)]
         if not nested:
             return False
-        level = [child for node in nested for child in _children(node)]
+        level = [
+            child
+            for node in nested
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
     return True
 
 
-def _children(node: dict[str, Any] | list[Any]) -> Iterable[object]:
-    return node.values() if isinstance(node, dict) else node
-
-
 def is_text(text: str) -> bool:
-    """Say whether a string can be written anywhere: it holds no lone half of a character."""
+    """Return True if a string can be encoded: it contains no lone half of a character."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -197,37 +198,30 @@ def regular_file_size(path: Path) -> int:
     Raises
     ------
     SourceError
-        It is none of those, or cannot be looked at.
+        It is not a regular file, or cannot be accessed.
     MalformedFileError
-        It is what Git LFS leaves in place of a file that was not fetched.
+        It is a pointer of Git LFS or Xet to a file that was not fetched.
     """
     try:
         regular = path.is_file()
         size = path.stat().st_size if regular else 0
-        # What Git LFS and Xet leave in place of a large file that was not fetched is smaller.
-        kind_of_pointer = _pointer_at(path) if regular and size <= LOOK_BYTES else ""
+        start = first_bytes(path, LOOK_BYTES) if size <= LOOK_BYTES else b""  # pointers are small
         kind = "does not exist" if not path.exists() else "is not a regular file"
     except (OSError, ValueError) as error:
-        regular, kind = False, f"cannot be looked at: {error}"
+        regular, start, kind = False, b"", f"cannot be accessed: {error}"
     if not regular:
         message = f"{path} {kind}."
         raise SourceError(message)
-    if kind_of_pointer:
-        message = f"{path}: this is {kind_of_pointer}"
+    if is_pointer(start):
+        message = f"{path}: this is {impostor(start)}"
         raise MalformedFileError(message)
     return size
-
-
-def _pointer_at(path: Path) -> str:
-    with path.open("rb") as stream:
-        start = stream.read(LOOK_BYTES)
-    return impostor(start) if is_pointer(start) else ""
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document = dict(pairs)
     if len(document) != len(pairs):
-        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        message = f"key {twice!r} appears twice"
+        repeated, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        message = f"key {repeated!r} appears twice"
         raise ValueError(message)
     return document

@@ -1,4 +1,4 @@
-"""The number types of safetensors, and their exact float32 values where numpy has no such type."""
+"""Number types of stored tensors: exact values as float32, and rounding to a stored type."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from lora_analysis.errors import UnknownFormatError
+from lora_analysis.errors import InputError, UnknownFormatError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,7 +36,7 @@ BITS: Final[dict[str, tuple[str, int]]] = {
     "F6_E3M2": ("float6_e3m2", 6),
     "F4": ("float4_e2m1", 4),
 }
-"""Code in the file → our name and the bits of one element."""
+"""Code in the file → our name and the bits per element."""
 
 _RAW: Final[dict[str, str]] = {
     "bool": "?",
@@ -58,10 +58,10 @@ _RAW: Final[dict[str, str]] = {
     "float8_e5m2fnuz": "u1",
     "float8_e8m0fnu": "u1",
 }
-"""Our name → the little-endian numpy type its bytes are read as."""
+"""Our name → the little-endian numpy type that its bytes are read as."""
 
-# Types whose bytes can be carried, but whose elements are not numbers of numpy: read for what
-# knows how they are packed, and named in an error otherwise.
+# Types that can be copied, but whose elements numpy cannot represent: read as bytes by code that
+# unpacks them, refused by name elsewhere.
 _CARRIED: Final[dict[str, str]] = {
     "complex64": "<c8",
     "float6_e2m3": "u1",
@@ -73,10 +73,10 @@ READABLE: Final = frozenset(_RAW)
 """Types whose elements are read as plain numbers."""
 
 FLOAT8: Final = frozenset({"float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"})
-"""8-bit floating-point numbers with a sign, of which all 256 values are tabulated."""
+"""8-bit floating-point numbers with a sign; all 256 values are tabulated."""
 
 FLOATING: Final = frozenset({"float16", "bfloat16", "float32", "float64"}) | FLOAT8
-"""Types that weights and factors may have. float8_e8m0fnu holds scales alone."""
+"""Types that weights and factors may have. float8_e8m0fnu is for scales only."""
 
 # Exponent bits and the bias of the exponent.
 _FLOAT8_LAYOUT: Final = {
@@ -86,8 +86,16 @@ _FLOAT8_LAYOUT: Final = {
     "float8_e5m2fnuz": (5, 16),
 }
 
+# Stored type → the largest number it holds.
+_LARGEST: Final = {
+    "float16": 65504.0,
+    "bfloat16": float.fromhex("0x1.fep127"),
+    "float32": float(np.finfo(np.float32).max),
+}
+# 8-bit floats have too few digits to round to; bfloat16 represents all their values.
+_WIDER: Final = {"float8_e4m3fn": "bfloat16", "float8_e5m2": "bfloat16"}
 
-# Where a half's sign, exponent and fraction lie in a float32, and the difference of the biases.
+# Bits of a half's sign, exponent and fraction in a float32, and the difference of the biases.
 _HALF_BITS: Final = np.array(0x8FFFE000, np.uint32).view(np.int32)
 _HALF_SCALE: Final = np.float32(2.0**112)
 
@@ -115,7 +123,7 @@ def raw_dtype(name: str) -> np.dtype[Any]:
 
 
 def result_dtype(name: str) -> np.dtype[Any]:
-    """Return the numpy type that a tensor of type ``name`` is given out in."""
+    """Return the numpy type of the values of a tensor of type ``name``."""
     if name == "float8_e8m0fnu" or (name in FLOATING and name != "float64"):
         return np.dtype(np.float32)
     return raw_dtype(name).newbyteorder("=")
@@ -124,16 +132,16 @@ def result_dtype(name: str) -> np.dtype[Any]:
 def widen(raw: NDArray[Any], name: str, out: NDArray[Any]) -> None:
     """Write the values of ``raw`` (type ``name`` as read) to ``out``, which has its shape.
 
-    ``out`` is float32, or any type where ``raw`` already is one of numpy's numbers. Exact for
-    every type narrower than ``out``: bfloat16 is the upper half of a float32, and of
-    each 8-bit type all 256 values are tabulated.
+    ``out`` is float32, or any type if ``raw`` already has one of numpy's number types. Exact for
+    every type narrower than ``out``: bfloat16 is the upper half of a float32, and all 256 values
+    of each 8-bit type are tabulated.
     """
     if name == "bfloat16":
         bits = out.view(np.uint32)
         np.copyto(bits, raw)
-        # Two passes over what the cache holds are quicker than one that has to convert as it goes.
+        # Two passes over cached values are faster than one that converts on the way.
         np.multiply(bits, np.uint32(1 << 16), out=bits)
-    elif name == "float16" and out.dtype == np.float32 and _as_bits(raw):
+    elif name == "float16" and out.dtype == np.float32 and _can_widen_as_bits(raw):
         _widen_half(raw, out)
     elif name in FLOAT8 or name == "float8_e8m0fnu":
         # No index is out of range; "clip" spares numpy the copy it makes in order to check.
@@ -142,17 +150,17 @@ def widen(raw: NDArray[Any], name: str, out: NDArray[Any]) -> None:
         out[...] = raw
 
 
-def _as_bits(raw: NDArray[Any]) -> bool:
-    """Say whether halves can be widened as integers: all finite, and subnormals computed with."""
+def _can_widen_as_bits(raw: NDArray[Any]) -> bool:
+    """Return True if halves can be widened as integers: all finite, subnormals not flushed."""
     smallest = np.array(2.0**-140, np.float32)  # vanishes where the processor flushes subnormals
     finite = int(np.max(raw.view("<u2") & np.uint16(0x7C00), initial=0)) < 0x7C00
     return finite and float(np.multiply(smallest, _HALF_SCALE)) > 0
 
 
 def _widen_half(raw: NDArray[Any], out: NDArray[np.float32]) -> None:
-    """Write finite halves as float32: their bits in its places, and a power of two.
+    """Write finite halves as float32: shift their bits, then multiply by a power of two.
 
-    Five times as quick as numpy's own conversion, which takes one number at a time.
+    Five times as fast as numpy's conversion, which takes one number at a time.
     """
     bits = out.view(np.int32)
     np.copyto(bits, raw.view("<i2"))  # the sign is carried to the top
@@ -163,7 +171,7 @@ def _widen_half(raw: NDArray[Any], out: NDArray[np.float32]) -> None:
 
 @cache
 def _float8_values(name: str) -> NDArray[np.float32]:
-    """Return the 256 values of an 8-bit float type, by their bit pattern."""
+    """Return the 256 values of an 8-bit float type, indexed by bit pattern."""
     codes = np.arange(256)
     if name == "float8_e8m0fnu":  # an exponent alone; its last code is NaN
         powers = np.ldexp(1.0, codes - 127)
@@ -174,7 +182,7 @@ def _float8_values(name: str) -> NDArray[np.float32]:
     sign = np.where(codes & 0x80, -1.0, 1.0)
     exponent = (codes >> mantissa_bits) & (2**exponent_bits - 1)
     fraction = (codes & (2**mantissa_bits - 1)) / 2.0**mantissa_bits
-    # Exponent 0 holds the subnormal numbers: no leading one, the smallest normal power.
+    # Exponent 0 means subnormal numbers: no leading one, the smallest normal power.
     power = np.ldexp(1.0, np.maximum(exponent, 1) - bias)
     values = (sign * (fraction + (exponent > 0)) * power).astype(np.float32)
     if name.endswith("fnuz"):
@@ -185,3 +193,66 @@ def _float8_values(name: str) -> NDArray[np.float32]:
         top = exponent == 31
         values[top] = np.where(fraction[top] == 0, sign[top] * np.inf, np.nan)
     return values  # type: ignore[no-any-return]  # numpy's stubs lose the type in "where"
+
+
+def narrowed_type(stored: str) -> str:
+    """Return the type that factors are written in if they were read in type ``stored``.
+
+    Half precision is unchanged, 8-bit floats become bfloat16, everything else float32.
+    """
+    dtype = _WIDER.get(stored, stored)
+    return dtype if dtype in _LARGEST else "float32"
+
+
+def narrow(values: NDArray[np.floating[Any]], dtype: str, name: str) -> NDArray[Any]:
+    """Return numbers in a stored type, rounded to nearest even: bfloat16 as its bits in uint16.
+
+    Parameters
+    ----------
+    values
+        Finite numbers.
+    dtype
+        ``"float16"``, ``"bfloat16"`` or ``"float32"``.
+    name
+        Name of the numbers for the message, for example ``"A of 'q_proj'"``.
+
+    Raises
+    ------
+    InputError
+        A number is too large for the type.
+    """
+    with np.errstate(over="ignore"):  # refused below, by name
+        narrow32 = np.ascontiguousarray(values, dtype=np.float32)
+        stored: NDArray[Any] = narrow32 if dtype != "float16" else values.astype(np.float16)
+    if dtype == "bfloat16":
+        bits = narrow32.view(np.uint32)
+        odd = (bits >> np.uint32(16)) & np.uint32(1)
+        # Adding just below half of the last digit, and one more if it is odd, rounds ties to even.
+        stored = ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
+    if not np.isfinite(widened(stored, dtype)).all():
+        largest = float(np.abs(values).max())
+        message = (
+            f"{name} would hold {largest:.3g}, which is too large for {dtype}, the type it is "
+            f"written in (limit {_LARGEST[dtype]:.3g}). Write it to a format that stores float32: "
+            "format='peft' (command line: --to peft)."
+            if dtype != "float32"
+            else f"{name} holds {largest:.3g}, too large for float32, the type it is written in."
+        )
+        raise InputError(message)
+    return np.ascontiguousarray(stored)
+
+
+def widened(stored: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Return stored numbers as float32, exactly."""
+    raw = np.ascontiguousarray(stored, raw_dtype(dtype))
+    out = np.empty(raw.shape, result_dtype(dtype))
+    widen(raw, dtype, out)
+    return out
+
+
+def is_exact(values: NDArray[np.floating[Any]], dtype: str) -> bool:
+    """Return True if a stored type represents every one of the numbers exactly."""
+    try:
+        return bool(np.array_equal(widened(narrow(values, dtype, ""), dtype), values))
+    except InputError:
+        return False

@@ -1,12 +1,13 @@
-"""The header of a GGUF file: parsed by hand and checked whole before anything is read.
+"""GGUF files: the header, parsed and checked whole before any tensor is read, and the tensors.
 
 Little-endian, versions 2 and 3: magic, version, counts of tensors and of key-value pairs, the
 pairs, the tensors (name, sizes from the fastest axis, type, offset), and their data, aligned.
-Quantized types lay a row out in blocks of some elements and some bytes.
+Quantized types store a row in blocks with a fixed number of elements and bytes.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,12 +15,20 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import numpy as np
 
-from lora_analysis.errors import MalformedFileError, UnknownFormatError
+from lora_analysis.errors import MalformedFileError, MissingExtraError, UnknownFormatError
 from lora_analysis.storage.documents import regular_file_size
-from lora_analysis.storage.headers import shown
-from lora_analysis.storage.limits import MAX_GGUF_STRINGS, MAX_TENSOR_DIMENSIONS, MAX_TENSORS
+from lora_analysis.storage.limits import (
+    BLOCK_ELEMENTS,
+    MAX_GGUF_STRINGS,
+    MAX_TENSOR_DIMENSIONS,
+    MAX_TENSORS,
+)
+from lora_analysis.storage.safetensors import Header, TensorInfo, quote
+from lora_analysis.storage.tensor_reader import tile_slices
+from lora_analysis.storage.tensors import TensorFiles
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -27,9 +36,9 @@ if TYPE_CHECKING:
 _MAGIC: Final = b"GGUF"
 _ALIGNMENT: Final = "general.alignment"
 _MAX_PAIRS: Final = 10_000
-_Found = tuple[str, tuple[int, ...], int, int]  # name, shape, type, offset
+_Entry = tuple[str, tuple[int, ...], int, int]  # name, shape, type, offset
 _MAX_TEXT: Final = 2**24
-# Longer arrays are a vocabulary's, which nothing here needs.
+# Longer arrays belong to vocabularies, which are not needed.
 _MAX_ARRAY: Final = 1024
 # Code of a value's type → how it is unpacked; 8 is a string, 9 an array.
 _SCALARS: Final = {
@@ -53,10 +62,22 @@ TYPES: Final[dict[int, tuple[str, int, int]]] = {
 }  # fmt: skip
 """Code in the file → name, elements of a block, bytes of a block."""
 
+# GGUF's name of a type → ours, for types whose numbers are stored plainly.
+_PLAIN: Final = {
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class GGUFTensor:
-    """One tensor: its type, its shape slowest axis first, and where its rows begin."""
+    """One tensor: its type, its shape (slowest axis first), and the byte offset of its rows."""
 
     name: str
     kind: str
@@ -67,9 +88,9 @@ class GGUFTensor:
 
 @dataclass(frozen=True, slots=True)
 class GGUFFile:
-    """What a GGUF file says it holds, every offset checked against the file's size.
+    """The header of a GGUF file, every offset checked against the file's size.
 
-    ``metadata`` holds numbers and strings; of arrays, those of numbers that are short.
+    ``metadata`` holds numbers, strings, and short arrays of numbers.
     """
 
     path: Path
@@ -77,12 +98,12 @@ class GGUFFile:
     tensors: Mapping[str, GGUFTensor]
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
-        """Return the bytes of rows ``start`` to ``stop``, all axes but the last made one.
+        """Return the bytes of rows ``start`` to ``stop``, counted over all axes but the last.
 
         Raises
         ------
         MalformedFileError
-            The file is shorter than it was.
+            The file has become shorter.
         """
         tensor = self.tensors[name]
         count = stop - start
@@ -90,13 +111,13 @@ class GGUFFile:
             stream.seek(tensor.start + start * tensor.row_bytes)
             raw = stream.read(count * tensor.row_bytes)
         if len(raw) != count * tensor.row_bytes:
-            message = f"{self.path}: the file ends inside tensor {shown(name)}; was it cut short?"
+            message = f"{self.path}: the file ends inside tensor {quote(name)}; was it cut short?"
             raise MalformedFileError(message)
         return np.frombuffer(raw, np.uint8).reshape(count, tensor.row_bytes)
 
 
 def is_gguf(path: Path) -> bool:
-    """Say whether a file begins as GGUF files do."""
+    """Return True if a file begins as GGUF files do."""
     if not path.is_file():
         return False
     with path.open("rb") as stream:
@@ -104,14 +125,14 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_gguf(path: Path) -> GGUFFile:
-    """Return the header of a GGUF file, checked.
+    """Read and check the header of a GGUF file.
 
     Raises
     ------
     MalformedFileError
         The file is cut short, or its header claims too much or more than the file holds.
     UnknownFormatError
-        It is big-endian, or of another version.
+        It is big-endian, or has another version.
     SourceError
         The path is not a regular file.
     """
@@ -119,7 +140,7 @@ def read_gguf(path: Path) -> GGUFFile:
     with path.open("rb") as stream:
         reader = _Reader(path, stream, size)
         if stream.read(4) != _MAGIC:
-            message = f"{path}: no GGUF file: it does not begin with 'GGUF'."
+            message = f"{path}: not a GGUF file: it does not begin with 'GGUF'."
             raise MalformedFileError(message)
         version = reader.scalar("<I")
         if version not in (2, 3):
@@ -132,24 +153,24 @@ def read_gguf(path: Path) -> GGUFFile:
             value = reader.value(reader.scalar("<I"))
             if value is not None:
                 metadata[key] = value
-        found = [reader.tensor() for _ in range(tensors)]
+        entries = [reader.tensor() for _ in range(tensors)]
         alignment = metadata.get(_ALIGNMENT, 32)
         if not isinstance(alignment, int) or not 0 < alignment <= 2**20:
-            message = f"{path}: {_ALIGNMENT} {shown(alignment)} is no number of bytes."
+            message = f"{path}: {_ALIGNMENT} {quote(alignment)} is not a number of bytes."
             raise MalformedFileError(message)
         data = -(-stream.tell() // alignment) * alignment
-    placed = {one[0]: _placed(path, size, data, one) for one in found}
-    if len(placed) != len(found):
+    checked = {entry[0]: _checked_tensor(path, size, data, entry) for entry in entries}
+    if len(checked) != len(entries):
         message = f"{path}: two tensors have the same name."
         raise MalformedFileError(message)
-    return GGUFFile(path, metadata, placed)
+    return GGUFFile(path, metadata, checked)
 
 
-def _placed(path: Path, size: int, data: int, found: _Found) -> GGUFTensor:
-    """Return one tensor, its bytes checked against the file's size."""
-    name, shape, code, offset = found
+def _checked_tensor(path: Path, size: int, data: int, entry: _Entry) -> GGUFTensor:
+    """Return one tensor, its byte range checked against the file's size."""
+    name, shape, code, offset = entry
     if code not in TYPES:
-        message = f"{path}: tensor {shown(name)} has the unknown type {code}."
+        message = f"{path}: tensor {quote(name)} has the unknown type {code}."
         raise UnknownFormatError(message)
     kind, elements, width = TYPES[code]
     columns = shape[-1] if shape else 1
@@ -157,7 +178,7 @@ def _placed(path: Path, size: int, data: int, found: _Found) -> GGUFTensor:
     start = data + offset
     if columns % elements or start + rows * (columns // elements) * width > size:
         message = (
-            f"{path}: tensor {shown(name)}: {kind} {shape} at byte {start:,} does not fit into "
+            f"{path}: tensor {quote(name)}: {kind} {shape} at byte {start:,} does not fit into "
             f"blocks of {elements} and the file's {size:,} bytes. Is it cut short?"
         )
         raise MalformedFileError(message)
@@ -165,7 +186,7 @@ def _placed(path: Path, size: int, data: int, found: _Found) -> GGUFTensor:
 
 
 class _Reader:
-    """Reads the header's values; each is checked against the bytes that are left."""
+    """Reader of the header's values; each is checked against the bytes that are left."""
 
     def __init__(self, path: Path, stream: BinaryIO, size: int) -> None:
         self._path = path
@@ -177,13 +198,13 @@ class _Reader:
         """Return one number."""
         return struct.unpack(layout, self._read(struct.calcsize(layout)))[0]
 
-    def count(self, most: int) -> int:
-        """Return how many things follow."""
-        found = int(self.scalar("<Q"))
-        if found > most:
-            message = f"{self._path}: the header claims {found:,} entries (limit {most:,})."
+    def count(self, limit: int) -> int:
+        """Return the number of entries that follow."""
+        count = int(self.scalar("<Q"))
+        if count > limit:
+            message = f"{self._path}: the header claims {count:,} entries (limit {limit:,})."
             raise MalformedFileError(message)
-        return found
+        return count
 
     def text(self) -> str:
         """Return a string."""
@@ -191,7 +212,7 @@ class _Reader:
         return raw.decode("utf-8", errors="replace")
 
     def value(self, code: int) -> Any:
-        """Return a value of a type; None for arrays of strings and for long ones."""
+        """Return a value of a type; None for long arrays and arrays of strings."""
         if code in _SCALARS:
             return self.scalar(_SCALARS[code])
         if code == _STRING:
@@ -206,7 +227,7 @@ class _Reader:
         if kind in _SCALARS and count <= _MAX_ARRAY:
             return [self.scalar(_SCALARS[kind]) for _ in range(count)]
         if kind in _SCALARS:
-            self._forward(count * struct.calcsize(_SCALARS[kind]))
+            self._skip(count * struct.calcsize(_SCALARS[kind]))
         elif kind == _STRING:
             self._strings += count
             if self._strings > MAX_GGUF_STRINGS:
@@ -216,17 +237,17 @@ class _Reader:
                 )
                 raise MalformedFileError(message)
             for _ in range(count):
-                self._forward(self.count(_MAX_TEXT))
+                self._skip(self.count(_MAX_TEXT))
         else:
             message = f"{self._path}: an array holds values of the unknown type {kind}."
             raise MalformedFileError(message)
         return None
 
-    def tensor(self) -> _Found:
-        """Return name, shape slowest axis first, type and offset of a tensor."""
+    def tensor(self) -> _Entry:
+        """Return name, shape (slowest axis first), type and offset of a tensor."""
         name, axes = self.text(), self.scalar("<I")
         if axes > MAX_TENSOR_DIMENSIONS:
-            message = f"{self._path}: tensor {shown(name)} claims {axes} dimensions."
+            message = f"{self._path}: tensor {quote(name)} claims {axes} dimensions."
             raise MalformedFileError(message)
         sizes = [self.scalar("<Q") for _ in range(axes)]
         return name, tuple(reversed(sizes)), self.scalar("<I"), self.scalar("<Q")
@@ -238,8 +259,80 @@ class _Reader:
             raise MalformedFileError(message)
         return raw
 
-    def _forward(self, count: int) -> None:
+    def _skip(self, count: int) -> None:
         self._stream.seek(count, 1)
         if self._stream.tell() > self._size:
             message = f"{self._path}: the file ends inside its header; is it cut short?"
             raise MalformedFileError(message)
+
+
+class GGUFTensors(TensorFiles):
+    """The tensors of one GGUF file; shapes slowest axis first, as numpy's.
+
+    ``facts`` are the key-value pairs with their stored types. A quantized type is named
+    ``"gguf_q8_0"`` and decoded by the package ``gguf``, imported when one is read.
+    """
+
+    __slots__ = ("_file", "facts")
+
+    def __init__(self, file: GGUFFile) -> None:
+        self._file = file
+        self.facts: Mapping[str, Any] = file.metadata
+        texts = {key: value for key, value in file.metadata.items() if isinstance(value, str)}
+        header = Header(texts, {name: _info(file, name) for name in file.tensors})
+        super().__init__(file.path, {file.path: header}, dict.fromkeys(header.tensors, file.path))
+
+    @classmethod
+    def open(cls, path: Path) -> GGUFTensors:
+        """Open a file; raises as `read_gguf` does."""
+        return cls(read_gguf(path))
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Return one tensor, read now.
+
+        Raises
+        ------
+        MissingExtraError
+            It is quantized and the package ``gguf`` is not installed.
+        UnknownFormatError
+            The package does not decode its type.
+        """
+        if self._file.tensors[name].kind in _PLAIN:
+            return super().read(name)
+        return self._decoded(name)
+
+    def blocks(
+        self, name: str, *, elements: int = BLOCK_ELEMENTS
+    ) -> Iterator[tuple[slice, slice, NDArray[np.float32]]]:
+        """Yield one matrix tile by tile."""
+        if self._file.tensors[name].kind in _PLAIN:
+            yield from super().blocks(name, elements=elements)
+            return
+        whole = self._decoded(name)
+        for rows, columns in tile_slices(self.infos[name].shape, elements):
+            yield rows, columns, whole[rows, columns]
+
+    def _decoded(self, name: str) -> NDArray[np.float32]:
+        info = self._file.tensors[name]
+        try:
+            import gguf
+        except ImportError as error:
+            message = (
+                f"{self.path}: '{name}' is stored as {info.kind}; decoding it needs the package "
+                "gguf: pip install gguf."
+            )
+            raise MissingExtraError(message) from error
+        rows = self._file.rows(name, 0, math.prod(info.shape[:-1]))
+        try:
+            values = gguf.dequantize(rows, gguf.GGMLQuantizationType[info.kind])
+        except (KeyError, NotImplementedError) as error:
+            message = f"{self.path}: '{name}' is stored as {info.kind}, which is not decoded."
+            raise UnknownFormatError(message) from error
+        return np.asarray(values, np.float32).reshape(info.shape)
+
+
+def _info(file: GGUFFile, name: str) -> TensorInfo:
+    tensor = file.tensors[name]
+    stop = tensor.start + math.prod(tensor.shape[:-1]) * tensor.row_bytes
+    dtype = _PLAIN.get(tensor.kind, f"gguf_{tensor.kind.lower()}")
+    return TensorInfo(name, dtype, tensor.shape, tensor.start, stop)

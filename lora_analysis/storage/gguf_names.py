@@ -1,4 +1,4 @@
-"""How llama.cpp's converter names modules and orders their rows, architecture by architecture.
+"""Names of modules and order of rows in files of llama.cpp's converter, by architecture.
 
 Reference: ``gguf-py/gguf/tensor_mapping.py`` and the model classes of ``convert_hf_to_gguf.py``.
 """
@@ -9,8 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-# Architectures whose converter puts the two halves of each head's q and k rows side by side, and
-# those whose rows it leaves. Of others it is not known.
+# Architectures whose converter interleaves the two halves of each head's q and k rows, and those
+# whose rows it leaves as they are. For others it is not known.
 PERMUTED: Final = frozenset(
     {
         "llama", "arcee", "arctic", "granite", "granitemoe", "llama-embed", "minicpm", "mistral3",
@@ -26,7 +26,7 @@ LEFT: Final = frozenset(
         "t5encoder",
     }
 )  # fmt: skip
-# Architectures whose fused q, k, v rows the converter takes from per head to blocks.
+# Architectures whose fused q, k, v rows the converter reorders from heads to blocks.
 UNTANGLED: Final = frozenset({"bloom", "gptneox", "falcon"})
 
 EMBEDDING: Final = "token_embd"
@@ -44,7 +44,7 @@ _LLAMA_PARTS: Final = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
-    # Stacks of all experts: the module's name takes the expert's number behind "experts".
+    # Stacks of all experts: in module names, the number of the expert follows "experts".
     "ffn_gate_exps": "mlp.experts.gate_proj",
     "ffn_up_exps": "mlp.experts.up_proj",
     "ffn_down_exps": "mlp.experts.down_proj",
@@ -53,7 +53,7 @@ _LLAMA_PARTS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """The modules of architectures: prefix of a block's, those of a block, those outside."""
+    """Module names of architectures: prefix of blocks, modules of a block, modules outside."""
 
     prefix: str
     parts: dict[str, str]
@@ -123,10 +123,9 @@ _FAMILIES: Final = {
 
 
 def module_of(tensor: str, architecture: str) -> str:
-    """Return the module of the original model that a GGUF tensor's name (without ``.weight``) is.
+    """Return the original model's name for a GGUF tensor (its name without ``.weight``).
 
-    Where the architecture is not in the table, or the tensor not in the architecture's, the name
-    stays as it is.
+    The name is returned unchanged if the table lacks the architecture or the tensor.
     """
     family = _FAMILIES.get(architecture)
     if family is None:
@@ -138,18 +137,18 @@ def module_of(tensor: str, architecture: str) -> str:
 
 
 def tensor_of(module: str, architecture: str) -> str | None:
-    """Return the name of a module's tensor in a GGUF file, None where it is not known."""
+    """Return the name of a module's tensor in a GGUF file, None if it is not known."""
     if _BLOCK.fullmatch(module):
         return module
     family = _FAMILIES.get(architecture)
     if family is None:
         return None
     if match := _LAYER.fullmatch(module):
-        names = {own: part for part, own in family.parts.items()}
+        names = {module_part: part for part, module_part in family.parts.items()}
         part = names.get(match["part"])
         inside = module.startswith((family.prefix, f"base_model.model.{family.prefix}"))
         return f"blk.{match['index']}.{part}" if part and inside else None
-    return {own: name for name, own in family.outside.items()}.get(module)
+    return {outside: name for name, outside in family.outside.items()}.get(module)
 
 
 # Rows over columns of GPT-2's matrices, which are not square.
@@ -157,11 +156,11 @@ _GPT2_HEIGHTS: Final = {"attn_qkv": (3, 1), "ffn_up": (4, 1), "ffn_down": (1, 4)
 
 
 def is_turned(tensor: str, shape: tuple[int, int]) -> bool | None:
-    """Say whether an update of GPT-2's, of a shape ``(d_out, d_in)``, lies transposed.
+    """Return True if a GPT-2 update of shape ``(d_out, d_in)`` is stored transposed.
 
-    llama.cpp's converter turns GPT-2's weights, which their model stores as ``[in, out]``, and
-    turns a LoRA's factors in the same way, although PEFT keeps those as in any other model. None
-    where the shape does not tell.
+    llama.cpp's converter transposes GPT-2's weights, which the model stores as ``[in, out]``, and
+    transposes a LoRA's factors too, although PEFT stores those as in any other model. None if the
+    shape does not decide.
     """
     match = _BLOCK.fullmatch(tensor)
     heights = _GPT2_HEIGHTS.get(match["part"]) if match else None
@@ -174,5 +173,5 @@ def is_turned(tensor: str, shape: tuple[int, int]) -> bool | None:
 
 
 def is_rotated(tensor: str) -> bool:
-    """Say whether a tensor (without ``.weight``) is a block's q or k."""
+    """Return True if a tensor (without ``.weight``) is q or k of a block."""
     return tensor.startswith("blk.") and tensor.endswith((".attn_q", ".attn_k"))

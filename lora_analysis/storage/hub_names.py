@@ -1,4 +1,4 @@
-"""What a source calls a repository on a hub, and what is said of one in place of its cache."""
+"""Names of repositories on a hub, and addresses of fetched files for messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote
 
 from lora_analysis.errors import LoraAnalysisError, SourceError
-from lora_analysis.storage.containers import PICKLE_SUFFIXES
+from lora_analysis.storage.file_signatures import PICKLE_SUFFIXES
 
 if TYPE_CHECKING:
     import os
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PREFIX: Final = "hf://"
 _PART: Final = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 _BARE: Final = re.compile(rf"{_PART}/{_PART}")
-# A revision is one segment, in which %2F stands for a slash; the hub's own refs have three.
+# A revision is one segment, with %2F for a slash; the hub's refs have three segments.
 _ADDRESS: Final = re.compile(
     rf"hf://(?P<repo>{_PART}/{_PART})"
     r"(@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[\w.%-]+))?(/(?P<inside>.*))?",
@@ -44,7 +44,7 @@ class HubName:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What was fetched of one commit of a repository; ``folder`` lies in the hub's cache."""
+    """Fetched files of one commit of a repository; ``folder`` is in the hub's cache."""
 
     repo: str
     commit: str
@@ -53,7 +53,7 @@ class Snapshot:
 
     @property
     def path(self) -> Path:
-        """Where the thing lies that was asked for."""
+        """Local path of the file or folder that was requested."""
         return self.folder / self.inside
 
     @property
@@ -62,30 +62,30 @@ class Snapshot:
         return self.repo.partition("/")[2]
 
     def address(self, path: Path) -> str:
-        """Return what anyone may call a path in the snapshot: ``hf://owner/name@commit/…``."""
-        return self.shown(str(path))
+        """Return the address of a path in the snapshot: ``hf://owner/name@commit/…``."""
+        return self.with_addresses(str(path))
 
-    def shown(self, text: str) -> str:
-        """Return a text in which the snapshot has its address in place of its cache folder."""
+    def with_addresses(self, text: str) -> str:
+        """Return a text with the cache folder replaced by the snapshot's address."""
         return text.replace(str(self.folder), f"{PREFIX}{self.repo}@{self.commit}")
 
 
 def hub_name(source: str | os.PathLike[str]) -> HubName | None:
-    """Return the repository that a source names where nothing local has its name, or None.
+    """Return the repository that a source names, None if it names none.
 
     ``hf://owner/name[@revision][/path]``, or ``owner/name`` alone.
 
     Raises
     ------
     SourceError
-        It begins as an address and is none.
+        It begins as an address and is not a valid one.
     """
     text = source if isinstance(source, str) else ""  # a Path means a local one
     if text.startswith(PREFIX):
         match = _ADDRESS.fullmatch(text)
         inside = (match["inside"] or "").strip("/") if match else ""
         if match is None or ".." in PurePosixPath(inside).parts or "\0" in text:
-            message = f"{text!r} is no address of the form hf://owner/name[@revision][/path]."
+            message = f"{text!r} is not an address of the form hf://owner/name[@revision][/path]."
             raise SourceError(message)
         revision = unquote(match["revision"]) if match["revision"] else None
         return HubName(match["repo"], revision, inside, text)
@@ -93,17 +93,17 @@ def hub_name(source: str | os.PathLike[str]) -> HubName | None:
 
 
 def names_a_file(text: str) -> bool:
-    """Say whether a path ends as files of tensors do."""
+    """Return True if a path has the suffix of a file of tensors."""
     suffix = PurePosixPath(text).suffix
     return suffix in (".safetensors", ".json", ".gguf", ".npz") or suffix in PICKLE_SUFFIXES
 
 
 @contextmanager
 def shown_errors(snapshot: Snapshot | None) -> Iterator[None]:
-    """Name the address in errors, where a snapshot's files lie in someone's cache folder."""
+    """Replace cache folders in error messages by the address of the snapshot."""
     try:
         yield
     except LoraAnalysisError as error:
         if snapshot is None:
             raise
-        raise type(error)(snapshot.shown(str(error))) from error
+        raise type(error)(snapshot.with_addresses(str(error))) from error

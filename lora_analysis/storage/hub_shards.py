@@ -1,7 +1,7 @@
-"""A sharded model on a hub: its headers at once, a shard when the first of its tensors is read.
+"""Sharded models on a hub: read all headers first, fetch a shard when one of its tensors is read.
 
-An adapter that touches a few layers needs a few gigabytes of a large base. What the shards hold is
-in their first kilobytes, which a hub gives out alone; one that does not has all shards fetched.
+An adapter of a few layers needs a few gigabytes of a large base. The headers are in the first
+kilobytes of the shards, which most hubs serve alone; without that, all shards are fetched.
 """
 
 from __future__ import annotations
@@ -9,9 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.errors import MalformedFileError
-from lora_analysis.storage.headers import Header, TensorInfo, header_size, parse_header, read_header
-from lora_analysis.storage.hub import fetch_files, in_time
+from lora_analysis.storage.hub import fetch_files
+from lora_analysis.storage.hub_client import in_time
 from lora_analysis.storage.limits import BLOCK_ELEMENTS, HUB_ANSWER_SECONDS, HUB_TIMEOUT
+from lora_analysis.storage.safetensors import (
+    Header,
+    header_size,
+    parse_header,
+    read_header,
+)
 from lora_analysis.storage.tensors import TensorFiles, shards_of
 
 if TYPE_CHECKING:
@@ -23,8 +29,8 @@ if TYPE_CHECKING:
 
     from lora_analysis.storage.hub_names import Snapshot
 
-# Most headers are smaller; of a larger one the rest is asked for.
-_START: Final = 2**18
+# Most headers are smaller; the rest of a larger one takes a second request.
+_FIRST_REQUEST: Final = 2**18
 
 
 class HubShards(TensorFiles):
@@ -33,9 +39,9 @@ class HubShards(TensorFiles):
     __slots__ = ("_checked", "_snapshot")
 
     def __init__(self, index: Path, snapshot: Snapshot) -> None:
-        places = shards_of(index)
-        headers = {file: _header(file, snapshot) for file in dict.fromkeys(places.values())}
-        super().__init__(index, headers, places)
+        locations = shards_of(index)
+        headers = {file: _header(file, snapshot) for file in dict.fromkeys(locations.values())}
+        super().__init__(index, headers, locations)
         self._snapshot = snapshot
         self._checked = {file for file in headers if file.exists()}
 
@@ -52,25 +58,21 @@ class HubShards(TensorFiles):
         yield from super().blocks(name, elements=elements)
 
     def file_of(self, name: str) -> Path:
-        """Return the file a tensor lies in, fetched if it has to be."""
+        """Return the file that holds a tensor; fetch it if necessary."""
         file = super().file_of(name)
         if file not in self._checked:
             fetch_files(self._snapshot, [file.name])
-            _check(file, name, self.infos[name])
+            if read_header(file).tensors.get(name) != self.infos[name]:
+                message = f"{file}: it differs from what the hub stated. Was it changed meanwhile?"
+                raise MalformedFileError(message)
             self._checked.add(file)
         return file
 
 
-def _check(file: Path, name: str, wanted: TensorInfo) -> None:
-    if read_header(file).tensors.get(name) != wanted:
-        message = f"{file}: it does not hold what the hub said of it. Was it changed meanwhile?"
-        raise MalformedFileError(message)
-
-
 def _header(file: Path, snapshot: Snapshot) -> Header:
-    """Return a shard's header, from the hub where the shard is not in the cache."""
+    """Return a shard's header, from the hub if the shard is not in the cache."""
     if not file.exists():
-        start = _first_bytes(file.name, snapshot, _START)
+        start = _first_bytes(file.name, snapshot, _FIRST_REQUEST)
         needed = header_size(file, start[0], start[1]) if start else 0
         if start and needed > len(start[0]):
             start = _first_bytes(file.name, snapshot, needed)
@@ -81,9 +83,9 @@ def _header(file: Path, snapshot: Snapshot) -> Header:
 
 
 def _first_bytes(name: str, snapshot: Snapshot, count: int) -> tuple[bytes, int] | None:
-    """Return the first bytes of a file on the hub and its size; None where it gives no parts."""
+    """Return the first bytes of a file on the hub and its size; None if it serves no ranges."""
     from huggingface_hub import constants, hf_hub_url
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # they are there
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # not in its __all__
         build_hf_headers,
         get_session,
     )
@@ -92,15 +94,19 @@ def _first_bytes(name: str, snapshot: Snapshot, count: int) -> tuple[bytes, int]
         return None
     inside = f"{snapshot.inside}/{name}" if snapshot.inside else name
     url = hf_hub_url(snapshot.repo, inside, revision=snapshot.commit, endpoint=constants.ENDPOINT)
-    asked = {**build_hf_headers(), "range": f"bytes=0-{count - 1}", "accept-encoding": "identity"}
+    headers = {**build_hf_headers(), "range": f"bytes=0-{count - 1}", "accept-encoding": "identity"}
     try:
-        return in_time(lambda: _part(get_session(), url, asked, count), HUB_ANSWER_SECONDS)
-    except Exception:  # noqa: BLE001 - whatever the client says: then the whole file is asked for
+        return in_time(
+            lambda: _request_range(get_session(), url, headers, count), HUB_ANSWER_SECONDS
+        )
+    except Exception:  # noqa: BLE001 - after any error of the client, the whole file is fetched
         return None
 
 
-def _part(session: Any, url: str, headers: dict[str, str], count: int) -> tuple[bytes, int] | None:
-    # Streamed: a hub that takes no notice of the range would send the whole file.
+def _request_range(
+    session: Any, url: str, headers: dict[str, str], count: int
+) -> tuple[bytes, int] | None:
+    # Streamed: a hub that ignores the range would send the whole file.
     with session.stream(
         "GET", url, headers=headers, follow_redirects=True, timeout=HUB_TIMEOUT
     ) as answer:

@@ -1,4 +1,4 @@
-"""One process at a time in a folder."""
+"""Folder locks: one process at a time, across hosts and after crashes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from typing import TextIO
 
 LOCK_NAME: Final = ".lock"
-# Seconds: how often a holder shows that it lives, and after which silence one of another host,
-# of which nobody here can tell, counts as gone.
+# Seconds between a holder's signs of life, and without one until a holder on another host, which
+# cannot be checked, counts as dead.
 _RENEWAL: Final = 15.0
 _SILENCE: Final = 120.0
-# Of a process that has ended, and whose parent has not asked how.
+# State of a process that has ended, but whose parent has not waited for it.
 _ENDED: Final = "ended"
 
 
 class _Holder(NamedTuple):
-    """Who took a lock: process, host, and when that process began (pids are given out again)."""
+    """Holder of a lock: process, host, and start of the process (process ids are reused)."""
 
     pid: str = ""
     host: str = ""
@@ -39,17 +39,16 @@ class _Holder(NamedTuple):
 
 @contextmanager
 def locked(folder: Path, name: str = LOCK_NAME, *, target: Path | None = None) -> Iterator[None]:
-    """Keep other processes that ask for it out of a folder, by a file that names this one.
+    """Lock a folder against other processes that lock it, by a file that names this process.
 
-    A file that a process left when it was killed is taken over: at once where it was on this
-    host, after two minutes without a sign of life where it was on another. With the lock of the
-    usual name, files that were left half-written in the folder or below are deleted. ``target``
-    is what the error names, the folder by default.
+    The file of a killed process is taken over: at once if it ran on this host, after two minutes
+    without a sign of life if it ran on another. With the default name, temporary files in the
+    folder or below are deleted. ``target`` is the path that the error names, the folder by default.
 
     Raises
     ------
     InUseError
-        Another process is in the folder, or was a moment ago on another host.
+        Another process has the lock, or had it a moment ago on another host.
     """
     lock = folder / name
     with _acquired(lock, target or folder) as stream:
@@ -68,13 +67,13 @@ def locked(folder: Path, name: str = LOCK_NAME, *, target: Path | None = None) -
 
 @contextmanager
 def _acquired(lock: Path, target: Path) -> Iterator[TextIO]:
-    """Open the lock's file, hold it by the system's means, and write our name into it."""
+    """Open the lock's file, take the system's lock on it, and write this process into it."""
     while True:
         with _opened(lock) as stream:
             if not _hold(stream):
                 raise _in_use(lock, target, _read_holder(stream))
             if not _is_at(stream, lock):
-                continue  # its holder deleted it between our opening and our holding it
+                continue  # its holder deleted it after we opened it
             holder = _read_holder(stream)
             if holder.pid and not _is_gone(holder, lock):
                 raise _in_use(lock, target, holder)
@@ -87,16 +86,16 @@ def _acquired(lock: Path, target: Path) -> Iterator[TextIO]:
 
 
 def _opened(lock: Path) -> TextIO:
-    """Open the file, made where it is not; a symbolic link in its place is not followed."""
+    """Open the file, created if missing; a symbolic link of its name is not followed."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     return os.fdopen(os.open(lock, flags, 0o666), "r+", encoding="utf-8", errors="replace")
 
 
 def _hold(stream: TextIO) -> bool:
-    """Take the system's lock on a file; say whether nobody else has it.
+    """Take the system's lock on a file; return False if another process has it.
 
-    It goes with the process, however that ends. Where a system or a file system has none, the
-    name in the file decides alone.
+    The system releases it when the process ends, in any way. If the system or the file system has
+    no such locks, the name in the file decides alone.
     """
     try:
         import fcntl
@@ -124,10 +123,10 @@ def _read_holder(stream: TextIO) -> _Holder:
 
 
 def _is_gone(holder: _Holder, lock: Path) -> bool:
-    """Say whether the process that wrote the file is no more."""
+    """Return True if the process that wrote the file has ended."""
     if holder.host != socket.gethostname():
         return time.time() - lock.stat().st_mtime > _SILENCE
-    # Elsewhere than on POSIX systems, signal 0 is not a question but ends the process.
+    # On other systems than POSIX, signal 0 ends the process.
     if os.name != "posix" or not holder.pid.isdecimal():
         return False
     try:
@@ -141,7 +140,7 @@ def _is_gone(holder: _Holder, lock: Path) -> bool:
 
 
 def _began(pid: int) -> str:
-    """Return when a process began, in the kernel's ticks; empty where it cannot be known."""
+    """Return the start of a process in the kernel's ticks; empty if it is not known."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -158,7 +157,7 @@ def _renew(lock: Path, over: threading.Event) -> None:
 
 def _in_use(lock: Path, target: Path, holder: _Holder) -> InUseError:
     message = (
-        f"{target} is in use by {holder}. Wait for it, or take another folder; "
-        f"if there is no such process any more, delete {lock}."
+        f"{target} is in use by {holder}. Wait for it, or choose another folder; "
+        f"if that process no longer exists, delete {lock}."
     )
     return InUseError(message)

@@ -1,4 +1,4 @@
-"""The mark by which a file of ours is recognized, and the digest that ties weights to a config.
+"""Marks that identify files of ours, and the digest that ties weights to their configuration.
 
 Every file of tensors that this package writes states its version in the metadata, which other
 programs ignore: safetensors under `KEY` as JSON, GGUF as the value ``lora_analysis.version``.
@@ -16,7 +16,7 @@ from lora_analysis import __version__
 from lora_analysis.errors import InputError
 from lora_analysis.finding import Finding
 from lora_analysis.storage.gguf import is_gguf, read_gguf
-from lora_analysis.storage.headers import read_header
+from lora_analysis.storage.safetensors import read_header
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 KEY: Final = "lora_analysis"
 FIGURE_CREATOR: Final = "lora_analysis"
-"""What figures state as their creator; without a version, so that equal figures are equal bytes."""
-# The metadata of figures stands at the start of the file, that of PDF at either end.
+"""Creator that figures state; without a version, so that equal figures have equal bytes."""
+# Figures have their metadata at the start of the file, PDFs at either end.
 _HEAD: Final = 1 << 16
 _FIGURES: Final = {
     ".svg": re.compile(rb"<dc:title>lora_analysis</dc:title>"),
@@ -42,28 +42,18 @@ def safetensors_mark(config: Mapping[str, Any] | None = None) -> dict[str, str]:
     Parameters
     ----------
     config
-        The configuration that is written with the weights: its digest is stated in the entry.
+        The configuration that is written with the weights: the entry states its digest.
     """
-    stated = {"version": __version__}
+    mark = {"version": __version__}
     if config is not None:
-        stated[_CONFIG_DIGEST] = config_digest(config)
-    return {KEY: json.dumps(stated, separators=(",", ":"), sort_keys=True)}
+        mark[_CONFIG_DIGEST] = _config_digest(config)
+    return {KEY: json.dumps(mark, separators=(",", ":"), sort_keys=True)}
 
 
-def config_digest(config: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a configuration's content, whatever its layout and order of keys."""
+def _config_digest(config: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a configuration's content, independent of layout and order of keys."""
     text = json.dumps(config, separators=(",", ":"), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def stated_config_digest(metadata: Mapping[str, str]) -> str | None:
-    """Return the digest of the config that weights were written with; None if they state none."""
-    try:
-        stated = json.loads(metadata.get(KEY, ""))
-    except (ValueError, RecursionError):
-        return None
-    digest = stated.get(_CONFIG_DIGEST) if isinstance(stated, dict) else None
-    return digest if isinstance(digest, str) else None
 
 
 def config_findings(
@@ -79,10 +69,14 @@ def config_findings(
     metadata, weights
         Metadata and path of the weights.
     config, config_path
-        The whole document next to them, and where it lies; None if there is none.
+        The whole document next to them, and its path; None if there is none.
     """
-    digest = stated_config_digest(metadata)
-    if digest is None or config_path is None or digest == config_digest(config):
+    try:
+        mark = json.loads(metadata.get(KEY, ""))
+    except (ValueError, RecursionError):
+        return []
+    digest = mark.get(_CONFIG_DIGEST) if isinstance(mark, dict) else None
+    if not isinstance(digest, str) or config_path is None or digest == _config_digest(config):
         return []
     fields = {"weights": weights.name, "config": config_path.name}
     return [Finding("config-not-written-with-weights", fields)]

@@ -1,9 +1,9 @@
-"""Where results are written: one policy for every verb, for folders and for single files.
+"""Output policy: which files and folders may be written, the same for every verb.
 
-Free to write is what is absent, empty, or ours by a record or mark (`records`, `marks`). Anything
-else needs ``force``, which replaces files at the names that must be written and touches nothing
-else. No input is written, and nothing is deleted before its replacement is on the disk. New files
-are complete in a staging folder before the first takes its place, and a journal of the places
+Free to write are paths that are absent, empty, or ours by a record or mark (`records`, `marks`).
+Anything else needs ``force``, which replaces files at the names that must be written and touches
+nothing else. No input is written, and nothing is deleted before its replacement is on the disk. New
+files are complete in a staging folder before the first one is moved, and a journal of the moves
 makes an interrupted replacement either complete or refused by readers, never a mixture.
 """
 
@@ -41,31 +41,30 @@ from lora_analysis.storage.records import (
 
 _UNTOUCHED: Final = "What was there before is untouched; make room, or name another place with -o."
 _FORCE: Final = "pass --force (force=True in Python)"
-# Files from which a program may load weights; a stranger's next to ours would be read for ours.
+# Files from which a program may load weights; one that is not ours might be loaded instead of ours.
 _WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz")
 _NOT_WEIGHTS: Final = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")
 
 
 class OutputFolder:
-    """A folder that one run fills or replaces, for `output_folder` and for training.
+    """A folder that one run writes or replaces, for `output_folder` and for training.
 
     Parameters
     ----------
     folder
-        The folder; made if it does not exist.
+        The folder; created if it does not exist.
     kind
-        What its files are, see `Record`.
+        Kind of its files, see `Record`.
     verb, run
-        What writes them, and with which settings.
+        The verb that writes them, and its settings.
     inputs
-        Files and folders that the run reads; none of them is written or written into.
+        Files and folders that the run reads; none of them is written.
     force
-        Whether files of others, and edited ones of ours, may be replaced at the names that the
-        run writes.
+        Replace files that are not ours, or that were edited, at the names that the run writes.
     shared
-        Whether the folder may hold other things already, as long as no name collides.
+        Allow a folder with files that are not ours, as long as no name collides.
     ignored
-        Names in the folder that do not count as somebody else's.
+        Names in the folder that do not count as files of others.
     names
         See `Record.names`.
     """
@@ -100,12 +99,12 @@ class OutputFolder:
         Raises
         ------
         OccupiedError
-            It holds things of others or edited files of ours and ``force`` is not given; it is,
-            or lies inside, an input; or it is a symbolic link.
+            It contains files of others or edited files of ours and ``force`` is not given; it is an
+            input or inside one; or it is a symbolic link.
         """
-        refuse_link(self.folder)
+        _refuse_link(self.folder)
         for name in (".", *self.record.names):
-            refuse_inputs(self.folder / name, self.inputs)
+            _refuse_inputs(self.folder / name, self.inputs)
         if self.folder.exists() and not self.folder.is_dir():
             message = f"{self.folder} is a file, and the output is a folder. Choose another name."
             raise OccupiedError(message)
@@ -136,12 +135,14 @@ class OutputFolder:
     def _refuse_others(self) -> None:
         if self.shared:
             return
-        known = {name.partition("/")[0] for one in read_records(self.folder) for name in one.files}
+        ours = {
+            name.partition("/")[0] for record in read_records(self.folder) for name in record.files
+        }
         others = [
             path
             for path in sorted(self.folder.iterdir())
             if not is_bookkeeping(path)
-            and path.name not in known | self.ignored
+            and path.name not in ours | self.ignored
             and not self._leads_to_input(path.resolve())
         ]
         if others:
@@ -153,10 +154,10 @@ class OutputFolder:
 
     def _leads_to_input(self, path: Path) -> bool:
         """Return True if a path is an input or contains one."""
-        return any(path == one or path in one.parents for one in self.inputs)
+        return any(path == source or path in source.parents for source in self.inputs)
 
     def begin(self) -> None:
-        """Put the record in place; complete what an interrupted run left."""
+        """Write the record; complete an interrupted replacement first."""
         self.make_folders()
         remove_leftovers(self.folder / RECORD_FOLDER)
         earlier = read_record(self.folder, self.kind)
@@ -166,7 +167,7 @@ class OutputFolder:
             self.check()
         if earlier is None or not earlier.files:
             for name in () if earlier is None else earlier.names:
-                if name not in self.record.names:  # of an unfinished run that this one replaces
+                if name not in self.record.names:  # from an unfinished run that this one replaces
                     (self.folder / name).unlink(missing_ok=True)
             self.record.write(self.folder)
             self.earlier = self.record
@@ -174,36 +175,36 @@ class OutputFolder:
             self.earlier = earlier
 
     def clear_staging(self) -> None:
-        """Remove what an interrupted run left in the staging folder, and make it anew."""
+        """Empty the staging folder, which an interrupted run may have left."""
         shutil.rmtree(self.staging, ignore_errors=True)
         self.staging.mkdir(parents=True, exist_ok=True)
 
     def commit(self, in_place: Iterable[str] = ()) -> None:
-        """Put the staged files in their places and finish the record.
+        """Move the staged files to their names and finish the record.
 
         Parameters
         ----------
         in_place
-            Names of files of this run that lie in the folder already.
+            Names of files of this run that are in the folder already.
 
         Raises
         ------
         OccupiedError
-            A name is taken by a file that may not be replaced, or a file that stays would be read
-            for one of these.
+            A name is taken by a file that may not be replaced, or a program might load a file that
+            remains instead of one of these.
         """
         staged = sorted(
             path.relative_to(self.staging).as_posix()
             for path in self.staging.rglob("*")
             if path.is_file()
         )
-        standing = {name: _synced_mark(self.folder / name) for name in in_place}
-        for name in (*staged, *standing):
-            self._check_place(name, own=name in standing)
-        self._refuse_misleading({*staged, *standing})
-        new = {name: _synced_mark(self.staging / name) for name in staged} | standing
-        for place in (self.staging, *(p for p in self.staging.rglob("*") if p.is_dir())):
-            sync_folder(place)
+        unmoved = {name: _synced_mark(self.folder / name) for name in in_place}
+        for name in (*staged, *unmoved):
+            self._check_target(name, in_place=name in unmoved)
+        self._refuse_misleading({*staged, *unmoved})
+        new = {name: _synced_mark(self.staging / name) for name in staged} | unmoved
+        for folder in (self.staging, *(p for p in self.staging.rglob("*") if p.is_dir())):
+            sync_folder(folder)
         sync_folder(self.staging.parent)
         removed = tuple(
             name
@@ -222,9 +223,9 @@ class OutputFolder:
         self._complete(journal)
 
     def discard(self) -> None:
-        """Remove what this run staged; what was there before stays as it was.
+        """Remove the staged files; earlier files remain as they were.
 
-        Once files are taking their places nothing is removed: the next run completes that.
+        Nothing is removed after files have begun to move: the next run completes the move.
         """
         record = read_record(self.folder, self.kind)
         if record is not None and record.state == "replacing":
@@ -236,7 +237,7 @@ class OutputFolder:
             (self.folder / RECORD_FOLDER).rmdir()  # if it is empty
 
     def state_sentence(self) -> str:
-        """Return what the folder holds now, after an error."""
+        """Return a sentence on the state of the folder after an error."""
         record = read_record(self.folder, self.kind)
         if record is not None and record.state == "replacing":
             return (
@@ -248,33 +249,31 @@ class OutputFolder:
         return _UNTOUCHED
 
     def remove_made_folders(self) -> None:
-        """Remove the folders that `begin` made, as far as they are empty."""
-        for place in reversed(self._made):
+        """Remove the folders that `make_folders` created, if they are empty."""
+        for folder in reversed(self._made):
             with suppress(OSError):
-                place.rmdir()
+                folder.rmdir()
 
     def make_folders(self) -> None:
-        """Make the folder, those above it, and the one of records."""
-        missing = [self.folder, *self.folder.parents]
-        self._made += [place for place in reversed(missing) if not place.exists()]
+        """Make the folder, its missing parents, and the folder of records."""
+        candidates = [self.folder, *self.folder.parents]
+        self._made += [folder for folder in reversed(candidates) if not folder.exists()]
         (self.folder / RECORD_FOLDER).mkdir(parents=True, exist_ok=True)
-        for place in (*self._made, self.folder / RECORD_FOLDER):
-            sync_folder(place.parent)
+        for folder in (*self._made, self.folder / RECORD_FOLDER):
+            sync_folder(folder.parent)
 
-    def _check_place(self, name: str, *, own: bool) -> None:
-        """Raise if a staged file may not take its place."""
+    def _check_target(self, name: str, *, in_place: bool) -> None:
+        """Raise if a file may not be written under its name."""
         target = self.folder / name
-        for place in (target, *target.parents):
-            if place == self.folder:
+        for path in (target, *target.parents):
+            if path == self.folder:
                 break
-            refuse_link(place)
+            _refuse_link(path)
         if target.is_dir():
             message = f"{target} is a folder, and the output is a file of that name. Move it away."
             raise OccupiedError(message)
-        refuse_inputs(target, self.inputs)
-        if own or self.force or not os.path.lexists(target):
-            return
-        if name in self.earlier.names:
+        _refuse_inputs(target, self.inputs)
+        if in_place or self.force or not os.path.lexists(target) or name in self.earlier.names:
             return
         mark = self.earlier.files.get(name)
         if mark is None or file_state(target, mark) == "edited":
@@ -282,7 +281,7 @@ class OutputFolder:
             raise OccupiedError(message)
 
     def _refuse_misleading(self, names: set[str]) -> None:
-        """Raise if a weights file of somebody else would stay next to weights of ours."""
+        """Raise if weights that are not ours would remain next to weights of ours."""
         if not any(name.endswith((".safetensors", ".gguf")) and "/" not in name for name in names):
             return
         for path in sorted(self.folder.iterdir()):
@@ -298,19 +297,19 @@ class OutputFolder:
                 raise OccupiedError(message)
 
     def _complete(self, journal: Record) -> None:
-        """Carry out a journal: move staged files to their places, then remove what is obsolete."""
-        places = {(self.folder / name).parent for name in journal.new}
-        for place in sorted(places):
-            # On the disk before anything moves into it, or a loss of power could lose the file.
-            for missing in [one for one in reversed([place, *place.parents]) if not one.exists()]:
+        """Carry out a journal: move staged files to their names, then remove obsolete ones."""
+        folders = {(self.folder / name).parent for name in journal.new}
+        for folder in sorted(folders):
+            # On the disk before anything moves into it, or a power loss could lose the file.
+            for missing in [p for p in reversed([folder, *folder.parents]) if not p.exists()]:
                 missing.mkdir()
                 sync_folder(missing.parent)
         for name in journal.new:
             source = self.staging / name
             if source.is_file():
                 source.replace(self.folder / name)
-        for place in places:
-            sync_folder(place)
+        for folder in folders:
+            sync_folder(folder)
         emptied = set()
         for name in journal.removed:
             target = self.folder / name
@@ -322,12 +321,13 @@ class OutputFolder:
             if name not in journal.new:
                 (self.folder / name).unlink(missing_ok=True)
                 emptied.add((self.folder / name).parent)
-        for place in sorted(emptied - {self.folder}, key=lambda one: len(one.parts), reverse=True):
+        deepest_first = sorted(emptied - {self.folder}, key=lambda p: len(p.parts), reverse=True)
+        for folder in deepest_first:
             with suppress(OSError):
-                place.rmdir()  # if it held nothing else
-        for place in (self.folder, *emptied):
-            if place.is_dir():
-                sync_folder(place)
+                folder.rmdir()  # if nothing else is in it
+        for folder in (self.folder, *emptied):
+            if folder.is_dir():
+                sync_folder(folder)
         journal.finished().write(self.folder)
         shutil.rmtree(self.staging, ignore_errors=True)
 
@@ -343,14 +343,14 @@ def output_folder(
     force: bool = False,
     shared: bool = False,
 ) -> Iterator[Path]:
-    """Yield a staging folder whose files replace the folder's when the block ends without error.
+    """Yield a staging folder; its files replace the folder's when the block ends without error.
 
-    Parameters are those of `OutputFolder`. If the block raises, the folder is as it was before.
+    The parameters are those of `OutputFolder`. If the block raises, the folder is unchanged.
 
     Raises
     ------
     OccupiedError
-        See `OutputFolder.check` and `OutputFolder.commit`; nothing has been replaced then.
+        See `OutputFolder.check` and `OutputFolder.commit`; nothing has been replaced.
     InUseError
         Another process writes there.
     OutputError
@@ -380,34 +380,34 @@ def output_folder(
 
 @contextmanager
 def output_file(path: Path, *, inputs: Iterable[Path] = (), force: bool = False) -> Iterator[None]:
-    """Hold the right to write one file: it is absent, empty, marked as ours, or ``force`` is given.
+    """Lock one file for writing if it is absent, empty, marked as ours, or ``force`` is given.
 
     Raises
     ------
     OccupiedError
-        Somebody else's file or folder lies there, it is a symbolic link, or it is an input.
+        The path is a file or folder that is not ours, a symbolic link, or an input.
     InUseError
         Another process writes it.
     """
     with _disk_errors(path):
         check_output_file(path, inputs=inputs, force=force)
-        missing = [place for place in (path.parent, *path.parent.parents) if not place.exists()]
+        missing = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with locked(path.parent, f".{path.name[:100]}.lock", target=path):
                 check_output_file(path, inputs=inputs, force=force)
                 yield
         except BaseException:
-            for place in missing:
+            for folder in missing:
                 with suppress(OSError):
-                    place.rmdir()
+                    folder.rmdir()
             raise
 
 
 def check_output_file(path: Path, *, inputs: Iterable[Path] = (), force: bool = False) -> None:
     """Raise if a file may not be written; see `output_file`."""
-    refuse_link(path)
-    refuse_inputs(path, [one.resolve() for one in inputs if one.exists()])
+    _refuse_link(path)
+    _refuse_inputs(path, [source.resolve() for source in inputs if source.exists()])
     if path.is_dir():
         message = f"{path} is a folder, and the output is a file. Choose another name."
         raise OccupiedError(message)
@@ -428,13 +428,13 @@ def write_output_file(
         return write_atomic(path, content)
 
 
-def refuse_inputs(output: Path, inputs: Iterable[Path]) -> None:
-    """Raise if an output is an input or lies inside one.
+def _refuse_inputs(output: Path, inputs: Iterable[Path]) -> None:
+    """Raise if an output is an input or inside one.
 
     Parameters
     ----------
     output
-        What is to be written.
+        Path that is to be written.
     inputs
         Resolved paths of files and folders that are read.
     """
@@ -452,7 +452,7 @@ def refuse_inputs(output: Path, inputs: Iterable[Path]) -> None:
             raise OccupiedError(message)
 
 
-def refuse_link(path: Path) -> None:
+def _refuse_link(path: Path) -> None:
     """Raise if a path is a symbolic link."""
     if path.is_symlink():
         message = (
@@ -468,7 +468,7 @@ def holds_output(folder: Path, kind: str) -> bool:
 
 @contextmanager
 def _disk_errors(target: Path, state: Callable[[], str] | None = None) -> Iterator[None]:
-    """Turn what the system refuses into one sentence that is true of the target."""
+    """Turn errors of the system into one sentence with the state of the target."""
     try:
         yield
     except OSError as error:
@@ -476,17 +476,17 @@ def _disk_errors(target: Path, state: Callable[[], str] | None = None) -> Iterat
         if not isinstance(cause, OSError) or cause.errno in (None, errno.EPIPE, errno.EINTR):
             raise
         if state is None and cause is not error:
-            raise  # of one file, `write_atomic` says what is there now
+            raise  # for single files, the error of `write_atomic` states what remains
         reason = cause.strerror or str(cause)
-        place = cause.filename or target
+        path = cause.filename or target
         message = (
-            f"{place} could not be written: {reason}. {_UNTOUCHED if state is None else state()}"
+            f"{path} could not be written: {reason}. {_UNTOUCHED if state is None else state()}"
         )
         raise OutputError(message) from error
 
 
 def _synced_mark(path: Path) -> FileMark:
-    """Return the mark of a file that is on the disk."""
+    """Flush a file to the disk and return its mark."""
     mark = mark_of(path)
     descriptor = os.open(path, os.O_RDWR if os.name != "posix" else os.O_RDONLY)
     try:
@@ -497,5 +497,5 @@ def _synced_mark(path: Path) -> FileMark:
 
 
 def is_bookkeeping(path: Path) -> bool:
-    """Return True for what writers leave next to results: records, locks, half-written files."""
+    """Return True for records, locks and temporary files that writers leave next to results."""
     return path.name == RECORD_FOLDER or path.name.endswith(".lock") or is_leftover(path)

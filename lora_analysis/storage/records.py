@@ -1,8 +1,8 @@
-"""The record of what this package wrote into a folder, and what it says to readers.
+"""Records of the files that this package wrote into a folder.
 
-A folder of results holds ``.lora_analysis/KIND.json``: which verb wrote it, with which settings,
+A folder of results contains ``.lora_analysis/KIND.json``: the verb that wrote it, its settings,
 and the name, size and hash of every file of ours. It is written before the first file, so that an
-interrupted run is known for what it is, and it is the only reason to replace or delete anything.
+interrupted run is recognized, and only files in it are ever replaced or deleted unasked.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from lora_analysis.storage.limits import MAX_HEADER_BYTES, MAX_INDEX_BYTES
 RECORD_FOLDER: Final = ".lora_analysis"
 RECORD_VERSION: Final = 1
 _CHUNK: Final = 1 << 20
-# A file system that lost power leaves blocks of zeros where data had not reached the disk.
-_LOST_TAIL: Final = 64
+# After a power loss, data that had not reached the disk are blocks of zeros.
+_CHECKED_TAIL: Final = 64
 
-# Kinds whose files are adapters or models.
-_READ: Final = ("adapter", "run")
+# Kinds whose files are adapters or models, which readers must not read unfinished.
+_READABLE_KINDS: Final = ("adapter", "run")
 
 # writing: the first set of files is not complete; replacing: new files are taking the places of
-# old ones; finished: all files are as the record says.
+# old ones; finished: all files are as recorded.
 State = Literal["writing", "replacing", "finished"]
 
 
@@ -45,30 +45,30 @@ class FileMark:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What was written into a folder.
+    """Files of one kind in a folder, and the run that wrote them.
 
     Parameters
     ----------
     kind
-        What the files are: ``"adapter"``, ``"report"``, ``"run"``, … A folder may hold several
-        kinds, each with a record and files of its own.
+        Kind of the files: ``"adapter"``, ``"report"``, ``"run"``, … A folder may contain several
+        kinds, each with its own record and files.
     verb
         The command or function that wrote them.
     run
-        Its settings, as JSON values: what has to be equal for the files to be its result.
+        Its settings, as JSON values. Files of a run with other settings are not its result.
     state
-        How far it came.
+        State of the files.
     files
         The finished files by name relative to the folder, with ``/`` between the parts.
     new
-        While ``"replacing"``: the files that take their places.
+        While ``"replacing"``: the files of the new set.
     removed
         While ``"replacing"``: files of the earlier set that the new one does not have.
     names
-        Until it is finished: files that the run makes in the folder itself on its way, whether or
-        not they stay.
+        Until the run is finished: files that it creates directly in the folder, whether or not they
+        remain.
     version
-        Of the package that wrote them.
+        Version of the package that wrote them.
     """
 
     kind: str
@@ -82,11 +82,11 @@ class Record:
     version: str = __version__
 
     def finished(self) -> Record:
-        """Return the record once the new files are at their places."""
+        """Return the record for the time after the new files have replaced the old ones."""
         return replace(self, state="finished", files=self.new, new={}, removed=(), names=())
 
     def write(self, folder: Path) -> None:
-        """Write the record into its folder, whole or not at all."""
+        """Write the record into its folder, atomically."""
         journal = {"new": _marks_document(self.new), "removed": list(self.removed)}
         document = {
             "record_version": RECORD_VERSION,
@@ -104,21 +104,21 @@ class Record:
 
 
 def record_path(folder: Path, kind: str) -> Path:
-    """Return where the record of one kind of output lies."""
+    """Return the path of the record of one kind of output."""
     return folder / RECORD_FOLDER / f"{kind}.json"
 
 
 def read_record(folder: Path, kind: str) -> Record | None:
-    """Return the record of one kind in a folder; None without one that can be trusted.
+    """Return the record of one kind in a folder; None if there is none that can be trusted.
 
-    A record that cannot be read, or names files outside its folder, counts as none: what it
-    claims is then treated as somebody else's.
+    A record that cannot be read, or names files outside its folder, counts as none: the files are
+    then treated as not ours.
     """
     path = record_path(folder, kind)
     if not path.is_file() or path.is_symlink():
         return None
     try:
-        return _parsed(read_json_object(path, max_bytes=MAX_INDEX_BYTES), kind)
+        return _parse_record(read_json_object(path, max_bytes=MAX_INDEX_BYTES), kind)
     except (InputError, KeyError, TypeError, ValueError):
         return None
 
@@ -135,7 +135,7 @@ def read_records(folder: Path) -> Iterator[Record]:
 
 
 def refuse_unfinished(source: Path) -> None:
-    """Raise if the files at a source are in the middle of being written by this package.
+    """Raise if the files of a source are being written by this package, or were interrupted.
 
     Parameters
     ----------
@@ -145,11 +145,11 @@ def refuse_unfinished(source: Path) -> None:
     Raises
     ------
     UnfinishedError
-        Naming the verb, and how to complete or discard its work.
+        The message names the verb and how to complete its work.
     """
     folder = source if source.is_dir() else source.parent
     for record in read_records(folder):
-        if record.kind not in _READ or record.state == "finished":
+        if record.kind not in _READABLE_KINDS or record.state == "finished":
             continue
         if source.is_file() and source.name not in {*record.files, *record.new, *record.removed}:
             continue
@@ -178,10 +178,10 @@ def mark_of(path: Path) -> FileMark:
 
 
 def file_state(path: Path, mark: FileMark) -> Literal["whole", "damaged", "edited"]:
-    """Return whether a file is as it was written, damaged, or edited by somebody.
+    """Compare a file with its mark: whole, damaged, or edited.
 
-    Damaged is what cannot be anybody's work: missing, empty, ending in zeros that were not there,
-    or not readable as what its name says. Everything else that differs counts as edited.
+    Damaged means that nobody can have done it on purpose: missing, empty, ending in zeros that were
+    not there, or not readable as its suffix promises. Any other difference counts as edited.
     """
     if not path.is_file():
         return "damaged"
@@ -195,30 +195,26 @@ def _is_broken(path: Path, mark: FileMark) -> bool:
     if size == 0:
         return mark.size > 0
     with path.open("rb") as stream:
-        stream.seek(max(0, size - _LOST_TAIL))
+        stream.seek(max(0, size - _CHECKED_TAIL))
         if not stream.read().strip(b"\0"):
             return True
         stream.seek(0)
         if path.suffix == ".safetensors":
             return not _is_whole_safetensors(stream.read(8), size, path)
         if path.suffix == ".jsonl":
-            return not _is_whole_line(stream.read().rpartition(b"\n"))
+            lines, _, rest = stream.read().rpartition(b"\n")
+            return bool(rest) or not _is_json(lines.rpartition(b"\n")[2])
         if path.suffix == ".json":
-            try:
-                json.loads(stream.read(MAX_INDEX_BYTES))
-            except (ValueError, RecursionError):
-                return True
+            return not _is_json(stream.read(MAX_INDEX_BYTES))
     return False
 
 
-def _is_whole_line(parts: tuple[bytes, bytes, bytes]) -> bool:
-    """Return True if nothing follows the last line break, and the line before it is JSON."""
-    lines, _, rest = parts
+def _is_json(raw: bytes) -> bool:
     try:
-        json.loads(lines.rpartition(b"\n")[2])
+        json.loads(raw)
     except (ValueError, RecursionError):
         return False
-    return not rest
+    return True
 
 
 def _is_whole_safetensors(start: bytes, size: int, path: Path) -> bool:
@@ -240,7 +236,7 @@ def _marks_document(marks: Mapping[str, FileMark]) -> dict[str, dict[str, Any]]:
     return {name: {"size": mark.size, "sha256": mark.sha256} for name, mark in marks.items()}
 
 
-def _parsed(document: Mapping[str, Any], kind: str) -> Record:
+def _parse_record(document: Mapping[str, Any], kind: str) -> Record:
     if document["record_version"] != RECORD_VERSION or document["kind"] != kind:
         message = "a record of another version or kind"
         raise ValueError(message)
@@ -269,11 +265,15 @@ def _marks(document: Mapping[str, Any]) -> dict[str, FileMark]:
 
 
 def _checked_name(name: object) -> str:
-    """Return a name that stays inside its folder; raise ValueError for any other."""
+    """Return a name that stays inside its folder; raise ValueError for any other name."""
     text = str(name)
     parts = PurePosixPath(text).parts
-    odd = not parts or PurePosixPath(text).is_absolute() or ".." in parts or "\0" in text
-    if odd or parts[0] == RECORD_FOLDER or (os.name != "posix" and ("\\" in text or ":" in text)):
+    leads_out = not parts or PurePosixPath(text).is_absolute() or ".." in parts or "\0" in text
+    if (
+        leads_out
+        or parts[0] == RECORD_FOLDER
+        or (os.name != "posix" and ("\\" in text or ":" in text))
+    ):
         message = f"{text!r} is not a name inside a folder"
         raise ValueError(message)
     return text

@@ -1,186 +1,213 @@
-"""Tensors that lie in a file as plain numbers: read whole or in blocks, never mapped."""
+"""The header of a safetensors file, parsed and checked whole before any tensor is read.
+
+Also the types that every container describes its tensors with.
+"""
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING, Any, BinaryIO
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-import numpy as np
-
-from lora_analysis.errors import MalformedFileError, UnknownFormatError
-from lora_analysis.storage.dtypes import READABLE, raw_dtype, result_dtype, widen
-from lora_analysis.storage.headers import Header, TensorInfo, TensorSpec, read_header, shown
-from lora_analysis.storage.limits import BLOCK_ELEMENTS
+from lora_analysis.errors import MalformedFileError
+from lora_analysis.storage.documents import parse_json_object, regular_file_size
+from lora_analysis.storage.dtypes import BITS
+from lora_analysis.storage.file_signatures import LOOK_BYTES, impostor, text_start
+from lora_analysis.storage.limits import MAX_HEADER_BYTES, MAX_TENSOR_DIMENSIONS, MAX_TENSORS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Mapping
     from pathlib import Path
 
-    from numpy.typing import NDArray
-
-__all__ = [
-    "Header",
-    "TensorInfo",
-    "TensorSpec",
-    "iter_blocks",
-    "read_header",
-    "read_tensor",
-    "tile_slices",
-]
+_LENGTH_BYTES = 8
 
 
-def read_tensor(path: Path, info: TensorInfo) -> NDArray[Any]:
-    """Return one tensor in its stored shape.
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of any container: its name, its type (``"bfloat16"``) and its shape."""
 
-    Half precision and 8-bit floats come as float32, exactly; float32, float64, integers and
-    booleans come as they are.
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo(TensorSpec):
+    """A tensor stored as plain numbers, and its byte range in the file.
+
+    ``strides`` are in elements; None if the rows follow each other without gaps, which all
+    containers but a torch pickle guarantee.
+    """
+
+    start: int
+    stop: int
+    strides: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Metadata and tensors of a file, every offset checked against the file's size."""
+
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, TensorInfo]
+
+
+def read_header(path: Path) -> Header:
+    """Return the header of a safetensors file, checked.
 
     Parameters
     ----------
     path
-        The file whose header gave ``info``.
-    info
-        The tensor.
+        The file.
+
+    Returns
+    -------
+    Header
+        Metadata, and per tensor its type, shape and absolute byte range.
 
     Raises
     ------
     MalformedFileError
-        The file is shorter than its header said.
-    UnknownFormatError
-        The tensor is stored in a type that cannot be read as plain numbers (4- and 6-bit floats).
+        The file is cut short, or its header is too large, not a JSON object, names a tensor twice,
+        or describes tensors that overlap, leave holes, or do not fill the file exactly.
+    SourceError
+        The path is not a regular file.
     """
-    check_readable(path, info)
-    count = (info.stop - info.start) // raw_dtype(info.dtype).itemsize
-    out = np.empty(count, dtype=result_dtype(info.dtype))
-    with path.open("rb", buffering=0) as stream:
-        _check_size(path, info, stream)
-        stream.seek(info.start)
-        if out.dtype == raw_dtype(info.dtype):
-            _fill(path, info, stream, out)
-        else:
-            scratch = np.empty(min(count, BLOCK_ELEMENTS), raw_dtype(info.dtype))
-            for first in range(0, count, BLOCK_ELEMENTS):
-                part = out[first : first + BLOCK_ELEMENTS]
-                _fill_widened(path, info, stream, part, scratch)
-    return out.reshape(info.shape) if info.strides is None else _strided(out, info)
-
-
-def _strided(flat: NDArray[Any], info: TensorInfo) -> NDArray[Any]:
-    """Return the elements of a tensor that does not lie row by row; its span was checked."""
-    strides = [stride * flat.itemsize for stride in info.strides or ()]
-    return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, info.shape, strides))
-
-
-def iter_blocks(
-    path: Path, info: TensorInfo, *, elements: int = BLOCK_ELEMENTS
-) -> Iterator[tuple[slice, slice, NDArray[np.float32]]]:
-    """Yield a matrix in tiles, top to bottom, as float32, each in the same reused buffer.
-
-    Parameters
-    ----------
-    path
-        The file whose header gave ``info``.
-    info
-        A tensor of two dimensions, shape ``(m, n)``.
-    elements
-        Largest size of a tile. A tile is a run of whole rows, or, where one row is larger than
-        ``elements``, a piece of a row.
-
-    Yields
-    ------
-    tuple
-        Row slice, column slice, and the tile, whose values last until the next step.
-
-    Raises
-    ------
-    MalformedFileError
-        The file is shorter than its header said.
-    UnknownFormatError
-        The tensor is stored in a type that cannot be read as plain numbers.
-    """
-    check_readable(path, info)
-    if info.strides is not None:
-        yield from _blocks_of_strided(path, info, elements)
-        return
-    tiles = list(tile_slices(info.shape, elements))
-    largest = max((_span(rows) * _span(columns) for rows, columns in tiles), default=0)
-    buffer = np.empty(largest, dtype=np.float32)
-    plain = raw_dtype(info.dtype) == buffer.dtype
-    scratch = np.empty(0 if plain else largest, dtype=raw_dtype(info.dtype))
-    with path.open("rb", buffering=0) as stream:
-        _check_size(path, info, stream)
-        stream.seek(info.start)  # tiles follow each other in the file: one seek is enough
-        if hasattr(os, "posix_fadvise"):  # the disk reads on while a tile is computed with
-            os.posix_fadvise(
-                stream.fileno(), info.start, info.stop - info.start, os.POSIX_FADV_WILLNEED
-            )
-        for rows, columns in tiles:
-            flat = buffer[: _span(rows) * _span(columns)]
-            if plain:
-                _fill(path, info, stream, flat)
-            else:
-                _fill_widened(path, info, stream, flat, scratch)
-            yield rows, columns, flat.reshape(_span(rows), _span(columns))
-
-
-def _blocks_of_strided(
-    path: Path, info: TensorInfo, elements: int
-) -> Iterator[tuple[slice, slice, NDArray[np.float32]]]:
-    """Yield the tiles of a matrix stored by columns, say: it is read whole first."""
-    whole = read_tensor(path, info)
-    for rows, columns in tile_slices(info.shape, elements):
-        yield rows, columns, whole[rows, columns].astype(np.float32)
-
-
-def tile_slices(shape: tuple[int, ...], elements: int) -> Iterator[tuple[slice, slice]]:
-    """Yield the row and column slices that cut a matrix into runs of at most ``elements``."""
-    m, n = shape
-    rows = max(1, elements // max(n, 1))
-    columns = max(1, min(n, elements))
-    for top in range(0, m, rows):
-        for left in range(0, n, columns):
-            yield slice(top, min(top + rows, m)), slice(left, min(left + columns, n))
-
-
-def _span(part: slice) -> int:
-    return int(part.stop - part.start)
-
-
-def check_readable(path: Path, info: TensorInfo) -> None:
-    """Raise UnknownFormatError if a tensor cannot be read as plain numbers."""
-    if info.dtype not in READABLE:
-        message = (
-            f"{path}: tensor {shown(info.name)} is stored as {info.dtype}, which cannot be read "
-            "as plain numbers. Convert it to bfloat16 or wider."
-        )
-        raise UnknownFormatError(message)
-
-
-def _check_size(path: Path, info: TensorInfo, stream: BinaryIO) -> None:
-    size = stream.seek(0, 2)
-    if size < info.stop:
-        message = (
-            f"{path}: tensor {shown(info.name)} ends at byte {info.stop:,}, the file now has "
-            f"{size:,}. Was it changed after it was opened?"
-        )
+    size = regular_file_size(path)
+    with path.open("rb") as stream:
+        start = stream.read(LOOK_BYTES)
+        prefix = start[:_LENGTH_BYTES]
+        length = int.from_bytes(prefix, "little")
+        _check_header_length(path, size, start, length)
+        stream.seek(_LENGTH_BYTES)
+        raw = stream.read(length)
+    if len(raw) != length:
+        message = f"{path}: the file shrank while its header was read."
         raise MalformedFileError(message)
+    return parse_header(path, prefix + raw, size)
 
 
-def _fill(path: Path, info: TensorInfo, stream: BinaryIO, out: NDArray[Any]) -> None:
-    """Fill ``out`` with the next bytes of ``stream``; a read may give fewer than asked for."""
-    view = memoryview(out.view(np.uint8))  # type: ignore[arg-type]  # numpy arrays are buffers
-    done = 0
-    while done < len(view):
-        count = stream.readinto(view[done:])  # type: ignore[attr-defined]  # raw file
-        if not count:
-            message = f"{path}: the file ends inside tensor {shown(info.name)}; was it cut short?"
+def header_size(path: Path, start: bytes, size: int) -> int:
+    """Return the size of the header in bytes, its length field included, from a file's first bytes.
+
+    Raises
+    ------
+    MalformedFileError
+        The stated length exceeds the limit or the file's size.
+    """
+    length = int.from_bytes(start[:_LENGTH_BYTES], "little")
+    _check_header_length(path, size, start, length)
+    return _LENGTH_BYTES + length
+
+
+def parse_header(path: Path, start: bytes, size: int) -> Header:
+    """Parse the header from the first bytes of a file and check it against the file's size.
+
+    Raises
+    ------
+    MalformedFileError
+        As for `read_header`.
+    """
+    raw, length = start[_LENGTH_BYTES:], len(start) - _LENGTH_BYTES
+    document = parse_json_object(raw, path, what="the safetensors header", constants=False)
+    metadata = _checked_metadata(path, document.pop("__metadata__", None))
+    if len(document) > MAX_TENSORS:
+        message = f"{path}: {len(document):,} tensors are too many (limit {MAX_TENSORS:,})."
+        raise MalformedFileError(message)
+    data_start = _LENGTH_BYTES + length
+    tensors = {
+        name: _checked_tensor(path, name, entry, data_start) for name, entry in document.items()
+    }
+    _check_layout(path, list(tensors.values()), data_start, size)
+    return Header(metadata, tensors)
+
+
+def _check_header_length(path: Path, size: int, start: bytes, length: int) -> None:
+    fits = len(start) >= _LENGTH_BYTES and length <= min(MAX_HEADER_BYTES, size - _LENGTH_BYTES)
+    kind = "" if fits else (impostor(start) or text_start(start[:LOOK_BYTES]))
+    if kind:
+        message = f"{path}: this is {kind}"
+    elif len(start) < _LENGTH_BYTES:
+        message = f"{path}: {size} bytes are too few for a safetensors file; is it cut short?"
+    elif length > MAX_HEADER_BYTES:
+        message = (
+            f"{path}: the header claims {length:,} bytes (limit {MAX_HEADER_BYTES:,}). "
+            "Is this a safetensors file?"
+        )
+    elif length > size - _LENGTH_BYTES:
+        message = (
+            f"{path}: the header claims {length:,} bytes, the file has {size:,} in all. "
+            "Is it cut short?"
+        )
+    else:
+        return
+    raise MalformedFileError(message)
+
+
+def _checked_metadata(path: Path, metadata: object) -> dict[str, str]:
+    if metadata is None:
+        return {}
+    if isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()):
+        return metadata
+    message = f"{path}: __metadata__ must map strings to strings."
+    raise MalformedFileError(message)
+
+
+def _checked_tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    """Return one entry of the header, its type, shape and byte range checked for consistency."""
+    fields = entry if isinstance(entry, dict) else {}
+    code, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(code, str) or code not in BITS:
+        reason = f"it has the unknown type {quote(code)}"
+    elif not _are_counts(shape, MAX_TENSOR_DIMENSIONS):
+        reason = f"it has no valid shape: {quote(shape)}"
+    elif not _are_counts(offsets, 2) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        reason = f"it has no valid data_offsets: {quote(offsets)}"
+    else:
+        dtype, bits = BITS[code]
+        begin, end = offsets
+        if math.prod(shape) * bits == (end - begin) * 8:
+            return TensorInfo(name, dtype, tuple(shape), data_start + begin, data_start + end)
+        needed = -(-math.prod(shape) * bits // 8)
+        reason = f"{dtype} {tuple(shape)} needs {needed:,} bytes, its offsets give {end - begin:,}"
+    message = f"{path}: tensor {quote(name)}: {reason}."
+    raise MalformedFileError(message)
+
+
+def _are_counts(value: object, limit: int) -> TypeGuard[list[int]]:
+    """Return True if ``value`` is a list of at most ``limit`` integers from 0 to 2^63."""
+    return (
+        isinstance(value, list)
+        and len(value) <= limit
+        and all(type(item) is int and 0 <= item < 2**63 for item in value)
+    )
+
+
+def quote(value: object) -> str:
+    """Quote a value from a file, cut to a length that fits into a message."""
+    text = repr(value)
+    return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+def _check_layout(path: Path, tensors: list[TensorInfo], data_start: int, size: int) -> None:
+    """Refuse tensors that overlap, leave holes, or do not end where the file ends."""
+    ordered = sorted(tensors, key=lambda info: (info.start, info.stop))
+    edges = [TensorInfo("the header", "", (), 0, data_start), *ordered]
+    for before, after in pairwise(edges):
+        if after.start != before.stop:
+            problem = "overlaps" if after.start < before.stop else "leaves a hole after"
+            gap = abs(after.start - before.stop)
+            names = f"{quote(after.name)} {problem} {quote(before.name)}"
+            message = f"{path}: tensor {names} by {gap:,} bytes."
             raise MalformedFileError(message)
-        done += count
-
-
-def _fill_widened(
-    path: Path, info: TensorInfo, stream: BinaryIO, out: NDArray[Any], scratch: NDArray[Any]
-) -> None:
-    raw = scratch[: out.size]
-    _fill(path, info, stream, raw)
-    widen(raw, info.dtype, out)
+    end = edges[-1].stop
+    if end != size:
+        question = "Is it cut short?" if end > size else "What are the trailing bytes?"
+        message = f"{path}: its tensors end at byte {end:,}, the file at {size:,}. {question}"
+        raise MalformedFileError(message)

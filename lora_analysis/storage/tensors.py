@@ -1,8 +1,7 @@
-"""Named tensors of any container under one roof: safetensors, torch files, ``.npz``, and shards.
+"""Named tensors of any container: safetensors, torch files, ``.npz``, and sharded models.
 
-Readers ask :class:`NamedTensors` and know no container. :class:`TensorFiles` answers for every
-container whose numbers lie in the file as they are; one that must decode them (GGUF) is a class
-of its own with the same answers.
+Readers of formats use :class:`NamedTensors` and know no container. :class:`TensorFiles` implements
+it for every container that stores plain numbers; GGUF, which must decode them, extends it.
 """
 
 from __future__ import annotations
@@ -12,17 +11,11 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_analysis.errors import MalformedFileError, SourceError
-from lora_analysis.storage.containers import PICKLE_SUFFIXES, is_pickle, is_zip
 from lora_analysis.storage.documents import read_json_object
+from lora_analysis.storage.file_signatures import PICKLE_SUFFIXES, is_pickle, is_zip
 from lora_analysis.storage.limits import BLOCK_ELEMENTS, MAX_INDEX_BYTES
-from lora_analysis.storage.safetensors import (
-    Header,
-    TensorInfo,
-    TensorSpec,
-    iter_blocks,
-    read_header,
-)
-from lora_analysis.storage.safetensors import read_tensor as _read_tensor
+from lora_analysis.storage.safetensors import Header, TensorInfo, TensorSpec, read_header
+from lora_analysis.storage.tensor_reader import iter_blocks, read_tensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,24 +25,24 @@ INDEX_SUFFIX = ".safetensors.index.json"
 
 
 class NamedTensors(Protocol):
-    """The tensors of a container; names, types and shapes are known before any is read.
+    """The tensors of a container; names, types and shapes are available before any is read.
 
-    Two containers are the same only if they are one: what was read of them is kept by identity.
+    Compared and hashed by identity: results that were read from a container are cached under it.
     """
 
     def __hash__(self) -> int: ...
 
     @property
     def path(self) -> Path:
-        """What was opened."""
+        """The file or index that was opened."""
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Every file the tensors lie in."""
+        """Every file that holds tensors."""
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Strings that the container states beside them."""
+        """Metadata of the container: strings by key."""
 
     @property
     def infos(self) -> Mapping[str, TensorSpec]:
@@ -64,7 +57,7 @@ class NamedTensors(Protocol):
         """Yield one matrix tile by tile, as float32 in a reused buffer."""
 
     def file_of(self, name: str) -> Path:
-        """Return the file a tensor lies in, for messages."""
+        """Return the file that holds a tensor, for messages."""
 
 
 class TensorFiles:
@@ -73,19 +66,19 @@ class TensorFiles:
     Parameters
     ----------
     path
-        What was opened: the file, or the index.
+        The file or index that was opened.
     headers
         Header of each file.
-    places
-        Tensor name → the file it lies in.
+    locations
+        Tensor name → the file that holds it, which need not have been fetched yet.
     """
 
-    __slots__ = ("_places", "files", "infos", "metadata", "path")
+    __slots__ = ("files", "infos", "locations", "metadata", "path")
 
     def __init__(
-        self, path: Path, headers: Mapping[Path, Header], places: Mapping[str, Path]
+        self, path: Path, headers: Mapping[Path, Header], locations: Mapping[str, Path]
     ) -> None:
-        for name, file in places.items():
+        for name, file in locations.items():
             if name not in headers[file].tensors:
                 message = f"{path}: tensor {name!r} is said to be in {file.name}, which lacks it."
                 raise MalformedFileError(message)
@@ -95,9 +88,9 @@ class TensorFiles:
             key: value for header in headers.values() for key, value in header.metadata.items()
         }
         self.infos: Mapping[str, TensorInfo] = {
-            name: headers[file].tensors[name] for name, file in places.items()
+            name: headers[file].tensors[name] for name, file in locations.items()
         }
-        self._places = dict(places)
+        self.locations: Mapping[str, Path] = dict(locations)
 
     @classmethod
     def of(cls, path: Path, header: Header) -> TensorFiles:
@@ -106,26 +99,21 @@ class TensorFiles:
 
     def read(self, name: str) -> NDArray[Any]:
         """Return one tensor, read now."""
-        return _read_tensor(self._places[name], self.infos[name])
+        return read_tensor(self.locations[name], self.infos[name])
 
     def blocks(
         self, name: str, *, elements: int = BLOCK_ELEMENTS
     ) -> Iterator[tuple[slice, slice, NDArray[np.float32]]]:
         """Yield one matrix tile by tile, as float32 in a reused buffer."""
-        return iter_blocks(self._places[name], self.infos[name], elements=elements)
+        return iter_blocks(self.locations[name], self.infos[name], elements=elements)
 
     def file_of(self, name: str) -> Path:
-        """Return the file a tensor lies in."""
-        return self._places[name]
-
-    @property
-    def places(self) -> Mapping[str, Path]:
-        """Tensor name → the file it lies in, which need not have been fetched yet."""
-        return self._places
+        """Return the file that holds a tensor."""
+        return self.locations[name]
 
 
 class LazyTensors(Mapping[str, "NDArray[Any]"]):
-    """Tensors under other names, each read when it is asked for."""
+    """Tensors under new names, each read when it is accessed."""
 
     def __init__(self, tensors: NamedTensors, stored_names: Mapping[str, str]) -> None:
         self._tensors = tensors
@@ -144,7 +132,7 @@ class LazyTensors(Mapping[str, "NDArray[Any]"]):
 def open_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFiles:
     """Open a file of tensors, or the index of a sharded one (``*.index.json``).
 
-    The container is told by its first bytes: safetensors, ``.npz``, or, where the caller allows
+    The container is recognized by its first bytes: safetensors, ``.npz``, or, if the caller allows
     it, a file of ``torch.save``, whose nested dictionaries are flattened (names joined by dots).
 
     Raises
@@ -166,39 +154,42 @@ def open_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFiles:
 
 def _header_of(path: Path, *, allow_pickle: bool) -> Header:
     if is_zip(path):
-        from lora_analysis.storage.npz import read_npz_header
-        from lora_analysis.storage.zips import zip_members
+        from lora_analysis.storage.zip_archives import read_npz_header, zip_members
 
         if any(name.endswith(".npy") for name in zip_members(path)):
             return read_npz_header(path)
     if is_pickle(path):
-        from lora_analysis.storage.pickles import read_pickle
+        from lora_analysis.storage.torch_files import read_pickle
 
         return read_pickle(path, allow_pickle=allow_pickle).header()
     return read_header(path)
 
 
 def shards_of(path: Path) -> dict[str, Path]:
-    """Return the tensors that an index names and the files it says they lie in; none is opened.
+    """Return the file that an index states for each tensor; none is opened.
 
     Raises
     ------
     MalformedFileError
-        It is no index, or names files outside its folder.
+        It is not an index, or names files outside its folder.
     """
     shard_names = read_json_object(path, max_bytes=MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(shard_names, dict) or not shard_names:
         message = f"{path}: a sharded model's index needs a 'weight_map' of tensors to files."
         raise MalformedFileError(message)
-    files = {
-        shard: _shard_path(path, shard) for shard in dict.fromkeys(_strings(path, shard_names))
-    }
+    files: dict[str, Path] = {}
+    for tensor, shard in shard_names.items():
+        if not isinstance(shard, str):
+            message = f"{path}: 'weight_map' gives {shard!r} as the file of tensor {tensor!r}."
+            raise MalformedFileError(message)
+        if shard not in files:
+            files[shard] = _shard_path(path, shard)
     return {name: files[shard] for name, shard in shard_names.items()}
 
 
 def _open_index(path: Path, *, allow_pickle: bool) -> TensorFiles:
-    places = shards_of(path)
-    files = dict.fromkeys(places.values())
+    locations = shards_of(path)
+    files = dict.fromkeys(locations.values())
     if missing := [file.name for file in files if not file.exists()]:
         verb = "does" if len(missing) == 1 else "do"
         message = (
@@ -207,24 +198,16 @@ def _open_index(path: Path, *, allow_pickle: bool) -> TensorFiles:
         )
         raise SourceError(message)
     headers = {file: _header_of(file, allow_pickle=allow_pickle) for file in files}
-    return TensorFiles(path, headers, places)
-
-
-def _strings(path: Path, shard_names: Mapping[str, object]) -> list[str]:
-    for tensor, shard in shard_names.items():
-        if not isinstance(shard, str):
-            message = f"{path}: 'weight_map' gives {shard!r} as the file of tensor {tensor!r}."
-            raise MalformedFileError(message)
-    return [shard for shard in shard_names.values() if isinstance(shard, str)]
+    return TensorFiles(path, headers, locations)
 
 
 def _shard_path(index: Path, shard: str) -> Path:
-    """Return where a shard lies; its name may not lead out of the index's folder."""
+    """Return the path of a shard, which must be inside the index's folder."""
     parts = (*PurePosixPath(shard).parts, *PureWindowsPath(shard).parts)
     leads_out = ".." in parts or PurePosixPath(shard).is_absolute() or PureWindowsPath(shard).drive
     suffix = PurePosixPath(index.name.removesuffix(".index.json")).suffix
-    known = suffix in PICKLE_SUFFIXES or suffix == ".safetensors"
-    if leads_out or "\0" in shard or not known or not shard.endswith(suffix):
-        message = f"{index}: {shard!r} is no {suffix} file inside the index's own folder."
+    is_tensor_file = suffix in PICKLE_SUFFIXES or suffix == ".safetensors"
+    if leads_out or "\0" in shard or not is_tensor_file or not shard.endswith(suffix):
+        message = f"{index}: {shard!r} is not a {suffix} file inside the index's own folder."
         raise MalformedFileError(message)
     return index.parent / shard

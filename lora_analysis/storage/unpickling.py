@@ -1,10 +1,10 @@
-"""What a torch pickle describes, without importing or calling anything that it names.
+"""Unpickling of torch files without importing or calling anything that a pickle names.
 
 A pickle is a program for a small machine whose dangerous instruction is "import this and call
-it". Here every name is looked up in a fixed table of harmless stand-ins; one that is not in the
-table ends the reading. The rule is that of ``torch.load(weights_only=True)``, and stricter:
-tensors, plain containers, numbers and strings. No tensor is read: each becomes a note of where
-its numbers lie. torch is not needed.
+it". This unpickler looks every name up in a fixed table of harmless stand-ins; a name that is not
+in the table is an error. The rule is that of ``torch.load(weights_only=True)``, and stricter:
+tensors, plain containers, numbers and strings. No tensor is read: each becomes a record of its
+storage, offset and shape. torch is not needed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _DTYPES: Final = frozenset(name for name, _ in BITS.values())
 
 @dataclass(frozen=True, slots=True)
 class PickledStorage:
-    """A run of numbers outside the pickle; ``count`` in elements, or bytes where untyped."""
+    """Numbers stored outside the pickle; ``count`` in elements, or in bytes if untyped."""
 
     key: str
     dtype: str
@@ -73,7 +73,7 @@ def unpickle(path: Path, stream: io.BytesIO) -> Any:
     Raises
     ------
     MalformedFileError
-        It is no pickle, or one that does not fit together.
+        It is not a pickle, or an inconsistent one.
     UnsupportedMethodError
         It names anything beyond tensors and plain containers.
     """
@@ -121,7 +121,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc,name-defined,unused-ig
         return PickledStorage(str(key), named.text, count, first)
 
     def load_build(self) -> None:
-        """Drop the state that follows an object: of a state dict, its version numbers."""
+        """Drop the state that follows an object: for a state dict, its version numbers."""
         self.stack.pop()  # type: ignore[attr-defined,unused-ignore]
         if type(self.stack[-1]) is not OrderedDict:  # type: ignore[attr-defined,unused-ignore]
             _refuse("a state for an object that has none")
@@ -129,8 +129,8 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc,name-defined,unused-ig
     dispatch[pickle.BUILD[0]] = load_build
 
 
-def _refuse(what: str) -> NoReturn:
-    raise pickle.UnpicklingError(what)
+def _refuse(problem: str) -> NoReturn:
+    raise pickle.UnpicklingError(problem)
 
 
 def _ordered_dict(*items: Any) -> OrderedDict[Any, Any]:
@@ -141,7 +141,7 @@ def _ordered_dict(*items: Any) -> OrderedDict[Any, Any]:
 
 
 def _set(items: Any = ()) -> Any:
-    # The list it is made of, uncopied: DeepSpeed's dumps hold a set of names that nothing needs.
+    # The list itself, uncopied: DeepSpeed's dumps hold a set of names that nothing needs.
     if not isinstance(items, list | tuple):
         _refuse("a set of something other than a list")
     return items
@@ -156,17 +156,17 @@ def _size(items: Any) -> tuple[int, ...]:
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> PickledTensor:
     if not isinstance(storage, PickledStorage):
         _refuse("a tensor without numbers")
-    dtype = next((one.text for one in rest if isinstance(one, _Named)), storage.dtype)
+    dtype = next((item.text for item in rest if isinstance(item, _Named)), storage.dtype)
     if len(shape) != len(strides) or len(shape) > MAX_TENSOR_DIMENSIONS:
         _refuse("a tensor whose shape and strides differ")
-    if any(type(one) is not int or not 0 <= one < 2**63 for one in (offset, *shape, *strides)):
+    if any(type(n) is not int or not 0 <= n < 2**63 for n in (offset, *shape, *strides)):
         _refuse("a tensor of an impossible shape")
     return PickledTensor(storage, dtype, offset, tuple(shape), tuple(strides))
 
 
 def _parameter(tensor: Any, *_rest: Any) -> PickledTensor:
     if not isinstance(tensor, PickledTensor):
-        _refuse("a parameter that is no tensor")
+        _refuse("a parameter that is not a tensor")
     return tensor
 
 

@@ -11,7 +11,8 @@ import torch
 from lora_analysis.errors import MalformedFileError
 from lora_analysis.storage.atomic import write_atomic
 from lora_analysis.storage.documents import read_json_object
-from lora_analysis.storage.safetensors import read_header, read_tensor
+from lora_analysis.storage.safetensors import read_header
+from lora_analysis.storage.tensor_reader import read_tensor
 from lora_analysis.training.files import (
     CONFIG_NAME,
     MANIFEST_NAME,

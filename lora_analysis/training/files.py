@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_analysis.storage.atomic import write_atomic
-from lora_analysis.storage.bundled import bundled_data
+from lora_analysis.storage.paths import bundled_data
 
 MODEL_TYPE = "digits-vit"  # of the base: in its config.json, and the name of its folder
 CONFIG_NAME = "config.json"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from lora_analysis.errors import InputError, SourceError
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.hub import fetch_pretrained
-from lora_analysis.storage.places import existing_path
+from lora_analysis.storage.paths import existing_path
 from lora_analysis.training.files import base_folder, file_sha256
 from lora_analysis.training.options import DIGITS, DOCSTRINGS, MINILM
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_analysis.errors import InputError, MissingExtraError
 from lora_analysis.lora.layer_kinds import QuantizedLoraLayer
-from lora_analysis.storage.places import existing_path
+from lora_analysis.storage.paths import existing_path
 from lora_analysis.training.examples import Examples, read_examples
 from lora_analysis.training.inputs import LOCAL, base_place
 from lora_analysis.training.options import MINILM

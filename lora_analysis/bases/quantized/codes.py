@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from lora_analysis.storage.headers import TensorInfo
+    from lora_analysis.storage.safetensors import TensorInfo
 
 # MXFP4 scales a block by 2^(⌊log₂ largest⌋ − 2): its largest is below 8, its last level is 6.
 MXFP4_REACH: Final = 2.0

@@ -17,7 +17,7 @@ from lora_analysis.bases.quantized.codes import RawTensors, refused
 from lora_analysis.storage.dtypes import FLOAT8
 
 if TYPE_CHECKING:
-    from lora_analysis.storage.headers import TensorInfo
+    from lora_analysis.storage.safetensors import TensorInfo
 
 Meaning = Literal["factor", "power of two"]
 

@@ -13,7 +13,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from lora_analysis.storage.headers import TensorInfo
+    from lora_analysis.storage.safetensors import TensorInfo
 
 _ROWS = 128
 _BLOCKS = 4

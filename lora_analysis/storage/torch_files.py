@@ -1,10 +1,9 @@
 """Files that ``torch.save`` wrote, in both its formats, read tensor by tensor and never executed.
 
 Since torch 1.6 a file is a zip archive: ``data.pkl`` describes the tensors, and each storage is a
-member of its own. Before, a row of pickles was followed by the storages one after another. In
-both, the numbers lie as they are; the descriptions are read by
-:mod:`~lora_analysis.storage.unpickling`, and every size they state is checked against the bytes
-that are there before memory is reserved.
+separate member. Before, a sequence of pickles was followed by the storages one after another. Both
+store the numbers plainly; :mod:`~lora_analysis.storage.unpickling` reads the descriptions, and
+every size they state is checked against the bytes that exist before memory is reserved.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.errors import MalformedFileError, UnknownFormatError
-from lora_analysis.storage.containers import is_zip, pickle_refused
 from lora_analysis.storage.documents import is_text, regular_file_size
 from lora_analysis.storage.dtypes import BITS
-from lora_analysis.storage.headers import Header, TensorInfo, shown
+from lora_analysis.storage.file_signatures import is_zip, pickle_refused
 from lora_analysis.storage.limits import MAX_NESTING, MAX_PICKLE_BYTES, MAX_TENSORS
+from lora_analysis.storage.safetensors import Header, TensorInfo, quote
 from lora_analysis.storage.unpickling import PickledTensor, unpickle
-from lora_analysis.storage.zips import zip_members
+from lora_analysis.storage.zip_archives import zip_members
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -33,7 +32,7 @@ _ITEM_BYTES: Final = {name: -(-bits // 8) for name, bits in BITS.values()}
 
 @dataclass(frozen=True, slots=True)
 class Pickle:
-    """What a torch file holds.
+    """Content of a torch file.
 
     Attributes
     ----------
@@ -41,10 +40,10 @@ class Pickle:
         The file.
     content
         Dictionaries, lists, tuples, numbers and strings as saved, each tensor a
-        :class:`~lora_analysis.storage.unpickling.PickledTensor`. Other settings (alpha, a step
-        count) are read from here by the format that knows them.
+        :class:`~lora_analysis.storage.unpickling.PickledTensor`. Formats read further settings
+        (alpha, a step count) from it.
     storages
-        Key of a storage → the bytes it lies in.
+        Key of a storage → its byte range.
     """
 
     path: Path
@@ -52,10 +51,10 @@ class Pickle:
     storages: Mapping[str, tuple[int, int]]
 
     def header(self, *keys: str) -> Header:
-        """Return the tensors found in the dictionary at ``keys``, say ``"model"``, by name.
+        """Return the tensors in the dictionary at ``keys``, for example ``"model"``, by name.
 
-        Names of nested dictionaries are joined by dots; members of lists go by their index.
-        Other values are passed over.
+        Names of nested dictionaries are joined by dots; members of lists are named by their index.
+        Other values are skipped.
 
         Raises
         ------
@@ -71,18 +70,18 @@ class Pickle:
         tensors: dict[str, TensorInfo] = {}
         for name, tensor in _walk(self.path, content, "", MAX_NESTING):
             if name in tensors or not is_text(name):
-                what = "two tensors are" if name in tensors else "half a character in a tensor"
-                message = f"{self.path}: {what} called {shown(name)}."
+                problem = "two tensors are" if name in tensors else "half a character in a tensor"
+                message = f"{self.path}: {problem} called {quote(name)}."
                 raise MalformedFileError(message)
-            tensors[name] = self._placed(name, tensor)
+            tensors[name] = self._checked_info(name, tensor)
         return Header({}, tensors)
 
-    def _placed(self, name: str, tensor: PickledTensor) -> TensorInfo:
-        """Return a tensor with the bytes it lies in, its numbers checked against the file's."""
+    def _checked_info(self, name: str, tensor: PickledTensor) -> TensorInfo:
+        """Return a tensor with its byte range, checked against the file's size."""
         storage, item = tensor.storage, _ITEM_BYTES.get(tensor.dtype)
         start, stop = self.storages.get(storage.key, (0, 0))
         if item is None:
-            reason = f"it has the unknown type {shown(tensor.dtype)}"
+            reason = f"it has the unknown type {quote(tensor.dtype)}"
         elif min(storage.count, storage.first) < 0 or (
             (storage.first + storage.count) * _ITEM_BYTES.get(storage.dtype, 1) > stop - start
         ):
@@ -96,12 +95,12 @@ class Pickle:
                 strides = None if _is_contiguous(tensor) else tensor.strides
                 return TensorInfo(name, tensor.dtype, tensor.shape, begin, end, strides)
             reason = f"{tensor.dtype} {tensor.shape} is larger than what the file holds for it"
-        message = f"{self.path}: tensor {shown(name)}: {reason}."
+        message = f"{self.path}: tensor {quote(name)}: {reason}."
         raise MalformedFileError(message)
 
 
 def read_pickle(path: Path, *, allow_pickle: bool) -> Pickle:
-    """Return what a torch file holds; no tensor is read.
+    """Return the content of a torch file; no tensor is read.
 
     Raises
     ------
@@ -114,7 +113,7 @@ def read_pickle(path: Path, *, allow_pickle: bool) -> Pickle:
     """
     if not allow_pickle:
         raise pickle_refused(path)
-    return _read_archive(path) if is_zip(path) else _read_row(path)
+    return _read_archive(path) if is_zip(path) else _read_sequence(path)
 
 
 def _read_archive(path: Path) -> Pickle:
@@ -128,11 +127,11 @@ def _read_archive(path: Path) -> Pickle:
     if order is not None and _bytes(path, order.start, order.stop) != b"little":
         message = f"{path}: saved on a big-endian machine. Save it again as safetensors."
         raise UnknownFormatError(message)
-    own = members[described[0]]
-    if own.stop - own.start > MAX_PICKLE_BYTES:
+    data_pkl = members[described[0]]
+    if data_pkl.stop - data_pkl.start > MAX_PICKLE_BYTES:
         message = f"{path}: its data.pkl is too large (limit {MAX_PICKLE_BYTES:,} bytes)."
         raise MalformedFileError(message)
-    content = unpickle(path, io.BytesIO(_bytes(path, own.start, own.stop)))
+    content = unpickle(path, io.BytesIO(_bytes(path, data_pkl.start, data_pkl.stop)))
     data = f"{folder}data/"
     storages = {
         name.removeprefix(data): (member.start, member.stop)
@@ -142,7 +141,7 @@ def _read_archive(path: Path) -> Pickle:
     return Pickle(path, content, storages)
 
 
-def _read_row(path: Path) -> Pickle:
+def _read_sequence(path: Path) -> Pickle:
     """Read the format from before torch 1.6: magic, version, system, content, keys, storages."""
     size = regular_file_size(path)
     stream = io.BytesIO(_bytes(path, 0, min(size, MAX_PICKLE_BYTES)))
@@ -158,51 +157,46 @@ def _read_row(path: Path) -> Pickle:
         tensor.storage.key: _ITEM_BYTES.get(tensor.storage.dtype, 1)
         for _, tensor in _walk(path, content, "", MAX_NESTING)
     }
-    return Pickle(path, content, _row_of_storages(path, size, stream.tell(), keys, items))
-
-
-def _row_of_storages(
-    path: Path, size: int, at: int, keys: Any, items: Mapping[str, int]
-) -> dict[str, tuple[int, int]]:
-    """Return where each storage lies: a count of eight bytes comes before its numbers."""
     storages = {}
-    with path.open("rb") as stream:
+    stop = stream.tell()
+    with path.open("rb") as file:
         for key in keys if isinstance(keys, list) else ():
-            stream.seek(at)
-            count = int.from_bytes(stream.read(8), "little")
-            start = at + 8
-            at = start + count * items.get(str(key), 1)
-            if at > size:
+            file.seek(stop)
+            count = int.from_bytes(file.read(8), "little")  # before the numbers of each storage
+            start = stop + 8
+            stop = start + count * items.get(str(key), 1)
+            if stop > size:
                 message = f"{path}: a storage claims {count:,} numbers, the file is shorter."
                 raise MalformedFileError(message)
-            storages[str(key)] = start, at
-    return storages
+            storages[str(key)] = start, stop
+    return Pickle(path, content, storages)
 
 
 def _walk(path: Path, content: Any, name: str, depth: int) -> Iterator[tuple[str, PickledTensor]]:
-    """Yield the tensors inside nested containers, each under the way that leads to it."""
+    """Yield the tensors inside nested containers, each under the path of keys to it."""
     visited = 0
     stack = [(content, name, depth)]
     while stack:
-        one, own, left = stack.pop()
+        node, path_to_node, levels_left = stack.pop()
         visited += 1
-        if visited > 4 * MAX_TENSORS or left < 0:
+        if visited > 4 * MAX_TENSORS or levels_left < 0:
             message = f"{path}: its dictionaries hold too much or are nested too deeply."
             raise MalformedFileError(message)
-        if isinstance(one, PickledTensor):
-            yield own, one
-        elif isinstance(one, dict | list | tuple):
-            entries = one.items() if isinstance(one, dict) else enumerate(one)
-            below = [
-                (value, f"{own}.{key}" if own else str(key), left - 1)
+        if isinstance(node, PickledTensor):
+            yield path_to_node, node
+        elif isinstance(node, dict | list | tuple):
+            entries = node.items() if isinstance(node, dict) else enumerate(node)
+            prefix = f"{path_to_node}." if path_to_node else ""
+            children = [
+                (value, f"{prefix}{key}", levels_left - 1)
                 for key, value in entries
                 if isinstance(value, PickledTensor | dict | list | tuple)
             ]
-            stack.extend(reversed(below))
+            stack.extend(reversed(children))
 
 
 def _span(tensor: PickledTensor) -> int:
-    """Return how many elements lie from the first to the last of a tensor."""
+    """Return the number of elements from the first to the last of a tensor in its storage."""
     if 0 in tensor.shape:
         return 0
     return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.strides, strict=True))

@@ -1,4 +1,4 @@
-"""Where a source string leads."""
+"""Local paths: what a source string names, and the files shipped with the package."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 from lora_analysis.errors import SourceError
 
 _CONFIGS = ("config.json", "adapter_config.json")
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def existing_path(source: str | os.PathLike[str]) -> Path | None:
-    """Return the local path that ``source`` spells, None where nothing lies there."""
+    """Return the local path that ``source`` names, None if it does not exist."""
     try:
         path = Path(source)
         return path if path.exists() else None
@@ -32,5 +33,30 @@ def source_paths(source: str | os.PathLike[str]) -> tuple[Path, ...]:
 
 
 def nothing_there(source: str | os.PathLike[str]) -> SourceError:
-    """Return the error for a source that leads nowhere."""
+    """Return the error for a source that names no file or folder."""
     return SourceError(f"There is no file or folder {str(source)!r}.")
+
+
+def bundled_data(name: str) -> Path:
+    """Return the path of a shipped file or folder.
+
+    An installed package has them in ``lora_analysis/data``; a checkout has them in ``data/`` at its
+    root.
+
+    Parameters
+    ----------
+    name
+        Name inside the data folder, for example ``"digits-vit"``.
+
+    Raises
+    ------
+    SourceError
+        Nothing of that name is shipped.
+    """
+    folders = [_PACKAGE / "data", _PACKAGE.parent / "data"]
+    for folder in folders:
+        if (folder / name).exists():
+            return folder / name
+    searched = " or ".join(str(folder) for folder in folders)
+    message = f"No bundled data named '{name}' in {searched}. Is the installation complete?"
+    raise SourceError(message)
