@@ -369,7 +369,8 @@ class Provenance:
     ``modelspec.*``); ``source_format`` is the format that they and an adapter's side tensors
     belong to, also after an edit, which sets ``format`` to ``"memory"``. ``also_read`` are further
     files and folders that values come from: initial factors, base weights, the adapter before an
-    edit.
+    edit. ``source`` reads exactly this adapter, with ``read_options`` as keyword arguments of
+    `read_adapter`; ``file_names`` has the name in the file of each module that was renamed.
     """
 
     path: Path | None = None
@@ -388,6 +389,9 @@ class Provenance:
     metadata: Mapping[str, str] = field(default_factory=dict)
     source_format: str = ""
     also_read: tuple[Path, ...] = ()
+    source: str | None = None
+    read_options: Mapping[str, Any] = field(default_factory=dict)
+    file_names: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "findings", as_findings(self.findings))
@@ -443,6 +447,7 @@ class Adapter(Mapping[str, Update]):
 
     __slots__ = (
         "_outlines",
+        "_saved_modules",
         "_updates",
         "config",
         "label",
@@ -467,7 +472,8 @@ class Adapter(Mapping[str, Update]):
         self.provenance = provenance or Provenance()
         # A reader's mapping loads a head only when it is asked for: copying it would load all.
         saved = dict(saved_modules) if isinstance(saved_modules, dict) else saved_modules
-        self.saved_modules = MappingProxyType({} if saved is None else saved)
+        self._saved_modules = {} if saved is None else saved
+        self.saved_modules = MappingProxyType(self._saved_modules)
         self.config = MappingProxyType(dict(config or {}))
         self.side_tensors = MappingProxyType(dict(side_tensors or {}))
 
@@ -507,6 +513,18 @@ class Adapter(Mapping[str, Update]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._updates  # membership must not load the module
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A proxy of a mapping does not pickle; the mapping does, and still loads lazily.
+        build = partial(
+            Adapter,
+            label=self.label,
+            provenance=self.provenance,
+            saved_modules=self._saved_modules,
+            config=dict(self.config),
+            side_tensors=dict(self.side_tensors),
+        )
+        return build, (self._updates,)
 
     # Two adapters are the same only if they are one: comparing values would load every module.
     __eq__ = object.__eq__
