@@ -385,6 +385,10 @@ class Provenance:
     also_read
         Further files and folders that values come from: initial factors, base weights, the adapter
         before an edit.
+    source, read_options
+        Source that reads exactly this adapter, and the keyword arguments of `read_adapter` for it.
+    file_names
+        Name in the file of each module that was renamed.
     """
 
     path: Path | None = None
@@ -403,6 +407,9 @@ class Provenance:
     metadata: Mapping[str, str] = field(default_factory=dict)
     source_format: str = ""
     also_read: tuple[Path, ...] = ()
+    source: str | None = None
+    read_options: Mapping[str, Any] = field(default_factory=dict)
+    file_names: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "findings", as_findings(self.findings))
@@ -458,6 +465,7 @@ class Adapter(Mapping[str, Update]):
 
     __slots__ = (
         "_outlines",
+        "_saved_modules",
         "_updates",
         "config",
         "label",
@@ -482,7 +490,8 @@ class Adapter(Mapping[str, Update]):
         self.provenance = provenance or Provenance()
         # A reader's mapping loads a head on access: copying it would load all of them.
         saved = dict(saved_modules) if isinstance(saved_modules, dict) else saved_modules
-        self.saved_modules = MappingProxyType({} if saved is None else saved)
+        self._saved_modules = {} if saved is None else saved
+        self.saved_modules = MappingProxyType(self._saved_modules)
         self.config = MappingProxyType(dict(config or {}))
         self.side_tensors = MappingProxyType(dict(side_tensors or {}))
 
@@ -519,6 +528,18 @@ class Adapter(Mapping[str, Update]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._updates  # membership must not load the module
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A proxy of a mapping does not pickle; the mapping does, and still loads lazily.
+        build = partial(
+            Adapter,
+            label=self.label,
+            provenance=self.provenance,
+            saved_modules=self._saved_modules,
+            config=dict(self.config),
+            side_tensors=dict(self.side_tensors),
+        )
+        return build, (self._updates,)
 
     # Adapters are compared by identity: comparing values would load every module.
     __eq__ = object.__eq__

@@ -1,9 +1,9 @@
-"""Do two adapters share their initial factor? The artifact that makes strangers look alike.
+"""Detect a shared initialization: an artifact that makes unrelated adapters look alike.
 
 A moves little in training. Two unrelated adapters whose scripts ran with the same seed share
 their initial A and so most of their input directions: overlaps of 0.93 to 0.998 on real pairs
-whose output sides agree no better than chance. The rule below tells such pairs from independent
-ones by the rows of A themselves, one by one, which no learning brings into line.
+whose output sides agree no better than random subspaces. The rule below separates such pairs from
+independent ones by the individual rows of A, which learning does not bring into agreement.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class InitRelation(StrEnum):
     NOT_APPLICABLE = "not applicable"  # no low-rank factors
 
 
-# A pair of spans this alike without alike rows was not found among independent adapters.
+# No pair of independent adapters was found whose spans agree this well while rows differ.
 SAME_SPACE = 0.7
-# Median cosine of the other factor from which two adapters are not two samples.
+# Median cosine of the second factor (B) from which two adapters are from the same training run.
 SAME_RUN = 0.4
-# Mean cosine of rows that is no contradiction to a start that other modules share.
-_ALIKE = 0.5
+# Mean cosine of rows that does not contradict an initialization that other modules share.
+_CONSISTENT = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +56,9 @@ class ModuleInit:
     z
         ``√n·c/max(q, 1/√d)`` over the n common rows; None where q is.
     other_cosine
-        Mean cosine of column k with column k of the other factor (B).
+        Mean cosine of column k with column k of the second factor (B).
     shared
-        Whether the module starts from the same rows.
+        Whether the module has a shared initialization.
     """
 
     module: str
@@ -72,16 +72,16 @@ class ModuleInit:
 
 @dataclass(frozen=True, slots=True)
 class SharedInit:
-    """The verdict on a pair of adapters.
+    """The conclusion on the initialization of a pair of adapters.
 
     Attributes
     ----------
     kind
-        One of the outcomes; see the module's text.
+        How the initial factors are related.
     modules
-        Names of the modules that share their start, in order.
+        Names of the modules with a shared initialization, in order.
     compared
-        How many modules were compared.
+        Number of modules compared.
     other_cosine
         Median over the shared modules of the matched cosine of B; None if there are none.
     """
@@ -93,7 +93,7 @@ class SharedInit:
 
     @property
     def contaminates_input(self) -> bool:
-        """True where an input-side overlap of all modules may come from the start alone."""
+        """True if the input-side overlap may come from the initialization alone in all modules."""
         return self.kind in (InitRelation.SHARED, InitRelation.SAME_RUN, InitRelation.SAME_SPACE)
 
 
@@ -102,7 +102,7 @@ class InitEvidence:
     """The evidence of one module for every pair of N updates: symmetric arrays ``(N, N)``.
 
     ``row_cosine``, ``cross_cosine``, ``z``, ``other_cosine`` and ``shared`` are those of
-    `ModuleInit`, with NaN for its None; the diagonal holds an update against itself.
+    `ModuleInit`, with NaN for its None; the diagonal compares an update with itself.
     """
 
     row_cosine: NDArray[np.float64]
@@ -115,39 +115,41 @@ class InitEvidence:
 def init_evidence(
     updates: Sequence[LowRankUpdate], *, factor: Literal["A", "B"] | None = None
 ) -> InitEvidence:
-    """Return the evidence, for every pair, that two updates of one module share their start.
+    """Return the evidence, for every pair, that two updates have a shared initialization.
 
     Parameters
     ----------
     updates
-        Of one module, with one d_in; ranks may differ, and B may be untrained.
+        Updates of one module, with one d_in; ranks may differ, and B may be untrained.
     factor
-        The factor that starts non-zero. By default A, and of an embedding that of the two in which
-        more pairs agree: PEFT starts its B at random and its A at zero, mlx-lm the other way
-        round, and what is learned from zero agrees in no pair's rows. After an orthogonal init
-        both start non-zero, and either may be asked.
+        The factor that is initialized non-zero. By default A; for embeddings the factor in which
+        more pairs agree: PEFT draws their B and sets A to zero, mlx-lm does the opposite, and a
+        factor that is learned from zero does not agree row by row. An orthogonal initialization
+        draws both factors, and either may be passed.
 
     Notes
     -----
     c alone is not enough: learned rows correlate with each other. q, the same cosine over rows
-    that do not belong together, is what independent rows of these very factors give. One product
+    with different indices, is the value that independent rows of these factors give. One product
     over all rows: O((Σr)²·d).
     """
     if factor is not None:
         return _evidence(updates, factor)
-    found = _evidence(updates, "A")
-    if not all(one.layout == "embedding" for one in updates) or len({u.shape for u in updates}) > 1:
-        return found
-    other = _evidence(updates, "B")
-    return max(
-        found, other, key=lambda one: (one.shared.sum(), float(np.nansum(np.triu(one.z, 1))))
-    )
+    from_a = _evidence(updates, "A")
+    embeddings = all(update.layout == "embedding" for update in updates)
+    if not embeddings or len({update.shape for update in updates}) > 1:
+        return from_a
+
+    def agreement(evidence: InitEvidence) -> tuple[int, float]:
+        return int(evidence.shared.sum()), float(np.nansum(np.triu(evidence.z, 1)))
+
+    return max(from_a, _evidence(updates, "B"), key=agreement)
 
 
 def _evidence(updates: Sequence[LowRankUpdate], factor: Literal["A", "B"]) -> InitEvidence:
-    rows = [_unit_rows(one.A if factor == "A" else one.B.T) for one in updates]
-    others = [_unit_rows(one.B.T if factor == "A" else one.A) for one in updates]
-    ranks = np.array([len(one) for one in rows])
+    rows = [_unit_rows(u.A if factor == "A" else u.B.T) for u in updates]
+    others = [_unit_rows(u.B.T if factor == "A" else u.A) for u in updates]
+    ranks = np.array([len(matrix) for matrix in rows])
     n = np.minimum.outer(ranks, ranks)
     matched, matched_squares = _matched_sums(rows)
     rest = np.outer(ranks, ranks) - n
@@ -156,37 +158,37 @@ def _evidence(updates: Sequence[LowRankUpdate], factor: Literal["A", "B"]) -> In
         cross = np.sqrt(squares / np.where(rest > 0, rest, np.nan))
     cosine = matched / n
     z = np.sqrt(n) * cosine / np.maximum(cross, 1 / np.sqrt(rows[0].shape[1]))
-    alike = len({one.shape[1] for one in others}) == 1
+    comparable = len({matrix.shape[1] for matrix in others}) == 1
     return InitEvidence(
         row_cosine=cosine,
         cross_cosine=cross,
         z=z,
-        other_cosine=_matched_sums(others)[0] / n if alike else np.zeros_like(cosine),
+        other_cosine=_matched_sums(others)[0] / n if comparable else np.zeros_like(cosine),
         shared=_are_shared(cosine, z),
     )
 
 
 def _are_shared(cosine: NDArray[np.float64], z: NDArray[np.float64]) -> NDArray[np.bool_]:
     clear = ((cosine >= 0.2) & (z >= 5)) | ((cosine >= 0.5) & (z >= 4))
-    # The same rows to the last digits need no statistics: a file against itself, a frozen A.
+    # Rows equal to the last digits need no statistics: a file and its copy, a frozen A.
     shared: NDArray[np.bool_] = clear | (cosine > 1 - 1e-6)
     return shared
 
 
 class InitRows:
-    """The rows of A of many updates: which pairs share their start, some pairs at a time.
+    """The rows of A of many updates, to find shared initializations for some pairs at a time.
 
-    For matrices; of an embedding, which factor is to be asked depends on all pairs.
+    Not for embeddings: the factor to compare depends on all of their pairs.
     """
 
     def __init__(self, updates: Sequence[LowRankUpdate]) -> None:
-        rows = [_unit_rows(one.A) for one in updates]
-        self._ranks = np.array([len(one) for one in rows])
+        rows = [_unit_rows(update.A) for update in updates]
+        self._ranks = np.array([len(matrix) for matrix in rows])
         self._starts = np.cumsum(self._ranks) - self._ranks
         self._rows = np.concatenate(rows)
 
     def shared(self, a: NDArray[np.intp], b: NDArray[np.intp]) -> NDArray[np.bool_]:
-        """Return whether updates ``a`` share their start with updates ``b``, ``(len(a), len(b))``.
+        """Return a mask of pairs with a shared initialization, ``(len(a), len(b))``.
 
         The rule is that of `init_evidence`.
         """
@@ -215,8 +217,8 @@ class InitRows:
     def _rows_of(self, members: NDArray[np.intp]) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
         ranks = self._ranks[members]
         starts = np.cumsum(ranks) - ranks
-        places = np.repeat(self._starts[members] - starts, ranks) + np.arange(ranks.sum())
-        return self._rows[places], starts
+        indices = np.repeat(self._starts[members] - starts, ranks) + np.arange(ranks.sum())
+        return self._rows[indices], starts
 
 
 def _unit_rows(matrix: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -232,8 +234,8 @@ def _matched_sums(
     """Return, for every pair, the sums of row k times row k and of its square, ``(N, N)`` each."""
     sums, squares = np.zeros((2, len(rows), len(rows)))
     for k in range(max(map(len, rows))):
-        members = [at for at, one in enumerate(rows) if len(one) > k]
-        kth = np.stack([rows[at][k] for at in members])
+        members = [i for i, matrix in enumerate(rows) if len(matrix) > k]
+        kth = np.stack([rows[i][k] for i in members])
         products = kth @ kth.T
         sums[np.ix_(members, members)] += products
         squares[np.ix_(members, members)] += products**2
@@ -246,34 +248,30 @@ def _block_squares(
     """Return, for every pair, the sum of squares over all products of their rows, ``(N, N)``."""
     every = np.concatenate(rows)
     starts = np.cumsum(ranks) - ranks
-    found = np.empty((len(rows), len(rows)))
-    for at, (start, rank) in enumerate(zip(starts, ranks, strict=True)):
-        products = every[start : start + rank] @ every[start:].T  # those before are known
-        sums = np.add.reduceat(np.sum(products**2, axis=0), starts[at:] - start)
-        found[at, at:] = found[at:, at] = sums
-    return found
+    squares = np.empty((len(rows), len(rows)))
+    for i, (start, rank) in enumerate(zip(starts, ranks, strict=True)):
+        products = every[start : start + rank] @ every[start:].T  # earlier pairs by symmetry
+        sums = np.add.reduceat(np.sum(products**2, axis=0), starts[i:] - start)
+        squares[i, i:] = squares[i:, i] = sums
+    return squares
 
 
-def module_start(a: LowRankUpdate, b: LowRankUpdate) -> ModuleInit:
-    """Return the evidence that ``a`` and ``b`` started from the same rows of A.
-
-    Of one pair what `init_evidence` says of many; ``a`` and ``b`` have one d_in.
-    """
-    evidence = init_evidence([a, b])
-    return module_start_of(evidence, 0, 1, a.name, (a.rank, b.rank))
+def module_init(a: LowRankUpdate, b: LowRankUpdate) -> ModuleInit:
+    """Return the evidence of `init_evidence` for one pair of updates, which have one d_in."""
+    return pair_init(init_evidence([a, b]), 0, 1, a.name, (a.rank, b.rank))
 
 
-def module_start_of(
+def pair_init(
     evidence: InitEvidence, a: int, b: int, module: str, ranks: tuple[int, int]
 ) -> ModuleInit:
-    """Return the evidence about the pair (a, b) out of that about every pair."""
-    known = ranks != (1, 1)
+    """Return the evidence on the pair (a, b) from that on every pair."""
+    has_other_rows = ranks != (1, 1)
     return ModuleInit(
         module=module,
         ranks=ranks,
         row_cosine=float(evidence.row_cosine[a, b]),
-        cross_cosine=float(evidence.cross_cosine[a, b]) if known else None,
-        z=float(evidence.z[a, b]) if known else None,
+        cross_cosine=float(evidence.cross_cosine[a, b]) if has_other_rows else None,
+        z=float(evidence.z[a, b]) if has_other_rows else None,
         other_cosine=float(evidence.other_cosine[a, b]),
         shared=bool(evidence.shared[a, b]),
     )
@@ -281,16 +279,16 @@ def module_start_of(
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """How far A moved from where training started.
+    """How far A moved from its initial value.
 
     Attributes
     ----------
     angular
-        ``1 − cos(A, A₀)`` over all entries, in [0, 2]: 0 where A only changed its size.
+        ``1 − cos(A, A₀)`` over all entries, in [0, 2]: 0 if only the size of A changed.
     row_angular
-        The same row by row, mean over rows: a row of one is not a row of the other.
+        Mean over rows of ``1 − cos`` of row k of A and row k of A₀.
     radial
-        ``‖A‖/‖A₀‖ − 1``: negative where weight decay shrank A.
+        ``‖A‖/‖A₀‖ − 1``: negative if weight decay shrank A.
     """
 
     angular: float
@@ -306,7 +304,7 @@ def drift(update: LowRankUpdate, initial: NDArray[np.floating]) -> Drift:
     update
         The trained update.
     initial
-        The A it started from, ``(r, d_in)``.
+        The initial A, ``(r, d_in)``.
 
     Raises
     ------
@@ -319,12 +317,12 @@ def drift(update: LowRankUpdate, initial: NDArray[np.floating]) -> Drift:
             f"{update.A.shape}. Was it drawn for another rank?"
         )
         raise IncompatibleError(message)
-    now, then = update.A.astype(np.float64), initial.astype(np.float64)
-    sizes = np.linalg.norm(now), np.linalg.norm(then)
-    whole = [m.reshape(1, -1) for m in (now, then)]
+    trained, start = update.A.astype(np.float64), initial.astype(np.float64)
+    sizes = np.linalg.norm(trained), np.linalg.norm(start)
+    whole = [matrix.reshape(1, -1) for matrix in (trained, start)]
     return Drift(
         angular=float(_one_minus_cosines(*whole)[0]),
-        row_angular=float(np.mean(_one_minus_cosines(now, then))),
+        row_angular=float(np.mean(_one_minus_cosines(trained, start))),
         radial=float(sizes[0] / sizes[1] - 1) if sizes[1] else float("inf"),
     )
 
@@ -335,58 +333,59 @@ def _one_minus_cosines(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArra
     return np.asarray(np.sum(apart**2, axis=1) / 2)
 
 
-def _rank_one_verdict(starts: Sequence[ModuleInit]) -> SharedInit:
-    """Judge a pair whose ranks are 1: only many modules of one sign can show a shared start."""
-    cosines = np.array([start.row_cosine for start in starts])
-    strong = np.abs(cosines) >= 0.5
-    if strong.sum() >= 6 and abs(np.sign(cosines[strong]).sum()) == strong.sum():
-        flagged = [start for start, is_strong in zip(starts, strong, strict=True) if is_strong]
-        return _verdict(flagged, len(starts))
-    return SharedInit(InitRelation.INCONCLUSIVE, (), len(starts))
-
-
-def _verdict(flagged: Sequence[ModuleInit], compared: int) -> SharedInit:
-    names = tuple(start.module for start in flagged)
-    other = float(np.median([start.other_cosine for start in flagged]))
-    if len(flagged) < compared:
-        return SharedInit(InitRelation.PARTLY_SHARED, names, compared, other)
-    kind: InitRelation = InitRelation.SAME_RUN if other >= SAME_RUN else InitRelation.SHARED
-    return SharedInit(kind, names, compared, other)
-
-
-def _is_one_run(starts: Sequence[ModuleInit]) -> bool:
-    """Say whether the modules that are not clear agree as one run's do.
-
-    Where training has drawn the rows of a small rank together, q is as large as c and z says
-    nothing, while rows and columns agree all the same.
-    """
-    rest = [start for start in starts if not start.shared]
-    other = float(np.median([start.other_cosine for start in starts]))
-    return other >= SAME_RUN and all(start.row_cosine >= _ALIKE for start in rest)
-
-
 def classify_init(
-    starts: Sequence[ModuleInit], input_similarity: Sequence[float] = ()
+    modules: Sequence[ModuleInit], input_similarity: Sequence[float] = ()
 ) -> SharedInit:
-    """Return the verdict on a pair of adapters from the evidence of their common modules.
+    """Return how the initializations of two adapters are related.
 
     Parameters
     ----------
-    starts
-        One `ModuleInit` per common low-rank module. Among others, modules of rank 1 on both
-        sides are passed over: alone they cannot tell.
+    modules
+        One `ModuleInit` per common low-rank module. Modules of rank 1 on both sides are
+        inconclusive by themselves and are ignored if there are others.
     input_similarity
-        φ_input(r, r) of the same modules, to recognize the same span under other rows. Values
-        where a rank comes near the dimension should be left out: they are large by chance.
+        φ_input(r, r) of the same modules, to detect the same span with different rows. Values
+        of ranks close to the dimension should be left out: they are large by chance.
     """
-    if not starts:
+    if not modules:
         return SharedInit(InitRelation.NOT_APPLICABLE, (), 0)
-    decidable = [start for start in starts if start.ranks != (1, 1)]
+    decidable = [module for module in modules if module.ranks != (1, 1)]
     if not decidable:
-        return _rank_one_verdict(starts)
-    flagged = [start for start in decidable if start.shared]
-    if flagged:
-        return _verdict(decidable if _is_one_run(decidable) else flagged, len(decidable))
+        return _classify_rank_one(modules)
+    shared = [module for module in decidable if module.shared]
+    if shared:
+        same_run = _is_consistent_with_one_run(decidable)
+        return _classify_shared(decidable if same_run else shared, len(decidable))
     if len(input_similarity) and float(np.median(input_similarity)) >= SAME_SPACE:
         return SharedInit(InitRelation.SAME_SPACE, (), len(decidable))
     return SharedInit(InitRelation.INDEPENDENT, (), len(decidable))
+
+
+def _classify_rank_one(modules: Sequence[ModuleInit]) -> SharedInit:
+    """Classify a pair of rank 1: only many modules of one sign show a shared initialization."""
+    cosines = np.array([module.row_cosine for module in modules])
+    strong = np.abs(cosines) >= 0.5
+    if strong.sum() >= 6 and abs(np.sign(cosines[strong]).sum()) == strong.sum():
+        shared = [module for module, is_strong in zip(modules, strong, strict=True) if is_strong]
+        return _classify_shared(shared, len(modules))
+    return SharedInit(InitRelation.INCONCLUSIVE, (), len(modules))
+
+
+def _classify_shared(shared: Sequence[ModuleInit], compared: int) -> SharedInit:
+    names = tuple(module.module for module in shared)
+    other = float(np.median([module.other_cosine for module in shared]))
+    kind = InitRelation.SAME_RUN if other >= SAME_RUN else InitRelation.SHARED
+    if len(shared) < compared:
+        kind = InitRelation.PARTLY_SHARED
+    return SharedInit(kind, names, compared, other)
+
+
+def _is_consistent_with_one_run(modules: Sequence[ModuleInit]) -> bool:
+    """Return True if the inconclusive modules are consistent with a single run.
+
+    If training has aligned the rows of a small rank, q is as large as c and z is small, while
+    rows and columns of the two adapters agree all the same.
+    """
+    rest = [module for module in modules if not module.shared]
+    other = float(np.median([module.other_cosine for module in modules]))
+    return other >= SAME_RUN and all(module.row_cosine >= _CONSISTENT for module in rest)

@@ -12,8 +12,7 @@ from reference import IDENTITY, assert_close
 from lora_analysis.adapter import Adapter, DenseUpdate
 from lora_analysis.errors import IncompatibleError, InputError
 from lora_analysis.pairwise import module_pairs, pair_angles, pairwise
-from lora_analysis.pairwise import products as pairwise_module
-from lora_analysis.shared_init import module_start
+from lora_analysis.shared_init import module_init
 from lora_analysis.similarity import (
     energy_overlap,
     principal_angles,
@@ -21,6 +20,7 @@ from lora_analysis.similarity import (
     subspace_similarity,
 )
 from lora_analysis.spectra import SIDES, spectrum
+from lora_analysis.studies import pair_products as pairwise_module
 
 
 @pytest.fixture
@@ -57,16 +57,16 @@ def test_every_pair_has_the_numbers_of_that_pair_alone(monkeypatch, updates, row
                     grid.chance[-1, -1],
                     grid.dimension,
                 )
-            start = module_start(updates[i], updates[j])
-            assert found.start.row_cosine[i, j] == pytest.approx(start.row_cosine, abs=1e-12)
-            assert found.start.shared[i, j] == start.shared
+            start = module_init(updates[i], updates[j])
+            assert found.init.row_cosine[i, j] == pytest.approx(start.row_cosine, abs=1e-12)
+            assert found.init.shared[i, j] == start.shared
 
 
 def test_the_order_of_the_updates_only_permutes_the_numbers(rng, updates):
     order = rng.permutation(len(updates))
     plain = module_pairs([spectrum(one) for one in updates])
     turned = module_pairs([spectrum(updates[at]) for at in order])
-    assert plain.start is None
+    assert plain.init is None
     assert_close(turned.cosine, plain.cosine[np.ix_(order, order)], atol=1e-12)
     for side in SIDES:
         one, two = turned.sides[side].omega, plain.sides[side].omega[np.ix_(order, order)]
@@ -78,8 +78,8 @@ def test_dense_updates_pair_with_low_rank_ones(rng):
     dense = DenseUpdate(two.name, two.delta_weight())
     found = module_pairs([spectrum(one), spectrum(dense)], [one, dense])
     assert_close(found.cosine[0, 1], signed_cosine(one, two))
-    assert np.isnan(found.start.row_cosine[0, 1])
-    assert found.start.shared.tolist() == [[True, False], [False, False]]
+    assert np.isnan(found.init.row_cosine[0, 1])
+    assert found.init.shared.tolist() == [[True, False], [False, False]]
 
 
 def test_updates_of_different_weights_are_refused(rng):

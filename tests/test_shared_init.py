@@ -18,7 +18,7 @@ from lora_analysis.shared_init import (
     classify_init,
     drift,
     init_evidence,
-    module_start,
+    module_init,
 )
 from lora_analysis.similarity import subspace_similarity
 from lora_analysis.spectra import spectrum
@@ -28,7 +28,7 @@ MODULES = 8
 
 
 def common_starts(one, two):
-    return [module_start(a, b) for a, b in zip(one, two, strict=True)]
+    return [module_init(a, b) for a, b in zip(one, two, strict=True)]
 
 
 def kaiming(rng, rank, columns):
@@ -75,7 +75,7 @@ def test_the_evidence_equals_loops_over_rows(rng, r1, r2):
     n = min(r1, r2)
     A[:n] += one.A[:n]
     two = replace(two, A=A)
-    found = module_start(one, two)
+    found = module_init(one, two)
     c, q, z = reference.start(one.A, two.A)
     assert found.row_cosine == pytest.approx(c, rel=IDENTITY)
     assert found.cross_cosine == pytest.approx(q, rel=IDENTITY)
@@ -89,7 +89,7 @@ def test_orthogonal_rows_are_held_against_what_random_rows_give(rng):
     # Without cross-correlation q is 0; the floor 1/√d keeps z finite.
     A = orthonormal(rng, 20, 4).T
     one = low_rank_update(rng)
-    found = module_start(replace(one, A=A), replace(one, A=A))
+    found = module_init(replace(one, A=A), replace(one, A=A))
     assert found.cross_cosine == pytest.approx(0, abs=IDENTITY)
     assert found.z == pytest.approx(2 * np.sqrt(20))
     assert found.shared
@@ -97,9 +97,9 @@ def test_orthogonal_rows_are_held_against_what_random_rows_give(rng):
 
 def test_the_evidence_does_not_depend_on_the_size_of_rows_or_on_the_order_of_the_pair(rng):
     one, two = (side[0] for side in pairs(rng))
-    plain = module_start(one, two)
-    sized = module_start(replace(one, A=one.A * [[1e-3], [1], [50], [7]], scale=-3.0), two)
-    back = module_start(two, one)
+    plain = module_init(one, two)
+    sized = module_init(replace(one, A=one.A * [[1e-3], [1], [50], [7]], scale=-3.0), two)
+    back = module_init(two, one)
     for found in (sized, back):
         assert found.row_cosine == pytest.approx(plain.row_cosine)
         assert found.z == pytest.approx(plain.z)
@@ -126,7 +126,7 @@ def test_the_rule_needs_both_a_cosine_and_a_distance_from_the_noise(c, q, n, sha
     np.fill_diagonal(two, c)
     rest = np.sqrt(1 - np.sum(two**2, axis=1))
     A2 = np.hstack([two, np.zeros((len(two), D - len(one) - len(two))), np.diag(rest)])
-    found = module_start(
+    found = module_init(
         LowRankUpdate(name="q", A=one, B=np.ones((3, len(one))), scale=1.0),
         LowRankUpdate(name="q", A=A2, B=np.ones((3, len(A2))), scale=1.0),
     )
@@ -137,19 +137,19 @@ def test_the_rule_needs_both_a_cosine_and_a_distance_from_the_noise(c, q, n, sha
 
 def test_an_untrained_b_and_zero_rows_do_not_prevent_the_test(rng):
     one, two = (side[0] for side in pairs(rng))
-    found = module_start(replace(one, B=0 * one.B), two)
+    found = module_init(replace(one, B=0 * one.B), two)
     assert found.shared
     assert found.other_cosine == 0
     A = one.A.copy()
     A[2] = 0
-    assert module_start(replace(one, A=A), two).row_cosine == pytest.approx(
-        module_start(one, two).row_cosine * 3 / 4, rel=0.1
+    assert module_init(replace(one, A=A), two).row_cosine == pytest.approx(
+        module_init(one, two).row_cosine * 3 / 4, rel=0.1
     )
 
 
 def test_updates_of_different_output_width_have_no_matching_columns(rng):
     one, two = (side[0] for side in pairs(rng))
-    found = module_start(one, replace(two, B=two.B[: D // 2]))
+    found = module_init(one, replace(two, B=two.B[: D // 2]))
     assert found.shared
     assert found.other_cosine == 0
 
@@ -251,7 +251,7 @@ def rank_one(cosines, other=0.0):
 
 
 def test_rank_one_modules_carry_no_verdict_of_their_own(rng):
-    found = module_start(low_rank_update(rng, rank=1), low_rank_update(rng, rank=1))
+    found = module_init(low_rank_update(rng, rank=1), low_rank_update(rng, rank=1))
     assert (found.cross_cosine, found.z, found.shared) == (None, None, False)
 
 
@@ -453,9 +453,9 @@ def test_of_an_embedding_the_factor_that_starts_at_random_is_judged(rng, random)
     if random == "B":
         one, two = (replace(update, A=update.B.T, B=update.A.T) for update in (one, two))
     one, two = (replace(update, layout="embedding") for update in (one, two))
-    found = module_start(one, two)
+    found = module_init(one, two)
     assert found.shared
     assert found.row_cosine > 0.9
     assert abs(found.other_cosine) < 0.4
     other = trained(rng, kaiming(rng, 4, D))
-    assert not module_start(one, replace(other, layout="embedding")).shared
+    assert not module_init(one, replace(other, layout="embedding")).shared

@@ -513,7 +513,9 @@ def test_changes_are_those_of_each_adapter_held_against_w_alone(
 def test_whole_spectra_are_left_alone_unless_asked_for(
     rng: np.random.Generator, sweep: list[Adapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_analysis.studies.walk.weight_svd", lambda _: pytest.fail("not asked"))
+    monkeypatch.setattr(
+        "lora_analysis.studies.module_analysis.weight_svd", lambda _: pytest.fail("not asked")
+    )
     weights = {f"{name}.weight": rng.standard_normal((48, 40)) for name in NAMES}
     result = study(sweep[:2], base=open_base(weights), draws=0)
     assert result.changes.empty

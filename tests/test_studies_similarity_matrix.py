@@ -15,7 +15,7 @@ from lora_analysis.errors import InputError
 from lora_analysis.finding import Finding
 from lora_analysis.pairwise import pairwise
 from lora_analysis.studies import study
-from lora_analysis.studies.representative_modules import chosen_for_pairs
+from lora_analysis.studies.relations import choose_tabulated
 from lora_analysis.studies.similarity_matrix import BlockedContribution
 
 
@@ -114,7 +114,7 @@ def test_beyond_a_number_the_tables_hold_a_choice_and_the_similarity_matrix_all(
         for task in ("a", "b")
         for seed in range(6)
     ]
-    assert chosen_for_pairs(made, 4) == [0, 1, 6, 7]
+    assert choose_tabulated(made, 4) == [0, 1, 6, 7]
     few, every = study(made, most_in_pairs=4), study(made)
     assert len(few.pairs) == 6
     assert few.tabulated == ("a-0", "a-1", "b-0", "b-1")
@@ -204,8 +204,8 @@ def test_many_adapters_are_added_up_block_by_block_to_the_same_similarity_matrix
     whole = study(made, most_in_pairs=5)
     monkeypatch.setattr("lora_analysis.studies.similarity_matrix.MOST_AT_ONCE", 6)
     monkeypatch.setattr("lora_analysis.studies.similarity_matrix._ROWS", 4)
-    monkeypatch.setattr("lora_analysis.pairwise.products._AT_ONCE", 8)
-    monkeypatch.setattr("lora_analysis.pairwise.products._ROWS", 5)
+    monkeypatch.setattr("lora_analysis.studies.pair_products._AT_ONCE", 8)
+    monkeypatch.setattr("lora_analysis.studies.pair_products._ROWS", 5)
     blocks = study(made, most_in_pairs=5)
     assert whole.similarity_matrix is not None
     assert blocks.similarity_matrix is not None

@@ -17,7 +17,7 @@ from lora_analysis.conclusions.levels import (
 from lora_analysis.conclusions.verdicts import compared, reference_rows, study_level
 from lora_analysis.shared_init import InitRelation
 from lora_analysis.studies import Relation, Study
-from lora_analysis.studies.bases import per_base
+from lora_analysis.studies.base_models import per_base
 from lora_analysis.text import plural
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from lora_analysis.conclusions.levels import Finding, number, on
 from lora_analysis.errors import InputError
 from lora_analysis.shared_init import InitRelation
 from lora_analysis.studies import Relation, Study
-from lora_analysis.studies.bases import per_base, runs_per_base
+from lora_analysis.studies.base_models import per_base, runs_per_base
 from lora_analysis.studies.relations import base_key
 from lora_analysis.text import plural
 

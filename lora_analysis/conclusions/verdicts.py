@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lora_analysis.conclusions.levels import SIDES_IN_ORDER, Finding, Level, level, number
 from lora_analysis.studies import Relation, Study
-from lora_analysis.studies.bases import base_keys
+from lora_analysis.studies.base_models import base_keys
 from lora_analysis.text import plural
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lora_analysis.conclusions.levels import Finding, Kind, number
 from lora_analysis.conclusions.runs import some
 from lora_analysis.studies import Study
-from lora_analysis.studies.bases import other_bases, strange_name
+from lora_analysis.studies.base_models import other_bases, strange_name
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -144,6 +144,8 @@ def read_adapter(
     if isinstance(initial, str | os.PathLike):
         paths = source_paths(initial) or source_paths(os.fspath(initial).partition("#")[0])
         adapter = adapter.with_provenance(also_read=(*adapter.provenance.also_read, *paths))
+    ref = AdapterRef(place.path.absolute(), "", "", place.name, place.snapshot)
+    adapter = adapter.with_provenance(source=ref.source, read_options=options.given())
     return adapter if place.snapshot is None else fetched(adapter, place.snapshot)
 
 

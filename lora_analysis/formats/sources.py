@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypedDict, get_args
 
 from lora_analysis.errors import InputError
 from lora_analysis.storage.documents import read_json_object
@@ -115,6 +115,11 @@ class ReadOptions:
                 message = f"{role} = 0 would make every update zero. Leave it out if it is unknown."
                 raise InputError(message)
         self._check_structure()
+
+    def given(self) -> dict[str, Any]:
+        """Return the options that differ from their defaults, by name."""
+        values = {one.name: (getattr(self, one.name), one.default) for one in fields(self)}
+        return {name: value for name, (value, default) in values.items() if value != default}
 
     def _check_structure(self) -> None:
         if self.enable_lora is not None and not any(self.enable_lora):

@@ -11,7 +11,7 @@ from lora_analysis import linalg
 from lora_analysis.errors import DegenerateSubspaceError, InputError
 from lora_analysis.groups.shares import Shares
 from lora_analysis.groups.stacking import Directions, Stack, resolved_directions, stacked
-from lora_analysis.pairwise import updates_start
+from lora_analysis.studies.pair_products import updates_init_evidence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -188,7 +188,7 @@ def shared_inits(stack: Stack, updates: Sequence[Update]) -> NDArray[np.bool_]:
             "Give the update of every spectrum, in the same order."
         )
         raise InputError(message)
-    alike = updates_start(updates).shared.copy()
+    alike = updates_init_evidence(updates).shared.copy()
     np.fill_diagonal(alike, val=False)
     trained = np.zeros(len(updates), dtype=bool)
     trained[stack.trained] = True

@@ -10,13 +10,13 @@ import numpy as np
 
 from lora_analysis import chance
 from lora_analysis.errors import InputError
-from lora_analysis.execution import in_threads
 from lora_analysis.groups.bases import explained, shared_inits
 from lora_analysis.groups.merging import inner_products
 from lora_analysis.groups.stacking import stacked
 from lora_analysis.names import parse_prefixes
-from lora_analysis.pairwise import align_adapters, chosen_modules, updates_of_one_shape
 from lora_analysis.spectra import SIDES, Side, spectrum
+from lora_analysis.studies.alignment import align_adapters
+from lora_analysis.studies.module_walk import choose_modules, updates_by_shape, walk_modules
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -141,22 +141,22 @@ def group_similarity(
         message = f"A group needs at least two adapters, got {len(adapters)}."
         raise InputError(message)
     adapters = align_adapters(adapters, prefix=parse_prefixes(prefix))
-    chosen = chosen_modules(adapters, modules)
+    chosen = choose_modules(adapters, modules)
     count = len(adapters)
     shares = np.full((2, 2, len(chosen), count), np.nan)
     shared = np.zeros((len(chosen), count), dtype=bool)
     directions = np.zeros(len(chosen), dtype=np.intp)
     dimensions = np.zeros((2, len(chosen)), dtype=np.intp)
     sums = np.zeros((2, len(chosen)))
-    walk = in_threads(lambda name: _visit(adapters, name, k), chosen, workers=workers)
+    walk = walk_modules(
+        lambda name: _visit(adapters, name, k), chosen, workers=workers, progress=progress
+    )
     for at, visit in enumerate(walk):
         if visit is not None:
             shares[:, :, at, visit.members] = visit.shares
             shared[at, visit.members] = visit.shared_init
             directions[at], dimensions[:, at] = visit.directions, visit.dimensions
             sums[:, at] = visit.sums
-        if progress:
-            progress("modules", at + 1, len(chosen))
     if not directions.any():
         message = (
             f"A group needs two trained adapters with one module in common: none of the "
@@ -180,7 +180,7 @@ def group_similarity(
 
 def _visit(adapters: Sequence[Adapter], name: str, k: int | None) -> _Visit | None:
     """Return what one module gives; None where it has no two trained members."""
-    members, updates = updates_of_one_shape(adapters, name)
+    members, updates = updates_by_shape(adapters, name)[0]
     spectra = [spectrum(one) for one in updates]
     ranks = [one.numerical_rank for one in spectra if not one.untrained]
     if len(ranks) < 2:

@@ -23,7 +23,7 @@ from lora_analysis.shared_init import InitRelation
 from lora_analysis.similarity import random_similarity
 from lora_analysis.spectra import SIDES, Side
 from lora_analysis.studies import Relation
-from lora_analysis.studies.bases import per_base
+from lora_analysis.studies.base_models import per_base
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

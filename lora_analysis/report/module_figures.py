@@ -18,7 +18,7 @@ from lora_analysis.report.figures import ReportFigure
 from lora_analysis.report.selection import drawn_pairs, most_telling
 from lora_analysis.shared_init import InitRelation
 from lora_analysis.studies import Relation
-from lora_analysis.studies.bases import per_base
+from lora_analysis.studies.base_models import per_base
 from lora_analysis.text import plural
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from lora_analysis.conclusions import Finding, number
 from lora_analysis.report.tables import ReportTable, cell
 from lora_analysis.shared_init import InitRelation
 from lora_analysis.studies import Relation
-from lora_analysis.studies.bases import per_base, several_bases
+from lora_analysis.studies.base_models import per_base, several_bases
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

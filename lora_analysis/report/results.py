@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lora_analysis import __version__
 from lora_analysis.conclusions import Finding
 from lora_analysis.errors import InputError
-from lora_analysis.studies.bases import bases_of, runs_per_base, several_bases
+from lora_analysis.studies.base_models import bases_of, runs_per_base, several_bases
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,7 +11,7 @@ import pandas as pd
 from lora_analysis.conclusions import number
 from lora_analysis.shared_init import InitRelation
 from lora_analysis.studies import Relation
-from lora_analysis.studies.bases import bases_of, several_bases
+from lora_analysis.studies.base_models import bases_of, several_bases
 from lora_analysis.text import printable
 
 if TYPE_CHECKING:

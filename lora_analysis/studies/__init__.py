@@ -1,33 +1,31 @@
-"""Many adapters: which pairs are compared, module by module, as labeled tables.
+"""Many adapters: labeled tables of spectra, pairs and amplifications, module by module.
 
-`sources` and `labels` list the adapters and their labels, `relations` how they are related; `walk`
-reads and factors every module once, `spread` does so through an executor, `rows` names the columns,
-`tables` assembles the tables, `similarity_matrix` compares all pairs, `inference` aggregates pairs
-to runs. Conclusions are drawn in `lora_analysis.conclusions`.
+`spec` states what a study is asked for, `module_walk` reads every module of every adapter once,
+`module_analysis` and `pair_products` compute its numbers, `study_tables` and `pair_tables` build
+the tables, `similarity_matrix` and `all_pairs` compare all pairs, `inference` tests over runs.
+Conclusions are drawn in `lora_analysis.conclusions`.
 """
 
 from lora_analysis.finding import Failure
 from lora_analysis.studies.inference import RunInference, run_inference
 from lora_analysis.studies.labels import label_facts, with_label_facts
-from lora_analysis.studies.relations import (
-    Relation,
-    earlier_checkpoints,
-    relation,
-    run_key,
-)
+from lora_analysis.studies.relations import Relation, earlier_checkpoints, relation, run_key
 from lora_analysis.studies.result import Study
 from lora_analysis.studies.similarity_matrix import SimilarityMatrix
-from lora_analysis.studies.sources import ReadLater
-from lora_analysis.studies.tables import MOST_IN_PAIRS, study
+from lora_analysis.studies.spec import MOST_IN_PAIRS, ReadLater, StudySpec
+from lora_analysis.studies.study_tables import study
+from lora_analysis.studies.table_rows import Degeneracy
 
 __all__ = [
     "MOST_IN_PAIRS",
+    "Degeneracy",
     "Failure",
     "ReadLater",
     "Relation",
     "RunInference",
     "SimilarityMatrix",
     "Study",
+    "StudySpec",
     "earlier_checkpoints",
     "label_facts",
     "relation",

@@ -1,4 +1,4 @@
-"""From pairs to runs: whether runs of one task agree more than runs of different tasks."""
+"""Permutation test over runs: agreement within one task against agreement between tasks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lora_analysis.errors import InputError
 from lora_analysis.shared_init import InitRelation
 from lora_analysis.spectra import SIDES, Side
 from lora_analysis.studies.relations import base_key
+from lora_analysis.studies.table_rows import Degeneracy
 from lora_analysis.text import html_facts
 
 if TYPE_CHECKING:
@@ -26,25 +27,25 @@ QUANTITIES = ("omega", "phi_1_1", "phi_r_r", "excess_r_r", "signed_cosine")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RunInference:
-    """Whether runs of one task agree more with each other than with runs of other tasks.
+    """Comparison of pairs of runs of one task with pairs of runs of different tasks.
 
     Attributes
     ----------
     quantity, side, rank
-        What was compared, and the one rank it was restricted to, or None.
+        The quantity and side that were compared, and the rank if only one was used.
     runs, tasks
         Labels and tasks of the runs, n of each.
     duplicates
-        (left out, kept): adapters that are a run which is here already.
+        (excluded, included) labels of adapters from the same training run.
     similarity
-        ``(n, n)``: median over modules of each pair; NaN where a pair has no value.
+        ``(n, n)``: median over modules of each pair; NaN for pairs without a value.
     permutation
         The test over relabeled runs, with the smallest p-value that n runs allow.
     within, between
-        Lower quartile, median and upper quartile over pairs of one task, and of different ones.
+        Lower quartile, median and upper quartile over pairs of one task, and of different tasks.
     standard_error
-        Of ``permutation.difference``, by leaving out one run at a time; None below three runs,
-        and where leaving out a run leaves no pair of one task or of different ones.
+        Jackknife standard error of ``permutation.difference`` over runs; None with fewer than
+        three runs, and if leaving out a run leaves no pair of one task or of different tasks.
     """
 
     quantity: str
@@ -74,7 +75,7 @@ class RunInference:
 
     @property
     def n(self) -> int:
-        """How many runs, the unit of the test."""
+        """Number of runs, the unit of the test."""
         return len(self.runs)
 
 
@@ -88,29 +89,28 @@ def run_inference(
     draws: int = 9999,
     seed: int = 0,
 ) -> RunInference:
-    """Return whether runs of one task agree more than runs of different tasks, over runs.
+    """Test if runs of one task agree more than runs of different tasks, by permuting runs.
 
-    The number of a pair of runs is its median over modules; input-side rows with a shared start
-    and ill-defined φ(1, 1) do not count. Adapters that serve as the reference alone, or whose task
-    or seed is not known, take no part. An adapter that is another one's run again (the same
-    training run, with the same task, seed and rank) is excluded, the first one kept; any other
-    pair from one training run is not two samples and has no number.
+    The value of a pair of runs is the median over modules, without input-side rows with a shared
+    initialization and without degenerate φ(1, 1). Reference adapters and adapters without a known
+    task and seed are excluded. Of adapters from the same training run with the same task, seed and
+    rank, only the first is used; other pairs from the same training run have no value.
 
     Parameters
     ----------
     study
-        Of adapters with known tasks and seeds.
+        Study of adapters with known tasks and seeds.
     quantity
-        A column of ``Study.similarities``: "omega", "phi_1_1", "phi_r_r", "excess_r_r" or
-        "signed_cosine". Where modules differ in dimension, raw φ should not be taken together.
+        Column of ``Study.similarities``: "omega", "phi_1_1", "phi_r_r", "excess_r_r" or
+        "signed_cosine". If modules differ in dimension, raw φ should not be pooled.
     side
-        The output side says more: the input side is diluted by the initial A.
+        The output side is more informative: the input side is diluted by the initial A.
     rank
-        Only runs of this rank.
+        Use runs of this rank only.
     base
-        Only runs of this base model, by its name.
+        Use runs of this base model only, by its name.
     draws, seed
-        Random relabelings, where all would be more than 20,000.
+        Number and seed of random relabelings if there are more than 20,000 relabelings.
 
     Raises
     ------
@@ -120,18 +120,17 @@ def run_inference(
 
     Notes
     -----
-    Relabeling takes runs as exchangeable where the task makes no difference: each may then carry
-    any task's label. Runs of one task, seed and rank pattern drawn alike for every task are. Runs
-    of one task and seed at different ranks are not: they share the order of the data and often
-    their first directions, agree for that reason too, and make p too small. With several ranks in
-    the study, ask for one at a time with ``rank``.
+    The test assumes that runs are exchangeable if the task has no effect. That holds if seeds and
+    ranks are drawn in the same way for every task. It does not hold for runs of one task and seed
+    at different ranks: they share the order of the data and often their first directions, which
+    makes p too small. If the study has several ranks, pass ``rank``.
     """
     _check_columns(quantity, side)
     runs = _known_runs(study, rank, base)
     duplicates = _duplicates(study.pairs, runs)
-    runs = runs[~runs["adapter"].isin([lost for lost, _ in duplicates])]
-    labels = tuple(str(one) for one in runs["adapter"])
-    tasks = tuple(str(one) for one in runs["task"])
+    runs = runs[~runs["adapter"].isin([excluded for excluded, _ in duplicates])]
+    labels = tuple(str(label) for label in runs["adapter"])
+    tasks = tuple(str(task) for task in runs["task"])
     matrix = _matrix(study.similarities, labels, quantity, side)
     permutation = chance.permute_runs(matrix, tasks, draws=draws, seed=seed)
     codes = np.unique(tasks, return_inverse=True)[1]
@@ -163,76 +162,76 @@ def _check_columns(quantity: str, side: str) -> None:
 
 
 def _known_runs(study: Study, rank: int | None, base: str | None) -> pd.DataFrame:
-    """Return the rows of runs that may be relabeled."""
+    """Return the rows of runs with a known task and seed that were not only a reference."""
     runs = study.runs[~study.runs["adapter"].isin(study.reference) & ~study.runs["earlier"]]
-    runs = runs[runs["adapter"].isin(study.tabulated)]  # the others have no pairs
+    runs = runs[runs["adapter"].isin(study.tabulated)]  # without pairs there are no values
     if base is not None:
         runs = runs[runs["base_model"].map(base_key, na_action="ignore") == base_key(base)]
-    known = runs.dropna(subset=["task", "seed"])
-    if known.empty:
+    labeled = runs.dropna(subset=["task", "seed"])
+    if labeled.empty:
         message = (
             f"Inference over runs needs their tasks and seeds: of {len(runs)} adapters none has "
-            "both. They come from the trainer's file beside the adapter, or from "
+            "both. They are read from the trainer's file next to the adapter, or from "
             "Provenance(task=..., seed=...)."
         )
         raise InputError(message)
-    chosen = known if rank is None else known[known["rank"] == rank]
+    chosen = labeled if rank is None else labeled[labeled["rank"] == rank]
     if chosen.empty:
-        found = sorted({int(one) for one in known["rank"].dropna()})
-        message = f"No run has rank {rank}; the {len(known)} runs with a known task have {found}."
+        ranks = sorted({int(value) for value in labeled["rank"].dropna()})
+        message = f"No run has rank {rank}; the {len(labeled)} runs with a known task have {ranks}."
         raise InputError(message)
-    bases = sorted({str(base_key(one)) for one in chosen["base_model"].dropna()})
+    bases = sorted({str(base_key(name)) for name in chosen["base_model"].dropna()})
     if len(bases) > 1:
         message = (
             f"The runs adapt {len(bases)} base models ({', '.join(bases[:4])}): directions of "
-            "different bases have nothing to do with each other. Ask for one at a time with base=."
+            "different bases are not comparable. Choose one with base=."
         )
         raise InputError(message)
     return chosen
 
 
 def _duplicates(pairs: pd.DataFrame, runs: pd.DataFrame) -> tuple[tuple[str, str], ...]:
-    """Return (left out, kept) of adapters that are one run."""
-    # As text, so that two unknown ranks are alike.
+    """Return (excluded, included) labels of adapters from the same training run."""
+    # As text, so that two unknown ranks are equal.
     identity = {
-        one.adapter: (str(one.task), str(one.seed), str(one.rank)) for one in runs.itertuples()
+        run.adapter: (str(run.task), str(run.seed), str(run.rank)) for run in runs.itertuples()
     }
-    kept: dict[str, str] = {}
+    included: dict[str, str] = {}
     for pair in pairs[pairs["initialization"] == InitRelation.SAME_RUN].itertuples():
         if pair.a in identity and identity[pair.a] == identity.get(pair.b):
-            kept.setdefault(pair.b, kept.get(pair.a, pair.a))
-    return tuple(kept.items())
+            included.setdefault(pair.b, included.get(pair.a, pair.a))
+    return tuple(included.items())
 
 
 def _matrix(
     table: pd.DataFrame, labels: Sequence[str], quantity: str, side: Side
 ) -> NDArray[np.float64]:
-    """Return the median over modules of every pair, ``(n, n)``; NaN where there is none."""
+    """Return the median over modules of every pair, ``(n, n)``; NaN without a value."""
     rows = table[table["side"] == side]
     if side == "input":
         rows = rows[~rows["shared_init"]]
     if quantity == "phi_1_1":
-        rows = rows[rows["degeneracy_1_1"] == ""]
+        rows = rows[rows["degeneracy_1_1"] == Degeneracy.NONE]
     rows = rows[
         (rows["initialization"] != InitRelation.SAME_RUN)
         & rows["a"].isin(labels)
         & rows["b"].isin(labels)
     ]
-    place = {label: at for at, label in enumerate(labels)}
+    index = {label: i for i, label in enumerate(labels)}
     matrix = np.full((len(labels), len(labels)), np.nan)
     for (a, b), value in rows.groupby(["a", "b"])[quantity].median().items():
-        matrix[place[a], place[b]] = matrix[place[b], place[a]] = value
+        matrix[index[a], index[b]] = matrix[index[b], index[a]] = value
     return matrix
 
 
 def _quartiles(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    known = values[~np.isnan(values)]
-    return np.quantile(known, (0.25, 0.5, 0.75)) if known.size else np.full(3, np.nan)
+    values = values[~np.isnan(values)]
+    return np.quantile(values, (0.25, 0.5, 0.75)) if values.size else np.full(3, np.nan)
 
 
 def _standard_error(matrix: NDArray[np.float64], codes: NDArray[np.intp]) -> float | None:
-    def difference(kept: NDArray[np.intp]) -> float:
-        return chance.task_difference(matrix[np.ix_(kept, kept)], codes[kept])
+    def difference(runs: NDArray[np.intp]) -> float:
+        return chance.task_difference(matrix[np.ix_(runs, runs)], codes[runs])
 
     error = chance.jackknife(difference, len(codes))[1]
     return None if error is None or np.isnan(error) else error

@@ -1,4 +1,4 @@
-"""What adapters are: task, rank, seed and step, from their files or from a pattern of names."""
+"""Task, rank, seed and step of adapters, from a pattern that their names match."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _PART = re.compile(r"\{(?P<field>[^{}]*)\}|(?P<any>\*)|(?P<text>[^{}*]+)|(?P<str
 
 
 def label_facts(pattern: str, text: str) -> dict[str, str | int] | None:
-    """Return what a name says under a pattern; None where it does not fit.
+    """Return the fields that a pattern extracts from a name; None if it does not match.
 
-    ``{task}`` stands for any text, ``{rank}``, ``{seed}`` and ``{step}`` for digits, ``*`` for
-    anything that is not kept; the pattern must fit the whole text.
+    ``{task}`` matches any text, ``{rank}``, ``{seed}`` and ``{step}`` match digits, ``*`` matches
+    anything and is dropped; the pattern must match the whole text.
 
     Raises
     ------
@@ -33,12 +33,12 @@ def label_facts(pattern: str, text: str) -> dict[str, str | int] | None:
     >>> label_facts("{task}-r{rank}-s{seed}", "rotate-r8-s0")
     {'task': 'rotate', 'rank': 8, 'seed': 0}
     """
-    found = _expression(pattern).fullmatch(text)
-    if found is None:
+    match = _expression(pattern).fullmatch(text)
+    if match is None:
         return None
     return {
         field: value if field == "task" else int(value)
-        for field, value in found.groupdict().items()
+        for field, value in match.groupdict().items()
     }
 
 
@@ -57,56 +57,56 @@ def _expression(pattern: str) -> re.Pattern[str]:
             parts, seen = [], []
             break
     if not seen:
+        fields = ", ".join(f"{{{name}}}" for name in FIELDS)
         message = (
-            f"The pattern of labels {pattern!r} must name at least one of "
-            f"{', '.join(f'{{{one}}}' for one in FIELDS)}, each at most once, and no other field: "
-            "'{task}-r{rank}-s{seed}'."
+            f"The pattern of labels {pattern!r} must name at least one of {fields}, each at most "
+            "once, and no other field: '{task}-r{rank}-s{seed}'."
         )
         raise InputError(message)
     return re.compile("".join(parts))
 
 
-def names_of(adapter: Adapter, depth: int) -> tuple[str, ...]:
-    """Return the names a pattern is held against: the label, then the end of the path.
+def candidate_names(adapter: Adapter, depth: int) -> tuple[str, ...]:
+    """Return the names that a pattern is matched with: the label, then two ends of the path.
 
-    The path's last ``depth`` segments, without the suffix of a file, once as they are and once
-    without the last: adapters often lie in a folder that says nothing (``final``).
+    The last ``depth`` segments of the path without a file suffix, and those before the last
+    segment: many adapters are in a folder with a generic name (``final``).
     """
-    place = adapter.provenance.location
-    if place is None:
+    location = adapter.provenance.location
+    if location is None:
         return (adapter.label,)
-    path = PurePath(whole_characters(place))
+    path = PurePath(whole_characters(location))
     if path.suffix in CONTAINER_SUFFIXES:
         path = path.with_suffix("")
     parts = path.parts
     ends = ["/".join(parts[max(0, end - depth) : end]) for end in (len(parts), len(parts) - 1)]
-    return (adapter.label, *(one for one in ends if one))
+    return (adapter.label, *filter(None, ends))
 
 
 def with_label_facts(adapters: Sequence[Adapter], pattern: str | None) -> list[Adapter]:
-    """Return the adapters with task, seed and step as their names say, and rank where unknown.
+    """Return the adapters with task, seed and step from their names, and rank if unknown.
 
-    What the user's pattern says of task, seed and step wins over the files. A rank that the
-    tensors contradict does not: that is noted with the adapter, as are names that do not fit.
+    Task, seed and step from the user's pattern override the files. A rank that contradicts the
+    tensors does not: the adapter gets a finding, as it does if no name matches the pattern.
     """
     if pattern is None:
         return list(adapters)
-    return [_described(adapter, pattern) for adapter in adapters]
+    return [_with_facts(adapter, pattern) for adapter in adapters]
 
 
-def _described(adapter: Adapter, pattern: str) -> Adapter:
-    known = adapter.provenance
-    for name in names_of(adapter, pattern.count("/") + 1):
+def _with_facts(adapter: Adapter, pattern: str) -> Adapter:
+    source = adapter.provenance
+    for name in candidate_names(adapter, pattern.count("/") + 1):
         facts: dict[str, Any] | None = label_facts(pattern, name)
         if facts is not None:
             break
     else:
         misfit = Finding("label-misfit", {"pattern": repr(pattern)})
-        return adapter.with_provenance(findings=(*known.findings, misfit))
+        return adapter.with_provenance(findings=(*source.findings, misfit))
     rank = facts.get("rank")
-    if known.rank is not None and rank is not None and rank != known.rank:
-        note = f"its name says rank {rank}, its tensors have rank {known.rank}, which counts."
-        facts["findings"] = (*known.findings, note)
-    if known.rank is not None:
+    if source.rank is not None and rank is not None and rank != source.rank:
+        note = f"its name says rank {rank}, its tensors have rank {source.rank}, which is used."
+        facts["findings"] = (*source.findings, note)
+    if source.rank is not None:
         facts.pop("rank", None)
     return adapter.with_provenance(**facts)

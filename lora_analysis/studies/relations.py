@@ -1,10 +1,15 @@
-"""How adapters are related: by base, task, rank, seed and step, where those are known."""
+"""How adapters are related by base, task, rank, seed and step, and which pairs are compared."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Sequence
 from enum import StrEnum
+from itertools import combinations, islice, zip_longest
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lora_analysis.adapter import Adapter
 
@@ -20,16 +25,16 @@ class Relation(StrEnum):
     SHARED_SEED = "different task, same seed"
     SHARED_SEED_OTHER_RANK = "different task, different rank, same seed"
     SAME_RUN = "same run, different step"
-    EARLIER = "earlier step"  # not the last of its run: not used where the last one is
+    EARLIER = "earlier step"  # not the last of its run: not used if the last one is present
     OTHER_BASE = "different base"
     UNKNOWN = "unknown"
 
 
-_ON_A_DISK = re.compile(r"[/~\\]|[A-Za-z]:[/\\]|file:")
+_LOCAL_PATH = re.compile(r"[/~\\]|[A-Za-z]:[/\\]|file:")
 
 
 def unique_labels(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """Return the adapters with labels made unique by a number where two are the same."""
+    """Return the adapters, with a number appended to labels that are already taken."""
     seen: dict[str, int] = {}
     result = []
     for adapter in adapters:
@@ -39,7 +44,7 @@ def unique_labels(adapters: Sequence[Adapter]) -> list[Adapter]:
 
 
 def base_key(name: str | None) -> str | None:
-    """Return what tells base models apart: the last part of a path or of a hub's name.
+    """Return the last part of a path or hub name, in lower case, which identifies a base model.
 
     ``meta-llama/Llama-3.1-8B`` and ``/models/Llama-3.1-8B/`` are one base.
     """
@@ -49,17 +54,16 @@ def base_key(name: str | None) -> str | None:
 
 
 def shown_base(name: str | None) -> str | None:
-    """Return the name of a base without the folders of somebody's disk; a hub's name as it is."""
-    if name is None or not _ON_A_DISK.match(name):
+    """Return the name of a base model, of a local path only the last part."""
+    if name is None or not _LOCAL_PATH.match(name):
         return name
     return name.replace("\\", "/").rstrip("/").rpartition("/")[2] or None
 
 
 def run_key(adapter: Adapter) -> Hashable | None:
-    """Return what the checkpoints of one run have in common; None where nothing says so.
+    """Return a key that the checkpoints of one training run share; None if it is not known.
 
-    Task, rank and seed where task and seed are known, else the folder in which the checkpoints
-    lie side by side.
+    Base, task, rank and seed if task and seed are known, else the parent folder of the checkpoint.
     """
     source = adapter.provenance
     if source.step is None:
@@ -76,8 +80,8 @@ def earlier_checkpoints(adapters: Sequence[Adapter]) -> set[str]:
         key = run_key(adapter)
         if key is not None and (key not in last or _step(adapter) >= _step(last[key])):
             last[key] = adapter
-    kept = {adapter.label for adapter in last.values()}
-    return {a.label for a in adapters if run_key(a) is not None and a.label not in kept}
+    last_labels = {adapter.label for adapter in last.values()}
+    return {a.label for a in adapters if run_key(a) is not None and a.label not in last_labels}
 
 
 def _step(adapter: Adapter) -> int:
@@ -85,25 +89,94 @@ def _step(adapter: Adapter) -> int:
 
 
 def relation(a: Adapter, b: Adapter) -> Relation:
-    """Return how two adapters are related, from task, rank and seed; "unknown" without them."""
-    one, two = a.provenance, b.provenance
-    if _differ(base_key(one.base_model), base_key(two.base_model)):
+    """Return how two adapters are related by base, task, rank, seed and step."""
+    first, second = a.provenance, b.provenance
+    bases = {base_key(first.base_model), base_key(second.base_model)}
+    if len(bases) == 2 and None not in bases:
         return Relation.OTHER_BASE
-    if one.step != two.step and run_key(a) is not None and run_key(a) == run_key(b):
+    if first.step != second.step and run_key(a) is not None and run_key(a) == run_key(b):
         return Relation.SAME_RUN
-    if None in (one.task, two.task, one.seed, two.seed):
+    if None in (first.task, second.task, first.seed, second.seed):
         return Relation.UNKNOWN
-    if one.task == two.task and None in (one.rank, two.rank):
+    if first.task == second.task and None in (first.rank, second.rank):
         return Relation.UNKNOWN
-    if one.task != two.task:
-        if one.seed != two.seed:
+    same_rank = first.rank == second.rank
+    if first.task != second.task:
+        if first.seed != second.seed:
             return Relation.REFERENCE
-        return Relation.SHARED_SEED if one.rank == two.rank else Relation.SHARED_SEED_OTHER_RANK
-    if one.seed == two.seed:
-        return Relation.REPEATED if one.rank == two.rank else Relation.OTHER_RANK
-    return Relation.OTHER_SEED if one.rank == two.rank else Relation.OTHER_RANK_AND_SEED
+        return Relation.SHARED_SEED if same_rank else Relation.SHARED_SEED_OTHER_RANK
+    if first.seed == second.seed:
+        return Relation.REPEATED if same_rank else Relation.OTHER_RANK
+    return Relation.OTHER_SEED if same_rank else Relation.OTHER_RANK_AND_SEED
 
 
-def _differ(a: str | None, b: str | None) -> bool:
-    """Return whether both are known, and other ones."""
-    return None not in (a, b) and a != b
+class ChosenPairs(NamedTuple):
+    """The pairs of a study, by positions of the analyzed adapters followed by the reference.
+
+    Attributes
+    ----------
+    tabulated
+        Positions of the adapters in the tables of pairs, ascending.
+    pairs
+        ``(P, 2)``: positions of the two adapters of each pair.
+    relations
+        The relation of each pair.
+    across_bases
+        Number of pairs of different base models, which are left out.
+    """
+
+    tabulated: list[int]
+    pairs: NDArray[np.intp]
+    relations: list[Relation]
+    across_bases: int
+
+
+def choose_pairs(
+    adapters: Sequence[Adapter], reference: Sequence[Adapter], *, across_bases: bool, most: int
+) -> ChosenPairs:
+    """Return all pairs of the adapters, and pairs of an adapter with one of the reference.
+
+    Parameters
+    ----------
+    adapters, reference
+        Analyzed adapters, and those that serve as the reference only.
+    across_bases
+        Whether pairs of different base models are included.
+    most
+        Maximum number of adapters in the tables of pairs, see `choose_tabulated`.
+    """
+    every = (*adapters, *reference)
+    tabulated = choose_tabulated(every, most)
+    earlier = earlier_checkpoints(adapters)
+    pairs: list[tuple[int, int]] = []
+    relations: list[Relation] = []
+    left_out = 0
+    for a, b in combinations(tabulated, 2):
+        if a >= len(adapters):
+            continue  # both are reference adapters
+        # The caller states that the reference is unrelated: task and seed are not compared.
+        kind = relation(every[a], every[b]) if b < len(adapters) else Relation.REFERENCE
+        if kind is Relation.OTHER_BASE and not across_bases:
+            left_out += 1
+            continue
+        superseded = not earlier.isdisjoint((every[a].label, every[b].label))
+        compares_results = kind not in (Relation.SAME_RUN, Relation.OTHER_BASE)
+        if superseded and compares_results and b < len(adapters):
+            kind = Relation.EARLIER
+        pairs.append((a, b))
+        relations.append(kind)
+    positions = np.array(pairs, dtype=np.intp).reshape(-1, 2)
+    return ChosenPairs(tabulated, positions, relations, left_out)
+
+
+def choose_tabulated(adapters: Sequence[Adapter], most: int) -> list[int]:
+    """Return positions of at most ``most`` adapters, taken in turn from every task and rank."""
+    if len(adapters) <= most:
+        return list(range(len(adapters)))
+    by_kind: dict[tuple[str | None, int | None], list[int]] = {}
+    for index, adapter in enumerate(adapters):
+        kind = (adapter.provenance.task, adapter.provenance.rank)
+        by_kind.setdefault(kind, []).append(index)
+    rounds = zip_longest(*by_kind.values())
+    in_turn = (index for positions in rounds for index in positions if index is not None)
+    return sorted(islice(in_turn, most))

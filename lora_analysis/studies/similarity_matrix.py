@@ -1,6 +1,6 @@
-"""The similarity matrix: every adapter against every other, summed up while the modules go by.
+"""The similarity matrix of all pairs of adapters, accumulated module by module.
 
-No table of pairs and modules is kept, so that a thousand adapters fit in memory: what remains is
+No table of pairs and modules is stored, so that a thousand adapters fit in memory: the result is
 one matrix per quantity and type of module.
 """
 
@@ -15,54 +15,54 @@ import numpy as np
 from lora_analysis import chance
 from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.errors import InputError
-from lora_analysis.pairwise import pair_blocks
 from lora_analysis.shared_init import InitRows
 from lora_analysis.spectra import SIDES, Side
+from lora_analysis.studies.pair_products import pair_blocks
 from lora_analysis.text import html_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lora_analysis.adapter import Update
-    from lora_analysis.pairwise import ModulePairs
     from lora_analysis.spectra import Spectrum
+    from lora_analysis.studies.pair_products import ModulePairs
 
 ALL = "all"
-# Beyond, one module at a time is compared, block by block, and types of modules are not told apart.
+# Beyond this, modules are compared one at a time in blocks, without a matrix per module type.
 MOST_AT_ONCE = 1000
 _ROWS = 128
-# A notebook shows larger similarity matrices by name only.
-SHOWN = 24
-# From here on two updates are one, whatever their length.
+# Notebooks list only the names of larger similarity matrices.
+_MAX_HTML = 24
+# Cosine from which two updates are near-duplicates, whatever their norms.
 DUPLICATE_COSINE = 0.99
-# An order in which neighbors in the tree are neighbors in the picture costs O(N³) to find.
-_ORDERED_BEST = 200
+# Optimal leaf ordering costs O(N³): up to this many adapters.
+_MAX_OPTIMAL_ORDER = 200
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SimilarityMatrix:
-    """N adapters against each other, by type of module and in all.
+    """Similarity of all pairs of N adapters, over all modules and by type of module.
 
     Attributes
     ----------
     labels
         Names along both axes, N of them.
     kinds
-        ``"all"``, then every type of module, up to 1,000 adapters; names along the first axis of
-        what follows.
+        ``"all"``, then every type of module (up to 1,000 adapters): names along the first axis of
+        ``modules``, ``cosine`` and ``overlap``.
     modules
-        ``(K,)``: modules of each kind.
+        ``(K,)``: number of modules of each kind.
     cosine
-        ``(K, N, N)``: signed cosine of the updates over all their common modules of the kind;
-        isotropic chance 0.
+        ``(K, N, N)``: signed cosine of the updates over their common modules of the kind; 0 for
+        random updates. NaN for pairs without a trained common module.
     overlap
-        Per side ``(K, N, N)``: mean over common modules of ``(ω − c)/(1 − c)``, the energy-weighted
-        overlap above isotropic chance. Modules whose two updates share their initial A do not
-        count on the input side. Both are NaN where nothing is left.
+        Per side ``(K, N, N)``: mean over common modules of ``(ω − c)/(1 − c)``, the excess of the
+        energy-weighted overlap over the random baseline. Modules with a shared initialization are
+        excluded on the input side. NaN if no module is left.
     shared
-        ``(N, N)``: share of the common modules that start from the same initial rows.
+        ``(N, N)``: share of the common modules that have a shared initialization.
     norms
-        ``(N,)``: ‖ΔW‖ over all modules; 0 of an untrained adapter.
+        ``(N,)``: ‖ΔW‖ over all modules; 0 for an untrained adapter.
     """
 
     labels: tuple[str, ...]
@@ -79,7 +79,7 @@ class SimilarityMatrix:
         Raises
         ------
         InputError
-            Another quantity, or a kind that is not there.
+            An unknown quantity or kind.
         """
         if what not in ("cosine", *SIDES) or kind not in self.kinds:
             message = (
@@ -87,27 +87,28 @@ class SimilarityMatrix:
                 f"got {what!r} of {kind!r}."
             )
             raise InputError(message)
-        of = self.cosine if what == "cosine" else self.overlap[what]  # type: ignore[index]
-        found: NDArray[np.float64] = of[self.kinds.index(kind)]
-        return found
+        planes = self.cosine if what == "cosine" else self.overlap[what]  # type: ignore[index]
+        matrix: NDArray[np.float64] = planes[self.kinds.index(kind)]
+        return matrix
 
     def _repr_html_(self) -> str:
+        whole = len(self.labels) <= _MAX_HTML
         rows = [
-            (name, *(self.matrix("output")[at] if len(self.labels) <= SHOWN else ()))
-            for at, name in enumerate(self.labels[:SHOWN])
+            (name, *(self.matrix("output")[i] if whole else ()))
+            for i, name in enumerate(self.labels[:_MAX_HTML])
         ]
-        columns = ("adapter", *(self.labels if len(self.labels) <= SHOWN else ()))
-        note = "Mean over modules of ω above chance, output side."
+        columns = ("adapter", *(self.labels if whole else ()))
+        note = "Excess of ω over the random baseline, output side, mean over modules."
         return html_table(f"Similarity matrix of {len(self.labels)} adapters", columns, rows, note)
 
     def placed(self, what: str = "output", kind: str = ALL) -> NDArray[np.intp]:
-        """Return the places of the adapters with any number: all but the untrained."""
+        """Return the positions of adapters with at least one value: all but untrained ones."""
         return np.flatnonzero(~np.isnan(self.matrix(what, kind)).all(axis=1))
 
     def linkage(self, what: str = "output", kind: str = ALL) -> NDArray[np.float64]:
-        """Return the tree of average linkage over the P `placed` ones, ``(P − 1, 4)`` as scipy's.
+        """Return the average-linkage tree of the P `placed` adapters, ``(P − 1, 4)`` as in scipy.
 
-        The distance is 1 − similarity; pairs without a number stand as far apart as strangers.
+        The distance is 1 − similarity; pairs without a value have distance 1.
         """
         from scipy.cluster import hierarchy
 
@@ -115,14 +116,14 @@ class SimilarityMatrix:
         if len(placed) < 2:
             return np.zeros((0, 4))
         condensed = _condensed_distances(self.matrix(what, kind), placed)
-        best = len(self.labels) <= _ORDERED_BEST
+        optimal = len(self.labels) <= _MAX_OPTIMAL_ORDER
         tree: NDArray[np.float64] = hierarchy.linkage(
-            condensed, method="average", optimal_ordering=best
+            condensed, method="average", optimal_ordering=optimal
         )
         return tree
 
     def order(self, what: str = "output", kind: str = ALL) -> NDArray[np.intp]:
-        """Return the order in which the tree has no crossing branches, those outside it last."""
+        """Return the order of the leaves of the tree, followed by adapters that are not in it."""
         placed = self.placed(what, kind)
         if len(placed) > 2:
             from scipy.cluster import hierarchy
@@ -132,61 +133,61 @@ class SimilarityMatrix:
         return np.concatenate([placed, rest]).astype(np.intp)
 
     def duplicates(self, cosine: float = DUPLICATE_COSINE) -> list[tuple[str, ...]]:
-        """Return groups of adapters whose updates point the same way, by the signed cosine."""
+        """Return groups of adapters whose updates have at least this signed cosine."""
         return self._groups(self.matrix("cosine") >= cosine)  # False of NaN
 
     def shared_inits(self) -> list[tuple[str, ...]]:
-        """Return groups of adapters that share their initial rows in half of all modules."""
+        """Return groups of adapters with a shared initialization in at least half the modules."""
         return self._groups(self.shared >= 0.5)
 
     def untrained(self) -> list[str]:
         """Return the adapters whose update is zero."""
         return [name for name, norm in zip(self.labels, self.norms, strict=True) if norm == 0]
 
-    def _groups(self, alike: NDArray[np.bool_]) -> list[tuple[str, ...]]:
+    def _groups(self, adjacent: NDArray[np.bool_]) -> list[tuple[str, ...]]:
         from scipy.sparse import csr_array
         from scipy.sparse.csgraph import connected_components
 
-        # A dense graph would be copied as numbers.
-        count, member = connected_components(csr_array(alike), directed=False)
-        found = (np.flatnonzero(member == at) for at in range(count))
-        return [tuple(self.labels[at] for at in one) for one in found if len(one) > 1]
+        # A dense graph would be copied as float64.
+        count, component = connected_components(csr_array(adjacent), directed=False)
+        groups = (np.flatnonzero(component == index) for index in range(count))
+        return [tuple(self.labels[i] for i in group) for group in groups if len(group) > 1]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModuleContribution:
-    """What the similarity matrix needs of one module: a fifth of what is known of its pairs.
+    """The contribution of one module: a fifth of the numbers of its pairs.
 
-    ``members`` are the places of its N updates, ``cosine`` and ``above`` per side ``(N, N)``, NaN
-    where nothing counts.
+    ``members`` are the positions of its N updates; ``cosine`` and, per side, ``excess`` are
+    ``(N, N)``, NaN for values that are excluded.
     """
 
     members: Sequence[int]
     cosine: NDArray[np.float64]
-    above: Mapping[Side, NDArray[np.float64]]
+    excess: Mapping[Side, NDArray[np.float64]]
     norms: NDArray[np.float64]
     shared: NDArray[np.bool_]
     compared: NDArray[np.bool_]
 
     @classmethod
     def of(cls, members: Sequence[int], pairs: ModulePairs) -> ModuleContribution:
-        """Take it out of the pairs of a module."""
+        """Return the contribution of the pairs of a module."""
         shared = compared = np.zeros(pairs.cosine.shape, dtype=bool)
-        if pairs.start is not None:
-            shared, compared = pairs.start.shared, ~np.isnan(pairs.start.row_cosine)
-        above = {}
+        if pairs.init is not None:
+            shared, compared = pairs.init.shared, ~np.isnan(pairs.init.row_cosine)
+        excess = {}
         for side, values in pairs.sides.items():
-            above[side] = chance.excess(values.omega, values.chance_omega)
+            excess[side] = chance.excess(values.omega, values.chance_omega)
             if side == "input":
-                above[side][shared & ~np.eye(len(shared), dtype=bool)] = np.nan
-        return cls(members, pairs.cosine, above, pairs.norms, shared, compared)
+                excess[side][shared & ~np.eye(len(shared), dtype=bool)] = np.nan
+        return cls(members, pairs.cosine, excess, pairs.norms, shared, compared)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockedContribution:
-    """The same of many low-rank updates, computed block by block when it is added up.
+    """The contribution of many low-rank updates, computed in blocks when it is added.
 
-    ``members`` are the places of the updates, in order, with their spectra.
+    ``members`` are the positions of the updates, in order, with their spectra.
     """
 
     members: NDArray[np.intp]
@@ -195,38 +196,38 @@ class BlockedContribution:
 
     @classmethod
     def fits(cls, updates: Sequence[Update]) -> bool:
-        """Return True if there are many updates, whose start is that of their A."""
+        """Return True if there are many updates, all low-rank and initialized by a random A."""
         return len(updates) > MOST_AT_ONCE and all(
-            isinstance(one, LowRankUpdate) and one.layout != "embedding" for one in updates
+            isinstance(u, LowRankUpdate) and u.layout != "embedding" for u in updates
         )
 
 
 class SimilarityMatrixSums:
-    """What is added up over modules; `similarity_matrix` gives the means.
+    """Sums over modules, of which `similarity_matrix` returns the means.
 
-    Beyond `MOST_AT_ONCE` adapters, only sums over all modules are kept, not those of each type.
+    Beyond `MOST_AT_ONCE` adapters there are only sums over all modules, not one per module type.
 
     Parameters
     ----------
     labels
-        Of the adapters.
+        Labels of the adapters.
     kinds
-        Types of all modules that will come.
+        Type of each module that will be added.
     """
 
     def __init__(self, labels: Sequence[str], kinds: Sequence[str]) -> None:
         self.labels = tuple(labels)
-        own = () if len(labels) > MOST_AT_ONCE else dict.fromkeys(kinds)
-        self.kinds = (ALL, *(kind for kind in own if kind != ALL))
+        types = () if len(labels) > MOST_AT_ONCE else dict.fromkeys(kinds)
+        self.kinds = (ALL, *(kind for kind in types if kind != ALL))
         shape = (len(self.kinds), len(labels), len(labels))
         self.modules = np.zeros(len(self.kinds), dtype=np.intp)
         self.inner = np.zeros(shape)
-        self.squares = np.zeros(shape)  # of the row's adapter, over modules that both train
+        self.squares = np.zeros(shape)  # of the row's adapter, over modules trained in both
         self.overlap = {side: np.zeros(shape) for side in SIDES}
-        # Of modules and, within one, of shapes.
-        whole = np.min_scalar_type(2 * len(kinds))
-        self.counts = {side: np.zeros(shape, dtype=whole) for side in SIDES}
-        self.shared, self.compared = np.zeros((2, *shape[1:]), dtype=whole)
+        # Counts of modules and, within a module, of shapes.
+        count_type = np.min_scalar_type(2 * len(kinds))
+        self.counts = {side: np.zeros(shape, dtype=count_type) for side in SIDES}
+        self.shared, self.compared = np.zeros((2, *shape[1:]), dtype=count_type)
         self.norms = np.zeros(len(labels))
         self._upper_only = False
 
@@ -236,116 +237,115 @@ class SimilarityMatrixSums:
             self._add_blocks(kind, part)
             return
         block = np.ix_(part.members, part.members)
-        known = ~np.isnan(part.cosine)
+        trained = ~np.isnan(part.cosine)
         self.shared[block] += part.shared
         self.compared[block] += part.compared
         self.norms[list(part.members)] += part.norms**2
-        for at in self._places(kind):
-            self.modules[at] += 1
-            self.inner[at][block] += np.nan_to_num(part.cosine) * np.outer(part.norms, part.norms)
-            self.squares[at][block] += np.where(known, part.norms[:, None] ** 2, 0.0)
-            for side, above in part.above.items():
-                counted = known & ~np.isnan(above)
-                self.overlap[side][at][block] += np.where(counted, above, 0.0)
-                self.counts[side][at][block] += counted
+        for k in self._planes(kind):
+            self.modules[k] += 1
+            self.inner[k][block] += np.nan_to_num(part.cosine) * np.outer(part.norms, part.norms)
+            self.squares[k][block] += np.where(trained, part.norms[:, None] ** 2, 0.0)
+            for side, excess in part.excess.items():
+                counted = trained & ~np.isnan(excess)
+                self.overlap[side][k][block] += np.where(counted, excess, 0.0)
+                self.counts[side][k][block] += counted
 
     def _add_blocks(self, kind: str, part: BlockedContribution) -> None:
         """Add one module of a kind, on and above the diagonal."""
         self._upper_only = True
         members = part.members
-        norms = np.array([one.norm for one in part.spectra])
+        norms = np.array([s.norm for s in part.spectra])
         self.norms[members] += norms**2
-        trained = np.flatnonzero([one.numerical_rank > 0 for one in part.spectra])
-        for at in self._places(kind):
-            self.modules[at] += 1
+        trained = np.flatnonzero([s.numerical_rank > 0 for s in part.spectra])
+        for k in self._planes(kind):
+            self.modules[k] += 1
         for block in pair_blocks(part.spectra, part.updates):
             pairs = np.ix_(members[block.rows], members[block.columns])
             self.shared[pairs] += block.shared
             different = block.rows[:, None] != block.columns
             products = block.cosine * np.outer(norms[block.rows], norms[block.columns])
-            for at in self._places(kind):
-                self.inner[at][pairs] += products
+            for k in self._planes(kind):
+                self.inner[k][pairs] += products
                 rows = np.ix_(members[block.rows], members[trained])
-                self.squares[at][rows] += norms[block.rows, None] ** 2
-                for side, above in block.excess.items():
-                    counted = ~np.isnan(above)
+                self.squares[k][rows] += norms[block.rows, None] ** 2
+                for side, excess in block.excess.items():
+                    counted = ~np.isnan(excess)
                     if side == "input":
                         counted &= ~(block.shared & different)
-                    self.overlap[side][at][pairs] += np.where(counted, above, 0.0)
-                    self.counts[side][at][pairs] += counted
-        self._add_untrained_starts(part, trained)
+                    self.overlap[side][k][pairs] += np.where(counted, excess, 0.0)
+                    self.counts[side][k][pairs] += counted
+        self._count_untrained_inits(part, trained)
         for first in range(0, len(members), _ROWS):
             self.compared[np.ix_(members[first : first + _ROWS], members[first:])] += 1
 
-    def _add_untrained_starts(self, part: BlockedContribution, trained: NDArray[np.intp]) -> None:
-        """Count the shared starts of pairs with an untrained update, which blocks leave out."""
+    def _count_untrained_inits(self, part: BlockedContribution, trained: NDArray[np.intp]) -> None:
+        """Count shared initializations of pairs with an untrained update, which blocks omit."""
         untrained = np.setdiff1d(np.arange(len(part.members)), trained)
         rows = InitRows(part.updates) if len(untrained) else None
         every = np.arange(len(part.members))
         for first in range(0, len(untrained), _ROWS):
-            own = untrained[first : first + _ROWS]
-            shared = rows.shared(own, every)  # type: ignore[union-attr]  # there are some
-            # A pair of two untrained ones is met from both sides.
-            later = np.isin(every, untrained) & (every < own[:, None])
-            i, j = np.nonzero(shared & ~later)
-            low, high = np.minimum(own[i], every[j]), np.maximum(own[i], every[j])
+            some = untrained[first : first + _ROWS]
+            shared = rows.shared(some, every)  # type: ignore[union-attr]  # there are some
+            # A pair of two untrained updates occurs in both orders.
+            repeated = np.isin(every, untrained) & (every < some[:, None])
+            i, j = np.nonzero(shared & ~repeated)
+            low, high = np.minimum(some[i], every[j]), np.maximum(some[i], every[j])
             self.shared[part.members[low], part.members[high]] += 1
 
-    def _places(self, kind: str) -> Iterator[int]:
+    def _planes(self, kind: str) -> Iterator[int]:
+        """Yield the indices along the first axis to which a module of a kind is added."""
         yield 0
         if kind in self.kinds[1:]:
             yield self.kinds.index(kind)
 
-    def similarity_matrix(self, kept: Sequence[int]) -> SimilarityMatrix:
-        """Return the similarity matrix of the adapters at ``kept``; failed ones are incomplete.
+    def similarity_matrix(self, members: Sequence[int]) -> SimilarityMatrix:
+        """Return the similarity matrix of the adapters at these positions.
 
-        The sums are turned into it in place, so that they can be asked for once.
+        The sums become the matrix in place, so this can be called once only.
         """
-        every = len(kept) == len(self.labels)
-        plane: Any = np.s_[:, :] if every else np.ix_(kept, kept)
+        every = len(members) == len(self.labels)
+        plane: Any = np.s_[:, :] if every else np.ix_(members, members)
         if self._upper_only:
             for planes in (self.inner, *self.overlap.values(), *self.counts.values()):
-                for one in planes:
-                    _mirror(one)
+                for matrix in planes:
+                    _mirror(matrix)
             _mirror(self.shared)
             _mirror(self.compared)
         for inner, square in zip(self.inner, self.squares, strict=True):
             _to_cosines(inner, square)
-        cosine = self.inner if every else np.stack([one[plane] for one in self.inner])
+        cosine = self.inner if every else np.stack([matrix[plane] for matrix in self.inner])
         for side in SIDES:
             _divide(self.overlap[side], self.counts[side])
         with np.errstate(divide="ignore", invalid="ignore"):
             shared = self.shared[plane] / self.compared[plane]
         return SimilarityMatrix(
-            labels=tuple(self.labels[at] for at in kept),
+            labels=tuple(self.labels[i] for i in members),
             kinds=self.kinds,
             modules=self.modules,
             cosine=cosine,
             overlap={
-                side: sums if every else np.stack([one[plane] for one in sums])
+                side: sums if every else np.stack([matrix[plane] for matrix in sums])
                 for side, sums in self.overlap.items()
             },
             shared=shared,
-            norms=np.sqrt(self.norms[list(kept)]),
+            norms=np.sqrt(self.norms[list(members)]),
         )
 
 
 def _condensed_distances(
     matrix: NDArray[np.float64], placed: NDArray[np.intp]
 ) -> NDArray[np.float64]:
-    """Return 1 − similarity of all pairs of some adapters, as scipy orders them."""
+    """Return 1 − similarity of all pairs of some adapters, in scipy's condensed order."""
     rows = []
     for position, row in enumerate(placed[:-1]):
         later = placed[position + 1 :]
-        there, back = (
-            np.nan_to_num(one, nan=0.0) for one in (matrix[row, later], matrix[later, row])
-        )
-        rows.append(np.maximum(((1.0 - there) + (1.0 - back)) / 2, 0.0))
+        upper, lower = np.nan_to_num(matrix[row, later]), np.nan_to_num(matrix[later, row])
+        rows.append(np.maximum(((1.0 - upper) + (1.0 - lower)) / 2, 0.0))
     return np.concatenate(rows)
 
 
 def _mirror(plane: NDArray[Any]) -> None:
-    """Copy what is above the diagonal to below it, in place."""
+    """Copy the upper triangle to the lower one, in place."""
     for first in range(0, len(plane), _ROWS):
         rows = slice(first, first + _ROWS)
         plane[rows, :first] = plane[:first, rows].T
@@ -355,7 +355,7 @@ def _mirror(plane: NDArray[Any]) -> None:
 
 
 def _to_cosines(inner: NDArray[np.float64], squares: NDArray[np.float64]) -> None:
-    """Divide inner products by the lengths of both updates, in place."""
+    """Divide inner products by the norms of both updates, in place."""
     with np.errstate(divide="ignore", invalid="ignore"):
         for first in range(0, len(inner), _ROWS):
             rows = slice(first, first + _ROWS)
@@ -364,7 +364,7 @@ def _to_cosines(inner: NDArray[np.float64], squares: NDArray[np.float64]) -> Non
 
 
 def _divide(sums: NDArray[np.float64], counts: NDArray[Any]) -> None:
-    """Divide in place; NaN where nothing was counted."""
+    """Divide in place; NaN if nothing was counted."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        for one, by in zip(sums, counts, strict=True):
-            np.divide(one, by, out=one)
+        for total, count in zip(sums, counts, strict=True):
+            np.divide(total, count, out=total)

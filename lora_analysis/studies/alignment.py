@@ -1,8 +1,7 @@
-"""The same module under one name in all adapters of a comparison, whatever each file calls it.
+"""One name per module for all adapters of a comparison, whatever name each file uses.
 
 Modules are matched by their identities (`lora_analysis.names`) for each adapter as a whole, and
-shown under a name that one of the files has. The base is asked for the name of the adapter's own
-file all the same.
+named as in one of the files. The base is still searched for the name in the adapter's own file.
 """
 
 from __future__ import annotations
@@ -33,63 +32,63 @@ def align_adapters(adapters: Sequence[Adapter], *, prefix: Prefixes | None = Non
     """Return the adapters with one name for each module that several of them adapt.
 
     The name is that of the first adapter with dots in its names. Adapters whose names are equal
-    already are returned as they are; a finding on each other one says what was matched, or that
-    several prefixes fit alike and none was taken.
+    already are returned unchanged; the others get a finding on the names that were matched, or on
+    several prefixes that fit equally well, of which none was chosen.
 
     Parameters
     ----------
     adapters
         Adapters of one model.
     prefix
-        Beginning of module names → what stands for it in the comparison (`names.parse_prefixes`).
+        Prefix of module names → its replacement in the comparison (`names.parse_prefixes`).
     """
     first: dict[frozenset[str], Adapter] = {}
     for adapter in adapters:
         first.setdefault(frozenset(adapter), adapter)
-    if len(first) < 2:  # of a thousand adapters most have the same names
+    if len(first) < 2:  # most of a thousand adapters have the same names
         return list(adapters)
-    shapes, known = _Shapes(), _Known()
-    shown: dict[str, Adapter] = {}
+    shapes, paths = _Shapes(), _NamePaths()
+    owners: dict[str, Adapter] = {}
     spellings: dict[Rewrite, None] = {}
     matches: dict[frozenset[str], NameMatch] = {}
-    # Names with dots first: they tell layer and type, and are shown.
-    for names, adapter in sorted(first.items(), key=lambda item: _is_flat(item[0])):
+    # Names with dots first: they contain layer and type, and become the common names.
+    for names, adapter in sorted(first.items(), key=lambda item: any(map(is_flattened, item[0]))):
         spellings |= dict.fromkeys(spellings_of(names))
-        if prefix or (not names <= shown.keys() and (spellings or known.may_match(names))):
+        if prefix or (not names <= owners.keys() and (spellings or paths.may_match(names))):
             matches[names] = match_names(
                 adapter,
-                shown,
-                fits=partial(shapes.fit, adapter, shown),
+                owners,
+                fits=partial(shapes.fit, adapter, owners),
                 prefix=prefix,
                 spellings=list(spellings),
             )
-        taken = matches[names].pairs if names in matches else {}
+        matched = matches[names].pairs if names in matches else {}
         for name in adapter:
-            if name not in taken and name not in shown:
-                shown[name] = adapter
-                known.add(name)
+            if name not in matched and name not in owners:
+                owners[name] = adapter
+                paths.add(name)
     by_adapter = (matches.get(frozenset(adapter)) for adapter in adapters)
     return [
-        adapter if match is None else _renamed(adapter, match)
+        adapter if match is None else _rename_modules(adapter, match)
         for adapter, match in zip(adapters, by_adapter, strict=True)
     ]
 
 
-class _Known:
-    """Paths of modules and what is left of them behind a prefix: thousands are asked for one."""
+class _NamePaths:
+    """Paths of modules, and their remainders after a prefix, for a fast check of many names."""
 
     def __init__(self) -> None:
         self._paths: set[str] = set()
         self._rests: set[str] = set()
 
     def add(self, name: str) -> None:
-        """Remember a name."""
+        """Add a name."""
         for path, rests in self._read(name):
             self._paths.add(path)
             self._rests.update(rests)
 
     def may_match(self, names: Iterable[str]) -> bool:
-        """Return True if an identity or a prefix may bring one of the names to a known one."""
+        """Return True if an identity or a prefix may map one of the names to an added one."""
         return any(
             path in self._rests or not self._paths.isdisjoint(rests)
             for name in names
@@ -105,10 +104,10 @@ class _Known:
 
 
 class _Shapes:
-    """Shapes of updates, read once: they are asked for where names differ only."""
+    """Shapes of updates, read once, and only if names differ."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, str], tuple[int, int] | None] = {}
+        self._shapes: dict[tuple[int, str], tuple[int, int] | None] = {}
 
     def fit(self, adapter: Adapter, others: Mapping[str, Adapter], name: str, other: str) -> bool:
         """Return True if two modules have one shape, or one of them cannot be read."""
@@ -117,22 +116,18 @@ class _Shapes:
 
     def _shape(self, adapter: Adapter, name: str) -> tuple[int, int] | None:
         key = (id(adapter), name)
-        if key not in self._known:
+        if key not in self._shapes:
             try:
-                self._known[key] = adapter[name].shape
-            except InputError:  # the walk says which module of which adapter
-                self._known[key] = None
-        return self._known[key]
+                self._shapes[key] = adapter[name].shape
+            except InputError:  # the walk over modules reports it
+                self._shapes[key] = None
+        return self._shapes[key]
 
 
-def _is_flat(names: frozenset[str]) -> bool:
-    return any(map(is_flattened, names))
-
-
-def _renamed(adapter: Adapter, match: NameMatch) -> Adapter:
-    """Return the adapter under the names that are shown, and findings on what was matched."""
+def _rename_modules(adapter: Adapter, match: NameMatch) -> Adapter:
+    """Return the adapter under the common names, with findings on the names that were matched."""
     pairs = {name: match.pairs.get(name, name) for name in adapter}
-    # The caller's prefix may give a module the place of another one of that name.
+    # The caller's prefix may map a module to the name of a different module.
     targets = {target for name, target in pairs.items() if name in match.pairs}
     hidden = [name for name in adapter if name not in match.pairs and name in targets]
     updates: dict[str, Callable[[], Update]] = {}
@@ -161,7 +156,16 @@ def _renamed(adapter: Adapter, match: NameMatch) -> Adapter:
     return Adapter(
         updates,
         label=adapter.label,
-        provenance=replace(source, scale_origin=origins, findings=(*source.findings, *findings)),
+        provenance=replace(
+            source,
+            scale_origin=origins,
+            findings=(*source.findings, *findings),
+            file_names={
+                pairs[name]: source.file_names.get(name, name)
+                for name in adapter
+                if name not in hidden and pairs[name] != source.file_names.get(name, name)
+            },
+        ),
         saved_modules=adapter.saved_modules,
         config=adapter.config,
         side_tensors=adapter.side_tensors,

@@ -1,4 +1,4 @@
-"""Which base each adapter is of: what pools pairs takes one base at a time."""
+"""Base models by name: statistics that pool pairs take one base model at a time."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ if TYPE_CHECKING:
     from lora_analysis.studies.result import Study
 
 NO_BASE = "no base named"
-# What files and folders of quantized copies add to a model's name.
+# Suffixes that quantized copies append to a model's name.
 _COPY = re.compile(
     r"([-_.](gguf|awq|gptq|mlx|bnb|fp8|[348][-_]?bit|i?q[1-8](_\w+)?|b?f16|fp16|f32))+$",
     re.IGNORECASE,
 )
 
 
-def other_bases(named: Mapping[str, str | None], base: BaseWeights | None) -> frozenset[str]:
-    """Return the labels of adapters of another base than the one they are to be held against.
+def other_bases(names: Mapping[str, str | None], base: BaseWeights | None) -> frozenset[str]:
+    """Return the labels of adapters that were trained on a different base than the given one.
 
-    Names decide where the adapters name several bases; where they name one, it may be called
-    otherwise on this disk (`strange_name` says so).
+    Names decide only if the adapters name several bases. If they all name one, the given base may
+    be the same model under a different name (see `strange_name`).
 
     Parameters
     ----------
-    named
-        What the adapters call their base, by label.
+    names
+        The base model that each adapter names, by label.
     base
-        The one that is given.
+        The given base weights.
     """
-    keys = {label: base_key(name) for label, name in named.items()}
+    keys = {label: base_key(name) for label, name in names.items()}
     if base is None or base.name is None or len(set(keys.values()) - {None}) < 2:
         return frozenset()
-    own = _plain(base.name)
-    return frozenset(label for label, key in keys.items() if key is not None and _plain(key) != own)
+    given = _plain(base.name)
+    return frozenset(label for label, key in keys.items() if key and _plain(key) != given)
 
 
-def strange_name(named: Mapping[str, str | None], base: BaseWeights | None) -> str | None:
-    """Return the one base that adapters name where the given one is called otherwise.
+def strange_name(names: Mapping[str, str | None], base: BaseWeights | None) -> str | None:
+    """Return the base that all adapters name if the given one has a different name, else None.
 
-    A folder called ``model`` is called nothing.
+    A generic folder name such as ``model`` does not count as a name.
     """
-    keys = {base_key(name): name for name in named.values() if base_key(name)}
+    keys = {base_key(name): name for name in names.values() if base_key(name)}
     if base is None or base.name is None or len(keys) != 1 or says_nothing(base.name):
         return None
     ((key, name),) = keys.items()
@@ -62,7 +62,7 @@ def _plain(name: str | None) -> str | None:
 
 
 def base_keys(study: Study) -> dict[str, str | None]:
-    """Return what tells the base of each adapter apart, by label; None where it names none."""
+    """Return the key of each adapter's base model (`base_key`) by label; None if not named."""
     runs = study.runs
     return {
         label: base_key(name) if isinstance(name, str) else None
@@ -71,16 +71,16 @@ def base_keys(study: Study) -> dict[str, str | None]:
 
 
 def several_bases(study: Study) -> bool:
-    """Say whether the adapters name more than one base."""
+    """Return True if the adapters name more than one base model."""
     return len(set(base_keys(study).values()) - {None}) > 1
 
 
 def per_base(study: Study, rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield rows of pairs (columns ``a`` and ``b``) by the base they are on, with its name.
+    """Yield rows of pairs (columns ``a`` and ``b``) by base model, with the name of the base.
 
-    Directions of different bases have nothing to do with each other, so what pools pairs pools
-    those of one base. The name is "" where the study has one base, or none is named; a pair in
-    which one adapter names no base is of the other's.
+    Directions of different bases are not comparable, so pairs are pooled within one base only.
+    The name is "" if the study has one base or none is named; a pair of which one adapter names
+    no base belongs to the base of the other.
     """
     if rows.empty:
         return
@@ -96,23 +96,23 @@ def per_base(study: Study, rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFra
 
 
 def runs_per_base(study: Study) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the rows of ``Study.runs`` by base, with its name; "" where there is one at most."""
+    """Yield the rows of ``Study.runs`` by base, with its name; "" if there is at most one base."""
     if not several_bases(study):
         yield "", study.runs
         return
-    names = study.runs["adapter"].map(base_keys(study))
-    for key, own in study.runs[names.notna()].groupby(names[names.notna()], sort=False):
-        yield _names(study)[str(key)], own
+    keys = study.runs["adapter"].map(base_keys(study))
+    for key, rows in study.runs[keys.notna()].groupby(keys[keys.notna()], sort=False):
+        yield _names(study)[str(key)], rows
 
 
 def bases_of(study: Study, adapters: pd.Series) -> list[str]:
-    """Return the shown name of the base of each adapter."""
+    """Return the name of the base model of each adapter, for a table."""
     keys, names = base_keys(study), _names(study)
-    return [names[keys[one] or ""] for one in adapters]
+    return [names[keys[label] or ""] for label in adapters]
 
 
 def _names(study: Study) -> dict[str, str]:
-    """Return how each base is called, by its key: as the first adapter on it calls it."""
+    """Return the name of each base by its key, in the spelling of the first adapter on it."""
     names = {"": NO_BASE}
     for name in study.runs["base_model"].dropna():
         if key := base_key(name):

@@ -1,8 +1,9 @@
-"""The rows of a study's tables: one update, one amplification at a time; and all columns."""
+"""Columns of a study's tables, and rows of spectra, amplifications and weight changes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,16 @@ from lora_analysis.patterns import layer_index, module_type
 from lora_analysis.spectra import SIDES, Spectrum
 from lora_analysis.weight_changes import Changes
 
-# Columns are named here so that an empty table has them too.
+
+class Degeneracy(StrEnum):
+    """Degeneracy of the first direction of an update, or of the worse of two updates."""
+
+    NONE = ""
+    NEARLY = "nearly degenerate"  # noise may rotate it
+    FULL = "degenerate"  # σ₁ = σ₂ to rounding: the direction is arbitrary
+
+
+# Columns are listed here so that an empty table has them too.
 PAIR_COLUMNS = (
     "a", "b", "relation", "modules", "mismatched_modules", "initialization", "shared_init_modules",
     "b_cosine", "total_cosine",
@@ -42,6 +52,7 @@ CHANGE_COLUMNS = (
 
 def spectrum_row(update: LowRankUpdate | DenseUpdate, value: Spectrum) -> dict[str, Any]:
     """Return the row of one module of one adapter."""
+    low_rank = update if isinstance(update, LowRankUpdate) else None
     s = value.S
     return {
         "adapter": value.label,
@@ -61,16 +72,16 @@ def spectrum_row(update: LowRankUpdate | DenseUpdate, value: Spectrum) -> dict[s
         "norm": value.norm,
         "sigma_1": float(s[0]),
         "in_units_of_scale": value.in_units_of_scale,
-        "scale": update.scale if isinstance(update, LowRankUpdate) else 1.0,
-        "alpha": update.alpha if isinstance(update, LowRankUpdate) else None,
+        "scale": 1.0 if low_rank is None else low_rank.scale,
+        "alpha": None if low_rank is None else low_rank.alpha,
         "stored_dtype": value.stored_dtype,
-        "variant": getattr(update, "variant", ""),
+        "variant": "" if low_rank is None else low_rank.variant,
     }
 
 
 def amplification_rows(result: Amplification) -> Iterator[dict[str, Any]]:
-    """Yield one row for every k."""
-    for at, k in enumerate(result.k):
+    """Yield one row per k."""
+    for i, k in enumerate(result.k):
         yield {
             "adapter": result.label,
             "module": result.module,
@@ -78,17 +89,17 @@ def amplification_rows(result: Amplification) -> Iterator[dict[str, Any]]:
             "layer": layer_index(result.module),
             "k": int(k),
             "at_rank": bool(k == len(result.S)),
-            "projected": result.projected[at],
-            "projected_weight": np.nan if result.weight_top is None else result.weight_top[at],
-            "projected_random": result.random.rms[at],
-            "random_mean": result.random.mean[at],
-            "random_spread": result.random.spread[at],
+            "projected": result.projected[i],
+            "projected_weight": np.nan if result.weight_top is None else result.weight_top[i],
+            "projected_random": result.random.rms[i],
+            "random_mean": result.random.mean[i],
+            "random_spread": result.random.spread[i],
             "delta_norm": float(np.linalg.norm(result.S[:k])),
             "weight_norm": result.weight_norm,
             "relative_norm": result.relative_norm,
-            "amplification_factor": result.amplification_factor[at],
-            "chance_factor": result.chance_factor[at],
-            "enrichment": result.enrichment[at],
+            "amplification_factor": result.amplification_factor[i],
+            "chance_factor": result.chance_factor[i],
+            "enrichment": result.enrichment[i],
             "storage": result.storage,
             "noise": np.nan if result.noise is None else result.noise,
         }
@@ -97,22 +108,22 @@ def amplification_rows(result: Amplification) -> Iterator[dict[str, Any]]:
 def change_rows(
     energy: WeightBasisEnergy, report: IntruderReport, changes: Changes
 ) -> Iterator[dict[str, Any]]:
-    """Yield one row a side: ΔW in W's basis, and what W becomes; k is ΔW's numerical rank."""
+    """Yield one row per side: ΔW in W's basis, and changes of W; k is ΔW's numerical rank."""
     k = min(len(energy.S), len(energy.weight_values))
     drift = report.drift[~np.isnan(report.drift)]
     for side in SIDES:
-        own, changed = energy.sides[side], report.sides[side]
+        basis, changed = energy.sides[side], report.sides[side]
         yield {
             "adapter": report.label,
             "module": report.module,
             "module_type": module_type(report.module),
             "layer": layer_index(report.module),
             "side": side,
-            "dimension": own.dimension,
+            "dimension": basis.dimension,
             "k": k,
-            "leading_energy": own.leading[k - 1],
-            "trailing_energy": own.trailing[k - 1],
-            "chance_energy": k / own.dimension,
+            "leading_energy": basis.leading[k - 1],
+            "trailing_energy": basis.trailing[k - 1],
+            "chance_energy": k / basis.dimension,
             "leading_p": energy.p_value(side)[k - 1],
             "off_principal": energy.off_principal[k - 1],
             "chance_off_principal": energy.chance_off_principal[k - 1],

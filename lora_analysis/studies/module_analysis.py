@@ -1,0 +1,249 @@
+"""Analysis of one module of all adapters: spectra, pairs, similarity matrix, amplification.
+
+Every update is read and factored once; no factors or singular vectors are kept in the result.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_analysis import linalg
+from lora_analysis.adapter import LowRankUpdate
+from lora_analysis.amplify import Amplification, amplifications, weight_basis_energy
+from lora_analysis.effective import effective_update
+from lora_analysis.errors import BaseWeightError
+from lora_analysis.formats.sanity_checks import ModuleStatistics, module_statistics
+from lora_analysis.intruders import intruder_dimensions
+from lora_analysis.shared_init import InitEvidence, ModuleInit, pair_init
+from lora_analysis.spectra import SIDES, Spectrum, spectrum, weight_svd
+from lora_analysis.studies.module_walk import updates_by_shape
+from lora_analysis.studies.pair_products import ModulePairs, module_pairs, pair_angles
+from lora_analysis.studies.similarity_matrix import BlockedContribution, ModuleContribution
+from lora_analysis.studies.table_rows import Degeneracy, change_rows, spectrum_row
+from lora_analysis.weight_changes import magnitude_direction
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from lora_analysis.adapter import Update
+    from lora_analysis.bases import Weight
+    from lora_analysis.studies.spec import OpenStudy
+
+    Angles = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+# Up to this length of its shorter side, the singular values of W and random draws are cheap;
+# beyond it they are left out (the root mean square of random directions is exact without).
+SMALL_WEIGHT = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class PairGroup:
+    """All pairs of the tabulated adapters that have one module in one shape.
+
+    Attributes
+    ----------
+    index
+        Row of each adapter in ``pairs``; -1 for adapters that are not in the group.
+    pairs
+        The similarities.
+    angles
+        Smallest and largest principal angle, of the input and of the output side.
+    ranks
+        Stored ranks of the updates, ``(N,)``.
+    degeneracy
+        `Degeneracy` of the first direction of each update, ``(N,)``.
+    """
+
+    index: NDArray[np.intp]
+    pairs: ModulePairs
+    angles: tuple[Angles, Angles]
+    ranks: NDArray[np.intp]
+    degeneracy: NDArray[np.object_]
+
+    def init(self, i: int, j: int) -> ModuleInit | None:
+        """Return the evidence on the initialization of a pair of rows; None if one is dense."""
+        evidence = self.pairs.init
+        if evidence is None or np.isnan(evidence.row_cosine[i, j]):
+            return None
+        ranks = int(self.ranks[i]), int(self.ranks[j])
+        return pair_init(evidence, i, j, self.pairs.module, ranks)
+
+
+@dataclass(slots=True)
+class ModuleResult:
+    """The results for one module of all adapters."""
+
+    module: str
+    spectra: list[dict[str, Any]] = field(default_factory=list)
+    groups: list[PairGroup] = field(default_factory=list)
+    similarity_matrix: list[ModuleContribution | BlockedContribution] = field(default_factory=list)
+    amplified: dict[tuple[str, str], Amplification] = field(default_factory=dict)
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    statistics: dict[str, ModuleStatistics] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    unmatched: str | None = None
+
+
+def analyze_module(study: OpenStudy, module: str, *, blocks: bool = True) -> ModuleResult:
+    """Read, factor and compare one module of all adapters.
+
+    Parameters
+    ----------
+    study
+        Adapters, base and options.
+    module
+        Name of the module.
+    blocks
+        Whether many adapters may be compared in blocks in the calling process, later.
+    """
+    result = ModuleResult(module)
+    tabulated = set(study.pairs.tabulated)
+    by_position: dict[int, tuple[Update, Spectrum]] = {}
+    for members, updates in updates_by_shape(study.adapters, module, result.failed):
+        spectra = [spectrum(update) for update in updates]
+        by_position |= dict(zip(members, zip(updates, spectra, strict=True), strict=True))
+        large = blocks and BlockedContribution.fits(updates)
+        compared = [i for i, m in enumerate(members) if m in tabulated or not large]
+        pairs = (
+            module_pairs([spectra[i] for i in compared], [updates[i] for i in compared])
+            if compared
+            else None
+        )
+        if pairs is None or large:
+            factors = [update for update in updates if isinstance(update, LowRankUpdate)]
+            positions = np.array(members, dtype=np.intp)
+            result.similarity_matrix.append(BlockedContribution(positions, spectra, factors))
+        else:
+            result.similarity_matrix.append(ModuleContribution.of(members, pairs))
+        rows = [row for row, i in enumerate(compared) if members[i] in tabulated]
+        if pairs is not None and rows:
+            some = pairs if len(rows) == len(compared) else _selected(pairs, rows)
+            chosen = [compared[row] for row in rows]
+            result.groups.append(
+                _pair_group(
+                    some,
+                    [updates[i] for i in chosen],
+                    [spectra[i] for i in chosen],
+                    positions=[members[i] for i in chosen],
+                    count=len(study.adapters),
+                )
+            )
+    in_order = [by_position[position] for position in sorted(by_position)]
+    for update, values in in_order:
+        result.statistics[values.label] = module_statistics(update, norm=values.norm)
+        result.spectra.append(spectrum_row(update, values))
+    if study.base is not None:
+        _compare_with_base(study, result, in_order)
+    return result
+
+
+def _pair_group(
+    pairs: ModulePairs,
+    updates: Sequence[Update],
+    spectra: Sequence[Spectrum],
+    *,
+    positions: Sequence[int],
+    count: int,
+) -> PairGroup:
+    index = np.full(count, -1)
+    index[list(positions)] = np.arange(len(positions))
+    return PairGroup(
+        index=index,
+        pairs=pairs,
+        angles=(pair_angles(spectra, SIDES[0]), pair_angles(spectra, SIDES[1])),
+        ranks=np.array([update.rank for update in updates]),
+        degeneracy=np.array([_first_degeneracy(values) for values in spectra], dtype=object),
+    )
+
+
+def _first_degeneracy(values: Spectrum) -> Degeneracy:
+    if values.untrained:
+        return Degeneracy.NONE
+    if values.degenerate[0]:
+        return Degeneracy.FULL
+    return Degeneracy.NEARLY if values.nearly_degenerate[0] else Degeneracy.NONE
+
+
+def _selected(pairs: ModulePairs, rows: Sequence[int]) -> ModulePairs:
+    """Return the pairs of some of the updates."""
+    plane = np.ix_(rows, rows)
+
+    def planes(value: object, *names: str) -> dict[str, NDArray[Any]]:
+        return {name: getattr(value, name)[plane] for name in names}
+
+    return replace(
+        pairs,
+        sides={
+            side: replace(
+                values,
+                **planes(values, "phi_1_1", "phi_r_r", "omega", "chance_r_r", "chance_omega"),
+            )
+            for side, values in pairs.sides.items()
+        },
+        cosine=pairs.cosine[plane],
+        ranks=pairs.ranks[rows],
+        norms=pairs.norms[rows],
+        init=None
+        if pairs.init is None
+        else InitEvidence(**planes(pairs.init, *InitEvidence.__dataclass_fields__)),
+    )
+
+
+def _compare_with_base(
+    study: OpenStudy, result: ModuleResult, updates: Sequence[tuple[Update, Spectrum]]
+) -> None:
+    """Add amplifications and changes of W, one weight of the base and one shape at a time."""
+    groups: dict[tuple[str, tuple[int, int]], list[tuple[Update, Spectrum]]] = {}
+    for update, values in updates:
+        measured = values.label in study.measured and not values.untrained
+        if measured:
+            name = update.base_name if isinstance(update, LowRankUpdate) else ""
+            groups.setdefault((name or result.module, values.shape), []).append((update, values))
+    for (name, shape), members in groups.items():
+        scaled = {values.label: (update, values) for update, values in members
+                  if not values.in_units_of_scale}  # fmt: skip
+        if not scaled:
+            continue
+        try:
+            weight = study.base.weight(  # type: ignore[union-attr]  # called with a base only
+                name, shape=shape, transposed=study.spec.transposed
+            )
+        except BaseWeightError as error:
+            result.unmatched = str(error)
+            continue
+        spectra = [values for _, values in scaled.values()]
+        small = min(weight.shape) <= SMALL_WEIGHT
+        most = max(values.numerical_rank for values in spectra)
+        amplified = amplifications(
+            spectra,
+            weight,
+            draws=study.spec.draws if small else 0,
+            # Different draws for every module, the same in every run.
+            seed=zlib.crc32(result.module.encode()),
+            weight_values=linalg.leading_singular_values(weight.array(), most) if small else None,
+            weight_directions=False,
+        )
+        result.amplified |= {(values.label, result.module): values for values in amplified}
+        if study.spec.weight_spectra:
+            result.changes += _weight_changes(scaled, weight)
+
+
+def _weight_changes(
+    updates: Mapping[str, tuple[Update, Spectrum]], weight: Weight
+) -> list[dict[str, Any]]:
+    """Return the rows of the changes of one weight by each update, from one SVD of the weight."""
+    decomposed = weight_svd(weight)
+    rows: list[dict[str, Any]] = []
+    for update, values in updates.values():
+        change = effective_update(update, weight)  # for DoRA more than the low-rank part
+        rows += change_rows(
+            weight_basis_energy(values, decomposed),
+            intruder_dimensions(change, weight, weight=decomposed),
+            magnitude_direction(change, weight),
+        )
+    return rows

@@ -1,0 +1,363 @@
+"""Similarity of every pair of many updates of one module, from one product per side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from lora_analysis import chance, linalg
+from lora_analysis.adapter import LowRankUpdate, Update
+from lora_analysis.errors import IncompatibleError
+from lora_analysis.shared_init import InitEvidence, InitRows, init_evidence
+from lora_analysis.spectra import SIDES, Side, Spectrum
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    _Sums = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
+
+# Up to this many directions, all products are one matrix product, of which BLAS computes half.
+_AT_ONCE = 2048
+# Beyond that, this many rows of products at a time: they are reduced before the next are computed,
+# and the part left of their own columns is known from earlier rows.
+_ROWS = 128
+_EVIDENCE = ("row_cosine", "cross_cosine", "z", "other_cosine")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PairValues:
+    """Similarities on one side of N updates of one module; every array is ``(N, N)``, symmetric.
+
+    NaN for pairs with an untrained update. The diagonal compares an update with itself.
+
+    Attributes
+    ----------
+    phi_1_1, phi_r_r
+        φ(1, 1), and φ at both numerical ranks.
+    omega
+        The energy-weighted overlap ω.
+    chance_r_r, chance_omega
+        Random baselines of the latter two (isotropic); that of φ(1, 1) is 1/dimension.
+    dimension
+        Dimension of the space of the directions.
+    """
+
+    phi_1_1: NDArray[np.float64]
+    phi_r_r: NDArray[np.float64]
+    omega: NDArray[np.float64]
+    chance_r_r: NDArray[np.float64]
+    chance_omega: NDArray[np.float64]
+    dimension: int
+
+    @property
+    def excess_r_r(self) -> NDArray[np.float64]:
+        """``(φ − chance)/(1 − chance)`` at both ranks: the form to average over modules."""
+        return chance.excess(self.phi_r_r, self.chance_r_r)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModulePairs:
+    """Similarities of every pair of N updates of one module.
+
+    Attributes
+    ----------
+    sides
+        φ and ω of the input and of the output side.
+    cosine
+        Signed cosine of the updates, ``(N, N)``; NaN for pairs with an untrained update.
+    ranks, norms
+        Numerical rank and ‖ΔW‖_F of each update, ``(N,)``.
+    init
+        Evidence of a shared initialization, NaN for dense updates; None if not requested.
+    """
+
+    module: str
+    sides: Mapping[Side, PairValues]
+    cosine: NDArray[np.float64]
+    ranks: NDArray[np.intp]
+    norms: NDArray[np.float64]
+    init: InitEvidence | None = None
+
+
+def module_pairs(
+    spectra: Sequence[Spectrum], updates: Sequence[Update] | None = None
+) -> ModulePairs:
+    """Return φ(1, 1), φ(r, r), ω and the signed cosine of every pair of updates of one module.
+
+    Parameters
+    ----------
+    spectra
+        Spectra of ΔW, all of one shape; ranks may differ.
+    updates
+        The same updates, for the evidence of a shared initialization; None leaves it out.
+
+    Raises
+    ------
+    IncompatibleError
+        The shapes differ.
+
+    Notes
+    -----
+    One product ``(Σr, d)·(d, Σr)`` per side, of which half is computed, and O((Σr)²) more.
+    """
+    shapes = {s.shape for s in spectra}
+    if len(shapes) != 1:
+        message = (
+            f"The updates of '{spectra[0].name}' have shapes {sorted(shapes)}. "
+            "All must adapt the same weight."
+        )
+        raise IncompatibleError(message)
+    ranks = np.array([s.numerical_rank for s in spectra])
+    energy, signed = _direction_weights(spectra)
+    sums = _reduced_products(spectra, ranks, energy, signed)
+    trained = ranks > 0
+    untrained = ~np.logical_and.outer(trained, trained)
+    participation = np.array([s.participation_ratio for s in spectra])
+    d_out, d_in = spectra[0].shape
+    sides = {
+        side: _pair_values(values, ranks, participation, dimension, untrained)
+        for side, values, dimension in zip(SIDES, sums[:2], (d_in, d_out), strict=True)
+    }
+    return ModulePairs(
+        module=spectra[0].name,
+        sides=sides,
+        cosine=np.where(untrained, np.nan, np.clip(sums[2], -1.0, 1.0)),
+        ranks=ranks,
+        norms=np.array([s.norm for s in spectra]),
+        init=None if updates is None else updates_init_evidence(updates),
+    )
+
+
+def _direction_weights(
+    spectra: Sequence[Spectrum],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the weights of the directions in ω and in the cosine, of norm one per update."""
+    energy, signed = [], []
+    for spectrum in spectra:
+        s = spectrum.S[: spectrum.numerical_rank]
+        relative = s / (s[0] if s.size else 1.0)
+        energy.append(relative**2 / (np.linalg.norm(relative**2) if s.size else 1.0))
+        signed.append(relative / (np.linalg.norm(relative) if s.size else 1.0))
+    return np.concatenate(energy), np.concatenate(signed)
+
+
+def _reduced_products(
+    spectra: Sequence[Spectrum],
+    ranks: NDArray[np.intp],
+    energy: NDArray[np.float64],
+    signed: NDArray[np.float64],
+) -> tuple[_Sums, _Sums, NDArray[np.float64]]:
+    """Return per side (first squares, sums of squares, weighted sums), and the cosines.
+
+    All are sums over blocks of ``U₁ᵀU₂``, computed for some updates and all later ones at a time.
+    """
+    count = len(spectra)
+    bases = [np.vstack([s.vectors(side).T for s in spectra]) for side in SIDES]  # (Σr, d)
+    sums = np.zeros((7, count, count))
+    for block in _blocks(ranks):
+        pairs = np.ix_(block.members, block.following)
+        grams = [basis[block.rows] @ basis[block.columns].T for basis in bases]
+        sums[6][pairs] = block.summed(block.weighted(grams[0] * grams[1], signed))
+        for s, gram in enumerate(grams):
+            np.square(gram, out=gram)
+            sums[3 * s][pairs] = gram[np.ix_(block.row_starts, block.column_starts)]
+            sums[3 * s + 1][pairs] = block.summed(gram)
+            sums[3 * s + 2][pairs] = block.summed(block.weighted(gram, energy))
+    lower = np.tril_indices(count, -1)
+    for plane in sums:
+        plane[lower] = plane.T[lower]
+    return (sums[0], sums[1], sums[2]), (sums[3], sums[4], sums[5]), sums[6]
+
+
+class PairBlock(NamedTuple):
+    """Some updates of one module compared with themselves and all later ones.
+
+    Attributes
+    ----------
+    rows, columns
+        Positions of h trained updates, and of the f trained ones from the first of them on.
+    cosine
+        ``(h, f)``: signed cosine of the updates.
+    excess
+        Per side ``(h, f)``: excess of ω over the random baseline c, ``(ω − c)/(1 − c)``.
+    shared
+        ``(h, f)``: whether a pair has a shared initialization.
+    """
+
+    rows: NDArray[np.intp]
+    columns: NDArray[np.intp]
+    cosine: NDArray[np.float64]
+    excess: Mapping[Side, NDArray[np.float64]]
+    shared: NDArray[np.bool_]
+
+
+def pair_blocks(
+    spectra: Sequence[Spectrum], updates: Sequence[LowRankUpdate]
+) -> Iterator[PairBlock]:
+    """Yield `module_pairs` of low-rank updates block by block, without a matrix of all pairs.
+
+    Every pair of trained updates is in one block, some in both orders.
+    """
+    ranks = np.array([s.numerical_rank for s in spectra])
+    energy, signed = _direction_weights(spectra)
+    participation = np.array([s.participation_ratio for s in spectra])
+    d_out, d_in = spectra[0].shape
+    bases = [np.vstack([s.vectors(side).T for s in spectra]) for side in SIDES]  # (Σr, d)
+    init_rows = InitRows(updates)
+    for block in _blocks(ranks):
+        grams = [basis[block.rows] @ basis[block.columns].T for basis in bases]
+        cosine = block.summed(block.weighted(grams[0] * grams[1], signed))
+        excess: dict[Side, NDArray[np.float64]] = {}
+        for side, gram, dimension in zip(SIDES, grams, (d_in, d_out), strict=True):
+            omega = block.summed(block.weighted(np.square(gram, out=gram), energy))
+            pairs = np.outer(participation[block.members], participation[block.following])
+            baseline = np.minimum(np.sqrt(pairs) / dimension, 1.0)
+            excess[side] = chance.excess(np.minimum(omega, 1.0), baseline)
+        shared = init_rows.shared(block.members, block.following)
+        cosine = np.clip(cosine, -1.0, 1.0, out=cosine)
+        yield PairBlock(block.members, block.following, cosine, excess, shared)
+
+
+class _Block(NamedTuple):
+    """Which products of directions belong together: of some updates with all later ones.
+
+    ``rows`` and ``columns`` are the directions of all of them; ``members`` and ``following`` the
+    positions of the trained updates among them, whose directions begin at ``row_starts`` and
+    ``column_starts`` within the block.
+    """
+
+    rows: slice
+    columns: slice
+    members: NDArray[np.intp]
+    following: NDArray[np.intp]
+    row_starts: NDArray[np.intp]
+    column_starts: NDArray[np.intp]
+
+    def weighted(
+        self, matrix: NDArray[np.float64], weights: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Multiply by the weights of both directions, in place."""
+        matrix *= weights[self.rows, None]
+        matrix *= weights[self.columns]
+        return matrix
+
+    def summed(self, matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the sum over the directions of each pair, ``(members, following)``."""
+        by_column = np.add.reduceat(matrix, self.column_starts, axis=1)
+        return np.add.reduceat(by_column, self.row_starts, axis=0)
+
+
+def _blocks(ranks: NDArray[np.intp]) -> Iterator[_Block]:
+    """Yield blocks that cover every pair of trained updates."""
+    starts, trained = np.cumsum(ranks) - ranks, np.flatnonzero(ranks)
+    for first, last in _block_ranges(ranks):
+        low, high = int(starts[first]), int(starts[last] + ranks[last])
+        following = trained[trained >= first]  # pairs with earlier ones are known by symmetry
+        members = following[following <= last]
+        if members.size:
+            yield _Block(
+                slice(low, high),
+                slice(low, None),
+                members,
+                following,
+                starts[members] - low,
+                starts[following] - low,
+            )
+
+
+def _block_ranges(ranks: NDArray[np.intp]) -> Iterator[tuple[int, int]]:
+    """Yield the first and last position of updates whose products are computed together."""
+    rows = _ROWS if ranks.sum() > _AT_ONCE else _AT_ONCE
+    first = 0
+    for last in range(len(ranks)):
+        if ranks[first : last + 1].sum() >= rows:
+            yield first, last
+            first = last + 1
+    if first < len(ranks):
+        yield first, len(ranks) - 1
+
+
+def _pair_values(
+    sums: _Sums,
+    ranks: NDArray[np.intp],
+    participation: NDArray[np.float64],
+    dimension: int,
+    untrained: NDArray[np.bool_],
+) -> PairValues:
+    first, squares, weighted = sums
+    smaller = np.maximum(np.minimum.outer(ranks, ranks), 1)
+
+    def defined(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.where(untrained, np.nan, np.minimum(values, 1.0))
+
+    return PairValues(
+        phi_1_1=defined(first),
+        phi_r_r=defined(squares / smaller),
+        omega=defined(weighted),
+        chance_r_r=defined(np.maximum.outer(ranks, ranks) / dimension),
+        chance_omega=defined(np.sqrt(np.outer(participation, participation)) / dimension),
+        dimension=dimension,
+    )
+
+
+def updates_init_evidence(updates: Sequence[Update]) -> InitEvidence:
+    """Return the evidence of a shared initialization; NaN for dense updates."""
+    members = [i for i, update in enumerate(updates) if isinstance(update, LowRankUpdate)]
+    shape = (len(updates), len(updates))
+    shared = np.zeros(shape, dtype=bool)
+    arrays = {name: np.full(shape, np.nan) for name in _EVIDENCE}
+    if members:
+        block = np.ix_(members, members)
+        # mypy does not narrow the elements of a list by its condition.
+        evidence = init_evidence([updates[i] for i in members])  # type: ignore[misc]
+        shared[block] = evidence.shared
+        for name, values in arrays.items():
+            values[block] = getattr(evidence, name)
+    return InitEvidence(**arrays, shared=shared)
+
+
+def pair_angles(
+    spectra: Sequence[Spectrum], side: Side
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the smallest and the largest principal angle of every pair, at the numerical ranks.
+
+    Returns
+    -------
+    tuple of ndarray
+        ``(N, N)`` each, symmetric, in radians; NaN for pairs with an untrained update.
+    """
+    ranks = np.array([s.numerical_rank for s in spectra])
+    smallest, largest = np.full((2, len(spectra), len(spectra)), np.nan)
+    trained = np.flatnonzero(ranks)
+    smallest[trained, trained] = largest[trained, trained] = 0.0
+    for two_ranks in combinations_with_replacement(np.unique(ranks[trained]), 2):
+        left, right, cosines = _pair_cosines(spectra, ranks, two_ranks, side)
+        for angles, end in ((smallest, 0), (largest, -1)):
+            angles[left, right] = angles[right, left] = np.arccos(np.minimum(cosines[:, end], 1.0))
+    # A cosine near 1 has lost the digits of the angle: these few are computed from the sines.
+    for a, b in zip(*np.nonzero(np.triu(smallest < 0.1, 1)), strict=True):
+        exact = linalg.principal_angles(spectra[a].vectors(side), spectra[b].vectors(side))
+        smallest[a, b] = smallest[b, a] = exact[0]
+        largest[a, b] = largest[b, a] = exact[-1]
+    return smallest, largest
+
+
+def _pair_cosines(
+    spectra: Sequence[Spectrum], ranks: NDArray[np.intp], two_ranks: tuple[int, int], side: Side
+) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
+    """Return all pairs of updates of two ranks, and the cosines of their angles, descending."""
+    rows, columns = (np.flatnonzero(ranks == rank) for rank in two_ranks)
+    left = np.vstack([spectra[i].vectors(side).T for i in rows.tolist()])
+    same = two_ranks[0] == two_ranks[1]
+    right = left if same else np.vstack([spectra[i].vectors(side).T for i in columns.tolist()])
+    gram = (left @ right.T).reshape(len(rows), two_ranks[0], len(columns), two_ranks[1])
+    i, j = np.indices((len(rows), len(columns))).reshape(2, -1)
+    if same:
+        i, j = np.triu_indices(len(rows), 1)
+    pairs = gram.transpose(0, 2, 1, 3)[i, j]
+    cosines = np.asarray(np.linalg.svd(pairs, compute_uv=False), np.float64)
+    return rows[i], columns[j], cosines

@@ -1,0 +1,210 @@
+"""What a study is asked for, and the adapters and base that it opens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from lora_analysis.adapter import Adapter
+from lora_analysis.bases import BaseWeights, check_experts, open_base
+from lora_analysis.errors import IncompatibleError, InputError
+from lora_analysis.finding import Failure
+from lora_analysis.formats import AdapterRef, each_once, expanded, find_adapters, read_adapter
+from lora_analysis.studies.alignment import align_adapters
+from lora_analysis.studies.base_models import other_bases
+from lora_analysis.studies.labels import with_label_facts
+from lora_analysis.studies.relations import ChosenPairs, choose_pairs, unique_labels
+
+# Tables of more pairs are not read: 40 adapters have 780 pairs, in every module.
+MOST_IN_PAIRS: Final = 40
+DRAWS: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ReadLater:
+    """An adapter that was found, and the function that reads it, also in another process."""
+
+    ref: AdapterRef
+    read: Callable[[AdapterRef], Adapter]
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """The path of the adapter, which no output may overwrite."""
+        return (self.ref.path,)
+
+
+Source = Adapter | ReadLater | str | Path
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StudySpec:
+    """What a study is asked for: everything that decides its numbers.
+
+    Attributes are the parameters of `study`, where they are described; ``prefix`` is parsed.
+    """
+
+    adapters: tuple[Source, ...]
+    base: BaseWeights | str | Path | None = None
+    reference: tuple[Source, ...] = ()
+    modules: str | Sequence[str] | None = None
+    prefix: Mapping[str, str] = field(default_factory=dict)
+    transposed: bool | None = None
+    draws: int = DRAWS
+    weight_spectra: bool = False
+    label: str | None = None
+    across_bases: bool = False
+    most_in_pairs: int = MOST_IN_PAIRS
+
+    def check_sources(self) -> None:
+        """Raise if adapters or base are values in memory, which other processes cannot open.
+
+        Raises
+        ------
+        InputError
+            Naming the first of them.
+        """
+        for source in (*self.adapters, *self.reference):
+            if isinstance(source, Adapter):
+                message = (
+                    f"{source.label} is in memory: with an executor, adapters are given by their "
+                    "sources, which every worker opens for itself."
+                )
+                raise InputError(message)
+        if isinstance(self.base, BaseWeights):
+            message = (
+                f"The base {self.base.label} is open already: with an executor it is given by "
+                "its source, which every worker opens for itself."
+            )
+            raise InputError(message)
+
+    def open(self) -> OpenStudy:
+        """Open the adapters and the base, and choose the pairs.
+
+        Raises
+        ------
+        IncompatibleError
+            No adapter can be an adapter of this base.
+        """
+        unread: list[Failure] = []
+        analyzed = list(read_sources(self.adapters, unread))
+        reference = list(read_sources(self.reference, unread))
+        labeled = with_label_facts([*analyzed, *reference], self.label)
+        aligned = align_adapters(unique_labels(labeled), prefix=self.prefix)
+        base = open_base(self.base) if isinstance(self.base, str | Path) else self.base
+        count = len(analyzed)
+        if base is not None:
+            base = base.matched_to(labeled, prefix=self.prefix)
+            fitting, misfits = _adapters_of_base(aligned[:count], base)
+            unread += misfits
+            if misfits and not fitting:
+                raise IncompatibleError(misfits[0].reason)
+            aligned, count = [*fitting, *aligned[count:]], len(fitting)
+        names = {a.label: a.provenance.base_model for a in aligned[:count]}
+        return OpenStudy(
+            spec=self,
+            adapters=aligned,
+            analyzed=count,
+            base=base,
+            measured=frozenset(names) - other_bases(names, base),
+            pairs=choose_pairs(
+                aligned[:count],
+                aligned[count:],
+                across_bases=self.across_bases,
+                most=self.most_in_pairs,
+            ),
+            unread=tuple(unread),
+        )
+
+    def options(self) -> dict[str, object]:
+        """Return the parameters of `study` other than adapters that are not the default."""
+        base = self.base
+        values = {
+            "base": base and (str(base) if isinstance(base, str | Path) else ...),
+            "modules": self.modules,
+            "prefix": self.prefix or None,
+            "transposed": self.transposed,
+            "draws": self.draws if base and self.draws != DRAWS else None,
+            "weight_spectra": self.weight_spectra or None,
+            "label": self.label,
+            "across_bases": self.across_bases or None,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpenStudy:
+    """The adapters, base and pairs of a study.
+
+    Attributes
+    ----------
+    spec
+        What was asked for.
+    adapters
+        Adapters with unique labels and common module names: analyzed ones, then the reference.
+    analyzed
+        Number of analyzed adapters.
+    base
+        The frozen weights, matched to the adapters' names; None without a base.
+    measured
+        Labels of the adapters that are compared with the base.
+    pairs
+        The pairs that are compared.
+    unread
+        Sources that could not be read, and adapters that do not fit the base.
+    """
+
+    spec: StudySpec
+    adapters: Sequence[Adapter]
+    analyzed: int
+    base: BaseWeights | None
+    measured: frozenset[str]
+    pairs: ChosenPairs
+    unread: tuple[Failure, ...]
+
+
+def read_sources(sources: Sequence[Source], failures: list[Failure]) -> Iterator[Adapter]:
+    """Yield every adapter of the sources in order, each once.
+
+    If a source leads to several adapters, those that cannot be read are added to ``failures``; the
+    error of a source with a single adapter is raised.
+    """
+    seen: set[tuple[str, str | None]] = set()
+    for source in sources:
+        if isinstance(source, Adapter):
+            yield source
+        elif isinstance(source, ReadLater):
+            try:
+                yield source.read(source.ref)
+            except InputError as error:
+                failures.append(Failure(source.ref.source, str(error)))
+        else:
+            refs = [ref for path in expanded(str(source)) for ref in find_adapters(path)]
+            for ref in each_once(refs, seen):
+                try:
+                    yield read_adapter(ref)
+                except InputError as error:
+                    if len(refs) == 1:
+                        raise
+                    failures.append(Failure(ref.source, str(error)))
+
+
+def _adapters_of_base(
+    adapters: Sequence[Adapter], base: BaseWeights
+) -> tuple[list[Adapter], list[Failure]]:
+    """Return the adapters that can be of this base, and the reasons for the others.
+
+    Adapters that name a different base are not compared with this one and are not checked.
+    """
+    unchecked = other_bases({a.label: a.provenance.base_model for a in adapters}, base)
+    fitting, failures = [], []
+    for adapter in adapters:
+        try:
+            if adapter.label not in unchecked:
+                check_experts(adapter, base)
+        except IncompatibleError as error:
+            failures.append(Failure(adapter.label, str(error)))
+        else:
+            fitting.append(adapter)
+    return fitting, failures

@@ -1,0 +1,295 @@
+"""`study`: one walk over the modules of all adapters, and the tables of its results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import numpy as np
+import pandas as pd
+
+from lora_analysis.adapter import Adapter
+from lora_analysis.bases import BaseWeights
+from lora_analysis.errors import BaseWeightError, SourceError
+from lora_analysis.finding import Failure, Finding, listed
+from lora_analysis.formats.sanity_checks import ModuleStatistics, sanity_findings
+from lora_analysis.names import match_names, parse_prefixes
+from lora_analysis.patterns import module_type
+from lora_analysis.progress import Progress
+from lora_analysis.studies.module_analysis import ModuleResult, analyze_module
+from lora_analysis.studies.module_walk import choose_modules, walk_modules
+from lora_analysis.studies.pair_tables import pair_tables
+from lora_analysis.studies.relations import earlier_checkpoints, shown_base
+from lora_analysis.studies.result import Study
+from lora_analysis.studies.similarity_matrix import MOST_AT_ONCE, SimilarityMatrixSums
+from lora_analysis.studies.spec import DRAWS, MOST_IN_PAIRS, OpenStudy, Source, StudySpec
+from lora_analysis.studies.table_rows import (
+    AMPLIFICATION_COLUMNS,
+    CHANGE_COLUMNS,
+    amplification_rows,
+)
+
+if TYPE_CHECKING:
+    from lora_analysis.execution.protocol import Executor
+    from lora_analysis.studies.similarity_matrix import SimilarityMatrix
+
+
+def study(
+    adapters: Sequence[Source],
+    *,
+    base: BaseWeights | str | Path | None = None,
+    reference: Sequence[Source] = (),
+    modules: str | Sequence[str] | None = None,
+    prefix: str | Sequence[str] | Mapping[str, str] | None = None,
+    transposed: bool | None = None,
+    failures: Sequence[Failure] = (),
+    draws: int = DRAWS,
+    weight_spectra: bool = False,
+    label: str | None = None,
+    across_bases: bool = False,
+    most_in_pairs: int = MOST_IN_PAIRS,
+    workers: int | None = None,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+) -> Study:
+    """Compare adapters with each other and with their base, module by module.
+
+    Parameters
+    ----------
+    adapters
+        Adapters, or sources of one or several: files, folders, globs, repositories on a hub.
+    base
+        The frozen weights, or their source; without it there are no amplifications.
+    reference
+        Adapters of other tasks on the same base, trained with other seeds. They are compared with
+        the analyzed adapters, not with each other, and conclusions compare with these pairs (and
+        with such pairs among ``adapters``, if task and seed are known).
+    modules
+        Suffixes of module names, or one regular expression; all modules by default.
+    prefix
+        Prefixes of module names and their replacements when names are matched, among adapters
+        and with the base: ``"OLD=NEW"``, ``"OLD"`` to drop a prefix, or a mapping.
+    transposed
+        Whether the base stores its weights as ``[in, out]``, if neither its family nor the shapes
+        decide.
+    failures
+        Adapters that could not be read, to be included in the report.
+    draws
+        Number of random directions per module for mean and spread, for weights whose shorter side
+        is at most 1024; for larger ones there is only the exact root mean square.
+    weight_spectra
+        Whether to compare every update with the whole spectrum of W too, for the table
+        ``changes``. This takes about half a minute per 4096 × 4096 weight on one core the first
+        time (see `linalg.gram_seconds`); the SVD is cached on disk (see `spectra.weight_svd`).
+    label
+        Pattern that extracts task, rank, seed and step from adapter names, for example
+        ``"{task}-r{rank}-s{seed}"``; ``*`` matches anything. It must match an adapter's label or
+        the end of its path.
+    across_bases
+        Whether adapters of different base models are compared too, although their directions are
+        not comparable.
+    most_in_pairs
+        Maximum number of adapters in the tables of pairs, chosen from every task and rank; the
+        similarity matrix contains all adapters.
+    workers
+        Number of threads; by default the CPUs of this process, and one beyond 1,000 adapters.
+    executor
+        How to run instead of threads: processes, or the machines of a cluster. Adapters and base
+        are then given by their sources, which every worker opens for itself.
+    progress
+        Called with ("modules", done, total) after each module.
+
+    Returns
+    -------
+    Study
+        An adapter in which a module cannot be read (non-finite values, a damaged tensor) is
+        left out completely and listed in ``failures``.
+
+    Raises
+    ------
+    SourceError
+        No adapter is left to analyze.
+    BaseWeightError
+        No module has a weight in the base.
+
+    Notes
+    -----
+    Every module of every adapter is read and factored once.
+    """
+    spec = StudySpec(
+        adapters=tuple(adapters),
+        base=base,
+        reference=tuple(reference),
+        modules=modules,
+        prefix=parse_prefixes(prefix),
+        transposed=transposed,
+        draws=draws,
+        weight_spectra=weight_spectra,
+        label=label,
+        across_bases=across_bases,
+        most_in_pairs=most_in_pairs,
+    )
+    opened = spec.open()
+    chosen = choose_modules(opened.adapters, modules)
+    labels = [adapter.label for adapter in opened.adapters]
+    if executor is None:
+        analyze = _Analyze(spec, opened)
+        workers = workers or (1 if len(labels) > MOST_AT_ONCE else None)
+    else:
+        spec.check_sources()
+        analyze = _Analyze(spec)
+    sums = SimilarityMatrixSums(labels, [module_type(name) for name in chosen])
+    results = []
+    try:
+        for result in walk_modules(
+            analyze, chosen, workers=workers, executor=executor, progress=progress
+        ):
+            for contribution in result.similarity_matrix:
+                sums.add(module_type(result.module), contribution)
+            result.similarity_matrix.clear()
+            results.append(result)
+    finally:
+        _OPENED.clear()
+    failed = {label: why for result in results for label, why in result.failed.items()}
+    left_out = (*failures, *opened.unread, *(Failure(*item) for item in failed.items()))
+    if failed.keys() >= set(labels[: opened.analyzed]):
+        reasons = "; ".join(f"{item.source}: {item.reason}" for item in left_out)
+        message = f"No adapter is left to analyze ({reasons or 'none was given'})."
+        raise SourceError(message)
+    readable = [i for i, name in enumerate(labels) if name not in failed]
+    similarity_matrix = sums.similarity_matrix(readable)
+    del sums  # as large as the similarity matrix
+    return _assemble(opened, results, left_out, similarity_matrix)
+
+
+@dataclass(slots=True)
+class _Analyze:
+    """The analysis of one module, for threads or for workers that open the study themselves."""
+
+    spec: StudySpec
+    opened: OpenStudy | None = None
+    token: str = field(default_factory=lambda: uuid4().hex)
+
+    def __call__(self, module: str) -> ModuleResult:
+        """Analyze a module; a worker opens the adapters the first time."""
+        if self.opened is not None:
+            return analyze_module(self.opened, module)
+        if self.token not in _OPENED:
+            _OPENED.clear()
+            _OPENED[self.token] = self.spec.open()
+        return analyze_module(_OPENED[self.token], module, blocks=False)
+
+
+# The study of which this process analyzes modules: executors may send the work with each module.
+_OPENED: dict[str, OpenStudy] = {}
+
+
+def _assemble(
+    opened: OpenStudy,
+    results: Sequence[ModuleResult],
+    left_out: tuple[Failure, ...],
+    similarity_matrix: SimilarityMatrix,
+) -> Study:
+    """Return the study of the adapters that could be read."""
+    failed = frozenset(label for result in results for label in result.failed)
+    amplified = {
+        key: value
+        for result in results
+        for key, value in result.amplified.items()
+        if key[0] not in failed
+    }
+    unmatched = {result.module: result.unmatched for result in results if result.unmatched}
+    if unmatched and not any(result.amplified for result in results):
+        raise _no_weight_error(next(iter(unmatched.values())), opened.adapters[0], opened.base)
+    adapters = {a.label: a for a in opened.adapters if a.label not in failed}
+    spectra = pd.DataFrame(
+        [row for result in results for row in result.spectra if row["adapter"] not in failed]
+    )
+    pairs, similarities = pair_tables(opened, results, failed)
+    tabulated = {opened.adapters[i].label for i in opened.pairs.tabulated}
+    return Study(
+        adapters=adapters,
+        runs=_runs_table(list(adapters.values()), spectra),
+        spectra=spectra,
+        pairs=pairs,
+        similarities=similarities,
+        amplifications=pd.DataFrame(
+            [row for value in amplified.values() for row in amplification_rows(value)],
+            columns=AMPLIFICATION_COLUMNS,
+        ),
+        changes=pd.DataFrame(
+            [row for result in results for row in result.changes if row["adapter"] not in failed],
+            columns=CHANGE_COLUMNS,
+        ),
+        failures=left_out,
+        base=opened.base,
+        reference=tuple(
+            a.label for a in opened.adapters[opened.analyzed :] if a.label not in failed
+        ),
+        unmatched=unmatched,
+        warnings=_warnings(adapters, results),
+        similarity_matrix=similarity_matrix,
+        tabulated=tuple(label for label in adapters if label in tabulated),
+        across_bases=opened.pairs.across_bases,
+        options=opened.spec.options(),
+        _amplified=amplified,
+    )
+
+
+def _warnings(
+    adapters: Mapping[str, Adapter], results: Iterable[ModuleResult]
+) -> dict[str, tuple[Finding, ...]]:
+    """Return the findings of the sanity checks by adapter; each is decided over all modules."""
+    by_label: dict[str, list[ModuleStatistics]] = {}
+    for result in results:
+        for label, statistics in result.statistics.items():
+            if label in adapters:
+                by_label.setdefault(label, []).append(statistics)
+    warnings = {
+        label: sanity_findings(modules, adapters[label].provenance.findings)
+        for label, modules in by_label.items()
+    }
+    return {label: findings for label, findings in warnings.items() if findings}
+
+
+def _no_weight_error(reason: str, adapter: Adapter, base: BaseWeights | None) -> BaseWeightError:
+    """Return the error for a base without a weight for any module; it lists both sets of names."""
+    modules = [] if base is None else base.modules
+    text = f"{reason} No module of {adapter.label} has a weight there."
+    if match_names(adapter, modules, fits=lambda *_: False).pairs:  # no prefix would help
+        return BaseWeightError(text)
+    return BaseWeightError(
+        f"{text} {adapter.label} has {listed(list(adapter))}; the base has "
+        f"{listed(modules) or 'no weights'}. If they are the same modules, pass prefix= (command "
+        "line: --prefix OLD=NEW)."
+    )
+
+
+def _runs_table(adapters: Sequence[Adapter], spectra: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per adapter."""
+    rows = []
+    earlier = earlier_checkpoints(adapters)
+    for adapter in adapters:
+        modules = spectra[spectra["adapter"] == adapter.label]
+        source = adapter.provenance
+        rows.append(
+            {
+                "adapter": adapter.label,
+                "task": source.task,
+                "rank": source.rank,
+                "seed": source.seed,
+                "step": source.step,
+                "earlier": adapter.label in earlier,
+                "format": source.format,
+                "base_model": shown_base(source.base_model),
+                "modules": len(modules),
+                "trained_modules": int((modules["numerical_rank"] > 0).sum()),
+                "norm": float(np.linalg.norm(modules["norm"])) if len(modules) else np.nan,
+                "scale_known": not bool(modules["in_units_of_scale"].any()),
+                **{f"metric_{name}": value for name, value in source.metrics.items()},
+            }
+        )
+    return pd.DataFrame(rows)
