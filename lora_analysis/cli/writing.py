@@ -131,7 +131,7 @@ def adapter_to_write(adapter: Adapter, kind: str) -> Adapter:
     A scale that no file states is the one that the source's loaders take, if the format is for
     such loaders too.
     """
-    from lora_analysis.formats.diffusers import with_loaders_scale
+    from lora_analysis.formats.diffusion.diffusers import with_loaders_scale
     from lora_analysis.formats.registry import LIKE_SOURCE
 
     return with_loaders_scale(adapter) if kind in LIKE_SOURCE else adapter
