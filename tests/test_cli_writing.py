@@ -17,7 +17,8 @@ from test_cli import PAIR, call, document
 from lora_analysis.adapter import Adapter
 from lora_analysis.edit import relative_difference, resize_adapter
 from lora_analysis.errors import OccupiedError
-from lora_analysis.formats import peft_writer, read_adapter, write_adapter
+from lora_analysis.formats import read_adapter, write_adapter
+from lora_analysis.formats.peft import writer as peft_writer
 from lora_analysis.formats.registry import WRITERS
 
 if TYPE_CHECKING:

@@ -110,7 +110,7 @@ def test_targets_share_the_time_of_all_patterns(
         budgets.append(patterns._BUDGET.get())
         return True
 
-    monkeypatch.setattr("lora_analysis.formats.peft_checks.matches_target", matches)
+    monkeypatch.setattr("lora_analysis.formats.peft.config_checks.matches_target", matches)
     read_adapter(folder(tmp_path, grid(ALL, "q_proj"), target_modules=r".*\.q_proj"))
     assert len(budgets) == len(ALL)
     assert None not in budgets

@@ -130,7 +130,7 @@ def adapter_to_write(adapter: Adapter, kind: str) -> Adapter:
 
     Only for formats that have the same loaders.
     """
-    from lora_analysis.formats.diffusers import with_loaders_scale
+    from lora_analysis.formats.diffusion.diffusers import with_loaders_scale
     from lora_analysis.formats.registry import LIKE_SOURCE
 
     return with_loaders_scale(adapter) if kind in LIKE_SOURCE else adapter

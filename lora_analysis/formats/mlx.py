@@ -24,8 +24,8 @@ from lora_analysis.formats.factors import (
     complete_pairs,
     finite_number,
 )
-from lora_analysis.formats.peft_config import CONFIG_NAME
-from lora_analysis.formats.peft_pairs import DORA
+from lora_analysis.formats.peft.adapter_config import CONFIG_NAME
+from lora_analysis.formats.peft.module_pairs import DORA
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
 from lora_analysis.formats.stored import tensor
 from lora_analysis.patterns import natural_key

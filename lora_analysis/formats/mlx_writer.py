@@ -16,8 +16,8 @@ import numpy as np
 
 from lora_analysis.errors import InputError
 from lora_analysis.formats.mlx import SWITCH, WEIGHTS_NAME, is_embedding
-from lora_analysis.formats.peft_config import CONFIG_NAME
-from lora_analysis.formats.peft_pairs import DORA
+from lora_analysis.formats.peft.adapter_config import CONFIG_NAME
+from lora_analysis.formats.peft.module_pairs import DORA
 from lora_analysis.formats.text_writing import (
     PlannedFactors,
     folded,

@@ -37,15 +37,17 @@ class Format(Protocol):
 # The first that recognizes a source reads it. Those with marks of their own come first: diffusers
 # and FLUX files also have PEFT's keys, and a plain ``.lora_A`` may be loralib's or anybody's.
 READERS: Final = (
-    "diffusers", "flux", "kohya", "peft_merged", "consolidated", "peft", "gguf", "mlx", "torchtune",
-    "litgpt", "adapterhub", "opendelta", "nemo", "cloneofsimo", "lycoris", "loralib", "pairs",
+    "diffusion.diffusers", "diffusion.flux", "diffusion.kohya", "peft.merged_linear",
+    "peft.framework_dumps", "peft.reader", "gguf", "mlx", "llm.torchtune", "llm.litgpt",
+    "llm.adapterhub", "llm.opendelta", "llm.nemo", "diffusion.cloneofsimo", "diffusion.lycoris",
+    "loralib", "pairs",
 )  # fmt: skip
 # Format → the module that writes it: its ``contents`` returns the files by name.
 WRITERS: Final = {
-    "peft": "peft_writer",
-    "diffusers": "diffusers_writer",
-    "kohya": "kohya_writer",
-    "flux": "flux_writer",
+    "peft": "peft.writer",
+    "diffusers": "diffusion.diffusers_writer",
+    "kohya": "diffusion.kohya_writer",
+    "flux": "diffusion.flux_writer",
     "loralib": "loralib_writer",
     "mlx": "mlx_writer",
     "gguf": "gguf_writer",
@@ -92,7 +94,7 @@ def _named_in_config(path: Path) -> tuple[str, ...]:
         return ()
     if "peft_type" not in found:
         return ()
-    return ("peft_merged", "peft") if found.get("enable_lora") else ("peft",)
+    return ("peft.merged_linear", "peft.reader") if found.get("enable_lora") else ("peft.reader",)
 
 
 def contents_of(format: str) -> Callable[..., dict[str, Content]]:
@@ -112,5 +114,5 @@ def notes_of(format: str) -> Callable[[Adapter], list[str]]:
 
 
 def _loaded(place: str) -> Any:
-    module, _, name = place.partition(".")
+    module, _, name = place.rpartition(".")
     return getattr(import_module(f"lora_analysis.formats.{module}"), name)

@@ -6,15 +6,15 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import InputError
-from lora_analysis.formats.image_metadata import image_metadata
-from lora_analysis.formats.image_writing import (
+from lora_analysis.formats.diffusion.image_metadata import image_metadata
+from lora_analysis.formats.diffusion.image_writing import (
     PlannedModule,
     alpha_tensor,
     factor_tensors,
     norms_tensor,
     planned_modules,
 )
-from lora_analysis.formats.kohya import FLATTENED, NAME, SPELLINGS
+from lora_analysis.formats.diffusion.kohya import FLATTENED, NAME, SPELLINGS
 from lora_analysis.formats.side_tensors import side_output
 from lora_analysis.names import split_component, strip_wrappers
 from lora_analysis.storage.tensor_writer import safetensors_content

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal
 
 from lora_analysis.errors import MalformedFileError
+from lora_analysis.formats.diffusion.other_methods import refuse_other_methods
 from lora_analysis.formats.factors import UNKNOWN_SCALE, StatedScale
-from lora_analysis.formats.other_methods import refuse_other_methods
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -11,8 +11,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final
 
-from lora_analysis.formats.image_keys import Spelling, spelled
-from lora_analysis.formats.image_pairs import read_image_adapter
+from lora_analysis.formats.diffusion.image_keys import Spelling, spelled
+from lora_analysis.formats.diffusion.image_pairs import read_image_adapter
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
 
 if TYPE_CHECKING:

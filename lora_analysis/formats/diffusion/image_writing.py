@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from lora_analysis.errors import InputError, UnsupportedMethodError
-from lora_analysis.formats.peft_pairs import DORA
+from lora_analysis.formats.peft.module_pairs import DORA
 from lora_analysis.formats.written import factors_alone, low_rank_update
 from lora_analysis.storage.dtypes import is_exact, narrow, narrowed_type
 from lora_analysis.storage.tensor_writer import OutputTensor, output_array, output_group

@@ -25,8 +25,8 @@ from lora_analysis.formats.factors import (
     complete_pairs,
     finite_number,
 )
-from lora_analysis.formats.peft_config import CONFIG_NAME
-from lora_analysis.formats.peft_pairs import DORA
+from lora_analysis.formats.peft.adapter_config import CONFIG_NAME
+from lora_analysis.formats.peft.module_pairs import DORA
 from lora_analysis.formats.plain_yaml import number, plain_values
 from lora_analysis.formats.rotary import in_halves, vector_in_halves
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at

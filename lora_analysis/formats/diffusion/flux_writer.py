@@ -11,17 +11,17 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import InputError
-from lora_analysis.formats.flux import BARE, NAME, PROCESSOR_KEYS, processor_key
-from lora_analysis.formats.image_metadata import image_metadata
-from lora_analysis.formats.image_writing import (
+from lora_analysis.formats.diffusion.flux import BARE, NAME, PROCESSOR_KEYS, processor_key
+from lora_analysis.formats.diffusion.image_metadata import image_metadata
+from lora_analysis.formats.diffusion.image_writing import (
     PlannedModule,
     alpha_tensor,
     factor_tensors,
     norms_tensor,
     planned_modules,
 )
-from lora_analysis.formats.kohya import FLATTENED
-from lora_analysis.formats.kohya_writer import FILE_NAME, PATH, module_tensors
+from lora_analysis.formats.diffusion.kohya import FLATTENED
+from lora_analysis.formats.diffusion.kohya_writer import FILE_NAME, PATH, module_tensors
 from lora_analysis.formats.side_tensors import side_output
 from lora_analysis.storage.tensor_writer import safetensors_content
 

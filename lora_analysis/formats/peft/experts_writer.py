@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from lora_analysis.errors import UnsupportedMethodError
-from lora_analysis.formats.peft_experts import registered_order
+from lora_analysis.formats.peft.experts import registered_order
 from lora_analysis.formats.written import float32, low_rank_update
 from lora_analysis.storage.tensor_writer import OutputTensor
 

@@ -1,7 +1,7 @@
 """LyCORIS files that hold no pair of factors: LoHa, LoKr, OFT, GLoRA, IA3, full differences.
 
-Its LoCon has kohya's keys and is read by :mod:`~lora_analysis.formats.kohya`. The others are
-recognized here so that they are refused by name, wherever they lie.
+Its LoCon has kohya's keys and is read by :mod:`~lora_analysis.formats.diffusion.kohya`. The
+others are recognized here so that they are refused by name, wherever they lie.
 """
 
 from __future__ import annotations
@@ -9,7 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import UnsupportedMethodError
-from lora_analysis.formats.other_methods import dense_only, other_method, refuse_other_methods
+from lora_analysis.formats.diffusion.other_methods import (
+    dense_only,
+    other_method,
+    refuse_other_methods,
+)
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
 from lora_analysis.storage.tensors import open_tensors
 

@@ -21,9 +21,9 @@ from lora_analysis.formats.merged import (
     parts_of,
     split,
 )
-from lora_analysis.formats.peft_config import CONFIG_NAME, PeftConfig
-from lora_analysis.formats.peft_keys import module_name, sort_keys
-from lora_analysis.formats.peft_places import PeftPlace, check_weights, locate_peft_files
+from lora_analysis.formats.peft.adapter_config import CONFIG_NAME, PeftConfig
+from lora_analysis.formats.peft.peft_places import PeftPlace, check_weights, locate_peft_files
+from lora_analysis.formats.peft.tensor_keys import module_name, sort_keys
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.tensors import open_tensors

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Final
 from lora_analysis.errors import InputError, SourceError, UnsupportedMethodError
 from lora_analysis.finding import Finding
 from lora_analysis.formats.assembly import assembled, beside_finding
-from lora_analysis.formats.peft_config import CONFIG_NAME, PeftConfig, read_peft_config
-from lora_analysis.formats.peft_keys import has_factors, sort_keys
-from lora_analysis.formats.peft_pairs import module_pairs
+from lora_analysis.formats.peft.adapter_config import CONFIG_NAME, PeftConfig, read_peft_config
+from lora_analysis.formats.peft.module_pairs import module_pairs
+from lora_analysis.formats.peft.tensor_keys import has_factors, sort_keys
 from lora_analysis.formats.rank_parts import refuse_rank_part
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
 from lora_analysis.storage.safetensors import Header, TensorInfo

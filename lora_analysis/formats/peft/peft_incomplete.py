@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lora_analysis.formats.factors import FactorRole
-    from lora_analysis.formats.peft_config import PeftConfig
+    from lora_analysis.formats.peft.adapter_config import PeftConfig
     from lora_analysis.storage.tensors import NamedTensors
 
     Factors = Mapping[str, dict[FactorRole, str]]

@@ -19,7 +19,7 @@ from lora_analysis.patterns import layer_index, matches_target
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from lora_analysis.formats.peft_config import PeftConfig
+    from lora_analysis.formats.peft.adapter_config import PeftConfig
 
 # Heads that PEFT adds to modules_to_save by itself, by the type of the task; one is enough.
 _HEADS: Final = {

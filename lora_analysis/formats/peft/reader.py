@@ -31,22 +31,22 @@ from lora_analysis.formats.factors import (
 )
 from lora_analysis.formats.fused_parts import FUSED_PARTS, parted
 from lora_analysis.formats.initial import StoredStart, check_start, less_starts, subtracted_note
-from lora_analysis.formats.peft_checks import (
+from lora_analysis.formats.peft.adapter_config import CONFIG_NAME, PeftConfig, read_peft_config
+from lora_analysis.formats.peft.config_checks import (
     StoredModules,
     config_gaps,
     rank_finding,
     saves,
 )
-from lora_analysis.formats.peft_config import CONFIG_NAME, PeftConfig, read_peft_config
-from lora_analysis.formats.peft_incomplete import no_tensors
-from lora_analysis.formats.peft_keys import ALTERING, BASE_BIASES, SortedKeys, sort_keys
-from lora_analysis.formats.peft_pairs import ModulePairs, divided_scale, module_pairs
-from lora_analysis.formats.peft_places import (
+from lora_analysis.formats.peft.module_pairs import ModulePairs, divided_scale, module_pairs
+from lora_analysis.formats.peft.peft_incomplete import no_tensors
+from lora_analysis.formats.peft.peft_places import (
     PeftPlace,
     check_weights,
     locate_peft_files,
     side_files,
 )
+from lora_analysis.formats.peft.tensor_keys import ALTERING, BASE_BIASES, SortedKeys, sort_keys
 from lora_analysis.formats.side_tensors import side_tensors
 from lora_analysis.formats.sources import (
     AdapterRef,

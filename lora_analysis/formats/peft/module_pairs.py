@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, Final
 from lora_analysis.errors import MalformedFileError, UnsupportedMethodError
 from lora_analysis.finding import Finding
 from lora_analysis.formats.factors import StatedScale, StoredPair, complete_pairs
-from lora_analysis.formats.peft_experts import (
+from lora_analysis.formats.peft.experts import (
     ExpertPairs,
     expert_findings,
     expert_pairs,
     is_shared_stack,
     shared_pairs,
 )
-from lora_analysis.formats.peft_incomplete import refuse_slices, without_placeholders
+from lora_analysis.formats.peft.peft_incomplete import refuse_slices, without_placeholders
 from lora_analysis.formats.stored import StoredFactor, block_diagonal, tensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lora_analysis.formats.factors import FactorRole
-    from lora_analysis.formats.peft_config import PeftConfig
-    from lora_analysis.formats.peft_keys import Part, SortedKeys
+    from lora_analysis.formats.peft.adapter_config import PeftConfig
+    from lora_analysis.formats.peft.tensor_keys import Part, SortedKeys
     from lora_analysis.formats.sources import ReadOptions
     from lora_analysis.storage.tensors import NamedTensors
 

@@ -12,6 +12,14 @@ import numpy as np
 from lora_analysis.adapter import Adapter, Provenance
 from lora_analysis.errors import MalformedFileError
 from lora_analysis.finding import Finding, as_findings
+from lora_analysis.formats.diffusion.image_findings import block_findings, copied_findings
+from lora_analysis.formats.diffusion.image_keys import (
+    EMBEDDINGS,
+    Part,
+    SortedParts,
+    Spelling,
+    sort_parts,
+)
 from lora_analysis.formats.factors import (
     FactorRole,
     StatedScale,
@@ -24,9 +32,7 @@ from lora_analysis.formats.factors import (
     stored_rank,
     update_loaders,
 )
-from lora_analysis.formats.image_findings import block_findings, copied_findings
-from lora_analysis.formats.image_keys import EMBEDDINGS, Part, SortedParts, Spelling, sort_parts
-from lora_analysis.formats.peft_pairs import DORA
+from lora_analysis.formats.peft.module_pairs import DORA
 from lora_analysis.formats.side_tensors import side_finding, side_tensors
 from lora_analysis.formats.sources import ReadOptions, label_of, run_facts
 from lora_analysis.formats.stored import contracted, tensor

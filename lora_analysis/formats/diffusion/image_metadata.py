@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from lora_analysis.adapter import Adapter
-    from lora_analysis.formats.image_writing import PlannedModule
+    from lora_analysis.formats.diffusion.image_writing import PlannedModule
     from lora_analysis.storage.tensor_writer import OutputTensor
 
 _DIM: Final = "ss_network_dim"

@@ -29,8 +29,8 @@ from lora_analysis.formats.merged import (
     parts_of,
     split,
 )
-from lora_analysis.formats.peft_config import CONFIG_NAME
-from lora_analysis.formats.peft_pairs import DORA
+from lora_analysis.formats.peft.adapter_config import CONFIG_NAME
+from lora_analysis.formats.peft.module_pairs import DORA
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
 from lora_analysis.formats.stored import tensor
 from lora_analysis.storage.documents import read_json_object

@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any, Final
 from lora_analysis.adapter import Adapter, LowRankUpdate
 from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
 from lora_analysis.finding import Finding
-from lora_analysis.formats import kohya
+from lora_analysis.formats.diffusion import kohya
+from lora_analysis.formats.diffusion.image_keys import Spelling, spelled
+from lora_analysis.formats.diffusion.image_pairs import read_image_adapter
 from lora_analysis.formats.factors import StatedScale, scale_from_alpha
-from lora_analysis.formats.image_keys import Spelling, spelled
-from lora_analysis.formats.image_pairs import read_image_adapter
 from lora_analysis.formats.initial import AdapterStart, adapter_less_start
-from lora_analysis.formats.peft_config import SUBTRACTED
+from lora_analysis.formats.peft.adapter_config import SUBTRACTED
 from lora_analysis.formats.sources import (
     AdapterRef,
     ReadOptions,

@@ -8,18 +8,18 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.errors import InputError, UnsupportedMethodError
-from lora_analysis.formats.diffusers import COMPONENT, METADATA_KEY, NAME
-from lora_analysis.formats.image_metadata import image_metadata
-from lora_analysis.formats.image_pairs import FACTOR_KEYS
-from lora_analysis.formats.image_writing import (
+from lora_analysis.formats.diffusion.diffusers import COMPONENT, METADATA_KEY, NAME
+from lora_analysis.formats.diffusion.image_metadata import image_metadata
+from lora_analysis.formats.diffusion.image_pairs import FACTOR_KEYS
+from lora_analysis.formats.diffusion.image_writing import (
     PlannedModule,
     alpha_tensor,
     factor_tensors,
     norms_tensor,
     planned_modules,
 )
-from lora_analysis.formats.kohya import FLATTENED
-from lora_analysis.formats.kohya_writer import PATH
+from lora_analysis.formats.diffusion.kohya import FLATTENED
+from lora_analysis.formats.diffusion.kohya_writer import PATH
 from lora_analysis.formats.side_tensors import side_output, source_format
 from lora_analysis.storage.tensor_writer import safetensors_content
 

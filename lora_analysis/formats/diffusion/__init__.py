@@ -1,0 +1,1 @@
+"""Adapters of image models: kohya-ss, diffusers, FLUX, LyCORIS, cloneofsimo."""

@@ -1,0 +1,1 @@
+"""Adapters of trainers of language models: torchtune, litgpt, NeMo, AdapterHub, OpenDelta."""

@@ -1,0 +1,1 @@
+"""PEFT's adapters: folders, framework dumps, and the writer."""
