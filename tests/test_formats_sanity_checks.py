@@ -19,7 +19,7 @@ from lora_analysis.conclusions import findings
 from lora_analysis.errors import InputError, MalformedFileError, SourceError
 from lora_analysis.formats import find_adapters, read_adapter, write_adapter
 from lora_analysis.formats.sanity_checks import check_updates
-from lora_analysis.formats.stored import stacked, tensor
+from lora_analysis.formats.stored import stack, tensor
 from lora_analysis.storage import limits
 from lora_analysis.storage.safetensors import read_header
 from lora_analysis.storage.tensors import open_tensors
@@ -427,7 +427,7 @@ def test_transposed_and_sliced_factors_know_their_place(tmp_path: Path) -> None:
     assert whole.columns(slice(0, 2)).position(tensors) is None
     assert whole.rows(slice(0, 6, 2)).position(tensors) is None
     assert whole.transposed().rows(slice(0, 2)).position(tensors) is None
-    assert stacked([whole, whole]).position(tensors) is None
+    assert stack([whole, whole]).position(tensors) is None
     for factor in (whole, whole.transposed(), whole.rows(slice(2, 4))):
         place = factor.position(tensors)
         assert place is not None

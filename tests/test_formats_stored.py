@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from lora_analysis.formats.stored import StoredFactor, block_diagonal, stacked, tensor
+from lora_analysis.formats.stored import StoredFactor, block_diagonal, stack, tensor
 from lora_analysis.storage.tensors import NamedTensors, open_tensors
 
 ARRAYS = {
@@ -39,8 +39,8 @@ CASES: list[tuple[StoredFactor, np.ndarray]] = [
     (tensor("a").columns(slice(1, None, 2)), A[:, 1::2]),
     (tensor("a").times(-0.5), -0.5 * A),
     (tensor("a").scaled_rows(tensor("vector")), np.diag(VECTOR) @ A),
-    (stacked([tensor("a"), tensor("b")]), np.vstack([A, B])),
-    (stacked([tensor("a"), tensor("a").times(2)], axis=1), np.hstack([A, 2 * A])),
+    (stack([tensor("a"), tensor("b")]), np.vstack([A, B])),
+    (stack([tensor("a"), tensor("a").times(2)], axis=1), np.hstack([A, 2 * A])),
     (
         block_diagonal([tensor("a"), tensor("b")]),
         np.block([[A, np.zeros((4, 6))], [np.zeros((2, 6)), B]]),
@@ -68,7 +68,7 @@ def test_a_factor_reads_as_what_was_said_of_it(
         tensor("a").transposed(0, 0),
         tensor("vector").columns(slice(1)),
         tensor("b").scaled_rows(tensor("vector")),
-        stacked([tensor("a"), tensor("b")], axis=1),
+        stack([tensor("a"), tensor("b")], axis=1),
         block_diagonal([tensor("a"), tensor("kernel")]),
     ],
 )
@@ -80,5 +80,5 @@ def test_what_the_stored_shape_does_not_allow_is_known_before_reading(
 
 
 def test_the_first_tensor_names_the_factor() -> None:
-    assert stacked([tensor("a").at(0), tensor("b")]).names == ("a", "b")
+    assert stack([tensor("a").at(0), tensor("b")]).names == ("a", "b")
     assert tensor("a").scaled_rows(tensor("v")).name == "a"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from lora_analysis.finding import Finding
+from lora_analysis.linalg.entries import FEW_ENTRIES, peak_and_rest, zero_runs
 from lora_analysis.storage.dtypes import FLOAT8, FLOATING, READABLE, raw_dtype
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ _TABLE_SHARE: Final = 0.25
 _MAX_RMS: Final = 50.0
 _MAX_TABLE_RMS: Final = 1000.0
 _MIN_RMS: Final = 1e-8
-# Of fewer entries than this, one may well be all that matters.
-_FEW: Final = 16
 # Blocks of a tile, and rows of each, in which zeros are counted.
 _SAMPLED_BLOCKS: Final = 4
 _SAMPLED_ROWS: Final = 2
@@ -104,7 +103,7 @@ class WeightStatistics:
     @property
     def ratio(self) -> float:
         """The largest entry over the rms of the others; 0 if there are too few to say."""
-        if self.elements < _FEW or self.other_rms == 0:
+        if self.elements < FEW_ENTRIES or self.other_rms == 0:
             return 0.0
         return self.largest / self.other_rms
 
@@ -176,16 +175,11 @@ class WeightWatch:
         # An entry's square is part of its row's: only a row that stands out is looked into.
         row = float(squares.max())
         if row * max(tile.size - tile.shape[1], 0) > (MAX_RATIO / 2) ** 2 * (total - row):
-            self._look_into(tile, total)
+            largest, rest = peak_and_rest(tile)
+            if largest > self._largest:
+                self._largest, self._tile_squares = largest, total
+                self._other_squares = float(np.dot(rest, rest))
         self._count_zeros(tile, squares)
-
-    def _look_into(self, tile: NDArray[Any], total: float) -> None:
-        values = tile.astype(np.float64).ravel()
-        at = int(np.argmax(np.abs(values)))
-        largest, values[at] = abs(float(values[at])), 0.0
-        if largest > self._largest:
-            self._largest, self._tile_squares = largest, total
-            self._other_squares = float(np.dot(values, values))
 
     def statistics(self, weight: Weight) -> WeightStatistics:
         """Return what was counted of a weight."""
@@ -229,18 +223,17 @@ class WeightWatch:
         self._width = width
 
     def _count_runs(self, entries: NDArray[Any]) -> None:
-        places = np.flatnonzero(entries)
-        if not places.size:
-            self._keep(self._seen - self._open, self._open + entries.size)
-            self._open += entries.size
+        self._keep(self._seen - self._open, self._open)
+        starts, stops = zero_runs(entries == 0)
+        if not starts.size:
+            self._open = 0
             return
-        self._keep(self._seen - self._open, self._open + int(places[0]))
-        gaps = np.diff(places) - 1
-        if gaps.size:
-            at = int(np.argmax(gaps))
-            self._keep(self._seen + int(places[at]) + 1, int(gaps[at]))
-        self._open = entries.size - 1 - int(places[-1])
-        self._keep(self._seen + int(places[-1]) + 1, self._open)
+        if starts[0] == 0:  # continues the run that the tile before ended with
+            starts[0] = -self._open
+        lengths = stops - starts
+        longest = int(np.argmax(lengths))
+        self._keep(self._seen + int(starts[longest]), int(lengths[longest]))
+        self._open = int(lengths[-1]) if stops[-1] == entries.size else 0
 
     def _keep(self, start: int, length: int) -> None:
         if length > self._run:

@@ -24,7 +24,7 @@ import numpy as np
 from lora_analysis.adapter import Adapter, LazyUpdate, LowRankUpdate
 from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
 from lora_analysis.formats.factors import StatedScale, callers_scale
-from lora_analysis.formats.stored import stacked, tensor
+from lora_analysis.formats.stored import stack, tensor
 from lora_analysis.storage.documents import parse_json_text
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ def _cut(pair: StoredPair, held: Mapping[str, Any]) -> Iterator[tuple[StoredPair
     start = 0
     for part, rank in held["ranks"].items():
         own = slice(start, start + rank)
-        rows = stacked([whole.rows(slice(*run)) for run in held["parts"][part]])
+        rows = stack([whole.rows(slice(*run)) for run in held["parts"][part]])
         yield (
             replace(pair, module=f"{pair.module}.{part}", a=pair.a.rows(own), b=rows.columns(own)),
             rank,

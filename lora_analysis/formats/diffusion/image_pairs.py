@@ -35,7 +35,7 @@ from lora_analysis.formats.factors import (
 from lora_analysis.formats.peft.module_pairs import DORA
 from lora_analysis.formats.side_tensors import side_finding, side_tensors
 from lora_analysis.formats.sources import ReadOptions, label_of, run_facts
-from lora_analysis.formats.stored import contracted, tensor
+from lora_analysis.formats.stored import contract, tensor
 from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def _completed(tensors: NamedTensors, pair: StoredPair, parts: Mapping[Part, str
     if "mid" in parts:
         # ΔW = einsum("ij…,ip,jr->pr…", mid, upᵀ, down): up stays B, mid and down make A.
         kernel = tensors.infos[parts["mid"]].shape[2:]
-        a = contracted(tensor(parts["mid"]), a.flattened())
+        a = contract(tensor(parts["mid"]), a.flattened())
     if "scalar" in parts:
         b = b.times(_number(tensors, parts["scalar"]))
     if kernel or any(len(shape) > 2 for shape in shapes):
