@@ -21,6 +21,7 @@ from lora_analysis.training import (
     demo_sweep,
     run_sweep,
 )
+from lora_analysis.training.digits import require_digits
 from lora_analysis.training.minilm import minilm_folder
 from lora_analysis.training.options import DOCSTRINGS, MINILM
 from lora_analysis.training.sweep import SWEEP_NAME
@@ -69,7 +70,14 @@ def train_demo(
 
     On digits 13: rank 8 on three tasks with three seeds, ranks 4 and 64 with two seeds on one
     task. On ``text`` 10, see `text_sweep`. ``force`` retrains runs of other versions.
+
+    Raises
+    ------
+    MissingExtraError
+        The package that holds the data or the base is not installed; nothing is written then.
     """
+    # A missing extra is reported at once, not by every run after its worker has started.
+    _ = minilm_folder() if text else require_digits()
     configs = text_sweep() if text else demo_sweep()
     watch = SweepProgress(progress, len(configs)) if progress else None
     return run_sweep(configs, folder, device=device, force=force, progress=watch).all_folders()

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from factories import low_rank_update
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from lora_analysis.adapter import DenseUpdate
 from lora_analysis.amplify import amplification
 from lora_analysis.amplify.streaming import project
 from lora_analysis.bases import open_base
@@ -161,7 +161,8 @@ def test_damage_of_the_base_is_in_the_report(rng: np.random.Generator, tmp_path:
     base = write_base(tmp_path / "base", weights)
     adapter = write_adapter(tmp_path / "a", rng)
     out = tmp_path / "out"
-    assert run(["report", str(adapter), "--base", str(base), "-o", str(out)]) == 0
+    words = ["report", str(adapter), "--base", str(base), "--figures", "", "-o", str(out)]
+    assert run(words) == 0
     findings = json.loads((out / "results.json").read_text())["findings"]
     severities = {row["code"]: row["severity"] for row in findings}
     assert severities["base-enlarged-entry"] == "damage"
@@ -181,11 +182,10 @@ def test_a_large_entry_is_found_wherever_it_is(
         stored = damaged.T if transposed else damaged
         base = write_base(tmp_path / "base", {"q.weight": stored}, None)
         weight = open_base(base).weight("q", shape=(1100, 1500), transposed=transposed)
-        update = rng.standard_normal((1100, 1)) @ rng.standard_normal((1, 1500))
+        update = low_rank_update(rng, 1100, 1500, 1, name="q")
         found = amplification(
-            DenseUpdate(name="q", delta=update.astype(np.float32), stored_dtype="float32"),
-            weight, k=1, draws=0, weight_directions=False,
-        ).weight_statistics  # fmt: skip
+            update, weight, k=1, draws=0, weight_directions=False
+        ).weight_statistics
         assert found is not None
         assert [one.code for one in weight_findings([found], "b")] == ["base-enlarged-entry"]
         assert found.largest == pytest.approx(60)

@@ -30,6 +30,7 @@ def distance(p_values):
 def test_similarity_p_values_are_uniform_under_the_null(d, i, j):
     phi = chance.similarity_draws(d, i, j, 40_000, seed=d + 100 * i + j)
     p = chance.similarity_p_value(d, i, j, phi)
+    np.testing.assert_array_equal(p, chance.similarity_p_value(d, j, i, phi))
     assert distance(p) <= 0.009
     assert 0.0006 <= np.mean(p <= 0.001) <= 0.0014
 
@@ -48,7 +49,7 @@ def test_p_values_hold_in_small_spaces_and_where_subspaces_nearly_fill_them(d, i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("d", "i", "j"), CELLS + NARROW)
+@pytest.mark.parametrize(("d", "i", "j"), [c for c in CELLS if c[1] <= c[2]] + NARROW)
 def test_the_tail_holds_at_one_in_a_thousand_and_one_in_ten_thousand(d, i, j):
     phi = chance.similarity_draws(d, i, j, 400_000, seed=11)
     p = chance.similarity_p_value(d, i, j, phi)

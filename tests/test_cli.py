@@ -178,7 +178,7 @@ def test_module_takes_the_end_of_a_name_or_an_expression_in_every_verb(
     for rows in (inspected, compared, amplified):
         assert {row["module"] for row in rows} == wanted
     assert set(ask("heatmap", small, large, "-o", tmp_path / "a.svg")["modules"]) == wanted
-    ask("report", small, "-o", tmp_path / "out")
+    ask("report", small, "--figures", "", "-o", tmp_path / "out")
     table = (tmp_path / "out" / "tables" / "spectra.csv").read_text().splitlines()[1:]
     assert {row.split(",")[1] for row in table} == wanted
 
@@ -561,7 +561,8 @@ def test_transposed_decides_how_a_square_weight_is_read(
     assert found[0] != found[1]
     for flag in ("--transposed", "--not-transposed"):
         out = tmp_path / flag
-        code, _, _ = call(capsys, "report", path, "--base", base, flag, "-o", out)
+        words = ("report", path, "--base", base, flag, "--figures", "", "-o", out)
+        code, _, _ = call(capsys, *words)
         assert code == 0
     tables = [
         (tmp_path / flag / "tables" / "amplifications.csv").read_text()
@@ -579,7 +580,7 @@ def test_report_takes_a_reference_and_judges_against_it(
     other = write_adapter(adapter(rng, label="other"), tmp_path / "other")
     code, _, _ = call(
         capsys, "report", saved["small"], saved["large"], "--reference", other,
-        "-o", tmp_path / "out", "--format", "json",
+        "--figures", "", "-o", tmp_path / "out", "--format", "json",
     )  # fmt: skip
     assert code == 0
     page = (tmp_path / "out" / "report.html").read_text()
@@ -589,9 +590,8 @@ def test_report_takes_a_reference_and_judges_against_it(
 def test_report_names_what_it_left_out_and_ends_with_code_4(
     saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, err = call(
-        capsys, "report", saved["small"], saved["bad"], "-o", tmp_path / "out", "--title", "T"
-    )
+    words = ("report", saved["small"], saved["bad"], "--title", "T", "--figures", "")
+    code, out, err = call(capsys, *words, "-o", tmp_path / "out")
     assert code == 4
     assert out.strip() == str(tmp_path / "out" / "report.html")
     assert "Left out" in err
@@ -604,6 +604,8 @@ def test_report_as_markdown(
     code, out, _ = call(capsys, "report", saved["small"], "--as", "md", "-o", tmp_path / "out")
     assert code == 0
     assert out.strip().endswith("report.md")
+    suffixes = {path.suffix for path in (tmp_path / "out" / "figures").iterdir()}
+    assert suffixes == {".svg", ".png", ".pdf"}  # where nothing is asked for
 
 
 def test_terminal_escapes_and_markup_in_names_are_printed_as_text(
@@ -740,7 +742,11 @@ def test_what_takes_long_shows_its_progress(
     bars = {
         ("inspect",): {"adapters"},
         ("heatmap", "-o", tmp_path / "a.svg"): {"modules"},
-        ("report", "-o", tmp_path / "out"): {"adapters", "modules", "report sections"},
+        ("report", "--figures", "", "-o", tmp_path / "out"): {
+            "adapters",
+            "modules",
+            "report sections",
+        },
     }
     for (verb, *more), wanted in bars.items():
         module = importlib.import_module(f"lora_analysis.cli.{verb}")
@@ -779,7 +785,8 @@ def test_report_on_real_bare_pairs(
     real_adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = sorted((real_adapters / "sam-ring").glob("*.safetensors"))
-    code, _, _ = call(capsys, "report", *files, "--pair", PAIR, "--scale", 1, "-o", tmp_path)
+    words = ("report", *files, "--pair", PAIR, "--scale", 1, "--figures", "svg", "-o", tmp_path)
+    code, _, _ = call(capsys, *words)
     assert code == 0
     with (tmp_path / "tables" / "similarities.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))

@@ -26,7 +26,11 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "demo_sweep", lambda: configs)
         told: list[tuple[str, int, int]] = []
+        # The files of a report's figures take most of its time, and have tests of their own.
+        patch.setitem(demo.write_report.__kwdefaults__, "figures", ("svg",))
         demo.run_demo(folder, device="cpu", progress=lambda *event: told.append(event))
+        assert (folder / "figures" / "ranks_output.svg").is_file()
+        patch.setitem(demo.write_report.__kwdefaults__, "figures", ())
         first = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.*")}
         demo.run_demo(folder, device="cpu")  # everything is finished: nothing is trained again
         assert first == {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.*")}

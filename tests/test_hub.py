@@ -380,7 +380,7 @@ def test_a_hub_that_never_answers_is_given_up(
     retries: bool,
 ) -> None:
     # Either a request ends and is repeated, or it alone takes longer than all may take.
-    monkeypatch.setattr(hub_client, "HUB_TIMEOUT", 0.05 if retries else 30)
+    monkeypatch.setattr(hub_client, "HUB_TIMEOUT", 0.05 if retries else 1.5)
     monkeypatch.setattr(hub_client, "HUB_ANSWER_SECONDS", 0.3)
     hub.commit("o/n", stored)
     hub.silent = {silent}
@@ -607,7 +607,7 @@ def test_every_verb_takes_names(
         ("compare", "o/lora", f"hf://o/lora@{commit}"),
         ("amplify", "hf://o/lora", "--base", "o/base"),
         ("resize", "o/lora", "--rank", 1, "-o", "small"),
-        ("report", "o/lora", "--base", "hf://o/base", "-o", "report"),
+        ("report", "o/lora", "--base", "hf://o/base", "--figures", "svg", "-o", "report"),
     ):
         code, out, err = call(capsys, *ask)
         assert code == 0, err

@@ -17,7 +17,7 @@ from lora_analysis.adapter import Adapter, LowRankUpdate, Provenance
 from lora_analysis.bases import open_base
 from lora_analysis.conclusions import number
 from lora_analysis.formats import read_adapter, write_adapter
-from lora_analysis.report import results_schema, write_report
+from lora_analysis.report import results_schema, sections, write_report
 from lora_analysis.report.selection import rank_pair, seed_pair, short_name, telling_modules
 from lora_analysis.report.step_tables import steps_table
 from lora_analysis.report.tables import csv_text
@@ -303,6 +303,19 @@ def test_the_markdown_report_shows_findings_figures_and_tables(
     header = next(line for line in text.splitlines() if line.startswith("| adapter"))
     ruler = text.splitlines()[text.splitlines().index(header) + 1]
     assert header.count("|") == ruler.count("|")
+
+
+def test_markdown_without_files_of_figures_draws_none(
+    rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(*_: object, **__: object) -> None:
+        pytest.fail("a figure that nobody sees was drawn")
+
+    for name in ("svg_text", "save_figure"):
+        monkeypatch.setattr(sections.plots, name, draw)
+    result = study([adapter(rng, label="r2", rank=2), adapter(rng, label="r3", rank=3)])
+    text = write_report(result, tmp_path, figures=(), form="md").read_text()
+    assert "## Ranks" in text
 
 
 def test_the_telling_modules_are_one_middle_layer_of_each_type() -> None:

@@ -32,6 +32,19 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["--base", str(base), "--name", "rotate"]
 
 
+@pytest.fixture(scope="module")
+def alone(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that one process makes."""
+    from click.testing import CliRunner
+
+    from lora_analysis.cli import group
+
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    done = CliRunner().invoke(group, ["train", *inputs, *OPTIONS, "-o", str(folder)])
+    assert done.exit_code == 0, done.output
+    return folder
+
+
 def together(inputs: list[str], out: Path, *more: str) -> None:
     """Train with two processes under torchrun, on a free port of its own choice."""
     launch = [
@@ -57,15 +70,8 @@ def together(inputs: list[str], out: Path, *more: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--fsdp",)])
 def test_two_processes_make_what_one_makes(
-    more: tuple[str, ...], inputs: list[str], tmp_path: Path
+    more: tuple[str, ...], inputs: list[str], alone: Path, tmp_path: Path
 ) -> None:
-    from click.testing import CliRunner
-
-    from lora_analysis.cli import group
-
-    alone = tmp_path / "alone"
-    done = CliRunner().invoke(group, ["train", *inputs, *OPTIONS, "-o", str(alone)])
-    assert done.exit_code == 0, done.output
     together(inputs, tmp_path / "two", *more)
     ours, theirs = read_adapter(alone), read_adapter(tmp_path / "two")
     for name, update in ours.items():
@@ -92,30 +98,18 @@ import json, os, signal, sys
 from pathlib import Path
 from lora_analysis.training import RunConfig, train_run
 
-table, out, mark = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+table, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
+mark = folder / "mark"
 
 def watch(event):
     if event.kind == "step" and event.step == 4 and not mark.exists():
         mark.write_text("killed")
         os.kill(os.getpid(), signal.SIGKILL)
 
-train_run(RunConfig.from_dict(table), out, device="cpu", progress=watch)
+train_run(RunConfig.from_dict(table), folder / "run", device="cpu", progress=watch)
+os.environ["TORCHELASTIC_RESTART_COUNT"] = "whole"  # the processes meet anew, under another name
+train_run(RunConfig.from_dict(table), folder / "whole", device="cpu")
 """
-
-
-def in_torchrun(script: Path, *arguments: str) -> None:
-    done = subprocess.run(
-        [
-            *[sys.executable, "-m", "torch.distributed.run", "--standalone"],
-            *["--nproc-per-node", "2", "--max-restarts", "1", str(script), *arguments],
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
@@ -125,11 +119,21 @@ def test_torchrun_restarts_what_was_killed_and_it_ends_bit_equal(
     loop = {"steps": 6, "batch_size": 6, "lr": 0.01, "checkpoint_every": 2}
     table = {"base": {"source": inputs[1]}, "task": "rotate", "rank": 2, "loop": loop}
     text = json.dumps({**table, "dropout": 0.3})  # of which each process has a stream of its own
-    script, mark = tmp_path / "killed_once.py", tmp_path / "mark"
+    script = tmp_path / "killed_once.py"
     script.write_text(KILLED_ONCE)
-    in_torchrun(script, text, str(tmp_path / "run"), str(mark))
-    assert mark.exists()
-    in_torchrun(script, text, str(tmp_path / "whole"), str(mark))  # which the mark lets live
+    done = subprocess.run(
+        [
+            *[sys.executable, "-m", "torch.distributed.run", "--standalone"],
+            *["--nproc-per-node", "2", "--max-restarts", "1", str(script), text, str(tmp_path)],
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "mark").exists()
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(7))
     for name in ("metrics.jsonl", "adapter_model.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

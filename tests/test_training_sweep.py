@@ -227,7 +227,7 @@ def test_two_workers_make_what_one_makes_though_one_is_killed(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [20210617])
-def test_a_sweep_killed_three_times_ends_as_one_that_never_was(
+def test_a_sweep_killed_twice_ends_as_one_that_never_was(
     configs: list[RunConfig], tmp_path: Path, seed: int
 ) -> None:
     long = {one.name: replace(one, loop=replace(SHORT, steps=60)) for one in configs}
@@ -235,8 +235,8 @@ def test_a_sweep_killed_three_times_ends_as_one_that_never_was(
     steps = sum(one.loop.steps for one in long.values())
     broken = tmp_path / "broken"
     for executor, at in zip(
-        ("serial", "process", "serial"),
-        sorted(random.Random(seed).sample(range(1, steps), 3)),
+        ("process", "serial"),
+        sorted(random.Random(seed).sample(range(1, steps), 2)),
         strict=True,
     ):
         with _sweeping(long, broken, executor) as process:

@@ -69,12 +69,16 @@ class Section:
 
 
 def drawn_figures(
-    found: Iterable[ReportFigure], folder: Path, formats: Sequence[str] = FORMATS
+    found: Iterable[ReportFigure],
+    folder: Path,
+    formats: Sequence[str] = FORMATS,
+    *,
+    inline: bool = True,
 ) -> Iterator[DrawnFigure]:
-    """Save each figure in the formats, and return it for inlining."""
+    """Save each figure in the formats, and return it for inlining; without it, ``svg`` is empty."""
     for one in found:
         narrow = one.figure.get_figwidth() < NARROW
-        svg = plots.svg_text(one.figure, title=one.title, description=one.alt)
+        svg = plots.svg_text(one.figure, title=one.title, description=one.alt) if inline else ""
         if formats:
             plots.save_figure(one.figure, folder / one.name, formats)
         drawn = DrawnFigure(one.name, one.title, one.caption, Markup(svg), narrow)
@@ -95,12 +99,13 @@ def sections(
     folder: Path,
     formats: Sequence[str],
     *,
-    telling: bool,
+    inline: bool,
     progress: Progress | None = None,
 ) -> list[Section]:
     """Draw and tabulate section by section; those with nothing to show are left out.
 
-    ``telling`` adds heat-maps of single modules, which only the page itself holds.
+    ``inline`` renders every figure for the page, and adds heat-maps of single modules, which only
+    the page itself holds. Without it and without ``formats``, nothing is drawn.
     """
     modules = telling_modules(list(dict.fromkeys(study.spectra["module"])))
     plan: list[tuple[Section, tuple[Drawing, ...]]] = [
@@ -127,11 +132,11 @@ def sections(
     for at, (section, drawings) in enumerate(plan, start=1):
         drawn = [
             figure
-            for draw in drawings
-            for figure in drawn_figures(draw(study), folder / "figures", formats)
+            for draw in (drawings if inline or formats else ())
+            for figure in drawn_figures(draw(study), folder / "figures", formats, inline=inline)
         ]
         section = replace(section, figures=tuple(drawn))  # noqa: PLW2901 - filled step by step
-        if section.name == "modules" and telling:
+        if section.name == "modules" and inline:
             found = tuple(drawn_figures(module_figures.telling_figures(study), folder, ()))
             section = replace(section, telling=found)  # noqa: PLW2901
         done.append(section)

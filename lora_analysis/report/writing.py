@@ -149,7 +149,7 @@ def _write_files(
         "title": title or _title(study),
         "lead": _lead(study),
         "findings": said,
-        "sections": sections(study, folder, figures, progress=progress, telling=form == "html"),
+        "sections": sections(study, folder, figures, progress=progress, inline=form == "html"),
         "verdicts": pair_tables.verdicts_table(said),
         "starts": pair_tables.starts_table(study),
         "made": made(study, command),

@@ -84,6 +84,24 @@ def digits_task(task: str = UPRIGHT) -> TaskData:
     )
 
 
+def require_digits() -> Path:
+    """Return the folder of scikit-learn, which holds the digits, without importing it.
+
+    Raises
+    ------
+    MissingExtraError
+        scikit-learn is not installed.
+    """
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None or spec.origin is None:
+        message = (
+            "The digits come with scikit-learn, which is not installed. "
+            "Run: pip install 'lora-analysis[demo]'"
+        )
+        raise MissingExtraError(message)
+    return Path(spec.origin).parent
+
+
 def _load() -> tuple[Images, NDArray[np.int64]]:
     """Return all images, ``(1797, 8, 8)`` in [-1, 1], and their labels, in the file's order."""
     table = _table()
@@ -93,15 +111,8 @@ def _load() -> tuple[Images, NDArray[np.int64]]:
 
 def _table() -> NDArray[np.float64]:
     """Return scikit-learn's table, ``(1797, 65)``: 64 pixels from 0 to 16, then the label."""
-    spec = importlib.util.find_spec("sklearn")
-    if spec is None or spec.origin is None:
-        message = (
-            "The digits come with scikit-learn, which is not installed. "
-            "Run: pip install 'lora-analysis[demo]'"
-        )
-        raise MissingExtraError(message)
     # Importing scikit-learn for one file costs every worker 110 MB and more than a second.
-    file = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    file = require_digits() / "datasets" / "data" / "digits.csv.gz"
     if file.is_file():
         return np.loadtxt(file, delimiter=",")
     from sklearn.datasets import load_digits  # a version that keeps it elsewhere
