@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import numpy as np
 
-from lora_analysis.errors import InputError, ScaleError
+from lora_analysis.errors import IncompatibleError, InputError, ScaleError
 from lora_analysis.finding import Finding, as_findings
 from lora_analysis.patterns import natural_key, near_names
 from lora_analysis.text import html_facts
@@ -192,17 +192,16 @@ class LowRankUpdate(_LowRankMetadata):
         put(self, "alpha", _finite_or_none(self.alpha, role="alpha", name=self.name))
         put(self, "stored_dtype", self.stored_dtype or dtype)
         if self.magnitude is not None:
-            rows, channels = b.shape[0], a.shape[1] // math.prod(self.kernel)
-            expected = (rows, "rows") if self.magnitude_side == "output" else (channels, "inputs")
-            put(self, "magnitude", self._checked_magnitude(*expected))
-
-    def _checked_magnitude(self, count: int, what: str) -> NDArray[np.floating[Any]]:
-        norms = np.asarray(self.magnitude).reshape(1, -1)
-        if norms.size != count:
-            message = f"The magnitude of '{self.name}' has {norms.size} entries for {count} {what}."
-            raise InputError(message)
-        row: NDArray[np.floating[Any]] = _frozen_matrix(norms, role="magnitude", name=self.name)[0]
-        return row
+            norms = np.asarray(self.magnitude).reshape(1, -1)
+            by_rows = self.magnitude_side == "output"
+            count = b.shape[0] if by_rows else a.shape[1] // math.prod(self.kernel)
+            if norms.size != count:
+                message = (
+                    f"The magnitude of '{self.name}' has {norms.size} entries for {count} "
+                    f"{'rows' if by_rows else 'inputs'}."
+                )
+                raise InputError(message)
+            put(self, "magnitude", _frozen_matrix(norms, role="magnitude", name=self.name)[0])
 
     @property
     def rank(self) -> int:
@@ -271,6 +270,17 @@ class DenseUpdate(_Metadata):
 
 
 Update = LowRankUpdate | DenseUpdate
+
+
+def check_weight_shape(update: Update, W: Any) -> None:
+    """Raise IncompatibleError unless a base weight has the shape of an update."""
+    if tuple(W.shape) != update.shape:
+        message = (
+            f"'{update.name}' in {update.label or 'this adapter'} updates a weight of shape "
+            f"{update.shape}, but '{getattr(W, 'name', 'the weight')}' is {tuple(W.shape)} as "
+            "(d_out, d_in). Is it another base model, or stored transposed?"
+        )
+        raise IncompatibleError(message)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate
+from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate, check_weight_shape
 from lora_analysis.bases import Weight, check_experts
 from lora_analysis.errors import (
     DegenerateSubspaceError,
@@ -79,12 +79,7 @@ def effective_update(update: Update, W: Weight | NDArray[np.floating]) -> Update
     if not isinstance(update, LowRankUpdate) or not update.variant:
         return update
     weight = W.array() if isinstance(W, Weight) else np.asarray(W)
-    if weight.shape != update.shape:
-        message = (
-            f"'{update.name}' in {update.label or 'this adapter'} updates a weight of shape "
-            f"{update.shape}, found {weight.shape}. Is it another base model, or stored transposed?"
-        )
-        raise IncompatibleError(message)
+    check_weight_shape(update, weight)
     if update.variant == "DoRA":
         return _dora(update, weight.astype(np.float64))
     if update.variant == "KaSA":

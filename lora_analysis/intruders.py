@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_analysis import chance, linalg
-from lora_analysis.adapter import DenseUpdate, Update
-from lora_analysis.errors import IncompatibleError, InputError, ScaleError
+from lora_analysis.adapter import DenseUpdate, LowRankUpdate, Update, check_weight_shape
+from lora_analysis.errors import IncompatibleError, InputError
 from lora_analysis.spectra import SIDES, Side, weight_svd
 from lora_analysis.text import html_table
 
@@ -157,21 +157,16 @@ def intruder_dimensions(
     if k < 1 or not 0 < epsilon <= 1:
         message = f"Intruders need k >= 1 and 0 < epsilon <= 1, got k = {k}, epsilon = {epsilon}."
         raise InputError(message)
-    shape = W.shape if weight is None else (len(weight.U), len(weight.V))
-    if not update.shape == tuple(W.shape) == shape:
+    check_weight_shape(update, W)
+    if isinstance(update, LowRankUpdate):
+        update.known_scale()  # before the expensive step
+    svd = weight_svd(W) if weight is None else weight
+    if (shape := (len(svd.U), len(svd.V))) != update.shape:
         message = (
             f"'{update.name}' in {update.label or 'this adapter'} updates a weight of shape "
-            f"{update.shape}, but '{getattr(W, 'name', 'the weight')}' is {tuple(W.shape)} as "
-            f"(d_out, d_in) and the SVD given is of {shape}. Is it another base model?"
+            f"{update.shape}, but the SVD given is of {shape}. Is it another base model?"
         )
         raise IncompatibleError(message)
-    if not isinstance(update, DenseUpdate) and update.scale is None:
-        message = (
-            f"The effect of '{update.name}' in {update.label or 'this adapter'} on W depends on "
-            "its scale, which is not known. Pass scale= or alpha= when reading the adapter."
-        )
-        raise ScaleError(message)
-    svd = weight_svd(W) if weight is None else weight
     n = len(svd.S)
     count = min(k, n)
     K = max(min(10 * count if span is None else span, n // 2 if span is None else n), 1)

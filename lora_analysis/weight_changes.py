@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_analysis.adapter import DenseUpdate, Update
-from lora_analysis.errors import IncompatibleError, ScaleError
+from lora_analysis.adapter import DenseUpdate, Update, check_weight_shape
 from lora_analysis.spectra import SIDES, Side
 
 if TYPE_CHECKING:
@@ -85,19 +84,7 @@ def magnitude_direction(update: Update, W: Weight | NDArray[np.floating]) -> Cha
     One pass over W in blocks, in float64; ΔW is never formed whole. 1 − cos is computed from
     ``‖w‖²‖δ‖² − (w·δ)²``, which is accurate for small angles.
     """
-    if tuple(W.shape) != update.shape:
-        message = (
-            f"'{update.name}' in {update.label or 'this adapter'} updates a weight of shape "
-            f"{update.shape}, but '{getattr(W, 'name', 'the weight')}' is {tuple(W.shape)} as "
-            "(d_out, d_in)."
-        )
-        raise IncompatibleError(message)
-    if not isinstance(update, DenseUpdate) and update.scale is None:
-        message = (
-            f"How '{update.name}' in {update.label or 'this adapter'} changes W depends on its "
-            "scale, which is not known. Pass scale= or alpha= when reading the adapter."
-        )
-        raise ScaleError(message)
+    check_weight_shape(update, W)
     d_out, d_in = update.shape
     # Sums of w·w, w·δ and δ·δ for every vector.
     by_row, by_column = np.zeros((3, d_out)), np.zeros((3, d_in))

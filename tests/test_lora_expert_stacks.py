@@ -1,4 +1,4 @@
-"""Stacks of experts, adapted as PEFT's ``target_parameters``: Mixtral's, and turned ones."""
+"""Stacks of experts, adapted as PEFT's ``target_parameters``: Mixtral's, and transposed ones."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_every_expert_starts_from_rows_of_its_own_that_can_be_drawn_again() -> N
     assert abs(first[0] - first[1]).max() > 0.01
 
 
-class Turned(nn.Module):
+class Transposed(nn.Module):
     """Experts as gpt-oss stores them, [E, in, out]."""
 
     is_transposed = True
@@ -128,9 +128,9 @@ class Turned(nn.Module):
         return torch.einsum("ni,eio->neo", x, self.up)
 
 
-def test_turned_experts_get_the_transposed_update() -> None:
+def test_transposed_experts_get_the_transposed_update() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(Turned())
+    model = nn.Sequential(Transposed())
     add_lora(model, rank=2, alpha=2, seed=0, targets=[], target_parameters=["up"])
     with torch.no_grad():
         model[0].adapters["default"]["up"].B.normal_()
@@ -198,10 +198,10 @@ def test_an_adapter_of_peft_on_experts_is_loaded_with_equal_logits(tmp_path: Pat
     torch.testing.assert_close(logits(own), logits(foreign), rtol=1e-4, atol=1e-5)
 
 
-def test_turned_experts_are_loaded_as_they_were() -> None:
+def test_transposed_experts_are_loaded_as_they_were() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(Turned())
-    other = nn.Sequential(Turned())
+    model = nn.Sequential(Transposed())
+    other = nn.Sequential(Transposed())
     other.load_state_dict(model.state_dict())
     add_lora(model, rank=2, alpha=2, seed=0, targets=[], target_parameters=["up"])
     with torch.no_grad():

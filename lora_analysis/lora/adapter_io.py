@@ -21,6 +21,7 @@ from lora_analysis.errors import (
 )
 from lora_analysis.formats.fused_parts import FUSED_PARTS, joined
 from lora_analysis.lora.core import (
+    Adapted,
     AdaptedModule,
     LoraFactors,
     LoraLayer,
@@ -182,7 +183,7 @@ def load_adapter_into(
     config = dict(adapter.config) or {"target_modules": list(adapter)}
     fused = config.pop(FUSED_PARTS, {})
     seed = adapter.provenance.seed
-    adapted: dict[str, tuple[type[AdaptedModule], nn.Module]] = {}
+    adapted: dict[str, Adapted] = {}
     for module, experts in stacks.items():
         stack = loaded_stack_factors(module, modules, experts, seed=seed, config=config)
         adapted[module] = ExpertLayer, stack

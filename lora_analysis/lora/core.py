@@ -283,16 +283,17 @@ def unwrap(module: nn.Module) -> Any:
     return module.base_layer if isinstance(module, AdaptedModule) else module
 
 
-def add_adapter(
-    model: nn.Module, name: str, adapted: Mapping[str, tuple[type[AdaptedModule], nn.Module]]
-) -> None:
+# The class that wraps a module, and what it trains: factors, or a copy of the module.
+Adapted = tuple[type[AdaptedModule], nn.Module]
+
+
+def add_adapter(model: nn.Module, name: str, adapted: Mapping[str, Adapted]) -> None:
     """Add a named adapter to a model, in place, active and the only one to train.
 
     Parameters
     ----------
     adapted
-        By module name in the base model, the class that wraps the module, and what it trains: the
-        factors of a `LoraLayer`, a copy of the module for a `TrainedModule`.
+        By module name in the base model, the class that wraps the module, and what it trains.
 
     Raises
     ------
@@ -377,14 +378,11 @@ def merge_lora(model: nn.Module) -> MergeHandle:
     if not layers:
         message = "The model has no LoRA layers: none were added, or they are merged already."
         raise InputError(message)
-    merged = {
-        name: layer.merged_parameters()
-        for name, layer in layers.items()
-        if not isinstance(layer, TrainedModule)
-    }
+    merged = {name: layer.merged_parameters() for name, layer in layers.items()}
     weights = {
         name: _exchange(layers[name].base_layer, values, merged=True)
         for name, values in merged.items()
+        if values
     }
     for name, layer in layers.items():
         model.set_submodule(name, layer.merged_module)

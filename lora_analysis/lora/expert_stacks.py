@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Updates of the experts of one stack, by number.
 ExpertUpdates = dict[int, LowRankUpdate]
+# Function that returns rank and the other fields of `LoraFactors` for a module or parameter.
+Settings = Callable[[str], tuple[int, dict[str, Any]]]
 _EXPERT: Final = re.compile(r"(?P<module>.+)\.(?P<parameter>[^.]+)\[(?P<expert>\d+)\]")
 
 
@@ -122,15 +124,10 @@ def initial_stack_factors(
     module: str,
     layer: nn.Module,
     names: Collection[str],
-    *,
     seed: int,
-    settings: Callable[[str], tuple[int, dict[str, Any]]],
+    settings: Settings,
 ) -> nn.ModuleDict:
-    """Return new factors of a module's stacks: for each expert its own A, and B = 0.
-
-    ``settings`` returns rank and the other fields of :class:`LoraFactors` for a parameter's full
-    name.
-    """
+    """Return new factors of a module's stacks: for each expert its own A, and B = 0."""
     stacks = nn.ModuleDict()
     for name in names:
         W = cast("Tensor", getattr(layer, name))

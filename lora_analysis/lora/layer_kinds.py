@@ -22,7 +22,21 @@ _QUANTIZED = ("Linear4bit", "Linear8bitLt", "LinearNF4", "LinearFP4")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class Conv1DLoraLayer(LoraLayer):
+class _TransposedLoraLayer(LoraLayer):
+    """A layer that stores W as ``(d_in, d_out)``."""
+
+    @staticmethod
+    def to_matrix(W: Tensor) -> Tensor:
+        """Transpose."""
+        return W.T
+
+    @staticmethod
+    def from_matrix(matrix: Tensor, W: Tensor) -> Tensor:  # noqa: ARG004
+        """Transpose."""
+        return matrix.T
+
+
+class Conv1DLoraLayer(_TransposedLoraLayer):
     """LoRA on the ``Conv1D`` of GPT-2, a linear layer that stores W as ``(d_in, d_out)``."""
 
     layout: ClassVar[Layout] = "conv1d"
@@ -39,18 +53,8 @@ class Conv1DLoraLayer(LoraLayer):
             and getattr(layer, "nf", None) == weight.shape[1]
         )
 
-    @staticmethod
-    def to_matrix(W: Tensor) -> Tensor:
-        """Transpose."""
-        return W.T
 
-    @staticmethod
-    def from_matrix(matrix: Tensor, W: Tensor) -> Tensor:  # noqa: ARG004
-        """Transpose."""
-        return matrix.T
-
-
-class EmbeddingLoraLayer(LoraLayer):
+class EmbeddingLoraLayer(_TransposedLoraLayer):
     """An embedding with low-rank adapters: the row of entry t becomes ``W[t] + s·B·A[:, t]``.
 
     A ``(r, entries)`` starts at zero and B ``(features, r)`` normal, as in PEFT. There is no
@@ -64,16 +68,6 @@ class EmbeddingLoraLayer(LoraLayer):
         """Return True if the layer is an embedding whose table does not change when it is read."""
         plain = layer._parameters.get("weight") is not None
         return isinstance(layer, nn.Embedding) and plain and layer.max_norm is None
-
-    @staticmethod
-    def to_matrix(W: Tensor) -> Tensor:
-        """Transpose: from entries to features."""
-        return W.T
-
-    @staticmethod
-    def from_matrix(matrix: Tensor, W: Tensor) -> Tensor:  # noqa: ARG004
-        """Transpose."""
-        return matrix.T
 
     @classmethod
     def initial_factors(

@@ -12,8 +12,20 @@ from typing import Any, SupportsIndex
 from torch import nn
 
 from lora_analysis.errors import InputError, TargetError
-from lora_analysis.lora.core import AdaptedModule, TrainedModule, add_adapter, base_modules, unwrap
-from lora_analysis.lora.expert_stacks import ExpertLayer, initial_stack_factors, target_stacks
+from lora_analysis.lora.core import (
+    Adapted,
+    LoraLayer,
+    TrainedModule,
+    add_adapter,
+    base_modules,
+    unwrap,
+)
+from lora_analysis.lora.expert_stacks import (
+    ExpertLayer,
+    Settings,
+    initial_stack_factors,
+    target_stacks,
+)
 from lora_analysis.lora.fused_projections import (
     FusedFactors,
     Part,
@@ -134,7 +146,28 @@ def add_lora(
         s = alpha_of_module / (math.sqrt(r) if use_rslora else r)
         return r, {"scale": s, "alpha": alpha_of_module, "dropout": dropout, "config": config}
 
-    adapted: dict[str, tuple[type[AdaptedModule], nn.Module]] = {}
+    adapted = _initial_layers(model, modules, kinds, parts, seed=seed, settings=settings)
+    for module, keys in stacks.items():
+        layer = unwrap(modules[module])
+        adapted[module] = ExpertLayer, initial_stack_factors(module, layer, keys, seed, settings)
+    for module in trained:
+        adapted[module] = TrainedModule, copy.deepcopy(unwrap(modules[module]))
+    add_adapter(model, name, adapted)
+    keep_gradients(model)
+    return sorted(names, key=natural_key)
+
+
+def _initial_layers(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    kinds: Mapping[str, type[LoraLayer]],
+    parts: Mapping[str, Sequence[str]],
+    *,
+    seed: int,
+    settings: Settings,
+) -> dict[str, Adapted]:
+    """Return the initial factors of the targeted layers, whole or in parts."""
+    adapted: dict[str, Adapted] = {}
     for module, kind in kinds.items():
         layer = unwrap(modules[module])
         r, fields = settings(module)
@@ -146,15 +179,7 @@ def add_lora(
         else:
             A, B = kind.initial_factors(layer, module, r, seed)
         adapted[module] = kind, kind.make_factors(layer, A, B, module, seed=seed, **fields)
-    for module, keys in stacks.items():
-        layer = unwrap(modules[module])
-        factors = initial_stack_factors(module, layer, keys, seed=seed, settings=settings)
-        adapted[module] = ExpertLayer, factors
-    for module in trained:
-        adapted[module] = TrainedModule, copy.deepcopy(unwrap(modules[module]))
-    add_adapter(model, name, adapted)
-    keep_gradients(model)
-    return sorted(names, key=natural_key)
+    return adapted
 
 
 def _check_patterns(patterns: Iterable[str], modules: Sequence[str]) -> None:
