@@ -224,8 +224,8 @@ def changed(**fields: Any) -> Adapter:
         ({"scale": None}, ScaleError, "is not known"),
         ({"layout": "conv1d"}, InputError, "layout 'conv1d'"),
         ({"layout": "embedding"}, InputError, "layout 'embedding'"),
-        ({"variant": "KaSA"}, UnsupportedMethodError, "a part of KaSA"),
-        ({"variant": "DoRA"}, UnsupportedMethodError, "holds no magnitude"),
+        ({"variant": "KaSA"}, UnsupportedMethodError, "part of a KaSA update"),
+        ({"variant": "DoRA"}, UnsupportedMethodError, "without its magnitude"),
         ({"base_name": "experts[3]"}, UnsupportedMethodError, "for the weight 'experts[3]'"),
         ({"A": np.full((2, 4), 1e300)}, InputError, "too large for float32"),
         ({"scale": 1.7e308}, InputError, "is not finite"),
@@ -264,7 +264,7 @@ def test_more_than_factors_is_refused(
     [
         (["unet.a.b", "unet.a_b"], "'unet.a.b' and 'unet.a_b' would both be 'lora_unet_a_b'"),
         (["unet_a"], "means something else"),
-        (["unet:0"], "is no path of a module"),
+        (["unet:0"], "is not a path of a module"),
         (["vae.decoder.q"], "belongs to the component 'vae', for which kohya's keys have no"),
         (["te1.q", "clip_l.q"], "would both be 'lora_te1_q'"),
     ],
@@ -293,10 +293,10 @@ def test_names_that_diffusers_files_cannot_carry_are_refused(
 
     with pytest.raises(InputError, match="for a pipeline or for one model"):
         write_adapter(of("unet.q", "layers.0.q"), tmp_path, format="diffusers")
-    with pytest.raises(InputError, match="'lora_unet_a_to_q' is no path of a module"):
+    with pytest.raises(InputError, match="'lora_unet_a_to_q' is not a path of a module"):
         write_adapter(of("lora_unet_a_to_q"), tmp_path, format="diffusers")
     mixed = {**changed(variant="DoRA", magnitude=np.ones(6)), **of("unet.k")}
-    with pytest.raises(InputError, match="DoRA in some modules of 'unet' only"):
+    with pytest.raises(InputError, match="'unet': DoRA in some modules only"):
         write_adapter(Adapter(mixed, label="a"), tmp_path, format="diffusers")
 
 

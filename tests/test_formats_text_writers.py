@@ -114,7 +114,7 @@ def test_the_scale_of_rslora_goes_into_ggufs_alpha_and_that_is_said(
     one = update(rng, "model.layers.0.mlp.down_proj", (12, 20), 8, scale=scale, alpha=16)
     made = adapter_of(one, config={"use_rslora": True})
     (note,) = writing_notes(made, "gguf")
-    assert "cannot say rsLoRA" in note
+    assert "cannot express rsLoRA" in note
     assert f"{scale * 8:g}" in note
     path = write_adapter(made, tmp_path, format="gguf", architecture="llama")
     read = read_adapter(path)
@@ -157,7 +157,7 @@ def test_dora_goes_to_mlx_with_its_norms_and_nowhere_else(
     with pytest.raises(InputError, match="DoRA in some modules only"):
         write_adapter(adapter_of(one, plain), tmp_path, format="mlx")
     for kind in ("loralib", "gguf"):
-        with pytest.raises(UnsupportedMethodError, match=r"not the whole update \(DoRA\)"):
+        with pytest.raises(UnsupportedMethodError, match="part of a DoRA update"):
             write_adapter(
                 adapter_of(one), tmp_path, format=kind, **(GGUF if kind == "gguf" else {})
             )
@@ -180,7 +180,7 @@ def test_experts_are_stacked_and_come_back(
     ("fields", "error", "said"),
     [
         ({"scale": None}, ScaleError, "is not known"),
-        ({"layout": "conv", "kernel": (2, 2)}, UnsupportedMethodError, "a convolution's"),
+        ({"layout": "conv", "kernel": (2, 2)}, UnsupportedMethodError, "layout 'conv'"),
         ({"variant": "KaSA"}, UnsupportedMethodError, "KaSA"),
         ({"base_name": "other[3]"}, UnsupportedMethodError, "loaders look for"),
     ],
@@ -221,7 +221,7 @@ def test_gguf_needs_an_architecture_its_tensors_and_its_heads(
         (adapter_of(query), {}, "Pass architecture="),
         (adapter_of(query), {"architecture": "llama"}, "whose number is not known"),
         (adapter_of(query), GGUF | {"heads": (3, 3)}, "3 does not divide them"),
-        (adapter_of(update(rng, "visual.proj", (8, 8), 2)), GGUF, "has no tensor in GGUF's"),
+        (adapter_of(update(rng, "visual.proj", (8, 8), 2)), GGUF, "has no known tensor in GGUF's"),
     ):
         with pytest.raises(InputError, match=said):
             write_adapter(made, tmp_path, format="gguf", **options)
@@ -240,11 +240,11 @@ def test_names_that_mean_something_else_are_refused(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
     conv = adapter_of(update(rng, "conv1", (8, 8), 2))
-    with pytest.raises(InputError, match="its name says otherwise"):
+    with pytest.raises(InputError, match="infer a different one from the name"):
         write_adapter(conv, tmp_path, format="loralib")
     table = adapter_of(update(rng, "model.tokens", (8, 30), 2, layout="embedding"))
     for kind in ("loralib", "mlx"):
-        with pytest.raises(InputError, match="its name says otherwise"):
+        with pytest.raises(InputError, match="infer a different one from the name"):
             write_adapter(table, tmp_path, format=kind)
 
 

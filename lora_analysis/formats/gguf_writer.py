@@ -1,13 +1,13 @@
-"""One GGUF file that llama.cpp loads beside the base: factors as float32, one alpha for all.
+"""One GGUF file that llama.cpp loads with the base: factors as float32, one alpha for all.
 
-llama.cpp knows ``alpha/r`` alone: a scale of another rule (rsLoRA, a pattern of alphas) is folded
-into alpha where all modules agree, else into B. q and k of the Llama family are permuted as its
-converter does, for which the number of heads is needed.
+llama.cpp has only ``alpha/r``: a scale of a different rule (rsLoRA, a pattern of alphas) is folded
+into alpha if all modules agree, else into B. q and k of the Llama family are permuted as its
+converter does, which takes the number of heads.
 """
 
 from __future__ import annotations
 
-import math
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -17,9 +17,10 @@ import numpy as np
 from lora_analysis.errors import InputError, UnsupportedMethodError
 from lora_analysis.formats.text_writing import (
     PlannedFactors,
-    folded,
-    with_experts_stacked,
-    writable,
+    fold_scales,
+    folding_note,
+    stack_experts,
+    text_outlines,
 )
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.gguf_names import (
@@ -75,7 +76,7 @@ def contents(
         Every module a low-rank update of known scale.
     architecture
         llama.cpp's name of the base's architecture, ``"llama"``; by default that of the file the
-        adapter was read from, or of a base model that lies on this disk.
+        adapter was read from, or of a base model on this disk.
     heads
         The base's attention heads and key-value heads, by default from the same places.
 
@@ -89,18 +90,18 @@ def contents(
     MissingExtraError
         The package ``gguf`` is not installed.
     """
-    updates = writable(adapter, _FORMAT)
-    base = _base_facts(adapter)
-    architecture = architecture or base.architecture
+    updates = text_outlines(adapter, _FORMAT)
+    base_architecture, base_heads = _base_facts(adapter)
+    architecture, heads = architecture or base_architecture, heads or base_heads
     if architecture is None:
         message = (
             f"{adapter.label}: GGUF files state the architecture of the base, which is not known. "
             "Pass architecture='llama', or whichever it is in llama.cpp."
         )
         raise InputError(message)
-    heads = heads or base.heads
-    alpha = _alpha(updates)
-    factors = with_experts_stacked(folded(adapter, updates, lambda u: alpha / u.rank), _FORMAT)
+    alpha = _common_alpha(updates)
+    scales = {name: alpha / update.rank for name, update in updates.items()}
+    factors = stack_experts(fold_scales(adapter, updates, scales), _FORMAT)
     tensors: list[OutputTensor] = []
     for name, planned in factors.items():
         tensors += _module_tensors(name, planned, architecture, heads)
@@ -111,7 +112,7 @@ def contents(
         "adapter.type": "lora",
         "adapter.lora.alpha": alpha,
     }
-    if heads is not None:  # llama.cpp passes it over; who reads the file needs it for q and k
+    if heads is not None:  # llama.cpp ignores it; readers of the file need it for q and k
         fields[f"{architecture}.attention.head_count"] = heads[0]
         fields[f"{architecture}.attention.head_count_kv"] = heads[1]
     if adapter.provenance.base_model:
@@ -120,28 +121,20 @@ def contents(
 
 
 def gguf_notes(adapter: Adapter) -> list[str]:
-    """Return what of the scales was folded into what."""
-    updates = writable(adapter, _FORMAT)
-    alpha = _alpha(updates)
+    """Return sentences on scales that were folded into alpha or B."""
+    updates = text_outlines(adapter, _FORMAT)
+    alpha = _common_alpha(updates)
+    scales = {name: alpha / update.rank for name, update in updates.items()}
     notes = []
     if adapter.config.get("use_rslora"):
         notes.append(
-            f"GGUF cannot say rsLoRA: the scale is folded into alpha, {alpha:g}. ΔW is the same."
+            f"GGUF cannot express rsLoRA: the scale is folded into alpha, {alpha:g}. ΔW is the "
+            "same."
         )
-    # Within what float32 rounds, it is the same scale.
-    count = sum(
-        not math.isclose(update.known_scale(), alpha / update.rank, rel_tol=1e-6)
-        for update in updates.values()
-    )
-    if count:
-        notes.append(
-            f"GGUF states one alpha for all modules: the scale of {count} of {len(updates)} "
-            "modules is folded into B. ΔW is the same."
-        )
-    return notes
+    return notes + folding_note(updates, scales, _FORMAT, "alpha")
 
 
-def _alpha(updates: Mapping[str, UpdateOutline]) -> float:
+def _common_alpha(updates: Mapping[str, UpdateOutline]) -> float:
     """Return the alpha that serves most modules, as float32 holds it; never zero.
 
     llama.cpp takes an alpha of zero for a scale of one.
@@ -155,36 +148,24 @@ def _alpha(updates: Mapping[str, UpdateOutline]) -> float:
     return max(counts, key=lambda alpha: counts[alpha], default=1.0)
 
 
-class _Base:
-    """What is known of the base: its architecture in llama.cpp's words, and its heads."""
+def _base_facts(adapter: Adapter) -> tuple[str | None, tuple[int, int] | None]:
+    """Return llama.cpp's name of the base's architecture and its heads, None if not known.
 
-    __slots__ = ("architecture", "heads")
-
-    def __init__(self, architecture: str | None, heads: tuple[int, int] | None) -> None:
-        self.architecture = architecture
-        self.heads = heads
-
-
-def _base_facts(adapter: Adapter) -> _Base:
-    """Return what the adapter's own file or a base on this disk says."""
-    own = adapter.config.get("gguf_architecture")
-    if isinstance(own, str) and own:
+    They come from the file the adapter was read from, or from the config of a base on this disk.
+    """
+    architecture = adapter.config.get("gguf_architecture")
+    if isinstance(architecture, str) and architecture:
         heads = adapter.config.get("heads")
-        return _Base(own, heads if isinstance(heads, tuple) else None)
-    config = _base_config(adapter.provenance.base_model)
+        return architecture, heads if isinstance(heads, tuple) else None
+    base = adapter.provenance.base_model or ""
+    config: dict[str, Any] = {}
+    with suppress(InputError, OSError, ValueError):
+        path = Path(base) / "config.json"
+        config = read_json_object(path) if base and path.is_file() else {}
     queries = config.get("num_attention_heads")
     keys = config.get("num_key_value_heads", queries)
-    known = isinstance(queries, int) and isinstance(keys, int)
-    kind = _ARCHITECTURES.get(str(config.get("model_type")))
-    return _Base(kind, (queries, keys) if known else None)  # type: ignore[arg-type]
-
-
-def _base_config(base_model: str | None) -> dict[str, Any]:
-    try:
-        path = Path(base_model or "") / "config.json"
-        return read_json_object(path) if base_model and path.is_file() else {}
-    except (InputError, OSError, ValueError):
-        return {}
+    counts = (queries, keys) if isinstance(queries, int) and isinstance(keys, int) else None
+    return _ARCHITECTURES.get(str(config.get("model_type"))), counts
 
 
 def _module_tensors(
@@ -193,14 +174,14 @@ def _module_tensors(
     tensor = tensor_of(name, architecture)
     if tensor is None or (planned.layout == "embedding") != (tensor == EMBEDDING):
         message = (
-            f"'{name}' (layout '{planned.layout}') has no tensor in GGUF's architecture "
-            f"'{architecture}' that is known here. It is not written."
+            f"'{name}' (layout '{planned.layout}') has no known tensor in GGUF's "
+            f"architecture '{architecture}'. It is not written."
         )
         raise InputError(message)
     if architecture in UNTANGLED and tensor.endswith(".attn_qkv"):
         message = (
-            f"'{name}' has the rows of q, k and v per head, GGUF's '{architecture}' in blocks. It "
-            "is not written."
+            f"'{name}' has the rows of q, k and v head by head; GGUF's '{architecture}' has them "
+            "in blocks. It is not written."
         )
         raise UnsupportedMethodError(message)
     permuted = None
@@ -226,14 +207,14 @@ def _module_arrays(
 
 
 def _heads_to_permute(name: str, rows: int, architecture: str, heads: int | None) -> int:
-    """Return the number of heads by which B's rows are permuted; refuse what is not known."""
+    """Return the number of heads by which B's rows are permuted; raise if it is not known."""
     if architecture not in PERMUTED:
         message = f"Whether GGUF's '{architecture}' permutes the rows of '{name}' is not known."
         raise UnsupportedMethodError(message)
     if heads is None or rows % (2 * heads):
-        stated = "is not known" if heads is None else f"{heads} does not divide them"
+        reason = "is not known" if heads is None else f"{heads} does not divide them"
         message = (
-            f"'{name}': llama.cpp permutes its {rows} rows by heads, whose number {stated}. Pass "
+            f"'{name}': llama.cpp permutes its {rows} rows by heads, whose number {reason}. Pass "
             "heads=(of queries, of keys)."
         )
         raise InputError(message)

@@ -1,9 +1,8 @@
 """A state dictionary under loralib's names, as safetensors.
 
-loralib's files state neither alpha nor ``enable_lora``; here both stand in the file's metadata,
-from which they are read back: ``lora_scale``, the multiplier of every module, and
-``enable_lora``, ``"1,0,1"``, where blocks of fused weights were put together as ``MergedLinear``
-has them.
+loralib's files state neither alpha nor ``enable_lora``; here the file's metadata has both, from
+which they are read back: ``lora_scale``, the scale of every module, and ``enable_lora``,
+``"1,0,1"``, if blocks of fused weights are joined as ``MergedLinear`` has them.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from lora_analysis.formats.side_tensors import carried_metadata, side_output
 from lora_analysis.formats.text_writing import (
     Factors,
     PlannedFactors,
-    folded,
+    common_scale,
+    fold_scales,
     folding_note,
-    one_scale,
-    writable,
+    text_outlines,
 )
 from lora_analysis.storage.tensor_writer import output_group, safetensors_content
 
@@ -45,20 +44,25 @@ def contents(adapter: Adapter) -> dict[str, Content]:
     Raises
     ------
     InputError
-        A module's name means something else to loralib's reader, or blocks of fused weights do
-        not fit together.
+        A module's name implies a different layout, or blocks of fused weights do not fit together.
     UnsupportedMethodError
         An update needs more than two factors and a scale.
     """
-    updates = writable(adapter, _FORMAT)
-    scale = one_scale(updates)
+    updates = text_outlines(adapter, _FORMAT)
+    scale = common_scale(updates)
+    scales = dict.fromkeys(updates, scale)
     metadata = {"format": "pt", SCALE: repr(float(scale)), **carried_metadata(adapter, _FORMAT)}
-    whole, enabled = _merged(folded(adapter, updates, lambda _update: scale))
+    whole, enabled = _join_blocks(fold_scales(adapter, updates, scales))
     if enabled:
         metadata[ENABLED] = ",".join(str(int(on)) for on in enabled)
     tensors = side_output(adapter, _FORMAT)
     for name, planned in whole.items():
-        _check_name(name, planned)
+        if is_convolution(name) or (planned.layout == "embedding") != is_embedding(name):
+            message = (
+                f"'{name}' is of layout '{planned.layout}', but readers of loralib's files infer "
+                "a different one from the name. It is not written."
+            )
+            raise InputError(message)
         shapes = {f"{name}.lora_A": planned.a, f"{name}.lora_B": planned.b}
         tensors += output_group(shapes, partial(_module_arrays, name, planned))
     return {_WEIGHTS_NAME: safetensors_content(tensors, metadata)}
@@ -70,34 +74,26 @@ def _module_arrays(name: str, planned: PlannedFactors) -> dict[str, NDArray[np.f
 
 
 def loralib_notes(adapter: Adapter) -> list[str]:
-    """Return what a user of the file has to know."""
-    updates = writable(adapter, _FORMAT)
+    """Return sentences on the alpha that a model must be made with, and on folded scales."""
+    updates = text_outlines(adapter, _FORMAT)
+    scale = common_scale(updates)
+    scales = dict.fromkeys(updates, scale)
     return [
-        f"Make loralib's layers with lora_alpha = {one_scale(updates):g} · r: a state dictionary "
-        "of loralib does not state it.",
-        *folding_note(updates, _FORMAT, "lora_alpha"),
+        f"Make loralib's layers with lora_alpha = {scale:g} · r: a state "
+        "dictionary of loralib does not state it.",
+        *folding_note(updates, scales, _FORMAT, "lora_alpha"),
     ]
 
 
-def _check_name(name: str, planned: PlannedFactors) -> None:
-    if is_convolution(name) or (planned.layout == "embedding") != is_embedding(name):
-        message = (
-            f"'{name}' is of layout '{planned.layout}', and its name says otherwise to who reads "
-            "loralib's files. It is not written."
-        )
-        raise InputError(message)
-
-
-def _merged(
+def _join_blocks(
     factors: Mapping[str, PlannedFactors],
 ) -> tuple[dict[str, PlannedFactors], tuple[bool, ...] | None]:
-    """Return the modules with blocks of fused weights put together, and which are enabled.
+    """Return the modules with blocks of fused weights joined, and which blocks are enabled.
 
     Raises
     ------
     InputError
-        The blocks of a weight differ in rank, height or A's width, or the weights in which of them
-        are there.
+        The blocks of a weight differ in rank or shape, or two weights have different blocks.
     """
     whole: dict[str, PlannedFactors] = {}
     blocks: dict[str, dict[str, PlannedFactors]] = {}
@@ -114,16 +110,16 @@ def _merged(
         ordered = [members[name] for name in names if name in members]
         if len({(planned.a, planned.b) for planned in ordered}) != 1 or len(patterns) != 1:
             message = (
-                f"The blocks of '{fused}' differ in shape or rank, or other blocks are adapted in "
-                "another module; loralib's MergedLinear has one rank, and one enable_lora."
+                f"The blocks of '{fused}' differ in shape or rank, or different blocks are adapted "
+                "in another module; loralib's MergedLinear has one rank, and one enable_lora."
             )
             raise InputError(message)
         a, b = ((len(ordered) * s[0], *s[1:]) for s in (ordered[0].a, ordered[0].b))
-        whole[fused] = PlannedFactors(a, b, "linear", partial(_concatenated, ordered))
+        whole[fused] = PlannedFactors(a, b, "linear", partial(_joined_factors, ordered))
     return whole, next(iter(patterns), None)
 
 
-def _concatenated(blocks: Sequence[PlannedFactors]) -> Factors:
+def _joined_factors(blocks: Sequence[PlannedFactors]) -> Factors:
     factors = [planned.load() for planned in blocks]
     return Factors(
         np.concatenate([block.a for block in factors]),

@@ -1,8 +1,8 @@
 """The folder that mlx-lm loads: ``adapters.safetensors`` and ``adapter_config.json``.
 
 mlx-lm makes every layer of the rank and scale in the configuration before it loads the factors:
-smaller ranks are filled up with zeros, other scales folded into ``lora_b``. ``num_layers`` is -1,
-all layers, since the depth of the base is not known; a layer without factors keeps its zeros.
+smaller ranks are filled up with zeros, different scales folded into ``lora_b``. ``num_layers`` is
+-1, all layers, since the depth of the base is not known; a layer without factors keeps its zeros.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from lora_analysis.formats.peft.adapter_config import CONFIG_NAME
 from lora_analysis.formats.peft.module_pairs import DORA
 from lora_analysis.formats.text_writing import (
     PlannedFactors,
-    folded,
+    common_scale,
+    fold_scales,
     folding_note,
-    one_scale,
-    with_experts_stacked,
-    writable,
+    stack_experts,
+    text_outlines,
 )
+from lora_analysis.formats.written import is_dora
 from lora_analysis.storage.tensor_writer import OutputTensor, output_group, safetensors_content
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
-    from lora_analysis.adapter import Adapter, UpdateOutline
+    from lora_analysis.adapter import Adapter
     from lora_analysis.formats.written import Shape
     from lora_analysis.storage.atomic import Content
 
@@ -50,12 +51,16 @@ def contents(adapter: Adapter) -> dict[str, Content]:
         An embedding has a name that mlx-lm's models do not give one, or only some modules are
         DoRA's.
     UnsupportedMethodError
-        An update needs more than MLX can say.
+        MLX cannot express an update.
     """
-    updates = writable(adapter, _FORMAT, variants=(DORA,))
-    dora = _is_dora(updates.values(), adapter.label)
-    scale = one_scale(updates)
-    factors = with_experts_stacked(folded(adapter, updates, lambda _update: scale), _FORMAT)
+    updates = text_outlines(adapter, _FORMAT, variants=(DORA,))
+    scale = common_scale(updates)
+    scales = dict.fromkeys(updates, scale)
+    dora = is_dora(updates.values(), adapter.label, _FORMAT)
+    if dora and any(update.layout == "embedding" for update in updates.values()):
+        message = f"{adapter.label}: DoRA in an embedding, which MLX cannot express."
+        raise InputError(message)
+    factors = stack_experts(fold_scales(adapter, updates, scales), _FORMAT)
     rank = max(planned.rank for planned in factors.values())
     names = {name: _mlx_name(name, planned) for name, planned in factors.items()}
     tensors: list[OutputTensor] = []
@@ -79,11 +84,13 @@ def contents(adapter: Adapter) -> dict[str, Content]:
 
 
 def mlx_notes(adapter: Adapter) -> list[str]:
-    """Return what was folded or filled up."""
-    updates = writable(adapter, _FORMAT, variants=(DORA,))
+    """Return sentences on scales that were folded and ranks that were filled up."""
+    updates = text_outlines(adapter, _FORMAT, variants=(DORA,))
+    scale = common_scale(updates)
+    scales = dict.fromkeys(updates, scale)
     ranks = {update.rank for update in updates.values()}
     filled = sum(update.rank != max(ranks) for update in updates.values())
-    notes = folding_note(updates, _FORMAT, "scale")
+    notes = folding_note(updates, scales, _FORMAT, "scale")
     if filled:
         notes.append(
             f"MLX has one rank for all modules: {filled} of {len(updates)} are filled up with "
@@ -92,22 +99,14 @@ def mlx_notes(adapter: Adapter) -> list[str]:
     return notes
 
 
-def _is_dora(updates: Iterable[UpdateOutline], label: str) -> bool:
-    kinds = {update.variant == DORA for update in updates}
-    if len(kinds) > 1 or any(u.layout == "embedding" and u.variant for u in updates):
-        message = f"{label} is DoRA in some modules only or in an embedding; MLX cannot say that."
-        raise InputError(message)
-    return kinds.pop()
-
-
 def _mlx_name(name: str, planned: PlannedFactors) -> str:
-    """Return mlx-lm's name of a module; refuse one that it would take for another kind."""
+    """Return mlx-lm's name of a module; refuse one that implies a different layout."""
     if len(planned.a) == 3:
         name = name.replace(".experts.", SWITCH)
     if (planned.layout == "embedding") != is_embedding(name):
         message = (
-            f"'{name}' is of layout '{planned.layout}', and its name says otherwise to who reads "
-            "MLX files. It is not written."
+            f"'{name}' is of layout '{planned.layout}', but readers of MLX files infer a different "
+            "one from the name. It is not written."
         )
         raise InputError(message)
     return name

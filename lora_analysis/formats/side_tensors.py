@@ -106,7 +106,7 @@ def carried_tensors(adapter: Adapter, format: str) -> dict[str, SideTensor]:
         way_on = f" format='{source}' (command line: --to {source}) keeps them."
         message = (
             f"{adapter.label} also stores {listed(needed)} next to the factors, which a file of "
-            f"{format} cannot hold: a model that loads it would not compute what it did. It is "
+            f"{format} cannot hold: a model that loads it would compute different numbers. It is "
             f"not written.{way_on if source in CARRYING else ''}"
         )
         raise UnsupportedMethodError(message)

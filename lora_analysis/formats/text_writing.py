@@ -1,7 +1,8 @@
-"""What the writers for text models ask of an adapter, and how several scales become one."""
+"""Files of text models: one scale for all modules, experts stacked, factors in float32."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from lora_analysis.errors import InputError, UnsupportedMethodError
-from lora_analysis.formats.written import factors_alone, float32, low_rank_update
+from lora_analysis.errors import InputError
+from lora_analysis.formats.written import layer_shapes, low_rank_update, writable_outlines
+from lora_analysis.storage.dtypes import narrow
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -35,7 +37,7 @@ class Factors:
 
 @dataclass(frozen=True, slots=True)
 class PlannedFactors:
-    """The shapes of a module's factors, and a function that computes them."""
+    """Shapes of a module's factors, and a function that computes them."""
 
     a: Shape
     b: Shape
@@ -49,102 +51,85 @@ class PlannedFactors:
         return self.a[-2]
 
 
-def writable(
-    adapter: Adapter, format: str, *, variants: tuple[str, ...] = ()
+def text_outlines(
+    adapter: Adapter, format: str, *, variants: Collection[str] = ()
 ) -> dict[str, UpdateOutline]:
-    """Return the outlines of an adapter's updates, each of which two factors can hold.
+    """Return the outlines of an adapter for a text model, see `written.writable_outlines`."""
+    layouts = ("linear", "conv1d", "embedding")
+    return writable_outlines(adapter, format, layouts=layouts, variants=variants)
+
+
+def fold_scales(
+    adapter: Adapter, updates: Mapping[str, UpdateOutline], scales: Mapping[str, float]
+) -> dict[str, PlannedFactors]:
+    """Return float32 factors whose product times a given scale is the update.
+
+    If an update has a different scale, the ratio goes into B. A factor too large for float32 raises
+    InputError when it is computed.
 
     Parameters
     ----------
-    adapter, format
-        What is written, and as what, for messages.
-    variants
-        Methods beyond plain LoRA that the format can say.
-
-    Raises
-    ------
-    InputError
-        There are no modules, or one is a dense update or a convolution's.
-    UnsupportedMethodError
-        More than factors was trained, or a module needs more than two of them.
-    ScaleError
-        A scale is not known.
-    """
-    return factors_alone(
-        adapter, format, lambda update: _refuse_unsayable(update, adapter.label, format, variants)
-    )
-
-
-def _refuse_unsayable(
-    update: UpdateOutline, label: str, format: str, variants: tuple[str, ...]
-) -> None:
-    if update.layout == "conv":
-        reason = f"a convolution's, which a file of {format} cannot say"
-    elif update.variant and update.variant not in variants:
-        reason = f"not the whole update ({update.variant}), which a file of {format} cannot say"
-    elif update.variant and not update.has_magnitude:
-        reason = f"{update.variant}'s, but holds no magnitude"
-    elif update.magnitude_side == "input":
-        reason = f"DoRA's with norms of input columns; a file of {format} holds norms of rows"
-    elif update.base_name:
-        reason = f"for the weight '{update.base_name}', and loaders look for '{update.name}'"
-    else:
-        return
-    message = f"'{update.name}' in {label} is {reason}. It is not written."
-    raise UnsupportedMethodError(message)
-
-
-def folded(
-    adapter: Adapter,
-    updates: Mapping[str, UpdateOutline],
-    multiplier_of: Callable[[UpdateOutline], float],
-) -> dict[str, PlannedFactors]:
-    """Return float32 factors whose product times a stated multiplier is the update.
-
-    If the update's scale differs from what ``multiplier_of`` gives, the ratio goes into B. A factor
-    too large for float32 raises InputError when it is computed.
+    adapter, updates
+        The adapter and the outlines of its updates.
+    scales
+        The scale that the file will state, by module.
     """
     return {
         name: PlannedFactors(
-            (update.rank, update.shape[1]),
-            (update.shape[0], update.rank),
-            update.layout,
-            partial(_folded, adapter, name, update.known_scale() / multiplier_of(update)),
-            (update.shape[0],) if update.has_magnitude else None,
+            *layer_shapes(update),
+            layout=update.layout,
+            load=partial(_folded_factors, adapter, name, update.known_scale() / scales[name]),
+            norms=(update.shape[0],) if update.has_magnitude else None,
         )
         for name, update in updates.items()
     }
 
 
-def _folded(adapter: Adapter, name: str, ratio: float) -> Factors:
+def _folded_factors(adapter: Adapter, name: str, ratio: float) -> Factors:
     update = low_rank_update(adapter, name)
     b = update.B if ratio == 1 else update.B.astype(np.float64) * ratio
-    norms = None if update.magnitude is None else float32(update.magnitude, name)
-    return Factors(float32(update.A, name), float32(b, name), norms)
+    return Factors(
+        narrow(update.A, "float32", f"A of '{name}'"),
+        narrow(b, "float32", f"B of '{name}'"),
+        None
+        if update.magnitude is None
+        else narrow(update.magnitude, "float32", f"magnitude of '{name}'"),
+    )
 
 
-def one_scale(updates: Mapping[str, UpdateOutline]) -> float:
-    """Return the multiplier that a file states for all modules: the commonest one but zero."""
+def common_scale(updates: Mapping[str, UpdateOutline]) -> float:
+    """Return the scale that a file states for all modules: the commonest one but zero."""
     counts = Counter(s for update in updates.values() if (s := update.known_scale()))
     return counts.most_common(1)[0][0] if counts else 1.0
 
 
-def folding_note(updates: Mapping[str, UpdateOutline], format: str, stated: str) -> list[str]:
-    """Return the sentence on scales that went into B, where some did."""
-    scale = one_scale(updates)
-    count = sum(update.known_scale() != scale for update in updates.values())
+def folding_note(
+    updates: Mapping[str, UpdateOutline], scales: Mapping[str, float], format: str, field: str
+) -> list[str]:
+    """Return the sentence on scales that went into B, if there are any.
+
+    Parameters
+    ----------
+    updates, scales
+        The outlines, and the scale that the file states, by module.
+    format, field
+        Names of the format and of the field that states the scale.
+    """
+    # Within the rounding of float32, it is the same scale.
+    count = sum(
+        not math.isclose(update.known_scale(), scales[name], rel_tol=1e-6)
+        for name, update in updates.items()
+    )
     if not count:
         return []
     return [
-        f"{format} states one {stated} for all modules: the scale of {count} of {len(updates)} "
+        f"{format} states one {field} for all modules: the scale of {count} of {len(updates)} "
         "modules is folded into B. ΔW is the same."
     ]
 
 
-def with_experts_stacked(
-    factors: Mapping[str, PlannedFactors], format: str
-) -> dict[str, PlannedFactors]:
-    """Return the modules with all experts of a stack made one: A ``(E, r, in)``, B ``(E, out, r)``.
+def stack_experts(factors: Mapping[str, PlannedFactors], format: str) -> dict[str, PlannedFactors]:
+    """Return the modules with all experts of a stack as one: A ``(E, r, in)``, B ``(E, out, r)``.
 
     ``before.experts.3.up_proj`` becomes part of ``before.experts.up_proj``.
 
@@ -166,16 +151,16 @@ def with_experts_stacked(
         shapes = {(planned.a, planned.b) for planned in ordered}
         if sorted(members) != list(range(len(members))) or len(shapes) != 1:
             message = (
-                f"'{whole}': {format} stores the experts of a layer in one, all of one rank; found "
-                f"experts {sorted(members)[:8]} of shapes {sorted(shapes)[:3]}."
+                f"'{whole}': {format} stores the experts of a layer in one tensor, all of one "
+                f"rank; found experts {sorted(members)[:8]} of shapes {sorted(shapes)[:3]}."
             )
             raise InputError(message)
         a, b = ((len(ordered), *shape) for shape in next(iter(shapes)))
-        plain[whole] = PlannedFactors(a, b, "linear", partial(_stacked, ordered, a, b))
+        plain[whole] = PlannedFactors(a, b, "linear", partial(_stacked_factors, ordered, a, b))
     return plain
 
 
-def _stacked(members: Sequence[PlannedFactors], a: Shape, b: Shape) -> Factors:
+def _stacked_factors(members: Sequence[PlannedFactors], a: Shape, b: Shape) -> Factors:
     """Return the factors of a stack; one member at a time is loaded."""
     whole = Factors(np.empty(a, np.float32), np.empty(b, np.float32))
     for index, member in enumerate(members):

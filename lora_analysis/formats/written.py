@@ -1,61 +1,87 @@
-"""What every writer of two factors asks of an adapter before it writes a byte."""
+"""What every writer needs: checks before a byte is written, shapes, alphas, and a module's tensors.
+
+Everything that can be refused is refused from the outlines of the updates; the numbers are read
+module by module while the file is written, so that no more than one module is in memory.
+"""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from functools import partial
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.errors import InputError, UnsupportedMethodError
+from lora_analysis.formats.peft.module_pairs import DORA
 from lora_analysis.formats.side_tensors import carried_tensors
 from lora_analysis.storage.adapter_fields import refuse_more_than_factors
+from lora_analysis.storage.dtypes import narrow
 from lora_analysis.storage.tensor_writer import OutputTensor, output_group
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from lora_analysis.adapter import Adapter, UpdateOutline
 
+T = TypeVar("T", int, float)
 Shape = tuple[int, ...]
+# Key, role, shape and stored type of a tensor that is written.
+_Entry = tuple[str, str, Shape, str]
+
+_LAYOUTS: Final = frozenset({"linear", "embedding", "conv", "conv1d"})
 
 
-def factors_alone(
-    adapter: Adapter, format: str, refuse: Callable[[UpdateOutline], None]
+def writable_outlines(
+    adapter: Adapter,
+    format: str,
+    *,
+    layouts: Collection[str],
+    variants: Collection[str] = (),
+    input_norms: bool = False,
 ) -> dict[str, UpdateOutline]:
-    """Return the outlines of an adapter that is nothing but low-rank updates of known scale.
+    """Return the outlines of an adapter's updates, each of which a file of a format can hold.
 
     Parameters
     ----------
     adapter, format
-        What is written, and as what, for messages.
-    refuse
-        Raises for an update that the format cannot say.
+        The adapter and the name of the format, for messages.
+    layouts
+        Layouts of weights that the format has.
+    variants
+        Methods beyond plain LoRA that the format can express.
+    input_norms
+        Whether DoRA's norms may be those of input columns.
 
     Raises
     ------
     InputError
         There are no modules, or one is a dense update.
     UnsupportedMethodError
-        More than the factors was trained.
+        More than the factors was trained, or the format cannot express an update.
     ScaleError
         A scale is not known.
     """
-    refuse_more_than_factors(adapter.config, adapter.label, f"which {format} files cannot say.")
+    refuse_more_than_factors(adapter.config, adapter.label, f"which {format} files cannot express.")
     if adapter.saved_modules:
         message = (
             f"{adapter.label} also trained '{next(iter(adapter.saved_modules))}' in full, which a "
             f"file of {format} cannot hold. It is not written."
         )
         raise UnsupportedMethodError(message)
-    carried_tensors(adapter, format)  # refuses what would be lost
+    carried_tensors(adapter, format)  # refuses side tensors that the format cannot hold
     outlines = low_rank_outlines(adapter)
     for outline in outlines.values():
-        refuse(outline)
+        refuse_update(
+            outline,
+            adapter.label,
+            format,
+            layouts=layouts,
+            variants=variants,
+            input_norms=input_norms,
+        )
         outline.known_scale()
     return outlines
 
@@ -80,6 +106,85 @@ def low_rank_outlines(adapter: Adapter) -> dict[str, UpdateOutline]:
     return outlines
 
 
+def refuse_update(
+    update: UpdateOutline,
+    label: str,
+    format: str,
+    *,
+    layouts: Collection[str] = _LAYOUTS,
+    variants: Collection[str] = (DORA,),
+    input_norms: bool = False,
+) -> None:
+    """Raise UnsupportedMethodError for an update that a file of a format cannot express.
+
+    The parameters are those of `writable_outlines`.
+    """
+    if update.layout not in layouts:
+        reason = f"for a weight of layout '{update.layout}', which a file of {format} cannot store"
+    elif update.variant not in ("", *variants):
+        reason = (
+            f"part of a {update.variant} update, which also changes the base weight; a file of "
+            f"{format} cannot store that"
+        )
+    elif update.variant == DORA and not update.has_magnitude:
+        reason = "a DoRA update without its magnitude"
+    elif update.magnitude_side == "input" and not input_norms:
+        reason = f"DoRA with norms of input columns; a file of {format} holds norms of rows"
+    elif update.base_name:
+        reason = f"for the weight '{update.base_name}', and loaders look for '{update.name}'"
+    else:
+        return
+    message = f"'{update.name}' in {label} is {reason}. It is not written."
+    raise UnsupportedMethodError(message)
+
+
+def is_dora(updates: Iterable[UpdateOutline], subject: str, format: str) -> bool:
+    """Return True if all updates are DoRA's, False if none is.
+
+    Raises
+    ------
+    InputError
+        Some are and some are not, which one flag in a config cannot express.
+    """
+    kinds = {update.variant == DORA for update in updates}
+    if len(kinds) > 1:
+        message = (
+            f"{subject}: DoRA in some modules only, which a config of {format} cannot express."
+        )
+        raise InputError(message)
+    return kinds.pop()
+
+
+def exact_alpha(update: UpdateOutline, *, rslora: bool = False) -> float:
+    """Return the alpha of which ``alpha/r`` (``alpha/√r`` with rsLoRA) is the scale of an update.
+
+    Raises
+    ------
+    InputError
+        Scale times rank is not finite.
+    """
+    divisor = math.sqrt(update.rank) if rslora else update.rank
+    scale, alpha = update.known_scale(), update.alpha
+    if alpha is None or alpha / divisor != scale:
+        alpha = scale * divisor
+    if not math.isfinite(alpha):
+        message = f"The alpha of '{update.name}', {scale:g} times {divisor:g}, is not finite."
+        raise InputError(message)
+    # 2.0000000000000004·8 is meant as 16: the nearest whole number that gives the same scale.
+    return float(round(alpha)) if round(alpha) / divisor == scale else float(alpha)
+
+
+def json_number(value: float) -> float:
+    """Return a whole number as an int, which JSON writes without a fraction."""
+    return int(value) if value == int(value) else value
+
+
+def default_and_others(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:
+    """Return the commonest value, and the entries that have a different one."""
+    default, _ = Counter(values.values()).most_common(1)[0]
+    return default, {name: value for name, value in values.items() if value != default}
+
+
 def low_rank_update(adapter: Adapter, name: str) -> LowRankUpdate:
     """Return the update of a module that `low_rank_outlines` found to be of two factors."""
     update = adapter[name]
@@ -89,41 +194,59 @@ def low_rank_update(adapter: Adapter, name: str) -> LowRankUpdate:
     return update
 
 
-def float32(factor: NDArray[np.floating], name: str) -> NDArray[np.float32]:
-    """Return numbers as float32; refuse those that it cannot hold."""
-    with np.errstate(over="ignore"):  # refused below, with the module's name
-        stored = np.ascontiguousarray(factor, dtype=np.float32)
-    if not np.isfinite(stored).all():
-        message = f"A factor of '{name}' is too large for float32, the type it is written in."
-        raise InputError(message)
-    return stored
-
-
 def layer_shapes(outline: UpdateOutline) -> tuple[Shape, Shape]:
     """Return the shapes of A and B as the layer stores them, of a convolution with its kernel."""
-    d_out, d_in = outline.shape
-    a: Shape = (outline.rank, d_in)
-    b: Shape = (d_out, outline.rank)
-    if outline.layout == "conv":
-        a = (outline.rank, d_in // math.prod(outline.kernel), *outline.kernel)
-        b = (*b, *(1 for _ in outline.kernel))
-    return a, b
+    (d_out, d_in), rank, kernel = outline.shape, outline.rank, outline.kernel
+    return (rank, d_in // math.prod(kernel), *kernel), (d_out, rank, *(1 for _ in kernel))
 
 
-def layer_tensors(adapter: Adapter, module: str, shapes: Mapping[str, Shape]) -> list[OutputTensor]:
-    """Return the tensors of one module in float32, read when they are written.
+def norms_shape(outline: UpdateOutline) -> Shape:
+    """Return the shape in which PEFT stores DoRA's norms of a layer's outputs."""
+    ones = (1 for _ in outline.kernel)
+    return (1, outline.shape[0], *ones) if outline.kernel else (outline.shape[0],)
 
-    ``shapes`` gives the shape by key of A, of B, and, if the module has them, of DoRA's norms.
+
+def module_tensors(
+    adapter: Adapter,
+    name: str,
+    a: str,
+    b: str,
+    *,
+    norms: tuple[str, Shape] | None = None,
+    dtypes: tuple[str, str] = ("float32", "float32"),
+) -> list[OutputTensor]:
+    """Return the factors of a module, and DoRA's norms, under their keys.
+
+    Parameters
+    ----------
+    adapter, name
+        The adapter and the module; its numbers are read when they are written.
+    a, b
+        Keys of the two factors, which are written in the shapes of `layer_shapes`.
+    norms
+        Key and shape of DoRA's norms, if they are written.
+    dtypes
+        Stored types of the factors and of the norms.
     """
-    return output_group(shapes, partial(_layer_arrays, adapter, module, shapes))
+    a_shape, b_shape = layer_shapes(adapter.outline(name))
+    entries: list[_Entry] = [(a, "A", a_shape, dtypes[0]), (b, "B", b_shape, dtypes[0])]
+    if norms is not None:
+        entries.append((norms[0], "magnitude", norms[1], dtypes[1]))
+    tensors = []
+    # Tensors of one type stand next to each other in the file, and are read together.
+    for dtype in dict.fromkeys(entry[3] for entry in entries):
+        group = [entry for entry in entries if entry[3] == dtype]
+        shapes = {key: shape for key, _, shape, _ in group}
+        produce = partial(_module_arrays, adapter, name, group)
+        tensors += output_group(shapes, produce, dtype=dtype)
+    return tensors
 
 
-def _layer_arrays(
-    adapter: Adapter, module: str, shapes: Mapping[str, Shape]
-) -> dict[str, NDArray[np.float32]]:
-    update = low_rank_update(adapter, module)
-    parts = [update.A, update.B] + ([] if update.magnitude is None else [update.magnitude])
+def _module_arrays(
+    adapter: Adapter, name: str, entries: Sequence[_Entry]
+) -> dict[str, NDArray[Any]]:
+    update = low_rank_update(adapter, name)
     return {
-        key: float32(part, module).reshape(shape)
-        for (key, shape), part in zip(shapes.items(), parts, strict=True)
+        key: narrow(getattr(update, role), dtype, f"{role} of '{name}'").reshape(shape)
+        for key, role, shape, dtype in entries
     }

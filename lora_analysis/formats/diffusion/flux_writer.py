@@ -12,25 +12,16 @@ from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import InputError
 from lora_analysis.formats.diffusion.flux import BARE, NAME, PROCESSOR_KEYS, processor_key
-from lora_analysis.formats.diffusion.image_metadata import image_metadata
-from lora_analysis.formats.diffusion.image_writing import (
-    PlannedModule,
-    alpha_tensor,
-    factor_tensors,
-    norms_tensor,
-    planned_modules,
-)
+from lora_analysis.formats.diffusion.image_writing import image_file, planned_modules
 from lora_analysis.formats.diffusion.kohya import FLATTENED
-from lora_analysis.formats.diffusion.kohya_writer import FILE_NAME, PATH, module_tensors
+from lora_analysis.formats.diffusion.kohya_writer import FILE_NAME, PATH, kohya_tensors
 from lora_analysis.formats.side_tensors import side_output
-from lora_analysis.storage.tensor_writer import safetensors_content
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from lora_analysis.adapter import Adapter
     from lora_analysis.storage.atomic import Content
-    from lora_analysis.storage.tensor_writer import OutputTensor
 
 _NAMED: Final = re.compile(r"(diffusion_model|text_encoders)\..+")
 _DENOISER: Final = re.compile(r"(transformer|unet)\.(?P<path>.+)")
@@ -43,16 +34,28 @@ def contents(adapter: Adapter) -> dict[str, Content]:
     names = authors_names(modules)
     if all(FLATTENED.fullmatch(name) for name in names.values()):
         message = (
-            f"The modules of {adapter.label} have kohya's names, which have lost the paths that "
-            "ComfyUI's keys are made from. Write it as kohya's (command line: --to kohya)."
+            f"The modules of {adapter.label} have kohya's names, from which the paths in ComfyUI's "
+            "keys cannot be recovered. Write it as kohya's (command line: --to kohya)."
         )
         raise InputError(message)
     processors = bool(adapter.config.get(PROCESSOR_KEYS))
     tensors = side_output(adapter, NAME)
     for module, plan in modules.items():
-        tensors += _module_tensors(adapter, plan, names[module], processors=processors)
-    metadata = image_metadata(adapter, NAME, modules.values(), tensors)
-    return {FILE_NAME: safetensors_content(tensors, {"format": "pt", **metadata})}
+        name = names[module]
+        if FLATTENED.fullmatch(name):
+            tensors += kohya_tensors(adapter, plan, name)
+            continue
+        stem = processor_key(name) if processors else None
+        a, b = ("down", "up") if stem else ("lora_A", "lora_B")
+        stem = stem or name
+        tensors += plan.tensors(
+            adapter,
+            f"{stem}.{a}.weight",
+            f"{stem}.{b}.weight",
+            alpha=f"{stem}.alpha" if plan.outline.scale != 1 else None,
+            norms=f"{stem}.dora_scale",
+        )
+    return image_file(adapter, NAME, FILE_NAME, modules.values(), tensors)
 
 
 def authors_names(modules: Iterable[str]) -> dict[str, str]:
@@ -83,19 +86,3 @@ def _authors_name(module: str) -> str:
         return module
     denoiser = _DENOISER.fullmatch(module)
     return f"diffusion_model.{denoiser['path'] if denoiser else module}"
-
-
-def _module_tensors(
-    adapter: Adapter, plan: PlannedModule, name: str, *, processors: bool
-) -> list[OutputTensor]:
-    if FLATTENED.fullmatch(name):
-        return module_tensors(adapter, plan, name)
-    stem = processor_key(name) if processors else None
-    a, b = ("down", "up") if stem else ("lora_A", "lora_B")
-    stem = stem or name
-    tensors = factor_tensors(adapter, plan, f"{stem}.{a}.weight", f"{stem}.{b}.weight")
-    if plan.scale != 1:
-        tensors.append(alpha_tensor(f"{stem}.alpha", plan.alpha))
-    if plan.norms:
-        tensors.append(norms_tensor(adapter, plan, f"{stem}.dora_scale", plan.norms))
-    return tensors

@@ -1,118 +1,138 @@
-"""What the writers for image models have in common: modules, alphas, stored types.
+"""Files of image models: modules with alphas and stored types, metadata brought up to date.
 
-Each module is first described from its outline (`PlannedModule`); its numbers are read when the
-file is written, module by module, so that no more than one of them is in memory.
+Trainers state ranks, alphas, captions and trigger words as strings in the header of a file.
+sd-scripts' ``networks/resize_lora.py`` keeps all of them and updates rank, alpha, comment and the
+two hashes by which sd-webui's extensions recognize a model (``library/train_util.py``,
+``precalculate_safetensors_hashes``): of the tensors alone, and of 64 kB behind the first megabyte,
+both of the file as it would be with the ``ss_*`` entries as its only metadata.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
 
 import numpy as np
 
-from lora_analysis.errors import InputError, UnsupportedMethodError
 from lora_analysis.formats.peft.module_pairs import DORA
-from lora_analysis.formats.written import factors_alone, low_rank_update
-from lora_analysis.storage.dtypes import is_exact, narrow, narrowed_type
-from lora_analysis.storage.tensor_writer import OutputTensor, output_array, output_group
+from lora_analysis.formats.side_tensors import carried_metadata, source_format
+from lora_analysis.formats.written import (
+    exact_alpha,
+    low_rank_update,
+    module_tensors,
+    norms_shape,
+    writable_outlines,
+)
+from lora_analysis.storage.dtypes import is_exact, narrowed_type
+from lora_analysis.storage.tensor_writer import (
+    output_array,
+    safetensors_content,
+    write_safetensors,
+)
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from collections.abc import Iterable, Mapping, Sequence
 
     from lora_analysis.adapter import Adapter, UpdateOutline
+    from lora_analysis.formats.written import Shape
+    from lora_analysis.storage.atomic import Content
+    from lora_analysis.storage.tensor_writer import OutputTensor
 
-_LAYOUTS: Final = ("linear", "conv")
+_DIM: Final = "ss_network_dim"
+_ALPHA: Final = "ss_network_alpha"
+_COMMENT: Final = "ss_training_comment"
+_MODEL_HASH: Final = "sshs_model_hash"
+_LEGACY_HASH: Final = "sshs_legacy_hash"
+# Also computed from the tensors' bytes (the ModelSpec of Stability AI).
+_SPEC_HASH: Final = "modelspec.hash_sha256"
+_SEVERAL: Final = "Dynamic"
+# What the legacy hash is computed from, in bytes of the file.
+_LEGACY_RANGE: Final = (0x100000, 0x110000)
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedModule:
-    """What a writer knows of a module before it reads the module's numbers for the file.
+    """A module before its numbers are read for the file.
 
-    ``dtype`` is the type its factors are written in: that of its source, if it holds them exactly.
-    ``norms`` is the shape of DoRA's magnitude as LyCORIS stores it, None without one.
+    ``dtypes`` are the types in which its factors and DoRA's norms are written: those of its
+    source, if they hold the numbers exactly.
     """
 
     name: str
-    rank: int
-    shape: tuple[int, int]
-    kernel: tuple[int, ...]
-    dtype: str
-    scale: float
+    outline: UpdateOutline
     alpha: float
-    norms: tuple[int, ...] | None
-    norms_dtype: str
-    magnitude_side: str
+    dtypes: tuple[str, str]
 
-    @property
-    def a_shape(self) -> tuple[int, ...]:
-        """Shape of A as a layer stores it, a convolution's with its kernel."""
-        channels = self.shape[1] // math.prod(self.kernel)
-        return (self.rank, channels, *self.kernel)
+    def tensors(
+        self,
+        adapter: Adapter,
+        a: str,
+        b: str,
+        *,
+        alpha: str | None = None,
+        norms: str = "",
+        peft_norms: bool = False,
+    ) -> list[OutputTensor]:
+        """Return the module's tensors under keys; alpha only if it has a key, norms if DoRA's.
 
-    @property
-    def b_shape(self) -> tuple[int, ...]:
-        """Shape of B as a layer stores it."""
-        return (self.shape[0], self.rank, *(1 for _ in self.kernel))
+        The norms have the shape in which LyCORIS stores them, or PEFT (``peft_norms``).
+        """
+        outline = self.outline
+        shape = norms_shape(outline) if peft_norms else _lycoris_norms_shape(outline)
+        tensors = module_tensors(
+            adapter,
+            self.name,
+            a,
+            b,
+            norms=(norms, shape) if outline.has_magnitude else None,
+            dtypes=self.dtypes,
+        )
+        if alpha is not None:
+            # float32 if that holds the alpha exactly.
+            with np.errstate(over="ignore", under="ignore"):
+                narrow_alpha = np.array(self.alpha, np.float32)
+            exact = float(narrow_alpha) == self.alpha
+            tensors.append(output_array(alpha, narrow_alpha if exact else np.array(self.alpha)))
+        return tensors
 
 
-def planned_modules(adapter: Adapter, format: str) -> dict[str, PlannedModule]:
-    """Return what is written of each module of an adapter, all of which such a file can hold.
+def _lycoris_norms_shape(outline: UpdateOutline) -> Shape:
+    ones = tuple(1 for _ in outline.kernel)
+    if outline.magnitude_side == "input":
+        return (1, outline.shape[1] // math.prod(outline.kernel), *ones)
+    return (outline.shape[0], 1, *ones)
+
+
+def planned_modules(
+    adapter: Adapter, format: str, *, input_norms: bool = True
+) -> dict[str, PlannedModule]:
+    """Return the modules of an adapter, all of which a file of an image format can hold.
+
+    ``input_norms``: the format can store DoRA's norms of input columns.
 
     Raises
     ------
     InputError
-        The adapter has no modules, a dense update, a layout that the format cannot express, or
-        numbers that its type cannot hold.
+        The adapter has no modules, a dense update, or an alpha that is not finite.
     UnsupportedMethodError
-        More than the factors was trained, or the update needs more than two of them.
+        More than the factors was trained, or the format cannot express an update.
     ScaleError
         A scale is not known.
     """
-    outlines = factors_alone(
-        adapter, format, lambda update: _refuse_inexpressible(update, adapter.label, format)
+    outlines = writable_outlines(
+        adapter, format, layouts=("linear", "conv"), variants=(DORA,), input_norms=input_norms
     )
-    return {name: _planned(adapter, name, outline) for name, outline in outlines.items()}
-
-
-def _refuse_inexpressible(update: UpdateOutline, label: str, format: str) -> None:
-    if update.layout not in _LAYOUTS:
-        message = (
-            f"'{update.name}' in {label} adapts a weight of layout '{update.layout}', which a file "
-            f"of {format} cannot say; its loaders would add the update the other way round."
+    return {
+        name: PlannedModule(
+            name, outline, exact_alpha(outline), _stored_types(adapter, name, outline)
         )
-        raise InputError(message)
-    if update.variant not in ("", DORA):
-        reason = f"a part of {update.variant}, which also changes the base weight"
-    elif update.variant == DORA and not update.has_magnitude:
-        reason = "DoRA's, but holds no magnitude"
-    elif update.base_name:
-        reason = f"for the weight '{update.base_name}', and loaders look for '{update.name}'"
-    else:
-        return
-    message = f"'{update.name}' in {label} is {reason}. It is not written."
-    raise UnsupportedMethodError(message)
+        for name, outline in outlines.items()
+    }
 
 
-def _planned(adapter: Adapter, name: str, outline: UpdateOutline) -> PlannedModule:
-    dtype, norms_dtype = _written_types(adapter, name, outline)
-    return PlannedModule(
-        name=name,
-        rank=outline.rank,
-        shape=outline.shape,
-        kernel=outline.kernel,
-        dtype=dtype,
-        scale=outline.known_scale(),
-        alpha=exact_alpha(outline),
-        norms=_norms_shape(outline),
-        norms_dtype=norms_dtype,
-        magnitude_side=outline.magnitude_side,
-    )
-
-
-def _written_types(adapter: Adapter, name: str, outline: UpdateOutline) -> tuple[str, str]:
+def _stored_types(adapter: Adapter, name: str, outline: UpdateOutline) -> tuple[str, str]:
     """Return the types of the factors and of DoRA's norms: the source's if it holds the numbers.
 
     Readers multiply some tensors out (Tucker cores, learned scalars), whose products it does not.
@@ -126,58 +146,118 @@ def _written_types(adapter: Adapter, name: str, outline: UpdateOutline) -> tuple
     return stored if exact else "float32", stored if norms_exact else "float32"
 
 
-def _norms_shape(outline: UpdateOutline) -> tuple[int, ...] | None:
-    if not outline.has_magnitude:
-        return None
-    d_out, d_in = outline.shape
-    if outline.magnitude_side == "input":
-        return (1, d_in // math.prod(outline.kernel), *(1 for _ in outline.kernel))
-    return (d_out, 1, *(1 for _ in outline.kernel))
+def image_file(
+    adapter: Adapter,
+    format: str,
+    name: str,
+    modules: Iterable[PlannedModule],
+    tensors: Sequence[OutputTensor],
+    *,
+    more: Mapping[str, str] | None = None,
+) -> dict[str, Content]:
+    """Return a file of an image format by its name.
+
+    Parameters
+    ----------
+    adapter, format, name
+        The adapter, the format that is written, and the file's name.
+    modules
+        The modules that are written, for their ranks and alphas.
+    tensors
+        All tensors that are written; read once for the hashes if the file states any.
+    more
+        Further entries of the metadata.
+    """
+    metadata = image_metadata(adapter, format, modules, tensors)
+    return {name: safetensors_content(tensors, {"format": "pt", **metadata, **(more or {})})}
 
 
-def exact_alpha(update: UpdateOutline) -> float:
-    """Return the alpha of which ``alpha/r`` is the update's scale; whole where it is whole."""
-    scale, rank, stated = update.known_scale(), update.rank, update.alpha
-    alpha = stated if stated is not None and stated / rank == scale else scale * rank
-    if not np.isfinite(alpha):
-        message = f"The alpha of '{update.name}', {scale:g} times its rank {rank}, is not finite."
-        raise InputError(message)
-    # 2.0000000000000004·8 is meant as 16: the nearest whole number that gives the same scale.
-    return float(round(alpha)) if round(alpha) / rank == scale else alpha
+def image_metadata(
+    adapter: Adapter,
+    format: str,
+    modules: Iterable[PlannedModule],
+    tensors: Sequence[OutputTensor],
+) -> dict[str, str]:
+    """Return the metadata of the source, with the entries updated that no longer hold.
+
+    Parameters are those of `image_file`.
+    """
+    carried = carried_metadata(adapter, format)
+    metadata = {**carried, **_updated_network(adapter, format, carried, list(modules))}
+    if format == "kohya" or metadata.keys() & {_MODEL_HASH, _LEGACY_HASH, _SPEC_HASH}:
+        model, legacy = model_hashes(tensors, metadata)
+        metadata |= {_MODEL_HASH: model, _LEGACY_HASH: legacy}
+        if _SPEC_HASH in metadata:
+            metadata[_SPEC_HASH] = f"0x{model}"
+    return metadata
 
 
-def factor_tensors(adapter: Adapter, plan: PlannedModule, a: str, b: str) -> list[OutputTensor]:
-    """Return the two factors of a module under their keys, read together when they are written."""
-    shapes = {a: plan.a_shape, b: plan.b_shape}
-    return output_group(shapes, partial(_factors, adapter, plan, a, b), dtype=plan.dtype)
+def _updated_network(
+    adapter: Adapter, format: str, carried: Mapping[str, str], modules: Sequence[PlannedModule]
+) -> dict[str, str]:
+    """Return the entries on rank and alpha; those of a file that was not edited stay as they are.
+
+    Convolutions often have a rank of their own, which such a file states elsewhere.
+    """
+    edited = adapter.provenance.format == "memory"
+    if not (format == "kohya" or _DIM in carried) or (_DIM in carried and not edited):
+        return {}
+    dim = _common([str(module.outline.rank) for module in modules])
+    updated = {_DIM: dim, _ALPHA: _common([str(module.alpha) for module in modules])}
+    base = adapter.provenance.base_model
+    if not carried and base:
+        updated["ss_base_model_version"] = base
+    before = carried.get(_DIM)
+    if edited and source_format(adapter) == format and dim != before:
+        start = f" from {before}" if before else ""
+        to = "Dynamic resize{}" if dim == _SEVERAL else f"dimension is resized{{}} to {dim}"
+        updated[_COMMENT] = f"{to.format(start)}; {carried.get(_COMMENT, '')}"
+    return updated
 
 
-def _factors(adapter: Adapter, plan: PlannedModule, a: str, b: str) -> dict[str, NDArray[Any]]:
-    update = low_rank_update(adapter, plan.name)
-    return {
-        a: narrow(update.A, plan.dtype, f"A of '{plan.name}'").reshape(plan.a_shape),
-        b: narrow(update.B, plan.dtype, f"B of '{plan.name}'").reshape(plan.b_shape),
-    }
+def _common(values: Sequence[str]) -> str:
+    return values[0] if len(set(values)) == 1 else _SEVERAL
 
 
-def norms_tensor(
-    adapter: Adapter, plan: PlannedModule, key: str, shape: tuple[int, ...]
-) -> OutputTensor:
-    """Return DoRA's magnitude of a module under a key, in the shape that loaders expect."""
-    return OutputTensor(key, plan.norms_dtype, shape, partial(_norms, adapter, plan, shape))
+def model_hashes(tensors: Iterable[OutputTensor], metadata: Mapping[str, str]) -> tuple[str, str]:
+    """Return the two hashes of a file as sd-scripts computes them, from one pass over its tensors.
+
+    Parameters
+    ----------
+    tensors
+        The tensors of the file.
+    metadata
+        Its metadata, of which the ``ss_*`` entries count.
+
+    Returns
+    -------
+    tuple of str
+        ``sshs_model_hash``, 64 hexadecimal digits, and ``sshs_legacy_hash``, 8 of them.
+    """
+    digests = _Digests()
+    counted = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    write_safetensors(cast("BinaryIO", digests), tensors, counted)
+    return digests.model.hexdigest(), digests.legacy.hexdigest()[:8]
 
 
-def _norms(adapter: Adapter, plan: PlannedModule, shape: tuple[int, ...]) -> NDArray[Any]:
-    magnitude = low_rank_update(adapter, plan.name).magnitude
-    if magnitude is None:
-        message = f"'{plan.name}' in {adapter.label} lost its magnitude while it was written."
-        raise InputError(message)
-    return narrow(magnitude, plan.norms_dtype, f"magnitude of '{plan.name}'").reshape(shape)
+class _Digests:
+    """A stream that keeps nothing but the digests of what is written to it."""
 
+    def __init__(self) -> None:
+        self.model = hashlib.sha256()
+        self.legacy = hashlib.sha256()
+        self._start = b""  # the first eight bytes, which give the length of the header
+        self._written = 0
 
-def alpha_tensor(key: str, alpha: float) -> OutputTensor:
-    """Return alpha as float32 where that holds it exactly, as float64 where it does not."""
-    with np.errstate(over="ignore", under="ignore"):
-        narrow_alpha = np.array(alpha, np.float32)
-    exact = float(narrow_alpha) == alpha
-    return output_array(key, narrow_alpha if exact else np.array(alpha, np.float64))
+    def write(self, data: Any) -> int:
+        """Take the next bytes of a safetensors file."""
+        view = memoryview(data).cast("B")
+        missing = 8 - len(self._start)
+        self._start += bytes(view[:missing]) if missing else b""
+        header_end = 8 + int.from_bytes(self._start, "little") if len(self._start) == 8 else None
+        if header_end is not None:
+            self.model.update(view[max(header_end - self._written, 0) :])
+        first, last = (max(edge - self._written, 0) for edge in _LEGACY_RANGE)
+        self.legacy.update(view[first:last])
+        self._written += len(view)
+        return len(view)

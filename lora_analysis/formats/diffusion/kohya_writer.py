@@ -6,18 +6,10 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import InputError
-from lora_analysis.formats.diffusion.image_metadata import image_metadata
-from lora_analysis.formats.diffusion.image_writing import (
-    PlannedModule,
-    alpha_tensor,
-    factor_tensors,
-    norms_tensor,
-    planned_modules,
-)
+from lora_analysis.formats.diffusion.image_writing import PlannedModule, image_file, planned_modules
 from lora_analysis.formats.diffusion.kohya import FLATTENED, NAME, SPELLINGS
 from lora_analysis.formats.side_tensors import side_output
 from lora_analysis.names import split_component, strip_wrappers
-from lora_analysis.storage.tensor_writer import safetensors_content
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,7 +18,7 @@ if TYPE_CHECKING:
     from lora_analysis.storage.atomic import Content
     from lora_analysis.storage.tensor_writer import OutputTensor
 
-# Of a file in a folder that has no name of its own: the folder's name takes the star's place.
+# A file without a name of its own in a folder: the folder's name replaces the star.
 FILE_NAME: Final = "*.safetensors"
 # Component of a pipeline → prefix of its modules' names.
 _PREFIXES: Final = {
@@ -38,7 +30,7 @@ _PREFIXES: Final = {
     "text_encoder_3": "lora_te3_",
     "text_encoder_4": "lora_te4_",
 }
-# Names of the first text encoder that do not say whether there is a second one.
+# Names of the first text encoder that leave open whether there is a second one.
 _FIRST_ENCODERS: Final = ("text_encoder.", "cond_stage_model.", "te.")
 # Blocks as diffusers names them. ComfyUI looks for these under OneTrainer's prefix, for the names
 # of a model's authors under "lora_unet_"; sd-scripts knows the authors' names alone.
@@ -51,18 +43,17 @@ def contents(adapter: Adapter) -> dict[str, Content]:
     """Return ``adapter`` as sd-scripts' file, by its name; see :func:`lora_analysis.write_adapter`.
 
     Dots in a module's name become underscores after the prefix of its component; one without a
-    component is the denoiser's (``lora_unet_``). Names that kohya's files gave are kept.
+    component is the denoiser's (``lora_unet_``). Names that kohya's files gave are unchanged.
     """
     modules = planned_modules(adapter, NAME)
     names = flattened_names(modules)
     tensors = side_output(adapter, NAME)
     for module, plan in modules.items():
-        tensors += module_tensors(adapter, plan, names[module])
-    metadata = image_metadata(adapter, NAME, modules.values(), tensors)
-    return {FILE_NAME: safetensors_content(tensors, {"format": "pt", **metadata})}
+        tensors += kohya_tensors(adapter, plan, names[module])
+    return image_file(adapter, NAME, FILE_NAME, modules.values(), tensors)
 
 
-def module_tensors(adapter: Adapter, plan: PlannedModule, name: str) -> list[OutputTensor]:
+def kohya_tensors(adapter: Adapter, plan: PlannedModule, name: str) -> list[OutputTensor]:
     """Return the tensors of one module under kohya's keys.
 
     Raises
@@ -73,11 +64,13 @@ def module_tensors(adapter: Adapter, plan: PlannedModule, name: str) -> list[Out
     if plan.alpha == 0:
         message = f"'{plan.name}' has scale 0, and kohya's loaders take an alpha of 0 for the rank."
         raise InputError(message)
-    tensors = factor_tensors(adapter, plan, f"{name}.lora_down.weight", f"{name}.lora_up.weight")
-    tensors.append(alpha_tensor(f"{name}.alpha", plan.alpha))
-    if plan.norms:
-        tensors.append(norms_tensor(adapter, plan, f"{name}.dora_scale", plan.norms))
-    return tensors
+    return plan.tensors(
+        adapter,
+        f"{name}.lora_down.weight",
+        f"{name}.lora_up.weight",
+        alpha=f"{name}.alpha",
+        norms=f"{name}.dora_scale",
+    )
 
 
 def flattened_names(modules: Iterable[str]) -> dict[str, str]:
@@ -86,15 +79,15 @@ def flattened_names(modules: Iterable[str]) -> dict[str, str]:
     Raises
     ------
     InputError
-        Two modules would have one name, a name has a meaning of its own in kohya's keys, or a
-        module belongs to a component that they do not know.
+        Two modules would have one name, a name has a different meaning in kohya's keys, or a
+        module belongs to a component that they do not have.
     """
     given = list(modules)
     second = any(split_component(module).component == "text_encoder_2" for module in given)
     names: dict[str, str] = {}
     taken: dict[str, str] = {}
     for module in given:
-        name = _flattened(module, several_encoders=second)
+        name = _flattened_name(module, several_encoders=second)
         if taken.setdefault(name, module) != module:
             message = f"'{taken[name]}' and '{module}' would both be '{name}' in kohya's keys."
             raise InputError(message)
@@ -105,11 +98,11 @@ def flattened_names(modules: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def _flattened(module: str, *, several_encoders: bool) -> str:
+def _flattened_name(module: str, *, several_encoders: bool) -> str:
     if FLATTENED.fullmatch(module):
         return module.replace(".", "_")
     if not PATH.fullmatch(module):
-        message = f"'{module}' is no path of a module, which kohya's keys are made from."
+        message = f"'{module}' is not a path of a module, from which kohya's keys are made."
         raise InputError(message)
     path = strip_wrappers(module)
     component, rest = split_component(path)

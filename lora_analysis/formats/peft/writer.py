@@ -1,11 +1,14 @@
-"""The folder that PEFT loads: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+"""The folder that PEFT loads: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+The experts of a stack are written as PEFT stores them: one pair of factors for all, see
+`formats.peft_experts`.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections import Counter
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -14,33 +17,37 @@ import numpy as np
 from lora_analysis.errors import InputError, UnsupportedMethodError
 from lora_analysis.formats.fused_parts import parts_metadata
 from lora_analysis.formats.peft.adapter_config import CONFIG_NAME
-from lora_analysis.formats.peft.experts import without_mark
-from lora_analysis.formats.peft.experts_writer import is_expert, parameter_of, stacked_tensors
-from lora_analysis.formats.peft.module_pairs import DORA
+from lora_analysis.formats.peft.experts import registered_order, without_mark
 from lora_analysis.formats.peft.peft_places import WEIGHTS_NAME
 from lora_analysis.formats.peft.tensor_keys import PREFIX, sort_keys
 from lora_analysis.formats.side_tensors import side_output
-from lora_analysis.formats.written import layer_shapes, layer_tensors, low_rank_outlines
+from lora_analysis.formats.written import (
+    default_and_others,
+    exact_alpha,
+    is_dora,
+    json_number,
+    low_rank_outlines,
+    low_rank_update,
+    module_tensors,
+    norms_shape,
+    refuse_update,
+)
 from lora_analysis.patterns import ModulePatterns, matches_target, pattern_budget
 from lora_analysis.storage.adapter_fields import refuse_more_than_factors
+from lora_analysis.storage.dtypes import narrow
 from lora_analysis.storage.tensor_writer import OutputTensor, safetensors_content
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from lora_analysis.adapter import Adapter, UpdateOutline
-    from lora_analysis.formats.written import Shape
     from lora_analysis.storage.atomic import Content
 
 T = TypeVar("T", int, float)
 
-_FACTOR_ENDS: Final = {
-    "": ("lora_A.weight", "lora_B.weight"),
-    "embedding": ("lora_embedding_A", "lora_embedding_B"),
-}
-_MAGNITUDE: Final = "lora_magnitude_vector"
+_EXPERT: Final = re.compile(r"(.+)\[(\d+)\]")
 # PEFT's fields that leave out some of the modules the targets name. They are not written.
 _NARROWING: Final = ("exclude_modules", "layers_pattern", "layers_to_transform")
 
@@ -50,12 +57,14 @@ def contents(adapter: Adapter) -> dict[str, Content]:
     refuse_more_than_factors(
         adapter.config,
         adapter.label,
-        "which is not written: a model that loads the file would not compute what it did.",
+        "which is not written: a model that loads the file would compute different numbers.",
     )
     side = side_output(adapter, "peft")
     updates = low_rank_outlines(adapter)
     for update in updates.values():
-        _refuse_unsayable(update, adapter)
+        # The name of the weight is that of an expert's stack, or PEFT replicates layers.
+        has_base = _is_expert(update) or adapter.config.get("layer_replication")
+        refuse_update(replace(update, base_name="") if has_base else update, adapter.label, "peft")
     tensors = _tensors(adapter, updates) + side
     config = _config(adapter, updates)
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
@@ -67,49 +76,35 @@ def contents(adapter: Adapter) -> dict[str, Content]:
     }
 
 
-def _refuse_unsayable(update: UpdateOutline, adapter: Adapter) -> None:
-    """Raise for an update that needs more than two factors and a scale to be loaded again."""
-    if update.variant not in ("", DORA):
-        reason = f"a part of {update.variant}, which also changes the base weight"
-    elif update.variant == DORA and not update.has_magnitude:
-        reason = "DoRA's, but holds no magnitude"
-    elif update.magnitude_side == "input":
-        reason = "DoRA's with norms of input columns, and PEFT's are of rows"
-    elif is_expert(update):  # refused below where it is not one of a whole stack
-        return
-    elif update.base_name and not adapter.config.get("layer_replication"):
-        reason = f"for the weight '{update.base_name}', and PEFT would look for '{update.name}'"
-    else:
-        return
-    message = f"'{update.name}' in {adapter.label} is {reason}. It is not written."
-    raise UnsupportedMethodError(message)
-
-
-def _module_shapes(update: UpdateOutline) -> dict[str, Shape]:
-    """Return the shapes of one module's tensors by the end of their keys."""
-    a, b = _FACTOR_ENDS["embedding" if update.layout == "embedding" else ""]
-    shapes: dict[str, Shape] = dict(zip((a, b), layer_shapes(update), strict=True))
-    if update.has_magnitude:
-        rows = update.shape[0]
-        conv = update.layout == "conv"
-        shapes[_MAGNITUDE] = (1, rows, *(1 for _ in update.kernel)) if conv else (rows,)
-    return shapes
+def _is_expert(update: UpdateOutline) -> bool:
+    """Return True if an update is that of one expert of a stack."""
+    return update.base_name.endswith("]")
 
 
 def _tensors(adapter: Adapter, updates: Mapping[str, UpdateOutline]) -> list[OutputTensor]:
     """Return the tensors to write; refuse names that the keys cannot carry."""
-    plain = {name: update for name, update in updates.items() if not is_expert(update)}
-    stacked, tensors = stacked_tensors(adapter, updates, PREFIX)
+    plain = {name: update for name, update in updates.items() if not _is_expert(update)}
+    stacks, tensors = _expert_tensors(adapter, updates)
     for name, update in plain.items():
         stem = f"{PREFIX}{name}"
-        shapes = {f"{stem}.{end}": shape for end, shape in _module_shapes(update).items()}
-        tensors += layer_tensors(adapter, name, shapes)
+        is_embedding = update.layout == "embedding"
+        tensors += module_tensors(
+            adapter,
+            name,
+            f"{stem}.lora_embedding_A" if is_embedding else f"{stem}.lora_A.weight",
+            f"{stem}.lora_embedding_B" if is_embedding else f"{stem}.lora_B.weight",
+            norms=(
+                (f"{stem}.lora_magnitude_vector", norms_shape(update))
+                if update.has_magnitude
+                else None
+            ),
+        )
     for name in adapter.saved_modules:
         saved = np.asarray(adapter.saved_modules[name])  # read for its type and shape alone
         producer = partial(_saved_tensor, adapter, name)
         tensors.append(OutputTensor(f"{PREFIX}{name}", saved.dtype.name, saved.shape, producer))
     read_back = sort_keys(adapter.label, [tensor.name for tensor in tensors])
-    if set(read_back.factors.get(None, {})) != {*plain, *stacked} or (
+    if set(read_back.factors.get(None, {})) != {*plain, *stacks} or (
         set(read_back.saved.get(None, {})) != set(adapter.saved_modules)
     ):
         message = f"{adapter.label}: a module's name has a meaning of its own in PEFT's layout."
@@ -121,34 +116,89 @@ def _saved_tensor(adapter: Adapter, name: str) -> NDArray[Any]:
     return np.asarray(adapter.saved_modules[name])
 
 
-def _alpha(update: UpdateOutline, *, rslora: bool) -> float:
-    """Return the alpha from which PEFT computes the update's scale; whole where it is whole."""
-    divisor = math.sqrt(update.rank) if rslora else update.rank
-    scale = update.known_scale()
-    stated = update.alpha
-    alpha = stated if stated is not None and stated / divisor == scale else scale * divisor
-    # 2.0000000000000004·8 is meant as 16: the nearest whole number that gives the same scale.
-    if round(alpha) / divisor == scale or alpha == round(alpha):
-        return round(alpha)
-    return alpha
+def _expert_tensors(
+    adapter: Adapter, updates: Mapping[str, UpdateOutline]
+) -> tuple[list[str], list[OutputTensor]]:
+    """Return the modules of the stacks' keys, and A ``(r·E, in)`` and B ``(out, r·E)`` of each.
+
+    A goes expert by expert, of B every E-th column is an expert's. Several parameters of one
+    module nest, the one that is registered first innermost.
+
+    Raises
+    ------
+    UnsupportedMethodError
+        A stack lacks an expert, or its experts differ in rank or scale.
+    """
+    stacks: dict[str, dict[str, dict[int, str]]] = {}
+    for name, update in updates.items():
+        if match := _EXPERT.fullmatch(update.base_name):
+            owner, _, parameter = match[1].rpartition(".")
+            stacks.setdefault(owner, {}).setdefault(parameter, {})[int(match[2])] = name
+    modules, tensors = [], []
+    for owner, parameters in stacks.items():
+        for depth, parameter in enumerate(reversed(registered_order(list(parameters)))):
+            members = parameters[parameter]
+            outlines = [updates[name] for name in members.values()]
+            kinds = {(u.shape, u.rank, u.known_scale()) for u in outlines}
+            if sorted(members) != list(range(len(members))) or len(members) < 2 or len(kinds) > 1:
+                message = (
+                    f"{adapter.label}: PEFT stores the experts of '{owner}.{parameter}' all "
+                    f"together with one rank and scale; found {len(members)} of them, up to number "
+                    f"{max(members)}, with {len(kinds)} ranks or scales. It is not written."
+                )
+                raise UnsupportedMethodError(message)
+            ((d_out, d_in), rank, _) = kinds.pop()
+            count = len(members)
+            names = [members[expert] for expert in range(count)]
+            module = owner + ".base_layer" * depth
+            modules.append(module)
+            for role, shape, produce in (
+                ("A", (count * rank, d_in), _stacked_a),
+                ("B", (d_out, rank * count), _stacked_b),
+            ):
+                key = f"{PREFIX}{module}.lora_{role}.weight"
+                tensors.append(
+                    OutputTensor(key, "float32", shape, partial(produce, adapter, names))
+                )
+    return modules, tensors
+
+
+def _stacked_a(adapter: Adapter, names: Sequence[str]) -> NDArray[np.float32]:
+    """Return A of all experts below each other; one expert at a time is loaded."""
+    first = low_rank_update(adapter, names[0]).A
+    whole = np.empty((len(names), *first.shape), np.float32)  # (E, r, in)
+    for expert, name in enumerate(names):
+        whole[expert] = narrow(low_rank_update(adapter, name).A, "float32", f"A of '{name}'")
+    return whole.reshape(-1, first.shape[1])
+
+
+def _stacked_b(adapter: Adapter, names: Sequence[str]) -> NDArray[np.float32]:
+    first = low_rank_update(adapter, names[0]).B
+    whole = np.empty((*first.shape, len(names)), np.float32)  # (out, r, E)
+    for expert, name in enumerate(names):
+        whole[:, :, expert] = narrow(low_rank_update(adapter, name).B, "float32", f"B of '{name}'")
+    return whole.reshape(len(whole), -1)
 
 
 def _config(adapter: Adapter, updates: Mapping[str, UpdateOutline]) -> dict[str, Any]:
-    """Return the config's fields; what only newer versions of PEFT know, only where it is set."""
+    """Return the config's fields; those that only newer versions of PEFT have, only if set."""
     given = adapter.config
+    rslora = bool(given.get("use_rslora"))
     newer = {
         "layer_replication": given.get("layer_replication"),
-        "use_dora": _use_dora(adapter, updates),
+        "use_dora": is_dora(updates.values(), adapter.label, "peft"),
     }
-    rslora = bool(given.get("use_rslora"))
     # A stack of experts goes by the name of its parameter, with one rank and one scale.
-    named = {parameter_of(name, update): update for name, update in updates.items()}
+    named = {
+        update.base_name.rpartition("[")[0] if _is_expert(update) else name: update
+        for name, update in updates.items()
+    }
     rank, rank_pattern = _default_and_pattern({name: u.rank for name, u in named.items()})
     alpha, alpha_pattern = _default_and_pattern(
-        {name: _alpha(update, rslora=rslora) for name, update in named.items()}
+        {name: json_number(exact_alpha(u, rslora=rslora)) for name, u in named.items()}
     )
-    stacks = [name for name, update in named.items() if is_expert(update)]
-    if stacks:  # a reader has to know that A acts on the inputs, which it did not before 0.19
+    stacks = [name for name, update in named.items() if _is_expert(update)]
+    if stacks:  # tells a reader that A acts on the inputs, which it did not before 0.19
         newer |= {"target_parameters": stacks, "peft_version": "0.19.0"}
     return {
         "alpha_pattern": alpha_pattern,
@@ -174,44 +224,30 @@ def _config(adapter: Adapter, updates: Mapping[str, UpdateOutline]) -> dict[str,
     } | {key: value for key, value in newer.items() if value}
 
 
-def _use_dora(adapter: Adapter, updates: Mapping[str, UpdateOutline]) -> bool:
-    """Say whether the adapter is DoRA's; PEFT's config says it of every module or of none."""
-    kinds = {update.variant == DORA for update in updates.values()}
-    if len(kinds) > 1:
-        message = f"{adapter.label} is DoRA in some modules only, which PEFT's config cannot say."
-        raise InputError(message)
-    return kinds.pop()
-
-
 def _default_and_pattern(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:
-    """Return the commonest value, and per module that differs its own.
+    """Return the commonest value, and a pattern for every module that differs.
 
     PEFT takes the first key that matches a module's name or its tail as a regular expression, and
     sorts the keys when it saves. Plain names are used (every version reads them) unless one of
-    them would reach another module; then all are anchored and escaped, and order says nothing.
+    them would match a module with a different value; then all are anchored and escaped.
     """
-    default, _ = Counter(values.values()).most_common(1)[0]
-    plain = {name: value for name, value in values.items() if value != default}
-    if all(_reaches_no_other(name, value, values) for name, value in plain.items()):
-        return default, plain
-    return default, {f"^{re.escape(name)}": value for name, value in plain.items()}
-
-
-def _reaches_no_other(key: str, value: T, values: Mapping[str, T]) -> bool:
-    """Say whether a plain name, read as a pattern, gives ``value`` to no module of another."""
-    if re.escape(key) != key.replace(".", r"\."):
-        return False
-    pattern = ModulePatterns({key: value})
-    return all(pattern.value(name, own) == own for name, own in values.items())
+    default, others = default_and_others(values)
+    for name, value in others.items():
+        pattern = ModulePatterns({name: value})
+        if re.escape(name) != name.replace(".", r"\.") or any(
+            pattern.value(module, expected) != expected for module, expected in values.items()
+        ):
+            return default, {f"^{re.escape(key)}": value for key, value in others.items()}
+    return default, others
 
 
 def _targets(adapter: Adapter, updates: Mapping[str, UpdateOutline]) -> list[str] | str:
-    """Return the given targets where they alone still name the modules, else these in full."""
+    """Return the given targets if they alone still name the modules, else these in full."""
     given = adapter.config.get("target_modules")
     alone = all(adapter.config.get(key) is None for key in _NARROWING)
-    modules = [name for name, update in updates.items() if not is_expert(update)]
-    listed = isinstance(given, list | tuple) and all(isinstance(one, str) for one in given)
-    if not listed and not isinstance(given, str):
+    modules = [name for name, update in updates.items() if not _is_expert(update)]
+    is_list = isinstance(given, list | tuple) and all(isinstance(name, str) for name in given)
+    if not is_list and not isinstance(given, str):
         return modules
     with pattern_budget():
         if given and alone and all(matches_target(name, given) for name in modules):
@@ -220,7 +256,7 @@ def _targets(adapter: Adapter, updates: Mapping[str, UpdateOutline]) -> list[str
 
 
 def _modules_to_save(adapter: Adapter) -> list[str] | None:
-    """Return the modules trained in full, those that hold saved tensors."""
+    """Return the given modules to save, and those of further saved tensors."""
     given = [str(name) for name in adapter.config.get("modules_to_save") or ()]
     covered = [name for name in adapter.saved_modules if any(f".{m}." in f".{name}" for m in given)]
     rest = {n.rpartition(".")[0] for n in adapter.saved_modules if n not in covered}
