@@ -21,7 +21,7 @@ from lora_analysis.studies.sources import ReadLater, read_sources
 from lora_analysis.studies.walk import Visit, Walk
 
 if TYPE_CHECKING:
-    from lora_analysis.execution.protocol import Executor, Tell
+    from lora_analysis.execution.protocol import EventHandler, Executor
 
 Source = Adapter | ReadLater | str | Path
 
@@ -95,7 +95,7 @@ class VisitModule:
 
     question: Question
 
-    def __call__(self, module: str, _tell: Tell) -> Visit:
+    def __call__(self, module: str, _send_event: EventHandler) -> Visit:
         """Visit a module, having opened the adapters the first time."""
         token = self.question.token
         if token not in _held:
