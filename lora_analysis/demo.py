@@ -16,13 +16,12 @@ from lora_analysis.training import (
     DataOptions,
     LoopOptions,
     RunConfig,
-    SweepProgress,
     base_folder,
     demo_sweep,
     run_sweep,
 )
-from lora_analysis.training.digits import require_digits
-from lora_analysis.training.minilm import minilm_folder
+from lora_analysis.training.demo_data import require_digits
+from lora_analysis.training.inputs import minilm_folder
 from lora_analysis.training.options import DOCSTRINGS, MINILM
 from lora_analysis.training.sweep import SWEEP_NAME
 
@@ -41,8 +40,8 @@ def text_sweep() -> list[RunConfig]:
     on both tasks with the same three seeds, so that pairs of different tasks and one seed show the
     effect of a shared initialization; ranks 4 and 64 on the first task with two seeds.
     """
-    cells = [(task, 8, seed) for task in ("scipy", "sklearn") for seed in (0, 1, 2)]
-    cells += [("scipy", rank, seed) for rank in (4, 64) for seed in (0, 1)]
+    jobs = [(task, 8, seed) for task in ("scipy", "sklearn") for seed in (0, 1, 2)]
+    jobs += [("scipy", rank, seed) for rank in (4, 64) for seed in (0, 1)]
     return [
         RunConfig(
             task=task,
@@ -54,7 +53,7 @@ def text_sweep() -> list[RunConfig]:
             data=DataOptions(source=DOCSTRINGS, max_length=64, test_share=0.2),
             loop=LoopOptions(steps=60, batch_size=16, lr=3e-3, warmup_steps=6, evaluations=1),
         )
-        for task, rank, seed in cells
+        for task, rank, seed in jobs
     ]
 
 
@@ -79,8 +78,8 @@ def train_demo(
     # A missing extra is reported at once, not by every run after its worker has started.
     _ = minilm_folder() if text else require_digits()
     configs = text_sweep() if text else demo_sweep()
-    watch = SweepProgress(progress, len(configs)) if progress else None
-    return run_sweep(configs, folder, device=device, force=force, progress=watch).all_folders()
+    result = run_sweep(configs, folder, device=device, force=force, progress=progress)
+    return result.all_folders()
 
 
 def trained_before(folder: Path) -> list[Path]:

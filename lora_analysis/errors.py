@@ -30,6 +30,8 @@ next step.
 from __future__ import annotations
 
 import errno
+import importlib.util
+import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -122,6 +124,37 @@ class OutOfMemoryError(LoraAnalysisError, MemoryError):
 
 class MissingExtraError(LoraAnalysisError, ImportError):
     """An optional dependency is needed and not installed."""
+
+
+def require_package(module: str, extra: str, purpose: str, *, package: str | None = None) -> None:
+    """Raise unless an optional package is installed.
+
+    Parameters
+    ----------
+    module
+        Name of its top-level module.
+    extra
+        Extra of this package that installs it.
+    purpose
+        Beginning of the message: "Training".
+    package
+        Name under which it is installed, if it is not the module's.
+
+    Raises
+    ------
+    MissingExtraError
+        The module cannot be found.
+    """
+    try:
+        present = bool(sys.modules.get(module) or importlib.util.find_spec(module))
+    except (ImportError, ValueError):
+        present = False
+    if not present:
+        message = (
+            f"{purpose} needs {package or module}, which is not installed. "
+            f"Run: pip install 'lora-analysis[{extra}]'"
+        )
+        raise MissingExtraError(message)
 
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)

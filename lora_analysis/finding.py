@@ -459,14 +459,22 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A source or a module that could not be analyzed, and why."""
+    """A source that could not be analyzed or a run that could not be trained, and why.
+
+    ``error`` and ``attempts`` are known if it failed in this program.
+    """
 
     source: str
     reason: str
+    error: Exception | None = field(default=None, compare=False)
+    attempts: int = 1
 
-    def to_dict(self) -> dict[str, str]:
-        """Return source and reason, as JSON output has them."""
-        return {"source": self.source, "reason": self.reason}
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields for JSON output."""
+        fields: dict[str, Any] = {"source": self.source, "reason": self.reason}
+        if self.error is not None:
+            fields |= {"kind": type(self.error).__name__, "attempts": self.attempts}
+        return fields
 
 
 def as_findings(findings: tuple[Finding | str, ...]) -> tuple[Finding, ...]:

@@ -11,36 +11,36 @@ from pathlib import Path
 from lora_analysis.errors import InputError
 
 
-def square(cell, tell):
-    tell(("at", cell))
-    return cell * cell
+def square(job, send_event):
+    send_event(("at", job))
+    return job * job
 
 
-def refuse_three(cell, tell):
-    if cell == 3:
+def refuse_three(job, send_event):
+    if job == 3:
         message = "three is refused"
         raise InputError(message)
-    return cell
+    return job
 
 
 class Tally:
-    """Fail at one cell as often as asked, counting the attempts in files of a folder."""
+    """Fail at one job as often as asked, counting the attempts in files of a folder."""
 
     def __init__(self, folder: Path, *, failures: int, how: str) -> None:
         self.folder, self.failures, self.how = folder, failures, how
 
-    def attempts(self, cell) -> int:
-        return len(list(self.folder.glob(f"{cell}-*")))
+    def attempts(self, job) -> int:
+        return len(list(self.folder.glob(f"{job}-*")))
 
-    def __call__(self, cell, tell):  # noqa: ARG002
-        number = self.attempts(cell) + 1
-        (self.folder / f"{cell}-{number}").touch()
-        if cell == 2 and number <= self.failures:
+    def __call__(self, job, send_event):  # noqa: ARG002
+        number = self.attempts(job) + 1
+        (self.folder / f"{job}-{number}").touch()
+        if job == 2 and number <= self.failures:
             if self.how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             message = f"attempt {number}"
             raise RuntimeError(message)
-        return cell
+        return job
 
 
 class ForeignError(Exception):
@@ -50,15 +50,15 @@ class ForeignError(Exception):
         super().__init__(f"{one} and {two}")
 
 
-def raise_foreign(cell, tell):
-    raise ForeignError(cell, "more")
+def raise_foreign(job, send_event):
+    raise ForeignError(job, "more")
 
 
-def return_function(cell, tell):
-    return lambda: cell
+def return_function(job, send_event):
+    return lambda: job
 
 
-def setting(cell, tell):
+def setting(job, send_event):
     import numpy as np
     from threadpoolctl import threadpool_info
 
@@ -67,12 +67,12 @@ def setting(cell, tell):
     return os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES"), threads
 
 
-def print_something(cell, tell):
+def print_something(job, send_event):
     print("from the work")  # noqa: T201
     sys.stdout.flush()
 
 
-def here(cell, tell):
+def here(job, send_event):
     return str(Path.cwd())
 
 
@@ -82,24 +82,24 @@ class UntilStopped:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def __call__(self, cell, tell):
-        (self.folder / f"started-{cell}").write_text(str(os.getpid()))
+    def __call__(self, job, send_event):
+        (self.folder / f"started-{job}").write_text(str(os.getpid()))
         try:
             while True:
-                tell(cell)
+                send_event(job)
                 time.sleep(0.02)
         finally:
-            (self.folder / f"stopped-{cell}").touch()
+            (self.folder / f"stopped-{job}").touch()
 
 
 class Meeting:
-    """End when as many cells as asked have begun; return the process."""
+    """End when as many jobs as asked have begun; return the process."""
 
     def __init__(self, folder: Path, count: int) -> None:
         self.folder, self.count = folder, count
 
-    def __call__(self, cell, tell):  # noqa: ARG002
-        (self.folder / str(cell)).touch()
+    def __call__(self, job, send_event):  # noqa: ARG002
+        (self.folder / str(job)).touch()
         for _ in range(3000):
             if len(list(self.folder.iterdir())) == self.count:
                 return os.getpid()
@@ -108,9 +108,9 @@ class Meeting:
         raise InputError(message)
 
 
-def address(cell, tell):
-    """Return the address of the machine, when another cell has begun as well."""
+def address(job, send_event):
+    """Return the address of the machine, when another job has begun as well."""
     import ray
 
-    Meeting(Path(os.environ["MEETING"]), 2)(cell, tell)
+    Meeting(Path(os.environ["MEETING"]), 2)(job, send_event)
     return ray.util.get_node_ip_address()

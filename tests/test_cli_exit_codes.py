@@ -261,7 +261,7 @@ def test_a_sweep_of_which_nothing_is_left_names_each_failure_and_is_refused(
 
     write_tiny_base(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lora_analysis.training.cells.train_run", fail)
+    monkeypatch.setattr("lora_analysis.training.jobs.train_run", fail)
     Path("plan.toml").write_text(PLAN.format(axis="seed = [0, 1]"))
     assert run(["sweep", "plan.toml", "--format", "json"]) == expected
     out, err = capsys.readouterr()
@@ -272,8 +272,8 @@ def test_a_sweep_of_which_nothing_is_left_names_each_failure_and_is_refused(
 def test_notes_of_a_training_are_findings_in_the_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def train(config: Any, folder: Path, *, progress: Any, **_: Any) -> None:
-        progress(RunEvent(config.name, "note", 0, 1, note="3 rows are left out."))
+    def train(config: Any, folder: Path, *, on_event: Any, **_: Any) -> None:
+        on_event(RunEvent(config.name, "note", 0, 1, note="3 rows are left out."))
         folder.mkdir()
         (folder / "manifest.json").write_text(f'{{"name": "{config.name}", "steps": 1}}')
 

@@ -18,7 +18,7 @@ from documents import ROOT, Page, blocks, copy_tree, fits
 import lora_analysis
 from lora_analysis import demo, formats, write_report
 from lora_analysis.cli import VERBS
-from lora_analysis.execution.serial import SerialExecutor
+from lora_analysis.execution.protocol import SerialExecutor
 from lora_analysis.formats import registry
 from lora_analysis.training import LoopOptions, RunConfig, sweep
 

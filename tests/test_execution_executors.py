@@ -24,8 +24,7 @@ from lora_analysis.errors import (
 )
 from lora_analysis.execution.cluster import RayExecutor
 from lora_analysis.execution.processes import ProcessExecutor
-from lora_analysis.execution.protocol import Executor, Retried
-from lora_analysis.execution.serial import SerialExecutor
+from lora_analysis.execution.protocol import Executor, Retried, SerialExecutor
 
 CLUSTER = pytest.param("ray", marks=pytest.mark.cluster)
 
@@ -66,22 +65,22 @@ executors_with_workers = pytest.mark.parametrize("name", ["process", CLUSTER])
 
 
 @every_executor
-def test_every_cell_has_its_result_and_what_it_told(make, name: str) -> None:
+def test_every_job_has_its_result_and_what_it_told(make, name: str) -> None:
     told: list[object] = []
-    outcomes = list(make(name).map(work.square, range(7), tell=told.append))
-    assert sorted((one.cell, one.result) for one in outcomes) == [(n, n * n) for n in range(7)]
+    outcomes = list(make(name).map(work.square, range(7), on_event=told.append))
+    assert sorted((one.job, one.result) for one in outcomes) == [(n, n * n) for n in range(7)]
     assert all(one.error is None and one.attempts == 1 for one in outcomes)
     assert sorted(told) == [("at", n) for n in range(7)]
 
 
 @every_executor
-def test_without_cells_there_is_nothing_to_do(make, name: str) -> None:
+def test_without_jobs_there_is_nothing_to_do(make, name: str) -> None:
     assert list(make(name).map(work.square, [])) == []
 
 
 @every_executor
 def test_what_was_given_wrongly_is_not_tried_again(make, name: str) -> None:
-    outcomes = {one.cell: one for one in make(name).map(work.refuse_three, range(5))}
+    outcomes = {one.job: one for one in make(name).map(work.refuse_three, range(5))}
     assert {n: one.result for n, one in outcomes.items()} == {0: 0, 1: 1, 2: 2, 3: None, 4: 4}
     assert isinstance(outcomes[3].error, InputError)
     assert str(outcomes[3].error) == "three is refused"
@@ -89,44 +88,44 @@ def test_what_was_given_wrongly_is_not_tried_again(make, name: str) -> None:
 
 
 @every_executor
-def test_a_cell_that_fails_once_is_tried_again(make, name: str, tmp_path: Path) -> None:
+def test_a_job_that_fails_once_is_tried_again(make, name: str, tmp_path: Path) -> None:
     told: list[object] = []
     tally = work.Tally(tmp_path, failures=1, how="raise")
-    outcomes = {one.cell: one for one in make(name).map(tally, range(4), tell=told.append)}
+    outcomes = {one.job: one for one in make(name).map(tally, range(4), on_event=told.append)}
     assert {n: one.result for n, one in outcomes.items()} == {0: 0, 1: 1, 2: 2, 3: 3}
     assert [outcomes[n].attempts for n in range(4)] == [1, 1, 2, 1]
     (event,) = told
     assert isinstance(event, Retried)
-    assert (event.cell, str(event.error)) == (2, "attempt 1")
+    assert (event.job, str(event.error)) == (2, "attempt 1")
 
 
 @every_executor
-def test_a_cell_that_fails_twice_is_told_and_the_rest_goes_on(
+def test_a_job_that_fails_twice_is_told_and_the_rest_goes_on(
     make, name: str, tmp_path: Path
 ) -> None:
     tally = work.Tally(tmp_path, failures=9, how="raise")
-    outcomes = {one.cell: one for one in make(name).map(tally, range(4))}
+    outcomes = {one.job: one for one in make(name).map(tally, range(4))}
     assert {n: one.result for n, one in outcomes.items()} == {0: 0, 1: 1, 2: None, 3: 3}
     assert (str(outcomes[2].error), outcomes[2].attempts) == ("attempt 2", 2)
     assert tally.attempts(2) == 2
 
 
 @executors_with_workers
-def test_a_worker_that_is_killed_is_replaced_and_its_cell_done(
+def test_a_worker_that_is_killed_is_replaced_and_its_job_done(
     make, name: str, tmp_path: Path
 ) -> None:
     told: list[object] = []
     tally = work.Tally(tmp_path, failures=1, how="kill")
-    outcomes = {one.cell: one for one in make(name).map(tally, range(4), tell=told.append)}
+    outcomes = {one.job: one for one in make(name).map(tally, range(4), on_event=told.append)}
     assert {n: one.result for n, one in outcomes.items()} == {0: 0, 1: 1, 2: 2, 3: 3}
     assert outcomes[2].attempts == 2
-    assert [(event.cell, type(event.error)) for event in told] == [(2, LostWorkerError)]
+    assert [(event.job, type(event.error)) for event in told] == [(2, LostWorkerError)]
 
 
 @executors_with_workers
-def test_a_cell_that_loses_two_workers_is_told(make, name: str, tmp_path: Path) -> None:
+def test_a_job_that_loses_two_workers_is_told(make, name: str, tmp_path: Path) -> None:
     tally = work.Tally(tmp_path, failures=9, how="kill")
-    outcomes = {one.cell: one for one in make(name).map(tally, range(4))}
+    outcomes = {one.job: one for one in make(name).map(tally, range(4))}
     assert {n: one.result for n, one in outcomes.items()} == {0: 0, 1: 1, 2: None, 3: 3}
     assert isinstance(outcomes[2].error, LostWorkerError)
     assert tally.attempts(2) == 2
@@ -147,11 +146,11 @@ def test_an_error_that_does_not_pickle_comes_as_its_text(make, name: str) -> Non
 
 @executors_with_workers
 def test_closing_stops_the_work_in_an_orderly_way(make, name: str, tmp_path: Path) -> None:
-    def interrupt(cell: int) -> None:
+    def interrupt(job: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(make(name).map(work.UntilStopped(tmp_path), [0], tell=interrupt))
+        list(make(name).map(work.UntilStopped(tmp_path), [0], on_event=interrupt))
     _wait_until((tmp_path / "stopped-0").exists)
 
 
@@ -162,10 +161,10 @@ def test_an_error_of_the_caller_is_raised_as_it_is(make, name: str) -> None:
         raise ValueError(message)
 
     with pytest.raises(ValueError, match="the bar broke"):
-        list(make(name).map(work.square, range(3), tell=fail))
+        list(make(name).map(work.square, range(3), on_event=fail))
 
 
-def test_a_result_that_does_not_pickle_is_an_error_of_its_cell() -> None:
+def test_a_result_that_does_not_pickle_is_an_error_of_its_job() -> None:
     (outcome,) = ProcessExecutor(1).map(work.return_function, [1])
     assert "return_function" in str(outcome.error)
 
@@ -184,7 +183,7 @@ def test_workers_end_with_the_executor() -> None:
     assert multiprocessing.active_children() == []
 
 
-def test_a_worker_killed_between_two_cells_costs_an_attempt_only() -> None:
+def test_a_worker_killed_between_two_jobs_costs_an_attempt_only() -> None:
     results = ProcessExecutor(1).map(work.square, [1, 2])
     assert next(results).result == 1
     (worker,) = multiprocessing.active_children()
@@ -323,7 +322,7 @@ def test_relative_paths_start_where_the_caller_is(
 
 
 @executors_with_workers
-def test_two_cells_are_under_way_at_once(make, name: str, tmp_path: Path) -> None:
+def test_two_jobs_are_under_way_at_once(make, name: str, tmp_path: Path) -> None:
     outcomes = list(make(name).map(work.Meeting(tmp_path, 2), range(2)))
     assert len({one.result for one in outcomes}) == 2  # by processes
 

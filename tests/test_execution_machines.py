@@ -65,7 +65,7 @@ def _delete(*names: str) -> None:
         subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
-def test_cells_are_done_on_both_machines(
+def test_jobs_are_done_on_both_machines(
     machines: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = Path(__file__).parent

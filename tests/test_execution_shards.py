@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_analysis.errors import InputError
-from lora_analysis.execution.shards import Shard
+from lora_analysis.execution.protocol import Shard
 
 
 @given(st.integers(0, 60), st.integers(1, 9))
-def test_every_cell_is_in_one_shard_and_shards_are_even(cells: int, count: int) -> None:
-    shares = [Shard(index, count).of(range(cells)) for index in range(1, count + 1)]
-    assert sorted(cell for share in shares for cell in share) == list(range(cells))
+def test_every_job_is_in_one_shard_and_shards_are_even(jobs: int, count: int) -> None:
+    shares = [Shard(index, count).select(range(jobs)) for index in range(1, count + 1)]
+    assert sorted(job for share in shares for job in share) == list(range(jobs))
     sizes = {len(share) for share in shares}
     assert max(sizes) - min(sizes) <= 1
 

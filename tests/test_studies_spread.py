@@ -19,8 +19,7 @@ from lora_analysis.cli import run
 from lora_analysis.errors import InputError
 from lora_analysis.execution.cluster import RayExecutor
 from lora_analysis.execution.processes import ProcessExecutor
-from lora_analysis.execution.protocol import Executor, Outcome, results_in_order
-from lora_analysis.execution.serial import SerialExecutor
+from lora_analysis.execution.protocol import Executor, Outcome, SerialExecutor, results_in_order
 from lora_analysis.formats import find_adapters, read_adapter, write_adapter
 from lora_analysis.studies import ReadLater, Study, study
 
@@ -92,15 +91,15 @@ def test_what_is_in_memory_cannot_be_opened_by_workers(
 
 
 def test_results_are_put_in_order_and_the_first_error_raised() -> None:
-    def outcomes(*cells: int, failing: int | None = None) -> Iterator[Outcome[int, int]]:
-        for cell in cells:
-            error = ValueError(f"cell {cell}") if cell == failing else None
-            yield Outcome(cell, -cell, error, 1)
+    def outcomes(*jobs: int, failing: int | None = None) -> Iterator[Outcome[int, int]]:
+        for job in jobs:
+            error = ValueError(f"job {job}") if job == failing else None
+            yield Outcome(job, -job, error, 1)
 
     assert list(results_in_order(outcomes(3, 1, 2, 0), range(4))) == [0, -1, -2, -3]
     found = results_in_order(outcomes(0, 2, 1, 3, failing=1), range(4))
     assert next(found) == 0
-    with pytest.raises(ValueError, match="cell 1"):
+    with pytest.raises(ValueError, match="job 1"):
         next(found)
 
 

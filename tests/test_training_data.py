@@ -13,13 +13,11 @@ from training_bases import SHORT, TINY, write_tiny_base
 
 from lora_analysis.errors import InputError, MalformedFileError, MissingExtraError
 from lora_analysis.training import pretrain as pretraining
-from lora_analysis.training.base import read_base
-from lora_analysis.training.data import Split
-from lora_analysis.training.digits import TASKS, digits_task
-from lora_analysis.training.files import WEIGHTS_NAME, base_folder, file_sha256, write_json
+from lora_analysis.training.demo_data import TASKS, digits_task
+from lora_analysis.training.digits_vit import DigitsViT, VitConfig, read_base
+from lora_analysis.training.inputs import WEIGHTS_NAME, base_folder, file_sha256, write_json
 from lora_analysis.training.pretrain import augment, initialize
-from lora_analysis.training.tasks import accuracy
-from lora_analysis.training.vit import DigitsViT, VitConfig
+from lora_analysis.training.tasks import Split, accuracy
 
 
 @pytest.fixture

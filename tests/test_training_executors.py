@@ -12,10 +12,10 @@ import torch
 from lora_analysis.errors import InputError
 from lora_analysis.execution.cluster import RayExecutor
 from lora_analysis.execution.processes import ProcessExecutor
-from lora_analysis.execution.serial import SerialExecutor
+from lora_analysis.execution.protocol import SerialExecutor
 from lora_analysis.training import ExecutionOptions
-from lora_analysis.training import executors as choosing
-from lora_analysis.training.executors import choose_executor
+from lora_analysis.training import jobs as choosing
+from lora_analysis.training.jobs import choose_executor
 
 
 @pytest.fixture

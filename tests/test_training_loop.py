@@ -12,12 +12,10 @@ from torch import nn
 
 from lora_analysis.errors import DivergedError, InputError
 from lora_analysis.training.config import Seeds
-from lora_analysis.training.data import Split, TaskData
 from lora_analysis.training.devices import one_thread, resolve_device
-from lora_analysis.training.loop import StepMetrics, training_steps
+from lora_analysis.training.loop import StepMetrics, learning_rate, training_steps
 from lora_analysis.training.options import LoopOptions
-from lora_analysis.training.schedules import learning_rate
-from lora_analysis.training.tasks import ArrayTask, accuracy
+from lora_analysis.training.tasks import ArrayTask, Split, TaskData, accuracy
 
 OPTIONS = LoopOptions(steps=12, batch_size=8, lr=1e-2, warmup_steps=3, evaluations=3)
 

@@ -86,11 +86,11 @@ def test_two_processes_make_what_one_makes(
 def test_weights_that_are_trained_are_not_spread(inputs: list[str]) -> None:
     import torch
 
-    from lora_analysis.training.settings import prepare
+    from lora_analysis.training.run_setup import set_up_run
 
     table = {"base": {"source": inputs[1]}, "task": "rotate", "method": "full"}
     with pytest.raises(InputError, match="Only frozen weights are spread"):
-        prepare(RunConfig.from_dict(table), torch.device("cpu"), sharded=True)
+        set_up_run(RunConfig.from_dict(table), torch.device("cpu"), sharded=True)
 
 
 KILLED_ONCE = """
@@ -106,7 +106,7 @@ def watch(event):
         mark.write_text("killed")
         os.kill(os.getpid(), signal.SIGKILL)
 
-train_run(RunConfig.from_dict(table), folder / "run", device="cpu", progress=watch)
+train_run(RunConfig.from_dict(table), folder / "run", device="cpu", on_event=watch)
 os.environ["TORCHELASTIC_RESTART_COUNT"] = "whole"  # the processes meet anew, under another name
 train_run(RunConfig.from_dict(table), folder / "whole", device="cpu")
 """

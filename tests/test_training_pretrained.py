@@ -79,7 +79,7 @@ def trained(
             notes.append(event.note)
 
     config = RunConfig.from_dict(table)
-    return train_run(config, folder, device="cpu", progress=watch), notes
+    return train_run(config, folder, device="cpu", on_event=watch), notes
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -147,7 +147,7 @@ def test_a_language_model_of_every_family_is_loaded_by_peft_with_equal_logits(
 
 
 def test_the_loss_is_taken_on_completions_alone(models: Path, tmp_path: Path) -> None:
-    from lora_analysis.training.settings import prepare
+    from lora_analysis.training.run_setup import set_up_run
     from lora_analysis.training.tasks import NO_TARGET
 
     data = write_e2e(tmp_path / "e2e.txt")
@@ -155,7 +155,7 @@ def test_the_loss_is_taken_on_completions_alone(models: Path, tmp_path: Path) ->
         "base": {"source": base_of(models, "llama")},
         "data": {"source": str(data), "format": "e2e"},
     }
-    task = prepare(RunConfig.from_dict(table), torch.device("cpu")).task
+    task = set_up_run(RunConfig.from_dict(table), torch.device("cpu")).task
     batch = task.training_batch(torch.tensor([0, 1]), torch.Generator())
     prompt = batch["labels"] == NO_TARGET
     assert prompt[:, :5].all()  # price X eat Y ||
@@ -359,7 +359,7 @@ def test_an_adapter_of_a_quantized_base_is_loaded_by_peft_on_that_base(
     from transformers import BitsAndBytesConfig
 
     from lora_analysis.errors import UnsupportedMethodError
-    from lora_analysis.training.settings import prepare
+    from lora_analysis.training.run_setup import set_up_run
 
     data = write_e2e(tmp_path / "e2e.txt")
     base = {"source": base_of(models, "llama-wide"), "quantized": quantized, "dtype": "bfloat16"}
@@ -389,7 +389,7 @@ def test_an_adapter_of_a_quantized_base_is_loaded_by_peft_on_that_base(
     with pytest.raises(UnsupportedMethodError, match="nothing can be merged into it"):
         merge_lora(ours)
     table = {"base": base, "data": {"source": str(data), "format": "e2e"}}
-    model = prepare(RunConfig.from_dict(table), torch.device("cpu")).model
+    model = set_up_run(RunConfig.from_dict(table), torch.device("cpu")).model
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
@@ -574,7 +574,7 @@ def test_options_lie_over_a_file_and_that_over_a_preset(
         (["--set", "loop.lrr=1"], "no option 'lrr' in loop"),
         (["--set", "lr"], "--set takes KEY=VALUE"),
         (["--preset", "gpt2-e2"], "no preset 'gpt2-e2'. Near names: gpt2-e2e"),
-        (["--base", "."], "holds no config.json"),
+        (["--base", "."], "has no config.json"),
         (["--config", "nowhere.toml"], "nowhere.toml does not exist"),
         (["--tracker", "x"], "no tracker 'x'"),
     ],
@@ -603,7 +603,7 @@ def test_a_base_without_a_tokenizer_is_refused_by_name(
     for name in ("config.json", "model.safetensors"):
         shutil.copy(Path(base_of(models, "gpt2")) / name, bare / name)
     table = {"base": {"source": str(bare)}, "data": {"source": str(reviews)}}
-    with pytest.raises(InputError, match=r"bare holds no tokenizer"):
+    with pytest.raises(InputError, match=r"bare has no tokenizer"):
         train_run(RunConfig.from_dict(table), tmp_path / "run", device="cpu")
 
 
@@ -612,7 +612,7 @@ def test_the_packaged_encoder_is_refused_when_it_is_another(
 ) -> None:
     from importlib.machinery import ModuleSpec
 
-    from lora_analysis.training.minilm import minilm_folder
+    from lora_analysis.training.inputs import minilm_folder
 
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(MissingExtraError, match=r"lora-analysis\[demo-text\]"):

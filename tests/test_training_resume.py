@@ -21,10 +21,9 @@ from lora_analysis.formats import find_adapters, read_adapter
 from lora_analysis.lora import initial_factor
 from lora_analysis.training import LoopOptions, RunConfig, RunEvent, Seeds, run_state, train_run
 from lora_analysis.training.checkpoints import checkpoint_facts, load_checkpoint, save_checkpoint
-from lora_analysis.training.data import Split, TaskData
+from lora_analysis.training.events import check_trackers
 from lora_analysis.training.loop import Training
-from lora_analysis.training.tasks import ArrayTask
-from lora_analysis.training.trackers import check_trackers
+from lora_analysis.training.tasks import ArrayTask, Split, TaskData
 
 LOOP = replace(SHORT, steps=7, checkpoint_every=2, evaluations=3)
 CONFIG = RunConfig(task="rotate", rank=2, seed=3, dropout=0.2, loop=LOOP)
@@ -51,7 +50,7 @@ def interrupted(config: RunConfig, folder: Path, step: int) -> list[RunEvent]:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_run(config, folder, device="cpu", progress=watch)
+        train_run(config, folder, device="cpu", on_event=watch)
     return events
 
 
@@ -65,7 +64,7 @@ def test_a_run_interrupted_anywhere_ends_bit_equal_to_the_whole_one(
         interrupted(config, folder, step)
     assert run_state(config, folder) == "unfinished"
     events: list[RunEvent] = []
-    train_run(config, folder, device="cpu", progress=events.append)
+    train_run(config, folder, device="cpu", on_event=events.append)
     assert events[0].step == steps[-1] - steps[-1] % 2  # from the last checkpoint, not from 0
     for name in RESULTS:
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
@@ -79,7 +78,7 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from(base: Path, tmp_path: P
     events: list[RunEvent] = []
     with pytest.raises(OccupiedError, match=r"seed.init 3, now 4"):
         train_run(other, tmp_path / "run", device="cpu")
-    train_run(other, tmp_path / "run", device="cpu", progress=events.append, force=True)
+    train_run(other, tmp_path / "run", device="cpu", on_event=events.append, force=True)
     assert events[0].step == 0
     assert len(metrics_of(tmp_path / "run")) == 8
 
@@ -129,7 +128,7 @@ def test_a_damaged_run_goes_on_from_what_is_whole_to_the_same_bits(
     interrupted(on(base, CONFIG), tmp_path / "run", 5)
     step = harm(tmp_path / "run")
     events: list[RunEvent] = []
-    train_run(on(base, CONFIG), tmp_path / "run", device="cpu", progress=events.append)
+    train_run(on(base, CONFIG), tmp_path / "run", device="cpu", on_event=events.append)
     assert events[0].step == step
     for name in RESULTS:
         assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
@@ -296,7 +295,7 @@ def test_half_precision_products_stay_near_those_of_single_precision() -> None:
 def test_a_tracker_that_fails_is_noted_and_stops_nothing(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_analysis.training import trackers
+    from lora_analysis.training import events as trackers
 
     class Broken:
         def __init__(self, config: RunConfig, folder: Path) -> None:
@@ -309,24 +308,24 @@ def test_a_tracker_that_fails_is_noted_and_stops_nothing(
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr(trackers, "_MAKERS", {"trackio": ("json", Broken)})
+    monkeypatch.setattr(trackers, "TRACKERS", {"json": Broken})
     events: list[RunEvent] = []
     train_run(
         on(base, CONFIG),
         tmp_path / "run",
         device="cpu",
-        trackers=("trackio",),
-        progress=events.append,
+        trackers=("json",),
+        on_event=events.append,
     )
     notes = [event.note for event in events if event.kind == "note"]
-    assert notes == ["The tracker trackio failed (OSError: the disk is full); it is left out."]
+    assert notes == ["The tracker json failed (OSError: the disk is full); it is left out."]
     assert events[-1].kind == "finished"
 
 
 def test_what_a_tracker_prints_is_no_part_of_what_a_command_prints(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lora_analysis.training import trackers
+    from lora_analysis.training import events as trackers
 
     class Loud:
         def __init__(self, *_: object) -> None:
@@ -338,8 +337,8 @@ def test_what_a_tracker_prints_is_no_part_of_what_a_command_prints(
         def close(self) -> None:
             sys.stdout.write("* finished\n")
 
-    monkeypatch.setattr(trackers, "_MAKERS", {"trackio": ("json", Loud)})
-    train_run(on(base, CONFIG), tmp_path / "run", device="cpu", trackers=("trackio",))
+    monkeypatch.setattr(trackers, "TRACKERS", {"json": Loud})
+    train_run(on(base, CONFIG), tmp_path / "run", device="cpu", trackers=("json",))
     out, err = capsys.readouterr()
     assert out == ""
     assert "* project initialized" in err
@@ -350,17 +349,17 @@ def test_trackers_are_checked_before_anything_is_trained(monkeypatch: pytest.Mon
     with pytest.raises(InputError, match=r"no tracker 'clearml'. Choose from tensorboard"):
         check_trackers(("clearml",))
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(MissingExtraError, match="pip install wandb"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'lora-analysis\[trackers\]'"):
         check_trackers(("wandb",))
 
 
 def test_the_presets_are_the_papers_and_give_runs() -> None:
-    from lora_analysis.training.presets import PRESETS, preset
+    from lora_analysis.training.presets import PRESETS, get_preset
 
     assert len(PRESETS) == 8 * 3 + 3 + 1
     for name in PRESETS:
-        RunConfig.from_dict({**preset(name), "base": {"source": "somewhere"}})
-    e2e = RunConfig.from_dict({**preset("gpt2-e2e"), "base": {"source": "gpt2"}})
+        RunConfig.from_dict({**get_preset(name), "base": {"source": "somewhere"}})
+    e2e = RunConfig.from_dict({**get_preset("gpt2-e2e"), "base": {"source": "gpt2"}})
     assert (e2e.rank, e2e.alpha, e2e.dropout) == (4, 32, 0.1)
     assert e2e.parts == (("c_attn", ("q", "v")),)
     loop = e2e.loop
@@ -368,7 +367,7 @@ def test_the_presets_are_the_papers_and_give_runs() -> None:
     assert (loop.schedule, loop.weight_decay, loop.label_smoothing) == ("linear", 0.01, 0.1)
     assert loop.max_grad_norm is None
     with pytest.raises(InputError, match=r"no preset 'gpt2-e2'. Near names: gpt2-e2e"):
-        preset("gpt2-e2")
+        get_preset("gpt2-e2")
 
 
 # Tables 9 and 10 as printed: task by task a row each of batch, epochs, rate and longest sequence.
@@ -394,10 +393,10 @@ ALPHA_AND_WARMUP = {"roberta-base": (8, 0.06), "roberta-large": (16, 0.06), "deb
 
 @pytest.mark.parametrize("model_name", PRINTED)
 def test_the_presets_of_glue_are_the_tables_row_by_row(model_name: str) -> None:
-    from lora_analysis.training.presets import preset
+    from lora_analysis.training.presets import get_preset
 
     tasks = ["mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"]
-    found = [preset(f"{model_name}-{task}") for task in tasks]
+    found = [get_preset(f"{model_name}-{task}") for task in tasks]
     rows = [[float(word) for word in line.split()] for line in PRINTED[model_name].splitlines()]
     for row, field in zip(rows, ("batch_size", "epochs", "lr", "", "weight_decay"), strict=True):
         held = [one["loop"][field] if field else one["data"]["max_length"] for one in found]
@@ -412,7 +411,7 @@ def test_the_linear_schedule_is_transformers_own() -> None:
     pytest.importorskip("transformers")
     from transformers import get_linear_schedule_with_warmup
 
-    from lora_analysis.training.schedules import learning_rate
+    from lora_analysis.training.loop import learning_rate
 
     options = LoopOptions(steps=50, lr=1.0, warmup_steps=10, schedule="linear")
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)

@@ -30,8 +30,8 @@ from lora_analysis.formats import find_adapters, read_adapter
 from lora_analysis.lora import initial_factor, load_adapter_into
 from lora_analysis.storage.records import RECORD_FOLDER
 from lora_analysis.training import RunConfig, RunEvent, run_state, train_run
-from lora_analysis.training.base import read_base
-from lora_analysis.training.digits import digits_task
+from lora_analysis.training.demo_data import digits_task
+from lora_analysis.training.digits_vit import read_base
 from lora_analysis.training.inputs import folder_sha256
 from lora_analysis.training.options import LoopOptions
 from lora_analysis.training.tasks import accuracy
@@ -63,7 +63,7 @@ def train(base: Path, tmp_path: Path) -> Callable[..., list[RunEvent]]:
     def run(config: RunConfig = CONFIG, *, force: bool = False) -> list[RunEvent]:
         events: list[RunEvent] = []
         train_run(
-            on(base, config), tmp_path / "run", device="cpu", progress=events.append, force=force
+            on(base, config), tmp_path / "run", device="cpu", on_event=events.append, force=force
         )
         return events
 
@@ -260,7 +260,7 @@ def test_an_interrupted_run_is_not_taken_for_an_adapter(
 
     older = read_adapter(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
-        train_run(on(base, CONFIG), tmp_path / "new", device="cpu", progress=interrupt)
+        train_run(on(base, CONFIG), tmp_path / "new", device="cpu", on_event=interrupt)
     checkpoints = {"checkpoint.safetensors", "checkpoint.earlier.safetensors"}
     left = {path.name for path in (tmp_path / "new").iterdir()}
     assert left == {RECORD_FOLDER, "metrics.jsonl"} | checkpoints
@@ -274,7 +274,7 @@ def test_an_interrupted_run_is_not_taken_for_an_adapter(
     # Where an older run is replaced, it stays until the new one is complete.
     other = on(base, replace(CONFIG, seed=4))
     with pytest.raises(KeyboardInterrupt):
-        train_run(other, tmp_path / "run", device="cpu", progress=interrupt, force=True)
+        train_run(other, tmp_path / "run", device="cpu", on_event=interrupt, force=True)
     assert read_adapter(tmp_path / "run").provenance.sha256 == older.provenance.sha256
     assert train()[0].kind == "skipped"
     assert run_state(other, tmp_path / "run") == "changed"

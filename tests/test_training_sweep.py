@@ -20,7 +20,7 @@ import pytest
 from training_bases import SHORT, on, write_tiny_base
 
 from lora_analysis.errors import InputError, InUseError, OccupiedError, OutputError, TargetError
-from lora_analysis.execution.serial import SerialExecutor
+from lora_analysis.execution.protocol import SerialExecutor
 from lora_analysis.formats import find_adapters
 from lora_analysis.storage.locks import locked
 from lora_analysis.storage.records import RECORD_FOLDER
@@ -71,11 +71,11 @@ def test_a_sweep_goes_on_where_it_was_interrupted(configs: list[RunConfig], tmp_
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_sweep(configs, tmp_path, device="cpu", workers=1, progress=interrupt)
+        run_sweep(configs, tmp_path, device="cpu", workers=1, on_event=interrupt)
     states = [run_state(config, tmp_path / config.name) for config in configs]
     assert states == ["finished", "unfinished", "missing"]
     events.clear()
-    result = run_sweep(configs, tmp_path, device="cpu", workers=1, progress=events.append)
+    result = run_sweep(configs, tmp_path, device="cpu", workers=1, on_event=events.append)
     assert [event.label for event in events if event.kind == "skipped"] == [configs[0].name]
     assert [event.label for event in events if event.kind == "finished"] == [
         config.name for config in configs[1:]
@@ -87,7 +87,7 @@ def test_a_sweep_goes_on_where_it_was_interrupted(configs: list[RunConfig], tmp_
 def test_a_finished_sweep_only_tells_that_it_is(configs: list[RunConfig], tmp_path: Path) -> None:
     run_sweep(configs[:1], tmp_path, device="cpu", workers=1)
     events: list[RunEvent] = []
-    run_sweep(configs[:1], tmp_path, device="cpu", progress=events.append)
+    run_sweep(configs[:1], tmp_path, device="cpu", on_event=events.append)
     assert [event.kind for event in events] == ["skipped"]
 
 
@@ -143,7 +143,7 @@ def test_a_second_sweep_of_the_same_runs_is_refused_and_of_others_is_not(
                 run_sweep(configs, tmp_path, names=names[:1], device="cpu")
             run_sweep(configs, tmp_path, names=names[1:2], device="cpu")
 
-    result = run_sweep(configs, tmp_path, names=names[:1], device="cpu", progress=start_others)
+    result = run_sweep(configs, tmp_path, names=names[:1], device="cpu", on_event=start_others)
     assert list(result.folders) == names[:1]
     assert list(sweep_states(_named(configs), tmp_path).values()) == [
         "finished",
@@ -152,16 +152,17 @@ def test_a_second_sweep_of_the_same_runs_is_refused_and_of_others_is_not(
     ]
 
 
-def test_a_run_that_cannot_be_trained_is_told_and_the_rest_goes_on(
+def test_a_run_that_cannot_be_trained_is_reported_and_the_rest_goes_on(
     configs: list[RunConfig], tmp_path: Path
 ) -> None:
     runs = {"wrong": replace(configs[0], targets=("q_porj",)), "right": configs[1]}
-    told: list[str] = []
-    result = run_sweep(runs, tmp_path, device="cpu", workers=1, report=told.append)
+    events: list[RunEvent] = []
+    result = run_sweep(runs, tmp_path, device="cpu", workers=1, on_event=events.append)
     assert list(result.folders) == ["right"]
     assert isinstance(result.failures["wrong"].error, TargetError)
-    assert len(told) == 1
-    assert told[0].startswith("wrong failed once and is left out: ")
+    (failure,) = [event for event in events if event.kind == "failed"]
+    assert failure.label == "wrong"
+    assert (failure.note or "").startswith("failed once and is left out: ")
     note = json.loads((tmp_path / "wrong" / FAILURE_NAME).read_text())
     assert (note["kind"], note["attempts"]) == ("TargetError", 1)
     assert any("q_porj" in line for line in note["traceback"])
@@ -201,9 +202,11 @@ def test_two_workers_make_what_one_makes_though_one_is_killed(
     configs: list[RunConfig], tmp_path: Path
 ) -> None:
     killed: list[int] = []
-    told: list[str] = []
+    retries: list[str | None] = []
 
     def kill_once(event: RunEvent) -> None:
+        if event.kind == "retried":
+            retries.append(event.note)
         if event.kind == "step" and event.step == 2 and not killed:
             worker = multiprocessing.active_children()[0]
             killed.append(worker.pid or 0)
@@ -215,12 +218,11 @@ def test_two_workers_make_what_one_makes_though_one_is_killed(
         tmp_path / "two",
         device="cpu",
         workers=2,
-        progress=kill_once,
-        report=told.append,
+        on_event=kill_once,
     )
     assert not result.failures
-    assert len(told) == 1
-    assert f"The worker process {killed[0]} ended with exit code -9" in told[0]
+    (retry,) = retries
+    assert f"The worker process {killed[0]} ended with exit code -9" in (retry or "")
     assert _contents(tmp_path / "one") == _contents(tmp_path / "two")
     assert multiprocessing.active_children() == []
 
@@ -295,7 +297,7 @@ def test_processes_and_a_ray_cluster_make_the_same_adapters(
             configs,
             tmp_path / executor,
             execution=ExecutionOptions(executor=executor, workers=2, device="cpu"),
-            progress=events.append,
+            on_event=events.append,
         ).all_folders()
     assert _contents(tmp_path / "process") == _contents(tmp_path / "ray")
     told = Counter((event.label, event.kind) for event in events)
@@ -316,7 +318,7 @@ def test_workers_that_are_stopped_leave_no_lock_behind(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_sweep(long, tmp_path, execution=execution, progress=interrupt)
+        run_sweep(long, tmp_path, execution=execution, on_event=interrupt)
     assert multiprocessing.active_children() == []
     hidden = [path for path in tmp_path.rglob(".*") if path.name != RECORD_FOLDER]
     assert hidden + list(tmp_path.rglob("*.lock")) + list(tmp_path.rglob("*.tmp")) == []
@@ -338,7 +340,7 @@ def test_a_full_disk_ends_one_run_and_not_the_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither the run's own error, nor that of noting it, ends the others."""
-    from lora_analysis.training.files import write_json
+    from lora_analysis.training.inputs import write_json
 
     trained: list[str] = []
 
@@ -352,16 +354,17 @@ def test_a_full_disk_ends_one_run_and_not_the_sweep(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         return write_json(path, fields)
 
-    monkeypatch.setattr("lora_analysis.training.cells.train_run", train)
+    monkeypatch.setattr("lora_analysis.training.jobs.train_run", train)
     monkeypatch.setattr("lora_analysis.training.sweep.write_json", write)
     runs = {
         name: RunConfig("rotate", 2, seed=n) for n, name in enumerate(("first", "second", "third"))
     }
-    said: list[str] = []
-    result = run_sweep(runs, tmp_path / "out", executor=SerialExecutor(), report=said.append)
+    events: list[RunEvent] = []
+    result = run_sweep(runs, tmp_path / "out", executor=SerialExecutor(), on_event=events.append)
     assert trained == ["first", "third"]
     assert list(result.failures) == ["second"]
     error = result.failures["second"].error
     assert isinstance(error, OutputError)
     assert str(error).startswith(f"{tmp_path / 'out' / 'second'}: No space left on device.")
-    assert any("its failure could not be noted" in one for one in said)
+    notes = [event.note or "" for event in events if event.kind == "failed"]
+    assert any("the failure could not be written to failed.json" in note for note in notes)

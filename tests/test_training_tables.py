@@ -8,9 +8,9 @@ import pytest
 
 from lora_analysis.errors import InputError, MalformedFileError, MissingExtraError
 from lora_analysis.training import DataOptions, RunConfig, tables
-from lora_analysis.training.docstrings import docstring_rows
+from lora_analysis.training.data_files import read_datasets, read_rows
+from lora_analysis.training.demo_data import docstring_rows
 from lora_analysis.training.examples import Example, Examples, read_examples
-from lora_analysis.training.tables import read_datasets, read_rows
 
 FILES = {
     "rows.jsonl": ('{"text": "a", "label": 1}\n\n{"text": "b", "label": 2}\n', 2),
@@ -103,7 +103,7 @@ def test_parquet_is_read_batch_by_batch(tmp_path: Path) -> None:
     found = read_rows(tmp_path / "x.parquet")
     assert found.rows == [(1, {"text": "a", "label": 0}), (2, {"text": "b", "label": 1})]
     (tmp_path / "x.parquet").write_text("no table")
-    with pytest.raises(MalformedFileError, match=r"x\.parquet: no Parquet file"):
+    with pytest.raises(MalformedFileError, match=r"x\.parquet: not a Parquet file"):
         read_rows(tmp_path / "x.parquet")
 
 
@@ -112,9 +112,9 @@ def test_what_needs_another_package_says_which(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(MissingExtraError, match="pip install pyarrow"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'lora-analysis\[parquet\]'"):
         read_rows(tmp_path / "x.parquet")
-    with pytest.raises(MissingExtraError, match=r"lora-analysis\[data\]"):
+    with pytest.raises(MissingExtraError, match=r"lora-analysis\[train\]"):
         read_datasets("glue:sst2", "train")
 
 
@@ -123,9 +123,9 @@ def test_what_needs_another_package_says_which(
     [
         ("rows.xyz", b"a", "rows.xyz: how to read it is not clear.*--data-format.*jsonl"),
         ("rows.csv", b"", "rows.csv: no row of csv"),
-        ("rows.csv", b"a,a\n1,2\n", "two columns of the header have one name"),
+        ("rows.csv", b"a,a\n1,2\n", "two columns of the header have the same name"),
         ("rows.csv", b"a,b\n\xff\xfe,2\n", "not UTF-8"),
-        ("rows.jsonl", b"[1]\n{\n", r"no row of jsonl.*line 1: a list, no object"),
+        ("rows.jsonl", b"[1]\n{\n", r"no row of jsonl.*line 1: a list, not an object"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused_by_name(
@@ -179,7 +179,7 @@ def test_bad_rows_are_counted_and_shown_with_their_lines(tmp_path: Path) -> None
     found = examples(tmp_path, text, label="stars", text="review")
     assert found.notes == [
         "rows.csv: 3 of 23 rows are left out (line 22: 2 fields where the header has 3; "
-        "line 23: 'review' is empty; line 24: 'stars' is no number: 'many')."
+        "line 23: 'review' is empty; line 24: 'stars' is not a number: 'many')."
     ]
     assert len(found.train) + len(found.test) == 20
     assert found.facts()["left_out"] == found.notes
@@ -189,7 +189,7 @@ def test_a_class_that_only_the_test_has_is_a_bad_row(tmp_path: Path) -> None:
     (tmp_path / "test.csv").write_text("review,stars,mood\na,1,bad\nb,1,strange\n")
     found = examples(tmp_path, TABLE, label="mood", test=str(tmp_path / "test.csv"))
     assert (len(found.train), len(found.test)) == (20, 1)
-    assert "line 3: 'mood' is no class of the training rows: 'strange'" in found.notes[0]
+    assert "line 3: 'mood' is not a class of the training rows: 'strange'" in found.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_a_class_that_only_the_test_has_is_a_bad_row(tmp_path: Path) -> None:
     [
         ({"label": "mod"}, "no column 'mod' for label. Its columns: mood"),
         ({"label": "review"}, None),
-        ({"test": "nowhere.csv"}, "no file of data at nowhere.csv"),
+        ({"test": "nowhere.csv"}, "no data file nowhere.csv"),
     ],
 )
 def test_columns_that_do_not_serve_are_refused(
@@ -215,12 +215,12 @@ def test_one_class_alone_is_refused(tmp_path: Path) -> None:
 
 def test_the_docstrings_give_their_subpackage_away_nowhere() -> None:
     pytest.importorskip("sklearn")
-    rows, _ = docstring_rows("sklearn")
+    rows = docstring_rows("sklearn")
     assert len(rows.rows) > 500
     assert len({row["label"] for _, row in rows.rows}) == 11
     assert not [row for _, row in rows.rows if row["label"] in row["text"].lower()]
     assert not [row for _, row in rows.rows if "sklearn" in row["text"].lower()]
-    with pytest.raises(InputError, match=r"no task 'sklern' among the docstrings. Tasks: sklearn"):
+    with pytest.raises(InputError, match=r"no docstrings task 'sklern'. Tasks: sklearn"):
         docstring_rows("sklern")
 
 

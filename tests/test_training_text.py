@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lora_analysis.training import text as text_module
+from lora_analysis.training import encoded_tasks as text_module
 from lora_analysis.training.examples import Example
 
 
@@ -41,22 +41,22 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-@pytest.mark.parametrize("encode", [text_module._whole, text_module._completed])
+@pytest.mark.parametrize("encode", [text_module._encode_whole, text_module._encode_causal])
 def test_a_long_text_is_cut_before_it_is_tokenized_to_the_same_tokens(
     example: Example, encode: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut = Words()
     found = encode(example, cut, 64)
     assert cut.longest < 10_000
-    monkeypatch.setattr(text_module, "_start_of", lambda text, *_: text)
+    monkeypatch.setattr(text_module, "_shorten", lambda text, *_: text)
     assert found == encode(example, Words(), 64)
 
 
 def test_a_text_of_long_tokens_is_tokenized_as_far_as_it_takes() -> None:
     tokenizer = Words()
     text = " ".join(["x" * 500] * 3000)
-    start = text_module._start_of(text, tokenizer, 64)
+    start = text_module._shorten(text, tokenizer, 64)
     assert text.startswith(start)
     assert len(start.split()) > 64
     assert len(start) < len(text) / 4
-    assert text_module._start_of("x" * 100_000, tokenizer, 64) == "x" * 100_000
+    assert text_module._shorten("x" * 100_000, tokenizer, 64) == "x" * 100_000

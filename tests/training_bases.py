@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from lora_analysis.training.base import write_base
 from lora_analysis.training.config import RunConfig
+from lora_analysis.training.digits_vit import DigitsViT, VitConfig, write_base
 from lora_analysis.training.options import BaseOptions, LoopOptions
 from lora_analysis.training.pretrain import initialize
-from lora_analysis.training.vit import DigitsViT, VitConfig
 
 TINY = VitConfig(width=16, depth=2, heads=2, mlp_width=16)
 SHORT = LoopOptions(steps=4, batch_size=16, warmup_steps=1, evaluations=2)

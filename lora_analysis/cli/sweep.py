@@ -1,4 +1,4 @@
-"""``lora-analysis sweep``: every run of a TOML file, here, on a cluster, or a share of them."""
+"""``lora-analysis sweep``: train the runs of a TOML file, locally or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lora_analysis.errors import InputError
 from lora_analysis.text import printable
 
 if TYPE_CHECKING:
-    from lora_analysis.execution.shards import Shard
-    from lora_analysis.training import RunConfig, SweepPlan, SweepResult
+    from lora_analysis.execution.protocol import Shard
+    from lora_analysis.training import RunConfig, RunEvent, SweepPlan, SweepResult
 
 
 class _ShardType(click.ParamType):  # type: ignore[type-arg]  # generic in new clicks only
@@ -26,8 +26,8 @@ class _ShardType(click.ParamType):  # type: ignore[type-arg]  # generic in new c
     name = "k/n"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the shard, or fail as click does."""
-        from lora_analysis.execution.shards import Shard
+        """Return the shard, or raise a usage error."""
+        from lora_analysis.execution.protocol import Shard
 
         try:
             return Shard.parse(value)
@@ -35,9 +35,9 @@ class _ShardType(click.ParamType):  # type: ignore[type-arg]  # generic in new c
             self.fail(str(error), param, ctx)
 
 
-_HELP = """Train every combination of what FILE lists; run again, it goes on where it stopped.
+_HELP = """Train an adapter for every combination of the options in a TOML file.
 
-FILE holds the options of a run; one that is given a list is an axis:
+FILE has the options of a run, and an option with a list of values is an axis:
 
 \b
     task = ["rotate", "mirror"]
@@ -46,8 +46,9 @@ FILE holds the options of a run; one that is given a list is an axis:
     [loop]
     steps = 240
 
-A table [[grid]] is a sweep of its own over what stands at the top; [execution] says where to
-train. The runs as they are resolved are in sweep.json beside the results.
+If the command is interrupted, run it again to continue. Each table [[grid]] is a sweep of its own
+that overrides the options at the top; [execution] sets how and where to train. All options of
+every run are written to sweep.json in the output folder.
 """
 
 
@@ -57,27 +58,33 @@ train. The runs as they are resolved are in sweep.json beside the results.
     "-o",
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for one folder per run; by default what FILE names, or FILE without its suffix.",
+    help="Output folder, with one folder per run. By default the one named in FILE, or FILE "
+    "without its suffix.",
 )
 @click.option(
     "--executor",
     type=click.Choice(["auto", "serial", "process", "ray"]),
-    help="Who trains: this process, one process per core or GPU, or a Ray cluster.",
+    help="How to run in parallel: in this process (serial), one process per core or GPU, or a "
+    "Ray cluster.",
 )
-@click.option("--workers", type=click.IntRange(min=1), help="Runs side by side.")
-@click.option("--device", help="auto, cpu, cuda or mps.")
-@click.option("--address", help="Of the Ray cluster; without it one is started here.")
+@click.option("--workers", type=click.IntRange(min=1), help="Number of runs in parallel.")
+@click.option("--device", help="Device: auto, cpu, cuda or mps.")
+@click.option(
+    "--address", help="Address of the Ray cluster. By default one is started on this machine."
+)
 @click.option(
     "--shard",
     type=_ShardType(),
-    help="Only every n-th run from the k-th on, as task k of n in a Slurm array.",
+    help="Part of the runs: every n-th from the k-th on, for task k of n of a Slurm array.",
 )
-@click.option("--only", metavar="NAME", multiple=True, help="Only this run; may be repeated.")
 @click.option(
-    "--print-jobs", is_flag=True, help="Print one command per unfinished run, and train nothing."
+    "--only", metavar="NAME", multiple=True, help="Name of a run to train; can be repeated."
 )
-@click.option("--status", is_flag=True, help="Say what is finished, and train nothing.")
-@click.option("--force", is_flag=True, help="Retrain runs whose configuration changed.")
+@click.option(
+    "--print-jobs", is_flag=True, help="Print a command for each unfinished run; train nothing."
+)
+@click.option("--status", is_flag=True, help="Print the state of each run; train nothing.")
+@click.option("--force", is_flag=True, help="Train runs again whose configuration changed.")
 @output_options
 def command(
     file: Path,
@@ -94,23 +101,23 @@ def command(
     force: bool,
     form: str,
 ) -> int:
-    """Train what a file describes; see ``_HELP``."""
+    """Train the runs of a file; see ``_HELP``."""
     from lora_analysis.training import read_plan
 
     plan = read_plan(file)
     folder = output or plan.output or Path(file.stem)
-    runs = _chosen(plan, shard, only)
+    runs = _select_runs(plan, shard, only)
     if print_jobs:
         return _print_jobs(runs, folder, ["sweep", str(file), "-o", str(folder)], device)
     if status:
         return _print_status(runs, folder, form)
-    given = {"executor": executor, "workers": workers, "device": device, "address": address}
-    result = _train(plan, list(runs), folder, given, force=force, form=form)
+    options = {"executor": executor, "workers": workers, "device": device, "address": address}
+    result = _train(plan, list(runs), folder, options, force=force, form=form)
     return _print_result(result, folder, form)
 
 
-def _chosen(plan: SweepPlan, shard: Shard | None, only: Sequence[str]) -> dict[str, RunConfig]:
-    """Return the runs that were asked for."""
+def _select_runs(plan: SweepPlan, shard: Shard | None, only: Sequence[str]) -> dict[str, RunConfig]:
+    """Return the runs that ``--only`` and ``--shard`` select."""
     from lora_analysis.patterns import near_names
 
     for name in only:
@@ -119,33 +126,36 @@ def _chosen(plan: SweepPlan, shard: Shard | None, only: Sequence[str]) -> dict[s
             message = f"{plan.source} describes no run '{name}'. Near names: {near}."
             raise InputError(message)
     names = list(only) or list(plan.runs)
-    return {name: plan.runs[name] for name in (shard.of(names) if shard else names)}
+    return {name: plan.runs[name] for name in (shard.select(names) if shard else names)}
 
 
 def _train(
     plan: SweepPlan,
     names: Sequence[str],
     folder: Path,
-    given: Mapping[str, Any],
+    options: Mapping[str, Any],
     *,
     force: bool,
     form: str,
 ) -> SweepResult:
     from dataclasses import replace
 
-    from lora_analysis.training import SweepProgress, run_sweep
+    from lora_analysis.training import run_sweep
 
-    options = {key: value for key, value in given.items() if value is not None}
-    execution = replace(plan.execution, **options)
-    with progress_bar(form) as counts:
+    def print_note(event: RunEvent) -> None:
+        if event.note:
+            click.echo(f"{event.label}: {event.note}", err=True)
+
+    changes = {key: value for key, value in options.items() if value is not None}
+    with progress_bar(form) as progress:
         return run_sweep(
             plan.runs,
             folder,
             names=names,
-            execution=execution,
+            execution=replace(plan.execution, **changes),
             force=force,
-            progress=SweepProgress(counts, len(names)),
-            report=lambda text: click.echo(text, err=True),
+            progress=progress,
+            on_event=print_note,
         )
 
 
@@ -165,10 +175,10 @@ def _print_status(runs: Mapping[str, RunConfig], folder: Path, form: str) -> int
     from lora_analysis.training import sweep_states
 
     states = sweep_states(runs, folder)
-    reasons = {name: _reason(folder / name) for name, state in states.items()}
+    reasons = {name: _read_failure(folder / name) for name in states}
     if form == "json":
-        found = [{"name": n, "state": s, "failure": reasons[n]} for n, s in states.items()]
-        print_json({"folder": folder, "runs": found})
+        facts = [{"name": n, "state": s, "failure": reasons[n]} for n, s in states.items()]
+        print_json({"folder": folder, "runs": facts})
     elif form == "quiet":
         click.echo(sum(state == "finished" for state in states.values()))
     else:
@@ -181,14 +191,14 @@ def _print_status(runs: Mapping[str, RunConfig], folder: Path, form: str) -> int
     return 0
 
 
-def _reason(place: Path) -> str | None:
-    """Return why a run was given up, where it was."""
+def _read_failure(folder: Path) -> str | None:
+    """Return the error of a run that failed, otherwise None."""
     from lora_analysis.storage.documents import read_json_object
     from lora_analysis.training import FAILURE_NAME
 
-    note = place / FAILURE_NAME
+    path = folder / FAILURE_NAME
     try:
-        return str(read_json_object(note).get("error")) if note.is_file() else None
+        return str(read_json_object(path).get("error")) if path.is_file() else None
     except InputError as error:
         return str(error)
 
@@ -200,15 +210,7 @@ def _print_result(result: SweepResult, folder: Path, form: str) -> int:
                 "folder": folder,
                 "finished": list(result.folders),
                 "findings": [finding.to_dict() for finding in result.findings],
-                "failures": [
-                    {
-                        "source": name,
-                        "reason": str(failure.error),
-                        "kind": type(failure.error).__name__,
-                        "attempts": failure.attempts,
-                    }
-                    for name, failure in result.failures.items()
-                ],
+                "failures": [failure.to_dict() for failure in result.failures.values()],
             }
         )
     if result.failures and not result.folders:

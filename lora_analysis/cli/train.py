@@ -1,4 +1,4 @@
-"""``lora-analysis train``: an adapter of a user's own data, in one command."""
+"""``lora-analysis train``: train an adapter on a data file or on bundled data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lora_analysis.training import RunEvent
 
 _COLUMNS = ("text", "text_pair", "label", "prompt", "completion", "image")
-# Options of the command line that are a field of the configuration each, by its place there.
+# Fields of the configuration by the names of their options.
 _FIELDS: Mapping[str, tuple[str, ...]] = {
     "base": ("base", "source"),
     "revision": ("base", "revision"),
@@ -51,56 +51,91 @@ Command = Callable[..., Any]
 def _column_options(command: Command) -> Command:
     for name in reversed(_COLUMNS):
         option = f"--{name.replace('_', '-')}-column"
-        what = "second text of a pair" if name == "text_pair" else name
-        command = click.option(option, metavar="NAME", help=f"Column of the {what}.")(command)
+        role = "second text of a pair" if name == "text_pair" else name
+        command = click.option(option, metavar="NAME", help=f"Column with the {role}.")(command)
     return command
 
 
 @click.command(name="train")
 @click.argument("data", metavar="[DATA]", required=False)
-@click.option("--base", metavar="BASE", help="Folder of a transformers model, hub id, or minilm.")
+@click.option(
+    "--base",
+    metavar="BASE",
+    help="Base model: a folder saved by transformers, a name on a hub, digits or minilm.  "
+    "[default: digits]",
+)
 @click.option(
     "-o",
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
     required=True,
-    help="Folder of the run: adapter, metrics.jsonl, manifest.json.",
+    help="Output folder: adapter, metrics.jsonl, manifest.json.",
 )
-@click.option("--test", metavar="FILE", help="File to test on; else a tenth is held back.")
-@click.option("--config", "file", type=click.Path(path_type=Path), help="TOML with any fields.")
-@click.option("--preset", metavar="NAME", help="The LoRA paper's, as gpt2-e2e, roberta-base-sst2.")
-@click.option("--objective", metavar="WHAT", help="causal-lm, masked-lm, classification, …")
-@click.option("--name", metavar="TASK", help="Name of the task; that of the file by default.")
-@click.option("--method", metavar="HOW", help="lora, or full: all weights.")
-@click.option("--rank", type=int, help="Columns of B.  [default: 8]")
-@click.option("--alpha", type=float, help="Scale times rank.  [default: 8]")
-@click.option("--dropout", type=float, help="Of the adapted layers' inputs.")
+@click.option("--test", metavar="FILE", help="Test file. By default a tenth of DATA is held out.")
 @click.option(
-    "--target", "targets", multiple=True, metavar="MODULE", help="End of names to adapt; repeat."
+    "--config", "file", type=click.Path(path_type=Path), help="TOML file with options of the run."
 )
-@click.option("--seed", type=int, help="Of initial factors, order of data and dropout.")
-@click.option("--steps", type=int, help="Optimizer steps.")
-@click.option("--epochs", type=float, help="Passes over the data.  [default: 3]")
-@click.option("--batch-size", type=int, help="Examples in a backward pass.  [default: 16]")
+@click.option(
+    "--preset",
+    metavar="NAME",
+    help="Hyperparameters of the LoRA paper, for example gpt2-e2e or roberta-base-sst2.",
+)
+@click.option(
+    "--objective",
+    metavar="OBJECTIVE",
+    help="Objective: causal-lm, masked-lm, classification, regression or image-classification. "
+    "By default chosen by the columns.",
+)
+@click.option("--name", metavar="TASK", help="Name of the task. By default that of the file.")
+@click.option("--method", metavar="METHOD", help="Method: lora, or full (train all weights).")
+@click.option("--rank", type=int, help="Rank of the adapter.  [default: 8]")
+@click.option(
+    "--alpha", type=float, help="LoRA alpha; the scale of B·A is alpha / rank.  [default: 8]"
+)
+@click.option("--dropout", type=float, help="Dropout of the LoRA layers' inputs.")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="MODULE",
+    help="Module to adapt, by the end of its name; can be repeated.",
+)
+@click.option("--seed", type=int, help="Seed of initial factors, data order and dropout.")
+@click.option("--steps", type=int, help="Number of optimizer steps.")
+@click.option("--epochs", type=float, help="Number of passes over the data.  [default: 3]")
+@click.option("--batch-size", type=int, help="Number of examples per backward pass.  [default: 16]")
 @click.option("--lr", type=float, help="Peak learning rate.  [default: 0.0002]")
-@click.option("--schedule", metavar="HOW", help="linear, cosine or constant.")
-@click.option("--evaluations", type=int, help="How often the test is looked at.")
-@click.option("--dtype", metavar="TYPE", help="Of the frozen weights: float32, bfloat16.")
-@click.option("--autocast", metavar="TYPE", help="Of matrix products: bfloat16 or float16.")
-@click.option("--quantized", metavar="HOW", help="nf4 or int8: the frozen base, QLoRA's way.")
-@click.option("--revision", metavar="REV", help="Of a base on a hub.")
-@click.option("--allow-pickle", is_flag=True, default=None, help="Read a base's pytorch_model.bin.")
+@click.option("--schedule", metavar="NAME", help="Learning rate: linear, cosine or constant.")
+@click.option("--evaluations", type=int, help="Number of evaluations on the test data.")
+@click.option("--dtype", metavar="TYPE", help="Type of the frozen weights: float32, bfloat16.")
+@click.option("--autocast", metavar="TYPE", help="Type of matrix products: bfloat16 or float16.")
 @click.option(
-    "--data-format", metavar="HOW", help="jsonl, csv, tsv, parquet, text, e2e, glue, datasets."
+    "--quantized", metavar="TYPE", help="Quantization of the base model (QLoRA): nf4 or int8."
+)
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a base on a hub.")
+@click.option(
+    "--allow-pickle", is_flag=True, default=None, help="Read a base from pytorch_model.bin."
+)
+@click.option(
+    "--data-format",
+    metavar="FORMAT",
+    help="Format of DATA: jsonl, csv, tsv, parquet, text, e2e, glue or datasets.",
 )
 @_column_options
-@click.option("--max-length", type=int, help="Tokens after which a text is cut.  [default: 128]")
-@click.option("--limit", type=int, help="Rows to read at most.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any field; TOML.")
+@click.option("--max-length", type=int, help="Maximum tokens per text.  [default: 128]")
+@click.option("--limit", type=int, help="Maximum number of rows to read.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any option of the run, in TOML."
+)
 @device_option
-@click.option("--threads", type=int, help="CPU threads; torch's own number by default.")
-@click.option("--fsdp", is_flag=True, help="With torchrun: spread the frozen weights.")
-@click.option("--tracker", "trackers", multiple=True, help="tensorboard, trackio or wandb; repeat.")
+@click.option("--threads", type=int, help="Number of CPU threads. By default that of torch.")
+@click.option("--fsdp", is_flag=True, help="Shard the frozen weights over torchrun's processes.")
+@click.option(
+    "--tracker",
+    "trackers",
+    multiple=True,
+    help="Experiment tracker: tensorboard, trackio or wandb; can be repeated.",
+)
 @force_option
 @output_options
 def command(
@@ -119,33 +154,32 @@ def command(
     form: str,
     **options: Any,
 ) -> None:
-    """Train an adapter on DATA, a file of your own, or on the base's own bundled data.
+    """Train an adapter on a data file, or on data that come with the base model.
 
-    A CSV with a text and a label column and a local model are enough:
+    For example, on a CSV file with a text and a label column:
     lora-analysis train reviews.csv --base models/bert -o runs/reviews
 
-    Interrupted and run again, it goes on from its last checkpoint. Options lie over --config,
-    and that over --preset; --set reaches every field, as in
+    If the command is interrupted, run it again to continue from the last checkpoint. Options
+    override --config, which overrides --preset; --set can set any option, for example
     --set loop.gradient_accumulation_steps=4. On several GPUs: torchrun --nproc-per-node 4
-    -m lora_analysis train …, the same options.
+    -m lora_analysis train … with the same options.
     """
     from lora_analysis.storage.documents import read_toml
     from lora_analysis.training import RunConfig, train_run
-    from lora_analysis.training.presets import merged
-    from lora_analysis.training.presets import preset as preset_fields
-    from lora_analysis.training.trackers import check_trackers
+    from lora_analysis.training.events import check_trackers
+    from lora_analysis.training.presets import get_preset, merge_tables
 
     check_trackers(trackers)
-    tables = [preset_fields(preset)] if preset else []
+    tables = [get_preset(preset)] if preset else []
     tables += [read_toml(file)] if file else []
-    given = _nested({_FIELDS[key]: v for key, v in options.items() if v is not None})
+    table = _nest({_FIELDS[key]: v for key, v in options.items() if v is not None})
     if data:
-        given = merged(given, {"data": {"source": data}})
+        table = merge_tables(table, {"data": {"source": data}})
     if targets:
-        given["targets"] = targets[0] if targets == ("all-linear",) else list(targets)
-    config = RunConfig.from_dict(merged(*tables, given, *map(_setting, settings)))
+        table["targets"] = targets[0] if targets == ("all-linear",) else list(targets)
+    config = RunConfig.from_dict(merge_tables(*tables, table, *map(_parse_setting, settings)))
     notes: list[str] = []
-    with _watched(form, notes) as progress:
+    with _progress_bar(form, notes) as on_event:
         train_run(
             config,
             output,
@@ -153,26 +187,26 @@ def command(
             threads=threads,
             trackers=trackers,
             sharded=fsdp,
-            progress=progress,
+            on_event=on_event,
             force=force,
         )
     if os.environ.get("RANK", "0") == "0":
-        _report(output, form, notes)
+        _print_result(output, form, notes)
 
 
-def _nested(fields: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    """Return values by their places, ``("loop", "lr")``, as tables in a table."""
+def _nest(fields: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """Return values by path, such as ``("loop", "lr")``, as nested tables."""
     table: dict[str, Any] = {}
-    for (*above, name), value in fields.items():
-        place = table
-        for part in above:
-            place = place.setdefault(part, {})
-        place[name] = value
+    for (*parents, name), value in fields.items():
+        inner = table
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[name] = value
     return table
 
 
-def _setting(text: str) -> dict[str, Any]:
-    """Return one ``key=value`` as a table; a value that is no TOML is a string."""
+def _parse_setting(text: str) -> dict[str, Any]:
+    """Return one ``key=value`` as a table; a value that is not TOML is a string."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         message = f"--set takes KEY=VALUE, found '{text[:80]}'."
@@ -185,14 +219,14 @@ def _setting(text: str) -> dict[str, Any]:
     try:
         return parse_toml(text)
     except ValueError:
-        return _nested({tuple(key.strip().split(".")): value.strip()})
+        return _nest({tuple(key.strip().split(".")): value.strip()})
 
 
 @contextmanager
-def _watched(form: str, notes: list[str]) -> Iterator[Callable[[RunEvent], None]]:
-    """Show notes as they come, and a bar with loss, rate and time left if stderr is a terminal.
+def _progress_bar(form: str, notes: list[str]) -> Iterator[Callable[[RunEvent], None]]:
+    """Print notes, and a bar with loss, learning rate and time left if stderr is a terminal.
 
-    The notes are added to ``notes``.
+    Notes are also appended to ``notes``.
     """
     from rich.console import Console
     from rich.progress import (
@@ -213,29 +247,29 @@ def _watched(form: str, notes: list[str]) -> Iterator[Callable[[RunEvent], None]
     hidden = form == "quiet" or not console.is_terminal
     with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
         task = bar.add_task("training", total=None, figures="")
-        shown = {"loss": "", "lr": "", "test": ""}  # the latest of each: no event has them all
+        latest = {"loss": "", "lr": "", "test": ""}  # no event has all of them
 
-        def watch(event: RunEvent) -> None:
+        def update(event: RunEvent) -> None:
             if event.note:
                 notes.append(event.note)
             if event.note and form != "quiet":
                 bar.console.print(f"Note: {event.note}", markup=False, highlight=False)
             if event.loss is not None:
-                shown["loss"] = f"loss {event.loss:.4f} "
+                latest["loss"] = f"loss {event.loss:.4f} "
             if event.lr is not None:
-                shown["lr"] = f"lr {event.lr:.1e} "
+                latest["lr"] = f"lr {event.lr:.1e} "
             if event.test_loss is not None:
-                shown["test"] = f"test {event.test_loss:.4f} "
+                latest["test"] = f"test {event.test_loss:.4f} "
                 if event.test_accuracy is not None:
-                    shown["test"] += f"({event.test_accuracy:.3f}) "
-            figures = "".join(shown.values()) + _memory()
+                    latest["test"] += f"({event.test_accuracy:.3f}) "
+            figures = "".join(latest.values()) + _format_memory()
             bar.update(task, completed=event.step, total=event.total, figures=figures)
 
-        yield watch
+        yield update
 
 
-def _memory() -> str:
-    """Return the memory a training takes, of the GPU where it is on one."""
+def _format_memory() -> str:
+    """Return the peak memory of the training, on the GPU if it uses one."""
     from lora_analysis.training.devices import gpu_memory
 
     if on_gpu := gpu_memory():
@@ -248,15 +282,15 @@ def _memory() -> str:
     return f"{peak / 2**20:.1f} GiB"
 
 
-def _report(folder: Path, form: str, notes: Sequence[str]) -> None:
+def _print_result(folder: Path, form: str, notes: Sequence[str]) -> None:
     from lora_analysis.finding import Finding
     from lora_analysis.storage.documents import read_json_object
 
     manifest = read_json_object(folder / "manifest.json")
     if form == "json":
-        fields = [{"run": manifest["name"], "text": note} for note in notes]
-        findings = [Finding("run-note", one).to_dict() for one in fields]
-        print_json({"run": folder, **manifest, "findings": findings})
+        findings = [Finding("run-note", {"run": manifest["name"], "text": n}) for n in notes]
+        document = {"run": folder, **manifest, "findings": [f.to_dict() for f in findings]}
+        print_json(document)
         return
     if form == "quiet":
         click.echo(folder)
@@ -264,13 +298,13 @@ def _report(folder: Path, form: str, notes: Sequence[str]) -> None:
     metrics = manifest["metrics"]
     facts: list[tuple[str, object]] = [("run", folder), ("steps", manifest["steps"])]
     facts += [
-        (name.replace("_", " "), f"{value:.4g}{_from(metrics, name)}")
+        (name.replace("_", " "), f"{value:.4g}{_format_before(metrics, name)}")
         for name, value in metrics.items()
         if not name.startswith("base_")
     ]
     print_facts([*facts, ("modules", len(manifest["modules"])), ("seconds", manifest["seconds"])])
 
 
-def _from(metrics: Mapping[str, float], name: str) -> str:
+def _format_before(metrics: Mapping[str, float], name: str) -> str:
     before = metrics.get(f"base_{name}")
     return "" if before is None else f" (before training {before:.4g})"

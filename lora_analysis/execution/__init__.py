@@ -1,9 +1,8 @@
-"""Work spread over threads, processes, or machines; nothing here knows what the work is.
+"""Parallel work in threads, in processes, or on several machines; independent of what the work is.
 
-`threads` serves arithmetic within one process. Executors take cells of minutes or hours, each
-tried again where its worker was lost: `serial`, `processes`, `cluster` (Ray), all with the
-protocol in `protocol`; `shards` deals cells to jobs that know nothing of each other. What a cell
-makes it writes to disk itself, whole or not at all: nothing here keeps results.
+`threads` is for arithmetic within one process. Executors take jobs of minutes or hours and retry
+those whose worker died: `protocol` (the interface, and a serial one), `processes`, and `cluster`
+(Ray). A job writes its results to disk itself, whole or not at all: nothing here stores results.
 """
 
 from lora_analysis.execution.threads import available_workers, in_threads, keep_freed_memory

@@ -1,4 +1,4 @@
-"""Work on the machines of a Ray cluster, or on a local one started for it (extra ``ray``)."""
+"""Jobs on the machines of a Ray cluster, or on a local one started for them (extra ``ray``)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_analysis.errors import InputError, LoraAnalysisError, LostWorkerError, MissingExtraError
+from lora_analysis.errors import InputError, LoraAnalysisError, LostWorkerError, require_package
 from lora_analysis.execution.protocol import (
-    Cell,
+    EventHandler,
     Failed,
+    Job,
     Outcome,
     Result,
     Retried,
-    Tell,
     Work,
     attempt,
     is_final,
@@ -25,36 +25,36 @@ from lora_analysis.execution.protocol import (
 if TYPE_CHECKING:
     from types import ModuleType
 
-# Seconds between two looks for events while no cell ends.
+# Seconds between two checks for events while no job ends.
 _INTERVAL = 0.2
-_PATIENCE = 5.0  # seconds that work is given to end when it is interrupted
+_PATIENCE = 5.0  # seconds that work has to end when it is interrupted
 
 
 class RayExecutor:
-    """Work wherever a Ray cluster has room; Ray accounts for CPUs and GPUs and places the cells.
+    """Runs jobs wherever a Ray cluster has free CPUs and GPUs.
 
     Parameters
     ----------
     address
-        Of the cluster: ``"auto"``, ``"host:6379"`` or ``"ray://host:10001"``; by default
-        ``$RAY_ADDRESS``, and without it a cluster of this machine alone, ended afterwards. A
-        connection that is open already is used as it is, and left open.
+        Address of the cluster: ``"auto"``, ``"host:6379"`` or ``"ray://host:10001"``. None takes
+        ``$RAY_ADDRESS``, or starts a cluster on this machine and shuts it down afterwards. A
+        connection that is already open is used as it is, and left open.
     workers
-        How many cells may be under way at once; by default as many as the cluster has room for.
+        Maximum number of jobs at the same time; None runs as many as fit into the cluster.
     cpus, gpus
-        What one cell takes. ``gpus`` may be a fraction; None takes one where the cluster has any.
+        CPUs and GPUs of one job. ``gpus`` may be a fraction; None takes one if the cluster has
+        any.
 
     Raises
     ------
     MissingExtraError
-        Ray is not installed. When the work begins, ``InputError`` where the cluster cannot be
-        reached.
+        Ray is not installed. ``InputError`` if the cluster cannot be reached when work begins.
 
     Notes
     -----
     Every machine needs this package, in the same version, and the folders that the work reads
-    and writes at the same paths; relative ones start from the caller's working folder. A cell
-    whose process or machine is lost is tried again elsewhere.
+    and writes at the same paths; relative ones start from the caller's working folder. A job
+    whose process or machine is lost is retried on another.
     """
 
     def __init__(
@@ -65,42 +65,48 @@ class RayExecutor:
         cpus: float = 1,
         gpus: float | None = None,
     ) -> None:
-        _ray()
+        _import_ray()
         self.address = address
         self.workers = workers
         self.cpus = cpus
         self.gpus = gpus
 
     def map(
-        self, function: Work[Cell, Result], cells: Iterable[Cell], *, tell: Tell | None = None
-    ) -> Generator[Outcome[Cell, Result], None, None]:
-        """Yield the outcome of every cell; see `protocol.Executor`."""
-        ray = _ray()
-        with self._connected(ray):
+        self,
+        function: Work[Job, Result],
+        jobs: Iterable[Job],
+        *,
+        on_event: EventHandler | None = None,
+    ) -> Generator[Outcome[Job, Result], None, None]:
+        """Yield the outcome of every job; see `protocol.Executor`."""
+        ray = _import_ray()
+        with self._connection(ray):
             gpus = self.gpus
             if gpus is None:
                 gpus = min(1, ray.cluster_resources().get("GPU", 0))
-            run = _Run(ray, function, cpus=self.cpus, gpus=gpus, tell=tell)
+            tasks = _Tasks(ray, function, cpus=self.cpus, gpus=gpus, on_event=on_event)
             try:
-                yield from run.outcomes(cells, self.workers)
+                yield from tasks.outcomes(jobs, self.workers)
             finally:
-                run.stop()
+                tasks.stop()
 
     @contextmanager
-    def _connected(self, ray: ModuleType) -> Iterator[None]:
+    def _connection(self, ray: ModuleType) -> Iterator[None]:
         if ray.is_initialized():
             yield
             return
         address = self.address or os.environ.get("RAY_ADDRESS")
-        # A cluster of one's own has as many places as workers were asked for.
-        own = {} if address else {"num_cpus": self.workers, "include_dashboard": False}
+        # A cluster started here has one CPU per worker.
+        local = {} if address else {"num_cpus": self.workers, "include_dashboard": False}
         try:
-            ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
+            ray.init(
+                address=address or "local", log_to_driver=False, logging_level="ERROR", **local
+            )
         except (ConnectionError, RuntimeError, ValueError) as error:
             message = (
                 f"Cannot connect to a Ray cluster at {address or 'this machine'}: "
-                f"{_last_line(error)} Is it running, reachable from here, of the same version of "
-                "Ray and Python, and is its token (RAY_AUTH_TOKEN), if it has one, set?"
+                f"{_last_line(error)} Is it running, reachable from this machine, of the same "
+                "version of Ray and Python, and is its token (RAY_AUTH_TOKEN), if it has one, set?"
             )
             raise InputError(message) from error
         try:
@@ -109,49 +115,55 @@ class RayExecutor:
             ray.shutdown()
 
 
-class _Run:
-    """The cells of one call, as Ray tasks under way."""
+class _Tasks:
+    """The jobs of one call as Ray tasks."""
 
     def __init__(
-        self, ray: ModuleType, function: Any, *, cpus: float, gpus: float, tell: Tell | None
+        self,
+        ray: ModuleType,
+        function: Any,
+        *,
+        cpus: float,
+        gpus: float,
+        on_event: EventHandler | None,
     ) -> None:
         self.ray = ray
-        self.tell = tell
+        self.on_event = on_event
         self.function = ray.put(function)  # sent to each machine once
-        # Ray's own retries would count neither with ours nor be told of.
-        self.task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_do)
-        self.mailbox = ray.remote(num_cpus=0)(_Mailbox).remote() if tell else None
+        # Ray's own retries would neither count as ours nor be reported.
+        self.task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_run_job)
+        self.mailbox = ray.remote(num_cpus=0)(_Mailbox).remote() if on_event else None
         self.folder = str(Path.cwd())
-        self.under_way: dict[Any, tuple[Any, int]] = {}
+        self.running: dict[Any, tuple[Any, int]] = {}
 
-    def outcomes(self, cells: Iterable[Any], limit: int | None) -> Iterator[Outcome[Any, Any]]:
-        """Submit cells, as many at once as allowed, and yield how they end."""
-        left = iter(cells)
+    def outcomes(self, jobs: Iterable[Any], limit: int | None) -> Iterator[Outcome[Any, Any]]:
+        """Submit jobs, at most ``limit`` at the same time, and yield their outcomes."""
+        left = iter(jobs)
         while True:
-            while limit is None or len(self.under_way) < limit:
-                cell = next(left, _NOTHING)
-                if cell is _NOTHING:
+            while limit is None or len(self.running) < limit:
+                job = next(left, _NOTHING)
+                if job is _NOTHING:
                     break
-                self._submit(cell, 1)
-            if not self.under_way:
+                self._submit(job, 1)
+            if not self.running:
                 return
-            done, _ = self.ray.wait(list(self.under_way), timeout=_INTERVAL)
-            self._pass_on()
+            done, _ = self.ray.wait(list(self.running), timeout=_INTERVAL)
+            self._forward_events()
             for ref in done:
-                cell, attempts = self.under_way.pop(ref)
-                result = self._result(ref, cell)
+                job, attempts = self.running.pop(ref)
+                result = self._result(ref, job)
                 if not isinstance(result, Failed):
-                    yield Outcome(cell, result, None, attempts)
+                    yield Outcome(job, result, None, attempts)
                 elif is_final(result.error, attempts):
-                    yield Outcome(cell, None, result.error, attempts)
+                    yield Outcome(job, None, result.error, attempts)
                 else:
-                    self._submit(cell, attempts + 1)
-                    if self.tell:
-                        self.tell(Retried(cell, result.error))
+                    self._submit(job, attempts + 1)
+                    if self.on_event:
+                        self.on_event(Retried(job, result.error))
 
     def stop(self) -> None:
-        """Interrupt what is still under way, and wait a moment while it gives up its locks."""
-        left = list(self.under_way)
+        """Interrupt running tasks, and wait a moment while they release their locks."""
+        left = list(self.running)
         with suppress(Exception):  # the cluster may be gone as well
             for ref in left:
                 self.ray.cancel(ref)
@@ -162,27 +174,27 @@ class _Run:
             if self.mailbox is not None:
                 self.ray.kill(self.mailbox)
 
-    def _submit(self, cell: Any, attempts: int) -> None:
-        ref = self.task.remote(self.function, cell, self.mailbox, self.folder)
-        self.under_way[ref] = cell, attempts
+    def _submit(self, job: Any, attempts: int) -> None:
+        ref = self.task.remote(self.function, job, self.mailbox, self.folder)
+        self.running[ref] = job, attempts
 
-    def _result(self, ref: Any, cell: Any) -> Any:
-        """Return what the task returned, or that its process or machine is gone."""
+    def _result(self, ref: Any, job: Any) -> Any:
+        """Return the result of a task, or an error if its process or machine is gone."""
         try:
             return self.ray.get(ref)
         except self.ray.exceptions.RayTaskError as error:  # the work could not be loaded there
             message = (
                 f"A Ray worker could not load its work: {_last_line(error)}. Every machine needs "
-                "the packages that are imported here."
+                "the packages that are imported on this one."
             )
             return Failed(LoraAnalysisError(message))
         except self.ray.exceptions.RayError as error:
-            message = f"Ray lost the worker of {cell}: {_last_line(error)}"
+            message = f"Ray lost the worker of {job}: {_last_line(error)}"
             return Failed(LostWorkerError(message))
 
-    def _pass_on(self) -> None:
-        """Tell the caller what the work has told since."""
-        if self.tell is None or self.mailbox is None:
+    def _forward_events(self) -> None:
+        """Send new events of the work to the caller."""
+        if self.on_event is None or self.mailbox is None:
             return
         try:
             events = self.ray.get(self.mailbox.take.remote())
@@ -190,14 +202,14 @@ class _Run:
             self.mailbox = None
             return
         for event in events:
-            self.tell(event)
+            self.on_event(event)
 
 
 _NOTHING = object()
 
 
 class _Mailbox:
-    """What the work tells, kept until the caller asks for it; lives in a process of Ray's."""
+    """Events of the work until the caller fetches them; lives in a process of Ray's."""
 
     def __init__(self) -> None:
         self.events: list[Any] = []
@@ -210,23 +222,23 @@ class _Mailbox:
         return events
 
 
-def _do(function: Any, cell: Any, mailbox: Any, folder: str) -> Any:
-    """Do one cell in a process of Ray's, in the caller's working folder where it is there too."""
+def _run_job(function: Any, job: Any, mailbox: Any, folder: str) -> Any:
+    """Do one job in a process of Ray's, in the caller's working folder if it exists there."""
     import ray
 
     with suppress(OSError):
         os.chdir(folder)
     last = None
 
-    def tell(event: object) -> None:
+    def send_event(event: object) -> None:
         nonlocal last
         if mailbox is not None:
             last = mailbox.put.remote(event)
 
-    result = attempt(function, cell, tell)
+    result = attempt(function, job, send_event)
     if last is not None:
         with suppress(ray.exceptions.RayError):
-            ray.get(last)  # so that all is told before the cell is done
+            ray.get(last)  # so that all events arrive before the job is done
     return result
 
 
@@ -235,13 +247,10 @@ def _last_line(error: Exception) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _ray() -> ModuleType:
-    """Return Ray, told beforehand to report to nobody."""
+def _import_ray() -> ModuleType:
+    """Return Ray, set up to send no usage statistics."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        import_module("ray.exceptions")
-        return import_module("ray")
-    except ImportError as error:
-        message = "The executor 'ray' needs Ray: pip install 'lora-analysis[ray]'."
-        raise MissingExtraError(message) from error
+    require_package("ray", "ray", "The executor 'ray'")
+    import_module("ray.exceptions")
+    return import_module("ray")

@@ -1,12 +1,16 @@
-"""Worker processes on this machine, each fed over a pipe, one cell after the other."""
+"""Worker processes on this machine: jobs go in over a pipe, events and outcomes come back."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import pickle
+import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
@@ -16,104 +20,65 @@ from typing import TYPE_CHECKING, Any, Generic
 
 from lora_analysis.errors import InputError, LostWorkerError, UnguardedScriptError
 from lora_analysis.execution.protocol import (
-    Cell,
+    EventHandler,
     Failed,
+    Job,
     Outcome,
     Result,
     Retried,
-    Tell,
     Work,
+    attempt,
+    ignore_event,
     is_final,
-)
-from lora_analysis.execution.worker import (
-    UNGUARDED,
-    WORKER_NAME,
-    Done,
-    Ready,
-    end_if_imported_by_worker,
-    run_worker,
+    sendable,
 )
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
     from multiprocessing.connection import Connection
     from multiprocessing.context import SpawnProcess
 
-_PATIENCE = 5.0  # seconds a worker is given to end when it is asked to
+    Pipe = Connection[Any, Any]
+
+_PATIENCE = 5.0  # seconds that a worker has to end when it is asked to
 # Forked children would inherit locks of torch's and BLAS's threads, without the threads.
 _CONTEXT = multiprocessing.get_context("spawn")
-
-
-class _Lost(Failed):
-    """The worker is gone."""
-
-
-@dataclass(slots=True, eq=False)
-class _Worker(Generic[Cell]):
-    """A process, our end of its pipe, and the cell it is at, with the number of the attempt."""
-
-    process: SpawnProcess
-    pipe: Connection[Any, Any]
-    environment: Mapping[str, str]
-    cell: Cell | None = None
-    attempts: int = 0
-    ready: bool = False
-
-    @property
-    def busy(self) -> bool:
-        return self.attempts > 0
-
-    def give(self, cell: Cell, attempts: int) -> None:
-        self.cell, self.attempts = cell, attempts
-        with suppress(ConnectionError):  # it is gone, and its pipe will say so
-            self.pipe.send(cell)
-
-    def release(self) -> tuple[Cell, int]:
-        """Take the cell back, with the number of the attempt."""
-        cell, attempts = self.cell, self.attempts
-        self.cell, self.attempts = None, 0
-        return cell, attempts  # type: ignore[return-value]  # a busy worker has one
-
-    def receive(self) -> object:
-        """Return what the worker sends, or that it is gone."""
-        try:
-            return self.pipe.recv()
-        except (EOFError, ConnectionError):
-            self.process.join(_PATIENCE)
-            if not self.ready and (self.process.exitcode or 0) > 0:
-                raise _not_started(self.process.exitcode) from None
-            message = (
-                f"The worker process {self.process.pid} ended with exit code "
-                f"{self.process.exitcode} before {self.cell} was done. Was it killed for want of "
-                "memory? Use fewer workers if it recurs."
-            )
-            return _Lost(LostWorkerError(message))
+_WORKER_NAME = "lora-analysis worker"
+_UNGUARDED = 87  # exit code of a worker whose main module starts workers itself
+_THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
 
 
 class ProcessExecutor:
-    """Work in processes started afresh, so that none can take another or the caller down.
+    """Runs jobs in fresh processes, so that none can take another or the caller down.
 
     Parameters
     ----------
     workers
-        How many processes work side by side.
+        Number of processes that work in parallel.
     threads
-        CPU threads of each: one, so that sums come out in one order whatever else runs.
+        CPU threads of each: 1, so that the order of sums does not depend on what else runs.
     environments
-        Variables set in each worker before it computes, dealt in turn: where there are several
-        GPUs, ``CUDA_VISIBLE_DEVICES`` gives one to each.
+        Variables to set in each worker before it computes, assigned in turn: with several GPUs,
+        ``CUDA_VISIBLE_DEVICES`` gives one to each.
 
     Raises
     ------
     InputError
-        Fewer than one worker. When the work begins, if no worker can import the main module.
+        Fewer than one worker. When the work begins: no worker can import the main module.
     UnguardedScriptError
-        When the work begins, if the main module starts workers itself when it is imported.
+        When the work begins: the main module itself starts workers when it is imported.
 
     Notes
     -----
-    Workers import the caller's main module anew, so a script must guard its own start with
-    ``if __name__ == "__main__"``. What they print goes to stderr. They end with the caller,
-    even where that is killed.
+    Workers import the caller's main module, so a script must guard its entry with
+    ``if __name__ == "__main__"``. What they print goes to stderr. They end with the caller, even
+    if it is killed.
     """
 
     def __init__(
@@ -132,91 +97,221 @@ class ProcessExecutor:
         self.environments = environments or [{}]
 
     def map(
-        self, function: Work[Cell, Result], cells: Iterable[Cell], *, tell: Tell | None = None
-    ) -> Generator[Outcome[Cell, Result], None, None]:
-        """Yield the outcome of every cell; see `protocol.Executor`."""
-        waiting = deque((cell, 1) for cell in cells)
+        self,
+        function: Work[Job, Result],
+        jobs: Iterable[Job],
+        *,
+        on_event: EventHandler | None = None,
+    ) -> Generator[Outcome[Job, Result], None, None]:
+        """Yield the outcome of every job; see `protocol.Executor`."""
+        waiting = deque((job, 1) for job in jobs)
         start = partial(_start, bytes(ForkingPickler.dumps(function)), self.threads)
-        crew: list[_Worker[Cell]] = []
+        crew: list[_Worker[Job]] = []
         try:
             environments = islice(cycle(self.environments), min(self.workers, len(waiting)))
             crew.extend(start(environment) for environment in environments)
-            yield from _outcomes(crew, waiting, start, tell or _ignore)
+            yield from _outcomes(crew, waiting, start, on_event or ignore_event)
             for worker in crew:
                 worker.pipe.close()  # nothing is left to do
             for worker in crew:
                 worker.process.join(_PATIENCE)
-        finally:
-            _end(crew)
+        finally:  # workers are asked to end first, so that they can release their locks
+            for worker in crew:
+                worker.process.terminate()
+            for worker in crew:
+                worker.process.join(_PATIENCE)
+                worker.process.kill()
+                worker.process.join()
+                worker.pipe.close()
 
 
 def _outcomes(
-    crew: list[_Worker[Cell]],
-    waiting: deque[tuple[Cell, int]],
-    start: Callable[[Mapping[str, str]], _Worker[Cell]],
-    tell: Tell,
-) -> Iterator[Outcome[Cell, Any]]:
-    """Keep every worker busy, and put a new one where one is lost, until nothing is left."""
+    crew: list[_Worker[Job]],
+    waiting: deque[tuple[Job, int]],
+    start: Callable[[Mapping[str, str]], _Worker[Job]],
+    on_event: EventHandler,
+) -> Iterator[Outcome[Job, Any]]:
+    """Keep every worker busy, and replace those that die, until nothing is left."""
     while waiting or any(worker.busy for worker in crew):
         for worker in crew:
             if waiting and not worker.busy:
                 worker.give(*waiting.popleft())
         ready = wait([worker.pipe for worker in crew if worker.busy])
-        for at in [at for at, worker in enumerate(crew) if worker.pipe in ready]:
-            message = crew[at].receive()
-            if isinstance(message, Ready):
-                crew[at].ready = True
+        for index in [i for i, worker in enumerate(crew) if worker.pipe in ready]:
+            message = crew[index].receive()
+            if isinstance(message, _Ready):
+                crew[index].ready = True
                 continue
-            if not isinstance(message, Done | Failed):
-                tell(message)
+            if not isinstance(message, _Done | Failed):
+                on_event(message)
                 continue
-            cell, attempts = crew[at].release()
+            job, attempts = crew[index].release()
             if isinstance(message, _Lost):
-                crew[at].pipe.close()
-                crew[at] = start(crew[at].environment)
-            if isinstance(message, Done):
-                yield Outcome(cell, message.result, None, attempts)
+                crew[index].pipe.close()
+                crew[index] = start(crew[index].environment)
+            if isinstance(message, _Done):
+                yield Outcome(job, message.result, None, attempts)
             elif is_final(message.error, attempts):
-                yield Outcome(cell, None, message.error, attempts)
+                yield Outcome(job, None, message.error, attempts)
             else:
-                waiting.append((cell, attempts + 1))
-                tell(Retried(cell, message.error))
+                waiting.append((job, attempts + 1))
+                on_event(Retried(job, message.error))
+
+
+@dataclass(slots=True, eq=False)
+class _Worker(Generic[Job]):
+    """A process, our end of its pipe, and its current job with the number of the attempt."""
+
+    process: SpawnProcess
+    pipe: Pipe
+    environment: Mapping[str, str]
+    job: Job | None = None
+    attempts: int = 0
+    ready: bool = False
+
+    @property
+    def busy(self) -> bool:
+        return self.attempts > 0
+
+    def give(self, job: Job, attempts: int) -> None:
+        self.job, self.attempts = job, attempts
+        with suppress(ConnectionError):  # it is gone, and reading its pipe will show it
+            self.pipe.send(job)
+
+    def release(self) -> tuple[Job, int]:
+        """Take the job back, with the number of the attempt."""
+        job, attempts = self.job, self.attempts
+        self.job, self.attempts = None, 0
+        return job, attempts  # type: ignore[return-value]  # a busy worker has one
+
+    def receive(self) -> object:
+        """Return what the worker sends, or `_Lost` if it is gone."""
+        try:
+            return self.pipe.recv()
+        except (EOFError, ConnectionError):
+            self.process.join(_PATIENCE)
+            if not self.ready and (self.process.exitcode or 0) > 0:
+                raise _start_error(self.process.exitcode) from None
+            message = (
+                f"The worker process {self.process.pid} ended with exit code "
+                f"{self.process.exitcode} before {self.job} was done. Did memory run out? Use "
+                "fewer workers if it recurs."
+            )
+            return _Lost(LostWorkerError(message))
 
 
 def _start(work: bytes, threads: int, environment: Mapping[str, str]) -> _Worker[Any]:
     ours, theirs = _CONTEXT.Pipe()
     arguments = (theirs, work, threads, dict(environment))
-    process = _CONTEXT.Process(target=run_worker, name=WORKER_NAME, args=arguments, daemon=True)
+    process = _CONTEXT.Process(target=_run_worker, name=_WORKER_NAME, args=arguments, daemon=True)
     process.start()
     theirs.close()
     return _Worker(process, ours, environment)
 
 
-def _not_started(exit_code: int | None) -> InputError:
+def _start_error(exit_code: int | None) -> InputError:
     """Return why a worker ended while it imported the main module, as every other one would."""
     script = getattr(sys.modules["__main__"], "__file__", None) or "the main module"
     guard = 'under `if __name__ == "__main__":`'
-    if exit_code == UNGUARDED:
+    if exit_code == _UNGUARDED:
         return UnguardedScriptError(
             f"{script} starts worker processes, which import it and would start their own: put the "
             f"call {guard}, or use one worker (workers=1)."
         )
     return InputError(
         f"Worker processes cannot import {script} (exit code {exit_code}; their error is above): "
-        f"put what it does {guard}, or use one worker (workers=1)."
+        f"put its code {guard}, or use one worker (workers=1)."
     )
 
 
-def _end(crew: Sequence[_Worker[Any]]) -> None:
-    """Stop what still runs: first asked, so that it can give up its locks, then made to."""
-    for worker in crew:
-        worker.process.terminate()
-    for worker in crew:
-        worker.process.join(_PATIENCE)
-        worker.process.kill()
-        worker.process.join()
-        worker.pipe.close()
+def end_if_imported_by_worker() -> None:
+    """End a worker process that is importing the caller's main module.
+
+    Called by every function that starts worker processes: a script that calls one when it is
+    imported would start them again in every worker.
+    """
+    process = multiprocessing.current_process()
+    # Set by multiprocessing while it imports the main module in a new process.
+    if process.name == _WORKER_NAME and getattr(process, "_inheriting", False):
+        os._exit(_UNGUARDED)
 
 
-def _ignore(_event: object) -> None:
-    """Watch nothing."""
+# What a worker sends besides events and `Failed`.
+
+
+class _Lost(Failed):
+    """The worker is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """The result of a job."""
+
+    result: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """Sent first: the worker has imported the caller's main module."""
+
+
+class _CallerGone(BaseException):
+    """The caller is gone; a BaseException, so that no work catches it as an error of its own."""
+
+
+def _run_worker(pipe: Pipe, work: bytes, threads: int, environment: Mapping[str, str]) -> None:
+    """Do the jobs that come over the pipe until it is closed; the main function of a worker.
+
+    ``work`` is the pickled function: loading it may import numpy and torch, which read the
+    environment when they are imported.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller handles interrupts
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that locks are released
+    os.dup2(2, 1)  # stdout is for the caller's data
+    threading.Thread(target=_end_with_the_caller, daemon=True).start()
+    os.environ.update({name: str(threads) for name in _THREAD_VARIABLES} | dict(environment))
+    limit: AbstractContextManager[object] = nullcontext()
+    if "numpy" in sys.modules:  # loaded by the main module, before the variables were set
+        from threadpoolctl import threadpool_limits
+
+        limit = threadpool_limits(threads)
+    try:
+        with limit:
+            _serve(pipe, work)
+    except (_CallerGone, EOFError, ConnectionError):
+        return
+
+
+def _serve(pipe: Pipe, work: bytes) -> None:
+    def send(event: object) -> None:
+        try:
+            pipe.send(event)
+        except ConnectionError:
+            raise _CallerGone from None
+
+    function = None
+    send(_Ready())
+    while True:
+        pickled = pipe.recv_bytes()
+        try:
+            function = function or pickle.loads(work)
+            job = pickle.loads(pickled)
+        except Exception as error:  # noqa: BLE001 - it may import anything
+            send(Failed(sendable(error)))
+            continue
+        result = attempt(function, job, send)
+        if isinstance(result, Failed):
+            send(result)
+            continue
+        try:
+            send(_Done(result))
+        except Exception as error:  # noqa: BLE001 - a result that cannot be pickled
+            send(Failed(sendable(error)))
+
+
+def _end_with_the_caller() -> None:
+    """Wait for the caller's end: if it is killed, it cannot stop its workers."""
+    caller = multiprocessing.parent_process()
+    if caller is not None:
+        caller.join()
+        os.kill(os.getpid(), signal.SIGTERM)

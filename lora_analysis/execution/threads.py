@@ -1,4 +1,4 @@
-"""Work spread over threads: the arithmetic runs in BLAS and LAPACK, which release the GIL."""
+"""Work in threads: the arithmetic runs in BLAS and LAPACK, which release the GIL."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
 
-# Of glibc's mallopt.
+# Parameters of glibc's mallopt.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 Item = TypeVar("Item")
@@ -18,17 +18,17 @@ Result = TypeVar("Result")
 
 
 def available_workers() -> int:
-    """Return how many CPUs this process may use."""
+    """Return the number of CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what is freed for what comes next: a program may, a library not.
+    """Make the C library keep freed memory for later: for programs, not for libraries to call.
 
-    glibc gives large blocks back at once, and fresh pages cost a walk over many small factors more
-    than the arithmetic. Elsewhere it does nothing.
+    glibc returns large blocks to the system at once, and in a walk over many small factors fresh
+    pages cost more than the arithmetic. Has no effect with other C libraries.
     """
     import ctypes
 
@@ -43,18 +43,18 @@ def in_threads(
 ) -> Iterator[Result]:
     """Yield ``function(item)`` for every item, in the order of the items.
 
-    BLAS is held to one thread meanwhile: on tall and thin matrices two threads of its own are
+    BLAS is limited to one thread meanwhile: on tall and thin matrices two threads of its own are
     slower than one, while two workers with one thread each are twice as fast.
 
     Parameters
     ----------
     function
-        Called from several threads at once. Its first error ends the walk and is raised here.
+        Called from several threads at once. Its first error ends the iteration and is raised.
     items
-        Taken one by one: at most twice as many as there are workers are begun or done and not
-        yet handed out, so that memory is bounded.
+        Taken one by one: at most two per worker are started or finished but not yet yielded, so
+        that memory is bounded.
     workers
-        How many threads; the CPUs of this process by default. One runs in the caller's thread.
+        Number of threads; by default the CPUs of this process. One runs in the caller's thread.
     """
     count = workers or available_workers()
     with threadpool_limits(1, user_api="blas"):

@@ -13,7 +13,7 @@ from lora_analysis.patterns import choose_names, natural_key
 
 if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter, Update
-    from lora_analysis.execution.protocol import Executor, Tell
+    from lora_analysis.execution.protocol import EventHandler, Executor
     from lora_analysis.progress import Progress
 
 Result = TypeVar("Result")
@@ -120,5 +120,5 @@ class _ExecutorWork(Generic[Result]):
 
     analyze: Callable[[str], Result]
 
-    def __call__(self, module: str, _tell: Tell) -> Result:
+    def __call__(self, module: str, _send_event: EventHandler) -> Result:
         return self.analyze(module)

@@ -1,18 +1,16 @@
-"""Adapters made here: a base model, its tasks, the loop, and sweeps of runs that can be resumed.
+"""Training of adapters: base models, tasks, the training loop, and sweeps that can be resumed.
 
-Each run is a folder with the adapter in PEFT's layout, so that what was trained is read back as
-any other adapter is. Nothing here looks at subspaces, draws or prints. torch is imported by the
-modules that compute with it (``vit``, ``base``, ``loop``, ``pretrain``), never by this one, by
+Each run is a folder with the adapter in PEFT's format, so that a trained adapter is read like any
+other. Nothing in this package analyzes subspaces, draws or prints. torch is imported by the
+modules that compute with it (``digits_vit``, ``loop``, ``run_setup``, …), not by this one, by
 ``config`` or by ``sweep``.
 """
 
 from lora_analysis.training.config import RunConfig, Seeds
 from lora_analysis.training.events import RunEvent
-from lora_analysis.training.files import base_folder
-from lora_analysis.training.inputs import run_key
+from lora_analysis.training.inputs import base_folder, run_key
 from lora_analysis.training.options import BaseOptions, DataOptions, LoopOptions
 from lora_analysis.training.plan import ExecutionOptions, SweepPlan, read_plan
-from lora_analysis.training.progress import SweepProgress
 from lora_analysis.training.run_folders import FAILURE_NAME, run_state
 from lora_analysis.training.runs import train_run
 from lora_analysis.training.sweep import (
@@ -32,7 +30,6 @@ __all__ = [
     "RunEvent",
     "Seeds",
     "SweepPlan",
-    "SweepProgress",
     "SweepResult",
     "base_folder",
     "demo_sweep",

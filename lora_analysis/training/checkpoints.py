@@ -1,8 +1,8 @@
-"""A training in progress as one file: what is trained, AdamW's momenta, every random stream.
+"""Checkpoints of a training: trained parameters, AdamW's moments and every random stream.
 
-One safetensors file with its few numbers and a hash of its tensors as JSON in the header, written
-whole or not at all; the checkpoint before the last is kept next to it. A run killed at any moment
-goes on from the last one that is whole, to the same bits on a CPU.
+A checkpoint is one safetensors file, with its few numbers and a hash of its tensors as JSON in the
+header, written whole or not at all; the previous one stays next to it. A run that is killed at any
+moment continues from the last intact one, to the same bits on a CPU.
 """
 
 from __future__ import annotations
@@ -29,24 +29,26 @@ if TYPE_CHECKING:
 
     from lora_analysis.training.loop import Training
 
-_FACTS = "lora_analysis.training"
-_MOMENTA = ("exp_avg", "exp_avg_sq")
+_METADATA_KEY = "lora_analysis.training"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+# Errors of a file that is missing, damaged or not a checkpoint.
+_UNREADABLE = (OSError, SafetensorError, KeyError, TypeError, ValueError)
 
 
 def save_checkpoint(training: Training, folder: Path, facts: dict[str, Any]) -> Path:
-    """Write where a training is; the checkpoint before it stays as the earlier one.
+    """Write the state of a training; the last checkpoint stays as the earlier one.
 
-    Every process of the training has to call it, each for its own stream of dropout; the first
+    All processes of the training must call it, as each has its own dropout stream; the first one
     writes the file.
 
     Parameters
     ----------
     training
-        Between two steps.
+        Training between two steps.
     folder
-        The run's.
+        Folder of the run.
     facts
-        What the run wants to know when it goes on: its key, how far its files had come.
+        Facts that the run needs to continue: its key, the length of its files.
 
     Returns
     -------
@@ -54,20 +56,20 @@ def save_checkpoint(training: Training, folder: Path, facts: dict[str, Any]) -> 
         The file.
     """
     streams = {
-        f"{_stream(rank)}/{name}": one
+        f"{_stream_name(rank)}/{name}": state
         for name, value in training.dropout.state().items()
-        for rank, one in enumerate(training.processes.gathered(value))
+        for rank, state in enumerate(training.processes.gathered(value))
     }
     if not training.processes.is_first:
         return folder / CHECKPOINT_NAME
     tensors = {f"parameter/{n}": p.detach() for n, p in training.trained.items()}
     for name, parameter in training.trained.items():
-        held = training.optimizer.state[parameter]
-        tensors |= {f"{moment}/{name}": held[moment] for moment in _MOMENTA if moment in held}
+        state = training.optimizer.state[parameter]
+        tensors |= {f"{moment}/{name}": state[moment] for moment in _MOMENTS if moment in state}
     tensors |= {f"order/{name}": value for name, value in training.order.state().items()}
     tensors |= streams
     tensors = {name: value.to("cpu").contiguous() for name, value in tensors.items()}
-    own = {
+    numbers = {
         "sha256": _digest(tensors),
         "step": training.step,
         "best": training.best if training.best < float("inf") else None,
@@ -75,7 +77,7 @@ def save_checkpoint(training: Training, folder: Path, facts: dict[str, Any]) -> 
         "scaler": training.scaler.state_dict(),
         "facts": facts,
     }
-    content = safetensors.torch.save(tensors, metadata={_FACTS: json.dumps(own)})
+    content = safetensors.torch.save(tensors, metadata={_METADATA_KEY: json.dumps(numbers)})
     last = folder / CHECKPOINT_NAME
     written = write_atomic(folder / NEXT_CHECKPOINT_NAME, content)
     if last.is_file():
@@ -86,51 +88,55 @@ def save_checkpoint(training: Training, folder: Path, facts: dict[str, Any]) -> 
 
 
 def checkpoint_facts(path: Path) -> dict[str, Any] | None:
-    """Return the facts that a checkpoint states; None if it cannot be read."""
+    """Return the facts in a checkpoint; None if it cannot be read."""
     try:
-        return dict(_header(path)["facts"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return dict(_read_numbers(path)["facts"])
+    except _UNREADABLE:
         return None
 
 
 def load_checkpoint(training: Training, path: Path) -> bool:
-    """Put a training, made anew with the same arguments, where a checkpoint was taken.
+    """Restore the state of a checkpoint in a new training with the same arguments.
 
     Returns
     -------
     bool
-        False, with the training as it was, if the file is not as it was written.
+        False, with the training unchanged, if the file is damaged.
     """
     try:
-        own = _header(path)
+        numbers = _read_numbers(path)
         tensors = safetensors.torch.load_file(path)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+    except _UNREADABLE:
         return False
-    if own.get("sha256") != _digest(tensors):
+    if numbers.get("sha256") != _digest(tensors):
         return False
-    step = int(own["step"])
+    step = int(numbers["step"])
     with torch.no_grad():
         for name, parameter in training.trained.items():
             parameter.copy_(tensors[f"parameter/{name}"])
-            held = {m: tensors[f"{m}/{name}"] for m in _MOMENTA if f"{m}/{name}" in tensors}
-            if held:
-                placed = {m: value.to(parameter.device) for m, value in held.items()}
-                training.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **placed}
-    training.order.go_to(_below("order", tensors))
+            moments = {
+                moment: tensors[f"{moment}/{name}"].to(parameter.device)
+                for moment in _MOMENTS
+                if f"{moment}/{name}" in tensors
+            }
+            if moments:
+                state = {"step": torch.tensor(float(step)), **moments}
+                training.optimizer.state[parameter] = state
+    training.order.load_state(_with_prefix("order", tensors))
     rank = training.processes.rank
-    if stream := _below(_stream(rank), tensors):
-        training.dropout.go_to(stream)
-    else:  # there were fewer processes when it was saved: the others draw anew, each its own
+    if stream := _with_prefix(_stream_name(rank), tensors):
+        training.dropout.load_state(stream)
+    else:  # it was saved by fewer processes: this one starts a stream of its own
         training.dropout = DropoutStream(hash((step, rank)), training.device)
-    training.scaler.load_state_dict(own["scaler"])
+    training.scaler.load_state_dict(numbers["scaler"])
     training.step = step
-    training.best = float("inf") if own["best"] is None else own["best"]
-    training.waited = own["waited"]
+    training.best = float("inf") if numbers["best"] is None else numbers["best"]
+    training.waited = numbers["waited"]
     return True
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
-    """Return one hash over the names, types, shapes and numbers of tensors."""
+    """Return one hash of the names, types, shapes and values of tensors."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name]
@@ -139,18 +145,18 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _stream(rank: int) -> str:
-    """Return the place of a process's stream of dropout."""
+def _stream_name(rank: int) -> str:
+    """Return the prefix of the dropout stream of a process."""
     return f"dropout{rank}" if rank else "dropout"
 
 
-def _below(place: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of one place, by the rest of their names."""
-    start = f"{place}/"
+def _with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with a prefix, by the rest of their names."""
+    start = f"{prefix}/"
     return {n.removeprefix(start): value for n, value in tensors.items() if n.startswith(start)}
 
 
-def _header(path: Path) -> dict[str, Any]:
+def _read_numbers(path: Path) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
-        found: dict[str, Any] = json.loads((file.metadata() or {})[_FACTS])
-    return found
+        numbers: dict[str, Any] = json.loads((file.metadata() or {})[_METADATA_KEY])
+    return numbers

@@ -1,4 +1,4 @@
-"""What determines a run, as values: nothing that shapes the result is implicit."""
+"""Configuration of a run: every field that determines its result, and the key made of them."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from lora_analysis.training.options import (
     Objective,
     check,
     check_choice,
-    checked_fields,
-    from_table,
-    laid_over,
-    refuse_unknown,
+    check_key,
+    override,
+    parse_fields,
+    parse_options,
 )
 
-# Part of every key: raised when the same configuration would give other weights.
+# Part of every key: increased when the same configuration would give other weights.
 RUN_VERSION = 3
 
 ALL_LINEAR = "all-linear"
-# Of the loop where a model of transformers is trained and a table does not say otherwise.
+# Defaults of the loop for models of transformers.
 TRANSFORMERS_LOOP: Mapping[str, Any] = MappingProxyType(
     {"epochs": 3, "batch_size": 16, "lr": 2e-4, "schedule": "linear", "warmup_ratio": 0.06}
 )
@@ -40,7 +40,7 @@ Parts = tuple[tuple[str, tuple[str, ...]], ...]
 
 @dataclass(frozen=True, slots=True)
 class Seeds:
-    """The three streams of a run: initial factors (and a new head), order of data, dropout."""
+    """Seeds of a run: initial factors (and a new head), order of the data, dropout."""
 
     init: int
     data: int
@@ -49,51 +49,50 @@ class Seeds:
 
 @dataclass(frozen=True, slots=True)
 class RunConfig:
-    """One adapter to train: on which base and data, what LoRA, which seeds, and how.
+    """One adapter to train: base model, data, LoRA, seeds and training loop.
 
     Parameters
     ----------
     task
-        Name of the task. Of the digits it chooses the variation (``"rotate"``); of a file it is
-        a label alone.
+        Name of the task. For the digits it selects the variation (``"rotate"``); for a data file
+        it is only a label.
     rank
-        Columns of B in every adapted module.
+        Rank of every adapted module.
     seed
-        Seed of the initial A, of which each module has its own generator, seeded by (module
-        name, rank, seed); and of a fresh head.
+        Seed of the initial A (each module has its own generator, seeded by module name, rank and
+        seed) and of a new classification head.
     alpha
-        The scale is ``alpha / rank`` (``alpha / sqrt(rank)`` with ``use_rslora``). Kept fixed
-        over ranks, as in the LoRA paper; so the scale and the effective step differ with rank.
+        The scale is ``alpha / rank`` (``alpha / sqrt(rank)`` with ``use_rslora``). The same for
+        all ranks, as in the LoRA paper; so the scale and the effective step differ with rank.
     targets
-        Modules to adapt, by suffix (the query and value projections are the paper's preset), or
-        ``"all-linear"``: every linear layer of the blocks; any other string is a regular
-        expression for the whole name.
+        Modules to adapt, by suffix (the default is the paper's choice: query and value
+        projections), or ``"all-linear"``: every linear layer of the blocks; any other string is a
+        regular expression for the whole name.
     data_seed, dropout_seed
-        Seeds of the order of the examples and of dropout; None follows ``seed``. See ``seeds``.
+        Seeds of the order of the examples and of dropout; None takes ``seed``. See ``seeds``.
     method
         ``"lora"``, or ``"full"``: all weights are trained with the same loop.
     dropout
-        Share of the adapted layers' inputs that the factors do not see at a step.
+        Dropout probability of the inputs of the LoRA factors.
     rank_pattern, alpha_pattern
-        Rank or alpha of modules by pattern, in PEFT's rule, over ``rank`` and ``alpha``. Given as
-        a mapping or as pairs.
+        Rank or alpha of single modules by pattern (PEFT's rule) instead of ``rank`` and
+        ``alpha``. A mapping, or pairs.
     parts
-        Of fused modules by pattern, the parts to adapt: ``{"c_attn": ["q", "v"]}``.
+        Parts of fused modules to adapt, by pattern: ``{"c_attn": ["q", "v"]}``.
     target_parameters
-        Stacks of experts to adapt besides, by the ends of their names: ``"experts.down_proj"``.
+        Expert parameters to adapt in addition, by suffix: ``"experts.down_proj"``.
     trainable
-        Ends of the names of modules to train in full. A fresh classification head is trained
-        without being named.
+        Modules to train in full, by suffix. A new classification head is always trained.
     objective
-        What the model is trained for. ``"auto"``: on the digits their classes; else by the
-        columns of the data, a label means classification, and text alone a causal language model.
+        Training objective. ``"auto"``: for the digits their classes; otherwise by the columns of
+        the data: classification if there is a label, else a causal language model.
     base, data, loop
-        The frozen model, what is trained on, and how the loop optimizes.
+        Base model, data, and training loop.
 
     Raises
     ------
     InputError
-        A number is out of its range, or there is no target.
+        A number is out of range, or there is no target.
     """
 
     task: str
@@ -128,8 +127,8 @@ class RunConfig:
             value = getattr(self, role)
             check(role, value, value is None or 0 <= value < 2**63, "from 0 to 2^63 - 1")
         check("alpha", self.alpha, 0 < self.alpha < math.inf, "a positive number")
-        some = len(self.targets) + len(self.target_parameters) > 0
-        check("targets", self.targets, some, "at least one module name")
+        has_target = len(self.targets) + len(self.target_parameters) > 0
+        check("targets", self.targets, has_target, "at least one module name")
         check("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
         check_choice("method", self.method, Literal["lora", "full"])
         check_choice("objective", self.objective, Objective)
@@ -140,7 +139,7 @@ class RunConfig:
 
     @property
     def seeds(self) -> Seeds:
-        """The seeds of the three streams, those that were not given following ``seed``."""
+        """All three seeds; those that are None follow ``seed``."""
         data, dropout = self.data_seed, self.dropout_seed
         return Seeds(
             self.seed,
@@ -150,7 +149,7 @@ class RunConfig:
 
     @property
     def name(self) -> str:
-        """Folder name and label: ``rotate-r8-s0``; ``-d1``, ``-p1`` where other seeds differ."""
+        """Folder name and label: ``rotate-r8-s0``; ``-d1`` or ``-p1`` if those seeds differ."""
         seeds = self.seeds
         size = f"r{self.rank}" if self.method == "lora" else "full"
         data = f"-d{seeds.data}" if seeds.data != seeds.init else ""
@@ -158,7 +157,7 @@ class RunConfig:
         return f"{self.task}-{size}-s{seeds.init}{data}{dropout}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every field, as JSON and TOML have them: the three seeds as one table."""
+        """Return every field in the form of JSON and TOML: the three seeds as one table."""
         values = {**asdict(self), "loop": self.loop.to_dict(), "seed": asdict(self.seeds)}
         for name in ("data_seed", "dropout_seed"):
             del values[name]
@@ -171,45 +170,52 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> RunConfig:
-        """Return the run that a table describes; fields that it leaves out keep their defaults.
+        """Return the configuration for a table; missing fields keep their defaults.
 
         Parameters
         ----------
         table
-            As :meth:`to_dict` gives it. ``seed`` is one number for all three streams or a table
-            of ``init``, ``data`` and ``dropout``; ``base``, ``data`` and ``loop`` are tables. The
-            task is named after the data file where it is not given, and ``rank`` is 8, ``seed`` 0.
-            On another base than the digits', targets are all linear layers and the loop's defaults
-            those of `TRANSFORMERS_LOOP`.
+            In the form of :meth:`to_dict`. ``seed`` is one number for all three or a table of
+            ``init``, ``data`` and ``dropout``; ``base``, ``data`` and ``loop`` are tables. By
+            default the task is named after the data file, ``rank`` is 8 and ``seed`` 0. For bases
+            other than the digits' model, the default targets are all linear layers and the
+            defaults of the loop are those of `TRANSFORMERS_LOOP`.
 
         Raises
         ------
         InputError
-            A key is unknown (the nearest names are given), or a value of another type than its
-            field, or out of range.
+            A key is unknown (the message has near names), or a value has the wrong type or is out
+            of range.
         """
         given = dict(table)
         if isinstance(given.get("seed"), Mapping):
-            given |= _seeds(given["seed"])
-        base = from_table(BaseOptions, given.pop("base", {}), "base")
-        data = from_table(DataOptions, given.pop("data", {}), "data")
-        plain: dict[str, Any] = {"task": PurePath(data.source).stem, "rank": 8, "seed": 0}
-        options = given.pop("loop", {})
-        if base.source != DIGITS and isinstance(options, Mapping):
-            plain["targets"] = ALL_LINEAR
-            options = laid_over(TRANSFORMERS_LOOP, options)
-        loop = from_table(LoopOptions, options, "loop")
-        plain |= given
-        return cls(**checked_fields(cls, plain, ""), base=base, data=data, loop=loop)
+            seeds = given["seed"]
+            for key in seeds:
+                check_key(key, [field.name for field in fields(Seeds)], "seed")
+            given |= {"seed": seeds.get("init", 0)}
+            given |= {"data_seed": seeds.get("data"), "dropout_seed": seeds.get("dropout")}
+        base = parse_options(BaseOptions, given.pop("base", {}), "base")
+        data = parse_options(DataOptions, given.pop("data", {}), "data")
+        options: dict[str, Any] = {"task": PurePath(data.source).stem, "rank": 8, "seed": 0}
+        loop = given.pop("loop", {})
+        if base.source != DIGITS and isinstance(loop, Mapping):
+            options["targets"] = ALL_LINEAR
+            loop = override(TRANSFORMERS_LOOP, loop)
+        return cls(
+            **parse_fields(cls, options | given, ""),
+            base=base,
+            data=data,
+            loop=parse_options(LoopOptions, loop, "loop"),
+        )
 
     def key(self, inputs: Mapping[str, str]) -> str:
-        """Return the hash of all that determines the run: fields, version, content of the inputs.
+        """Return a hash of all that determines the run: fields, version, content of the inputs.
 
         Parameters
         ----------
         inputs
-            Hashes of the base's and the data's files by role. Where these lie is not part of the
-            key, nor is how often the run saves checkpoints, nor whether pickles are read.
+            Hashes of the files of base and data by role. Their paths are not part of the key, nor
+            are the fields that do not change the result (``checkpoint_every``, ``allow_pickle``).
         """
         config = self.to_dict()
         for part, names in (("base", ("source", "allow_pickle")), ("data", ("source", "test"))):
@@ -221,18 +227,10 @@ class RunConfig:
 
 
 def _pairs(pattern: object) -> tuple[tuple[str, Any], ...]:
-    """Return a pattern's pairs, of a mapping or of pairs as they are."""
+    """Return the pairs of a pattern that is a mapping or pairs."""
     pairs: Any = pattern.items() if isinstance(pattern, Mapping) else pattern
     try:
         return tuple((str(key), value) for key, value in pairs)
     except (TypeError, ValueError) as error:
         message = f"A pattern must be a table of module names to numbers, found {pattern!r}."
         raise InputError(message) from error
-
-
-def _seeds(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the three fields of a table of seeds."""
-    for key in table:
-        refuse_unknown(key, {one.name: one for one in fields(Seeds)}, "seed")
-    streams = {"data_seed": "data", "dropout_seed": "dropout"}
-    return {"seed": table.get("init", 0)} | {n: table.get(key) for n, key in streams.items()}

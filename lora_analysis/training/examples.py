@@ -1,4 +1,4 @@
-"""From rows to examples: which columns are meant, which rows serve, and what is tested."""
+"""Examples from the rows of data files: choose columns and objective, check rows, split."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.errors import InputError
 from lora_analysis.patterns import natural_key, near_names
-from lora_analysis.training.inputs import data_places
+from lora_analysis.training.data_files import Rows, read_datasets, read_rows
+from lora_analysis.training.demo_data import docstring_rows
+from lora_analysis.training.inputs import data_paths
 from lora_analysis.training.options import DOCSTRINGS
-from lora_analysis.training.tables import Rows, read_datasets, read_rows
 
 if TYPE_CHECKING:
     from lora_analysis.training.config import RunConfig
     from lora_analysis.training.options import DataOptions, Objective
 
-# The commonest names of a column, the likeliest first; used where no option names it.
+# Common names of columns, the most likely first; used if no option names the column.
 _NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "text": ("text", "sentence", "sentence1", "content", "review", "document", "question1"),
     "text_pair": ("text_pair", "sentence2", "question2", "hypothesis"),
@@ -38,7 +39,7 @@ _NEEDED: Final[Mapping[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row as a task has it; ``label`` is a class's number, a number, or None."""
+    """One example; ``label`` is the index of a class, a number, or None."""
 
     text: str = ""
     pair: str | None = None
@@ -49,7 +50,7 @@ class Example:
 
 @dataclass(slots=True)
 class Examples:
-    """What is trained and tested on, what it is for, and what was left out."""
+    """Training and test examples, their objective, and notes on rows that were left out."""
 
     train: list[Example]
     test: list[Example]
@@ -60,7 +61,7 @@ class Examples:
     columns: Mapping[str, str] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
-        """Return what the manifest says of the data."""
+        """Return the description of the data for the manifest."""
         return {
             "objective": self.objective,
             "labels": list(self.labels),
@@ -71,70 +72,67 @@ class Examples:
 
 
 def read_examples(config: RunConfig) -> Examples:
-    """Return the examples of a run's data.
+    """Read the examples of a run's data.
 
     Raises
     ------
     InputError
-        A column is not there or not named, one class alone is there, or too few rows are left.
+        A column is missing or not clear, there is only one class, or too few rows are left.
     MalformedFileError, SourceError, MissingExtraError
         The file cannot be read.
     """
-    train, test = _rows(config)
+    data = config.data
+    test: Rows | None = None
+    if data.source == DOCSTRINGS:
+        train = docstring_rows(config.task)
+    elif data.format == "datasets":
+        test = read_datasets(data.source, data.test or "test", data.limit)
+        test = test if test.rows else None
+        train = read_datasets(data.source, "train", data.limit)
+    else:
+        files = {
+            role: read_rows(path, format=data.format, limit=data.limit)
+            for role, path in data_paths(data).items()
+        }
+        train, test = files["data"], files.get("test")
     names = list(dict.fromkeys(key for _, row in train.rows for key in row))
-    columns = _columns(config.data, names, train.source)
-    objective = _objective(config.objective, columns, train)
-    columns = _needed_columns(objective, columns, names, train.source)
-    labels = _classes(train, columns, objective)
-    kept = [_examples(rows, columns, objective, labels) for rows in (train, test) if rows]
+    columns = _find_columns(data, names, train.source)
+    objective = _choose_objective(config.objective, columns, train)
+    columns = _select_columns(objective, columns, names, train.source)
+    labels = _find_classes(train, columns, objective)
+    splits = [_convert_rows(rows, columns, objective, labels) for rows in (train, test) if rows]
     notes = [note for rows in (train, test) if rows for note in rows.notes()]
     if test is None:
-        kept = list(_held_back(kept[0], config.data.test_share))
-    if min(map(len, kept)) < 1:
+        splits = list(_hold_out(splits[0], data.test_share))
+    if min(map(len, splits)) < 1:
         message = (
-            f"{train.source}: {len(kept[0])} rows to train on and {len(kept[1])} to test on are "
-            f"left; both need one at least. {' '.join(notes)}"
+            f"{train.source}: {len(splits[0])} rows to train on and {len(splits[1])} to test on "
+            f"are left; both need at least one. {' '.join(notes)}"
         )
         raise InputError(message)
-    folder = Path(config.data.source).parent
-    return Examples(kept[0], kept[1], objective, labels, notes, folder, columns)
+    folder = Path(data.source).parent
+    return Examples(splits[0], splits[1], objective, labels, notes, folder, columns)
 
 
-def _rows(config: RunConfig) -> tuple[Rows, Rows | None]:
-    data = config.data
-    if data.source == DOCSTRINGS:
-        from lora_analysis.training.docstrings import docstring_rows
-
-        return docstring_rows(config.task)
-    if data.format == "datasets":
-        test = read_datasets(data.source, data.test or "test", data.limit)
-        return read_datasets(data.source, "train", data.limit), test if test.rows else None
-    places = data_places(data)
-    train, *rest = (
-        read_rows(path, format=data.format, limit=data.limit) for path in places.values()
-    )
-    return train, rest[0] if rest else None
-
-
-def _columns(data: DataOptions, names: Sequence[str], source: str) -> dict[str, str]:
-    """Return the column of each role: the one that is named, else the likeliest there is."""
-    found: dict[str, str] = {}
+def _find_columns(data: DataOptions, names: Sequence[str], source: str) -> dict[str, str]:
+    """Return the column of each role: the one in the options, else the first common name."""
+    columns: dict[str, str] = {}
     lower = {name.lower(): name for name in reversed(names)}
     for role, likely in _NAMES.items():
-        named = getattr(data, role)
-        if named is not None and named not in names:
-            near = ", ".join(near_names(named, names) or names)
-            message = f"{source} has no column '{named}' for {role}. Its columns: {near}."
+        option = getattr(data, role)
+        if option is not None and option not in names:
+            near = ", ".join(near_names(option, names) or names)
+            message = f"{source} has no column '{option}' for {role}. Its columns: {near}."
             raise InputError(message)
-        column = named or next((lower[name] for name in likely if name in lower), None)
-        if column is not None and (named or column not in found.values()):
-            found[role] = column
-    return found
+        column = option or next((lower[name] for name in likely if name in lower), None)
+        if column is not None and (option or column not in columns.values()):
+            columns[role] = column
+    return columns
 
 
-def _objective(asked: Objective, columns: Mapping[str, str], rows: Rows) -> Objective:
-    if asked != "auto":
-        return asked
+def _choose_objective(option: Objective, columns: Mapping[str, str], rows: Rows) -> Objective:
+    if option != "auto":
+        return option
     if "label" not in columns:
         return "causal-lm"
     if "image" in columns and "text" not in columns:
@@ -145,7 +143,7 @@ def _objective(asked: Objective, columns: Mapping[str, str], rows: Rows) -> Obje
 
 
 def _is_fraction(value: object) -> bool:
-    """Say whether a label is a number that is written with a point, and so measured."""
+    """Return True if a label is a number with a decimal point, and therefore a measurement."""
     if isinstance(value, float):
         return not value.is_integer()
     try:
@@ -154,12 +152,12 @@ def _is_fraction(value: object) -> bool:
         return False
 
 
-def _needed_columns(
+def _select_columns(
     objective: Objective, columns: Mapping[str, str], names: Sequence[str], source: str
 ) -> dict[str, str]:
-    """Return the columns an objective uses; raise where one it needs is not known."""
+    """Return the columns that an objective uses; raise if one is missing."""
     needed = _NEEDED.get(objective)
-    if needed is None:  # a causal language model's
+    if needed is None:  # causal language model
         needed = ("prompt", "completion") if {"prompt", "completion"} <= set(columns) else ("text",)
     for role in needed:
         if role not in columns:
@@ -172,49 +170,49 @@ def _needed_columns(
     return {role: columns[role] for role in (*needed, *pair)}
 
 
-def _classes(rows: Rows, columns: Mapping[str, str], objective: Objective) -> tuple[str, ...]:
+def _find_classes(rows: Rows, columns: Mapping[str, str], objective: Objective) -> tuple[str, ...]:
     if objective not in ("classification", "image-classification"):
         return ()
-    found = {str(row.get(columns["label"])).strip() for _, row in rows.rows} - {"", "None"}
-    if len(found) < 2:
+    labels = {str(row.get(columns["label"])).strip() for _, row in rows.rows} - {"", "None"}
+    if len(labels) < 2:
         message = (
             f"{rows.source}: the column '{columns['label']}' holds one class, "
-            f"{', '.join(found) or 'none'}; a classification needs two."
+            f"{', '.join(labels) or 'none'}; a classification needs two."
         )
         raise InputError(message)
-    if len(found) > len(rows.rows) / 2 and len(found) > 20:
+    if len(labels) > len(rows.rows) / 2 and len(labels) > 20:
         message = (
-            f"{rows.source}: the column '{columns['label']}' holds {len(found)} different values "
-            f"in {len(rows.rows)} rows; is it a class? For a number, ask for regression."
+            f"{rows.source}: the column '{columns['label']}' holds {len(labels)} different values "
+            f"in {len(rows.rows)} rows; is it a class? For numbers, use the objective regression."
         )
         raise InputError(message)
-    return tuple(sorted(found, key=natural_key))
+    return tuple(sorted(labels, key=natural_key))
 
 
-def _examples(
+def _convert_rows(
     rows: Rows, columns: Mapping[str, str], objective: Objective, labels: Sequence[str]
 ) -> list[Example]:
-    """Return the rows that have what they need; the others become bad ones."""
-    numbers = {name: at for at, name in enumerate(labels)}
-    found = []
+    """Return the examples of rows; rows without a needed value become bad rows."""
+    class_indices = {name: index for index, name in enumerate(labels)}
+    examples = []
     for line, row in list(rows.rows):
-        made = _example(row, columns, objective, numbers)
-        if isinstance(made, str):
-            rows.bad.append((line, made))
+        example = _convert_row(row, columns, objective, class_indices)
+        if isinstance(example, str):
+            rows.bad.append((line, example))
         else:
-            found.append(made)
-    gone = {line for line, _ in rows.bad}
-    rows.rows = [(line, row) for line, row in rows.rows if line not in gone]
-    return found
+            examples.append(example)
+    bad_lines = {line for line, _ in rows.bad}
+    rows.rows = [(line, row) for line, row in rows.rows if line not in bad_lines]
+    return examples
 
 
-def _example(
+def _convert_row(
     row: Mapping[str, Any],
     columns: Mapping[str, str],
     objective: Objective,
-    numbers: Mapping[str, int],
+    class_indices: Mapping[str, int],
 ) -> Example | str:
-    """Return a row's example, or why it is none."""
+    """Return the example of a row, or the reason why it cannot be used."""
     values = {role: row.get(column) for role, column in columns.items()}
     empty = [columns[role] for role, v in values.items() if v is None or not str(v).strip()]
     if empty:
@@ -227,11 +225,12 @@ def _example(
         except ValueError:
             label = math.nan
         if not math.isfinite(label):
-            return f"'{columns['label']}' is no number: {text['label'][:40]!r}"
+            return f"'{columns['label']}' is not a number: {text['label'][:40]!r}"
     elif "label" in text:
-        label = numbers.get(text["label"].strip())
+        label = class_indices.get(text["label"].strip())
         if label is None:
-            return f"'{columns['label']}' is no class of the training rows: {text['label'][:40]!r}"
+            value = text["label"][:40]
+            return f"'{columns['label']}' is not a class of the training rows: {value!r}"
     return Example(
         text.get("prompt") or text.get("text", ""),
         text.get("text_pair"),
@@ -241,17 +240,16 @@ def _example(
     )
 
 
-def _held_back(examples: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
-    """Split by a hash of each example: the same rows are tested, whatever the order and seeds.
+def _hold_out(examples: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
+    """Split by a hash of each example: the test rows depend on neither order nor seeds.
 
-    Rows of the same content go to one side.
+    Rows with the same content are in the same split.
     """
-
-    def place(example: Example) -> bytes:
-        return hashlib.blake2b(repr(example).encode(), digest_size=8).digest()
-
-    ranked = sorted(examples, key=place)
-    first = place(ranked[max(1, round(share * len(ranked))) - 1]) if ranked else b""
-    test = [example for example in examples if place(example) <= first]
-    train = [example for example in examples if place(example) > first]
+    digests = [
+        hashlib.blake2b(repr(example).encode(), digest_size=8).digest() for example in examples
+    ]
+    threshold = sorted(digests)[max(1, round(share * len(digests))) - 1] if digests else b""
+    pairs = list(zip(digests, examples, strict=True))
+    test = [example for digest, example in pairs if digest <= threshold]
+    train = [example for digest, example in pairs if digest > threshold]
     return train, test

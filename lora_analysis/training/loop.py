@@ -1,4 +1,4 @@
-"""The training loop: AdamW on whatever parameters of a model are trainable."""
+"""Training loop: AdamW on the trainable parameters of a model, its schedule and its metrics."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,20 +14,27 @@ from torch import Tensor, nn
 
 from lora_analysis.errors import DivergedError, InputError
 from lora_analysis.training.config import Seeds
+from lora_analysis.training.devices import ALONE, Processes
 from lora_analysis.training.options import LoopOptions
-from lora_analysis.training.parallel import ALONE, Processes
 from lora_analysis.training.randomness import DropoutStream, Order
-from lora_analysis.training.schedules import is_evaluated, learning_rate, resolved
-from lora_analysis.training.tasks import Batch, Task, on_device, scores, summed_loss, targets_in
+from lora_analysis.training.tasks import (
+    Batch,
+    Task,
+    count_targets,
+    evaluate,
+    move_batch,
+    summed_loss,
+)
 
 _ZERO = Seeds(0, 0, 0)
+_CHECKPOINTS = 20  # in a run, if the options do not set their interval
 
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """What one optimizer step showed; the test's figures are None where it was not looked at.
+    """Metrics of one optimizer step; those of the test split are None if it was not evaluated.
 
-    Step 0 is the model before training: it has no loss of its own.
+    Step 0 is the model before training, without a training loss.
     """
 
     step: int
@@ -46,27 +53,64 @@ class StepMetrics:
         return (json.dumps(self.to_dict()) + "\n").encode()
 
 
+def resolve_steps(options: LoopOptions, examples: int) -> LoopOptions:
+    """Return options with ``steps`` and ``warmup_steps`` as numbers of steps."""
+    steps = options.steps
+    if options.epochs is not None:
+        steps = max(1, math.ceil(options.epochs * steps_per_epoch(options, examples)))
+    warmup = options.warmup_steps
+    if options.warmup_ratio is not None:
+        warmup = math.ceil(options.warmup_ratio * steps)
+    return replace(options, steps=steps, warmup_steps=warmup, epochs=None, warmup_ratio=None)
+
+
+def steps_per_epoch(options: LoopOptions, examples: int) -> int:
+    """Return the number of optimizer steps of one pass over the data."""
+    return max(1, examples // (options.batch_size * options.gradient_accumulation_steps))
+
+
+def learning_rate(step: int, options: LoopOptions) -> float:
+    """Return the learning rate of a step, counted from 1: linear warmup times the schedule."""
+    warmup = min(1.0, step / options.warmup_steps) if options.warmup_steps else 1.0
+    if options.schedule == "constant":
+        decay = 1.0
+    elif options.schedule == "linear":  # from the end of the warmup, as in transformers
+        rest = max(1, options.steps - options.warmup_steps)
+        decay = min(1.0, max(0.0, (options.steps - step + 1) / rest))
+    else:
+        decay = 0.5 * (1 + math.cos(math.pi * (step - 1) / options.steps))
+    return options.lr * warmup * decay
+
+
+def is_checkpointed(step: int, options: LoopOptions) -> bool:
+    """Return True if a checkpoint is saved after a step; after the last one it is not needed."""
+    every = options.checkpoint_every
+    if every is None:
+        every = math.ceil(options.steps / _CHECKPOINTS)
+    return every > 0 and step % every == 0 and step < options.steps
+
+
 class Training:
-    """A model's training in progress, one optimizer step per item taken.
+    """A model's training in progress: an iterator over optimizer steps.
 
     Only parameters that require a gradient are trained and have optimizer state. Examples are
-    drawn without replacement until fewer than a step's are left, then shuffled anew. A step's
-    gradient is that of the mean over all its targets, in however many batches and processes they
-    come. On a CPU with a fixed number of threads, the same arguments give the same bits, and so
-    does going on from a saved state.
+    drawn without replacement until too few for a step are left, then shuffled again. The gradient
+    of a step is that of the mean over all its targets, for any number of batches and processes.
+    On a CPU with a fixed number of threads, the same arguments give the same bits, also if the
+    training continues from a saved state.
 
     Parameters
     ----------
     model
-        Computes where its parameters lie. Changed in place.
+        Model on the device where it is trained. Changed in place.
     task
-        What to train and to test on.
+        Training and test data.
     options
-        Of the loop.
+        Options of the loop.
     seeds
-        Of the order of the examples, and of dropout.
+        Seeds of the order of the examples, and of dropout.
     processes
-        Those that train this model together, each on a part of every batch.
+        Processes that train this model together, each on a part of every batch.
 
     Raises
     ------
@@ -85,7 +129,7 @@ class Training:
     ) -> None:
         self.model = model
         self.task = task
-        self.options = resolved(options, len(task))
+        self.options = resolve_steps(options, len(task))
         self.processes = processes
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.trained:
@@ -99,8 +143,8 @@ class Training:
             eps=options.epsilon,
             weight_decay=options.weight_decay,
         )
-        half = options.autocast == "float16"
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        is_half = options.autocast == "float16"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=is_half)
         self.order = Order(
             len(task), options.batch_size * options.gradient_accumulation_steps, seeds.data
         )
@@ -110,117 +154,111 @@ class Training:
         self.waited = 0
 
     def __iter__(self) -> Iterator[StepMetrics]:
-        """Train on; step 0, the model before training, comes first where there was no step yet.
+        """Train and yield the metrics of each step, beginning with step 0 before training.
 
         Raises
         ------
         DivergedError
             The loss or the gradient is no longer finite.
         """
+        options = self.options
         if self.step == 0:
-            yield self._tested(StepMetrics(0))
-        self._to_training_mode()
-        while self.step < self.options.steps and not self.has_stopped:
+            yield self._evaluate(StepMetrics(0))
+        self._set_training_mode()
+        while self.step < options.steps and not self.has_stopped:
             self.step += 1
-            rate = learning_rate(self.step, self.options)
-            metrics = StepMetrics(self.step, self._one_step(rate), rate)
-            if is_evaluated(self.step, self.options):
-                metrics = self._tested(metrics)
+            rate = learning_rate(self.step, options)
+            metrics = StepMetrics(self.step, self._take_step(rate), rate)
+            # Evaluations are evenly spaced, the last one after the last step.
+            done = self.step * options.evaluations // options.steps
+            if done > (self.step - 1) * options.evaluations // options.steps:
+                metrics = self._evaluate(metrics)
             yield metrics
 
     @property
     def has_stopped(self) -> bool:
-        """Whether the test loss has not fallen for longer than the options' patience."""
+        """Whether the test loss has not decreased for as many evaluations as ``patience``."""
         return self.options.patience is not None and self.waited >= self.options.patience
 
-    def _to_training_mode(self) -> None:
-        """Let dropout act, and frozen batch norms keep their statistics: no adapter holds them."""
+    def _set_training_mode(self) -> None:
+        """Enable dropout; frozen batch norms keep their statistics, as no adapter stores them."""
         self.model.train()
         for module in self.model.modules():
             is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
             if is_norm and not any(p.requires_grad for p in module.parameters()):
                 module.eval()
 
-    def _one_step(self, rate: float) -> float:
+    def _take_step(self, rate: float) -> float:
         """Take an optimizer step; return the mean loss over its targets."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         rows = next(self.order)
-        batches = self._batches(rows)
-        labels = [batch["labels"] for batch in batches]
-        count = sum(targets_in(one, self.task.target) for one in labels)
+        batches = self._split_step(rows)
+        count = sum(count_targets(batch["labels"], self.task.target) for batch in batches)
         count = max(1, self.processes.total(count))
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.device)
         with self.dropout:
-            for batch in batches:
-                part = self._loss(on_device(batch, self.device)) / count
+            for cpu_batch in batches:
+                batch = move_batch(cpu_batch, self.device)
+                with self._precision():
+                    outputs = self.task.outputs(self.model, batch)
+                smoothing = self.options.label_smoothing
+                total = summed_loss(
+                    outputs, batch["labels"], self.task.target, label_smoothing=smoothing
+                )
+                part = total / count
                 self.scaler.scale(part).backward()  # type: ignore[no-untyped-call]
                 loss += part.detach()
         self.processes.sum_gradients(self.trained.values())
         self.scaler.unscale_(self.optimizer)
-        norm = self._clipped()
+        limit = math.inf if self.options.max_grad_norm is None else self.options.max_grad_norm
+        norm = nn.utils.clip_grad_norm_(list(self.trained.values()), limit)  # before clipping
         mean = float(self.processes.summed(loss))
-        self._refuse_divergence(mean, norm, rate, rows)
+        self._check_finite(mean, norm, rate, rows)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return mean
 
-    def _batches(self, rows: Tensor) -> list[Batch]:
+    def _split_step(self, rows: Tensor) -> list[Batch]:
         """Return this process's part of a step, in batches."""
         step = self.task.training_batch(rows, self.order.generator)
         parts = torch.split(torch.arange(len(rows)), self.options.batch_size)
         mine = [part[self.processes.rank :: self.processes.count] for part in parts]
         return [{name: value[part] for name, value in step.items()} for part in mine if len(part)]
 
-    def _loss(self, batch: Batch) -> Tensor:
-        with self._precision():
-            outputs = self.task.outputs(self.model, batch)
-        return summed_loss(
-            outputs,
-            batch["labels"],
-            self.task.target,
-            label_smoothing=self.options.label_smoothing,
-        )
-
     def _precision(self) -> AbstractContextManager[object]:
         if self.options.autocast is None:
             return nullcontext()
         return torch.autocast(self.device.type, getattr(torch, self.options.autocast))
 
-    def _clipped(self) -> Tensor:
-        """Scale the gradient down to the largest norm allowed; return the norm it had."""
-        limit = math.inf if self.options.max_grad_norm is None else self.options.max_grad_norm
-        return nn.utils.clip_grad_norm_(list(self.trained.values()), limit)
-
-    def _refuse_divergence(self, loss: float, norm: Tensor, rate: float, rows: Tensor) -> None:
-        # A scaler leaves out steps whose gradient overflowed, and then scales less.
-        what = f"the loss at step {self.step} is {loss}"
+    def _check_finite(self, loss: float, norm: Tensor, rate: float, rows: Tensor) -> None:
+        # A scaler skips steps whose gradient overflowed, and reduces its scale.
+        problem = f"the loss at step {self.step} is {loss}"
         if math.isfinite(loss) and not self.scaler.is_enabled() and not bool(norm.isfinite()):
-            what = f"the loss at step {self.step} is {loss:.4g}, but its gradient {float(norm)}"
+            problem = f"the loss at step {self.step} is {loss:.4g}, but its gradient {float(norm)}"
         elif math.isfinite(loss):
             return
-        shown = ", ".join(map(str, rows[:8].tolist())) + (", …" if len(rows) > 8 else "")
+        examples = ", ".join(map(str, rows[:8].tolist())) + (", …" if len(rows) > 8 else "")
         message = (
-            f"Training diverged: {what} at a learning rate of {rate:.3g}, on the training examples "
-            f"{shown}. Use a smaller lr or alpha, or look at those examples."
+            f"Training diverged: {problem} at a learning rate of {rate:.3g}, on the training "
+            f"examples {examples}. Use a smaller lr or alpha, or inspect those examples."
         )
         raise DivergedError(message)
 
-    def _tested(self, metrics: StepMetrics) -> StepMetrics:
-        """Return the metrics with the test's figures, and note whether it got better."""
+    def _evaluate(self, metrics: StepMetrics) -> StepMetrics:
+        """Return the metrics with those of the test split, and count evaluations in vain."""
         with self._precision():
-            found = scores(self.model, self.task)
-        self._to_training_mode()
+            result = evaluate(self.model, self.task)
+        self._set_training_mode()
         if metrics.step:
-            self.waited = 0 if found["loss"] < self.best else self.waited + 1
-        self.best = min(self.best, found["loss"])
-        own = asdict(metrics)
-        return StepMetrics(**own | {f"test_{name}": value for name, value in found.items()})
+            self.waited = 0 if result["loss"] < self.best else self.waited + 1
+        self.best = min(self.best, result["loss"])
+        return replace(metrics, **{f"test_{name}": value for name, value in result.items()})
 
 
 def training_steps(
     model: nn.Module, task: Task, options: LoopOptions, *, seeds: Seeds = _ZERO
 ) -> Iterator[StepMetrics]:
-    """Train a model in place and yield what each step showed; see :class:`Training`."""
+    """Train a model in place and yield the metrics of each step; see :class:`Training`."""
     yield from Training(model, task, options, seeds=seeds)

@@ -1,9 +1,9 @@
-"""The parts of a run's configuration: base, data, loop. Every field is stated, none is implied."""
+"""Options of a run's base model, data and training loop, and checks of tables of options."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar, get_args
 
@@ -17,11 +17,11 @@ DataFormat = Literal["auto", "jsonl", "csv", "tsv", "parquet", "text", "e2e", "g
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
-DIGITS = "digits"  # the bundled base and its data
+DIGITS = "digits"  # the bundled base model and its data
 MINILM = "minilm"  # the sentence encoder that an extra installs
 DOCSTRINGS = "docstrings"  # text of installed packages
 T = TypeVar("T")
-_RIVALS = {
+_EXCLUSIVE = {
     "steps": "epochs",
     "epochs": "steps",
     "warmup_steps": "warmup_ratio",
@@ -31,29 +31,30 @@ _RIVALS = {
 
 @dataclass(frozen=True, slots=True)
 class BaseOptions:
-    """Which frozen model is adapted.
+    """Frozen base model.
 
     Parameters
     ----------
     source
         ``"digits"``, the bundled vision transformer; ``"minilm"``, the sentence encoder that the
-        extra ``demo-text`` installs; else a local folder or an id on a hub, for transformers.
+        extra ``demo-text`` installs; otherwise a local folder of a transformers model, or its
+        name on a hub.
     revision
-        Branch, tag or commit of a hub's repository.
+        Branch, tag or commit of a hub repository.
     dtype
-        Type in which the frozen weights are held. Factors are float32 whatever it is.
+        Data type of the frozen weights. LoRA factors are always float32.
     quantized
-        ``"nf4"`` or ``"int8"``: the frozen linear layers as bitsandbytes stores them (QLoRA).
+        ``"nf4"`` or ``"int8"``: store the frozen linear layers with bitsandbytes (QLoRA).
     dropout
-        Of the base model itself, over its configuration's own; None leaves that.
+        Dropout of the base model itself; None keeps that of its configuration.
     allow_pickle
-        Whether weights that a folder holds as a pickle alone (``pytorch_model.bin``) are read,
-        their tensors alone.
+        Whether to read weights of a folder without safetensors from ``pytorch_model.bin``
+        (tensors only).
 
     Raises
     ------
     InputError
-        A value is none of those a field can have.
+        A value is not one of the choices.
     """
 
     source: str = DIGITS
@@ -74,36 +75,36 @@ class BaseOptions:
 
 @dataclass(frozen=True, slots=True)
 class DataOptions:
-    """What is trained on, and what is tested on.
+    """Training and test data.
 
     Parameters
     ----------
     source
-        ``"digits"`` or ``"docstrings"``, which are bundled with packages; else a file, or with
-        format ``"datasets"`` the id of a data set.
+        ``"digits"`` or ``"docstrings"``, which come with installed packages; otherwise a file, or
+        with format ``"datasets"`` the name of a data set.
     test
-        A second file to test on. None holds ``test_share`` of the rows back, the same rows
-        whatever the seeds.
+        Second file, to test on. None holds out ``test_share`` of the rows, the same rows for all
+        seeds.
     format
-        How the file is read; ``"auto"`` goes by the end of its name.
+        File format; ``"auto"`` goes by the file name.
     text, text_pair, label
-        Columns of a classified or measured text, or of plain text for a language model. None
-        takes the column of the commonest name that is there.
+        Columns for classification, regression, or plain text of a language model. None takes the
+        first column with a common name.
     prompt, completion
-        Columns of a language model's task; the loss is then taken on completions alone.
+        Columns for a language model; the loss is then taken on completions only.
     image
-        Column with the paths of images, beside the file.
+        Column with paths of images, relative to the data file.
     max_length
-        Tokens after which an example is cut.
+        Maximum number of tokens per example; longer ones are truncated.
     test_share
-        Share of the rows that is held back where there is no file to test on.
+        Fraction of rows to hold out for testing if there is no test file.
     limit
-        Rows to read at most; None reads all.
+        Maximum number of rows to read; None reads all.
 
     Raises
     ------
     InputError
-        A number is out of its range, or the format is not one.
+        A number is out of range, or the format is unknown.
     """
 
     source: str = DIGITS
@@ -129,48 +130,48 @@ class DataOptions:
 
 @dataclass(frozen=True, slots=True)
 class LoopOptions:
-    """How the loop optimizes; the defaults are the demo's.
+    """Training loop and optimizer; the defaults are those of the demo.
 
     Parameters
     ----------
     steps, epochs
-        Optimizer steps; or, where ``epochs`` is given, passes over the data, and ``steps`` says
-        nothing.
+        Number of optimizer steps; or passes over the data (``steps`` is then ignored).
     batch_size, gradient_accumulation_steps
-        Examples in each backward pass, and how many of those make an optimizer step.
+        Examples per backward pass, and backward passes per optimizer step.
     lr
         Peak learning rate of AdamW.
     schedule
-        How the rate falls after the warm-up: ``"cosine"``, half of one, to zero; ``"linear"``, to
-        zero; ``"constant"``, not at all.
+        Decay of the learning rate after the warmup: ``"cosine"`` (half a period, to zero),
+        ``"linear"`` (to zero) or ``"constant"``.
     warmup_steps, warmup_ratio
-        Steps, or a share of all steps, in which the rate rises from zero. One of the two.
+        Number or fraction of steps in which the learning rate rises from zero. Only one of the
+        two.
     weight_decay, beta1, beta2, epsilon
-        Of AdamW.
+        Parameters of AdamW.
     max_grad_norm
-        Largest norm of the gradient over all trained parameters; None does not clip.
+        Maximum norm of the gradient over all trained parameters; None does not clip.
     label_smoothing
-        Share of the target's probability that is spread over all classes or tokens.
+        Fraction of the target's probability that is spread over all classes or tokens.
     autocast
         ``"bfloat16"`` or ``"float16"``: matrix products in that type, factors and sums in float32.
     gradient_checkpointing
-        Compute activations anew in the backward pass instead of keeping them.
+        Recompute activations in the backward pass instead of storing them.
     compile
-        Compile the model with torch; pays on GPUs and long runs.
+        Compile the model with torch; worthwhile on GPUs and for long runs.
     evaluations
-        How often the test split is looked at during training, evenly spaced, the end included.
+        Number of evaluations on the test split, evenly spaced, the last one at the end.
     patience
-        Evaluations without a better test loss after which training stops; None never stops early.
+        Evaluations without a lower test loss after which training stops; None never stops early.
     trajectory
-        Steps at which the adapter is saved besides, 0 for the start.
+        Steps after which to save the adapter in addition; 0 saves it before training.
     checkpoint_every
-        Steps between two checkpoints from which an interrupted run goes on; None for some twenty
-        in a run, 0 for none. It does not shape the result.
+        Steps between checkpoints, from which an interrupted run continues; None writes about 20
+        per run, 0 none. Has no effect on the result.
 
     Raises
     ------
     InputError
-        A number is out of its range, or two fields exclude each other.
+        A number is out of range, or two fields exclude each other.
     """
 
     steps: int = 240
@@ -197,126 +198,119 @@ class LoopOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trajectory", tuple(sorted(set(self.trajectory))))
-        check("steps", self.steps, self.steps >= 1, "at least 1")
-        check("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
-        check("lr", self.lr, 0 < self.lr < math.inf, "a positive number")
-        check("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "at least 0")
-        check("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "at least 0")
-        check("beta1", self.beta1, 0 <= self.beta1 < 1, "in [0, 1)")
-        check("beta2", self.beta2, 0 <= self.beta2 < 1, "in [0, 1)")
-        check("epsilon", self.epsilon, 0 < self.epsilon < math.inf, "a positive number")
-        check(
-            "max_grad_norm",
-            self.max_grad_norm,
-            self.max_grad_norm is None or self.max_grad_norm > 0,
-            "positive",
-        )
-        check("evaluations", self.evaluations, self.evaluations >= 1, "at least 1")
-        self._check_more()
-
-    def _check_more(self) -> None:
-        epochs, ratio, every = self.epochs, self.warmup_ratio, self.checkpoint_every
-        check("epochs", epochs, epochs is None or 0 < epochs < math.inf, "a positive number")
-        check(
-            "gradient_accumulation_steps",
-            self.gradient_accumulation_steps,
-            self.gradient_accumulation_steps >= 1,
-            "at least 1",
-        )
+        optional = {field.name for field in fields(self) if "None" in str(field.type)}
+        for expected, names in _LOOP_RANGES.items():
+            for name in names:
+                value = getattr(self, name)
+                is_valid = name in optional if value is None else _RANGES[expected](value)
+                check(name, value, is_valid, expected)
         check_choice("schedule", self.schedule, Schedule)
-        check("warmup_ratio", ratio, ratio is None or 0 <= ratio <= 1, "in [0, 1]")
-        check("label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "in [0, 1)")
         if self.autocast is not None:
             check_choice("autocast", self.autocast, Literal["bfloat16", "float16"])
-        check("patience", self.patience, self.patience is None or self.patience >= 1, "at least 1")
         check("trajectory", self.trajectory, min(self.trajectory, default=0) >= 0, "steps from 0")
-        check("checkpoint_every", every, every is None or every >= 0, "at least 0")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every field, as manifests hold them."""
+        """Return every field, in the form of a manifest."""
         return {**asdict(self), "trajectory": list(self.trajectory)}
 
 
-def from_table(kind: type[T], table: object, place: str) -> T:
-    """Return the options that a table of fields gives; the others keep their defaults.
+_RANGES: Mapping[str, Callable[[Any], bool]] = {
+    "at least 1": lambda value: value >= 1,
+    "at least 0": lambda value: 0 <= value < math.inf,
+    "a positive number": lambda value: 0 < value < math.inf,
+    "positive": lambda value: value > 0,
+    "in [0, 1)": lambda value: 0 <= value < 1,
+    "in [0, 1]": lambda value: 0 <= value <= 1,
+}
+_LOOP_RANGES = {
+    "at least 1": (
+        "steps", "batch_size", "evaluations", "gradient_accumulation_steps", "patience",
+    ),
+    "a positive number": ("lr", "epsilon", "epochs"),
+    "at least 0": ("warmup_steps", "weight_decay", "checkpoint_every"),
+    "in [0, 1)": ("beta1", "beta2", "label_smoothing"),
+    "in [0, 1]": ("warmup_ratio",),
+    "positive": ("max_grad_norm",),
+}  # fmt: skip
+
+
+def parse_options(kind: type[T], table: object, name: str) -> T:
+    """Return options from a table of fields; missing fields keep their defaults.
 
     Parameters
     ----------
     kind
         One of the option classes.
     table
-        A mapping of field names to values, as TOML or JSON has it.
-    place
-        What to call the table in a message: ``"loop"``.
+        Mapping of field names to values, from TOML or JSON.
+    name
+        Name of the table in messages: ``"loop"``.
 
     Raises
     ------
     InputError
-        The table is none, holds an unknown key (the nearest names are given), or a value of
-        another type than its field, or out of range.
+        The table is not a mapping, a key is unknown (the message has near names), or a value has
+        the wrong type or is out of range.
     """
-    return kind(**checked_fields(kind, table, place))
+    return kind(**parse_fields(kind, table, name))
 
 
-def checked_fields(kind: type, table: object, place: str) -> dict[str, Any]:
-    """Return the fields of a table by name, lists as tuples, or raise as `from_table` does."""
+def parse_fields(kind: type, table: object, name: str) -> dict[str, Any]:
+    """Return the fields of a table by name, lists as tuples; raises as `parse_options`."""
     if not isinstance(table, Mapping):
-        message = f"{place} must be a table of options, found {table!r}."
+        message = f"{name} must be a table of options, found {table!r}."
         raise InputError(message)
-    known = {field.name: str(field.type) for field in fields(kind)}
-    found = {}
+    annotations = {field.name: str(field.type) for field in fields(kind)}
+    values = {}
     for key, value in table.items():
-        refuse_unknown(key, known, place)
-        _check_type(f"{place}.{key}" if place else key, value, known[key])
-        found[key] = _plain(value, known[key])
-    return found
+        check_key(key, annotations, name)
+        annotation = annotations[key]
+        _check_type(f"{name}.{key}" if name else key, value, annotation)
+        if isinstance(value, list):
+            values[key] = tuple(value)
+        elif type(value) is int and "float" in annotation:
+            values[key] = float(value)  # 8 and 8.0 must not give two keys of one run
+        else:
+            values[key] = value
+    return values
 
 
-def _plain(value: Any, annotation: str) -> Any:
-    """Return a value as its field has it: 8 and 8.0 must not make two keys of one run."""
-    if isinstance(value, list):
-        return tuple(value)
-    if type(value) is int and "float" in annotation:
-        return float(value)
-    return value
-
-
-def laid_over(held: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options with later ones over them.
+def override(options: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with later ones in place of earlier ones.
 
     ``steps`` and ``epochs`` exclude each other, as do ``warmup_steps`` and ``warmup_ratio``: the
     later one replaces the earlier one.
     """
-    gone = {_RIVALS[key] for key in later if key in _RIVALS}
-    return {key: value for key, value in held.items() if key not in gone} | dict(later)
+    replaced = {_EXCLUSIVE[key] for key in later if key in _EXCLUSIVE}
+    return {key: value for key, value in options.items() if key not in replaced} | dict(later)
 
 
-def refuse_unknown(key: str, known: Mapping[str, object], place: str) -> None:
-    """Raise for a key that is none of the known ones, with the nearest of these."""
-    if key not in known:
-        near = ", ".join(near_names(key, known)) or ", ".join(known)
-        where = f" in {place}" if place else ""
-        message = f"There is no option '{key}'{where}. Near names: {near}."
+def check_key(key: str, allowed: Iterable[str], name: str = "") -> None:
+    """Raise for an unknown key, with near names."""
+    if key not in allowed:
+        near = ", ".join(near_names(key, allowed)) or ", ".join(allowed)
+        table = f" in {name}" if name else ""
+        message = f"There is no option '{key}'{table}. Near names: {near}."
         raise InputError(message)
 
 
-def check(role: str, value: object, holds: bool, wanted: str) -> None:
-    """Raise unless a condition holds, naming the field."""
-    if not holds:
-        message = f"{role} must be {wanted}, found {value!r}."
+def check(role: str, value: object, is_valid: bool, expected: str) -> None:
+    """Raise unless a condition is true, naming the field."""
+    if not is_valid:
+        message = f"{role} must be {expected}, found {value!r}."
         raise InputError(message)
 
 
 def check_choice(role: str, value: object, choices: Any) -> None:
-    """Raise unless the value is one of a Literal's."""
+    """Raise unless a value is one of a Literal's."""
     check(role, value, value in get_args(choices), f"one of {', '.join(get_args(choices))}")
 
 
 def _check_type(role: str, value: object, annotation: str) -> None:
-    """Raise for a value that the annotation of its field does not allow: ``"int | None"``."""
+    """Raise if the annotation of a field, such as ``"int | None"``, does not allow a value."""
     if value is None:
         check(role, value, "None" in annotation, "given")
-    elif "Literal" in annotation:  # its words may name a type: "bfloat16" is none
+    elif "Literal" in annotation:  # its words may contain the name of a type: "bfloat16"
         check(role, value, isinstance(value, str), "a string")
     elif annotation in ("Pattern", "Parts"):
         check(role, value, isinstance(value, Mapping | tuple), "a table of module names")

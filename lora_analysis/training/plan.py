@@ -1,51 +1,77 @@
-"""A sweep from a TOML file: every combination of the listed values is a run with a name."""
+"""Sweeps from TOML files: every combination of the listed values is a run with a name.
+
+A table of options becomes axes (a list of values per key), the axes become points (one value per
+key), and every point a `RunConfig` under a name that no other run has.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
+from itertools import product
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from lora_analysis.errors import InputError
 from lora_analysis.storage.documents import read_toml
-from lora_analysis.training.axes import Point, axes_of, points, spelled_out
 from lora_analysis.training.config import RunConfig
-from lora_analysis.training.naming import named_runs
-from lora_analysis.training.options import check, check_choice, from_table, refuse_unknown
-from lora_analysis.training.presets import merged, preset
+from lora_analysis.training.options import (
+    BaseOptions,
+    DataOptions,
+    LoopOptions,
+    check,
+    check_choice,
+    check_key,
+    parse_options,
+)
+from lora_analysis.training.presets import get_preset, merge_tables
 
 ExecutorName = Literal["auto", "serial", "process", "ray"]
 
-# More is a slip of the keyboard: at a second each they would take a day.
+# More are a typing error: at a second each they would take a day.
 MAX_RUNS = 100_000
 
-_OWN_KEYS = ("grid", "execution", "output", "preset")
+_PLAN_KEYS = ("grid", "execution", "output", "preset")
+_TABLES = {"base": BaseOptions, "data": DataOptions, "loop": LoopOptions}
+# Tables for which a string stands for their source.
+_SOURCES = ("base", "data")
+_PATHS = ("base.source", "data.source", "data.test")
+# Keys that are already in RunConfig.name.
+_NAMED_KEYS = {
+    *("task", "rank", "method", "seed", "seed.init", "seed.data", "seed.dropout"),
+    *("data_seed", "dropout_seed"),
+}
+_MAX_NAME = 120
+_UNSAFE = re.compile(r"[^A-Za-z0-9._+=-]+")
 
 
 @dataclass(frozen=True, slots=True)
 class ExecutionOptions:
-    """Where a sweep's runs are trained; nothing of it shapes their results.
+    """How and where to train the runs of a sweep; has no effect on their results.
 
     Parameters
     ----------
     executor
-        ``"serial"``, ``"process"``, ``"ray"``; ``"auto"`` takes processes where there is more
-        than one worker and run.
+        ``"serial"``, ``"process"`` or ``"ray"``; ``"auto"`` uses processes for more than one
+        worker and run.
     workers
-        Runs side by side. None: one per GPU, or on a CPU one per core, at most 4; with Ray as
-        many as the cluster has room for.
+        Number of runs in parallel. None: one per GPU, or on a CPU one per core, at most 4; with
+        Ray as many as fit into the cluster.
     device
-        ``"auto"``, or a device as torch names it.
+        ``"auto"``, or a torch device name.
     address
-        Of the Ray cluster; None starts one on this machine, or takes ``$RAY_ADDRESS``.
+        Address of the Ray cluster; None takes ``$RAY_ADDRESS`` or starts one on this machine.
     cpus, gpus
-        What Ray reserves for a run; ``gpus`` None takes one where the cluster has any.
+        CPUs and GPUs that Ray reserves per run; ``gpus`` None takes one if the cluster has any.
 
     Raises
     ------
     InputError
-        A value is out of its range.
+        A value is out of range.
     """
 
     executor: ExecutorName = "auto"
@@ -64,18 +90,18 @@ class ExecutionOptions:
 
 @dataclass(frozen=True, slots=True)
 class SweepPlan:
-    """What a sweep trains: runs by name, where their folders go, and how it is done.
+    """Runs of a sweep by name, their output folder, and how to train them.
 
     Attributes
     ----------
     source
-        The file that was read.
+        TOML file of the plan.
     runs
-        Every run by the name of its folder, in the order of the file.
+        Configurations by the names of their folders, in the order of the file.
     output
-        The folder that the file names, from the file's own; None where it names none.
+        Folder in the file, relative to the file's own folder; None if it has none.
     execution
-        What the file says about where to train.
+        Options in the file on how and where to train.
     """
 
     source: Path
@@ -85,40 +111,40 @@ class SweepPlan:
 
 
 def read_plan(path: Path) -> SweepPlan:
-    """Return the sweep that a TOML file describes.
+    """Read the plan of a sweep from a TOML file.
 
-    Keys are those of `RunConfig.from_dict`. A key that is given a list of values is an axis, and
-    every combination is a run; for a key whose value is a list itself (``targets``), that is a
-    list of lists. ``base = "folder"`` and ``data = "file"`` stand for their ``source``, ``preset``
-    for the options of that name (`training.presets`), over which all others go. Each table
-    ``[[grid]]`` is a sweep of its own over what stands at the top, and may overrule it.
-    ``[execution]`` says where to train (`ExecutionOptions`), ``output`` into which folder. Files
-    that lie beside the TOML file may be named from there.
+    Keys are those of `RunConfig.from_dict`. A key with a list of values is an axis, and every
+    combination is a run; for a key whose value itself is a list (``targets``), an axis is a list
+    of lists. ``base = "folder"`` and ``data = "file"`` stand for their ``source``, ``preset`` for
+    the options with that name (`training.presets`), which all others override. Each table
+    ``[[grid]]`` is a sweep of its own and overrides the options at the top. ``[execution]`` has
+    the fields of `ExecutionOptions`, ``output`` is the folder for the runs. Paths may be relative
+    to the TOML file.
 
     Raises
     ------
     SourceError
-        Nothing lies at the path.
+        The file does not exist.
     MalformedFileError
         The file is not TOML.
     InputError
-        A key is unknown (near names are given), a value wrong, or an axis empty.
+        A key is unknown (the message has near names), a value is wrong, or an axis is empty.
     """
     document = read_toml(path)
     try:
-        return _plan(document, path)
+        return _parse_plan(document, path)
     except InputError as error:
         message = f"{path}: {error}"
         raise type(error)(message) from error
 
 
-def _plan(document: Mapping[str, Any], path: Path) -> SweepPlan:
-    known = dict.fromkeys([one.name for one in fields(RunConfig)] + list(_OWN_KEYS))
+def _parse_plan(document: Mapping[str, Any], path: Path) -> SweepPlan:
+    keys = [*(field.name for field in fields(RunConfig)), *_PLAN_KEYS]
     common = dict(document)
     grids = common.pop("grid", [{}])
-    execution = from_table(ExecutionOptions, common.pop("execution", {}), "execution")
+    execution = parse_options(ExecutionOptions, common.pop("execution", {}), "execution")
     output = common.pop("output", None)
-    if not (isinstance(grids, list) and grids and all(isinstance(one, dict) for one in grids)):
+    if not (isinstance(grids, list) and grids and all(isinstance(grid, dict) for grid in grids)):
         message = f"grid must be one or more tables, each under [[grid]]; found {grids!r}."
         raise InputError(message)
     if not isinstance(output, str | None):
@@ -126,31 +152,147 @@ def _plan(document: Mapping[str, Any], path: Path) -> SweepPlan:
         raise InputError(message)
     for table in (common, *grids):
         for key in table:
-            refuse_unknown(key, known, "")
-    tables = [_laid_over(common, grid) for grid in grids]
-    runs = named_runs(_points(tables, path.absolute().parent))
+            check_key(key, keys)
+    points: list[_Point] = []
+    for grid in grids:
+        for point in _iterate_points(_combine(common, grid), path.absolute().parent):
+            if len(points) == MAX_RUNS:
+                message = f"The axes make more than {MAX_RUNS:,} runs. Drop an axis, or values."
+                raise InputError(message)
+            points.append(point)
     folder = None if output is None else path.parent / output
-    return SweepPlan(path, runs, folder, execution)
+    return SweepPlan(path, _name_runs(points), folder, execution)
 
 
-def _laid_over(common: Mapping[str, Any], grid: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a grid's options over those at the top, and both over the preset they name."""
-    own = merged(spelled_out(common), spelled_out(grid))
-    name = own.pop("preset", None)
+def _combine(common: Mapping[str, Any], grid: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a grid over those at the top, and both over their preset."""
+    tables = [
+        {
+            key: {"source": value} if key in _SOURCES and not isinstance(value, Mapping) else value
+            for key, value in table.items()
+        }
+        for table in (common, grid)
+    ]
+    options = merge_tables(*tables)
+    name = options.pop("preset", None)
     if name is None:
-        return own
+        return options
     if not isinstance(name, str):
         message = f"preset must be one name, found {name!r}. Use a [[grid]] for each of several."
         raise InputError(message)
-    return merged(preset(name), own)
+    return merge_tables(get_preset(name), options)
 
 
-def _points(tables: list[dict[str, Any]], origin: Path) -> list[Point]:
-    found: list[Point] = []
-    for table in tables:
-        for point in points(table, axes_of(table)):
-            if len(found) == MAX_RUNS:
-                message = f"The axes make more than {MAX_RUNS:,} runs. Drop an axis, or values."
+@dataclass(frozen=True, slots=True, eq=False)
+class _Point:
+    """One value for every (dotted) key; ``axes`` are the keys that have several in the file."""
+
+    values: Mapping[str, Any]
+    axes: tuple[str, ...]
+
+
+def _iterate_points(table: Mapping[str, Any], origin: Path) -> Iterator[_Point]:
+    """Yield every combination of the axes' values, the last axis changing first.
+
+    Paths that exist relative to ``origin`` become absolute.
+    """
+    axes: list[str] = []
+    choices: dict[str, list[Any]] = {}
+    for key, value in _flatten(table):
+        choices[key] = [value]
+        if _is_axis(key, value):
+            axes.append(key)
+            choices[key] = value
+            if not value:
+                message = f"{key} is an empty list: the sweep has no run."
                 raise InputError(message)
-            found.append(point.located(origin))
-    return found
+    for combination in product(*choices.values()):
+        values = dict(zip(choices, combination, strict=True))
+        for key in _PATHS:
+            value = values.get(key)
+            if isinstance(value, str) and value and (origin / value).exists():
+                values[key] = str(origin / value)
+        yield _Point(values, tuple(axes))
+
+
+def _flatten(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield keys and values, with dotted keys for tables of options."""
+    for key, value in table.items():
+        if isinstance(value, Mapping) and (key == "seed" or key in _TABLES):
+            yield from ((f"{key}.{name}", inner) for name, inner in value.items())
+        else:
+            yield key, value
+
+
+def _is_axis(key: str, value: object) -> bool:
+    """Return True for a list of values, False for a value that is a list."""
+    if not isinstance(value, list):
+        return False
+    table, _, name = key.rpartition(".")
+    kind = _TABLES.get(table, RunConfig)
+    annotation = next((str(field.type) for field in fields(kind) if field.name == name), "")
+    if "tuple" not in annotation and "Pattern" not in annotation:
+        return True
+    return any(isinstance(item, list | dict) for item in value)
+
+
+def _name_runs(points: Sequence[_Point]) -> dict[str, RunConfig]:
+    """Return the distinct runs of a sweep by name, in the order of the points.
+
+    A name is that of the configuration (``rotate-r8-s0``) with the value of every other axis
+    (``-lr0.003``) and of every key in which grids differ. If two runs would still have the same
+    name, a hash of the configuration is added to both.
+    """
+    suffix_keys = []
+    for key in dict.fromkeys(key for point in points for key in point.values):
+        values = [point.values.get(key) for point in points]
+        is_axis = any(key in point.axes for point in points)
+        if key not in _NAMED_KEYS and (is_axis or any(value != values[0] for value in values)):
+            suffix_keys.append(key)
+    names: dict[RunConfig, str] = {}
+    for point in points:
+        nested: dict[str, Any] = {}
+        for key, value in point.values.items():
+            head, _, tail = key.partition(".")
+            if tail:
+                nested.setdefault(head, {})[tail] = value
+            else:
+                nested[head] = value
+        config = RunConfig.from_dict(nested)
+        names.setdefault(config, _name_run(config, point, suffix_keys))
+    # Some file systems do not distinguish upper and lower case.
+    counts = Counter(name.casefold() for name in names.values())
+    return {
+        name if counts[name.casefold()] == 1 else f"{name}-{_digest(config)}": config
+        for config, name in names.items()
+    }
+
+
+def _name_run(config: RunConfig, point: _Point, suffix_keys: Sequence[str]) -> str:
+    parts = [config.name]
+    for key in suffix_keys:
+        # A task without a name is named after its data.
+        is_named = key == "data.source" and "task" not in point.values
+        if key in point.values and not is_named:
+            parts.append(_format_value(key, point.values[key]))
+    name = _UNSAFE.sub("-", "-".join(parts)).strip(".-")
+    return name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]}-{_digest(config)}"
+
+
+def _format_value(path: str, value: Any) -> str:
+    """Return ``lr0.003`` for a number, ``schedule-linear`` for a word."""
+    key = path.removesuffix(".source").rpartition(".")[2]
+    if isinstance(value, bool):
+        return f"{key}-{str(value).lower()}"
+    if isinstance(value, int | float):
+        return f"{key}{value}"
+    if isinstance(value, list):
+        return f"{key}-{'+'.join(map(str, value))}"
+    if isinstance(value, dict):
+        return f"{key}-{'+'.join(f'{name}={inner}' for name, inner in value.items())}"
+    return f"{key}-{PurePath(value).stem if path.endswith('.source') else value}"
+
+
+def _digest(config: RunConfig) -> str:
+    text = json.dumps(config.to_dict(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,4 +1,4 @@
-"""Make the demo's base model: ``python -m lora_analysis.training.pretrain data``."""
+"""Pretrain the demo's base model: ``python -m lora_analysis.training.pretrain data``."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_analysis.training.base import read_base, write_base
 from lora_analysis.training.config import Seeds
+from lora_analysis.training.demo_data import TASKS, TRAIN_IMAGES, digits_task
 from lora_analysis.training.devices import one_thread
-from lora_analysis.training.digits import TASKS, TRAIN_IMAGES, digits_task
-from lora_analysis.training.files import MODEL_TYPE, WEIGHTS_NAME
+from lora_analysis.training.digits_vit import DigitsViT, VitConfig, read_base, write_base
+from lora_analysis.training.inputs import MODEL_TYPE, WEIGHTS_NAME
 from lora_analysis.training.loop import training_steps
 from lora_analysis.training.options import LoopOptions
 from lora_analysis.training.tasks import ArrayTask, accuracy
-from lora_analysis.training.vit import DigitsViT, VitConfig
 
 SEED = 0
 OPTIONS = LoopOptions(
@@ -34,29 +33,29 @@ OPTIONS = LoopOptions(
     max_grad_norm=1.0,
     evaluations=15,
 )
-SHIFTED = 0.4  # share of images moved by a pixel
-NOISE = 0.2  # standard deviation, where pixels span [-1, 1]
+SHIFTED = 0.4  # fraction of images that are shifted by a pixel
+NOISE = 0.2  # standard deviation; pixels are in [-1, 1]
 
 _LINEAR_STD = 0.02
-_INPUT_STD = 0.5  # patches have 4 pixels: their embedding needs a larger start to be heard
+_INPUT_STD = 0.5  # patches have only 4 pixels, so their embedding needs a larger scale
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Pretrain, and write a folder of the base into the one that is named."""
+    """Pretrain the base model, and write its folder into the one on the command line."""
     parser = argparse.ArgumentParser(prog="python -m lora_analysis.training.pretrain")
-    parser.add_argument("folder", type=Path, help=f"where {MODEL_TYPE}/ is written")
+    parser.add_argument("folder", type=Path, help=f"folder into which to write {MODEL_TYPE}/")
     folder: Path = parser.parse_args(arguments).folder / MODEL_TYPE
     with one_thread():
         model = pretrain(OPTIONS)
         write_base(model, folder, {})  # accuracies are those of the rounded weights
         manifest = describe(read_base(folder), OPTIONS)
     write_base(model, folder, manifest)
-    shown = ", ".join(f"{task} {share:.3f}" for task, share in manifest["test_accuracy"].items())
-    sys.stderr.write(f"{folder / WEIGHTS_NAME}: test accuracy {shown}\n")
+    scores = ", ".join(f"{task} {share:.3f}" for task, share in manifest["test_accuracy"].items())
+    sys.stderr.write(f"{folder / WEIGHTS_NAME}: test accuracy {scores}\n")
 
 
 def pretrain(options: LoopOptions, config: VitConfig | None = None) -> DigitsViT:
-    """Return a model trained on upright digits, lightly shifted and noised."""
+    """Return a model trained on upright digits with small shifts and noise."""
     model = DigitsViT(config)
     initialize(model, SEED)
     task = ArrayTask(digits_task(), augment)
@@ -68,7 +67,7 @@ def pretrain(options: LoopOptions, config: VitConfig | None = None) -> DigitsViT
 
 
 def initialize(model: DigitsViT, seed: int) -> None:
-    """Give every weight its start, from one generator: normal, biases zero, norms as they are."""
+    """Initialize all weights from one generator: normal, biases zero, norms unchanged."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -79,10 +78,10 @@ def initialize(model: DigitsViT, seed: int) -> None:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Move some images ``(n, size, size)`` by a pixel each way, on paper; add noise to all."""
+    """Shift some images ``(n, size, size)`` by a pixel in each direction; add noise to all."""
     count, size, _ = images.shape
-    moved = (torch.rand(count, 1, generator=generator) < SHIFTED).long()
-    shift = 1 + torch.randint(-1, 2, (count, 2), generator=generator) * moved
+    is_shifted = (torch.rand(count, 1, generator=generator) < SHIFTED).long()
+    shift = 1 + torch.randint(-1, 2, (count, 2), generator=generator) * is_shifted
     padded = functional.pad(images, (1, 1, 1, 1), value=-1.0)
     span = torch.arange(size)
     rows = (shift[:, :1] + span)[:, :, None]
@@ -92,7 +91,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def describe(model: DigitsViT, options: LoopOptions) -> dict[str, Any]:
-    """Return the manifest of a pretrained model: what it is, how it was made, how well it does."""
+    """Return the manifest of a pretrained model: its purpose, how it was made, its accuracy."""
     packages = ("torch", "numpy", "scikit-learn")
     return {
         "name": MODEL_TYPE,

@@ -1,4 +1,4 @@
-"""The random streams of a run, each with a state of its own that can be saved."""
+"""Random streams of a run: dropout and the order of examples, with states that can be saved."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ if TYPE_CHECKING:
 
 
 class DropoutStream:
-    """torch's global generators, while a step computes, at a place of this stream's own.
+    """State of torch's global generators for the dropout of a run.
 
-    Dropout draws from the global generator and takes no other. Inside of ``with stream:`` that
-    generator is at the stream's state; outside it is as the caller left it.
+    Dropout draws from the global generator and accepts no other. Inside of ``with stream:`` that
+    generator is in the state of the stream; outside, in the caller's.
 
     Parameters
     ----------
     seed
-        Of the stream.
+        Seed of the stream.
     device
-        Where the model computes: on a GPU its generator is kept too.
+        Device of the model: on a GPU its generator is included.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.device = device if device.type == "cuda" else None
-        self._own = {"cpu": torch.Generator().manual_seed(seed).get_state()}
+        self._states = {"cpu": torch.Generator().manual_seed(seed).get_state()}
         if self.device:
-            self._own["cuda"] = torch.Generator(self.device).manual_seed(seed).get_state()
-        self._callers: dict[str, Tensor] = {}
+            self._states["cuda"] = torch.Generator(self.device).manual_seed(seed).get_state()
+        self._caller_states: dict[str, Tensor] = {}
 
     def __enter__(self) -> None:
-        self._callers = self._current()
-        self._set(self._own)
+        self._caller_states = self._current()
+        self._set(self._states)
 
     def __exit__(
         self,
@@ -42,22 +42,22 @@ class DropoutStream:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._own = self._current()
-        self._set(self._callers)
+        self._states = self._current()
+        self._set(self._caller_states)
 
     def state(self) -> dict[str, Tensor]:
-        """Return where the stream is, as bytes by device."""
-        return dict(self._own)
+        """Return the state of the stream, as bytes by device."""
+        return dict(self._states)
 
-    def go_to(self, state: dict[str, Tensor]) -> None:
-        """Go on from a state that was saved."""
-        self._own = dict(state)
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Continue from a saved state."""
+        self._states = dict(state)
 
     def _current(self) -> dict[str, Tensor]:
-        found = {"cpu": torch.get_rng_state()}
+        states = {"cpu": torch.get_rng_state()}
         if self.device:
-            found["cuda"] = torch.cuda.get_rng_state(self.device)
-        return found
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
 
     def _set(self, state: dict[str, Tensor]) -> None:
         torch.set_rng_state(state["cpu"])
@@ -66,16 +66,16 @@ class DropoutStream:
 
 
 class Order:
-    """Row numbers without end: a new order whenever fewer than a batch are left.
+    """Endless iterator over batches of rows, shuffled again when fewer than a batch are left.
 
     Parameters
     ----------
     count
-        Rows there are.
+        Number of rows.
     size
-        Rows in a batch; a batch is never larger than the data.
+        Rows per batch, at most all of them.
     seed
-        Of the generator, which augmentation draws from too.
+        Seed of the generator, from which augmentation draws as well.
     """
 
     def __init__(self, count: int, size: int, seed: int) -> None:
@@ -95,15 +95,15 @@ class Order:
         return self.rows[first : self.position]
 
     def state(self) -> dict[str, Tensor]:
-        """Return the order that is being followed, the place in it, and the generator's state."""
+        """Return the current order, the position in it, and the state of the generator."""
         return {
             "rows": self.rows,
             "position": torch.tensor(self.position),
             "generator": self.generator.get_state(),
         }
 
-    def go_to(self, state: dict[str, Tensor]) -> None:
-        """Go on from a state that was saved."""
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Continue from a saved state."""
         self.rows = state["rows"]
         self.position = int(state["position"])
         self.generator.set_state(state["generator"])

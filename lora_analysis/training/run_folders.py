@@ -1,21 +1,25 @@
-"""Compare the folder of a run with a configuration: finished, unfinished, changed, damaged."""
+"""The folder of a run: its file names, its manifest, and its state (finished, changed, …)."""
 
 from __future__ import annotations
 
+import json
+import platform
 from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
 
+from lora_analysis import __version__
 from lora_analysis.errors import InputError
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.outputs import is_bookkeeping
 from lora_analysis.storage.records import Record, file_state, read_record
-from lora_analysis.training.files import MANIFEST_NAME, file_sha256
-from lora_analysis.training.inputs import run_key
+from lora_analysis.training.inputs import MANIFEST_NAME, file_sha256, run_key
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from lora_analysis.training.config import RunConfig
+    from lora_analysis.training.run_setup import RunSetup
 
 KIND = "run"
 METRICS_NAME = "metrics.jsonl"
@@ -23,32 +27,33 @@ FAILURE_NAME = "failed.json"
 ADAPTER_NAMES = ("adapter_config.json", "adapter_model.safetensors")
 TRAJECTORY_NAME = "trajectory"
 CHECKPOINT_NAME = "checkpoint.safetensors"
-# The checkpoint before the last, and one on its way to become the last.
+# The checkpoint before the last, and one that is being written.
 EARLIER_CHECKPOINT_NAME = "checkpoint.earlier.safetensors"
 NEXT_CHECKPOINT_NAME = "checkpoint.next.safetensors"
-# Most differences of a configuration that a message lists.
-_LISTED = 6
+_MAX_DIFFERENCES = 6  # in a message
+# Packages whose versions a manifest has.
+_PACKAGES = ("torch", "numpy", "scikit-learn", "transformers", "tokenizers", "bitsandbytes")
 
 RunState = Literal["missing", "unfinished", "changed", "damaged", "edited", "occupied", "finished"]
 
 
 def run_state(config: RunConfig, folder: Path) -> RunState:
-    """Return what the folder of a run holds.
+    """Return the state of a run's folder.
 
     Parameters
     ----------
     config
-        The requested run.
+        Configuration of the run.
     folder
-        The run's own folder.
+        Folder of the run.
 
     Returns
     -------
     RunState
-        ``"finished"``: this run, its files as they were written. ``"missing"``: nothing.
-        ``"unfinished"``: this run, interrupted. ``"changed"``: a run of another configuration,
-        base, data or version. ``"damaged"``: a file is absent or cannot be what was written.
-        ``"edited"``: somebody changed a file. ``"occupied"``: files that no run wrote.
+        ``"finished"``: this run, with its files unchanged. ``"missing"``: no files.
+        ``"unfinished"``: this run, interrupted. ``"changed"``: a run with another configuration,
+        base, data or version. ``"damaged"``: a file is missing or truncated. ``"edited"``: a file
+        was changed by a user. ``"occupied"``: files that no run wrote.
     """
     record = read_record(folder, KIND)
     if record is None:
@@ -64,15 +69,12 @@ def run_state(config: RunConfig, folder: Path) -> RunState:
 
 
 def _unrecorded_state(config: RunConfig, folder: Path) -> RunState:
-    """Return the state of a folder without a record: empty, somebody's, or an earlier version's."""
+    """Return the state of a folder without a record: empty, a user's, or of an earlier version."""
     manifest = folder / MANIFEST_NAME
     if not manifest.is_file():
-        names = (
-            [path for path in folder.iterdir() if not is_bookkeeping(path)]
-            if folder.is_dir()
-            else []
-        )
-        return "occupied" if any(path.name != FAILURE_NAME for path in names) else "missing"
+        paths = folder.iterdir() if folder.is_dir() else ()
+        is_foreign = any(p.name != FAILURE_NAME and not is_bookkeeping(p) for p in paths)
+        return "occupied" if is_foreign else "missing"
     try:
         facts = read_json_object(manifest)
     except InputError:
@@ -82,19 +84,31 @@ def _unrecorded_state(config: RunConfig, folder: Path) -> RunState:
         return "occupied"
     if facts["key"] != run_key(config):
         return "changed"
-    whole = {name: _sha256_or_none(folder / name) for name in files} == files
-    return "finished" if whole else "occupied"
+    is_intact = all(
+        (folder / name).is_file() and file_sha256(folder / name) == sha256
+        for name, sha256 in files.items()
+    )
+    return "finished" if is_intact else "occupied"
 
 
-def changes(config: RunConfig, folder: Path) -> str:
-    """Return how the run in a folder differs from the requested one, for a message."""
+def describe_changes(config: RunConfig, folder: Path) -> str:
+    """Return how the run in a folder differs from a configuration, for a message."""
     record = read_record(folder, KIND)
-    facts: Mapping[str, Any] = record.run if record is not None else _manifest(folder)
-    version = record.version if record is not None else _version(facts)
-    earlier = dict(_flat(facts.get("config", {})))
-    requested = dict(_flat(config.to_dict()))
+    if record is not None:
+        facts, written_by = record.run, record.version
+    else:
+        try:
+            facts = read_json_object(folder / MANIFEST_NAME)
+        except InputError:
+            facts = {}
+        versions = facts.get("versions")
+        written_by = "unknown"
+        if isinstance(versions, dict):
+            written_by = str(versions.get("lora-analysis"))
+    earlier = dict(_flatten(facts.get("config", {})))
+    requested = dict(_flatten(config.to_dict()))
     differences = [
-        f"{name} {_shown(earlier[name])}, now {_shown(requested[name])}"
+        f"{name} {_format(earlier[name])}, now {_format(requested[name])}"
         for name in sorted(earlier.keys() & requested.keys())
         if earlier[name] != requested[name]
     ]
@@ -102,48 +116,86 @@ def changes(config: RunConfig, folder: Path) -> str:
         differences.append("another version's configuration format")
     if not differences:
         differences = ["the content of its base or data, or how this version trains"]
-    more = len(differences) - _LISTED
-    text = "; ".join(differences[:_LISTED]) + (f"; and {more} more" if more > 0 else "")
-    return f"{text} (written by lora_analysis {version})"
+    more = len(differences) - _MAX_DIFFERENCES
+    text = "; ".join(differences[:_MAX_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+    return f"{text} (written by lora_analysis {written_by})"
 
 
 def unfinished_names(config: RunConfig) -> list[str]:
-    """Return the files that a run makes in its folder before it is finished."""
+    """Return the files that a run writes into its folder before it is finished."""
     names = [METRICS_NAME, CHECKPOINT_NAME, EARLIER_CHECKPOINT_NAME, NEXT_CHECKPOINT_NAME]
     for step in config.loop.trajectory:
-        place = f"{TRAJECTORY_NAME}/{config.name}-step{step}"
-        names += [f"{place}/{name}" for name in (*ADAPTER_NAMES, MANIFEST_NAME)]
+        folder = f"{TRAJECTORY_NAME}/{config.name}-step{step}"
+        names += [f"{folder}/{name}" for name in (*ADAPTER_NAMES, MANIFEST_NAME)]
     return names
 
 
 def is_in_place(record: Record | None) -> bool:
-    """Return True if a run works in its folder itself, as no finished files lie there."""
+    """Return True if a run works in its own folder, which has no finished files."""
     return record is not None and record.state == "writing" and bool(record.names)
 
 
-def _manifest(folder: Path) -> Mapping[str, Any]:
-    try:
-        return read_json_object(folder / MANIFEST_NAME)
-    except InputError:
-        return {}
+def describe_run(config: RunConfig, inputs: Mapping[str, str], key: str) -> dict[str, Any]:
+    """Return the fields of a manifest that identify a run."""
+    return {
+        "name": config.name,
+        "task": config.task,
+        "rank": config.rank if config.method == "lora" else None,
+        "seed": config.seed,
+        "data_seed": config.seeds.data,
+        "dropout_seed": config.seeds.dropout,
+        "config": config.to_dict(),
+        "inputs": dict(inputs),
+        "key": key,
+    }
 
 
-def _version(facts: Mapping[str, Any]) -> str:
-    versions = facts.get("versions")
-    return str(versions.get("lora-analysis")) if isinstance(versions, dict) else "unknown"
+def describe_setup(setup: RunSetup) -> dict[str, Any]:
+    """Return the fields of a manifest on modules, device and versions."""
+    import torch
+
+    device = str(setup.device)
+    if setup.device.type == "cuda":
+        device += f" ({torch.cuda.get_device_name(setup.device)})"
+    versions = {"python": platform.python_version(), "lora-analysis": __version__}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "modules": list(setup.modules),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+        **setup.facts,
+    }
 
 
-def _flat(fields: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def summarize_metrics(path: Path, epoch: int) -> dict[str, float]:
+    """Return the final metrics of a run from the lines of its metrics file.
+
+    ``loss`` is the mean training loss of the last ``epoch`` steps; those of the test split are
+    given before training (``base_…``) and at the end.
+    """
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line][-epoch:]
+    metrics: dict[str, float] = {}
+    for name in ("accuracy", "correlation", "loss"):
+        values = [line[f"test_{name}"] for line in lines if f"test_{name}" in line]
+        role = "test_loss" if name == "loss" else name
+        if values:
+            metrics |= {f"base_{role}": values[0], role: values[-1]}
+    return metrics | {"loss": sum(losses) / len(losses)}
+
+
+def _flatten(fields: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if not isinstance(fields, Mapping):
         yield prefix.rstrip("."), fields
         return
     for name, value in fields.items():
-        yield from _flat(value, f"{prefix}{name}.")
+        yield from _flatten(value, f"{prefix}{name}.")
 
 
-def _shown(value: object) -> str:
+def _format(value: object) -> str:
     return "not set" if value is None else repr(value)
-
-
-def _sha256_or_none(path: Path) -> str | None:
-    return file_sha256(path) if path.is_file() else None

@@ -1,10 +1,11 @@
-"""One adapter, trained into a folder: metrics, adapter, and last of all the manifest."""
+"""Train one adapter into a folder: metrics, checkpoints, the adapter, and last its manifest."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,15 @@ from lora_analysis.storage.atomic import remove_leftovers
 from lora_analysis.storage.locks import locked
 from lora_analysis.storage.outputs import OutputFolder
 from lora_analysis.storage.records import RECORD_FOLDER, read_record
-from lora_analysis.training.events import EventKind, Progress, RunEvent
-from lora_analysis.training.files import MANIFEST_NAME, file_sha256, write_json
-from lora_analysis.training.inputs import input_hashes, input_paths
-from lora_analysis.training.manifests import final_metrics, identity, origin
+from lora_analysis.training.events import EventKind, RunEvent, Trackers
+from lora_analysis.training.inputs import (
+    MANIFEST_NAME,
+    check_torch,
+    file_sha256,
+    input_hashes,
+    input_paths,
+    write_json,
+)
 from lora_analysis.training.run_folders import (
     ADAPTER_NAMES,
     CHECKPOINT_NAME,
@@ -28,17 +34,21 @@ from lora_analysis.training.run_folders import (
     METRICS_NAME,
     TRAJECTORY_NAME,
     RunState,
-    changes,
+    describe_changes,
+    describe_run,
+    describe_setup,
     is_in_place,
     run_state,
+    summarize_metrics,
     unfinished_names,
 )
 
 if TYPE_CHECKING:
+    from lora_analysis.progress import Progress
     from lora_analysis.training.config import RunConfig
+    from lora_analysis.training.devices import Processes
     from lora_analysis.training.loop import StepMetrics, Training
-    from lora_analysis.training.parallel import Processes
-    from lora_analysis.training.settings import Setting
+    from lora_analysis.training.run_setup import RunSetup
 
 
 def train_run(
@@ -50,40 +60,43 @@ def train_run(
     trackers: tuple[str, ...] = (),
     sharded: bool = False,
     progress: Progress | None = None,
+    on_event: Callable[[RunEvent], None] | None = None,
     force: bool = False,
 ) -> Path:
-    """Train one adapter into its folder, or find it there finished, or go on with it.
+    """Train one adapter into its folder; skip it if it is finished, continue if interrupted.
 
-    The folder gets ``metrics.jsonl`` (one line per step), the adapter in PEFT's layout (with
-    ``method="full"`` the model), below ``trajectory`` those of chosen steps, and last
-    ``manifest.json``. An interrupted run goes on from its last checkpoint that is whole; damaged
-    files of a finished run are trained anew. A run of another configuration, edited files and
-    files of others are refused unless ``force`` is given; a finished run then stays until the new
-    one has been trained and takes its place at once. One process at a time is in a folder. On a
-    CPU, with one number of threads, the same configuration gives the same bits, interrupted or
+    The folder gets ``metrics.jsonl`` (one line per step), the adapter in PEFT's format (with
+    ``method="full"`` the model), adapters of chosen steps below ``trajectory``, and last
+    ``manifest.json``. An interrupted run continues from its last intact checkpoint; a finished
+    run with damaged files is trained again. A run of another configuration, edited files and
+    other files are refused unless ``force`` is given; a finished run then stays until the new
+    one is trained and replaces it at once. One process at a time writes into a folder. On a CPU,
+    with a fixed number of threads, the same configuration gives the same bits, interrupted or
     not.
 
     Parameters
     ----------
     config
-        The run.
+        Configuration of the run.
     folder
-        The run's own folder; made where it does not exist.
+        Folder of the run; created if it does not exist.
     device
-        ``"auto"`` (cuda, mps, cpu: the first there is), or a device as torch names it.
+        ``"auto"`` (the first available of cuda, mps, cpu), or a torch device name.
     threads
-        CPU threads that torch may use: the order of sums depends on it. None leaves torch's own.
+        CPU threads of torch, on which the order of sums depends. None keeps torch's number.
     trackers
-        Programs that are told the metrics as well: ``"tensorboard"``, ``"trackio"``, ``"wandb"``.
+        Experiment trackers: ``"tensorboard"``, ``"trackio"``, ``"wandb"``.
     sharded
-        Spread the frozen weights over the processes that ``torchrun`` started (FSDP2). Without
-        it, each holds them whole. Either way each takes its part of every batch, and the first
+        Shard the frozen weights over the processes started by ``torchrun`` (FSDP2); otherwise
+        each process holds all of them. Either way each takes a part of every batch, and the first
         writes the files.
     progress
+        Called with ("training steps", done, total), in the first process.
+    on_event
         Called with every :class:`RunEvent`, in the first process.
     force
-        Whether a run of another configuration, edited files of this one, or files of others at
-        the names that a run writes may be replaced.
+        Whether to replace a run of another configuration, edited files, or other files with
+        the names that a run writes.
 
     Returns
     -------
@@ -93,8 +106,8 @@ def train_run(
     Raises
     ------
     OccupiedError
-        The folder holds something else and ``force`` is not given; or it is, or lies in, an
-        input.
+        The folder contains something else and ``force`` is not given; or it is, or is inside of,
+        an input.
     InputError
         The task, the data, the base or the device do not exist, another process is training into
         the folder, or the training diverged.
@@ -103,21 +116,27 @@ def train_run(
     MissingExtraError
         The base or the data need a package that is not installed.
     """
-    tell = progress or _ignore
+
+    def send(event: RunEvent) -> None:
+        if on_event is not None:
+            on_event(event)
+        if progress is not None:
+            progress("training steps", event.step, event.total)
+
     state = run_state(config, folder)
     if state == "finished":
         total = config.loop.steps
-        tell(RunEvent(config.name, "skipped", total, total, state=state))
+        send(RunEvent(config.name, "skipped", total, total, state=state))
         return folder
-    target = _checked_target(config, folder, state, force=force)
-    from lora_analysis.training.devices import cpu_threads, resolve_device
-    from lora_analysis.training.parallel import joined
+    target = _check_target(config, folder, state, force=force)
+    check_torch(config.base)
+    from lora_analysis.training.devices import cpu_threads, join_processes, resolve_device
 
-    place = resolve_device(device)
-    with cpu_threads(threads), joined(place) as processes:
-        from lora_analysis.training.settings import prepare
+    torch_device = resolve_device(device)
+    with cpu_threads(threads), join_processes(torch_device) as processes:
+        from lora_analysis.training.run_setup import set_up_run
 
-        setting = prepare(config, place, sharded=sharded and processes.count > 1)
+        setup = set_up_run(config, torch_device, sharded=sharded and processes.count > 1)
         if processes.is_first:
             target.make_folders()
         lock = locked(folder, f"{RECORD_FOLDER}/{KIND}.lock", target=folder)
@@ -126,20 +145,18 @@ def train_run(
                 remove_leftovers(folder, below=True)
                 target.begin()
             processes.wait()
-            run = _Run(config, target, setting, processes, tell=tell, trackers=trackers)
+            run = _Run(config, target, setup, processes, on_event=send, trackers=trackers)
             run.complete(state)
             processes.wait()
     return folder
 
 
-def _checked_target(
-    config: RunConfig, folder: Path, state: RunState, *, force: bool
-) -> OutputFolder:
-    """Return the folder to write, having refused what may not be replaced."""
+def _check_target(config: RunConfig, folder: Path, state: RunState, *, force: bool) -> OutputFolder:
+    """Return the folder to write, or raise if it may not be replaced."""
     if state == "changed" and not force:
         message = (
-            f"{folder} holds a run of another configuration: {changes(config, folder)}. Choose "
-            "another folder, or pass --force (force=True in Python) to train it again."
+            f"{folder} holds a run of another configuration: {describe_changes(config, folder)}. "
+            "Choose another folder, or pass --force (force=True in Python) to train it again."
         )
         raise OccupiedError(message)
     inputs = input_hashes(config)
@@ -155,14 +172,9 @@ def _checked_target(
         names=unfinished_names(config),
     )
     target.check()
-    begun = read_record(folder, KIND)
-    taken = [
-        name
-        for name in (MANIFEST_NAME, *ADAPTER_NAMES, *target.record.names)
-        if (folder / name).exists()
-    ]
-    if not is_in_place(begun) and taken:
-        # Something is to be replaced: the run works in the staging folder until it is complete.
+    names = (MANIFEST_NAME, *ADAPTER_NAMES, *target.record.names)
+    if not is_in_place(read_record(folder, KIND)) and any((folder / n).exists() for n in names):
+        # Files will be replaced: the run works in the staging folder until it is complete.
         target.record = replace(target.record, names=())
     return target
 
@@ -174,61 +186,62 @@ class _Run:
         self,
         config: RunConfig,
         target: OutputFolder,
-        setting: Setting,
+        setup: RunSetup,
         processes: Processes,
         *,
-        tell: Progress,
+        on_event: Callable[[RunEvent], None],
         trackers: tuple[str, ...],
     ) -> None:
         from lora_analysis.training.loop import Training
-        from lora_analysis.training.trackers import Trackers
 
         self.config = config
         self.target = target
         in_place = is_in_place(read_record(target.folder, KIND))
-        # Where the run works: in its own folder, unless a finished run stays there meanwhile.
+        # The run works in its own folder, unless a finished run stays there meanwhile.
         self.folder = target.folder if in_place else target.staging
         if processes.is_first:
             self.folder.mkdir(parents=True, exist_ok=True)
-        self.setting = setting
+        self.setup = setup
         self.first = processes.is_first
-        self.tell = tell if self.first else _ignore
+        self.on_event = on_event
         self.inputs = input_hashes(config)
         self.key = config.key(self.inputs)
         self.training: Training = Training(
-            setting.model, setting.task, config.loop, seeds=config.seeds, processes=processes
+            setup.model, setup.task, config.loop, seeds=config.seeds, processes=processes
         )
-        self.total = self.training.options.steps
         self.trackers = Trackers(trackers if self.first else (), config, target.folder, self._note)
-        self.before = 0.0  # seconds of the sessions before this one
+        self.before = 0.0  # seconds before this run was interrupted
         self.started = time.perf_counter()
 
     def complete(self, state: RunState) -> None:
-        """Train from where the folder is to the end."""
-        self._clear_or_go_on()
-        self._event("started", state=state)
-        for note in self.setting.notes:
+        """Train from the state of the folder to the end."""
+        self._restore_or_clear()
+        self._send("started", state=state)
+        for note in self.setup.notes:
             self._note(note)
         self._train()
         if not self.first:
             return
         self._finish()
         self.trackers.close()
-        self._event("finished")
+        self._send("finished")
 
     def _finish(self) -> None:
-        """Write what was trained and what is known of it, and put it in place at once."""
+        """Write the result and its manifest, and move both into place at once."""
+        from lora_analysis.training.loop import steps_per_epoch
+
         in_place = self.folder == self.target.folder
         staging = self.target.staging
         if in_place:
             self.target.clear_staging()
         files = self._write_result(staging)
-        facts = identity(self.config, self.inputs, self.key) | origin(self.setting)
+        facts = describe_run(self.config, self.inputs, self.key) | describe_setup(self.setup)
+        epoch = steps_per_epoch(self.config.loop, len(self.setup.task))
         facts |= {
             "steps": self.training.step,
-            # Beside steps on the way, the adapter is one of them: the last.
+            # With a trajectory, the adapter belongs to its last step.
             **({"step": self.training.step} if self.config.loop.trajectory else {}),
-            "metrics": final_metrics(self.folder / METRICS_NAME, self.config, self.setting),
+            "metrics": summarize_metrics(self.folder / METRICS_NAME, epoch),
             "seconds": round(self._seconds(), 2),
             "files": {METRICS_NAME: file_sha256(self.folder / METRICS_NAME)}
             | {name: file_sha256(staging / name) for name in files},
@@ -237,15 +250,15 @@ class _Run:
         if not in_place:
             for name in (CHECKPOINT_NAME, EARLIER_CHECKPOINT_NAME):
                 (staging / name).unlink(missing_ok=True)
-        standing = [
+        remaining = [
             name
             for name in unfinished_names(self.config)
             if in_place and (self.folder / name).is_file() and not name.startswith("checkpoint")
         ]
-        self.target.commit(standing)
+        self.target.commit(remaining)
 
-    def _clear_or_go_on(self) -> None:
-        """Take up the last checkpoint that is whole and this run's; else begin anew."""
+    def _restore_or_clear(self) -> None:
+        """Restore the last intact checkpoint of this run; if there is none, remove its files."""
         from lora_analysis.training.checkpoints import checkpoint_facts, load_checkpoint
 
         metrics = self.folder / METRICS_NAME
@@ -278,23 +291,23 @@ class _Run:
                         stream.flush()
                     self._after_step(metrics, stream)
         except DivergedError as error:
-            place = self.folder / CHECKPOINT_NAME
-            saved = checkpoint_facts(place)
-            last = f"that of step {saved['step']}, {place}" if saved else "none"
+            checkpoint = self.folder / CHECKPOINT_NAME
+            facts = checkpoint_facts(checkpoint)
+            last = f"that of step {facts['step']}, {checkpoint}" if facts else "none"
             message = f"{self.config.name}: {error} The last checkpoint: {last}."
             raise DivergedError(message) from error
 
     def _after_step(self, metrics: StepMetrics, stream: BinaryIO) -> None:
-        """Save what this step is chosen for, and tell of it."""
+        """Save the trajectory and a checkpoint if they are due, and report the step."""
         from lora_analysis.training.checkpoints import save_checkpoint
-        from lora_analysis.training.schedules import is_checkpointed
+        from lora_analysis.training.loop import is_checkpointed
 
         step = metrics.step
         if self.first and step in self.config.loop.trajectory:
-            self._write_passing(step)
+            self._write_trajectory(step)
         if step and is_checkpointed(step, self.training.options):
             if self.first:
-                os.fsync(stream.fileno())  # the checkpoint counts on the lines before it
+                os.fsync(stream.fileno())  # the checkpoint relies on the lines before it
             lines = self.folder / METRICS_NAME
             facts = {
                 "key": self.key,
@@ -307,7 +320,7 @@ class _Run:
         if not self.first:
             return
         self.trackers.log(metrics)
-        self._event(
+        self._send(
             "step",
             loss=metrics.loss,
             lr=metrics.lr,
@@ -315,35 +328,38 @@ class _Run:
             test_accuracy=metrics.test_accuracy,
         )
 
-    def _write_result(self, folder: Path, **fields: Any) -> list[str]:
-        """Write what was trained; return the names of its files."""
+    def _write_result(self, folder: Path) -> list[str]:
+        """Write the adapter, or the model of a full fine-tune; return the names of its files."""
         from lora_analysis.formats.writing import write_adapter_files
         from lora_analysis.lora import extract_adapter
 
         if self.config.method == "full":
-            return self.setting.save(folder)
+            return self.setup.save(folder)
         adapter = extract_adapter(
-            self.setting.model, label=self.config.name, config={**self.setting.fields, **fields}
+            self.setup.model, label=self.config.name, config=self.setup.fields
         )
         return write_adapter_files(adapter, folder)
 
-    def _write_passing(self, step: int) -> None:
-        """Write the adapter of a step on the way, with a manifest that says which."""
-        place = self.folder / TRAJECTORY_NAME / f"{self.config.name}-step{step}"
-        place.mkdir(parents=True, exist_ok=True)
-        self._write_result(place)
-        facts = identity(self.config, self.inputs, self.key)
+    def _write_trajectory(self, step: int) -> None:
+        """Write the adapter of a step before the end, with a manifest that names the step."""
         name = f"{self.config.name}-step{step}"
-        write_json(place / MANIFEST_NAME, facts | {"name": name, "step": step})
+        folder = self.folder / TRAJECTORY_NAME / name
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write_result(folder)
+        facts = describe_run(self.config, self.inputs, self.key)
+        write_json(folder / MANIFEST_NAME, facts | {"name": name, "step": step})
 
     def _seconds(self) -> float:
         return self.before + time.perf_counter() - self.started
 
     def _note(self, text: str) -> None:
-        self._event("note", note=text)
+        self._send("note", note=text)
 
-    def _event(self, kind: EventKind, **fields: Any) -> None:
-        self.tell(RunEvent(self.config.name, kind, self.training.step, self.total, **fields))
+    def _send(self, kind: EventKind, **fields: Any) -> None:
+        if self.first:
+            training = self.training
+            total = training.options.steps
+            self.on_event(RunEvent(self.config.name, kind, training.step, total, **fields))
 
 
 def _prefix_sha256(path: Path, size: int) -> str | None:
@@ -352,7 +368,3 @@ def _prefix_sha256(path: Path, size: int) -> str | None:
         return None
     with path.open("rb") as stream:
         return hashlib.sha256(stream.read(size)).hexdigest()
-
-
-def _ignore(event: RunEvent) -> None:
-    """Watch nothing."""

@@ -1,4 +1,4 @@
-"""Many runs into one folder: what is finished is skipped, the rest trained by an executor."""
+"""Train many runs into one folder: finished ones are skipped, an executor trains the others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +25,10 @@ from lora_analysis.errors import (
     OutputError,
     named_error,
 )
-from lora_analysis.execution.protocol import Executor, Outcome, Retried, Tell
-from lora_analysis.execution.worker import end_if_imported_by_worker
-from lora_analysis.finding import Finding
+from lora_analysis.execution.processes import end_if_imported_by_worker
+from lora_analysis.execution.protocol import Executor, Outcome, Retried
+from lora_analysis.finding import Failure, Finding
+from lora_analysis.progress import Progress
 from lora_analysis.storage.atomic import remove_leftovers
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.limits import MAX_INDEX_BYTES
@@ -35,42 +36,36 @@ from lora_analysis.storage.locks import locked
 from lora_analysis.storage.outputs import OutputFolder, output_folder
 from lora_analysis.storage.records import read_record
 from lora_analysis.text import plural
-from lora_analysis.training.cells import RunCell, TrainCell
 from lora_analysis.training.config import RunConfig
-from lora_analysis.training.events import Progress, RunEvent
-from lora_analysis.training.executors import choose_executor
-from lora_analysis.training.files import write_json
-from lora_analysis.training.inputs import input_paths
+from lora_analysis.training.events import RunEvent
+from lora_analysis.training.inputs import check_torch, input_paths, write_json
+from lora_analysis.training.jobs import TrainingJob, choose_executor, train_job
 from lora_analysis.training.plan import ExecutionOptions
-from lora_analysis.training.run_folders import FAILURE_NAME, RunState, changes, run_state
+from lora_analysis.training.run_folders import (
+    FAILURE_NAME,
+    RunState,
+    describe_changes,
+    run_state,
+)
 
 SWEEP_NAME = "sweep.json"
 _LOCK_NAME = ".sweep.lock"  # runs have locks of their own
 _KIND = "sweep"
 _PATIENCE = 30.0  # seconds
-_HEAD = 200  # bytes within which sweep.json names what wrote it
+_HEAD_BYTES = 200  # of sweep.json, which contain the name of its generator
 
 Runs = Mapping[str, RunConfig]
-Report = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class RunFailure:
-    """Why a run was given up, after how many attempts."""
-
-    error: Exception
-    attempts: int
 
 
 @dataclass(frozen=True, slots=True)
 class SweepResult:
-    """What a sweep left: the folders of the runs that are finished, and why others are not.
+    """Folders of the finished runs of a sweep, and failures, by name.
 
-    ``findings`` are the notes of the runs, and the runs that were tried again.
+    ``findings`` are the notes of the runs, and retries.
     """
 
     folders: Mapping[str, Path]
-    failures: Mapping[str, RunFailure] = field(default_factory=dict)
+    failures: Mapping[str, Failure] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
 
     def all_folders(self) -> list[Path]:
@@ -85,30 +80,28 @@ class SweepResult:
             total = len(self.folders) + len(self.failures)
             message = (
                 f"{len(self.failures)} of {total} runs failed, '{name}' among them: "
-                f"{failure.error} Finished runs are kept: run again to go on."
+                f"{failure.reason} Finished runs are kept: run again to continue."
             )
-            raise _class_of(failure.error)(message) from failure.error
+            # The class decides the exit code.
+            error = failure.error
+            named = (named_error(error, "") if error else None) or error
+            classes = InputError, OutputError, OutOfMemoryError, MissingExtraError
+            matches = (kind for kind in classes if isinstance(named, kind))
+            raise next(matches, LoraAnalysisError)(message) from error
         return list(self.folders.values())
 
 
-def _class_of(error: Exception) -> type[LoraAnalysisError]:
-    """Return the error of this package that says of a sweep what an error says of a run."""
-    named = named_error(error, "") or error
-    kinds = InputError, OutputError, OutOfMemoryError, MissingExtraError
-    return next((kind for kind in kinds if isinstance(named, kind)), LoraAnalysisError)
-
-
 def demo_sweep() -> list[RunConfig]:
-    """Return the demo's 13 runs: ranks, seeds and tasks apart from each other.
+    """Return the demo's 13 runs, which vary rank, seed and task.
 
-    Rank 8 on three tasks with three seeds: pairs of other tasks and other seeds are the reference,
-    pairs of other tasks and one seed show what a shared start does. Ranks 4 and 64 with two seeds
-    on one task: pairs over ranks, with and without a shared seed. The order of the data follows
-    the seed.
+    Rank 8 on three tasks with three seeds: pairs of different tasks and seeds are the reference
+    pairs, pairs of different tasks with the same seed show the effect of shared initialization.
+    Ranks 4 and 64 with two seeds on one task: pairs over ranks, with and without a shared seed.
+    The order of the data follows the seed.
     """
-    cells = [(task, 8, seed) for task in ("rotate", "invert", "mirror") for seed in (0, 1, 2)]
-    cells += [("rotate", rank, seed) for rank in (4, 64) for seed in (0, 1)]
-    return [RunConfig(task=task, rank=rank, seed=seed) for task, rank, seed in cells]
+    jobs = [(task, 8, seed) for task in ("rotate", "invert", "mirror") for seed in (0, 1, 2)]
+    jobs += [("rotate", rank, seed) for rank in (4, 64) for seed in (0, 1)]
+    return [RunConfig(task=task, rank=rank, seed=seed) for task, rank, seed in jobs]
 
 
 def run_sweep(
@@ -122,132 +115,151 @@ def run_sweep(
     names: Sequence[str] | None = None,
     force: bool = False,
     progress: Progress | None = None,
-    report: Report | None = None,
+    on_event: Callable[[RunEvent], None] | None = None,
 ) -> SweepResult:
     """Train every run that is not finished yet, each into ``folder / name``.
 
-    Runs that are done stay whatever happens to the others, so that an interrupted sweep goes on
-    when it is called again. The result of a run depends neither on the executor nor on the number
-    of workers. A run that fails is tried again once, unless what it was given is wrong; then it
-    is reported, with ``failed.json`` in its folder, and the rest goes on. ``sweep.json`` holds
-    every run with all of its options.
+    Finished runs stay in any case, so that an interrupted sweep continues when it is called
+    again. The result of a run depends neither on the executor nor on the number of workers. A run
+    that fails is tried again once, unless its input is wrong; then it is reported, with
+    ``failed.json`` in its folder, and the rest goes on. ``sweep.json`` contains every run with
+    all of its options.
 
     Parameters
     ----------
     runs
-        The runs by name; a sequence takes their own names, which must differ.
+        Configurations by name; a sequence is named after the configurations, which must differ.
     folder
-        Where their folders lie; made where it does not exist.
+        Folder for the folders of the runs; created if it does not exist.
     device
-        ``"auto"``, or a device as torch names it.
+        ``"auto"``, or a torch device name.
     workers
-        Runs side by side; see `ExecutionOptions`. Worker processes import the caller's main
-        module anew, so a script must guard its own start with ``if __name__ == "__main__"``.
+        Number of runs in parallel; see `ExecutionOptions`. Worker processes import the caller's
+        main module, so a script must guard its entry with ``if __name__ == "__main__"``.
     execution
-        More about where to train, in place of ``device`` and ``workers``.
+        Options on how and where to train, in place of ``device`` and ``workers``.
     executor
-        Who trains; by default chosen from these.
+        Executor of the runs; by default chosen by the options.
     names
-        Only these of the runs; others may be trained beside, by another process.
+        Names of the runs to train; another process may train the others at the same time.
     force
-        Whether runs of another configuration, which lie in the folder under the same name, are
-        trained anew.
+        Whether to train runs again that are in the folder with another configuration.
     progress
-        Called in this process with every :class:`RunEvent` of every run.
-    report
-        Called with a sentence where a run is tried again or given up.
+        Called in this process with ("training steps", done, total) and ("adapters", done, total).
+    on_event
+        Called in this process with every :class:`RunEvent` of every run, notes that runs repeat
+        only once, and with one for every run that is retried or fails.
 
     Raises
     ------
     InputError
-        Two runs have one name, ``workers`` is below 1, another sweep is at work in the folder, or
+        Two runs have the same name, ``workers`` is below 1, another sweep uses the folder, or
         finished runs would be replaced.
     """
     end_if_imported_by_worker()
-    named = runs if isinstance(runs, Mapping) else _by_own_names(runs)
+    named = runs if isinstance(runs, Mapping) else _name_by_config(runs)
     chosen = named if names is None else {name: named[name] for name in names}
-    chosen = named if chosen.keys() == named.keys() else chosen
+    is_whole = chosen.keys() == named.keys()
     options = execution or ExecutionOptions(workers=workers, device=device)
-    _check_folder(named, folder, force=force)
+    # Inputs that several runs share are checked once.
+    inputs = {(config.base, config.data): config for config in named.values()}.values()
+    _check_folder(named, folder, inputs, force=force)
     folder.mkdir(parents=True, exist_ok=True)
-    failures: dict[str, RunFailure] = {}
-    findings: list[Finding] = []
-    with locked(folder, _lock_name(named, chosen)):
-        if chosen is named:
+    events = _SweepEvents(len(chosen), progress, on_event)
+    lock = _LOCK_NAME  # keeps out other sweeps of the same runs
+    if not is_whole:
+        lock += f"-{hashlib.sha256(json.dumps(list(chosen)).encode()).hexdigest()[:12]}"
+    with locked(folder, lock):
+        if is_whole:
             remove_leftovers(folder)
-        cells = _unfinished(chosen, folder, force=force, progress=progress)
-        _write_resolved(named, folder, force=force)
-        if cells:
-            executor = executor or choose_executor(options, len(cells))
-            watch = _watch(progress, report, findings)
-            work = TrainCell(folder, options.device, force=force)
-            with closing(executor.map(work, cells, tell=watch)) as outcomes:
+        states = sweep_states(chosen, folder)
+        if not force:
+            _check_states(chosen, states, folder)
+        for name in (name for name, state in states.items() if state == "finished"):
+            total = chosen[name].loop.steps
+            events.send(RunEvent(name, "skipped", total, total, state="finished"))
+        jobs = [
+            TrainingJob(name, chosen[name], folder, options.device, force)
+            for name, state in states.items()
+            if state != "finished"
+        ]
+        if jobs and executor is None and options.executor != "ray":  # which trains elsewhere
+            for config in inputs:
+                check_torch(config.base)
+        _write_configs(named, folder, force=force)
+        if jobs:
+            executor = executor or choose_executor(options, len(jobs))
+            with closing(executor.map(train_job, jobs, on_event=events.receive)) as outcomes:
                 for outcome in outcomes:
-                    _settle(outcome, folder, failures, report)
-    folders = {name: folder / name for name in chosen if name not in failures}
-    return SweepResult(folders, failures, tuple(findings))
+                    events.record_outcome(outcome)
+    folders = {name: folder / name for name in chosen if name not in events.failures}
+    return SweepResult(folders, events.failures, tuple(events.findings))
 
 
 def sweep_states(runs: Runs, folder: Path) -> dict[str, RunState]:
-    """Return what the folder holds of every run, by name."""
+    """Return the state of every run's folder, by name."""
     return {name: run_state(config, folder / name) for name, config in runs.items()}
 
 
-def _by_own_names(configs: Sequence[RunConfig]) -> dict[str, RunConfig]:
-    twice = [name for name, n in Counter(config.name for config in configs).items() if n > 1]
-    if twice:
+def _name_by_config(configs: Sequence[RunConfig]) -> dict[str, RunConfig]:
+    repeated = [name for name, n in Counter(config.name for config in configs).items() if n > 1]
+    if repeated:
         message = (
-            f"{len(twice)} of the runs share a folder name, '{twice[0]}' among them. "
-            "Task, rank and seeds must tell the runs of one folder apart; or give them names."
+            f"{len(repeated)} of the runs share a folder name, '{repeated[0]}' among them. "
+            "Runs in one folder must differ in task, rank or seeds; or give them names."
         )
         raise InputError(message)
     return {config.name: config for config in configs}
 
 
-def _lock_name(runs: Runs, chosen: Runs) -> str:
-    """Return the file that keeps out a second sweep of the same runs, and no other."""
-    if chosen is runs:
-        return _LOCK_NAME
-    return f"{_LOCK_NAME}-{hashlib.sha256(json.dumps(list(chosen)).encode()).hexdigest()[:12]}"
-
-
-def _check_folder(runs: Runs, folder: Path, *, force: bool) -> None:
-    """Raise if a sweep may not write into a folder: it holds other things, or is an input."""
+def _check_folder(runs: Runs, folder: Path, configs: Iterable[RunConfig], *, force: bool) -> None:
+    """Raise if a sweep may not write into a folder: it has other files, or is an input."""
     earlier = folder / SWEEP_NAME
-    known = {*runs}
+    ignored = {*runs}
     if earlier.is_file() and read_record(folder, _KIND) is None:
-        with earlier.open("rb") as stream:  # of a version that kept no record
-            if b'"generator": "lora_analysis' in stream.read(_HEAD):
-                known |= {path.name for path in folder.iterdir()}
-    paths = {path for config in _distinct_inputs(runs) for path in input_paths(config)}
+        with earlier.open("rb") as stream:  # of a version without records
+            if b'"generator": "lora_analysis' in stream.read(_HEAD_BYTES):
+                ignored |= {path.name for path in folder.iterdir()}
+    paths = {path for config in configs for path in input_paths(config)}
     OutputFolder(
-        folder, kind=_KIND, verb="sweep", inputs=sorted(paths), force=force, ignored=known
+        folder, kind=_KIND, verb="sweep", inputs=sorted(paths), force=force, ignored=ignored
     ).check()
 
 
-def _distinct_inputs(runs: Runs) -> list[RunConfig]:
-    """Return one run of each base and data."""
-    return list({(config.base, config.data): config for config in runs.values()}.values())
+def _check_states(runs: Runs, states: Mapping[str, RunState], folder: Path) -> None:
+    """Raise if training would replace a run of another configuration, or other files."""
+    changed = [name for name, state in states.items() if state == "changed"]
+    if changed:
+        differences = describe_changes(runs[changed[0]], folder / changed[0])
+        message = (
+            f"{folder}: {plural(len(changed), 'run')} of another configuration, for example "
+            f"'{changed[0]}': {differences}. Choose another folder, or pass --force (force=True in "
+            "Python) to train them again."
+        )
+        raise OccupiedError(message)
+    occupied = [name for name, state in states.items() if state in ("edited", "occupied")]
+    if occupied:
+        message = (
+            f"{folder / occupied[0]} holds files that no run wrote, or that were edited since. "
+            "Choose another folder, or pass --force (force=True in Python) to train it again."
+        )
+        raise OccupiedError(message)
 
 
-def _write_resolved(runs: Runs, folder: Path, *, force: bool) -> None:
-    """Write every run with all of its options beside the results, unless they are there."""
+def _write_configs(runs: Runs, folder: Path, *, force: bool) -> None:
+    """Write every run with all of its options into ``sweep.json``, unless it is up to date.
+
+    Waits for other shards of the sweep that write the same.
+    """
     document = {
         "schema_version": 1,
         "generator": f"lora_analysis {__version__}",
         "runs": {name: config.to_dict() for name, config in runs.items()},
     }
     path = folder / SWEEP_NAME
-    try:
-        written = path.is_file() and read_json_object(path, max_bytes=MAX_INDEX_BYTES) == document
-    except InputError:
-        written = False
-    if not written:
-        _write_locked(document, folder, force=force)
-
-
-def _write_locked(document: dict[str, Any], folder: Path, *, force: bool) -> None:
-    """Write the runs, waiting for other shards of the sweep that write the same."""
+    with suppress(InputError):
+        if path.is_file() and read_json_object(path, max_bytes=MAX_INDEX_BYTES) == document:
+            return
     end = time.monotonic() + _PATIENCE
     while True:
         try:
@@ -263,85 +275,79 @@ def _write_locked(document: dict[str, Any], folder: Path, *, force: bool) -> Non
             return
 
 
-def _unfinished(
-    runs: Runs, folder: Path, *, force: bool, progress: Progress | None
-) -> list[RunCell]:
-    """Return the runs to train, having told of those that are finished."""
-    states = sweep_states(runs, folder)
-    changed = [name for name, state in states.items() if state == "changed"]
-    if changed and not force:
-        message = (
-            f"{folder}: {plural(len(changed), 'run')} of another configuration, for example "
-            f"'{changed[0]}': {changes(runs[changed[0]], folder / changed[0])}. Choose another "
-            "folder, or pass --force (force=True in Python) to train them again."
-        )
-        raise OccupiedError(message)
-    taken = [name for name, state in states.items() if state in ("edited", "occupied")]
-    if taken and not force:
-        message = (
-            f"{folder / taken[0]} holds files that no run wrote, or that were edited since. Choose "
-            "another folder, or pass --force (force=True in Python) to train it again."
-        )
-        raise OccupiedError(message)
-    for name, state in states.items():
-        if state == "finished" and progress is not None:
-            total = runs[name].loop.steps
-            progress(RunEvent(name, "skipped", total, total, state=state))
-    return [RunCell(name, runs[name]) for name, state in states.items() if state != "finished"]
+class _SweepEvents:
+    """Events of a sweep's runs and of its executor: forwarded, counted, and turned into findings.
 
-
-def _watch(progress: Progress | None, report: Report | None, findings: list[Finding]) -> Tell:
-    """Return what takes the events of an executor: those of the runs, and its own.
-
-    Notes and retries are reported, and added to ``findings``.
+    Parameters
+    ----------
+    runs
+        Number of runs.
+    progress, on_event
+        See `run_sweep`.
     """
-    said: set[str] = set()
 
-    def watch(event: Any) -> None:
+    def __init__(
+        self,
+        runs: int,
+        progress: Progress | None,
+        on_event: Callable[[RunEvent], None] | None,
+    ) -> None:
+        self.runs = runs
+        self.progress = progress
+        self.on_event = on_event
+        self.findings: list[Finding] = []
+        self.failures: dict[str, Failure] = {}
+        self.steps: dict[str, tuple[int, int]] = {}  # done and total by run
+        self.done: set[str] = set()
+
+    def receive(self, event: Any) -> None:
+        """Handle an event of the executor: a `RunEvent`, or `Retried`."""
         if isinstance(event, Retried):
-            fields = {"run": event.cell.name, "error": str(event.error)}
-            add(Finding("run-retried", fields))
+            name, error = event.job.name, str(event.error)
+            self.findings.append(Finding("run-retried", {"run": name, "error": error}))
+            self.send(RunEvent(name, "retried", note=f"failed and is tried again: {error}"))
             return
-        if event.kind == "note" and event.note not in said:
-            said.add(event.note)  # runs of one file have the same to say of it
-            add(Finding("run-note", {"run": event.label, "text": event.note}))
-        if progress is not None:
-            progress(event)
+        if event.kind == "note":
+            if any(event.note == finding.fields.get("text") for finding in self.findings):
+                return  # runs with the same data have the same notes
+            self.findings.append(Finding("run-note", {"run": event.label, "text": event.note}))
+        self.send(event)
 
-    def add(finding: Finding) -> None:
-        findings.append(finding)
-        if report is not None:
-            report(finding.text)
+    def send(self, event: RunEvent) -> None:
+        """Forward an event to the caller, and count it for the progress."""
+        if self.on_event is not None:
+            self.on_event(event)
+        if self.progress is None or event.kind in ("retried", "failed"):
+            return
+        self.steps[event.label] = event.step, event.total
+        if event.kind in ("finished", "skipped"):
+            self.done.add(event.label)
+        done, total = map(sum, zip(*self.steps.values(), strict=True))
+        # Runs that have not begun are assumed to be as long as this one.
+        total += (self.runs - len(self.steps)) * event.total
+        self.progress("training steps", done, total)
+        self.progress("adapters", len(self.done), self.runs)
 
-    return watch
-
-
-def _settle(
-    outcome: Outcome[RunCell, None],
-    folder: Path,
-    failures: dict[str, RunFailure],
-    report: Report | None,
-) -> None:
-    """Note how a run ended, in its folder too."""
-    name, place = outcome.cell.name, folder / outcome.cell.name
-    note = place / FAILURE_NAME
-    if outcome.error is None:
-        with suppress(OSError):  # the run is finished all the same
-            note.unlink(missing_ok=True)
-        return
-    failures[name] = RunFailure(outcome.error, outcome.attempts)
-    if report is not None:
+    def record_outcome(self, outcome: Outcome[TrainingJob, None]) -> None:
+        """Record the failure of a run, also in its folder."""
+        name, error = outcome.job.name, outcome.error
+        path = outcome.job.folder / name / FAILURE_NAME
+        if error is None:
+            with suppress(OSError):  # the run is finished all the same
+                path.unlink(missing_ok=True)
+            return
+        self.failures[name] = Failure(name, str(error), error, outcome.attempts)
         times = "once" if outcome.attempts == 1 else f"{outcome.attempts} times"
-        report(f"{name} failed {times} and is left out: {outcome.error}")
-    facts = {
-        "error": str(outcome.error),
-        "kind": type(outcome.error).__name__,
-        "attempts": outcome.attempts,
-        "host": socket.gethostname(),
-        "traceback": traceback.format_exception(outcome.error),
-    }
-    try:
-        write_json(note, facts)
-    except OSError as error:  # the disk that is full for one run may have room for another
-        if report is not None:
-            report(f"{name}: its failure could not be noted: {error}")
+        self.send(RunEvent(name, "failed", note=f"failed {times} and is left out: {error}"))
+        facts = {
+            "error": str(error),
+            "kind": type(error).__name__,
+            "attempts": outcome.attempts,
+            "host": socket.gethostname(),
+            "traceback": traceback.format_exception(error),
+        }
+        try:
+            write_json(path, facts)
+        except OSError as full:  # a disk that is full for one run may have room for another
+            note = f"the failure could not be written to {FAILURE_NAME}: {full}"
+            self.send(RunEvent(name, "failed", note=note))

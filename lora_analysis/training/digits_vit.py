@@ -1,16 +1,30 @@
-"""The demo's base model: a small vision transformer with every projection a linear of its own."""
+"""The demo's base model: a small vision transformer with separate projections, and its files."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_analysis.errors import InputError
-from lora_analysis.training.files import MODEL_TYPE
+from lora_analysis.errors import InputError, MalformedFileError
+from lora_analysis.storage.atomic import write_atomic
+from lora_analysis.storage.documents import read_json_object
+from lora_analysis.storage.safetensors import read_header
+from lora_analysis.storage.tensor_reader import read_tensor
+from lora_analysis.training.inputs import (
+    CONFIG_NAME,
+    MANIFEST_NAME,
+    MODEL_TYPE,
+    WEIGHTS_NAME,
+    base_folder,
+    file_sha256,
+    write_json,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +32,7 @@ class VitConfig:
     """Architecture of :class:`DigitsViT`, the fields of its ``config.json``.
 
     ``image_size`` and ``patch_size`` are in pixels, ``width`` and ``mlp_width`` in features;
-    ``depth`` counts blocks. A width of 192 keeps chance φ(·, 64) at a third.
+    ``depth`` counts blocks. With a width of 192 the random baseline of φ(·, 64) is 1/3.
     """
 
     image_size: int = 8
@@ -47,28 +61,28 @@ class VitConfig:
         return (self.image_size // self.patch_size) ** 2
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what ``config.json`` holds, model type first."""
+        """Return the fields of ``config.json``, model type first."""
         return {"model_type": MODEL_TYPE, **asdict(self)}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> VitConfig:
-        """Return the architecture in the fields of a ``config.json``.
+        """Return the architecture described by the fields of a ``config.json``.
 
         Raises
         ------
         InputError
-            The model type is another one, or a field is missing, unknown or no integer.
+            The model type is wrong, or a field is missing, unknown or not an integer.
         """
-        found = fields.get("model_type")
-        if found != MODEL_TYPE:
-            message = f"config.json has model_type {found!r}, expected {MODEL_TYPE!r}."
+        model_type = fields.get("model_type")
+        if model_type != MODEL_TYPE:
+            message = f"config.json has model_type {model_type!r}, expected {MODEL_TYPE!r}."
             raise InputError(message)
         values = {key: value for key, value in fields.items() if key != "model_type"}
-        wanted = list(cls.__dataclass_fields__)
-        if sorted(values) != sorted(wanted) or not all(type(v) is int for v in values.values()):
+        expected = list(cls.__dataclass_fields__)
+        if sorted(values) != sorted(expected) or not all(type(v) is int for v in values.values()):
             message = (
                 f"config.json of a {MODEL_TYPE} must give an integer for each of "
-                f"{', '.join(wanted)}; found {values}."
+                f"{', '.join(expected)}; found {values}."
             )
             raise InputError(message)
         return cls(**values)
@@ -97,7 +111,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linears with a GELU between."""
+    """Two linear layers with a GELU between."""
 
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
@@ -111,7 +125,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention, then MLP, each added to the stream."""
+    """Pre-norm transformer block: attention, then MLP, each added to the residual stream."""
 
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
@@ -128,10 +142,10 @@ class Block(nn.Module):
 
 
 class DigitsViT(nn.Module):
-    """Vision transformer on gray images of a few pixels a side.
+    """Vision transformer for small gray images.
 
-    Patches are embedded linearly, a learned position is added, and the mean token after the last
-    block is classified by ``head``.
+    Patches are embedded linearly, learned positions are added, and ``head`` classifies the mean
+    token after the last block.
 
     Parameters
     ----------
@@ -157,3 +171,80 @@ class DigitsViT(nn.Module):
             x = block(x)
         logits: Tensor = self.head(self.norm(x).mean(dim=1))
         return logits
+
+
+def read_base(folder: Path | None = None) -> DigitsViT:
+    """Read a base model in float32, with all its parameters trainable.
+
+    Parameters
+    ----------
+    folder
+        Folder of its files; the bundled model by default.
+
+    Raises
+    ------
+    MalformedFileError
+        A file is damaged, the weights do not fit the architecture, or their SHA-256 is not the
+        one in the manifest next to them.
+    InputError
+        ``config.json`` describes another kind of model.
+    """
+    folder = folder or base_folder()
+    config = VitConfig.from_dict(read_json_object(folder / CONFIG_NAME))
+    weights = folder / WEIGHTS_NAME
+    manifest = folder / MANIFEST_NAME
+    if manifest.is_file():
+        expected = read_json_object(manifest).get("weights_sha256")
+        actual = file_sha256(weights)
+        if actual != expected:
+            message = (
+                f"{weights}: its SHA-256 is {actual}, {MANIFEST_NAME} states {expected}. The file "
+                "was changed or damaged; install the package again, or run `make data`."
+            )
+            raise MalformedFileError(message)
+    with torch.random.fork_rng(devices=[]):  # its random weights are replaced at once
+        model = DigitsViT(config)
+    header = read_header(weights)
+    tensors = {
+        name: torch.from_numpy(read_tensor(weights, header.tensors[name]))
+        for name in header.tensors
+    }
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    wrong = sorted(n for n in expected.keys() | shapes.keys() if expected.get(n) != shapes.get(n))
+    if wrong:
+        name = wrong[0]
+        message = (
+            f"{weights}: {len(wrong)} tensors do not fit {CONFIG_NAME}; '{name}' should be "
+            f"{expected.get(name, 'absent')} and is {shapes.get(name, 'absent')}."
+        )
+        raise MalformedFileError(message)
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    return model
+
+
+def write_base(model: DigitsViT, folder: Path, manifest: dict[str, Any]) -> Path:
+    """Write a base model, its weights in bfloat16, and return its folder.
+
+    Parameters
+    ----------
+    model
+        The model; it is not changed.
+    folder
+        Created if it does not exist.
+    manifest
+        How the model was made; the SHA-256 of the weights is added.
+    """
+    write_weights(model, folder, dtype=torch.bfloat16)
+    digest = file_sha256(folder / WEIGHTS_NAME)
+    write_json(folder / MANIFEST_NAME, {**manifest, "weights_sha256": digest})
+    return folder
+
+
+def write_weights(model: DigitsViT, folder: Path, *, dtype: torch.dtype) -> list[str]:
+    """Write a model's weights and configuration, and return the names of the two files."""
+    tensors = {name: t.detach().to("cpu", dtype) for name, t in model.state_dict().items()}
+    content = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    write_atomic(folder / WEIGHTS_NAME, content)
+    write_json(folder / CONFIG_NAME, model.config.to_dict())
+    return [CONFIG_NAME, WEIGHTS_NAME]

@@ -1,6 +1,6 @@
-"""Rows of a user's file: JSONL, CSV, TSV, Parquet, plain text, E2E's and GLUE's; none lost unseen.
+"""Readers of data files: JSONL, CSV, TSV, Parquet, plain text, E2E and GLUE.
 
-A row that cannot be read is kept as a bad one, with its line and the reason, and counted.
+A row that cannot be read is counted and reported, with its line and the reason.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
 
-from lora_analysis.errors import InputError, MalformedFileError, MissingExtraError
+from lora_analysis.errors import InputError, MalformedFileError, require_package
 from lora_analysis.storage.documents import parse_json
 from lora_analysis.storage.limits import (
     MAX_CELL_CHARACTERS,
@@ -35,10 +35,10 @@ _BY_SUFFIX: Final[Mapping[str, DataFormat]] = {
     ".parquet": "parquet",
     ".txt": "text",
 }
-# CoLA's files have no header: source, label, the author's mark, sentence.
+# CoLA's files have no header: source, label, the authors' original mark, sentence.
 _COLA: Final = ("source", "label", "mark", "sentence")
 _TOO_LONG: Final = f"longer than {MAX_LINE_CHARACTERS:,} characters"
-# What GLUE calls the columns of its tasks, by the names that are used here.
+# GLUE's names of columns, by the names of this module.
 _GLUE_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "text": ("sentence1", "#1 String", "question1", "question", "sentence"),
     "text_pair": ("sentence2", "#2 String", "question2", "sentence"),
@@ -48,7 +48,7 @@ _GLUE_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
 
 @dataclass(slots=True)
 class Rows:
-    """What was read: rows with the line each stands in, and the bad ones with the reason."""
+    """Rows of a file with their line numbers, and bad rows with the reason."""
 
     source: str
     rows: list[tuple[int, Row]] = field(default_factory=list)
@@ -57,12 +57,12 @@ class Rows:
     characters: int = 0
 
     def add(self, line: int, row: Row | str) -> None:
-        """Add a row, its long cells cut, or the reason why it is none.
+        """Add a row, with long cells cut, or the reason why it cannot be used.
 
         Raises
         ------
         InputError
-            There are more rows or characters than are kept of one file.
+            There are more rows or characters than the limits allow.
         """
         if isinstance(row, str) or len(row) > MAX_DATA_FIELDS:
             reason = row if isinstance(row, str) else f"{len(row):,} fields, too many"
@@ -78,7 +78,7 @@ class Rows:
             raise InputError(message)
 
     def _cut(self, row: Row) -> Row:
-        """Return a row with no text longer than is kept of one."""
+        """Return a row with its texts cut to the maximum length."""
         long = [
             name
             for name, cell in row.items()
@@ -92,47 +92,43 @@ class Rows:
 
     def notes(self) -> list[str]:
         """Return sentences on rows left out (how many, where, why) and on cells that are cut."""
-        return [*self._bad_note(), *self._cut_note()]
-
-    def _cut_note(self) -> list[str]:
-        if not self.cut:
-            return []
-        cells = "1 cell is" if self.cut == 1 else f"{self.cut:,} cells are"
-        return [f"{self.source}: {cells} cut to {MAX_CELL_CHARACTERS:,} characters."]
-
-    def _bad_note(self) -> list[str]:
-        if not self.bad:
-            return []
-        count = len(self.bad) + len(self.rows)
-        shown = "; ".join(f"line {line}: {reason}" for line, reason in sorted(self.bad)[:3])
-        more = f"; and {len(self.bad) - 3} more" if len(self.bad) > 3 else ""
-        return [f"{self.source}: {len(self.bad)} of {count} rows are left out ({shown}{more})."]
+        notes = []
+        if self.bad:
+            count = len(self.bad) + len(self.rows)
+            lines = "; ".join(f"line {line}: {reason}" for line, reason in sorted(self.bad)[:3])
+            more = f"; and {len(self.bad) - 3} more" if len(self.bad) > 3 else ""
+            notes.append(
+                f"{self.source}: {len(self.bad)} of {count} rows are left out ({lines}{more})."
+            )
+        if self.cut:
+            cells = "1 cell is" if self.cut == 1 else f"{self.cut:,} cells are"
+            notes.append(f"{self.source}: {cells} cut to {MAX_CELL_CHARACTERS:,} characters.")
+        return notes
 
 
 def read_rows(path: Path, *, format: DataFormat = "auto", limit: int | None = None) -> Rows:
-    """Return the rows of a file by column.
+    """Read the rows of a file, each a mapping of column names to values.
 
-    Plain text has the column ``text``; E2E's ``slots || reference`` the columns ``prompt`` and
-    ``completion``; GLUE's files ``text``, ``text_pair`` and ``label``, whatever the task calls
-    them.
+    Plain text has the column ``text``; E2E (``slots || reference``) has ``prompt`` and
+    ``completion``; GLUE has ``text``, ``text_pair`` and ``label`` in place of its own names.
 
     Parameters
     ----------
     path
         The file.
     format
-        How it is read; ``"auto"`` goes by the end of its name, and tells E2E's lines in a text.
+        File format; ``"auto"`` goes by the file name, and recognizes E2E in a text file.
     limit
-        Rows to read at most.
+        Maximum number of rows to read.
 
     Raises
     ------
     InputError
-        The end of the name says nothing.
+        The format is not clear from the file name.
     MalformedFileError
-        The file is empty, has no header or too many columns, or is no text.
+        The file is empty, has no header or too many columns, or is not text.
     MissingExtraError
-        It is Parquet, and pyarrow is not installed.
+        The format is Parquet, and pyarrow is not installed.
     """
     kind = format if format != "auto" else _BY_SUFFIX.get(path.suffix.lower())
     if format == "auto" and kind == "text" and _looks_as_e2e(path):
@@ -143,21 +139,21 @@ def read_rows(path: Path, *, format: DataFormat = "auto", limit: int | None = No
             f"(command line: --data-format): {', '.join(_READERS)}."
         )
         raise InputError(message)
-    found = Rows(path.name)
+    rows = Rows(path.name)
     try:
         for line, row in islice(_READERS[kind](path), limit):
-            found.add(line, row)
+            rows.add(line, row)
     except UnicodeDecodeError as error:
-        message = f"{path}: not UTF-8 text at byte {error.start}; is it of another format?"
+        message = f"{path}: not UTF-8 text at byte {error.start}; does it have another format?"
         raise MalformedFileError(message) from error
-    if not found.rows:
-        first = f" (line {found.bad[0][0]}: {found.bad[0][1]})" if found.bad else ""
+    if not rows.rows:
+        first = f" (line {rows.bad[0][0]}: {rows.bad[0][1]})" if rows.bad else ""
         message = f"{path}: no row of {kind} could be read{first}."
         raise MalformedFileError(message)
-    return found
+    return rows
 
 
-# A reader yields (line, row), or (line, reason) for a row that is none.
+# A reader yields (line, row), or (line, reason) for a row that cannot be used.
 _Lines = Iterator[tuple[int, Row | str]]
 
 
@@ -174,11 +170,11 @@ def _jsonl(path: Path) -> _Lines:
             except ValueError as error:
                 yield line, f"not JSON ({error})"
                 continue
-            yield line, row if isinstance(row, dict) else f"a {type(row).__name__}, no object"
+            yield line, row if isinstance(row, dict) else f"a {type(row).__name__}, not an object"
 
 
 def _lines(stream: TextIO) -> Iterator[tuple[int, str | None]]:
-    """Yield lines with their numbers; None for one that is too long, read over in parts."""
+    """Yield lines with their numbers; None for a line that is too long, skipped in parts."""
     number = 0
     while text := stream.readline(MAX_LINE_CHARACTERS):
         number += 1
@@ -191,7 +187,7 @@ def _lines(stream: TextIO) -> Iterator[tuple[int, str | None]]:
 
 
 def _whole_lines(path: Path, stream: TextIO) -> Iterator[str]:
-    """Yield lines; raise for one that is too long, within which a row may end anywhere."""
+    """Yield lines; raise for one that is too long, because a row may end anywhere in it."""
     for number, text in _lines(stream):
         if text is None:
             message = f"{path}: line {number:,} is {_TOO_LONG}."
@@ -204,7 +200,7 @@ def _csv(path: Path) -> _Lines:
 
 
 def _tsv(path: Path) -> _Lines:
-    """Yield rows between tabs; a file with GLUE's columns is read as GLUE writes it."""
+    """Yield tab-separated rows; a file with GLUE's columns is read without quotes, as GLUE is."""
     with path.open(encoding="utf-8", newline="") as stream:
         first = stream.readline(2**20).rstrip("\r\n").split("\t")
     if _is_cola(first) or set(first) & {"#1 String", "gold_label", "is_duplicate"}:
@@ -217,7 +213,7 @@ def _delimited(
     path: Path, delimiter: str, quoting: Literal[0, 3], header: Iterable[str] | None = None
 ) -> _Lines:
     with path.open(encoding="utf-8-sig", newline="") as stream:
-        # A field may be longer than csv's own limit.
+        # A field may be longer than the default limit of csv.
         csv.field_size_limit(MAX_LINE_CHARACTERS)
         reader = csv.reader(_whole_lines(path, stream), delimiter=delimiter, quoting=quoting)
         names = list(header) if header else next(reader, [])
@@ -225,12 +221,12 @@ def _delimited(
             message = f"{path}: {len(names):,} columns (limit {MAX_DATA_FIELDS:,})."
             raise MalformedFileError(message)
         if len(set(names)) != len(names):
-            message = f"{path}: two columns of the header have one name: {', '.join(names)}."
+            message = f"{path}: two columns of the header have the same name: {', '.join(names)}."
             raise MalformedFileError(message)
         while True:
             try:
                 fields = next(reader, None)
-            except csv.Error as error:  # where the next row begins is not known then
+            except csv.Error as error:  # the beginning of the next row is unknown then
                 message = f"{path}: line {reader.line_num:,}: {error}. Is a quote missing?"
                 raise MalformedFileError(message) from error
             if fields is None:
@@ -247,18 +243,19 @@ def _glue(path: Path) -> _Lines:
         first = stream.readline(2**20).rstrip("\r\n").split("\t")
     header = _COLA if _is_cola(first) else None
     names = header or first
-    own = {
-        role: next((n for n in known if n in names), None) for role, known in _GLUE_NAMES.items()
+    columns = {
+        role: next((name for name in usual if name in names), None)
+        for role, usual in _GLUE_NAMES.items()
     }
-    if own["text_pair"] == own["text"]:
-        own["text_pair"] = None
+    if columns["text_pair"] == columns["text"]:
+        columns["text_pair"] = None
     for line, row in _delimited(path, "\t", csv.QUOTE_NONE, header):
         if isinstance(row, str):
             yield line, row
-        elif row.get(own["label"] or "") == "-":
+        elif row.get(columns["label"] or "") == "-":
             yield line, "no label that annotators agree on"
         else:
-            yield line, {role: row[name] for role, name in own.items() if name}
+            yield line, {role: row[name] for role, name in columns.items() if name}
 
 
 def _is_cola(first: list[str]) -> bool:
@@ -266,15 +263,13 @@ def _is_cola(first: list[str]) -> bool:
 
 
 def _parquet(path: Path) -> _Lines:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        message = f"{path} is Parquet, which pyarrow reads. Run: pip install pyarrow"
-        raise MissingExtraError(message) from error
+    require_package("pyarrow", "parquet", f"{path}: Parquet")
+    from pyarrow import parquet
+
     try:
         file = parquet.ParquetFile(path)
     except ValueError as error:  # ArrowInvalid
-        message = f"{path}: no Parquet file ({error})."
+        message = f"{path}: not a Parquet file ({error})."
         raise MalformedFileError(message) from error
     number = 0
     for batch in file.iter_batches(batch_size=1024):
@@ -284,7 +279,7 @@ def _parquet(path: Path) -> _Lines:
 
 
 def _text(path: Path) -> _Lines:
-    """Yield a paragraph each: lines up to an empty one."""
+    """Yield paragraphs: lines up to an empty one."""
     with path.open(encoding="utf-8") as stream:
         gathered: list[str] = []
         start = 1
@@ -311,14 +306,14 @@ def _e2e(path: Path) -> _Lines:
                 continue
             slots, bars, reference = text.rstrip("\r\n").partition("||")
             if bars and slots.strip() and reference.strip():
-                # As in the paper's code: the bars end the prompt.
+                # As in the LoRA paper's code, the bars end the prompt.
                 yield line, {"prompt": f"{slots.strip()} ||", "completion": f" {reference.strip()}"}
             else:
                 yield line, "not of the form 'slots || reference'"
 
 
 def _looks_as_e2e(path: Path) -> bool:
-    """Say whether the first lines are all E2E's, ``slot : value | … || reference``."""
+    """Return True if all of the first lines are E2E's: ``slot : value | … || reference``."""
     with path.open(encoding="utf-8", errors="replace") as stream:
         starts = (stream.readline(2**16) for _ in range(8))
         lines = [line for line in starts if line.strip()]
@@ -341,29 +336,27 @@ _READERS: Final[Mapping[str, Callable[[Path], _Lines]]] = {
 
 
 def read_datasets(name: str, split: str, limit: int | None = None) -> Rows:
-    """Return the rows of one split of a data set, through the package ``datasets``.
+    """Read the rows of one split of a data set with the package ``datasets``.
 
     Parameters
     ----------
     name
-        Its id on a hub, or ``id:configuration``.
+        Name on a hub, or ``name:configuration``.
     split
-        ``"train"``, ``"test"``, …; where it is not there, nothing is found.
+        ``"train"``, ``"test"``, …; no rows if the data set does not have it.
 
     Raises
     ------
     MissingExtraError
         The package is not installed.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        message = f"'{name}' is a data set of a hub. Run: pip install 'lora-analysis[data]'"
-        raise MissingExtraError(message) from error
+    require_package("datasets", "train", f"The data set '{name}'")
+    import datasets
+
     identifier, _, configuration = name.partition(":")
-    found = datasets.load_dataset(identifier, configuration or None)
+    dataset = datasets.load_dataset(identifier, configuration or None)
     rows = Rows(f"{name} ({split})")
-    if split in found:
-        for number, row in enumerate(islice(iter(found[split]), limit), 1):
+    if split in dataset:
+        for number, row in enumerate(islice(iter(dataset[split]), limit), 1):
             rows.add(number, row)
     return rows
