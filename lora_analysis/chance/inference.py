@@ -16,19 +16,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
-# Below this a matched distribution says only "smaller".
-SMALLEST_P = 1e-4
 # Fewer runs than this bear no interval.
 FEWEST_RUNS = 3
 # Up to so many relabelings of runs are all gone through; beyond, as many are drawn.
 ALL_RELABELINGS = 20_000
-
-
-def p_value_text(p: float) -> str:
-    """Return a p-value as it may be reported: ``"< 1e-4"`` where its size is not known."""
-    if np.isnan(p):
-        return ""
-    return "< 1e-4" if p < SMALLEST_P else f"{p:.2g}"
 
 
 def monte_carlo_p_value(draws: ArrayLike, value: float) -> float:

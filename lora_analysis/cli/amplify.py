@@ -70,6 +70,7 @@ def command(
     directions of the same size score, and enrichment the ratio of the two.
     """
     from lora_analysis.conclusions import findings
+    from lora_analysis.finding import FILE_CODES
     from lora_analysis.studies import study
 
     adapter = reading.read(source)
@@ -88,7 +89,7 @@ def command(
         )
     table = _amplifications(result, adapter.label)
     full = table[table["at_rank"]]
-    said = [one for one in findings(result) if one.topic in _OF_THE_FILE]
+    said = [one for one in findings(result) if one.code in FILE_CODES or one.code in _BASE_CODES]
     if form == "json":
         changes = {"changes": records(result.changes)} if spectrum else {}
         print_json(
@@ -102,7 +103,7 @@ def command(
         click.echo(decimals(float(full["amplification_factor"].median())))
     else:
         for one in said:
-            print_finding(one.kind, one.text)
+            print_finding(one.severity, one.text)
         if said:
             click.echo()
         _print(adapter.label, full)
@@ -180,8 +181,8 @@ def _print_storage(full: pd.DataFrame) -> None:
     )
 
 
-# Findings that say how far the adapter's own numbers can be trusted.
-_OF_THE_FILE = ("damaged numbers", "base", "file", "other base")
+# Findings of a study about the base weights that bear on the adapter's own numbers.
+_BASE_CODES = ("different-base", "base-name-differs")
 _NAMES = {
     "delta_norm": "‖ΔW‖",
     "weight_norm": "‖W‖",

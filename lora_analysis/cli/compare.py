@@ -81,7 +81,7 @@ def command(
     failures = [*(one.to_dict() for one in left_out), *(one.to_dict() for one in result.failures)]
     missing = _left_out(result)
     pair, table = _of_the_pair(result, result.pairs), _of_the_pair(result, result.similarities)
-    said = [one for one in findings(result) if one.topic not in _BESIDE]
+    said = [one for one in findings(result) if one.code not in _OTHER_CODES]
     if form == "json":
         print_json(
             {
@@ -97,7 +97,7 @@ def command(
     elif form == "quiet":
         click.echo(decimals(_median(table, "output", "omega")))
     else:
-        _print(pair.iloc[0], table, [(one.kind, one.text) for one in said], every=every)
+        _print(pair.iloc[0], table, [(one.severity, one.text) for one in said], every=every)
     mismatched = any(one["code"] == "shape-mismatch" for one in missing)
     return PARTLY_FAILED if failures or mismatched else DONE
 
@@ -157,7 +157,7 @@ def _summary(table: pd.DataFrame) -> dict[str, dict[str, float]]:
 
 
 # What a study says of its adapters one by one is for `inspect` and `report`.
-_BESIDE = ("directions needed", "few runs", "accuracy", "not grouped")
+_OTHER_CODES = ("directions-by-energy", "few-seeds", "accuracy", "unknown-task-or-seed")
 _COLUMNS = {
     "phi_1_1": "φ(1,1)",
     "chance_1_1": "chance",

@@ -106,7 +106,7 @@ def command(
     sources, where task and seed are known, or given with --reference.
     """
     from lora_analysis.report import write_report
-    from lora_analysis.report.writing import check_report_folder
+    from lora_analysis.report.report_folder import check_report_folder
     from lora_analysis.storage.places import source_paths
     from lora_analysis.studies import Failure, study
 
