@@ -9,7 +9,7 @@ from lora_analysis.formats import read_adapter
 from lora_analysis.patterns import natural_key
 from lora_analysis.progress import Progress
 from lora_analysis.report import write_report
-from lora_analysis.report.writing import check_report_folder
+from lora_analysis.report.report_folder import check_report_folder
 from lora_analysis.studies import Study, study
 from lora_analysis.training import (
     BaseOptions,

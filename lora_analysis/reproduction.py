@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from lora_analysis import plots
 from lora_analysis.adapter import DenseUpdate
 from lora_analysis.amplify import amplification
-from lora_analysis.conclusions import number
 from lora_analysis.demo import study_demo, train_demo, trained_before
 from lora_analysis.errors import InputError
 from lora_analysis.progress import Progress
@@ -21,10 +20,11 @@ from lora_analysis.report import (
     drawn_figures,
     write_page,
 )
+from lora_analysis.report.report_folder import study_inputs
 from lora_analysis.report.tables import accuracy_table
-from lora_analysis.report.writing import study_inputs
 from lora_analysis.similarity import random_similarity, subspace_similarity
 from lora_analysis.storage.outputs import OutputFolder, output_folder
+from lora_analysis.text import number
 
 if TYPE_CHECKING:
     from lora_analysis.plots import Panel

@@ -1,6 +1,7 @@
-"""How names from files are shown, and results in a notebook: nothing in a text acts on a reader.
+"""Text for people: escaped names, numbers and lists in sentences, tables for notebooks.
 
-What would move a terminal's cursor, or turn the direction of a line, is shown by its code.
+Names come from files. Characters that move a terminal's cursor or change the direction of writing
+are replaced by their codes, so that no name acts on the reader's screen.
 """
 
 from __future__ import annotations
@@ -9,49 +10,51 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
+from typing import Final
 
-# Control characters, marks that turn the direction of writing, and halves of characters, none of
-# which JSON asks to escape.
+# Smaller p-values are reported as "< 1e-4": their size is not known.
+SMALLEST_P: Final = 1e-4
+# Control characters, marks that change the direction of writing, and lone surrogates: JSON does not
+# require any of them to be escaped.
 _HIDDEN = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]")
 
 
 def printable(text: str) -> str:
-    r"""Return a line in which ESC reads ``\x1b``: nothing in it acts on the reader's screen."""
+    r"""Return one line of text with unprintable characters escaped (ESC as ``\x1b``)."""
     if text.isprintable():
         return text
-    return "".join(one if one.isprintable() else _code(one) for one in text)
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
+        for char in text
+    )
 
 
 def printable_lines(text: str) -> str:
-    """Return the same of a text whose lines are our own."""
+    """Return text whose line breaks are kept, each line escaped as by `printable`."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def printable_json(text: str) -> str:
-    """Return a JSON document with everything escaped that a terminal or a codec trips over."""
+    """Return a JSON document with control characters and lone surrogates escaped."""
     return _HIDDEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def whole_characters(text: str) -> str:
-    """Return text that UTF-8 can hold: paths with bytes of another encoding have halves."""
+    """Return text that UTF-8 can encode; paths with undecodable bytes have lone surrogates."""
     return text.encode(errors="backslashreplace").decode()
-
-
-def _code(one: str) -> str:
-    return one.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 def html_table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], note: str = ""
 ) -> str:
-    """Return an HTML table with a caption; numbers get three digits that matter.
+    """Return an HTML table with a caption; numbers get three significant digits.
 
     Examples
     --------
     >>> "&lt;b&gt;" in html_table("<b>", ["k"], [[1]])
     True
     """
-    head = "".join(f"<th>{escape(printable(str(one)))}</th>" for one in columns)
+    head = "".join(f"<th>{escape(printable(str(column)))}</th>" for column in columns)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(_text(cell))}</td>" for cell in row) + "</tr>"
         for row in rows
@@ -64,7 +67,7 @@ def html_table(
 
 
 def html_facts(title: str, facts: Iterable[tuple[str, object]], note: str = "") -> str:
-    """Return a table of names and values, one a row."""
+    """Return an HTML table of names and values, one fact per row."""
     return html_table(title, ("", ""), facts, note)
 
 
@@ -81,3 +84,39 @@ def _text(value: object) -> str:
 def plural(count: int, word: str) -> str:
     """Return ``"1 pair"``, ``"2 pairs"``."""
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def join_names(names: Sequence[str], at_most: int = 4) -> str:
+    """Return ``"a, b and c"``; of many names the first, and how many more there are.
+
+    Examples
+    --------
+    >>> join_names(["a", "b", "c", "d"], at_most=2)
+    'a, b and 2 more'
+    """
+    if len(names) <= at_most + 1:
+        return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+    return f"{', '.join(names[:at_most])} and {len(names) - at_most} more"
+
+
+def number(value: float) -> str:
+    """Return a number for a sentence: two significant digits, no exponent if it stays short."""
+    if not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    if 0.1 <= abs(value) < 1000:
+        return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
+    return f"{value:.2g}" if 1e-4 <= abs(value) < 0.1 else f"{value:.1e}"
+
+
+def overlap_number(value: float) -> str:
+    """Return an overlap for a sentence; the noise of an excess of zero is 0, not −1e-5."""
+    return number(0.0 if -5e-4 < value < 0 else value)
+
+
+def p_value_text(p: float) -> str:
+    """Return a p-value as it may be reported: ``"< 1e-4"`` below what the tests resolve."""
+    if math.isnan(p):
+        return ""
+    return "< 1e-4" if p < SMALLEST_P else f"{p:.2g}"

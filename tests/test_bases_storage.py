@@ -236,9 +236,9 @@ def test_a_study_of_a_quantized_base_says_so(
     row = result.amplifications.iloc[-1]
     assert row["storage"] == "bitsandbytes nf4"
     assert row["noise"] == pytest.approx(0.095, abs=0.01)
-    (told,) = [one for one in findings(result) if one.topic == "quantized base"]
-    assert "bitsandbytes nf4" in told.text
-    assert told.values["noise"] == row["noise"]
+    (finding,) = [one for one in findings(result) if one.code == "quantized-base"]
+    assert "bitsandbytes nf4" in finding.text
+    assert finding.fields["noise"] == row["noise"]
     write_adapter(adapter, tmp_path / "adapter")
     code = run(["amplify", str(tmp_path / "adapter"), "--base", str(versions["q4_k"])])
     shown = " ".join(capsys.readouterr().out.split())
@@ -246,4 +246,4 @@ def test_a_study_of_a_quantized_base_says_so(
     assert "W is quantized (GGUF Q4_K); rounding moved it by 0.0" in shown
     plain = study([adapter], base=open_base({name: W}))
     assert plain.amplifications["noise"].isna().all()
-    assert not [one for one in findings(plain) if one.topic == "quantized base"]
+    assert not [one for one in findings(plain) if one.code == "quantized-base"]

@@ -160,12 +160,12 @@ def test_a_study_names_adapters_and_modules_with_damage_first(rng: np.random.Gen
     assert warnings[0].code == "enlarged-entry"
     assert warnings[0].fields["modules"] == list(names)
     found = findings(result)
-    first = next(one for one in found if one.topic == "damaged numbers")
-    assert (first.kind, first.severity, first.code) == ("damage", "damage", "enlarged-entry")
+    first = next(one for one in found if one.severity == "damage")
+    assert (first.topic, first.code) == ("numbers", "enlarged-entry")
     assert " holds 1e+09, " in first.text
     assert "'layers.0.v_proj', 'layers.1.q_proj' (2 of 4 modules)" in first.text
     assert first.to_dict()["fields"]["modules"] == list(names)
-    assert found.index(first) < min(at for at, f in enumerate(found) if f.kind == "result")
+    assert found.index(first) < min(at for at, f in enumerate(found) if f.severity == "result")
     assert not study([adapter(rng, label="good")]).warnings
 
 

@@ -223,7 +223,7 @@ def test_names_that_nothing_matches_are_listed_with_the_next_step(
 ) -> None:
     a = called(updates, spelled("left.", DECODER), "a")
     b = called(updates, spelled("right.", DECODER), "b")
-    (text,) = (f.text for f in findings(study([a, b])) if f.topic == "nothing in common")
+    (text,) = (f.text for f in findings(study([a, b])) if f.code == "no-common-module")
     assert f"'left.{DECODER[0]}'" in text
     assert f"'right.{DECODER[0]}'" in text
     assert "--prefix" in text

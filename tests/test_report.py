@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,14 +16,20 @@ from test_studies import sweep  # noqa: F401  (a fixture)
 
 from lora_analysis.adapter import Adapter, LowRankUpdate, Provenance
 from lora_analysis.bases import open_base
-from lora_analysis.conclusions import number
+from lora_analysis.finding import CODES
 from lora_analysis.formats import read_adapter, write_adapter
-from lora_analysis.report import results_schema, sections, write_report
-from lora_analysis.report.selection import rank_pair, seed_pair, short_name, telling_modules
+from lora_analysis.report import results_schema, write_report
+from lora_analysis.report.representatives import (
+    rank_pair,
+    representative_modules,
+    seed_pair,
+    short_name,
+)
+from lora_analysis.report.results import csv_text
 from lora_analysis.report.step_tables import steps_table
-from lora_analysis.report.tables import csv_text
 from lora_analysis.similarity import subspace_similarity
 from lora_analysis.studies import Failure, study
+from lora_analysis.text import number
 
 # Elements that end themselves in HTML.
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -109,7 +116,7 @@ def test_every_id_is_unique_and_every_link_leads_somewhere(report: Path) -> None
 
 def test_findings_lead_and_figures_and_tables_follow(report: Path) -> None:
     text = report.read_text()
-    assert text.index("share their first output direction") < text.index("<figure")
+    assert text.index("output side more alike than unrelated adapters") < text.index("<figure")
     page = Page(text)
     figures = [found["id"] for tag, found in page.tags if tag == "figure"]
     assert figures == [
@@ -216,17 +223,34 @@ def test_the_lines_of_python_give_the_numbers_of_the_report(
     assert list(again.runs["task"]) == ["turn", "turn"]  # type: ignore[attr-defined]
 
 
-def test_the_verdicts_stand_in_a_table_before_the_sentences(report: Path) -> None:
+def test_the_conclusions_stand_in_a_table_before_the_sentences(report: Path) -> None:
     text = report.read_text()
-    table = text.index("Table: verdicts")
+    table = text.index("Table: conclusions")
     assert text.index('id="findings"') < table < text.index('<ul class="findings">')
-    assert ">shared</td>" in text[table:]
+    assert ">more alike than unrelated adapters</td>" in text[table:]
 
 
 def test_artifacts_come_before_what_they_touch(report: Path) -> None:
     results = json.loads((report.parent / "results.json").read_text())
-    kinds = [one["kind"] for one in results["findings"]]
-    assert kinds.index("artifact") < kinds.index("reference") < kinds.index("result")
+    severities = [finding["severity"] for finding in results["findings"]]
+    codes = [finding["code"] for finding in results["findings"]]
+    assert severities.index("artifact") < severities.index("result")
+    assert codes.index("reference-pairs") < codes.index("overlap-of-ranks")
+
+
+def test_the_schema_documents_every_code(report: Path) -> None:
+    results = json.loads((report.parent / "results.json").read_text())
+    schema = results_schema()
+    listed = schema["properties"]["findings"]["items"]["properties"]["code"]["oneOf"]
+    assert [entry["const"] for entry in listed] == list(CODES)
+    for entry in listed:
+        code = CODES[entry["const"]]
+        assert (entry["title"], entry["description"]) == (
+            f"{code.severity}: {code.topic}", code.template,
+        )  # fmt: skip
+    results["findings"][0]["code"] = "no-such-code"
+    with pytest.raises(jsonschema.ValidationError, match="no-such-code"):
+        jsonschema.validate(results, schema)
 
 
 def test_tables_are_written_as_parquet_when_asked(rng: np.random.Generator, tmp_path: Path) -> None:
@@ -271,7 +295,7 @@ def test_csv_cells_that_a_spreadsheet_would_run_are_quoted() -> None:
 
 def test_one_adapter_alone_makes_a_report(rng: np.random.Generator, tmp_path: Path) -> None:
     text = write_report(study([adapter(rng, label="alone")]), tmp_path, figures=()).read_text()
-    assert "<h1>What alone learned</h1>" in text
+    assert "<h1>LoRA adapter alone</h1>" in text
     assert "Across ranks" not in text
 
 
@@ -305,24 +329,11 @@ def test_the_markdown_report_shows_findings_figures_and_tables(
     assert header.count("|") == ruler.count("|")
 
 
-def test_markdown_without_files_of_figures_draws_none(
-    rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def draw(*_: object, **__: object) -> None:
-        pytest.fail("a figure that nobody sees was drawn")
-
-    for name in ("svg_text", "save_figure"):
-        monkeypatch.setattr(sections.plots, name, draw)
-    result = study([adapter(rng, label="r2", rank=2), adapter(rng, label="r3", rank=3)])
-    text = write_report(result, tmp_path, figures=(), form="md").read_text()
-    assert "## Ranks" in text
-
-
-def test_the_telling_modules_are_one_middle_layer_of_each_type() -> None:
+def test_the_representative_modules_are_one_middle_layer_of_each_type() -> None:
     names = [f"layers.{i}.{kind}_proj" for i in range(8) for kind in "qkv"]
-    assert telling_modules(names) == ["layers.4.q_proj", "layers.4.v_proj"]
-    assert telling_modules(["a.0.q", "a.1.q", "a.2.q", "a.3.q"]) == ["a.1.q", "a.2.q"]
-    assert telling_modules(["q"]) == ["q"]
+    assert representative_modules(names) == ["layers.4.q_proj", "layers.4.v_proj"]
+    assert representative_modules(["a.0.q", "a.1.q", "a.2.q", "a.3.q"]) == ["a.1.q", "a.2.q"]
+    assert representative_modules(["q"]) == ["q"]
     assert short_name("model.layers.4.q_proj") == "q_proj, layer 4"
     assert short_name("003") == "003"
 
@@ -378,7 +389,7 @@ def test_a_manifest_with_accuracy_alone_makes_a_table(
     ]
     text = write_report(study(made), tmp_path, figures=()).read_text()
     assert "75.0%" in text
-    assert "nan" not in text
+    assert not re.search(r"\bnan\b", text)
 
 
 def test_the_steps_of_a_run_stand_in_a_table(rng: np.random.Generator) -> None:
@@ -399,8 +410,8 @@ def test_the_steps_of_a_run_stand_in_a_table(rng: np.random.Generator) -> None:
     assert [(row["run"], row["step"]) for row in rows] == [("s9", "0"), ("s9", "4"), ("s9", "9")]
     assert rows[0]["ω"] == "–"
     assert float(rows[1]["ω"]) == float(rows[2]["ω"]) == 1  # the same directions, half as long
-    assert rows[0]["A turned"] == "0"
-    assert [row["A's size"] for row in rows] == ["0", "0.05", "0.10"]
+    assert rows[0]["A's rotation"] == "0"
+    assert [row["A's growth"] for row in rows] == ["0", "0.05", "0.10"]
     full = result.amplifications[result.amplifications["at_rank"]].groupby("adapter")["enrichment"]
     assert rows[2]["enrichment"] == number(float(full.median()["s9"]))
     assert rows[0]["enrichment"] == "–"

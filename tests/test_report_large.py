@@ -50,7 +50,7 @@ def test_a_large_study_stays_small_on_disk_and_draws_a_few_modules(
     assert text.count("<image") > 40
     results = json.loads((tmp_path / "results.json").read_text())
     said = " ".join(one["text"] for one in results["findings"])
-    assert "share their first output direction" in said
+    assert "output side more alike than unrelated adapters" in said
     for word in ("predict", "will merge", "proves", "significant"):
         assert word not in said
     with np.load(tmp_path / "grids.npz") as grids:

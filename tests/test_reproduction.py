@@ -7,11 +7,11 @@ import pytest
 
 from lora_analysis import open_base
 from lora_analysis.adapter import Adapter, LowRankUpdate, Provenance
-from lora_analysis.conclusions import number
 from lora_analysis.errors import InputError
 from lora_analysis.reproduction import table_7, write_reproduction
 from lora_analysis.storage.paths import bundled_data
 from lora_analysis.studies import Study, study
+from lora_analysis.text import number
 
 MODULES = [f"blocks.{n}.attention.{kind}_proj" for n in range(4) for kind in "qv"]
 

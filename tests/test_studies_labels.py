@@ -100,7 +100,7 @@ def test_a_note_on_several_files_is_said_once(rng: np.random.Generator) -> None:
         made[1].with_provenance(findings=("odd.",)),
         made[2],
     ]
-    texts = [one.text for one in findings(study(noted)) if one.topic == "file"]
+    texts = [one.text for one in findings(study(noted)) if one.code == "file-note"]
     assert texts == ["a: two.", "a and b: odd."]
 
 
@@ -166,7 +166,7 @@ def test_checkpoints_of_one_run_are_one_sample(rng: np.random.Generator) -> None
     assert relations["t0-100", "t0-200"] == Relation.SAME_RUN
     assert relations["t0-100", "t1-200"] == Relation.EARLIER
     assert relations["t0-200", "t1-200"] == "same task, different seed"
-    said = next(one for one in findings(result) if one.topic == "steps")
+    said = next(one for one in findings(result) if one.code == "checkpoints")
     omega = result.select(Relation.SAME_RUN, "output")["omega"].median()
     assert f"step 100: {omega:.2f}" in said.text
     assert list(result.runs["earlier"]) == [True, False, False]
@@ -187,9 +187,9 @@ def test_adapters_of_other_bases_are_not_compared_unless_asked(rng: np.random.Ge
     result = study(made)
     compared = set(zip(result.pairs["a"], result.pairs["b"], strict=True))
     assert compared == {("a", "b"), ("a", "d"), ("b", "d"), ("c", "d")}
-    said = next(one.text for one in findings(result) if one.topic == "several bases")
-    assert "2 pairs across them not compared" in said
-    assert "d name no base" in said
+    said = next(one.text for one in findings(result) if one.code == "several-bases")
+    assert "2 pairs across base models not compared" in said
+    assert "No base model is named by d" in said
     assert len(study(made, across_bases=True).pairs) == 6
 
 

@@ -7,15 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from factories import adapter
+from lora_analysis.studies.representative_modules import chosen_for_pairs
 from test_studies import sweep  # noqa: F401  (a fixture)
 
 from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate, Provenance
 from lora_analysis.conclusions import findings
 from lora_analysis.errors import InputError
-from lora_analysis.finding import Finding
 from lora_analysis.pairwise import pairwise
 from lora_analysis.studies import study
-from lora_analysis.studies.relations import choose_tabulated
 from lora_analysis.studies.similarity_matrix import BlockedContribution
 
 
@@ -90,16 +89,11 @@ def test_doubles_untrained_and_diverged_adapters_are_named(rng: np.random.Genera
     assert result.similarity_matrix.duplicates() == [("first", "double")]
     assert result.similarity_matrix.shared_inits() == [("first", "double", "empty")]
     assert result.similarity_matrix.untrained() == ["empty"]
-    said = {one.topic: one.text for one in findings(result)}
-    assert said["near-duplicates"].startswith("first and double are near-duplicates")
-    assert "1.50 times the smallest" in said["near-duplicates"]
-    assert said["diverged"].startswith("huge has probably diverged")
-    assert said["untrained"].startswith("empty is untrained")
-
-
-def test_adapters_of_one_size_have_not_diverged(rng: np.random.Generator) -> None:
-    made = [adapter(rng, label=str(n)) for n in range(4)]
-    assert "diverged" not in {one.topic for one in findings(study(made))}
+    texts = {finding.code: finding.text for finding in findings(result)}
+    assert texts["near-duplicates"].startswith("first and double are near-duplicates")
+    assert "differ by a factor of 1.50" in texts["near-duplicates"]
+    assert texts["diverged"].startswith("huge has probably diverged")
+    assert texts["untrained-adapter"].startswith("empty is untrained")
 
 
 def test_beyond_a_number_the_tables_hold_a_choice_and_the_similarity_matrix_all(
@@ -114,7 +108,7 @@ def test_beyond_a_number_the_tables_hold_a_choice_and_the_similarity_matrix_all(
         for task in ("a", "b")
         for seed in range(6)
     ]
-    assert choose_tabulated(made, 4) == [0, 1, 6, 7]
+    assert chosen_for_pairs(made, 4) == [0, 1, 6, 7]
     few, every = study(made, most_in_pairs=4), study(made)
     assert len(few.pairs) == 6
     assert few.tabulated == ("a-0", "a-1", "b-0", "b-1")
@@ -124,56 +118,12 @@ def test_beyond_a_number_the_tables_hold_a_choice_and_the_similarity_matrix_all(
         np.testing.assert_array_equal(
             few.similarity_matrix.matrix(what), every.similarity_matrix.matrix(what)
         )
-    text = next(one.text for one in findings(few) if one.topic == "choice")
-    assert "Pairs of 4 adapters" in text
-    assert "all 12" in text
+    text = next(one.text for one in findings(few) if one.code == "sampled-adapters")
+    assert "Pairs of 4 of 12 adapters" in text
     columns = ["phi_1_1", "phi_r_r", "omega", "signed_cosine", "smallest_angle", "shared_init"]
     both = few.similarities.merge(every.similarities, on=["a", "b", "module", "side"])
     for name in columns:
         assert (both[f"{name}_x"] == both[f"{name}_y"]).all()
-
-
-def test_the_largest_of_many_stands_beside_what_as_many_random_ones_reach(
-    rng: np.random.Generator,
-) -> None:
-    result = study([adapter(rng, label=str(n)) for n in range(4)])
-    said = next(one for one in findings(result) if one.topic == "largest")
-    rows = result.similarities[result.similarities["side"] == "output"]
-    rows = rows[rows["degeneracy_1_1"] == ""]
-    assert said.values["count"] == len(rows)
-    assert said.values["phi_1_1"] == pytest.approx(rows["phi_1_1"].max())
-    others = rng.standard_normal((400, len(rows), 24))
-    lines = others[..., 0] ** 2 / (others**2).sum(axis=-1)
-    assert said.values["expected_maximum"] == pytest.approx(lines.max(axis=1).mean(), rel=0.05)
-
-
-def test_runs_are_told_with_the_smallest_p_there_is(sweep: list[Adapter]) -> None:  # noqa: F811
-    said = [one for one in findings(study(sweep)) if one.topic == "runs"]
-    assert [one.values["rank"] for one in said] == [4]
-    assert "p = 0.33; the smallest that so few runs allow is 0.33" in said[0].text
-    assert "With more runs it could say more." in said[0].text
-    assert said[0].values["within"] > said[0].values["between"]  # type: ignore[operator]
-
-
-def test_norms_of_other_bases_modules_or_steps_are_no_measure(rng: np.random.Generator) -> None:
-    def of(label: str, factor: float, **facts: object) -> Adapter:
-        return scaled(adapter(rng), label, factor, **facts)
-
-    small = [of(f"s{n}", 0.01, base_model="one") for n in range(3)]
-    steps = [of(f"t{n}", 0.01, base_model="two", task="t", seed=0, step=n) for n in (1, 2)]
-    last = of("last", 1.0, base_model="two", task="t", seed=0, step=3)
-    said = findings(study([*small, of("other", 1.0, base_model="two"), *steps, last]))
-    assert "diverged" not in {one.topic for one in said}
-
-
-def test_a_copied_factor_is_an_artifact_before_the_results(sweep: list[Adapter]) -> None:  # noqa: F811
-    note = Finding("copied-a", {"count": 4, "modules": ["a", "b"]})
-    noted = sweep[0].with_provenance(findings=(note, "its config names no base."))
-    said = findings(study([noted, *sweep[1:]]))
-    copied = next(at for at, one in enumerate(said) if note.text in one.text)
-    assert said[copied].kind == "artifact"
-    assert copied < next(at for at, one in enumerate(said) if one.kind == "result")
-    assert said[-1].text.endswith("its config names no base.")
 
 
 def test_many_adapters_are_added_up_block_by_block_to_the_same_similarity_matrix(
@@ -204,8 +154,8 @@ def test_many_adapters_are_added_up_block_by_block_to_the_same_similarity_matrix
     whole = study(made, most_in_pairs=5)
     monkeypatch.setattr("lora_analysis.studies.similarity_matrix.MOST_AT_ONCE", 6)
     monkeypatch.setattr("lora_analysis.studies.similarity_matrix._ROWS", 4)
-    monkeypatch.setattr("lora_analysis.studies.pair_products._AT_ONCE", 8)
-    monkeypatch.setattr("lora_analysis.studies.pair_products._ROWS", 5)
+    monkeypatch.setattr("lora_analysis.pairwise.products._AT_ONCE", 8)
+    monkeypatch.setattr("lora_analysis.pairwise.products._ROWS", 5)
     blocks = study(made, most_in_pairs=5)
     assert whole.similarity_matrix is not None
     assert blocks.similarity_matrix is not None

@@ -3,6 +3,7 @@ from __future__ import annotations
 from html.parser import HTMLParser
 
 import numpy as np
+import pytest
 from factories import adapter, low_rank_update
 from test_studies import sweep  # noqa: F401  (a fixture)
 
@@ -13,7 +14,7 @@ from lora_analysis.intruders import intruder_dimensions
 from lora_analysis.similarity import subspace_similarity
 from lora_analysis.spectra import spectrum, weight_svd
 from lora_analysis.studies import study
-from lora_analysis.text import html_table
+from lora_analysis.text import html_table, number
 
 HOSTILE = "<script>alert(1)</script>&"
 
@@ -88,3 +89,12 @@ def test_many_adapters_are_shown_in_part(rng: np.random.Generator) -> None:
 def test_numbers_get_three_digits() -> None:
     text = html_table("t", ("a",), [[np.float64(0.123456)], [None], [float("inf")], [3]])
     assert [cell in text for cell in ("<td>0.123</td>", "<td>–</td>", "<td>3</td>")] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (0.613, "0.61"), (0.0394, "0.039"), (0.0013, "0.0013"), (1.5e-7, "1.5e-07"),
+     (12.34, "12.3"), (3.14159, "3.14"), (float("nan"), "–"), (12345.0, "1.2e+04")],
+)  # fmt: skip
+def test_numbers_in_sentences_keep_two_significant_digits(value: float, text: str) -> None:
+    assert number(value) == text

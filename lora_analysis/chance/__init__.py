@@ -10,7 +10,6 @@ from lora_analysis.chance.inference import (
     benjamini_hochberg,
     jackknife,
     monte_carlo_p_value,
-    p_value_text,
     permute_runs,
     task_difference,
 )
@@ -47,6 +46,7 @@ from lora_analysis.chance.subspaces import (
     similarity_quantile,
     similarity_variance,
 )
+from lora_analysis.text import p_value_text
 
 __all__ = [
     "RunPermutation",

@@ -16,19 +16,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
-# Below this a matched distribution is reported as "< 1e-4".
-SMALLEST_P = 1e-4
 # Fewer runs than this bear no interval.
 FEWEST_RUNS = 3
 # Up to so many relabelings of runs are all gone through; beyond, as many are drawn.
 ALL_RELABELINGS = 20_000
-
-
-def p_value_text(p: float) -> str:
-    """Return a p-value as text: ``"< 1e-4"`` below the range in which its size is known."""
-    if np.isnan(p):
-        return ""
-    return "< 1e-4" if p < SMALLEST_P else f"{p:.2g}"
 
 
 def monte_carlo_p_value(draws: ArrayLike, value: float) -> float:
@@ -50,16 +41,16 @@ def benjamini_hochberg(p_values: ArrayLike) -> NDArray[np.float64]:
     """
     p = np.asarray(p_values, dtype=np.float64)
     q = np.full(p.shape, np.nan)
-    defined = np.flatnonzero(~np.isnan(p))
-    order = defined[np.argsort(p[defined])]
-    scaled = p[order] * defined.size / np.arange(1, defined.size + 1)
+    known = np.flatnonzero(~np.isnan(p))
+    order = known[np.argsort(p[known])]
+    scaled = p[order] * known.size / np.arange(1, known.size + 1)
     q[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
     return q
 
 
 @dataclass(frozen=True, slots=True)
 class RunPermutation:
-    """Test whether runs of one task agree more with each other than with those of other tasks.
+    """Whether runs of one task agree more with each other than with runs of other tasks.
 
     Attributes
     ----------
@@ -72,7 +63,7 @@ class RunPermutation:
     relabelings
         How many were gone through, or drawn.
     exact
-        True if all relabelings were tried.
+        Whether those were all.
     runs
         How many runs: below three there is no interval to be given.
     """
@@ -86,7 +77,7 @@ class RunPermutation:
 
     @property
     def allows_interval(self) -> bool:
-        """True if there are enough runs for a jackknife interval."""
+        """Whether there are runs enough for a jackknife interval."""
         return self.runs >= FEWEST_RUNS
 
 
@@ -103,7 +94,7 @@ def permute_runs(
     tasks
         Task of each run. Relabeling keeps how many runs each task has.
     draws, seed
-        Number and seed of random relabelings, used if there are more than 20,000.
+        Random relabelings, where all would be more than 20,000.
 
     Raises
     ------
@@ -130,18 +121,18 @@ def permute_runs(
         )
         raise InputError(message)
     np.fill_diagonal(values, np.nan)
-    observed = task_difference(values, codes)
+    found = task_difference(values, codes)
     total = _partitions(sizes)
     exact = total <= ALL_RELABELINGS
     relabeled = _all_partitions(sizes) if exact else _random_partitions(codes, draws, seed)
     differences = np.array([task_difference(values, labels) for labels in relabeled])
     # A relabeling that is the same partition must not be lost to rounding; one that missing
     # pairs leave without a difference speaks against the claim.
-    as_large = int(np.count_nonzero(~(differences < observed - 1e-12 * abs(observed))))
+    as_large = int(np.count_nonzero(~(differences < found - 1e-12 * abs(found))))
     count = len(differences)
     p = as_large / count if exact else (as_large + 1) / (count + 1)
     smallest = 1 / total if exact else 1 / (count + 1)
-    return RunPermutation(observed, p, smallest, count, exact, len(codes))
+    return RunPermutation(found, p, smallest, count, exact, len(codes))
 
 
 def task_difference(values: NDArray[np.float64], codes: NDArray[np.intp]) -> float:
@@ -150,18 +141,18 @@ def task_difference(values: NDArray[np.float64], codes: NDArray[np.intp]) -> flo
     Parameters
     ----------
     values
-        ``(N, N)``, symmetric, NaN if a pair is not known and on the diagonal.
+        ``(N, N)``, symmetric, NaN where a pair is not known and on the diagonal.
     codes
         Task of each run as a number, ``(N,)``.
 
     Returns
     -------
     float
-        NaN if pairs of one task, or of different ones, are missing altogether.
+        NaN where pairs of one task, or of different ones, are missing altogether.
     """
     same = codes[:, None] == codes[None, :]
-    defined = ~np.isnan(values)
-    within, between = values[same & defined], values[~same & defined]
+    known = ~np.isnan(values)
+    within, between = values[same & known], values[~same & known]
     if not (within.size and between.size):
         return float("nan")
     return float(within.mean() - between.mean())

@@ -70,6 +70,7 @@ def command(
     random directions of the same size. Enrichment is the ratio of the two.
     """
     from lora_analysis.conclusions import findings
+    from lora_analysis.finding import FILE_CODES
     from lora_analysis.studies import study
 
     adapter = reading.read(source)
@@ -88,7 +89,8 @@ def command(
         )
     table = _amplifications(result, adapter.label)
     full = table[table["at_rank"]]
-    shown_findings = [f for f in findings(result) if f.topic in _OF_THE_FILE]
+    codes = FILE_CODES.keys() | _BASE_CODES
+    shown_findings = [finding for finding in findings(result) if finding.code in codes]
     if form == "json":
         changes = {"changes": records(result.changes)} if spectrum else {}
         print_json(
@@ -105,7 +107,7 @@ def command(
         click.echo(decimals(float(full["amplification_factor"].median())))
     else:
         for finding in shown_findings:
-            print_finding(finding.kind, finding.text)
+            print_finding(finding.severity, finding.text)
         if shown_findings:
             click.echo()
         _print(adapter.label, full)
@@ -183,8 +185,8 @@ def _print_storage(full: pd.DataFrame) -> None:
     )
 
 
-# Findings that say how far the adapter's own numbers can be trusted.
-_OF_THE_FILE = ("damaged numbers", "base", "file", "other base")
+# Findings of a study about the base weights that bear on the adapter's own numbers.
+_BASE_CODES = ("different-base", "base-name-differs")
 _NAMES = {
     "delta_norm": "‖ΔW‖",
     "weight_norm": "‖W‖",

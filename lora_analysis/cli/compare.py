@@ -82,7 +82,7 @@ def command(
     failures += [failure.to_dict() for failure in result.failures]
     missing = _left_out(result)
     pair, table = _of_the_pair(result, result.pairs), _of_the_pair(result, result.similarities)
-    shown_findings = [f for f in findings(result) if f.topic not in _NOT_ABOUT_THE_PAIR]
+    shown_findings = [f for f in findings(result) if f.code not in _NOT_ABOUT_THE_PAIR]
     if form == "json":
         print_json(
             {
@@ -98,7 +98,7 @@ def command(
     elif form == "quiet":
         click.echo(decimals(_median(table, "output", "omega")))
     else:
-        _print(pair.iloc[0], table, [(f.kind, f.text) for f in shown_findings], every=every)
+        _print(pair.iloc[0], table, [(f.severity, f.text) for f in shown_findings], every=every)
     mismatched = any(module["code"] == "shape-mismatch" for module in missing)
     return PARTLY_FAILED if failures or mismatched else DONE
 
@@ -158,7 +158,7 @@ def _summary(table: pd.DataFrame) -> dict[str, dict[str, float]]:
 
 
 # Findings about single adapters are left to `inspect` and `report`.
-_NOT_ABOUT_THE_PAIR = ("directions needed", "few runs", "accuracy", "not grouped")
+_NOT_ABOUT_THE_PAIR = ("directions-by-energy", "few-seeds", "accuracy", "unknown-task-or-seed")
 _COLUMNS = {
     "phi_1_1": "φ(1,1)",
     "chance_1_1": "random",

@@ -128,7 +128,7 @@ def _representative(
     """Return the modules to draw; updates that are read on the way are added to ``seen``."""
     from lora_analysis.errors import InputError
     from lora_analysis.patterns import choose_names
-    from lora_analysis.report.selection import telling_modules
+    from lora_analysis.report.representatives import representative_modules
 
     common = [name for name in a if name in b]
     left = choose_names(common, pattern)
@@ -136,7 +136,7 @@ def _representative(
         message = f"No common module matches '{pattern}'. There are {len(common)}: {_some(common)}."
         raise InputError(message)
     while left:
-        chosen = telling_modules(left)
+        chosen = representative_modules(left)
         for name in chosen:
             if name not in seen:
                 seen[name] = (a[name], b[name])
@@ -183,7 +183,7 @@ def _findings(
 
 def _titles(names: list[str]) -> dict[str, str]:
     """Return a short title per module; the full names if two would be the same."""
-    from lora_analysis.report.selection import short_name
+    from lora_analysis.report.representatives import short_name
 
     short = {name: short_name(name) for name in names}
     return short if len(set(short.values())) == len(names) else {name: name for name in names}

@@ -105,7 +105,7 @@ def command(
     same base): among the sources, if their tasks and seeds are known, or given with --reference.
     """
     from lora_analysis.report import write_report
-    from lora_analysis.report.writing import check_report_folder
+    from lora_analysis.report.report_folder import check_report_folder
     from lora_analysis.storage.paths import source_paths
     from lora_analysis.studies import Failure, study
 

@@ -1,15 +1,15 @@
-"""Results in; one HTML file, figures, tables and JSON out. Nothing is computed or judged here.
+"""Write a study as one HTML file with figures, tables and JSON; nothing is computed here.
 
-`selection` chooses what is shown, `figures` (with `weight_figures` and `module_figures`) and
-`tables` prepare it, `sections` says where it stands, `writing` puts it on disk; `results`, `grids`
-and `made` are what lies beside the page, and how it came about.
+`representatives` chooses pairs and modules, the modules named ``*_figures`` and ``*tables`` prepare
+figures and tables, `sections` arranges them, `report_folder` writes the files. `results` holds the
+files for programs, `provenance` how the report was made.
 """
 
-from lora_analysis.report.figures import ReportFigure
+from lora_analysis.report.report_folder import write_page, write_report
 from lora_analysis.report.results import results_schema
 from lora_analysis.report.sections import FORMATS, DrawnFigure, Section, drawn_figures
+from lora_analysis.report.similarity_figures import ReportFigure
 from lora_analysis.report.tables import ReportTable
-from lora_analysis.report.writing import write_page, write_report
 
 __all__ = [
     "FORMATS",

@@ -10,16 +10,15 @@ import numpy as np
 
 from lora_analysis import plots
 from lora_analysis.chance import excess
-from lora_analysis.conclusions import number
-from lora_analysis.conclusions.levels import on
-from lora_analysis.conclusions.runs import last_steps
+from lora_analysis.conclusions.overlap_summaries import SIDES_IN_ORDER
+from lora_analysis.conclusions.run_findings import overlaps_with_last_step
 from lora_analysis.plots.heatmap import EXCESS_LIMITS
-from lora_analysis.report.figures import ReportFigure
-from lora_analysis.report.selection import drawn_pairs, most_telling
+from lora_analysis.report.representatives import drawn_pairs, modules_far_from_median
+from lora_analysis.report.similarity_figures import ReportFigure
 from lora_analysis.shared_init import InitRelation
 from lora_analysis.studies import Relation
 from lora_analysis.studies.base_models import per_base
-from lora_analysis.text import plural
+from lora_analysis.text import number, plural
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,117 +32,116 @@ _MANY = 500
 
 
 def map_figures(study: Study) -> Iterator[ReportFigure]:
-    """Yield φ(1, 1) and φ(r, r) above chance by layer and type, for either side of each base."""
+    """Yield the excess of φ(1, 1) and φ(r, r) by layer and type, for both sides of each base."""
     drawn = 0
     for base, of_base in per_base(study, study.similarities):
-        rows, whom = _mapped(of_base)
+        rows, pairs = _mapped_pairs(of_base)
         if rows["module"].nunique() >= 3:
             drawn += 1
-            yield _map_figure(
-                rows, f"{whom}{on(base)}", "modules" if drawn == 1 else f"modules_{drawn}"
-            )
+            name = "modules" if drawn == 1 else f"modules_{drawn}"
+            yield _map_figure(rows, f"{pairs} on {base}" if base else pairs, name)
 
 
-def _map_figure(rows: pd.DataFrame, whom: str, name: str) -> ReportFigure:
-    maps = [[_map(rows, side, cell) for cell in ("1_1", "r_r")] for side in ("output", "input")]
-    spoken = "; ".join(
-        f"{side} side {name}: median {number(float(np.nanmedian(one.data)))}"
-        for side, row in zip(("output", "input"), maps, strict=True)
-        for name, one in zip(("φ(1,1)", "φ(r,r)"), row, strict=True)
-        if np.isfinite(one.data).any()
+def _map_figure(rows: pd.DataFrame, pairs: str, name: str) -> ReportFigure:
+    maps = [[_module_map(rows, side, cell) for cell in ("1_1", "r_r")] for side in SIDES_IN_ORDER]
+    medians = "; ".join(
+        f"{side} side {quantity}: median {number(float(np.nanmedian(panel.data)))}"
+        for side, row in zip(SIDES_IN_ORDER, maps, strict=True)
+        for quantity, panel in zip(("φ(1,1)", "φ(r,r)"), row, strict=True)
+        if np.isfinite(panel.data).any()
     )
     return ReportFigure(
         name=name,
         title="The whole model.",
         caption=(
-            f"φ above chance, (φ − c)/(1 − c), by layer and type of module: medians over {whom}. "
-            "Gray: nothing that counts (ill-defined directions, a shared start on the input side)."
+            "Excess of φ over the random baseline, (φ − c)/(1 − c), by layer and module type: "
+            f"medians over {pairs}. Gray: all values excluded (degenerate directions, or a shared "
+            "initialization on the input side)."
         ),
-        alt=f"Overlap above chance by layer and type of module. {spoken}.",
+        alt=f"Overlap excess by layer and module type. {medians}.",
         figure=plots.figure_module_maps(maps),
     )
 
 
-def _mapped(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Return the rows behind the maps, and who they are: one task's pairs, else all pairs."""
+def _mapped_pairs(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Return the rows behind the maps, and which they are: pairs of one task, else all pairs."""
     table = table[
         (table["initialization"] != InitRelation.SAME_RUN)
         & ~table["relation"].isin([Relation.SAME_RUN, Relation.EARLIER])
     ]
-    same = table[table["relation"].str.startswith("same task")]
+    same_task = (
+        Relation.OTHER_RANK, Relation.OTHER_SEED, Relation.OTHER_RANK_AND_SEED, Relation.REPEATED,
+    )  # fmt: skip
+    same = table[table["relation"].isin(same_task)]
     if len(same):
         return same, f"{plural(same.groupby(['a', 'b']).ngroups, 'pair')} of one task"
     rest = table[table["relation"].isin([Relation.UNKNOWN, Relation.REFERENCE])]
     pairs = plural(rest.groupby(["a", "b"]).ngroups, "pair")
-    return rest, f"{pairs}, relation not known or other task"
+    return rest, f"{pairs} of unknown relation or different tasks"
 
 
-def _map(rows: pd.DataFrame, side: str, cell: str) -> ModuleMap:
-    own = rows[rows["side"] == side]
-    every = dict.fromkeys(own["module"], np.nan)
+def _module_map(rows: pd.DataFrame, side: str, cell: str) -> ModuleMap:
+    rows = rows[rows["side"] == side]
+    every = dict.fromkeys(rows["module"], np.nan)
     if side == "input":
-        own = own[~own["shared_init"]]
+        rows = rows[~rows["shared_init"]]
     if cell == "1_1":
-        own = own[own["degeneracy_1_1"] == ""]
-    above = excess(own[f"phi_{cell}"], own[f"chance_{cell}"])
-    medians = own.assign(above=above).groupby("module", sort=False)["above"].median()
+        rows = rows[rows["degeneracy_1_1"] == ""]
+    values = excess(rows[f"phi_{cell}"], rows[f"chance_{cell}"])
+    medians = rows.assign(excess=values).groupby("module", sort=False)["excess"].median()
     return plots.resolve_module_map(
         every | medians.to_dict(),
         limits=EXCESS_LIMITS,
-        label="above chance",
+        label="excess",
         title=f"φ({cell.replace('_', ', ')}), {side} side",
     )
 
 
 def clustermap_figures(study: Study) -> Iterator[ReportFigure]:
-    """Yield every adapter against every other, both sides and the signed cosine."""
-    similarity_matrix = study.similarity_matrix
-    if similarity_matrix is None or len(similarity_matrix.labels) < 3:
+    """Yield the similarity matrix of all adapters: both sides and the signed cosine."""
+    matrix = study.similarity_matrix
+    if matrix is None or len(matrix.labels) < 3:
         return
-    words = {
-        "output": "mean over modules of ω above chance, (ω − c)/(1 − c), output side",
-        "input": "the same on the input side, modules with a shared start left out",
-        "cosine": "signed cosine of the whole updates, chance 0",
+    quantities = {
+        "output": "mean over modules of the excess of ω over the random baseline, output side",
+        "input": "the same on the input side, without modules that share their initialization",
+        "cosine": "signed cosine of the whole updates (random: 0)",
     }
-    untrained = (
-        " Untrained adapters stand last, outside the tree." if similarity_matrix.untrained() else ""
-    )
-    size = 3.3 if len(similarity_matrix.labels) <= 24 else 4.4
-    for what, word in words.items():
-        if len(similarity_matrix.labels) > _MANY:
+    untrained = " Untrained adapters are last, outside the tree." if matrix.untrained() else ""
+    size = 3.3 if len(matrix.labels) <= 24 else 4.4
+    for key, quantity in quantities.items():
+        if len(matrix.labels) > _MANY:
             gc.collect()  # figures hold themselves, and here a large array
-        above = np.concatenate(
-            [row[i + 1 :] for i, row in enumerate(similarity_matrix.matrix(what))]
-        )
-        if np.isnan(above).all():
+        triangle = np.concatenate([row[i + 1 :] for i, row in enumerate(matrix.matrix(key))])
+        if np.isnan(triangle).all():
             continue
+        median = number(float(np.nanmedian(triangle)))
+        axes = plots.plot_clustermap(matrix, plots.new_axes(size, size + 0.15), what=key)
         yield ReportFigure(
-            name=f"similarity_matrix_{what}",
-            title=f"Similarity matrix, {what}.",
+            name=f"similarity_matrix_{key}",
+            title=f"Similarity matrix, {key}.",
             caption=(
-                f"{len(similarity_matrix.labels)} adapters in pairs: {word}. Ordered by average "
-                f"linkage on the output side, the tree above; gray: no number.{untrained}"
+                f"{len(matrix.labels)} adapters, all pairs: {quantity}. Ordered by average linkage "
+                f"on the output side, whose tree is above; gray: undefined.{untrained}"
             ),
-            alt=f"Similarity matrix, {word}; median of pairs {number(float(np.nanmedian(above)))}.",
-            figure=plots.plot_clustermap(
-                similarity_matrix, plots.new_axes(size, size + 0.15), what=what
-            ).figure,  # type: ignore[arg-type]
+            alt=f"Similarity matrix, {quantity}; median of pairs {median}.",
+            figure=axes.figure,  # type: ignore[arg-type]
         )
 
 
 def step_figures(study: Study) -> Iterator[ReportFigure]:
     """Yield how the checkpoints of each run approach its last; nothing without steps."""
     series = {}
-    for rows in last_steps(study):
-        ends = [*rows["step"], rows["last_step"].iloc[0]]
-        series[str(rows["last"].iloc[0])] = (ends, [*rows["omega"], 1.0])
+    for rows in overlaps_with_last_step(study):
+        steps = [*rows["step"], rows["last_step"].iloc[0]]
+        series[str(rows["last"].iloc[0])] = (steps, [*rows["omega"], 1.0])
     if series:
         axes = plots.plot_trajectories(series, plots.new_axes())
         yield ReportFigure(
             name="steps",
             title="Training steps.",
             caption=(
-                "ω of each checkpoint with the last of its run, output side, median over modules: "
+                "ω of each checkpoint with the last of its run, output side, median over modules; "
                 "1 by construction at the last."
             ),
             alt=f"Overlap with the last checkpoint over training steps for {', '.join(series)}.",
@@ -151,18 +149,18 @@ def step_figures(study: Study) -> Iterator[ReportFigure]:
         )
 
 
-def telling_figures(study: Study) -> Iterator[ReportFigure]:
-    """Yield heat-maps of both sides, module by module, for those that differ most."""
+def single_module_figures(study: Study) -> Iterator[ReportFigure]:
+    """Yield heat-maps of both sides for the modules that are farthest from the median."""
     pairs = drawn_pairs(study)
     if not pairs:
         return
     a, b = next(iter(pairs.values()))
-    for at, module in enumerate(most_telling(study, a, b, MODULES_DRAWN)):
-        grids = {side: study.grid(a, b, module, side=side) for side in ("output", "input")}
+    for i, module in enumerate(modules_far_from_median(study, a, b, MODULES_DRAWN), start=1):
+        grids = {side: study.grid(a, b, module, side=side) for side in SIDES_IN_ORDER}
         panels = [plots.Panel(grid, f"{side} side") for side, grid in grids.items()]
         corners = "; ".join(f"{side}: φ(1,1) = {number(g.at(1, 1))}" for side, g in grids.items())
         yield ReportFigure(
-            name=f"module_{at + 1}",
+            name=f"module_{i}",
             title=f"{module}.",
             caption=f"φ(i, j) between {a} (i, down) and {b} (j, across).",
             alt=f"Heat-maps of subspace similarity in {module}. {corners}.",

@@ -1,4 +1,4 @@
-"""The tables of a report about pairs: verdicts, overlaps, starts, seeds."""
+"""Tables of a report about pairs: conclusions, overlaps, initializations, seeds."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_analysis.conclusions import Finding, number
+from lora_analysis.conclusions.overlap_findings import OVERLAP_CODES
+from lora_analysis.conclusions.overlap_summaries import SIDES_IN_ORDER
+from lora_analysis.finding import Finding
 from lora_analysis.report.tables import ReportTable, cell
 from lora_analysis.shared_init import InitRelation
 from lora_analysis.studies import Relation
 from lora_analysis.studies.base_models import per_base, several_bases
+from lora_analysis.text import number, overlap_number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +33,7 @@ _ORDER = (
 
 
 def overlap_table(study: Study) -> ReportTable | None:
-    """Return medians of φ and ω by relation, side and pair of ranks, chance beside each."""
+    """Return medians of φ and ω by relation, side and pair of ranks, each with its baseline."""
     if study.similarities.empty:
         return None
     ranks = study.spectra.groupby("adapter")["rank"].max()
@@ -40,24 +43,23 @@ def overlap_table(study: Study) -> ReportTable | None:
             for a, b in zip(study.similarities["a"], study.similarities["b"], strict=True)
         ]
     )
-    table = table[table["initialization"] != InitRelation.SAME_RUN]  # one sample, no pair
+    table = table[table["initialization"] != InitRelation.SAME_RUN]  # one sample, not a pair
     rows = []
     for base, of_base in per_base(study, table):
         for relation in _ORDER:
-            for side in ("output", "input"):
-                own = of_base[(of_base["relation"] == relation) & (of_base["side"] == side)]
-                for (pair_ranks, d), group in own.groupby(["ranks", "dimension"], sort=False):
+            for side in SIDES_IN_ORDER:
+                chosen = of_base[(of_base["relation"] == relation) & (of_base["side"] == side)]
+                for (pair_ranks, d), group in chosen.groupby(["ranks", "dimension"], sort=False):
                     row = _overlap_row(relation, side, f"{pair_ranks}", str(d), group)
                     rows.append((base, *row) if base else row)
     several = ("base",) if several_bases(study) else ()
-    columns = (*several, "relation", "side", "ranks", "d", "pairs", "φ(1,1)", "chance",
-               "φ(r,r)", "chance", "ω", "chance")  # fmt: skip
+    columns = (*several, "relation", "side", "ranks", "d", "pairs", "φ(1,1)", "random",
+               "φ(r,r)", "random", "ω", "random")  # fmt: skip
     caption = (
-        "Medians over modules and pairs, without pairs that are one run. d: dimension of the "
-        "space; ω: energy-weighted overlap. "
-        f"“{Relation.REFERENCE}” is the reference; “{Relation.SHARED_SEED}” shares its initial A, "
-        "so its input side "
-        "is an artifact."
+        "Medians over modules and pairs, without pairs from one training run; random: the random "
+        "baseline; d: dimension of the space; ω: energy-weighted overlap. "
+        f"“{Relation.REFERENCE}” is the reference; “{Relation.SHARED_SEED}” shares the initial A, "
+        "so the input side is an artifact."
     )
     return ReportTable("overlaps", caption, columns, tuple(rows), 3 + len(several))
 
@@ -78,99 +80,86 @@ def _overlap_row(
 
 
 def pairs_table(study: Study) -> ReportTable | None:
-    """Return every pair: how it is related, how it started, how alike it is in all."""
+    """Return every pair: relation, initialization, overlap, and cosine of the whole updates."""
     if study.pairs.empty:
         return None
     cells = ("phi_1_1", "output"), ("phi_1_1", "input"), ("omega", "output"), ("omega", "input")
     medians = study.similarities.groupby(["a", "b", "side"])[["phi_1_1", "omega"]].median()
-    known = medians.to_dict("index")
+    overlaps = medians.to_dict("index")
     rows = []
     for pair in study.pairs.itertuples():
-        found = (known.get((pair.a, pair.b, side), {}).get(value) for value, side in cells)
-        shown = ("–" if one is None else number(one) for one in found)
+        values = (overlaps.get((pair.a, pair.b, side), {}).get(value) for value, side in cells)
+        texts = ("–" if value is None else number(value) for value in values)
         total = cell(float(pair.total_cosine))
-        rows.append((pair.a, pair.b, pair.relation, pair.initialization, *shown, total))
-    columns = ("adapter", "adapter", "relation", "initialization", "φ(1,1) out", "φ(1,1) in",
-               "ω out",
-               "ω in", "cosine")  # fmt: skip
+        rows.append((pair.a, pair.b, pair.relation, pair.initialization, *texts, total))
+    columns = ("adapter", "adapter", "relation", "initialization", "φ(1,1) output",
+               "φ(1,1) input", "ω output", "ω input", "cosine")  # fmt: skip
     caption = (
-        "Medians over modules; cosine: signed cosine of the two whole updates. Start: whether the "
-        "two began from the same initial A."
+        "Medians over modules. Initialization: relation of the two initial A; cosine: signed "
+        "cosine of the two whole updates."
     )
     return ReportTable("pairs", caption, columns, tuple(rows), 4)
 
 
-_VERDICTS = {
-    "share": "shared",
-    "partly": "partly shared",
-    "no more": "no more than unrelated",
-    None: "no verdict",
-}
-
-
-def verdicts_table(said: Sequence[Finding]) -> ReportTable | None:
-    """Return every comparison in one look, those too that share a sentence."""
+def conclusions_table(findings: Sequence[Finding]) -> ReportTable | None:
+    """Return every comparison side by side, those that share a finding too; None without any."""
+    comparisons = [comparison for finding in findings for comparison in _comparisons(finding)]
     rows = []
-    single = [part for whole in said for part in (whole.parts or (whole,))]
-    for one in single:
-        values = one.values
-        for side in ("output", "input"):
-            if f"phi_1_1_{side}" in values and "subject" in values:
-                names = ("phi_1_1", "reference", "chance")
-                numbers = (_small(values[f"{name}_{side}"]) for name in names)
-                verdict = _VERDICTS[values[f"verdict_{side}"]]
-                above = values[f"above_reference_95_{side}"]
-                share = "–" if above is None else f"{above} of {values[f'values_{side}']}"
-                subject = str(values["subject"])
-                rows.append((subject, side, verdict, share, *map(cell, numbers)))
+    for compared, sides in comparisons:
+        for side in sides:
+            above = side["above_reference"]
+            share = "–" if above is None else f"{above} of {side['values']}"
+            texts = ("–" if side[name] is None else overlap_number(side[name])
+                     for name in ("median", "reference", "chance"))  # fmt: skip
+            rows.append((compared, side["side"], side["conclusion"], share, *texts))
     if not rows:
         return None
-    excess = any(one.values.get("above_chance_output") for one in single)
-    name = "φ(1,1) above chance" if excess else "φ(1,1)"
-    columns = ("comparison", "side", "first direction", "above 95 % of unrelated", name,
-               "unrelated pairs", "chance")  # fmt: skip
+    quantity = comparisons[0][1][0]["quantity"]
+    columns = ("comparison", "side", "conclusion", "above 95 % of reference", quantity,
+               "reference", "random")  # fmt: skip
     caption = (
-        f"Medians of {name} over modules and pairs, beside those of the reference. The verdict "
-        "rests on how many of the values, one per module and pair, lie above 95 % of the "
-        "reference's: shared from half on (and every pair's median above every reference pair's), "
-        "partly shared from a quarter on, where 5 % do among unrelated pairs."
+        f"Medians of {quantity} over modules and pairs, of the group, of the reference pairs and "
+        "of random subspaces. The conclusion depends on how many values, one per module and pair, "
+        "exceed 95 % of the reference values: more alike from one half on (if the median of every "
+        "pair also exceeds that of every reference pair), in part of the modules from one quarter "
+        "on. Of the values of unrelated pairs, 5 % do."
     )
-    return ReportTable("verdicts", caption, columns, tuple(rows), 3)
+    return ReportTable("conclusions", caption, columns, tuple(rows), 3)
 
 
-def _small(value: Any) -> Any:
-    """Return a number to five decimals: above chance, nothing is 0 and not −1e-6."""
-    return round(value, 5) + 0.0 if isinstance(value, float) else value
+def _comparisons(finding: Finding) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return what a finding compares, with the conclusion on each side."""
+    if finding.code == "overlaps-inconclusive":
+        return [(part["compared"], part["sides"]) for part in finding.fields["comparisons"]]
+    if finding.code in OVERLAP_CODES:
+        return [(finding.subject, finding.fields["sides"])]
+    return []
 
 
-def starts_table(study: Study) -> ReportTable | None:
-    """Return the pairs that do not start independently; None where all do."""
-    pairs = study.pairs
+def initializations_table(study: Study) -> ReportTable | None:
+    """Return the pairs whose initializations are not independent; None if all are."""
+    ordinary = (InitRelation.INDEPENDENT, InitRelation.NOT_APPLICABLE)
+    pairs = study.pairs[~study.pairs["initialization"].isin(ordinary)]
     if pairs.empty:
         return None
-    own = pairs[
-        ~pairs["initialization"].isin([InitRelation.INDEPENDENT, InitRelation.NOT_APPLICABLE])
-    ]
-    if own.empty:
-        return None
     rows = tuple(
-        (one.a, one.b, one.relation, one.initialization,
-         f"{one.shared_init_modules} of {one.modules}",
-         cell(float(one.b_cosine if one.b_cosine is not None else np.nan)))
-        for one in own.itertuples()
+        (pair.a, pair.b, pair.relation, pair.initialization,
+         f"{pair.shared_init_modules} of {pair.modules}",
+         cell(float(pair.b_cosine if pair.b_cosine is not None else np.nan)))
+        for pair in pairs.itertuples()
     )  # fmt: skip
     columns = ("adapter", "adapter", "relation", "initialization", "modules", "cosine of B")
     caption = (
-        "Pairs that share their initial A, in how many modules, and how alike their B became "
-        "(median matched cosine)."
+        "Pairs with a shared initialization of A: the modules that share it, and the median "
+        "matched cosine of B."
     )
-    return ReportTable("starts", caption, columns, rows, 4)
+    return ReportTable("initializations", caption, columns, rows, 4)
 
 
-def runs_table(study: Study) -> ReportTable | None:
-    """Return how much the overlap of runs spreads over seeds, by task and rank."""
+def seeds_table(study: Study) -> ReportTable | None:
+    """Return the overlap of runs with different seeds, and its spread, by task and rank."""
     table = study.similarities
-    table = table[(table["relation"] == "same task, different seed") & (table["side"] == "output")]
+    table = table[(table["relation"] == Relation.OTHER_SEED) & (table["side"] == "output")]
     table = table[table["initialization"] != InitRelation.SAME_RUN]
     if table.empty:
         return None
@@ -181,15 +170,15 @@ def runs_table(study: Study) -> ReportTable | None:
     rows = []
     several = ("base",) if several_bases(study) else ()
     groups = (
-        (base, *key, own)
+        (base, *key, rows_of_rank)
         for base, of_base in per_base(study, pairs)
-        for key, own in of_base.groupby(["task", "rank"], sort=False)
+        for key, rows_of_rank in of_base.groupby(["task", "rank"], sort=False)
     )
-    for base, task, rank, own in groups:
-        seeds = len(set(own["a"]) | set(own["b"]))
-        low, high = own["omega"].quantile([0.25, 0.75])
+    for base, task, rank, group in groups:
+        seeds = len(set(group["a"]) | set(group["b"]))
+        low, high = group["omega"].quantile([0.25, 0.75])
         spread = f"{number(low)} to {number(high)}" if seeds >= 3 else "–"
-        medians = (number(float(own[name].median())) for name in measured)
+        medians = (number(float(group[name].median())) for name in measured)
         row = (str(task), str(int(rank)), str(seeds), *medians, spread)
         rows.append((base, *row) if several else row)
     columns = (
@@ -198,13 +187,14 @@ def runs_table(study: Study) -> ReportTable | None:
         "rank",
         "seeds",
         "φ(1,1)",
-        "chance",
+        "random",
         "ω",
-        "chance",
+        "random",
         "quartiles of ω",
     )
     caption = (
         "Two seeds of one task and rank, output side: medians over modules, then over pairs of "
-        "runs, each beside isotropic chance. Quartiles over pairs of runs from three seeds on."
+        "runs, each next to the random baseline. Quartiles are over pairs of runs, from three "
+        "seeds on."
     )
     return ReportTable("seeds", caption, columns, tuple(rows), 1 + len(several))

@@ -1,4 +1,4 @@
-"""How a report was made: versions, hashes, and Python lines that give the same numbers."""
+"""How a report was made: versions, hashes, and a Python program that gives the same numbers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 PACKAGES = ("numpy", "scipy", "matplotlib", "pandas")
 
 
-def made(study: Study, command: str | None) -> dict[str, Any]:
-    """Return what the section on how it was made shows."""
+def provenance(study: Study, command: str | None) -> dict[str, Any]:
+    """Return the facts for the section on how the report was made."""
     versions = [f"lora_analysis {__version__}", f"Python {platform.python_version()}"]
     versions += [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
     return {
@@ -26,16 +26,17 @@ def made(study: Study, command: str | None) -> dict[str, Any]:
         "base": "none" if study.base is None else study.base.label,
         "python": python_lines(study),
         "hashes": [
-            (label, one.provenance.sha256 or "in memory") for label, one in study.adapters.items()
+            (label, adapter.provenance.sha256 or "in memory")
+            for label, adapter in study.adapters.items()
         ],
     }
 
 
 def python_lines(study: Study) -> str:
-    """Return a program that computes the numbers of the report anew from the same files.
+    """Return a program that recomputes the numbers of the report from the same files.
 
-    They are to be run in the folder in which the report was made: paths below it are relative.
-    Where an adapter or the base was made in memory, the line says that it has to be put there.
+    Run it in the folder in which the report was made: paths below it are relative. Adapters and
+    base weights from memory are replaced by ``...``.
     """
     lines = ["from lora_analysis import read_adapter, study", ""]
     groups: dict[str, list[str]] = {"adapters": [], "reference": []}
@@ -43,12 +44,12 @@ def python_lines(study: Study) -> str:
         groups["reference" if label in study.reference else "adapters"].append(label)
     for name, labels in groups.items():
         if labels:
-            lines += [f"{name} = [", *(f"    {_reading(study, one)}," for one in labels), "]"]
-    given = ["adapters", *(["reference=reference"] if groups["reference"] else [])]
+            lines += [f"{name} = [", *(f"    {_reading(study, label)}," for label in labels), "]"]
+    arguments = ["adapters", *(["reference=reference"] if groups["reference"] else [])]
     for name, value in study.options.items():
-        shown = _near(value) if name == "base" and isinstance(value, str) else value
-        given.append(f"{name}={'...' if value is ... else repr(shown)}")
-    lines += [f"result = study({', '.join(given)})", ""]
+        typed = _relative(value) if name == "base" and isinstance(value, str) else value
+        arguments.append(f"{name}={'...' if typed is ... else repr(typed)}")
+    lines += [f"result = study({', '.join(arguments)})", ""]
     if len(study.similarities):
         lines += [
             'result.similarities.groupby(["relation", "side"])[["phi_1_1", "omega"]].median()',
@@ -62,18 +63,18 @@ def python_lines(study: Study) -> str:
     return "\n".join(lines)
 
 
-def _near(place: str) -> str:
-    """Return a path relative to the working directory if it lies below; any other as it is."""
-    path = Path(place)
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_absolute() and here in path.parents else place
+def _relative(source: str) -> str:
+    """Return a path relative to the working directory if it is below; any other unchanged."""
+    path, folder = Path(source), Path.cwd()
+    is_below = path.is_absolute() and folder in path.parents
+    return str(path.relative_to(folder)) if is_below else source
 
 
 def _reading(study: Study, label: str) -> str:
     source = study.adapters[label].provenance
     if source.location is None:
-        return f"...,  # {label!r} was made in memory"
-    options = [repr(_near(source.location))]
+        return f"...,  # {label!r} was built in memory"
+    options = [repr(_relative(source.location))]
     if "caller" in source.scale_origin.values():
         scales = study.spectra.loc[study.spectra["adapter"] == label, "scale"].unique()
         # Several scales came from one alpha over several ranks.

@@ -1,24 +1,31 @@
-"""Everything a report says, for programs: one strict JSON document of summaries.
+"""Everything in a report, for programs: ``results.json``, ``tables/`` and ``grids.npz``.
 
-``results.schema.json`` beside this file describes it (JSON Schema, draft 2020-12). Rows per module
-and pair are in ``tables/``, grids in ``grids.npz``.
+``results.json`` is one strict JSON document of findings and summaries. `results_schema` describes
+it (JSON Schema, draft 2020-12).
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+import pandas as pd
 
 from lora_analysis import __version__
-from lora_analysis.conclusions import Finding
+from lora_analysis.conclusions.overlap_summaries import SIDES_IN_ORDER
 from lora_analysis.errors import InputError
+from lora_analysis.finding import CODES, Finding
+from lora_analysis.report.representatives import common_modules, drawn_pairs
 from lora_analysis.studies.base_models import bases_of, runs_per_base, several_bases
+from lora_analysis.text import printable
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from numpy.typing import NDArray
 
     from lora_analysis.studies import Study
 
@@ -40,9 +47,15 @@ _WEIGHTS = (
 
 
 def results_schema() -> dict[str, Any]:
-    """Return the JSON Schema of ``results.json``."""
+    """Return the JSON Schema of ``results.json``, with every code of a finding and its meaning."""
     text = files("lora_analysis.report").joinpath("results.schema.json").read_text("utf-8")
     schema: dict[str, Any] = json.loads(text)
+    finding = schema["properties"]["findings"]["items"]["properties"]
+    finding["code"]["oneOf"] = [
+        {"const": name, "title": f"{code.severity}: {code.topic}", "description": code.template}
+        for name, code in CODES.items()
+    ]
+    finding["topic"]["enum"] = sorted({code.topic for code in CODES.values()})
     return schema
 
 
@@ -54,36 +67,28 @@ def all_tables(study: Study) -> list[tuple[str, pd.DataFrame]]:
 
 
 def json_value(value: Any) -> Any:
-    """Return a JSON value: numpy's scalars as Python's, everything not finite as None."""
+    """Return a JSON value: numpy's scalars as Python's, non-finite numbers as None."""
+    if isinstance(value, Mapping):
+        return {str(key): json_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(item) for item in value]
     if hasattr(value, "item"):
         value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return [json_value(item) for item in value] if isinstance(value, list | tuple) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [
-        {str(key): json_value(value) for key, value in row.items()}
-        for row in table.astype(object).to_dict("records")
-    ]
+    return [json_value(row) for row in table.astype(object).to_dict("records")]
 
 
-def results(study: Study, said: Sequence[Finding]) -> dict[str, Any]:
+def results(study: Study, findings: Sequence[Finding]) -> dict[str, Any]:
     """Return the document of ``results.json``."""
     return {
         "schema_version": SCHEMA_VERSION,
         "generator": f"lora_analysis {__version__}",
-        "null_means": "not defined, not known, or not computed for this row",
-        "findings": [
-            {
-                **one.to_dict(),
-                "kind": one.kind,
-                "fields": {key: json_value(value) for key, value in one.values.items()},
-            }
-            for one in said
-        ],
-        "failures": [one.to_dict() for one in study.failures],
+        "null_means": "undefined, unknown, or not computed for this row",
+        "findings": [json_value(finding.to_dict()) for finding in findings],
+        "failures": [failure.to_dict() for failure in study.failures],
         "unmatched": [
             {"module": module, "reason": reason} for module, reason in study.unmatched.items()
         ],
@@ -119,7 +124,7 @@ def _modules(study: Study) -> list[dict[str, Any]]:
     table = study.similarities
     base = bases_of(study, table["a"]) if several_bases(study) else [None] * len(table)
     # As text: groups of None would be left out.
-    table = table.assign(base=[one or "" for one in base])
+    table = table.assign(base=[name or "" for name in base])
     rows = _medians(table, ["base", "module", "relation", "side"], _OVERLAPS)
     return [{**row, "base": row["base"] or None} for row in rows]
 
@@ -129,45 +134,103 @@ def _at_rank(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _inference(study: Study) -> Iterator[dict[str, Any]]:
-    asked = [
+    groups = [
         (base or None, rank)
         for base, runs in runs_per_base(study)
-        for rank in sorted({int(one) for one in runs["rank"].dropna()})
+        for rank in sorted({int(rank) for rank in runs["rank"].dropna()})
     ]
-    for base, rank in asked:
+    for base, rank in groups:
         try:
-            found = study.run_inference(rank=rank, base=base)
+            result = study.run_inference(rank=rank, base=base)
         except InputError:
             continue
         yield {
             "base": base,
             "rank": rank,
-            "quantity": found.quantity,
-            "side": found.side,
-            "runs": list(found.runs),
-            "tasks": list(found.tasks),
-            "within": [json_value(one) for one in found.within],
-            "between": [json_value(one) for one in found.between],
-            "difference": json_value(found.permutation.difference),
-            "standard_error": json_value(found.standard_error),
-            "p": found.permutation.p_value,
-            "smallest_p": found.permutation.smallest_p_value,
+            "quantity": result.quantity,
+            "side": result.side,
+            "runs": list(result.runs),
+            "tasks": list(result.tasks),
+            "within": [json_value(value) for value in result.within],
+            "between": [json_value(value) for value in result.between],
+            "difference": json_value(result.permutation.difference),
+            "standard_error": json_value(result.standard_error),
+            "p": result.permutation.p_value,
+            "smallest_p": result.permutation.smallest_p_value,
         }
 
 
 def _similarity_matrix(study: Study) -> dict[str, Any] | None:
-    similarity_matrix = study.similarity_matrix
-    if (
-        similarity_matrix is None
-        or not 2 <= len(similarity_matrix.labels) <= SIMILARITY_MATRIX_LIMIT
-    ):
+    matrix = study.similarity_matrix
+    if matrix is None or not 2 <= len(matrix.labels) <= SIMILARITY_MATRIX_LIMIT:
         return None
+    quantities = {what: matrix.matrix(what) for what in ("output", "input", "cosine")}
     return {
-        "labels": list(similarity_matrix.labels),
-        "order": [int(one) for one in similarity_matrix.order()],
+        "labels": list(matrix.labels),
+        "order": [int(index) for index in matrix.order()],
         **{
-            what: [[json_value(one) for one in row] for row in similarity_matrix.matrix(what)]
-            for what in ("output", "input", "cosine")
+            name: json_value(values.tolist())
+            for name, values in (quantities | {"shared_init": matrix.shared}).items()
         },
-        "shared_init": [[json_value(one) for one in row] for row in similarity_matrix.shared],
     }
+
+
+def grids_file(study: Study) -> bytes | None:
+    """Return the bytes of ``grids.npz``: φ of the drawn pairs in each common module.
+
+    One float32 array per key ``"a|b|side|module"``, ``[i-1, j-1]`` being φ(i, j) of a's leading i
+    and b's leading j directions, which end at the numerical ranks. None without pairs.
+    """
+    arrays = dict(_grids(study))
+    if not arrays:
+        return None
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
+
+
+def _grids(study: Study) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    for a, b in dict.fromkeys(drawn_pairs(study).values()):
+        for module in common_modules(study, a, b):
+            for side in SIDES_IN_ORDER:
+                grid = study.grid(a, b, module, side=side)
+                # A slash would create a folder inside the archive.
+                key = printable(f"{a}|{b}|{side}|{module}").replace("/", "∕")
+                yield key, grid.values.astype(np.float32)
+
+
+_CELLS_AT_ONCE = 2**18
+# A spreadsheet treats the wide signs like the narrow ones.
+_FORMULA_STARTS = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """Return a table as CSV; text that a spreadsheet would run as a formula is quoted.
+
+    One row is one line: unprintable characters and line ends are escaped.
+    """
+    return str(table.map(_safe).to_csv(index=False, header=[_safe(name) for name in table.columns]))
+
+
+def write_square_csv(table: pd.DataFrame, stream: BinaryIO) -> None:
+    """Write a `square_table` as `csv_text` does, some rows at a time."""
+    rows = max(1, _CELLS_AT_ONCE // len(table.columns))
+    for first in range(0, len(table), rows):
+        part = table.iloc[first : first + rows].copy()
+        part.isetitem(0, part.iloc[:, 0].map(_safe))
+        header = [_safe(name) for name in table.columns] if first == 0 else False
+        stream.write(part.to_csv(index=False, header=header).encode())
+
+
+def _safe(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    line = printable(value)
+    return f"'{line}" if line.startswith(_FORMULA_STARTS) else line
+
+
+def square_table(labels: Sequence[str], values: NDArray[np.float64]) -> pd.DataFrame:
+    """Return a matrix over adapters as a table, their names in the first column and the header."""
+    table = pd.DataFrame(values, columns=list(labels))
+    table.insert(0, "adapter", list(labels), allow_duplicates=True)
+    return table

@@ -1,4 +1,4 @@
-"""What a report holds, section by section: which figures and tables stand where."""
+"""The sections of a report: which figures and tables they hold, in which order."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from markupsafe import Markup
 
 from lora_analysis import plots
 from lora_analysis.report import (
-    figures,
     module_figures,
     pair_tables,
+    similarity_figures,
     step_tables,
     tables,
     weight_figures,
 )
-from lora_analysis.report.selection import telling_modules
+from lora_analysis.report.representatives import representative_modules
 from lora_analysis.studies import Relation
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from lora_analysis.progress import Progress
-    from lora_analysis.report.figures import ReportFigure
+    from lora_analysis.report.similarity_figures import ReportFigure
     from lora_analysis.report.tables import ReportTable
     from lora_analysis.studies import Study
 
-# In inches; two figures of one column stand side by side.
+# In inches; two narrow figures fit next to each other.
 NARROW = 4.5
-# Pages stay readable: longer tables are in tables/ only.
+# Longer tables are in tables/ only, so that the page stays readable.
 FOLDED_ROWS = 120
-# Tables up to this long are shown, longer ones folded.
-SHOWN_ROWS = 16
+# Tables up to this long are open, longer ones folded.
+OPEN_ROWS = 16
 FORMATS = ("svg", "png", "pdf")
 
 Drawing = Callable[["Study"], Iterator["ReportFigure"]]
@@ -41,7 +41,7 @@ Drawing = Callable[["Study"], Iterator["ReportFigure"]]
 
 @dataclass(frozen=True, slots=True)
 class DrawnFigure:
-    """A figure as a page shows it."""
+    """A figure as it is in the page."""
 
     name: str
     title: str
@@ -52,7 +52,7 @@ class DrawnFigure:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One section; ``folded`` and ``telling`` are shown when the reader opens them."""
+    """One section; the reader opens ``folded`` tables and figures of ``single_modules``."""
 
     name: str
     title: str
@@ -60,38 +60,44 @@ class Section:
     figures: tuple[DrawnFigure, ...] = ()
     tables: tuple[ReportTable, ...] = ()
     folded: tuple[ReportTable, ...] = ()
-    telling: tuple[DrawnFigure, ...] = ()
+    single_modules: tuple[DrawnFigure, ...] = ()
 
     @property
-    def empty(self) -> bool:
-        """Whether there is nothing in it."""
-        return not (self.figures or self.tables or self.folded or self.telling)
+    def is_empty(self) -> bool:
+        """True if the section has no figure and no table."""
+        return not (self.figures or self.tables or self.folded or self.single_modules)
 
 
 def drawn_figures(
-    found: Iterable[ReportFigure],
+    figures: Iterable[ReportFigure],
     folder: Path,
     formats: Sequence[str] = FORMATS,
     *,
     inline: bool = True,
 ) -> Iterator[DrawnFigure]:
-    """Save each figure in the formats, and return it for inlining; without it, ``svg`` is empty."""
-    for one in found:
-        narrow = one.figure.get_figwidth() < NARROW
-        svg = plots.svg_text(one.figure, title=one.title, description=one.alt) if inline else ""
+    """Save each figure in the formats, and yield it for inlining; else its ``svg`` is empty."""
+    for figure in figures:
+        is_narrow = figure.figure.get_figwidth() < NARROW
+        svg = (
+            plots.svg_text(figure.figure, title=figure.title, description=figure.alt)
+            if inline
+            else ""
+        )
         if formats:
-            plots.save_figure(one.figure, folder / one.name, formats)
-        drawn = DrawnFigure(one.name, one.title, one.caption, Markup(svg), narrow)
-        del one  # may hold every pair of many adapters while the next is made
+            plots.save_figure(figure.figure, folder / figure.name, formats)
+        drawn = DrawnFigure(figure.name, figure.title, figure.caption, Markup(svg), is_narrow)
+        del figure  # may hold every pair of many adapters while the next is drawn
         yield drawn
 
 
-def _placed(section: Section, *found: ReportTable | None, shown_rows: int = SHOWN_ROWS) -> Section:
-    """Return the section with tables shown where they are short, folded where they are longer."""
-    present = [one for one in found if one is not None]
-    shown = tuple(one for one in present if len(one.rows) <= shown_rows)
-    folded = tuple(one for one in present if shown_rows < len(one.rows) <= FOLDED_ROWS)
-    return replace(section, tables=shown, folded=folded)
+def _with_tables(
+    section: Section, *tables: ReportTable | None, open_rows: int = OPEN_ROWS
+) -> Section:
+    """Return the section with short tables open and longer ones folded."""
+    present = [table for table in tables if table is not None]
+    short = tuple(table for table in present if len(table.rows) <= open_rows)
+    folded = tuple(table for table in present if open_rows < len(table.rows) <= FOLDED_ROWS)
+    return replace(section, tables=short, folded=folded)
 
 
 def sections(
@@ -102,34 +108,14 @@ def sections(
     inline: bool,
     progress: Progress | None = None,
 ) -> list[Section]:
-    """Draw and tabulate section by section; those with nothing to show are left out.
+    """Draw and tabulate section by section; empty ones are left out.
 
-    ``inline`` renders every figure for the page, and adds heat-maps of single modules, which only
-    the page itself holds. Without it and without ``formats``, nothing is drawn.
+    ``inline`` renders every figure for the page and adds heat maps of single modules, which only
+    the HTML page holds. Without it and without ``formats``, nothing is drawn.
     """
-    modules = telling_modules(list(dict.fromkeys(study.spectra["module"])))
-    plan: list[tuple[Section, tuple[Drawing, ...]]] = [
-        (_placed(Section("adapters", "What was analyzed"), tables.adapters_table(study),
-                 tables.accuracy_table(study), shown_rows=8), ()),
-        (_placed(Section("ranks", "Ranks", "Do different ranks find the same directions, and how "
-                         "many directions does an update use?"), tables.spectra_table(study)),
-         (figures.rank_figures, weight_figures.spectrum_figures)),
-        (_placed(Section("seeds", "Seeds", "Do trainings that differ in their seed alone, or in "
-                         "their length, find the same directions?"), pair_tables.runs_table(study),
-                 step_tables.steps_table(study)),
-         (figures.seed_figures, module_figures.step_figures)),
-        (_placed(Section("tasks", *_task_words(study)), pair_tables.overlap_table(study),
-                 pair_tables.pairs_table(study)),
-         (figures.level_figures, figures.pair_figures, module_figures.clustermap_figures)),
-        (_placed(Section("weights", "Against W", "Does ΔW strengthen directions that the frozen "
-                         "weight already carries?"), tables.amplification_table(study, modules)),
-         (weight_figures.amplification_figures, weight_figures.basis_figures)),
-        (_placed(Section("modules", "Per module", "Where in the model? Group means first; single "
-                         "modules are those that differ most from the median, either way."),
-                 tables.kinds_table(study)), (module_figures.map_figures,)),
-    ]  # fmt: skip
-    done = []
-    for at, (section, drawings) in enumerate(plan, start=1):
+    plan = _plan(study)
+    result = []
+    for i, (section, drawings) in enumerate(plan, start=1):
         drawn = [
             figure
             for draw in (drawings if inline or formats else ())
@@ -137,17 +123,45 @@ def sections(
         ]
         section = replace(section, figures=tuple(drawn))  # noqa: PLW2901 - filled step by step
         if section.name == "modules" and inline:
-            found = tuple(drawn_figures(module_figures.telling_figures(study), folder, ()))
-            section = replace(section, telling=found)  # noqa: PLW2901
-        done.append(section)
+            figures = module_figures.single_module_figures(study)
+            single = tuple(drawn_figures(figures, folder, ()))
+            section = replace(section, single_modules=single)  # noqa: PLW2901
+        result.append(section)
         if progress:
-            progress("report sections", at, len(plan))
-    return [one for one in done if not one.empty]
+            progress("report sections", i, len(plan))
+    return [section for section in result if not section.is_empty]
 
 
-def _task_words(study: Study) -> tuple[str, str]:
-    """Return title and question of the section that holds all pairs."""
+def _plan(study: Study) -> list[tuple[Section, tuple[Drawing, ...]]]:
+    """Return the sections with their tables, and the functions that draw their figures."""
+    modules = representative_modules(list(dict.fromkeys(study.spectra["module"])))
     if study.select(Relation.REFERENCE, "output").empty:
-        return "All pairs", "How alike are they? Without a reference no pair is called related."
-    question = "What is shared because the task is, and what by any two adapters of this base?"
-    return "Tasks", question
+        pairs = "All pairs", "How alike are the adapters? Conclusions need a reference."
+    else:
+        pairs = (
+            "Tasks",
+            "Which overlap comes from the task, and which do any two adapters of this base have?",
+        )
+    return [
+        (_with_tables(Section("adapters", "Adapters"), tables.adapters_table(study),
+                      tables.accuracy_table(study), open_rows=8), ()),
+        (_with_tables(Section("ranks", "Ranks", "Do different ranks find the same directions, and "
+                              "how many directions hold 90 % of ‖ΔW‖²?"),
+                      tables.spectra_table(study)),
+         (similarity_figures.rank_figures, weight_figures.spectrum_figures)),
+        (_with_tables(Section("seeds", "Seeds", "Do runs with different seeds, or of different "
+                              "length, find the same directions?"),
+                      pair_tables.seeds_table(study), step_tables.steps_table(study)),
+         (similarity_figures.seed_figures, module_figures.step_figures)),
+        (_with_tables(Section("tasks", *pairs), pair_tables.overlap_table(study),
+                      pair_tables.pairs_table(study)),
+         (similarity_figures.group_figures, similarity_figures.pair_figures,
+          module_figures.clustermap_figures)),
+        (_with_tables(Section("weights", "Base weights", "Does ΔW amplify directions that W "
+                              "already emphasizes?"), tables.amplification_table(study, modules)),
+         (weight_figures.amplification_figures, weight_figures.basis_figures)),
+        (_with_tables(Section("modules", "Modules", "Where in the model do the adapters agree? "
+                              "Group medians first; single modules are those farthest from the "
+                              "median, in both directions."),
+                      tables.module_types_table(study)), (module_figures.map_figures,)),
+    ]  # fmt: skip

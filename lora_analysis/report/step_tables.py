@@ -1,4 +1,4 @@
-"""The table of a report about the steps of a training: what changed on the way."""
+"""The table of a report about the checkpoints of training runs."""
 
 from __future__ import annotations
 
@@ -7,83 +7,73 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from lora_analysis.adapter import Adapter, LowRankUpdate
-from lora_analysis.conclusions.runs import last_steps
+from lora_analysis.adapter import LowRankUpdate
+from lora_analysis.conclusions.run_findings import overlaps_with_last_step
 from lora_analysis.report.tables import ReportTable, cell
 from lora_analysis.shared_init import drift
 from lora_analysis.studies import Relation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
     from lora_analysis.studies import Study
 
 
 def steps_table(study: Study) -> ReportTable | None:
-    """Return every checkpoint of a run by its step: overlap with the last, spectrum, A's drift.
+    """Return the checkpoints of each run by step: overlap with the last, spectrum, A's drift.
 
-    A's drift is from the checkpoint of step 0, where one is here. None without checkpoints.
+    A's drift is from the checkpoint of step 0, if there is one. None without checkpoints.
     """
     spectra = study.spectra.groupby("adapter")[["stable_rank", "energy_rank_90"]].median()
     norms = study.runs.set_index("adapter")["norm"]
     enrichment = _enrichment(study)
     rows = []
-    for rows_of_run in last_steps(study):
+    for rows_of_run in overlaps_with_last_step(study):
         last = str(rows_of_run["last"].iloc[0])
         overlaps = rows_of_run.set_index("adapter")[["phi_1_1", "omega"]]
-        for label, step in _steps(study, last):
-            start = next((one for one, at in _steps(study, last) if at == 0), None)
-            turned, grown = _drift(study, label, start)
-            known = overlaps.loc[label] if label in overlaps.index else (np.nan, np.nan)
-            phi, omega = (1.0, 1.0) if label == last else known
-            values = (phi, omega, norms[label], *spectra.loc[label], turned, grown)
-            shown = [cell(float(value)) for value in values]
+        checkpoints = _checkpoints(study, last)
+        first = next((label for label, step in checkpoints if step == 0), None)
+        for label, step in checkpoints:
+            drifts = _drift(study, label, first)
+            overlap = overlaps.loc[label] if label in overlaps.index else (np.nan, np.nan)
+            phi, omega = (1.0, 1.0) if label == last else overlap
+            cells = [cell(float(x)) for x in (phi, omega, norms[label], *spectra.loc[label])]
             if enrichment is not None:
-                shown.insert(5, cell(float(enrichment.get(label, np.nan))))
-            rows.append((last, str(step), *shown))
+                cells.append(cell(float(enrichment.get(label, np.nan))))
+            rows.append((last, str(step), *cells, *(cell(drift) for drift in drifts)))
     if not rows:
         return None
     against = () if enrichment is None else ("enrichment",)
     columns = ("run", "step", "φ(1,1)", "ω", "‖ΔW‖", "stable rank", "90 % of energy", *against,
-               "A turned", "A's size")  # fmt: skip
+               "A's rotation", "A's growth")  # fmt: skip
     caption = (
-        "φ(1,1) and ω: with the run's last step, output side; they, the ranks and the enrichment "
-        "are medians over modules. A turned: 1 − cos between A and A at step 0; A's size: "
-        "‖A‖/‖A₀‖ − 1; – where step 0 was not saved."
+        "φ(1,1) and ω: with the run's last step, output side. They, the ranks and the enrichment "
+        "are medians over modules. A's rotation: 1 − cos between A and A at step 0; A's growth: "
+        "‖A‖/‖A₀‖ − 1; –: step 0 was not saved."
     )
     return ReportTable("steps", caption, columns, tuple(rows), 1)
 
 
-def _steps(study: Study, last: str) -> Iterator[tuple[str, int]]:
-    """Yield the checkpoints of the run that ends with ``last``, by step."""
+def _checkpoints(study: Study, last: str) -> list[tuple[str, int]]:
+    """Return labels and steps of the run that ends with ``last``, in order."""
     pairs = study.pairs[study.pairs["relation"] == Relation.SAME_RUN]
-    own = pairs[(pairs["a"] == last) | (pairs["b"] == last)]
-    labels = {*own["a"], *own["b"]}
+    pairs = pairs[(pairs["a"] == last) | (pairs["b"] == last)]
+    labels = {*pairs["a"], *pairs["b"]}
     steps = study.runs.set_index("adapter")["step"]
-    yield from sorted(((label, int(steps[label])) for label in labels), key=lambda one: one[1])
+    return sorted(((label, int(steps[label])) for label in labels), key=lambda pair: pair[1])
 
 
-def _drift(study: Study, label: str, start: str | None) -> tuple[float, float]:
-    """Return the medians over modules of how far A turned and grew since step 0."""
-    if start is None:
+def _drift(study: Study, label: str, first: str | None) -> tuple[float, float]:
+    """Return the rotation and growth of A since step 0, medians over modules."""
+    if first is None:
         return np.nan, np.nan
-    found = [drift(one, first.A) for one, first in _both(study.adapters, label, start)]
-    if not found:
+    drifts = []
+    for name, update in study.adapters[label].items():
+        start = study.adapters[first].get(name)
+        if isinstance(update, LowRankUpdate) and isinstance(start, LowRankUpdate):
+            drifts.append(drift(update, start.A))
+    if not drifts:
         return np.nan, np.nan
-    return (
-        float(np.median([one.angular for one in found])),
-        float(np.median([one.radial for one in found])),
-    )
-
-
-def _both(
-    adapters: Mapping[str, Adapter], label: str, start: str
-) -> Iterator[tuple[LowRankUpdate, LowRankUpdate]]:
-    for name in adapters[label]:
-        if name in adapters[start]:
-            one, first = adapters[label][name], adapters[start][name]
-            if isinstance(one, LowRankUpdate) and isinstance(first, LowRankUpdate):
-                yield one, first
+    medians = np.median([(module.angular, module.radial) for module in drifts], axis=0)
+    return float(medians[0]), float(medians[1])
 
 
 def _enrichment(study: Study) -> pd.Series | None:

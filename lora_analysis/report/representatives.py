@@ -1,4 +1,4 @@
-"""Which pairs and modules a report draws: few, the same ones every time, and said in words."""
+"""The pairs and modules that a report draws: few, and the same ones every time."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 # The smaller rank of the paper's Figure 3.
 SMALL_RANK = 8
-# What queries and values are called; one name of each at most is in a model.
+# Names of query and value projections; a model has at most one of each.
 _PAPER_TYPES = (
     "q_proj", "query", "q", "to_q", "wq", "q_lin", "v_proj", "value", "v", "to_v", "wv", "v_lin",
 )  # fmt: skip
 
 
-def telling_modules(names: Sequence[str], count: int = 2) -> list[str]:
+def representative_modules(names: Sequence[str], count: int = 2) -> list[str]:
     """Return one middle-layer module of each of ``count`` types.
 
-    Those that the paper adapts, queries and values, where they are there, else the first in order.
+    Queries and values, which the paper adapts, if there are any, else the first types in order.
     With a single type (or names without one), neighbors in the middle are returned.
     """
     by_type: dict[str, list[str]] = {}
@@ -62,13 +62,13 @@ def _with_ranks(study: Study) -> pd.DataFrame:
 def rank_pair(study: Study) -> tuple[str, str] | None:
     """Return the pair for the figure of ranks, smaller rank first; None if all ranks are equal.
 
-    Same task, other seeds where both are known, before pairs of unknown relation, whatever their
-    ranks; then the largest rank against the one closest to 8.
+    Pairs of one task with different seeds lead, pairs of unknown relation are last, whatever their
+    ranks; then the largest rank is compared with the one closest to 8.
     """
     pairs = _with_ranks(study)
     if pairs.empty:
         return None
-    # Other seeds first: with one seed, both adapters saw their data in one order.
+    # Different seeds first: with one seed, both adapters saw their data in one order.
     preference = (Relation.OTHER_RANK_AND_SEED, Relation.OTHER_RANK, Relation.UNKNOWN)
     pairs = pairs[pairs["relation"].isin(preference)]
     pairs = pairs[pairs["rank_a"] != pairs["rank_b"]]
@@ -78,7 +78,7 @@ def rank_pair(study: Study) -> tuple[str, str] | None:
     high = pairs[["rank_a", "rank_b"]].max(axis=1)
     order = pd.DataFrame(
         {
-            # The section asks about ranks of one task: two strangers do not answer it.
+            # The section is about ranks of one task, which unrelated adapters cannot show.
             Relation.UNKNOWN: pairs["relation"] == Relation.UNKNOWN,
             "high": -high,
             "distance": (low - SMALL_RANK).abs(),
@@ -103,7 +103,7 @@ def seed_pair(study: Study) -> tuple[str, str] | None:
 
 
 def any_pair(study: Study) -> tuple[str, str] | None:
-    """Return two adapters of unknown relation; None where there are none to be compared."""
+    """Return two adapters of unknown relation; None if there are none to compare."""
     pairs = _with_ranks(study)
     if pairs.empty:
         return None
@@ -117,27 +117,27 @@ def any_pair(study: Study) -> tuple[str, str] | None:
 
 def drawn_pairs(study: Study) -> dict[str, tuple[str, str]]:
     """Return the pairs whose heat-maps are drawn, by what they show; empty without pairs."""
-    found = {"ranks": rank_pair(study), "seeds": seed_pair(study)}
-    chosen = {name: pair for name, pair in found.items() if pair is not None}
+    candidates = {"ranks": rank_pair(study), "seeds": seed_pair(study)}
+    chosen = {name: pair for name, pair in candidates.items() if pair is not None}
     if not chosen and (other := any_pair(study)) is not None:
         chosen["pair"] = other
     return chosen
 
 
-def most_telling(study: Study, a: str, b: str, count: int) -> list[str]:
-    """Return the modules whose overlap is farthest from the pair's median, either way.
+def modules_far_from_median(study: Study, a: str, b: str, count: int) -> list[str]:
+    """Return the modules whose overlap is farthest from the pair's median, in both directions.
 
-    By φ(r, r) above chance on the output side, which no shared start touches; the largest alone
-    would be those that chance or an artifact made large.
+    The overlap is the excess of φ(r, r) on the output side, which a shared initialization does not
+    affect. The largest alone would be those that chance or an artifact made large.
     """
     table = study.similarities
-    own = table[table["a"].isin([a, b]) & table["b"].isin([a, b]) & (table["side"] == "output")]
-    values = own.set_index("module")["excess_r_r"].dropna()
+    rows = table[table["a"].isin([a, b]) & table["b"].isin([a, b]) & (table["side"] == "output")]
+    values = rows.set_index("module")["excess_r_r"].dropna()
     far = (values - values.median()).abs().sort_values(ascending=False, kind="stable")
     return list(far.index[:count])
 
 
 def short_name(module: str) -> str:
-    """Return ``"q_proj, layer 2"`` for a module name, or the name where it says neither."""
+    """Return ``"q_proj, layer 2"`` for a module name, or the name if it has neither."""
     layer, kind = layer_index(module), module_type(module)
     return f"{kind}, layer {layer}" if layer is not None and kind != NO_TYPE else module

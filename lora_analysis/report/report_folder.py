@@ -1,4 +1,4 @@
-"""Put a study on disk: report.html (or .md), figures/, tables/, results.json and grids.npz."""
+"""Write a report: report.html (or .md), figures/, tables/, results.json and grids.npz."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import jinja2
 from markupsafe import Markup
 
-from lora_analysis.conclusions import findings, plural
+from lora_analysis.conclusions import findings
 from lora_analysis.errors import MissingExtraError, OccupiedError
-from lora_analysis.report import pair_tables, tables
-from lora_analysis.report.grids import grids_file
-from lora_analysis.report.provenance import made
-from lora_analysis.report.results import all_tables, results
+from lora_analysis.report.pair_tables import conclusions_table, initializations_table
+from lora_analysis.report.provenance import provenance
+from lora_analysis.report.results import (
+    all_tables,
+    csv_text,
+    grids_file,
+    results,
+    square_table,
+    write_square_csv,
+)
 from lora_analysis.report.sections import FORMATS, Section, sections
 from lora_analysis.storage.atomic import write_atomic
 from lora_analysis.storage.outputs import OutputFolder, holds_output, output_folder
-from lora_analysis.text import printable, printable_json, printable_lines
+from lora_analysis.text import plural, printable, printable_json, printable_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,7 +38,7 @@ if TYPE_CHECKING:
     from lora_analysis.studies import Study
 
 GRIDS, RESULTS = "grids.npz", "results.json"
-# Within so many bytes of its start results.json names what wrote it.
+# results.json names its generator within its first bytes.
 _HEAD = 200
 
 
@@ -48,50 +54,54 @@ def write_report(
     progress: Progress | None = None,
     force: bool = False,
 ) -> Path:
-    """Write a study as one self-contained report, with figures, tables and numbers beside it.
+    """Write a study as one self-contained report, with figures, tables and numbers next to it.
 
     Parameters
     ----------
     study
         From `lora_analysis.study`.
     path
-        Folder to write into; made if missing. An earlier report of this package in it is replaced
-        as a whole, when the new one is complete. It may contain the adapters of the study.
+        Folder to write into; created if missing. An earlier report of this package in it is
+        replaced as a whole, once the new one is complete. It may contain the adapters of the study.
     title
-        Heading; made from the adapters by default.
+        Heading; derived from the adapters by default.
     command
-        The command line that led here, for the section on how it was made.
+        The command line, for the section on how the report was made.
     form
-        ``"html"``: one file without script or network access; ``"md"``: Markdown for a README
-        or a model card, which shows the files in ``figures/``.
+        ``"html"``: one file without scripts or network access; ``"md"``: Markdown for a README
+        or a model card, which links to the files in ``figures/``.
     parquet
-        Whether the tables are written as Parquet too (extra ``parquet``).
+        Write the tables as Parquet too (extra ``parquet``).
     figures
         Formats of the files in ``figures/``: any of ``"svg"``, ``"png"``, ``"pdf"``.
     progress
         Called with ("report sections", done, total).
     force
-        Whether files of others, or edited ones of an earlier report, may be replaced at the names
-        that the report writes.
+        Replace other files, or edited files of an earlier report, at the names that the report
+        writes.
 
     Returns
     -------
     Path
-        Of report.html or report.md.
+        Path of report.html or report.md.
 
     Raises
     ------
     MissingExtraError
-        ``parquet`` without pyarrow; nothing is written then.
+        ``parquet`` is set and pyarrow is missing; nothing is written.
     OccupiedError
-        The folder holds other things and ``force`` is not given, or is an input.
+        The folder holds other files and ``force`` is not set, or it is an input.
     InUseError
-        Another process writes a report there.
+        Another process writes a report to the folder.
     OutputError
-        The disk refused; the message says what the folder holds now.
+        A file could not be written; the message states what the folder holds now.
     """
     if parquet:
-        _check_parquet()
+        try:
+            import pyarrow as pa  # noqa: F401
+        except ImportError as error:
+            message = "Parquet tables need pyarrow: pip install 'lora-analysis[parquet]'."
+            raise MissingExtraError(message) from error
     folder = Path(path)
     check_report_folder(folder, inputs=study_inputs(study), force=force)
     run = {"title": title, "command": command, "adapters": list(study.adapters), "as": form}
@@ -111,7 +121,7 @@ def check_report_folder(folder: Path, *, inputs: Sequence[Path], force: bool) ->
     Raises
     ------
     OccupiedError
-        See `OutputFolder.check`; or it holds a report of a version that kept no record.
+        See `OutputFolder.check`; or the folder holds a report of a version without records.
     """
     results = folder / RESULTS
     if not force and not holds_output(folder, "report") and results.is_file():
@@ -129,7 +139,7 @@ def check_report_folder(folder: Path, *, inputs: Sequence[Path], force: bool) ->
 
 def study_inputs(study: Study) -> list[Path]:
     """Return the files and folders that a study was read from."""
-    inputs = [path for one in study.adapters.values() for path in one.provenance.inputs]
+    inputs = [path for adapter in study.adapters.values() for path in adapter.provenance.inputs]
     return inputs if study.base is None else [*inputs, *study.base.inputs]
 
 
@@ -144,20 +154,22 @@ def _write_files(
     figures: Sequence[str],
     progress: Progress | None,
 ) -> None:
-    said = findings(study)
+    all_findings = findings(study)
     page = {
         "title": title or _title(study),
         "lead": _lead(study),
-        "findings": said,
+        "findings": all_findings,
         "sections": sections(study, folder, figures, progress=progress, inline=form == "html"),
-        "verdicts": pair_tables.verdicts_table(said),
-        "starts": pair_tables.starts_table(study),
-        "made": made(study, command),
-        # What a page of Markdown can show of what lies beside it.
-        "image": next((one for one in ("svg", "png") if one in figures), None),
+        "conclusions": conclusions_table(all_findings),
+        "initializations": initializations_table(study),
+        "provenance": provenance(study, command),
+        # The format of the files that a Markdown page can show.
+        "image": next((suffix for suffix in ("svg", "png") if suffix in figures), None),
     }
     _write_tables(study, folder / "tables", parquet=parquet)
-    document = json.dumps(results(study, said), indent=1, allow_nan=False, ensure_ascii=False)
+    document = json.dumps(
+        results(study, all_findings), indent=1, allow_nan=False, ensure_ascii=False
+    )
     write_atomic(folder / RESULTS, printable_json(document).encode())
     if (grids := grids_file(study)) is not None:
         write_atomic(folder / GRIDS, grids)
@@ -167,57 +179,44 @@ def _write_files(
 
 def write_page(
     study: Study,
-    made_sections: Sequence[Section],
+    page_sections: Sequence[Section],
     path: Path,
     *,
     title: str,
     lead: str,
     command: str,
 ) -> Path:
-    """Write a page of given sections in the report's look, without findings; return its path."""
+    """Write a page with the given sections in the layout of a report; return its path."""
     page = {
         "title": title,
         "lead": lead,
         "findings": (),
-        "sections": made_sections,
-        "verdicts": None,
-        "starts": None,
-        "made": made(study, command),
+        "sections": page_sections,
+        "conclusions": None,
+        "initializations": None,
+        "provenance": provenance(study, command),
     }
     text = _environment("html").get_template("report.html.j2").render(page)
     return write_atomic(path, text.encode())
-
-
-def _check_parquet() -> None:
-    try:
-        import pyarrow as pa  # noqa: F401
-    except ImportError as error:
-        message = "Parquet tables need pyarrow: pip install 'lora-analysis[parquet]'."
-        raise MissingExtraError(message) from error
 
 
 def _write_tables(study: Study, folder: Path, *, parquet: bool) -> None:
     for name, table in chain(all_tables(study), _similarity_matrix_tables(study)):
         if table.empty:
             continue
-        square = name.startswith("similarity_matrix_")
-        write_atomic(
-            folder / f"{name}.csv",
-            partial(tables.write_square_csv, table) if square else tables.csv_text(table).encode(),
-        )
+        is_square = name.startswith("similarity_matrix_")
+        content = partial(write_square_csv, table) if is_square else csv_text(table).encode()
+        write_atomic(folder / f"{name}.csv", content)
         if parquet:
             write_atomic(folder / f"{name}.parquet", table.to_parquet(None, index=False))
 
 
 def _similarity_matrix_tables(study: Study) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the similarity matrix as square tables, one per quantity; none for one adapter."""
-    similarity_matrix = study.similarity_matrix
-    if similarity_matrix is not None and len(similarity_matrix.labels) > 1:
+    """Yield the similarity matrix as square tables, one per quantity; nothing for one adapter."""
+    matrix = study.similarity_matrix
+    if matrix is not None and len(matrix.labels) > 1:
         for what in ("output", "input", "cosine"):
-            yield (
-                f"similarity_matrix_{what}",
-                tables.square_table(similarity_matrix.labels, similarity_matrix.matrix(what)),
-            )
+            yield f"similarity_matrix_{what}", square_table(matrix.labels, matrix.matrix(what))
 
 
 def _environment(form: str) -> jinja2.Environment:
@@ -226,31 +225,31 @@ def _environment(form: str) -> jinja2.Environment:
         autoescape=form == "html",
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
-        finalize=_shown if form == "html" else _shown_lines,
+        finalize=_printable_value if form == "html" else _printable_lines,
     )
     environment.filters["md"] = _markdown_text
     environment.filters["md_code"] = _markdown_code
     return environment
 
 
-def _shown(value: Any) -> Any:
-    """Return what a template shows of a value: names may hold anything, drawings are our own."""
+def _printable_value(value: Any) -> Any:
+    """Return a value with unprintable characters escaped; our own drawings stay as they are."""
     return value if isinstance(value, Markup) else printable(str(value))
 
 
-def _shown_lines(value: Any) -> str:
-    """Return the same for Markdown, where a macro's lines pass here; names are one line by then."""
+def _printable_lines(value: Any) -> str:
+    """Return the same for Markdown, in which the lines of a macro pass through here."""
     return printable_lines(str(value))
 
 
 def _markdown_text(text: str) -> str:
-    """Return text that Markdown shows as it is."""
+    """Return text with the special characters of Markdown escaped."""
     line = printable(" ".join(str(text).split()))
     return "".join("\\" + c if c in "\\`*_[]<>|#$~" else c for c in line)
 
 
 def _markdown_code(text: str) -> str:
-    """Return text as code in a line: between more backticks than it holds in a row."""
+    """Return text as inline code, between more backticks than it holds in a row."""
     line = printable(text)
     ticks = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     return f"{ticks} {line} {ticks}" if "`" in line else f"`{line}`"
@@ -259,22 +258,24 @@ def _markdown_code(text: str) -> str:
 def _title(study: Study) -> str:
     names = list(study.adapters)
     if len(names) == 1:
-        return f"What {names[0]} learned"
+        return f"LoRA adapter {names[0]}"
     bases = set(study.runs["base_model"].dropna())
     of = f" of {bases.pop().rpartition('/')[2]}" if len(bases) == 1 else ""
     return f"{len(names)} LoRA adapters{of}"
 
 
 def _lead(study: Study) -> str:
-    modules = study.spectra["module"].nunique()
-    found = f"{plural(len(study.adapters), 'adapter')}, {plural(modules, 'module')}"
+    parts = [
+        plural(len(study.adapters), "adapter"),
+        plural(study.spectra["module"].nunique(), "module"),
+    ]
     compared = study.compared_pairs
     if compared:
-        found += f", {plural(compared, 'pair')} compared on both sides, each beside chance"
+        parts.append(f"{plural(compared, 'pair')} compared on both sides")
     if left := len(study.pairs) - compared:
-        found += (
-            f"{';' if compared else ','} {plural(left, 'pair')} with nothing to compare (an "
-            "untrained adapter, or no module in common)"
+        parts.append(
+            f"{plural(left, 'pair')} with nothing to compare (an untrained adapter, or no module "
+            "in common)"
         )
-    against = f"Held against {study.base.label}." if study.base else "No base weights were given."
-    return f"{found}. {against}"
+    base = f"Base weights: {study.base.label}." if study.base else "No base weights were given."
+    return f"{', '.join(parts)}. {base}"

@@ -1,0 +1,211 @@
+"""Findings about the adapters themselves: failures, damage, outliers, what is known about them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lora_analysis.conclusions.overlap_findings import PAIRS_IN_WORDS
+from lora_analysis.finding import Finding, Severity
+from lora_analysis.studies import Relation, Study
+from lora_analysis.studies.relations import base_key
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Times the median norm of the others from which an adapter is called diverged.
+DIVERGED = 10.0
+
+
+def failures(study: Study) -> Iterator[Finding]:
+    """Name what could not be analyzed, and why: together what has one reason."""
+    by_reason: dict[str, list[str]] = {}
+    for failure in study.failures:
+        reason = failure.reason.removeprefix(f"{failure.source}: ")
+        by_reason.setdefault(reason, []).append(failure.source)
+    for reason, sources in by_reason.items():
+        yield Finding("not-analyzed", {"sources": sources, "reason": reason})
+
+
+def damaged_files(study: Study) -> Iterator[Finding]:
+    """Name adapters with damaged numbers or files; no other result about them is safe."""
+    for finding, labels in _findings_about_files(study).items():
+        if finding.severity == "damage":
+            yield finding.of_adapters(labels)
+
+
+def file_artifacts(study: Study) -> Iterator[Finding]:
+    """Pass on artifacts in the files: an A that a conversion has copied."""
+    yield from _grouped_by_code(study, "artifact")
+
+
+def file_notes(study: Study) -> Iterator[Finding]:
+    """Pass on what else the readers and the sanity checks noticed in the files."""
+    yield from _grouped_by_code(study, "limit", "result")
+
+
+def _grouped_by_code(study: Study, *severities: Severity) -> Iterator[Finding]:
+    """Yield findings about files; the first one stands for many of one code."""
+    by_code: dict[str, list[tuple[Finding, list[str]]]] = {}
+    for finding, labels in _findings_about_files(study).items():
+        if finding.severity in severities:
+            by_code.setdefault(finding.code, []).append((finding, labels))
+    for code, group in by_code.items():
+        # Each "file-note" may be about something else.
+        if code != "file-note" and len(group) > PAIRS_IN_WORDS:
+            every = dict.fromkeys(label for _, labels in group for label in labels)
+            group[:] = [(group[0][0], list(every))]
+        for finding, labels in group:
+            yield finding.of_adapters(labels)
+
+
+def _findings_about_files(study: Study) -> dict[Finding, list[str]]:
+    """Return each finding about files once, with the labels of all adapters that have it."""
+    labels: dict[Finding, list[str]] = {}
+    for label, adapter in study.adapters.items():
+        for finding in (*adapter.provenance.findings, *study.warnings.get(label, ())):
+            labels.setdefault(finding, []).append(label)
+    return labels
+
+
+def untrained(study: Study) -> Iterator[Finding]:
+    """Name adapters and modules whose update is zero."""
+    for row in study.runs.itertuples():
+        missing = row.modules - row.trained_modules
+        if missing == row.modules:
+            fields = {"adapter": row.adapter, "modules": int(row.modules)}
+            yield Finding("untrained-adapter", fields)
+        elif missing:
+            fields = {"adapter": row.adapter, "modules": int(row.modules)}
+            yield Finding("untrained-modules", {**fields, "untrained": int(missing)})
+
+
+def diverged(study: Study) -> Iterator[Finding]:
+    """Name adapters whose norm is far from the others', or larger than that of W itself.
+
+    Only adapters of the same modules of one base are compared, and no earlier checkpoint of a
+    run: norms grow in training.
+    """
+    runs = study.runs[study.runs["scale_known"] & (study.runs["trained_modules"] > 0)]
+    modules = study.spectra.groupby("adapter")["module"].agg(lambda names: hash(frozenset(names)))
+    groups = runs["adapter"].map(modules).astype(str) + runs["base_model"].map(
+        base_key, na_action="ignore"
+    ).map(str)
+    against = study.amplifications
+    against = against[against["at_rank"]] if len(against) else against
+    for row in runs.itertuples():
+        comparable = (groups == groups[row.Index]) & (runs["adapter"] != row.adapter)
+        norms = runs.loc[comparable & ~runs["earlier"], "norm"]
+        usual = float(norms.median()) if len(norms) >= 2 else np.nan
+        relative = float(against.loc[against["adapter"] == row.adapter, "relative_norm"].median())
+        is_outlier, exceeds_weight = row.norm >= DIVERGED * usual, relative >= 1
+        if is_outlier or exceeds_weight:
+            yield Finding(
+                "diverged",
+                {
+                    "adapter": row.adapter,
+                    "norm": float(row.norm),
+                    "ratio": float(row.norm / usual) if is_outlier else None,
+                    "relative_norm": relative if exceeds_weight else None,
+                },
+            )
+
+
+def near_duplicates(study: Study) -> Iterator[Finding]:
+    """Name adapters that are one update, up to its norm."""
+    if study.similarity_matrix is None or len(study.adapters) < 2:
+        return
+    norm_of = dict(zip(study.similarity_matrix.labels, study.similarity_matrix.norms, strict=True))
+    for names in study.similarity_matrix.duplicates():
+        norms = [norm_of[name] for name in names]
+        ratio = float(max(norms) / min(norms))
+        yield Finding("near-duplicates", {"duplicates": list(names), "norm_ratio": ratio})
+
+
+def base_models(study: Study) -> Iterator[Finding]:
+    """Name the base models of the adapters if there are several, and adapters that name none."""
+    runs = study.runs.assign(base=study.runs["base_model"].map(base_key, na_action="ignore"))
+    bases = [
+        {"base": str(rows["base_model"].iloc[0]), "adapters": len(rows)}
+        for _, rows in runs.groupby("base", sort=False)
+    ]
+    if len(bases) > 1:
+        compared = int((study.pairs["relation"] == Relation.OTHER_BASE).sum())
+        yield Finding(
+            "several-bases",
+            {
+                "count": len(bases),
+                "bases": bases,
+                "excluded_pairs": study.across_bases or None,
+                "compared_pairs": None if study.across_bases else compared,
+                "unnamed": list(runs.loc[runs["base"].isna(), "adapter"]) or None,
+            },
+        )
+
+
+def unknown_tasks(study: Study) -> Iterator[Finding]:
+    """Name the adapters whose task or seed is unknown, if there are several adapters.
+
+    Adapters whose name does not fit the user's pattern have a finding that says so.
+    """
+    runs = study.runs[~study.runs["adapter"].isin(study.reference)]
+    unknown = [
+        label
+        for label in runs.loc[runs["task"].isna() | runs["seed"].isna(), "adapter"]
+        if all(one.code != "label-misfit" for one in study.adapters[label].provenance.findings)
+    ]
+    if len(runs) > 1 and unknown:
+        fields = {"count": len(unknown), "total": len(runs), "unlabeled": unknown}
+        yield Finding("unknown-task-or-seed", fields)
+
+
+def sampled_adapters(study: Study) -> Iterator[Finding]:
+    """Report that the tables of pairs hold a sample of the adapters."""
+    compared, total = len(study.tabulated), len(study.adapters)
+    if compared < total:
+        yield Finding("sampled-adapters", {"compared": compared, "total": total})
+
+
+def few_seeds(study: Study) -> Iterator[Finding]:
+    """Name the tasks and ranks with too few seeds for an interval."""
+    runs = study.runs.dropna(subset=["task", "rank", "seed"])
+    if runs.empty:
+        return
+    counts = runs.groupby(["task", "rank"])["seed"].nunique()
+    groups = [
+        {"task": str(task), "rank": int(rank), "seeds": int(seeds)}
+        for (task, rank), seeds in counts.items()
+        if seeds < 3
+    ]
+    if groups:
+        yield Finding("few-seeds", {"groups": groups})
+
+
+def incomparable_pairs(study: Study) -> Iterator[Finding]:
+    """Name pairs that cannot be compared in some or all modules."""
+    for row in study.pairs.itertuples():
+        fields = {"a": row.a, "b": row.b}
+        if row.mismatched_modules:
+            modules = int(row.mismatched_modules)
+            yield Finding("different-shapes", {**fields, "modules": modules})
+        elif not row.modules:
+            names = {name: list(study.adapters[label]) for name, label in fields.items()}
+            yield Finding(
+                "no-common-module",
+                {
+                    **fields,
+                    "alike": _modules_alike(study.spectra, row.a, row.b) or None,
+                    **{f"modules_{name}": modules for name, modules in names.items()},
+                },
+            )
+
+
+def _modules_alike(spectra: pd.DataFrame, a: str, b: str) -> int:
+    """Return how many modules of two adapters agree in shape; 0 unless all of one adapter do."""
+    shapes = spectra.groupby("adapter")[["d_out", "d_in"]]
+    counts = [Counter(map(tuple, shapes.get_group(label).to_numpy())) for label in (a, b)]
+    shared = (counts[0] & counts[1]).total()
+    return shared if shared == min(count.total() for count in counts) else 0
