@@ -9,7 +9,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from gguf_sources import permuted, q4_k, random_blocks, write_gguf
+from gguf_bases import permuted, q4_k, random_blocks, write_gguf
 
 from lora_analysis.bases import gguf_source, open_base
 from lora_analysis.errors import (
