@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from gguf_bases import permuted, q4_k, random_blocks, write_gguf
 
-from lora_analysis.bases import gguf as gguf_base
-from lora_analysis.bases import open_base
+from lora_analysis.bases import gguf_source, open_base
 from lora_analysis.errors import (
     BaseWeightError,
     MalformedFileError,
@@ -62,7 +61,7 @@ def test_every_type_is_read_as_the_library_decodes_it(
     wanted = gguf.dequantize(raw, gguf.GGMLQuantizationType[kind])
     assert np.isfinite(wanted).all()
     path = write_gguf(tmp_path / "m.gguf", {"blk.0.ffn_down.weight": raw}, kind=kind, raw=True)
-    monkeypatch.setattr(gguf_base, "BLOCK_ELEMENTS", 4 * wanted.shape[1])
+    monkeypatch.setattr(gguf_source, "BLOCK_ELEMENTS", 4 * wanted.shape[1])
     weight = open_base(path).weight(NORM, shape=wanted.shape)
     np.testing.assert_array_equal(weight.array(), wanted)
     assert weight.storage == f"GGUF {kind}"
@@ -171,7 +170,7 @@ def test_rotated_rows_of_q_and_k_are_put_back(
     }
     path = write_gguf(tmp_path / "m.gguf", tensors, kind=kind, heads=6, kv_heads=2)
     base = open_base(path)
-    monkeypatch.setattr(gguf_base, "BLOCK_ELEMENTS", 17 * 32)  # tiles hold whole heads
+    monkeypatch.setattr(gguf_source, "BLOCK_ELEMENTS", 17 * 32)  # tiles hold whole heads
     exact = {"F32": 1e-6, "Q8_0": 0.02}[kind]
     for part, wanted in (("q", q), ("k", k), ("v", k)):
         found = base.weight(f"model.layers.0.self_attn.{part}_proj", shape=wanted.shape)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_analysis.bases import arrays, open_base
+from lora_analysis.bases import memory_source, open_base
 from lora_analysis.errors import BaseWeightError
 from lora_analysis.lora import add_lora, merge_lora, unmerge_lora
 
@@ -46,7 +46,7 @@ def test_a_live_module_says_itself_how_its_weight_lies() -> None:
 def test_other_types_are_widened_block_by_block(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arrays, "BLOCK_ELEMENTS", 10)
+    monkeypatch.setattr(memory_source, "BLOCK_ELEMENTS", 10)
     model = torch.nn.Sequential(torch.nn.Linear(4, 7, bias=False)).to(dtype)
     weight = open_base(model).weight("0")
     assert weight.stored_dtype == str(dtype).removeprefix("torch.")

@@ -28,7 +28,7 @@ from quantized_bases import (
 )
 
 from lora_analysis.bases import open_base, quantized
-from lora_analysis.bases.quantized.codes import cell_variances, unpacked
+from lora_analysis.bases.quantized.codes import cell_variances, unpack
 from lora_analysis.errors import BaseWeightError
 from lora_analysis.storage.dtypes import BITS
 
@@ -124,7 +124,7 @@ def test_words_unpack_to_the_bits_that_were_packed(rng: np.random.Generator, bit
     stream = "".join(format(code, f"0{bits}b")[::-1] for code in codes[:, 1])
     words = np.zeros((2 * bits, 3), np.uint32)
     words[:, 1] = [int(stream[32 * at : 32 * (at + 1)][::-1], 2) for at in range(2 * bits)]
-    np.testing.assert_array_equal(unpacked(words.view(np.int32), bits)[:, 1], codes[:, 1])
+    np.testing.assert_array_equal(unpack(words.view(np.int32), bits)[:, 1], codes[:, 1])
 
 
 def test_awq_reads_by_its_layout(rng: np.random.Generator, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from lora_analysis.amplify import amplification
-from lora_analysis.bases import BaseWeights, Weight, arrays, open_base
+from lora_analysis.bases import BaseWeights, Weight, memory_source, open_base
 from lora_analysis.errors import (
     BaseWeightError,
     InputError,
@@ -77,7 +77,7 @@ def test_blocks_cover_the_weight_once_in_either_orientation(
     if case["stored_in_file"]:
         source = base_folder(tmp_path_factory.mktemp("base"), {"q.weight": values})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arrays, "BLOCK_ELEMENTS", case["elements"])
+        patch.setattr(memory_source, "BLOCK_ELEMENTS", case["elements"])
         patch.setitem(tensor_files.TensorFiles.blocks.__kwdefaults__, "elements", case["elements"])
         weight = open_base(source).weight("q", transposed=case["transposed"])  # type: ignore[arg-type]
         assert weight.shape == wanted.shape

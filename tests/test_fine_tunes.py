@@ -108,9 +108,9 @@ def test_what_is_not_part_of_the_update_is_said(models: dict[str, Any]) -> None:
         str, read_fine_tune(models["tuned"], models["base"]).provenance.findings
     )
     assert "1 of 5 weights are identical in base and left out: 'model.layers.1.q_proj'" in identical
-    assert "1 of 5 weights are left out, since nothing in base can be held" in lost
+    assert "1 of 5 weights are left out, since base has no counterpart" in lost
     assert "no weight belongs to 'score'" in lost
-    assert others.startswith("1 tensors that are no matrices")
+    assert others.startswith("1 tensors that are not matrices")
     assert "'model.norm.weight'" in others
 
 

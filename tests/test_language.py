@@ -38,7 +38,6 @@ PENDING = frozenset(
     [
         "__init__",
         "__main__",
-        "bases",
         "cli",
         "conclusions",
         "demo",
@@ -52,7 +51,6 @@ PENDING = frozenset(
         "report",
         "reproduction",
         "shared_init",
-        "storage",
         "studies",
         "text",
         "training",

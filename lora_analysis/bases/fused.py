@@ -1,9 +1,9 @@
-"""Tensors that hold several modules: which rows are q, k, v, gate or up, and how they lie.
+"""Fused tensors of several modules: the rows of q, k, v, gate and up, and their layout.
 
 Most families put blocks after each other (q|k|v, gate|up). GPT-NeoX, BLOOM, old Falcon and
 DeBERTa interleave per head (q, k, v of head 0, then of head 1); new Falcon and InternLM2 per group
-of heads that share k and v; gpt-oss row by row. Reading one as the other gives plausible numbers
-of wrong rows, so a family that is not known here is refused.
+of heads that share k and v; gpt-oss row by row. The wrong layout gives plausible numbers of wrong
+rows, so an unknown family is refused.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _QKV: Final = ("q", "k", "v")
 _GATE_UP: Final = ("gate", "up")
 _QKV_MLP: Final = (*_QKV, "mlp")
 
-# Module of one part → the modules that may hold it, and which part it is.
+# Module of one part → the fused modules that may contain it, and the part that it is.
 _PART_NAMES: Final = {
     **{f"{p}_proj": (("qkv_proj", "W_pack", "query_key_value", "c_attn"), p) for p in _QKV},
     **{f"{p}_proj": (("gate_up_proj",), p) for p in _GATE_UP},
     **{f"to_{p}": (("to_qkv", "to_qkv_mlp"), p) for p in _QKV},
     **{f"add_{p}_proj": (("add_qkv_proj",), p) for p in _QKV},
 }
-# What a fused module may be put together from.
+# Fused module → the modules that it may be joined from.
 _JOINED: Final = {
     "qkv_proj": tuple(f"{p}_proj" for p in _QKV),
     "W_pack": tuple(f"{p}_proj" for p in _QKV),
@@ -54,9 +54,9 @@ _KV_HEADS: Final = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_q
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What a model's configuration says about the layout of its fused tensors.
+    """Configuration of a model that determines the layout of its fused tensors.
 
-    ``blocks`` is true where the writer of the file has put interleaved rows into blocks, as the
+    ``blocks`` is True if the writer of the file has reordered interleaved rows into blocks, as the
     converter to GGUF does.
     """
 
@@ -65,7 +65,7 @@ class Family:
     blocks: bool = False
 
     def number(self, names: Sequence[str]) -> int | None:
-        """Return the first number the configuration states under one of the names."""
+        """Return the first number that the configuration states under one of the names."""
         nested = self.config.get("text_config")
         for source in (self.config, nested if isinstance(nested, Mapping) else {}):
             for name in names:
@@ -75,26 +75,26 @@ class Family:
         return None
 
 
-def homes_of_part(module: str) -> list[tuple[str, str]]:
-    """Return fused modules that may hold a module, each with the part that it is."""
+def fused_with_part(module: str) -> list[tuple[str, str]]:
+    """Return fused modules that may contain a module, each with the part that it is."""
     path, _, last = module.rpartition(".")
-    found = []
+    candidates = []
     if last in _PART_NAMES:
-        homes, part = _PART_NAMES[last]
-        found = [(f"{path}.{home}" if path else home, part) for home in homes]
+        names, part = _PART_NAMES[last]
+        candidates = [(f"{path}.{name}" if path else name, part) for name in names]
     if last in _OWN_PARTS and path.rpartition(".")[2] in _FUSED:
-        found.append((path, _OWN_PARTS[last]))
+        candidates.append((path, _OWN_PARTS[last]))
     if (match := _SINGLE_BLOCK.fullmatch(module)) and match[2] == "proj_mlp":
-        found.append((f"{match[1]}.attn.to_qkv_mlp", "mlp"))
+        candidates.append((f"{match[1]}.attn.to_qkv_mlp", "mlp"))
     if module == "norm_out.linear" or module.endswith(".norm_out.linear"):
-        found.append((module.removesuffix("linear") + "shift_scale", "swapped"))
-    return found
+        candidates.append((module.removesuffix("linear") + "shift_scale", "swapped"))
+    return candidates
 
 
 def parts_inside(module: str) -> list[tuple[str, str]]:
-    """Return the modules that a fused module may hold, each with the part that it is."""
+    """Return the modules that a fused module may contain, each with the part that it is."""
     path, _, last = module.rpartition(".")
-    names = [(name, part) for name, (homes, part) in _PART_NAMES.items() if last in homes]
+    names = [(name, part) for name, (fused, part) in _PART_NAMES.items() if last in fused]
     parts = [(f"{path}.{name}" if path else name, part) for name, part in names]
     if (match := _SINGLE_BLOCK.fullmatch(module)) and last == "to_qkv_mlp":
         parts.append((f"{match[1]}.proj_mlp", "mlp"))
@@ -112,7 +112,7 @@ def parts_of_fused(module: str) -> list[str]:
 def rows_of_part(
     module: str, part: str, shape: tuple[int, int], height: int | None, family: Family
 ) -> tuple[slice, ...] | str:
-    """Return the rows of a fused weight that are one part, as runs, or why they are not known.
+    """Return the rows of one part of a fused weight as runs, or the reason why they are not known.
 
     Parameters
     ----------
@@ -121,11 +121,11 @@ def rows_of_part(
     part
         "q", "k", "v", "gate", "up", "mlp"; "all" for every row in the running model's order.
     shape
-        Of the fused weight, ``(d_out, d_in)``.
+        Shape of the fused weight, ``(d_out, d_in)``.
     height
-        Rows the part must have, where an update says so.
+        Number of rows that the part must have, if an update determines it.
     family
-        The model's.
+        Family of the model.
     """
     total, last = shape[0], module.rpartition(".")[2]
     if part == "swapped":  # diffusers has scale before shift, the authors shift before scale
@@ -134,34 +134,34 @@ def rows_of_part(
         return _halves(total, _GATE_UP.index(part), interleaved=family.model_type == "gpt_oss")
     if last == "to_qkv_mlp":
         edges = [0, shape[1], 2 * shape[1], 3 * shape[1], total]
-        at = _QKV_MLP.index(part)
-        return (slice(edges[at], edges[at + 1]),)
+        position = _QKV_MLP.index(part)
+        return (slice(edges[position], edges[position + 1]),)
     grouped = _grouping(last, total, family)
     if isinstance(grouped, str):
         return grouped
     if grouped is not None:
-        return _of_groups(part, *grouped, blocks=family.blocks)
+        return _rows_in_groups(part, *grouped, blocks=family.blocks)
     if part not in _QKV:
         return f"its rows are q, k and v, not {part}"
     widths = _widths(part, total, height, family)
     if isinstance(widths, str):
         return widths
-    at = _QKV.index(part)
-    return (slice(sum(widths[:at]), sum(widths[: at + 1])),)
+    position = _QKV.index(part)
+    return (slice(sum(widths[:position]), sum(widths[: position + 1])),)
 
 
 def is_interleaved(module: str, family: Family) -> bool:
-    """Say whether the running model interleaves the rows of a fused module."""
+    """Return True if the running model interleaves the rows of a fused module."""
     grouping = _grouping(module.rpartition(".")[2], 0, family)
     return grouping is not None and not isinstance(grouping, str)
 
 
-def _halves(total: int, at: int, *, interleaved: bool) -> tuple[slice, ...] | str:
+def _halves(total: int, half: int, *, interleaved: bool) -> tuple[slice, ...] | str:
     if total % 2:
         return _odd(total)
     if interleaved:
-        return tuple(slice(row, row + 1) for row in range(at, total, 2))
-    return (slice(at * total // 2, (at + 1) * total // 2),)
+        return tuple(slice(row, row + 1) for row in range(half, total, 2))
+    return (slice(half * total // 2, (half + 1) * total // 2),)
 
 
 def _odd(total: int) -> str:
@@ -198,18 +198,18 @@ def _grouping(last: str, total: int, family: Family) -> tuple[int, int, int] | s
     return heads // per_group, per_group, total // count
 
 
-def _of_groups(
+def _rows_in_groups(
     part: str, groups: int, queries: int, head: int, *, blocks: bool
 ) -> tuple[slice, ...] | str:
-    """Return the runs of a part: interleaved group by group, or put into blocks by the writer."""
+    """Return the runs of a part: interleaved group by group, or in blocks of the writer."""
     size = (queries + 2) * head
     inside = {"q": (0, queries), "k": (queries, queries + 1), "v": (queries + 1, queries + 2)}
     if part == "all":
         starts = {"q": 0, "k": groups * queries * head, "v": groups * (queries + 1) * head}
         return tuple(
-            slice(starts[one] + group * width, starts[one] + (group + 1) * width)
+            slice(starts[name] + group * width, starts[name] + (group + 1) * width)
             for group in range(groups)
-            for one, (low, high) in inside.items()
+            for name, (low, high) in inside.items()
             for width in [(high - low) * head]
         )
     if part not in inside:
@@ -225,7 +225,7 @@ def _of_groups(
 def _widths(
     part: str, total: int, height: int | None, family: Family
 ) -> tuple[int, int, int] | str:
-    """Return the rows of q, k and v in blocks: k and v are alike, and q takes the rest."""
+    """Return the numbers of rows of q, k and v in blocks: k and v have as many, q has the rest."""
     heads = family.number(_HEADS)
     shared = family.number(_KV_HEADS) or heads
     if family.config.get("multi_query") and family.number(_KV_HEADS) is None:

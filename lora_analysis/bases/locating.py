@@ -1,8 +1,8 @@
-"""From a module's name to where its weight lies: a tensor, a part of one, one of a stack, several.
+"""Find the tensors of a module's weight: one tensor, a part, one of a stack, or several.
 
-Tried in order, each only if the one before gave nothing: the module's own tensor, as it is named
-before anything is rewritten; a matrix in a stack of experts; rows of a fused tensor; several
-tensors that make a fused module; the embedding that a head is tied to.
+Tried in order until one succeeds: the module's own tensor, by its name before anything is
+rewritten; a matrix in a stack of experts; rows of a fused tensor; several tensors that make a fused
+module; the embedding that a head is tied to.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from lora_analysis.bases.fused import homes_of_part, parts_of_fused
-from lora_analysis.bases.naming import TensorNames
+from lora_analysis.bases.fused import fused_with_part, parts_of_fused
+from lora_analysis.bases.tensor_names import TensorNames
 from lora_analysis.names import strip_wrappers
 
 _EXPERT: Final = re.compile(r"(.*\.experts)\.(\d{1,9})\.(\w+)")
 # "experts.gate_up_proj.3" and "experts.gate_up_proj[3]" are expert 3 of that parameter.
 _STACKED: Final = re.compile(r"(.*\.experts)\.(\w+)(?:\.(\d{1,9})|\[(\d{1,9})\])")
-_OF_GATE_UP: Final = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up"}
+_GATE_UP_PARTS: Final = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up"}
 _HEAD: Final = re.compile(
     r"output|(.*\.)?(lm_head|lm_head\.decoder|embed_out|output_layer|predictions\.decoder"
     r"|vocab_projector)"
@@ -32,29 +32,29 @@ _EMBEDDINGS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """Tensors that may hold a module's weight; one must be chosen by shape.
+    """Tensors that may contain a module's weight; the shape selects one.
 
-    ``index`` names the matrix of a stack; ``home`` and ``part`` the fused module and the part of it
-    that is meant.
+    ``index`` is the matrix of a stack; ``fused`` and ``part`` are the fused module and the part of
+    it that the module is.
     """
 
     tensors: tuple[str, ...]
     index: int | None = None
-    home: str = ""
+    fused: str = ""
     part: str | None = None
 
 
 class Locator:
-    """Finds modules in a base.
+    """Lookup of modules in a base.
 
     Parameters
     ----------
     names
         The base's tensors.
     shape_of
-        Stored shape of a tensor.
+        Function that returns the stored shape of a tensor.
     config
-        The model's configuration; ``tie_word_embeddings`` is asked of it.
+        The model's configuration, for ``tie_word_embeddings``.
     """
 
     def __init__(
@@ -68,16 +68,16 @@ class Locator:
         self._tied = config.get("tie_word_embeddings") is not False
 
     def locate(self, module: str) -> list[Located]:
-        """Return where a module's rows lie, in order; more than one where several tensors make it.
+        """Return the locations of a module's rows, in order; several if several tensors make it.
 
         Raises
         ------
         BaseWeightError
-            Nowhere; the message lists near names.
+            No tensor belongs to the module; the message lists near names.
         """
-        named = strip_wrappers(module)
-        spellings = [named]  # a module may itself be called "experts.down_projs.3"
-        if match := _STACKED.fullmatch(named):
+        stripped = strip_wrappers(module)
+        spellings = [stripped]  # a module may itself be called "experts.down_projs.3"
+        if match := _STACKED.fullmatch(stripped):
             spellings.append(f"{match[1]}.{match[3] or match[4]}.{match[2]}")
         for search in (self._whole, self._part, self._joined, self._embedding):
             for spelling in spellings:
@@ -85,46 +85,46 @@ class Locator:
                     return [located] if isinstance(located, Located) else located
         raise self._names.missing(module)
 
-    def _whole(self, wanted: str) -> Located | None:
-        """Return the module's own tensor, or the stack of experts that holds it."""
-        if tensors := self._names.find(wanted):
+    def _whole(self, name: str) -> Located | None:
+        """Return the module's own tensor, or the stack of experts that contains it."""
+        if tensors := self._names.find(name):
             return Located(tuple(tensors))
-        if match := _EXPERT.fullmatch(wanted):
+        if match := _EXPERT.fullmatch(name):
             index = int(match[2])
             stacks = tuple(
-                name
-                for name in self._names.find(f"{match[1]}.{match[3]}")
-                if len(self._shape_of(name)) == 3 and index < self._shape_of(name)[0]
+                tensor
+                for tensor in self._names.find(f"{match[1]}.{match[3]}")
+                if len(self._shape_of(tensor)) == 3 and index < self._shape_of(tensor)[0]
             )
             if stacks:
                 return Located(stacks, index)
         return None
 
-    def _part(self, wanted: str) -> Located | None:
-        for spelling in self._names.spellings(wanted):
-            for home, part in (*self._homes(spelling), *self._names.flat_homes(spelling)):
-                if held := self._whole(home):
-                    return Located(held.tensors, held.index, home, part)
+    def _part(self, name: str) -> Located | None:
+        for spelling in self._names.spellings(name):
+            for fused, part in (*self._fused(spelling), *self._names.flat_fused(spelling)):
+                if whole := self._whole(fused):
+                    return Located(whole.tensors, whole.index, fused, part)
         return None
 
     @staticmethod
-    def _homes(wanted: str) -> Sequence[tuple[str, str]]:
-        if (match := _EXPERT.fullmatch(wanted)) and match[3] in _OF_GATE_UP:
-            return [(f"{match[1]}.{match[2]}.gate_up_proj", _OF_GATE_UP[match[3]])]
-        return homes_of_part(wanted)
+    def _fused(name: str) -> Sequence[tuple[str, str]]:
+        if (match := _EXPERT.fullmatch(name)) and match[3] in _GATE_UP_PARTS:
+            return [(f"{match[1]}.{match[2]}.gate_up_proj", _GATE_UP_PARTS[match[3]])]
+        return fused_with_part(name)
 
-    def _joined(self, wanted: str) -> list[Located]:
-        for spelling in self._names.spellings(wanted):
+    def _joined(self, name: str) -> list[Located]:
+        for spelling in self._names.spellings(name):
             parts = [self._whole(part) for part in parts_of_fused(spelling)]
-            found = [part for part in parts if part is not None]
-            if found and len(found) == len(parts):
-                return found
+            located = [part for part in parts if part is not None]
+            if located and len(located) == len(parts):
+                return located
         return []
 
-    def _embedding(self, wanted: str) -> Located | None:
-        """Return the embedding, for a head whose tensor is absent because the two are one."""
-        path, _, last = wanted.rpartition(".")
-        shared = self._tied and _HEAD.fullmatch(wanted) is not None
+    def _embedding(self, head: str) -> Located | None:
+        """Return the embedding, for a tied head, which has no tensor."""
+        path, _, last = head.rpartition(".")
+        shared = self._tied and _HEAD.fullmatch(head) is not None
         for name in _EMBEDDINGS:
             # T5's encoder and decoder both embed by `shared`.
             if shared or (name == "shared" and last == "embed_tokens"):

@@ -1,4 +1,4 @@
-"""``open_base``: what the source is, and which family it belongs to."""
+"""``open_base``: recognize a source, find its file and configuration, and open its weights."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from lora_analysis.bases.arrays import ArrayTensors, LiveTensors, is_live_model
+from lora_analysis.bases.base_weights import BaseWeights
+from lora_analysis.bases.file_source import FileSource
+from lora_analysis.bases.memory_source import ArraySource, ModelSource, is_live_model
 from lora_analysis.bases.sanity_checks import file_findings
-from lora_analysis.bases.stored import StoredTensors
-from lora_analysis.bases.weights import BaseWeights
 from lora_analysis.errors import SourceError, UnknownFormatError
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.file_signatures import PICKLE_SUFFIXES
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lora_analysis.storage.hub_names import Snapshot
     from lora_analysis.storage.tensors import TensorFiles
 
-# In this order: a folder that holds a model twice is read without pickles.
+# In this order: a folder with two copies of a model is read without pickles.
 _NAMES: Final = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -41,41 +41,41 @@ _GGUF: Final = ".gguf"
 def open_base(
     source: str | os.PathLike[str] | Mapping[str, Any] | Any, *, allow_pickle: bool = False
 ) -> BaseWeights:
-    """Return the frozen weights a source holds; their values are read when asked for.
+    """Open the frozen weights of a base model; their values are read on demand.
 
     Parameters
     ----------
     source
         A safetensors, torch or GGUF file, the index of a sharded one, a folder with such a model
-        (a hub's cache folder too), a live ``torch.nn.Module`` (its frozen weights, also where
-        adapters are attached), or a mapping of module names to arrays ``(d_out, d_in)``. A
-        ``config.json`` beside the file names the family, which decides how matrices lie.
-        Quantized weights are decoded block by block as they are read: fp8, MXFP8, MXFP6, MXFP4,
-        NVFP4, ComfyUI's files, GGUF (with the extra ``quantized``), bitsandbytes,
-        compressed-tensors, GPTQ, AWQ; types that may mean several things are refused. If nothing
-        local has the name, a repository on a hub (extra ``hf``) as in
-        :func:`lora_analysis.read_adapter`, of which one whole model is fetched.
+        (a hub's cache folder too), a live ``torch.nn.Module`` (its frozen weights, even if adapters
+        are attached), or a mapping of module names to arrays ``(d_out, d_in)``. A ``config.json``
+        next to the file names the family, which decides the orientation of matrices. Quantized
+        weights are decoded block by block as they are read: fp8, MXFP8, MXFP6, MXFP4, NVFP4,
+        ComfyUI's files, GGUF (with the extra ``quantized``), bitsandbytes, compressed-tensors,
+        GPTQ, AWQ; types that may mean several things are refused. If no local path has the name,
+        one whole model is fetched from a repository on a hub (extra ``hf``), named as in
+        :func:`lora_analysis.read_adapter`.
     allow_pickle
-        Whether files of ``torch.save`` are read: their tensors alone, nothing they name is run.
+        Read files of ``torch.save``: their tensors alone, nothing they name is run.
 
     Raises
     ------
     SourceError
-        Nothing lies at the path, it cannot be fetched, or a folder without one clear model.
+        The path does not exist, it cannot be fetched, or the folder has no single model.
     UnknownFormatError
-        What lies there is not read, or is a pickle and ``allow_pickle`` is false.
+        The format is not supported, or it is a pickle and ``allow_pickle`` is false.
     MalformedFileError
         A file is damaged.
     MissingExtraError
         It is a GGUF file and the package ``gguf`` is not installed.
     TypeError
-        The source is none of these.
+        The source has none of these types.
     """
     if is_live_model(source):
         return _open_live(source)
     if isinstance(source, Mapping):
         label = "the given arrays"
-        return BaseWeights(ArrayTensors(source, label), label=label, name=None)
+        return BaseWeights(ArraySource(source, label), label=label, name=None)
     if path := existing_path(source):
         base = _open_stored(path, allow_pickle=allow_pickle)
         base.path = path
@@ -97,11 +97,11 @@ def _open_stored(
     snapshot: Snapshot | None = None,
 ) -> BaseWeights:
     refuse_unfinished(path)
-    folder = _snapshot(path) if path.is_dir() else path.parent
+    folder = _commit_folder(path) if path.is_dir() else path.parent
     file = _file_in(folder) if path.is_dir() else path
     label = label or _label(path, file)
     if file.name.endswith(_GGUF):
-        from lora_analysis.bases.gguf import open_gguf
+        from lora_analysis.bases.gguf_source import open_gguf
 
         return open_gguf(file, label)
     if snapshot is not None and file.name.endswith(f".safetensors{_INDEX}"):
@@ -109,41 +109,48 @@ def _open_stored(
 
         files: TensorFiles = HubShards(file, snapshot)
     else:
-        files = open_tensors(_checked(file), allow_pickle=allow_pickle)
+        suffixes = (".safetensors", *PICKLE_SUFFIXES)
+        if not file.name.endswith((*suffixes, *(suffix + _INDEX for suffix in suffixes))):
+            message = (
+                f"{file}: base weights are read from safetensors, torch (.bin, .pt) and GGUF files "
+                "and their indices only. Save the model again with safe_serialization=True."
+            )
+            raise UnknownFormatError(message)
+        files = open_tensors(file, allow_pickle=allow_pickle)
     config = _config(file.with_name("config.json"))
     findings = file_findings(files, label)
-    stored = StoredTensors(files, label, config)
-    return BaseWeights(stored, label=label, config=config, findings=findings)
+    source = FileSource(files, label, config)
+    return BaseWeights(source, label=label, config=config, findings=findings)
 
 
 def _open_live(model: Any) -> BaseWeights:
     config = getattr(model, "config", None)
     to_dict = getattr(config, "to_dict", dict)
-    stated: dict[str, Any] = to_dict()
+    fields: dict[str, Any] = to_dict()
     model_type = getattr(config, "model_type", None)
     if isinstance(model_type, str):
-        stated = {**stated, "model_type": model_type}
+        fields = {**fields, "model_type": model_type}
     label = type(model).__name__
     name = getattr(config, "_name_or_path", None) or None
-    return BaseWeights(LiveTensors(model, label), label=label, config=stated, name=name)
+    return BaseWeights(ModelSource(model, label), label=label, config=fields, name=name)
 
 
-def _snapshot(folder: Path) -> Path:
-    """Return the folder of files in a hub's cache folder: the branch "main", or the only one.
+def _commit_folder(folder: Path) -> Path:
+    """Return the folder of one commit in a hub's cache folder: of branch "main", or the only one.
 
-    The cache holds ``models--owner--name/snapshots/<commit>``, whose entries are links to blobs.
+    The cache has ``models--owner--name/snapshots/<commit>``, whose entries are links to blobs.
     """
     snapshots = folder / "snapshots"
     if not snapshots.is_dir():
         return folder
-    held = sorted(entry for entry in snapshots.iterdir() if entry.is_dir())
+    commits = sorted(entry for entry in snapshots.iterdir() if entry.is_dir())
     main = folder / "refs" / "main"
     if main.is_file() and main.stat().st_size <= 256:
         commit = main.read_text(encoding="utf-8", errors="replace").strip()
-        held = [one for one in held if one.name == commit] or held
-    if len(held) == 1:
-        return held[0]
-    names = ", ".join(one.name for one in held[:6]) or "none"
+        commits = [entry for entry in commits if entry.name == commit] or commits
+    if len(commits) == 1:
+        return commits[0]
+    names = ", ".join(entry.name for entry in commits[:6]) or "none"
     message = f"{folder}: it holds several snapshots, or none: {names}. Pass the one that is meant."
     raise SourceError(message)
 
@@ -157,46 +164,34 @@ def _label(path: Path, file: Path) -> str:
 
 
 def _file_in(folder: Path) -> Path:
-    """Return the file or index that holds the model of a folder."""
+    """Return the file or index of the model in a folder."""
     for name in _NAMES:
         if (folder / name).is_file():
             return folder / name
-    held = sorted(entry.name for entry in folder.iterdir())
+    names = sorted(entry.name for entry in folder.iterdir())
     for suffix in (".safetensors", _GGUF, ".bin"):
-        stored = [name for name in held if name.endswith(suffix)]
-        indices = [name for name in held if name.endswith(suffix + _INDEX)]
-        if "adapter_config.json" not in held and len(indices or stored) == 1:
-            return folder / (indices or stored)[0]
-    shown = ", ".join(held[:6]) or "nothing"
-    hint = "It looks like an adapter's folder. " if "adapter_config.json" in held else ""
+        weights = [name for name in names if name.endswith(suffix)]
+        indices = [name for name in names if name.endswith(suffix + _INDEX)]
+        if "adapter_config.json" not in names and len(indices or weights) == 1:
+            return folder / (indices or weights)[0]
+    listed = ", ".join(names[:6]) or "nothing"
+    hint = "It looks like an adapter's folder. " if "adapter_config.json" in names else ""
     message = (
         f"{folder}: no model.safetensors and no other single file of weights. {hint}"
-        f"The folder holds: {shown}."
+        f"The folder holds: {listed}."
     )
     raise SourceError(message)
-
-
-def _checked(file: Path) -> Path:
-    suffixes = (".safetensors", *PICKLE_SUFFIXES)
-    if file.name.endswith((*suffixes, *(suffix + _INDEX for suffix in suffixes))):
-        return file
-    message = (
-        f"{file}: base weights are read from safetensors, torch (.bin, .pt) and GGUF files and "
-        "their indices only. Save the model again with safe_serialization=True."
-    )
-    raise UnknownFormatError(message)
 
 
 def _config(config: Path) -> dict[str, Any]:
     """Return a model's ``config.json``, empty if there is none.
 
-    modelopt states how weights are quantized in a file of its own too, in older versions there
-    alone.
+    modelopt writes the quantization to a separate file too; older versions only there.
     """
-    stated = read_json_object(config) if config.is_file() else {}
-    beside = config.with_name("hf_quant_config.json")
-    if "quantization_config" not in stated and beside.is_file():
-        quantization = read_json_object(beside).get("quantization")
+    fields = read_json_object(config) if config.is_file() else {}
+    modelopt = config.with_name("hf_quant_config.json")
+    if "quantization_config" not in fields and modelopt.is_file():
+        quantization = read_json_object(modelopt).get("quantization")
         if isinstance(quantization, dict):
-            stated["quantization_config"] = {"quant_method": "modelopt", **quantization}
-    return stated
+            fields["quantization_config"] = {"quant_method": "modelopt", **quantization}
+    return fields

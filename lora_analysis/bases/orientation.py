@@ -1,4 +1,4 @@
-"""Which way round a base matrix is stored: ``[out, in]``, or ``[in, out]`` as GPT-2's Conv1D."""
+"""Orientation of stored base matrices: ``[out, in]``, or ``[in, out]`` as in GPT-2's Conv1D."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 
 from lora_analysis.errors import BaseWeightError
 
-# Whether a module reads hidden states or writes them, by the last segment of its name.
+# Modules that read hidden states and modules that write them, by the last segment of the name.
 _ROLES: Final[Mapping[str, Literal["reads", "writes"]]] = {
     **dict.fromkeys(
         (
@@ -28,15 +28,10 @@ _ROLES: Final[Mapping[str, Literal["reads", "writes"]]] = {
 # heads and embeddings of the same models are ordinary.
 _CONV1D_FAMILIES: Final = frozenset(
     {
-        "clvp",
-        "clvp_decoder",
-        "clvp_encoder",
-        "decision_transformer",
-        "gpt2",
-        "imagegpt",
+        "clvp", "clvp_decoder", "clvp_encoder", "decision_transformer", "gpt2", "imagegpt",
         "openai-gpt",
     }
-)
+)  # fmt: skip
 _CONV1D_MODULES: Final = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
 # Tables with a row per entry: an update from entries to dimensions is shaped like their transpose.
@@ -53,8 +48,8 @@ _TURNED_EXPERTS: Final = frozenset({"gpt_oss", "llama4", "llama4_text"})
 # Families that use those names for ordinary linear layers.
 _LINEAR_DESPITE_NAMES: Final = frozenset({"gpt_bigcode", "gpt_neo", "starcoder2"})
 
-# Names that only denoisers of images and videos have; none of them uses Conv1D, and their files
-# name no family.
+# Names that only denoisers of images and videos have; none of these models uses Conv1D, and their
+# files name no family.
 _DENOISER: Final = re.compile(
     r"(^|\.)(to_(q|k|v|qkv|out\.\d)|add_[qkv]_proj|to_add_out|(double|single)_blocks\.\d"
     r"|(single_)?transformer_blocks\.\d|diffusion_model|attention\.(qkv|out))(\.|$)"
@@ -65,29 +60,30 @@ def is_transposed(
     name: str,
     stored: tuple[int, ...],
     *,
-    asked: bool | None,
-    known: bool | None,
+    requested: bool | None,
+    source: bool | None,
     model_type: str | None,
     shape: tuple[int, int] | None,
     label: str,
     evidence: Evidence | None = None,
 ) -> bool:
-    """Return True if a stored matrix must be turned to become ``(d_out, d_in)``.
+    """Return True if a stored matrix must be transposed to become ``(d_out, d_in)``.
 
-    The caller's word counts first, then what the source knows (a live module's class), then the
-    family, then the update's shape, then the other matrices of the file. Whatever was decided must
-    fit the shape, and the family's way must be that of the other matrices.
+    The caller's request decides first, then the source (a live module's class), then the family,
+    then the update's shape, then the other matrices of the file. The decision must fit the shape,
+    and a decision by family must agree with the other matrices.
 
     Raises
     ------
     BaseWeightError
-        Nothing decides, or what was decided does not fit.
+        Nothing decides, or the decision does not fit.
     """
     family = family_orientation(model_type, name)
-    decided = next((word for word in (asked, known, family) if word is not None), None)
-    table = asked is None and known is None and is_table(name)
-    # What the other matrices of the file tell holds for this one too, unless somebody knows.
-    others = evidence.decided if evidence and asked is None and known is None else None
+    decided = next((choice for choice in (requested, source, family) if choice is not None), None)
+    is_given = requested is not None or source is not None
+    table = not is_given and is_table(name)
+    # The other matrices of the file decide for this one too, unless the caller or source did.
+    others = evidence.decided if evidence and not is_given else None
     if (decided is None or table) and shape is not None and shape[0] != shape[1]:
         decided = stored != tuple(shape)
     elif decided is None:
@@ -116,7 +112,7 @@ def is_transposed(
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Matrices of a file whose shape tells which way round they are stored.
+    """Matrices of a file whose shape determines how they are stored.
 
     Attributes
     ----------
@@ -137,7 +133,7 @@ class Evidence:
     def contradiction(
         self, name: str, stored: tuple[int, ...], model_type: str | None, label: str
     ) -> str:
-        """Return the message for a weight that its family stores the other way round."""
+        """Return the message for a weight that its family stores in the opposite orientation."""
         way, other = ("[in, out]", "[out, in]") if self.decided else ("[out, in]", "[in, out]")
         examples = (self.turned or self.plain)[:2]
         listed = " and ".join(f"'{example}'" for example in examples)
@@ -157,7 +153,7 @@ def is_table(name: str) -> bool:
 
 
 def is_conv1d(name: str) -> bool:
-    """Return True for the modules that GPT-2's kin keep as Conv1D."""
+    """Return True for the modules that GPT-2 and similar models implement as Conv1D."""
     return not _CONV1D_MODULES.isdisjoint(name.split(".")[-3:])
 
 
@@ -168,10 +164,10 @@ def evidence_of(
     *,
     conv1d: bool,
 ) -> Evidence:
-    """Return the evidence in the file's own matrices for the way they are stored.
+    """Return the evidence in a file's matrices for the orientation that they are stored in.
 
-    A bias is as long as its matrix has outputs; and of modules with well-known names, one side is
-    the model's width. Square matrices and tables tell nothing.
+    A bias is as long as its matrix has outputs; modules with well-known names have one side of the
+    model's width. Square matrices and tables are no evidence.
 
     Parameters
     ----------
@@ -180,34 +176,34 @@ def evidence_of(
     config
         The model's configuration, for its width.
     conv1d
-        Whether to look at the modules that GPT-2's kin keep as Conv1D, or at all others.
+        True for the modules that GPT-2 and similar models implement as Conv1D, False for all
+        others.
     """
-    known = set(names)
+    names = set(names)
     width = _width(config)
-    found: dict[bool, list[str]] = {False: [], True: []}
-    for name in known:
+    examples: dict[bool, list[str]] = {False: [], True: []}
+    for name in names:
         module = name.removesuffix(".weight")
-        if module == name or is_conv1d(name) != conv1d or not _is_telling(name, shape_of(name)):
+        shape = shape_of(name)
+        if module == name or is_conv1d(name) != conv1d or is_table(name):
+            continue
+        if len(shape) != 2 or shape[0] == shape[1]:
             continue
         bias = f"{module}.bias"
-        outputs = shape_of(bias) if bias in known else ()
-        turned = _way(shape_of(name), outputs, _ROLES.get(module.rpartition(".")[2]), width)
+        outputs = shape_of(bias) if bias in names else ()
+        turned = _is_turned(shape, outputs, _ROLES.get(module.rpartition(".")[2]), width)
         if turned is not None:
-            found[turned].append(name)
-    return Evidence(tuple(sorted(found[False])), tuple(sorted(found[True])))
+            examples[turned].append(name)
+    return Evidence(tuple(sorted(examples[False])), tuple(sorted(examples[True])))
 
 
-def _is_telling(name: str, shape: tuple[int, ...]) -> bool:
-    return len(shape) == 2 and shape[0] != shape[1] and not is_table(name)
-
-
-def _way(
+def _is_turned(
     shape: tuple[int, ...],
     outputs: tuple[int, ...],
     role: Literal["reads", "writes"] | None,
     width: int | None,
 ) -> bool | None:
-    """Return True if a matrix is stored as ``[in, out]``, None if nothing tells."""
+    """Return True if a matrix is stored as ``[in, out]``, None if that is not determined."""
     if len(outputs) == 1 and outputs[0] in shape:
         return outputs[0] == shape[1]
     if role is None or width not in shape:
@@ -225,10 +221,10 @@ def _width(config: Mapping[str, Any]) -> int | None:
 
 
 def family_orientation(model_type: str | None, name: str) -> bool | None:
-    """Return what the family says about a tensor, None where it does not say.
+    """Return True if the family stores a tensor as ``[in, out]``, None if it is not known.
 
-    A family that is not listed may bring its own code; outside the module names that Conv1D is
-    used under, all known ones store ``[out, in]``.
+    A family that is not listed may have its own code; except for the module names that Conv1D is
+    used under, all known families store ``[out, in]``.
     """
     if model_type is None:
         return False if _DENOISER.search(name) else None

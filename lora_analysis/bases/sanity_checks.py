@@ -1,7 +1,7 @@
-"""Numbers of a base that its training cannot have left: enlarged entries, holes, norms far off.
+"""Values of base weights that training cannot produce: enlarged entries, holes, implausible norms.
 
-Nothing in a file of weights is a checksum. Most damage leaves numbers that nobody can tell from
-learned ones; these can be told, from what one pass over a weight counts on the way.
+Files of weights have no checksum, and most damage leaves numbers that look like learned ones. These
+checks detect the rest from statistics of one pass over each weight.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from lora_analysis.storage.dtypes import FLOAT8, FLOATING, READABLE, raw_dtype
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from lora_analysis.bases.weights import Weight
+    from lora_analysis.bases.weight import Weight
     from lora_analysis.storage.tensors import TensorFiles
 
 # Largest entry over the rms of the others: genuine weights reach a few hundred at most.
 MAX_RATIO: Final = 1000.0
-# A hole: at least so many bytes, and so much of the weight.
+# A hole: a run of zeros of at least this many bytes, and this share of the weight.
 _HOLE_BYTES: Final = 4096
 _HOLE_SHARE: Final = 0.01
 # Share of zeros from which a weight is called sparse.
@@ -58,18 +58,18 @@ _TABLES: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class WeightStatistics:
-    """What one pass over a weight counted.
+    """Statistics from one pass over a weight.
 
     Attributes
     ----------
     name
-        The weight's tensor.
+        Tensor of the weight.
     elements, stored_bytes
-        Number of entries, and the bytes that one takes in the file (1 for packed codes).
+        Number of entries, and the bytes per entry in the file (1 for packed codes).
     storage
-        How it is quantized; empty if it is stored as plain numbers.
+        Quantized storage; empty for plain numbers.
     largest
-        Absolute value of the largest entry if it stands out of its tile, else 0.
+        Absolute value of the largest entry if it exceeds the rest of its tile by far, else 0.
     other_squares
         Sum of the squares of all other entries.
     zeros
@@ -77,7 +77,7 @@ class WeightStatistics:
     zero_run
         Length of the longest run of zeros in the order of the file.
     whole_rows
-        Whether that run consists of whole rows.
+        True if that run consists of whole rows.
     """
 
     name: str
@@ -92,7 +92,7 @@ class WeightStatistics:
 
     @property
     def other_rms(self) -> float:
-        """Root mean square of the entries but the one that stands out."""
+        """Root mean square of the entries without the largest one."""
         return math.sqrt(self.other_squares / max(self.elements - 1, 1))
 
     @property
@@ -114,13 +114,13 @@ class WeightStatistics:
 
     @property
     def is_table(self) -> bool:
-        """Whether the weight is an embedding or a head, with a row for each entry."""
+        """True for embeddings and heads, which have a row for each entry."""
         segments = self.name.removesuffix(".weight").split(".")
         return segments[-1] in _TABLES or segments[-1].endswith(("embedding", "embeddings"))
 
     @property
     def has_hole(self) -> bool:
-        """Whether a run of zeros is too long to have been learned."""
+        """True if a run of zeros is too long to have been learned."""
         share = self.zero_run / max(self.elements, 1)
         if self.zero_run * self.stored_bytes < _HOLE_BYTES or share < _HOLE_SHARE:
             return False
@@ -128,25 +128,25 @@ class WeightStatistics:
 
     @property
     def is_sparse(self) -> bool:
-        """Whether more entries are zero than training leaves; codes of few bits often are."""
+        """True if more entries are zero than training leaves; codes of few bits often are."""
         return not self.storage and self.zero_share >= _SPARSE_SHARE
 
     @property
     def is_far_off(self) -> bool:
-        """Whether the rms of the entries is outside what weights have."""
+        """True if the rms of the entries is outside the range of weights."""
         largest = _MAX_TABLE_RMS if self.is_table else _MAX_RMS
         usual = self.other_rms if self.ratio > MAX_RATIO else self.rms
         return usual > largest or 0 < usual < _MIN_RMS
 
 
 class WeightWatch:
-    """Counts what `WeightStatistics` holds, tile by tile, in the order of the file.
+    """Accumulator of `WeightStatistics`, tile by tile, in the order of the file.
 
     Notes
     -----
-    Adds a few percent to a pass over W at most: the norms of rows, which the pass takes anyway,
-    tell in which tiles an entry stands out and where rows are zero; other zeros are counted in a
-    sample of rows.
+    Adds at most a few percent to a pass over W: the norms of rows, which the pass computes anyway,
+    show in which tiles an entry may be enlarged and which rows are zero; further zeros are counted
+    in a sample of rows.
     """
 
     def __init__(self, elements: int) -> None:
@@ -172,7 +172,7 @@ class WeightWatch:
         """
         total = float(np.sum(squares, dtype=np.float64))
         self._squares += total
-        # An entry's square is part of its row's: only a row that stands out is looked into.
+        # An entry's square is part of its row's: only tiles with an outlying row are examined.
         row = float(squares.max())
         if row * max(tile.size - tile.shape[1], 0) > (MAX_RATIO / 2) ** 2 * (total - row):
             largest, rest = peak_and_rest(tile)
@@ -182,7 +182,7 @@ class WeightWatch:
         self._count_zeros(tile, squares)
 
     def statistics(self, weight: Weight) -> WeightStatistics:
-        """Return what was counted of a weight."""
+        """Return the statistics of a weight after its last tile."""
         dtype = weight.stored_dtype
         width = raw_dtype(dtype).itemsize if dtype in READABLE and not weight.storage else 1
         whole = self._run_start % self._width == 0 and self._run % self._width == 0
@@ -202,10 +202,10 @@ class WeightWatch:
         rows, width = tile.shape
         empty = squares == 0
         filled = rows - int(np.count_nonzero(empty))
-        # In a flat weight a hole need not hold a whole row: there every zero is counted.
+        # In a flat weight a hole need not contain a whole row: every zero is counted.
         flat = 2 * width >= self._elements * _HOLE_SHARE or tile.size <= _SMALL
-        # Rows of zeros are counted, the share of zeros in the others is taken from a sample, of
-        # rows next to each other: those apart would have to be gathered first.
+        # Rows of zeros are counted; the share of zeros in all others is estimated from samples of
+        # adjacent rows, which need no gathering.
         counted = nonzero = 0
         height = rows if flat else _SAMPLED_ROWS
         for top in range(0, rows, max(rows // _SAMPLED_BLOCKS, height)):
@@ -223,7 +223,7 @@ class WeightWatch:
         self._width = width
 
     def _count_runs(self, entries: NDArray[Any]) -> None:
-        self._keep(self._seen - self._open, self._open)
+        self._keep_longest(self._seen - self._open, self._open)
         starts, stops = zero_runs(entries == 0)
         if not starts.size:
             self._open = 0
@@ -232,10 +232,10 @@ class WeightWatch:
             starts[0] = -self._open
         lengths = stops - starts
         longest = int(np.argmax(lengths))
-        self._keep(self._seen + int(starts[longest]), int(lengths[longest]))
+        self._keep_longest(self._seen + int(starts[longest]), int(lengths[longest]))
         self._open = int(lengths[-1]) if stops[-1] == entries.size else 0
 
-    def _keep(self, start: int, length: int) -> None:
+    def _keep_longest(self, start: int, length: int) -> None:
         if length > self._run:
             self._run, self._run_start = length, start
 
@@ -243,58 +243,59 @@ class WeightWatch:
 def _trailing_zeros(entries: NDArray[Any]) -> int:
     if entries[-1] != 0:
         return 0
-    places = np.flatnonzero(entries)
-    return int(entries.size - 1 - places[-1]) if places.size else int(entries.size)
+    positions = np.flatnonzero(entries)
+    return int(entries.size - 1 - positions[-1]) if positions.size else int(entries.size)
 
 
 def weight_findings(statistics: Iterable[WeightStatistics], base: str) -> tuple[Finding, ...]:
-    """Return what is wrong, or unusual, about the weights of a base that were read.
+    """Return findings on wrong or unusual values of the weights that were read from a base.
 
     Parameters
     ----------
     statistics
-        Of each weight; one that comes twice counts once.
+        Statistics of each weight; a repeated weight counts once.
     base
-        The base's name, for the sentences.
+        Name of the base, for the text of findings.
 
     Notes
     -----
-    A flipped bit is found if it is the top one of an exponent; four of five flips in an exponent
-    change ‖W‖ by about a percent and are not. A transposed square matrix is not either.
+    A flipped bit is detected if it is the top bit of an exponent; four of five flips in an exponent
+    change ‖W‖ by about a percent and are not detected. Nor is a transposed square matrix.
     """
-    weights = list({one.name: one for one in statistics}.values())
+    weights = list({weight.name: weight for weight in statistics}.values())
     return tuple(_weight_findings(weights, base))
 
 
 def _weight_findings(weights: Sequence[WeightStatistics], base: str) -> Iterator[Finding]:
-    def finding(code: str, found: Sequence[WeightStatistics], **fields: Any) -> Finding:
-        counts = {"base": base, "count": len(found), "total": len(weights)}
-        return Finding(code, {**counts, "weights": [one.name for one in found], **fields})
+    def finding(code: str, affected: Sequence[WeightStatistics], **fields: Any) -> Finding:
+        counts = {"base": base, "count": len(affected), "total": len(weights)}
+        return Finding(code, {**counts, "weights": [weight.name for weight in affected], **fields})
 
-    if enlarged := [one for one in weights if one.ratio > MAX_RATIO]:
-        worst = max(enlarged, key=lambda one: one.ratio)
+    if enlarged := [weight for weight in weights if weight.ratio > MAX_RATIO]:
+        worst = max(enlarged, key=lambda weight: weight.ratio)
         yield finding("base-enlarged-entry", enlarged, value=worst.largest, ratio=worst.ratio)
-    if far := [one for one in weights if one.is_far_off]:
-        worst = max(far, key=lambda one: abs(math.log(one.rms)))
+    if far := [weight for weight in weights if weight.is_far_off]:
+        worst = max(far, key=lambda weight: abs(math.log(weight.rms)))
         yield finding("base-norm", far, rms=worst.rms)
-    holes = [one for one in weights if one.has_hole]
+    holes = [weight for weight in weights if weight.has_hole]
     if holes:
-        longest = max(holes, key=lambda one: one.zero_run / one.elements)
+        longest = max(holes, key=lambda weight: weight.zero_run / weight.elements)
         size = longest.zero_run * longest.stored_bytes
         yield finding("base-hole", holes, bytes=size, share=longest.zero_run / longest.elements)
-    sparse = [one for one in weights if one.is_sparse]
+    sparse = [weight for weight in weights if weight.is_sparse]
     if len(sparse) > 1 and 2 * len(sparse) >= len(weights):
-        median = float(np.median([one.zero_share for one in sparse]))
+        median = float(np.median([weight.zero_share for weight in sparse]))
         yield finding("base-sparse", sparse, share=median)
-    elif scattered := [one for one in sparse if not one.has_hole]:
-        yield finding("base-zeros", scattered, share=max(one.zero_share for one in scattered))
+    elif scattered := [weight for weight in sparse if not weight.has_hole]:
+        share = max(weight.zero_share for weight in scattered)
+        yield finding("base-zeros", scattered, share=share)
 
 
 def file_findings(files: TensorFiles, base: str) -> tuple[Finding, ...]:
-    """Return what is wrong, or unusual, about the files of a base, from their headers alone.
+    """Return findings on wrong or unusual files of a base, from their headers alone.
 
-    Shards of two models are told by their types: the same kind of matrix in two of them, kinds
-    being names without their numbers. A model with quantized layers mixes types by itself.
+    Shards of two models are recognized by two types for the same kind of matrix, a kind being a
+    name without its numbers. A model with quantized layers mixes types legitimately.
     """
     return tuple(_file_findings(files, base))
 

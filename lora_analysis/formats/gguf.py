@@ -26,11 +26,11 @@ from lora_analysis.formats.rotary import in_halves
 from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of
 from lora_analysis.storage.gguf import GGUFTensors, is_gguf
 from lora_analysis.storage.gguf_names import (
+    BLOCKED_QKV,
     EMBEDDING,
-    LEFT,
     PERMUTED,
-    UNTANGLED,
-    is_rotated,
+    UNPERMUTED,
+    is_q_or_k,
     is_turned,
     module_of,
 )
@@ -216,7 +216,7 @@ def _add(found: _Found, tensors: GGUFTensors, plain: StoredPair, rows: _Rows) ->
     if found.turned and tensor.startswith("blk."):
         a, b = b.transposed(), a.transposed()
     variant = ""
-    if is_rotated(tensor) and rows.architecture not in LEFT:
+    if is_q_or_k(tensor) and rows.architecture not in UNPERMUTED:
         heads = rows.heads_of(tensor) if rows.architecture in PERMUTED else None
         if heads is None:
             found.permuted.append(module)
@@ -224,7 +224,7 @@ def _add(found: _Found, tensors: GGUFTensors, plain: StoredPair, rows: _Rows) ->
         else:
             b = _undone(tensors, b, heads)
             found.undone.append(module)
-    elif tensor.endswith(".attn_qkv") and rows.architecture in UNTANGLED:
+    elif tensor.endswith(".attn_qkv") and rows.architecture in BLOCKED_QKV:
         found.untangled.append(module)
         variant = PERMUTED_ROWS
     pair = StoredPair(module, a, b, variant=variant)

@@ -24,11 +24,11 @@ from lora_analysis.formats.text_writing import (
 )
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.gguf_names import (
+    BLOCKED_QKV,
     EMBEDDING,
-    LEFT,
     PERMUTED,
-    UNTANGLED,
-    is_rotated,
+    UNPERMUTED,
+    is_q_or_k,
     tensor_of,
 )
 from lora_analysis.storage.tensor_writer import OutputTensor, gguf_content, output_group
@@ -178,14 +178,14 @@ def _module_tensors(
             f"architecture '{architecture}'. It is not written."
         )
         raise InputError(message)
-    if architecture in UNTANGLED and tensor.endswith(".attn_qkv"):
+    if architecture in BLOCKED_QKV and tensor.endswith(".attn_qkv"):
         message = (
             f"'{name}' has the rows of q, k and v head by head; GGUF's '{architecture}' has them "
             "in blocks. It is not written."
         )
         raise UnsupportedMethodError(message)
     permuted = None
-    if is_rotated(tensor) and architecture not in LEFT:
+    if is_q_or_k(tensor) and architecture not in UNPERMUTED:
         count = None if heads is None else heads["attn_k" in tensor]
         permuted = _heads_to_permute(name, planned.b[0], architecture, count)
     turned = tensor == EMBEDDING

@@ -86,7 +86,7 @@ _FLOAT8_LAYOUT: Final = {
     "float8_e5m2fnuz": (5, 16),
 }
 
-# Stored type → the largest number it holds.
+# Stored type → its largest number.
 _LARGEST: Final = {
     "float16": 65504.0,
     "bfloat16": float.fromhex("0x1.fep127"),
@@ -101,7 +101,7 @@ _HALF_SCALE: Final = np.float32(2.0**112)
 
 
 def is_floating(name: str) -> bool:
-    """Return True if a stored type holds floating-point numbers, blocks of GGUF included."""
+    """Return True if a stored type is a floating-point type, blocks of GGUF included."""
     return name in FLOATING or name.startswith("gguf_")
 
 
@@ -152,7 +152,7 @@ def widen(raw: NDArray[Any], name: str, out: NDArray[Any]) -> None:
 
 def _can_widen_as_bits(raw: NDArray[Any]) -> bool:
     """Return True if halves can be widened as integers: all finite, subnormals not flushed."""
-    smallest = np.array(2.0**-140, np.float32)  # vanishes where the processor flushes subnormals
+    smallest = np.array(2.0**-140, np.float32)  # vanishes if the processor flushes subnormals
     finite = int(np.max(raw.view("<u2") & np.uint16(0x7C00), initial=0)) < 0x7C00
     return finite and float(np.multiply(smallest, _HALF_SCALE)) > 0
 

@@ -90,7 +90,7 @@ class GGUFTensor:
 class GGUFFile:
     """The header of a GGUF file, every offset checked against the file's size.
 
-    ``metadata`` holds numbers, strings, and short arrays of numbers.
+    ``metadata`` contains numbers, strings, and short arrays of numbers.
     """
 
     path: Path
@@ -130,7 +130,7 @@ def read_gguf(path: Path) -> GGUFFile:
     Raises
     ------
     MalformedFileError
-        The file is cut short, or its header claims too much or more than the file holds.
+        The file is cut short, or its header claims more than the limits or the file's size.
     UnknownFormatError
         It is big-endian, or has another version.
     SourceError

@@ -17,7 +17,7 @@ PERMUTED: Final = frozenset(
         "nanbeige", "olmo", "smollm3",
     }
 )  # fmt: skip
-LEFT: Final = frozenset(
+UNPERMUTED: Final = frozenset(
     {
         "apertus", "bert", "bloom", "cohere2", "command-r", "falcon", "gemma", "gemma2", "gemma3",
         "gpt-oss",
@@ -27,7 +27,7 @@ LEFT: Final = frozenset(
     }
 )  # fmt: skip
 # Architectures whose fused q, k, v rows the converter reorders from heads to blocks.
-UNTANGLED: Final = frozenset({"bloom", "gptneox", "falcon"})
+BLOCKED_QKV: Final = frozenset({"bloom", "gptneox", "falcon"})
 
 EMBEDDING: Final = "token_embd"
 _BLOCK: Final = re.compile(r"blk\.(?P<index>\d+)\.(?P<part>[a-z0-9_]+)")
@@ -172,6 +172,6 @@ def is_turned(tensor: str, shape: tuple[int, int]) -> bool | None:
     return True if shape[1] * across == shape[0] * up else None
 
 
-def is_rotated(tensor: str) -> bool:
+def is_q_or_k(tensor: str) -> bool:
     """Return True if a tensor (without ``.weight``) is q or k of a block."""
     return tensor.startswith("blk.") and tensor.endswith((".attn_q", ".attn_k"))

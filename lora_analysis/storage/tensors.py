@@ -138,8 +138,8 @@ def open_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFiles:
     Raises
     ------
     MalformedFileError
-        A header is damaged, the index names files outside its folder, or a shard does not hold
-        what the index says.
+        A header is damaged, the index names files outside its folder, or a shard lacks a tensor
+        that the index states.
     SourceError
         A file is missing.
     UnknownFormatError

@@ -90,7 +90,7 @@ def unpickle(path: Path, stream: io.BytesIO) -> Any:
 
 
 # The implementation in Python, not the one in C: its memory follows the file's real length,
-# where the other reserves whatever a single number in the file asks for.
+# that in C reserves whatever a single number in the file asks for.
 class _Unpickler(pickle._Unpickler):  # type: ignore[misc,name-defined,unused-ignore]
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined,unused-ignore]
 

@@ -1,8 +1,8 @@
-"""Weights stored as codes: which tensors belong together, and how their values are found.
+"""Quantized weights: recognize which tensors belong together, and decode them.
 
-Each storage says what its codes, scales and levels are; values and the error of rounding follow
-from those in one place (:mod:`~lora_analysis.bases.quantized.codes`). Nothing here knows modules'
-names or which way the family stores a matrix.
+Each storage defines its codes, scales and levels; values and rounding errors are computed from
+those in one place (:mod:`~lora_analysis.bases.quantized.codes`). Module names and orientation of a
+family's matrices are left to the callers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from lora_analysis.bases.quantized.bitsandbytes import STATE, blockwise_4bit, rowwise_int8
-from lora_analysis.bases.quantized.codes import Quantized, RawTensors, plane_of, refused
+from lora_analysis.bases.quantized.codes import Quantized, RawTensors, plane_of, storage_error
 from lora_analysis.bases.quantized.gptq import packed_words
 from lora_analysis.bases.quantized.packed import packed_floats, packed_integers
 from lora_analysis.bases.quantized.scaled import scaled
@@ -29,7 +29,7 @@ __all__ = ["Quantized", "RawTensors", "quantized_weights", "tiles"]
 
 Makers = Mapping[str, Callable[[], Quantized]]
 
-# Scales beside ``X.weight``, and behind the name of a parameter (a stack of experts).
+# Names of scales next to ``X.weight``, and their suffixes for a parameter (a stack of experts).
 _SCALES: Final = ("weight_scale_inv", "weight_scale", "scale_weight", "scale")
 _PACKED: Final = frozenset({"uint8", "float4_e2m1"})
 _CODES: Final = _PACKED | {"int8"}
@@ -43,18 +43,18 @@ def quantized_weights(
     label: str,
     metadata: Mapping[str, str] | None = None,
 ) -> Makers:
-    """Return what makes each quantized weight, by the name its plain numbers would have.
+    """Return functions that make each quantized weight, by the name of its plain weight.
 
     Parameters
     ----------
     tensors
-        What is stored.
+        The stored tensors.
     config
-        The model's ``quantization_config``, empty where there is none.
+        The model's ``quantization_config``, empty if there is none.
     label
         The base's name, for messages.
     metadata
-        Strings that the file states beside its tensors.
+        Metadata of the file.
     """
     return dict(_recognized(tensors, config, stated_schemes(config, metadata or {}), label))
 
@@ -62,7 +62,7 @@ def quantized_weights(
 def tiles(
     weight: Quantized, tensors: RawTensors, index: int | None, *, errors: bool = False
 ) -> Iterator[tuple[slice, slice, NDArray[np.float32]]]:
-    """Yield the values of a weight by runs of whole rows, or their expected square errors."""
+    """Yield the values of a weight in runs of whole rows, or their expected squared errors."""
     height, width = plane_of(weight.shape, index)
     step = max(1, BLOCK_ELEMENTS // max(width, 1) // weight.step) * weight.step
     decode = weight.decoder(tensors, index)
@@ -80,8 +80,8 @@ def _recognized(
         path, _, last = name.rpartition(".")
         weight = f"{path}.weight"
         if STATE in name:
-            own, _, kind = name.partition(STATE)
-            yield own, partial(blockwise_4bit, own, kind, tensors, label)
+            plain, _, kind = name.partition(STATE)
+            yield plain, partial(blockwise_4bit, plain, kind, tensors, label)
         elif last == "qweight":
             yield weight, partial(packed_words, path, tensors, config, label)
         elif last == "SCB" and weight in infos:
@@ -89,8 +89,8 @@ def _recognized(
         elif last == "weight_packed":
             yield weight, _packed(path, tensors, schemes, label)
         elif last.endswith("_blocks") and name.removesuffix("blocks") + "scales" in infos:
-            own = name.removesuffix("_blocks")
-            yield own, partial(packed_floats, name, f"{own}_scales", tensors, _GPT_OSS, label)
+            plain = name.removesuffix("_blocks")
+            yield plain, partial(packed_floats, name, f"{plain}_scales", tensors, _GPT_OSS, label)
         elif len(infos[name].shape) > 1 and (maker := _scaled(name, tensors, schemes, label)):
             yield name, maker
 
@@ -98,22 +98,22 @@ def _recognized(
 def _packed(
     path: str, tensors: RawTensors, schemes: Schemes, label: str
 ) -> Callable[[], Quantized]:
-    """Return what makes a packed weight of compressed-tensors: integers, or floats."""
+    """Return a function that makes a packed weight of compressed-tensors: integers or floats."""
     name, scale, whole = (f"{path}.weight_{last}" for last in ("packed", "scale", "global_scale"))
     if tensors.infos[name].dtype == "uint8" and scale in tensors.infos:
-        held = whole if whole in tensors.infos else None
-        return partial(packed_floats, name, scale, tensors, schemes.whole, label, whole=held)
+        factor = whole if whole in tensors.infos else None
+        return partial(packed_floats, name, scale, tensors, schemes.whole, label, whole=factor)
     return partial(packed_integers, path, tensors, label)
 
 
 def _scaled(
     name: str, tensors: RawTensors, schemes: Schemes, label: str
 ) -> Callable[[], Quantized] | None:
-    """Return what makes a weight of codes with scales beside it; None for others."""
+    """Return a function that makes a weight of codes with separate scales; None for others."""
     infos, dtype = tensors.infos, tensors.infos[name].dtype
     path, _, last = name.rpartition(".")
     if last == "weight":
-        # Flux calls the gains of its norms "scale"; beside plain numbers they are no such scales.
+        # Flux calls the gains of its norms "scale"; with plain numbers they are not such scales.
         ends = _SCALES if dtype in FLOAT8 | _CODES else _SCALES[:-1]
         scales = [f"{path}.{end}" for end in ends if f"{path}.{end}" in infos]
     else:
@@ -126,7 +126,9 @@ def _scaled(
     def make() -> Quantized:
         if len(scales) > 1:
             listed = ", ".join(f"'{scale}'" for scale in scales)
-            raise refused(label, name, "scaled", f"it has several tensors of scales: {listed}")
+            raise storage_error(
+                label, name, "scaled", f"it has several tensors of scales: {listed}"
+            )
         scheme = schemes.of(name, tensors, label)
         scale = scales[0] if scales else None
         if scale is not None and dtype in _PACKED:

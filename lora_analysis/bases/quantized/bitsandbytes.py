@@ -2,7 +2,7 @@
 
 4-bit codes run through the flattened weight, two a byte, the first in the high half; each block of
 64 (``blocksize``) has a scale ``absmax``, which may itself be stored as 8-bit codes ("nested" or
-double quantization). The code-book and a JSON of shapes lie beside them in the file.
+double quantization). The code-book and a JSON of shapes are separate tensors of the file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_analysis.bases.quantized.codes import Coded, Decoder, RawTensors, nibbles, refused
+from lora_analysis.bases.quantized.codes import Coded, Decoder, RawTensors, nibbles, storage_error
 from lora_analysis.storage.documents import parse_json
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Blockwise4Bit:
     step: int = 1
 
     def decoder(self, tensors: RawTensors, index: int | None) -> Decoder:  # noqa: ARG002
-        """Return what decodes runs of rows."""
+        """Return a function that decodes runs of rows."""
         levels = tensors.read(f"{self.name}.quant_map").astype(np.float32).reshape(-1)
         scales = self._scales(tensors)
         columns, block = self.shape[1], int(self.state["blocksize"])
@@ -62,34 +62,36 @@ class Blockwise4Bit:
 
 
 def blockwise_4bit(name: str, kind: str, tensors: RawTensors, label: str) -> Blockwise4Bit:
-    """Return the weight ``X.weight`` whose state says ``kind``; the sizes must fit together."""
+    """Return the weight ``X.weight`` with a state of ``kind``; the sizes must fit together."""
     storage = f"bitsandbytes {kind}"
     try:
         state = parse_json(bytes(tensors.read(f"{name}{STATE}{kind}")).decode("utf-8"))
         m, n = (int(size) for size in state["shape"])
         blocks = math.ceil(m * n / int(state["blocksize"]))
         nested = int(state.get("nested_blocksize", 1))
-        wanted = {
+        sizes = {
             name: math.ceil(m * n / 2),
             f"{name}.absmax": blocks,
             f"{name}.quant_map": 16,
         }
         if "nested_blocksize" in state:
-            wanted[f"{name}.nested_absmax"] = math.ceil(blocks / nested)
-            wanted[f"{name}.nested_quant_map"] = 256
+            sizes[f"{name}.nested_absmax"] = math.ceil(blocks / nested)
+            sizes[f"{name}.nested_quant_map"] = 256
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise refused(label, name, storage, f"its quant_state is not readable ({error})") from error
-    for tensor, elements in wanted.items():
+        raise storage_error(
+            label, name, storage, f"its quant_state is not readable ({error})"
+        ) from error
+    for tensor, elements in sizes.items():
         info = tensors.infos.get(tensor)
         if info is None or info.elements != elements:
-            found = "is missing" if info is None else f"has {info.elements:,}"
-            why = f"'{tensor}' should have {elements:,} elements, it {found}"
-            raise refused(label, name, storage, why)
+            actual = "is missing" if info is None else f"has {info.elements:,}"
+            why = f"'{tensor}' should have {elements:,} elements, it {actual}"
+            raise storage_error(label, name, storage, why)
     kinds = {name: "uint8"} | ({f"{name}.absmax": "uint8"} if "nested_blocksize" in state else {})
     for tensor, dtype in kinds.items():
         if tensors.infos[tensor].dtype != dtype:
             why = f"'{tensor}' should be {dtype}, it is {tensors.infos[tensor].dtype}"
-            raise refused(label, name, storage, why)
+            raise storage_error(label, name, storage, why)
     return Blockwise4Bit(name, (m, n), storage, state)
 
 
@@ -105,7 +107,7 @@ class RowwiseInt8:
     step: int = 1
 
     def decoder(self, tensors: RawTensors, index: int | None) -> Decoder:  # noqa: ARG002
-        """Return what decodes runs of rows: ``codes·SCB/127``."""
+        """Return a function that decodes runs of rows: ``codes·SCB/127``."""
         scales = tensors.read(self.scale).astype(np.float32).reshape(-1, 1) / np.float32(127)
         columns = self.shape[1]
 
@@ -121,5 +123,5 @@ def rowwise_int8(name: str, scale: str, tensors: RawTensors, label: str) -> Roww
     info, rows = tensors.infos[name], tensors.infos[scale]
     if info.dtype != "int8" or len(info.shape) != 2 or rows.elements != info.shape[0]:
         why = f"it is {info.dtype} {info.shape}, its SCB has shape {rows.shape}"
-        raise refused(label, name, "bitsandbytes int8", why)
+        raise storage_error(label, name, "bitsandbytes int8", why)
     return RowwiseInt8(name, scale, info.shape)

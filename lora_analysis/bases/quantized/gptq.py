@@ -3,7 +3,7 @@
 Both store ``[in, out]``. GPTQ packs along the input, eight 4-bit codes of one column a word; its
 ``g_idx`` gives the group of each input; format version 1 stores zeros less one. AWQ ("gemm")
 packs eight outputs a word in the order 0, 2, 4, 6, 1, 3, 5, 7. AWQ also moves a factor per input
-feature from W into the layer before it, which no file says: such a W differs from the unquantized
+feature from W into the layer before it, which no file states: such a W differs from the unquantized
 one by more than its rounding.
 """
 
@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from lora_analysis.bases.quantized.codes import Coded, Decoder, RawTensors, refused, unpacked
+from lora_analysis.bases.quantized.codes import Coded, Decoder, RawTensors, storage_error, unpack
 
-# Where column j of eight lies in an AWQ word, in steps of four bits.
-_AWQ_PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7], dtype=np.uint32)
+# Position of column j of eight in an AWQ word, in steps of four bits.
+_AWQ_POSITIONS = np.array([0, 4, 1, 5, 2, 6, 3, 7], dtype=np.uint32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,26 +29,26 @@ class GPTQ:
     shape: tuple[int, ...]
     bits: int
     group: int | None
-    added: int
+    zero_offset: int
     transposed: bool = True
 
     @property
     def storage(self) -> str:
-        """Its name with the bits."""
+        """Name of the storage with the bits."""
         return f"GPTQ {self.bits}-bit"
 
     @property
     def step(self) -> int:
-        """Runs of rows start where a word does."""
+        """Rows per whole words: runs start at the first row of a word."""
         return 32
 
     def decoder(self, tensors: RawTensors, index: int | None) -> Decoder:  # noqa: ARG002
-        """Return what decodes runs of input features: ``scale·(code − zero)``."""
+        """Return a function that decodes runs of input features: ``scale·(code − zero)``."""
         scales = tensors.read(f"{self.path}.scales").astype(np.float32)  # (groups, out)
         words = tensors.read(f"{self.path}.qzeros")
-        stored = unpacked(np.ascontiguousarray(words.T), self.bits).T
+        stored = unpack(np.ascontiguousarray(words.T), self.bits).T
         # Zeros less one wrap: fifteen in four bits means 0.
-        zeros = (stored.astype(np.int32) + self.added) & ((1 << self.bits) - 1)
+        zeros = (stored.astype(np.int32) + self.zero_offset) & ((1 << self.bits) - 1)
         if self.group is None:
             groups = tensors.read(f"{self.path}.g_idx").astype(np.int64)
         else:
@@ -58,9 +58,9 @@ class GPTQ:
             columns = self.shape[1]
             first, last = rows.start * self.bits // 32, -(-rows.stop * self.bits // 32)
             packed = tensors.raw(f"{self.path}.qweight", first * columns, last * columns)
-            codes = unpacked(packed.reshape(-1, columns), self.bits)[: rows.stop - rows.start]
-            own = groups[rows]
-            return Coded(codes, scales[own], zero=zeros[own])
+            codes = unpack(packed.reshape(-1, columns), self.bits)[: rows.stop - rows.start]
+            group = groups[rows]
+            return Coded(codes, scales[group], zero=zeros[group])
 
         return decode
 
@@ -77,22 +77,22 @@ class AWQ:
     step: int = 1
 
     def decoder(self, tensors: RawTensors, index: int | None) -> Decoder:  # noqa: ARG002
-        """Return what decodes runs of input features: ``scale·(code − zero)``."""
+        """Return a function that decodes runs of input features: ``scale·(code − zero)``."""
         scales = tensors.read(f"{self.path}.scales").astype(np.float32)
         zeros = _awq_codes(tensors.read(f"{self.path}.qzeros"))
         words = self.shape[1] // 8
 
         def decode(rows: slice) -> Coded:
             packed = tensors.raw(f"{self.path}.qweight", rows.start * words, rows.stop * words)
-            own = np.arange(rows.start, rows.stop) // self.group
-            return Coded(_awq_codes(packed.reshape(-1, words)), scales[own], zero=zeros[own])
+            group = np.arange(rows.start, rows.stop) // self.group
+            return Coded(_awq_codes(packed.reshape(-1, words)), scales[group], zero=zeros[group])
 
         return decode
 
 
 def _awq_codes(words: Any) -> Any:
     """Return the codes of 32-bit words, eight a word along the last axis, in their order."""
-    codes = (words.view(np.uint32)[..., None] >> (4 * _AWQ_PLACES)) & np.uint32(15)
+    codes = (words.view(np.uint32)[..., None] >> (4 * _AWQ_POSITIONS)) & np.uint32(15)
     return codes.astype(np.uint8).reshape(*words.shape[:-1], -1)
 
 
@@ -105,18 +105,18 @@ def packed_words(
     parts = {last: infos.get(f"{path}.{last}") for last in ("qweight", "qzeros", "scales")}
     if None in parts.values():
         lacking = ", ".join(last for last, info in parts.items() if info is None)
-        raise refused(label, f"{path}.qweight", storage, f"it has no {lacking}")
+        raise storage_error(label, f"{path}.qweight", storage, f"it has no {lacking}")
     weight, zeros, scales = (info.shape for info in parts.values() if info is not None)
     shapes = f"qweight {weight}, qzeros {zeros}, scales {scales}"
     if not len(weight) == len(zeros) == len(scales) == 2 or zeros[0] != scales[0] or not scales[0]:
-        raise refused(label, f"{path}.qweight", storage, f"the shapes do not fit: {shapes}")
+        raise storage_error(label, f"{path}.qweight", storage, f"the shapes do not fit: {shapes}")
     out, groups = scales[1], scales[0]
     if weight[1] * 8 == zeros[1] * 8 == out:
         group = -(-weight[0] // groups)
         if config.get("quant_method", "awq") != "awq" or config.get("version", "gemm") != "gemm":
-            stated = f"{config.get('quant_method')} {config.get('version', '')}".strip()
-            why = f"the shapes are AWQ's gemm layout, the configuration says {stated}"
-            raise refused(label, f"{path}.qweight", storage, why)
+            method = f"{config.get('quant_method')} {config.get('version', '')}".strip()
+            why = f"the shapes are AWQ's gemm layout, the configuration says {method}"
+            raise storage_error(label, f"{path}.qweight", storage, why)
         if group * groups == weight[0]:
             return AWQ(path, (weight[0], out), group)
     bits = zeros[1] * 32 // out if out else 0
@@ -124,20 +124,20 @@ def packed_words(
         rows = weight[0] * 32 // bits
         index = infos.get(f"{path}.g_idx")
         size = None if index is not None else -(-rows // groups)
-        if index is None or _names_groups(tensors.read(f"{path}.g_idx"), rows, groups):
-            return GPTQ(path, (rows, out), bits, size, _added(config, label, path))
-    raise refused(label, f"{path}.qweight", storage, f"the shapes do not fit: {shapes}")
+        if index is None or _are_groups(tensors.read(f"{path}.g_idx"), rows, groups):
+            return GPTQ(path, (rows, out), bits, size, _zero_offset(config, label, path))
+    raise storage_error(label, f"{path}.qweight", storage, f"the shapes do not fit: {shapes}")
 
 
-def _names_groups(index: Any, rows: int, groups: int) -> bool:
-    """Say whether ``g_idx`` gives each input one of the groups."""
+def _are_groups(index: Any, rows: int, groups: int) -> bool:
+    """Return True if ``g_idx`` assigns each input to one of the groups."""
     return bool(index.shape == (rows,) and index.min() >= 0 and index.max() < groups)
 
 
-def _added(config: Mapping[str, Any], label: str, path: str) -> int:
-    """Return what must be added to stored zeros: 1 in the first format, nothing in the second."""
-    stated = config.get("checkpoint_format", "gptq")
-    if stated not in ("gptq", "gptq_v2"):
-        why = f"checkpoint_format {stated!r} is not read; dequantize it first"
-        raise refused(label, f"{path}.qweight", "GPTQ", why)
-    return 1 if stated == "gptq" else 0
+def _zero_offset(config: Mapping[str, Any], label: str, path: str) -> int:
+    """Return the number to add to stored zeros: 1 in the first format, 0 in the second."""
+    version = config.get("checkpoint_format", "gptq")
+    if version not in ("gptq", "gptq_v2"):
+        why = f"checkpoint_format {version!r} is not read; dequantize it first"
+        raise storage_error(label, f"{path}.qweight", "GPTQ", why)
+    return 1 if version == "gptq" else 0

@@ -25,12 +25,13 @@ from lora_analysis.bases.quantized.codes import (
     RawTensors,
     nibbles,
     powers_of_two,
-    refused,
     six_bit_codes,
-    unpacked,
+    storage_error,
+    unpack,
+    untile,
+    untiled_shape,
 )
 from lora_analysis.bases.quantized.schemes import DECODED_PACKED, Scheme, decoding_of
-from lora_analysis.bases.quantized.tiled import tiled_shape, untiled
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -50,11 +51,11 @@ class PackedIntegers:
 
     @property
     def storage(self) -> str:
-        """Its name with the bits."""
+        """Name of the storage with the bits."""
         return f"compressed-tensors int{self.bits}"
 
     def decoder(self, tensors: RawTensors, index: int | None) -> Decoder:  # noqa: ARG002
-        """Return what decodes runs of rows: ``scale·(code − zero)``."""
+        """Return a function that decodes runs of rows: ``scale·(code − zero)``."""
         name = f"{self.path}.weight_packed"
         words = tensors.infos[name].shape[1]
         scales = tensors.read(f"{self.path}.weight_scale").astype(np.float32)
@@ -63,14 +64,14 @@ class PackedIntegers:
         zeros: NDArray[Any] = np.full((1, 1), 1 << (self.bits - 1))
         if self.asymmetric:
             stored = tensors.read(f"{self.path}.weight_zero_point")
-            zeros = unpacked(np.ascontiguousarray(stored), self.bits)[: self.shape[0]]
+            zeros = unpack(np.ascontiguousarray(stored), self.bits)[: self.shape[0]]
 
         def decode(rows: slice) -> Coded:
             packed = tensors.raw(name, rows.start * words, rows.stop * words).reshape(-1, words)
-            codes = unpacked(np.ascontiguousarray(packed.T), self.bits)[: self.shape[1]].T
-            own = scales[rows] if len(scales) > 1 else scales
+            codes = unpack(np.ascontiguousarray(packed.T), self.bits)[: self.shape[1]].T
+            scale = scales[rows] if len(scales) > 1 else scales
             zero = zeros[rows][:, self.groups] if self.asymmetric else zeros
-            return Coded(codes, own[:, self.groups], zero=zero)
+            return Coded(codes, scale[:, self.groups], zero=zero)
 
         return decode
 
@@ -78,35 +79,37 @@ class PackedIntegers:
 def packed_integers(path: str, tensors: RawTensors, label: str) -> PackedIntegers:
     """Return the weight ``X.weight_packed``; its tensors must fit together."""
     name, infos, storage = f"{path}.weight_packed", tensors.infos, "compressed-tensors"
-    scale, stated = infos.get(f"{path}.weight_scale"), infos.get(f"{path}.weight_shape")
+    scale, shape = infos.get(f"{path}.weight_scale"), infos.get(f"{path}.weight_shape")
     info = infos[name]
-    if scale is None or stated is None or stated.elements != 2 or len(info.shape) != 2:
-        raise refused(label, name, storage, "it needs weight_scale and a weight_shape of 2 numbers")
+    if scale is None or shape is None or shape.elements != 2 or len(info.shape) != 2:
+        raise storage_error(
+            label, name, storage, "it needs weight_scale and a weight_shape of 2 numbers"
+        )
     out, columns = (int(size) for size in tensors.read(f"{path}.weight_shape"))
     fitting = [b for b in range(1, 9) if math.ceil(columns * b / 32) == info.shape[1]]
     if info.shape[0] != out or len(fitting) != 1:
         why = f"words {info.shape} do not hold a weight of shape {(out, columns)}"
-        raise refused(label, name, storage, why)
+        raise storage_error(label, name, storage, why)
     count = scale.elements // scale.shape[0] if scale.shape and scale.shape[0] else 0
     if scale.shape[:1] not in ((out,), (1,)) or not count or columns % count:
         why = f"scales of shape {scale.shape} do not cover a weight of shape {(out, columns)}"
-        raise refused(label, name, storage, why)
+        raise storage_error(label, name, storage, why)
     groups = np.arange(columns) // (columns // count)
     if f"{path}.weight_g_idx" in infos:
         groups = tensors.read(f"{path}.weight_g_idx").astype(np.intp)
         if groups.shape != (columns,) or groups.min() < 0 or groups.max() >= count:
-            raise refused(label, name, storage, f"its g_idx does not name {count} groups")
+            raise storage_error(label, name, storage, f"its g_idx does not name {count} groups")
     zero = infos.get(f"{path}.weight_zero_point")
     words = (math.ceil(out * fitting[0] / 32), count)
     if zero is not None and (zero.dtype != "int32" or zero.shape != words):
         why = f"zero points are {zero.dtype} {zero.shape}, packed they would be int32 {words}"
-        raise refused(label, name, storage, why)
+        raise storage_error(label, name, storage, why)
     return PackedIntegers(path, (out, columns), fitting[0], groups, asymmetric=zero is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class _Format:
-    """A packed float: its bits, its levels, the run that one scale covers, and the reach."""
+    """A packed float: its bits, its levels, the run of one scale, and the reach."""
 
     bits: int
     levels: NDArray[np.float32]
@@ -136,7 +139,7 @@ class PackedFloats:
     step: int = 1
 
     def decoder(self, tensors: RawTensors, index: int | None) -> Decoder:
-        """Return what decodes runs of rows."""
+        """Return a function that decodes runs of rows."""
         height, width = self.shape[-2:]
         kind = _FORMATS[self.storage]
         stored = tensors.read(self.scale)
@@ -144,14 +147,14 @@ class PackedFloats:
             stored = stored[index or 0]
         scales = powers_of_two(stored) if stored.dtype == np.uint8 else stored.astype(np.float32)
         if self.tiled:
-            scales = untiled(scales, height, width // kind.run)
+            scales = untile(scales, height, width // kind.run)
         if self.whole is not None:
             factor = np.float32(tensors.read(self.whole).reshape(-1)[0])
             scales *= 1 / factor if self.divided else factor
         first, size = (index or 0) * height, width * kind.bits // 8
 
         def decode(rows: slice) -> Coded:
-            bounds = ((first + at) * size for at in (rows.start, rows.stop))
+            bounds = ((first + row) * size for row in (rows.start, rows.stop))
             packed = tensors.raw(self.name, *bounds).reshape(-1, size)
             codes = (
                 six_bit_codes(packed) if kind.bits == 6 else nibbles(packed, high_first=self.tiled)
@@ -171,13 +174,13 @@ def packed_floats(
     *,
     whole: str | None = None,
 ) -> PackedFloats:
-    """Return the weight in ``name``: MXFP4, MXFP6 or NVFP4, as the table of schemes says.
+    """Return the weight in ``name``: MXFP4, MXFP6 or NVFP4, by the table of schemes.
 
     Raises
     ------
     BaseWeightError
         The types are not decoded, the shapes do not fit together, NVFP4 lacks the factor for the
-        whole, or a tensor lies beside them that would change the values.
+        whole, or the file has a further tensor that would change the values.
     """
     info, scales = tensors.infos[name], tensors.infos[scale]
     decoding = decoding_of(DECODED_PACKED, info, scales, scheme, label)
@@ -185,20 +188,20 @@ def packed_floats(
     path = name.rpartition(".")[0]
     for last in ("pre_quant_scale", "weight_zero_point"):
         if f"{path}.{last}" in tensors.infos:
-            raise refused(label, name, storage, f"'{path}.{last}' beside it is not read")
-    # gpt-oss keeps the bytes of a run on an axis of their own.
+            raise storage_error(label, name, storage, f"'{path}.{last}' next to it is not read")
+    # gpt-oss stores the bytes of a run on a separate axis.
     by_run = len(info.shape) > 2 and info.shape[:-1] == scales.shape
     packed = info.shape[-2:] if by_run else info.shape[-1:]
     bits = kind.bits if info.dtype == "float4_e2m1" else 8  # whose shape counts numbers
     width = math.prod(packed) * bits // kind.bits
     shape = (*info.shape[: len(info.shape) - len(packed)], width)
-    grid = tiled_shape(shape, scales, kind.run) if scheme.tiled else scales.shape
+    grid = untiled_shape(shape, scales, kind.run) if scheme.tiled else scales.shape
     kernels = len(shape) > 2 and name.endswith(".weight")  # a stack is a parameter of its own name
     fits = len(shape) in (2, 3) and not kernels and math.prod(packed) * bits == width * kind.bits
     if not fits or width * kind.bits % 8 or grid != (*shape[:-1], width / kind.run):
         why = f"{info.dtype} {info.shape} and scales {scales.dtype} {scales.shape} do not fit"
-        raise refused(label, name, storage, why)
+        raise storage_error(label, name, storage, why)
     if storage == "NVFP4" and (whole is None or tensors.infos[whole].elements != 1):
-        raise refused(label, name, storage, "its one factor for the whole is missing")
+        raise storage_error(label, name, storage, "its one factor for the whole is missing")
     divided = whole is not None and whole.endswith("_global_scale")
     return PackedFloats(name, scale, shape, storage, whole, divided, scheme.tiled)

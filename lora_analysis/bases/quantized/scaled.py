@@ -1,8 +1,8 @@
 """fp8 and int8 matrices with a scale for the whole, for rows, for groups or for square blocks.
 
 ``W = weight·scale``, also if the scale is called ``weight_scale_inv`` (DeepSeek's name for it).
-What a scale covers follows from its shape; the edge of a block that does not divide the matrix,
-from the configuration. What a scale means follows from the table of schemes.
+The shape of the scales determines what each covers; if blocks do not divide the matrix, the
+configuration determines their edge. The table of schemes determines what a scale means.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from lora_analysis.bases.quantized.codes import (
     float_levels,
     plane_of,
     powers_of_two,
-    refused,
+    storage_error,
+    untile,
+    untiled_shape,
 )
 from lora_analysis.bases.quantized.schemes import DECODED_8_BIT, Scheme, decoding_of
-from lora_analysis.bases.quantized.tiled import tiled_shape, untiled
 from lora_analysis.storage.dtypes import FLOAT8
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Scaled:
     step: int = 1
 
     def decoder(self, tensors: RawTensors, index: int | None) -> Decoder:
-        """Return what decodes runs of rows."""
+        """Return a function that decodes runs of rows."""
         scales = self._grid(tensors, self.scale, index)
         zeros = None if self.zero is None else self._grid(tensors, self.zero, index)
         levels = float_levels(self.dtype) if self.dtype in FLOAT8 else None
@@ -74,7 +75,7 @@ class Scaled:
         plane = plane_of(self.shape, index)
         height, width = (math.ceil(n / b) for n, b in zip(plane, self.block, strict=True))
         if self.tiled and name == self.scale:
-            return untiled(numbers, height, width)
+            return untile(numbers, height, width)
         if index is not None and numbers.size > 1:
             numbers = numbers[index]
         return numbers.reshape(height, width)
@@ -84,11 +85,11 @@ class Scaled:
         return self.power and name == self.scale and tensors.infos[name].dtype == "uint8"
 
     def _spread(self, grid: NDArray[Any], rows: slice, width: int) -> NDArray[Any]:
-        """Return the numbers of every row and column, kept thin where they are the same."""
+        """Return the numbers of every row and column, as views of one row or column if possible."""
         if grid.shape[1] > 1:
             grid = grid[:, np.arange(width) // self.block[1]]
-        own = np.arange(rows.start, rows.stop) // self.block[0]
-        return grid if grid.shape[0] == 1 else grid[own]
+        blocks = np.arange(rows.start, rows.stop) // self.block[0]
+        return grid if grid.shape[0] == 1 else grid[blocks]
 
 
 def scaled(name: str, scale: str | None, tensors: RawTensors, scheme: Scheme, label: str) -> Scaled:
@@ -97,18 +98,18 @@ def scaled(name: str, scale: str | None, tensors: RawTensors, scheme: Scheme, la
     Raises
     ------
     BaseWeightError
-        The types are not decoded, the scales do not cover the weight, or a factor or zero point
-        lies beside them that would change the values.
+        The types are not decoded, the scales do not cover the weight, or the file has a further
+        factor or zero point that would change the values.
     """
     info = tensors.infos[name]
     path = name.removesuffix(".weight")
     if f"{path}.pre_quant_scale" in tensors.infos:
         why = "its inputs are scaled too (pre_quant_scale), which is not read"
-        raise refused(label, name, "scaled", why)
+        raise storage_error(label, name, "scaled", why)
     if scale is None:
         if scheme.kinds and info.dtype in FLOAT8:
             why = f"{scheme.source}, but the weight has no scales; are tensors missing?"
-            raise refused(label, name, "fp8", why)
+            raise storage_error(label, name, "fp8", why)
         return Scaled(name, info.shape, "fp8 without scales", info.dtype, None, (1, 1))
     decoding = decoding_of(DECODED_8_BIT, info, tensors.infos[scale], scheme, label)
     kind, power = decoding.name, decoding.meaning == "power of two"
@@ -120,21 +121,25 @@ def scaled(name: str, scale: str | None, tensors: RawTensors, scheme: Scheme, la
     if kernel and shape[1:] and math.prod(shape) == shape[0]:
         shape = shape[:1]
     if tiled:
-        shape = tiled_shape(matrix, tensors.infos[scale], 32)
-    stated = scheme.block or ((1, 32) if kind == "MXFP8" else None)
-    block = block_of(matrix, shape, stated)
+        shape = untiled_shape(matrix, tensors.infos[scale], 32)
+    default_block = (1, 32) if kind == "MXFP8" else None
+    block = block_of(matrix, shape, scheme.block or default_block)
     if block is None:
         why = f"scales of shape {shape} do not cover a weight of shape {info.shape}"
-        raise refused(label, name, f"scaled {kind}", why)
+        raise storage_error(label, name, f"scaled {kind}", why)
     zero = f"{name}_zero_point"
     if zero in tensors.infos:
         if tensors.infos[zero].shape != tensors.infos[scale].shape:
-            raise refused(label, name, kind, f"zero points and scales {shape} differ in shape")
+            raise storage_error(
+                label, name, kind, f"zero points and scales {shape} differ in shape"
+            )
         if info.dtype in FLOAT8 and np.any(tensors.read(zero)):
-            raise refused(label, name, kind, "it has zero points, which are read for integers only")
+            raise storage_error(
+                label, name, kind, "it has zero points, which are read for integers only"
+            )
     storage = f"{kind}, {_covering(matrix, block)}"
-    held = zero if zero in tensors.infos and info.dtype not in FLOAT8 else None
-    return Scaled(name, info.shape, storage, info.dtype, scale, block, held, power, tiled)
+    used_zero = zero if zero in tensors.infos and info.dtype not in FLOAT8 else None
+    return Scaled(name, info.shape, storage, info.dtype, scale, block, used_zero, power, tiled)
 
 
 def _grid_shape(weight: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, ...]:
@@ -150,9 +155,9 @@ def _grid_shape(weight: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, .
 
 
 def block_of(
-    weight: tuple[int, ...], scale: tuple[int, ...], stated: Sequence[int] | None
+    weight: tuple[int, ...], scale: tuple[int, ...], stated_block: Sequence[int] | None
 ) -> tuple[int, int] | None:
-    """Return rows and columns of a weight that one scale covers, None where none fits."""
+    """Return rows and columns of a weight that one scale covers, None if the shapes do not fit."""
     grid = scale[len(weight) - 2 :] if len(weight) == 3 and len(scale) > 1 else scale
     if len(weight) == 3 and len(scale) > 1 and scale[0] != weight[0]:
         return None
@@ -162,22 +167,22 @@ def block_of(
         grid = (grid[0], 1)
     if len(grid) != 2 or len(weight) not in (2, 3):
         return None
-    square = stated or (128, 128)
+    sides = stated_block or (128, 128)
     edges = [
         _edge(length, count, side)
-        for length, count, side in zip(weight[-2:], grid, square, strict=True)
+        for length, count, side in zip(weight[-2:], grid, sides, strict=True)
     ]
     return None if None in edges else (edges[0] or 1, edges[1] or 1)
 
 
-def _edge(length: int, count: int, stated: int) -> int | None:
-    """Return the edge of ``count`` blocks over ``length``: equal ones, or of the size stated."""
+def _edge(length: int, count: int, side: int) -> int | None:
+    """Return the edge of ``count`` blocks over ``length``: equal blocks, or of the stated size."""
     if count == 1:
         return max(length, 1)
     if count == length:
         return 1
-    if count == math.ceil(length / stated):
-        return stated
+    if count == math.ceil(length / side):
+        return side
     return length // count if count and length % count == 0 else None
 
 

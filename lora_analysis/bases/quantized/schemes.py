@@ -1,9 +1,9 @@
-"""Which quantized weights are decoded: one table of stored type, type of the scales and scheme.
+"""Quantization schemes that are decoded: a table of stored type, type of the scales and scheme.
 
-A byte may be an integer, a float or an exponent, and the tensors alone do not always tell. A
-weight is decoded only if a row of ``DECODED`` covers its stored type and the type of its scales,
-and, where other schemes store the same two types, if the file states the scheme. Everything else
-is refused by name.
+A byte may be an integer, a float or an exponent, and the tensors alone do not always determine
+which. A weight is decoded only if a row of the table covers its stored type and the type of its
+scales, and, if several schemes store the same two types, only if the file states the scheme.
+Everything else is refused by name.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from lora_analysis.bases.quantized.codes import RawTensors, refused
+from lora_analysis.bases.quantized.codes import RawTensors, storage_error
 from lora_analysis.storage.dtypes import FLOAT8
 
 if TYPE_CHECKING:
@@ -33,13 +33,13 @@ class Decoding:
     Attributes
     ----------
     name
-        What such a weight is called.
+        Name of the scheme.
     stored, scales
         Types of the weight's tensor and of its scales.
     meaning
         Whether a scale is the factor itself or the exponent of a power of two.
-    stated
-        Whether the file must state the scheme; if not, the two types are enough.
+    must_be_stated
+        True if the file must state the scheme, False if the two types are enough.
     contradicted
         Schemes that store the same types with another meaning; a file that states one is refused.
     """
@@ -48,7 +48,7 @@ class Decoding:
     stored: frozenset[str]
     scales: frozenset[str]
     meaning: Meaning
-    stated: bool = False
+    must_be_stated: bool = False
     contradicted: frozenset[str] = frozenset()
 
 
@@ -58,10 +58,12 @@ def _row(
     scales: frozenset[str] | set[str],
     meaning: Meaning,
     *,
-    stated: bool = False,
+    must_be_stated: bool = False,
     contradicted: tuple[str, ...] = (),
 ) -> Decoding:
-    return Decoding(name, stored, frozenset(scales), meaning, stated, frozenset(contradicted))
+    return Decoding(
+        name, stored, frozenset(scales), meaning, must_be_stated, frozenset(contradicted)
+    )
 
 
 _POWER: Final = "power of two"
@@ -70,20 +72,20 @@ _POWER: Final = "power of two"
 DECODED_8_BIT: Final = (
     _row("fp8", FLOAT8, _FACTORS, "factor"),
     _row("MXFP8", FLOAT8, {"float8_e8m0fnu"}, _POWER),
-    _row("MXFP8", FLOAT8, {"uint8"}, _POWER, stated=True),
-    # Two E2M1 codes in an int8 have the same types (DeepSeek-V4's experts beside fp8 layers).
+    _row("MXFP8", FLOAT8, {"uint8"}, _POWER, must_be_stated=True),
+    # Two E2M1 codes in an int8 have the same types (DeepSeek-V4's experts next to fp8 layers).
     _row("int8", frozenset({"int8"}), _FACTORS, "factor", contradicted=("fp8", "mxfp4", "mxfp8")),
 )
 # Scales per 16 or 32 packed codes of four or six bits.
 DECODED_PACKED: Final = (
     _row("MXFP4", _FOUR_BIT, {"float8_e8m0fnu"}, _POWER, contradicted=("mxfp6",)),
-    _row("MXFP4", _FOUR_BIT, {"uint8"}, _POWER, stated=True),
+    _row("MXFP4", _FOUR_BIT, {"uint8"}, _POWER, must_be_stated=True),
     _row("NVFP4", _FOUR_BIT, {"float8_e4m3fn"}, "factor"),
-    _row("MXFP6", _PACKED, {"uint8", "float8_e8m0fnu"}, _POWER, stated=True),
+    _row("MXFP6", _PACKED, {"uint8", "float8_e8m0fnu"}, _POWER, must_be_stated=True),
 )
 
-# What writers call a scheme → the name that the table uses.
-_STATED: Final = {
+# Writers' names of a scheme → the name in the table.
+_SCHEME_NAMES: Final = {
     "fp8": "fp8",
     "fbgemm_fp8": "fp8",
     "float-quantized": "fp8",
@@ -108,15 +110,10 @@ _STATED: Final = {
     "int8_tensorwise": "int8",
     "int8_blockwise": "int8",
 }
-# What ComfyUI may state about a layer without changing what its tensors mean.
+# Fields that ComfyUI may state for a layer without changing the meaning of its tensors.
 _HARMLESS: Final = frozenset(
     {
-        "format",
-        "full_precision_matrix_mult",
-        "group_size",
-        "block_size",
-        "orig_dtype",
-        "params",
+        "format", "full_precision_matrix_mult", "group_size", "block_size", "orig_dtype", "params",
         "per_row",
     }
 )  # fmt: skip
@@ -127,21 +124,21 @@ _MAX_MARK_BYTES: Final = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """What a file states about how a weight is quantized.
+    """Quantization scheme that a file states for a weight.
 
     Attributes
     ----------
     kinds
-        Schemes of the table that are stated; several where layers differ.
+        Schemes of the table that are stated; several if layers differ.
     source
-        What states it, for messages.
+        Source of the statement, for messages.
     block
         Edges of a block, if stated.
     exact
-        Whether the scheme is stated for this very weight, so that no other may be read.
+        True if the scheme is stated for this weight itself, so that no other is accepted.
     tiled
-        Whether block scales are stored in the order of cuBLAS's tiles, and of two codes in a byte
-        the first is the high one (ComfyUI).
+        True if block scales are stored in the order of cuBLAS's tiles, and the first of two codes
+        in a byte is the high one (ComfyUI).
     """
 
     kinds: frozenset[str] = frozenset()
@@ -177,9 +174,10 @@ class Schemes:
 
 
 def stated_schemes(config: Mapping[str, Any], metadata: Mapping[str, str]) -> Schemes:
-    """Return what a model states: its ``quantization_config``, and the metadata of its file."""
+    """Return the schemes in a model's ``quantization_config`` and in the metadata of its file."""
     names = [name for name in _names(config) if isinstance(name, str)]
-    kinds = frozenset(_STATED[name.lower()] for name in names if name.lower() in _STATED)
+    lower = [name.lower() for name in names]
+    kinds = frozenset(_SCHEME_NAMES[name] for name in lower if name in _SCHEME_NAMES)
     source = f"the configuration states {', '.join(dict.fromkeys(names))}" if names else ""
     whole = Scheme(kinds, source, _stated_block(config)) if source else Scheme()
     try:
@@ -197,7 +195,7 @@ def decoding_of(
     scheme: Scheme,
     label: str,
 ) -> Decoding:
-    """Return the row of the table that says how a weight and its scales are decoded.
+    """Return the row of the table for a weight and its scales.
 
     Raises
     ------
@@ -207,20 +205,20 @@ def decoding_of(
     types = f"{weight.dtype} with {scale.dtype} scales"
     covering = [row for row in rows if weight.dtype in row.stored and scale.dtype in row.scales]
     for row in covering:
-        named = row.name.lower() in scheme.kinds
-        stated = named or not (row.stated or row.contradicted & scheme.kinds)
-        if stated and (named or not scheme.exact):
+        if row.name.lower() in scheme.kinds:
+            return row
+        if not (row.must_be_stated or row.contradicted & scheme.kinds or scheme.exact):
             return row
     if not covering:
         why = f"it is stored as {types}, which is not read; dequantize the model first"
-        raise refused(label, weight.name, "quantized", why)
+        raise storage_error(label, weight.name, "quantized", why)
     readable = " or ".join(dict.fromkeys(row.name for row in covering))
     why = f"{types} are read as {readable}, but {scheme.source}; dequantize the model first"
-    raise refused(label, weight.name, "quantized", why)
+    raise storage_error(label, weight.name, "quantized", why)
 
 
 def _names(config: Mapping[str, Any]) -> Iterator[Any]:
-    """Yield what a configuration calls its schemes, in the words of its writer."""
+    """Yield the names of schemes in a configuration, as its writer spells them."""
     for key in ("quant_method", "format", "quant_algo", "scale_fmt"):
         yield config.get(key)
     for key in ("config_groups", "quantized_layers"):
@@ -238,9 +236,9 @@ def _stated_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
         weights = group.get("weights") if isinstance(group, Mapping) else None
         if isinstance(weights, Mapping):
             candidates.append(weights.get("block_structure"))
-    for stated in candidates:
-        if isinstance(stated, list) and len(stated) == 2:
-            height, width = stated
+    for block in candidates:
+        if isinstance(block, list) and len(block) == 2:
+            height, width = block
             if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0:
                 return height, width
     return None
@@ -251,29 +249,31 @@ def _read_mark(mark: str, weight: str, tensors: RawTensors, label: str) -> Any:
     try:
         if info.dtype != "uint8" or info.elements > _MAX_MARK_BYTES:
             why = f"'{mark}' is {info.dtype} {info.shape}, not the bytes of a JSON object"
-            raise refused(label, weight, "ComfyUI", why)
+            raise storage_error(label, weight, "ComfyUI", why)
         return json.loads(bytes(tensors.raw(mark, 0, info.elements)))
     except (ValueError, RecursionError) as error:
-        raise refused(label, weight, "ComfyUI", f"'{mark}' is not readable ({error})") from error
+        raise storage_error(
+            label, weight, "ComfyUI", f"'{mark}' is not readable ({error})"
+        ) from error
 
 
-def _comfy(weight: str, stated: Any, label: str) -> Scheme:
-    """Return the scheme that ComfyUI states for one layer."""
-    format_ = stated.get("format") if isinstance(stated, dict) else None
+def _comfy(weight: str, mark: Any, label: str) -> Scheme:
+    """Return the scheme that ComfyUI's mark states for one layer."""
+    format_ = mark.get("format") if isinstance(mark, dict) else None
     format_ = format_ if isinstance(format_, str) else ""
-    kind = _STATED.get(format_)
+    kind = _SCHEME_NAMES.get(format_)
     source = f"ComfyUI's mark states {format_ or 'no format'}"
     if kind is None:
         why = f"{source}, which is not read; dequantize the model first"
-        raise refused(label, weight, "ComfyUI", why)
-    params = stated.get("params")
-    options = {**stated, **(params if isinstance(params, dict) else {})}
+        raise storage_error(label, weight, "ComfyUI", why)
+    params = mark.get("params")
+    options = {**mark, **(params if isinstance(params, dict) else {})}
     if not options.get("convrot"):
-        options.pop("convrot_groupsize", None)  # the size of a rotation that was not made
+        options.pop("convrot_groupsize", None)  # the size of a rotation that was not applied
     changing = [key for key, value in options.items() if value and key not in _HARMLESS]
     if changing:
         why = f"{source} with {', '.join(changing)}, which is not read; dequantize the model first"
-        raise refused(label, weight, "ComfyUI", why)
+        raise storage_error(label, weight, "ComfyUI", why)
     size = options.get("group_size") or options.get("block_size")
     block = (size, size) if isinstance(size, int) and size > 0 and "blockwise" in format_ else None
     return Scheme(frozenset({kind}), source, block, exact=True, tiled=kind in ("mxfp8", "nvfp4"))

@@ -1,4 +1,4 @@
-"""From an adapter's module name to the base tensor that it adapts."""
+"""Tensors of a base by the module they belong to, looked up by an adapter's module names."""
 
 from __future__ import annotations
 
@@ -7,12 +7,7 @@ import math
 from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
-from lora_analysis.bases.aliases import (
-    FAMILIES,
-    SPELLINGS,
-    Family,
-    Rewrite,
-)
+from lora_analysis.bases.family_names import FAMILIES, SPELLINGS, Family, Rewrite
 from lora_analysis.bases.fused import parts_inside
 from lora_analysis.errors import BaseWeightError
 from lora_analysis.names import (
@@ -31,19 +26,19 @@ from lora_analysis.patterns import near_names
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-# Names of parts that exist side by side in one model. A prefix that holds one of them may only be
-# exchanged for a prefix that holds the same: the encoder's layer 0 is not the decoder's.
+# Names of parallel parts of one model. A prefix with one of them may only be replaced by a prefix
+# with the same: the encoder's layer 0 is not the decoder's.
 _PARTS: Final = frozenset(
     {"encoder", "decoder", "vision", "visual", "image", "audio", "speech", "text"}
 )
 
-# Where a wrapped module keeps its frozen weight, and where what is trained beside it.
+# Segments of a wrapped module's frozen weight, and of the parameters trained next to it.
 _FROZEN: Final = frozenset({"original_module"})
 _TRAINED: Final = frozenset({"lora_A", "lora_B", "modules_to_save"})
 _STACKS: Final = frozenset({"gate_up_proj", "gate_proj", "up_proj", "down_proj"})
 
-# What no reader here decodes, by a tensor that marks it. Its own library turns it into numbers.
-_UNREAD: Final = {
+# Storages that are not supported, by the tensor that marks them. Their own libraries decode them.
+_UNSUPPORTED: Final = {
     "W_q": "HQQ",
     "weight._data": "quanto",
     "weight.qdata": "torchao",
@@ -67,9 +62,9 @@ class TensorNames:
     label
         The base's name, for messages.
     shape_of
-        Gives the stored shape of a tensor.
+        Function that returns the stored shape of a tensor.
     aliases
-        Tensor name → further modules that it is the weight of, where the source knows them.
+        Tensor name → further modules that it is the weight of, if the source knows them.
     """
 
     def __init__(
@@ -108,16 +103,16 @@ class TensorNames:
         fits: Callable[[str, Sequence[str]], bool],
         prefix: Prefixes | None = None,
     ) -> TensorNames:
-        """Return the same tensors, with the prefixes of adapters decided for each as a whole.
+        """Return the same tensors, with prefixes decided for each adapter as a whole.
 
         Parameters
         ----------
         sets
             Names of the modules of each adapter.
         fits
-            Returns True if the update of a module may be one of a weight among tensors.
+            Returns True if a module's update may belong to one of some tensors.
         prefix
-            What the caller says of prefixes, by `names.parse_prefixes`.
+            Prefixes given by the caller, from `names.parse_prefixes`.
         """
         matched = copy.copy(self)
         matched._pairs, matched._heads = dict(self._pairs), dict(self._heads)
@@ -141,35 +136,36 @@ class TensorNames:
                     matched._heads[_different_heads(strip_wrappers(name), module)] = None
         return matched
 
-    def find(self, wanted: str) -> list[str]:
+    def find(self, name: str) -> list[str]:
         """Return the tensors that a module's name may mean: those of the closest match.
 
-        The name is taken as it is, then in the spelling of every family that takes part.
+        The name is tried unchanged, then in the spelling of every family that may apply.
         """
-        if module := self._pairs.get(wanted):
+        if module := self._pairs.get(name):
             return self._modules[module]
-        if wanted in self._modules and not self._prefix:
-            return self._modules[wanted]
-        if module := self._identities.get(identify(rename_prefix(wanted, self._prefix))):
+        if name in self._modules and not self._prefix:
+            return self._modules[name]
+        if module := self._identities.get(identify(rename_prefix(name, self._prefix))):
             return self._modules[module]
-        for old, new in self._heads:  # parts and stacks beside the modules that were matched
-            if wanted.startswith(old) and (name := new + wanted.removeprefix(old)) in self._modules:
-                return self._modules[name]
-        if is_flattened(wanted):
-            return self._find_flattened(wanted)
-        if found := self._direct.find(wanted):
-            return found
+        for old, new in self._heads:  # parts and stacks next to the modules that were matched
+            renamed = new + name.removeprefix(old)
+            if name.startswith(old) and renamed in self._modules:
+                return self._modules[renamed]
+        if is_flattened(name):
+            return self._find_flattened(name)
+        if tensors := self._direct.find(name):
+            return tensors
         for family in FAMILIES:
-            takes_part = family in self._families or family.mark.search(wanted)
-            if takes_part and (found := self._index(family).find(family.rewrite(wanted))):
-                return found
+            applies = family in self._families or family.mark.search(name)
+            if applies and (tensors := self._index(family).find(family.rewrite(name))):
+                return tensors
         return []
 
     @staticmethod
-    def spellings(wanted: str) -> list[str]:
-        """Return a name as it is, and in the spelling of every family that it may belong to."""
-        rewritten = [f.rewrite(wanted) for f in FAMILIES if f.mark.search(wanted)]
-        return list(dict.fromkeys([wanted, *rewritten]))
+    def spellings(name: str) -> list[str]:
+        """Return a name unchanged, and in the spelling of every family that it may belong to."""
+        rewritten = [family.rewrite(name) for family in FAMILIES if family.mark.search(name)]
+        return list(dict.fromkeys([name, *rewritten]))
 
     def choose(
         self,
@@ -178,12 +174,12 @@ class TensorNames:
         shape: tuple[int, int] | None,
         fits: Callable[[str], bool],
     ) -> str:
-        """Return the one candidate that fits ``shape``, as ``fits`` says of a tensor.
+        """Return the one candidate for which ``fits`` is True; ``shape`` is for the message.
 
         Raises
         ------
         BaseWeightError
-            None or several do; the message lists them with their shapes.
+            None or several fit; the message lists them with their shapes.
         """
         fitting = [name for name in candidates if fits(name)]
         if len(fitting) == 1:
@@ -202,24 +198,24 @@ class TensorNames:
         raise BaseWeightError(message)
 
     def missing(self, module: str) -> BaseWeightError:
-        """Return the error for a module that no tensor belongs to; it lists near names."""
-        wanted = strip_wrappers(module)
+        """Return the error for a module without a tensor; it lists near names."""
+        stripped = strip_wrappers(module)
         for name in self._stored:
-            for mark, storage in _UNREAD.items():
-                if name == f"{wanted}.{mark}" or name.endswith(f".{wanted}.{mark}"):
-                    return quantized(self.label, name, storage)
-        near = ", ".join(f"'{name}'" for name in near_names(wanted, self._modules)) or "none"
+            for mark, storage in _UNSUPPORTED.items():
+                if name == f"{stripped}.{mark}" or name.endswith(f".{stripped}.{mark}"):
+                    return quantized_error(self.label, name, storage)
+        near = ", ".join(f"'{name}'" for name in near_names(stripped, self._modules)) or "none"
         return BaseWeightError(
             f"{self.label}: no weight belongs to '{module}'. Near names among its "
             f"{len(self._modules)} modules: {near}."
         )
 
-    def flat_homes(self, wanted: str) -> list[tuple[str, str]]:
-        """Return the fused modules that hold a module whose name has no dots, and which part."""
-        if not is_flattened(wanted):
+    def flat_fused(self, name: str) -> list[tuple[str, str]]:
+        """Return fused modules and the part that a module without dots in its name is of them."""
+        if not is_flattened(name):
             return []
-        goal = identify(rename_prefix(wanted, self._prefix), flat=True)
-        return self._flat_parts.get(goal, [])
+        identity = identify(rename_prefix(name, self._prefix), flat=True)
+        return self._flat_parts.get(identity, [])
 
     @cached_property
     def _identities(self) -> dict[ModuleName, str]:
@@ -233,35 +229,36 @@ class TensorNames:
 
     @cached_property
     def _flat_parts(self) -> dict[ModuleName, list[tuple[str, str]]]:
-        homes: dict[ModuleName, list[tuple[str, str]]] = {}
+        parts: dict[ModuleName, list[tuple[str, str]]] = {}
         rewrites: list[Rewrite] = [str, *(family.rewrite for family in self._families)]
         for module in self._modules:
-            for home in dict.fromkeys(rewrite(module) for rewrite in rewrites):
-                for name, part in parts_inside(home):
-                    key = identify(rename_prefix(name, self._prefix), flat=True)
-                    homes.setdefault(key, []).append((home, part))
-        return homes
+            for fused in dict.fromkeys(rewrite(module) for rewrite in rewrites):
+                for name, part in parts_inside(fused):
+                    identity = identify(rename_prefix(name, self._prefix), flat=True)
+                    parts.setdefault(identity, []).append((fused, part))
+        return parts
 
     def _index(self, family: Family) -> _Index:
         if family not in self._rewritten:
             self._rewritten[family] = _Index(_renamed(self._modules, family.rewrite))
         return self._rewritten[family]
 
-    def _find_flattened(self, wanted: str) -> list[str]:
-        """Return the tensors whose module, its dots made underscores, is or ends with the name."""
-        if module := self._flat.get(identify(rename_prefix(wanted, self._prefix), flat=True)):
+    def _find_flattened(self, name: str) -> list[str]:
+        """Return the tensors whose module, with underscores for dots, is or ends with the name."""
+        if module := self._flat.get(identify(rename_prefix(name, self._prefix), flat=True)):
             return self._modules[module]
-        end = split_component(wanted).name
-        for modules in (self._modules, *(_renamed(self._modules, one) for one in SPELLINGS)):
-            flat = _renamed(modules, lambda name: name.replace(".", "_"))
-            for matches in ([end], [name for name in flat if name.endswith(f"_{end}")]):
-                if found := [tensor for name in matches for tensor in flat.get(name, ())]:
-                    return list(dict.fromkeys(found))
+        end = split_component(name).name
+        rewrites: list[Rewrite] = [str, *SPELLINGS]
+        for rewrite in rewrites:
+            flat = _renamed(self._modules, lambda m, rewrite=rewrite: rewrite(m).replace(".", "_"))
+            for matches in ([end], [module for module in flat if module.endswith(f"_{end}")]):
+                if tensors := [tensor for match in matches for tensor in flat.get(match, ())]:
+                    return list(dict.fromkeys(tensors))
         return []
 
 
 class _Index:
-    """Modules by their last segment, to find those that end like a name."""
+    """Modules by their last segment, to find those with the end of a name."""
 
     def __init__(self, modules: Mapping[str, list[str]]) -> None:
         self._modules = modules
@@ -269,17 +266,21 @@ class _Index:
         for module in modules:
             self._by_tail.setdefault(module.rpartition(".")[2], []).append(module)
 
-    def find(self, wanted: str) -> list[str]:
+    def find(self, name: str) -> list[str]:
         """Return the tensors of the closest match by name."""
-        segments = wanted.split(".")
-        alike = self._by_tail.get(segments[-1], ())
-        for dropped in range(_most_dropped(segments) + 1):
+        segments = name.split(".")
+        candidates = self._by_tail.get(segments[-1], ())
+        # All segments may be dropped that precede the one before the first number: beyond it, the
+        # name no longer determines the layer.
+        numbers = [i for i, segment in enumerate(segments) if segment.isdecimal()]
+        most_dropped = max(0, (numbers[0] if numbers else len(segments)) - 1)
+        for dropped in range(most_dropped + 1):
             prefix, rest = segments[:dropped], ".".join(segments[dropped:])
-            matches = [module for module in alike if _matches(module, prefix, rest)]
+            matches = [module for module in candidates if _matches(module, prefix, rest)]
             exact = [module for module in matches if module == rest]
             if matches:
-                found = (name for match in exact or matches for name in self._modules[match])
-                return list(dict.fromkeys(found))
+                tensors = (tensor for match in exact or matches for tensor in self._modules[match])
+                return list(dict.fromkeys(tensors))
         return []
 
 
@@ -298,9 +299,9 @@ def matrix_shape(name: str, stored: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def module_of(tensor: str) -> str | None:
-    """Return the module whose weight a tensor is, None for biases, adapter factors and others.
+    """Return the module of a weight tensor, None for biases, adapter factors and other tensors.
 
-    A stack of experts is a parameter of its own and bears its module's name alone.
+    A stack of experts is a parameter itself and has the name of its module, without ".weight".
     """
     path, _, last = strip_wrappers(tensor).rpartition(".")
     segments = path.split(".")
@@ -311,8 +312,8 @@ def module_of(tensor: str) -> str | None:
     return f"{path}.{last}" if segments[-1] == "experts" and last in _STACKS else None
 
 
-def quantized(label: str, tensor: str, storage: str) -> BaseWeightError:
-    """Return the error for a weight that is not stored in a way that is read."""
+def quantized_error(label: str, tensor: str, storage: str) -> BaseWeightError:
+    """Return the error for a weight in a quantized storage that is not supported."""
     return BaseWeightError(
         f"{label}: '{tensor}' belongs to a quantized weight ({storage}), which is not read. "
         "Dequantize the model first, or use the unquantized one."
@@ -320,7 +321,7 @@ def quantized(label: str, tensor: str, storage: str) -> BaseWeightError:
 
 
 def _different_heads(name: str, other: str) -> tuple[str, str]:
-    """Return what stands in front of the segments that two names share at their end."""
+    """Return the parts of two names before the segments that they share at the end."""
     first, second = name.split("."), other.split(".")
     count = 0
     while count < min(len(first), len(second)) and first[-1 - count] == second[-1 - count]:
@@ -329,17 +330,8 @@ def _different_heads(name: str, other: str) -> tuple[str, str]:
     return name.removesuffix(end), other.removesuffix(end)
 
 
-def _most_dropped(segments: Sequence[str]) -> int:
-    """Return how many leading segments may go: all before the one in front of the first number.
-
-    Beyond it, the name no longer says which layer is meant.
-    """
-    first = next((i for i, segment in enumerate(segments) if segment.isdecimal()), len(segments))
-    return max(0, min(first, len(segments)) - 1)
-
-
 def _matches(module: str, prefix: Sequence[str], rest: str) -> bool:
-    """Say whether a base's module is ``rest`` with a prefix that may stand for ``prefix``."""
+    """Return True if a base's module is ``rest`` with a prefix that may replace ``prefix``."""
     if module != rest and not module.endswith(f".{rest}"):
         return False
     added = module.removesuffix(rest).split(".")

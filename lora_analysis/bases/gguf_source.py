@@ -1,24 +1,24 @@
-"""Base weights in GGUF files: names, rows and types as llama.cpp's converter wrote them.
+"""Base weights in GGUF files, converted back from the names and rows of llama.cpp's converter.
 
-The package ``gguf`` decodes blocks and knows which modules a tensor is; it is imported here alone.
-What its converter has done to rows is undone: the rotary order of q and k, and fused tensors whose
-interleaved heads were put into blocks.
+The package ``gguf`` decodes blocks and maps tensors to modules. The reordering of rows by the
+converter is reversed: the rotary order of q and k, and fused tensors whose interleaved heads were
+reordered into blocks.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from lora_analysis.bases.base_weights import BaseWeights
 from lora_analysis.bases.quantized.codes import MXFP4_REACH, cell_variances
-from lora_analysis.bases.weights import BaseWeights
+from lora_analysis.bases.weight import TensorSource
 from lora_analysis.errors import BaseWeightError, MissingExtraError
 from lora_analysis.storage.gguf import TYPES, GGUFFile, read_gguf
-from lora_analysis.storage.gguf_names import LEFT, PERMUTED
+from lora_analysis.storage.gguf_names import PERMUTED, UNPERMUTED, is_q_or_k
 from lora_analysis.storage.limits import BLOCK_ELEMENTS
 
 if TYPE_CHECKING:
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from lora_analysis.bases.pieces import Tiles
+    from lora_analysis.bases.weight import Tiles
 
 _Decode = Callable[[str, "NDArray[np.uint8]"], "NDArray[np.float32]"]
 _PLAIN: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
-# Fused rows that the converter has put into blocks: the family under whose name config.json has it.
+# Architectures whose fused rows the converter reorders into blocks → model_type in config.json.
 _FUSED: Final = {"bloom": "bloom", "gptneox": "gpt_neox", "falcon": "falcon"}
 
-# Where a block's codes lie and what a byte of them is if each is 1: the difference to all zero is
-# the step. (start, stop, byte); what is beside them (scales, high bits) is as the file has it.
+# Bytes of the codes in a block, and the byte of codes that are all 1: its difference from zeros is
+# the step. (start, stop, byte); the rest of the block (scales, high bits) is left as stored.
 _CODES: Final = {
     "Q4_0": (2, 18, 0x11), "Q4_1": (4, 20, 0x11), "Q5_0": (6, 22, 0x11), "Q5_1": (8, 24, 0x11),
     "Q8_0": (2, 34, 1), "Q2_K": (16, 80, 0x55), "Q3_K": (32, 96, 0x55), "Q4_K": (16, 144, 0x11),
@@ -44,7 +44,7 @@ _CODES: Final = {
 }  # fmt: skip
 # TQ1_0 packs five ternary digits into a byte: 0xFF makes each 2, which is two steps.
 _TERNARY: Final = ("TQ1_0", (0, 52, 0xFF), 2)
-# The same for types whose 4-bit codes stand for unequal levels (``kvalues`` in the library).
+# The same for types whose 4-bit codes mean unequal levels (``kvalues`` in the package).
 _LEVELS: Final = {"IQ4_NL": (2, 18), "IQ4_XS": (8, 136), "MXFP4": (1, 17), "NVFP4": (4, 36)}
 
 
@@ -61,21 +61,21 @@ def open_gguf(path: Path, label: str) -> BaseWeights:
     file = read_gguf(path)
     arch = str(file.metadata.get("general.architecture", ""))
     config: dict[str, Any] = {"model_type": _FUSED.get(arch, arch)}
-    for theirs, ours in (("head_count", "num_attention_heads"), ("head_count_kv", "num_kv_heads")):
-        if isinstance(count := file.metadata.get(f"{arch}.attention.{theirs}"), int):
-            config[ours] = count
+    for key, field in (("head_count", "num_attention_heads"), ("head_count_kv", "num_kv_heads")):
+        if isinstance(count := file.metadata.get(f"{arch}.attention.{key}"), int):
+            config[field] = count
     if arch == "falcon":
         config["new_decoder_architecture"] = config.get("num_kv_heads", 1) > 1
-    return BaseWeights(GGUFTensors(file, arch, label), label=label, config=config, blocks=True)
+    return BaseWeights(GGUFSource(file, arch, label), label=label, config=config, blocks=True)
 
 
-class GGUFTensors:
+class GGUFSource(TensorSource):
     """The tensors of a GGUF file, each matrix ``(d_out, d_in)``.
 
     Parameters
     ----------
     file
-        Its header.
+        Header of the file.
     arch
         ``general.architecture``.
     label
@@ -86,7 +86,7 @@ class GGUFTensors:
         self._file = file
         self._arch = arch
         self._label = label
-        self._aliases = _modules_of(_library(), arch, file.tensors)
+        self._aliases = _modules_by_tensor(arch, file.tensors)
 
     @property
     def names(self) -> Sequence[str]:
@@ -95,7 +95,7 @@ class GGUFTensors:
 
     @property
     def aliases(self) -> Mapping[str, Sequence[str]]:
-        """The modules that each tensor is the weight of, in the spellings of many trainers."""
+        """Tensor → the modules that it is the weight of, as many libraries spell them."""
         return self._aliases
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -108,7 +108,7 @@ class GGUFTensors:
         return _PLAIN.get(kind, kind)
 
     def storage(self, name: str) -> str:
-        """Return the quantized type, nothing for plain numbers."""
+        """Return the quantized type, "" for plain numbers."""
         kind = self._file.tensors[name].kind
         return "" if kind in _PLAIN else f"GGUF {kind}"
 
@@ -117,7 +117,7 @@ class GGUFTensors:
         return self._file.tensors[name].kind in _PLAIN
 
     def transposed(self, name: str) -> bool | None:
-        """Return False: the converter turns what a family stores as ``[in, out]``."""
+        """Return False: the converter stores ``[out, in]``; None for embeddings."""
         return None if name.startswith("token_") else False
 
     def tiles(self, name: str, index: int | None) -> Tiles:
@@ -125,12 +125,12 @@ class GGUFTensors:
         return self._decoded(name, index, self._values)
 
     def squared_errors(self, name: str, index: int | None) -> Tiles | None:
-        """Yield what rounding is expected to have done; None for codes of several values."""
+        """Yield the expected squared rounding errors; None if a code stands for several values."""
         kind = self._file.tensors[name].kind
         if kind in _LEVELS:
             return self._decoded(name, index, self._level_variances)
-        known = kind in _CODES or kind == _TERNARY[0]
-        return self._decoded(name, index, self._variances) if known else None
+        scalar = kind in _CODES or kind == _TERNARY[0]
+        return self._decoded(name, index, self._variances) if scalar else None
 
     def read(self, name: str) -> NDArray[Any]:
         """Return a tensor of any shape, its rows in the order of the file."""
@@ -138,54 +138,58 @@ class GGUFTensors:
         return self._values(name, self._file.rows(name, 0, math.prod(shape[:-1]))).reshape(shape)
 
     def refuse_unreadable(self, name: str) -> None:
-        """Raise where the type is not decoded, or the order of the rows is not known."""
+        """Raise if the type is not decoded, or the order of the rows is not known."""
         kind = self._file.tensors[name].kind
-        if not _decodes(_library(), kind):
+        if not _can_decode(kind):
             message = f"{self._label}: '{name}' is stored as GGUF {kind}, which is not read."
             raise BaseWeightError(message)
-        if _is_rotated(name) and self._arch not in PERMUTED | LEFT:
+        if is_q_or_k(name.removesuffix(".weight")) and self._arch not in PERMUTED | UNPERMUTED:
             message = (
                 f"{self._label}: whether the rows of '{name}' are permuted is not known for "
                 f"architecture '{self._arch}'. Use the model as safetensors."
             )
             raise BaseWeightError(message)
-        self._rotation(name, (1, 1, *self.shape(name))[-2])
+        self._head_height(name, (1, 1, *self.shape(name))[-2])
 
     def _decoded(self, name: str, index: int | None, decode: _Decode) -> Tiles:
         shape = self.shape(name)
         height, width = (1, *shape)[-2:]
-        rotation = self._rotation(name, height)
-        step = max(1, BLOCK_ELEMENTS // max(width, 1) // rotation.head) * rotation.head
+        head = self._head_height(name, height)
+        step = max(1, BLOCK_ELEMENTS // max(width, 1) // head) * head
         for top in range(0, height, step):
             bottom = min(top + step, height)
             first = (index or 0) * height
             tile = decode(name, self._file.rows(name, first + top, first + bottom))
-            yield slice(top, bottom), slice(0, width), rotation.undone(tile)
+            if head > 1:  # whole heads, back from interleaved rows to first halves, second halves
+                pairs = tile.reshape(-1, head // 2, 2, width)
+                tile = pairs.swapaxes(1, 2).reshape(tile.shape)
+            yield slice(top, bottom), slice(0, width), tile
 
     def _values(self, name: str, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
-        gguf = _library()
+        gguf = _gguf_package()
         kind = gguf.GGMLQuantizationType[self._file.tensors[name].kind]
         return np.asarray(gguf.dequantize(rows, kind), np.float32)
 
     def _variances(self, name: str, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return step²/12: the step is what adding one to every code adds to its value."""
+        """Return step²/12; the step is the difference that adding 1 to every code makes."""
         ternary = self._file.tensors[name].kind == _TERNARY[0]
-        start, stop, one = _TERNARY[1] if ternary else _CODES[self._file.tensors[name].kind]
+        start, stop, ones = _TERNARY[1] if ternary else _CODES[self._file.tensors[name].kind]
         width = _block_bytes(self._file.tensors[name].kind)
         blocks = rows.reshape(len(rows), -1, width).copy()
         blocks[:, :, start:stop] = 0
         zero = self._values(name, blocks.reshape(rows.shape))
-        blocks[:, :, start:stop] = one
+        blocks[:, :, start:stop] = ones
         steps = self._values(name, blocks.reshape(rows.shape)) - zero
         steps /= _TERNARY[2] if ternary else 1
         return np.asarray(np.square(steps) / np.float32(12))
 
     def _level_variances(self, name: str, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return the mean square error of each value: of its level's cell, times scale²."""
+        """Return the mean square error of each value: its level's cell variance times scale²."""
         kind = self._file.tensors[name].kind
-        gguf = _library()
-        known = gguf.quants._type_traits[gguf.GGMLQuantizationType[kind]].kvalues
-        levels = np.array(known, np.float32)
+        gguf = _gguf_package()
+        levels = np.array(
+            gguf.quants._type_traits[gguf.GGMLQuantizationType[kind]].kvalues, np.float32
+        )
         start, stop = _LEVELS[kind]
         blocks = rows.reshape(len(rows), -1, _block_bytes(kind)).copy()
         blocks[:, :, start:stop] = 0xFF
@@ -195,48 +199,31 @@ class GGUFTensors:
         order = np.argsort(levels)
         middles = (levels[order][1:] + levels[order][:-1]) / 2
         codes = order[np.searchsorted(middles, numbers)]
-        # The library's levels are twice those of the format.
+        # The package's levels are twice those of the format.
         reach = 2 * MXFP4_REACH if kind == "MXFP4" else 0.0
         return np.asarray(cell_variances(levels, reach)[codes] * np.square(scales))
 
-    def _rotation(self, name: str, height: int) -> _Rotation:
-        if self._arch not in PERMUTED or not _is_rotated(name):
-            return _Rotation(1)
+    def _head_height(self, name: str, height: int) -> int:
+        """Return the rows of a head whose halves the converter has interleaved; 1 if it has not."""
+        if self._arch not in PERMUTED or not is_q_or_k(name.removesuffix(".weight")):
+            return 1
         metadata = self._file.metadata
         heads = metadata.get(f"{self._arch}.attention.head_count")
         if name.endswith("attn_k.weight"):
             heads = metadata.get(f"{self._arch}.attention.head_count_kv", heads)
-        if isinstance(heads, list):  # a number for each block
+        if isinstance(heads, list):  # one number per block
             block = int(name.split(".")[1]) if _has_block(name) else len(heads)
             heads = heads[block] if block < len(heads) else None
         if not isinstance(heads, int) or heads < 1 or height % (2 * heads):
             message = (
-                f"{self._label}: the {height} rows of '{name}' are permuted by heads, of which "
-                f"the file states {heads}."
+                f"{self._label}: the {height} rows of '{name}' are permuted by heads; the "
+                f"file states {heads} of them."
             )
             raise BaseWeightError(message)
-        return _Rotation(height // heads)
+        return height // heads
 
 
-@dataclass(frozen=True, slots=True)
-class _Rotation:
-    """The order of rows inside a head of ``head`` rows; 1 where it is as it was."""
-
-    head: int
-
-    def undone(self, tile: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return whole heads in the order of the running model: first halves, then second."""
-        if self.head == 1:
-            return tile
-        pairs = tile.reshape(-1, self.head // 2, 2, tile.shape[1])
-        return pairs.swapaxes(1, 2).reshape(tile.shape)
-
-
-def _is_rotated(name: str) -> bool:
-    return name.startswith("blk.") and name.endswith((".attn_q.weight", ".attn_k.weight"))
-
-
-def _library() -> Any:
+def _gguf_package() -> Any:
     try:
         import gguf
     except ImportError as error:
@@ -245,8 +232,9 @@ def _library() -> Any:
     return gguf
 
 
-def _decodes(gguf: Any, kind: str) -> bool:
-    """Say whether the library decodes a type: of each block it does, it gives the elements."""
+def _can_decode(kind: str) -> bool:
+    """Return True if the package decodes a type; tried with one block of zeros."""
+    gguf = _gguf_package()
     try:
         block = np.zeros((1, _block_bytes(kind)), np.uint8)
         gguf.dequantize(block, gguf.GGMLQuantizationType[kind])
@@ -259,20 +247,21 @@ def _block_bytes(kind: str) -> int:
     return next(width for name, _, width in TYPES.values() if name == kind)
 
 
-def _modules_of(gguf: Any, arch: str, names: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the modules that each tensor is the weight of, from the library's table."""
-    known = {text: kind for kind, text in gguf.MODEL_ARCH_NAMES.items()}
-    if arch not in known:
+def _modules_by_tensor(arch: str, names: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the modules that each tensor is the weight of, from the package's table."""
+    gguf = _gguf_package()
+    architectures = {text: kind for kind, text in gguf.MODEL_ARCH_NAMES.items()}
+    if arch not in architectures:
         return {}
     blocks = 1 + max((int(n.split(".")[1]) for n in names if _has_block(n)), default=-1)
-    found: dict[str, list[str]] = {}
-    table = gguf.get_tensor_name_map(known[arch], blocks).mapping
+    modules: dict[str, list[str]] = {}
+    table = gguf.get_tensor_name_map(architectures[arch], blocks).mapping
     for module, (_, tensor) in table.items():
         if f"{tensor}.weight" in names and module != tensor:
-            found.setdefault(f"{tensor}.weight", []).append(module)
-    return found
+            modules.setdefault(f"{tensor}.weight", []).append(module)
+    return modules
 
 
 def _has_block(name: str) -> bool:
     number = name.split(".")[1] if name.startswith("blk.") else ""
-    return number.isdecimal() and len(number) < 5  # the library writes a table for each
+    return number.isdecimal() and len(number) < 5  # the package makes a table entry for each

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 
 from lora_analysis.adapter import Adapter, DenseUpdate, Provenance
-from lora_analysis.bases.naming import module_of
+from lora_analysis.bases.base_weights import BaseWeights
 from lora_analysis.bases.opening import open_base
-from lora_analysis.bases.weights import BaseWeights
+from lora_analysis.bases.tensor_names import module_of
 from lora_analysis.errors import BaseWeightError, InputError
 from lora_analysis.finding import as_findings
 from lora_analysis.patterns import choose_names
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lora_analysis.adapter import Layout
-    from lora_analysis.bases.weights import Weight
+    from lora_analysis.bases.weight import Weight
 
-    # The error says why a weight has no counterpart.
+    # The error is the reason why a weight has no counterpart.
     Outcome = Literal["changed", "identical"] | BaseWeightError
 
 # Tables that a model looks rows up in; LoRA adapts them as embeddings. By their whole names:
@@ -41,7 +41,7 @@ _TABLES: Final = frozenset(
 )  # fmt: skip
 _TABLE_ENDINGS: Final = ("embedding", "embeddings")
 _LISTED: Final = 6
-# Those of the channels, and up to three of the kernel.
+# Two axes of channels, and up to three of the kernel.
 _CONV_AXES: Final = 5
 
 
@@ -54,54 +54,54 @@ def read_fine_tune(
     label: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Adapter:
-    """Return what a full fine-tune changed: ``ΔW = W_tuned - W_base`` for every weight matrix.
+    """Read a full fine-tune as an adapter: ``ΔW = W_tuned - W_base`` for every weight matrix.
 
-    Weights are matched by name and shape, as an adapter's modules are. Both models are gone
-    through once to see which weights differ; a difference is formed when a module is asked for,
-    in float32, from the two streams: one matrix of the weight's size is all that is held.
+    Weights are matched by name and shape, like an adapter's modules. Both models are read once to
+    find the weights that differ. A difference is computed when a module is accessed, in float32,
+    from two streams, with one matrix of the weight's size in memory.
 
     Parameters
     ----------
     tuned, base
-        The two models: anything :func:`lora_analysis.open_base` takes, or what it returned.
+        The two models: anything :func:`lora_analysis.open_base` accepts or returns.
     modules
-        Only these: the end of a name, a list of ends, or a regular expression.
+        Modules to read: the end of a name, a list of ends, or a regular expression. None for all.
     transposed
         As in ``BaseWeights.weight``, for both.
     label
         Short name for tables and figures; by default the fine-tune's.
     progress
-        Called with (what, done, total).
+        Function called with (name of the stage, done, total).
 
     Returns
     -------
     Adapter
-        Of dense updates, for every metric and for :func:`lora_analysis.resize_adapter`; what of
-        them is due to their size alone, :func:`lora_analysis.edit.noise_of_equal_norm` shows.
-        Weights that are identical in both are left out. Their number, weights without a
-        counterpart, and other tensors that differ (biases, norms, stacks of experts) are in
+        Dense updates, for every metric and for :func:`lora_analysis.resize_adapter`. Compare with
+        :func:`lora_analysis.edit.noise_of_equal_norm` for effects of their size alone. Weights
+        that are identical in both are left out. Their number, weights without a counterpart, and
+        further tensors that differ (biases, norms, stacks of experts) are in
         ``provenance.findings``.
 
     Raises
     ------
     BaseWeightError
-        No weight of one model belongs to one of the other, or an orientation cannot be known.
+        No weight of one model matches one of the other, or an orientation cannot be determined.
     InputError
-        No weight differs, or none is named so.
+        No weight differs, or none matches ``modules``.
     """
     new, old = _of_one_family(_opened(tuned), _opened(base))
     name = label or new.label
-    names = _chosen(new, modules, name)
+    names = _select_modules(new, modules, name)
     outcomes = {}
     for done, module in enumerate(names, start=1):
-        outcomes[module] = _outcome(new, old, module, transposed)
+        outcomes[module] = _compare(new, old, module, transposed)
         if progress:
             progress("weights", done, len(names))
     changed = [module for module, outcome in outcomes.items() if outcome == "changed"]
     if not changed:
-        raise _nothing(outcomes, name, old.label)
+        raise _no_difference(outcomes, name, old.label)
     return Adapter(
-        {one: partial(_difference, new, old, one, name, transposed) for one in changed},
+        {module: partial(_difference, new, old, module, name, transposed) for module in changed},
         label=name,
         provenance=Provenance(
             path=existing_path(tuned) if isinstance(tuned, str | os.PathLike) else None,
@@ -112,7 +112,11 @@ def read_fine_tune(
             base_model=_base_name(base, old),
             scale_origin=dict.fromkeys(changed, "tensor"),
             findings=as_findings(
-                tuple(_findings(outcomes, _others(new, old) if modules is None else [], old.label))
+                tuple(
+                    _findings(
+                        outcomes, _other_differences(new, old) if modules is None else [], old.label
+                    )
+                )
             ),
         ),
         config={} if old.snapshot is None else {"revision": old.snapshot.commit},
@@ -120,43 +124,45 @@ def read_fine_tune(
 
 
 def _base_name(base: Any, old: BaseWeights) -> str:
-    """Return what a loader of the adapter may call the base."""
+    """Return a name of the base that a loader of the adapter can use."""
     if old.snapshot is not None:
         return old.snapshot.repo
     return str(base) if isinstance(base, str | os.PathLike) else old.label
 
 
 def _of_one_family(new: BaseWeights, old: BaseWeights) -> tuple[BaseWeights, BaseWeights]:
-    """Let each model know its family from the other, where one comes without its config."""
-    pair = copy(new), copy(old)
-    for one, other in zip(pair, pair[::-1], strict=True):
-        one.model_type = one.model_type or other.model_type
-    return pair
+    """Take each model's family from the other one if its own config is missing."""
+    new, old = copy(new), copy(old)
+    new.model_type = new.model_type or old.model_type
+    old.model_type = old.model_type or new.model_type
+    return new, old
 
 
 def _opened(model: Any) -> BaseWeights:
     return model if isinstance(model, BaseWeights) else open_base(model)
 
 
-def _chosen(new: BaseWeights, modules: str | Sequence[str] | None, label: str) -> list[str]:
-    """Return the modules of the tuned model that have a matrix, of which the caller means some."""
+def _select_modules(new: BaseWeights, modules: str | Sequence[str] | None, label: str) -> list[str]:
+    """Return the modules of the tuned model with a matrix that the caller selects."""
     matrices = (name for name in new.names if _is_matrix(name, new.stored_shape(name)))
     names = list(dict.fromkeys(filter(None, map(module_of, matrices))))
     chosen = choose_names(names, modules)
     if not chosen:
-        what = "holds no weight matrix" if modules is None else f"has no weight named {modules!r}"
-        message = f"{label} {what}; it has {len(new.names)} tensors."
+        problem = (
+            "holds no weight matrix" if modules is None else f"has no weight named {modules!r}"
+        )
+        message = f"{label} {problem}; it has {len(new.names)} tensors."
         raise InputError(message)
     return chosen
 
 
 def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Say whether a tensor is a matrix, or kernels, which are one once flattened."""
+    """Return True if a tensor is a matrix, or kernels, which are flattened to one."""
     return len(shape) == 2 or _kernel(name, shape) != ()
 
 
 def _kernel(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the kernel of a convolution's weight, empty for others: a stack's has no ".weight"."""
+    """Return the kernel of a convolution's weight, else (); names of stacks lack ".weight"."""
     is_conv = name.endswith(".weight") and 2 < len(shape) <= _CONV_AXES and 0 not in shape
     return shape[2:] if is_conv else ()
 
@@ -164,26 +170,25 @@ def _kernel(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 def _pair(
     new: BaseWeights, old: BaseWeights, module: str, transposed: bool | None
 ) -> tuple[Weight, Weight]:
-    one = new.weight(module, transposed=transposed)
-    return one, old.weight(module, shape=one.shape, transposed=transposed)
+    tuned = new.weight(module, transposed=transposed)
+    return tuned, old.weight(module, shape=tuned.shape, transposed=transposed)
 
 
-def _outcome(new: BaseWeights, old: BaseWeights, module: str, transposed: bool | None) -> Outcome:
-    """Return what became of one weight; reading stops at the first part that differs."""
+def _compare(new: BaseWeights, old: BaseWeights, module: str, transposed: bool | None) -> Outcome:
+    """Compare one weight of both models; reading stops at the first tile that differs."""
     try:
-        one, other = _pair(new, old, module, transposed)
+        tuned, base = _pair(new, old, module, transposed)
     except BaseWeightError as error:
         return error
-    return "identical" if _equal(one, other) else "changed"
+    return "identical" if _are_equal(tuned, base) else "changed"
 
 
-def _equal(one: Weight, other: Weight) -> bool:
-    parts = zip_longest(one.blocks(), other.blocks(), fillvalue=None)
-    for part, against in parts:
-        if part is None or against is None or part[:2] != against[:2]:
-            # Two storages that are cut in other places: one of the two is held whole.
-            return not _subtracted(one, other).any()
-        if not np.array_equal(part[2], against[2]):
+def _are_equal(tuned: Weight, base: Weight) -> bool:
+    for tile, base_tile in zip_longest(tuned.blocks(), base.blocks(), fillvalue=None):
+        if tile is None or base_tile is None or tile[:2] != base_tile[:2]:
+            # Storages with different tiles: read one of the two whole.
+            return not _subtract(tuned, base).any()
+        if not np.array_equal(tile[2], base_tile[2]):
             return False
     return True
 
@@ -191,33 +196,28 @@ def _equal(one: Weight, other: Weight) -> bool:
 def _difference(
     new: BaseWeights, old: BaseWeights, module: str, label: str, transposed: bool | None
 ) -> DenseUpdate:
-    one, other = _pair(new, old, module, transposed)
+    tuned, base = _pair(new, old, module, transposed)
     table = _is_table(module)
-    kernel = _kernel(one.name, new.stored_shape(one.name)) if one.name in new.names else ()
-    delta = _subtracted(one, other)
+    kernel = _kernel(tuned.name, new.stored_shape(tuned.name)) if tuned.name in new.names else ()
+    layout: Layout = "conv1d" if tuned.transposed else "linear"
+    if kernel or table:
+        layout = "conv" if kernel else "embedding"
+    delta = _subtract(tuned, base)
     return DenseUpdate(
         name=module,
-        # A table is stored as [entries, features]; its ΔW leads from entries to features.
+        # A table is stored as [entries, features]; its ΔW maps entries to features.
         delta=delta.T if table else delta,
-        stored_dtype=one.stored_dtype,
+        stored_dtype=tuned.stored_dtype,
         label=label,
-        layout=_layout(module, one, kernel),
+        layout=layout,
         kernel=kernel,
     )
 
 
-def _layout(module: str, weight: Weight, kernel: tuple[int, ...]) -> Layout:
-    if kernel:
-        return "conv"
-    if _is_table(module):
-        return "embedding"
-    return "conv1d" if weight.transposed else "linear"
-
-
-def _subtracted(one: Weight, other: Weight) -> NDArray[np.float32]:
+def _subtract(tuned: Weight, base: Weight) -> NDArray[np.float32]:
     """Return the difference of two weights, in the memory of the second."""
-    delta = other.array()
-    for rows, columns, tile in one.blocks():
+    delta = base.array()
+    for rows, columns, tile in tuned.blocks():
         np.subtract(tile, delta[rows, columns], out=delta[rows, columns])
     return delta
 
@@ -227,13 +227,13 @@ def _is_table(module: str) -> bool:
     return last in _TABLES or last.endswith(_TABLE_ENDINGS)
 
 
-def _others(new: BaseWeights, old: BaseWeights) -> list[str]:
-    """Return the names of other tensors than matrices that both have and that differ."""
-    there = set(old.names)
+def _other_differences(new: BaseWeights, old: BaseWeights) -> list[str]:
+    """Return the names of shared tensors that are not matrices and that differ."""
+    old_names = set(old.names)
     return [
         name
         for name in new.names
-        if name in there
+        if name in old_names
         and not _is_matrix(name, shape := new.stored_shape(name))
         and shape == old.stored_shape(name)
         and not np.array_equal(new.stored_tensor(name), old.stored_tensor(name))
@@ -242,31 +242,31 @@ def _others(new: BaseWeights, old: BaseWeights) -> list[str]:
 
 def _findings(outcomes: Mapping[str, Outcome], others: Sequence[str], base: str) -> Iterator[str]:
     identical = [module for module, outcome in outcomes.items() if outcome == "identical"]
-    lost = {m: outcome for m, outcome in outcomes.items() if isinstance(outcome, BaseWeightError)}
+    unmatched = {m: error for m, error in outcomes.items() if isinstance(error, BaseWeightError)}
     if identical:
         yield (
             f"{len(identical)} of {len(outcomes)} weights are identical in {base} and left out: "
             f"{_listed(identical)}."
         )
-    if lost:
+    if unmatched:
         yield (
-            f"{len(lost)} of {len(outcomes)} weights are left out, since nothing in {base} can be "
-            f"held against them: {_listed(list(lost))}. The first: {next(iter(lost.values()))}"
+            f"{len(unmatched)} of {len(outcomes)} weights are left out, since {base} has no "
+            f"counterpart: {_listed(list(unmatched))}. The first: {next(iter(unmatched.values()))}"
         )
     if others:
         yield (
-            f"{len(others)} tensors that are no matrices (biases, norms, stacks) differ too "
+            f"{len(others)} tensors that are not matrices (biases, norms, stacks) differ too "
             f"and are not part of the update: {_listed(others)}."
         )
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:_LISTED])
-    return shown + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+    listed = ", ".join(f"'{name}'" for name in names[:_LISTED])
+    return listed + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
-def _nothing(outcomes: Mapping[str, Outcome], label: str, base: str) -> InputError:
-    """Return the error where no weight is known to differ."""
+def _no_difference(outcomes: Mapping[str, Outcome], label: str, base: str) -> InputError:
+    """Return the error if no weight differs."""
     reasons = [outcome for outcome in outcomes.values() if isinstance(outcome, BaseWeightError)]
     if len(reasons) == len(outcomes):
         return reasons[0]

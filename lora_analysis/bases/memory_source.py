@@ -1,4 +1,4 @@
-"""Base weights that are at hand: the parameters of a live model, or a mapping of arrays."""
+"""Base weights in memory: the parameters of a live model, or a mapping of arrays."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_analysis.bases.naming import matrix_shape, quantized
+from lora_analysis.bases.tensor_names import matrix_shape, quantized_error
+from lora_analysis.bases.weight import TensorSource
 from lora_analysis.errors import BaseWeightError
 from lora_analysis.storage.limits import BLOCK_ELEMENTS
 from lora_analysis.storage.tensor_reader import tile_slices
@@ -18,16 +19,16 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from lora_analysis.bases.pieces import Tiles
+    from lora_analysis.bases.weight import Tiles
 
 
 def is_live_model(source: object) -> bool:
-    """Say whether ``source`` is a ``torch.nn.Module``; without torch loaded nothing can be one."""
+    """Return True for a ``torch.nn.Module``; without torch loaded, nothing can be one."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(source, torch.nn.Module)
 
 
-class ArrayTensors:
+class ArraySource(TensorSource):
     """A mapping of tensor names to arrays, each matrix ``(d_out, d_in)``."""
 
     def __init__(self, arrays: Mapping[str, Any], label: str) -> None:
@@ -39,13 +40,8 @@ class ArrayTensors:
 
     @property
     def names(self) -> Sequence[str]:
-        """Names of all tensors; a module's plain name stands for its weight."""
+        """Names of all tensors; the plain name of a module means its weight."""
         return list(self._arrays)
-
-    @property
-    def aliases(self) -> Mapping[str, Sequence[str]]:
-        """No further names are known."""
-        return {}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape."""
@@ -55,58 +51,42 @@ class ArrayTensors:
         """Return the type."""
         return str(self._arrays[name].dtype)
 
-    def is_plain(self, name: str) -> bool:  # noqa: ARG002 - by agreement
-        """Return True."""
-        return True
-
-    def transposed(self, name: str) -> bool | None:  # noqa: ARG002 - by agreement
-        """Return False: the caller hands matrices over as ``(d_out, d_in)``."""
+    def transposed(self, name: str) -> bool | None:  # noqa: ARG002
+        """Return False: the caller passes matrices as ``(d_out, d_in)``."""
         return False
-
-    def storage(self, name: str) -> str:  # noqa: ARG002 - by agreement
-        """Return nothing: these are plain numbers."""
-        return ""
 
     def tiles(self, name: str, index: int | None) -> Tiles:
         """Yield a matrix tile by tile."""
         return _tiles(_matrix(name, self._arrays[name], index))
 
-    def squared_errors(self, name: str, index: int | None) -> None:
-        """Return None: nothing was rounded."""
-
     def read(self, name: str) -> NDArray[Any]:
-        """Return an array as it was given."""
+        """Return an array as it was passed."""
         return self._arrays[name]
 
     def refuse_unreadable(self, name: str) -> None:
-        """Raise where the array holds no floating-point numbers."""
+        """Raise if the array does not contain floating-point numbers."""
         if not np.issubdtype(self._arrays[name].dtype, np.floating):
-            raise quantized(self._label, name, f"stored as {self.dtype(name)}")
+            raise quantized_error(self._label, name, f"stored as {self.dtype(name)}")
 
 
-class LiveTensors:
-    """The parameters of a live model, read where they are.
+class ModelSource(TensorSource):
+    """The parameters of a live model, on their device.
 
-    An adapter that is active but not merged leaves the frozen weight under ``base_layer``, which
-    is what is read. A merged one has changed the weight itself and is refused, and so is a
-    parameter that is no longer the model's: merging and unmerging exchange them.
+    An adapter that is active but not merged leaves the frozen weight under ``base_layer``, which is
+    read. A merged one has changed the weight itself and is refused, and so is a parameter that no
+    longer belongs to the model: merging and unmerging replace them.
     """
 
     def __init__(self, model: Any, label: str) -> None:
         self._model = model
         self._label = label
-        # Tied weights keep every name they have: a module may be adapted under any of them.
+        # Tied weights under every name: a module may be adapted under any of them.
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
 
     @property
     def names(self) -> Sequence[str]:
         """Names of all parameters."""
         return list(self._parameters)
-
-    @property
-    def aliases(self) -> Mapping[str, Sequence[str]]:
-        """No further names are known."""
-        return {}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a parameter."""
@@ -116,12 +96,8 @@ class LiveTensors:
         """Return the type of a parameter."""
         return str(self._parameters[name].dtype).removeprefix("torch.")
 
-    def is_plain(self, name: str) -> bool:  # noqa: ARG002 - by agreement
-        """Return True."""
-        return True
-
     def transposed(self, name: str) -> bool | None:
-        """Say what the parameter's module says: Linear is ``[out, in]``, Conv1D ``[in, out]``."""
+        """Return False for Linear (``[out, in]``), True for Conv1D (``[in, out]``), else None."""
         module = self._model.get_submodule(name.rpartition(".")[0])
         module = getattr(module, "base_layer", module)  # an adapter came after the base was opened
         if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
@@ -130,19 +106,12 @@ class LiveTensors:
             return self.shape(name) != (module.out_features, module.in_features)
         return False if name.endswith("in_proj_weight") else None
 
-    def storage(self, name: str) -> str:  # noqa: ARG002 - by agreement
-        """Return nothing: quantized parameters are refused."""
-        return ""
-
     def tiles(self, name: str, index: int | None) -> Tiles:
-        """Yield a matrix tile by tile, each brought to the CPU on its own."""
+        """Yield a matrix tile by tile, each copied to the CPU separately."""
         return _tiles(_matrix(name, self._parameters[name].detach(), index))
 
-    def squared_errors(self, name: str, index: int | None) -> None:
-        """Return None: nothing was rounded."""
-
     def read(self, name: str) -> NDArray[Any]:
-        """Return a parameter of any shape, brought to the CPU."""
+        """Return a parameter of any shape, copied to the CPU."""
         tensor = self._parameters[name].detach()
         whole: NDArray[Any] = (
             (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
@@ -150,7 +119,7 @@ class LiveTensors:
         return whole
 
     def refuse_unreadable(self, name: str) -> None:
-        """Raise for quantized, empty and outdated parameters, and under a merged adapter."""
+        """Raise for quantized, empty and replaced parameters, and if an adapter is merged."""
         parameter = self._parameters[name]
         path, _, last = name.rpartition(".")
         current: Any = None
@@ -163,7 +132,7 @@ class LiveTensors:
             )
             raise BaseWeightError(message)
         if not parameter.is_floating_point():
-            raise quantized(self._label, name, f"stored as {self.dtype(name)}")
+            raise quantized_error(self._label, name, f"stored as {self.dtype(name)}")
         if parameter.is_meta:
             message = f"{self._label}: '{name}' is on the meta device and holds no values."
             raise BaseWeightError(message)
@@ -189,7 +158,7 @@ def _tiles(matrix: Any) -> Tiles:
     for rows, columns in tiles:
         tile = buffer[: _elements(rows, columns)].reshape(rows.stop - rows.start, -1)
         part = matrix[rows, columns]
-        # bfloat16 and fp8 exist in torch only: it widens them, numpy takes the rest as they are.
+        # bfloat16 and fp8 exist in torch only, which widens them; numpy casts all other types.
         tile[...] = part if isinstance(part, np.ndarray) else part.float().cpu().numpy()
         yield rows, columns, tile
 

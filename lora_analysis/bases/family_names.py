@@ -1,7 +1,7 @@
-"""Modules that are called one thing when a model runs and another in its file, family by family.
+"""Module names of model families that differ between the running model and its file.
 
-A family rewrites names, those of the file and the one that is looked for alike, so that both meet
-in one spelling. It takes part only where its mark occurs, so that no rule touches another family.
+A family rewrites the names in the file and the name that is looked up into one spelling. It applies
+only if its mark occurs, so that no rule affects another family.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Final
 
-from lora_analysis.bases.stable_diffusion import authors_name, diffusers_name
 from lora_analysis.names import is_flattened
 
 Rewrite = Callable[[str], str]
@@ -20,13 +19,13 @@ Rewrite = Callable[[str], str]
 
 @dataclass(frozen=True)
 class Family:
-    """Names that differ: ``mark`` finds a name that only this family has."""
+    """A family with differing names; ``mark`` matches a name that only this family has."""
 
     mark: re.Pattern[str]
     rewrite: Rewrite
 
     def has_mark(self, name: str) -> bool:
-        """Return True if a name, with or without its dots, is one of this family alone."""
+        """Return True if only this family has a name, with or without its dots."""
         mark = self.mark if "." in name else _without_dots(self.mark.pattern)
         return mark.search(name) is not None
 
@@ -45,11 +44,11 @@ def _rules(*pairs: tuple[str, str]) -> Rewrite:
 
 @cache
 def _without_dots(pattern: str) -> re.Pattern[str]:
-    """Return the pattern for names that kohya wrote, whose dots are underscores."""
+    """Return the pattern for names as kohya writes them, with underscores for dots."""
     return re.compile(pattern.replace(r"\.", "_"))
 
 
-# ViT and its kin before and since transformers 5.
+# ViT and similar models before and since transformers 5.
 _VIT = _rules(
     (r"(?:^|(?<=\.))encoder\.layer\.(\d+)\.", r"layers.\1."),
     (r"(?<=\.)attention\.attention\.(query|key|value)$", r"attention.\1"),
@@ -61,7 +60,7 @@ _VIT = _rules(
     (r"(layers\.\d+)\.output\.dense$", r"\1.mlp.fc2"),
 )
 
-# Mixtral's experts, which the running model stacks under other names.
+# Mixtral's experts, which the running model stacks under different names.
 _MIXTRAL = _rules(
     (r"\.block_sparse_moe\.", ".mlp."),
     (r"(\.experts(?:\.\d+)?)\.w1$", r"\1.gate_proj"),
@@ -69,7 +68,7 @@ _MIXTRAL = _rules(
     (r"(\.experts(?:\.\d+)?)\.w2$", r"\1.down_proj"),
 )
 
-# FLUX in its authors' spelling, brought to that of diffusers.
+# FLUX in its authors' spelling, rewritten to that of diffusers.
 _FLUX = _rules(
     (r"(?:^|(?<=\.))double_blocks\.(\d+)\.", r"transformer_blocks.\1."),
     (r"(?:^|(?<=\.))single_blocks\.(\d+)\.", r"single_transformer_blocks.\1."),
@@ -98,13 +97,13 @@ _FLUX = _rules(
     (r"(?:^|(?<=\.))final_layer\.adaLN_modulation\.1$", "norm_out.shift_scale"),
 )
 
-# Z-Image and Lumina in their authors' spelling, brought to that of diffusers.
+# Z-Image and Lumina in their authors' spelling, rewritten to that of diffusers.
 _LUMINA: Final = _rules(
     (r"(?<=\.)attention\.qkv$", "attention.to_qkv"),
     (r"(?<=\.)attention\.out$", "attention.to_out.0"),
 )
 
-# Wan in its authors' spelling, brought to that of diffusers.
+# Wan in its authors' spelling, rewritten to that of diffusers.
 _WAN: Final = _rules(
     (r"(?<=\.)self_attn\.(q|k|v)$", r"attn1.to_\1"),
     (r"(?<=\.)self_attn\.o$", "attn1.to_out.0"),
@@ -135,6 +134,87 @@ _TEXT_ENCODERS = _rules(
     (r"(text_encoder_2\..*)\.mlp\.c_proj$", r"\1.mlp.fc2"),
 )
 
+# Stable Diffusion's U-Net in its authors' checkpoints and in diffusers. The authors number blocks
+# consecutively: on the way down and on the way up, two ResNets (with attentions) and one resampler
+# make three per level. True for SD 1, SD 2 and SDXL.
+_RESNET: Final = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+_SINGLE: Final = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+_PER_LEVEL: Final = 3
+_DIFFUSERS: Final = re.compile(
+    r"(|.*\.)(down_blocks|up_blocks|mid_block)\.(?:(\d+)\.)?"
+    r"(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
+)
+_AUTHORS: Final = re.compile(
+    r"(|.*\.)(input|output|middle)_blocks?\.(\d{1,9})\.(?:(\d{1,9})\.)?(.+)"
+)
+
+
+def diffusers_name(name: str) -> str:
+    """Return diffusers' name for an authors' name of a module; other names are unchanged."""
+    for ours, theirs in _SINGLE.items():
+        if name == theirs or name.endswith(f".{theirs}"):
+            return name.removesuffix(theirs) + ours
+    match = _AUTHORS.fullmatch(name)
+    if match is None:
+        return name
+    before, way, block, part, rest = match.groups()
+    if way == "middle":
+        # The middle block has only one number, that of the part.
+        number = int(block)
+        inside = rest if part is None else f"{part}.{rest}"
+        kind = "attentions.0" if number == 1 else f"resnets.{number // 2}"
+        return f"{before}mid_block.{kind}.{_diffusers_inside(kind, inside)}"
+    level, number = divmod(int(block) - (way == "input"), _PER_LEVEL)
+    blocks = f"{before}{'down' if way == 'input' else 'up'}_blocks.{level}"
+    if way == "input" and number == _PER_LEVEL - 1:
+        return f"{blocks}.downsamplers.0.conv"
+    if way == "output" and rest == "conv":  # after the attention, if the level has one
+        return f"{blocks}.upsamplers.0.conv"
+    kind = "resnets" if part == "0" else "attentions"
+    return f"{blocks}.{kind}.{number}.{_diffusers_inside(kind, rest)}"
+
+
+def authors_name(name: str) -> str:
+    """Return the authors' name for diffusers' name of a module; other names are unchanged."""
+    for ours, theirs in _SINGLE.items():
+        if name == ours or name.endswith(f".{ours}"):
+            return name.removesuffix(ours) + theirs
+    match = _DIFFUSERS.fullmatch(name)
+    if match is None:
+        return name
+    before, way, level, kind, digits, rest = match.groups()
+    number, first = int(digits), _PER_LEVEL * int(level or 0)
+    inside = _RESNET.get(rest, rest) if kind == "resnets" else rest
+    if way == "mid_block":
+        return f"{before}middle_block.{2 * number if kind == 'resnets' else 1}.{inside}"
+    if kind == "downsamplers":
+        return f"{before}input_blocks.{first + _PER_LEVEL}.0.op"
+    if kind == "upsamplers":
+        return f"{before}output_blocks.{first + _PER_LEVEL - 1}.2.conv"
+    part = 0 if kind == "resnets" else 1
+    if way == "down_blocks":
+        return f"{before}input_blocks.{first + 1 + number}.{part}.{inside}"
+    return f"{before}output_blocks.{first + number}.{part}.{inside}"
+
+
+def _diffusers_inside(kind: str, inside: str) -> str:
+    """Return diffusers' name for the part of a name inside a block."""
+    ours = {theirs: name for name, theirs in _RESNET.items()}
+    return ours.get(inside, inside) if kind.startswith("resnets") else inside
+
+
 FAMILIES: Final = (
     Family(re.compile(r"attention\.attention\.(query|key|value)$"), _VIT),
     Family(re.compile(r"\.block_sparse_moe\.|\.experts\.\d+\.w[123]$"), _MIXTRAL),
@@ -149,13 +229,13 @@ FAMILIES: Final = (
     Family(re.compile(r"^(cond_stage_model|conditioner\.embedders)\."), _TEXT_ENCODERS),
 )
 
-# Names that a flattened one may come from, beside that in the file.
+# Rewrites whose results a flattened name may come from, in addition to the name in the file.
 SPELLINGS: Final = (*(family.rewrite for family in FAMILIES), authors_name)
 
 
 def spellings_of(names: Iterable[str]) -> list[Rewrite]:
-    """Return the rewrites of the families that take part among names, by their marks."""
-    every = list(names)
-    taking_part = [family for family in FAMILIES if any(map(family.has_mark, every))]
-    flat = [authors_name] if any(map(is_flattened, every)) else []
-    return [*(family.rewrite for family in taking_part), *flat]
+    """Return the rewrites of the families whose marks occur among names."""
+    names = list(names)
+    families = [family for family in FAMILIES if any(map(family.has_mark, names))]
+    flat = [authors_name] if any(map(is_flattened, names)) else []
+    return [*(family.rewrite for family in families), *flat]

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_analysis.bases.naming import matrix_shape, quantized
 from lora_analysis.bases.quantized import Quantized, quantized_weights, tiles
+from lora_analysis.bases.tensor_names import matrix_shape, quantized_error
+from lora_analysis.bases.weight import TensorSource
 from lora_analysis.errors import BaseWeightError
 from lora_analysis.storage.dtypes import FLOATING, raw_dtype
 from lora_analysis.storage.safetensors import TensorInfo
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from lora_analysis.bases.pieces import Tiles
+    from lora_analysis.bases.weight import Tiles
     from lora_analysis.storage.tensors import TensorFiles
 
-# Storages whose tensors look like others' or like nothing, by the configuration's quant_method.
-_UNREAD = frozenset(
+# Unsupported storages whose tensors look like those of others, by quant_method in the config.
+_UNSUPPORTED = frozenset(
     {
         "aqlm", "auto-round", "bitnet", "eetq", "fp_quant", "higgs", "hqq", "intel/auto-round",
         "quanto", "quark", "sinq", "spqr", "torchao", "vptq",
@@ -31,8 +32,8 @@ _UNREAD = frozenset(
 )  # fmt: skip
 
 
-class Stored:
-    """Tensors of one file or of its shards: values, and elements bit for bit."""
+class _RawFiles:
+    """Tensors of one file or its shards: values, and raw elements (`RawTensors`)."""
 
     def __init__(self, files: TensorFiles) -> None:
         self._files = files
@@ -43,7 +44,7 @@ class Stored:
         return self._files.read(name)
 
     def raw(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        """Return the elements ``start`` to ``stop`` of a tensor, flat, as they are stored."""
+        """Return the elements ``start`` to ``stop`` of a tensor as stored, flat."""
         return read_elements(self._files.file_of(name), self.infos[name], start, stop)
 
     def blocks(self, name: str, index: int | None) -> Tiles:
@@ -53,45 +54,41 @@ class Stored:
         if shape == info.shape:
             yield from self._files.blocks(name)
         elif info.strides is not None:
-            yield from _blocks_of(self.read(name), shape, index)
+            values = self.read(name)
+            matrix = values[index] if index is not None else values.reshape(shape)
+            yield slice(0, shape[0]), slice(0, shape[1]), np.asarray(matrix, np.float32)
         else:
             size = raw_dtype(info.dtype).itemsize * shape[0] * shape[1]
             part = part_of(info, shape, info.start + (index or 0) * size)
             yield from iter_blocks(self._files.file_of(name), part)
 
 
-class StoredTensors:
+class FileSource(TensorSource):
     """The weights of a base in files.
 
     Parameters
     ----------
     files
-        What is stored.
+        The stored tensors.
     label
         The base's name, for messages.
     config
-        The model's ``config.json``; its ``quantization_config`` is asked for what tensors
-        do not tell.
+        The model's ``config.json``; its ``quantization_config`` decides if tensors do not.
     """
 
     def __init__(self, files: TensorFiles, label: str, config: Mapping[str, Any]) -> None:
-        self._stored = Stored(files)
+        self._stored = _RawFiles(files)
         self._label = label
-        stated = config.get("quantization_config", config.get("compression_config"))
-        self._config: Mapping[str, Any] = stated if isinstance(stated, Mapping) else {}
+        quantization = config.get("quantization_config", config.get("compression_config"))
+        self._config: Mapping[str, Any] = quantization if isinstance(quantization, Mapping) else {}
         self._makers = quantized_weights(self._stored, self._config, label, files.metadata)
         self._quantized: dict[str, Quantized] = {}
         self._names = list(dict.fromkeys([*files.infos, *self._makers]))
 
     @property
     def names(self) -> Sequence[str]:
-        """Names of all tensors, and of the weights that quantized ones make."""
+        """Names of all tensors, and of the weights that quantized tensors make."""
         return self._names
-
-    @property
-    def aliases(self) -> Mapping[str, Sequence[str]]:
-        """No further names are known."""
-        return {}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of the plain numbers."""
@@ -99,21 +96,21 @@ class StoredTensors:
         return self._stored.infos[name].shape if made is None else made.shape
 
     def dtype(self, name: str) -> str:
-        """Return the stored type; that of codes is the storage's name."""
+        """Return the stored type; for codes, the name of the storage."""
         made = self._made(name)
         return self._stored.infos[name].dtype if made is None else made.storage
 
     def storage(self, name: str) -> str:
-        """Return how a quantized weight is stored, nothing for others."""
+        """Return the storage of a quantized weight, "" for plain numbers."""
         made = self._made(name)
         return "" if made is None else made.storage
 
     def is_plain(self, name: str) -> bool:
-        """Return True if the tensor is stored as plain numbers; none is put together for it."""
+        """Return True if the tensor is stored as plain numbers; nothing is assembled for it."""
         return name not in self._makers
 
     def transposed(self, name: str) -> bool | None:
-        """Return what a quantized storage says; of plain numbers only the family knows."""
+        """Return the orientation of a quantized storage; None for plain numbers."""
         made = self._made(name)
         return None if made is None else made.transposed
 
@@ -125,7 +122,7 @@ class StoredTensors:
         return tiles(made, self._stored, index)
 
     def squared_errors(self, name: str, index: int | None) -> Tiles | None:
-        """Yield what rounding is expected to have done; None for plain numbers."""
+        """Yield the expected squared rounding errors; None for plain numbers."""
         made = self._made(name)
         return None if made is None else tiles(made, self._stored, index, errors=True)
 
@@ -134,17 +131,17 @@ class StoredTensors:
         return self._stored.read(name)
 
     def refuse_unreadable(self, name: str) -> None:
-        """Raise where the tensor is the payload of a storage that is not read."""
+        """Raise if the tensor belongs to a storage that is not supported."""
         method = str(self._config.get("quant_method", ""))
-        if self._made(name) is not None and method in _UNREAD:
-            raise quantized(self._label, name, method)
+        if self._made(name) is not None and method in _UNSUPPORTED:
+            raise quantized_error(self._label, name, method)
         if self._made(name) is None and (dtype := self.dtype(name)) not in FLOATING:
-            lost = f"{name}.absmax" in self._stored.infos
-            kind = "bitsandbytes 4-bit without its quant_state" if lost else f"stored as {dtype}"
-            raise quantized(self._label, name, kind)
+            stateless = f"{name}.absmax" in self._stored.infos
+            kind = "bitsandbytes 4-bit without its quant_state"
+            raise quantized_error(self._label, name, kind if stateless else f"stored as {dtype}")
 
     def _made(self, name: str) -> Quantized | None:
-        """Return the quantized weight of that name, put together when it is first asked for."""
+        """Return the quantized weight of that name, assembled at first use; None for others."""
         if name in self._makers and name not in self._quantized:
             made = self._makers[name]()
             if min(made.shape, default=0) < 1:
@@ -152,8 +149,3 @@ class StoredTensors:
                 raise BaseWeightError(message)
             self._quantized[name] = made
         return self._quantized.get(name)
-
-
-def _blocks_of(values: NDArray[Any], shape: tuple[int, ...], index: int | None) -> Tiles:
-    matrix = values[index] if index is not None else values.reshape(shape)
-    yield slice(0, shape[0]), slice(0, shape[1]), np.asarray(matrix, np.float32)
