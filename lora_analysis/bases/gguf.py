@@ -240,7 +240,7 @@ def _library() -> Any:
     try:
         import gguf
     except ImportError as error:
-        message = "GGUF bases need the package gguf: pip install 'lora-analysis[quantized]'."
+        message = "GGUF bases need the package gguf: pip install 'lora-analysis[gguf]'."
         raise MissingExtraError(message) from error
     return gguf
 
