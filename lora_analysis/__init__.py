@@ -86,6 +86,10 @@ def __getattr__(name: str) -> object:
     if name not in _MODULE_OF:
         message = f"module 'lora_analysis' has no attribute {name!r}"
         raise AttributeError(message)
+    if _MODULE_OF[name] == "lora":
+        from lora_analysis.errors import require_package
+
+        require_package("torch", "gpu", f"lora_analysis.{name}")
     value = getattr(import_module(f"lora_analysis.{_MODULE_OF[name]}"), name)
     globals()[name] = value
     return value

@@ -112,7 +112,7 @@ def test_doctor_says_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
     assert set(found["extras"]) == set(project["project"]["optional-dependencies"])
     assert list(found["extras"]) == list(doctor.EXTRAS)
-    assert all(one["here"] != bool(one["missing"]) for one in found["extras"].values())
+    assert all(one["installed"] != bool(one["missing"]) for one in found["extras"].values())
     code, out, _ = call(capsys, "doctor")
     assert "packages" in out
     assert call(capsys, "doctor", "--format", "quiet")[1] == "ok\n"
@@ -127,9 +127,9 @@ def test_doctor_names_what_is_missing(
     code, out, _ = call(capsys, "doctor")
     assert code == 3
     assert "no-such-package. Install the package again" in out
-    assert "not here (no no.such-one): demo, train" in out
+    assert "not installed (missing no.such-one): demo, train" in out
     assert "pip install 'lora-analysis[demo]'" in out
-    assert "extra odd      here: not described here" in out
+    assert "extra odd      installed: no description" in out
 
 
 def test_doctor_in_a_checkout_reads_the_extras_of_the_project(

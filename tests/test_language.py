@@ -41,7 +41,6 @@ PENDING = frozenset(
         "cli",
         "conclusions",
         "demo",
-        "execution",
         "finding",
         "formats",
         "groups",
@@ -53,7 +52,6 @@ PENDING = frozenset(
         "shared_init",
         "studies",
         "text",
-        "training",
     ]
 )
 

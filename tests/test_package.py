@@ -1,16 +1,24 @@
-"""The built wheel in an environment of its own, outside the checkout."""
+"""The package as it is installed: without torch, and as a wheel outside of the checkout."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import tomllib
 import venv
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
+import numpy as np
 import pytest
+from factories import adapter
 from packaging.requirements import Requirement
+from safetensors.numpy import save_file
+
+import lora_analysis
+from lora_analysis.formats import write_adapter
 
 ROOT = Path(__file__).parents[1]
 
@@ -99,3 +107,101 @@ def test_the_demo_without_its_extra_says_what_to_install(installed: Path, tmp_pa
     assert "lora-analysis[demo]" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+# Runs commands in an interpreter in which torch cannot be imported; prints their exit codes.
+WITHOUT_TORCH = """
+import importlib.abc, json, sys
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Refuse())
+from lora_analysis.cli import run
+codes = [run(words) for words in json.loads(sys.argv[1])]
+assert "torch" not in sys.modules
+print(json.dumps(codes))
+"""
+
+
+def run_without_torch(commands: list[list[str]], cwd: Path) -> tuple[list[int], str]:
+    """Return the exit codes of commands, and what they printed to stderr."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, json.dumps(commands)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def test_analysis_and_conversion_need_no_torch(rng: np.random.Generator, tmp_path: Path) -> None:
+    for name, rank in (("a", 2), ("b", 4)):
+        write_adapter(adapter(rng, rank=rank, label=name), tmp_path / name)
+    names = [f"layers.{layer}.{kind}_proj.weight" for layer in range(2) for kind in "qv"]
+    weights = {name: rng.standard_normal((24, 20)).astype(np.float32) for name in names}
+    save_file(weights, tmp_path / "base.safetensors")
+    base = ["--base", "base.safetensors"]
+    commands = [
+        ["inspect", "a", "b"],
+        ["compare", "a", "b"],
+        ["report", "a", "b", *base, "-o", "report"],
+        ["amplify", "a", *base],
+        ["heatmap", "a", "b", "--module", "layers.0.q_proj", "-o", "heatmap.svg"],
+        ["resize", "b", "--rank", "2", "-o", "smaller"],
+        ["convert", "a", "--to", "kohya", "-o", "a.safetensors"],
+        ["doctor"],
+    ]
+    codes, errors = run_without_torch(commands, tmp_path)
+    assert codes == [0] * len(commands), errors
+
+
+@pytest.mark.parametrize(
+    ("words", "extra"),
+    [
+        (["demo", "-o", "out"], "demo"),
+        (["train", "--base", "digits", "--name", "rotate", "-o", "out"], "demo"),
+        (["train", "rows.csv", "--base", "model", "-o", "out"], "train"),
+    ],
+)
+def test_training_without_torch_says_which_extra_to_install(
+    words: list[str], extra: str, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.csv").write_text("text,label\na,0\nb,1\n")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "bert"}')
+    codes, errors = run_without_torch([words], tmp_path)
+    assert codes == [3]
+    assert "Training needs torch, which is not installed." in errors
+    assert f"pip install 'lora-analysis[{extra}]'" in errors
+
+
+def test_lora_layers_without_torch_say_which_extra_to_install(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import lora_analysis\n"
+        "try: lora_analysis.add_lora\n"
+        "except ImportError as error: assert 'lora-analysis[gpu]' in str(error), error\n"
+        "else: raise AssertionError\n"
+    )
+    shell(sys.executable, "-c", code, cwd=tmp_path)
+
+
+def test_the_citation_has_the_version_of_the_package() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"version: {lora_analysis.__version__}\n" in citation
+
+
+def test_the_core_depends_on_no_extra_and_all_extras_are_complete() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    core = {line.partition(">")[0] for line in project["dependencies"]}
+    assert not core & {"torch", "transformers", "scikit-learn", "gguf", "ray"}
+    extras = project["optional-dependencies"]
+    (everything,) = extras["all"]
+    included = everything.partition("[")[2].rstrip("]").split(",")
+    assert set(included) == set(extras) - {"all", "dev", "docs", "test"}

@@ -89,7 +89,7 @@ def test_weights_that_are_trained_are_not_spread(inputs: list[str]) -> None:
     from lora_analysis.training.run_setup import set_up_run
 
     table = {"base": {"source": inputs[1]}, "task": "rotate", "method": "full"}
-    with pytest.raises(InputError, match="Only frozen weights are spread"):
+    with pytest.raises(InputError, match="Only frozen weights can be sharded"):
         set_up_run(RunConfig.from_dict(table), torch.device("cpu"), sharded=True)
 
 

@@ -227,7 +227,7 @@ def _gguf_package() -> Any:
     try:
         import gguf
     except ImportError as error:
-        message = "GGUF bases need the package gguf: pip install 'lora-analysis[quantized]'."
+        message = "GGUF bases need the package gguf: pip install 'lora-analysis[gguf]'."
         raise MissingExtraError(message) from error
     return gguf
 

@@ -1,4 +1,4 @@
-"""``lora-analysis doctor``: installed versions, devices and extras."""
+"""``lora-analysis doctor``: show installed packages, devices and extras."""
 
 from __future__ import annotations
 
@@ -17,52 +17,54 @@ from lora_analysis.cli.options import output_options
 from lora_analysis.cli.show import print_facts, print_json
 
 CORE = (
-    "torch", "numpy", "scipy", "matplotlib", "pandas", "safetensors", "jinja2", "click", "rich",
-    "regex", "threadpoolctl", "array-api-compat",
+    "numpy", "scipy", "matplotlib", "pandas", "safetensors", "jinja2", "click", "rich", "regex",
+    "pyyaml", "threadpoolctl", "array-api-compat",
 )  # fmt: skip
-# Features of each extra; its packages are listed in the distribution's metadata.
+# Purpose of each extra. Its packages are in the metadata of this package.
 EXTRAS = {
+    "gpu": "analysis on a GPU, LoRA layers in your own torch models",
+    "gguf": "convert --to gguf, base models in GGUF's quantized types",
+    "train": "train and sweep on models of transformers, on your own data",
     "demo": "demo, train and reproduce on the bundled digits",
     "demo-text": "demo --text on a pretrained sentence encoder",
-    "hf": "adapters and bases by name (hf://owner/name), train on models of transformers",
-    "data": "train on data sets of a hub, on images and on Parquet",
-    "gguf": "convert --to gguf, bases in GGUF's quantized types",
-    "quantized": "bases in GGUF's quantized types, train on a quantized base",
+    "hf": "adapters and bases by name (hf://owner/name)",
+    "quantized": "train --quantized",
     "ray": "sweep and report on the machines of a Ray cluster",
     "trackers": "train --tracker with TensorBoard, Trackio, W&B",
-    "parquet": "report --parquet",
     "notebook": "the notebooks",
+    "parquet": "report --parquet, train on Parquet files",
     "docs": "building the documentation",
-    "dev": "the tests",
+    "dev": "tests, linters and types",
+    "test": "tests that compare with other programs, or need a browser",
+    "all": "all of these for users",
 }
-_REQUIREMENT = re.compile(r"([\w.-]+)")
+_REQUIREMENT = re.compile(r"([\w.-]+)(?:\[([^\]]*)\])?")
 _FOR_EXTRA = re.compile(r"extra == ['\"]([\w.-]+)['\"]")
 
 
 @click.command(name="doctor")
 @output_options
 def command(*, form: str) -> int:
-    """Show versions, devices and extras, and what each missing extra would add.
+    """Show versions, devices and extras, and what is missing.
 
-    The exit code is 3 if a required package is missing.
+    Exit code 3 if a package that is always needed is missing.
     """
     packages = {name: _version(name) for name in CORE}
     extras = {
         name: [package for package in needed if _version(package) is None]
         for name, needed in _extras()
     }
-    devices = _devices() if packages.get("torch") else []
     missing = [name for name, version in packages.items() if version is None]
     document: dict[str, Any] = {
         "lora_analysis": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": packages,
+        "packages": packages | {"torch": _version("torch")},
         "cpus": _cpus(),
-        "devices": devices,
+        "devices": _devices(),
         "cache": _cache(),
         "extras": {
-            name: {"here": not lacking, "missing": lacking, "for": EXTRAS.get(name)}
+            name: {"installed": not lacking, "missing": lacking, "for": EXTRAS.get(name)}
             for name, lacking in extras.items()
         },
         "missing": missing,
@@ -79,10 +81,18 @@ def command(*, form: str) -> int:
 def _extras() -> list[tuple[str, list[str]]]:
     """Return the extras in the order of the table, each with its packages."""
     needed: dict[str, list[str]] = {}
+    included: dict[str, list[str]] = {}
     for line in _requirements():
         package, extra = _REQUIREMENT.match(line), _FOR_EXTRA.search(line)
         if package and extra:
-            needed.setdefault(extra[1], []).append(package[1])
+            needed.setdefault(extra[1], [])
+            if package[2] and package[1].replace("_", "-") == "lora-analysis":
+                included[extra[1]] = package[2].split(",")
+            else:
+                needed[extra[1]].append(package[1])
+    for name, others in included.items():
+        packages = (package for other in others for package in needed.get(other.strip(), []))
+        needed[name] = list(dict.fromkeys([*needed[name], *packages]))
     order = list(EXTRAS)
     return sorted(
         needed.items(), key=lambda item: order.index(item[0]) if item[0] in EXTRAS else 99
@@ -98,11 +108,7 @@ def _requirements() -> list[str]:
     if not project.is_file():
         return []
     extras = tomllib.loads(project.read_text("utf-8"))["project"]["optional-dependencies"]
-    return [
-        f"{requirement}; extra == '{name}'"
-        for name, needed in extras.items()
-        for requirement in needed
-    ]
+    return [f"{line}; extra == '{name}'" for name, lines in extras.items() for line in lines]
 
 
 def _version(name: str) -> str | None:
@@ -113,7 +119,7 @@ def _version(name: str) -> str | None:
 
 
 def _devices() -> list[str]:
-    """Return the devices that ``--device`` accepts, fastest first; empty if torch is broken."""
+    """Return the devices for ``--device``, fastest first; none if torch cannot be imported."""
     try:
         from lora_analysis.training.devices import available_devices
     except (ImportError, OSError):
@@ -122,7 +128,7 @@ def _devices() -> list[str]:
 
 
 def _cpus() -> int | None:
-    """Return the number of usable CPUs; None if a package that counts them is missing."""
+    """Return the number of usable CPUs; None if a package that is needed for it is missing."""
     try:
         from lora_analysis.execution import available_workers
     except ImportError:
@@ -131,7 +137,7 @@ def _cpus() -> int | None:
 
 
 def _cache() -> Path | None:
-    """Return the cache folder; None if a required package is missing."""
+    """Return the folder of the cache; None if a package that is needed for it is missing."""
     try:
         from lora_analysis.storage.cache import cache_folder
     except ImportError:
@@ -141,20 +147,21 @@ def _cache() -> Path | None:
 
 def _print(document: dict[str, Any]) -> None:
     packages = document["packages"]
-    versions = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
+    installed = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
     lines: list[tuple[str, object]] = [
         ("lora_analysis", document["lora_analysis"]),
         ("python", f"{document['python']} on {document['platform']}"),
-        ("packages", versions),
-        ("cpus", document["cpus"] or "not known"),
-        ("devices", ", ".join(document["devices"]) or "none (torch does not load)"),
-        ("cache", document["cache"] or "not known"),
+        ("packages", installed),
+        ("cpus", document["cpus"] or "unknown"),
+        ("devices", ", ".join(document["devices"]) or "none (torch is missing or does not load)"),
+        ("cache", document["cache"] or "unknown"),
     ]
     for name, extra in document["extras"].items():
-        what = extra["for"] or "not described here"
-        lacking = f"not here (no {', '.join(extra['missing'])}): {what}; "
+        purpose = extra["for"] or "no description"
+        missing = f"not installed (missing {', '.join(extra['missing'])}): {purpose}; "
         install = f"pip install 'lora-analysis[{name}]'"
-        lines.append((f"extra {name}", f"here: {what}" if extra["here"] else lacking + install))
+        state = f"installed: {purpose}" if extra["installed"] else missing + install
+        lines.append((f"extra {name}", state))
     if document["missing"]:
         names = ", ".join(document["missing"])
         lines.append(("missing", f"{names}. Install the package again: pip install lora-analysis"))

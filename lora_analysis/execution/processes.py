@@ -236,7 +236,7 @@ def end_if_imported_by_worker() -> None:
         os._exit(_UNGUARDED)
 
 
-# What a worker sends besides events and `Failed`.
+# Messages of a worker in addition to events and `Failed`.
 
 
 class _Lost(Failed):

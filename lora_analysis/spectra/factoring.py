@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_analysis import linalg
 from lora_analysis.adapter import DenseUpdate, LowRankUpdate, Update
-from lora_analysis.errors import InputError
+from lora_analysis.errors import InputError, require_package
 from lora_analysis.spectra.values import Spectrum, VectorsOf
 
 if TYPE_CHECKING:
@@ -216,6 +216,7 @@ def _spectra_on_device(
     updates: list[LowRankUpdate], device: str, dtype: str, *, vectors: bool = True
 ) -> list[Spectrum]:
     """Return the spectra of updates that share shape and rank, computed as one stack."""
+    require_package("torch", "gpu", f"spectrum(device={device!r})")
     import torch
 
     kind = getattr(torch, dtype)

@@ -319,7 +319,7 @@ class GGUFTensors(TensorFiles):
         except ImportError as error:
             message = (
                 f"{self.path}: '{name}' is stored as {info.kind}; decoding it needs the package "
-                "gguf: pip install gguf."
+                "gguf: pip install 'lora-analysis[gguf]'."
             )
             raise MissingExtraError(message) from error
         rows = self._file.rows(name, 0, math.prod(info.shape[:-1]))
