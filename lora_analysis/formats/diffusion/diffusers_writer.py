@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from lora_analysis.errors import InputError, UnsupportedMethodError
 from lora_analysis.formats.diffusion.diffusers import COMPONENT, METADATA_KEY, NAME
 from lora_analysis.formats.diffusion.image_metadata import image_metadata
-from lora_analysis.formats.diffusion.image_pairs import FACTOR_KEYS
+from lora_analysis.formats.diffusion.image_scheme import FACTOR_KEYS
 from lora_analysis.formats.diffusion.image_writing import (
     PlannedModule,
     alpha_tensor,

@@ -16,8 +16,8 @@ from lora_analysis.formats.fused_parts import parts_metadata
 from lora_analysis.formats.peft.adapter_config import CONFIG_NAME
 from lora_analysis.formats.peft.experts import without_mark
 from lora_analysis.formats.peft.experts_writer import is_expert, parameter_of, stacked_tensors
+from lora_analysis.formats.peft.files import WEIGHTS_NAME
 from lora_analysis.formats.peft.module_pairs import DORA
-from lora_analysis.formats.peft.peft_places import WEIGHTS_NAME
 from lora_analysis.formats.peft.tensor_keys import PREFIX, sort_keys
 from lora_analysis.formats.side_tensors import side_output
 from lora_analysis.formats.written import layer_shapes, layer_tensors, low_rank_outlines
