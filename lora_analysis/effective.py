@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from lora_analysis.adapter import Update
     from lora_analysis.bases import BaseWeights
-    from lora_analysis.formats.initial import Factors, InitialFactorsRequest, InitialFactorsSource
+    from lora_analysis.formats.options import Factors, InitialFactorsRequest, InitialFactorsSource
 
 # PEFT computes in float32: if W's r-th and next singular value are closer than this, relatively,
 # its leading space differs between machines.

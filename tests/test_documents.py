@@ -40,7 +40,7 @@ def inside(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     copy_tree(workspace, tmp_path)
     monkeypatch.chdir(tmp_path)
     # What a document adds to the program ends with it.
-    monkeypatch.setattr(registry, "READERS", registry.READERS)
+    monkeypatch.setattr(registry, "READERS", list(registry.READERS))
     monkeypatch.setattr(formats, "__path__", [*formats.__path__, "lora_analysis/formats"])
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
     # The files of a report's figures take most of its time, and have tests of their own.

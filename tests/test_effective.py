@@ -22,7 +22,7 @@ from lora_analysis.errors import (
     ScaleError,
     UnsupportedMethodError,
 )
-from lora_analysis.formats.initial import InitialFactorsRequest
+from lora_analysis.formats.options import InitialFactorsRequest
 
 
 def of(update: LowRankUpdate, **fields: object) -> LowRankUpdate:

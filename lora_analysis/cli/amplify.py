@@ -14,7 +14,7 @@ from lora_analysis.cli.options import (
     progress_bar,
     transposed_option,
 )
-from lora_analysis.cli.reading import Reading, reading_options
+from lora_analysis.cli.reading import Reading, ReadingCommand, reading_options
 from lora_analysis.cli.show import (
     decimals,
     print_finding,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lora_analysis.studies import Study
 
 
-@click.command(name="amplify")
+@click.command(name="amplify", cls=ReadingCommand)
 @click.argument("source", metavar="ADAPTER")
 @click.option(
     "--base", required=True, help="Base weights: a safetensors or GGUF file, or a model folder."

@@ -16,7 +16,7 @@ from lora_analysis.cli.options import (
     progress_bar,
     reference_option,
 )
-from lora_analysis.cli.reading import Reading, reading_options
+from lora_analysis.cli.reading import Reading, ReadingCommand, reading_options
 from lora_analysis.cli.show import (
     decimals,
     print_facts,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lora_analysis.studies import Study
 
 
-@click.command(name="compare")
+@click.command(name="compare", cls=ReadingCommand)
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @reference_option

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_analysis.cli.options import output_options
-from lora_analysis.cli.reading import Reading, reading_options
+from lora_analysis.cli.reading import Reading, ReadingCommand, reading_options
 from lora_analysis.cli.show import decimals, print_facts, print_json, print_table
 from lora_analysis.cli.writing import (
     adapter_to_write,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _EQUAL = 1e-6
 
 
-@click.command(name="convert")
+@click.command(name="convert", cls=ReadingCommand)
 @click.argument("source", metavar="SOURCE")
 @format_option
 @click.option(
@@ -63,7 +63,7 @@ def command(
     adapter = with_sanity_findings(adapter_to_write(adapter, written))
     check_adapter_place(output, inputs=adapter.inputs, force=force)
     options: dict[str, Any] = (
-        {"architecture": architecture, "heads": reading.heads} if written == "gguf" else {}
+        {"architecture": architecture, "heads": reading.options.heads} if written == "gguf" else {}
     )
     path = write_adapter(adapter, output, format=written, force=force, verb="convert", **options)
     folded = writing_notes(adapter, written)

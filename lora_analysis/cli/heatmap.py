@@ -14,7 +14,7 @@ from lora_analysis.cli.options import (
     prefix_option,
     progress_bar,
 )
-from lora_analysis.cli.reading import Reading, reading_options
+from lora_analysis.cli.reading import Reading, ReadingCommand, reading_options
 from lora_analysis.cli.show import print_json
 from lora_analysis.progress import Progress
 from lora_analysis.text import printable
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter, Update
 
 
-@click.command(name="heatmap")
+@click.command(name="heatmap", cls=ReadingCommand)
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @click.option(

@@ -10,7 +10,13 @@ import click
 
 from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import MODULES_SHOWN, modules_option, output_options, progress_bar
-from lora_analysis.cli.reading import LeftOut, Reading, reading_options, say_left_out
+from lora_analysis.cli.reading import (
+    LeftOut,
+    Reading,
+    ReadingCommand,
+    reading_options,
+    say_left_out,
+)
 from lora_analysis.cli.show import (
     decimals,
     print_facts,
@@ -29,7 +35,7 @@ if TYPE_CHECKING:
 _WORTH_THREADS = 32
 
 
-@click.command(name="inspect")
+@click.command(name="inspect", cls=ReadingCommand)
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option("--all", "every", is_flag=True, help="Show every module, however many.")
 @modules_option

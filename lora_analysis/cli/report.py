@@ -21,7 +21,7 @@ from lora_analysis.cli.options import (
     transposed_option,
 )
 from lora_analysis.cli.parallel_options import analysis_executor, analysis_executor_options
-from lora_analysis.cli.reading import Reading, reading_options
+from lora_analysis.cli.reading import Reading, ReadingCommand, reading_options
 from lora_analysis.cli.show import print_json, study_facts
 from lora_analysis.text import printable
 
@@ -35,7 +35,7 @@ def _formats(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[
     return formats
 
 
-@click.command(name="report")
+@click.command(name="report", cls=ReadingCommand)
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @reference_option
 @click.option("--base", help="Base weights: a safetensors or GGUF file, or a model folder.")
@@ -122,7 +122,7 @@ def command(
             adapters,
             reference=others,
             # Passed by name if possible: the report's lines of Python repeat it.
-            base=reading.open_base(base) if reading.allow_pickle else base,
+            base=reading.open_base(base) if reading.options.allow_pickle else base,
             transposed=transposed,
             modules=modules,
             prefix=prefixes,

@@ -1,29 +1,50 @@
-"""Adapters on disk: one file per format, chosen by what the source holds, never by its suffix.
+"""Adapters on disk: read from and written to the formats of many trainers.
 
-A format is a module with the three functions of :class:`~lora_analysis.formats.registry.Format`;
-adding one means writing that module and naming it in the registry. Nothing outside this folder
-knows a key, a config field or a file name of any format, and nothing in it computes with the
-factors it reads.
+A format is an instance of `Format`, most of them a `KeyScheme`: a regular expression over tensor
+keys, a scale rule and a few hooks. It is chosen by the content of a source, never by its suffix.
+Nothing outside this folder depends on a key, a config field or a file name of any format, and
+nothing in it computes with the factors it reads.
 """
 
-from lora_analysis.formats.globs import each_once, expanded
-from lora_analysis.formats.reading import find_adapters, read_adapter
-from lora_analysis.formats.sources import AdapterRef
-from lora_analysis.formats.writing import (
-    unwritten_findings,
-    write_adapter,
-    writing_notes,
-    written_names,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "AdapterRef",
-    "each_once",
-    "expanded",
-    "find_adapters",
-    "read_adapter",
-    "unwritten_findings",
-    "write_adapter",
-    "writing_notes",
-    "written_names",
-]
+if TYPE_CHECKING:
+    from lora_analysis.formats.key_scheme import AdapterParts as AdapterParts
+    from lora_analysis.formats.key_scheme import KeyPattern as KeyPattern
+    from lora_analysis.formats.key_scheme import KeyScheme as KeyScheme
+    from lora_analysis.formats.load import each_once as each_once
+    from lora_analysis.formats.load import expanded as expanded
+    from lora_analysis.formats.load import find_adapters as find_adapters
+    from lora_analysis.formats.load import load_adapter as load_adapter
+    from lora_analysis.formats.load import read_adapter as read_adapter
+    from lora_analysis.formats.options import ReadOptions as ReadOptions
+    from lora_analysis.formats.registry import register_format as register_format
+    from lora_analysis.formats.sources import AdapterRef as AdapterRef
+    from lora_analysis.formats.sources import Format as Format
+    from lora_analysis.formats.writing import unwritten_findings as unwritten_findings
+    from lora_analysis.formats.writing import write_adapter as write_adapter
+    from lora_analysis.formats.writing import writing_notes as writing_notes
+    from lora_analysis.formats.writing import written_names as written_names
+
+# Imported on use: the command line needs the options alone for its help.
+_HOME = {
+    "key_scheme": ("AdapterParts", "KeyPattern", "KeyScheme"),
+    "load": ("each_once", "expanded", "find_adapters", "load_adapter", "read_adapter"),
+    "options": ("ReadOptions",),
+    "registry": ("register_format",),
+    "sources": ("AdapterRef", "Format"),
+    "writing": ("unwritten_findings", "write_adapter", "writing_notes", "written_names"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)  # noqa: PLE0605  (a list of str, built)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        message = f"module 'lora_analysis.formats' has no attribute {name!r}"
+        raise AttributeError(message)
+    value = getattr(import_module(f"lora_analysis.formats.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lora_analysis.adapter import Layout, ScaleOrigin
-    from lora_analysis.formats.sources import ReadOptions
+    from lora_analysis.formats.options import ReadOptions
     from lora_analysis.storage.tensors import NamedTensors
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from lora_analysis.adapter import UpdateOutline
     from lora_analysis.formats.factors import StoredPair
-    from lora_analysis.formats.sources import ReadOptions
+    from lora_analysis.formats.options import ReadOptions
     from lora_analysis.storage.tensors import NamedTensors
 
 FUSED_PARTS: Final = "fused_parts"

@@ -14,16 +14,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
-from lora_analysis.formats.assembly import assembled, beside_finding
-from lora_analysis.formats.factors import (
-    FactorRole,
-    StatedScale,
-    StoredPair,
-    complete_pairs,
-    scale_from_alpha,
-)
+from lora_analysis.formats.build import AdapterParts, beside_finding, build_adapter
+from lora_analysis.formats.factors import StatedScale, StoredPair, scale_from_alpha
+from lora_analysis.formats.key_scheme import KeyPattern, StoredModules, has_factors, sort_keys
 from lora_analysis.formats.rotary import in_halves
-from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of
+from lora_analysis.formats.sources import AdapterFiles, AdapterRef, Format
 from lora_analysis.storage.gguf import GGUFTensors, is_gguf
 from lora_analysis.storage.gguf_names import (
     BLOCKED_QKV,
@@ -40,11 +35,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lora_analysis.adapter import Adapter
+    from lora_analysis.formats.options import ReadOptions
     from lora_analysis.formats.stored import StoredFactor
 
-NAME: Final = "gguf"
-
-_KEY: Final = re.compile(r"(?P<tensor>.+)\.weight\.lora_(?P<role>[ab])")
+_KEY: Final = KeyPattern(re.compile(r"(?P<module>.+)\.weight\.lora_(?P<role>[ab])"))
 _MAX_EXPERTS: Final = 4096
 _EXPERTS: Final = ".experts."
 _ALPHA: Final = "adapter.lora.alpha"
@@ -53,28 +47,9 @@ _TOKENS: Final = "adapter.alora.invocation_tokens"
 PERMUTED_ROWS: Final = "rows in llama.cpp's order"
 
 
-def recognizes(path: Path, options: ReadOptions) -> bool:  # noqa: ARG001 - content alone decides
-    """Say whether a file is GGUF; whether it is an adapter, reading it says."""
-    return is_gguf(path)
-
-
-def _is_adapter(path: Path) -> bool:
-    if not is_gguf(path):
-        return False
-    try:
-        return any(map(_KEY.fullmatch, GGUFTensors.open(path).infos))
-    except InputError:
-        return False
-
-
-def find(path: Path, options: ReadOptions) -> list[AdapterRef]:  # noqa: ARG001 - as above
-    """Return the file, where it holds factors."""
-    return [AdapterRef(path, NAME, label_of(path))] if _is_adapter(path) else []
-
-
 @dataclass(slots=True)
-class _Found:
-    """The pairs of a file, and the modules of which something has to be said."""
+class _Content:
+    """The pairs of a file, and the modules that findings name."""
 
     pairs: list[StoredPair] = field(default_factory=list)
     undone: list[str] = field(default_factory=list)
@@ -83,61 +58,67 @@ class _Found:
     turned: bool | None = False
 
 
-def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG001 - unnamed
-    """Read an adapter.
+class _GGUF(Format):
+    """Any GGUF file is located; one without factors is not listed, and refused by its type."""
 
-    Raises
-    ------
-    MalformedFileError
-        The file is damaged, or a module has one factor only.
-    UnsupportedMethodError
-        It is a model, or an adapter of another kind.
-    """
-    tensors = GGUFTensors.open(path)
-    _check_type(path, tensors)
-    factors: dict[str, dict[FactorRole, str]] = {}
-    others = []
-    for key in tensors.infos:
-        if match := _KEY.fullmatch(key):
-            role: FactorRole = "A" if match["role"] == "a" else "B"
-            factors.setdefault(match["tensor"], {})[role] = key
-        else:
-            others.append(key)
-    architecture = str(tensors.facts.get("general.architecture", ""))
-    found = _Found()
-    rows = _Rows(architecture, _heads(tensors.facts, architecture, options))
-    plain_pairs = complete_pairs(path, factors, lambda t, r: f"{t}.weight.lora_{r.lower()}")
-    if architecture == "gpt2":
-        found.turned = _turned(tensors, plain_pairs)
-    for plain in plain_pairs:
-        _add(found, tensors, plain, rows)
-    alpha = tensors.facts.get(_ALPHA)
-    base = tensors.facts.get("general.base_model.0.repo_url") or tensors.facts.get(
-        "general.base_model.0.name"
-    )
-    own_scale = options.scale is None and options.alpha is None
-    return assembled(
-        path,
-        NAME,
-        tensors,
-        found.pairs,
-        lambda _pair, rank: _scale(alpha, rank),
-        options=options,
-        missing="",
-        findings=(
-            *(_alpha_findings(alpha) if own_scale else []),
-            *_row_findings(found, architecture),
-            *_token_finding(tensors.facts),
-            *beside_finding("norms trained in full or other vectors", others),
-        ),
-        base_model=base if isinstance(base, str) else None,
-        config={"gguf_architecture": architecture, "heads": rows.heads},
-    )
+    name = "gguf"
+
+    def locate(self, path: Path, options: ReadOptions) -> AdapterFiles | None:  # noqa: ARG002
+        return AdapterFiles(path, path) if is_gguf(path) else None
+
+    def find(self, files: AdapterFiles, options: ReadOptions) -> list[AdapterRef]:
+        try:
+            is_adapter = has_factors(GGUFTensors.open(files.path).infos, [_KEY])
+        except InputError:
+            is_adapter = False
+        return super().find(files, options) if is_adapter else []
+
+    def read(self, files: AdapterFiles, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG002
+        """Read an adapter.
+
+        Raises
+        ------
+        MalformedFileError
+            The file is damaged, or a module has one factor only.
+        UnsupportedMethodError
+            It is a model, or an adapter of another kind.
+        """
+        tensors = GGUFTensors.open(files.path)
+        _check_type(files.path, tensors)
+        stored = sort_keys(StoredModules(files, tensors, options), (_KEY,))
+        facts = tensors.facts
+        architecture = str(facts.get("general.architecture", ""))
+        content = _Content()
+        rows = _Rows(architecture, _heads(facts, architecture, options))
+        pairs = stored.pairs()
+        if architecture == "gpt2":
+            content.turned = _turned(tensors, pairs)
+        for plain in pairs:
+            _add(content, tensors, plain, rows)
+        alpha = facts.get(_ALPHA)
+        base = facts.get("general.base_model.0.repo_url") or facts.get("general.base_model.0.name")
+        uses_file_scale = options.scale is None and options.alpha is None
+        parts = AdapterParts(
+            pairs=content.pairs,
+            scale=lambda _pair, rank: _scale(alpha, rank),
+            findings=(
+                *(_alpha_findings(alpha) if uses_file_scale else []),
+                *_row_findings(content, architecture),
+                *_token_finding(facts),
+                *beside_finding("norms trained in full or other vectors", stored.others),
+            ),
+            base_model=base if isinstance(base, str) else None,
+            config={"gguf_architecture": architecture, "heads": rows.heads},
+        )
+        return build_adapter(files.path, self.name, tensors, options, parts)
+
+
+FORMAT: Final = _GGUF()
 
 
 def _check_type(path: Path, tensors: GGUFTensors) -> None:
     kind = tensors.facts.get("adapter.type")
-    if any(map(_KEY.fullmatch, tensors.infos)) and kind in (None, "lora"):
+    if has_factors(tensors.infos, [_KEY]) and kind in (None, "lora"):
         return
     if kind not in (None, "lora"):
         message = f"{path}: a GGUF adapter of type {kind!r:.40}; only 'lora' is read."
@@ -160,9 +141,9 @@ def _scale(alpha: Any, rank: int) -> StatedScale:
 
 def _alpha_findings(alpha: Any) -> list[str]:
     if not alpha:
-        stated = "no adapter.lora.alpha is stated" if alpha is None else "adapter.lora.alpha is 0"
+        reason = "no adapter.lora.alpha is stated" if alpha is None else "adapter.lora.alpha is 0"
         return [
-            f"The scale is 1, as llama.cpp applies it: {stated}. Training may have had another."
+            f"The scale is 1, as llama.cpp applies it: {reason}. Training may have had another."
         ]
     return []
 
@@ -182,7 +163,7 @@ def _heads(
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """What has happened to the order of B's rows."""
+    """The order of B's rows: architecture, and heads of q and of k if they are known."""
 
     architecture: str
     heads: tuple[int, int] | None
@@ -192,48 +173,51 @@ class _Rows:
 
 
 def _turned(tensors: GGUFTensors, pairs: list[StoredPair]) -> bool | None:
-    """Say whether GPT-2's factors were turned by the converter; all of a file alike."""
+    """Return True if the converter transposed GPT-2's factors, None if no shape tells.
+
+    All factors of a file must be alike.
+    """
     shapes = {
         p.module: (tensors.infos[p.b.name].shape, tensors.infos[p.a.name].shape) for p in pairs
     }
-    told = {
+    turned = {
         is_turned(module, (b[0], a[-1]))
         for module, (b, a) in shapes.items()
         if len(a) == len(b) == 2 and module.startswith("blk.")
     }
-    if told >= {True, False}:
+    if turned >= {True, False}:
         message = f"{tensors.path}: some factors of GPT-2 lie transposed and others do not."
         raise MalformedFileError(message)
-    if not told:
+    if not turned:
         return False
-    return next((one for one in told if one is not None), None)
+    return next((answer for answer in turned if answer is not None), None)
 
 
-def _add(found: _Found, tensors: GGUFTensors, plain: StoredPair, rows: _Rows) -> None:
+def _add(content: _Content, tensors: GGUFTensors, plain: StoredPair, rows: _Rows) -> None:
     """Add the pair of one tensor, or of each expert that it stacks."""
     tensor, module = plain.module, module_of(plain.module, rows.architecture)
     a, b = plain.a, plain.b
-    if found.turned and tensor.startswith("blk."):
+    if content.turned and tensor.startswith("blk."):
         a, b = b.transposed(), a.transposed()
     variant = ""
     if is_q_or_k(tensor) and rows.architecture not in UNPERMUTED:
         heads = rows.heads_of(tensor) if rows.architecture in PERMUTED else None
         if heads is None:
-            found.permuted.append(module)
+            content.permuted.append(module)
             variant = PERMUTED_ROWS
         else:
             b = _undone(tensors, b, heads)
-            found.undone.append(module)
+            content.undone.append(module)
     elif tensor.endswith(".attn_qkv") and rows.architecture in BLOCKED_QKV:
-        found.untangled.append(module)
+        content.untangled.append(module)
         variant = PERMUTED_ROWS
     pair = StoredPair(module, a, b, variant=variant)
     if tensor == EMBEDDING:
         pair = replace(pair, a=a.transposed(), layout="embedding")
     if len(tensors.infos[a.name].shape) == 3:
-        found.pairs += _experts(tensors, pair)
+        content.pairs += _experts(tensors, pair)
     else:
-        found.pairs.append(pair)
+        content.pairs.append(pair)
 
 
 def _undone(tensors: GGUFTensors, b: StoredFactor, heads: int) -> StoredFactor:
@@ -259,30 +243,30 @@ def _experts(tensors: GGUFTensors, pair: StoredPair) -> Iterator[StoredPair]:
     for expert in range(a[0]):
         a_e, b_e = pair.a.at(expert), pair.b.at(expert)
         if _EXPERTS in pair.module:
-            own = pair.module.replace(_EXPERTS, f"{_EXPERTS}{expert}.")
-            yield replace(pair, module=own, a=a_e, b=b_e)
+            module = pair.module.replace(_EXPERTS, f"{_EXPERTS}{expert}.")
+            yield replace(pair, module=module, a=a_e, b=b_e)
         else:
-            own, base_name = f"{pair.module}.{expert}", f"{pair.module}[{expert}]"
-            yield replace(pair, module=own, base_name=base_name, a=a_e, b=b_e)
+            module, base_name = f"{pair.module}.{expert}", f"{pair.module}[{expert}]"
+            yield replace(pair, module=module, base_name=base_name, a=a_e, b=b_e)
 
 
-def _row_findings(found: _Found, architecture: str) -> list[str]:
+def _row_findings(content: _Content, architecture: str) -> list[str]:
     findings = []
-    if found.turned:
+    if content.turned:
         findings.append(
             "A and B are taken for each other, transposed: llama.cpp's converter turns GPT-2's."
         )
-    if found.turned is None:
+    if content.turned is None:
         findings.append(
             "Input and output side may be exchanged: llama.cpp's converter turns GPT-2's factors, "
             "and no matrix here is of a shape that tells. Singular values do not depend on it."
         )
-    if found.undone:
+    if content.undone:
         findings.append(
-            f"The rows of B of {len(found.undone)} q and k modules are put back from llama.cpp's "
+            f"The rows of B of {len(content.undone)} q and k modules are put back from llama.cpp's "
             "order to the model's."
         )
-    if found.permuted:
+    if content.permuted:
         why = (
             "the number of heads is not stated: pass heads=(of queries, of keys) (command line: "
             "--heads 32,8)"
@@ -290,14 +274,14 @@ def _row_findings(found: _Found, architecture: str) -> list[str]:
             else f"whether architecture '{architecture}' permutes them is not known"
         )
         findings.append(
-            f"Output side not to be used: the rows of B of {len(found.permuted)} q and k modules "
-            f"(first: '{found.permuted[0]}') may be permuted by head, and {why}. Singular values "
+            f"Output side not to be used: the rows of B of {len(content.permuted)} q and k modules "
+            f"(first: '{content.permuted[0]}') may be permuted by head, and {why}. Singular values "
             "and the input side do not depend on it."
         )
-    if found.untangled:
+    if content.untangled:
         findings.append(
-            f"Output side not to be used: the fused q, k, v rows of {len(found.untangled)} modules "
-            "are in blocks here and per head in the model."
+            f"Output side not to be used: the fused q, k, v rows of {len(content.untangled)} "
+            "modules are in blocks here and per head in the model."
         )
     return findings
 

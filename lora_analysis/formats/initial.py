@@ -9,19 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from lora_analysis.adapter import Adapter, LowRankUpdate
 from lora_analysis.errors import MalformedFileError
 from lora_analysis.finding import as_findings
+from lora_analysis.formats.options import Factors, InitialFactorsRequest, InitialFactorsSource
 from lora_analysis.storage.hub_names import shown_errors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from numpy.typing import NDArray
 
     from lora_analysis.adapter import Update
     from lora_analysis.formats.factors import StoredPair
@@ -29,21 +28,8 @@ if TYPE_CHECKING:
     from lora_analysis.storage.tensors import NamedTensors
 
 
-@dataclass(frozen=True, slots=True)
-class InitialFactorsRequest:
-    """What is asked of a function that works the initial factors out.
-
-    ``method`` is the config's ``init_lora_weights`` in lower case, ``update`` the trained one.
-    """
-
-    method: str
-    update: LowRankUpdate
-
-
-# Their first factors are made of W's own directions.
+# Methods whose initial factors are directions of W.
 _STARTS_IN_W: Final = ("pissa", "olora", "corda")
-Factors = tuple["NDArray[Any]", "NDArray[Any]"]
-InitialFactorsSource = Callable[[InitialFactorsRequest], Factors]
 
 
 def less_start(

@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.errors import MalformedFileError, UnsupportedMethodError
-from lora_analysis.formats.assembly import assembled, beside_finding, factors_named
-from lora_analysis.formats.factors import (
-    UNKNOWN_SCALE,
-    StatedScale,
-    StoredPair,
-    complete_pairs,
-)
+from lora_analysis.formats.build import AdapterParts
+from lora_analysis.formats.factors import UNKNOWN_SCALE, StatedScale, StoredPair
 from lora_analysis.formats.fused_parts import FUSED_PARTS
+from lora_analysis.formats.key_scheme import KeyPattern, KeyScheme, StoredModules
+from lora_analysis.formats.llm.trainer_settings import number
 from lora_analysis.formats.merged import (
     FUSED,
     enable_needed,
@@ -31,25 +28,18 @@ from lora_analysis.formats.merged import (
     parts_of,
     split,
 )
-from lora_analysis.formats.plain_yaml import number
-from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
 from lora_analysis.formats.stored import block_diagonal, tensor
-from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
-    from pathlib import Path
-    from typing import Any
-
-    from lora_analysis.adapter import Adapter, Layout
+    from lora_analysis.adapter import Layout
+    from lora_analysis.formats.options import ReadOptions
     from lora_analysis.storage.tensors import NamedTensors
-
-NAME: Final = "loralib"
 
 # Metadata that our own files state, since loralib's do not: see loralib_writer.
 SCALE: Final = "lora_scale"
 ENABLED: Final = "enable_lora"
 
-_KEY: Final = re.compile(r"(?P<module>.+)\.lora_(?P<role>[AB])")
+_KEY: Final = KeyPattern(re.compile(r"(?P<module>.+)\.lora_(?P<role>[AB])"))
 # Training loops save the dictionary inside another, or from inside a parallel wrapper.
 _NESTING: Final = re.compile(r"^((model_state_dict|state_dict|module)\.)+")
 _EMBEDDINGS: Final = re.compile(r"wte|wpe|.*embed(ding)?s?(_tokens|_in|_tokenizer)?")
@@ -57,74 +47,50 @@ _CONV: Final = re.compile(r".*conv.*", re.IGNORECASE)
 
 
 def is_embedding(module: str) -> bool:
-    """Say whether a module's name is that of an embedding."""
+    """Return True if a module's name is that of an embedding."""
     return _EMBEDDINGS.fullmatch(module.rpartition(".")[2]) is not None
 
 
 def is_convolution(module: str) -> bool:
-    """Say whether a module's name is that of a convolution."""
+    """Return True if a module's name is that of a convolution."""
     return _CONV.fullmatch(module.rpartition(".")[2]) is not None
 
 
-def recognizes(path: Path, options: ReadOptions) -> bool:
-    """Say whether a file holds parameters of loralib's names; a caller's pair= goes before."""
-    if options.pair is not None:
-        return False
-    tensors = tensors_at(path, options)
-    return tensors is not None and any(_KEY.fullmatch(key) for key in tensors.infos)
-
-
-def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
-    """Return the file, where it is one."""
-    return [AdapterRef(path, NAME, label_of(path))] if recognizes(path, options) else []
-
-
 @dataclass(slots=True)
-class _Found:
-    """The pairs of a file, what alpha is divided by where it is not the rank, and fused weights."""
+class _Content:
+    """The pairs of a file, the divisor of alpha if it is not the rank, and the fused weights."""
 
     pairs: list[StoredPair] = field(default_factory=list)
     divisors: dict[str, int] = field(default_factory=dict)
     fused: dict[str, Any] = field(default_factory=dict)
 
 
-def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG001 - unnamed
-    """Read a state dictionary.
-
-    Raises
-    ------
-    MalformedFileError
-        A module has one factor only, or its factors do not fit together.
-    UnsupportedMethodError
-        Factors are grouped and the caller has not said ``enable_lora``, or belong to a
-        convolution of unknown kernel.
-    InputError
-        ``enable_lora`` contradicts the shapes.
-    """
-    tensors = open_tensors(path, allow_pickle=options.allow_pickle)
-    factors, others = factors_named(tensors, _KEY, "A")
-    found = _Found()
-    for pair in complete_pairs(path, factors, lambda module, role: f"{module}.lora_{role}"):
-        _add(found, tensors, pair, options)
-    return assembled(
-        path,
-        NAME,
-        tensors,
-        found.pairs,
-        lambda _pair, _rank: _stated_scale(tensors),
-        options=options,
-        missing="loralib's files state no alpha",
-        divisors=found.divisors,
-        config={FUSED_PARTS: found.fused} if found.fused else None,
+def _complete(stored: StoredModules) -> AdapterParts:
+    tensors = stored.tensors
+    content = _Content()
+    for pair in stored.pairs():
+        _add(content, tensors, pair, stored.options)
+    scale = number(tensors.metadata.get(SCALE))
+    stated = UNKNOWN_SCALE if scale is None else StatedScale(scale, None, "metadata")
+    interleaved = any(map(interleaves, content.fused))
+    return AdapterParts(
+        pairs=content.pairs,
+        scale=lambda _pair, _rank: stated,
+        reason="loralib's files state no alpha",
+        divisors=content.divisors,
+        config={FUSED_PARTS: content.fused} if content.fused else None,
         findings=(
-            *merged_finding(len(found.fused), interleaved=any(map(interleaves, found.fused))),
-            *beside_finding("not analyzed", others),
+            *merged_finding(len(content.fused), interleaved=interleaved),
+            *stored.not_analyzed(),
         ),
         metadata={k: v for k, v in tensors.metadata.items() if k not in (SCALE, ENABLED)},
     )
 
 
-def _add(found: _Found, tensors: NamedTensors, pair: StoredPair, options: ReadOptions) -> None:
+FORMAT: Final = KeyScheme("loralib", (_KEY,), _complete)
+
+
+def _add(content: _Content, tensors: NamedTensors, pair: StoredPair, options: ReadOptions) -> None:
     """Add what one module's two tensors hold: a plain update, blocks of one, or a convolution's."""
     module = _NESTING.sub("", pair.module)
     a, b = pair.a.name, pair.b.name
@@ -133,28 +99,23 @@ def _add(found: _Found, tensors: NamedTensors, pair: StoredPair, options: ReadOp
     if is_merged(tensors, a, b):
         if enabled is None:
             raise enable_needed(tensors, module, a, b)
-        found.pairs += split(tensors, module, a, b, enabled)
-        found.fused[module] = parts_of(tensors, module, b, enabled)
+        content.pairs += split(tensors, module, a, b, enabled)
+        content.fused[module] = parts_of(tensors, module, b, enabled)
     elif enabled is not None and sum(enabled) == 1 and last in FUSED:
-        found.pairs += split(tensors, module, a, b, enabled)
-        found.fused[module] = parts_of(tensors, module, b, enabled)
+        content.pairs += split(tensors, module, a, b, enabled)
+        content.fused[module] = parts_of(tensors, module, b, enabled)
     elif (size := _kernel(tensors, pair, options)) is not None:
-        found.pairs.append(_convolution(tensors, module, pair, size))
-        found.divisors[module] = tensors.infos[a].shape[0] // size
+        content.pairs.append(_convolution(tensors, module, pair, size))
+        content.divisors[module] = tensors.infos[a].shape[0] // size
     else:
         layout: Layout = "embedding" if is_embedding(module) else "linear"
-        found.pairs.append(StoredPair(module, pair.a, pair.b, layout=layout))
-
-
-def _stated_scale(tensors: NamedTensors) -> StatedScale:
-    scale = number(tensors.metadata.get(SCALE))
-    return UNKNOWN_SCALE if scale is None else StatedScale(scale, None, "metadata")
+        content.pairs.append(StoredPair(module, pair.a, pair.b, layout=layout))
 
 
 def _stated_blocks(tensors: NamedTensors) -> tuple[bool, ...] | None:
-    stated = tensors.metadata.get(ENABLED, "").split(",")
-    known = all(one in ("0", "1") for one in stated) and "1" in stated
-    return tuple(one == "1" for one in stated) if known else None
+    flags = tensors.metadata.get(ENABLED, "").split(",")
+    is_stated = all(flag in ("0", "1") for flag in flags) and "1" in flags
+    return tuple(flag == "1" for flag in flags) if is_stated else None
 
 
 def _kernel(tensors: NamedTensors, pair: StoredPair, options: ReadOptions) -> int | None:

@@ -9,31 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from lora_analysis.adapter import Adapter, Provenance
 from lora_analysis.errors import InputError, MalformedFileError, UnknownFormatError
-from lora_analysis.finding import as_findings
-from lora_analysis.formats.factors import (
-    UNKNOWN_SCALE,
-    FactorRole,
-    StoredPair,
-    callers_scale,
-    common_rank,
-    complete_pairs,
-    scale_finding,
-    stored_rank,
-    update_loaders,
-)
-from lora_analysis.formats.side_tensors import side_finding, side_tensors
-from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, run_facts, tensors_at
+from lora_analysis.formats.build import AdapterParts, build_adapter
+from lora_analysis.formats.factors import FactorRole, StoredPair, complete_pairs
+from lora_analysis.formats.side_tensors import side_finding
+from lora_analysis.formats.sources import AdapterFiles, AdapterRef, Format, tensors_at
 from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+    from lora_analysis.adapter import Adapter
+    from lora_analysis.finding import Finding
+    from lora_analysis.formats.options import ReadOptions
     from lora_analysis.storage.tensors import NamedTensors
-
-NAME: Final = "pairs"
 
 # Names seen in files that others wrote by hand; such a file is listed, and read with pair=.
 KNOWN_PATTERNS: Final = (
@@ -63,7 +53,7 @@ class NamePattern:
         return cls(before, after)
 
     def module(self, key: str) -> str | None:
-        """Return the module's name in ``key``, or None where the pattern does not match."""
+        """Return the module's name in ``key``, or None if the pattern does not match."""
         fixed = len(self.before) + len(self.after)
         if len(key) > fixed and key.startswith(self.before) and key.endswith(self.after):
             return key[len(self.before) : len(key) - len(self.after)]
@@ -84,18 +74,61 @@ def known_pair(keys: Iterable[str]) -> tuple[str, str] | None:
     return None
 
 
-def recognizes(path: Path, options: ReadOptions) -> bool:
-    """Say whether a file holds bare pairs of a known naming, or is said to by the caller."""
-    return path.is_file() if options.pair is not None else described(path, options)
+class _Pairs(Format):
+    """Bare pairs; with the caller's patterns any file is located, so that reading explains it."""
+
+    name = "pairs"
+
+    def locate(self, path: Path, options: ReadOptions) -> AdapterFiles | None:
+        is_located = path.is_file() if options.pair is not None else is_described(path, options)
+        return AdapterFiles(path, path) if is_located else None
+
+    def find(self, files: AdapterFiles, options: ReadOptions) -> list[AdapterRef]:
+        return super().find(files, options) if is_described(files.path, options) else []
+
+    def read(self, files: AdapterFiles, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG002
+        """Read the pairs of a file that match ``options.pair``.
+
+        Raises
+        ------
+        MalformedFileError
+            A module has one factor only, or its factors do not fit together.
+        UnknownFormatError
+            No tensor matches the patterns, or no patterns are given.
+        """
+        path = files.path
+        tensors = open_tensors(path, allow_pickle=options.allow_pickle)
+        if options.pair is None:
+            raise pair_needed(path, tensors)
+        factors, unmatched = _match(path, tensors, options.pair)
+        patterns = dict(zip(("A", "B"), parse_pair(options.pair), strict=True))
+        pairs = complete_pairs(path, factors, lambda module, role: patterns[role].key(module))
+        flipped = {pair.module for pair in pairs if is_stored_flipped(tensors, pair)}
+        findings: list[Finding | str] = []
+        if flipped:
+            findings.append(
+                "The factors are stored transposed, A as (d_in, r) and B as (r, d_out); they were "
+                "turned. If B was named first, swap the two patterns."
+            )
+        findings += side_finding("they match neither pattern and are not analyzed", unmatched)
+        parts = AdapterParts(
+            pairs=[
+                StoredPair.of(pair.module, pair.a.name, pair.b.name, flipped=pair.module in flipped)
+                for pair in pairs
+            ],
+            reason="bare pairs state none",
+            findings=findings,
+            metadata=tensors.metadata,
+            harmless=unmatched,
+        )
+        return build_adapter(path, self.name, tensors, options, parts)
 
 
-def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
-    """Return the file, where its names match the caller's patterns, or else a known naming."""
-    return [AdapterRef(path, NAME, label_of(path))] if described(path, options) else []
+FORMAT: Final = _Pairs()
 
 
-def described(path: Path, options: ReadOptions) -> bool:
-    """Say whether a file's names match the caller's patterns, or without any a known naming."""
+def is_described(path: Path, options: ReadOptions) -> bool:
+    """Return True if a file's names match the caller's patterns, or a known naming without any."""
     tensors = tensors_at(path, options)
     if tensors is None:
         return False
@@ -122,61 +155,10 @@ def parse_pair(pair: tuple[str, str]) -> tuple[NamePattern, NamePattern]:
     return NamePattern.parse(pair[0]), NamePattern.parse(pair[1])
 
 
-def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG001 - unnamed
-    """Read the pairs of a safetensors file that match ``options.pair``; they carry no name.
+def is_stored_flipped(tensors: NamedTensors, pair: StoredPair) -> bool:
+    """Return True if both factors are stored transposed, by their shapes: A as ``(d_in, r)``.
 
-    Raises
-    ------
-    MalformedFileError
-        A module has one factor only, or its factors do not fit together.
-    UnknownFormatError
-        No tensor matches the patterns, or no patterns are given.
-    """
-    tensors = open_tensors(path, allow_pickle=options.allow_pickle)
-    if options.pair is None:
-        raise pair_needed(path, tensors)
-    factors, unmatched = _match(path, tensors, options.pair)
-    patterns = dict(zip(("A", "B"), parse_pair(options.pair), strict=True))
-    pairs = complete_pairs(path, factors, lambda module, role: patterns[role].key(module))
-    flipped = {pair.module for pair in pairs if stored_flipped(tensors, pair)}
-    pairs = [
-        StoredPair.of(pair.module, pair.a.name, pair.b.name, flipped=pair.module in flipped)
-        for pair in pairs
-    ]
-    ranks = {pair.module: stored_rank(tensors, pair) for pair in pairs}
-    scales = {
-        module: callers_scale(options, rank) or UNKNOWN_SCALE for module, rank in ranks.items()
-    }
-    label = options.label or label_of(path)
-    findings = scale_finding(scales, "bare pairs state none")
-    if flipped:
-        findings.append(
-            "The factors are stored transposed, A as (d_in, r) and B as (r, d_out); they were "
-            "turned. If B was named first, swap the two patterns."
-        )
-    if unmatched:
-        findings += side_finding("they match neither pattern and are not analyzed", unmatched)
-    return Adapter(
-        update_loaders(tensors, pairs, scales, label=label),
-        label=label,
-        provenance=Provenance(
-            path=path,
-            format=NAME,
-            files=tensors.files,
-            scale_origin={module: stated.origin for module, stated in scales.items()},
-            rank=common_rank(ranks),
-            findings=as_findings(tuple(findings)),
-            metadata=tensors.metadata,
-            **run_facts(path.parent),
-        ),
-        side_tensors=side_tensors(tensors, unmatched, harmless=unmatched),
-    )
-
-
-def stored_flipped(tensors: NamedTensors, pair: StoredPair) -> bool:
-    """Say, by shape, whether both factors are stored transposed: A as ``(d_in, r)``.
-
-    A is ``(r, d_in)`` unless that cannot be; where both readings fit (``d_in == d_out``), the
+    A is ``(r, d_in)`` unless that cannot be; if both readings fit (``d_in == d_out``), the
     rank is the smaller dimension.
     """
     a, b = (factor.shape(tensors) for factor in (pair.a, pair.b))

@@ -1,47 +1,27 @@
-"""The formats that are read and written; a format's module is imported when its turn comes."""
+"""The formats that are read and written; the module of a format is imported when it is asked."""
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final, Protocol, cast
-
-from lora_analysis.errors import InputError
-from lora_analysis.storage.documents import read_json_object
+from typing import TYPE_CHECKING, Any, Final, cast
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from lora_analysis.adapter import Adapter
-    from lora_analysis.formats.sources import AdapterRef, ReadOptions
+    from lora_analysis.formats.options import ReadOptions
+    from lora_analysis.formats.sources import Format
     from lora_analysis.storage.atomic import Content
 
-
-class Format(Protocol):
-    """What a format's module provides."""
-
-    @property
-    def NAME(self) -> str:  # noqa: N802 - a module's constant
-        """Name in ``Provenance.format``."""
-
-    def recognizes(self, path: Path, options: ReadOptions) -> bool:
-        """Say, from content and options, whether the format lies at exactly this file or folder."""
-
-    def find(self, path: Path, options: ReadOptions) -> list[AdapterRef]:
-        """Return the adapters at exactly this path, without looking into sub-folders."""
-
-    def read(self, path: Path, name: str | None, options: ReadOptions) -> Adapter:
-        """Read one of them."""
-
-
-# The first that recognizes a source reads it. Those with marks of their own come first: diffusers
-# and FLUX files also have PEFT's keys, and a plain ``.lora_A`` may be loralib's or anybody's.
-READERS: Final = (
-    "diffusion.diffusers", "diffusion.flux", "diffusion.kohya", "peft.merged_linear",
-    "peft.framework_dumps", "peft.reader", "gguf", "mlx", "llm.torchtune", "llm.litgpt",
-    "llm.adapterhub", "llm.opendelta", "llm.nemo", "diffusion.cloneofsimo", "diffusion.lycoris",
-    "loralib", "pairs",
-)  # fmt: skip
+# Modules with a ``FORMAT``, or formats that were registered. The first that recognizes a source
+# reads it. Those with marks of their own come first: diffusers and FLUX files also have PEFT's
+# keys, and a plain ``.lora_A`` may be loralib's or anybody's.
+READERS: Final[list[str | Format]] = [
+    "diffusion.diffusers", "diffusion.flux", "diffusion.kohya", "peft.framework_dumps",
+    "peft.reader", "gguf", "mlx", "llm.torchtune", "llm.litgpt", "llm.adapterhub",
+    "llm.opendelta", "llm.nemo", "diffusion.cloneofsimo", "diffusion.lycoris", "loralib", "pairs",
+]  # fmt: skip
 # Format → the module that writes it: its ``contents`` returns the files by name.
 WRITERS: Final = {
     "peft": "peft.writer",
@@ -56,7 +36,7 @@ WRITERS: Final = {
 LIKE_SOURCE: Final = frozenset({"kohya", "flux", "diffusers"})
 # Formats whose writer carries over what their files hold next to the factors.
 CARRYING: Final = LIKE_SOURCE | {"loralib", "peft"}
-# Format → suffix of the file that its writer makes where the path names one; others make folders.
+# Format → suffix of the file that its writer makes if the path names one; others make folders.
 FILE_SUFFIXES: Final = {
     "diffusers": ".safetensors",
     "flux": ".safetensors",
@@ -71,48 +51,55 @@ _NOTES: Final = {
 }
 
 
-def readers(path: Path, options: ReadOptions) -> Iterator[Format]:
-    """Yield the formats in the order in which they are asked whether they know a path.
+def register_format(format: Format) -> None:
+    """Add a format to those that `read_adapter` and `find_adapters` recognize.
 
-    What the caller says of a file's names goes before what they look like.
+    It is asked before the formats of this library, and replaces a registered one of its name.
+
+    Parameters
+    ----------
+    format
+        A `KeyScheme`, or an instance of another subclass of `Format`.
     """
-    first = _named_in_config(path)
-    if options.pair is not None and path.is_file():
-        from lora_analysis.formats import pairs
-
-        first = (pairs.NAME, *first) if pairs.described(path, options) else first
-    for name in (*first, *(one for one in READERS if one not in first)):
-        yield cast("Format", import_module(f"lora_analysis.formats.{name}"))
+    READERS[:] = [
+        format,
+        *(entry for entry in READERS if isinstance(entry, str) or entry.name != format.name),
+    ]
 
 
-def _named_in_config(path: Path) -> tuple[str, ...]:
-    """Return PEFT's readers where the config names PEFT: the commonest case asks no others."""
-    config = path / "adapter_config.json"
-    try:
-        found = read_json_object(config) if config.is_file() else {}
-    except InputError:
-        return ()
-    if "peft_type" not in found:
-        return ()
-    return ("peft.merged_linear", "peft.reader") if found.get("enable_lora") else ("peft.reader",)
+def formats_for(path: Path, options: ReadOptions) -> Iterator[Format]:
+    """Yield the formats in the order in which they are asked if they recognize a path.
+
+    The caller's names for the tensors of a file go first, then a config that PEFT may have written.
+    """
+    first: tuple[str, ...] = ()
+    if options.pair is not None and path.is_file() and _load("pairs.is_described")(path, options):
+        first = ("pairs",)
+    elif (path / "adapter_config.json").is_file():
+        first = ("peft.reader",)
+    for entry in (*first, *(entry for entry in READERS if entry not in first)):
+        if isinstance(entry, str):
+            yield cast("Format", import_module(f"lora_analysis.formats.{entry}").FORMAT)
+        else:
+            yield entry
 
 
 def contents_of(format: str) -> Callable[..., dict[str, Content]]:
     """Return the function that gives the files of a format: name → what to write.
 
-    It takes the adapter and the format's own options. The file that makes the set readable comes
+    It takes the adapter and the options of the format. The file that makes the set readable comes
     last; a star in a name stands for the name of the folder.
     """
-    return cast("Callable[..., dict[str, Content]]", _loaded(f"{WRITERS[format]}.contents"))
+    return cast("Callable[..., dict[str, Content]]", _load(f"{WRITERS[format]}.contents"))
 
 
 def notes_of(format: str) -> Callable[[Adapter], list[str]]:
-    """Return the function that says what a format's writer folds into something else."""
+    """Return the function that lists what a format's writer folds into something else."""
     if format not in _NOTES:
         return lambda _: []
-    return cast("Callable[[Adapter], list[str]]", _loaded(_NOTES[format]))
+    return cast("Callable[[Adapter], list[str]]", _load(_NOTES[format]))
 
 
-def _loaded(place: str) -> Any:
-    module, _, name = place.rpartition(".")
-    return getattr(import_module(f"lora_analysis.formats.{module}"), name)
+def _load(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    return getattr(import_module(f"lora_analysis.formats.{module}"), attribute)

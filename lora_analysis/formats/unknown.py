@@ -22,7 +22,7 @@ from lora_analysis.storage.tensors import open_tensors
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lora_analysis.formats.sources import ReadOptions
+    from lora_analysis.formats.options import ReadOptions
     from lora_analysis.storage.tensors import NamedTensors
 
 _READABLE: Final = (

@@ -17,12 +17,12 @@ import atheris
 with atheris.instrument_imports(include=["lora_analysis"]):
     from lora_analysis.errors import LoraAnalysisError
     from lora_analysis.formats import find_adapters, read_adapter
-    from lora_analysis.formats.registry import readers
+    from lora_analysis.formats.options import ReadOptions
+    from lora_analysis.formats.registry import formats_for
     from lora_analysis.formats.sanity_checks import check_updates
-    from lora_analysis.formats.sources import ReadOptions
     from lora_analysis.spectra import singular_values
 
-    list(readers(Path(), ReadOptions()))  # all of them, while they are instrumented
+    list(formats_for(Path(), ReadOptions()))  # all of them, while they are instrumented
 
 from fuzz.seeds import SEEDS
 

@@ -23,29 +23,24 @@ from lora_analysis.adapter import Adapter, LowRankUpdate
 from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
 from lora_analysis.finding import Finding
 from lora_analysis.formats.diffusion import kohya
-from lora_analysis.formats.diffusion.image_keys import Spelling, spelled
-from lora_analysis.formats.diffusion.image_pairs import read_image_adapter
+from lora_analysis.formats.diffusion.image_scheme import complete_image
 from lora_analysis.formats.factors import StatedScale, scale_from_alpha
 from lora_analysis.formats.initial import AdapterStart, adapter_less_start
+from lora_analysis.formats.key_scheme import KeyPattern, KeyScheme, StoredModules, has_factors
 from lora_analysis.formats.peft.adapter_config import SUBTRACTED
-from lora_analysis.formats.sources import (
-    AdapterRef,
-    ReadOptions,
-    label_of,
-    resolve_source,
-    tensors_at,
-)
+from lora_analysis.formats.sources import AdapterFiles, resolve_source
 from lora_analysis.patterns import ModulePatterns
 from lora_analysis.storage.documents import parse_json_text
 from lora_analysis.storage.hub_names import shown_errors
-from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     from lora_analysis.adapter import Update
-    from lora_analysis.formats.initial import InitialFactorsSource
+    from lora_analysis.formats.build import AdapterParts
+    from lora_analysis.formats.options import ReadOptions
+    from lora_analysis.storage.tensors import NamedTensors
 
 NAME: Final = "diffusers"
 METADATA_KEY: Final = "lora_adapter_metadata"
@@ -71,51 +66,45 @@ def _of_text_encoder(module: str) -> str:
     return f"{path}.{_CLIP[projection]}" if projection in _CLIP else module
 
 
-_PROCESSORS: Final = Spelling(
+_PROCESSORS: Final = KeyPattern(
     re.compile(
         r"(?P<module>.+\.processor\.(to_[qkv]|to_out|add_[qkv]_proj|to_add_out))_lora"
         r"\.(?P<role>down|up)\.weight"
     ),
-    default=None,
     reason=_LOST,
-    renamed=_of_processor,
+    rename=_of_processor,
 )
-_OLD_TEXT_ENCODER: Final = Spelling(
+_OLD_TEXT_ENCODER: Final = KeyPattern(
     re.compile(
         r"(?P<module>text_encoder.*\.self_attn\.to_(q|k|v|out))_lora\.(?P<role>down|up)\.weight"
     ),
-    default=None,
     reason=_LOST,
-    renamed=_of_text_encoder,
+    rename=_of_text_encoder,
 )
-_LAYERS: Final = Spelling(
+_LAYERS: Final = KeyPattern(
     re.compile(r"(?P<module>.+)\.lora(_linear_layer)?\.(?P<role>down|up)\.weight"),
-    default=None,
     reason=_LOST,
 )
-_PEFT: Final = Spelling(
+_PEFT: Final = KeyPattern(
     re.compile(r"(?P<module>.+)\.lora_(?P<role>[AB])(\.[^.]+)?\.weight"),
-    default=None,
     reason=_LOST,
 )
 # PEFT's keys are diffusers' where a component comes first. Language models of the GPT family are
 # called "transformer" as well: there the projections must have diffusers' names.
 _PEFT_OF_COMPONENT: Final = (
-    Spelling(
+    KeyPattern(
         re.compile(
             r"(?P<module>(unet|transformer_2|text_encoder(_[234])?|prior)\..+)"
             r"\.lora_(?P<role>[AB])(\.[^.]+)?\.weight"
         ),
-        default=None,
         reason=_LOST,
     ),
-    Spelling(
+    KeyPattern(
         re.compile(
             r"(?P<module>transformer\.(.+\.)?"
             r"((single_)?transformer_blocks\..+|to_[qkv]|to_out\.0|add_[qkv]_proj))"
             r"\.lora_(?P<role>[AB])(\.[^.]+)?\.weight"
         ),
-        default=None,
         reason=_LOST,
     ),
 )
@@ -123,71 +112,63 @@ _PEFT_OF_COMPONENT: Final = (
 _OF_OTHERS: Final = re.compile(
     r"(base_model|diffusion_model|text_encoders|(double|single)_blocks)\."
 )
-SPELLINGS: Final = (_PROCESSORS, _OLD_TEXT_ENCODER, _LAYERS, _PEFT, *kohya.SPELLINGS)
+KEYS: Final = (_PROCESSORS, _OLD_TEXT_ENCODER, _LAYERS, _PEFT, *kohya.KEYS)
+_MARKS: Final = (_PROCESSORS, _OLD_TEXT_ENCODER, _LAYERS, *_PEFT_OF_COMPONENT)
 
 
-def recognizes(path: Path, options: ReadOptions) -> bool:
-    """Say whether a file holds factors under diffusers' keys, or its metadata."""
-    tensors = None if options.pair else tensors_at(path, options)
-    if tensors is None:
-        return False
-    own = (_PROCESSORS, _OLD_TEXT_ENCODER, _LAYERS, *_PEFT_OF_COMPONENT)
-    marked = METADATA_KEY in tensors.metadata or _has_alphas(tensors.infos)
-    return spelled(tensors.infos, own) or (marked and spelled(tensors.infos, [_PEFT]))
-
-
-def _has_alphas(keys: Collection[str]) -> bool:
-    """Say whether alphas lie beside PEFT's factors, as converters of image models put them."""
-    return any(
+def _is_marked(tensors: NamedTensors) -> bool:
+    keys = tensors.infos
+    # Converters of image models put alphas next to PEFT's factors.
+    has_alphas = any(
         key.endswith(".alpha")
         and f"{key.removesuffix('.alpha')}.lora_A.weight" in keys
         and not _OF_OTHERS.match(key)
         for key in keys
     )
+    has_marks = METADATA_KEY in tensors.metadata or has_alphas
+    return has_factors(keys, _MARKS) or (has_marks and has_factors(keys, [_PEFT]))
 
 
-def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
-    """Return the file, where it holds such factors."""
-    return [AdapterRef(path, NAME, label_of(path))] if recognizes(path, options) else []
+def _complete(stored: StoredModules) -> AdapterParts:
+    configs = _Metadata.of(stored.path, stored.tensors.metadata)
+    return complete_image(stored, stated=configs.stated)
 
 
-def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG001 - unnamed
-    """Read the file; the factors of all its components are one adapter.
+class _Diffusers(KeyScheme):
+    """Diffusers' keys; the initial product that the metadata name is subtracted."""
 
-    Raises
-    ------
-    MalformedFileError
-        A module has one factor only, its factors do not fit, or the metadata is damaged.
-    UnsupportedMethodError
-        Another method's tensors lie beside the factors, or the metadata names an initialization
-        after which ``s·B·A`` is not the update, and the initial factors are not given.
-    """
-    configs = _Metadata.of(path, open_tensors(path, allow_pickle=options.allow_pickle).metadata)
-    adapter = read_image_adapter(
-        path, options, format=NAME, spellings=SPELLINGS, stated=configs.stated
-    )
-    methods = {module: start for module in adapter if (start := configs.start_of(module))}
-    if not methods:
-        return adapter
-    if options.initial is None:
-        raise _start_needed(path, next(iter(methods.values())))
-    return adapter_less_start(adapter, _start(options), methods)
+    def read(self, files: AdapterFiles, name: str | None, options: ReadOptions) -> Adapter:
+        """Read the file; the factors of all its components are one adapter.
+
+        Raises
+        ------
+        MalformedFileError
+            A module has one factor only, its factors do not fit, or the metadata is damaged.
+        UnsupportedMethodError
+            Another method's tensors are next to the factors, or the metadata names an
+            initialization after which ``s·B·A`` is not the update, and the initial factors are not
+            given.
+        """
+        adapter = super().read(files, name, options)
+        configs = _Metadata.of(files.path, adapter.provenance.metadata)
+        methods = {module: start for module in adapter if (start := configs.start_of(module))}
+        if not methods:
+            return adapter
+        if options.initial is None:
+            raise _start_needed(files.path, next(iter(methods.values())))
+        if callable(options.initial):
+            return adapter_less_start(adapter, options.initial, methods)
+        source = resolve_source(options.initial, allow_pickle=options.allow_pickle)
+        with shown_errors(source.snapshot):
+            before = KeyScheme(NAME, KEYS, complete_image).read(
+                AdapterFiles(source.path, source.path),
+                None,
+                replace(options, initial=None, scale=1.0, alpha=None),
+            )
+        return adapter_less_start(adapter, AdapterStart(before), methods)
 
 
-def _start(options: ReadOptions) -> InitialFactorsSource:
-    """Return what gives the initial factors: the caller's function, or a file of diffusers'."""
-    if callable(options.initial):
-        return options.initial
-    first, _, snapshot = resolve_source(options.initial, allow_pickle=options.allow_pickle)  # type: ignore[arg-type]
-    with shown_errors(snapshot):
-        before = read_image_adapter(
-            first,
-            replace(options, initial=None, scale=1.0, alpha=None),
-            format=NAME,
-            spellings=SPELLINGS,
-            stated=lambda _module, _rank: None,
-        )
-    return AdapterStart(before)
+FORMAT: Final = _Diffusers(NAME, KEYS, _complete, is_marked=_is_marked)
 
 
 def _start_needed(path: Path, start: str) -> UnsupportedMethodError:

@@ -14,15 +14,12 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.formats.diffusion import kohya
-from lora_analysis.formats.diffusion.image_keys import Spelling, spelled
-from lora_analysis.formats.diffusion.image_pairs import read_image_adapter
-from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
-from lora_analysis.storage.tensors import open_tensors
+from lora_analysis.formats.diffusion.image_scheme import complete_image
+from lora_analysis.formats.key_scheme import KeyPattern, KeyScheme, StoredModules, has_factors
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from lora_analysis.adapter import Adapter
+    from lora_analysis.formats.build import AdapterParts
+    from lora_analysis.storage.tensors import NamedTensors
 
 NAME: Final = "flux"
 
@@ -55,65 +52,49 @@ def processor_key(module: str) -> str | None:
     return None
 
 
-_XLABS: Final = Spelling(
+_XLABS: Final = KeyPattern(
     re.compile(
         r"(?P<module>(diffusion_model\.)?(double|single)_blocks\.\d+\.processor"
         r"\.(qkv|proj)_lora[12]?)\.(?P<role>down|up)\.weight"
     ),
-    default=1.0,
+    scale=1.0,
     reason="XLabs' format has none, its scale is 1",
-    renamed=_of_processor,
+    rename=_of_processor,
 )
-_PREFIXED: Final = Spelling(
+_PREFIXED: Final = KeyPattern(
     # OneTrainer's files for ComfyUI hold text encoders too, as ComfyUI names these.
     re.compile(
         r"(?P<module>(diffusion_model|text_encoders)\..+)\.lora_(?P<role>[AB])(\.[^.]+)?\.weight"
     ),
-    default=1.0,
+    scale=1.0,
     reason="ai-toolkit's format has none, its scale is 1; a conversion may have lost it",
 )
 # Layers of the model without a prefix.
 BARE: Final = re.compile(
     r"(double|single)_blocks\.\d+\..+|(img|txt|time|vector|guidance)_in(\..+)?|final_layer\..+"
 )
-_BARE: Final = Spelling(
+_BARE: Final = KeyPattern(
     re.compile(rf"(?P<module>{BARE.pattern})\.lora_(?P<role>[AB])(\.[^.]+)?\.weight"),
-    default=1.0,
+    scale=1.0,
     reason="FLUX's control LoRAs have none, their scale is 1",
 )
 # Whatever else lies in a file of these: it is not left out.
-_OTHERS: Final = Spelling(
+_OTHERS: Final = KeyPattern(
     re.compile(r"(?P<module>.+)\.lora_(?P<role>[AB])(\.[^.]+)?\.weight"),
-    default=1.0,
+    scale=1.0,
     reason=_PREFIXED.reason,
 )
-SPELLINGS: Final = (_XLABS, _PREFIXED, _BARE, *kohya.SPELLINGS, _OTHERS)
+KEYS: Final = (_XLABS, _PREFIXED, _BARE, *kohya.KEYS, _OTHERS)
 
 
-def recognizes(path: Path, options: ReadOptions) -> bool:
-    """Say whether a file holds factors under one of these names."""
-    tensors = None if options.pair else tensors_at(path, options)
-    if tensors is None:
-        return False
+def _is_marked(tensors: NamedTensors) -> bool:
     blocks = any(re.match(r"(double|single)_blocks\.\d+\.", key) for key in tensors.infos)
-    return spelled(tensors.infos, (_XLABS, _PREFIXED, *([_BARE] if blocks else [])))
+    return has_factors(tensors.infos, (_XLABS, _PREFIXED, *([_BARE] if blocks else [])))
 
 
-def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
-    """Return the file, where it holds such factors."""
-    return [AdapterRef(path, NAME, label_of(path))] if recognizes(path, options) else []
+def _complete(stored: StoredModules) -> AdapterParts:
+    has_processors = has_factors(stored.tensors.infos, [_XLABS])
+    return complete_image(stored, config={PROCESSOR_KEYS: True} if has_processors else None)
 
 
-def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG001 - unnamed
-    """Read the file; it holds one adapter.
-
-    Raises
-    ------
-    MalformedFileError
-        A module has one factor only, or its factors do not fit.
-    UnsupportedMethodError
-        Another method's tensors lie beside the factors.
-    """
-    keys = open_tensors(path, allow_pickle=options.allow_pickle).infos
-    config = {PROCESSOR_KEYS: True} if spelled(keys, (_XLABS,)) else None
-    return read_image_adapter(path, options, format=NAME, spellings=SPELLINGS, config=config)
+FORMAT: Final = KeyScheme(NAME, KEYS, _complete, is_marked=_is_marked)

@@ -9,16 +9,10 @@ Reference: sd-scripts ``networks/lora.py`` and ``lora_flux.py``, LyCORIS 4.1 ``m
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from lora_analysis.formats.diffusion.image_keys import Spelling, spelled
-from lora_analysis.formats.diffusion.image_pairs import read_image_adapter
-from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from lora_analysis.adapter import Adapter
+from lora_analysis.formats.diffusion.image_scheme import complete_image
+from lora_analysis.formats.key_scheme import KeyPattern, KeyScheme
 
 NAME: Final = "kohya"
 
@@ -38,37 +32,14 @@ def _flattened(module: str) -> str:
     return module.replace(".", "_") if FLATTENED.fullmatch(module) else module
 
 
-SPELLINGS: Final = (
-    Spelling(
+KEYS: Final = (
+    KeyPattern(
         # Some converters wrote underscores for all the dots, those of diffusers' keys too.
         re.compile(r"(?P<module>.+?)[._]lora(_linear_layer)?_(?P<role>down|up|mid)\.weight"),
-        default=1.0,
+        scale=1.0,
         reason="the format then takes alpha = r, a scale of 1; a conversion may have lost it",
-        renamed=_flattened,
+        rename=_flattened,
         alpha_is_rank=True,
     ),
 )
-
-
-def recognizes(path: Path, options: ReadOptions) -> bool:
-    """Say whether a file holds factors under kohya's keys."""
-    tensors = None if options.pair else tensors_at(path, options)
-    return tensors is not None and spelled(tensors.infos, SPELLINGS)
-
-
-def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
-    """Return the file, where it holds such factors."""
-    return [AdapterRef(path, NAME, label_of(path))] if recognizes(path, options) else []
-
-
-def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG001 - unnamed
-    """Read the file; it holds one adapter.
-
-    Raises
-    ------
-    MalformedFileError
-        A module has one factor only, its factors do not fit, or its alpha is no number.
-    UnsupportedMethodError
-        Another method's tensors lie beside the factors.
-    """
-    return read_image_adapter(path, options, format=NAME, spellings=SPELLINGS)
+FORMAT: Final = KeyScheme(NAME, KEYS, complete_image)

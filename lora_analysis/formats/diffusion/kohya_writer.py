@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import InputError
 from lora_analysis.formats.diffusion.image_writing import PlannedModule, image_file, planned_modules
-from lora_analysis.formats.diffusion.kohya import FLATTENED, NAME, SPELLINGS
+from lora_analysis.formats.diffusion.kohya import FLATTENED, KEYS, NAME
 from lora_analysis.formats.side_tensors import side_output
 from lora_analysis.names import split_component, strip_wrappers
 
@@ -91,7 +91,7 @@ def flattened_names(modules: Iterable[str]) -> dict[str, str]:
         if taken.setdefault(name, module) != module:
             message = f"'{taken[name]}' and '{module}' would both be '{name}' in kohya's keys."
             raise InputError(message)
-        if SPELLINGS[0].factor(f"{name}.lora_down.weight") != (name, "A"):
+        if KEYS[0].match(f"{name}.lora_down.weight") != (name, "A"):
             message = f"'{module}' would be '{name}', which means something else in kohya's keys."
             raise InputError(message)
         names[module] = name

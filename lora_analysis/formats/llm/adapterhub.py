@@ -9,18 +9,15 @@ blocks in ``attn_matrices``.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from lora_analysis.errors import InputError, MalformedFileError, SourceError, UnsupportedMethodError
-from lora_analysis.formats.assembly import assembled, beside_finding, stated_alpha
-from lora_analysis.formats.factors import (
-    FactorRole,
-    StoredPair,
-    complete_pairs,
-    finite_number,
-)
+from lora_analysis.errors import UnsupportedMethodError
+from lora_analysis.formats.build import AdapterParts, stated_alpha
+from lora_analysis.formats.factors import StoredPair, finite_number
 from lora_analysis.formats.fused_parts import FUSED_PARTS
+from lora_analysis.formats.key_scheme import KeyPattern, KeyScheme, StoredModules
 from lora_analysis.formats.merged import (
     FUSED,
     enable_needed,
@@ -31,156 +28,70 @@ from lora_analysis.formats.merged import (
 )
 from lora_analysis.formats.peft.adapter_config import CONFIG_NAME
 from lora_analysis.formats.peft.module_pairs import DORA
-from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
 from lora_analysis.formats.stored import tensor
-from lora_analysis.storage.documents import read_json_object
-from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from lora_analysis.formats.options import ReadOptions
+    from lora_analysis.formats.sources import AdapterFiles
 
-    from lora_analysis.adapter import Adapter
-    from lora_analysis.storage.tensors import NamedTensors
-
-NAME: Final = "adapterhub"
-
-_WEIGHTS_NAMES: Final = ("adapter.safetensors", "pytorch_adapter.bin")
-_KEY: Final = re.compile(
-    r"(?P<module>.+)\.loras\.(?P<name>[^.]+)\.(?P<role>lora_A|lora_B|m\.weight|gate\..+)"
+_LORAS: Final = r"(?P<module>.+)\.loras\.(?P<adapter>[^.]+)\."
+_KEYS: Final = (
+    KeyPattern(re.compile(rf"{_LORAS}(?P<role>lora_A|lora_B)")),
+    KeyPattern(re.compile(rf"{_LORAS}(?P<role>m)\.weight")),
 )
+_GATE: Final = re.compile(rf"{_LORAS}gate\..+")
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    shown: Path
-    weights: Path
-    config_path: Path | None
-    document: Mapping[str, Any]
+def _is_config(config: Mapping[str, Any]) -> bool:
+    """Return True unless the configuration is PEFT's, whose file has the same name."""
+    return isinstance(config.get("config"), dict) and "peft_type" not in config
 
 
-def recognizes(path: Path, options: ReadOptions) -> bool:
-    """Say whether an adapter of AdapterHub lies at exactly this path."""
-    return _place(path, options) is not None
-
-
-def _place(path: Path, options: ReadOptions) -> _Place | None:
-    if path.name == CONFIG_NAME and path.is_file():
-        path = path.parent
-    config_path = (path if path.is_dir() else path.parent) / CONFIG_NAME
-    document = _document(config_path)
-    known = config_path if document else None
-    if path.is_dir():
-        stored = [path / name for name in _WEIGHTS_NAMES if (path / name).is_file()]
-        return _Place(path, stored[0], known, document) if stored and document else None
-    if (document and path.name in _WEIGHTS_NAMES) or _holds_factors(path, options):
-        return _Place(path, path, known, document)
-    return None
-
-
-def _document(path: Path) -> dict[str, Any]:
-    """Return the configuration, empty where it is another library's or there is none."""
-    try:
-        found = read_json_object(path) if path.is_file() else {}
-    except InputError:
-        return {}
-    return found if isinstance(found.get("config"), dict) and "peft_type" not in found else {}
-
-
-def _holds_factors(path: Path, options: ReadOptions) -> bool:
-    tensors = tensors_at(path, options)
-    return tensors is not None and any(map(_KEY.fullmatch, tensors.infos))
-
-
-def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
-    """Return the adapter, where there is one."""
-    place = _place(path, options)
-    return [] if place is None else [AdapterRef(place.shown, NAME, label_of(place.shown))]
-
-
-def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:
-    """Read the adapter at ``path``, or the one called ``name`` where its file holds several.
-
-    Raises
-    ------
-    MalformedFileError
-        A module has one factor only, or its factors do not fit together.
-    SourceError
-        The file holds several adapters, and none, or no such one, is named.
-    UnsupportedMethodError
-        It is no LoRA: a bottleneck adapter, IA3, VeRA, or gated.
-    """
-    place = _place(path, options)
-    if place is None:
-        message = f"{path}: no adapter of AdapterHub lies here."
-        raise MalformedFileError(message)
-    config = place.document.get("config", {})
-    _refuse_others(place, config)
-    tensors = open_tensors(place.weights, allow_pickle=options.allow_pickle)
-    factors, norms, others = _sorted(place, tensors, name)
-    pairs, fused = _pairs(place, tensors, factors, norms, _enabled(config, options))
-    alpha = config.get("alpha")
-    base = place.document.get("model_name")
-    return assembled(
-        place.shown,
-        NAME,
-        tensors,
-        pairs,
-        stated_alpha(finite_number(alpha)),
-        options=options,
-        missing=f"no {CONFIG_NAME} with config.alpha lies beside the file",
-        findings=(
-            *merged_finding(len(fused), interleaved=False),
-            *beside_finding("not analyzed", others),
-        ),
-        files=() if place.config_path is None else (place.config_path,),
-        config={FUSED_PARTS: fused} if fused else None,
-        base_model=base if isinstance(base, str) else None,
-    )
-
-
-def _refuse_others(place: _Place, config: Mapping[str, Any]) -> None:
+def _check(files: AdapterFiles) -> None:
+    config = (files.config or {}).get("config", {})
+    architecture = config.get("architecture", "lora")
     reasons = (
-        (
-            config.get("architecture", "lora") != "lora",
-            f"architecture {config.get('architecture')!r}",
-        ),
+        (architecture != "lora", f"architecture {architecture!r}"),
         (config.get("composition_mode") == "scale", "composition_mode 'scale' (IA3)"),
         (config.get("vera_d") is not None or config.get("vera_b") is not None, "VeRA"),
         (bool(config.get("use_gating")), "use_gating: the update depends on the input"),
     )
     for applies, what in reasons:
         if applies:
-            message = f"{place.config_path}: {what!s:.80}; only plain LoRA, s·B·A, is read."
+            message = f"{files.config_path}: {what!s:.80}; only plain LoRA, s·B·A, is read."
             raise UnsupportedMethodError(message)
 
 
-def _sorted(
-    place: _Place, tensors: NamedTensors, name: str | None
-) -> tuple[dict[str, dict[FactorRole, str]], dict[str, str], list[str]]:
-    """Return factors and norms of the chosen adapter by module, and the names of all else."""
-    matches = {key: match for key in tensors.infos if (match := _KEY.fullmatch(key))}
-    names = sorted({match["name"] for match in matches.values()})
-    if name is None and len(names) == 1:
-        (name,) = names
-    if name not in names:
-        listed = ", ".join(f"'{place.shown}#{one}'" for one in names) or "none"
-        message = f"{place.weights}: one adapter was asked for, it holds: {listed}."
-        raise SourceError(message)
-    factors: dict[str, dict[FactorRole, str]] = {}
-    norms: dict[str, str] = {}
-    for key, match in matches.items():
-        if match["name"] != name:
-            continue
-        if match["role"].startswith("gate."):
-            message = f"{place.weights}: '{key}' gates the update by the input; it is not read."
-            raise UnsupportedMethodError(message)
-        if match["role"] == "m.weight":
-            norms[match["module"]] = key
-        else:
-            role: FactorRole = "A" if match["role"] == "lora_A" else "B"
-            factors.setdefault(match["module"], {})[role] = key
-    return factors, norms, [key for key in tensors.infos if key not in matches]
+def _complete(stored: StoredModules) -> AdapterParts:
+    chosen = {_KEYS[0].adapter(keys["A"]) for keys in stored.modules.values() if "A" in keys}
+    gates = (match for key in stored.others if (match := _GATE.fullmatch(key)))
+    if gate := next((match[0] for match in gates if match["adapter"] in chosen), None):
+        message = f"{stored.path}: '{gate}' gates the update by the input; it is not read."
+        raise UnsupportedMethodError(message)
+    document = stored.files.config or {}
+    config = document.get("config", {})
+    pairs, fused = _pairs(stored, _enabled(config, stored.options))
+    base_model, config_path = document.get("model_name"), stored.files.config_path
+    return AdapterParts(
+        pairs=pairs,
+        scale=stated_alpha(finite_number(config.get("alpha"))),
+        reason=f"no {CONFIG_NAME} with config.alpha lies beside the file",
+        findings=(*merged_finding(len(fused), interleaved=False), *stored.not_analyzed()),
+        files=() if config_path is None else (config_path,),
+        config={FUSED_PARTS: fused} if fused else None,
+        base_model=base_model if isinstance(base_model, str) else None,
+    )
+
+
+FORMAT: Final = KeyScheme(
+    "adapterhub",
+    _KEYS,
+    _complete,
+    weights=("adapter.safetensors", "pytorch_adapter.bin"),
+    config=CONFIG_NAME,
+    is_config=_is_config,
+    check=_check,
+)
 
 
 def _enabled(config: Mapping[str, Any], options: ReadOptions) -> tuple[bool, ...] | None:
@@ -191,16 +102,13 @@ def _enabled(config: Mapping[str, Any], options: ReadOptions) -> tuple[bool, ...
 
 
 def _pairs(
-    place: _Place,
-    tensors: NamedTensors,
-    factors: Mapping[str, Mapping[FactorRole, str]],
-    norms: Mapping[str, str],
-    enabled: tuple[bool, ...] | None,
+    stored: StoredModules, enabled: tuple[bool, ...] | None
 ) -> tuple[list[StoredPair], dict[str, Any]]:
-    """Return the pairs, fused modules taken apart, and what the config is to say of those."""
+    """Return the pairs, with fused modules split, and the entries of the config for those."""
+    tensors = stored.tensors
     pairs: list[StoredPair] = []
     fused: dict[str, Any] = {}
-    for plain in complete_pairs(place.weights, factors, lambda m, role: f"{m}.loras.*.lora_{role}"):
+    for plain in stored.pairs():
         a, b, last = plain.a.name, plain.b.name, plain.module.rpartition(".")[2]
         merged = is_merged(tensors, a, b)
         if merged and enabled is None:
@@ -208,9 +116,8 @@ def _pairs(
         if enabled and (merged or (sum(enabled) == 1 and last in FUSED)):
             pairs += split(tensors, plain.module, a, b, enabled)
             fused[plain.module] = parts_of(tensors, plain.module, b, enabled)
-        elif plain.module in norms:
-            magnitude = tensor(norms[plain.module])
-            pairs.append(replace(plain, variant=DORA, magnitude=magnitude))
+        elif norms := stored.modules[plain.module].get("magnitude"):
+            pairs.append(replace(plain, variant=DORA, magnitude=tensor(norms)))
         else:
             pairs.append(plain)
     return pairs, fused

@@ -9,34 +9,22 @@ the heads.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.errors import UnsupportedMethodError
-from lora_analysis.formats.assembly import (
-    assembled,
-    beside_finding,
-    factors_named,
-    stated_alpha,
-)
-from lora_analysis.formats.factors import (
-    StoredPair,
-    complete_pairs,
-)
+from lora_analysis.formats.build import AdapterParts, stated_alpha
+from lora_analysis.formats.factors import StoredPair
+from lora_analysis.formats.key_scheme import KeyPattern, KeyScheme, StoredModules
+from lora_analysis.formats.llm.trainer_settings import count, number, trainer_settings
 from lora_analysis.formats.merged import enable_needed, is_merged, merged_finding, split
-from lora_analysis.formats.plain_yaml import count, number, plain_values
-from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
-from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
-    from lora_analysis.adapter import Adapter
+    from lora_analysis.formats.options import ReadOptions
     from lora_analysis.storage.tensors import NamedTensors
 
-NAME: Final = "litgpt"
-
-_KEY: Final = re.compile(r"(?:model\.)?(?P<module>.+)\.lora_(?P<role>[AB])")
+_KEY: Final = KeyPattern(re.compile(r"(?:model\.)?(?P<module>.+)\.lora_(?P<role>[AB])"))
 _OWN: Final = re.compile(
     r"(model\.)?transformer\.h\.\d+\.(attn\.(qkv|attn)|mlp\.fc(_[12])?)\.lora_[AB]"
 )
@@ -52,36 +40,17 @@ _LLAMA_PARTS: Final = {
 _GATED: Final = frozenset({"LLaMAMLP", "GemmaMLP"})
 
 
-def recognizes(path: Path, options: ReadOptions) -> bool:
-    """Say whether a file holds factors of litgpt's modules."""
-    tensors = tensors_at(path, options)
-    return tensors is not None and any(_OWN.fullmatch(key) for key in tensors.infos)
+def _is_marked(tensors: NamedTensors) -> bool:
+    return any(_OWN.fullmatch(key) for key in tensors.infos)
 
 
-def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
-    """Return the file, where it is one."""
-    return [AdapterRef(path, NAME, label_of(path))] if recognizes(path, options) else []
-
-
-def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG001 - unnamed
-    """Read a ``lit_model.pth.lora``.
-
-    Raises
-    ------
-    MalformedFileError
-        A module has one factor only, or its factors do not fit together.
-    UnsupportedMethodError
-        Nothing says which of q, k and v were adapted, or how many rows each has.
-    InputError
-        ``enable_lora`` contradicts the shapes.
-    """
-    tensors = open_tensors(path, allow_pickle=options.allow_pickle)
-    factors, others = factors_named(tensors, _KEY, "A")
-    run = plain_values(path.with_name("hyperparameters.yaml"))
-    model = plain_values(path.with_name("model_config.yaml"))
+def _complete(stored: StoredModules) -> AdapterParts:
+    path, tensors = stored.path, stored.tensors
+    settings = [path.with_name(name) for name in ("hyperparameters.yaml", "model_config.yaml")]
+    run, model = map(trainer_settings, settings)
     pairs: list[StoredPair] = []
     fused = 0
-    for plain in complete_pairs(path, factors, lambda module, role: f"{module}.lora_{role}"):
+    for plain in stored.pairs():
         if plain.module.endswith(".attn.attn"):
             message = (
                 f"{path}: '{plain.module}' is of a litgpt before 0.5, which kept q, k and v of "
@@ -90,29 +59,24 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa
             )
             raise UnsupportedMethodError(message)
         if plain.module.endswith(".attn.qkv"):
-            pairs += _qkv(tensors, plain, run, model, options)
+            pairs += _qkv(tensors, plain, run, model, stored.options)
             fused += 1
         else:
             pairs.append(plain)
     if model.get("mlp_class_name") in _GATED:
         pairs = [_renamed(pair) for pair in pairs]
-    alpha = number(run.get("lora_alpha"))
-    beside = [path.with_name(n) for n in ("hyperparameters.yaml", "model_config.yaml")]
-    return assembled(
-        path,
-        NAME,
-        tensors,
-        pairs,
-        stated_alpha(alpha),
-        options=options,
-        missing="no hyperparameters.yaml with lora_alpha lies beside the file",
-        findings=(
-            *merged_finding(fused, interleaved=False),
-            *beside_finding("not analyzed", others),
-        ),
-        files=tuple(one for one in beside if one.is_file()),
-        base_model=run.get("checkpoint_dir"),
+    base_model = run.get("checkpoint_dir")
+    return AdapterParts(
+        pairs=pairs,
+        scale=stated_alpha(number(run.get("lora_alpha"))),
+        reason="no hyperparameters.yaml with lora_alpha lies beside the file",
+        findings=(*merged_finding(fused, interleaved=False), *stored.not_analyzed()),
+        files=tuple(file for file in settings if file.is_file()),
+        base_model=base_model if isinstance(base_model, str) else None,
     )
+
+
+FORMAT: Final = KeyScheme("litgpt", (_KEY,), _complete, is_marked=_is_marked)
 
 
 def _renamed(pair: StoredPair) -> StoredPair:
@@ -126,8 +90,8 @@ def _renamed(pair: StoredPair) -> StoredPair:
 def _qkv(
     tensors: NamedTensors,
     plain: StoredPair,
-    run: Mapping[str, str],
-    model: Mapping[str, str],
+    run: Mapping[str, Any],
+    model: Mapping[str, Any],
     options: ReadOptions,
 ) -> list[StoredPair]:
     a, b = plain.a.name, plain.b.name
@@ -146,12 +110,12 @@ def _qkv(
 
 
 def _enabled(
-    tensors: NamedTensors, a: str, b: str, run: Mapping[str, str]
+    tensors: NamedTensors, a: str, b: str, run: Mapping[str, Any]
 ) -> tuple[bool, ...] | None:
     """Return which of q, k and v the run's settings name, or all where there are three groups."""
     stated = [run.get(f"lora_{part}") for part in ("query", "key", "value")]
-    if all(one in ("true", "false") for one in stated):
-        return tuple(one == "true" for one in stated)
+    if all(isinstance(enabled, bool) for enabled in stated):
+        return tuple(stated)
     shapes = tensors.infos[a].shape, tensors.infos[b].shape
     three = is_merged(tensors, a, b) and shapes[0][0] == 3 * shapes[1][1]
     return (True, True, True) if three else None
@@ -161,7 +125,7 @@ def _widths(
     tensors: NamedTensors,
     plain: StoredPair,
     enabled: Sequence[bool],
-    model: Mapping[str, str],
+    model: Mapping[str, Any],
     options: ReadOptions,
 ) -> tuple[int, ...] | None:
     """Return the rows of q, k and v; None where those enabled have equally many.

@@ -12,30 +12,20 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import MalformedFileError, UnsupportedMethodError
-from lora_analysis.formats.assembly import (
-    assembled,
-    beside_finding,
-    factors_named,
-    stated_alpha,
-)
-from lora_analysis.formats.factors import (
-    StoredPair,
-    complete_pairs,
-)
-from lora_analysis.formats.plain_yaml import count, number, plain_values
+from lora_analysis.formats.build import AdapterParts, stated_alpha
+from lora_analysis.formats.factors import StoredPair
+from lora_analysis.formats.key_scheme import KeyPattern, KeyScheme, StoredModules
+from lora_analysis.formats.llm.trainer_settings import count, number, trainer_settings
 from lora_analysis.formats.rank_parts import refuse_rank_part
-from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
-from lora_analysis.storage.tensors import open_tensors
+from lora_analysis.formats.sources import AdapterFiles
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lora_analysis.adapter import Adapter
+    from lora_analysis.formats.options import ReadOptions
     from lora_analysis.storage.tensors import NamedTensors
 
-NAME: Final = "nemo"
-
-_KEY: Final = re.compile(r"(?P<module>.+)\.(?P<role>linear_in|linear_out)\.weight")
+_KEY: Final = KeyPattern(re.compile(r"(?P<module>.+)\.(?P<role>linear_in|linear_out)\.weight"))
 _ADAPTER: Final = re.compile(r"(^|.*\.)(adapter|adapter_layer)\..*")
 _LAYER: Final = re.compile(r"(?:.*\.)?layers\.(?P<index>\d+)\.(?P<part>.+)")
 _QKV: Final = "self_attn.qkv"
@@ -64,18 +54,8 @@ _FC1: Final = "mlp.linear_fc1"
 _CONFIGS: Final = ("model_config.yaml", "run_config.yaml")
 
 
-def recognizes(path: Path, options: ReadOptions) -> bool:
-    """Say whether a file holds factors under NeMo's names, or is NeMo's archive of such a file."""
-    if _is_archive(path):
-        return True
-    tensors = tensors_at(path, options)
-    return tensors is not None and any(
-        _KEY.fullmatch(key) and _ADAPTER.fullmatch(key) for key in tensors.infos
-    )
-
-
 def _is_archive(path: Path) -> bool:
-    """Say whether a file is a ``.nemo``: a tar archive, plain or compressed."""
+    """Return True if a file is a ``.nemo``: a tar archive, plain or compressed."""
     if path.suffix != ".nemo" or not path.is_file():
         return False
     with path.open("rb") as stream:
@@ -83,57 +63,49 @@ def _is_archive(path: Path) -> bool:
     return start[257:262] == b"ustar" or start[:2] == b"\x1f\x8b"
 
 
-def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
-    """Return the file, where it is one."""
-    return [AdapterRef(path, NAME, label_of(path))] if recognizes(path, options) else []
+def _is_marked(tensors: NamedTensors) -> bool:
+    return any(_KEY.match(key) and _ADAPTER.fullmatch(key) for key in tensors.infos)
 
 
-def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG001 - unnamed
-    """Read a consolidated ``model_weights.ckpt`` or a file of the same names.
-
-    Raises
-    ------
-    MalformedFileError
-        A module has one factor only, or its factors do not fit together.
-    UnsupportedMethodError
-        q, k and v share one pair, and nothing says how many heads each has.
-    """
-    if _is_archive(path):
+def _check(files: AdapterFiles) -> None:
+    if _is_archive(files.weights):
         message = (
-            f"{path}: a .nemo archive. Unpack it (tar xf) and read the model_weights.ckpt in it; "
-            "of several mp_rank_* folders, export the adapter to PEFT first."
+            f"{files.weights}: a .nemo archive. Unpack it (tar xf) and read the model_weights.ckpt "
+            "in it; of several mp_rank_* folders, export the adapter to PEFT first."
         )
         raise UnsupportedMethodError(message)
-    refuse_rank_part(path)
-    tensors = open_tensors(path, allow_pickle=options.allow_pickle)
-    factors, others = factors_named(tensors, _KEY, "linear_in")
+    refuse_rank_part(files.weights)
+
+
+def _complete(stored: StoredModules) -> AdapterParts:
+    path, tensors = stored.path, stored.tensors
     pairs: list[StoredPair] = []
-    for plain in complete_pairs(
-        path, factors, lambda m, role: f"{m}.linear_{'in' if role == 'A' else 'out'}.weight"
-    ):
+    for plain in stored.pairs():
         module = _module(plain.module)
         if module.endswith(_QKV):
-            pairs += _unfused(tensors, plain, module.removesuffix("qkv"), options)
+            pairs += _unfused(tensors, plain, module.removesuffix("qkv"), stored.options)
         elif module.endswith(_FC1) and (width := _gate_width(path, tensors, plain)):
             pairs += _gate_and_up(plain, module.removesuffix(_FC1), width)
         else:
             pairs.append(StoredPair(module, plain.a, plain.b))
     alpha, config = _alpha(path)
     fused = sum(pair.module.endswith(".linear_fc1") for pair in pairs)
-    return assembled(
-        path,
-        NAME,
-        tensors,
-        pairs,
-        stated_alpha(alpha),
-        options=options,
-        missing="no model_config.yaml or run_config.yaml with one alpha lies beside the file",
-        findings=(
-            *_fc1_finding(fused),
-            *beside_finding("not analyzed", others),
-        ),
+    return AdapterParts(
+        pairs=pairs,
+        scale=stated_alpha(alpha),
+        reason="no model_config.yaml or run_config.yaml with one alpha lies beside the file",
+        findings=(*_fc1_finding(fused), *stored.not_analyzed()),
         files=() if config is None else (config,),
     )
+
+
+class _NeMo(KeyScheme):
+    def locate(self, path: Path, options: ReadOptions) -> AdapterFiles | None:
+        """Return the file, or an archive of such a file, which is refused when it is read."""
+        return AdapterFiles(path, path) if _is_archive(path) else super().locate(path, options)
+
+
+FORMAT: Final = _NeMo("nemo", (_KEY,), _complete, is_marked=_is_marked, check=_check)
 
 
 def _module(stored: str) -> str:
@@ -145,7 +117,7 @@ def _module(stored: str) -> str:
 def _alpha(path: Path) -> tuple[float | None, Path | None]:
     for name in _CONFIGS:
         config = path.with_name(name)
-        if (alpha := number(plain_values(config).get("alpha"))) is not None:
+        if (alpha := number(trainer_settings(config).get("alpha"))) is not None:
             return alpha, config
     return None, None
 
@@ -191,7 +163,7 @@ def _gate_width(path: Path, tensors: NamedTensors, plain: StoredPair) -> int | N
     """
     rows = tensors.infos[plain.b.name].shape[0]
     for name in _CONFIGS:
-        stated = plain_values(path.with_name(name))
+        stated = trainer_settings(path.with_name(name))
         width = count(stated.get("ffn_hidden_size"))
         whole = count(stated.get("tensor_model_parallel_size")) == 1
         if whole and width is not None and rows == 2 * width:

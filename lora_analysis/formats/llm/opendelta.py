@@ -7,80 +7,34 @@ Reference: OpenDelta 0.3, ``delta_models/lora.py``: A ``(r, d_in)``, B ``(d_out,
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final
 
-from lora_analysis.errors import InputError
-from lora_analysis.formats.assembly import (
-    assembled,
-    beside_finding,
-    factors_named,
-    stated_alpha,
-)
-from lora_analysis.formats.factors import (
-    complete_pairs,
-    finite_number,
-)
-from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
-from lora_analysis.storage.documents import read_json_object
-from lora_analysis.storage.tensors import open_tensors
+from lora_analysis.formats.build import AdapterParts, stated_alpha
+from lora_analysis.formats.factors import finite_number
+from lora_analysis.formats.key_scheme import KeyPattern, KeyScheme, StoredModules
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from lora_analysis.adapter import Adapter
-
-NAME: Final = "opendelta"
-
-_WEIGHTS_NAME: Final = "pytorch_model.bin"
 _CONFIG_NAME: Final = "config.json"
-_KEY: Final = re.compile(r"(?P<module>.+)\.lora\.lora_(?P<role>[AB])")
+_KEY: Final = KeyPattern(re.compile(r"(?P<module>.+)\.lora\.lora_(?P<role>[AB])"))
 
 
-def recognizes(path: Path, options: ReadOptions) -> bool:
-    """Say whether an adapter of OpenDelta lies here: by its config, or a file's names."""
-    if path.is_dir():
-        weights = path / _WEIGHTS_NAME
-        return _config(path).get("delta_type") == "lora" and weights.is_file()
-    tensors = tensors_at(path, options)
-    return tensors is not None and any(map(_KEY.fullmatch, tensors.infos))
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        path = folder / _CONFIG_NAME
-        return read_json_object(path) if path.is_file() else {}
-    except InputError:
-        return {}
-
-
-def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
-    """Return the adapter, where there is one."""
-    return [AdapterRef(path, NAME, label_of(path))] if recognizes(path, options) else []
-
-
-def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG001 - unnamed
-    """Read a folder or its weights.
-
-    Raises
-    ------
-    MalformedFileError
-        A module has one factor only, or its factors do not fit together.
-    """
-    weights = path / _WEIGHTS_NAME if path.is_dir() else path
-    tensors = open_tensors(weights, allow_pickle=options.allow_pickle)
-    factors, others = factors_named(tensors, _KEY, "A")
-    pairs = complete_pairs(weights, factors, lambda m, role: f"{m}.lora.lora_{role}")
-    config = _config(weights.parent)
-    alpha, base = config.get("lora_alpha"), config.get("backbone_checkpoint_name")
-    return assembled(
-        path,
-        NAME,
-        tensors,
-        pairs,
-        stated_alpha(finite_number(alpha)),
-        options=options,
-        missing=f"no {_CONFIG_NAME} with lora_alpha lies beside the file",
-        findings=beside_finding("not analyzed", others),
-        files=(weights.with_name(_CONFIG_NAME),) if config else (),
-        base_model=base if isinstance(base, str) else None,
+def _complete(stored: StoredModules) -> AdapterParts:
+    config, path = stored.files.config or {}, stored.files.config_path
+    base_model = config.get("backbone_checkpoint_name")
+    return AdapterParts(
+        pairs=stored.pairs(),
+        scale=stated_alpha(finite_number(config.get("lora_alpha"))),
+        reason=f"no {_CONFIG_NAME} with lora_alpha lies beside the file",
+        findings=stored.not_analyzed(),
+        files=() if path is None else (path,),
+        base_model=base_model if isinstance(base_model, str) else None,
     )
+
+
+FORMAT: Final = KeyScheme(
+    "opendelta",
+    (_KEY,),
+    _complete,
+    weights=("pytorch_model.bin",),
+    config=_CONFIG_NAME,
+    is_config=lambda config: config.get("delta_type") == "lora" or "lora_alpha" in config,
+)

@@ -11,39 +11,29 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from lora_analysis.errors import InputError, MalformedFileError
-from lora_analysis.formats.assembly import (
-    assembled,
-    beside_finding,
-    factors_named,
-    stated_alpha,
-)
-from lora_analysis.formats.factors import (
-    StoredPair,
-    complete_pairs,
-    finite_number,
-)
+from lora_analysis.errors import MalformedFileError
+from lora_analysis.formats.build import AdapterParts, stated_alpha
+from lora_analysis.formats.factors import StoredPair, finite_number
+from lora_analysis.formats.key_scheme import KeyPattern, KeyScheme, StoredModules
+from lora_analysis.formats.llm.trainer_settings import number, trainer_settings
 from lora_analysis.formats.peft.adapter_config import CONFIG_NAME
 from lora_analysis.formats.peft.module_pairs import DORA
-from lora_analysis.formats.plain_yaml import number, plain_values
 from lora_analysis.formats.rotary import in_halves, vector_in_halves
-from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
+from lora_analysis.formats.sources import config_at
 from lora_analysis.formats.stored import tensor
-from lora_analysis.storage.documents import read_json_object
-from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lora_analysis.adapter import Adapter
+    from lora_analysis.formats.options import ReadOptions
     from lora_analysis.storage.tensors import NamedTensors
 
-NAME: Final = "torchtune"
-
-_KEY: Final = re.compile(r"(?P<module>.+)\.(?P<role>lora_a|lora_b)\.weight")
-_NORM: Final = re.compile(r"(?P<module>.+)\.magnitude")
+_KEYS: Final = (
+    KeyPattern(re.compile(r"(?P<module>.+)\.(?P<role>lora_a|lora_b)\.weight")),
+    KeyPattern(re.compile(r"(?P<module>.+)\.(?P<role>magnitude)")),
+)
 _ROTATED: Final = re.compile(r".*\battn\.(?P<part>[qk])_proj")
 _LAYER: Final = re.compile(r"layers\.(?P<index>\d+)\.(?P<part>.+)")
 _PARTS: Final = {
@@ -61,86 +51,49 @@ _LEFT: Final = frozenset({"qwen2", "qwen3", "phi3"})
 _OTHER_ORDER: Final = "rows in torchtune's order"
 
 
-def recognizes(path: Path, options: ReadOptions) -> bool:
-    """Say whether a file holds factors under torchtune's names."""
-    tensors = tensors_at(path, options)
-    return tensors is not None and any(_KEY.fullmatch(key) for key in tensors.infos)
-
-
-def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
-    """Return the file, where it is one."""
-    return [AdapterRef(path, NAME, label_of(path))] if recognizes(path, options) else []
-
-
-def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG001 - unnamed
-    """Read an ``adapter_model.pt``.
-
-    Raises
-    ------
-    MalformedFileError
-        A module has one factor only, its factors do not fit together, or the heads do not divide
-        its rows.
-    """
-    tensors = open_tensors(path, allow_pickle=options.allow_pickle)
-    factors, beside = factors_named(tensors, _KEY, "lora_a")
-    norms = {match["module"]: key for key in beside if (match := _NORM.fullmatch(key))}
-    order = _order(path, options)
-    pairs = [
-        _pair(tensors, plain, norms.get(plain.module), order)
-        for plain in complete_pairs(
-            path, factors, lambda m, role: f"{m}.lora_{role.lower()}.weight"
-        )
-    ]
-    alpha, config = _alpha(path)
-    marked = [pair.module for pair in pairs if pair.variant == _OTHER_ORDER]
-    return assembled(
-        path,
-        NAME,
-        tensors,
-        pairs,
-        stated_alpha(alpha),
-        options=options,
-        missing="the file states no alpha, nor does a configuration of the run beside it",
-        findings=(
-            *_order_finding(marked),
-            *beside_finding("not analyzed", [key for key in beside if key not in norms.values()]),
-        ),
+def _complete(stored: StoredModules) -> AdapterParts:
+    order = _order(stored.path, stored.options)
+    norms = {module: keys.get("magnitude") for module, keys in stored.modules.items()}
+    pairs = [_pair(stored.tensors, plain, norms[plain.module], order) for plain in stored.pairs()]
+    alpha, config = _alpha(stored.path)
+    unordered = [pair.module for pair in pairs if pair.variant == _OTHER_ORDER]
+    return AdapterParts(
+        pairs=pairs,
+        scale=stated_alpha(alpha),
+        reason="the file states no alpha, nor does a configuration of the run beside it",
+        findings=(*_order_finding(unordered), *stored.not_analyzed()),
         files=() if config is None else (config,),
     )
 
 
+FORMAT: Final = KeyScheme("torchtune", _KEYS, _complete)
+
+
 def _alpha(path: Path) -> tuple[float | None, Path | None]:
-    """Return the alpha that the exported config or the run's own states, and which file did."""
+    """Return the alpha of the exported config or of the run's own, and the path of that file."""
     exported = path.with_name(CONFIG_NAME)
-    if (stated := finite_number(_json(exported).get("lora_alpha"))) is not None:
-        return stated, exported
+    if (alpha := finite_number(config_at(exported).get("lora_alpha"))) is not None:
+        return alpha, exported
     for folder in (path.parent, path.absolute().parent.parent):
         run = folder / "torchtune_config.yaml"
-        if (alpha := number(plain_values(run).get("lora_alpha"))) is not None:
+        if (alpha := number(trainer_settings(run).get("lora_alpha"))) is not None:
             return alpha, run
     return None, None
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return read_json_object(path) if path.is_file() else {}
-    except InputError:
-        return {}
-
-
 @dataclass(frozen=True, slots=True)
 class _Order:
-    """What is known of the order of q and k rows: heads of each where they are to be turned."""
+    """Order of the rows of q and k: as in Hugging Face's model, or by head in Meta's order."""
 
-    left: bool = False
+    is_plain: bool = False
     heads: dict[str, int] = field(default_factory=dict)
 
 
 def _order(path: Path, options: ReadOptions) -> _Order:
-    base = _json(path.with_name("config.json"))
+    base = config_at(path.with_name("config.json"))
     kind = base.get("model_type")
     if kind in _LEFT:
-        return _Order(left=True)
+        return _Order(is_plain=True)
     if options.heads is not None:
         return _Order(heads=dict(zip("qk", options.heads, strict=True)))
     queries = base.get("num_attention_heads")
@@ -155,7 +108,7 @@ def _pair(tensors: NamedTensors, plain: StoredPair, norm: str | None, order: _Or
     if norm is not None:
         pair = replace(pair, variant=DORA, magnitude=tensor(norm))
     rotated = _ROTATED.fullmatch(plain.module)
-    if rotated is None or order.left:
+    if rotated is None or order.is_plain:
         return pair
     if not order.heads:
         return replace(pair, variant=_OTHER_ORDER, magnitude=None)
@@ -179,12 +132,12 @@ def _base_module(module: str) -> str:
     return _OUTSIDE.get(module, module)
 
 
-def _order_finding(marked: list[str]) -> list[str]:
-    if not marked:
+def _order_finding(modules: list[str]) -> list[str]:
+    if not modules:
         return []
     return [
-        f"Output side not to be used: the rows of B of {len(marked)} q and k modules (first: "
-        f"'{marked[0]}') may be in Meta's order, and neither heads= (command line: --heads 32,8) "
+        f"Output side not to be used: the rows of B of {len(modules)} q and k modules (first: "
+        f"'{modules[0]}') may be in Meta's order, and neither heads= (command line: --heads 32,8) "
         "nor a config.json of the base beside the file tells. Singular values and the input side "
         "do not depend on it."
     ]

@@ -129,8 +129,8 @@ class PeftConfig:
             raise MalformedFileError(message) from error
 
 
-def read_peft_config(path: Path) -> PeftConfig:
-    """Read an ``adapter_config.json``.
+def read_peft_config(path: Path, document: Mapping[str, Any] | None = None) -> PeftConfig:
+    """Return the checked content of an ``adapter_config.json``; ``document`` if it was read.
 
     Raises
     ------
@@ -139,7 +139,7 @@ def read_peft_config(path: Path) -> PeftConfig:
     UnsupportedMethodError
         The adapter is of a type, a variant or an initialization whose update is not ``s·B·A``.
     """
-    raw = read_json_object(path)
+    raw = read_json_object(path) if document is None else document
     _refuse_other_methods(path, raw)
     start = str(raw.get("init_lora_weights", True)).lower()
     adalora = method_of(raw) == "ADALORA"

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lora_analysis.formats.factors import FactorRole
+    from lora_analysis.formats.options import ExpertOrder, ReadOptions
     from lora_analysis.formats.peft.adapter_config import PeftConfig
-    from lora_analysis.formats.sources import ExpertOrder, ReadOptions
     from lora_analysis.storage.tensors import NamedTensors
 
 _INSIDE: Final = ".base_layer"

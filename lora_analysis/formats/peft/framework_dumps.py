@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import InputError, SourceError, UnsupportedMethodError
 from lora_analysis.finding import Finding
-from lora_analysis.formats.assembly import assembled, beside_finding
+from lora_analysis.formats.build import AdapterParts, beside_finding, build_adapter
 from lora_analysis.formats.peft.adapter_config import CONFIG_NAME, PeftConfig, read_peft_config
 from lora_analysis.formats.peft.module_pairs import module_pairs
 from lora_analysis.formats.peft.tensor_keys import has_factors, sort_keys
 from lora_analysis.formats.rank_parts import refuse_rank_part
-from lora_analysis.formats.sources import AdapterRef, ReadOptions, label_of, tensors_at
+from lora_analysis.formats.sources import AdapterFiles, Format, tensors_at
 from lora_analysis.storage.safetensors import Header, TensorInfo
 from lora_analysis.storage.tensors import TensorFiles, open_tensors
 from lora_analysis.text import plural
@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lora_analysis.adapter import Adapter
+    from lora_analysis.formats.options import ReadOptions
     from lora_analysis.storage.safetensors import TensorSpec
-
-NAME: Final = "peft-dump"
 
 # All before PEFT's own prefix: names of dictionaries and of wrappers.
 _WAY: Final = re.compile(
@@ -42,14 +41,68 @@ _OWN_FILES: Final = "adapter_model"
 _ZERO: Final = "zero_pp_rank_*_model_states.pt"
 
 
-def recognizes(path: Path, options: ReadOptions) -> bool:
-    """Say whether PEFT's factors lie behind a framework's prefix, or a folder holds their parts."""
-    if path.is_dir():
-        return _parts(path) != ""
-    if path.name.startswith(_OWN_FILES):
-        return False
-    tensors = tensors_at(path, options)
-    return tensors is not None and has_factors(_renamed(tensors.infos))
+class _FrameworkDump(Format):
+    name = "peft-dump"
+
+    def locate(self, path: Path, options: ReadOptions) -> AdapterFiles | None:
+        """Return a file with PEFT's factors behind a prefix, or a folder with parts of one."""
+        if path.is_dir():
+            return AdapterFiles(path, path) if _parts(path) else None
+        if path.name.startswith(_OWN_FILES):
+            return None
+        tensors = tensors_at(path, options)
+        is_dump = tensors is not None and has_factors(_renamed(tensors.infos))
+        return AdapterFiles(path, path) if is_dump else None
+
+    def read(self, files: AdapterFiles, name: str | None, options: ReadOptions) -> Adapter:
+        """Read the factors out of a dump, or of the adapter called ``name`` if it has several.
+
+        Raises
+        ------
+        UnsupportedMethodError
+            The parts of the checkpoint were not gathered.
+        SourceError
+            It holds several adapters, and none, or no such one, is named.
+        MalformedFileError
+            Tensors of a module are missing or do not belong together.
+        """
+        path = files.path
+        if path.is_dir():
+            message = f"{path}: {_parts(path)}; then read the file that makes."
+            raise UnsupportedMethodError(message)
+        refuse_rank_part(path)
+        whole = open_tensors(path, allow_pickle=options.allow_pickle)
+        tensors = _only(whole, _renamed(whole.infos))
+        _check_gathered(path, tensors)
+        keys = sort_keys(path, tensors.infos)
+        if name is None and len(keys.factors) == 1:
+            (name,) = keys.factors
+        if name not in keys.factors:
+            listed = ", ".join(f"'{path}#{adapter}'" for adapter in keys.factors)
+            message = f"{path}: several adapters are in this file. Read one of: {listed}."
+            raise SourceError(message)
+        config = _config(path)
+        content = module_pairs(path, tensors, keys, name, config=config, options=options)
+        saved = [key for stored in keys.saved.values() for key in stored.values()]
+        copies = keys.notes.pop("copies of base weights", [])
+        parts = AdapterParts(
+            pairs=content.pairs,
+            scale=lambda pair, rank: config.stated_scale(
+                content.config_names.get(pair.module, pair.module), rank
+            ),
+            reason=f"no {CONFIG_NAME} lies beside the dump",
+            findings=(
+                *content.findings,
+                *_base_finding([*copies, *saved]),
+                *(line for what, n in keys.notes.items() for line in beside_finding(what, n)),
+            ),
+            files=() if config.path is None else (config.path,),
+            base_model=config.base_model,
+        )
+        return build_adapter(path, self.name, tensors, options, parts)
+
+
+FORMAT: Final = _FrameworkDump()
 
 
 def _parts(folder: Path) -> str:
@@ -69,69 +122,12 @@ def _renamed(infos: Mapping[str, TensorSpec]) -> dict[str, str]:
     return {match["name"]: key for key in infos if (match := _WAY.fullmatch(key))}
 
 
-def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
-    """Return the dump, where it is one."""
-    return [AdapterRef(path, NAME, label_of(path))] if recognizes(path, options) else []
-
-
-def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:
-    """Read the factors out of a dump, or of the adapter called ``name`` where it has several.
-
-    Raises
-    ------
-    UnsupportedMethodError
-        The parts of the checkpoint were not gathered.
-    SourceError
-        It holds several adapters, and none, or no such one, is named.
-    MalformedFileError
-        Tensors of a module are missing or do not belong together.
-    """
-    if path.is_dir():
-        message = f"{path}: {_parts(path)}; then read the file that makes."
-        raise UnsupportedMethodError(message)
-    refuse_rank_part(path)
-    whole = open_tensors(path, allow_pickle=options.allow_pickle)
-    names = _renamed(whole.infos)
-    tensors = _only(whole, names)
-    _check_gathered(path, tensors)
-    keys = sort_keys(path, tensors.infos)
-    if name is None and len(keys.factors) == 1:
-        (name,) = keys.factors
-    if name not in keys.factors:
-        listed = ", ".join(f"'{path}#{one}'" for one in keys.factors)
-        message = f"{path}: several adapters are in this file. Read one of: {listed}."
-        raise SourceError(message)
-    config = _config(path)
-    found = module_pairs(path, tensors, keys, name, config=config, options=options)
-    stored = [key for of in keys.saved.values() for key in of.values()]
-    copies = keys.notes.get("copies of base weights", [])
-    others = {key: n for key, n in keys.notes.items() if key != "copies of base weights"}
-    return assembled(
-        path,
-        NAME,
-        tensors,
-        found.pairs,
-        lambda pair, rank: config.stated_scale(
-            found.config_names.get(pair.module, pair.module), rank
-        ),
-        options=options,
-        missing=f"no {CONFIG_NAME} lies beside the dump",
-        findings=(
-            *found.findings,
-            *_base_finding([*copies, *stored]),
-            *(line for what, n in others.items() for line in beside_finding(what, n)),
-        ),
-        files=() if config.path is None else (config.path,),
-        base_model=config.base_model,
-    )
-
-
 def _only(whole: TensorFiles, names: Mapping[str, str]) -> TensorFiles:
     """Return some of a file's tensors under PEFT's names."""
     infos = {}
-    for own, stored in names.items():
+    for name, stored in names.items():
         info = whole.infos[stored]
-        infos[own] = TensorInfo(own, info.dtype, info.shape, info.start, info.stop, info.strides)
+        infos[name] = TensorInfo(name, info.dtype, info.shape, info.start, info.stop, info.strides)
     return TensorFiles.of(whole.path, Header(whole.metadata, infos))
 
 

@@ -18,16 +18,17 @@ from lora_analysis.formats.peft.experts import (
     is_shared_stack,
     shared_pairs,
 )
-from lora_analysis.formats.peft.peft_incomplete import refuse_slices, without_placeholders
 from lora_analysis.formats.stored import StoredFactor, block_diagonal, tensor
+from lora_analysis.patterns import module_type
+from lora_analysis.text import plural
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lora_analysis.formats.factors import FactorRole
+    from lora_analysis.formats.options import ReadOptions
     from lora_analysis.formats.peft.adapter_config import PeftConfig
     from lora_analysis.formats.peft.tensor_keys import Part, SortedKeys
-    from lora_analysis.formats.sources import ReadOptions
     from lora_analysis.storage.tensors import NamedTensors
 
 # Where PEFT looks for the layers that it replicates.
@@ -39,6 +40,13 @@ _LAYER = re.compile(
 
 # Widths of kernels, the commonest first.
 _WIDTHS = (3, 5, 7, 1)
+
+_GATHER = (
+    "Gather them: run zero_to_fp32.py of the checkpoint and read the file that it makes, or save "
+    "again with zero3_save_16bit_model (DeepSpeed) or with full, gathered state dictionaries "
+    "(FSDP)."
+)
+_NUMBERS: Final = {2: "two", 3: "three", 4: "four"}
 
 DORA = "DoRA"
 KASA = "KaSA"
@@ -76,24 +84,24 @@ def module_pairs(
     UnsupportedMethodError
         Factors lie inside others, and no config says of which parameters.
     """
-    found = ModulePairs()
+    content = ModulePairs()
     extras = keys.extras.get(chosen, {})
     _check_names(path, keys)
-    own = _kept(tensors, keys.factors[chosen], extras, found)
-    own = without_placeholders(path, tensors, own, found.findings)
-    refuse_slices(path, tensors, own, config)
+    factors = _without_pruned(tensors, keys.factors[chosen], extras, content)
+    factors = _without_placeholders(path, tensors, factors, content.findings)
+    _refuse_slices(path, tensors, factors, config)
     stacks: list[ExpertPairs] = []
-    for plain in complete_pairs(path, own, _expected_key):
+    for plain in complete_pairs(path, factors, _expected_key):
         stored = extras.get(plain.module, {})
         _check_kind(path, plain, stored)
         if is_shared_stack(plain.a.shape(tensors), plain.b.shape(tensors)):
             expert: ExpertPairs | None = shared_pairs(path, tensors, plain)
         else:
             pair = _layer(tensors, plain, config)
-            expert = expert_pairs(path, tensors, pair, own, config=config, options=options)
+            expert = expert_pairs(path, tensors, pair, factors, config=config, options=options)
         if expert is not None:
-            found.pairs += [_with_base_name(path, member, config) for member in expert.pairs]
-            found.config_names |= expert.config_names
+            content.pairs += [_with_base_name(path, member, config) for member in expert.pairs]
+            content.config_names |= expert.config_names
             stacks.append(expert)
             continue
         if plain.module.endswith(".base_layer"):
@@ -104,16 +112,16 @@ def module_pairs(
             raise UnsupportedMethodError(message)
         pair = _expanded(path, pair, config)
         pair = _with_kernel(tensors, pair, stored, options)
-        found.pairs.append(_with_base_name(path, _variant(path, pair, stored, config), config))
+        content.pairs.append(_with_base_name(path, _variant(path, pair, stored, config), config))
         if name := stored.get("rank divisor"):
-            found.divisors[plain.module] = name
-    _check_leftovers(path, own, extras)
-    found.findings += expert_findings(stacks, config, options)
-    found.findings += _findings(found.pairs)
-    found.findings += _kernel_findings(found.pairs, extras, options)
+            content.divisors[plain.module] = name
+    _check_leftovers(path, factors, extras)
+    content.findings += expert_findings(stacks, config, options)
+    content.findings += _findings(content.pairs)
+    content.findings += _kernel_findings(content.pairs, extras, options)
     if config.replicated:
-        found.findings.append(Finding("layers-replicated"))
-    return found
+        content.findings.append(Finding("layers-replicated"))
+    return content
 
 
 def _expected_key(module: str, role: str) -> str:
@@ -128,18 +136,18 @@ def _check_names(path: object, keys: SortedKeys) -> None:
         raise MalformedFileError(message)
 
 
-def _kept(
+def _without_pruned(
     tensors: NamedTensors,
     factors: Mapping[str, dict[FactorRole, str]],
     extras: Mapping[str, Mapping[Part, str]],
-    found: ModulePairs,
+    content: ModulePairs,
 ) -> dict[str, dict[FactorRole, str]]:
     """Return the factors without those of modules that AdaLoRA has cut down to rank 0."""
     values = {module: stored.get("singular values") for module, stored in extras.items()}
     cut = [name for name in factors if (e := values.get(name)) and 0 in tensors.infos[e].shape]
-    found.pruned += cut
+    content.pruned += cut
     if cut:
-        found.findings.append(Finding("pruned-to-rank-0", {"modules": len(cut), "first": cut[0]}))
+        content.findings.append(Finding("pruned-to-rank-0", {"modules": len(cut), "first": cut[0]}))
     return {module: stored for module, stored in factors.items() if module not in cut}
 
 
@@ -327,3 +335,100 @@ def divided_scale(
     stored = None if divisor is None else float(tensors.read(divisor).reshape(-1)[0])
     before = stored or float(start_rank or rank)
     return StatedScale((alpha if alpha > 0 else rank) / (before + 1e-5), alpha, "config")
+
+
+def no_tensors(path: object) -> MalformedFileError:
+    """Return the error for an adapter file without a single tensor."""
+    return MalformedFileError(
+        f"{path}: the file holds no tensors. DeepSpeed ZeRO-3 leaves such a file if the parts of "
+        f"the model were not gathered when it was saved. {_GATHER}"
+    )
+
+
+def _without_placeholders(
+    path: object,
+    tensors: NamedTensors,
+    factors: Mapping[str, dict[FactorRole, str]],
+    findings: list[str | Finding],
+) -> dict[str, dict[FactorRole, str]]:
+    """Return the factors that hold numbers; add a finding about empty ones that mean "absent".
+
+    Tinker's adapters of mixtures of experts, whose factors have three axes, have empty factors for
+    a projection that the model lacks. Otherwise an empty factor was not gathered.
+
+    Raises
+    ------
+    MalformedFileError
+        Factors are empty, or no matrices.
+    """
+    shapes = {
+        module: {name: tensors.infos[name].shape for name in stored.values()}
+        for module, stored in factors.items()
+    }
+    flat = {module for module, named in shapes.items() if any(map(_is_lost, named.values()))}
+    if not flat:
+        return dict(factors)
+    stacks = any(len(shape) == 3 for named in shapes.values() for shape in named.values())
+    absent = {module_type(module) for module in flat}
+    present = {module_type(module) for module in factors if module not in flat}
+    empty = all(0 in shape for module in flat for shape in shapes[module].values())
+    if stacks and empty and absent.isdisjoint(present):
+        fields = {"modules": len(flat), "types": sorted(absent)}
+        findings.append(Finding("empty-placeholders", fields))
+        return {module: stored for module, stored in factors.items() if module not in flat}
+    name, shape = next((n, s) for m in factors if m in flat for n, s in shapes[m].items()
+                       if _is_lost(s))  # fmt: skip
+    message = (
+        f"{path}: the factors of {len(flat)} of {plural(len(factors), 'module')} are empty or flat "
+        f"(first: tensor '{name}' has shape {shape}; a factor must be a non-empty matrix): the "
+        "file was saved from a sharded training (DeepSpeed ZeRO-3, FSDP) without gathering the "
+        f"parts. {_GATHER}"
+    )
+    raise MalformedFileError(message)
+
+
+def _is_lost(shape: tuple[int, ...]) -> bool:
+    return len(shape) < 2 or 0 in shape
+
+
+def _refuse_slices(
+    path: object,
+    tensors: NamedTensors,
+    factors: Mapping[str, dict[FactorRole, str]],
+    config: PeftConfig,
+) -> None:
+    """Raise where every pair is what one rank of a sharded training holds of it.
+
+    FSDP2 divides the rows of each tensor: A ``(r, d_in)`` becomes ``(r/n, d_in)``, B
+    ``(d_out, r)`` becomes ``(d_out/n, r)``, so that B still has the rank that the config states.
+
+    Raises
+    ------
+    UnsupportedMethodError
+        That is so of every pair of matrices, with the same n.
+    """
+    ranks = set()
+    first = None
+    for module, stored in factors.items():
+        if len(stored) != 2:
+            return
+        a, b = (tensors.infos[stored[role]].shape for role in ("A", "B"))
+        if len(a) != 2 or len(b) != 2:
+            continue
+        stated = config.stated_rank(module)
+        if a[0] >= b[1] or (stated is not None and stated != b[1]):
+            return
+        ranks.add(math.ceil(b[1] / a[0]))
+        first = first or (module, a, b)
+    if len(ranks) != 1 or first is None:
+        return
+    module, a, b = first
+    (count,) = ranks
+    message = (
+        f"{path}: A has {a[0]} rows and B {b[1]} columns (first: '{module}', A {a}, B {b}), and "
+        f"so in every module: this is one of {_NUMBERS.get(count, str(count))} ranks of a sharded "
+        "training (FSDP2 divides the rows of each tensor among its ranks). The other ranks hold "
+        "the rest of A and of B. Save it again from the gathered model (a full state dictionary "
+        "with every rank's part), or join the ranks' tensors along their rows."
+    )
+    raise UnsupportedMethodError(message)

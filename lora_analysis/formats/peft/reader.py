@@ -1,6 +1,6 @@
-"""Adapters that PEFT saved: ``adapter_config.json`` beside ``adapter_model.safetensors``.
+"""Adapters that PEFT saved: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-Where the caller allows pickles, beside ``adapter_model.bin`` as well.
+If the caller allows pickles, ``adapter_model.bin`` as well.
 
 Reference: PEFT 0.21, ``tuners/lora/layer.py`` (scale) and ``utils/save_and_load.py`` (keys).
 """
@@ -8,7 +8,6 @@ Reference: PEFT 0.21, ``tuners/lora/layer.py`` (scale) and ``utils/save_and_load
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.adapter import Adapter, Provenance
@@ -38,19 +37,21 @@ from lora_analysis.formats.peft.config_checks import (
     rank_finding,
     saves,
 )
-from lora_analysis.formats.peft.module_pairs import ModulePairs, divided_scale, module_pairs
-from lora_analysis.formats.peft.peft_incomplete import no_tensors
-from lora_analysis.formats.peft.peft_places import (
-    PeftPlace,
-    check_weights,
-    locate_peft_files,
-    side_files,
+from lora_analysis.formats.peft.files import check_weights, locate_peft_files, side_files
+from lora_analysis.formats.peft.merged_linear import NAME as MERGED
+from lora_analysis.formats.peft.merged_linear import is_merged_linear, read_merged_linear
+from lora_analysis.formats.peft.module_pairs import (
+    ModulePairs,
+    divided_scale,
+    module_pairs,
+    no_tensors,
 )
 from lora_analysis.formats.peft.tensor_keys import ALTERING, BASE_BIASES, SortedKeys, sort_keys
 from lora_analysis.formats.side_tensors import side_tensors
 from lora_analysis.formats.sources import (
+    AdapterFiles,
     AdapterRef,
-    ReadOptions,
+    Format,
     label_of,
     resolve_source,
     run_facts,
@@ -64,143 +65,130 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lora_analysis.adapter import SideTensor
-    from lora_analysis.formats.initial import InitialFactorsSource
+    from lora_analysis.formats.options import InitialFactorsSource, ReadOptions
 
-NAME: Final = "peft"
 _IN_FULL: Final = "stored in full"
 _UNNAMED: Final = "stored in full without being in modules_to_save"
 
 
-def recognizes(path: Path, options: ReadOptions) -> bool:
-    """Say whether an adapter in PEFT's layout lies at exactly this path."""
-    return _place(path, options) is not None
+class _PEFT(Format):
+    name = "peft"
 
+    def locate(self, path: Path, options: ReadOptions) -> AdapterFiles | None:
+        """Return the adapter's files; the caller's names go first if no config is PEFT's."""
+        files = locate_peft_files(path, options)
+        return None if files and options.pair and files.config_path is None else files
 
-def _place(path: Path, options: ReadOptions) -> PeftPlace | None:
-    """Return the adapter's files; names given by the caller hold where no config says PEFT."""
-    place = locate_peft_files(path, options)
-    return None if place is None or (options.pair and place.config is None) else place
+    def find(self, files: AdapterFiles, options: ReadOptions) -> list[AdapterRef]:
+        """Return the adapter, or one for each name in the keys."""
+        if is_merged_linear(files):
+            return [AdapterRef(files.path, MERGED, label_of(files.path))]
+        names: list[str | None]
+        try:
+            tensors = open_tensors(files.weights, allow_pickle=options.allow_pickle)
+            names = sorted(sort_keys(files.weights, tensors.infos).factors, key=str)
+        except InputError:
+            names = []  # listed all the same: reading it reports what is wrong
+        several = len(names) > 1 and None not in names
+        return [
+            AdapterRef(files.path, self.name, label_of(files.path, name), name)
+            for name in (names if several else [None])
+        ]
 
+    def read(self, files: AdapterFiles, name: str | None, options: ReadOptions) -> Adapter:
+        """Read the adapter in the files, or the one called ``name`` if there are several.
 
-def find(path: Path, options: ReadOptions) -> list[AdapterRef]:
-    """Return the adapters that lie at exactly this path: one, or one per name in its keys."""
-    place = _place(path, options)
-    if place is None:
-        return []
-    names: list[str | None]
-    try:
-        tensors = open_tensors(place.weights, allow_pickle=options.allow_pickle)
-        names = sorted(sort_keys(place.weights, tensors.infos).factors, key=str)
-    except InputError:
-        names = []  # found all the same: reading it says what is wrong
-    several = len(names) > 1 and None not in names
-    return [
-        AdapterRef(place.shown, NAME, label_of(place.shown, name), name)
-        for name in (names if several else [None])
-    ]
-
-
-def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:
-    """Read the adapter at ``path``, or the one called ``name`` where its file holds several.
-
-    Raises
-    ------
-    MalformedFileError
-        The files are damaged or contradict each other.
-    SourceError
-        Weights are missing, or the file holds several adapters and none, or no such one, is named.
-    UnsupportedMethodError
-        The update is not ``s·B·A`` on matrices.
-    """
-    place = locate_peft_files(path, options)
-    if place is None:
-        message = f"{path}: no adapter in PEFT's layout lies here."
-        raise UnknownFormatError(message)
-    config = PeftConfig() if place.config is None else read_peft_config(place.config)
-    stored = _open(place, name, config, options)
-    start = _start(place, stored, config, options)
-    ranks = {pair.module: stored_rank(stored.tensors, pair) for pair in stored.found.pairs}
-    scales = {
-        module: _stated_scale(stored, module, rank, config, options)
-        for module, rank in ranks.items()
-    }
-    saved, others, empty = _saved_tensors(stored, config)
-    label = options.label or label_of(place.shown, name)
-    pairs, applied, parts = (
-        parted(stored.tensors, stored.found.pairs, scales, options, rslora=config.use_rslora)
-        if start is None  # which is of the weight as a whole
-        else (stored.found.pairs, scales, {})
-    )
-    stated = {rank for rank in (config.rank, *config.rank_pattern.values()) if rank is not None}
-    loaders = update_loaders(stored.tensors, pairs, applied, label=label, stated_ranks=stated)
-    own = {pair.module: stored_rank(stored.tensors, pair) for pair in pairs} if parts else ranks
-    return Adapter(
-        loaders if start is None else less_starts(loaders, start, config.start),
-        label=label,
-        provenance=Provenance(
-            path=place.shown,
-            format=NAME,
-            files=(*stored.tensors.files, *([] if place.config is None else [place.config])),
-            scale_origin={module: stated.origin for module, stated in applied.items()},
-            base_model=config.base_model,
-            rank=common_rank({m: r if start is None else 2 * r for m, r in own.items()}),
-            findings=as_findings(
-                (
-                    *_findings(
-                        place,
-                        config,
-                        stored,
-                        ranks=ranks,
-                        scales=scales,
-                        others=others,
-                        empty=empty,
-                    ),
-                    *_start_findings(config, start),
-                    *config_findings(
-                        stored.tensors.metadata, config.raw, place.weights, place.config
-                    ),
-                )
+        Raises
+        ------
+        MalformedFileError
+            The files are damaged or contradict each other.
+        SourceError
+            Weights are missing, or the file holds several adapters and none, or no such one, is
+            named.
+        UnsupportedMethodError
+            The update is not ``s·B·A`` on matrices.
+        """
+        if is_merged_linear(files):
+            return read_merged_linear(files, options)
+        config = PeftConfig()
+        if files.config_path is not None:
+            config = read_peft_config(files.config_path, files.config)
+        stored = _open(files, name, config, options)
+        tensors, pairs = stored.tensors, stored.content.pairs
+        start = _start(files, stored, config, options)
+        ranks = {pair.module: stored_rank(tensors, pair) for pair in pairs}
+        scales = {
+            module: _stated_scale(stored, module, rank, config, options)
+            for module, rank in ranks.items()
+        }
+        saved, others, empty = _saved_tensors(stored, config)
+        findings = [
+            *_config_findings(files, stored, config, ranks=ranks, scales=scales, others=others),
+            *_tensor_findings(files, others, empty),
+            *_start_findings(config, start),
+            *config_findings(tensors.metadata, config.raw, files.weights, files.config_path),
+        ]
+        parts = {}
+        if start is None:  # the initial factors are those of the whole weight
+            pairs, scales, parts = parted(tensors, pairs, scales, options, rslora=config.use_rslora)
+        if parts:
+            ranks = {pair.module: stored_rank(tensors, pair) for pair in pairs}
+        rank = common_rank(ranks)
+        label = options.label or label_of(files.path, name)
+        stated = {rank for rank in (config.rank, *config.rank_pattern.values()) if rank is not None}
+        loaders = update_loaders(tensors, pairs, scales, label=label, stated_ranks=stated)
+        return Adapter(
+            loaders if start is None else less_starts(loaders, start, config.start),
+            label=label,
+            provenance=Provenance(
+                path=files.path,
+                format=self.name,
+                files=(*tensors.files, *([files.config_path] if files.config_path else [])),
+                scale_origin={module: scale.origin for module, scale in scales.items()},
+                base_model=config.base_model,
+                rank=rank if start is None or rank is None else 2 * rank,
+                findings=as_findings(tuple(findings)),
+                **run_facts(files.weights.parent),
             ),
-            **run_facts(place.weights.parent),
-        ),
-        saved_modules=LazyTensors(stored.tensors, saved),
-        config={**config.raw, FUSED_PARTS: parts} if parts else config.raw,
-        side_tensors=_side_tensors(stored, others),
-    )
+            saved_modules=LazyTensors(tensors, saved),
+            config={**config.raw, FUSED_PARTS: parts} if parts else config.raw,
+            side_tensors=_side_tensors(tensors, others),
+        )
+
+
+FORMAT: Final = _PEFT()
 
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """What the weights of one adapter hold."""
+    """The weights of one adapter."""
 
     tensors: NamedTensors
     keys: SortedKeys
     chosen: str | None
-    found: ModulePairs
+    content: ModulePairs
 
 
-def _open(place: PeftPlace, name: str | None, config: PeftConfig, options: ReadOptions) -> _Stored:
-    check_weights(place, options)
-    tensors = open_tensors(place.weights, allow_pickle=options.allow_pickle)
-    keys = sort_keys(place.weights, tensors.infos)
-    chosen = _choose(place, keys, name)
-    return _Stored(
-        tensors,
-        keys,
-        chosen,
-        module_pairs(place.weights, tensors, keys, chosen, config=config, options=options),
-    )
+def _open(
+    files: AdapterFiles, name: str | None, config: PeftConfig, options: ReadOptions
+) -> _Stored:
+    check_weights(files, options)
+    tensors = open_tensors(files.weights, allow_pickle=options.allow_pickle)
+    keys = sort_keys(files.weights, tensors.infos)
+    chosen = _choose(files, keys, name)
+    content = module_pairs(files.weights, tensors, keys, chosen, config=config, options=options)
+    return _Stored(tensors, keys, chosen, content)
 
 
 def _start(
-    place: PeftPlace, stored: _Stored, config: PeftConfig, options: ReadOptions
+    files: AdapterFiles, stored: _Stored, config: PeftConfig, options: ReadOptions
 ) -> InitialFactorsSource | None:
-    """Return what gives the initial factors, where they have to be subtracted.
+    """Return the source of the initial factors, if they have to be subtracted.
 
     Raises
     ------
     UnsupportedMethodError
-        They have to be, and nothing gives them.
+        They have to be, and the caller gives none.
     """
     if options.initial is None:
         if config.subtracted:
@@ -208,16 +196,18 @@ def _start(
         return None
     if callable(options.initial):
         return options.initial
-    path, name, snapshot = resolve_source(options.initial)
-    with shown_errors(snapshot):
-        initial = locate_peft_files(path, options)
+    source = resolve_source(options.initial)
+    with shown_errors(source.snapshot):
+        initial = locate_peft_files(source.path, options)
         if initial is None:
-            message = f"{path}: no adapter in PEFT's layout lies here, to be the initial one."
+            message = (
+                f"{source.path}: no adapter in PEFT's layout lies here, to be the initial one."
+            )
             raise UnknownFormatError(message)
-        before = _open(initial, name, config, options)
-        pairs = {pair.module: pair for pair in before.found.pairs}
-        start = StoredStart(before.tensors, pairs, snapshot)
-        check_start(place.weights, stored.tensors, stored.found.pairs, start)
+        before = _open(initial, source.name, config, options)
+        pairs = {pair.module: pair for pair in before.content.pairs}
+        start = StoredStart(before.tensors, pairs, source.snapshot)
+        check_start(files.weights, stored.tensors, stored.content.pairs, start)
     return start
 
 
@@ -250,44 +240,44 @@ def _stated_scale(
 ) -> StatedScale:
     """Return the multiplier of one module: the caller's, else the config's."""
     if not config.adalora or options.scale is not None:
-        name = stored.found.config_names.get(module, module)
+        name = stored.content.config_names.get(module, module)
         return callers_scale(options, rank, rslora=config.use_rslora) or config.stated_scale(
             name, rank
         )
     alpha = config.alpha if options.alpha is None else options.alpha
     if alpha is None:
         return UNKNOWN_SCALE
-    divisor = stored.found.divisors.get(module)
+    divisor = stored.content.divisors.get(module)
     stated = divided_scale(stored.tensors, divisor, alpha, rank, config.rank)
     return stated if options.alpha is None else replace(stated, origin="caller")
 
 
-def _choose(place: PeftPlace, keys: SortedKeys, name: str | None) -> str | None:
-    """Return the adapter name under which the wanted factors are filed."""
+def _choose(files: AdapterFiles, keys: SortedKeys, name: str | None) -> str | None:
+    """Return the adapter name of the factors that are read, None if keys state none."""
     names = list(keys.factors)
     if not names and not keys.saved and not keys.notes:
-        raise no_tensors(place.weights)
+        raise no_tensors(files.weights)
     if not names:
         first = ", ".join(list(keys.saved.get(None, {}))[:3]) or "none"
-        message = f"{place.weights}: no LoRA factors found. First tensors: {first}."
+        message = f"{files.weights}: no LoRA factors found. First tensors: {first}."
         raise MalformedFileError(message)
     if len(names) > 1 and None in names:
-        message = f"{place.weights}: some factors carry an adapter's name and others do not."
+        message = f"{files.weights}: some factors carry an adapter's name and others do not."
         raise MalformedFileError(message)
     if name is None and len(names) == 1:
         return names[0]
     if name in names:
         return name
-    listed = ", ".join(f"'{place.shown}#{each}'" for each in names if each) or "one without a name"
-    wanted = "Several adapters are" if name is None else f"There is no adapter '{name}'"
-    message = f"{place.weights}: {wanted} in this file. Read one of: {listed}."
+    listed = ", ".join(f"'{files.path}#{each}'" for each in names if each) or "one without a name"
+    problem = "Several adapters are" if name is None else f"There is no adapter '{name}'"
+    message = f"{files.weights}: {problem} in this file. Read one of: {listed}."
     raise SourceError(message)
 
 
 def _saved_tensors(
     stored: _Stored, config: PeftConfig
 ) -> tuple[dict[str, str], dict[str, list[str]], list[str]]:
-    """Return the tensors trained in full, all others by what they are, and the empty ones."""
+    """Return the tensors trained in full, all others by their kind, and the empty ones."""
     keys = stored.keys
     others = {what: list(names) for what, names in keys.notes.items()}
     adapters = keys.saved if len(keys.factors) == 1 else (None, stored.chosen)
@@ -308,27 +298,28 @@ def _saved_tensors(
     return saved, others, empty
 
 
-def _side_tensors(stored: _Stored, others: Mapping[str, list[str]]) -> dict[str, SideTensor]:
-    """Return what the file holds besides factors and modules trained in full."""
-    keys = {what: others[what] for what in others if what not in (_IN_FULL, _UNNAMED)}
-    harmless = {key for what in keys if what not in ALTERING for key in keys[what]}
-    return side_tensors(stored.tensors, chain.from_iterable(keys.values()), harmless=harmless)
+def _side_tensors(tensors: NamedTensors, others: Mapping[str, list[str]]) -> dict[str, SideTensor]:
+    """Return the tensors besides factors and modules trained in full."""
+    keys = {what: names for what, names in others.items() if what not in (_IN_FULL, _UNNAMED)}
+    harmless = {key for what, names in keys.items() if what not in ALTERING for key in names}
+    return side_tensors(
+        tensors, (key for names in keys.values() for key in names), harmless=harmless
+    )
 
 
-def _findings(
-    place: PeftPlace,
-    config: PeftConfig,
+def _config_findings(
+    files: AdapterFiles,
     stored: _Stored,
+    config: PeftConfig,
     *,
     ranks: Mapping[str, int],
     scales: Mapping[str, StatedScale],
     others: Mapping[str, list[str]],
-    empty: Sequence[str],
 ) -> list[Finding | str]:
-    """Return what the reader noticed."""
-    pairs = stored.found
+    """Return the findings about the config and how the factors differ from it."""
+    pairs = stored.content
     findings: list[Finding | str] = []
-    if place.config is None:
+    if files.config_path is None:
         findings.append(Finding("config-missing", {"config": CONFIG_NAME}))
     elif config.assumed:
         findings.append(Finding("config-type-missing", {"config": CONFIG_NAME}))
@@ -344,17 +335,18 @@ def _findings(
         saved=[*saved, *stored.keys.full],
         biases=sum(name.endswith(".bias") for name in (*saved, *others.get(BASE_BIASES, ()))),
     )
-    findings += config_gaps(config, modules)
+    return [*findings, *config_gaps(config, modules)]
+
+
+def _tensor_findings(
+    files: AdapterFiles, others: Mapping[str, list[str]], empty: Sequence[str]
+) -> list[Finding]:
+    """Return the findings about tensors and files next to the factors."""
+    findings = []
     if empty:
         findings.append(Finding("empty-saved-tensors", {"count": len(empty), "first": empty[0]}))
-    findings += [
-        Finding(
-            "tensors-in-full" if what in (_IN_FULL, _UNNAMED) else "tensors-beside",
-            {"count": len(names), "what": what, "first": names[0]},
-        )
-        for what, names in others.items()
-    ]
-    findings += [
-        Finding("side-file", {"file": path.name}) for path in side_files(place.weights.parent)
-    ]
-    return findings
+    for what, names in others.items():
+        code = "tensors-in-full" if what in (_IN_FULL, _UNNAMED) else "tensors-beside"
+        findings.append(Finding(code, {"count": len(names), "what": what, "first": names[0]}))
+    folder = files.weights.parent
+    return [*findings, *(Finding("side-file", {"file": path.name}) for path in side_files(folder))]

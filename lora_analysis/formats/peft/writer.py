@@ -18,7 +18,7 @@ from lora_analysis.errors import InputError, UnsupportedMethodError
 from lora_analysis.formats.fused_parts import parts_metadata
 from lora_analysis.formats.peft.adapter_config import CONFIG_NAME
 from lora_analysis.formats.peft.experts import registered_order, without_mark
-from lora_analysis.formats.peft.peft_places import WEIGHTS_NAME
+from lora_analysis.formats.peft.files import WEIGHTS_NAME
 from lora_analysis.formats.peft.tensor_keys import PREFIX, sort_keys
 from lora_analysis.formats.side_tensors import side_output
 from lora_analysis.formats.written import (

@@ -1,0 +1,228 @@
+"""Formats of image models: keys of several trainers in one file, with an alpha per module.
+
+A file may mix the patterns of several trainers. Next to the two factors of a module there may be
+its alpha, a scalar, the core of a Tucker decomposition (``lora_mid``) and DoRA's norms.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+
+from lora_analysis.errors import MalformedFileError
+from lora_analysis.finding import Finding
+from lora_analysis.formats.build import AdapterParts
+from lora_analysis.formats.diffusion.image_findings import block_findings, copied_findings
+from lora_analysis.formats.diffusion.lycoris import refuse_other_methods
+from lora_analysis.formats.factors import (
+    StatedScale,
+    StoredPair,
+    alpha_zero_finding,
+    scale_from_alpha,
+)
+from lora_analysis.formats.key_scheme import Role, StoredModules
+from lora_analysis.formats.peft.module_pairs import DORA
+from lora_analysis.formats.side_tensors import side_finding
+from lora_analysis.formats.stored import contract, tensor
+
+if TYPE_CHECKING:
+    from lora_analysis.storage.tensors import NamedTensors
+
+# Entry of an adapter's config: keys of the factors in the file it was read from, by module.
+FACTOR_KEYS: Final = "factor_keys"
+_EXTRA: Final = re.compile(
+    r"(?P<module>.+?)(?:[._]lora)?\."
+    r"(?P<role>alpha|scalar|dora_scale|lora_magnitude_vector(\.[^.]+)?)"
+)
+_EXTRAS: Final[dict[str, Role]] = {"alpha": "alpha", "scalar": "scalar"}
+_EMBEDDINGS: Final = "embeddings of new words"
+# Tensors that trainers store next to the factors: reported and carried over, not analyzed.
+_OTHERS: Final = (
+    (re.compile(r".+\.(diff|diff_b|diff_m|set_weight|w_norm|b_norm)"), "trained in full"),
+    (re.compile(r".+\.(lora_B|lora_up)(\.[^.]+)?\.bias"), "biases of B"),
+    (re.compile(r"<.+>|bundle_emb\..+|(.+\.)?(emb_params|string_to_param\..+)"), _EMBEDDINGS),
+)
+# Gives the scale of a module of a rank that something besides its own tensors states.
+StatedScales = Callable[[str, int], StatedScale | None]
+
+
+def complete_image(
+    stored: StoredModules,
+    *,
+    stated: StatedScales = lambda _module, _rank: None,
+    config: Mapping[str, Any] | None = None,
+) -> AdapterParts:
+    """Return the parts of an adapter of an image model.
+
+    Parameters
+    ----------
+    stored
+        The keys of its factors.
+    stated
+        Gives the scale of a module of a rank, if something besides its own tensors states it.
+    config
+        Facts about the file that a writer of the format needs.
+
+    Raises
+    ------
+    MalformedFileError
+        A module has one factor only, or its alpha is not a number.
+    UnsupportedMethodError
+        The file holds a method whose update is not ``s·B·A``.
+    """
+    tensors = stored.tensors
+    refuse_other_methods(stored.path, tensors.infos)
+    rest = _sort_extras(stored)
+    pairs = [_completed(tensors, pair, stored.modules[pair.module]) for pair in stored.pairs()]
+    return AdapterParts(
+        pairs=pairs,
+        scale=partial(_scale, stored, stated),
+        scale_findings=partial(_scale_findings, stored),
+        findings=(
+            *_dora_findings(pairs),
+            *block_findings(tensors, pairs),
+            *copied_findings(tensors, pairs),
+            *(
+                finding
+                for what, keys in rest.items()
+                for finding in side_finding(f"{what}, not analyzed", keys)
+            ),
+        ),
+        harmless=rest.get(_EMBEDDINGS, ()),
+        config={**(config or {}), **_factor_keys(stored)},
+        metadata=tensors.metadata,
+        **_facts(tensors.metadata),
+    )
+
+
+def _sort_extras(stored: StoredModules) -> dict[str, list[str]]:
+    """Add alphas, scalars and norms to their modules; return all other keys by what they are."""
+    rest: dict[str, list[str]] = {}
+    patterns = dict.fromkeys(stored.patterns.values())
+    for key in stored.others:
+        if match := _EXTRA.fullmatch(key):
+            # The "_lora" before the dot may belong to the name, as in XLabs' "proj_lora".
+            stems = match["module"], key[: match.start("role") - 1]
+            names = dict.fromkeys(pattern.rename(stem) for stem in stems for pattern in patterns)
+            module = next((name for name in names if name in stored.modules), None)
+            if module is not None:
+                stored.add(module, _EXTRAS.get(match["role"], "magnitude"), key)
+                continue
+        what = next((what for mark, what in _OTHERS if mark.fullmatch(key)), "no factors")
+        rest.setdefault(what, []).append(key)
+    return rest
+
+
+def _factor_keys(stored: StoredModules) -> dict[str, Any]:
+    """Return the stored keys (of A, B and alpha) of modules whose keys are not PEFT's."""
+    keys = {
+        module: (roles["A"], roles["B"], roles.get("alpha"))
+        for module, roles in stored.modules.items()
+        if roles["A"] != f"{module}.lora_A.weight" and "mid" not in roles
+    }
+    return {FACTOR_KEYS: keys} if keys else {}
+
+
+def _completed(tensors: NamedTensors, pair: StoredPair, parts: Mapping[Role, str]) -> StoredPair:
+    """Return a pair with its kernel, its core, scalar and norms."""
+    shapes = pair.a.shape(tensors), pair.b.shape(tensors)
+    kernel = shapes[0][2:]
+    a, b = pair.a, pair.b
+    if "mid" in parts:
+        # ΔW = einsum("ij…,ip,jr->pr…", mid, upᵀ, down): up stays B, mid and down make A.
+        kernel = tensors.infos[parts["mid"]].shape[2:]
+        a = contract(tensor(parts["mid"]), a.flattened())
+    if "scalar" in parts:
+        b = b.times(_number(tensors, parts["scalar"]))
+    if kernel or any(len(shape) > 2 for shape in shapes):
+        kernel = kernel or tuple(1 for _ in shapes[1][2:])
+        pair = replace(pair, layout="conv", kernel=kernel)
+        a, b = a.flattened(), b.flattened()
+    pair = replace(pair, a=a, b=b)
+    return _with_norms(tensors, pair, parts["magnitude"]) if "magnitude" in parts else pair
+
+
+def _with_norms(tensors: NamedTensors, pair: StoredPair, name: str) -> StoredPair:
+    """Return a pair as DoRA's, with the norms of the rows or of the input channels of W + ΔW.
+
+    LyCORIS and OneTrainer store ``dora_scale`` as ``[out, 1, …]`` (``wd_on_out``, "output axis")
+    or as ``[1, in, …]``; ComfyUI decides by the first axis. PEFT's norms are of rows.
+    """
+    shape, count = tensors.infos[name].shape, math.prod(tensors.infos[name].shape)
+    rows = pair.b.shape(tensors)[0]
+    if len(shape) > 1:
+        by_inputs = shape[0] == 1 and (rows > 1 or count > 1)
+    else:
+        channels = pair.a.shape(tensors)[-1] // math.prod(pair.kernel)
+        by_inputs = count == channels != rows
+    side: Literal["output", "input"] = "output"
+    if by_inputs and name.endswith("dora_scale"):
+        side = "input"
+    return replace(pair, variant=DORA, magnitude=tensor(name), magnitude_side=side)
+
+
+def _scale(stored: StoredModules, stated: StatedScales, pair: StoredPair, rank: int) -> StatedScale:
+    """Return the scale by the module's own alpha, else as stated elsewhere, else the format's."""
+    keys, pattern = stored.modules[pair.module], stored.patterns[pair.module]
+    if "alpha" in keys:
+        alpha = _number(stored.tensors, keys["alpha"])
+        # An alpha of 0 counts as a missing one in kohya's format. With a Tucker decomposition,
+        # alpha is divided by the rows of lora_down.
+        if alpha != 0 or not pattern.alpha_is_rank:
+            return scale_from_alpha(alpha, stored.tensors.infos[keys["A"]].shape[0], "tensor")
+    return stated(pair.module, rank) or pattern.default_scale(rank)
+
+
+def _number(tensors: NamedTensors, name: str) -> float:
+    shape = tensors.infos[name].shape
+    values = np.asarray(tensors.read(name)).reshape(-1) if math.prod(shape) == 1 else None
+    if values is None or not np.isfinite(float(values[0])):
+        content = shape if values is None else values[0]
+        message = f"{tensors.file_of(name)}: '{name}' must be one finite number, found {content}."
+        raise MalformedFileError(message)
+    return float(values[0])
+
+
+def _scale_findings(
+    stored: StoredModules, scales: Mapping[str, StatedScale]
+) -> list[Finding | str]:
+    by_reason: dict[str, list[str]] = {}
+    for module, scale in scales.items():
+        if scale.origin in ("format", "unknown"):
+            by_reason.setdefault(stored.patterns[module].reason, []).append(module)
+    findings: list[Finding | str] = [*alpha_zero_finding(scales)]
+    for reason, modules in by_reason.items():
+        if scales[modules[0]].scale is None:
+            fields = {"modules": len(modules), "of": len(scales), "reason": reason}
+            findings.append(Finding("scale-unknown", fields))
+        else:
+            findings.append(f"{len(modules)} of {len(scales)} modules state no alpha: {reason}.")
+    return findings
+
+
+def _dora_findings(pairs: Sequence[StoredPair]) -> list[Finding]:
+    dora = [pair for pair in pairs if pair.variant == DORA]
+    findings = [Finding("dora", {"count": len(dora), "total": len(pairs)})] if dora else []
+    by_inputs = [pair.module for pair in dora if pair.magnitude_side == "input"]
+    if by_inputs:
+        fields = {"count": len(by_inputs), "total": len(pairs), "module": f"'{by_inputs[0]}'"}
+        findings.append(Finding("dora-columns", fields))
+    return findings
+
+
+def _facts(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return base model and seed that kohya's metadata state."""
+    facts: dict[str, Any] = {}
+    stated = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name")
+    bases = [metadata[key] for key in stated if metadata.get(key) not in (None, "", "None")]
+    if bases:
+        facts["base_model"] = bases[0]
+    if re.fullmatch(r"-?[0-9]{1,19}", metadata.get("ss_seed", "")):
+        facts["seed"] = int(metadata["ss_seed"])
+    return facts
