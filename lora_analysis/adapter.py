@@ -377,21 +377,18 @@ class Provenance:
     scale_origin
         Per module the source of its scale; ``"format"`` if the format itself fixes it, so that no
         file could state another.
-    base_model, rank, seed, task
-        What the file, its config or its name states.
-    step
-        Training step of the adapter, if it is stated.
+    base_model, rank, seed, task, step
+        Facts about the training that the file, its config or its name states.
     metrics
         Final metrics of its training (accuracy, loss), if the trainer left them next to the file.
     findings
         Findings about the file itself; a string becomes one with the code ``"file-note"``.
     address, revision
         ``hf://owner/name@commit/…`` and the commit, for an adapter from a hub.
-    metadata
-        The strings that its file states about itself (kohya's ``ss_*``, ``modelspec.*``).
-    source_format
-        Format to which ``metadata`` and the side tensors belong, also after an edit, which sets
-        ``format`` to ``"memory"``.
+    metadata, source_format
+        Strings that its file states about itself (kohya's ``ss_*``, ``modelspec.*``), and the
+        format of these and of the side tensors, also after an edit, which sets ``format`` to
+        ``"memory"``.
     also_read
         Further files and folders that values come from: initial factors, base weights, the adapter
         before an edit.

@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,12 +28,11 @@ from lora_analysis.lora.core import (
     adapted_modules,
     add_adapter,
     base_modules,
-    initial_factor,
     unwrap,
 )
 from lora_analysis.lora.expert_stacks import ExpertLayer, loaded_stack_factors, split_experts
 from lora_analysis.lora.fused_projections import FusedFactors, parts_from_config
-from lora_analysis.lora.layer_kinds import initial_embedding_factor, keep_gradients
+from lora_analysis.lora.layer_kinds import EmbeddingLoraLayer, keep_gradients
 from lora_analysis.lora.targets import is_inside, kind_of
 from lora_analysis.patterns import natural_key, near_names
 from lora_analysis.storage.adapter_fields import refuse_more_than_factors
@@ -260,12 +258,9 @@ def _initial_update(adapter: Adapter, module: str, seed: int) -> LowRankUpdate:
     if not isinstance(update, LowRankUpdate):
         message = f"'{module}' in {adapter.label} is a dense update, without an initial A."
         raise InputError(message)
-    (d_out, d_in), r = update.shape, update.rank
-    if update.layout == "embedding":
-        A, B = np.zeros_like(update.A), initial_embedding_factor(module, r, seed, d_out).numpy()
-    else:
-        A, B = initial_factor(module, r, seed, d_in).numpy(), np.zeros_like(update.B)
-    return replace(update, A=A, B=B, stored_dtype="float32")
+    kind = EmbeddingLoraLayer if update.layout == "embedding" else LoraLayer
+    A, B = kind.initial_factors(update.shape, module, update.rank, seed)
+    return replace(update, A=A.numpy(), B=B.numpy(), stored_dtype="float32")
 
 
 def _only_adapter(model: nn.Module) -> str:

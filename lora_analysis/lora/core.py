@@ -179,10 +179,10 @@ class LoraLayer(AdaptedModule):
 
     @classmethod
     def initial_factors(
-        cls, layer: nn.Module, name: str, r: int, seed: int
+        cls, shape: tuple[int, int], name: str, r: int, seed: int
     ) -> tuple[Tensor, Tensor]:
         """Return the A and B from which training starts; their product is zero."""
-        d_out, d_in = cls.shape(layer)
+        d_out, d_in = shape
         return initial_factor(name, r, seed, d_in), torch.zeros(d_out, r)
 
     @classmethod

@@ -71,11 +71,12 @@ class EmbeddingLoraLayer(_TransposedLoraLayer):
 
     @classmethod
     def initial_factors(
-        cls, layer: nn.Module, name: str, r: int, seed: int
+        cls, shape: tuple[int, int], name: str, r: int, seed: int
     ) -> tuple[Tensor, Tensor]:
         """Return A of zeros and a normal B."""
-        d_out, d_in = cls.shape(layer)
-        return torch.zeros(r, d_in), initial_embedding_factor(name, r, seed, d_out)
+        d_out, d_in = shape
+        B = torch.empty(d_out, r).normal_(generator=module_generator(name, r, seed))
+        return torch.zeros(r, d_in), B
 
     def update(self, x: Tensor, factors: LoraFactors) -> Tensor:
         """Return ``s·B·A[:, x]``, features last; the padding entry gets no gradient."""
@@ -84,11 +85,6 @@ class EmbeddingLoraLayer(_TransposedLoraLayer):
         update = functional.linear(down * factors.scale, factors.B)  # (…, d_out)
         scale = getattr(base, "embed_scale", None)
         return update if scale is None else update * scale
-
-
-def initial_embedding_factor(module_name: str, rank: int, seed: int, d_out: int) -> Tensor:
-    """Return the B from which training of an embedding starts, ``(d_out, rank)``, normal."""
-    return torch.empty(d_out, rank).normal_(generator=module_generator(module_name, rank, seed))
 
 
 class ConvLoraLayer(LoraLayer):

@@ -170,14 +170,14 @@ def _initial_layers(
     adapted: dict[str, Adapted] = {}
     for module, kind in kinds.items():
         layer = unwrap(modules[module])
+        shape = kind.shape(layer)
         r, fields = settings(module)
-        rows = rows_by_part(model, module, kind.shape(layer), parts)
-        if rows:
+        if rows := rows_by_part(model, module, shape, parts):
             fused = [Part(part, indices, r) for part, indices in rows.items()]
-            A, B = initial_fused_factors(module, kind.shape(layer), fused, seed)
+            A, B = initial_fused_factors(module, shape, fused, seed)
             fields |= {"factors_type": FusedFactors, "parts": fused}
         else:
-            A, B = kind.initial_factors(layer, module, r, seed)
+            A, B = kind.initial_factors(shape, module, r, seed)
         adapted[module] = kind, kind.make_factors(layer, A, B, module, seed=seed, **fields)
     return adapted
 
