@@ -114,8 +114,8 @@ KINDS: Final[dict[str, Kind]] = {
     "no-gradient": Kind(
         "limit",
         "B is zero in {count} of {total} modules, in whole types or layers ({modules}): they never "
-        "received a gradient, as the last layer of a text encoder or experts that were never "
-        "routed to.",
+        "received a gradient, for example the last layer of a text encoder, or experts that were "
+        "never routed to.",
     ),
     "zero-b": Kind(
         "damage",
@@ -137,6 +137,20 @@ KINDS: Final[dict[str, Kind]] = {
         "artifact",
         "{count} modules share their A with another (for example {modules}): a fused projection "
         "was split and its A copied. An input overlap of 1 between them is an artifact.",
+    ),
+    "split-qkv": Kind(
+        "limit",
+        "{count} fused projections were trained as {parts} separate LoRAs (split_qkv): B is "
+        "block-diagonal (seen in '{module}'). The scale is what every loader computes from the "
+        "joint rank; training used {parts} times as much.",
+    ),
+    "fused-modules-split": Kind(
+        "limit", "The grouped factors of {modules} are read block by block."
+    ),
+    "interleaved-blocks": Kind(
+        "limit",
+        "query_key_value interleaves q, k and v per head in every model that has it, so the blocks "
+        "of rows that were trained are not q, k or v; they are named rows0, rows1, ...",
     ),
     "dora": Kind(
         "limit",
@@ -257,8 +271,8 @@ KINDS: Final[dict[str, Kind]] = {
     ),
     "expert-order": Kind(
         "limit",
-        "Factors of {experts} experts lie in one tensor ({parameters}). The columns of B are read "
-        "{order}, {reason}. A wrong order gives other updates of the same size.",
+        "Factors of {experts} experts are stored in one tensor ({parameters}). The columns of B "
+        "are read {order}, {reason}. A wrong order gives different updates of the same size.",
     ),
     "expert-orientation-unknown": Kind(
         "limit",
@@ -267,8 +281,8 @@ KINDS: Final[dict[str, Kind]] = {
     ),
     "expert-stack": Kind(
         "limit",
-        "Factors of {experts} experts lie in one tensor each ({parameters}) and are read per "
-        "expert.",
+        "Factors of {experts} experts are stored in one tensor each ({parameters}) and are read "
+        "per expert.",
     ),
     "expert-factors-shared": Kind(
         "artifact",

@@ -8,9 +8,9 @@ factors it reads.
 
 from lora_analysis.formats.globs import each_once, expanded
 from lora_analysis.formats.reading import find_adapters, read_adapter
+from lora_analysis.formats.side_tensors import unwritten_findings
 from lora_analysis.formats.sources import AdapterRef
 from lora_analysis.formats.writing import (
-    unwritten_findings,
     write_adapter,
     writing_notes,
     written_names,

@@ -29,7 +29,7 @@ from lora_analysis.formats.factors import (
     stored_rank,
     update_loaders,
 )
-from lora_analysis.formats.fused_parts import FUSED_PARTS, parted
+from lora_analysis.formats.fused_parts import FUSED_PARTS, split_parts
 from lora_analysis.formats.initial import StoredStart, check_start, less_starts, subtracted_note
 from lora_analysis.formats.peft_checks import (
     StoredModules,
@@ -127,7 +127,7 @@ def read(path: Path, name: str | None, options: ReadOptions) -> Adapter:
     saved, others, empty = _saved_tensors(stored, config)
     label = options.label or label_of(place.shown, name)
     pairs, applied, parts = (
-        parted(stored.tensors, stored.found.pairs, scales, options, rslora=config.use_rslora)
+        split_parts(stored.tensors, stored.found.pairs, scales, options, rslora=config.use_rslora)
         if start is None  # which is of the weight as a whole
         else (stored.found.pairs, scales, {})
     )

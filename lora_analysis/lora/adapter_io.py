@@ -19,7 +19,7 @@ from lora_analysis.errors import (
     TargetError,
     UnsupportedMethodError,
 )
-from lora_analysis.formats.fused_parts import FUSED_PARTS, joined
+from lora_analysis.formats.fused_parts import FUSED_PARTS, join_parts
 from lora_analysis.lora.experts import (
     ExpertLayer,
     expert_members,
@@ -170,7 +170,7 @@ def load_adapter_into(
         "which is not loaded: the model would not compute what it did. Its factors can be "
         "analyzed all the same.",
     )
-    adapter = joined(adapter)
+    adapter = join_parts(adapter)
     modules = base_modules(model)
     stacks, plain = expert_members(adapter)
     kinds: dict[str, type[Wrapper]] = dict.fromkeys(stacks, ExpertLayer)
