@@ -207,7 +207,7 @@ def test_split_projections_saved_as_one_are_a_finding_and_keep_the_loaders_scale
     adapter = read_adapter(stored(tmp_path / "flux.safetensors", tensors))
     n = len(widths)
     assert low_rank(adapter, module).scale == 2 / (2 * n)
-    assert f"trained as {n} LoRAs apart (split_qkv)" in adapter.provenance.findings[0].text
+    assert f"trained as {n} separate LoRAs (split_qkv)" in adapter.provenance.findings[0].text
     tensors[f"{module}.lora_up.weight"][0, -1] = 1
     joint = read_adapter(stored(tmp_path / "joint.safetensors", tensors))
     assert joint.provenance.findings == ()

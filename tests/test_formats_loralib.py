@@ -52,7 +52,7 @@ def test_a_merged_layer_is_read_as_its_enabled_blocks(
     np.testing.assert_allclose(adapter["h.0.attn.c_attn.v"].delta_weight(), 2 * b[5:] @ a[3:])
     assert adapter.provenance.format == "loralib"
     assert adapter.provenance.rank == 3
-    assert "1 fused modules are read block by block" in adapter.provenance.findings[0].text
+    assert "1 fused module are read block by block" in adapter.provenance.findings[0].text
 
 
 def test_without_enable_lora_a_merged_layer_is_refused_with_the_hint(
@@ -60,7 +60,7 @@ def test_without_enable_lora_a_merged_layer_is_refused_with_the_hint(
 ) -> None:
     with pytest.raises(UnsupportedMethodError, match=r"2 blocks .* enable_lora=.* --enable-lora"):
         read_adapter(merged[0])
-    with pytest.raises(InputError, match=r"which is not what enable_lora=\(True, True, True\)"):
+    with pytest.raises(InputError, match=r"which does not fit enable_lora=\(True, True, True\)"):
         read_adapter(merged[0], enable_lora=(True, True, True))
     with pytest.raises(InputError, match="enables no block"):
         read_adapter(merged[0], enable_lora=(False, False))

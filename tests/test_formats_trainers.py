@@ -461,7 +461,7 @@ def test_a_part_of_a_tensor_parallel_training_is_refused(tmp_path: Path, where: 
     other = tmp_path / where.replace("00", "01")
     other.parent.mkdir(exist_ok=True)
     torch.save(tensors, other)
-    with pytest.raises(UnsupportedMethodError, match=r"one of 2 parts .* \(beside it: mp_rank_01"):
+    with pytest.raises(UnsupportedMethodError, match=r"one of 2 parts .* \(next to it: mp_rank_01"):
         read(path, scale=1)
 
 

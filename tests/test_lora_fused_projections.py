@@ -16,7 +16,7 @@ from lora_analysis.bases import open_base
 from lora_analysis.edit import truncate
 from lora_analysis.errors import MalformedFileError, TargetError
 from lora_analysis.formats import read_adapter, write_adapter
-from lora_analysis.formats.fused_parts import joined
+from lora_analysis.formats.fused_parts import join_parts
 from lora_analysis.lora import (
     add_lora,
     extract_adapter,
@@ -266,7 +266,7 @@ def test_loralib_has_equal_blocks_as_its_own_merged_layers(
     assert len(again) == 2 * len(names)
     assert all(name.endswith(tuple(names)) for name in again)
     for name, update in again.items():
-        wanted = adapter if name in adapter else joined(adapter)
+        wanted = adapter if name in adapter else join_parts(adapter)
         own = wanted[name].delta_weight()
         np.testing.assert_allclose(update.delta_weight(), own, atol=1e-6)
 

@@ -104,12 +104,12 @@ def _read_back(adapter: Adapter, path: Path, format: str) -> tuple[Adapter, dict
     """
     from lora_analysis.edit import relative_difference
     from lora_analysis.formats import read_adapter, written_names
-    from lora_analysis.formats.fused_parts import joined
+    from lora_analysis.formats.fused_parts import join_parts
     from lora_analysis.names import match_names
 
     written = read_adapter(path, allow_pickle=True)  # a file of our own
     if not adapter.keys() <= written.keys():
-        adapter = joined(adapter)
+        adapter = join_parts(adapter)
     names = written_names(adapter, format)
     missing = [name for name in adapter if names[name] not in written]
     others = written.keys() - set(names.values())

@@ -108,8 +108,8 @@ FILE_CODES: Final[dict[str, Code]] = {
         "limit",
         "numbers",
         "B is zero in {count} of {total} modules, in whole types or layers ({modules}): they never "
-        "received a gradient, as the last layer of a text encoder or experts that were never "
-        "routed to.",
+        "received a gradient, for example the last layer of a text encoder, or experts that were "
+        "never routed to.",
     ),
     "zero-b": Code(
         "damage",
@@ -135,6 +135,22 @@ FILE_CODES: Final[dict[str, Code]] = {
         "numbers",
         "{count} modules share their A with another (for example {modules}): a fused projection "
         "was split and its A copied. An input overlap of 1 between them is an artifact.",
+    ),
+    "split-qkv": Code(
+        "limit",
+        "modules",
+        "{count} fused projections were trained as {parts} separate LoRAs (split_qkv): B is "
+        "block-diagonal (seen in '{module}'). The scale is what every loader computes from the "
+        "joint rank; training used {parts} times as much.",
+    ),
+    "fused-modules-split": Code(
+        "limit", "modules", "The grouped factors of {modules} are read block by block."
+    ),
+    "interleaved-blocks": Code(
+        "limit",
+        "modules",
+        "query_key_value interleaves q, k and v per head in every model that has it, so the blocks "
+        "of rows that were trained are not q, k or v; they are named rows0, rows1, ...",
     ),
     "dora": Code(
         "limit",
@@ -281,8 +297,8 @@ FILE_CODES: Final[dict[str, Code]] = {
     "expert-order": Code(
         "limit",
         "experts",
-        "Factors of {experts} experts lie in one tensor ({parameters}). The columns of B are read "
-        "{order}, {reason}. A wrong order gives other updates of the same size.",
+        "Factors of {experts} experts are stored in one tensor ({parameters}). The columns of B "
+        "are read {order}, {reason}. A wrong order gives different updates of the same size.",
     ),
     "expert-orientation-unknown": Code(
         "limit",
@@ -293,8 +309,8 @@ FILE_CODES: Final[dict[str, Code]] = {
     "expert-stack": Code(
         "limit",
         "experts",
-        "Factors of {experts} experts lie in one tensor each ({parameters}) and are read per "
-        "expert.",
+        "Factors of {experts} experts are stored in one tensor each ({parameters}) and are read "
+        "per expert.",
     ),
     "expert-factors-shared": Code(
         "artifact",

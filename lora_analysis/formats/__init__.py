@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lora_analysis.formats.key_scheme import AdapterParts as AdapterParts
+    from lora_analysis.formats.build import AdapterParts as AdapterParts
     from lora_analysis.formats.key_scheme import KeyPattern as KeyPattern
     from lora_analysis.formats.key_scheme import KeyScheme as KeyScheme
     from lora_analysis.formats.load import each_once as each_once
@@ -20,21 +20,23 @@ if TYPE_CHECKING:
     from lora_analysis.formats.load import read_adapter as read_adapter
     from lora_analysis.formats.options import ReadOptions as ReadOptions
     from lora_analysis.formats.registry import register_format as register_format
+    from lora_analysis.formats.side_tensors import unwritten_findings as unwritten_findings
     from lora_analysis.formats.sources import AdapterRef as AdapterRef
     from lora_analysis.formats.sources import Format as Format
-    from lora_analysis.formats.writing import unwritten_findings as unwritten_findings
     from lora_analysis.formats.writing import write_adapter as write_adapter
     from lora_analysis.formats.writing import writing_notes as writing_notes
     from lora_analysis.formats.writing import written_names as written_names
 
 # Imported on use: the command line needs the options alone for its help.
 _HOME = {
-    "key_scheme": ("AdapterParts", "KeyPattern", "KeyScheme"),
+    "build": ("AdapterParts",),
+    "key_scheme": ("KeyPattern", "KeyScheme"),
     "load": ("each_once", "expanded", "find_adapters", "load_adapter", "read_adapter"),
     "options": ("ReadOptions",),
     "registry": ("register_format",),
     "sources": ("AdapterRef", "Format"),
-    "writing": ("unwritten_findings", "write_adapter", "writing_notes", "written_names"),
+    "side_tensors": ("unwritten_findings",),
+    "writing": ("write_adapter", "writing_notes", "written_names"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

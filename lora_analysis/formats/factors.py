@@ -55,7 +55,7 @@ class StoredPair:
 
     @classmethod
     def of(cls, module: str, a: str, b: str, *, flipped: bool = False) -> StoredPair:
-        """Return the pair of two stored matrices; ``flipped`` says that both lie transposed."""
+        """Return the pair of two stored matrices; ``flipped`` if both are stored transposed."""
         first, second = tensor(a), tensor(b)
         if flipped:
             first, second = first.transposed(), second.transposed()
@@ -64,7 +64,7 @@ class StoredPair:
 
 @dataclass(frozen=True, slots=True)
 class StatedScale:
-    """The multiplier of one module, the alpha behind it, and who stated them."""
+    """The scale of one module, the alpha it comes from, and who stated them."""
 
     scale: float | None
     alpha: float | None
@@ -77,9 +77,9 @@ UNKNOWN_SCALE = StatedScale(None, None, "unknown")
 def scale_from_alpha(
     alpha: float, rank: int, origin: ScaleOrigin, *, rslora: bool = False
 ) -> StatedScale:
-    """Return the multiplier ``alpha/r``, or ``alpha/sqrt(r)`` with rsLoRA.
+    """Return the scale ``alpha/r``, or ``alpha/sqrt(r)`` with rsLoRA.
 
-    An alpha of 0 gives none: factors that are not applied as configured are not untrained.
+    An alpha of 0 leaves it unknown: such factors are not applied, but may have been trained.
     """
     if alpha == 0:
         return StatedScale(None, 0.0, origin)
@@ -87,14 +87,14 @@ def scale_from_alpha(
 
 
 def finite_number(value: object) -> float | None:
-    """Return the number that a configuration states, None for what is none a float can hold."""
+    """Return a number of a configuration as a float, None if it is not a finite number."""
     if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # type: ignore[arg-type]
         return None
     return float(value)  # type: ignore[arg-type]
 
 
 def callers_scale(options: ReadOptions, rank: int, *, rslora: bool = False) -> StatedScale | None:
-    """Return the multiplier the caller asked for, or None where the file is to be believed."""
+    """Return the scale the caller asked for, None if the file's counts."""
     if options.scale is not None:
         return StatedScale(float(options.scale), None, "caller")
     if options.alpha is not None:
@@ -118,9 +118,9 @@ def stored_rank(tensors: NamedTensors, pair: StoredPair) -> int:
     (rank, d_in), (d_out, rank_b) = a, b
     if rank != rank_b:
         message = (
-            f"{where} has factors of different ranks: {_shown(tensors, pair.a, a)}, "
-            f"{_shown(tensors, pair.b, b)}; "
-            f"A must be (r, d_in) and B (d_out, r). {_way_on(pair, transposed=d_in == d_out)}"
+            f"{where} has factors of different ranks: {_describe(tensors, pair.a, a)}, "
+            f"{_describe(tensors, pair.b, b)}; A must be (r, d_in) and B (d_out, r). "
+            f"{_rank_hint(pair, transposed=d_in == d_out)}"
         )
         raise MalformedFileError(message)
     if rank > MAX_RANK or max(d_in, d_out) > MAX_DIMENSION:
@@ -132,18 +132,18 @@ def stored_rank(tensors: NamedTensors, pair: StoredPair) -> int:
     return rank
 
 
-def _shown(tensors: NamedTensors, factor: StoredFactor, shape: tuple[int, int]) -> str:
+def _describe(tensors: NamedTensors, factor: StoredFactor, shape: tuple[int, int]) -> str:
     """Return a factor's name and shape, and that in the file if it was changed."""
     stored = tensors.infos[factor.name].shape
     in_file = "" if stored == shape else f", {stored} in the file"
     return f"{factor.name} is {shape}{in_file}"
 
 
-def _way_on(pair: StoredPair, *, transposed: bool) -> str:
-    """Say how factors whose ranks differ may be read: transposed ones as a pair of any names."""
+def _rank_hint(pair: StoredPair, *, transposed: bool) -> str:
+    """Return advice on factors whose ranks differ: transposed ones can be read as a plain pair."""
     if not transposed or pair.module not in pair.a.name or pair.module not in pair.b.name:
         return "A fused, grouped or block-diagonal variant, or damage?"
-    a, b = (one.name.replace(pair.module, "{name}", 1) for one in (pair.a, pair.b))
+    a, b = (factor.name.replace(pair.module, "{name}", 1) for factor in (pair.a, pair.b))
     return (
         f"They fit transposed, as in x·A·B: pass pair=('{a}', '{b}') and scale= or alpha= "
         f"(command line: --pair '{a},{b}' --scale 1). If A and B are swapped, name B first."
@@ -151,39 +151,35 @@ def _way_on(pair: StoredPair, *, transposed: bool) -> str:
 
 
 def _factor_shape(tensors: NamedTensors, pair: StoredPair, factor: StoredFactor) -> tuple[int, int]:
-    """Return the two dimensions of a factor; refuse what is no matrix of floats."""
+    """Return the two dimensions of a factor; raise if it is not a matrix of floats."""
     for name in factor.names:
-        _check_tensor(tensors, pair.module, name)
+        info = tensors.infos[name]
+        where = f"{tensors.file_of(name)}: tensor '{name}' of '{pair.module}'"
+        if not info.shape or 0 in info.shape:
+            message = (
+                f"{where} has shape {info.shape}, a factor must be a non-empty matrix. "
+                "Was it saved from a sharded training without gathering the parts?"
+            )
+            raise MalformedFileError(message)
+        if not is_floating(info.dtype):
+            message = f"{where} holds {info.dtype}, a factor must hold floating-point numbers."
+            raise MalformedFileError(message)
     where = f"{tensors.file_of(factor.name)}: tensor '{factor.name}' of '{pair.module}'"
     try:
         shape = factor.shape(tensors)
     except ValueError as error:
-        message = f"{where} does not fit what the format promises: {error}."
+        message = f"{where} does not have the shape that the format requires: {error}."
         raise MalformedFileError(message) from error
     if len(shape) > 2:
         message = (
-            f"{where} has shape {shape}: a convolution's or an expert's update, which is not read "
-            "here; only updates of plain matrices are."
+            f"{where} has shape {shape}: an update of a convolution or of experts, which is not "
+            "supported for this format; only updates of plain matrices are."
         )
         raise UnsupportedMethodError(message)
     if len(shape) < 2 or 0 in shape:
         message = f"{where} has shape {shape}, a factor must be a non-empty matrix."
         raise MalformedFileError(message)
     return shape[0], shape[1]
-
-
-def _check_tensor(tensors: NamedTensors, module: str, name: str) -> None:
-    info = tensors.infos[name]
-    where = f"{tensors.file_of(name)}: tensor '{name}' of '{module}'"
-    if not info.shape or 0 in info.shape:
-        message = (
-            f"{where} has shape {info.shape}, a factor must be a non-empty matrix. "
-            "Was it saved from a sharded training without gathering the parts?"
-        )
-        raise MalformedFileError(message)
-    if not is_floating(info.dtype):
-        message = f"{where} holds {info.dtype}, a factor must hold floating-point numbers."
-        raise MalformedFileError(message)
 
 
 def update_loaders(
@@ -194,7 +190,7 @@ def update_loaders(
     label: str,
     stated_ranks: Collection[int] = (),
 ) -> dict[str, Callable[[], LowRankUpdate]]:
-    """Return per module a function that reads its two factors when it is called.
+    """Return a function per module that reads its two factors.
 
     Parameters
     ----------
@@ -203,16 +199,32 @@ def update_loaders(
     label
         Name of the adapter.
     stated_ranks
-        Ranks that a configuration states; a file with one of them does not have A and B swapped.
+        Ranks of a configuration; a file with one of them does not have A and B swapped.
 
     Raises
     ------
     MalformedFileError
-        A scale, or all factors together, are beyond the limits, or A and B are swapped.
+        A scale or the total size exceeds the limits, or A and B are swapped.
     """
     _check_swapped(tensors, pairs, stated_ranks)
-    _check_scales(tensors, pairs, scales)
-    _check_total(tensors, pairs)
+    for pair in pairs:
+        scale = scales[pair.module]
+        if scale.scale and not MIN_SCALE <= abs(scale.scale) <= MAX_SCALE:
+            message = (
+                f"{tensors.file_of(pair.a.name)}: the scale of '{pair.module}' would be "
+                f"{scale.scale:g} ({scale.origin}); the limits are {MIN_SCALE:g} and "
+                f"{MAX_SCALE:g}. Is the alpha damaged? Pass scale= or alpha= (command line: "
+                "--scale, --alpha) to set it."
+            )
+            raise MalformedFileError(message)
+    names = {name for pair in pairs for factor in (pair.a, pair.b) for name in factor.names}
+    total = 4 * sum(tensors.infos[name].elements for name in names)
+    if total > MAX_ADAPTER_BYTES:
+        message = (
+            f"{tensors.path}: the factors take {total:,} bytes, the limit is "
+            f"{MAX_ADAPTER_BYTES:,}. Is it a whole model?"
+        )
+        raise MalformedFileError(message)
     return {
         pair.module: partial(load_update, tensors, pair, scales[pair.module], label)
         for pair in pairs
@@ -224,8 +236,8 @@ def _check_swapped(
 ) -> None:
     """Raise if no module has a side above its rank, and some rank is twice both sides or more.
 
-    That is what swapped factors of square weights give. One side below the rank is a small head,
-    and where the two sides differ, swapped factors do not fit together at all.
+    Swapped factors of square weights look like that. One side below the rank is a small head, and
+    if the two sides differ, swapped factors do not fit together at all.
     """
     ranks, sides = [], []
     for pair in pairs:
@@ -244,37 +256,10 @@ def _check_swapped(
     raise MalformedFileError(message)
 
 
-def _check_scales(
-    tensors: NamedTensors, pairs: Sequence[StoredPair], scales: Mapping[str, StatedScale]
-) -> None:
-    for pair in pairs:
-        stated = scales[pair.module]
-        size = abs(stated.scale or 0.0)
-        if size and not MIN_SCALE <= size <= MAX_SCALE:
-            message = (
-                f"{tensors.file_of(pair.a.name)}: the scale of '{pair.module}' would be "
-                f"{stated.scale:g} ({stated.origin}); the limits are {MIN_SCALE:g} and "
-                f"{MAX_SCALE:g}. Is the alpha damaged? Pass scale= or alpha= (command line: "
-                "--scale, --alpha) to set it."
-            )
-            raise MalformedFileError(message)
-
-
-def _check_total(tensors: NamedTensors, pairs: Sequence[StoredPair]) -> None:
-    names = {name for pair in pairs for factor in (pair.a, pair.b) for name in factor.names}
-    total = 4 * sum(tensors.infos[name].elements for name in names)
-    if total > MAX_ADAPTER_BYTES:
-        message = (
-            f"{tensors.path}: the factors take {total:,} bytes, the limit is "
-            f"{MAX_ADAPTER_BYTES:,}. Is it a whole model?"
-        )
-        raise MalformedFileError(message)
-
-
 def _read_factor(
     tensors: NamedTensors, pair: StoredPair, role: FactorRole, factor: StoredFactor
 ) -> NDArray[Any]:
-    """Read a factor; refuse numbers that no training leaves, whose products nobody can believe."""
+    """Read a factor; raise if a number exceeds `MAX_VALUE`, which no training leaves."""
     try:
         values = factor.read(tensors)
     except OSError as error:
@@ -283,7 +268,7 @@ def _read_factor(
     flat = values.ravel(order="K")
     with np.errstate(over="ignore", invalid="ignore"):
         square = float(np.vdot(flat, flat))
-    # Anything not finite is counted and named by the update itself.
+    # Non-finite numbers are counted and named by the update itself.
     if square > MAX_VALUE**2 and np.isfinite(flat).all():
         largest = float(np.abs(flat).max())
         if largest > MAX_VALUE:
@@ -297,7 +282,7 @@ def _read_factor(
 
 
 def load_update(
-    tensors: NamedTensors, pair: StoredPair, stated: StatedScale, label: str
+    tensors: NamedTensors, pair: StoredPair, scale: StatedScale, label: str
 ) -> LowRankUpdate:
     """Read the two factors of one module."""
     a, b = _read_factor(tensors, pair, "A", pair.a), _read_factor(tensors, pair, "B", pair.b)
@@ -306,8 +291,8 @@ def load_update(
             name=pair.module,
             A=a,
             B=b,
-            scale=stated.scale,
-            alpha=stated.alpha,
+            scale=scale.scale,
+            alpha=scale.alpha,
             stored_dtype=tensors.infos[pair.a.name].dtype,
             layout=pair.layout,
             kernel=pair.kernel,
@@ -331,17 +316,15 @@ def common_rank(ranks: Mapping[str, int]) -> int | None:
 
 def scale_finding(scales: Mapping[str, StatedScale], missing: str) -> list[Finding | str]:
     """Return the findings about modules of unknown scale, and about those of alpha 0."""
-    unknown = sum(stated.scale is None and stated.alpha != 0 for stated in scales.values())
-    findings: list[Finding | str] = []
-    if unknown:
-        fields = {"modules": unknown, "of": len(scales), "reason": missing}
-        findings.append(Finding("scale-unknown", fields))
+    unknown = sum(scale.scale is None and scale.alpha != 0 for scale in scales.values())
+    fields = {"modules": unknown, "of": len(scales), "reason": missing}
+    findings = [Finding("scale-unknown", fields)] if unknown else []
     return [*findings, *alpha_zero_finding(scales)]
 
 
 def alpha_zero_finding(scales: Mapping[str, StatedScale]) -> list[Finding]:
     """Return the finding about modules whose alpha is 0, if there are any."""
-    unused = sum(stated.scale is None and stated.alpha == 0 for stated in scales.values())
+    unused = sum(scale.scale is None and scale.alpha == 0 for scale in scales.values())
     return [Finding("alpha-zero", {"modules": unused, "of": len(scales)})] if unused else []
 
 
@@ -350,17 +333,17 @@ def complete_pairs(
     factors: Mapping[str, Mapping[FactorRole, str]],
     expected: Callable[[str, FactorRole], str],
 ) -> list[StoredPair]:
-    """Return the pairs of modules that have both factors; refuse a module with only one.
+    """Return the pairs of all modules; raise if a module has only one factor.
 
-    ``expected`` gives the tensor name that a factor should have had, for the message.
+    ``expected`` gives the name that a missing tensor should have, for the message.
     """
     pairs = []
     for module, stored in factors.items():
         if len(stored) != 2:
-            (have,) = stored.values()
-            lacking = expected(module, "B" if "A" in stored else "A")
+            (present,) = stored.values()
+            missing = expected(module, "B" if "A" in stored else "A")
             message = (
-                f"{path}: '{module}' has '{have}' but no '{lacking}'. A LoRA file stores both; "
+                f"{path}: '{module}' has '{present}' but no '{missing}'. A LoRA file stores both; "
                 "is it truncated, or from another method?"
             )
             raise MalformedFileError(message)

@@ -1,14 +1,13 @@
 """Parts of fused weights, q and v of a joint projection: apart in an adapter, one pair in a file.
 
-A file holds one pair of factors for the whole weight, which is what its model has: A of the parts
-below each other, B with a block of columns for each, zero outside of that part's rows. Which rows
-and columns are whose, an adapter's config says under ``fused_parts``, and the file in the metadata
-that other programs pass over::
+A file holds one pair of factors for the whole weight, as its model does: A of the parts below each
+other, B with a block of columns for each part, zero outside of its rows. An adapter's config states
+the rows of each part under ``fused_parts``, and the file in metadata that other programs ignore::
 
     {"h.0.attn.c_attn": {"rows": 48, "parts": {"q": [[0, 16]], "v": [[32, 48]]}}}
 
-A part goes by the name of the weight and its own, ``h.0.attn.c_attn.q``, by which the reader of
-the base cuts its rows out too.
+The metadata also has the rank of each part. A part is named after the weight and itself,
+``h.0.attn.c_attn.q``, by which the reader of the base cuts out its rows too.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from lora_analysis.formats.stored import stack, tensor
 from lora_analysis.storage.documents import parse_json_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -41,14 +40,13 @@ FUSED_PARTS: Final = "fused_parts"
 _METADATA: Final = "lora_analysis.fused_parts"
 
 
-def joined(
+def join_parts(
     adapter: Adapter, *, but: Callable[[str, Mapping[str, Any]], bool] | None = None
 ) -> Adapter:
     """Return the adapter with the parts of each fused weight as one update of the whole.
 
-    Its config then says per weight the rank of each part too. An adapter without parts is
-    returned as it is, and of the weights of which ``but`` says so (by name and what the config
-    states) the parts are left apart.
+    Its config then states the rank of each part too. An adapter without parts is returned as it is;
+    weights for which ``but`` returns True (given their name and entry in the config) stay in parts.
 
     Raises
     ------
@@ -58,69 +56,88 @@ def joined(
         A part is of a method whose update is more than ``s·B·A``.
     """
     given = adapter.config.get(FUSED_PARTS) or {}
-    stated = {module: held for module, held in given.items() if not (but and but(module, held))}
+    entries = {name: entry for name, entry in given.items() if not (but and but(name, entry))}
     owners = {
-        f"{module}.{part}": module for module, held in stated.items() for part in held["parts"]
+        f"{module}.{part}": module for module, entry in entries.items() for part in entry["parts"]
     }
     if owners.keys().isdisjoint(adapter):
         return adapter
     updates: dict[str, LazyUpdate] = {}
-    told: dict[str, Any] = {}
+    fused: dict[str, Any] = {}
     for name in adapter:
         module = owners.get(name, name)
         if name not in owners:
             updates[name] = adapter.lazy(name)
-        elif module not in told:
-            parts = [p for p in stated[module]["parts"] if f"{module}.{p}" in adapter]
-            updates[module], told[module] = _whole(adapter, module, stated[module], parts)
+        elif module not in fused:
+            updates[module], fused[module] = _join(adapter, module, entries[module])
     origins = {owners.get(name, name): o for name, o in adapter.provenance.scale_origin.items()}
     return Adapter(
         updates,
         label=adapter.label,
         provenance=replace(adapter.provenance, scale_origin=origins),
         saved_modules=adapter.saved_modules,
-        config={**adapter.config, FUSED_PARTS: told},
+        config={**adapter.config, FUSED_PARTS: fused},
         side_tensors=adapter.side_tensors,
     )
 
 
-def _whole(
-    adapter: Adapter, module: str, stated: Mapping[str, Any], parts: Sequence[str]
+def _join(
+    adapter: Adapter, module: str, entry: Mapping[str, Any]
 ) -> tuple[LazyUpdate, dict[str, Any]]:
-    """Return parts as an update of their weight, and what the config says of it."""
-    outlines = {part: _plain(adapter.outline(f"{module}.{part}")) for part in parts}
+    """Return the parts of a weight as an update of the whole, and its entry with their ranks."""
+    outlines = {
+        part: _check_plain(adapter.outline(name))
+        for part in entry["parts"]
+        if (name := f"{module}.{part}") in adapter
+    }
     leading = max(outlines, key=lambda part: abs(outlines[part].known_scale()))
     ranks = {part: outline.rank for part, outline in outlines.items()}
-    rows = {part: stated["parts"][part] for part in parts}
-    told = {"rows": stated["rows"], "parts": rows, "ranks": ranks}
+    rows = {part: entry["parts"][part] for part in outlines}
     first = outlines[leading]
     whole = replace(
         first,
         name=module,
-        shape=(stated["rows"], first.shape[1]),
+        shape=(entry["rows"], first.shape[1]),
         rank=sum(ranks.values()),
         alpha=None,
     )
-    return LazyUpdate(whole, partial(_put_together, adapter, whole, told, leading)), told
+    load = partial(_join_factors, adapter, whole, rows, leading)
+    return LazyUpdate(whole, load), {"rows": entry["rows"], "parts": rows, "ranks": ranks}
 
 
-def _put_together(
-    adapter: Adapter, whole: UpdateOutline, stated: Mapping[str, Any], leading: str
+def _check_plain(update: UpdateOutline) -> UpdateOutline:
+    if update.dense:
+        message = f"'{update.name}' in {update.label} is a dense update; a LoRA file holds A and B."
+        raise InputError(message)
+    if update.variant:
+        message = (
+            f"'{update.name}' in {update.label} is a part of a fused weight and of "
+            f"{update.variant}; such parts cannot be joined."
+        )
+        raise UnsupportedMethodError(message)
+    return update
+
+
+def _join_factors(
+    adapter: Adapter,
+    whole: UpdateOutline,
+    parts: Mapping[str, Sequence[Sequence[int]]],
+    leading: str,
 ) -> LowRankUpdate:
     """Return the update of a fused weight: A of its parts below each other, B in their rows."""
     updates: dict[str, LowRankUpdate] = {}
-    for part in stated["parts"]:
+    for part in parts:
         update = adapter[f"{whole.name}.{part}"]
-        if isinstance(update, LowRankUpdate):  # _plain saw to it
+        if isinstance(update, LowRankUpdate):  # _check_plain made sure of it
             updates[part] = update
-    kind = np.result_type(*(update.B for update in updates.values()))
-    B = np.zeros((whole.shape[0], whole.rank), kind)
+    dtype = np.result_type(*(update.B for update in updates.values()))
+    B = np.zeros((whole.shape[0], whole.rank), dtype)
     scale = whole.known_scale()
     start = 0
     for part, update in updates.items():
         same = update.scale == scale
         columns = slice(start, start + update.rank)
-        B[indices_of(stated["parts"][part]), columns] = (
+        B[indices_of(parts[part]), columns] = (
             update.B if same else update.B * (update.known_scale() / scale)
         )
         start += update.rank
@@ -128,26 +145,13 @@ def _put_together(
     return replace(updates[leading], name=whole.name, A=A, B=B, alpha=None)
 
 
-def _plain(update: UpdateOutline) -> UpdateOutline:
-    if update.dense:
-        message = f"'{update.name}' in {update.label} is a dense update; a LoRA file holds A and B."
-        raise InputError(message)
-    if update.variant:
-        message = (
-            f"'{update.name}' in {update.label} is a part of a fused weight and of "
-            f"{update.variant}; the two are not put together."
-        )
-        raise UnsupportedMethodError(message)
-    return update
-
-
 def indices_of(runs: Sequence[Sequence[int]]) -> list[int]:
-    """Return the rows that runs hold."""
+    """Return the rows in runs ``[start, stop]``."""
     return [row for start, stop in runs for row in range(start, stop)]
 
 
 def runs_of(rows: Sequence[int]) -> list[list[int]]:
-    """Return rows as runs ``[start, stop]``, in their order."""
+    """Return rows as runs ``[start, stop]``, in order."""
     runs: list[list[int]] = []
     for row in rows:
         if runs and runs[-1][1] == row:
@@ -158,16 +162,16 @@ def runs_of(rows: Sequence[int]) -> list[list[int]]:
 
 
 def parts_metadata(adapter: Adapter) -> dict[str, str]:
-    """Return what a file's metadata has to say of an adapter whose parts are joined.
+    """Return the metadata of a file whose weights are joined of parts.
 
     The order of the parts is that of their columns.
     """
-    stated = adapter.config.get(FUSED_PARTS) or {}
-    told = {module: held for module, held in stated.items() if module in adapter}
-    return {_METADATA: json.dumps(told)} if told else {}
+    entries = adapter.config.get(FUSED_PARTS) or {}
+    present = {module: entry for module, entry in entries.items() if module in adapter}
+    return {_METADATA: json.dumps(present)} if present else {}
 
 
-def parted(
+def split_parts(
     tensors: NamedTensors,
     pairs: Sequence[StoredPair],
     scales: Mapping[str, StatedScale],
@@ -175,76 +179,87 @@ def parted(
     *,
     rslora: bool,
 ) -> tuple[list[StoredPair], dict[str, StatedScale], dict[str, Any]]:
-    """Return the pairs with those of fused weights taken apart, their scales, and the config's say.
+    """Return the pairs with fused weights split, their scales, and the config's entries.
 
     Raises
     ------
     MalformedFileError
-        What the metadata says of a weight does not fit its factors.
+        The metadata on a weight does not fit its factors.
     """
-    stated = _stated(tensors)
-    found: list[StoredPair] = []
-    told: dict[str, Any] = {}
-    by_part: dict[str, StatedScale] = {}
-    for pair in pairs:
-        if pair.module not in stated:
-            found.append(pair)
-            by_part[pair.module] = scales[pair.module]
-            continue
-        held = stated[pair.module]
-        _check(tensors, pair, held)
-        told[pair.module] = {"rows": held["rows"], "parts": held["parts"]}
-        for part, rank in _cut(pair, held):
-            found.append(part)
-            by_part[part.module] = _scale(scales[pair.module], options, rank, rslora=rslora)
-    return found, by_part, told
-
-
-def _stated(tensors: NamedTensors) -> dict[str, Any]:
     text = tensors.metadata.get(_METADATA)
-    if text is None:
-        return {}
-    return parse_json_text(text, tensors.path, what=f"metadata '{_METADATA}'")
+    entries = {}
+    if text is not None:
+        entries = parse_json_text(text, tensors.path, what=f"metadata '{_METADATA}'")
+    split: list[StoredPair] = []
+    fused: dict[str, Any] = {}
+    part_scales: dict[str, StatedScale] = {}
+    for pair in pairs:
+        scale = scales[pair.module]
+        if pair.module not in entries:
+            split.append(pair)
+            part_scales[pair.module] = scale
+            continue
+        entry = entries[pair.module]
+        _check_entry(tensors, pair, entry)
+        fused[pair.module] = {"rows": entry["rows"], "parts": entry["parts"]}
+        whole_b = tensor(pair.b.name, shared=True)
+        start = 0
+        for part, rank in entry["ranks"].items():
+            columns = slice(start, start + rank)
+            rows = stack([whole_b.rows(slice(*run)) for run in entry["parts"][part]])
+            name = f"{pair.module}.{part}"
+            split.append(
+                replace(pair, module=name, a=pair.a.rows(columns), b=rows.columns(columns))
+            )
+            part_scales[name] = _part_scale(scale, options, rank, rslora=rslora)
+            start += rank
+    return split, part_scales, fused
 
 
-def _check(tensors: NamedTensors, pair: StoredPair, held: Any) -> None:
-    """Raise for parts whose rows or ranks are not those of the factors, and where B says more."""
+def _part_scale(
+    scale: StatedScale, options: ReadOptions, rank: int, *, rslora: bool
+) -> StatedScale:
+    """Return a part's scale: that of the whole, with the alpha of the part's rank."""
+    given = callers_scale(options, rank, rslora=rslora)
+    if given or scale.scale is None:
+        return given or scale
+    return replace(scale, alpha=scale.scale * (rank**0.5 if rslora else rank))
+
+
+def _check_entry(tensors: NamedTensors, pair: StoredPair, entry: Any) -> None:
+    """Raise for parts that do not have the rows and ranks of the factors, or not all of B."""
     try:
         d_out, rank = pair.b.shape(tensors)
-        parts, ranks = held["parts"], held["ranks"]
-        edges = [edge for runs in parts.values() for run in runs for edge in run]
-        numbers = [*edges, *ranks.values(), held["rows"]]
+        parts, ranks = entry["parts"], entry["ranks"]
+        runs = sorted(tuple(run) for runs in parts.values() for run in runs)
+        edges = [edge for run in runs for edge in run]
+        numbers = [*edges, *ranks.values(), entry["rows"]]
         fits = (
             all(type(number) is int for number in numbers)
             and list(parts) == list(ranks)
-            and all(len(run) == 2 and run[0] < run[1] for runs in parts.values() for run in runs)
+            and all(len(run) == 2 and run[0] < run[1] for run in runs)
             and all(parts.values())
             and min(edges) >= 0
-            and max(edges) <= d_out == held["rows"]
+            and max(edges) <= d_out == entry["rows"]
             and min(ranks.values()) >= 1
             and sum(ranks.values()) == rank
-            and _disjoint(parts.values())
-            and _zero_outside(pair.b.read(tensors), parts, ranks)
+            and all(first[1] <= second[0] for first, second in pairwise(runs))
+            and _is_zero_outside(pair.b.read(tensors), parts, ranks)
         )
     except (TypeError, KeyError, ValueError, AttributeError):
         fits = False
     if not fits:
         message = (
-            f"{tensors.file_of(pair.a.name)}: what the metadata '{_METADATA}' says of "
-            f"'{pair.module}' does not fit its factors. Was the file changed by another program?"
+            f"{tensors.file_of(pair.a.name)}: the metadata '{_METADATA}' on '{pair.module}' does "
+            "not fit its factors. Was the file changed by another program?"
         )
         raise MalformedFileError(message)
 
 
-def _disjoint(parts: Iterable[Sequence[Sequence[int]]]) -> bool:
-    runs = sorted(tuple(run) for part in parts for run in part)
-    return all(one[1] <= two[0] for one, two in pairwise(runs))
-
-
-def _zero_outside(
+def _is_zero_outside(
     B: NDArray[Any], parts: Mapping[str, Sequence[Sequence[int]]], ranks: Mapping[str, int]
 ) -> bool:
-    """Say whether each part's columns of B are zero outside of its rows: else there is more."""
+    """Return True if each part's columns of B are zero outside of its rows."""
     start = 0
     for part, rank in ranks.items():
         outside = np.ones(len(B), dtype=bool)
@@ -253,26 +268,3 @@ def _zero_outside(
             return False
         start += rank
     return True
-
-
-def _cut(pair: StoredPair, held: Mapping[str, Any]) -> Iterator[tuple[StoredPair, int]]:
-    """Yield the parts of a pair, each with its rank."""
-    whole = tensor(pair.b.name, shared=True)
-    start = 0
-    for part, rank in held["ranks"].items():
-        own = slice(start, start + rank)
-        rows = stack([whole.rows(slice(*run)) for run in held["parts"][part]])
-        yield (
-            replace(pair, module=f"{pair.module}.{part}", a=pair.a.rows(own), b=rows.columns(own)),
-            rank,
-        )
-        start += rank
-
-
-def _scale(stated: StatedScale, options: ReadOptions, rank: int, *, rslora: bool) -> StatedScale:
-    """Return a part's multiplier: that of the whole, with the alpha of its own rank."""
-    if called := callers_scale(options, rank, rslora=rslora):
-        return called
-    if stated.scale is None:
-        return stated
-    return replace(stated, alpha=stated.scale * (rank**0.5 if rslora else rank))

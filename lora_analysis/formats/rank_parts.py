@@ -1,4 +1,4 @@
-"""Parts that tensor-parallel trainings leave, one for each rank: none is an adapter."""
+"""Files of single ranks that tensor-parallel trainings leave: none is a whole adapter."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ _RANK: Final = re.compile(r"(?P<before>(?:.*_)?(?:mp|tp)_rank_)(?P<rank>\d{1,6})
 
 
 def refuse_rank_part(path: Path) -> None:
-    """Raise where a file, or its folder, is one of several ranks' parts.
+    """Raise if a file, or its folder, is one of several ranks' parts.
 
-    Of a column-parallel layer each rank has some rows of B, of a row-parallel one some columns of
-    A: read alone, a part would pass for a smaller adapter.
+    Each rank has some rows of B of a column-parallel layer and some columns of A of a row-parallel
+    one: read alone, a part would pass for a smaller adapter.
 
     Raises
     ------
     UnsupportedMethodError
-        Others lie beside it.
+        Parts of further ranks are next to it.
     """
-    for place in (path, path.absolute().parent):
-        own = _RANK.fullmatch(place.name)
-        if own is None:
+    for part in (path, path.absolute().parent):
+        match = _RANK.fullmatch(part.name)
+        if match is None:
             continue
         others = [
-            one.name
-            for one in place.absolute().parent.iterdir()
-            if (match := _RANK.fullmatch(one.name))
-            and match["before"] == own["before"]
-            and match["rank"] != own["rank"]
+            sibling.name
+            for sibling in part.absolute().parent.iterdir()
+            if (other := _RANK.fullmatch(sibling.name))
+            and other["before"] == match["before"]
+            and other["rank"] != match["rank"]
         ]
         if others:
             message = (
-                f"{path}: one of {len(others) + 1} parts of a tensor-parallel training (beside it: "
-                f"{', '.join(sorted(others)[:3])}); rows of B or columns of A lie in the others. "
-                "Put them together with the trainer's own tools, or export the adapter to PEFT."
+                f"{path}: one of {len(others) + 1} parts of a tensor-parallel training (next to "
+                f"it: {', '.join(sorted(others)[:3])}); the others hold rows of B or columns of A. "
+                "Join them with the trainer's own tools, or export the adapter to PEFT."
             )
             raise UnsupportedMethodError(message)

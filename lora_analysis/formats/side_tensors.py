@@ -1,8 +1,8 @@
-"""What a file stores next to the factors: kept with the adapter, written again within its format.
+"""Tensors that a file stores next to the factors: read with the adapter, written by its format.
 
-A writer of the source's own format carries these tensors and the file's metadata over. Every other
-writer refuses an adapter whose model would compute other numbers without them, and names the rest
-in a finding.
+A writer of the source's format carries these tensors and the file's metadata over. Every other
+writer refuses an adapter whose model would compute different numbers without them, and names the
+rest in a finding.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter
     from lora_analysis.storage.tensors import NamedTensors
 
-# Entries that every writer states anew.
-_RESTATED: Final = frozenset({"format", "lora_adapter_metadata", "lora_analysis"})
+# Entries of the metadata that every writer makes itself.
+_REWRITTEN: Final = frozenset({"format", "lora_adapter_metadata", "lora_analysis"})
 
 
 def side_tensors(
@@ -41,9 +41,9 @@ def side_tensors(
     tensors
         The file.
     keys
-        Their keys in it.
+        Keys of the tensors.
     harmless
-        Those without which a model computes the same numbers, such as embeddings of new words.
+        Keys of tensors that do not change what a model computes, such as embeddings of new words.
     """
     return {
         key: SideTensor(
@@ -66,8 +66,7 @@ def _stored(tensors: NamedTensors, key: str) -> NDArray[Any]:
 def harmless_keys(keys: Sequence[str]) -> list[str]:
     """Return the keys of tensors that a state dictionary may hold without having trained them.
 
-    Those of a whole model's. Biases are trained if no weights are stored with them (loralib's
-    ``bias="lora_only"``).
+    Biases are trained if no weights are stored with them (loralib's ``bias="lora_only"``).
     """
     whole_model = any(key.endswith(".weight") for key in keys)
     return [key for key in keys if whole_model or not key.endswith(".bias")]
@@ -103,11 +102,11 @@ def carried_tensors(adapter: Adapter, format: str) -> dict[str, SideTensor]:
     needed = [key for key, tensor in adapter.side_tensors.items() if tensor.alters_model]
     if needed:
         source = source_format(adapter)
-        way_on = f" format='{source}' (command line: --to {source}) keeps them."
+        hint = f" format='{source}' (command line: --to {source}) keeps them."
         message = (
             f"{adapter.label} also stores {listed(needed)} next to the factors, which a file of "
             f"{format} cannot hold: a model that loads it would compute different numbers. It is "
-            f"not written.{way_on if source in CARRYING else ''}"
+            f"not written.{hint if source in CARRYING else ''}"
         )
         raise UnsupportedMethodError(message)
     return {}
@@ -131,12 +130,16 @@ def carried_metadata(adapter: Adapter, format: str) -> dict[str, str]:
     """Return the entries of the source's metadata that a writer of a format writes too."""
     if not _is_carried(adapter, format):
         return {}
-    stated = adapter.provenance.metadata
-    return {key: value for key, value in stated.items() if key not in _RESTATED}
+    metadata = adapter.provenance.metadata
+    return {key: value for key, value in metadata.items() if key not in _REWRITTEN}
 
 
 def unwritten_findings(adapter: Adapter, format: str) -> list[Finding]:
-    """Return findings on what a file of a format lacks of an adapter's source."""
+    """Return findings on tensors and metadata of the source that a file of a format lacks.
+
+    `write_adapter` refuses tensors without which a model would compute different numbers; the
+    others (embeddings of new words, the source's metadata) are named here.
+    """
     if _is_carried(adapter, format):
         return []
     findings = []
@@ -144,7 +147,7 @@ def unwritten_findings(adapter: Adapter, format: str) -> list[Finding]:
         fields = {"count": len(keys), "format": format, "keys": keys}
         fields["tensors"] = plural(len(keys), "tensor")
         findings.append(Finding("side-tensors-not-written", fields))
-    if names := [key for key in adapter.provenance.metadata if key not in _RESTATED]:
+    if names := [key for key in adapter.provenance.metadata if key not in _REWRITTEN]:
         entries = f"{len(names)} {'entry' if len(names) == 1 else 'entries'}"
         fields = {"count": len(names), "format": format, "keys": names, "entries": entries}
         findings.append(Finding("metadata-not-written", fields))

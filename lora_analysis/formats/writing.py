@@ -1,4 +1,4 @@
-"""``write_adapter``: the same value, in a format of choice."""
+"""``write_adapter``: an adapter written in a chosen format."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_analysis.errors import InputError
-from lora_analysis.formats import side_tensors
-from lora_analysis.formats.fused_parts import joined
+from lora_analysis.formats.fused_parts import join_parts
 from lora_analysis.formats.merged import are_blocks
 from lora_analysis.formats.registry import WRITERS, contents_of, notes_of
 from lora_analysis.storage.atomic import write_atomic
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lora_analysis.adapter import Adapter
-    from lora_analysis.finding import Finding
     from lora_analysis.storage.atomic import Content
 
 _KIND = "adapter"
@@ -43,36 +41,36 @@ def write_adapter(
     """Write an adapter as a whole or not at all.
 
     ``"peft"`` makes a folder with ``adapter_config.json`` and ``adapter_model.safetensors``
-    that PEFT loads: factors as float32 in the shapes of their layers, scale kept exactly, DoRA's
-    norms and trained modules beside them. The parts of a fused weight are written as one update
-    of the whole; from ``"peft"`` they are read as parts again, and in ``"loralib"`` equal blocks
-    are ``MergedLinear``'s.
+    that PEFT loads: factors as float32 in the shapes of their layers, the exact scale, DoRA's
+    norms and trained modules. The parts of a fused weight are written as one update of the whole;
+    from ``"peft"`` they are read as parts again, and in ``"loralib"`` equal blocks are
+    ``MergedLinear``'s.
     ``"kohya"``, ``"flux"`` and ``"diffusers"`` make one file each, under the keys that programs for
     image models load: an alpha per module, ComfyUI's and ai-toolkit's names, or PEFT's config in
     the metadata. Half precision stays as it was read. What the source stores next to its factors
-    (biases, norms, embeddings) and its metadata are carried over within a format; to another one,
-    :func:`unwritten_findings` names what is left out.
+    (biases, norms, embeddings) and its metadata are carried over within a format; in a different
+    one, :func:`unwritten_findings` names what is left out.
     ``"mlx"`` makes the folder that mlx-lm loads, ``"gguf"`` one file for llama.cpp, ``"loralib"``
-    a state dictionary as safetensors; what each folds, :func:`writing_notes` says.
+    a state dictionary as safetensors; :func:`writing_notes` names what each folds.
 
     Parameters
     ----------
     adapter
-        Read or extracted; every module a low-rank update of known scale.
+        Every module must be a low-rank update of known scale.
     path
-        The folder; made where it does not exist. Files that this function wrote are replaced
+        The folder, created if it does not exist. Files that this function wrote are replaced
         together; other files stay. For a format of one file it may also be the file, ending in
         ``.safetensors`` or ``.gguf``.
     format
         One of the formats that can be written.
     force
-        Whether files of others, or edited ones, are replaced at the names that are written.
+        Replace files at the names that are written, even those of others and edited ones.
     inputs
-        Files and folders besides the adapter's own that may not be written.
+        Files and folders, in addition to the adapter's, that may not be written.
     verb
-        What the record of the folder names as its writer.
+        The command that the folder's record names as its writer.
     **options
-        What the format's writer takes besides: ``architecture`` and ``heads`` for ``"gguf"``.
+        Options of the format's writer: ``architecture`` and ``heads`` for ``"gguf"``.
 
     Returns
     -------
@@ -82,20 +80,20 @@ def write_adapter(
     Raises
     ------
     ScaleError
-        The scale of a module is not known; a file would have to make one up.
+        The scale of a module is not known, and the file must state one.
     UnsupportedMethodError
-        More was trained beside the factors than the format can hold, and would be lost; or an
-        update is part of a method that also changes the base (KaSA), or one of a stack of experts.
+        More was trained than the format can store; or an update is part of a method that also
+        changes the base (KaSA), or of an incomplete stack of experts.
     InputError
-        The format is not written, or the adapter has no modules or one that it cannot say.
+        The format cannot be written, or the adapter has no modules or one that does not fit it.
     OccupiedError
-        A name that is written is taken by a file of somebody else, or the place is an input.
+        A file of somebody else has a name that is written, or the output is an input.
     InUseError
         Another process writes there.
     OutputError
-        The disk refused.
+        The file could not be written, for example because the disk is full.
     MissingExtraError
-        ``"gguf"``, and the extra of that name is not installed.
+        ``"gguf"`` was asked for, and the extra of that name is not installed.
 
     Notes
     -----
@@ -115,7 +113,7 @@ def write_adapter(
 
 
 def check_adapter_place(path: Path, *, inputs: Sequence[Path], force: bool) -> None:
-    """Raise if an adapter may not be written to a place; a folder must hold nothing of others.
+    """Raise if an adapter may not be written to a path; a folder must hold nothing of others.
 
     Raises
     ------
@@ -129,7 +127,7 @@ def check_adapter_place(path: Path, *, inputs: Sequence[Path], force: bool) -> N
 
 
 def write_adapter_files(adapter: Adapter, folder: Path) -> list[str]:
-    """Write a PEFT adapter into a folder that the caller has to itself; return the names."""
+    """Write a PEFT adapter into a folder that nobody else uses; return the names of the files."""
     files = adapter_files(adapter, folder)
     return [write_atomic(path, content).name for path, content in files.items()]
 
@@ -147,7 +145,7 @@ def adapter_files(
         message = f"Format '{format}' is not written. Choose one of: {', '.join(WRITERS)}."
         raise InputError(message)
     target = Path(path)
-    contents = contents_of(format)(_whole(adapter, format), **options)
+    contents = contents_of(format)(_with_joined_parts(adapter, format), **options)
     first, content = next(iter(contents.items()))
     if len(contents) == 1 and target.suffix == Path(first).suffix:
         return {target: content}
@@ -155,23 +153,14 @@ def adapter_files(
 
 
 def writing_notes(adapter: Adapter, format: str) -> list[str]:
-    """Return what a format cannot say and its writer folds into something else, in sentences.
+    """Return sentences on what a format cannot express and its writer folds into something else.
 
     Raises
     ------
     InputError, ScaleError, UnsupportedMethodError
         The adapter cannot be written in that format.
     """
-    return notes_of(format)(_whole(adapter, format))
-
-
-def unwritten_findings(adapter: Adapter, format: str) -> list[Finding]:
-    """Return findings on what a file of a format lacks of an adapter's source.
-
-    Tensors without which a model would compute other numbers are refused by `write_adapter`; what
-    is left out besides them (embeddings of new words, the source's metadata) is named here.
-    """
-    return side_tensors.unwritten_findings(adapter, format)
+    return notes_of(format)(_with_joined_parts(adapter, format))
 
 
 def written_names(adapter: Adapter, format: str) -> dict[str, str]:
@@ -193,6 +182,6 @@ def written_names(adapter: Adapter, format: str) -> dict[str, str]:
     return {name: name for name in adapter}
 
 
-def _whole(adapter: Adapter, format: str) -> Adapter:
-    """Return the adapter with parts of fused weights put together, where the format needs it."""
-    return joined(adapter, but=are_blocks if format == "loralib" else None)
+def _with_joined_parts(adapter: Adapter, format: str) -> Adapter:
+    """Return the adapter with parts of fused weights joined; loralib can store equal blocks."""
+    return join_parts(adapter, but=are_blocks if format == "loralib" else None)

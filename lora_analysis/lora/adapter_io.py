@@ -18,7 +18,7 @@ from lora_analysis.errors import (
     TargetError,
     UnsupportedMethodError,
 )
-from lora_analysis.formats.fused_parts import FUSED_PARTS, joined
+from lora_analysis.formats.fused_parts import FUSED_PARTS, join_parts
 from lora_analysis.lora.core import (
     Adapted,
     AdaptedModule,
@@ -175,7 +175,7 @@ def load_adapter_into(
         "which is not loaded: the model would not compute what it did. Its factors can be "
         "analyzed all the same.",
     )
-    adapter = joined(adapter)
+    adapter = join_parts(adapter)
     modules = base_modules(model)
     stacks, plain = split_experts(adapter)
     config = dict(adapter.config) or {"target_modules": list(adapter)}

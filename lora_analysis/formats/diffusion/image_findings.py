@@ -1,4 +1,4 @@
-"""What fused and split projections leave behind in files of image models, told from the numbers."""
+"""Signs of fused and split projections in the factors of image models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from lora_analysis.finding import Finding
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -25,28 +25,24 @@ _FUSED: Final = (
 _SPLIT: Final = re.compile(r"(?P<before>.*[._])(?P<letter>[qkv])(?P<after>_proj)?")
 
 
-def block_findings(tensors: NamedTensors, pairs: Sequence[StoredPair]) -> list[str]:
-    """Return a sentence where B of fused projections is block-diagonal, as split_qkv leaves it.
+def block_findings(tensors: NamedTensors, pairs: Sequence[StoredPair]) -> list[Finding]:
+    """Return a finding if B of fused projections is block-diagonal, as split_qkv leaves it.
 
-    sd-scripts trains q, k, v (and the MLP) of FLUX apart, with ``alpha/r`` each, and saves them
-    as one pair of rank 3r or 4r beside the unchanged alpha. Every loader, its own too, then
-    computes ``alpha/(3r)``. One module of each kind is looked at: the option holds for a file.
+    sd-scripts trains q, k, v (and the MLP) of FLUX separately, with ``alpha/r`` each, and saves
+    them as one pair of rank 3r or 4r with the unchanged alpha. Every loader, its own too, then
+    computes ``alpha/(3r)``. One module of each kind is checked: the option holds for a file.
     """
     findings = []
     for pattern, widths in _FUSED:
         fused = [pair for pair in pairs if pattern.fullmatch(pair.module)]
         if fused and _is_block_diagonal(fused[0].b.read(tensors), widths):
-            n = len(widths)
-            findings.append(
-                f"{len(fused)} fused projections were trained as {n} LoRAs apart (split_qkv): B is "
-                f"block-diagonal (seen in '{fused[0].module}'). The scale is what every loader "
-                f"computes from the joint rank; training used {n} times as much."
-            )
+            fields = {"count": len(fused), "module": fused[0].module, "parts": len(widths)}
+            findings.append(Finding("split-qkv", fields))
     return findings
 
 
 def _is_block_diagonal(b: NDArray[np.floating], widths: Sequence[int]) -> bool:
-    """Say whether B is zero outside its blocks, and in none of them."""
+    """Return True if B is zero outside its blocks, and in none of them."""
     unit, rank, n = sum(widths), b.shape[1], len(widths)
     if rank % n or b.shape[0] % unit:
         return False
@@ -63,12 +59,16 @@ def _is_block_diagonal(b: NDArray[np.floating], widths: Sequence[int]) -> bool:
 
 
 def copied_findings(tensors: NamedTensors, pairs: Sequence[StoredPair]) -> list[Finding]:
-    """Return a finding where q, k and v have one and the same A.
+    """Return a finding if q, k and v have one and the same A.
 
     Converters that split a fused projection copy its A to each part; the input subspaces of the
-    parts then agree wholly, which no training made so. All are compared only if the first are.
+    parts are then identical, which training did not do. All are compared only if the first are.
     """
-    first = next(_split_groups(pairs), [])
+    groups: dict[tuple[str, str], list[StoredPair]] = {}
+    for pair in pairs:
+        if match := _SPLIT.fullmatch(pair.module):
+            groups.setdefault((match["before"], match["after"] or ""), []).append(pair)
+    first = next((group for group in groups.values() if len(group) > 1), [])
     if len({_digest(tensors, pair) for pair in first}) != 1 or not first[0].a.read(tensors).any():
         return []
     alike: dict[bytes, list[str]] = {}
@@ -78,16 +78,8 @@ def copied_findings(tensors: NamedTensors, pairs: Sequence[StoredPair]) -> list[
     return [Finding("copied-a", {"count": sum(map(len, copied)), "modules": copied[0]})]
 
 
-def _split_groups(pairs: Sequence[StoredPair]) -> Iterator[list[StoredPair]]:
-    groups: dict[tuple[str, str], list[StoredPair]] = {}
-    for pair in pairs:
-        if match := _SPLIT.fullmatch(pair.module):
-            groups.setdefault((match["before"], match["after"] or ""), []).append(pair)
-    return (group for group in groups.values() if len(group) > 1)
-
-
 def _digest(tensors: NamedTensors, pair: StoredPair) -> bytes:
-    """Return what tells one A from another: its shape and a hash of its numbers."""
+    """Return a hash of the shape and the numbers of A."""
     import hashlib  # reading most adapters needs no hash
 
     a = np.ascontiguousarray(pair.a.read(tensors))

@@ -1,10 +1,10 @@
 """PEFT's ``target_parameters``: one pair of factors for a stack of experts, per expert.
 
-``A`` is ``(r·E, in)``, expert by expert; ``B`` is ``(out, r·E)``, in which the column of expert e
-is every E-th: ``ΔW_e = s·B[:, e::E]·A[e·r:(e+1)·r]`` (PEFT, ``ParamWrapper``). Unsloth packed the
-columns of an expert next to each other until September 2026 and marks such configs. Several
-parameters of one module nest in the order in which the module registers them, the first innermost,
-and no key says which is which.
+``A`` is ``(r·E, in)``, expert by expert; ``B`` is ``(out, r·E)``, in which expert e has every E-th
+column: ``ΔW_e = s·B[:, e::E]·A[e·r:(e+1)·r]`` (PEFT, ``ParamWrapper``). Unsloth packed the columns
+of an expert next to each other until September 2026 and marks such configs. Several parameters of
+one module nest in the order in which the module registers them, the first innermost, and the keys
+do not name them.
 
 A parameter that is a matrix has one "expert"; the ``weight`` of a module is the module itself.
 """
@@ -33,11 +33,11 @@ _INSIDE: Final = ".base_layer"
 # Every model with such experts registers the first projections before the last.
 _REGISTERED: Final = ("gate_up_proj", "gate_proj", "up_proj", "w1", "v1", "w3", "down_proj", "w2")
 _MAX_EXPERTS: Final = 4096
-# Before this version PEFT took the axes as (expert, in, out) whatever the model said.
-_TURNS_SINCE: Final = (0, 19)
+# Before this version PEFT took the axes as (expert, in, out) for every model.
+_ORDERED_SINCE: Final = (0, 19)
 _MARK: Final = "unsloth_fixed"
 _ORDER_REASONS: Final = {
-    "caller": "as the caller says",
+    "caller": "as the caller chose",
     "mark": "by Unsloth's mark in the config, auto_mapping.unsloth_fixed",
     "default": "as PEFT packs them: the config has no mark of another writer",
 }
@@ -67,18 +67,26 @@ def expert_pairs(
     config: PeftConfig,
     options: ReadOptions,
 ) -> ExpertPairs | None:
-    """Return the pairs of every expert, or None where the pair is that of a plain module.
+    """Return the pairs of every expert, or None if the pair is that of a plain module.
 
-    ``factors`` are those of the whole adapter, from which the nesting is known. A module of
-    one expert (a parameter that is a matrix) goes by the name of its parameter.
+    ``factors`` are those of the whole adapter, which show the nesting. A module of one expert (a
+    parameter that is a matrix) goes by the name of its parameter.
     """
-    owner = _owner_of(pair.module)
-    if not config.target_parameters or _is_module(owner, config):
+    owner = _strip_nesting(pair.module)
+    if not config.target_parameters or _is_target_module(owner, config):
         return None
-    targets = _parameters_of(owner, config.target_parameters)
+    # Targets are full names of parameters, or their last segments.
+    split_targets = [target.rpartition(".") for target in config.target_parameters]
+    targets = list(
+        dict.fromkeys(
+            parameter
+            for module, _, parameter in split_targets
+            if not module or owner == module or owner.endswith(f".{module}")
+        )
+    )
     if not targets:
         return None
-    levels = [name for name in factors if _owner_of(name) == owner]
+    levels = [name for name in factors if _strip_nesting(name) == owner]
     levels.sort(key=len, reverse=True)  # the innermost first
     if len(levels) != len(targets):
         message = (
@@ -87,7 +95,10 @@ def expert_pairs(
         )
         raise MalformedFileError(message)
     shapes = [_features(tensors, factors[level]) for level in levels]
-    ordered = _in_order_of_shapes(registered_order(targets), shapes)
+    ordered = registered_order(targets)
+    # Shapes that allow only the other order decide.
+    if ordered == ["gate_up_proj", "down_proj"] and not _fit(*shapes) and _fit(*shapes[::-1]):
+        ordered.reverse()
     return _split(
         path,
         tensors,
@@ -100,13 +111,13 @@ def expert_pairs(
     )
 
 
-def _owner_of(name: str) -> str:
+def _strip_nesting(name: str) -> str:
     while name.endswith(_INSIDE):
         name = name.removesuffix(_INSIDE)
     return name
 
 
-def _is_module(owner: str, config: PeftConfig) -> bool:
+def _is_target_module(owner: str, config: PeftConfig) -> bool:
     targets = config.raw.get("target_modules")
     if not targets or not isinstance(targets, str | list):
         return False
@@ -117,18 +128,8 @@ def _is_module(owner: str, config: PeftConfig) -> bool:
         raise MalformedFileError(message) from error
 
 
-def _parameters_of(owner: str, targets: tuple[str, ...]) -> list[str]:
-    """Return the parameters of a module that are targets: full names, or their last segments."""
-    found = []
-    for target in targets:
-        module, _, parameter = target.rpartition(".")
-        if not module or owner == module or owner.endswith(f".{module}"):
-            found.append(parameter)
-    return list(dict.fromkeys(found))
-
-
 def registered_order(parameters: list[str]) -> list[str]:
-    """Return the parameters in the order of registration; unknown ones as the config has them."""
+    """Return the parameters in the order of registration; unknown ones in the config's order."""
     if all(name in _REGISTERED for name in parameters):
         return sorted(parameters, key=_REGISTERED.index)
     return parameters
@@ -141,36 +142,27 @@ def _features(tensors: NamedTensors, stored: Mapping[FactorRole, str]) -> tuple[
     return (a[-1] if len(a) == 2 else 0), (b[0] if len(b) == 2 else 0)
 
 
-def _in_order_of_shapes(parameters: list[str], shapes: list[tuple[int, int]]) -> list[str]:
-    """Return the parameters as nested; shapes that allow only the other order decide.
-
-    ``gate_up_proj`` maps d to 2·m features, ``down_proj`` m back to d.
-    """
-    if parameters != ["gate_up_proj", "down_proj"] or _fits(*shapes) or not _fits(*shapes[::-1]):
-        return parameters
-    return parameters[::-1]
+def _fit(gate_up: tuple[int, int], down: tuple[int, int]) -> bool:
+    return _fit_inputs(gate_up, down) or _fit_inputs(gate_up[::-1], down[::-1])
 
 
-def _fits(gate_up: tuple[int, int], down: tuple[int, int]) -> bool:
-    return _straight(gate_up, down) or _straight(gate_up[::-1], down[::-1])
-
-
-def _straight(gate_up: tuple[int, int], down: tuple[int, int]) -> bool:
+def _fit_inputs(gate_up: tuple[int, int], down: tuple[int, int]) -> bool:
+    """Return True if A acts on inputs: ``gate_up_proj`` d to 2·m, ``down_proj`` m back to d."""
     return gate_up[0] == down[1] and gate_up[1] == 2 * down[0]
 
 
-def _is_turned(shapes: Mapping[str, tuple[int, int]], config: PeftConfig) -> bool | None:
-    """Say whether A acts on the outputs, as PEFT wrote it before 0.19; None if it cannot be known.
+def _acts_on_outputs(shapes: Mapping[str, tuple[int, int]], config: PeftConfig) -> bool | None:
+    """Return True if A acts on the outputs, as PEFT wrote it before 0.19; None if not known.
 
-    Two parameters of one module tell by their shapes, one alone by the version in the config.
+    The shapes of two parameters of one module decide, or the version in the config.
     """
     if {"gate_up_proj", "down_proj"} <= shapes.keys():
-        pair = shapes["gate_up_proj"], shapes["down_proj"]
-        straight, turned = _straight(*pair), _straight(pair[0][::-1], pair[1][::-1])
-        if straight != turned:
-            return turned
+        gate_up, down = shapes["gate_up_proj"], shapes["down_proj"]
+        on_outputs = _fit_inputs(gate_up[::-1], down[::-1])
+        if _fit_inputs(gate_up, down) != on_outputs:
+            return on_outputs
     match = re.match(r"(\d{1,9})\.(\d{1,9})", str(config.raw.get("peft_version")))
-    if match and (int(match[1]), int(match[2])) >= _TURNS_SINCE:
+    if match and (int(match[1]), int(match[2])) >= _ORDERED_SINCE:
         return False
     return None
 
@@ -201,18 +193,18 @@ def _count_experts(
     *,
     name: str,
 ) -> int:
-    """Return the number of experts whose rows A holds.
+    """Return the number of experts that have rows in A.
 
     Raises
     ------
     MalformedFileError
-        The rows are not a multiple of the rank that the config gives, or of the caller's number.
+        The rows are not a multiple of the config's rank, or of the caller's number of experts.
     """
     if options.experts is not None and not name.endswith(".weight"):
         if rows % options.experts:
             message = (
                 f"{path}: the {rows} rows of '{pair.a.name}' cannot be those of "
-                f"{options.experts} experts: {rows} is not a multiple of it."
+                f"{options.experts} experts: {rows} is not a multiple of {options.experts}."
             )
             raise MalformedFileError(message)
         return options.experts
@@ -220,8 +212,8 @@ def _count_experts(
     if rank is None or rows % rank or not 0 < rows // rank <= _MAX_EXPERTS:
         message = (
             f"{path}: the {rows} rows of '{pair.a.name}' are those of all experts; the config "
-            f"gives rank {rank}, which does not say how many there are. Pass experts=, the number "
-            "of experts of the base (command line: --experts)."
+            f"gives rank {rank}, from which their number does not follow. Pass experts=, the "
+            "number of experts of the base (command line: --experts)."
         )
         raise MalformedFileError(message)
     return rows // rank
@@ -255,8 +247,8 @@ def _split(
         plain = StoredPair(module, tensor(pair.a.name), tensor(pair.b.name), base_name=base_name)
         return ExpertPairs([plain], {module: name})
     split = ExpertPairs(parameter=parameter, experts=experts)
-    turned = _is_turned(shapes, config)
-    if turned is None:
+    on_outputs = _acts_on_outputs(shapes, config)
+    if on_outputs is None:
         split.findings.append(Finding("expert-orientation-unknown", {"parameter": parameter}))
     order, _ = expert_order(config, options)
     for expert in range(experts):
@@ -264,7 +256,7 @@ def _split(
         columns = rows_of_a if order == "expert-slowest" else slice(expert, None, experts)
         a = tensor(pair.a.name, shared=True).rows(rows_of_a)
         b = tensor(pair.b.name, shared=True).columns(columns)
-        if turned:
+        if on_outputs:
             a, b = b.transposed(), a.transposed()
         module = f"{owner}.{expert}.{parameter}"
         split.pairs.append(StoredPair(module, a, b, base_name=f"{name}[{expert}]"))
@@ -284,7 +276,7 @@ def is_shared_stack(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
 
 
 def shared_pairs(path: object, tensors: NamedTensors, pair: StoredPair) -> ExpertPairs:
-    """Return the pairs of every expert of factors with three axes, of which one may be shared.
+    """Return the pairs of every expert of factors with three axes, one of which may be shared.
 
     Reference: Tinker's adapters of mixtures of experts: w1 and w3 share A ``(1, r, d_in)`` and
     have B ``(E, d_out, r)``, w2 has A ``(E, r, d_in)`` and shares B ``(1, d_out, r)``.
@@ -316,7 +308,7 @@ def shared_pairs(path: object, tensors: NamedTensors, pair: StoredPair) -> Exper
 def expert_findings(
     stacks: Sequence[ExpertPairs], config: PeftConfig, options: ReadOptions
 ) -> list[Finding]:
-    """Return what is to be known about the stacks of an adapter, once for all of a kind."""
+    """Return the findings about the stacks of an adapter, once for all of a kind."""
     groups: dict[tuple[str, int], list[str]] = {}
     findings: list[Finding] = []
     for stack in stacks:

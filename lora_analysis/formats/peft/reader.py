@@ -28,7 +28,7 @@ from lora_analysis.formats.factors import (
     stored_rank,
     update_loaders,
 )
-from lora_analysis.formats.fused_parts import FUSED_PARTS, parted
+from lora_analysis.formats.fused_parts import FUSED_PARTS, split_parts
 from lora_analysis.formats.initial import StoredStart, check_start, less_starts, subtracted_note
 from lora_analysis.formats.peft.adapter_config import CONFIG_NAME, PeftConfig, read_peft_config
 from lora_analysis.formats.peft.config_checks import (
@@ -130,7 +130,9 @@ class _PEFT(Format):
         ]
         parts = {}
         if start is None:  # the initial factors are those of the whole weight
-            pairs, scales, parts = parted(tensors, pairs, scales, options, rslora=config.use_rslora)
+            pairs, scales, parts = split_parts(
+                tensors, pairs, scales, options, rslora=config.use_rslora
+            )
         if parts:
             ranks = {pair.module: stored_rank(tensors, pair) for pair in pairs}
         rank = common_rank(ranks)
