@@ -250,7 +250,9 @@ class TensorNames:
         end = split_component(name).name
         rewrites: list[Rewrite] = [str, *SPELLINGS]
         for rewrite in rewrites:
-            flat = _renamed(self._modules, lambda m, rewrite=rewrite: rewrite(m).replace(".", "_"))
+            flat: dict[str, list[str]] = {}
+            for module, stored in self._modules.items():
+                flat.setdefault(rewrite(module).replace(".", "_"), []).extend(stored)
             for matches in ([end], [module for module in flat if module.endswith(f"_{end}")]):
                 if tensors := [tensor for match in matches for tensor in flat.get(match, ())]:
                     return list(dict.fromkeys(tensors))
