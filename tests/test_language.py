@@ -34,7 +34,40 @@ FILLERS = frozenset(
     ]
 )
 # Parts whose names and docstrings have not been revised yet; the last one to leave deletes this.
-PENDING = frozenset(path.stem for path in ROOT.iterdir())
+PENDING = frozenset(
+    [
+        "__init__",
+        "__main__",
+        "adapter",
+        "amplify",
+        "bases",
+        "chance",
+        "cli",
+        "demo",
+        "edit",
+        "effective",
+        "errors",
+        "execution",
+        "formats",
+        "groups",
+        "intruders",
+        "linalg",
+        "lora",
+        "names",
+        "pairwise",
+        "patterns",
+        "plots",
+        "progress",
+        "reproduction",
+        "shared_init",
+        "similarity",
+        "spectra",
+        "storage",
+        "studies",
+        "training",
+        "weight_changes",
+    ]
+)
 
 
 def part_of(path: Path) -> str:

@@ -98,7 +98,7 @@ def _tasks_of_all_ranks(study: Study, table: pd.DataFrame) -> pd.DataFrame:
 def _medians_by_rank(table: pd.DataFrame, names: list[str]) -> list[dict[str, float]]:
     medians = table.groupby("rank")[names].median()
     return [
-        {"rank": int(rank), **{name: float(row[name]) for name in names}}  # type: ignore[call-overload]
+        {"rank": int(rank), **{name: float(row[name]) for name in names}}
         for rank, row in medians.iterrows()
     ]
 
