@@ -216,7 +216,7 @@ def test_names_that_others_have_without_a_first_segment_are_one(
     assert (result.pairs["modules"] == 1).all()
     texts = [one.text for one in findings(result) if one.code == "names-matched"]
     assert len(texts) == 2  # short has another count of modules than again
-    assert texts[0].startswith("short: 1 of 2 modules have other names in other files")
+    assert texts[0].startswith("short: 1 of 2 modules have different names in different files")
     assert texts[0].endswith("'mid.0.q' is shown as 'unet.mid.0.q'.")
     W = rng.standard_normal((30, 20))
     held = study([long, short], base=open_base({"unet.mid.0.q": W, "unet.mid.0.v": W}))

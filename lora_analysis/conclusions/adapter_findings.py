@@ -155,7 +155,7 @@ def unknown_tasks(study: Study) -> Iterator[Finding]:
     unknown = [
         label
         for label in runs.loc[runs["task"].isna() | runs["seed"].isna(), "adapter"]
-        if all(one.code != "label-misfit" for one in study.adapters[label].provenance.findings)
+        if all(note.code != "label-misfit" for note in study.adapters[label].provenance.findings)
     ]
     if len(runs) > 1 and unknown:
         fields = {"count": len(unknown), "total": len(runs), "unlabeled": unknown}

@@ -11,7 +11,7 @@ FILE_CODES: Final[dict[str, Code]] = {
     "names-matched": Code(
         "limit",
         "module names",
-        "{count} of {total} modules have other names in other files and were matched: '{module}' "
+        "{count} of {total} modules have different names in different files and were matched: '{module}' "
         "is shown as '{shown}'.",
     ),
     "names-prefix": Code(
@@ -23,14 +23,14 @@ FILE_CODES: Final[dict[str, Code]] = {
     "names-ambiguous": Code(
         "limit",
         "module names",
-        "several prefixes ({prefixes}) are followed by the same names and shapes, so these "
+        "several prefixes ({prefixes}) precede the same names and shapes, so these "
         "modules were not matched. Pass prefix= to choose one (command line: --prefix OLD=NEW).",
     ),
     "names-hidden": Code(
         "limit",
         "module names",
-        "the prefix that was passed gives other modules the names of these, so they were left "
-        "out: {modules}.",
+        "the given prefix maps other modules to the names of these, which were left out: "
+        "{modules}.",
     ),
     "zero-a": Code(
         "damage",
@@ -43,7 +43,7 @@ FILE_CODES: Final[dict[str, Code]] = {
         "numbers",
         "{role} of '{module}' holds {value}, {ratio} times the rms of its other entries: a flipped "
         "bit or another error in the file. Affected: {modules} ({count} of {total} modules). Small "
-        "errors are not noticed; compare the file's sha256 with the original's.",
+        "errors are not detected; compare the file's sha256 with the original's.",
     ),
     "single-entry": Code(
         "damage",
@@ -114,15 +114,15 @@ FILE_CODES: Final[dict[str, Code]] = {
     "zero-b": Code(
         "damage",
         "numbers",
-        "B is zero in {count} of {total} modules ({modules}), while others of their types and "
-        "layers were trained: these tensors were probably lost. ΔW of these modules is zero in "
+        "B is zero in {count} of {total} modules ({modules}), while other modules of the same "
+        "types and layers were trained: these tensors were probably lost. ΔW of these modules is zero in "
         "this file.",
     ),
     "twin-modules": Code(
         "damage",
         "numbers",
-        "'{module}' and '{other}' have identical A and B: training does not leave this, so one was "
-        "written over the other. Affected: {modules} ({count} of {total} modules).",
+        "'{module}' and '{other}' have identical A and B: training does not produce this, so one "
+        "overwrote the other. Affected: {modules} ({count} of {total} modules).",
     ),
     "below-precision": Code(
         "limit",
@@ -177,14 +177,14 @@ FILE_CODES: Final[dict[str, Code]] = {
     "side-tensors-not-written": Code(
         "limit",
         "writing",
-        "Not written, because a file of {format} has no place for it: {tensors} next to the "
-        "factors ({keys}).",
+        "Not written, because the format {format} cannot store it: {tensors} next to the factors "
+        "({keys}).",
     ),
     "metadata-not-written": Code(
         "limit",
         "writing",
-        "Not written, because it describes a file of another format than {format}: {entries} of "
-        "metadata ({keys}).",
+        "Not written, because it describes a file of a different format than {format}: {entries} "
+        "of metadata ({keys}).",
     ),
     "loaders-scale": Code(
         "limit",
@@ -327,7 +327,7 @@ FILE_CODES: Final[dict[str, Code]] = {
     "kernel-assumed": Code(
         "limit",
         "modules",
-        "AdaLoRA on {modules} convolutions (first: '{first}'): the file does not tell the width of "
+        "AdaLoRA on {modules} convolutions (first: '{first}'): the file does not state the width of "
         "the kernels; {kernel} is assumed from the number of columns. ΔW as a matrix is exact. "
         "Pass kernel= (command line: --kernel) to set it.",
     ),
@@ -335,7 +335,7 @@ FILE_CODES: Final[dict[str, Code]] = {
         "damage",
         "file",
         "{count} tensors of modules trained in full are empty (first: '{first}'): DeepSpeed "
-        "ZeRO-3 saved them without gathering their parts. What was learned there is not in the "
+        "ZeRO-3 saved them without gathering their parts. The trained values are not in the "
         "file.",
     ),
     "tensors-beside": Code(
@@ -349,8 +349,9 @@ FILE_CODES: Final[dict[str, Code]] = {
     "side-file": Code(
         "limit",
         "file",
-        "'{file}' lies next to the adapter: modules trained in full (in LLaVA and its kin the "
-        "projector). They are part of what was learned; they are not analyzed and not written.",
+        "'{file}' is stored next to the adapter: modules trained in full (the projector of LLaVA "
+        "and similar models). They are part of the result of training, and are neither analyzed "
+        "nor written.",
     ),
     "whole-change": Code(
         "limit",

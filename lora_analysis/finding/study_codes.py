@@ -13,6 +13,7 @@ _SIDES: Final = {
         "random {chance:number}[[; {excluded:nonzero} excluded]])"
     )
 }
+_PAIRS: Final = "[[{pairs} pairs (medians), for example ]]{a} and {b}"
 _RUNS: Final = (
     "Rank {rank}[[ on {base}]], {runs:plural run} of {tasks:plural task}: median {quantity} on the "
     "output side {within:quartiles} between runs of one task and {between:quartiles} between runs "
@@ -102,7 +103,7 @@ STUDY_CODES: Final[dict[str, Code]] = {
         "{b_cosine:number}). Possible causes are one run stored twice, a continued run, or the "
         "same seed on the same task. They are one sample, not two, and are excluded from all "
         "results.",
-        subject="[[{pairs} pairs (medians), for example ]]{a} and {b}",
+        subject=_PAIRS,
     ),
     "shared-initialization": Code(
         "artifact",
@@ -110,27 +111,27 @@ STUDY_CODES: Final[dict[str, Code]] = {
         "shared initialization of A in all {shared_modules} modules (same script, same seed); B "
         "was learned independently (median matched cosine {b_cosine:number}). Input-side overlap "
         "comes from the initialization and is excluded.",
-        subject="[[{pairs} pairs (medians), for example ]]{a} and {b}",
+        subject=_PAIRS,
     ),
     "partly-shared-initialization": Code(
         "artifact",
         "initialization",
         "shared initialization of A in {shared_modules} of {modules} modules, which are excluded "
         "on the input side.",
-        subject="[[{pairs} pairs (medians), for example ]]{a} and {b}",
+        subject=_PAIRS,
     ),
     "same-input-space": Code(
         "artifact",
         "initialization",
         "same input space, spanned by different rows of A (a resized copy, or an initialization "
         "from data or from W). Input-side overlap was not learned.",
-        subject="[[{pairs} pairs (medians), for example ]]{a} and {b}",
+        subject=_PAIRS,
     ),
     "initialization-inconclusive": Code(
         "artifact",
         "initialization",
         "rank 1, so a shared initialization can be neither detected nor excluded.",
-        subject="[[{pairs} pairs (medians), for example ]]{a} and {b}",
+        subject=_PAIRS,
     ),
     "shared-seed": Code(
         "artifact",

@@ -128,7 +128,7 @@ def conclusions_table(findings: Sequence[Finding]) -> ReportTable | None:
 
 
 def _comparisons(finding: Finding) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Return what a finding compares, with the conclusion on each side."""
+    """Return the comparisons in a finding, with the conclusion on each side."""
     if finding.code == "overlaps-inconclusive":
         return [(part["compared"], part["sides"]) for part in finding.fields["comparisons"]]
     if finding.code in OVERLAP_CODES:
