@@ -140,24 +140,38 @@ def run_without_torch(commands: list[list[str]], cwd: Path) -> tuple[list[int], 
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
-def test_analysis_and_conversion_need_no_torch(rng: np.random.Generator, tmp_path: Path) -> None:
+BASE = ["--base", "base.safetensors"]
+
+
+@pytest.fixture
+def adapters(rng: np.random.Generator, tmp_path: Path) -> Path:
+    """Return a folder with two adapters, a and b, and their base."""
     for name, rank in (("a", 2), ("b", 4)):
         write_adapter(adapter(rng, rank=rank, label=name), tmp_path / name)
     names = [f"layers.{layer}.{kind}_proj.weight" for layer in range(2) for kind in "qv"]
     weights = {name: rng.standard_normal((24, 20)).astype(np.float32) for name in names}
     save_file(weights, tmp_path / "base.safetensors")
-    base = ["--base", "base.safetensors"]
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_report_with_all_figures_needs_no_torch(adapters: Path) -> None:
+    codes, errors = run_without_torch([["report", "a", "b", *BASE, "-o", "report"]], adapters)
+    assert codes == [0], errors
+
+
+def test_analysis_and_conversion_need_no_torch(adapters: Path) -> None:
     commands = [
         ["inspect", "a", "b"],
         ["compare", "a", "b"],
-        ["report", "a", "b", *base, "-o", "report"],
-        ["amplify", "a", *base],
+        ["report", "a", "b", *BASE, "--figures", "", "-o", "report"],
+        ["amplify", "a", *BASE],
         ["heatmap", "a", "b", "--module", "layers.0.q_proj", "-o", "heatmap.svg"],
         ["resize", "b", "--rank", "2", "-o", "smaller"],
         ["convert", "a", "--to", "kohya", "-o", "a.safetensors"],
         ["doctor"],
     ]
-    codes, errors = run_without_torch(commands, tmp_path)
+    codes, errors = run_without_torch(commands, adapters)
     assert codes == [0] * len(commands), errors
 
 

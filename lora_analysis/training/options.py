@@ -261,7 +261,7 @@ def parse_fields(kind: type, table: object, name: str) -> dict[str, Any]:
         message = f"{name} must be a table of options, found {table!r}."
         raise InputError(message)
     annotations = {field.name: str(field.type) for field in fields(kind)}
-    values = {}
+    values: dict[str, Any] = {}
     for key, value in table.items():
         check_key(key, annotations, name)
         annotation = annotations[key]
