@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lora_analysis.errors import InputError, MalformedFileError, MissingExtraError
-from lora_analysis.training import DataOptions, RunConfig, tables
+from lora_analysis.training import DataOptions, RunConfig, data_files
 from lora_analysis.training.data_files import read_datasets, read_rows
 from lora_analysis.training.demo_data import docstring_rows
 from lora_analysis.training.examples import Example, Examples, read_examples
@@ -225,7 +225,7 @@ def test_the_docstrings_give_their_subpackage_away_nowhere() -> None:
 
 
 def test_long_cells_are_cut_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "MAX_CELL_CHARACTERS", 10)
+    monkeypatch.setattr(data_files, "MAX_CELL_CHARACTERS", 10)
     path = tmp_path / "x.csv"
     path.write_text(f'text,label\n{"a" * 50},yes\n"{"b," * 20}",{"n" * 11}\nshort,no\n')
     rows = read_rows(path)
@@ -236,7 +236,7 @@ def test_long_cells_are_cut_and_counted(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_line_without_end_is_a_bad_row_and_read_in_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "MAX_LINE_CHARACTERS", 40)
+    monkeypatch.setattr(data_files, "MAX_LINE_CHARACTERS", 40)
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "a"}\n{"text": "' + "b" * 90 + '"}\n{"text": "c"}\n')
     rows = read_rows(path)
@@ -251,7 +251,7 @@ def test_a_line_without_end_is_a_bad_row_and_read_in_parts(
 def test_a_table_with_a_line_or_field_without_end_is_refused(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "MAX_LINE_CHARACTERS", 40)
+    monkeypatch.setattr(data_files, "MAX_LINE_CHARACTERS", 40)
     path = tmp_path / "x.csv"
     path.write_text("text,label\n" + text)
     with pytest.raises(MalformedFileError, match=r"x\.csv: line \d.*(longer|larger) than"):
@@ -261,7 +261,7 @@ def test_a_table_with_a_line_or_field_without_end_is_refused(
 def test_a_line_of_text_without_end_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "MAX_LINE_CHARACTERS", 40)
+    monkeypatch.setattr(data_files, "MAX_LINE_CHARACTERS", 40)
     path = tmp_path / "x.txt"
     path.write_text("one\n\n" + "b" * 400 + "\n\ntwo\n")
     rows = read_rows(path)
@@ -272,7 +272,7 @@ def test_a_line_of_text_without_end_is_left_out(
 def test_nested_rows_and_rows_of_many_fields_are_bad_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "MAX_DATA_FIELDS", 3)
+    monkeypatch.setattr(data_files, "MAX_DATA_FIELDS", 3)
     path = tmp_path / "x.jsonl"
     deep = '{"text": ' + "[" * 5000 + "]" * 5000 + "}"
     path.write_text(f'{{"text": "a"}}\n{deep}\n{{"a": 1, "b": 2, "c": 3, "d": 4}}\n')
@@ -294,7 +294,7 @@ def test_more_than_a_total_is_refused(
     path = tmp_path / "x.csv"
     path.write_text("text,label\n" + "abc,no\n" * 9)
     read_rows(path)
-    monkeypatch.setattr(tables, limit, 8)
+    monkeypatch.setattr(data_files, limit, 8)
     with pytest.raises(InputError, match=r"x\.csv: more than .* Pass a limit .*--limit"):
         read_rows(path)
     assert len(read_rows(path, limit=1).rows) == 1

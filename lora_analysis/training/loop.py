@@ -254,7 +254,8 @@ class Training:
         if metrics.step:
             self.waited = 0 if result["loss"] < self.best else self.waited + 1
         self.best = min(self.best, result["loss"])
-        return replace(metrics, **{f"test_{name}": value for name, value in result.items()})
+        test = {f"test_{name}": value for name, value in result.items()}
+        return StepMetrics(**asdict(metrics) | test)
 
 
 def training_steps(
