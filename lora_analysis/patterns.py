@@ -385,7 +385,7 @@ def _escaped(token: re.Match[str]) -> str:
     if token["brace"]:
         return f"\\{token['brace']}"
     if token["set"]:
-        start, inside = token["initialization"], token["inside"]
+        start, inside = token["start"], token["inside"]
         return start + re.sub(r"\\.|\[", lambda one: one[0].replace("[", "\\["), inside) + "]"
     return token[0]
 

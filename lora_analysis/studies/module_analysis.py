@@ -173,7 +173,7 @@ def _selected(pairs: ModulePairs, rows: Sequence[int]) -> ModulePairs:
     """Return the pairs of some of the updates."""
     plane = np.ix_(rows, rows)
 
-    def planes(value: object, *names: str) -> dict[str, NDArray[Any]]:
+    def planes(value: object, *names: str) -> dict[str, Any]:
         return {name: getattr(value, name)[plane] for name in names}
 
     return replace(
