@@ -447,6 +447,24 @@ class Provenance:
         return digest.hexdigest()
 
 
+class _ReadOnly(Mapping[str, "NDArray[Any]"]):
+    """A read-only view of a mapping of tensors, which loads none of them and pickles."""
+
+    __slots__ = ("_tensors",)
+
+    def __init__(self, tensors: Mapping[str, NDArray[Any]]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
 class Adapter(Mapping[str, Update]):
     """A set of updates by module name, in natural order, each loaded on access.
 
@@ -472,7 +490,6 @@ class Adapter(Mapping[str, Update]):
 
     __slots__ = (
         "_outlines",
-        "_saved_modules",
         "_updates",
         "config",
         "label",
@@ -497,8 +514,7 @@ class Adapter(Mapping[str, Update]):
         self.provenance = provenance or Provenance()
         # A reader's mapping loads a head on access: copying it would load all of them.
         saved = dict(saved_modules) if isinstance(saved_modules, dict) else saved_modules
-        self._saved_modules = {} if saved is None else saved
-        self.saved_modules = MappingProxyType(self._saved_modules)
+        self.saved_modules = saved if isinstance(saved, _ReadOnly) else _ReadOnly(saved or {})
         self.config = MappingProxyType(dict(config or {}))
         self.side_tensors = MappingProxyType(dict(side_tensors or {}))
 
@@ -537,12 +553,12 @@ class Adapter(Mapping[str, Update]):
         return name in self._updates  # membership must not load the module
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A proxy of a mapping does not pickle; the mapping does, and still loads lazily.
+        # A MappingProxyType does not pickle.
         build = partial(
             Adapter,
             label=self.label,
             provenance=self.provenance,
-            saved_modules=self._saved_modules,
+            saved_modules=self.saved_modules,
             config=dict(self.config),
             side_tensors=dict(self.side_tensors),
         )

@@ -136,7 +136,7 @@ def _rename_modules(adapter: Adapter, match: NameMatch) -> Adapter:
             updates[target] = (
                 partial(adapter.__getitem__, name)
                 if name == target
-                else partial(_update_renamed, adapter, name, target)
+                else partial(rename_update, adapter, name, target)
             )
     changed = [name for name in adapter if pairs[name] != name]
     findings = []
@@ -172,7 +172,8 @@ def _rename_modules(adapter: Adapter, match: NameMatch) -> Adapter:
     )
 
 
-def _update_renamed(adapter: Adapter, name: str, target: str) -> Update:
+def rename_update(adapter: Adapter, name: str, target: str) -> Update:
+    """Return a module of an adapter under a different name; its weight in the base is the same."""
     update = adapter[name]
     if isinstance(update, LowRankUpdate):
         return replace(update, name=target, base_name=update.base_name or name)

@@ -1,71 +1,78 @@
-"""What a study is: its adapters and every result about them, as tables."""
+"""The result of a study: its adapters, its tables, and what can be computed from them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 import pandas as pd
 
-from lora_analysis.adapter import Adapter
+from lora_analysis.adapter import Adapter, Provenance
 from lora_analysis.amplify import Amplification
 from lora_analysis.bases import BaseWeights
 from lora_analysis.bases.sanity_checks import weight_findings
+from lora_analysis.errors import MalformedFileError
 from lora_analysis.finding import Failure, Finding
 from lora_analysis.similarity import SimilarityGrid, subspace_similarity
 from lora_analysis.spectra import Side, Spectrum, VectorsOf, spectrum
+from lora_analysis.storage.outputs import output_folder
 from lora_analysis.studies.inference import RunInference, run_inference
 from lora_analysis.studies.relations import Relation
+from lora_analysis.studies.saved_sources import SavedBase, base_document, saved_adapter
 from lora_analysis.studies.similarity_matrix import SimilarityMatrix
+from lora_analysis.studies.study_files import DOCUMENT, KIND, StudyWriter, read_study_files
 from lora_analysis.text import html_table
 
 # Rows that a notebook shows.
-SHOWN = 40
+_MAX_ROWS = 40
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Study:
-    """Adapters and every result about them, as tables.
+    """Adapters and all results about them, as tables.
 
     Attributes
     ----------
     adapters
-        Those that were analyzed, by label.
+        The adapters by label, analyzed ones before the reference.
     runs
-        One row per adapter: task, rank, seed, step (``earlier`` where a later checkpoint of the
-        same run is here), modules, norm, metrics of its training.
+        One row per adapter: task, rank, seed, step (``earlier`` if the study has a later
+        checkpoint of the same run), modules, norm, metrics of its training.
     spectra
         One row per adapter and module: ranks, norms, leading singular values.
     pairs
-        One row per pair of adapters: their relation, and whether they share their start.
+        One row per pair of adapters: their relation, and whether they share an initialization.
     similarities
-        One row per pair, module and side: φ(1, 1), φ(r, r), ω with their chance, angles, cosine;
-        the isotropic p-value of φ(r, r), and its q-value over the modules of one pair and side.
+        One row per pair, module and side: φ(1, 1), φ(r, r) and ω with their random baselines,
+        angles, cosine; the isotropic p-value of φ(r, r), and its q-value over the modules of one
+        pair and side.
     amplifications
         One row per adapter, module and k; empty without a base.
     changes
-        One row per adapter, module and side, where W's whole spectra were asked for: ΔW's energy
-        in W's leading and trailing directions, intruder dimensions, drift and rotation of W's
-        top, and how W's vectors change in magnitude and direction. For DoRA and KaSA all but the
-        energy is of the change that the model really has, see `effective_update`.
+        One row per adapter, module and side if ``weight_spectra`` was requested: energy of ΔW in
+        leading and trailing directions of W, intruder dimensions, drift and rotation of the top
+        of W, and changes of the vectors of W in magnitude and direction. For DoRA and KaSA all but
+        the energy refer to the change of the weight in use, see `effective_update`.
     failures
-        What could not be analyzed.
+        Sources and adapters that could not be analyzed.
     base
         The frozen weights, if given.
     reference
-        Labels of the adapters that serve as the reference alone.
+        Labels of the adapters that serve as the reference only.
     unmatched
-        Modules without a fitting weight in the base, and why.
+        Modules without a fitting weight in the base, with the reason.
     warnings
-        Findings about numbers that may be damage, by adapter, see `formats.sanity_checks`.
-    similarity matrix
-        Every adapter against every other in one matrix per quantity and type of module.
+        Findings on values that may be damaged, by adapter, see `formats.sanity_checks`.
+    similarity_matrix
+        All pairs of adapters in one matrix per quantity and type of module.
     tabulated
-        Labels of the adapters in ``pairs`` and ``similarities``: all of them, up to a number.
+        Labels of the adapters in ``pairs`` and ``similarities``: all of them, up to a maximum.
     across_bases
-        Pairs of adapters of different base models, which are not compared.
+        Number of pairs of adapters of different base models, which are not compared.
     options
-        What `study` was asked for beside its adapters, where that is not the default.
+        Parameters of `study` other than the adapters, if they differ from the default.
     """
 
     adapters: Mapping[str, Adapter]
@@ -87,9 +94,9 @@ class Study:
     _amplified: Mapping[tuple[str, str], Amplification] = field(default_factory=dict)
 
     def _repr_html_(self) -> str:
-        known = [c for c in ("task", "rank", "seed", "step") if self.runs[c].notna().any()]
-        columns = ["adapter", *known, "modules", "norm"]
-        rows = [[row[c] for c in columns] for row in self.runs.head(SHOWN).to_dict("records")]
+        facts = [c for c in ("task", "rank", "seed", "step") if self.runs[c].notna().any()]
+        columns = ["adapter", *facts, "modules", "norm"]
+        rows = [[row[c] for c in columns] for row in self.runs.head(_MAX_ROWS).to_dict("records")]
         left = len(self.runs) - len(rows)
         note = f"{self.compared_pairs} pairs compared" + (f"; {left} more adapters" if left else "")
         title = f"Study of {len(self.adapters)} adapters"
@@ -97,7 +104,7 @@ class Study:
 
     @property
     def compared_pairs(self) -> int:
-        """How many pairs have a number: both trained, in a module that both have."""
+        """Number of pairs with a value: both trained, in a module that both have."""
         return int(self.similarities.groupby(["a", "b"]).ngroups) if len(self.similarities) else 0
 
     def grid(
@@ -117,21 +124,24 @@ class Study:
         return self._amplified[label, module]
 
     def amplified(self) -> list[Amplification]:
-        """Return every amplification, module by module; empty without a base."""
+        """Return all amplifications, module by module; empty without a base."""
         return list(self._amplified.values())
 
     def base_findings(self) -> tuple[Finding, ...]:
-        """Return what is wrong, or unusual, about the base: its files, and the weights read."""
+        """Return findings on the files of the base and on the weights that were read."""
         if self.base is None:
             return ()
-        read = (one.weight_statistics for one in self._amplified.values())
-        columns = self.spectra[["module", "d_out", "d_in"]].drop_duplicates("module")
-        shapes = {row.module: (int(row.d_out), int(row.d_in)) for row in columns.itertuples()}
+        statistics = (result.weight_statistics for result in self._amplified.values())
         return (
             *self.base.findings,
-            *self.base.orientation_findings(shapes),
-            *weight_findings((one for one in read if one is not None), self.base.label),
+            *self.base.orientation_findings(self._shapes()),
+            *weight_findings((s for s in statistics if s is not None), self.base.label),
         )
+
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        """Return the shape ``(d_out, d_in)`` of each module."""
+        rows = self.spectra[["module", "d_out", "d_in"]].drop_duplicates("module")
+        return {row.module: (int(row.d_out), int(row.d_in)) for row in rows.itertuples()}
 
     def select(self, relation: Relation, side: Side) -> pd.DataFrame:
         """Return the rows of ``similarities`` with one relation and side."""
@@ -146,5 +156,112 @@ class Study:
         rank: int | None = None,
         base: str | None = None,
     ) -> RunInference:
-        """Return whether runs of one task agree more than runs of others; see `run_inference`."""
+        """Test if runs of one task agree more than runs of different ones; see `run_inference`."""
         return run_inference(self, quantity=quantity, side=side, rank=rank, base=base)
+
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+        """Write the study into a folder, from which `load` restores it.
+
+        All tables, the similarity matrix and the amplifications are stored, and the sources of the
+        adapters and the base; their weights are not.
+
+        Parameters
+        ----------
+        path
+            The folder: absent, empty, or with a saved study, which is replaced.
+        force
+            Whether files of others may be replaced at the names that are written.
+
+        Returns
+        -------
+        Path
+            The folder.
+
+        Raises
+        ------
+        OccupiedError
+            The folder holds other files, or is or lies inside an adapter or the base.
+        InUseError
+            Another process writes there.
+        OutputError
+            The disk refused.
+        """
+        folder = Path(path)
+        inputs = [file for adapter in self.adapters.values() for file in adapter.inputs]
+        base = None
+        if self.base is not None:
+            inputs += self.base.inputs
+            base = base_document(self.base, self._shapes())
+        content = {name: getattr(self, name) for name in _SAVED}
+        adapters = [
+            (label, _savable(adapter.provenance), tuple(adapter))
+            for label, adapter in self.adapters.items()
+        ]
+        with output_folder(
+            folder, kind=KIND, verb="Study.save", inputs=inputs, force=force
+        ) as staging:
+            StudyWriter().write(staging, {**content, "adapters": adapters, "base": base})
+        return folder
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Study:
+        """Read a study that `save` wrote.
+
+        Tables and results are those that were saved, to the bit. Adapters and base are read from
+        their sources when they are needed, for example by `grid` and `spectrum`. Loading executes
+        nothing from the file, so that a file from an unknown author can be loaded.
+
+        Parameters
+        ----------
+        path
+            The folder.
+        allow_pickle
+            Whether adapters and base may be read from files of ``torch.save``, as in
+            `read_adapter`.
+
+        Returns
+        -------
+        Study
+            Reading an update raises SourceError if the adapter was in memory, cannot be read any
+            more, or is not the one that was analyzed.
+
+        Raises
+        ------
+        SourceError
+            The folder has no saved study.
+        UnfinishedError
+            Saving was interrupted.
+        MalformedFileError
+            A file is damaged, or from a different version.
+        """
+        folder = Path(path)
+        content = read_study_files(folder)
+        try:
+            documents, base = content.pop("adapters"), content.pop("base")
+            for name in _TABLES:
+                content[name] = pd.DataFrame(content[name])
+            adapters = {
+                str(label): saved_adapter(
+                    str(label), provenance, modules, content["spectra"], allow_pickle=allow_pickle
+                )
+                for label, provenance, modules in documents
+            }
+            prefix = content["options"].get("prefix")
+            if base is not None:
+                base = SavedBase(base, adapters.values(), prefix, allow_pickle=allow_pickle)
+            return cls(adapters=adapters, base=base, **content)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            message = f"{folder / DOCUMENT} is damaged: {type(error).__name__}: {error}."
+            raise MalformedFileError(message) from error
+
+
+_SAVED = tuple(f.name for f in fields(Study) if f.name not in ("adapters", "base"))
+_TABLES = ("runs", "spectra", "pairs", "similarities", "amplifications", "changes")
+
+
+def _savable(provenance: Provenance) -> Provenance:
+    """Return provenance for a file: without a source if its options cannot be written."""
+    values = provenance.read_options.values()
+    if all(isinstance(value, int | float | str | tuple | Path) for value in values):
+        return provenance
+    return replace(provenance, source=None, read_options={})
