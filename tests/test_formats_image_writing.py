@@ -72,7 +72,7 @@ def flat(name: str, names: set[str]) -> str:
     prefixes = {"unet": "unet", "transformer": "transformer", "text_encoder_2": "te2"}
     first, _, rest = name.partition(".")
     if first == "text_encoder":
-        prefix = "te1" if any(one.startswith("text_encoder_2.") for one in names) else "te"
+        prefix = "te1" if any(name.startswith("text_encoder_2.") for name in names) else "te"
     else:
         prefix = prefixes.get(first, "")
     return (
@@ -91,7 +91,7 @@ def test_what_is_written_reads_back_with_the_same_delta_weight(
         read = read_adapter(write_adapter(adapter, Path(folder) / "out", format=format))
         assert read.provenance.format == format
         dora = any(isinstance(u, LowRankUpdate) and u.variant for u in adapter.values())
-        assert [one.code for one in read.provenance.findings] == (["dora"] if dora else [])
+        assert [finding.code for finding in read.provenance.findings] == (["dora"] if dora else [])
         names = {name: flat(name, set(adapter)) if format == "kohya" else name for name in adapter}
         assert set(read) == set(names.values())
         for name, update in adapter.items():
@@ -105,9 +105,9 @@ def test_what_is_written_reads_back_with_the_same_delta_weight(
                 update.kernel,
             )
             assert again.variant == update.variant
-            wanted = update.delta_weight()
+            expected = update.delta_weight()
             np.testing.assert_allclose(
-                again.delta_weight(), wanted, rtol=0, atol=1e-6 * np.abs(wanted).max()
+                again.delta_weight(), expected, rtol=0, atol=1e-6 * np.abs(expected).max()
             )
             if update.magnitude is not None:
                 np.testing.assert_allclose(again.magnitude, update.magnitude, rtol=1e-6)
@@ -161,11 +161,11 @@ def test_a_diffusers_file_states_pefts_config_per_component(
     file = write_adapter(adapter, tmp_path, format="diffusers")
     assert file == tmp_path / "pytorch_lora_weights.safetensors"
     with safe_open(file, "np") as opened:
-        stated = json.loads(opened.metadata()["lora_adapter_metadata"])
-    assert (stated["unet.r"], stated["unet.lora_alpha"]) == (2, 1)
-    assert stated["unet.rank_pattern"] == {r"^b\.to_k": 3}
-    assert stated["unet.alpha_pattern"] == {r"^b\.to_k": 6}
-    assert (stated["text_encoder.r"], stated["text_encoder.lora_alpha"]) == (4, 4)
+        config = json.loads(opened.metadata()["lora_adapter_metadata"])
+    assert (config["unet.r"], config["unet.lora_alpha"]) == (2, 1)
+    assert config["unet.rank_pattern"] == {r"^b\.to_k": 3}
+    assert config["unet.alpha_pattern"] == {r"^b\.to_k": 6}
+    assert (config["text_encoder.r"], config["text_encoder.lora_alpha"]) == (4, 4)
     assert "unet.a.to_q.lora_A.weight" in load_file(file)
 
 
@@ -219,7 +219,7 @@ def changed(**fields: Any) -> Adapter:
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(
-    ("fields", "error", "told"),
+    ("fields", "error", "expected"),
     [
         ({"scale": None}, ScaleError, "is not known"),
         ({"layout": "conv1d"}, InputError, "layout 'conv1d'"),
@@ -236,11 +236,11 @@ def test_what_neither_can_say_is_refused_and_nothing_written(
     format: str,
     fields: dict[str, Any],
     error: type[LoraAnalysisError],
-    told: str,
+    expected: str,
 ) -> None:
     with pytest.raises(error) as caught:
         write_adapter(changed(**fields), tmp_path, format=format)
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -249,18 +249,18 @@ def test_more_than_factors_is_refused(
     tmp_path: Path, rng: np.random.Generator, format: str
 ) -> None:
     updates = {"unet.q": low_rank_update(rng, 6, 5, 2)}
-    for adapter, told in (
+    for adapter, expected in (
         (Adapter(updates, label="a", saved_modules={"head.weight": np.ones(2)}), "'head.weight'"),
         (Adapter(updates, label="a", config={"bias": "all"}), "bias = 'all'"),
         (Adapter({"q": DenseUpdate("q", np.ones((2, 2)))}, label="a"), "a dense update"),
         (Adapter({}, label="a"), "adapts no module"),
     ):
-        with pytest.raises((InputError, UnsupportedMethodError), match=told):
+        with pytest.raises((InputError, UnsupportedMethodError), match=expected):
             write_adapter(adapter, tmp_path, format=format)
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "expected"),
     [
         (["unet.a.b", "unet.a_b"], "'unet.a.b' and 'unet.a_b' would both be 'lora_unet_a_b'"),
         (["unet_a"], "means something else"),
@@ -270,10 +270,10 @@ def test_more_than_factors_is_refused(
     ],
 )
 def test_names_that_kohyas_keys_cannot_carry_are_refused(
-    tmp_path: Path, rng: np.random.Generator, names: list[str], told: str
+    tmp_path: Path, rng: np.random.Generator, names: list[str], expected: str
 ) -> None:
     adapter = Adapter({name: low_rank_update(rng, 6, 5, 2) for name in names}, label="a")
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=expected):
         write_adapter(adapter, tmp_path, format="kohya")
 
 

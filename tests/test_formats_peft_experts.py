@@ -106,7 +106,7 @@ def assert_updates(adapter: Adapter, deltas: dict[str, np.ndarray]) -> None:
 
 
 def only(adapter: Adapter, code: str) -> Finding:
-    (finding,) = [one for one in adapter.provenance.findings if one.code == code]
+    (finding,) = [finding for finding in adapter.provenance.findings if finding.code == code]
     return finding
 
 
@@ -160,9 +160,9 @@ def test_the_order_is_an_option_of_the_command_line(tmp_path: Path) -> None:
         result = CliRunner().invoke(group, arguments)
         assert result.exit_code == 0, result.output
         (document,) = json.loads(result.output)["adapters"]
-        codes = {one["code"]: one["fields"] for one in document["findings"]}
+        codes = {finding["code"]: finding["fields"] for finding in document["findings"]}
         assert codes["expert-order"]["order"] == order
-        norms.append([one["norm"] for one in document["modules"]])
+        norms.append([module["norm"] for module in document["modules"]])
     assert norms[0] != norms[1]
 
 

@@ -159,13 +159,13 @@ def test_a_study_names_adapters_and_modules_with_damage_first(rng: np.random.Gen
     assert label == "bad"
     assert warnings[0].code == "enlarged-entry"
     assert warnings[0].fields["modules"] == list(names)
-    found = findings(result)
-    first = next(one for one in found if one.severity == "damage")
+    concluded = findings(result)
+    first = next(finding for finding in concluded if finding.severity == "damage")
     assert (first.topic, first.code) == ("numbers", "enlarged-entry")
     assert " holds 1e+09, " in first.text
     assert "'layers.0.v_proj', 'layers.1.q_proj' (2 of 4 modules)" in first.text
     assert first.to_dict()["fields"]["modules"] == list(names)
-    assert found.index(first) < min(at for at, f in enumerate(found) if f.severity == "result")
+    assert concluded.index(first) < min(i for i, f in enumerate(concluded) if f.severity == "result")
     assert not study([adapter(rng, label="good")]).warnings
 
 
@@ -190,9 +190,9 @@ def test_every_verb_that_shows_a_damaged_number_says_so(
         ["extract", tuned, "--base", base, "--not-transposed", "--rank", "2", "-o", tmp_path / "e"],
         ["report", bad, good, "--as", "md", "--figures", "", "-o", out],
     ):
-        assert run([str(one) for one in words]) == 0
-        said = "".join(capsys.readouterr()) + "".join(p.read_text() for p in out.glob("*.md"))
-        assert "holds 1e+09" in " ".join(said.replace("\\", "").split()), words[0]
+        assert run([str(word) for word in words]) == 0
+        output = "".join(capsys.readouterr()) + "".join(p.read_text() for p in out.glob("*.md"))
+        assert "holds 1e+09" in " ".join(output.replace("\\", "").split()), words[0]
 
 
 def layers(
@@ -266,8 +266,8 @@ def test_a_zero_a_is_damage_in_linear_layers(rng: np.random.Generator) -> None:
     updates = layers(rng)
     zero = np.zeros_like(updates["layers.0.q_proj"].A)
     assert changed(updates, "layers.0.q_proj", A=zero) == ["zero-a"]
-    both = {n: replace(u, A=zero, B=np.zeros_like(u.B)) for n, u in updates.items()}
-    (finding,) = check_updates(both.values())
+    untrained = {n: replace(u, A=zero, B=np.zeros_like(u.B)) for n, u in updates.items()}
+    (finding,) = check_updates(untrained.values())
     assert (finding.code, finding.fields["count"]) == ("zero-a", 24)
 
 
@@ -429,10 +429,10 @@ def test_transposed_and_sliced_factors_know_their_place(tmp_path: Path) -> None:
     assert whole.transposed().rows(slice(0, 2)).position(tensors) is None
     assert stack([whole, whole]).position(tensors) is None
     for factor in (whole, whole.transposed(), whole.rows(slice(2, 4))):
-        place = factor.position(tensors)
-        assert place is not None
+        position = factor.position(tensors)
+        assert position is not None
         flat = factor.read(tensors).ravel(order="K")
-        raw = path.read_bytes()[place.offset : place.offset + place.bytes]
+        raw = path.read_bytes()[position.offset : position.offset + position.bytes]
         np.testing.assert_array_equal(flat, np.frombuffer(raw, "<f4"))
 
 
@@ -462,19 +462,19 @@ class Planted(NamedTuple):
 
 
 def _flip(
-    rng: np.random.Generator, raw: bytearray, at: dict[str, tuple[int, int]], dtype: np.dtype
+    rng: np.random.Generator, raw: bytearray, spans: dict[str, tuple[int, int]], dtype: np.dtype
 ) -> None:
-    start, stop = list(at.values())[rng.integers(len(at))]
+    start, stop = list(spans.values())[rng.integers(len(spans))]
     element = start + int(rng.integers((stop - start) // dtype.itemsize)) * dtype.itemsize
     raw[element + dtype.itemsize - 1] ^= 0x40  # the top bit of the exponent
 
 
 def _times(factor: float) -> Any:
     def change(
-        rng: np.random.Generator, raw: bytearray, at: dict[str, tuple[int, int]], dtype: np.dtype
+        rng: np.random.Generator, raw: bytearray, spans: dict[str, tuple[int, int]], dtype: np.dtype
     ) -> None:
-        names = [name for name in at if "lora_B" in name]
-        start, stop = at[names[rng.integers(len(names))]]
+        names = [name for name in spans if "lora_B" in name]
+        start, stop = spans[names[rng.integers(len(names))]]
         values = np.frombuffer(bytes(raw[start:stop]), dtype)
         raw[start:stop] = (values * dtype.type(factor)).tobytes()
 
@@ -483,9 +483,9 @@ def _times(factor: float) -> Any:
 
 def _hole(size: int) -> Any:
     def change(
-        rng: np.random.Generator, raw: bytearray, at: dict[str, tuple[int, int]], _: np.dtype
+        rng: np.random.Generator, raw: bytearray, spans: dict[str, tuple[int, int]], _: np.dtype
     ) -> None:
-        first = -(-min(start for start, _ in at.values()) // 4096)
+        first = -(-min(start for start, _ in spans.values()) // 4096)
         start = int(rng.integers(first, (len(raw) - size) // 4096 + 1)) * 4096
         raw[start : start + size] = bytes(size)
 
@@ -493,7 +493,7 @@ def _hole(size: int) -> Any:
 
 
 def _half(
-    rng: np.random.Generator, raw: bytearray, at: dict[str, tuple[int, int]], _: np.dtype
+    rng: np.random.Generator, raw: bytearray, spans: dict[str, tuple[int, int]], _: np.dtype
 ) -> None:
     middle = len(raw) // 2 // 512 * 512 if rng.random() < 0.5 else len(raw) // 2
     raw[middle:] = bytes(len(raw) - middle)
@@ -520,10 +520,10 @@ def test_planted_damage_is_found(
         if trial % 10 == 0:
             folder = saved(tmp_path, factors(layers(rng, d=384), dtype))
             file = folder / "adapter_model.safetensors"
-            whole, at = file.read_bytes(), spans(file)
+            whole, tensor_spans = file.read_bytes(), spans(file)
             assert damage(folder) == []
         raw = bytearray(whole)
-        planted.change(rng, raw, at, np.dtype(dtype))
+        planted.change(rng, raw, tensor_spans, np.dtype(dtype))
         file.write_bytes(raw)
         try:
             findings = check_updates(read_adapter(folder).values())
@@ -541,7 +541,7 @@ def test_no_adapter_of_others_is_accused(real_adapters: Path) -> None:
         pair = ("w_a_{name}", "w_b_{name}") if folder.name == "sam-ring" else None
         scale = None if pair is None else 1.0
         for ref in find_adapters(folder, pair=pair, allow_pickle=True):
-            found = read_adapter(ref, pair=pair, scale=scale, allow_pickle=True)
-            assert check_updates(found.values()) == (), ref.source
+            loaded = read_adapter(ref, pair=pair, scale=scale, allow_pickle=True)
+            assert check_updates(loaded.values()) == (), ref.source
             read += 1
     assert read >= 10

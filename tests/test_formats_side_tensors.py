@@ -80,9 +80,9 @@ def content(path: Path) -> tuple[Tensors, dict[str, str]]:
         return load_file(path), dict(opened.metadata())
 
 
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    plain = [t.reshape(-1).view(torch.uint8).tolist() for t in (one, other)]
-    return one.dtype == other.dtype and one.shape == other.shape and plain[0] == plain[1]
+def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    plain = [t.reshape(-1).view(torch.uint8).tolist() for t in (first, second)]
+    return first.dtype == second.dtype and first.shape == second.shape and plain[0] == plain[1]
 
 
 def update_of(tensors: Tensors, name: str = Q) -> np.ndarray:
@@ -111,7 +111,7 @@ def test_within_kohya_all_that_lies_next_to_the_factors_is_carried_over(
     code, out, _ = call(capsys, verb, source, *more, "-o", target, "--format", "json")
     assert code == 0
     assert document(out)["format"] == "kohya"
-    assert not any("not-written" in one["code"] for one in document(out)["findings"])
+    assert not any("not-written" in finding["code"] for finding in document(out)["findings"])
     before, after = content(source)[0], content(target)[0]
     assert before.keys() == after.keys()
     for key in (*SIDE, EMBEDDING):
@@ -158,8 +158,8 @@ def test_ranks_that_differ_are_dynamic(tmp_path: Path, capsys: pytest.CaptureFix
     given = content(source)[0]
     for module in document(out)["modules"]:
         whole = update_of(given, module["module"])
-        lost = np.linalg.norm(update_of(tensors, module["module"]) - whole)
-        assert module["error_norm"] == pytest.approx(lost, rel=1e-6)
+        difference = np.linalg.norm(update_of(tensors, module["module"]) - whole)
+        assert module["error_norm"] == pytest.approx(difference, rel=1e-6)
         assert module["error_norm"] > 0
 
 
@@ -171,10 +171,10 @@ def test_hashes_are_those_of_the_file(tmp_path: Path, dtype: torch.dtype, large:
     source = kohya_file(tmp_path / "in.safetensors", dtype=dtype, wide=wide)
     target = write_adapter(read_adapter(source), tmp_path / "out.safetensors", format="kohya")
     tensors, metadata = content(target)
-    stated = metadata["sshs_model_hash"], metadata["sshs_legacy_hash"]
-    assert stated == sd_scripts_hashes(target)
+    hashes = metadata["sshs_model_hash"], metadata["sshs_legacy_hash"]
+    assert hashes == sd_scripts_hashes(target)
     assert {v.dtype for k, v in tensors.items() if ".lora_" in k} == {dtype}
-    assert (stated[1] == hashlib.sha256(b"").hexdigest()[:8]) != large
+    assert (hashes[1] == hashlib.sha256(b"").hexdigest()[:8]) != large
     unchanged = METADATA.keys() - {"sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"}
     assert all(metadata[key] == METADATA[key] for key in unchanged)
 
@@ -196,9 +196,9 @@ def test_what_does_not_is_named_as_not_written(
         code, out, _ = call(capsys, *ask)
         assert code == 0
         lacking = {
-            one["code"]: one["fields"]["keys"]
-            for one in document(out)["findings"]
-            if one["code"].endswith("not-written")
+            finding["code"]: finding["fields"]["keys"]
+            for finding in document(out)["findings"]
+            if finding["code"].endswith("not-written")
         }
         assert lacking["side-tensors-not-written"] == [EMBEDDING]
         assert set(lacking["metadata-not-written"]) == set(METADATA)
@@ -243,9 +243,9 @@ def test_a_bias_of_b_keeps_its_weight_when_the_rank_falls(tmp_path: Path) -> Non
     small = resize_adapter(read_adapter(path), rank=2, like_source=True).adapter
     target = write_adapter(small, tmp_path / "out.safetensors", format="diffusers")
     written, metadata = content(target)
-    stated = json.loads(metadata["lora_adapter_metadata"])
-    assert stated["unet.lora_alpha"] / stated["unet.r"] == 2 / 8
-    assert stated["unet.lora_bias"] is True
+    config = json.loads(metadata["lora_adapter_metadata"])
+    assert config["unet.lora_alpha"] / config["unet.r"] == 2 / 8
+    assert config["unet.lora_bias"] is True
     assert same_bits(written[f"{name}.lora_B.bias"], tensors[f"{name}.lora_B.bias"])
 
 
@@ -363,7 +363,7 @@ def test_a_file_of_diffusers_without_a_scale_converts_at_its_loaders_scale(
     ask = ("convert", source, "--to", "kohya", "-o", tmp_path / "k.safetensors")
     code, out, _ = call(capsys, *ask, "--format", "json")
     assert code == 0
-    assert [one["code"] for one in document(out)["findings"]] == ["loaders-scale"]
+    assert [finding["code"] for finding in document(out)["findings"]] == ["loaders-scale"]
     written, _ = content(tmp_path / "k.safetensors")
     assert written["lora_unet_blocks_0_attn_to_q.alpha"] == 4
     # PEFT's own file states an alpha, which nobody knows.
@@ -451,17 +451,17 @@ def test_dora_of_lycoris_and_onetrainer_is_computed_and_kept(
     ask = ("inspect", tmp_path / "in.safetensors", "--format", "json")
     plain = document(call(capsys, *ask)[1])["adapters"][0]
     assert plain["findings"][0]["code"] == "dora"
-    found = document(call(capsys, *ask, "--trained-on", tmp_path / "base.safetensors")[1])
-    (module,) = found["adapters"][0]["modules"]
+    inspected = document(call(capsys, *ask, "--trained-on", tmp_path / "base.safetensors")[1])
+    (module,) = inspected["adapters"][0]["modules"]
     np.testing.assert_allclose(
         module["singular_values"], np.linalg.svd(whole)[1], rtol=1e-6, atol=1e-6
     )
-    assert [one["code"] for one in found["adapters"][0]["findings"]] == ["whole-change"]
+    assert [finding["code"] for finding in inspected["adapters"][0]["findings"]] == ["whole-change"]
     target = tmp_path / "out.safetensors"
     assert call(capsys, "resize", tmp_path / "in.safetensors", "--rank", 2, "-o", target)[0] == 0
-    kept, given = content(target)[0][f"{name}.dora_scale"], tensors[f"{name}.dora_scale"]
-    assert kept.shape == given.shape
-    np.testing.assert_array_equal(kept.float(), given.float())
+    written_norms, given = content(target)[0][f"{name}.dora_scale"], tensors[f"{name}.dora_scale"]
+    assert written_norms.shape == given.shape
+    np.testing.assert_array_equal(written_norms.float(), given.float())
     if side == "input":  # PEFT's norms are of rows
         adapter = read_adapter(tmp_path / "in.safetensors")
         for format in ("peft", "mlx"):

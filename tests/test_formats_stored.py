@@ -49,14 +49,14 @@ CASES: list[tuple[StoredFactor, np.ndarray]] = [
 ]
 
 
-@pytest.mark.parametrize(("factor", "wanted"), CASES)
+@pytest.mark.parametrize(("factor", "expected"), CASES)
 def test_a_factor_reads_as_what_was_said_of_it(
-    tensors: NamedTensors, factor: StoredFactor, wanted: np.ndarray
+    tensors: NamedTensors, factor: StoredFactor, expected: np.ndarray
 ) -> None:
-    assert factor.shape(tensors) == wanted.shape
-    np.testing.assert_array_equal(factor.read(tensors), wanted)
+    assert factor.shape(tensors) == expected.shape
+    np.testing.assert_array_equal(factor.read(tensors), expected)
     again = pickle.loads(pickle.dumps(factor))
-    np.testing.assert_array_equal(again.read(tensors), wanted)
+    np.testing.assert_array_equal(again.read(tensors), expected)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def update(
 
 
 def adapter_of(*updates: LowRankUpdate, **fields: object) -> Adapter:
-    return Adapter({one.name: one for one in updates}, label="made", **fields)  # type: ignore[arg-type]
+    return Adapter({module.name: module for module in updates}, label="made", **fields)  # type: ignore[arg-type]
 
 
 @st.composite
@@ -62,10 +62,10 @@ def adapters(draw: st.DrawFn) -> Adapter:
 
 def assert_same(ours: Adapter, theirs: Adapter) -> None:
     assert list(ours) == list(theirs)
-    for name, one in ours.items():
-        before, after = one.delta_weight(), theirs[name].delta_weight()
+    for name, module in ours.items():
+        before, after = module.delta_weight(), theirs[name].delta_weight()
         assert np.linalg.norm(after - before) <= FILE_EQUALITY * np.linalg.norm(before)
-        assert one.layout == theirs[name].layout  # type: ignore[union-attr]
+        assert module.layout == theirs[name].layout  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("kind", ["loralib", "mlx", "gguf"])
@@ -111,14 +111,14 @@ def test_the_scale_of_rslora_goes_into_ggufs_alpha_and_that_is_said(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
     scale = 16 / math.sqrt(8)
-    one = update(rng, "model.layers.0.mlp.down_proj", (12, 20), 8, scale=scale, alpha=16)
-    made = adapter_of(one, config={"use_rslora": True})
+    module = update(rng, "model.layers.0.mlp.down_proj", (12, 20), 8, scale=scale, alpha=16)
+    made = adapter_of(module, config={"use_rslora": True})
     (note,) = writing_notes(made, "gguf")
     assert "cannot express rsLoRA" in note
     assert f"{scale * 8:g}" in note
     path = write_adapter(made, tmp_path, format="gguf", architecture="llama")
     read = read_adapter(path)
-    assert read[one.name].alpha == pytest.approx(scale * 8)  # type: ignore[union-attr]
+    assert read[module.name].alpha == pytest.approx(scale * 8)  # type: ignore[union-attr]
     assert_same(made, read)
 
 
@@ -145,21 +145,21 @@ def test_dora_goes_to_mlx_with_its_norms_and_nowhere_else(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
     norms = np.abs(rng.standard_normal(16)) + 1
-    one = update(
+    query = update(
         rng, LAYER.format(0, "self_attn.q_proj"), (16, 12), 2, variant="DoRA", magnitude=norms
     )
-    read = read_adapter(write_adapter(adapter_of(one), tmp_path, format="mlx"))
-    back = read[one.name]
+    read = read_adapter(write_adapter(adapter_of(query), tmp_path, format="mlx"))
+    back = read[query.name]
     assert isinstance(back, LowRankUpdate)
     assert back.variant == "DoRA"
     np.testing.assert_allclose(back.magnitude, norms, rtol=1e-6)  # type: ignore[arg-type]
     plain = update(rng, LAYER.format(0, "mlp.down_proj"), (12, 20), 2)
     with pytest.raises(InputError, match="DoRA in some modules only"):
-        write_adapter(adapter_of(one, plain), tmp_path, format="mlx")
+        write_adapter(adapter_of(query, plain), tmp_path, format="mlx")
     for kind in ("loralib", "gguf"):
         with pytest.raises(UnsupportedMethodError, match="part of a DoRA update"):
             write_adapter(
-                adapter_of(one), tmp_path, format=kind, **(GGUF if kind == "gguf" else {})
+                adapter_of(query), tmp_path, format=kind, **(GGUF if kind == "gguf" else {})
             )
 
 
@@ -177,7 +177,7 @@ def test_experts_are_stacked_and_come_back(
 
 
 @pytest.mark.parametrize(
-    ("fields", "error", "said"),
+    ("fields", "error", "expected"),
     [
         ({"scale": None}, ScaleError, "is not known"),
         ({"layout": "conv", "kernel": (2, 2)}, UnsupportedMethodError, "layout 'conv'"),
@@ -193,11 +193,11 @@ def test_what_no_format_can_say_is_refused(
     kind: str,
     fields: dict[str, object],
     error: type[Exception],
-    said: str,
+    expected: str,
 ) -> None:
-    one = update(rng, LAYER.format(0, "mlp.down_proj"), (12, 20), 2, **fields)
-    with pytest.raises(error, match=said):
-        write_adapter(adapter_of(one), tmp_path / "new", format=kind)
+    module = update(rng, LAYER.format(0, "mlp.down_proj"), (12, 20), 2, **fields)
+    with pytest.raises(error, match=expected):
+        write_adapter(adapter_of(module), tmp_path / "new", format=kind)
     assert not (tmp_path / "new").exists()
 
 
@@ -205,10 +205,10 @@ def test_what_no_format_can_say_is_refused(
 def test_modules_trained_in_full_and_empty_adapters_are_refused(
     tmp_path: Path, rng: np.random.Generator, kind: str
 ) -> None:
-    one = update(rng, LAYER.format(0, "mlp.down_proj"), (12, 20), 2)
+    module = update(rng, LAYER.format(0, "mlp.down_proj"), (12, 20), 2)
     head = {"classifier.weight": np.ones((2, 2), np.float32)}
     with pytest.raises(UnsupportedMethodError, match="also trained 'classifier"):
-        write_adapter(adapter_of(one, saved_modules=head), tmp_path, format=kind)
+        write_adapter(adapter_of(module, saved_modules=head), tmp_path, format=kind)
     with pytest.raises(InputError, match="adapts no module"):
         write_adapter(adapter_of(), tmp_path, format=kind)
 
@@ -217,21 +217,21 @@ def test_gguf_needs_an_architecture_its_tensors_and_its_heads(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
     query = update(rng, LAYER.format(0, "self_attn.q_proj"), (16, 12), 2)
-    for made, options, said in (
+    for made, options, expected in (
         (adapter_of(query), {}, "Pass architecture="),
         (adapter_of(query), {"architecture": "llama"}, "whose number is not known"),
         (adapter_of(query), GGUF | {"heads": (3, 3)}, "3 does not divide them"),
         (adapter_of(update(rng, "visual.proj", (8, 8), 2)), GGUF, "has no known tensor in GGUF's"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=expected):
             write_adapter(made, tmp_path, format="gguf", **options)
     base = tmp_path / "base"
     base.mkdir()
     config = {"model_type": "mistral", "num_attention_heads": 4, "num_key_value_heads": 2}
     (base / "config.json").write_text(json.dumps(config))
-    known = adapter_of(query, provenance=Provenance(base_model=str(base)))
-    path = write_adapter(known, tmp_path / "out", format="gguf")
-    assert_same(known, read_adapter(path))
+    with_base = adapter_of(query, provenance=Provenance(base_model=str(base)))
+    path = write_adapter(with_base, tmp_path / "out", format="gguf")
+    assert_same(with_base, read_adapter(path))
     again = write_adapter(read_adapter(path), tmp_path / "again", format="gguf")
     assert again.read_bytes()[-224:] == path.read_bytes()[-224:]
 
@@ -255,11 +255,13 @@ def test_gguf_is_what_the_formats_own_package_reads(
     query = update(rng, LAYER.format(1, "self_attn.q_proj"), (16, 12), 2, scale=3.0)
     path = write_adapter(adapter_of(query), tmp_path, format="gguf", **GGUF)
     reader = gguf.GGUFReader(path)
-    found = {one.name: one.data for one in reader.tensors}
-    assert sorted(found) == ["blk.1.attn_q.weight.lora_a", "blk.1.attn_q.weight.lora_b"]
-    np.testing.assert_array_equal(found["blk.1.attn_q.weight.lora_a"], query.A.astype(np.float32))
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    assert sorted(tensors) == ["blk.1.attn_q.weight.lora_a", "blk.1.attn_q.weight.lora_b"]
+    np.testing.assert_array_equal(tensors["blk.1.attn_q.weight.lora_a"], query.A.astype(np.float32))
     permuted = query.B.reshape(4, 2, 2, 2).swapaxes(1, 2).reshape(16, 2)
-    np.testing.assert_array_equal(found["blk.1.attn_q.weight.lora_b"], permuted.astype(np.float32))
+    np.testing.assert_array_equal(
+        tensors["blk.1.attn_q.weight.lora_b"], permuted.astype(np.float32)
+    )
     assert reader.get_field("adapter.lora.alpha").contents() == 6.0
     assert reader.get_field("llama.attention.head_count_kv").contents() == 2
     assert reader.get_field("general.type").contents() == "adapter"

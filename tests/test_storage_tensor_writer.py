@@ -124,7 +124,7 @@ def test_a_group_is_computed_once_for_all_of_its_tensors() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tensors", "told"),
+    ("tensors", "expected"),
     [
         ([("a", "float32", (2, 2), np.zeros((2, 3), np.float32))], r"\(2, 2\) and is float32"),
         ([("a", "float32", (2,), np.zeros(2))], "float32 .* and is float64"),
@@ -134,13 +134,13 @@ def test_a_group_is_computed_once_for_all_of_its_tensors() -> None:
     ],
 )
 def test_what_was_not_announced_or_has_no_place_is_refused(
-    tensors: list[tuple[str, str, tuple[int, ...], np.ndarray]], told: str
+    tensors: list[tuple[str, str, tuple[int, ...], np.ndarray]], expected: str
 ) -> None:
     outputs = [
         OutputTensor(name, kind, shape, lambda array=array: array)  # type: ignore[misc]
         for name, kind, shape, array in tensors
     ]
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=expected):
         written(outputs, {})
 
 
@@ -160,10 +160,10 @@ def test_gguf_is_what_its_own_package_reads(tmp_path: Path, rng: np.random.Gener
         write_gguf(stream, outputs, fields | {"s": "text"})
     reader = gguf.GGUFReader(path)
     assert [reader.get_field(key).contents() for key in ("n", "x", "s")] == [3, 0.5, "text"]
-    found = {tensor.name: tensor for tensor in reader.tensors}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
     for name, array in arrays.items():
-        np.testing.assert_array_equal(np.asarray(found[name].data).reshape(array.shape), array)
-    values = gguf.dequantize(found["d"].data, found["d"].tensor_type)
+        np.testing.assert_array_equal(np.asarray(tensors[name].data).reshape(array.shape), array)
+    values = gguf.dequantize(tensors["d"].data, tensors["d"].tensor_type)
     np.testing.assert_array_equal(values, bits.float().numpy())
     assert read_gguf(path).tensors["b"].shape == (2, 3, 4)
 
@@ -192,18 +192,19 @@ def test_every_file_of_tensors_that_is_written_is_marked(
 def test_a_config_of_another_writing_is_noticed(
     tmp_path: Path, rng: np.random.Generator, kind: str
 ) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    write_adapter(attention(rng), one, format=kind)
-    write_adapter(attention(rng, scale=7.0), two, format=kind)
-    config = one / "adapter_config.json"
+    first, second = tmp_path / "first", tmp_path / "second"
+    write_adapter(attention(rng), first, format=kind)
+    write_adapter(attention(rng, scale=7.0), second, format=kind)
+    config = first / "adapter_config.json"
     config.write_text(json.dumps(dict(reversed(json.loads(config.read_text()).items()))))
-    assert "config-not-written-with-weights" not in codes(one)  # laid out anew, and still itself
-    (two / "adapter_config.json").replace(config)
-    (finding,) = [one for one in read_adapter(one).provenance.findings if one.severity == "damage"]
+    assert "config-not-written-with-weights" not in codes(first)  # laid out anew, and still itself
+    (second / "adapter_config.json").replace(config)
+    findings = read_adapter(first).provenance.findings
+    (finding,) = [finding for finding in findings if finding.severity == "damage"]
     assert finding.code == "config-not-written-with-weights"
     weights = "adapter_model.safetensors" if kind == "peft" else "adapters.safetensors"
     assert finding.fields == {"weights": weights, "config": "adapter_config.json"}
-    assert KEY in read_header(one / weights).metadata
+    assert KEY in read_header(first / weights).metadata
 
 
 def codes(path: Path) -> list[str]:

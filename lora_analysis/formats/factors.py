@@ -1,4 +1,4 @@
-"""From pairs of stored tensors to an adapter: what every two-factor format has in common."""
+"""From pairs of stored tensors to an adapter: shared by every two-factor format."""
 
 from __future__ import annotations
 

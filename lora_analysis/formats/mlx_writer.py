@@ -113,7 +113,7 @@ def _mlx_name(name: str, planned: PlannedFactors) -> str:
 
 
 def _key(name: str) -> str:
-    """Return the name inside a layer, by which mlx-lm finds what to adapt, or the whole one."""
+    """Return the name inside a layer, by which mlx-lm finds modules to adapt, or the whole one."""
     match = _LAYER.fullmatch(name)
     return match["key"] if match else name
 

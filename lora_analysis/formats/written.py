@@ -42,7 +42,7 @@ def writable_outlines(
     variants: Collection[str] = (),
     input_norms: bool = False,
 ) -> dict[str, UpdateOutline]:
-    """Return the outlines of an adapter's updates, each of which a file of a format can hold.
+    """Return the outlines of an adapter's updates; raise if a format cannot store one of them.
 
     Parameters
     ----------
@@ -156,7 +156,7 @@ def is_dora(updates: Iterable[UpdateOutline], subject: str, format: str) -> bool
 
 
 def exact_alpha(update: UpdateOutline, *, rslora: bool = False) -> float:
-    """Return the alpha of which ``alpha/r`` (``alpha/√r`` with rsLoRA) is the scale of an update.
+    """Return the alpha for which ``alpha/r`` (``alpha/√r`` with rsLoRA) is the scale of an update.
 
     Raises
     ------

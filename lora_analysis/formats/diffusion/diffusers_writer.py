@@ -58,7 +58,7 @@ def _keys_of_earlier_eras(
 ) -> dict[str, tuple[str, str, str | None]]:
     """Return the keys of modules that stay as their file of diffusers spelled them.
 
-    Not all programs that load an earlier spelling know PEFT's. It has no key for DoRA's norms, and
+    Not all programs that load an earlier spelling load PEFT's. It has no key for DoRA's norms, and
     stores a scale only with an alpha; if a file states PEFT's config, that counts.
     """
     stored = adapter.config.get(FACTOR_KEYS, {})

@@ -1,6 +1,6 @@
 """One file under the names of a model's authors, as ComfyUI and ai-toolkit name its layers.
 
-``diffusion_model.<path>.lora_A.weight`` and ``lora_B.weight``, with an ``alpha`` next to them where
+``diffusion_model.<path>.lora_A.weight`` and ``lora_B.weight``, with an ``alpha`` next to them if
 the scale is not 1, and LyCORIS' ``dora_scale``. Modules keep the spelling that their file had:
 kohya's for text encoders, XLabs' for a file of its processors, no prefix for control LoRAs.
 """

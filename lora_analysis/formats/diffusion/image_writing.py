@@ -108,7 +108,7 @@ def _lycoris_norms_shape(outline: UpdateOutline) -> Shape:
 def planned_modules(
     adapter: Adapter, format: str, *, input_norms: bool = True
 ) -> dict[str, PlannedModule]:
-    """Return the modules of an adapter, all of which a file of an image format can hold.
+    """Return the modules of an adapter; raise if an image format cannot store one of them.
 
     ``input_norms``: the format can store DoRA's norms of input columns.
 
@@ -227,7 +227,7 @@ def model_hashes(tensors: Iterable[OutputTensor], metadata: Mapping[str, str]) -
     tensors
         The tensors of the file.
     metadata
-        Its metadata, of which the ``ss_*`` entries count.
+        Its metadata; only the ``ss_*`` entries count.
 
     Returns
     -------
@@ -241,7 +241,7 @@ def model_hashes(tensors: Iterable[OutputTensor], metadata: Mapping[str, str]) -
 
 
 class _Digests:
-    """A stream that keeps nothing but the digests of what is written to it."""
+    """A stream that computes digests of the bytes written to it."""
 
     def __init__(self) -> None:
         self.model = hashlib.sha256()

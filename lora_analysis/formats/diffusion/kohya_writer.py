@@ -33,7 +33,7 @@ _PREFIXES: Final = {
 # Names of the first text encoder that leave open whether there is a second one.
 _FIRST_ENCODERS: Final = ("text_encoder.", "cond_stage_model.", "te.")
 # Blocks as diffusers names them. ComfyUI looks for these under OneTrainer's prefix, for the names
-# of a model's authors under "lora_unet_"; sd-scripts knows the authors' names alone.
+# of a model's authors under "lora_unet_"; sd-scripts has only the authors' names.
 _DIFFUSERS_BLOCKS: Final = re.compile(r"transformer\.(single_)?transformer_blocks\..+")
 PATH: Final = re.compile(r"[\w.-]+")
 """A module's path in a model."""

@@ -178,7 +178,7 @@ def expert_order(config: PeftConfig, options: ReadOptions) -> tuple[ExpertOrder,
 
 
 def without_mark(mapping: object) -> object:
-    """Return ``auto_mapping`` without Unsloth's mark: what is written here has PEFT's order."""
+    """Return ``auto_mapping`` without Unsloth's mark: this package writes PEFT's order."""
     if not isinstance(mapping, dict):
         return mapping
     return {key: value for key, value in mapping.items() if key != _MARK} or None
