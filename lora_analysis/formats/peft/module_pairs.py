@@ -1,11 +1,11 @@
-"""From the sorted keys of a PEFT file to the two factors of each module, whatever the layer."""
+"""The two factors of each module of a PEFT file, for every kind of layer."""
 
 from __future__ import annotations
 
 import math
 import re
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import MalformedFileError, UnsupportedMethodError
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from lora_analysis.formats.peft.tensor_keys import Part, SortedKeys
     from lora_analysis.storage.tensors import NamedTensors
 
-# Where PEFT looks for the layers that it replicates.
 # Conv3d's kernel has three axes beside those of the channels.
 _CONV_AXES: Final = 5
 _LAYER = re.compile(
@@ -54,9 +53,9 @@ KASA = "KaSA"
 
 @dataclass(slots=True)
 class ModulePairs:
-    """The pairs of one adapter, and what has to be said of some of them.
+    """The pairs of one adapter, and findings about them.
 
-    ``config_names`` holds, where it is another, the name by which the config knows a module.
+    ``config_names`` holds the name of a module in the config, if it is another one.
     """
 
     pairs: list[StoredPair] = field(default_factory=list)
@@ -129,7 +128,7 @@ def _expected_key(module: str, role: str) -> str:
 
 
 def _check_names(path: object, keys: SortedKeys) -> None:
-    """Raise where what belongs to factors goes by another adapter's name than any of them."""
+    """Raise if a tensor that belongs to factors has another adapter's name than any of them."""
     for name in keys.extras.keys() - keys.factors.keys():
         first = next(iter(next(iter(keys.extras[name].values())).values()))
         message = f"{path}: '{first}' belongs to no factors of its adapter."
@@ -169,7 +168,7 @@ def _check_kind(path: object, pair: StoredPair, stored: Mapping[Part, str]) -> N
 
 
 def _layer(tensors: NamedTensors, pair: StoredPair, config: PeftConfig) -> StoredPair:
-    """Return the pair with the layout of the layer it belongs to, told by its keys and shapes."""
+    """Return the pair with the layout of its layer, by its keys and shapes."""
     if "lora_embedding_" in pair.a.name:
         return replace(pair, layout="embedding")
     a, b = (factor.shape(tensors) for factor in (pair.a, pair.b))
@@ -267,7 +266,7 @@ def _up_factor(a: tuple[int, ...], b: tuple[int, ...], factor: StoredFactor) -> 
 def _variant(
     path: object, pair: StoredPair, stored: Mapping[Part, str], config: PeftConfig
 ) -> StoredPair:
-    """Return the pair with what its method stores beside the two factors."""
+    """Return the pair with the tensors that its method stores next to the two factors."""
     if values := stored.get("singular values"):
         return replace(pair, a=pair.a.scaled_rows(tensor(values)))
     if diagonal := stored.get("diagonal"):
@@ -284,14 +283,14 @@ def _variant(
 
 
 def _with_base_name(path: object, pair: StoredPair, config: PeftConfig) -> StoredPair:
-    """Return the pair with the name of the original layer where layers were replicated."""
+    """Return the pair with the name of the original layer if layers were replicated."""
     name = pair.base_name or pair.module
     match = _LAYER.match(name)
     if not config.replicated or match is None:
         return pair
     origins = chain.from_iterable(range(*span) for span in config.replicated)
     index = int(match["index"])
-    origin = next((one for at, one in enumerate(origins) if at == index), None)
+    origin = next(islice(origins, index, None), None)
     if origin is None:
         message = f"{path}: '{pair.module}' is beyond the layers that layer_replication makes."
         raise MalformedFileError(message)
@@ -397,7 +396,7 @@ def _refuse_slices(
     factors: Mapping[str, dict[FactorRole, str]],
     config: PeftConfig,
 ) -> None:
-    """Raise where every pair is what one rank of a sharded training holds of it.
+    """Raise if every pair is the part of one rank of a sharded training.
 
     FSDP2 divides the rows of each tensor: A ``(r, d_in)`` becomes ``(r/n, d_in)``, B
     ``(d_out, r)`` becomes ``(d_out/n, r)``, so that B still has the rank that the config states.
@@ -415,8 +414,8 @@ def _refuse_slices(
         a, b = (tensors.infos[stored[role]].shape for role in ("A", "B"))
         if len(a) != 2 or len(b) != 2:
             continue
-        stated = config.stated_rank(module)
-        if a[0] >= b[1] or (stated is not None and stated != b[1]):
+        config_rank = config.stated_rank(module)
+        if a[0] >= b[1] or (config_rank is not None and config_rank != b[1]):
             return
         ranks.add(math.ceil(b[1] / a[0]))
         first = first or (module, a, b)

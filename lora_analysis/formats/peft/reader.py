@@ -135,8 +135,10 @@ class _PEFT(Format):
             ranks = {pair.module: stored_rank(tensors, pair) for pair in pairs}
         rank = common_rank(ranks)
         label = options.label or label_of(files.path, name)
-        stated = {rank for rank in (config.rank, *config.rank_pattern.values()) if rank is not None}
-        loaders = update_loaders(tensors, pairs, scales, label=label, stated_ranks=stated)
+        config_ranks = {
+            rank for rank in (config.rank, *config.rank_pattern.values()) if rank is not None
+        }
+        loaders = update_loaders(tensors, pairs, scales, label=label, stated_ranks=config_ranks)
         return Adapter(
             loaders if start is None else less_starts(loaders, start, config.start),
             label=label,
@@ -248,8 +250,8 @@ def _stated_scale(
     if alpha is None:
         return UNKNOWN_SCALE
     divisor = stored.content.divisors.get(module)
-    stated = divided_scale(stored.tensors, divisor, alpha, rank, config.rank)
-    return stated if options.alpha is None else replace(stated, origin="caller")
+    scale = divided_scale(stored.tensors, divisor, alpha, rank, config.rank)
+    return scale if options.alpha is None else replace(scale, origin="caller")
 
 
 def _choose(files: AdapterFiles, keys: SortedKeys, name: str | None) -> str | None:
