@@ -122,6 +122,8 @@ class PeftConfig:
     def _value(
         self, module: str, key: str, patterns: Mapping[str, T], default: T | None
     ) -> T | None:
+        if not patterns:
+            return default
         try:
             return pattern_value(module, patterns, default)
         except InputError as error:

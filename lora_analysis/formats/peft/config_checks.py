@@ -53,13 +53,12 @@ def config_gaps(config: PeftConfig, stored: StoredModules) -> list[Finding]:
     """Return findings about modules that only the config, or only the file, has."""
     if config.path is None:
         return []
-    findings = [
-        *_target_findings(config, stored),
-        *_layer_findings(config, stored),
-        *_saved_findings(config, stored),
-    ]
-    if _bias(config) and not stored.biases:
-        findings.append(Finding("config-biases-missing", {"bias": _bias(config)}))
+    findings = [*_target_findings(config, stored), *_layer_findings(config, stored)]
+    if config.modules_to_save:
+        findings += _saved_findings(config, stored)
+    bias = config.raw.get("bias")
+    if isinstance(bias, str) and bias not in ("", "none") and not stored.biases:
+        findings.append(Finding("config-biases-missing", {"bias": bias}))
     return findings
 
 
@@ -104,11 +103,6 @@ def _is_tied(modules: Iterable[str]) -> bool:
     return any(map(may_be_tied, modules))
 
 
-def _bias(config: PeftConfig) -> str:
-    bias = config.raw.get("bias", "none")
-    return bias if isinstance(bias, str) and bias != "none" else ""
-
-
 def _targets(config: PeftConfig) -> str | list[str] | None:
     """Return ``target_modules`` if modules can be compared with it."""
     targets = config.raw.get("target_modules")
@@ -121,7 +115,7 @@ def _targets(config: PeftConfig) -> str | list[str] | None:
 
 def _target_findings(config: PeftConfig, stored: StoredModules) -> list[Finding]:
     targets = _targets(config)
-    findings = _excluded_findings(config, stored)
+    findings = _excluded_findings(config, stored) if config.raw.get("exclude_modules") else []
     if targets is None:
         return findings
     names = [*stored.adapted, *stored.pruned]
