@@ -1,4 +1,4 @@
-"""Which module of a model a stored name means, whoever wrote it.
+"""Canonical module names: the module of a model that a stored name means, whoever wrote it.
 
 A trainer, a framework and a file name one module in different ways: wrappers put segments into
 the path (``_orig_mod.``), a model class puts its body behind an attribute (``bert.``, ``model.``,
@@ -36,7 +36,7 @@ _WRAPPERS: Final = frozenset(
         "base_layer",
     }
 )
-# What PEFT and data parallelism put in front; each may stand inside the other.
+# Prefixes of PEFT and data parallelism; each may stand inside the other.
 _LEADING_WRAPPERS: Final = (("base_model", "model"), ("module",))
 
 # Layers that Gemma's vision and audio towers wrap, with the layer itself at ``.linear``.
@@ -45,7 +45,7 @@ _WRAPPED_LINEAR: Final = re.compile(
     r"(?P<layer>[._]linear)$"
 )
 
-# What a dotted path begins with, and the component that it is in; "" is the main model: the
+# Beginnings of dotted paths, and the component that each is in; "" is the main model: the
 # denoiser of a pipeline, the decoder of a vision-language model, or a model alone.
 _COMPONENTS: Final = tuple(
     (re.compile(pattern), component)
@@ -289,7 +289,7 @@ def identify_all(
 
 
 def parse_prefixes(values: str | Iterable[str] | Prefixes | None) -> dict[str, str]:
-    """Return what a caller says of prefixes: ``"OLD=NEW"``, or ``"OLD"`` for names without it.
+    """Return the caller's prefixes: ``"OLD=NEW"`` as pairs, ``"OLD"`` with an empty replacement.
 
     Raises
     ------
@@ -535,7 +535,7 @@ def rename_prefix(name: str, prefix: Prefixes | None) -> str:
 
 
 def _head(name: str, identity: ModuleName) -> str:
-    """Return what stands in front of a module's canonical name."""
+    """Return the part of a stored name in front of the module's canonical name."""
     return strip_wrappers(name).removesuffix(identity.name)
 
 

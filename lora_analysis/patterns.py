@@ -50,12 +50,12 @@ def _number_key(digits: str) -> tuple[int, int, str]:
     return 0, len(plain), f"{plain} {digits}"
 
 
-def near_names(wanted: str, names: Iterable[str], count: int = 3) -> list[str]:
-    """Return up to ``count`` names that resemble ``wanted``, by name or by its last segment."""
+def near_names(name: str, names: Iterable[str], count: int = 3) -> list[str]:
+    """Return up to ``count`` names that resemble ``name``, by name or by its last segment."""
     pool = list(names)
-    near = difflib.get_close_matches(wanted, pool, n=count, cutoff=0.5)
-    tails = {name.rpartition(".")[2]: name for name in reversed(pool)}
-    tail = wanted.rpartition(".")[2]
+    near = difflib.get_close_matches(name, pool, n=count, cutoff=0.5)
+    tails = {each.rpartition(".")[2]: each for each in reversed(pool)}
+    tail = name.rpartition(".")[2]
     for match in difflib.get_close_matches(tail, tails, n=count, cutoff=0.5):
         if tails[match] not in near:
             near.append(tails[match])
@@ -63,7 +63,7 @@ def near_names(wanted: str, names: Iterable[str], count: int = 3) -> list[str]:
 
 
 def matches_target(name: str, targets: str | Sequence[str]) -> bool:
-    """Return whether PEFT's ``target_modules`` names the module.
+    """Return True if PEFT's ``target_modules`` names the module.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def matches_target(name: str, targets: str | Sequence[str]) -> bool:
 
 
 def choose_names(names: Iterable[str], pattern: str | Sequence[str] | None) -> list[str]:
-    """Return the names that a pattern means; all for None, none where nothing matches.
+    """Return the names that a pattern means: all for None, an empty list if nothing matches.
 
     A string is the end of a name (whole segments) if any name ends so, else a regular expression
     that must match in full; a list holds ends of names. If neither fits, modules are chosen that
@@ -300,7 +300,7 @@ class _Literal(NamedTuple):
 
 
 def _as_literal(key: str) -> _Literal | None:
-    r"""Return what a key of ``rank_pattern`` spells, None if it takes a regular expression engine.
+    r"""Return a key of ``rank_pattern`` as plain text, None if it is more than text.
 
     The key stands in ``(.*\.)?(key)$``.
     """
@@ -341,14 +341,14 @@ def _blanked(text: str, positions: Sequence[int]) -> str:
 
 
 def _equal_but_for_dots(text: str, plain: str) -> bool:
-    """Return whether the text equals a pattern in which a dot stands for any character."""
+    """Return True if the text equals a pattern in which a dot stands for any character."""
     if len(text) != len(plain):
         return False
     return text == plain or all(p in (t, ".") for p, t in zip(plain, text, strict=True))
 
 
 def _matches_expression(name: str, expression: str) -> bool:
-    """Return whether a regular expression matches the whole name."""
+    """Return True if a regular expression matches the whole name."""
     budget = _BUDGET.get() or _Budget(PATTERN_SECONDS)
     with budget.spending(name, expression) as seconds:
         compiled = _compile(expression, expression)
@@ -386,7 +386,7 @@ def _escaped(token: re.Match[str]) -> str:
         return f"\\{token['brace']}"
     if token["set"]:
         start, inside = token["start"], token["inside"]
-        return start + re.sub(r"\\.|\[", lambda one: one[0].replace("[", "\\["), inside) + "]"
+        return start + re.sub(r"\\.|\[", lambda match: match[0].replace("[", "\\["), inside) + "]"
     return token[0]
 
 

@@ -165,7 +165,9 @@ def test_a_study_names_adapters_and_modules_with_damage_first(rng: np.random.Gen
     assert " holds 1e+09, " in first.text
     assert "'layers.0.v_proj', 'layers.1.q_proj' (2 of 4 modules)" in first.text
     assert first.to_dict()["fields"]["modules"] == list(names)
-    assert concluded.index(first) < min(i for i, f in enumerate(concluded) if f.severity == "result")
+    assert concluded.index(first) < min(
+        i for i, f in enumerate(concluded) if f.severity == "result"
+    )
     assert not study([adapter(rng, label="good")]).warnings
 
 

@@ -1,4 +1,4 @@
-"""Methods that take their first product out of the base weight: the update is the difference.
+"""Methods that subtract their initial product from the base weight: ΔW is the difference.
 
 PiSSA, OLoRA, CorDA and LoRA-GA start from ``W - s·B₀A₀`` and train B and A from B₀ and A₀, so
 that ``ΔW = s·(B·A - B₀·A₀)``, a product of rank 2r: ``[B, -B₀]·[A; A₀]``.
@@ -35,7 +35,7 @@ _STARTS_IN_W: Final = ("pissa", "olora", "corda")
 def less_start(
     load: Callable[[], LowRankUpdate], start: InitialFactorsSource, method: str
 ) -> LowRankUpdate:
-    """Return the update less what it started from, of rank 2r and the same scale."""
+    """Subtract the initial product: s(BA − B₀A₀), represented with rank 2r."""
     update = load()
     a0, b0 = start(InitialFactorsRequest(method, update))
     return replace(
@@ -49,19 +49,19 @@ def less_start(
 def less_starts(
     loaders: Mapping[str, Callable[[], LowRankUpdate]], start: InitialFactorsSource, method: str
 ) -> dict[str, Callable[[], LowRankUpdate]]:
-    """Return loaders of the updates less their starts; nothing is read yet."""
+    """Return loaders of the updates with their initial products subtracted; nothing is read yet."""
     return {name: partial(less_start, load, start, method) for name, load in loaders.items()}
 
 
 def subtracted_note(method: str) -> str:
-    """Return what is to be known of an update less its start, for those that start in W too."""
-    said = f"The product that {method} started from is subtracted: ΔW has rank 2r."
+    """Return the note on an update whose initial product is subtracted."""
+    note = f"The product that {method} started from is subtracted: ΔW has rank 2r."
     if method.lower().startswith(_STARTS_IN_W):
-        said += (
+        note += (
             " It began in directions of W, so that its enrichment and its energy in W's leading "
             "directions lie above chance by that alone."
         )
-    return said
+    return note
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,20 +81,20 @@ class StoredStart:
 
 @dataclass(frozen=True, slots=True)
 class AdapterStart:
-    """The factors of an adapter that was read as it was before training."""
+    """The factors of an adapter that was read in its state before training."""
 
     adapter: Adapter
 
     def __call__(self, request: InitialFactorsRequest) -> Factors:
-        """Return A₀ and B₀ of one module; raise where they are not those of the trained one."""
-        name, own = request.update.name, request.update
+        """Return A₀ and B₀ of one module; raise if they do not fit the trained ones."""
+        name, update = request.update.name, request.update
         first = self.adapter.get(name)
-        wanted = (own.rank, own.shape)
-        if not isinstance(first, LowRankUpdate) or (first.rank, first.shape) != wanted:
-            found = "none" if first is None else f"rank {first.rank} and shape {first.shape}"
+        expected = (update.rank, update.shape)
+        if not isinstance(first, LowRankUpdate) or (first.rank, first.shape) != expected:
+            actual = "none" if first is None else f"rank {first.rank} and shape {first.shape}"
             message = (
                 f"{self.adapter.provenance.location}: the initial factors of '{name}' must have "
-                f"rank {own.rank} and shape {own.shape}, found {found}. Are both of one run?"
+                f"rank {update.rank} and shape {update.shape}, found {actual}. Are both of one run?"
             )
             raise MalformedFileError(message)
         return first.A, first.B
@@ -103,7 +103,7 @@ class AdapterStart:
 def adapter_less_start(
     adapter: Adapter, start: InitialFactorsSource, methods: Mapping[str, str]
 ) -> Adapter:
-    """Return an adapter whose modules in ``methods`` are less what they started from.
+    """Return an adapter with the initial products of the modules in ``methods`` subtracted.
 
     ``methods`` gives the config's ``init_lora_weights`` of each such module, in lower case.
     """
@@ -112,12 +112,12 @@ def adapter_less_start(
         load = partial(adapter.__getitem__, name)
         method = methods.get(name)
         loaders[name] = load if method is None else partial(less_start, load, start, method)  # type: ignore[arg-type]
-    said = subtracted_note(next(iter(methods.values()), "training"))
+    note = subtracted_note(next(iter(methods.values()), "training"))
     source = adapter.provenance
     return Adapter(
         loaders,
         label=adapter.label,
-        provenance=replace(source, rank=None, findings=(*source.findings, *as_findings((said,)))),
+        provenance=replace(source, rank=None, findings=(*source.findings, *as_findings((note,)))),
         saved_modules=adapter.saved_modules,
         config=adapter.config,
         side_tensors=adapter.side_tensors,
@@ -127,7 +127,7 @@ def adapter_less_start(
 def check_start(
     path: object, tensors: NamedTensors, pairs: list[StoredPair], start: StoredStart
 ) -> None:
-    """Raise where the initial factors are not those of the trained modules, by their shapes.
+    """Raise if the initial factors are not those of the trained modules, by their shapes.
 
     A file that PEFT converted holds both already, and has twice the rank.
     """
@@ -135,13 +135,13 @@ def check_start(
         if pair.module not in start.pairs:
             message = f"{start.tensors.path}: it holds no initial factors of '{pair.module}'."
             raise MalformedFileError(message)
-        own = (pair.a.shape(tensors), pair.b.shape(tensors))
+        factors = (pair.a.shape(tensors), pair.b.shape(tensors))
         first = start.pairs[pair.module]
         initial = (first.a.shape(start.tensors), first.b.shape(start.tensors))
-        if own != initial:
+        if factors != initial:
             message = (
-                f"{path}: '{pair.module}' has factors {own[0]} and {own[1]}, the initial ones in "
-                f"{start.tensors.path} are {initial[0]} and {initial[1]}. They must be of one run; "
-                "twice the rank is a file that was converted, whose product is the update."
+                f"{path}: '{pair.module}' has factors {factors[0]} and {factors[1]}, the initial "
+                f"ones in {start.tensors.path} are {initial[0]} and {initial[1]}. They must be of "
+                "one run; twice the rank is a file that was converted, whose product is the update."
             )
             raise MalformedFileError(message)

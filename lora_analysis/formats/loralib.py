@@ -71,11 +71,11 @@ def _complete(stored: StoredModules) -> AdapterParts:
     for pair in stored.pairs():
         _add(content, tensors, pair, stored.options)
     scale = number(tensors.metadata.get(SCALE))
-    stated = UNKNOWN_SCALE if scale is None else StatedScale(scale, None, "metadata")
+    file_scale = UNKNOWN_SCALE if scale is None else StatedScale(scale, None, "metadata")
     interleaved = any(map(interleaves, content.fused))
     return AdapterParts(
         pairs=content.pairs,
-        scale=lambda _pair, _rank: stated,
+        scale=lambda _pair, _rank: file_scale,
         reason="loralib's files state no alpha",
         divisors=content.divisors,
         config={FUSED_PARTS: content.fused} if content.fused else None,
@@ -91,7 +91,7 @@ FORMAT: Final = KeyScheme("loralib", (_KEY,), _complete)
 
 
 def _add(content: _Content, tensors: NamedTensors, pair: StoredPair, options: ReadOptions) -> None:
-    """Add what one module's two tensors hold: a plain update, blocks of one, or a convolution's."""
+    """Add the content of one module's two tensors: a plain update, blocks, or a convolution."""
     module = _NESTING.sub("", pair.module)
     a, b = pair.a.name, pair.b.name
     last = module.rpartition(".")[2]
@@ -119,7 +119,7 @@ def _stated_blocks(tensors: NamedTensors) -> tuple[bool, ...] | None:
 
 
 def _kernel(tensors: NamedTensors, pair: StoredPair, options: ReadOptions) -> int | None:
-    """Return the width of a convolution's kernel; None where the module is none.
+    """Return the width of a convolution's kernel; None if the module is not one.
 
     The frozen kernel tells, where it is in the file; else the module's name says that there is
     one, and the caller how wide it is.

@@ -164,14 +164,14 @@ def _scale(config: Mapping[str, Any]) -> tuple[StatedScale, list[str]]:
         or (scale := finite_number(parameters.get("scale"))) is None
     ):
         return UNKNOWN_SCALE, []
-    stated = StatedScale(scale, None, "config")
+    file_scale = StatedScale(scale, None, "config")
     if "num_layers" in config and "fine_tune_type" in config:
-        return stated, []
+        return file_scale, []
     alpha, rank = (finite_number(parameters.get(key)) for key in ("alpha", "rank"))
     other = ""
     if alpha is not None and rank:
         other = f", here {scale * alpha / rank:g}"
-    return stated, [
+    return file_scale, [
         f"The scale {scale:g} is taken from lora_parameters. mlx-lm up to 0.14 applied "
         f"scale·alpha/rank{other}, and nothing in this configuration tells its version: pass "
         "scale= if it was that old. Only the size of every update depends on it."

@@ -77,7 +77,7 @@ def formats_for(path: Path, options: ReadOptions) -> Iterator[Format]:
         first = ("pairs",)
     elif (path / "adapter_config.json").is_file():
         first = ("peft.reader",)
-    for entry in (*first, *(entry for entry in READERS if entry not in first)):
+    for entry in (*first, *READERS):
         if isinstance(entry, str):
             yield cast("Format", import_module(f"lora_analysis.formats.{entry}").FORMAT)
         else:

@@ -252,11 +252,11 @@ def run_facts(folder: Path) -> RunFacts:
     facts: RunFacts = {}
     for manifest in (folder / "manifest.json", folder.parent / "manifest.json"):
         if manifest.is_file():
-            if stated := config_at(manifest):
+            if fields := config_at(manifest):
                 for key, kind in (("seed", int), ("task", str), ("step", int)):
-                    if type(stated.get(key)) is kind:
-                        facts[key] = stated[key]  # type: ignore[literal-required]
-                facts["metrics"] = _finite_numbers(stated.get("metrics"))
+                    if type(fields.get(key)) is kind:
+                        facts[key] = fields[key]  # type: ignore[literal-required]
+                facts["metrics"] = _finite_numbers(fields.get("metrics"))
             break
     if "step" not in facts:
         step = config_at(folder / "trainer_state.json").get("global_step")

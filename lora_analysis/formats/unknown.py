@@ -1,4 +1,4 @@
-"""The error for a source that no format recognizes: what it holds, and what could be done."""
+"""The error for a source that no format recognizes: its content, and the next step."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _LOOKED_AT: Final = 50
 
 
 def unknown_format(path: Path, options: ReadOptions) -> UnknownFormatError:
-    """Return the error that says what lies at ``path``; raise where looking already fails."""
+    """Return the error that describes ``path``; raise if opening it already fails."""
     if path.is_dir():
         return _unknown_folder(path, options)
     regular_file_size(path)
@@ -57,7 +57,7 @@ def unknown_format(path: Path, options: ReadOptions) -> UnknownFormatError:
 
 
 def _is_closed_pickle(path: Path, options: ReadOptions) -> bool:
-    """Say whether a file is, or is called, a pickle, and the caller has not allowed those."""
+    """Return True if a file is, or is called, a pickle, and the caller has not allowed those."""
     if options.allow_pickle or path.suffix == ".npz" or tensors_at(path, options) is not None:
         return False
     return path.suffix.lower() in PICKLE_SUFFIXES or is_pickle(path)
@@ -67,8 +67,8 @@ def _unknown_folder(folder: Path, options: ReadOptions) -> UnknownFormatError:
     names = sorted(entry.name for entry in folder.iterdir())
     if not names:
         return UnknownFormatError(f"{folder}: the folder is empty.")
-    shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-    text = f"{folder}: no adapter was recognized. The folder holds: {shown}."
+    first = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    text = f"{folder}: no adapter was recognized. The folder holds: {first}."
     stored = [folder / name for name in names if name.endswith(".safetensors")]
     kinds = [
         f" {name}: this is {kind}"
@@ -88,7 +88,7 @@ def _unknown_folder(folder: Path, options: ReadOptions) -> UnknownFormatError:
 
 
 def _impostor(path: Path) -> str:
-    """Return what a file is, if it is not what an adapter's file would be; "" for all others."""
+    """Return a description of a file that cannot be an adapter's; empty for all others."""
     if not path.is_file():
         return ""
     with path.open("rb") as stream:
@@ -100,6 +100,6 @@ def _described(tensors: NamedTensors) -> str:
     infos = list(tensors.infos.values())
     first = ", ".join(f"'{info.name}' {info.shape}" for info in infos[:3])
     text = f"it holds {len(infos)} tensors ({first or 'none'})"
-    if stated := tensors.metadata.get("format"):
-        text += f", metadata format '{stated}'"
+    if format := tensors.metadata.get("format"):
+        text += f", metadata format '{format}'"
     return f"{text}; no known naming of LoRA factors."

@@ -108,7 +108,7 @@ _PEFT_OF_COMPONENT: Final = (
         reason=_LOST,
     ),
 )
-# Names by which PEFT's own files and those under FLUX's authors' names are told.
+# Prefixes of PEFT's own files and of those under the names of FLUX's authors.
 _OF_OTHERS: Final = re.compile(
     r"(base_model|diffusion_model|text_encoders|(double|single)_blocks)\."
 )
@@ -131,7 +131,7 @@ def _is_marked(tensors: NamedTensors) -> bool:
 
 def _complete(stored: StoredModules) -> AdapterParts:
     configs = _Metadata.of(stored.path, stored.tensors.metadata)
-    return complete_image(stored, stated=configs.stated)
+    return complete_image(stored, stated_scale=configs.stated_scale)
 
 
 class _Diffusers(KeyScheme):
@@ -181,10 +181,10 @@ def _start_needed(path: Path, start: str) -> UnsupportedMethodError:
 
 
 def with_loaders_scale(adapter: Adapter) -> Adapter:
-    """Return an adapter of a file of diffusers' with the scale that its loaders take.
+    """Return an adapter from a diffusers file with the scale that its loaders take.
 
-    Where nothing in the file states a scale, that of the training is unknown; every program that
-    loads the file multiplies by 1, and a file for such programs is to say the same.
+    If nothing in the file states a scale, that of the training is unknown; every program that
+    loads the file multiplies by 1, and a file for such programs has to state the same.
     """
     source = adapter.provenance
     unknown = [name for name, origin in source.scale_origin.items() if origin == "unknown"]
@@ -215,14 +215,14 @@ def _at_loaders_scale(adapter: Adapter, name: str) -> Update:
 
 @dataclass(frozen=True, slots=True)
 class _Metadata:
-    """PEFT's config of each component; that of a file for one model goes by the empty name."""
+    """PEFT's config of each component; the config of a file for one model has the empty name."""
 
     path: Path
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, path: Path, metadata: Mapping[str, str]) -> _Metadata:
-        """Return what the metadata of a file states, nothing where it has none."""
+        """Return the configs in the metadata of a file, empty if it has none."""
         if METADATA_KEY not in metadata:
             return cls(path)
         fields = parse_json_text(metadata[METADATA_KEY], path, what=f"metadata '{METADATA_KEY}'")
@@ -242,11 +242,11 @@ class _Metadata:
         return prefix, self.configs.get(prefix, {})
 
     def start_of(self, module: str) -> str | None:
-        """Return a module's ``init_lora_weights`` where its product was taken out of the base."""
+        """Return a module's ``init_lora_weights`` if its initial product was subtracted."""
         start = str(self._config_of(module)[1].get("init_lora_weights", True)).lower()
         return start if start.startswith(tuple(SUBTRACTED)) else None
 
-    def stated(self, module: str, rank: int) -> StatedScale | None:
+    def stated_scale(self, module: str, rank: int) -> StatedScale | None:
         """Return the scale that the component's config gives a module of a rank."""
         prefix, config = self._config_of(module)
         if not config or "lora_alpha" not in config:
@@ -262,7 +262,7 @@ class _Metadata:
 
 
 def _check(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise where a config cannot be believed, or names what is not ``s·B·A``."""
+    """Raise if a config has wrong types, or names a method that is not ``s·B·A``."""
     pattern = config.get("alpha_pattern") or {}
     if not isinstance(pattern, dict):
         message = f"{path}: alpha_pattern in '{METADATA_KEY}' must be a JSON object."

@@ -55,7 +55,7 @@ StatedScales = Callable[[str, int], StatedScale | None]
 def complete_image(
     stored: StoredModules,
     *,
-    stated: StatedScales = lambda _module, _rank: None,
+    stated_scale: StatedScales = lambda _module, _rank: None,
     config: Mapping[str, Any] | None = None,
 ) -> AdapterParts:
     """Return the parts of an adapter of an image model.
@@ -64,7 +64,7 @@ def complete_image(
     ----------
     stored
         The keys of its factors.
-    stated
+    stated_scale
         Gives the scale of a module of a rank, if something besides its own tensors states it.
     config
         Facts about the file that a writer of the format needs.
@@ -82,7 +82,7 @@ def complete_image(
     pairs = [_completed(tensors, pair, stored.modules[pair.module]) for pair in stored.pairs()]
     return AdapterParts(
         pairs=pairs,
-        scale=partial(_scale, stored, stated),
+        scale=partial(_scale, stored, stated_scale),
         scale_findings=partial(_scale_findings, stored),
         findings=(
             *_dora_findings(pairs),
@@ -167,7 +167,9 @@ def _with_norms(tensors: NamedTensors, pair: StoredPair, name: str) -> StoredPai
     return replace(pair, variant=DORA, magnitude=tensor(name), magnitude_side=side)
 
 
-def _scale(stored: StoredModules, stated: StatedScales, pair: StoredPair, rank: int) -> StatedScale:
+def _scale(
+    stored: StoredModules, stated_scale: StatedScales, pair: StoredPair, rank: int
+) -> StatedScale:
     """Return the scale by the module's own alpha, else as stated elsewhere, else the format's."""
     keys, pattern = stored.modules[pair.module], stored.patterns[pair.module]
     if "alpha" in keys:
@@ -176,7 +178,7 @@ def _scale(stored: StoredModules, stated: StatedScales, pair: StoredPair, rank: 
         # alpha is divided by the rows of lora_down.
         if alpha != 0 or not pattern.alpha_is_rank:
             return scale_from_alpha(alpha, stored.tensors.infos[keys["A"]].shape[0], "tensor")
-    return stated(pair.module, rank) or pattern.default_scale(rank)
+    return stated_scale(pair.module, rank) or pattern.default_scale(rank)
 
 
 def _number(tensors: NamedTensors, name: str) -> float:
@@ -219,8 +221,8 @@ def _dora_findings(pairs: Sequence[StoredPair]) -> list[Finding]:
 def _facts(metadata: Mapping[str, str]) -> dict[str, Any]:
     """Return base model and seed that kohya's metadata state."""
     facts: dict[str, Any] = {}
-    stated = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name")
-    bases = [metadata[key] for key in stated if metadata.get(key) not in (None, "", "None")]
+    keys = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name")
+    bases = [metadata[key] for key in keys if metadata.get(key) not in (None, "", "None")]
     if bases:
         facts["base_model"] = bases[0]
     if re.fullmatch(r"-?[0-9]{1,19}", metadata.get("ss_seed", "")):

@@ -112,10 +112,10 @@ def _qkv(
 def _enabled(
     tensors: NamedTensors, a: str, b: str, run: Mapping[str, Any]
 ) -> tuple[bool, ...] | None:
-    """Return which of q, k and v the run's settings name, or all where there are three groups."""
-    stated = [run.get(f"lora_{part}") for part in ("query", "key", "value")]
-    if all(isinstance(enabled, bool) for enabled in stated):
-        return tuple(stated)
+    """Return the flags of q, k and v in the run's settings; all three if there are three groups."""
+    flags = [run.get(f"lora_{part}") for part in ("query", "key", "value")]
+    if all(isinstance(enabled, bool) for enabled in flags):
+        return tuple(flags)
     shapes = tensors.infos[a].shape, tensors.infos[b].shape
     three = is_merged(tensors, a, b) and shapes[0][0] == 3 * shapes[1][1]
     return (True, True, True) if three else None
@@ -128,7 +128,7 @@ def _widths(
     model: Mapping[str, Any],
     options: ReadOptions,
 ) -> tuple[int, ...] | None:
-    """Return the rows of q, k and v; None where those enabled have equally many.
+    """Return the rows of q, k and v; None if those enabled have equally many.
 
     Raises
     ------

@@ -156,16 +156,16 @@ def _unfused(
 
 
 def _gate_width(path: Path, tensors: NamedTensors, plain: StoredPair) -> int | None:
-    """Return how many rows of a fused gate and up are the gate's, None where that is not known.
+    """Return the number of the gate's rows in a fused gate and up, None if it is unknown.
 
-    Where a configuration says that the tensors were not split over devices, the gate lies above
-    up; that there are both follows from rows twice the width that the configuration states.
+    If a configuration says that the tensors were not split over devices, the gate is above up;
+    that there are both follows from rows twice the width that the configuration states.
     """
     rows = tensors.infos[plain.b.name].shape[0]
     for name in _CONFIGS:
-        stated = trainer_settings(path.with_name(name))
-        width = count(stated.get("ffn_hidden_size"))
-        whole = count(stated.get("tensor_model_parallel_size")) == 1
+        settings = trainer_settings(path.with_name(name))
+        width = count(settings.get("ffn_hidden_size"))
+        whole = count(settings.get("tensor_model_parallel_size")) == 1
         if whole and width is not None and rows == 2 * width:
             return width
     return None

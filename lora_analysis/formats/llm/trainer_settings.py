@@ -18,7 +18,7 @@ def trainer_settings(path: Path) -> dict[str, Any]:
     """
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
         """Takes the tags of Python objects, which some trainers write, for null."""
 
     Loader.add_multi_constructor("", lambda _loader, _suffix, _node: None)

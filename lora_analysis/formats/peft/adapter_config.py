@@ -28,7 +28,7 @@ _PLAIN_INITIALIZATIONS: Final = frozenset(
     {"gaussian", "eva", "orthogonal", "mica", "true", "false"}
 )
 
-# Those that take their product out of the base weight: the update is s·(B·A - B₀·A₀).
+# Those that subtract their initial product from the base weight: the update is s·(B·A - B₀·A₀).
 SUBTRACTED: Final = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "lora_ga": "LoRA-GA"}
 
 _REFUSED_INITIALIZATIONS: Final = {
@@ -43,7 +43,7 @@ _VARIANTS: Final = {
     "enable_lora": "MergedLinear of early PEFT stores the blocks of a fused weight in one",
 }
 
-# What the other methods store, where a word makes the reason plainer than the name does.
+# Content of the files of other methods, if a word makes the reason plainer than the name does.
 _OTHER_METHODS: Final = {
     "LOHA": "a Hadamard product of two products",
     "LOKR": "a Kronecker product",
@@ -81,11 +81,11 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """What an ``adapter_config.json`` says about scale and orientation.
+    """The fields of an ``adapter_config.json`` that decide about the update.
 
-    ``subtracted`` names the method whose initial product was taken out of the base weight,
+    ``subtracted`` names the method whose initial product was subtracted from the base weight,
     ``start`` spells it as the file does. ``replicated`` holds the ranges of layers that were
-    put one after the other. ``assumed`` tells that the file names no
+    put one after the other. ``assumed`` is True if the file names no
     method. ``raw`` is the whole document, kept for a writer to give back.
     """
 
@@ -122,6 +122,8 @@ class PeftConfig:
     def _value(
         self, module: str, key: str, patterns: Mapping[str, T], default: T | None
     ) -> T | None:
+        if not patterns:
+            return default
         try:
             return pattern_value(module, patterns, default)
         except InputError as error:
@@ -167,7 +169,7 @@ def read_peft_config(path: Path, document: Mapping[str, Any] | None = None) -> P
 
 
 def names_a_method(raw: Mapping[str, Any]) -> bool:
-    """Say whether a configuration is PEFT's, or ms-swift's, which has its fields."""
+    """Return True for a configuration of PEFT, or of ms-swift, which has its fields."""
     return "peft_type" in raw or "swift_type" in raw
 
 
@@ -182,7 +184,7 @@ def method_of(raw: Mapping[str, Any]) -> object:
 
 
 def _refuse_other_methods(path: Path, raw: Mapping[str, Any]) -> None:
-    """Raise where the config names a method whose update is not ``s·B·A``."""
+    """Raise if the config names a method whose update is not ``s·B·A``."""
     peft_type = "LORA" if _is_bare(raw) else method_of(raw)
     if peft_type not in ("LORA", "ADALORA"):
         stored = _OTHER_METHODS.get(str(peft_type), "something else")
@@ -196,8 +198,8 @@ def _refuse_other_methods(path: Path, raw: Mapping[str, Any]) -> None:
             message = f"{path}: {key} is set: {reason}. Not read."
             raise UnsupportedMethodError(message)
     start = str(raw.get("init_lora_weights", True)).lower()
-    known = (*_PLAIN_INITIALIZATIONS, "none", *SUBTRACTED)
-    if start in known or start.startswith(tuple(SUBTRACTED)):
+    readable = (*_PLAIN_INITIALIZATIONS, "none", *SUBTRACTED)
+    if start in readable or start.startswith(tuple(SUBTRACTED)):
         return
     reason = _REFUSED_INITIALIZATIONS.get(
         start, "whether the base weight was changed with it is not known"
@@ -209,7 +211,7 @@ def _refuse_other_methods(path: Path, raw: Mapping[str, Any]) -> None:
 def _optional(
     check: Callable[[Path, str, Any], T], path: Path, key: str, raw: Mapping[str, Any]
 ) -> T | None:
-    """Return a field's checked value, None where it is absent or null."""
+    """Return a field's checked value, None if it is absent or null."""
     value = raw.get(key)
     return None if value is None else check(path, key, value)
 
@@ -217,12 +219,12 @@ def _optional(
 def _pattern(
     check: Callable[[Path, str, Any], T], path: Path, key: str, raw: Mapping[str, Any]
 ) -> ModulePatterns[T]:
-    """Return a checked mapping of module patterns to numbers, empty where it is absent."""
-    found = raw.get(key) or {}
-    if not isinstance(found, dict):
-        raise _wrong(path, key, found, "an object of module patterns")
+    """Return a checked mapping of module patterns to numbers, empty if it is absent."""
+    patterns = raw.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise _wrong(path, key, patterns, "an object of module patterns")
     return ModulePatterns(
-        {name: check(path, f"{key}[{name!r}]", value) for name, value in found.items()}
+        {name: check(path, f"{key}[{name!r}]", value) for name, value in patterns.items()}
     )
 
 
@@ -258,13 +260,13 @@ def _names(path: Path, key: str, value: Any) -> tuple[str, ...]:
 
 def _ranges(path: Path, key: str, value: Any) -> tuple[tuple[int, int], ...]:
     """Return pairs of layer numbers, first and one past the last."""
-    found = []
+    ranges = []
     for pair in value if isinstance(value, list) else [None]:
         first, stop = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
         if type(first) is not int or type(stop) is not int or not 0 <= first < stop <= _MAX_LAYERS:
             raise _wrong(path, key, value, "a list of [first, one past the last] layers")
-        found.append((first, stop))
-    return tuple(found)
+        ranges.append((first, stop))
+    return tuple(ranges)
 
 
 def _blocks(path: Path, key: str, value: Any) -> Blocks | None:
@@ -282,7 +284,7 @@ def _blocks(path: Path, key: str, value: Any) -> Blocks | None:
     return Blocks(1 if count is None else count, in_a, in_b)
 
 
-def _wrong(path: Path, key: str, value: Any, wanted: str) -> MalformedFileError:
-    shown = repr(value)
-    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-    return MalformedFileError(f"{path}: {key} must be {wanted}, found {shown}.")
+def _wrong(path: Path, key: str, value: Any, expected: str) -> MalformedFileError:
+    text = repr(value)
+    text = text if len(text) <= 80 else f"{text[:77]}..."
+    return MalformedFileError(f"{path}: {key} must be {expected}, found {text}.")

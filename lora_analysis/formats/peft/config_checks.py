@@ -1,4 +1,4 @@
-"""``adapter_config.json`` against the tensors: what the config promises and the file lacks.
+"""Compare ``adapter_config.json`` with the tensors: which modules, layers and ranks are missing.
 
 No rule compares types of modules with each other: models that mix kinds of layers (attention in
 every fourth, experts in some) would be accused. Each rule looks at one type's own layers, or at one
@@ -37,7 +37,7 @@ _MAX_LAYERS: Final = 10_000
 
 @dataclass(frozen=True, slots=True)
 class StoredModules:
-    """What a file holds, in the names by which the config knows it.
+    """The content of a file, under the names of modules that the config uses.
 
     ``adapted`` are the modules with factors, ``pruned`` those that AdaLoRA cut to rank 0, ``saved``
     tensors trained in full, ``biases`` biases of the base among them.
@@ -50,16 +50,15 @@ class StoredModules:
 
 
 def config_gaps(config: PeftConfig, stored: StoredModules) -> list[Finding]:
-    """Return what the config promises and the file lacks, and the reverse."""
+    """Return findings about modules that only the config, or only the file, has."""
     if config.path is None:
         return []
-    findings = [
-        *_target_findings(config, stored),
-        *_layer_findings(config, stored),
-        *_saved_findings(config, stored),
-    ]
-    if _bias(config) and not stored.biases:
-        findings.append(Finding("config-biases-missing", {"bias": _bias(config)}))
+    findings = [*_target_findings(config, stored), *_layer_findings(config, stored)]
+    if config.modules_to_save:
+        findings += _saved_findings(config, stored)
+    bias = config.raw.get("bias")
+    if isinstance(bias, str) and bias not in ("", "none") and not stored.biases:
+        findings.append(Finding("config-biases-missing", {"bias": bias}))
     return findings
 
 
@@ -70,12 +69,12 @@ def saves(config: PeftConfig, tensor: str) -> bool:
     a segment too; it adds the heads of classifiers, and with ``ensure_weight_tying`` the module
     that shares its weight with a saved embedding.
     """
-    wanted = _modules_to_save(config)
+    saved = _modules_to_save(config)
     modules = _owners(tensor)
-    if _endings(modules, wanted):
+    if _endings(modules, saved):
         return True
     tied = config.raw.get("ensure_weight_tying") is True
-    return tied and _is_tied(modules) and any(_is_tied([name]) for name in wanted)
+    return tied and _is_tied(modules) and any(_is_tied([name]) for name in saved)
 
 
 def _owners(tensor: str) -> list[str]:
@@ -104,11 +103,6 @@ def _is_tied(modules: Iterable[str]) -> bool:
     return any(map(may_be_tied, modules))
 
 
-def _bias(config: PeftConfig) -> str:
-    bias = config.raw.get("bias", "none")
-    return bias if isinstance(bias, str) and bias != "none" else ""
-
-
 def _targets(config: PeftConfig) -> str | list[str] | None:
     """Return ``target_modules`` if modules can be compared with it."""
     targets = config.raw.get("target_modules")
@@ -121,7 +115,7 @@ def _targets(config: PeftConfig) -> str | list[str] | None:
 
 def _target_findings(config: PeftConfig, stored: StoredModules) -> list[Finding]:
     targets = _targets(config)
-    findings = _excluded_findings(config, stored)
+    findings = _excluded_findings(config, stored) if config.raw.get("exclude_modules") else []
     if targets is None:
         return findings
     names = [*stored.adapted, *stored.pruned]
@@ -290,9 +284,9 @@ def _saved_findings(config: PeftConfig, stored: StoredModules) -> list[Finding]:
 def rank_finding(
     config: PeftConfig, names: Mapping[str, str], ranks: Mapping[str, int]
 ) -> list[Finding]:
-    """Return where the config gives other ranks than the factors have; AdaLoRA cuts its own."""
-    stated = {module: config.stated_rank(names.get(module, module)) for module in ranks}
-    differing = [module for module in ranks if stated[module] not in (None, ranks[module])]
+    """Return the finding about ranks that differ from the config's; AdaLoRA cuts its own."""
+    config_ranks = {module: config.stated_rank(names.get(module, module)) for module in ranks}
+    differing = [module for module in ranks if config_ranks[module] not in (None, ranks[module])]
     if not differing or config.adalora:
         return []
     first = differing[0]
@@ -300,7 +294,7 @@ def rank_finding(
         "modules": len(differing),
         "of": len(ranks),
         "first": first,
-        "stated": stated[first],
+        "stated": config_ranks[first],
         "rank": ranks[first],
     }
     return [Finding("config-rank-differs", fields)]

@@ -106,7 +106,7 @@ FORMAT: Final = _FrameworkDump()
 
 
 def _parts(folder: Path) -> str:
-    """Return what the parts of a checkpoint in a folder are, nothing where there are none."""
+    """Return a description of the parts of a checkpoint in a folder, empty if there are none."""
     if any(folder.glob("*.distcp")):
         return (
             "a distributed checkpoint of FSDP (*.distcp). Put it together with "
@@ -143,7 +143,7 @@ def _check_gathered(path: Path, tensors: TensorFiles) -> None:
 
 
 def _config(path: Path) -> PeftConfig:
-    """Return PEFT's configuration beside the dump, an empty one where there is none."""
+    """Return PEFT's configuration beside the dump, an empty one if there is none."""
     config = path.with_name(CONFIG_NAME)
     if not config.is_file():
         return PeftConfig()

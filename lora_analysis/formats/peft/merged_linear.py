@@ -38,11 +38,6 @@ if TYPE_CHECKING:
 NAME: Final = "peft-merged"
 
 
-def is_merged_linear(files: AdapterFiles) -> bool:
-    """Return True if the config of an adapter says ``enable_lora``."""
-    return bool(files.config and files.config.get("enable_lora"))
-
-
 def read_merged_linear(files: AdapterFiles, options: ReadOptions) -> Adapter:
     """Read an adapter whose config says ``enable_lora``.
 

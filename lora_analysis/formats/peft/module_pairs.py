@@ -1,11 +1,11 @@
-"""From the sorted keys of a PEFT file to the two factors of each module, whatever the layer."""
+"""The two factors of each module of a PEFT file, for every kind of layer."""
 
 from __future__ import annotations
 
 import math
 import re
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import MalformedFileError, UnsupportedMethodError
@@ -27,11 +27,10 @@ if TYPE_CHECKING:
 
     from lora_analysis.formats.factors import FactorRole
     from lora_analysis.formats.options import ReadOptions
-    from lora_analysis.formats.peft.adapter_config import PeftConfig
+    from lora_analysis.formats.peft.adapter_config import Blocks, PeftConfig
     from lora_analysis.formats.peft.tensor_keys import Part, SortedKeys
     from lora_analysis.storage.tensors import NamedTensors
 
-# Where PEFT looks for the layers that it replicates.
 # Conv3d's kernel has three axes beside those of the channels.
 _CONV_AXES: Final = 5
 _LAYER = re.compile(
@@ -54,9 +53,9 @@ KASA = "KaSA"
 
 @dataclass(slots=True)
 class ModulePairs:
-    """The pairs of one adapter, and what has to be said of some of them.
+    """The pairs of one adapter, and findings about them.
 
-    ``config_names`` holds, where it is another, the name by which the config knows a module.
+    ``config_names`` holds the name of a module in the config, if it is another one.
     """
 
     pairs: list[StoredPair] = field(default_factory=list)
@@ -86,8 +85,10 @@ def module_pairs(
     """
     content = ModulePairs()
     extras = keys.extras.get(chosen, {})
-    _check_names(path, keys)
-    factors = _without_pruned(tensors, keys.factors[chosen], extras, content)
+    factors = keys.factors[chosen]
+    if keys.extras:
+        _check_names(path, keys)
+        factors = _without_pruned(tensors, factors, extras, content)
     factors = _without_placeholders(path, tensors, factors, content.findings)
     _refuse_slices(path, tensors, factors, config)
     stacks: list[ExpertPairs] = []
@@ -100,7 +101,7 @@ def module_pairs(
             pair = _layer(tensors, plain, config)
             expert = expert_pairs(path, tensors, pair, factors, config=config, options=options)
         if expert is not None:
-            content.pairs += [_with_base_name(path, member, config) for member in expert.pairs]
+            content.pairs += expert.pairs
             content.config_names |= expert.config_names
             stacks.append(expert)
             continue
@@ -110,15 +111,20 @@ def module_pairs(
                 "expert parameter, of which target_parameters in the config should tell the name."
             )
             raise UnsupportedMethodError(message)
-        pair = _expanded(path, pair, config)
-        pair = _with_kernel(tensors, pair, stored, options)
-        content.pairs.append(_with_base_name(path, _variant(path, pair, stored, config), config))
+        if config.blocks is not None:
+            pair = _expanded(path, pair, config.blocks)
+        if _is_flat_kernel(pair, stored):
+            pair = _with_kernel(tensors, pair, options)
+        content.pairs.append(_variant(path, pair, stored, config))
         if name := stored.get("rank divisor"):
             content.divisors[plain.module] = name
-    _check_leftovers(path, factors, extras)
+    if config.replicated:
+        content.pairs = [_with_base_name(path, pair, config) for pair in content.pairs]
     content.findings += expert_findings(stacks, config, options)
     content.findings += _findings(content.pairs)
-    content.findings += _kernel_findings(content.pairs, extras, options)
+    if extras:
+        _check_leftovers(path, factors, extras)
+        content.findings += _kernel_findings(content.pairs, extras, options)
     if config.replicated:
         content.findings.append(Finding("layers-replicated"))
     return content
@@ -129,7 +135,7 @@ def _expected_key(module: str, role: str) -> str:
 
 
 def _check_names(path: object, keys: SortedKeys) -> None:
-    """Raise where what belongs to factors goes by another adapter's name than any of them."""
+    """Raise if a tensor that belongs to factors has another adapter's name than any of them."""
     for name in keys.extras.keys() - keys.factors.keys():
         first = next(iter(next(iter(keys.extras[name].values())).values()))
         message = f"{path}: '{first}' belongs to no factors of its adapter."
@@ -169,7 +175,7 @@ def _check_kind(path: object, pair: StoredPair, stored: Mapping[Part, str]) -> N
 
 
 def _layer(tensors: NamedTensors, pair: StoredPair, config: PeftConfig) -> StoredPair:
-    """Return the pair with the layout of the layer it belongs to, told by its keys and shapes."""
+    """Return the pair with the layout of its layer, by its keys and shapes."""
     if "lora_embedding_" in pair.a.name:
         return replace(pair, layout="embedding")
     a, b = (factor.shape(tensors) for factor in (pair.a, pair.b))
@@ -184,7 +190,7 @@ def _layer(tensors: NamedTensors, pair: StoredPair, config: PeftConfig) -> Store
     )
 
 
-def _expanded(path: object, pair: StoredPair, config: PeftConfig) -> StoredPair:
+def _expanded(path: object, pair: StoredPair, blocks: Blocks) -> StoredPair:
     """Return the pair with BD-LoRA's block-diagonal factor whole; it is stored as stacked blocks.
 
     PEFT (``BdLoraConfig``) compares each entry with any part of the module's name.
@@ -194,8 +200,7 @@ def _expanded(path: object, pair: StoredPair, config: PeftConfig) -> StoredPair:
     MalformedFileError
         The config names the module for both factors.
     """
-    blocks = config.blocks
-    if blocks is None or pair.layout in ("conv", "embedding"):  # PEFT has blocks of matrices alone
+    if pair.layout in ("conv", "embedding"):  # PEFT has blocks of matrices alone
         return pair
     parts = [
         role
@@ -217,16 +222,12 @@ def _is_flat_kernel(pair: StoredPair, stored: Mapping[Part, str]) -> bool:
     return "singular values" in stored and "conv" in pair.module.lower()
 
 
-def _with_kernel(
-    tensors: NamedTensors, pair: StoredPair, stored: Mapping[Part, str], options: ReadOptions
-) -> StoredPair:
+def _with_kernel(tensors: NamedTensors, pair: StoredPair, options: ReadOptions) -> StoredPair:
     """Return AdaLoRA's pair of a 2-D convolution with the layout of one.
 
     Its A is ``(r, c_in·k·k)`` and no tensor tells k: the caller's, else the commonest odd width
     whose square divides the columns.
     """
-    if not _is_flat_kernel(pair, stored):
-        return pair
     columns = pair.a.shape(tensors)[-1]
     widths = _WIDTHS if options.kernel is None else (options.kernel,)
     width = next((k for k in widths if columns % (k * k) == 0), None)
@@ -267,7 +268,7 @@ def _up_factor(a: tuple[int, ...], b: tuple[int, ...], factor: StoredFactor) -> 
 def _variant(
     path: object, pair: StoredPair, stored: Mapping[Part, str], config: PeftConfig
 ) -> StoredPair:
-    """Return the pair with what its method stores beside the two factors."""
+    """Return the pair with the tensors that its method stores next to the two factors."""
     if values := stored.get("singular values"):
         return replace(pair, a=pair.a.scaled_rows(tensor(values)))
     if diagonal := stored.get("diagonal"):
@@ -284,14 +285,14 @@ def _variant(
 
 
 def _with_base_name(path: object, pair: StoredPair, config: PeftConfig) -> StoredPair:
-    """Return the pair with the name of the original layer where layers were replicated."""
+    """Return the pair with the name of the original layer if layers were replicated."""
     name = pair.base_name or pair.module
     match = _LAYER.match(name)
-    if not config.replicated or match is None:
+    if match is None:
         return pair
     origins = chain.from_iterable(range(*span) for span in config.replicated)
     index = int(match["index"])
-    origin = next((one for at, one in enumerate(origins) if at == index), None)
+    origin = next(islice(origins, index, None), None)
     if origin is None:
         message = f"{path}: '{pair.module}' is beyond the layers that layer_replication makes."
         raise MalformedFileError(message)
@@ -361,34 +362,34 @@ def _without_placeholders(
     MalformedFileError
         Factors are empty, or no matrices.
     """
+    lost: dict[str, str] = {}
+    for module, stored in factors.items():
+        for key in stored.values():
+            shape = tensors.infos[key].shape
+            if len(shape) < 2 or 0 in shape:
+                lost.setdefault(module, key)
+    if not lost:
+        return dict(factors)
     shapes = {
-        module: {name: tensors.infos[name].shape for name in stored.values()}
+        module: [tensors.infos[key].shape for key in stored.values()]
         for module, stored in factors.items()
     }
-    flat = {module for module, named in shapes.items() if any(map(_is_lost, named.values()))}
-    if not flat:
-        return dict(factors)
-    stacks = any(len(shape) == 3 for named in shapes.values() for shape in named.values())
-    absent = {module_type(module) for module in flat}
-    present = {module_type(module) for module in factors if module not in flat}
-    empty = all(0 in shape for module in flat for shape in shapes[module].values())
+    stacks = any(len(shape) == 3 for pair in shapes.values() for shape in pair)
+    absent = {module_type(module) for module in lost}
+    present = {module_type(module) for module in factors if module not in lost}
+    empty = all(0 in shape for module in lost for shape in shapes[module])
     if stacks and empty and absent.isdisjoint(present):
-        fields = {"modules": len(flat), "types": sorted(absent)}
+        fields = {"modules": len(lost), "types": sorted(absent)}
         findings.append(Finding("empty-placeholders", fields))
-        return {module: stored for module, stored in factors.items() if module not in flat}
-    name, shape = next((n, s) for m in factors if m in flat for n, s in shapes[m].items()
-                       if _is_lost(s))  # fmt: skip
+        return {module: stored for module, stored in factors.items() if module not in lost}
+    name = next(iter(lost.values()))
     message = (
-        f"{path}: the factors of {len(flat)} of {plural(len(factors), 'module')} are empty or flat "
-        f"(first: tensor '{name}' has shape {shape}; a factor must be a non-empty matrix): the "
-        "file was saved from a sharded training (DeepSpeed ZeRO-3, FSDP) without gathering the "
-        f"parts. {_GATHER}"
+        f"{path}: the factors of {len(lost)} of {plural(len(factors), 'module')} are empty or flat "
+        f"(first: tensor '{name}' has shape {tensors.infos[name].shape}; a factor must be a "
+        "non-empty matrix): the file was saved from a sharded training (DeepSpeed ZeRO-3, FSDP) "
+        f"without gathering the parts. {_GATHER}"
     )
     raise MalformedFileError(message)
-
-
-def _is_lost(shape: tuple[int, ...]) -> bool:
-    return len(shape) < 2 or 0 in shape
 
 
 def _refuse_slices(
@@ -397,7 +398,7 @@ def _refuse_slices(
     factors: Mapping[str, dict[FactorRole, str]],
     config: PeftConfig,
 ) -> None:
-    """Raise where every pair is what one rank of a sharded training holds of it.
+    """Raise if every pair is the part of one rank of a sharded training.
 
     FSDP2 divides the rows of each tensor: A ``(r, d_in)`` becomes ``(r/n, d_in)``, B
     ``(d_out, r)`` becomes ``(d_out/n, r)``, so that B still has the rank that the config states.
@@ -415,8 +416,8 @@ def _refuse_slices(
         a, b = (tensors.infos[stored[role]].shape for role in ("A", "B"))
         if len(a) != 2 or len(b) != 2:
             continue
-        stated = config.stated_rank(module)
-        if a[0] >= b[1] or (stated is not None and stated != b[1]):
+        config_rank = config.stated_rank(module)
+        if a[0] >= b[1] or (config_rank is not None and config_rank != b[1]):
             return
         ranks.add(math.ceil(b[1] / a[0]))
         first = first or (module, a, b)

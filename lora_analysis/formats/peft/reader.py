@@ -39,7 +39,7 @@ from lora_analysis.formats.peft.config_checks import (
 )
 from lora_analysis.formats.peft.files import check_weights, locate_peft_files, side_files
 from lora_analysis.formats.peft.merged_linear import NAME as MERGED
-from lora_analysis.formats.peft.merged_linear import is_merged_linear, read_merged_linear
+from lora_analysis.formats.peft.merged_linear import read_merged_linear
 from lora_analysis.formats.peft.module_pairs import (
     ModulePairs,
     divided_scale,
@@ -81,7 +81,7 @@ class _PEFT(Format):
 
     def find(self, files: AdapterFiles, options: ReadOptions) -> list[AdapterRef]:
         """Return the adapter, or one for each name in the keys."""
-        if is_merged_linear(files):
+        if files.config and files.config.get("enable_lora"):
             return [AdapterRef(files.path, MERGED, label_of(files.path))]
         names: list[str | None]
         try:
@@ -108,7 +108,7 @@ class _PEFT(Format):
         UnsupportedMethodError
             The update is not ``s·B·A`` on matrices.
         """
-        if is_merged_linear(files):
+        if files.config and files.config.get("enable_lora"):
             return read_merged_linear(files, options)
         config = PeftConfig()
         if files.config_path is not None:
@@ -137,8 +137,10 @@ class _PEFT(Format):
             ranks = {pair.module: stored_rank(tensors, pair) for pair in pairs}
         rank = common_rank(ranks)
         label = options.label or label_of(files.path, name)
-        stated = {rank for rank in (config.rank, *config.rank_pattern.values()) if rank is not None}
-        loaders = update_loaders(tensors, pairs, scales, label=label, stated_ranks=stated)
+        config_ranks = {
+            rank for rank in (config.rank, *config.rank_pattern.values()) if rank is not None
+        }
+        loaders = update_loaders(tensors, pairs, scales, label=label, stated_ranks=config_ranks)
         return Adapter(
             loaders if start is None else less_starts(loaders, start, config.start),
             label=label,
@@ -154,7 +156,7 @@ class _PEFT(Format):
             ),
             saved_modules=LazyTensors(tensors, saved),
             config={**config.raw, FUSED_PARTS: parts} if parts else config.raw,
-            side_tensors=_side_tensors(tensors, others),
+            side_tensors=_side_tensors(tensors, others) if others else {},
         )
 
 
@@ -250,8 +252,8 @@ def _stated_scale(
     if alpha is None:
         return UNKNOWN_SCALE
     divisor = stored.content.divisors.get(module)
-    stated = divided_scale(stored.tensors, divisor, alpha, rank, config.rank)
-    return stated if options.alpha is None else replace(stated, origin="caller")
+    scale = divided_scale(stored.tensors, divisor, alpha, rank, config.rank)
+    return scale if options.alpha is None else replace(scale, origin="caller")
 
 
 def _choose(files: AdapterFiles, keys: SortedKeys, name: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""What the tensor names of a PEFT file say, key by key."""
+"""Tensor names of a PEFT file, sorted by adapter, module and role."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Part = Literal["A", "B", "singular values", "rank divisor", "diagonal", "magnitu
 
 PREFIX: Final = "base_model.model."
 
-# What a tensor of an adapted module is, by the segment that says so.
+# Roles of the tensors of an adapted module, by a segment of the key.
 _PARTS: Final[dict[str, Part]] = {
     "lora_A": "A",
     "lora_B": "B",
@@ -39,15 +39,15 @@ _WRAPPERS = re.compile(
     r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
     r"|^(module\.)+(?=(_\w+\.)*base_model\.)"
 )
-# What Tinker calls the head of a language model, which no model of transformers has.
+# Tinker's name of the head of a language model, which no model of transformers has.
 _HEAD = re.compile(r"(?:model\.)*(?:language_model\.)?(?:model\.)*unembed_tokens")
-# What VeLoRA keeps for its backward pass; the update does not depend on it.
+# VeLoRA stores it for its backward pass; the update does not depend on it.
 _TRAINING_ONLY = "lora_velora_embed"
 BASE_BIASES: Final = "trained biases of the base"
 _FACTOR_BIASES: Final = "biases of factor B (lora_bias)"
 _TOKENS: Final = "replaced token embeddings"
 _FACTORS_IN_FULL: Final = "factors on a module that is also trained in full"
-# What a model needs to compute the same numbers; the rest is the base's or for training.
+# Tensors that a model needs to compute the same; the rest is the base's or for training.
 ALTERING: Final = frozenset({BASE_BIASES, _FACTOR_BIASES, _FACTORS_IN_FULL, _TOKENS})
 
 # A key segment that starts so belongs to a method whose update is not s·B·A. Segments, not
@@ -95,14 +95,14 @@ _OTHER_METHODS: Final = {
 
 @dataclass(slots=True)
 class SortedKeys:
-    """The tensor names of one file, sorted by what they are.
+    """The tensor names of one file, sorted by their roles.
 
-    ``factors``: adapter name (None where keys carry none) → module → role → tensor name. A
-    module's name ends with ``.base_layer`` where factors lie inside those of the same module.
-    ``extras``: the same for what some methods store beside the two factors.
+    ``factors``: adapter name (None if keys state none) → module → role → tensor name. A
+    module's name ends with ``.base_layer`` if factors lie inside those of the same module.
+    ``extras``: the same for tensors that some methods store next to the two factors.
     ``saved``: adapter name → tensor name in the base model → tensor name in the file.
     ``full``: names, in the base model, of further tensors of modules that are trained in full.
-    ``notes``: what is there and not analyzed → its tensor names.
+    ``notes``: kind of tensors that are not analyzed → their names.
     """
 
     factors: dict[str | None, dict[str, dict[FactorRole, str]]] = field(default_factory=dict)
@@ -117,7 +117,7 @@ class SortedKeys:
 
 
 def has_factors(keys: Iterable[str]) -> bool:
-    """Say whether any tensor name is that of a PEFT factor."""
+    """Return True if any tensor name is that of a PEFT factor."""
     return any(_FACTOR.fullmatch(key) for key in keys)
 
 
@@ -135,23 +135,23 @@ def sort_keys(path: object, keys: Iterable[str]) -> SortedKeys:
     UnsupportedMethodError
         A key belongs to a method whose update is not ``s·B·A``.
     """
-    found = SortedKeys()
+    sorted_keys = SortedKeys()
     for key in keys:
-        _sort_key(path, key, found)
-    return found
+        _sort_key(path, key, sorted_keys)
+    return sorted_keys
 
 
-def _sort_key(path: object, key: str, found: SortedKeys) -> None:
+def _sort_key(path: object, key: str, to: SortedKeys) -> None:
     plain = _WRAPPERS.sub("", key).removeprefix(PREFIX)
     segments = plain.split(".")
     if "original_module" in segments:
-        found.note("frozen copies of modules trained in full", key)
+        to.note("frozen copies of modules trained in full", key)
     elif not _PARTS.keys().isdisjoint(segments):
-        _sort_part(path, key, plain, found)
+        _sort_part(path, key, plain, to)
     elif segments[-1] == "trainable_tokens_delta":
-        found.note(_TOKENS, key)
+        to.note(_TOKENS, key)
     elif _TRAINING_ONLY in segments[-3:]:
-        found.note("VeLoRA's projection of activations, used in training only", key)
+        to.note("VeLoRA's projection of activations, used in training only", key)
     elif method := _other_method(segments):
         message = (
             f"{path}: tensor '{key}' belongs to {method}. Only plain LoRA on matrices, s·B·A, is "
@@ -160,24 +160,24 @@ def _sort_key(path: object, key: str, found: SortedKeys) -> None:
         raise UnsupportedMethodError(message)
     elif "base_layer" in segments:
         what = BASE_BIASES if segments[-1] == "bias" else "copies of base weights"
-        found.note(what, key)
+        to.note(what, key)
     elif match := _SAVED.fullmatch(plain):
         name = f"{match['module']}.{match['rest']}"
-        found.saved.setdefault(match["adapter"], {})[name] = key
+        to.saved.setdefault(match["adapter"], {})[name] = key
     else:
-        found.saved.setdefault(None, {})[plain] = key
+        to.saved.setdefault(None, {})[plain] = key
 
 
-def _sort_part(path: object, key: str, plain: str, found: SortedKeys) -> None:
+def _sort_part(path: object, key: str, plain: str, to: SortedKeys) -> None:
     """File one key that has a segment of an adapted module."""
     segments = plain.split(".")
-    at = max(place for place, segment in enumerate(segments) if segment in _PARTS)
-    module, after = ".".join(segments[:at]), segments[at + 1 :]
+    last = max(i for i, segment in enumerate(segments) if segment in _PARTS)
+    module, after = ".".join(segments[:last]), segments[last + 1 :]
     if "modules_to_save" in segments:
-        found.full.append(plain.replace(".modules_to_save", ""))
-        found.note(_FACTORS_IN_FULL, key)
+        to.full.append(plain.replace(".modules_to_save", ""))
+        to.note(_FACTORS_IN_FULL, key)
     elif _LORA_BIAS.fullmatch(plain):
-        found.note(_FACTOR_BIASES, key)
+        to.note(_FACTOR_BIASES, key)
     elif not module or len(after) > 2 or (len(after) == 2 and after[1] != "weight"):
         message = (
             f"{path}: tensor '{key}' is not <module>.lora_A.weight or <module>.lora_B.weight, with "
@@ -186,8 +186,8 @@ def _sort_part(path: object, key: str, plain: str, found: SortedKeys) -> None:
         raise UnsupportedMethodError(message)
     else:
         adapter = after[0] if after and after[0] != "weight" else None
-        part = _PARTS[segments[at]]
-        modules = (found.factors if part in ("A", "B") else found.extras).setdefault(adapter, {})
+        part = _PARTS[segments[last]]
+        modules = (to.factors if part in ("A", "B") else to.extras).setdefault(adapter, {})
         stored: dict[Part, str] = modules.setdefault(module_name(module), {})  # type: ignore[assignment]
         if part in stored:
             message = f"{path}: '{stored[part]}' and '{key}' are both factor {part} of one module."
