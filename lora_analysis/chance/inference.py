@@ -41,9 +41,9 @@ def benjamini_hochberg(p_values: ArrayLike) -> NDArray[np.float64]:
     """
     p = np.asarray(p_values, dtype=np.float64)
     q = np.full(p.shape, np.nan)
-    known = np.flatnonzero(~np.isnan(p))
-    order = known[np.argsort(p[known])]
-    scaled = p[order] * known.size / np.arange(1, known.size + 1)
+    defined = np.flatnonzero(~np.isnan(p))
+    order = defined[np.argsort(p[defined])]
+    scaled = p[order] * defined.size / np.arange(1, defined.size + 1)
     q[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
     return q
 
@@ -121,18 +121,18 @@ def permute_runs(
         )
         raise InputError(message)
     np.fill_diagonal(values, np.nan)
-    found = task_difference(values, codes)
+    observed = task_difference(values, codes)
     total = _partitions(sizes)
     exact = total <= ALL_RELABELINGS
     relabeled = _all_partitions(sizes) if exact else _random_partitions(codes, draws, seed)
     differences = np.array([task_difference(values, labels) for labels in relabeled])
     # A relabeling that is the same partition must not be lost to rounding; one that missing
     # pairs leave without a difference speaks against the claim.
-    as_large = int(np.count_nonzero(~(differences < found - 1e-12 * abs(found))))
+    as_large = int(np.count_nonzero(~(differences < observed - 1e-12 * abs(observed))))
     count = len(differences)
     p = as_large / count if exact else (as_large + 1) / (count + 1)
     smallest = 1 / total if exact else 1 / (count + 1)
-    return RunPermutation(found, p, smallest, count, exact, len(codes))
+    return RunPermutation(observed, p, smallest, count, exact, len(codes))
 
 
 def task_difference(values: NDArray[np.float64], codes: NDArray[np.intp]) -> float:
@@ -151,8 +151,8 @@ def task_difference(values: NDArray[np.float64], codes: NDArray[np.intp]) -> flo
         NaN where pairs of one task, or of different ones, are missing altogether.
     """
     same = codes[:, None] == codes[None, :]
-    known = ~np.isnan(values)
-    within, between = values[same & known], values[~same & known]
+    defined = ~np.isnan(values)
+    within, between = values[same & defined], values[~same & defined]
     if not (within.size and between.size):
         return float("nan")
     return float(within.mean() - between.mean())

@@ -11,8 +11,8 @@ FILE_CODES: Final[dict[str, Code]] = {
     "names-matched": Code(
         "limit",
         "module names",
-        "{count} of {total} modules have different names in different files and were matched: '{module}' "
-        "is shown as '{shown}'.",
+        "{count} of {total} modules have different names in different files and were matched: "
+        "'{module}' is shown as '{shown}'.",
     ),
     "names-prefix": Code(
         "limit",
@@ -115,8 +115,8 @@ FILE_CODES: Final[dict[str, Code]] = {
         "damage",
         "numbers",
         "B is zero in {count} of {total} modules ({modules}), while other modules of the same "
-        "types and layers were trained: these tensors were probably lost. ΔW of these modules is zero in "
-        "this file.",
+        "types and layers were trained: these tensors were probably lost. ΔW of these modules is "
+        "zero in this file.",
     ),
     "twin-modules": Code(
         "damage",
@@ -327,8 +327,8 @@ FILE_CODES: Final[dict[str, Code]] = {
     "kernel-assumed": Code(
         "limit",
         "modules",
-        "AdaLoRA on {modules} convolutions (first: '{first}'): the file does not state the width of "
-        "the kernels; {kernel} is assumed from the number of columns. ΔW as a matrix is exact. "
+        "AdaLoRA on {modules} convolutions (first: '{first}'): the file does not state the width "
+        "of the kernels; {kernel} is assumed from the number of columns. ΔW as a matrix is exact. "
         "Pass kernel= (command line: --kernel) to set it.",
     ),
     "empty-saved-tensors": Code(
