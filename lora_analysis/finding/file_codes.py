@@ -11,8 +11,8 @@ FILE_CODES: Final[dict[str, Code]] = {
     "names-matched": Code(
         "limit",
         "module names",
-        "{count} of {total} modules have different names in different files and were matched: '{module}' "
-        "is shown as '{shown}'.",
+        "{count} of {total} modules have different names in different files and were matched: "
+        "'{module}' is shown as '{shown}'.",
     ),
     "names-prefix": Code(
         "limit",
@@ -115,8 +115,8 @@ FILE_CODES: Final[dict[str, Code]] = {
         "damage",
         "numbers",
         "B is zero in {count} of {total} modules ({modules}), while other modules of the same "
-        "types and layers were trained: these tensors were probably lost. ΔW of these modules is zero in "
-        "this file.",
+        "types and layers were trained: these tensors were probably lost. ΔW of these modules is "
+        "zero in this file.",
     ),
     "twin-modules": Code(
         "damage",
@@ -260,7 +260,7 @@ FILE_CODES: Final[dict[str, Code]] = {
         "limit",
         "method",
         "MiCA: B is not trained, it holds the base weight's last left singular vectors; the "
-        "output side says nothing about what was learned.",
+        "output side does not show what was learned.",
     ),
     "pruned-to-rank-0": Code(
         "limit",
@@ -281,8 +281,8 @@ FILE_CODES: Final[dict[str, Code]] = {
     "expert-order": Code(
         "limit",
         "experts",
-        "Factors of {experts} experts are stored in one tensor ({parameters}). The columns of B are read "
-        "{order}, {reason}. A wrong order gives different updates of the same size.",
+        "Factors of {experts} experts are stored in one tensor ({parameters}). The columns of B "
+        "are read {order}, {reason}. A wrong order gives different updates of the same size.",
     ),
     "expert-orientation-unknown": Code(
         "limit",
@@ -311,8 +311,8 @@ FILE_CODES: Final[dict[str, Code]] = {
     "kernel-assumed": Code(
         "limit",
         "modules",
-        "AdaLoRA on {modules} convolutions (first: '{first}'): the file does not state the width of "
-        "the kernels; {kernel} is assumed from the number of columns. ΔW as a matrix is exact. "
+        "AdaLoRA on {modules} convolutions (first: '{first}'): the file does not state the width "
+        "of the kernels; {kernel} is assumed from the number of columns. ΔW as a matrix is exact. "
         "Pass kernel= (command line: --kernel) to set it.",
     ),
     "empty-saved-tensors": Code(
