@@ -270,7 +270,7 @@ def test_compare_shows_chance_beside_every_overlap(
     code, out, _ = call(capsys, "compare", saved["small"], saved["large"])
     assert code == 0
     assert out.count("chance") >= 6
-    assert "no reference" in out
+    assert "without reference pairs" in out
     assert "output side" in out
     assert "input side" in out
 

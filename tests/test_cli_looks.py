@@ -49,7 +49,7 @@ def test_compare_says_relation_start_and_cosine_first(
 ) -> None:
     _, out, _ = call(capsys, "compare", *deep, "--label", "{task}")
     assert out.splitlines()[0] == "A, B      first, second"
-    assert "relation  unknown; start: independent" in out
+    assert "relation  unknown; initialization: independent" in out
     assert "q_proj (30)" in out
 
 

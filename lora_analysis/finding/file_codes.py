@@ -276,7 +276,7 @@ FILE_CODES: Final[dict[str, Code]] = {
         "limit",
         "method",
         "MiCA: B is not trained, it holds the base weight's last left singular vectors; the "
-        "output side says nothing about what was learned.",
+        "output side does not show what was learned.",
     ),
     "pruned-to-rank-0": Code(
         "limit",
