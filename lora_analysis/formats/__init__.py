@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lora_analysis.formats.key_scheme import AdapterParts as AdapterParts
+    from lora_analysis.formats.build import AdapterParts as AdapterParts
     from lora_analysis.formats.key_scheme import KeyPattern as KeyPattern
     from lora_analysis.formats.key_scheme import KeyScheme as KeyScheme
     from lora_analysis.formats.load import each_once as each_once
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 # Imported on use: the command line needs the options alone for its help.
 _HOME = {
-    "key_scheme": ("AdapterParts", "KeyPattern", "KeyScheme"),
+    "build": ("AdapterParts",),
+    "key_scheme": ("KeyPattern", "KeyScheme"),
     "load": ("each_once", "expanded", "find_adapters", "load_adapter", "read_adapter"),
     "options": ("ReadOptions",),
     "registry": ("register_format",),

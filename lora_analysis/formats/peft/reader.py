@@ -8,7 +8,7 @@ Reference: PEFT 0.21, ``tuners/lora/layer.py`` (scale) and ``utils/save_and_load
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.adapter import Adapter, Provenance
 from lora_analysis.errors import (
@@ -128,7 +128,7 @@ class _PEFT(Format):
             *_start_findings(config, start),
             *config_findings(tensors.metadata, config.raw, files.weights, files.config_path),
         ]
-        parts = {}
+        parts: dict[str, Any] = {}
         if start is None:  # the initial factors are those of the whole weight
             pairs, scales, parts = parted(tensors, pairs, scales, options, rslora=config.use_rslora)
         if parts:
