@@ -115,7 +115,7 @@ def _enabled(
     """Return the flags of q, k and v in the run's settings; all three if there are three groups."""
     flags = [run.get(f"lora_{part}") for part in ("query", "key", "value")]
     if all(isinstance(enabled, bool) for enabled in flags):
-        return tuple(enabled is True for enabled in flags)
+        return tuple(map(bool, flags))
     shapes = tensors.infos[a].shape, tensors.infos[b].shape
     three = is_merged(tensors, a, b) and shapes[0][0] == 3 * shapes[1][1]
     return (True, True, True) if three else None
