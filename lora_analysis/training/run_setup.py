@@ -329,7 +329,7 @@ def _quiet_transformers() -> Iterator[None]:
     """Silence transformers' messages about a new head: the notes contain them."""
     import transformers
 
-    log = transformers.utils.logging
+    log: Any = transformers.utils.logging
     before, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
     log.disable_progress_bar()
