@@ -150,7 +150,7 @@ def test_finished_runs_are_replaced_by_force_only(
         (["ranks.toml", "--only", "rotate-r2-s1"], 3, "Near names: rotate-r2-s0"),
         (["ranks.toml", "--shard", "0/4"], 2, "shards are counted from 1"),
         (["ranks.toml", "--shard", "5/4"], 2, "no shard 5/4"),
-        (["ranks.toml", "--shard", "half"], 2, "A shard is k/n, as 3/8"),
+        (["ranks.toml", "--shard", "half"], 2, "A shard is k/n, for example 3/8"),
         (["ranks.toml", "--executor", "slurm"], 2, "slurm"),
         (["ranks.toml", "--workers", "0"], 2, "0 is not in the range"),
         (["ranks.toml", "--device", "abacus"], 3, "no device 'abacus'"),

@@ -508,7 +508,7 @@ def test_an_adapter_beside_a_base_is_not_loaded_with_it(
     base = changed_base(models, tmp_path / "base")
     (base / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/else"}')
     done = cli(str(reviews), "--base", str(base), "-o", str(tmp_path / "run"), "--steps", "1")
-    assert "holds an adapter beside the model" in str(done.exception)
+    assert "holds an adapter next to the model" in str(done.exception)
 
 
 def test_a_base_in_a_pickle_is_read_when_asked_alone(

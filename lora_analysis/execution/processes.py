@@ -185,7 +185,7 @@ class _Worker(Generic[Job]):
         return job, attempts  # type: ignore[return-value]  # a busy worker has one
 
     def receive(self) -> object:
-        """Return the worker's message, or `_Lost` if the worker is gone."""
+        """Return the next message of the worker, or `_Lost` if it is gone."""
         try:
             return self.pipe.recv()
         except (EOFError, ConnectionError):
