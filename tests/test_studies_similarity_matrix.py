@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from factories import adapter
-from lora_analysis.studies.representative_modules import chosen_for_pairs
 from test_studies import sweep  # noqa: F401  (a fixture)
 
 from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate, Provenance
@@ -15,6 +14,7 @@ from lora_analysis.conclusions import findings
 from lora_analysis.errors import InputError
 from lora_analysis.pairwise import pairwise
 from lora_analysis.studies import study
+from lora_analysis.studies.relations import choose_tabulated
 from lora_analysis.studies.similarity_matrix import BlockedContribution
 
 
@@ -108,7 +108,7 @@ def test_beyond_a_number_the_tables_hold_a_choice_and_the_similarity_matrix_all(
         for task in ("a", "b")
         for seed in range(6)
     ]
-    assert chosen_for_pairs(made, 4) == [0, 1, 6, 7]
+    assert choose_tabulated(made, 4) == [0, 1, 6, 7]
     few, every = study(made, most_in_pairs=4), study(made)
     assert len(few.pairs) == 6
     assert few.tabulated == ("a-0", "a-1", "b-0", "b-1")
