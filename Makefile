@@ -1,23 +1,22 @@
 # Every target works from a bare clone: Python >= 3.11 and make are all it needs.
 PYTHON ?= python3
+# Versions to install: constraints-lowest.txt has the lowest ones of the core's dependencies.
+CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 
-.PHONY: demo test test-cluster test-faults test-kernels test-peft check figures notebooks docs data \
+.PHONY: demo lint test test-cluster test-faults test-kernels test-peft check figures notebooks docs data \
   bench fuzz clean
 
 demo: .venv/.demo
 	$(BIN)/lora-analysis demo -o runs/demo
 
 # What .ci/run runs: one file of tests a worker, for the fixtures that a file shares.
-test: .venv/.dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+test: lint
 	$(BIN)/pytest -n auto --dist loadfile -m "not cluster and not faults"
 
 # Work through a Ray cluster of two nodes, both on this machine.
 test-cluster: .venv/.dev
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[ray]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[ray]'
 	$(BIN)/pytest -m cluster
 
 # The numeric tests with the kernels of other processors: what this one chooses, those for AVX2, and
@@ -34,15 +33,17 @@ test-kernels: .venv/.dev
 # PEFT's own tests as a client: every adapter that they save is read and compared with PEFT's layers.
 # make test-peft PEFT_TESTS=/path/to/peft/tests, of the version that is installed.
 test-peft: .venv/.dev
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) \
 	  datasets diffusers parameterized
 	cd tests && ../$(BIN)/python -m peft_client $(abspath $(PEFT_TESTS))
 
-# The quick half, for while you work.
-check: .venv/.dev
+lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The quick half, for while you work.
+check: lint
 	$(BIN)/pytest -n auto --dist loadfile -m "not slow and not cluster and not faults"
 
 # Every file operation of every verb that writes fails once, by a full disk, an error or a kill.
@@ -83,18 +84,18 @@ clean:
 	  { echo "Python >= 3.11 is needed; name one with: make PYTHON=/path/to/python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv .venv
 
-.venv/.demo: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo]'
+.venv/.demo: pyproject.toml $(CONSTRAINTS) | .venv/bin/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[demo]'
 	@touch $@
 
-.venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,docs,test]'
+.venv/.dev: pyproject.toml $(CONSTRAINTS) | .venv/bin/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,docs,test]'
 	@touch $@
 
-.venv/.notebook: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo,notebook]'
+.venv/.notebook: pyproject.toml $(CONSTRAINTS) | .venv/bin/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[demo,notebook]'
 	@touch $@
 
-.venv/.docs: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo,docs]'
+.venv/.docs: pyproject.toml $(CONSTRAINTS) | .venv/bin/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[demo,docs]'
 	@touch $@

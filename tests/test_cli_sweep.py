@@ -188,7 +188,7 @@ def test_an_interrupt_ends_it_with_130_and_keeps_what_is_finished(folder: Path) 
         finally:
             process.kill()  # one that does not end would be waited for
     assert (process.returncode, out) == (130, "")
-    assert err.strip() == "Interrupted. What was finished is kept."
+    assert err.strip() == "Interrupted. Finished results are kept."
     hidden = [path for path in (folder / "ranks").rglob(".*") if path.name != RECORD_FOLDER]
     assert not hidden
     assert not list((folder / "ranks").rglob("*.lock"))
