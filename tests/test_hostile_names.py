@@ -26,7 +26,7 @@ from test_report import Page
 from lora_analysis.adapter import Adapter
 from lora_analysis.bases import open_base
 from lora_analysis.report import results_schema, write_report
-from lora_analysis.report.tables import square_table
+from lora_analysis.report.results import square_table
 from lora_analysis.storage.records import RECORD_FOLDER
 from lora_analysis.studies import study
 from lora_analysis.studies.relations import shown_base
@@ -100,7 +100,7 @@ def test_no_cell_of_a_table_is_a_formula_and_every_row_is_a_line(reports: dict[s
 
 
 def test_heads_of_columns_are_no_formulas_either() -> None:
-    from lora_analysis.report.tables import csv_text
+    from lora_analysis.report.results import csv_text
 
     text = csv_text(square_table(["=cmd()", "＋1\n2"], np.eye(2)))
     assert text.splitlines()[0] == "adapter,'=cmd(),'＋1\\n2"
