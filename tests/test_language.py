@@ -34,7 +34,41 @@ FILLERS = frozenset(
     ]
 )
 # Parts whose names and docstrings have not been revised yet; the last one to leave deletes this.
-PENDING = frozenset(path.stem for path in ROOT.iterdir())
+PENDING = frozenset(
+    [
+        "__init__",
+        "__main__",
+        "adapter",
+        "amplify",
+        "bases",
+        "chance",
+        "cli",
+        "conclusions",
+        "demo",
+        "edit",
+        "effective",
+        "errors",
+        "execution",
+        "finding",
+        "formats",
+        "intruders",
+        "linalg",
+        "lora",
+        "names",
+        "patterns",
+        "plots",
+        "progress",
+        "py",
+        "report",
+        "reproduction",
+        "similarity",
+        "spectra",
+        "storage",
+        "text",
+        "training",
+        "weight_changes",
+    ]
+)
 
 
 def part_of(path: Path) -> str:
