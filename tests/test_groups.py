@@ -226,7 +226,7 @@ def test_what_is_no_group_is_refused(rng, updates):
         shared_basis(spectra, "input", k=0)
     with pytest.raises(DegenerateSubspaceError, match=r"2 trained members resolve 5\. Use k <= 5"):
         shared_basis([spectra[0], spectra[2]], "input", k=6)
-    with pytest.raises(InputError, match="start of 2 members was asked for with 1 updates"):
+    with pytest.raises(InputError, match="There are 2 spectra and 1 updates"):
         shared_basis([spectra[0], spectra[2]], "input", updates=updates[:1])
     with pytest.raises(InputError, match="side must be"):
         shared_basis(spectra, "left")
@@ -336,7 +336,7 @@ def test_adapters_are_grouped_module_by_module(rng, workers):
     assert_close(quarter, np.quantile(found.held_out[0], 0.25, axis=0))
 
 
-def test_input_shares_of_a_shared_start_are_marked_and_left_out(rng):
+def test_input_shares_with_a_shared_initialization_are_marked_and_excluded(rng):
     one, two, three = (adapter(rng, modules=2, label=label) for label in "abc")
     names = list(one)
     mixed = {n: replace(two[n], A=one[n].A) if n in names[:3] else two[n] for n in names}
@@ -395,7 +395,7 @@ def test_adapters_that_are_no_group_are_refused(rng):
 
 
 @pytest.mark.real
-def test_checkpoints_of_one_run_share_their_basis_and_their_start(real_adapters):
+def test_checkpoints_of_one_run_share_their_basis_and_their_initialization(real_adapters):
     folder = real_adapters / "qwen2.5-peft"
     run = [read_adapter(folder / name) for name in ("checkpoint-23", "checkpoint-46", "final")]
     found = group_similarity(run)

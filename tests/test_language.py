@@ -41,11 +41,7 @@ PENDING = frozenset(
         "cli",
         "demo",
         "formats",
-        "groups",
-        "pairwise",
         "reproduction",
-        "shared_init",
-        "studies",
     ]
 )
 

@@ -20,7 +20,7 @@ from lora_analysis.similarity import (
     subspace_similarity,
 )
 from lora_analysis.spectra import SIDES, spectrum
-from lora_analysis.studies import pair_products as pairwise_module
+from lora_analysis.studies import pair_products
 
 
 @pytest.fixture
@@ -36,8 +36,8 @@ def updates(rng):
 
 @pytest.mark.parametrize("rows", [1, 4, 1024])
 def test_every_pair_has_the_numbers_of_that_pair_alone(monkeypatch, updates, rows):
-    monkeypatch.setattr(pairwise_module, "_ROWS", rows)
-    monkeypatch.setattr(pairwise_module, "_AT_ONCE", 0 if rows < 1024 else 1024)
+    monkeypatch.setattr(pair_products, "_ROWS", rows)
+    monkeypatch.setattr(pair_products, "_AT_ONCE", 0 if rows < 1024 else 1024)
     spectra = [spectrum(one) for one in updates]
     found = module_pairs(spectra, updates)
     for i, a in enumerate(spectra):
@@ -57,9 +57,9 @@ def test_every_pair_has_the_numbers_of_that_pair_alone(monkeypatch, updates, row
                     grid.chance[-1, -1],
                     grid.dimension,
                 )
-            start = module_init(updates[i], updates[j])
-            assert found.init.row_cosine[i, j] == pytest.approx(start.row_cosine, abs=1e-12)
-            assert found.init.shared[i, j] == start.shared
+            init = module_init(updates[i], updates[j])
+            assert found.init.row_cosine[i, j] == pytest.approx(init.row_cosine, abs=1e-12)
+            assert found.init.shared[i, j] == init.shared
 
 
 def test_the_order_of_the_updates_only_permutes_the_numbers(rng, updates):
@@ -145,7 +145,7 @@ def test_missing_untrained_and_other_shaped_modules_are_left_out_and_no_more(rng
     assert_close(found.total_cosine[0, 1], expected)
 
 
-def test_a_shared_start_is_told_and_left_out_of_the_input_sides_median(rng):
+def test_a_shared_initialization_is_excluded_from_the_input_side_median(rng):
     one = adapter(rng, modules=2, label="one")
     two = adapter(rng, modules=2, label="two")
     names = list(one)

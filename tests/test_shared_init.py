@@ -1,4 +1,4 @@
-"""Shared starts: simulated pairs of every kind, and adapters that others trained."""
+"""Shared initializations: simulated pairs of every kind, and adapters that others trained."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ D = 64
 MODULES = 8
 
 
-def common_starts(one, two):
+def common_inits(one, two):
     return [module_init(a, b) for a, b in zip(one, two, strict=True)]
 
 
@@ -61,8 +61,8 @@ def full_similarity(one, two):
     return [grid[-1, -1] for grid in grids if grid.size]
 
 
-def verdict(one, two):
-    return classify_init(common_starts(one, two), full_similarity(one, two))
+def classified(one, two):
+    return classify_init(common_inits(one, two), full_similarity(one, two))
 
 
 # --- the evidence -----------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def test_the_evidence_equals_loops_over_rows(rng, r1, r2):
     assert (found.module, found.ranks) == ("layers.0.q_proj", (r1, r2))
 
 
-def test_orthogonal_rows_are_held_against_what_random_rows_give(rng):
+def test_orthogonal_rows_are_compared_with_random_rows(rng):
     # Without cross-correlation q is 0; the floor 1/√d keeps z finite.
     A = orthonormal(rng, 20, 4).T
     one = low_rank_update(rng)
@@ -154,12 +154,12 @@ def test_updates_of_different_output_width_have_no_matching_columns(rng):
     assert found.other_cosine == 0
 
 
-# --- verdicts ---------------------------------------------------------------------------------
+# --- conclusions ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("r1", "r2"), [(4, 4), (8, 16), (2, 8), (1, 4)])
-def test_independent_starts_are_called_independent(rng, r1, r2):
-    found = verdict(*pairs(rng, r1, r2, shared=0))
+def test_independent_initializations_are_classified_as_independent(rng, r1, r2):
+    found = classified(*pairs(rng, r1, r2, shared=0))
     assert (found.kind, found.modules, found.compared) == ("independent", (), MODULES)
     assert found.other_cosine is None
     assert not found.contaminates_input
@@ -168,7 +168,7 @@ def test_independent_starts_are_called_independent(rng, r1, r2):
 @pytest.mark.parametrize("drift", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize(("r1", "r2"), [(4, 4), (8, 16), (16, 4), (2, 8)])
 def test_the_same_initial_rows_are_found_through_training_and_other_ranks(rng, r1, r2, drift):
-    found = verdict(*pairs(rng, r1, r2, drift=drift))
+    found = classified(*pairs(rng, r1, r2, drift=drift))
     assert found.kind == "shared initialization"
     assert found.modules == tuple(f"layers.{k}.q_proj" for k in range(MODULES))
     assert abs(found.other_cosine) < 0.4
@@ -176,19 +176,19 @@ def test_the_same_initial_rows_are_found_through_training_and_other_ranks(rng, r
 
 
 def test_some_shared_modules_make_a_pair_partly_shared_and_are_listed(rng):
-    found = verdict(*pairs(rng, shared=3))
+    found = classified(*pairs(rng, shared=3))
     assert found.kind == "partly shared"
     assert found.modules == ("layers.0.q_proj", "layers.1.q_proj", "layers.2.q_proj")
     assert found.compared == MODULES
     assert not found.contaminates_input
 
 
-def test_an_agreeing_other_factor_means_one_run(rng):
+def test_an_agreeing_second_factor_means_the_same_training_run(rng):
     one, _ = pairs(rng)
     later = [
         replace(u, A=u.A + 0.01 * rng.standard_normal(u.A.shape), B=2 * u.B + 0.5) for u in one
     ]
-    found = verdict(one, later)
+    found = classified(one, later)
     assert found.kind == "same training run"
     assert found.other_cosine > 0.8
     assert found.contaminates_input
@@ -200,25 +200,25 @@ def test_a_resized_copy_shares_its_space_though_not_its_rows(rng):
     for update in one:
         turn = orthonormal(rng, 4, 4)
         resized.append(replace(update, A=turn @ update.A, B=update.B @ turn.T))
-    found = verdict(one, resized)
+    found = classified(one, resized)
     assert found.kind == "same input space"
     assert found.contaminates_input
     smaller = [replace(u, A=u.A[:2], B=u.B[:, :2]) for u in resized]  # cut after the rotation
-    assert verdict(one, smaller).kind == "same input space"
+    assert classified(one, smaller).kind == "same input space"
     # Without φ there is nothing to recognize it by.
-    assert classify_init(common_starts(one, resized)).kind == "independent"
+    assert classify_init(common_inits(one, resized)).kind == "independent"
 
 
-def test_correlated_rows_alone_do_not_make_a_start_shared(rng):
+def test_correlated_rows_alone_are_no_shared_initialization(rng):
     # Training pulls every row towards one common direction: c is large, but so is q.
     common = rng.standard_normal(D)
     one, two = (
         [replace(u, A=u.A + np.outer(rng.standard_normal(4), common)) for u in side]
         for side in pairs(rng, shared=0)
     )
-    starts = common_starts(one, two)
-    assert max(abs(start.row_cosine) for start in starts) > 0.5
-    assert classify_init(starts).kind == "independent"
+    inits = common_inits(one, two)
+    assert max(abs(init.row_cosine) for init in inits) > 0.5
+    assert classify_init(inits).kind == "independent"
 
 
 # --- rank one ---------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def rank_one(cosines, other=0.0):
     ]
 
 
-def test_rank_one_modules_carry_no_verdict_of_their_own(rng):
+def test_a_single_rank_one_module_is_inconclusive(rng):
     found = module_init(low_rank_update(rng, rank=1), low_rank_update(rng, rank=1))
     assert (found.cross_cosine, found.z, found.shared) == (None, None, False)
 
@@ -275,13 +275,13 @@ def test_rank_one_pairs_are_judged_by_many_modules_of_one_sign(cosines, other, k
 
 
 def test_simulated_rank_one_pairs(rng):
-    assert verdict(*pairs(rng, 1, 1)).kind == "shared initialization"
-    assert verdict(*pairs(rng, 1, 1, shared=0)).kind == "inconclusive"
+    assert classified(*pairs(rng, 1, 1)).kind == "shared initialization"
+    assert classified(*pairs(rng, 1, 1, shared=0)).kind == "inconclusive"
 
 
 def test_rank_one_modules_among_others_are_passed_over(rng):
-    starts = common_starts(*pairs(rng))
-    found = classify_init([*starts, *rank_one([0.99, 0.0])])
+    inits = common_inits(*pairs(rng))
+    found = classify_init([*inits, *rank_one([0.99, 0.0])])
     assert found.kind == "shared initialization"
     assert found.compared == MODULES
 
@@ -319,7 +319,7 @@ def qwen(folder, name):
 @pytest.mark.real
 @pytest.mark.parametrize("name", ["checkpoint-23", "checkpoint-46"])
 def test_checkpoints_of_one_run_are_called_the_same_run(real_adapters, name):
-    found = verdict(qwen(real_adapters, name), qwen(real_adapters, "final"))
+    found = classified(qwen(real_adapters, name), qwen(real_adapters, "final"))
     assert found.kind == "same training run"
     assert len(found.modules) == found.compared == 48
 
@@ -327,17 +327,17 @@ def test_checkpoints_of_one_run_are_called_the_same_run(real_adapters, name):
 @pytest.mark.real
 @pytest.mark.parametrize(("one", "two"), [(8, 16), (2, 4), (4, 16)])
 def test_separate_trainings_are_called_independent(real_adapters, one, two):
-    found = verdict(
+    found = classified(
         sam_ring(real_adapters, f"lora_rank{one}"), sam_ring(real_adapters, f"lora_rank{two}")
     )
     assert (found.kind, found.compared) == ("independent", 24)
 
 
 @pytest.mark.real
-def test_an_untrained_adapter_is_called_untrained_and_its_start_still_compared(real_adapters):
+def test_the_initialization_of_an_untrained_adapter_is_compared(real_adapters):
     untrained = sam_ring(real_adapters, "untrained")
     assert all(spectrum(update).untrained for update in untrained)
-    assert verdict(untrained, sam_ring(real_adapters, "lora_rank4")).kind == "independent"
+    assert classified(untrained, sam_ring(real_adapters, "lora_rank4")).kind == "independent"
 
 
 @pytest.mark.real
@@ -371,7 +371,7 @@ def test_a_file_against_itself_shares_every_module(rng):
     learned = [
         replace(u, A=u.A + 3 * np.outer(rng.standard_normal(4), common)) for u in pairs(rng)[0]
     ]
-    found = classify_init(common_starts(learned, learned))
+    found = classify_init(common_inits(learned, learned))
     assert found.kind == "same training run"
     assert len(found.modules) == MODULES
 
@@ -439,14 +439,14 @@ def test_shrinking_is_radial_and_turning_is_angular(rng):
         assert_close(moved.radial, 0, atol=1e-12)
 
 
-def test_a_start_of_another_shape_is_refused(rng):
+def test_an_initial_factor_of_a_different_shape_is_refused(rng):
     update = low_rank_update(rng, rank=3)
     with pytest.raises(IncompatibleError, match=r"initial A .* is \(2, 20\), the trained one"):
         drift(update, update.A[:2])
 
 
 @pytest.mark.parametrize("random", ["A", "B"])
-def test_of_an_embedding_the_factor_that_starts_at_random_is_judged(rng, random):
+def test_embeddings_are_compared_by_the_factor_that_is_drawn(rng, random):
     """PEFT draws an embedding's B, mlx-lm its A; the other starts at zero and is learned."""
     first = kaiming(rng, 4, D)
     one, two = (trained(rng, first) for _ in range(2))

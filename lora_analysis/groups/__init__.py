@@ -1,15 +1,20 @@
-"""A group of adapters as a whole: what its members have in common, and what merging them meets.
+"""Group analysis: what N adapters have in common, and how they interfere when merged.
 
-`bases` holds the directions that members share, with each member left out in turn; `merging`
-describes how members add up; `totals` walks over whole adapters, module by module. `stacking` is
-what these share: all directions of a module side by side, and their products. `shares` holds an
-explained share beside its isotropic chance. Pairs are in ``pairwise``.
+`common_directions` computes shared bases and unions of subspaces with each member left out in turn,
+`merging` the interference of members, `adapter_groups` both for whole adapters, module by module.
+`stacking` has the directions of all members and their products, `shares` an explained share with
+its random baseline. Pairs are compared in ``pairwise``.
 """
 
-from lora_analysis.groups.bases import SharedBasis, UnionSubspace, shared_basis, union_subspace
+from lora_analysis.groups.adapter_groups import GroupSimilarity, group_similarity
+from lora_analysis.groups.common_directions import (
+    SharedBasis,
+    UnionSubspace,
+    shared_basis,
+    union_subspace,
+)
 from lora_analysis.groups.merging import Interference, SubspaceAlignment, interference
 from lora_analysis.groups.shares import Shares
-from lora_analysis.groups.totals import GroupSimilarity, group_similarity
 
 __all__ = [
     "GroupSimilarity",

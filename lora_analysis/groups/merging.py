@@ -1,4 +1,4 @@
-"""How the members of a group add up when they are merged, as a description."""
+"""Interference of the members of a group when they are merged, as a description."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_analysis import linalg
 from lora_analysis.errors import InputError, ScaleError
-from lora_analysis.groups.stacking import Stack, stacked
+from lora_analysis.groups.stacking import Stack, stack_directions
 from lora_analysis.spectra import SIDES, Side
 
 if TYPE_CHECKING:
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SubspaceAlignment:
-    """How much of each member the leading directions of the merged update keep, on one side.
+    """Share of each member that the leading directions of the merged update keep, on one side.
 
     Attributes
     ----------
     values
         ``(N,)``, in [0, 1]: ``‖Π_k ΔW_i‖_F/‖ΔW_i‖_F``, a ratio of norms, not of energies. The
-        member is part of the merged update, so chance is a floor, not what unrelated members give.
-        NaN for an untrained member, and for all where the members cancel.
+        member is part of the merged update, so unrelated members exceed the random baseline too.
+        NaN for an untrained member, and for all members if they cancel.
     chance
-        √(k/d): the root mean square of directions that are random against the merged ones.
+        √(k/d): the root mean square for random directions.
     directions
-        k, the directions of the merged update that are kept; 0 where the members cancel.
+        k, the number of directions of the merged update; 0 if the members cancel.
     degenerate
         Whether the k-th and the next singular value of the merged update coincide.
     """
@@ -47,7 +47,7 @@ class SubspaceAlignment:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Interference:
-    """How N updates of one module add up.
+    """How N updates of one module add up when they are merged.
 
     Attributes
     ----------
@@ -56,13 +56,13 @@ class Interference:
     cosine_spread
         Its standard deviation for independent random directions (exact); the mean is 0.
     norm_ratio
-        ``‖Σ ΔW_i‖²/Σ‖ΔW_i‖²``: 0 where the members cancel, 1 where they are orthogonal, N where
-        they are equal.
+        ``‖Σ ΔW_i‖²/Σ‖ΔW_i‖²``: 0 if the members cancel, 1 if they are orthogonal, N if they are
+        equal.
     sti
-        Singular Task Interference, in the units of σ; 0 where all kept directions are orthogonal
-        on either side.
+        Singular Task Interference, in the units of σ; 0 if all directions used are orthogonal on
+        either side.
     relative_sti
-        The same over Σσ of the kept directions: free of the members' size.
+        The same over Σσ of the directions used: independent of the members' norms.
     alignment
         The Subspace Alignment Ratio (SAR) of both sides.
     """
@@ -110,7 +110,7 @@ def interference(
     Parameters
     ----------
     spectra
-        Of ΔW, of one module and shape, with vectors. Untrained members add nothing.
+        Spectra of ΔW of one module and shape, with vectors. Untrained members add nothing.
     k
         Directions of each member in STI; by default all up to its numerical rank.
     epsilon
@@ -123,7 +123,7 @@ def interference(
     IncompatibleError
         The shapes differ.
     ScaleError
-        The scale of a trained member is not known: its weight in the sum is then not, either.
+        The scale of a trained member is not known, so its weight in the sum is not known either.
     DegenerateSubspaceError
         k exceeds a trained member's numerical rank, or cuts between equal singular values.
 
@@ -134,28 +134,28 @@ def interference(
     if not 0 < epsilon < 1:
         message = f"epsilon is a relative error in (0, 1), got {epsilon}."
         raise InputError(message)
-    stacks = {side: stacked(spectra, side) for side in SIDES}
+    stacks = {side: stack_directions(spectra, side) for side in SIDES}
     _check_scales(spectra)
     inner = inner_products(spectra, stacks)
     together, apart = inner.between
     squares = float(np.sum(inner.norms**2))
     pairs = np.triu(np.outer(inner.norms, inner.norms), 1)
     d_out, d_in = spectra[0].shape
-    sti, kept = _singular_task_interference(spectra, stacks, k, inner.unit)
+    sti, total = _singular_task_interference(spectra, stacks, k, inner.unit)
     return Interference(
         module=spectra[0].name,
-        labels=tuple(one.label for one in spectra),
+        labels=tuple(s.label for s in spectra),
         cosine=float(np.clip(together / apart, -1.0, 1.0)),
         cosine_spread=float(np.linalg.norm(pairs) / apart / np.sqrt(float(d_out) * d_in)),
         norm_ratio=max(float(inner.values.sum()) / squares, 0.0),
         sti=sti * inner.unit,
-        relative_sti=sti / kept,
+        relative_sti=sti / total,
         alignment=_alignment(spectra, stacks, inner, epsilon),
     )
 
 
 def _check_scales(spectra: Sequence[Spectrum]) -> None:
-    unknown = [one for one in spectra if one.in_units_of_scale and not one.untrained]
+    unknown = [s for s in spectra if s.in_units_of_scale and not s.untrained]
     if unknown:
         message = (
             f"How the updates of '{unknown[0].name}' add up depends on their scales, and that of "
@@ -167,12 +167,12 @@ def _check_scales(spectra: Sequence[Spectrum]) -> None:
 def inner_products(spectra: Sequence[Spectrum], stacks: Mapping[Side, Stack]) -> InnerProducts:
     """Return ``⟨ΔW_i, ΔW_j⟩ = Σ_ab σ_a τ_b (u_aᵀu_b)(v_aᵀv_b)`` of all members, ``(N, N)``."""
     stack = stacks["input"]
-    norms = np.array([one.norm for one in spectra])
-    unit = float(norms.max())  # squares of extreme norms stay in range
-    relative = np.where([one.untrained for one in spectra], 0.0, norms / unit)
+    norms = np.array([s.norm for s in spectra])
+    unit = float(norms.max())  # so that squares of extreme norms do not overflow
+    relative = np.where([s.untrained for s in spectra], 0.0, norms / unit)
     member = np.zeros((len(stack.weights), len(spectra)))
-    for at, own in enumerate(stack.own):
-        member[own, at] = stack.weights[own] * relative[at]
+    for i, columns in enumerate(stack.columns):
+        member[columns, i] = stack.weights[columns] * relative[i]
     product = stack.gram * stacks["output"].gram
     return InnerProducts(member.T @ product @ member, relative, unit)
 
@@ -180,21 +180,21 @@ def inner_products(spectra: Sequence[Spectrum], stacks: Mapping[Side, Stack]) ->
 def _singular_task_interference(
     spectra: Sequence[Spectrum], stacks: Mapping[Side, Stack], k: int | None, unit: float
 ) -> tuple[float, float]:
-    """Return STI and Σσ of the kept directions, both over ``unit``."""
+    """Return STI and Σσ of the directions used, both over ``unit``."""
     stack = stacks["input"]
     if k is not None:
-        for at in stack.trained:
-            spectra[at].basis("output", k)  # refuses a k that a member does not define
-    kept = np.concatenate([own[:k] for own in stack.own])
-    values = np.concatenate([one.S[: one.numerical_rank][:k] / unit for one in spectra])
-    one, two = (
-        stacks[side].gram[np.ix_(kept, kept)] - np.eye(len(kept)) for side in ("output", "input")
+        for i in stack.trained:
+            spectra[i].basis("output", k)  # raises if k is not defined for a member
+    used = np.concatenate([columns[:k] for columns in stack.columns])
+    values = np.concatenate([s.S[: s.numerical_rank][:k] / unit for s in spectra])
+    left, right = (
+        stacks[side].gram[np.ix_(used, used)] - np.eye(len(used)) for side in ("output", "input")
     )
-    # Within a member both factors are zero but for rounding, which must not add up.
-    for own in stack.own:
-        block = np.isin(kept, own)
-        one[np.ix_(block, block)] = two[np.ix_(block, block)] = 0.0
-    return float(np.abs((one * values) @ two).sum()), float(values.sum())
+    # Within a member these are zero up to rounding, which must not add up.
+    for columns in stack.columns:
+        block = np.isin(used, columns)
+        left[np.ix_(block, block)] = right[np.ix_(block, block)] = 0.0
+    return float(np.abs((left * values) @ right).sum()), float(values.sum())
 
 
 def _alignment(
@@ -204,11 +204,11 @@ def _alignment(
     epsilon: float,
 ) -> dict[Side, SubspaceAlignment]:
     """Return the SAR of both sides, from the SVD of the merged update's stacked factors."""
-    sigma = np.concatenate([one.S[: one.numerical_rank] / inner.unit for one in spectra])
+    sigma = np.concatenate([s.S[: s.numerical_rank] / inner.unit for s in spectra])
     merged = linalg.factored_svd(
         stacks["output"].directions * sigma, np.ascontiguousarray(stacks["input"].directions.T)
     )
-    # Norm of what is left after the first k directions, k = 0…: summed from the small end.
+    # Norm of the remainder after k = 0, 1, … directions, summed from the smallest.
     left = np.sqrt(np.append(np.cumsum(merged.S[::-1] ** 2)[::-1], 0.0))
     rounding = 8 * len(sigma) * linalg.EPS * float(inner.norms.sum())
     count = int(np.argmax(left <= epsilon * left[0])) if left[0] > rounding else 0
@@ -227,10 +227,10 @@ def _alignment(
 
 
 def _kept_norms(stack: Stack, basis: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the norm of each member's part in a basis, over its own; NaN where none is there."""
-    found = np.full(len(stack.own), np.nan)
+    """Return the norm of each member within a basis over its norm; NaN for an untrained member."""
+    norms = np.full(len(stack.columns), np.nan)
     if basis.shape[1]:
         overlaps = (basis.T @ stack.directions) * stack.weights  # (k, R)
-        for at in stack.trained:
-            found[at] = min(float(np.linalg.norm(overlaps[:, stack.own[at]])), 1.0)
-    return found
+        for i in stack.trained:
+            norms[i] = min(float(np.linalg.norm(overlaps[:, stack.columns[i]])), 1.0)
+    return norms

@@ -1,4 +1,4 @@
-"""Shares of energy that a fixed subspace explains, beside what random directions would give."""
+"""Shares of energy that a fixed subspace explains, with their random baseline."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 class Shares:
     """Share of each member's energy in subspaces that were built without that member.
 
-    Its chance is isotropic: the member's directions random against a fixed subspace. Unrelated
-    adapters of one base exceed that too, so a small p-value says "not isotropic" and no more.
+    The random baseline is isotropic: random directions of the member, a fixed subspace. Unrelated
+    adapters of one base exceed it too, so a small p-value means "not isotropic" and no more.
 
     Attributes
     ----------
     values
-        ``(N,)`` or ``(N, K)``, in [0, 1]; NaN for an untrained member, and where the others have
+        ``(N,)`` or ``(N, K)``, in [0, 1]; NaN for an untrained member, and if the others have
         no such subspace.
     directions
         Dimension of the subspace, broadcasts with ``values``.
     dimension
-        Of the space: d_in or d_out.
+        Dimension of the space: d_in or d_out.
     singular_values
-        ``(N, n)``, of each member divided by its norm and filled up with zeros.
+        ``(N, n)``: of each member, divided by its norm and padded with zeros.
     """
 
     values: NDArray[np.float64]
@@ -46,7 +46,7 @@ class Shares:
 
     @property
     def excess(self) -> NDArray[np.float64]:
-        """``(share − chance)/(1 − chance)``: what may be averaged over modules."""
+        """``(share − chance)/(1 − chance)``: the form to average over modules."""
         return chance.excess(self.values, np.broadcast_to(self.chance, self.values.shape))
 
     @property
@@ -78,10 +78,10 @@ class Shares:
         ],
     ) -> NDArray[np.float64]:
         directions = np.broadcast_to(self.directions, self.values.shape)
-        found = np.full(self.values.shape, np.nan)
-        for at, singular_values in enumerate(self.singular_values):
-            known = ~np.isnan(self.values[at])
-            if known.any():
-                own = function(singular_values, directions[at], self.values[at])
-                found[at] = np.where(known, own, np.nan)
-        return found
+        result = np.full(self.values.shape, np.nan)
+        for i, singular_values in enumerate(self.singular_values):
+            defined = ~np.isnan(self.values[i])
+            if defined.any():
+                values = function(singular_values, directions[i], self.values[i])
+                result[i] = np.where(defined, values, np.nan)
+        return result

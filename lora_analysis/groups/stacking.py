@@ -1,4 +1,4 @@
-"""The directions of all members of a group side by side, and the products between them."""
+"""The directions of all members of a group as one matrix, and the products between them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-# Eigenvalues of a Gram matrix are squares: one below this share of the largest stands for a
-# direction of less than 1e-5 of the strongest one, whose vector rounding has turned by up to 1e-5.
+# Eigenvalues of a Gram matrix are squares: one below this share of the largest belongs to
+# a direction below 1e-5 of the strongest one, whose vector is off by up to 1e-5 from rounding.
 RESOLVED = 1e-10
 
 
@@ -31,20 +31,20 @@ class Stack:
         ``(d, R)``; columns of one member are orthonormal.
     weights
         ``(R,)``: σ/‖σ‖ of each member, so that every member has energy one.
-    own
-        The columns of each member; none for an untrained one.
+    columns
+        Indices of the columns of each member; empty for an untrained one.
     gram
-        ``(R, R)``, of ``directions``.
+        ``(R, R)``: Gram matrix of ``directions``.
     """
 
     directions: NDArray[np.float64]
     weights: NDArray[np.float64]
-    own: tuple[NDArray[np.intp], ...]
+    columns: tuple[NDArray[np.intp], ...]
     gram: NDArray[np.float64]
 
     @property
     def dimension(self) -> int:
-        """Of the space the directions live in."""
+        """Dimension of the space of the directions."""
         return len(self.directions)
 
     @property
@@ -54,21 +54,21 @@ class Stack:
 
     @property
     def trained(self) -> NDArray[np.intp]:
-        """Places of the members that have directions."""
-        return np.array([at for at, own in enumerate(self.own) if own.size])
+        """Positions of the members that have directions."""
+        return np.array([i for i, columns in enumerate(self.columns) if columns.size])
 
     @property
     def singular_values(self) -> NDArray[np.float64]:
-        """``(N, n)``: the weights by member, filled up with zeros."""
-        found = np.zeros((len(self.own), max(own.size for own in self.own)))
-        for at, own in enumerate(self.own):
-            found[at, : own.size] = self.weights[own]
-        return found
+        """``(N, n)``: the weights by member, padded with zeros."""
+        values = np.zeros((len(self.columns), max(columns.size for columns in self.columns)))
+        for i, columns in enumerate(self.columns):
+            values[i, : columns.size] = self.weights[columns]
+        return values
 
 
 def check_group(spectra: Sequence[Spectrum]) -> None:
     """Raise unless these are two or more trained updates of one shape."""
-    trained = [one for one in spectra if not one.untrained]
+    trained = [s for s in spectra if not s.untrained]
     if len(trained) < 2:
         module = f" of '{spectra[0].name}'" if spectra else ""
         message = (
@@ -76,7 +76,7 @@ def check_group(spectra: Sequence[Spectrum]) -> None:
             f"{len(trained)} of them trained. Add adapters, or leave this module out."
         )
         raise InputError(message)
-    shapes = {one.shape for one in spectra}
+    shapes = {s.shape for s in spectra}
     if len(shapes) != 1:
         message = (
             f"The updates of '{spectra[0].name}' have shapes {sorted(shapes)}. "
@@ -85,18 +85,18 @@ def check_group(spectra: Sequence[Spectrum]) -> None:
         raise IncompatibleError(message)
 
 
-def stacked(spectra: Sequence[Spectrum], side: Side) -> Stack:
+def stack_directions(spectra: Sequence[Spectrum], side: Side) -> Stack:
     """Return the directions of a group that passes `check_group`; O(d·R²)."""
     check_group(spectra)
-    ends = np.cumsum([one.numerical_rank for one in spectra])
-    own = tuple(
-        np.arange(end - one.numerical_rank, end) for end, one in zip(ends, spectra, strict=True)
+    ends = np.cumsum([s.numerical_rank for s in spectra])
+    columns = tuple(
+        np.arange(end - s.numerical_rank, end) for end, s in zip(ends, spectra, strict=True)
     )
-    directions = np.hstack([one.vectors(side) for one in spectra])
-    weights = [one.S[: one.numerical_rank] / one.norm for one in spectra if not one.untrained]
-    # σ beyond the numerical rank are rounding: what is left has norm one.
+    directions = np.hstack([s.vectors(side) for s in spectra])
+    weights = [s.S[: s.numerical_rank] / s.norm for s in spectra if not s.untrained]
+    # σ beyond the numerical rank are rounding errors: the others are scaled to norm one.
     units = [part / np.linalg.norm(part) for part in weights]
-    return Stack(directions, np.concatenate(units), own, directions.T @ directions)
+    return Stack(directions, np.concatenate(units), columns, directions.T @ directions)
 
 
 class Directions(NamedTuple):
@@ -109,7 +109,7 @@ class Directions(NamedTuple):
     vectors
         Eigenvectors ``(R, K)``.
     degenerate
-        ``(K,)``: whether the leading k are arbitrary, since eigenvalues k and k + 1 coincide.
+        ``(K,)``: whether the leading k are arbitrary because eigenvalues k and k + 1 coincide.
     """
 
     values: NDArray[np.float64]
@@ -123,7 +123,7 @@ def resolved_directions(gram: NDArray[np.float64], k: int | None = None) -> Dire
     if k is None or 4 * k > size:
         values, vectors = np.linalg.eigh(gram)
     else:
-        # A few of many take a third of the time of all.
+        # Computing a few of many takes a third of the time of all.
         from scipy.linalg import eigh
 
         values, vectors = eigh(gram, subset_by_index=(size - k - 1, size - 1))

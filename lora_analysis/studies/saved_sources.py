@@ -156,7 +156,7 @@ def _number(value: float | None) -> float | None:
 
 
 def base_document(base: BaseWeights, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-    """Return what a saved study states about its base, for `SavedBase`.
+    """Return name, source and findings of a base as values for a file, for `SavedBase`.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""A study through executors is the study: the same tables, whoever visits the modules."""
+"""A study run by executors has the same tables as one run by threads."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ EXECUTORS = [
 
 
 @pytest.mark.parametrize("make", EXECUTORS)
-def test_a_study_is_the_same_whoever_visits_the_modules(
+def test_a_study_is_the_same_with_every_executor(
     stored: Path, make: type[Executor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if isinstance(make, partial) and make.func is RayExecutor:

@@ -1,4 +1,4 @@
-"""A group of whole adapters: held-out shares and signed cosine, module by module and in all."""
+"""A group of adapters: held-out shares and signed cosine, per module and over all modules."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 
 from lora_analysis import chance
 from lora_analysis.errors import InputError
-from lora_analysis.groups.bases import explained, shared_inits
+from lora_analysis.groups.common_directions import explained_shares, shared_inits
 from lora_analysis.groups.merging import inner_products
-from lora_analysis.groups.stacking import stacked
+from lora_analysis.groups.stacking import stack_directions
 from lora_analysis.names import parse_prefixes
 from lora_analysis.spectra import SIDES, Side, spectrum
 from lora_analysis.studies.alignment import align_adapters
@@ -33,23 +33,23 @@ class GroupSimilarity:
     labels, modules
         Names along the axes, N and M of them.
     directions
-        ``(M,)``: k, the directions of the shared basis at which the shares are taken; 0 where
-        the module has no two trained members.
+        ``(M,)``: k, the number of directions of the shared basis; 0 if the module has fewer than
+        two trained members.
     dimensions
-        ``(2, M)``: of the input and the output space.
+        ``(2, M)``: dimensions of the input and the output space.
     in_sample, held_out
         ``(2, M, N)``, the input side first: share of each member's energy in the leading k
-        directions of all members, which is inflated, and of the others alone. NaN where a module
-        is missing or untrained, of another shape than the first adapter's that has it, alone, or
-        where the others have no k directions.
+        directions of all members, which is inflated, and of the others. NaN if a module is
+        missing, untrained, alone, or of a different shape than in the first adapter that has it,
+        or if the others have fewer than k directions.
     shared_init
-        ``(M, N)``: whether the member starts from the same A as another; its input-side shares
-        come from the start.
+        ``(M, N)``: whether the member has a shared initialization with another one, from which
+        its input-side shares come.
     cosine
         ``(M,)``: energy-weighted signed cosine, ``Σ_{i<j}⟨ΔW_i, ΔW_j⟩ / Σ_{i<j}‖ΔW_i‖‖ΔW_j‖``;
-        NaN where a scale is not known.
+        NaN if a scale is not known.
     total_cosine
-        The same with both sums over all modules; NaN where a scale is not known.
+        The same with both sums over all modules; NaN if a scale is not known.
     """
 
     labels: tuple[str, ...]
@@ -64,7 +64,7 @@ class GroupSimilarity:
 
     @property
     def chance(self) -> NDArray[np.float64]:
-        """``(2, M)``: isotropic chance of a held-out share, k/d; 0 where there is none."""
+        """``(2, M)``: random baseline of a held-out share, k/d; 0 without shares."""
         return self.directions / np.maximum(self.dimensions, 1)
 
     @property
@@ -78,19 +78,19 @@ class GroupSimilarity:
     ) -> NDArray[np.float64]:
         """Return lower quartile, median and upper quartile over modules, ``(3, N)``.
 
-        Input-side values of members with a shared start are left out; NaN where none is left.
-        Where modules differ in dimension only the excess may be taken together.
+        Input-side values of members with a shared initialization are excluded; NaN if none is
+        left. If modules differ in dimension, only the excess may be pooled.
         """
         values = getattr(self, quantity)[SIDES.index(side)]
         if side == "input":
             values = np.where(self.shared_init, np.nan, values)
-        lost = np.isnan(values).all(axis=0)
-        found = np.nanquantile(np.where(lost, 0.0, values), (0.25, 0.5, 0.75), axis=0)
-        return np.where(lost, np.nan, found)
+        empty = np.isnan(values).all(axis=0)
+        quartiles = np.nanquantile(np.where(empty, 0.0, values), (0.25, 0.5, 0.75), axis=0)
+        return np.where(empty, np.nan, quartiles)
 
 
-class _Visit(NamedTuple):
-    """One module; ``shares`` is ``(2, 2, n)``: in-sample and held out, both sides."""
+class _ModuleGroup(NamedTuple):
+    """The results of one module; ``shares`` is ``(2, 2, n)``: in-sample and held-out, by side."""
 
     members: list[int]
     directions: int
@@ -109,21 +109,21 @@ def group_similarity(
     workers: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> GroupSimilarity:
-    """Return how much of each adapter a basis shared by the others explains, in every module.
+    """Return the share of each adapter that a basis of the others explains, in every module.
 
     Parameters
     ----------
     adapters
         At least two. They are read module by module, so that a hundred fit in memory.
     k
-        Directions of the shared basis; by default the smallest numerical rank among a module's
-        trained members.
+        Number of directions of the shared basis; by default the smallest numerical rank of a
+        module's trained members.
     modules
-        The end of module names, or one regular expression; all by default.
+        Suffixes of module names, or one regular expression; all modules by default.
     prefix
-        As for :func:`lora_analysis.pairwise`: what stands for the beginning of module names.
+        Prefixes of module names and their replacements, as in `lora_analysis.pairwise.pairwise`.
     workers
-        Threads over modules; the CPUs of this process by default.
+        Number of threads; the CPUs of this process by default.
     progress
         Called with ("modules", done, total) after each module.
 
@@ -134,8 +134,8 @@ def group_similarity(
 
     Notes
     -----
-    A module costs O(d·R² + N·R³) a side with R = Σr: the factorizations of N Gram matrices, one
-    for each member left out, lead from about R = d/N on.
+    A module costs O(d·R² + N·R³) per side with R = Σr: from about R = d/N on, the factorizations of
+    N Gram matrices, one per member left out, dominate.
     """
     if len(adapters) < 2:
         message = f"A group needs at least two adapters, got {len(adapters)}."
@@ -149,14 +149,14 @@ def group_similarity(
     dimensions = np.zeros((2, len(chosen)), dtype=np.intp)
     sums = np.zeros((2, len(chosen)))
     walk = walk_modules(
-        lambda name: _visit(adapters, name, k), chosen, workers=workers, progress=progress
+        lambda name: _analyze_group(adapters, name, k), chosen, workers=workers, progress=progress
     )
-    for at, visit in enumerate(walk):
-        if visit is not None:
-            shares[:, :, at, visit.members] = visit.shares
-            shared[at, visit.members] = visit.shared_init
-            directions[at], dimensions[:, at] = visit.directions, visit.dimensions
-            sums[:, at] = visit.sums
+    for i, group in enumerate(walk):
+        if group is not None:
+            shares[:, :, i, group.members] = group.shares
+            shared[i, group.members] = group.shared_init
+            directions[i], dimensions[:, i] = group.directions, group.dimensions
+            sums[:, i] = group.sums
     if not directions.any():
         message = (
             f"A group needs two trained adapters with one module in common: none of the "
@@ -178,28 +178,28 @@ def group_similarity(
     )
 
 
-def _visit(adapters: Sequence[Adapter], name: str, k: int | None) -> _Visit | None:
-    """Return what one module gives; None where it has no two trained members."""
+def _analyze_group(adapters: Sequence[Adapter], name: str, k: int | None) -> _ModuleGroup | None:
+    """Return the results of one module; None with fewer than two trained members."""
     members, updates = updates_by_shape(adapters, name)[0]
-    spectra = [spectrum(one) for one in updates]
-    ranks = [one.numerical_rank for one in spectra if not one.untrained]
+    spectra = [spectrum(update) for update in updates]
+    ranks = [s.numerical_rank for s in spectra if not s.untrained]
     if len(ranks) < 2:
         return None
-    wanted = min(ranks) if k is None else k
-    stacks = {side: stacked(spectra, side) for side in SIDES}
+    count = min(ranks) if k is None else k
+    stacks = {side: stack_directions(spectra, side) for side in SIDES}
     shares = np.full((2, 2, len(spectra)), np.nan)
-    for at, side in enumerate(SIDES):
-        found = explained(stacks[side], wanted)
-        if found.in_sample.shape[1] == wanted:
-            shares[:, at] = found.in_sample[:, -1], found.held_out[:, -1]
+    for i, side in enumerate(SIDES):
+        explained = explained_shares(stacks[side], count)
+        if explained.in_sample.shape[1] == count:
+            shares[:, i] = explained.in_sample[:, -1], explained.held_out[:, -1]
     inner = inner_products(spectra, stacks)
-    known = not any(one.in_units_of_scale for one in spectra if not one.untrained)
-    together, apart = (part * inner.unit**2 if known else np.nan for part in inner.between)
-    return _Visit(
+    scaled = not any(s.in_units_of_scale for s in spectra if not s.untrained)
+    products, norms = (total * inner.unit**2 if scaled else np.nan for total in inner.between)
+    return _ModuleGroup(
         members,
-        wanted,
+        count,
         (stacks["input"].dimension, stacks["output"].dimension),
         shares,
         shared_inits(stacks["input"], updates),
-        (together, apart),
+        (products, norms),
     )
