@@ -33,24 +33,7 @@ FILLERS = frozenset(
         "place",
     ]
 )
-# Parts whose names and docstrings have not been revised yet; the last one to leave deletes this.
-PENDING = frozenset(
-    [
-        "__init__",
-        "__main__",
-        "cli",
-        "demo",
-        "formats",
-        "reproduction",
-    ]
-)
-
-
-def part_of(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
-
-
-SOURCES = sorted(path for path in ROOT.rglob("*.py") if part_of(path) not in PENDING)
+SOURCES = sorted(ROOT.rglob("*.py"))
 
 
 def bound_names(tree: ast.AST) -> Iterator[tuple[str, int]]:

@@ -362,29 +362,29 @@ def _without_placeholders(
     MalformedFileError
         Factors are empty, or no matrices.
     """
-    lost: dict[str, str] = {}
+    unusable: dict[str, str] = {}
     for module, stored in factors.items():
         for key in stored.values():
             shape = tensors.infos[key].shape
             if len(shape) < 2 or 0 in shape:
-                lost.setdefault(module, key)
-    if not lost:
+                unusable.setdefault(module, key)
+    if not unusable:
         return dict(factors)
     shapes = {
         module: [tensors.infos[key].shape for key in stored.values()]
         for module, stored in factors.items()
     }
     stacks = any(len(shape) == 3 for pair in shapes.values() for shape in pair)
-    absent = {module_type(module) for module in lost}
-    present = {module_type(module) for module in factors if module not in lost}
-    empty = all(0 in shape for module in lost for shape in shapes[module])
+    absent = {module_type(module) for module in unusable}
+    present = {module_type(module) for module in factors if module not in unusable}
+    empty = all(0 in shape for module in unusable for shape in shapes[module])
     if stacks and empty and absent.isdisjoint(present):
-        fields = {"modules": len(lost), "types": sorted(absent)}
+        fields = {"modules": len(unusable), "types": sorted(absent)}
         findings.append(Finding("empty-placeholders", fields))
-        return {module: stored for module, stored in factors.items() if module not in lost}
-    name = next(iter(lost.values()))
+        return {module: stored for module, stored in factors.items() if module not in unusable}
+    name = next(iter(unusable.values()))
     message = (
-        f"{path}: the factors of {len(lost)} of {plural(len(factors), 'module')} are empty or flat "
+        f"{path}: the factors of {len(unusable)} of {plural(len(factors), 'module')} are empty or flat "
         f"(first: tensor '{name}' has shape {tensors.infos[name].shape}; a factor must be a "
         "non-empty matrix): the file was saved from a sharded training (DeepSpeed ZeRO-3, FSDP) "
         f"without gathering the parts. {_GATHER}"
