@@ -384,8 +384,8 @@ def _without_placeholders(
         return {module: stored for module, stored in factors.items() if module not in unusable}
     name = next(iter(unusable.values()))
     message = (
-        f"{path}: the factors of {len(unusable)} of {plural(len(factors), 'module')} are empty or flat "
-        f"(first: tensor '{name}' has shape {tensors.infos[name].shape}; a factor must be a "
+        f"{path}: the factors of {len(unusable)} of {plural(len(factors), 'module')} are empty or "
+        f"flat (first: tensor '{name}' has shape {tensors.infos[name].shape}; a factor must be a "
         "non-empty matrix): the file was saved from a sharded training (DeepSpeed ZeRO-3, FSDP) "
         f"without gathering the parts. {_GATHER}"
     )
