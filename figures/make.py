@@ -15,8 +15,14 @@ SHOWN = ("ranks_output.png", "similarity_matrix_output.png")
 
 
 def main(run: Path, target: Path) -> None:
-    """Write the demo's report as Markdown into ``target``, its figures beside it."""
-    result = study_demo([one for one in (run / "runs").iterdir() if one.is_dir()])
+    """Write the demo's report as Markdown into ``target``, its figures next to it."""
+    result = study_demo(
+        [
+            folder
+            for folder in (run / "runs").iterdir()
+            if folder.is_dir() and not folder.name.startswith(".")
+        ]
+    )
     with tempfile.TemporaryDirectory() as folder:
         report = write_report(
             result,

@@ -149,7 +149,7 @@ def test_planted_damage_reaches_text_and_json_of_amplify(  # noqa: PLR0917
     assert run([*arguments, "--format", "json"]) == 0
     rows = json.loads(capsys.readouterr().out)["base_findings"]
     assert [row["code"] for row in rows] == [code]
-    assert set(rows[0]) == {"code", "severity", "text", "fields"}
+    assert set(rows[0]) == {"code", "severity", "topic", "text", "fields"}
     assert named in rows[0]["text"]
     assert run(arguments) == 0
     assert named in " ".join(capsys.readouterr().out.split())

@@ -243,7 +243,7 @@ def test_a_study_of_a_quantized_base_says_so(
     code = run(["amplify", str(tmp_path / "adapter"), "--base", str(versions["q4_k"])])
     shown = " ".join(capsys.readouterr().out.split())
     assert code == 0
-    assert "W is quantized (GGUF Q4_K); rounding moved it by 0.0" in shown
+    assert "W is quantized (GGUF Q4_K): expected rounding error 0.0" in shown
     plain = study([adapter], base=open_base({name: W}))
     assert plain.amplifications["noise"].isna().all()
     assert not [one for one in findings(plain) if one.code == "quantized-base"]

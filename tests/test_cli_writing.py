@@ -99,7 +99,7 @@ def test_convert_reads_back_what_it_wrote(
 ) -> None:
     code, out, _ = call(capsys, "convert", source, "--to", "peft", "-o", tmp_path / "copy")
     assert code == 0
-    assert "ΔW of 4 modules" in out
+    assert "4 modules" in out
     _, out, _ = call(
         capsys, "convert", source, "--to", "peft", "-o", tmp_path / "two", "--format", "json"
     )
@@ -130,7 +130,7 @@ def test_convert_shows_what_a_format_loses_and_renames(
     code, out, _ = call(capsys, "convert", source, "--to", "lossy", "-o", tmp_path / "out")
     assert code == 0
     assert ["layers.1.v_proj", "0.100"] in [line.split() for line in out.splitlines()]
-    assert "1 modules have other names" in out
+    assert "1 modules have different names" in out
 
 
 def low_rank_update_of(update: Any, name: str, factor: float) -> Any:

@@ -125,7 +125,7 @@ def test_a_copied_factor_is_an_artifact_before_the_results(
     sweep: list[Adapter],  # noqa: F811
 ) -> None:
     note = Finding("copied-a", {"count": 4, "modules": ["a", "b"]})
-    noted = sweep[0].described(findings=(note, "its config names no base."))
+    noted = sweep[0].with_provenance(findings=(note, "its config names no base."))
     every = findings(study([noted, *sweep[1:]]))
     copied = every.index(note.of_adapters([sweep[0].label]))
     assert every[copied].severity == "artifact"
@@ -135,7 +135,7 @@ def test_a_copied_factor_is_an_artifact_before_the_results(
 
 def test_many_findings_of_one_code_are_one(rng: np.random.Generator) -> None:
     made = [
-        adapter(rng, label=str(n)).described(
+        adapter(rng, label=str(n)).with_provenance(
             findings=(Finding("scale-unknown", {"modules": n, "of": 9, "reason": "none stated"}),)
         )
         for n in range(7)

@@ -76,7 +76,7 @@ def test_inline_svg_is_one_element_with_title_and_description(rng):
     title, desc = root[0], root[1]
     assert (title.tag, title.text) == (f"{SVG}title", "Seeds & <tags>")
     assert (desc.tag, desc.text) == (f"{SVG}desc", "φ(1, 1) is 1.\N{REPLACEMENT CHARACTER}")
-    assert root.get("aria-labeledby").split() == [title.get("id"), desc.get("id")]
+    assert root.get("aria-labelledby").split() == [title.get("id"), desc.get("id")]
     assert text.startswith("<svg")
 
 

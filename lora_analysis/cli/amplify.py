@@ -194,7 +194,7 @@ _NAMES = {
     "projected_weight": "W's",
     "projected_random": "random",
     "amplification_factor": "factor",
-    "chance_factor": "random factor",
+    "chance_factor": "random",
     "enrichment": "enrichment",
 }
 
@@ -205,7 +205,7 @@ _ALL_OF_IT = 1e-6
 
 def _print(label: str, full: pd.DataFrame) -> None:
     print_table(
-        f"Amplification of {label} at full rank (k = {_span(full['k'])})",
+        f"{label}: amplification at full rank (k = {_span(full['k'])})",
         ("module", *_NAMES.values()),
         [(row["module"], *(decimals(row[name]) for name in _NAMES)) for row in records(full)],
         footer=("median", *(decimals(full[name].median()) for name in _NAMES)),
@@ -215,7 +215,10 @@ def _print(label: str, full: pd.DataFrame) -> None:
     print_text(
         "ΔW's, W's, random: ‖UᵀWV‖ with the top-k directions of each; random is the exact rms."
     )
-    print_text("factor = ‖ΔW‖ / ΔW's; random factor = ‖ΔW‖ / random; enrichment = ΔW's / random.")
+    print_text(
+        "factor = ‖ΔW‖ / ΔW's, followed by that of random directions, ‖ΔW‖ / random; enrichment = "
+        "ΔW's / random."
+    )
     whole = int((full["projected"] / full["weight_norm"] > 1 - _ALL_OF_IT).sum())
     if whole:
         print_text(

@@ -168,7 +168,7 @@ def svg_text(
     root.attrib.pop("version", None)
     root.set("xmlns", "http://www.w3.org/2000/svg")
     root.set("role", "img")
-    root.set("aria-labeledby", f"{prefix}title {prefix}desc")
+    root.set("aria-labelledby", f"{prefix}title {prefix}desc")
     root.insert(0, _text_element("title", title, f"{prefix}title"))
     root.insert(1, _text_element("desc", description, f"{prefix}desc"))
     return ET.tostring(root, encoding="unicode")
