@@ -154,8 +154,8 @@ def test_many_adapters_are_added_up_block_by_block_to_the_same_similarity_matrix
     whole = study(made, most_in_pairs=5)
     monkeypatch.setattr("lora_analysis.studies.similarity_matrix.MOST_AT_ONCE", 6)
     monkeypatch.setattr("lora_analysis.studies.similarity_matrix._ROWS", 4)
-    monkeypatch.setattr("lora_analysis.pairwise.products._AT_ONCE", 8)
-    monkeypatch.setattr("lora_analysis.pairwise.products._ROWS", 5)
+    monkeypatch.setattr("lora_analysis.studies.pair_products._AT_ONCE", 8)
+    monkeypatch.setattr("lora_analysis.studies.pair_products._ROWS", 5)
     blocks = study(made, most_in_pairs=5)
     assert whole.similarity_matrix is not None
     assert blocks.similarity_matrix is not None
