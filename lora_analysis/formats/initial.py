@@ -59,7 +59,7 @@ def subtracted_note(method: str) -> str:
     if method.lower().startswith(_STARTS_IN_W):
         note += (
             " It began in directions of W, so that its enrichment and its energy in W's leading "
-            "directions lie above chance by that alone."
+            "directions exceed the random baseline for that reason alone."
         )
     return note
 

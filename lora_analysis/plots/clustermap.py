@@ -101,7 +101,7 @@ def plot_clustermap(
 ) -> Axes:
     """Draw every adapter against every other, alike ones side by side, and the tree above.
 
-    The tree is that of average linkage on 1 − (output ω above chance), in every panel, so that
+    The tree is that of average linkage on 1 − (output excess of ω), in every panel, so that
     panels of several quantities can be compared place by place. Untrained adapters have no number
     and stand last, gray, outside the tree.
 
@@ -112,7 +112,7 @@ def plot_clustermap(
     ax
         If to draw; None makes a figure of one column's width.
     what
-        ``"output"`` or ``"input"`` (ω above chance; inputs with a shared start left out), or
+        ``"output"`` or ``"input"`` (excess of ω; inputs with a shared start left out), or
         ``"cosine"``.
     kind
         One type of module, or ``"all"``.

@@ -29,7 +29,7 @@ EXCESS_LIMITS = (-0.5, 1.0)
 
 
 def excess_colors() -> Colormap:
-    """Return the colors of φ above chance: white at 0, purple above, orange below.
+    """Return the colors of excess φ: white at 0, purple above, orange below.
 
     Cut out of a symmetric color-blind-safe map, so that equal distances from 0 look alike.
     """

@@ -106,7 +106,7 @@ def plot_module_map(
     ax
         If to draw; None makes a figure of one column's width.
     limits
-        Of the colors. With a lower limit below 0 the scale is that of numbers above chance:
+        Limits of the colors. With a lower limit below 0 the scale shows the excess over random:
         white at 0.
     label
         What the number is, for the color bar.

@@ -49,7 +49,7 @@ def figure_grid(
     Parameters
     ----------
     rows
-        Panels from left to right; a row holds either φ or φ above chance, not both. Shorter rows
+        Panels from left to right; a row holds either φ or excess φ, not both. Shorter rows
         leave room at the right.
     title
         Heading above all panels; long ones are wrapped.
@@ -59,7 +59,7 @@ def figure_grid(
     Raises
     ------
     InputError
-        No panel, or a row that mixes φ with φ above chance.
+        No panel, or a row that mixes φ with excess φ.
     """
     if not rows or not all(rows):
         message = "A figure needs at least one panel in every row."
@@ -139,7 +139,7 @@ def figure_ranks(
     zoom
         Corner and triangle of the zoomed panels, see `plot_similarity`.
     above_chance
-        Whether to add the same panels as φ above chance; by default where chance exceeds 0.05
+        Whether to add the same panels as excess φ; by default where chance exceeds 0.05
         in some grid (the paper's 64 of 12,288 dimensions give 0.005).
     title
         One line above everything; by default the adapters, side and factor that all grids share.
@@ -193,7 +193,7 @@ def figure_layers(
         Adds the corner and triangle to every row, as Figure 6 has them; None leaves them out, as
         Figure 7.
     excess
-        Whether to draw φ above chance.
+        Whether to draw excess φ.
     title, width
         As in `figure_ranks`.
     """
