@@ -1,8 +1,8 @@
 """The random baseline: what independent, isotropic directions give.
 
 The random baseline means independent subspaces drawn uniformly (Haar). Real unrelated adapters of
-one base are more alike than that: a value above the baseline means "more alike than random" and no more. A
-conclusion needs reference pairs (see ``studies``).
+one base are more alike than that: a value above the baseline means "more alike than random" and no
+more. A conclusion needs reference pairs (see ``studies``).
 """
 
 from lora_analysis.chance.inference import (
