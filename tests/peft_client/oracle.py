@@ -187,7 +187,7 @@ def _differences(read: Adapter, live: dict[str, LiveUpdate]) -> Iterator[str]:
         yield f"modules differ: missing {missing[:4]}, unexpected {extra[:4]}"
     for name in sorted(set(read) & set(expected)):
         matrix, update = expected[name]
-        ours, bound = read[name].delta_weight(), _rounding(read[name], update.dtype)
+        ours, bound = read[name].delta_weight(), _rounding(read[name], update)
         if update.layer == "ParamWrapper" and ours.shape != matrix.shape:
             matrix = matrix.T  # how the base stores a parameter is the base's affair
         if ours.shape != matrix.shape:
@@ -201,16 +201,18 @@ def _differences(read: Adapter, live: dict[str, LiveUpdate]) -> Iterator[str]:
             yield f"'{name}' ({update.layer}) differs by {error:.3g} of {np.abs(matrix).max():.3g}"
 
 
-def _rounding(update: LowRankUpdate | DenseUpdate, dtype: torch.dtype) -> np.ndarray:
+def _rounding(update: LowRankUpdate | DenseUpdate, live: LiveUpdate) -> np.ndarray:
     """Return how far PEFT's ΔW may lie from the exact product of the same factors.
 
     PEFT multiplies in float32 at least: (r + 3) roundings of each sum of r products, the scale
-    among them; then the result is rounded to the type of the layer.
+    among them; then the result is rounded to the type of the layer. AdaLoRA rounds to that type
+    after each of its steps: A·E, its product with B, the scale, the rank, and the division.
     """
     exact = np.abs(update.delta_weight())
-    single = torch.finfo(torch.float32).eps
+    single, stored = (torch.finfo(dtype).eps for dtype in (torch.float32, live.dtype))
     if isinstance(update, DenseUpdate):  # products of products, ranks unknown: its width instead
         return np.full(exact.shape, min(exact.shape) * single * exact.max(initial=0.0) + 1e-12)
     terms = np.abs(update.B.astype(np.float64)) @ np.abs(update.A.astype(np.float64))
-    product = (update.rank + 3) * single * abs(update.known_scale()) * terms
-    return product + torch.finfo(dtype).eps * exact + 1e-12
+    terms *= abs(update.known_scale())
+    steps = stored / 2 * (terms + 3 * exact) if live.layer.startswith("SVD") else 0.0
+    return (update.rank + 3) * single * terms + stored * exact + steps + 1e-12
