@@ -330,7 +330,7 @@ def test_compare_says_what_a_star_means_for_this_pair(
     _, out, _ = call(capsys, "compare", path, second)
     note = next(line for line in out.splitlines() if line.startswith("* "))
     assert said in note
-    assert (" *" in out.split("input side\n")[1]) is True
+    assert (" *" in out.split("\ninput side\n")[1]) is True
     assert "same A" not in note or kind != "same input space"
 
 

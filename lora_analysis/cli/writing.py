@@ -207,7 +207,7 @@ def _print(resized: ResizedAdapter, path: Path) -> None:
     totals = (decimals(value) for value in (resized.norm, resized.error_norm, resized.error))
     print_table(
         f"{resized.adapter.label}: error of the truncation",
-        ("module", "rank", "new rank", "parameters", "‖ΔW‖", "error", "relative"),
+        ("module", "rank", "new", "parameters", "‖ΔW‖", "error", "relative"),
         rows,
         footer=("all", "", "", f"{resized.parameters:,}", *totals),
     )
