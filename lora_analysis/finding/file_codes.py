@@ -359,6 +359,16 @@ FILE_CODES: Final[dict[str, Code]] = {
         "If a method rescales the weight or subtracts a part of it, ΔW is the total change of the "
         "weight, computed from {base}.",
     ),
+    "init-offset": Code(
+        "limit", "method", "The product that {method} started from is subtracted: ΔW has rank 2r."
+    ),
+    "init-offset-in-weight": Code(
+        "limit",
+        "method",
+        "The product that {method} started from is subtracted: ΔW has rank 2r. It began in "
+        "directions of W, so that its enrichment and its energy in W's leading directions exceed "
+        "the random baseline for that reason alone.",
+    ),
     "config-not-written-with-weights": Code(
         "damage",
         "file",

@@ -15,7 +15,7 @@ import numpy as np
 
 from lora_analysis.adapter import Adapter, LowRankUpdate
 from lora_analysis.errors import MalformedFileError
-from lora_analysis.finding import as_findings
+from lora_analysis.finding import Finding
 from lora_analysis.formats.options import Factors, InitialFactorsRequest, InitialFactorsSource
 from lora_analysis.storage.hub_names import shown_errors
 
@@ -53,15 +53,12 @@ def less_starts(
     return {name: partial(less_start, load, start, method) for name, load in loaders.items()}
 
 
-def subtracted_note(method: str) -> str:
-    """Return the note on an update whose initial product is subtracted."""
-    note = f"The product that {method} started from is subtracted: ΔW has rank 2r."
-    if method.lower().startswith(_STARTS_IN_W):
-        note += (
-            " It began in directions of W, so that its enrichment and its energy in W's leading "
-            "directions exceed the random baseline for that reason alone."
-        )
-    return note
+def offset_finding(method: str) -> Finding:
+    """Return the finding on updates whose initial product is subtracted."""
+    starts_in_weight = method.lower().startswith(_STARTS_IN_W)
+    return Finding(
+        "init-offset-in-weight" if starts_in_weight else "init-offset", {"method": method}
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +109,12 @@ def adapter_less_start(
         load = partial(adapter.__getitem__, name)
         method = methods.get(name)
         loaders[name] = load if method is None else partial(less_start, load, start, method)  # type: ignore[arg-type]
-    note = subtracted_note(next(iter(methods.values()), "training"))
+    offset = offset_finding(next(iter(methods.values()), "training"))
     source = adapter.provenance
     return Adapter(
         loaders,
         label=adapter.label,
-        provenance=replace(source, rank=None, findings=(*source.findings, *as_findings((note,)))),
+        provenance=replace(source, rank=None, findings=(*source.findings, offset)),
         saved_modules=adapter.saved_modules,
         config=adapter.config,
         side_tensors=adapter.side_tensors,

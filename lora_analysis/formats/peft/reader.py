@@ -29,7 +29,7 @@ from lora_analysis.formats.factors import (
     update_loaders,
 )
 from lora_analysis.formats.fused_parts import FUSED_PARTS, split_parts
-from lora_analysis.formats.initial import StoredStart, check_start, less_starts, subtracted_note
+from lora_analysis.formats.initial import StoredStart, check_start, less_starts, offset_finding
 from lora_analysis.formats.peft.adapter_config import CONFIG_NAME, PeftConfig, read_peft_config
 from lora_analysis.formats.peft.config_checks import (
     StoredModules,
@@ -233,7 +233,7 @@ def _start_needed(config: PeftConfig) -> UnsupportedMethodError:
 def _start_findings(config: PeftConfig, start: InitialFactorsSource | None) -> list[Finding | str]:
     if start is not None:
         name = config.subtracted or "an initialization the caller names"
-        return [subtracted_note(name)]
+        return [offset_finding(name)]
     if config.start == "mica":
         return [Finding("mica")]
     return []
