@@ -111,8 +111,11 @@ def number(value: float) -> str:
 
 
 def overlap_number(value: float) -> str:
-    """Return an overlap for a sentence; the noise of an excess of zero is 0, not −1e-5."""
-    return number(0.0 if -5e-4 < value < 0 else value)
+    """Return an overlap for a sentence with two decimals; −0.00 is 0.00."""
+    if not math.isfinite(value):
+        return "–"
+    text = f"{value:.2f}"
+    return "0.00" if text == "-0.00" else text
 
 
 def p_value_text(p: float) -> str:

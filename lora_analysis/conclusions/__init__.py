@@ -1,9 +1,7 @@
 """The rules that turn a study's numbers into findings; codes and sentences are in `finding`.
 
-Medians over modules lead, pairs of adapters are the unit, and a conclusion is made against
-reference pairs (adapters of different tasks with different seeds on the same modules), never
-against the random baseline: unrelated adapters exceed that too. Degenerate directions, and input
-sides with a shared initialization, are excluded.
+Which pairs and modules count is decided once, in ``studies.pair_classes`` and
+``studies.pair_tables``; what is concluded from them in `comparisons`.
 """
 
 from __future__ import annotations
@@ -12,20 +10,22 @@ from collections.abc import Callable, Iterator
 
 from lora_analysis.conclusions import (
     adapter_findings,
+    comparison_findings,
     initialization_findings,
-    overlap_findings,
     run_findings,
     weight_findings,
 )
-from lora_analysis.conclusions.overlap_summaries import (
+from lora_analysis.conclusions.comparisons import (
+    Comparison,
     Conclusion,
-    OverlapSummary,
-    summarize_overlaps,
+    Level,
+    Reason,
+    comparisons,
 )
 from lora_analysis.finding import Finding
 from lora_analysis.studies import Study
 
-__all__ = ["Conclusion", "Finding", "OverlapSummary", "findings", "summarize_overlaps"]
+__all__ = ["Comparison", "Conclusion", "Finding", "Level", "Reason", "comparisons", "findings"]
 
 _RULES: tuple[Callable[[Study], Iterator[Finding]], ...] = (
     adapter_findings.failures,
@@ -37,16 +37,16 @@ _RULES: tuple[Callable[[Study], Iterator[Finding]], ...] = (
     adapter_findings.unknown_tasks,
     adapter_findings.sampled_adapters,
     adapter_findings.incomparable_pairs,
-    adapter_findings.near_duplicates,
-    initialization_findings.shared_initializations,
+    initialization_findings.classes,
     initialization_findings.shared_seeds,
     initialization_findings.degenerate_directions,
     adapter_findings.file_artifacts,
     adapter_findings.few_seeds,
-    overlap_findings.reference_pairs,
-    overlap_findings.overlaps,
-    run_findings.run_comparisons,
-    overlap_findings.largest_overlaps,
+    comparison_findings.compared,
+    comparison_findings.reference_pairs,
+    comparison_findings.largest_overlaps,
+    comparison_findings.left_out_pairs,
+    comparison_findings.left_out_modules,
     run_findings.checkpoints,
     weight_findings.missing_weights,
     weight_findings.unusual_base,

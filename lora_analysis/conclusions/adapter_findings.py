@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_analysis.conclusions.overlap_findings import PAIRS_IN_WORDS
+from lora_analysis.conclusions.comparisons import PAIRS_IN_WORDS
 from lora_analysis.finding import Finding, Severity
 from lora_analysis.studies import Relation, Study
 from lora_analysis.studies.relations import base_key
@@ -112,17 +112,6 @@ def diverged(study: Study) -> Iterator[Finding]:
                     "relative_norm": relative if exceeds_weight else None,
                 },
             )
-
-
-def near_duplicates(study: Study) -> Iterator[Finding]:
-    """Name adapters that are one update, up to its norm."""
-    if study.similarity_matrix is None or len(study.adapters) < 2:
-        return
-    norm_of = dict(zip(study.similarity_matrix.labels, study.similarity_matrix.norms, strict=True))
-    for names in study.similarity_matrix.duplicates():
-        norms = [norm_of[name] for name in names]
-        ratio = float(max(norms) / min(norms))
-        yield Finding("near-duplicates", {"duplicates": list(names), "norm_ratio": ratio})
 
 
 def base_models(study: Study) -> Iterator[Finding]:

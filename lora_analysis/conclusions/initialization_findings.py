@@ -3,55 +3,86 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from lora_analysis.conclusions.overlap_findings import PAIRS_IN_WORDS
-from lora_analysis.conclusions.overlap_summaries import SIDES_IN_ORDER, reference_rows
+from lora_analysis.conclusions.comparisons import PAIRS_IN_WORDS, SIDES_IN_ORDER
 from lora_analysis.finding import Finding
 from lora_analysis.shared_init import InitRelation
 from lora_analysis.studies import Relation, Study
 from lora_analysis.studies.base_models import per_base
+from lora_analysis.studies.pair_classes import ONE_SAMPLE, PairClass
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_CODES = {
-    InitRelation.SAME_RUN: "same-run",
-    InitRelation.SHARED: "shared-initialization",
-    InitRelation.PARTLY_SHARED: "partly-shared-initialization",
-    InitRelation.SAME_SPACE: "same-input-space",
-    InitRelation.INCONCLUSIVE: "initialization-inconclusive",
+_CODES: Final = {
+    PairClass.NEAR_DUPLICATE: "near-duplicates",
+    PairClass.NEGATED_COPY: "negated-copies",
+    PairClass.CONTAINED: "contained",
+    PairClass.SAME_RUN: "same-run",
+    PairClass.STARTED_FROM_BASE: "started-from-base",
+    PairClass.GRADIENTS_ALIKE: "gradients-alike",
+    PairClass.SHARED_INIT: "shared-initialization",
 }
 _SHARED = (InitRelation.SHARED, InitRelation.PARTLY_SHARED)
 
 
-def shared_initializations(study: Study) -> Iterator[Finding]:
-    """Report pairs that are one sample or share their initialization, if no seed explains it.
+def classes(study: Study) -> Iterator[Finding]:
+    """Report pairs that are one sample or share their initialization, class by class.
 
     `shared_seeds` covers pairs of different tasks and one seed, `checkpoints` those of one run.
     """
-    pairs = study.pairs[study.pairs["initialization"].isin(_CODES)]
-    explained = (pairs["relation"] == Relation.SHARED_SEED) & pairs["initialization"].isin(_SHARED)
-    pairs = pairs[~explained & (pairs["relation"] != Relation.SAME_RUN)]
-    for initialization, rows in pairs.groupby("initialization", sort=False):
-        code = _CODES[InitRelation(initialization)]
-        if len(rows) > PAIRS_IN_WORDS:
-            yield Finding(code, _initialization_fields(rows) | {"pairs": len(rows)})
-            continue
-        for i in range(len(rows)):
-            yield Finding(code, _initialization_fields(rows.iloc[[i]]) | {"pairs": None})
+    pairs = study.pairs
+    of_labels = (pairs["relation"] == Relation.SHARED_SEED) & (
+        pairs["pair_class"] == PairClass.SHARED_INIT
+    )
+    pairs = pairs[~of_labels & (pairs["relation"] != Relation.SAME_RUN)]
+    task = study.runs.set_index("adapter")["task"]
+    tasks = pairs["a"].map(task), pairs["b"].map(task)
+    is_conflict = (
+        pairs["pair_class"].isin([*ONE_SAMPLE, PairClass.WRONG_LABEL])
+        & tasks[0].notna()
+        & tasks[1].notna()
+        & (tasks[0] != tasks[1])
+    )
+    yield from _class_findings("conflicting-labels", pairs[is_conflict])
+    pairs = pairs[~is_conflict]
+    for pair_class, rows in pairs.groupby("pair_class", sort=False):
+        code = _CODES.get(PairClass(pair_class))
+        if code == "shared-initialization":
+            by_space = rows["initialization"] == InitRelation.SAME_SPACE
+            yield from _class_findings("same-input-space", rows[by_space])
+            rows = rows[~by_space]  # noqa: PLW2901 - the others
+        if code is not None:
+            yield from _class_findings(code, rows)
+    counted = pairs[~pairs["pair_class"].isin(_CODES)]
+    for initialization, code in (
+        (InitRelation.PARTLY_SHARED, "partly-shared-initialization"),
+        (InitRelation.INCONCLUSIVE, "initialization-inconclusive"),
+    ):
+        yield from _class_findings(code, counted[counted["initialization"] == initialization])
 
 
-def _initialization_fields(rows: pd.DataFrame) -> dict[str, Any]:
+def _class_findings(code: str, rows: pd.DataFrame) -> Iterator[Finding]:
+    """Yield one finding per pair if they are few, else one for all."""
+    if len(rows) > PAIRS_IN_WORDS:
+        yield Finding(code, _pair_fields(rows) | {"pairs": len(rows)})
+        return
+    for i in range(len(rows)):
+        yield Finding(code, _pair_fields(rows.iloc[[i]]) | {"pairs": None})
+
+
+def _pair_fields(rows: pd.DataFrame) -> dict[str, Any]:
     """Return the names of the first pair, and medians over all of them (counts stay integers)."""
-    b_cosine = float(rows["b_cosine"].astype(float).median())
     counts = rows[["shared_init_modules", "modules"]].quantile(0.5, interpolation="lower")
+    medians = rows[["b_cosine", "containment"]].astype(float).median()
     return {
         "a": rows["a"].iloc[0],
         "b": rows["b"].iloc[0],
-        "b_cosine": b_cosine if np.isfinite(b_cosine) else 0.0,
+        "pair_class": str(rows["pair_class"].iloc[0]),
+        **{name: value if np.isfinite(value) else 0.0 for name, value in medians.items()},
         "shared_modules": int(counts["shared_init_modules"]),
         "modules": int(counts["modules"]),
     }
@@ -82,7 +113,10 @@ def _shared_seed_sides(study: Study, pairs: pd.DataFrame) -> Iterator[dict[str, 
         rows = study.select(Relation.SHARED_SEED, side)
         in_pairs = [pair in named for pair in zip(rows["a"], rows["b"], strict=True)]
         rows = rows[rows["shared_init"] & np.array(in_pairs, dtype=bool)]
-        reference = reference_rows(study, rows, side)
+        reference = study.similarities
+        reference = reference[
+            (reference["population"] == "unrelated") & (reference["side"] == side)
+        ]
         # φ(r, r) depends on r.
         same_ranks = reference["rank_a"].isin(rows["rank_a"]) & reference["rank_b"].isin(
             rows["rank_b"]

@@ -1,50 +1,15 @@
-"""Findings over training runs: do runs of one task agree more, and how one run went on."""
+"""Findings on the checkpoints of one training run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from lora_analysis.errors import InputError
 from lora_analysis.finding import Finding
 from lora_analysis.studies import Relation, Study
-from lora_analysis.studies.base_models import runs_per_base
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-def run_comparisons(study: Study) -> Iterator[Finding]:
-    """Compare runs of one task with runs of different tasks, rank by rank; a run is the unit."""
-    one_dimension = study.similarities["dimension"].nunique() <= 1
-    quantity = "omega" if one_dimension else "excess_r_r"
-    for base, runs in runs_per_base(study):
-        for rank in sorted({int(rank) for rank in runs["rank"].dropna()}):
-            try:
-                result = study.run_inference(quantity=quantity, rank=rank, base=base or None)
-            except InputError:
-                continue  # a rank of one task, or of one run each, has nothing to relabel
-            if np.isnan([result.within[1], result.between[1]]).any():
-                continue
-            test = result.permutation
-            yield Finding(
-                "too-few-runs" if test.smallest_p_value > 0.05 else "runs-compared",
-                {
-                    "base": base or None,
-                    "rank": rank,
-                    "runs": result.n,
-                    "tasks": len(set(result.tasks)),
-                    "quantity": "ω" if one_dimension else "φ(r,r) excess",
-                    "within": [float(value) for value in result.within],
-                    "between": [float(value) for value in result.between],
-                    "difference": test.difference,
-                    "standard_error": result.standard_error if test.allows_interval else None,
-                    "p": test.p_value,
-                    "smallest_p": test.smallest_p_value,
-                },
-            )
 
 
 def checkpoints(study: Study) -> Iterator[Finding]:

@@ -6,21 +6,13 @@ from typing import Final
 
 from lora_analysis.finding.templates import Code
 
-_SIDES: Final = {
-    "sides": (
-        "{side} side {conclusion} ([[{above_reference} of {values} values above 95 % of the "
-        "reference; ]]median {quantity} {median:overlap}[[, reference {reference:overlap}]], "
-        "random {chance:number}[[; {excluded:nonzero} excluded]])"
-    )
-}
 _PAIRS: Final = "[[{pairs} pairs (medians), for example ]]{a} and {b}"
-_RUNS: Final = (
-    "Rank {rank}[[ on {base}]], {runs:plural run} of {tasks:plural task}: median {quantity} on the "
-    "output side {within:quartiles} between runs of one task and {between:quartiles} between runs "
-    "of different tasks. The means differ by {difference:number}[[ (jackknife standard error over "
-    "runs {standard_error:number})]]; relabeling the runs gives p {p:p} (smallest possible p "
-    "{smallest_p:p})."
+_BASE: Final = "[[ on {base}]]"
+_LEVEL: Final = (
+    "[[; unrelated pairs {unrelated:overlap}, at most {unrelated_maximum:overlap}]]; random "
+    "adapters 0"
 )
+_T: Final = f"T {{mean_excess:overlap}}[[ ({{size}})]]{_LEVEL}"
 
 STUDY_CODES: Final[dict[str, Code]] = {
     # Adapters
@@ -42,13 +34,6 @@ STUDY_CODES: Final[dict[str, Code]] = {
         "{adapter} has probably diverged: ‖ΔW‖ is {norm:number}[[, {ratio:number} times the median "
         "of comparable adapters]][[, {relative_norm:number} times ‖W‖ (median over modules)]]. Its "
         "directions are computed as usual; check its training before you interpret them.",
-    ),
-    "near-duplicates": Code(
-        "artifact",
-        "adapters",
-        "{duplicates:and} are near-duplicates: the signed cosine of their whole updates is at "
-        "least 0.99, and their norms differ by a factor of {norm_ratio:number}. They are one "
-        "sample.",
     ),
     "several-bases": Code(
         "limit",
@@ -95,36 +80,81 @@ STUDY_CODES: Final[dict[str, Code]] = {
         "have the same shapes under different names: {a} has {modules_a}; {b} has {modules_b}. If "
         "they are the same modules, pass prefix= (command line: --prefix OLD=NEW).]]",
     ),
-    # Initializations
+    # Classes of pairs
+    "near-duplicates": Code(
+        "artifact",
+        "adapters",
+        "near-duplicates: the cosine of ΔW is at least 0.99 in 90 % of the modules. They are one "
+        "sample.",
+        subject=_PAIRS,
+    ),
+    "negated-copies": Code(
+        "artifact",
+        "adapters",
+        "one is the other with its sign reversed (cosine of ΔW at most -0.99 in 90 % of the "
+        "modules). They are one sample.",
+        subject=_PAIRS,
+    ),
+    "contained": Code(
+        "artifact",
+        "adapters",
+        "one contains the other: both subspaces of the smaller rank agree (median φ "
+        "{containment:number}). Possible causes are a resized copy, a stack or merge of adapters, "
+        "or a continued run. They are one sample.",
+        subject=_PAIRS,
+    ),
     "same-run": Code(
         "artifact",
         "initialization",
         "same training run: A started from the same values and B agrees too (median matched cosine "
         "{b_cosine:number}). Possible causes are one run stored twice, a continued run, or the "
-        "same seed on the same task. They are one sample, not two, and are excluded from all "
-        "results.",
+        "same seed on the same task. They are one sample.",
+        subject=_PAIRS,
+    ),
+    "conflicting-labels": Code(
+        "artifact",
+        "labels",
+        "{pair_class}, but under two task names, so at least one name is wrong. Adapters with such "
+        "a name are used in no conclusion.",
+        subject=_PAIRS,
+    ),
+    "started-from-base": Code(
+        "artifact",
+        "initialization",
+        "A and B agree row by row although tasks and seeds differ (median matched cosine of B "
+        "{b_cosine:number}): both factors started from the base weights, as PiSSA does, and B·A is "
+        "not the update. Nothing can be concluded. Subtract the start: pass initial= (command "
+        "line: --initial, or --trained-on BASE).",
+        subject=_PAIRS,
+    ),
+    "gradients-alike": Code(
+        "artifact",
+        "initialization",
+        "shared initialization, and B agrees in part although the tasks differ (median matched "
+        "cosine {b_cosine:number}): the first gradients were alike. These pairs are excluded.",
         subject=_PAIRS,
     ),
     "shared-initialization": Code(
         "artifact",
         "initialization",
-        "shared initialization of A in all {shared_modules} modules (same script, same seed); B "
-        "was learned independently (median matched cosine {b_cosine:number}). Input-side overlap "
-        "comes from the initialization and is excluded.",
+        "shared initialization of A in {shared_modules} of {modules} modules (median matched "
+        "cosine of B {b_cosine:number}: B was learned independently). Input-side overlap comes "
+        "from the initialization and is excluded.",
+        subject=_PAIRS,
+    ),
+    "same-input-space": Code(
+        "artifact",
+        "initialization",
+        "same input space, spanned by different rows of A (resized copies of adapters with a "
+        "shared initialization, or an initialization from data or from W). Input-side overlap was "
+        "not learned and is excluded.",
         subject=_PAIRS,
     ),
     "partly-shared-initialization": Code(
         "artifact",
         "initialization",
         "shared initialization of A in {shared_modules} of {modules} modules, which are excluded "
-        "on the input side.",
-        subject=_PAIRS,
-    ),
-    "same-input-space": Code(
-        "artifact",
-        "initialization",
-        "same input space, spanned by different rows of A (a resized copy, or an initialization "
-        "from data or from W). Input-side overlap was not learned.",
+        "on the input side of all pairs.",
         subject=_PAIRS,
     ),
     "initialization-inconclusive": Code(
@@ -156,74 +186,120 @@ STUDY_CODES: Final[dict[str, Code]] = {
     "reference-pairs": Code(
         "result",
         "overlap",
-        "Reference[[ on {base}]]: {pairs:plural pair} of unrelated adapters (different task, "
-        "different seed; ranks {ranks}) with median {quantity} {sides}. A group counts as more "
-        "alike than unrelated adapters if the median of each of its pairs exceeds that of every "
-        "reference pair, and at least half of its values exceed 95 % of the reference values (in "
-        "the module types of the group).",
+        f"Unrelated pairs{_BASE} (different tasks and seeds): T {{sides}}. T is the mean excess "
+        "of ω over the random baseline, 0 for random adapters and 1 for identical subspaces.",
         items={
-            "ranks": "{low}/{high}",
-            "sides": "{median:overlap} on the {side} side (95 % below {quantile_95:overlap}, "
-            "random {chance:number})",
+            "sides": "{median:overlap} on the {side} side (at most {maximum:overlap}, "
+            "{pairs:plural pair})"
         },
     ),
     "no-reference-pairs": Code(
         "limit",
         "overlap",
-        "No reference pairs (different task, different seed), so overlaps are compared with random "
-        "subspaces only. Whether unrelated adapters of this base are as alike is unknown: pass two "
-        "or more as reference= (command line: --reference).",
+        "No unrelated pairs (different tasks and seeds), so overlaps are compared with random "
+        "subspaces only, and unrelated adapters of one base often exceed those too. Pass five "
+        "adapters of other tasks for a test at 5 % (reference=, command line: --reference); "
+        "fewer give a level.",
+    ),
+    "pairs-left-out": Code(
+        "limit",
+        "overlap",
+        "{count} of {total} pairs are in no comparison: {classes}.",
+        items={"classes": "{pair_class} ({pairs})"},
+    ),
+    "modules-left-out": Code(
+        "limit",
+        "modules",
+        "{count:plural module} on the {side} side cannot be used in all pairs: {reasons}.",
+        items={"reasons": "{modules:and} ({reason})"},
+    ),
+    "more-alike": Code(
+        "result",
+        "overlap",
+        f"{{compared}}{_BASE}: more alike than unrelated adapters on the {{side}} side: {_T} "
+        "(p {p:p}, smallest possible {smallest_p:p}).",
+    ),
+    "not-distinguishable": Code(
+        "result",
+        "overlap",
+        f"{{compared}}{_BASE}: not distinguishable from unrelated adapters on the {{side}} side: "
+        f"{_T} (p {{p:p}}, smallest possible {{smallest_p:p}}).",
+    ),
+    "more-alike-than-random": Code(
+        "result",
+        "overlap",
+        f"{{compared}}{_BASE}: more alike than random subspaces on the {{side}} side "
+        "({significant} of {significant_of} {unit}, q < 0.05): median ω {omega:overlap}, random "
+        "{chance_omega:overlap}. Whether unrelated adapters of this base are as alike is unknown; "
+        "they often are.",
+    ),
+    "not-distinguishable-from-random": Code(
+        "result",
+        "overlap",
+        f"{{compared}}{_BASE}: not distinguishable from random subspaces on the {{side}} side "
+        "({significant} of {significant_of} {unit}, q < 0.05): median ω {omega:overlap}, random "
+        "{chance_omega:overlap}.",
+    ),
+    "too-few-runs": Code(
+        "result",
+        "runs",
+        f"{{compared}}{_BASE}: too few runs for a conclusion on the {{side}} side (smallest "
+        f"possible p {{smallest_p:p}}): {_T}.",
+    ),
+    "too-few-references": Code(
+        "result",
+        "overlap",
+        f"{{compared}}: {{side}} side: too few references to test (five of different tasks are "
+        "needed, {references} given). The pair is number {rank_of_pair} of {pairs_of_test} by T: "
+        f"{_T}.",
+    ),
+    "trained-differently": Code(
+        "result",
+        "overlap",
+        f"{{compared}}: {{side}} side: inconclusive, because the pair was not trained as the "
+        f"references were, and that alone can make unrelated adapters alike ({{outside}}): {_T}.",
+        items={
+            "outside": "{quantity} of {adapter} {value:number}, references {low:number} to "
+            "{high:number}"
+        },
+    ),
+    "near-duplicate-pair": Code(
+        "result",
+        "overlap",
+        "{compared}: {pair_class} on the {side} side: one sample, not two (T "
+        "{mean_excess:overlap}).",
+    ),
+    "inconclusive": Code(
+        "result",
+        "overlap",
+        f"{{compared}}{_BASE}: inconclusive on the {{side}} side: {{reason}}. {_T}.",
+    ),
+    "single-tasks": Code(
+        "result",
+        "runs",
+        f"Tasks differ in T on the {{side}} side{_BASE}: {{tasks}}. Tasks that were trained more "
+        "strongly can be more alike for that reason alone.",
+        items={
+            "tasks": "{task} {own:overlap} (with other tasks [[at most {other:overlap}]]; ‖ΔW‖ "
+            "{norm:number}, participation ratio {participation_ratio:number})"
+        },
     ),
     "overlap-of-ranks": Code(
         "result",
         "overlap",
-        "{sides}.",
-        subject="Rank {low} and rank {high} on the same task, {seeds}[[, on {base}]]",
-        items=_SIDES,
-    ),
-    "overlap-of-seeds": Code(
-        "result",
-        "overlap",
-        "{sides}.",
-        subject="Two seeds of rank {rank} on the same task[[, on {base}]]",
-        items=_SIDES,
-    ),
-    "overlap-of-pair": Code("result", "overlap", "{sides}.", subject="{a} and {b}", items=_SIDES),
-    "overlap-of-adapters": Code(
-        "result",
-        "overlap",
-        "{sides}.",
-        subject="{count} adapters of unknown relation[[, on {base}]]",
-        items=_SIDES,
-    ),
-    "overlap-undefined": Code(
-        "result",
-        "overlap",
-        "φ(1,1) is undefined: no first direction is well defined, or all are excluded because of a "
-        "shared initialization.",
-        subject="{compared}",
-    ),
-    "overlaps-inconclusive": Code(
-        "result",
-        "overlap",
-        "{count} comparisons are {conclusion}. Median {quantity} {sides}[[; {excluded:nonzero} "
-        "values excluded (degenerate directions or shared initialization)]]. The table of "
-        "conclusions lists each.",
-        items={"sides": "{medians:range} on the {side} side (random {chances:range})"},
+        f"Different ranks of one task, different seeds, output side{_BASE}: T {{pairs_of_ranks}}"
+        "[[; unrelated pairs {unrelated:overlap}, at most {unrelated_maximum:overlap}]].",
+        items={"pairs_of_ranks": "{mean_excess:overlap} for ranks {low} and {high}"},
     ),
     "largest-overlap": Code(
         "result",
         "overlap",
-        "Maximum φ(1,1) on the output side[[ on {base}]] over {count} values: {phi_1_1:number}, in "
-        "{module} of {a} and {b}. The maximum of {count} random values would be "
-        "{expected_maximum:number}[[; that of the {reference_count} reference values is "
-        "{reference_maximum:number}]].",
+        "Maximum φ(1,1) between runs of one task on the output side[[ on {base}]] over {count} "
+        "values: {phi_1_1:number}, in {module} of {a} and {b}. The maximum of {count} random "
+        "values would be {expected_maximum:number}[[; that of the {reference_count} unrelated "
+        "values is {reference_maximum:number}]].",
     ),
     # Runs
-    "runs-compared": Code("result", "runs", _RUNS),
-    "too-few-runs": Code(
-        "result", "runs", f"{_RUNS} Too few runs: p cannot fall below 0.05 with so few."
-    ),
     "checkpoints": Code(
         "result",
         "runs",

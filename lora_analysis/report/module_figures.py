@@ -75,7 +75,7 @@ def _mapped_pairs(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     same = table[table["relation"].isin(same_task)]
     if len(same):
         return same, f"{plural(same.groupby(['a', 'b']).ngroups, 'pair')} of one task"
-    rest = table[table["relation"].isin([Relation.UNKNOWN, Relation.REFERENCE])]
+    rest = table[table["relation"].isin([Relation.UNKNOWN, Relation.OTHER_TASK])]
     pairs = plural(rest.groupby(["a", "b"]).ngroups, "pair")
     return rest, f"{pairs} of unknown relation or different tasks"
 

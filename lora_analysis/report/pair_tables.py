@@ -58,7 +58,7 @@ def overlap_table(study: Study) -> ReportTable | None:
     caption = (
         "Medians over modules and pairs, without pairs from one training run; random: the random "
         "baseline; d: dimension of the space; ω: energy-weighted overlap. "
-        f"“{Relation.REFERENCE}” is the reference; “{Relation.SHARED_SEED}” shares the initial A, "
+        f"“{Relation.OTHER_TASK}” is the reference; “{Relation.SHARED_SEED}” shares the initial A, "
         "so the input side is an artifact."
     )
     return ReportTable("overlaps", caption, columns, tuple(rows), 3 + len(several))

@@ -135,7 +135,7 @@ def sections(
 def _plan(study: Study) -> list[tuple[Section, tuple[Drawing, ...]]]:
     """Return the sections with their tables, and the functions that draw their figures."""
     modules = representative_modules(list(dict.fromkeys(study.spectra["module"])))
-    if study.select(Relation.REFERENCE, "output").empty:
+    if study.select(Relation.OTHER_TASK, "output").empty:
         pairs = "All pairs", "How alike are the adapters? Conclusions need a reference."
     else:
         pairs = (

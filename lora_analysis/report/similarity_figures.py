@@ -133,7 +133,7 @@ _GROUPS: dict[Relation, str] = {
     Relation.OTHER_RANK: "same task, different rank",
     Relation.OTHER_RANK_AND_SEED: "same task, different rank and seed",
     Relation.OTHER_SEED: "same task, different seed",
-    Relation.REFERENCE: "different task and seed (reference)",
+    Relation.OTHER_TASK: "different task and seed (reference)",
     Relation.SHARED_SEED: "different task, same seed (shared initial A)",
     Relation.UNKNOWN: "unknown relation",
 }
@@ -143,7 +143,7 @@ def group_figures(study: Study) -> Iterator[ReportFigure]:
     """Yield φ(1, 1) of every pair and module by relation of the pair, for each side."""
     table = study.similarities
     table = table[table["initialization"] != InitRelation.SAME_RUN]
-    has_reference = summarize_overlaps(study.select(Relation.REFERENCE, "output")) is not None
+    has_reference = summarize_overlaps(study.select(Relation.OTHER_TASK, "output")) is not None
     if not table["relation"].isin(_GROUPS).any():
         return
     for side in SIDES_IN_ORDER:

@@ -148,7 +148,7 @@ def module_types_table(study: Study) -> ReportTable | None:
     rows = study.similarities
     rows = rows[
         (rows["initialization"] != InitRelation.SAME_RUN)
-        & ~rows["relation"].isin([Relation.REFERENCE, Relation.SAME_RUN, Relation.EARLIER])
+        & ~rows["relation"].isin([Relation.OTHER_TASK, Relation.SAME_RUN, Relation.EARLIER])
     ]
     rows = rows.assign(base=bases_of(study, rows["a"]))
     for side in ("output", "input"):

@@ -57,6 +57,8 @@ class PairGroup:
         Stored ranks of the updates, ``(N,)``.
     degeneracy
         `Degeneracy` of the first direction of each update, ``(N,)``.
+    values
+        Singular values of each update up to its numerical rank, ``(N, r)``, filled with zeros.
     """
 
     index: NDArray[np.intp]
@@ -64,6 +66,7 @@ class PairGroup:
     angles: tuple[Angles, Angles]
     ranks: NDArray[np.intp]
     degeneracy: NDArray[np.object_]
+    values: NDArray[np.float64]
 
     def init(self, i: int, j: int) -> ModuleInit | None:
         """Return the evidence on the initialization of a pair of rows; None if one is dense."""
@@ -158,7 +161,15 @@ def _pair_group(
         angles=(pair_angles(spectra, SIDES[0]), pair_angles(spectra, SIDES[1])),
         ranks=np.array([update.rank for update in updates]),
         degeneracy=np.array([_first_degeneracy(values) for values in spectra], dtype=object),
+        values=_stacked_values(spectra),
     )
+
+
+def _stacked_values(spectra: Sequence[Spectrum]) -> NDArray[np.float64]:
+    values = np.zeros((len(spectra), max(*(s.numerical_rank for s in spectra), 1)))
+    for row, s in zip(values, spectra, strict=True):
+        row[: s.numerical_rank] = s.S[: s.numerical_rank]
+    return values
 
 
 def _first_degeneracy(values: Spectrum) -> Degeneracy:

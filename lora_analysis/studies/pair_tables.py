@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from lora_analysis import chance
 from lora_analysis.patterns import layer_index, module_type
-from lora_analysis.shared_init import SharedInit, classify_init
-from lora_analysis.spectra import SIDES
+from lora_analysis.shared_init import InitRelation, SharedInit, classify_init
+from lora_analysis.spectra import SIDES, Side
+from lora_analysis.studies.pair_classes import (
+    COPY_COSINE,
+    ClassifiedPair,
+    Exclusion,
+    PairClass,
+    PairEvidence,
+    classify_pairs,
+    one_sample_exclusions,
+)
+from lora_analysis.studies.relations import Relation, base_key, earlier_checkpoints
 from lora_analysis.studies.table_rows import PAIR_COLUMNS, SIMILARITY_COLUMNS, Degeneracy
 
 if TYPE_CHECKING:
@@ -22,10 +34,32 @@ if TYPE_CHECKING:
 
     Columns = dict[str, NDArray[Any]]
 
+# Random baseline of ω from which a module has no room for two updates to differ.
+MOST_CHANCE: Final = 0.25
+
+
+class PairTables(NamedTuple):
+    """The tables of pairs, and what they leave out.
+
+    Attributes
+    ----------
+    pairs, similarities
+        One row per pair; one row per pair, module and side.
+    exclusions
+        Why all pairs of an adapter are left out of every population, by label.
+    left_out
+        Modules that are not usable, with the reason, per side.
+    """
+
+    pairs: pd.DataFrame
+    similarities: pd.DataFrame
+    exclusions: Mapping[str, Exclusion]
+    left_out: Mapping[Side, Mapping[str, str]]
+
 
 def pair_tables(
     study: OpenStudy, results: Sequence[ModuleResult], failed: frozenset[str]
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+) -> PairTables:
     """Return the table of pairs, and the table with one row per pair, module and side.
 
     Parameters
@@ -40,22 +74,136 @@ def pair_tables(
     labels = np.array([adapter.label for adapter in study.adapters], dtype=object)
     readable = np.array([label not in failed for label in labels], dtype=bool)
     chosen = np.flatnonzero(readable[study.pairs.pairs].all(axis=1))
-    table = _similarities(study, labels, results, chosen)
+    similarities = _similarities(study, labels, results, chosen)
     # Rows of one pair are adjacent, in the order of the pairs.
-    starts = np.searchsorted(table["pair"].to_numpy(dtype=np.intp), [*chosen, len(readable) ** 2])
-    summaries, initializations, shared = [], [], []
-    for position, (pair, first) in enumerate(zip(chosen.tolist(), starts[:-1], strict=True)):
-        rows = table.iloc[first : starts[position + 1]]
+    starts = np.searchsorted(
+        similarities["pair"].to_numpy(dtype=np.intp), [*chosen, len(readable) ** 2]
+    )
+    summaries, inits = [], []
+    for position, pair in enumerate(chosen.tolist()):
+        rows = similarities.iloc[starts[position] : starts[position + 1]]
         common = _common_groups(results, *study.pairs.pairs[pair])
-        init = _shared_init(common, rows)
-        summaries.append(_summary(study, results, common, pair, init))
-        initializations += [init.kind] * len(rows)
-        shared += [init.contaminates_input or m in init.modules for m in rows["module"]]
-    table["initialization"] = initializations
+        inits.append(_shared_init(common, rows))
+        summaries.append(_summary(study, results, common, pair, inits[-1]))
+    bases = pair_bases(study, chosen)
+    classes = _classes(study, chosen, summaries, inits, bases)
+    exclusions = _exclusions(study, results, chosen, classes)
+    populations = {
+        side: [
+            ""
+            if exclusions.keys() & set(labels[study.pairs.pairs[pair]])
+            else classified.populations[side]
+            for pair, classified in zip(chosen, classes, strict=True)
+        ]
+        for side in SIDES
+    }
+    owner = np.repeat(np.arange(len(chosen)), np.diff(starts))
+    _add_pair_columns(similarities, owner, inits, classes, populations)
+    left_out: dict[Side, dict[str, str]] = {side: {} for side in SIDES}
+    usable = np.zeros(len(similarities), dtype=bool)
+    for positions in bases.values():
+        rows = np.flatnonzero(np.isin(owner, positions))
+        pairs = {position: labels[study.pairs.pairs[chosen[position]]] for position in positions}
+        shared = [
+            inits[position].modules
+            for position in positions
+            if inits[position].kind is InitRelation.PARTLY_SHARED
+            and exclusions.keys().isdisjoint(pairs[position])
+        ]
+        members = {
+            label
+            for labels_of_pair in pairs.values()
+            for label in labels_of_pair
+            if exclusions.get(label) not in (Exclusion.UNTRAINED, Exclusion.OTHER_MODULES)
+        }
+        table = similarities.iloc[rows]
+        modules = usable_modules(table, members, frozenset().union(*shared))
+        usable[rows] = [
+            module in modules.usable[side]
+            for side, module in zip(table["side"], table["module"], strict=True)
+        ]
+        for side in SIDES:
+            left_out[side] |= modules.left_out[side]
+    similarities["usable"] = usable
+    pairs_table = pd.DataFrame(summaries)
+    pairs_table["pair_class"] = [classified.pair_class for classified in classes]
+    for side in SIDES:
+        pairs_table[f"population_{side}"] = populations[side]
+    _add_statistics(pairs_table, similarities, chosen)
+    return PairTables(
+        pairs_table.reindex(columns=list(PAIR_COLUMNS)),
+        similarities.reindex(columns=list(SIMILARITY_COLUMNS)),
+        exclusions,
+        left_out,
+    )
+
+
+def _classes(
+    study: OpenStudy,
+    chosen: NDArray[np.intp],
+    summaries: Sequence[Mapping[str, Any]],
+    inits: Sequence[SharedInit],
+    bases: Mapping[str, Sequence[int]],
+) -> list[ClassifiedPair]:
+    """Return the class of each chosen pair, decided base by base."""
+    evidence = [
+        _evidence(study, pair, summary, init)
+        for pair, summary, init in zip(chosen.tolist(), summaries, inits, strict=True)
+    ]
+    classes = [ClassifiedPair(PairClass.UNKNOWN)] * len(chosen)
+    for positions in bases.values():
+        of_base = classify_pairs([evidence[position] for position in positions])
+        for position, classified in zip(positions, of_base, strict=True):
+            classes[position] = classified
+    return classes
+
+
+def _add_pair_columns(
+    similarities: pd.DataFrame,
+    owner: NDArray[np.intp],
+    inits: Sequence[SharedInit],
+    classes: Sequence[ClassifiedPair],
+    populations: Mapping[Side, Sequence[str]],
+) -> None:
+    """Add what holds for all modules of a pair to the rows of its modules.
+
+    ``owner`` is the position of the pair of each row.
+    """
+
+    def repeated(values: Sequence[object]) -> NDArray[np.object_]:
+        column = np.empty(len(values), dtype=object)
+        column[:] = values
+        return column[owner]
+
+    modules = [frozenset(init.modules) for init in inits]
+    similarities["initialization"] = repeated([init.kind for init in inits])
     # Without rows the column would hold objects, and a selection by it would choose columns.
-    table["shared_init"] = np.array(shared, dtype=bool)
-    similarities = table.reindex(columns=list(SIMILARITY_COLUMNS))
-    return pd.DataFrame(summaries, columns=PAIR_COLUMNS), similarities
+    similarities["shared_init"] = np.array(
+        [
+            inits[pair].contaminates_input or module in modules[pair]
+            for pair, module in zip(owner, similarities["module"], strict=True)
+        ],
+        dtype=bool,
+    )
+    similarities["pair_class"] = repeated([classified.pair_class for classified in classes])
+    similarities["population"] = np.where(
+        similarities["side"] == "input",
+        repeated(populations["input"]),
+        repeated(populations["output"]),
+    )
+
+
+def _add_statistics(
+    pairs: pd.DataFrame, similarities: pd.DataFrame, chosen: NDArray[np.intp]
+) -> None:
+    """Add T of each pair, the number of modules behind it, and the median signed cosine."""
+    for side in SIDES:
+        rows = similarities[similarities["usable"] & (similarities["side"] == side)]
+        by_pair = rows.groupby("pair")["excess_omega"]
+        pairs[f"usable_{side}"] = by_pair.size().reindex(chosen, fill_value=0).to_numpy()
+        pairs[f"mean_excess_{side}"] = by_pair.mean().reindex(chosen).to_numpy(dtype=np.float64)
+    cosines = similarities[similarities["side"] == "output"].groupby("pair")["signed_cosine"]
+    pairs["median_cosine"] = cosines.median().reindex(chosen).to_numpy(dtype=np.float64)
 
 
 def _similarities(
@@ -76,9 +224,8 @@ def _similarities(
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     table = pd.DataFrame(columns)
     table = table.iloc[np.argsort(columns["pair"], kind="stable")].reset_index(drop=True)
-    table["p_r_r"] = _p_values(table)
     # One value per module, of one pair and one side: never over (i, j), whose cells are nested.
-    table["q_r_r"] = table.groupby(["pair", "side"])["p_r_r"].transform(
+    table["q_omega"] = table.groupby(["pair", "side"])["p_omega"].transform(
         lambda values: chance.benjamini_hochberg(values.to_numpy())
     )
     return table
@@ -114,6 +261,9 @@ def _group_columns(
     both_sides = []
     for side, angles in zip(SIDES, group.angles, strict=True):
         values = pairs.sides[side]
+        p_values = chance.energy_overlap_p_value(
+            values.dimension, (group.values[i], group.values[j]), values.omega[i, j]
+        )
         both_sides.append(
             common
             | {
@@ -126,6 +276,9 @@ def _group_columns(
                 "excess_r_r": values.excess_r_r[i, j],
                 "omega": values.omega[i, j],
                 "chance_omega": values.chance_omega[i, j],
+                "excess_omega": chance.excess(values.omega[i, j], values.chance_omega[i, j]),
+                "p_omega": np.maximum(p_values, chance.P_FLOOR),
+                "p_is_bound": p_values <= chance.P_FLOOR,
                 "smallest_angle": angles[0][i, j],
                 "largest_angle": angles[1][i, j],
             }
@@ -139,20 +292,6 @@ def _worse(a: NDArray[np.object_], b: NDArray[np.object_]) -> NDArray[np.object_
     for level in (Degeneracy.NEARLY, Degeneracy.FULL):
         worst[(a == level) | (b == level)] = level
     return worst
-
-
-def _p_values(table: pd.DataFrame) -> NDArray[np.float64]:
-    """Return P(φ_null(r, r) ≥ φ) of isotropic subspaces, computed per dimension."""
-    p = np.full(len(table), np.nan)
-    for dimension, indices in table.groupby("dimension").indices.items():
-        rows = table.iloc[indices]
-        p[indices] = chance.similarity_p_value(
-            int(dimension),
-            rows["rank_a"].to_numpy(),
-            rows["rank_b"].to_numpy(),
-            rows["phi_r_r"].to_numpy(),
-        )
-    return p
 
 
 class _Common(NamedTuple):
@@ -194,6 +333,8 @@ def _summary(
         and any(group.index[b] >= 0 for group in result.groups)
         for result in results
     )
+    cosines = np.array([c.group.pairs.cosine[c.i, c.j] for c in common])
+    cosines = cosines[~np.isnan(cosines)]
     return {
         "a": study.adapters[a].label,
         "b": study.adapters[b].label,
@@ -203,8 +344,151 @@ def _summary(
         "initialization": init.kind,
         "shared_init_modules": len(init.modules),
         "b_cosine": init.other_cosine,
+        "copied": float(np.mean(cosines >= COPY_COSINE)) if cosines.size else 0.0,
+        "negated": float(np.mean(cosines <= -COPY_COSINE)) if cosines.size else 0.0,
+        "containment": _containment(common),
         "total_cosine": _total_cosine(common),
     }
+
+
+def _containment(common: Sequence[_Common]) -> float:
+    """Return the median over modules of min(φ_input, φ_output) at the smaller rank.
+
+    Modules in which a rank exceeds a quarter of a dimension cannot tell; NaN if all are such.
+    """
+    values = []
+    for group, i, j in common:
+        rank = max(group.pairs.ranks[i], group.pairs.ranks[j])
+        sides = group.pairs.sides.values()
+        if 0 < rank <= min(side.dimension for side in sides) / 4:
+            values.append(min(side.phi_r_r[i, j] for side in sides))
+    return float(np.median(values)) if values else float("nan")
+
+
+def _evidence(
+    study: OpenStudy, pair: int, summary: Mapping[str, Any], init: SharedInit
+) -> PairEvidence:
+    """Return what the class of a pair is decided from."""
+    a, b = (study.adapters[i].provenance for i in study.pairs.pairs[pair])
+
+    def agree(first: object, second: object) -> bool | None:
+        return None if first is None or second is None else first == second
+
+    parents = [
+        None if source.location is None else PurePath(source.location).parent for source in (a, b)
+    ]
+    return PairEvidence(
+        relation=study.pairs.relations[pair],
+        same_task=agree(a.task, b.task),
+        same_seed=agree(a.seed, b.seed),
+        reference=bool((study.pairs.pairs[pair] >= study.analyzed).any()),
+        one_study=None in parents or parents[0] == parents[1],
+        copied=summary["copied"],
+        negated=summary["negated"],
+        containment=summary["containment"],
+        initialization=init.kind,
+        b_cosine=init.other_cosine or 0.0,
+        row_space=getattr(init, "row_space", float("nan")),
+    )
+
+
+def pair_bases(study: OpenStudy, chosen: NDArray[np.intp]) -> dict[str, list[int]]:
+    """Return the positions among the chosen pairs of the pairs of each base model.
+
+    A pair of which one adapter names no base belongs to the base of the other.
+    """
+    keys = [base_key(adapter.provenance.base_model) for adapter in study.adapters]
+    bases: dict[str, list[int]] = {}
+    for position, pair in enumerate(chosen):
+        a, b = (keys[i] for i in study.pairs.pairs[pair])
+        # Pairs across bases, compared on request, are a population of their own.
+        across = study.pairs.relations[pair] is Relation.OTHER_BASE
+        bases.setdefault(f"{a} {b}" if across else a or b or "", []).append(position)
+    return bases
+
+
+def _exclusions(
+    study: OpenStudy,
+    results: Sequence[ModuleResult],
+    chosen: NDArray[np.intp],
+    classes: Sequence[ClassifiedPair],
+) -> dict[str, Exclusion]:
+    """Return the adapters whose pairs count in no population, with the reason."""
+    labels = [adapter.label for adapter in study.adapters]
+    earlier = earlier_checkpoints(study.adapters[: study.analyzed])
+    trained: dict[str, set[str]] = {labels[i]: set() for i in set(study.pairs.pairs.flat)}
+    for result in results:
+        for group in result.groups:
+            for position in np.flatnonzero(group.index >= 0):
+                if group.pairs.ranks[group.index[position]] > 0 and labels[position] in trained:
+                    trained[labels[position]].add(result.module)
+    exclusions = {label: Exclusion.EARLIER for label in labels if label in earlier}
+    exclusions |= {label: Exclusion.UNTRAINED for label, names in trained.items() if not names}
+    counted = {label: names for label, names in trained.items() if label not in exclusions}
+    usual = {
+        module
+        for module, count in Counter(m for names in counted.values() for m in names).items()
+        if 2 * count > len(counted)
+    }
+    exclusions |= {
+        label: Exclusion.OTHER_MODULES
+        for label, names in counted.items()
+        if usual and 2 * len(names & usual) < len(usual) and len(counted) > 2
+    }
+    pairs = [
+        (labels[a], labels[b], classified.pair_class)
+        for (a, b), classified in zip(study.pairs.pairs[chosen], classes, strict=True)
+        if exclusions.keys().isdisjoint((labels[a], labels[b]))
+    ]
+    tasks = {a.label: a.provenance.task for a in study.adapters}
+    reference = frozenset(labels[study.analyzed :])
+    return one_sample_exclusions(pairs, tasks, reference) | exclusions
+
+
+class UsableModules(NamedTuple):
+    """The modules that count in every pair of a comparison, and the others with the reason."""
+
+    usable: Mapping[Side, frozenset[str]]
+    left_out: Mapping[Side, Mapping[str, str]]
+
+
+def usable_modules(
+    rows: pd.DataFrame, members: Collection[str], shared: frozenset[str]
+) -> UsableModules:
+    """Return the modules that are usable on each side: one set for all pairs of a comparison.
+
+    A module is usable if all adapters have it trained and in one shape, and the random baseline
+    of ω is at most `MOST_CHANCE` in every pair: a head with one output has no room to differ.
+
+    Parameters
+    ----------
+    rows
+        Rows of the table of similarities.
+    members
+        Labels of the adapters of the comparison.
+    shared
+        Modules with a shared initialization in pairs that otherwise start independently; they
+        leave the input side of all pairs.
+    """
+    rows = rows[rows["a"].isin(members) & rows["b"].isin(members)]
+    pairs = rows[["a", "b"]].drop_duplicates().shape[0]
+    usable: dict[Side, frozenset[str]] = {}
+    left_out: dict[Side, dict[str, str]] = {}
+    for side in SIDES:
+        of_side = rows[rows["side"] == side]
+        modules = of_side.groupby("module", sort=False)
+        counts, chances = modules.size(), modules["chance_omega"].max()
+        reasons = {}
+        for module in counts.index:
+            if counts[module] < pairs:
+                reasons[module] = "not trained in all adapters, or in different shapes"
+            elif chances[module] > MOST_CHANCE:
+                reasons[module] = f"random subspaces overlap by {chances[module]:.2f}"
+            elif side == "input" and module in shared:
+                reasons[module] = "shared initialization"
+        left_out[side] = reasons
+        usable[side] = frozenset(counts.index) - reasons.keys()
+    return UsableModules(usable, left_out)
 
 
 def _total_cosine(common: Sequence[_Common]) -> float:

@@ -21,7 +21,7 @@ class Relation(StrEnum):
     OTHER_SEED = "same task, different seed"
     OTHER_RANK_AND_SEED = "same task, different rank and seed"
     REPEATED = "same task, rank and seed"
-    REFERENCE = "different task, different seed"  # unrelated, except for the base model
+    OTHER_TASK = "different task, different seed"
     SHARED_SEED = "different task, same seed"
     SHARED_SEED_OTHER_RANK = "different task, different rank, same seed"
     SAME_RUN = "same run, different step"
@@ -103,7 +103,7 @@ def relation(a: Adapter, b: Adapter) -> Relation:
     same_rank = first.rank == second.rank
     if first.task != second.task:
         if first.seed != second.seed:
-            return Relation.REFERENCE
+            return Relation.OTHER_TASK
         return Relation.SHARED_SEED if same_rank else Relation.SHARED_SEED_OTHER_RANK
     if first.seed == second.seed:
         return Relation.REPEATED if same_rank else Relation.OTHER_RANK
@@ -134,7 +134,7 @@ class ChosenPairs(NamedTuple):
 def choose_pairs(
     adapters: Sequence[Adapter], reference: Sequence[Adapter], *, across_bases: bool, most: int
 ) -> ChosenPairs:
-    """Return all pairs of the adapters, and pairs of an adapter with one of the reference.
+    """Return all pairs of the adapters and of the reference.
 
     Parameters
     ----------
@@ -152,16 +152,12 @@ def choose_pairs(
     relations: list[Relation] = []
     left_out = 0
     for a, b in combinations(tabulated, 2):
-        if a >= len(adapters):
-            continue  # both are reference adapters
-        # The caller states that the reference is unrelated: task and seed are not compared.
-        kind = relation(every[a], every[b]) if b < len(adapters) else Relation.REFERENCE
+        kind = relation(every[a], every[b])
         if kind is Relation.OTHER_BASE and not across_bases:
             left_out += 1
             continue
         superseded = not earlier.isdisjoint((every[a].label, every[b].label))
-        compares_results = kind not in (Relation.SAME_RUN, Relation.OTHER_BASE)
-        if superseded and compares_results and b < len(adapters):
+        if superseded and kind not in (Relation.SAME_RUN, Relation.OTHER_BASE):
             kind = Relation.EARLIER
         pairs.append((a, b))
         relations.append(kind)

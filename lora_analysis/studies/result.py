@@ -19,6 +19,7 @@ from lora_analysis.similarity import SimilarityGrid, subspace_similarity
 from lora_analysis.spectra import Side, Spectrum, VectorsOf, spectrum
 from lora_analysis.storage.outputs import output_folder
 from lora_analysis.studies.inference import RunInference, run_inference
+from lora_analysis.studies.pair_classes import Population
 from lora_analysis.studies.relations import Relation
 from lora_analysis.studies.saved_sources import SavedBase, base_document, saved_adapter
 from lora_analysis.studies.similarity_matrix import SimilarityMatrix
@@ -39,15 +40,18 @@ class Study:
         The adapters by label, analyzed ones before the reference.
     runs
         One row per adapter: task, rank, seed, step (``earlier`` if the study has a later
-        checkpoint of the same run), modules, norm, metrics of its training.
+        checkpoint of the same run), modules, norm, metrics of its training; ``excluded`` is why
+        no pair of the adapter counts in a population, see `Exclusion`.
     spectra
         One row per adapter and module: ranks, norms, leading singular values.
     pairs
-        One row per pair of adapters: their relation, and whether they share an initialization.
+        One row per pair of adapters: what the labels say (``relation``), its class and the
+        population that it counts in on each side (see `PairClass`), and T, the mean over usable
+        modules of the excess of ω (``mean_excess_output``, ``mean_excess_input``).
     similarities
         One row per pair, module and side: φ(1, 1), φ(r, r) and ω with their random baselines,
-        angles, cosine; the isotropic p-value of φ(r, r), and its q-value over the modules of one
-        pair and side.
+        angles, cosine; the p-value of ω against random subspaces (at least 1e-4: ``p_is_bound``),
+        and its q-value over the modules of one pair and side; ``usable`` if the module counts.
     amplifications
         One row per adapter, module and k; empty without a base.
     changes
@@ -71,6 +75,8 @@ class Study:
         Labels of the adapters in ``pairs`` and ``similarities``: all of them, up to a maximum.
     across_bases
         Number of pairs of adapters of different base models, which are not compared.
+    left_out
+        Modules that do not count on a side, with the reason: one set for all pairs of one base.
     options
         Parameters of `study` other than the adapters, if they differ from the default.
     """
@@ -90,6 +96,7 @@ class Study:
     similarity_matrix: SimilarityMatrix | None = None
     tabulated: tuple[str, ...] = ()
     across_bases: int = 0
+    left_out: Mapping[Side, Mapping[str, str]] = field(default_factory=dict)
     options: Mapping[str, object] = field(default_factory=dict)
     _amplified: Mapping[tuple[str, str], Amplification] = field(default_factory=dict)
 
@@ -148,16 +155,26 @@ class Study:
         table = self.similarities
         return table[(table["relation"] == relation) & (table["side"] == side)]
 
+    def population(self, name: Population, side: Side) -> pd.DataFrame:
+        """Return the rows of ``similarities`` that count: usable modules of pairs of one kind.
+
+        Parameters
+        ----------
+        name
+            ``"replicate"`` (one task, different seeds) or ``"unrelated"`` (different tasks and
+            seeds, or a reference adapter).
+        side
+            The side of the overlap.
+        """
+        table = self.similarities
+        chosen = (table["population"] == name) & (table["side"] == side) & table["usable"]
+        return table[chosen]
+
     def run_inference(
-        self,
-        *,
-        quantity: str = "omega",
-        side: Side = "output",
-        rank: int | None = None,
-        base: str | None = None,
+        self, *, side: Side = "output", rank: int | None = None, base: str | None = None
     ) -> RunInference:
         """Test if runs of one task agree more than runs of different ones; see `run_inference`."""
-        return run_inference(self, quantity=quantity, side=side, rank=rank, base=base)
+        return run_inference(self, side=side, rank=rank, base=base)
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
         """Write the study into a folder, from which `load` restores it.

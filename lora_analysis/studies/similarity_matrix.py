@@ -35,6 +35,8 @@ _ROWS = 128
 _MAX_HTML = 24
 # Cosine from which two updates are near-duplicates, whatever their norms.
 DUPLICATE_COSINE = 0.99
+# Share of modules with a shared initialization from which the input side of a pair is left out.
+MOSTLY_SHARED = 0.5
 # Optimal leaf ordering costs O(N³): up to this many adapters.
 _MAX_OPTIMAL_ORDER = 200
 
@@ -57,8 +59,9 @@ class SimilarityMatrix:
         random updates. NaN for pairs without a trained common module.
     overlap
         Per side ``(K, N, N)``: mean over common modules of ``(ω − c)/(1 − c)``, the excess of the
-        energy-weighted overlap over the random baseline. Modules with a shared initialization are
-        excluded on the input side. NaN if no module is left.
+        energy-weighted overlap over the random baseline. On the input side, modules with a shared
+        initialization are excluded, and all modules of a pair if at least half of them have one.
+        NaN if no module is left.
     shared
         ``(N, N)``: share of the common modules that have a shared initialization.
     norms
@@ -138,7 +141,7 @@ class SimilarityMatrix:
 
     def shared_inits(self) -> list[tuple[str, ...]]:
         """Return groups of adapters with a shared initialization in at least half the modules."""
-        return self._groups(self.shared >= 0.5)
+        return self._groups(self.shared >= MOSTLY_SHARED)
 
     def untrained(self) -> list[str]:
         """Return the adapters whose update is zero."""
@@ -317,7 +320,12 @@ class SimilarityMatrixSums:
         for side in SIDES:
             _divide(self.overlap[side], self.counts[side])
         with np.errstate(divide="ignore", invalid="ignore"):
-            shared = self.shared[plane] / self.compared[plane]
+            share = self.shared / self.compared
+        np.fill_diagonal(share, 0.0)
+        for matrix in self.overlap["input"]:
+            matrix[share >= MOSTLY_SHARED] = np.nan
+        np.fill_diagonal(share, np.where(np.diag(self.compared) > 0, 1.0, np.nan))
+        shared = share[plane]
         return SimilarityMatrix(
             labels=tuple(self.labels[i] for i in members),
             kinds=self.kinds,

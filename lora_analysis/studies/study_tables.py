@@ -21,6 +21,7 @@ from lora_analysis.patterns import module_type
 from lora_analysis.progress import Progress
 from lora_analysis.studies.module_analysis import ModuleResult, analyze_module
 from lora_analysis.studies.module_walk import choose_modules, walk_modules
+from lora_analysis.studies.pair_classes import Exclusion
 from lora_analysis.studies.pair_tables import pair_tables
 from lora_analysis.studies.relations import earlier_checkpoints, shown_base
 from lora_analysis.studies.result import Study
@@ -64,9 +65,9 @@ def study(
     base
         The frozen weights, or their source; without it there are no amplifications.
     reference
-        Adapters of other tasks on the same base, trained with other seeds. They are compared with
-        the analyzed adapters, not with each other, and conclusions compare with these pairs (and
-        with such pairs among ``adapters``, if task and seed are known).
+        Adapters of other tasks on the same base, trained with other seeds. Pairs of an adapter and
+        a reference, and of two references, are unrelated unless labels or weights contradict it,
+        and conclusions compare with them (and with such pairs among ``adapters``).
     modules
         Suffixes of module names, or one regular expression; all modules by default.
     prefix
@@ -208,14 +209,14 @@ def _assemble(
     spectra = pd.DataFrame(
         [row for result in results for row in result.spectra if row["adapter"] not in failed]
     )
-    pairs, similarities = pair_tables(opened, results, failed)
+    tables = pair_tables(opened, results, failed)
     tabulated = {opened.adapters[i].label for i in opened.pairs.tabulated}
     return Study(
         adapters=adapters,
-        runs=_runs_table(list(adapters.values()), spectra),
+        runs=_runs_table(list(adapters.values()), spectra, tables.exclusions),
         spectra=spectra,
-        pairs=pairs,
-        similarities=similarities,
+        pairs=tables.pairs,
+        similarities=tables.similarities,
         amplifications=pd.DataFrame(
             [row for value in amplified.values() for row in amplification_rows(value)],
             columns=AMPLIFICATION_COLUMNS,
@@ -234,6 +235,7 @@ def _assemble(
         similarity_matrix=similarity_matrix,
         tabulated=tuple(label for label in adapters if label in tabulated),
         across_bases=opened.pairs.across_bases,
+        left_out=tables.left_out,
         options=opened.spec.options(),
         _amplified=amplified,
     )
@@ -268,7 +270,9 @@ def _no_weight_error(reason: str, adapter: Adapter, base: BaseWeights | None) ->
     )
 
 
-def _runs_table(adapters: Sequence[Adapter], spectra: pd.DataFrame) -> pd.DataFrame:
+def _runs_table(
+    adapters: Sequence[Adapter], spectra: pd.DataFrame, exclusions: Mapping[str, Exclusion]
+) -> pd.DataFrame:
     """Return one row per adapter."""
     rows = []
     earlier = earlier_checkpoints(adapters)
@@ -283,6 +287,7 @@ def _runs_table(adapters: Sequence[Adapter], spectra: pd.DataFrame) -> pd.DataFr
                 "seed": source.seed,
                 "step": source.step,
                 "earlier": adapter.label in earlier,
+                "excluded": exclusions.get(adapter.label, Exclusion.NONE),
                 "format": source.format,
                 "base_model": shown_base(source.base_model),
                 "modules": len(modules),

@@ -26,14 +26,17 @@ class Degeneracy(StrEnum):
 
 # Columns are listed here so that an empty table has them too.
 PAIR_COLUMNS = (
-    "a", "b", "relation", "modules", "mismatched_modules", "initialization", "shared_init_modules",
-    "b_cosine", "total_cosine",
+    "a", "b", "relation", "pair_class", "population_output", "population_input", "modules",
+    "mismatched_modules", "usable_output", "usable_input", "mean_excess_output",
+    "mean_excess_input", "median_cosine", "total_cosine", "initialization", "shared_init_modules",
+    "b_cosine", "copied", "negated", "containment",
 )  # fmt: skip
 SIMILARITY_COLUMNS = (
-    "a", "b", "relation", "module", "module_type", "layer", "side", "dimension", "rank_a", "rank_b",
-    "phi_1_1", "chance_1_1", "degeneracy_1_1", "phi_r_r", "chance_r_r", "excess_r_r",
-    "p_r_r", "q_r_r", "omega", "chance_omega", "smallest_angle", "largest_angle",
-    "signed_cosine", "initialization", "shared_init",
+    "a", "b", "relation", "pair_class", "population", "module", "module_type", "layer", "side",
+    "usable", "dimension", "rank_a", "rank_b", "phi_1_1", "chance_1_1", "degeneracy_1_1",
+    "phi_r_r", "chance_r_r", "excess_r_r", "omega", "chance_omega", "excess_omega", "p_omega",
+    "q_omega", "p_is_bound", "smallest_angle", "largest_angle", "signed_cosine",
+    "initialization", "shared_init",
 )  # fmt: skip
 AMPLIFICATION_COLUMNS = (
     "adapter", "module", "module_type", "layer", "k", "at_rank", "projected", "projected_weight",

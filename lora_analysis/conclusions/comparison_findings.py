@@ -1,0 +1,280 @@
+"""Findings from comparisons: which runs and pairs are alike, next to unrelated and random ones."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from lora_analysis import chance
+from lora_analysis.conclusions.comparisons import (
+    SIDES_IN_ORDER,
+    Comparison,
+    Conclusion,
+    Reason,
+    comparisons,
+)
+from lora_analysis.finding import Finding
+from lora_analysis.studies.base_models import per_base
+
+if TYPE_CHECKING:
+    from lora_analysis.studies import Study
+
+# T of two tasks that differ by more than this, or in what exceeds the unrelated level by more
+# than this factor, are not described by one number.
+_TASKS_DIFFER: Final = 0.3
+_TASKS_DIFFER_FACTOR: Final = 2.0
+# With fewer values, the maximum is one of the numbers that lead anyway.
+_MANY_VALUES: Final = 8
+_CODES: Final = {
+    Conclusion.MORE_ALIKE: "more-alike",
+    Conclusion.NOT_DISTINGUISHABLE: "not-distinguishable",
+    Conclusion.MORE_ALIKE_THAN_RANDOM: "more-alike-than-random",
+    Conclusion.NOT_DISTINGUISHABLE_FROM_RANDOM: "not-distinguishable-from-random",
+    Conclusion.TOO_FEW_RUNS: "too-few-runs",
+    Conclusion.NEAR_DUPLICATE: "near-duplicate-pair",
+    Conclusion.INCONCLUSIVE: "inconclusive",
+}
+
+
+def compared(study: Study) -> Iterator[Finding]:
+    """Report the comparisons of tasks, of single ranks together, and of pairs."""
+    every = comparisons(study)
+    for comparison in every:
+        if comparison.kind in ("tasks", "pair", "adapters"):
+            yield _finding(comparison)
+        if comparison.p is not None and comparison.kind == "tasks" and _tasks_differ(comparison):
+            yield _task_values(comparison)
+    for base in dict.fromkeys(comparison.base for comparison in every):
+        ranks = [c for c in every if c.kind == "ranks" and c.base == base]
+        output = [c for c in ranks if c.side == "output" and np.isfinite(c.mean_excess)]
+        if output:
+            yield _ranks_finding(output)
+
+
+def _finding(comparison: Comparison) -> Finding:
+    conclusion = comparison.conclusion or Conclusion.INCONCLUSIVE
+    code = _CODES[conclusion]
+    test = comparison.reference_test
+    if code == "too-few-runs" and comparison.kind == "pair":
+        code = "too-few-references"
+    elif comparison.reason is Reason.TRAINING_STRENGTH:
+        code = "trained-differently"
+    return Finding(
+        code,
+        {
+            **comparison_fields(comparison),
+            "references": len(test.references) if test else 0,
+            "rank_of_pair": test.rank if test else None,
+            "pairs_of_test": test.pairs if test else None,
+            "outside": [
+                {
+                    "adapter": outside.adapter,
+                    "quantity": outside.quantity.replace("_", " "),
+                    "value": outside.value,
+                    "low": outside.low,
+                    "high": outside.high,
+                }
+                for outside in (test.out_of_range if test else ())
+            ]
+            or None,
+        },
+    )
+
+
+def comparison_fields(comparison: Comparison) -> dict[str, Any]:
+    """Return the values of a comparison as fields of a finding, and for JSON output."""
+    level = comparison.unrelated
+    count, total = comparison.significant
+    return {
+        "kind": comparison.kind,
+        "compared": comparison.subject,
+        "base": comparison.base,
+        "side": comparison.side,
+        "conclusion": str(comparison.conclusion or ""),
+        "reason": str(comparison.reason),
+        "ranks": list(comparison.ranks),
+        "pair_class": str(comparison.pair_class or ""),
+        "pairs": comparison.pairs,
+        "modules": comparison.modules,
+        "mean_excess": comparison.mean_excess,
+        "quartiles": list(comparison.quartiles),
+        "omega": comparison.omega,
+        "chance_omega": comparison.chance_omega,
+        "angle": comparison.angle,
+        "cosine": comparison.cosine,
+        "unrelated": level.median if level else None,
+        "unrelated_maximum": level.maximum if level else None,
+        "unrelated_pairs": level.pairs if level else 0,
+        "size": comparison.size or None,
+        "position": comparison.position,
+        "p": comparison.p,
+        "smallest_p": comparison.smallest_p,
+        "significant": count,
+        "significant_of": total,
+        "unit": "modules" if comparison.kind == "pair" else "pairs",
+        "tasks": _strengths(comparison.tasks),
+    }
+
+
+def _strengths(tasks: Sequence[Any]) -> list[dict[str, Any]] | None:
+    """Return T and training strength of every task."""
+    rows = [
+        {
+            "task": task.task,
+            "own": task.own if np.isfinite(task.own) else None,
+            "other": max(task.others.values(), default=None),
+            "norm": task.norm,
+            "participation_ratio": task.participation_ratio,
+            "is_apart": task.is_apart,
+        }
+        for task in tasks
+    ]
+    return rows or None
+
+
+def _tasks_differ(comparison: Comparison) -> bool:
+    """Return True if one T does not describe all tasks."""
+    own = np.array([task.own for task in comparison.tasks if np.isfinite(task.own)])
+    if len(own) < 2 or comparison.unrelated is None:
+        return False
+    above = own - comparison.unrelated.median
+    apart = [task.is_apart for task in comparison.tasks if np.isfinite(task.own)]
+    return bool(
+        np.ptp(own) > _TASKS_DIFFER
+        or (above.min() > 0 and above.max() > _TASKS_DIFFER_FACTOR * above.min())
+        or above.min() <= 0 < above.max()
+        or not all(apart)
+        # With two tasks, a difference in strength cannot be told from one of the tasks.
+        or len(own) == 2
+    )
+
+
+def _task_values(comparison: Comparison) -> Finding:
+    return Finding(
+        "single-tasks",
+        {
+            "base": comparison.base,
+            "side": comparison.side,
+            "tasks": _strengths([task for task in comparison.tasks if np.isfinite(task.own)]),
+        },
+    )
+
+
+def _ranks_finding(output: Sequence[Comparison]) -> Finding:
+    """Report T of every pair of ranks, next to unrelated pairs, as one sentence."""
+    level = output[0].unrelated
+    return Finding(
+        "overlap-of-ranks",
+        {
+            "base": output[0].base,
+            "unrelated": level.median if level else None,
+            "unrelated_maximum": level.maximum if level else None,
+            "pairs_of_ranks": [
+                {
+                    "low": comparison.ranks[0],
+                    "high": comparison.ranks[1],
+                    "mean_excess": comparison.mean_excess,
+                }
+                for comparison in output
+            ],
+        },
+    )
+
+
+def reference_pairs(study: Study) -> Iterator[Finding]:
+    """Describe the unrelated pairs, base by base, or report that there are none."""
+    if len(study.adapters) < 2:
+        return
+    counts = {side: (study.pairs[f"population_{side}"] == "unrelated").sum()
+              for side in SIDES_IN_ORDER}  # fmt: skip
+    if not counts["output"]:
+        yield Finding("no-reference-pairs")
+        return
+    for base, rows in per_base(study, study.pairs):
+        sides = []
+        for side in SIDES_IN_ORDER:
+            unrelated = rows[rows[f"population_{side}"] == "unrelated"]
+            values = unrelated[f"mean_excess_{side}"].dropna()
+            if len(values):
+                sides.append(
+                    {
+                        "side": side,
+                        "median": float(values.median()),
+                        "maximum": float(values.max()),
+                        "pairs": len(values),
+                    }
+                )
+        if sides:
+            yield Finding("reference-pairs", {"base": base or None, "sides": sides})
+
+
+def left_out_pairs(study: Study) -> Iterator[Finding]:
+    """Count the pairs of each class that count in no population."""
+    pairs = study.pairs
+    if len(pairs) < 2 or not (pairs["population_output"] != "").any():
+        return
+    excluded = dict(zip(study.runs["adapter"], study.runs["excluded"], strict=True))
+    out = pairs[pairs["population_output"] == ""]
+    reasons = Counter(
+        excluded[a] or excluded[b] or str(pair_class)
+        for a, b, pair_class in zip(out["a"], out["b"], out["pair_class"], strict=True)
+    )
+    if reasons:
+        classes = [{"pair_class": name, "pairs": count} for name, count in reasons.most_common()]
+        yield Finding(
+            "pairs-left-out", {"count": len(out), "total": len(pairs), "classes": classes}
+        )
+
+
+def left_out_modules(study: Study) -> Iterator[Finding]:
+    """Name the modules that do not count in any pair, and why."""
+    for side in SIDES_IN_ORDER:
+        by_reason: dict[str, list[str]] = {}
+        for module, reason in study.left_out.get(side, {}).items():
+            by_reason.setdefault(reason, []).append(module)
+        if by_reason and len(study.adapters) > 1:
+            yield Finding(
+                "modules-left-out",
+                {
+                    "side": side,
+                    "count": sum(map(len, by_reason.values())),
+                    "reasons": [
+                        {"reason": reason, "modules": modules}
+                        for reason, modules in by_reason.items()
+                    ],
+                },
+            )
+
+
+def largest_overlaps(study: Study) -> Iterator[Finding]:
+    """Report the maximum of φ(1, 1) on each base, next to that of as many random values."""
+    rows = study.similarities
+    rows = rows[(rows["side"] == "output") & rows["usable"].astype(bool)]
+    rows = rows[(rows["degeneracy_1_1"] == "") & (rows["population"] != "")]
+    rows = rows.assign(excess=chance.excess(rows["phi_1_1"], rows["chance_1_1"]))
+    for base, of_base in per_base(study, rows):
+        unrelated = of_base[of_base["population"] == "unrelated"]
+        chosen = of_base[of_base["population"] == "replicate"]
+        if len(chosen) < _MANY_VALUES:
+            continue
+        top = chosen.loc[chosen["excess"].idxmax()]
+        dimension = int(top["dimension"])
+        count = int((chosen["dimension"] == dimension).sum())
+        same = unrelated[unrelated["dimension"] == dimension]
+        yield Finding(
+            "largest-overlap",
+            {
+                "base": base or None,
+                "count": count,
+                "phi_1_1": float(top["phi_1_1"]),
+                "module": str(top["module"]),
+                "a": top["a"],
+                "b": top["b"],
+                "expected_maximum": chance.similarity_maximum(dimension, 1, 1, count),
+                "reference_count": len(same),
+                "reference_maximum": float(same["phi_1_1"].max()) if len(same) else None,
+            },
+        )

@@ -1,0 +1,503 @@
+"""What is compared in a study, and the conclusion on each side: numbers and rules, no sentences.
+
+Every table of comparisons, every sentence about them and the command line read these values, so
+that a quantity has one value everywhere. The rules:
+
+* A conclusion "more alike than unrelated adapters" comes from a test only: relabeled runs in a
+  study with tasks and seeds, the rank among reference pairs for two adapters. A random baseline
+  cannot give it, since unrelated adapters of one base exceed that too.
+* The sides are tested in a fixed order, output first; the input side is tested if the output side
+  shows a difference, then single ranks (Holm among them). No other correction is needed.
+* Size is a statement of its own: a word for T, never below the largest T of unrelated pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import cached_property
+from typing import TYPE_CHECKING, Final, Literal
+
+import numpy as np
+
+from lora_analysis import chance
+from lora_analysis.errors import InputError
+from lora_analysis.spectra import Side
+from lora_analysis.studies import Study
+from lora_analysis.studies.base_models import per_base
+from lora_analysis.studies.inference import RunInference, TaskAgreement
+from lora_analysis.studies.pair_classes import Exclusion, PairClass
+from lora_analysis.studies.reference_test import REFERENCES_FOR_TEST, ReferenceTest, reference_test
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# The output side leads: what an update writes is not diluted by its initial A.
+SIDES_IN_ORDER: Final[tuple[Side, Side]] = ("output", "input")
+LEVEL: Final = 0.05
+# Pairs of unknown relation are compared one by one up to this many, then together.
+PAIRS_IN_WORDS: Final = 6
+_SIZES: Final = (
+    (0.9, "nearly the same"),
+    (0.5, "largely the same"),
+    (0.2, "partly the same"),
+    (0.05, "weakly alike"),
+    (-np.inf, "barely alike"),
+)
+NO_MORE_ALIKE: Final = "no more alike than unrelated adapters"
+
+Kind = Literal["tasks", "rank", "ranks", "pair", "adapters"]
+
+
+class Conclusion(StrEnum):
+    """The outcome of a comparison on one side."""
+
+    NEAR_DUPLICATE = "near-duplicate"
+    MORE_ALIKE = "more alike than unrelated adapters"
+    NOT_DISTINGUISHABLE = "not distinguishable from unrelated adapters"
+    MORE_ALIKE_THAN_RANDOM = "more alike than random"
+    NOT_DISTINGUISHABLE_FROM_RANDOM = "not distinguishable from random"
+    TOO_FEW_RUNS = "too few runs"
+    INCONCLUSIVE = "inconclusive"
+
+
+class Reason(StrEnum):
+    """Why a comparison has no stronger conclusion."""
+
+    NONE = ""
+    NO_REFERENCE = "no unrelated adapters to compare with"
+    FEW_REFERENCES = "fewer than five reference adapters of different tasks"
+    FEW_RUNS = "so few runs cannot give p ≤ 0.05"
+    UNEQUAL_TASKS = "not every task agrees more with itself than with every other task"
+    TRAINING_STRENGTH = "trained more or less strongly than the references"
+    OUTPUT_FIRST = "tested only if the output side shows a difference"
+    RANKS_LAST = "tested only if both sides show a difference"
+    SHARED_START = "shared initialization"
+    ONE_SAMPLE = "one sample, not two"
+    SHARED_SEED = "same seed, and so the same data order"
+    WRONG_LABEL = "one update under two task names"
+    STARTED_FROM_BASE = "both factors started from the base weights"
+    DIFFERENT_BASE = "different base models"
+    NO_USABLE_MODULE = "no module is usable in all pairs"
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """T of the unrelated pairs that a comparison is judged by."""
+
+    median: float
+    maximum: float
+    pairs: int
+    adapters: int
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One comparison on one side.
+
+    Attributes
+    ----------
+    kind
+        ``"tasks"``: replicates of all tasks against unrelated pairs; ``"rank"``: the same at one
+        rank; ``"ranks"``: replicates at two different ranks (described, not tested); ``"pair"``:
+        two adapters; ``"adapters"``: all pairs of unknown relation.
+    subject
+        What is compared, in words.
+    side
+        The side of the overlap.
+    conclusion
+        The outcome; None if the comparison is described only.
+    reason
+        Why there is no stronger conclusion.
+    base
+        The base model, if the study has several.
+    ranks
+        The rank or ranks that are compared, if the kind has them.
+    members
+        Labels of the two adapters of a pair.
+    pair_class
+        The class of a pair.
+    pairs, modules
+        Number of pairs behind the value, and of usable modules.
+    mean_excess
+        T: mean over usable modules of the excess of ω, mean over the pairs.
+    quartiles
+        Of the excess of ω over modules and pairs.
+    omega, chance_omega
+        Medians of ω and of its random baseline.
+    angle
+        Median over modules of arccos √φ(1, 1) in degrees; NaN if no first direction is defined.
+    cosine
+        Median signed cosine of ΔW: T is blind to its sign.
+    unrelated
+        T of the unrelated pairs; None without any.
+    size
+        T in words; "" without unrelated pairs.
+    position
+        (T − unrelated)/(replicate − unrelated) if the study has both.
+    p, smallest_p
+        p-value of the test, and the smallest one that the design allows; None without a test.
+    significant
+        Count and total of modules (of one pair; else of pairs with any module) whose ω exceeds
+        that of random subspaces at a false discovery rate of 5 % over the modules of a pair.
+    tasks
+        Agreement of each task with itself and the others.
+    reference_test
+        The rank test of a pair.
+    """
+
+    kind: Kind
+    subject: str
+    side: Side
+    conclusion: Conclusion | None
+    reason: Reason
+    base: str | None
+    ranks: tuple[int, ...]
+    members: tuple[str, ...]
+    pair_class: PairClass | None
+    pairs: int
+    modules: int
+    mean_excess: float
+    quartiles: tuple[float, float]
+    omega: float
+    chance_omega: float
+    angle: float
+    cosine: float
+    unrelated: Level | None
+    size: str
+    position: float | None = None
+    p: float | None = None
+    smallest_p: float | None = None
+    significant: tuple[int, int] = (0, 0)
+    tasks: tuple[TaskAgreement, ...] = ()
+    reference_test: ReferenceTest | None = None
+
+
+def size_in_words(mean_excess: float, largest_unrelated: float | None) -> str:
+    """Return the word for T; no word of likeness at or below the largest T of unrelated pairs.
+
+    Detection and size are two statements: a word says nothing about whether T can be due to
+    chance.
+    """
+    if largest_unrelated is None:
+        return ""
+    if mean_excess <= largest_unrelated:
+        return NO_MORE_ALIKE
+    return next(word for least, word in _SIZES if mean_excess >= least)
+
+
+def comparisons(study: Study) -> tuple[Comparison, ...]:
+    """Return all comparisons of a study, base by base, the output side of each first."""
+    result: list[Comparison] = []
+    for base, pairs in per_base(study, study.pairs):
+        on_base = _OnBase(study, base or None, pairs)
+        result += _compared_tasks(on_base)
+        result += _described_ranks(on_base)
+        result += _compared_pairs(on_base)
+    return tuple(result)
+
+
+class _OnBase:
+    """The pairs of one base model, and what the values of a group of them are made from."""
+
+    def __init__(self, study: Study, base: str | None, pairs: pd.DataFrame) -> None:
+        self.study, self.base, self.pairs = study, base, pairs
+
+    @cached_property
+    def _rows(self) -> dict[tuple[str, str], np.ndarray]:
+        return dict(self.study.similarities.groupby(["a", "b"]).indices)
+
+    def population(self, name: str, side: Side) -> pd.DataFrame:
+        """Return the pairs that count in a population."""
+        return self.pairs[self.pairs[f"population_{side}"] == name]
+
+    def level(self, side: Side, without: Sequence[tuple[str, str]] = ()) -> Level | None:
+        """Return T of the unrelated pairs other than some."""
+        rows = self.population("unrelated", side)
+        rows = rows[[pair not in without for pair in zip(rows["a"], rows["b"], strict=True)]]
+        values = rows[f"mean_excess_{side}"].dropna()
+        if values.empty:
+            return None
+        adapters = len(set(rows["a"]) | set(rows["b"]))
+        return Level(float(values.median()), float(values.max()), len(values), adapters)
+
+    def described(
+        self,
+        pairs: pd.DataFrame,
+        kind: Kind,
+        subject: str,
+        side: Side,
+        *,
+        ranks: tuple[int, ...] = (),
+    ) -> Comparison:
+        """Return a group of pairs with all of its values, without a conclusion."""
+        names = list(zip(pairs["a"], pairs["b"], strict=True))
+        positions = [self._rows[name] for name in names if name in self._rows]
+        rows = self.study.similarities.iloc[np.concatenate(positions) if positions else []]
+        rows = rows[(rows["side"] == side) & rows["usable"].astype(bool)]
+        values = pairs[f"mean_excess_{side}"].dropna()
+        mean = float(values.mean()) if len(values) else float("nan")
+        is_pair = kind == "pair"
+        level = self.level(side, names if is_pair else ())
+        defined = rows.loc[rows["degeneracy_1_1"] == "", "phi_1_1"].astype(float)
+        angle = np.degrees(np.arccos(np.sqrt(np.clip(defined, 0.0, 1.0))))
+        significant = rows["q_omega"] < LEVEL
+        if not is_pair and len(rows):
+            significant = significant.groupby([rows["a"], rows["b"]], sort=False).any()
+        replicates = self.population("replicate", side)[f"mean_excess_{side}"].dropna()
+        position = None
+        if kind in ("pair", "ranks") and level is not None and len(replicates):
+            room = float(replicates.median()) - level.median
+            position = (mean - level.median) / room if room > 0 else None
+        return Comparison(
+            kind=kind,
+            subject=subject,
+            side=side,
+            conclusion=None,
+            reason=Reason.NONE,
+            base=self.base,
+            ranks=ranks,
+            members=names[0] if is_pair else (),
+            pair_class=PairClass(pairs["pair_class"].iloc[0]) if is_pair else None,
+            pairs=len(values),
+            modules=int(rows["module"].nunique()),
+            mean_excess=mean,
+            quartiles=(
+                _quantile(rows["excess_omega"], 0.25),
+                _quantile(rows["excess_omega"], 0.75),
+            ),
+            omega=_quantile(rows["omega"], 0.5),
+            chance_omega=_quantile(rows["chance_omega"], 0.5),
+            angle=_quantile(angle, 0.5),
+            cosine=_quantile(pairs["median_cosine"].dropna(), 0.5),
+            unrelated=level,
+            size="" if np.isnan(mean) else size_in_words(mean, level and level.maximum),
+            position=position,
+            significant=(int(significant.sum()), len(significant)),
+        )
+
+
+def _quantile(values: pd.Series, share: float) -> float:
+    return float(values.quantile(share)) if len(values) else float("nan")
+
+
+def _compared_tasks(on_base: _OnBase) -> Iterator[Comparison]:
+    """Yield the test of all replicates, output side first, then that of single ranks."""
+    is_told_apart = True
+    for side in SIDES_IN_ORDER:
+        replicates = on_base.population("replicate", side)
+        if replicates.empty:
+            continue
+        comparison = on_base.described(replicates, "tasks", "Runs of one task", side)
+        inference = _inference(on_base, side)
+        if inference is None:
+            comparison = _against_random(comparison, Reason.NO_REFERENCE)
+        elif is_told_apart:
+            comparison = _against_tasks(comparison, inference, inference.permutation.p_value)
+        else:
+            comparison = replace(
+                comparison,
+                conclusion=Conclusion.INCONCLUSIVE,
+                reason=Reason.OUTPUT_FIRST,
+                tasks=inference.tasks,
+            )
+        is_told_apart &= comparison.conclusion is Conclusion.MORE_ALIKE
+        yield comparison
+    yield from _compared_ranks(on_base, is_tested=is_told_apart)
+
+
+def _compared_ranks(on_base: _OnBase, *, is_tested: bool) -> Iterator[Comparison]:
+    """Yield the replicates of each rank on the output side; p is adjusted over the ranks."""
+    rank_of = on_base.study.runs.set_index("adapter")["rank"]
+    replicates = on_base.population("replicate", "output")
+    ranks = replicates["a"].map(rank_of)
+    replicates = replicates[ranks == replicates["b"].map(rank_of)]
+    ranks = replicates["a"].map(rank_of)
+    every = sorted({int(rank) for rank in ranks}, reverse=True)
+    if len(set(rank_of[on_base.study.runs["adapter"]].dropna())) < 2:
+        return  # the comparison over all ranks is the same
+    inferences = {rank: _inference(on_base, "output", rank) for rank in every}
+    tested = {rank: found for rank, found in inferences.items() if found is not None}
+    adjusted = dict(
+        zip(
+            tested,
+            chance.holm([found.permutation.p_value for found in tested.values()]),
+            strict=True,
+        )
+    )
+    for rank in every:
+        of_rank = replicates[ranks == rank]
+        subject = f"Runs of one task at rank {rank}"
+        comparison = on_base.described(of_rank, "rank", subject, "output", ranks=(rank,))
+        if rank not in tested:
+            yield _against_random(comparison, Reason.NO_REFERENCE)
+        elif is_tested:
+            yield _against_tasks(comparison, tested[rank], float(adjusted[rank]))
+        else:
+            yield replace(
+                comparison,
+                conclusion=Conclusion.INCONCLUSIVE,
+                reason=Reason.RANKS_LAST,
+                tasks=tested[rank].tasks,
+            )
+
+
+def _inference(on_base: _OnBase, side: Side, rank: int | None = None) -> RunInference | None:
+    """Return the permutation test; None if the runs do not allow one."""
+    try:
+        inference = on_base.study.run_inference(side=side, rank=rank, base=on_base.base)
+    except InputError:
+        return None  # one task, or one run of each
+    return inference if inference.within.size and inference.between.size else None
+
+
+def _against_tasks(comparison: Comparison, inference: RunInference, p: float) -> Comparison:
+    """Return the comparison with the conclusion from the permutation test."""
+    test = inference.permutation
+    reason = Reason.NONE
+    if test.smallest_p_value > LEVEL:
+        conclusion, reason = Conclusion.TOO_FEW_RUNS, Reason.FEW_RUNS
+    elif p > LEVEL:
+        conclusion = Conclusion.NOT_DISTINGUISHABLE
+    elif all(task.is_apart for task in inference.tasks if not np.isnan(task.own)):
+        conclusion = Conclusion.MORE_ALIKE
+    else:
+        conclusion, reason = Conclusion.INCONCLUSIVE, Reason.UNEQUAL_TASKS
+    return replace(
+        comparison,
+        conclusion=conclusion,
+        reason=reason,
+        p=p,
+        smallest_p=test.smallest_p_value,
+        tasks=inference.tasks,
+    )
+
+
+def _against_random(comparison: Comparison, reason: Reason) -> Comparison:
+    """Return the comparison with the conclusion against random subspaces.
+
+    Of one pair, one module with q < 0.05 is enough: under the global null, q falls below 0.05 in
+    any module in 5 % of pairs. Of several pairs, at least half must have such a module.
+    """
+    count, total = comparison.significant
+    if not total:
+        return replace(
+            comparison, conclusion=Conclusion.INCONCLUSIVE, reason=Reason.NO_USABLE_MODULE
+        )
+    exceeds = count > 0 if comparison.kind == "pair" else 2 * count >= total
+    return replace(
+        comparison,
+        conclusion=Conclusion.MORE_ALIKE_THAN_RANDOM
+        if exceeds
+        else Conclusion.NOT_DISTINGUISHABLE_FROM_RANDOM,
+        reason=reason,
+    )
+
+
+def _described_ranks(on_base: _OnBase) -> Iterator[Comparison]:
+    """Yield replicates at two different ranks: T and its level, without a test."""
+    rank_of = on_base.study.runs.set_index("adapter")["rank"]
+    for side in SIDES_IN_ORDER:
+        replicates = on_base.population("replicate", side)
+        keys = [
+            tuple(sorted((int(rank_of[a]), int(rank_of[b]))))
+            for a, b in zip(replicates["a"], replicates["b"], strict=True)
+            if not np.isnan([rank_of[a], rank_of[b]]).any()
+        ]
+        if len(keys) < len(replicates):
+            continue
+        # As the figure does: the largest rank first, against the one closest to the paper's 8.
+        for low, high in sorted(set(keys), key=lambda pair: (-pair[1], abs(pair[0] - 8))):
+            if low == high:
+                continue
+            chosen = replicates[[key == (low, high) for key in keys]]
+            subject = f"Ranks {low} and {high} of one task, different seeds"
+            yield on_base.described(chosen, "ranks", subject, side, ranks=(low, high))
+
+
+def _compared_pairs(on_base: _OnBase) -> Iterator[Comparison]:
+    """Yield pairs of unknown relation, and the only pair of a study whatever its relation."""
+    study = on_base.study
+    analyzed = [label for label in study.adapters if label not in study.reference]
+    of_study = on_base.pairs[on_base.pairs["a"].isin(analyzed) & on_base.pairs["b"].isin(analyzed)]
+    if len(analyzed) > 2:
+        of_study = of_study[of_study["pair_class"] == PairClass.UNKNOWN]
+        excluded = study.runs.loc[study.runs["excluded"] != Exclusion.NONE, "adapter"]
+        of_study = of_study[~of_study["a"].isin(excluded) & ~of_study["b"].isin(excluded)]
+    of_study = of_study[of_study["modules"] > 0]
+    if len(of_study) > PAIRS_IN_WORDS:
+        count = len(set(of_study["a"]) | set(of_study["b"]))
+        subject = f"{count} adapters of unknown relation"
+        for side in SIDES_IN_ORDER:
+            comparison = on_base.described(of_study, "adapters", subject, side)
+            yield _against_random(comparison, Reason.NO_REFERENCE)
+        return
+    for i in range(len(of_study)):
+        output = _compared_pair(on_base, of_study.iloc[[i]], "output", None)
+        yield output
+        yield _compared_pair(on_base, of_study.iloc[[i]], "input", output)
+
+
+_WITHOUT_TEST: Final = {
+    PairClass.DIFFERENT_BASE: Reason.DIFFERENT_BASE,
+    PairClass.CHECKPOINT: Reason.ONE_SAMPLE,
+    PairClass.STARTED_FROM_BASE: Reason.STARTED_FROM_BASE,
+    PairClass.CONTAINED: Reason.ONE_SAMPLE,
+    PairClass.SAME_RUN: Reason.ONE_SAMPLE,
+    PairClass.WRONG_LABEL: Reason.WRONG_LABEL,
+    PairClass.GRADIENTS_ALIKE: Reason.SHARED_START,
+    PairClass.SAME_DATA_ORDER: Reason.SHARED_SEED,
+    PairClass.SAME_SEED: Reason.SHARED_SEED,
+}
+
+
+def _compared_pair(
+    on_base: _OnBase, pair: pd.DataFrame, side: Side, output: Comparison | None
+) -> Comparison:
+    """Return the conclusion on one pair; that on its output side is given for the input side."""
+    row = pair.iloc[0]
+    comparison = on_base.described(pair, "pair", f"{row.a} and {row.b}", side)
+    of_pair = PairClass(row["pair_class"])
+    if of_pair in (PairClass.NEAR_DUPLICATE, PairClass.NEGATED_COPY):
+        return replace(comparison, conclusion=Conclusion.NEAR_DUPLICATE, reason=Reason.ONE_SAMPLE)
+    if of_pair in _WITHOUT_TEST:
+        return replace(
+            comparison, conclusion=Conclusion.INCONCLUSIVE, reason=_WITHOUT_TEST[of_pair]
+        )
+    if not comparison.modules:
+        return replace(
+            comparison, conclusion=Conclusion.INCONCLUSIVE, reason=Reason.NO_USABLE_MODULE
+        )
+    if side == "input" and of_pair is PairClass.SHARED_INIT:
+        return replace(comparison, conclusion=Conclusion.INCONCLUSIVE, reason=Reason.SHARED_START)
+    test = reference_test(on_base.study, str(row.a), str(row.b), side)
+    if test is None:
+        return _against_random(comparison, Reason.NO_REFERENCE)
+    comparison = replace(comparison, reference_test=test)
+    if len(test.references) < REFERENCES_FOR_TEST:
+        return replace(
+            comparison,
+            conclusion=Conclusion.TOO_FEW_RUNS,
+            reason=Reason.FEW_REFERENCES,
+            smallest_p=test.smallest_p_value,
+        )
+    if test.out_of_range:
+        return replace(
+            comparison, conclusion=Conclusion.INCONCLUSIVE, reason=Reason.TRAINING_STRENGTH
+        )
+    if side == "input":
+        passed = output is not None and output.conclusion is Conclusion.MORE_ALIKE
+        if not passed or test.shares_start:
+            return replace(
+                comparison,
+                conclusion=Conclusion.INCONCLUSIVE,
+                reason=Reason.OUTPUT_FIRST if not passed else Reason.SHARED_START,
+            )
+    is_alike = test.p_value <= LEVEL
+    return replace(
+        comparison,
+        conclusion=Conclusion.MORE_ALIKE if is_alike else Conclusion.NOT_DISTINGUISHABLE,
+        p=test.p_value,
+        smallest_p=test.smallest_p_value,
+    )
