@@ -132,7 +132,10 @@ def run_inference(
     labels = tuple(str(label) for label in runs["adapter"])
     tasks = tuple(str(task) for task in runs["task"])
     matrix = _matrix(study.similarities, labels, quantity, side)
-    permutation = chance.permute_runs(matrix, tasks, draws=draws, seed=seed)
+    # Every adapter is a run of its own: ranks of one task and seed are not merged into a block.
+    permutation = chance.permute_blocks(
+        matrix, tasks, range(len(tasks)), draws=draws, random_seed=seed
+    )
     codes = np.unique(tasks, return_inverse=True)[1]
     same = codes[:, None] == codes
     above = np.triu(np.ones_like(same), 1)
