@@ -1,13 +1,10 @@
-"""From p-values to statements: false discovery rate, permuted runs, jackknife."""
+"""From p-values to conclusions: multiple tests, ranks among references, jackknife."""
 
 from __future__ import annotations
-
-import itertools
 
 import numpy as np
 import pytest
 from reference import assert_close
-from scipy import stats
 
 from lora_analysis import chance
 from lora_analysis.errors import InputError
@@ -48,80 +45,66 @@ def test_the_false_discovery_rate_is_held():
     assert 0.06 <= np.mean(false) <= 0.1
 
 
+def test_holm_rejects_what_the_step_down_procedure_rejects(rng):
+    assert_close(chance.holm([0.01, 0.04, 0.03, 0.5]), [0.04, 0.09, 0.09, 0.5])
+    p = rng.random(12) ** 3
+    adjusted = chance.holm(p)
+    for level in (0.01, 0.05, 0.2, 0.7):
+        rejected = np.zeros(12, dtype=bool)
+        for step, index in enumerate(np.argsort(p)):
+            if p[index] > level / (12 - step):
+                break
+            rejected[index] = True
+        np.testing.assert_array_equal(adjusted <= level, rejected)
+    with_gap = chance.holm([0.01, np.nan, 0.04, 0.03, 0.5])
+    assert_close(with_gap, [0.04, np.nan, 0.09, 0.09, 0.5])
+    assert chance.holm([]).size == 0
+
+
+def symmetric(n, pairs):
+    """A symmetric matrix with these values above the diagonal, NaN on it."""
+    matrix = np.full((n, n), np.nan)
+    matrix[np.triu_indices(n, 1)] = pairs
+    return np.where(np.isnan(matrix), matrix.T, matrix)
+
+
+def test_the_rank_test_counts_pairs_and_ties_against_the_tested_pair():
+    best = chance.rank_test(symmetric(4, [0.9, 0.1, 0.2, 0.3, 0.4, 0.5]))
+    assert (best.rank, best.pairs) == (1, 6)
+    assert_close([best.p_value, best.smallest_p_value], 1 / 6)
+    second = chance.rank_test(symmetric(4, [0.5, 0.1, 0.2, 0.9, 0.4, 0.3]))
+    assert_close([second.rank, second.p_value], [2, 2 / 6])
+    tied = chance.rank_test(symmetric(4, [0.3, 0.1, 0.2, 0.1 + 0.2, 0.4, 0.0]))
+    assert tied.rank == 3
+    assert chance.rank_test(np.full((5, 5), 0.2)).p_value == 1
+
+
 @pytest.mark.parametrize(
-    ("tasks", "smallest"),
-    [("aabb", 1 / 3), ("aaabbb", 0.1), ("aaabbbccc", 1 / 280), ("aab", 1 / 3)],
+    ("references", "smallest"), [(2, 0.17), (3, 0.1), (4, 0.067), (5, 0.048), (8, 0.022)]
 )
-def test_runs_that_agree_by_task_reach_the_smallest_p_there_is(tasks, smallest):
-    codes = np.array([ord(task) for task in tasks])
-    similarity = 0.1 + 0.5 * (codes[:, None] == codes)
-    found = chance.permute_runs(similarity, tasks)
-    assert_close(found.p_value, smallest)
-    assert_close(found.smallest_p_value, smallest)
-    assert_close(found.difference, 0.5)
-    assert found.exact
-    assert found.allows_interval
-    assert found.relabelings == round(1 / smallest)
+def test_the_smallest_p_value_of_the_rank_test_follows_from_the_references(references, smallest):
+    n = references + 2
+    result = chance.rank_test(symmetric(n, np.arange(n * (n - 1) // 2)[::-1]))
+    assert result.p_value == result.smallest_p_value == pytest.approx(smallest, abs=5e-3)
 
 
-def test_permuted_runs_without_an_effect_are_uniform(rng):
-    tasks = "aaabbb"
+def test_the_rank_test_is_exact_for_exchangeable_adapters(rng):
     p = []
-    for _ in range(500):
-        noise = rng.standard_normal((6, 6))
-        p.append(chance.permute_runs(noise + noise.T, tasks).p_value)
-    counts = np.bincount(np.round(np.array(p) * 10).astype(int), minlength=11)[1:]
-    assert stats.chisquare(counts).pvalue > 1e-3
+    for _ in range(2000):
+        vectors = rng.standard_normal((7, 6))
+        p.append(chance.rank_test(np.abs(vectors @ vectors.T)).p_value)
+    assert_close(
+        [np.mean(np.array(p) <= level) for level in (1 / 21, 1 / 3)], [1 / 21, 1 / 3], atol=0.03
+    )
 
 
-def test_many_runs_are_permuted_by_drawing(rng):
-    tasks = list(range(4)) * 4
-    codes = np.array(tasks)
-    noise = rng.standard_normal((16, 16))
-    similarity = (codes[:, None] == codes) * 5.0 + noise + noise.T
-    found = chance.permute_runs(similarity, tasks, draws=199)
-    assert (found.exact, found.relabelings) == (False, 199)
-    assert_close([found.p_value, found.smallest_p_value], 1 / 200)
-
-
-def test_equal_runs_show_nothing_and_missing_pairs_never_help():
-    flat = chance.permute_runs(np.full((6, 6), 0.3), "aaabbb")
-    assert_close([flat.p_value, flat.difference], [1, 0], atol=1e-12)
-    similarity = 0.1 + 0.5 * np.kron(np.eye(2), np.ones((3, 3)))
-    similarity[0, 1] = similarity[1, 0] = np.nan
-    assert_close(chance.permute_runs(similarity, "aaabbb").p_value, 0.1)
-    # Nothing known within tasks: no difference, and no p-value below 1.
-    similarity = np.where(np.kron(np.eye(2), np.ones((2, 2))) > 0, np.nan, 0.2)
-    nothing = chance.permute_runs(similarity, "aabb")
-    assert np.isnan(nothing.difference)
-    assert nothing.p_value == 1
-
-
-def test_the_permutation_of_runs_equals_all_orders_of_the_labels(rng):
-    noise = rng.standard_normal((5, 5))
-    similarity, tasks = noise + noise.T, np.array(list("aabbb"))
-
-    def difference(labels):
-        pairs = [(i, j) for i in range(5) for j in range(i)]
-        same = [similarity[i, j] for i, j in pairs if labels[i] == labels[j]]
-        other = [similarity[i, j] for i, j in pairs if labels[i] != labels[j]]
-        return np.mean(same) - np.mean(other)
-
-    every = [difference(tasks[list(order)]) for order in itertools.permutations(range(5))]
-    found = chance.permute_runs(similarity, tasks.tolist())
-    assert_close(found.difference, difference(tasks))
-    assert_close(found.p_value, np.mean(np.array(every) >= difference(tasks) - 1e-12))
-
-
-def test_a_matrix_of_another_shape_is_refused():
-    with pytest.raises(InputError, match=r"4 runs.*\(4, 4\).*\(3, 3\)"):
-        chance.permute_runs(np.eye(3), "aabb")
-
-
-@pytest.mark.parametrize("tasks", ["aaa", "abc", "a"])
-def test_too_few_tasks_or_runs_are_refused(tasks):
-    with pytest.raises(InputError, match="needs two tasks"):
-        chance.permute_runs(np.eye(len(tasks)), tasks)
+def test_no_undefined_value_reaches_the_rank_test():
+    values = symmetric(4, [0.9, 0.1, np.nan, 0.3, 0.4, 0.5])
+    with pytest.raises(InputError, match=r"adapters 0 and 3 is undefined"):
+        chance.rank_test(values)
+    for shape in ((2, 2), (3, 4), (3,)):
+        with pytest.raises(InputError, match="at least one reference"):
+            chance.rank_test(np.ones(shape))
 
 
 def test_the_jackknife_error_of_a_mean_is_its_standard_error(rng):

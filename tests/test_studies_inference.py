@@ -11,7 +11,7 @@ from reference import assert_close
 from test_studies import NAMES, planted_adapter
 
 from lora_analysis.adapter import Adapter
-from lora_analysis.chance import permute_runs
+from lora_analysis.chance import permute_blocks
 from lora_analysis.errors import InputError
 from lora_analysis.similarity import energy_overlap
 from lora_analysis.studies import run_inference, study
@@ -58,7 +58,8 @@ def test_the_numbers_are_those_of_the_pairs_by_hand(runs, side):
     assert_close(found.within, np.quantile(within, (0.25, 0.5, 0.75)))
     assert_close(found.between, np.quantile(between, (0.25, 0.5, 0.75)))
     assert_close(found.permutation.difference, np.mean(within) - np.mean(between))
-    assert_close(found.permutation.p_value, permute_runs(matrix, found.tasks).p_value)
+    by_blocks = permute_blocks(matrix, found.tasks, range(6))
+    assert_close(found.permutation.p_value, by_blocks.p_value)
     left = []
     for run in range(6):
         kept = [one for one in range(6) if one != run]

@@ -6,12 +6,12 @@ more. A conclusion needs reference pairs (see ``studies``).
 """
 
 from lora_analysis.chance.inference import (
-    RunPermutation,
+    RankTest,
     benjamini_hochberg,
+    holm,
     jackknife,
     monte_carlo_p_value,
-    permute_runs,
-    task_difference,
+    rank_test,
 )
 from lora_analysis.chance.overlaps import (
     energy_overlap_mean,
@@ -20,6 +20,12 @@ from lora_analysis.chance.overlaps import (
     energy_overlap_variance,
     excess,
     signed_cosine_p_value,
+)
+from lora_analysis.chance.permutation import (
+    RunPermutation,
+    permute_blocks,
+    task_difference,
+    task_difference_error,
 )
 from lora_analysis.chance.projections import (
     energy_p_value,
@@ -48,7 +54,11 @@ from lora_analysis.chance.subspaces import (
 )
 from lora_analysis.text import p_value_text
 
+P_FLOOR = 1e-4
+
 __all__ = [
+    "P_FLOOR",
+    "RankTest",
     "RunPermutation",
     "benjamini_hochberg",
     "energy_overlap_draws",
@@ -60,6 +70,7 @@ __all__ = [
     "enrichment_draws",
     "enrichment_p_value",
     "excess",
+    "holm",
     "jackknife",
     "largest_cosine_median",
     "monte_carlo_p_value",
@@ -67,9 +78,10 @@ __all__ = [
     "one_sided_energy_quantile",
     "one_sided_energy_variance",
     "p_value_text",
-    "permute_runs",
+    "permute_blocks",
     "projected_energy_variance",
     "projected_norm_rms",
+    "rank_test",
     "signed_cosine_draws",
     "signed_cosine_p_value",
     "similarity_draws",
@@ -81,4 +93,5 @@ __all__ = [
     "similarity_quantile",
     "similarity_variance",
     "task_difference",
+    "task_difference_error",
 ]

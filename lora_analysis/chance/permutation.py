@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import numpy as np
 
-from lora_analysis.chance.inference import jackknife
+from lora_analysis.chance.inference import FEWEST_RUNS, jackknife
 from lora_analysis.errors import InputError
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def task_difference_error(values: ArrayLike, tasks: Sequence[Hashable]) -> float
     leaves no pair within tasks or none between tasks.
     """
     matrix, codes = np.asarray(values, dtype=np.float64), _codes(tasks)
-    if np.bincount(codes).min(initial=0) < 2:
+    if len(codes) < FEWEST_RUNS or np.bincount(codes).min() < 2:
         return None
 
     def difference(blocks: NDArray[np.intp]) -> float:
@@ -269,7 +269,7 @@ def _choose_design(
     """Return the scheme that tasks and seeds determine, with its relabelings."""
 
     def design(scheme: Scheme, strata: NDArray[np.intp]) -> _Design:
-        exact = _count(codes, strata) <= MAX_EXACT
+        exact = count_relabelings(codes, strata) <= MAX_EXACT
         labels = (
             np.array(list(_relabelings(codes, strata)))
             if exact
@@ -299,7 +299,7 @@ def _is_balanced(codes: NDArray[np.intp], seeds: NDArray[np.intp]) -> bool:
     return len(seeds_of) == 2 or all(a <= b for a, b in pairwise(seeds_of))
 
 
-def _count(codes: NDArray[np.intp], strata: NDArray[np.intp]) -> int:
+def count_relabelings(codes: NDArray[np.intp], strata: NDArray[np.intp]) -> int:
     """Return the number of different partitions that permuting labels within strata gives.
 
     ``Π_s n_s!/Π_t n_st!`` labelings, of which those that only rename tasks are one partition: tasks
@@ -320,39 +320,42 @@ def _block_counts(codes: NDArray[np.intp], strata: NDArray[np.intp]) -> NDArray[
     return table
 
 
-def _relabelings(codes: NDArray[np.intp], strata: NDArray[np.intp]) -> Iterator[NDArray[np.intp]]:
+def _relabelings(codes: NDArray[np.intp], strata: NDArray[np.intp]) -> Iterator[list[int]]:
     """Yield every partition once, as task codes."""
-    table = _block_counts(codes, strata)
-    # Tasks that can change names are put in the order of their first blocks in the first stratum
-    # that has any. ``before`` is the previous such task there.
+    table = _block_counts(codes, strata).tolist()
+    # Tasks that can change names are in the order of their first blocks, in the first stratum that
+    # has any: ``before`` is the previous one there.
     before: dict[tuple[int, int], int] = {}
     previous: dict[tuple[int, ...], int] = {}
-    for task, counts in enumerate(map(tuple, table.T.tolist())):
-        first = next(s for s, n in enumerate(counts) if n)
+    for task, counts in enumerate(zip(*table, strict=True)):
         if counts in previous:
-            before[first, task] = previous[counts]
+            before[next(s for s, n in enumerate(counts) if n), task] = previous[counts]
         previous[counts] = task
-    labels = np.full(len(codes), -1, dtype=np.intp)
-    steps = [(s, task) for s, row in enumerate(table) for task in np.flatnonzero(row).tolist()]
+    members = [np.flatnonzero(strata == stratum).tolist() for stratum in range(len(table))]
+    steps = [(s, task) for s, row in enumerate(table) for task, n in enumerate(row) if n]
+    labels = [-1] * len(codes)
 
-    def assign(step: int) -> Iterator[NDArray[np.intp]]:
+    def assign(step: int) -> Iterator[list[int]]:
         if step == len(steps):
             yield labels.copy()
             return
         stratum, task = steps[step]
-        of_stratum = strata == stratum
-        free = np.flatnonzero(of_stratum & (labels < 0)).tolist()
-        earlier = before.get(steps[step])
-        lowest = -1
-        if earlier is not None:
-            lowest = int(np.flatnonzero(of_stratum & (labels == earlier))[0])
-        for chosen in combinations(free, int(table[stratum, task])):
-            if chosen[0] > lowest:
-                labels[list(chosen)] = task
-                yield from assign(step + 1)
-                labels[list(chosen)] = -1
+        free = [block for block in members[stratum] if labels[block] < 0]
+        if steps[step] in before:
+            earlier = before[steps[step]]
+            first = next(block for block in members[stratum] if labels[block] == earlier)
+        else:
+            first = -1
+        for chosen in combinations(free, table[stratum][task]):
+            if chosen[0] < first:
+                continue
+            for block in chosen:
+                labels[block] = task
+            yield from assign(step + 1)
+            for block in chosen:
+                labels[block] = -1
 
-    yield from assign(0)
+    return assign(0)
 
 
 def _random_relabelings(

@@ -172,7 +172,6 @@ def run_inference(
     matrix = _block_matrix(study.pairs, members, len(blocks), side)
     tasks = [task for task, _ in blocks]
     permutation = chance.permute_blocks(matrix, tasks, [seed for _, seed in blocks])
-    codes = np.unique(tasks, return_inverse=True)[1]
     return RunInference(
         side=side,
         rank=rank,
@@ -184,7 +183,7 @@ def run_inference(
         mean_excess=matrix,
         permutation=permutation,
         tasks=tuple(_task_agreements(study, matrix, tasks, runs)),
-        standard_error=_standard_error(matrix, codes),
+        standard_error=chance.task_difference_error(matrix, tasks),
     )
 
 
@@ -271,11 +270,3 @@ def _task_agreements(
             )
         )
     return result
-
-
-def _standard_error(matrix: NDArray[np.float64], codes: NDArray[np.intp]) -> float | None:
-    def difference(blocks: NDArray[np.intp]) -> float:
-        return chance.task_difference(matrix[np.ix_(blocks, blocks)], codes[blocks])
-
-    error = chance.jackknife(difference, len(codes))[1]
-    return None if error is None or np.isnan(error) else error
