@@ -272,7 +272,7 @@ class _OnBase:
             angle=_quantile(angle, 0.5),
             cosine=_quantile(pairs["median_cosine"].dropna(), 0.5),
             unrelated=level,
-            size="" if np.isnan(mean) else size_in_words(mean, level and level.maximum),
+            size="" if np.isnan(mean) else size_in_words(mean, level.maximum if level else None),
             position=position,
             significant=(int(significant.sum()), len(significant)),
         )

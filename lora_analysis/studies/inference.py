@@ -105,7 +105,7 @@ class RunInference:
     def _values(self, *, same_task: bool) -> NDArray[np.float64]:
         codes = np.unique([task for task, _ in self.blocks], return_inverse=True)[1]
         chosen = np.triu((codes[:, None] == codes) == same_task, 1)
-        values = self.mean_excess[chosen]
+        values: NDArray[np.float64] = self.mean_excess[chosen]
         return values[~np.isnan(values)]
 
     @property
