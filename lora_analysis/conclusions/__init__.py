@@ -41,7 +41,6 @@ _RULES: tuple[Callable[[Study], Iterator[Finding]], ...] = (
     initialization_findings.shared_seeds,
     initialization_findings.degenerate_directions,
     adapter_findings.file_artifacts,
-    adapter_findings.few_seeds,
     comparison_findings.compared,
     comparison_findings.reference_pairs,
     comparison_findings.largest_overlaps,

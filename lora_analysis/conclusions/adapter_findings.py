@@ -158,21 +158,6 @@ def sampled_adapters(study: Study) -> Iterator[Finding]:
         yield Finding("sampled-adapters", {"compared": compared, "total": total})
 
 
-def few_seeds(study: Study) -> Iterator[Finding]:
-    """Name the tasks and ranks with too few seeds for an interval."""
-    runs = study.runs.dropna(subset=["task", "rank", "seed"])
-    if runs.empty:
-        return
-    counts = runs.groupby(["task", "rank"])["seed"].nunique()
-    groups = [
-        {"task": str(task), "rank": int(rank), "seeds": int(seeds)}
-        for (task, rank), seeds in counts.items()
-        if seeds < 3
-    ]
-    if groups:
-        yield Finding("few-seeds", {"groups": groups})
-
-
 def incomparable_pairs(study: Study) -> Iterator[Finding]:
     """Name pairs that cannot be compared in some or all modules."""
     for row in study.pairs.itertuples():

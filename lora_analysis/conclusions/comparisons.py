@@ -67,6 +67,7 @@ class Reason(StrEnum):
 
     NONE = ""
     NO_REFERENCE = "no unrelated adapters to compare with"
+    NONE_AT_RANK = "no unrelated runs at this rank"
     FEW_REFERENCES = "fewer than five reference adapters of different tasks"
     FEW_RUNS = "so few runs cannot give p ≤ 0.05"
     UNEQUAL_TASKS = "not every task agrees more with itself than with every other task"
@@ -212,10 +213,24 @@ class _OnBase:
         """Return the pairs that count in a population."""
         return self.pairs[self.pairs[f"population_{side}"] == name]
 
-    def level(self, side: Side, without: Sequence[tuple[str, str]] = ()) -> Level | None:
-        """Return T of the unrelated pairs other than some."""
+    @cached_property
+    def _rank_of(self) -> dict[str, float]:
+        return dict(zip(self.study.runs["adapter"], self.study.runs["rank"], strict=True))
+
+    def rank_pairs(self, pairs: pd.DataFrame) -> list[tuple[float, ...]]:
+        """Return the ranks of both adapters of each pair, ascending; NaN if unknown."""
+        names = zip(pairs["a"], pairs["b"], strict=True)
+        return [tuple(sorted((self._rank_of[a], self._rank_of[b]))) for a, b in names]
+
+    def level(
+        self, side: Side, without: Sequence[tuple[str, str]] = (), ranks: tuple[int, ...] = ()
+    ) -> Level | None:
+        """Return T of the unrelated pairs other than some, of the same ranks if there are any."""
         rows = self.population("unrelated", side)
         rows = rows[[pair not in without for pair in zip(rows["a"], rows["b"], strict=True)]]
+        if ranks:
+            of_ranks = [pair == (ranks[0], ranks[-1]) for pair in self.rank_pairs(rows)]
+            rows = rows[of_ranks] if any(of_ranks) else rows
         values = rows[f"mean_excess_{side}"].dropna()
         if values.empty:
             return None
@@ -239,7 +254,7 @@ class _OnBase:
         values = pairs[f"mean_excess_{side}"].dropna()
         mean = float(values.mean()) if len(values) else float("nan")
         is_pair = kind == "pair"
-        level = self.level(side, names if is_pair else ())
+        level = self.level(side, names if is_pair else (), ranks)
         defined = rows.loc[rows["degeneracy_1_1"] == "", "phi_1_1"].astype(float)
         angle = np.degrees(np.arccos(np.sqrt(np.clip(defined, 0.0, 1.0))))
         significant = rows["q_omega"] < LEVEL
@@ -302,20 +317,18 @@ def _compared_tasks(on_base: _OnBase) -> Iterator[Comparison]:
                 reason=Reason.OUTPUT_FIRST,
                 tasks=inference.tasks,
             )
-        is_told_apart &= comparison.conclusion is Conclusion.MORE_ALIKE
+        if comparison.modules:  # else the side is not tested, and is no gate for the next test
+            is_told_apart &= comparison.conclusion is Conclusion.MORE_ALIKE
         yield comparison
     yield from _compared_ranks(on_base, is_tested=is_told_apart)
 
 
 def _compared_ranks(on_base: _OnBase, *, is_tested: bool) -> Iterator[Comparison]:
     """Yield the replicates of each rank on the output side; p is adjusted over the ranks."""
-    rank_of = on_base.study.runs.set_index("adapter")["rank"]
     replicates = on_base.population("replicate", "output")
-    ranks = replicates["a"].map(rank_of)
-    replicates = replicates[ranks == replicates["b"].map(rank_of)]
-    ranks = replicates["a"].map(rank_of)
-    every = sorted({int(rank) for rank in ranks}, reverse=True)
-    if len(set(rank_of[on_base.study.runs["adapter"]].dropna())) < 2:
+    rank_pairs = on_base.rank_pairs(replicates)
+    every = sorted({int(low) for low, high in rank_pairs if low == high}, reverse=True)
+    if len(set(rank_pairs)) < 2:
         return  # the comparison over all ranks is the same
     inferences = {rank: _inference(on_base, "output", rank) for rank in every}
     tested = {rank: found for rank, found in inferences.items() if found is not None}
@@ -327,11 +340,11 @@ def _compared_ranks(on_base: _OnBase, *, is_tested: bool) -> Iterator[Comparison
         )
     )
     for rank in every:
-        of_rank = replicates[ranks == rank]
+        of_rank = replicates[[pair == (rank, rank) for pair in rank_pairs]]
         subject = f"Runs of one task at rank {rank}"
         comparison = on_base.described(of_rank, "rank", subject, "output", ranks=(rank,))
         if rank not in tested:
-            yield _against_random(comparison, Reason.NO_REFERENCE)
+            yield _against_random(comparison, Reason.NONE_AT_RANK)
         elif is_tested:
             yield _against_tasks(comparison, tested[rank], float(adjusted[rank]))
         else:
@@ -397,23 +410,18 @@ def _against_random(comparison: Comparison, reason: Reason) -> Comparison:
 
 def _described_ranks(on_base: _OnBase) -> Iterator[Comparison]:
     """Yield replicates at two different ranks: T and its level, without a test."""
-    rank_of = on_base.study.runs.set_index("adapter")["rank"]
     for side in SIDES_IN_ORDER:
         replicates = on_base.population("replicate", side)
-        keys = [
-            tuple(sorted((int(rank_of[a]), int(rank_of[b]))))
-            for a, b in zip(replicates["a"], replicates["b"], strict=True)
-            if not np.isnan([rank_of[a], rank_of[b]]).any()
-        ]
-        if len(keys) < len(replicates):
-            continue
+        rank_pairs = on_base.rank_pairs(replicates)
+        different = {pair for pair in rank_pairs if pair[0] < pair[1]}
         # As the figure does: the largest rank first, against the one closest to the paper's 8.
-        for low, high in sorted(set(keys), key=lambda pair: (-pair[1], abs(pair[0] - 8))):
-            if low == high:
-                continue
-            chosen = replicates[[key == (low, high) for key in keys]]
+        for pair in sorted(different, key=lambda ranks: (-ranks[1], abs(ranks[0] - 8))):
+            chosen = replicates[[other == pair for other in rank_pairs]]
+            low, high = (int(rank) for rank in pair)
             subject = f"Ranks {low} and {high} of one task, different seeds"
-            yield on_base.described(chosen, "ranks", subject, side, ranks=(low, high))
+            comparison = on_base.described(chosen, "ranks", subject, side, ranks=(low, high))
+            if comparison.modules:
+                yield comparison
 
 
 def _compared_pairs(on_base: _OnBase) -> Iterator[Comparison]:

@@ -60,13 +60,6 @@ STUDY_CODES: Final[dict[str, Code]] = {
         "module by module. The similarity matrix and the tables of single adapters hold all "
         "{total}.",
     ),
-    "few-seeds": Code(
-        "limit",
-        "runs",
-        "Too few seeds for an interval over seeds (at least 3 are needed): {groups}. Quartiles are "
-        "over modules and describe this study only.",
-        items={"groups": "{task} rank {rank} ({seeds:plural seed})"},
-    ),
     "different-shapes": Code(
         "limit",
         "overlap",
