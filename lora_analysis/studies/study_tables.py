@@ -156,7 +156,7 @@ def study(
         _OPENED.clear()
     failed = {label: why for result in results for label, why in result.failed.items()}
     left_out = (*failures, *opened.unread, *(Failure(*item) for item in failed.items()))
-    if failed.keys() >= set(labels[: opened.analyzed]):
+    if failed.keys() >= set(labels[: opened.analyzed] or labels):
         reasons = "; ".join(f"{item.source}: {item.reason}" for item in left_out)
         message = f"No adapter is left to analyze ({reasons or 'none was given'})."
         raise SourceError(message)
