@@ -103,8 +103,9 @@ def reference_option(command: Command) -> Command:
         "references",
         metavar="SOURCE",
         multiple=True,
-        help="Unrelated adapters to compare with: other tasks and seeds, same base. Without them "
-        "only random subspaces serve as a baseline. Repeatable.",
+        help="Unrelated adapters to compare with (other tasks and seeds, same base), or a file "
+        "from `lora-analysis reference`. Without them only random subspaces serve as a baseline. "
+        "Repeatable.",
     )(command)
 
 

@@ -25,9 +25,14 @@ from lora_analysis import chance
 from lora_analysis.errors import InputError
 from lora_analysis.spectra import Side
 from lora_analysis.studies import Study
-from lora_analysis.studies.base_models import per_base
+from lora_analysis.studies.base_models import base_keys, per_base
 from lora_analysis.studies.inference import RunInference, TaskAgreement
 from lora_analysis.studies.pair_classes import Exclusion, PairClass
+from lora_analysis.studies.reference_levels import (
+    PairOfModules,
+    level_of_pair,
+    module_type_strength,
+)
 from lora_analysis.studies.reference_test import REFERENCES_FOR_TEST, ReferenceTest, reference_test
 
 if TYPE_CHECKING:
@@ -85,12 +90,16 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """T of the unrelated pairs that a comparison is judged by."""
+    """T of the unrelated pairs that a comparison is judged by.
+
+    ``adapters`` is None if the level comes from a reference file, which gives the smallest number
+    of pairs behind the levels of the module types, and an upper bound of the maximum.
+    """
 
     median: float
     maximum: float
     pairs: int
-    adapters: int
+    adapters: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +246,33 @@ class _OnBase:
         adapters = len(set(rows["a"]) | set(rows["b"]))
         return Level(float(values.median()), float(values.max()), len(values), adapters)
 
+    @cached_property
+    def _strengths(self) -> pd.DataFrame:
+        return module_type_strength(self.study)
+
+    def _stored_level(self, rows: pd.DataFrame, side: Side) -> Level | None:
+        """Return the level of a reference file for rows of pairs of one or several rank pairs."""
+        if not self.study.reference_levels or rows.empty:
+            return None
+        keys = base_keys(self.study)
+        found = []
+        for (a, b), of_pair in rows.groupby(["a", "b"], sort=False):
+            low, high = sorted((self._rank_of[a], self._rank_of[b]))
+            strengths = [self._strengths.loc[label].to_dict("index") for label in (a, b)]
+            pair = PairOfModules(
+                base=keys[a] or keys[b] or "",
+                side=side,
+                ranks=(low, high),
+                module_types=of_pair["module_type"].value_counts().to_dict(),
+                strengths=strengths,
+            )
+            level = level_of_pair(self.study.reference_levels, pair)
+            if level is None:
+                return None
+            found.append(level)
+        medians, maxima, pairs = zip(*found, strict=True)
+        return Level(float(np.mean(medians)), max(maxima), min(pairs), None)
+
     def described(
         self,
         pairs: pd.DataFrame,
@@ -254,7 +290,7 @@ class _OnBase:
         values = pairs[f"mean_excess_{side}"].dropna()
         mean = float(values.mean()) if len(values) else float("nan")
         is_pair = kind == "pair"
-        level = self.level(side, names if is_pair else (), ranks)
+        level = self.level(side, names if is_pair else (), ranks) or self._stored_level(rows, side)
         defined = rows.loc[rows["degeneracy_1_1"] == "", "phi_1_1"].astype(float)
         angle = np.degrees(np.arccos(np.sqrt(np.clip(defined, 0.0, 1.0))))
         significant = rows["q_omega"] < LEVEL

@@ -324,3 +324,8 @@ def _finite(value: object) -> float:
         message = f"{value!r} is not a finite number"
         raise ValueError(message)
     return float(value)
+
+
+def is_reference_file(source: object) -> bool:
+    """Return True if a source names a reference file, not an adapter: a JSON file."""
+    return isinstance(source, str | Path) and Path(source).suffix == ".json"

@@ -20,6 +20,7 @@ from lora_analysis.spectra import Side, Spectrum, VectorsOf, spectrum
 from lora_analysis.storage.outputs import output_folder
 from lora_analysis.studies.inference import RunInference, run_inference
 from lora_analysis.studies.pair_classes import Population
+from lora_analysis.studies.reference_levels import ReferenceLevel
 from lora_analysis.studies.relations import Relation
 from lora_analysis.studies.saved_sources import SavedBase, base_document, saved_adapter
 from lora_analysis.studies.similarity_matrix import SimilarityMatrix
@@ -77,6 +78,8 @@ class Study:
         Number of pairs of adapters of different base models, which are not compared.
     left_out
         Modules that do not count on a side, with the reason: one set for all pairs of one base.
+    reference_levels
+        Levels of unrelated adapters from a reference file, see `read_reference`.
     options
         Parameters of `study` other than the adapters, if they differ from the default.
     """
@@ -97,6 +100,7 @@ class Study:
     tabulated: tuple[str, ...] = ()
     across_bases: int = 0
     left_out: Mapping[Side, Mapping[str, str]] = field(default_factory=dict)
+    reference_levels: tuple[ReferenceLevel, ...] = ()
     options: Mapping[str, object] = field(default_factory=dict)
     _amplified: Mapping[tuple[str, str], Amplification] = field(default_factory=dict)
 

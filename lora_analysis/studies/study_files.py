@@ -27,6 +27,7 @@ from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.records import read_record
 from lora_analysis.storage.tensor_writer import output_array, safetensors_content
 from lora_analysis.storage.tensors import open_tensors
+from lora_analysis.studies.reference_levels import ReferenceLevel
 from lora_analysis.studies.similarity_matrix import SimilarityMatrix
 
 KIND: Final = "study"
@@ -45,6 +46,7 @@ _CLASSES: Final[dict[str, type]] = {
         Finding,
         Provenance,
         RandomDirections,
+        ReferenceLevel,
         SimilarityMatrix,
         WeightStatistics,
     )

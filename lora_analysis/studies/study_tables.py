@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -23,6 +23,7 @@ from lora_analysis.studies.module_analysis import ModuleResult, analyze_module
 from lora_analysis.studies.module_walk import choose_modules, walk_modules
 from lora_analysis.studies.pair_classes import Exclusion
 from lora_analysis.studies.pair_tables import pair_tables
+from lora_analysis.studies.reference_levels import is_reference_file, read_reference
 from lora_analysis.studies.relations import earlier_checkpoints, shown_base
 from lora_analysis.studies.result import Study
 from lora_analysis.studies.similarity_matrix import MOST_AT_ONCE, SimilarityMatrixSums
@@ -67,7 +68,8 @@ def study(
     reference
         Adapters of other tasks on the same base, trained with other seeds. Pairs of an adapter and
         a reference, and of two references, are unrelated unless labels or weights contradict it,
-        and conclusions compare with them (and with such pairs among ``adapters``).
+        and conclusions compare with them (and with such pairs among ``adapters``). A reference
+        file (see `write_reference`) gives a level where there are no unrelated pairs.
     modules
         Suffixes of module names, or one regular expression; all modules by default.
     prefix
@@ -120,10 +122,16 @@ def study(
     -----
     Every module of every adapter is read and factored once.
     """
+    levels = [
+        level
+        for source in reference
+        if is_reference_file(source)
+        for level in read_reference(source)  # type: ignore[arg-type]  # a path
+    ]
     spec = StudySpec(
         adapters=tuple(adapters),
         base=base,
-        reference=tuple(reference),
+        reference=tuple(source for source in reference if not is_reference_file(source)),
         modules=modules,
         prefix=parse_prefixes(prefix),
         transposed=transposed,
@@ -163,7 +171,9 @@ def study(
     readable = [i for i, name in enumerate(labels) if name not in failed]
     similarity_matrix = sums.similarity_matrix(readable)
     del sums  # as large as the similarity matrix
-    return _assemble(opened, results, left_out, similarity_matrix)
+    return replace(
+        _assemble(opened, results, left_out, similarity_matrix), reference_levels=tuple(levels)
+    )
 
 
 @dataclass(slots=True)
