@@ -72,6 +72,7 @@ class Reason(StrEnum):
 
     NONE = ""
     NO_REFERENCE = "no unrelated adapters to compare with"
+    LEVEL_ONLY = "a reference file gives a level, but no test"
     NONE_AT_RANK = "no unrelated runs at this rank"
     FEW_REFERENCES = "fewer than five reference adapters of different tasks"
     FEW_RUNS = "so few runs cannot give p ≤ 0.05"
@@ -202,8 +203,9 @@ def comparisons(study: Study) -> tuple[Comparison, ...]:
     result: list[Comparison] = []
     for base, pairs in per_base(study, study.pairs):
         on_base = _OnBase(study, base or None, pairs)
-        result += _compared_tasks(on_base)
-        result += _described_ranks(on_base)
+        if len(study.adapters) - len(study.reference) != 2:  # else the pair is all there is
+            result += _compared_tasks(on_base)
+            result += _described_ranks(on_base)
         result += _compared_pairs(on_base)
     return tuple(result)
 
@@ -236,10 +238,10 @@ class _OnBase:
     ) -> Level | None:
         """Return T of the unrelated pairs other than some, of the same ranks if there are any."""
         rows = self.population("unrelated", side)
-        rows = rows[[pair not in without for pair in zip(rows["a"], rows["b"], strict=True)]]
+        rows = _masked(rows, [p not in without for p in zip(rows["a"], rows["b"], strict=True)])
         if ranks:
             of_ranks = [pair == (ranks[0], ranks[-1]) for pair in self.rank_pairs(rows)]
-            rows = rows[of_ranks] if any(of_ranks) else rows
+            rows = _masked(rows, of_ranks) if any(of_ranks) else rows
         values = rows[f"mean_excess_{side}"].dropna()
         if values.empty:
             return None
@@ -329,6 +331,11 @@ class _OnBase:
         )
 
 
+def _masked(rows: pd.DataFrame, mask: Sequence[bool]) -> pd.DataFrame:
+    """Return the rows where the mask is True; an empty list would select columns."""
+    return rows[np.array(mask, dtype=bool)]
+
+
 def _quantile(values: pd.Series, share: float) -> float:
     return float(values.quantile(share)) if len(values) else float("nan")
 
@@ -376,7 +383,7 @@ def _compared_ranks(on_base: _OnBase, *, is_tested: bool) -> Iterator[Comparison
         )
     )
     for rank in every:
-        of_rank = replicates[[pair == (rank, rank) for pair in rank_pairs]]
+        of_rank = _masked(replicates, [pair == (rank, rank) for pair in rank_pairs])
         subject = f"Runs of one task at rank {rank}"
         comparison = on_base.described(of_rank, "rank", subject, "output", ranks=(rank,))
         if rank not in tested:
@@ -434,6 +441,8 @@ def _against_random(comparison: Comparison, reason: Reason) -> Comparison:
         return replace(
             comparison, conclusion=Conclusion.INCONCLUSIVE, reason=Reason.NO_USABLE_MODULE
         )
+    if reason is Reason.NO_REFERENCE and comparison.unrelated is not None:
+        reason = Reason.LEVEL_ONLY
     exceeds = count > 0 if comparison.kind == "pair" else 2 * count >= total
     return replace(
         comparison,
@@ -452,7 +461,7 @@ def _described_ranks(on_base: _OnBase) -> Iterator[Comparison]:
         different = {pair for pair in rank_pairs if pair[0] < pair[1]}
         # As the figure does: the largest rank first, against the one closest to the paper's 8.
         for pair in sorted(different, key=lambda ranks: (-ranks[1], abs(ranks[0] - 8))):
-            chosen = replicates[[other == pair for other in rank_pairs]]
+            chosen = _masked(replicates, [other == pair for other in rank_pairs])
             low, high = (int(rank) for rank in pair)
             subject = f"Ranks {low} and {high} of one task, different seeds"
             comparison = on_base.described(chosen, "ranks", subject, side, ranks=(low, high))

@@ -193,7 +193,7 @@ def _countable_runs(study: Study, rank: int | None, base: str | None) -> pd.Data
     analyzed = ~runs["adapter"].isin(study.reference) & runs["adapter"].isin(study.tabulated)
     runs = runs[analyzed & (runs["excluded"] == "")]
     if base is not None:
-        runs = runs[[name == base for name in bases_of(study, runs["adapter"])]]
+        runs = runs[np.array(bases_of(study, runs["adapter"]), dtype=object) == base]
     labeled = runs.dropna(subset=["task", "seed"])
     if labeled.empty:
         message = (
