@@ -21,7 +21,7 @@ from lora_analysis.patterns import module_type
 from lora_analysis.progress import Progress
 from lora_analysis.studies.module_analysis import ModuleResult, analyze_module
 from lora_analysis.studies.module_walk import choose_modules, walk_modules
-from lora_analysis.studies.pair_classes import Exclusion
+from lora_analysis.studies.pair_classes import Exclusion, PairClass
 from lora_analysis.studies.pair_tables import pair_tables
 from lora_analysis.studies.reference_levels import is_reference_file, read_reference
 from lora_analysis.studies.relations import earlier_checkpoints, shown_base
@@ -220,6 +220,7 @@ def _assemble(
         [row for result in results for row in result.spectra if row["adapter"] not in failed]
     )
     tables = pair_tables(opened, results, failed)
+    _add_statistics(similarity_matrix, tables.pairs)
     tabulated = {opened.adapters[i].label for i in opened.pairs.tabulated}
     return Study(
         adapters=adapters,
@@ -249,6 +250,35 @@ def _assemble(
         options=opened.spec.options(),
         _amplified=amplified,
     )
+
+
+# Classes of pairs whose input sides agree because of how they started.
+_SHARED_STARTS = (
+    PairClass.SHARED_INIT,
+    PairClass.GRADIENTS_ALIKE,
+    PairClass.SAME_RUN,
+    PairClass.STARTED_FROM_BASE,
+)
+
+
+def _add_statistics(matrix: SimilarityMatrix, pairs: pd.DataFrame) -> None:
+    """Replace values by T of the table of pairs, so that a pair has one value; in place.
+
+    T is over the usable modules; the input side of pairs with a shared start is left out in all
+    module types.
+    """
+    index = {label: i for i, label in enumerate(matrix.labels)}
+    rows = pairs["a"].map(index).to_numpy(), pairs["b"].map(index).to_numpy()
+    shared = pairs["pair_class"].isin(_SHARED_STARTS).to_numpy()
+    for side, planes in matrix.overlap.items():
+        values = pairs[f"mean_excess_{side}"].to_numpy()
+        if side == "input":
+            values = np.where(shared, np.nan, values)
+            i, j = (positions[shared] for positions in rows)
+            planes[:, i, j] = planes[:, j, i] = np.nan
+        known = ~np.isnan(values) | (shared & (side == "input"))
+        i, j = (positions[known] for positions in rows)
+        planes[0, i, j] = planes[0, j, i] = values[known]
 
 
 def _warnings(
