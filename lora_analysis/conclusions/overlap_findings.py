@@ -17,6 +17,7 @@ from lora_analysis.finding import Finding
 from lora_analysis.shared_init import InitRelation
 from lora_analysis.studies import Relation, Study
 from lora_analysis.studies.base_models import per_base
+from lora_analysis.studies.relations import ACROSS_BASES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -190,7 +191,7 @@ def largest_overlaps(study: Study) -> Iterator[Finding]:
         (rows["side"] == "output")
         & (rows["degeneracy_1_1"] == "")
         & (rows["initialization"] != InitRelation.SAME_RUN)
-        & ~rows["relation"].isin([Relation.SAME_RUN, Relation.EARLIER, Relation.OTHER_BASE])
+        & ~rows["relation"].isin([Relation.SAME_RUN, Relation.EARLIER, *ACROSS_BASES])
     ]
     rows = rows.assign(excess=chance.excess(rows["phi_1_1"], rows["chance_1_1"]))
     for base, of_base in per_base(study, rows):

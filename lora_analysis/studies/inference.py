@@ -13,7 +13,7 @@ from lora_analysis import chance
 from lora_analysis.errors import InputError
 from lora_analysis.shared_init import InitRelation
 from lora_analysis.spectra import SIDES, Side
-from lora_analysis.studies.relations import base_key
+from lora_analysis.studies.base_models import runs_on_base
 from lora_analysis.studies.table_rows import Degeneracy
 from lora_analysis.text import html_facts
 
@@ -166,7 +166,7 @@ def _known_runs(study: Study, rank: int | None, base: str | None) -> pd.DataFram
     runs = study.runs[~study.runs["adapter"].isin(study.reference) & ~study.runs["earlier"]]
     runs = runs[runs["adapter"].isin(study.tabulated)]  # without pairs there are no values
     if base is not None:
-        runs = runs[runs["base_model"].map(base_key, na_action="ignore") == base_key(base)]
+        runs = runs[runs_on_base(study, base).loc[runs.index]]
     labeled = runs.dropna(subset=["task", "seed"])
     if labeled.empty:
         message = (
@@ -180,7 +180,7 @@ def _known_runs(study: Study, rank: int | None, base: str | None) -> pd.DataFram
         ranks = sorted({int(value) for value in labeled["rank"].dropna()})
         message = f"No run has rank {rank}; the {len(labeled)} runs with a known task have {ranks}."
         raise InputError(message)
-    bases = sorted({str(base_key(name)) for name in chosen["base_model"].dropna()})
+    bases = sorted(chosen.drop_duplicates("base_key")["base_model"].dropna())
     if len(bases) > 1:
         message = (
             f"The runs adapt {len(bases)} base models ({', '.join(bases[:4])}): directions of "

@@ -19,10 +19,11 @@ from lora_analysis.formats.sanity_checks import ModuleStatistics, sanity_finding
 from lora_analysis.names import match_names, parse_prefixes
 from lora_analysis.patterns import module_type
 from lora_analysis.progress import Progress
+from lora_analysis.studies.base_identity import resolve_keys, shown_bases
 from lora_analysis.studies.module_analysis import ModuleResult, analyze_module
 from lora_analysis.studies.module_walk import choose_modules, walk_modules
 from lora_analysis.studies.pair_tables import pair_tables
-from lora_analysis.studies.relations import earlier_checkpoints, shown_base
+from lora_analysis.studies.relations import earlier_checkpoints
 from lora_analysis.studies.result import Study
 from lora_analysis.studies.similarity_matrix import MOST_AT_ONCE, SimilarityMatrixSums
 from lora_analysis.studies.spec import DRAWS, MOST_IN_PAIRS, OpenStudy, Source, StudySpec
@@ -272,7 +273,9 @@ def _runs_table(adapters: Sequence[Adapter], spectra: pd.DataFrame) -> pd.DataFr
     """Return one row per adapter."""
     rows = []
     earlier = earlier_checkpoints(adapters)
-    for adapter in adapters:
+    named = [adapter.provenance.base_model for adapter in adapters]
+    shown = shown_bases(named)
+    for adapter, base_key in zip(adapters, resolve_keys(named), strict=True):
         modules = spectra[spectra["adapter"] == adapter.label]
         source = adapter.provenance
         rows.append(
@@ -284,7 +287,8 @@ def _runs_table(adapters: Sequence[Adapter], spectra: pd.DataFrame) -> pd.DataFr
                 "step": source.step,
                 "earlier": adapter.label in earlier,
                 "format": source.format,
-                "base_model": shown_base(source.base_model),
+                "base_model": shown[source.base_model],
+                "base_key": base_key,
                 "modules": len(modules),
                 "trained_modules": int((modules["numerical_rank"] > 0).sum()),
                 "norm": float(np.linalg.norm(modules["norm"])) if len(modules) else np.nan,
