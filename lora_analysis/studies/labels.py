@@ -10,7 +10,7 @@ from typing import Any
 from lora_analysis.adapter import Adapter
 from lora_analysis.errors import InputError
 from lora_analysis.finding import Finding
-from lora_analysis.formats.sources import CONTAINER_SUFFIXES
+from lora_analysis.formats.sources import CONTAINER_SUFFIXES, says_nothing
 from lora_analysis.text import whole_characters
 
 FIELDS = ("task", "rank", "seed", "step")
@@ -91,15 +91,20 @@ def candidate_names(adapter: Adapter, depth: int) -> tuple[str, ...]:
     The last ``depth`` segments of the path without a file suffix, and those before the last
     segment: many adapters are in a folder with a generic name (``final``).
     """
-    location = adapter.provenance.location
-    if location is None:
+    path = _path(adapter)
+    if path is None:
         return (adapter.label,)
-    path = PurePath(whole_characters(location))
-    if path.suffix in CONTAINER_SUFFIXES:
-        path = path.with_suffix("")
     parts = path.parts
     ends = ["/".join(parts[max(0, end - depth) : end]) for end in (len(parts), len(parts) - 1)]
     return (adapter.label, *filter(None, ends))
+
+
+def _path(adapter: Adapter) -> PurePath | None:
+    """Return the location of an adapter without a file suffix; None in memory."""
+    if adapter.provenance.location is None:
+        return None
+    path = PurePath(whole_characters(adapter.provenance.location))
+    return path.with_suffix("") if path.suffix in CONTAINER_SUFFIXES else path
 
 
 def with_label_facts(adapters: Sequence[Adapter], pattern: str | None) -> list[Adapter]:
@@ -120,7 +125,9 @@ def with_label_facts(adapters: Sequence[Adapter], pattern: str | None) -> list[A
 
 def _with_facts(adapter: Adapter, pattern: str) -> Adapter:
     source = adapter.provenance
-    facts: dict[str, Any] | None = _facts_of(adapter, pattern)
+    facts: dict[str, Any] | None = _facts_of(
+        candidate_names(adapter, pattern.count("/") + 1), pattern
+    )
     if facts is None:
         misfit = Finding("label-misfit", {"pattern": repr(pattern)})
         return adapter.with_provenance(findings=(*source.findings, misfit))
@@ -133,9 +140,26 @@ def _with_facts(adapter: Adapter, pattern: str) -> Adapter:
     return adapter.with_provenance(**facts)
 
 
-def _facts_of(adapter: Adapter, pattern: str) -> dict[str, str | int] | None:
-    names = candidate_names(adapter, pattern.count("/") + 1)
+def _facts_of(names: Sequence[str], pattern: str) -> dict[str, str | int] | None:
     return next(filter(None, (label_facts(pattern, name) for name in names)), None)
+
+
+def _own_names(adapter: Adapter) -> tuple[str, ...]:
+    """Return names that are the adapter's alone: a folder is, if what it holds has a generic name.
+
+    Of an adapter in a file with several, only its name in there.
+    """
+    _, inside, name = adapter.label.rpartition("#")
+    if inside:
+        return (name,)
+    path = _path(adapter)
+    paths = (PurePath(name), path) if path else (PurePath(name),)
+    return tuple(filter(None, map(_specific_part, paths)))
+
+
+def _specific_part(path: PurePath) -> str:
+    parts = [part for part in reversed(path.parts) if not says_nothing(part)]
+    return parts[0] if parts else ""
 
 
 def common_pattern(adapters: Sequence[Adapter]) -> str | None:
@@ -149,7 +173,7 @@ def common_pattern(adapters: Sequence[Adapter]) -> str | None:
     if len(adapters) < 2 or not unlabeled:
         return None
     for pattern in COMMON_PATTERNS:
-        facts = [_facts_of(adapter, pattern) for adapter in unlabeled]
+        facts = [_facts_of(_own_names(adapter), pattern) for adapter in unlabeled]
         if all(facts):
             pairs = zip(unlabeled, facts, strict=True)
             agree = all(_agrees(adapter, values or {}) for adapter, values in pairs)
@@ -184,7 +208,7 @@ def _with_missing_facts(adapter: Adapter, pattern: str) -> Adapter:
     source = adapter.provenance
     if None not in (source.task, source.seed):
         return adapter
-    facts = _facts_of(adapter, pattern) or {}
+    facts = _facts_of(_own_names(adapter), pattern) or {}
     missing: dict[str, Any] = {
         field: value for field, value in facts.items() if getattr(source, field) is None
     }

@@ -67,7 +67,8 @@ def study(
     reference
         Adapters of other tasks on the same base, trained with other seeds. They are compared with
         the analyzed adapters, not with each other, and conclusions compare with these pairs (and
-        with such pairs among ``adapters``, if task and seed are known).
+        with such pairs among ``adapters``, if task and seed are known). Adapters whose known task
+        or base contradicts this are refused.
     modules
         Suffixes of module names, or one regular expression; all modules by default.
     prefix
@@ -88,10 +89,12 @@ def study(
     label
         Pattern that extracts task, rank, seed and step from adapter names, for example
         ``"{task}-r{rank}-s{seed}"``; ``*`` matches anything. It must match an adapter's label or
-        the end of its path.
+        the end of its path, and overrides the files. By default, tasks and seeds that no file
+        states come from the names if one common pattern matches all of these adapters (see
+        `studies.labels.COMMON_PATTERNS`); ``"none"`` prevents that.
     across_bases
-        Whether adapters of different base models are compared too, although their directions are
-        not comparable.
+        Whether adapters are compared too if their base models are different or not known to be
+        the same, although directions of different bases are not comparable.
     most_in_pairs
         Maximum number of adapters in the tables of pairs, chosen from every task and rank; the
         similarity matrix contains all adapters.
@@ -115,6 +118,9 @@ def study(
         No adapter is left to analyze.
     BaseWeightError
         No module has a weight in the base.
+    InputError
+        A reference adapter is analyzed itself, has the task of an analyzed adapter, or a different
+        base than all of them.
 
     Notes
     -----
