@@ -40,10 +40,18 @@ STUDY_CODES: Final[dict[str, Code]] = {
         "adapters",
         "The adapters name {count} base models: {bases}. Directions of different base models are "
         "unrelated, even if shapes agree[[: {excluded_pairs:plural pair} across base models not "
-        "compared]][[; {compared_pairs:plural pair} across base models compared as requested]]."
-        "[[ No base model is named by {unnamed:and}: compared with all adapters of the same "
-        "shapes.]]",
+        "compared]][[; {compared_pairs:plural pair} across base models compared as requested]].",
         items={"bases": "{base} ({adapters:plural adapter})"},
+    ),
+    "base-not-known-same": Code(
+        "limit",
+        "adapters",
+        "[[It is not known whether {bases:and} are the same base model: a local path, or a name "
+        "under a different organization, does not identify a model.]][[ {excluded_pairs:plural "
+        "pair} not compared; if they have the same base, pass across_bases=True (command line: "
+        "--across-bases).]][[ {compared_pairs:plural pair} compared as requested.]]"
+        "[[No base model is named by {unnamed:and}: compared with all adapters of the same "
+        "shapes.]]",
     ),
     "unknown-task-or-seed": Code(
         "limit",

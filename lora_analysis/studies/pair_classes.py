@@ -23,6 +23,7 @@ class PairClass(StrEnum):
     """What two adapters are to each other; a pair has the first class that applies."""
 
     DIFFERENT_BASE = "different base"
+    BASE_NOT_KNOWN = "base not known to be the same"
     CHECKPOINT = "earlier checkpoint"  # of a run of which the study has a later one
     STARTED_FROM_BASE = "both factors started from the base"  # PiSSA without its flag
     NEAR_DUPLICATE = "near-duplicate"
@@ -173,6 +174,8 @@ def _classify(pair: PairEvidence, *, from_base: bool) -> ClassifiedPair:
 def _pair_class(pair: PairEvidence, *, from_base: bool) -> PairClass:
     if pair.relation is Relation.OTHER_BASE:
         return PairClass.DIFFERENT_BASE
+    if pair.relation is Relation.BASE_NOT_KNOWN_SAME:
+        return PairClass.BASE_NOT_KNOWN
     if pair.relation is Relation.SAME_RUN:
         return PairClass.SAME_RUN
     if pair.relation is Relation.EARLIER:

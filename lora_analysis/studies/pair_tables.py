@@ -14,6 +14,7 @@ from lora_analysis import chance
 from lora_analysis.patterns import layer_index, module_type
 from lora_analysis.shared_init import InitRelation, SharedInit, classify_init
 from lora_analysis.spectra import SIDES, Side
+from lora_analysis.studies.base_identity import resolve_keys
 from lora_analysis.studies.pair_classes import (
     COPY_COSINE,
     ClassifiedPair,
@@ -23,7 +24,7 @@ from lora_analysis.studies.pair_classes import (
     classify_pairs,
     one_sample_exclusions,
 )
-from lora_analysis.studies.relations import Relation, base_key, earlier_checkpoints
+from lora_analysis.studies.relations import ACROSS_BASES, earlier_checkpoints
 from lora_analysis.studies.table_rows import PAIR_COLUMNS, SIMILARITY_COLUMNS, Degeneracy
 
 if TYPE_CHECKING:
@@ -397,12 +398,12 @@ def pair_bases(study: OpenStudy, chosen: NDArray[np.intp]) -> dict[str, list[int
 
     A pair of which one adapter names no base belongs to the base of the other.
     """
-    keys = [base_key(adapter.provenance.base_model) for adapter in study.adapters]
+    keys = resolve_keys([adapter.provenance.base_model for adapter in study.adapters])
     bases: dict[str, list[int]] = {}
     for position, pair in enumerate(chosen):
         a, b = (keys[i] for i in study.pairs.pairs[pair])
         # Pairs across bases, compared on request, are a population of their own.
-        across = study.pairs.relations[pair] is Relation.OTHER_BASE
+        across = study.pairs.relations[pair] in ACROSS_BASES
         bases.setdefault(f"{a} {b}" if across else a or b or "", []).append(position)
     return bases
 

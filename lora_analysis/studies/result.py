@@ -119,9 +119,12 @@ class Study:
         return int(self.similarities.groupby(["a", "b"]).ngroups) if len(self.similarities) else 0
 
     def grid(
-        self, a: str, b: str, module: str, *, side: Side = "input", of: VectorsOf = "delta"
+        self, a: str, b: str, module: str, *, side: Side | None = None, of: VectorsOf = "delta"
     ) -> SimilarityGrid:
-        """Return φ(i, j) of two adapters by label for one module, computed now."""
+        """Return φ(i, j) of two adapters by label for one module, computed now.
+
+        The side is output by default, for ``of="A"`` input; see `subspace_similarity`.
+        """
         return subspace_similarity(
             self.adapters[a][module], self.adapters[b][module], side=side, of=of
         )

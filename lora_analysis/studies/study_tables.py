@@ -19,12 +19,13 @@ from lora_analysis.formats.sanity_checks import ModuleStatistics, sanity_finding
 from lora_analysis.names import match_names, parse_prefixes
 from lora_analysis.patterns import module_type
 from lora_analysis.progress import Progress
+from lora_analysis.studies.base_identity import resolve_keys, shown_bases
 from lora_analysis.studies.module_analysis import ModuleResult, analyze_module
 from lora_analysis.studies.module_walk import choose_modules, walk_modules
 from lora_analysis.studies.pair_classes import Exclusion, PairClass
 from lora_analysis.studies.pair_tables import pair_tables
 from lora_analysis.studies.reference_levels import is_reference_file, read_reference
-from lora_analysis.studies.relations import earlier_checkpoints, shown_base
+from lora_analysis.studies.relations import earlier_checkpoints
 from lora_analysis.studies.result import Study
 from lora_analysis.studies.similarity_matrix import MOST_AT_ONCE, SimilarityMatrixSums
 from lora_analysis.studies.spec import DRAWS, MOST_IN_PAIRS, OpenStudy, Source, StudySpec
@@ -68,8 +69,9 @@ def study(
     reference
         Adapters of other tasks on the same base, trained with other seeds. Pairs of an adapter and
         a reference, and of two references, are unrelated unless labels or weights contradict it,
-        and conclusions compare with them (and with such pairs among ``adapters``). A reference
-        file (see `write_reference`) gives a level where there are no unrelated pairs.
+        and conclusions compare with them (and with such pairs among ``adapters``). Adapters whose
+        known task or base contradicts this are refused. A reference file (see `write_reference`)
+        gives a level where there are no unrelated pairs.
     modules
         Suffixes of module names, or one regular expression; all modules by default.
     prefix
@@ -90,10 +92,12 @@ def study(
     label
         Pattern that extracts task, rank, seed and step from adapter names, for example
         ``"{task}-r{rank}-s{seed}"``; ``*`` matches anything. It must match an adapter's label or
-        the end of its path.
+        the end of its path, and overrides the files. By default, tasks and seeds that no file
+        states come from the names if one common pattern matches all of these adapters (see
+        `studies.labels.COMMON_PATTERNS`); ``"none"`` prevents that.
     across_bases
-        Whether adapters of different base models are compared too, although their directions are
-        not comparable.
+        Whether adapters are compared too if their base models are different or not known to be
+        the same, although directions of different bases are not comparable.
     most_in_pairs
         Maximum number of adapters in the tables of pairs, chosen from every task and rank; the
         similarity matrix contains all adapters.
@@ -117,6 +121,9 @@ def study(
         No adapter is left to analyze.
     BaseWeightError
         No module has a weight in the base.
+    InputError
+        A reference adapter is analyzed itself, has the task of an analyzed adapter, or a different
+        base than all of them.
 
     Notes
     -----
@@ -316,7 +323,9 @@ def _runs_table(
     """Return one row per adapter."""
     rows = []
     earlier = earlier_checkpoints(adapters)
-    for adapter in adapters:
+    named = [adapter.provenance.base_model for adapter in adapters]
+    shown = shown_bases(named)
+    for adapter, base_key in zip(adapters, resolve_keys(named), strict=True):
         modules = spectra[spectra["adapter"] == adapter.label]
         source = adapter.provenance
         rows.append(
@@ -329,7 +338,8 @@ def _runs_table(
                 "earlier": adapter.label in earlier,
                 "excluded": exclusions.get(adapter.label, Exclusion.NONE),
                 "format": source.format,
-                "base_model": shown_base(source.base_model),
+                "base_model": shown[source.base_model],
+                "base_key": base_key,
                 "modules": len(modules),
                 "trained_modules": int((modules["numerical_rank"] > 0).sum()),
                 "norm": float(np.linalg.norm(modules["norm"])) if len(modules) else np.nan,
