@@ -16,10 +16,11 @@ from document_workspace import make_workspace
 from documents import ROOT, Page, blocks, copy_tree, fits
 
 import lora_analysis
-from lora_analysis import demo, formats, write_report
+from lora_analysis import demo, formats, study, write_report
 from lora_analysis.cli import VERBS
 from lora_analysis.execution.protocol import SerialExecutor
 from lora_analysis.formats import registry
+from lora_analysis.report.results import TABLE_NAMES, all_tables
 from lora_analysis.training import LoopOptions, RunConfig, sweep
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -118,6 +119,32 @@ def test_the_reference_has_every_public_name_and_every_module() -> None:
         assert name.startswith("_") or re.search(rf"lora_analysis\.{name}$", text, re.MULTILINE)
     for home in lora_analysis._HOME:
         assert f".. automodule:: lora_analysis.{home}\n" in text
+
+
+def documented(heading: str) -> set[str]:
+    """Return the names in the first column of the table below a heading of the tables' page."""
+    text = (ROOT / "docs" / "reference" / "tables.md").read_text(encoding="utf-8")
+    section = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    return set(re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE))
+
+
+def test_every_column_of_every_table_is_documented(inside: Path) -> None:
+    result = study(["runs"], base="path/to/model", weight_spectra=True)
+    tables = dict(all_tables(result))
+    assert list(tables) == list(TABLE_NAMES)
+    differences = {
+        name: documented(name) ^ {re.sub("^metric_.+", "metric_*", c) for c in table.columns}
+        for name, table in tables.items()
+    }
+    # The runs of the workspace were not evaluated.
+    assert differences.pop("adapters") <= {"metric_*"}
+    assert not any(differences.values()), differences
+
+
+def test_every_pair_class_is_documented() -> None:
+    from lora_analysis.studies.pair_classes import PairClass
+
+    assert documented("Pair classes") == set(PairClass)
 
 
 def test_every_make_target_of_the_documents_exists() -> None:
