@@ -11,8 +11,8 @@ from reference import IDENTITY, assert_close
 
 from lora_analysis.adapter import Adapter, DenseUpdate
 from lora_analysis.errors import IncompatibleError, InputError
+from lora_analysis.init_evidence import module_init
 from lora_analysis.pairwise import module_pairs, pair_angles, pairwise
-from lora_analysis.shared_init import module_init
 from lora_analysis.similarity import (
     energy_overlap,
     principal_angles,

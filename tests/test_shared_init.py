@@ -13,13 +13,8 @@ from safetensors.numpy import load_file
 
 from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.errors import IncompatibleError
-from lora_analysis.shared_init import (
-    ModuleInit,
-    classify_init,
-    drift,
-    init_evidence,
-    module_init,
-)
+from lora_analysis.init_evidence import ModuleInit, init_evidence, module_init
+from lora_analysis.shared_init import classify_init, drift
 from lora_analysis.similarity import subspace_similarity
 from lora_analysis.spectra import spectrum
 

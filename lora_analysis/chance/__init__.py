@@ -45,6 +45,7 @@ from lora_analysis.chance.subspaces import (
     similarity_p_value,
     similarity_quantile,
     similarity_variance,
+    weaker_half_mean,
 )
 from lora_analysis.text import p_value_text
 
@@ -81,4 +82,5 @@ __all__ = [
     "similarity_quantile",
     "similarity_variance",
     "task_difference",
+    "weaker_half_mean",
 ]
