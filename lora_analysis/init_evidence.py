@@ -107,13 +107,14 @@ def init_evidence(
     embeddings = all(update.layout == "embedding" for update in updates)
     if not embeddings or len({update.shape for update in updates}) > 1:
         return from_a
-
     return max(from_a, _evidence(updates, "B"), key=_agreement)
 
 
 def _agreement(evidence: InitEvidence) -> tuple[int, float, float]:
     """Return what tells the factor that was drawn from the one that was learned from zero."""
-    correlated = float(np.nansum(np.diagonal(evidence.cross_cosine)))
+    # Rows of zeros are those of a factor that is not trained yet: they were not drawn either.
+    zero = float(np.sum(1 - np.diagonal(evidence.row_cosine)))
+    correlated = zero + float(np.nansum(np.diagonal(evidence.cross_cosine)))
     cosines = float(np.abs(np.triu(evidence.row_cosine, 1)).sum())
     return int(evidence.shared.sum()), -correlated, cosines
 
