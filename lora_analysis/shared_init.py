@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_analysis.errors import IncompatibleError
-from lora_analysis.init_evidence import ModuleInit, unit_rows
+from lora_analysis.init_evidence import ModuleInit, rows_agree, unit_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -49,6 +49,8 @@ SAME_RUN = 0.4
 # Excess agreement of row spaces from which they are one; of other tasks, from which they may be.
 SAME_SPACE = 0.3
 SAME_SPACE_OF_OTHER_TASKS = 0.1
+# Excess of the output side over the input side from which the spans may have been learned.
+_LEARNED_MORE = 0.2
 # φ_input(r, r) from which spans are one where the excess is not defined (ranks below 4).
 _SIMILAR_SPACE = 0.7
 # Mean cosine of rows that does not contradict an initialization that other modules share.
@@ -108,18 +110,37 @@ class SharedInit:
             InitRelation.UNDECIDED,
         )
 
+    @property
+    def other_agrees(self) -> bool:
+        """True if the second factor agrees, too: one run, or a start of both from the base."""
+        if self.other_cosine is not None and self.share >= SHARED_FROM:
+            return abs(self.other_cosine) >= SAME_RUN
+        if self.kind is not InitRelation.SAME_SPACE or self.other_space is None:
+            return False
+        return self.other_space >= SAME_SPACE
+
     def for_tasks(self, *, differ: bool | None) -> SharedInit:
         """Return the conclusion with what is known of the tasks; None if nothing is.
 
-        It decides about `InitRelation.UNDECIDED` alone: row spaces that agree in part are of one
-        initialization if the tasks differ, and may have been learned if the task is the same.
+        Row spaces that agree in part (`InitRelation.UNDECIDED`) are of one initialization if the
+        tasks differ. If the task is the same they may have been learned; so may spans with an L
+        above 0.3, if the output side, which has no initialization, agrees clearly more.
         """
-        if self.kind is not InitRelation.UNDECIDED or differ is None:
+        if differ is None or self.kind not in (InitRelation.UNDECIDED, InitRelation.SAME_SPACE):
             return self
         if differ:
             return replace(self, kind=InitRelation.SAME_SPACE)
-        part = InitRelation.PARTLY_SHARED if self.modules else InitRelation.INDEPENDENT
-        return replace(self, kind=part)
+        if self.kind is InitRelation.UNDECIDED or self._may_be_learned:
+            part = InitRelation.PARTLY_SHARED if self.modules else InitRelation.INDEPENDENT
+            return replace(self, kind=part)
+        return self
+
+    @property
+    def _may_be_learned(self) -> bool:
+        """True if learning is enough to explain how far the row spaces agree."""
+        if self.row_space is None or self.other_space is None:
+            return False
+        return self.row_space < self.other_space - _LEARNED_MORE
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +219,9 @@ def classify_init(
     The first that fits:
 
     - *shared*: at least half of the testable modules are flagged; *same run* if also ``|c′| ≥ .4``.
-    - *same space*: L ≥ .3; *undecided*: L ≥ .1 (`SharedInit.for_tasks` decides).
+    - *same space*: L ≥ .3; *undecided*: L ≥ .1, unless the output side agrees more by .2
+      (`SharedInit.for_tasks` decides). Learned directions agree on the output side first: without
+      this condition independent adapters of one task or of very different ranks reach L = .1 to .3.
     - *partly shared*: some modules are flagged.
 
     Rank 1 in every module: shared if ``|c| ≥ .9`` in all, of one sign, in at least three modules.
@@ -211,7 +234,7 @@ def classify_init(
     testable = [module for module in modules if module.ranks != (1, 1)]
     if not testable:
         return _classify_rank_one(modules)
-    shared = [module for module in testable if module.shared]
+    shared = _flagged(testable)
     if shared and _is_consistent_with_one_run(testable):
         shared = testable
     row_space = _median(testable, lambda module: module.row_space)
@@ -228,9 +251,27 @@ def classify_init(
         same_space = row_space is not None and row_space >= SAME_SPACE
     if same_space:
         return replace(evidence, kind=InitRelation.SAME_SPACE)
-    if row_space is not None and row_space >= SAME_SPACE_OF_OTHER_TASKS:
+    partly = row_space is not None and row_space >= SAME_SPACE_OF_OTHER_TASKS
+    if partly and not evidence._may_be_learned:
         return replace(evidence, kind=InitRelation.UNDECIDED)
     return evidence
+
+
+def _flagged(modules: Sequence[ModuleInit]) -> list[ModuleInit]:
+    """Return the modules whose rows agree, those of a negated factor only if they are the rule.
+
+    A negated copy is negated in every module; a single negative cosine is one that was learned.
+    """
+    negative = [m for m in modules if _is_negative(m)]
+    if len(negative) >= SHARED_FROM * len(modules) and all(m.row_cosine < 0 for m in modules):
+        return negative
+    return [m for m in modules if m.shared and m.row_cosine > 0]
+
+
+def _is_negative(module: ModuleInit) -> bool:
+    if module.row_cosine >= 0 or module.z is None:
+        return False
+    return module.shared or bool(rows_agree(-module.row_cosine, -module.z))
 
 
 def _median(

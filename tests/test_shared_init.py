@@ -15,6 +15,7 @@ from lora_analysis.adapter import Adapter, LowRankUpdate
 from lora_analysis.chance import weaker_half_mean
 from lora_analysis.errors import IncompatibleError
 from lora_analysis.init_evidence import (
+    InitRows,
     ModuleInit,
     init_evidence,
     module_init,
@@ -193,6 +194,7 @@ def test_some_shared_modules_make_a_pair_partly_shared_and_are_listed(rng):
 def test_half_of_the_modules_make_the_whole_pair_shared(rng, shared, kind):
     found = classified(*pairs(rng, shared=shared))
     assert (found.kind, found.share, found.sign) == (kind, shared / MODULES, 1)
+    assert not found.other_agrees
     assert found.contaminates_input == (kind == "shared initialization")
 
 
@@ -304,9 +306,19 @@ def test_the_weaker_half_of_random_subspaces_has_the_stated_mean(rng, d, i, j):
     assert excess.mean() == pytest.approx(0, abs=2 * error + 0.012)
 
 
-def row_space_pair(values, *, flagged=0):
+def row_space_pair(values, *, flagged=0, other_space=None):
     return [
-        ModuleInit(f"m{k}", (8, 8), 0.0, 0.1, 0.0, 0.0, shared=k < flagged, row_space=value)
+        ModuleInit(
+            module=f"m{k}",
+            ranks=(8, 8),
+            row_cosine=0.8 if k < flagged else 0.0,
+            cross_cosine=0.1,
+            z=20.0 if k < flagged else 0.0,
+            other_cosine=0.0,
+            shared=k < flagged,
+            row_space=value,
+            other_space=other_space,
+        )
         for k, value in enumerate(values)
     ]
 
@@ -334,6 +346,68 @@ def test_row_spaces_that_agree_in_part_need_the_tasks(values, flagged, kinds):
     assert found.row_space == (np.median(numbers) if numbers else None)
 
 
+@pytest.mark.parametrize(
+    ("row_space", "other_space", "kinds"),
+    [
+        (0.2, 0.1, ["undecided", "same input space", "independent"]),
+        (0.2, 0.39, ["undecided", "same input space", "independent"]),
+        (0.2, 0.41, ["independent"] * 3),
+        (0.5, 0.6, ["same input space"] * 3),
+        (0.5, 0.71, ["same input space", "same input space", "independent"]),
+        (0.95, 1.0, ["same input space"] * 3),  # a copy
+    ],
+)
+def test_spans_that_agree_more_on_the_output_side_were_learned(row_space, other_space, kinds):
+    found = classify_init(row_space_pair([row_space] * 3, other_space=other_space))
+    assert (found.row_space, found.other_space) == (row_space, other_space)
+    assert found.other_agrees == (found.kind == "same input space")
+    assert [found.for_tasks(differ=differ).kind for differ in (None, True, False)] == kinds
+
+
+def singular_vectors(update):
+    """The same ΔW with the rows that a resize by SVD leaves."""
+    values = spectrum(update)
+    root = np.sqrt(values.S)
+    B, A = values.vectors("output") * root, (values.vectors("input") * root).T
+    return replace(update, A=A, B=B, scale=1.0)
+
+
+def test_singular_vectors_that_agree_by_learning_are_no_shared_initialization(rng):
+    """Two runs on one task, stored by SVD: leading rows agree, in the order of the values."""
+    learned = [orthonormal(rng, D, 2) for _ in range(2)]
+    one, two = (
+        singular_vectors(
+            LowRankUpdate(
+                name="q",
+                A=np.vstack([learned[0].T * [[9], [6]], 0.4 * orthonormal(rng, D, 2).T]),
+                B=np.hstack([learned[1], orthonormal(rng, D, 2)]),
+                scale=1.0,
+            )
+        )
+        for _ in range(2)
+    )
+    found = module_init(one, two)
+    assert found.row_cosine > 0.4
+    assert found.z > 5
+    assert not found.shared
+    rotation = orthonormal(rng, 4, 4)
+    trained_rows = replace(two, A=rotation @ two.A, B=two.B @ rotation.T)
+    assert not module_init(one, trained_rows).shared
+    later = singular_vectors(replace(one, A=one.A + 0.01 * rng.standard_normal(one.A.shape)))
+    assert module_init(one, later).shared  # of one run
+
+
+def test_a_few_learned_rows_with_a_negative_sign_are_no_negated_copy(rng):
+    one, two = pairs(rng, 2, 2, drift=0.0)
+    turned = [replace(u, A=-u.A) if k < 3 else u for k, u in enumerate(two)]
+    assert not module_init(one[0], replace(two[0], A=-two[0].A + 0.01)).shared
+    found = classified(one, turned)
+    assert found.sign == 1
+    assert found.modules == tuple(u.name for u in two[3:])
+    negated = classified(one, [replace(u, A=0.01 - u.A) for u in two])
+    assert (negated.kind, negated.share, negated.sign) == ("shared initialization", 1, -1)
+
+
 def test_rows_in_another_order_share_their_space(rng):
     one, two = pairs(rng, 8, 8)
     turned = [replace(u, A=u.A[::-1], B=u.B[:, ::-1]) for u in two]
@@ -356,9 +430,11 @@ def test_a_start_from_the_base_in_both_factors_shows_in_both_spaces(rng):
     by_rows = classified(one, two)
     assert (by_rows.kind, by_rows.share) == ("same training run", 1)
     assert by_rows.other_cosine > 0.9
+    assert by_rows.other_agrees
     by_space = classified(one, flipped)
     assert by_space.kind == "same input space"
     assert min(by_space.row_space, by_space.other_space) > 0.9
+    assert by_space.other_agrees
 
 
 def test_a_study_sees_a_resized_copy_by_its_row_space(rng):
@@ -558,6 +634,25 @@ def test_the_evidence_for_many_is_that_for_each_pair(rng):
     assert found.shared[0, 3]
     assert found.shared[1, 5]
     assert not found.shared[0, 1]
+
+
+def test_pairs_compared_in_blocks_are_flagged_alike(rng):
+    one, two = (side[0] for side in pairs(rng, 6, 8))
+    updates = [
+        one,
+        replace(two, A=-two.A),
+        singular_vectors(one),
+        singular_vectors(replace(one, A=one.A + 0.01 * rng.standard_normal(one.A.shape))),
+        low_rank_update(rng, D, D, 2),
+        low_rank_update(rng, D, D, 1),
+        replace(two, B=0 * two.B),
+    ]
+    found = init_evidence(updates).shared
+    everything = np.arange(len(updates))
+    assert InitRows(updates).shared(everything, everything).tolist() == found.tolist()
+    assert found[0, 1]
+    assert found[2, 3]
+    assert not found[0, 2]
 
 
 def test_the_evidence_can_be_asked_of_the_other_factor(rng):
