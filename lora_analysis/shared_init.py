@@ -5,9 +5,16 @@ their initial A and so most of their input directions: overlaps of 0.93 to 0.998
 whose output sides agree no better than random subspaces. The rules below separate such pairs from
 independent ones, first by the individual rows of A and, if these were mixed, by its row space.
 
-What they cannot see: an adapter whose rank was reduced far below that of its training keeps
-directions that were learned and little of its initialization. Two adapters with one initialization
-that were both reduced are found by half of their common directions at best (SIMULATED).
+In simulations of training (d = 192, three learning rates, rows that kept a cosine of 0.97 to 0.86
+with their initial values) none of 264 pairs of other tasks and seeds was flagged from rank 4 on,
+72 of which had one side resized by SVD and 78 both. At rank 2, 4 of 18 had one flagged module of
+six. Of pairs with one initialization, all 60 of equal ranks were found, and all 72 of which one
+side was resized (2 of them only if the tasks are known to differ).
+
+What the rules cannot see: an adapter whose rank was reduced far below that of its training keeps
+what was learned and little of its initialization. If both sides were resized the spans agree only
+in part: 20 of 78 such pairs were found, 48 more if the tasks are known to differ, and 10 (32 or 64
+to 8 directions after strong training) not at all.
 """
 
 from __future__ import annotations

@@ -642,7 +642,7 @@ def test_pairs_compared_in_blocks_are_flagged_alike(rng):
         one,
         replace(two, A=-two.A),
         singular_vectors(one),
-        singular_vectors(replace(one, A=one.A + 0.01 * rng.standard_normal(one.A.shape))),
+        singular_vectors(replace(one, A=one.A + 1e-4 * rng.standard_normal(one.A.shape))),
         low_rank_update(rng, D, D, 2),
         low_rank_update(rng, D, D, 1),
         replace(two, B=0 * two.B),
