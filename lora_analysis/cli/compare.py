@@ -186,6 +186,8 @@ _STARS = {
     "two samples.",
     InitRelation.SAME_SPACE: "spans the same input space with different rows (a resized copy or an "
     "initialization from data or from W): its input side shows nothing that was learned.",
+    InitRelation.UNDECIDED: "spans part of the same input space with different rows: its input "
+    "side may show the initialization.",
 }
 
 

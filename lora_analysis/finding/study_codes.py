@@ -168,7 +168,7 @@ STUDY_CODES: Final[dict[str, Code]] = {
         "artifact",
         "initialization",
         "{pairs:plural pair} of different tasks[[ on {base}]] used the same seed and share their "
-        "initial A ({whole} in every module[[, {partly:nonzero} in part of the modules]]). Median "
+        "initial A ({whole} in most modules[[, {partly:nonzero} in some]]). Median "
         "φ(r,r): {sides}. The extra input-side overlap comes from the shared initialization; these "
         "pairs are excluded.",
         items={

@@ -18,11 +18,16 @@ from lora_analysis.amplify import Amplification, amplifications, weight_basis_en
 from lora_analysis.effective import effective_update
 from lora_analysis.errors import BaseWeightError
 from lora_analysis.formats.sanity_checks import ModuleStatistics, module_statistics
+from lora_analysis.init_evidence import EVIDENCE, ModuleInit, pair_init
 from lora_analysis.intruders import intruder_dimensions
-from lora_analysis.shared_init import InitEvidence, ModuleInit, pair_init
 from lora_analysis.spectra import SIDES, Spectrum, spectrum, weight_svd
 from lora_analysis.studies.module_walk import updates_by_shape
-from lora_analysis.studies.pair_products import ModulePairs, module_pairs, pair_angles
+from lora_analysis.studies.pair_products import (
+    ModulePairs,
+    PairAngles,
+    module_pairs,
+    pair_angles,
+)
 from lora_analysis.studies.similarity_matrix import BlockedContribution, ModuleContribution
 from lora_analysis.studies.table_rows import Degeneracy, change_rows, spectrum_row
 from lora_analysis.weight_changes import magnitude_direction
@@ -33,8 +38,6 @@ if TYPE_CHECKING:
     from lora_analysis.adapter import Update
     from lora_analysis.bases import Weight
     from lora_analysis.studies.spec import OpenStudy
-
-    Angles = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 # Up to this length of its shorter side, the singular values of W and random draws are cheap;
 # beyond it they are left out (the root mean square of random directions is exact without).
@@ -52,7 +55,7 @@ class PairGroup:
     pairs
         The similarities.
     angles
-        Smallest and largest principal angle, of the input and of the output side.
+        Principal angles of the input and of the output side.
     ranks
         Stored ranks of the updates, ``(N,)``.
     degeneracy
@@ -63,7 +66,7 @@ class PairGroup:
 
     index: NDArray[np.intp]
     pairs: ModulePairs
-    angles: tuple[Angles, Angles]
+    angles: tuple[PairAngles, PairAngles]
     ranks: NDArray[np.intp]
     degeneracy: NDArray[np.object_]
     values: NDArray[np.float64]
@@ -74,7 +77,8 @@ class PairGroup:
         if evidence is None or np.isnan(evidence.row_cosine[i, j]):
             return None
         ranks = int(self.ranks[i]), int(self.ranks[j])
-        return pair_init(evidence, i, j, self.pairs.module, ranks)
+        spaces = [float(angles.weaker_half[i, j]) for angles in self.angles]
+        return pair_init(evidence, i, j, self.pairs.module, ranks, spaces=(spaces[0], spaces[1]))
 
 
 @dataclass(slots=True)
@@ -201,7 +205,7 @@ def _selected(pairs: ModulePairs, rows: Sequence[int]) -> ModulePairs:
         norms=pairs.norms[rows],
         init=None
         if pairs.init is None
-        else InitEvidence(**planes(pairs.init, *InitEvidence.__dataclass_fields__)),
+        else replace(pairs.init, **planes(pairs.init, *EVIDENCE, "shared")),
     )
 
 
