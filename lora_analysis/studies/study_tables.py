@@ -19,6 +19,7 @@ from lora_analysis.formats.sanity_checks import ModuleStatistics, sanity_finding
 from lora_analysis.names import match_names, parse_prefixes
 from lora_analysis.patterns import module_type
 from lora_analysis.progress import Progress
+from lora_analysis.studies.crossed_partners import only_unrelated
 from lora_analysis.studies.module_analysis import ModuleResult, analyze_module
 from lora_analysis.studies.module_walk import choose_modules, walk_modules
 from lora_analysis.studies.pair_tables import pair_tables
@@ -209,6 +210,7 @@ def _assemble(
         [row for result in results for row in result.spectra if row["adapter"] not in failed]
     )
     pairs, similarities = pair_tables(opened, results, failed)
+    amplified = only_unrelated(amplified, pairs)
     tabulated = {opened.adapters[i].label for i in opened.pairs.tabulated}
     return Study(
         adapters=adapters,
