@@ -282,7 +282,12 @@ class RunEnrichment:
     @property
     def median_crossed(self) -> float:
         """Median of the crossed values; NaN without one."""
-        return float(np.median(self.crossed)) if self.crossed else float("nan")
+        return _median(self.crossed)
+
+    @property
+    def median_matched(self) -> float:
+        """Median of the own values that the crossed ones are compared with; NaN without one."""
+        return _median(self.matched)
 
     @property
     def range_crossed(self) -> tuple[float, float]:

@@ -67,7 +67,8 @@ def command(
     """Measure how ΔW amplifies directions of the base weight, per module (LoRA paper, Table 7).
 
     The amplification factor ‖ΔW‖/‖UᵀWV‖ proves little by itself: compare it with the factor of
-    random directions of the same size. Enrichment is the ratio of the two.
+    random directions of the same size. Enrichment is the ratio of the two. Compare it with that of
+    random directions through W before you call it specific to the adapter.
     """
     from lora_analysis.conclusions import findings
     from lora_analysis.finding import FILE_CODES
@@ -168,7 +169,13 @@ def _amplifications(result: Study, label: str) -> pd.DataFrame:
 
 
 def _medians(full: pd.DataFrame) -> dict[str, dict[str, float]]:
-    columns = ("amplification_factor", "chance_factor", "enrichment", "relative_norm")
+    columns = (
+        "amplification_factor",
+        "chance_factor",
+        "enrichment",
+        "enrichment_through_weight",
+        "relative_norm",
+    )
     return {"medians": {column: float(full[column].median()) for column in columns}}
 
 
@@ -196,6 +203,7 @@ _NAMES = {
     "amplification_factor": "factor",
     "chance_factor": "random",
     "enrichment": "enrichment",
+    "enrichment_through_weight": "via W",
 }
 
 
@@ -218,6 +226,10 @@ def _print(label: str, full: pd.DataFrame) -> None:
     print_text(
         "factor = ‖ΔW‖ / ΔW's, followed by that of random directions, ‖ΔW‖ / random; enrichment = "
         "ΔW's / random."
+    )
+    print_text(
+        "via W = enrichment of random directions through W (one product with it): what W's "
+        "geometry gives to anything that passes through it."
     )
     whole = int((full["projected"] / full["weight_norm"] > 1 - _ALL_OF_IT).sum())
     if whole:
