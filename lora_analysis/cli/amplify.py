@@ -203,7 +203,6 @@ _NAMES = {
     "amplification_factor": "factor",
     "chance_factor": "random",
     "enrichment": "enrichment",
-    "enrichment_through_weight": "via W",
 }
 
 
@@ -227,9 +226,10 @@ def _print(label: str, full: pd.DataFrame) -> None:
         "factor = ‖ΔW‖ / ΔW's, followed by that of random directions, ‖ΔW‖ / random; enrichment = "
         "ΔW's / random."
     )
+    through = float(full["enrichment_through_weight"].median())
     print_text(
-        "via W = enrichment of random directions through W (one product with it): what W's "
-        "geometry gives to anything that passes through it."
+        f"Control: random directions after one product with W have a median enrichment of "
+        f"{decimals(through)}. The geometry of W gives that to anything that passes through it."
     )
     whole = int((full["projected"] / full["weight_norm"] > 1 - _ALL_OF_IT).sum())
     if whole:

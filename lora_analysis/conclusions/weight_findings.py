@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -76,7 +76,7 @@ def quantized_base(study: Study) -> Iterator[Finding]:
 
 def amplifications(study: Study) -> Iterator[Finding]:
     """Report how strongly each rank amplifies W, next to what random directions would score."""
-    table = _ranked_amplifications(study)
+    table = _tasks_of_all_ranks(study, _with_ranks(study))
     if table.empty:
         return
     full = table[table["at_rank"]]
@@ -99,15 +99,14 @@ def amplifications(study: Study) -> Iterator[Finding]:
 
 def enrichment_controls(study: Study) -> Iterator[Finding]:
     """Report if an enrichment is specific to its run, next to both of its controls."""
-    table = _ranked_amplifications(study)
+    table = _with_ranks(study)
     if table.empty:
         return
     full = table[table["at_rank"]]
-    labels = set(full["adapter"])
-    runs = [run for run in run_enrichments(study.amplified()) if run.label in labels]
     rank_of = full.groupby("adapter")["rank"].max()
-    ranks = _controls_by_rank(full, runs, rank_of)
-    fields = {
+    runs = [run for run in run_enrichments(study.amplified()) if run.label in rank_of]
+    ranks = _controls_by_rank(_tasks_of_all_ranks(study, full), runs)
+    fields: dict[str, Any] = {
         "ranks": ranks,
         "geometry": _geometry(ranks),
         "needed": FEWEST_CROSSED,
@@ -115,7 +114,7 @@ def enrichment_controls(study: Study) -> Iterator[Finding]:
     }
     tested = [run for run in runs if run.testable]
     if not tested:
-        values = max(len(run.crossed) for run in runs)
+        values = max((len(run.crossed) for run in runs), default=0)
         yield Finding("enrichment-untested", {**fields, "values": values, "untested": 0})
         return
     fields |= {"tested": len(tested), "untested": len(runs) - len(tested)}
@@ -130,13 +129,14 @@ def enrichment_controls(study: Study) -> Iterator[Finding]:
 
 
 def _controls_by_rank(
-    full: pd.DataFrame, runs: Sequence[RunEnrichment], rank_of: Mapping[str, int]
+    full: pd.DataFrame, runs: Sequence[RunEnrichment]
 ) -> list[dict[str, float | None]]:
     """Return medians of the enrichment and its controls, and the range of the crossed values."""
     names = ["enrichment", "enrichment_crossed", "enrichment_through_weight"]
     rows: list[dict[str, float | None]] = []
     for medians in _medians_by_rank(full, names):
-        crossed = [v for run in runs if rank_of[run.label] == medians["rank"] for v in run.crossed]
+        labels = set(full.loc[full["rank"] == medians["rank"], "adapter"])
+        crossed = [value for run in runs if run.label in labels for value in run.crossed]
         rows.append(
             {
                 **{name: _defined(value) for name, value in medians.items()},
@@ -178,19 +178,20 @@ def _defined(value: float) -> float | None:
     return None if np.isnan(value) else value
 
 
-def _ranked_amplifications(study: Study) -> pd.DataFrame:
-    """Return the amplifications with the rank, of the last checkpoints and of equal tasks."""
+def _with_ranks(study: Study) -> pd.DataFrame:
+    """Return the amplifications with the rank of each update, without earlier checkpoints."""
     table = study.amplifications
     if table.empty:
         return table
     earlier = study.runs.loc[study.runs["earlier"].astype(bool), "adapter"]
     table = table[~table["adapter"].isin(earlier)]
-    ranks = study.spectra[["adapter", "module", "rank"]]
-    return _tasks_of_all_ranks(study, table.merge(ranks, on=["adapter", "module"]))
+    return table.merge(study.spectra[["adapter", "module", "rank"]], on=["adapter", "module"])
 
 
 def _tasks_of_all_ranks(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of tasks that were trained at every rank, so that ranks alone differ."""
+    if table.empty:
+        return table
     tasks = table["adapter"].map(study.runs.set_index("adapter")["task"])
     if tasks.isna().any():
         return table

@@ -312,7 +312,7 @@ STUDY_CODES: Final[dict[str, Code]] = {
         "limit",
         "amplification",
         "Whether the enrichment is specific to the adapters is unknown: that takes at least "
-        "{needed} crossed values per run (two for each unrelated adapter), and there are {values}. "
+        "{needed} crossed values per run (two for each unrelated adapter); the most is {values}. "
         "Pass unrelated adapters of this base as reference= (command line: --reference)."
         f"{_CONTROLS}",
         items=_CONTROLS_BY_RANK,
