@@ -52,6 +52,7 @@ _RULES: tuple[Callable[[Study], Iterator[Finding]], ...] = (
     weight_findings.different_base,
     weight_findings.quantized_base,
     weight_findings.amplifications,
+    weight_findings.enrichment_controls,
     weight_findings.directions_by_energy,
     weight_findings.accuracies,
     adapter_findings.file_notes,

@@ -42,7 +42,8 @@ _SPECTRA = (
 )  # fmt: skip
 _WEIGHTS = (
     "k", "projected", "projected_random", "delta_norm", "weight_norm", "relative_norm",
-    "amplification_factor", "chance_factor", "enrichment",
+    "amplification_factor", "chance_factor", "enrichment", "enrichment_crossed",
+    "enrichment_through_weight",
 )  # fmt: skip
 
 
