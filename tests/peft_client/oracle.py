@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ from lora_analysis.formats import read_adapter
 
 # Layers whose update is s·B·A whatever the method around it: a refusal of these needs a reason.
 PLAIN_LAYERS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding")
+_FACTOR = re.compile(r"\.lora_(embedding_)?[AB](?=\.weight$|$)")
 
 
 @dataclass
@@ -126,20 +129,23 @@ def _starts_from_base(config: Any) -> bool:
     return isinstance(start, str) and start.lower().startswith(names)
 
 
-def _lacks_a_factor(folder: Path) -> bool:
-    """Return True if the file holds an A without its B or the reverse: some of PEFT's tests do."""
+def _lacks_tensors(folder: Path, layers: int) -> bool:
+    """Return True if the file does not hold both factors of every layer: some tests drop tensors.
+
+    Modules are counted, not matched: PEFT may store a module under a name that the model lacks.
+    """
+    names = (name for name in _tensor_names(folder) if _FACTOR.search(name))
+    factors = Counter(_FACTOR.sub(".lora", name) for name in names)
+    return len(factors) < layers or any(count != 2 for count in factors.values())
+
+
+def _tensor_names(folder: Path) -> list[str]:
     path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        return False
-    with safe_open(path, "pt") as file:
-        names = set(file.keys())
-    pairs = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
-    ends = [pair for one, other in pairs for pair in ((one, other), (other, one))]
-    return any(
-        f".{one}" in name and name.replace(f".{one}", f".{other}") not in names
-        for name in names
-        for one, other in ends
-    )
+    if path.is_file():
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
+    path = folder / "adapter_model.bin"
+    return list(torch.load(path, map_location="cpu", weights_only=True)) if path.is_file() else []
 
 
 def check_folder(folder: Path, model: Any, adapter: str, initial: Path | None = None) -> Outcome:
@@ -154,7 +160,7 @@ def check_folder(folder: Path, model: Any, adapter: str, initial: Path | None = 
         except LoraAnalysisError as error:
             plain = bool(live) and all(update.is_plain for update in live.values())
             plain = plain and method == "LORA" and not _starts_from_base(config)
-            plain = plain and not _lacks_a_factor(folder)
+            plain = plain and not _lacks_tensors(folder, len(live))
             text = f"{type(error).__name__}: {error}"
             return Outcome("refused plain LoRA" if plain else "refused", method, text, str(folder))
         except Exception as error:  # noqa: BLE001 - whatever is not ours is a crash
