@@ -156,6 +156,16 @@ def test_every_make_target_of_the_documents_exists() -> None:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
+def test_every_pattern_of_the_numeric_tests_matches_a_file() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    numeric = re.search(
+        r"^NUMERIC := \S+ tests/test_,\$\(addsuffix \.py,([^)]+)\)\)$", makefile, re.M
+    )
+    assert numeric
+    for pattern in numeric[1].split():
+        assert list((ROOT / "tests").glob(f"test_{pattern}.py")), pattern
+
+
 def test_every_file_the_readme_links_to_is_there() -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         if not link.startswith("https://"):
