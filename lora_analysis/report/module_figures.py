@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_analysis import plots
 from lora_analysis.chance import excess
-from lora_analysis.conclusions.overlap_summaries import SIDES_IN_ORDER
+from lora_analysis.conclusions.comparisons import SIDES_IN_ORDER
 from lora_analysis.conclusions.run_findings import overlaps_with_last_step
 from lora_analysis.plots.heatmap import EXCESS_LIMITS
 from lora_analysis.report.representatives import drawn_pairs, modules_far_from_median

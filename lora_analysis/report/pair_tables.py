@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_analysis.conclusions.overlap_findings import OVERLAP_CODES
-from lora_analysis.conclusions.overlap_summaries import SIDES_IN_ORDER
-from lora_analysis.finding import Finding
+from lora_analysis.conclusions import comparisons
+from lora_analysis.conclusions.comparisons import SIDES_IN_ORDER
 from lora_analysis.report.tables import ReportTable, cell
 from lora_analysis.shared_init import InitRelation
 from lora_analysis.studies import Relation
@@ -16,8 +15,6 @@ from lora_analysis.studies.base_models import per_base, several_bases
 from lora_analysis.text import number, overlap_number
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import pandas as pd
 
     from lora_analysis.studies import Study
@@ -101,39 +98,22 @@ def pairs_table(study: Study) -> ReportTable | None:
     return ReportTable("pairs", caption, columns, tuple(rows), 4)
 
 
-def conclusions_table(findings: Sequence[Finding]) -> ReportTable | None:
-    """Return every comparison side by side, those that share a finding too; None without any."""
-    comparisons = [comparison for finding in findings for comparison in _comparisons(finding)]
+def comparisons_table(study: Study) -> ReportTable | None:
+    """Return every comparison of a study, one row per side; None without any."""
     rows = []
-    for compared, sides in comparisons:
-        for side in sides:
-            above = side["above_reference"]
-            share = "–" if above is None else f"{above} of {side['values']}"
-            texts = ("–" if side[name] is None else overlap_number(side[name])
-                     for name in ("median", "reference", "chance"))  # fmt: skip
-            rows.append((compared, side["side"], side["conclusion"], share, *texts))
-    if not rows:
-        return None
-    quantity = comparisons[0][1][0]["quantity"]
-    columns = ("comparison", "side", "conclusion", "above 95 % of reference", quantity,
-               "reference", "random")  # fmt: skip
-    caption = (
-        f"Medians of {quantity} over modules and pairs, of the group, of the reference pairs and "
-        "of random subspaces. The conclusion depends on how many values, one per module and pair, "
-        "exceed 95 % of the reference values: more alike from one half on (if the median of every "
-        "pair also exceeds that of every reference pair), in part of the modules from one quarter "
-        "on. Of the values of unrelated pairs, 5 % do."
-    )
-    return ReportTable("conclusions", caption, columns, tuple(rows), 3)
-
-
-def _comparisons(finding: Finding) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Return the comparisons in a finding, with the conclusion on each side."""
-    if finding.code == "overlaps-inconclusive":
-        return [(part["compared"], part["sides"]) for part in finding.fields["comparisons"]]
-    if finding.code in OVERLAP_CODES:
-        return [(finding.subject, finding.fields["sides"])]
-    return []
+    for comparison in comparisons(study):
+        level = comparison.unrelated
+        rows.append(
+            (
+                comparison.subject,
+                comparison.side,
+                str(comparison.conclusion or "described only"),
+                overlap_number(comparison.mean_excess),
+                overlap_number(level.median) if level else "–",
+            )
+        )
+    columns = ("comparison", "side", "conclusion", "T", "unrelated")
+    return ReportTable("comparisons", "T.", columns, tuple(rows), 3) if rows else None
 
 
 def initializations_table(study: Study) -> ReportTable | None:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from lora_analysis.conclusions import findings
 from lora_analysis.errors import MissingExtraError, OccupiedError
-from lora_analysis.report.pair_tables import conclusions_table, initializations_table
+from lora_analysis.report.pair_tables import comparisons_table, initializations_table
 from lora_analysis.report.provenance import provenance
 from lora_analysis.report.results import (
     all_tables,
@@ -160,7 +160,7 @@ def _write_files(
         "lead": _lead(study),
         "findings": all_findings,
         "sections": sections(study, folder, figures, progress=progress, inline=form == "html"),
-        "conclusions": conclusions_table(all_findings),
+        "conclusions": comparisons_table(study),
         "initializations": initializations_table(study),
         "provenance": provenance(study, command),
         # The format of the files that a Markdown page can show.

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from lora_analysis import __version__
-from lora_analysis.conclusions.overlap_summaries import SIDES_IN_ORDER
+from lora_analysis.conclusions.comparisons import SIDES_IN_ORDER
 from lora_analysis.errors import InputError
 from lora_analysis.finding import CODES, Finding
 from lora_analysis.report.representatives import common_modules, drawn_pairs
@@ -134,30 +134,28 @@ def _at_rank(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _inference(study: Study) -> Iterator[dict[str, Any]]:
-    groups = [
-        (base or None, rank)
-        for base, runs in runs_per_base(study)
-        for rank in sorted({int(rank) for rank in runs["rank"].dropna()})
-    ]
-    for base, rank in groups:
-        try:
-            result = study.run_inference(rank=rank, base=base)
-        except InputError:
-            continue
-        yield {
-            "base": base,
-            "rank": rank,
-            "quantity": result.quantity,
-            "side": result.side,
-            "runs": list(result.runs),
-            "tasks": list(result.tasks),
-            "within": [json_value(value) for value in result.within],
-            "between": [json_value(value) for value in result.between],
-            "difference": json_value(result.permutation.difference),
-            "standard_error": json_value(result.standard_error),
-            "p": result.permutation.p_value,
-            "smallest_p": result.permutation.smallest_p_value,
-        }
+    for base, runs in runs_per_base(study):
+        ranks = sorted({int(rank) for rank in runs["rank"].dropna()})
+        for rank in (None, *(ranks if len(ranks) > 1 else ())):
+            for side in SIDES_IN_ORDER:
+                try:
+                    result = study.run_inference(side=side, rank=rank, base=base or None)
+                except InputError:
+                    continue
+                yield {
+                    "base": base or None,
+                    "rank": rank,
+                    "side": side,
+                    "blocks": [{"task": task, "seed": seed} for task, seed in result.blocks],
+                    "adapters": [list(labels) for labels in result.adapters],
+                    "mean_excess": json_value(result.mean_excess.tolist()),
+                    "within": json_value(result.within.tolist()),
+                    "between": json_value(result.between.tolist()),
+                    "difference": json_value(result.permutation.difference),
+                    "standard_error": json_value(result.standard_error),
+                    "p": result.permutation.p_value,
+                    "smallest_p": result.permutation.smallest_p_value,
+                }
 
 
 def _similarity_matrix(study: Study) -> dict[str, Any] | None:

@@ -10,8 +10,7 @@ import numpy as np
 
 from lora_analysis import plots
 from lora_analysis.chance import excess
-from lora_analysis.conclusions import summarize_overlaps
-from lora_analysis.conclusions.overlap_summaries import SIDES_IN_ORDER
+from lora_analysis.conclusions.comparisons import SIDES_IN_ORDER
 from lora_analysis.plots.panels import SMALL_CHANCE
 from lora_analysis.report.representatives import (
     common_modules,
@@ -143,7 +142,7 @@ def group_figures(study: Study) -> Iterator[ReportFigure]:
     """Yield φ(1, 1) of every pair and module by relation of the pair, for each side."""
     table = study.similarities
     table = table[table["initialization"] != InitRelation.SAME_RUN]
-    has_reference = summarize_overlaps(study.select(Relation.OTHER_TASK, "output")) is not None
+    has_reference = not study.population("unrelated", "output").empty
     if not table["relation"].isin(_GROUPS).any():
         return
     for side in SIDES_IN_ORDER:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_analysis import plots
 from lora_analysis.amplify import WeightBasisEnergy, weight_basis_energy
-from lora_analysis.conclusions.overlap_summaries import SIDES_IN_ORDER
+from lora_analysis.conclusions.comparisons import SIDES_IN_ORDER
 from lora_analysis.edit import error_by_parameters
 from lora_analysis.effective import effective_update
 from lora_analysis.errors import InputError
