@@ -227,7 +227,9 @@ class _OnBase:
     ) -> Level | None:
         """Return T of the unrelated pairs other than some, of the same ranks if there are any."""
         rows = self.population("unrelated", side)
-        rows = rows[[pair not in without for pair in zip(rows["a"], rows["b"], strict=True)]]
+        names = zip(rows["a"], rows["b"], strict=True)
+        # Without rows, a list would choose columns.
+        rows = rows[np.array([pair not in without for pair in names], dtype=bool)]
         if ranks:
             of_ranks = [pair == (ranks[0], ranks[-1]) for pair in self.rank_pairs(rows)]
             rows = rows[of_ranks] if any(of_ranks) else rows

@@ -357,9 +357,10 @@ STUDY_CODES: Final[dict[str, Code]] = {
     "directions-by-energy": Code(
         "result",
         "spectra",
-        "Directions that hold 90 % of ‖ΔW‖², median over modules (quartiles): {ranks}. A low "
-        "number can also mean that the optimizer left the others unused.",
-        items={"ranks": "rank {rank}: {median:.0f} ({low:.0f} to {high:.0f})"},
+        "Directions that hold 90 % of ‖ΔW‖², median over modules (quartiles)[[, adapters of "
+        "{tasks:and}]]: {ranks}. A low number can also mean that the optimizer left the others "
+        "unused.",
+        items={"ranks": "rank {rank}: {median:g} ({low:g} to {high:g})"},
     ),
     "accuracy": Code(
         "result",
