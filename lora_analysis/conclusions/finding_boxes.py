@@ -16,12 +16,12 @@ _IN_TABLES: Final = frozenset(
         "more-alike", "not-distinguishable", "more-alike-than-random",
         "not-distinguishable-from-random", "too-few-runs", "near-duplicate-pair", "inconclusive",
         "single-tasks", "overlap-of-ranks", "reference-pairs", "checkpoints",
-        "directions-by-energy", "accuracy",
+        "directions-by-energy", "accuracy", "amplification",
     ]
 )  # fmt: skip
 # Most important first within a severity; others follow in the order of the rules.
 _ORDER: Final = (
-    "trained-differently", "too-few-references", "amplification", "amplification-at-equal-k",
+    "trained-differently", "too-few-references", "amplification-at-equal-k",
     "diverged", "conflicting-labels", "started-from-base", "near-duplicates", "negated-copies",
     "contained", "same-run", "gradients-alike", "shared-seed", "shared-initialization",
     "same-input-space", "partly-shared-initialization", "not-analyzed", "untrained-adapter",

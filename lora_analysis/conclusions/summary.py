@@ -57,6 +57,8 @@ def summary(
         *_ranks(study),
     ]
     artifacts = list(_artifacts(study, findings))
+    if len(artifacts) > 1 and lines[-1:] and lines[-1].finding.code == "summary-rank":
+        del lines[-1]  # with one rank only, the least important line
     limit = _limit(study, leading, compared, findings)
     room = MOST_LINES - len(lines) - 1
     return (*lines, *artifacts[:room], limit)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from lora_analysis.studies import Study
 
 COMPARISON_COLUMNS: Final = (
-    "comparison", "side", "conclusion", "T", "unrelated T", "largest unrelated T", "ω", "random ω",
-    "angle", "cosine", "p", "smallest p", "pairs", "modules",
+    "comparison", "side", "conclusion", "T", "unrelated", "largest", "ω", "random ω", "angle",
+    "cosine", "p", "least p", "pairs", "modules",
 )  # fmt: skip
 
 
@@ -85,11 +85,11 @@ def _comparisons_caption(study: Study, compared: Sequence[Comparison]) -> str:
         random = f" (random: {degrees:.0f}°)"
     caption = (
         "T: mean over modules of the excess of ω over its random baseline, mean over pairs; random "
-        "pairs have T 0. Unrelated: median and maximum of T over unrelated pairs, of the same "
-        "ranks if there are any. ω and random ω: medians. Angle: median angle between the first "
-        f"directions{random}. Cosine: median signed cosine of ΔW. p: the permutation of runs in a "
-        "study of tasks, the rank among reference pairs of two adapters; smallest p: the smallest "
-        "one that the design allows."
+        "pairs have T 0. Unrelated, largest: median and maximum of T over unrelated pairs, of the "
+        "same ranks if there are any. ω and random ω: medians. Angle: median angle between the "
+        f"first directions{random}. Cosine: median signed cosine of ΔW. p: the permutation of runs "
+        "in a study of tasks, the rank among reference pairs of two adapters; least p: the "
+        "smallest one that the design allows."
     )
     if any(comparison.kind == "ranks" for comparison in compared):
         caption += " Pairs of different ranks are described and not tested."

@@ -29,7 +29,7 @@ from lora_analysis.report.sections import FORMATS, Section, sections
 from lora_analysis.report.tables import adapters_table
 from lora_analysis.storage.atomic import write_atomic
 from lora_analysis.storage.outputs import OutputFolder, holds_output, output_folder
-from lora_analysis.text import plural, printable, printable_json, printable_lines
+from lora_analysis.text import join_names, plural, printable, printable_json, printable_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -274,17 +274,33 @@ def _title(study: Study) -> str:
 
 
 def _lead(study: Study) -> str:
+    runs = study.runs[~study.runs["adapter"].isin(study.reference)]
+    facts = []
+    if tasks := runs["task"].nunique():
+        facts.append(plural(tasks, "task"))
+    if ranks := sorted({int(rank) for rank in runs["rank"].dropna()}):
+        facts.append(
+            f"{'rank' if len(ranks) == 1 else 'ranks'} {join_names(list(map(str, ranks)))}"
+        )
+    if seeds := runs["seed"].nunique():
+        facts.append(plural(seeds, "seed"))
     parts = [
-        plural(len(study.adapters), "adapter"),
+        plural(len(runs), "adapter") + (f" ({', '.join(facts)})" if facts else ""),
         plural(study.spectra["module"].nunique(), "module"),
     ]
-    compared = study.compared_pairs
-    if compared:
-        parts.append(f"{plural(compared, 'pair')} compared on both sides")
-    if left := len(study.pairs) - compared:
+    if study.reference:
+        parts.insert(1, plural(len(study.reference), "reference adapter"))
+    if total := len(study.pairs):
+        counted = (study.pairs[["population_output", "population_input"]] != "").any(axis=1)
+        parts.append(
+            f"{plural(total, 'pair')}, of which {int(counted.sum())} are of one task or unrelated"
+            if counted.any()
+            else plural(total, "pair")
+        )
+    if left := len(study.pairs) - study.compared_pairs:
         parts.append(
             f"{plural(left, 'pair')} with nothing to compare (an untrained adapter, or no module "
             "in common)"
         )
     base = f"Base weights: {study.base.label}." if study.base else "No base weights were given."
-    return f"{', '.join(parts)}. {base}"
+    return f"{'; '.join(parts)}. {base}"

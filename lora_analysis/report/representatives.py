@@ -11,7 +11,6 @@ from lora_analysis.patterns import NO_TYPE, layer_index, module_type
 from lora_analysis.studies import Relation
 from lora_analysis.studies.base_models import per_base
 from lora_analysis.studies.pair_classes import PairClass
-from lora_analysis.text import plural
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -215,12 +214,15 @@ class ModulePopulation:
         Median over the pairs of the excess of ω, by module.
     rows
         The rows of ``Study.similarities`` behind it.
+    is_unrelated
+        Whether the pairs are unrelated ones.
     """
 
     name: str
     base: str | None
     excess: pd.Series
     rows: pd.DataFrame
+    is_unrelated: bool
 
 
 def module_populations(study: Study, side: Side) -> list[list[ModulePopulation]]:
@@ -233,15 +235,15 @@ def module_populations(study: Study, side: Side) -> list[list[ModulePopulation]]
     result = []
     for base, of_base in per_base(study, rows):
         choices = {
-            "{pairs} of one task, different seeds": of_base["population"] == "replicate",
-            "{pairs} of unknown relation": of_base["pair_class"] == PairClass.UNKNOWN,
-            "unrelated {pairs}": of_base["population"] == "unrelated",
+            "{count} {pairs} of one task, different seeds": of_base["population"] == "replicate",
+            "{count} {pairs} of unknown relation": of_base["pair_class"] == PairClass.UNKNOWN,
+            "{count} unrelated {pairs}": of_base["population"] == "unrelated",
         }
         names = [name for name, chosen in choices.items() if chosen.any()]
         if len(names) == 3:
             names.pop(1)
         if not names:
-            choices, names = {"{pairs}": of_base["pair_class"] != ""}, ["{pairs}"]
+            choices, names = {"{count} {pairs}": of_base["pair_class"] != ""}, ["{count} {pairs}"]
         result.append([_pooled(name, base or None, of_base[choices[name]]) for name in names])
     return result
 
@@ -249,9 +251,8 @@ def module_populations(study: Study, side: Side) -> list[list[ModulePopulation]]
 def _pooled(name: str, base: str | None, rows: pd.DataFrame) -> ModulePopulation:
     count = rows.groupby(["a", "b"]).ngroups
     by_module = rows.groupby("module", sort=False)["excess_omega"]
-    return ModulePopulation(
-        name.format(pairs=plural(count, "pair")), base, by_module.median(), rows
-    )
+    words = name.format(count=count, pairs="pair" if count == 1 else "pairs")
+    return ModulePopulation(words, base, by_module.median(), rows, "unrelated" in name)
 
 
 def modules_far_from_median(excess: pd.Series, count: int) -> list[str]:

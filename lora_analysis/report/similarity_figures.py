@@ -148,14 +148,18 @@ def level_figures(study: Study) -> Iterator[ReportFigure]:
             for name, group in groups.items()
         )
         axes = plots.plot_levels(
-            groups, 0.0, plots.new_axes(height=0.75 + 0.42 * len(groups)), xlabel=f"T, {side} side"
+            groups,
+            0.0,
+            plots.new_axes(height=0.75 + 0.42 * len(groups)),
+            xlabel=f"T, {side} side",
+            numbers=False,  # the table has them, of the pairs that count
         )
         yield ReportFigure(
             name=f"levels_{side}",
             title=f"T of every pair, {side} side.",
             caption=(
                 "A point is a pair of adapters"
-                f"{' on one base' if several else ''}; bar: quartiles, number: median. Conclusions "
+                f"{' on one base' if several else ''}; bar: quartiles and median. Conclusions "
                 "compare pairs of one task with unrelated ones; pairs of the other kinds are in no "
                 "comparison."
             ),

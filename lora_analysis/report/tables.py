@@ -196,13 +196,11 @@ def module_types_table(study: Study) -> ReportTable | None:
     for side in SIDES_IN_ORDER:
         for populations in module_populations(study, side)[:1]:
             for population in populations:
-                values = population.excess.groupby(
-                    [module_type(name) for name in population.excess.index]
-                ).median()
-                short = population.name.partition(" pair")[0]
-                name = "unrelated" if short.startswith("unrelated") else "pairs"
-                table[f"{side}: {name}"] = values
-                captions.append(f"{side}: {name}: {population.name}")
+                of_module = [module_type(name) for name in population.excess.index]
+                name = f"{side}, {'unrelated' if population.is_unrelated else 'pairs'}"
+                medians = population.excess.groupby(of_module).median()
+                table[name] = table.index.map(medians).map(overlap_number)
+                captions.append(f"{name}: {population.name}")
     caption = (
         f"{changes.symbol}: median over {changes.of}; excess of ω, medians over modules and pairs "
         f"({'; '.join(captions)})."
@@ -253,9 +251,7 @@ def modules_table(study: Study, side: Side) -> ReportTable | None:
                 ]
             size = changes.values.get(name, np.nan) if changes is not None else np.nan
             rows.append((name, why, *cells, overlap_number(float(chance[name])), cell(float(size))))
-    names = ("pairs", "unrelated") if len(populations) > 1 else ("pairs",)
-    if populations[0].name.startswith("unrelated"):
-        names = ("unrelated",)
+    names = ["unrelated" if population.is_unrelated else "pairs" for population in populations]
     columns = (
         "module", "chosen as",
         *(text for name in names for text in (name, f"quartiles, {name}")),
