@@ -12,6 +12,7 @@ from lora_analysis.conclusions import (
     adapter_findings,
     comparison_findings,
     initialization_findings,
+    rank_findings,
     run_findings,
     weight_findings,
 )
@@ -22,10 +23,21 @@ from lora_analysis.conclusions.comparisons import (
     Reason,
     comparisons,
 )
+from lora_analysis.conclusions.summary import SummaryLine, summary
 from lora_analysis.finding import Finding
 from lora_analysis.studies import Study
 
-__all__ = ["Comparison", "Conclusion", "Finding", "Level", "Reason", "comparisons", "findings"]
+__all__ = [
+    "Comparison",
+    "Conclusion",
+    "Finding",
+    "Level",
+    "Reason",
+    "SummaryLine",
+    "comparisons",
+    "findings",
+    "summary",
+]
 
 _RULES: tuple[Callable[[Study], Iterator[Finding]], ...] = (
     adapter_findings.failures,
@@ -53,7 +65,7 @@ _RULES: tuple[Callable[[Study], Iterator[Finding]], ...] = (
     weight_findings.quantized_base,
     weight_findings.amplifications,
     weight_findings.enrichment_controls,
-    weight_findings.directions_by_energy,
+    rank_findings.directions_by_energy,
     weight_findings.accuracies,
     adapter_findings.file_notes,
 )

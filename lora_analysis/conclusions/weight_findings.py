@@ -207,19 +207,6 @@ def _medians_by_rank(table: pd.DataFrame, names: list[str]) -> list[dict[str, fl
     ]
 
 
-def directions_by_energy(study: Study) -> Iterator[Finding]:
-    """Report how many directions hold 90 % of the energy of each update."""
-    analyzed = ~study.spectra["adapter"].isin(study.reference)
-    trained = study.spectra[analyzed & (study.spectra["numerical_rank"] > 0)]
-    if trained.empty:
-        return
-    ranks = []
-    for rank, rows in trained.groupby("rank"):
-        low, median, high = (float(q) for q in rows["energy_rank_90"].quantile([0.25, 0.5, 0.75]))
-        ranks.append({"rank": int(rank), "low": low, "median": median, "high": high})
-    yield Finding("directions-by-energy", {"ranks": ranks})
-
-
 def accuracies(study: Study) -> Iterator[Finding]:
     """Report the accuracy of the adapters on held-out data."""
     if "metric_accuracy" not in study.runs:

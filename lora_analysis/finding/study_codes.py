@@ -397,10 +397,10 @@ STUDY_CODES: Final[dict[str, Code]] = {
     "directions-by-energy": Code(
         "result",
         "spectra",
-        "Directions that hold 90 % of ‖ΔW‖², median over modules (quartiles): {ranks}. A low "
-        "number can also mean that the optimizer left the others unused.",
-        # Medians and quartiles of counts: 2, 2.5 or 2.25, never rounded to integers.
-        items={"ranks": "rank {rank}: {median} ({low} to {high})"},
+        "Directions that hold 90 % of ‖ΔW‖², median over modules (quartiles)[[, adapters of "
+        "{tasks:and}]]: {ranks}. A low number can also mean that the optimizer left the others "
+        "unused.",
+        items={"ranks": "rank {rank}: {median:g} ({low:g} to {high:g})"},
     ),
     "accuracy": Code(
         "result",
