@@ -15,6 +15,7 @@ from lora_analysis.conclusions import (
     run_findings,
     weight_findings,
 )
+from lora_analysis.conclusions.comparison_findings import comparison_fields
 from lora_analysis.conclusions.comparisons import (
     Comparison,
     Conclusion,
@@ -25,7 +26,16 @@ from lora_analysis.conclusions.comparisons import (
 from lora_analysis.finding import Finding
 from lora_analysis.studies import Study
 
-__all__ = ["Comparison", "Conclusion", "Finding", "Level", "Reason", "comparisons", "findings"]
+__all__ = [
+    "Comparison",
+    "Conclusion",
+    "Finding",
+    "Level",
+    "Reason",
+    "comparison_fields",
+    "comparisons",
+    "findings",
+]
 
 _RULES: tuple[Callable[[Study], Iterator[Finding]], ...] = (
     adapter_findings.failures,
@@ -42,6 +52,7 @@ _RULES: tuple[Callable[[Study], Iterator[Finding]], ...] = (
     initialization_findings.degenerate_directions,
     adapter_findings.file_artifacts,
     comparison_findings.compared,
+    comparison_findings.refused,
     comparison_findings.reference_pairs,
     comparison_findings.largest_overlaps,
     comparison_findings.left_out_pairs,
