@@ -368,7 +368,7 @@ def _print_adapters(
     row = result.pairs.iloc[0]
     labels = "" if row["relation"] in ("unknown", row["pair_class"]) else f" ({row['relation']})"
     related = "relation unknown" if row["pair_class"] == "unknown" else row["pair_class"]
-    text = f"{related}{labels}; initialization {row['initialization']}; "
+    text = f"{related}{labels}; initialization: {row['initialization']}; "
     facts.append(("A, B", text + plural(int(row["modules"]), "common module")))
     test = next((c.reference_test for c in conclusions if c.reference_test), None)
     if test:

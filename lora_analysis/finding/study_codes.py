@@ -169,10 +169,10 @@ STUDY_CODES: Final[dict[str, Code]] = {
     "shared-seed": Code(
         "artifact",
         "initialization",
-        "{pairs:plural pair} of different tasks[[ on {base}]] used the same seed and share their "
-        "initial A ({whole} in every module[[, {partly:nonzero} in part of the modules]]). Median "
-        "φ(r,r): {sides}. The extra input-side overlap comes from the shared initialization; these "
-        "pairs are excluded.",
+        "Shared initialization of A in {pairs:plural pair} of different tasks and one seed"
+        "[[ on {base}]] ({whole} in every module[[, {partly:nonzero} in part of the modules]]). "
+        "Median φ(r,r): {sides}. The extra input-side overlap comes from the shared "
+        "initialization; these pairs are excluded.",
         items={
             "sides": "{side} side {phi_r_r:number} ([[{reference:number} with different seeds, ]]"
             "random {chance_r_r:number})"
