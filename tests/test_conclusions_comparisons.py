@@ -15,6 +15,7 @@ from lora_analysis.conclusions import Comparison, Conclusion, Reason, comparison
 from lora_analysis.conclusions.comparisons import NO_MORE_ALIKE, size_in_words
 from lora_analysis.studies import Study, study
 from lora_analysis.studies.pair_classes import PairClass
+from lora_analysis.studies.reference_levels import write_reference
 
 
 def only_pair(result: Study) -> tuple[Comparison, Comparison]:
@@ -185,15 +186,31 @@ def test_a_common_start_with_a_reference_leaves_the_input_side_untested(
     assert input_side.reason is Reason.SHARED_START
 
 
-def test_references_of_the_same_task_are_refused(rng: np.random.Generator) -> None:
-    shared = directions(rng)
-    runs = [planted_run(rng, f"x{seed}", shared, task="x", seed=seed) for seed in range(4)]
-    result = study(runs[:2], reference=runs[2:])
-    assert set(result.pairs["population_output"]) == {"replicate", ""}
+def test_references_of_the_same_seed_serve_neither_test_nor_level(
+    rng: np.random.Generator,
+) -> None:
+    references = [planted_run(rng, f"r{seed}", task=f"r{seed}", seed=seed) for seed in range(2)]
+    result = study(related_pair(rng), reference=references)
     output, _ = only_pair(result)
     assert output.conclusion is Conclusion.MORE_ALIKE_THAN_RANDOM
-    assert output.reason is Reason.NO_REFERENCE
-    assert output.unrelated is None
+    assert output.reason is Reason.LEVEL_ONLY  # the pairs of either with the other seed
+    assert output.reference_test is None
+
+
+def test_a_reference_file_gives_a_level_and_no_test(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    path = tmp_path / "base.reference.json"
+    write_reference(study([], reference=reference_runs(rng, 6)), path)
+    output, _ = only_pair(study(related_pair(rng), reference=[path]))
+    assert output.conclusion is Conclusion.MORE_ALIKE_THAN_RANDOM
+    assert output.reason is Reason.LEVEL_ONLY
+    assert output.unrelated is not None
+    assert output.size == "largely the same"
+    assert output.p is None
+    outside, _ = only_pair(study(related_pair(rng, factor=3.0), reference=[path]))
+    assert outside.reason is Reason.NO_REFERENCE
+    assert outside.unrelated is None
 
 
 # --- pairs without a test ---------------------------------------------------------------------
@@ -250,6 +267,10 @@ def two_bases(rng: np.random.Generator) -> list[Adapter]:
     return [planted_run(rng, base, base_model=f"org/{base}") for base in ("one", "two")]
 
 
+def two_paths(rng: np.random.Generator) -> list[Adapter]:
+    return [planted_run(rng, base, base_model=f"/data/{base}/final") for base in ("one", "two")]
+
+
 def checkpoints(rng: np.random.Generator) -> list[Adapter]:
     a = planted_run(rng, "a", task="x", seed=0, step=1)
     return [a, planted_run(rng, "b", task="x", seed=0, step=2)]
@@ -293,6 +314,8 @@ def gradients_alike(rng: np.random.Generator) -> list[Adapter]:
         (same_seed, PairClass.SAME_SEED, Conclusion.INCONCLUSIVE, Reason.SHARED_SEED),
         (same_data_order, PairClass.SAME_DATA_ORDER, Conclusion.INCONCLUSIVE, Reason.SHARED_SEED),
         (two_bases, PairClass.DIFFERENT_BASE, Conclusion.INCONCLUSIVE, Reason.DIFFERENT_BASE),
+        (two_paths, PairClass.BASE_NOT_KNOWN, Conclusion.NOT_DISTINGUISHABLE_FROM_RANDOM,
+         Reason.BASE_NOT_KNOWN),
         (one_update_under_two_names, PairClass.WRONG_LABEL, Conclusion.INCONCLUSIVE,
          Reason.WRONG_LABEL),
         (gradients_alike, PairClass.GRADIENTS_ALIKE, Conclusion.INCONCLUSIVE, Reason.SHARED_START),
@@ -362,7 +385,8 @@ def test_factors_that_start_from_the_base_allow_no_conclusion(rng: np.random.Gen
     result = study(runs)
     assert set(result.pairs["pair_class"]) == {PairClass.STARTED_FROM_BASE}
     assert not comparisons(result)
-    result = study(runs[:1] + runs[2:3], reference=[runs[1], runs[3]])
+    references = [run.with_provenance(task=f"z{i}") for i, run in enumerate(runs[1::2])]
+    result = study(runs[::2], reference=references)
     for comparison in only_pair(result):
         assert comparison.conclusion is Conclusion.INCONCLUSIVE
         assert comparison.reason is Reason.STARTED_FROM_BASE

@@ -113,18 +113,21 @@ def command(
     """
     from lora_analysis.conclusions import comparisons, findings
     from lora_analysis.studies import study, with_label_facts
+    from lora_analysis.studies.reference_levels import is_reference_file
 
     if sort == "relative" and base is None:
         message = "--sort relative needs the base weights: pass --base."
         raise click.UsageError(message)
     adapters = labeled_pair([reading.read(source) for source in (a, b)], label, tasks, seeds)
     with progress_bar(form) as progress:
-        unrelated, unread = reading.read_all(references, progress) if references else ([], [])
+        files = [source for source in references if is_reference_file(source)]
+        sources = [source for source in references if source not in files]
+        unrelated, unread = reading.read_all(sources, progress) if sources else ([], [])
         if label is not None:
             unrelated = with_label_facts(unrelated, label)
         result = study(
             adapters,
-            reference=unrelated,
+            reference=[*unrelated, *files],
             base=reading.open_base(base),
             transposed=transposed,
             draws=0,

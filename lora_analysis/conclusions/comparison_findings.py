@@ -57,7 +57,7 @@ def compared(study: Study) -> Iterator[Finding]:
     for comparison in every:
         if comparison.kind in ("tasks", "pair", "adapters"):
             yield _finding(comparison)
-            yield from _next_steps(comparison)
+            yield from _next_steps(comparison, has_file=bool(study.reference_levels))
         if comparison.p is not None and comparison.kind == "tasks" and _tasks_differ(comparison):
             yield _task_values(comparison)
     for base in dict.fromkeys(comparison.base for comparison in every):
@@ -87,9 +87,11 @@ def _training(outside: Sequence[OutOfRange]) -> str:
     return "differently from the references"
 
 
-def _next_steps(comparison: Comparison) -> Iterator[Finding]:
-    """Name the references that a test of a pair still needs."""
+def _next_steps(comparison: Comparison, *, has_file: bool) -> Iterator[Finding]:
+    """Name the references that a level or a test of a pair still needs."""
     test = comparison.reference_test
+    if has_file and comparison.side == "output" and comparison.reason is Reason.NO_REFERENCE:
+        yield Finding("no-level-for-pair", {"compared": comparison.subject})
     if comparison.side == "output" and test is not None:
         if comparison.reason is Reason.FEW_REFERENCES:
             missing = REFERENCES_FOR_TEST - len(test.references)
@@ -229,7 +231,8 @@ def reference_pairs(study: Study) -> Iterator[Finding]:
     counts = {side: (study.pairs[f"population_{side}"] == "unrelated").sum()
               for side in SIDES_IN_ORDER}  # fmt: skip
     if not counts["output"]:
-        yield Finding("no-reference-pairs")
+        fewer = None if study.reference_levels else "fewer"
+        yield Finding("no-reference-pairs", {"fewer": fewer})
         return
     for base, rows in per_base(study, study.pairs):
         sides = []

@@ -200,7 +200,13 @@ STUDY_CODES: Final[dict[str, Code]] = {
         "limit",
         "overlap",
         "No unrelated pairs to compare with. Pass five adapters of other tasks for a test at 5 % "
-        "(reference=, command line: --reference); fewer, or a reference file, give a level.",
+        "(reference=, command line: --reference)[[; {fewer}, or a reference file, give a level]].",
+    ),
+    "no-level-for-pair": Code(
+        "limit",
+        "overlap",
+        "The reference file has no level for {compared}: their base, module types, ranks or "
+        "training strength are not those that it was made from.",
     ),
     "more-references-needed": Code(
         "limit",

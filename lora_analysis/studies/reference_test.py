@@ -21,13 +21,7 @@ if TYPE_CHECKING:
 REFERENCES_FOR_TEST: Final = 5
 _SHARED_STARTS = (PairClass.SHARED_INIT, PairClass.GRADIENTS_ALIKE, PairClass.SAME_SEED)
 # Classes that labels alone decide, for references.
-_BY_LABELS = (
-    PairClass.REPLICATE,
-    PairClass.SAME_DATA_ORDER,
-    PairClass.SAME_SEED,
-    PairClass.SHARED_INIT,
-    PairClass.UNKNOWN,
-)
+_BY_LABELS = (PairClass.SAME_SEED, PairClass.SHARED_INIT, PairClass.UNKNOWN)
 # Quantities whose range over the references must hold for A and B.
 StrengthQuantity = Literal["relative_norm", "norm", "participation_ratio", "rank"]
 
@@ -147,7 +141,8 @@ def choose_references(study: Study, a: str, b: str) -> tuple[str, ...]:
 class RefusedReference:
     """A reference adapter that is not unrelated to some of the analyzed adapters.
 
-    ``reason`` is "same task" or "same seed" if the labels say so, else the class of the pairs.
+    ``reason`` is "same seed" if the labels say so, else why the reference is excluded, or the class
+    of the pairs.
     """
 
     reference: str
@@ -174,12 +169,10 @@ def refused_references(study: Study) -> tuple[RefusedReference, ...]:
 
 
 def _reason(runs: pd.DataFrame, pair: Any) -> str:
-    """Return why a pair with a reference is not unrelated; labels first."""
-    if pair.pair_class in _BY_LABELS:
-        for label in ("task", "seed"):
-            value = runs.loc[pair.a, label]
-            if pd.notna(value) and value == runs.loc[pair.b, label]:
-                return f"same {label}"
+    """Return why a pair with a reference is not unrelated; references of its tasks are errors."""
+    seeds = runs.loc[[pair.a, pair.b], "seed"]
+    if pair.pair_class in _BY_LABELS and seeds.notna().all() and seeds.nunique() == 1:
+        return "same seed"
     return str(pair.pair_class)
 
 
