@@ -106,7 +106,7 @@ def test_codes_are_of_files_or_of_studies() -> None:
         ("{x}", ["a", "b"], "'a', 'b'"),
         ("{x}", list("abcdef"), "'a', 'b', 'c', 'd' and 2 more"),
         ("{x:number}", 0.123456, "0.12"),
-        ("{x:overlap}", -1e-5, "0"),
+        ("{x:overlap}", -1e-5, "0.00"),
         ("{x:overlap}", -0.01, "-0.01"),
         ("{x:range}", [0.5, 0.5], "0.50"),
         ("{x:range}", [0.25, 0.5], "0.25 to 0.50"),

@@ -87,8 +87,7 @@ STUDY_CODES: Final[dict[str, Code]] = {
     "near-duplicates": Code(
         "artifact",
         "adapters",
-        "near-duplicates: the cosine of ΔW is at least 0.99 in 90 % of the modules. They are one "
-        "sample.",
+        "near-duplicates (cosine of ΔW at least 0.99 in 90 % of the modules). They are one sample.",
         subject=_PAIRS,
     ),
     "negated-copies": Code(
@@ -101,7 +100,7 @@ STUDY_CODES: Final[dict[str, Code]] = {
     "contained": Code(
         "artifact",
         "adapters",
-        "one contains the other: both subspaces of the smaller rank agree (median φ "
+        "one contains the other (median φ at the smaller rank, on both sides: "
         "{containment:number}). Possible causes are a resized copy, a stack or merge of adapters, "
         "or a continued run. They are one sample.",
         subject=_PAIRS,
@@ -109,7 +108,7 @@ STUDY_CODES: Final[dict[str, Code]] = {
     "same-run": Code(
         "artifact",
         "initialization",
-        "same training run: A started from the same values and B agrees too (median matched cosine "
+        "same training run (shared initialization of A, and B agrees: median matched cosine "
         "{b_cosine:number}). Possible causes are one run stored twice, a continued run, or the "
         "same seed on the same task. They are one sample.",
         subject=_PAIRS,
@@ -242,14 +241,15 @@ STUDY_CODES: Final[dict[str, Code]] = {
     "more-alike": Code(
         "result",
         "overlap",
-        f"more alike than unrelated adapters. {_T} p {{p:p}} (smallest possible {{smallest_p:p}}).",
+        f"more alike than unrelated adapters. {_T} p {{p:p}} (smallest possible p "
+        "{smallest_p:p}).",
         subject=_COMPARED,
     ),
     "not-distinguishable": Code(
         "result",
         "overlap",
         f"not distinguishable from unrelated adapters. {_T} p {{p:p}} (smallest possible "
-        "{smallest_p:p}).",
+        "p {smallest_p:p}).",
         subject=_COMPARED,
     ),
     "more-alike-than-random": Code(
