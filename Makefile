@@ -21,9 +21,9 @@ test-cluster: .venv/.dev
 
 # The numeric tests with the kernels of other processors: what this one chooses, those for AVX2, and
 # those for every x86-64. Bounds come from the arithmetic, so they hold under each.
-NUMERIC := $(addprefix tests/test_,$(addsuffix .py,adapter amplify* bases_* chance* doctests edit* \
-  effective fine_tunes formats_* groups* initialization intruders linalg* lora_* pairwise plots_* \
-  similarity spectra studies* training_* weight_changes))
+NUMERIC := $(addprefix tests/test_,$(addsuffix .py,adapter amplify* bases_* chance* conclusions_* \
+  doctests edit* effective fine_tunes formats_* groups* intruders linalg* lora_* pairwise* plots_* \
+  reproduction shared_init similarity spectra studies* training_* weight_changes))
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell
 test-kernels: .venv/.dev
 	$(BIN)/pytest -n auto --dist loadfile -m "not cluster" $(NUMERIC)

@@ -30,6 +30,7 @@ REPLICATE: dict[str, Any] = {
 UNRELATED = REPLICATE | {"relation": Relation.OTHER_TASK, "same_task": False}
 UNKNOWN = UNRELATED | {"relation": Relation.UNKNOWN, "same_task": None, "same_seed": None}
 SHARED = {"initialization": InitRelation.SHARED, "b_cosine": 0.1}
+AGREES = SHARED | {"second_factor_agrees": True, "b_cosine": 0.6}
 
 
 def classified(**evidence: Any) -> tuple[PairClass, str, str]:
@@ -73,16 +74,18 @@ def classified(**evidence: Any) -> tuple[PairClass, str, str]:
         (UNRELATED | SHARED | {"same_seed": True}, PairClass.SHARED_INIT, "", ""),
         (REPLICATE | SHARED | {"same_seed": True}, PairClass.SHARED_INIT, "", ""),
         (UNKNOWN | SHARED, PairClass.SHARED_INIT, "", ""),
-        (REPLICATE | SHARED | {"b_cosine": 0.4}, PairClass.SAME_RUN, "", ""),
-        (UNKNOWN | SHARED | {"b_cosine": 0.4}, PairClass.SAME_RUN, "", ""),
-        (UNRELATED | SHARED | {"b_cosine": 0.4}, PairClass.GRADIENTS_ALIKE, "", ""),
-        (UNRELATED | SHARED | {"b_cosine": 0.9}, PairClass.WRONG_LABEL, "", ""),
+        (REPLICATE | AGREES, PairClass.SAME_RUN, "", ""),
+        (UNKNOWN | AGREES, PairClass.SAME_RUN, "", ""),
+        (UNRELATED | AGREES, PairClass.GRADIENTS_ALIKE, "", ""),
+        (UNRELATED | AGREES | {"b_cosine": 0.9}, PairClass.WRONG_LABEL, "", ""),
         (REPLICATE | {"initialization": InitRelation.SAME_SPACE}, PairClass.SHARED_INIT,
          "replicate", ""),
-        (REPLICATE | {"row_space": 0.3}, PairClass.SHARED_INIT, "replicate", ""),
-        (REPLICATE | {"row_space": 0.2}, PairClass.REPLICATE, "replicate", "replicate"),
-        (UNRELATED | {"row_space": 0.1}, PairClass.SHARED_INIT, "unrelated", ""),
-        (UNKNOWN | {"row_space": 0.2}, PairClass.SHARED_INIT, "", ""),
+        (UNRELATED | {"initialization": InitRelation.SAME_SPACE}, PairClass.SHARED_INIT,
+         "unrelated", ""),
+        (UNKNOWN | {"initialization": InitRelation.UNDECIDED}, PairClass.SHARED_INIT, "", ""),
+        # The second factor alone makes no class
+        (REPLICATE | {"second_factor_agrees": True}, PairClass.REPLICATE, "replicate",
+         "replicate"),
         (REPLICATE | {"initialization": InitRelation.PARTLY_SHARED}, PairClass.REPLICATE,
          "replicate", "replicate"),
         # References
@@ -102,9 +105,9 @@ def test_a_pair_has_the_first_class_that_applies(
 
 
 def test_most_strangers_must_agree_before_both_factors_are_said_to_start_from_the_base() -> None:
-    agreeing = PairEvidence(**UNRELATED | SHARED | {"b_cosine": 0.6})
+    agreeing = PairEvidence(**UNRELATED | AGREES)
     other = PairEvidence(**UNRELATED)
-    replicate = PairEvidence(**REPLICATE | SHARED | {"b_cosine": 0.6})
+    replicate = PairEvidence(**REPLICATE | AGREES)
     classes = [pair.pair_class for pair in classify_pairs([agreeing, other, other])]
     assert classes == [PairClass.GRADIENTS_ALIKE, PairClass.UNRELATED, PairClass.UNRELATED]
     classes = [pair.pair_class for pair in classify_pairs([agreeing, agreeing, other, replicate])]

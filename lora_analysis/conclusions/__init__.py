@@ -12,6 +12,7 @@ from lora_analysis.conclusions import (
     adapter_findings,
     comparison_findings,
     initialization_findings,
+    rank_findings,
     run_findings,
     weight_findings,
 )
@@ -23,6 +24,7 @@ from lora_analysis.conclusions.comparisons import (
     Reason,
     comparisons,
 )
+from lora_analysis.conclusions.summary import SummaryLine, summary
 from lora_analysis.finding import Finding
 from lora_analysis.studies import Study
 
@@ -32,9 +34,11 @@ __all__ = [
     "Finding",
     "Level",
     "Reason",
+    "SummaryLine",
     "comparison_fields",
     "comparisons",
     "findings",
+    "summary",
 ]
 
 _RULES: tuple[Callable[[Study], Iterator[Finding]], ...] = (
@@ -63,7 +67,8 @@ _RULES: tuple[Callable[[Study], Iterator[Finding]], ...] = (
     weight_findings.different_base,
     weight_findings.quantized_base,
     weight_findings.amplifications,
-    weight_findings.directions_by_energy,
+    weight_findings.enrichment_controls,
+    rank_findings.directions_by_energy,
     weight_findings.accuracies,
     adapter_findings.file_notes,
 )

@@ -7,6 +7,7 @@ them. Nothing here reads a file, computes a metric or touches matplotlib's globa
 """
 
 from lora_analysis.plots.amplification import plot_amplification
+from lora_analysis.plots.bars import plot_bars
 from lora_analysis.plots.basis import plot_weight_energy
 from lora_analysis.plots.clustermap import plot_clustermap
 from lora_analysis.plots.curves import (
@@ -44,6 +45,7 @@ __all__ = [
     "figure_seeds",
     "new_axes",
     "plot_amplification",
+    "plot_bars",
     "plot_budget",
     "plot_clustermap",
     "plot_intruders",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.collections import LineCollection
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.patches import Patch
 
 from lora_analysis.errors import InputError
 from lora_analysis.plots import style
+from lora_analysis.plots.hover import HoverCells, set_hover
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 # More names than this cannot be read along one column's width.
 _NAMED = 60
+# Hover text of more adapters takes megabytes.
+_HOVERED = 40
 _LABELS = {
     "cosine": "signed cosine",
     "input": "input ω, excess over random",
@@ -41,6 +46,10 @@ class ClustermapPlot:
     branches
         ``(P − 1, 4, 2)``: the corners (x, height) of each join, x in the order of the tree.
         P adapters are trained; the others stand last, outside the tree, and are named so.
+    names
+        Labels of all adapters in that order, for hover text.
+    marks
+        Group of each adapter in that order, "" for none; empty without groups.
     """
 
     data: NDArray[np.float64]
@@ -49,10 +58,16 @@ class ClustermapPlot:
     limits: tuple[float, float]
     color_label: str
     title: str
+    names: tuple[str, ...] = ()
+    marks: tuple[str, ...] = ()
 
 
 def resolve_clustermap(
-    similarity_matrix: SimilarityMatrix, *, what: str = "output", kind: str = "all"
+    similarity_matrix: SimilarityMatrix,
+    *,
+    what: str = "output",
+    kind: str = "all",
+    groups: Mapping[str, str] | None = None,
 ) -> ClustermapPlot:
     """Resolve the data that `plot_clustermap` draws."""
     count = len(similarity_matrix.labels)
@@ -75,6 +90,10 @@ def resolve_clustermap(
         limits=(-1.0, 1.0) if what == "cosine" else (-0.5, 1.0),
         color_label=_LABELS[what],
         title="" if kind == "all" else kind,
+        names=tuple(similarity_matrix.labels[index] for index in order),
+        marks=tuple((groups or {}).get(similarity_matrix.labels[index], "") for index in order)
+        if groups
+        else (),
     )
 
 
@@ -98,6 +117,7 @@ def plot_clustermap(
     *,
     what: str = "output",
     kind: str = "all",
+    groups: Mapping[str, str] | None = None,
 ) -> Axes:
     """Draw every adapter against every other, alike ones side by side, and the tree above.
 
@@ -116,13 +136,15 @@ def plot_clustermap(
         ``"cosine"``.
     kind
         One type of module, or ``"all"``.
+    groups
+        Group of adapters by label, for example their tasks: a colored strip with a legend.
 
     Raises
     ------
     InputError
         Fewer than two adapters, an unknown quantity or kind.
     """
-    plot = resolve_clustermap(similarity_matrix, what=what, kind=kind)
+    plot = resolve_clustermap(similarity_matrix, what=what, kind=kind, groups=groups)
     count = len(plot.data)
     with style.house_style():
         ax = style.axes_or_new(ax, (style.ONE_COLUMN, style.ONE_COLUMN + 0.5))
@@ -149,7 +171,20 @@ def plot_clustermap(
             ax.set_xticks([])
             ax.set_yticks([])
             ax.set_xlabel(f"{count} adapters")
-        above = ax.inset_axes((0, 1.01, 1, 0.16))
+        if count <= _HOVERED:  # the cells would be held for as long as the figure
+            set_hover(
+                ax,
+                HoverCells(
+                    plot.data,
+                    (-0.5, -0.5),
+                    lambda top, _bottom, left, _right: (
+                        f"{style.plain(plot.names[top])} and {style.plain(plot.names[left])}"
+                    ),
+                    most=_HOVERED**2,
+                ),
+            )
+        marks = _paint_marks(ax, plot)
+        above = ax.inset_axes((0, 1.01 + marks, 1, 0.16))
         above.add_collection(
             LineCollection(list(plot.branches), colors=style.QUIET, linewidths=0.6)
         )
@@ -163,3 +198,28 @@ def plot_clustermap(
         if plot.title:
             above.set_title(plot.title, parse_math=False)
     return ax
+
+
+# Height of the strip of groups, in units of the matrix.
+_STRIP = 0.03
+
+
+def _paint_marks(ax: Axes, plot: ClustermapPlot) -> float:
+    """Draw the groups as a strip above the matrix, with a legend; return the room it takes."""
+    names = [name for name in dict.fromkeys(plot.marks) if name]
+    if not names or len(names) > len(style.PALETTE):
+        return 0.0
+    codes = [names.index(mark) + 1 if mark else 0 for mark in plot.marks]
+    colors = ListedColormap([style.BLANK, *style.PALETTE[: len(names)]])
+    strip = ax.inset_axes((0, 1.01, 1, _STRIP))
+    strip.imshow([codes], aspect="auto", cmap=colors, norm=Normalize(0, len(names)))
+    strip.set_axis_off()
+    handles = [
+        Patch(facecolor=color, label=style.legend_label(style.plain(name, 20)))
+        for name, color in zip(names, style.PALETTE, strict=False)
+    ]
+    ax.figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(len(names), 4), frameon=False,
+        fontsize=7, handlelength=1.0, columnspacing=1.2,
+    )  # fmt: skip
+    return _STRIP + 0.01

@@ -6,13 +6,14 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.patches import PathPatch
+from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path as Outline
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
 
@@ -42,3 +43,33 @@ def hatch_cells(ax: Axes, mask: NDArray[np.bool_], label: str, **look: Any) -> N
     if boxes:
         patch = PathPatch(Outline.make_compound_path(*boxes), linewidth=0, label=label, **look)
         ax.add_patch(patch)
+
+
+def hatch_legend(figure: Figure, *, degenerate: bool, nearly_degenerate: bool) -> None:
+    """Add a legend of the kinds of lines that a figure of heat-maps has, below its panels."""
+    handles = []
+    if nearly_degenerate:
+        handles.append(
+            Patch(
+                facecolor="#2a788e",
+                edgecolor=(1, 1, 1, 0.8),
+                hatch="////",
+                linewidth=0,
+                label="nearly degenerate: σ within 5 %, so noise can rotate the direction",
+            )
+        )
+    if degenerate:
+        handles.append(
+            Patch(
+                facecolor="#dedede",
+                edgecolor="#9a9a9a",
+                hatch="xxxx",
+                linewidth=0,
+                label="degenerate: equal σ, so no direction is defined",
+            )
+        )
+    if handles:
+        figure.legend(
+            handles=handles, loc="outside lower left", ncols=1, frameon=False, fontsize=7,
+            handlelength=2.5,
+        )  # fmt: skip

@@ -13,6 +13,7 @@ from matplotlib.transforms import ScaledTranslation
 from lora_analysis.errors import InputError
 from lora_analysis.plots import style
 from lora_analysis.plots.hatching import hatch_cells
+from lora_analysis.plots.hover import HoverCells, set_hover, span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,6 +67,7 @@ class HeatMap:
     ylabel: str
     title: str
     note: str = ""
+    quantity: str = "φ"
 
     @property
     def extent(self) -> tuple[float, float, float, float]:
@@ -131,6 +133,7 @@ def resolve_similarity(
         ylabel=f"i  ({style.plain(grid.labels[0], 24)})",
         title=style.plain(grid.module if title is None else title),
         note=_untrained_note(grid),
+        quantity="excess φ" if excess else "φ",
     )
 
 
@@ -153,6 +156,16 @@ def paint_heatmap(ax: Axes, heatmap: HeatMap, *, side: float = 2.0) -> AxesImage
     ax.set_title(heatmap.title, parse_math=False)
     if heatmap.data.size:
         _paint_marks(ax, heatmap, side)
+        set_hover(
+            ax,
+            HoverCells(
+                np.ma.filled(heatmap.data, np.nan),
+                (0.5, 0.5),
+                lambda top, bottom, left, right: (
+                    f"{heatmap.quantity}({span(top, bottom)}, {span(left, right)})"
+                ),
+            ),
+        )
     else:
         _paint_note(ax, heatmap.note)
     return image

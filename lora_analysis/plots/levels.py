@@ -53,7 +53,15 @@ def resolve_levels(
     )
 
 
-def _paint_group(ax: Axes, group: Group, y: float, color: str, span: tuple[float, float]) -> None:
+def _paint_group(
+    ax: Axes,
+    group: Group,
+    y: float,
+    color: str,
+    span: tuple[float, float],
+    *,
+    numbers: bool,
+) -> None:
     ax.text(
         0,
         y + 0.3,
@@ -82,6 +90,8 @@ def _paint_group(ax: Axes, group: Group, y: float, color: str, span: tuple[float
     low, middle, high = group.quartiles
     ax.plot([low, high], [y, y], color=color, linewidth=1.2, solid_capstyle="butt")
     ax.plot([middle, middle], [y - 0.26, y + 0.26], color=color, linewidth=2)
+    if not numbers:
+        return
     ax.text(
         1.02,
         y,
@@ -100,6 +110,7 @@ def plot_levels(
     ax: Axes | None = None,
     *,
     xlabel: str = "φ(1, 1)",
+    numbers: bool = True,
 ) -> Axes:
     """Draw one number per module in groups, one strip each, with the random baseline as a line.
 
@@ -118,6 +129,8 @@ def plot_levels(
         If to draw; None makes a figure of one column's width.
     xlabel
         What the number is.
+    numbers
+        Whether to write the medians.
 
     Raises
     ------
@@ -131,7 +144,7 @@ def plot_levels(
         ax.set_ylim(-0.5, len(plot.groups) - 0.2)
         ax.set_xlim(*plot.limits)
         for group, y, color in zip(plot.groups, plot.heights, plot.colors, strict=True):
-            _paint_group(ax, group, y, color, plot.limits)
+            _paint_group(ax, group, y, color, plot.limits, numbers=numbers)
         ax.annotate(
             f"random {plot.chance:.2g}",
             (plot.chance, 1),
@@ -141,15 +154,16 @@ def plot_levels(
             fontsize=7,
             color=style.QUIET,
         )
-        ax.annotate(
-            "median",
-            (1.02, 1),
-            xytext=(0, 1),
-            xycoords="axes fraction",
-            fontsize=7,
-            textcoords="offset points",
-            color=style.QUIET,
-        )
+        if numbers:
+            ax.annotate(
+                "median",
+                (1.02, 1),
+                xytext=(0, 1),
+                xycoords="axes fraction",
+                fontsize=7,
+                textcoords="offset points",
+                color=style.QUIET,
+            )
         ax.set_yticks([])
         ax.spines["left"].set_visible(False)
         style.set_label(ax, "x", plot.xlabel if not plot.note else f"{plot.xlabel}\n{plot.note}")

@@ -13,6 +13,7 @@ from lora_analysis.errors import InputError
 from lora_analysis.patterns import layer_index, module_type
 from lora_analysis.plots import style
 from lora_analysis.plots.heatmap import excess_colors
+from lora_analysis.plots.hover import HoverCells, set_hover
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -86,6 +87,15 @@ def paint_module_map(ax: Axes, plot: ModuleMap) -> AxesImage:
     ax.set_xticks(range(0, columns, step), [str(layer) for layer in plot.layers[::step]])
     ax.set_xlabel("layer")
     ax.set_title(plot.title, parse_math=False)
+    set_hover(
+        ax,
+        HoverCells(
+            plot.data,
+            (-0.5, -0.5),
+            lambda top, _bottom, left, _right: f"{plot.kinds[top]}, layer {plot.layers[left]}",
+            most=plot.data.size,
+        ),
+    )
     return image
 
 

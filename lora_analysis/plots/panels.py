@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_analysis.errors import InputError
 from lora_analysis.plots import style
+from lora_analysis.plots.hatching import hatch_legend
 from lora_analysis.plots.heatmap import (
     HeatMap,
     paint_colorbar,
@@ -78,14 +79,21 @@ def figure_grid(
             layout="constrained",
         )
         axes = figure.subplots(len(rows), columns, squeeze=False)
+        maps: list[HeatMap] = []
         for row, row_axes in zip(rows, axes, strict=True):
-            _paint_row(row, list(row_axes), side)
+            maps += _paint_row(row, list(row_axes), side)
+        hatch_legend(
+            figure,
+            degenerate=any(m.degenerate.any() for m in maps),
+            nearly_degenerate=any(m.nearly_degenerate.any() for m in maps),
+        )
         if headline:
             figure.suptitle("\n".join(headline), parse_math=False)
     return figure
 
 
-def _paint_row(row: Sequence[Panel], axes: list[Axes], side: float) -> None:
+def _paint_row(row: Sequence[Panel], axes: list[Axes], side: float) -> list[HeatMap]:
+    """Draw one row of panels; return what they show."""
     maps = [panel.resolve() for panel in row]
     for ax in axes:
         ax.set_box_aspect(1)
@@ -97,6 +105,7 @@ def _paint_row(row: Sequence[Panel], axes: list[Axes], side: float) -> None:
         ax.set_ylabel("i" if panel is row[0] else "")
     short = len(row) < len(axes)  # a bar at the right of its last panel would widen that column
     paint_colorbar(images[-1], axes[len(row) - (not short)], _summary(maps), inside=short)
+    return maps
 
 
 def _summary(maps: Sequence[HeatMap]) -> HeatMap:

@@ -14,6 +14,7 @@ from matplotlib.layout_engine import PlaceHolderLayoutEngine
 
 from lora_analysis.errors import InputError
 from lora_analysis.plots import style
+from lora_analysis.plots.hover import hover_elements
 from lora_analysis.storage.atomic import write_atomic
 from lora_analysis.storage.marks import FIGURE_CREATOR
 
@@ -141,7 +142,8 @@ def svg_text(
 
     No XML prolog, script, style sheet or outside reference; heat-maps are embedded as PNG.
     ``role="img"`` with title and description for those who hear it. Text is text: it can be
-    selected and searched, and falls back to a common sans-serif font.
+    selected and searched, and falls back to a common sans-serif font. Cells of heat-maps and
+    matrices carry their values as hover text.
 
     Parameters
     ----------
@@ -166,6 +168,8 @@ def svg_text(
     for metadata in root.findall("metadata"):
         root.remove(metadata)
     root.attrib.pop("version", None)
+    _, _, width, height = map(float, root.attrib["viewBox"].split())
+    root.extend(hover_elements(figure, width, height))
     root.set("xmlns", "http://www.w3.org/2000/svg")
     root.set("role", "img")
     root.set("aria-labelledby", f"{prefix}title {prefix}desc")

@@ -9,124 +9,163 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_analysis import plots
-from lora_analysis.chance import excess
-from lora_analysis.conclusions.overlap_summaries import SIDES_IN_ORDER
+from lora_analysis.conclusions.comparisons import SIDES_IN_ORDER
 from lora_analysis.conclusions.run_findings import overlaps_with_last_step
 from lora_analysis.plots.heatmap import EXCESS_LIMITS
-from lora_analysis.report.representatives import drawn_pairs, modules_far_from_median
-from lora_analysis.report.similarity_figures import ReportFigure
-from lora_analysis.shared_init import InitRelation
-from lora_analysis.studies import Relation
-from lora_analysis.studies.base_models import per_base
-from lora_analysis.text import number, plural
+from lora_analysis.report.module_changes import ModuleChanges, module_changes
+from lora_analysis.report.representatives import (
+    common_modules,
+    drawn_pairs,
+    module_populations,
+    modules_far_from_median,
+    short_name,
+)
+from lora_analysis.report.similarity_figures import ReportFigure, legend, module_panels
+from lora_analysis.text import number, overlap_number
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from lora_analysis.plots import ModuleMap
+    from lora_analysis.report.representatives import ModulePopulation
     from lora_analysis.studies import Study
 
-MODULES_DRAWN = 40
+# Heat-maps of single modules, which the reader opens.
+MODULES_DRAWN = 12
 # From so many adapters on, one figure of all pairs takes megabytes.
 _MANY = 500
 
 
 def map_figures(study: Study) -> Iterator[ReportFigure]:
-    """Yield the excess of φ(1, 1) and φ(r, r) by layer and type, for both sides of each base."""
-    drawn = 0
-    for base, of_base in per_base(study, study.similarities):
-        rows, pairs = _mapped_pairs(of_base)
-        if rows["module"].nunique() >= 3:
-            drawn += 1
-            name = "modules" if drawn == 1 else f"modules_{drawn}"
-            yield _map_figure(rows, f"{pairs} on {base}" if base else pairs, name)
+    """Yield the excess of ω by layer and type, of one population and of unrelated pairs."""
+    by_side = {side: module_populations(study, side) for side in SIDES_IN_ORDER}
+    for index in range(max(map(len, by_side.values()), default=0)):
+        maps, sentences = [], []
+        for side, of_side in by_side.items():
+            if index >= len(of_side) or len(of_side[index][0].excess) < 3:
+                continue
+            populations = of_side[index]
+            maps.append([_population_map(population, side) for population in populations])
+            medians = ", ".join(
+                f"{population.name} {overlap_number(float(population.excess.median()))}"
+                for population in populations
+            )
+            base = populations[0].base
+            sentences.append(f"{side} side{f' on {base}' if base else ''}: {medians}")
+        if maps:
+            yield ReportFigure(
+                name="modules" if not index else f"modules_{index + 1}",
+                title="Where adapters agree.",
+                caption=(
+                    "Excess of ω over the random baseline by layer and module type, medians over "
+                    f"the pairs of one population each. Medians over modules: "
+                    f"{'; '.join(sentences)}. Gray: not usable, or no such module."
+                ),
+                alt=f"Overlap excess by layer and module type. {'; '.join(sentences)}.",
+                figure=plots.figure_module_maps(maps),
+            )
 
 
-def _map_figure(rows: pd.DataFrame, pairs: str, name: str) -> ReportFigure:
-    maps = [[_module_map(rows, side, cell) for cell in ("1_1", "r_r")] for side in SIDES_IN_ORDER]
-    medians = "; ".join(
-        f"{side} side {quantity}: median {number(float(np.nanmedian(panel.data)))}"
-        for side, row in zip(SIDES_IN_ORDER, maps, strict=True)
-        for quantity, panel in zip(("φ(1,1)", "φ(r,r)"), row, strict=True)
-        if np.isfinite(panel.data).any()
-    )
-    return ReportFigure(
-        name=name,
-        title="The whole model.",
-        caption=(
-            "Excess of φ over the random baseline, (φ − c)/(1 − c), by layer and module type: "
-            f"medians over {pairs}. Gray: all values excluded (degenerate directions, or a shared "
-            "initialization on the input side)."
-        ),
-        alt=f"Overlap excess by layer and module type. {medians}.",
-        figure=plots.figure_module_maps(maps),
-    )
-
-
-def _mapped_pairs(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Return the rows behind the maps, and which they are: pairs of one task, else all pairs."""
-    table = table[
-        (table["initialization"] != InitRelation.SAME_RUN)
-        & ~table["relation"].isin([Relation.SAME_RUN, Relation.EARLIER])
-    ]
-    same_task = (
-        Relation.OTHER_RANK, Relation.OTHER_SEED, Relation.OTHER_RANK_AND_SEED, Relation.REPEATED,
-    )  # fmt: skip
-    same = table[table["relation"].isin(same_task)]
-    if len(same):
-        return same, f"{plural(same.groupby(['a', 'b']).ngroups, 'pair')} of one task"
-    rest = table[table["relation"].isin([Relation.UNKNOWN, Relation.OTHER_TASK])]
-    pairs = plural(rest.groupby(["a", "b"]).ngroups, "pair")
-    return rest, f"{pairs} of unknown relation or different tasks"
-
-
-def _module_map(rows: pd.DataFrame, side: str, cell: str) -> ModuleMap:
-    rows = rows[rows["side"] == side]
-    every = dict.fromkeys(rows["module"], np.nan)
-    if side == "input":
-        rows = rows[~rows["shared_init"]]
-    if cell == "1_1":
-        rows = rows[rows["degeneracy_1_1"] == ""]
-    values = excess(rows[f"phi_{cell}"], rows[f"chance_{cell}"])
-    medians = rows.assign(excess=values).groupby("module", sort=False)["excess"].median()
+def _population_map(population: ModulePopulation, side: str) -> ModuleMap:
     return plots.resolve_module_map(
-        every | medians.to_dict(),
+        population.excess.to_dict(),
         limits=EXCESS_LIMITS,
-        label="excess",
-        title=f"φ({cell.replace('_', ', ')}), {side} side",
+        label="excess of ω",
+        title=f"{population.name}, {side} side",
     )
 
 
-def clustermap_figures(study: Study) -> Iterator[ReportFigure]:
-    """Yield the similarity matrix of all adapters: both sides and the signed cosine."""
+def change_figures(study: Study) -> Iterator[ReportFigure]:
+    """Yield ‖ΔW‖/‖W‖, or ‖ΔW‖ without a base, by layer and type, and sorted."""
+    changes = module_changes(study)
+    if changes is None or len(changes.values) < 3:
+        return
+    values = changes.values.to_dict()
+    top, bottom = changes.values.idxmax(), changes.values.idxmin()
+    ends = (
+        f"largest: {top} ({number(changes.values[top])}), smallest: {bottom} "
+        f"({number(changes.values[bottom])})"
+    )
+    if len({name.rpartition(".")[0] for name in values}) > 1:
+        figure = plots.figure_module_maps([[_change_map(changes)]], width=4.6)
+        yield ReportFigure(
+            name="changes_map",
+            title=f"{changes.symbol} by layer and module type.",
+            caption=f"Median over {changes.of}.{changes.note}",
+            alt=f"Map of {changes.symbol} by layer and module type; {ends}.",
+            figure=figure,
+        )
+    axes = plots.plot_bars(
+        values,
+        plots.new_axes(height=0.6 + 0.14 * max(4, min(len(values), 25))),
+        xlabel=changes.symbol,
+    )
+    yield ReportFigure(
+        name="changes",
+        title=f"{changes.symbol}, sorted.",
+        caption=f"The same medians; {ends}.",
+        alt=f"Bars of {changes.symbol} per module; {ends}.",
+        figure=axes.figure,  # type: ignore[arg-type]
+    )
+
+
+def _change_map(changes: ModuleChanges) -> ModuleMap:
+    return plots.resolve_module_map(
+        changes.values.to_dict(),
+        limits=(0.0, float(changes.values.max()) or 1.0),
+        label=changes.symbol,
+        title="",
+    )
+
+
+def leading_matrix_figures(study: Study) -> Iterator[ReportFigure]:
+    """Yield the similarity matrix of all adapters on the output side, with marks of tasks."""
+    yield from _matrix_figure(study, "output")
+
+
+def other_matrix_figures(study: Study) -> Iterator[ReportFigure]:
+    """Yield the similarity matrices of the input side and of the signed cosine."""
+    for key in ("input", "cosine"):
+        yield from _matrix_figure(study, key)
+
+
+_QUANTITIES = {
+    "output": "mean over modules of the excess of ω over the random baseline, output side",
+    "input": "the same on the input side, without modules that share their initialization",
+    "cosine": "signed cosine of the whole updates (random: 0)",
+}
+
+
+def _matrix_figure(study: Study, key: str) -> Iterator[ReportFigure]:
     matrix = study.similarity_matrix
     if matrix is None or len(matrix.labels) < 3:
         return
-    quantities = {
-        "output": "mean over modules of the excess of ω over the random baseline, output side",
-        "input": "the same on the input side, without modules that share their initialization",
-        "cosine": "signed cosine of the whole updates (random: 0)",
+    if len(matrix.labels) > _MANY:
+        gc.collect()  # figures hold themselves, and here a large array
+    triangle = np.concatenate([row[i + 1 :] for i, row in enumerate(matrix.matrix(key))])
+    if np.isnan(triangle).all():
+        return
+    median = overlap_number(float(np.nanmedian(triangle)))
+    del triangle
+    tasks = {
+        str(label): str(task)
+        for label, task in zip(study.runs["adapter"], study.runs["task"], strict=True)
+        if isinstance(task, str)
     }
+    size = 3.4 if len(matrix.labels) <= 24 else 4.4
+    axes = plots.plot_clustermap(
+        matrix, plots.new_axes(size, size + 0.25), what=key, groups=tasks or None
+    )
     untrained = " Untrained adapters are last, outside the tree." if matrix.untrained() else ""
-    size = 3.3 if len(matrix.labels) <= 24 else 4.4
-    for key, quantity in quantities.items():
-        if len(matrix.labels) > _MANY:
-            gc.collect()  # figures hold themselves, and here a large array
-        triangle = np.concatenate([row[i + 1 :] for i, row in enumerate(matrix.matrix(key))])
-        if np.isnan(triangle).all():
-            continue
-        median = number(float(np.nanmedian(triangle)))
-        axes = plots.plot_clustermap(matrix, plots.new_axes(size, size + 0.15), what=key)
-        yield ReportFigure(
-            name=f"similarity_matrix_{key}",
-            title=f"Similarity matrix, {key}.",
-            caption=(
-                f"{len(matrix.labels)} adapters, all pairs: {quantity}. Ordered by average linkage "
-                f"on the output side, whose tree is above; gray: undefined.{untrained}"
-            ),
-            alt=f"Similarity matrix, {quantity}; median of pairs {median}.",
-            figure=axes.figure,  # type: ignore[arg-type]
-        )
+    yield ReportFigure(
+        name=f"similarity_matrix_{key}",
+        title=f"Similarity matrix, {key}.",
+        caption=(
+            f"{len(matrix.labels)} adapters, all pairs: {_QUANTITIES[key]}. Ordered by average "
+            "linkage on the output side, whose tree is above"
+            f"{'; colors: tasks' if tasks else ''}; gray: undefined.{untrained}"
+        ),
+        alt=f"Similarity matrix, {_QUANTITIES[key]}; median of pairs {median}.",
+        figure=axes.figure,  # type: ignore[arg-type]
+    )
 
 
 def step_figures(study: Study) -> Iterator[ReportFigure]:
@@ -150,19 +189,20 @@ def step_figures(study: Study) -> Iterator[ReportFigure]:
 
 
 def single_module_figures(study: Study) -> Iterator[ReportFigure]:
-    """Yield heat-maps of both sides for the modules that are farthest from the median."""
-    pairs = drawn_pairs(study)
-    if not pairs:
+    """Yield heat-maps of the modules that are farthest from the median, on the output side."""
+    pairs, populations = drawn_pairs(study), module_populations(study, "output")
+    if not pairs or not populations:
         return
-    a, b = next(iter(pairs.values()))
-    for i, module in enumerate(modules_far_from_median(study, a, b, MODULES_DRAWN), start=1):
-        grids = {side: study.grid(a, b, module, side=side) for side in SIDES_IN_ORDER}
-        panels = [plots.Panel(grid, f"{side} side") for side, grid in grids.items()]
-        corners = "; ".join(f"{side}: φ(1,1) = {number(g.at(1, 1))}" for side, g in grids.items())
+    pair = next(iter(pairs.values()))
+    common = set(common_modules(study, pair.a, pair.b))
+    excess = populations[0][0].excess
+    modules = modules_far_from_median(excess[excess.index.isin(common)], MODULES_DRAWN)
+    for i, module in enumerate(modules, start=1):
+        panels, corners = module_panels(study, pair, module, "output")
         yield ReportFigure(
             name=f"module_{i}",
             title=f"{module}.",
-            caption=f"φ(i, j) between {a} (i, down) and {b} (j, across).",
-            alt=f"Heat-maps of subspace similarity in {module}. {corners}.",
-            figure=plots.figure_grid([panels], width=4.4),
+            caption=f"φ(i, j), output side. {legend(pair)}",
+            alt=f"Heat-maps of subspace similarity in {short_name(module)}. {corners}.",
+            figure=plots.figure_grid([panels], width=5.5),
         )

@@ -1,139 +1,155 @@
-"""Tables of a report about pairs: conclusions, overlaps, initializations, seeds."""
+"""Tables of a report about pairs: comparisons, tasks, single pairs, initializations."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from lora_analysis.conclusions.overlap_findings import OVERLAP_CODES
-from lora_analysis.conclusions.overlap_summaries import SIDES_IN_ORDER
-from lora_analysis.finding import Finding
+from lora_analysis.conclusions.comparisons import Comparison, Conclusion
 from lora_analysis.report.tables import ReportTable, cell
 from lora_analysis.shared_init import InitRelation
-from lora_analysis.studies import Relation
-from lora_analysis.studies.base_models import per_base, several_bases
-from lora_analysis.text import number, overlap_number
+from lora_analysis.text import number, overlap_number, p_value_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import pandas as pd
-
     from lora_analysis.studies import Study
 
-_ORDER = (
-    Relation.REPEATED,
-    Relation.OTHER_RANK,
-    Relation.OTHER_SEED,
-    Relation.OTHER_RANK_AND_SEED,
-    Relation.SHARED_SEED_OTHER_RANK,
-    Relation.UNKNOWN,
-)
+COMPARISON_COLUMNS: Final = (
+    "comparison", "side", "conclusion", "T", "unrelated", "largest", "ω", "random ω", "angle",
+    "cosine", "p", "least p", "pairs", "modules",
+)  # fmt: skip
 
 
-def overlap_table(study: Study) -> ReportTable | None:
-    """Return medians of φ and ω by relation, side and pair of ranks, each with its baseline."""
-    if study.similarities.empty:
+def comparisons_table(
+    study: Study, compared: Sequence[Comparison], *, table_rows: int | None = None
+) -> ReportTable | None:
+    """Return every comparison of a study, one row per side; None without any."""
+    if not compared:
         return None
-    ranks = study.spectra.groupby("adapter")["rank"].max()
-    table = study.similarities.assign(
-        ranks=[
-            "/".join(map(str, sorted((ranks[a], ranks[b]))))
-            for a, b in zip(study.similarities["a"], study.similarities["b"], strict=True)
-        ]
-    )
-    table = table[table["initialization"] != InitRelation.SAME_RUN]  # one sample, not a pair
+    several = len({comparison.base for comparison in compared}) > 1
     rows = []
-    for base, of_base in per_base(study, table):
-        for relation in _ORDER:
-            for side in SIDES_IN_ORDER:
-                chosen = of_base[(of_base["relation"] == relation) & (of_base["side"] == side)]
-                for (pair_ranks, d), group in chosen.groupby(["ranks", "dimension"], sort=False):
-                    row = _overlap_row(relation, side, f"{pair_ranks}", str(d), group)
-                    rows.append((base, *row) if base else row)
-    several = ("base",) if several_bases(study) else ()
-    columns = (*several, "relation", "side", "ranks", "d", "pairs", "φ(1,1)", "random",
-               "φ(r,r)", "random", "ω", "random")  # fmt: skip
-    caption = (
-        "Medians over modules and pairs, without pairs from one training run; random: the random "
-        "baseline; d: dimension of the space; ω: energy-weighted overlap. "
-        f"“{Relation.OTHER_TASK}” is the reference; “{Relation.SHARED_SEED}” shares the initial A, "
-        "so the input side is an artifact."
+    for comparison in compared[:table_rows]:
+        row = comparison_row(comparison)
+        rows.append((comparison.base or "–", *row) if several else row)
+    columns = (*(("base",) if several else ()), *COMPARISON_COLUMNS)
+    return ReportTable(
+        "comparisons", _comparisons_caption(study, compared), columns, tuple(rows), 3 + several
     )
-    return ReportTable("overlaps", caption, columns, tuple(rows), 3 + len(several))
 
 
-def _overlap_row(
-    relation: str, side: str, ranks: str, dimension: str, group: pd.DataFrame
-) -> tuple[str, ...]:
-    values = ("phi_1_1", "chance_1_1", "phi_r_r", "chance_r_r", "omega", "chance_omega")
-    pairs = group.groupby(["a", "b"]).ngroups
+def comparison_row(comparison: Comparison) -> tuple[str, ...]:
+    """Return the values of a comparison as the table prints them."""
+    level = comparison.unrelated
+    numbers = (
+        comparison.mean_excess,
+        level.median if level else np.nan,
+        level.maximum if level else np.nan,
+        comparison.omega,
+        comparison.chance_omega,
+    )
+    angle = "–" if np.isnan(comparison.angle) else f"{comparison.angle:.0f}°"
+    p_values = (
+        "–" if value is None else p_value_text(value)
+        for value in (comparison.p, comparison.smallest_p)
+    )
     return (
-        relation,
-        side,
-        ranks,
-        dimension,
-        str(pairs),
-        *(number(group[v].median()) for v in values),
+        comparison.subject,
+        comparison.side,
+        conclusion_text(comparison),
+        *map(overlap_number, numbers),
+        angle,
+        overlap_number(comparison.cosine),
+        *p_values,
+        str(comparison.pairs),
+        str(comparison.modules),
     )
+
+
+def conclusion_text(comparison: Comparison) -> str:
+    """Return the conclusion with its size or its reason; a row without a test is "not tested"."""
+    conclusion = str(comparison.conclusion or "not tested")
+    # Of what was not detected, a word for the size would be read as a detection.
+    detected = comparison.conclusion is Conclusion.MORE_ALIKE
+    extra = (comparison.size if detected else "") or str(comparison.reason)
+    return f"{conclusion} ({extra})" if extra else conclusion
+
+
+def _comparisons_caption(study: Study, compared: Sequence[Comparison]) -> str:
+    table = study.similarities
+    table = table[table["usable"].astype(bool)]
+    random = ""
+    if len(table):
+        degrees = np.degrees(np.arccos(np.sqrt(float(table["chance_1_1"].median()))))
+        random = f" (random: {degrees:.0f}°)"
+    caption = (
+        "T: mean over modules of the excess of ω over its random baseline, mean over pairs; random "
+        "pairs have T 0. Unrelated, largest: median and maximum of T over unrelated pairs, of the "
+        "same ranks if there are any. ω and random ω: medians. Angle: median angle between the "
+        f"first directions{random}. Cosine: median signed cosine of ΔW. p: the permutation of runs "
+        "in a study of tasks, the rank among reference pairs of two adapters; least p: the "
+        "smallest one that the design allows."
+    )
+    if any(comparison.kind == "ranks" for comparison in compared):
+        caption += " Pairs of different ranks are described and not tested."
+    return caption
+
+
+def tasks_table(compared: Sequence[Comparison]) -> ReportTable | None:
+    """Return T of each task with itself and with the others, next to its training strength."""
+    rows = []
+    of_tasks = [c for c in compared if c.kind == "tasks" and c.tasks]
+    several = len({comparison.base for comparison in of_tasks}) > 1
+    for comparison in of_tasks:
+        for task in comparison.tasks:
+            other = max(task.others, key=lambda name: task.others[name], default=None)
+            row = (
+                task.task,
+                comparison.side,
+                overlap_number(task.own),
+                "–" if other is None else f"{overlap_number(task.others[other])} ({other})",
+                "–" if np.isnan(task.own) else "yes" if task.is_apart else "no",
+                number(task.norm),
+                number(task.participation_ratio),
+            )
+            rows.append((comparison.base or "–", *row) if several else row)
+    if not rows:
+        return None
+    columns = (*(("base",) if several else ()), "task", "side", "own T",
+               "largest T with another task", "apart", "‖ΔW‖", "participation ratio")  # fmt: skip
+    caption = (
+        "Own T: between runs of the task with different seeds. Apart: own T exceeds T with every "
+        "other task. ‖ΔW‖ and participation ratio are medians over adapters: tasks that were "
+        "trained more strongly can be more alike for that reason alone."
+    )
+    return ReportTable("tasks", caption, columns, tuple(rows), 2 + several)
 
 
 def pairs_table(study: Study) -> ReportTable | None:
-    """Return every pair: relation, initialization, overlap, and cosine of the whole updates."""
+    """Return every pair: what it is, T on both sides and the cosine of the whole updates."""
     if study.pairs.empty:
         return None
-    cells = ("phi_1_1", "output"), ("phi_1_1", "input"), ("omega", "output"), ("omega", "input")
-    medians = study.similarities.groupby(["a", "b", "side"])[["phi_1_1", "omega"]].median()
-    overlaps = medians.to_dict("index")
-    rows = []
-    for pair in study.pairs.itertuples():
-        values = (overlaps.get((pair.a, pair.b, side), {}).get(value) for value, side in cells)
-        texts = ("–" if value is None else number(value) for value in values)
-        total = cell(float(pair.total_cosine))
-        rows.append((pair.a, pair.b, pair.relation, pair.initialization, *texts, total))
-    columns = ("adapter", "adapter", "relation", "initialization", "φ(1,1) output",
-               "φ(1,1) input", "ω output", "ω input", "cosine")  # fmt: skip
-    caption = (
-        "Medians over modules. Initialization: relation of the two initial A; cosine: signed "
-        "cosine of the two whole updates."
+    rows = tuple(
+        (
+            pair.a,
+            pair.b,
+            str(pair.pair_class),
+            overlap_number(pair.mean_excess_output),
+            overlap_number(pair.mean_excess_input),
+            overlap_number(float(pair.total_cosine)),
+            str(pair.population_output or "–"),
+            str(pair.population_input or "–"),
+        )
+        for pair in study.pairs.itertuples()
     )
-    return ReportTable("pairs", caption, columns, tuple(rows), 4)
-
-
-def conclusions_table(findings: Sequence[Finding]) -> ReportTable | None:
-    """Return every comparison side by side, those that share a finding too; None without any."""
-    comparisons = [comparison for finding in findings for comparison in _comparisons(finding)]
-    rows = []
-    for compared, sides in comparisons:
-        for side in sides:
-            above = side["above_reference"]
-            share = "–" if above is None else f"{above} of {side['values']}"
-            texts = ("–" if side[name] is None else overlap_number(side[name])
-                     for name in ("median", "reference", "chance"))  # fmt: skip
-            rows.append((compared, side["side"], side["conclusion"], share, *texts))
-    if not rows:
-        return None
-    quantity = comparisons[0][1][0]["quantity"]
-    columns = ("comparison", "side", "conclusion", "above 95 % of reference", quantity,
-               "reference", "random")  # fmt: skip
+    columns = ("adapter", "adapter", "class", "T output", "T input", "cosine",
+               "population, output", "population, input")  # fmt: skip
     caption = (
-        f"Medians of {quantity} over modules and pairs, of the group, of the reference pairs and "
-        "of random subspaces. The conclusion depends on how many values, one per module and pair, "
-        "exceed 95 % of the reference values: more alike from one half on (if the median of every "
-        "pair also exceeds that of every reference pair), in part of the modules from one quarter "
-        "on. Of the values of unrelated pairs, 5 % do."
+        "T over the usable modules of each side; cosine: signed cosine of the two whole updates; "
+        "population: replicates and unrelated pairs are compared with each other, others with none."
     )
-    return ReportTable("conclusions", caption, columns, tuple(rows), 3)
-
-
-def _comparisons(finding: Finding) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Return the comparisons in a finding, with the conclusion on each side."""
-    if finding.code == "overlaps-inconclusive":
-        return [(part["compared"], part["sides"]) for part in finding.fields["comparisons"]]
-    if finding.code in OVERLAP_CODES:
-        return [(finding.subject, finding.fields["sides"])]
-    return []
+    return ReportTable("pairs", caption, columns, rows, 3)
 
 
 def initializations_table(study: Study) -> ReportTable | None:
@@ -143,58 +159,14 @@ def initializations_table(study: Study) -> ReportTable | None:
     if pairs.empty:
         return None
     rows = tuple(
-        (pair.a, pair.b, pair.relation, pair.initialization,
+        (pair.a, pair.b, str(pair.pair_class), pair.initialization,
          f"{pair.shared_init_modules} of {pair.modules}",
          cell(float(pair.b_cosine if pair.b_cosine is not None else np.nan)))
         for pair in pairs.itertuples()
     )  # fmt: skip
-    columns = ("adapter", "adapter", "relation", "initialization", "modules", "cosine of B")
+    columns = ("adapter", "adapter", "class", "initialization", "modules", "cosine of B")
     caption = (
-        "Pairs with a shared initialization of A: the modules that share it, and the median "
+        "Pairs whose initial A are not independent: the modules that share it, and the median "
         "matched cosine of B."
     )
     return ReportTable("initializations", caption, columns, rows, 4)
-
-
-def seeds_table(study: Study) -> ReportTable | None:
-    """Return the overlap of runs with different seeds, and its spread, by task and rank."""
-    table = study.similarities
-    table = table[(table["relation"] == Relation.OTHER_SEED) & (table["side"] == "output")]
-    table = table[table["initialization"] != InitRelation.SAME_RUN]
-    if table.empty:
-        return None
-    runs = study.runs.set_index("adapter")
-    measured = ["phi_1_1", "chance_1_1", "omega", "chance_omega"]
-    pairs = table.groupby(["a", "b"], sort=False)[measured].median().reset_index()
-    pairs = pairs.assign(task=pairs["a"].map(runs["task"]), rank=pairs["a"].map(runs["rank"]))
-    rows = []
-    several = ("base",) if several_bases(study) else ()
-    groups = (
-        (base, *key, rows_of_rank)
-        for base, of_base in per_base(study, pairs)
-        for key, rows_of_rank in of_base.groupby(["task", "rank"], sort=False)
-    )
-    for base, task, rank, group in groups:
-        seeds = len(set(group["a"]) | set(group["b"]))
-        low, high = group["omega"].quantile([0.25, 0.75])
-        spread = f"{number(low)} to {number(high)}" if seeds >= 3 else "–"
-        medians = (number(float(group[name].median())) for name in measured)
-        row = (str(task), str(int(rank)), str(seeds), *medians, spread)
-        rows.append((base, *row) if several else row)
-    columns = (
-        *several,
-        "task",
-        "rank",
-        "seeds",
-        "φ(1,1)",
-        "random",
-        "ω",
-        "random",
-        "quartiles of ω",
-    )
-    caption = (
-        "Two seeds of one task and rank, output side: medians over modules, then over pairs of "
-        "runs, each next to the random baseline. Quartiles are over pairs of runs, from three "
-        "seeds on."
-    )
-    return ReportTable("seeds", caption, columns, tuple(rows), 1 + len(several))

@@ -52,7 +52,10 @@ def python_lines(study: Study) -> str:
     lines += [f"result = study({', '.join(arguments)})", ""]
     if len(study.similarities):
         lines += [
-            'result.similarities.groupby(["relation", "side"])[["phi_1_1", "omega"]].median()',
+            "from lora_analysis.conclusions import comparisons",
+            "for comparison in comparisons(result):",
+            "    print(comparison.subject, comparison.side, comparison.conclusion, "
+            "comparison.mean_excess)",
         ]
     if len(study.amplifications):
         lines += [

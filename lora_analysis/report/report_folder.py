@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import jinja2
 from markupsafe import Markup
 
-from lora_analysis.conclusions import findings
+from lora_analysis.conclusions import comparisons, findings, summary
+from lora_analysis.conclusions.finding_boxes import finding_boxes
 from lora_analysis.errors import MissingExtraError, OccupiedError
-from lora_analysis.report.pair_tables import conclusions_table, initializations_table
+from lora_analysis.report.pair_tables import initializations_table
 from lora_analysis.report.provenance import provenance
 from lora_analysis.report.results import (
     all_tables,
@@ -25,9 +26,10 @@ from lora_analysis.report.results import (
     write_square_csv,
 )
 from lora_analysis.report.sections import FORMATS, Section, sections
+from lora_analysis.report.tables import adapters_table
 from lora_analysis.storage.atomic import write_atomic
 from lora_analysis.storage.outputs import OutputFolder, holds_output, output_folder
-from lora_analysis.text import plural, printable, printable_json, printable_lines
+from lora_analysis.text import join_names, plural, printable, printable_json, printable_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -154,13 +156,22 @@ def _write_files(
     figures: Sequence[str],
     progress: Progress | None,
 ) -> None:
-    all_findings = findings(study)
+    compared, all_findings = comparisons(study), findings(study)
+    lines = summary(study, compared, all_findings)
+    boxes, rest = finding_boxes(all_findings)
+    drawn = sections(
+        study, compared, boxes, folder, figures, progress=progress, inline=form == "html"
+    )  # fmt: skip
     page = {
         "title": title or _title(study),
         "lead": _lead(study),
-        "findings": all_findings,
-        "sections": sections(study, folder, figures, progress=progress, inline=form == "html"),
-        "conclusions": conclusions_table(all_findings),
+        "is_report": True,
+        "summary": lines,
+        "picture": next((section for section in drawn if section.name == "short"), None),
+        "sections": [section for section in drawn if section.name != "short"],
+        "boxes": [box for box in boxes if box.severity != "result"],
+        "rest": rest,
+        "adapters": adapters_table(study),
         "initializations": initializations_table(study),
         "provenance": provenance(study, command),
         # The format of the files that a Markdown page can show.
@@ -168,7 +179,7 @@ def _write_files(
     }
     _write_tables(study, folder / "tables", parquet=parquet)
     document = json.dumps(
-        results(study, all_findings), indent=1, allow_nan=False, ensure_ascii=False
+        results(study, all_findings, compared, lines), indent=1, allow_nan=False, ensure_ascii=False
     )
     write_atomic(folder / RESULTS, printable_json(document).encode())
     if (grids := grids_file(study)) is not None:
@@ -190,10 +201,8 @@ def write_page(
     page = {
         "title": title,
         "lead": lead,
-        "findings": (),
+        "is_report": False,
         "sections": page_sections,
-        "conclusions": None,
-        "initializations": None,
         "provenance": provenance(study, command),
     }
     text = _environment("html").get_template("report.html.j2").render(page)
@@ -265,17 +274,33 @@ def _title(study: Study) -> str:
 
 
 def _lead(study: Study) -> str:
+    runs = study.runs[~study.runs["adapter"].isin(study.reference)]
+    facts = []
+    if tasks := runs["task"].nunique():
+        facts.append(plural(tasks, "task"))
+    if ranks := sorted({int(rank) for rank in runs["rank"].dropna()}):
+        facts.append(
+            f"{'rank' if len(ranks) == 1 else 'ranks'} {join_names(list(map(str, ranks)))}"
+        )
+    if seeds := runs["seed"].nunique():
+        facts.append(plural(seeds, "seed"))
     parts = [
-        plural(len(study.adapters), "adapter"),
+        plural(len(runs), "adapter") + (f" ({', '.join(facts)})" if facts else ""),
         plural(study.spectra["module"].nunique(), "module"),
     ]
-    compared = study.compared_pairs
-    if compared:
-        parts.append(f"{plural(compared, 'pair')} compared on both sides")
-    if left := len(study.pairs) - compared:
+    if study.reference:
+        parts.insert(1, plural(len(study.reference), "reference adapter"))
+    if total := len(study.pairs):
+        counted = (study.pairs[["population_output", "population_input"]] != "").any(axis=1)
+        parts.append(
+            f"{plural(total, 'pair')}, of which {int(counted.sum())} are of one task or unrelated"
+            if counted.any()
+            else plural(total, "pair")
+        )
+    if left := len(study.pairs) - study.compared_pairs:
         parts.append(
             f"{plural(left, 'pair')} with nothing to compare (an untrained adapter, or no module "
             "in common)"
         )
     base = f"Base weights: {study.base.label}." if study.base else "No base weights were given."
-    return f"{', '.join(parts)}. {base}"
+    return f"{'; '.join(parts)}. {base}"

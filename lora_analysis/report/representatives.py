@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from lora_analysis.patterns import NO_TYPE, layer_index, module_type
-from lora_analysis.shared_init import InitRelation
 from lora_analysis.studies import Relation
+from lora_analysis.studies.base_models import per_base
+from lora_analysis.studies.pair_classes import PairClass
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lora_analysis.spectra import Side
     from lora_analysis.studies import Study
 
 # The smaller rank of the paper's Figure 3.
@@ -49,6 +52,31 @@ def common_modules(study: Study, a: str, b: str) -> list[str]:
     return list(table.loc[pair & (table["side"] == "input"), "module"])
 
 
+@dataclass(frozen=True, slots=True)
+class DrawnPair:
+    """A pair whose heat-maps are drawn, with the unrelated pair that it is compared with.
+
+    Attributes
+    ----------
+    a, b
+        Labels, the smaller rank first.
+    relation
+        What the two adapters are, in words.
+    unrelated
+        Labels of an unrelated pair of the same ranks in the same order; None without one.
+    """
+
+    a: str
+    b: str
+    relation: str
+    unrelated: tuple[str, str] | None
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """The pair itself, then the unrelated one."""
+        return ((self.a, self.b), *([self.unrelated] if self.unrelated else []))
+
+
 def _with_ranks(study: Study) -> pd.DataFrame:
     """Return the pairs that share a trained module, with the rank of either adapter."""
     if study.similarities.empty:
@@ -59,63 +87,111 @@ def _with_ranks(study: Study) -> pd.DataFrame:
     return pairs.assign(rank_a=pairs["a"].map(ranks), rank_b=pairs["b"].map(ranks))
 
 
-def rank_pair(study: Study) -> tuple[str, str] | None:
+def _drawn(pairs: pd.DataFrame, best: pd.Series, relation: str) -> DrawnPair:
+    a, b = _in_rank_order(best)
+    unrelated = _unrelated_pair(pairs, {a, b}, (best["rank_a"], best["rank_b"]))
+    return DrawnPair(a, b, relation, unrelated)
+
+
+def _in_rank_order(pair: pd.Series) -> tuple[str, str]:
+    a, b = str(pair["a"]), str(pair["b"])
+    return (a, b) if pair["rank_a"] <= pair["rank_b"] else (b, a)
+
+
+def _unrelated_pair(
+    pairs: pd.DataFrame, without: set[str], ranks: tuple[int, int]
+) -> tuple[str, str] | None:
+    """Return the unrelated pair of these ranks whose T is the median, so a typical one.
+
+    Pairs with one of the adapters that it is compared with come first.
+    """
+    low, high = sorted(ranks)
+    rows = pairs[
+        (pairs["population_output"] == "unrelated")
+        & (pairs[["rank_a", "rank_b"]].min(axis=1) == low)
+        & (pairs[["rank_a", "rank_b"]].max(axis=1) == high)
+    ]
+    shared = rows[rows["a"].isin(without) | rows["b"].isin(without)]
+    rows = shared if len(shared) else rows
+    if rows.empty:
+        return None
+    order = rows["mean_excess_output"].sort_values(kind="stable").index
+    return _in_rank_order(rows.loc[order[(len(order) - 1) // 2]])
+
+
+def rank_pair(study: Study) -> DrawnPair | None:
     """Return the pair for the figure of ranks, smaller rank first; None if all ranks are equal.
 
-    Pairs of one task with different seeds lead, pairs of unknown relation are last, whatever their
-    ranks; then the largest rank is compared with the one closest to 8.
+    Replicates lead, then pairs of one seed; pairs of unknown relation are last, whatever their
+    ranks. The largest rank is compared with the one closest to 8.
     """
     pairs = _with_ranks(study)
     if pairs.empty:
         return None
     # Different seeds first: with one seed, both adapters saw their data in one order.
-    preference = (Relation.OTHER_RANK_AND_SEED, Relation.OTHER_RANK, Relation.UNKNOWN)
-    pairs = pairs[pairs["relation"].isin(preference)]
-    pairs = pairs[pairs["rank_a"] != pairs["rank_b"]]
-    if pairs.empty:
+    preference = {
+        PairClass.REPLICATE: "same task, different seeds",
+        PairClass.SHARED_INIT: "same task, shared initialization",
+        PairClass.SAME_DATA_ORDER: "same task and seed, so the same order of data",
+        PairClass.UNKNOWN: "relation unknown",
+    }
+    of_task = pairs["relation"].isin(
+        [Relation.OTHER_RANK, Relation.OTHER_RANK_AND_SEED, Relation.UNKNOWN]
+    )
+    chosen = pairs[
+        pairs["pair_class"].isin(list(preference)) & of_task & (pairs["rank_a"] != pairs["rank_b"])
+    ]
+    if chosen.empty:
         return None
-    low = pairs[["rank_a", "rank_b"]].min(axis=1)
-    high = pairs[["rank_a", "rank_b"]].max(axis=1)
+    low = chosen[["rank_a", "rank_b"]].min(axis=1)
+    high = chosen[["rank_a", "rank_b"]].max(axis=1)
+    classes = list(preference)
     order = pd.DataFrame(
         {
             # The section is about ranks of one task, which unrelated adapters cannot show.
-            Relation.UNKNOWN: pairs["relation"] == Relation.UNKNOWN,
+            "unknown": chosen["pair_class"] == PairClass.UNKNOWN,
             "high": -high,
             "distance": (low - SMALL_RANK).abs(),
-            "relation": pairs["relation"].map(preference.index),
-        }
+            "class": [classes.index(value) for value in chosen["pair_class"]],
+        },
+        index=chosen.index,
     )
-    best = pairs.loc[order.sort_values(list(order), kind="stable").index[0]]
-    first, second = str(best["a"]), str(best["b"])
-    return (first, second) if best["rank_a"] < best["rank_b"] else (second, first)
+    best = chosen.loc[order.sort_values(list(order), kind="stable").index[0]]
+    return _drawn(pairs, best, preference[best["pair_class"]])
 
 
-def seed_pair(study: Study) -> tuple[str, str] | None:
-    """Return the two seeds of the largest rank on one task; None if no task has two."""
+def seed_pair(study: Study) -> DrawnPair | None:
+    """Return two seeds of one task and rank; None if no task has two.
+
+    Of several ranks, the largest of which there is an unrelated pair to compare with.
+    """
     pairs = _with_ranks(study)
     if pairs.empty:
         return None
-    pairs = pairs[pairs["relation"] == Relation.OTHER_SEED]
-    if pairs.empty:
-        return None
-    best = pairs.sort_values("rank_a", ascending=False, kind="stable").iloc[0]
-    return str(best["a"]), str(best["b"])
-
-
-def any_pair(study: Study) -> tuple[str, str] | None:
-    """Return two adapters of unknown relation; None if there are none to compare."""
-    pairs = _with_ranks(study)
-    if pairs.empty:
-        return None
-    pairs = pairs[
-        (pairs["relation"] == Relation.UNKNOWN) & (pairs["initialization"] != InitRelation.SAME_RUN)
+    chosen = pairs[
+        (pairs["population_output"] == "replicate") & (pairs["rank_a"] == pairs["rank_b"])
+    ].sort_values("rank_a", ascending=False, kind="stable")
+    relation = "same task, different seeds"
+    drawn = [
+        _drawn(pairs, of_rank.iloc[0], relation)
+        for _, of_rank in chosen.groupby("rank_a", sort=False)
     ]
+    return next((pair for pair in drawn if pair.unrelated), drawn[0] if drawn else None)
+
+
+def any_pair(study: Study) -> DrawnPair | None:
+    """Return two adapters of unknown relation, else the first pair; None without any."""
+    pairs = _with_ranks(study)
     if pairs.empty:
         return None
-    return str(pairs.iloc[0]["a"]), str(pairs.iloc[0]["b"])
+    unknown = pairs[pairs["pair_class"] == PairClass.UNKNOWN]
+    best = (unknown if len(unknown) else pairs).iloc[0]
+    if str(best["pair_class"]) == PairClass.UNKNOWN:
+        return _drawn(pairs, best, "relation unknown")
+    return _drawn(pairs, best, str(best["pair_class"]))
 
 
-def drawn_pairs(study: Study) -> dict[str, tuple[str, str]]:
+def drawn_pairs(study: Study) -> dict[str, DrawnPair]:
     """Return the pairs whose heat-maps are drawn, by what they show; empty without pairs."""
     candidates = {"ranks": rank_pair(study), "seeds": seed_pair(study)}
     chosen = {name: pair for name, pair in candidates.items() if pair is not None}
@@ -124,15 +200,67 @@ def drawn_pairs(study: Study) -> dict[str, tuple[str, str]]:
     return chosen
 
 
-def modules_far_from_median(study: Study, a: str, b: str, count: int) -> list[str]:
-    """Return the modules whose overlap is farthest from the pair's median, in both directions.
+@dataclass(frozen=True, slots=True, eq=False)
+class ModulePopulation:
+    """Values of one population of pairs on one base, pooled per module on one side.
 
-    The overlap is the excess of φ(r, r) on the output side, which a shared initialization does not
-    affect. The largest alone would be those that chance or an artifact made large.
+    Attributes
+    ----------
+    name
+        What the pairs are, with their number, in words.
+    base
+        The base model, if the study has several.
+    excess
+        Median over the pairs of the excess of ω, by module.
+    rows
+        The rows of ``Study.similarities`` behind it.
+    is_unrelated
+        Whether the pairs are unrelated ones.
     """
-    table = study.similarities
-    rows = table[table["a"].isin([a, b]) & table["b"].isin([a, b]) & (table["side"] == "output")]
-    values = rows.set_index("module")["excess_r_r"].dropna()
+
+    name: str
+    base: str | None
+    excess: pd.Series
+    rows: pd.DataFrame
+    is_unrelated: bool
+
+
+def module_populations(study: Study, side: Side) -> list[list[ModulePopulation]]:
+    """Return the populations that are shown per module, the first one leading, base by base.
+
+    Replicates and unrelated pairs; without replicates pairs of unknown relation; else all pairs.
+    """
+    rows = study.similarities
+    rows = rows[(rows["side"] == side) & rows["usable"].astype(bool)]
+    result = []
+    for base, of_base in per_base(study, rows):
+        choices = {
+            "{count} {pairs} of one task, different seeds": of_base["population"] == "replicate",
+            "{count} {pairs} of unknown relation": of_base["pair_class"] == PairClass.UNKNOWN,
+            "{count} unrelated {pairs}": of_base["population"] == "unrelated",
+        }
+        names = [name for name, chosen in choices.items() if chosen.any()]
+        if len(names) == 3:
+            names.pop(1)
+        if not names:
+            choices, names = {"{count} {pairs}": of_base["pair_class"] != ""}, ["{count} {pairs}"]
+        result.append([_pooled(name, base or None, of_base[choices[name]]) for name in names])
+    return result
+
+
+def _pooled(name: str, base: str | None, rows: pd.DataFrame) -> ModulePopulation:
+    count = rows.groupby(["a", "b"]).ngroups
+    by_module = rows.groupby("module", sort=False)["excess_omega"]
+    words = name.format(count=count, pairs="pair" if count == 1 else "pairs")
+    return ModulePopulation(words, base, by_module.median(), rows, "unrelated" in name)
+
+
+def modules_far_from_median(excess: pd.Series, count: int) -> list[str]:
+    """Return the modules whose overlap is farthest from the median, in both directions.
+
+    The largest alone would be those that chance or an artifact made large.
+    """
+    values = excess.dropna()
     far = (values - values.median()).abs().sort_values(ascending=False, kind="stable")
     return list(far.index[:count])
 

@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 
 from lora_analysis import __version__
-from lora_analysis.conclusions.overlap_summaries import SIDES_IN_ORDER
+from lora_analysis.conclusions.comparison_findings import comparison_fields
+from lora_analysis.conclusions.comparisons import SIDES_IN_ORDER
 from lora_analysis.errors import InputError
 from lora_analysis.finding import CODES, Finding
 from lora_analysis.report.representatives import common_modules, drawn_pairs
@@ -27,22 +28,26 @@ from lora_analysis.text import printable
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from lora_analysis.conclusions import Comparison, SummaryLine
     from lora_analysis.studies import Study
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 TABLE_NAMES = ("adapters", "spectra", "pairs", "similarities", "amplifications", "changes")
 # Matrices of more adapters are in tables/similarity_matrix_*.csv alone.
 SIMILARITY_MATRIX_LIMIT = 100
 _OVERLAPS = (
-    "phi_1_1", "chance_1_1", "phi_r_r", "chance_r_r", "omega", "chance_omega", "signed_cosine",
+    "phi_1_1", "chance_1_1", "phi_r_r", "chance_r_r", "omega", "chance_omega", "excess_omega",
+    "signed_cosine",
 )  # fmt: skip
 _SPECTRA = (
     "rank", "numerical_rank", "effective_rank", "stable_rank", "energy_rank_90", "energy_rank_99",
     "participation_ratio", "norm", "rounding_error",
 )  # fmt: skip
+_CONTROLS = ("enrichment_crossed", "enrichment_through_weight")
 _WEIGHTS = (
     "k", "projected", "projected_random", "delta_norm", "weight_norm", "relative_norm",
-    "amplification_factor", "chance_factor", "enrichment",
+    "amplification_factor", "chance_factor", "enrichment", "enrichment_crossed",
+    "enrichment_through_weight",
 )  # fmt: skip
 
 
@@ -81,23 +86,41 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [json_value(row) for row in table.astype(object).to_dict("records")]
 
 
-def results(study: Study, findings: Sequence[Finding]) -> dict[str, Any]:
+def results(
+    study: Study,
+    findings: Sequence[Finding],
+    compared: Sequence[Comparison],
+    lines: Sequence[SummaryLine],
+) -> dict[str, Any]:
     """Return the document of ``results.json``."""
     return {
         "schema_version": SCHEMA_VERSION,
         "generator": f"lora_analysis {__version__}",
         "null_means": "undefined, unknown, or not computed for this row",
+        "summary": [json_value(line.to_dict()) for line in lines],
+        "comparisons": [json_value(comparison_fields(comparison)) for comparison in compared],
         "findings": [json_value(finding.to_dict()) for finding in findings],
         "failures": [failure.to_dict() for failure in study.failures],
         "unmatched": [
             {"module": module, "reason": reason} for module, reason in study.unmatched.items()
         ],
+        "left_out": {
+            side: [
+                {"module": module, "reason": reason}
+                for module, reason in study.left_out.get(side, {}).items()
+            ]
+            for side in SIDES_IN_ORDER
+        },
         "adapters": _records(study.runs),
         "spectra": _medians(study.spectra, ["adapter"], _SPECTRA),
         "pairs": _records(study.pairs),
         "overlaps": _overlaps(study),
         "modules": _modules(study),
-        "amplifications": _medians(_at_rank(study.amplifications), ["adapter"], _WEIGHTS),
+        "amplifications": _medians(
+            _at_rank(study.amplifications),
+            ["adapter"],
+            [*_WEIGHTS, *(name for name in _CONTROLS if name in study.amplifications)],
+        ),
         "run_inference": list(_inference(study)),
         "similarity_matrix": _similarity_matrix(study),
     }
@@ -116,16 +139,17 @@ def _medians(
 
 def _overlaps(study: Study) -> list[dict[str, Any]]:
     """Return medians over modules for each pair and side."""
-    return _medians(study.similarities, ["a", "b", "relation", "side"], _OVERLAPS)
+    return _medians(study.similarities, ["a", "b", "pair_class", "side"], _OVERLAPS)
 
 
 def _modules(study: Study) -> list[dict[str, Any]]:
-    """Return medians over the pairs of each relation, for each base, module and side."""
+    """Return medians over the pairs of each population, for each base, module and side."""
     table = study.similarities
     base = bases_of(study, table["a"]) if several_bases(study) else [None] * len(table)
     # As text: groups of None would be left out.
     table = table.assign(base=[name or "" for name in base])
-    rows = _medians(table, ["base", "module", "relation", "side"], _OVERLAPS)
+    table = table[table["usable"].astype(bool) & (table["population"] != "")]
+    rows = _medians(table, ["base", "module", "population", "side"], _OVERLAPS)
     return [{**row, "base": row["base"] or None} for row in rows]
 
 
@@ -134,30 +158,28 @@ def _at_rank(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _inference(study: Study) -> Iterator[dict[str, Any]]:
-    groups = [
-        (base or None, rank)
-        for base, runs in runs_per_base(study)
-        for rank in sorted({int(rank) for rank in runs["rank"].dropna()})
-    ]
-    for base, rank in groups:
-        try:
-            result = study.run_inference(rank=rank, base=base)
-        except InputError:
-            continue
-        yield {
-            "base": base,
-            "rank": rank,
-            "quantity": result.quantity,
-            "side": result.side,
-            "runs": list(result.runs),
-            "tasks": list(result.tasks),
-            "within": [json_value(value) for value in result.within],
-            "between": [json_value(value) for value in result.between],
-            "difference": json_value(result.permutation.difference),
-            "standard_error": json_value(result.standard_error),
-            "p": result.permutation.p_value,
-            "smallest_p": result.permutation.smallest_p_value,
-        }
+    for base, runs in runs_per_base(study):
+        ranks = sorted({int(rank) for rank in runs["rank"].dropna()})
+        for rank in (None, *(ranks if len(ranks) > 1 else ())):
+            for side in SIDES_IN_ORDER:
+                try:
+                    result = study.run_inference(side=side, rank=rank, base=base or None)
+                except InputError:
+                    continue
+                yield {
+                    "base": base or None,
+                    "rank": rank,
+                    "side": side,
+                    "blocks": [{"task": task, "seed": seed} for task, seed in result.blocks],
+                    "adapters": [list(labels) for labels in result.adapters],
+                    "mean_excess": json_value(result.mean_excess.tolist()),
+                    "within": json_value(result.within.tolist()),
+                    "between": json_value(result.between.tolist()),
+                    "difference": json_value(result.permutation.difference),
+                    "standard_error": json_value(result.standard_error),
+                    "p": result.permutation.p_value,
+                    "smallest_p": result.permutation.smallest_p_value,
+                }
 
 
 def _similarity_matrix(study: Study) -> dict[str, Any] | None:
@@ -190,7 +212,8 @@ def grids_file(study: Study) -> bytes | None:
 
 
 def _grids(study: Study) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    for a, b in dict.fromkeys(drawn_pairs(study).values()):
+    every = [pair for drawn in drawn_pairs(study).values() for pair in drawn.pairs]
+    for a, b in dict.fromkeys(every):
         for module in common_modules(study, a, b):
             for side in SIDES_IN_ORDER:
                 grid = study.grid(a, b, module, side=side)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from markupsafe import Markup
 
@@ -17,24 +17,33 @@ from lora_analysis.report import (
     tables,
     weight_figures,
 )
-from lora_analysis.report.representatives import representative_modules
-from lora_analysis.studies import Relation
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from lora_analysis.conclusions import Comparison
+    from lora_analysis.conclusions.finding_boxes import FindingBox
     from lora_analysis.progress import Progress
     from lora_analysis.report.similarity_figures import ReportFigure
     from lora_analysis.report.tables import ReportTable
     from lora_analysis.studies import Study
 
 # In inches; two narrow figures fit next to each other.
-NARROW = 4.5
+NARROW = 4.7
 # Longer tables are in tables/ only, so that the page stays readable.
 FOLDED_ROWS = 120
 # Tables up to this long are open, longer ones folded.
-OPEN_ROWS = 16
+OPEN_ROWS = 24
 FORMATS = ("svg", "png", "pdf")
+# Sections of the results with these topics; other results are in the section of pairs.
+_SECTION_OF_TOPIC: Final = {
+    "amplification": "weights",
+    "base weights": "weights",
+    "spectra": "ranks",
+    "accuracy": "ranks",
+    "runs": "tasks",
+}
+_SECTION_OF_CODE: Final = {"largest-overlap": "modules"}
 
 Drawing = Callable[["Study"], Iterator["ReportFigure"]]
 
@@ -52,7 +61,7 @@ class DrawnFigure:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One section; the reader opens ``folded`` tables and figures of ``single_modules``."""
+    """One section; the reader opens ``folded`` tables and ``folded_figures``."""
 
     name: str
     title: str
@@ -60,12 +69,15 @@ class Section:
     figures: tuple[DrawnFigure, ...] = ()
     tables: tuple[ReportTable, ...] = ()
     folded: tuple[ReportTable, ...] = ()
-    single_modules: tuple[DrawnFigure, ...] = ()
+    folded_figures: tuple[DrawnFigure, ...] = ()
+    folded_title: str = ""
+    boxes: tuple[FindingBox, ...] = ()
+    tables_lead: bool = False
 
     @property
     def is_empty(self) -> bool:
-        """True if the section has no figure and no table."""
-        return not (self.figures or self.tables or self.folded or self.single_modules)
+        """True if the section has no finding, no figure and no table."""
+        return not (self.figures or self.tables or self.folded or self.folded_figures or self.boxes)
 
 
 def drawn_figures(
@@ -91,17 +103,19 @@ def drawn_figures(
 
 
 def _with_tables(
-    section: Section, *tables: ReportTable | None, open_rows: int = OPEN_ROWS
+    section: Section, *every: ReportTable | None, open_rows: int = OPEN_ROWS
 ) -> Section:
     """Return the section with short tables open and longer ones folded."""
-    present = [table for table in tables if table is not None]
+    present = [table for table in every if table is not None]
     short = tuple(table for table in present if len(table.rows) <= open_rows)
     folded = tuple(table for table in present if open_rows < len(table.rows) <= FOLDED_ROWS)
-    return replace(section, tables=short, folded=folded)
+    return replace(section, tables=(*section.tables, *short), folded=(*section.folded, *folded))
 
 
 def sections(
     study: Study,
+    compared: Sequence[Comparison],
+    boxes: Sequence[FindingBox],
     folder: Path,
     formats: Sequence[str],
     *,
@@ -110,58 +124,74 @@ def sections(
 ) -> list[Section]:
     """Draw and tabulate section by section; empty ones are left out.
 
-    ``inline`` renders every figure for the page and adds heat maps of single modules, which only
-    the HTML page holds. Without it and without ``formats``, nothing is drawn.
+    The first one, ``short``, holds the picture next to the summary. ``inline`` renders every
+    figure for the page and adds the heat-maps of single modules, which only the HTML page holds.
+    Without it and without ``formats``, nothing is drawn.
     """
-    plan = _plan(study)
+    plan = _plan(study, compared)
     result = []
-    for i, (section, drawings) in enumerate(plan, start=1):
-        drawn = [
-            figure
-            for draw in (drawings if inline or formats else ())
-            for figure in drawn_figures(draw(study), folder / "figures", formats, inline=inline)
-        ]
-        section = replace(section, figures=tuple(drawn))  # noqa: PLW2901 - filled step by step
+    for i, (section, drawings, folded) in enumerate(plan, start=1):
+        figures, more = (
+            tuple(
+                figure
+                for draw in (functions if inline or formats else ())
+                for figure in drawn_figures(draw(study), folder / "figures", formats, inline=inline)
+            )
+            for functions in (drawings, folded)
+        )
         if section.name == "modules" and inline:
-            figures = module_figures.single_module_figures(study)
-            single = tuple(drawn_figures(figures, folder, ()))
-            section = replace(section, single_modules=single)  # noqa: PLW2901
-        result.append(section)
+            single = module_figures.single_module_figures(study)
+            more += tuple(drawn_figures(single, folder, ()))
+        of_section = tuple(
+            box for box in boxes if box.severity == "result" and section_of(box) == section.name
+        )
+        result.append(replace(section, figures=figures, folded_figures=more, boxes=of_section))
         if progress:
             progress("report sections", i, len(plan))
     return [section for section in result if not section.is_empty]
 
 
-def _plan(study: Study) -> list[tuple[Section, tuple[Drawing, ...]]]:
-    """Return the sections with their tables, and the functions that draw their figures."""
-    modules = representative_modules(list(dict.fromkeys(study.spectra["module"])))
-    if study.select(Relation.OTHER_TASK, "output").empty:
-        pairs = "All pairs", "How alike are the adapters? Conclusions need a reference."
-    else:
-        pairs = (
-            "Tasks",
-            "Which overlap comes from the task, and which do any two adapters of this base have?",
-        )
+def section_of(box: FindingBox) -> str:
+    """Return the name of the section that shows a result."""
+    topic = box.findings[0].topic
+    return _SECTION_OF_CODE.get(box.code) or _SECTION_OF_TOPIC.get(topic, "alike")
+
+
+_Plan = list[tuple[Section, tuple[Drawing, ...], tuple[Drawing, ...]]]
+
+
+def _plan(study: Study, compared: Sequence[Comparison]) -> _Plan:
+    """Return the sections with their tables, the functions that draw their figures, and folded."""
+    alike = Section("alike", "Alike?", "What is compared, and what may be concluded from it.",
+                    tables_lead=True, folded_title="Similarity matrices of the input side, and of "
+                    "the signed cosine")  # fmt: skip
+    comparisons = pair_tables.comparisons_table(study, compared)
+    if comparisons is not None:
+        # The one table that is never folded; of very many pairs, the first ones.
+        alike = replace(alike, tables=(comparisons,))
+    ranks = Section("ranks", "Ranks", "What does a higher rank add?")
+    tasks = Section("tasks", "Seeds and tasks", "Does every task agree with itself, and do two "
+                    "seeds find the same directions?")  # fmt: skip
+    layers = Section("layers", "Which layers changed", "How large is the update of each module?")
+    weights = Section("weights", "Against W", "Is W stronger along the directions of ΔW than along "
+                      "random ones, and is that specific to the update?", tables_lead=True,
+                      folded_title="ΔW in the basis of W, and intruder dimensions")  # fmt: skip
+    modules = Section("modules", "Per module", "Where in the model do adapters agree, and do "
+                      "unrelated ones agree there, too?", folded_title="Heat-maps of the most "
+                      "unusual modules")  # fmt: skip
     return [
-        (_with_tables(Section("adapters", "Adapters"), tables.adapters_table(study),
-                      tables.accuracy_table(study), open_rows=8), ()),
-        (_with_tables(Section("ranks", "Ranks", "Do different ranks find the same directions, and "
-                              "how many directions hold 90 % of ‖ΔW‖²?"),
-                      tables.spectra_table(study)),
-         (similarity_figures.rank_figures, weight_figures.spectrum_figures)),
-        (_with_tables(Section("seeds", "Seeds", "Do runs with different seeds, or of different "
-                              "length, find the same directions?"),
-                      pair_tables.seeds_table(study), step_tables.steps_table(study)),
-         (similarity_figures.seed_figures, module_figures.step_figures)),
-        (_with_tables(Section("tasks", *pairs), pair_tables.overlap_table(study),
-                      pair_tables.pairs_table(study)),
-         (similarity_figures.group_figures, similarity_figures.pair_figures,
-          module_figures.clustermap_figures)),
-        (_with_tables(Section("weights", "Base weights", "Does ΔW amplify directions that W "
-                              "already emphasizes?"), tables.amplification_table(study, modules)),
-         (weight_figures.amplification_figures, weight_figures.basis_figures)),
-        (_with_tables(Section("modules", "Modules", "Where in the model do the adapters agree? "
-                              "Group medians first; single modules are those farthest from the "
-                              "median, in both directions."),
-                      tables.module_types_table(study)), (module_figures.map_figures,)),
+        (Section("short", "In short"), (module_figures.leading_matrix_figures,), ()),
+        (_with_tables(alike, pair_tables.pairs_table(study), open_rows=0),
+         (similarity_figures.level_figures, similarity_figures.pair_figures),
+         (module_figures.other_matrix_figures,)),
+        (_with_tables(ranks, tables.ranks_table(study), tables.accuracy_table(study)),
+         (similarity_figures.rank_figures, weight_figures.spectrum_figures), ()),
+        (_with_tables(tasks, pair_tables.tasks_table(compared), step_tables.steps_table(study)),
+         (similarity_figures.seed_figures, module_figures.step_figures), ()),
+        (layers, (module_figures.change_figures,), ()),
+        (_with_tables(weights, tables.amplification_table(study)),
+         (weight_figures.amplification_figures,), (weight_figures.basis_figures,)),
+        (_with_tables(modules, *(tables.modules_table(study, side) for side in
+                                 ("output", "input")), tables.module_types_table(study)),
+         (module_figures.map_figures,), ()),
     ]  # fmt: skip

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pandas as pd
 
-from lora_analysis.shared_init import InitRelation
-from lora_analysis.studies import Relation
-from lora_analysis.studies.base_models import bases_of, several_bases
-from lora_analysis.text import number
+from lora_analysis.conclusions.comparisons import SIDES_IN_ORDER
+from lora_analysis.conclusions.rank_findings import spectra_by_rank, tasks_of_all_ranks
+from lora_analysis.patterns import module_type
+from lora_analysis.report.module_changes import module_changes
+from lora_analysis.report.representatives import (
+    ModulePopulation,
+    module_populations,
+    modules_far_from_median,
+    representative_modules,
+)
+from lora_analysis.text import join_names, number, overlap_number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lora_analysis.spectra import Side
     from lora_analysis.studies import Study
 
 
@@ -34,7 +42,9 @@ def cell(value: Any) -> str:
     """Return a value as text for a table; a dash if it is missing."""
     if isinstance(value, float | np.floating):
         figure = float(value)
-        return str(int(figure)) if figure.is_integer() and abs(figure) < 1e6 else number(figure)
+        if (2 * figure).is_integer() and abs(figure) < 1e6:  # a count, or a median of counts
+            return f"{figure:.10g}"
+        return number(figure)
     return "–" if value is None else str(value)
 
 
@@ -60,6 +70,8 @@ def adapters_table(study: Study) -> ReportTable:
     }
     if "metric_accuracy" in runs:
         columns["accuracy"] = runs["metric_accuracy"].map(_percent)
+    if (runs["excluded"] != "").any():
+        columns["left out of conclusions"] = runs["excluded"].map(lambda reason: reason or "–")
     table = pd.DataFrame(columns)
     caption = "‖ΔW‖: Frobenius norm over all modules, scale included; –: unknown."
     return ReportTable("adapters", caption, tuple(columns), _rows(table), 1 + len(facts[:1]))
@@ -85,92 +97,180 @@ def accuracy_table(study: Study) -> ReportTable | None:
     return ReportTable("accuracy", caption, columns, tuple(rows))
 
 
-def amplification_table(study: Study, modules: Sequence[str]) -> ReportTable | None:
-    """Return the paper's Table 7 for a few modules, and the medians over all of them."""
+# Columns of the controls, which a study with enough unrelated updates has.
+_CONTROLS: Final = {
+    "enrichment_crossed": "crossed",
+    "enrichment_through_weight": "through W",
+}
+
+
+def amplification_table(study: Study) -> ReportTable | None:
+    """Return ‖UᵀWV‖, the factor and the enrichment by rank, with their controls.
+
+    Of the tasks that were trained at every rank, as in the finding about them.
+    """
     table = study.amplifications
     if table.empty:
         return None
-    ranks = study.spectra.groupby("adapter")["rank"].max()
-    full = table[table["at_rank"]].assign(rank=lambda t: t["adapter"].map(ranks))
-    groups = [(name, full[full["module"] == name]) for name in modules]
-    groups.append(("all modules", full))
-    columns = ("module", "rank", "adapters", "‖UᵀWV‖ ΔW's", "W's", "random", "‖ΔW‖", "‖W‖",
-               "factor", "random factor", "enrichment")  # fmt: skip
-    values = ("projected", "projected_weight", "projected_random", "delta_norm", "weight_norm",
-              "amplification_factor", "chance_factor", "enrichment")  # fmt: skip
+    ranks = study.spectra[["adapter", "module", "rank"]]
+    full, tasks = tasks_of_all_ranks(
+        study, table[table["at_rank"]].merge(ranks, on=["adapter", "module"])
+    )
+    values = {
+        "delta_norm": "‖ΔW‖",
+        "weight_norm": "‖W‖",
+        "projected": "‖UᵀWV‖",
+        "projected_weight": "W's own",
+        "projected_random": "random",
+        "amplification_factor": "factor",
+        "chance_factor": "random factor",
+        "enrichment": "enrichment",
+        **{name: title for name, title in _CONTROLS.items() if name in full},
+    }
     rows = [
         (
-            str(name),
-            str(rank),
-            str(rows_of_rank["adapter"].nunique()),
-            *(cell(float(rows_of_rank[value].median())) for value in values),
+            str(int(rank)),
+            str(of_rank["adapter"].nunique()),
+            *(cell(float(of_rank[value].median())) for value in values),
         )
-        for name, group in groups
-        for rank, rows_of_rank in group.groupby("rank")
+        for rank, of_rank in full.groupby("rank")
     ]
-    caption = (
-        "Medians over adapters, at full rank. ‖UᵀWV‖ with the top-r directions of ΔW, of W itself "
-        "and random ones (exact root mean square); factor: ‖ΔW‖/‖UᵀWV‖; random factor: the same "
-        "for random directions; enrichment: the ratio of the two, module by module (medians of "
-        "ratios are not ratios of medians)."
+    controls = (
+        " Crossed: U of this update with V of an unrelated one; through W: directions that random "
+        "vectors take through W. Enrichment is specific to an update only beyond both."
+        if any(name in full for name in _CONTROLS)
+        else ""
     )
-    return ReportTable("amplification", caption, columns, tuple(rows))
+    caption = (
+        f"Medians over modules and adapters{_of_tasks(tasks)}, at full rank. ‖UᵀWV‖: W along the "
+        "directions of ΔW, along its own leading ones and along random ones (root mean square). "
+        "Factor: ‖ΔW‖/‖UᵀWV‖; random factor: of random directions and the same ‖ΔW‖; enrichment: "
+        f"‖UᵀWV‖ over the random one, so 1 for random directions.{controls}"
+    )
+    return ReportTable("amplification", caption, ("rank", "adapters", *values.values()),
+                       tuple(rows))  # fmt: skip
 
 
-def spectra_table(study: Study) -> ReportTable:
-    """Return medians over modules of the ranks derived from each adapter's spectra."""
-    values = {
-        "numerical_rank": "numerical rank",
-        "effective_rank": "effective rank",
-        "stable_rank": "stable rank",
-        "energy_rank_90": "90 % of energy",
-        "energy_rank_99": "99 % of energy",
-    }
-    medians = study.spectra.groupby("adapter", sort=False)[["rank", *values]].median()
-    columns = ("adapter", "rank", *values.values())
-    caption = "Medians over modules. 90 % of energy: number of directions that hold 90 % of ‖ΔW‖²."
-    return ReportTable("spectra", caption, columns, _rows(medians.reset_index()))
+def _of_tasks(tasks: Sequence[str]) -> str:
+    return f" of {join_names(tasks)}" if tasks else ""
+
+
+def ranks_table(study: Study) -> ReportTable | None:
+    """Return what the spectra say about ranks: medians over the same tasks at every rank."""
+    by_rank, tasks = spectra_by_rank(study)
+    if not by_rank:
+        return None
+    rows = []
+    for spectra in by_rank:
+        low, median, high = spectra.energy_rank_90
+        numbers = (spectra.numerical_rank, spectra.effective_rank, spectra.stable_rank, median)
+        rows.append(
+            (
+                str(spectra.rank),
+                str(spectra.adapters),
+                *map(cell, numbers),
+                f"{cell(low)} to {cell(high)}",
+                cell(spectra.energy_rank_99),
+            )
+        )
+    columns = ("rank", "adapters", "numerical rank", "effective rank", "stable rank",
+               "90 % of ‖ΔW‖²", "quartiles", "99 % of ‖ΔW‖²")  # fmt: skip
+    same = _of_tasks(tasks) if len(by_rank) > 1 else ""
+    caption = (
+        f"Medians over modules and adapters{same}. 90 % and 99 %: number of directions that hold "
+        "this share of ‖ΔW‖²; a low number can also mean that the optimizer left the others unused."
+    )
+    return ReportTable("ranks", caption, columns, tuple(rows))
 
 
 def module_types_table(study: Study) -> ReportTable | None:
-    """Return medians by base and module type: ranks, overlap of pairs, amplification."""
-    spectra = study.spectra[study.spectra["numerical_rank"] > 0]
-    if spectra.empty:
+    """Return medians by module type: size of ΔW, directions, and T of each population."""
+    changes = module_changes(study)
+    if changes is None:
         return None
-    keys = ["base", "module_type"]
-    spectra = spectra.assign(base=bases_of(study, spectra["adapter"]))
-    table = spectra.groupby(keys, sort=False).agg(
-        modules=("module", "nunique"),
-        stable_rank=("stable_rank", "median"),
-        energy_rank_90=("energy_rank_90", "median"),
-    )
-    names = {"stable_rank": "stable rank", "energy_rank_90": "90 % of energy"}
-    rows = study.similarities
-    rows = rows[
-        (rows["initialization"] != InitRelation.SAME_RUN)
-        & ~rows["relation"].isin([Relation.OTHER_TASK, Relation.SAME_RUN, Relation.EARLIER])
-    ]
-    rows = rows.assign(base=bases_of(study, rows["a"]))
-    for side in ("output", "input"):
-        of_side = rows[(rows["side"] == side) & ~(rows["shared_init"] & (side == "input"))]
-        for value, name in (("phi_1_1", "φ(1,1)"), ("omega", "ω")):
-            if len(of_side):
-                table[value + side] = of_side.groupby(keys)[value].median()
-                names[value + side] = f"{name} {side}"
-    full = study.amplifications
-    if len(full):
-        full = full[full["at_rank"]]
-        full = full.assign(base=bases_of(study, full["adapter"])).groupby(keys)
-        table["enrichment"] = full["enrichment"].median()
-        table["relative"] = full["relative_norm"].median()
-        names["relative"] = "‖ΔW‖/‖W‖"
-    table = table.rename(columns=names).reset_index()
-    several = several_bases(study)
-    if not several:
-        del table["base"]
-    table = table.rename(columns={"module_type": "module type"})
+    types = changes.values.groupby([module_type(name) for name in changes.values.index], sort=False)
+    table = pd.DataFrame({"modules": types.size(), changes.symbol: types.median()})
+    spectra = study.spectra[study.spectra["numerical_rank"] > 0]
+    table["90 % of ‖ΔW‖²"] = spectra.groupby("module_type")["energy_rank_90"].median()
+    if len(table) < 2:
+        return None
+    captions = []
+    for side in SIDES_IN_ORDER:
+        for populations in module_populations(study, side)[:1]:
+            for population in populations:
+                of_module = [module_type(name) for name in population.excess.index]
+                name = f"{side}, {'unrelated' if population.is_unrelated else 'pairs'}"
+                medians = population.excess.groupby(of_module).median()
+                table[name] = table.index.map(medians).map(overlap_number)
+                captions.append(f"{name}: {population.name}")
     caption = (
-        "Medians over modules and adapters, and over pairs that are neither reference pairs nor "
-        "one run; modules with a shared initialization are excluded on the input side."
+        f"{changes.symbol}: median over {changes.of}; excess of ω, medians over modules and pairs "
+        f"({'; '.join(captions)})."
+        if captions
+        else f"{changes.symbol}: median over {changes.of}."
     )
-    return ReportTable("types", caption, tuple(table.columns), _rows(table), 1 + several)
+    table = table.rename_axis("module type").reset_index()
+    return ReportTable("types", caption, tuple(table.columns), _rows(table), 1)
+
+
+# Modules in the table of single modules that are not the representative ones.
+_UNUSUAL: Final = 6
+
+
+def modules_table(study: Study, side: Side) -> ReportTable | None:
+    """Return representative and most unusual modules, each value of one population."""
+    by_base = module_populations(study, side)
+    if not by_base:
+        return None
+    populations = by_base[0]
+    leading = populations[0].excess
+    representative = [
+        name for name in representative_modules(list(leading.index)) if name in leading.index
+    ]
+    unusual = [
+        name
+        for name in modules_far_from_median(leading, len(leading))
+        if name not in representative
+    ][:_UNUSUAL]
+    changes = module_changes(study)
+    pooled = [
+        (population, population.rows.groupby("module")[["excess_omega"]].quantile([0.25, 0.75]))
+        for population in populations
+    ]
+    chance = populations[0].rows.groupby("module")["chance_omega"].median()
+    rows = []
+    for why, names in (("representative", representative), ("unusual", unusual)):
+        for name in names:
+            cells = []
+            for population, quartiles in pooled:
+                if name not in population.excess.index:
+                    cells += ["–", "–"]
+                    continue
+                low, high = (float(quartiles.loc[(name, q), "excess_omega"]) for q in (0.25, 0.75))
+                cells += [
+                    overlap_number(float(population.excess[name])),
+                    f"{overlap_number(low)} to {overlap_number(high)}",
+                ]
+            size = changes.values.get(name, np.nan) if changes is not None else np.nan
+            rows.append((name, why, *cells, overlap_number(float(chance[name])), cell(float(size))))
+    names = ["unrelated" if population.is_unrelated else "pairs" for population in populations]
+    columns = (
+        "module", "chosen as",
+        *(text for name in names for text in (name, f"quartiles, {name}")),
+        "random ω", changes.symbol if changes is not None else "‖ΔW‖",
+    )  # fmt: skip
+    base = f" on {populations[0].base}" if populations[0].base else ""
+    caption = (
+        f"Excess of ω, {side} side{base}, median and quartiles over pairs. "
+        f"{'; '.join(_named(names, populations))}. Unusual: farthest from the median over modules "
+        f"({overlap_number(float(leading.median()))}), in both directions. All modules are in "
+        "tables/similarities.csv."
+    )
+    return ReportTable(f"modules, {side} side", caption, columns, tuple(rows), 2)
+
+
+def _named(names: Sequence[str], populations: Sequence[ModulePopulation]) -> list[str]:
+    return [
+        f"{name.capitalize()}: {population.name}"
+        for name, population in zip(names, populations, strict=True)
+    ]

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
 
 from lora_analysis import plots
 from lora_analysis.amplify import WeightBasisEnergy, weight_basis_energy
-from lora_analysis.conclusions.overlap_summaries import SIDES_IN_ORDER
-from lora_analysis.edit import error_by_parameters
+from lora_analysis.conclusions.comparisons import SIDES_IN_ORDER
+from lora_analysis.conclusions.rank_findings import tasks_of_all_ranks
 from lora_analysis.effective import effective_update
 from lora_analysis.errors import InputError
 from lora_analysis.intruders import IntruderReport, intruder_dimensions
 from lora_analysis.report.representatives import representative_modules, short_name
 from lora_analysis.report.similarity_figures import ReportFigure
-from lora_analysis.spectra import singular_values, weight_svd
-from lora_analysis.text import number, plural
+from lora_analysis.spectra import weight_svd
+from lora_analysis.text import join_names, number, plural
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
 
     from lora_analysis.studies import Study
@@ -31,72 +34,85 @@ def _figure(name: str, title: str, caption: str, alt: str, axes: Axes) -> Report
     return ReportFigure(name, title, caption, alt, axes.figure)  # type: ignore[arg-type]
 
 
+_CONTROLS: Final = {
+    "enrichment": "ΔW’s directions",
+    "enrichment_crossed": "crossed with an unrelated update",
+    "enrichment_through_weight": "random vectors through W",
+}
+
+
 def amplification_figures(study: Study) -> Iterator[ReportFigure]:
-    """Yield amplification factor and enrichment by rank and layer; nothing without W."""
+    """Yield the enrichment by rank, with its controls if there are some, and by layer."""
     if study.amplifications.empty:
         return
-    results = study.amplified()
-    rank_of = study.spectra.set_index(["adapter", "module"])["rank"]
-    ranks = [int(rank_of[result.label, result.module]) for result in results]
-    captions = {
-        "amplification_factor": (
-            "Amplification factor by rank.",
-            "‖ΔW‖/‖UᵀWV‖ along ΔW's own directions, one point per module and adapter, all tasks; "
-            "gray: random directions of the same size (box: mean and spread of draws).",
-        ),
-        "enrichment": (
-            "Enrichment by rank.",
-            "‖UᵀWV‖ along ΔW's directions over that along random ones: 1 means that W is not "
-            "stronger there than anywhere. A larger rank includes more and weaker directions.",
-        ),
-    }
     full = study.amplifications[study.amplifications["at_rank"]]
-    for value, (title, caption) in captions.items():
-        axes = plots.plot_amplification(results, plots.new_axes(), value=value, ranks=ranks)  # type: ignore[arg-type]
-        alt = f"{title} Median over all modules {number(float(full[value].median()))}."
-        yield _figure(value, title, caption, alt, axes)
-    yield from _by_layer(study)
-
-
-def _by_layer(study: Study) -> Iterator[ReportFigure]:
-    """Yield both by layer: medians over the adapters of the most frequent rank."""
-    full = study.amplifications[study.amplifications["at_rank"]]
-    full = full.merge(study.spectra[["adapter", "module", "rank"]], on=["adapter", "module"])
-    if full["layer"].nunique() < 2:
-        return
-    rank = full["rank"].mode().iloc[0]
-    rows = full[full["rank"] == rank]
-    medians = rows.groupby("module", sort=False)[
-        ["amplification_factor", "chance_factor", "enrichment"]
-    ].median()
-    of = f"medians over {plural(rows['adapter'].nunique(), 'adapter')} of rank {rank}"
-    factor = plots.plot_layers(
-        medians["amplification_factor"].to_dict(),
+    ranks = study.spectra[["adapter", "module", "rank"]]
+    rows, tasks = tasks_of_all_ranks(study, full.merge(ranks, on=["adapter", "module"]))
+    of = f" of {join_names(tasks)}" if tasks else ""
+    rank_of = {(row.adapter, row.module): int(row.rank) for row in rows.itertuples()}
+    results = [r for r in study.amplified() if (r.label, r.module) in rank_of]
+    axes = plots.plot_amplification(
+        results,
         plots.new_axes(),
-        ylabel="amplification ‖ΔW‖ / ‖UᵀWV‖",
-        chance=medians["chance_factor"].to_dict(),
-        log=True,
+        value="enrichment",
+        ranks=[rank_of[result.label, result.module] for result in results],
     )
-    enrichment = plots.plot_layers(
-        medians["enrichment"].to_dict(),
-        plots.new_axes(),
-        ylabel="enrichment ‖UᵀWV‖ / random",
-        chance=1.0,
-        log=True,
+    medians = "; ".join(
+        f"rank {int(rank)}: median {number(float(of_rank['enrichment'].median()))}"
+        for rank, of_rank in rows.groupby("rank")
     )
     yield _figure(
-        "amplification_layers",
-        "Amplification factor by layer.",
-        f"At full rank, {of}; gray: random directions of the same size.",
-        f"Amplification factor by layer and type of module, {of}.",
-        factor,
+        "enrichment",
+        "Enrichment by rank.",
+        f"‖UᵀWV‖ along ΔW’s directions over that along random ones, a point per module and "
+        f"adapter{of}: 1 means that W is not stronger there than anywhere.",
+        f"Enrichment by rank. {medians}.",
+        axes,
     )
+    controls = {
+        title: rows[name].dropna().to_numpy(dtype=float)
+        for name, title in _CONTROLS.items()
+        if name in rows and rows[name].notna().any()
+    }
+    if len(controls) > 1:
+        yield _figure(
+            "enrichment_controls",
+            "Enrichment and its controls.",
+            "The same values next to those of directions that know nothing of this update: what "
+            "the controls reach is what W gives to anything that passes through it.",
+            "Enrichment next to its controls. "
+            + "; ".join(f"{k}: median {number(float(np.median(v)))}" for k, v in controls.items())
+            + ".",
+            plots.plot_levels(
+                controls,
+                1.0,
+                plots.new_axes(height=0.75 + 0.42 * len(controls)),
+                xlabel="enrichment",
+            ),
+        )
+    yield from _by_layer(rows)
+
+
+def _by_layer(full: pd.DataFrame) -> Iterator[ReportFigure]:
+    """Yield the enrichment by layer: medians over the adapters of the most frequent rank."""
+    if full["layer"].nunique() < 2:
+        return
+    rank = int(full["rank"].mode().iloc[0])
+    rows = full[full["rank"] == rank]
+    medians = rows.groupby("module", sort=False)["enrichment"].median()
+    of = f"medians over {plural(rows['adapter'].nunique(), 'adapter')} of rank {rank}"
     yield _figure(
         "enrichment_layers",
         "Enrichment by layer.",
         f"At full rank, {of}; dashed: random directions.",
         f"Enrichment by layer and type of module, {of}.",
-        enrichment,
+        plots.plot_layers(
+            medians.to_dict(),
+            plots.new_axes(),
+            ylabel="enrichment ‖UᵀWV‖ / random",
+            chance=1.0,
+            log=True,
+        ),
     )
 
 
@@ -184,7 +200,7 @@ def _base_name(update: object, module: str) -> str:
 
 
 def spectrum_figures(study: Study, limit: int = 7) -> Iterator[ReportFigure]:
-    """Yield spectra and energy of one representative module, and the error of a reduced rank."""
+    """Yield the share of ‖ΔW‖² in the first directions of one representative module."""
     trained = study.spectra[study.spectra["numerical_rank"] > 0]
     if trained.empty:
         return
@@ -192,43 +208,13 @@ def spectrum_figures(study: Study, limit: int = 7) -> Iterator[ReportFigure]:
     labels = list(trained.loc[trained["module"] == module, "adapter"])
     chosen = one_per_task_and_rank(study, labels)[:limit] if len(labels) > limit else labels
     spectra = [study.spectrum(label, module) for label in chosen]
-    yield _figure(
-        "spectra",
-        f"Singular values of ΔW, {short_name(module)}.",
-        "In descending order; a line ends at the numerical rank.",
-        f"Singular values of {', '.join(chosen)} in {module}.",
-        plots.plot_spectrum(spectra, plots.new_axes()),
-    )
     ranks = "; ".join(f"{spectrum.label}: {spectrum.energy_rank(0.9)}" for spectrum in spectra)
     yield _figure(
         "energy",
         f"Energy of ΔW, {short_name(module)}.",
-        "Share of ‖ΔW‖² in the first i directions; lines at 90 % and 99 %.",
+        "Share of ‖ΔW‖² in the first i directions of one module; lines at 90 % and 99 %.",
         f"Cumulative energy. Directions that hold 90 %: {ranks}.",
         plots.plot_spectrum(spectra, plots.new_axes(), energy=True),
-    )
-    yield from _budget(study, str(trained["adapter"].iloc[-1]))
-
-
-def _budget(study: Study, label: str) -> Iterator[ReportFigure]:
-    """Yield the error of reduced ranks of one adapter over the number of parameters."""
-    if study.spectra.loc[study.spectra["adapter"] == label, "in_units_of_scale"].any():
-        return
-    values, costs = {}, {}
-    for name, update in study.adapters[label].items():
-        values[name] = singular_values(update)
-        costs[name] = sum(update.shape)
-    best = error_by_parameters(values, costs)
-    same = error_by_parameters(values, costs, uniform=True)
-    half = best[0][int((best[1] <= 0.5).argmax())] / best[0][-1]
-    yield _figure(
-        "budget",
-        f"Error of a reduced rank, {label}.",
-        "Relative error ‖ΔW − ΔW′‖/‖ΔW‖ over the number of parameters: with the best choice of "
-        "ranks, and with one rank for all modules. This is the error of the weights; measure the "
-        "loss in accuracy on the task.",
-        f"An error of one half is reached with {half:.0%} of the parameters.",
-        plots.plot_budget({"ranks by energy": best, "one rank for all": same}, plots.new_axes()),
     )
 
 

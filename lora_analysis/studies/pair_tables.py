@@ -84,7 +84,7 @@ def pair_tables(
     for position, pair in enumerate(chosen.tolist()):
         rows = similarities.iloc[starts[position] : starts[position + 1]]
         common = _common_groups(results, *study.pairs.pairs[pair])
-        inits.append(_shared_init(common, rows))
+        inits.append(_shared_init(study, pair, common, rows))
         summaries.append(_summary(study, results, common, pair, inits[-1]))
     bases = pair_bases(study, chosen)
     classes = _classes(study, chosen, summaries, inits, bases)
@@ -313,12 +313,23 @@ def _common_groups(results: Sequence[ModuleResult], a: int, b: int) -> list[_Com
     ]
 
 
-def _shared_init(common: Sequence[_Common], rows: pd.DataFrame) -> SharedInit:
-    """Return the relation of the initializations of a pair."""
+def _shared_init(
+    study: OpenStudy, pair: int, common: Sequence[_Common], rows: pd.DataFrame
+) -> SharedInit:
+    """Return the relation of the initializations of a pair, with what is known of its tasks."""
     inits = [init for group, i, j in common if (init := group.init(i, j)) is not None]
     # Subspaces of ranks close to the dimension overlap by chance.
     narrow = rows[(rows["side"] == "input") & (rows["chance_r_r"] <= 0.35)]
-    return classify_init(inits, narrow["phi_r_r"].to_numpy())
+    same_task = _agree(study, pair, "task")
+    return classify_init(inits, narrow["phi_r_r"].to_numpy()).for_tasks(
+        differ=None if same_task is None else not same_task
+    )
+
+
+def _agree(study: OpenStudy, pair: int, field: str) -> bool | None:
+    """Return True if both adapters of a pair state the same; None if one states nothing."""
+    a, b = (getattr(study.adapters[i].provenance, field) for i in study.pairs.pairs[pair])
+    return None if a is None or b is None else a == b
 
 
 def _summary(
@@ -370,26 +381,20 @@ def _evidence(
     study: OpenStudy, pair: int, summary: Mapping[str, Any], init: SharedInit
 ) -> PairEvidence:
     """Return what the class of a pair is decided from."""
-    a, b = (study.adapters[i].provenance for i in study.pairs.pairs[pair])
-
-    def agree(first: object, second: object) -> bool | None:
-        return None if first is None or second is None else first == second
-
-    parents = [
-        None if source.location is None else PurePath(source.location).parent for source in (a, b)
-    ]
+    locations = [study.adapters[i].provenance.location for i in study.pairs.pairs[pair]]
+    parents = [None if path is None else PurePath(path).parent for path in locations]
     return PairEvidence(
         relation=study.pairs.relations[pair],
-        same_task=agree(a.task, b.task),
-        same_seed=agree(a.seed, b.seed),
+        same_task=_agree(study, pair, "task"),
+        same_seed=_agree(study, pair, "seed"),
         reference=bool((study.pairs.pairs[pair] >= study.analyzed).any()),
         one_study=None in parents or parents[0] == parents[1],
         copied=summary["copied"],
         negated=summary["negated"],
         containment=summary["containment"],
         initialization=init.kind,
-        b_cosine=init.other_cosine or 0.0,
-        row_space=getattr(init, "row_space", float("nan")),
+        second_factor_agrees=init.other_agrees,
+        b_cosine=abs(init.other_cosine or 0.0),
     )
 
 

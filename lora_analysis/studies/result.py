@@ -54,7 +54,9 @@ class Study:
         angles, cosine; the p-value of ω against random subspaces (at least 1e-4: ``p_is_bound``),
         and its q-value over the modules of one pair and side; ``usable`` if the module counts.
     amplifications
-        One row per adapter, module and k; empty without a base.
+        One row per adapter, module and k; empty without a base. ``enrichment_crossed`` and
+        ``enrichment_through_weight`` are the controls of ``enrichment``: with U or V of unrelated
+        adapters (median), and of random directions through W.
     changes
         One row per adapter, module and side if ``weight_spectra`` was requested: energy of ΔW in
         leading and trailing directions of W, intruder dimensions, drift and rotation of the top

@@ -18,7 +18,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lora_analysis.adapter import Provenance
-from lora_analysis.amplify import Amplification, RandomDirections
+from lora_analysis.amplify import Amplification, CrossedEnrichment, RandomDirections
 from lora_analysis.bases.sanity_checks import WeightStatistics
 from lora_analysis.errors import InputError, MalformedFileError, SourceError, UnfinishedError
 from lora_analysis.finding import Failure, Finding
@@ -42,6 +42,7 @@ _CLASSES: Final[dict[str, type]] = {
     kind.__name__: kind
     for kind in (
         Amplification,
+        CrossedEnrichment,
         Failure,
         Finding,
         Provenance,

@@ -20,6 +20,7 @@ from lora_analysis.names import match_names, parse_prefixes
 from lora_analysis.patterns import module_type
 from lora_analysis.progress import Progress
 from lora_analysis.studies.base_identity import resolve_keys, shown_bases
+from lora_analysis.studies.crossed_partners import only_unrelated
 from lora_analysis.studies.module_analysis import ModuleResult, analyze_module
 from lora_analysis.studies.module_walk import choose_modules, walk_modules
 from lora_analysis.studies.pair_classes import Exclusion, PairClass
@@ -228,6 +229,7 @@ def _assemble(
     )
     tables = pair_tables(opened, results, failed)
     _add_statistics(similarity_matrix, tables.pairs)
+    amplified = only_unrelated(amplified, tables.pairs)
     tabulated = {opened.adapters[i].label for i in opened.pairs.tabulated}
     return Study(
         adapters=adapters,

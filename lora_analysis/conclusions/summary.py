@@ -1,0 +1,259 @@
+"""The lines with which a report begins: at most five, each with one number and where it is from.
+
+In this order: whether tasks are told apart (or what two adapters are), by how much, what ranks
+add, what is damage or an artifact, and what cannot be said.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+
+from lora_analysis.conclusions.comparisons import Comparison, Conclusion, Reason
+from lora_analysis.conclusions.rank_findings import spectra_by_rank
+from lora_analysis.finding import Finding
+from lora_analysis.shared_init import InitRelation
+from lora_analysis.studies.pair_classes import ONE_SAMPLE, PairClass
+
+if TYPE_CHECKING:
+    from lora_analysis.studies import Study
+
+MOST_LINES: Final = 5
+# T of tasks that differ by more than this is given by task.
+_TASKS_DIFFER: Final = 0.3
+_OF_UNREAD_LABELS: Final = "unknown-task-or-seed"
+
+SectionName = Literal["alike", "ranks", "tasks", "layers", "weights", "modules", "limits"]
+
+
+@dataclass(frozen=True, slots=True)
+class SummaryLine:
+    """One line: a finding, and the section of the report with the numbers behind it."""
+
+    finding: Finding
+    section: SectionName
+
+    @property
+    def text(self) -> str:
+        """The sentence."""
+        return self.finding.text
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields for JSON output."""
+        return {**self.finding.to_dict(), "section": self.section}
+
+
+def summary(
+    study: Study, compared: Sequence[Comparison], findings: Sequence[Finding]
+) -> tuple[SummaryLine, ...]:
+    """Return the lines of a study, from its comparisons and findings."""
+    leading = _leading(compared)
+    lines = [
+        *(_conclusion(leading, compared) if leading else ()),
+        *_ranks(study),
+    ]
+    artifacts = list(_artifacts(study, findings))
+    if len(artifacts) > 1 and lines[-1:] and lines[-1].finding.code == "summary-rank":
+        del lines[-1]  # with one rank only, the least important line
+    limit = _limit(study, leading, compared, findings)
+    room = MOST_LINES - len(lines) - 1
+    return (*lines, *artifacts[:room], limit)
+
+
+def _leading(compared: Sequence[Comparison]) -> Comparison | None:
+    """Return the comparison that the report leads with: of tasks if there is one, output first."""
+    usable = [c for c in compared if c.kind in ("tasks", "pair", "adapters")]
+    with_value = [c for c in usable if c.modules] or usable
+    tasks = [c for c in with_value if c.kind == "tasks"]
+    return max(tasks or with_value, key=lambda c: c.pairs, default=None)
+
+
+def _conclusion(leading: Comparison, compared: Sequence[Comparison]) -> Iterator[SummaryLine]:
+    """Yield what was concluded, and how large the overlap is."""
+    several = [
+        c for c in compared
+        if leading.kind == "pair" and c.kind == "pair" and c.side == leading.side
+    ]  # fmt: skip
+    if len(several) > 1:
+        yield _several_pairs(several)
+        several.sort(key=lambda c: -np.nan_to_num(c.mean_excess, nan=-np.inf))
+        leading = several[0]
+    else:
+        yield SummaryLine(_conclusion_finding(leading), "alike")
+    if np.isfinite(leading.mean_excess):
+        yield SummaryLine(_size_finding(leading), "alike")
+
+
+def _conclusion_finding(comparison: Comparison) -> Finding:
+    fields: dict[str, Any] = {
+        "base": comparison.base,
+        "side": comparison.side,
+        "compared": comparison.subject,
+        "conclusion": str(comparison.conclusion or ""),
+        "reason": str(comparison.reason),
+        "p": comparison.p,
+        "smallest_p": comparison.smallest_p,
+        "tasks": len(comparison.tasks),
+        "significant": comparison.significant[0],
+        "significant_of": comparison.significant[1],
+        "unit": "modules" if comparison.kind == "pair" else "pairs",
+    }
+    conclusion = comparison.conclusion
+    if conclusion is Conclusion.MORE_ALIKE_THAN_RANDOM:
+        return Finding("summary-more-alike-than-random", fields)
+    if comparison.kind == "tasks" and comparison.p is not None:
+        if conclusion is Conclusion.MORE_ALIKE:
+            return Finding("summary-tasks-told-apart", fields)
+        if conclusion is Conclusion.NOT_DISTINGUISHABLE:
+            return Finding("summary-tasks-not-told-apart", fields)
+        if conclusion is Conclusion.TOO_FEW_RUNS:
+            return Finding("summary-tasks-too-few-runs", fields)
+        apart = [task.task for task in comparison.tasks if task.is_apart]
+        return Finding(
+            "summary-tasks-unequal", {**fields, "apart": apart or None, "count": len(apart)}
+        )
+    if conclusion in (Conclusion.INCONCLUSIVE, Conclusion.TOO_FEW_RUNS, None):
+        return Finding("summary-no-conclusion", fields)
+    return Finding("summary-conclusion", fields)
+
+
+def _several_pairs(pairs: Sequence[Comparison]) -> SummaryLine:
+    """Return the most frequent conclusion of several pairs."""
+    conclusion, count = Counter(str(c.conclusion or "") for c in pairs).most_common(1)[0]
+    fields = {
+        "base": pairs[0].base,
+        "side": pairs[0].side,
+        "conclusion": conclusion[:1].upper() + conclusion[1:],
+        "count": count,
+        "total": len(pairs),
+    }
+    return SummaryLine(Finding("summary-pairs", fields), "alike")
+
+
+def _size_finding(comparison: Comparison) -> Finding:
+    """Return T with its level; a word for it only if the difference was detected."""
+    detected = comparison.conclusion in (Conclusion.MORE_ALIKE, Conclusion.NOT_DISTINGUISHABLE)
+    own = [task.own for task in comparison.tasks if np.isfinite(task.own)]
+    differ = len(own) > 1 and np.ptp(own) > _TASKS_DIFFER
+    return Finding(
+        "summary-size",
+        {
+            "compared": comparison.subject,
+            "base": comparison.base,
+            "side": comparison.side,
+            "size": (comparison.size or None) if detected else None,
+            "mean_excess": comparison.mean_excess,
+            "unrelated": comparison.unrelated.median if comparison.unrelated else None,
+            "by_task": [min(own), max(own)] if differ else None,
+        },
+    )
+
+
+def _ranks(study: Study) -> Iterator[SummaryLine]:
+    """Yield how many directions hold the energy, at the smallest and the largest rank."""
+    by_rank, _ = spectra_by_rank(study)
+    if len(by_rank) > 1:
+        low, high = by_rank[0], by_rank[-1]
+        fields = {
+            "low": low.rank,
+            "high": high.rank,
+            "low_directions": low.energy_rank_90[1],
+            "high_directions": high.energy_rank_90[1],
+        }
+        yield SummaryLine(Finding("summary-ranks", fields), "ranks")
+    elif by_rank:
+        fields = {"rank": by_rank[0].rank, "directions": by_rank[0].energy_rank_90[1]}
+        yield SummaryLine(Finding("summary-rank", fields), "ranks")
+
+
+def _artifacts(study: Study, findings: Sequence[Finding]) -> Iterator[SummaryLine]:
+    """Yield what is damaged or has another cause than learning, most serious first."""
+    damage = [finding for finding in findings if finding.severity == "damage"]
+    if damage:
+        named = dict.fromkeys(
+            label for finding in damage for label in finding.fields.get("adapters", ("the base",))
+        )
+        fields: dict[str, Any] = {"named": list(named), "count": len(damage)}
+        yield SummaryLine(Finding("summary-damage", fields), "limits")
+    diverged = [f.fields["adapter"] for f in findings if f.code == "diverged"]
+    if diverged:
+        fields = {"named": diverged, "count": len(diverged), "total": len(study.adapters)}
+        yield SummaryLine(Finding("summary-diverged", fields), "limits")
+    pairs, total = study.pairs, len(study.pairs)
+    counts = {
+        "summary-started-from-base": pairs["pair_class"] == PairClass.STARTED_FROM_BASE,
+        "summary-wrong-labels": pairs["pair_class"] == PairClass.WRONG_LABEL,
+        "summary-one-sample": pairs["pair_class"].isin(list(ONE_SAMPLE)),
+        "summary-shared-initialization": (
+            pairs["initialization"].isin(
+                [InitRelation.SHARED, InitRelation.PARTLY_SHARED, InitRelation.SAME_SPACE]
+            )
+            | (pairs["pair_class"] == PairClass.SHARED_INIT)
+        )
+        & ~pairs["pair_class"].isin(
+            [*ONE_SAMPLE, PairClass.WRONG_LABEL, PairClass.STARTED_FROM_BASE]
+        ),
+    }
+    clean = not damage and not diverged
+    for code, chosen in counts.items():
+        if count := int(chosen.sum()):
+            clean = False
+            yield SummaryLine(Finding(code, {"count": count, "total": total}), "limits")
+    if clean and total:
+        yield SummaryLine(Finding("summary-no-artifacts", {"pairs": total}), "limits")
+    elif clean:
+        modules = int(study.spectra["module"].nunique())
+        yield SummaryLine(Finding("summary-no-damage", {"modules": modules}), "limits")
+
+
+def _limit(
+    study: Study,
+    leading: Comparison | None,
+    compared: Sequence[Comparison],
+    findings: Sequence[Finding],
+) -> SummaryLine:
+    """Return the most important thing that cannot be said."""
+    adapters = len(study.adapters)
+    if adapters < 2:
+        return SummaryLine(Finding("summary-one-adapter", {"count": adapters}), "limits")
+    if leading is None:
+        return SummaryLine(Finding("summary-nothing-compared", {"count": adapters}), "limits")
+    if leading.reason is Reason.NO_REFERENCE:
+        return SummaryLine(Finding("summary-no-reference"), "limits")
+    unread = next((f for f in findings if f.code == _OF_UNREAD_LABELS), None)
+    if unread is not None:
+        fields = {name: unread.fields[name] for name in ("count", "total")}
+        return SummaryLine(Finding("summary-unknown-labels", fields), "limits")
+    for comparison in compared:
+        if comparison.side == leading.side or comparison.subject != leading.subject:
+            continue
+        if not comparison.modules:
+            return _side_left_out(study, comparison)
+        if comparison.conclusion is Conclusion.INCONCLUSIVE:
+            fields = {
+                "side": comparison.side,
+                "mean_excess": comparison.mean_excess,
+                "reason": str(comparison.reason),
+            }
+            return SummaryLine(Finding("summary-side-inconclusive", fields), "alike")
+    if study.failures:
+        fields = {"count": len(study.failures)}
+        return SummaryLine(Finding("summary-unanalyzed", fields), "limits")
+    return SummaryLine(Finding("summary-scope", {"count": adapters}), "limits")
+
+
+def _side_left_out(study: Study, comparison: Comparison) -> SummaryLine:
+    left_out = study.left_out.get(comparison.side, {})
+    reasons = Counter(left_out.values())
+    rows = study.similarities[study.similarities["side"] == comparison.side]
+    fields = {
+        "side": comparison.side,
+        "count": len(left_out),
+        "total": int(rows["module"].nunique()),
+        "reason": reasons.most_common(1)[0][0] if reasons else None,
+    }
+    return SummaryLine(Finding("summary-side-left-out", fields), "limits")
