@@ -86,6 +86,7 @@ class Reason(StrEnum):
     WRONG_LABEL = "one update under two task names"
     STARTED_FROM_BASE = "both factors started from the base weights"
     DIFFERENT_BASE = "different base models"
+    BASE_NOT_KNOWN = "the base models are not known to be the same"
     NO_USABLE_MODULE = "no module is usable in all pairs"
 
 
@@ -524,6 +525,8 @@ def _compared_pair(
         )
     if side == "input" and of_pair is PairClass.SHARED_INIT:
         return replace(comparison, conclusion=Conclusion.INCONCLUSIVE, reason=Reason.SHARED_START)
+    if of_pair is PairClass.BASE_NOT_KNOWN:  # what references are unrelated to is not known
+        return _against_random(comparison, Reason.BASE_NOT_KNOWN)
     test = reference_test(on_base.study, str(row.a), str(row.b), side)
     if test is None:
         return _against_random(comparison, Reason.NO_REFERENCE)

@@ -168,14 +168,14 @@ def _classify(pair: PairEvidence, *, from_base: bool) -> ClassifiedPair:
     output: Population = ""
     if of_pair is PairClass.UNRELATED:
         output = "unrelated"
-    elif of_pair is PairClass.REPLICATE:
+    elif of_pair is PairClass.REPLICATE and not pair.reference:
         output = "replicate"
     elif of_pair is PairClass.SHARED_INIT:
         # Only the input side comes from the start; which population the output side is of
         # follows from the labels, as without it.
-        if pair.reference or (pair.same_task is False and pair.same_seed is False):
+        if _class_by_labels(pair) is PairClass.UNRELATED:
             output = "unrelated"
-        elif pair.same_task and pair.same_seed is False:
+        elif pair.same_task and pair.same_seed is False and not pair.reference:
             output = "replicate"
     input_side = "" if of_pair is PairClass.SHARED_INIT else output
     return ClassifiedPair(of_pair, {"input": input_side, "output": output})

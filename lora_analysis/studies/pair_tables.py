@@ -442,10 +442,12 @@ def _exclusions(
     exclusions = {label: Exclusion.EARLIER for label in labels if label in earlier}
     exclusions |= {label: Exclusion.UNTRAINED for label, names in trained.items() if not names}
     counted = {label: names for label, names in trained.items() if label not in exclusions}
+    # References never decide what the analyzed adapters are compared in.
+    analyzed = [counted[label] for label in labels[: study.analyzed] if label in counted]
     usual = {
         module
-        for module, count in Counter(m for names in counted.values() for m in names).items()
-        if 2 * count > len(counted)
+        for module, count in Counter(m for names in analyzed for m in names).items()
+        if 2 * count > len(analyzed)
     }
     exclusions |= {
         label: Exclusion.OTHER_MODULES
