@@ -4,15 +4,15 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 
-.PHONY: demo lint test test-cluster test-faults test-kernels test-peft check figures notebooks docs data \
-  bench fuzz clean
+.PHONY: demo lint test test-claims test-cluster test-faults \
+  test-kernels test-peft check figures notebooks docs data bench fuzz clean
 
 demo: .venv/.demo
 	$(BIN)/lora-analysis demo -o runs/demo
 
 # What .ci/run runs: one file of tests a worker, for the fixtures that a file shares.
 test: lint
-	$(BIN)/pytest -n auto --dist loadfile -m "not cluster and not faults"
+	$(BIN)/pytest -n auto --dist loadfile -m "not cluster and not faults and not claims"
 
 # Work through a Ray cluster of two nodes, both on this machine.
 test-cluster: .venv/.dev
@@ -21,9 +21,9 @@ test-cluster: .venv/.dev
 
 # The numeric tests with the kernels of other processors: what this one chooses, those for AVX2, and
 # those for every x86-64. Bounds come from the arithmetic, so they hold under each.
-NUMERIC := $(addprefix tests/test_,$(addsuffix .py,adapter amplify* bases_* chance* doctests edit* \
-  effective fine_tunes formats_* groups* initialization intruders linalg* lora_* pairwise plots_* \
-  similarity spectra studies* training_* weight_changes))
+NUMERIC := $(addprefix tests/test_,$(addsuffix .py,adapter amplify* bases_* chance* conclusions_* \
+  doctests edit* effective fine_tunes formats_* groups* intruders linalg* lora_* pairwise* plots_* \
+  reproduction shared_init similarity spectra studies* training_* weight_changes))
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell
 test-kernels: .venv/.dev
 	$(BIN)/pytest -n auto --dist loadfile -m "not cluster" $(NUMERIC)
@@ -44,11 +44,16 @@ lint: .venv/.dev
 
 # The quick half, for while you work.
 check: lint
-	$(BIN)/pytest -n auto --dist loadfile -m "not slow and not cluster and not faults"
+	$(BIN)/pytest -n auto --dist loadfile -m "not slow and not cluster and not faults and not claims"
 
 # Every file operation of every verb that writes fails once, by a full disk, an error or a kill.
 test-faults: .venv/.dev
 	$(BIN)/pytest -n auto -m faults
+
+# Simulates studies of known truth, and counts how often conclusions about them are false. TRIALS=n
+# of each kind; 400 take some two hours on two cores.
+test-claims: .venv/.dev
+	OPENBLAS_NUM_THREADS=1 $(BIN)/pytest -n auto -m claims
 
 figures: .venv/.demo
 	$(BIN)/python -m lora_analysis demo -o runs/demo

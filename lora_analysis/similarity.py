@@ -9,7 +9,15 @@ import numpy as np
 
 from lora_analysis import chance, linalg
 from lora_analysis.errors import DegenerateSubspaceError, IncompatibleError
-from lora_analysis.spectra import SIDES, Side, Spectrum, VectorsOf, check_side, spectrum
+from lora_analysis.spectra import (
+    SIDES,
+    Side,
+    Spectrum,
+    VectorsOf,
+    check_side,
+    default_side,
+    spectrum,
+)
 from lora_analysis.text import html_table
 
 if TYPE_CHECKING:
@@ -126,7 +134,11 @@ def _check_same_space(a: Spectrum, b: Spectrum, side: Side) -> int:
 
 
 def subspace_similarity(
-    a: Update | Spectrum, b: Update | Spectrum, *, side: Side = "input", of: VectorsOf = "delta"
+    a: Update | Spectrum,
+    b: Update | Spectrum,
+    *,
+    side: Side | None = None,
+    of: VectorsOf = "delta",
 ) -> SimilarityGrid:
     """Return φ(i, j) for all i, j up to the numerical ranks, with the random baseline next to it.
 
@@ -139,9 +151,10 @@ def subspace_similarity(
     a, b
         Updates of the same module, or their spectra (to factor each only once).
     side
-        ``"input"``: right singular vectors, in R^d_in; ``"output"``: left ones, in R^d_out.
+        ``"output"``: left singular vectors, in R^d_out; ``"input"``: right ones, in R^d_in. By
+        default output, for ``of="A"`` input, the only side of A.
     of
-        Whose singular vectors, see `spectrum`; ``"A"`` on the input side is the paper's choice.
+        Whose singular vectors, see `spectrum`; ``"A"`` is the paper's choice.
 
     Returns
     -------
@@ -164,6 +177,7 @@ def subspace_similarity(
     >>> subspace_similarity(one, two).values
     array([[1., 1.]])
     """
+    side = default_side(of) if side is None else side
     check_side(side, of)
     first, second = spectrum(a, of=of), spectrum(b, of=of)
     dimension = _check_same_space(first, second, side)
@@ -224,11 +238,11 @@ def chordal_distance(
     return float(np.linalg.norm(np.sin(principal_angles(a, b, side=side, k=k))))
 
 
-def energy_overlap(a: Update | Spectrum, b: Update | Spectrum, *, side: Side = "input") -> float:
+def energy_overlap(a: Update | Spectrum, b: Update | Spectrum, *, side: Side = "output") -> float:
     """Return ω, the energy-weighted overlap of two updates on one side, in [0, 1].
 
-    ``ω = Σ_ab σ_a²τ_b²(u_a·v_b)² / √(Σσ⁴·Στ⁴)``: the cosine between ΔW₁ᵀΔW₁ and ΔW₂ᵀΔW₂ (input;
-    the other product for output). It needs no choice of i and j and does not depend on the
+    ``ω = Σ_ab σ_a²τ_b²(u_a·v_b)² / √(Σσ⁴·Στ⁴)``: the cosine between ΔW₁ΔW₁ᵀ and ΔW₂ΔW₂ᵀ (output;
+    the other product for input). It needs no choice of i and j and does not depend on the
     scale. The random baseline is `chance.energy_overlap_mean`. NaN if either is untrained.
     """
     first, second = spectrum(a), spectrum(b)

@@ -16,10 +16,11 @@ from document_workspace import make_workspace
 from documents import ROOT, Page, blocks, copy_tree, fits
 
 import lora_analysis
-from lora_analysis import demo, formats, write_report
+from lora_analysis import demo, formats, study, write_report
 from lora_analysis.cli import VERBS
 from lora_analysis.execution.protocol import SerialExecutor
 from lora_analysis.formats import registry
+from lora_analysis.report.results import TABLE_NAMES, all_tables
 from lora_analysis.training import LoopOptions, RunConfig, sweep
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -120,6 +121,32 @@ def test_the_reference_has_every_public_name_and_every_module() -> None:
         assert f".. automodule:: lora_analysis.{home}\n" in text
 
 
+def documented(heading: str) -> set[str]:
+    """Return the names in the first column of the table below a heading of the tables' page."""
+    text = (ROOT / "docs" / "reference" / "tables.md").read_text(encoding="utf-8")
+    section = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    return set(re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE))
+
+
+def test_every_column_of_every_table_is_documented(inside: Path) -> None:
+    result = study(["runs"], base="path/to/model", weight_spectra=True)
+    tables = dict(all_tables(result))
+    assert list(tables) == list(TABLE_NAMES)
+    differences = {
+        name: documented(name) ^ {re.sub("^metric_.+", "metric_*", c) for c in table.columns}
+        for name, table in tables.items()
+    }
+    # The runs of the workspace were not evaluated.
+    assert differences.pop("adapters") <= {"metric_*"}
+    assert not any(differences.values()), differences
+
+
+def test_every_pair_class_is_documented() -> None:
+    from lora_analysis.studies.pair_classes import PairClass
+
+    assert documented("Pair classes") == set(PairClass)
+
+
 def test_every_make_target_of_the_documents_exists() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     texts = README + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -127,6 +154,16 @@ def test_every_make_target_of_the_documents_exists() -> None:
         re.findall(r"\bmake (test|check|demo|docs|figures|notebooks|data|bench|fuzz)\b", texts)
     ):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_every_pattern_of_the_numeric_tests_matches_a_file() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    numeric = re.search(
+        r"^NUMERIC := \S+ tests/test_,\$\(addsuffix \.py,([^)]+)\)\)$", makefile, re.M
+    )
+    assert numeric
+    for pattern in numeric[1].split():
+        assert list((ROOT / "tests").glob(f"test_{pattern}.py")), pattern
 
 
 def test_every_file_the_readme_links_to_is_there() -> None:

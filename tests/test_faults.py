@@ -26,11 +26,11 @@ _TRAIN = ["--rank", "2", "--batch-size", "8", "--steps", "4", "--device", "cpu",
 _TRAIN += ["--set", "loop.checkpoint_every=2", "--set", "loop.trajectory=[2]", "--force"]
 _EXTRACT = ["extract", "{in}/tuned.safetensors", "--base", "{in}/base.safetensors"]
 _EXTRACT += ["--not-transposed"]
-_REPORT = ["report", "{in}/a", "{in}/b", "--as", "md", "--figures", ""]
+_PLAIN = ["--as", "md", "--figures", ""]
 # Of each verb: the words that write a first result, those that replace it by a second one, and
 # the name of the output.
 VERBS: dict[str, tuple[list[str], list[str], str]] = {
-    "report": ([*_REPORT, "--title", "old"], [*_REPORT, "--module", "layers.0.q_proj"], "out"),
+    "report": (["report", "{in}/a", "{in}/b", *_PLAIN], ["report", "{in}/a", *_PLAIN], "out"),
     "heatmap": (
         ["heatmap", "{in}/a", "{in}/b", "--module", "layers.0.q_proj"],
         ["heatmap", "{in}/a", "{in}/b", "--module", "layers.1.q_proj"],

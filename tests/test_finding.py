@@ -18,6 +18,7 @@ BY_SPEC: dict[str, Any] = {
     "and": ["a", "b"],
     "range": [0.1, 0.2],
     "quartiles": [0.1, 0.2, 0.3],
+    "trend": [0.1, 0.3, 0.2],
     "plural": 2,
     "nonzero": 3,
 }

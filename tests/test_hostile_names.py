@@ -29,7 +29,7 @@ from lora_analysis.report import results_schema, write_report
 from lora_analysis.report.results import square_table
 from lora_analysis.storage.records import RECORD_FOLDER
 from lora_analysis.studies import study
-from lora_analysis.studies.relations import shown_base
+from lora_analysis.studies.base_models import shown_base
 from lora_analysis.text import html_table, printable, printable_json
 
 ALL = "".join(NAMES)

@@ -11,8 +11,8 @@ from reference import IDENTITY, assert_close
 
 from lora_analysis.adapter import Adapter, DenseUpdate
 from lora_analysis.errors import IncompatibleError, InputError
+from lora_analysis.init_evidence import module_init, weaker_half_excess
 from lora_analysis.pairwise import module_pairs, pair_angles, pairwise
-from lora_analysis.shared_init import module_init
 from lora_analysis.similarity import (
     energy_overlap,
     principal_angles,
@@ -92,7 +92,7 @@ def test_updates_of_different_weights_are_refused(rng):
 def test_angles_of_every_pair_are_those_of_the_pair_alone(rng, updates, side):
     near = replace(updates[1], A=updates[1].A + 1e-9 * updates[4].A)
     spectra = [spectrum(one) for one in (*updates, near)]
-    smallest, largest = pair_angles(spectra, side)
+    smallest, largest, weaker = pair_angles(spectra, side)
     for i, a in enumerate(spectra):
         for j, b in enumerate(spectra):
             if a.untrained or b.untrained:
@@ -102,6 +102,9 @@ def test_angles_of_every_pair_are_those_of_the_pair_alone(rng, updates, side):
             angles = principal_angles(a, b, side=side, k=ranks)
             expected = [angles[0], angles[-1]]
             assert_close([smallest[i, j], largest[i, j]], expected, rtol=1e-9, atol=1e-14)
+            if i != j:
+                excess = weaker_half_excess(np.cos(angles), ranks, 20 if side == "input" else 24)
+                np.testing.assert_allclose(weaker[i, j], excess, atol=IDENTITY)  # NaN alike
 
 
 # --- whole adapters ---------------------------------------------------------------------------

@@ -7,21 +7,25 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import reference
-from factories import low_rank_update, orthonormal
-from reference import IDENTITY, assert_close
+from factories import adapter, low_rank_update, orthonormal
+from reference import IDENTITY, STANDARD_ERRORS, assert_close
 from safetensors.numpy import load_file
 
-from lora_analysis.adapter import LowRankUpdate
+from lora_analysis.adapter import Adapter, LowRankUpdate
+from lora_analysis.chance import weaker_half_mean
 from lora_analysis.errors import IncompatibleError
-from lora_analysis.shared_init import (
+from lora_analysis.init_evidence import (
+    InitRows,
     ModuleInit,
-    classify_init,
-    drift,
     init_evidence,
     module_init,
+    weaker_half_excess,
 )
+from lora_analysis.linalg import haar_frame
+from lora_analysis.shared_init import classify_init, drift
 from lora_analysis.similarity import subspace_similarity
 from lora_analysis.spectra import spectrum
+from lora_analysis.studies import study
 
 D = 64
 MODULES = 8
@@ -183,6 +187,31 @@ def test_some_shared_modules_make_a_pair_partly_shared_and_are_listed(rng):
     assert not found.contaminates_input
 
 
+@pytest.mark.parametrize(
+    ("shared", "kind"),
+    [(3, "partly shared"), (4, "shared initialization"), (7, "shared initialization")],
+)
+def test_half_of_the_modules_make_the_whole_pair_shared(rng, shared, kind):
+    found = classified(*pairs(rng, shared=shared))
+    assert (found.kind, found.share, found.sign) == (kind, shared / MODULES, 1)
+    assert not found.other_agrees
+    assert found.contaminates_input == (kind == "shared initialization")
+
+
+@pytest.mark.parametrize(("of_a", "of_b"), [(-1, 1), (1, -1), (-1, -1)])
+def test_negated_factors_do_not_hide_a_shared_initialization(rng, of_a, of_b):
+    one, two = pairs(rng)
+
+    def negated(updates):
+        return [replace(u, A=of_a * u.A, B=of_b * u.B) for u in updates]
+
+    found = classified(one, negated(two))
+    assert (found.kind, found.share, found.sign) == ("shared initialization", 1, of_a)
+    copy = classified(one, negated(one))
+    assert (copy.kind, copy.sign) == ("same training run", of_a)
+    assert copy.other_cosine == pytest.approx(of_a * of_b)  # the sign of ΔW
+
+
 def test_an_agreeing_second_factor_means_the_same_training_run(rng):
     one, _ = pairs(rng)
     later = [
@@ -203,10 +232,12 @@ def test_a_resized_copy_shares_its_space_though_not_its_rows(rng):
     found = classified(one, resized)
     assert found.kind == "same input space"
     assert found.contaminates_input
+    assert found.row_space == pytest.approx(1)
     smaller = [replace(u, A=u.A[:2], B=u.B[:, :2]) for u in resized]  # cut after the rotation
     assert classified(one, smaller).kind == "same input space"
-    # Without φ there is nothing to recognize it by.
-    assert classify_init(common_inits(one, resized)).kind == "independent"
+    # Below rank 4 there is nothing but φ to recognize it by.
+    without = classify_init(common_inits(one, smaller))
+    assert (without.kind, without.row_space) == ("independent", None)
 
 
 def test_correlated_rows_alone_are_no_shared_initialization(rng):
@@ -219,6 +250,203 @@ def test_correlated_rows_alone_are_no_shared_initialization(rng):
     inits = common_inits(one, two)
     assert max(abs(init.row_cosine) for init in inits) > 0.5
     assert classify_init(inits).kind == "independent"
+
+
+# --- row spaces ---------------------------------------------------------------------------------
+
+
+def spans_at(rng, cosines, r2, columns=D):
+    """Two matrices whose row spaces have these cosines, in random bases of these spaces."""
+    n = len(cosines)
+    frame = orthonormal(rng, columns, n + r2)
+    second = frame[:, n:].copy()
+    second[:, :n] = frame[:, :n] * cosines + second[:, :n] * np.sqrt(1 - np.square(cosines))
+    return rng.standard_normal((n, n)) @ frame[:, :n].T, rng.standard_normal((r2, r2)) @ second.T
+
+
+def with_rows(rng, A, name="q"):
+    return LowRankUpdate(name=name, A=A, B=rng.standard_normal((D, len(A))), scale=1.0)
+
+
+@pytest.mark.parametrize("r2", [5, 8, 20])
+def test_the_weaker_half_of_the_angles_is_measured_as_excess_over_random_spans(rng, r2):
+    cosines = np.array([1.0, 0.9, 0.8, 0.6, 0.3])
+    one, two = (with_rows(rng, A) for A in spans_at(rng, cosines, r2))
+    chance = weaker_half_mean(D, 5, r2)
+    expected = (np.mean([0.6**2, 0.3**2]) - chance) / (1 - chance)
+    for found in (module_init(one, two), module_init(two, one)):
+        assert found.row_space == pytest.approx(expected)
+        assert found.other_space == pytest.approx(0, abs=0.2)
+
+
+def test_the_weaker_half_is_not_measured_where_random_spans_agree(rng):
+    for r1, r2, defined in [(4, 4, True), (3, 8, False), (8, 24, True), (8, 25, False)]:
+        one, two = (low_rank_update(rng, 400, D, rank=r) for r in (r1, r2))
+        found = module_init(one, two)
+        assert (found.row_space is not None) == defined
+        assert (found.other_space is not None) == (min(r1, r2) >= 4)
+
+
+def test_rows_that_depend_on_each_other_count_once(rng):
+    A = orthonormal(rng, D, 5).T
+    one, two = with_rows(rng, np.vstack([A, A[:3], 0 * A[:1]])), with_rows(rng, A)
+    assert module_init(one, two).row_space == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("d", "i", "j"), [(16, 4, 4), (64, 5, 20), (64, 16, 16), (192, 8, 64)])
+def test_the_weaker_half_of_random_subspaces_has_the_stated_mean(rng, d, i, j):
+    cosines = []
+    for _ in range(300):
+        frames = haar_frame(rng, d, i), haar_frame(rng, d, j)
+        cosines.append(np.linalg.svd(frames[0].T @ frames[1], compute_uv=False))
+    weaker = np.sort(np.square(cosines), axis=1)[:, : i // 2].mean(axis=1)
+    error = STANDARD_ERRORS * weaker.std() / np.sqrt(len(weaker))
+    assert weaker.mean() == pytest.approx(weaker_half_mean(d, i, j), abs=error + 0.006)
+    excess = weaker_half_excess(np.array(cosines), (i, j), d)
+    assert excess.mean() == pytest.approx(0, abs=2 * error + 0.012)
+
+
+def row_space_pair(values, *, flagged=0, other_space=None):
+    return [
+        ModuleInit(
+            module=f"m{k}",
+            ranks=(8, 8),
+            row_cosine=0.8 if k < flagged else 0.0,
+            cross_cosine=0.1,
+            z=20.0 if k < flagged else 0.0,
+            other_cosine=0.0,
+            shared=k < flagged,
+            row_space=value,
+            other_space=other_space,
+        )
+        for k, value in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "flagged", "kinds"),
+    [
+        ([0.31, 0.3, 0.0], 0, ["same input space"] * 3),
+        ([0.29, 0.1, None], 0, ["undecided", "same input space", "independent"]),
+        ([0.2] * 5, 2, ["undecided", "same input space", "partly shared"]),
+        ([0.9] * 5, 3, ["shared initialization"] * 3),
+        ([0.09] * 5, 0, ["independent"] * 3),
+        ([0.09] * 5, 2, ["partly shared"] * 3),
+        ([None] * 2, 0, ["independent"] * 3),
+    ],
+)
+def test_row_spaces_that_agree_in_part_need_the_tasks(values, flagged, kinds):
+    found = classify_init(row_space_pair(values, flagged=flagged))
+    for differ, kind in zip((None, True, False), kinds, strict=True):
+        decided = found.for_tasks(differ=differ)
+        assert decided.kind == kind
+        assert decided.contaminates_input == (kind not in ("independent", "partly shared"))
+        assert decided.modules == tuple(f"m{k}" for k in range(flagged))
+    numbers = [value for value in values if value is not None]
+    assert found.row_space == (np.median(numbers) if numbers else None)
+
+
+@pytest.mark.parametrize(
+    ("row_space", "other_space", "kinds"),
+    [
+        (0.2, 0.1, ["undecided", "same input space", "independent"]),
+        (0.2, 0.39, ["undecided", "same input space", "independent"]),
+        (0.2, 0.41, ["independent"] * 3),
+        (0.5, 0.6, ["same input space"] * 3),
+        (0.5, 0.71, ["same input space", "same input space", "independent"]),
+        (0.95, 1.0, ["same input space"] * 3),  # a copy
+    ],
+)
+def test_spans_that_agree_more_on_the_output_side_were_learned(row_space, other_space, kinds):
+    found = classify_init(row_space_pair([row_space] * 3, other_space=other_space))
+    assert (found.row_space, found.other_space) == (row_space, other_space)
+    assert found.other_agrees == (found.kind == "same input space")
+    assert [found.for_tasks(differ=differ).kind for differ in (None, True, False)] == kinds
+
+
+def singular_vectors(update):
+    """The same ΔW with the rows that a resize by SVD leaves."""
+    values = spectrum(update)
+    root = np.sqrt(values.S)
+    B, A = values.vectors("output") * root, (values.vectors("input") * root).T
+    return replace(update, A=A, B=B, scale=1.0)
+
+
+def test_singular_vectors_that_agree_by_learning_are_no_shared_initialization(rng):
+    """Two runs on one task, stored by SVD: leading rows agree, in the order of the values."""
+    learned = [orthonormal(rng, D, 2) for _ in range(2)]
+    one, two = (
+        singular_vectors(
+            LowRankUpdate(
+                name="q",
+                A=np.vstack([learned[0].T * [[9], [6]], 0.4 * orthonormal(rng, D, 2).T]),
+                B=np.hstack([learned[1], orthonormal(rng, D, 2)]),
+                scale=1.0,
+            )
+        )
+        for _ in range(2)
+    )
+    found = module_init(one, two)
+    assert found.row_cosine > 0.4
+    assert found.z > 5
+    assert not found.shared
+    rotation = orthonormal(rng, 4, 4)
+    trained_rows = replace(two, A=rotation @ two.A, B=two.B @ rotation.T)
+    assert not module_init(one, trained_rows).shared
+    later = singular_vectors(replace(one, A=one.A + 0.01 * rng.standard_normal(one.A.shape)))
+    assert module_init(one, later).shared  # of one run
+
+
+def test_a_few_learned_rows_with_a_negative_sign_are_no_negated_copy(rng):
+    one, two = pairs(rng, 2, 2, drift=0.0)
+    turned = [replace(u, A=-u.A) if k < 3 else u for k, u in enumerate(two)]
+    assert not module_init(one[0], replace(two[0], A=-two[0].A + 0.01)).shared
+    found = classified(one, turned)
+    assert found.sign == 1
+    assert found.modules == tuple(u.name for u in two[3:])
+    negated = classified(one, [replace(u, A=0.01 - u.A) for u in two])
+    assert (negated.kind, negated.share, negated.sign) == ("shared initialization", 1, -1)
+
+
+def test_rows_in_another_order_share_their_space(rng):
+    one, two = pairs(rng, 8, 8)
+    turned = [replace(u, A=u.A[::-1], B=u.B[:, ::-1]) for u in two]
+    found = classified(one, turned)
+    assert (found.kind, found.modules) == ("same input space", ())
+    assert found.row_space > 0.8
+    assert found.other_space < 0.2
+
+
+def test_a_start_from_the_base_in_both_factors_shows_in_both_spaces(rng):
+    """PiSSA: factors that start from one W agree by row and column, up to signs by space."""
+    one, two, flipped = [], [], []
+    for index in range(MODULES):
+        start = orthonormal(rng, D, 8), orthonormal(rng, D, 8).T
+        for side in (one, two):
+            B, A = (m + 0.02 * rng.standard_normal(m.shape) for m in start)
+            side.append(LowRankUpdate(name=f"m{index}", A=A, B=B, scale=1.0))
+        signs = np.tile([-1.0, 1.0], 4)  # as another SVD may return them
+        flipped.append(replace(two[-1], A=signs[:, None] * two[-1].A, B=two[-1].B * signs))
+    by_rows = classified(one, two)
+    assert (by_rows.kind, by_rows.share) == ("same training run", 1)
+    assert by_rows.other_cosine > 0.9
+    assert by_rows.other_agrees
+    by_space = classified(one, flipped)
+    assert by_space.kind == "same input space"
+    assert min(by_space.row_space, by_space.other_space) > 0.9
+    assert by_space.other_agrees
+
+
+def test_a_study_sees_a_resized_copy_by_its_row_space(rng):
+    first, second = (adapter(rng, rank=8, d_in=40, label=label) for label in "ab")
+    resized = {}
+    for name, update in second.items():  # its own B on the mixed rows of the first
+        resized[name] = replace(update, A=orthonormal(rng, 8, 8) @ first[name].A)
+    result = study([first, second, Adapter(resized, label="c")])
+    kinds = result.pairs.set_index(["a", "b"])["initialization"]
+    assert kinds.to_dict() == {
+        ("a", "b"): "independent", ("a", "c"): "same input space", ("b", "c"): "independent"
+    }  # fmt: skip
 
 
 # --- rank one ---------------------------------------------------------------------------------
@@ -258,20 +486,23 @@ def test_a_single_rank_one_module_is_inconclusive(rng):
 @pytest.mark.parametrize(
     ("cosines", "other", "kind"),
     [
-        ([0.9] * 6, 0.1, "shared initialization"),
+        ([0.9] * 3, 0.1, "shared initialization"),
+        ([-0.95] * 3, 0.1, "shared initialization"),
         ([0.9] * 6, 0.7, "same training run"),
-        ([0.9] * 6 + [0.1], 0.1, "partly shared"),
-        ([0.9] * 5, 0.1, "inconclusive"),
+        ([-0.9] * 6, 0.7, "same training run"),  # −ΔW
+        ([0.9] * 6 + [0.89], 0.1, "inconclusive"),
+        ([0.9] * 2, 0.1, "inconclusive"),
         ([0.9] * 6 + [-0.9], 0.1, "inconclusive"),
-        ([0.4] * 20, 0.1, "inconclusive"),
+        ([0.8] * 20, 0.1, "inconclusive"),
         ([0.0] * 20, 0.1, "inconclusive"),
     ],
 )
-def test_rank_one_pairs_are_judged_by_many_modules_of_one_sign(cosines, other, kind):
+def test_rank_one_pairs_are_judged_by_all_modules_with_one_sign(cosines, other, kind):
     found = classify_init(rank_one(cosines, other))
     assert found.kind == kind
     assert found.compared == len(cosines)
-    assert len(found.modules) == (sum(c >= 0.5 for c in cosines) if kind != "inconclusive" else 0)
+    assert len(found.modules) == (len(cosines) if kind != "inconclusive" else 0)
+    assert found.sign == (np.sign(cosines[0]) if kind != "inconclusive" else 0)
 
 
 def test_simulated_rank_one_pairs(rng):
@@ -405,6 +636,25 @@ def test_the_evidence_for_many_is_that_for_each_pair(rng):
     assert not found.shared[0, 1]
 
 
+def test_pairs_compared_in_blocks_are_flagged_alike(rng):
+    one, two = (side[0] for side in pairs(rng, 6, 8))
+    updates = [
+        one,
+        replace(two, A=-two.A),
+        singular_vectors(one),
+        singular_vectors(replace(one, A=one.A + 1e-4 * rng.standard_normal(one.A.shape))),
+        low_rank_update(rng, D, D, 2),
+        low_rank_update(rng, D, D, 1),
+        replace(two, B=0 * two.B),
+    ]
+    found = init_evidence(updates).shared
+    everything = np.arange(len(updates))
+    assert InitRows(updates).shared(everything, everything).tolist() == found.tolist()
+    assert found[0, 1]
+    assert found[2, 3]
+    assert not found[0, 2]
+
+
 def test_the_evidence_can_be_asked_of_the_other_factor(rng):
     one, two = low_rank_update(rng, 20, 20, 4), low_rank_update(rng, 20, 20, 4)
     turned = [replace(u, A=u.B.T, B=u.A.T) for u in (one, two)]
@@ -459,3 +709,9 @@ def test_embeddings_are_compared_by_the_factor_that_is_drawn(rng, random):
     assert abs(found.other_cosine) < 0.4
     other = trained(rng, kaiming(rng, 4, D))
     assert not module_init(one, replace(other, layout="embedding")).shared
+    for signs in ([-1, 1, -1, 1], [1, 1, 1, 1]):  # mixed signs leave the space alone
+        mixed = np.diag(signs)
+        changed = replace(two, A=mixed @ two.A, B=two.B @ mixed)
+        found = module_init(one, changed)
+        assert found.row_space > 0.8
+        assert found.other_space < 0.4

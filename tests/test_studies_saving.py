@@ -73,6 +73,14 @@ def assert_same(result: Study, expected: Study) -> None:
         assert (a.label, a.module, a.weight_statistics) == (b.label, b.module, b.weight_statistics)
         assert a.core.tobytes() == b.core.tobytes()
         assert a.random.norms.tobytes() == b.random.norms.tobytes()
+        assert (a.crossed is None) == (b.crossed is None)
+        if a.crossed is not None and b.crossed is not None:
+            assert a.crossed.partners == b.crossed.partners
+            assert a.crossed.output.tobytes() == b.crossed.output.tobytes()
+            assert a.crossed.input.tobytes() == b.crossed.input.tobytes()
+        assert a.enrichment_through_weight is not None
+        assert b.enrichment_through_weight is not None
+        assert a.enrichment_through_weight.tobytes() == b.enrichment_through_weight.tobytes()
     for name in ("failures", "reference", "unmatched", "warnings", "tabulated", "across_bases",
                  "options"):  # fmt: skip
         assert getattr(result, name) == getattr(expected, name)

@@ -9,6 +9,7 @@ import numpy as np
 
 from lora_analysis import chance, linalg
 from lora_analysis.adapter import DenseUpdate
+from lora_analysis.amplify.controls import Controls
 from lora_analysis.amplify.results import Amplification, RandomDirections
 from lora_analysis.amplify.streaming import (
     Frames,
@@ -27,7 +28,7 @@ from lora_analysis.errors import (
 from lora_analysis.spectra import Spectrum, leading_spectrum, spectrum
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from numpy.typing import NDArray
 
@@ -46,6 +47,11 @@ def _check(update: Spectrum, weight: Weight | NDArray[np.floating]) -> None:
             "its scale, which is not known. Pass scale= or alpha= when reading the adapter."
         )
         raise ScaleError(message)
+    _check_directions(update, weight)
+
+
+def _check_directions(update: Spectrum, weight: Weight | NDArray[np.floating]) -> None:
+    """Raise if the update has no directions, or not those of this weight."""
     if update.shape != weight.shape:
         message = (
             f"'{update.name}' in {update.label or 'this adapter'} updates a weight of shape "
@@ -71,6 +77,8 @@ def amplification(
     weight_values: NDArray[np.float64] | None = None,
     weight_directions: bool = True,
     one_sided: bool = False,
+    unrelated: Sequence[Update | Spectrum] = (),
+    through_weight: int = 0,
 ) -> Amplification:
     """Measure how ΔW amplifies W, for every number of directions up to ``k``.
 
@@ -95,6 +103,12 @@ def amplification(
         Whether to find them otherwise, by an iteration of some seconds for 4096 × 4096.
     one_sided
         Whether to give ``output_enrichment`` too, which doubles the products.
+    unrelated
+        Unrelated updates of the same module, with which ``crossed`` is computed: U of one update
+        with V of the other.
+    through_weight
+        Draws of random directions through W for ``enrichment_through_weight``; they need a second
+        pass over W. None by default.
 
     Raises
     ------
@@ -121,6 +135,9 @@ def amplification(
         weight_values=weight_values,
         weight_directions=weight_directions,
         one_sided=one_sided,
+        partners=unrelated,
+        unrelated=[(0, i) for i in range(1, len(unrelated) + 1)],
+        through_weight=through_weight,
     )[0]
 
 
@@ -134,11 +151,30 @@ def amplifications(
     weight_values: NDArray[np.float64] | None = None,
     weight_directions: bool = True,
     one_sided: bool = False,
+    partners: Sequence[Update | Spectrum] = (),
+    unrelated: Collection[tuple[int, int]] = (),
+    through_weight: int = 0,
 ) -> list[Amplification]:
     """Measure how each of several updates of one weight amplifies it, in one pass over W.
 
     Parameters, errors and numbers are those of `amplification`; the random draws are the same for
-    all updates.
+    all updates. Two parameters differ:
+
+    Parameters
+    ----------
+    updates, W, k, draws, seed, weight_values, weight_directions, one_sided, through_weight
+        See `amplification`.
+    partners
+        Further updates of this weight for crossed values only, trained, of any scale.
+    unrelated
+        Pairs of positions in ``(*updates, *partners)`` whose directions are crossed.
+
+    Notes
+    -----
+    Crossed values come from one product ``(U_1 … U_N)ᵀ·W·(V_1 … V_N)``, which is summed over the
+    tiles of the same pass: O(d_out·(Σr)²) on top. The products take at most 52 MB; of more updates
+    of a high rank only the leading directions of each are crossed
+    (`controls.MOST_CROSSED_COLUMNS`).
     """
     spectra = [_spectral(update, k) for update in updates]
     counts = [spectral.numerical_rank if k is None else k for spectral in spectra]
@@ -150,18 +186,31 @@ def amplifications(
     if weight_values is not None and len(weight_values) < most:
         message = f"weight_values must hold at least {most} values, found {len(weight_values)}."
         raise InputError(message)
-    update_frames = [
-        (spectral.vectors("output")[:, :n], spectral.vectors("input")[:, :n])
-        for spectral, n in zip(spectra, counts, strict=True)
-    ]
+    update_frames = [_frame(*pair) for pair in zip(spectra, counts, strict=True)]
+    others = [_spectral(update, k) for update in partners]
+    for spectral in others:
+        _check_directions(spectral, W)
+    crossed_frames = [_frame(spectral, k or spectral.numerical_rank) for spectral in others]
     rng = np.random.default_rng(seed)
     drawn = [tuple(linalg.haar_frame(rng, d, most) for d in W.shape) for _ in range(draws)]
     precision = precision_for(W)
+    controls = Controls(
+        W.shape,
+        [*update_frames, *crossed_frames],
+        labels=[spectral.label for spectral in (*spectra, *others)],
+        pairs=unrelated,
+        columns=most,
+        draws=through_weight,
+        seed=seed,
+        precision=precision,
+    )
     projections, weight_norm, statistics = project(
         W,
-        [*update_frames, *((u, v) for u, v in drawn)],
+        # Crossed frames first: their products are taken from the first images.
+        [*update_frames, *crossed_frames, *((u, v) for u, v in drawn)],
         precision=precision,
         one_sided=one_sided,
+        sums=controls.sums,
     )
     if not np.isfinite(weight_norm):
         message = (
@@ -175,9 +224,10 @@ def amplifications(
     if weight_values is None and weight_directions and most:
         dense = W if isinstance(W, np.ndarray) else W.array()
         weight_values = linalg.leading_singular_values(dense, most)
-    random = [_leading_norms(projection.core) for projection in projections[len(update_frames) :]]
+    first_draw = len(update_frames) + len(crossed_frames)
+    random = [_leading_norms(projection.core) for projection in projections[first_draw:]]
     norms = np.array(random).reshape(draws, most)
-    results = (
+    results = [
         _amplification(
             spectra[index],
             _norm(update, spectra[index]),
@@ -186,14 +236,20 @@ def amplifications(
             precisions[index],
         )
         for index, update in enumerate(updates)
-    )
+    ]
+    results = controls.add_to(results, W, weight_norm)
     if isinstance(W, np.ndarray):
-        return list(results)
+        return results
     noise = W.noise() if W.storage else None
     return [
         replace(result, storage=W.storage, noise=noise, weight_statistics=statistics)
         for result in results
     ]
+
+
+def _frame(spectral: Spectrum, n: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the first n left and right singular vectors."""
+    return spectral.vectors("output")[:, :n], spectral.vectors("input")[:, :n]
 
 
 def _spectral(update: Update | Spectrum, k: int | None) -> Spectrum:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,41 @@ class RandomDirections:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class CrossedEnrichment:
+    """Enrichment of directions that no single update has: U of one update, V of another.
+
+    Attributes
+    ----------
+    partners
+        Labels of the other updates of the same module, P of them.
+    output
+        ``(P, n)``: ``‖U_kᵀWV′_k‖_F`` over its random root mean square, with U of this update and
+        V′ of the partner; NaN where the partner has fewer than k directions.
+    input
+        ``(P, n)``: the same with U′ of the partner and V of this update.
+    """
+
+    partners: tuple[str, ...]
+    output: NDArray[np.float64]
+    input: NDArray[np.float64]
+
+    @property
+    def median(self) -> NDArray[np.float64]:
+        """``(n,)``: median over the partners and both ways to cross; NaN where there is none."""
+        values = np.concatenate([self.output, self.input])
+        present = ~np.isnan(values).all(axis=0)
+        medians = np.full(values.shape[1], np.nan)
+        medians[present] = np.nanmedian(values[:, present], axis=0)
+        return medians
+
+    def select(self, partners: Collection[str]) -> CrossedEnrichment:
+        """Return the values with some of the partners."""
+        rows = [i for i, partner in enumerate(self.partners) if partner in partners]
+        names = tuple(self.partners[i] for i in rows)
+        return CrossedEnrichment(names, self.output[rows], self.input[rows])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Amplification:
     """One update compared with its frozen weight, for every k up to n, its numerical rank.
 
@@ -65,8 +101,10 @@ class Amplification:
     chance_factor
         The same with the random root mean square below: what random directions would score.
     enrichment
-        ``projected_k / random rms``; its square has mean 1 for random directions. The part of
-        the amplification factor that is not merely the size of ΔW.
+        ``projected_k / random rms``, a ratio of norms; its square is a ratio of energies and has
+        mean 1 for random directions. The part of the amplification factor that is not merely the
+        size of ΔW. Compare it with ``crossed`` and ``enrichment_through_weight`` before calling it
+        specific to this update.
     input_enrichment
         ``‖W·V_k‖_F`` over its random root mean square: the input side alone. Its square has mean
         1 for random directions.
@@ -82,6 +120,13 @@ class Amplification:
         ``enrichment`` at k by about ``noise/k``, and where that is weaker, to about ``noise``.
     weight_statistics
         What the pass counted of a stored W, for `bases.sanity_checks`; None for an array.
+    crossed
+        Enrichment with the directions of unrelated updates; None if not asked for.
+    enrichment_through_weight
+        ``(n,)``: enrichment of random directions after one product with W, ``U = orth(W·G)`` and
+        ``V = orth(Wᵀ·H)`` with Gaussian G and H, mean over the draws. It is what W's spectrum
+        gives to any directions that passed through it. None if not asked for, NaN beyond
+        `controls.MOST_THROUGH_WEIGHT` directions.
     """
 
     module: str
@@ -102,6 +147,8 @@ class Amplification:
     storage: str = ""
     noise: float | None = None
     weight_statistics: WeightStatistics | None = None
+    crossed: CrossedEnrichment | None = None
+    enrichment_through_weight: NDArray[np.float64] | None = None
 
     def _repr_html_(self) -> str:
         if not len(self.S):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
@@ -49,6 +49,19 @@ class Projection:
     output_squares: NDArray[np.float64] | None
 
 
+class TileSum(Protocol):
+    """A further sum over the tiles of W, which shares their reading with the projections."""
+
+    def add(
+        self,
+        rows: slice,
+        columns: slice,
+        block: NDArray[np.floating],
+        images: NDArray[np.float64],
+    ) -> None:
+        """Add one tile of W, and its product with all V of the frames, ``(rows, Σr)``."""
+
+
 def precision_for(W: Weight | NDArray[np.floating]) -> Precision:
     """Return in which type products with W are taken.
 
@@ -67,6 +80,7 @@ def project(
     precision: Precision,
     one_sided: bool = False,
     norm: bool = True,
+    sums: Sequence[TileSum] = (),
 ) -> tuple[list[Projection], float, WeightStatistics | None]:
     """Return every projection, ‖W‖_F, and what was counted of a stored W, from one pass over W.
 
@@ -82,6 +96,8 @@ def project(
         Whether to find ``‖u_jᵀ·W‖²`` too, which doubles the products.
     norm
         Whether to find ``‖W‖_F``, and to look W's numbers over; 0 and None otherwise.
+    sums
+        Further sums, to which every tile is added too.
 
     Notes
     -----
@@ -89,7 +105,9 @@ def project(
     of W's width if ``one_sided``.
     """
     watch = WeightWatch(W.shape[0] * W.shape[1]) if norm and not isinstance(W, np.ndarray) else None
-    passed = _Pass(W.shape, frames, precision, one_sided=one_sided, norm=norm, watch=watch)
+    passed = _Pass(
+        W.shape, frames, precision, one_sided=one_sided, norm=norm, watch=watch, sums=sums
+    )
     with np.errstate(over="ignore", invalid="ignore"):  # damage is reported at the end
         for rows, columns, tile in _tiles(W):
             passed.add(rows, columns, tile)
@@ -136,6 +154,7 @@ class _Pass:
         one_sided: bool,
         norm: bool,
         watch: WeightWatch | None,
+        sums: Sequence[TileSum],
     ) -> None:
         self.shape = shape
         self.dtype = np.dtype(precision)
@@ -149,6 +168,7 @@ class _Pass:
         self.pieces: NDArray[np.float64] | None = None
         self.outputs = np.zeros((edges[-1], shape[1])) if one_sided else None
         self.norm, self.square, self.watch = norm, 0.0, watch
+        self.sums = sums
         self.buffer = np.empty(0)
 
     def add(self, rows: slice, columns: slice, tile: NDArray[np.floating]) -> None:
@@ -172,6 +192,8 @@ class _Pass:
             self.outputs[:, columns] += linalg.thin_left_product(
                 self.U[rows].astype(self.dtype), block
             )
+        for total in self.sums:
+            total.add(rows, columns, block, images)
 
     def _typed(self, tile: NDArray[np.floating]) -> NDArray[np.floating]:
         """Return the tile in the type of the products, through one reused buffer."""

@@ -51,6 +51,7 @@ from lora_analysis.chance.subspaces import (
     similarity_p_value,
     similarity_quantile,
     similarity_variance,
+    weaker_half_mean,
 )
 from lora_analysis.text import p_value_text
 
@@ -94,4 +95,5 @@ __all__ = [
     "similarity_variance",
     "task_difference",
     "task_difference_error",
+    "weaker_half_mean",
 ]

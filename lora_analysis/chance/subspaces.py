@@ -58,6 +58,49 @@ def similarity_variance(dimension: int, i: ArrayLike, j: ArrayLike) -> NDArray[n
     return variance
 
 
+# Points of the integral over the limiting distribution of squared cosines.
+_POINTS = 2048
+
+
+@lru_cache(maxsize=4096)
+def weaker_half_mean(dimension: int, i: int, j: int) -> float:
+    """Return the mean of the smaller half of the squared cosines between random subspaces.
+
+    Parameters
+    ----------
+    dimension
+        Dimension of the space.
+    i, j
+        Dimensions of the subspaces, together at most ``dimension``.
+
+    Returns
+    -------
+    float
+        Mean of the ⌊n/2⌋ smallest of the n = min(i, j) squared cosines; 0 if n = 1.
+
+    Notes
+    -----
+    From the limiting distribution of squared cosines for large dimensions (Wachter 1980), with
+    density proportional to ``√((x₊ − x)(x − x₋)) / (x(1 − x))`` between
+    ``x± = (√(p(1 − q)) ± √(q(1 − p)))²``, p and q the dimensions divided by that of the space.
+    Draws at finite dimensions (16 to 1,024, ranks from 4) lie below it by at most 0.006.
+    """
+    least = min(i, j)
+    half = least // 2
+    if half == 0:
+        return 0.0
+    p, q = least / dimension, max(i, j) / dimension
+    ends = np.square(np.sqrt(q * (1 - p)) + np.array([-1, 1]) * np.sqrt(p * (1 - q)))
+    # x as the cosine of an angle: the density has square roots at both ends.
+    angle = (np.arange(_POINTS) + 0.5) * np.pi / _POINTS
+    x = ends.mean() - np.diff(ends) / 2 * np.cos(angle)
+    mass = np.sin(angle) ** 2 / (x * (1 - x))
+    mass /= mass.sum()
+    below = np.cumsum(mass) - mass
+    fraction = half / least
+    return float(np.clip(fraction - below, 0.0, mass) @ x / fraction)
+
+
 class _Cells(NamedTuple):
     """Pairs of subspaces reduced to those that meet only in 0, the smaller first.
 

@@ -40,6 +40,7 @@ VERBS = {
     "heatmap": "Draw the rank-overlap heat map of two adapters.",
     "amplify": "Measure how an adapter amplifies directions of its base weights.",
     "report": "Analyze adapters and write one self-contained HTML report.",
+    "reference": "Store how alike unrelated adapters of a base are.",
     "reproduce": "Draw the figures of the LoRA paper's section 7 from the demo's adapters.",
     "resize": "Reduce an adapter's rank by truncated SVD and report the error.",
     "convert": "Convert an adapter to another format.",

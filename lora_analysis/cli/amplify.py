@@ -67,7 +67,8 @@ def command(
     """Measure how ΔW amplifies directions of the base weight, per module (LoRA paper, Table 7).
 
     The amplification factor ‖ΔW‖/‖UᵀWV‖ proves little by itself: compare it with the factor of
-    random directions of the same size. Enrichment is the ratio of the two.
+    random directions of the same size. Enrichment is the ratio of the two. Compare it with that of
+    random directions through W before you call it specific to the adapter.
     """
     from lora_analysis.conclusions import findings
     from lora_analysis.finding import FILE_CODES
@@ -168,7 +169,13 @@ def _amplifications(result: Study, label: str) -> pd.DataFrame:
 
 
 def _medians(full: pd.DataFrame) -> dict[str, dict[str, float]]:
-    columns = ("amplification_factor", "chance_factor", "enrichment", "relative_norm")
+    columns = (
+        "amplification_factor",
+        "chance_factor",
+        "enrichment",
+        "enrichment_through_weight",
+        "relative_norm",
+    )
     return {"medians": {column: float(full[column].median()) for column in columns}}
 
 
@@ -218,6 +225,11 @@ def _print(label: str, full: pd.DataFrame) -> None:
     print_text(
         "factor = ‖ΔW‖ / ΔW's, followed by that of random directions, ‖ΔW‖ / random; enrichment = "
         "ΔW's / random."
+    )
+    through = float(full["enrichment_through_weight"].median())
+    print_text(
+        f"Control: random directions after one product with W have a median enrichment of "
+        f"{decimals(through)}. The geometry of W gives that to anything that passes through it."
     )
     whole = int((full["projected"] / full["weight_norm"] > 1 - _ALL_OF_IT).sum())
     if whole:

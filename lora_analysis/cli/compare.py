@@ -10,11 +10,13 @@ from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import (
     MODULES_SHOWN,
     label_option,
+    labeled_pair,
     modules_option,
     output_options,
     prefix_option,
     progress_bar,
     reference_option,
+    task_and_seed_options,
 )
 from lora_analysis.cli.reading import Reading, ReadingCommand, reading_options
 from lora_analysis.cli.show import (
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 @modules_option
 @prefix_option
 @label_option
+@task_and_seed_options
 @reading_options
 @output_options
 def command(
@@ -54,6 +57,8 @@ def command(
     modules: str | None,
     prefixes: tuple[str, ...],
     label: str | None,
+    tasks: tuple[str, ...],
+    seeds: tuple[int, ...],
     reading: Reading,
     form: str,
 ) -> int:
@@ -63,17 +68,20 @@ def command(
     a conclusion beyond "more alike than random" needs some of them: pass --reference.
     """
     from lora_analysis.conclusions import findings
-    from lora_analysis.studies import study
+    from lora_analysis.studies import study, with_label_facts
 
-    adapters = [reading.read(source) for source in (a, b)]
+    pair_read = [reading.read(source) for source in (a, b)]
+    adapters = labeled_pair(pair_read, label, tasks, seeds)
     with progress_bar(form) as progress:
         others, left_out = reading.read_all(references, progress) if references else ([], [])
+        if label is not None:
+            others = with_label_facts(others, label)
         result = study(
             adapters,
             reference=others,
             modules=modules,
             prefix=prefixes,
-            label=label,
+            label=None if label is None else "none",  # applied above
             across_bases=True,  # two adapters that are named are compared
             progress=progress,
         )
@@ -178,6 +186,8 @@ _STARS = {
     "two samples.",
     InitRelation.SAME_SPACE: "spans the same input space with different rows (a resized copy or an "
     "initialization from data or from W): its input side shows nothing that was learned.",
+    InitRelation.UNDECIDED: "spans part of the same input space with different rows: its input "
+    "side may show the initialization.",
 }
 
 

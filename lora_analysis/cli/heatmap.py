@@ -9,10 +9,13 @@ import click
 
 from lora_analysis.cli.options import (
     force_option,
+    label_option,
+    labeled_pair,
     modules_option,
     output_options,
     prefix_option,
     progress_bar,
+    task_and_seed_options,
 )
 from lora_analysis.cli.reading import Reading, ReadingCommand, reading_options
 from lora_analysis.cli.show import print_json
@@ -37,9 +40,8 @@ if TYPE_CHECKING:
 @click.option(
     "--side",
     type=click.Choice(["input", "output"]),
-    default="input",
-    show_default=True,
-    help="Side: right (input) or left (output) singular vectors.",
+    help="Side: left (output) or right (input) singular vectors. By default output, with --of A "
+    "input.",
 )
 @click.option(
     "--of",
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
 )
 @modules_option
 @prefix_option
+@label_option
+@task_and_seed_options
 @reading_options
 @output_options
 def command(
@@ -62,6 +66,9 @@ def command(
     of: Any,
     modules: str | None,
     prefixes: tuple[str, ...],
+    label: str | None,
+    tasks: tuple[str, ...],
+    seeds: tuple[int, ...],
     reading: Reading,
     form: str,
 ) -> None:
@@ -74,15 +81,19 @@ def command(
     from lora_analysis.pairwise import MATCHING_CODES, align_adapters
     from lora_analysis.plots import figure_ranks, save_figure
     from lora_analysis.similarity import subspace_similarity
+    from lora_analysis.spectra import default_side
     from lora_analysis.storage.outputs import check_output_file, output_file
+    from lora_analysis.studies import relation, with_label_facts
     from lora_analysis.studies.relations import unique_labels
 
+    side = side or default_side(of)
     kind = output.suffix.lstrip(".") or "svg"
     target = output.with_suffix(f".{kind}")
     check_output_file(target, force=force)
-    first, second = align_adapters(
-        unique_labels([reading.read(source) for source in (a, b)]), prefix=parse_prefixes(prefixes)
-    )
+    adapters = labeled_pair([reading.read(source) for source in (a, b)], label, tasks, seeds)
+    if label is None:
+        adapters = with_label_facts(adapters, None)
+    first, second = align_adapters(unique_labels(adapters), prefix=parse_prefixes(prefixes))
     with progress_bar(form) as progress:
         seen: dict[str, tuple[Update, Update]] = {}
         chosen = _representative(first, second, modules, progress, seen)
@@ -107,6 +118,8 @@ def command(
                 "modules": list(chosen),
                 "side": side,
                 "of": of,
+                "adapters": [_facts(adapter) for adapter in (first, second)],
+                "relation": relation(first, second),
                 "left_out": left_out,
                 "findings": findings,
             }
@@ -116,6 +129,12 @@ def command(
             if finding["severity"] == "damage" or finding["code"] in MATCHING_CODES:
                 click.echo(printable(f"{finding['adapter']}: {finding['text']}"), err=True)
         click.echo(written)
+
+
+def _facts(adapter: Adapter) -> dict[str, Any]:
+    source = adapter.provenance
+    facts = {name: getattr(source, name) for name in ("task", "rank", "seed", "step", "base_model")}
+    return {"adapter": adapter.label, **facts}
 
 
 def _representative(

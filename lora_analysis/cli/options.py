@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from lora_analysis.progress import Progress
+
+if TYPE_CHECKING:
+    from lora_analysis.adapter import Adapter
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 # Beyond this number, modules are summarized by type unless --all is given.
@@ -92,7 +95,8 @@ def label_option(command: Command) -> Command:
         "--label",
         metavar="PATTERN",
         help="Pattern that extracts task, rank, seed and step from adapter names, for example "
-        "'{task}-r{rank}-s{seed}'; * matches anything.",
+        "'{task}-r{rank}-s{seed}'; * matches anything. By default common patterns are tried if no "
+        "file states task and seed; none prevents that.",
     )(command)
 
 
@@ -103,9 +107,49 @@ def reference_option(command: Command) -> Command:
         "references",
         metavar="SOURCE",
         multiple=True,
-        help="Unrelated adapters to compare with: other tasks and seeds, same base. Without them "
-        "only random subspaces serve as a baseline. Repeatable.",
+        help="Unrelated adapters to compare with (other tasks and seeds, same base), or a file "
+        "from `lora-analysis reference`. Adapters with the task of an analyzed one are refused. "
+        "Without a reference, only random subspaces serve as a baseline. Repeatable.",
     )(command)
+
+
+def task_and_seed_options(command: Command) -> Command:
+    """Add ``--task`` and ``--seed`` of two adapters, see `labeled_pair`."""
+    for name, metavar, kind in (("seed", "NUMBER", click.IntRange(min=0)), ("task", "NAME", str)):
+        command = click.option(
+            f"--{name}",
+            f"{name}s",
+            metavar=metavar,
+            type=kind,
+            multiple=True,
+            callback=_at_most_two,
+            help=f"{name.capitalize()} of A and of B: pass it twice, in this order, or once for "
+            "both. Overrides files and names.",
+        )(command)
+    return command
+
+
+def _at_most_two(
+    _ctx: click.Context, param: click.Parameter, values: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    if len(values) > 2:
+        message = f"there are two adapters, but {len(values)} values of --{param.name[:-1]}"  # type: ignore[index]
+        raise click.BadParameter(message)
+    return values * 2 if len(values) == 1 else values
+
+
+def labeled_pair(
+    adapters: Sequence[Adapter], label: str | None, tasks: Sequence[str], seeds: Sequence[int]
+) -> list[Adapter]:
+    """Return two adapters with what ``--label`` extracts, overridden by ``--task``, ``--seed``."""
+    from lora_analysis.studies import with_label_facts
+
+    result = list(adapters) if label is None else with_label_facts(adapters, label)
+    for name, values in (("task", tasks), ("seed", seeds)):
+        if values:
+            pairs = zip(result, values, strict=True)
+            result = [adapter.with_provenance(**{name: value}) for adapter, value in pairs]
+    return result
 
 
 def transposed_option(command: Command) -> Command:

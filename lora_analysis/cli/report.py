@@ -108,19 +108,23 @@ def command(
     from lora_analysis.report.report_folder import check_report_folder
     from lora_analysis.storage.paths import source_paths
     from lora_analysis.studies import Failure, study
+    from lora_analysis.studies.reference_levels import is_reference_file
 
     with progress_bar(form) as progress:
         executor = analysis_executor(kind_of_executor, workers, address)
         find = reading.read_all if executor is None else reading.to_read
         adapters, left_out = find(sources, progress)
-        others, more = find(references, progress) if references else ([], [])
+        files = [source for source in references if is_reference_file(source)]
+        unread = [source for source in references if source not in files]
+        others, more = find(unread, progress) if unread else ([], [])
         inputs = [path for adapter in (*adapters, *others) for path in adapter.inputs]
+        inputs += map(Path, files)
         inputs += source_paths(base) if base else ()
         check_report_folder(output, inputs=inputs, force=force)
         failures = [Failure(failure.source, str(failure.error)) for failure in left_out + more]
         result = study(
             adapters,
-            reference=others,
+            reference=[*others, *files],
             # Passed by name if possible: the report's lines of Python repeat it.
             base=reading.open_base(base) if reading.options.allow_pickle else base,
             transposed=transposed,

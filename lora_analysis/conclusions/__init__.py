@@ -64,6 +64,7 @@ _RULES: tuple[Callable[[Study], Iterator[Finding]], ...] = (
     weight_findings.different_base,
     weight_findings.quantized_base,
     weight_findings.amplifications,
+    weight_findings.enrichment_controls,
     rank_findings.directions_by_energy,
     weight_findings.accuracies,
     adapter_findings.file_notes,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lora_analysis.conclusions.comparisons import PAIRS_IN_WORDS
 from lora_analysis.finding import Finding, Severity
-from lora_analysis.studies import Relation, Study
-from lora_analysis.studies.relations import base_key
+from lora_analysis.studies import Study
+from lora_analysis.studies.base_models import pairs_across_bases
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,9 +91,7 @@ def diverged(study: Study) -> Iterator[Finding]:
     """
     runs = study.runs[study.runs["scale_known"] & (study.runs["trained_modules"] > 0)]
     modules = study.spectra.groupby("adapter")["module"].agg(lambda names: hash(frozenset(names)))
-    groups = runs["adapter"].map(modules).astype(str) + runs["base_model"].map(
-        base_key, na_action="ignore"
-    ).map(str)
+    groups = runs["adapter"].map(modules).astype(str) + runs["base_key"].map(str)
     against = study.amplifications
     against = against[against["at_rank"]] if len(against) else against
     for row in runs.itertuples():
@@ -115,24 +113,37 @@ def diverged(study: Study) -> Iterator[Finding]:
 
 
 def base_models(study: Study) -> Iterator[Finding]:
-    """Name the base models of the adapters if there are several, and adapters that name none."""
-    runs = study.runs.assign(base=study.runs["base_model"].map(base_key, na_action="ignore"))
-    bases = [
-        {"base": str(rows["base_model"].iloc[0]), "adapters": len(rows)}
-        for _, rows in runs.groupby("base", sort=False)
-    ]
-    if len(bases) > 1:
-        compared = int((study.pairs["relation"] == Relation.OTHER_BASE).sum())
+    """Name the base models of the adapters if there are several, or if it is not known."""
+    runs = study.runs
+    pairs = pairs_across_bases(study)
+    if pairs.different:
+        bases = [
+            {"base": str(rows["base_model"].iloc[0]), "adapters": len(rows)}
+            for _, rows in runs.groupby("base_key", sort=False)
+        ]
+        left_out = sum(not compared for compared in pairs.different.values())
         yield Finding(
             "several-bases",
             {
                 "count": len(bases),
                 "bases": bases,
-                "excluded_pairs": study.across_bases or None,
-                "compared_pairs": None if study.across_bases else compared,
-                "unnamed": list(runs.loc[runs["base"].isna(), "adapter"]) or None,
+                "excluded_pairs": left_out or None,
+                "compared_pairs": len(pairs.different) - left_out or None,
             },
         )
+    fields: dict[str, Any] = dict.fromkeys(("bases", "excluded_pairs", "compared_pairs", "unnamed"))
+    if pairs.not_known:
+        labels = {label for pair in pairs.not_known for label in pair}
+        left_out = sum(not compared for compared in pairs.not_known.values())
+        fields_of_pairs = {
+            "bases": sorted(set(runs.loc[runs["adapter"].isin(labels), "base_model"])),
+            "excluded_pairs": left_out or None,
+            "compared_pairs": len(pairs.not_known) - left_out or None,
+        }
+        yield Finding("base-not-known-same", fields | fields_of_pairs)
+    unnamed = list(runs.loc[runs["base_key"].isna(), "adapter"])
+    if unnamed and len(runs) > 1:
+        yield Finding("base-not-known-same", fields | {"unnamed": unnamed})
 
 
 def unknown_tasks(study: Study) -> Iterator[Finding]:

@@ -25,9 +25,14 @@ from lora_analysis import chance
 from lora_analysis.errors import InputError
 from lora_analysis.spectra import Side
 from lora_analysis.studies import Study
-from lora_analysis.studies.base_models import per_base
+from lora_analysis.studies.base_models import base_keys, per_base
 from lora_analysis.studies.inference import RunInference, TaskAgreement
 from lora_analysis.studies.pair_classes import Exclusion, PairClass
+from lora_analysis.studies.reference_levels import (
+    PairOfModules,
+    level_of_pair,
+    module_type_strength,
+)
 from lora_analysis.studies.reference_test import REFERENCES_FOR_TEST, ReferenceTest, reference_test
 
 if TYPE_CHECKING:
@@ -67,6 +72,7 @@ class Reason(StrEnum):
 
     NONE = ""
     NO_REFERENCE = "no unrelated adapters to compare with"
+    LEVEL_ONLY = "a reference file gives a level, but no test"
     NONE_AT_RANK = "no unrelated runs at this rank"
     FEW_REFERENCES = "fewer than five reference adapters of different tasks"
     FEW_RUNS = "so few runs cannot give p ≤ 0.05"
@@ -85,12 +91,16 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """T of the unrelated pairs that a comparison is judged by."""
+    """T of the unrelated pairs that a comparison is judged by.
+
+    ``adapters`` is None if the level comes from a reference file, which gives the smallest number
+    of pairs behind the levels of the module types, and an upper bound of the maximum.
+    """
 
     median: float
     maximum: float
     pairs: int
-    adapters: int
+    adapters: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +203,9 @@ def comparisons(study: Study) -> tuple[Comparison, ...]:
     result: list[Comparison] = []
     for base, pairs in per_base(study, study.pairs):
         on_base = _OnBase(study, base or None, pairs)
-        result += _compared_tasks(on_base)
-        result += _described_ranks(on_base)
+        if len(study.adapters) - len(study.reference) != 2:  # else the pair is all there is
+            result += _compared_tasks(on_base)
+            result += _described_ranks(on_base)
         result += _compared_pairs(on_base)
     return tuple(result)
 
@@ -227,17 +238,42 @@ class _OnBase:
     ) -> Level | None:
         """Return T of the unrelated pairs other than some, of the same ranks if there are any."""
         rows = self.population("unrelated", side)
-        names = zip(rows["a"], rows["b"], strict=True)
-        # Without rows, a list would choose columns.
-        rows = rows[np.array([pair not in without for pair in names], dtype=bool)]
+        rows = _masked(rows, [p not in without for p in zip(rows["a"], rows["b"], strict=True)])
         if ranks:
             of_ranks = [pair == (ranks[0], ranks[-1]) for pair in self.rank_pairs(rows)]
-            rows = rows[of_ranks] if any(of_ranks) else rows
+            rows = _masked(rows, of_ranks) if any(of_ranks) else rows
         values = rows[f"mean_excess_{side}"].dropna()
         if values.empty:
             return None
         adapters = len(set(rows["a"]) | set(rows["b"]))
         return Level(float(values.median()), float(values.max()), len(values), adapters)
+
+    @cached_property
+    def _strengths(self) -> pd.DataFrame:
+        return module_type_strength(self.study)
+
+    def _stored_level(self, rows: pd.DataFrame, side: Side) -> Level | None:
+        """Return the level of a reference file for rows of pairs of one or several rank pairs."""
+        if not self.study.reference_levels or rows.empty:
+            return None
+        keys = base_keys(self.study)
+        found = []
+        for (a, b), of_pair in rows.groupby(["a", "b"], sort=False):
+            low, high = sorted((self._rank_of[a], self._rank_of[b]))
+            strengths = [self._strengths.loc[label].to_dict("index") for label in (a, b)]
+            pair = PairOfModules(
+                base=keys[a] or keys[b] or "",
+                side=side,
+                ranks=(low, high),
+                module_types=of_pair["module_type"].value_counts().to_dict(),
+                strengths=strengths,
+            )
+            level = level_of_pair(self.study.reference_levels, pair)
+            if level is None:
+                return None
+            found.append(level)
+        medians, maxima, pairs = zip(*found, strict=True)
+        return Level(float(np.mean(medians)), max(maxima), min(pairs), None)
 
     def described(
         self,
@@ -256,7 +292,7 @@ class _OnBase:
         values = pairs[f"mean_excess_{side}"].dropna()
         mean = float(values.mean()) if len(values) else float("nan")
         is_pair = kind == "pair"
-        level = self.level(side, names if is_pair else (), ranks)
+        level = self.level(side, names if is_pair else (), ranks) or self._stored_level(rows, side)
         defined = rows.loc[rows["degeneracy_1_1"] == "", "phi_1_1"].astype(float)
         angle = np.degrees(np.arccos(np.sqrt(np.clip(defined, 0.0, 1.0))))
         significant = rows["q_omega"] < LEVEL
@@ -293,6 +329,11 @@ class _OnBase:
             position=position,
             significant=(int(significant.sum()), len(significant)),
         )
+
+
+def _masked(rows: pd.DataFrame, mask: Sequence[bool]) -> pd.DataFrame:
+    """Return the rows where the mask is True; an empty list would select columns."""
+    return rows[np.array(mask, dtype=bool)]
 
 
 def _quantile(values: pd.Series, share: float) -> float:
@@ -342,7 +383,7 @@ def _compared_ranks(on_base: _OnBase, *, is_tested: bool) -> Iterator[Comparison
         )
     )
     for rank in every:
-        of_rank = replicates[[pair == (rank, rank) for pair in rank_pairs]]
+        of_rank = _masked(replicates, [pair == (rank, rank) for pair in rank_pairs])
         subject = f"Runs of one task at rank {rank}"
         comparison = on_base.described(of_rank, "rank", subject, "output", ranks=(rank,))
         if rank not in tested:
@@ -400,6 +441,8 @@ def _against_random(comparison: Comparison, reason: Reason) -> Comparison:
         return replace(
             comparison, conclusion=Conclusion.INCONCLUSIVE, reason=Reason.NO_USABLE_MODULE
         )
+    if reason is Reason.NO_REFERENCE and comparison.unrelated is not None:
+        reason = Reason.LEVEL_ONLY
     exceeds = count > 0 if comparison.kind == "pair" else 2 * count >= total
     return replace(
         comparison,
@@ -418,7 +461,7 @@ def _described_ranks(on_base: _OnBase) -> Iterator[Comparison]:
         different = {pair for pair in rank_pairs if pair[0] < pair[1]}
         # As the figure does: the largest rank first, against the one closest to the paper's 8.
         for pair in sorted(different, key=lambda ranks: (-ranks[1], abs(ranks[0] - 8))):
-            chosen = replicates[[other == pair for other in rank_pairs]]
+            chosen = _masked(replicates, [other == pair for other in rank_pairs])
             low, high = (int(rank) for rank in pair)
             subject = f"Ranks {low} and {high} of one task, different seeds"
             comparison = on_base.described(chosen, "ranks", subject, side, ranks=(low, high))

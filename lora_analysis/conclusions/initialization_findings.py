@@ -26,6 +26,7 @@ _CODES: Final = {
     PairClass.GRADIENTS_ALIKE: "gradients-alike",
     PairClass.SHARED_INIT: "shared-initialization",
 }
+_SAME_SPACE = (InitRelation.SAME_SPACE, InitRelation.UNDECIDED)
 _SHARED = (InitRelation.SHARED, InitRelation.PARTLY_SHARED)
 
 
@@ -52,7 +53,9 @@ def classes(study: Study) -> Iterator[Finding]:
     for pair_class, rows in pairs.groupby("pair_class", sort=False):
         code = _CODES.get(PairClass(pair_class))
         if code == "shared-initialization":
-            by_space = rows["initialization"] == InitRelation.SAME_SPACE
+            by_space = rows["initialization"].isin(
+                [InitRelation.SAME_SPACE, InitRelation.UNDECIDED]
+            )
             yield from _class_findings("same-input-space", rows[by_space])
             rows = rows[~by_space]  # noqa: PLW2901 - the others
         if code is not None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from lora_analysis.amplify import RunEnrichment, run_enrichments
+from lora_analysis.amplify.controls import FEWEST_CROSSED, SIGNIFICANT
 from lora_analysis.finding import Finding
 from lora_analysis.studies import Study
 from lora_analysis.studies.base_models import other_bases, strange_name
@@ -72,22 +76,122 @@ def quantized_base(study: Study) -> Iterator[Finding]:
 
 def amplifications(study: Study) -> Iterator[Finding]:
     """Report how strongly each rank amplifies W, next to what random directions would score."""
-    table = study.amplifications
+    table = _tasks_of_all_ranks(study, _with_ranks(study))
     if table.empty:
         return
-    ranks = study.spectra[["adapter", "module", "rank"]]
-    table = _tasks_of_all_ranks(study, table.merge(ranks, on=["adapter", "module"]))
     full = table[table["at_rank"]]
     names = ["amplification_factor", "chance_factor", "enrichment"]
-    yield Finding("amplification", {"ranks": _medians_by_rank(full, names)})
-    if full["rank"].nunique() > 1:
+    ranks = _medians_by_rank(full, names)
+    yield Finding("amplification", {"ranks": ranks})
+    if len(ranks) > 1:
         k = int(full["k"].min())
         equal = _medians_by_rank(table[table["k"] == k], ["enrichment"])
-        yield Finding("amplification-at-equal-k", {"k": k, "ranks": equal})
+        fields = {
+            "low": ranks[0]["rank"],
+            "high": ranks[-1]["rank"],
+            "enrichments": [row["enrichment"] for row in ranks],
+            "k": k,
+            "equal": [row["enrichment"] for row in equal],
+            "ranks": equal,
+        }
+        yield Finding("amplification-at-equal-k", fields)
+
+
+def enrichment_controls(study: Study) -> Iterator[Finding]:
+    """Report if an enrichment is specific to its run, next to both of its controls."""
+    table = _with_ranks(study)
+    if table.empty:
+        return
+    full = table[table["at_rank"]]
+    rank_of = full.groupby("adapter")["rank"].max()
+    runs = [run for run in run_enrichments(study.amplified()) if run.label in rank_of]
+    ranks = _controls_by_rank(_tasks_of_all_ranks(study, full), runs)
+    fields: dict[str, Any] = {
+        "ranks": ranks,
+        "geometry": _geometry(ranks),
+        "needed": FEWEST_CROSSED,
+        "runs": [_run_fields(run, int(rank_of[run.label])) for run in runs],
+    }
+    tested = [run for run in runs if run.testable]
+    if not tested:
+        values = max((len(run.crossed) for run in runs), default=0)
+        yield Finding("enrichment-untested", {**fields, "values": values, "untested": 0})
+        return
+    fields |= {"tested": len(tested), "untested": len(runs) - len(tested)}
+    specific = [run.label for run in tested if run.specific]
+    if specific:
+        expected = SIGNIFICANT * len(tested)
+        fields |= {"specific": len(specific), "adapters": specific, "expected": expected}
+        yield Finding("enrichment-specific", fields)
+    else:
+        p = min(run.p for run in tested)
+        yield Finding("enrichment-not-specific", {**fields, "p": p})
+
+
+def _controls_by_rank(
+    full: pd.DataFrame, runs: Sequence[RunEnrichment]
+) -> list[dict[str, float | None]]:
+    """Return medians of the enrichment and its controls, and the range of the crossed values."""
+    names = ["enrichment", "enrichment_crossed", "enrichment_through_weight"]
+    rows: list[dict[str, float | None]] = []
+    for medians in _medians_by_rank(full, names):
+        labels = set(full.loc[full["rank"] == medians["rank"], "adapter"])
+        crossed = [value for run in runs if run.label in labels for value in run.crossed]
+        rows.append(
+            {
+                **{name: _defined(value) for name, value in medians.items()},
+                "low": min(crossed, default=None),
+                "high": max(crossed, default=None),
+            }
+        )
+    return rows
+
+
+def _geometry(ranks: Sequence[Mapping[str, float | None]]) -> list[float] | None:
+    """Return the range of the enrichment if directions through W reach it at every rank."""
+    enrichments = []
+    for row in ranks:
+        enrichment, through = row["enrichment"], row["enrichment_through_weight"]
+        if enrichment is None or through is None or through < enrichment:
+            return None
+        enrichments.append(enrichment)
+    return [min(enrichments), max(enrichments)]
+
+
+def _run_fields(run: RunEnrichment, rank: int) -> dict[str, float | str | None]:
+    low, high = run.range_crossed
+    return {
+        "adapter": run.label,
+        "rank": rank,
+        "enrichment": _defined(run.enrichment),
+        "enrichment_matched": _defined(run.median_matched),  # at the k of the crossed values
+        "crossed": _defined(run.median_crossed),
+        "low": _defined(low),
+        "high": _defined(high),
+        "values": len(run.crossed),
+        "p": _defined(run.p),
+        "through_weight": _defined(run.through_weight),
+    }
+
+
+def _defined(value: float) -> float | None:
+    return None if np.isnan(value) else value
+
+
+def _with_ranks(study: Study) -> pd.DataFrame:
+    """Return the amplifications with the rank of each update, without earlier checkpoints."""
+    table = study.amplifications
+    if table.empty:
+        return table
+    earlier = study.runs.loc[study.runs["earlier"].astype(bool), "adapter"]
+    table = table[~table["adapter"].isin(earlier)]
+    return table.merge(study.spectra[["adapter", "module", "rank"]], on=["adapter", "module"])
 
 
 def _tasks_of_all_ranks(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of tasks that were trained at every rank, so that ranks alone differ."""
+    if table.empty:
+        return table
     tasks = table["adapter"].map(study.runs.set_index("adapter")["task"])
     if tasks.isna().any():
         return table

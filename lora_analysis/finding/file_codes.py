@@ -438,4 +438,10 @@ FILE_CODES: Final[dict[str, Code]] = {
         "the name does not match the label pattern {pattern}, so task and seed are those that the "
         "files state.",
     ),
+    "labels-from-names": Code(
+        "limit",
+        "labels",
+        "task and seed come from the name, by the pattern {pattern}. If names mean something else, "
+        "pass a pattern of your own, or label='none' (command line: --label none).",
+    ),
 }

@@ -13,6 +13,17 @@ _LEVEL: Final = (
     "adapters 0"
 )
 _T: Final = f"T {{mean_excess:overlap}}[[ ({{size}})]]{_LEVEL}"
+# The numbers of both controls, in each of the three statements about them.
+_CONTROLS: Final = (
+    " Enrichment by rank: {ranks}. Crossed: U of one adapter with V of an unrelated one. "
+    "Through W: random directions after one product with W.[[ The base's geometry alone gives "
+    "{geometry:range} times random, or more, to anything that passes through it.]]"
+    "[[ {untested:nonzero} further runs have fewer than {needed} crossed values.]]"
+)
+_CONTROLS_BY_RANK: Final = {
+    "ranks": "rank {rank}: {enrichment:number} times random[[, crossed {enrichment_crossed:number} "
+    "({low:number} to {high:number})]][[, through W {enrichment_through_weight:number}]]"
+}
 
 STUDY_CODES: Final[dict[str, Code]] = {
     # Adapters
@@ -40,10 +51,18 @@ STUDY_CODES: Final[dict[str, Code]] = {
         "adapters",
         "The adapters name {count} base models: {bases}. Directions of different base models are "
         "unrelated, even if shapes agree[[: {excluded_pairs:plural pair} across base models not "
-        "compared]][[; {compared_pairs:plural pair} across base models compared as requested]]."
-        "[[ No base model is named by {unnamed:and}: compared with all adapters of the same "
-        "shapes.]]",
+        "compared]][[; {compared_pairs:plural pair} across base models compared as requested]].",
         items={"bases": "{base} ({adapters:plural adapter})"},
+    ),
+    "base-not-known-same": Code(
+        "limit",
+        "adapters",
+        "[[It is not known whether {bases:and} are the same base model: a local path, or a name "
+        "under a different organization, does not identify a model.]][[ {excluded_pairs:plural "
+        "pair} not compared; if they have the same base, pass across_bases=True (command line: "
+        "--across-bases).]][[ {compared_pairs:plural pair} compared as requested.]]"
+        "[[No base model is named by {unnamed:and}: compared with all adapters of the same "
+        "shapes.]]",
     ),
     "unknown-task-or-seed": Code(
         "limit",
@@ -160,7 +179,7 @@ STUDY_CODES: Final[dict[str, Code]] = {
         "artifact",
         "initialization",
         "{pairs:plural pair} of different tasks[[ on {base}]] used the same seed and share their "
-        "initial A ({whole} in every module[[, {partly:nonzero} in part of the modules]]). Median "
+        "initial A ({whole} in most modules[[, {partly:nonzero} in some]]). Median "
         "φ(r,r): {sides}. The extra input-side overlap comes from the shared initialization; these "
         "pairs are excluded.",
         items={
@@ -339,8 +358,8 @@ STUDY_CODES: Final[dict[str, Code]] = {
         "result",
         "amplification",
         "Amplification factor ‖ΔW‖/‖UᵀWV‖ along ΔW's own directions, median over modules: {ranks}. "
-        "Enrichment is the random factor over the measured one: 1 means that W is not stronger "
-        "along ΔW's directions than along random ones.",
+        "Enrichment is ‖UᵀWV‖ over its root mean square for random directions: 1 means that W is "
+        "not stronger along ΔW's directions than along random ones.",
         items={
             "ranks": "rank {rank}: {amplification_factor:number} (random {chance_factor:number}, "
             "enrichment {enrichment:number})"
@@ -349,10 +368,31 @@ STUDY_CODES: Final[dict[str, Code]] = {
     "amplification-at-equal-k": Code(
         "result",
         "amplification",
-        "Factor and enrichment at full rank fall with the rank because a larger rank includes more "
-        "and weaker directions, A's initial noise among them. Enrichment of the first {k} "
-        "directions: {ranks}.",
-        items={"ranks": "{enrichment:number} (rank {rank})"},
+        "From rank {low} to rank {high}, the enrichment at full rank {enrichments:trend}; that of "
+        "the first {k:plural direction} alone {equal:trend}.",
+    ),
+    "enrichment-specific": Code(
+        "result",
+        "amplification",
+        "Enrichment exceeds its crossed values in {specific} of {tested:plural run} (p ≤ 0.05 "
+        f"each; about {{expected:number}} would by chance): {{adapters:and}}.{_CONTROLS}",
+        items=_CONTROLS_BY_RANK,
+    ),
+    "enrichment-not-specific": Code(
+        "result",
+        "amplification",
+        "Enrichment is not specific to the adapters: it exceeds the crossed values in none of "
+        f"{{tested:plural run}} (smallest p {{p:p}}; p ≤ 0.05 is required).{_CONTROLS}",
+        items=_CONTROLS_BY_RANK,
+    ),
+    "enrichment-untested": Code(
+        "limit",
+        "amplification",
+        "Whether the enrichment is specific to the adapters is unknown: that takes at least "
+        "{needed} crossed values per run (two for each unrelated adapter); the most is {values}. "
+        "Pass unrelated adapters of this base as reference= (command line: --reference)."
+        f"{_CONTROLS}",
+        items=_CONTROLS_BY_RANK,
     ),
     "directions-by-energy": Code(
         "result",

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from string import Formatter
 from typing import Any, Final, Literal
 
@@ -52,8 +53,9 @@ class Code:
         The sentence, with ``{field}`` or ``{field:spec}`` for a field. A part in ``[[ ]]`` is left
         out if one of its fields is None, or 0 with the spec ``nonzero``. Besides Python's own,
         these specs are defined: ``number`` (two significant digits), ``overlap`` (the same for a
-        similarity), ``range`` and ``quartiles`` (of a list), ``p`` ("= 0.03"), ``and`` ("a, b and
-        3 more", ``and 12`` for up to twelve), ``plural WORD`` ("2 pairs").
+        similarity), ``range`` and ``quartiles`` (of a list), ``trend`` (of a list in order: "rises
+        from 1.2 to 3.4"), ``p`` ("= 0.03"), ``and`` ("a, b and 3 more", ``and 12`` for up to
+        twelve), ``plural WORD`` ("2 pairs").
     subject
         Template of what is compared, which stands before the sentence.
     items
@@ -89,6 +91,20 @@ def _quartiles(values: Sequence[float], _: str) -> str:
     return f"{median} (quartiles {low} to {high})"
 
 
+def _trend(values: Sequence[float], _: str) -> str:
+    """Return the direction that the numbers have, and the first and the last of them."""
+    first, last = number(values[0]), number(values[-1])
+    steps = [b - a for a, b in pairwise(values)]
+    if first != last and all(step >= 0 for step in steps):
+        return f"rises from {first} to {last}"
+    if first != last and all(step <= 0 for step in steps):
+        return f"falls from {first} to {last}"
+    low, high = number(min(values)), number(max(values))
+    if low == high:
+        return f"stays at {low}"
+    return f"does not change in one direction (between {low} and {high})"
+
+
 def _p_value(value: float, _: str) -> str:
     text = p_value_text(value)
     return text if text.startswith("<") else f"= {text}"
@@ -99,6 +115,7 @@ _SPECS: Final[Mapping[str, Callable[[Any, str], str]]] = {
     "overlap": lambda value, _: overlap_number(value),
     "range": _range,
     "quartiles": _quartiles,
+    "trend": _trend,
     "p": _p_value,
     "nonzero": lambda count, _: str(count),
     "and": lambda names, at_most: join_names(names, int(at_most or _LISTED)),

@@ -46,7 +46,8 @@ _SPECTRA = (
 _CONTROLS = ("enrichment_crossed", "enrichment_through_weight")
 _WEIGHTS = (
     "k", "projected", "projected_random", "delta_norm", "weight_norm", "relative_norm",
-    "amplification_factor", "chance_factor", "enrichment",
+    "amplification_factor", "chance_factor", "enrichment", "enrichment_crossed",
+    "enrichment_through_weight",
 )  # fmt: skip
 
 

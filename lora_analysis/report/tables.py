@@ -42,7 +42,9 @@ def cell(value: Any) -> str:
     """Return a value as text for a table; a dash if it is missing."""
     if isinstance(value, float | np.floating):
         figure = float(value)
-        return str(int(figure)) if figure.is_integer() and abs(figure) < 1e6 else number(figure)
+        if (2 * figure).is_integer() and abs(figure) < 1e6:  # a count, or a median of counts
+            return f"{figure:.10g}"
+        return number(figure)
     return "–" if value is None else str(value)
 
 

@@ -9,6 +9,7 @@ from lora_analysis.spectra.values import (
     Spectrum,
     VectorsOf,
     check_side,
+    default_side,
 )
 from lora_analysis.spectra.weights import weight_svd
 
@@ -19,6 +20,7 @@ __all__ = [
     "Spectrum",
     "VectorsOf",
     "check_side",
+    "default_side",
     "leading_spectrum",
     "singular_values",
     "spectrum",

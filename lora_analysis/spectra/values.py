@@ -248,6 +248,11 @@ def _entropy_rank(weights: NDArray[np.float64]) -> float:
     return float(np.exp(-np.sum(p * np.log(p))))
 
 
+def default_side(of: str) -> Side:
+    """Return the side that is compared by default: output, input for the vectors of A."""
+    return "input" if of == "A" else "output"
+
+
 def check_side(side: str, of: str) -> None:
     """Raise InputError unless ``side`` and ``of`` name something that exists."""
     if side not in SIDES:

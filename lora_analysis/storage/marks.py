@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 KEY: Final = "lora_analysis"
+REFERENCE_FORMAT: Final = "lora_analysis reference"
+"""The ``format`` that a JSON file with levels of unrelated adapters states, near its start."""
 FIGURE_CREATOR: Final = "lora_analysis"
 """Creator that figures state; without a version, so that equal figures have equal bytes."""
 # Figures have their metadata at the start of the file, PDFs at either end.
@@ -87,6 +89,9 @@ def is_marked(path: Path) -> bool:
     try:
         if path.suffix in _FIGURES:
             return _is_marked_figure(path)
+        if path.suffix == ".json":
+            with path.open("rb") as stream:
+                return f'"format": "{REFERENCE_FORMAT}"'.encode() in stream.read(_HEAD)
         if is_gguf(path):
             return GGUF_VERSION_KEY in read_gguf(path).metadata
         return KEY in read_header(path).metadata

@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from itertools import combinations
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from lora_analysis.formats.sources import says_nothing
-from lora_analysis.studies.relations import base_key, shown_base
+from lora_analysis.studies.base_identity import (
+    base_key,
+    model_of_key,
+    plain_model,
+    resolve_keys,
+    same_base,
+    same_key,
+    shown_base,
+    structure_hash,
+    structure_of_key,
+)
+
+__all__ = [
+    "NO_BASE",
+    "base_key",
+    "base_keys",
+    "bases_of",
+    "other_bases",
+    "pairs_across_bases",
+    "per_base",
+    "runs_on_base",
+    "runs_per_base",
+    "same_base",
+    "several_bases",
+    "shown_base",
+    "strange_name",
+]
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,11 +44,6 @@ if TYPE_CHECKING:
     from lora_analysis.studies.result import Study
 
 NO_BASE = "no base named"
-# Suffixes that quantized copies append to a model's name.
-_COPY = re.compile(
-    r"([-_.](gguf|awq|gptq|mlx|bnb|fp8|[348][-_]?bit|i?q[1-8](_\w+)?|b?f16|fp16|f32))+$",
-    re.IGNORECASE,
-)
 
 
 def other_bases(names: Mapping[str, str | None], base: BaseWeights | None) -> frozenset[str]:
@@ -36,13 +57,13 @@ def other_bases(names: Mapping[str, str | None], base: BaseWeights | None) -> fr
     names
         The base model that each adapter names, by label.
     base
-        The given base weights.
+        The given base weights. If it is not known whether an adapter's base is the same model, the
+        last parts of their names decide.
     """
-    keys = {label: base_key(name) for label, name in names.items()}
+    keys = dict(zip(names, resolve_keys(names.values()), strict=True))
     if base is None or base.name is None or len(set(keys.values()) - {None}) < 2:
         return frozenset()
-    given = _plain(base.name)
-    return frozenset(label for label, key in keys.items() if key and _plain(key) != given)
+    return frozenset(label for label, key in keys.items() if key and not _is_given(key, base))
 
 
 def strange_name(names: Mapping[str, str | None], base: BaseWeights | None) -> str | None:
@@ -50,29 +71,69 @@ def strange_name(names: Mapping[str, str | None], base: BaseWeights | None) -> s
 
     A generic folder name such as ``model`` does not count as a name.
     """
-    keys = {base_key(name): name for name in names.values() if base_key(name)}
-    if base is None or base.name is None or len(keys) != 1 or says_nothing(base.name):
+    keys = resolve_keys(names.values())
+    named = {key: name for key, name in zip(keys, names.values(), strict=True) if key}
+    if base is None or base.name is None or len(named) != 1 or says_nothing(base.name):
         return None
-    ((key, name),) = keys.items()
-    return None if _plain(key) == _plain(base.name) else shown_base(name)
+    ((key, name),) = named.items()
+    return None if _is_given(key, base) else shown_base(name)
 
 
-def _plain(name: str | None) -> str | None:
-    return _COPY.sub("", base_key(name) or "") or None
+def _is_given(key: str, base: BaseWeights) -> bool:
+    """Return True if a base is the given one, by name and structure, else by its last name."""
+    structure = structure_of_key(key)
+    if structure and (given := structure_hash(base.config)) and structure != given:
+        return False
+    same = same_key(key, base_key(base.address or (base.path and str(base.path.absolute()))))
+    return model_of_key(key) == plain_model(base.name or "") if same is None else same
 
 
 def base_keys(study: Study) -> dict[str, str | None]:
-    """Return the key of each adapter's base model (`base_key`) by label; None if not named."""
+    """Return a key of each adapter's base model by label, equal for one base; None if not named."""
     runs = study.runs
     return {
-        label: base_key(name) if isinstance(name, str) else None
-        for label, name in zip(runs["adapter"], runs["base_model"], strict=True)
+        label: key if isinstance(key, str) else None
+        for label, key in zip(runs["adapter"], runs["base_key"], strict=True)
     }
+
+
+def runs_on_base(study: Study, base: str) -> pd.Series:
+    """Return a mask of the rows of ``Study.runs`` whose base model is the one of this name."""
+    given = base_key(base)
+    return (study.runs["base_model"] == base) | study.runs["base_key"].map(
+        lambda key: isinstance(key, str) and bool(same_key(key, given))
+    )
 
 
 def several_bases(study: Study) -> bool:
     """Return True if the adapters name more than one base model."""
     return len(set(base_keys(study).values()) - {None}) > 1
+
+
+class PairsAcrossBases(NamedTuple):
+    """Pairs of analyzed adapters whose bases are not the same, and whether each is compared.
+
+    Attributes
+    ----------
+    different, not_known
+        Labels of pairs with different bases, and of those whose bases may or may not be the same.
+    """
+
+    different: dict[tuple[str, str], bool]
+    not_known: dict[tuple[str, str], bool]
+
+
+def pairs_across_bases(study: Study) -> PairsAcrossBases:
+    """Return the pairs of analyzed adapters that both name a base, and not the same one."""
+    keys = base_keys(study)
+    compared = set(zip(study.pairs["a"], study.pairs["b"], strict=True))
+    result = PairsAcrossBases({}, {})
+    labels = [label for label in study.tabulated if label not in study.reference and keys[label]]
+    for pair in combinations(labels, 2):
+        same = same_key(keys[pair[0]], keys[pair[1]])
+        if not same:
+            (result.not_known if same is None else result.different)[pair] = pair in compared
+    return result
 
 
 def per_base(study: Study, rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -114,7 +175,7 @@ def bases_of(study: Study, adapters: pd.Series) -> list[str]:
 def _names(study: Study) -> dict[str, str]:
     """Return the name of each base by its key, in the spelling of the first adapter on it."""
     names = {"": NO_BASE}
-    for name in study.runs["base_model"].dropna():
-        if key := base_key(name):
-            names.setdefault(key, shown_base(name) or key)
+    for key, name in zip(study.runs["base_key"], study.runs["base_model"], strict=True):
+        if isinstance(key, str):
+            names.setdefault(key, name if isinstance(name, str) else key)
     return names

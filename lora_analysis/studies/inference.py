@@ -15,7 +15,7 @@ import numpy as np
 from lora_analysis import chance
 from lora_analysis.errors import InputError
 from lora_analysis.spectra import SIDES, Side
-from lora_analysis.studies.base_models import bases_of
+from lora_analysis.studies.base_models import runs_on_base
 from lora_analysis.text import html_facts
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def _countable_runs(study: Study, rank: int | None, base: str | None) -> pd.Data
     analyzed = ~runs["adapter"].isin(study.reference) & runs["adapter"].isin(study.tabulated)
     runs = runs[analyzed & (runs["excluded"] == "")]
     if base is not None:
-        runs = runs[[name == base for name in bases_of(study, runs["adapter"])]]
+        runs = runs[runs_on_base(study, base).loc[runs.index]]
     labeled = runs.dropna(subset=["task", "seed"])
     if labeled.empty:
         message = (
@@ -207,7 +207,7 @@ def _countable_runs(study: Study, rank: int | None, base: str | None) -> pd.Data
         ranks = sorted({int(value) for value in labeled["rank"].dropna()})
         message = f"No run has rank {rank}; the {len(labeled)} runs with a known task have {ranks}."
         raise InputError(message)
-    names = sorted({name for name in bases_of(study, chosen["adapter"]) if name})
+    names = sorted(chosen.drop_duplicates("base_key")["base_model"].dropna())
     if len(names) > 1:
         message = (
             f"The runs adapt {len(names)} base models ({', '.join(names[:4])}): directions of "

@@ -10,10 +10,29 @@ from typing import Any
 from lora_analysis.adapter import Adapter
 from lora_analysis.errors import InputError
 from lora_analysis.finding import Finding
-from lora_analysis.formats.sources import CONTAINER_SUFFIXES
+from lora_analysis.formats.sources import CONTAINER_SUFFIXES, says_nothing
 from lora_analysis.text import whole_characters
 
 FIELDS = ("task", "rank", "seed", "step")
+# The value of ``label`` for which names are not looked at.
+NO_PATTERN = "none"
+# Patterns that are tried if no pattern is given.
+COMMON_PATTERNS = (
+    "{task}-r{rank}-s{seed}",
+    "{task}_r{rank}_s{seed}",
+    "{task}-r{rank}-seed{seed}",
+    "{task}_r{rank}_seed{seed}",
+    "{task}-rank{rank}-seed{seed}",
+    "{task}_rank{rank}_seed{seed}",
+    "{task}-s{seed}",
+    "{task}_s{seed}",
+    "{task}-seed{seed}",
+    "{task}_seed{seed}",
+    "{task}-seed-{seed}",
+    "{task}_seed_{seed}",
+)
+# The end of a task that is the rank of a name with parts in an order of its own.
+_RANK_IN_TASK = re.compile(r"(^|[-_/])r(ank)?[-_]?\d+$", re.IGNORECASE)
 _PART = re.compile(r"\{(?P<field>[^{}]*)\}|(?P<any>\*)|(?P<text>[^{}*]+)|(?P<stray>[{}])")
 
 
@@ -72,15 +91,20 @@ def candidate_names(adapter: Adapter, depth: int) -> tuple[str, ...]:
     The last ``depth`` segments of the path without a file suffix, and those before the last
     segment: many adapters are in a folder with a generic name (``final``).
     """
-    location = adapter.provenance.location
-    if location is None:
+    path = _path(adapter)
+    if path is None:
         return (adapter.label,)
-    path = PurePath(whole_characters(location))
-    if path.suffix in CONTAINER_SUFFIXES:
-        path = path.with_suffix("")
     parts = path.parts
     ends = ["/".join(parts[max(0, end - depth) : end]) for end in (len(parts), len(parts) - 1)]
     return (adapter.label, *filter(None, ends))
+
+
+def _path(adapter: Adapter) -> PurePath | None:
+    """Return the location of an adapter without a file suffix; None in memory."""
+    if adapter.provenance.location is None:
+        return None
+    path = PurePath(whole_characters(adapter.provenance.location))
+    return path.with_suffix("") if path.suffix in CONTAINER_SUFFIXES else path
 
 
 def with_label_facts(adapters: Sequence[Adapter], pattern: str | None) -> list[Adapter]:
@@ -88,19 +112,23 @@ def with_label_facts(adapters: Sequence[Adapter], pattern: str | None) -> list[A
 
     Task, seed and step from the user's pattern override the files. A rank that contradicts the
     tensors does not: the adapter gets a finding, as it does if no name matches the pattern.
+
+    Without a pattern, a common one fills in unknown tasks and seeds (see `common_pattern`); the
+    pattern ``"none"`` prevents that.
     """
     if pattern is None:
+        return _with_common_facts(adapters)
+    if pattern.lower() == NO_PATTERN:
         return list(adapters)
     return [_with_facts(adapter, pattern) for adapter in adapters]
 
 
 def _with_facts(adapter: Adapter, pattern: str) -> Adapter:
     source = adapter.provenance
-    for name in candidate_names(adapter, pattern.count("/") + 1):
-        facts: dict[str, Any] | None = label_facts(pattern, name)
-        if facts is not None:
-            break
-    else:
+    facts: dict[str, Any] | None = _facts_of(
+        candidate_names(adapter, pattern.count("/") + 1), pattern
+    )
+    if facts is None:
         misfit = Finding("label-misfit", {"pattern": repr(pattern)})
         return adapter.with_provenance(findings=(*source.findings, misfit))
     rank = facts.get("rank")
@@ -110,3 +138,79 @@ def _with_facts(adapter: Adapter, pattern: str) -> Adapter:
     if source.rank is not None:
         facts.pop("rank", None)
     return adapter.with_provenance(**facts)
+
+
+def _facts_of(names: Sequence[str], pattern: str) -> dict[str, str | int] | None:
+    return next(filter(None, (label_facts(pattern, name) for name in names)), None)
+
+
+def _own_names(adapter: Adapter) -> tuple[str, ...]:
+    """Return names that are the adapter's alone: a folder is, if what it holds has a generic name.
+
+    Of an adapter in a file with several, only its name in there.
+    """
+    _, inside, name = adapter.label.rpartition("#")
+    if inside:
+        return (name,)
+    path = _path(adapter)
+    paths = (PurePath(name), path) if path else (PurePath(name),)
+    return tuple(filter(None, map(_specific_part, paths)))
+
+
+def _specific_part(path: PurePath) -> str:
+    parts = [part for part in reversed(path.parts) if not says_nothing(part)]
+    return parts[0] if parts else ""
+
+
+def common_pattern(adapters: Sequence[Adapter]) -> str | None:
+    """Return the pattern that names task and seed of every adapter without them; else None.
+
+    One of `COMMON_PATTERNS` must match a name of each of these adapters, and contradict nothing:
+    ranks in names are those of the tensors, tasks and seeds that a file states are those in its
+    name. A single adapter is not enough: its name may match by accident.
+    """
+    unlabeled = [a for a in adapters if None in (a.provenance.task, a.provenance.seed)]
+    if len(adapters) < 2 or not unlabeled:
+        return None
+    for pattern in COMMON_PATTERNS:
+        facts = [_facts_of(_own_names(adapter), pattern) for adapter in unlabeled]
+        if all(facts):
+            pairs = zip(unlabeled, facts, strict=True)
+            agree = all(_agrees(adapter, values or {}) for adapter, values in pairs)
+            return pattern if agree else None
+    return None
+
+
+def _agrees(adapter: Adapter, facts: dict[str, str | int]) -> bool:
+    """Return True if facts from a name contradict neither the file nor the tensors."""
+    source = adapter.provenance
+    if "/" in str(facts["task"]) or _RANK_IN_TASK.search(str(facts["task"])):
+        return False
+    for field, value in (("task", source.task), ("seed", source.seed)):
+        if value not in (None, facts[field]):
+            return False
+    rank = facts.get("rank")
+    if rank is None or source.rank is not None:
+        return rank in (None, source.rank)
+    return any(adapter.outline(name).rank == rank for name in adapter)
+
+
+def _with_common_facts(adapters: Sequence[Adapter]) -> list[Adapter]:
+    pattern = common_pattern(adapters)
+    return [
+        adapter if pattern is None else _with_missing_facts(adapter, pattern)
+        for adapter in adapters
+    ]
+
+
+def _with_missing_facts(adapter: Adapter, pattern: str) -> Adapter:
+    """Return an adapter with the unknown facts that its name states, and a finding about it."""
+    source = adapter.provenance
+    if None not in (source.task, source.seed):
+        return adapter
+    facts = _facts_of(_own_names(adapter), pattern) or {}
+    missing: dict[str, Any] = {
+        field: value for field, value in facts.items() if getattr(source, field) is None
+    }
+    note = Finding("labels-from-names", {"pattern": pattern})
+    return adapter.with_provenance(**missing, findings=(*source.findings, note))

@@ -18,11 +18,17 @@ from lora_analysis.amplify import Amplification, amplifications, weight_basis_en
 from lora_analysis.effective import effective_update
 from lora_analysis.errors import BaseWeightError
 from lora_analysis.formats.sanity_checks import ModuleStatistics, module_statistics
+from lora_analysis.init_evidence import EVIDENCE, ModuleInit, pair_init
 from lora_analysis.intruders import intruder_dimensions
-from lora_analysis.shared_init import InitEvidence, ModuleInit, pair_init
 from lora_analysis.spectra import SIDES, Spectrum, spectrum, weight_svd
+from lora_analysis.studies.crossed_partners import candidate_pairs
 from lora_analysis.studies.module_walk import updates_by_shape
-from lora_analysis.studies.pair_products import ModulePairs, module_pairs, pair_angles
+from lora_analysis.studies.pair_products import (
+    ModulePairs,
+    PairAngles,
+    module_pairs,
+    pair_angles,
+)
 from lora_analysis.studies.similarity_matrix import BlockedContribution, ModuleContribution
 from lora_analysis.studies.table_rows import Degeneracy, change_rows, spectrum_row
 from lora_analysis.weight_changes import magnitude_direction
@@ -34,11 +40,11 @@ if TYPE_CHECKING:
     from lora_analysis.bases import Weight
     from lora_analysis.studies.spec import OpenStudy
 
-    Angles = tuple[NDArray[np.float64], NDArray[np.float64]]
-
 # Up to this length of its shorter side, the singular values of W and random draws are cheap;
 # beyond it they are left out (the root mean square of random directions is exact without).
 SMALL_WEIGHT = 1024
+# Draws of random directions through W, for weights up to this length and for larger ones.
+_THROUGH_SMALL, _THROUGH_LARGE = 4, 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +58,7 @@ class PairGroup:
     pairs
         The similarities.
     angles
-        Smallest and largest principal angle, of the input and of the output side.
+        Principal angles of the input and of the output side.
     ranks
         Stored ranks of the updates, ``(N,)``.
     degeneracy
@@ -63,7 +69,7 @@ class PairGroup:
 
     index: NDArray[np.intp]
     pairs: ModulePairs
-    angles: tuple[Angles, Angles]
+    angles: tuple[PairAngles, PairAngles]
     ranks: NDArray[np.intp]
     degeneracy: NDArray[np.object_]
     values: NDArray[np.float64]
@@ -74,7 +80,8 @@ class PairGroup:
         if evidence is None or np.isnan(evidence.row_cosine[i, j]):
             return None
         ranks = int(self.ranks[i]), int(self.ranks[j])
-        return pair_init(evidence, i, j, self.pairs.module, ranks)
+        spaces = [float(angles.weaker_half[i, j]) for angles in self.angles]
+        return pair_init(evidence, i, j, self.pairs.module, ranks, spaces=(spaces[0], spaces[1]))
 
 
 @dataclass(slots=True)
@@ -136,8 +143,8 @@ def analyze_module(study: OpenStudy, module: str, *, blocks: bool = True) -> Mod
                     count=len(study.adapters),
                 )
             )
-    in_order = [by_position[position] for position in sorted(by_position)]
-    for update, values in in_order:
+    in_order = dict(sorted(by_position.items()))
+    for update, values in in_order.values():
         result.statistics[values.label] = module_statistics(update, norm=values.norm)
         result.spectra.append(spectrum_row(update, values))
     if study.base is not None:
@@ -201,24 +208,28 @@ def _selected(pairs: ModulePairs, rows: Sequence[int]) -> ModulePairs:
         norms=pairs.norms[rows],
         init=None
         if pairs.init is None
-        else InitEvidence(**planes(pairs.init, *InitEvidence.__dataclass_fields__)),
+        else replace(pairs.init, **planes(pairs.init, *EVIDENCE, "shared")),
     )
 
 
 def _compare_with_base(
-    study: OpenStudy, result: ModuleResult, updates: Sequence[tuple[Update, Spectrum]]
+    study: OpenStudy, result: ModuleResult, updates: Mapping[int, tuple[Update, Spectrum]]
 ) -> None:
     """Add amplifications and changes of W, one weight of the base and one shape at a time."""
-    groups: dict[tuple[str, tuple[int, int]], list[tuple[Update, Spectrum]]] = {}
-    for update, values in updates:
-        measured = values.label in study.measured and not values.untrained
-        if measured:
+    groups: dict[tuple[str, tuple[int, int]], dict[int, tuple[Update, Spectrum]]] = {}
+    for position, (update, values) in updates.items():
+        if not values.untrained:
             name = update.base_name if isinstance(update, LowRankUpdate) else ""
-            groups.setdefault((name or result.module, values.shape), []).append((update, values))
+            group = groups.setdefault((name or result.module, values.shape), {})
+            group[position] = update, values
+    candidates = candidate_pairs(study.pairs)
     for (name, shape), members in groups.items():
-        scaled = {values.label: (update, values) for update, values in members
-                  if not values.in_units_of_scale}  # fmt: skip
-        if not scaled:
+        measured = [
+            position
+            for position, (_, values) in members.items()
+            if values.label in study.measured and not values.in_units_of_scale
+        ]
+        if not measured:
             continue
         try:
             weight = study.base.weight(  # type: ignore[union-attr]  # called with a base only
@@ -227,30 +238,36 @@ def _compare_with_base(
         except BaseWeightError as error:
             result.unmatched = str(error)
             continue
-        spectra = [values for _, values in scaled.values()]
+        pairs = [(a, b) for a, b in candidates if a in members and b in members]
+        crossed = {position for pair in pairs for position in pair}
+        order = [*measured, *sorted(crossed - set(measured))]
+        spectra = [members[position][1] for position in order]
         small = min(weight.shape) <= SMALL_WEIGHT
-        most = max(values.numerical_rank for values in spectra)
+        most = max(values.numerical_rank for values in spectra[: len(measured)])
         amplified = amplifications(
-            spectra,
+            spectra[: len(measured)],
             weight,
             draws=study.spec.draws if small else 0,
             # Different draws for every module, the same in every run.
             seed=zlib.crc32(result.module.encode()),
             weight_values=linalg.leading_singular_values(weight.array(), most) if small else None,
             weight_directions=False,
+            partners=spectra[len(measured) :],
+            unrelated=[(order.index(a), order.index(b)) for a, b in pairs],
+            through_weight=_THROUGH_SMALL if small else _THROUGH_LARGE,
         )
         result.amplified |= {(values.label, result.module): values for values in amplified}
         if study.spec.weight_spectra:
-            result.changes += _weight_changes(scaled, weight)
+            result.changes += _weight_changes([members[i] for i in measured], weight)
 
 
 def _weight_changes(
-    updates: Mapping[str, tuple[Update, Spectrum]], weight: Weight
+    updates: Sequence[tuple[Update, Spectrum]], weight: Weight
 ) -> list[dict[str, Any]]:
     """Return the rows of the changes of one weight by each update, from one SVD of the weight."""
     decomposed = weight_svd(weight)
     rows: list[dict[str, Any]] = []
-    for update, values in updates.values():
+    for update, values in updates:
         change = effective_update(update, weight)  # for DoRA more than the low-rank part
         rows += change_rows(
             weight_basis_energy(values, decomposed),

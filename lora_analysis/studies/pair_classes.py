@@ -23,6 +23,7 @@ class PairClass(StrEnum):
     """What two adapters are to each other; a pair has the first class that applies."""
 
     DIFFERENT_BASE = "different base"
+    BASE_NOT_KNOWN = "base not known to be the same"
     CHECKPOINT = "earlier checkpoint"  # of a run of which the study has a later one
     STARTED_FROM_BASE = "both factors started from the base"  # PiSSA without its flag
     NEAR_DUPLICATE = "near-duplicate"
@@ -62,10 +63,8 @@ COPY_COSINE: Final = 0.99
 _COPIED_MODULES: Final = 0.9
 # Median of min(φ_input, φ_output)(n, n); pairs from different initializations reach 0.40.
 _CONTAINED: Final = 0.9
-# c′, the matched cosine of the second factor: from one run, and beyond doubt one update.
-_ONE_RUN, _ONE_UPDATE = 0.4, 0.9
-# L, the excess overlap of the row spaces of A: the same start, and undecided.
-_SAME_SPACE, _SAME_SPACE_OF_TASKS = 0.3, 0.1
+# |c′|, the matched cosine of the second factor, from which two updates are beyond doubt one.
+_ONE_UPDATE: Final = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +88,10 @@ class PairEvidence:
         room to tell (a rank above a quarter of the dimension).
     initialization
         The conclusion on the initial factors.
+    second_factor_agrees
+        Whether the second factor agrees, too, in rows or in its span.
     b_cosine
-        c′: median matched cosine of the second factor over modules with a shared initialization.
-    row_space
-        L: median over modules of the excess overlap of the row spaces of A; NaN if not testable.
+        |c′|: median matched cosine of the second factor over modules with a shared initialization.
     """
 
     relation: Relation
@@ -104,8 +103,8 @@ class PairEvidence:
     negated: float = 0.0
     containment: float = float("nan")
     initialization: InitRelation = InitRelation.NOT_APPLICABLE
+    second_factor_agrees: bool = False
     b_cosine: float = 0.0
-    row_space: float = float("nan")
 
     @property
     def shares_init(self) -> bool:
@@ -114,19 +113,13 @@ class PairEvidence:
 
     @property
     def shares_space(self) -> bool:
-        """True if A spans the same space, whatever its rows, or if that is undecided."""
-        least = _SAME_SPACE_OF_TASKS if self.same_task is not True else _SAME_SPACE
-        return self.initialization is InitRelation.SAME_SPACE or self.row_space >= least
+        """True if A spans the same space in other rows, or if that is undecided."""
+        return self.initialization in (InitRelation.SAME_SPACE, InitRelation.UNDECIDED)
 
     @property
     def starts_from_base(self) -> bool:
-        """True if both factors agree row by row although neither task nor seed does."""
-        return (
-            self.same_task is False
-            and self.same_seed is False
-            and self.shares_init
-            and self.b_cosine >= _ONE_RUN
-        )
+        """True if both factors agree although neither task nor seed does."""
+        return self.same_task is False and self.same_seed is False and self.second_factor_agrees
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,11 +166,13 @@ def _classify(pair: PairEvidence, *, from_base: bool) -> ClassifiedPair:
 def _pair_class(pair: PairEvidence, *, from_base: bool) -> PairClass:
     if pair.relation is Relation.OTHER_BASE:
         return PairClass.DIFFERENT_BASE
+    if pair.relation is Relation.BASE_NOT_KNOWN_SAME:
+        return PairClass.BASE_NOT_KNOWN
     if pair.relation is Relation.SAME_RUN:
         return PairClass.SAME_RUN
     if pair.relation is Relation.EARLIER:
         return PairClass.CHECKPOINT
-    if from_base and pair.shares_init and pair.b_cosine >= _ONE_RUN:
+    if from_base and pair.second_factor_agrees:
         return PairClass.STARTED_FROM_BASE
     if pair.copied + pair.negated >= _COPIED_MODULES:
         return PairClass.NEGATED_COPY if pair.negated > pair.copied else PairClass.NEAR_DUPLICATE
@@ -188,7 +183,7 @@ def _pair_class(pair: PairEvidence, *, from_base: bool) -> PairClass:
 
 def _class_by_init(pair: PairEvidence) -> PairClass | None:
     """Return the class that a shared initialization gives; None if there is none."""
-    if pair.shares_init and pair.b_cosine >= _ONE_RUN:
+    if pair.shares_init and pair.second_factor_agrees:
         if pair.same_task is not False:
             return PairClass.SAME_RUN
         is_one_update = pair.b_cosine >= _ONE_UPDATE

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
 from lora_analysis import chance, linalg
 from lora_analysis.adapter import LowRankUpdate, Update
 from lora_analysis.errors import IncompatibleError
-from lora_analysis.shared_init import InitEvidence, InitRows, init_evidence
+from lora_analysis.init_evidence import (
+    EVIDENCE,
+    InitEvidence,
+    InitRows,
+    init_evidence,
+    weaker_half_excess,
+)
 from lora_analysis.spectra import SIDES, Side, Spectrum
 
 if TYPE_CHECKING:
@@ -25,7 +31,6 @@ _AT_ONCE = 2048
 # Beyond that, this many rows of products at a time: they are reduced before the next are computed,
 # and the part left of their own columns is known from earlier rows.
 _ROWS = 128
-_EVIDENCE = ("row_cosine", "cross_cosine", "z", "other_cosine")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -309,41 +314,57 @@ def updates_init_evidence(updates: Sequence[Update]) -> InitEvidence:
     members = [i for i, update in enumerate(updates) if isinstance(update, LowRankUpdate)]
     shape = (len(updates), len(updates))
     shared = np.zeros(shape, dtype=bool)
-    arrays = {name: np.full(shape, np.nan) for name in _EVIDENCE}
+    arrays = {name: np.full(shape, np.nan) for name in EVIDENCE}
+    factor: Literal["A", "B"] = "A"
     if members:
         block = np.ix_(members, members)
         # mypy does not narrow the elements of a list by its condition.
         evidence = init_evidence([updates[i] for i in members])  # type: ignore[misc]
-        shared[block] = evidence.shared
+        shared[block], factor = evidence.shared, evidence.factor
         for name, values in arrays.items():
             values[block] = getattr(evidence, name)
-    return InitEvidence(**arrays, shared=shared)
+    return InitEvidence(**arrays, shared=shared, factor=factor)
 
 
-def pair_angles(
-    spectra: Sequence[Spectrum], side: Side
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the smallest and the largest principal angle of every pair, at the numerical ranks.
+class PairAngles(NamedTuple):
+    """Principal angles of every pair of N updates on one side; each ``(N, N)``, symmetric.
 
-    Returns
-    -------
-    tuple of ndarray
-        ``(N, N)`` each, symmetric, in radians; NaN for pairs with an untrained update.
+    NaN for pairs with an untrained update.
+
+    Attributes
+    ----------
+    smallest, largest
+        Smallest and largest principal angle at the numerical ranks, in radians.
+    weaker_half
+        `weaker_half_excess`: how far the spans agree in the weaker half of their directions. On
+        the input side of an update with independent columns of B it is that of the rows of A.
+        NaN also on the diagonal and where it is not defined (small ranks, or near the dimension).
     """
+
+    smallest: NDArray[np.float64]
+    largest: NDArray[np.float64]
+    weaker_half: NDArray[np.float64]
+
+
+def pair_angles(spectra: Sequence[Spectrum], side: Side) -> PairAngles:
+    """Return the smallest and the largest principal angle of every pair, and the weaker half."""
     ranks = np.array([s.numerical_rank for s in spectra])
-    smallest, largest = np.full((2, len(spectra), len(spectra)), np.nan)
+    dimension = spectra[0].shape[1 if side == "input" else 0]
+    smallest, largest, weaker = np.full((3, len(spectra), len(spectra)), np.nan)
     trained = np.flatnonzero(ranks)
     smallest[trained, trained] = largest[trained, trained] = 0.0
-    for two_ranks in combinations_with_replacement(np.unique(ranks[trained]), 2):
+    for two_ranks in combinations_with_replacement(np.unique(ranks[trained]).tolist(), 2):
         left, right, cosines = _pair_cosines(spectra, ranks, two_ranks, side)
         for angles, end in ((smallest, 0), (largest, -1)):
             angles[left, right] = angles[right, left] = np.arccos(np.minimum(cosines[:, end], 1.0))
+        excess = weaker_half_excess(cosines, two_ranks, dimension)
+        weaker[left, right] = weaker[right, left] = excess
     # A cosine near 1 has lost the digits of the angle: these few are computed from the sines.
     for a, b in zip(*np.nonzero(np.triu(smallest < 0.1, 1)), strict=True):
         exact = linalg.principal_angles(spectra[a].vectors(side), spectra[b].vectors(side))
         smallest[a, b] = smallest[b, a] = exact[0]
         largest[a, b] = largest[b, a] = exact[-1]
-    return smallest, largest
+    return PairAngles(smallest, largest, weaker)
 
 
 def _pair_cosines(

@@ -14,6 +14,7 @@ from lora_analysis import chance
 from lora_analysis.patterns import layer_index, module_type
 from lora_analysis.shared_init import InitRelation, SharedInit, classify_init
 from lora_analysis.spectra import SIDES, Side
+from lora_analysis.studies.base_identity import resolve_keys
 from lora_analysis.studies.pair_classes import (
     COPY_COSINE,
     ClassifiedPair,
@@ -23,7 +24,7 @@ from lora_analysis.studies.pair_classes import (
     classify_pairs,
     one_sample_exclusions,
 )
-from lora_analysis.studies.relations import Relation, base_key, earlier_checkpoints
+from lora_analysis.studies.relations import ACROSS_BASES, earlier_checkpoints
 from lora_analysis.studies.table_rows import PAIR_COLUMNS, SIMILARITY_COLUMNS, Degeneracy
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def pair_tables(
     for position, pair in enumerate(chosen.tolist()):
         rows = similarities.iloc[starts[position] : starts[position + 1]]
         common = _common_groups(results, *study.pairs.pairs[pair])
-        inits.append(_shared_init(common, rows))
+        inits.append(_shared_init(study, pair, common, rows))
         summaries.append(_summary(study, results, common, pair, inits[-1]))
     bases = pair_bases(study, chosen)
     classes = _classes(study, chosen, summaries, inits, bases)
@@ -312,12 +313,23 @@ def _common_groups(results: Sequence[ModuleResult], a: int, b: int) -> list[_Com
     ]
 
 
-def _shared_init(common: Sequence[_Common], rows: pd.DataFrame) -> SharedInit:
-    """Return the relation of the initializations of a pair."""
+def _shared_init(
+    study: OpenStudy, pair: int, common: Sequence[_Common], rows: pd.DataFrame
+) -> SharedInit:
+    """Return the relation of the initializations of a pair, with what is known of its tasks."""
     inits = [init for group, i, j in common if (init := group.init(i, j)) is not None]
     # Subspaces of ranks close to the dimension overlap by chance.
     narrow = rows[(rows["side"] == "input") & (rows["chance_r_r"] <= 0.35)]
-    return classify_init(inits, narrow["phi_r_r"].to_numpy())
+    same_task = _agree(study, pair, "task")
+    return classify_init(inits, narrow["phi_r_r"].to_numpy()).for_tasks(
+        differ=None if same_task is None else not same_task
+    )
+
+
+def _agree(study: OpenStudy, pair: int, field: str) -> bool | None:
+    """Return True if both adapters of a pair state the same; None if one states nothing."""
+    a, b = (getattr(study.adapters[i].provenance, field) for i in study.pairs.pairs[pair])
+    return None if a is None or b is None else a == b
 
 
 def _summary(
@@ -369,26 +381,20 @@ def _evidence(
     study: OpenStudy, pair: int, summary: Mapping[str, Any], init: SharedInit
 ) -> PairEvidence:
     """Return what the class of a pair is decided from."""
-    a, b = (study.adapters[i].provenance for i in study.pairs.pairs[pair])
-
-    def agree(first: object, second: object) -> bool | None:
-        return None if first is None or second is None else first == second
-
-    parents = [
-        None if source.location is None else PurePath(source.location).parent for source in (a, b)
-    ]
+    locations = [study.adapters[i].provenance.location for i in study.pairs.pairs[pair]]
+    parents = [None if path is None else PurePath(path).parent for path in locations]
     return PairEvidence(
         relation=study.pairs.relations[pair],
-        same_task=agree(a.task, b.task),
-        same_seed=agree(a.seed, b.seed),
+        same_task=_agree(study, pair, "task"),
+        same_seed=_agree(study, pair, "seed"),
         reference=bool((study.pairs.pairs[pair] >= study.analyzed).any()),
         one_study=None in parents or parents[0] == parents[1],
         copied=summary["copied"],
         negated=summary["negated"],
         containment=summary["containment"],
         initialization=init.kind,
-        b_cosine=init.other_cosine or 0.0,
-        row_space=getattr(init, "row_space", float("nan")),
+        second_factor_agrees=init.other_agrees,
+        b_cosine=abs(init.other_cosine or 0.0),
     )
 
 
@@ -397,12 +403,12 @@ def pair_bases(study: OpenStudy, chosen: NDArray[np.intp]) -> dict[str, list[int
 
     A pair of which one adapter names no base belongs to the base of the other.
     """
-    keys = [base_key(adapter.provenance.base_model) for adapter in study.adapters]
+    keys = resolve_keys([adapter.provenance.base_model for adapter in study.adapters])
     bases: dict[str, list[int]] = {}
     for position, pair in enumerate(chosen):
         a, b = (keys[i] for i in study.pairs.pairs[pair])
         # Pairs across bases, compared on request, are a population of their own.
-        across = study.pairs.relations[pair] is Relation.OTHER_BASE
+        across = study.pairs.relations[pair] in ACROSS_BASES
         bases.setdefault(f"{a} {b}" if across else a or b or "", []).append(position)
     return bases
 

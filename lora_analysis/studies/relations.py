@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Sequence
 from enum import StrEnum
 from itertools import combinations, islice, zip_longest
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_analysis.adapter import Adapter
+from lora_analysis.studies.base_identity import base_key, same_key
 
 
 class Relation(StrEnum):
@@ -27,10 +27,12 @@ class Relation(StrEnum):
     SAME_RUN = "same run, different step"
     EARLIER = "earlier step"  # not the last of its run: not used if the last one is present
     OTHER_BASE = "different base"
+    BASE_NOT_KNOWN_SAME = "base not known to be the same"
     UNKNOWN = "unknown"
 
 
-_LOCAL_PATH = re.compile(r"[/~\\]|[A-Za-z]:[/\\]|file:")
+# Pairs that are compared only if the caller asks for them.
+ACROSS_BASES = (Relation.OTHER_BASE, Relation.BASE_NOT_KNOWN_SAME)
 
 
 def unique_labels(adapters: Sequence[Adapter]) -> list[Adapter]:
@@ -41,23 +43,6 @@ def unique_labels(adapters: Sequence[Adapter]) -> list[Adapter]:
         seen[adapter.label] = count = seen.get(adapter.label, 0) + 1
         result.append(adapter if count == 1 else adapter.with_label(f"{adapter.label} ({count})"))
     return result
-
-
-def base_key(name: str | None) -> str | None:
-    """Return the last part of a path or hub name, in lower case, which identifies a base model.
-
-    ``meta-llama/Llama-3.1-8B`` and ``/models/Llama-3.1-8B/`` are one base.
-    """
-    if not name:
-        return None
-    return name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower() or None
-
-
-def shown_base(name: str | None) -> str | None:
-    """Return the name of a base model, of a local path only the last part."""
-    if name is None or not _LOCAL_PATH.match(name):
-        return name
-    return name.replace("\\", "/").rstrip("/").rpartition("/")[2] or None
 
 
 def run_key(adapter: Adapter) -> Hashable | None:
@@ -91,9 +76,10 @@ def _step(adapter: Adapter) -> int:
 def relation(a: Adapter, b: Adapter) -> Relation:
     """Return how two adapters are related by base, task, rank, seed and step."""
     first, second = a.provenance, b.provenance
-    bases = {base_key(first.base_model), base_key(second.base_model)}
-    if len(bases) == 2 and None not in bases:
-        return Relation.OTHER_BASE
+    bases = base_key(first.base_model), base_key(second.base_model)
+    if None not in bases and not same_key(*bases):
+        is_other = same_key(*bases) is False
+        return Relation.OTHER_BASE if is_other else Relation.BASE_NOT_KNOWN_SAME
     if first.step != second.step and run_key(a) is not None and run_key(a) == run_key(b):
         return Relation.SAME_RUN
     if None in (first.task, second.task, first.seed, second.seed):
@@ -122,7 +108,7 @@ class ChosenPairs(NamedTuple):
     relations
         The relation of each pair.
     across_bases
-        Number of pairs of different base models, which are left out.
+        Number of pairs whose base models are not known to be the same, which are left out.
     """
 
     tabulated: list[int]
@@ -141,7 +127,7 @@ def choose_pairs(
     adapters, reference
         Analyzed adapters, and those that serve as the reference only.
     across_bases
-        Whether pairs of different base models are included.
+        Whether pairs of base models that are not known to be the same are included.
     most
         Maximum number of adapters in the tables of pairs, see `choose_tabulated`.
     """
@@ -153,11 +139,11 @@ def choose_pairs(
     left_out = 0
     for a, b in combinations(tabulated, 2):
         kind = relation(every[a], every[b])
-        if kind is Relation.OTHER_BASE and not across_bases:
+        if kind in ACROSS_BASES and not across_bases:
             left_out += 1
             continue
         superseded = not earlier.isdisjoint((every[a].label, every[b].label))
-        if superseded and kind not in (Relation.SAME_RUN, Relation.OTHER_BASE):
+        if superseded and kind not in (Relation.SAME_RUN, *ACROSS_BASES):
             kind = Relation.EARLIER
         pairs.append((a, b))
         relations.append(kind)

@@ -20,6 +20,7 @@ from lora_analysis.spectra import Side, Spectrum, VectorsOf, spectrum
 from lora_analysis.storage.outputs import output_folder
 from lora_analysis.studies.inference import RunInference, run_inference
 from lora_analysis.studies.pair_classes import Population
+from lora_analysis.studies.reference_levels import ReferenceLevel
 from lora_analysis.studies.relations import Relation
 from lora_analysis.studies.saved_sources import SavedBase, base_document, saved_adapter
 from lora_analysis.studies.similarity_matrix import SimilarityMatrix
@@ -53,7 +54,9 @@ class Study:
         angles, cosine; the p-value of ω against random subspaces (at least 1e-4: ``p_is_bound``),
         and its q-value over the modules of one pair and side; ``usable`` if the module counts.
     amplifications
-        One row per adapter, module and k; empty without a base.
+        One row per adapter, module and k; empty without a base. ``enrichment_crossed`` and
+        ``enrichment_through_weight`` are the controls of ``enrichment``: with U or V of unrelated
+        adapters (median), and of random directions through W.
     changes
         One row per adapter, module and side if ``weight_spectra`` was requested: energy of ΔW in
         leading and trailing directions of W, intruder dimensions, drift and rotation of the top
@@ -77,6 +80,8 @@ class Study:
         Number of pairs of adapters of different base models, which are not compared.
     left_out
         Modules that do not count on a side, with the reason: one set for all pairs of one base.
+    reference_levels
+        Levels of unrelated adapters from a reference file, see `read_reference`.
     options
         Parameters of `study` other than the adapters, if they differ from the default.
     """
@@ -97,6 +102,7 @@ class Study:
     tabulated: tuple[str, ...] = ()
     across_bases: int = 0
     left_out: Mapping[Side, Mapping[str, str]] = field(default_factory=dict)
+    reference_levels: tuple[ReferenceLevel, ...] = ()
     options: Mapping[str, object] = field(default_factory=dict)
     _amplified: Mapping[tuple[str, str], Amplification] = field(default_factory=dict)
 
@@ -115,9 +121,12 @@ class Study:
         return int(self.similarities.groupby(["a", "b"]).ngroups) if len(self.similarities) else 0
 
     def grid(
-        self, a: str, b: str, module: str, *, side: Side = "input", of: VectorsOf = "delta"
+        self, a: str, b: str, module: str, *, side: Side | None = None, of: VectorsOf = "delta"
     ) -> SimilarityGrid:
-        """Return φ(i, j) of two adapters by label for one module, computed now."""
+        """Return φ(i, j) of two adapters by label for one module, computed now.
+
+        The side is output by default, for ``of="A"`` input; see `subspace_similarity`.
+        """
         return subspace_similarity(
             self.adapters[a][module], self.adapters[b][module], side=side, of=of
         )

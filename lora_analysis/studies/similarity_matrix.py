@@ -15,7 +15,7 @@ import numpy as np
 from lora_analysis import chance
 from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.errors import InputError
-from lora_analysis.shared_init import InitRows
+from lora_analysis.init_evidence import InitRows
 from lora_analysis.spectra import SIDES, Side
 from lora_analysis.studies.pair_products import pair_blocks
 from lora_analysis.text import html_table

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -13,9 +13,10 @@ from lora_analysis.errors import IncompatibleError, InputError
 from lora_analysis.finding import Failure
 from lora_analysis.formats import AdapterRef, each_once, expanded, find_adapters, read_adapter
 from lora_analysis.studies.alignment import align_adapters
-from lora_analysis.studies.base_models import other_bases
+from lora_analysis.studies.base_models import other_bases, same_base
 from lora_analysis.studies.labels import with_label_facts
 from lora_analysis.studies.relations import ChosenPairs, choose_pairs, unique_labels
+from lora_analysis.text import join_names
 
 # Tables of more pairs are not read: 40 adapters have 780 pairs, in every module.
 MOST_IN_PAIRS: Final = 40
@@ -86,11 +87,14 @@ class StudySpec:
         ------
         IncompatibleError
             No adapter can be an adapter of this base.
+        InputError
+            A reference adapter cannot serve as one, see `check_reference`.
         """
         unread: list[Failure] = []
         analyzed = list(read_sources(self.adapters, unread))
         reference = list(read_sources(self.reference, unread))
         labeled = with_label_facts([*analyzed, *reference], self.label)
+        check_reference(labeled[: len(analyzed)], labeled[len(analyzed) :])
         aligned = align_adapters(unique_labels(labeled), prefix=self.prefix)
         base = open_base(self.base) if isinstance(self.base, str | Path) else self.base
         count = len(analyzed)
@@ -162,6 +166,54 @@ class OpenStudy:
     measured: frozenset[str]
     pairs: ChosenPairs
     unread: tuple[Failure, ...]
+
+
+def check_reference(analyzed: Sequence[Adapter], reference: Sequence[Adapter]) -> None:
+    """Check that what is known about reference adapters does not contradict their use.
+
+    Unrelated adapters have other tasks on the same base. What is not known is accepted, and so is
+    an equal seed, which makes unrelated adapters more alike.
+
+    Raises
+    ------
+    InputError
+        Naming each reference adapter that is analyzed itself, has the task of an analyzed adapter,
+        or has a different base than all of them.
+    """
+    files = {key: adapter.label for adapter in analyzed if (key := _file_key(adapter))}
+    tasks: dict[str | None, list[str]] = {}
+    for adapter in analyzed:
+        tasks.setdefault(adapter.provenance.task, []).append(adapter.label)
+    tasks.pop(None, None)
+    reasons = []
+    for adapter in reference:
+        source = adapter.provenance
+        bases = [same_base(source.base_model, a.provenance.base_model) for a in analyzed]
+        if same := files.get(_file_key(adapter) or adapter):
+            reasons.append(f"{adapter.label} is the analyzed adapter {same} itself")
+        elif source.task in tasks:
+            others = join_names(tasks[source.task])
+            reasons.append(f"{adapter.label} has the task of {others} ('{source.task}')")
+        elif bases and all(same is False for same in bases):
+            reasons.append(f"{adapter.label} was trained on a different base ({source.base_model})")
+    if reasons:
+        them = "it" if len(reasons) == 1 else "them"
+        message = (
+            "Reference adapters must be unrelated (other tasks, same base), but "
+            f"{'; '.join(reasons)}. Leave {them} out of reference= (command line: --reference). If "
+            "a task is wrong, correct it with label= (--label PATTERN, or --label none to ignore "
+            "names)."
+        )
+        raise InputError(message)
+
+
+def _file_key(adapter: Adapter) -> Hashable | None:
+    """Return a key that only the same adapter in the same file has; None for one in memory."""
+    source = adapter.provenance
+    if source.path is None or source.format == "memory":
+        return None
+    name = adapter.label.partition("#")[2] if source.source is None else source.source
+    return source.path.resolve(), name.rpartition("#")[2] if "#" in name else ""
 
 
 def read_sources(sources: Sequence[Source], failures: list[Failure]) -> Iterator[Adapter]:

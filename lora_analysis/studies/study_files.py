@@ -18,7 +18,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lora_analysis.adapter import Provenance
-from lora_analysis.amplify import Amplification, RandomDirections
+from lora_analysis.amplify import Amplification, CrossedEnrichment, RandomDirections
 from lora_analysis.bases.sanity_checks import WeightStatistics
 from lora_analysis.errors import InputError, MalformedFileError, SourceError, UnfinishedError
 from lora_analysis.finding import Failure, Finding
@@ -27,6 +27,7 @@ from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.records import read_record
 from lora_analysis.storage.tensor_writer import output_array, safetensors_content
 from lora_analysis.storage.tensors import open_tensors
+from lora_analysis.studies.reference_levels import ReferenceLevel
 from lora_analysis.studies.similarity_matrix import SimilarityMatrix
 
 KIND: Final = "study"
@@ -41,10 +42,12 @@ _CLASSES: Final[dict[str, type]] = {
     kind.__name__: kind
     for kind in (
         Amplification,
+        CrossedEnrichment,
         Failure,
         Finding,
         Provenance,
         RandomDirections,
+        ReferenceLevel,
         SimilarityMatrix,
         WeightStatistics,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -19,11 +19,14 @@ from lora_analysis.formats.sanity_checks import ModuleStatistics, sanity_finding
 from lora_analysis.names import match_names, parse_prefixes
 from lora_analysis.patterns import module_type
 from lora_analysis.progress import Progress
+from lora_analysis.studies.base_identity import resolve_keys, shown_bases
+from lora_analysis.studies.crossed_partners import only_unrelated
 from lora_analysis.studies.module_analysis import ModuleResult, analyze_module
 from lora_analysis.studies.module_walk import choose_modules, walk_modules
-from lora_analysis.studies.pair_classes import Exclusion
+from lora_analysis.studies.pair_classes import Exclusion, PairClass
 from lora_analysis.studies.pair_tables import pair_tables
-from lora_analysis.studies.relations import earlier_checkpoints, shown_base
+from lora_analysis.studies.reference_levels import is_reference_file, read_reference
+from lora_analysis.studies.relations import earlier_checkpoints
 from lora_analysis.studies.result import Study
 from lora_analysis.studies.similarity_matrix import MOST_AT_ONCE, SimilarityMatrixSums
 from lora_analysis.studies.spec import DRAWS, MOST_IN_PAIRS, OpenStudy, Source, StudySpec
@@ -67,7 +70,9 @@ def study(
     reference
         Adapters of other tasks on the same base, trained with other seeds. Pairs of an adapter and
         a reference, and of two references, are unrelated unless labels or weights contradict it,
-        and conclusions compare with them (and with such pairs among ``adapters``).
+        and conclusions compare with them (and with such pairs among ``adapters``). Adapters whose
+        known task or base contradicts this are refused. A reference file (see `write_reference`)
+        gives a level where there are no unrelated pairs.
     modules
         Suffixes of module names, or one regular expression; all modules by default.
     prefix
@@ -88,10 +93,12 @@ def study(
     label
         Pattern that extracts task, rank, seed and step from adapter names, for example
         ``"{task}-r{rank}-s{seed}"``; ``*`` matches anything. It must match an adapter's label or
-        the end of its path.
+        the end of its path, and overrides the files. By default, tasks and seeds that no file
+        states come from the names if one common pattern matches all of these adapters (see
+        `studies.labels.COMMON_PATTERNS`); ``"none"`` prevents that.
     across_bases
-        Whether adapters of different base models are compared too, although their directions are
-        not comparable.
+        Whether adapters are compared too if their base models are different or not known to be
+        the same, although directions of different bases are not comparable.
     most_in_pairs
         Maximum number of adapters in the tables of pairs, chosen from every task and rank; the
         similarity matrix contains all adapters.
@@ -115,15 +122,24 @@ def study(
         No adapter is left to analyze.
     BaseWeightError
         No module has a weight in the base.
+    InputError
+        A reference adapter is analyzed itself, has the task of an analyzed adapter, or a different
+        base than all of them.
 
     Notes
     -----
     Every module of every adapter is read and factored once.
     """
+    levels = [
+        level
+        for source in reference
+        if is_reference_file(source)
+        for level in read_reference(source)  # type: ignore[arg-type]  # a path
+    ]
     spec = StudySpec(
         adapters=tuple(adapters),
         base=base,
-        reference=tuple(reference),
+        reference=tuple(source for source in reference if not is_reference_file(source)),
         modules=modules,
         prefix=parse_prefixes(prefix),
         transposed=transposed,
@@ -156,14 +172,16 @@ def study(
         _OPENED.clear()
     failed = {label: why for result in results for label, why in result.failed.items()}
     left_out = (*failures, *opened.unread, *(Failure(*item) for item in failed.items()))
-    if failed.keys() >= set(labels[: opened.analyzed]):
+    if failed.keys() >= set(labels[: opened.analyzed] or labels):
         reasons = "; ".join(f"{item.source}: {item.reason}" for item in left_out)
         message = f"No adapter is left to analyze ({reasons or 'none was given'})."
         raise SourceError(message)
     readable = [i for i, name in enumerate(labels) if name not in failed]
     similarity_matrix = sums.similarity_matrix(readable)
     del sums  # as large as the similarity matrix
-    return _assemble(opened, results, left_out, similarity_matrix)
+    return replace(
+        _assemble(opened, results, left_out, similarity_matrix), reference_levels=tuple(levels)
+    )
 
 
 @dataclass(slots=True)
@@ -210,6 +228,8 @@ def _assemble(
         [row for result in results for row in result.spectra if row["adapter"] not in failed]
     )
     tables = pair_tables(opened, results, failed)
+    _add_statistics(similarity_matrix, tables.pairs)
+    amplified = only_unrelated(amplified, tables.pairs)
     tabulated = {opened.adapters[i].label for i in opened.pairs.tabulated}
     return Study(
         adapters=adapters,
@@ -239,6 +259,35 @@ def _assemble(
         options=opened.spec.options(),
         _amplified=amplified,
     )
+
+
+# Classes of pairs whose input sides agree because of how they started.
+_SHARED_STARTS = (
+    PairClass.SHARED_INIT,
+    PairClass.GRADIENTS_ALIKE,
+    PairClass.SAME_RUN,
+    PairClass.STARTED_FROM_BASE,
+)
+
+
+def _add_statistics(matrix: SimilarityMatrix, pairs: pd.DataFrame) -> None:
+    """Replace values by T of the table of pairs, so that a pair has one value; in place.
+
+    T is over the usable modules; the input side of pairs with a shared start is left out in all
+    module types.
+    """
+    index = {label: i for i, label in enumerate(matrix.labels)}
+    rows = pairs["a"].map(index).to_numpy(), pairs["b"].map(index).to_numpy()
+    shared = pairs["pair_class"].isin(_SHARED_STARTS).to_numpy()
+    for side, planes in matrix.overlap.items():
+        values = pairs[f"mean_excess_{side}"].to_numpy()
+        if side == "input":
+            values = np.where(shared, np.nan, values)
+            i, j = (positions[shared] for positions in rows)
+            planes[:, i, j] = planes[:, j, i] = np.nan
+        known = ~np.isnan(values) | (shared & (side == "input"))
+        i, j = (positions[known] for positions in rows)
+        planes[0, i, j] = planes[0, j, i] = values[known]
 
 
 def _warnings(
@@ -276,7 +325,9 @@ def _runs_table(
     """Return one row per adapter."""
     rows = []
     earlier = earlier_checkpoints(adapters)
-    for adapter in adapters:
+    named = [adapter.provenance.base_model for adapter in adapters]
+    shown = shown_bases(named)
+    for adapter, base_key in zip(adapters, resolve_keys(named), strict=True):
         modules = spectra[spectra["adapter"] == adapter.label]
         source = adapter.provenance
         rows.append(
@@ -289,7 +340,8 @@ def _runs_table(
                 "earlier": adapter.label in earlier,
                 "excluded": exclusions.get(adapter.label, Exclusion.NONE),
                 "format": source.format,
-                "base_model": shown_base(source.base_model),
+                "base_model": shown[source.base_model],
+                "base_key": base_key,
                 "modules": len(modules),
                 "trained_modules": int((modules["numerical_rank"] > 0).sum()),
                 "norm": float(np.linalg.norm(modules["norm"])) if len(modules) else np.nan,

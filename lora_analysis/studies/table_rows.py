@@ -42,7 +42,7 @@ AMPLIFICATION_COLUMNS = (
     "adapter", "module", "module_type", "layer", "k", "at_rank", "projected", "projected_weight",
     "projected_random", "random_mean", "random_spread", "delta_norm", "weight_norm",
     "relative_norm", "amplification_factor", "chance_factor", "enrichment",
-    "storage", "noise",
+    "enrichment_crossed", "enrichment_through_weight", "storage", "noise",
 )  # fmt: skip
 CHANGE_COLUMNS = (
     "adapter", "module", "module_type", "layer", "side", "dimension", "k", "leading_energy",
@@ -84,6 +84,8 @@ def spectrum_row(update: LowRankUpdate | DenseUpdate, value: Spectrum) -> dict[s
 
 def amplification_rows(result: Amplification) -> Iterator[dict[str, Any]]:
     """Yield one row per k."""
+    crossed = None if result.crossed is None else result.crossed.median
+    through = result.enrichment_through_weight
     for i, k in enumerate(result.k):
         yield {
             "adapter": result.label,
@@ -103,6 +105,8 @@ def amplification_rows(result: Amplification) -> Iterator[dict[str, Any]]:
             "amplification_factor": result.amplification_factor[i],
             "chance_factor": result.chance_factor[i],
             "enrichment": result.enrichment[i],
+            "enrichment_crossed": np.nan if crossed is None else crossed[i],
+            "enrichment_through_weight": np.nan if through is None else through[i],
             "storage": result.storage,
             "noise": np.nan if result.noise is None else result.noise,
         }

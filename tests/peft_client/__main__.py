@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 from peft import PeftModel
 
@@ -89,6 +90,14 @@ def _without_names(outcome: Outcome) -> str:
     return re.sub(r"'[^']*'|\d+", "…", text)[:160]
 
 
+def _tests_version(folder: Path) -> str:
+    """Return the version of the checkout that holds the tests."""
+    source = folder.resolve().parent / "src" / "peft" / "__init__.py"
+    text = source.read_text(encoding="utf-8") if source.is_file() else ""
+    match = re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE)
+    return match[1] if match else "an unknown version"
+
+
 def main(arguments: list[str]) -> int:
     """Run the tests in the folder ``arguments[0]``; more arguments go to pytest."""
     folder = Path(arguments[0] if arguments else "")
@@ -97,6 +106,9 @@ def main(arguments: list[str]) -> int:
     if not arguments or missing:
         print(f"usage: python -m peft_client PATH/TO/peft/tests; not there: {missing}")
         return 2
+    version = _tests_version(folder)
+    if version != peft.__version__:
+        print(f"PEFT {peft.__version__} is installed; these are the tests of {version}.")
     client = Client()
     client.install()
     settings = str(Path(__file__).with_name("pytest.ini"))

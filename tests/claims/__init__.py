@@ -1,0 +1,1 @@
+"""Simulated studies with known truth, and how often conclusions about them are right."""
