@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Final
 
-# Smaller p-values are reported as "< 1e-4": their size is not known.
-SMALLEST_P: Final = 1e-4
+# Smallest p-value of matched distributions, whose tails are accurate down to about this value. A
+# p-value at or below it is a bound, written "< 1e-4".
+P_FLOOR: Final = 1e-4
 # Control characters, marks that change the direction of writing, and lone surrogates: JSON does not
 # require any of them to be escaped.
 _HIDDEN = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]")
@@ -119,7 +120,13 @@ def overlap_number(value: float) -> str:
 
 
 def p_value_text(p: float) -> str:
-    """Return a p-value as it may be reported: ``"< 1e-4"`` below what the tests resolve."""
+    """Return a p-value with two digits, ``"< 1e-4"`` for a bound (see `P_FLOOR`), "" for NaN.
+
+    Examples
+    --------
+    >>> [p_value_text(p) for p in (0.0123, 1e-4, 3e-7)]
+    ['0.012', '< 1e-4', '< 1e-4']
+    """
     if math.isnan(p):
         return ""
-    return "< 1e-4" if p < SMALLEST_P else f"{p:.2g}"
+    return "< 1e-4" if p <= P_FLOOR else f"{p:.2g}"

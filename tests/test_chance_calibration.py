@@ -92,9 +92,11 @@ def test_p_values_of_a_grid_are_uniform_for_real_subspaces(rng, d, i, j):
 
 def test_a_p_value_with_one_direction_is_the_exact_beta_tail():
     phi = np.linspace(0, 1, 11)
-    assert_close(chance.similarity_p_value(20, 1, 5, phi), stats.beta(2.5, 7.5).sf(phi), atol=1e-12)
+    exact = np.maximum(stats.beta(2.5, 7.5).sf(phi), chance.P_FLOOR)
+    assert_close(chance.similarity_p_value(20, 1, 5, phi), exact, atol=1e-12)
     complement = chance.similarity_p_value(20, 19, 4, (3 + phi) / 4)  # three are common to all
-    assert_close(complement, stats.beta(8, 2).sf(phi), atol=1e-12)
+    exact = np.maximum(stats.beta(8, 2).sf(phi), chance.P_FLOOR)
+    assert_close(complement, exact, atol=1e-12)
 
 
 def test_every_p_value_names_its_method():
@@ -108,8 +110,9 @@ def test_every_p_value_names_its_method():
     ]
 
 
-def test_p_values_in_tiny_spaces_are_never_below_what_the_draws_can_show():
-    assert_close(chance.similarity_p_value(9, 3, [2, 3], 1.0), 1 / 20_001)
+def test_no_p_value_is_below_the_floor():
+    assert (chance.similarity_p_value(9, 3, [2, 3], 1.0) == chance.P_FLOOR).all()
+    assert (chance.similarity_p_value(99, 3, [1, 3, 97], [1.0, 1.0, 1.0]) == chance.P_FLOOR).all()
     assert np.isnan(chance.similarity_p_value(9, 3, 3, np.nan))
 
 
@@ -128,7 +131,9 @@ def test_p_values_of_whole_grids_are_those_of_their_cells():
 
 def test_p_values_fall_as_the_overlap_grows_and_end_at_the_support():
     p = chance.similarity_p_value(20, 12, 14, np.array([0.0, 0.5, 0.6, 0.7, 0.9, 1.0]))
-    assert_close(p[[0, 1, -1]], [1, 1, 0], atol=1e-12)  # twelve and fourteen of twenty share six
+    assert_close(
+        p[[0, 1, -1]], [1, 1, chance.P_FLOOR], atol=1e-12
+    )  # twelve and fourteen of twenty share six
     assert (np.diff(p) <= 0).all()
 
 
@@ -154,6 +159,13 @@ def test_the_expected_largest_of_many_modules_equals_a_simulation():
     assert_close(chance.similarity_maximum(64, 4, 8, 1), 8 / 64, rtol=1e-4)
 
 
+def test_a_maximum_is_compared_with_the_expected_maximum_of_its_own_dimension():
+    dimensions = [64, 768, 64, 768, 768]
+    assert chance.similarity_maximum_at(dimensions, 0) == chance.similarity_maximum(64, 1, 1, 2)
+    expected = chance.similarity_maximum(768, 2, 4, 3)
+    assert chance.similarity_maximum_at(np.array(dimensions), 4, 2, 4) == expected
+
+
 # --- grids ------------------------------------------------------------------------------------
 
 
@@ -165,7 +177,7 @@ def test_grid_p_values_are_those_of_their_cells(rng):
         assert grid.p_value[i - 1, j - 1] == expected
     assert grid.null_method[0, 4] == grid.null_method[2, 0] == "exact"
     assert grid.null_method[1, 1] == "matched beta"
-    assert_close(subspace_similarity(one, one).p_value[2, 2], 0, atol=1e-12)
+    assert subspace_similarity(one, one).p_value[2, 2] == chance.P_FLOOR
 
 
 def test_a_grid_of_random_directions_carries_its_p_values():

@@ -115,7 +115,10 @@ def test_the_jackknife_error_of_a_mean_is_its_standard_error(rng):
 
 
 def test_small_p_values_are_reported_as_such():
-    texts = [chance.p_value_text(p) for p in (3e-7, 0.00123, 0.5, float("nan"))]
-    assert texts == ["< 1e-4", "0.0012", "0.5", ""]
+    p = [3e-7, chance.P_FLOOR, 1.01e-4, 0.00123, 0.5, float("nan")]
+    assert [chance.p_value_text(value) for value in p] == [
+        *("< 1e-4", "< 1e-4", "0.0001", "0.0012", "0.5", "")
+    ]
+    assert chance.p_is_bound(p).tolist() == [True, True, False, False, False, False]
     assert_close([chance.monte_carlo_p_value([1, 2, 3], x) for x in (2.5, 3, 9)], [0.5, 0.5, 0.25])
     assert np.isnan(chance.monte_carlo_p_value([1, 2, 3], np.nan))

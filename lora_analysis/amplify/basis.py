@@ -93,7 +93,11 @@ class WeightBasisEnergy:
         return np.asarray((1 - k / sides[0]) * (1 - k / sides[1]))
 
     def p_value(self, side: Side) -> NDArray[np.float64]:
-        """Return ``(n,)``: P(random directions hold as much in W's top-k); of isotropy, no more."""
+        """Return ``(n,)``: P(share of random directions in W's top-k ≥ share of ΔW).
+
+        A small p-value means "not isotropic" and no more: it does not compare with unrelated
+        adapters. In [1e-4, 1], see `chance.p_is_bound` and `chance.one_sided_energy_p_value`.
+        """
         energy = self.sides[side]
         k = np.arange(1, len(energy.share) + 1)
         return chance.one_sided_energy_p_value(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_analysis.errors import InputError
+from lora_analysis.text import P_FLOOR
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,6 +17,21 @@ if TYPE_CHECKING:
 
 # Fewer runs than this bear no interval.
 FEWEST_RUNS = 3
+
+
+def floored_p_value(p_values: ArrayLike) -> NDArray[np.float64]:
+    """Return p-values of at least `P_FLOOR`; NaN stays NaN."""
+    floored: NDArray[np.float64] = np.maximum(p_values, P_FLOOR)
+    return floored
+
+
+def p_is_bound(p_values: ArrayLike) -> NDArray[np.bool_]:
+    """Return True where a p-value is only an upper bound: at or below `P_FLOOR`.
+
+    All p-values of this package that are computed from a distribution are at least `P_FLOOR`, exact
+    ones too: a matched distribution does not resolve smaller ones. NaN is not a bound.
+    """
+    return np.asarray(np.less_equal(p_values, P_FLOOR))
 
 
 def monte_carlo_p_value(draws: ArrayLike, value: float) -> float:

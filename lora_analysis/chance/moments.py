@@ -7,7 +7,8 @@ moments follow from zonal polynomials C_κ (James 1964): averaging over Q gives
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -37,12 +38,103 @@ def overlap_moments(
 ) -> NDArray[np.float64]:
     """Return E T, E T², E T³ of ``T = tr(M·Q·N·Qᵀ)``, Q uniform on O(dimension); ``(3, ...)``.
 
-    ``one`` and ``two``, ``(3, ...)``, hold tr M, tr M², tr M³ and those of N; they broadcast.
+    ``sums_m`` and ``sums_n``, ``(3, ...)``, hold tr M, tr M², tr M³ and those of N; they broadcast.
     """
     whole = _sums_of_identity(dimension)
     return _from_polynomials(
         [m * n / i for m, n, i in zip(_zonal(sums_m), _zonal(sums_n), _whole(whole), strict=True)]
     )
+
+
+class Energies(NamedTuple):
+    """Power sums ``(3, ...)`` of the eigenvalues of a matrix M ≥ 0, and the largest ``(...)``."""
+
+    sums: NDArray[np.float64]
+    largest: NDArray[np.float64]
+
+    @classmethod
+    def of_spectrum(cls, singular_values: ArrayLike) -> Energies:
+        """Return those of σ², scaled to Σσ² = 1; ``singular_values`` is ``(..., r)``."""
+        s = np.abs(np.asarray(singular_values, dtype=np.float64))
+        largest = s.max(axis=-1)
+        relative = np.square(s / np.where(largest > 0, largest, np.nan)[..., None])
+        return cls(energy_sums(s), 1 / relative.sum(axis=-1))
+
+    @classmethod
+    def of_projection(cls, k: ArrayLike) -> Energies:
+        """Return those of a projection on k directions."""
+        directions = np.asarray(k, dtype=np.float64)
+        return cls(np.stack([directions] * 3), np.ones_like(directions))
+
+    def expanded(self, axis: int) -> Energies:
+        """Return the same with one more axis, to broadcast with other energies."""
+        return Energies(np.expand_dims(self.sums, axis), np.expand_dims(self.largest, axis))
+
+    def complement(self, dimension: int) -> Energies:
+        """Return those of ``λI − M``, λ the largest eigenvalue of M."""
+        p1, p2, p3 = self.sums
+        top = self.largest
+        rest = np.stack(
+            [
+                dimension * top - p1,
+                dimension * top**2 - 2 * top * p1 + p2,
+                dimension * top**3 - 3 * top**2 * p1 + 3 * top * p2 - p3,
+            ]
+        )
+        # Equal eigenvalues leave nothing but the rounding.
+        return Energies(np.where(rest[0] > _CONSTANT * dimension * top, rest, 0.0), top)
+
+
+@dataclass(frozen=True, slots=True)
+class OverlapDistribution:
+    """Distribution of ``T = tr(M·Q·N·Qᵀ)``, Q uniform: the distance of T from an end, matched.
+
+    T is measured from 0 if M and N have few directions. A nearly flat spectrum over more than half
+    of all directions puts T near its upper end: the distance from there is ``tr(M·Q·N'·Qᵀ)``,
+    ``N' = λI − N``, λ the largest eigenvalue of N. Measured from 0, the matched distribution
+    would end below 6 % of the values of a dominated M at d = 16 with 15 equal directions in N.
+
+    Attributes
+    ----------
+    moments
+        ``(3, ...)``: moments of the distance.
+    end, is_upper
+        The end that the distance is measured from, and if it is the upper one.
+    """
+
+    moments: NDArray[np.float64]
+    end: NDArray[np.float64]
+    is_upper: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, dimension: int, m: Energies, n: Energies) -> OverlapDistribution:
+        """Return the distribution for M and N of R^dimension, whose energies broadcast."""
+        fills = [2 * x.sums[0] > dimension * x.largest for x in (m, n)]
+        rest = [x.complement(dimension) for x in (m, n)]
+        chosen = [
+            np.where(fill, other.sums, x.sums)
+            for fill, other, x in zip(fills, rest, (m, n), strict=True)
+        ]
+        # T = λ_n·tr M − tr(M·QN'Qᵀ), and tr(M·QN'Qᵀ) = λ_m·tr N' − tr(M'·QN'Qᵀ) in turn.
+        end = np.where(fills[1], n.largest * m.sums[0], 0.0)
+        inner = np.where(fills[0], m.largest * chosen[1][0], 0.0)
+        end = end + np.where(fills[1], -inner, inner)
+        moments = overlap_moments(dimension, chosen[0], chosen[1])
+        return cls(moments, end, np.logical_xor(*fills))
+
+    def p_value(self, value: ArrayLike) -> NDArray[np.float64]:
+        """Return P(T ≥ value); NaN stays NaN."""
+        x = np.asarray(value, dtype=np.float64)
+        above = matched_p_value(self.moments, x - self.end)
+        if not self.is_upper.any():
+            return above
+        return np.where(self.is_upper, matched_cdf(self.moments, self.end - x), above)
+
+    def quantile(self, level: ArrayLike) -> NDArray[np.float64]:
+        """Return the value that T stays below with probability ``level``."""
+        levels = np.asarray(level, dtype=np.float64)
+        distance = matched_quantile(self.moments, np.where(self.is_upper, 1 - levels, levels))
+        return np.where(self.is_upper, self.end - distance, self.end + distance)
 
 
 def projected_moments(

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lora_analysis.chance.inference import floored_p_value
 from lora_analysis.chance.moments import (
+    Energies,
+    OverlapDistribution,
     energy_sums,
-    matched_p_value,
     matched_quantile,
     overlap_moments,
 )
@@ -46,11 +48,16 @@ def energy_overlap_p_value(
 ) -> NDArray[np.float64]:
     """Return P(ω_null ≥ value) for two spectra in independent uniform directions.
 
-    By the Beta or beta prime distribution with ω's exact first three moments. Exact where both
-    ranks are 1. Elsewhere p-values below .3 are off by at most 0.04, and .001 stands for
-    .0003 to .0015, whatever the spectra (two moments alone would call .011 a .001); where one
-    direction stands far above a flat rest, p-values near 1 are off by up to 0.15. Below 1e-4 only
-    the order is meant; `energy_overlap_draws` gives exact ones.
+    By the Beta or beta prime distribution with ω's exact first three moments. Exact if both ranks
+    are 1. Otherwise p-values below .3 are off by at most 0.04; with one direction far above a flat
+    rest, p-values near 1 are off by up to 0.15. `energy_overlap_draws` gives exact p-values.
+
+    In simulations of random subspaces (flat and geometric spectra, one strong direction, rank 1;
+    d = 64, 192 and 768) the probability is .050 to .057 for p ≤ .05, .009 to .013 for p ≤ .01 and
+    .0006 to .0012 for p ≤ .001 (two moments alone would give .011). Benjamini–Hochberg at .05 over
+    24 modules then finds anything in 3.4 to 5.7 % of pairs. In small spaces (d = 16) p ≤ .05 has a
+    probability of .064 at most. p-values hold for isotropic directions only: of unrelated adapters
+    of one base far more are significant.
 
     Parameters
     ----------
@@ -64,26 +71,55 @@ def energy_overlap_p_value(
     Returns
     -------
     ndarray
-        In [0, 1]; NaN if ω is NaN or an update is zero; 1 in one dimension.
+        In [1e-4, 1], see `p_is_bound`; 1 in one dimension. NaN if ω is NaN or an update is zero.
     """
-    return matched_p_value(_energy_overlap_moments(dimension, singular_values), value)
+    a, b = map(Energies.of_spectrum, singular_values)
+    unit = np.sqrt(a.sums[1] * b.sums[1])
+    omega = np.asarray(value, dtype=np.float64)
+    return floored_p_value(OverlapDistribution.of(dimension, a, b).p_value(omega * unit))
+
+
+def energy_overlap_p_values(
+    dimension: int, singular_values: ArrayLike, omega: ArrayLike
+) -> NDArray[np.float64]:
+    """Return `energy_overlap_p_value` of every pair of N updates of one module.
+
+    Parameters
+    ----------
+    dimension
+        Dimension of the space, d_in or d_out.
+    singular_values
+        ``(N, r)``, in any scale; zeros may fill up.
+    omega
+        ``(N, N)``, symmetric: ω of each pair.
+
+    Returns
+    -------
+    ndarray
+        ``(N, N)``, symmetric; NaN on the diagonal, if ω is NaN, or if an update is zero.
+
+    Notes
+    -----
+    O(N·r + N²): 4 ms for 40 updates of rank 64, 65 ms for 200.
+    """
+    energies = Energies.of_spectrum(singular_values)
+    values = np.asarray(omega, dtype=np.float64)
+    i, j = np.triu_indices(len(values), 1)
+    a, b = (Energies(energies.sums[:, k], energies.largest[k]) for k in (i, j))
+    unit = np.sqrt(a.sums[1] * b.sums[1])
+    p_values = np.full(values.shape, np.nan)
+    p = OverlapDistribution.of(dimension, a, b).p_value(values[i, j] * unit)
+    p_values[i, j] = p_values[j, i] = floored_p_value(p)
+    return p_values
 
 
 def energy_overlap_quantile(
     dimension: int, singular_values: Sequence[ArrayLike], level: ArrayLike
 ) -> NDArray[np.float64]:
     """Return the value that ω stays below with probability ``level``, for bands in plots."""
-    return matched_quantile(_energy_overlap_moments(dimension, singular_values), level)
-
-
-def _energy_overlap_moments(
-    dimension: int, singular_values: Sequence[ArrayLike]
-) -> NDArray[np.float64]:
-    sums_a, sums_b = (energy_sums(values) for values in singular_values)
-    moments = overlap_moments(dimension, sums_a, sums_b)
-    unit = np.sqrt(sums_a[1] * sums_b[1])
-    scaled: NDArray[np.float64] = moments / np.stack([unit, unit**2, unit**3])
-    return scaled
+    a, b = map(Energies.of_spectrum, singular_values)
+    unit = np.sqrt(a.sums[1] * b.sums[1])
+    return OverlapDistribution.of(dimension, a, b).quantile(level) / unit
 
 
 def signed_cosine_p_value(
@@ -111,11 +147,12 @@ def signed_cosine_p_value(
     Returns
     -------
     ndarray
-        In [0, 1]; NaN if the cosine is or an update is zero; 1 if both dimensions are 1.
+        In [1e-4, 1], see `p_is_bound`; 1 if both dimensions are 1. NaN if the cosine is NaN or an
+        update is zero.
 
     Notes
     -----
-    By a quadrature over S with 64 nodes, good to 1e-6 relative down to p = 1e-12; some 0.1 ms each.
+    By a quadrature over S with 64 nodes, with a relative error of 1e-6; about 0.1 ms each.
     """
     from scipy.special import betaincc
 
@@ -133,7 +170,7 @@ def signed_cosine_p_value(
     size = matched_quantile(moments[..., None], 1 - above)
     ratio = np.square(cosine)[..., None] / np.maximum(size, 1e-300)
     p: NDArray[np.float64] = betaincc(0.5, (larger - 1) / 2, np.minimum(ratio, 1.0)) @ weights
-    return np.where(np.isnan(moments[0]), np.nan, p)
+    return floored_p_value(np.where(np.isnan(moments[0]), np.nan, p))
 
 
 def excess(value: ArrayLike, chance: ArrayLike) -> NDArray[np.float64]:

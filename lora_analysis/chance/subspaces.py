@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from lora_analysis.chance.inference import monte_carlo_p_value
+from lora_analysis.chance.inference import floored_p_value, monte_carlo_p_value
 from lora_analysis.chance.moments import (
     matched_cdf,
     matched_p_value,
@@ -163,9 +163,8 @@ def similarity_p_value(
 
     Exact (Beta) where a subspace or its complement has one dimension. Otherwise a Beta
     distribution with the first three moments of φ, anchored at the nearer end of its support: its
-    distribution function is off by at most 0.003, p = .001 by at most a third of itself. Below
-    1e-4 only the order of the numbers is meant, see `p_value_text`. In spaces of less than 16
-    dimensions the p-value is that among 20,000 exact draws, and at least 5e-5.
+    distribution function is off by at most 0.003, p = .001 by at most a third of itself. In spaces
+    of less than 16 dimensions the p-value is that among 20,000 exact draws.
 
     Parameters
     ----------
@@ -177,8 +176,8 @@ def similarity_p_value(
     Returns
     -------
     ndarray
-        In [0, 1]; 1 if a subspace is the whole space, since φ is 1 there whatever the other.
-        NaN if φ is NaN.
+        In [1e-4, 1], see `p_is_bound`; 1 if a subspace is the whole space, since φ is 1 there
+        whatever the other. NaN if φ is NaN.
     """
     from scipy.special import betaincc
 
@@ -190,13 +189,13 @@ def similarity_p_value(
     )
     exact = np.where(cells.constant & ~np.isnan(phi), 1.0, beta)
     if cells.exact.all():
-        return exact
+        return floored_p_value(exact)
     if dimension < _SAMPLED_BELOW:
         matched = _sampled_p_value(cells, trace)
     else:
         above = matched_p_value(cells.moments, trace)
         matched = np.where(cells.upper, matched_cdf(cells.moments, cells.p - trace), above)
-    return np.where(cells.exact, exact, matched)
+    return floored_p_value(np.where(cells.exact, exact, matched))
 
 
 def _sampled_p_value(cells: _Cells, trace: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -253,10 +252,30 @@ def _sampled_quantile(cells: _Cells, level: NDArray[np.float64]) -> NDArray[np.f
 
 
 def similarity_maximum(dimension: int, i: int, j: int, count: int) -> float:
-    """Return the expected largest of ``count`` independent φ(i, j) of random subspaces.
+    """Return the expected maximum of ``count`` independent φ(i, j) of random subspaces.
 
-    The baseline for a maximum over modules.
+    The random baseline of a maximum over modules of one dimension, see `similarity_maximum_at`.
     """
     nodes, weights = np.polynomial.legendre.leggauss(64)
     levels = ((nodes + 1) / 2) ** (1 / count)  # the maximum's quantiles, by those of one value
     return float(np.sum(weights / 2 * similarity_quantile(dimension, i, j, levels)))
+
+
+def similarity_maximum_at(dimensions: ArrayLike, index: int, i: int = 1, j: int = 1) -> float:
+    """Return the expected maximum of φ(i, j) over the values with the dimension of one of them.
+
+    φ of random subspaces is larger in a smaller space. A maximum over modules of several dimensions
+    is therefore compared with the expected maximum of its own dimension.
+
+    Parameters
+    ----------
+    dimensions
+        ``(n,)``: dimension of the space of each value that the maximum was taken over.
+    index
+        Position of the maximum. If dimensions differ, choose it by excess, not by φ.
+    i, j
+        Dimensions of the subspaces.
+    """
+    every = np.asarray(dimensions)
+    dimension = int(every[index])
+    return similarity_maximum(dimension, i, j, int(np.count_nonzero(every == dimension)))
