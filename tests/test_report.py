@@ -132,7 +132,8 @@ def test_the_sections_come_in_the_order_of_the_questions(report: Path) -> None:
         "figure-seeds_input", "figure-changes_map", "figure-changes", "figure-enrichment",
         "figure-enrichment_controls", "figure-enrichment_layers", "figure-energy_output",
         "figure-energy_input", "figure-intruders_output", "figure-intruders_input",
-        "figure-modules", "figure-module_1", "figure-module_2", "figure-module_3", "figure-module_4",
+        "figure-modules", "figure-module_1", "figure-module_2", "figure-module_3",
+        "figure-module_4",
     ]  # fmt: skip
     svgs = [found for tag, found in page.tags if tag == "svg"]
     assert len(svgs) == len(figures)

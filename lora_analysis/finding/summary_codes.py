@@ -130,8 +130,8 @@ SUMMARY_CODES: Final[dict[str, Code]] = {
     "summary-no-reference": Code(
         "limit",
         "overlap",
-        "How alike unrelated adapters of this base are cannot be said: no pair is known to be "
-        "unrelated, and a test at 5 % needs five adapters of other tasks.",
+        "How alike unrelated adapters of this base are cannot be said: a test at 5 % needs five "
+        "adapters of other tasks.",
     ),
     "summary-unknown-labels": Code(
         "limit",
