@@ -79,8 +79,8 @@ SUMMARY_CODES: Final[dict[str, Code]] = {
     "summary-damage": Code(
         "damage",
         "numbers",
-        "Results that involve {named:and} are unreliable: damaged files or weights "
-        "({count:plural finding}).",
+        "Results that involve {named:and} are unreliable: diverged training or damaged "
+        "files ({count:plural finding}).",
     ),
     "summary-diverged": Code(
         "artifact",
