@@ -364,7 +364,7 @@ def test_the_markdown_report_shows_findings_figures_and_tables(
     assert "![Two ranks, output side.](figures/ranks_output.svg)" in text
     assert (tmp_path / "figures" / "ranks_output.svg").is_file()
     assert "# A \\*bold\\* title" in text
-    header = next(line for line in text.splitlines() if line.startswith("| adapter"))
+    header = next(line for line in text.splitlines() if line.startswith("| comparison"))
     ruler = text.splitlines()[text.splitlines().index(header) + 1]
     assert header.count("|") == ruler.count("|")
 
