@@ -123,7 +123,7 @@ def init_evidence(
 
 
 def _agreement(evidence: InitEvidence) -> tuple[int, float, float]:
-    """Return what tells the factor that was drawn from the one that was learned from zero."""
+    """Return a key that is larger for the factor that was drawn than for a learned one."""
     # Rows of zeros are those of a factor that is not trained yet: they were not drawn either.
     zero = float(np.sum(1 - np.diagonal(evidence.row_cosine)))
     correlated = zero + float(np.nansum(np.diagonal(evidence.cross_cosine)))
@@ -321,7 +321,7 @@ def _space_excess(a: NDArray[np.floating], b: NDArray[np.floating]) -> float | N
     for matrix in (a, b):
         vectors, values = linalg.tall_svd(matrix.T)
         bases.append(vectors[:, values > values[0] * 1e-12])
-    cosines = np.linalg.svd(bases[0].T @ bases[1], compute_uv=False)
+    cosines = np.asarray(np.linalg.svd(bases[0].T @ bases[1], compute_uv=False), np.float64)
     ranks = bases[0].shape[1], bases[1].shape[1]
     return _optional(float(weaker_half_excess(cosines, ranks, a.shape[1])))
 

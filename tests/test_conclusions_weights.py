@@ -112,7 +112,8 @@ def test_a_study_crosses_unrelated_adapters_and_has_the_dense_numbers(
 def test_adapters_without_labels_are_crossed_with_the_reference_alone(
     rng: np.random.Generator, weights: dict[str, Any]
 ) -> None:
-    ours = [random_adapter(rng, None, seed) for seed in (0, 1)]
+    # Names that no common pattern matches.
+    ours = [random_adapter(rng, None, seed).with_label(f"adapter {seed}") for seed in (0, 1)]
     result = analyzed(ours, weights)
     assert result.amplification(ours[0].label, NAMES[0]).crossed.partners == ()  # type: ignore[union-attr]
     assert result.amplifications["enrichment_crossed"].isna().all()

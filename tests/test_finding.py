@@ -10,6 +10,7 @@ import pytest
 
 from lora_analysis.finding import CODES, FILE_CODES, Code, Finding, Severity, Topic, as_findings
 from lora_analysis.finding.study_codes import STUDY_CODES
+from lora_analysis.finding.summary_codes import SUMMARY_CODES
 from lora_analysis.finding.templates import fill
 
 NUMBER = 0.123456
@@ -85,7 +86,7 @@ def test_optional_parts_of_a_sentence_can_be_missing(name: str) -> None:
     fields = sample_fields(code)
     missing = dict.fromkeys(optional - required)
     text = Finding(name, fields | missing).text
-    assert "None" not in text
+    assert not re.search(r"\bNone\b(?! of)", text)
     assert "  " not in text
     assert "()" not in text
     for field in required:
@@ -93,9 +94,10 @@ def test_optional_parts_of_a_sentence_can_be_missing(name: str) -> None:
             Finding(name, {key: value for key, value in fields.items() if key != field})
 
 
-def test_codes_are_of_files_or_of_studies() -> None:
-    assert not FILE_CODES.keys() & STUDY_CODES.keys()
-    assert CODES.keys() == FILE_CODES.keys() | STUDY_CODES.keys()
+def test_codes_are_of_files_of_studies_or_of_the_summary() -> None:
+    tables = (FILE_CODES, STUDY_CODES, SUMMARY_CODES)
+    assert CODES.keys() == set().union(*tables)
+    assert len(CODES) == sum(map(len, tables))
     with pytest.raises(KeyError):
         Finding("no-such-code")
 
@@ -107,7 +109,7 @@ def test_codes_are_of_files_or_of_studies() -> None:
         ("{x}", ["a", "b"], "'a', 'b'"),
         ("{x}", list("abcdef"), "'a', 'b', 'c', 'd' and 2 more"),
         ("{x:number}", 0.123456, "0.12"),
-        ("{x:overlap}", -1e-5, "0"),
+        ("{x:overlap}", -1e-5, "0.00"),
         ("{x:overlap}", -0.01, "-0.01"),
         ("{x:range}", [0.5, 0.5], "0.50"),
         ("{x:range}", [0.25, 0.5], "0.25 to 0.50"),

@@ -9,7 +9,8 @@ from factories import adapter, low_rank_update, orthonormal
 
 from lora_analysis.adapter import Adapter, LowRankUpdate, Provenance
 from lora_analysis.bases import open_base
-from lora_analysis.conclusions import findings, summarize_overlaps
+from lora_analysis.chance import benjamini_hochberg
+from lora_analysis.conclusions import findings
 from lora_analysis.errors import BaseWeightError, InputError, SourceError
 from lora_analysis.studies import Relation, relation, study
 
@@ -61,7 +62,7 @@ def test_relations_come_from_task_rank_and_seed(sweep: list[Adapter]) -> None:
     assert relation(turn0, turn8) == "same task, different rank"
     assert relation(turn1, turn8) == "same task, different rank and seed"
     assert relation(turn0, flip0) == Relation.SHARED_SEED
-    assert relation(turn0, flip1) == Relation.REFERENCE
+    assert relation(turn0, flip1) == Relation.OTHER_TASK
     assert relation(flip0, turn8) == "different task, different rank, same seed"
     unknown = Adapter(dict(turn0), label="x", provenance=Provenance(rank=4, seed=0))
     assert relation(turn0, unknown) == "unknown"
@@ -101,15 +102,42 @@ def test_the_total_cosine_is_that_of_all_modules_stacked(sweep: list[Adapter]) -
     assert result.pairs["total_cosine"][0] == pytest.approx(expected, abs=1e-10)
 
 
-def test_a_shared_seed_is_found_and_kept_out_of_the_input_side(sweep: list[Adapter]) -> None:
+def test_a_shared_seed_is_found_and_left_out_of_both_populations(sweep: list[Adapter]) -> None:
     result = study(sweep)
     starts = result.pairs.set_index(["a", "b"])["initialization"]
     assert starts["turn-r4-s0", "flip-r4-s0"] == "shared initialization"
     assert starts["turn-r4-s0", "flip-r4-s1"] == "independent"
     shared = result.select(Relation.SHARED_SEED, "input")
     assert shared["shared_init"].all()
-    assert summarize_overlaps(shared) is None
-    assert summarize_overlaps(result.select(Relation.SHARED_SEED, "output")) is not None
+    for side in ("input", "output"):
+        assert set(result.select(Relation.SHARED_SEED, side)["population"]) == {""}
+        assert set(result.population("unrelated", side)["relation"]) == {
+            "different task, different seed"
+        }
+        assert set(result.population("replicate", side)["relation"]) == {
+            "same task, different seed", "same task, different rank and seed",
+        }  # fmt: skip
+
+
+def test_a_population_holds_usable_modules_of_pairs_of_one_kind(sweep: list[Adapter]) -> None:
+    result = study(sweep)
+    for name in ("replicate", "unrelated"):
+        for side in ("input", "output"):
+            rows = result.population(name, side)
+            pairs = result.pairs[result.pairs[f"population_{side}"] == name]
+            assert len(rows) == len(pairs) * len(NAMES)
+            assert rows["usable"].all()
+            assert set(rows["side"]) == {side}
+
+
+def test_p_values_are_numbers_with_a_floor_and_a_flag(sweep: list[Adapter]) -> None:
+    rows = study(sweep).similarities
+    assert rows["p_omega"].between(1e-4, 1).all()
+    assert (rows["p_is_bound"] == (rows["p_omega"] <= 1e-4)).all()
+    assert rows["p_is_bound"].any()
+    for _, of_pair in rows.groupby(["a", "b", "side"]):
+        expected = benjamini_hochberg(of_pair["p_omega"].to_numpy())
+        assert of_pair["q_omega"].to_numpy() == pytest.approx(expected)
 
 
 def test_an_untrained_adapter_is_named_and_compared_with_nothing(
@@ -242,7 +270,7 @@ def test_the_published_rank_comparison_of_four_real_adapters(real_adapters: Path
     assert table["chance_1_1"].unique() == pytest.approx([1 / 768])
 
 
-def test_a_reference_is_not_held_against_the_base(
+def test_a_reference_is_not_compared_with_the_base(
     sweep: list[Adapter], rng: np.random.Generator
 ) -> None:
     weights = {f"{name}.weight": rng.standard_normal((48, 40)) for name in NAMES}
@@ -255,7 +283,7 @@ def test_an_unknown_rank_does_not_hide_another_task_and_seed(sweep: list[Adapter
         Adapter(dict(one), label="x", provenance=Provenance(task=task, seed=seed))
         for one, task, seed in ((sweep[0], "turn", 0), (sweep[3], "flip", 1))
     )
-    assert relation(a, b) == Relation.REFERENCE
+    assert relation(a, b) == Relation.OTHER_TASK
     other = Adapter(dict(b), label="y", provenance=Provenance(task="turn", seed=1))
     assert relation(a, other) == "unknown"
 

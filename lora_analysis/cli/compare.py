@@ -1,14 +1,15 @@
-"""``lora-analysis compare``: two adapters, module by module."""
+"""``lora-analysis compare``: are two adapters alike, and in which modules."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
 
 from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import (
-    MODULES_SHOWN,
     label_option,
     labeled_pair,
     modules_option,
@@ -17,6 +18,7 @@ from lora_analysis.cli.options import (
     progress_bar,
     reference_option,
     task_and_seed_options,
+    transposed_option,
 )
 from lora_analysis.cli.reading import Reading, ReadingCommand, reading_options
 from lora_analysis.cli.show import (
@@ -28,24 +30,62 @@ from lora_analysis.cli.show import (
     print_text,
     records,
 )
-from lora_analysis.shared_init import InitRelation
-from lora_analysis.text import printable
+from lora_analysis.text import join_names, overlap_number, plural, printable
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lora_analysis.conclusions import Comparison, Finding
     from lora_analysis.studies import Study
+
+SortKey = Literal["norm", "relative", "omega", "excess", "cosine", "module"]
+_SORT_COLUMNS: Final[dict[str, str]] = {
+    "norm": "norm",
+    "relative": "relative",
+    "omega": "omega_output",
+    "excess": "excess_omega_output",
+    "cosine": "signed_cosine",
+}
+_SORTED_BY: Final = {
+    "norm": "‖ΔW‖",
+    "relative": "‖ΔW‖/‖W‖",
+    "omega": "ω on the output side",
+    "excess": "excess of ω on the output side",
+    "cosine": "signed cosine",
+}
+# The output side leads.
+_SIDES: Final = ("output", "input")
+# Modules named in one line before the number of the others.
+_NAMED: Final = 6
 
 
 @click.command(name="compare", cls=ReadingCommand)
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @reference_option
+@click.option(
+    "--base",
+    help="Base weights, to show the relative change ‖ΔW‖/‖W‖ of every module: a safetensors or "
+    "GGUF file, or a model folder.",
+)
+@click.option(
+    "--sort",
+    type=click.Choice(["norm", "relative", "omega", "excess", "cosine", "module"]),
+    help="Order of the modules. By default the relative change if a base is given, else ‖ΔW‖.",
+)
+@click.option(
+    "--top",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Number of modules to show from either end of the order.",
+)
 @click.option("--all", "every", is_flag=True, help="Show every module, however many.")
 @modules_option
 @prefix_option
 @label_option
 @task_and_seed_options
+@transposed_option
 @reading_options
 @output_options
 def command(
@@ -53,196 +93,400 @@ def command(
     b: str,
     *,
     references: tuple[str, ...],
+    base: str | None,
+    sort: SortKey | None,
+    top: int,
     every: bool,
     modules: str | None,
     prefixes: tuple[str, ...],
     label: str | None,
     tasks: tuple[str, ...],
     seeds: tuple[int, ...],
+    transposed: bool | None,
     reading: Reading,
     form: str,
 ) -> int:
-    """Compare adapters A and B: subspace similarity φ on both sides, ω, angles, signed cosine.
+    """Compare adapters A and B: are they alike, how much, how sure, and in which modules.
 
-    Every number comes with its random baseline. Unrelated adapters of one base exceed it too, so
-    a conclusion beyond "more alike than random" needs some of them: pass --reference.
+    Without --reference the comparison is with random subspaces. Unrelated adapters of one base
+    often exceed those too: five adapters of other tasks, given with --reference, allow a test.
     """
-    from lora_analysis.conclusions import findings
+    from lora_analysis.conclusions import comparisons, findings
     from lora_analysis.studies import study, with_label_facts
+    from lora_analysis.studies.reference_levels import is_reference_file
 
-    pair_read = [reading.read(source) for source in (a, b)]
-    adapters = labeled_pair(pair_read, label, tasks, seeds)
+    if sort == "relative" and base is None:
+        message = "--sort relative needs the base weights: pass --base."
+        raise click.UsageError(message)
+    adapters = labeled_pair([reading.read(source) for source in (a, b)], label, tasks, seeds)
     with progress_bar(form) as progress:
-        others, left_out = reading.read_all(references, progress) if references else ([], [])
+        files = [source for source in references if is_reference_file(source)]
+        sources = [source for source in references if source not in files]
+        unrelated, unread = reading.read_all(sources, progress) if sources else ([], [])
         if label is not None:
-            others = with_label_facts(others, label)
+            unrelated = with_label_facts(unrelated, label)
         result = study(
             adapters,
-            reference=others,
+            reference=[*unrelated, *files],
+            base=reading.open_base(base),
+            transposed=transposed,
+            draws=0,
             modules=modules,
             prefix=prefixes,
             label=None if label is None else "none",  # applied above
             across_bases=True,  # two adapters that are named are compared
             progress=progress,
         )
-    _check_pair(result)
-    failures = [source.to_dict() for source in left_out]
+    pair = _check_pair(result)
+    conclusions = [c for c in comparisons(result) if c.members == pair]
+    about_pair, next_steps, others = _sort_findings(findings(result), conclusions)
+    missing = _left_out(result, pair)
+    failures = [source.to_dict() for source in unread]
     failures += [failure.to_dict() for failure in result.failures]
-    missing = _left_out(result)
-    pair, table = _of_the_pair(result, result.pairs), _of_the_pair(result, result.similarities)
-    shown_findings = [f for f in findings(result) if f.code not in _NOT_ABOUT_THE_PAIR]
     if form == "json":
+        every_finding = [*about_pair, *next_steps, *others]
         print_json(
-            {
-                "pair": records(pair)[0],
-                "reference": list(result.reference),
-                "summary": _summary(table),
-                "modules": records(table),
-                "findings": [finding.to_dict() for finding in shown_findings],
+            _document(result, pair, conclusions)
+            | {
+                "findings": [finding.to_dict() for finding in every_finding],
                 "left_out": missing,
                 "failures": failures,
             }
         )
     elif form == "quiet":
-        click.echo(decimals(_median(table, "output", "omega")))
+        click.echo(decimals(conclusions[0].omega if conclusions else None))
     else:
-        _print(pair.iloc[0], table, [(f.severity, f.text) for f in shown_findings], every=every)
+        table = _modules_table(result, pair)
+        _print_conclusions(about_pair, next_steps, conclusions, len(table))
+        click.echo()
+        _print_adapters(result, pair, conclusions)
+        if others:
+            click.echo()
+        for finding in others:
+            print_finding(finding.severity, finding.text)
+        _print_left_out(missing, every=every)
+        if len(table):
+            order: SortKey = sort or ("norm" if base is None else "relative")
+            _print_modules(table, order, len(table) if every else top, has_base=base is not None)
     mismatched = any(module["code"] == "shape-mismatch" for module in missing)
-    return PARTLY_FAILED if failures or mismatched else DONE
+    return PARTLY_FAILED if failures or mismatched or result.unmatched else DONE
 
 
-def _check_pair(result: Study) -> None:
-    """Report sources that could not be analyzed; raise InputError without A or B."""
-    from lora_analysis.errors import InputError
+def _check_pair(result: Study) -> tuple[str, str]:
+    """Return the labels of A and B; name references that could not be analyzed on stderr.
+
+    Raises
+    ------
+    InputError
+        A or B could not be analyzed.
+    IncompatibleError
+        No module can be compared.
+    """
+    from lora_analysis.errors import IncompatibleError, InputError
+    from lora_analysis.finding import listed
 
     if len(result.adapters) - len(result.reference) < 2:
         raise InputError(" ".join(failure.reason for failure in result.failures))
     for failure in result.failures:
         click.echo(printable(f"Left out: {failure.source}: {failure.reason}"), err=True)
+    a, b = list(result.adapters)[:2]
+    pair = result.pairs.iloc[0]
+    if not pair["modules"]:
+        names = " ".join(
+            f"{label} adapts {plural(len(result.adapters[label]), 'module')}: "
+            f"{listed(list(result.adapters[label]), _NAMED)}."
+            for label in (a, b)
+        )
+        message = (
+            f"{a} and {b} have different shapes in all {pair['mismatched_modules']} common "
+            f"modules, so they are adapters of different models and cannot be compared. {names}"
+            if pair["mismatched_modules"]
+            else f"{a} and {b} adapt no module in common. {names} If they are the same modules "
+            "under different names, pass --prefix OLD=NEW."
+        )
+        raise IncompatibleError(message)
+    return a, b
 
 
-def _left_out(result: Study) -> list[dict[str, str]]:
-    """Return the modules that are not compared, with the reason."""
+# Findings that a comparison of two adapters does not repeat or that are about single adapters.
+_NOT_ABOUT_THE_PAIR: Final = frozenset(
+    [
+        "directions-by-energy", "accuracy", "unknown-task-or-seed", "reference-pairs",
+        "pairs-left-out", "largest-overlap", "overlap-of-ranks",
+        "single-tasks", "amplification", "amplification-at-equal-k", "no-base-weight",
+    ]
+)  # fmt: skip
+_NEXT_STEPS: Final = ("no-reference-pairs", "more-references-needed", "other-references-needed")
+
+
+def _sort_findings(
+    every: Sequence[Finding], conclusions: Sequence[Comparison]
+) -> tuple[list[Finding], list[Finding], list[Finding]]:
+    """Return the conclusions on the pair, what a stronger one needs, and other findings."""
+    from lora_analysis.conclusions import Reason
+
+    subjects = {comparison.subject for comparison in conclusions}
+    # Of one sample, or of a shared start, references would say no more.
+    needs_references = any(
+        comparison.reason in (Reason.NO_REFERENCE, Reason.FEW_REFERENCES, Reason.TRAINING_STRENGTH)
+        for comparison in conclusions
+    )
+    about_pair, next_steps, others = [], [], []
+    for finding in every:
+        if "conclusion" in finding.fields:
+            if finding.fields["kind"] == "pair" and finding.fields["compared"] in subjects:
+                about_pair.append(finding)
+        elif finding.code in _NEXT_STEPS:
+            next_steps += [finding] if needs_references else []
+        elif finding.code not in _NOT_ABOUT_THE_PAIR:
+            others.append(finding)
+    return about_pair, next_steps, others
+
+
+def _modules_table(result: Study, pair: tuple[str, str]) -> pd.DataFrame:
+    """Return one row per common module: norms of A and B, and both sides next to each other."""
+    from lora_analysis.studies.pair_classes import ONE_SAMPLE
+
+    rows = result.similarities
+    rows = rows[(rows["a"] == pair[0]) & (rows["b"] == pair[1])]
+    sides = []
+    for side in _SIDES:
+        of_side = rows[rows["side"] == side].set_index("module")
+        sides.append(of_side[list(_SIDE_COLUMNS)].add_suffix(f"_{side}"))
+    common = rows[rows["side"] == "output"].set_index("module")
+    table = common[["module_type", "signed_cosine", "degeneracy_1_1", "shared_init"]].join(sides)
+    if result.pairs["pair_class"].iloc[0] in ONE_SAMPLE:
+        table["shared_init"] = False  # the least of what they share
+    for column, values in _norms(result, pair).items():
+        table[column] = values.reindex(table.index)
+    for quantity in ("norm", "relative"):
+        table[quantity] = table[[f"{quantity}_a", f"{quantity}_b"]].max(axis=1)
+    return table.reset_index()
+
+
+_SIDE_COLUMNS: Final = ("omega", "chance_omega", "excess_omega", "phi_1_1", "usable")
+
+
+def _norms(result: Study, pair: tuple[str, str]) -> dict[str, pd.Series]:
+    """Return ‖ΔW‖ and ‖ΔW‖/‖W‖ of A and B by module; NaN without a base."""
+    columns = {}
+    full = result.amplifications[result.amplifications["at_rank"].astype(bool)]
+    for name, label in zip("ab", pair, strict=True):
+        of_adapter = result.spectra[result.spectra["adapter"] == label]
+        columns[f"norm_{name}"] = of_adapter.set_index("module")["norm"]
+        relative = full[full["adapter"] == label].set_index("module")["relative_norm"]
+        columns[f"relative_{name}"] = relative.astype(float)
+    return columns
+
+
+def _left_out(result: Study, pair: tuple[str, str]) -> list[dict[str, str]]:
+    """Return the modules that are not compared, or do not count, with the reason."""
     rows: dict[str, list[Any]] = {}
-    labels = [label for label in result.adapters if label not in result.reference]
     for row in result.spectra.itertuples():
-        if row.adapter in labels:
+        if row.adapter in pair:
             rows.setdefault(row.module, []).append(row)
     missing = []
-    for module, pair in rows.items():
-        untrained = [row.adapter for row in pair if not row.numerical_rank]
-        shapes = dict.fromkeys((row.d_out, row.d_in) for row in pair)
-        if len(pair) == 1:
-            missing.append((module, "only-in-one", f"only {pair[0].adapter} adapts it"))
+    for module, of_module in rows.items():
+        untrained = [row.adapter for row in of_module if not row.numerical_rank]
+        shapes = dict.fromkeys((row.d_out, row.d_in) for row in of_module)
+        if len(of_module) == 1:
+            missing.append((module, "only-in-one", f"only {of_module[0].adapter} adapts it"))
         elif len(shapes) > 1:
             different = " and ".join(map(str, shapes))
             missing.append((module, "shape-mismatch", f"the shapes differ: {different}"))
         elif untrained:
             text = f"ΔW is zero in {' and '.join(untrained)}"
             missing.append((module, "untrained", text))
-    return [{"module": name, "code": code, "reason": reason} for name, code, reason in missing]
+    left_out = [{"module": name, "code": code, "reason": reason} for name, code, reason in missing]
+    left_out += [
+        {"module": module, "code": "not-usable", "side": side, "reason": reason}
+        for side in _SIDES
+        for module, reason in result.left_out.get(side, {}).items()
+        if module in rows
+    ]
+    left_out += [
+        {"module": module, "code": "no-base-weight", "reason": reason}
+        for module, reason in result.unmatched.items()
+        if module in rows
+    ]
+    return left_out
 
 
-def _of_the_pair(result: Study, table: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows about A and B themselves."""
-    return table[~(table["a"].isin(result.reference) | table["b"].isin(result.reference))]
+def _document(
+    result: Study, pair: tuple[str, str], conclusions: Sequence[Comparison]
+) -> dict[str, Any]:
+    """Return the pair, its conclusions and all columns of its modules for JSON output."""
+    from lora_analysis.conclusions import comparison_fields
 
-
-def _median(table: pd.DataFrame, side: str, column: str) -> float:
-    return float(table.loc[table["side"] == side, column].median())
-
-
-def _summary(table: pd.DataFrame) -> dict[str, dict[str, float]]:
-    columns = ("phi_1_1", "chance_1_1", "phi_r_r", "chance_r_r", "omega", "chance_omega")
+    pairs, rows = (
+        table[(table["a"] == pair[0]) & (table["b"] == pair[1])]
+        for table in (result.pairs, result.similarities)
+    )
+    rows = rows.assign(
+        **{name: rows["module"].map(values) for name, values in _norms(result, pair).items()}
+    )
+    runs = result.runs[result.runs["adapter"].isin([*pair, *result.reference])]
     return {
-        side: {
-            f"{name}_{column}": float(getattr(table.loc[table["side"] == side, column], name)())
-            for column in columns
-            for name in ("median", "mean")
-        }
-        for side in ("input", "output")
-        if not table.empty
+        "pair": records(pairs)[0],
+        "comparisons": [comparison_fields(comparison) for comparison in conclusions],
+        "adapters": records(runs),
+        "reference": list(result.reference),
+        "modules": records(rows),
     }
 
 
-# Findings about single adapters are left to `inspect` and `report`.
-_NOT_ABOUT_THE_PAIR = ("directions-by-energy", "few-seeds", "accuracy", "unknown-task-or-seed")
-_COLUMNS = {
-    "phi_1_1": "φ(1,1)",
-    "chance_1_1": "random",
-    "phi_r_r": "φ(r,r)",
-    "chance_r_r": "random",
-    "omega": "ω",
-    "chance_omega": "random",
-    "signed_cosine": "cosine",
-}
-# Meaning of a star after a module of the input side, by the pair's initialization.
-_STARS = {
-    InitRelation.PARTLY_SHARED: "has the same initial A in both adapters: its input "
-    "side shows nothing that was learned.",
-    InitRelation.SHARED: "has the same initial A in both adapters: its input "
-    "side shows nothing that was learned.",
-    InitRelation.SAME_RUN: "has the same initial A, and B agrees too: one training run, not "
-    "two samples.",
-    InitRelation.SAME_SPACE: "spans the same input space with different rows (a resized copy or an "
-    "initialization from data or from W): its input side shows nothing that was learned.",
-    InitRelation.UNDECIDED: "spans part of the same input space with different rows: its input "
-    "side may show the initialization.",
-}
-
-
-def _print(
-    pair: pd.Series, table: pd.DataFrame, lines: list[tuple[str, str]], *, every: bool
+def _print_conclusions(
+    findings: Sequence[Finding],
+    next_steps: Sequence[Finding],
+    conclusions: Sequence[Comparison],
+    modules: int,
 ) -> None:
-    cosine = decimals(float(pair["total_cosine"]))
-    print_facts(
-        [
-            ("A, B", f"{pair['a']}, {pair['b']}"),
-            ("relation", f"{pair['relation']}; initialization: {pair['initialization']}"),
-            (
-                "overall",
-                f"signed cosine {cosine} over {pair['modules']} common modules (random: 0)",
-            ),
+    """Print the conclusion on each side, output first, the signed cosine, and what to do next."""
+    facts = [(f"{f.fields['side']} side".capitalize(), f.statement) for f in findings]
+    if conclusions and modules:
+        cosine = overlap_number(conclusions[0].cosine)
+        count = plural(modules, "module")
+        facts.append(("Cosine", f"{cosine} (signed; median over {count}; random 0)."))
+    facts += [("Next step", finding.statement) for finding in next_steps]
+    if facts:
+        print_facts(facts)
+
+
+def _print_adapters(
+    result: Study, pair: tuple[str, str], conclusions: Sequence[Comparison]
+) -> None:
+    """Print what A and B are, and how they are related."""
+    runs = result.runs.set_index("adapter")
+    facts: list[tuple[str, object]] = []
+    for name, label in zip("AB", pair, strict=True):
+        row = runs.loc[label]
+        parts = [
+            f"{fact} {int(row[fact]) if fact != 'task' else row[fact]}"
+            for fact in ("task", "rank", "seed", "step")
+            if row[fact] is not None and row[fact] == row[fact]
         ]
-    )
+        unit = "" if row["scale_known"] else " in units of its unknown scale"
+        parts += [plural(int(row["modules"]), "module"), f"‖ΔW‖ {decimals(row['norm'])}{unit}"]
+        facts.append((name, f"{label} ({', '.join(parts)})"))
+    row = result.pairs.iloc[0]
+    labels = "" if row["relation"] in ("unknown", row["pair_class"]) else f" ({row['relation']})"
+    related = "relation unknown" if row["pair_class"] == "unknown" else row["pair_class"]
+    text = f"{related}{labels}; initialization: {row['initialization']}; "
+    facts.append(("A, B", text + plural(int(row["modules"]), "common module")))
+    test = next((c.reference_test for c in conclusions if c.reference_test), None)
+    if test:
+        facts.append(("References", f"{join_names(test.references, _NAMED)} (one per task)"))
+    print_facts(facts)
+
+
+_NOTES: Final = (
+    "A, B: {quantity}. ω: overlap of the subspaces, weighted by energy. random: ω of random "
+    "subspaces with the same singular values. T: mean of (ω - random)/(1 - random) over the "
+    "modules, 0 for random and 1 for identical subspaces. ∠: angle of the first singular vectors.",
+    "φ(i, j) of a module: lora-analysis heatmap. All columns: --format json.",
+)
+_MARKS: Final = {
+    "*": "* not usable in all pairs (see above), so not in T and not in the medians.",
+    "†": "† A has a shared initialization: this overlap was not learned.",
+}
+
+
+def _print_modules(table: pd.DataFrame, sort: SortKey, top: int, *, has_base: bool) -> None:
+    """Print the modules at both ends of an order, and medians over the types of modules."""
+    quantity = "relative" if has_base else "norm"
+    # Equal to the printed digits for square modules: one column is enough.
+    randoms = [table[f"chance_omega_{side}"].map("{:.3f}".format) for side in _SIDES]
+    one_random = bool((randoms[0] == randoms[1]).all())
+    columns = ["module", "A", "B", "ω out", "random", "ω in", "random", "∠ out", "∠ in", "cosine"]
+    if one_random:
+        columns[3:7] = ["ω out", "ω in", "random"]
+    if sort != "module":
+        table = table.sort_values(_SORT_COLUMNS[sort], ascending=False, kind="stable")
+    chosen, title = table, "all modules"
+    if len(table) > 2 * top:
+        chosen = table.iloc[[*range(top), *range(len(table) - top, len(table))]]
+        title = f"first and last {top} of {len(table)} modules"
+    order = "in the order of the files" if sort == "module" else f"by {_SORTED_BY[sort]}"
+    body = [_cells(row, quantity, one_random=one_random) for row in records(chosen)]
+    if len(table) > 2 * top:
+        body.insert(top, ("…", *[""] * (len(columns) - 1)))
+    footer = ("median", *_medians(table, quantity, one_random=one_random))
     click.echo()
-    for kind, text in lines:
-        print_finding(kind, text)
-    if table.empty:
-        return
-    by_type = table["module"].nunique() > MODULES_SHOWN and not every
-    for side in ("output", "input"):
-        side_rows = table[table["side"] == side]
-        rows = _types(side_rows) if by_type else _modules(side_rows, side)
-        what = ", medians by type of module (every module: --all)" if by_type else ""
+    print_table(f"{title}, {order}", columns, body, footer=footer)
+    by_type = table.groupby("module_type", sort=False)
+    if len(table) > 2 * top and 1 < by_type.ngroups < len(table):
+        rows = [
+            (f"{kind} ({len(rows)})", *_medians(rows, quantity, one_random=one_random))
+            for kind, rows in by_type
+        ]
         click.echo()
-        print_table(
-            f"{side} side{what}",
-            ("modules" if by_type else "module", *_COLUMNS.values()),
-            rows,
-            footer=("median", *(decimals(side_rows[name].median()) for name in _COLUMNS)),
-        )
+        print_table("medians by type of module", columns, rows)
     click.echo()
-    if table["shared_init"].any():
-        print_text(f"* {_STARS[pair['initialization']]}")
-    ranks = sorted(set(zip(table["rank_a"], table["rank_b"], strict=True)))
-    rank_pairs = ", ".join(f"{i}/{j}" for i, j in ranks)
-    print_text(f"r: numerical ranks of the two updates ({rank_pairs}). Angles: --format json.")
+    notes = [_NOTES[0].format(quantity=_SORTED_BY[quantity]), _NOTES[1]]
+    for mark, meaning in _MARKS.items():
+        if any(mark in cell for row in body for cell in row[1:]):
+            notes.insert(0, meaning)
+    for note in notes:
+        print_text(note)
 
 
-def _modules(rows: pd.DataFrame, side: str) -> list[tuple[str, ...]]:
-    return [
-        (
-            row["module"] + (" *" if row["shared_init"] and side == "input" else ""),
-            *(decimals(row[name]) for name in _COLUMNS),
-        )
-        for row in records(rows)
+def _cells(row: dict[str, Any], quantity: str, *, one_random: bool) -> tuple[str, ...]:
+    """Return the cells of one module."""
+    values = {}
+    for side in _SIDES:
+        is_start = side == "input" and row["shared_init"]
+        mark = "†" if is_start else "" if row[f"usable_{side}"] else "*"
+        values[side] = f"{row[f'omega_{side}']:.3f}{mark}"
+    angles = [
+        _angle(row[f"phi_1_1_{side}"]) if not row["degeneracy_1_1"] else "–" for side in _SIDES
     ]
+    randoms = [f"{row[f'chance_omega_{side}']:.3f}" for side in _SIDES]
+    omegas = (
+        (values["output"], values["input"], randoms[0])
+        if one_random
+        else (values["output"], randoms[0], values["input"], randoms[1])
+    )
+    return (
+        row["module"],
+        *(decimals(row[f"{quantity}_{name}"]) for name in "ab"),
+        *omegas,
+        *angles,
+        overlap_number(row["signed_cosine"]),
+    )
 
 
-def _types(table: pd.DataFrame) -> list[tuple[str, ...]]:
-    """Return medians over layers for each type of module."""
-    return [
-        (f"{kind} ({len(rows)})", *(decimals(float(rows[name].median())) for name in _COLUMNS))
-        for kind, rows in table.groupby("module_type", sort=False)
-    ]
+def _medians(rows: pd.DataFrame, quantity: str, *, one_random: bool) -> tuple[str, ...]:
+    """Return the cells of medians; those of ω over the modules that count on the side."""
+    median: dict[str, Any] = {
+        f"{quantity}_{name}": float(rows[f"{quantity}_{name}"].median()) for name in "ab"
+    }
+    defined = rows[rows["degeneracy_1_1"] == ""]
+    for side in _SIDES:
+        counted = rows[rows[f"usable_{side}"].astype(bool)]
+        for column in ("omega", "chance_omega"):
+            median[f"{column}_{side}"] = float(counted[f"{column}_{side}"].median())
+        counted = defined[defined[f"usable_{side}"].astype(bool)]
+        median[f"phi_1_1_{side}"] = float(counted[f"phi_1_1_{side}"].median())
+    flags = {f"usable_{side}": True for side in _SIDES} | {"shared_init": False}
+    row = median | flags | {"module": "", "degeneracy_1_1": ""}
+    row["signed_cosine"] = float(rows["signed_cosine"].median())
+    return tuple(
+        "–" if cell == "nan" else cell for cell in _cells(row, quantity, one_random=one_random)[1:]
+    )
+
+
+def _angle(phi: float) -> str:
+    """Return arccos √φ in degrees."""
+    if math.isnan(phi):
+        return "–"
+    return f"{math.degrees(math.acos(math.sqrt(min(max(phi, 0.0), 1.0)))):.0f}°"
+
+
+def _print_left_out(missing: Sequence[dict[str, str]], *, every: bool) -> None:
+    """Name the modules that are not compared, by reason."""
+    by_reason: dict[str, list[str]] = {}
+    for module in missing:
+        if module["code"] != "not-usable":  # a finding names these
+            by_reason.setdefault(module["reason"], []).append(module["module"])
+    for reason, names in by_reason.items():
+        print_text(f"Not compared: {join_names(names, len(names) if every else _NAMED)} ({reason})")

@@ -167,7 +167,8 @@ def _width(rows: Sequence[Sequence[str]]) -> int:
 
 def _common_start(rows: Sequence[Sequence[str]]) -> str:
     """Return the leading segments that all names in the first column share, with their dot."""
-    parents = [row[0].split(".")[:-1] for row in rows]
+    # A name without dots (a head, an ellipsis) has no start to cut.
+    parents = [row[0].split(".")[:-1] for row in rows if "." in row[0]]
     if len(parents) < 2:
         return ""
     levels = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*parents, strict=False))

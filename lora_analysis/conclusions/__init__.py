@@ -16,14 +16,15 @@ from lora_analysis.conclusions import (
     run_findings,
     weight_findings,
 )
-from lora_analysis.conclusions.comparisons import (
+from lora_analysis.conclusions.comparison_findings import comparison_fields
+from lora_analysis.conclusions.comparison_rules import (
     Comparison,
     Conclusion,
     Level,
     Reason,
     comparisons,
 )
-from lora_analysis.conclusions.summary import SummaryLine, summary
+from lora_analysis.conclusions.summary_lines import SummaryLine, summary
 from lora_analysis.finding import Finding
 from lora_analysis.studies import Study
 
@@ -34,6 +35,7 @@ __all__ = [
     "Level",
     "Reason",
     "SummaryLine",
+    "comparison_fields",
     "comparisons",
     "findings",
     "summary",
@@ -54,6 +56,7 @@ _RULES: tuple[Callable[[Study], Iterator[Finding]], ...] = (
     initialization_findings.degenerate_directions,
     adapter_findings.file_artifacts,
     comparison_findings.compared,
+    comparison_findings.refused,
     comparison_findings.reference_pairs,
     comparison_findings.largest_overlaps,
     comparison_findings.left_out_pairs,

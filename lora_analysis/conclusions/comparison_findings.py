@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from lora_analysis import chance
-from lora_analysis.conclusions.comparisons import (
+from lora_analysis.conclusions.comparison_rules import (
     SIDES_IN_ORDER,
     Comparison,
     Conclusion,
@@ -18,6 +18,12 @@ from lora_analysis.conclusions.comparisons import (
 )
 from lora_analysis.finding import Finding
 from lora_analysis.studies.base_models import per_base
+from lora_analysis.studies.reference_test import (
+    REFERENCES_FOR_TEST,
+    OutOfRange,
+    StrengthQuantity,
+    refused_references,
+)
 
 if TYPE_CHECKING:
     from lora_analysis.studies import Study
@@ -37,6 +43,12 @@ _CODES: Final = {
     Conclusion.NEAR_DUPLICATE: "near-duplicate-pair",
     Conclusion.INCONCLUSIVE: "inconclusive",
 }
+_QUANTITIES: Final[dict[StrengthQuantity, str]] = {
+    "relative_norm": "‖ΔW‖/‖W‖",
+    "norm": "‖ΔW‖",
+    "participation_ratio": "participation ratio",
+    "rank": "rank",
+}
 
 
 def compared(study: Study) -> Iterator[Finding]:
@@ -45,6 +57,7 @@ def compared(study: Study) -> Iterator[Finding]:
     for comparison in every:
         if comparison.kind in ("tasks", "pair", "adapters"):
             yield _finding(comparison)
+            yield from _next_steps(comparison, has_file=bool(study.reference_levels))
         if comparison.p is not None and comparison.kind == "tasks" and _tasks_differ(comparison):
             yield _task_values(comparison)
     for base in dict.fromkeys(comparison.base for comparison in every):
@@ -57,37 +70,44 @@ def compared(study: Study) -> Iterator[Finding]:
 def _finding(comparison: Comparison) -> Finding:
     conclusion = comparison.conclusion or Conclusion.INCONCLUSIVE
     code = _CODES[conclusion]
-    test = comparison.reference_test
     if code == "too-few-runs" and comparison.kind == "pair":
         code = "too-few-references"
     elif comparison.reason is Reason.TRAINING_STRENGTH:
         code = "trained-differently"
-    return Finding(
-        code,
-        {
-            **comparison_fields(comparison),
-            "references": len(test.references) if test else 0,
-            "rank_of_pair": test.rank if test else None,
-            "pairs_of_test": test.pairs if test else None,
-            "outside": [
-                {
-                    "adapter": outside.adapter,
-                    "quantity": outside.quantity.replace("_", " "),
-                    "value": outside.value,
-                    "low": outside.low,
-                    "high": outside.high,
-                }
-                for outside in (test.out_of_range if test else ())
-            ]
-            or None,
-        },
-    )
+    return Finding(code, comparison_fields(comparison))
+
+
+def _training(outside: Sequence[OutOfRange]) -> str:
+    """Return how the adapters outside the references' range were trained."""
+    norms = [o for o in outside if o.quantity in ("norm", "relative_norm")]
+    if norms and all(norm.value > norm.high for norm in norms):
+        return "more strongly than every reference"
+    if norms and all(norm.value < norm.low for norm in norms):
+        return "less strongly than every reference"
+    return "differently from the references"
+
+
+def _next_steps(comparison: Comparison, *, has_file: bool) -> Iterator[Finding]:
+    """Name the references that a level or a test of a pair still needs."""
+    test = comparison.reference_test
+    if has_file and comparison.side == "output" and comparison.reason is Reason.NO_REFERENCE:
+        yield Finding("no-level-for-pair", {"compared": comparison.subject})
+    if comparison.side == "output" and test is not None:
+        if comparison.reason is Reason.FEW_REFERENCES:
+            missing = REFERENCES_FOR_TEST - len(test.references)
+            fields = {"compared": comparison.subject, "missing": missing}
+            yield Finding("more-references-needed", fields)
+        elif comparison.reason is Reason.TRAINING_STRENGTH:
+            quantities = list(dict.fromkeys(_QUANTITIES[o.quantity] for o in test.out_of_range))
+            fields = {"compared": comparison.subject, "quantities": quantities}
+            yield Finding("other-references-needed", fields)
 
 
 def comparison_fields(comparison: Comparison) -> dict[str, Any]:
     """Return the values of a comparison as fields of a finding, and for JSON output."""
-    level = comparison.unrelated
+    level, test = comparison.unrelated, comparison.reference_test
     count, total = comparison.significant
+    outside = test.out_of_range if test else ()
     return {
         "kind": comparison.kind,
         "compared": comparison.subject,
@@ -99,12 +119,12 @@ def comparison_fields(comparison: Comparison) -> dict[str, Any]:
         "pair_class": str(comparison.pair_class or ""),
         "pairs": comparison.pairs,
         "modules": comparison.modules,
-        "mean_excess": comparison.mean_excess,
-        "quartiles": list(comparison.quartiles),
-        "omega": comparison.omega,
-        "chance_omega": comparison.chance_omega,
-        "angle": comparison.angle,
-        "cosine": comparison.cosine,
+        "mean_excess": _defined(comparison.mean_excess),
+        "quartiles": [_defined(value) for value in comparison.quartiles],
+        "omega": _defined(comparison.omega),
+        "chance_omega": _defined(comparison.chance_omega),
+        "angle": _defined(comparison.angle),
+        "cosine": _defined(comparison.cosine),
         "unrelated": level.median if level else None,
         "unrelated_maximum": level.maximum if level else None,
         "unrelated_pairs": level.pairs if level else 0,
@@ -116,7 +136,27 @@ def comparison_fields(comparison: Comparison) -> dict[str, Any]:
         "significant_of": total,
         "unit": "modules" if comparison.kind == "pair" else "pairs",
         "tasks": _strengths(comparison.tasks),
+        "references": list(test.references) if test else None,
+        "reference_count": len(test.references) if test else 0,
+        "rank_of_pair": test.rank if test else None,
+        "pairs_of_test": test.pairs if test else None,
+        "trained": _training(outside) if outside else None,
+        "outside": [
+            {
+                "adapter": quantity.adapter,
+                "quantity": _QUANTITIES[quantity.quantity],
+                "value": quantity.value,
+                "low": quantity.low,
+                "high": quantity.high,
+            }
+            for quantity in outside
+        ]
+        or None,
     }
+
+
+def _defined(value: float) -> float | None:
+    return value if np.isfinite(value) else None
 
 
 def _strengths(tasks: Sequence[Any]) -> list[dict[str, Any]] | None:
@@ -124,7 +164,7 @@ def _strengths(tasks: Sequence[Any]) -> list[dict[str, Any]] | None:
     rows = [
         {
             "task": task.task,
-            "own": task.own if np.isfinite(task.own) else None,
+            "own": task.within if np.isfinite(task.within) else None,
             "other": max(task.others.values(), default=None),
             "norm": task.norm,
             "participation_ratio": task.participation_ratio,
@@ -137,18 +177,18 @@ def _strengths(tasks: Sequence[Any]) -> list[dict[str, Any]] | None:
 
 def _tasks_differ(comparison: Comparison) -> bool:
     """Return True if one T does not describe all tasks."""
-    own = np.array([task.own for task in comparison.tasks if np.isfinite(task.own)])
-    if len(own) < 2 or comparison.unrelated is None:
+    values = np.array([task.within for task in comparison.tasks if np.isfinite(task.within)])
+    if len(values) < 2 or comparison.unrelated is None:
         return False
-    above = own - comparison.unrelated.median
-    apart = [task.is_apart for task in comparison.tasks if np.isfinite(task.own)]
+    above = values - comparison.unrelated.median
+    apart = [task.is_apart for task in comparison.tasks if np.isfinite(task.within)]
     return bool(
-        np.ptp(own) > _TASKS_DIFFER
+        np.ptp(values) > _TASKS_DIFFER
         or (above.min() > 0 and above.max() > _TASKS_DIFFER_FACTOR * above.min())
         or above.min() <= 0 < above.max()
         or not all(apart)
         # With two tasks, a difference in strength cannot be told from one of the tasks.
-        or len(own) == 2
+        or len(values) == 2
     )
 
 
@@ -158,7 +198,7 @@ def _task_values(comparison: Comparison) -> Finding:
         {
             "base": comparison.base,
             "side": comparison.side,
-            "tasks": _strengths([task for task in comparison.tasks if np.isfinite(task.own)]),
+            "tasks": _strengths([task for task in comparison.tasks if np.isfinite(task.within)]),
         },
     )
 
@@ -191,7 +231,8 @@ def reference_pairs(study: Study) -> Iterator[Finding]:
     counts = {side: (study.pairs[f"population_{side}"] == "unrelated").sum()
               for side in SIDES_IN_ORDER}  # fmt: skip
     if not counts["output"]:
-        yield Finding("no-reference-pairs")
+        fewer = None if study.reference_levels else "fewer"
+        yield Finding("no-reference-pairs", {"fewer": fewer})
         return
     for base, rows in per_base(study, study.pairs):
         sides = []
@@ -209,6 +250,20 @@ def reference_pairs(study: Study) -> Iterator[Finding]:
                 )
         if sides:
             yield Finding("reference-pairs", {"base": base or None, "sides": sides})
+
+
+def refused(study: Study) -> Iterator[Finding]:
+    """Name the references that are not unrelated to the adapters."""
+    references = [
+        {
+            "reference": refusal.reference,
+            "reason": refusal.reason,
+            "adapters": list(refusal.adapters),
+        }
+        for refusal in refused_references(study)
+    ]
+    if references:
+        yield Finding("references-refused", {"references": references})
 
 
 def left_out_pairs(study: Study) -> Iterator[Finding]:

@@ -59,11 +59,16 @@ class Finding:
     @property
     def text(self) -> str:
         """The sentence."""
+        return f"{self.subject}: {self.statement}" if self.subject else self.statement
+
+    @property
+    def statement(self) -> str:
+        """The sentence without its subject."""
         code = CODES[self.code]
         text = fill(code.template, self.fields, code.items)
         if "adapters" in self.fields and self.severity == "damage":
             text += " Results that involve them are unreliable."
-        return f"{self.subject}: {text}" if self.subject else text
+        return text
 
     def of_adapters(self, labels: Sequence[str]) -> Finding:
         """Return the finding about files as one about the adapters in them, which it names."""

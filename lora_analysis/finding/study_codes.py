@@ -8,11 +8,13 @@ from lora_analysis.finding.templates import Code
 
 _PAIRS: Final = "[[{pairs} pairs (medians), for example ]]{a} and {b}"
 _BASE: Final = "[[ on {base}]]"
-_LEVEL: Final = (
-    "[[; unrelated pairs {unrelated:overlap}, at most {unrelated_maximum:overlap}]]; random "
-    "adapters 0"
+_COMPARED: Final = "{compared}[[ on {base}]], {side} side"
+_LEVEL: Final = "[[; unrelated pairs {unrelated:overlap}, at most {unrelated_maximum:overlap}]]"
+_T: Final = f"T {{mean_excess:overlap}}[[ ({{size}})]]{_LEVEL}; random 0."
+_RANDOM: Final = (
+    "Median ω {omega:overlap}, random {chance_omega:overlap}[[; T {mean_excess:overlap}]]"
+    f"{_LEVEL}. {{significant}} of {{significant_of}} {{unit}} exceed random subspaces (q < 0.05)."
 )
-_T: Final = f"T {{mean_excess:overlap}}[[ ({{size}})]]{_LEVEL}"
 # The numbers of both controls, in each of the three statements about them.
 _CONTROLS: Final = (
     " Enrichment by rank: {ranks}. Crossed: U of one adapter with V of an unrelated one. "
@@ -96,8 +98,7 @@ STUDY_CODES: Final[dict[str, Code]] = {
     "near-duplicates": Code(
         "artifact",
         "adapters",
-        "near-duplicates: the cosine of ΔW is at least 0.99 in 90 % of the modules. They are one "
-        "sample.",
+        "near-duplicates (cosine of ΔW at least 0.99 in 90 % of the modules). They are one sample.",
         subject=_PAIRS,
     ),
     "negated-copies": Code(
@@ -110,7 +111,7 @@ STUDY_CODES: Final[dict[str, Code]] = {
     "contained": Code(
         "artifact",
         "adapters",
-        "one contains the other: both subspaces of the smaller rank agree (median φ "
+        "one contains the other (median φ at the smaller rank, on both sides: "
         "{containment:number}). Possible causes are a resized copy, a stack or merge of adapters, "
         "or a continued run. They are one sample.",
         subject=_PAIRS,
@@ -118,7 +119,7 @@ STUDY_CODES: Final[dict[str, Code]] = {
     "same-run": Code(
         "artifact",
         "initialization",
-        "same training run: A started from the same values and B agrees too (median matched cosine "
+        "same training run (shared initialization of A, and B agrees: median matched cosine "
         "{b_cosine:number}). Possible causes are one run stored twice, a continued run, or the "
         "same seed on the same task. They are one sample.",
         subject=_PAIRS,
@@ -178,10 +179,10 @@ STUDY_CODES: Final[dict[str, Code]] = {
     "shared-seed": Code(
         "artifact",
         "initialization",
-        "{pairs:plural pair} of different tasks[[ on {base}]] used the same seed and share their "
-        "initial A ({whole} in most modules[[, {partly:nonzero} in some]]). Median "
-        "φ(r,r): {sides}. The extra input-side overlap comes from the shared initialization; these "
-        "pairs are excluded.",
+        "Shared initialization of A in {pairs:plural pair} of different tasks and one seed"
+        "[[ on {base}]] ({whole} in most modules[[, {partly:nonzero} in some]]). "
+        "Median φ(r,r): {sides}. The extra input-side overlap comes from the shared "
+        "initialization; these pairs are excluded.",
         items={
             "sides": "{side} side {phi_r_r:number} ([[{reference:number} with different seeds, ]]"
             "random {chance_r_r:number})"
@@ -208,10 +209,33 @@ STUDY_CODES: Final[dict[str, Code]] = {
     "no-reference-pairs": Code(
         "limit",
         "overlap",
-        "No unrelated pairs (different tasks and seeds), so overlaps are compared with random "
-        "subspaces only, and unrelated adapters of one base often exceed those too. Pass five "
-        "adapters of other tasks for a test at 5 % (reference=, command line: --reference); "
-        "fewer give a level.",
+        "No unrelated pairs to compare with. Pass five adapters of other tasks for a test at 5 % "
+        "(reference=, command line: --reference)[[; {fewer}, or a reference file, give a level]].",
+    ),
+    "no-level-for-pair": Code(
+        "limit",
+        "overlap",
+        "The reference file has no level for {compared}: their base, module types, ranks or "
+        "training strength are not those that it was made from.",
+    ),
+    "more-references-needed": Code(
+        "limit",
+        "overlap",
+        "A test of {compared} at 5 % needs {missing:plural more adapter} of another task each "
+        "(reference=, command line: --reference).",
+    ),
+    "other-references-needed": Code(
+        "limit",
+        "overlap",
+        "A test of {compared} needs references that were trained as they were: the references' "
+        "range of {quantities:and} must include both.",
+    ),
+    "references-refused": Code(
+        "limit",
+        "overlap",
+        "Refused as references: {references}. A reference has another task and another seed, and "
+        "the same base.",
+        items={"references": "{reference} for {adapters:and} ({reason})"},
     ),
     "pairs-left-out": Code(
         "limit",
@@ -228,63 +252,67 @@ STUDY_CODES: Final[dict[str, Code]] = {
     "more-alike": Code(
         "result",
         "overlap",
-        f"{{compared}}{_BASE}: more alike than unrelated adapters on the {{side}} side: {_T} "
-        "(p {p:p}, smallest possible {smallest_p:p}).",
+        f"more alike than unrelated adapters. {_T} p {{p:p}} (smallest possible p "
+        "{smallest_p:p}).",
+        subject=_COMPARED,
     ),
     "not-distinguishable": Code(
         "result",
         "overlap",
-        f"{{compared}}{_BASE}: not distinguishable from unrelated adapters on the {{side}} side: "
-        f"{_T} (p {{p:p}}, smallest possible {{smallest_p:p}}).",
+        f"not distinguishable from unrelated adapters. {_T} p {{p:p}} (smallest possible "
+        "p {smallest_p:p}).",
+        subject=_COMPARED,
     ),
     "more-alike-than-random": Code(
         "result",
         "overlap",
-        f"{{compared}}{_BASE}: more alike than random subspaces on the {{side}} side "
-        "({significant} of {significant_of} {unit}, q < 0.05): median ω {omega:overlap}, random "
-        "{chance_omega:overlap}. Whether unrelated adapters of this base are as alike is unknown; "
-        "they often are.",
+        f"more alike than random subspaces. {_RANDOM} Unrelated adapters of one base often are, "
+        "too.",
+        subject=_COMPARED,
     ),
     "not-distinguishable-from-random": Code(
         "result",
         "overlap",
-        f"{{compared}}{_BASE}: not distinguishable from random subspaces on the {{side}} side "
-        "({significant} of {significant_of} {unit}, q < 0.05): median ω {omega:overlap}, random "
-        "{chance_omega:overlap}.",
+        f"not distinguishable from random subspaces. {_RANDOM}",
+        subject=_COMPARED,
     ),
     "too-few-runs": Code(
         "result",
         "runs",
-        f"{{compared}}{_BASE}: too few runs for a conclusion on the {{side}} side (smallest "
-        f"possible p {{smallest_p:p}}): {_T}.",
+        f"too few runs for a test: the smallest possible p is {{smallest_p:overlap}}. {_T}",
+        subject=_COMPARED,
     ),
     "too-few-references": Code(
         "result",
         "overlap",
-        f"{{compared}}: {{side}} side: too few references to test (five of different tasks are "
-        "needed, {references} given). The pair is number {rank_of_pair} of {pairs_of_test} by T: "
-        f"{_T}.",
+        f"too few references for a test: {{reference_count}} of the five tasks needed. {_T} By T, "
+        "the pair is number {rank_of_pair} of {pairs_of_test}. {significant} of {significant_of} "
+        "modules exceed random subspaces (q < 0.05).",
+        subject=_COMPARED,
     ),
     "trained-differently": Code(
         "result",
         "overlap",
-        f"{{compared}}: {{side}} side: inconclusive, because the pair was not trained as the "
-        f"references were, and that alone can make unrelated adapters alike ({{outside}}): {_T}.",
+        "inconclusive: trained {trained}. That alone makes unrelated adapters more or less alike. "
+        f"{_T} {{outside}}.",
+        subject=_COMPARED,
         items={
-            "outside": "{quantity} of {adapter} {value:number}, references {low:number} to "
-            "{high:number}"
+            "outside": "{adapter} has {quantity} {value:number} (references {low:number} to "
+            "{high:number})"
         },
     ),
     "near-duplicate-pair": Code(
         "result",
         "overlap",
-        "{compared}: {pair_class} on the {side} side: one sample, not two (T "
-        "{mean_excess:overlap}).",
+        "{pair_class}: one sample, not two.[[ T {mean_excess:overlap}; random 0.]]",
+        subject=_COMPARED,
     ),
     "inconclusive": Code(
         "result",
         "overlap",
-        f"{{compared}}{_BASE}: inconclusive on the {{side}} side: {{reason}}. {_T}.",
+        "inconclusive: {reason}.[[ T {mean_excess:overlap}; random 0.]]"
+        "[[ Unrelated pairs {unrelated:overlap}, at most {unrelated_maximum:overlap}.]]",
+        subject=_COMPARED,
     ),
     "single-tasks": Code(
         "result",

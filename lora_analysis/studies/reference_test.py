@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # With five references of different tasks, A and B alone can be the most alike of 21 pairs.
 REFERENCES_FOR_TEST: Final = 5
 _SHARED_STARTS = (PairClass.SHARED_INIT, PairClass.GRADIENTS_ALIKE, PairClass.SAME_SEED)
+# Classes that labels alone decide, for references.
+_BY_LABELS = (PairClass.SAME_SEED, PairClass.SHARED_INIT, PairClass.UNKNOWN)
 # Quantities whose range over the references must hold for A and B.
 StrengthQuantity = Literal["relative_norm", "norm", "participation_ratio", "rank"]
 
@@ -133,6 +135,45 @@ def choose_references(study: Study, a: str, b: str) -> tuple[str, ...]:
     )
     nearest = distance.sort_values(["rank", "norm"], kind="stable").drop_duplicates("task")
     return tuple(label for label in candidates.index if label in nearest.index)
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedReference:
+    """A reference adapter that is not unrelated to some of the analyzed adapters.
+
+    ``reason`` is "same seed" if the labels say so, else why the reference is excluded, or the class
+    of the pairs.
+    """
+
+    reference: str
+    reason: str
+    adapters: tuple[str, ...]
+
+
+def refused_references(study: Study) -> tuple[RefusedReference, ...]:
+    """Return the references that serve neither test nor level for some of the adapters, and why."""
+    runs = study.runs.set_index("adapter")
+    refused: dict[tuple[str, str], list[str]] = {}
+    for row in study.pairs.itertuples():
+        # Analyzed adapters stand first.
+        if row.b not in study.reference or row.a in study.reference:
+            continue
+        excluded = str(runs.loc[row.b, "excluded"])
+        if row.population_output == "unrelated" or (runs.loc[row.a, "excluded"] and not excluded):
+            continue
+        refused.setdefault((row.b, excluded or _reason(runs, row)), []).append(row.a)
+    return tuple(
+        RefusedReference(reference, reason, tuple(adapters))
+        for (reference, reason), adapters in refused.items()
+    )
+
+
+def _reason(runs: pd.DataFrame, pair: Any) -> str:
+    """Return why a pair with a reference is not unrelated; references of its tasks are errors."""
+    seeds = runs.loc[[pair.a, pair.b], "seed"]
+    if pair.pair_class in _BY_LABELS and seeds.notna().all() and seeds.nunique() == 1:
+        return "same seed"
+    return str(pair.pair_class)
 
 
 def _mean_excess(study: Study, members: tuple[str, ...], side: Side) -> NDArray[np.float64]:
