@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from factories import adapter
-from planted_sweep import sweep  # noqa: F401  (a fixture)
+from test_studies import sweep  # noqa: F401  (a fixture)
 
 from lora_analysis.adapter import Adapter, LowRankUpdate, Provenance
 from lora_analysis.bases import open_base

@@ -230,7 +230,7 @@ def _limit(
         return SummaryLine(Finding("summary-one-adapter", {"count": adapters}), "limits")
     if leading is None:
         return SummaryLine(Finding("summary-nothing-compared", {"count": adapters}), "limits")
-    if leading.reason is Reason.NO_REFERENCE:
+    if leading.reason in (Reason.NO_REFERENCE, Reason.LEVEL_ONLY):
         return SummaryLine(Finding("summary-no-reference"), "limits")
     unread = next((f for f in findings if f.code == _OF_UNREAD_LABELS), None)
     if unread is not None:
