@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from factories import adapter, low_rank_update
 from hostile_names import NAMES, hostile_adapters
-from planted_sweep import sweep  # noqa: F401  (a fixture)
+from test_studies import sweep  # noqa: F401  (a fixture)
 
 from lora_analysis.adapter import Adapter
 from lora_analysis.bases import open_base
@@ -116,4 +116,35 @@ def test_names_of_strangers_run_nothing_and_ask_for_nothing(browser: Any, tmp_pa
         assert page.title() != "owned"
     page.goto(path.as_uri())
     assert printable("".join(NAMES)) in page.inner_text("body")
+    page.close()
+
+
+def test_figures_fill_the_column_and_the_first_column_of_a_table_stays(
+    browser: Any, pages: dict[str, Path]
+) -> None:
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(pages["full"].as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(item => { item.open = true })")
+    widths = """
+        [...document.querySelectorAll('figure.wide')].map(figure =>
+            figure.querySelector('svg').getBoundingClientRect().width
+            / document.querySelector('section').getBoundingClientRect().width)
+    """
+    shares = page.evaluate(widths)
+    assert shares
+    assert min(shares) > 0.95
+    assert page.evaluate("document.querySelectorAll('figure svg rect > title').length") > 100
+    page.set_viewport_size({"width": 390, "height": 800})
+    moved = """
+        (() => {
+            const region = document.querySelector('#alike ~ .scroll');
+            const cell = region.querySelector('tbody th');
+            const before = cell.getBoundingClientRect().left;
+            region.scrollLeft = 200;
+            return [region.scrollLeft, cell.getBoundingClientRect().left - before];
+        })()
+    """
+    scrolled, shift = page.evaluate(moved)
+    assert scrolled > 100
+    assert abs(shift) < 1
     page.close()

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from factories import adapter
-from planted_sweep import sweep  # noqa: F401  (a fixture)
+from test_studies import sweep  # noqa: F401  (a fixture)
 
 from lora_analysis.adapter import Adapter, LowRankUpdate, Provenance
 from lora_analysis.bases import open_base
@@ -131,9 +131,9 @@ def test_the_sections_come_in_the_order_of_the_questions(report: Path) -> None:
         "figure-ranks_output", "figure-ranks_input", "figure-energy", "figure-seeds_output",
         "figure-seeds_input", "figure-changes_map", "figure-changes", "figure-enrichment",
         "figure-enrichment_controls", "figure-enrichment_layers", "figure-energy_output",
-        "figure-energy_input",
-        "figure-intruders_output", "figure-intruders_input", "figure-modules",
-        "figure-module_1", "figure-module_2", "figure-module_3", "figure-module_4",
+        "figure-energy_input", "figure-intruders_output", "figure-intruders_input",
+        "figure-modules", "figure-module_1", "figure-module_2", "figure-module_3",
+        "figure-module_4",
     ]  # fmt: skip
     svgs = [found for tag, found in page.tags if tag == "svg"]
     assert len(svgs) == len(figures)
@@ -364,7 +364,7 @@ def test_the_markdown_report_shows_findings_figures_and_tables(
     assert "![Two ranks, output side.](figures/ranks_output.svg)" in text
     assert (tmp_path / "figures" / "ranks_output.svg").is_file()
     assert "# A \\*bold\\* title" in text
-    header = next(line for line in text.splitlines() if line.startswith("| adapter"))
+    header = next(line for line in text.splitlines() if line.startswith("| comparison"))
     ruler = text.splitlines()[text.splitlines().index(header) + 1]
     assert header.count("|") == ruler.count("|")
 

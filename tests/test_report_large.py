@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -55,3 +57,35 @@ def test_a_large_study_stays_small_on_disk_and_draws_a_few_modules(
         assert word not in said
     with np.load(tmp_path / "grids.npz") as grids:
         assert len(grids) == 4 * 2 * len(NAMES)
+
+
+_MANY_ADAPTERS = """
+import resource, sys
+import numpy as np
+from lora_analysis.adapter import Adapter, LowRankUpdate, Provenance
+from lora_analysis.report import write_report
+from lora_analysis.studies import study
+
+rng = np.random.default_rng(0)
+made = []
+for i in range(2000):
+    updates = {
+        name: LowRankUpdate(
+            name=name, A=rng.standard_normal((2, 32)), B=rng.standard_normal((32, 2)), scale=1.0
+        )
+        for name in ("layers.0.q_proj", "layers.0.v_proj")
+    }
+    known = Provenance(task=f"t{i % 20}", rank=2, seed=i // 20)
+    made.append(Adapter(updates, label=f"t{i % 20}-r2-s{i // 20}", provenance=known))
+write_report(study(made), sys.argv[1], figures=())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_a_report_on_two_thousand_adapters_takes_little_memory(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _MANY_ADAPTERS, str(tmp_path / "report")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    kilobytes = int(run.stdout) / (1024 if sys.platform == "darwin" else 1)
+    assert kilobytes < 0.6e6
+    assert (tmp_path / "report" / "report.html").stat().st_size < 5e6

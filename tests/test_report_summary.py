@@ -93,7 +93,7 @@ def test_two_adapters_of_unknown_relation_say_what_is_missing(rng: np.random.Gen
     lines = lines_of(study([adapter(rng, label=label, d_out=64, d_in=64) for label in "ab"]))
     assert [code for code, _ in lines][:2] == ["summary-conclusion", "summary-size"]
     assert lines[-1][0] == "summary-no-reference"
-    assert "needs five of other tasks" in lines[-1][1]
+    assert "needs five adapters of other tasks" in lines[-1][1]
 
 
 def test_one_adapter_alone_says_what_can_be_said(rng: np.random.Generator) -> None:
@@ -116,7 +116,17 @@ def test_copies_and_shared_initializations_are_counted(rng: np.random.Generator)
     copy = Adapter(dict(first), label="copy", provenance=first.provenance)
     others = [trained(rng, "add", seed) for seed in (1, 2)]
     lines = dict(lines_of(study([first, copy, *others])))
-    assert lines["summary-one-sample"].startswith("1 of 6 pairs are copies")
+    assert "1 of 6 pairs, each of which is one sample" in lines["summary-one-sample"]
+
+
+def test_a_copy_under_another_task_name_is_called_a_wrong_name(rng: np.random.Generator) -> None:
+    first = trained(rng, "add", 0)
+    known = Provenance(task="sort", rank=4, seed=7)
+    copy = Adapter(dict(first), label="sort-r4-s7", provenance=known)
+    others = [trained(rng, task, seed) for task in ("add", "copy") for seed in (1, 2)]
+    lines = dict(lines_of(study([first, copy, *others])))
+    assert "two task names in 1 of 15 pairs" in lines["summary-wrong-labels"]
+    assert "summary-one-sample" not in lines
 
 
 def test_a_summary_has_at_most_five_lines_that_lead_somewhere(tasks: Study) -> None:

@@ -184,10 +184,18 @@ def _artifacts(study: Study, findings: Sequence[Finding]) -> Iterator[SummaryLin
         fields = {"named": diverged, "count": len(diverged), "total": len(study.adapters)}
         yield SummaryLine(Finding("summary-diverged", fields), "limits")
     pairs, total = study.pairs, len(study.pairs)
+    task = study.runs.set_index("adapter")["task"]
+    a, b = pairs["a"].map(task), pairs["b"].map(task)
+    is_conflict = (
+        pairs["pair_class"].isin([*ONE_SAMPLE, PairClass.WRONG_LABEL])
+        & a.notna()
+        & b.notna()
+        & (a != b)
+    )
     counts = {
         "summary-started-from-base": pairs["pair_class"] == PairClass.STARTED_FROM_BASE,
-        "summary-wrong-labels": pairs["pair_class"] == PairClass.WRONG_LABEL,
-        "summary-one-sample": pairs["pair_class"].isin(list(ONE_SAMPLE)),
+        "summary-wrong-labels": is_conflict,
+        "summary-one-sample": pairs["pair_class"].isin(list(ONE_SAMPLE)) & ~is_conflict,
         "summary-shared-initialization": (
             pairs["initialization"].isin(
                 [InitRelation.SHARED, InitRelation.PARTLY_SHARED, InitRelation.SAME_SPACE]
@@ -222,7 +230,7 @@ def _limit(
         return SummaryLine(Finding("summary-one-adapter", {"count": adapters}), "limits")
     if leading is None:
         return SummaryLine(Finding("summary-nothing-compared", {"count": adapters}), "limits")
-    if leading.reason is Reason.NO_REFERENCE:
+    if leading.reason in (Reason.NO_REFERENCE, Reason.LEVEL_ONLY):
         return SummaryLine(Finding("summary-no-reference"), "limits")
     unread = next((f for f in findings if f.code == _OF_UNREAD_LABELS), None)
     if unread is not None:

@@ -79,8 +79,8 @@ SUMMARY_CODES: Final[dict[str, Code]] = {
     "summary-damage": Code(
         "damage",
         "numbers",
-        "Results that involve {named:and} are unreliable: damaged files or weights "
-        "({count:plural finding}).",
+        "Results that involve {named:and} are unreliable: diverged training or damaged "
+        "files ({count:plural finding}).",
     ),
     "summary-diverged": Code(
         "artifact",
@@ -90,26 +90,26 @@ SUMMARY_CODES: Final[dict[str, Code]] = {
     "summary-started-from-base": Code(
         "artifact",
         "initialization",
-        "{count} of {total} pairs started from the base weights, so B·A is not their update: "
-        "nothing is concluded from them.",
+        "Both factors started from the base weights in {count} of {total} pairs: B·A is not the "
+        "update, and nothing is concluded from them.",
     ),
     "summary-wrong-labels": Code(
         "artifact",
         "labels",
-        "{count} of {total} pairs are one update under two task names: at least one name is wrong, "
-        "and those adapters are used in no conclusion.",
+        "One update has two task names in {count} of {total} pairs: at least one name is wrong, "
+        "and these adapters are used in no conclusion.",
     ),
     "summary-one-sample": Code(
         "artifact",
         "adapters",
-        "{count} of {total} pairs are copies, resized copies or one training run: each counts as "
-        "one sample.",
+        "Copies, resized copies or one training run: {count} of {total} pairs, each of which is "
+        "one sample, not two.",
     ),
     "summary-shared-initialization": Code(
         "artifact",
         "initialization",
-        "{count} of {total} pairs share their initialization, which alone makes them alike on the "
-        "input side: they are excluded there.",
+        "Initial factors are shared in {count} of {total} pairs, which alone makes the input side "
+        "alike: this overlap is excluded.",
     ),
     "summary-no-artifacts": Code(
         "result",
@@ -130,8 +130,8 @@ SUMMARY_CODES: Final[dict[str, Code]] = {
     "summary-no-reference": Code(
         "limit",
         "overlap",
-        "Whether any two adapters of this base are as alike cannot be said: none is known to be "
-        "unrelated, and a test at 5 % needs five of other tasks.",
+        "How alike unrelated adapters of this base are cannot be said: a test at 5 % needs five "
+        "adapters of other tasks.",
     ),
     "summary-unknown-labels": Code(
         "limit",

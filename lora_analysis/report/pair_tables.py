@@ -128,7 +128,7 @@ def tasks_table(compared: Sequence[Comparison]) -> ReportTable | None:
 
 def pairs_table(study: Study) -> ReportTable | None:
     """Return every pair: what it is, T on both sides and the cosine of the whole updates."""
-    if study.pairs.empty:
+    if len(study.pairs) < 2:
         return None
     rows = tuple(
         (

@@ -294,7 +294,7 @@ def _lead(study: Study) -> str:
         counted = (study.pairs[["population_output", "population_input"]] != "").any(axis=1)
         parts.append(
             f"{plural(total, 'pair')}, of which {int(counted.sum())} are of one task or unrelated"
-            if counted.any()
+            if counted.any() and total > 1
             else plural(total, "pair")
         )
     if left := len(study.pairs) - study.compared_pairs:

@@ -108,6 +108,7 @@ def _unrelated_pair(
     low, high = sorted(ranks)
     rows = pairs[
         (pairs["population_output"] == "unrelated")
+        & ~(pairs["a"].isin(without) & pairs["b"].isin(without))
         & (pairs[["rank_a", "rank_b"]].min(axis=1) == low)
         & (pairs[["rank_a", "rank_b"]].max(axis=1) == high)
     ]

@@ -169,7 +169,9 @@ def _plan(study: Study, compared: Sequence[Comparison]) -> _Plan:
     if comparisons is not None:
         # The one table that is never folded; of very many pairs, the first ones.
         alike = replace(alike, tables=(comparisons,))
-    ranks = Section("ranks", "Ranks", "What does a higher rank add?")
+    several = study.spectra["rank"].nunique() > 1
+    ranks = Section("ranks", "Ranks", "What does a higher rank add?" if several else
+                    "How many directions hold most of an update?")  # fmt: skip
     tasks = Section("tasks", "Seeds and tasks", "Does every task agree with itself, and do two "
                     "seeds find the same directions?")  # fmt: skip
     layers = Section("layers", "Which layers changed", "How large is the update of each module?")
@@ -191,7 +193,8 @@ def _plan(study: Study, compared: Sequence[Comparison]) -> _Plan:
         (layers, (module_figures.change_figures,), ()),
         (_with_tables(weights, tables.amplification_table(study)),
          (weight_figures.amplification_figures,), (weight_figures.basis_figures,)),
-        (_with_tables(modules, *(tables.modules_table(study, side) for side in
-                                 ("output", "input")), tables.module_types_table(study)),
+        (_with_tables(_with_tables(modules, tables.modules_table(study, "output"),
+                                   tables.module_types_table(study)),
+                      tables.modules_table(study, "input"), open_rows=0),
          (module_figures.map_figures,), ()),
     ]  # fmt: skip

@@ -160,12 +160,12 @@ def level_figures(study: Study) -> Iterator[ReportFigure]:
         )
         yield ReportFigure(
             name=f"levels_{side}",
-            title=f"T of every pair, {side} side.",
+            title=f"T by kind of pair, {side} side.",
             caption=(
                 "A point is a pair of adapters"
                 f"{' on one base' if several else ''}; bar: quartiles and median. Conclusions "
-                "compare pairs of one task with unrelated ones; pairs of the other kinds are in no "
-                "comparison."
+                "compare pairs of one task with unrelated ones; the other kinds are in no "
+                "comparison, and copies and untrained adapters are not drawn."
             ),
             alt=f"T on the {side} side by class of the pair. {medians}.",
             figure=axes.figure,  # type: ignore[arg-type]  # no sub-figures here

@@ -196,7 +196,7 @@ def module_types_table(study: Study) -> ReportTable | None:
     table["90 % of ‖ΔW‖²"] = spectra.groupby("module_type")["energy_rank_90"].median()
     if len(table) < 2:
         return None
-    captions = []
+    captions: dict[str, None] = {}  # in order, each once
     for side in SIDES_IN_ORDER:
         for populations in module_populations(study, side)[:1]:
             for population in populations:
@@ -204,10 +204,10 @@ def module_types_table(study: Study) -> ReportTable | None:
                 name = f"{side}, {'unrelated' if population.is_unrelated else 'pairs'}"
                 medians = population.excess.groupby(of_module).median()
                 table[name] = table.index.map(medians).map(overlap_number)
-                captions.append(f"{name}: {population.name}")
+                captions[population.name] = None
     caption = (
-        f"{changes.symbol}: median over {changes.of}; excess of ω, medians over modules and pairs "
-        f"({'; '.join(captions)})."
+        f"{changes.symbol}: median over {changes.of}. Output and input: excess of ω, median over "
+        f"modules and {' or '.join(captions)}."
         if captions
         else f"{changes.symbol}: median over {changes.of}."
     )

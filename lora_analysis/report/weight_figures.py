@@ -69,17 +69,16 @@ def amplification_figures(study: Study) -> Iterator[ReportFigure]:
         f"Enrichment by rank. {medians}.",
         axes,
     )
-    controls = {
-        title: rows[name].dropna().to_numpy(dtype=float)
-        for name, title in _CONTROLS.items()
-        if name in rows and rows[name].notna().any()
-    }
-    if len(controls) > 1:
+    present = [name for name in _CONTROLS if rows[name].notna().any()]
+    complete = rows.dropna(subset=present)  # the same updates in every group
+    controls = {_CONTROLS[name]: complete[name].to_numpy(dtype=float) for name in present}
+    if len(controls) > 1 and len(complete):
         yield _figure(
             "enrichment_controls",
             "Enrichment and its controls.",
-            "The same values next to those of directions that know nothing of this update: what "
-            "the controls reach is what W gives to anything that passes through it.",
+            f"Updates of rank {join_names([str(int(r)) for r in sorted(set(complete['rank']))])}"
+            f"{of}, which have every control: what directions that know nothing of an update reach "
+            "is not specific to it.",
             "Enrichment next to its controls. "
             + "; ".join(f"{k}: median {number(float(np.median(v)))}" for k, v in controls.items())
             + ".",
