@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from factories import adapter, low_rank_update
 from hostile_names import NAMES, hostile_adapters
-from test_studies import sweep  # noqa: F401  (a fixture)
+from planted_sweep import sweep  # noqa: F401  (a fixture)
 
 from lora_analysis.adapter import Adapter
 from lora_analysis.bases import open_base

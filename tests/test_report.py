@@ -3,16 +3,18 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import numpy as np
 import pandas as pd
 import pytest
 from factories import adapter
-from test_studies import sweep  # noqa: F401  (a fixture)
+from planted_sweep import sweep  # noqa: F401  (a fixture)
 
 from lora_analysis.adapter import Adapter, LowRankUpdate, Provenance
 from lora_analysis.bases import open_base
@@ -20,6 +22,7 @@ from lora_analysis.finding import CODES
 from lora_analysis.formats import read_adapter, write_adapter
 from lora_analysis.report import results_schema, write_report
 from lora_analysis.report.representatives import (
+    drawn_pairs,
     rank_pair,
     representative_modules,
     seed_pair,
@@ -114,24 +117,31 @@ def test_every_id_is_unique_and_every_link_leads_somewhere(report: Path) -> None
             assert link[1:] in ids
 
 
-def test_findings_lead_and_figures_and_tables_follow(report: Path) -> None:
-    text = report.read_text()
-    assert text.index("output side more alike than unrelated adapters") < text.index("<figure")
-    page = Page(text)
+def test_the_sections_come_in_the_order_of_the_questions(report: Path) -> None:
+    page = Page(report.read_text())
+    sections = [found["aria-labelledby"] for tag, found in page.tags if tag == "section"]
+    assert sections == [
+        "short", "definitions", "alike", "ranks", "tasks", "layers", "weights", "modules",
+        "limits", "provenance",
+    ]  # fmt: skip
     figures = [found["id"] for tag, found in page.tags if tag == "figure"]
     assert figures == [
-        "figure-ranks_output", "figure-ranks_input", "figure-spectra", "figure-energy",
-        "figure-budget", "figure-seeds_output", "figure-seeds_input", "figure-levels_output",
-        "figure-levels_input", "figure-similarity_matrix_output",
+        "figure-similarity_matrix_output", "figure-levels_output", "figure-levels_input",
         "figure-similarity_matrix_input", "figure-similarity_matrix_cosine",
-        "figure-amplification_factor", "figure-enrichment", "figure-amplification_layers",
-        "figure-enrichment_layers", "figure-energy_output", "figure-energy_input",
+        "figure-ranks_output", "figure-ranks_input", "figure-energy", "figure-seeds_output",
+        "figure-seeds_input", "figure-changes_map", "figure-changes", "figure-enrichment",
+        "figure-enrichment_controls", "figure-enrichment_layers", "figure-energy_output", "figure-energy_input",
         "figure-intruders_output", "figure-intruders_input", "figure-modules",
         "figure-module_1", "figure-module_2", "figure-module_3", "figure-module_4",
     ]  # fmt: skip
     svgs = [found for tag, found in page.tags if tag == "svg"]
     assert len(svgs) == len(figures)
     assert all(found.get("role") == "img" for found in svgs)
+
+
+def test_terms_are_defined_before_the_first_table(report: Path) -> None:
+    text = report.read_text()
+    assert text.index('id="definitions"') < text.index("<strong>ω</strong>") < text.index("<table")
 
 
 def test_figures_and_tables_lie_beside_the_page(report: Path) -> None:
@@ -155,12 +165,13 @@ def test_results_are_strict_json_with_every_row(report: Path) -> None:
 
     text = (report.parent / "results.json").read_text()
     results = json.loads(text, parse_constant=refuse)
-    assert results["schema_version"] == 4
+    assert results["schema_version"] == 5
     jsonschema.validate(results, results_schema())
     assert len(results["overlaps"]) == 10 * 2
     assert {one["k"] for one in results["amplifications"]} == {4, 8}
     assert results["findings"][0]["text"]
-    assert results["run_inference"][0]["smallest_p"] == pytest.approx(1 / 3)
+    assert results["run_inference"][0]["smallest_p"] == pytest.approx(1 / 2)
+    assert results["comparisons"][0]["conclusion"] == "too few runs"
 
 
 def test_the_summaries_are_medians_of_the_tables(report: Path) -> None:
@@ -195,7 +206,8 @@ def test_the_grids_beside_the_page_are_those_of_the_study(
 ) -> None:
     name = "layers.1.v_proj"
     with np.load(report.parent / "grids.npz", allow_pickle=False) as grids:
-        assert len(grids) == 2 * 2 * 4  # pairs of ranks and of seeds, both sides, four modules
+        # Pairs of ranks and of seeds, each with an unrelated one; both sides, four modules.
+        assert len(grids) == 4 * 2 * 4
         found = grids[f"turn-r4-s1|turn-r8-s0|output|{name}"]
     expected = subspace_similarity(sweep[1][name], sweep[4][name], side="output").values
     np.testing.assert_allclose(found, expected, atol=1e-6)
@@ -223,19 +235,46 @@ def test_the_lines_of_python_give_the_numbers_of_the_report(
     assert list(again.runs["task"]) == ["turn", "turn"]  # type: ignore[attr-defined]
 
 
-def test_the_conclusions_stand_in_a_table_before_the_sentences(report: Path) -> None:
-    text = report.read_text()
-    table = text.index("Table: conclusions")
-    assert text.index('id="findings"') < table < text.index('<ul class="findings">')
-    assert ">more alike than unrelated adapters</td>" in text[table:]
-
-
 def test_artifacts_come_before_what_they_touch(report: Path) -> None:
     results = json.loads((report.parent / "results.json").read_text())
     severities = [finding["severity"] for finding in results["findings"]]
-    codes = [finding["code"] for finding in results["findings"]]
     assert severities.index("artifact") < severities.index("result")
-    assert codes.index("reference-pairs") < codes.index("overlap-of-ranks")
+
+
+def _resolved(part: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a part of a schema with its reference replaced."""
+    if "$ref" not in part:
+        return part
+    target = schema["$defs"][part["$ref"].rpartition("/")[2]]
+    return {**target, **{key: value for key, value in part.items() if key != "$ref"}}
+
+
+def _undescribed(
+    value: Any, part: dict[str, Any], schema: dict[str, Any], path: str
+) -> Iterator[str]:
+    """Yield the paths of keys in a document that its schema does not describe."""
+    part = _resolved(part, schema)
+    alternatives = [_resolved(a, schema) for a in part.get("anyOf", part.get("oneOf", ()))]
+    wanted = "properties" if isinstance(value, dict) else "items"
+    part = next((a for a in alternatives if wanted in a), part)
+    if isinstance(value, dict):
+        for key, item in value.items():
+            of_key = part["properties"].get(key, part["additionalProperties"])
+            if not of_key or "description" not in _resolved(of_key, schema):
+                yield f"{path}.{key}"
+            else:
+                yield from _undescribed(item, of_key, schema, f"{path}.{key}")
+    elif isinstance(value, list):
+        for item in value:
+            yield from _undescribed(item, part["items"], schema, f"{path}[]")
+
+
+def test_the_schema_describes_every_key_of_a_document(report: Path) -> None:
+    results = json.loads((report.parent / "results.json").read_text())
+    schema = results_schema()
+    assert not set(_undescribed(results, schema, schema, ""))
+    results["comparisons"][0]["undescribed"] = 1
+    assert set(_undescribed(results, schema, schema, "")) == {".comparisons[].undescribed"}
 
 
 def test_the_schema_documents_every_code(report: Path) -> None:
@@ -349,13 +388,33 @@ def test_the_figure_of_ranks_takes_the_largest_against_the_one_near_eight(
         )
         for rank in (2, 7, 3, 12)
     ]
-    result = study(made)
-    assert rank_pair(result) == ("r7", "r12")
-    assert rank_pair(study(list(reversed(made)))) == ("r7", "r12")
-    assert seed_pair(result) is None
+
+    def names(adapters: list[Adapter]) -> tuple[str, str]:
+        pair = rank_pair(study(adapters))
+        assert pair is not None
+        return pair.a, pair.b
+
+    assert names(made) == ("r7", "r12")
+    assert names(list(reversed(made))) == ("r7", "r12")
+    assert seed_pair(study(made)) is None
     # A stranger whose rank is nearer to 8 does not answer what ranks of one task share.
-    stranger = adapter(rng, label="stranger", rank=8)
-    assert rank_pair(study([*made, stranger])) == ("r7", "r12")
+    assert names([*made, adapter(rng, label="stranger", rank=8)]) == ("r7", "r12")
+
+
+def test_heat_maps_stand_next_to_an_unrelated_pair_of_the_same_ranks(
+    sweep: list[Adapter],  # noqa: F811
+) -> None:
+    result = study(sweep)
+    pairs = drawn_pairs(result)
+    assert list(pairs) == ["ranks", "seeds"]
+    of_class = result.pairs.set_index(["a", "b"])["pair_class"]
+    rank = result.runs.set_index("adapter")["rank"]
+    for pair in pairs.values():
+        assert pair.unrelated is not None
+        a, b = pair.unrelated
+        assert of_class.get((a, b), of_class.get((b, a))) == "unrelated"
+        assert (rank[a], rank[b]) == (rank[pair.a], rank[pair.b])
+    assert pairs["ranks"].unrelated == ("flip-r4-s1", "turn-r8-s0")
 
 
 def test_a_later_report_leaves_nothing_of_an_earlier_one(
@@ -372,7 +431,7 @@ def test_a_later_report_leaves_nothing_of_an_earlier_one(
         "spectra.csv",
     }
     names = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert names == {"spectra.png", "energy.png", "budget.png", "mine.png"}
+    assert names == {"energy.png", "changes_map.png", "changes.png", "mine.png"}
     assert json.loads((tmp_path / "results.json").read_text())["amplifications"] == []
 
 

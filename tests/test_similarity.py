@@ -89,8 +89,8 @@ def test_an_update_agrees_fully_with_itself_and_not_at_all_with_its_complement(r
     assert_close(subspace_similarity(update, update).values, 1, atol=IDENTITY)
     null = np.linalg.qr(np.hstack([update.A.T, rng.standard_normal((D_IN, 6))]))[0][:, 4:]
     other = replace(update, A=null[:, :4].T)
-    assert_close(subspace_similarity(update, other).values, 0, atol=IDENTITY)
-    assert_close(subspace_similarity(update, other, side="output").values[-1, -1], 1, atol=IDENTITY)
+    assert_close(subspace_similarity(update, other, side="input").values, 0, atol=IDENTITY)
+    assert_close(subspace_similarity(update, other).values[-1, -1], 1, atol=IDENTITY)
 
 
 # --- φ: slow twin -----------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_transposing_both_updates_swaps_the_sides(rng):
             subspace_similarity(one, two, side=other).values,
             atol=ORACLE,
         )
-    assert energy_overlap(turned(one), turned(two)) == pytest.approx(
+    assert energy_overlap(turned(one), turned(two), side="input") == pytest.approx(
         energy_overlap(one, two, side="output")
     )
     assert signed_cosine(turned(one), turned(two)) == pytest.approx(signed_cosine(one, two))
@@ -340,6 +340,16 @@ def test_a_planted_angle_survives_the_spectrum(rng, angle):
 # --- energy-weighted overlap and signed cosine ------------------------------------------------
 
 
+def test_the_default_side_is_output_and_input_for_the_vectors_of_a(rng):
+    one, two = pair(rng)
+    assert subspace_similarity(one, two).side == "output"
+    assert subspace_similarity(one, two, of="B").side == "output"
+    assert subspace_similarity(one, two, of="A").side == "input"
+    assert energy_overlap(one, two) == energy_overlap(one, two, side="output")
+    with pytest.raises(InputError, match="A spans input directions only"):
+        subspace_similarity(one, two, of="A", side="output")
+
+
 def test_energy_overlap_of_planted_updates_is_known(rng):
     U, V = orthonormal(rng, D_OUT, 4), orthonormal(rng, D_IN, 4)
     one = planted_update(U[:, :2], np.array([2.0, 1.0]), V[:, :2])
@@ -347,9 +357,9 @@ def test_energy_overlap_of_planted_updates_is_known(rng):
     swapped = planted_update(U[:, :2], np.array([2.0, 1.0]), V[:, [1, 0]])
     apart = planted_update(U[:, :2], np.array([2.0, 1.0]), V[:, 2:])
     assert energy_overlap(one, same) == pytest.approx(1)
-    assert energy_overlap(one, swapped) == pytest.approx(8 / 17)  # 2·(4·1)/(16 + 1)
-    assert energy_overlap(one, swapped, side="output") == pytest.approx(1)
-    assert energy_overlap(one, apart) == pytest.approx(0, abs=IDENTITY)
+    assert energy_overlap(one, swapped, side="input") == pytest.approx(8 / 17)  # 2·(4·1)/(16 + 1)
+    assert energy_overlap(one, swapped) == pytest.approx(1)
+    assert energy_overlap(one, apart, side="input") == pytest.approx(0, abs=IDENTITY)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -410,11 +420,15 @@ WIDE, NARROW = update_of(24, 1024, "r64-s0"), update_of(24, 768, "r8-s0")
     ("ask", "error", "words"),
     [
         (
-            lambda: subspace_similarity(NARROW, WIDE),
+            lambda: subspace_similarity(NARROW, WIDE, side="input"),
             IncompatibleError,
             ["input side of 'layers.0.q_proj'", "r8-s0 has 768", "r64-s0 has 1024", "same base"],
         ),
-        (lambda: energy_overlap(NARROW, WIDE), IncompatibleError, ["input", "768", "1024"]),
+        (
+            lambda: energy_overlap(NARROW, WIDE, side="input"),
+            IncompatibleError,
+            ["input", "768", "1024"],
+        ),
         (
             lambda: signed_cosine(update_of(8, 9, "a"), update_of(7, 9, "b")),
             IncompatibleError,
@@ -469,8 +483,8 @@ def test_errors_say_what_was_asked_and_what_was_found(ask, error, words):
 
 def test_updates_of_different_output_width_share_an_input_side(rng):
     one, two = update_of(8, 9, "a"), update_of(7, 9, "b")
-    assert subspace_similarity(one, two).values.shape == (3, 3)
-    assert 0 <= energy_overlap(one, two) <= 1
+    assert subspace_similarity(one, two, side="input").values.shape == (3, 3)
+    assert 0 <= energy_overlap(one, two, side="input") <= 1
 
 
 # --- chordal distance -------------------------------------------------------------------------

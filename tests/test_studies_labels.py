@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from factories import adapter, low_rank_update
+from test_cli import call
 
 from lora_analysis.adapter import Adapter, Provenance
 from lora_analysis.bases import open_base
@@ -227,3 +228,146 @@ def test_names_that_others_have_without_a_first_segment_are_one(
     assert set(study([both, short]).adapters["both"]) == set(both)
     one = called("one", "layers.0.q", "layers.1.q")
     assert set(study([one, one.with_label("two")]).adapters["one"]) == set(one)
+
+
+# --- patterns that are tried without one ---------------------------------------------------------
+
+
+def labels_of(adapters: list[Adapter], **options: str) -> list[tuple[object, object]]:
+    runs = study(adapters, **options).runs  # type: ignore[arg-type]
+    pairs = zip(runs["task"], runs["seed"], strict=True)
+    return [(task, None if seed is None or np.isnan(seed) else seed) for task, seed in pairs]
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{t}-r4-s{s}", "{t}_r4_s{s}", "{t}-s{s}", "{t}_seed_{s}", "{t}-seed{s}", "{t}_rank4_seed{s}"],
+)
+def test_common_patterns_fill_in_unknown_labels(rng: np.random.Generator, template: str) -> None:
+    adapters = [
+        adapter(rng, label=template.format(t=task, s=seed))
+        for task in ("add", "sub-two")
+        for seed in (0, 11)
+    ]
+    expected = [("add", 0), ("add", 11), ("sub-two", 0), ("sub-two", 11)]
+    assert labels_of(adapters) == expected
+    (finding,) = (one for one in findings(study(adapters)) if one.code == "labels-from-names")
+    assert "by the pattern {" in finding.text
+    assert "--label none" in finding.text
+    assert labels_of(adapters, label="none") == [(None, None)] * 4
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("a-r4-s0", "b-r4-s1", "stray"),  # not all match
+        ("a-r4-s0", "b_r4_s1"),  # not the same pattern
+        ("a-r4-s0", "b-r16-s1"),  # a rank that the tensors contradict
+        ("a-r4-s0", "b-s1"),  # a rank that would be part of a task
+        ("a-r4-s0",),  # one name may match by accident
+        ("final-v1", "final-v2"),
+    ],
+)
+def test_a_common_pattern_needs_every_name(rng: np.random.Generator, names: tuple[str]) -> None:
+    adapters = [adapter(rng, label=name, rank=4) for name in names]
+    assert set(labels_of(adapters)) == {(None, None)}
+    assert all(one.code != "labels-from-names" for one in findings(study(adapters)))
+
+
+def test_a_common_pattern_overrides_no_file(rng: np.random.Generator) -> None:
+    stated = adapter(rng, label="a-s0").with_provenance(task="sum", seed=7)
+    others = [adapter(rng, label=name) for name in ("b-s0", "c-s1")]
+    assert labels_of([stated, *others]) == [("sum", 7), ("b", 0), ("c", 1)]
+    seeded = adapter(rng, label="d-s2").with_provenance(seed=5)
+    assert labels_of([seeded, *others]) == [(None, 5), (None, None), (None, None)]
+
+
+def test_a_folder_names_what_has_a_generic_name_in_it(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    for name in ("math-s0", "code-s1"):
+        write_adapter(adapter(rng), tmp_path / name / "checkpoint-40")
+    assert set(labels_of([tmp_path / "*"])) == {("math", 0), ("code", 1)}  # type: ignore[list-item]
+    for name in ("x", "y"):
+        write_adapter(adapter(rng), tmp_path / "more" / "exp-s1" / name)
+    pair = [tmp_path / "more" / "exp-s1"]
+    assert set(labels_of(pair)) == {(None, None)}  # type: ignore[arg-type]
+
+
+# --- reference adapters ---------------------------------------------------------------------------
+
+
+def test_reference_adapters_of_an_analyzed_task_are_refused(rng: np.random.Generator) -> None:
+    made = [adapter(rng, label=f"rot-r4-s{seed}", rank=4) for seed in range(4)]
+    with pytest.raises(InputError) as refused:
+        study(made[:2], reference=made[2:])
+    for text in ("rot-r4-s2", "rot-r4-s3", "'rot'", "--reference", "--label none"):
+        assert text in str(refused.value)
+    assert study(made[:2], reference=made[2:], label="none").reference == ("rot-r4-s2", "rot-r4-s3")
+
+
+def test_a_reference_of_another_task_or_of_none_is_accepted(rng: np.random.Generator) -> None:
+    pair = [adapter(rng, label=f"rot-s{seed}") for seed in range(2)]
+    others = [adapter(rng, label="flip-s0"), adapter(rng, label="flip-s1")]
+    assert len(study(pair, reference=others).reference) == 2
+    assert len(study(pair, reference=[adapter(rng, label="stray")]).reference) == 1
+
+
+def test_an_analyzed_adapter_is_no_reference(rng: np.random.Generator, tmp_path: Path) -> None:
+    paths = [write_adapter(adapter(rng), tmp_path / name) for name in ("left", "right")]
+    with pytest.raises(InputError, match="right is the analyzed adapter right itself"):
+        study(paths, reference=[f"{tmp_path}/../{tmp_path.name}/right"])
+
+
+def test_a_reference_on_a_different_base_is_refused(rng: np.random.Generator) -> None:
+    a, b, other, copied, path, unnamed = (
+        adapter(rng, label=label).with_provenance(base_model=base)
+        for label, base in (
+            ("a", "google/gemma-2b"),
+            ("b", "google/gemma-2b"),
+            ("other", "google/gemma-2b-it"),
+            ("copied", "unsloth/gemma-2b-bnb-4bit"),
+            ("path", "/models/gemma-2b"),
+            ("unnamed", None),
+        )
+    )
+    with pytest.raises(InputError, match="other was trained on a different base"):
+        study([a, b], reference=[copied, other])
+    assert len(study([a, b], reference=[copied, path, unnamed]).reference) == 3
+
+
+# --- labels of two adapters on the command line ---------------------------------------------------
+
+
+def stored_pair(rng: np.random.Generator, folder: Path, *names: str) -> list[str]:
+    return [str(write_adapter(adapter(rng), folder / name)) for name in names]
+
+
+@pytest.mark.parametrize("verb", ["compare", "heatmap"])
+def test_task_and_seed_are_given_in_the_order_of_the_adapters(
+    rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    pair = stored_pair(rng, tmp_path, "a-s0", "b-s0")
+    output = ["-o", str(tmp_path / "map.svg"), "--force"] if verb == "heatmap" else []
+
+    def relation_with(*options: str) -> str:
+        code, out, _ = call(capsys, verb, *pair, *output, *options, "--format", "json")
+        assert code == 0
+        document = json.loads(out)
+        return str(document["relation"] if verb == "heatmap" else document["pair"]["relation"])
+
+    assert relation_with() == Relation.SHARED_SEED
+    assert relation_with("--label", "none") == Relation.UNKNOWN
+    assert relation_with("--task", "t", "--seed", "1", "--seed", "2") == Relation.OTHER_SEED
+    tasks = ("--task", "x", "--task", "y")
+    assert relation_with(*tasks, "--label", "{task}-s{seed}") == Relation.SHARED_SEED
+    assert call(capsys, verb, *pair, *output, *tasks, "--task", "z")[0] == 2
+
+
+def test_compare_refuses_a_reference_of_the_task(
+    rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = stored_pair(rng, tmp_path, "a-s0", "a-s1", "a-s2")
+    code, _, err = call(capsys, "compare", *paths[:2], "--reference", paths[2])
+    assert code == 3
+    assert "a-s2 has the task of a-s0 and a-s1 ('a')" in err

@@ -21,12 +21,13 @@ _IN_TABLES: Final = frozenset(
 )  # fmt: skip
 # Most important first within a severity; others follow in the order of the rules.
 _ORDER: Final = (
-    "trained-differently", "too-few-references", "amplification-at-equal-k",
+    "trained-differently", "too-few-references", "enrichment-specific",
+    "enrichment-not-specific", "amplification-at-equal-k",
     "diverged", "conflicting-labels", "started-from-base", "near-duplicates", "negated-copies",
     "contained", "same-run", "gradients-alike", "shared-seed", "shared-initialization",
     "same-input-space", "partly-shared-initialization", "not-analyzed", "untrained-adapter",
-    "no-reference-pairs", "several-bases", "different-base", "base-name-differs",
-    "unknown-task-or-seed", "modules-left-out", "pairs-left-out", "no-common-module",
+    "no-reference-pairs", "enrichment-untested", "several-bases", "different-base",
+    "base-name-differs", "unknown-task-or-seed", "modules-left-out", "pairs-left-out", "no-common-module",
     "different-shapes", "no-base-weight", "quantized-base",
 )  # fmt: skip
 
@@ -64,9 +65,8 @@ def finding_boxes(
         for severity in SEVERITIES
     }
     while sum(map(len, boxes.values())) > MOST_BOXES:
-        # Damage is dropped last.
-        largest = max(SEVERITIES[1:], key=lambda severity: len(boxes[severity]))
-        boxes[largest if boxes[largest] else "damage"].pop()
+        # Of damage, twice as many as of the others.
+        boxes[max(SEVERITIES, key=lambda name: len(boxes[name]) / (1 + (name == "damage")))].pop()
     chosen = tuple(box for severity in SEVERITIES for box in boxes[severity])
     in_boxes = {id(finding) for box in chosen for finding in box.findings}
     return chosen, tuple(finding for finding in findings if id(finding) not in in_boxes)

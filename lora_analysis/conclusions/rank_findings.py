@@ -52,6 +52,8 @@ def tasks_of_all_ranks(study: Study, table: pd.DataFrame) -> tuple[pd.DataFrame,
     table, tasks
         All rows and no task if a task is unknown, or none was trained at every rank.
     """
+    if table.empty:
+        return table, ()
     tasks = table["adapter"].map(study.runs.set_index("adapter")["task"])
     if tasks.isna().any():
         return table, ()

@@ -9,6 +9,7 @@ import numpy as np
 
 from lora_analysis.amplify import RunEnrichment, run_enrichments
 from lora_analysis.amplify.controls import FEWEST_CROSSED, SIGNIFICANT
+from lora_analysis.conclusions.rank_findings import tasks_of_all_ranks
 from lora_analysis.finding import Finding
 from lora_analysis.studies import Study
 from lora_analysis.studies.base_models import other_bases, strange_name
@@ -76,7 +77,7 @@ def quantized_base(study: Study) -> Iterator[Finding]:
 
 def amplifications(study: Study) -> Iterator[Finding]:
     """Report how strongly each rank amplifies W, next to what random directions would score."""
-    table = _tasks_of_all_ranks(study, _with_ranks(study))
+    table = tasks_of_all_ranks(study, with_ranks(study))[0]
     if table.empty:
         return
     full = table[table["at_rank"]]
@@ -99,13 +100,13 @@ def amplifications(study: Study) -> Iterator[Finding]:
 
 def enrichment_controls(study: Study) -> Iterator[Finding]:
     """Report if an enrichment is specific to its run, next to both of its controls."""
-    table = _with_ranks(study)
+    table = with_ranks(study)
     if table.empty:
         return
     full = table[table["at_rank"]]
     rank_of = full.groupby("adapter")["rank"].max()
     runs = [run for run in run_enrichments(study.amplified()) if run.label in rank_of]
-    ranks = _controls_by_rank(_tasks_of_all_ranks(study, full), runs)
+    ranks = _controls_by_rank(tasks_of_all_ranks(study, full)[0], runs)
     fields: dict[str, Any] = {
         "ranks": ranks,
         "geometry": _geometry(ranks),
@@ -178,7 +179,7 @@ def _defined(value: float) -> float | None:
     return None if np.isnan(value) else value
 
 
-def _with_ranks(study: Study) -> pd.DataFrame:
+def with_ranks(study: Study) -> pd.DataFrame:
     """Return the amplifications with the rank of each update, without earlier checkpoints."""
     table = study.amplifications
     if table.empty:
@@ -186,17 +187,6 @@ def _with_ranks(study: Study) -> pd.DataFrame:
     earlier = study.runs.loc[study.runs["earlier"].astype(bool), "adapter"]
     table = table[~table["adapter"].isin(earlier)]
     return table.merge(study.spectra[["adapter", "module", "rank"]], on=["adapter", "module"])
-
-
-def _tasks_of_all_ranks(study: Study, table: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of tasks that were trained at every rank, so that ranks alone differ."""
-    if table.empty:
-        return table
-    tasks = table["adapter"].map(study.runs.set_index("adapter")["task"])
-    if tasks.isna().any():
-        return table
-    common = set.intersection(*(set(of_rank) for _, of_rank in tasks.groupby(table["rank"])))
-    return table[tasks.isin(common)] if common else table
 
 
 def _medians_by_rank(table: pd.DataFrame, names: list[str]) -> list[dict[str, float]]:

@@ -43,7 +43,6 @@ _SPECTRA = (
     "rank", "numerical_rank", "effective_rank", "stable_rank", "energy_rank_90", "energy_rank_99",
     "participation_ratio", "norm", "rounding_error",
 )  # fmt: skip
-_CONTROLS = ("enrichment_crossed", "enrichment_through_weight")
 _WEIGHTS = (
     "k", "projected", "projected_random", "delta_norm", "weight_norm", "relative_norm",
     "amplification_factor", "chance_factor", "enrichment", "enrichment_crossed",
@@ -116,11 +115,7 @@ def results(
         "pairs": _records(study.pairs),
         "overlaps": _overlaps(study),
         "modules": _modules(study),
-        "amplifications": _medians(
-            _at_rank(study.amplifications),
-            ["adapter"],
-            [*_WEIGHTS, *(name for name in _CONTROLS if name in study.amplifications)],
-        ),
+        "amplifications": _medians(_at_rank(study.amplifications), ["adapter"], _WEIGHTS),
         "run_inference": list(_inference(study)),
         "similarity_matrix": _similarity_matrix(study),
     }

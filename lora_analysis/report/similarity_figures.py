@@ -121,8 +121,6 @@ def module_panels(
 
 
 _CLASSES: dict[PairClass, str] = {
-    PairClass.REPLICATE: "same task, different seeds",
-    PairClass.UNRELATED: "unrelated: different tasks and seeds",
     PairClass.UNKNOWN: "relation unknown",
     PairClass.SHARED_INIT: "shared initialization",
     PairClass.SAME_SEED: "different tasks, same seed",
@@ -136,10 +134,16 @@ def level_figures(study: Study) -> Iterator[ReportFigure]:
     several = several_bases(study)
     for side in SIDES_IN_ORDER:
         values = pairs[f"mean_excess_{side}"].astype(float)
-        groups = {
-            name: values[(pairs["pair_class"] == of_class) & values.notna()].to_numpy()
-            for of_class, name in _CLASSES.items()
+        population = pairs[f"population_{side}"]
+        chosen = {
+            "same task, different seeds": population == "replicate",
+            "unrelated: different tasks and seeds": population == "unrelated",
+            **{
+                name: (pairs["pair_class"] == of_class) & (population == "")
+                for of_class, name in _CLASSES.items()
+            },
         }
+        groups = {name: values[rows & values.notna()].to_numpy() for name, rows in chosen.items()}
         groups = {name: group for name, group in groups.items() if group.size}
         if not groups or sum(map(len, groups.values())) < 3:
             continue

@@ -10,6 +10,7 @@ import pandas as pd
 
 from lora_analysis.conclusions.comparisons import SIDES_IN_ORDER
 from lora_analysis.conclusions.rank_findings import spectra_by_rank, tasks_of_all_ranks
+from lora_analysis.conclusions.weight_findings import with_ranks
 from lora_analysis.patterns import module_type
 from lora_analysis.report.module_changes import module_changes
 from lora_analysis.report.representatives import (
@@ -109,13 +110,10 @@ def amplification_table(study: Study) -> ReportTable | None:
 
     Of the tasks that were trained at every rank, as in the finding about them.
     """
-    table = study.amplifications
+    table = with_ranks(study)
     if table.empty:
         return None
-    ranks = study.spectra[["adapter", "module", "rank"]]
-    full, tasks = tasks_of_all_ranks(
-        study, table[table["at_rank"]].merge(ranks, on=["adapter", "module"])
-    )
+    full, tasks = tasks_of_all_ranks(study, table[table["at_rank"]])
     values = {
         "delta_norm": "‖ΔW‖",
         "weight_norm": "‖W‖",
@@ -125,7 +123,11 @@ def amplification_table(study: Study) -> ReportTable | None:
         "amplification_factor": "factor",
         "chance_factor": "random factor",
         "enrichment": "enrichment",
-        **{name: title for name, title in _CONTROLS.items() if name in full},
+        **{
+            name: title
+            for name, title in _CONTROLS.items()
+            if name in full and full[name].notna().any()
+        },
     }
     rows = [
         (
@@ -138,7 +140,7 @@ def amplification_table(study: Study) -> ReportTable | None:
     controls = (
         " Crossed: U of this update with V of an unrelated one; through W: directions that random "
         "vectors take through W. Enrichment is specific to an update only beyond both."
-        if any(name in full for name in _CONTROLS)
+        if any(title in values.values() for title in _CONTROLS.values())
         else ""
     )
     caption = (

@@ -11,6 +11,7 @@ from lora_analysis import plots
 from lora_analysis.amplify import WeightBasisEnergy, weight_basis_energy
 from lora_analysis.conclusions.comparisons import SIDES_IN_ORDER
 from lora_analysis.conclusions.rank_findings import tasks_of_all_ranks
+from lora_analysis.conclusions.weight_findings import with_ranks
 from lora_analysis.effective import effective_update
 from lora_analysis.errors import InputError
 from lora_analysis.intruders import IntruderReport, intruder_dimensions
@@ -43,11 +44,10 @@ _CONTROLS: Final = {
 
 def amplification_figures(study: Study) -> Iterator[ReportFigure]:
     """Yield the enrichment by rank, with its controls if there are some, and by layer."""
-    if study.amplifications.empty:
+    table = with_ranks(study)
+    if table.empty:
         return
-    full = study.amplifications[study.amplifications["at_rank"]]
-    ranks = study.spectra[["adapter", "module", "rank"]]
-    rows, tasks = tasks_of_all_ranks(study, full.merge(ranks, on=["adapter", "module"]))
+    rows, tasks = tasks_of_all_ranks(study, table[table["at_rank"]])
     of = f" of {join_names(tasks)}" if tasks else ""
     rank_of = {(row.adapter, row.module): int(row.rank) for row in rows.itertuples()}
     results = [r for r in study.amplified() if (r.label, r.module) in rank_of]

@@ -63,6 +63,12 @@ COPY_COSINE: Final = 0.99
 _COPIED_MODULES: Final = 0.9
 # Median of min(φ_input, φ_output)(n, n); pairs from different initializations reach 0.40.
 _CONTAINED: Final = 0.9
+# The same of φ at both ranks: a stack of adapters includes all directions of each of them, which
+# learning does not bring about.
+_INCLUDED: Final = 0.98
+# Excess overlap of the row spaces of A and of the column spaces of B that only a start from the
+# base gives to adapters of different tasks and seeds.
+_BASE_SPACES: Final = 0.5
 # |c′|, the matched cosine of the second factor, from which two updates are beyond doubt one.
 _ONE_UPDATE: Final = 0.9
 
@@ -84,14 +90,18 @@ class PairEvidence:
     copied, negated
         Shares of the common modules whose ΔW have a cosine of at least 0.99, or at most −0.99.
     containment
-        Median over modules of min(φ_input, φ_output) at the smaller rank; NaN if no module has
-        room to tell (a rank above a quarter of the dimension).
+        Median over modules of min(φ_input, φ_output)(n, n), n the smaller rank; NaN if no module
+        has room to tell (a rank above a quarter of the dimension).
+    inclusion
+        The same of φ at both ranks.
     initialization
         The conclusion on the initial factors.
     second_factor_agrees
         Whether the second factor agrees, too, in rows or in its span.
     b_cosine
         |c′|: median matched cosine of the second factor over modules with a shared initialization.
+    both_spaces
+        Smaller of the excess overlaps of the row spaces of A and the column spaces of B.
     """
 
     relation: Relation
@@ -102,9 +112,11 @@ class PairEvidence:
     copied: float = 0.0
     negated: float = 0.0
     containment: float = float("nan")
+    inclusion: float = float("nan")
     initialization: InitRelation = InitRelation.NOT_APPLICABLE
     second_factor_agrees: bool = False
     b_cosine: float = 0.0
+    both_spaces: float = 0.0
 
     @property
     def shares_init(self) -> bool:
@@ -119,7 +131,13 @@ class PairEvidence:
     @property
     def starts_from_base(self) -> bool:
         """True if both factors agree although neither task nor seed does."""
-        return self.same_task is False and self.same_seed is False and self.second_factor_agrees
+        are_strangers = self.same_task is False and self.same_seed is False
+        return are_strangers and self.second_starts_with_first
+
+    @property
+    def second_starts_with_first(self) -> bool:
+        """True if both factors agree, row by row or in their spans."""
+        return self.second_factor_agrees or self.both_spaces >= _BASE_SPACES
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,18 +190,18 @@ def _pair_class(pair: PairEvidence, *, from_base: bool) -> PairClass:
         return PairClass.SAME_RUN
     if pair.relation is Relation.EARLIER:
         return PairClass.CHECKPOINT
-    if from_base and pair.second_factor_agrees:
+    if from_base and pair.second_starts_with_first:
         return PairClass.STARTED_FROM_BASE
     if pair.copied + pair.negated >= _COPIED_MODULES:
         return PairClass.NEGATED_COPY if pair.negated > pair.copied else PairClass.NEAR_DUPLICATE
-    if pair.containment >= _CONTAINED:
+    if pair.containment >= _CONTAINED or pair.inclusion >= _INCLUDED:
         return PairClass.CONTAINED
     return _class_by_init(pair) or _class_by_labels(pair)
 
 
 def _class_by_init(pair: PairEvidence) -> PairClass | None:
     """Return the class that a shared initialization gives; None if there is none."""
-    if pair.shares_init and pair.second_factor_agrees:
+    if (pair.shares_init or pair.shares_space) and pair.second_factor_agrees:
         if pair.same_task is not False:
             return PairClass.SAME_RUN
         is_one_update = pair.b_cosine >= _ONE_UPDATE

@@ -339,22 +339,27 @@ class PairAngles(NamedTuple):
         `weaker_half_excess`: how far the spans agree in the weaker half of their directions. On
         the input side of an update with independent columns of B it is that of the rows of A.
         NaN also on the diagonal and where it is not defined (small ranks, or near the dimension).
+    phi_n_n
+        φ(n, n), n the smaller of the two numerical ranks: do the strongest directions of the
+        larger update agree with those of the smaller one.
     """
 
     smallest: NDArray[np.float64]
     largest: NDArray[np.float64]
     weaker_half: NDArray[np.float64]
+    phi_n_n: NDArray[np.float64]
 
 
 def pair_angles(spectra: Sequence[Spectrum], side: Side) -> PairAngles:
     """Return the smallest and the largest principal angle of every pair, and the weaker half."""
     ranks = np.array([s.numerical_rank for s in spectra])
     dimension = spectra[0].shape[1 if side == "input" else 0]
-    smallest, largest, weaker = np.full((3, len(spectra), len(spectra)), np.nan)
+    smallest, largest, weaker, leading = np.full((4, len(spectra), len(spectra)), np.nan)
     trained = np.flatnonzero(ranks)
     smallest[trained, trained] = largest[trained, trained] = 0.0
     for two_ranks in combinations_with_replacement(np.unique(ranks[trained]).tolist(), 2):
-        left, right, cosines = _pair_cosines(spectra, ranks, two_ranks, side)
+        left, right, cosines, phi = _pair_cosines(spectra, ranks, two_ranks, side)
+        leading[left, right] = leading[right, left] = phi
         for angles, end in ((smallest, 0), (largest, -1)):
             angles[left, right] = angles[right, left] = np.arccos(np.minimum(cosines[:, end], 1.0))
         excess = weaker_half_excess(cosines, two_ranks, dimension)
@@ -364,13 +369,13 @@ def pair_angles(spectra: Sequence[Spectrum], side: Side) -> PairAngles:
         exact = linalg.principal_angles(spectra[a].vectors(side), spectra[b].vectors(side))
         smallest[a, b] = smallest[b, a] = exact[0]
         largest[a, b] = largest[b, a] = exact[-1]
-    return PairAngles(smallest, largest, weaker)
+    return PairAngles(smallest, largest, weaker, leading)
 
 
 def _pair_cosines(
     spectra: Sequence[Spectrum], ranks: NDArray[np.intp], two_ranks: tuple[int, int], side: Side
-) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
-    """Return all pairs of updates of two ranks, and the cosines of their angles, descending."""
+) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64], NDArray[np.float64]]:
+    """Return all pairs of updates of two ranks, the cosines of their angles, and φ(n, n)."""
     rows, columns = (np.flatnonzero(ranks == rank) for rank in two_ranks)
     left = np.vstack([spectra[i].vectors(side).T for i in rows.tolist()])
     same = two_ranks[0] == two_ranks[1]
@@ -381,4 +386,6 @@ def _pair_cosines(
         i, j = np.triu_indices(len(rows), 1)
     pairs = gram.transpose(0, 2, 1, 3)[i, j]
     cosines = np.asarray(np.linalg.svd(pairs, compute_uv=False), np.float64)
-    return rows[i], columns[j], cosines
+    n = min(two_ranks)
+    phi = np.square(pairs[:, :n, :n]).sum(axis=(1, 2)) / n
+    return rows[i], columns[j], cosines, phi

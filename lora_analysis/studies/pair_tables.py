@@ -347,6 +347,7 @@ def _summary(
     )
     cosines = np.array([c.group.pairs.cosine[c.i, c.j] for c in common])
     cosines = cosines[~np.isnan(cosines)]
+    leading, whole = _containment(common)
     return {
         "a": study.adapters[a].label,
         "b": study.adapters[b].label,
@@ -358,23 +359,31 @@ def _summary(
         "b_cosine": init.other_cosine,
         "copied": float(np.mean(cosines >= COPY_COSINE)) if cosines.size else 0.0,
         "negated": float(np.mean(cosines <= -COPY_COSINE)) if cosines.size else 0.0,
-        "containment": _containment(common),
+        "containment": leading,
+        "inclusion": whole,
         "total_cosine": _total_cosine(common),
     }
 
 
-def _containment(common: Sequence[_Common]) -> float:
-    """Return the median over modules of min(φ_input, φ_output) at the smaller rank.
+def _containment(common: Sequence[_Common]) -> tuple[float, float]:
+    """Return medians over modules of the smaller φ of both sides: φ(n, n), and φ at both ranks.
 
-    Modules in which a rank exceeds a quarter of a dimension cannot tell; NaN if all are such.
+    n is the smaller rank. Modules in which a rank exceeds a quarter of a dimension cannot tell;
+    NaN if all are such.
     """
     values = []
     for group, i, j in common:
         rank = max(group.pairs.ranks[i], group.pairs.ranks[j])
         sides = group.pairs.sides.values()
-        if 0 < rank <= min(side.dimension for side in sides) / 4:
-            values.append(min(side.phi_r_r[i, j] for side in sides))
-    return float(np.median(values)) if values else float("nan")
+        if min(group.pairs.ranks[i], group.pairs.ranks[j]) > 0 and rank <= (
+            min(side.dimension for side in sides) / 4
+        ):
+            leading = min(angles.phi_n_n[i, j] for angles in group.angles)
+            values.append((leading, min(side.phi_r_r[i, j] for side in sides)))
+    if not values:
+        return float("nan"), float("nan")
+    leading, whole = np.median(values, axis=0)
+    return float(leading), float(whole)
 
 
 def _evidence(
@@ -392,9 +401,11 @@ def _evidence(
         copied=summary["copied"],
         negated=summary["negated"],
         containment=summary["containment"],
+        inclusion=summary["inclusion"],
         initialization=init.kind,
         second_factor_agrees=init.other_agrees,
         b_cosine=abs(init.other_cosine or 0.0),
+        both_spaces=min(init.row_space or 0.0, init.other_space or 0.0),
     )
 
 

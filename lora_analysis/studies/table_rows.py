@@ -29,7 +29,7 @@ PAIR_COLUMNS = (
     "a", "b", "relation", "pair_class", "population_output", "population_input", "modules",
     "mismatched_modules", "usable_output", "usable_input", "mean_excess_output",
     "mean_excess_input", "median_cosine", "total_cosine", "initialization", "shared_init_modules",
-    "b_cosine", "copied", "negated", "containment",
+    "b_cosine", "copied", "negated", "containment", "inclusion",
 )  # fmt: skip
 SIMILARITY_COLUMNS = (
     "a", "b", "relation", "pair_class", "population", "module", "module_type", "layer", "side",
