@@ -116,7 +116,7 @@ def on_two_bases(rng: np.random.Generator) -> list[Adapter]:
     ids=["random", "not random", "few references", "related", "unrelated", "stronger", "copy",
          "start", "bases"],
 )  # fmt: skip
-def test_the_first_lines_are_one_conclusion_per_side(  # noqa: PLR0917 - fixtures
+def test_the_first_lines_are_one_conclusion_per_side(  # noqa: PLR0917 - parameters and fixtures
     make: Any,
     references: int,
     output: str,

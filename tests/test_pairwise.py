@@ -92,7 +92,7 @@ def test_updates_of_different_weights_are_refused(rng):
 def test_angles_of_every_pair_are_those_of_the_pair_alone(rng, updates, side):
     near = replace(updates[1], A=updates[1].A + 1e-9 * updates[4].A)
     spectra = [spectrum(one) for one in (*updates, near)]
-    smallest, largest, weaker = pair_angles(spectra, side)
+    smallest, largest, weaker, leading = pair_angles(spectra, side)
     for i, a in enumerate(spectra):
         for j, b in enumerate(spectra):
             if a.untrained or b.untrained:
@@ -103,6 +103,9 @@ def test_angles_of_every_pair_are_those_of_the_pair_alone(rng, updates, side):
             expected = [angles[0], angles[-1]]
             assert_close([smallest[i, j], largest[i, j]], expected, rtol=1e-9, atol=1e-14)
             if i != j:
+                n = min(ranks)
+                first = principal_angles(a, b, side=side, k=(n, n))
+                assert_close(leading[i, j], np.mean(np.cos(first) ** 2), rtol=1e-9)
                 excess = weaker_half_excess(np.cos(angles), ranks, 20 if side == "input" else 24)
                 np.testing.assert_allclose(weaker[i, j], excess, atol=IDENTITY)  # NaN alike
 

@@ -130,7 +130,8 @@ def test_the_sections_come_in_the_order_of_the_questions(report: Path) -> None:
         "figure-similarity_matrix_input", "figure-similarity_matrix_cosine",
         "figure-ranks_output", "figure-ranks_input", "figure-energy", "figure-seeds_output",
         "figure-seeds_input", "figure-changes_map", "figure-changes", "figure-enrichment",
-        "figure-enrichment_controls", "figure-enrichment_layers", "figure-energy_output", "figure-energy_input",
+        "figure-enrichment_controls", "figure-enrichment_layers", "figure-energy_output",
+        "figure-energy_input",
         "figure-intruders_output", "figure-intruders_input", "figure-modules",
         "figure-module_1", "figure-module_2", "figure-module_3", "figure-module_4",
     ]  # fmt: skip

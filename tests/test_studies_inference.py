@@ -96,7 +96,7 @@ def test_each_task_has_its_own_agreement_and_strength(runs):
     flip, turn = result.run_inference().tasks
     matrix = by_hand(every, "output")
     assert (flip.task, turn.task) == ("flip", "turn")
-    assert_close(flip.own, matrix[:3, :3][np.triu_indices(3, 1)].mean())
+    assert_close(flip.within, matrix[:3, :3][np.triu_indices(3, 1)].mean())
     assert_close(flip.others["turn"], matrix[:3, 3:].mean())
     assert_close(turn.others["flip"], flip.others["turn"])
     assert flip.is_apart
@@ -214,7 +214,7 @@ def test_few_runs_have_no_standard_error(runs):
     inference = study(every).run_inference()
     assert inference.standard_error is None
     assert_close(inference.permutation.smallest_p_value, 1 / 3)
-    alone = {task.task: task.own for task in inference.tasks}
+    alone = {task.task: task.within for task in inference.tasks}
     assert np.isnan(alone["flip"])
 
 

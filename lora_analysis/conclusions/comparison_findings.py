@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from lora_analysis import chance
-from lora_analysis.conclusions.comparisons import (
+from lora_analysis.conclusions.comparison_rules import (
     SIDES_IN_ORDER,
     Comparison,
     Conclusion,
@@ -164,7 +164,7 @@ def _strengths(tasks: Sequence[Any]) -> list[dict[str, Any]] | None:
     rows = [
         {
             "task": task.task,
-            "own": task.own if np.isfinite(task.own) else None,
+            "own": task.within if np.isfinite(task.within) else None,
             "other": max(task.others.values(), default=None),
             "norm": task.norm,
             "participation_ratio": task.participation_ratio,
@@ -177,18 +177,18 @@ def _strengths(tasks: Sequence[Any]) -> list[dict[str, Any]] | None:
 
 def _tasks_differ(comparison: Comparison) -> bool:
     """Return True if one T does not describe all tasks."""
-    own = np.array([task.own for task in comparison.tasks if np.isfinite(task.own)])
-    if len(own) < 2 or comparison.unrelated is None:
+    values = np.array([task.within for task in comparison.tasks if np.isfinite(task.within)])
+    if len(values) < 2 or comparison.unrelated is None:
         return False
-    above = own - comparison.unrelated.median
-    apart = [task.is_apart for task in comparison.tasks if np.isfinite(task.own)]
+    above = values - comparison.unrelated.median
+    apart = [task.is_apart for task in comparison.tasks if np.isfinite(task.within)]
     return bool(
-        np.ptp(own) > _TASKS_DIFFER
+        np.ptp(values) > _TASKS_DIFFER
         or (above.min() > 0 and above.max() > _TASKS_DIFFER_FACTOR * above.min())
         or above.min() <= 0 < above.max()
         or not all(apart)
         # With two tasks, a difference in strength cannot be told from one of the tasks.
-        or len(own) == 2
+        or len(values) == 2
     )
 
 
@@ -198,7 +198,7 @@ def _task_values(comparison: Comparison) -> Finding:
         {
             "base": comparison.base,
             "side": comparison.side,
-            "tasks": _strengths([task for task in comparison.tasks if np.isfinite(task.own)]),
+            "tasks": _strengths([task for task in comparison.tasks if np.isfinite(task.within)]),
         },
     )
 

@@ -27,8 +27,8 @@ _ORDER: Final = (
     "contained", "same-run", "gradients-alike", "shared-seed", "shared-initialization",
     "same-input-space", "partly-shared-initialization", "not-analyzed", "untrained-adapter",
     "no-reference-pairs", "enrichment-untested", "several-bases", "different-base",
-    "base-name-differs", "unknown-task-or-seed", "modules-left-out", "pairs-left-out", "no-common-module",
-    "different-shapes", "no-base-weight", "quantized-base",
+    "base-name-differs", "unknown-task-or-seed", "modules-left-out", "pairs-left-out",
+    "no-common-module", "different-shapes", "no-base-weight", "quantized-base",
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from lora_analysis.conclusions.comparisons import Comparison, Conclusion
+from lora_analysis.conclusions.comparison_rules import Comparison, Conclusion
 from lora_analysis.report.tables import ReportTable, cell
 from lora_analysis.shared_init import InitRelation
 from lora_analysis.text import number, overlap_number, p_value_text
@@ -107,9 +107,9 @@ def tasks_table(compared: Sequence[Comparison]) -> ReportTable | None:
             row = (
                 task.task,
                 comparison.side,
-                overlap_number(task.own),
+                overlap_number(task.within),
                 "–" if other is None else f"{overlap_number(task.others[other])} ({other})",
-                "–" if np.isnan(task.own) else "yes" if task.is_apart else "no",
+                "–" if np.isnan(task.within) else "yes" if task.is_apart else "no",
                 number(task.norm),
                 number(task.participation_ratio),
             )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 
-from lora_analysis.conclusions.comparisons import SIDES_IN_ORDER
+from lora_analysis.conclusions.comparison_rules import SIDES_IN_ORDER
 from lora_analysis.conclusions.rank_findings import spectra_by_rank, tasks_of_all_ranks
 from lora_analysis.conclusions.weight_findings import with_ranks
 from lora_analysis.patterns import module_type
@@ -158,7 +158,7 @@ def _of_tasks(tasks: Sequence[str]) -> str:
 
 
 def ranks_table(study: Study) -> ReportTable | None:
-    """Return what the spectra say about ranks: medians over the same tasks at every rank."""
+    """Return medians of the spectra by rank, over the same tasks at every rank."""
     by_rank, tasks = spectra_by_rank(study)
     if not by_rank:
         return None

@@ -168,7 +168,7 @@ def base_key(name: str | None) -> str | None:
 
 
 def same_base(a: str | None, b: str | None) -> bool | None:
-    """Return whether two names are names of one base model; None if that is not known.
+    """Return True if two names are names of one base model, None if that is not known.
 
     Parameters
     ----------
@@ -188,7 +188,7 @@ def same_base(a: str | None, b: str | None) -> bool | None:
 
 
 def same_key(a: str | None, b: str | None) -> bool | None:
-    """Return whether two keys of `base_key` are keys of one base; None if that is not known."""
+    """Return True if two keys of `base_key` are keys of one base, None if that is not known."""
     if a is None or b is None:
         return None
     if a == b:

@@ -33,7 +33,7 @@ class TaskAgreement:
     ----------
     task
         Name of the task.
-    own
+    within
         Mean T between runs of the task; NaN with one run.
     others
         Mean T with the runs of each other task that has a countable pair.
@@ -43,7 +43,7 @@ class TaskAgreement:
     """
 
     task: str
-    own: float
+    within: float
     others: Mapping[str, float]
     norm: float
     participation_ratio: float
@@ -51,7 +51,7 @@ class TaskAgreement:
     @property
     def is_apart(self) -> bool:
         """True if the task's own T is above its T with every other task."""
-        return bool(self.others) and self.own > max(self.others.values())
+        return bool(self.others) and self.within > max(self.others.values())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -263,7 +263,7 @@ def _task_agreements(
         result.append(
             TaskAgreement(
                 task=task,
-                own=mean(task, task),
+                within=mean(task, task),
                 others={other: value for other, value in others.items() if not np.isnan(value)},
                 norm=float(of_task["norm"].median()),
                 participation_ratio=float(of_task["adapter"].map(participation).median()),

@@ -389,7 +389,7 @@ def _containment(common: Sequence[_Common]) -> tuple[float, float]:
 def _evidence(
     study: OpenStudy, pair: int, summary: Mapping[str, Any], init: SharedInit
 ) -> PairEvidence:
-    """Return what the class of a pair is decided from."""
+    """Return the evidence that decides the class of a pair."""
     locations = [study.adapters[i].provenance.location for i in study.pairs.pairs[pair]]
     parents = [None if path is None else PurePath(path).parent for path in locations]
     return PairEvidence(

@@ -271,8 +271,8 @@ def read_reference(path: str | Path) -> tuple[ReferenceLevel, ...]:
     if document.get("format") != REFERENCE_FORMAT:
         message = f"{path} is not a reference file: its \"format\" is not '{REFERENCE_FORMAT}'."
         raise MalformedFileError(message)
-    stated = document.get("version"), document.get("statistic"), document.get("quantiles")
-    if stated != (VERSION, STATISTIC, list(QUANTILES)):
+    header = document.get("version"), document.get("statistic"), document.get("quantiles")
+    if header != (VERSION, STATISTIC, list(QUANTILES)):
         message = (
             f"{path} was written by {document.get('generator')!r}, whose reference files differ "
             f"(version {document.get('version')!r}, this program reads {VERSION}). Write it again "

@@ -285,9 +285,9 @@ def _add_statistics(matrix: SimilarityMatrix, pairs: pd.DataFrame) -> None:
             values = np.where(shared, np.nan, values)
             i, j = (positions[shared] for positions in rows)
             planes[:, i, j] = planes[:, j, i] = np.nan
-        known = ~np.isnan(values) | (shared & (side == "input"))
-        i, j = (positions[known] for positions in rows)
-        planes[0, i, j] = planes[0, j, i] = values[known]
+        is_known = ~np.isnan(values) | (shared & (side == "input"))
+        i, j = (positions[is_known] for positions in rows)
+        planes[0, i, j] = planes[0, j, i] = values[is_known]
 
 
 def _warnings(
@@ -326,7 +326,7 @@ def _runs_table(
     rows = []
     earlier = earlier_checkpoints(adapters)
     named = [adapter.provenance.base_model for adapter in adapters]
-    shown = shown_bases(named)
+    names = shown_bases(named)
     for adapter, base_key in zip(adapters, resolve_keys(named), strict=True):
         modules = spectra[spectra["adapter"] == adapter.label]
         source = adapter.provenance
@@ -340,7 +340,7 @@ def _runs_table(
                 "earlier": adapter.label in earlier,
                 "excluded": exclusions.get(adapter.label, Exclusion.NONE),
                 "format": source.format,
-                "base_model": shown[source.base_model],
+                "base_model": names[source.base_model],
                 "base_key": base_key,
                 "modules": len(modules),
                 "trained_modules": int((modules["numerical_rank"] > 0).sum()),

@@ -258,7 +258,7 @@ class _OnBase:
         if not self.study.reference_levels or rows.empty:
             return None
         keys = base_keys(self.study)
-        found = []
+        levels = []
         for (a, b), of_pair in rows.groupby(["a", "b"], sort=False):
             low, high = sorted((self._rank_of[a], self._rank_of[b]))
             strengths = [self._strengths.loc[label].to_dict("index") for label in (a, b)]
@@ -272,8 +272,8 @@ class _OnBase:
             level = level_of_pair(self.study.reference_levels, pair)
             if level is None:
                 return None
-            found.append(level)
-        medians, maxima, pairs = zip(*found, strict=True)
+            levels.append(level)
+        medians, maxima, pairs = zip(*levels, strict=True)
         return Level(float(np.mean(medians)), max(maxima), min(pairs), None)
 
     def described(
@@ -375,11 +375,11 @@ def _compared_ranks(on_base: _OnBase, *, is_tested: bool) -> Iterator[Comparison
     if len(set(rank_pairs)) < 2:
         return  # the comparison over all ranks is the same
     inferences = {rank: _inference(on_base, "output", rank) for rank in every}
-    tested = {rank: found for rank, found in inferences.items() if found is not None}
+    tested = {rank: test for rank, test in inferences.items() if test is not None}
     adjusted = dict(
         zip(
             tested,
-            chance.holm([found.permutation.p_value for found in tested.values()]),
+            chance.holm([test.permutation.p_value for test in tested.values()]),
             strict=True,
         )
     )
@@ -417,7 +417,7 @@ def _against_tasks(comparison: Comparison, inference: RunInference, p: float) ->
         conclusion, reason = Conclusion.TOO_FEW_RUNS, Reason.FEW_RUNS
     elif p > LEVEL:
         conclusion = Conclusion.NOT_DISTINGUISHABLE
-    elif all(task.is_apart for task in inference.tasks if not np.isnan(task.own)):
+    elif all(task.is_apart for task in inference.tasks if not np.isnan(task.within)):
         conclusion = Conclusion.MORE_ALIKE
     else:
         conclusion, reason = Conclusion.INCONCLUSIVE, Reason.UNEQUAL_TASKS

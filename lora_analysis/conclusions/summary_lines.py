@@ -1,6 +1,6 @@
 """The lines with which a report begins: at most five, each with one number and where it is from.
 
-In this order: whether tasks are told apart (or what two adapters are), by how much, what ranks
+In this order: whether tasks differ (or what two adapters are), by how much, what ranks
 add, what is damage or an artifact, and what cannot be said.
 """
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
-from lora_analysis.conclusions.comparisons import Comparison, Conclusion, Reason
+from lora_analysis.conclusions.comparison_rules import Comparison, Conclusion, Reason
 from lora_analysis.conclusions.rank_findings import spectra_by_rank
 from lora_analysis.finding import Finding
 from lora_analysis.shared_init import InitRelation
@@ -137,8 +137,8 @@ def _several_pairs(pairs: Sequence[Comparison]) -> SummaryLine:
 def _size_finding(comparison: Comparison) -> Finding:
     """Return T with its level; a word for it only if the difference was detected."""
     detected = comparison.conclusion in (Conclusion.MORE_ALIKE, Conclusion.NOT_DISTINGUISHABLE)
-    own = [task.own for task in comparison.tasks if np.isfinite(task.own)]
-    differ = len(own) > 1 and np.ptp(own) > _TASKS_DIFFER
+    values = [task.within for task in comparison.tasks if np.isfinite(task.within)]
+    differ = len(values) > 1 and np.ptp(values) > _TASKS_DIFFER
     return Finding(
         "summary-size",
         {
@@ -148,7 +148,7 @@ def _size_finding(comparison: Comparison) -> Finding:
             "size": (comparison.size or None) if detected else None,
             "mean_excess": comparison.mean_excess,
             "unrelated": comparison.unrelated.median if comparison.unrelated else None,
-            "by_task": [min(own), max(own)] if differ else None,
+            "by_task": [min(values), max(values)] if differ else None,
         },
     )
 
