@@ -20,6 +20,7 @@ import pytest
 from hostile_names import ACTIVE, MODULES, NAMES, hostile_adapters, hostile_files
 from image_files import stored
 from markdown_it import MarkdownIt
+from safetensors.numpy import load_file
 from test_cli import call
 from test_report import Page
 
