@@ -39,6 +39,7 @@ WORDS = {
     "heatmap": ["a", "b", "-o", "out.svg"],
     "amplify": ["a", "--base", "base"],
     "report": ["a", "-o", "out"],
+    "reference": ["a", "-o", "out.json"],
     "reproduce": ["-o", "out"],
     "resize": ["a", "--rank", "1", "-o", "out"],
     "convert": ["a", "--to", "mlx", "-o", "out"],

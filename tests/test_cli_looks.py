@@ -44,15 +44,6 @@ def test_inspect_and_compare_keep_to_80_columns(
     assert any(one.startswith("q_proj (30)") for one in lines) != bool(arguments)
 
 
-def test_compare_says_relation_start_and_cosine_first(
-    deep: list[Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    _, out, _ = call(capsys, "compare", *deep, "--label", "{task}")
-    assert out.splitlines()[0] == "A, B      first, second"
-    assert "relation  unknown; initialization: independent" in out
-    assert "q_proj (30)" in out
-
-
 def test_labels_in_names_make_a_relation(
     rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

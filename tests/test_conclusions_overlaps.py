@@ -91,10 +91,12 @@ def test_a_finding_has_all_values_of_its_comparison(rng: np.random.Generator) ->
          "Runs of one task, output side: too few runs for a test: the smallest possible p is 0.33."
          " T 0."),
         (lambda rng: study(runs_of(rng, "x", 2)), "more-alike-than-random",
-         "x0 and x1, output side: more alike than random subspaces. Median ω 0."),
+         "x0 and x1, output side: more alike than random subspaces in 6 of 6 modules (q < 0.05). "
+         "Median ω 0."),
         (lambda rng: study([planted_run(rng, label) for label in "ab"]),
          "not-distinguishable-from-random",
-         "a and b, output side: not distinguishable from random subspaces. Median ω 0."),
+         "a and b, output side: not distinguishable from random subspaces: 0 of 6 modules exceed "
+         "them (q < 0.05). Median ω 0."),
         (lambda rng: study(runs_of(rng, "x", 2), reference=reference_runs(rng, 3)),
          "too-few-references",
          "x0 and x1, output side: too few references for a test: 3 of the five tasks needed. T 0."),

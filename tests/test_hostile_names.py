@@ -20,6 +20,7 @@ import pytest
 from hostile_names import ACTIVE, MODULES, NAMES, hostile_adapters, hostile_files
 from image_files import stored
 from markdown_it import MarkdownIt
+from safetensors.numpy import load_file
 from test_cli import call
 from test_report import Page
 
@@ -151,6 +152,8 @@ def test_a_terminal_shows_every_line_and_does_nothing_else(
     rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one, two = hostile_files(rng, tmp_path)
+    three = one.parent / f"{one.name}3"
+    stored(three / "adapter_model.safetensors", load_file(one / "adapter_model.safetensors"))
     bad = tmp_path / NAMES[4].replace("/", "|")
     stored(bad / "adapter_model.safetensors", {f"{NAMES[4]}.lora_A.weight": np.ones((2, 3))})
     for words, code in (
@@ -160,7 +163,8 @@ def test_a_terminal_shows_every_line_and_does_nothing_else(
         (["inspect", two, "--format", "quiet"], 0),
         (["inspect", bad], 3),
         (["compare", one, two], 0),
-        (["compare", one, two, "--reference", tmp_path], 4),
+        (["compare", one, two, "--reference", tmp_path], 3),  # a reference is A itself
+        (["compare", one, two, "--reference", three, "--reference", bad], 4),
         (["compare", one, bad], 3),
     ):
         done, out, err = call(capsys, *words)

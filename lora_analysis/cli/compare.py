@@ -216,7 +216,12 @@ _NOT_ABOUT_THE_PAIR: Final = frozenset(
         "single-tasks", "amplification", "amplification-at-equal-k", "no-base-weight",
     ]
 )  # fmt: skip
-_NEXT_STEPS: Final = ("no-reference-pairs", "more-references-needed", "other-references-needed")
+_NEXT_STEPS: Final = (
+    "no-reference-pairs",
+    "no-level-for-pair",
+    "more-references-needed",
+    "other-references-needed",
+)
 
 
 def _sort_findings(
@@ -227,10 +232,13 @@ def _sort_findings(
 
     subjects = {comparison.subject for comparison in conclusions}
     # Of one sample, or of a shared start, references would say no more.
-    needs_references = any(
-        comparison.reason in (Reason.NO_REFERENCE, Reason.FEW_REFERENCES, Reason.TRAINING_STRENGTH)
-        for comparison in conclusions
+    needed = (
+        Reason.NO_REFERENCE,
+        Reason.LEVEL_ONLY,
+        Reason.FEW_REFERENCES,
+        Reason.TRAINING_STRENGTH,
     )
+    needs_references = any(comparison.reason in needed for comparison in conclusions)
     about_pair, next_steps, others = [], [], []
     for finding in every:
         if "conclusion" in finding.fields:
@@ -448,7 +456,7 @@ def _cells(row: dict[str, Any], quantity: str, *, one_random: bool) -> tuple[str
     )
     return (
         row["module"],
-        *(decimals(row[f"{quantity}_{name}"]) for name in "ab"),
+        *(f"{row[f'{quantity}_{name}']:.3g}" for name in "ab"),
         *omegas,
         *angles,
         overlap_number(row["signed_cosine"]),

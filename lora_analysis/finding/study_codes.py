@@ -12,9 +12,10 @@ _COMPARED: Final = "{compared}[[ on {base}]], {side} side"
 _LEVEL: Final = "[[; unrelated pairs {unrelated:overlap}, at most {unrelated_maximum:overlap}]]"
 _T: Final = f"T {{mean_excess:overlap}}[[ ({{size}})]]{_LEVEL}; random 0."
 _RANDOM: Final = (
-    "Median ω {omega:overlap}, random {chance_omega:overlap}[[; T {mean_excess:overlap}]]"
-    f"{_LEVEL}. {{significant}} of {{significant_of}} {{unit}} exceed random subspaces (q < 0.05)."
+    "Median ω {omega:overlap}, random {chance_omega:overlap}[[; T {mean_excess:overlap}"
+    f"]][[ ({{size}})]]{_LEVEL}."
 )
+_MODULES: Final = "{significant} of {significant_of} {unit}"
 # The numbers of both controls, in each of the three statements about them.
 _CONTROLS: Final = (
     " Enrichment by rank: {ranks}. Crossed: U of one adapter with V of an unrelated one. "
@@ -266,14 +267,14 @@ STUDY_CODES: Final[dict[str, Code]] = {
     "more-alike-than-random": Code(
         "result",
         "overlap",
-        f"more alike than random subspaces. {_RANDOM} Unrelated adapters of one base often are, "
-        "too.",
+        f"more alike than random subspaces in {_MODULES} (q < 0.05). {_RANDOM} Unrelated adapters "
+        "of one base often are, too.",
         subject=_COMPARED,
     ),
     "not-distinguishable-from-random": Code(
         "result",
         "overlap",
-        f"not distinguishable from random subspaces. {_RANDOM}",
+        f"not distinguishable from random subspaces: {_MODULES} exceed them (q < 0.05). {_RANDOM}",
         subject=_COMPARED,
     ),
     "too-few-runs": Code(
