@@ -62,7 +62,6 @@ from lora_analysis.chance.subspaces import (
 )
 from lora_analysis.text import P_FLOOR, p_value_text
 
-
 __all__ = [
     "P_FLOOR",
     "RankTest",
