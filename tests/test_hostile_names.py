@@ -152,7 +152,11 @@ def test_a_terminal_shows_every_line_and_does_nothing_else(
 ) -> None:
     one, two = hostile_files(rng, tmp_path)
     bad = tmp_path / NAMES[4].replace("/", "|")
-    stored(bad / "adapter_model.safetensors", {f"{NAMES[4]}.lora_A.weight": np.ones((2, 3))})
+    (tmp_path / "others").mkdir()
+    hostile_files(rng, tmp_path / "others")
+    for folder in (bad, tmp_path / "others" / bad.name):
+        tensors = {f"{NAMES[4]}.lora_A.weight": np.ones((2, 3))}
+        stored(folder / "adapter_model.safetensors", tensors)
     for words, code in (
         (["inspect", one], 0),
         (["inspect", one, two, bad], 4),
@@ -160,7 +164,8 @@ def test_a_terminal_shows_every_line_and_does_nothing_else(
         (["inspect", two, "--format", "quiet"], 0),
         (["inspect", bad], 3),
         (["compare", one, two], 0),
-        (["compare", one, two, "--reference", tmp_path], 4),
+        (["compare", one, two, "--reference", tmp_path / "others"], 4),
+        (["compare", one, two, "--reference", tmp_path], 3),  # A and B are among them
         (["compare", one, bad], 3),
     ):
         done, out, err = call(capsys, *words)
