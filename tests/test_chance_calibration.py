@@ -171,9 +171,9 @@ def test_a_maximum_is_compared_with_the_expected_maximum_of_its_own_dimension():
 
 def test_grid_p_values_are_those_of_their_cells(rng):
     one, two = (low_rank_update(rng, 24, 20, r) for r in (3, 5))
-    grid = subspace_similarity(one, two)
+    grid = subspace_similarity(one, two)  # output side
     for i, j in [(1, 1), (2, 4), (3, 5)]:
-        expected = chance.similarity_p_value(20, i, j, grid.at(i, j))
+        expected = chance.similarity_p_value(24, i, j, grid.at(i, j))
         assert grid.p_value[i - 1, j - 1] == expected
     assert grid.null_method[0, 4] == grid.null_method[2, 0] == "exact"
     assert grid.null_method[1, 1] == "matched beta"
