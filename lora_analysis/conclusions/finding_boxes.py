@@ -26,9 +26,9 @@ _ORDER: Final = (
     "diverged", "conflicting-labels", "started-from-base", "near-duplicates", "negated-copies",
     "contained", "same-run", "gradients-alike", "shared-seed", "shared-initialization",
     "same-input-space", "partly-shared-initialization", "not-analyzed", "untrained-adapter",
-    "no-reference-pairs", "enrichment-untested", "several-bases", "different-base",
-    "base-name-differs", "unknown-task-or-seed", "modules-left-out", "pairs-left-out",
-    "no-common-module", "different-shapes", "no-base-weight", "quantized-base",
+    "no-reference-pairs", "enrichment-untested", "several-bases", "base-not-known-same",
+    "different-base", "base-name-differs", "unknown-task-or-seed", "modules-left-out",
+    "pairs-left-out", "no-common-module", "different-shapes", "no-base-weight", "quantized-base",
 )  # fmt: skip
 
 
