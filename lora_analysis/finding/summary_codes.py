@@ -14,8 +14,8 @@ SUMMARY_CODES: Final[dict[str, Code]] = {
     "summary-tasks-told-apart": Code(
         "result",
         "runs",
-        f"The {{tasks:plural task}} can be told apart{_BASE}: on the {{side}} side, runs of one task "
-        "are more alike than runs of different tasks (p {p:p}).",
+        f"The {{tasks:plural task}} can be told apart{_BASE}: on the {{side}} side, runs of one "
+        "task are more alike than runs of different tasks (p {p:p}).",
     ),
     "summary-tasks-not-told-apart": Code(
         "result",
