@@ -133,6 +133,8 @@ def test_what_a_test_still_needs_is_a_finding(rng: np.random.Generator) -> None:
     pair, references = runs_of(rng, "x", 2), reference_runs(rng, 5)
     (finding,) = of_code(study(pair), "no-reference-pairs")
     assert "Pass five adapters of other tasks" in finding.text
+    strangers = [planted_run(rng, task, task=task, seed=ord(task)) for task in "yz"]
+    assert of_code(study(strangers), "no-reference-pairs")  # the pair is no level for itself
     (finding,) = of_code(study(pair, reference=references[:4]), "more-references-needed")
     assert finding.fields == {"compared": "x0 and x1", "missing": 1}
     assert "needs 1 more adapter of another task" in finding.text

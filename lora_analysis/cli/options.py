@@ -133,7 +133,7 @@ def _at_most_two(
     _ctx: click.Context, param: click.Parameter, values: tuple[Any, ...]
 ) -> tuple[Any, ...]:
     if len(values) > 2:
-        message = f"there are two adapters, but {len(values)} values of --{param.name[:-1]}"  # type: ignore[index]
+        message = f"there are two adapters, but {len(values)} values of {param.opts[0]}"
         raise click.BadParameter(message)
     return values * 2 if len(values) == 1 else values
 

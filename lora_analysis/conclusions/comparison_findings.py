@@ -230,7 +230,7 @@ def reference_pairs(study: Study) -> Iterator[Finding]:
         return
     counts = {side: (study.pairs[f"population_{side}"] == "unrelated").sum()
               for side in SIDES_IN_ORDER}  # fmt: skip
-    if not counts["output"]:
+    if not counts["output"] or len(study.adapters) == 2:  # an only pair is no level for itself
         fewer = None if study.reference_levels else "fewer"
         yield Finding("no-reference-pairs", {"fewer": fewer})
         return

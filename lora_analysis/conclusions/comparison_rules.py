@@ -260,7 +260,7 @@ class _OnBase:
         keys = base_keys(self.study)
         levels = []
         for (a, b), of_pair in rows.groupby(["a", "b"], sort=False):
-            low, high = sorted((self._rank_of[a], self._rank_of[b]))
+            low, high = sorted((int(self._rank_of[a]), int(self._rank_of[b])))
             strengths = [self._strengths.loc[label].to_dict("index") for label in (a, b)]
             pair = PairOfModules(
                 base=keys[a] or keys[b] or "",

@@ -193,10 +193,10 @@ def same_key(a: str | None, b: str | None) -> bool | None:
         return None
     if a == b:
         return True
-    folders = _folder(a), _folder(b)
-    if folders[0] is not None and folders[1] is not None:
-        return _same_folder(*folders)
-    if folders[0] is not None or folders[1] is not None:
+    folder_a, folder_b = _folder(a), _folder(b)
+    if folder_a is not None and folder_b is not None:
+        return _same_folder(folder_a, folder_b)
+    if folder_a is not None or folder_b is not None:
         return None
     (owner_a, _, model_a), (owner_b, _, model_b) = a.rpartition("/"), b.rpartition("/")
     if model_a == model_b:

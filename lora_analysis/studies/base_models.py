@@ -84,7 +84,8 @@ def _is_given(key: str, base: BaseWeights) -> bool:
     structure = structure_of_key(key)
     if structure and (given := structure_hash(base.config)) and structure != given:
         return False
-    same = same_key(key, base_key(base.address or (base.path and str(base.path.absolute()))))
+    location = base.address or (str(base.path.absolute()) if base.path else None)
+    same = same_key(key, base_key(location))
     return model_of_key(key) == plain_model(base.name or "") if same is None else same
 
 
