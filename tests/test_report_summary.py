@@ -67,7 +67,7 @@ def test_tasks_that_differ_are_told_apart_in_the_first_line(tasks: Study) -> Non
         "summary-tasks-told-apart", "summary-size", "summary-ranks", "summary-no-artifacts",
         "summary-scope",
     ]  # fmt: skip
-    assert "3 tasks are told apart" in lines[0][1]
+    assert "3 tasks can be told apart" in lines[0][1]
     assert f"p = {comparison.p:.2g}" in lines[0][1]
     assert f"T {overlap_number(comparison.mean_excess)} " in lines[1][1]
     assert comparison.size in lines[1][1]

@@ -20,13 +20,13 @@ SUMMARY_CODES: Final[dict[str, Code]] = {
     "summary-tasks-not-told-apart": Code(
         "result",
         "runs",
-        f"The {{tasks:plural task}} are not told apart{_BASE}: on the {{side}} side, runs of one "
+        f"The {{tasks:plural task}} cannot be told apart{_BASE}: on the {{side}} side, runs of one "
         "task are not distinguishable from runs of different tasks (p {p:p}).",
     ),
     "summary-tasks-unequal": Code(
         "result",
         "runs",
-        f"The {{tasks:plural task}} are not told apart as a whole{_BASE}: on the {{side}} side, "
+        f"The {{tasks:plural task}} cannot be told apart as a whole{_BASE}: on the {{side}} side, "
         "only {count} agree more with themselves than with every other one[[ ({apart:and})]], "
         "although p {p:p}.",
     ),
