@@ -297,8 +297,8 @@ def test_p_values_of_all_pairs_are_those_of_each_pair(rng):
 def test_false_discoveries_over_modules_are_as_rare_as_stated(d, s, t):
     omega = chance.energy_overlap_draws(d, (s, t), 24 * 1500, seed=9)
     p = chance.energy_overlap_p_value(d, (s, t), omega).reshape(-1, 24)
-    found = [chance.benjamini_hochberg(modules).min() <= 0.05 for modules in p]
-    assert 0.02 <= np.mean(found) <= 0.075  # standard error .006
+    rejected = [chance.benjamini_hochberg(modules).min() <= 0.05 for modules in p]
+    assert 0.02 <= np.mean(rejected) <= 0.075  # standard error .006
 
 
 def test_energies_of_all_directions_do_not_vary():

@@ -119,7 +119,8 @@ def energy_overlap_quantile(
     """Return the value that ω stays below with probability ``level``, for bands in plots."""
     a, b = map(Energies.of_spectrum, singular_values)
     unit = np.sqrt(a.sums[1] * b.sums[1])
-    return OverlapDistribution.of(dimension, a, b).quantile(level) / unit
+    quantile: NDArray[np.float64] = OverlapDistribution.of(dimension, a, b).quantile(level) / unit
+    return quantile
 
 
 def signed_cosine_p_value(
