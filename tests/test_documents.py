@@ -21,6 +21,7 @@ from lora_analysis.cli import VERBS
 from lora_analysis.execution.protocol import SerialExecutor
 from lora_analysis.formats import registry
 from lora_analysis.report.results import TABLE_NAMES, all_tables
+from lora_analysis.studies.pair_classes import PairClass
 from lora_analysis.training import LoopOptions, RunConfig, sweep
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -142,8 +143,6 @@ def test_every_column_of_every_table_is_documented(inside: Path) -> None:
 
 
 def test_every_pair_class_is_documented() -> None:
-    from lora_analysis.studies.pair_classes import PairClass
-
     assert documented("Pair classes") == set(PairClass)
 
 
