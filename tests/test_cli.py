@@ -469,8 +469,10 @@ def test_report_takes_a_reference_and_judges_against_it(
         "--figures", "", "-o", tmp_path / "out", "--format", "json",
     )  # fmt: skip
     assert code == 0
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert "of unrelated adapters (different task, different seed" in page
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    output = results["comparisons"][0]
+    assert (output["side"], output["conclusion"]) == ("output", "too few runs")
+    assert (output["references"], output["unrelated_pairs"]) == (["other"], 2)
 
 
 def test_report_names_what_it_left_out_and_ends_with_code_4(
