@@ -231,6 +231,19 @@ def test_norms_are_compared_with_the_other_modules_of_the_type(rng: np.random.Ge
     assert changed(updates, "layers.2.q_proj", B=spike) == ["unusual-norm"]
 
 
+def test_factors_of_unequal_size_are_no_damage_if_the_update_is_usual(
+    rng: np.random.Generator,
+) -> None:
+    updates = layers(rng)
+    update = updates["layers.2.q_proj"]
+    scaled = {"A": update.A / 30, "B": 30 * update.B}
+    assert changed(updates, "layers.2.q_proj", **scaled) == []
+    G = rng.standard_normal((update.rank, update.rank)) + 0.1 * np.eye(update.rank)
+    mixed = {"A": G @ update.A, "B": update.B @ np.linalg.inv(G)}
+    mixed = {name: factor.astype(np.float32) for name, factor in mixed.items()}
+    assert "norm-outlier" not in changed(updates, "layers.2.q_proj", **mixed)
+
+
 def test_the_norm_finding_names_the_cause_and_the_range(rng: np.random.Generator) -> None:
     updates = layers(rng)
     name = "layers.2.q_proj"

@@ -35,6 +35,9 @@ MAX_PEAK_RATIO: Final = 50.0
 # Ratios of a norm to those of the other modules of its type; in real adapters at most 2.9.
 OUTSIDE, UNUSUAL = 10.0, 5.0
 MIN_OTHERS: Final = 3
+# How far ΔW must be outside the others' range for a norm of A or B alone to count: the factors
+# (GA, BG⁻¹) give the same ΔW, whatever their norms.
+_VISIBLE: Final = 1.5
 # Files are written in blocks of this many bytes: if one was lost, zeros start and end at blocks.
 BLOCK_BYTES: Final = 512
 MIN_HOLE_BYTES: Final = 256
@@ -527,6 +530,9 @@ def module_kind(name: str) -> str:
 # and its largest entry large.
 _QUANTITIES: Final = ("‖A‖", "‖B‖", "the largest entry of A", "the largest entry of B", "‖ΔW‖")
 
+# Positions of the largest entries, two after the norms of their factors.
+_PEAKS: Final = (2, 3)
+
 
 def _quantities(module: ModuleStatistics) -> tuple[list[float], list[float]]:
     """Return the compared quantities of a module, as they are and relative to its shape.
@@ -579,22 +585,45 @@ def _norms(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
 
 
 def _outliers(modules: Sequence[ModuleStatistics]) -> Iterator[_Outlier]:
-    """Yield every quantity of a module that is more than `UNUSUAL` times outside the others'."""
+    """Yield every quantity of a module that is more than `UNUSUAL` times outside the others'.
+
+    The norm of a factor counts only if ΔW is outside its range, too; the largest entry also if it
+    stands out from its own factor.
+    """
     for pool, members, scope in _pools(modules):
         measures = {m.module: _quantities(m) for m in pool}
+        levels_of = [
+            sorted(relative[i] for _, relative in measures.values() if 0 < relative[i] < math.inf)
+            for i in range(len(_QUANTITIES))
+        ]
+        # Largest entry over the rms of its factor.
+        peaks = {
+            name: {i: relative[i] / relative[i - 2] if relative[i - 2] > 0 else 0.0 for i in _PEAKS}
+            for name, (_, relative) in measures.items()
+        }
+        peak_levels = {i: sorted(of[i] for of in peaks.values() if of[i] > 0) for i in _PEAKS}
         for i, quantity in enumerate(_QUANTITIES):
-            levels = sorted(
-                relative[i] for _, relative in measures.values() if 0 < relative[i] < math.inf
-            )
+            levels = levels_of[i]
             if len(levels) <= MIN_OTHERS:
                 continue
             for m in members:
                 values, relative = measures[m.module]
                 bound, ratio = _distance(relative[i], levels)
-                if ratio > UNUSUAL:
+                if ratio > UNUSUAL and (
+                    _is_outside(relative[-1], levels_of[-1], bound)
+                    or (i in _PEAKS and _is_outside(peaks[m.module][i], peak_levels[i], bound))
+                ):
                     yield _Outlier(
                         m.module, ratio, quantity, bound, values[i], len(levels) - 1, scope
                     )
+
+
+def _is_outside(level: float, levels: Sequence[float], bound: str) -> bool:
+    """Return True if a level is clearly outside the others' range, on the given side."""
+    if len(levels) < 2:
+        return False
+    side, ratio = _distance(level, levels)
+    return side == bound and ratio > _VISIBLE
 
 
 def _distance(level: float, levels: Sequence[float]) -> tuple[str, float]:
