@@ -19,6 +19,11 @@ P_FLOOR: Final = 1e-4
 # require any of them to be escaped.
 _HIDDEN = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]")
 
+_ARGUMENT = re.compile(
+    r"\b[a-z_]+=(?:'[^']*'|[^\s(),']*) \(command line: (--[^)]*)\)"
+    r"|\b[a-z_]+=, command line: (--[^)]*)(?=\))"
+)
+
 
 def printable(text: str) -> str:
     r"""Return one line of text with unprintable characters escaped (ESC as ``\x1b``)."""
@@ -38,6 +43,19 @@ def printable_lines(text: str) -> str:
 def printable_json(text: str) -> str:
     """Return a JSON document with control characters and lone surrogates escaped."""
     return _HIDDEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def name_options(text: str) -> str:
+    """Return a message that names options of the command line instead of arguments of Python.
+
+    Examples
+    --------
+    >>> name_options("Pass scale= (command line: --scale).")
+    'Pass --scale.'
+    >>> name_options("Pass two (reference=, command line: --reference).")
+    'Pass two (--reference).'
+    """
+    return _ARGUMENT.sub(lambda match: match[1] or match[2], text)
 
 
 def whole_characters(text: str) -> str:

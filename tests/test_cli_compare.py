@@ -173,7 +173,7 @@ def test_a_reference_file_gives_a_level(
     assert call(capsys, "reference", *strangers, "-o", file)[0] == 0
     _, out, _ = call(capsys, "compare", *pair, "--reference", file)
     assert "unrelated pairs 0.0" in lines_of(out, "Output side")
-    assert lines_of(out, "Next step").endswith("(reference=, command line: --reference).")
+    assert lines_of(out, "Next step").endswith("(--reference).")
     strong = [
         write_adapter(run, tmp_path / "strong" / run.label) for run in pair_of_task(rng, factor=9.0)
     ]

@@ -28,7 +28,7 @@ from lora_analysis.errors import (
     OutputError,
     named_error,
 )
-from lora_analysis.text import printable, printable_lines
+from lora_analysis.text import name_options, printable, printable_lines
 
 # The help of the group needs one line per verb, and must not import what the verbs need.
 VERBS = {
@@ -117,7 +117,10 @@ def run(arguments: list[str] | None = None) -> int:
         verb = next((word for word in given if word in VERBS), "lora-analysis")
         typed = error if isinstance(error, LoraAnalysisError) else named_error(error, verb)
         if typed is not None:
-            return _fail(printable(f"Error: {typed}"), REFUSED if _is_refusal(typed) else BUG)
+            return _fail(
+                printable(f"Error: {name_options(str(typed))}"),
+                REFUSED if _is_refusal(typed) else BUG,
+            )
         what = printable(f"Unexpected {type(error).__name__}: {error}")
         return _fail(f"{what}\nRun again with --debug.", BUG)
     return result if isinstance(result, int) else DONE

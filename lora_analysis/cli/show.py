@@ -16,7 +16,7 @@ from unicodedata import combining, east_asian_width
 
 import click
 
-from lora_analysis.text import printable, printable_json
+from lora_analysis.text import name_options, printable, printable_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -177,7 +177,7 @@ def _common_start(rows: Sequence[Sequence[str]]) -> str:
 
 def print_text(text: str) -> None:
     """Print a paragraph, wrapped to the page."""
-    click.echo(click.wrap_text(printable(text), width=page_width()))
+    click.echo(click.wrap_text(printable(name_options(text)), width=page_width()))
 
 
 # Colors by severity, which is also printed as the first word.
@@ -192,7 +192,7 @@ _KINDS = {
 
 def print_finding(kind: str, text: str) -> None:
     """Print a finding: its kind, colored on a terminal unless NO_COLOR is set, and its text."""
-    lines = click.wrap_text(printable(text), page_width(), f"{kind:<10} ", " " * 11)
+    lines = click.wrap_text(printable(name_options(text)), page_width(), f"{kind:<10} ", " " * 11)
     label, rest = lines[: len(kind)], lines[len(kind) :]
     color = None if os.environ.get("NO_COLOR") else _KINDS.get(kind)
     click.echo((click.style(label, fg=color, bold=True) if color else label) + rest)
@@ -208,7 +208,7 @@ def print_facts(facts: Iterable[tuple[str, object]]) -> None:
             click.echo(f"{first}{printable(str(value))}")  # to be copied: never broken
             continue
         wrapped = textwrap.wrap(
-            printable(str(value)),
+            printable(name_options(str(value))),
             page_width(),
             initial_indent=first,
             subsequent_indent=" " * indent,
