@@ -19,6 +19,9 @@ MAX_TENSOR_DIMENSIONS: Final = 16
 MAX_CONFIG_BYTES: Final = 2**20
 """Configuration file (``adapter_config.json``, ``config.json``, ``manifest.json``)."""
 
+MAX_REFERENCE_BYTES: Final = 16 * 2**20
+"""File with levels of unrelated adapters, a few hundred bytes per module type and pair of ranks."""
+
 MAX_INDEX_BYTES: Final = 16 * 2**20
 """Index of a sharded model, which names every tensor once."""
 

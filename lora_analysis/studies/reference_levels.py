@@ -20,6 +20,7 @@ from lora_analysis import __version__
 from lora_analysis.errors import InputError, MalformedFileError
 from lora_analysis.spectra import SIDES, Side
 from lora_analysis.storage.documents import read_json_object
+from lora_analysis.storage.limits import MAX_REFERENCE_BYTES
 from lora_analysis.storage.marks import REFERENCE_FORMAT
 from lora_analysis.storage.outputs import write_output_file
 from lora_analysis.studies.base_models import base_keys
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 VERSION: Final = 1
 STATISTIC: Final = "mean over modules of (ω - c)/(1 - c), c = sqrt(PR1·PR2)/d"
-MAX_REFERENCE_BYTES: Final = 1 << 24
 # Distributions of fewer pairs are shown, not used.
 FEWEST_PAIRS: Final = 10
 QUANTILES: Final = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)

@@ -89,7 +89,7 @@ FIELDS = [
         ("peft_type", "IA3", 3, "a factor per feature"),
         ("peft_type", "ADALORA", 3, ""),
         ("init_lora_weights", ["pissa"], 3, "init_lora_weights"),
-        ("init_lora_weights", "pissa_niter_4", 3, "Pass initial="),
+        ("init_lora_weights", "pissa_niter_4", 3, "Pass --initial"),
         ("init_lora_weights", 3, 3, "init_lora_weights"),
         ("auto_mapping", {"parent_library": "os"}, 0, ""),
         ("bias", 5, 0, ""),
