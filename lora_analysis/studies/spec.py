@@ -201,8 +201,8 @@ def check_reference(analyzed: Sequence[Adapter], reference: Sequence[Adapter]) -
         message = (
             "Reference adapters must be unrelated (other tasks, same base), but "
             f"{'; '.join(reasons)}. Leave {them} out of reference= (command line: --reference). If "
-            "a task is wrong, correct it with label= (command line: --label PATTERN), or ignore the "
-            "names with label='none' (command line: --label none)."
+            "a task is wrong, correct it with label= (command line: --label PATTERN), or ignore "
+            "the names with label='none' (command line: --label none)."
         )
         raise InputError(message)
 
