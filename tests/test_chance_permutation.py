@@ -68,7 +68,6 @@ def test_runs_with_seeds_of_their_own_are_relabeled_over_all(tasks, seeds, relab
     assert relabelings == expected
     assert_close([result.p_value, result.smallest_p_value], 1 / relabelings)
     assert_close(result.difference, 0.5)
-    assert result.allows_interval
 
 
 @pytest.mark.parametrize(
@@ -224,8 +223,6 @@ def test_the_jackknife_leaves_out_blocks(rng):
     left = [looped_difference(values[np.ix_(r, r)], [tasks[j] for j in r]) for r in rest]
     expected = np.sqrt(5 / 6 * np.sum((left - np.mean(left)) ** 2))
     assert_close(chance.task_difference_error(values, tasks), expected)
-    single = chance.permute_blocks(values[:4, :4], tasks[:4], seeds[:4])
-    assert not single.allows_interval
     assert chance.task_difference_error(values[:4, :4], tasks[:4]) is None
     # Both tasks have two blocks, but leaving out one leaves no pair within tasks.
     values = planted("aabb", range(4))

@@ -315,7 +315,7 @@ def test_modules_that_do_not_count_are_marked_and_named(
     _, out, _ = call(capsys, "compare", *pair)
     row = next(line.split() for line in out.splitlines() if line.startswith("score"))
     assert row[3].endswith("*")
-    assert "1 module on the output side cannot be used in all pairs: score (random" in out
+    assert "1 module on the output side cannot be used in all pairs: score (too few" in out
     assert "* not usable in all pairs" in out
     assert "in 6 of 6 modules" in lines_of(out, "Output side")
     assert "of 7 modules" in lines_of(out, "Input side")
@@ -325,7 +325,7 @@ def test_modules_that_do_not_count_are_marked_and_named(
             "module": "score",
             "code": "not-usable",
             "side": "output",
-            "reason": "random subspaces overlap by 1.00",
+            "reason": "too few dimensions: random subspaces already overlap",
         }
     ]
 

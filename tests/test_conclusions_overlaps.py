@@ -288,8 +288,8 @@ def test_pairs_and_modules_that_are_left_out_are_counted_and_named(
     assert "one sample with another adapter (9)" in pairs.text
     (modules,) = of_code(every, "modules-left-out")
     assert modules.text == (
-        "1 module on the output side cannot be used in all pairs: score (random subspaces overlap "
-        "by 1.00)."
+        "1 module on the output side cannot be used in all pairs: score (too few dimensions: "
+        "random subspaces already overlap)."
     )
 
 
@@ -313,3 +313,12 @@ def test_the_largest_of_many_stands_next_to_the_maximum_of_as_many_random_values
     unrelated = unrelated[unrelated["degeneracy_1_1"] == ""]
     assert finding.fields["reference_count"] == len(unrelated)
     assert finding.fields["reference_maximum"] == pytest.approx(unrelated["phi_1_1"].max())
+
+
+def test_copies_that_are_not_in_the_tables_of_pairs_are_named(rng: np.random.Generator) -> None:
+    original, other = (adapter(rng, label=label) for label in ("original", "other"))
+    every = [original, other, original.with_label("copy")]
+    result = study(every, most_in_pairs=2)
+    assert result.tabulated == ("original", "other")
+    (copies,) = of_code(findings(result), "near-duplicates")
+    assert copies.subject == "original and copy"

@@ -35,7 +35,10 @@ QWEN = "Qwen/Qwen2-7B-Instruct"
         (LLAMA, "unsloth/Meta-Llama-3.1-8B"),
         (LLAMA, "https://huggingface.co/meta-llama/Llama-3.1-8B"),
         (LLAMA, "hf://meta-llama/Llama-3.1-8B@0e9e39f"),
-        (LLAMA, "/root/.cache/huggingface/hub/models--meta-llama--Llama-3.1-8B/snapshots/0e9e"),
+        (
+            LLAMA,
+            "/home/user/.cache/huggingface/hub/models--meta-llama--Llama-3.1-8B/snapshots/0e9e",
+        ),
         (LLAMA, "checkpoints/meta-llama/Llama-3.1-8B"),
         (QWEN, "Qwen/Qwen2-7B-Instruct-GPTQ-Int4"),
         (QWEN, "neuralmagic/Qwen2-7B-Instruct-quantized.w4a16"),

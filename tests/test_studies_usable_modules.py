@@ -10,7 +10,7 @@ from factories import RUN_NAMES, directions, low_rank_update, planted_run, refer
 
 from lora_analysis.adapter import Adapter, Update
 from lora_analysis.studies import Study, study
-from lora_analysis.studies.pair_classes import Exclusion
+from lora_analysis.studies.pair_classes import Exclusion, ModuleExclusion
 from lora_analysis.studies.pair_tables import MOST_CHANCE
 from lora_analysis.studies.reference_test import refused_references
 
@@ -53,7 +53,7 @@ def test_a_head_with_one_output_has_no_room_on_that_side(rng: np.random.Generato
     plain = [*runs_of_task(rng, 2), *runs_of_task(rng, 2, "y")]
     heads = [with_modules(run, score=low_rank_update(rng, 1, 80, name="score")) for run in plain]
     result, expected = study(heads), study(plain)
-    assert result.left_out["output"] == {"score": "random subspaces overlap by 1.00"}
+    assert result.left_out["output"] == {"score": ModuleExclusion.NO_ROOM}
     assert result.left_out["input"] == {}
     columns = ["a", "b", "mean_excess_output", "usable_output", "population_output"]
     assert result.pairs[columns].equals(expected.pairs[columns])

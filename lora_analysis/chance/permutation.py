@@ -51,8 +51,6 @@ class RunPermutation:
         "all runs" if they were permuted over all blocks.
     blocks
         Number of blocks (task, seed).
-    allows_interval
-        True if every task has two blocks or more, so that a jackknife can leave out any of them.
     """
 
     difference: float
@@ -62,7 +60,6 @@ class RunPermutation:
     exact: bool
     scheme: Scheme
     blocks: int
-    allows_interval: bool
 
 
 def permute_blocks(
@@ -131,7 +128,6 @@ def permute_blocks(
         exact=design.exact,
         scheme=design.scheme,
         blocks=len(codes),
-        allows_interval=bool(np.bincount(codes).min() > 1),
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from lora_analysis import chance
 from lora_analysis.conclusions.comparison_rules import (
     SIDES_IN_ORDER,
+    TASKS_DIFFER,
     Comparison,
     Conclusion,
     Reason,
@@ -28,9 +29,7 @@ from lora_analysis.studies.reference_test import (
 if TYPE_CHECKING:
     from lora_analysis.studies import Study
 
-# T of two tasks that differ by more than this, or in what exceeds the unrelated level by more
-# than this factor, are not described by one number.
-_TASKS_DIFFER: Final = 0.3
+# Factor between what exceeds the unrelated level in two tasks, see `TASKS_DIFFER`.
 _TASKS_DIFFER_FACTOR: Final = 2.0
 # With fewer values, the maximum is one of the numbers that lead anyway.
 _MANY_VALUES: Final = 8
@@ -183,7 +182,7 @@ def _tasks_differ(comparison: Comparison) -> bool:
     above = values - comparison.unrelated.median
     apart = [task.is_apart for task in comparison.tasks if np.isfinite(task.within)]
     return bool(
-        np.ptp(values) > _TASKS_DIFFER
+        np.ptp(values) > TASKS_DIFFER
         or (above.min() > 0 and above.max() > _TASKS_DIFFER_FACTOR * above.min())
         or above.min() <= 0 < above.max()
         or not all(apart)
@@ -316,19 +315,19 @@ def largest_overlaps(study: Study) -> Iterator[Finding]:
         if len(chosen) < _MANY_VALUES:
             continue
         top = chosen.loc[chosen["excess"].idxmax()]
-        dimension = int(top["dimension"])
-        count = int((chosen["dimension"] == dimension).sum())
-        same = unrelated[unrelated["dimension"] == dimension]
+        same = unrelated[unrelated["dimension"] == top["dimension"]]
         yield Finding(
             "largest-overlap",
             {
                 "base": base or None,
-                "count": count,
+                "count": int((chosen["dimension"] == top["dimension"]).sum()),
                 "phi_1_1": float(top["phi_1_1"]),
                 "module": str(top["module"]),
                 "a": top["a"],
                 "b": top["b"],
-                "expected_maximum": chance.similarity_maximum(dimension, 1, 1, count),
+                "expected_maximum": chance.similarity_maximum_at(
+                    chosen["dimension"], chosen.index.get_loc(top.name)
+                ),
                 "reference_count": len(same),
                 "reference_maximum": float(same["phi_1_1"].max()) if len(same) else None,
             },

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 # The output side leads: what an update writes is not diluted by its initial A.
 SIDES_IN_ORDER: Final[tuple[Side, Side]] = ("output", "input")
 LEVEL: Final = 0.05
+# Difference between T of two tasks from which one number does not describe both.
+TASKS_DIFFER: Final = 0.3
 # Pairs of unknown relation are compared one by one up to this many, then together.
 PAIRS_IN_WORDS: Final = 6
 _SIZES: Final = (
@@ -189,8 +191,7 @@ class Comparison:
 def size_in_words(mean_excess: float, largest_unrelated: float | None) -> str:
     """Return the word for T; no word of likeness at or below the largest T of unrelated pairs.
 
-    Detection and size are two statements: a word says nothing about whether T can be due to
-    chance.
+    Detection and size are two statements: whether T can be due to chance is for a test to decide.
     """
     if largest_unrelated is None:
         return ""
@@ -343,7 +344,7 @@ def _quantile(values: pd.Series, share: float) -> float:
 
 def _compared_tasks(on_base: _OnBase) -> Iterator[Comparison]:
     """Yield the test of all replicates, output side first, then that of single ranks."""
-    is_told_apart = True
+    is_different = True
     for side in SIDES_IN_ORDER:
         replicates = on_base.population("replicate", side)
         if replicates.empty:
@@ -352,7 +353,7 @@ def _compared_tasks(on_base: _OnBase) -> Iterator[Comparison]:
         inference = _inference(on_base, side)
         if inference is None:
             comparison = _against_random(comparison, Reason.NO_REFERENCE)
-        elif is_told_apart:
+        elif is_different:
             comparison = _against_tasks(comparison, inference, inference.permutation.p_value)
         else:
             comparison = replace(
@@ -362,9 +363,9 @@ def _compared_tasks(on_base: _OnBase) -> Iterator[Comparison]:
                 tasks=inference.tasks,
             )
         if comparison.modules:  # else the side is not tested, and is no gate for the next test
-            is_told_apart &= comparison.conclusion is Conclusion.MORE_ALIKE
+            is_different &= comparison.conclusion is Conclusion.MORE_ALIKE
         yield comparison
-    yield from _compared_ranks(on_base, is_tested=is_told_apart)
+    yield from _compared_ranks(on_base, is_tested=is_different)
 
 
 def _compared_ranks(on_base: _OnBase, *, is_tested: bool) -> Iterator[Comparison]:
@@ -417,7 +418,7 @@ def _against_tasks(comparison: Comparison, inference: RunInference, p: float) ->
         conclusion, reason = Conclusion.TOO_FEW_RUNS, Reason.FEW_RUNS
     elif p > LEVEL:
         conclusion = Conclusion.NOT_DISTINGUISHABLE
-    elif all(task.is_apart for task in inference.tasks if not np.isnan(task.within)):
+    elif inference.has_all_tasks_apart:
         conclusion = Conclusion.MORE_ALIKE
     else:
         conclusion, reason = Conclusion.INCONCLUSIVE, Reason.UNEQUAL_TASKS

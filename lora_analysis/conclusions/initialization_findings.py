@@ -12,7 +12,7 @@ from lora_analysis.finding import Finding
 from lora_analysis.shared_init import InitRelation
 from lora_analysis.studies import Relation, Study
 from lora_analysis.studies.base_models import per_base
-from lora_analysis.studies.pair_classes import ONE_SAMPLE, PairClass
+from lora_analysis.studies.pair_classes import PairClass, have_conflicting_tasks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,22 +40,13 @@ def classes(study: Study) -> Iterator[Finding]:
         pairs["pair_class"] == PairClass.SHARED_INIT
     )
     pairs = pairs[~of_labels & (pairs["relation"] != Relation.SAME_RUN)]
-    task = study.runs.set_index("adapter")["task"]
-    tasks = pairs["a"].map(task), pairs["b"].map(task)
-    is_conflict = (
-        pairs["pair_class"].isin([*ONE_SAMPLE, PairClass.WRONG_LABEL])
-        & tasks[0].notna()
-        & tasks[1].notna()
-        & (tasks[0] != tasks[1])
-    )
+    is_conflict = have_conflicting_tasks(pairs, study.runs)
     yield from _class_findings("conflicting-labels", pairs[is_conflict])
     pairs = pairs[~is_conflict]
     for pair_class, rows in pairs.groupby("pair_class", sort=False):
         code = _CODES.get(PairClass(pair_class))
         if code == "shared-initialization":
-            by_space = rows["initialization"].isin(
-                [InitRelation.SAME_SPACE, InitRelation.UNDECIDED]
-            )
+            by_space = rows["initialization"].isin(_SAME_SPACE)
             yield from _class_findings("same-input-space", rows[by_space])
             rows = rows[~by_space]  # noqa: PLW2901 - the others
         if code is not None:
@@ -66,6 +57,20 @@ def classes(study: Study) -> Iterator[Finding]:
         (InitRelation.INCONCLUSIVE, "initialization-inconclusive"),
     ):
         yield from _class_findings(code, counted[counted["initialization"] == initialization])
+    yield from _duplicates_beyond_tables(study)
+
+
+def _duplicates_beyond_tables(study: Study) -> Iterator[Finding]:
+    """Report near-duplicates among many adapters, of which only a sample is compared in pairs."""
+    if study.similarity_matrix is None or len(study.tabulated) == len(study.adapters):
+        return
+    for group in study.similarity_matrix.duplicates():
+        if not set(group) <= set(study.tabulated):
+            count = len(group) * (len(group) - 1) // 2
+            yield Finding(
+                "near-duplicates",
+                {"a": group[0], "b": group[1], "pairs": count if count > 1 else None},
+            )
 
 
 def _class_findings(code: str, rows: pd.DataFrame) -> Iterator[Finding]:

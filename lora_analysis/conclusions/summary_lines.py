@@ -13,18 +13,21 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
-from lora_analysis.conclusions.comparison_rules import Comparison, Conclusion, Reason
+from lora_analysis.conclusions.comparison_rules import (
+    TASKS_DIFFER,
+    Comparison,
+    Conclusion,
+    Reason,
+)
 from lora_analysis.conclusions.rank_findings import spectra_by_rank
 from lora_analysis.finding import Finding
 from lora_analysis.shared_init import InitRelation
-from lora_analysis.studies.pair_classes import ONE_SAMPLE, PairClass
+from lora_analysis.studies.pair_classes import ONE_SAMPLE, PairClass, have_conflicting_tasks
 
 if TYPE_CHECKING:
     from lora_analysis.studies import Study
 
 MOST_LINES: Final = 5
-# T of tasks that differ by more than this is given by task.
-_TASKS_DIFFER: Final = 0.3
 _OF_UNREAD_LABELS: Final = "unknown-task-or-seed"
 
 SectionName = Literal["alike", "ranks", "tasks", "layers", "weights", "modules", "limits"]
@@ -138,7 +141,7 @@ def _size_finding(comparison: Comparison) -> Finding:
     """Return T with its level; a word for it only if the difference was detected."""
     detected = comparison.conclusion in (Conclusion.MORE_ALIKE, Conclusion.NOT_DISTINGUISHABLE)
     values = [task.within for task in comparison.tasks if np.isfinite(task.within)]
-    differ = len(values) > 1 and np.ptp(values) > _TASKS_DIFFER
+    differ = len(values) > 1 and np.ptp(values) > TASKS_DIFFER
     return Finding(
         "summary-size",
         {
@@ -184,14 +187,7 @@ def _artifacts(study: Study, findings: Sequence[Finding]) -> Iterator[SummaryLin
         fields = {"named": diverged, "count": len(diverged), "total": len(study.adapters)}
         yield SummaryLine(Finding("summary-diverged", fields), "limits")
     pairs, total = study.pairs, len(study.pairs)
-    task = study.runs.set_index("adapter")["task"]
-    a, b = pairs["a"].map(task), pairs["b"].map(task)
-    is_conflict = (
-        pairs["pair_class"].isin([*ONE_SAMPLE, PairClass.WRONG_LABEL])
-        & a.notna()
-        & b.notna()
-        & (a != b)
-    )
+    is_conflict = have_conflicting_tasks(pairs, study.runs)
     counts = {
         "summary-started-from-base": pairs["pair_class"] == PairClass.STARTED_FROM_BASE,
         "summary-wrong-labels": is_conflict,

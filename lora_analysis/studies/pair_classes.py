@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from lora_analysis.shared_init import InitRelation
 from lora_analysis.spectra import Side
 from lora_analysis.studies.relations import Relation
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Population = Literal["replicate", "unrelated", ""]
 
@@ -55,6 +58,14 @@ class Exclusion(StrEnum):
     ONE_SAMPLE = "one sample with another adapter"
     CONFLICTING_LABELS = "a copy of an adapter with a different task name"
     OTHER_MODULES = "adapts different modules"
+
+
+class ModuleExclusion(StrEnum):
+    """Why a module counts in no pair on a side."""
+
+    NOT_IN_ALL = "not trained in all adapters, or in different shapes"
+    NO_ROOM = "too few dimensions: random subspaces already overlap"
+    SHARED_INIT = "shared initialization"
 
 
 # |cosine| of ΔW from which a module is a copy, and the share of the modules that must be copies:
@@ -223,6 +234,14 @@ def _class_by_labels(pair: PairEvidence) -> PairClass:
     if pair.same_task:
         return PairClass.SAME_DATA_ORDER if pair.same_seed else PairClass.REPLICATE
     return PairClass.SAME_SEED if pair.same_seed else PairClass.UNRELATED
+
+
+def have_conflicting_tasks(pairs: pd.DataFrame, runs: pd.DataFrame) -> pd.Series:
+    """Return a mask of the pairs that are one sample, or one update, under two task names."""
+    task = runs.set_index("adapter")["task"]
+    a, b = pairs["a"].map(task), pairs["b"].map(task)
+    is_one = pairs["pair_class"].isin([*ONE_SAMPLE, PairClass.WRONG_LABEL])
+    return is_one & a.notna() & b.notna() & (a != b)
 
 
 def one_sample_exclusions(

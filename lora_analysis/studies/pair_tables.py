@@ -19,6 +19,7 @@ from lora_analysis.studies.pair_classes import (
     COPY_COSINE,
     ClassifiedPair,
     Exclusion,
+    ModuleExclusion,
     PairClass,
     PairEvidence,
     classify_pairs,
@@ -55,7 +56,7 @@ class PairTables(NamedTuple):
     pairs: pd.DataFrame
     similarities: pd.DataFrame
     exclusions: Mapping[str, Exclusion]
-    left_out: Mapping[Side, Mapping[str, str]]
+    left_out: Mapping[Side, Mapping[str, ModuleExclusion]]
 
 
 def pair_tables(
@@ -100,39 +101,26 @@ def pair_tables(
     }
     owner = np.repeat(np.arange(len(chosen)), np.diff(starts))
     _add_pair_columns(similarities, owner, inits, classes, populations)
-    left_out: dict[Side, dict[str, str]] = {side: {} for side in SIDES}
-    usable = np.zeros(len(similarities), dtype=bool)
-    for positions in bases.values():
-        rows = np.flatnonzero(np.isin(owner, positions))
-        pairs = {position: labels[study.pairs.pairs[chosen[position]]] for position in positions}
-        shared = [
-            inits[position].modules
-            for position in positions
-            if inits[position].kind is InitRelation.PARTLY_SHARED
-            and exclusions.keys().isdisjoint(pairs[position])
-        ]
-        members = {
-            label
-            for labels_of_pair in pairs.values()
-            for label in labels_of_pair
-            if exclusions.get(label) not in (Exclusion.UNTRAINED, Exclusion.OTHER_MODULES)
-        }
-        table = similarities.iloc[rows]
-        modules = usable_modules(table, members, frozenset().union(*shared))
-        usable[rows] = [
-            module in modules.usable[side]
-            for side, module in zip(table["side"], table["module"], strict=True)
-        ]
-        for side in SIDES:
-            left_out[side] |= modules.left_out[side]
-    similarities["usable"] = usable
-    pairs_table = pd.DataFrame(summaries)
-    pairs_table["pair_class"] = [classified.pair_class for classified in classes]
+    shared = [
+        frozenset(init.modules)
+        if init.kind is InitRelation.PARTLY_SHARED
+        and exclusions.keys().isdisjoint(labels[study.pairs.pairs[pair]])
+        else frozenset()
+        for pair, init in zip(chosen, inits, strict=True)
+    ]
+    deciding = frozenset(labels) - {
+        label
+        for label, reason in exclusions.items()
+        if reason in (Exclusion.UNTRAINED, Exclusion.OTHER_MODULES)
+    }
+    left_out = _add_usable(similarities, owner, bases, shared, deciding)
+    pairs = pd.DataFrame(summaries)
+    pairs["pair_class"] = [classified.pair_class for classified in classes]
     for side in SIDES:
-        pairs_table[f"population_{side}"] = populations[side]
-    _add_statistics(pairs_table, similarities, chosen)
+        pairs[f"population_{side}"] = populations[side]
+    _add_statistics(pairs, similarities, chosen)
     return PairTables(
-        pairs_table.reindex(columns=list(PAIR_COLUMNS)),
+        pairs.reindex(columns=list(PAIR_COLUMNS)),
         similarities.reindex(columns=list(SIMILARITY_COLUMNS)),
         exclusions,
         left_out,
@@ -192,6 +180,43 @@ def _add_pair_columns(
         repeated(populations["input"]),
         repeated(populations["output"]),
     )
+
+
+def _add_usable(
+    similarities: pd.DataFrame,
+    owner: NDArray[np.intp],
+    bases: Mapping[str, Sequence[int]],
+    shared: Sequence[frozenset[str]],
+    deciding: frozenset[str],
+) -> dict[Side, dict[str, ModuleExclusion]]:
+    """Add the column ``usable``, base by base, and return the modules that are not, per side.
+
+    Parameters
+    ----------
+    similarities, owner
+        The rows of all pairs, and the position of the pair of each row.
+    bases
+        Positions of the pairs of each base.
+    shared
+        Modules of each pair with a shared initialization, if the others of the pair have none.
+    deciding
+        Labels of the adapters that must have a module.
+    """
+    left_out: dict[Side, dict[str, ModuleExclusion]] = {side: {} for side in SIDES}
+    usable = np.zeros(len(similarities), dtype=bool)
+    for positions in bases.values():
+        rows = np.flatnonzero(np.isin(owner, positions))
+        table = similarities.iloc[rows]
+        of_base = frozenset().union(*(shared[position] for position in positions))
+        modules = usable_modules(table, deciding, of_base)
+        usable[rows] = [
+            module in modules.usable[side]
+            for side, module in zip(table["side"], table["module"], strict=True)
+        ]
+        for side in SIDES:
+            left_out[side] |= modules.left_out[side]
+    similarities["usable"] = usable
+    return left_out
 
 
 def _add_statistics(
@@ -262,9 +287,7 @@ def _group_columns(
     both_sides = []
     for side, angles in zip(SIDES, group.angles, strict=True):
         values = pairs.sides[side]
-        p_values = chance.energy_overlap_p_value(
-            values.dimension, (group.values[i], group.values[j]), values.omega[i, j]
-        )
+        p_values = chance.energy_overlap_p_values(values.dimension, group.values, values.omega)
         both_sides.append(
             common
             | {
@@ -278,8 +301,8 @@ def _group_columns(
                 "omega": values.omega[i, j],
                 "chance_omega": values.chance_omega[i, j],
                 "excess_omega": chance.excess(values.omega[i, j], values.chance_omega[i, j]),
-                "p_omega": np.maximum(p_values, chance.P_FLOOR),
-                "p_is_bound": p_values <= chance.P_FLOOR,
+                "p_omega": p_values[i, j],
+                "p_is_bound": chance.p_is_bound(p_values[i, j]),
                 "smallest_angle": angles[0][i, j],
                 "largest_angle": angles[1][i, j],
             }
@@ -468,7 +491,7 @@ class UsableModules(NamedTuple):
     """The modules that count in every pair of a comparison, and the others with the reason."""
 
     usable: Mapping[Side, frozenset[str]]
-    left_out: Mapping[Side, Mapping[str, str]]
+    left_out: Mapping[Side, Mapping[str, ModuleExclusion]]
 
 
 def usable_modules(
@@ -492,19 +515,19 @@ def usable_modules(
     rows = rows[rows["a"].isin(members) & rows["b"].isin(members)]
     pairs = rows[["a", "b"]].drop_duplicates().shape[0]
     usable: dict[Side, frozenset[str]] = {}
-    left_out: dict[Side, dict[str, str]] = {}
+    left_out: dict[Side, dict[str, ModuleExclusion]] = {}
     for side in SIDES:
         of_side = rows[rows["side"] == side]
         modules = of_side.groupby("module", sort=False)
         counts, chances = modules.size(), modules["chance_omega"].max()
-        reasons = {}
+        reasons: dict[str, ModuleExclusion] = {}
         for module in counts.index:
             if counts[module] < pairs:
-                reasons[module] = "not trained in all adapters, or in different shapes"
+                reasons[module] = ModuleExclusion.NOT_IN_ALL
             elif chances[module] > MOST_CHANCE:
-                reasons[module] = f"random subspaces overlap by {chances[module]:.2f}"
+                reasons[module] = ModuleExclusion.NO_ROOM
             elif side == "input" and module in shared:
-                reasons[module] = "shared initialization"
+                reasons[module] = ModuleExclusion.SHARED_INIT
         left_out[side] = reasons
         usable[side] = frozenset(counts.index) - reasons.keys()
     return UsableModules(usable, left_out)

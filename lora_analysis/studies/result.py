@@ -19,7 +19,7 @@ from lora_analysis.similarity import SimilarityGrid, subspace_similarity
 from lora_analysis.spectra import Side, Spectrum, VectorsOf, spectrum
 from lora_analysis.storage.outputs import output_folder
 from lora_analysis.studies.inference import RunInference, run_inference
-from lora_analysis.studies.pair_classes import Population
+from lora_analysis.studies.pair_classes import ModuleExclusion, Population
 from lora_analysis.studies.reference_levels import ReferenceLevel
 from lora_analysis.studies.relations import Relation
 from lora_analysis.studies.saved_sources import SavedBase, base_document, saved_adapter
@@ -101,7 +101,7 @@ class Study:
     similarity_matrix: SimilarityMatrix | None = None
     tabulated: tuple[str, ...] = ()
     across_bases: int = 0
-    left_out: Mapping[Side, Mapping[str, str]] = field(default_factory=dict)
+    left_out: Mapping[Side, Mapping[str, ModuleExclusion]] = field(default_factory=dict)
     reference_levels: tuple[ReferenceLevel, ...] = ()
     options: Mapping[str, object] = field(default_factory=dict)
     _amplified: Mapping[tuple[str, str], Amplification] = field(default_factory=dict)
