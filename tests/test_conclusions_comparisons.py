@@ -12,7 +12,7 @@ from factories import directions, planted_run, reference_runs
 
 from lora_analysis.adapter import Adapter, LowRankUpdate
 from lora_analysis.conclusions import Comparison, Conclusion, Reason, comparison_fields, comparisons
-from lora_analysis.conclusions.comparison_rules import NO_MORE_ALIKE, size_in_words
+from lora_analysis.conclusions.comparison_values import NO_MORE_ALIKE, size_in_words
 from lora_analysis.studies import Study, study
 from lora_analysis.studies.pair_classes import PairClass
 from lora_analysis.studies.reference_levels import write_reference

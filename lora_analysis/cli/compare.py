@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from lora_analysis.cli.compare_modules import (
+    SIDES,
+    SortKey,
+    modules_table,
+    norms_by_module,
+    print_modules,
+)
 from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import (
     label_option,
@@ -26,35 +32,15 @@ from lora_analysis.cli.show import (
     print_facts,
     print_finding,
     print_json,
-    print_table,
     print_text,
     records,
 )
 from lora_analysis.text import join_names, overlap_number, plural, printable
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from lora_analysis.conclusions import Comparison, Finding
     from lora_analysis.studies import Study
 
-SortKey = Literal["norm", "relative", "omega", "excess", "cosine", "module"]
-_SORT_COLUMNS: Final[dict[str, str]] = {
-    "norm": "norm",
-    "relative": "relative",
-    "omega": "omega_output",
-    "excess": "excess_omega_output",
-    "cosine": "signed_cosine",
-}
-_SORTED_BY: Final = {
-    "norm": "‖ΔW‖",
-    "relative": "‖ΔW‖/‖W‖",
-    "omega": "ω on the output side",
-    "excess": "excess of ω on the output side",
-    "cosine": "signed cosine",
-}
-# The output side leads.
-_SIDES: Final = ("output", "input")
 # Modules named in one line before the number of the others.
 _NAMED: Final = 6
 
@@ -156,7 +142,7 @@ def command(
     elif form == "quiet":
         click.echo(decimals(conclusions[0].omega if conclusions else None))
     else:
-        table = _modules_table(result, pair)
+        table = modules_table(result, pair)
         _print_conclusions(about_pair, next_steps, conclusions, len(table))
         click.echo()
         _print_adapters(result, pair, conclusions)
@@ -167,7 +153,7 @@ def command(
         _print_left_out(missing, every=every)
         if len(table):
             order: SortKey = sort or ("norm" if base is None else "relative")
-            _print_modules(table, order, len(table) if every else top, has_base=base is not None)
+            print_modules(table, order, len(table) if every else top, has_base=base is not None)
     mismatched = any(module["code"] == "shape-mismatch" for module in missing)
     return PARTLY_FAILED if failures or mismatched or result.unmatched else DONE
 
@@ -251,42 +237,6 @@ def _sort_findings(
     return about_pair, next_steps, others
 
 
-def _modules_table(result: Study, pair: tuple[str, str]) -> pd.DataFrame:
-    """Return one row per common module: norms of A and B, and both sides next to each other."""
-    from lora_analysis.studies.pair_classes import ONE_SAMPLE
-
-    rows = result.similarities
-    rows = rows[(rows["a"] == pair[0]) & (rows["b"] == pair[1])]
-    sides = []
-    for side in _SIDES:
-        of_side = rows[rows["side"] == side].set_index("module")
-        sides.append(of_side[list(_SIDE_COLUMNS)].add_suffix(f"_{side}"))
-    common = rows[rows["side"] == "output"].set_index("module")
-    table = common[["module_type", "signed_cosine", "degeneracy_1_1", "shared_init"]].join(sides)
-    if result.pairs["pair_class"].iloc[0] in ONE_SAMPLE:
-        table["shared_init"] = False  # the least of what they share
-    for column, values in _norms(result, pair).items():
-        table[column] = values.reindex(table.index)
-    for quantity in ("norm", "relative"):
-        table[quantity] = table[[f"{quantity}_a", f"{quantity}_b"]].max(axis=1)
-    return table.reset_index()
-
-
-_SIDE_COLUMNS: Final = ("omega", "chance_omega", "excess_omega", "phi_1_1", "usable")
-
-
-def _norms(result: Study, pair: tuple[str, str]) -> dict[str, pd.Series]:
-    """Return ‖ΔW‖ and ‖ΔW‖/‖W‖ of A and B by module; NaN without a base."""
-    columns = {}
-    full = result.amplifications[result.amplifications["at_rank"].astype(bool)]
-    for name, label in zip("ab", pair, strict=True):
-        of_adapter = result.spectra[result.spectra["adapter"] == label]
-        columns[f"norm_{name}"] = of_adapter.set_index("module")["norm"]
-        relative = full[full["adapter"] == label].set_index("module")["relative_norm"]
-        columns[f"relative_{name}"] = relative.astype(float)
-    return columns
-
-
 def _left_out(result: Study, pair: tuple[str, str]) -> list[dict[str, str]]:
     """Return the modules that are not compared, or do not count, with the reason."""
     rows: dict[str, list[Any]] = {}
@@ -308,7 +258,7 @@ def _left_out(result: Study, pair: tuple[str, str]) -> list[dict[str, str]]:
     left_out = [{"module": name, "code": code, "reason": reason} for name, code, reason in missing]
     left_out += [
         {"module": module, "code": "not-usable", "side": side, "reason": reason}
-        for side in _SIDES
+        for side in SIDES
         for module, reason in result.left_out.get(side, {}).items()
         if module in rows
     ]
@@ -331,7 +281,10 @@ def _document(
         for table in (result.pairs, result.similarities)
     )
     rows = rows.assign(
-        **{name: rows["module"].map(values) for name, values in _norms(result, pair).items()}
+        **{
+            name: rows["module"].map(values)
+            for name, values in norms_by_module(result, pair).items()
+        }
     )
     runs = result.runs[result.runs["adapter"].isin([*pair, *result.reference])]
     return {
@@ -385,109 +338,6 @@ def _print_adapters(
     if test:
         facts.append(("References", f"{join_names(test.references, _NAMED)} (one per task)"))
     print_facts(facts)
-
-
-_NOTES: Final = (
-    "A, B: {quantity}. ω: overlap of the subspaces, weighted by energy. random: ω of random "
-    "subspaces with the same singular values. T: mean of (ω - random)/(1 - random) over the "
-    "modules, 0 for random and 1 for identical subspaces. ∠: angle of the first singular vectors.",
-    "φ(i, j) of a module: lora-analysis heatmap. All columns: --format json.",
-)
-_MARKS: Final = {
-    "*": "* not usable in all pairs (see above), so not in T and not in the medians.",
-    "†": "† A has a shared initialization: this overlap was not learned.",
-}
-
-
-def _print_modules(table: pd.DataFrame, sort: SortKey, top: int, *, has_base: bool) -> None:
-    """Print the modules at both ends of an order, and medians over the types of modules."""
-    quantity = "relative" if has_base else "norm"
-    # Equal to the printed digits for square modules: one column is enough.
-    randoms = [table[f"chance_omega_{side}"].map("{:.3f}".format) for side in _SIDES]
-    one_random = bool((randoms[0] == randoms[1]).all())
-    columns = ["module", "A", "B", "ω out", "random", "ω in", "random", "∠ out", "∠ in", "cosine"]
-    if one_random:
-        columns[3:7] = ["ω out", "ω in", "random"]
-    if sort != "module":
-        table = table.sort_values(_SORT_COLUMNS[sort], ascending=False, kind="stable")
-    chosen, title = table, "all modules"
-    if len(table) > 2 * top:
-        chosen = table.iloc[[*range(top), *range(len(table) - top, len(table))]]
-        title = f"first and last {top} of {len(table)} modules"
-    order = "in the order of the files" if sort == "module" else f"by {_SORTED_BY[sort]}"
-    body = [_cells(row, quantity, one_random=one_random) for row in records(chosen)]
-    if len(table) > 2 * top:
-        body.insert(top, ("…", *[""] * (len(columns) - 1)))
-    footer = ("median", *_medians(table, quantity, one_random=one_random))
-    click.echo()
-    print_table(f"{title}, {order}", columns, body, footer=footer)
-    by_type = table.groupby("module_type", sort=False)
-    if len(table) > 2 * top and 1 < by_type.ngroups < len(table):
-        rows = [
-            (f"{kind} ({len(rows)})", *_medians(rows, quantity, one_random=one_random))
-            for kind, rows in by_type
-        ]
-        click.echo()
-        print_table("medians by type of module", columns, rows)
-    click.echo()
-    notes = [_NOTES[0].format(quantity=_SORTED_BY[quantity]), _NOTES[1]]
-    for mark, meaning in _MARKS.items():
-        if any(mark in cell for row in body for cell in row[1:]):
-            notes.insert(0, meaning)
-    for note in notes:
-        print_text(note)
-
-
-def _cells(row: dict[str, Any], quantity: str, *, one_random: bool) -> tuple[str, ...]:
-    """Return the cells of one module."""
-    values = {}
-    for side in _SIDES:
-        is_start = side == "input" and row["shared_init"]
-        mark = "†" if is_start else "" if row[f"usable_{side}"] else "*"
-        values[side] = f"{row[f'omega_{side}']:.3f}{mark}"
-    angles = [
-        _angle(row[f"phi_1_1_{side}"]) if not row["degeneracy_1_1"] else "–" for side in _SIDES
-    ]
-    randoms = [f"{row[f'chance_omega_{side}']:.3f}" for side in _SIDES]
-    omegas = (
-        (values["output"], values["input"], randoms[0])
-        if one_random
-        else (values["output"], randoms[0], values["input"], randoms[1])
-    )
-    return (
-        row["module"],
-        *(f"{row[f'{quantity}_{name}']:.3g}" for name in "ab"),
-        *omegas,
-        *angles,
-        overlap_number(row["signed_cosine"]),
-    )
-
-
-def _medians(rows: pd.DataFrame, quantity: str, *, one_random: bool) -> tuple[str, ...]:
-    """Return the cells of medians; those of ω over the modules that count on the side."""
-    median: dict[str, Any] = {
-        f"{quantity}_{name}": float(rows[f"{quantity}_{name}"].median()) for name in "ab"
-    }
-    defined = rows[rows["degeneracy_1_1"] == ""]
-    for side in _SIDES:
-        counted = rows[rows[f"usable_{side}"].astype(bool)]
-        for column in ("omega", "chance_omega"):
-            median[f"{column}_{side}"] = float(counted[f"{column}_{side}"].median())
-        counted = defined[defined[f"usable_{side}"].astype(bool)]
-        median[f"phi_1_1_{side}"] = float(counted[f"phi_1_1_{side}"].median())
-    flags = {f"usable_{side}": True for side in _SIDES} | {"shared_init": False}
-    row = median | flags | {"module": "", "degeneracy_1_1": ""}
-    row["signed_cosine"] = float(rows["signed_cosine"].median())
-    return tuple(
-        "–" if cell == "nan" else cell for cell in _cells(row, quantity, one_random=one_random)[1:]
-    )
-
-
-def _angle(phi: float) -> str:
-    """Return arccos √φ in degrees."""
-    if math.isnan(phi):
-        return "–"
-    return f"{math.degrees(math.acos(math.sqrt(min(max(phi, 0.0), 1.0)))):.0f}°"
 
 
 def _print_left_out(missing: Sequence[dict[str, str]], *, every: bool) -> None:

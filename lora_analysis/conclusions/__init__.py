@@ -17,13 +17,8 @@ from lora_analysis.conclusions import (
     weight_findings,
 )
 from lora_analysis.conclusions.comparison_findings import comparison_fields
-from lora_analysis.conclusions.comparison_rules import (
-    Comparison,
-    Conclusion,
-    Level,
-    Reason,
-    comparisons,
-)
+from lora_analysis.conclusions.comparison_rules import comparisons
+from lora_analysis.conclusions.comparison_values import Comparison, Conclusion, Level, Reason
 from lora_analysis.conclusions.summary_lines import SummaryLine, summary
 from lora_analysis.finding import Finding
 from lora_analysis.studies import Study

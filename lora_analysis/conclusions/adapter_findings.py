@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_analysis.conclusions.comparison_rules import PAIRS_IN_WORDS
+from lora_analysis.conclusions.comparison_values import PAIRS_IN_WORDS
 from lora_analysis.finding import Finding, Severity
 from lora_analysis.studies import Study
 from lora_analysis.studies.base_models import pairs_across_bases

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from lora_analysis import chance
-from lora_analysis.conclusions.comparison_rules import (
+from lora_analysis.conclusions.comparison_rules import comparisons
+from lora_analysis.conclusions.comparison_values import (
     SIDES_IN_ORDER,
     TASKS_DIFFER,
     Comparison,
     Conclusion,
     Reason,
-    comparisons,
 )
 from lora_analysis.finding import Finding
 from lora_analysis.studies.base_models import per_base

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from lora_analysis.conclusions.comparison_rules import PAIRS_IN_WORDS, SIDES_IN_ORDER
+from lora_analysis.conclusions.comparison_values import PAIRS_IN_WORDS, SIDES_IN_ORDER
 from lora_analysis.finding import Finding
 from lora_analysis.shared_init import InitRelation
 from lora_analysis.studies import Relation, Study

@@ -13,12 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
-from lora_analysis.conclusions.comparison_rules import (
-    TASKS_DIFFER,
-    Comparison,
-    Conclusion,
-    Reason,
-)
+from lora_analysis.conclusions.comparison_values import TASKS_DIFFER, Comparison, Conclusion, Reason
 from lora_analysis.conclusions.rank_findings import spectra_by_rank
 from lora_analysis.finding import Finding
 from lora_analysis.shared_init import InitRelation

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_analysis import plots
-from lora_analysis.conclusions.comparison_rules import SIDES_IN_ORDER
+from lora_analysis.conclusions.comparison_values import SIDES_IN_ORDER
 from lora_analysis.conclusions.run_findings import overlaps_with_last_step
 from lora_analysis.plots.heatmap import EXCESS_LIMITS
 from lora_analysis.report.module_changes import ModuleChanges, module_changes

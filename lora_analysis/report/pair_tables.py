@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from lora_analysis.conclusions.comparison_rules import Comparison, Conclusion
+from lora_analysis.conclusions.comparison_values import Comparison, Conclusion
 from lora_analysis.report.tables import ReportTable, cell
 from lora_analysis.shared_init import InitRelation
 from lora_analysis.text import number, overlap_number, p_value_text

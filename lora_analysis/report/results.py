@@ -18,7 +18,7 @@ import pandas as pd
 
 from lora_analysis import __version__
 from lora_analysis.conclusions.comparison_findings import comparison_fields
-from lora_analysis.conclusions.comparison_rules import SIDES_IN_ORDER
+from lora_analysis.conclusions.comparison_values import SIDES_IN_ORDER
 from lora_analysis.errors import InputError
 from lora_analysis.finding import CODES, Finding
 from lora_analysis.report.representatives import common_modules, drawn_pairs

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_analysis import plots
-from lora_analysis.conclusions.comparison_rules import SIDES_IN_ORDER
+from lora_analysis.conclusions.comparison_values import SIDES_IN_ORDER
 from lora_analysis.report.representatives import (
     DrawnPair,
     common_modules,

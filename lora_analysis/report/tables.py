@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 
-from lora_analysis.conclusions.comparison_rules import SIDES_IN_ORDER
+from lora_analysis.conclusions.comparison_values import SIDES_IN_ORDER
 from lora_analysis.conclusions.rank_findings import spectra_by_rank, tasks_of_all_ranks
 from lora_analysis.conclusions.weight_findings import with_ranks
 from lora_analysis.patterns import module_type

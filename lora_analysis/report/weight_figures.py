@@ -9,7 +9,7 @@ import numpy as np
 
 from lora_analysis import plots
 from lora_analysis.amplify import WeightBasisEnergy, weight_basis_energy
-from lora_analysis.conclusions.comparison_rules import SIDES_IN_ORDER
+from lora_analysis.conclusions.comparison_values import SIDES_IN_ORDER
 from lora_analysis.conclusions.rank_findings import tasks_of_all_ranks
 from lora_analysis.conclusions.weight_findings import with_ranks
 from lora_analysis.effective import effective_update
