@@ -15,7 +15,7 @@ from lora_analysis.bases.base_weights import BaseWeights
 from lora_analysis.bases.opening import open_base
 from lora_analysis.bases.tensor_names import module_of
 from lora_analysis.errors import BaseWeightError, InputError
-from lora_analysis.finding import as_findings
+from lora_analysis.finding import Finding
 from lora_analysis.patterns import choose_names
 from lora_analysis.storage.paths import existing_path
 
@@ -40,7 +40,6 @@ _TABLES: Final = frozenset(
     }
 )  # fmt: skip
 _TABLE_ENDINGS: Final = ("embedding", "embeddings")
-_LISTED: Final = 6
 # Two axes of channels, and up to three of the kernel.
 _CONV_AXES: Final = 5
 
@@ -111,11 +110,9 @@ def read_fine_tune(
             format="full fine-tune",
             base_model=_base_name(base, old),
             scale_origin=dict.fromkeys(changed, "tensor"),
-            findings=as_findings(
-                tuple(
-                    _findings(
-                        outcomes, _other_differences(new, old) if modules is None else [], old.label
-                    )
+            findings=tuple(
+                _findings(
+                    outcomes, _other_differences(new, old) if modules is None else [], old.label
                 )
             ),
         ),
@@ -240,29 +237,21 @@ def _other_differences(new: BaseWeights, old: BaseWeights) -> list[str]:
     ]
 
 
-def _findings(outcomes: Mapping[str, Outcome], others: Sequence[str], base: str) -> Iterator[str]:
+def _findings(
+    outcomes: Mapping[str, Outcome], others: Sequence[str], base: str
+) -> Iterator[Finding]:
     identical = [module for module, outcome in outcomes.items() if outcome == "identical"]
     unmatched = {m: error for m, error in outcomes.items() if isinstance(error, BaseWeightError)}
+    counts = {"of": len(outcomes), "base": base}
     if identical:
-        yield (
-            f"{len(identical)} of {len(outcomes)} weights are identical in {base} and left out: "
-            f"{_listed(identical)}."
-        )
+        fields = {"count": len(identical), "modules": identical, **counts}
+        yield Finding("unchanged-weights", fields)
     if unmatched:
-        yield (
-            f"{len(unmatched)} of {len(outcomes)} weights are left out, since {base} has no "
-            f"counterpart: {_listed(list(unmatched))}. The first: {next(iter(unmatched.values()))}"
-        )
+        reason = str(next(iter(unmatched.values())))
+        fields = {"count": len(unmatched), "modules": list(unmatched), "reason": reason, **counts}
+        yield Finding("weights-without-counterpart", fields)
     if others:
-        yield (
-            f"{len(others)} tensors that are not matrices (biases, norms, stacks) differ too "
-            f"and are not part of the update: {_listed(others)}."
-        )
-
-
-def _listed(names: Sequence[str]) -> str:
-    listed = ", ".join(f"'{name}'" for name in names[:_LISTED])
-    return listed + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+        yield Finding("other-tensors-differ", {"count": len(others), "tensors": list(others)})
 
 
 def _no_difference(outcomes: Mapping[str, Outcome], label: str, base: str) -> InputError:

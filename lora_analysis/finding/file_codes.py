@@ -8,6 +8,29 @@ from lora_analysis.finding.templates import Code
 
 FILE_CODES: Final[dict[str, Code]] = {
     "file-note": Code("limit", "file", "{text}"),
+    "unchanged-weights": Code(
+        "limit",
+        "modules",
+        "{count} of {of} weights are identical in {base} and left out: {modules}.",
+    ),
+    "weights-without-counterpart": Code(
+        "limit",
+        "modules",
+        "{count} of {of} weights are left out, since {base} has no counterpart: {modules}. The "
+        "first: {reason}",
+    ),
+    "other-tensors-differ": Code(
+        "limit",
+        "modules",
+        "{count} tensors that are not matrices (biases, norms, stacks) differ too and are not part "
+        "of the update: {tensors}.",
+    ),
+    "factors-stored-transposed": Code(
+        "limit",
+        "modules",
+        "The factors are stored transposed, A as (d_in, r) and B as (r, d_out); they were turned. "
+        "If B was named first, swap the two patterns.",
+    ),
     "names-matched": Code(
         "limit",
         "module names",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import InputError, MalformedFileError, UnknownFormatError
+from lora_analysis.finding import Finding
 from lora_analysis.formats.build import AdapterParts, build_adapter
 from lora_analysis.formats.factors import FactorRole, StoredPair, complete_pairs
 from lora_analysis.formats.side_tensors import side_finding
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lora_analysis.adapter import Adapter
-    from lora_analysis.finding import Finding
     from lora_analysis.formats.options import ReadOptions
     from lora_analysis.storage.tensors import NamedTensors
 
@@ -104,12 +104,7 @@ class _Pairs(Format):
         patterns = dict(zip(("A", "B"), parse_pair(options.pair), strict=True))
         pairs = complete_pairs(path, factors, lambda module, role: patterns[role].key(module))
         flipped = {pair.module for pair in pairs if is_stored_flipped(tensors, pair)}
-        findings: list[Finding | str] = []
-        if flipped:
-            findings.append(
-                "The factors are stored transposed, A as (d_in, r) and B as (r, d_out); they were "
-                "turned. If B was named first, swap the two patterns."
-            )
+        findings = [Finding("factors-stored-transposed", {})] if flipped else []
         findings += side_finding("they match neither pattern and are not analyzed", unmatched)
         parts = AdapterParts(
             pairs=[

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.errors import InputError, UnsupportedMethodError
+from lora_analysis.formats.peft.adapter_config import refuse_more_than_factors
 from lora_analysis.formats.peft.module_pairs import DORA
 from lora_analysis.formats.side_tensors import carried_tensors
-from lora_analysis.storage.adapter_fields import refuse_more_than_factors
 from lora_analysis.storage.dtypes import narrow
 from lora_analysis.storage.tensor_writer import OutputTensor, output_group
 

@@ -19,6 +19,7 @@ from lora_analysis.errors import (
     UnsupportedMethodError,
 )
 from lora_analysis.formats.fused_parts import FUSED_PARTS, join_parts
+from lora_analysis.formats.peft.adapter_config import refuse_more_than_factors
 from lora_analysis.lora.core import (
     Adapted,
     AdaptedModule,
@@ -35,7 +36,6 @@ from lora_analysis.lora.fused_projections import FusedFactors, parts_from_config
 from lora_analysis.lora.layer_kinds import EmbeddingLoraLayer, keep_gradients
 from lora_analysis.lora.targets import is_inside, kind_of
 from lora_analysis.patterns import natural_key, near_names
-from lora_analysis.storage.adapter_fields import refuse_more_than_factors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -69,6 +69,9 @@ _OTHER_METHODS: Final = {
     "ADAPTION_PROMPT": "virtual tokens",
 }
 
+# PEFT's fields that add more to a model than factors and modules trained in full.
+_FURTHER_FIELDS: Final = ("bias", "lora_bias", "alora_invocation_tokens", "trainable_token_indices")
+
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
@@ -288,3 +291,27 @@ def _wrong(path: Path, key: str, value: Any, expected: str) -> MalformedFileErro
     text = repr(value)
     text = text if len(text) <= 80 else f"{text[:77]}..."
     return MalformedFileError(f"{path}: {key} must be {expected}, found {text}.")
+
+
+def refuse_more_than_factors(config: Mapping[str, Any], label: str, consequence: str) -> None:
+    """Raise if an adapter was trained with more than factors and whole modules.
+
+    Parameters
+    ----------
+    config
+        Fields of PEFT's ``adapter_config.json``.
+    label
+        Name of the adapter, for the message.
+    consequence
+        Consequence for the caller: the part of the message after the field and its value.
+
+    Raises
+    ------
+    UnsupportedMethodError
+        The config states such a field.
+    """
+    for key in _FURTHER_FIELDS:
+        value = config.get(key)
+        if value and value != "none":
+            message = f"{label} was trained with {key} = {value!r}, {consequence}"
+            raise UnsupportedMethodError(message)

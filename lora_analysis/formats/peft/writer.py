@@ -16,7 +16,7 @@ import numpy as np
 
 from lora_analysis.errors import InputError, UnsupportedMethodError
 from lora_analysis.formats.fused_parts import parts_metadata
-from lora_analysis.formats.peft.adapter_config import CONFIG_NAME
+from lora_analysis.formats.peft.adapter_config import CONFIG_NAME, refuse_more_than_factors
 from lora_analysis.formats.peft.experts import registered_order, without_mark
 from lora_analysis.formats.peft.files import WEIGHTS_NAME
 from lora_analysis.formats.peft.tensor_keys import PREFIX, sort_keys
@@ -33,7 +33,6 @@ from lora_analysis.formats.written import (
     refuse_update,
 )
 from lora_analysis.patterns import ModulePatterns, matches_target, pattern_budget
-from lora_analysis.storage.adapter_fields import refuse_more_than_factors
 from lora_analysis.storage.dtypes import narrow
 from lora_analysis.storage.tensor_writer import OutputTensor, safetensors_content
 
