@@ -100,6 +100,35 @@ def skip_what_lives_elsewhere(
     return skip or name in _PUBLIC or not str(home).startswith(page)
 
 
+# Types of other packages in signatures, as they are written there, and their pages. Inventories would
+# have to be fetched at every build.
+_ELSEWHERE = {
+    "np.": "https://numpy.org/doc/stable/reference/arrays.scalars.html#numpy.{}",
+    "pd.": "https://pandas.pydata.org/docs/reference/api/pandas.{}.html",
+    "torch.": "https://docs.pytorch.org/docs/stable/generated/torch.{}.html",
+    "nn.": "https://docs.pytorch.org/docs/stable/generated/torch.nn.{}.html",
+}
+_SINGLE_PAGES = {
+    "NDArray": "https://numpy.org/doc/stable/reference/typing.html#numpy.typing.NDArray",
+    "ArrayLike": "https://numpy.org/doc/stable/reference/typing.html#numpy.typing.ArrayLike",
+    "np.ndarray": "https://numpy.org/doc/stable/reference/generated/numpy.ndarray.html",
+    "Axes": "https://matplotlib.org/stable/api/_as_gen/matplotlib.axes.Axes.html",
+    "Figure": "https://matplotlib.org/stable/api/_as_gen/matplotlib.figure.Figure.html",
+    "Path": "https://docs.python.org/3/library/pathlib.html#pathlib.Path",
+    "torch.Tensor": "https://docs.pytorch.org/docs/stable/tensors.html",
+}
+
+
+def link_other_packages(_app: Any, _env: Any, node: Any, contnode: nodes.Element) -> Any:
+    """Link a type of numpy, pandas, matplotlib or torch to its documentation."""
+    target = node.get("reftarget", "")
+    package, dot, name = target.rpartition(".")
+    pattern = _SINGLE_PAGES.get(target) or _ELSEWHERE.get(package + dot)
+    if pattern is None:
+        return None
+    return nodes.reference("", "", contnode, refuri=pattern.format(name), internal=False)
+
+
 def inline_math(self: Any, node: nodes.math) -> None:
     """Write a formula as MathML."""
     self.body.append(latex_to_mathml(node.astext()))
@@ -116,5 +145,6 @@ def setup(app: Any) -> None:
     """Connect these to Sphinx."""
     app.connect("builder-inited", copy_notebooks)
     app.connect("builder-inited", write_commands)
+    app.connect("missing-reference", link_other_packages)
     app.connect("autodoc-skip-member", skip_what_lives_elsewhere)
     app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))

@@ -39,7 +39,9 @@ _OPTION = re.compile(r"^:(?P<name>[\w-]+): *(?P<value>.*)\n", re.MULTILINE)
 _NUMBER = re.compile(r"[-−]?\d[\d,.]*(?:e[-+]?\d+)?%?")
 _SPARKS = re.compile("[▁▂▃▄▅▆▇█]+")
 RUN_KINDS = frozenset({"console", "python", "code-cell", "code-block"})
-SHOWN_KINDS = frozenset({"text", "bibtex", "toctree", "note", "tip", "warning", "click", "image"})
+SHOWN_KINDS = frozenset(
+    {"text", "bibtex", "toctree", "note", "tip", "warning", "click", "image", "glossary"}
+)
 
 
 @dataclass(frozen=True)
