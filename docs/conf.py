@@ -100,8 +100,8 @@ def skip_what_lives_elsewhere(
     return skip or name in _PUBLIC or not str(home).startswith(page)
 
 
-# Types of other packages in signatures, as they are written there, and their pages. Inventories would
-# have to be fetched at every build.
+# Pages of the types of other packages that signatures name. Inventories would have to be fetched at
+# every build.
 _ELSEWHERE = {
     "np.": "https://numpy.org/doc/stable/reference/arrays.scalars.html#numpy.{}",
     "pd.": "https://pandas.pydata.org/docs/reference/api/pandas.{}.html",
