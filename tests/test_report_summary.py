@@ -47,7 +47,7 @@ def trained(
 
 def lines_of(result: Study) -> list[tuple[str, str]]:
     """Return the codes and texts of the summary."""
-    lines = summary(result, comparisons(result), findings(result))
+    lines = summary(result)
     return [(line.finding.code, line.text) for line in lines]
 
 
@@ -133,7 +133,7 @@ def test_a_summary_has_at_most_five_lines_that_lead_somewhere(tasks: Study) -> N
     rng = np.random.default_rng(1)
     studies = [tasks, study([trained(rng, t, s) for t, s in itertools.product("ab", range(3))])]
     for result in studies:
-        lines = summary(result, comparisons(result), findings(result))
+        lines = summary(result)
         assert 3 <= len(lines) <= 5
         assert {line.section for line in lines} <= {"alike", "ranks", "limits"}
         assert len({line.text for line in lines}) == len(lines)

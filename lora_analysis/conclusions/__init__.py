@@ -14,12 +14,13 @@ from lora_analysis.conclusions import (
     initialization_findings,
     rank_findings,
     run_findings,
+    summary_lines,
     weight_findings,
 )
 from lora_analysis.conclusions.comparison_findings import comparison_fields
 from lora_analysis.conclusions.comparison_rules import comparisons
 from lora_analysis.conclusions.comparison_values import Comparison, Conclusion, Level, Reason
-from lora_analysis.conclusions.summary_lines import SummaryLine, summary
+from lora_analysis.conclusions.summary_lines import SummaryLine
 from lora_analysis.finding import Finding
 from lora_analysis.studies import Study
 
@@ -72,3 +73,11 @@ _RULES: tuple[Callable[[Study], Iterator[Finding]], ...] = (
 def findings(study: Study) -> tuple[Finding, ...]:
     """Return all findings of a study; artifacts stand before the results they bear on."""
     return tuple(finding for rule in _RULES for finding in rule(study))
+
+
+def summary(study: Study) -> tuple[SummaryLine, ...]:
+    """Return what a study shows in at most five sentences, the lines a report begins with.
+
+    Each prints as its sentence and names the section of the report that has the numbers.
+    """
+    return summary_lines.summary(study, comparisons(study), findings(study))

@@ -40,6 +40,9 @@ class SummaryLine:
         """The sentence."""
         return self.finding.text
 
+    def __str__(self) -> str:
+        return self.text
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields for JSON output."""
         return {**self.finding.to_dict(), "section": self.section}

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import jinja2
 from markupsafe import Markup
 
-from lora_analysis.conclusions import comparisons, findings, summary
+from lora_analysis.conclusions import comparisons, findings
 from lora_analysis.conclusions.finding_boxes import finding_boxes
+from lora_analysis.conclusions.summary_lines import summary
 from lora_analysis.errors import MissingExtraError, OccupiedError
 from lora_analysis.report.pair_tables import initializations_table
 from lora_analysis.report.provenance import provenance

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _QUANTITIES = ("phi_1_1", "phi_r_r", "omega", "excess_r_r")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class PairwiseSimilarity:
     """Similarity of all pairs of N adapters in M modules.
 
@@ -55,6 +55,9 @@ class PairwiseSimilarity:
     cosine: NDArray[np.float64]
     total_cosine: NDArray[np.float64]
     shared_init: NDArray[np.bool_]
+
+    def __repr__(self) -> str:
+        return f"<PairwiseSimilarity of {len(self.labels)} adapters, {len(self.modules)} modules>"
 
     def median(self, quantity: str = "omega", side: Side = "output") -> NDArray[np.float64]:
         """Return the median over modules of one quantity on one side, ``(N, N)``.

@@ -31,7 +31,7 @@ from lora_analysis.text import html_table
 _MAX_ROWS = 40
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Study:
     """Adapters and all results about them, as tables.
 
@@ -105,6 +105,12 @@ class Study:
     reference_levels: tuple[ReferenceLevel, ...] = ()
     options: Mapping[str, object] = field(default_factory=dict)
     _amplified: Mapping[tuple[str, str], Amplification] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Study of {len(self.adapters)} adapters: {self.compared_pairs} pairs compared in "
+            f"{self.spectra['module'].nunique()} modules>"
+        )
 
     def _repr_html_(self) -> str:
         facts = [c for c in ("task", "rank", "seed", "step") if self.runs[c].notna().any()]

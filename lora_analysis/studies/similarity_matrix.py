@@ -41,7 +41,7 @@ MOSTLY_SHARED = 0.5
 _MAX_OPTIMAL_ORDER = 200
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class SimilarityMatrix:
     """Similarity of all pairs of N adapters, over all modules and by type of module.
 
@@ -75,6 +75,9 @@ class SimilarityMatrix:
     overlap: Mapping[Side, NDArray[np.float64]]
     shared: NDArray[np.float64]
     norms: NDArray[np.float64]
+
+    def __repr__(self) -> str:
+        return f"<SimilarityMatrix of {len(self.labels)} adapters, {self.modules[0]} modules>"
 
     def matrix(self, what: str = "output", kind: str = ALL) -> NDArray[np.float64]:
         """Return one ``(N, N)`` matrix: ``"cosine"``, or the overlap of a side.
