@@ -73,7 +73,7 @@ def _write_run(folder: Path, task: str, rank: int, seed: int) -> None:
         learned = np.random.default_rng([ord(task), at])
         own = np.random.default_rng([rank, seed, at])
         A, B = _normal(own, rank, WIDTH), 0.1 * _normal(own, WIDTH, rank)
-        A[:3] += 3 * _normal(learned, 3, WIDTH)
+        A[:3] += _normal(learned, 3, WIDTH)
         B[:, :3] += _normal(learned, WIDTH, 3) * np.array([1, 0.6, 0.4], np.float32)
         updates[name] = LowRankUpdate(name=name, A=A, B=B, scale=8 / rank, alpha=8)
     config = {

@@ -2,7 +2,8 @@
 
 Fenced blocks are read from the Markdown itself. ``console`` holds commands after ``$`` and what
 they print; ``python`` and ``{code-cell}`` share one namespace a page; a ``{code-block}`` with a
-caption is a file of that name, as is ``toml`` whose first line is one. A block after
+caption is a file of that name, as is ``toml`` whose first line is one; ``output`` is what the
+``python`` before it prints. A block after
 ``% not run: why`` (README: ``<!-- not run: why -->``) is left out, and counted by the caller.
 """
 
@@ -97,6 +98,7 @@ class Page:
     path: Path
     namespace: dict[str, Any] = field(default_factory=dict)
     ran: int = 0
+    printed: str = ""
 
     def run(self) -> None:
         """Run every block that is to be run."""
@@ -108,7 +110,9 @@ class Page:
                 self._python(block, place)
             elif block.kind == "console":
                 for command, printed in commands(block.body):
-                    self._command(command, printed, place)
+                    self.command(command, printed, place)
+            elif block.kind == "output":
+                assert fits(block.body, self.printed), f"{place}: printed\n{self.printed}"
             elif "caption" in block.options:
                 self._file(block, place)
             elif block.kind == "toml":  # its first line names the file
@@ -123,8 +127,9 @@ class Page:
     def _python(self, block: Block, place: str) -> None:
         # What a notebook shows at the end of a cell goes nowhere here.
         source = "\n" * (block.line - 1) + short(block.body)
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
             exec(compile(source, place, "exec"), self.namespace)
+        self.printed = out.getvalue()
 
     def _file(self, block: Block, place: str) -> None:
         path = Path(block.options["caption"].strip("`"))
@@ -138,9 +143,9 @@ class Page:
             subprocess.run(["bash", "-n", path], check=True)
             for line in block.body.splitlines():
                 if line.startswith("lora-analysis "):
-                    self._command(os.path.expandvars(line), "", place)
+                    self.command(os.path.expandvars(line), "", place)
 
-    def _command(self, command: str, printed: str, place: str) -> None:
+    def command(self, command: str, printed: str, place: str) -> None:
         words = shlex.split(command)
         program = Path(words[0]).name
         if program == "lora-analysis":

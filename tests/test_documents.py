@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from document_workspace import make_workspace
 from documents import ROOT, Page, blocks, copy_tree, fits
 
@@ -61,11 +60,14 @@ def run_in(path: Path, **namespace: object) -> Page:
     return page
 
 
-def test_every_block_of_the_readme_runs(inside: Path) -> None:
-    model = torch.nn.ModuleDict({name: torch.nn.Linear(8, 8) for name in ("q_proj", "v_proj")})
-    page = run_in(ROOT / "README.md", model=model)
+def test_every_block_and_every_command_of_the_readme_runs(inside: Path) -> None:
+    page = run_in(ROOT / "README.md")
     assert page.ran >= 5
-    assert len({path.name for path in inside.iterdir()} & {"ab.svg", "out", "small", "lora"}) == 4
+    in_tables = re.findall(r"\| `(lora-analysis [^`]+)` \|", README)
+    assert len(in_tables) >= 8
+    for command in in_tables:
+        page.command(command, "", "README.md")
+    assert {"ab.svg", "out", "small", "lora", "copy"} <= {path.name for path in inside.iterdir()}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT / "docs")))
@@ -82,6 +84,7 @@ def test_every_block_of_the_documentation_runs(path: Path, inside: Path) -> None
         ("```console\n$ rm -rf adapter\n```", "cannot run `rm"),
         ("```console\n$ make sense\n```", "line 1"),
         ("```python\nassert 1 + 1 == 3, 'sum'\n```", "sum"),
+        ("```python\nprint('a')\n```\n```output\nb\n```", "printed"),
         ("```ruby\nputs 1\n```", "what is to be done"),
     ],
 )
@@ -105,7 +108,7 @@ def test_few_blocks_are_not_run_and_each_says_why() -> None:
         for block in blocks(path.read_text(encoding="utf-8"))
         if block.why
     ]
-    assert len(left_out) == 5, left_out
+    assert len(left_out) == 4, left_out
 
 
 def test_the_documents_show_every_verb() -> None:

@@ -241,7 +241,7 @@ STUDY_CODES: Final[dict[str, Code]] = {
     "pairs-left-out": Code(
         "limit",
         "overlap",
-        "{count} of {total} pairs are in no comparison: {classes}.",
+        "{count} of {total:plural pair} are in no comparison: {classes}.",
         items={"classes": "{pair_class} ({pairs})"},
     ),
     "modules-left-out": Code(
