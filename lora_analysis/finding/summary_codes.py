@@ -90,26 +90,26 @@ SUMMARY_CODES: Final[dict[str, Code]] = {
     "summary-started-from-base": Code(
         "artifact",
         "initialization",
-        "Both factors started from the base weights in {count} of {total:plural pair}: B·A is not the "
-        "update, and nothing is concluded from them.",
+        "Both factors started from the base weights in {count} of {total:plural pair}: B·A is not "
+        "the update, and nothing is concluded from them.",
     ),
     "summary-wrong-labels": Code(
         "artifact",
         "labels",
-        "One update has two task names in {count} of {total:plural pair}: at least one name is wrong, "
-        "and these adapters are used in no conclusion.",
+        "One update has two task names in {count} of {total:plural pair}: at least one name is "
+        "wrong, and these adapters are used in no conclusion.",
     ),
     "summary-one-sample": Code(
         "artifact",
         "adapters",
-        "Copies, resized copies or one training run: {count} of {total:plural pair}, each of which is "
-        "one sample, not two.",
+        "Copies, resized copies or one training run: {count} of {total:plural pair}, each of which "
+        "is one sample, not two.",
     ),
     "summary-shared-initialization": Code(
         "artifact",
         "initialization",
-        "Initial factors are shared in {count} of {total:plural pair}, which alone makes the input side "
-        "alike: this overlap is excluded.",
+        "Initial factors are shared in {count} of {total:plural pair}, which alone makes the input "
+        "side alike: this overlap is excluded.",
     ),
     "summary-no-artifacts": Code(
         "result",
