@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from lora_analysis.lora import merge_lora as merge_lora
     from lora_analysis.lora import set_active as set_active
     from lora_analysis.lora import unmerge_lora as unmerge_lora
+    from lora_analysis.merging import merge_check as merge_check
+    from lora_analysis.merging import merge_forecast as merge_forecast
     from lora_analysis.plots import plot_amplification as plot_amplification
     from lora_analysis.plots import plot_similarity as plot_similarity
     from lora_analysis.plots import plot_spectrum as plot_spectrum
@@ -71,6 +73,7 @@ _HOME = {
         "set_active",
         "unmerge_lora",
     ),
+    "merging": ("merge_check", "merge_forecast"),
     "plots": ("plot_amplification", "plot_similarity", "plot_spectrum"),
     "report": ("write_report",),
     "similarity": ("energy_overlap", "principal_angles", "signed_cosine", "subspace_similarity"),

@@ -43,6 +43,7 @@ LEVELS = {
     "amplify": 6,
     "edit": 6,
     "intruders": 6,
+    "merging": 6,
     "pairwise": 8,
     "similarity": 6,
     "weight_changes": 6,
@@ -61,7 +62,7 @@ LEVELS = {
 HEAVY = {
     "torch": {"lora", "spectra", "training"},  # spectra: on a device only
     "matplotlib": {"plots", "report"},
-    "pandas": {"studies", "report"},
+    "pandas": {"merging", "studies", "report"},
     "gguf": {"bases", "storage"},
     "bitsandbytes": {"training"},  # to say that it is missing
     "compressed_tensors": set(),

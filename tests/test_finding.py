@@ -9,6 +9,7 @@ from typing import Any, get_args
 import pytest
 
 from lora_analysis.finding import CODES, FILE_CODES, Code, Finding, Severity, Topic, as_findings
+from lora_analysis.finding.merge_codes import MERGE_CODES
 from lora_analysis.finding.study_codes import STUDY_CODES
 from lora_analysis.finding.summary_codes import SUMMARY_CODES
 from lora_analysis.finding.templates import fill
@@ -94,8 +95,8 @@ def test_optional_parts_of_a_sentence_can_be_missing(name: str) -> None:
             Finding(name, {key: value for key, value in fields.items() if key != field})
 
 
-def test_codes_are_of_files_of_studies_or_of_the_summary() -> None:
-    tables = (FILE_CODES, STUDY_CODES, SUMMARY_CODES)
+def test_codes_are_of_files_merges_studies_or_of_the_summary() -> None:
+    tables = (FILE_CODES, MERGE_CODES, STUDY_CODES, SUMMARY_CODES)
     assert CODES.keys() == set().union(*tables)
     assert len(CODES) == sum(map(len, tables))
     with pytest.raises(KeyError):

@@ -149,6 +149,10 @@ class BaseWeights:
         """Return the shape of a tensor, as stored."""
         return self._source.shape(name)
 
+    def stored_dtype(self, name: str) -> str:
+        """Return the stored type of a tensor, as ``"bfloat16"``."""
+        return self._source.dtype(name)
+
     def stored_tensor(self, name: str) -> NDArray[Any]:
         """Return a tensor of any shape, as stored; for matrices use :meth:`weight`."""
         with shown_errors(self.snapshot):
@@ -238,6 +242,7 @@ class BaseWeights:
             " + ".join(storage for storage in storages if storage),
             errors,
             lambda tile: self._refuse_damaged(name, tile),
+            tuple(pieces),
         )
 
     def _with_addresses(self, tiles: Tiles) -> Tiles:

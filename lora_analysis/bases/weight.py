@@ -75,6 +75,28 @@ class TensorSource:
         raise NotImplementedError
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows of W that come from one tensor.
+
+    Attributes
+    ----------
+    tensor, index
+        The tensor, and the matrix in it (the expert) if it is a stack.
+    runs
+        The rows, as runs of the tensor's own rows in the orientation of W, in order.
+    """
+
+    tensor: str
+    index: int | None
+    runs: tuple[slice, ...]
+
+    @property
+    def height(self) -> int:
+        """Number of rows."""
+        return sum(run.stop - run.start for run in self.runs)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Weight:
     """One frozen weight ``W``, shape ``(d_out, d_in)``, read when its blocks are asked for.
@@ -91,6 +113,8 @@ class Weight:
         True if it is stored as ``[in, out]``.
     storage
         Quantized storage, as "bitsandbytes nf4"; empty for plain numbers.
+    pieces
+        The tensors it is made of, and which rows of them.
     """
 
     name: str
@@ -101,6 +125,7 @@ class Weight:
     storage: str = ""
     _errors: Callable[[], Tiles | None] = field(repr=False, default=lambda: None)
     _check: Callable[[NDArray[np.float32]], None] = field(repr=False, default=lambda _: None)
+    pieces: tuple[Piece, ...] = ()
 
     def blocks(self, *, check: bool = True) -> Tiles:
         """Yield row slice, column slice and that tile of ``W``, covering it once.
@@ -156,28 +181,6 @@ class Weight:
         tiles = (tile for _, _, tile in self.blocks())
         norm = sum(float(np.sum(np.square(tile, dtype=np.float64))) for tile in tiles)
         return math.sqrt(square / norm) if norm else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Rows of W that come from one tensor.
-
-    Attributes
-    ----------
-    tensor, index
-        The tensor, and the matrix in it (the expert) if it is a stack.
-    runs
-        The rows, as runs of the tensor's own rows in the orientation of W, in order.
-    """
-
-    tensor: str
-    index: int | None
-    runs: tuple[slice, ...]
-
-    @property
-    def height(self) -> int:
-        """Number of rows."""
-        return sum(run.stop - run.start for run in self.runs)
 
 
 def tiles_of(

@@ -39,6 +39,7 @@ VERBS = {
     "compare": "Compare the subspaces of two adapters, module by module.",
     "heatmap": "Draw the rank-overlap heat map of two adapters.",
     "amplify": "Measure how an adapter amplifies directions of its base weights.",
+    "merge-check": "Check whether an adapter is in a merged model, and at what strength.",
     "report": "Analyze adapters and write one self-contained HTML report.",
     "reference": "Store how alike unrelated adapters of a base are.",
     "reproduce": "Draw the figures of the LoRA paper's section 7 from the demo's adapters.",
@@ -77,7 +78,7 @@ class _Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in VERBS:
             return None
-        command = import_module(f"lora_analysis.cli.{cmd_name}").command
+        command = import_module(f"lora_analysis.cli.{cmd_name.replace('-', '_')}").command
         return command if isinstance(command, click.Command) else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002

@@ -76,7 +76,7 @@ def findings(study: Study) -> tuple[Finding, ...]:
 
 
 def summary(study: Study) -> tuple[SummaryLine, ...]:
-    """Return what a study shows in at most five sentences, the lines a report begins with.
+    """Summarize a study in at most five sentences, the lines a report begins with.
 
     Each prints as its sentence and names the section of the report that has the numbers.
     """

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from lora_analysis.finding.file_codes import FILE_CODES
+from lora_analysis.finding.merge_codes import MERGE_CODES
 from lora_analysis.finding.study_codes import STUDY_CODES
 from lora_analysis.finding.summary_codes import SUMMARY_CODES
 from lora_analysis.finding.templates import Code, Severity, Topic, fill
 from lora_analysis.text import html_facts, join_names
 
-CODES: Final[Mapping[str, Code]] = FILE_CODES | STUDY_CODES | SUMMARY_CODES
+CODES: Final[Mapping[str, Code]] = FILE_CODES | MERGE_CODES | STUDY_CODES | SUMMARY_CODES
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ Topic = Literal[
     "file",
     "initialization",
     "labels",
+    "merge",
     "method",
     "module names",
     "modules",

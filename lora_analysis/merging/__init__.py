@@ -1,0 +1,26 @@
+"""Whether an adapter is in a merged model, at what strength, and what a merge loses."""
+
+from lora_analysis.merging.forecast import MergeForecast, forecast_findings
+from lora_analysis.merging.model_check import (
+    MergeCheck,
+    TensorDifference,
+    TensorState,
+    merge_check,
+    merge_forecast,
+)
+from lora_analysis.merging.module_check import Cause, Conclusion, ModuleMerge
+from lora_analysis.merging.replay import Recipe
+
+__all__ = [
+    "Cause",
+    "Conclusion",
+    "MergeCheck",
+    "MergeForecast",
+    "ModuleMerge",
+    "Recipe",
+    "TensorDifference",
+    "TensorState",
+    "forecast_findings",
+    "merge_check",
+    "merge_forecast",
+]
