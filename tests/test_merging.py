@@ -14,7 +14,12 @@ import peft
 import pytest
 import torch
 from safetensors.numpy import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    PretrainedConfig,
+)
 
 from lora_analysis import (
     Adapter,
@@ -313,18 +318,25 @@ def trained(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def peft_merge(folder: Path, types: tuple[str, str, str], **options: Any) -> Any:
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 100, "tie_word_embeddings": False,
+}  # fmt: skip
+TARGETS = ["q_proj", "v_proj", "down_proj", "embed_tokens"]
+
+
+def peft_merge(
+    folder: Path,
+    types: tuple[str, str, str],
+    config: PretrainedConfig = LlamaConfig(**SIZES),  # noqa: B008 - not changed
+    **options: Any,
+) -> Any:
     """Merge with PEFT: base stored, adapter stored and model loaded in three types."""
     base_type, adapter_type, loaded_type = (TYPES[name] for name in types)
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=100, tie_word_embeddings=False,
-    )  # fmt: skip
     torch.manual_seed(1)
-    LlamaForCausalLM(config).to(base_type).save_pretrained(folder / "base")
-    model = LlamaForCausalLM.from_pretrained(folder / "base", dtype=loaded_type)
-    targets = ["q_proj", "v_proj", "down_proj", "embed_tokens"]
-    lora = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, **options)
+    AutoModelForCausalLM.from_config(config).to(base_type).save_pretrained(folder / "base")
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=loaded_type)
+    lora = peft.LoraConfig(r=4, lora_alpha=6, **({"target_modules": TARGETS} | options))
     wrapped = trained(peft.get_peft_model(model, lora, autocast_adapter_dtype=False), adapter_type)
     wrapped.save_pretrained(folder / "adapter")
     wrapped.merge_and_unload(safe_merge=base_type == torch.float32).save_pretrained(
@@ -352,6 +364,20 @@ def test_what_peft_merges_is_applied(
 def test_what_peft_merges_into_half_precision_is_applied(dora: bool, tmp_path: Path) -> None:
     result = peft_merge(tmp_path, ("bfloat16", "float32", "bfloat16"), use_dora=dora)
     assert result.counts() == {Conclusion.APPLIED: 4}
+    assert not result.is_failed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("types", MATRIX[::2], ids="-".join)
+def test_what_peft_merges_into_stacked_experts_is_applied(
+    types: tuple[str, str, str], tmp_path: Path
+) -> None:
+    parameters = [f"mlp.experts.{name}_proj" for name in ("gate_up", "down")]
+    result = peft_merge(
+        tmp_path, types, MixtralConfig(**SIZES, num_local_experts=3),
+        target_modules=["q_proj"], target_parameters=parameters,
+    )  # fmt: skip
+    assert result.counts() == {Conclusion.APPLIED: 7}
     assert not result.is_failed
 
 

@@ -279,7 +279,8 @@ def merge_check(
         try:
             before = _weight(old, adapter, name, transposed)
             after = _weight(new, adapter, name, transposed)
-            covered.setdefault(after.pieces[0].tensor, []).append(after)
+            for tensor in {piece.tensor for piece in after.pieces}:
+                covered.setdefault(tensor, []).append(after)
             others = {
                 other: partial(adapter.__getitem__, other)
                 for other in names
@@ -369,7 +370,7 @@ def _other_tensors(
         if before is None or after is None:
             state = TensorState.ONLY_MERGED if before is None else TensorState.ONLY_BASE
             yield TensorDifference(after or before or "", state)
-        elif not _is_covered(covered.get(after, ()), models.new.stored_shape(after)):
+        elif not _is_covered(covered.get(after, ()), after, models.new.stored_shape(after)):
             yield models.compare(before, after, covered.get(after, ()))
         if progress:
             progress("other tensors", done, len(pairs))
@@ -442,7 +443,7 @@ class _Models:
             return TensorDifference(after, TensorState.UNREADABLE, str(error))
         if weights:
             differing = np.asarray(_rounded(first, dtype) != np.asarray(second))
-            _leave_out(differing, weights)
+            _leave_out(differing, after, weights)
             return TensorDifference(after, TensorState.OTHER_ROWS) if differing.any() else None
         if (stored := self.saved.get(_plain(after))) is not None:
             target = _rounded(self._saved_tensor(stored), dtype)
@@ -459,15 +460,23 @@ class _Models:
         return widened(tensor.read(), tensor.dtype)
 
 
-def _is_covered(weights: Sequence[Weight], shape: tuple[int, ...]) -> bool:
+def _is_covered(weights: Sequence[Weight], tensor: str, shape: tuple[int, ...]) -> bool:
     """Return True if modules adapt every entry of a tensor."""
-    return bool(weights) and sum(math.prod(weight.shape) for weight in weights) >= math.prod(shape)
+    entries = sum(
+        piece.height * weight.shape[1]
+        for weight in weights
+        for piece in weight.pieces
+        if piece.tensor == tensor
+    )
+    return bool(weights) and entries >= math.prod(shape)
 
 
-def _leave_out(differing: Any, weights: Iterable[Weight]) -> None:
-    """Set the entries that modules adapt to False."""
+def _leave_out(differing: Any, tensor: str, weights: Iterable[Weight]) -> None:
+    """Set the entries of a tensor that modules adapt to False."""
     for weight in weights:
         for piece in weight.pieces:
+            if piece.tensor != tensor:
+                continue
             part = differing if piece.index is None else differing[piece.index]
             for run in piece.runs:
                 if weight.transposed:

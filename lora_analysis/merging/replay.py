@@ -112,10 +112,11 @@ def recipes(
     rounded: list[tuple[str, tuple[str, ...]]] = [("", ())]
     rounded += [("", (dtype,)) for dtype in dict.fromkeys(halves)]
     if adapter_type in HALF_TYPES:
-        rounded += [
-            ("", (adapter_type, dtype)) for dtype in dict.fromkeys(halves) if dtype != adapter_type
-        ]
-        rounded.append((adapter_type, (adapter_type,)))
+        others = [dtype for dtype in dict.fromkeys(halves) if dtype != adapter_type]
+        twice = [(adapter_type, dtype) for dtype in others]
+        rounded += [("", delta) for delta in twice]
+        # A product in half precision, as on a GPU and of stacked experts.
+        rounded += [(adapter_type, delta) for delta in ((adapter_type,), *twice)]
     finals: list[tuple[str, ...]] = [(merged_type,)]
     if merged_type in HALF_TYPES:
         finals += [(dtype, merged_type) for dtype in HALF_TYPES if dtype != merged_type]
