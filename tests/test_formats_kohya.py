@@ -250,8 +250,6 @@ def test_whole_differences_beside_factors_are_reported(
 @pytest.mark.parametrize(
     ("ends", "method"),
     [
-        (["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"], "LoHa"),
-        (["lokr_w1", "lokr_w2_a", "lokr_w2_b"], "LoKr"),
         (["oft_blocks"], "OFT"),
         (["a1.weight", "a2.weight", "b1.weight", "b2.weight"], "GLoRA"),
         (["weight", "on_input"], "IA3"),

@@ -444,7 +444,7 @@ CONFIG_ERRORS: list[tuple[dict[str, Any], type[InputError], list[str]]] = [
     ({"base_model_name_or_path": 3}, MalformedFileError, ["base_model_name_or_path", "3"]),
     ({"alpha_pattern": {"q(": 1}}, MalformedFileError, ["alpha_pattern", "q("]),
     ({"rank_pattern": {"q[": 1}}, MalformedFileError, ["rank_pattern", "q["]),
-    ({"peft_type": "LOHA"}, UnsupportedMethodError, ["peft_type", "'LOHA'"]),
+    ({"peft_type": "OFT"}, UnsupportedMethodError, ["peft_type", "'OFT'", "convert_to_lora"]),
     ({"peft_type": None}, UnsupportedMethodError, ["peft_type", "None"]),
     ({"monteclora_config": {"buffer_size": 1}}, UnsupportedMethodError, ["monteclora_config"]),
     ({"use_qalora": True}, UnsupportedMethodError, ["use_qalora"]),

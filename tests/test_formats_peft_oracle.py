@@ -265,8 +265,6 @@ def other_configs() -> dict[str, Callable[[], Any]]:
 
     one = {"target_modules": ["q_proj"]}
     return {
-        "LOHA": lambda: peft.LoHaConfig(**one),
-        "LOKR": lambda: peft.LoKrConfig(**one),
         "OFT": lambda: peft.OFTConfig(**one),
         "VERA": lambda: peft.VeraConfig(**one),
         "IA3": lambda: peft.IA3Config(feedforward_modules=[], **one),
@@ -286,8 +284,6 @@ def other_configs() -> dict[str, Callable[[], Any]]:
         "FOURIERFT",
         "HRA",
         "IA3",
-        "LOHA",
-        "LOKR",
         "MISS",
         "OFT",
         "PROMPT_TUNING",

@@ -40,7 +40,8 @@ FactorRole = Literal["A", "B"]
 class StoredPair:
     """The two factors of one module, A as ``(r, d_in)`` and B as ``(d_out, r)``, not yet read.
 
-    The other fields are those of the update, see :class:`~lora_analysis.adapter.LowRankUpdate`.
+    ``most_rank`` is the limit of its rank; the other fields are those of the update, see
+    :class:`~lora_analysis.adapter.LowRankUpdate`.
     """
 
     module: str
@@ -52,6 +53,7 @@ class StoredPair:
     base_name: str = ""
     magnitude: StoredFactor | None = None
     magnitude_side: Literal["output", "input"] = "output"
+    most_rank: int = MAX_RANK
 
     @classmethod
     def of(cls, module: str, a: str, b: str, *, flipped: bool = False) -> StoredPair:
@@ -123,10 +125,10 @@ def stored_rank(tensors: NamedTensors, pair: StoredPair) -> int:
             f"{_rank_hint(pair, transposed=d_in == d_out)}"
         )
         raise MalformedFileError(message)
-    if rank > MAX_RANK or max(d_in, d_out) > MAX_DIMENSION:
+    if rank > pair.most_rank or max(d_in, d_out) > MAX_DIMENSION:
         message = (
-            f"{where} has rank {rank} and shape ({d_out}, {d_in}); the limits are rank {MAX_RANK} "
-            f"and {MAX_DIMENSION} features."
+            f"{where} has rank {rank} and shape ({d_out}, {d_in}); the limits are rank "
+            f"{pair.most_rank} and {MAX_DIMENSION} features."
         )
         raise MalformedFileError(message)
     return rank
@@ -240,12 +242,18 @@ def _check_swapped(
     if the two sides differ, swapped factors do not fit together at all.
     """
     ranks, sides = [], []
+    # Those of a product of several tensors are not stored, and cannot be exchanged.
+    pairs = [pair for pair in pairs if pair.most_rank == MAX_RANK]
     for pair in pairs:
         a, b = pair.a.shape(tensors), pair.b.shape(tensors)
         ranks.append(a[0])
         sides.append((b[0], a[1]))
     ratios = [rank / max(shape) for rank, shape in zip(ranks, sides, strict=True)]
-    if min(ratios, default=0) < 1 or max(ratios) < 2 or not set(ranks).isdisjoint(stated_ranks):
+    if (
+        min(ratios, default=0) < 1
+        or max(ratios, default=0) < 2
+        or not set(ranks).isdisjoint(stated_ranks)
+    ):
         return
     first = pairs[0]
     message = (

@@ -133,6 +133,21 @@ def contract(core: StoredFactor, matrix: StoredFactor) -> StoredFactor:
     return _Combination((matrix, core), "contract")
 
 
+def kronecker(first: StoredFactor, second: StoredFactor) -> StoredFactor:
+    """Return the Kronecker product of two matrices, in float64."""
+    return _Combination((first, second), "kronecker")
+
+
+def khatri_rao(first: StoredFactor, second: StoredFactor) -> StoredFactor:
+    """Return the Kronecker products of the rows of two matrices, ``(n, r₁·r₂)`` in float64."""
+    return _Combination((first, second), "khatri_rao")
+
+
+def identity_like(matrix: StoredFactor, size: int) -> StoredFactor:
+    """Return the identity of a size, which counts as made of another factor's tensor."""
+    return _Operation(matrix, "identity", (size,))
+
+
 @dataclass(frozen=True, slots=True)
 class _Tensor(StoredFactor):
     key: str
@@ -192,7 +207,7 @@ class _Operation(StoredFactor):
         ):
             return None
         first = 0
-        if self.operation == "columns" or (
+        if self.operation in ("columns", "identity") or (
             self.operation == "transposed" and len(source.shape) > 2
         ):
             return None
@@ -295,6 +310,7 @@ _OPERATIONS: Final[dict[str, tuple[Callable[..., Shape], Callable[..., NDArray[A
         lambda array, part: array[:, part].copy(),
     ),
     "spread": (_spread_shape, _spread),
+    "identity": (lambda _, size: (size, size), lambda _, size: np.eye(size)),
     "times": (lambda shape, _: shape, lambda array, number: array * np.float64(number)),
 }
 
@@ -353,9 +369,34 @@ def _contracted(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return np.moveaxis(np.tensordot(core, matrix, axes=(1, 0)), -1, 1)
 
 
+def _kronecker_shape(shapes: Sequence[Shape]) -> Shape:
+    if any(len(shape) != 2 for shape in shapes):
+        message = f"a Kronecker product of shapes {shapes}"
+        raise ValueError(message)
+    (rows, columns), (rows_2, columns_2) = shapes
+    return rows * rows_2, columns * columns_2
+
+
+def _khatri_rao_shape(shapes: Sequence[Shape]) -> Shape:
+    if any(len(shape) != 2 for shape in shapes) or shapes[0][0] != shapes[1][0]:
+        message = f"products of the rows of shapes {shapes}"
+        raise ValueError(message)
+    return shapes[0][0], shapes[0][1] * shapes[1][1]
+
+
+def _khatri_rao(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    first, second = (array.astype(np.float64) for array in arrays)
+    return (first[:, :, None] * second[:, None, :]).reshape(len(first), -1)
+
+
 _COMBINATIONS: Final[dict[str, tuple[Callable[..., Shape], Callable[..., NDArray[Any]]]]] = {
     "scaled_rows": (_scaled_shape, _scaled_rows),
     "stack": (_stack_shape, lambda arrays, axis: np.concatenate(arrays, axis=axis)),
     "block_diagonal": (_block_diagonal_shape, _block_diagonal),
     "contract": (_contracted_shape, _contracted),
+    "khatri_rao": (_khatri_rao_shape, _khatri_rao),
+    "kronecker": (
+        _kronecker_shape,
+        lambda arrays: np.kron(*(array.astype(np.float64) for array in arrays)),
+    ),
 }

@@ -19,7 +19,6 @@ from lora_analysis.errors import MalformedFileError
 from lora_analysis.finding import Finding
 from lora_analysis.formats.build import AdapterParts
 from lora_analysis.formats.diffusion.image_findings import block_findings, copied_findings
-from lora_analysis.formats.diffusion.lycoris import refuse_other_methods
 from lora_analysis.formats.factors import (
     StatedScale,
     StoredPair,
@@ -28,6 +27,12 @@ from lora_analysis.formats.factors import (
 )
 from lora_analysis.formats.key_scheme import Role, StoredModules
 from lora_analysis.formats.peft.module_pairs import DORA
+from lora_analysis.formats.products import (
+    ProductModule,
+    product_module,
+    refuse_other_methods,
+    sort_products,
+)
 from lora_analysis.formats.side_tensors import side_finding
 from lora_analysis.formats.stored import contract, tensor
 
@@ -57,6 +62,7 @@ def complete_image(
     *,
     stated_scale: StatedScales = lambda _module, _rank: None,
     config: Mapping[str, Any] | None = None,
+    rename: Callable[[str], str] = str,
 ) -> AdapterParts:
     """Return the parts of an adapter of an image model.
 
@@ -68,6 +74,8 @@ def complete_image(
         Gives the scale of a module of a rank, if something besides its own tensors states it.
     config
         Facts about the file that a writer of the format needs.
+    rename
+        Gives the name of a module of LoHa or LoKr, if the file has no pairs of factors.
 
     Raises
     ------
@@ -78,12 +86,19 @@ def complete_image(
     """
     tensors = stored.tensors
     refuse_other_methods(stored.path, tensors.infos)
+    products, product_scales = _take_products(stored, rename)
     rest = _sort_extras(stored)
     pairs = [_completed(tensors, pair, stored.modules[pair.module]) for pair in stored.pairs()]
+    pairs += [product.pair for product in products]
+
+    def scale(pair: StoredPair, rank: int) -> StatedScale:
+        return product_scales.get(pair.module) or _scale(stored, stated_scale, pair, rank)
+
     return AdapterParts(
         pairs=pairs,
-        scale=partial(_scale, stored, stated_scale),
+        scale=scale,
         scale_findings=partial(_scale_findings, stored),
+        divisors={p.pair.module: p.rank for p in products if p.rank is not None},
         findings=(
             *_dora_findings(pairs),
             *block_findings(tensors, pairs),
@@ -99,6 +114,38 @@ def complete_image(
         metadata=tensors.metadata,
         **_facts(tensors.metadata),
     )
+
+
+def _take_products(
+    stored: StoredModules, rename: Callable[[str], str]
+) -> tuple[list[ProductModule], dict[str, StatedScale]]:
+    """Return the modules of LoHa and LoKr with their scales, and take their keys from the others.
+
+    The scale is alpha/r, and 1 without an alpha or, as LyCORIS decides, without a factored part.
+    """
+    patterns = list(dict.fromkeys(stored.patterns.values()))
+    rename = patterns[0].rename if patterns else rename
+    tensors, others = stored.tensors, dict.fromkeys(stored.others)
+    products: list[ProductModule] = []
+    scales: dict[str, StatedScale] = {}
+    for name, parts in sort_products(stored.others).items():
+        product = product_module(tensors, name, rename(name), parts)
+        extras = {role: f"{name}.{role}" for role in ("alpha", "scalar", "dora_scale")}
+        extras = {role: key for role, key in extras.items() if key in others}
+        for key in (*parts.values(), *extras.values()):
+            del others[key]
+        pair = product.pair
+        if "scalar" in extras:
+            pair = replace(pair, b=pair.b.times(_number(tensors, extras["scalar"])))
+        if "dora_scale" in extras:
+            pair = _with_norms(tensors, pair, extras["dora_scale"])
+        products.append(replace(product, pair=pair))
+        scales[pair.module] = StatedScale(1.0, None, "format")
+        if "alpha" in extras and product.rank is not None:
+            alpha = _number(tensors, extras["alpha"])
+            scales[pair.module] = scale_from_alpha(alpha, product.rank, "tensor")
+    stored.others[:] = others
+    return products, scales
 
 
 def _sort_extras(stored: StoredModules) -> dict[str, list[str]]:
@@ -196,7 +243,7 @@ def _scale_findings(
 ) -> list[Finding | str]:
     by_reason: dict[str, list[str]] = {}
     for module, scale in scales.items():
-        if scale.origin in ("format", "unknown"):
+        if scale.origin in ("format", "unknown") and module in stored.patterns:
             by_reason.setdefault(stored.patterns[module].reason, []).append(module)
     findings: list[Finding | str] = [*alpha_zero_finding(scales)]
     for reason, modules in by_reason.items():

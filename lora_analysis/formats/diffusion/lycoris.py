@@ -1,8 +1,7 @@
-"""LyCORIS files that hold no pair of factors: LoHa, LoKr, OFT, GLoRA, IA3, full differences.
+"""LyCORIS files without pairs of factors: LoHa, LoKr, and what is refused by name.
 
-Its LoCon has kohya's keys and is read by :mod:`~lora_analysis.formats.diffusion.kohya`. The
-others are recognized here so that they are refused by name. Reference: LyCORIS 4.1
-``lycoris/modules`` (``weight_list`` of each), T-LoRA.
+Its LoCon has kohya's keys and is read by :mod:`~lora_analysis.formats.diffusion.kohya`, and so is
+a mixed file. Reference: LyCORIS 4.1 ``lycoris/modules`` (``weight_list`` of each), T-LoRA.
 """
 
 from __future__ import annotations
@@ -11,6 +10,11 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import UnsupportedMethodError
+from lora_analysis.formats.build import build_adapter
+from lora_analysis.formats.diffusion.image_scheme import complete_image
+from lora_analysis.formats.diffusion.kohya import KEYS
+from lora_analysis.formats.key_scheme import StoredModules, sort_keys
+from lora_analysis.formats.products import other_method, refuse_other_methods, sort_products
 from lora_analysis.formats.sources import AdapterFiles, Format, tensors_at
 from lora_analysis.storage.tensors import open_tensors
 
@@ -21,43 +25,7 @@ if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter
     from lora_analysis.formats.options import ReadOptions
 
-# Last segments of a key, and the method they belong to. Segments, not substrings.
-_MARKS: Final = (
-    (re.compile(r"(?P<module>.+)\.hada_(w[12]_[ab]|t[12])"), "LoHa (Hadamard products)"),
-    (re.compile(r"(?P<module>.+)\.lokr_(w[12](_[ab])?|t[12])"), "LoKr (Kronecker products)"),
-    (re.compile(r"(?P<module>.+)\.oft_(blocks|diag)"), "OFT or BOFT (rotations of the weight)"),
-    (re.compile(r"(?P<module>.+)\.on_input"), "IA3 (rescaled activations)"),
-    (re.compile(r"(?P<module>.+)\.lambda_layer(\.weight)?"), "T-LoRA (a timestep-masked rank)"),
-)
-_GLORA: Final = re.compile(r"(?P<module>.+)\.(?P<part>[ab][12])\.weight")
 _FULL: Final = re.compile(r"(?P<module>.+)\.(diff|w_norm)")
-
-
-def _other_method(keys: Iterable[str]) -> tuple[str, str] | None:
-    """Return the method and the first key of a file that is not LoRA, None if there is none.
-
-    GLoRA's short names count only where one module has all four.
-    """
-    names = list(keys)
-    glora: dict[str, set[str]] = {}
-    for key in names:
-        for mark, method in _MARKS:
-            if mark.fullmatch(key):
-                return method, key
-        if match := _GLORA.fullmatch(key):
-            parts = glora.setdefault(match["module"], set())
-            parts.add(match["part"])
-            if len(parts) == 4:
-                return "GLoRA (ΔW = W·A + B)", key
-    return None
-
-
-def refuse_other_methods(path: object, keys: Iterable[str]) -> None:
-    """Raise if a file holds a method that is not LoRA, alone or next to pairs of factors."""
-    if match := _other_method(keys):
-        method, key = match
-        message = f"{path}: '{key}' belongs to {method}; its update is not s·B·A and is not read."
-        raise UnsupportedMethodError(message)
 
 
 class _LyCORIS(Format):
@@ -65,26 +33,32 @@ class _LyCORIS(Format):
 
     def locate(self, path: Path, options: ReadOptions) -> AdapterFiles | None:
         tensors = None if options.pair else tensors_at(path, options)
-        if tensors is None or not (_other_method(tensors.infos) or _dense_key(tensors.infos)):
+        if tensors is None:
             return None
-        return AdapterFiles(path, path)
+        keys = tensors.infos
+        is_of_lycoris = sort_products(keys) or other_method(keys) or _dense_key(keys)
+        return AdapterFiles(path, path) if is_of_lycoris else None
 
     def read(self, files: AdapterFiles, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG002
-        """Refuse the file by the name of its method.
+        """Read LoHa and LoKr as factors; refuse other files by the name of their method.
 
         Raises
         ------
         UnsupportedMethodError
-            Always.
+            The update of the method is not ``s·B·A``.
         """
-        keys = open_tensors(files.weights, allow_pickle=options.allow_pickle).infos
-        refuse_other_methods(files.path, keys)
-        message = (
-            f"{files.path}: '{_dense_key(keys)}' is the difference of a whole weight (LyCORIS "
-            "'full' or 'norm'), not a pair of factors. Extract a LoRA of it, or compare it as a "
-            "full fine-tune."
-        )
-        raise UnsupportedMethodError(message)
+        tensors = open_tensors(files.weights, allow_pickle=options.allow_pickle)
+        refuse_other_methods(files.path, tensors.infos)
+        if not sort_products(tensors.infos):
+            message = (
+                f"{files.path}: '{_dense_key(tensors.infos)}' is the difference of a whole weight "
+                "(LyCORIS 'full' or 'norm'), not a pair of factors. Extract a LoRA of it, or "
+                "compare it as a full fine-tune."
+            )
+            raise UnsupportedMethodError(message)
+        stored = sort_keys(StoredModules(files, tensors, options), KEYS)
+        parts = complete_image(stored, rename=KEYS[0].rename)
+        return build_adapter(files.path, self.name, tensors, options, parts)
 
 
 FORMAT: Final = _LyCORIS()

@@ -45,8 +45,6 @@ _VARIANTS: Final = {
 
 # Content of the files of other methods, if a word makes the reason plainer than the name does.
 _OTHER_METHODS: Final = {
-    "LOHA": "a Hadamard product of two products",
-    "LOKR": "a Kronecker product",
     "OFT": "a rotation of the weight",
     "BOFT": "a rotation of the weight",
     "HRA": "reflections of the weight",
@@ -192,8 +190,10 @@ def _refuse_other_methods(path: Path, raw: Mapping[str, Any]) -> None:
     if peft_type not in ("LORA", "ADALORA"):
         stored = _OTHER_METHODS.get(str(peft_type), "something else")
         message = (
-            f"{path}: peft_type is {peft_type!r}. Only 'LORA' and 'ADALORA' are read: the other "
-            f"methods do not store a plain product s·B·A (here: {stored})."
+            f"{path}: peft_type is {peft_type!r}. Only 'LORA', 'ADALORA', 'LOHA' and 'LOKR' are "
+            f"read: the other methods store no product that equals s·B·A (here: {stored}). Convert "
+            "it with PEFT's convert_to_lora, or merge it into its base and read the merged model "
+            "as a full fine-tune: `lora-analysis extract merged --base base`."
         )
         raise UnsupportedMethodError(message)
     for key, reason in _VARIANTS.items():

@@ -30,7 +30,12 @@ from lora_analysis.formats.factors import (
 )
 from lora_analysis.formats.fused_parts import FUSED_PARTS, split_parts
 from lora_analysis.formats.initial import StoredStart, check_start, less_starts, offset_finding
-from lora_analysis.formats.peft.adapter_config import CONFIG_NAME, PeftConfig, read_peft_config
+from lora_analysis.formats.peft.adapter_config import (
+    CONFIG_NAME,
+    PeftConfig,
+    method_of,
+    read_peft_config,
+)
 from lora_analysis.formats.peft.config_checks import (
     StoredModules,
     config_gaps,
@@ -46,6 +51,7 @@ from lora_analysis.formats.peft.module_pairs import (
     module_pairs,
     no_tensors,
 )
+from lora_analysis.formats.peft.product_reader import PRODUCT_METHODS, read_products
 from lora_analysis.formats.peft.tensor_keys import ALTERING, BASE_BIASES, SortedKeys, sort_keys
 from lora_analysis.formats.side_tensors import side_tensors
 from lora_analysis.formats.sources import (
@@ -110,6 +116,9 @@ class _PEFT(Format):
         """
         if files.config and files.config.get("enable_lora"):
             return read_merged_linear(files, options)
+        if files.config and str(method_of(files.config)) in PRODUCT_METHODS:
+            check_weights(files, options)
+            return read_products(files, options)
         config = PeftConfig()
         if files.config_path is not None:
             config = read_peft_config(files.config_path, files.config)
