@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lora_analysis.adapter import DenseUpdate as DenseUpdate
     from lora_analysis.adapter import LowRankUpdate as LowRankUpdate
     from lora_analysis.amplify import amplification as amplification
+    from lora_analysis.bases import as_weight as as_weight
     from lora_analysis.bases import open_base as open_base
     from lora_analysis.bases import read_fine_tune as read_fine_tune
     from lora_analysis.edit import approximate_fine_tune as approximate_fine_tune
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from lora_analysis.effective import effective_adapter as effective_adapter
     from lora_analysis.effective import effective_update as effective_update
     from lora_analysis.effective import initial_factors_from_base as initial_factors_from_base
+    from lora_analysis.formats import as_adapter as as_adapter
+    from lora_analysis.formats import as_update as as_update
     from lora_analysis.formats import find_adapters as find_adapters
     from lora_analysis.formats import read_adapter as read_adapter
     from lora_analysis.formats import write_adapter as write_adapter
@@ -52,7 +55,7 @@ if TYPE_CHECKING:
 _HOME = {
     "adapter": ("Adapter", "DenseUpdate", "LowRankUpdate"),
     "amplify": ("amplification",),
-    "bases": ("open_base", "read_fine_tune"),
+    "bases": ("as_weight", "open_base", "read_fine_tune"),
     "edit": (
         "approximate_fine_tune",
         "truncate",
@@ -61,7 +64,7 @@ _HOME = {
         "without_subspace",
     ),
     "effective": ("effective_adapter", "effective_update", "initial_factors_from_base"),
-    "formats": ("find_adapters", "read_adapter", "write_adapter"),
+    "formats": ("as_adapter", "as_update", "find_adapters", "read_adapter", "write_adapter"),
     "intruders": ("intruder_dimensions",),
     "lora": (
         "add_lora",
@@ -77,12 +80,34 @@ _HOME = {
     "spectra": ("singular_values", "spectrum"),
     "studies": ("Study", "study"),
 }
+# Reachable as attributes, and imported on use, like the names.
+_SUBMODULES = frozenset(
+    {
+        *_HOME,
+        "chance",
+        "conclusions",
+        "errors",
+        "finding",
+        "groups",
+        "integrations",
+        "linalg",
+        "names",
+        "pairwise",
+        "patterns",
+        "results",
+        "shared_init",
+        "training",
+        "weight_changes",
+    }
+)
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = sorted([*_MODULE_OF, "__version__"])  # noqa: PLE0605  (a list of str, built)
 
 
 def __getattr__(name: str) -> object:
+    if name in _SUBMODULES:
+        return import_module(f"lora_analysis.{name}")
     if name not in _MODULE_OF:
         message = f"module 'lora_analysis' has no attribute {name!r}"
         raise AttributeError(message)

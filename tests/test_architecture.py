@@ -30,6 +30,7 @@ LEVELS = {
     "finding": 1,
     "names": 1,
     "patterns": 2,
+    "results": 2,
     "adapter": 3,
     "chance": 3,
     "storage": 3,
@@ -61,7 +62,7 @@ LEVELS = {
 HEAVY = {
     "torch": {"lora", "spectra", "training"},  # spectra: on a device only
     "matplotlib": {"plots", "report"},
-    "pandas": {"studies", "report"},
+    "pandas": {"results", "studies", "report"},
     "gguf": {"bases", "storage"},
     "bitsandbytes": {"training"},  # to say that it is missing
     "compressed_tensors": set(),

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import UnsupportedMethodError
 from lora_analysis.formats.sources import AdapterFiles, Format, tensors_at
-from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from lora_analysis.adapter import Adapter
     from lora_analysis.formats.options import ReadOptions
+    from lora_analysis.storage.tensors import NamedTensors
 
 # Last segments of a key, and the method they belong to. Segments, not substrings.
 _MARKS: Final = (
@@ -64,10 +64,13 @@ class _LyCORIS(Format):
     name = "lycoris"
 
     def locate(self, path: Path, options: ReadOptions) -> AdapterFiles | None:
-        tensors = None if options.pair else tensors_at(path, options)
-        if tensors is None or not (_other_method(tensors.infos) or _dense_key(tensors.infos)):
-            return None
-        return AdapterFiles(path, path)
+        tensors = tensors_at(path, options)
+        is_located = tensors is not None and self.recognizes(tensors, options)
+        return AdapterFiles(path, path) if is_located else None
+
+    def recognizes(self, tensors: NamedTensors, options: ReadOptions) -> bool:
+        keys = tensors.infos
+        return options.pair is None and bool(_other_method(keys) or _dense_key(keys))
 
     def read(self, files: AdapterFiles, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG002
         """Refuse the file by the name of its method.
@@ -77,7 +80,7 @@ class _LyCORIS(Format):
         UnsupportedMethodError
             Always.
         """
-        keys = open_tensors(files.weights, allow_pickle=options.allow_pickle).infos
+        keys = files.open(options).infos
         refuse_other_methods(files.path, keys)
         message = (
             f"{files.path}: '{_dense_key(keys)}' is the difference of a whole weight (LyCORIS "
