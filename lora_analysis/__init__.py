@@ -1,12 +1,13 @@
 """Analyze what a LoRA adapter learned, seen from its weights.
 
-The public names below are loaded on first use: ``import lora_analysis`` alone imports neither
-numpy nor torch.
+The public names below and the modules are loaded on first use: ``import lora_analysis`` alone
+imports neither numpy nor torch.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 __version__ = "0.2.0"
@@ -80,35 +81,16 @@ _HOME = {
     "spectra": ("singular_values", "spectrum"),
     "studies": ("Study", "study"),
 }
-# Reachable as attributes, and imported on use, like the names.
-_SUBMODULES = frozenset(
-    {
-        *_HOME,
-        "chance",
-        "conclusions",
-        "errors",
-        "finding",
-        "groups",
-        "integrations",
-        "linalg",
-        "names",
-        "pairwise",
-        "patterns",
-        "results",
-        "shared_init",
-        "training",
-        "weight_changes",
-    }
-)
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = sorted([*_MODULE_OF, "__version__"])  # noqa: PLE0605  (a list of str, built)
 
 
 def __getattr__(name: str) -> object:
-    if name in _SUBMODULES:
-        return import_module(f"lora_analysis.{name}")
     if name not in _MODULE_OF:
+        # Every module is an attribute, imported on use.
+        if not name.startswith("_") and find_spec(f"lora_analysis.{name}"):
+            return import_module(f"lora_analysis.{name}")
         message = f"module 'lora_analysis' has no attribute {name!r}"
         raise AttributeError(message)
     if _MODULE_OF[name] == "lora":

@@ -10,6 +10,7 @@ import base64
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from html import escape
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
@@ -103,6 +104,26 @@ def _summary(value: Any) -> Mapping[str, Any]:
     if isinstance(value, np.ndarray):
         return {"count": value.size, "first": value[:1].sum(), "last": value[-1:].sum()}
     return {"value": value}
+
+
+def short_repr(self: Any) -> str:
+    """Return one line for a dataclass: shapes of arrays, names of nested values.
+
+    The ``__repr__`` of results that hold many numbers.
+    """
+    parts = []
+    for item in fields(self):
+        value = getattr(self, item.name)
+        if isinstance(value, np.ndarray):
+            text = f"array {value.shape}"
+        elif value is None or isinstance(value, str | bool | int | float):
+            text = repr(value)
+        elif isinstance(value, tuple) and all(isinstance(entry, str) for entry in value):
+            text = repr(value) if len(value) <= 4 else f"{len(value)} names"
+        else:
+            text = type(value).__name__
+        parts.append(f"{item.name}={text}")
+    return f"{type(self).__name__}({', '.join(parts)})"
 
 
 def frame(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> pd.DataFrame:

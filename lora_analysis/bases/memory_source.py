@@ -176,9 +176,9 @@ def as_weight(W: Any) -> Weight | NDArray[np.floating]:
     array = W if is_tensor(W) else np.asarray(W)
     if isinstance(array, np.ndarray) and array.ndim == 2 and array.dtype.kind in "fiu":
         return array if array.dtype.kind == "f" else array.astype(np.float64)
-    found = f"{array.dtype} of shape {tuple(array.shape)}" if is_array(W) else type(W).__name__
+    kind = f"{array.dtype} of shape {tuple(array.shape)}" if is_array(W) else type(W).__name__
     message = (
-        f"No base weight can be made of {found}. Accepted: a floating-point matrix (d_out, d_in), "
+        f"No base weight can be made of {kind}. Accepted: a floating-point matrix (d_out, d_in), "
         "a weight of open_base, or a linear, Conv1D, embedding or convolution layer."
     )
     raise InputError(message)

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from lora_analysis.formats.live import ModelReader as ModelReader
     from lora_analysis.formats.live import as_adapter as as_adapter
     from lora_analysis.formats.live import as_update as as_update
-    from lora_analysis.formats.live import distinct_labels as distinct_labels
     from lora_analysis.formats.live import is_adapter_like as is_adapter_like
     from lora_analysis.formats.live import map_modules as map_modules
+    from lora_analysis.formats.live import unique_labels as unique_labels
     from lora_analysis.formats.load import each_once as each_once
     from lora_analysis.formats.load import expanded as expanded
     from lora_analysis.formats.load import find_adapters as find_adapters
@@ -41,7 +41,7 @@ _HOME = {
         "ModelReader",
         "as_adapter",
         "as_update",
-        "distinct_labels",
+        "unique_labels",
         "is_adapter_like",
         "map_modules",
     ),

@@ -210,7 +210,7 @@ def map_modules(
             "An adapter and a single update cannot be compared. Choose a module: adapter[name]."
         )
         raise InputError(message)
-    adapters = distinct_labels([as_adapter(source) for source in sources])
+    adapters = unique_labels([as_adapter(source) for source in sources])
     first, *others = adapters
     names = {module: (module,) for module in first}
     for other in others:
@@ -231,7 +231,7 @@ def map_modules(
     return ByModule(results, " and ".join(adapter.label for adapter in adapters))
 
 
-def distinct_labels(adapters: Sequence[Adapter]) -> list[Adapter]:
+def unique_labels(adapters: Sequence[Adapter]) -> list[Adapter]:
     """Return the adapters, with a number appended to labels that are already taken."""
     seen: dict[str, int] = {}
     result = []

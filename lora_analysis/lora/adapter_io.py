@@ -163,9 +163,11 @@ def _update(name: str, A: Tensor, B: Tensor, factors: LoraFactors, **fields: Any
 
 
 def load_adapter_into(
-    model: nn.Module, adapter: Adapter, *, name: str = "default", trainable: bool = False
+    model: nn.Module, adapter: Any, *, name: str = "default", trainable: bool = False
 ) -> list[str]:
     """Put an adapter into ``model``, in place and active: its factors, scales and trained modules.
+
+    The adapter may have any form that :func:`as_adapter` takes.
 
     Each module gets the rank and scale it has in the adapter. The whole model is frozen; with
     ``trainable``, the adapter takes gradients and its training can continue.
@@ -191,6 +193,7 @@ def load_adapter_into(
     InputError
         An update is dense, or the name is taken.
     """
+    adapter = as_adapter(adapter)
     refuse_more_than_factors(
         adapter.config,
         adapter.label,

@@ -185,11 +185,11 @@ def _applied_scale(
     pair: StoredPair, files: AdapterFiles, scales: Mapping[str, StatedScale]
 ) -> StatedScale:
     """Return the scale of a module, that of its live layer if it is not the config's."""
-    stated, applied = scales[pair.module], files.scales.get(pair.a.name)
+    scale, applied = scales[pair.module], files.scales.get(pair.a.name)
     if applied is None or (
-        stated.scale is not None and math.isclose(stated.scale, applied, rel_tol=1e-9)
+        scale.scale is not None and math.isclose(scale.scale, applied, rel_tol=1e-9)
     ):
-        return stated
+        return scale
     return StatedScale(applied, None, "model")
 
 
