@@ -47,6 +47,7 @@ LEVELS = {
     "pairwise": 8,
     "similarity": 6,
     "weight_changes": 6,
+    "integrations": 7,
     "groups": 8,
     "studies": 7,
     "training": 7,

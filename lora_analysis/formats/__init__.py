@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lora_analysis.formats.live import as_update as as_update
     from lora_analysis.formats.live import is_adapter_like as is_adapter_like
     from lora_analysis.formats.live import map_modules as map_modules
+    from lora_analysis.formats.live import read_factors as read_factors
     from lora_analysis.formats.live import unique_labels as unique_labels
     from lora_analysis.formats.load import each_once as each_once
     from lora_analysis.formats.load import expanded as expanded
@@ -44,6 +45,7 @@ _HOME = {
         "unique_labels",
         "is_adapter_like",
         "map_modules",
+        "read_factors",
     ),
     "load": ("each_once", "expanded", "find_adapters", "load_adapter", "read_adapter"),
     "options": ("ReadOptions",),

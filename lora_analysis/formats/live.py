@@ -175,6 +175,14 @@ def as_update(source: Any, *, name: str = "update", adapter_name: str | None = N
     raise InputError(message)
 
 
+def read_factors(model: Any, *, adapter_name: str | None = None) -> Adapter:
+    """Return the adapter of a live model as `as_adapter` does, without what was trained in full.
+
+    Heads, biases and new tokens, which may be large, are not copied.
+    """
+    return _read_model(model, adapter_name, ReadOptions(), whole=False)
+
+
 def is_adapter_like(source: object) -> bool:
     """Return True for what `as_adapter` takes, False for a single update, layer or spectrum."""
     if is_torch_module(source):
@@ -311,7 +319,9 @@ def _is_own_layer(module: Any) -> bool:
     return {"adapters", "base_layer"} <= getattr(module, "_modules", {}).keys()
 
 
-def _read_model(model: Any, adapter_name: str | None, options: ReadOptions) -> Adapter:
+def _read_model(
+    model: Any, adapter_name: str | None, options: ReadOptions, *, whole: bool = True
+) -> Adapter:
     for reader in MODEL_READERS:
         if reader.recognizes(model):
             return reader.read(model, adapter_name, options.label)
@@ -325,7 +335,9 @@ def _read_model(model: Any, adapter_name: str | None, options: ReadOptions) -> A
     if not layers:
         read_peft_config(config_path, config)  # other methods, such as prompts, have no layers
         raise _no_layers(model)
-    tensors = dict(_named_tensors(model, layers, name, config))
+    tensors = dict(_factors(layers, name, config))
+    if whole:
+        tensors |= _trained_in_full(model, layers, name, config)
     label = options.label or (name if name != _DEFAULT else _name_of(base))
     stored = MemoryTensors(f"{type(model).__name__} {name}", tensors)
     files = AdapterFiles(
@@ -419,10 +431,10 @@ def _plain_value(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def _named_tensors(
-    model: Any, layers: Mapping[str, Any], adapter: str, config: Mapping[str, Any]
+def _factors(
+    layers: Mapping[str, Any], adapter: str, config: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any]]:
-    """Yield the tensors of one adapter under the names that PEFT saves them with.
+    """Yield the factors of one adapter under the names that PEFT saves them with.
 
     Raises
     ------
@@ -437,17 +449,24 @@ def _named_tensors(
             )
             raise InputError(message)
         yield from _layer_tensors(_stored_name(name), layer, adapter, config)
+
+
+def _trained_in_full(
+    model: Any, layers: Mapping[str, Any], adapter: str, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return modules trained in full, new rows of embeddings, and biases."""
+    tensors = {}
     for name, module in model.named_modules():
-        # Modules trained in full, and new rows of an embedding.
         copies = getattr(module, "modules_to_save", None)
         if is_torch_module(copies) and adapter in copies:
             for key, value in copies[adapter].state_dict().items():
-                yield f"{_stored_name(name)}.{key}", value
+                tensors[f"{_stored_name(name)}.{key}"] = value
         tokens = getattr(getattr(module, "token_adapter", None), "trainable_tokens_delta", None)
         if tokens is not None and adapter in tokens and not module.token_adapter.tied_adapter:
             key = f"{_stored_name(name)}.token_adapter.trainable_tokens_delta"
-            yield key, tokens[adapter]
-    yield from _biases(model, layers, str(config.get("bias") or "none"))
+            tensors[key] = tokens[adapter]
+    tensors.update(_biases(model, layers, str(config.get("bias") or "none")))
+    return tensors
 
 
 def _stored_name(name: str) -> str:
