@@ -53,7 +53,7 @@ def _frozen_matrix(value: ArrayLike, *, role: str, name: str) -> NDArray[np.floa
 def _type_name(value: Any) -> str:
     """Return the name of an array's or tensor's type, as "bfloat16"."""
     if linalg.is_tensor(value):
-        return str(value.dtype).removeprefix("torch.")  # type: ignore[attr-defined]
+        return str(value.dtype).removeprefix("torch.")
     return np.asarray(value).dtype.name
 
 

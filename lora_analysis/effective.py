@@ -79,17 +79,17 @@ def effective_update(update: Any, W: Any) -> Update:
     -----
     ``O(d_out·d_in·r)`` and one dense float64 matrix; KaSA takes the whole SVD of W.
     """
-    update = as_update(update)
-    if not isinstance(update, LowRankUpdate) or not update.variant:
-        return update
-    W = as_weight(W)
-    weight = W.array() if isinstance(W, Weight) else W
-    check_weight_shape(update, weight)
-    if update.variant == "DoRA":
-        return _dora(update, weight.astype(np.float64))
-    if update.variant == "KaSA":
-        return _kasa(update, weight.astype(np.float64))
-    message = f"The effective update of '{update.name}' is not known for '{update.variant}'."
+    part = as_update(update)
+    if not isinstance(part, LowRankUpdate) or not part.variant:
+        return part
+    base = as_weight(W)
+    weight = base.array() if isinstance(base, Weight) else base
+    check_weight_shape(part, weight)
+    if part.variant == "DoRA":
+        return _dora(part, weight.astype(np.float64))
+    if part.variant == "KaSA":
+        return _kasa(part, weight.astype(np.float64))
+    message = f"The effective update of '{part.name}' is not known for '{part.variant}'."
     raise UnsupportedMethodError(message)
 
 
@@ -121,21 +121,21 @@ def effective_adapter(adapter: Any, base: Any = None, *, transposed: bool | None
     if base is None and not is_torch_module(adapter):
         message = "effective_adapter needs the base weights, unless the adapter is a live model."
         raise InputError(message)
-    base = as_base(adapter if base is None else base)
-    adapter = as_adapter(adapter)
-    check_experts(adapter, base)
-    base = base.matched_to([adapter])
-    if transposed is None and adapter.provenance.format in _ROWS_ARE_OUTPUTS:
+    weights = as_base(adapter if base is None else base)
+    parts = as_adapter(adapter)
+    check_experts(parts, weights)
+    weights = weights.matched_to([parts])
+    source = parts.provenance
+    if transposed is None and source.format in _ROWS_ARE_OUTPUTS:
         transposed = False
-    source = adapter.provenance
     findings = [finding for finding in source.findings if finding.code not in _LOW_RANK_PART]
     if len(findings) < len(source.findings):
-        findings.append(Finding("whole-change", {"base": base.address or base.label}))
-    effective = adapter.copy_with(
-        updates={name: partial(_effective, adapter, name, base, transposed) for name in adapter}
+        findings.append(Finding("whole-change", {"base": weights.address or weights.label}))
+    effective = parts.copy_with(
+        updates={name: partial(_effective, parts, name, weights, transposed) for name in parts}
     )
     return effective.with_provenance(
-        findings=tuple(findings), also_read=(*source.also_read, *base.inputs)
+        findings=tuple(findings), also_read=(*source.also_read, *weights.inputs)
     )
 
 

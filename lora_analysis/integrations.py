@@ -20,7 +20,7 @@ from lora_analysis.formats import as_adapter, read_factors
 from lora_analysis.names import match_names
 from lora_analysis.patterns import choose_names, module_type
 from lora_analysis.similarity import energy_overlap
-from lora_analysis.spectra import Spectrum, spectrum
+from lora_analysis.spectra import SIDES, Spectrum, spectrum
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -197,9 +197,9 @@ class SubspaceCallback:
         if name in self._last:
             others["last"] = self._last[name]
         for what, other in others.items():
-            for side, axis in (("output", 0), ("input", 1)):
-                if current.shape[axis] == other.shape[axis]:
-                    numbers[f"omega_{what}_{side}"] = energy_overlap(current, other, side=side)  # type: ignore[arg-type]
+            for side in SIDES:
+                if current.shape == other.shape:
+                    numbers[f"omega_{what}_{side}"] = energy_overlap(current, other, side=side)
         return numbers
 
     def _drift(self, name: str, update: Any) -> dict[str, float]:

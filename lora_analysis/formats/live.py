@@ -167,7 +167,8 @@ def as_update(source: Any, *, name: str = "update", adapter_name: str | None = N
         and all(map(is_array, source[:2]))
     ):
         scale = source[2] if len(source) == 3 else None
-        return LowRankUpdate(name, *source[:2], scale=None if scale is None else float(scale))
+        A, B = source[:2]
+        return LowRankUpdate(name, A, B, None if scale is None else float(scale))
     if is_array(source) and source.ndim == 2:
         return DenseUpdate(name, source)
     shape = f" of shape {tuple(source.shape)}" if is_array(source) else ""
@@ -220,7 +221,7 @@ def map_modules(
         raise InputError(message)
     adapters = unique_labels([as_adapter(source) for source in sources])
     first, *others = adapters
-    names = {module: (module,) for module in first}
+    names: dict[str, tuple[str, ...]] = {module: (module,) for module in first}
     for other in others:
         matched = match_names(first, other).pairs
         names = {module: (module, matched[module]) for module in first if module in matched}
@@ -372,11 +373,11 @@ def _choose(
     names = list(dict.fromkeys((*configs, *in_layers)))
     if name is not None:
         if name in names:
-            return name
+            return str(name)
         message = f"The {type(model).__name__} has no adapter '{name}'; it has {names}."
         raise InputError(message)
     if len(names) == 1:
-        return names[0]
+        return str(names[0])
     if not names:
         raise _no_layers(model)
     active = getattr(next(iter(layers.values()), None), "active_adapters", ())
@@ -457,7 +458,7 @@ def _trained_in_full(
     """Return modules trained in full, new rows of embeddings, and biases."""
     tensors = {}
     for name, module in model.named_modules():
-        copies = getattr(module, "modules_to_save", None)
+        copies: Any = getattr(module, "modules_to_save", None)
         if is_torch_module(copies) and adapter in copies:
             for key, value in copies[adapter].state_dict().items():
                 tensors[f"{_stored_name(name)}.{key}"] = value
@@ -539,7 +540,7 @@ def _biases(model: Any, layers: Mapping[str, Any], mode: str) -> Iterator[tuple[
 
 def _all_factors(layer: Any) -> Iterator[Any]:
     for role in getattr(layer, "adapter_layer_names", ()):
-        container = getattr(layer, role, None)
+        container: Any = getattr(layer, role, None)
         if is_torch_module(container):
             yield from container.parameters()
 

@@ -246,15 +246,16 @@ def _as_grid(
     if isinstance(a, SimilarityGrid):
         return a
     if b is not None:
-        grid = subspace_similarity(a, b, side=side, of=of)
-        if not isinstance(grid, SimilarityGrid):
-            if len(grid) > 1:
-                message = (
-                    f"A heat map shows one module, but {grid.label} have {len(grid)} in common. "
-                    f"Choose one: plot_similarity(a['{next(iter(grid))}'], b[…])."
-                )
-                raise InputError(message)
-            (grid,) = grid.values()
+        grids = subspace_similarity(a, b, side=side, of=of)
+        if isinstance(grids, SimilarityGrid):
+            return grids
+        if len(grids) > 1:
+            message = (
+                f"A heat map shows one module, but {grids.label} have {len(grids)} in common. "
+                f"Choose one: plot_similarity(a['{next(iter(grids))}'], b[…])."
+            )
+            raise InputError(message)
+        grid: SimilarityGrid = next(iter(grids.values()))
         return grid
     values = linalg.to_numpy(a) if linalg.is_array(a) or isinstance(a, list | tuple) else None
     if values is None or values.ndim != 2 or values.dtype.kind not in "fiu":

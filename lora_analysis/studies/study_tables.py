@@ -136,7 +136,7 @@ def study(
         level
         for source in reference
         if is_reference_file(source)
-        for level in read_reference(source)  # type: ignore[arg-type]  # a path
+        for level in read_reference(source)
     ]
     if is_adapter_like(adapters):
         adapters = [adapters]
