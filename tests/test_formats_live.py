@@ -54,6 +54,7 @@ def assert_same_adapter(live: Adapter, stored: Adapter) -> None:
     ]
     assert dict(live.provenance.scale_origin) == dict(stored.provenance.scale_origin)
     assert live.provenance.rank == stored.provenance.rank
+    assert live.provenance.base_model == stored.provenance.base_model
     assert set(live.saved_modules) == set(stored.saved_modules)
     for name, value in stored.saved_modules.items():
         np.testing.assert_array_equal(live.saved_modules[name], value)
@@ -212,10 +213,32 @@ def test_a_model_with_injected_layers_gives_the_same_adapter() -> None:
 
 
 def test_wrappers_around_a_model_change_nothing() -> None:
+    from peft import LoraConfig
+
     model = peft_model("llama", {})
     wrapper = torch.nn.Module()
-    wrapper.module = model
-    assert_same_adapter(as_adapter(wrapper), as_adapter(model))
+    wrapper.policy = model
+    injected = MODELS["llama"]()[0]
+    injected.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    for wrapped, plain in (
+        (wrapper, model),
+        (torch.nn.DataParallel(model), model),
+        (torch.nn.DataParallel(injected), injected),
+        (torch.compile(injected), injected),
+    ):
+        live = as_adapter(wrapped)
+        assert_same_adapter(live, as_adapter(plain))
+        assert live.label == "LlamaForCausalLM"
+
+
+def test_layers_of_loralib_are_read_from_their_state_dict() -> None:
+    model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 3)})
+    model["q_proj"].lora_A = torch.nn.Parameter(torch.ones(2, 4))
+    model["q_proj"].lora_B = torch.nn.Parameter(torch.ones(3, 2))
+    model["q_proj"].scaling = 0.5
+    with pytest.raises(InputError, match=r"Pass model\.state_dict\(\) with alpha= or scale="):
+        as_adapter(model)
+    assert list(as_adapter(model.state_dict(), scale=0.5)) == ["q_proj"]
 
 
 def test_a_scale_that_was_changed_in_the_layers_is_the_one_that_counts() -> None:

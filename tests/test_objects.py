@@ -30,6 +30,7 @@ from lora_analysis.pairwise import pairwise
 from lora_analysis.results import ByModule
 from lora_analysis.similarity import chordal_distance, random_similarity
 from lora_analysis.spectra import weight_svd
+from lora_analysis.studies import StudySpec
 from lora_analysis.weight_changes import magnitude_direction
 
 
@@ -177,6 +178,10 @@ def test_a_study_takes_models_files_and_mappings(
     pd.testing.assert_frame_equal(live.spectra, values.spectra)
     pd.testing.assert_frame_equal(live.pairs, values.pairs)
     assert len(live.amplifications)
+    with pytest.raises(InputError, match="PeftModel is in memory: with an executor"):
+        StudySpec((path, peft)).check_sources()
+    with pytest.raises(InputError, match="The base PeftModel is open already"):
+        StudySpec((path,), base=peft).check_sources()
     assert list(la.study(peft).adapters) == ["first"]
     assert list(la.study(str(path)).adapters) == ["second"]
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 
 from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate, Provenance
-from lora_analysis.errors import InputError, UnknownFormatError, UnsupportedMethodError
+from lora_analysis.errors import InputError, UnknownFormatError
 from lora_analysis.formats.load import load_adapter
 from lora_analysis.formats.options import ReadOptions
 from lora_analysis.formats.peft.adapter_config import CONFIG_NAME, read_peft_config
@@ -45,6 +45,13 @@ _UPDATES: Final = (
 )
 # What PEFT's wrappers of modules trained in full, and of single tokens, have in place of factors.
 _IN_FULL: Final = frozenset({"modules_to_save", "token_adapter", "trainable_tokens_delta"})
+# Wrappers of a whole model, and the attribute with the model.
+_WRAPPERS: Final = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "DeepSpeedEngine": "module",
+    "OptimizedModule": "_orig_mod",
+}
 # The name of PEFT for an adapter whose user gave none.
 _DEFAULT: Final = "default"
 
@@ -323,6 +330,8 @@ def _is_own_layer(module: Any) -> bool:
 def _read_model(
     model: Any, adapter_name: str | None, options: ReadOptions, *, whole: bool = True
 ) -> Adapter:
+    while wrapped := _WRAPPERS.get(type(model).__name__):
+        model = getattr(model, wrapped)
     for reader in MODEL_READERS:
         if reader.recognizes(model):
             return reader.read(model, adapter_name, options.label)
@@ -353,9 +362,15 @@ def _read_model(
 
 
 def _no_layers(model: Any) -> InputError:
+    kind = type(model).__name__
+    if any(name.endswith("lora_A") for name, _ in model.named_parameters()):
+        return InputError(
+            f"The LoRA layers of the {kind} are not PEFT's (loralib?). Pass model.state_dict() "
+            "with alpha= or scale=."
+        )
     return InputError(
-        f"The {type(model).__name__} has no adapter: none was added, or it is merged. Unmerge it "
-        "first, or read the saved adapter."
+        f"The {kind} has no adapter: none was added, or it is merged. Unmerge it first, or read "
+        "the saved adapter."
     )
 
 
@@ -489,13 +504,6 @@ def _layer_tensors(
     rows = _remaining_rows(name, adapter, config)
     for role in dict.fromkeys(roles):
         container = getattr(layer, role, None)
-        if is_array(container):  # shared by all adapters, or another library's layer
-            message = (
-                f"'{name}.{role}' of a {type(layer).__name__} is a parameter without an adapter's "
-                "name, not one of PEFT's LoRA layers. Pass model.state_dict() with alpha= or "
-                "scale=."
-            )
-            raise UnsupportedMethodError(message)
         if container is None or adapter not in container:
             continue
         value = container[adapter]
