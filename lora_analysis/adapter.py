@@ -16,6 +16,7 @@ from lora_analysis import linalg
 from lora_analysis.errors import IncompatibleError, InputError, ScaleError
 from lora_analysis.finding import Finding, as_findings
 from lora_analysis.patterns import natural_key, near_names
+from lora_analysis.results import short_repr
 from lora_analysis.text import html_facts
 
 if TYPE_CHECKING:
@@ -211,6 +212,8 @@ class LowRankUpdate(_LowRankMetadata):
                 raise InputError(message)
             put(self, "magnitude", _frozen_matrix(norms, role="magnitude", name=self.name)[0])
 
+    __repr__ = short_repr
+
     @property
     def rank(self) -> int:
         """Columns of B: the rank of the factors, not that of the matrix ΔW."""
@@ -261,6 +264,8 @@ class DenseUpdate(_Metadata):
         dtype = self.stored_dtype or _type_name(self.delta)
         object.__setattr__(self, "delta", delta)
         object.__setattr__(self, "stored_dtype", dtype)
+
+    __repr__ = short_repr
 
     @property
     def rank(self) -> int:

@@ -149,7 +149,8 @@ def heat_map(values: NDArray[np.float64], labels: tuple[str, str]) -> str:
     step = max(1, -(-max(rows, columns) // 128))  # cells that no eye tells apart are left out
     image = base64.b64encode(_png(_colors(values[::step, ::step]))).decode()
     scale = _SIDE / max(rows, columns)
-    width, height = max(columns * scale, 12), max(rows * scale, 12)
+    # Room for the first and the last number along each axis.
+    width, height = max(columns * scale, 34), max(rows * scale, 26)
     picture = (
         f'<image x="34" y="6" width="{width:.1f}" height="{height:.1f}" '
         'preserveAspectRatio="none" style="image-rendering:pixelated" '
@@ -157,7 +158,7 @@ def heat_map(values: NDArray[np.float64], labels: tuple[str, str]) -> str:
     )
     texts = [
         _svg_text(34, height + 20, "1", "start"),
-        _svg_text(34 + width, height + 20, str(columns), "end"),
+        _svg_text(34 + width, height + 20, str(columns) if columns > 1 else "", "end"),
         _svg_text(34 + width / 2, height + 34, f"j ({labels[1]})", "middle"),
         _svg_text(30, 16, "1", "end"),
         _svg_text(30, height + 6, str(rows) if rows > 1 else "", "end"),
@@ -172,12 +173,13 @@ def curve(values: NDArray[np.float64], rank: int) -> str:
 
     Values from ``rank`` on are left out.
     """
-    shown_values = values[:rank]
-    if not shown_values.size or not (shown_values > 0).all():
+    leading = values[:rank]
+    if not leading.size or not (leading > 0).all():
         return ""
-    logs = np.log10(shown_values / shown_values.max())
+    logs = np.log10(leading / leading.max())
     span = max(float(-logs.min()), 0.1)
-    x = 44 + np.linspace(0, _SIDE, len(logs)) if len(logs) > 1 else np.array([44.0])
+    left = 60.0
+    x = left + np.linspace(0, _SIDE, len(logs)) if len(logs) > 1 else np.array([left])
     y = 8 - 90 * logs / span
     step = max(1, len(logs) // 256)
     points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x[::step], y[::step], strict=True))
@@ -188,13 +190,13 @@ def curve(values: NDArray[np.float64], rank: int) -> str:
     )
     line = f'<polyline points="{points}" fill="none" stroke="{_LINE}" stroke-width="1.4"/>'
     texts = [
-        _svg_text(40, 12, f"{shown_values[0]:.2g}", "end"),
-        _svg_text(40, 102, f"{shown_values.min():.2g}" if len(logs) > 1 else "", "end"),
-        _svg_text(44, 118, "1", "middle"),
-        _svg_text(44 + _SIDE, 118, str(len(logs)) if len(logs) > 1 else "", "middle"),
-        _svg_text(44 + _SIDE / 2, 118, "i", "middle"),
+        _svg_text(left - 4, 12, f"{leading[0]:.3g}", "end"),
+        _svg_text(left - 4, 102, f"{leading.min():.3g}" if len(logs) > 1 else "", "end"),
+        _svg_text(left, 118, "1", "middle"),
+        _svg_text(left + _SIDE, 118, str(len(logs)) if len(logs) > 1 else "", "middle"),
+        _svg_text(left + _SIDE / 2, 118, "i", "middle"),
     ]
-    return _svg(44 + _SIDE + 20, 124, line + dots + "".join(texts), "singular values")
+    return _svg(left + _SIDE + 20, 124, line + dots + "".join(texts), "singular values")
 
 
 def _svg(width: float, height: float, content: str, title: str) -> str:

@@ -256,6 +256,8 @@ def results(rng: np.random.Generator) -> dict[str, Any]:
     spectra = [la.spectrum(update) for update in (a, b)]
     first, second = adapter(rng, label="a"), adapter(rng, label="b")
     return {
+        "update": a,
+        "dense": la.as_update(W),
         "grid": la.subspace_similarity(a, b),
         "spectrum": spectra[0],
         "amplification": la.amplification(a, W, unrelated=[b], through_weight=2),
