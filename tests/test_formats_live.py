@@ -16,9 +16,14 @@ from safetensors.numpy import load_file
 from test_formats_peft_oracle import MODELS, VARIANTS, assert_same_updates, peft_deltas, peft_model
 
 from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate
-from lora_analysis.bases import open_base
+from lora_analysis.bases import as_weight, open_base
 from lora_analysis.effective import effective_adapter
-from lora_analysis.errors import InputError, UnknownFormatError, UnsupportedMethodError
+from lora_analysis.errors import (
+    BaseWeightError,
+    InputError,
+    UnknownFormatError,
+    UnsupportedMethodError,
+)
 from lora_analysis.formats import as_adapter, as_update, read_adapter, write_adapter
 from lora_analysis.lora import add_lora, extract_adapter
 
@@ -301,12 +306,18 @@ def test_own_layers_are_read_like_those_of_peft() -> None:
 
 
 def test_a_quantized_base_is_not_needed() -> None:
-    model = peft_model("llama", {})
-    for layer in model.modules():
-        if hasattr(layer, "lora_A"):
-            packed = torch.zeros(8, 1, dtype=torch.uint8)
-            layer.base_layer.weight = torch.nn.Parameter(packed, requires_grad=False)
-    assert len(as_adapter(model)) == 36
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    layer = bitsandbytes.nn.Linear4bit(64, 32, bias=False, compute_dtype=torch.float32)
+    base = torch.nn.ModuleDict({"q_proj": layer})
+    base.load_state_dict({"q_proj.weight": torch.randn(32, 64)})
+    base = base.to("cpu")  # quantizes
+    assert base["q_proj"].weight.dtype == torch.uint8
+    base.is_loaded_in_4bit = True
+    model = with_peft(base, target_modules=["q_proj"])
+    assert type(model.base_model.model["q_proj"]).__name__ == "Linear4bit"
+    assert_same_updates(as_adapter(model), peft_deltas(model))
+    with pytest.raises(BaseWeightError, match="belongs to a quantized weight"):
+        as_weight(model.base_model.model["q_proj"])
 
 
 def test_a_merged_adapter_is_refused() -> None:
