@@ -1,12 +1,13 @@
 """Analyze what a LoRA adapter learned, seen from its weights.
 
-The public names below are loaded on first use: ``import lora_analysis`` alone imports neither
-numpy nor torch.
+The public names below and the modules are loaded on first use: ``import lora_analysis`` alone
+imports neither numpy nor torch.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 __version__ = "0.2.0"
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from lora_analysis.adapter import DenseUpdate as DenseUpdate
     from lora_analysis.adapter import LowRankUpdate as LowRankUpdate
     from lora_analysis.amplify import amplification as amplification
+    from lora_analysis.bases import as_weight as as_weight
     from lora_analysis.bases import open_base as open_base
     from lora_analysis.bases import read_fine_tune as read_fine_tune
     from lora_analysis.edit import approximate_fine_tune as approximate_fine_tune
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from lora_analysis.effective import effective_adapter as effective_adapter
     from lora_analysis.effective import effective_update as effective_update
     from lora_analysis.effective import initial_factors_from_base as initial_factors_from_base
+    from lora_analysis.formats import as_adapter as as_adapter
+    from lora_analysis.formats import as_update as as_update
     from lora_analysis.formats import find_adapters as find_adapters
     from lora_analysis.formats import read_adapter as read_adapter
     from lora_analysis.formats import write_adapter as write_adapter
@@ -54,7 +58,7 @@ if TYPE_CHECKING:
 _HOME = {
     "adapter": ("Adapter", "DenseUpdate", "LowRankUpdate"),
     "amplify": ("amplification",),
-    "bases": ("open_base", "read_fine_tune"),
+    "bases": ("as_weight", "open_base", "read_fine_tune"),
     "edit": (
         "approximate_fine_tune",
         "truncate",
@@ -63,7 +67,7 @@ _HOME = {
         "without_subspace",
     ),
     "effective": ("effective_adapter", "effective_update", "initial_factors_from_base"),
-    "formats": ("find_adapters", "read_adapter", "write_adapter"),
+    "formats": ("as_adapter", "as_update", "find_adapters", "read_adapter", "write_adapter"),
     "intruders": ("intruder_dimensions",),
     "lora": (
         "add_lora",
@@ -87,6 +91,9 @@ __all__ = sorted([*_MODULE_OF, "__version__"])  # noqa: PLE0605  (a list of str,
 
 def __getattr__(name: str) -> object:
     if name not in _MODULE_OF:
+        # Every module is an attribute, imported on use.
+        if not name.startswith("_") and find_spec(f"lora_analysis.{name}"):
+            return import_module(f"lora_analysis.{name}")
         message = f"module 'lora_analysis' has no attribute {name!r}"
         raise AttributeError(message)
     if _MODULE_OF[name] == "lora":

@@ -12,21 +12,23 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import numpy as np
 
+from lora_analysis import linalg
 from lora_analysis.errors import IncompatibleError, InputError, ScaleError
 from lora_analysis.finding import Finding, as_findings
 from lora_analysis.patterns import natural_key, near_names
+from lora_analysis.results import short_repr
 from lora_analysis.text import html_facts
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 Layout = Literal["linear", "conv1d", "embedding", "conv"]
-ScaleOrigin = Literal["config", "tensor", "metadata", "format", "caller", "unknown"]
+ScaleOrigin = Literal["config", "tensor", "metadata", "format", "model", "caller", "unknown"]
 
 
 def _frozen_matrix(value: ArrayLike, *, role: str, name: str) -> NDArray[np.floating[Any]]:
     """Return ``value`` as a read-only float32 or float64 matrix; raise if it is not one."""
-    array = np.asarray(value)
+    array = linalg.to_numpy(value, f"{role} of '{name}'")
     if array.ndim != 2 or 0 in array.shape:
         message = f"{role} of '{name}' must be a non-empty matrix, found shape {array.shape}."
         raise InputError(message)
@@ -47,6 +49,13 @@ def _frozen_matrix(value: ArrayLike, *, role: str, name: str) -> NDArray[np.floa
     view = array.view()
     view.flags.writeable = False
     return view
+
+
+def _type_name(value: Any) -> str:
+    """Return the name of an array's or tensor's type, as "bfloat16"."""
+    if linalg.is_tensor(value):
+        return str(value.dtype).removeprefix("torch.")
+    return np.asarray(value).dtype.name
 
 
 def _finite_or_none(value: float | None, *, role: str, name: str) -> float | None:
@@ -124,7 +133,7 @@ class LowRankUpdate(_LowRankMetadata):
     name
         Module name in the base model, wrapper prefixes stripped.
     A
-        Down-projection, shape ``(r, d_in)``.
+        Down-projection, shape ``(r, d_in)``: a numpy array, or a tensor, which is copied.
     B
         Up-projection, shape ``(d_out, r)``.
     scale
@@ -175,7 +184,7 @@ class LowRankUpdate(_LowRankMetadata):
     stored_at: tuple[FilePosition | None, FilePosition | None] = NOT_STORED
 
     def __post_init__(self) -> None:
-        dtype = np.asarray(self.A).dtype.name
+        dtype = _type_name(self.A)
         a = _frozen_matrix(self.A, role="A", name=self.name)
         b = _frozen_matrix(self.B, role="B", name=self.name)
         if a.shape[0] != b.shape[1]:
@@ -192,7 +201,7 @@ class LowRankUpdate(_LowRankMetadata):
         put(self, "alpha", _finite_or_none(self.alpha, role="alpha", name=self.name))
         put(self, "stored_dtype", self.stored_dtype or dtype)
         if self.magnitude is not None:
-            norms = np.asarray(self.magnitude).reshape(1, -1)
+            norms = linalg.to_numpy(self.magnitude).reshape(1, -1)
             by_rows = self.magnitude_side == "output"
             count = b.shape[0] if by_rows else a.shape[1] // math.prod(self.kernel)
             if norms.size != count:
@@ -202,6 +211,8 @@ class LowRankUpdate(_LowRankMetadata):
                 )
                 raise InputError(message)
             put(self, "magnitude", _frozen_matrix(norms, role="magnitude", name=self.name)[0])
+
+    __repr__ = short_repr
 
     @property
     def rank(self) -> int:
@@ -250,9 +261,11 @@ class DenseUpdate(_Metadata):
     def __post_init__(self) -> None:
         delta = _frozen_matrix(self.delta, role="delta", name=self.name)
         self._check_kernel(delta.shape[1])
-        dtype = self.stored_dtype or np.asarray(self.delta).dtype.name
+        dtype = self.stored_dtype or _type_name(self.delta)
         object.__setattr__(self, "delta", delta)
         object.__setattr__(self, "stored_dtype", dtype)
+
+    __repr__ = short_repr
 
     @property
     def rank(self) -> int:
@@ -376,7 +389,8 @@ class Provenance:
         Name of the file format; ``"memory"`` for adapters that were computed.
     scale_origin
         Per module the source of its scale; ``"format"`` if the format itself fixes it, so that no
-        file could state another.
+        file could state another; ``"model"`` if the layer of a live model has another scale than
+        its configuration gives.
     base_model, rank, seed, task, step
         Facts about the training that the file, its config or its name states.
     metrics

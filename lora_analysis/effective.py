@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate, check_weight_shape
-from lora_analysis.bases import Weight, check_experts
+from lora_analysis.bases import Weight, as_base, as_weight, check_experts
 from lora_analysis.errors import (
     DegenerateSubspaceError,
     IncompatibleError,
@@ -23,6 +23,8 @@ from lora_analysis.errors import (
     UnsupportedMethodError,
 )
 from lora_analysis.finding import Finding
+from lora_analysis.formats import as_adapter, as_update
+from lora_analysis.linalg import is_torch_module
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,7 +42,7 @@ _ROWS_ARE_OUTPUTS = frozenset({"kohya", "flux", "diffusers", "cloneofsimo"})
 _LOW_RANK_PART = frozenset({"dora", "dora-columns", "kasa"})
 
 
-def effective_update(update: Update, W: Weight | NDArray[np.floating]) -> Update:
+def effective_update(update: Any, W: Any) -> Update:
     """Return the whole update of the weight, ``W' - W``, in the model with the adapter.
 
     DoRA (arXiv 2402.09353, eq. 5): ``W' = m·V/‖V‖``, row by row, with ``V = W + s·B·A``; the
@@ -52,9 +54,10 @@ def effective_update(update: Update, W: Weight | NDArray[np.floating]) -> Update
     Parameters
     ----------
     update
-        As read.
+        As read, or anything that :func:`as_update` takes.
     W
-        The base weight, shape ``(d_out, d_in)``, before training.
+        The base weight, shape ``(d_out, d_in)``, before training, or anything that
+        :func:`as_weight` takes.
 
     Returns
     -------
@@ -76,29 +79,30 @@ def effective_update(update: Update, W: Weight | NDArray[np.floating]) -> Update
     -----
     ``O(d_out·d_in·r)`` and one dense float64 matrix; KaSA takes the whole SVD of W.
     """
-    if not isinstance(update, LowRankUpdate) or not update.variant:
-        return update
-    weight = W.array() if isinstance(W, Weight) else np.asarray(W)
-    check_weight_shape(update, weight)
-    if update.variant == "DoRA":
-        return _dora(update, weight.astype(np.float64))
-    if update.variant == "KaSA":
-        return _kasa(update, weight.astype(np.float64))
-    message = f"The effective update of '{update.name}' is not known for '{update.variant}'."
+    part = as_update(update)
+    if not isinstance(part, LowRankUpdate) or not part.variant:
+        return part
+    base = as_weight(W)
+    weight = base.array() if isinstance(base, Weight) else base
+    check_weight_shape(part, weight)
+    if part.variant == "DoRA":
+        return _dora(part, weight.astype(np.float64))
+    if part.variant == "KaSA":
+        return _kasa(part, weight.astype(np.float64))
+    message = f"The effective update of '{part.name}' is not known for '{part.variant}'."
     raise UnsupportedMethodError(message)
 
 
-def effective_adapter(
-    adapter: Adapter, base: BaseWeights, *, transposed: bool | None = None
-) -> Adapter:
+def effective_adapter(adapter: Any, base: Any = None, *, transposed: bool | None = None) -> Adapter:
     """Return the adapter with every update replaced by its effective update.
 
     Parameters
     ----------
     adapter
-        As read.
+        An adapter, or anything that :func:`as_adapter` takes.
     base
-        The weights that training started from.
+        The weights that training started from: from :func:`open_base`, or anything that it takes.
+        None takes the frozen weights of ``adapter``, which must be a live model.
     transposed
         As in ``base.weight``. False by default for the formats of image models' trainers.
 
@@ -114,19 +118,24 @@ def effective_adapter(
     IncompatibleError
         The adapter stacks the factors of a different number of experts than the base has.
     """
-    check_experts(adapter, base)
-    base = base.matched_to([adapter])
-    if transposed is None and adapter.provenance.format in _ROWS_ARE_OUTPUTS:
+    if base is None and not is_torch_module(adapter):
+        message = "effective_adapter needs the base weights, unless the adapter is a live model."
+        raise InputError(message)
+    weights = as_base(adapter if base is None else base)
+    parts = as_adapter(adapter)
+    check_experts(parts, weights)
+    weights = weights.matched_to([parts])
+    source = parts.provenance
+    if transposed is None and source.format in _ROWS_ARE_OUTPUTS:
         transposed = False
-    source = adapter.provenance
     findings = [finding for finding in source.findings if finding.code not in _LOW_RANK_PART]
     if len(findings) < len(source.findings):
-        findings.append(Finding("whole-change", {"base": base.address or base.label}))
-    effective = adapter.copy_with(
-        updates={name: partial(_effective, adapter, name, base, transposed) for name in adapter}
+        findings.append(Finding("whole-change", {"base": weights.address or weights.label}))
+    effective = parts.copy_with(
+        updates={name: partial(_effective, parts, name, weights, transposed) for name in parts}
     )
     return effective.with_provenance(
-        findings=tuple(findings), also_read=(*source.also_read, *base.inputs)
+        findings=tuple(findings), also_read=(*source.also_read, *weights.inputs)
     )
 
 

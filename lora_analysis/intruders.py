@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lora_analysis import chance, linalg
 from lora_analysis.adapter import DenseUpdate, LowRankUpdate, Update, check_weight_shape
+from lora_analysis.bases import as_weight
 from lora_analysis.errors import IncompatibleError, InputError
+from lora_analysis.formats import as_update
+from lora_analysis.results import frame, short_repr
 from lora_analysis.spectra import SIDES, Side, weight_svd
 from lora_analysis.text import html_table
 
 if TYPE_CHECKING:
+    import pandas as pd
     from numpy.typing import NDArray
 
-    from lora_analysis.bases import Weight
     from lora_analysis.linalg import DenseSVD
 
 
@@ -50,6 +53,8 @@ class IntruderSide:
     chance_novelty: float
     rotation: NDArray[np.float64]
 
+    __repr__ = short_repr
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class IntruderReport:
@@ -81,6 +86,27 @@ class IntruderReport:
         nonzero = self.weight_values > 0
         return np.where(nonzero, self.S / np.where(nonzero, self.weight_values, 1.0) - 1.0, np.nan)
 
+    __repr__ = short_repr
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per side and direction j of W + ΔW."""
+        rows = [
+            {
+                "side": side,
+                "j": j + 1,
+                "sigma": self.S[j],
+                "weight_sigma": self.weight_values[j],
+                "max_cosine": values.max_cosine[j],
+                "chance_maximum": values.chance_maximum,
+                "nearest": values.nearest[j],
+                "novelty": values.novelty[j],
+                "intruder": self.intruders(side)[j],
+            }
+            for side, values in self.sides.items()
+            for j in range(len(self.S))
+        ]
+        return frame(rows)
+
     def intruders(self, side: Side) -> NDArray[np.bool_]:
         """Return ``(k,)``: True for directions that resemble none of W's."""
         return self.sides[side].max_cosine < self.epsilon
@@ -107,8 +133,8 @@ class IntruderReport:
 
 
 def intruder_dimensions(
-    update: Update,
-    W: Weight | NDArray[np.floating],
+    update: Any,
+    W: Any,
     *,
     k: int = 10,
     epsilon: float = 0.5,
@@ -125,9 +151,9 @@ def intruder_dimensions(
     Parameters
     ----------
     update
-        A low-rank update of known scale, or a dense one.
+        A low-rank update of known scale, or a dense one, in any form that :func:`as_update` takes.
     W
-        The frozen weight as ``(d_out, d_in)``.
+        The frozen weight as ``(d_out, d_in)``, in any form that :func:`as_weight` takes.
     k
         Number of leading directions of W + ΔW to test; at most min(d_out, d_in).
     epsilon
@@ -157,6 +183,7 @@ def intruder_dimensions(
     if k < 1 or not 0 < epsilon <= 1:
         message = f"Intruders need k >= 1 and 0 < epsilon <= 1, got k = {k}, epsilon = {epsilon}."
         raise InputError(message)
+    update, W = as_update(update), as_weight(W)
     check_weight_shape(update, W)
     if isinstance(update, LowRankUpdate):
         update.known_scale()  # before the expensive step

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
 from lora_analysis import chance, linalg
 from lora_analysis.errors import DegenerateSubspaceError, IncompatibleError
+from lora_analysis.formats import map_modules
+from lora_analysis.results import frame, heat_map
 from lora_analysis.spectra import (
     SIDES,
     Side,
@@ -21,6 +23,7 @@ from lora_analysis.spectra import (
 from lora_analysis.text import html_table
 
 if TYPE_CHECKING:
+    import pandas as pd
     from numpy.typing import NDArray
 
     from lora_analysis.adapter import Update
@@ -101,13 +104,43 @@ class SimilarityGrid:
             raise DegenerateSubspaceError(message)
         return float(self.values[i - 1, j - 1])
 
+    def __repr__(self) -> str:
+        rows, columns = self.values.shape
+        corner = f", φ(1, 1) = {self.values[0, 0]:.3g}" if self.values.size else ""
+        return (
+            f"<SimilarityGrid of {self.labels[0]!r} and {self.labels[1]!r}, {self.module!r}, "
+            f"{self.side} side: {rows} × {columns}{corner}, d = {self.dimension}>"
+        )
+
+    def summary(self) -> dict[str, float]:
+        """Return φ at the corners, and the random baseline there, for tables over modules."""
+        if not self.values.size:
+            return {"φ(1, 1)": np.nan}
+        rows, columns = self.values.shape
+        return {
+            "i": rows,
+            "j": columns,
+            "φ(1, 1)": float(self.values[0, 0]),
+            "φ(i, j)": float(self.values[-1, -1]),
+            "random φ(i, j)": float(self.chance[-1, -1]),
+        }
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per pair (i, j), with the random baseline and the excess over it."""
+        indices = np.indices(self.values.shape) + 1
+        columns = (*indices, self.values, self.chance, self.excess)
+        names = ("i", "j", "phi", "chance", "excess")
+        rows = zip(*(values.ravel() for values in columns), strict=True)
+        return frame([dict(zip(names, row, strict=True)) for row in rows], names)
+
     def _repr_html_(self) -> str:
         rows, columns = self.values.shape
         cells = dict.fromkeys(((1, 1), (1, columns), (rows, columns)) if rows and columns else ())
         title = f"φ(i, j) of {self.labels[0]} and {self.labels[1]}, {self.module}, {self.side} side"
         note = f"{rows} × {columns} cells; d = {self.dimension}. Unrelated adapters exceed random."
         cell_rows = ((i, j, self.values[i - 1, j - 1], self.chance[i - 1, j - 1]) for i, j in cells)
-        return html_table(title, ("i", "j", "φ", "random"), cell_rows, note)
+        table = html_table(title, ("i", "j", "φ", "random"), cell_rows, note)
+        return table + heat_map(self.values, self.labels)
 
     def degeneracy(self, i: int, j: int) -> str:
         """Return ``"degenerate"``, ``"nearly degenerate"`` or ``""`` for φ(i, j)."""
@@ -133,13 +166,21 @@ def _check_same_space(a: Spectrum, b: Spectrum, side: Side) -> int:
     return a.shape[axis]
 
 
+@overload
 def subspace_similarity(
     a: Update | Spectrum,
     b: Update | Spectrum,
     *,
     side: Side | None = None,
     of: VectorsOf = "delta",
-) -> SimilarityGrid:
+) -> SimilarityGrid: ...
+@overload
+def subspace_similarity(
+    a: Any, b: Any, *, side: Side | None = None, of: VectorsOf = "delta"
+) -> Any: ...
+def subspace_similarity(
+    a: Any, b: Any, *, side: Side | None = None, of: VectorsOf = "delta"
+) -> Any:
     """Return φ(i, j) for all i, j up to the numerical ranks, with the random baseline next to it.
 
     ``φ(i, j) = ‖U₁[:, :i]ᵀ U₂[:, :j]‖_F² / min(i, j)`` over singular vectors, strongest first
@@ -149,7 +190,8 @@ def subspace_similarity(
     Parameters
     ----------
     a, b
-        Updates of the same module, or their spectra (to factor each only once).
+        Updates of the same module in any form that :func:`as_update` takes, or their spectra (to
+        factor each only once); or two adapters in any form that :func:`as_adapter` takes.
     side
         ``"output"``: left singular vectors, in R^d_out; ``"input"``: right ones, in R^d_in. By
         default output, for ``of="A"`` input, the only side of A.
@@ -159,7 +201,8 @@ def subspace_similarity(
     Returns
     -------
     SimilarityGrid
-        Empty along an axis whose update is untrained.
+        Empty along an axis whose update is untrained. For two adapters a mapping of module names to
+        grids.
 
     Raises
     ------
@@ -179,6 +222,8 @@ def subspace_similarity(
     """
     side = default_side(of) if side is None else side
     check_side(side, of)
+    if modules := map_modules(subspace_similarity, a, b, side=side, of=of):
+        return modules
     first, second = spectrum(a, of=of), spectrum(b, of=of)
     dimension = _check_same_space(first, second, side)
     gram = first.vectors(side).T @ second.vectors(side)  # (k₁, k₂)
@@ -195,9 +240,13 @@ def subspace_similarity(
     )
 
 
+@overload
 def principal_angles(
     a: Update | Spectrum, b: Update | Spectrum, *, side: Side, k: int | tuple[int, int]
-) -> NDArray[np.float64]:
+) -> NDArray[np.float64]: ...
+@overload
+def principal_angles(a: Any, b: Any, *, side: Side, k: int | tuple[int, int]) -> Any: ...
+def principal_angles(a: Any, b: Any, *, side: Side, k: int | tuple[int, int]) -> Any:
     """Return the principal angles between two top-k subspaces of ΔW, in radians, ascending.
 
     The mean of their squared cosines is φ(k, k). Accurate to 1e-15 near 0 and near π/2.
@@ -205,7 +254,8 @@ def principal_angles(
     Parameters
     ----------
     a, b
-        Updates of the same module, or their spectra.
+        Two updates or two adapters, as for `subspace_similarity`; for adapters the result is a
+        mapping of module names to arrays.
     side
         ``"input"`` or ``"output"``.
     k
@@ -221,30 +271,47 @@ def principal_angles(
     DegenerateSubspaceError
         k exceeds a numerical rank, or cuts between coinciding singular values.
     """
+    if modules := map_modules(principal_angles, a, b, side=side, k=k):
+        return modules
     first, second = spectrum(a), spectrum(b)
     _check_same_space(first, second, side)
     i, j = k if isinstance(k, tuple) else (k, k)
     return linalg.principal_angles(first.basis(side, i), second.basis(side, j))
 
 
+@overload
 def chordal_distance(
     a: Update | Spectrum, b: Update | Spectrum, *, side: Side, k: int | tuple[int, int]
-) -> float:
+) -> float: ...
+@overload
+def chordal_distance(a: Any, b: Any, *, side: Side, k: int | tuple[int, int]) -> Any: ...
+def chordal_distance(a: Any, b: Any, *, side: Side, k: int | tuple[int, int]) -> Any:
     """Return ``‖sin θ‖₂`` over the principal angles of two top-k subspaces, in [0, √min(k)].
 
     0 if the smaller subspace is contained in the larger; ``√(min(k)·(1 − φ))``, and right where φ
     rounds to 1. For parameters and errors see `principal_angles`.
     """
+    if modules := map_modules(chordal_distance, a, b, side=side, k=k):
+        return modules
     return float(np.linalg.norm(np.sin(principal_angles(a, b, side=side, k=k))))
 
 
-def energy_overlap(a: Update | Spectrum, b: Update | Spectrum, *, side: Side = "output") -> float:
+@overload
+def energy_overlap(
+    a: Update | Spectrum, b: Update | Spectrum, *, side: Side = "output"
+) -> float: ...
+@overload
+def energy_overlap(a: Any, b: Any, *, side: Side = "output") -> Any: ...
+def energy_overlap(a: Any, b: Any, *, side: Side = "output") -> Any:
     """Return ω, the energy-weighted overlap of two updates on one side, in [0, 1].
 
     ``ω = Σ_ab σ_a²τ_b²(u_a·v_b)² / √(Σσ⁴·Στ⁴)``: the cosine between ΔW₁ΔW₁ᵀ and ΔW₂ΔW₂ᵀ (output;
     the other product for input). It needs no choice of i and j and does not depend on the
-    scale. The random baseline is `chance.energy_overlap_mean`. NaN if either is untrained.
+    scale. The random baseline is `chance.energy_overlap_mean`. NaN if either is untrained. For two
+    adapters, in any form that `as_adapter` takes, a mapping of module names to numbers.
     """
+    if modules := map_modules(energy_overlap, a, b, side=side):
+        return modules
     first, second = spectrum(a), spectrum(b)
     _check_same_space(first, second, side)
     if first.untrained or second.untrained:
@@ -255,11 +322,16 @@ def energy_overlap(a: Update | Spectrum, b: Update | Spectrum, *, side: Side = "
     return float(min(s @ gram**2 @ t / (np.linalg.norm(s) * np.linalg.norm(t)), 1.0))
 
 
-def signed_cosine(a: Update | Spectrum, b: Update | Spectrum) -> float:
+@overload
+def signed_cosine(a: Update | Spectrum, b: Update | Spectrum) -> float: ...
+@overload
+def signed_cosine(a: Any, b: Any) -> Any: ...
+def signed_cosine(a: Any, b: Any) -> Any:
     """Return ``⟨ΔW₁, ΔW₂⟩/(‖ΔW₁‖‖ΔW₂‖)``, in [−1, 1]; NaN if either is untrained.
 
     For unrelated updates the mean is 0 and the variance exactly 1/(d_out·d_in), whatever their
-    spectra. An unknown scale is taken as positive: nothing but its sign matters here.
+    spectra. An unknown scale is taken as positive: nothing but its sign matters here. For two
+    adapters, in any form that `as_adapter` takes, a mapping of module names to numbers.
 
     Raises
     ------
@@ -270,6 +342,8 @@ def signed_cosine(a: Update | Spectrum, b: Update | Spectrum) -> float:
     -----
     ``Σ_ab σ_a τ_b (u_a·u_b)(v_a·v_b)``: from spectra, O((d_out + d_in)·r₁r₂).
     """
+    if modules := map_modules(signed_cosine, a, b):
+        return modules
     first, second = spectrum(a), spectrum(b)
     for side in SIDES:
         _check_same_space(first, second, side)

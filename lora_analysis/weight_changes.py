@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_analysis.adapter import DenseUpdate, Update, check_weight_shape
+from lora_analysis.bases import as_weight
+from lora_analysis.formats import as_update
+from lora_analysis.results import short_repr
 from lora_analysis.spectra import SIDES, Side
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ class VectorChange:
 
     magnitude: NDArray[np.float64]
     direction: NDArray[np.float64]
+
+    __repr__ = short_repr
 
     @property
     def mean_magnitude(self) -> float:
@@ -70,7 +75,7 @@ def magnitude_direction(update: Update, W: Weight | NDArray[np.floating]) -> Cha
     update
         A low-rank update of known scale, or a dense one.
     W
-        The frozen weight as ``(d_out, d_in)``.
+        The frozen weight as ``(d_out, d_in)``, in any form that :func:`as_weight` takes.
 
     Raises
     ------
@@ -84,6 +89,7 @@ def magnitude_direction(update: Update, W: Weight | NDArray[np.floating]) -> Cha
     One pass over W in blocks, in float64; ΔW is never formed whole. 1 − cos is computed from
     ``‖w‖²‖δ‖² − (w·δ)²``, which is accurate for small angles.
     """
+    update, W = as_update(update), as_weight(W)
     check_weight_shape(update, W)
     d_out, d_in = update.shape
     # Sums of w·w, w·δ and δ·δ for every vector.

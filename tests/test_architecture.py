@@ -30,6 +30,7 @@ LEVELS = {
     "finding": 1,
     "names": 1,
     "patterns": 2,
+    "results": 2,
     "adapter": 3,
     "chance": 3,
     "storage": 3,
@@ -47,6 +48,7 @@ LEVELS = {
     "pairwise": 8,
     "similarity": 6,
     "weight_changes": 6,
+    "integrations": 7,
     "groups": 8,
     "studies": 7,
     "training": 7,
@@ -62,7 +64,7 @@ LEVELS = {
 HEAVY = {
     "torch": {"lora", "spectra", "training"},  # spectra: on a device only
     "matplotlib": {"plots", "report"},
-    "pandas": {"merging", "studies", "report"},
+    "pandas": {"results", "studies", "report"},
     "gguf": {"bases", "storage"},
     "bitsandbytes": {"training"},  # to say that it is missing
     "compressed_tensors": set(),

@@ -70,6 +70,8 @@ def test_every_block_and_every_command_of_the_readme_runs(inside: Path) -> None:
     assert {"ab.svg", "out", "small", "lora", "copy"} <= {path.name for path in inside.iterdir()}
 
 
+# PEFT and transformers warn of their own affairs.
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT / "docs")))
 def test_every_block_of_the_documentation_runs(path: Path, inside: Path) -> None:
     run_in(path)

@@ -10,10 +10,12 @@ import numpy as np
 
 from lora_analysis import chance
 from lora_analysis.errors import DegenerateSubspaceError, IncompatibleError
+from lora_analysis.results import frame, short_repr
 from lora_analysis.spectra import SIDES, Side, Spectrum, spectrum
 from lora_analysis.text import html_table
 
 if TYPE_CHECKING:
+    import pandas as pd
     from numpy.typing import NDArray
 
     from lora_analysis.adapter import Update
@@ -41,6 +43,8 @@ class BasisSide:
     share: NDArray[np.float64]
     outside: float
     dimension: int
+
+    __repr__ = short_repr
 
     @property
     def leading(self) -> NDArray[np.float64]:
@@ -74,6 +78,28 @@ class WeightBasisEnergy:
     weight_values: NDArray[np.float64]
     sides: Mapping[Side, BasisSide]
     off_principal: NDArray[np.float64]
+
+    __repr__ = short_repr
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per side and number k of W's directions."""
+        n = len(self.weight_values)
+        rows = [
+            {
+                "side": side,
+                "k": k + 1,
+                "weight_sigma": self.weight_values[k],
+                "share": energy.share[k],
+                "leading": leading[k],
+                "trailing": trailing[k],
+                "chance": (k + 1) / energy.dimension,
+                "off_principal": self.off_principal[k],
+            }
+            for side, energy in self.sides.items()
+            for leading, trailing in [(energy.leading, energy.trailing)]
+            for k in range(n)
+        ]
+        return frame(rows)
 
     def _repr_html_(self) -> str:
         k = min(len(self.S), len(self.weight_values))

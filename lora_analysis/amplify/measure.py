@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from lora_analysis.amplify.streaming import (
     precision_for,
     project,
 )
+from lora_analysis.bases import as_weight
 from lora_analysis.errors import (
     BaseWeightError,
     DegenerateSubspaceError,
@@ -25,6 +26,7 @@ from lora_analysis.errors import (
     InputError,
     ScaleError,
 )
+from lora_analysis.formats import as_update
 from lora_analysis.spectra import Spectrum, leading_spectrum, spectrum
 
 if TYPE_CHECKING:
@@ -68,8 +70,8 @@ def _check_directions(update: Spectrum, weight: Weight | NDArray[np.floating]) -
 
 
 def amplification(
-    update: Update | Spectrum,
-    W: Weight | NDArray[np.floating],
+    update: Any,
+    W: Any,
     *,
     k: int | None = None,
     draws: int = 16,
@@ -77,7 +79,7 @@ def amplification(
     weight_values: NDArray[np.float64] | None = None,
     weight_directions: bool = True,
     one_sided: bool = False,
-    unrelated: Sequence[Update | Spectrum] = (),
+    unrelated: Sequence[Any] = (),
     through_weight: int = 0,
 ) -> Amplification:
     """Measure how ΔW amplifies W, for every number of directions up to ``k``.
@@ -90,9 +92,10 @@ def amplification(
     Parameters
     ----------
     update
-        An update with a known scale, or its spectrum.
+        An update with a known scale, in any form that :func:`as_update` takes, or its spectrum.
     W
-        The frozen weight as ``(d_out, d_in)``: a tensor from `open_base`, or an array.
+        The frozen weight as ``(d_out, d_in)``, in any form that :func:`as_weight` takes: an array,
+        a tensor, a layer, a weight of :func:`open_base`.
     k
         How many directions at most; the numerical rank by default.
     draws, seed
@@ -142,8 +145,8 @@ def amplification(
 
 
 def amplifications(
-    updates: Sequence[Update | Spectrum],
-    W: Weight | NDArray[np.floating],
+    updates: Sequence[Any],
+    W: Any,
     *,
     k: int | None = None,
     draws: int = 16,
@@ -151,7 +154,7 @@ def amplifications(
     weight_values: NDArray[np.float64] | None = None,
     weight_directions: bool = True,
     one_sided: bool = False,
-    partners: Sequence[Update | Spectrum] = (),
+    partners: Sequence[Any] = (),
     unrelated: Collection[tuple[int, int]] = (),
     through_weight: int = 0,
 ) -> list[Amplification]:
@@ -176,6 +179,7 @@ def amplifications(
     of a high rank only the leading directions of each are crossed
     (`controls.MOST_CROSSED_COLUMNS`).
     """
+    W = as_weight(W)
     spectra = [_spectral(update, k) for update in updates]
     counts = [spectral.numerical_rank if k is None else k for spectral in spectra]
     for spectral in spectra:
@@ -254,6 +258,8 @@ def _frame(spectral: Spectrum, n: int) -> tuple[NDArray[np.float64], NDArray[np.
 
 def _spectral(update: Update | Spectrum, k: int | None) -> Spectrum:
     """Return the spectrum; of a dense update the leading part alone, where that is enough."""
+    if not isinstance(update, Spectrum):
+        update = as_update(update)
     if isinstance(update, DenseUpdate) and k is not None:
         return leading_spectrum(update, k + 1)  # the next one tells whether the k-th is defined
     return spectrum(update)

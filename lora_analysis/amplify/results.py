@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lora_analysis.results import frame, short_repr
 from lora_analysis.text import html_table
 
 if TYPE_CHECKING:
+    import pandas as pd
     from numpy.typing import NDArray
 
     from lora_analysis.amplify.streaming import Precision
@@ -39,6 +41,8 @@ class RandomDirections:
     draws: int
     norms: NDArray[np.float64]
 
+    __repr__ = short_repr
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CrossedEnrichment:
@@ -58,6 +62,8 @@ class CrossedEnrichment:
     partners: tuple[str, ...]
     output: NDArray[np.float64]
     input: NDArray[np.float64]
+
+    __repr__ = short_repr
 
     @property
     def median(self) -> NDArray[np.float64]:
@@ -160,6 +166,39 @@ class Amplification:
             for k in dict.fromkeys((1, len(self.S)))
         ]  # fmt: skip
         return html_table(f"Amplification, {self.module}, {self.label}", columns, rows)
+
+    __repr__ = short_repr
+
+    def summary(self) -> dict[str, float]:
+        """Return the numbers at all n directions, for tables over modules."""
+        if not len(self.S):
+            return {"k": 0}
+        return {
+            "k": len(self.S),
+            "factor": float(self.amplification_factor[-1]),
+            "random factor": float(self.chance_factor[-1]),
+            "enrichment": float(self.enrichment[-1]),
+        }
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per number of directions k."""
+        columns = {
+            "k": self.k,
+            "sigma": self.S,
+            "projected": self.projected,
+            "random_rms": self.random.rms,
+            "weight_top": self.weight_top,
+            "amplification_factor": self.amplification_factor,
+            "chance_factor": self.chance_factor,
+            "enrichment": self.enrichment,
+            "input_enrichment": self.input_enrichment,
+            "output_enrichment": self.output_enrichment,
+            "enrichment_through_weight": self.enrichment_through_weight,
+        }
+        present = {name: values for name, values in columns.items() if values is not None}
+        return frame(
+            [dict(zip(present, row, strict=True)) for row in zip(*present.values(), strict=True)]
+        )
 
     @property
     def p_value(self) -> NDArray[np.float64]:

@@ -9,7 +9,16 @@ arrays.
 from lora_analysis.bases.base_weights import BaseWeights
 from lora_analysis.bases.experts import check_experts
 from lora_analysis.bases.fine_tunes import read_fine_tune
-from lora_analysis.bases.opening import open_base
+from lora_analysis.bases.memory_source import as_weight
+from lora_analysis.bases.opening import as_base, open_base
 from lora_analysis.bases.weight import Weight
 
-__all__ = ["BaseWeights", "Weight", "check_experts", "open_base", "read_fine_tune"]
+__all__ = [
+    "BaseWeights",
+    "Weight",
+    "as_base",
+    "as_weight",
+    "check_experts",
+    "open_base",
+    "read_fine_tune",
+]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lora_analysis.bases.tensor_names import matrix_shape, quantized_error
-from lora_analysis.bases.weight import TensorSource
-from lora_analysis.errors import BaseWeightError
+from lora_analysis.bases.weight import TensorSource, Weight
+from lora_analysis.errors import BaseWeightError, InputError
+from lora_analysis.linalg import is_array, is_tensor, is_torch_module, missing_values
 from lora_analysis.storage.limits import BLOCK_ELEMENTS
 from lora_analysis.storage.tensor_reader import tile_slices
 
@@ -20,12 +21,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lora_analysis.bases.weight import Tiles
-
-
-def is_live_model(source: object) -> bool:
-    """Return True for a ``torch.nn.Module``; without torch loaded, nothing can be one."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(source, torch.nn.Module)
 
 
 class ArraySource(TensorSource):
@@ -133,8 +128,8 @@ class ModelSource(TensorSource):
             raise BaseWeightError(message)
         if not parameter.is_floating_point():
             raise quantized_error(self._label, name, f"stored as {self.dtype(name)}")
-        if parameter.is_meta:
-            message = f"{self._label}: '{name}' is on the meta device and holds no values."
+        if reason := missing_values(parameter):
+            message = f"{self._label}: '{name}' {reason}"
             raise BaseWeightError(message)
         for owner in (path, path.removesuffix(".base_layer")):
             if getattr(self._model.get_submodule(owner), "merged", False):
@@ -143,6 +138,93 @@ class ModelSource(TensorSource):
                     "there to be read. Unmerge it first."
                 )
                 raise BaseWeightError(message)
+
+
+def as_weight(W: Any) -> Weight | NDArray[np.floating]:
+    """Return a frozen weight ``(d_out, d_in)`` for anything that holds one.
+
+    Parameters
+    ----------
+    W
+        A `Weight` of `open_base`, or a floating-point matrix ``(d_out, d_in)``: a numpy array,
+        which is returned as it is, or a tensor. A layer with a ``weight``, on any device: linear,
+        transformers' ``Conv1D``, an embedding (``W`` is the transposed table), a convolution (its
+        kernels flattened). A layer with an adapter stands for the layer that it wraps. The values
+        of tensors and layers are read block by block, and not copied before.
+
+    Raises
+    ------
+    InputError
+        It is none of these.
+    BaseWeightError
+        The layer's weight is quantized, offloaded, sharded, or has an adapter merged into it.
+
+    Examples
+    --------
+    >>> as_weight([[1.0, 2.0], [3.0, 4.0]]).shape
+    (2, 2)
+    """
+    if isinstance(W, Weight):
+        return W
+    if is_torch_module(W):
+        return _layer_weight(W)
+    if is_tensor(W) and W.ndim == 2 and W.is_floating_point():
+        if reason := missing_values(W):
+            message = f"The weight {reason}"
+            raise BaseWeightError(message)
+        return _tensor_weight("the weight", W, transposed=False)
+    array = W if is_tensor(W) else np.asarray(W)
+    if isinstance(array, np.ndarray) and array.ndim == 2 and array.dtype.kind in "fiu":
+        return array if array.dtype.kind == "f" else array.astype(np.float64)
+    kind = f"{array.dtype} of shape {tuple(array.shape)}" if is_array(W) else type(W).__name__
+    message = (
+        f"No base weight can be made of {kind}. Accepted: a floating-point matrix (d_out, d_in), "
+        "a weight of open_base, or a linear, Conv1D, embedding or convolution layer."
+    )
+    raise InputError(message)
+
+
+def _layer_weight(layer: Any) -> Weight:
+    """Return the weight of a layer, or of the layer that adapters wrap."""
+    label = type(layer).__name__
+    while "base_layer" in layer._modules:
+        if getattr(layer, "merged", False):
+            message = (
+                f"{label}: an adapter is merged into the weight; the frozen weight is not there "
+                "to be read. Unmerge it first."
+            )
+            raise BaseWeightError(message)
+        layer = layer.base_layer
+    tensor = layer._parameters.get("weight")
+    if tensor is None or tensor.ndim < 2:
+        message = (
+            f"A {label} has no weight that is a matrix. Accepted: a linear, Conv1D, embedding or "
+            "convolution layer, or the weight of a module of open_base(model)."
+        )
+        raise InputError(message)
+    source = ModelSource(layer, label)
+    source.refuse_unreadable("weight")
+    is_table = hasattr(layer, "num_embeddings")
+    return _tensor_weight(label, tensor, transposed=is_table or bool(source.transposed("weight")))
+
+
+def _tensor_weight(name: str, tensor: Any, *, transposed: bool) -> Weight:
+    matrix = tensor.detach().reshape(len(tensor), -1)
+    rows, columns = matrix.shape
+    return Weight(
+        name,
+        (columns, rows) if transposed else (rows, columns),
+        str(tensor.dtype).removeprefix("torch."),
+        transposed,
+        partial(_tiles, matrix),
+        _check=partial(_refuse_non_finite, name),
+    )
+
+
+def _refuse_non_finite(name: str, tile: NDArray[np.float32]) -> None:
+    if not np.isfinite(tile).all():
+        message = f"{name} holds values that are not finite; nothing can be computed with it."
+        raise BaseWeightError(message)
 
 
 def _matrix(name: str, array: Any, index: int | None) -> Any:

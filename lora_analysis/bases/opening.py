@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.bases.base_weights import BaseWeights
 from lora_analysis.bases.file_source import FileSource
-from lora_analysis.bases.memory_source import ArraySource, ModelSource, is_live_model
+from lora_analysis.bases.memory_source import ArraySource, ModelSource
 from lora_analysis.bases.sanity_checks import file_findings
 from lora_analysis.errors import SourceError, UnknownFormatError
+from lora_analysis.linalg import is_torch_module
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.file_signatures import PICKLE_SUFFIXES
 from lora_analysis.storage.hub import fetch_model
@@ -71,7 +72,7 @@ def open_base(
     TypeError
         The source has none of these types.
     """
-    if is_live_model(source):
+    if is_torch_module(source):
         return _open_live(source)
     if isinstance(source, Mapping):
         label = "the given arrays"
@@ -87,6 +88,11 @@ def open_base(
         )
     base.snapshot = snapshot
     return base
+
+
+def as_base(source: Any) -> BaseWeights:
+    """Return base weights that are open already as they are; open any other source."""
+    return source if isinstance(source, BaseWeights) else open_base(source)
 
 
 def _open_stored(

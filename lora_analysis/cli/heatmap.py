@@ -77,6 +77,7 @@ def command(
     As in the LoRA paper, one middle layer of the first two module types is drawn; select others
     with --module.
     """
+    from lora_analysis.formats import unique_labels
     from lora_analysis.names import parse_prefixes
     from lora_analysis.pairwise import MATCHING_CODES, align_adapters
     from lora_analysis.plots import figure_ranks, save_figure
@@ -84,7 +85,6 @@ def command(
     from lora_analysis.spectra import default_side
     from lora_analysis.storage.outputs import check_output_file, output_file
     from lora_analysis.studies import relation, with_label_facts
-    from lora_analysis.studies.relations import unique_labels
 
     side = side or default_side(of)
     kind = output.suffix.lstrip(".") or "svg"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from lora_analysis.adapter import NOT_STORED, DenseUpdate, LowRankUpdate
 from lora_analysis.edit.derived_adapter import derive_adapter
 from lora_analysis.edit.truncation import from_directions, refuse_partial_methods
 from lora_analysis.errors import DegenerateSubspaceError, IncompatibleError, InputError
+from lora_analysis.formats import as_adapter
 from lora_analysis.spectra import spectrum
 
 if TYPE_CHECKING:
@@ -113,13 +114,13 @@ def project_out(
     return replace(update, A=A, B=B, stored_dtype="", stored_at=NOT_STORED)
 
 
-def without_directions(adapter: Adapter, directions: Mapping[str, Sequence[int]]) -> Adapter:
+def without_directions(adapter: Any, directions: Mapping[str, Sequence[int]]) -> Adapter:
     """Return the adapter without given singular directions of given modules.
 
     Parameters
     ----------
     adapter
-        Modules that are not named do not change.
+        In any form that :func:`as_adapter` takes. Modules that are not named do not change.
     directions
         Per module the numbers of the directions to drop, as for `drop_directions`.
 
@@ -128,6 +129,7 @@ def without_directions(adapter: Adapter, directions: Mapping[str, Sequence[int]]
     InputError
         The adapter has no such module, or nothing is named.
     """
+    adapter = as_adapter(adapter)
     unknown = [name for name in directions if name not in adapter]
     if unknown or not directions:
         problem = f"no module '{unknown[0]}'" if unknown else "modules, but none was named"
@@ -148,7 +150,7 @@ def without_directions(adapter: Adapter, directions: Mapping[str, Sequence[int]]
 
 
 def without_subspace(
-    adapter: Adapter, other: Adapter, *, side: Sides = "both", k: int | None = None
+    adapter: Any, other: Any, *, side: Sides = "both", k: int | None = None
 ) -> Adapter:
     """Return the adapter with the directions of another one projected out, module by module.
 
@@ -157,7 +159,7 @@ def without_subspace(
     adapter
         Modules that the other adapter does not have, or has not trained, do not change.
     other
-        Its singular directions are projected out.
+        Its singular directions are projected out. In any form that :func:`as_adapter` takes.
     side
         ``"input"`` (the other's input directions), ``"output"`` (its output directions), or
         ``"both"``.
@@ -173,6 +175,7 @@ def without_subspace(
     IncompatibleError
         A module has different shapes in the two.
     """
+    adapter, other = as_adapter(adapter), as_adapter(other)
     if side not in ("input", "output", "both"):
         message = f"side must be 'input', 'output' or 'both', got {side!r}."
         raise InputError(message)

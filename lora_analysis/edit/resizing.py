@@ -25,17 +25,20 @@ from lora_analysis.edit.truncation import (
 )
 from lora_analysis.errors import InputError
 from lora_analysis.execution import available_workers, in_threads
+from lora_analysis.formats import as_adapter
 from lora_analysis.formats.sanity_checks import (
     ModuleStatistics,
     module_statistics,
     sanity_findings,
 )
+from lora_analysis.results import frame
 from lora_analysis.spectra import spectrum
 from lora_analysis.storage.dtypes import narrow, narrowed_type, widened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import pandas as pd
     from numpy.typing import NDArray
 
     from lora_analysis.adapter import Update
@@ -50,6 +53,17 @@ class ResizedAdapter:
 
     adapter: Adapter
     modules: tuple[Truncation, ...]
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per module, with its ranks and error."""
+        names = ("module", "given_rank", "rank", "norm", "error", "parameters", "given_parameters")
+        return frame([{name: getattr(module, name) for name in names} for module in self.modules])
+
+    def __repr__(self) -> str:
+        return (
+            f"<ResizedAdapter {self.adapter.label!r}: {len(self.modules)} modules, "
+            f"{self.parameters:,} of {self.given_parameters:,} parameters, error {self.error:.3g}>"
+        )
 
     @property
     def norm(self) -> float:
@@ -125,7 +139,7 @@ def approximate_fine_tune(
 
 
 def resize_adapter(
-    adapter: Adapter,
+    adapter: Any,
     *,
     rank: int | None = None,
     energy: float | None = None,
@@ -143,7 +157,7 @@ def resize_adapter(
     Parameters
     ----------
     adapter
-        Low-rank or dense updates, every scale known.
+        Low-rank or dense updates, every scale known, in any form that :func:`as_adapter` takes.
     rank
         The same for every module; a module of a smaller numerical rank keeps that.
     energy
@@ -170,6 +184,7 @@ def resize_adapter(
         The scale of a module is unknown: modules could not be compared with each other.
     """
     check_size(rank=rank, energy=energy, budget=budget)
+    adapter = as_adapter(adapter)
     if not len(adapter):
         message = f"{adapter.label} has no modules; there is nothing to resize."
         raise InputError(message)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lora_analysis import linalg
 from lora_analysis.adapter import NOT_STORED, DenseUpdate, LowRankUpdate, UpdateOutline
 from lora_analysis.errors import InputError, UnsupportedMethodError
+from lora_analysis.formats import as_update
 from lora_analysis.spectra import Spectrum, leading_spectrum, spectrum
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Truncation:
 
 
 def truncate(
-    update: Update, *, rank: int | None = None, energy: float | None = None
+    update: Any, *, rank: int | None = None, energy: float | None = None
 ) -> tuple[LowRankUpdate, Truncation]:
     """Return the best approximation of an update by fewer directions, and its error.
 
@@ -69,7 +70,7 @@ def truncate(
     Parameters
     ----------
     update
-        Low-rank or dense.
+        Low-rank or dense, in any form that :func:`as_update` takes.
     rank
         Number of directions to keep. One above the numerical rank is not padded with zeros.
     energy
@@ -100,6 +101,7 @@ def truncate(
     >>> small.rank, small.scale, truncation.error
     (1, 1.0, 0.6)
     """
+    update = as_update(update)
     if isinstance(update, LowRankUpdate):
         truncation, count = measure_truncation(update, rank=rank, energy=energy)
         return leading_part(update, count), truncation

@@ -1,4 +1,4 @@
-"""Adapters on disk: read from and written to the formats of many trainers.
+"""Adapters on disk and in memory: read from and written to the formats of many trainers.
 
 A format is an instance of `Format`, most of them a `KeyScheme`: a regular expression over tensor
 keys, a scale rule and a few hooks. It is chosen by the content of a source, never by its suffix.
@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from lora_analysis.formats.build import AdapterParts as AdapterParts
     from lora_analysis.formats.key_scheme import KeyPattern as KeyPattern
     from lora_analysis.formats.key_scheme import KeyScheme as KeyScheme
+    from lora_analysis.formats.live import ModelReader as ModelReader
+    from lora_analysis.formats.live import as_adapter as as_adapter
+    from lora_analysis.formats.live import as_update as as_update
+    from lora_analysis.formats.live import is_adapter_like as is_adapter_like
+    from lora_analysis.formats.live import map_modules as map_modules
+    from lora_analysis.formats.live import read_factors as read_factors
+    from lora_analysis.formats.live import unique_labels as unique_labels
     from lora_analysis.formats.load import each_once as each_once
     from lora_analysis.formats.load import expanded as expanded
     from lora_analysis.formats.load import find_adapters as find_adapters
@@ -31,6 +38,15 @@ if TYPE_CHECKING:
 _HOME = {
     "build": ("AdapterParts",),
     "key_scheme": ("KeyPattern", "KeyScheme"),
+    "live": (
+        "ModelReader",
+        "as_adapter",
+        "as_update",
+        "unique_labels",
+        "is_adapter_like",
+        "map_modules",
+        "read_factors",
+    ),
     "load": ("each_once", "expanded", "find_adapters", "load_adapter", "read_adapter"),
     "options": ("ReadOptions",),
     "registry": ("register_format",),

@@ -21,7 +21,7 @@ from lora_analysis.formats.factors import (
     update_loaders,
 )
 from lora_analysis.formats.side_tensors import harmless_keys, side_finding, side_tensors
-from lora_analysis.formats.sources import label_of, run_facts
+from lora_analysis.formats.sources import RunFacts, label_of, run_facts
 from lora_analysis.storage.tensors import LazyTensors
 
 if TYPE_CHECKING:
@@ -119,14 +119,16 @@ def build_adapter(
     ]
     harmless = harmless_keys(side_keys) if parts.harmless is None else parts.harmless
     label = options.label or label_of(path)
-    facts = run_facts(path if path.is_dir() else path.parent)
+    facts: RunFacts = {}
+    if tensors.files:
+        facts = run_facts(path if path.is_dir() else path.parent)
     if parts.seed is not None:
         facts.setdefault("seed", parts.seed)
     return Adapter(
         update_loaders(tensors, pairs, scales, label=label),
         label=label,
         provenance=Provenance(
-            path=path,
+            path=path if tensors.files else None,
             format=format,
             files=(*tensors.files, *parts.files),
             scale_origin={module: scale.origin for module, scale in scales.items()},

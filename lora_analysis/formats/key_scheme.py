@@ -21,7 +21,6 @@ from lora_analysis.formats.build import AdapterParts, ScaleRule, build_adapter, 
 from lora_analysis.formats.factors import UNKNOWN_SCALE, StatedScale, StoredPair
 from lora_analysis.formats.side_tensors import side_finding
 from lora_analysis.formats.sources import AdapterFiles, Format, config_at, tensors_at
-from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -246,13 +245,13 @@ class KeyScheme(Format):
 
     def _is_in(self, path: Path, options: ReadOptions) -> bool:
         tensors = tensors_at(path, options)
-        if tensors is None:
-            return False
-        return (
-            has_factors(tensors.infos, self.keys)
-            if self.is_marked is None
-            else (self.is_marked(tensors))
-        )
+        return tensors is not None and self.recognizes(tensors, options)
+
+    def recognizes(self, tensors: NamedTensors, options: ReadOptions) -> bool:  # noqa: ARG002
+        """Return True if the tensors have this format's marks or keys."""
+        if self.is_marked is not None:
+            return self.is_marked(tensors)
+        return has_factors(tensors.infos, self.keys)
 
     def read(self, files: AdapterFiles, name: str | None, options: ReadOptions) -> Adapter:
         """Read the adapter in the files.
@@ -268,7 +267,7 @@ class KeyScheme(Format):
         """
         if self.check is not None:
             self.check(files)
-        tensors = open_tensors(files.weights, allow_pickle=options.allow_pickle)
+        tensors = files.open(options)
         stored = sort_keys(StoredModules(files, tensors, options), self.keys, name)
         parts = self._parts(stored) if self.complete is None else self.complete(stored)
         return build_adapter(files.path, self.name, tensors, options, parts)

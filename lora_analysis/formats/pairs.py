@@ -15,7 +15,6 @@ from lora_analysis.formats.build import AdapterParts, build_adapter
 from lora_analysis.formats.factors import FactorRole, StoredPair, complete_pairs
 from lora_analysis.formats.side_tensors import side_finding
 from lora_analysis.formats.sources import AdapterFiles, AdapterRef, Format, tensors_at
-from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -83,6 +82,9 @@ class _Pairs(Format):
         is_located = path.is_file() if options.pair is not None else is_described(path, options)
         return AdapterFiles(path, path) if is_located else None
 
+    def recognizes(self, tensors: NamedTensors, options: ReadOptions) -> bool:
+        return options.pair is not None or _match_names(tensors, options)
+
     def find(self, files: AdapterFiles, options: ReadOptions) -> list[AdapterRef]:
         return super().find(files, options) if is_described(files.path, options) else []
 
@@ -97,7 +99,7 @@ class _Pairs(Format):
             No tensor matches the patterns, or no patterns are given.
         """
         path = files.path
-        tensors = open_tensors(path, allow_pickle=options.allow_pickle)
+        tensors = files.open(options)
         if options.pair is None:
             raise pair_needed(path, tensors)
         factors, unmatched = _match(path, tensors, options.pair)
@@ -125,8 +127,10 @@ FORMAT: Final = _Pairs()
 def is_described(path: Path, options: ReadOptions) -> bool:
     """Return True if a file's names match the caller's patterns, or a known naming without any."""
     tensors = tensors_at(path, options)
-    if tensors is None:
-        return False
+    return tensors is not None and _match_names(tensors, options)
+
+
+def _match_names(tensors: NamedTensors, options: ReadOptions) -> bool:
     if options.pair is None:
         return known_pair(tensors.infos) is not None
     patterns = parse_pair(options.pair)

@@ -84,6 +84,16 @@ def formats_for(path: Path, options: ReadOptions) -> Iterator[Format]:
             yield entry
 
 
+def formats_in_memory(options: ReadOptions) -> Iterator[Format]:
+    """Yield the formats in the order in which they are asked if they recognize tensors in memory.
+
+    The caller's names for the tensors go first.
+    """
+    first = ("pairs",) if options.pair is not None else ()
+    for entry in (*first, *READERS):
+        yield _load(f"{entry}.FORMAT") if isinstance(entry, str) else entry
+
+
 def contents_of(format: str) -> Callable[..., dict[str, Content]]:
     """Return the function that gives the files of a format: name → what to write.
 

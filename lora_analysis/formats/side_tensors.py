@@ -17,6 +17,7 @@ from lora_analysis.formats.registry import CARRYING
 from lora_analysis.storage.safetensors import TensorInfo
 from lora_analysis.storage.tensor_reader import read_stored
 from lora_analysis.storage.tensor_writer import OutputTensor
+from lora_analysis.storage.tensors import MemoryTensors
 from lora_analysis.text import plural
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def _stored(tensors: NamedTensors, key: str) -> NDArray[Any]:
     info = tensors.infos[key]
     if isinstance(info, TensorInfo):
         return read_stored(tensors.file_of(key), info)
-    return tensors.read(key)
+    return tensors.stored(key) if isinstance(tensors, MemoryTensors) else tensors.read(key)
 
 
 def harmless_keys(keys: Sequence[str]) -> list[str]:

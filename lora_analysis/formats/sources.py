@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -54,12 +54,25 @@ class AdapterFiles:
         The configuration of the format next to it, if there is one.
     config
         Its content; None if it cannot be read, which reading the adapter reports.
+    tensors
+        The tensors, if they are in memory: there are no files then, and the paths are names for
+        messages.
+    scales
+        The scale that a live layer applies, by the name of its tensor of A.
     """
 
     path: Path
     weights: Path
     config_path: Path | None = None
     config: Mapping[str, Any] | None = None
+    tensors: NamedTensors | None = None
+    scales: Mapping[str, float] = field(default_factory=dict)
+
+    def open(self, options: ReadOptions) -> NamedTensors:
+        """Return the adapter's tensors."""
+        if self.tensors is not None:
+            return self.tensors
+        return open_tensors(self.weights, allow_pickle=options.allow_pickle)
 
 
 class Format:
@@ -78,6 +91,10 @@ class Format:
     def locate(self, path: Path, options: ReadOptions) -> AdapterFiles | None:
         """Return the files of the adapter at exactly this file or folder, None if there is none."""
         raise NotImplementedError
+
+    def recognizes(self, tensors: NamedTensors, options: ReadOptions) -> bool:  # noqa: ARG002
+        """Return True if tensors in memory, a state dictionary, are an adapter of this format."""
+        return False
 
     def find(self, files: AdapterFiles, options: ReadOptions) -> list[AdapterRef]:  # noqa: ARG002
         """Return the adapters in files that this format located."""

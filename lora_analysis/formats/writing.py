@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_analysis.errors import InputError
 from lora_analysis.formats.fused_parts import join_parts
+from lora_analysis.formats.live import as_adapter
 from lora_analysis.formats.merged import are_blocks
 from lora_analysis.formats.registry import WRITERS, contents_of, notes_of
 from lora_analysis.storage.atomic import write_atomic
@@ -56,7 +57,8 @@ def write_adapter(
     Parameters
     ----------
     adapter
-        Every module must be a low-rank update of known scale.
+        An adapter, or anything that :func:`as_adapter` takes. Every module must be a low-rank
+        update of known scale.
     path
         The folder, created if it does not exist. Files that this function wrote are replaced
         together; other files stay. For a format of one file it may also be the file, ending in
@@ -99,6 +101,7 @@ def write_adapter(
     -----
     One module at a time is in memory; each is read twice, for the header and for its numbers.
     """
+    adapter = as_adapter(adapter)
     target = Path(path)
     files = adapter_files(adapter, target, format=format, **options)
     protected = [*adapter.provenance.inputs, *inputs]

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from lora_analysis import chance
 from lora_analysis.errors import InputError
+from lora_analysis.formats import as_adapter, unique_labels
 from lora_analysis.groups.common_directions import explained_shares, shared_inits
 from lora_analysis.groups.merging import inner_products
 from lora_analysis.groups.stacking import stack_directions
 from lora_analysis.names import parse_prefixes
+from lora_analysis.results import frame, short_repr
 from lora_analysis.spectra import SIDES, Side, spectrum
 from lora_analysis.studies.alignment import align_adapters
 from lora_analysis.studies.module_walk import choose_modules, updates_by_shape, walk_modules
 
 if TYPE_CHECKING:
+    import pandas as pd
     from numpy.typing import NDArray
 
     from lora_analysis.adapter import Adapter
@@ -62,6 +65,29 @@ class GroupSimilarity:
     cosine: NDArray[np.float64]
     total_cosine: float
 
+    __repr__ = short_repr
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per module, side and member with a share."""
+        rows = [
+            {
+                "module": module,
+                "side": side,
+                "adapter": label,
+                "directions": int(self.directions[m]),
+                "held_out": self.held_out[s, m, n],
+                "in_sample": self.in_sample[s, m, n],
+                "chance": self.chance[s, m],
+                "excess": self.excess[s, m, n],
+                "shared_init": bool(self.shared_init[m, n]),
+            }
+            for m, module in enumerate(self.modules)
+            for s, side in enumerate(SIDES)
+            for n, label in enumerate(self.labels)
+            if not np.isnan(self.in_sample[s, m, n])
+        ]
+        return frame(rows)
+
     @property
     def chance(self) -> NDArray[np.float64]:
         """``(2, M)``: random baseline of a held-out share, k/d; 0 without shares."""
@@ -101,7 +127,7 @@ class _ModuleGroup(NamedTuple):
 
 
 def group_similarity(
-    adapters: Sequence[Adapter],
+    adapters: Sequence[Any],
     *,
     k: int | None = None,
     modules: str | Sequence[str] | None = None,
@@ -114,7 +140,8 @@ def group_similarity(
     Parameters
     ----------
     adapters
-        At least two. They are read module by module, so that a hundred fit in memory.
+        At least two, in any form that :func:`as_adapter` takes. They are read module by module, so
+        that a hundred fit in memory.
     k
         Number of directions of the shared basis; by default the smallest numerical rank of a
         module's trained members.
@@ -140,6 +167,7 @@ def group_similarity(
     if len(adapters) < 2:
         message = f"A group needs at least two adapters, got {len(adapters)}."
         raise InputError(message)
+    adapters = unique_labels([as_adapter(adapter) for adapter in adapters])
     adapters = align_adapters(adapters, prefix=parse_prefixes(prefix))
     chosen = choose_modules(adapters, modules)
     count = len(adapters)

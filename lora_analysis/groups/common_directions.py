@@ -11,6 +11,7 @@ from lora_analysis import linalg
 from lora_analysis.errors import DegenerateSubspaceError, InputError
 from lora_analysis.groups.shares import Shares
 from lora_analysis.groups.stacking import Directions, Stack, resolved_directions, stack_directions
+from lora_analysis.results import short_repr
 from lora_analysis.studies.pair_products import updates_init_evidence
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ class SharedBasis:
     degenerate: NDArray[np.bool_]
     held_out_degenerate: NDArray[np.bool_]
     shared_init: NDArray[np.bool_] | None = None
+
+    __repr__ = short_repr
 
     @property
     def explained(self) -> NDArray[np.float64]:
@@ -219,6 +222,8 @@ class UnionSubspace:
     basis: NDArray[np.float64]
     energy: NDArray[np.float64]
     held_out: Shares
+
+    __repr__ = short_repr
 
     @property
     def dimension(self) -> int:

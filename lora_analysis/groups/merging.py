@@ -11,6 +11,7 @@ import numpy as np
 from lora_analysis import linalg
 from lora_analysis.errors import InputError, ScaleError
 from lora_analysis.groups.stacking import Stack, stack_directions
+from lora_analysis.results import short_repr
 from lora_analysis.spectra import SIDES, Side
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class SubspaceAlignment:
     chance: float
     directions: int
     degenerate: bool
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True, slots=True, eq=False)

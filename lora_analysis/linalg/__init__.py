@@ -3,6 +3,14 @@
 Shapes: ``B`` is ``(..., d_out, r)``, ``A`` is ``(..., r, d_in)``; bases have orthonormal columns.
 """
 
+from lora_analysis.linalg.arrays import (
+    is_array,
+    is_tensor,
+    is_torch_module,
+    missing_values,
+    stored_values,
+    to_numpy,
+)
 from lora_analysis.linalg.constants import EPS
 from lora_analysis.linalg.dense import (
     DENSE_SVD_LIMIT,
@@ -41,13 +49,19 @@ __all__ = [
     "gram_seconds",
     "gram_svd",
     "haar_frame",
+    "is_array",
+    "is_tensor",
+    "is_torch_module",
     "krylov_svd",
     "leading_singular_values",
     "leading_svd",
+    "missing_values",
     "modified_svd",
     "overlap_grid",
     "principal_angles",
+    "stored_values",
     "tall_svd",
     "thin_left_product",
     "thin_product",
+    "to_numpy",
 ]

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -18,7 +19,9 @@ from lora_analysis.errors import (
     TargetError,
     UnsupportedMethodError,
 )
+from lora_analysis.formats import as_adapter
 from lora_analysis.formats.fused_parts import FUSED_PARTS, join_parts
+from lora_analysis.formats.live import MODEL_READERS, ModelReader
 from lora_analysis.formats.peft.adapter_config import refuse_more_than_factors
 from lora_analysis.lora.core import (
     Adapted,
@@ -50,10 +53,13 @@ def extract_adapter(
 ) -> Adapter:
     """Return a model's adapter as a value: copies on the CPU, independent of the model.
 
-    If a fused module is adapted in parts, each part is an update of its own, ``c_attn.q``.
+    If a fused module is adapted in parts, each part is an update of its own, ``c_attn.q``. A model
+    with PEFT's layers is read as by :func:`as_adapter`.
 
     Parameters
     ----------
+    model
+        A model with the layers of `add_lora`, or with those of PEFT.
     label
         Label of the adapter, for tables and messages.
     config
@@ -68,6 +74,9 @@ def extract_adapter(
     InputError
         The model has no such adapter, or several; or a factor holds non-finite numbers.
     """
+    if not adapted_modules(model):
+        adapter = as_adapter(model, adapter_name=name, label=label)
+        return adapter.copy_with(config={**adapter.config, **(config or {})})
     name = name or _only_adapter(model)
     updates: dict[str, LowRankUpdate] = {}
     saved: dict[str, NDArray[Any]] = {}
@@ -108,6 +117,19 @@ def extract_adapter(
     )
 
 
+def _read_own(model: nn.Module, name: str | None, label: str | None) -> Adapter:
+    """Return the adapter of a model with our layers, the active one by default."""
+    if name is None:
+        active = {layer.active for layer in adapted_modules(model).values()} - {None}
+        name = active.pop() if len(active) == 1 else _only_adapter(model)
+    base = getattr(getattr(model, "config", None), "name_or_path", None)
+    default = (Path(base).name if base else type(model).__name__) if name == "default" else name
+    return extract_adapter(model, label=label or str(default), name=name)
+
+
+MODEL_READERS.append(ModelReader(lambda model: bool(adapted_modules(model)), _read_own))
+
+
 def _updates(
     module: str, layer: AdaptedModule, adapter: str, label: str
 ) -> Iterator[LowRankUpdate]:
@@ -141,9 +163,11 @@ def _update(name: str, A: Tensor, B: Tensor, factors: LoraFactors, **fields: Any
 
 
 def load_adapter_into(
-    model: nn.Module, adapter: Adapter, *, name: str = "default", trainable: bool = False
+    model: nn.Module, adapter: Any, *, name: str = "default", trainable: bool = False
 ) -> list[str]:
     """Put an adapter into ``model``, in place and active: its factors, scales and trained modules.
+
+    The adapter may have any form that :func:`as_adapter` takes.
 
     Each module gets the rank and scale it has in the adapter. The whole model is frozen; with
     ``trainable``, the adapter takes gradients and its training can continue.
@@ -169,6 +193,7 @@ def load_adapter_into(
     InputError
         An update is dense, or the name is taken.
     """
+    adapter = as_adapter(adapter)
     refuse_more_than_factors(
         adapter.config,
         adapter.label,
@@ -268,11 +293,7 @@ def _only_adapter(model: nn.Module) -> str:
     names = list(dict.fromkeys(name for layer in layers for name in layer.adapters))
     if len(names) == 1:
         return names[0]
-    message = (
-        f"The model has several adapters; name= takes one of {names}."
-        if names
-        else "The model has no adapter: none was added, or it is merged. Unmerge it first."
-    )
+    message = f"The model has several adapters; name= takes one of {names}."
     raise InputError(message)
 
 

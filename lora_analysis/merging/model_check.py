@@ -18,11 +18,13 @@ from lora_analysis.bases.base_weights import BaseWeights
 from lora_analysis.effective import effective_update
 from lora_analysis.errors import BaseWeightError, IncompatibleError, InputError
 from lora_analysis.finding import Finding
+from lora_analysis.formats import as_adapter
 from lora_analysis.merging.forecast import MergeForecast, forecast_module
 from lora_analysis.merging.module_check import Cause, Conclusion, ModuleMerge, check_module
 from lora_analysis.merging.replay import round_to
 from lora_analysis.names import strip_wrappers
 from lora_analysis.patterns import choose_names
+from lora_analysis.results import frame
 from lora_analysis.storage.dtypes import widened
 
 if TYPE_CHECKING:
@@ -189,9 +191,7 @@ class MergeCheck:
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per module."""
-        import pandas as pd  # heavy, and only for tables
-
-        return pd.DataFrame([module_row(module) for module in self.modules])
+        return frame([module_row(module) for module in self.modules])
 
 
 def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def module_row(module: ModuleMerge) -> dict[str, Any]:
 
 
 def merge_check(
-    adapter: Adapter,
+    adapter: Any,
     base: Any,
     merged: Any,
     *,
@@ -242,7 +242,7 @@ def merge_check(
     Parameters
     ----------
     adapter
-        With known scales.
+        Anything that :func:`lora_analysis.as_adapter` takes, with known scales.
     base, merged
         The two models: anything :func:`lora_analysis.open_base` accepts or returns.
     transposed
@@ -264,6 +264,7 @@ def merge_check(
     -----
     Both models are read tensor by tensor; in memory are one weight and a tile of the other.
     """
+    adapter = as_adapter(adapter)
     old, new = _opened(base, adapter), _opened(merged, adapter)
     new.model_type = new.model_type or old.model_type
     old.model_type = old.model_type or new.model_type
@@ -309,7 +310,7 @@ def merge_check(
 
 
 def merge_forecast(
-    adapter: Adapter,
+    adapter: Any,
     base: Any,
     *,
     dtype: str | None = None,
@@ -334,6 +335,7 @@ def merge_forecast(
     BaseWeightError
         The base has no weight for a module.
     """
+    adapter = as_adapter(adapter)
     old = _opened(base, adapter)
     if transposed is None and adapter.provenance.format in _ROWS_ARE_OUTPUTS:
         transposed = False

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, ListedColormap, Normalize
 from matplotlib.transforms import ScaledTranslation
 
+from lora_analysis import linalg
 from lora_analysis.errors import InputError
 from lora_analysis.plots import style
 from lora_analysis.plots.hatching import hatch_cells
 from lora_analysis.plots.hover import HoverCells, set_hover, span
+from lora_analysis.similarity import Degeneracy, SimilarityGrid, subspace_similarity
+from lora_analysis.spectra import default_side
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.colorbar import Colorbar
     from matplotlib.image import AxesImage
     from numpy.typing import NDArray
 
-    from lora_analysis.similarity import SimilarityGrid
+    from lora_analysis.spectra import Side, VectorsOf
 
 PHI = "φ(i, j)"
 EXCESS = "excess φ over random\n(φ − c)/(1 − c)"
@@ -119,7 +122,7 @@ def resolve_similarity(
     values = (grid.excess if excess else grid.values)[corner]
     data = np.ma.masked_where(left_out | degenerate | ~np.isfinite(values), values)
     expected = grid.chance[corner][~left_out]
-    has_band = not excess and expected.size > 0
+    has_band = not excess and expected.size > 0 and bool(np.isfinite(expected).all())
     return HeatMap(
         data=data,
         degenerate=degenerate,
@@ -236,10 +239,52 @@ def _mark_chance(bar: Axes, chance: tuple[float, float]) -> None:
     )
 
 
+def _as_grid(
+    a: Any, b: Any, *, side: Side | None = None, of: VectorsOf = "delta"
+) -> SimilarityGrid:
+    """Return a grid for a grid, a matrix of values, or two updates."""
+    if isinstance(a, SimilarityGrid):
+        return a
+    if b is not None:
+        grids = subspace_similarity(a, b, side=side, of=of)
+        if isinstance(grids, SimilarityGrid):
+            return grids
+        if len(grids) > 1:
+            message = (
+                f"A heat map shows one module, but {grids.label} have {len(grids)} in common. "
+                f"Choose one: plot_similarity(a['{next(iter(grids))}'], b[…])."
+            )
+            raise InputError(message)
+        grid: SimilarityGrid = next(iter(grids.values()))
+        return grid
+    values = linalg.to_numpy(a) if linalg.is_array(a) or isinstance(a, list | tuple) else None
+    if values is None or values.ndim != 2 or values.dtype.kind not in "fiu":
+        message = (
+            f"A heat map cannot be drawn of a {type(a).__name__}. Accepted: a SimilarityGrid, a "
+            "matrix of values φ(i, j), or two updates of one module."
+        )
+        raise InputError(message)
+    fine = [Degeneracy(np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)) for n in values.shape]
+    return SimilarityGrid(
+        values=values.astype(np.float64),
+        chance=np.full(values.shape, np.nan),
+        dimension=0,
+        module="",
+        side=side or default_side(of),
+        of=of,
+        labels=("first", "second"),
+        rows_degeneracy=fine[0],
+        columns_degeneracy=fine[1],
+    )
+
+
 def plot_similarity(
-    grid: SimilarityGrid,
+    a: Any,
+    b: Any = None,
     ax: Axes | None = None,
     *,
+    side: Side | None = None,
+    of: VectorsOf = "delta",
     zoom: int | None = None,
     excess: bool = False,
     colorbar: bool = True,
@@ -256,8 +301,13 @@ def plot_similarity(
 
     Parameters
     ----------
-    grid
-        From `subspace_similarity`.
+    a
+        A grid from `subspace_similarity`; a matrix of values φ(i, j), of which the random baseline
+        is not known; or an update, in any form that :func:`as_update` takes.
+    b
+        With an update, the other update of the same module. Axes in its place are taken as ``ax``.
+    side, of
+        For two updates, as for `subspace_similarity`.
     ax
         If to draw; None makes a figure of one column's width.
     zoom
@@ -282,8 +332,12 @@ def plot_similarity(
     Raises
     ------
     InputError
-        ``zoom`` is below 1.
+        ``zoom`` is below 1; or ``a`` and ``b`` are none of the above, or whole adapters of several
+        modules.
     """
+    if isinstance(b, Axes):
+        b, ax = None, b
+    grid = _as_grid(a, b, side=side, of=of)
     heatmap = resolve_similarity(grid, zoom=zoom, excess=excess, title=title)
     with style.house_style():
         rows, columns = heatmap.data.shape

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from lora_analysis import linalg
 from lora_analysis.errors import InputError
 from lora_analysis.plots import style
-from lora_analysis.spectra import Spectrum
+from lora_analysis.spectra import Spectrum, spectrum
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -123,11 +124,11 @@ def resolve_spectrum(
         raise InputError(message)
     labels = [style.plain(label, 24) for label in _labels(spectra)]
     curves = []
-    for spectrum, label, color in zip(spectra, labels, _colors(len(spectra)), strict=True):
-        if not spectrum.untrained:
-            values = _curve_values(spectrum, normalized=normalized, energy=energy)
-            beyond_rank = len(values) - spectrum.numerical_rank
-            unit = _unit(spectrum, spectra, relative=normalized or energy)
+    for spectral, label, color in zip(spectra, labels, _colors(len(spectra)), strict=True):
+        if not spectral.untrained:
+            values = _curve_values(spectral, normalized=normalized, energy=energy)
+            beyond_rank = len(values) - spectral.numerical_rank
+            unit = _unit(spectral, spectra, relative=normalized or energy)
             curves.append(Curve(label + unit, values, beyond_rank, color))
     untrained = [n for s, n in zip(spectra, labels, strict=True) if s.untrained]
     longest = max((len(c.values) for c in curves), default=1)
@@ -223,8 +224,47 @@ def _paint_labels(ax: Axes, curves: Sequence[Curve]) -> None:
         )
 
 
+def _as_spectra(source: Any) -> list[Spectrum]:
+    """Return the spectra of one or several things that have one or several."""
+    if isinstance(source, Spectrum):
+        return [source]
+    if linalg.is_array(source) and source.ndim == 1:
+        return [_of_values(linalg.to_numpy(source))]
+    is_sequence = isinstance(source, Sequence) and not isinstance(source, str)
+    if is_sequence and not (len(source) in (2, 3) and _are_factors(source)):
+        return [spectral for entry in source for spectral in _as_spectra(entry)]
+    spectra = spectrum(source, vectors=False)
+    return [spectra] if isinstance(spectra, Spectrum) else list(spectra.values())
+
+
+def _are_factors(source: Sequence[Any]) -> bool:
+    """Return True for ``(A, B)`` or ``(A, B, scale)``, False for two matrices ΔW in a list."""
+    if not isinstance(source, tuple) or not all(map(linalg.is_array, source[:2])):
+        return False
+    return all(factor.ndim == 2 for factor in source[:2])
+
+
+def _of_values(values: NDArray[np.float64]) -> Spectrum:
+    """Return a spectrum with given singular values, of which nothing else is known."""
+    if not values.size or not np.isfinite(values).all() or (values < 0).any():
+        message = "Singular values must be non-negative numbers, at least one."
+        raise InputError(message)
+    descending = np.sort(values.astype(np.float64))[::-1].copy()
+    count = len(descending)
+    return Spectrum(
+        name="values",
+        U=None,
+        S=descending,
+        V=None,
+        of="delta",
+        numerical_rank=int(np.count_nonzero(descending > count * linalg.EPS * descending[0])),
+        rank=count,
+        shape=(count, count),
+    )
+
+
 def plot_spectrum(
-    spectra: Spectrum | Sequence[Spectrum],
+    spectra: Any,
     ax: Axes | None = None,
     *,
     normalized: bool = False,
@@ -240,7 +280,9 @@ def plot_spectrum(
     Parameters
     ----------
     spectra
-        One, or several to overlay; told apart by adapter label, or by module where that is it.
+        One spectrum, or several to overlay. For a spectrum there may be an update in any form that
+        :func:`as_update` takes, an adapter (one curve per module) in any form that
+        :func:`as_adapter` takes, or an array of singular values.
     ax
         If to draw; None makes a figure of one column's width.
     normalized
@@ -253,8 +295,7 @@ def plot_spectrum(
     InputError
         No spectrum.
     """
-    several = [spectra] if isinstance(spectra, Spectrum) else list(spectra)
-    plot = resolve_spectrum(several, normalized=normalized, energy=energy)
+    plot = resolve_spectrum(_as_spectra(spectra), normalized=normalized, energy=energy)
     with style.house_style():
         ax = style.axes_or_new(ax, (style.ONE_COLUMN, 2.4))
         _paint_axes(ax, plot)

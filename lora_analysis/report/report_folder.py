@@ -30,6 +30,8 @@ from lora_analysis.report.sections import FORMATS, Section, sections
 from lora_analysis.report.tables import adapters_table
 from lora_analysis.storage.atomic import write_atomic
 from lora_analysis.storage.outputs import OutputFolder, holds_output, output_folder
+from lora_analysis.studies import Study
+from lora_analysis.studies import study as run_study
 from lora_analysis.text import join_names, plural, printable, printable_json, printable_lines
 
 if TYPE_CHECKING:
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lora_analysis.progress import Progress
-    from lora_analysis.studies import Study
 
 GRIDS, RESULTS = "grids.npz", "results.json"
 # results.json names its generator within its first bytes.
@@ -46,7 +47,7 @@ _HEAD = 200
 
 
 def write_report(
-    study: Study,
+    study: Any,
     path: str | Path,
     *,
     title: str | None = None,
@@ -62,7 +63,8 @@ def write_report(
     Parameters
     ----------
     study
-        From `lora_analysis.study`.
+        From `lora_analysis.study`; or what it takes, a list of adapters in any form, which is
+        then studied without a base.
     path
         Folder to write into; created if missing. An earlier report of this package in it is
         replaced as a whole, once the new one is complete. It may contain the adapters of the study.
@@ -99,6 +101,8 @@ def write_report(
     OutputError
         A file could not be written; the message states what the folder holds now.
     """
+    if not isinstance(study, Study):
+        study = run_study(study)
     if parquet:
         try:
             import pyarrow as pa  # noqa: F401

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
 
 from lora_analysis import linalg
 from lora_analysis.adapter import DenseUpdate, LowRankUpdate, Update
 from lora_analysis.errors import InputError, require_package
+from lora_analysis.formats import as_update, map_modules
 from lora_analysis.spectra.values import Spectrum, VectorsOf
 
 if TYPE_CHECKING:
@@ -99,13 +100,29 @@ def _dense_spectrum(update: DenseUpdate, *, vectors: bool) -> Spectrum:
     )
 
 
+@overload
 def spectrum(
     update: Update | Spectrum,
     *,
     of: VectorsOf = "delta",
     vectors: bool = True,
     device: str | None = None,
-) -> Spectrum:
+) -> Spectrum: ...
+@overload
+def spectrum(
+    update: Any,
+    *,
+    of: VectorsOf = "delta",
+    vectors: bool = True,
+    device: str | None = None,
+) -> Any: ...
+def spectrum(
+    update: Any,
+    *,
+    of: VectorsOf = "delta",
+    vectors: bool = True,
+    device: str | None = None,
+) -> Any:
     """Return the singular values and vectors of ΔW = s·B·A, or of one factor alone.
 
     ΔW is never formed: QR of both factors and the SVD of an r × r core, in float64. The absolute
@@ -114,7 +131,9 @@ def spectrum(
     Parameters
     ----------
     update
-        A low-rank or dense update; a Spectrum is given back as it is if its factor fits.
+        A low-rank or dense update, in any form that :func:`as_update` takes; a Spectrum is given
+        back as it is if its factor fits. An adapter, in any form that :func:`as_adapter` takes:
+        the result is then a mapping of module names to spectra.
     of
         ``"delta"`` for ΔW; ``"A"`` for the right singular vectors of A alone (what the LoRA paper
         plots), ``"B"`` for the left ones of B alone. Those two depend on how ΔW is split into
@@ -145,6 +164,11 @@ def spectrum(
             message = f"This spectrum is of factor {update.of!r}, asked for {of!r}."
             raise InputError(message)
         return update
+    if not isinstance(update, LowRankUpdate | DenseUpdate):
+        modules = map_modules(spectrum, update, of=of, vectors=vectors, device=device)
+        if modules is not None:
+            return modules
+        update = as_update(update)
     _check_factor(update, of, device)
     if isinstance(update, DenseUpdate):
         return _dense_spectrum(update, vectors=vectors)
@@ -173,7 +197,7 @@ def _check_factor(update: Update, of: str, device: str | None) -> None:
 
 
 def stacked_spectra(
-    updates: Iterable[Update],
+    updates: Iterable[Any],
     *,
     device: str | None = None,
     dtype: Literal["float64", "float32"] = "float64",
@@ -196,7 +220,7 @@ def stacked_spectra(
     list of Spectrum
         In numpy arrays, as from `spectrum`.
     """
-    given = list(updates)
+    given = [as_update(update) for update in updates]
     if device is None:
         return [spectrum(update) for update in given]
     spectra_by_index: dict[int, Spectrum] = {}
@@ -239,10 +263,15 @@ def _spectra_on_device(
     ]
 
 
-def singular_values(update: Update) -> NDArray[np.float64]:
+@overload
+def singular_values(update: Update) -> NDArray[np.float64]: ...
+@overload
+def singular_values(update: Any) -> Any: ...
+def singular_values(update: Any) -> Any:
     """Return the singular values of ΔW, descending, ``(min(r, d_out, d_in),)``; no vectors.
 
-    In units of the scale if that is unknown.
+    In units of the scale if that is unknown. For an adapter the result is a mapping of module names
+    to arrays; updates and adapters may have any form that `as_update` and `as_adapter` take.
 
     Examples
     --------
@@ -250,6 +279,11 @@ def singular_values(update: Update) -> NDArray[np.float64]:
     >>> singular_values(LowRankUpdate(name="q", A=np.eye(2, 5), B=np.eye(7, 2), scale=3.0))
     array([3., 3.])
     """
+    if not isinstance(update, LowRankUpdate | DenseUpdate):
+        modules = map_modules(singular_values, update)
+        if modules is not None:
+            return modules
+        update = as_update(update)
     if isinstance(update, DenseUpdate):
         return np.linalg.svd(update.delta.astype(np.float64), compute_uv=False)
     scale = 1.0 if update.scale is None else abs(update.scale)

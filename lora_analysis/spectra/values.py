@@ -9,9 +9,11 @@ import numpy as np
 
 from lora_analysis import linalg
 from lora_analysis.errors import DegenerateSubspaceError, InputError
+from lora_analysis.results import curve, frame
 from lora_analysis.text import html_facts
 
 if TYPE_CHECKING:
+    import pandas as pd
     from numpy.typing import NDArray
 
 Side = Literal["input", "output"]
@@ -185,7 +187,36 @@ class Spectrum:
             ("norm, in units of the scale" if self.in_units_of_scale else "norm", self.norm),
             ("leading singular values", ", ".join(f"{sigma:.3g}" for sigma in self.S[:6])),
         ]
-        return html_facts(f"Spectrum of {of}, {self.name}, {self.label}", facts)
+        table = html_facts(f"Spectrum of {of}, {self.name}, {self.label}", facts)
+        return table + curve(self.S, self.numerical_rank)
+
+    def __repr__(self) -> str:
+        of = "ΔW" if self.of == "delta" else self.of
+        shape = " × ".join(map(str, self.shape))
+        unit = " in units of the scale" if self.in_units_of_scale else ""
+        return (
+            f"<Spectrum of {of}, {self.name!r} in {self.label or 'update'!r}: {shape}, rank "
+            f"{self.rank}, numerical rank {self.numerical_rank}, norm {self.norm:.4g}{unit}>"
+        )
+
+    def summary(self) -> dict[str, float]:
+        """Return a few numbers of the spectrum, for tables over modules."""
+        return {
+            "rank": self.rank,
+            "numerical rank": self.numerical_rank,
+            "norm": self.norm,
+            "σ₁": float(self.S[0]),
+            "stable rank": self.stable_rank,
+            "effective rank": self.effective_rank,
+        }
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per singular value, up to the numerical rank."""
+        count = self.numerical_rank
+        columns = (range(1, count + 1), self.S, self.gaps, self.energy_shares)
+        rows = zip(*(values[:count] for values in columns), strict=True)
+        names = ("i", "sigma", "gap", "energy_share")
+        return frame([dict(zip(names, row, strict=True)) for row in rows], names)
 
     def vectors(self, side: Side) -> NDArray[np.float64]:
         """Return the singular vectors of one side up to the numerical rank, ``(d, n)``.

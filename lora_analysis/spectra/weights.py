@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lora_analysis import linalg
+from lora_analysis.bases import as_weight
 from lora_analysis.errors import BaseWeightError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from lora_analysis.bases import Weight
     from lora_analysis.linalg import DenseSVD
 
 # Spectra that take less time than this (seconds) are not cached.
 _WORTH_KEEPING = 1.0
 
 
-def weight_svd(W: Weight | NDArray[np.floating], *, cache: bool = True) -> DenseSVD:
+def weight_svd(W: Any, *, cache: bool = True) -> DenseSVD:
     """Return the whole thin SVD of a frozen weight, in float64.
 
     Parameters
     ----------
     W
-        The weight as ``(d_out, d_in)``: a tensor from `open_base`, or an array.
+        The weight as ``(d_out, d_in)``, in any form that :func:`as_weight` takes.
     cache
         Whether to take it from disk where it is there, and to keep it there otherwise, under the
         hash of W's values: in ``$LORA_ANALYSIS_CACHE`` (by default the user's cache folder), up to
@@ -47,6 +47,7 @@ def weight_svd(W: Weight | NDArray[np.floating], *, cache: bool = True) -> Dense
     Through `linalg.gram_svd`; `linalg.gram_seconds` says about how long it takes: half a minute
     for 4096 × 4096 on one core, when a full LAPACK SVD takes minutes.
     """
+    W = as_weight(W)
     dense = W if isinstance(W, np.ndarray) else W.array()
     if not np.isfinite(dense).all():
         message = (

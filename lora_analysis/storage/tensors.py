@@ -1,7 +1,8 @@
-"""Named tensors of any container: safetensors, torch files, ``.npz``, and sharded models.
+"""Named tensors of any container: safetensors, torch files, ``.npz``, sharded models, memory.
 
 Readers of formats use :class:`NamedTensors` and know no container. :class:`TensorFiles` implements
-it for every container that stores plain numbers; GGUF, which must decode them, extends it.
+it for every container that stores plain numbers; GGUF, which must decode them, extends it, and
+:class:`MemoryTensors` for objects in memory.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from lora_analysis.errors import MalformedFileError, SourceError
+from lora_analysis.linalg import stored_values
 from lora_analysis.storage.documents import read_json_object
+from lora_analysis.storage.dtypes import result_dtype, widen
 from lora_analysis.storage.file_signatures import PICKLE_SUFFIXES, is_pickle, is_zip
 from lora_analysis.storage.limits import BLOCK_ELEMENTS, MAX_INDEX_BYTES
 from lora_analysis.storage.safetensors import Header, TensorInfo, TensorSpec, read_header
-from lora_analysis.storage.tensor_reader import iter_blocks, read_tensor
+from lora_analysis.storage.tensor_reader import iter_blocks, read_tensor, tile_slices
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -110,6 +114,65 @@ class TensorFiles:
     def file_of(self, name: str) -> Path:
         """Return the file that holds a tensor."""
         return self.locations[name]
+
+
+class MemoryTensors:
+    """Named tensors in memory: copies, so that they stay what they are if a training goes on.
+
+    Parameters
+    ----------
+    label
+        What holds the tensors, for messages. The path is ``memory/<label>/tensors``, two folders
+        deep since readers look for configurations next to a file and one folder above it.
+    tensors
+        Arrays and tensors of any library, type and device.
+    metadata
+        Metadata as a file would state them.
+
+    Raises
+    ------
+    InputError
+        A tensor does not hold its values in this process.
+    """
+
+    __slots__ = ("_stored", "files", "infos", "metadata", "path")
+
+    def __init__(
+        self, label: str, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        self.path = Path("memory", label.replace("/", "-"), "tensors")
+        self.files: tuple[Path, ...] = ()
+        self.metadata: Mapping[str, str] = dict(metadata or {})
+        stored = {
+            name: stored_values(value, f"{label}: '{name}'") for name, value in tensors.items()
+        }
+        self._stored = {name: raw for name, (_, raw) in stored.items()}
+        self.infos: Mapping[str, TensorSpec] = {
+            name: TensorSpec(name, dtype, raw.shape) for name, (dtype, raw) in stored.items()
+        }
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Return one tensor; floats narrower than 32 bits come as float32, exactly."""
+        raw, dtype = self._stored[name], self.infos[name].dtype
+        values: NDArray[Any] = np.empty(raw.shape, result_dtype(dtype))
+        widen(raw, dtype, values)
+        return values
+
+    def stored(self, name: str) -> NDArray[Any]:
+        """Return one tensor as stored; types that numpy does not have come as their bits."""
+        return self._stored[name]
+
+    def blocks(
+        self, name: str, *, elements: int = BLOCK_ELEMENTS
+    ) -> Iterator[tuple[slice, slice, NDArray[np.float32]]]:
+        """Yield one matrix tile by tile, as float32."""
+        whole = self.read(name)
+        for rows, columns in tile_slices(whole.shape, elements):
+            yield rows, columns, whole[rows, columns].astype(np.float32)
+
+    def file_of(self, name: str) -> Path:  # noqa: ARG002
+        """Return the label as a path."""
+        return self.path
 
 
 class LazyTensors(Mapping[str, "NDArray[Any]"]):

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lora_analysis.errors import InputError
+from lora_analysis.formats import as_adapter, unique_labels
 from lora_analysis.names import parse_prefixes
+from lora_analysis.results import frame, short_repr
 from lora_analysis.spectra import SIDES, Side, spectrum
 from lora_analysis.studies.alignment import align_adapters
 from lora_analysis.studies.module_walk import choose_modules, updates_by_shape, walk_modules
@@ -18,6 +21,7 @@ from lora_analysis.studies.pair_products import ModulePairs, module_pairs
 from lora_analysis.studies.similarity_matrix import ALL, ModuleContribution, SimilarityMatrixSums
 
 if TYPE_CHECKING:
+    import pandas as pd
     from numpy.typing import NDArray
 
     from lora_analysis.adapter import Adapter
@@ -56,8 +60,28 @@ class PairwiseSimilarity:
     total_cosine: NDArray[np.float64]
     shared_init: NDArray[np.bool_]
 
-    def __repr__(self) -> str:
-        return f"<PairwiseSimilarity of {len(self.labels)} adapters, {len(self.modules)} modules>"
+    __repr__ = short_repr
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per module, side and pair, the order of `labels` in each pair."""
+        rows = [
+            {
+                "module": module,
+                "side": side,
+                "a": self.labels[i],
+                "b": self.labels[j],
+                "phi_1_1": self.phi_1_1[s, m, i, j],
+                "phi_r_r": self.phi_r_r[s, m, i, j],
+                "omega": self.omega[s, m, i, j],
+                "excess_r_r": self.excess_r_r[s, m, i, j],
+                "cosine": self.cosine[m, i, j],
+                "shared_init": bool(self.shared_init[m, i, j]),
+            }
+            for m, module in enumerate(self.modules)
+            for s, side in enumerate(SIDES)
+            for i, j in combinations(range(len(self.labels)), 2)
+        ]
+        return frame(rows)
 
     def median(self, quantity: str = "omega", side: Side = "output") -> NDArray[np.float64]:
         """Return the median over modules of one quantity on one side, ``(N, N)``.
@@ -72,7 +96,7 @@ class PairwiseSimilarity:
 
 
 def pairwise(
-    adapters: Sequence[Adapter],
+    adapters: Sequence[Any],
     *,
     modules: str | Sequence[str] | None = None,
     prefix: str | Sequence[str] | Mapping[str, str] | None = None,
@@ -84,7 +108,8 @@ def pairwise(
     Parameters
     ----------
     adapters
-        At least two. They are read module by module, so that a hundred fit in memory.
+        At least two, in any form that :func:`as_adapter` takes. They are read module by module, so
+        that a hundred fit in memory.
     modules
         Suffixes of module names, or one regular expression; all modules by default.
     prefix
@@ -104,6 +129,7 @@ def pairwise(
     if len(adapters) < 2:
         message = f"Pairs need at least two adapters, got {len(adapters)}."
         raise InputError(message)
+    adapters = unique_labels([as_adapter(adapter) for adapter in adapters])
     adapters = align_adapters(adapters, prefix=parse_prefixes(prefix))
     chosen = choose_modules(adapters, modules)
     labels = tuple(adapter.label for adapter in adapters)

@@ -35,16 +35,6 @@ class Relation(StrEnum):
 ACROSS_BASES = (Relation.OTHER_BASE, Relation.BASE_NOT_KNOWN_SAME)
 
 
-def unique_labels(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """Return the adapters, with a number appended to labels that are already taken."""
-    seen: dict[str, int] = {}
-    result = []
-    for adapter in adapters:
-        seen[adapter.label] = count = seen.get(adapter.label, 0) + 1
-        result.append(adapter if count == 1 else adapter.with_label(f"{adapter.label} ({count})"))
-    return result
-
-
 def run_key(adapter: Adapter) -> Hashable | None:
     """Return a key that the checkpoints of one training run share; None if it is not known.
 

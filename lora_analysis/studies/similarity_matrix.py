@@ -16,11 +16,13 @@ from lora_analysis import chance
 from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.errors import InputError
 from lora_analysis.init_evidence import InitRows
+from lora_analysis.results import frame
 from lora_analysis.spectra import SIDES, Side
 from lora_analysis.studies.pair_products import pair_blocks
 from lora_analysis.text import html_table
 
 if TYPE_CHECKING:
+    import pandas as pd
     from numpy.typing import NDArray
 
     from lora_analysis.adapter import Update
@@ -96,6 +98,11 @@ class SimilarityMatrix:
         planes = self.cosine if what == "cosine" else self.overlap[what]  # type: ignore[index]
         matrix: NDArray[np.float64] = planes[self.kinds.index(kind)]
         return matrix
+
+    def to_frame(self, what: str = "output", kind: str = ALL) -> pd.DataFrame:
+        """Return one matrix as a table with the labels along both axes, see `matrix`."""
+        rows = [dict(zip(self.labels, row, strict=True)) for row in self.matrix(what, kind)]
+        return frame(rows, self.labels).set_axis(list(self.labels))
 
     def _repr_html_(self) -> str:
         whole = len(self.labels) <= _MAX_HTML

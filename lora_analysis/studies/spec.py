@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from lora_analysis.adapter import Adapter
-from lora_analysis.bases import BaseWeights, check_experts, open_base
+from lora_analysis.bases import BaseWeights, as_base, check_experts
 from lora_analysis.errors import IncompatibleError, InputError
 from lora_analysis.finding import Failure
-from lora_analysis.formats import AdapterRef, each_once, expanded, find_adapters, read_adapter
+from lora_analysis.formats import (
+    AdapterRef,
+    as_adapter,
+    each_once,
+    expanded,
+    find_adapters,
+    read_adapter,
+    unique_labels,
+)
 from lora_analysis.studies.alignment import align_adapters
 from lora_analysis.studies.base_models import other_bases, same_base
 from lora_analysis.studies.labels import with_label_facts
-from lora_analysis.studies.relations import ChosenPairs, choose_pairs, unique_labels
+from lora_analysis.studies.relations import ChosenPairs, choose_pairs
 from lora_analysis.text import join_names
 
 # Tables of more pairs are not read: 40 adapters have 780 pairs, in every module.
@@ -36,7 +45,8 @@ class ReadLater:
         return (self.ref.path,)
 
 
-Source = Adapter | ReadLater | str | Path
+# An adapter, a source of one or several, or an object in memory that `as_adapter` takes.
+Source = Any
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,7 +57,7 @@ class StudySpec:
     """
 
     adapters: tuple[Source, ...]
-    base: BaseWeights | str | Path | None = None
+    base: Any = None
     reference: tuple[Source, ...] = ()
     modules: str | Sequence[str] | None = None
     prefix: Mapping[str, str] = field(default_factory=dict)
@@ -67,15 +77,17 @@ class StudySpec:
             Naming the first of them.
         """
         for source in (*self.adapters, *self.reference):
-            if isinstance(source, Adapter):
+            if not isinstance(source, str | PathLike | AdapterRef | ReadLater):
+                name = source.label if isinstance(source, Adapter) else type(source).__name__
                 message = (
-                    f"{source.label} is in memory: with an executor, adapters are given by their "
+                    f"{name} is in memory: with an executor, adapters are given by their "
                     "sources, which every worker opens for itself."
                 )
                 raise InputError(message)
-        if isinstance(self.base, BaseWeights):
+        if self.base is not None and not isinstance(self.base, str | PathLike):
+            name = getattr(self.base, "label", type(self.base).__name__)
             message = (
-                f"The base {self.base.label} is open already: with an executor it is given by "
+                f"The base {name} is open already: with an executor it is given by "
                 "its source, which every worker opens for itself."
             )
             raise InputError(message)
@@ -96,7 +108,7 @@ class StudySpec:
         labeled = with_label_facts([*analyzed, *reference], self.label)
         check_reference(labeled[: len(analyzed)], labeled[len(analyzed) :])
         aligned = align_adapters(unique_labels(labeled), prefix=self.prefix)
-        base = open_base(self.base) if isinstance(self.base, str | Path) else self.base
+        base = None if self.base is None else as_base(self.base)
         count = len(analyzed)
         if base is not None:
             base = base.matched_to(labeled, prefix=self.prefix)
@@ -125,11 +137,13 @@ class StudySpec:
         """Return the parameters of `study` other than adapters that are not the default."""
         base = self.base
         values = {
-            "base": base and (str(base) if isinstance(base, str | Path) else ...),
+            "base": None
+            if base is None
+            else (str(base) if isinstance(base, str | PathLike) else ...),
             "modules": self.modules,
             "prefix": self.prefix or None,
             "transposed": self.transposed,
-            "draws": self.draws if base and self.draws != DRAWS else None,
+            "draws": self.draws if base is not None and self.draws != DRAWS else None,
             "weight_spectra": self.weight_spectra or None,
             "label": self.label,
             "across_bases": self.across_bases or None,
@@ -231,6 +245,10 @@ def read_sources(sources: Sequence[Source], failures: list[Failure]) -> Iterator
                 yield source.read(source.ref)
             except InputError as error:
                 failures.append(Failure(source.ref.source, str(error)))
+        elif isinstance(source, AdapterRef):
+            yield read_adapter(source)
+        elif not isinstance(source, str | PathLike):
+            yield as_adapter(source)
         else:
             refs = [ref for path in expanded(str(source)) for ref in find_adapters(path)]
             for ref in each_once(refs, seen):

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import numpy as np
 import pandas as pd
 
 from lora_analysis.adapter import Adapter
-from lora_analysis.bases import BaseWeights
 from lora_analysis.errors import BaseWeightError, SourceError
 from lora_analysis.finding import Failure, Finding, listed
+from lora_analysis.formats import is_adapter_like
 from lora_analysis.formats.sanity_checks import ModuleStatistics, sanity_findings
 from lora_analysis.names import match_names, parse_prefixes
 from lora_analysis.patterns import module_type
@@ -37,6 +36,7 @@ from lora_analysis.studies.table_rows import (
 )
 
 if TYPE_CHECKING:
+    from lora_analysis.bases import BaseWeights
     from lora_analysis.execution.protocol import Executor
     from lora_analysis.studies.similarity_matrix import SimilarityMatrix
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 def study(
     adapters: Sequence[Source],
     *,
-    base: BaseWeights | str | Path | None = None,
+    base: Any = None,
     reference: Sequence[Source] = (),
     modules: str | Sequence[str] | None = None,
     prefix: str | Sequence[str] | Mapping[str, str] | None = None,
@@ -64,9 +64,11 @@ def study(
     Parameters
     ----------
     adapters
-        Adapters, or sources of one or several: files, folders, globs, repositories on a hub.
+        Adapters, or sources of one or several: files, folders, globs, repositories on a hub; also
+        live models and whatever else :func:`as_adapter` takes.
     base
-        The frozen weights, or their source; without it there are no amplifications.
+        The frozen weights, or their source, as for :func:`open_base`; a live model is one. Without
+        it there are no amplifications.
     reference
         Adapters of other tasks on the same base, trained with other seeds. Pairs of an adapter and
         a reference, and of two references, are unrelated unless labels or weights contradict it,
@@ -134,8 +136,10 @@ def study(
         level
         for source in reference
         if is_reference_file(source)
-        for level in read_reference(source)  # type: ignore[arg-type]  # a path
+        for level in read_reference(source)
     ]
+    if is_adapter_like(adapters):
+        adapters = [adapters]
     spec = StudySpec(
         adapters=tuple(adapters),
         base=base,

@@ -16,7 +16,6 @@ from lora_analysis.formats.diffusion.kohya import KEYS
 from lora_analysis.formats.key_scheme import StoredModules, sort_keys
 from lora_analysis.formats.products import other_method, refuse_other_methods, sort_products
 from lora_analysis.formats.sources import AdapterFiles, Format, tensors_at
-from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
     from lora_analysis.adapter import Adapter
     from lora_analysis.formats.options import ReadOptions
+    from lora_analysis.storage.tensors import NamedTensors
 
 _FULL: Final = re.compile(r"(?P<module>.+)\.(diff|w_norm)")
 
@@ -32,12 +32,14 @@ class _LyCORIS(Format):
     name = "lycoris"
 
     def locate(self, path: Path, options: ReadOptions) -> AdapterFiles | None:
-        tensors = None if options.pair else tensors_at(path, options)
-        if tensors is None:
-            return None
+        tensors = tensors_at(path, options)
+        is_located = tensors is not None and self.recognizes(tensors, options)
+        return AdapterFiles(path, path) if is_located else None
+
+    def recognizes(self, tensors: NamedTensors, options: ReadOptions) -> bool:
         keys = tensors.infos
         is_of_lycoris = sort_products(keys) or other_method(keys) or _dense_key(keys)
-        return AdapterFiles(path, path) if is_of_lycoris else None
+        return options.pair is None and bool(is_of_lycoris)
 
     def read(self, files: AdapterFiles, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG002
         """Read LoHa and LoKr as factors; refuse other files by the name of their method.
@@ -47,7 +49,7 @@ class _LyCORIS(Format):
         UnsupportedMethodError
             The update of the method is not ``s·B·A``.
         """
-        tensors = open_tensors(files.weights, allow_pickle=options.allow_pickle)
+        tensors = files.open(options)
         refuse_other_methods(files.path, tensors.infos)
         if not sort_products(tensors.infos):
             message = (

@@ -24,7 +24,6 @@ from lora_analysis.formats.merged import (
 from lora_analysis.formats.peft.adapter_config import CONFIG_NAME, PeftConfig
 from lora_analysis.formats.peft.files import check_weights
 from lora_analysis.formats.peft.tensor_keys import module_name, sort_keys
-from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,7 +48,7 @@ def read_merged_linear(files: AdapterFiles, options: ReadOptions) -> Adapter:
     check_weights(files, options)
     raw, config_path = files.config or {}, files.config_path or files.path
     enabled = _enabled(config_path, raw)
-    tensors = open_tensors(files.weights, allow_pickle=options.allow_pickle)
+    tensors = files.open(options)
     keys = sort_keys(files.weights, tensors.infos)
     if list(keys.factors) != [None]:
         message = f"{files.weights}: no LoRA factors found, or of several adapters."

@@ -11,7 +11,6 @@ from lora_analysis.formats.products import product_module, sort_products
 from lora_analysis.formats.side_tensors import side_finding
 from lora_analysis.names import strip_wrappers
 from lora_analysis.patterns import pattern_value
-from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,7 +35,7 @@ def read_products(files: AdapterFiles, options: ReadOptions) -> Adapter:
         in another order.
     """
     config = files.config or {}
-    tensors = open_tensors(files.weights, allow_pickle=options.allow_pickle)
+    tensors = files.open(options)
     products, others = [], dict.fromkeys(tensors.infos)
     for name, parts in sort_products(tensors.infos).items():
         whole = parts.get("lokr_w2")

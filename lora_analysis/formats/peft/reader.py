@@ -7,6 +7,7 @@ Reference: PEFT 0.21, ``tuners/lora/layer.py`` (scale) and ``utils/save_and_load
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -52,7 +53,13 @@ from lora_analysis.formats.peft.module_pairs import (
     no_tensors,
 )
 from lora_analysis.formats.peft.product_reader import PRODUCT_METHODS, read_products
-from lora_analysis.formats.peft.tensor_keys import ALTERING, BASE_BIASES, SortedKeys, sort_keys
+from lora_analysis.formats.peft.tensor_keys import (
+    ALTERING,
+    BASE_BIASES,
+    SortedKeys,
+    has_factors,
+    sort_keys,
+)
 from lora_analysis.formats.side_tensors import side_tensors
 from lora_analysis.formats.sources import (
     AdapterFiles,
@@ -64,13 +71,14 @@ from lora_analysis.formats.sources import (
 )
 from lora_analysis.storage.hub_names import shown_errors
 from lora_analysis.storage.marks import config_findings
-from lora_analysis.storage.tensors import LazyTensors, NamedTensors, open_tensors
+from lora_analysis.storage.tensors import LazyTensors, NamedTensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from lora_analysis.adapter import SideTensor
+    from lora_analysis.formats.factors import StoredPair
     from lora_analysis.formats.options import InitialFactorsSource, ReadOptions
 
 _IN_FULL: Final = "stored in full"
@@ -85,13 +93,17 @@ class _PEFT(Format):
         files = locate_peft_files(path, options)
         return None if files and options.pair and files.config_path is None else files
 
+    def recognizes(self, tensors: NamedTensors, options: ReadOptions) -> bool:  # noqa: ARG002
+        """Return True if a tensor has the name of a factor."""
+        return has_factors(tensors.infos)
+
     def find(self, files: AdapterFiles, options: ReadOptions) -> list[AdapterRef]:
         """Return the adapter, or one for each name in the keys."""
         if files.config and files.config.get("enable_lora"):
             return [AdapterRef(files.path, MERGED, label_of(files.path))]
         names: list[str | None]
         try:
-            tensors = open_tensors(files.weights, allow_pickle=options.allow_pickle)
+            tensors = files.open(options)
             names = sorted(sort_keys(files.weights, tensors.infos).factors, key=str)
         except InputError:
             names = []  # listed all the same: reading it reports what is wrong
@@ -130,6 +142,8 @@ class _PEFT(Format):
             module: _stated_scale(stored, module, rank, config, options)
             for module, rank in ranks.items()
         }
+        if files.scales and options.scale is None and options.alpha is None:
+            scales = {pair.module: _applied_scale(pair, files, scales) for pair in pairs}
         saved, others, empty = _saved_tensors(stored, config)
         findings = [
             *_config_findings(files, stored, config, ranks=ranks, scales=scales, others=others),
@@ -154,14 +168,14 @@ class _PEFT(Format):
             loaders if start is None else less_starts(loaders, start, config.start),
             label=label,
             provenance=Provenance(
-                path=files.path,
+                path=files.path if tensors.files else None,
                 format=self.name,
-                files=(*tensors.files, *([files.config_path] if files.config_path else [])),
+                files=(*tensors.files, *_config_files(files)),
                 scale_origin={module: scale.origin for module, scale in scales.items()},
                 base_model=config.base_model,
                 rank=rank if start is None or rank is None else 2 * rank,
                 findings=as_findings(tuple(findings)),
-                **run_facts(files.weights.parent),
+                **(run_facts(files.weights.parent) if tensors.files else {}),
             ),
             saved_modules=LazyTensors(tensors, saved),
             config={**config.raw, FUSED_PARTS: parts} if parts else config.raw,
@@ -170,6 +184,22 @@ class _PEFT(Format):
 
 
 FORMAT: Final = _PEFT()
+
+
+def _config_files(files: AdapterFiles) -> list[Path]:
+    return [files.config_path] if files.config_path and files.tensors is None else []
+
+
+def _applied_scale(
+    pair: StoredPair, files: AdapterFiles, scales: Mapping[str, StatedScale]
+) -> StatedScale:
+    """Return the scale of a module, that of its live layer if it is not the config's."""
+    scale, applied = scales[pair.module], files.scales.get(pair.a.name)
+    if applied is None or (
+        scale.scale is not None and math.isclose(scale.scale, applied, rel_tol=1e-9)
+    ):
+        return scale
+    return StatedScale(applied, None, "model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +215,9 @@ class _Stored:
 def _open(
     files: AdapterFiles, name: str | None, config: PeftConfig, options: ReadOptions
 ) -> _Stored:
-    check_weights(files, options)
-    tensors = open_tensors(files.weights, allow_pickle=options.allow_pickle)
+    if files.tensors is None:
+        check_weights(files, options)
+    tensors = files.open(options)
     keys = sort_keys(files.weights, tensors.infos)
     chosen = _choose(files, keys, name)
     content = module_pairs(files.weights, tensors, keys, chosen, config=config, options=options)
@@ -361,5 +392,7 @@ def _tensor_findings(
     for what, names in others.items():
         code = "tensors-in-full" if what in (_IN_FULL, _UNNAMED) else "tensors-beside"
         findings.append(Finding(code, {"count": len(names), "what": what, "first": names[0]}))
+    if files.tensors is not None:
+        return findings
     folder = files.weights.parent
     return [*findings, *(Finding("side-file", {"file": path.name}) for path in side_files(folder))]
