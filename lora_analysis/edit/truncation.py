@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -181,13 +182,13 @@ def _truncation(update: Update, rank: int, norm: float, error_norm: float) -> Tr
 def relative_difference(update: Update, reference: Update) -> float:
     """Return ``‖ΔW₁ - ΔW₂‖_F/‖ΔW₂‖_F``, for low-rank updates from their factors.
 
-    0 if both are zero; the scales must be known. Accurate to about 1e-15 times the norms of
-    the factors, however close the two are.
+    0 if both are zero. The scales must be known, or unknown and the same. Accurate to about 1e-15
+    times the norms of the factors, however close the two are.
     """
     if isinstance(update, LowRankUpdate) and isinstance(reference, LowRankUpdate):
         distance = _small_distance(update, reference)
         if distance is None:
-            scales = update.known_scale(), reference.known_scale()
+            scales = _common_scales(update, reference)
             B = np.hstack([scales[0] * update.B.astype(np.float64), -scales[1] * reference.B])
             A = np.vstack([update.A, reference.A])
             distance = float(np.linalg.norm(linalg.factored_singular_values(B, A)))
@@ -206,7 +207,7 @@ def _small_distance(update: LowRankUpdate, reference: LowRankUpdate) -> float | 
     """
     if update.A.shape != reference.A.shape or update.B.shape != reference.B.shape:
         return None
-    scales = update.known_scale(), reference.known_scale()
+    scales = _common_scales(update, reference)
     left = _gram_with_difference(update.B, reference.B, *scales)
     right = _gram_with_difference(reference.A.T, update.A.T, 1.0, 1.0)
     r = update.rank
@@ -218,6 +219,13 @@ def _small_distance(update: LowRankUpdate, reference: LowRankUpdate) -> float | 
     swapped[:r] *= -1
     swapped[:, :r] *= -1
     return float(np.sqrt(max(np.sum(left * swapped), 0.0)))
+
+
+def _common_scales(update: LowRankUpdate, reference: LowRankUpdate) -> tuple[float, float]:
+    """Return two scales, 1 for both if they are unknown."""
+    if update.scale is None and reference.scale is None:
+        return 1.0, 1.0
+    return update.known_scale(), reference.known_scale()
 
 
 def _gram_with_difference(
@@ -233,6 +241,14 @@ def _gram_with_difference(
             pair = np.hstack([block, difference])
             gram += pair.T @ pair
     return gram
+
+
+def distance_from_dense(update: DenseUpdate, approximation: LowRankUpdate) -> float:
+    """Return ``‖ΔW - s·B·A‖_F``, some rows at a time."""
+    B = approximation.known_scale() * approximation.B.astype(np.float64)
+    A = approximation.A.astype(np.float64)
+    blocks = (block - B[rows] @ A for rows, block in _row_blocks(update))
+    return math.hypot(*(float(np.linalg.norm(block)) for block in blocks))
 
 
 def check_size(**options: float | None) -> None:
