@@ -80,6 +80,7 @@ _SCALE_SHIFT: Final = "norm_out.linear"
 _BLOCK: Final = re.compile(
     r"(?P<kind>(double|single)_blocks|(single_)?transformer_blocks)\.(?P<number>\d+)\.(?P<layer>.+)"
 )
+_DIFFUSERS_BLOCK: Final = re.compile(r"(single_)?transformer_blocks\.\d")
 # Kind of block: diffusers' name, the authors' layers, and the number of blocks in FLUX.
 _KINDS: Final = {
     "double_blocks": ("transformer_blocks", FLUX_DOUBLE, 19),
@@ -134,7 +135,7 @@ def in_diffusers_names(adapter: Adapter) -> Adapter:
                 name = f"{'text_encoder_2' if is_second else component}.{path}"
             elif not component and _UNET.fullmatch(diffusers_name(path)):
                 name = f"unet.{diffusers_name(path)}"
-            elif not component and _BLOCK.fullmatch(path):
+            elif not component and _DIFFUSERS_BLOCK.match(path):
                 name = f"transformer.{path}"
             parts = {name: adapter.lazy(module)}
         if twice := parts.keys() & updates.keys():
@@ -172,8 +173,12 @@ def in_authors_names(adapter: Adapter, *, dotted: bool = False) -> Adapter:
     fused: dict[str, dict[str, str]] = {}
     for module in adapter:
         component, path = paths.get(module, ("flattened", module))
-        if is_flux and component == "text_encoder_2" and path.startswith("encoder.block."):
+        if component == "text_encoder_2" and path.startswith("encoder.block."):
             updates[f"text_encoder_3.{path}"] = adapter.lazy(module)
+        elif component == "text_encoder" and not dotted:
+            updates[f"te1.{path}"] = adapter.lazy(
+                module
+            )  # the first of two, which it need not have
         elif component:
             updates[module] = adapter.lazy(module)
         elif is_sdxl:
@@ -325,7 +330,8 @@ def _join(adapter: Adapter, whole: str, paths: Mapping[str, str]) -> LazyUpdate:
     share = next((n for part, n in shares.items() if paths[first].endswith(f".{part}")), 1)
     total = outline.shape[0] // share * (sum(shares.values()) or 1)
     places = _rows_of_parts(fused, total)
-    rows = {module: places[path] for module, path in paths.items()}
+    modules = {path: module for module, path in paths.items()}
+    rows = {modules[path]: places[path] for path in places if path in modules}
     sizes = {
         (outlines[module].shape[0] - len(rows[module]), outlines[module].shape[1])
         for module in rows
