@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from image_files import Tensors
 from image_models import flux_fused, flux_layers, sd15_layers, sdxl_layers
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
 from test_cli import call, document
 
 from lora_analysis.adapter import Adapter, LowRankUpdate
@@ -232,6 +234,173 @@ def factor_types(path: Path) -> list[str]:
     return [names[v] for k, v in types_of(path).items() if not k.endswith(".alpha")]
 
 
+# --- folders of PEFT, and scales that nobody knows ---------------------------------------------
+
+PEFT_CONFIG = {
+    "peft_type": "LORA",
+    "task_type": "SEQ_CLS",
+    "base_model_name_or_path": "owner/base",
+    "revision": "abc",
+    "r": 8,
+    "lora_alpha": 16,
+    "use_rslora": True,
+    "target_modules": ["q_proj", "v_proj"],
+    "modules_to_save": ["classifier", "score"],
+    "lora_dropout": 0.1,
+    "init_lora_weights": "gaussian",
+    "loftq_config": {},
+    "eva_config": None,
+    "megatron_core": "megatron.core",
+    "inference_mode": True,
+    "peft_version": "0.18.0",
+    "some_later_field": [1, 2],
+}
+CARD = "---\nlicense: mit\n---\n# Mine\n"
+
+
+def peft_folder(folder: Path, *, config: dict[str, Any] | None) -> Path:
+    """Return a folder of bfloat16 as PEFT saves it, with a head and a model card."""
+    torch.manual_seed(4)
+    prefix = "base_model.model."
+    tensors = {
+        f"{prefix}layers.{i}.{p}.lora_{x}.weight": torch.randn(*shape).bfloat16()
+        for i in range(2)
+        for p in ("q_proj", "v_proj")
+        for x, shape in (("A", (8, 12)), ("B", (16, 8)))
+    }
+    if config is not None:
+        tensors[f"{prefix}classifier.weight"] = torch.randn(3, 16).bfloat16()
+        tensors[f"{prefix}score.weight"] = torch.randn(3, 16).double()
+    folder.mkdir()
+    name = "adapter_model.safetensors" if config is not None else "bare.safetensors"
+    save_torch(tensors, folder / name, {"format": "pt", "trained_by": "me"})
+    if config is not None:
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        (folder / "README.md").write_text(CARD)
+        (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def test_a_resized_peft_folder_keeps_what_is_still_true(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = peft_folder(tmp_path / "source", config=PEFT_CONFIG)
+    small = tmp_path / "small"
+    assert call(capsys, "resize", source, "--rank", 4, "-o", small)[0] == 0
+    names = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert {path.name for path in small.iterdir() if path.is_file()} == names
+    assert (small / "README.md").read_text() == CARD
+    config = json.loads((small / "adapter_config.json").read_text())
+    changed = {k: v for k, v in config.items() if PEFT_CONFIG.get(k) != v}
+    # rsLoRA's alpha/√r stays what it was; what is stated anew is what PEFT takes if it is missing.
+    assert changed.pop("lora_alpha") / 4**0.5 == pytest.approx(16 / 8**0.5, rel=1e-12)
+    assert changed == {
+        "r": 4,
+        "alpha_pattern": {},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "rank_pattern": {},
+    }
+    assert config.keys() >= PEFT_CONFIG.keys()
+    before = load_torch(source / "adapter_model.safetensors")
+    after = load_torch(small / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    for key, tensor in after.items():
+        assert tensor.dtype == before[key].dtype
+        if "lora" not in key:
+            assert torch.equal(tensor, before[key])
+    assert metadata_of(small / "adapter_model.safetensors").items() >= {
+        ("format", "pt"),
+        ("trained_by", "me"),
+    }
+    code, _, _ = call(capsys, "convert", source, "--dtype", "float32", "-o", tmp_path / "wide")
+    assert code == 0
+    wide = load_torch(tmp_path / "wide" / "adapter_model.safetensors")
+    assert {t.dtype for k, t in wide.items() if "lora" in k} == {torch.float32}
+    assert all(
+        torch.equal(tensor.to(before[key].dtype), before[key]) for key, tensor in wide.items()
+    )
+
+
+def test_peft_loads_a_config_and_weights_that_were_kept(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = {key: value for key, value in PEFT_CONFIG.items() if key != "some_later_field"}
+    small = resize_adapter(
+        read_adapter(peft_folder(tmp_path / "source", config=config)), energy=0.6
+    ).adapter
+    folder = write_adapter(small, tmp_path / "small")
+    loaded = peft.LoraConfig.from_pretrained(str(folder))
+    assert loaded.use_rslora
+    assert loaded.revision == "abc"
+    weights = peft.utils.load_peft_weights(str(folder), device="cpu")
+    deltas = read_adapter(tmp_path / "source")
+    for name, update in small.items():
+        A, B = (weights[f"base_model.model.{name}.lora_{x}.weight"].double() for x in "AB")
+        rank = loaded.rank_pattern.get(name, loaded.r)
+        scale = loaded.alpha_pattern.get(name, loaded.lora_alpha) / rank**0.5
+        assert rank == len(A) == update.rank
+        whole = deltas[name].delta_weight()
+        lost = np.linalg.norm(scale * (B @ A).numpy() - whole) / np.linalg.norm(whole)
+        assert lost**2 < 0.41
+
+
+def test_a_scale_that_nobody_knows_is_not_asked_for(
+    tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = {
+        f"layers.{i}.q.lora_{x}": rng.standard_normal(shape).astype(np.float32)
+        for i in range(2)
+        for x, shape in (("A", (6, 9)), ("B", (12, 6)))
+    }
+    loralib = written(tmp_path / "loralib.safetensors", tensors)
+    bare = peft_folder(tmp_path / "bare", config=None) / "bare.safetensors"
+    for source, suffix in ((loralib, "lora_A"), (bare, "lora_A.weight")):
+        for verb in (("resize", "--rank", 3), ("resize", "--budget", 150), ("convert",)):
+            out = tmp_path / f"{source.stem}-{'-'.join(map(str, verb))}.safetensors"
+            code, text, _ = call(capsys, verb[0], source, *verb[1:], "-o", out)
+            assert (code, out.is_file()) == (0, True)
+            assert "lora_scale" not in metadata_of(out)
+            assert ("The scale is unknown" in text) == (verb[0] == "resize")
+            assert set(types_of(out).values()) == set(types_of(source).values())
+            assert all(key.endswith((suffix, suffix.replace("A", "B"))) for key in load_torch(out))
+    # ΔW in units of the scale is the best approximation, whatever the scale will be.
+    whole, small = tensors, load_file(tmp_path / "loralib-resize---rank-3.safetensors")
+    for i in range(2):
+        matrices = [m[f"layers.{i}.q.lora_B"] @ m[f"layers.{i}.q.lora_A"] for m in (whole, small)]
+        sigma = np.linalg.svd(matrices[0], compute_uv=False)
+        lost = np.linalg.norm(matrices[0] - matrices[1])
+        assert lost == pytest.approx(np.linalg.norm(sigma[3:]), rel=1e-5)
+    # PEFT's config must state a scale.
+    ask = ("resize", loralib, "--rank", 3, "--to", "peft", "-o", tmp_path / "folder")
+    code, _, err = call(capsys, *ask)
+    assert (code, "--scale" in err) == (3, True)
+    assert call(capsys, *ask, "--scale", 2)[0] == 0
+
+
+def test_an_extracted_adapter_has_the_type_it_is_asked_for(
+    tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = {f"layers.{i}.q_proj.weight": rng.standard_normal((12, 9)) for i in range(2)}
+    tuned = {name: W + rng.standard_normal((12, 9)) for name, W in base.items()}
+    paths = [
+        written(tmp_path / f"{label}.safetensors", {k: v.astype(np.float32) for k, v in t.items()})
+        for label, t in (("tuned", tuned), ("base", base))
+    ]
+    out = tmp_path / "lora.safetensors"
+    ask = ("extract", paths[0], "--base", paths[1], "--not-transposed", "--rank", 6)
+    ask += ("--rank-for", "layers.1.q_proj=2", "--to", "kohya", "--dtype", "float16", "-o", out)
+    result = document(call(capsys, *ask, "--format", "json")[1])
+    assert [module["rank"] for module in result["modules"]] == [6, 2]
+    assert set(types_of(out).values()) == {"F16", "F32"}  # alphas are those of a new file
+    stored = load_file(out)
+    for module, name in zip(result["modules"], base, strict=True):
+        flat = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+        A, B = (stored[f"{flat}.lora_{x}.weight"].astype(float) for x in ("down", "up"))
+        W = tuned[name].astype(np.float32).astype(float) - base[name].astype(np.float32)
+        lost = np.linalg.norm(W - float(stored[f"{flat}.alpha"]) / len(A) * B @ A)
+        assert module["error_norm"] == pytest.approx(lost, rel=1e-6)
+
+
 # --- names that loaders look up ---------------------------------------------------------------
 
 
@@ -435,7 +604,6 @@ def test_diffusers_converts_flux_to_the_same_layers(
 def test_diffusers_loads_what_it_is_given(tmp_path: Path, rng: np.random.Generator) -> None:
     """A small U-Net of its own, with the scale in its metadata."""
     pytest.importorskip("diffusers")
-    import torch
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel(

@@ -146,7 +146,7 @@ def check_adapter_place(path: Path, *, inputs: Sequence[Path], force: bool) -> N
 
 def write_adapter_files(adapter: Adapter, folder: Path) -> list[str]:
     """Write a PEFT adapter into a folder that nobody else uses; return the names of the files."""
-    files = adapter_files(adapter, folder)
+    files = adapter_files(adapter, folder, format="peft")
     return [write_atomic(path, content).name for path, content in files.items()]
 
 
