@@ -21,7 +21,7 @@ from lora_analysis.edit.truncation import (
     leading_outline,
     leading_part,
     measure_truncation,
-    relative_difference,
+    rounding_distance,
     truncate,
 )
 from lora_analysis.errors import InputError
@@ -266,47 +266,39 @@ def _resize_module(
     # A rank of its own goes before the energy of all.
     size = {"rank": rank or 1} if rank is not None else {"energy": energy}
     new: LowRankUpdate | LazyUpdate
-    if isinstance(update, LowRankUpdate):
-        truncation, count = measure_truncation(update, **size)
-        if rank == 0:
-            new = LazyUpdate(leading_outline(update, count), partial(adapter.__getitem__, name))
-        else:
-            stored = _as_stored(leading_part(update, count), update, dtype)
-            new = LazyUpdate(
-                UpdateOutline.of(stored), partial(_load_leading, adapter, name, count, dtype)
-            )
-            if stored.stored_dtype != "float64":
-                error_norm = truncation.norm * relative_difference(stored, update)
-                truncation = replace(truncation, error_norm=error_norm)
-    else:
+    if not isinstance(update, LowRankUpdate):
         new, truncation = truncate(update, **size)
         if dtype is not None and rank != 0:
             new = round_update(new, dtype)
             truncation = replace(truncation, error_norm=distance_from_dense(update, new))
-    statistics = module_statistics(update, norm=truncation.norm)
+        statistics = module_statistics(update, norm=truncation.norm)
+    else:
+        truncation, count = measure_truncation(update, **size)
+        statistics = module_statistics(update, norm=truncation.norm)
+        if dtype is None and update.stored_dtype != "float64":
+            dtype = narrowed_type(update.stored_dtype)
+        outline = replace(leading_outline(update, count), scale=update.scale)
+        if rank != 0:
+            exact = leading_part(update, count, keep_scale=True)
+            del update  # the numbers of a large module fit into memory once
+            stored = round_update(exact, dtype) if dtype else exact
+            outline = UpdateOutline.of(stored)
+            # Rounding is orthogonal to what was cut off, but for the product of both roundings.
+            error_norm = math.hypot(truncation.error_norm, rounding_distance(stored, exact))
+            truncation = replace(truncation, error_norm=error_norm)
+        new = LazyUpdate(outline, partial(_load_leading, adapter, name, count, dtype))
     if rank == 0:
         truncation = replace(truncation, rank=0, error_norm=truncation.norm)
     return new, truncation, statistics
 
 
 def _load_leading(adapter: Adapter, name: str, count: int, dtype: str | None) -> Update:
-    """Load one module and return its leading directions."""
+    """Load one module and return its leading directions, rounded to a type."""
     update = adapter[name]
-    if not isinstance(update, LowRankUpdate):
-        return update
-    return _as_stored(leading_part(update, count), update, dtype)
-
-
-def _as_stored(new: LowRankUpdate, source: LowRankUpdate, dtype: str | None) -> LowRankUpdate:
-    """Return a new update with the scale of its source, rounded to a type, or the source's."""
-    if source.scale is not None:
-        scale = source.scale or 1.0
-        root = math.sqrt(abs(scale))
-        A, B = new.A / root, new.B / math.copysign(root, scale)
-        new = replace(new, A=A, B=B, scale=scale, alpha=scale * new.rank)
-    if dtype is None and source.stored_dtype == "float64":
-        return replace(new, stored_dtype="float64")
-    return round_update(new, dtype or narrowed_type(source.stored_dtype))
+    if isinstance(update, LowRankUpdate):
+        update = leading_part(update, count, keep_scale=True)
+        return round_update(update, dtype) if dtype else update
+    return update
 
 
 def _ranks(

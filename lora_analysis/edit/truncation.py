@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,7 +25,7 @@ _FIRST_COUNT = 16
 # Relative difference of factors below which their Gram matrices give the distance.
 _NEARLY_EQUAL = 1e-7
 # Elements of a factor that are widened at a time.
-_WIDENED = 1 << 16
+_WIDENED = 1 << 15
 # Elements of a dense update that are processed at a time.
 _BLOCK = 1 << 20
 
@@ -145,24 +145,26 @@ def leading_outline(update: LowRankUpdate, count: int) -> UpdateOutline:
     )
 
 
-def leading_part(update: LowRankUpdate, count: int) -> LowRankUpdate:
-    """Return an update by a number of its leading singular directions, balanced, of scale 1.
+def leading_part(update: LowRankUpdate, count: int, *, keep_scale: bool = False) -> LowRankUpdate:
+    """Return an update by a number of its leading singular directions, balanced.
 
-    At most its factors, those of the result and a few rows are in memory.
+    Its scale is 1, or that of the update. At most its factors, those of the result and a few rows
+    are in memory.
     """
+    new = leading_outline(update, count)
+    fields: dict[str, Any] = {"scale": new.scale, "alpha": new.alpha}
+    if keep_scale and update.scale is not None:
+        fields = {"scale": update.scale, "alpha": update.scale * new.rank}
     if not count:
         empty = np.zeros((0, 0))
-        return from_directions(update, empty, np.zeros(0), empty)
+        return replace(from_directions(update, empty, np.zeros(0), empty), **fields)
     svd = linalg.factored_svd(update.B, update.A, vectors=count)
-    scale = 1.0 if update.scale is None else update.scale
+    scale = 1.0 if update.scale is None or keep_scale else update.scale
     root = np.sqrt(abs(scale) * svd.S[:count])
     B, V = np.asarray(svd.U), np.asarray(svd.V)
     B *= root
     V *= np.copysign(root, scale)
-    new = leading_outline(update, count)
-    return replace(
-        update, A=V.T, B=B, scale=new.scale, alpha=new.alpha, stored_dtype="", stored_at=NOT_STORED
-    )
+    return replace(update, A=V.T, B=B, stored_dtype="", stored_at=NOT_STORED, **fields)
 
 
 def _truncation(update: Update, rank: int, norm: float, error_norm: float) -> Truncation:
@@ -198,7 +200,14 @@ def relative_difference(update: Update, reference: Update) -> float:
     return distance / norm if norm > 0 else (0.0 if distance == 0 else float("inf"))
 
 
-def _small_distance(update: LowRankUpdate, reference: LowRankUpdate) -> float | None:
+def rounding_distance(stored: LowRankUpdate, exact: LowRankUpdate) -> float:
+    """Return ``‖ΔW₁ - ΔW₂‖_F`` of an update and itself with rounded factors."""
+    return _small_distance(stored, exact, bound=1.0) or 0.0
+
+
+def _small_distance(
+    update: LowRankUpdate, reference: LowRankUpdate, *, bound: float = _NEARLY_EQUAL
+) -> float | None:
     """Return ``‖ΔW₁ - ΔW₂‖_F`` of updates whose factors are nearly equal, else None.
 
     ``s₁B₁A₁ - s₂B₂A₂ = s₁B₁(A₁ - A₂) + (s₁B₁ - s₂B₂)A₂``, whose norm follows from the Gram matrices
@@ -212,7 +221,7 @@ def _small_distance(update: LowRankUpdate, reference: LowRankUpdate) -> float | 
     right = _gram_with_difference(reference.A.T, update.A.T, 1.0, 1.0)
     r = update.rank
     for gram in (left, right):
-        if not np.trace(gram[r:, r:]) <= _NEARLY_EQUAL**2 * np.trace(gram[:r, :r]) < np.inf:
+        if not np.trace(gram[r:, r:]) <= bound**2 * np.trace(gram[:r, :r]) < np.inf:
             return None
     # [s₁B₁, D_B] meets [-D_A; A₂]: the second side was made of A₂ first, and of A₂ - A₁.
     swapped = np.roll(right, (r, r), (0, 1))

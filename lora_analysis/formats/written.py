@@ -230,11 +230,9 @@ def round_update(update: LowRankUpdate, dtype: str) -> LowRankUpdate:
     InputError
         A number is too large for the type.
     """
-    rounded = {
-        role: widened(narrow(getattr(update, role), dtype, f"{role} of '{update.name}'"), dtype)
-        for role in ("A", "B")
-    }
-    return replace(update, **rounded, stored_dtype=dtype, stored_at=NOT_STORED)
+    A = widened(narrow(update.A, dtype, f"A of '{update.name}'"), dtype)
+    B = widened(narrow(update.B, dtype, f"B of '{update.name}'"), dtype)
+    return replace(update, A=A, B=B, stored_dtype=dtype, stored_at=NOT_STORED)
 
 
 def in_dtype(adapter: Adapter, dtype: str) -> Adapter:
