@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from image_files import Tensors
-from image_models import flux_fused, flux_layers, sd15_layers, sdxl_layers
+from image_models import flat, flux_fused, flux_layers, sd15_layers, sdxl_layers
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 from safetensors.torch import load_file as load_torch
@@ -635,3 +635,20 @@ def test_diffusers_loads_what_it_is_given(tmp_path: Path, rng: np.random.Generat
         fused = unet.get_submodule(name).base_layer.weight.detach().numpy()
         delta = updates[f"unet.{name}"].delta_weight()
         np.testing.assert_allclose(fused - weight, delta, atol=1e-5 * np.abs(delta).max() + 1e-6)
+
+
+def test_kohyas_names_of_flux_become_the_paths_they_are_made_of(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """ComfyUI looks for ``diffusion_model.`` and the path; text encoders keep kohya's names."""
+    layers = flux_layers()
+    source = written(tmp_path / "a.safetensors", random_tensors(rng, [x.kohya for x in layers]))
+    file = write_adapter(read_adapter(source), tmp_path / "b.safetensors", format="flux")
+    paths = {key.removesuffix(".lora_A.weight") for key in load_file(file) if "lora_A" in key}
+    assert "diffusion_model.double_blocks.0.img_mlp.2" in paths
+    assert "diffusion_model.single_blocks.2.modulation.lin" in paths
+    flattened = {flat("lora_unet", path.removeprefix("diffusion_model.")) for path in paths}
+    encoders = {x.kohya for x in layers if x.kohya.startswith("lora_te1")}
+    assert flattened == {x.kohya for x in layers} - encoders
+    downs = {key.removesuffix(".lora_down.weight") for key in load_file(file) if "down" in key}
+    assert downs == encoders
