@@ -478,6 +478,14 @@ class _ReadOnly(Mapping[str, "NDArray[Any]"]):
     def __len__(self) -> int:
         return len(self._tensors)
 
+    def stored(self, name: str) -> SideTensor:
+        """Return a tensor as its file stores it, bit for bit, or as it is in memory."""
+        read = getattr(self._tensors, "stored", None)
+        if read is not None:
+            return SideTensor(*read(name))
+        array = np.asarray(self._tensors[name])
+        return SideTensor(array.dtype.name, array.shape, partial(self._tensors.__getitem__, name))
+
 
 class Adapter(Mapping[str, Update]):
     """A set of updates by module name, in natural order, each loaded on access.

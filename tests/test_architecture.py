@@ -29,6 +29,7 @@ LEVELS = {
     "linalg": 1,
     "finding": 1,
     "names": 1,
+    "family_names": 2,
     "patterns": 2,
     "results": 2,
     "adapter": 3,

@@ -208,7 +208,7 @@ def test_the_total_error_is_that_of_all_modules_as_one_matrix(rng: np.random.Gen
     assert_close(small.error, expected)
     assert small.parameters == 20 + 10 + 40
     assert small.given_parameters == 60 + 30 + 80
-    assert "use_rslora" not in small.adapter.config
+    assert dict(small.adapter.config) == {"use_rslora": True}
     assert f"relative error {expected:.3g}" in small.adapter.provenance.findings[-1].text
 
 
@@ -353,7 +353,8 @@ def test_what_cannot_be_done_is_said(rng: np.random.Generator) -> None:
     update, whole = low_rank_update(rng), adapter(rng)
     tied = planted(rng, [2.0, 1.0, 1.0])
     part = LowRankUpdate(name="q", A=update.A, B=update.B, scale=1.0, variant="KaSA")
-    unknown = Adapter({"q": low_rank_update(rng, name="q", scale=None)}, label="u")
+    unknown = {"q": low_rank_update(rng, name="q", scale=None)}
+    partly = Adapter({**unknown, "v": low_rank_update(rng, name="v")}, label="p")
     zero = Adapter({"q": LowRankUpdate("q", np.eye(1, 3), np.zeros((3, 1)), 1.0)}, label="z")
     elsewhere = Adapter({"other": low_rank_update(rng, name="other")}, label="elsewhere")
     table: list[tuple[Any, type[InputError], str]] = [
@@ -364,7 +365,12 @@ def test_what_cannot_be_done_is_said(rng: np.random.Generator) -> None:
         (lambda: truncate(part, rank=1), UnsupportedMethodError, "a part of KaSA"),
         (lambda: resize_adapter(whole, budget=40), InputError, "the smallest takes 44"),
         (lambda: resize_adapter(zero, budget=40), InputError, "untrained"),
-        (lambda: resize_adapter(unknown, rank=1), ScaleError, "scale of 'q'"),
+        (lambda: resize_adapter(partly, rank=1), ScaleError, "scale of 'q'"),
+        (lambda: resize_adapter(partly, budget=50), ScaleError, "scale of 'q'"),
+        (lambda: resize_adapter(whole, rank=1, dtype="int8"), InputError, "got 'int8'"),
+        (lambda: resize_adapter(whole, rank=1, rank_for={"k": 2}), InputError, "no module"),
+        (lambda: resize_adapter(whole, rank=1, rank_for={"q_proj": 0}), InputError, "at least 1"),
+        (lambda: resize_adapter(whole, budget=9, rank_for={"q_proj": 1}), InputError, "a budget"),
         (lambda: resize_adapter(Adapter({}, label="e"), rank=1), InputError, "no modules"),
         (lambda: drop_directions(update, [5]), DegenerateSubspaceError, "numerical rank is 4"),
         (lambda: drop_directions(update, [0]), InputError, "counted from 1"),

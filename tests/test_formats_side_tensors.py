@@ -220,7 +220,7 @@ def test_resizing_within_loralib_keeps_trained_biases(tmp_path: Path) -> None:
     assert same_bits(written["q.bias"], tensors["q.bias"])
     assert metadata["note"] == "mine"
     with pytest.raises(UnsupportedMethodError, match=r"'q\.bias'"):
-        write_adapter(small, tmp_path / "peft")
+        write_adapter(small, tmp_path / "peft", format="peft")
 
 
 def test_the_rest_of_a_whole_model_is_named_and_does_not_hinder(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_a_bias_of_b_keeps_its_weight_when_the_rank_falls(tmp_path: Path) -> Non
     config = {"unet.r": 8, "unet.lora_alpha": 2, "unet.lora_bias": True}
     path = tmp_path / "in.safetensors"
     save_file(tensors, path, {"lora_adapter_metadata": json.dumps(config)})
-    small = resize_adapter(read_adapter(path), rank=2, like_source=True).adapter
+    small = resize_adapter(read_adapter(path), rank=2).adapter
     target = write_adapter(small, tmp_path / "out.safetensors", format="diffusers")
     written, metadata = content(target)
     config = json.loads(metadata["lora_adapter_metadata"])

@@ -196,6 +196,11 @@ def test_what_no_format_can_say_is_refused(
     expected: str,
 ) -> None:
     module = update(rng, LAYER.format(0, "mlp.down_proj"), (12, 20), 2, **fields)
+    if kind == "loralib" and error is ScaleError:  # its files need not state a scale
+        other = update(rng, LAYER.format(1, "mlp.down_proj"), (12, 20), 2)
+        with pytest.raises(error, match=expected):
+            write_adapter(adapter_of(module, other), tmp_path, format=kind)
+        return
     with pytest.raises(error, match=expected):
         write_adapter(adapter_of(module), tmp_path / "new", format=kind)
     assert not (tmp_path / "new").exists()

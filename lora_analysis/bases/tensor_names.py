@@ -7,9 +7,9 @@ import math
 from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
-from lora_analysis.bases.family_names import FAMILIES, SPELLINGS, Family, Rewrite
 from lora_analysis.bases.fused import parts_inside
 from lora_analysis.errors import BaseWeightError
+from lora_analysis.family_names import FAMILIES, SPELLINGS, Family, Rewrite
 from lora_analysis.names import (
     ModuleName,
     Prefixes,

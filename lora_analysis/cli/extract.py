@@ -34,9 +34,11 @@ def command(
     rank: int | None,
     energy: float | None,
     budget: int | None,
+    rank_for: dict[str, int],
     output: Path,
     force: bool,
     kind: str | None,
+    dtype: str | None,
     modules: str | None,
     transposed: bool | None,
     form: str,
@@ -56,6 +58,15 @@ def command(
     written = chosen_format(kind, None, output)
     with progress_bar(form) as progress:
         extracted = approximate_fine_tune(
-            tuned, base, **size, modules=modules, transposed=transposed, progress=progress
+            tuned,
+            base,
+            **size,
+            rank_for=rank_for,
+            dtype=dtype,
+            modules=modules,
+            transposed=transposed,
+            progress=progress,
         )
-    write_resized(extracted, output, written, form, inputs=inputs, force=force)
+    write_resized(
+        extracted, output, written, form, dtype=dtype, verb="extract", inputs=inputs, force=force
+    )

@@ -11,6 +11,7 @@ from lora_analysis.cli.reading import Reading, ReadingCommand, reading_options
 from lora_analysis.cli.writing import (
     adapter_to_write,
     chosen_format,
+    chosen_path,
     one_size,
     smaller_options,
     write_resized,
@@ -31,31 +32,44 @@ def command(
     rank: int | None,
     energy: float | None,
     budget: int | None,
+    rank_for: dict[str, int],
     output: Path,
     force: bool,
     kind: str | None,
+    dtype: str | None,
     reading: Reading,
     form: str,
 ) -> None:
     """Reduce an adapter's rank by truncated SVD and report the error.
 
     Each module keeps its leading singular directions: the best approximation of that rank. The
-    error is ‖ΔW − new ΔW‖, relative to ‖ΔW‖ in the last column. Files of image models keep their
-    stored type, metadata and other tensors; rounding to that type is part of the error.
+    error is ‖ΔW − new ΔW‖, relative to ‖ΔW‖ in the last column. Format, stored type, scale,
+    metadata and all other tensors stay as they are; rounding to the type is part of the error.
     """
     from lora_analysis.edit import resize_adapter
-    from lora_analysis.formats.registry import LIKE_SOURCE
     from lora_analysis.formats.writing import check_adapter_place
 
     size = one_size(rank=rank, energy=energy, budget=budget)
     adapter = reading.read(source)
     check_adapter_place(output, inputs=adapter.inputs, force=force)
     written = chosen_format(kind, adapter, output)
+    output = chosen_path(output, adapter, written)
+    check_adapter_place(output, inputs=adapter.inputs, force=force)
     with progress_bar(form) as progress:
         resized = resize_adapter(
             adapter_to_write(adapter, written),
             **size,
-            like_source=written in LIKE_SOURCE,
+            rank_for=rank_for,
+            dtype=dtype,
             progress=progress,
         )
-    write_resized(resized, output, written, form, inputs=adapter.inputs, force=force)
+    write_resized(
+        resized,
+        output,
+        written,
+        form,
+        dtype=dtype,
+        given_bytes=sum(path.stat().st_size for path in adapter.provenance.files),
+        inputs=adapter.inputs,
+        force=force,
+    )

@@ -49,7 +49,8 @@ def output_place(command: Command) -> Command:
         "--output",
         type=click.Path(path_type=Path),
         required=True,
-        help="Folder (or file) for the new adapter.",
+        help="Folder or file for the new adapter. A single file stays one: its suffix may be "
+        "left out.",
     )(command)
 
 
@@ -63,11 +64,44 @@ def format_option(command: Command) -> Command:
     )(command)
 
 
+def dtype_option(command: Command) -> Command:
+    """Add ``--dtype``."""
+    return click.option(
+        "--dtype",
+        type=click.Choice(("float32", "float16", "bfloat16")),
+        help="Type of the factors in the new file; by default that of the source.",
+    )(command)
+
+
+def _parse_ranks(
+    _ctx: click.Context, _param: click.Parameter, values: Sequence[str]
+) -> dict[str, int]:
+    """Return the ranks by pattern of ``--rank-for PATTERN=RANK``."""
+    ranks = {}
+    for value in values:
+        pattern, _, rank = value.rpartition("=")
+        if not pattern or not rank.isdecimal() or int(rank) < 1:
+            message = f"{value!r} is not PATTERN=RANK, for example v_proj=16."
+            raise click.BadParameter(message)
+        ranks[pattern] = int(rank)
+    return ranks
+
+
 def smaller_options(command: Command) -> Command:
-    """Add ``--rank``, ``--energy``, ``--budget``, ``--output``, ``--force`` and ``--to``."""
+    """Add the options that say how small, in which format and type, and where to."""
+    command = dtype_option(command)
     command = format_option(command)
     command = output_place(command)
     for option in (
+        click.option(
+            "--rank-for",
+            multiple=True,
+            metavar="PATTERN=RANK",
+            callback=_parse_ranks,
+            help="Rank of the modules that a pattern matches, in place of --rank or --energy; can "
+            "be repeated, and the first that matches counts. A pattern is the end of a module's "
+            "name, a regular expression for it, or a module type, as in PEFT's rank_pattern.",
+        ),
         click.option(
             "--budget",
             type=click.IntRange(1),
@@ -107,12 +141,13 @@ def chosen_format(kind: str | None, adapter: Adapter | None, output: Path) -> st
     click.UsageError
         The output names a file with a suffix that the format does not have.
     """
-    from lora_analysis.formats.registry import FILE_SUFFIXES, WRITERS
+    from lora_analysis.formats.registry import FILE_SUFFIXES
     from lora_analysis.formats.sources import CONTAINER_SUFFIXES
+    from lora_analysis.formats.writing import file_suffix, written_format
 
-    source = adapter.provenance.format if adapter is not None else "peft"
-    chosen = kind or (source if source in WRITERS else "peft")
-    suffix, written = output.suffix.lower(), FILE_SUFFIXES.get(chosen)
+    chosen = kind or ("peft" if adapter is None else written_format(adapter))
+    suffix = output.suffix.lower()
+    written = FILE_SUFFIXES.get(chosen) if adapter is None else file_suffix(adapter, chosen)
     if suffix in CONTAINER_SUFFIXES and suffix != written and not output.is_dir():
         makes = f"files that end in {written}" if written else "a folder"
         others = ", ".join(name for name, ending in FILE_SUFFIXES.items() if ending == suffix)
@@ -125,15 +160,25 @@ def chosen_format(kind: str | None, adapter: Adapter | None, output: Path) -> st
     return chosen
 
 
+def chosen_path(output: Path, adapter: Adapter, kind: str) -> Path:
+    """Return the path to write: a single file stays one, whether or not the path has a suffix."""
+    from lora_analysis.formats.writing import file_suffix
+
+    suffix, source = file_suffix(adapter, kind), adapter.provenance.path
+    if suffix is None or output.suffix == suffix or output.exists():
+        return output
+    return output.with_name(output.name + suffix) if source and source.is_file() else output
+
+
 def adapter_to_write(adapter: Adapter, kind: str) -> Adapter:
     """Return the adapter with the scale that loaders of its format assume, if it states none.
 
     Only for formats that have the same loaders.
     """
     from lora_analysis.formats.diffusion.diffusers import with_loaders_scale
-    from lora_analysis.formats.registry import LIKE_SOURCE
+    from lora_analysis.formats.registry import IMAGE_FORMATS
 
-    return with_loaders_scale(adapter) if kind in LIKE_SOURCE else adapter
+    return with_loaders_scale(adapter) if kind in IMAGE_FORMATS else adapter
 
 
 def write_resized(
@@ -142,24 +187,53 @@ def write_resized(
     kind: str,
     form: str,
     *,
+    dtype: str | None,
+    given_bytes: int | None = None,
     inputs: Sequence[Path],
     force: bool,
+    verb: str = "resize",
 ) -> None:
-    """Write a smaller adapter and print its error."""
+    """Write a smaller adapter and print its size and its error."""
     from lora_analysis.formats import unwritten_findings, write_adapter
 
     path = write_adapter(
-        resized.adapter, output, format=kind, force=force, inputs=inputs, verb="resize"
+        resized.adapter,
+        output,
+        format=kind,
+        dtype=dtype,
+        force=force,
+        inputs=inputs,
+        verb=verb,
     )
+    sizes = given_bytes, written_bytes(path)
     unwritten = unwritten_findings(resized.adapter, kind)
     findings = (*resized.adapter.provenance.findings, *unwritten)
     resized = replace(resized, adapter=resized.adapter.with_provenance(findings=findings))
     if form == "json":
-        print_json(_document(resized, path, kind))
+        print_json(_document(resized, path, kind, sizes))
     elif form == "quiet":
         click.echo(decimals(resized.error))
     else:
-        _print(resized, path)
+        _print(resized, path, sizes_sentence(*sizes, resized.error))
+
+
+def written_bytes(path: Path) -> int:
+    """Return the size of the files of a written adapter."""
+    from lora_analysis.formats import read_adapter
+
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in read_adapter(path).provenance.files)
+
+
+def sizes_sentence(given: int | None, written: int, error: float) -> str:
+    """Return the sizes before and after, and the relative error over all modules."""
+    before = "" if given is None else f"{_megabytes(given)} → "
+    return f"{before}{_megabytes(written)}, error {100 * error:.2g} %"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
 
 def notes(adapter: Adapter) -> list[tuple[str, object]]:
@@ -173,12 +247,16 @@ def notes(adapter: Adapter) -> list[tuple[str, object]]:
 _FIELDS = ("module", "shape", "given_rank", "rank", "parameters", "norm", "error_norm", "error")
 
 
-def _document(resized: ResizedAdapter, path: Path, kind: str) -> dict[str, Any]:
+def _document(
+    resized: ResizedAdapter, path: Path, kind: str, sizes: tuple[int | None, int]
+) -> dict[str, Any]:
     modules = [{field: getattr(module, field) for field in _FIELDS} for module in resized.modules]
     return {
         "adapter": resized.adapter.label,
         "output": path,
         "format": kind,
+        "given_bytes": sizes[0],
+        "bytes": sizes[1],
         **{
             field: getattr(resized, field)
             for field in ("given_parameters", "parameters", "norm", "error_norm", "error")
@@ -193,7 +271,7 @@ def _document(resized: ResizedAdapter, path: Path, kind: str) -> dict[str, Any]:
     }
 
 
-def _print(resized: ResizedAdapter, path: Path) -> None:
+def _print(resized: ResizedAdapter, path: Path, sizes: str) -> None:
     rows = [
         (
             module.module,
@@ -212,4 +290,4 @@ def _print(resized: ResizedAdapter, path: Path) -> None:
         footer=("all", "", "", f"{resized.parameters:,}", *totals),
     )
     click.echo()
-    print_facts([("written", path), *notes(resized.adapter)])
+    print_facts([("written", path), ("size", sizes), *notes(resized.adapter)])

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lora_analysis.adapter import Update
 
 # The writer computes these from the updates; those of the source's config are outdated.
-_OUTDATED = ("use_rslora", "rank_pattern", "alpha_pattern", "r", "lora_alpha")
+_OUTDATED = ("rank_pattern", "alpha_pattern", "r", "lora_alpha")
 
 
 def derive_adapter(

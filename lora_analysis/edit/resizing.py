@@ -17,10 +17,11 @@ from lora_analysis.edit.derived_adapter import derive_adapter
 from lora_analysis.edit.truncation import (
     Truncation,
     check_size,
+    distance_from_dense,
     leading_outline,
     leading_part,
     measure_truncation,
-    relative_difference,
+    rounding_distance,
     truncate,
 )
 from lora_analysis.errors import InputError
@@ -31,12 +32,14 @@ from lora_analysis.formats.sanity_checks import (
     module_statistics,
     sanity_findings,
 )
+from lora_analysis.formats.written import check_dtype, has_unknown_scale, round_update
+from lora_analysis.patterns import ModulePatterns, module_type, near_names
 from lora_analysis.results import frame
 from lora_analysis.spectra import spectrum
-from lora_analysis.storage.dtypes import narrow, narrowed_type, widened
+from lora_analysis.storage.dtypes import narrowed_type
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import pandas as pd
     from numpy.typing import NDArray
@@ -98,6 +101,8 @@ def approximate_fine_tune(
     rank: int | None = None,
     energy: float | None = None,
     budget: int | None = None,
+    rank_for: Mapping[str, int] | None = None,
+    dtype: str | None = None,
     modules: str | Sequence[str] | None = None,
     transposed: bool | None = None,
     label: str | None = None,
@@ -113,8 +118,8 @@ def approximate_fine_tune(
     ----------
     tuned, base
         The two models: anything :func:`lora_analysis.open_base` takes.
-    rank, energy, budget
-        Exactly one of them, as for `resize_adapter`.
+    rank, energy, budget, rank_for, dtype
+        As for `resize_adapter`.
     modules, transposed, label
         As for :func:`lora_analysis.read_fine_tune`.
     progress
@@ -133,6 +138,8 @@ def approximate_fine_tune(
         rank=rank,
         energy=energy,
         budget=budget,
+        rank_for=rank_for,
+        dtype=dtype,
         progress=progress,
         workers=available_workers(),
     )
@@ -144,7 +151,8 @@ def resize_adapter(
     rank: int | None = None,
     energy: float | None = None,
     budget: int | None = None,
-    like_source: bool = False,
+    rank_for: Mapping[str, int] | None = None,
+    dtype: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     workers: int | None = None,
 ) -> ResizedAdapter:
@@ -152,12 +160,15 @@ def resize_adapter(
 
     Low-rank updates are read and measured now, and computed when a module of the result is
     accessed: the result holds no factors, and takes them from ``adapter`` each time. Each module
-    as by :func:`lora_analysis.truncate`, with exactly one of rank, energy and budget.
+    as by :func:`lora_analysis.truncate`, with exactly one of rank, energy and budget. Modules keep
+    their scale and the type of their file; the error includes the rounding to that type.
 
     Parameters
     ----------
     adapter
-        Low-rank or dense updates, every scale known, in any form that :func:`as_adapter` takes.
+        Low-rank or dense updates, in any form that :func:`as_adapter` takes. An unknown scale
+        stays unknown: a truncation does not need it, and errors over several modules take it to
+        be the same in all of them.
     rank
         The same for every module; a module of a smaller numerical rank keeps that.
     energy
@@ -166,10 +177,13 @@ def resize_adapter(
         Parameters of all factors together (magnitudes and modules trained in full do not count);
         the rank of each module is chosen by `ranks_within`. A module of rank 0 is left out of the
         adapter.
-    like_source
-        True to store factors as the source does: the scale of each module stays, and
-        numbers are rounded to the type of its file, which is part of the error. For writers that
-        keep that type (kohya, flux, diffusers).
+    rank_for
+        Ranks by pattern, for modules that get another one than ``rank`` or ``energy`` gives them.
+        A pattern is a key of PEFT's ``rank_pattern`` (the last segments of a module's name, or a
+        regular expression for them) or a module type. The first that matches counts.
+    dtype
+        Type to which factors are rounded, as for :func:`lora_analysis.write_adapter`. By default
+        the one in which each module is stored; what is in memory in float64 is not rounded.
     progress
         Called with (what, done, total).
     workers
@@ -178,94 +192,128 @@ def resize_adapter(
     Raises
     ------
     InputError
-        As for `truncate`; the adapter has no modules; no direction fits into the budget; or a
-        number is too large for the type of the source.
+        As for `truncate`; the adapter has no modules; no direction fits into the budget; a
+        pattern matches no module; or a number is too large for the type.
     ScaleError
-        The scale of a module is unknown: modules could not be compared with each other.
+        The scale of some modules is known and that of others is not: modules could not be
+        compared with each other.
+
+    Examples
+    --------
+    >>> A, B = np.eye(2, 5), np.eye(7, 2) * [4.0, 3.0]
+    >>> updates = {name: LowRankUpdate(name, A, B, scale=2.0) for name in ("0.q_proj", "0.v_proj")}
+    >>> small = resize_adapter(Adapter(updates, label="a"), rank=1, rank_for={"v_proj": 2})
+    >>> [update.rank for update in small.adapter.values()]
+    [1, 2]
     """
     check_size(rank=rank, energy=energy, budget=budget)
     adapter = as_adapter(adapter)
+    if dtype is not None:
+        check_dtype(dtype)
     if not len(adapter):
         message = f"{adapter.label} has no modules; there is nothing to resize."
         raise InputError(message)
     workers = workers or min(_WORKERS, available_workers())
-    ranks = dict.fromkeys(adapter, rank)
+    ranks = dict.fromkeys(adapter, rank) | _pattern_ranks(adapter, rank_for or {}, budget)
     if budget is not None:
         ranks = _ranks(adapter, budget, progress, workers)
     updates: dict[str, LowRankUpdate | LazyUpdate] = {}
+    outlines: dict[str, UpdateOutline] = {}
     truncations = []
     statistics: list[ModuleStatistics] = []
-    resize = partial(_resize_module, adapter, energy=energy, like_source=like_source)
+    resize = partial(_resize_module, adapter, energy=energy, dtype=dtype)
     results = in_threads(resize, ranks.items(), workers=workers)
     for done, (update, truncation, measured) in enumerate(results, start=1):
         truncations.append(truncation)
         statistics.append(measured)
-        if update is not None:
+        outline = update.outline if isinstance(update, LazyUpdate) else UpdateOutline.of(update)
+        outlines[truncation.module] = outline
+        if truncation.rank:
             updates[truncation.module] = update
         if progress:
             progress("modules", done, len(ranks))
+    if not has_unknown_scale(outlines):
+        for outline in outlines.values():
+            outline.known_scale()  # some are known: errors could not be compared with each other
     result = ResizedAdapter(adapter, tuple(truncations))
-    new = derive_adapter(adapter, updates, _note(result, updates))
+    new = derive_adapter(adapter, updates, _note(result, outlines))
     findings = new.provenance.findings
     checked = new.with_provenance(findings=(*findings, *sanity_findings(statistics, findings)))
     return replace(result, adapter=checked)
 
 
+def _pattern_ranks(
+    adapter: Adapter, rank_for: Mapping[str, int], budget: int | None
+) -> dict[str, int]:
+    """Return the rank of each module that a pattern matches."""
+    for pattern, rank in rank_for.items():
+        if budget is not None:
+            message = "rank_for goes with rank or energy; a budget distributes the ranks itself."
+            raise InputError(message)
+        if rank != int(rank) or rank < 1:
+            message = f"rank_for needs whole ranks of at least 1, got {rank!r} for '{pattern}'."
+            raise InputError(message)
+    ranks = {}
+    used = set()
+    patterns = ModulePatterns({pattern: (pattern, rank) for pattern, rank in rank_for.items()})
+    for module in adapter:
+        names = (module, module_type(module))
+        match = next((m for name in names if (m := patterns.value(name, None))), None)
+        if match is not None:
+            used.add(match[0])
+            ranks[module] = match[1]
+    for pattern in rank_for:
+        if pattern not in used:
+            near = ", ".join(near_names(pattern, adapter)) or "none"
+            message = (
+                f"rank_for: '{pattern}' matches no module of {adapter.label}, or an earlier "
+                f"pattern matches the same ones. Near names: {near}."
+            )
+            raise InputError(message)
+    return ranks
+
+
 def _resize_module(
-    adapter: Adapter, item: tuple[str, int | None], *, energy: float | None, like_source: bool
-) -> tuple[LowRankUpdate | LazyUpdate | None, Truncation, ModuleStatistics]:
-    """Return one module at its rank (None for rank 0), its error, and its statistics."""
+    adapter: Adapter, item: tuple[str, int | None], *, energy: float | None, dtype: str | None
+) -> tuple[LowRankUpdate | LazyUpdate, Truncation, ModuleStatistics]:
+    """Return one module at its rank (at 1 for rank 0), its error, and its statistics."""
     name, rank = item
-    update = _load_scaled(adapter, name)
+    update = adapter[name]
+    # A rank of its own goes before the energy of all.
+    size = {"rank": rank or 1} if rank is not None else {"energy": energy}
     new: LowRankUpdate | LazyUpdate
-    if isinstance(update, LowRankUpdate):
-        truncation, count = measure_truncation(update, rank=1 if rank == 0 else rank, energy=energy)
-        outline = leading_outline(update, count)
-        if like_source and rank != 0:
-            stored = _as_stored(leading_part(update, count), update)
-            outline = UpdateOutline.of(stored)
-            error_norm = truncation.norm * relative_difference(stored, update)
-            truncation = replace(truncation, error_norm=error_norm)
-        load = partial(_load_leading, adapter, name, count, like_source=like_source)
-        new = LazyUpdate(outline, load)
+    if not isinstance(update, LowRankUpdate):
+        new, truncation = truncate(update, **size)
+        if dtype is not None and rank != 0:
+            new = round_update(new, dtype)
+            truncation = replace(truncation, error_norm=distance_from_dense(update, new))
+        statistics = module_statistics(update, norm=truncation.norm)
     else:
-        new, truncation = truncate(update, rank=1 if rank == 0 else rank, energy=energy)
-    statistics = module_statistics(update, norm=truncation.norm)
+        truncation, count = measure_truncation(update, **size)
+        statistics = module_statistics(update, norm=truncation.norm)
+        if dtype is None and update.stored_dtype != "float64":
+            dtype = narrowed_type(update.stored_dtype)
+        outline = replace(leading_outline(update, count), scale=update.scale)
+        if rank != 0:
+            exact = leading_part(update, count, keep_scale=True)
+            del update  # the numbers of a large module fit into memory once
+            stored = round_update(exact, dtype) if dtype else exact
+            outline = UpdateOutline.of(stored)
+            # Rounding is orthogonal to what was cut off, but for the product of both roundings.
+            error_norm = math.hypot(truncation.error_norm, rounding_distance(stored, exact))
+            truncation = replace(truncation, error_norm=error_norm)
+        new = LazyUpdate(outline, partial(_load_leading, adapter, name, count, dtype))
     if rank == 0:
-        return None, replace(truncation, rank=0, error_norm=truncation.norm), statistics
+        truncation = replace(truncation, rank=0, error_norm=truncation.norm)
     return new, truncation, statistics
 
 
-def _load_leading(adapter: Adapter, name: str, count: int, *, like_source: bool) -> Update:
-    """Load one module and return its leading directions."""
-    update = adapter[name]
-    if not isinstance(update, LowRankUpdate):
-        return update
-    leading = leading_part(update, count)
-    return _as_stored(leading, update) if like_source else leading
-
-
-def _as_stored(new: LowRankUpdate, source: LowRankUpdate) -> LowRankUpdate:
-    """Return a new update with the scale of its source, rounded to the source's type."""
-    scale = source.known_scale() or 1.0
-    root = math.sqrt(abs(scale))
-    dtype = narrowed_type(source.stored_dtype)
-    A, B = new.A / root, new.B / math.copysign(root, scale)
-    return replace(
-        new,
-        A=widened(narrow(A, dtype, f"A of '{new.name}'"), dtype),
-        B=widened(narrow(B, dtype, f"B of '{new.name}'"), dtype),
-        scale=scale,
-        alpha=scale * new.rank,
-        stored_dtype=dtype,
-    )
-
-
-def _load_scaled(adapter: Adapter, name: str) -> Update:
-    """Load one module; raise if its scale is unknown."""
+def _load_leading(adapter: Adapter, name: str, count: int, dtype: str | None) -> Update:
+    """Load one module and return its leading directions, rounded to a type."""
     update = adapter[name]
     if isinstance(update, LowRankUpdate):
-        update.known_scale()
+        update = leading_part(update, count, keep_scale=True)
+        return round_update(update, dtype) if dtype else update
     return update
 
 
@@ -278,7 +326,7 @@ def _ranks(
     """Return the rank of each module within a budget, from the singular values of all."""
 
     def spectrum_and_cost(name: str) -> tuple[NDArray[np.float64], int]:
-        update = _load_scaled(adapter, name)
+        update = adapter[name]
         cost = sum(update.shape)
         if isinstance(update, DenseUpdate):
             most = max(1, min(budget // cost, *update.shape))  # more cannot fit into the budget
@@ -295,13 +343,15 @@ def _ranks(
     return ranks_within(budget, values, costs)
 
 
-def _note(result: ResizedAdapter, updates: dict[str, LowRankUpdate | LazyUpdate]) -> str:
+def _note(result: ResizedAdapter, outlines: Mapping[str, UpdateOutline]) -> str:
     dropped = sum(module.rank == 0 for module in result.modules)
     left_out = f"; {dropped} modules of which nothing was kept are left out" if dropped else ""
-    outlines = (u.outline if isinstance(u, LazyUpdate) else u for u in updates.values())
-    dora = any(outline.variant for outline in outlines)
+    dora = any(outline.variant for outline in outlines.values())
+    unknown = any(outline.scale is None for outline in outlines.values())
     return (
         f"Made from {result.adapter.label} by its leading singular directions: "
         f"{result.parameters:,} of {result.given_parameters:,} parameters, relative error "
         f"{result.error:.3g}{left_out}."
-    ) + (" For DoRA the errors are those of the low-rank part." if dora else "")
+        + (" For DoRA the errors are those of the low-rank part." if dora else "")
+        + (" The scale is unknown; it is that of the source, not its alpha." if unknown else "")
+    )

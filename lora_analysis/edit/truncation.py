@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ _FIRST_COUNT = 16
 # Relative difference of factors below which their Gram matrices give the distance.
 _NEARLY_EQUAL = 1e-7
 # Elements of a factor that are widened at a time.
-_WIDENED = 1 << 16
+_WIDENED = 1 << 15
 # Elements of a dense update that are processed at a time.
 _BLOCK = 1 << 20
 
@@ -146,24 +147,26 @@ def leading_outline(update: LowRankUpdate, count: int) -> UpdateOutline:
     )
 
 
-def leading_part(update: LowRankUpdate, count: int) -> LowRankUpdate:
-    """Return an update by a number of its leading singular directions, balanced, of scale 1.
+def leading_part(update: LowRankUpdate, count: int, *, keep_scale: bool = False) -> LowRankUpdate:
+    """Return an update by a number of its leading singular directions, balanced.
 
-    At most its factors, those of the result and a few rows are in memory.
+    Its scale is 1, or that of the update. At most its factors, those of the result and a few rows
+    are in memory.
     """
+    new = leading_outline(update, count)
+    fields: dict[str, Any] = {"scale": new.scale, "alpha": new.alpha}
+    if keep_scale and update.scale is not None:
+        fields = {"scale": update.scale, "alpha": update.scale * new.rank}
     if not count:
         empty = np.zeros((0, 0))
-        return from_directions(update, empty, np.zeros(0), empty)
+        return replace(from_directions(update, empty, np.zeros(0), empty), **fields)
     svd = linalg.factored_svd(update.B, update.A, vectors=count)
-    scale = 1.0 if update.scale is None else update.scale
+    scale = 1.0 if update.scale is None or keep_scale else update.scale
     root = np.sqrt(abs(scale) * svd.S[:count])
     B, V = np.asarray(svd.U), np.asarray(svd.V)
     B *= root
     V *= np.copysign(root, scale)
-    new = leading_outline(update, count)
-    return replace(
-        update, A=V.T, B=B, scale=new.scale, alpha=new.alpha, stored_dtype="", stored_at=NOT_STORED
-    )
+    return replace(update, A=V.T, B=B, stored_dtype="", stored_at=NOT_STORED, **fields)
 
 
 def _truncation(update: Update, rank: int, norm: float, error_norm: float) -> Truncation:
@@ -183,13 +186,13 @@ def _truncation(update: Update, rank: int, norm: float, error_norm: float) -> Tr
 def relative_difference(update: Update, reference: Update) -> float:
     """Return ``‖ΔW₁ - ΔW₂‖_F/‖ΔW₂‖_F``, for low-rank updates from their factors.
 
-    0 if both are zero; the scales must be known. Accurate to about 1e-15 times the norms of
-    the factors, however close the two are.
+    0 if both are zero. The scales must be known, or unknown and the same. Accurate to about 1e-15
+    times the norms of the factors, however close the two are.
     """
     if isinstance(update, LowRankUpdate) and isinstance(reference, LowRankUpdate):
         distance = _small_distance(update, reference)
         if distance is None:
-            scales = update.known_scale(), reference.known_scale()
+            scales = _common_scales(update, reference)
             B = np.hstack([scales[0] * update.B.astype(np.float64), -scales[1] * reference.B])
             A = np.vstack([update.A, reference.A])
             distance = float(np.linalg.norm(linalg.factored_singular_values(B, A)))
@@ -199,7 +202,14 @@ def relative_difference(update: Update, reference: Update) -> float:
     return distance / norm if norm > 0 else (0.0 if distance == 0 else float("inf"))
 
 
-def _small_distance(update: LowRankUpdate, reference: LowRankUpdate) -> float | None:
+def rounding_distance(stored: LowRankUpdate, exact: LowRankUpdate) -> float:
+    """Return ``‖ΔW₁ - ΔW₂‖_F`` of an update and itself with rounded factors."""
+    return _small_distance(stored, exact, bound=1.0) or 0.0
+
+
+def _small_distance(
+    update: LowRankUpdate, reference: LowRankUpdate, *, bound: float = _NEARLY_EQUAL
+) -> float | None:
     """Return ``‖ΔW₁ - ΔW₂‖_F`` of updates whose factors are nearly equal, else None.
 
     ``s₁B₁A₁ - s₂B₂A₂ = s₁B₁(A₁ - A₂) + (s₁B₁ - s₂B₂)A₂``, whose norm follows from the Gram matrices
@@ -208,18 +218,25 @@ def _small_distance(update: LowRankUpdate, reference: LowRankUpdate) -> float | 
     """
     if update.A.shape != reference.A.shape or update.B.shape != reference.B.shape:
         return None
-    scales = update.known_scale(), reference.known_scale()
+    scales = _common_scales(update, reference)
     left = _gram_with_difference(update.B, reference.B, *scales)
     right = _gram_with_difference(reference.A.T, update.A.T, 1.0, 1.0)
     r = update.rank
     for gram in (left, right):
-        if not np.trace(gram[r:, r:]) <= _NEARLY_EQUAL**2 * np.trace(gram[:r, :r]) < np.inf:
+        if not np.trace(gram[r:, r:]) <= bound**2 * np.trace(gram[:r, :r]) < np.inf:
             return None
     # [s₁B₁, D_B] meets [-D_A; A₂]: the second side was made of A₂ first, and of A₂ - A₁.
     swapped = np.roll(right, (r, r), (0, 1))
     swapped[:r] *= -1
     swapped[:, :r] *= -1
     return float(np.sqrt(max(np.sum(left * swapped), 0.0)))
+
+
+def _common_scales(update: LowRankUpdate, reference: LowRankUpdate) -> tuple[float, float]:
+    """Return two scales, 1 for both if they are unknown."""
+    if update.scale is None and reference.scale is None:
+        return 1.0, 1.0
+    return update.known_scale(), reference.known_scale()
 
 
 def _gram_with_difference(
@@ -235,6 +252,14 @@ def _gram_with_difference(
             pair = np.hstack([block, difference])
             gram += pair.T @ pair
     return gram
+
+
+def distance_from_dense(update: DenseUpdate, approximation: LowRankUpdate) -> float:
+    """Return ``‖ΔW - s·B·A‖_F``, some rows at a time."""
+    B = approximation.known_scale() * approximation.B.astype(np.float64)
+    A = approximation.A.astype(np.float64)
+    blocks = (block - B[rows] @ A for rows, block in _row_blocks(update))
+    return math.hypot(*(float(np.linalg.norm(block)) for block in blocks))
 
 
 def check_size(**options: float | None) -> None:

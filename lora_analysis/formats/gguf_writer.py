@@ -1,4 +1,4 @@
-"""One GGUF file that llama.cpp loads with the base: factors as float32, one alpha for all.
+"""One GGUF file that llama.cpp loads with the base: one alpha for all modules.
 
 llama.cpp has only ``alpha/r``: a scale of a different rule (rsLoRA, a pattern of alphas) is folded
 into alpha if all modules agree, else into B. q and k of the Llama family are permuted as its
@@ -191,13 +191,14 @@ def _module_tensors(
     turned = tensor == EMBEDDING
     keys = f"{tensor}.weight.lora_a", f"{tensor}.weight.lora_b"
     shapes = {keys[0]: planned.a[::-1] if turned else planned.a, keys[1]: planned.b}
-    return output_group(shapes, partial(_module_arrays, planned, keys, permuted, turned=turned))
+    produce = partial(_module_arrays, planned, keys, permuted, turned=turned)
+    return output_group(shapes, produce, dtype=planned.dtype)
 
 
 def _module_arrays(
     planned: PlannedFactors, keys: tuple[str, str], heads: int | None, *, turned: bool
-) -> dict[str, NDArray[np.float32]]:
-    factors = planned.load()
+) -> dict[str, NDArray[Any]]:
+    factors = planned.load(planned.dtype)
     a, b = factors.a, factors.b
     if heads is not None:  # the two halves of each head's rows in turn, as llama.cpp has them
         rows, rank = b.shape

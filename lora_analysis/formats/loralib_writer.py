@@ -7,8 +7,9 @@ which they are read back: ``lora_scale``, the scale of every module, and ``enabl
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -19,11 +20,13 @@ from lora_analysis.formats.side_tensors import carried_metadata, side_output
 from lora_analysis.formats.text_writing import (
     Factors,
     PlannedFactors,
+    common_dtype,
     common_scale,
     fold_scales,
     folding_note,
     text_outlines,
 )
+from lora_analysis.formats.written import has_unknown_scale
 from lora_analysis.storage.tensor_writer import output_group, safetensors_content
 
 if TYPE_CHECKING:
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from lora_analysis.adapter import Adapter
+    from lora_analysis.adapter import Adapter, UpdateOutline
     from lora_analysis.storage.atomic import Content
 
 _WEIGHTS_NAME: Final = "lora.safetensors"
@@ -48,10 +51,11 @@ def contents(adapter: Adapter) -> dict[str, Content]:
     UnsupportedMethodError
         An update needs more than two factors and a scale.
     """
-    updates = text_outlines(adapter, _FORMAT)
-    scale = common_scale(updates)
-    scales = dict.fromkeys(updates, scale)
-    metadata = {"format": "pt", SCALE: repr(float(scale)), **carried_metadata(adapter, _FORMAT)}
+    updates, scale = _scaled_outlines(adapter)
+    metadata = {"format": "pt", **carried_metadata(adapter, _FORMAT)}
+    if scale is not None:
+        metadata[SCALE] = repr(float(scale))
+    scales = dict.fromkeys(updates, 1.0 if scale is None else scale)
     whole, enabled = _join_blocks(fold_scales(adapter, updates, scales))
     if enabled:
         metadata[ENABLED] = ",".join(str(int(on)) for on in enabled)
@@ -64,19 +68,29 @@ def contents(adapter: Adapter) -> dict[str, Content]:
             )
             raise InputError(message)
         shapes = {f"{name}.lora_A": planned.a, f"{name}.lora_B": planned.b}
-        tensors += output_group(shapes, partial(_module_arrays, name, planned))
+        produce = partial(_module_arrays, name, planned)
+        tensors += output_group(shapes, produce, dtype=planned.dtype)
     return {_WEIGHTS_NAME: safetensors_content(tensors, metadata)}
 
 
-def _module_arrays(name: str, planned: PlannedFactors) -> dict[str, NDArray[np.float32]]:
-    factors = planned.load()
+def _scaled_outlines(adapter: Adapter) -> tuple[dict[str, UpdateOutline], float | None]:
+    """Return the outlines and their common scale; None, with outlines of scale 1, if unknown."""
+    updates = text_outlines(adapter, _FORMAT, unknown_scale=True)
+    if has_unknown_scale(updates):
+        return {name: replace(update, scale=1.0) for name, update in updates.items()}, None
+    return updates, common_scale(updates)
+
+
+def _module_arrays(name: str, planned: PlannedFactors) -> dict[str, NDArray[Any]]:
+    factors = planned.load(planned.dtype)
     return {f"{name}.lora_A": factors.a, f"{name}.lora_B": factors.b}
 
 
 def loralib_notes(adapter: Adapter) -> list[str]:
     """Return sentences on the alpha that a model must be made with, and on folded scales."""
-    updates = text_outlines(adapter, _FORMAT)
-    scale = common_scale(updates)
+    updates, scale = _scaled_outlines(adapter)
+    if scale is None:
+        return []
     scales = dict.fromkeys(updates, scale)
     return [
         f"Make loralib's layers with lora_alpha = {scale:g} · r: a state "
@@ -115,12 +129,13 @@ def _join_blocks(
             )
             raise InputError(message)
         a, b = ((len(ordered) * s[0], *s[1:]) for s in (ordered[0].a, ordered[0].b))
-        whole[fused] = PlannedFactors(a, b, "linear", partial(_joined_factors, ordered))
+        load = partial(_joined_factors, ordered)
+        whole[fused] = PlannedFactors(a, b, "linear", common_dtype(ordered), load)
     return whole, next(iter(patterns), None)
 
 
-def _joined_factors(blocks: Sequence[PlannedFactors]) -> Factors:
-    factors = [planned.load() for planned in blocks]
+def _joined_factors(blocks: Sequence[PlannedFactors], dtype: str) -> Factors:
+    factors = [planned.load(dtype) for planned in blocks]
     return Factors(
         np.concatenate([block.a for block in factors]),
         np.concatenate([block.b for block in factors]),

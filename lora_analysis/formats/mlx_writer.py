@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -126,13 +126,11 @@ def _module_tensors(name: str, planned: PlannedFactors, rank: int) -> list[Outpu
         shapes = {key: shape[::-1] for key, shape in shapes.items()}
         if planned.norms is not None:
             shapes[f"{name}.m"] = planned.norms
-    return output_group(shapes, partial(_module_arrays, planned, shapes))
+    return output_group(shapes, partial(_module_arrays, planned, shapes), dtype=planned.dtype)
 
 
-def _module_arrays(
-    planned: PlannedFactors, shapes: Mapping[str, Shape]
-) -> dict[str, NDArray[np.float32]]:
-    factors = planned.load()
+def _module_arrays(planned: PlannedFactors, shapes: Mapping[str, Shape]) -> dict[str, NDArray[Any]]:
+    factors = planned.load(planned.dtype)
     a, b = factors.a, factors.b
     if a.ndim == 2:
         a, b = a.T, b.T
@@ -143,10 +141,10 @@ def _module_arrays(
     }
 
 
-def _filled(array: NDArray[np.float32], shape: Shape) -> NDArray[np.float32]:
+def _filled(array: NDArray[Any], shape: Shape) -> NDArray[Any]:
     """Return an array with zeros after its last entries along each axis, up to a shape."""
     if array.shape == shape:
         return np.ascontiguousarray(array)
-    whole = np.zeros(shape, np.float32)
+    whole = np.zeros(shape, array.dtype)
     whole[tuple(slice(size) for size in array.shape)] = array
     return whole

@@ -32,10 +32,10 @@ WRITERS: Final = {
     "mlx": "mlx_writer",
     "gguf": "gguf_writer",
 }
-# Formats whose writer keeps the scale of each module and the type of the source.
-LIKE_SOURCE: Final = frozenset({"kohya", "flux", "diffusers"})
+# Formats of image models, which have the same loaders.
+IMAGE_FORMATS: Final = frozenset({"kohya", "flux", "diffusers"})
 # Formats whose writer carries over what their files hold next to the factors.
-CARRYING: Final = LIKE_SOURCE | {"loralib", "peft"}
+CARRYING: Final = IMAGE_FORMATS | {"loralib", "peft"}
 # Format → suffix of the file that its writer makes if the path names one; others make folders.
 FILE_SUFFIXES: Final = {
     "diffusers": ".safetensors",

@@ -8,28 +8,26 @@ rest in a finding.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from lora_analysis.adapter import SideTensor
 from lora_analysis.errors import UnsupportedMethodError
 from lora_analysis.finding import Finding, listed
 from lora_analysis.formats.registry import CARRYING
-from lora_analysis.storage.safetensors import TensorInfo
-from lora_analysis.storage.tensor_reader import read_stored
 from lora_analysis.storage.tensor_writer import OutputTensor
-from lora_analysis.storage.tensors import MemoryTensors
+from lora_analysis.storage.tensors import read_bits
 from lora_analysis.text import plural
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
-    from numpy.typing import NDArray
-
     from lora_analysis.adapter import Adapter
     from lora_analysis.storage.tensors import NamedTensors
 
 # Entries of the metadata that every writer makes itself.
-_REWRITTEN: Final = frozenset({"format", "lora_adapter_metadata", "lora_analysis"})
+_REWRITTEN: Final = frozenset(
+    {"format", "lora_adapter_metadata", "lora_analysis", "lora_analysis.fused_parts"}
+)
 
 
 def side_tensors(
@@ -50,18 +48,11 @@ def side_tensors(
         key: SideTensor(
             tensors.infos[key].dtype,
             tensors.infos[key].shape,
-            partial(_stored, tensors, key),
+            partial(read_bits, tensors, key),
             alters_model=key not in harmless,
         )
         for key in keys
     }
-
-
-def _stored(tensors: NamedTensors, key: str) -> NDArray[Any]:
-    info = tensors.infos[key]
-    if isinstance(info, TensorInfo):
-        return read_stored(tensors.file_of(key), info)
-    return tensors.stored(key) if isinstance(tensors, MemoryTensors) else tensors.read(key)
 
 
 def harmless_keys(keys: Sequence[str]) -> list[str]:

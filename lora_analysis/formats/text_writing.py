@@ -1,4 +1,4 @@
-"""Files of text models: one scale for all modules, experts stacked, factors in float32."""
+"""Files of text models: one scale for all modules, experts stacked."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from lora_analysis.errors import InputError
 from lora_analysis.formats.written import layer_shapes, low_rank_update, writable_outlines
-from lora_analysis.storage.dtypes import narrow
+from lora_analysis.storage.dtypes import is_exact, narrow, narrowed_type, raw_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -28,21 +28,28 @@ _EXPERT: Final = re.compile(r"(?P<before>.+\.experts)\.(?P<index>\d+)\.(?P<after
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """A and B of one module as they will be stored, in float32; ``norms`` are DoRA's."""
+    """A and B of one module as they will be stored; ``norms`` are DoRA's.
 
-    a: NDArray[np.float32]
-    b: NDArray[np.float32]
-    norms: NDArray[np.float32] | None = None
+    Numbers of type bfloat16 are given as their bits.
+    """
+
+    a: NDArray[Any]
+    b: NDArray[Any]
+    norms: NDArray[Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedFactors:
-    """Shapes of a module's factors, and a function that computes them."""
+    """Shapes of a module's factors, their stored type, and a function that computes them in a type.
+
+    The type is that of the source, if it holds the numbers exactly.
+    """
 
     a: Shape
     b: Shape
     layout: str
-    load: Callable[[], Factors]
+    dtype: str
+    load: Callable[[str], Factors]
     norms: Shape | None = None
 
     @property
@@ -51,21 +58,19 @@ class PlannedFactors:
         return self.a[-2]
 
 
-def text_outlines(
-    adapter: Adapter, format: str, *, variants: Collection[str] = ()
-) -> dict[str, UpdateOutline]:
+def text_outlines(adapter: Adapter, format: str, **options: Any) -> dict[str, UpdateOutline]:
     """Return the outlines of an adapter for a text model, see `written.writable_outlines`."""
     layouts = ("linear", "conv1d", "embedding")
-    return writable_outlines(adapter, format, layouts=layouts, variants=variants)
+    return writable_outlines(adapter, format, layouts=layouts, **options)
 
 
 def fold_scales(
     adapter: Adapter, updates: Mapping[str, UpdateOutline], scales: Mapping[str, float]
 ) -> dict[str, PlannedFactors]:
-    """Return float32 factors whose product times a given scale is the update.
+    """Return factors whose product times a given scale is the update.
 
-    If an update has a different scale, the ratio goes into B. A factor too large for float32 raises
-    InputError when it is computed.
+    If an update has a different scale, the ratio goes into B. A factor too large for its type
+    raises InputError when it is computed.
 
     Parameters
     ----------
@@ -74,27 +79,43 @@ def fold_scales(
     scales
         The scale that the file will state, by module.
     """
-    return {
-        name: PlannedFactors(
+    planned = {}
+    for name, update in updates.items():
+        ratio = update.known_scale() / scales[name]
+        planned[name] = PlannedFactors(
             *layer_shapes(update),
             layout=update.layout,
-            load=partial(_folded_factors, adapter, name, update.known_scale() / scales[name]),
+            dtype=_folded_type(adapter, name, update, ratio),
+            load=partial(_folded_factors, adapter, name, ratio),
             norms=(update.shape[0],) if update.has_magnitude else None,
         )
-        for name, update in updates.items()
-    }
+    return planned
 
 
-def _folded_factors(adapter: Adapter, name: str, ratio: float) -> Factors:
+def _folded_type(adapter: Adapter, name: str, outline: UpdateOutline, ratio: float) -> str:
+    stored = narrowed_type(outline.stored_dtype)
+    if stored == "float32":
+        return stored
+    arrays = _folded_arrays(adapter, name, ratio).values()
+    return stored if all(is_exact(array, stored) for array in arrays) else "float32"
+
+
+def _folded_arrays(adapter: Adapter, name: str, ratio: float) -> dict[str, NDArray[Any]]:
     update = low_rank_update(adapter, name)
     b = update.B if ratio == 1 else update.B.astype(np.float64) * ratio
-    return Factors(
-        narrow(update.A, "float32", f"A of '{name}'"),
-        narrow(b, "float32", f"B of '{name}'"),
-        None
-        if update.magnitude is None
-        else narrow(update.magnitude, "float32", f"magnitude of '{name}'"),
-    )
+    arrays = {"A": update.A, "B": b}
+    return arrays if update.magnitude is None else {**arrays, "magnitude": update.magnitude}
+
+
+def _folded_factors(adapter: Adapter, name: str, ratio: float, dtype: str) -> Factors:
+    arrays = _folded_arrays(adapter, name, ratio)
+    return Factors(*(narrow(array, dtype, f"{role} of '{name}'") for role, array in arrays.items()))
+
+
+def common_dtype(members: Iterable[PlannedFactors]) -> str:
+    """Return the type of several factors, which is float32 if theirs differ."""
+    dtypes = {planned.dtype for planned in members}
+    return dtypes.pop() if len(dtypes) == 1 else "float32"
 
 
 def common_scale(updates: Mapping[str, UpdateOutline]) -> float:
@@ -156,14 +177,15 @@ def stack_experts(factors: Mapping[str, PlannedFactors], format: str) -> dict[st
             )
             raise InputError(message)
         a, b = ((len(ordered), *shape) for shape in next(iter(shapes)))
-        plain[whole] = PlannedFactors(a, b, "linear", partial(_stacked_factors, ordered, a, b))
+        load = partial(_stacked_factors, ordered, a, b)
+        plain[whole] = PlannedFactors(a, b, "linear", common_dtype(ordered), load)
     return plain
 
 
-def _stacked_factors(members: Sequence[PlannedFactors], a: Shape, b: Shape) -> Factors:
+def _stacked_factors(members: Sequence[PlannedFactors], a: Shape, b: Shape, dtype: str) -> Factors:
     """Return the factors of a stack; one member at a time is loaded."""
-    whole = Factors(np.empty(a, np.float32), np.empty(b, np.float32))
+    whole = Factors(np.empty(a, raw_dtype(dtype)), np.empty(b, raw_dtype(dtype)))
     for index, member in enumerate(members):
-        factors = member.load()
+        factors = member.load(dtype)
         whole.a[index], whole.b[index] = factors.a, factors.b
     return whole

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from lora_analysis.adapter import LowRankUpdate
+from lora_analysis.adapter import NOT_STORED, Adapter, LazyUpdate, LowRankUpdate
 from lora_analysis.errors import InputError, UnsupportedMethodError
 from lora_analysis.formats.peft.adapter_config import refuse_more_than_factors
 from lora_analysis.formats.peft.module_pairs import DORA
 from lora_analysis.formats.side_tensors import carried_tensors
-from lora_analysis.storage.dtypes import narrow
+from lora_analysis.storage.dtypes import is_exact, narrow, narrowed_type, widened
 from lora_analysis.storage.tensor_writer import OutputTensor, output_group
 
 if TYPE_CHECKING:
@@ -24,12 +25,15 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from lora_analysis.adapter import Adapter, UpdateOutline
+    from lora_analysis.adapter import Update, UpdateOutline
 
 T = TypeVar("T", int, float)
 Shape = tuple[int, ...]
 # Key, role, shape and stored type of a tensor that is written.
 _Entry = tuple[str, str, Shape, str]
+
+DTYPES: Final = ("float32", "float16", "bfloat16")
+"""Types that factors can be written in."""
 
 _LAYOUTS: Final = frozenset({"linear", "embedding", "conv", "conv1d"})
 
@@ -41,6 +45,7 @@ def writable_outlines(
     layouts: Collection[str],
     variants: Collection[str] = (),
     input_norms: bool = False,
+    unknown_scale: bool = False,
 ) -> dict[str, UpdateOutline]:
     """Return the outlines of an adapter's updates; raise if a format cannot store one of them.
 
@@ -54,6 +59,8 @@ def writable_outlines(
         Methods beyond plain LoRA that the format can express.
     input_norms
         Whether DoRA's norms may be those of input columns.
+    unknown_scale
+        Whether the format can leave the scale of all modules open.
 
     Raises
     ------
@@ -82,8 +89,15 @@ def writable_outlines(
             variants=variants,
             input_norms=input_norms,
         )
-        outline.known_scale()
+    if not (unknown_scale and has_unknown_scale(outlines)):
+        for outline in outlines.values():
+            outline.known_scale()
     return outlines
+
+
+def has_unknown_scale(outlines: Mapping[str, UpdateOutline]) -> bool:
+    """Return True if the scale is unknown, as it is if a file states it for no module."""
+    return all(outline.scale is None for outline in outlines.values())
 
 
 def low_rank_outlines(adapter: Adapter) -> dict[str, UpdateOutline]:
@@ -192,6 +206,64 @@ def low_rank_update(adapter: Adapter, name: str) -> LowRankUpdate:
         message = f"'{name}' in {adapter.label} became a dense update while it was written."
         raise InputError(message)
     return update
+
+
+def stored_types(adapter: Adapter, name: str, outline: UpdateOutline) -> tuple[str, str]:
+    """Return the types of the factors and of DoRA's norms: the source's if it holds the numbers.
+
+    Readers multiply some tensors out (Tucker cores, learned scalars), whose products it does not.
+    """
+    stored = narrowed_type(outline.stored_dtype)
+    if stored == "float32":
+        return stored, stored
+    update = low_rank_update(adapter, name)
+    exact = is_exact(update.A, stored) and is_exact(update.B, stored)
+    norms_exact = update.magnitude is not None and is_exact(update.magnitude, stored)
+    return stored if exact else "float32", stored if norms_exact else "float32"
+
+
+def round_update(update: LowRankUpdate, dtype: str) -> LowRankUpdate:
+    """Return an update with A and B rounded to a stored type; DoRA's norms have their own.
+
+    Raises
+    ------
+    InputError
+        A number is too large for the type.
+    """
+    A = widened(narrow(update.A, dtype, f"A of '{update.name}'"), dtype)
+    B = widened(narrow(update.B, dtype, f"B of '{update.name}'"), dtype)
+    return replace(update, A=A, B=B, stored_dtype=dtype, stored_at=NOT_STORED)
+
+
+def in_dtype(adapter: Adapter, dtype: str) -> Adapter:
+    """Return an adapter whose factors are rounded to a stored type when they are read.
+
+    Raises
+    ------
+    InputError
+        The type is not one that factors can be written in.
+    """
+    check_dtype(dtype)
+    updates = {
+        name: LazyUpdate(
+            replace(adapter.outline(name), stored_dtype=dtype),
+            partial(_rounded, adapter, name, dtype),
+        )
+        for name in adapter
+    }
+    return adapter.copy_with(updates=updates)
+
+
+def _rounded(adapter: Adapter, name: str, dtype: str) -> Update:
+    update = adapter[name]
+    return round_update(update, dtype) if isinstance(update, LowRankUpdate) else update
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise InputError unless factors can be written in a type."""
+    if dtype not in DTYPES:
+        message = f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}."
+        raise InputError(message)
 
 
 def layer_shapes(outline: UpdateOutline) -> tuple[Shape, Shape]:

@@ -226,9 +226,14 @@ def narrow(values: NDArray[np.floating[Any]], dtype: str, name: str) -> NDArray[
         stored: NDArray[Any] = narrow32 if dtype != "float16" else values.astype(np.float16)
     if dtype == "bfloat16":
         bits = narrow32.view(np.uint32)
-        odd = (bits >> np.uint32(16)) & np.uint32(1)
         # Adding just below half of the last digit, and one more if it is odd, rounds ties to even.
-        stored = ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
+        rounded = bits >> np.uint32(16)
+        rounded &= np.uint32(1)
+        rounded += np.uint32(0x7FFF)
+        rounded += bits
+        rounded >>= np.uint32(16)
+        stored = rounded.astype(np.uint16)
+        del narrow32, bits, rounded
     if not np.isfinite(widened(stored, dtype)).all():
         largest = float(np.abs(values).max())
         message = (

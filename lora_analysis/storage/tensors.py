@@ -7,7 +7,8 @@ it for every container that stores plain numbers; GGUF, which must decode them, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,7 +21,12 @@ from lora_analysis.storage.dtypes import result_dtype, widen
 from lora_analysis.storage.file_signatures import PICKLE_SUFFIXES, is_pickle, is_zip
 from lora_analysis.storage.limits import BLOCK_ELEMENTS, MAX_INDEX_BYTES
 from lora_analysis.storage.safetensors import Header, TensorInfo, TensorSpec, read_header
-from lora_analysis.storage.tensor_reader import iter_blocks, read_tensor, tile_slices
+from lora_analysis.storage.tensor_reader import (
+    iter_blocks,
+    read_stored,
+    read_tensor,
+    tile_slices,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -185,11 +191,25 @@ class LazyTensors(Mapping[str, "NDArray[Any]"]):
     def __getitem__(self, name: str) -> NDArray[Any]:
         return self._tensors.read(self._stored_names[name])
 
+    def stored(self, name: str) -> tuple[str, tuple[int, ...], Callable[[], NDArray[Any]]]:
+        """Return type and shape of a tensor in its file, and a function that reads its bits."""
+        key = self._stored_names[name]
+        info = self._tensors.infos[key]
+        return info.dtype, info.shape, partial(read_bits, self._tensors, key)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored_names)
 
     def __len__(self) -> int:
         return len(self._stored_names)
+
+
+def read_bits(tensors: NamedTensors, name: str) -> NDArray[Any]:
+    """Return a tensor as its file stores it: types that numpy does not have as their bits."""
+    info = tensors.infos[name]
+    if isinstance(info, TensorInfo):
+        return read_stored(tensors.file_of(name), info)
+    return tensors.stored(name) if isinstance(tensors, MemoryTensors) else tensors.read(name)
 
 
 def open_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFiles:

@@ -12,8 +12,8 @@ from functools import partial
 from typing import Final
 
 from lora_analysis.adapter import Adapter, LowRankUpdate, Update
-from lora_analysis.bases.family_names import Rewrite, spellings_of
 from lora_analysis.errors import InputError
+from lora_analysis.family_names import Rewrite, spellings_of
 from lora_analysis.finding import Finding
 from lora_analysis.names import (
     NameMatch,

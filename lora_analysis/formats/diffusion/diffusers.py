@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from lora_analysis.adapter import Adapter, LowRankUpdate
+from lora_analysis.adapter import Adapter, LazyUpdate, LowRankUpdate
 from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
 from lora_analysis.finding import Finding
 from lora_analysis.formats.diffusion import kohya
@@ -28,6 +28,7 @@ from lora_analysis.formats.factors import StatedScale, scale_from_alpha
 from lora_analysis.formats.initial import AdapterStart, adapter_less_start
 from lora_analysis.formats.key_scheme import KeyPattern, KeyScheme, StoredModules, has_factors
 from lora_analysis.formats.peft.adapter_config import SUBTRACTED
+from lora_analysis.formats.side_tensors import source_format
 from lora_analysis.formats.sources import AdapterFiles, resolve_source
 from lora_analysis.patterns import ModulePatterns
 from lora_analysis.storage.documents import parse_json_text
@@ -188,21 +189,23 @@ def with_loaders_scale(adapter: Adapter) -> Adapter:
     """
     source = adapter.provenance
     unknown = [name for name, origin in source.scale_origin.items() if origin == "unknown"]
-    if source.format != NAME or not unknown:
+    if source_format(adapter) != NAME or not unknown:
         return adapter
     fields = {"count": len(unknown), "total": len(adapter)}
     others = (finding for finding in source.findings if finding.code != "scale-unknown")
-    return Adapter(
-        {name: partial(_at_loaders_scale, adapter, name) for name in adapter},
-        label=adapter.label,
+    updates = {}
+    for name in adapter:
+        outline = adapter.outline(name)
+        if outline.scale is None and not outline.dense:
+            outline = replace(outline, scale=1.0, alpha=float(outline.rank))
+        updates[name] = LazyUpdate(outline, partial(_at_loaders_scale, adapter, name))
+    return adapter.copy_with(
+        updates=updates,
         provenance=replace(
             source,
             scale_origin={**source.scale_origin, **dict.fromkeys(unknown, "format")},
             findings=(*others, Finding("loaders-scale", fields)),
         ),
-        saved_modules=adapter.saved_modules,
-        config=adapter.config,
-        side_tensors=adapter.side_tensors,
     )
 
 

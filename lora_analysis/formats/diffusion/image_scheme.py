@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 # Entry of an adapter's config: keys of the factors in the file it was read from, by module.
 FACTOR_KEYS: Final = "factor_keys"
+# Entry of an adapter's config: the type in which its file stores alphas.
+ALPHA_TYPE: Final = "alpha_type"
 _EXTRA: Final = re.compile(
     r"(?P<module>.+?)(?:[._]lora)?\."
     r"(?P<role>alpha|scalar|dora_scale|lora_magnitude_vector(\.[^.]+)?)"
@@ -167,13 +169,15 @@ def _sort_extras(stored: StoredModules) -> dict[str, list[str]]:
 
 
 def _factor_keys(stored: StoredModules) -> dict[str, Any]:
-    """Return the stored keys (of A, B and alpha) of modules whose keys are not PEFT's."""
+    """Return the keys of A, B and alpha of modules whose keys are not PEFT's, and alpha's type."""
     keys = {
         module: (roles["A"], roles["B"], roles.get("alpha"))
         for module, roles in stored.modules.items()
         if roles["A"] != f"{module}.lora_A.weight" and "mid" not in roles
     }
-    return {FACTOR_KEYS: keys} if keys else {}
+    facts: dict[str, Any] = {FACTOR_KEYS: keys} if keys else {}
+    alpha = next((roles["alpha"] for roles in stored.modules.values() if "alpha" in roles), None)
+    return facts if alpha is None else {**facts, ALPHA_TYPE: stored.tensors.infos[alpha].dtype}
 
 
 def _completed(tensors: NamedTensors, pair: StoredPair, parts: Mapping[Role, str]) -> StoredPair:

@@ -1,10 +1,12 @@
 """Files of image models: modules with alphas and stored types, metadata brought up to date.
 
-Trainers state ranks, alphas, captions and trigger words as strings in the header of a file.
-sd-scripts' ``networks/resize_lora.py`` keeps all of them and updates rank, alpha, comment and the
-two hashes by which sd-webui's extensions recognize a model (``library/train_util.py``,
-``precalculate_safetensors_hashes``): of the tensors alone, and of 64 kB behind the first megabyte,
-both of the file as it would be with the ``ss_*`` entries as its only metadata.
+Trainers state ranks, alphas, captions and trigger words as strings in the header of a file. They
+are kept, and those that no longer hold are brought up to date as sd-scripts'
+``networks/resize_lora.py`` does: rank, alpha, comment, and the two hashes by which sd-webui's
+extensions recognize a model (``precalculate_safetensors_hashes`` of ``library/train_util.py``): of
+the tensors alone, and of 64 kB behind the first megabyte, both of the file as it would be with the
+``ss_*`` entries as its only metadata. An entry that the source does not have is not added to its
+metadata, except for our mark.
 """
 
 from __future__ import annotations
@@ -16,18 +18,19 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
 
 import numpy as np
 
+from lora_analysis.formats.diffusion.image_scheme import ALPHA_TYPE
 from lora_analysis.formats.peft.module_pairs import DORA
 from lora_analysis.formats.side_tensors import carried_metadata, source_format
 from lora_analysis.formats.written import (
     exact_alpha,
-    low_rank_update,
     module_tensors,
     norms_shape,
+    stored_types,
     writable_outlines,
 )
-from lora_analysis.storage.dtypes import is_exact, narrowed_type
+from lora_analysis.storage.dtypes import is_exact, narrow, narrowed_type
 from lora_analysis.storage.tensor_writer import (
-    output_array,
+    OutputTensor,
     safetensors_content,
     write_safetensors,
 )
@@ -38,7 +41,6 @@ if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter, UpdateOutline
     from lora_analysis.formats.written import Shape
     from lora_analysis.storage.atomic import Content
-    from lora_analysis.storage.tensor_writer import OutputTensor
 
 _DIM: Final = "ss_network_dim"
 _ALPHA: Final = "ss_network_alpha"
@@ -56,14 +58,15 @@ _LEGACY_RANGE: Final = (0x100000, 0x110000)
 class PlannedModule:
     """A module before its numbers are read for the file.
 
-    ``dtypes`` are the types in which its factors and DoRA's norms are written: those of its
-    source, if they hold the numbers exactly.
+    ``dtypes`` are the types in which its factors and DoRA's norms are written, ``alpha_type`` that
+    of its alpha: those of its source, if they hold the numbers exactly.
     """
 
     name: str
     outline: UpdateOutline
     alpha: float
     dtypes: tuple[str, str]
+    alpha_type: str = "float32"
 
     def tensors(
         self,
@@ -90,11 +93,12 @@ class PlannedModule:
             dtypes=self.dtypes,
         )
         if alpha is not None:
-            # float32 if that holds the alpha exactly.
+            value = np.array([self.alpha])
             with np.errstate(over="ignore", under="ignore"):
-                narrow_alpha = np.array(self.alpha, np.float32)
-            exact = float(narrow_alpha) == self.alpha
-            tensors.append(output_array(alpha, narrow_alpha if exact else np.array(self.alpha)))
+                types = (self.alpha_type, "float32")
+                dtype = next((t for t in types if is_exact(value, t)), "float64")
+                stored = value if dtype == "float64" else narrow(value, dtype, alpha)
+            tensors.append(OutputTensor(alpha, dtype, (), lambda: stored.reshape(())))
         return tensors
 
 
@@ -126,24 +130,14 @@ def planned_modules(
     )
     return {
         name: PlannedModule(
-            name, outline, exact_alpha(outline), _stored_types(adapter, name, outline)
+            name,
+            outline,
+            exact_alpha(outline),
+            stored_types(adapter, name, outline),
+            narrowed_type(adapter.config.get(ALPHA_TYPE, "float32")),
         )
         for name, outline in outlines.items()
     }
-
-
-def _stored_types(adapter: Adapter, name: str, outline: UpdateOutline) -> tuple[str, str]:
-    """Return the types of the factors and of DoRA's norms: the source's if it holds the numbers.
-
-    Readers multiply some tensors out (Tucker cores, learned scalars), whose products it does not.
-    """
-    stored = narrowed_type(outline.stored_dtype)
-    if stored == "float32":
-        return stored, stored
-    update = low_rank_update(adapter, name)
-    exact = is_exact(update.A, stored) and is_exact(update.B, stored)
-    norms_exact = update.magnitude is not None and is_exact(update.magnitude, stored)
-    return stored if exact else "float32", stored if norms_exact else "float32"
 
 
 def image_file(
@@ -168,8 +162,11 @@ def image_file(
     more
         Further entries of the metadata.
     """
+    source_metadata = adapter.provenance.metadata if source_format(adapter) == format else {}
     metadata = image_metadata(adapter, format, modules, tensors)
-    return {name: safetensors_content(tensors, {"format": "pt", **metadata, **(more or {})})}
+    # Loaders of image models do not need the entry "format"; the source's is kept.
+    start = {} if source_metadata and "format" not in source_metadata else {"format": "pt"}
+    return {name: safetensors_content(tensors, {**start, **metadata, **(more or {})})}
 
 
 def image_metadata(
@@ -183,36 +180,36 @@ def image_metadata(
     Parameters are those of `image_file`.
     """
     carried = carried_metadata(adapter, format)
-    metadata = {**carried, **_updated_network(adapter, format, carried, list(modules))}
-    if format == "kohya" or metadata.keys() & {_MODEL_HASH, _LEGACY_HASH, _SPEC_HASH}:
+    is_new = format == "kohya" and not carried
+    metadata = {**carried, **_updated_network(adapter, carried, list(modules), is_new=is_new)}
+    hashes = {_MODEL_HASH, _LEGACY_HASH} if is_new else {_MODEL_HASH, _LEGACY_HASH, _SPEC_HASH}
+    if is_new or metadata.keys() & hashes:
         model, legacy = model_hashes(tensors, metadata)
-        metadata |= {_MODEL_HASH: model, _LEGACY_HASH: legacy}
-        if _SPEC_HASH in metadata:
-            metadata[_SPEC_HASH] = f"0x{model}"
+        updated = {_MODEL_HASH: model, _LEGACY_HASH: legacy, _SPEC_HASH: f"0x{model}"}
+        metadata |= {k: updated[k] for k in hashes if is_new or k in carried}
     return metadata
 
 
 def _updated_network(
-    adapter: Adapter, format: str, carried: Mapping[str, str], modules: Sequence[PlannedModule]
+    adapter: Adapter, carried: Mapping[str, str], modules: Sequence[PlannedModule], *, is_new: bool
 ) -> dict[str, str]:
     """Return the entries on rank and alpha; those of a file that was not edited stay as they are.
 
     Convolutions often have a rank of their own, which such a file states elsewhere.
     """
-    edited = adapter.provenance.format == "memory"
-    if not (format == "kohya" or _DIM in carried) or (_DIM in carried and not edited):
+    if not is_new and adapter.provenance.format != "memory":
         return {}
     dim = _common([str(module.outline.rank) for module in modules])
-    updated = {_DIM: dim, _ALPHA: _common([str(module.alpha) for module in modules])}
-    base = adapter.provenance.base_model
-    if not carried and base:
-        updated["ss_base_model_version"] = base
     before = carried.get(_DIM)
-    if edited and source_format(adapter) == format and dim != before:
+    updated = {_DIM: dim, _ALPHA: _common([str(module.alpha) for module in modules])}
+    if is_new:
+        base = adapter.provenance.base_model
+        return updated | ({"ss_base_model_version": base} if base else {})
+    if dim != before:
         start = f" from {before}" if before else ""
         to = "Dynamic resize{}" if dim == _SEVERAL else f"dimension is resized{{}} to {dim}"
         updated[_COMMENT] = f"{to.format(start)}; {carried.get(_COMMENT, '')}"
-    return updated
+    return {key: value for key, value in updated.items() if key in carried}
 
 
 def _common(values: Sequence[str]) -> str:

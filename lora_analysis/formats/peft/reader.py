@@ -175,6 +175,7 @@ class _PEFT(Format):
                 base_model=config.base_model,
                 rank=rank if start is None or rank is None else 2 * rank,
                 findings=as_findings(tuple(findings)),
+                metadata=tensors.metadata,
                 **(run_facts(files.weights.parent) if tensors.files else {}),
             ),
             saved_modules=LazyTensors(tensors, saved),

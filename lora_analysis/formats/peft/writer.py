@@ -1,5 +1,9 @@
 """The folder that PEFT loads: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
+An adapter that was read from such a folder keeps what is still true: the fields of its config, the
+metadata of its file, its types, its model card. Weights that were read without a config, and whose
+scale is therefore unknown, are written without one.
+
 The experts of a stack are written as PEFT stores them: one pair of factors for all, see
 `formats.peft_experts`.
 """
@@ -15,15 +19,16 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import numpy as np
 
 from lora_analysis.errors import InputError, UnsupportedMethodError
-from lora_analysis.formats.fused_parts import parts_metadata
+from lora_analysis.formats.fused_parts import FUSED_PARTS, parts_metadata
 from lora_analysis.formats.peft.adapter_config import CONFIG_NAME, refuse_more_than_factors
 from lora_analysis.formats.peft.experts import registered_order, without_mark
 from lora_analysis.formats.peft.files import WEIGHTS_NAME
 from lora_analysis.formats.peft.tensor_keys import PREFIX, sort_keys
-from lora_analysis.formats.side_tensors import side_output
+from lora_analysis.formats.side_tensors import carried_metadata, side_output, source_format
 from lora_analysis.formats.written import (
     default_and_others,
     exact_alpha,
+    has_unknown_scale,
     is_dora,
     json_number,
     low_rank_outlines,
@@ -31,13 +36,15 @@ from lora_analysis.formats.written import (
     module_tensors,
     norms_shape,
     refuse_update,
+    stored_types,
 )
 from lora_analysis.patterns import ModulePatterns, matches_target, pattern_budget
-from lora_analysis.storage.dtypes import narrow
+from lora_analysis.storage.dtypes import narrow, raw_dtype
 from lora_analysis.storage.tensor_writer import OutputTensor, safetensors_content
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -47,6 +54,28 @@ if TYPE_CHECKING:
 T = TypeVar("T", int, float)
 
 _EXPERT: Final = re.compile(r"(.+)\[(\d+)\]")
+# Fields that describe the tensors and the start of the source; what holds of them is stated anew.
+_OF_THE_SOURCE: Final = frozenset(
+    {
+        "arrow_config",
+        "corda_config",
+        "enable_lora",
+        "eva_config",
+        "exclude_modules",
+        "layer_replication",
+        "loftq_config",
+        "lora_ga_config",
+        "monteclora_config",
+        "target_parameters",
+        "use_bdlora",
+        "use_dora",
+        "use_qalora",
+        FUSED_PARTS,
+    }
+)
+# Files next to a config that are still true after an edit; larger ones are no documents.
+_DOCUMENTS: Final = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
+_MAX_DOCUMENT_BYTES: Final = 1 << 20
 # PEFT's fields that leave out some of the modules the targets name. They are not written.
 _NARROWING: Final = ("exclude_modules", "layers_pattern", "layers_to_transform")
 
@@ -60,6 +89,9 @@ def contents(adapter: Adapter) -> dict[str, Content]:
     )
     side = side_output(adapter, "peft")
     updates = low_rank_outlines(adapter)
+    if is_bare(adapter):
+        metadata = {"format": "pt"} | carried_metadata(adapter, "peft") | parts_metadata(adapter)
+        return {WEIGHTS_NAME: safetensors_content(_tensors(adapter, updates) + side, metadata)}
     for update in updates.values():
         # The name of the weight is that of an expert's stack, or PEFT replicates layers.
         has_base = _is_expert(update) or adapter.config.get("layer_replication")
@@ -67,11 +99,40 @@ def contents(adapter: Adapter) -> dict[str, Content]:
     tensors = _tensors(adapter, updates) + side
     config = _config(adapter, updates)
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
-    metadata = {"format": "pt"} | parts_metadata(adapter)
+    metadata = {"format": "pt"} | carried_metadata(adapter, "peft") | parts_metadata(adapter)
     # The config is the mark: without it, half a folder is not taken for an adapter.
     return {
         WEIGHTS_NAME: safetensors_content(tensors, metadata, config=config),
+        **_documents(adapter),
         CONFIG_NAME: f"{text}\n".encode(),
+    }
+
+
+def is_bare(adapter: Adapter) -> bool:
+    """Return True for weights under PEFT's keys without a config and of unknown scale."""
+    return (
+        source_format(adapter) == "peft"
+        and _config_path(adapter) is None
+        and has_unknown_scale({name: adapter.outline(name) for name in adapter})
+    )
+
+
+def _config_path(adapter: Adapter) -> Path | None:
+    """Return the config that an adapter was read with; an edited one's is that of its source."""
+    paths = adapter.provenance.inputs
+    return next((path for path in paths if path.name == CONFIG_NAME), None)
+
+
+def _documents(adapter: Adapter) -> dict[str, Content]:
+    """Return the model card and the license next to the config that an adapter was read with."""
+    config_path = _config_path(adapter)
+    if source_format(adapter) != "peft" or config_path is None:
+        return {}
+    paths = [config_path.with_name(name) for name in _DOCUMENTS]
+    return {
+        path.name: path.read_bytes()
+        for path in paths
+        if path.is_file() and path.stat().st_size <= _MAX_DOCUMENT_BYTES
     }
 
 
@@ -97,11 +158,11 @@ def _tensors(adapter: Adapter, updates: Mapping[str, UpdateOutline]) -> list[Out
                 if update.has_magnitude
                 else None
             ),
+            dtypes=stored_types(adapter, name, update),
         )
     for name in adapter.saved_modules:
-        saved = np.asarray(adapter.saved_modules[name])  # read for its type and shape alone
-        producer = partial(_saved_tensor, adapter, name)
-        tensors.append(OutputTensor(f"{PREFIX}{name}", saved.dtype.name, saved.shape, producer))
+        saved = adapter.saved_modules.stored(name)
+        tensors.append(OutputTensor(f"{PREFIX}{name}", saved.dtype, saved.shape, saved.read))
     read_back = sort_keys(adapter.label, [tensor.name for tensor in tensors])
     if set(read_back.factors.get(None, {})) != {*plain, *stacks} or (
         set(read_back.saved.get(None, {})) != set(adapter.saved_modules)
@@ -109,10 +170,6 @@ def _tensors(adapter: Adapter, updates: Mapping[str, UpdateOutline]) -> list[Out
         message = f"{adapter.label}: a module's name has a meaning of its own in PEFT's layout."
         raise InputError(message)
     return tensors
-
-
-def _saved_tensor(adapter: Adapter, name: str) -> NDArray[Any]:
-    return np.asarray(adapter.saved_modules[name])
 
 
 def _expert_tensors(
@@ -149,6 +206,8 @@ def _expert_tensors(
             ((d_out, d_in), rank, _) = kinds.pop()
             count = len(members)
             names = [members[expert] for expert in range(count)]
+            dtypes = {stored_types(adapter, name, updates[name])[0] for name in names}
+            dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
             module = owner + ".base_layer" * depth
             modules.append(module)
             for role, shape, produce in (
@@ -156,32 +215,37 @@ def _expert_tensors(
                 ("B", (d_out, rank * count), _stacked_b),
             ):
                 key = f"{PREFIX}{module}.lora_{role}.weight"
-                tensors.append(
-                    OutputTensor(key, "float32", shape, partial(produce, adapter, names))
-                )
+                producer = partial(produce, adapter, names, dtype)
+                tensors.append(OutputTensor(key, dtype, shape, producer))
     return modules, tensors
 
 
-def _stacked_a(adapter: Adapter, names: Sequence[str]) -> NDArray[np.float32]:
+def _stacked_a(adapter: Adapter, names: Sequence[str], dtype: str) -> NDArray[Any]:
     """Return A of all experts below each other; one expert at a time is loaded."""
     first = low_rank_update(adapter, names[0]).A
-    whole = np.empty((len(names), *first.shape), np.float32)  # (E, r, in)
+    whole = np.empty((len(names), *first.shape), raw_dtype(dtype))  # (E, r, in)
     for expert, name in enumerate(names):
-        whole[expert] = narrow(low_rank_update(adapter, name).A, "float32", f"A of '{name}'")
+        whole[expert] = narrow(low_rank_update(adapter, name).A, dtype, f"A of '{name}'")
     return whole.reshape(-1, first.shape[1])
 
 
-def _stacked_b(adapter: Adapter, names: Sequence[str]) -> NDArray[np.float32]:
+def _stacked_b(adapter: Adapter, names: Sequence[str], dtype: str) -> NDArray[Any]:
     first = low_rank_update(adapter, names[0]).B
-    whole = np.empty((*first.shape, len(names)), np.float32)  # (out, r, E)
+    whole = np.empty((*first.shape, len(names)), raw_dtype(dtype))  # (out, r, E)
     for expert, name in enumerate(names):
-        whole[:, :, expert] = narrow(low_rank_update(adapter, name).B, "float32", f"B of '{name}'")
+        whole[:, :, expert] = narrow(low_rank_update(adapter, name).B, dtype, f"B of '{name}'")
     return whole.reshape(len(whole), -1)
 
 
 def _config(adapter: Adapter, updates: Mapping[str, UpdateOutline]) -> dict[str, Any]:
-    """Return the config's fields; those that only newer versions of PEFT have, only if set."""
+    """Return the config's fields: those given that are still true, and those of the factors.
+
+    Fields that only newer versions of PEFT have are stated only if they are set.
+    """
     given = adapter.config
+    further: dict[str, Any] = {}
+    if source_format(adapter) == "peft" and given.get("peft_type", "LORA") == "LORA":
+        further = {key: given[key] for key in given if not (key in _OF_THE_SOURCE and given[key])}
     rslora = bool(given.get("use_rslora"))
     newer = {
         "layer_replication": given.get("layer_replication"),
@@ -199,28 +263,33 @@ def _config(adapter: Adapter, updates: Mapping[str, UpdateOutline]) -> dict[str,
     stacks = [name for name, update in named.items() if _is_expert(update)]
     if stacks:  # tells a reader that A acts on the inputs, which it did not before 0.19
         newer |= {"target_parameters": stacks, "peft_version": "0.19.0"}
-    return {
-        "alpha_pattern": alpha_pattern,
-        "auto_mapping": without_mark(given.get("auto_mapping")),
-        "base_model_name_or_path": given.get("base_model_name_or_path")
-        or adapter.provenance.base_model,
-        "bias": "none",
-        "fan_in_fan_out": any(update.layout == "conv1d" for update in updates.values()),
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "lora_alpha": alpha,
-        "lora_dropout": given.get("lora_dropout", 0.0),
-        "modules_to_save": _modules_to_save(adapter),
-        "peft_type": "LORA",
-        "r": rank,
-        "rank_pattern": rank_pattern,
-        "revision": given.get("revision"),
-        "target_modules": _targets(adapter, updates),
-        "task_type": given.get("task_type"),
-        "use_rslora": rslora,
-    } | {key: value for key, value in newer.items() if value}
+    start = given.get("init_lora_weights")
+    return (
+        further
+        | {
+            "alpha_pattern": alpha_pattern,
+            "auto_mapping": without_mark(given.get("auto_mapping")),
+            "base_model_name_or_path": given.get("base_model_name_or_path")
+            or adapter.provenance.base_model,
+            "bias": "none",
+            "fan_in_fan_out": any(update.layout == "conv1d" for update in updates.values()),
+            "inference_mode": True,
+            "init_lora_weights": start if start in (False, "gaussian") else True,
+            "layers_pattern": None,
+            "layers_to_transform": None,
+            "lora_alpha": alpha,
+            "lora_dropout": given.get("lora_dropout", 0.0),
+            "modules_to_save": _modules_to_save(adapter),
+            "peft_type": "LORA",
+            "r": rank,
+            "rank_pattern": rank_pattern,
+            "revision": given.get("revision"),
+            "target_modules": _targets(adapter, updates),
+            "task_type": given.get("task_type"),
+            "use_rslora": rslora,
+        }
+        | {key: value for key, value in newer.items() if value}
+    )
 
 
 def _default_and_pattern(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:

@@ -68,33 +68,42 @@ _MIXTRAL = _rules(
     (r"(\.experts(?:\.\d+)?)\.w2$", r"\1.down_proj"),
 )
 
-# FLUX in its authors' spelling, rewritten to that of diffusers.
+# FLUX: layers of its authors' blocks, and diffusers' names of them. Projections that diffusers has
+# apart are joined under names that start with ``to_qkv`` and ``add_qkv``.
+FLUX_DOUBLE: Final = {
+    "img_attn.qkv": "attn.to_qkv",
+    "txt_attn.qkv": "attn.add_qkv_proj",
+    "img_attn.proj": "attn.to_out.0",
+    "txt_attn.proj": "attn.to_add_out",
+    "img_mlp.0": "ff.net.0.proj",
+    "img_mlp.2": "ff.net.2",
+    "txt_mlp.0": "ff_context.net.0.proj",
+    "txt_mlp.2": "ff_context.net.2",
+    "img_mod.lin": "norm1.linear",
+    "txt_mod.lin": "norm1_context.linear",
+}
+FLUX_SINGLE: Final = {
+    "linear1": "attn.to_qkv_mlp",
+    "linear2": "proj_out",
+    "modulation.lin": "norm.linear",
+}
+FLUX_TOP: Final = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.shift_scale",
+}
 _FLUX = _rules(
     (r"(?:^|(?<=\.))double_blocks\.(\d+)\.", r"transformer_blocks.\1."),
     (r"(?:^|(?<=\.))single_blocks\.(\d+)\.", r"single_transformer_blocks.\1."),
-    (r"(?<=\.)img_attn\.qkv$", "attn.to_qkv"),
-    (r"(?<=\.)txt_attn\.qkv$", "attn.add_qkv_proj"),
-    (r"(?<=\.)img_attn\.proj$", "attn.to_out.0"),
-    (r"(?<=\.)txt_attn\.proj$", "attn.to_add_out"),
-    (r"(?<=\.)img_mlp\.0$", "ff.net.0.proj"),
-    (r"(?<=\.)img_mlp\.2$", "ff.net.2"),
-    (r"(?<=\.)txt_mlp\.0$", "ff_context.net.0.proj"),
-    (r"(?<=\.)txt_mlp\.2$", "ff_context.net.2"),
-    (r"(?<=\.)img_mod\.lin$", "norm1.linear"),
-    (r"(?<=\.)txt_mod\.lin$", "norm1_context.linear"),
-    (r"(?<=\.)modulation\.lin$", "norm.linear"),
-    (r"(?<=\.)linear1$", "attn.to_qkv_mlp"),
-    (r"(?<=\.)linear2$", "proj_out"),
-    (r"(?:^|(?<=\.))img_in$", "x_embedder"),
-    (r"(?:^|(?<=\.))txt_in$", "context_embedder"),
-    (r"(?:^|(?<=\.))time_in\.in_layer$", "time_text_embed.timestep_embedder.linear_1"),
-    (r"(?:^|(?<=\.))time_in\.out_layer$", "time_text_embed.timestep_embedder.linear_2"),
-    (r"(?:^|(?<=\.))vector_in\.in_layer$", "time_text_embed.text_embedder.linear_1"),
-    (r"(?:^|(?<=\.))vector_in\.out_layer$", "time_text_embed.text_embedder.linear_2"),
-    (r"(?:^|(?<=\.))guidance_in\.in_layer$", "time_text_embed.guidance_embedder.linear_1"),
-    (r"(?:^|(?<=\.))guidance_in\.out_layer$", "time_text_embed.guidance_embedder.linear_2"),
-    (r"(?:^|(?<=\.))final_layer\.linear$", "proj_out"),
-    (r"(?:^|(?<=\.))final_layer\.adaLN_modulation\.1$", "norm_out.shift_scale"),
+    *((rf"(?<=\.){re.escape(a)}$", d) for a, d in (FLUX_DOUBLE | FLUX_SINGLE).items()),
+    *((rf"(?:^|(?<=\.)){re.escape(a)}$", d) for a, d in FLUX_TOP.items()),
 )
 
 # Z-Image and Lumina in their authors' spelling, rewritten to that of diffusers.
