@@ -340,6 +340,27 @@ def test_heatmap_panels_whose_short_names_collide_carry_full_names(
     assert all(name in picture for name in names)
 
 
+def test_heatmap_takes_the_size_and_colors_of_the_figure(
+    saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("heatmap", saved["small"], saved["large"])
+    path = tmp_path / "map.png"
+    options = ("--width", "10", "--dpi", "50", "--cmap", "magma", "--vmax", "auto", "--title", "T")
+    assert call(capsys, *words, "-o", path, *options)[0] == 0
+    assert int.from_bytes(path.read_bytes()[16:20]) == 500  # pixels across
+    for option, value, message in (
+        ("--cmap", "virdis", "no colormap 'virdis'. Did you mean viridis"),
+        ("--vmax", "most", "'most' is neither a positive number nor auto"),
+        ("--vmax", "-1", "'-1' is neither"),
+        ("--width", "0", "is not in the range"),
+        ("--dpi", "0", "is not in the range"),
+    ):
+        code, _, err = call(capsys, *words, "-o", tmp_path / "x.svg", option, value)
+        assert code == 2
+        assert message in " ".join(err.split())
+        assert not (tmp_path / "x.svg").exists()
+
+
 def test_heatmap_writes_the_picture_its_suffix_asks_for(
     saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
