@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -63,6 +64,41 @@ def test_help_names_every_verb_and_each_verb_has_help(capsys: pytest.CaptureFixt
         code, text, _ = call(capsys, verb, "--help")
         assert code == 0
         assert "--format" in text
+        assert "quiet: only" in " ".join(text.split())
+
+
+def test_help_has_the_needed_options_first_and_those_of_unusual_files_last(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rescue = {"--pair", "--heads", "--kernel", "--enable-lora", "--expert-order", "--initial"}
+    for verb in VERBS:
+        text = call(capsys, verb, "--help")[1]
+        usual, _, unusual = text.partition("\nReading unusual files:\n")
+        usual = usual.partition("\nOptions:\n")[2]
+        options = re.findall(r"^  (?:-\w, )?(--[\w-]+)", usual, re.MULTILINE)
+        assert not rescue & set(options), verb
+        assert not {"--output", "--base", "--rank"} & set(unusual.split()), verb
+        if verb in ("inspect", "compare", "heatmap", "amplify", "report", "resize", "convert"):
+            assert rescue <= set(re.findall(r"^  (--[\w-]+)", unusual, re.MULTILINE)), verb
+        if "[required]" in usual and verb != "extract":  # two are required
+            assert options[0] in ("--output", "--base"), verb
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["insepct", "a"], "No such command insepct. Did you mean inspect?"),
+        (["xyzzy"], "No such command xyzzy."),
+        (["inspect", "a", "--modul", "q"], "Did you mean --module?"),
+        (["train", "--vrsion", "x"], "Did you mean --revision?"),
+    ],
+)
+def test_a_mistyped_command_or_option_suggests_near_ones(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = call(capsys, *words)
+    assert (code, out) == (2, "")
+    assert message in err.replace("'", "")  # click 8.1 has no quotes
 
 
 def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
@@ -349,7 +385,7 @@ def test_heatmap_takes_the_size_and_colors_of_the_figure(
     assert call(capsys, *words, "-o", path, *options)[0] == 0
     assert int.from_bytes(path.read_bytes()[16:20]) == 500  # pixels across
     for option, value, message in (
-        ("--cmap", "virdis", "no colormap 'virdis'. Did you mean viridis"),
+        ("--cmap", "virdis", "no colormap 'virdis'. (Did you mean one of: 'viridis'"),
         ("--vmax", "most", "'most' is neither a positive number nor auto"),
         ("--vmax", "-1", "'-1' is neither"),
         ("--width", "0", "is not in the range"),

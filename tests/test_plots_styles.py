@@ -174,7 +174,7 @@ def test_heat_maps_take_a_colormap_and_limits(name: str) -> None:
     assert automatic.images[0].get_clim()[1] == values.max()
     bars = [*automatic.child_axes, *automatic.figure.axes]
     assert any("auto: " in bar.get_ylabel() for bar in bars)
-    with pytest.raises(InputError, match=r"no colormap 'virdis'. Did you mean viridis"):
+    with pytest.raises(InputError, match=r"no colormap 'virdis'. \(Did you mean one of: 'viridis'"):
         HEAT_MAPS[name](cmap="virdis")
     with pytest.raises(InputError, match="vmin must be less than vmax"):
         HEAT_MAPS[name](vmin=0.5, vmax=0.5)

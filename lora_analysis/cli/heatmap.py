@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_analysis.cli.options import (
+    VerbCommand,
     force_option,
     label_option,
     labeled_pair,
@@ -18,7 +19,7 @@ from lora_analysis.cli.options import (
     progress_bar,
     task_and_seed_options,
 )
-from lora_analysis.cli.reading import Reading, ReadingCommand, reading_options
+from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.show import print_json
 from lora_analysis.progress import Progress
 from lora_analysis.text import printable
@@ -52,7 +53,7 @@ def _parse_vmax(_context: Any, _parameter: Any, text: str | None) -> float | str
     return vmax
 
 
-@click.command(name="heatmap", cls=ReadingCommand)
+@click.command(name="heatmap", cls=VerbCommand)
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @click.option(
@@ -109,7 +110,7 @@ def _parse_vmax(_context: Any, _parameter: Any, text: str | None) -> float | str
 @label_option
 @task_and_seed_options
 @reading_options
-@output_options
+@output_options("the path of the figure")
 def command(
     a: str,
     b: str,

@@ -10,6 +10,7 @@ import click
 
 from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import (
+    VerbCommand,
     force_option,
     label_option,
     modules_option,
@@ -17,7 +18,7 @@ from lora_analysis.cli.options import (
     prefix_option,
     progress_bar,
 )
-from lora_analysis.cli.reading import Reading, ReadingCommand, reading_options
+from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.show import print_facts, print_json, print_table, print_text
 from lora_analysis.text import overlap_number, printable
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _MOST_ADAPTERS: Final = 60
 
 
-@click.command(name="reference", cls=ReadingCommand)
+@click.command(name="reference", cls=VerbCommand)
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option(
     "-o",
@@ -46,7 +47,7 @@ _MOST_ADAPTERS: Final = 60
 @modules_option
 @prefix_option
 @reading_options
-@output_options
+@output_options("the path of the file")
 def command(
     sources: tuple[str, ...],
     *,

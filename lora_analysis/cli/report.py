@@ -11,6 +11,7 @@ import click
 
 from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import (
+    VerbCommand,
     force_option,
     label_option,
     modules_option,
@@ -21,7 +22,7 @@ from lora_analysis.cli.options import (
     transposed_option,
 )
 from lora_analysis.cli.parallel_options import analysis_executor, analysis_executor_options
-from lora_analysis.cli.reading import Reading, ReadingCommand, reading_options
+from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.show import print_json, study_facts
 from lora_analysis.text import printable
 
@@ -35,7 +36,7 @@ def _formats(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[
     return formats
 
 
-@click.command(name="report", cls=ReadingCommand)
+@click.command(name="report", cls=VerbCommand)
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @reference_option
 @click.option("--base", help="Base weights: a safetensors or GGUF file, or a model folder.")
@@ -76,7 +77,7 @@ def _formats(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[
 )
 @analysis_executor_options
 @reading_options
-@output_options
+@output_options("the path of the report")
 def command(
     sources: tuple[str, ...],
     *,

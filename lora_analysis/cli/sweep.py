@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
-from lora_analysis.cli.options import output_options, progress_bar
+from lora_analysis.cli.options import VerbCommand, output_options, progress_bar
 from lora_analysis.cli.show import print_json, print_table
 from lora_analysis.errors import InputError
 from lora_analysis.text import printable
@@ -52,7 +52,7 @@ every run are written to sweep.json in the output folder.
 """
 
 
-@click.command(name="sweep", help=_HELP)
+@click.command(name="sweep", cls=VerbCommand, help=_HELP)
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.toml")
 @click.option(
     "-o",
@@ -85,7 +85,7 @@ every run are written to sweep.json in the output folder.
 )
 @click.option("--status", is_flag=True, help="Print the state of each run; train nothing.")
 @click.option("--force", is_flag=True, help="Train runs again whose configuration changed.")
-@output_options
+@output_options("the output folder; with --status, the number of finished runs")
 def command(
     file: Path,
     *,

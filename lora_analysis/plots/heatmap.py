@@ -12,7 +12,7 @@ from matplotlib.image import AxesImage
 from matplotlib.transforms import ScaledTranslation
 
 from lora_analysis.errors import InputError
-from lora_analysis.patterns import near_names
+from lora_analysis.patterns import did_you_mean
 from lora_analysis.plots import style
 from lora_analysis.plots.hatching import hatch_cells
 from lora_analysis.plots.hover import HoverCells, set_hover, span
@@ -128,9 +128,7 @@ def colormap(cmap: object) -> Colormap:
         return cmap
     if isinstance(cmap, str) and cmap in mpl.colormaps:
         return mpl.colormaps[cmap]
-    near = near_names(str(cmap), list(mpl.colormaps))
-    suggestion = f" Did you mean {', '.join(near)}?" if near else ""
-    message = f"matplotlib has no colormap {cmap!r}.{suggestion}"
+    message = f"matplotlib has no colormap {cmap!r}.{did_you_mean(str(cmap), mpl.colormaps)}"
     raise InputError(message)
 
 
