@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lora_analysis.studies.reference_levels import ReferenceLevel
 
 # More pairs give no better quantiles, and cost memory.
-_MOST_ADAPTERS: Final = 60
+_MAX_PAIRS: Final = 1770  # of 60 adapters
 
 
 @click.command(name="reference", cls=VerbCommand)
@@ -84,7 +84,7 @@ def command(
             modules=modules,
             prefix=prefixes,
             label=label,
-            most_in_pairs=_MOST_ADAPTERS,
+            max_pairs=_MAX_PAIRS,
             progress=progress,
         )
         levels = write_reference(result, output, inputs=inputs, force=force)

@@ -66,6 +66,12 @@ def _formats(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[
     callback=_formats,
     help="Formats of the files in figures/; empty for none.",
 )
+@click.option(
+    "--max-pairs",
+    type=click.IntRange(min=1),
+    help="Maximum number of pairs to compare module by module, by default 780. If there are more, "
+    "pairs are chosen so that every adapter is in some; the similarity matrix has all pairs.",
+)
 @click.option("--parquet", is_flag=True, help="Write tables/ as Parquet too (extra: parquet).")
 @modules_option
 @prefix_option
@@ -89,6 +95,7 @@ def command(
     kind: Any,
     title: str | None,
     figures: tuple[str, ...],
+    max_pairs: int | None,
     parquet: bool,
     modules: str | None,
     prefixes: tuple[str, ...],
@@ -108,7 +115,7 @@ def command(
     from lora_analysis.report import write_report
     from lora_analysis.report.report_folder import check_report_folder
     from lora_analysis.storage.paths import source_paths
-    from lora_analysis.studies import Failure, study
+    from lora_analysis.studies import MAX_PAIRS, Failure, study
     from lora_analysis.studies.reference_levels import is_reference_file
 
     with progress_bar(form) as progress:
@@ -133,6 +140,7 @@ def command(
             prefix=prefixes,
             label=label,
             across_bases=across_bases,
+            max_pairs=max_pairs or MAX_PAIRS,
             failures=failures,
             workers=workers,
             executor=executor,
