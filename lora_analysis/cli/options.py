@@ -83,6 +83,16 @@ def device_option(command: Command) -> Command:
     )(command)
 
 
+def tracker_option(command: Command) -> Command:
+    """Add ``--tracker``."""
+    return click.option(
+        "--tracker",
+        "trackers",
+        multiple=True,
+        help="Experiment tracker: tensorboard, trackio or wandb; can be repeated.",
+    )(command)
+
+
 def demo_option(command: Command) -> Command:
     """Add ``--output``, the folder of a demo."""
     return click.option(

@@ -16,6 +16,7 @@ from lora_analysis.cli.options import (
     device_option,
     force_option,
     output_options,
+    tracker_option,
 )
 from lora_analysis.cli.show import print_facts, print_json
 
@@ -222,12 +223,7 @@ def _column_options(command: Command) -> Command:
     is_flag=True,
     help="Shard the frozen weights over torchrun's processes.",
 )
-@click.option(
-    "--tracker",
-    "trackers",
-    multiple=True,
-    help="Experiment tracker: tensorboard, trackio or wandb; can be repeated.",
-)
+@tracker_option
 @force_option
 @output_options("the output folder")
 def command(
