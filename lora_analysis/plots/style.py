@@ -8,7 +8,7 @@ settings: functions that draw run inside ``house_style``.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -113,7 +113,10 @@ def _luminance(color: ColorType) -> float:
 
 def _mix(ink: ColorType, paper: ColorType, share: float) -> str:
     """Return ``ink`` with a share of ``paper``."""
-    return colors.to_hex((1 - share) * np.array(_rgb(ink)) + share * np.array(_rgb(paper)))
+    red, green, blue = (
+        (1 - share) * a + share * b for a, b in zip(_rgb(ink), _rgb(paper), strict=True)
+    )
+    return colors.to_hex((red, green, blue))
 
 
 def _muted(ink: ColorType, papers: Sequence[ColorType]) -> str:
@@ -134,12 +137,12 @@ def _papers(ax: Axes | None) -> tuple[RGB, RGB]:
     return _rgb(ax.get_facecolor(), figure), figure
 
 
-def _is_set(name: str) -> bool:
+def _is_set(name: Any) -> bool:
     """Return True if the user's value of a setting is not matplotlib's default."""
     return bool(mpl.rcParams[name] != mpl.rcParamsDefault[name])
 
 
-def _settings(width: float, ax: Axes | None) -> dict[str, Any]:
+def _settings(width: float, ax: Axes | None) -> dict[Any, Any]:
     """Return the settings of the package's style that the user left at matplotlib's defaults."""
     papers = _papers(ax)
     is_dark = contrast(papers[1], "white") > contrast(papers[1], "black")
@@ -323,15 +326,16 @@ def drawing(
 def _resize_text(ax: Axes) -> None:
     """Give given axes' labels and ticks the sizes in use where they have matplotlib's default."""
     default = mpl.rcParamsDefault["font.size"]
-    for axis, name in ((ax.xaxis, "xtick"), (ax.yaxis, "ytick")):
-        if axis.label.get_size() == default:
-            axis.label.set_size(mpl.rcParams["axes.labelsize"])
-        if axis.get_major_ticks(1)[0].label1.get_size() == default:
-            axis.set_tick_params(labelsize=mpl.rcParams[f"{name}.labelsize"])
+    names: tuple[Any, Any] = "xtick.labelsize", "ytick.labelsize"
+    for axis, name in zip((ax.xaxis, ax.yaxis), names, strict=True):
+        if axis.label.get_fontsize() == default:
+            axis.label.set_fontsize(mpl.rcParams["axes.labelsize"])
+        if axis.get_major_ticks(1)[0].label1.get_fontsize() == default:
+            axis.set_tick_params(labelsize=mpl.rcParams[name])
 
 
 def merged(
-    artist: type[Artist], defaults: Mapping[str, object], kwargs: Mapping[str, object]
+    artist: type[Artist], defaults: dict[str, Any], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the keyword arguments of an artist: the user's ``kwargs`` over the defaults."""
     return cbook.normalize_kwargs(defaults, artist) | cbook.normalize_kwargs(kwargs, artist)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from enum import StrEnum
 from itertools import chain, combinations, pairwise, product, zip_longest
@@ -170,13 +169,14 @@ def choose_blocks(adapters: Sequence[Adapter], max_pairs: int) -> list[list[int]
     for least, first in product((2, 1), range(largest, 0, -1)):
         most = max((len(units) - first) // least, 1)
         if _count_pairs(_split(units, first, most)) <= max_pairs:
-            # More blocks are smaller and have fewer pairs.
-            fewest = bisect_left(
-                range(1, most),
-                -max_pairs,
-                key=lambda count, first=first: -_count_pairs(_split(units, first, count)),
+            # n adapters in B blocks of one size have n(n/B − 1)/2 pairs: a bound for the search.
+            n = sum(map(len, units[first:]))
+            budget = max_pairs - comb(sum(map(len, units[:first])), 2)
+            blocks = next(
+                blocks
+                for count in range(max(n**2 // (2 * budget + n), 1), most + 1)
+                if _count_pairs(blocks := _split(units, first, count)) <= max_pairs
             )
-            blocks = _split(units, first, fewest + 1)
             return sorted(map(sorted, blocks), key=len, reverse=True)
     return [sorted(unit[:2]) for unit in units[:max_pairs]]
 
