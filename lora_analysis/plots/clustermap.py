@@ -177,7 +177,7 @@ def plot_clustermap(
         ax.spines[:].set_visible(False)
         if plot.labels:
             size_of_names = look.small if count <= 24 else look.small * 5 / 7
-            options = {"fontsize": size_of_names, "parse_math": False}
+            options: dict[str, Any] = {"fontsize": size_of_names, "parse_math": False}
             ax.set_xticks(range(count), plot.labels, rotation=90, **options)
             ax.set_yticks(range(count), plot.labels, **options)
         else:

@@ -84,7 +84,7 @@ class ColorScale:
         InputError
             The name of the colormap is unknown, or the limits are not two ascending numbers.
         """
-        array = np.ma.masked_invalid(np.ma.asarray(values))
+        array: Any = np.ma.masked_invalid(np.ma.asarray(values))
         cmap, vmin, vmax = (options.get(name) for name in ("cmap", "vmin", "vmax"))
         low, high = self.limits
         label = self.label

@@ -98,8 +98,8 @@ def figure_grid(
             figsize=(width, len(rows) * (side + 0.55 * scale) + lines), layout="constrained"
         )
         axes = figure.subplots(len(rows), columns, squeeze=False)
-        for row, row_axes in zip(maps, axes, strict=True):
-            _paint_row(row, list(row_axes), side)
+        for heatmaps, row_axes in zip(maps, axes, strict=True):
+            _paint_row(heatmaps, list(row_axes), side)
         drawn = [heatmap for row in maps for heatmap in row]
         hatch_legend(
             figure,
@@ -122,7 +122,7 @@ def _with_colors(rows: Sequence[Sequence[Panel]], colors: ColorOptions) -> list[
         for panel, heatmap in zip(panels, (each for row in maps for each in row), strict=True)
         if panel.excess == excess
     ]
-    values = np.ma.concatenate([np.ma.ravel(heatmap.data) for heatmap in chosen])
+    values = np.concatenate([heatmap.data.compressed() for heatmap in chosen])
     scale = chosen[0].scale.with_range(values, colors)
     return [
         [replace(each, scale=scale) if panel.excess == excess else each
