@@ -172,8 +172,9 @@ def test_blocks_hold_every_adapter_once_within_the_maximum(
     assert total <= max_pairs
     assert len(blocks[0]) == max(map(len, blocks))
     assert min(map(len, blocks)) >= 2
+    assert comb(len(blocks[0]) + 4, 2) >= min(comb(count, 2), max_pairs) / 4
     # Twos, and a three for each task with an odd number of adapters.
-    if max_pairs >= count // 2 + 2 * tasks or max_pairs >= comb(count, 2):
+    if 3 * max_pairs // 4 >= count // 2 + 2 * tasks or max_pairs >= comb(count, 2):
         assert len(chosen) == count
         assert total >= min(comb(count, 2), max_pairs) / 3
 

@@ -159,14 +159,16 @@ def choose_blocks(adapters: Sequence[Adapter], max_pairs: int) -> list[list[int]
     If not all pairs are allowed, the first block is as large as possible, for statistics that need
     every pair of their adapters; the other adapters are in small blocks of about equal size. Each
     block has replicates (one task and rank, two seeds) and unrelated adapters (other tasks and
-    seeds), if there are any. Adapters are left out only if the maximum allows no pair for each.
+    seeds), if there are any. Adapters are left out only if three quarters of the maximum are not a
+    pair for each.
     """
     if comb(len(adapters), 2) <= max_pairs:
         return [list(range(len(adapters)))]
     units = _spread(adapters)
     largest = min(isqrt(2 * max_pairs) // 2 + 1, len(units))
+    smallest = max(isqrt(max_pairs // 2) // 2, 1)  # a quarter of the pairs
     # Two units have replicates and unrelated adapters; one is better than none.
-    for least, first in product((2, 1), range(largest, 0, -1)):
+    for least, first in product((2, 1), range(largest, smallest - 1, -1)):
         most = max((len(units) - first) // least, 1)
         if _count_pairs(_split(units, first, most)) <= max_pairs:
             # n adapters in B blocks of one size have n(n/B − 1)/2 pairs: a bound for the search.
@@ -178,7 +180,9 @@ def choose_blocks(adapters: Sequence[Adapter], max_pairs: int) -> list[list[int]
                 if _count_pairs(blocks := _split(units, first, count)) <= max_pairs
             )
             return sorted(map(sorted, blocks), key=len, reverse=True)
-    return [sorted(unit[:2]) for unit in units[:max_pairs]]
+    core = sorted(index for unit in units[:smallest] for index in unit[:2])
+    end = smallest + max_pairs - comb(len(core), 2)
+    return [core, *(sorted(unit[:2]) for unit in units[smallest:end])]
 
 
 def _split(units: Sequence[Sequence[int]], first: int, count: int) -> list[list[int]]:
