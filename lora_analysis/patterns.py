@@ -50,16 +50,32 @@ def _number_key(digits: str) -> tuple[int, int, str]:
     return 0, len(plain), f"{plain} {digits}"
 
 
-def near_names(name: str, names: Iterable[str], count: int = 3) -> list[str]:
+def near_names(
+    name: str, names: Iterable[str], count: int = 3, *, cutoff: float = 0.5
+) -> list[str]:
     """Return up to ``count`` names that resemble ``name``, by name or by its last segment."""
     pool = list(names)
-    near = difflib.get_close_matches(name, pool, n=count, cutoff=0.5)
+    near = difflib.get_close_matches(name, pool, n=count, cutoff=cutoff)
     tails = {each.rpartition(".")[2]: each for each in reversed(pool)}
     tail = name.rpartition(".")[2]
-    for match in difflib.get_close_matches(tail, tails, n=count, cutoff=0.5):
+    for match in difflib.get_close_matches(tail, tails, n=count, cutoff=cutoff):
         if tails[match] not in near:
             near.append(tails[match])
     return near[:count]
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return a sentence, with a space before it, that suggests near names; empty if none is near.
+
+    Examples
+    --------
+    >>> did_you_mean("insepct", ["inspect", "compare"])
+    " Did you mean 'inspect'?"
+    """
+    near = [repr(each) for each in near_names(name, names, cutoff=0.6)]
+    if len(near) < 2:
+        return f" Did you mean {near[0]}?" if near else ""
+    return f" (Did you mean one of: {', '.join(near)}?)"  # as click has it for options
 
 
 def matches_target(name: str, targets: str | Sequence[str]) -> bool:

@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -63,6 +64,41 @@ def test_help_names_every_verb_and_each_verb_has_help(capsys: pytest.CaptureFixt
         code, text, _ = call(capsys, verb, "--help")
         assert code == 0
         assert "--format" in text
+        assert "quiet: only" in " ".join(text.split())
+
+
+def test_help_has_the_needed_options_first_and_those_of_unusual_files_last(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rescue = {"--pair", "--heads", "--kernel", "--enable-lora", "--expert-order", "--initial"}
+    for verb in VERBS:
+        text = call(capsys, verb, "--help")[1]
+        usual, _, unusual = text.partition("\nReading unusual files:\n")
+        usual = usual.partition("\nOptions:\n")[2]
+        options = re.findall(r"^  (?:-\w, )?(--[\w-]+)", usual, re.MULTILINE)
+        assert not rescue & set(options), verb
+        assert not {"--output", "--base", "--rank"} & set(unusual.split()), verb
+        if verb in ("inspect", "compare", "heatmap", "amplify", "report", "resize", "convert"):
+            assert rescue <= set(re.findall(r"^  (--[\w-]+)", unusual, re.MULTILINE)), verb
+        if "[required]" in usual and verb != "extract":  # two are required
+            assert options[0] in ("--output", "--base"), verb
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["insepct", "a"], "No such command insepct. Did you mean inspect?"),
+        (["xyzzy"], "No such command xyzzy."),
+        (["inspect", "a", "--modul", "q"], "Did you mean --module?"),
+        (["train", "--vrsion", "x"], "Did you mean --revision?"),
+    ],
+)
+def test_a_mistyped_command_or_option_suggests_near_ones(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = call(capsys, *words)
+    assert (code, out) == (2, "")
+    assert message in err.replace("'", "")  # click 8.1 has no quotes
 
 
 def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
@@ -338,6 +374,27 @@ def test_heatmap_panels_whose_short_names_collide_carry_full_names(
     assert document(out)["modules"] == names
     picture = (tmp_path / "a.svg").read_text()
     assert all(name in picture for name in names)
+
+
+def test_heatmap_takes_the_size_and_colors_of_the_figure(
+    saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("heatmap", saved["small"], saved["large"])
+    path = tmp_path / "map.png"
+    options = ("--width", "10", "--dpi", "50", "--cmap", "magma", "--vmax", "auto", "--title", "T")
+    assert call(capsys, *words, "-o", path, *options)[0] == 0
+    assert int.from_bytes(path.read_bytes()[16:20]) == 500  # pixels across
+    for option, value, message in (
+        ("--cmap", "virdis", "no colormap 'virdis'. (Did you mean one of: 'viridis'"),
+        ("--vmax", "most", "'most' is neither a positive number nor auto"),
+        ("--vmax", "-1", "'-1' is neither"),
+        ("--width", "0", "is not in the range"),
+        ("--dpi", "0", "is not in the range"),
+    ):
+        code, _, err = call(capsys, *words, "-o", tmp_path / "x.svg", option, value)
+        assert code == 2
+        assert message in " ".join(err.split())
+        assert not (tmp_path / "x.svg").exists()
 
 
 def test_heatmap_writes_the_picture_its_suffix_asks_for(

@@ -16,6 +16,7 @@ from training_bases import write_tiny_base
 from lora_analysis.cli import run
 from lora_analysis.formats import find_adapters, read_adapter
 from lora_analysis.storage.records import RECORD_FOLDER
+from lora_analysis.training import events
 
 PLAN = """
 base = "base"
@@ -103,6 +104,43 @@ def test_the_printed_jobs_train_what_is_left(
         assert run(job[1:]) == 0
     assert run(["sweep", "ranks.toml", "-o", "a b", "--print-jobs"]) == 0
     assert capsys.readouterr().out == "a b\n" * 3
+
+
+@pytest.mark.parametrize("given", ["option", "file"])
+def test_every_run_of_a_sweep_reports_to_the_trackers(
+    given: str,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps: dict[str, list[int]] = {}
+
+    class Recorder:
+        def __init__(self, _config: object, run_folder: Path) -> None:
+            self.steps = steps.setdefault(run_folder.name, [])
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            assert values
+            self.steps.append(step)
+
+        def close(self) -> None:
+            self.steps.append(-1)
+
+    monkeypatch.setattr(events, "TRACKERS", {"json": Recorder})
+    words = ["sweep", "ranks.toml"]
+    if given == "option":
+        words += ["--tracker", "json"]
+        assert run([*words, "--print-jobs"]) == 0
+        assert capsys.readouterr().out.count(" --tracker json ") == len(NAMES)
+    else:
+        plan = Path("ranks.toml")
+        plan.write_text(plan.read_text() + 'trackers = ["json"]\n')
+    assert run([*words[:2], "--tracker", "wandbb"]) == 3
+    assert "no tracker 'wandbb'. Choose from json" in capsys.readouterr().err
+    assert not Path("ranks").exists()
+    monkeypatch.setattr(events, "require_package", lambda *_: None)
+    assert run(words) == 0
+    assert steps == {name: [0, 1, 2, 3, -1] for name in NAMES}
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_there(

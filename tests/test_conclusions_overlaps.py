@@ -318,7 +318,7 @@ def test_the_largest_of_many_stands_next_to_the_maximum_of_as_many_random_values
 def test_copies_that_are_not_in_the_tables_of_pairs_are_named(rng: np.random.Generator) -> None:
     original, other = (adapter(rng, label=label) for label in ("original", "other"))
     every = [original, other, original.with_label("copy")]
-    result = study(every, most_in_pairs=2)
-    assert result.tabulated == ("original", "other")
+    result = study(every, max_pairs=1)
+    assert result.fully_compared == ("original", "other")
     (copies,) = of_code(findings(result), "near-duplicates")
     assert copies.subject == "original and copy"

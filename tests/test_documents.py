@@ -15,7 +15,7 @@ from document_workspace import make_workspace
 from documents import ROOT, Page, blocks, copy_tree, fits
 
 import lora_analysis
-from lora_analysis import demo, formats, study, write_report
+from lora_analysis import demo, formats, plots, study, write_report
 from lora_analysis.cli import VERBS
 from lora_analysis.execution.protocol import SerialExecutor
 from lora_analysis.formats import registry
@@ -132,6 +132,14 @@ def documented(heading: str) -> set[str]:
     text = (ROOT / "docs" / "reference" / "tables.md").read_text(encoding="utf-8")
     section = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     return set(re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE))
+
+
+def test_the_gallery_has_every_plot_function() -> None:
+    text = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+    names = [name for name in plots.__all__ if name.startswith("plot_")]
+    assert sorted(re.findall(r"^## `(\w+)`$", text, re.MULTILINE)) == sorted(names)
+    for name in names:
+        assert re.search(rf"^ax = plots\.{name}\(", text, re.MULTILINE)
 
 
 def test_every_column_of_every_table_is_documented(inside: Path) -> None:

@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from safetensors.numpy import save_file
 
 import lora_analysis
+from lora_analysis.cli import VERBS
 from lora_analysis.formats import write_adapter
 
 ROOT = Path(__file__).parents[1]
@@ -109,27 +110,35 @@ def test_the_demo_without_its_extra_says_what_to_install(installed: Path, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-# Runs commands in an interpreter in which torch cannot be imported; prints their exit codes.
-WITHOUT_TORCH = """
-import importlib.abc, json, sys
+# Modules of the extras.
+EXTRAS = (
+    "torch", "transformers", "datasets", "sklearn", "gguf", "huggingface_hub", "pyarrow", "ray",
+    "accelerate", "bitsandbytes", "tensorboard", "trackio", "wandb", "peft", "IPython",
+)  # fmt: skip
+# Runs commands in an interpreter that finds no extra; prints their exit codes.
+WITHOUT_EXTRAS = """
+import json, sys
+from importlib.machinery import PathFinder
 
-class Refuse(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "torch":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+commands, extras = map(json.loads, sys.argv[1:])
 
-sys.meta_path.insert(0, Refuse())
+class Core(PathFinder):
+    @classmethod
+    def find_spec(cls, name, *args):
+        return None if name.partition(".")[0] in extras else super().find_spec(name, *args)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Core
 from lora_analysis.cli import run
-codes = [run(words) for words in json.loads(sys.argv[1])]
-assert "torch" not in sys.modules
+codes = [run(words) for words in commands]
+assert not sys.modules.keys() & set(extras)
 print(json.dumps(codes))
 """
 
 
-def run_without_torch(commands: list[list[str]], cwd: Path) -> tuple[list[int], str]:
+def run_without_extras(commands: list[list[str]], cwd: Path) -> tuple[list[int], str]:
     """Return the exit codes of commands, and what they printed to stderr."""
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, json.dumps(commands)],
+        [sys.executable, "-c", WITHOUT_EXTRAS, json.dumps(commands), json.dumps(EXTRAS)],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -141,6 +150,7 @@ def run_without_torch(commands: list[list[str]], cwd: Path) -> tuple[list[int], 
 
 
 BASE = ["--base", "base.safetensors"]
+TO_GGUF = ["convert", "mlx.npz", "--scale", "1", "--to", "gguf", "--architecture", "llama"]
 
 
 @pytest.fixture
@@ -151,48 +161,95 @@ def adapters(rng: np.random.Generator, tmp_path: Path) -> Path:
     names = [f"layers.{layer}.{kind}_proj.weight" for layer in range(2) for kind in "qv"]
     weights = {name: rng.standard_normal((24, 20)).astype(np.float32) for name in names}
     save_file(weights, tmp_path / "base.safetensors")
+    tuned = {
+        name: W + 0.1 * rng.standard_normal(W.shape).astype("f4") for name, W in weights.items()
+    }
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    pairs = {
+        f"model.layers.{layer}.self_attn.{kind}_proj.lora_{factor}": rng.standard_normal(shape)
+        for layer in range(2)
+        for kind in "qv"
+        for factor, shape in (("a", (20, 2)), ("b", (2, 24)))
+    }
+    np.savez(tmp_path / "mlx.npz", **pairs)
+    np.savez(tmp_path / "other.npz", **{name: value[::-1] for name, value in pairs.items()})
     return tmp_path
 
 
 @pytest.mark.slow
-def test_a_report_with_all_figures_needs_no_torch(adapters: Path) -> None:
-    codes, errors = run_without_torch([["report", "a", "b", *BASE, "-o", "report"]], adapters)
+def test_a_report_with_all_figures_needs_no_extra(adapters: Path) -> None:
+    codes, errors = run_without_extras([["report", "a", "b", *BASE, "-o", "report"]], adapters)
     assert codes == [0], errors
 
 
-def test_analysis_and_conversion_need_no_torch(adapters: Path) -> None:
+def test_analysis_and_conversion_need_no_extra(adapters: Path) -> None:
     commands = [
-        ["inspect", "a", "b"],
-        ["compare", "a", "b"],
+        ["inspect", "a", "b", "--format", "json"],
+        ["inspect", "mlx.npz", "--scale", "1"],
+        ["compare", "a", "b", *BASE],
+        ["compare", "mlx.npz", "other.npz", "--scale", "1"],
+        ["reference", "a", "b", "-o", "levels.json"],
         ["report", "a", "b", *BASE, "--figures", "", "-o", "report"],
-        ["amplify", "a", *BASE],
+        ["amplify", "a", *BASE, "--spectrum"],
         ["heatmap", "a", "b", "--module", "layers.0.q_proj", "-o", "heatmap.svg"],
+        ["heatmap", "a", "b", "--width", "10", "--cmap", "magma", "-o", "slide.png"],
         ["resize", "b", "--rank", "2", "-o", "smaller"],
         ["convert", "a", "--to", "kohya", "-o", "a.safetensors"],
+        ["extract", "tuned.safetensors", *BASE, "--rank", "2", "--not-transposed", "-o", "x"],
         ["doctor"],
     ]
-    codes, errors = run_without_torch(commands, adapters)
+    verbs = {words[0] for words in commands}
+    assert verbs == set(VERBS) - {"demo", "train", "sweep", "reproduce"}
+    codes, errors = run_without_extras(commands, adapters)
     assert codes == [0] * len(commands), errors
 
 
 @pytest.mark.parametrize(
-    ("words", "extra"),
+    ("words", "needs"),
     [
-        (["demo", "-o", "out"], "demo"),
-        (["train", "--base", "digits", "--name", "rotate", "-o", "out"], "demo"),
-        (["train", "rows.csv", "--base", "model", "-o", "out"], "train"),
+        (["demo", "-o", "out"], "scikit-learn, demo"),
+        (["reproduce", "-o", "out"], "scikit-learn, demo"),
+        (
+            ["train", "--base", "digits", "--name", "rotate", "-o", "out"],
+            "Training needs torch, demo",
+        ),
+        (["train", "rows.csv", "--base", "model", "-o", "out"], "Training needs torch, train"),
+        (["sweep", "sweep.toml", "-o", "out"], "Training needs torch, demo"),
+        (
+            ["sweep", "sweep.toml", "-o", "out", "--tracker", "wandb"],
+            "The tracker 'wandb', trackers",
+        ),
+        ([*TO_GGUF, "--heads", "2,2", "-o", "a.gguf"], "Writing GGUF, gguf"),
+        (
+            ["report", "a", "b", "--parquet", "--figures", "", "-o", "out"],
+            "Parquet tables, parquet",
+        ),
+        (["report", "a", "b", "--executor", "ray", "-o", "out"], "The executor 'ray', ray"),
+        (["inspect", "hf://owner/name"], "hf"),
     ],
 )
-def test_training_without_torch_says_which_extra_to_install(
-    words: list[str], extra: str, tmp_path: Path
-) -> None:
-    (tmp_path / "rows.csv").write_text("text,label\na,0\nb,1\n")
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "bert"}')
-    codes, errors = run_without_torch([words], tmp_path)
-    assert codes == [3]
-    assert "Training needs torch, which is not installed." in errors
-    assert f"pip install 'lora-analysis[{extra}]'" in errors
+def test_a_verb_says_which_extra_it_needs(words: list[str], needs: str, adapters: Path) -> None:
+    (adapters / "rows.csv").write_text("text,label\na,0\nb,1\n")
+    (adapters / "model").mkdir()
+    (adapters / "model" / "config.json").write_text('{"model_type": "bert"}')
+    (adapters / "sweep.toml").write_text('task = "rotate"\nrank = [2, 4]\n')
+    codes, errors = run_without_extras([words], adapters)
+    assert codes == [3], errors
+    purpose, _, extra = needs.rpartition(", ")
+    assert purpose in errors
+    assert f"pip install 'lora-analysis[{extra}]'" in " ".join(errors.split())
+
+
+def test_the_device_of_a_spectrum_needs_the_extra_for_gpus(adapters: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import lora_analysis\n"
+        "update = lora_analysis.read_adapter('a')['layers.0.q_proj']\n"
+        "try: lora_analysis.spectrum(update, device='cuda')\n"
+        "except ImportError as error: assert 'lora-analysis[gpu]' in str(error), error\n"
+        "else: raise AssertionError\n"
+    )
+    shell(sys.executable, "-c", code, cwd=adapters)
 
 
 def test_lora_layers_without_torch_say_which_extra_to_install(tmp_path: Path) -> None:

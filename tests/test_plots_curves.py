@@ -78,7 +78,7 @@ def test_values_beyond_the_numerical_rank_are_hollow_and_do_not_stretch_the_axis
     ax = plot_spectrum(_deficient(rng))
     lost = _line(ax, "beyond numerical rank")
     assert list(lost.get_xdata()) == [3, 4]
-    assert lost.get_markerfacecolor() == "white"
+    assert lost.get_markerfacecolor() == "#ffffff"  # as the axes
     assert lost.get_ydata() == pytest.approx([plot.limits[0]] * 2)
     assert [text.get_text() for text in ax.texts] == ["half\n2 of 4 above rounding"]
 

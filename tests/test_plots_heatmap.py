@@ -45,7 +45,10 @@ def test_color_runs_from_zero_to_one_whatever_the_values(rng):
 
 def test_labels_name_both_adapters_and_the_title_the_module(rng):
     ax = plot_similarity(_grid(rng))
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("j  (r5-s0)", "i  (r3-s0)")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == (
+        "j: directions of r5-s0",
+        "i: directions of r3-s0",
+    )
     assert ax.get_title() == "layers.0.q_proj"
     assert plot_similarity(_grid(rng), title="ΔWq").get_title() == "ΔWq"
 
@@ -72,9 +75,9 @@ def test_excess_is_drawn_around_zero_with_its_own_colors(rng):
     grid = _grid(rng)
     heatmap = resolve_similarity(grid, excess=True)
     np.testing.assert_array_equal(heatmap.data, grid.excess)
-    assert heatmap.limits == EXCESS_LIMITS
+    assert heatmap.scale.limits == EXCESS_LIMITS
     assert heatmap.chance is None
-    middle = heatmap.colors((0 - EXCESS_LIMITS[0]) / (EXCESS_LIMITS[1] - EXCESS_LIMITS[0]))
+    middle = heatmap.scale.colors((0 - EXCESS_LIMITS[0]) / (EXCESS_LIMITS[1] - EXCESS_LIMITS[0]))
     assert min(middle[:3]) > 0.95  # white at chance
 
 
@@ -85,7 +88,7 @@ def test_excess_below_the_color_bar_is_announced(rng):
     two = factories.planted_update(U[:, 2:], np.array([2.0, 1.0]), U[:, 2:])
     heatmap = resolve_similarity(subspace_similarity(one, two), excess=True)
     assert heatmap.data[1, 1] == -1
-    assert heatmap.below
+    assert heatmap.scale.below
 
 
 def test_chance_is_marked_beside_the_color_bar(rng):

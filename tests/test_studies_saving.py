@@ -81,7 +81,7 @@ def assert_same(result: Study, expected: Study) -> None:
         assert a.enrichment_through_weight is not None
         assert b.enrichment_through_weight is not None
         assert a.enrichment_through_weight.tobytes() == b.enrichment_through_weight.tobytes()
-    for name in ("failures", "reference", "unmatched", "warnings", "tabulated", "across_bases",
+    for name in ("failures", "reference", "unmatched", "warnings", "fully_compared", "across_bases",
                  "options"):  # fmt: skip
         assert getattr(result, name) == getattr(expected, name)
     assert list(result.adapters) == list(expected.adapters)

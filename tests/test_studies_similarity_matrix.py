@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from math import comb
 
 import numpy as np
 import pandas as pd
@@ -13,8 +14,8 @@ from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate, Provenanc
 from lora_analysis.conclusions import findings
 from lora_analysis.errors import InputError
 from lora_analysis.pairwise import pairwise
-from lora_analysis.studies import study
-from lora_analysis.studies.relations import choose_tabulated
+from lora_analysis.studies import Relation, study
+from lora_analysis.studies.relations import choose_blocks
 from lora_analysis.studies.similarity_matrix import BlockedContribution
 
 
@@ -107,22 +108,75 @@ def test_beyond_a_number_the_tables_hold_a_choice_and_the_similarity_matrix_all(
         for task in ("a", "b")
         for seed in range(6)
     ]
-    assert choose_tabulated(made, 4) == [0, 1, 6, 7]
-    few, every = study(made, most_in_pairs=4), study(made)
-    assert len(few.pairs) == 6
-    assert few.tabulated == ("a-0", "a-1", "b-0", "b-1")
+    # Two seeds of one task next to two other seeds of the other.
+    assert choose_blocks(made, 20) == [[0, 1, 8, 9], [2, 3, 10, 11], [4, 5, 6, 7]]
+    few, every = study(made, max_pairs=20), study(made)
+    assert len(few.pairs) == 18
+    assert few.fully_compared == ("a-0", "a-1", "b-2", "b-3")
+    assert set(few.pairs["a"]) | set(few.pairs["b"]) == set(few.adapters)
     assert few.similarity_matrix is not None
     assert every.similarity_matrix is not None
     for what in ("output", "input", "cosine"):
         np.testing.assert_array_equal(
             few.similarity_matrix.matrix(what), every.similarity_matrix.matrix(what)
         )
-    text = next(one.text for one in findings(few) if one.code == "sampled-adapters")
-    assert "Pairs of 4 of 12 adapters" in text
+    text = next(one.text for one in findings(few) if one.code == "sampled-pairs")
+    assert text.startswith("18 of 66 pairs of the 12 adapters are compared")
+    assert "Tests use the 4 adapters" in text
     columns = ["phi_1_1", "phi_r_r", "omega", "signed_cosine", "smallest_angle", "shared_init"]
     both = few.similarities.merge(every.similarities, on=["a", "b", "module", "side"])
     for name in columns:
         assert (both[f"{name}_x"] == both[f"{name}_y"]).all()
+
+
+def test_a_study_of_200_adapters_compares_every_one_and_all_kinds_of_pairs(
+    rng: np.random.Generator,
+) -> None:
+    made = [
+        Adapter(
+            dict(adapter(rng, modules=1, rank=rank, d_out=12, d_in=12)),
+            label=f"{task}-r{rank}-s{seed}",
+            provenance=Provenance(rank=rank, task=task, seed=seed),
+        )
+        for task in "abcde"
+        for rank in (1, 2)
+        for seed in range(20)
+    ]
+    result = study(made)
+    assert 700 < len(result.pairs) <= 780
+    assert set(result.pairs["a"]) | set(result.pairs["b"]) == set(result.adapters)
+    assert not result.pairs.duplicated(["a", "b"]).any()
+    # Every adapter has a replicate, and an unrelated adapter.
+    for relation in (Relation.OTHER_SEED, Relation.OTHER_TASK):
+        rows = result.pairs[result.pairs["relation"] == relation]
+        assert len(set(rows["a"]) | set(rows["b"])) == 200, relation
+    compared = result.runs[result.runs["adapter"].isin(result.fully_compared)]
+    assert compared.groupby(["task", "rank"]).size().min() >= 2
+    assert compared["seed"].nunique() >= 18
+    again = study(made[:50], max_pairs=100).pairs[["a", "b"]]
+    assert again.equals(study(made[:50], max_pairs=100).pairs[["a", "b"]])
+
+
+@pytest.mark.parametrize("tasks", [1, 3, 100])
+@pytest.mark.parametrize("count", [3, 4, 5, 7, 12, 41, 42, 100])
+@pytest.mark.parametrize("max_pairs", [1, 2, 3, 10, 60, 200, 780])
+def test_blocks_hold_every_adapter_once_within_the_maximum(
+    count: int, max_pairs: int, tasks: int
+) -> None:
+    facts = [Provenance(task=str(n % tasks), seed=n, rank=1) for n in range(count)]
+    adapters = [Adapter({}, label=str(n), provenance=fact) for n, fact in enumerate(facts)]
+    blocks = choose_blocks(adapters, max_pairs)
+    chosen = [index for block in blocks for index in block]
+    assert len(set(chosen)) == len(chosen)
+    total = sum(comb(len(block), 2) for block in blocks)
+    assert total <= max_pairs
+    assert len(blocks[0]) == max(map(len, blocks))
+    assert min(map(len, blocks)) >= 2
+    assert comb(len(blocks[0]) + 4, 2) >= min(comb(count, 2), max_pairs) / 4
+    # Twos, and a three for each task with an odd number of adapters.
+    if 3 * max_pairs // 4 >= count // 2 + 2 * tasks or max_pairs >= comb(count, 2):
+        assert len(chosen) == count
+        assert total >= min(comb(count, 2), max_pairs) / 3
 
 
 def test_many_adapters_are_added_up_block_by_block_to_the_same_similarity_matrix(
@@ -150,12 +204,12 @@ def test_many_adapters_are_added_up_block_by_block_to_the_same_similarity_matrix
         if n == 9:
             del updates["c.v_proj"]
         made.append(Adapter(updates, label=str(n)))
-    whole = study(made, most_in_pairs=5)
+    whole = study(made, max_pairs=10)
     monkeypatch.setattr("lora_analysis.studies.similarity_matrix.MOST_AT_ONCE", 6)
     monkeypatch.setattr("lora_analysis.studies.similarity_matrix._ROWS", 4)
     monkeypatch.setattr("lora_analysis.studies.pair_products._AT_ONCE", 8)
     monkeypatch.setattr("lora_analysis.studies.pair_products._ROWS", 5)
-    blocks = study(made, most_in_pairs=5)
+    blocks = study(made, max_pairs=10)
     assert whole.similarity_matrix is not None
     assert blocks.similarity_matrix is not None
     assert blocks.similarity_matrix.kinds == ("all",)

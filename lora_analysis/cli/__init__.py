@@ -81,6 +81,16 @@ class _Verbs(click.Group):
         command = import_module(f"lora_analysis.cli.{cmd_name.replace('-', '_')}").command
         return command if isinstance(command, click.Command) else None
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command; name near ones if there is none of this name."""
+        if args and args[0] not in VERBS and not args[0].startswith("-"):
+            from lora_analysis.patterns import did_you_mean
+
+            ctx.fail(f"No such command '{printable(args[0])}'.{did_you_mean(args[0], VERBS)}")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):
             formatter.write_dl(list(VERBS.items()))

@@ -8,13 +8,14 @@ import click
 
 from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import (
+    VerbCommand,
     modules_option,
     output_options,
     prefix_option,
     progress_bar,
     transposed_option,
 )
-from lora_analysis.cli.reading import Reading, ReadingCommand, reading_options
+from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.show import (
     decimals,
     print_finding,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from lora_analysis.studies import Study
 
 
-@click.command(name="amplify", cls=ReadingCommand)
+@click.command(name="amplify", cls=VerbCommand)
 @click.argument("source", metavar="ADAPTER")
 @click.option(
     "--base", required=True, help="Base weights: a safetensors or GGUF file, or a model folder."
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 @modules_option
 @prefix_option
 @reading_options
-@output_options
+@output_options("the median amplification factor")
 def command(
     source: str,
     *,

@@ -16,6 +16,7 @@ from lora_analysis.cli.compare_modules import (
 )
 from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import (
+    VerbCommand,
     label_option,
     labeled_pair,
     modules_option,
@@ -26,7 +27,7 @@ from lora_analysis.cli.options import (
     task_and_seed_options,
     transposed_option,
 )
-from lora_analysis.cli.reading import Reading, ReadingCommand, reading_options
+from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.show import (
     decimals,
     print_facts,
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 _NAMED: Final = 6
 
 
-@click.command(name="compare", cls=ReadingCommand)
+@click.command(name="compare", cls=VerbCommand)
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @reference_option
@@ -73,7 +74,7 @@ _NAMED: Final = 6
 @task_and_seed_options
 @transposed_option
 @reading_options
-@output_options
+@output_options("the median ω on the output side")
 def command(
     a: str,
     b: str,

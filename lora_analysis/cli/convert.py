@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_analysis.cli.options import output_options
-from lora_analysis.cli.reading import Reading, ReadingCommand, reading_options
+from lora_analysis.cli.options import VerbCommand, output_options
+from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.show import decimals, print_facts, print_json, print_table
 from lora_analysis.cli.writing import (
     adapter_to_write,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _EQUAL = 1e-6
 
 
-@click.command(name="convert", cls=ReadingCommand)
+@click.command(name="convert", cls=VerbCommand)
 @click.argument("source", metavar="SOURCE")
 @format_option
 @dtype_option
@@ -44,7 +44,7 @@ _EQUAL = 1e-6
 )
 @output_place
 @reading_options
-@output_options
+@output_options("the path of the new adapter")
 def command(
     source: str,
     *,

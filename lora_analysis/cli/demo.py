@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from lora_analysis.cli.options import (
+    VerbCommand,
     demo_option,
     device_option,
     force_option,
@@ -16,7 +17,7 @@ from lora_analysis.cli.options import (
 from lora_analysis.cli.show import print_json, study_facts
 
 
-@click.command(name="demo")
+@click.command(name="demo", cls=VerbCommand)
 @demo_option
 @device_option
 @force_option
@@ -25,7 +26,7 @@ from lora_analysis.cli.show import print_json, study_facts
     is_flag=True,
     help="Use a pretrained sentence encoder and text of installed packages (extra demo-text).",
 )
-@output_options
+@output_options("the path of the report")
 def command(output: Path, *, device: str, force: bool, text: bool, form: str) -> None:
     """Train 13 adapters on handwritten digits, analyze them and write the report.
 

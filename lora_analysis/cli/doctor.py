@@ -13,7 +13,7 @@ import click
 
 from lora_analysis import __version__
 from lora_analysis.cli.exit_codes import DONE, REFUSED
-from lora_analysis.cli.options import output_options
+from lora_analysis.cli.options import VerbCommand, output_options
 from lora_analysis.cli.show import print_facts, print_json
 
 CORE = (
@@ -42,8 +42,8 @@ _REQUIREMENT = re.compile(r"([\w.-]+)(?:\[([^\]]*)\])?")
 _FOR_EXTRA = re.compile(r"extra == ['\"]([\w.-]+)['\"]")
 
 
-@click.command(name="doctor")
-@output_options
+@click.command(name="doctor", cls=VerbCommand)
+@output_options("ok, or incomplete")
 def command(*, form: str) -> int:
     """Show versions, devices and extras, and what is missing.
 

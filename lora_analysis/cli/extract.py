@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from lora_analysis.cli.options import (
+    VerbCommand,
     modules_option,
     output_options,
     progress_bar,
@@ -20,13 +21,13 @@ from lora_analysis.cli.writing import (
 )
 
 
-@click.command(name="extract")
+@click.command(name="extract", cls=VerbCommand)
 @click.argument("tuned", metavar="TUNED")
 @click.option("--base", required=True, help="Base weights that the fine-tune started from.")
 @smaller_options
 @modules_option
 @transposed_option
-@output_options
+@output_options("the relative error of ΔW")
 def command(
     tuned: str,
     *,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lora_analysis.cli.options import (
+    VerbCommand,
     force_option,
     label_option,
     labeled_pair,
@@ -17,7 +19,7 @@ from lora_analysis.cli.options import (
     progress_bar,
     task_and_seed_options,
 )
-from lora_analysis.cli.reading import Reading, ReadingCommand, reading_options
+from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.show import print_json
 from lora_analysis.progress import Progress
 from lora_analysis.text import printable
@@ -26,7 +28,32 @@ if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter, Update
 
 
-@click.command(name="heatmap", cls=ReadingCommand)
+def _check_colormap(_context: Any, _parameter: Any, name: str | None) -> str | None:
+    if name is not None:
+        from lora_analysis.errors import InputError
+        from lora_analysis.plots.heatmap import colormap
+
+        try:
+            colormap(name)
+        except InputError as error:
+            raise click.BadParameter(str(error)) from error
+    return name
+
+
+def _parse_vmax(_context: Any, _parameter: Any, text: str | None) -> float | str | None:
+    if text is None or text == "auto":
+        return text
+    try:
+        vmax = float(text)
+    except ValueError:
+        vmax = math.nan
+    if not 0 < vmax < math.inf:
+        message = f"{text!r} is neither a positive number nor auto."
+        raise click.BadParameter(message)
+    return vmax
+
+
+@click.command(name="heatmap", cls=VerbCommand)
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @click.option(
@@ -51,11 +78,39 @@ if TYPE_CHECKING:
     help="Singular vectors of ΔW, A or B. The LoRA paper plots those of A, input side.",
 )
 @modules_option
+@click.option("--title", help="Heading of the figure. By default the adapters, side and vectors.")
+@click.option(
+    "--width",
+    type=click.FloatRange(1, 40),
+    default=7.0,
+    show_default=True,
+    help="Width in inches: 3.3 for one column of a paper, 7 for two, 10 to 13 for a slide. Text "
+    "grows with it.",
+)
+@click.option(
+    "--dpi",
+    type=click.IntRange(20, 2400),
+    default=200,
+    show_default=True,
+    help="Resolution of PNG, and of the heat-maps inside SVG and PDF.",
+)
+@click.option(
+    "--cmap",
+    callback=_check_colormap,
+    help="Colormap of φ, by matplotlib's name. [default: viridis]",
+)
+@click.option(
+    "--vmax",
+    metavar="FLOAT|auto",
+    callback=_parse_vmax,
+    help="φ of the last color. By default 1, so that figures can be compared; auto: the largest "
+    "value, and the color bar says so.",
+)
 @prefix_option
 @label_option
 @task_and_seed_options
 @reading_options
-@output_options
+@output_options("the path of the figure")
 def command(
     a: str,
     b: str,
@@ -65,6 +120,11 @@ def command(
     side: Any,
     of: Any,
     modules: str | None,
+    title: str | None,
+    width: float,
+    dpi: int,
+    cmap: str | None,
+    vmax: Any,
     prefixes: tuple[str, ...],
     label: str | None,
     tasks: tuple[str, ...],
@@ -104,7 +164,8 @@ def command(
         }
         inputs = [*first.provenance.inputs, *second.provenance.inputs]
         with output_file(target, inputs=inputs, force=force):
-            written = save_figure(figure_ranks(grids), output.with_suffix(""), [kind])[0]
+            figure = figure_ranks(grids, title=title, width=width, cmap=cmap, vmax=vmax)
+            written = save_figure(figure, output.with_suffix(""), [kind], dpi=dpi)[0]
     findings = _findings(first, second, seen)
     if form == "json":
         left_out = [

@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
-from lora_analysis.cli.options import MODULES_SHOWN, modules_option, output_options, progress_bar
+from lora_analysis.cli.options import (
+    MODULES_SHOWN,
+    VerbCommand,
+    modules_option,
+    output_options,
+    progress_bar,
+)
 from lora_analysis.cli.reading import (
     LeftOut,
     Reading,
-    ReadingCommand,
     reading_options,
     say_left_out,
 )
@@ -35,12 +40,12 @@ if TYPE_CHECKING:
 _WORTH_THREADS = 32
 
 
-@click.command(name="inspect", cls=ReadingCommand)
+@click.command(name="inspect", cls=VerbCommand)
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option("--all", "every", is_flag=True, help="Show every module, however many.")
 @modules_option
 @reading_options
-@output_options
+@output_options("the labels of the adapters")
 def command(
     sources: tuple[str, ...],
     *,

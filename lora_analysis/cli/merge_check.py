@@ -10,12 +10,13 @@ import click
 from lora_analysis.cli.exit_codes import CHECK_FAILED, DONE, INCONCLUSIVE, PARTLY_FAILED, exit_code
 from lora_analysis.cli.options import (
     MODULES_SHOWN,
+    VerbCommand,
     modules_option,
     output_options,
     progress_bar,
     transposed_option,
 )
-from lora_analysis.cli.reading import Reading, ReadingCommand, reading_options
+from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.show import decimals, print_finding, print_json, print_table, print_text
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _TYPES = ("float32", "float16", "bfloat16")
 
 
-@click.command(name="merge-check", cls=ReadingCommand)
+@click.command(name="merge-check", cls=VerbCommand)
 @click.argument("source", metavar="ADAPTER")
 @click.option("--base", required=True, help="Base weights that the adapter was trained on.")
 @click.option("--merged", help="The merged model. Without it, what a merge would keep is computed.")
@@ -39,7 +40,7 @@ _TYPES = ("float32", "float16", "bfloat16")
 @modules_option
 @transposed_option
 @reading_options
-@output_options
+@output_options("the conclusion; without --merged the least share of ΔW that a module keeps")
 def command(
     source: str,
     *,

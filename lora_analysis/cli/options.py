@@ -20,20 +20,57 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 MODULES_SHOWN = 48
 
 
-def output_options(command: Command) -> Command:
-    """Add ``--format`` and ``--debug``."""
-    formats = click.Choice(["human", "json", "quiet"])
-    command = click.option(
-        "--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."
-    )(command)
-    return click.option(
-        "--format",
-        "form",
-        type=formats,
-        default="human",
-        show_default=True,
-        help="Output: tables, one JSON document, or the essential value only.",
-    )(command)
+# Title of the options that only unusual files need; they are last in every help text.
+UNUSUAL_FILES = "Reading unusual files"
+# Options of every verb, which stand after its own.
+_SHARED = ("force", "form", "debug")
+
+
+class GroupedOption(click.Option):
+    """An option that stands in a section of the help text."""
+
+    def __init__(self, *args: Any, section: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.section = section
+
+
+class VerbCommand(click.Command):
+    """A command whose help text has sections, the options that most users need first."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write required options, then the others as declared, then sections by title."""
+        sections: dict[str, list[tuple[str, str]]] = {"Options": []}
+        params = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+        for param in sorted(params, key=lambda p: (p.is_eager, p.name in _SHARED, not p.required)):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                title = getattr(param, "section", "") or "Options"
+                sections.setdefault(title, []).append(record)
+        for title in sorted(sections, key=lambda title: title == UNUSUAL_FILES):
+            with formatter.section(title):
+                formatter.write_dl(sections[title])
+
+
+def output_options(quiet: str) -> Callable[[Command], Command]:
+    """Return a decorator that adds ``--format`` and ``--debug``.
+
+    ``quiet`` names what the command prints with ``--format quiet``.
+    """
+
+    def decorate(command: Command) -> Command:
+        command = click.option(
+            "--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."
+        )(command)
+        return click.option(
+            "--format",
+            "form",
+            type=click.Choice(["human", "json", "quiet"]),
+            default="human",
+            show_default=True,
+            help=f"human: for reading; json: one document with everything; quiet: only {quiet}.",
+        )(command)
+
+    return decorate
 
 
 def device_option(command: Command) -> Command:
@@ -43,6 +80,16 @@ def device_option(command: Command) -> Command:
         default="auto",
         show_default=True,
         help="Device: cpu, cuda or mps; auto uses a GPU if there is one.",
+    )(command)
+
+
+def tracker_option(command: Command) -> Command:
+    """Add ``--tracker``."""
+    return click.option(
+        "--tracker",
+        "trackers",
+        multiple=True,
+        help="Experiment tracker: tensorboard, trackio or wandb; can be repeated.",
     )(command)
 
 
@@ -82,6 +129,8 @@ def prefix_option(command: Command) -> Command:
     return click.option(
         "--prefix",
         "prefixes",
+        cls=GroupedOption,
+        section=UNUSUAL_FILES,
         metavar="OLD=NEW",
         multiple=True,
         help="Replace the prefix OLD of module names with NEW (OLD alone: remove it) to match "
@@ -156,6 +205,8 @@ def transposed_option(command: Command) -> Command:
     """Add ``--transposed/--not-transposed``."""
     return click.option(
         "--transposed/--not-transposed",
+        cls=GroupedOption,
+        section=UNUSUAL_FILES,
         default=None,
         help="Orientation of the base's weights: stored as [in, out] or not. By default decided "
         "from shapes and model type.",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_analysis.cli.options import UNUSUAL_FILES, GroupedOption
 from lora_analysis.errors import InputError, SourceError
 from lora_analysis.formats.options import CommandLineOption, ReadOptions
 from lora_analysis.progress import Progress
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from lora_analysis.bases import BaseWeights
     from lora_analysis.formats import AdapterRef
     from lora_analysis.studies import ReadLater
-
-_FORMAT_OPTIONS = "Rescue options, for files of single formats"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,29 +163,6 @@ def say_left_out(left_out: list[LeftOut], *, some: bool) -> None:
         raise SourceError(message)
 
 
-class ReadingCommand(click.Command):
-    """A command that lists the read options of single formats in a section of their own."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options, those of single formats last."""
-        params = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
-        rescue = {param.name for param in params if isinstance(param, _FormatOption)}
-        for title in ("Options", _FORMAT_OPTIONS):
-            records = [
-                record
-                for param in params
-                if (param.name in rescue) == (title == _FORMAT_OPTIONS)
-                and (record := param.get_help_record(ctx)) is not None
-            ]
-            if records:
-                with formatter.section(title):
-                    formatter.write_dl(records)
-
-
-class _FormatOption(click.Option):
-    """An option that files of a single format need."""
-
-
 def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the read options, passed to the command as ``reading``."""
     names = [option.name for option in fields(ReadOptions) if option.metadata]
@@ -201,6 +177,8 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     wrapped = click.option(
         "--trained-on",
+        cls=GroupedOption,
+        section=UNUSUAL_FILES,
         metavar="BASE",
         help="Base weights that training started from: the update is then the change of the whole "
         "weight (DoRA, KaSA), and initial factors that were subtracted from them are computed "
@@ -231,7 +209,8 @@ def _click_option(name: str, option: CommandLineOption) -> Callable[..., Any]:
     is_flag = option.parse is bool
     return click.option(
         f"--{name.replace('_', '-')}",
-        cls=_FormatOption if option.for_one_format else click.Option,
+        cls=GroupedOption,
+        section=UNUSUAL_FILES,
         type=kind,
         is_flag=is_flag,
         metavar=option.metavar,

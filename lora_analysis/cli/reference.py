@@ -10,6 +10,7 @@ import click
 
 from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import (
+    VerbCommand,
     force_option,
     label_option,
     modules_option,
@@ -17,7 +18,7 @@ from lora_analysis.cli.options import (
     prefix_option,
     progress_bar,
 )
-from lora_analysis.cli.reading import Reading, ReadingCommand, reading_options
+from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.show import print_facts, print_json, print_table, print_text
 from lora_analysis.text import overlap_number, printable
 
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
     from lora_analysis.studies.reference_levels import ReferenceLevel
 
 # More pairs give no better quantiles, and cost memory.
-_MOST_ADAPTERS: Final = 60
+_MAX_PAIRS: Final = 1770  # of 60 adapters
 
 
-@click.command(name="reference", cls=ReadingCommand)
+@click.command(name="reference", cls=VerbCommand)
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option(
     "-o",
@@ -46,7 +47,7 @@ _MOST_ADAPTERS: Final = 60
 @modules_option
 @prefix_option
 @reading_options
-@output_options
+@output_options("the path of the file")
 def command(
     sources: tuple[str, ...],
     *,
@@ -83,7 +84,7 @@ def command(
             modules=modules,
             prefix=prefixes,
             label=label,
-            most_in_pairs=_MOST_ADAPTERS,
+            max_pairs=_MAX_PAIRS,
             progress=progress,
         )
         levels = write_reference(result, output, inputs=inputs, force=force)

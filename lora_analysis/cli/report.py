@@ -11,6 +11,7 @@ import click
 
 from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import (
+    VerbCommand,
     force_option,
     label_option,
     modules_option,
@@ -21,7 +22,7 @@ from lora_analysis.cli.options import (
     transposed_option,
 )
 from lora_analysis.cli.parallel_options import analysis_executor, analysis_executor_options
-from lora_analysis.cli.reading import Reading, ReadingCommand, reading_options
+from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.show import print_json, study_facts
 from lora_analysis.text import printable
 
@@ -35,7 +36,7 @@ def _formats(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[
     return formats
 
 
-@click.command(name="report", cls=ReadingCommand)
+@click.command(name="report", cls=VerbCommand)
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @reference_option
 @click.option("--base", help="Base weights: a safetensors or GGUF file, or a model folder.")
@@ -65,6 +66,12 @@ def _formats(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[
     callback=_formats,
     help="Formats of the files in figures/; empty for none.",
 )
+@click.option(
+    "--max-pairs",
+    type=click.IntRange(min=1),
+    help="Maximum number of pairs to compare module by module, by default 780. If there are more, "
+    "pairs are chosen so that every adapter is in some; the similarity matrix has all pairs.",
+)
 @click.option("--parquet", is_flag=True, help="Write tables/ as Parquet too (extra: parquet).")
 @modules_option
 @prefix_option
@@ -76,7 +83,7 @@ def _formats(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[
 )
 @analysis_executor_options
 @reading_options
-@output_options
+@output_options("the path of the report")
 def command(
     sources: tuple[str, ...],
     *,
@@ -88,6 +95,7 @@ def command(
     kind: Any,
     title: str | None,
     figures: tuple[str, ...],
+    max_pairs: int | None,
     parquet: bool,
     modules: str | None,
     prefixes: tuple[str, ...],
@@ -107,7 +115,7 @@ def command(
     from lora_analysis.report import write_report
     from lora_analysis.report.report_folder import check_report_folder
     from lora_analysis.storage.paths import source_paths
-    from lora_analysis.studies import Failure, study
+    from lora_analysis.studies import MAX_PAIRS, Failure, study
     from lora_analysis.studies.reference_levels import is_reference_file
 
     with progress_bar(form) as progress:
@@ -132,6 +140,7 @@ def command(
             prefix=prefixes,
             label=label,
             across_bases=across_bases,
+            max_pairs=max_pairs or MAX_PAIRS,
             failures=failures,
             workers=workers,
             executor=executor,

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from lora_analysis.cli.options import (
+    VerbCommand,
     demo_option,
     device_option,
     force_option,
@@ -16,11 +17,11 @@ from lora_analysis.cli.options import (
 from lora_analysis.cli.show import print_json, study_facts
 
 
-@click.command(name="reproduce")
+@click.command(name="reproduce", cls=VerbCommand)
 @demo_option
 @device_option
 @force_option
-@output_options
+@output_options("the path of the page")
 def command(output: Path, *, device: str, force: bool, form: str) -> None:
     """Draw the figures of the LoRA paper's section 7 and appendix H, its values in the captions.
 

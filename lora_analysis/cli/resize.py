@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_analysis.cli.options import output_options, progress_bar
-from lora_analysis.cli.reading import Reading, ReadingCommand, reading_options
+from lora_analysis.cli.options import VerbCommand, output_options, progress_bar
+from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.writing import (
     adapter_to_write,
     chosen_format,
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@click.command(name="resize", cls=ReadingCommand)
+@click.command(name="resize", cls=VerbCommand)
 @click.argument("source", metavar="SOURCE")
 @smaller_options
 @reading_options
-@output_options
+@output_options("the relative error of ΔW")
 def command(
     source: str,
     *,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
-from lora_analysis.cli.options import output_options, progress_bar
+from lora_analysis.cli.options import VerbCommand, output_options, progress_bar, tracker_option
 from lora_analysis.cli.show import print_json, print_table
 from lora_analysis.errors import InputError
 from lora_analysis.text import printable
@@ -52,7 +52,7 @@ every run are written to sweep.json in the output folder.
 """
 
 
-@click.command(name="sweep", help=_HELP)
+@click.command(name="sweep", cls=VerbCommand, help=_HELP)
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.toml")
 @click.option(
     "-o",
@@ -80,12 +80,13 @@ every run are written to sweep.json in the output folder.
 @click.option(
     "--only", metavar="NAME", multiple=True, help="Name of a run to train; can be repeated."
 )
+@tracker_option
 @click.option(
     "--print-jobs", is_flag=True, help="Print a command for each unfinished run; train nothing."
 )
 @click.option("--status", is_flag=True, help="Print the state of each run; train nothing.")
 @click.option("--force", is_flag=True, help="Train runs again whose configuration changed.")
-@output_options
+@output_options("the output folder; with --status, the number of finished runs")
 def command(
     file: Path,
     *,
@@ -96,6 +97,7 @@ def command(
     address: str | None,
     shard: Shard | None,
     only: tuple[str, ...],
+    trackers: tuple[str, ...],
     print_jobs: bool,
     status: bool,
     force: bool,
@@ -108,10 +110,18 @@ def command(
     folder = output or plan.output or Path(file.stem)
     runs = _select_runs(plan, shard, only)
     if print_jobs:
-        return _print_jobs(runs, folder, ["sweep", str(file), "-o", str(folder)], device)
+        words = ["sweep", str(file), "-o", str(folder)]
+        words += [word for tracker in trackers for word in ("--tracker", tracker)]
+        return _print_jobs(runs, folder, words, device)
     if status:
         return _print_status(runs, folder, form)
-    options = {"executor": executor, "workers": workers, "device": device, "address": address}
+    options = {
+        "executor": executor,
+        "workers": workers,
+        "device": device,
+        "address": address,
+        "trackers": trackers or None,
+    }
     result = _train(plan, list(runs), folder, options, force=force, form=form)
     return _print_result(result, folder, form)
 

@@ -10,12 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_analysis.cli.options import device_option, force_option, output_options
+from lora_analysis.cli.options import (
+    GroupedOption,
+    VerbCommand,
+    device_option,
+    force_option,
+    output_options,
+    tracker_option,
+)
 from lora_analysis.cli.show import print_facts, print_json
 
 if TYPE_CHECKING:
     from lora_analysis.training import RunEvent
 
+_DATA, _LOOP, _WEIGHTS = "Reading DATA", "Training", "Base weights and machine"
 _COLUMNS = ("text", "text_pair", "label", "prompt", "completion", "image")
 # Fields of the configuration by the names of their options.
 _FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -52,11 +60,17 @@ def _column_options(command: Command) -> Command:
     for name in reversed(_COLUMNS):
         option = f"--{name.replace('_', '-')}-column"
         role = "second text of a pair" if name == "text_pair" else name
-        command = click.option(option, metavar="NAME", help=f"Column with the {role}.")(command)
+        command = click.option(
+            option,
+            cls=GroupedOption,
+            section=_DATA,
+            metavar="NAME",
+            help=f"Column with the {role}.",
+        )(command)
     return command
 
 
-@click.command(name="train")
+@click.command(name="train", cls=VerbCommand)
 @click.argument("data", metavar="[DATA]", required=False)
 @click.option(
     "--base",
@@ -87,12 +101,24 @@ def _column_options(command: Command) -> Command:
     "By default chosen by the columns.",
 )
 @click.option("--name", metavar="TASK", help="Name of the task. By default that of the file.")
-@click.option("--method", metavar="METHOD", help="Method: lora, or full (train all weights).")
+@click.option(
+    "--method",
+    cls=GroupedOption,
+    section=_LOOP,
+    metavar="METHOD",
+    help="Method: lora, or full (train all weights).",
+)
 @click.option("--rank", type=int, help="Rank of the adapter.  [default: 8]")
 @click.option(
     "--alpha", type=float, help="LoRA alpha; the scale of B·A is alpha / rank.  [default: 8]"
 )
-@click.option("--dropout", type=float, help="Dropout of the LoRA layers' inputs.")
+@click.option(
+    "--dropout",
+    cls=GroupedOption,
+    section=_LOOP,
+    type=float,
+    help="Dropout of the LoRA layers' inputs.",
+)
 @click.option(
     "--target",
     "targets",
@@ -103,41 +129,103 @@ def _column_options(command: Command) -> Command:
 @click.option("--seed", type=int, help="Seed of initial factors, data order and dropout.")
 @click.option("--steps", type=int, help="Number of optimizer steps.")
 @click.option("--epochs", type=float, help="Number of passes over the data.  [default: 3]")
-@click.option("--batch-size", type=int, help="Number of examples per backward pass.  [default: 16]")
-@click.option("--lr", type=float, help="Peak learning rate.  [default: 0.0002]")
-@click.option("--schedule", metavar="NAME", help="Learning rate: linear, cosine or constant.")
-@click.option("--evaluations", type=int, help="Number of evaluations on the test data.")
-@click.option("--dtype", metavar="TYPE", help="Type of the frozen weights: float32, bfloat16.")
-@click.option("--autocast", metavar="TYPE", help="Type of matrix products: bfloat16 or float16.")
 @click.option(
-    "--quantized", metavar="TYPE", help="Quantization of the base model (QLoRA): nf4 or int8."
+    "--batch-size",
+    cls=GroupedOption,
+    section=_LOOP,
+    type=int,
+    help="Number of examples per backward pass.  [default: 16]",
 )
-@click.option("--revision", metavar="REV", help="Branch, tag or commit of a base on a hub.")
+@click.option("--lr", type=float, help="Peak learning rate.  [default: 0.0002]")
 @click.option(
-    "--allow-pickle", is_flag=True, default=None, help="Read a base from pytorch_model.bin."
+    "--schedule",
+    cls=GroupedOption,
+    section=_LOOP,
+    metavar="NAME",
+    help="Learning rate: linear, cosine or constant.",
+)
+@click.option(
+    "--evaluations",
+    cls=GroupedOption,
+    section=_LOOP,
+    type=int,
+    help="Number of evaluations on the test data.",
+)
+@click.option(
+    "--dtype",
+    cls=GroupedOption,
+    section=_WEIGHTS,
+    metavar="TYPE",
+    help="Type of the frozen weights: float32, bfloat16.",
+)
+@click.option(
+    "--autocast",
+    cls=GroupedOption,
+    section=_WEIGHTS,
+    metavar="TYPE",
+    help="Type of matrix products: bfloat16 or float16.",
+)
+@click.option(
+    "--quantized",
+    cls=GroupedOption,
+    section=_WEIGHTS,
+    metavar="TYPE",
+    help="Quantization of the base model (QLoRA): nf4 or int8.",
+)
+@click.option(
+    "--revision",
+    cls=GroupedOption,
+    section=_WEIGHTS,
+    metavar="REV",
+    help="Branch, tag or commit of a base on a hub.",
+)
+@click.option(
+    "--allow-pickle",
+    cls=GroupedOption,
+    section=_WEIGHTS,
+    is_flag=True,
+    default=None,
+    help="Read a base from pytorch_model.bin.",
 )
 @click.option(
     "--data-format",
+    cls=GroupedOption,
+    section=_DATA,
     metavar="FORMAT",
     help="Format of DATA: jsonl, csv, tsv, parquet, text, e2e, glue or datasets.",
 )
 @_column_options
-@click.option("--max-length", type=int, help="Maximum tokens per text.  [default: 128]")
-@click.option("--limit", type=int, help="Maximum number of rows to read.")
+@click.option(
+    "--max-length",
+    cls=GroupedOption,
+    section=_DATA,
+    type=int,
+    help="Maximum tokens per text.  [default: 128]",
+)
+@click.option(
+    "--limit", cls=GroupedOption, section=_DATA, type=int, help="Maximum number of rows to read."
+)
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any option of the run, in TOML."
 )
 @device_option
-@click.option("--threads", type=int, help="Number of CPU threads. By default that of torch.")
-@click.option("--fsdp", is_flag=True, help="Shard the frozen weights over torchrun's processes.")
 @click.option(
-    "--tracker",
-    "trackers",
-    multiple=True,
-    help="Experiment tracker: tensorboard, trackio or wandb; can be repeated.",
+    "--threads",
+    cls=GroupedOption,
+    section=_WEIGHTS,
+    type=int,
+    help="Number of CPU threads. By default that of torch.",
 )
+@click.option(
+    "--fsdp",
+    cls=GroupedOption,
+    section=_WEIGHTS,
+    is_flag=True,
+    help="Shard the frozen weights over torchrun's processes.",
+)
+@tracker_option
 @force_option
-@output_options
+@output_options("the output folder")
 def command(
     data: str | None,
     *,

@@ -45,7 +45,7 @@ _RULES: tuple[Callable[[Study], Iterator[Finding]], ...] = (
     adapter_findings.diverged,
     adapter_findings.base_models,
     adapter_findings.unknown_tasks,
-    adapter_findings.sampled_adapters,
+    adapter_findings.sampled_pairs,
     adapter_findings.incomparable_pairs,
     initialization_findings.classes,
     initialization_findings.shared_seeds,

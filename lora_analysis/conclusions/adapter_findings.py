@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from math import comb
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -162,11 +163,12 @@ def unknown_tasks(study: Study) -> Iterator[Finding]:
         yield Finding("unknown-task-or-seed", fields)
 
 
-def sampled_adapters(study: Study) -> Iterator[Finding]:
-    """Report that the tables of pairs hold a sample of the adapters."""
-    compared, total = len(study.tabulated), len(study.adapters)
-    if compared < total:
-        yield Finding("sampled-adapters", {"compared": compared, "total": total})
+def sampled_pairs(study: Study) -> Iterator[Finding]:
+    """Report that the tables of pairs hold a sample of the pairs."""
+    count = len(study.adapters)
+    if len(study.fully_compared) < count:
+        fields = {"compared": len(study.pairs), "total": comb(count, 2), "count": count}
+        yield Finding("sampled-pairs", fields | {"together": len(study.fully_compared)})
 
 
 def incomparable_pairs(study: Study) -> Iterator[Finding]:

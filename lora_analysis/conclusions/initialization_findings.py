@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import combinations
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -62,10 +63,11 @@ def classes(study: Study) -> Iterator[Finding]:
 
 def _duplicates_beyond_tables(study: Study) -> Iterator[Finding]:
     """Report near-duplicates among many adapters, of which only a sample is compared in pairs."""
-    if study.similarity_matrix is None or len(study.tabulated) == len(study.adapters):
+    if study.similarity_matrix is None or len(study.fully_compared) == len(study.adapters):
         return
+    compared = set(zip(study.pairs["a"], study.pairs["b"], strict=True))
     for group in study.similarity_matrix.duplicates():
-        if not set(group) <= set(study.tabulated):
+        if not compared.issuperset(combinations(group, 2)):
             count = len(group) * (len(group) - 1) // 2
             yield Finding(
                 "near-duplicates",

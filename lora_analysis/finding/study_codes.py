@@ -75,12 +75,13 @@ STUDY_CODES: Final[dict[str, Code]] = {
         "'{{task}}-r{{rank}}-s{{seed}}'), or put a manifest.json next to each adapter "
         '({{"task": ..., "seed": ...}}).',
     ),
-    "sampled-adapters": Code(
+    "sampled-pairs": Code(
         "limit",
         "adapters",
-        "Pairs of {compared} of {total} adapters, a sample of every task and rank, are compared "
-        "module by module. The similarity matrix and the tables of single adapters hold all "
-        "{total}.",
+        "{compared} of {total} pairs of the {count} adapters are compared module by module: "
+        "replicates and unrelated pairs of all tasks, ranks and seeds. Tests use the {together} "
+        "adapters that are all compared with each other. The similarity matrix has all pairs. To "
+        "compare more, pass max_pairs= (command line: --max-pairs).",
     ),
     "different-shapes": Code(
         "limit",

@@ -55,8 +55,6 @@ class CommandLineOption:
         Texts that are accepted, if there are few.
     minimum
         Smallest number that is accepted.
-    for_one_format
-        Whether only files of a single format need it.
     """
 
     help: str
@@ -64,15 +62,10 @@ class CommandLineOption:
     metavar: str | None = None
     choices: tuple[str, ...] = ()
     minimum: int | None = None
-    for_one_format: bool = False
 
 
 def _option(help: str, **facts: Any) -> dict[str, CommandLineOption]:
     return {"command_line": CommandLineOption(help, **facts)}
-
-
-def _format_option(help: str, **facts: Any) -> dict[str, CommandLineOption]:
-    return _option(help, for_one_format=True, **facts)
 
 
 def _pair_of(text: str) -> tuple[str, ...]:
@@ -135,7 +128,7 @@ class ReadOptions:
     )
     pair: tuple[str, str] | None = field(
         default=None,
-        metadata=_format_option(
+        metadata=_option(
             "Names of bare factor pairs, A first: 'w_a_{name},w_b_{name}'.",
             metavar="A,B",
             parse=_pair_of,
@@ -143,7 +136,7 @@ class ReadOptions:
     )
     enable_lora: tuple[bool, ...] | None = field(
         default=None,
-        metadata=_format_option(
+        metadata=_option(
             "Which blocks of fused weights were adapted (loralib's MergedLinear): q, k, v.",
             metavar="1,0,1",
             parse=_flags_of,
@@ -151,13 +144,11 @@ class ReadOptions:
     )
     kernel: int | None = field(
         default=None,
-        metadata=_format_option(
-            "Width of the kernels of loralib's ConvLoRA.", parse=int, minimum=1
-        ),
+        metadata=_option("Width of the kernels of loralib's ConvLoRA.", parse=int, minimum=1),
     )
     heads: tuple[int, int] | None = field(
         default=None,
-        metadata=_format_option(
+        metadata=_option(
             "Attention heads and key-value heads of the base, for GGUF files that permute them.",
             metavar="Q,K",
             parse=_heads_of,
@@ -165,7 +156,7 @@ class ReadOptions:
     )
     expert_order: ExpertOrder | None = field(
         default=None,
-        metadata=_format_option(
+        metadata=_option(
             "Order of the columns of B if one tensor stores all experts: in PEFT the expert index "
             "varies fastest, in Unsloth's files until September 2026 slowest. By default the "
             "config decides.",
@@ -174,7 +165,7 @@ class ReadOptions:
     )
     experts: int | None = field(
         default=None,
-        metadata=_format_option(
+        metadata=_option(
             "Number of experts of the base, if the rank of one expert is not the config's r.",
             parse=int,
             minimum=1,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from matplotlib.collections import PathCollection
+from matplotlib.lines import Line2D
 
 from lora_analysis.amplify import Amplification
 from lora_analysis.errors import InputError
@@ -15,7 +17,7 @@ from lora_analysis.plots.points import Group, dropped_note, group
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
 Value = Literal["amplification_factor", "enrichment"]
 
@@ -23,7 +25,6 @@ _YLABEL = {
     "amplification_factor": "amplification ‖ΔW‖ / ‖UᵀWV‖",
     "enrichment": "enrichment ‖UᵀWV‖ / random",
 }
-_MEASURED, _RANDOM = style.PALETTE[0], style.QUIET
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,6 +153,9 @@ def plot_amplification(
     *,
     value: Value = "amplification_factor",
     ranks: Sequence[int] | None = None,
+    color: style.Colors | None = None,
+    figsize: tuple[float, float] | None = None,
+    **kwargs: Any,
 ) -> Axes:
     """Draw how ΔW amplifies W, next to what random directions of the same size would score.
 
@@ -167,132 +171,129 @@ def plot_amplification(
     items
         From `amplification`, one per module and adapter.
     ax
-        If to draw; None makes a figure of one column's width.
+        Axes to draw on; None makes a figure of one column's width.
     value
         ``"amplification_factor"`` or ``"enrichment"``; logarithmic axis.
     ranks
         The rank of each item's adapter; by default its numerical rank.
+    color
+        Color of ΔW's directions; by default the first of ``axes.prop_cycle``.
+    figsize
+        Size of a new figure in inches.
+    **kwargs
+        Passed to ``plot`` (one item) or ``scatter`` (several).
 
     Raises
     ------
     InputError
-        No item, an unknown value, or not one rank per item.
+        No item, an unknown value, not one rank per item, or a wrong color.
     """
-    with style.house_style():
-        if isinstance(items, Amplification):
-            directions = resolve_directions(items, value=value)
-            ax = style.axes_or_new(ax, (style.ONE_COLUMN, 2.4))
-            _paint_directions(ax, directions)
-        else:
-            by_rank = resolve_ranks(items, value=value, ranks=ranks)
-            ax = style.axes_or_new(ax, (style.ONE_COLUMN, 2.4))
-            _paint_ranks(ax, by_rank, at_one=value == "enrichment")
-    return ax
-
-
-def _paint_directions(ax: Axes, plot: DirectionsPlot) -> None:
-    n = len(plot.k)
-    ax.fill_between(
-        plot.k,
-        plot.band[:, 0],
-        plot.band[:, 1],
-        color=_RANDOM,
-        alpha=0.2,
-        linewidth=0,
-        label="random directions, one spread",
+    plot = (
+        resolve_directions(items, value=value)
+        if isinstance(items, Amplification)
+        else resolve_ranks(items, value=value, ranks=ranks)
     )
-    ax.plot(plot.k, plot.chance, color=_RANDOM, linestyle=(0, (4, 2)), label="random directions")
-    ax.plot(plot.k, plot.measured, color=_MEASURED, marker="o" if n <= 16 else "", label="ΔW")
+    with style.drawing(ax, (style.ONE_COLUMN, 2.4), figsize=figsize, color=color) as look:
+        if isinstance(plot, DirectionsPlot):
+            _paint_directions(look, plot, kwargs)
+        else:
+            _paint_ranks(look, plot, kwargs, at_one=value == "enrichment")
+    return look.ax
+
+
+def _paint_directions(look: style.Look, plot: DirectionsPlot, kwargs: dict[str, Any]) -> None:
+    ax, n = look.ax, len(plot.k)
+    _shade(look, plot.k, plot.band[:, 0], plot.band[:, 1])
+    ax.plot(plot.k, plot.chance, color=look.muted, linestyle=(0, (4, 2)), label="random directions")
+    defaults = {"color": look.color(0), "marker": "o" if n <= 16 else "", "label": "ΔW"}
+    ax.plot(plot.k, plot.measured, **style.merged(Line2D, defaults, kwargs))
     style.log_axis(ax, "y", plot.limits)
     ax.set_xlim(0.8 - 0.02 * n, n * 1.02 + 0.2)
     ax.set_xticks(style.count_ticks(n))
     ax.set_xlabel("k, directions of ΔW")
     ax.set_ylabel(plot.ylabel)
     ax.set_title(plot.title, parse_math=False)
-    _label_ends(ax, plot)
-
-
-def _label_ends(ax: Axes, plot: DirectionsPlot) -> None:
     ends = np.log([plot.measured[-1], plot.chance[-1]])
     low, high = np.log(plot.limits)
     heights = (np.nan_to_num(ends, posinf=high, neginf=low) - low) / (high - low)
-    colors = (_MEASURED, _RANDOM)
     for y, text, color in zip(
-        style.apart(heights, 0.08, (0, 1)), ("ΔW", "random"), colors, strict=True
-    ):
-        ax.text(1.02, y, text, transform=ax.transAxes, color=color, va="center", fontsize=7)
+        style.apart(heights, 0.08, (0, 1)), ("ΔW", "random"), (look.color(0), look.muted),
+        strict=True,
+    ):  # fmt: skip
+        ax.text(
+            1.02, y, text, transform=ax.transAxes, color=color, va="center", fontsize=look.small
+        )
 
 
-def _paint_ranks(ax: Axes, plot: RanksPlot, *, at_one: bool) -> None:
+def _shade(look: style.Look, x: ArrayLike, low: ArrayLike, high: ArrayLike) -> None:
+    """Shade one standard deviation of random directions."""
+    look.ax.fill_between(
+        x, low, high, color=look.muted, alpha=0.2, linewidth=0,
+        label="random directions, one spread",
+    )  # fmt: skip
+
+
+def _paint_ranks(
+    look: style.Look, plot: RanksPlot, kwargs: dict[str, Any], *, at_one: bool
+) -> None:
+    ax, color = look.ax, look.color(0)
     style.log_axis(ax, "y", plot.limits)
     for x, (low, high) in enumerate(plot.band):
-        ax.fill_between(
-            [x - 0.4 if at_one else x, x + 0.4],
-            low,
-            high,
-            color=_RANDOM,
-            alpha=0.2,
-            linewidth=0,
-            label="random directions, one spread",
-        )
+        _shade(look, [x - 0.4 if at_one else x, x + 0.4], low, high)
     if at_one:
-        ax.axhline(1, color=_RANDOM, linestyle=(0, (4, 2)), linewidth=0.9, zorder=0)
-    for x, (mine, chance) in enumerate(zip(plot.measured, plot.chance, strict=True)):
+        look.draw_baseline("y", 1)
+    for x, (measured, chance) in enumerate(zip(plot.measured, plot.chance, strict=True)):
         if at_one:
-            _paint_column(ax, mine, x, color=_MEASURED, limits=plot.limits, width=0.25)
+            _paint_column(look, measured, x, plot, color=color, width=0.25, kwargs=kwargs)
         else:
-            _paint_column(ax, mine, x - 0.2, color=_MEASURED, limits=plot.limits, width=0.12)
-            _paint_column(ax, chance, x + 0.2, color=_RANDOM, limits=plot.limits, width=0.12)
+            _paint_column(look, measured, x - 0.2, plot, color=color, width=0.12, kwargs=kwargs)
+            _paint_column(look, chance, x + 0.2, plot, color=look.muted, width=0.12, kwargs={})
     ax.set_xlim(-0.55, len(plot.ranks) - 0.35)
     ax.set_xticks(range(len(plot.ranks)), [str(rank) for rank in plot.ranks])
     ax.set_xlabel("rank of the adapter" + (f"\n{plot.note}" if plot.note else ""))
     ax.set_ylabel(plot.ylabel)
     # Only the factor depends on the size of ΔW.
-    _name_groups(ax, "random directions" if at_one else "random directions, same ‖ΔW‖")
-
-
-def _name_groups(ax: Axes, random: str) -> None:
-    """Name the two colors above the axes, in them."""
-    ax.text(0, 1.02, "ΔW’s directions", transform=ax.transAxes, color=_MEASURED, fontsize=7)
-    ax.text(
-        1,
-        1.02,
-        random,
-        transform=ax.transAxes,
-        color=_RANDOM,
-        fontsize=7,
-        ha="right",
-    )
+    random = "random directions" if at_one else "random directions, same ‖ΔW‖"
+    for x, text, ink, align in ((0, "ΔW’s directions", color, "left"),
+                                (1, random, look.muted, "right")):  # fmt: skip
+        ax.text(x, 1.02, text, transform=ax.transAxes, color=ink, fontsize=look.small, ha=align)
 
 
 def _paint_column(
-    ax: Axes, points: Group, x: float, *, color: str, limits: tuple[float, float], width: float
+    look: style.Look,
+    points: Group,
+    x: float,
+    plot: RanksPlot,
+    *,
+    color: str,
+    width: float,
+    kwargs: dict[str, Any],
 ) -> None:
     """Draw one group as a vertical strip with its median marked and written."""
-    values = points.values[points.values > 0]
+    ax, values = look.ax, points.values[points.values > 0]
     if not values.size:
         return
-    span = (float(np.log(limits[0])), float(np.log(limits[1])))
-    ax.scatter(
-        x + style.swarm(np.log(values), span, width=width),
-        values,
-        s=9,
-        color=color,
-        alpha=0.55,
-        linewidth=0,
-        rasterized=len(values) > style.MANY_POINTS,
-        label=style.legend_label(points.label),
-    )
-    ax.plot([x - 0.17, x + 0.17], [points.median] * 2, color=color, linewidth=2)
+    span = (float(np.log(plot.limits[0])), float(np.log(plot.limits[1])))
+    defaults = {
+        "s": 9 * look.scale**2,
+        "color": color,
+        "alpha": 0.55,
+        "linewidth": 0,
+        "rasterized": len(values) > style.MANY_POINTS,
+        "label": style.legend_label(points.label),
+    }
+    offsets = style.swarm(np.log(values), span, width=width)
+    ax.scatter(x + offsets, values, **style.merged(PathCollection, defaults, kwargs))
+    ax.plot([x - 0.17, x + 0.17], [points.median] * 2, color=color, linewidth=2 * look.scale)
     written = f"{points.median:.2f}" if points.median < 10 else f"{points.median:.3g}"
     ax.annotate(
         written,
         (x, values.max()),
-        xytext=(0, 4),
+        xytext=(0, 4 * look.scale),
         textcoords="offset points",
         ha="center",
         va="bottom",
-        fontsize=7,
+        fontsize=look.small,
         color=color,
         fontweight="bold",
         annotation_clip=False,

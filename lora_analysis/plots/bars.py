@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.patches import Rectangle
 
 from lora_analysis.errors import InputError
 from lora_analysis.plots import style
@@ -68,7 +69,15 @@ def resolve_bars(values: Mapping[str, float], *, xlabel: str) -> BarsPlot:
     )
 
 
-def plot_bars(values: Mapping[str, float], ax: Axes | None = None, *, xlabel: str) -> Axes:
+def plot_bars(
+    values: Mapping[str, float],
+    ax: Axes | None = None,
+    *,
+    xlabel: str,
+    color: style.Colors | None = None,
+    figsize: tuple[float, float] | None = None,
+    **kwargs: Any,
+) -> Axes:
     """Draw one number per module as horizontal bars, the largest on top.
 
     Of more than `MOST_BARS` modules, the largest and the smallest ones are drawn, and the number of
@@ -82,19 +91,27 @@ def plot_bars(values: Mapping[str, float], ax: Axes | None = None, *, xlabel: st
         Axes to draw on; None creates a figure of one column's width.
     xlabel
         Name of the number.
+    color
+        Color of the bars; by default the first of ``axes.prop_cycle``.
+    figsize
+        Size of a new figure in inches.
+    **kwargs
+        Passed to ``barh``.
 
     Raises
     ------
     InputError
-        No module has a finite value.
+        No module has a finite value, or the color is wrong.
     """
     plot = resolve_bars(values, xlabel=xlabel)
-    with style.house_style():
-        rows = len(plot.values) + bool(plot.omitted)
-        ax = style.axes_or_new(ax, (style.ONE_COLUMN, 0.6 + 0.14 * max(rows, 4)))
-        ax.barh(plot.positions, plot.values, height=0.7, color=style.PALETTE[0])
+    rows = len(plot.values) + bool(plot.omitted)
+    size = (style.ONE_COLUMN, 0.6 + 0.14 * max(rows, 4))
+    with style.drawing(ax, size, figsize=figsize, color=color) as look:
+        ax = look.ax
+        defaults = {"height": 0.7, "color": look.color(0)}
+        ax.barh(plot.positions, plot.values, **style.merged(Rectangle, defaults, kwargs))
         ax.set_ylim(plot.positions[-1] + 0.6, -0.6)
-        ax.set_yticks(plot.positions, plot.labels, fontsize=6, parse_math=False)
+        ax.set_yticks(plot.positions, plot.labels, fontsize=look.tiny, parse_math=False)
         ax.set_xlim(0, float(plot.values.max()) * 1.02 or 1.0)
         if plot.omitted:
             ax.text(
@@ -103,8 +120,8 @@ def plot_bars(values: Mapping[str, float], ax: Axes | None = None, *, xlabel: st
                 f"… {plot.omitted} modules between …",
                 transform=ax.get_yaxis_transform(),
                 va="center",
-                fontsize=6,
-                color=style.QUIET,
+                fontsize=look.tiny,
+                color=look.muted,
             )
         style.set_label(ax, "x", plot.xlabel)
     return ax

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lora_analysis.amplify import WeightBasisEnergy
 from lora_analysis.errors import InputError
 from lora_analysis.plots import style
-from lora_analysis.plots.curves import Line, lines_of
+from lora_analysis.plots.curves import Line, lines_of, paint_lines
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,6 +72,9 @@ def plot_weight_energy(
     ax: Axes | None = None,
     *,
     side: Side = "output",
+    color: style.Colors | None = None,
+    figsize: tuple[float, float] | None = None,
+    **kwargs: Any,
 ) -> Axes:
     """Draw the share of ‖ΔW‖² in W's top-k directions over k, next to what random ones hold.
 
@@ -83,27 +86,32 @@ def plot_weight_energy(
     energies
         From `lora_analysis.amplify.weight_basis_energy`; several of one size.
     ax
-        If to draw; None makes a figure of one column's width.
+        Axes to draw on; None makes a figure of one column's width.
     side
         ``"input"`` or ``"output"``.
+    color
+        Color of the curves, or one per curve; by default those of ``axes.prop_cycle``.
+    figsize
+        Size of a new figure in inches.
+    **kwargs
+        Passed to ``plot`` for every curve.
 
     Raises
     ------
     InputError
-        No result, or weights of several sizes.
+        No result, weights of several sizes, or a wrong color.
     """
     several = [energies] if isinstance(energies, WeightBasisEnergy) else list(energies)
     plot = resolve_weight_energy(several, side=side)
-    with style.house_style():
-        ax = style.axes_or_new(ax, (style.ONE_COLUMN, 2.4))
-        ax.fill_between(plot.k, 0, plot.bound, color=style.QUIET, alpha=0.18, linewidth=0)
-        ax.plot(plot.k, plot.chance, color=style.QUIET, linestyle=(0, (4, 2)), label="random")
-        for line in plot.lines:
-            ax.plot(line.x, line.y, color=line.color, label=style.legend_label(line.label))
+    with style.drawing(ax, (style.ONE_COLUMN, 2.4), figsize=figsize, color=color) as look:
+        ax = look.ax
+        ax.fill_between(plot.k, 0, plot.bound, color=look.muted, alpha=0.18, linewidth=0)
+        ax.plot(plot.k, plot.chance, color=look.muted, linestyle=(0, (4, 2)), label="random")
+        paint_lines(look, plot.lines, kwargs)
         style.log_axis(ax, "x", (0.9, float(plot.k[-1]) * 1.05), base=2)
         ax.set_ylim(0, 1.02)
         ax.set_xlabel(plot.xlabel)
         ax.set_ylabel(plot.ylabel)
         # All lines end at 1: they are named where they differ, in a legend.
-        ax.legend(fontsize=7, frameon=False, loc="upper left", handlelength=1.2)
+        ax.legend(loc="upper left", handlelength=1.2)
     return ax

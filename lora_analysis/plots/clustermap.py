@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.collections import LineCollection
-from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.colors import Colormap, ListedColormap, Normalize
 from matplotlib.patches import Patch
 
 from lora_analysis.errors import InputError
 from lora_analysis.plots import style
+from lora_analysis.plots.heatmap import EXCESS_SCALE, ColorOptions, ColorScale
 from lora_analysis.plots.hover import HoverCells, set_hover
 
 if TYPE_CHECKING:
@@ -118,6 +119,11 @@ def plot_clustermap(
     what: str = "output",
     kind: str = "all",
     groups: Mapping[str, str] | None = None,
+    cmap: str | Colormap | None = None,
+    vmin: float | None = None,
+    vmax: float | Literal["auto"] | None = None,
+    figsize: tuple[float, float] | None = None,
+    **kwargs: Any,
 ) -> Axes:
     """Draw every adapter against every other, alike ones side by side, and the tree above.
 
@@ -127,10 +133,10 @@ def plot_clustermap(
 
     Parameters
     ----------
-    similarity matrix
+    similarity_matrix
         ``Study.similarity_matrix``.
     ax
-        If to draw; None makes a figure of one column's width.
+        Axes to draw on; None makes a figure of one column's width.
     what
         ``"output"`` or ``"input"`` (excess of ω; inputs with a shared start left out), or
         ``"cosine"``.
@@ -138,35 +144,42 @@ def plot_clustermap(
         One type of module, or ``"all"``.
     groups
         Group of adapters by label, for example their tasks: a colored strip with a legend.
+    cmap, vmin, vmax
+        Colormap, and values of its first and last color; ``vmax="auto"`` is the largest value.
+    figsize
+        Size of a new figure in inches.
+    **kwargs
+        Passed to ``imshow``.
 
     Raises
     ------
     InputError
-        Fewer than two adapters, an unknown quantity or kind.
+        Fewer than two adapters, an unknown quantity or kind, or wrong colors.
     """
     plot = resolve_clustermap(similarity_matrix, what=what, kind=kind, groups=groups)
     count = len(plot.data)
-    with style.house_style():
-        ax = style.axes_or_new(ax, (style.ONE_COLUMN, style.ONE_COLUMN + 0.5))
-        colors = "RdBu" if what == "cosine" else None
-        from lora_analysis.plots.heatmap import excess_colors
-
+    scale = (
+        ColorScale(mpl.colormaps["RdBu"], plot.limits, plot.color_label)
+        if what == "cosine"
+        else replace(EXCESS_SCALE, label=plot.color_label, ticks=())
+    ).with_range(plot.data, ColorOptions(cmap=cmap, vmin=vmin, vmax=vmax))
+    size = (style.ONE_COLUMN, style.ONE_COLUMN + 0.5)
+    with style.drawing(ax, size, figsize=figsize) as look:
+        ax = look.ax
         # Of many, colors are chosen for the pixels that are drawn and not for every pair.
         data = plot.data if count <= _NAMED else plot.data.astype(np.float32)
+        defaults = {"interpolation_stage": "data"}
         image = ax.imshow(
             np.ma.masked_invalid(data, copy=False),
-            interpolation_stage="data",
-            cmap=(mpl.colormaps[colors] if colors else excess_colors()).with_extremes(
-                bad=style.BLANK
-            ),
-            norm=Normalize(*plot.limits),
-            interpolation="nearest",
+            **scale.image_options(look.blank, defaults | kwargs),
         )
+        ax.grid(visible=False)
         ax.spines[:].set_visible(False)
         if plot.labels:
-            size = 7 if count <= 24 else 5
-            ax.set_xticks(range(count), plot.labels, rotation=90, fontsize=size, parse_math=False)
-            ax.set_yticks(range(count), plot.labels, fontsize=size, parse_math=False)
+            size_of_names = look.small if count <= 24 else look.small * 5 / 7
+            options: dict[str, Any] = {"fontsize": size_of_names, "parse_math": False}
+            ax.set_xticks(range(count), plot.labels, rotation=90, **options)
+            ax.set_yticks(range(count), plot.labels, **options)
         else:
             ax.set_xticks([])
             ax.set_yticks([])
@@ -183,18 +196,18 @@ def plot_clustermap(
                     most=_HOVERED**2,
                 ),
             )
-        marks = _paint_marks(ax, plot)
+        marks = _paint_marks(look, plot)
         above = ax.inset_axes((0, 1.01 + marks, 1, 0.16))
         above.add_collection(
-            LineCollection(list(plot.branches), colors=style.QUIET, linewidths=0.6)
+            LineCollection(list(plot.branches), colors=look.muted, linewidths=0.6 * look.scale)
         )
         above.set_xlim(-0.5, count - 0.5)
         above.set_ylim(0, max(float(plot.branches[..., 1].max(initial=0.0)), 1e-9) * 1.05)
         above.set_axis_off()
         beside = ax.inset_axes((1.02, 0, 0.035, 1))
-        bar = ax.figure.colorbar(image, cax=beside)
+        bar = ax.figure.colorbar(image, cax=beside, extend=scale.extend)
         bar.outline.set_visible(False)
-        bar.set_label(plot.color_label)
+        bar.set_label(scale.label)
         if plot.title:
             above.set_title(plot.title, parse_math=False)
     return ax
@@ -204,22 +217,22 @@ def plot_clustermap(
 _STRIP = 0.03
 
 
-def _paint_marks(ax: Axes, plot: ClustermapPlot) -> float:
+def _paint_marks(look: style.Look, plot: ClustermapPlot) -> float:
     """Draw the groups as a strip above the matrix, with a legend; return the room it takes."""
     names = [name for name in dict.fromkeys(plot.marks) if name]
-    if not names or len(names) > len(style.PALETTE):
+    if not names or len(names) > len(look.palette):
         return 0.0
     codes = [names.index(mark) + 1 if mark else 0 for mark in plot.marks]
-    colors = ListedColormap([style.BLANK, *style.PALETTE[: len(names)]])
-    strip = ax.inset_axes((0, 1.01, 1, _STRIP))
+    colors = ListedColormap([look.blank, *look.palette[: len(names)]])
+    strip = look.ax.inset_axes((0, 1.01, 1, _STRIP))
     strip.imshow([codes], aspect="auto", cmap=colors, norm=Normalize(0, len(names)))
     strip.set_axis_off()
     handles = [
         Patch(facecolor=color, label=style.legend_label(style.plain(name, 20)))
-        for name, color in zip(names, style.PALETTE, strict=False)
+        for name, color in zip(names, look.palette, strict=False)
     ]
-    ax.figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(len(names), 4), frameon=False,
-        fontsize=7, handlelength=1.0, columnspacing=1.2,
+    look.ax.figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(len(names), 4), handlelength=1.0,
+        columnspacing=1.2,
     )  # fmt: skip
     return _STRIP + 0.01

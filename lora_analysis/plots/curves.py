@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from lora_analysis.errors import InputError
@@ -24,12 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Line:
-    """One line: label, points, color."""
+    """One line: label, points, index of its color; None is a random baseline."""
 
     label: str
     x: NDArray[np.float64]
     y: NDArray[np.float64]
-    color: str
+    color: int | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,8 +53,7 @@ def lines_of(series: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> tuple[Line, .
         xs, ys = (np.asarray(values, dtype=np.float64) for values in (x, y))
         order = np.argsort(xs, kind="stable")
         visible = order[np.isfinite(ys[order])]
-        color = style.PALETTE[index % len(style.PALETTE)]
-        made.append(Line(style.plain(label, 28), xs[visible], ys[visible], color))
+        made.append(Line(style.plain(label, 28), xs[visible], ys[visible], index))
     return tuple(made)
 
 
@@ -68,40 +68,39 @@ def _limits(lines: Sequence[Line], *, log: bool) -> tuple[float, float]:
     return min(0.0, float(low)) * 1.05, max(1.0, float(high)) * 1.04
 
 
-def _paint(ax: Axes, plot: LinesPlot, *, marker: bool) -> None:
+def paint_lines(
+    look: style.Look, lines: Sequence[Line], kwargs: dict[str, Any], *, marker: bool = False
+) -> None:
+    """Draw lines in their colors; ``kwargs`` go to ``plot``."""
+    for line in lines:
+        defaults = {
+            "color": look.color(line.color),
+            "marker": "o" if marker and len(line.x) <= 40 else "",
+            "label": style.legend_label(line.label),
+        }
+        look.ax.plot(line.x, line.y, **style.merged(Line2D, defaults, kwargs))
+
+
+def _paint(look: style.Look, plot: LinesPlot, kwargs: dict[str, Any]) -> None:
+    ax = look.ax
     if plot.chance is not None:
-        ax.axhline(plot.chance, color=style.QUIET, linewidth=0.9, linestyle=(0, (4, 2)), zorder=0)
-    for line in plot.lines:
-        ax.plot(
-            line.x,
-            line.y,
-            color=line.color,
-            marker="o" if marker and len(line.x) <= 40 else "",
-            label=style.legend_label(line.label),
-        )
+        look.draw_baseline("y", plot.chance)
+    paint_lines(look, plot.lines, kwargs, marker=True)
     if plot.log:
         style.log_axis(ax, "y", plot.limits)
     else:
         ax.set_ylim(*plot.limits)
     ax.set_xlabel(plot.xlabel)
     ax.set_ylabel(plot.ylabel)
-    namelines_of(ax, [line for line in plot.lines if line.y.size])
+    ends = [line for line in plot.lines if line.y.size]
+    if len(ends) > 1:
+        look.name_ends(
+            [(line.x[-1], line.y[-1]) for line in ends],
+            [line.label for line in ends],
+            [look.color(line.color) for line in ends],
+        )
     if plot.note:
-        ax.set_title(plot.note, fontsize=7, color=style.QUIET, loc="left", parse_math=False)
-
-
-def namelines_of(ax: Axes, lines: Sequence[Line]) -> None:
-    """Write the lines' names at the right of the axes, in their color, where they end."""
-    if len(lines) < 2:
-        return
-    ends = [(line.x[-1], line.y[-1]) for line in lines]
-    heights = (ax.transScale + ax.transLimits).transform(ends)[:, 1]
-    gap = 9.5 / ax.bbox.height * ax.figure.dpi / 72
-    for line, y in zip(lines, style.apart(heights, gap, (0.0, 1.0)), strict=True):
-        ax.text(
-            1.03, y, line.label, transform=ax.transAxes, color=line.color, va="center",
-            fontsize=7, parse_math=False,
-        )  # fmt: skip
+        ax.set_title(plot.note, fontsize=look.small, color=look.muted, loc="left", parse_math=False)
 
 
 def _by_layer(values: Mapping[str, float], kind_of: Callable[[str], str]) -> _Series:
@@ -131,7 +130,7 @@ def resolve_layers(
     level = chance if isinstance(chance, float | int) else None
     if isinstance(chance, Mapping):
         random_layers = _by_layer(chance, lambda _: "random directions")
-        lines = (*lines, *(replace(line, color=style.QUIET) for line in lines_of(random_layers)))
+        lines = (*lines, *(replace(line, color=None) for line in lines_of(random_layers)))
     return LinesPlot(lines, "layer", ylabel, _limits(lines, log=log), log, level)
 
 
@@ -142,6 +141,9 @@ def plot_layers(
     ylabel: str = "φ(1, 1)",
     chance: float | Mapping[str, float] | None = None,
     log: bool = False,
+    color: style.Colors | None = None,
+    figsize: tuple[float, float] | None = None,
+    **kwargs: Any,
 ) -> Axes:
     """Draw one number per module over the layers, one line per type of module.
 
@@ -150,7 +152,7 @@ def plot_layers(
     values
         Module name to its number; several modules of a type in a layer count as their median.
     ax
-        If to draw; None makes a figure of one column's width.
+        Axes to draw on; None makes a figure of one column's width.
     ylabel
         What the number is.
     chance
@@ -158,18 +160,23 @@ def plot_layers(
         of medians over the modules of a layer.
     log
         Whether the axis is logarithmic (factors and enrichment).
+    color
+        Color of the lines, or one per line; by default those of ``axes.prop_cycle``.
+    figsize
+        Size of a new figure in inches.
+    **kwargs
+        Passed to ``plot`` for every line.
 
     Raises
     ------
     InputError
-        No module.
+        No module, or a wrong color.
     """
     plot = resolve_layers(values, ylabel=ylabel, chance=chance, log=log)
-    with style.house_style():
-        ax = style.axes_or_new(ax, (style.ONE_COLUMN, 2.4))
-        _paint(ax, plot, marker=True)
-        ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    return ax
+    with style.drawing(ax, (style.ONE_COLUMN, 2.4), figsize=figsize, color=color) as look:
+        _paint(look, plot, kwargs)
+        look.ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    return look.ax
 
 
 def plot_trajectories(
@@ -178,6 +185,9 @@ def plot_trajectories(
     *,
     ylabel: str = "ω with the last checkpoint",
     chance: float | None = None,
+    color: style.Colors | None = None,
+    figsize: tuple[float, float] | None = None,
+    **kwargs: Any,
 ) -> Axes:
     """Draw a number over the steps of training, one line per run.
 
@@ -186,31 +196,36 @@ def plot_trajectories(
     series
         Name of the run to (steps, values).
     ax
-        If to draw; None makes a figure of one column's width.
+        Axes to draw on; None makes a figure of one column's width.
     ylabel
         What the number is.
     chance
-        Its the random baseline, as a dashed line.
+        Its random baseline, as a dashed line.
+    color, figsize, **kwargs
+        As in `plot_layers`.
 
     Raises
     ------
     InputError
-        No run.
+        No run, or a wrong color.
     """
     if not series:
         message = "plot_trajectories was given no run."
         raise InputError(message)
     lines = lines_of(series)
     plot = LinesPlot(lines, "training step", ylabel, _limits(lines, log=False), False, chance)
-    with style.house_style():
-        ax = style.axes_or_new(ax, (style.ONE_COLUMN, 2.4))
-        _paint(ax, plot, marker=True)
-    return ax
+    with style.drawing(ax, (style.ONE_COLUMN, 2.4), figsize=figsize, color=color) as look:
+        _paint(look, plot, kwargs)
+    return look.ax
 
 
 def plot_budget(
     curves: Mapping[str, tuple[ArrayLike, ArrayLike]],
     ax: Axes | None = None,
+    *,
+    color: style.Colors | None = None,
+    figsize: tuple[float, float] | None = None,
+    **kwargs: Any,
 ) -> Axes:
     """Draw the relative error ‖ΔW − ΔW′‖/‖ΔW‖ of a smaller adapter over its parameters.
 
@@ -219,22 +234,23 @@ def plot_budget(
     curves
         Name to (parameters, error), from `lora_analysis.edit.error_by_parameters`.
     ax
-        If to draw; None makes a figure of one column's width.
+        Axes to draw on; None makes a figure of one column's width.
+    color, figsize, **kwargs
+        As in `plot_layers`.
 
     Raises
     ------
     InputError
-        No curve.
+        No curve, or a wrong color.
     """
     if not curves:
         message = "plot_budget was given no curve."
         raise InputError(message)
     lines = lines_of(curves)
     plot = LinesPlot(lines, "parameters", "relative error of ΔW", (0.0, 1.02), False)
-    with style.house_style():
-        ax = style.axes_or_new(ax, (style.ONE_COLUMN, 2.4))
-        for line in lines:
-            ax.plot(line.x, line.y, color=line.color, label=style.legend_label(line.label))
+    with style.drawing(ax, (style.ONE_COLUMN, 2.4), figsize=figsize, color=color) as look:
+        ax = look.ax
+        paint_lines(look, lines, kwargs)
         low = min((float(line.x.min()) for line in lines if line.x.size), default=1.0)
         high = max((float(line.x.max()) for line in lines if line.x.size), default=10.0)
         style.log_axis(ax, "x", (low / 1.1, high * 1.1))
@@ -242,7 +258,7 @@ def plot_budget(
         ax.set_ylim(*plot.limits)
         ax.set_xlabel(plot.xlabel)
         ax.set_ylabel(plot.ylabel)
-        ax.legend(fontsize=7, frameon=False, loc="lower left")
+        ax.legend(loc="lower left")
     return ax
 
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path as Outline
 
+from lora_analysis.plots import style
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
+    from matplotlib.typing import ColorType
     from numpy.typing import NDArray
+
+    from lora_analysis.plots.style import Look
 
 
 def rectangles(mask: NDArray[np.bool_]) -> Iterator[tuple[int, int, int, int]]:
@@ -28,8 +34,14 @@ def rectangles(mask: NDArray[np.bool_]) -> Iterator[tuple[int, int, int, int]]:
         top = bottom
 
 
-def hatch_cells(ax: Axes, mask: NDArray[np.bool_], label: str, **look: Any) -> None:
-    """Hatch the true cells with one patch; nothing if there are none."""
+def hatch_cells(
+    look: Look, mask: NDArray[np.bool_], label: str, cells: NDArray[np.float64] | None = None
+) -> None:
+    """Hatch the true cells with one patch; nothing if there are none.
+
+    ``cells`` are their RGBA colors, on which diagonal lines are drawn; without, the cells are blank
+    and crossed.
+    """
     boxes = [
         Outline(
             [(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)],
@@ -41,35 +53,53 @@ def hatch_cells(ax: Axes, mask: NDArray[np.bool_], label: str, **look: Any) -> N
         )
     ]
     if boxes:
-        patch = PathPatch(Outline.make_compound_path(*boxes), linewidth=0, label=label, **look)
-        ax.add_patch(patch)
+        patch = PathPatch(
+            Outline.make_compound_path(*boxes),
+            linewidth=0,
+            label=label,
+            facecolor="none",
+            edgecolor=_hatch_color(look, cells),
+            hatch="xxxx" if cells is None else "////",
+        )
+        look.ax.add_patch(patch)
 
 
-def hatch_legend(figure: Figure, *, degenerate: bool, nearly_degenerate: bool) -> None:
-    """Add a legend of the kinds of lines that a figure of heat-maps has, below its panels."""
+def _hatch_color(look: Look, cells: NDArray[np.float64] | None, alpha: float = 0.35) -> ColorType:
+    if mpl.rcParams["hatch.color"] != mpl.rcParamsDefault["hatch.color"]:
+        return str(mpl.rcParams["hatch.color"])
+    if cells is None:
+        return look.crossed
+    color = look.visible_on(cells)
+    return color, alpha * (1 if color == look.paper else 0.6)
+
+
+def hatch_legend(figure: Figure, colors: Colormap, *, crossed: bool, striped: bool) -> None:
+    """Add a legend of the kinds of lines that a figure of heat-maps has, below its panels.
+
+    ``crossed`` cells are degenerate, ``striped`` ones, of medium color, nearly degenerate.
+    """
+    look = style.look(figure.axes[0])
     handles = []
-    if nearly_degenerate:
+    if striped:
+        medium = colors(0.4)
         handles.append(
             Patch(
-                facecolor="#2a788e",
-                edgecolor=(1, 1, 1, 0.8),
+                facecolor=medium,
+                edgecolor=_hatch_color(look, np.array(medium), 0.8),
                 hatch="////",
                 linewidth=0,
                 label="nearly degenerate: σ within 5 %, so noise can rotate the direction",
             )
         )
-    if degenerate:
+    if crossed:
         handles.append(
             Patch(
-                facecolor="#dedede",
-                edgecolor="#9a9a9a",
+                facecolor=look.blank,
+                edgecolor=_hatch_color(look, None),
                 hatch="xxxx",
                 linewidth=0,
                 label="degenerate: equal σ, so no direction is defined",
             )
         )
     if handles:
-        figure.legend(
-            handles=handles, loc="outside lower left", ncols=1, frameon=False, fontsize=7,
-            handlelength=2.5,
-        )  # fmt: skip
+        figure.legend(handles=handles, loc="outside lower left", ncols=1, handlelength=2.5)

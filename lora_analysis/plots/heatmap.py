@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, ListedColormap, Normalize
+from matplotlib.image import AxesImage
 from matplotlib.transforms import ScaledTranslation
 
 from lora_analysis import linalg
 from lora_analysis.errors import InputError
+from lora_analysis.patterns import did_you_mean
 from lora_analysis.plots import style
 from lora_analysis.plots.hatching import hatch_cells
 from lora_analysis.plots.hover import HoverCells, set_hover, span
@@ -21,8 +23,7 @@ from lora_analysis.spectra import default_side
 
 if TYPE_CHECKING:
     from matplotlib.colorbar import Colorbar
-    from matplotlib.image import AxesImage
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
     from lora_analysis.spectra import Side, VectorsOf
 
@@ -40,6 +41,107 @@ def excess_colors() -> Colormap:
     low, high = EXCESS_LIMITS
     where = np.linspace(0.5 + low / 2, 0.5 + high / 2, 384)
     return ListedColormap(mpl.colormaps["PuOr"](where), name="excess")
+
+
+class ColorOptions(TypedDict, total=False):
+    """Colors of a heat-map: a colormap or its name, and the values of its first and last color."""
+
+    cmap: str | Colormap | None
+    vmin: float | None
+    vmax: float | Literal["auto"] | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ColorScale:
+    """Colors of a heat-map and what its color bar says of them.
+
+    Attributes
+    ----------
+    limits
+        Values of the first and the last color.
+    ticks
+        Of the color bar; empty leaves them to matplotlib.
+    below, above
+        Whether values are outside the limits: an arrow at that end of the color bar.
+    """
+
+    colors: Colormap
+    limits: tuple[float, float]
+    label: str
+    ticks: tuple[float, ...] = ()
+    below: bool = False
+    above: bool = False
+
+    @property
+    def extend(self) -> Literal["neither", "min", "max", "both"]:
+        """Ends of the color bar with an arrow, in matplotlib's words."""
+        if self.below:
+            return "both" if self.above else "min"
+        return "max" if self.above else "neither"
+
+    def with_range(self, values: ArrayLike, options: ColorOptions) -> ColorScale:
+        """Return these colors with the user's options, for a picture of ``values``.
+
+        Raises
+        ------
+        InputError
+            The name of the colormap is unknown, or the limits are not two ascending numbers.
+        """
+        array: Any = np.ma.masked_invalid(np.ma.asarray(values))
+        cmap, vmin, vmax = (options.get(name) for name in ("cmap", "vmin", "vmax"))
+        low, high = self.limits
+        label = self.label
+        try:
+            low = low if vmin is None else float(vmin)  # type: ignore[arg-type]
+            if vmax == "auto":
+                high = float(array.max()) if array.count() and array.max() > low else high
+                label += f"\nauto: {low:g} to {high:.2g}"
+            elif vmax is not None:
+                high = float(vmax)  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            message = f"vmin and vmax are numbers, vmax also 'auto'; got {vmin!r} and {vmax!r}."
+            raise InputError(message) from error
+        if not low < high < np.inf:
+            message = f"vmin must be less than vmax, and finite; got {low:g} and {high:g}."
+            raise InputError(message)
+        is_default = (low, high) == self.limits
+        return ColorScale(
+            colors=self.colors if cmap is None else colormap(cmap),
+            limits=(low, high),
+            label=label,
+            ticks=self.ticks if is_default else (),
+            # Beyond rounding: φ of equal subspaces is 1 up to the last bits.
+            below=bool(array.count() and array.min() < low - 1e-6),
+            above=bool(array.count() and array.max() > high + 1e-6),
+        )
+
+    def image_options(self, blank: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the keyword arguments of ``imshow``, the user's over the defaults."""
+        defaults = {
+            "cmap": self.colors.with_extremes(bad=blank),
+            "norm": Normalize(*self.limits),
+            "interpolation": "nearest",
+        }
+        return style.merged(AxesImage, defaults, kwargs)
+
+
+def colormap(cmap: object) -> Colormap:
+    """Return a colormap by its name; InputError with near names if there is none."""
+    if isinstance(cmap, Colormap):
+        return cmap
+    if isinstance(cmap, str) and cmap in mpl.colormaps:
+        return mpl.colormaps[cmap]
+    message = f"matplotlib has no colormap {cmap!r}.{did_you_mean(str(cmap), mpl.colormaps)}"
+    raise InputError(message)
+
+
+EXCESS_SCALE = ColorScale(excess_colors(), EXCESS_LIMITS, EXCESS, (-0.5, 0.0, 0.5, 1.0))
+
+
+def phi_scale(label: str = PHI) -> ColorScale:
+    """Return the colors of φ: 0 to 1, in viridis or in the user's ``image.cmap``."""
+    colors = colormap(mpl.rcParams["image.cmap"])
+    return ColorScale(colors, (0.0, 1.0), label, (0.0, 0.2, 0.4, 0.6, 0.8, 1.0))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,11 +163,8 @@ class HeatMap:
     data: np.ma.MaskedArray[tuple[int, int], np.dtype[np.float64]]
     degenerate: NDArray[np.bool_]
     nearly_degenerate: NDArray[np.bool_]
-    limits: tuple[float, float]
-    colors: Colormap
-    color_label: str
+    scale: ColorScale
     chance: tuple[float, float] | None
-    below: bool
     xlabel: str
     ylabel: str
     title: str
@@ -108,12 +207,19 @@ def _untrained_note(grid: SimilarityGrid) -> str:
     return f"{' and '.join(empty)}:\nuntrained, no directions" if empty else ""
 
 
+def _axis_name(index: str, label: str) -> str:
+    """Return the name of an axis of directions, on two lines if the label is long."""
+    label = style.plain(label, 24)
+    return f"{index}: directions of{' ' if len(label) <= 12 else chr(10)}{label}"
+
+
 def resolve_similarity(
     grid: SimilarityGrid,
     *,
     zoom: int | None = None,
     excess: bool = False,
     title: str | None = None,
+    options: ColorOptions | None = None,
 ) -> HeatMap:
     """Resolve the data that `plot_similarity` draws."""
     rows, columns, left_out = _window(grid, zoom)
@@ -127,38 +233,35 @@ def resolve_similarity(
         data=data,
         degenerate=degenerate,
         nearly_degenerate=nearly_degenerate,
-        limits=EXCESS_LIMITS if excess else (0.0, 1.0),
-        colors=excess_colors() if excess else mpl.colormaps["viridis"],
-        color_label=EXCESS if excess else PHI,
+        scale=(EXCESS_SCALE if excess else phi_scale()).with_range(data, options or {}),
         chance=(float(expected.min()), float(expected.max())) if has_band else None,
-        below=bool(excess and data.count() and data.min() < EXCESS_LIMITS[0]),
-        xlabel=f"j  ({style.plain(grid.labels[1], 24)})",
-        ylabel=f"i  ({style.plain(grid.labels[0], 24)})",
+        xlabel=_axis_name("j", grid.labels[1]),
+        ylabel=_axis_name("i", grid.labels[0]),
         title=style.plain(grid.module if title is None else title),
         note=_untrained_note(grid),
         quantity="excess φ" if excess else "φ",
     )
 
 
-def paint_heatmap(ax: Axes, heatmap: HeatMap, *, side: float = 2.0) -> AxesImage:
+def paint_heatmap(ax: Axes, heatmap: HeatMap, *, side: float = 2.0, **kwargs: Any) -> AxesImage:
     """Draw a resolved heat-map; return its image, to which a color bar can belong.
 
-    ``side`` is the room along each axis in inches: it limits the number of tick labels.
+    ``side`` is the room along each axis in inches: it limits the number of tick labels. ``kwargs``
+    go to ``imshow``.
     """
+    look = style.look(ax)
+    defaults = {"extent": heatmap.extent if heatmap.data.size else (0, 1, 1, 0), "aspect": "auto"}
     image = ax.imshow(
         heatmap.data if heatmap.data.size else np.ma.array([[0.0]], mask=True),
-        cmap=heatmap.colors.with_extremes(bad=style.BLANK),
-        norm=Normalize(*heatmap.limits),
-        extent=heatmap.extent if heatmap.data.size else (0, 1, 1, 0),
-        aspect="auto",
-        interpolation="nearest",
+        **heatmap.scale.image_options(look.blank, defaults | kwargs),
     )
+    ax.grid(visible=False)
     ax.spines[:].set_visible(False)
     style.set_label(ax, "x", heatmap.xlabel)
     style.set_label(ax, "y", heatmap.ylabel)
     ax.set_title(heatmap.title, parse_math=False)
     if heatmap.data.size:
-        _paint_marks(ax, heatmap, side)
+        _paint_marks(look, heatmap, image, side / look.scale)
         set_hover(
             ax,
             HoverCells(
@@ -170,35 +273,25 @@ def paint_heatmap(ax: Axes, heatmap: HeatMap, *, side: float = 2.0) -> AxesImage
             ),
         )
     else:
-        _paint_note(ax, heatmap.note)
+        ax.set_xticks([])
+        ax.set_yticks([])
+        ax.text(
+            0.5, 0.5, heatmap.note, ha="center", va="center", color=look.muted, parse_math=False,
+            transform=ax.transAxes,
+        )  # fmt: skip
     return image
 
 
-def _paint_marks(ax: Axes, heatmap: HeatMap, side: float) -> None:
-    """Draw ticks, as many as ``side`` inches have room for, and lines over doubtful cells."""
-    gray, lines = "#9a9a9a", (1, 1, 1, 0.35) if heatmap.limits[0] == 0 else (0.3, 0.3, 0.3, 0.2)
-    hatch_cells(
-        ax, heatmap.degenerate, "degenerate", facecolor="none", edgecolor=gray, hatch="xxxx"
-    )
-    hatch_cells(
-        ax,
-        heatmap.nearly_degenerate,
-        "nearly degenerate",
-        facecolor="none",
-        edgecolor=lines,
-        hatch="////",
-    )
+def _paint_marks(look: style.Look, heatmap: HeatMap, image: AxesImage, side: float) -> None:
+    """Draw ticks, as many as ``side`` has room for at paper size, and lines over doubtful cells."""
+    ax, flagged = look.ax, heatmap.nearly_degenerate
+    hatch_cells(look, heatmap.degenerate, "degenerate")
+    if flagged.any():
+        hatch_cells(look, flagged, "nearly degenerate", image.to_rgba(heatmap.data)[flagged])
     rows, columns = heatmap.data.shape
     label_width = 0.01 + 0.065 * len(str(columns))
     ax.set_xticks(style.count_ticks(columns, min(9, int(side / label_width))))
     ax.set_yticks(style.count_ticks(rows, min(9, int(side / 0.1))))
-
-
-def _paint_note(ax: Axes, note: str) -> None:
-    ax.set_xticks([])
-    ax.set_yticks([])
-    text = ax.text(0.5, 0.5, note, ha="center", va="center", color=style.QUIET, parse_math=False)
-    text.set_transform(ax.transAxes)
 
 
 def paint_colorbar(
@@ -208,34 +301,49 @@ def paint_colorbar(
 
     It stands at the right of ``ax``, or ``inside`` at the left where ``ax`` is an empty place.
     """
-    gap = ScaledTranslation(0.0 if inside else 0.2, 0, ax.figure.dpi_scale_trans)
+    look = style.look(ax)
+    gap = ScaledTranslation(0.0 if inside else 0.2 * look.scale, 0, ax.figure.dpi_scale_trans)
     room = ax.inset_axes((0 if inside else 1, 0, 0.06, 1), transform=ax.transAxes + gap)
-    bar = ax.figure.colorbar(image, cax=room, extend="min" if heatmap.below else "neither")
+    bar = ax.figure.colorbar(image, cax=room, extend=heatmap.scale.extend)
     bar.outline.set_visible(False)
-    bar.set_label(heatmap.color_label)
-    bar.set_ticks(np.linspace(*heatmap.limits, 6 if heatmap.limits[0] == 0 else 4).tolist())
+    bar.set_label(heatmap.scale.label)
+    if heatmap.scale.ticks and image.get_clim() == heatmap.scale.limits:
+        bar.set_ticks(list(heatmap.scale.ticks))
     if heatmap.chance:
-        _mark_chance(room, heatmap.chance)
+        _mark_chance(look, room, heatmap.chance, image.get_clim())
     return bar
 
 
-def _mark_chance(bar: Axes, chance: tuple[float, float]) -> None:
-    """Draw the range of the random baseline as a line left of a color bar."""
-    low, high = chance
-    beside = bar.get_yaxis_transform() + ScaledTranslation(-0.04, 0, bar.figure.dpi_scale_trans)
-    (line,) = bar.plot([0, 0], [low, max(high, low + 0.01)], transform=beside, label="random")
-    line.set(color=style.INK, linewidth=1.6, solid_capstyle="butt", clip_on=False)
+def _mark_chance(
+    look: style.Look, bar: Axes, chance: tuple[float, float], limits: tuple[float, float]
+) -> None:
+    """Draw the range of the random baseline, as far as the color bar has it, as a line left of it.
+
+    A range too short to see gets a hundredth of the bar.
+    """
+    length = limits[1] - limits[0]
+    if chance[0] > limits[1] or chance[1] < limits[0]:
+        return
+    low, high = np.clip(chance, *limits)
+    beside = bar.get_yaxis_transform() + ScaledTranslation(
+        -0.04 * look.scale, 0, bar.figure.dpi_scale_trans
+    )
+    (line,) = bar.plot([0, 0], [low, max(high, low + 0.01 * length)], transform=beside)
+    line.set(
+        color=look.ink, linewidth=1.6 * look.scale, solid_capstyle="butt", clip_on=False,
+        label="random",
+    )  # fmt: skip
     bar.annotate(
         "random",
         (0, low),
         xycoords=beside,
-        xytext=(-1.5, 0),
+        xytext=(-1.5 * look.scale, 0),
         textcoords="offset points",
         rotation=90,
         ha="right",
         va="bottom",
-        fontsize=7,
-        color=style.QUIET,
+        fontsize=look.small,
+        color=look.muted,
     )
 
 
@@ -289,6 +397,11 @@ def plot_similarity(
     excess: bool = False,
     colorbar: bool = True,
     title: str | None = None,
+    cmap: str | Colormap | None = None,
+    vmin: float | None = None,
+    vmax: float | Literal["auto"] | None = None,
+    figsize: tuple[float, float] | None = None,
+    **kwargs: Any,
 ) -> Axes:
     """Draw φ(i, j) as a heat-map, i down and j across, both from 1 (LoRA, Figures 3 and 4).
 
@@ -323,30 +436,40 @@ def plot_similarity(
         Whether to add a color bar.
     title
         The module's name by default.
+    cmap
+        Colormap or its name; by default the user's ``image.cmap``, for excess purple and orange.
+    vmin, vmax
+        Values of the first and last color, by default 0 and 1 (excess: −0.5 and 1), so that
+        figures can be compared. ``vmax="auto"`` is the largest drawn value; the color bar says so.
+    figsize
+        Size of a new figure in inches.
+    **kwargs
+        Passed to ``imshow``.
 
     Returns
     -------
     Axes
-        With the drawn values as its only image, φ fixed to the range 0 to 1.
+        With the drawn values as its only image.
 
     Raises
     ------
     InputError
-        ``zoom`` is below 1; or ``a`` and ``b`` are none of the above, or whole adapters of several
-        modules.
+        ``zoom`` is below 1, ``cmap`` is unknown, or ``vmin`` is not below ``vmax``; or ``a`` and
+        ``b`` are none of the above, or whole adapters of several modules.
     """
     if isinstance(b, Axes):
         b, ax = None, b
     grid = _as_grid(a, b, side=side, of=of)
-    heatmap = resolve_similarity(grid, zoom=zoom, excess=excess, title=title)
-    with style.house_style():
-        rows, columns = heatmap.data.shape
-        shape = float(np.clip(rows / max(columns, 1), 0.6, 1.0)) if rows else 1.0
-        owns_figure = ax is None
-        ax = style.axes_or_new(ax, (style.ONE_COLUMN, 0.65 + 2.05 * shape))
-        if owns_figure:
-            ax.set_box_aspect(shape)
-        image = paint_heatmap(ax, heatmap)
+    options = ColorOptions(cmap=cmap, vmin=vmin, vmax=vmax)
+    heatmap = resolve_similarity(grid, zoom=zoom, excess=excess, title=title, options=options)
+    rows, columns = heatmap.data.shape
+    shape = float(np.clip(rows / max(columns, 1), 0.6, 1.0)) if rows else 1.0
+    size = (style.ONE_COLUMN, 0.65 + 2.05 * shape)
+    with style.drawing(ax, size, figsize=figsize) as look:
+        if ax is None:
+            look.ax.set_box_aspect(shape)
+        width = look.ax.bbox.width / look.ax.figure.dpi
+        image = paint_heatmap(look.ax, heatmap, side=width, **kwargs)
         if colorbar:
-            paint_colorbar(image, ax, heatmap)
-    return ax
+            paint_colorbar(image, look.ax, heatmap)
+    return look.ax

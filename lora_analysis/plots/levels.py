@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.collections import PathCollection
 
 from lora_analysis.errors import InputError
 from lora_analysis.plots import style
@@ -21,7 +23,6 @@ class LevelsPlot:
     """Everything `plot_levels` shows: the first group on top, chance as a line."""
 
     groups: tuple[Group, ...]
-    colors: tuple[str, ...]
     chance: float
     limits: tuple[float, float]
     xlabel: str
@@ -45,7 +46,6 @@ def resolve_levels(
     high = max((float(g.values.max()) for g in value_groups if g.values.size), default=1.0)
     return LevelsPlot(
         groups=value_groups,
-        colors=tuple(style.PALETTE[n % len(style.PALETTE)] for n in range(len(value_groups))),
         chance=float(chance),
         limits=(min(0.0, low), max(1.0, high)),
         xlabel=xlabel,
@@ -54,14 +54,10 @@ def resolve_levels(
 
 
 def _paint_group(
-    ax: Axes,
-    group: Group,
-    y: float,
-    color: str,
-    span: tuple[float, float],
-    *,
-    numbers: bool,
+    look: style.Look, plot: LevelsPlot, index: int, kwargs: dict[str, Any], *, numbers: bool
 ) -> None:
+    ax, color = look.ax, look.color(index)
+    group, y = plot.groups[index], plot.heights[index]
     ax.text(
         0,
         y + 0.3,
@@ -69,27 +65,27 @@ def _paint_group(
         transform=ax.get_yaxis_transform(),
         color=color,
         va="bottom",
-        fontsize=7,
+        fontsize=look.small,
         parse_math=False,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        bbox={"facecolor": look.paper, "edgecolor": "none", "pad": 0.5},
     )
     if not group.values.size:
         return
-    offsets = style.swarm(group.values, span, width=0.2)
-    ax.scatter(
-        group.values,
-        y + offsets,
-        s=9,
-        color=color,
-        alpha=0.55,
-        linewidth=0,
-        rasterized=len(group.values) > style.MANY_POINTS,
-        label=style.legend_label(group.label),
-        clip_on=False,
-    )
+    defaults = {
+        "s": 9 * look.scale**2,
+        "color": color,
+        "alpha": 0.55,
+        "linewidth": 0,
+        "rasterized": len(group.values) > style.MANY_POINTS,
+        "label": style.legend_label(group.label),
+        "clip_on": False,
+    }
+    offsets = style.swarm(group.values, plot.limits, width=0.2)
+    ax.scatter(group.values, y + offsets, **style.merged(PathCollection, defaults, kwargs))
     low, middle, high = group.quartiles
-    ax.plot([low, high], [y, y], color=color, linewidth=1.2, solid_capstyle="butt")
-    ax.plot([middle, middle], [y - 0.26, y + 0.26], color=color, linewidth=2)
+    thin, thick = 1.2 * look.scale, 2 * look.scale
+    ax.plot([low, high], [y, y], color=color, linewidth=thin, solid_capstyle="butt")
+    ax.plot([middle, middle], [y - 0.26, y + 0.26], color=color, linewidth=thick)
     if not numbers:
         return
     ax.text(
@@ -99,7 +95,7 @@ def _paint_group(
         color=color,
         va="center",
         transform=ax.get_yaxis_transform(),
-        fontsize=8,
+        fontsize=8 * look.scale,
         fontweight="bold",
     )
 
@@ -111,6 +107,9 @@ def plot_levels(
     *,
     xlabel: str = "φ(1, 1)",
     numbers: bool = True,
+    color: style.Colors | None = None,
+    figsize: tuple[float, float] | None = None,
+    **kwargs: Any,
 ) -> Axes:
     """Draw one number per module in groups, one strip each, with the random baseline as a line.
 
@@ -126,33 +125,40 @@ def plot_levels(
     chance
         The random baseline of the number, for φ(1, 1) that is 1/d.
     ax
-        If to draw; None makes a figure of one column's width.
+        Axes to draw on; None makes a figure of one column's width.
     xlabel
         What the number is.
     numbers
         Whether to write the medians.
+    color
+        Color of the groups, or one per group; by default those of ``axes.prop_cycle``.
+    figsize
+        Size of a new figure in inches.
+    **kwargs
+        Passed to ``scatter`` for every group.
 
     Raises
     ------
     InputError
-        No group.
+        No group, or a wrong color.
     """
     plot = resolve_levels(values, chance, xlabel=xlabel)
-    with style.house_style():
-        ax = style.axes_or_new(ax, (style.ONE_COLUMN, 0.65 + 0.5 * len(plot.groups)))
-        ax.axvline(plot.chance, color=style.QUIET, linewidth=0.9, linestyle=(0, (4, 2)), zorder=0)
+    size = (style.ONE_COLUMN, 0.65 + 0.5 * len(plot.groups))
+    with style.drawing(ax, size, figsize=figsize, color=color) as look:
+        ax = look.ax
+        look.draw_baseline("x", plot.chance)
         ax.set_ylim(-0.5, len(plot.groups) - 0.2)
         ax.set_xlim(*plot.limits)
-        for group, y, color in zip(plot.groups, plot.heights, plot.colors, strict=True):
-            _paint_group(ax, group, y, color, plot.limits, numbers=numbers)
+        for index in range(len(plot.groups)):
+            _paint_group(look, plot, index, kwargs, numbers=numbers)
         ax.annotate(
             f"random {plot.chance:.2g}",
             (plot.chance, 1),
             xytext=(2, 1),
             xycoords=ax.get_xaxis_transform(),
             textcoords="offset points",
-            fontsize=7,
-            color=style.QUIET,
+            fontsize=look.small,
+            color=look.muted,
         )
         if numbers:
             ax.annotate(
@@ -160,9 +166,9 @@ def plot_levels(
                 (1.02, 1),
                 xytext=(0, 1),
                 xycoords="axes fraction",
-                fontsize=7,
+                fontsize=look.small,
                 textcoords="offset points",
-                color=style.QUIET,
+                color=look.muted,
             )
         ax.set_yticks([])
         ax.spines["left"].set_visible(False)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.colors import Normalize
+from matplotlib.colors import Colormap
 
 from lora_analysis.errors import InputError
 from lora_analysis.patterns import layer_index, module_type
 from lora_analysis.plots import style
-from lora_analysis.plots.heatmap import excess_colors
+from lora_analysis.plots.heatmap import EXCESS_SCALE, ColorOptions, ColorScale, phi_scale
 from lora_analysis.plots.hover import HoverCells, set_hover
 
 if TYPE_CHECKING:
@@ -69,18 +69,25 @@ def resolve_module_map(
     return ModuleMap(data, tuple(map(style.plain, kinds)), layers, limits, label, title)
 
 
-def paint_module_map(ax: Axes, plot: ModuleMap) -> AxesImage:
+def _scale(plots: Sequence[ModuleMap], options: ColorOptions) -> ColorScale:
+    """Return the colors that maps of one quantity share."""
+    first = plots[0]
+    colors = EXCESS_SCALE.colors if first.limits[0] < 0 else phi_scale().colors
+    values = np.concatenate([plot.data.ravel() for plot in plots])
+    return ColorScale(colors, first.limits, first.label).with_range(values, options)
+
+
+def paint_module_map(
+    ax: Axes, plot: ModuleMap, scale: ColorScale, kwargs: dict[str, Any]
+) -> AxesImage:
     """Draw a resolved map; return its image, to which a color bar can belong."""
-    above = plot.limits[0] < 0
-    colors = excess_colors() if above else mpl.colormaps["viridis"]
     rows, columns = plot.data.shape
+    blank = style.look(ax).blank
     image = ax.imshow(
         np.ma.masked_invalid(plot.data),
-        cmap=colors.with_extremes(bad=style.BLANK),
-        norm=Normalize(*plot.limits),
-        aspect="auto",
-        interpolation="nearest",
+        **scale.image_options(blank, {"aspect": "auto"} | kwargs),
     )
+    ax.grid(visible=False)
     ax.spines[:].set_visible(False)
     ax.set_yticks(range(rows), plot.kinds, parse_math=False)
     step = max(1, -(-columns // 8))
@@ -106,6 +113,11 @@ def plot_module_map(
     limits: tuple[float, float] = (0.0, 1.0),
     label: str = "φ",
     title: str = "",
+    cmap: str | Colormap | None = None,
+    vmin: float | None = None,
+    vmax: float | Literal["auto"] | None = None,
+    figsize: tuple[float, float] | None = None,
+    **kwargs: Any,
 ) -> Axes:
     """Draw one number per module as a map: layers across, types of module down.
 
@@ -114,24 +126,40 @@ def plot_module_map(
     values
         Module name to its number; gray where it is not finite, or there is no such module.
     ax
-        If to draw; None makes a figure of one column's width.
+        Axes to draw on; None makes a figure of one column's width.
     limits
         Limits of the colors. With a lower limit below 0 the scale shows the excess over random:
         white at 0.
     label
         What the number is, for the color bar.
+    title
+        Title of the map.
+    cmap, vmin, vmax
+        Colormap, and values of its first and last color if they differ from ``limits``;
+        ``vmax="auto"`` is the largest value, and the color bar says so.
+    figsize
+        Size of a new figure in inches.
+    **kwargs
+        Passed to ``imshow``.
 
     Raises
     ------
     InputError
-        No module.
+        No module, or wrong colors.
     """
     plot = resolve_module_map(values, limits=limits, label=label, title=title)
-    with style.house_style():
-        ax = style.axes_or_new(ax, (style.ONE_COLUMN, 0.9 + 0.2 * max(len(plot.kinds), 3)))
-        image = paint_module_map(ax, plot)
-        ax.figure.colorbar(image, ax=ax, label=plot.label, fraction=0.08, pad=0.03)
-    return ax
+    scale = _scale([plot], ColorOptions(cmap=cmap, vmin=vmin, vmax=vmax))
+    size = (style.ONE_COLUMN, 0.9 + 0.2 * max(len(plot.kinds), 3))
+    with style.drawing(ax, size, figsize=figsize) as look:
+        image = paint_module_map(look.ax, plot, scale, kwargs)
+        _paint_colorbar(look.ax, image, scale)
+    return look.ax
+
+
+def _paint_colorbar(ax: Axes, image: AxesImage, scale: ColorScale) -> None:
+    ax.figure.colorbar(
+        image, ax=ax, label=scale.label, extend=scale.extend, fraction=0.08, pad=0.03
+    )
 
 
 def figure_module_maps(
@@ -150,17 +178,21 @@ def figure_module_maps(
     columns = max(map(len, maps))
     # The label next to the bar of colors needs the height of four rows.
     height = 0.75 + 0.17 * max(4, *(len(module_map.kinds) for row in maps for module_map in row))
-    with style.house_style():
+    with style.house_style(width):
+        height *= style.font_scale()
         figure = style.PanelFigure(figsize=(width, height * len(maps)), layout="constrained")
         axes = figure.subplots(len(maps), columns, squeeze=False)
         for row, places in zip(maps, axes, strict=True):
+            scale = _scale(row, {})
             images = [
-                paint_module_map(ax, module_map)
+                paint_module_map(ax, module_map, scale, {})
                 for ax, module_map in zip(places, row, strict=False)
             ]
             for ax in places[1:]:
                 ax.set_yticklabels([])
-            figure.colorbar(images[-1], ax=list(places), label=row[-1].label, pad=0.01)
+            figure.colorbar(
+                images[-1], ax=list(places), label=scale.label, extend=scale.extend, pad=0.01
+            )
     return figure
 
 
@@ -207,7 +239,15 @@ def resolve_intruders(reports: Sequence[IntruderReport], *, side: Side = "output
 
 
 def plot_intruders(
-    reports: Sequence[IntruderReport], ax: Axes | None = None, *, side: Side = "output"
+    reports: Sequence[IntruderReport],
+    ax: Axes | None = None,
+    *,
+    side: Side = "output",
+    cmap: str | Colormap | None = None,
+    vmin: float | None = None,
+    vmax: float | Literal["auto"] | None = None,
+    figsize: tuple[float, float] | None = None,
+    **kwargs: Any,
 ) -> Axes:
     """Draw the leading directions of W + ΔW by how like W's they are; intruders carry a dot.
 
@@ -218,32 +258,39 @@ def plot_intruders(
     reports
         From `intruder_dimensions`, one per module or adapter.
     ax
-        If to draw; None makes a figure of one column's width.
+        Axes to draw on; None makes a figure of one column's width.
     side
         ``"input"`` or ``"output"``.
+    cmap, vmin, vmax
+        Colormap, and cosines of its first and last color, by default 0 and 1.
+    figsize
+        Size of a new figure in inches.
+    **kwargs
+        Passed to ``imshow``.
 
     Raises
     ------
     InputError
-        No report.
+        No report, or wrong colors.
     """
     plot = resolve_intruders(reports, side=side)
-    with style.house_style():
-        rows, columns = plot.cosine.shape
-        ax = style.axes_or_new(ax, (style.ONE_COLUMN, 0.7 + 0.16 * rows))
-        image = ax.imshow(
-            np.ma.masked_invalid(plot.cosine),
-            cmap=mpl.colormaps["cividis"].with_extremes(bad=style.BLANK),
-            norm=Normalize(0, 1),
-            aspect="auto",
-            interpolation="nearest",
-            extent=(0.5, columns + 0.5, rows - 0.5, -0.5),
-        )
-        where = np.argwhere(plot.intruder)
-        size = 2 + 22 * np.nan_to_num(plot.novelty[plot.intruder])
-        ax.scatter(
-            where[:, 1] + 1, where[:, 0], s=size, color="white", linewidth=0, label="intruder"
-        )
+    rows, columns = plot.cosine.shape
+    cosines = np.ma.masked_invalid(plot.cosine)
+    scale = ColorScale(mpl.colormaps["cividis"], (0.0, 1.0), "largest cosine with W's").with_range(
+        cosines, ColorOptions(cmap=cmap, vmin=vmin, vmax=vmax)
+    )
+    with style.drawing(ax, (style.ONE_COLUMN, 0.7 + 0.16 * rows), figsize=figsize) as look:
+        ax = look.ax
+        defaults = {"aspect": "auto", "extent": (0.5, columns + 0.5, rows - 0.5, -0.5)}
+        image = ax.imshow(cosines, **scale.image_options(look.blank, defaults | kwargs))
+        ax.grid(visible=False)
+        if plot.intruder.any():
+            where = np.argwhere(plot.intruder)
+            size = (2 + 22 * np.nan_to_num(plot.novelty[plot.intruder])) * look.scale**2
+            color = look.visible_on(image.to_rgba(cosines)[plot.intruder])
+            ax.scatter(
+                where[:, 1] + 1, where[:, 0], s=size, color=color, linewidth=0, label="intruder"
+            )
         ax.spines[:].set_visible(False)
         step = max(1, -(-rows // 24))
         ax.set_yticks(range(0, rows, step), plot.labels[::step], parse_math=False)
@@ -251,5 +298,5 @@ def plot_intruders(
         ax.set_xlabel(
             f"direction of W + ΔW, {side} side\ndot: cosine below {plot.epsilon:g}, by novelty"
         )
-        ax.figure.colorbar(image, ax=ax, label="largest cosine with W's", fraction=0.08, pad=0.03)
+        _paint_colorbar(ax, image, scale)
     return ax

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
+
+import numpy as np
 
 from lora_analysis.errors import InputError
 from lora_analysis.plots import style
 from lora_analysis.plots.hatching import hatch_legend
 from lora_analysis.plots.heatmap import (
+    ColorOptions,
     HeatMap,
     paint_colorbar,
     paint_heatmap,
@@ -38,12 +41,20 @@ class Panel:
     excess: bool = False
 
     def resolve(self) -> HeatMap:
-        """Return the data of the panel."""
-        return resolve_similarity(self.grid, zoom=self.zoom, excess=self.excess, title=self.title)
+        """Return the data of the panel, its axes named briefly."""
+        heatmap = resolve_similarity(
+            self.grid, zoom=self.zoom, excess=self.excess, title=self.title
+        )
+        i, j = (style.plain(label, 14) for label in self.grid.labels)
+        return replace(heatmap, ylabel=f"i: {i}", xlabel=f"j: {j}")
 
 
 def figure_grid(
-    rows: Sequence[Sequence[Panel]], *, title: str = "", width: float = style.TWO_COLUMNS
+    rows: Sequence[Sequence[Panel]],
+    *,
+    title: str = "",
+    width: float = style.TWO_COLUMNS,
+    **colors: Unpack[ColorOptions],
 ) -> Figure:
     """Draw rows of heat-maps of equal size, one color bar per row.
 
@@ -55,12 +66,17 @@ def figure_grid(
     title
         Heading above all panels; long ones are wrapped.
     width
-        In inches: 7.0 spans two columns of a paper, 3.3 one.
+        In inches: 7.0 spans two columns of a paper, 3.3 one, 10 to 13 a slide. The text grows
+        with it.
+    **colors
+        ``cmap``, ``vmin`` and ``vmax`` as in `plot_similarity`, of the panels of φ; those of excess
+        φ next to them keep their own, in which 0 is white. ``vmax="auto"`` is the largest value of
+        all these panels.
 
     Raises
     ------
     InputError
-        No panel, or a row that mixes φ with excess φ.
+        No panel, a row that mixes φ with excess φ, or wrong colors.
     """
     if not rows or not all(rows):
         message = "A figure needs at least one panel in every row."
@@ -69,50 +85,76 @@ def figure_grid(
         if len({panel.excess for panel in row}) > 1:
             message = "A row of panels shares one color bar: draw φ and its excess separately."
             raise InputError(message)
+    maps = _with_colors(rows, colors)
     columns = max(len(row) for row in rows)
-    bar = 1.1 if any(panel.excess for row in rows for panel in row) else 0.8
-    side = (width - bar) / columns - 0.25  # what is left next to labels and the color bar
-    headline = textwrap.wrap(style.plain(title, 200), int(16 * width))
-    with style.house_style():
+    with style.house_style(width):
+        scale = style.font_scale()
+        bar = (1.1 if any(panel.excess for row in rows for panel in row) else 0.8) * scale
+        # What is left next to labels and the color bar.
+        side = max((width - bar) / columns - 0.25 * scale, 0.1)
+        headline = textwrap.wrap(style.plain(title, 200), max(int(16 * width / scale), 1))
+        lines = scale * (0.05 + 0.15 * len(headline))
         figure = style.PanelFigure(
-            figsize=(width, len(rows) * (side + 0.55) + 0.05 + 0.15 * len(headline)),
-            layout="constrained",
+            figsize=(width, len(rows) * (side + 0.55 * scale) + lines), layout="constrained"
         )
         axes = figure.subplots(len(rows), columns, squeeze=False)
-        maps: list[HeatMap] = []
-        for row, row_axes in zip(rows, axes, strict=True):
-            maps += _paint_row(row, list(row_axes), side)
+        for heatmaps, row_axes in zip(maps, axes, strict=True):
+            _paint_row(heatmaps, list(row_axes), side)
+        drawn = [heatmap for row in maps for heatmap in row]
         hatch_legend(
             figure,
-            degenerate=any(m.degenerate.any() for m in maps),
-            nearly_degenerate=any(m.nearly_degenerate.any() for m in maps),
+            drawn[0].scale.colors,
+            crossed=any(heatmap.degenerate.any() for heatmap in drawn),
+            striped=any(heatmap.nearly_degenerate.any() for heatmap in drawn),
         )
         if headline:
             figure.suptitle("\n".join(headline), parse_math=False)
     return figure
 
 
-def _paint_row(row: Sequence[Panel], axes: list[Axes], side: float) -> list[HeatMap]:
-    """Draw one row of panels; return what they show."""
-    maps = [panel.resolve() for panel in row]
+def _with_colors(rows: Sequence[Sequence[Panel]], colors: ColorOptions) -> list[list[HeatMap]]:
+    """Resolve all panels; those of φ, or else all of them, share the user's colors."""
+    maps = [[panel.resolve() for panel in row] for row in rows]
+    panels = [panel for row in rows for panel in row]
+    excess = all(panel.excess for panel in panels)
+    chosen = [
+        heatmap
+        for panel, heatmap in zip(panels, (each for row in maps for each in row), strict=True)
+        if panel.excess == excess
+    ]
+    values = np.concatenate([heatmap.data.compressed() for heatmap in chosen])
+    scale = chosen[0].scale.with_range(values, colors)
+    return [
+        [replace(each, scale=scale) if panel.excess == excess else each
+         for panel, each in zip(row, resolved, strict=True)]
+        for row, resolved in zip(rows, maps, strict=True)
+    ]  # fmt: skip
+
+
+def _paint_row(maps: list[HeatMap], axes: list[Axes], side: float) -> None:
+    """Draw one row of panels; i is named where it belongs to another adapter than on the left."""
     for ax in axes:
         ax.set_box_aspect(1)
-    for spare in axes[len(row) :]:
+    for spare in axes[len(maps) :]:
         spare.set_axis_off()
     images = [paint_heatmap(ax, m, side=side) for ax, m in zip(axes, maps, strict=False)]
-    for ax, panel in zip(axes, row, strict=False):
-        ax.set_xlabel("j")
-        ax.set_ylabel("i" if panel is row[0] else "")
-    short = len(row) < len(axes)  # a bar at the right of its last panel would widen that column
-    paint_colorbar(images[-1], axes[len(row) - (not short)], _summary(maps), inside=short)
-    return maps
+    for ax, left, heatmap in zip(axes[1:], maps, maps[1:], strict=False):
+        if heatmap.ylabel == left.ylabel:
+            ax.set_ylabel("")
+    short = len(maps) < len(axes)  # a bar at the right of its last panel would widen that column
+    paint_colorbar(images[-1], axes[len(maps) - (not short)], _summary(maps), inside=short)
 
 
 def _summary(maps: Sequence[HeatMap]) -> HeatMap:
     """Return a heat-map that stands for the row on its color bar: all of its chance."""
     spans = [m.chance for m in maps if m.chance]
     chance = (min(low for low, _ in spans), max(high for _, high in spans)) if spans else None
-    return replace(maps[0], below=any(m.below for m in maps), chance=chance)
+    scale = replace(
+        maps[0].scale,
+        below=any(m.scale.below for m in maps),
+        above=any(m.scale.above for m in maps),
+    )
+    return replace(maps[0], scale=scale, chance=chance)
 
 
 def _rows(panels: Sequence[Panel], width: float) -> list[list[Panel]]:
@@ -138,6 +180,7 @@ def figure_ranks(
     above_chance: bool | None = None,
     title: str | None = None,
     width: float = style.TWO_COLUMNS,
+    **colors: Unpack[ColorOptions],
 ) -> Figure:
     """Draw two ranks against each other as the LoRA paper's Figure 3: whole grids, then zoomed.
 
@@ -154,11 +197,13 @@ def figure_ranks(
         One line above everything; by default the adapters, side and factor that all grids share.
     width
         In inches; below 5 the panels break into two rows.
+    **colors
+        As in `figure_grid`.
     """
     whole = [(name, grid, None) for name, grid in grids.items()]
     corner = [(f"{name}, j ≤ i", grid, zoom) for name, grid in grids.items()]
     headline = _headline(list(grids.values())) if title is None else title
-    return _figure([*whole, *corner], above_chance, headline, width)
+    return _figure([*whole, *corner], above_chance, headline, width, colors)
 
 
 def figure_seeds(
@@ -167,6 +212,7 @@ def figure_seeds(
     above_chance: bool | None = None,
     title: str | None = None,
     width: float = style.TWO_COLUMNS,
+    **colors: Unpack[ColorOptions],
 ) -> Figure:
     """Draw two seeds against each other as the LoRA paper's Figure 4, with a random panel.
 
@@ -175,13 +221,13 @@ def figure_seeds(
     grids
         Panel title to grid: one per module, and last the grid of two random matrices of the same
         shape, which shows what no agreement looks like.
-    above_chance, title, width
+    above_chance, title, width, **colors
         As in `figure_ranks`.
     """
     measured = list(grids.values())[: max(len(grids) - 1, 1)]
     headline = _headline(measured) if title is None else title
     panels = [(name, grid, None) for name, grid in grids.items()]
-    return _figure(panels, above_chance, headline, width)
+    return _figure(panels, above_chance, headline, width, colors)
 
 
 def figure_layers(
@@ -191,6 +237,7 @@ def figure_layers(
     excess: bool = False,
     title: str | None = None,
     width: float = style.TWO_COLUMNS,
+    **colors: Unpack[ColorOptions],
 ) -> Figure:
     """Draw several layers below each other, as the LoRA paper's Figures 6 (two ranks) and 7.
 
@@ -203,7 +250,7 @@ def figure_layers(
         Figure 7.
     excess
         Whether to draw excess φ.
-    title, width
+    title, width, **colors
         As in `figure_ranks`.
     """
     rows = []
@@ -214,7 +261,8 @@ def figure_layers(
         ]
         rows.append([*whole, *(corner if zoom else ())])
     every = [grid for grids in layers.values() for grid in grids.values()]
-    return figure_grid(rows, title=_headline(every) if title is None else title, width=width)
+    headline = _headline(every) if title is None else title
+    return figure_grid(rows, title=headline, width=width, **colors)
 
 
 def _figure(
@@ -222,6 +270,7 @@ def _figure(
     above_chance: bool | None,
     title: str,
     width: float,
+    colors: ColorOptions,
 ) -> Figure:
     """Draw the panels as φ and, where asked or where chance is visible, again above chance."""
     visible = any(grid.chance.size and grid.chance.max() > SMALL_CHANCE for _, grid, _ in panels)
@@ -231,4 +280,4 @@ def _figure(
         for excess in ((False, True) if has_excess else (False,))
         for row in _rows([Panel(g, name, zoom, excess) for name, g, zoom in panels], width)
     ]
-    return figure_grid(rows, title=title, width=width)
+    return figure_grid(rows, title=title, width=width, **colors)

@@ -38,7 +38,10 @@ _REFERENCE = re.compile(r"url\(#([^)]+)\)")
 def _render(figure: Figure, kind: str, *, dpi: int, text: Literal["none", "path"]) -> bytes:
     """Return the bytes of a figure: fixed ids, no date, text as characters or as outlines."""
     buffer = io.BytesIO()
-    with style.house_style(svg__hashsalt="lora-analysis", svg__fonttype=text, pdf__fonttype=42):
+    width = figure.get_figwidth()
+    with style.house_style(
+        width, svg__hashsalt="lora-analysis", svg__fonttype=text, pdf__fonttype=42
+    ):
         _settle(figure)
         figure.savefig(buffer, format=kind, dpi=dpi, metadata=_METADATA[kind])
     return buffer.getvalue()

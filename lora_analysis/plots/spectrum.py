@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.lines import Line2D
 
 from lora_analysis import linalg
 from lora_analysis.errors import InputError
@@ -22,12 +24,15 @@ ENERGY_GUIDES = (0.9, 0.99)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Curve:
-    """One spectrum as drawn; its last ``beyond_rank`` values are rounding errors."""
+    """One spectrum as drawn; its last ``beyond_rank`` values are rounding errors.
+
+    ``color`` is an index: distinct for few curves, one for a bundle of many.
+    """
 
     label: str
     values: NDArray[np.float64]
     beyond_rank: int
-    color: str
+    color: int
 
     @property
     def i(self) -> NDArray[np.intp]:
@@ -78,11 +83,6 @@ def _labels(spectra: Sequence[Spectrum]) -> list[str]:
     return [f"{a} {m}" for a, m in zip(adapters, modules, strict=True)]
 
 
-def _colors(n: int) -> list[str]:
-    """Return distinct colors for few curves, one for a bundle of many."""
-    return list(style.PALETTE[:n]) if n <= len(style.PALETTE) else [style.PALETTE[0]] * n
-
-
 def _curve_values(spectrum: Spectrum, *, normalized: bool, energy: bool) -> NDArray[np.float64]:
     if energy:
         energy_of: NDArray[np.float64] = np.cumsum(spectrum.S[: spectrum.numerical_rank] ** 2)
@@ -124,11 +124,12 @@ def resolve_spectrum(
         raise InputError(message)
     labels = [style.plain(label, 24) for label in _labels(spectra)]
     curves = []
-    for spectral, label, color in zip(spectra, labels, _colors(len(spectra)), strict=True):
+    for index, (spectral, label) in enumerate(zip(spectra, labels, strict=True)):
         if not spectral.untrained:
             values = _curve_values(spectral, normalized=normalized, energy=energy)
             beyond_rank = len(values) - spectral.numerical_rank
             unit = _unit(spectral, spectra, relative=normalized or energy)
+            color = index if len(spectra) <= len(style.PALETTE) else 0
             curves.append(Curve(label + unit, values, beyond_rank, color))
     untrained = [n for s, n in zip(spectra, labels, strict=True) if s.untrained]
     longest = max((len(c.values) for c in curves), default=1)
@@ -161,30 +162,31 @@ def _paint_axes(ax: Axes, plot: SpectrumPlot) -> None:
     ax.set_ylabel(plot.ylabel)
 
 
-def _paint_curve(ax: Axes, curve: Curve, floor: float, *, bundle: bool) -> None:
-    rank, values = curve.numerical_rank, curve.values
-    ax.plot(
-        curve.i[:rank],
-        values[:rank],
-        marker="" if bundle or rank > 16 else "o",
-        markersize=3,
-        color=curve.color,
-        label=style.legend_label(curve.label),
-        alpha=0.4 if bundle else 1,
-        linewidth=0.8 if bundle else 1.2,
-    )
+def _paint_curve(
+    look: style.Look, curve: Curve, floor: float, kwargs: dict[str, Any], *, bundle: bool
+) -> None:
+    ax, rank, values = look.ax, curve.numerical_rank, curve.values
+    color, width = look.color(curve.color), mpl.rcParams["lines.linewidth"]
+    defaults = {
+        "marker": "" if bundle or rank > 16 else "o",
+        "markersize": 3 * look.scale,
+        "color": color,
+        "label": style.legend_label(curve.label),
+        "alpha": 0.4 if bundle else 1,
+        "linewidth": width * 2 / 3 if bundle else width,
+    }
+    ax.plot(curve.i[:rank], values[:rank], **style.merged(Line2D, defaults, kwargs))
     # The end of a curve is the numerical rank.
-    ax.plot(
-        curve.i[rank - 1], values[rank - 1], "o", color=curve.color, markersize=2 if bundle else 4
-    )
+    size = (2 if bundle else 4) * look.scale
+    ax.plot(curve.i[rank - 1], values[rank - 1], "o", color=color, markersize=size)
     if curve.beyond_rank:
         ax.plot(
             curve.i[rank:],
             np.maximum(values[rank:], floor),
             "v",
-            color=curve.color,
-            markerfacecolor="white",
-            markersize=3.5,
+            color=color,
+            markerfacecolor=look.paper,
+            markersize=3.5 * look.scale,
             clip_on=False,
             label="beyond numerical rank",
         )
@@ -198,30 +200,9 @@ def _labeled(curves: Sequence[Curve]) -> list[Curve]:
     return [ends[0], ends[-1]]
 
 
-def _paint_labels(ax: Axes, curves: Sequence[Curve]) -> None:
-    """Write curves' names at the right of the axes, in their color, at the height they end."""
-    ends = [(c.i[c.numerical_rank - 1], c.values[c.numerical_rank - 1]) for c in curves]
-    heights = (ax.transScale + ax.transLimits).transform(ends)[:, 1]
-    texts = [
-        f"{c.label}\n{c.numerical_rank} of {len(c.values)} above rounding"
-        if c.beyond_rank
-        else c.label
-        for c in curves
-    ]
-    lines = 2 if any(c.beyond_rank for c in curves) else 1
-    line = 9.5 / ax.bbox.height * ax.figure.dpi / 72
-    where = style.apart(heights, line * lines, (0.0, 1.0))
-    for curve, y, text in zip(curves, where, texts, strict=True):
-        ax.text(
-            1.03,
-            y,
-            text,
-            transform=ax.transAxes,
-            color=curve.color,
-            va="center",
-            fontsize=7,
-            parse_math=False,
-        )
+def _end_text(curve: Curve) -> str:
+    rank = f"{curve.numerical_rank} of {len(curve.values)} above rounding"
+    return f"{curve.label}\n{rank}" if curve.beyond_rank else curve.label
 
 
 def _as_spectra(source: Any) -> list[Spectrum]:
@@ -269,6 +250,9 @@ def plot_spectrum(
     *,
     normalized: bool = False,
     energy: bool = False,
+    color: style.Colors | None = None,
+    figsize: tuple[float, float] | None = None,
+    **kwargs: Any,
 ) -> Axes:
     """Draw singular values against their index i, one curve per spectrum.
 
@@ -284,29 +268,44 @@ def plot_spectrum(
         :func:`as_update` takes, an adapter (one curve per module) in any form that
         :func:`as_adapter` takes, or an array of singular values.
     ax
-        If to draw; None makes a figure of one column's width.
+        Axes to draw on; None makes a figure of one column's width.
     normalized
         Divide by σ₁, to compare shapes.
     energy
         Draw the share of Σσ² in the first i directions instead, from 0 to 1.
+    color
+        Color of the curves, or one per spectrum; by default those of ``axes.prop_cycle``.
+    figsize
+        Size of a new figure in inches.
+    **kwargs
+        Passed to ``plot`` for every curve.
 
     Raises
     ------
     InputError
-        No spectrum.
+        No spectrum, or a wrong color.
     """
     plot = resolve_spectrum(_as_spectra(spectra), normalized=normalized, energy=energy)
-    with style.house_style():
-        ax = style.axes_or_new(ax, (style.ONE_COLUMN, 2.4))
+    bundle = len(plot.curves) > len(style.PALETTE)
+    with style.drawing(ax, (style.ONE_COLUMN, 2.4), figsize=figsize, color=color) as look:
+        ax = look.ax
         _paint_axes(ax, plot)
         if energy:
             for share in ENERGY_GUIDES:
-                ax.axhline(share, color=style.FAINT, linewidth=0.8, zorder=0)
-                ax.text(1, share, f"{share:g}", fontsize=7, color=style.QUIET, va="bottom")
+                ax.axhline(share, color=look.faint, linewidth=0.8 * look.scale, zorder=0)
+                text = f"{share:g}"
+                ax.text(1, share, text, fontsize=look.small, color=look.muted, va="bottom")
         for curve in plot.curves:
-            _paint_curve(ax, curve, plot.limits[0], bundle=len(plot.curves) > len(style.PALETTE))
+            _paint_curve(look, curve, plot.limits[0], kwargs, bundle=bundle)
         if plot.note:
-            ax.set_title(plot.note, fontsize=7, color=style.QUIET, loc="left", parse_math=False)
+            ax.set_title(
+                plot.note, fontsize=look.small, color=look.muted, loc="left", parse_math=False
+            )
         if len(plot.curves) > 1 or any(c.beyond_rank for c in plot.curves):
-            _paint_labels(ax, _labeled(plot.curves))
+            named = _labeled(plot.curves)
+            look.name_ends(
+                [(c.i[c.numerical_rank - 1], c.values[c.numerical_rank - 1]) for c in named],
+                [_end_text(c) for c in named],
+                [look.color(c.color) for c in named],
+            )
     return ax

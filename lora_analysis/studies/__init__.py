@@ -12,12 +12,12 @@ from lora_analysis.studies.labels import label_facts, with_label_facts
 from lora_analysis.studies.relations import Relation, earlier_checkpoints, relation, run_key
 from lora_analysis.studies.result import Study
 from lora_analysis.studies.similarity_matrix import SimilarityMatrix
-from lora_analysis.studies.spec import MOST_IN_PAIRS, ReadLater, StudySpec
+from lora_analysis.studies.spec import MAX_PAIRS, ReadLater, StudySpec
 from lora_analysis.studies.study_tables import study
 from lora_analysis.studies.table_rows import Degeneracy
 
 __all__ = [
-    "MOST_IN_PAIRS",
+    "MAX_PAIRS",
     "Degeneracy",
     "Failure",
     "ReadLater",

@@ -129,7 +129,9 @@ def pairs_across_bases(study: Study) -> PairsAcrossBases:
     keys = base_keys(study)
     compared = set(zip(study.pairs["a"], study.pairs["b"], strict=True))
     result = PairsAcrossBases({}, {})
-    labels = [label for label in study.tabulated if label not in study.reference and keys[label]]
+    labels = [
+        label for label in study.fully_compared if label not in study.reference and keys[label]
+    ]
     for pair in combinations(labels, 2):
         same = same_key(keys[pair[0]], keys[pair[1]])
         if not same:

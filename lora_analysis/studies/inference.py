@@ -190,7 +190,7 @@ def run_inference(
 def _countable_runs(study: Study, rank: int | None, base: str | None) -> pd.DataFrame:
     """Return the rows of the adapters that count: known task and seed, not excluded."""
     runs = study.runs
-    analyzed = ~runs["adapter"].isin(study.reference) & runs["adapter"].isin(study.tabulated)
+    analyzed = ~runs["adapter"].isin(study.reference) & runs["adapter"].isin(study.fully_compared)
     runs = runs[analyzed & (runs["excluded"] == "")]
     if base is not None:
         runs = runs[runs_on_base(study, base).loc[runs.index]]

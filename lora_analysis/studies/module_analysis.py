@@ -49,7 +49,7 @@ _THROUGH_SMALL, _THROUGH_LARGE = 4, 1
 
 @dataclass(frozen=True, slots=True)
 class PairGroup:
-    """All pairs of the tabulated adapters that have one module in one shape.
+    """All pairs of a block of adapters that have one module in one shape.
 
     Attributes
     ----------
@@ -112,34 +112,34 @@ def analyze_module(study: OpenStudy, module: str, *, blocks: bool = True) -> Mod
         Whether many adapters may be compared in blocks in the calling process, later.
     """
     result = ModuleResult(module)
-    tabulated = set(study.pairs.tabulated)
+    block_of = {i: number for number, block in enumerate(study.pairs.blocks) for i in block}
     by_position: dict[int, tuple[Update, Spectrum]] = {}
     for members, updates in updates_by_shape(study.adapters, module, result.failed):
         spectra = [spectrum(update) for update in updates]
         by_position |= dict(zip(members, zip(updates, spectra, strict=True), strict=True))
         large = blocks and BlockedContribution.fits(updates)
-        compared = [i for i, m in enumerate(members) if m in tabulated or not large]
-        pairs = (
-            module_pairs([spectra[i] for i in compared], [updates[i] for i in compared])
-            if compared
-            else None
-        )
-        if pairs is None or large:
+        pairs = None if large else module_pairs(spectra, updates)
+        if pairs is None:
             factors = [update for update in updates if isinstance(update, LowRankUpdate)]
             positions = np.array(members, dtype=np.intp)
             result.similarity_matrix.append(BlockedContribution(positions, spectra, factors))
         else:
             result.similarity_matrix.append(ModuleContribution.of(members, pairs))
-        rows = [row for row, i in enumerate(compared) if members[i] in tabulated]
-        if pairs is not None and rows:
-            some = pairs if len(rows) == len(compared) else _selected(pairs, rows)
-            chosen = [compared[row] for row in rows]
+        rows_of_blocks: dict[int, list[int]] = {}
+        for row, member in enumerate(members):
+            if member in block_of:
+                rows_of_blocks.setdefault(block_of[member], []).append(row)
+        for rows in rows_of_blocks.values():
+            of_block = [spectra[row] for row in rows], [updates[row] for row in rows]
+            if pairs is None:
+                some = module_pairs(*of_block)
+            else:
+                some = pairs if len(rows) == len(members) else _selected(pairs, rows)
             result.groups.append(
                 _pair_group(
                     some,
-                    [updates[i] for i in chosen],
-                    [spectra[i] for i in chosen],
-                    positions=[members[i] for i in chosen],
+                    *of_block,
+                    positions=[members[row] for row in rows],
                     count=len(study.adapters),
                 )
             )
@@ -154,8 +154,8 @@ def analyze_module(study: OpenStudy, module: str, *, blocks: bool = True) -> Mod
 
 def _pair_group(
     pairs: ModulePairs,
-    updates: Sequence[Update],
     spectra: Sequence[Spectrum],
+    updates: Sequence[Update],
     *,
     positions: Sequence[int],
     count: int,

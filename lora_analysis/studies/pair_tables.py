@@ -81,12 +81,13 @@ def pair_tables(
     starts = np.searchsorted(
         similarities["pair"].to_numpy(dtype=np.intp), [*chosen, len(readable) ** 2]
     )
+    groups = _groups_by_position(results)
     summaries, inits = [], []
     for position, pair in enumerate(chosen.tolist()):
         rows = similarities.iloc[starts[position] : starts[position + 1]]
-        common = _common_groups(results, *study.pairs.pairs[pair])
+        common = _common_groups(groups, *study.pairs.pairs[pair])
         inits.append(_shared_init(study, pair, common, rows))
-        summaries.append(_summary(study, results, common, pair, inits[-1]))
+        summaries.append(_summary(study, groups, common, pair, inits[-1]))
     bases = pair_bases(study, chosen)
     classes = _classes(study, chosen, summaries, inits, bases)
     exclusions = _exclusions(study, results, chosen, classes)
@@ -326,13 +327,22 @@ class _Common(NamedTuple):
     j: int
 
 
-def _common_groups(results: Sequence[ModuleResult], a: int, b: int) -> list[_Common]:
+def _groups_by_position(results: Sequence[ModuleResult]) -> dict[int, list[PairGroup]]:
+    """Return the groups of each adapter, module by module."""
+    groups: dict[int, list[PairGroup]] = {}
+    for result in results:
+        for group in result.groups:
+            for position in np.flatnonzero(group.index >= 0).tolist():
+                groups.setdefault(position, []).append(group)
+    return groups
+
+
+def _common_groups(groups: Mapping[int, Sequence[PairGroup]], a: int, b: int) -> list[_Common]:
     """Return the groups of all modules that both adapters have in one shape."""
     return [
         _Common(group, int(group.index[a]), int(group.index[b]))
-        for result in results
-        for group in result.groups
-        if group.index[a] >= 0 and group.index[b] >= 0
+        for group in groups.get(a, ())
+        if group.index[b] >= 0
     ]
 
 
@@ -357,17 +367,14 @@ def _agree(study: OpenStudy, pair: int, field: str) -> bool | None:
 
 def _summary(
     study: OpenStudy,
-    results: Sequence[ModuleResult],
+    groups: Mapping[int, Sequence[PairGroup]],
     common: Sequence[_Common],
     pair: int,
     init: SharedInit,
 ) -> dict[str, Any]:
     a, b = study.pairs.pairs[pair]
-    in_both = sum(
-        any(group.index[a] >= 0 for group in result.groups)
-        and any(group.index[b] >= 0 for group in result.groups)
-        for result in results
-    )
+    modules = [{group.pairs.module for group in groups.get(position, ())} for position in (a, b)]
+    in_both = len(modules[0] & modules[1])
     cosines = np.array([c.group.pairs.cosine[c.i, c.j] for c in common])
     cosines = cosines[~np.isnan(cosines)]
     leading, whole = _containment(common)

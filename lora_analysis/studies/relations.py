@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from enum import StrEnum
-from itertools import combinations, islice, zip_longest
+from itertools import chain, combinations, pairwise, product, zip_longest
+from math import comb, isqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -91,8 +92,9 @@ class ChosenPairs(NamedTuple):
 
     Attributes
     ----------
-    tabulated
-        Positions of the adapters in the tables of pairs, ascending.
+    blocks
+        Positions of adapters that are all compared with each other, ascending; an adapter is in at
+        most one block. The first block is the largest.
     pairs
         ``(P, 2)``: positions of the two adapters of each pair.
     relations
@@ -101,16 +103,16 @@ class ChosenPairs(NamedTuple):
         Number of pairs whose base models are not known to be the same, which are left out.
     """
 
-    tabulated: list[int]
+    blocks: list[list[int]]
     pairs: NDArray[np.intp]
     relations: list[Relation]
     across_bases: int
 
 
 def choose_pairs(
-    adapters: Sequence[Adapter], reference: Sequence[Adapter], *, across_bases: bool, most: int
+    adapters: Sequence[Adapter], reference: Sequence[Adapter], *, across_bases: bool, max_pairs: int
 ) -> ChosenPairs:
-    """Return all pairs of the adapters and of the reference.
+    """Return all pairs of the adapters and of the reference, or at most ``max_pairs`` of them.
 
     Parameters
     ----------
@@ -118,16 +120,16 @@ def choose_pairs(
         Analyzed adapters, and those that serve as the reference only.
     across_bases
         Whether pairs of base models that are not known to be the same are included.
-    most
-        Maximum number of adapters in the tables of pairs, see `choose_tabulated`.
+    max_pairs
+        Maximum number of pairs, see `choose_blocks`.
     """
     every = (*adapters, *reference)
-    tabulated = choose_tabulated(every, most)
+    blocks = choose_blocks(every, max_pairs)
     earlier = earlier_checkpoints(adapters)
     pairs: list[tuple[int, int]] = []
     relations: list[Relation] = []
     left_out = 0
-    for a, b in combinations(tabulated, 2):
+    for a, b in sorted(pair for block in blocks for pair in combinations(block, 2)):
         kind = relation(every[a], every[b])
         if kind in ACROSS_BASES and not across_bases:
             left_out += 1
@@ -138,17 +140,80 @@ def choose_pairs(
         pairs.append((a, b))
         relations.append(kind)
     positions = np.array(pairs, dtype=np.intp).reshape(-1, 2)
-    return ChosenPairs(tabulated, positions, relations, left_out)
+    return ChosenPairs(blocks, positions, relations, left_out)
 
 
-def choose_tabulated(adapters: Sequence[Adapter], most: int) -> list[int]:
-    """Return positions of at most ``most`` adapters, taken in turn from every task and rank."""
-    if len(adapters) <= most:
-        return list(range(len(adapters)))
-    by_kind: dict[tuple[str | None, int | None], list[int]] = {}
+def choose_blocks(adapters: Sequence[Adapter], max_pairs: int) -> list[list[int]]:
+    """Return the positions of all adapters in blocks that have at most ``max_pairs`` pairs.
+
+    If not all pairs are allowed, the first block is as large as possible, for statistics that need
+    every pair of their adapters; the other adapters are in small blocks of about equal size. Each
+    block has replicates (one task and rank, two seeds) and unrelated adapters (other tasks and
+    seeds), if there are any. Adapters are left out only if three quarters of the maximum are not a
+    pair for each.
+    """
+    if comb(len(adapters), 2) <= max_pairs:
+        return [list(range(len(adapters)))]
+    units = _spread(adapters)
+    largest = min(isqrt(2 * max_pairs) // 2 + 1, len(units))
+    smallest = max(isqrt(max_pairs // 2) // 2, 1)  # a quarter of the pairs
+    # Two units have replicates and unrelated adapters; one is better than none.
+    for least, first in product((2, 1), range(largest, smallest - 1, -1)):
+        most = max((len(units) - first) // least, 1)
+        if _count_pairs(_split(units, first, most)) <= max_pairs:
+            # n adapters in B blocks of one size have n(n/B − 1)/2 pairs: a bound for the search.
+            n = sum(map(len, units[first:]))
+            budget = max_pairs - comb(sum(map(len, units[:first])), 2)
+            blocks = next(
+                blocks
+                for count in range(max(n**2 // (2 * budget + n), 1), most + 1)
+                if _count_pairs(blocks := _split(units, first, count)) <= max_pairs
+            )
+            return sorted(map(sorted, blocks), key=len, reverse=True)
+    core = sorted(index for unit in units[:smallest] for index in unit[:2])
+    end = smallest + max_pairs - comb(len(core), 2)
+    return [core, *(sorted(unit[:2]) for unit in units[smallest:end])]
+
+
+def _split(units: Sequence[Sequence[int]], first: int, count: int) -> list[list[int]]:
+    """Return the first units as one block, and the others in ``count`` blocks of about one size."""
+    rest = len(units) - first
+    ends = [0, *(first + rest * i // count for i in range(count + 1))]
+    return [list(chain.from_iterable(units[i:j])) for i, j in pairwise(ends) if i < j]
+
+
+def _count_pairs(blocks: Sequence[Sequence[int]]) -> int:
+    return sum(comb(len(block), 2) for block in blocks)
+
+
+def _spread(adapters: Sequence[Adapter]) -> list[list[int]]:
+    """Return the positions in twos (or threes) of one task and rank, in the order of their use.
+
+    Neighbors are of different tasks, as far as there are several, and each task and rank starts
+    with other seeds than the one before.
+    """
+    tasks: dict[str | None, dict[int | None, list[int]]] = {}
     for index, adapter in enumerate(adapters):
-        kind = (adapter.provenance.task, adapter.provenance.rank)
-        by_kind.setdefault(kind, []).append(index)
-    rounds = zip_longest(*by_kind.values())
-    in_turn = (index for positions in rounds for index in positions if index is not None)
-    return sorted(islice(in_turn, most))
+        ranks = tasks.setdefault(adapter.provenance.task, {})
+        ranks.setdefault(adapter.provenance.rank, []).append(index)
+    by_rank = zip_longest(*(ranks.values() for ranks in tasks.values()), fillvalue=[])
+    turns = []
+    for shift, members in enumerate(filter(None, chain.from_iterable(by_rank))):
+        units = _in_twos(members)
+        turns.append(units[shift % len(units) :] + units[: shift % len(units)])
+    in_turn = list(filter(None, chain.from_iterable(zip_longest(*turns))))
+    singles = [index for unit in in_turn if len(unit) == 1 for index in unit]
+    units = [unit for unit in in_turn if len(unit) > 1]
+    if len(singles) == 1:
+        units[-1].extend(singles)
+        return units
+    return units + (_in_twos(singles) if singles else [])
+
+
+def _in_twos(members: Sequence[int]) -> list[list[int]]:
+    """Return members two by two, the last three together if their number is odd."""
+    starts = range(0, max(len(members) - 1, 1), 2)
+    units = [list(members[start : start + 2]) for start in starts]
+    if len(members) % 2 and len(members) > 1:
+        units[-1].append(members[-1])
+    return units

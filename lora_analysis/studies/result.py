@@ -74,8 +74,9 @@ class Study:
         Findings on values that may be damaged, by adapter, see `formats.sanity_checks`.
     similarity_matrix
         All pairs of adapters in one matrix per quantity and type of module.
-    tabulated
-        Labels of the adapters in ``pairs`` and ``similarities``: all of them, up to a maximum.
+    fully_compared
+        Labels of adapters of which every pair is in ``pairs`` and ``similarities``: all of them, or
+        beyond ``max_pairs`` pairs a choice.
     across_bases
         Number of pairs of adapters of different base models, which are not compared.
     left_out
@@ -99,7 +100,7 @@ class Study:
     unmatched: Mapping[str, str] = field(default_factory=dict)
     warnings: Mapping[str, tuple[Finding, ...]] = field(default_factory=dict)
     similarity_matrix: SimilarityMatrix | None = None
-    tabulated: tuple[str, ...] = ()
+    fully_compared: tuple[str, ...] = ()
     across_bases: int = 0
     left_out: Mapping[Side, Mapping[str, ModuleExclusion]] = field(default_factory=dict)
     reference_levels: tuple[ReferenceLevel, ...] = ()

@@ -27,8 +27,8 @@ from lora_analysis.studies.labels import with_label_facts
 from lora_analysis.studies.relations import ChosenPairs, choose_pairs
 from lora_analysis.text import join_names
 
-# Tables of more pairs are not read: 40 adapters have 780 pairs, in every module.
-MOST_IN_PAIRS: Final = 40
+# Tables of more pairs are not read: these are the pairs of 40 adapters, in every module.
+MAX_PAIRS: Final = 780
 DRAWS: Final = 16
 
 
@@ -66,7 +66,12 @@ class StudySpec:
     weight_spectra: bool = False
     label: str | None = None
     across_bases: bool = False
-    most_in_pairs: int = MOST_IN_PAIRS
+    max_pairs: int = MAX_PAIRS
+
+    def __post_init__(self) -> None:
+        if self.max_pairs < 1:
+            message = f"max_pairs must be at least 1, got {self.max_pairs}."
+            raise InputError(message)
 
     def check_sources(self) -> None:
         """Raise if adapters or base are values in memory, which other processes cannot open.
@@ -128,7 +133,7 @@ class StudySpec:
                 aligned[:count],
                 aligned[count:],
                 across_bases=self.across_bases,
-                most=self.most_in_pairs,
+                max_pairs=self.max_pairs,
             ),
             unread=tuple(unread),
         )
@@ -147,6 +152,7 @@ class StudySpec:
             "weight_spectra": self.weight_spectra or None,
             "label": self.label,
             "across_bases": self.across_bases or None,
+            "max_pairs": None if self.max_pairs == MAX_PAIRS else self.max_pairs,
         }
         return {name: value for name, value in values.items() if value is not None}
 

@@ -28,7 +28,7 @@ from lora_analysis.studies.reference_levels import is_reference_file, read_refer
 from lora_analysis.studies.relations import earlier_checkpoints
 from lora_analysis.studies.result import Study
 from lora_analysis.studies.similarity_matrix import MOST_AT_ONCE, SimilarityMatrixSums
-from lora_analysis.studies.spec import DRAWS, MOST_IN_PAIRS, OpenStudy, Source, StudySpec
+from lora_analysis.studies.spec import DRAWS, MAX_PAIRS, OpenStudy, Source, StudySpec
 from lora_analysis.studies.table_rows import (
     AMPLIFICATION_COLUMNS,
     CHANGE_COLUMNS,
@@ -54,7 +54,7 @@ def study(
     weight_spectra: bool = False,
     label: str | None = None,
     across_bases: bool = False,
-    most_in_pairs: int = MOST_IN_PAIRS,
+    max_pairs: int = MAX_PAIRS,
     workers: int | None = None,
     executor: Executor | None = None,
     progress: Progress | None = None,
@@ -101,9 +101,10 @@ def study(
     across_bases
         Whether adapters are compared too if their base models are different or not known to be
         the same, although directions of different bases are not comparable.
-    most_in_pairs
-        Maximum number of adapters in the tables of pairs, chosen from every task and rank; the
-        similarity matrix contains all adapters.
+    max_pairs
+        Maximum number of pairs in the tables of pairs. If there are more, pairs are chosen so that
+        every adapter is in some (with 780 pairs: up to 1,200 adapters), with replicates and
+        unrelated adapters where there are any; the similarity matrix contains all pairs.
     workers
         Number of threads; by default the CPUs of this process, and one beyond 1,000 adapters.
     executor
@@ -151,7 +152,7 @@ def study(
         weight_spectra=weight_spectra,
         label=label,
         across_bases=across_bases,
-        most_in_pairs=most_in_pairs,
+        max_pairs=max_pairs,
     )
     opened = spec.open()
     chosen = choose_modules(opened.adapters, modules)
@@ -234,7 +235,7 @@ def _assemble(
     tables = pair_tables(opened, results, failed)
     _add_statistics(similarity_matrix, tables.pairs)
     amplified = only_unrelated(amplified, tables.pairs)
-    tabulated = {opened.adapters[i].label for i in opened.pairs.tabulated}
+    first_block = {opened.adapters[i].label for i in opened.pairs.blocks[0]}
     return Study(
         adapters=adapters,
         runs=_runs_table(list(adapters.values()), spectra, tables.exclusions),
@@ -257,7 +258,7 @@ def _assemble(
         unmatched=unmatched,
         warnings=_warnings(adapters, results),
         similarity_matrix=similarity_matrix,
-        tabulated=tuple(label for label in adapters if label in tabulated),
+        fully_compared=tuple(label for label in adapters if label in first_block),
         across_bases=opened.pairs.across_bases,
         left_out=tables.left_out,
         options=opened.spec.options(),

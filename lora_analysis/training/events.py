@@ -81,10 +81,12 @@ class _Tensorboard:
 class _Wandb:
     """wandb, or trackio, which has the same functions."""
 
-    def __init__(self, config: RunConfig, module: str, **options: Any) -> None:
+    def __init__(self, config: RunConfig, module: str, folder: Path, **options: Any) -> None:
+        # In a sweep, the folder's name has the options in which runs of one name differ.
+        name = folder.name if folder.name.startswith(config.name) else config.name
         api = importlib.import_module(module)
         self.run: Any = api.init(
-            project="lora-analysis", name=config.name, config=config.to_dict(), **options
+            project="lora-analysis", name=name, config=config.to_dict(), **options
         )
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -97,12 +99,12 @@ class _Wandb:
 def _start_wandb(config: RunConfig, folder: Path) -> _Tracker:
     # Without an account, nothing leaves the machine: `wandb sync` sends it later.
     mode = None if "WANDB_API_KEY" in os.environ else "offline"
-    return _Wandb(config, "wandb", dir=str(folder), mode=mode)
+    return _Wandb(config, "wandb", folder, dir=str(folder), mode=mode)
 
 
 TRACKERS: Mapping[str, Callable[[RunConfig, Path], _Tracker]] = {
     "tensorboard": _Tensorboard,
-    "trackio": lambda config, _folder: _Wandb(config, "trackio"),
+    "trackio": lambda config, folder: _Wandb(config, "trackio", folder),
     "wandb": _start_wandb,
 }
 

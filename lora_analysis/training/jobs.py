@@ -35,6 +35,7 @@ class TrainingJob:
     folder: Path
     device: str
     force: bool = False
+    trackers: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"'{self.name}'"
@@ -52,7 +53,12 @@ def train_job(job: TrainingJob, send_event: EventHandler) -> None:
         try:
             with named_errors(str(folder)):
                 train_run(
-                    job.config, folder, device=job.device, on_event=send_renamed, force=job.force
+                    job.config,
+                    folder,
+                    device=job.device,
+                    trackers=job.trackers,
+                    on_event=send_renamed,
+                    force=job.force,
                 )
         except InUseError:
             if time.monotonic() > end:

@@ -65,6 +65,8 @@ class ExecutionOptions:
         ``"auto"``, or a torch device name.
     address
         Address of the Ray cluster; None takes ``$RAY_ADDRESS`` or starts one on this machine.
+    trackers
+        Experiment trackers of every run: ``"tensorboard"``, ``"trackio"``, ``"wandb"``.
     cpus, gpus
         CPUs and GPUs that Ray reserves per run; ``gpus`` None takes one if the cluster has any.
 
@@ -80,6 +82,7 @@ class ExecutionOptions:
     address: str | None = None
     cpus: float = 1.0
     gpus: float | None = None
+    trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_choice("executor", self.executor, ExecutorName)

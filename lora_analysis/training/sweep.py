@@ -37,7 +37,7 @@ from lora_analysis.storage.outputs import OutputFolder, output_folder
 from lora_analysis.storage.records import read_record
 from lora_analysis.text import plural
 from lora_analysis.training.config import RunConfig
-from lora_analysis.training.events import RunEvent
+from lora_analysis.training.events import RunEvent, check_trackers
 from lora_analysis.training.inputs import check_torch, input_paths, write_json
 from lora_analysis.training.jobs import TrainingJob, choose_executor, train_job
 from lora_analysis.training.plan import ExecutionOptions
@@ -153,14 +153,16 @@ def run_sweep(
     Raises
     ------
     InputError
-        Two runs have the same name, ``workers`` is below 1, another sweep uses the folder, or
-        finished runs would be replaced.
+        Two runs have the same name, ``workers`` is below 1, a tracker is unknown, another sweep
+        uses the folder, or finished runs would be replaced.
     """
     end_if_imported_by_worker()
     named = runs if isinstance(runs, Mapping) else _name_by_config(runs)
     chosen = named if names is None else {name: named[name] for name in names}
     is_whole = chosen.keys() == named.keys()
     options = execution or ExecutionOptions(workers=workers, device=device)
+    if options.executor != "ray":  # which trains elsewhere
+        check_trackers(options.trackers)
     # Inputs that several runs share are checked once.
     inputs = {(config.base, config.data): config for config in named.values()}.values()
     _check_folder(named, folder, inputs, force=force)
@@ -179,11 +181,11 @@ def run_sweep(
             total = chosen[name].loop.steps
             events.send(RunEvent(name, "skipped", total, total, state="finished"))
         jobs = [
-            TrainingJob(name, chosen[name], folder, options.device, force)
+            TrainingJob(name, chosen[name], folder, options.device, force, options.trackers)
             for name, state in states.items()
             if state != "finished"
         ]
-        if jobs and executor is None and options.executor != "ray":  # which trains elsewhere
+        if jobs and executor is None and options.executor != "ray":
             for config in inputs:
                 check_torch(config.base)
         _write_configs(named, folder, force=force)
