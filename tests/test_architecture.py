@@ -31,6 +31,7 @@ LEVELS = {
     "names": 1,
     "patterns": 2,
     "adapter": 3,
+    "blocks": 3,
     "chance": 3,
     "storage": 3,
     "bases": 4,

@@ -145,8 +145,8 @@ def _representative(
     seen: dict[str, tuple[Update, Update]],
 ) -> dict[str, tuple[Update, Update]]:
     """Return the modules to draw; updates that are read on the way are added to ``seen``."""
+    from lora_analysis.blocks import choose_names
     from lora_analysis.errors import InputError
-    from lora_analysis.patterns import choose_names
     from lora_analysis.report.representatives import representative_modules
 
     common = [name for name in a if name in b]
