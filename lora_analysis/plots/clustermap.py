@@ -15,6 +15,7 @@ from matplotlib.patches import Patch
 from lora_analysis.errors import InputError
 from lora_analysis.plots import style
 from lora_analysis.plots.hover import HoverCells, set_hover
+from lora_analysis.plots.labels import name_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -165,8 +166,8 @@ def plot_clustermap(
         ax.spines[:].set_visible(False)
         if plot.labels:
             size = 7 if count <= 24 else 5
-            ax.set_xticks(range(count), plot.labels, rotation=90, fontsize=size, parse_math=False)
-            ax.set_yticks(range(count), plot.labels, fontsize=size, parse_math=False)
+            name_ticks(ax, "x", range(count), plot.labels, fontsize=size, vertical=True)
+            name_ticks(ax, "y", range(count), plot.labels, fontsize=size)
         else:
             ax.set_xticks([])
             ax.set_yticks([])

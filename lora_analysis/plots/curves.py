@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+from lora_analysis.blocks import locate_module
 from lora_analysis.errors import InputError
-from lora_analysis.patterns import layer_index, module_type
 from lora_analysis.plots import style
+from lora_analysis.plots.labels import column_order, module_columns, name_ticks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +35,10 @@ class Line:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinesPlot:
-    """Data of the plots. ``chance`` is a level or None; ``note`` names what is not drawn."""
+    """Data of the plots. ``chance`` is a level or None; ``note`` names what is not drawn.
+
+    ``blocks`` are the names at x = 0, 1, 2, … if these are not layers.
+    """
 
     lines: tuple[Line, ...]
     xlabel: str
@@ -43,6 +47,7 @@ class LinesPlot:
     log: bool
     chance: float | None = None
     note: str = ""
+    blocks: tuple[str, ...] = ()
 
 
 def lines_of(series: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> tuple[Line, ...]:
@@ -105,11 +110,14 @@ def namelines_of(ax: Axes, lines: Sequence[Line]) -> None:
 
 
 def _by_layer(values: Mapping[str, float], kind_of: Callable[[str], str]) -> _Series:
-    """Return per kind (layers, medians over its modules there)."""
+    """Return per kind (positions of layers or blocks, medians over its modules there)."""
+    columns = module_columns(values.keys())
+    position = {column: i for i, column in enumerate(column_order(columns))}
     by_kind: dict[str, dict[int, list[float]]] = {}
-    for name, value in values.items():
+    for name, column in columns.items():
         layers = by_kind.setdefault(kind_of(name), {})
-        layers.setdefault(layer_index(name) or 0, []).append(float(value))
+        x = column if isinstance(column, int) else position[column]
+        layers.setdefault(x, []).append(float(values[name]))
     return {
         kind: (list(layers), [float(np.median(values)) for values in layers.values()])
         for kind, layers in by_kind.items()
@@ -127,12 +135,15 @@ def resolve_layers(
     if not len(values):  # a pandas Series has no truth of its own
         message = "plot_layers was given no module."
         raise InputError(message)
-    lines = lines_of(_by_layer(values, module_type))
+    lines = lines_of(_by_layer(values, lambda name: locate_module(name).part))
     level = chance if isinstance(chance, float | int) else None
     if isinstance(chance, Mapping):
         random_layers = _by_layer(chance, lambda _: "random directions")
         lines = (*lines, *(replace(line, color=style.QUIET) for line in lines_of(random_layers)))
-    return LinesPlot(lines, "layer", ylabel, _limits(lines, log=log), log, level)
+    columns = column_order(module_columns(values.keys()))
+    blocks = tuple(column for column in columns if isinstance(column, str))
+    xlabel = "block" if blocks else "layer"
+    return LinesPlot(lines, xlabel, ylabel, _limits(lines, log=log), log, level, blocks=blocks)
 
 
 def plot_layers(
@@ -143,7 +154,7 @@ def plot_layers(
     chance: float | Mapping[str, float] | None = None,
     log: bool = False,
 ) -> Axes:
-    """Draw one number per module over the layers, one line per type of module.
+    """Draw one number per module over the layers or blocks, one line per type of module.
 
     Parameters
     ----------
@@ -168,7 +179,10 @@ def plot_layers(
     with style.house_style():
         ax = style.axes_or_new(ax, (style.ONE_COLUMN, 2.4))
         _paint(ax, plot, marker=True)
-        ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        if plot.blocks:
+            name_ticks(ax, "x", range(len(plot.blocks)), plot.blocks, vertical=True)
+        else:
+            ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     return ax
 
 

@@ -14,6 +14,7 @@ from lora_analysis.errors import InputError
 from lora_analysis.plots import style
 from lora_analysis.plots.hatching import hatch_cells
 from lora_analysis.plots.hover import HoverCells, set_hover, span
+from lora_analysis.plots.labels import set_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -153,7 +154,7 @@ def paint_heatmap(ax: Axes, heatmap: HeatMap, *, side: float = 2.0) -> AxesImage
     ax.spines[:].set_visible(False)
     style.set_label(ax, "x", heatmap.xlabel)
     style.set_label(ax, "y", heatmap.ylabel)
-    ax.set_title(heatmap.title, parse_math=False)
+    set_title(ax, heatmap.title, 72 * side)
     if heatmap.data.size:
         _paint_marks(ax, heatmap, side)
         set_hover(

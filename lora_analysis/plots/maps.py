@@ -1,4 +1,4 @@
-"""A whole model in one picture: one number per module, layers across and types of module down."""
+"""A whole model in one picture: one number per module, blocks or layers across, parts down."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.colors import Normalize
 
+from lora_analysis.blocks import is_image, locate_module, short_names
 from lora_analysis.errors import InputError
-from lora_analysis.patterns import layer_index, module_type
 from lora_analysis.plots import style
 from lora_analysis.plots.heatmap import excess_colors
 from lora_analysis.plots.hover import HoverCells, set_hover
+from lora_analysis.plots.labels import (
+    column_order,
+    module_columns,
+    name_ticks,
+    set_title,
+    text_width,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,16 +40,30 @@ EXCESS_LABEL = "excess over random\n(φ − c)/(1 − c)"
 class ModuleMap:
     """Data drawn by `plot_module_map`: ``data[t, l]`` belongs to type t in layer l, NaN is blank.
 
-    If a type has several modules in a layer (experts, blocks of an image model) their median
-    stands there.
+    ``layers`` are the numbers of layers or, of an image model, the names of blocks. If a type has
+    several modules in a layer (experts, transformer layers of a U-Net's block) their median stands
+    there.
     """
 
     data: NDArray[np.float64]
     kinds: tuple[str, ...]
-    layers: tuple[int, ...]
+    layers: tuple[int | str, ...]
     limits: tuple[float, float]
     label: str
     title: str
+
+    def cell_name(self, row: int, column: int) -> str:
+        """Return ``"q_proj, layer 2"`` or, of an image model, ``"IN04 attn1.to_q"``."""
+        kind, layer = self.kinds[row], self.layers[column]
+        return f"{layer} {kind}" if isinstance(layer, str) else f"{kind}, layer {layer}"
+
+
+# Cells with hover text, each of 150 bytes in an SVG; those of a larger map are merged.
+_MOST_CELLS = 1200
+# Inches next to a row of maps for the bar of colors with its label.
+_COLORBAR_WIDTH = 0.9
+# Rows that a map's height grows with.
+_MOST_ROWS = 48
 
 
 def resolve_module_map(
@@ -56,11 +77,12 @@ def resolve_module_map(
     if not values:
         message = "plot_module_map was given no module."
         raise InputError(message)
-    cells: dict[tuple[str, int], list[float]] = {}
-    for name, value in values.items():
-        cells.setdefault((module_type(name), layer_index(name) or 0), []).append(float(value))
+    columns = module_columns(values.keys())
+    cells: dict[tuple[str, int | str], list[float]] = {}
+    for name in columns:
+        cells.setdefault((locate_module(name).name, columns[name]), []).append(float(values[name]))
     kinds = tuple(dict.fromkeys(kind for kind, _ in cells))
-    layers = tuple(sorted({layer for _, layer in cells}))
+    layers = column_order(columns)
     data = np.full((len(kinds), len(layers)), np.nan)
     for (kind, layer), cell_values in cells.items():
         finite = [value for value in cell_values if np.isfinite(value)]
@@ -69,8 +91,11 @@ def resolve_module_map(
     return ModuleMap(data, tuple(map(style.plain, kinds)), layers, limits, label, title)
 
 
-def paint_module_map(ax: Axes, plot: ModuleMap) -> AxesImage:
-    """Draw a resolved map; return its image, to which a color bar can belong."""
+def paint_module_map(ax: Axes, plot: ModuleMap, title_width: float | None = None) -> AxesImage:
+    """Draw a resolved map; return its image, to which a color bar can belong.
+
+    The title takes at most ``title_width`` points, by default the width of the axes.
+    """
     above = plot.limits[0] < 0
     colors = excess_colors() if above else mpl.colormaps["viridis"]
     rows, columns = plot.data.shape
@@ -82,18 +107,20 @@ def paint_module_map(ax: Axes, plot: ModuleMap) -> AxesImage:
         interpolation="nearest",
     )
     ax.spines[:].set_visible(False)
-    ax.set_yticks(range(rows), plot.kinds, parse_math=False)
-    step = max(1, -(-columns // 8))
-    ax.set_xticks(range(0, columns, step), [str(layer) for layer in plot.layers[::step]])
-    ax.set_xlabel("layer")
-    ax.set_title(plot.title, parse_math=False)
+    name_ticks(ax, "y", range(rows), plot.kinds)
+    of_blocks = any(isinstance(layer, str) for layer in plot.layers)
+    step = 1 if of_blocks else max(1, -(-columns // 8))
+    names = [str(layer) for layer in plot.layers[::step]]
+    name_ticks(ax, "x", range(0, columns, step), names, vertical=of_blocks)
+    ax.set_xlabel("block" if of_blocks else "layer")
+    set_title(ax, plot.title, title_width)
     set_hover(
         ax,
         HoverCells(
             plot.data,
             (-0.5, -0.5),
-            lambda top, _bottom, left, _right: f"{plot.kinds[top]}, layer {plot.layers[left]}",
-            most=plot.data.size,
+            lambda top, _bottom, left, _right: plot.cell_name(top, left),
+            most=min(plot.data.size, _MOST_CELLS),
         ),
     )
     return image
@@ -128,7 +155,9 @@ def plot_module_map(
     """
     plot = resolve_module_map(values, limits=limits, label=label, title=title)
     with style.house_style():
-        ax = style.axes_or_new(ax, (style.ONE_COLUMN, 0.9 + 0.2 * max(len(plot.kinds), 3)))
+        ax = style.axes_or_new(
+            ax, (style.ONE_COLUMN, 0.9 + 0.2 * min(max(len(plot.kinds), 3), _MOST_ROWS))
+        )
         image = paint_module_map(ax, plot)
         ax.figure.colorbar(image, ax=ax, label=plot.label, fraction=0.08, pad=0.03)
     return ax
@@ -149,15 +178,23 @@ def figure_module_maps(
         raise InputError(message)
     columns = max(map(len, maps))
     # The label next to the bar of colors needs the height of four rows.
-    height = 0.75 + 0.17 * max(4, *(len(module_map.kinds) for row in maps for module_map in row))
+    heights = [
+        0.75 + 0.17 * min(max(4, *(len(module_map.kinds) for module_map in row)), _MOST_ROWS)
+        for row in maps
+    ]
     with style.house_style():
-        figure = style.PanelFigure(figsize=(width, height * len(maps)), layout="constrained")
-        axes = figure.subplots(len(maps), columns, squeeze=False)
+        figure = style.PanelFigure(figsize=(width, sum(heights)), layout="constrained")
+        axes = figure.subplots(len(maps), columns, squeeze=False, height_ratios=heights)
         for row, places in zip(maps, axes, strict=True):
+            font = places[0].yaxis.get_major_ticks()[0].label1.get_fontproperties()
+            names = max(text_width(kind, font) for kind in row[0].kinds)
+            room = (72 * (width - _COLORBAR_WIDTH) - names) / columns
             images = [
-                paint_module_map(ax, module_map)
+                paint_module_map(ax, module_map, room)
                 for ax, module_map in zip(places, row, strict=False)
             ]
+            for ax in places[len(row) :]:
+                ax.set_axis_off()
             for ax in places[1:]:
                 ax.set_yticklabels([])
             figure.colorbar(images[-1], ax=list(places), label=row[-1].label, pad=0.01)
@@ -190,11 +227,13 @@ def resolve_intruders(reports: Sequence[IntruderReport], *, side: Side = "output
     for row, report in enumerate(reports):
         cosine[row, : len(report.S)] = report.sides[side].max_cosine
         novelty[row, : len(report.S)] = report.sides[side].novelty
-    names = style.without_common_start([report.module for report in reports])
+    modules = [report.module for report in reports]
+    short = style.without_common_start(modules)
+    titles = short_names(modules) if is_image(modules) else dict(zip(modules, short, strict=True))
     several = len({report.label for report in reports}) > 1
     labels = [
-        f"{report.label} {name}" if several else name
-        for report, name in zip(reports, names, strict=True)
+        f"{report.label} {titles[report.module]}" if several else titles[report.module]
+        for report in reports
     ]
     return IntruderStrip(
         cosine=cosine,
@@ -245,8 +284,7 @@ def plot_intruders(
             where[:, 1] + 1, where[:, 0], s=size, color="white", linewidth=0, label="intruder"
         )
         ax.spines[:].set_visible(False)
-        step = max(1, -(-rows // 24))
-        ax.set_yticks(range(0, rows, step), plot.labels[::step], parse_math=False)
+        name_ticks(ax, "y", range(rows), plot.labels)
         ax.set_xticks(style.count_ticks(columns))
         ax.set_xlabel(
             f"direction of W + ΔW, {side} side\ndot: cosine below {plot.epsilon:g}, by novelty"
