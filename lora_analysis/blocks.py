@@ -185,7 +185,7 @@ class ModuleLocation(NamedTuple):
         ``"q_proj, layer 2"`` for a language model.
         """
         if not self.component:
-            return f"{self.name}, {self.block}" if self.block else self.name
+            return f"{self.name}, {self.block}"
         block = f"{self.block}.{self.layer}" if layer and self.layer is not None else self.block
         return " ".join(filter(None, (self.short_component, block, self.name)))
 
@@ -370,7 +370,9 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
     locations = {name: locate_module(name) for name in stored}
     several = {where[:2] for where in locations.values() if where.layer}
     titles = {
-        name: where.title(layer=where[:2] in several) if where.name != NO_TYPE else name
+        name: where.title(layer=where[:2] in several)
+        if where.component or (where.block and where.name != NO_TYPE)
+        else name
         for name, where in locations.items()
     }
     counts = Counter(titles.values())
