@@ -180,7 +180,7 @@ def plot_layers(
         ax = style.axes_or_new(ax, (style.ONE_COLUMN, 2.4))
         _paint(ax, plot, marker=True)
         if plot.blocks:
-            name_ticks(ax, "x", range(len(plot.blocks)), plot.blocks, vertical=True)
+            name_ticks(ax, "x", range(len(plot.blocks)), plot.blocks, vertical=None)
         else:
             ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     return ax

@@ -114,7 +114,7 @@ def name_ticks(
     labels: Sequence[str],
     *,
     fontsize: float | None = None,
-    vertical: bool = False,
+    vertical: bool | None = False,
 ) -> None:
     """Write names along an axis; if there are too many for its length, every nth.
 
@@ -132,22 +132,26 @@ def name_ticks(
     fontsize
         In points; by default that of tick labels.
     vertical
-        Turn names along the x axis by 90°.
+        Turn names along the x axis by 90°; None turns them if they do not fit otherwise.
     """
     step = max(1, -(-len(labels) // _MOST_LABELS))
     positions, labels = positions[::step], labels[::step]
     line = ax.xaxis if axis == "x" else ax.yaxis
     options: dict[str, float] = {} if fontsize is None else {"fontsize": fontsize}
-    if vertical:
-        options["rotation"] = 90
     line.set_ticks(positions, labels, parse_math=False, **options)
     if not len(labels):
         return
+    font = line.get_major_ticks()[0].label1.get_fontproperties()
+    if vertical is None:
+        widest = max(text_width(label, font) for label in labels)
+        needed = len(labels) * (widest + _GAP * font.get_size_in_points())
+        vertical = needed > ax.bbox.width * 72 / ax.figure.dpi
     if axis == "y" or vertical:
         figure = ax.figure.get_figure(root=True)
         inches = figure.get_figwidth() if axis == "y" else figure.get_figheight()
-        font = line.get_major_ticks()[0].label1.get_fontproperties()
         labels = [shortened(label, _MOST_SHARE * 72 * inches, font) for label in labels]
+        if vertical:
+            options["rotation"] = 90
         line.set_ticks(positions, labels, parse_math=False, **options)
     line.set_major_locator(_ThinnedTicks(positions, labels))
 

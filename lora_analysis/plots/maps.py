@@ -111,7 +111,7 @@ def paint_module_map(ax: Axes, plot: ModuleMap, title_width: float | None = None
     of_blocks = any(isinstance(layer, str) for layer in plot.layers)
     step = 1 if of_blocks else max(1, -(-columns // 8))
     names = [str(layer) for layer in plot.layers[::step]]
-    name_ticks(ax, "x", range(0, columns, step), names, vertical=of_blocks)
+    name_ticks(ax, "x", range(0, columns, step), names, vertical=None)
     ax.set_xlabel("block" if of_blocks else "layer")
     set_title(ax, plot.title, title_width)
     set_hover(
