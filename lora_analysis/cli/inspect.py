@@ -191,6 +191,8 @@ def _how_many(facts: list[dict[str, Any]]) -> str:
     """Return the number of modules: by component of an image model, else by type."""
     if components := Counter(fact["component"] for fact in facts if fact["component"]):
         counts = ", ".join(f"{component}: {count}" for component, count in components.items())
+        if len(components) == 1:
+            counts = next(iter(components))
         return f"{len(facts)} ({counts})"
     kinds = [fact["module_type"] for fact in facts]
     return f"{len(kinds)} ({_counted(kinds)})" if len(set(kinds)) < len(kinds) else str(len(kinds))

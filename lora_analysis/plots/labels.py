@@ -49,9 +49,13 @@ def shortened(text: str, width: float, font: FontProperties) -> str:
 def fitted(text: str, width: float, font: FontProperties, *, lines: int = 2) -> str:
     """Return text broken into at most ``lines`` lines of ``width`` points.
 
-    Lines break at spaces, else after a dot, a slash or an underscore; what is too long even then is
-    shortened.
+    Lines break at a comma, else at spaces, else after a dot, a slash or an underscore; what is too
+    long even then is shortened.
     """
+    if text_width(text, font) > width and lines > 1 and ", " in text:
+        parts = [part.strip() for part in text.rsplit(", ", 1)]
+        if all(text_width(part, font) < width for part in (f"{parts[0]},", parts[1])):
+            return f"{parts[0]},\n{parts[1]}"
     rows = [""]
     for word in _words(text):
         if rows[-1] and text_width((rows[-1] + word).rstrip(), font) > width:
