@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
-from matplotlib.ticker import FixedLocator
+from matplotlib.ticker import Locator
 
 from lora_analysis.blocks import forward_order, locate_module
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from matplotlib.axes import Axes
+    from matplotlib.axis import XAxis, YAxis
     from numpy.typing import ArrayLike, NDArray
 
 # Largest share of a figure's width that the names along one side take.
@@ -83,38 +85,43 @@ def _words(text: str) -> list[str]:
     return words
 
 
-class _ThinnedTicks(FixedLocator):
+class _ThinnedTicks(Locator):
     """The positions of names of which every nth is labeled, so that none touches the next."""
 
-    def __init__(self, positions: ArrayLike, labels: Sequence[str]) -> None:
-        super().__init__(positions)
+    def __init__(
+        self, line: XAxis | YAxis, positions: NDArray[np.float64], labels: Sequence[str]
+    ) -> None:
+        self._line = line
+        self._positions = positions
         self._labels = labels
 
-    def __call__(self) -> NDArray[np.float64]:
-        axis = self.axis
-        positions = np.asarray(self.locs, dtype=np.float64)
-        if axis is None or len(positions) < 2:
+    def tick_values(self, vmin: float, vmax: float) -> list[float]:  # noqa: ARG002 - a signature
+        """Return the positions, whatever the limits are."""
+        return self()
+
+    def __call__(self) -> list[float]:
+        positions = [float(position) for position in self._positions]
+        if len(positions) < 2:
             return positions
-        is_x = axis.axis_name == "x"
+        across = self._line.axis_name == "x"
         points = np.zeros((len(positions), 2))
-        points[:, 0 if is_x else 1] = positions
-        pixels = axis.axes.transData.transform(points)[:, 0 if is_x else 1]
-        scale = 72 / axis.axes.figure.dpi
-        spacing = float(np.abs(np.diff(pixels)).min()) * scale
-        first = axis.majorTicks[0].label1
+        points[:, 0 if across else 1] = positions
+        pixels = self._line.axes.transData.transform(points)[:, 0 if across else 1]
+        spacing = float(np.abs(np.diff(pixels)).min()) * 72 / self._line.axes.figure.dpi
+        first = self._line.get_major_ticks(1)[0].label1
         font = first.get_fontproperties()
         size = font.get_size_in_points()
         along = _LINE * size
-        if is_x and first.get_rotation() == 0:
+        if across and first.get_rotation() == 0:
             along = max(text_width(label, font) for label in self._labels)
-        step = max(1, int(np.ceil((along + _GAP * size) / max(spacing, 1e-6))))
+        step = max(1, math.ceil((along + _GAP * size) / max(spacing, 1e-6)))
         return positions[::step]
 
 
 def name_ticks(
     ax: Axes,
     axis: Literal["x", "y"],
-    positions: Sequence[float] | NDArray[np.float64],
+    positions: ArrayLike,
     labels: Sequence[str],
     *,
     fontsize: float | None = None,
@@ -139,9 +146,9 @@ def name_ticks(
         Turn names along the x axis by 90°; None turns them if they do not fit otherwise.
     """
     step = max(1, -(-len(labels) // _MOST_LABELS))
-    positions, labels = positions[::step], labels[::step]
+    positions, labels = np.asarray(positions, dtype=np.float64)[::step], labels[::step]
     line = ax.xaxis if axis == "x" else ax.yaxis
-    options: dict[str, float] = {} if fontsize is None else {"fontsize": fontsize}
+    options: dict[str, Any] = {} if fontsize is None else {"fontsize": fontsize}
     line.set_ticks(positions, labels, parse_math=False, **options)
     if not len(labels):
         return
@@ -157,14 +164,14 @@ def name_ticks(
         if vertical:
             options["rotation"] = 90
         line.set_ticks(positions, labels, parse_math=False, **options)
-    line.set_major_locator(_ThinnedTicks(positions, labels))
+    line.set_major_locator(_ThinnedTicks(line, positions, labels))
 
 
 def module_columns(names: Iterable[str]) -> dict[str, int | str]:
     """Return where each module stands along the model: its layer or, of an image model, its block.
 
-    The modules are in the order of the forward pass. Blocks of several components are told apart:
-    ``"TE1 3"`` is layer 3 of the first text encoder.
+    The modules are in the order of the forward pass. Where there are several components, the name
+    of the component is in front: ``"TE1 3"`` is layer 3 of the first text encoder.
     """
     locations = {name: locate_module(name) for name in forward_order(names)}
     components = {where.component for where in locations.values()}
