@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Final, NamedTuple
 
-from lora_analysis.names import identify, is_flattened, split_component
+from lora_analysis.names import identify, is_flattened, split_component, strip_wrappers
 from lora_analysis.patterns import (
     NO_TYPE,
     layer_index,
@@ -221,21 +221,25 @@ def locate_module(name: str) -> ModuleLocation:
     known_component = _COMPONENTS.get(first)
     # Numbers alone (cloneofsimo's files) count adapted layers, not the model's.
     if known_component is not None and not inner and not path.isdecimal():
-        if not known_component.startswith(_TEXT_ENCODER):
+        # Any model may call a layer so.
+        is_vague = path in ("out_2", "proj_out") and not (is_flattened(name) or _has_prefix(name))
+        if not known_component.startswith(_TEXT_ENCODER) and not is_vague:
             location = _in_unet(path) or _in_flux(path)
             if location is not None:
                 return _in_component(location, known_component)
-        if known_component or is_flattened(name) or _is_denoiser(name):
+        # Language models of the GPT family are in "transformer" as well.
+        is_denoiser = _has_prefix(name) and not strip_wrappers(name).startswith("transformer.")
+        if known_component or is_flattened(name) or is_denoiser:
             return _in_component(_numbered(path), known_component)
     number = layer_index(name)
     kind = module_type(name)
     return ModuleLocation("", "" if number is None else f"layer {number}", None, kind, kind, ())
 
 
-def _is_denoiser(name: str) -> bool:
-    """Return True for names behind the prefix of an image model that no language model has."""
+def _has_prefix(name: str) -> bool:
+    """Return True for a name behind the prefix of a denoiser."""
     component, path = split_component(name)
-    return not component and name.startswith(("diffusion_model.", "unet.")) and path != name
+    return not component and path != strip_wrappers(name)
 
 
 def _in_component(location: ModuleLocation, component: str) -> ModuleLocation:

@@ -118,6 +118,8 @@ def test_text_encoders_are_numbered_by_component_and_layer() -> None:
         ("lm_head", "", "lm_head"),
         ("003", "layer 3", "no type"),
         ("unet.3", "layer 3", "unet"),
+        ("out.2", "layer 2", "out"),
+        ("proj_out", "", "proj_out"),
     ],
 )
 def test_other_models_have_layers_and_types(name: str, block: str, part: str) -> None:
