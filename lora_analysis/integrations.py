@@ -15,10 +15,10 @@ import numpy as np
 
 from lora_analysis import linalg
 from lora_analysis.adapter import LowRankUpdate
+from lora_analysis.blocks import choose_names, locate_module
 from lora_analysis.errors import InputError
 from lora_analysis.formats import as_adapter, read_factors
 from lora_analysis.names import match_names
-from lora_analysis.patterns import choose_names, module_type
 from lora_analysis.similarity import energy_overlap
 from lora_analysis.spectra import SIDES, Spectrum, spectrum
 
@@ -245,7 +245,7 @@ def _medians(rows: Mapping[str, Mapping[str, float]], *, by_type: bool) -> dict[
     groups: dict[str, list[Mapping[str, float]]] = {PREFIX: list(rows.values())}
     if by_type:
         for module, row in rows.items():
-            groups.setdefault(f"{PREFIX}/{module_type(module)}", []).append(row)
+            groups.setdefault(f"{PREFIX}/{locate_module(module).name}", []).append(row)
     medians = {}
     for group, members in groups.items():
         for name in dict.fromkeys(key for row in members for key in row):

@@ -13,7 +13,6 @@ from functools import lru_cache
 from typing import Any, Final, NamedTuple, TypeVar
 
 from lora_analysis.errors import InputError
-from lora_analysis.names import identify, is_flattened
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -99,32 +98,6 @@ def matches_target(name: str, targets: str | Sequence[str]) -> bool:
             return _equal_but_for_dots(name, targets)
         return _matches_expression(name, targets)
     return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def choose_names(names: Iterable[str], pattern: str | Sequence[str] | None) -> list[str]:
-    """Return the names that a pattern means: all for None, an empty list if nothing matches.
-
-    A string is the end of a name (whole segments) if any name ends so, else a regular expression
-    that must match in full; a list holds ends of names. If neither fits, modules are chosen that
-    another file would call so (`lora_analysis.names.identify`).
-    """
-    pool = list(names)
-    if pattern is None:
-        return pool
-    ends = [pattern] if isinstance(pattern, str) else pattern
-    chosen = [name for name in pool if matches_target(name, ends)]
-    if not chosen and isinstance(pattern, str):
-        with pattern_budget():
-            chosen = [name for name in pool if matches_target(name, pattern)]
-    return chosen or _same_modules(pool, ends)
-
-
-def _same_modules(names: Sequence[str], others: Iterable[str]) -> list[str]:
-    """Return the names of modules that other files call as in ``others``."""
-    given = list(others)
-    flat = any(map(is_flattened, (*names, *given)))
-    identities = {identify(name, flat=flat) for name in given}
-    return [name for name in names if identify(name, flat=flat) in identities]
 
 
 class ModulePatterns(Mapping[str, T]):

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from image_files import kohya_sdxl
 from safetensors.numpy import save_file
 from tiny_models import write_model, write_reviews
 
@@ -38,6 +39,7 @@ def make_workspace(folder: Path) -> Path:
         _write_run(folder / name, "a", 8, seed)
     for name, seed, alpha in (("style", 1, 4.0), ("subject", 2, 4.0), ("old", 3, None)):
         _write_kohya(folder / f"{name}.safetensors", seed, alpha)
+    kohya_sdxl(folder / "sdxl.safetensors", rank=4, width=8)
     write_model(folder / "models/bert", "bert")
     write_reviews(folder / "reviews.csv")
     return folder

@@ -33,6 +33,7 @@ LEVELS = {
     "patterns": 2,
     "results": 2,
     "adapter": 3,
+    "blocks": 3,
     "chance": 3,
     "storage": 3,
     "bases": 4,

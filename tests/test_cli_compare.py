@@ -385,7 +385,7 @@ def test_json_has_all_columns_of_the_modules_and_equals_the_library(
     assert len(found["modules"]) == 8
     norms = ("norm_a", "norm_b", "relative_a", "relative_b")
     for row in found["modules"]:
-        assert row.keys() == {*SIMILARITY_COLUMNS, *norms}
+        assert row.keys() == {*SIMILARITY_COLUMNS, "block", *norms}
         grid = subspace_similarity(a[row["module"]], b[row["module"]], side=row["side"])
         assert row["phi_1_1"] == pytest.approx(grid.at(1, 1), abs=1e-12)
         assert row["phi_r_r"] == pytest.approx(grid.at(2, 5), abs=1e-12)

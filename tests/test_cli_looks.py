@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
+import image_files
 import numpy as np
 import pytest
 from factories import adapter, low_rank_update
 from test_cli import call
 
 from lora_analysis.adapter import Adapter
+from lora_analysis.blocks import locate_module
 from lora_analysis.cli import doctor, show
 from lora_analysis.formats import write_adapter
 
@@ -42,6 +45,95 @@ def test_inspect_and_compare_keep_to_80_columns(
         assert max(len(line) for line in out.splitlines() if not line.startswith("path ")) <= 80
     lines = out.splitlines()
     assert any(one.startswith("q_proj (30)") for one in lines) != bool(arguments)
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        image_files.kohya_sd15,
+        image_files.kohya_sdxl,
+        image_files.diffusers_sdxl,
+        image_files.kohya_flux,
+        image_files.diffusers_flux,
+    ],
+)
+def test_an_image_adapter_fits_one_screen(
+    factory: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = factory(tmp_path / "image.safetensors", rank=2, width=4)
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = call(capsys, "inspect", path)
+    lines = [line for line in out.splitlines() if not line.startswith("path ")]
+    assert (code, err) == (0, "")
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 80
+    code, out, _ = call(capsys, "inspect", path, "--format", "json")
+    (document,) = json.loads(out)["adapters"]
+    blocks = [block["block"] for block in document["blocks"]]
+    assert [line.split("  ")[0] for line in lines[-len(blocks) :]] == blocks
+    assert sum(block["modules"] for block in document["blocks"]) == len(document["modules"])
+    squares = sum(block["norm"] ** 2 for block in document["blocks"])
+    assert squares == pytest.approx(document["norm"] ** 2)
+    assert sum(block["share"] for block in document["blocks"]) == pytest.approx(1)
+    last = document["modules"][-1]
+    assert last["component"] == document["modules"][-2]["component"]
+    assert "text encoder" in last["component"] or blocks[-1].startswith("single")
+
+
+def test_image_adapters_are_compared_and_drawn_by_block(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    pair = [
+        image_files.kohya_sdxl(tmp_path / "a.safetensors", rank=2, width=24, text_encoders=False),
+        image_files.diffusers_sdxl(tmp_path / "b.safetensors", rank=2, width=24, seed=1),
+    ]
+    code, out, err = call(capsys, "compare", *pair, "--sort", "module", "--top", "2")
+    lines = out.splitlines()
+    assert (code, err) == (0, "")
+    blocks = lines[lines.index("medians by block") + 2 :][:11]
+    assert [line.split()[0] for line in blocks] == [
+        "IN04", "IN05", "IN07", "IN08", "MID", *(f"OUT{n:02}" for n in range(6)),
+    ]  # fmt: skip
+    modules = lines.index("first and last 2 of 722 modules, in the order of the files")
+    assert lines[modules + 2].startswith("IN04 proj_in ")
+    assert lines[modules + 3].startswith("IN04.0 attn1.to_k ")
+    assert lines[modules + 6].startswith("OUT05 proj_out ")
+    code, out, _ = call(capsys, "compare", *pair, "--module", "IN04 attn1", "--format", "json")
+    assert {row["block"] for row in json.loads(out)["modules"]} == {"IN04"}
+    code, out, _ = call(
+        capsys, "heatmap", *pair, "-o", tmp_path / "h.svg", "--module", "IN", "--format", "json"
+    )
+    assert code == 0
+    drawn = json.loads(out)["modules"]
+    assert [locate_module(name).name for name in drawn] == ["attn1.to_q", "attn1.to_v"]
+    assert {locate_module(name).block[:2] for name in drawn} == {"IN"}
+
+
+def test_an_image_adapter_is_amplified_by_block(
+    rng: np.random.Generator,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    path = image_files.diffusers_sdxl(tmp_path / "a.safetensors", rank=2, width=6)
+    names = image_files.unet_modules(image_files.SDXL_DIFFUSERS, ".")
+    weights = {f"{name}.weight": rng.standard_normal((6, 6)).astype(np.float32) for name in names}
+    base = image_files.stored(tmp_path / "base.safetensors", weights)
+    words = ("amplify", path, "--base", base, "--scale", "1", "--draws", "2", "--not-transposed")
+    _, out, err = call(capsys, *words)
+    table = out.splitlines()
+    start = next(i for i, line in enumerate(table) if line.startswith("block (modules)"))
+    assert [line.split("  ")[0] for line in table[start + 1 : start + 4]] == [
+        "IN04 (22)", "IN05 (22)", "IN07 (102)",
+    ]  # fmt: skip
+    assert "Left out: 256 modules more" in err  # those of the text encoders
+    _, out, _ = call(capsys, *words, "--all")
+    assert "IN04.1 attn2.to_out" in out
 
 
 def test_labels_in_names_make_a_relation(

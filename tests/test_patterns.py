@@ -11,11 +11,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lora_analysis import patterns as patterns_module
+from lora_analysis.blocks import choose_names
 from lora_analysis.errors import InputError
 from lora_analysis.patterns import (
     NO_TYPE,
     ModulePatterns,
-    choose_names,
     layer_index,
     matches_target,
     module_type,

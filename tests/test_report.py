@@ -26,7 +26,6 @@ from lora_analysis.report.representatives import (
     rank_pair,
     representative_modules,
     seed_pair,
-    short_name,
 )
 from lora_analysis.report.results import csv_text
 from lora_analysis.report.step_tables import steps_table
@@ -374,8 +373,6 @@ def test_the_representative_modules_are_one_middle_layer_of_each_type() -> None:
     assert representative_modules(names) == ["layers.4.q_proj", "layers.4.v_proj"]
     assert representative_modules(["a.0.q", "a.1.q", "a.2.q", "a.3.q"]) == ["a.1.q", "a.2.q"]
     assert representative_modules(["q"]) == ["q"]
-    assert short_name("model.layers.4.q_proj") == "q_proj, layer 4"
-    assert short_name("003") == "003"
 
 
 def test_the_figure_of_ranks_takes_the_largest_against_the_one_near_eight(

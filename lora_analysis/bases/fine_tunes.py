@@ -14,9 +14,9 @@ from lora_analysis.adapter import Adapter, DenseUpdate, Provenance
 from lora_analysis.bases.base_weights import BaseWeights
 from lora_analysis.bases.opening import open_base
 from lora_analysis.bases.tensor_names import module_of
+from lora_analysis.blocks import choose_names
 from lora_analysis.errors import BaseWeightError, InputError
 from lora_analysis.finding import Finding
-from lora_analysis.patterns import choose_names
 from lora_analysis.storage.paths import existing_path
 
 if TYPE_CHECKING:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import (
+    MODULES_SHOWN,
     VerbCommand,
     modules_option,
     output_options,
@@ -24,7 +25,7 @@ from lora_analysis.cli.show import (
     print_text,
     records,
 )
-from lora_analysis.text import printable
+from lora_analysis.text import plural, printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,6 +50,12 @@ if TYPE_CHECKING:
     "intruder dimensions, rotation of W's vectors. Takes half a minute per 4096 × 4096 weight the "
     "first time; cached in $LORA_ANALYSIS_CACHE.",
 )
+@click.option(
+    "--all",
+    "every",
+    is_flag=True,
+    help="Show every module of an image model, not medians by block.",
+)
 @modules_option
 @prefix_option
 @reading_options
@@ -56,6 +63,7 @@ if TYPE_CHECKING:
 def command(
     source: str,
     *,
+    every: bool,
     base: str,
     transposed: bool | None,
     draws: int,
@@ -71,6 +79,7 @@ def command(
     random directions of the same size. Enrichment is the ratio of the two. Compare it with that of
     random directions through W before you call it specific to the adapter.
     """
+    from lora_analysis.blocks import locate_module
     from lora_analysis.conclusions import findings
     from lora_analysis.finding import FILE_CODES
     from lora_analysis.studies import study
@@ -96,7 +105,13 @@ def command(
     if form == "json":
         changes = {"changes": records(result.changes)} if spectrum else {}
         print_json(
-            {"adapter": adapter.label, "base": base, "modules": records(table)}
+            {
+                "adapter": adapter.label,
+                "base": base,
+                "modules": records(
+                    table.assign(block=[locate_module(name).block for name in table["module"]])
+                ),
+            }
             | _medians(full)
             | changes
             | {
@@ -112,9 +127,9 @@ def command(
             print_finding(finding.severity, finding.text)
         if shown_findings:
             click.echo()
-        _print(adapter.label, full)
+        _print(adapter.label, full, every=every)
         if spectrum:
-            _print_changes(adapter.label, result.changes)
+            _print_changes(adapter.label, result.changes, every=every)
     return PARTLY_FAILED if result.unmatched else DONE
 
 
@@ -151,12 +166,20 @@ def _announce(adapter: Adapter) -> None:
         )
 
 
+# Modules without a base weight whose reasons are printed; the others are counted.
+_REASONS_SHOWN: Final = 8
+
+
 def _amplifications(result: Study, label: str) -> pd.DataFrame:
     """Return the table; raise InputError with the reason if it is empty."""
     from lora_analysis.errors import InputError
 
-    for reason in result.unmatched.values():
+    reasons = list(result.unmatched.values())
+    for reason in reasons[:_REASONS_SHOWN]:
         click.echo(printable(f"Left out: {reason}"), err=True)
+    if len(reasons) > _REASONS_SHOWN:
+        more = plural(len(reasons) - _REASONS_SHOWN, "module")
+        click.echo(f"Left out: {more} more; --format json has their reasons.", err=True)
     table = result.amplifications
     if not table.empty:
         return table
@@ -211,11 +234,32 @@ _NAMES = {
 _ALL_OF_IT = 1e-6
 
 
-def _print(label: str, full: pd.DataFrame) -> None:
+def _titled_rows(table: pd.DataFrame, *, every: bool) -> list[dict[str, Any]]:
+    """Return the rows of a table with a title each: modules, or medians over an image's blocks."""
+    from lora_analysis.blocks import group_modules, is_image, short_names
+
+    modules = list(dict.fromkeys(table["module"]))
+    if not is_image(modules):
+        return records(table.assign(title=table["module"]))
+    if every or len(modules) <= MODULES_SHOWN:
+        return records(table.assign(title=table["module"].map(short_names(modules))))
+    group_of = {
+        name: f"{title} ({len(names)})"
+        for title, names in group_modules(modules).items()
+        for name in names
+    }
+    by = [table["module"].map(group_of).rename("title")]
+    by += [table["side"]] if "side" in table else []
+    return records(table.groupby(by, sort=False).median(numeric_only=True).reset_index())
+
+
+def _print(label: str, full: pd.DataFrame, *, every: bool) -> None:
+    rows = _titled_rows(full, every=every)
+    what = "" if len(rows) == len(full) else ", medians by block (every module: --all)"
     print_table(
-        f"{label}: amplification at full rank (k = {_span(full['k'])})",
-        ("module", *_NAMES.values()),
-        [(row["module"], *(decimals(row[name]) for name in _NAMES)) for row in records(full)],
+        f"{label}: amplification at full rank (k = {_span(full['k'])}){what}",
+        ("module" if not what else "block (modules)", *_NAMES.values()),
+        [(row["title"], *(decimals(row[name]) for name in _NAMES)) for row in rows],
         footer=("median", *(decimals(full[name].median()) for name in _NAMES)),
     )
     click.echo()
@@ -258,17 +302,17 @@ _CHANGES = {
 }
 
 
-def _print_changes(label: str, changes: pd.DataFrame) -> None:
+def _print_changes(label: str, changes: pd.DataFrame, *, every: bool) -> None:
     if changes.empty:
         return
     k, span = (_span(changes[name]) for name in ("k", "span"))
     looked_at, random = int(changes["directions"].max()), changes["chance_novelty"].median()
-    rows = records(changes)
+    rows = _titled_rows(changes, every=every)
     click.echo()
     print_table(
         f"{label} in W's basis (k = {k})",
         ("module", "side", *_ENERGY.values()),
-        [(row["module"], row["side"], *(_energy_text(x, row[x]) for x in _ENERGY)) for row in rows],
+        [(row["title"], row["side"], *(_energy_text(x, row[x]) for x in _ENERGY)) for row in rows],
     )
     click.echo()
     print_text(
@@ -281,7 +325,12 @@ def _print_changes(label: str, changes: pd.DataFrame) -> None:
         f"The first {looked_at} singular directions of W + ΔW",
         ("module", "side", "intruders", *_CHANGES.values()),
         [
-            (row["module"], row["side"], row["intruders"], *(decimals(row[x]) for x in _CHANGES))
+            (
+                row["title"],
+                row["side"],
+                f"{row['intruders']:g}",
+                *(decimals(row[x]) for x in _CHANGES),
+            )
             for row in rows
         ],
     )

@@ -275,6 +275,7 @@ def _document(
     result: Study, pair: tuple[str, str], conclusions: Sequence[Comparison]
 ) -> dict[str, Any]:
     """Return the pair, its conclusions and all columns of its modules for JSON output."""
+    from lora_analysis.blocks import locate_module
     from lora_analysis.conclusions import comparison_fields
 
     pairs, rows = (
@@ -282,10 +283,11 @@ def _document(
         for table in (result.pairs, result.similarities)
     )
     rows = rows.assign(
+        block=[locate_module(name).block for name in rows["module"]],
         **{
             name: rows["module"].map(values)
             for name, values in norms_by_module(result, pair).items()
-        }
+        },
     )
     runs = result.runs[result.runs["adapter"].isin([*pair, *result.reference])]
     return {

@@ -83,7 +83,15 @@ _MARKS: Final = {
 
 
 def print_modules(table: pd.DataFrame, sort: SortKey, top: int, *, has_base: bool) -> None:
-    """Print the modules at both ends of an order, and medians over the types of modules."""
+    """Print the modules at both ends of an order, and medians over groups of modules.
+
+    The groups are the blocks of an image model, which come first, else the types of modules.
+    """
+    from lora_analysis.blocks import group_modules, is_image, short_names
+
+    image = is_image(table["module"])
+    if image:
+        table = table.assign(title=table["module"].map(short_names(table["module"])))
     quantity = "relative" if has_base else "norm"
     # Equal to the printed digits for square modules: one column is enough.
     randoms = [table[f"chance_omega_{side}"].map("{:.3f}".format) for side in SIDES]
@@ -91,6 +99,14 @@ def print_modules(table: pd.DataFrame, sort: SortKey, top: int, *, has_base: boo
     columns = ["module", "A", "B", "ω out", "random", "ω in", "random", "∠ out", "∠ in", "cosine"]
     if one_random:
         columns[3:7] = ["ω out", "ω in", "random"]
+    group_rows = [
+        (
+            f"{title} ({len(names)})",
+            *_medians(table[table["module"].isin(names)], quantity, one_random=one_random),
+        )
+        for title, names in group_modules(table["module"]).items()
+    ]
+    has_groups = len(table) > 2 * top and 1 < len(group_rows) < len(table)
     if sort != "module":
         table = table.sort_values(_SORT_COLUMNS[sort], ascending=False, kind="stable")
     chosen, title = table, "all modules"
@@ -103,15 +119,13 @@ def print_modules(table: pd.DataFrame, sort: SortKey, top: int, *, has_base: boo
         body.insert(top, ("…", *[""] * (len(columns) - 1)))
     footer = ("median", *_medians(table, quantity, one_random=one_random))
     click.echo()
-    print_table(f"{title}, {order}", columns, body, footer=footer)
-    by_type = table.groupby("module_type", sort=False)
-    if len(table) > 2 * top and 1 < by_type.ngroups < len(table):
-        rows = [
-            (f"{kind} ({len(rows)})", *_medians(rows, quantity, one_random=one_random))
-            for kind, rows in by_type
-        ]
+    if has_groups and image:
+        print_table("medians by block", ["block (modules)", *columns[1:]], group_rows)
         click.echo()
-        print_table("medians by type of module", columns, rows)
+    print_table(f"{title}, {order}", columns, body, footer=footer)
+    if has_groups and not image:
+        click.echo()
+        print_table("medians by type of module", columns, group_rows)
     click.echo()
     notes = [_NOTES[0].format(quantity=_SORTED_BY[quantity]), _NOTES[1]]
     for mark, meaning in _MARKS.items():
@@ -138,7 +152,7 @@ def _cells(row: dict[str, Any], quantity: str, *, one_random: bool) -> tuple[str
         else (values["output"], randoms[0], values["input"], randoms[1])
     )
     return (
-        row["module"],
+        row.get("title", row["module"]),
         *(f"{row[f'{quantity}_{name}']:.3g}" for name in "ab"),
         *omegas,
         *angles,

@@ -137,6 +137,7 @@ def command(
     As in the LoRA paper, one middle layer of the first two module types is drawn; select others
     with --module.
     """
+    from lora_analysis.blocks import short_names
     from lora_analysis.formats import unique_labels
     from lora_analysis.names import parse_prefixes
     from lora_analysis.pairwise import MATCHING_CODES, align_adapters
@@ -157,7 +158,7 @@ def command(
     with progress_bar(form) as progress:
         seen: dict[str, tuple[Update, Update]] = {}
         chosen = _representative(first, second, modules, progress, seen)
-        titles = _titles(list(chosen))
+        titles = short_names([name for name in first if name in second])
         grids = {
             titles[name]: subspace_similarity(*updates, side=side, of=of)
             for name, updates in chosen.items()
@@ -206,8 +207,8 @@ def _representative(
     seen: dict[str, tuple[Update, Update]],
 ) -> dict[str, tuple[Update, Update]]:
     """Return the modules to draw; updates that are read on the way are added to ``seen``."""
+    from lora_analysis.blocks import choose_names
     from lora_analysis.errors import InputError
-    from lora_analysis.patterns import choose_names
     from lora_analysis.report.representatives import representative_modules
 
     common = [name for name in a if name in b]
@@ -259,14 +260,6 @@ def _findings(
             *check_updates(updates, adapter.provenance.findings),
         )
     ]
-
-
-def _titles(names: list[str]) -> dict[str, str]:
-    """Return a short title per module; the full names if two would be the same."""
-    from lora_analysis.report.representatives import short_name
-
-    short = {name: short_name(name) for name in names}
-    return short if len(set(short.values())) == len(names) else {name: name for name in names}
 
 
 def _some(names: list[str]) -> str:

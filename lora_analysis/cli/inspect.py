@@ -107,13 +107,14 @@ def _describe(adapter: Adapter, pattern: str | None) -> dict[str, Any]:
         "untrained_modules": sum(fact["untrained"] for fact in facts),
         "saved_modules": sorted(adapter.saved_modules),
         "findings": [finding.to_dict() for finding in findings],
+        "blocks": _blocks(facts),
         "modules": facts,
     }
 
 
 def _chosen(adapter: Adapter, pattern: str | None) -> list[str]:
+    from lora_analysis.blocks import choose_names
     from lora_analysis.errors import InputError
-    from lora_analysis.patterns import choose_names
 
     names = choose_names(adapter, pattern)
     if not names:
@@ -127,15 +128,19 @@ def _chosen(adapter: Adapter, pattern: str | None) -> list[str]:
 
 def _module_facts(adapter: Adapter, name: str) -> dict[str, Any]:
     """Read one module and return its facts."""
+    from lora_analysis.blocks import locate_module
     from lora_analysis.formats.sanity_checks import module_statistics
-    from lora_analysis.patterns import module_type
     from lora_analysis.spectra import spectrum
 
     update = adapter[name]
     value = spectrum(update, vectors=False)
+    where = locate_module(value.name)
     return {
         "module": value.name,
-        "module_type": module_type(value.name),
+        "component": where.component,
+        "block": where.block,
+        "part": where.part,
+        "module_type": where.name,
         "shape": list(value.shape),
         "rank": value.rank,
         "numerical_rank": value.numerical_rank,
@@ -156,8 +161,45 @@ def _module_facts(adapter: Adapter, name: str) -> dict[str, Any]:
     }
 
 
-def _how_many(kinds: list[str]) -> str:
-    """Return the number of modules, by type if a type has several."""
+def _blocks(facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one row per block of an image model; none for other models."""
+    import numpy as np
+
+    from lora_analysis.blocks import group_modules, is_image
+
+    by_name = {fact["module"]: fact for fact in facts}
+    if not is_image(by_name):
+        return []
+    total = sum(fact["norm"] ** 2 for fact in facts)
+    rows = []
+    for title, names in group_modules(by_name).items():
+        of_block = [by_name[name] for name in names]
+        squares = sum(fact["norm"] ** 2 for fact in of_block)
+        medians = {
+            key: float(np.median([fact[key] for fact in of_block]))
+            for key in ("effective_rank", "stable_rank", "energy_rank_90")
+        }
+        rows.append(
+            {
+                "block": title,
+                "modules": len(names),
+                "rank": _counted([fact["rank"] for fact in of_block]),
+                "norm": squares**0.5,
+                "share": squares / total if total else 0.0,
+                **medians,
+            }
+        )
+    return rows
+
+
+def _how_many(facts: list[dict[str, Any]]) -> str:
+    """Return the number of modules: by component of an image model, else by type."""
+    if components := Counter(fact["component"] for fact in facts if fact["component"]):
+        counts = ", ".join(f"{component}: {count}" for component, count in components.items())
+        if len(components) == 1:
+            counts = next(iter(components))
+        return f"{len(facts)} ({counts})"
+    kinds = [fact["module_type"] for fact in facts]
     return f"{len(kinds)} ({_counted(kinds)})" if len(set(kinds)) < len(kinds) else str(len(kinds))
 
 
@@ -238,7 +280,7 @@ def _print_one(document: dict[str, Any], *, every: bool) -> None:
         ("format", document["format"]),
         ("base model", document["base_model"] or "not stated"),
         *((name, document[name]) for name in _RUN if document[name] is not None),
-        ("modules", _how_many([m["module_type"] for m in facts])),
+        ("modules", _how_many(facts)),
         ("rank", _counted([m["rank"] for m in facts])),
         ("scale", _scales(facts)),
         ("stored as", _counted([m["stored_dtype"] for m in facts])),
@@ -255,8 +297,12 @@ def _print_one(document: dict[str, Any], *, every: bool) -> None:
     lines += [(_heading(finding), finding["text"]) for finding in document["findings"]]
     print_facts(lines)
     click.echo()
-    by_type = len(facts) > MODULES_SHOWN and not every
-    (_print_types if by_type else _print_modules)(facts)
+    if len(facts) <= MODULES_SHOWN or every:
+        _print_modules(facts)
+    elif document["blocks"]:
+        _print_blocks(document["blocks"])
+    else:
+        _print_types(facts)
 
 
 def _heading(finding: dict[str, Any]) -> str:
@@ -279,8 +325,32 @@ def _cells(fact: dict[str, Any]) -> tuple[object, ...]:
 
 
 def _print_modules(facts: list[dict[str, Any]]) -> None:
+    from lora_analysis.blocks import is_image, short_names
+
+    names = [fact["module"] for fact in facts]
+    titles = short_names(names) if is_image(names) else dict(zip(names, names, strict=True))
     columns = ("module", "rank", *_MEASURES, "σ")
-    print_table("", columns, [(fact["module"], *_cells(fact)) for fact in facts])
+    print_table("", columns, [(titles[fact["module"]], *_cells(fact)) for fact in facts])
+
+
+def _print_blocks(blocks: list[dict[str, Any]]) -> None:
+    """Print the size of ΔW in each block of an image model, and medians over its modules."""
+    columns = ("block", "modules", "rank", "‖ΔW‖", "share", *_MEASURES[:3])
+    rows = [
+        (
+            row["block"],
+            row["modules"],
+            row["rank"],
+            decimals(row["norm"]),
+            f"{row['share']:.1%}",
+            f"{row['effective_rank']:.1f}",
+            f"{row['stable_rank']:.2f}",
+            f"{row['energy_rank_90']:g}",
+        )
+        for row in blocks
+    ]
+    title = "‖ΔW‖ by block, its share of ‖ΔW‖², and median ranks (every module: --all)"
+    print_table(title, columns, rows)
 
 
 def _print_types(facts: list[dict[str, Any]]) -> None:

@@ -120,7 +120,8 @@ def modules_option(command: Command) -> Command:
         "--module",
         "modules",
         metavar="PATTERN",
-        help="Select modules by name, end of the name, or regular expression.",
+        help="Select modules by name, end of the name, or regular expression; in image models also "
+        "by block or part: IN04, attn2, 'text encoder', 'IN04 attn1.to_q'.",
     )(command)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from lora_analysis import linalg
 from lora_analysis.adapter import Adapter, DenseUpdate, LazyUpdate, LowRankUpdate, UpdateOutline
 from lora_analysis.bases import read_fine_tune
+from lora_analysis.blocks import choose_names
 from lora_analysis.edit.budgets import ranks_within
 from lora_analysis.edit.derived_adapter import derive_adapter
 from lora_analysis.edit.truncation import (
@@ -33,7 +34,7 @@ from lora_analysis.formats.sanity_checks import (
     sanity_findings,
 )
 from lora_analysis.formats.written import check_dtype, has_unknown_scale, round_update
-from lora_analysis.patterns import ModulePatterns, module_type, near_names
+from lora_analysis.patterns import near_names
 from lora_analysis.results import frame
 from lora_analysis.spectra import spectrum
 from lora_analysis.storage.dtypes import narrowed_type
@@ -253,23 +254,17 @@ def _pattern_ranks(
         if rank != int(rank) or rank < 1:
             message = f"rank_for needs whole ranks of at least 1, got {rank!r} for '{pattern}'."
             raise InputError(message)
-    ranks = {}
-    used = set()
-    patterns = ModulePatterns({pattern: (pattern, rank) for pattern, rank in rank_for.items()})
-    for module in adapter:
-        names = (module, module_type(module))
-        match = next((m for name in names if (m := patterns.value(name, None))), None)
-        if match is not None:
-            used.add(match[0])
-            ranks[module] = match[1]
-    for pattern in rank_for:
-        if pattern not in used:
+    ranks: dict[str, int] = {}
+    for pattern, rank in rank_for.items():
+        new = [module for module in choose_names(adapter, pattern) if module not in ranks]
+        if not new:
             near = ", ".join(near_names(pattern, adapter)) or "none"
             message = (
                 f"rank_for: '{pattern}' matches no module of {adapter.label}, or an earlier "
                 f"pattern matches the same ones. Near names: {near}."
             )
             raise InputError(message)
+        ranks |= dict.fromkeys(new, rank)
     return ranks
 
 

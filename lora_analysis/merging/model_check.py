@@ -15,6 +15,7 @@ import numpy as np
 
 from lora_analysis.bases import check_experts, open_base
 from lora_analysis.bases.base_weights import BaseWeights
+from lora_analysis.blocks import choose_names
 from lora_analysis.effective import effective_update
 from lora_analysis.errors import BaseWeightError, IncompatibleError, InputError
 from lora_analysis.finding import Finding
@@ -23,7 +24,6 @@ from lora_analysis.merging.forecast import MergeForecast, forecast_module
 from lora_analysis.merging.module_check import Cause, Conclusion, ModuleMerge, check_module
 from lora_analysis.merging.replay import round_to
 from lora_analysis.names import strip_wrappers
-from lora_analysis.patterns import choose_names
 from lora_analysis.results import frame
 from lora_analysis.storage.dtypes import widened
 

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.patches import Rectangle
 
+from lora_analysis.blocks import is_image, short_names
 from lora_analysis.errors import InputError
 from lora_analysis.plots import style
+from lora_analysis.plots.labels import name_ticks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,13 +57,15 @@ def resolve_bars(values: Mapping[str, float], *, xlabel: str) -> BarsPlot:
     if not finite:
         message = "plot_bars was given no finite value."
         raise InputError(message)
-    names = style.without_common_start(list(finite))
+    names = list(finite)
+    titles = short_names(names).values() if is_image(names) else style.without_common_start(names)
+    labels = [style.plain(title, 32) for title in titles]
     order = np.argsort(-np.array(list(finite.values())), kind="stable")
     omitted = max(0, len(order) - MOST_BARS)
     first = len(order) if not omitted else 2 * MOST_BARS // 3
     chosen = order if not omitted else np.concatenate([order[:first], order[first + omitted :]])
     return BarsPlot(
-        labels=tuple(style.plain(names[index], 32) for index in chosen),
+        labels=tuple(labels[index] for index in chosen),
         values=np.array([list(finite.values())[index] for index in chosen]),
         omitted=omitted,
         first=first,
@@ -111,7 +115,7 @@ def plot_bars(
         defaults = {"height": 0.7, "color": look.color(0)}
         ax.barh(plot.positions, plot.values, **style.merged(Rectangle, defaults, kwargs))
         ax.set_ylim(plot.positions[-1] + 0.6, -0.6)
-        ax.set_yticks(plot.positions, plot.labels, fontsize=look.tiny, parse_math=False)
+        name_ticks(ax, "y", plot.positions, plot.labels, fontsize=look.tiny)
         ax.set_xlim(0, float(plot.values.max()) * 1.02 or 1.0)
         if plot.omitted:
             ax.text(

@@ -16,6 +16,7 @@ from lora_analysis.errors import InputError
 from lora_analysis.plots import style
 from lora_analysis.plots.heatmap import EXCESS_SCALE, ColorOptions, ColorScale
 from lora_analysis.plots.hover import HoverCells, set_hover
+from lora_analysis.plots.labels import name_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -177,9 +178,8 @@ def plot_clustermap(
         ax.spines[:].set_visible(False)
         if plot.labels:
             size_of_names = look.small if count <= 24 else look.small * 5 / 7
-            options: dict[str, Any] = {"fontsize": size_of_names, "parse_math": False}
-            ax.set_xticks(range(count), plot.labels, rotation=90, **options)
-            ax.set_yticks(range(count), plot.labels, **options)
+            name_ticks(ax, "x", range(count), plot.labels, fontsize=size_of_names, vertical=True)
+            name_ticks(ax, "y", range(count), plot.labels, fontsize=size_of_names)
         else:
             ax.set_xticks([])
             ax.set_yticks([])

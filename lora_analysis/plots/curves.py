@@ -10,9 +10,10 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from lora_analysis.blocks import locate_module
 from lora_analysis.errors import InputError
-from lora_analysis.patterns import layer_index, module_type
 from lora_analysis.plots import style
+from lora_analysis.plots.labels import column_order, module_columns, name_ticks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +36,10 @@ class Line:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinesPlot:
-    """Data of the plots. ``chance`` is a level or None; ``note`` names what is not drawn."""
+    """Data of the plots. ``chance`` is a level or None; ``note`` names what is not drawn.
+
+    ``blocks`` are the names at x = 0, 1, 2, … if these are not layers.
+    """
 
     lines: tuple[Line, ...]
     xlabel: str
@@ -44,6 +48,7 @@ class LinesPlot:
     log: bool
     chance: float | None = None
     note: str = ""
+    blocks: tuple[str, ...] = ()
 
 
 def lines_of(series: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> tuple[Line, ...]:
@@ -104,11 +109,14 @@ def _paint(look: style.Look, plot: LinesPlot, kwargs: dict[str, Any]) -> None:
 
 
 def _by_layer(values: Mapping[str, float], kind_of: Callable[[str], str]) -> _Series:
-    """Return per kind (layers, medians over its modules there)."""
+    """Return per kind (positions of layers or blocks, medians over its modules there)."""
+    columns = module_columns(values.keys())
+    position = {column: i for i, column in enumerate(column_order(columns))}
     by_kind: dict[str, dict[int, list[float]]] = {}
-    for name, value in values.items():
+    for name, column in columns.items():
         layers = by_kind.setdefault(kind_of(name), {})
-        layers.setdefault(layer_index(name) or 0, []).append(float(value))
+        x = column if isinstance(column, int) else position[column]
+        layers.setdefault(x, []).append(float(values[name]))
     return {
         kind: (list(layers), [float(np.median(values)) for values in layers.values()])
         for kind, layers in by_kind.items()
@@ -126,12 +134,15 @@ def resolve_layers(
     if not len(values):  # a pandas Series has no truth of its own
         message = "plot_layers was given no module."
         raise InputError(message)
-    lines = lines_of(_by_layer(values, module_type))
+    lines = lines_of(_by_layer(values, lambda name: locate_module(name).part))
     level = chance if isinstance(chance, float | int) else None
     if isinstance(chance, Mapping):
         random_layers = _by_layer(chance, lambda _: "random directions")
         lines = (*lines, *(replace(line, color=None) for line in lines_of(random_layers)))
-    return LinesPlot(lines, "layer", ylabel, _limits(lines, log=log), log, level)
+    columns = column_order(module_columns(values.keys()))
+    blocks = tuple(column for column in columns if isinstance(column, str))
+    xlabel = "block" if blocks else "layer"
+    return LinesPlot(lines, xlabel, ylabel, _limits(lines, log=log), log, level, blocks=blocks)
 
 
 def plot_layers(
@@ -145,7 +156,7 @@ def plot_layers(
     figsize: tuple[float, float] | None = None,
     **kwargs: Any,
 ) -> Axes:
-    """Draw one number per module over the layers, one line per type of module.
+    """Draw one number per module over the layers or blocks, one line per type of module.
 
     Parameters
     ----------
@@ -175,7 +186,10 @@ def plot_layers(
     plot = resolve_layers(values, ylabel=ylabel, chance=chance, log=log)
     with style.drawing(ax, (style.ONE_COLUMN, 2.4), figsize=figsize, color=color) as look:
         _paint(look, plot, kwargs)
-        look.ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        if plot.blocks:
+            name_ticks(look.ax, "x", range(len(plot.blocks)), plot.blocks, vertical=None)
+        else:
+            look.ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     return look.ax
 
 

@@ -18,6 +18,7 @@ from lora_analysis.patterns import did_you_mean
 from lora_analysis.plots import style
 from lora_analysis.plots.hatching import hatch_cells
 from lora_analysis.plots.hover import HoverCells, set_hover, span
+from lora_analysis.plots.labels import set_title
 from lora_analysis.similarity import Degeneracy, SimilarityGrid, subspace_similarity
 from lora_analysis.spectra import default_side
 
@@ -259,7 +260,7 @@ def paint_heatmap(ax: Axes, heatmap: HeatMap, *, side: float = 2.0, **kwargs: An
     ax.spines[:].set_visible(False)
     style.set_label(ax, "x", heatmap.xlabel)
     style.set_label(ax, "y", heatmap.ylabel)
-    ax.set_title(heatmap.title, parse_math=False)
+    set_title(ax, heatmap.title, 72 * side)
     if heatmap.data.size:
         _paint_marks(look, heatmap, image, side / look.scale)
         set_hover(

@@ -1,4 +1,4 @@
-"""A whole model in one picture: one number per module, layers across and types of module down."""
+"""A whole model in one picture: one number per module, blocks or layers across, parts down."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.colors import Colormap
 
+from lora_analysis.blocks import is_image, locate_module, short_names
 from lora_analysis.errors import InputError
-from lora_analysis.patterns import layer_index, module_type
 from lora_analysis.plots import style
 from lora_analysis.plots.heatmap import EXCESS_SCALE, ColorOptions, ColorScale, phi_scale
 from lora_analysis.plots.hover import HoverCells, set_hover
+from lora_analysis.plots.labels import (
+    column_order,
+    module_columns,
+    name_ticks,
+    set_title,
+    text_width,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,16 +40,30 @@ EXCESS_LABEL = "excess over random\n(φ − c)/(1 − c)"
 class ModuleMap:
     """Data drawn by `plot_module_map`: ``data[t, l]`` belongs to type t in layer l, NaN is blank.
 
-    If a type has several modules in a layer (experts, blocks of an image model) their median
-    stands there.
+    ``layers`` are the numbers of layers or, of an image model, the names of blocks. If a type has
+    several modules in a layer (experts, transformer layers of a U-Net's block) their median stands
+    there.
     """
 
     data: NDArray[np.float64]
     kinds: tuple[str, ...]
-    layers: tuple[int, ...]
+    layers: tuple[int | str, ...]
     limits: tuple[float, float]
     label: str
     title: str
+
+    def cell_name(self, row: int, column: int) -> str:
+        """Return ``"q_proj, layer 2"`` or, of an image model, ``"IN04 attn1.to_q"``."""
+        kind, layer = self.kinds[row], self.layers[column]
+        return f"{layer} {kind}" if isinstance(layer, str) else f"{kind}, layer {layer}"
+
+
+# Cells with hover text, each of 150 bytes in an SVG; those of a larger map are merged.
+_MOST_CELLS = 1200
+# Inches next to a row of maps for the bar of colors with its label.
+_COLORBAR_WIDTH = 0.9
+# Rows that a map's height grows with.
+_MOST_ROWS = 48
 
 
 def resolve_module_map(
@@ -56,11 +77,12 @@ def resolve_module_map(
     if not values:
         message = "plot_module_map was given no module."
         raise InputError(message)
-    cells: dict[tuple[str, int], list[float]] = {}
-    for name, value in values.items():
-        cells.setdefault((module_type(name), layer_index(name) or 0), []).append(float(value))
+    columns = module_columns(values.keys())
+    cells: dict[tuple[str, int | str], list[float]] = {}
+    for name in columns:
+        cells.setdefault((locate_module(name).name, columns[name]), []).append(float(values[name]))
     kinds = tuple(dict.fromkeys(kind for kind, _ in cells))
-    layers = tuple(sorted({layer for _, layer in cells}))
+    layers = column_order(columns)
     data = np.full((len(kinds), len(layers)), np.nan)
     for (kind, layer), cell_values in cells.items():
         finite = [value for value in cell_values if np.isfinite(value)]
@@ -78,9 +100,17 @@ def _scale(plots: Sequence[ModuleMap], options: ColorOptions) -> ColorScale:
 
 
 def paint_module_map(
-    ax: Axes, plot: ModuleMap, scale: ColorScale, kwargs: dict[str, Any]
+    ax: Axes,
+    plot: ModuleMap,
+    scale: ColorScale,
+    kwargs: dict[str, Any],
+    *,
+    title_width: float | None = None,
 ) -> AxesImage:
-    """Draw a resolved map; return its image, to which a color bar can belong."""
+    """Draw a resolved map; return its image, to which a color bar can belong.
+
+    The title takes at most ``title_width`` points, by default the width of the axes.
+    """
     rows, columns = plot.data.shape
     blank = style.look(ax).blank
     image = ax.imshow(
@@ -89,18 +119,20 @@ def paint_module_map(
     )
     ax.grid(visible=False)
     ax.spines[:].set_visible(False)
-    ax.set_yticks(range(rows), plot.kinds, parse_math=False)
-    step = max(1, -(-columns // 8))
-    ax.set_xticks(range(0, columns, step), [str(layer) for layer in plot.layers[::step]])
-    ax.set_xlabel("layer")
-    ax.set_title(plot.title, parse_math=False)
+    name_ticks(ax, "y", range(rows), plot.kinds)
+    of_blocks = any(isinstance(layer, str) for layer in plot.layers)
+    step = 1 if of_blocks else max(1, -(-columns // 8))
+    names = [str(layer) for layer in plot.layers[::step]]
+    name_ticks(ax, "x", range(0, columns, step), names, vertical=None)
+    ax.set_xlabel("block" if of_blocks else "layer")
+    set_title(ax, plot.title, title_width)
     set_hover(
         ax,
         HoverCells(
             plot.data,
             (-0.5, -0.5),
-            lambda top, _bottom, left, _right: f"{plot.kinds[top]}, layer {plot.layers[left]}",
-            most=plot.data.size,
+            lambda top, _bottom, left, _right: plot.cell_name(top, left),
+            most=min(plot.data.size, _MOST_CELLS),
         ),
     )
     return image
@@ -149,7 +181,7 @@ def plot_module_map(
     """
     plot = resolve_module_map(values, limits=limits, label=label, title=title)
     scale = _scale([plot], ColorOptions(cmap=cmap, vmin=vmin, vmax=vmax))
-    size = (style.ONE_COLUMN, 0.9 + 0.2 * max(len(plot.kinds), 3))
+    size = (style.ONE_COLUMN, 0.9 + 0.2 * min(max(len(plot.kinds), 3), _MOST_ROWS))
     with style.drawing(ax, size, figsize=figsize) as look:
         image = paint_module_map(look.ax, plot, scale, kwargs)
         _paint_colorbar(look.ax, image, scale)
@@ -177,17 +209,25 @@ def figure_module_maps(
         raise InputError(message)
     columns = max(map(len, maps))
     # The label next to the bar of colors needs the height of four rows.
-    height = 0.75 + 0.17 * max(4, *(len(module_map.kinds) for row in maps for module_map in row))
+    heights = [
+        0.75 + 0.17 * min(max(4, *(len(module_map.kinds) for module_map in row)), _MOST_ROWS)
+        for row in maps
+    ]
     with style.house_style(width):
-        height *= style.font_scale()
-        figure = style.PanelFigure(figsize=(width, height * len(maps)), layout="constrained")
-        axes = figure.subplots(len(maps), columns, squeeze=False)
+        grown = style.font_scale() * sum(heights)
+        figure = style.PanelFigure(figsize=(width, grown), layout="constrained")
+        axes = figure.subplots(len(maps), columns, squeeze=False, height_ratios=heights)
         for row, places in zip(maps, axes, strict=True):
+            font = places[0].yaxis.get_major_ticks()[0].label1.get_fontproperties()
+            names = max(text_width(kind, font) for kind in row[0].kinds)
+            room = (72 * (width - _COLORBAR_WIDTH) - names) / columns
             scale = _scale(row, {})
             images = [
-                paint_module_map(ax, module_map, scale, {})
+                paint_module_map(ax, module_map, scale, {}, title_width=room)
                 for ax, module_map in zip(places, row, strict=False)
             ]
+            for ax in places[len(row) :]:
+                ax.set_axis_off()
             for ax in places[1:]:
                 ax.set_yticklabels([])
             figure.colorbar(
@@ -222,11 +262,13 @@ def resolve_intruders(reports: Sequence[IntruderReport], *, side: Side = "output
     for row, report in enumerate(reports):
         cosine[row, : len(report.S)] = report.sides[side].max_cosine
         novelty[row, : len(report.S)] = report.sides[side].novelty
-    names = style.without_common_start([report.module for report in reports])
+    modules = [report.module for report in reports]
+    short = style.without_common_start(modules)
+    titles = short_names(modules) if is_image(modules) else dict(zip(modules, short, strict=True))
     several = len({report.label for report in reports}) > 1
     labels = [
-        f"{report.label} {name}" if several else name
-        for report, name in zip(reports, names, strict=True)
+        f"{report.label} {titles[report.module]}" if several else titles[report.module]
+        for report in reports
     ]
     return IntruderStrip(
         cosine=cosine,
@@ -292,8 +334,7 @@ def plot_intruders(
                 where[:, 1] + 1, where[:, 0], s=size, color=color, linewidth=0, label="intruder"
             )
         ax.spines[:].set_visible(False)
-        step = max(1, -(-rows // 24))
-        ax.set_yticks(range(0, rows, step), plot.labels[::step], parse_math=False)
+        name_ticks(ax, "y", range(rows), plot.labels)
         ax.set_xticks(style.count_ticks(columns))
         ax.set_xlabel(
             f"direction of W + ΔW, {side} side\ndot: cosine below {plot.epsilon:g}, by novelty"

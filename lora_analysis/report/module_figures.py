@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lora_analysis import plots
+from lora_analysis.blocks import forward_order, is_image, locate_module
 from lora_analysis.conclusions.comparison_values import SIDES_IN_ORDER
 from lora_analysis.conclusions.run_findings import overlaps_with_last_step
 from lora_analysis.plots.heatmap import EXCESS_LIMITS
@@ -17,13 +18,15 @@ from lora_analysis.report.representatives import (
     common_modules,
     drawn_pairs,
     module_populations,
+    module_titles,
     modules_far_from_median,
-    short_name,
 )
 from lora_analysis.report.similarity_figures import ReportFigure, legend, module_panels
 from lora_analysis.text import number, overlap_number
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from lora_analysis.plots import ModuleMap
     from lora_analysis.report.representatives import ModulePopulation
     from lora_analysis.studies import Study
@@ -37,13 +40,17 @@ _MANY = 500
 def map_figures(study: Study) -> Iterator[ReportFigure]:
     """Yield the excess of ω by layer and type, of one population and of unrelated pairs."""
     by_side = {side: module_populations(study, side) for side in SIDES_IN_ORDER}
+    across = _across(study.spectra["module"])
     for index in range(max(map(len, by_side.values()), default=0)):
         maps, sentences = [], []
         for side, of_side in by_side.items():
             if index >= len(of_side) or len(of_side[index][0].excess) < 3:
                 continue
             populations = of_side[index]
-            maps.append([_population_map(population, side) for population in populations])
+            maps += [
+                [_population_map(population, side, component) for population in populations]
+                for component in _components(populations[0].excess.index)
+            ]
             medians = ", ".join(
                 f"{population.name} {overlap_number(float(population.excess.median()))}"
                 for population in populations
@@ -55,21 +62,40 @@ def map_figures(study: Study) -> Iterator[ReportFigure]:
                 name="modules" if not index else f"modules_{index + 1}",
                 title="Where adapters agree.",
                 caption=(
-                    "Excess of ω over the random baseline by layer and module type, medians over "
+                    f"Excess of ω over the random baseline by {across}, medians over "
                     f"the pairs of one population each. Medians over modules: "
                     f"{'; '.join(sentences)}. Gray: not usable, or no such module."
                 ),
-                alt=f"Overlap excess by layer and module type. {'; '.join(sentences)}.",
+                alt=f"Overlap excess by {across}. {'; '.join(sentences)}.",
                 figure=plots.figure_module_maps(maps),
             )
 
 
-def _population_map(population: ModulePopulation, side: str) -> ModuleMap:
+def _components(names: Iterable[str]) -> list[str]:
+    """Return the components of an image model that modules are in; one empty name otherwise."""
+    return list(dict.fromkeys(locate_module(name).component for name in forward_order(names)))
+
+
+def _across(names: Iterable[str]) -> str:
+    return "block and part" if is_image(names) else "layer and module type"
+
+
+def _of_component(values: pd.Series, component: str) -> dict[str, float]:
+    """Return the values of the modules in a component."""
+    return {
+        str(name): float(value)
+        for name, value in values.items()
+        if locate_module(str(name)).component == component
+    }
+
+
+def _population_map(population: ModulePopulation, side: str, component: str) -> ModuleMap:
+    of = f"{component}: " if component else ""
     return plots.resolve_module_map(
-        population.excess.to_dict(),
+        _of_component(population.excess, component) or {"": float("nan")},
         limits=EXCESS_LIMITS,
         label="excess of ω",
-        title=f"{population.name}, {side} side",
+        title=f"{of}{population.name}, {side} side",
     )
 
 
@@ -80,17 +106,21 @@ def change_figures(study: Study) -> Iterator[ReportFigure]:
         return
     values = changes.values.to_dict()
     top, bottom = changes.values.idxmax(), changes.values.idxmin()
+    by_block = is_image(values)
+    titles = module_titles(study) if by_block else {name: name for name in values}
     ends = (
-        f"largest: {top} ({number(changes.values[top])}), smallest: {bottom} "
+        f"largest: {titles[top]} ({number(changes.values[top])}), smallest: {titles[bottom]} "
         f"({number(changes.values[bottom])})"
     )
-    if len({name.rpartition(".")[0] for name in values}) > 1:
-        figure = plots.figure_module_maps([[_change_map(changes)]], width=4.6)
+    across = _across(values)
+    if by_block or len({name.rpartition(".")[0] for name in values}) > 1:
+        maps = [[_change_map(changes, component)] for component in _components(values)]
+        figure = plots.figure_module_maps(maps, width=4.6)
         yield ReportFigure(
             name="changes_map",
-            title=f"{changes.symbol} by layer and module type.",
+            title=f"{changes.symbol} by {across}.",
             caption=f"Median over {changes.of}.{changes.note}",
-            alt=f"Map of {changes.symbol} by layer and module type; {ends}.",
+            alt=f"Map of {changes.symbol} by {across}; {ends}.",
             figure=figure,
         )
     axes = plots.plot_bars(
@@ -107,12 +137,12 @@ def change_figures(study: Study) -> Iterator[ReportFigure]:
     )
 
 
-def _change_map(changes: ModuleChanges) -> ModuleMap:
+def _change_map(changes: ModuleChanges, component: str) -> ModuleMap:
     return plots.resolve_module_map(
-        changes.values.to_dict(),
+        _of_component(changes.values, component),
         limits=(0.0, float(changes.values.max()) or 1.0),
         label=changes.symbol,
-        title="",
+        title=component,
     )
 
 
@@ -197,12 +227,13 @@ def single_module_figures(study: Study) -> Iterator[ReportFigure]:
     common = set(common_modules(study, pair.a, pair.b))
     excess = populations[0][0].excess
     modules = modules_far_from_median(excess[excess.index.isin(common)], MODULES_DRAWN)
+    titles = module_titles(study)
     for i, module in enumerate(modules, start=1):
         panels, corners = module_panels(study, pair, module, "output")
         yield ReportFigure(
             name=f"module_{i}",
-            title=f"{module}.",
-            caption=f"φ(i, j), output side. {legend(pair)}",
-            alt=f"Heat-maps of subspace similarity in {short_name(module)}. {corners}.",
+            title=f"{titles[module]}.",
+            caption=f"{module}: φ(i, j), output side. {legend(pair)}",
+            alt=f"Heat-maps of subspace similarity in {titles[module]}. {corners}.",
             figure=plots.figure_grid([panels], width=5.5),
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from lora_analysis.patterns import NO_TYPE, layer_index, module_type
+from lora_analysis.blocks import forward_order, locate_module, short_names
 from lora_analysis.studies import Relation
 from lora_analysis.studies.base_models import per_base
 from lora_analysis.studies.pair_classes import PairClass
@@ -29,18 +29,29 @@ _PAPER_TYPES = (
 def representative_modules(names: Sequence[str], count: int = 2) -> list[str]:
     """Return one middle-layer module of each of ``count`` types.
 
-    Queries and values, which the paper adapts, if there are any, else the first types in order.
-    With a single type (or names without one), neighbors in the middle are returned.
+    Queries and values, which the paper adapts, if there are any, else the first types in order. Of
+    an image model, types of the first component (the denoiser). With a single type (or names
+    without one), neighbors in the middle are returned.
     """
+    ordered = forward_order(names)
     by_type: dict[str, list[str]] = {}
-    for name in names:
-        by_type.setdefault(module_type(name), []).append(name)
+    for name in ordered:
+        where = locate_module(name)
+        if where.component == locate_module(ordered[0]).component:
+            by_type.setdefault(where.name, []).append(name)
     if len(by_type) >= count:
-        first = [kind for kind in _PAPER_TYPES if kind in by_type]
+        # The first attention of an image model has the first name that ends so.
+        ends = {kind.rpartition(".")[2]: kind for kind in reversed(by_type)}
+        first = [ends[end] for end in _PAPER_TYPES if end in ends]
         order = dict.fromkeys([*(first if len(first) > 1 else ()), *by_type])
         return [by_type[kind][len(by_type[kind]) // 2] for kind in list(order)[:count]]
-    start = max(0, (len(names) - count) // 2)
-    return list(names[start : start + count])
+    start = max(0, (len(ordered) - count) // 2)
+    return ordered[start : start + count]
+
+
+def module_titles(study: Study) -> dict[str, str]:
+    """Return a short title of every module of a study, the same one everywhere."""
+    return short_names(study.spectra["module"])
 
 
 def common_modules(study: Study, a: str, b: str) -> list[str]:
@@ -264,9 +275,3 @@ def modules_far_from_median(excess: pd.Series, count: int) -> list[str]:
     values = excess.dropna()
     far = (values - values.median()).abs().sort_values(ascending=False, kind="stable")
     return list(far.index[:count])
-
-
-def short_name(module: str) -> str:
-    """Return ``"q_proj, layer 2"`` for a module name, or the name if it has neither."""
-    layer, kind = layer_index(module), module_type(module)
-    return f"{kind}, layer {layer}" if layer is not None and kind != NO_TYPE else module

@@ -194,7 +194,7 @@ def _plan(study: Study, compared: Sequence[Comparison]) -> _Plan:
         (_with_tables(weights, tables.amplification_table(study)),
          (weight_figures.amplification_figures,), (weight_figures.basis_figures,)),
         (_with_tables(_with_tables(modules, tables.modules_table(study, "output"),
-                                   tables.module_types_table(study)),
+                                   tables.module_groups_table(study)),
                       tables.modules_table(study, "input"), open_rows=0),
          (module_figures.map_figures,), ()),
     ]  # fmt: skip

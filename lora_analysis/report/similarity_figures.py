@@ -14,8 +14,8 @@ from lora_analysis.report.representatives import (
     DrawnPair,
     common_modules,
     drawn_pairs,
+    module_titles,
     representative_modules,
-    short_name,
 )
 from lora_analysis.similarity import random_similarity
 from lora_analysis.studies.base_models import several_bases
@@ -65,6 +65,7 @@ def _pair_figures(study: Study, name: str, title: str) -> Iterator[ReportFigure]
         return
     usable = study.similarities[study.similarities["usable"].astype(bool)]
     modules = representative_modules(common_modules(study, pair.a, pair.b))
+    titles = module_titles(study)
     for side in SIDES_IN_ORDER:
         # A side that counts nowhere is left out if the other one shows the pair.
         if side == "input" and not (usable["side"] == side).any() and len(usable):
@@ -73,7 +74,7 @@ def _pair_figures(study: Study, name: str, title: str) -> Iterator[ReportFigure]
         for module in modules:
             panels, corner = module_panels(study, pair, module, side)
             rows.append(panels)
-            corners.append(f"{short_name(module)}: {corner}")
+            corners.append(f"{titles[module]}: {corner}")
         yield ReportFigure(
             name=f"{name}_{side}",
             title=f"{title}, {side} side.",
@@ -104,10 +105,8 @@ def module_panels(
     study: Study, pair: DrawnPair, module: str, side: Side
 ) -> tuple[list[Panel], str]:
     """Return the panels of one module: the pair, an unrelated pair, random; and their corners."""
-    grids: dict[str, SimilarityGrid] = {
-        short_name(module): study.grid(pair.a, pair.b, module, side=side)
-    }
-    first = grids[short_name(module)]
+    first = study.grid(pair.a, pair.b, module, side=side)
+    grids: dict[str, SimilarityGrid] = {module_titles(study)[module]: first}
     if pair.unrelated and all(module in study.adapters[label] for label in pair.unrelated):
         grids["unrelated pair"] = study.grid(*pair.unrelated, module, side=side)
     if first.values.size:

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 
+from lora_analysis.blocks import group_modules, is_image
 from lora_analysis.conclusions.comparison_values import SIDES_IN_ORDER
 from lora_analysis.conclusions.rank_findings import spectra_by_rank, tasks_of_all_ranks
 from lora_analysis.conclusions.weight_findings import with_ranks
-from lora_analysis.patterns import module_type
 from lora_analysis.report.module_changes import module_changes
 from lora_analysis.report.representatives import (
     ModulePopulation,
     module_populations,
+    module_titles,
     modules_far_from_median,
     representative_modules,
 )
@@ -185,24 +186,29 @@ def ranks_table(study: Study) -> ReportTable | None:
     return ReportTable("ranks", caption, columns, tuple(rows))
 
 
-def module_types_table(study: Study) -> ReportTable | None:
-    """Return medians by module type: size of ΔW, directions, and T of each population."""
+def module_groups_table(study: Study) -> ReportTable | None:
+    """Return medians by module type or, of an image model, by block.
+
+    Size of ΔW, directions, and T of each population.
+    """
     changes = module_changes(study)
     if changes is None:
         return None
-    types = changes.values.groupby([module_type(name) for name in changes.values.index], sort=False)
-    table = pd.DataFrame({"modules": types.size(), changes.symbol: types.median()})
+    groups = group_modules(changes.values.index)
+    group_of = {name: title for title, names in groups.items() for name in names}
+    grouped = changes.values.groupby(group_of).agg(["size", "median"]).reindex(list(groups))
+    table = pd.DataFrame({"modules": grouped["size"], changes.symbol: grouped["median"]})
     spectra = study.spectra[study.spectra["numerical_rank"] > 0]
-    table["90 % of ‖ΔW‖²"] = spectra.groupby("module_type")["energy_rank_90"].median()
+    energy_rank = spectra.groupby(spectra["module"].map(group_of))["energy_rank_90"]
+    table["90 % of ‖ΔW‖²"] = energy_rank.median()
     if len(table) < 2:
         return None
     captions: dict[str, None] = {}  # in order, each once
     for side in SIDES_IN_ORDER:
         for populations in module_populations(study, side)[:1]:
             for population in populations:
-                of_module = [module_type(name) for name in population.excess.index]
                 name = f"{side}, {'unrelated' if population.is_unrelated else 'pairs'}"
-                medians = population.excess.groupby(of_module).median()
+                medians = population.excess.groupby(group_of).median()
                 table[name] = table.index.map(medians).map(overlap_number)
                 captions[population.name] = None
     caption = (
@@ -211,8 +217,10 @@ def module_types_table(study: Study) -> ReportTable | None:
         if captions
         else f"{changes.symbol}: median over {changes.of}."
     )
-    table = table.rename_axis("module type").reset_index()
-    return ReportTable("types", caption, tuple(table.columns), _rows(table), 1)
+    by_block = is_image(group_of)
+    table = table.rename_axis("block" if by_block else "module type").reset_index()
+    name = "blocks" if by_block else "types"
+    return ReportTable(name, caption, tuple(table.columns), _rows(table), 1)
 
 
 # Modules in the table of single modules that are not the representative ones.
@@ -240,6 +248,8 @@ def modules_table(study: Study, side: Side) -> ReportTable | None:
         for population in populations
     ]
     chance = populations[0].rows.groupby("module")["chance_omega"].median()
+    modules = study.spectra["module"]
+    titles = module_titles(study) if is_image(modules) else {name: name for name in modules}
     rows = []
     for why, names in (("representative", representative), ("unusual", unusual)):
         for name in names:
@@ -254,7 +264,9 @@ def modules_table(study: Study, side: Side) -> ReportTable | None:
                     f"{overlap_number(low)} to {overlap_number(high)}",
                 ]
             size = changes.values.get(name, np.nan) if changes is not None else np.nan
-            rows.append((name, why, *cells, overlap_number(float(chance[name])), cell(float(size))))
+            rows.append(
+                (titles[name], why, *cells, overlap_number(float(chance[name])), cell(float(size)))
+            )
     names = ["unrelated" if population.is_unrelated else "pairs" for population in populations]
     columns = (
         "module", "chosen as",

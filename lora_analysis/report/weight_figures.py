@@ -9,13 +9,14 @@ import numpy as np
 
 from lora_analysis import plots
 from lora_analysis.amplify import WeightBasisEnergy, weight_basis_energy
+from lora_analysis.blocks import locate_module
 from lora_analysis.conclusions.comparison_values import SIDES_IN_ORDER
 from lora_analysis.conclusions.rank_findings import tasks_of_all_ranks
 from lora_analysis.conclusions.weight_findings import with_ranks
 from lora_analysis.effective import effective_update
 from lora_analysis.errors import InputError
 from lora_analysis.intruders import IntruderReport, intruder_dimensions
-from lora_analysis.report.representatives import representative_modules, short_name
+from lora_analysis.report.representatives import module_titles, representative_modules
 from lora_analysis.report.similarity_figures import ReportFigure
 from lora_analysis.spectra import weight_svd
 from lora_analysis.text import join_names, number, plural
@@ -94,7 +95,7 @@ def amplification_figures(study: Study) -> Iterator[ReportFigure]:
 
 def _by_layer(full: pd.DataFrame) -> Iterator[ReportFigure]:
     """Yield the enrichment by layer: medians over the adapters of the most frequent rank."""
-    if full["layer"].nunique() < 2:
+    if len(set(map(_block, full["module"]))) < 2:
         return
     rank = int(full["rank"].mode().iloc[0])
     rows = full[full["rank"] == rank]
@@ -115,13 +116,17 @@ def _by_layer(full: pd.DataFrame) -> Iterator[ReportFigure]:
     )
 
 
+def _block(module: str) -> tuple[str, str]:
+    return locate_module(module)[:2]
+
+
 def basis_figures(study: Study) -> Iterator[ReportFigure]:
     """Yield ΔW's energy in W's basis, and intruder dimensions, if W's spectra are cheap."""
     if study.amplifications.empty:
         return
     energies = list(_energies(study))
     if energies:
-        module = short_name(energies[0].module)
+        module = module_titles(study)[energies[0].module]
         for side in SIDES_IN_ORDER:
             axes = plots.plot_weight_energy(energies, plots.new_axes(), side=side)
             top = len(energies[0].S)
@@ -210,7 +215,7 @@ def spectrum_figures(study: Study, limit: int = 7) -> Iterator[ReportFigure]:
     ranks = "; ".join(f"{spectrum.label}: {spectrum.energy_rank(0.9)}" for spectrum in spectra)
     yield _figure(
         "energy",
-        f"Energy of ΔW, {short_name(module)}.",
+        f"Energy of ΔW, {module_titles(study)[module]}.",
         "Share of ‖ΔW‖² in the first i directions of one module; lines at 90 % and 99 %.",
         f"Cumulative energy. Directions that hold 90 %: {ranks}.",
         plots.plot_spectrum(spectra, plots.new_axes(), energy=True),

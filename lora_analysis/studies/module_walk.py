@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
+from lora_analysis.blocks import choose_names
 from lora_analysis.errors import InputError, SourceError
 from lora_analysis.execution import in_threads
 from lora_analysis.execution.protocol import results_in_order
-from lora_analysis.patterns import choose_names, natural_key
+from lora_analysis.patterns import natural_key
 
 if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter, Update

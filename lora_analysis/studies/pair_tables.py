@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from lora_analysis import chance
-from lora_analysis.patterns import layer_index, module_type
+from lora_analysis.blocks import locate_module
 from lora_analysis.shared_init import InitRelation, SharedInit, classify_init
 from lora_analysis.spectra import SIDES, Side
 from lora_analysis.studies.base_identity import resolve_keys
@@ -267,7 +267,7 @@ def _group_columns(
     compared = (i >= 0) & (j >= 0)
     compared &= (pairs.ranks[i] > 0) & (pairs.ranks[j] > 0)
     rows, i, j = chosen[compared], i[compared], j[compared]
-    count, layer = len(rows), layer_index(pairs.module)
+    count, where = len(rows), locate_module(pairs.module)
 
     def constant(value: object) -> NDArray[np.object_]:
         return np.full(count, value, dtype=object)
@@ -278,8 +278,8 @@ def _group_columns(
         "b": labels[study.pairs.pairs[rows, 1]],
         "relation": np.array(study.pairs.relations, dtype=object)[rows],
         "module": constant(pairs.module),
-        "module_type": constant(module_type(pairs.module)),
-        "layer": constant(layer) if layer is None else np.full(count, layer),
+        "module_type": constant(where.name),
+        "layer": constant(None) if where.number is None else np.full(count, where.number),
         "rank_a": pairs.ranks[i],
         "rank_b": pairs.ranks[j],
         "degeneracy_1_1": _worse(group.degeneracy[i], group.degeneracy[j]),

@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 
 from lora_analysis.adapter import Adapter
+from lora_analysis.blocks import locate_module
 from lora_analysis.errors import BaseWeightError, SourceError
 from lora_analysis.finding import Failure, Finding, listed
 from lora_analysis.formats import is_adapter_like
 from lora_analysis.formats.sanity_checks import ModuleStatistics, sanity_findings
 from lora_analysis.names import match_names, parse_prefixes
-from lora_analysis.patterns import module_type
 from lora_analysis.progress import Progress
 from lora_analysis.studies.base_identity import resolve_keys, shown_bases
 from lora_analysis.studies.crossed_partners import only_unrelated
@@ -163,14 +163,14 @@ def study(
     else:
         spec.check_sources()
         analyze = _Analyze(spec)
-    sums = SimilarityMatrixSums(labels, [module_type(name) for name in chosen])
+    sums = SimilarityMatrixSums(labels, [locate_module(name).name for name in chosen])
     results = []
     try:
         for result in walk_modules(
             analyze, chosen, workers=workers, executor=executor, progress=progress
         ):
             for contribution in result.similarity_matrix:
-                sums.add(module_type(result.module), contribution)
+                sums.add(locate_module(result.module).name, contribution)
             result.similarity_matrix.clear()
             results.append(result)
     finally:

@@ -10,8 +10,8 @@ import numpy as np
 
 from lora_analysis.adapter import DenseUpdate, LowRankUpdate
 from lora_analysis.amplify import Amplification, WeightBasisEnergy
+from lora_analysis.blocks import locate_module
 from lora_analysis.intruders import IntruderReport
-from lora_analysis.patterns import layer_index, module_type
 from lora_analysis.spectra import SIDES, Spectrum
 from lora_analysis.weight_changes import Changes
 
@@ -60,8 +60,8 @@ def spectrum_row(update: LowRankUpdate | DenseUpdate, value: Spectrum) -> dict[s
     return {
         "adapter": value.label,
         "module": value.name,
-        "module_type": module_type(value.name),
-        "layer": layer_index(value.name),
+        "module_type": locate_module(value.name).name,
+        "layer": locate_module(value.name).number,
         "d_out": value.shape[0],
         "d_in": value.shape[1],
         "rank": value.rank,
@@ -90,8 +90,8 @@ def amplification_rows(result: Amplification) -> Iterator[dict[str, Any]]:
         yield {
             "adapter": result.label,
             "module": result.module,
-            "module_type": module_type(result.module),
-            "layer": layer_index(result.module),
+            "module_type": locate_module(result.module).name,
+            "layer": locate_module(result.module).number,
             "k": int(k),
             "at_rank": bool(k == len(result.S)),
             "projected": result.projected[i],
@@ -123,8 +123,8 @@ def change_rows(
         yield {
             "adapter": report.label,
             "module": report.module,
-            "module_type": module_type(report.module),
-            "layer": layer_index(report.module),
+            "module_type": locate_module(report.module).name,
+            "layer": locate_module(report.module).number,
             "side": side,
             "dimension": basis.dimension,
             "k": k,

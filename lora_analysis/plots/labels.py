@@ -1,0 +1,194 @@
+"""Names in figures: measured, then thinned, wrapped or shortened, so that no two ever overlap."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
+from matplotlib.ticker import Locator
+
+from lora_analysis.blocks import forward_order, locate_module
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from matplotlib.axes import Axes
+    from matplotlib.axis import XAxis, YAxis
+    from numpy.typing import ArrayLike, NDArray
+
+# Largest share of a figure's width that the names along one side take.
+_MOST_SHARE = 0.4
+# Room between two labels, in units of the font size.
+_GAP = 0.35
+# Height of a line of text in units of the font size, descenders included.
+_LINE = 1.2
+# More labels than that fit no figure.
+_MOST_LABELS = 200
+
+
+@lru_cache(maxsize=1 << 14)
+def text_width(text: str, font: FontProperties) -> float:
+    """Return the width of a line of text in points."""
+    if not text:
+        return 0.0
+    return float(text_to_path.get_text_width_height_descent(text, font, ismath=False)[0])
+
+
+def shortened(text: str, width: float, font: FontProperties) -> str:
+    """Return text of at most ``width`` points; a longer one keeps its end, where names differ."""
+    if text_width(text, font) <= width:
+        return text
+    start = 1
+    while start < len(text) and text_width(f"…{text[start:]}", font) > width:
+        start += 1
+    return f"…{text[start:]}"
+
+
+def fitted(text: str, width: float, font: FontProperties, *, lines: int = 2) -> str:
+    """Return text broken into at most ``lines`` lines of ``width`` points.
+
+    Lines break at a comma, else at spaces, else after a dot, a slash or an underscore; what is too
+    long even then is shortened.
+    """
+    if text_width(text, font) > width and lines > 1 and ", " in text:
+        parts = [part.strip() for part in text.rsplit(", ", 1)]
+        if all(text_width(part, font) < width for part in (f"{parts[0]},", parts[1])):
+            return f"{parts[0]},\n{parts[1]}"
+    rows = [""]
+    for word in _words(text):
+        if rows[-1] and text_width((rows[-1] + word).rstrip(), font) > width:
+            rows.append("")
+        rows[-1] += word
+    if len(rows) > lines:
+        rows = [*rows[: lines - 1], "".join(rows[lines - 1 :])]
+    return "\n".join(shortened(row.strip(), width, font) for row in rows)
+
+
+def set_title(ax: Axes, text: str, width: float | None = None) -> None:
+    """Set the title of axes, in two lines of at most ``width`` points; by default the axes' own."""
+    if width is None:
+        width = ax.bbox.width * 72 / ax.figure.dpi
+    ax.set_title(fitted(text, width, ax.title.get_fontproperties()), parse_math=False)
+
+
+def _words(text: str) -> list[str]:
+    """Return the pieces between which a line may break, each with the mark that ends it."""
+    words = [""]
+    for character in text:
+        words[-1] += character
+        if character in " ./_":
+            words.append("")
+    return words
+
+
+class _ThinnedTicks(Locator):
+    """The positions of names of which every nth is labeled, so that none touches the next."""
+
+    def __init__(
+        self, line: XAxis | YAxis, positions: NDArray[np.float64], labels: Sequence[str]
+    ) -> None:
+        self._line = line
+        self._positions = positions
+        self._labels = labels
+
+    def tick_values(self, vmin: float, vmax: float) -> list[float]:  # noqa: ARG002 - a signature
+        """Return the positions, whatever the limits are."""
+        return self()
+
+    def __call__(self) -> list[float]:
+        positions = [float(position) for position in self._positions]
+        if len(positions) < 2:
+            return positions
+        across = self._line.axis_name == "x"
+        points = np.zeros((len(positions), 2))
+        points[:, 0 if across else 1] = positions
+        pixels = self._line.axes.transData.transform(points)[:, 0 if across else 1]
+        spacing = float(np.abs(np.diff(pixels)).min()) * 72 / self._line.axes.figure.dpi
+        first = self._line.get_major_ticks(1)[0].label1
+        font = first.get_fontproperties()
+        size = font.get_size_in_points()
+        along = _LINE * size
+        if across and first.get_rotation() == 0:
+            along = max(text_width(label, font) for label in self._labels)
+        step = max(1, math.ceil((along + _GAP * size) / max(spacing, 1e-6)))
+        return positions[::step]
+
+
+def name_ticks(
+    ax: Axes,
+    axis: Literal["x", "y"],
+    positions: ArrayLike,
+    labels: Sequence[str],
+    *,
+    fontsize: float | None = None,
+    vertical: bool | None = False,
+) -> None:
+    """Write names along an axis; if there are too many for its length, every nth.
+
+    The choice is made whenever the figure is drawn, for the size that it has then. Names take at
+    most two fifths of the figure's width.
+
+    Parameters
+    ----------
+    ax
+        Axes to label.
+    axis
+        ``"x"`` or ``"y"``.
+    positions, labels
+        In ascending order, equally far apart or nearly.
+    fontsize
+        In points; by default that of tick labels.
+    vertical
+        Turn names along the x axis by 90°; None turns them if they do not fit otherwise.
+    """
+    step = max(1, -(-len(labels) // _MOST_LABELS))
+    positions, labels = np.asarray(positions, dtype=np.float64)[::step], labels[::step]
+    line = ax.xaxis if axis == "x" else ax.yaxis
+    options: dict[str, Any] = {} if fontsize is None else {"fontsize": fontsize}
+    line.set_ticks(positions, labels, parse_math=False, **options)
+    if not len(labels):
+        return
+    font = line.get_major_ticks()[0].label1.get_fontproperties()
+    if vertical is None:
+        widest = max(text_width(label, font) for label in labels)
+        needed = len(labels) * (widest + _GAP * font.get_size_in_points())
+        vertical = needed > ax.bbox.width * 72 / ax.figure.dpi
+    if axis == "y" or vertical:
+        figure = ax.figure.get_figure(root=True)
+        inches = figure.get_figwidth() if axis == "y" else figure.get_figheight()
+        labels = [shortened(label, _MOST_SHARE * 72 * inches, font) for label in labels]
+        if vertical:
+            options["rotation"] = 90
+        line.set_ticks(positions, labels, parse_math=False, **options)
+    line.set_major_locator(_ThinnedTicks(line, positions, labels))
+
+
+def module_columns(names: Iterable[str]) -> dict[str, int | str]:
+    """Return where each module stands along the model: its layer or, of an image model, its block.
+
+    The modules are in the order of the forward pass. Where there are several components, the name
+    of the component is in front: ``"TE1 3"`` is layer 3 of the first text encoder.
+    """
+    locations = {name: locate_module(name) for name in forward_order(names)}
+    components = {where.component for where in locations.values()}
+    if components == {""}:
+        return {name: where.number or 0 for name, where in locations.items()}
+    blocks = {name: where.block.removeprefix("layer ") for name, where in locations.items()}
+    if len(components) == 1 and all(block.isdecimal() for block in blocks.values()):
+        return {name: int(block) for name, block in blocks.items()}
+    return {
+        name: f"{where.short_component if len(components) > 1 else ''} "
+        f"{blocks[name] or 'other'}".strip()
+        for name, where in locations.items()
+    }
+
+
+def column_order(columns: Mapping[str, int | str]) -> tuple[int | str, ...]:
+    """Return the columns from left to right: layers by number, blocks as they come."""
+    distinct = dict.fromkeys(columns.values())
+    numbers = [column for column in distinct if isinstance(column, int)]
+    return tuple(sorted(numbers)) if len(numbers) == len(distinct) else tuple(distinct)
