@@ -99,8 +99,7 @@ def smaller_options(command: Command) -> Command:
             metavar="PATTERN=RANK",
             callback=_parse_ranks,
             help="Rank of the modules that a pattern matches, in place of --rank or --energy; can "
-            "be repeated, and the first that matches counts. A pattern is the end of a module's "
-            "name, a regular expression for it, or a module type, as in PEFT's rank_pattern.",
+            "be repeated, and the first that matches counts. A pattern selects as --module does.",
         ),
         click.option(
             "--budget",

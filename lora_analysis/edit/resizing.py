@@ -180,8 +180,8 @@ def resize_adapter(
         adapter.
     rank_for
         Ranks by pattern, for modules that get another one than ``rank`` or ``energy`` gives them.
-        A pattern is a key of PEFT's ``rank_pattern`` (the last segments of a module's name, or a
-        regular expression for them) or a module type. The first that matches counts.
+        A pattern selects modules as ``modules`` does elsewhere: the end of a name, a regular
+        expression, or a block or part of an image model. The first that matches counts.
     dtype
         Type to which factors are rounded, as for :func:`lora_analysis.write_adapter`. By default
         the one in which each module is stored; what is in memory in float64 is not rounded.
