@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from lora_analysis.cli.options import force_option
+from lora_analysis.cli.options import MODULES_SHOWN, force_option
 from lora_analysis.cli.show import decimals, print_facts, print_json, print_table
 
 if TYPE_CHECKING:
@@ -271,22 +272,44 @@ def _document(
 
 
 def _print(resized: ResizedAdapter, path: Path, sizes: str) -> None:
-    rows = [
-        (
-            module.module,
-            module.given_rank,
-            module.rank or "left out",
-            f"{module.parameters:,}",
-            *(decimals(value) for value in (module.norm, module.error_norm, module.error)),
+    from lora_analysis.blocks import group_modules
+
+    by_name = {module.module: module for module in resized.modules}
+    groups = {name: [name] for name in by_name}
+    title = "error of the truncation"
+    if len(by_name) > MODULES_SHOWN:
+        groups = group_modules(by_name)
+        title += ", by group of modules (every module: --format json)"
+    rows = []
+    for name, members in groups.items():
+        modules = [by_name[member] for member in members]
+        norm, error = (
+            math.hypot(*(getattr(module, field) for module in modules))
+            for field in ("norm", "error_norm")
         )
-        for module in resized.modules
-    ]
+        rows.append(
+            (
+                name,
+                _numbers([module.given_rank for module in modules]),
+                _numbers([module.rank for module in modules]),
+                f"{sum(module.parameters for module in modules):,}",
+                *map(decimals, (norm, error, error / norm if norm else 0.0)),
+            )
+        )
     totals = (decimals(value) for value in (resized.norm, resized.error_norm, resized.error))
     print_table(
-        f"{resized.adapter.label}: error of the truncation",
+        f"{resized.adapter.label}: {title}",
         ("module", "rank", "new", "parameters", "‖ΔW‖", "error", "relative"),
         rows,
         footer=("all", "", "", f"{resized.parameters:,}", *totals),
     )
     click.echo()
     print_facts([("written", path), ("size", sizes), *notes(resized.adapter)])
+
+
+def _numbers(ranks: Sequence[int]) -> str:
+    """Return the ranks of some modules, as one number or as a range; 0 is left out."""
+    low, high = min(ranks), max(ranks)
+    if low == high:
+        return str(high) if high else "left out"
+    return f"{low} to {high}"
