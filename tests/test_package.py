@@ -191,6 +191,7 @@ def test_analysis_and_conversion_need_no_extra(adapters: Path) -> None:
         ["reference", "a", "b", "-o", "levels.json"],
         ["report", "a", "b", *BASE, "--figures", "", "-o", "report"],
         ["amplify", "a", *BASE, "--spectrum"],
+        ["merge-check", "a", *BASE],
         ["heatmap", "a", "b", "--module", "layers.0.q_proj", "-o", "heatmap.svg"],
         ["heatmap", "a", "b", "--width", "10", "--cmap", "magma", "-o", "slide.png"],
         ["resize", "b", "--rank", "2", "-o", "smaller"],
