@@ -44,6 +44,7 @@ WORDS = {
     "resize": ["a", "--rank", "1", "-o", "out"],
     "convert": ["a", "--to", "mlx", "-o", "out"],
     "extract": ["a", "--base", "base", "--rank", "1", "-o", "out"],
+    "merge-check": ["a", "--base", "base"],
     "doctor": [],
 }
 ERRORS = {

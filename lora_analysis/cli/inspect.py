@@ -17,7 +17,6 @@ from lora_analysis.cli.options import (
     progress_bar,
 )
 from lora_analysis.cli.reading import (
-    LeftOut,
     Reading,
     reading_options,
     say_left_out,
@@ -30,7 +29,7 @@ from lora_analysis.cli.show import (
     print_table,
     sparkline,
 )
-from lora_analysis.finding import Finding
+from lora_analysis.finding import Failure, Finding
 from lora_analysis.text import printable
 
 if TYPE_CHECKING:
@@ -61,13 +60,13 @@ def command(
     from lora_analysis.errors import InputError
 
     documents: list[dict[str, Any]] = []
-    left_out: list[LeftOut] = []
+    left_out: list[Failure] = []
     with progress_bar(form) as progress:
         for adapter in reading.read_each(sources, left_out, progress):
             try:
                 documents.append(_describe(adapter, modules))
             except InputError as error:
-                left_out.append(LeftOut(adapter.label, error))
+                left_out.append(Failure(adapter.label, str(error), error))
     say_left_out(left_out, some=bool(documents))
     if form == "json":
         print_json({"adapters": documents, "failures": [failure.to_dict() for failure in left_out]})

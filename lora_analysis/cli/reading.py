@@ -11,6 +11,7 @@ import click
 
 from lora_analysis.cli.options import UNUSUAL_FILES, GroupedOption
 from lora_analysis.errors import InputError, SourceError
+from lora_analysis.finding import Failure
 from lora_analysis.formats.options import CommandLineOption, ReadOptions
 from lora_analysis.progress import Progress
 from lora_analysis.text import printable
@@ -20,22 +21,6 @@ if TYPE_CHECKING:
     from lora_analysis.bases import BaseWeights
     from lora_analysis.formats import AdapterRef
     from lora_analysis.studies import ReadLater
-
-
-@dataclass(frozen=True, slots=True)
-class LeftOut:
-    """An adapter that cannot be used, and the error that explains it."""
-
-    source: str
-    error: InputError
-
-    def __str__(self) -> str:
-        reason = str(self.error)
-        return reason if self.source in reason else f"{self.source}: {reason}"
-
-    def to_dict(self) -> dict[str, str]:
-        """Return source and reason, as JSON output has them."""
-        return {"source": self.source, "reason": str(self.error)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +63,7 @@ class Reading:
             self._opened[source] = open_base(source, allow_pickle=self.options.allow_pickle)
         return self._opened[source]
 
-    def find(self, sources: Iterable[str], left_out: list[LeftOut]) -> list[AdapterRef]:
+    def find(self, sources: Iterable[str], left_out: list[Failure]) -> list[AdapterRef]:
         """Return every adapter found at the sources, once; a source without one is left out."""
         from lora_analysis.formats import each_once, expanded, find_adapters
 
@@ -92,11 +77,11 @@ class Reading:
                         find_adapters(path, pair=pair, allow_pickle=allow_pickle), seen
                     )
             except InputError as error:
-                left_out.append(LeftOut(source, error))
+                left_out.append(Failure(source, str(error), error))
         return refs
 
     def read_each(
-        self, sources: Iterable[str], left_out: list[LeftOut], progress: Progress
+        self, sources: Iterable[str], left_out: list[Failure], progress: Progress
     ) -> Iterator[Adapter]:
         """Yield every adapter found at the sources; those that cannot be read are left out."""
         refs = self.find(sources, left_out)
@@ -104,14 +89,14 @@ class Reading:
             try:
                 adapter = self.read(ref)
             except InputError as error:
-                left_out.append(LeftOut(ref.source, error))
+                left_out.append(Failure(ref.source, str(error), error))
             else:
                 yield adapter
             progress("adapters", done, len(refs))
 
     def read_all(
         self, sources: Iterable[str], progress: Progress
-    ) -> tuple[list[Adapter], list[LeftOut]]:
+    ) -> tuple[list[Adapter], list[Failure]]:
         """Return the adapters at the sources in natural order of their labels, and those left out.
 
         Raises
@@ -121,14 +106,14 @@ class Reading:
         """
         from lora_analysis.patterns import natural_key
 
-        left_out: list[LeftOut] = []
+        left_out: list[Failure] = []
         adapters = list(self.read_each(sources, left_out, progress))
         say_left_out(left_out, some=bool(adapters))
         return sorted(adapters, key=lambda adapter: natural_key(adapter.label)), left_out
 
     def to_read(
         self, sources: Iterable[str], _progress: Progress
-    ) -> tuple[list[ReadLater], list[LeftOut]]:
+    ) -> tuple[list[ReadLater], list[Failure]]:
         """Return the adapters of `read_all` unread, for workers that read for themselves.
 
         Raises
@@ -139,14 +124,14 @@ class Reading:
         from lora_analysis.patterns import natural_key
         from lora_analysis.studies import ReadLater
 
-        left_out: list[LeftOut] = []
+        left_out: list[Failure] = []
         refs = self.find(sources, left_out)
         say_left_out(left_out, some=bool(refs))
         refs.sort(key=lambda ref: natural_key(ref.label))
         return [ReadLater(ref, self.read) for ref in refs], left_out
 
 
-def say_left_out(left_out: list[LeftOut], *, some: bool) -> None:
+def say_left_out(left_out: list[Failure], *, some: bool) -> None:
     """Name the sources that were left out on stderr; raise if there is not ``some`` left.
 
     Raises
@@ -155,7 +140,7 @@ def say_left_out(left_out: list[LeftOut], *, some: bool) -> None:
         The one error, or if there are several, that nothing is left.
     """
     if len(left_out) == 1 and not some:
-        raise left_out[0].error
+        raise left_out[0].error or SourceError(left_out[0].reason)
     for failure in left_out:
         click.echo(printable(f"Left out: {failure}"), err=True)
     if not some:

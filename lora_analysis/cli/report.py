@@ -129,7 +129,7 @@ def command(
         inputs += map(Path, files)
         inputs += source_paths(base) if base else ()
         check_report_folder(output, inputs=inputs, force=force)
-        failures = [Failure(failure.source, str(failure.error)) for failure in left_out + more]
+        failures = [Failure(failure.source, failure.reason) for failure in left_out + more]
         result = study(
             adapters,
             reference=[*others, *files],

@@ -112,6 +112,9 @@ class Failure:
     error: Exception | None = field(default=None, compare=False)
     attempts: int = 1
 
+    def __str__(self) -> str:
+        return self.reason if self.source in self.reason else f"{self.source}: {self.reason}"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields for JSON output."""
         fields: dict[str, Any] = {"source": self.source, "reason": self.reason}
