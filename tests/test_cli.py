@@ -694,7 +694,7 @@ def test_what_takes_long_shows_its_progress(
         },
     }
     for (verb, *more), wanted in bars.items():
-        module = importlib.import_module(f"lora_analysis.cli.{verb}")
+        module = importlib.import_module(f"lora_analysis.cli.{verb.replace('-', '_')}")
         monkeypatch.setattr(module, "progress_bar", watched)
         seen.clear()
         assert call(capsys, verb, saved["small"], saved["large"], *more)[0] == 0

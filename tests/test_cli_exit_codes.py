@@ -76,7 +76,9 @@ def test_what_ends_a_verb_decides_its_exit_code(
         if error is not None:
             raise error
 
-    monkeypatch.setattr(import_module(f"lora_analysis.cli.{verb}").command, "callback", end)
+    monkeypatch.setattr(
+        import_module(f"lora_analysis.cli.{verb.replace('-', '_')}").command, "callback", end
+    )
     assert run([verb, *WORDS[verb]]) == expected
     out, err = capsys.readouterr()
     assert not out
@@ -92,7 +94,9 @@ def test_a_reader_that_went_away_is_141(
     def end(**_: Any) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr(import_module(f"lora_analysis.cli.{verb}").command, "callback", end)
+    monkeypatch.setattr(
+        import_module(f"lora_analysis.cli.{verb.replace('-', '_')}").command, "callback", end
+    )
     monkeypatch.setattr("lora_analysis.cli.os.dup2", lambda *_: None)  # capfd needs its stdout
     assert run([verb, *WORDS[verb]]) == 141
     assert capfd.readouterr() == ("", "")
