@@ -226,7 +226,7 @@ def test_blocks_of_loralib_are_one_update_to_peft(tmp_path: Path) -> None:
     file = write_adapter(own, tmp_path / "lora.safetensors", format="loralib")
     blocks = read_adapter(file)
     assert list(blocks) == list(own)
-    write_adapter(blocks, tmp_path / "peft")
+    write_adapter(blocks, tmp_path / "peft", format="peft")
     foreign = PeftModel.from_pretrained(bare_model("gpt2"), tmp_path / "peft").base_model
     layers = {n: m for n, m in foreign.named_modules() if n.endswith("c_attn")}
     assert len(layers) == 2
