@@ -98,7 +98,8 @@ clean:
 	@touch $@
 
 .venv/.notebook: pyproject.toml $(CONSTRAINTS) | .venv/bin/python
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[demo,notebook]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) \
+	  -e '.[demo,demo-text,notebook]' peft
 	@touch $@
 
 .venv/.docs: pyproject.toml $(CONSTRAINTS) | .venv/bin/python

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -31,6 +32,8 @@ constants = pytest.importorskip("huggingface_hub.constants")
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A hub that this process asks, with a cache and a working folder of its own."""
+    # A request that an earlier test gave up may still hold a connection of the shared client.
+    importlib.import_module("huggingface_hub").close_session()
     with serving() as served:
         monkeypatch.setattr(constants, "ENDPOINT", served.url)
         monkeypatch.setattr(
