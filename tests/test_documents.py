@@ -192,7 +192,7 @@ def test_notebooks_were_run_in_order_and_without_an_error(path: Path) -> None:
     assert not [one for one in outputs if one["output_type"] == "error"]
     pictures = [one for one in outputs if "image/png" in one.get("data", {})]
     sources = ["".join(cell["source"]) for cell in cells]
-    drawn = [one for one in sources if re.search(r"^ *plot_", one, re.MULTILINE)]
+    drawn = [one for one in sources if re.search(r"^ *(la\.)?plot_", one, re.MULTILINE)]
     assert len(pictures) >= len(drawn) > 0
 
 

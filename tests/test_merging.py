@@ -349,12 +349,9 @@ MATRIX = list(itertools.product(TYPES, repeat=3))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("types", MATRIX, ids="-".join)
-def test_what_peft_merges_is_applied(
-    types: tuple[str, str, str], dora: bool, tmp_path: Path
-) -> None:
-    result = peft_merge(tmp_path, types, use_dora=dora)
+def test_what_peft_merges_is_applied(types: tuple[str, str, str], tmp_path: Path) -> None:
+    result = peft_merge(tmp_path, types, use_dora=MATRIX.index(types) % 2 == 1)
     assert result.counts() == {Conclusion.APPLIED: 4}
     assert not result.is_failed
     assert not result.tensors
@@ -368,7 +365,7 @@ def test_what_peft_merges_into_half_precision_is_applied(dora: bool, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("types", MATRIX[::2], ids="-".join)
+@pytest.mark.parametrize("types", MATRIX[::5], ids="-".join)
 def test_what_peft_merges_into_stacked_experts_is_applied(
     types: tuple[str, str, str], tmp_path: Path
 ) -> None:
