@@ -18,6 +18,8 @@ T = TypeVar("T")
 D = TypeVar("D")
 
 _DIGITS = re.compile(r"(\d+)")
+# Up to so many names, each is compared with a name that is not among them.
+_FEW_NAMES: Final = 64
 # More digits than that are no layer's number, and Python refuses to convert thousands of them.
 _INDEX = re.compile(r"(?:^|\.)(\d{1,9})(?=\.|$)")
 # Without other special characters, only the dots of a pattern mean more than themselves.
@@ -54,13 +56,33 @@ def near_names(
 ) -> list[str]:
     """Return up to ``count`` names that resemble ``name``, by name or by its last segment."""
     pool = list(names)
-    near = difflib.get_close_matches(name, pool, n=count, cutoff=cutoff)
+    likely = pool if len(pool) <= _FEW_NAMES else _likely_names(name, pool, count, cutoff)
+    near = difflib.get_close_matches(name, likely, n=count, cutoff=cutoff)
     tails = {each.rpartition(".")[2]: each for each in reversed(pool)}
     tail = name.rpartition(".")[2]
     for match in difflib.get_close_matches(tail, tails, n=count, cutoff=cutoff):
         if tails[match] not in near:
             near.append(tails[match])
     return near[:count]
+
+
+def _likely_names(name: str, pool: Sequence[str], count: int, cutoff: float) -> list[str]:
+    """Return the names that resemble one but for their numbers, those of most equal numbers first.
+
+    Comparing a name with each of a thousand takes a third of a second; most differ in numbers only.
+    """
+    groups: dict[str, list[str]] = {}
+    for each in pool:
+        groups.setdefault(_DIGITS.sub("0", each), []).append(each)
+    numbers: list[str] = _DIGITS.findall(name)
+
+    def differing(each: str) -> int:
+        others: list[str] = _DIGITS.findall(each)
+        same = sum(a == b for a, b in zip(numbers, others, strict=False))
+        return max(len(numbers), len(others)) - same
+
+    plain = difflib.get_close_matches(_DIGITS.sub("0", name), groups, n=count, cutoff=cutoff)
+    return [each for key in plain for each in sorted(groups[key], key=differing)[:_FEW_NAMES]]
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

@@ -244,3 +244,11 @@ def test_a_module_is_chosen_by_the_name_that_another_file_gives_it(
     if isinstance(pattern, str) and pattern.startswith("lora_"):
         names[0] = "unet.layers.0.q_proj"
     assert choose_names(names, pattern) == names[:1]
+
+
+def test_near_names_among_thousands_differ_least() -> None:
+    names = [f"model.layers.{n}.self_attn.{kind}_proj" for n in range(300) for kind in "qkvo"]
+    near = near_names("model.layers.123.self_atn.q_proj", names)
+    assert near[0] == "model.layers.123.self_attn.q_proj"
+    assert set(near) <= set(names)
+    assert near_names("xyz", names) == []
