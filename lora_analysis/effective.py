@@ -126,8 +126,7 @@ def effective_adapter(adapter: Any, base: Any = None, *, transposed: bool | None
     check_experts(parts, weights)
     weights = weights.matched_to([parts])
     source = parts.provenance
-    if transposed is None and source.format in _ROWS_ARE_OUTPUTS:
-        transposed = False
+    transposed = stated_orientation(parts, transposed)
     findings = [finding for finding in source.findings if finding.code not in _LOW_RANK_PART]
     if len(findings) < len(source.findings):
         findings.append(Finding("whole-change", {"base": weights.address or weights.label}))
@@ -137,6 +136,16 @@ def effective_adapter(adapter: Any, base: Any = None, *, transposed: bool | None
     return effective.with_provenance(
         findings=tuple(findings), also_read=(*source.also_read, *weights.inputs)
     )
+
+
+def stated_orientation(adapter: Adapter, transposed: bool | None) -> bool | None:
+    """Return how the base stores its weights: as asked for, else as the adapter's format implies.
+
+    None if neither says; ``base.weight`` then decides.
+    """
+    if transposed is None and adapter.provenance.format in _ROWS_ARE_OUTPUTS:
+        return False
+    return transposed
 
 
 def _effective(adapter: Adapter, name: str, base: BaseWeights, transposed: bool | None) -> Update:

@@ -32,7 +32,7 @@ from lora_analysis import (
 from lora_analysis.adapter import Provenance, Update
 from lora_analysis.cli import run
 from lora_analysis.errors import InputError, ScaleError
-from lora_analysis.merging import Cause, Conclusion, TensorState, merge_check, merge_forecast
+from lora_analysis.merging import Cause, MergeConclusion, TensorState, merge_check, merge_forecast
 from lora_analysis.merging.replay import preimage, round_to, spacing
 
 pytestmark = [
@@ -107,7 +107,7 @@ each_type = pytest.mark.parametrize("dtype", TYPES)
 def test_a_healthy_merge_is_applied_and_nothing_else_differs(dtype: str, size: float) -> None:
     case = make(dtype, size)
     result = case.check(case.merged())
-    assert result.conclusion is Conclusion.APPLIED
+    assert result.conclusion is MergeConclusion.APPLIED
     assert not result.is_failed
     assert not result.tensors
     assert result.equal == 1
@@ -120,7 +120,7 @@ def test_a_healthy_merge_is_applied_and_nothing_else_differs(dtype: str, size: f
 def test_an_untouched_model_lacks_the_adapter(dtype: str) -> None:
     case = make(dtype)
     result = case.check(case.base)
-    assert result.counts() == {Conclusion.ABSENT: 3}
+    assert result.counts() == {MergeConclusion.ABSENT: 3}
     assert result.is_failed
 
 
@@ -130,7 +130,7 @@ def test_an_update_below_the_rounding_is_inconclusive() -> None:
         case.merged()["layers.0.q_proj.weight"], case.base["layers.0.q_proj.weight"]
     )
     result = case.check(case.merged())
-    assert result.conclusion is Conclusion.INCONCLUSIVE
+    assert result.conclusion is MergeConclusion.INCONCLUSIVE
     assert result.is_inconclusive
     assert {module.cause for module in result.modules} == {Cause.NOTHING_TO_SEE}
 
@@ -150,12 +150,12 @@ def test_a_wrong_strength_is_found_with_an_interval_that_holds_it(
     case = make(dtype)
     result = case.check(case.merged(layers_0_k_proj=strength))
     wrong = next(module for module in result.modules if module.module == "layers.0.k_proj")
-    assert wrong.conclusion is Conclusion.WRONG_STRENGTH
+    assert wrong.conclusion is MergeConclusion.WRONG_STRENGTH
     assert wrong.cause is cause
     low, high = wrong.strength
     assert low <= np.float32(strength) <= high
     assert high - low < 0.02
-    assert result.counts()[Conclusion.APPLIED] == 2
+    assert result.counts()[MergeConclusion.APPLIED] == 2
     assert result.is_failed
 
 
@@ -163,7 +163,7 @@ def test_a_wrong_strength_is_found_with_an_interval_that_holds_it(
 def test_a_thousandth_is_found_where_the_update_is_clear(dtype: str) -> None:
     case = make(dtype, 0.3)
     result = case.check(case.merged(layers_0_k_proj=1.001))
-    assert [m.conclusion for m in result.modules].count(Conclusion.WRONG_STRENGTH) == 1
+    assert [m.conclusion for m in result.modules].count(MergeConclusion.WRONG_STRENGTH) == 1
 
 
 @each_type
@@ -171,8 +171,8 @@ def test_two_merges_and_twice_the_strength_are_twice(dtype: str) -> None:
     case = make(dtype)
     doubled = case.check(case.merged(layers_1_q_proj=2.0))
     again = Merge(case.adapter, case.merged(), dtype).merged()
-    assert doubled.counts()[Conclusion.TWICE] == 1
-    assert case.check(again).counts() == {Conclusion.TWICE: 3}
+    assert doubled.counts()[MergeConclusion.TWICE] == 1
+    assert case.check(again).counts() == {MergeConclusion.TWICE: 3}
 
 
 def rows_only(case: Merge) -> np.ndarray:
@@ -187,24 +187,25 @@ def half_ranks(case: Merge) -> np.ndarray:
     return np.float32(SCALE) * (update.B[:, :half] @ update.A[:half])
 
 
-DEFECTS: dict[str, tuple[Callable[[Merge], np.ndarray], Conclusion, Cause | None]] = {
-    "rows": (rows_only, Conclusion.PARTLY, Cause.SOME_ROWS),
+DEFECTS: dict[str, tuple[Callable[[Merge], np.ndarray], MergeConclusion, Cause | None]] = {
+    "rows": (rows_only, MergeConclusion.PARTLY, Cause.SOME_ROWS),
     "columns": (
         lambda case: np.where(np.arange(SIZE) % 3 == 0, 0, case.delta("layers.0.q_proj")),
-        Conclusion.PARTLY, Cause.SOME_COLUMNS,
+        MergeConclusion.PARTLY, Cause.SOME_COLUMNS,
     ),
-    "ranks": (half_ranks, Conclusion.PARTLY, Cause.SOME_RANKS),
+    "ranks": (half_ranks, MergeConclusion.PARTLY, Cause.SOME_RANKS),
     "transposed": (
-        lambda case: case.delta("layers.0.q_proj").T.copy(), Conclusion.CHANGED, Cause.TRANSPOSED,
+        lambda case: case.delta("layers.0.q_proj").T.copy(),
+        MergeConclusion.CHANGED, Cause.TRANSPOSED,
     ),
     "other layer": (
-        lambda case: case.delta("layers.1.q_proj"), Conclusion.CHANGED, Cause.OTHER_MODULE,
+        lambda case: case.delta("layers.1.q_proj"), MergeConclusion.CHANGED, Cause.OTHER_MODULE,
     ),
     "another checkpoint": (
         lambda case: case.delta("layers.0.q_proj")
         + 0.01 * np.abs(case.delta("layers.0.q_proj")).mean()
         * np.random.default_rng(0).standard_normal((SIZE, SIZE)).astype(np.float32),
-        Conclusion.CHANGED, None,
+        MergeConclusion.CHANGED, None,
     ),
 }  # fmt: skip
 
@@ -232,7 +233,7 @@ def test_a_merge_that_was_undone_is_restored(dtype: str) -> None:
         for key, W in merged.items()
     }
     assert not np.array_equal(undone["layers.0.q_proj.weight"], case.base["layers.0.q_proj.weight"])
-    assert case.check(undone).counts() == {Conclusion.RESTORED: 3}
+    assert case.check(undone).counts() == {MergeConclusion.RESTORED: 3}
 
 
 def test_other_tensors_are_accounted_for() -> None:
@@ -245,7 +246,7 @@ def test_other_tensors_are_accounted_for() -> None:
         ("norm.weight", TensorState.CHANGED), ("new.weight", TensorState.ONLY_MERGED),
     }  # fmt: skip
     assert result.is_failed
-    assert result.conclusion is Conclusion.CHANGED
+    assert result.conclusion is MergeConclusion.CHANGED
     assert len(result.to_frame()) == 3
 
 
@@ -259,7 +260,7 @@ def test_rows_of_a_fused_weight_that_no_module_adapts_are_compared(tmp_path: Pat
     merged = {"h.0.attn.qkv_proj.weight": fused.copy()}
     merged["h.0.attn.qkv_proj.weight"][:SIZE] += np.float32(0.1) * (B @ A)
     healthy = merge_check(adapter, base, merged)
-    assert healthy.conclusion is Conclusion.APPLIED
+    assert healthy.conclusion is MergeConclusion.APPLIED
     assert not healthy.is_failed
     merged["h.0.attn.qkv_proj.weight"][SIZE] += 1
     damaged = merge_check(adapter, base, merged)
@@ -272,7 +273,7 @@ def test_a_dense_update_is_checked(tmp_path: Path) -> None:
     W, D = (rng.standard_normal((SIZE, SIZE)).astype(np.float32) for _ in range(2))
     adapter = Adapter({"q_proj": DenseUpdate("q_proj", D)}, label="adapter")
     merged = {"q_proj.weight": rounded(W + D, "bfloat16")}
-    assert merge_check(adapter, {"q_proj.weight": W}, merged).conclusion is Conclusion.APPLIED
+    assert merge_check(adapter, {"q_proj.weight": W}, merged).conclusion is MergeConclusion.APPLIED
 
 
 def test_models_without_the_modules_and_unknown_scales_are_refused() -> None:
@@ -352,7 +353,7 @@ MATRIX = list(itertools.product(TYPES, repeat=3))
 @pytest.mark.parametrize("types", MATRIX, ids="-".join)
 def test_what_peft_merges_is_applied(types: tuple[str, str, str], tmp_path: Path) -> None:
     result = peft_merge(tmp_path, types, use_dora=MATRIX.index(types) % 2 == 1)
-    assert result.counts() == {Conclusion.APPLIED: 4}
+    assert result.counts() == {MergeConclusion.APPLIED: 4}
     assert not result.is_failed
     assert not result.tensors
 
@@ -360,7 +361,7 @@ def test_what_peft_merges_is_applied(types: tuple[str, str, str], tmp_path: Path
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_what_peft_merges_into_half_precision_is_applied(dora: bool, tmp_path: Path) -> None:
     result = peft_merge(tmp_path, ("bfloat16", "float32", "bfloat16"), use_dora=dora)
-    assert result.counts() == {Conclusion.APPLIED: 4}
+    assert result.counts() == {MergeConclusion.APPLIED: 4}
     assert not result.is_failed
 
 
@@ -374,7 +375,7 @@ def test_what_peft_merges_into_stacked_experts_is_applied(
         tmp_path, types, MixtralConfig(**SIZES, num_local_experts=3),
         target_modules=["q_proj"], target_parameters=parameters,
     )  # fmt: skip
-    assert result.counts() == {Conclusion.APPLIED: 7}
+    assert result.counts() == {MergeConclusion.APPLIED: 7}
     assert not result.is_failed
 
 
@@ -391,10 +392,10 @@ def test_doras_low_rank_part_alone_is_a_partial_merge(tmp_path: Path) -> None:
             before[key] + (delta if delta.shape == before[key].shape else delta.T)
         ).astype(np.float32)
     result = merge_check(adapter, tmp_path / "base", added)
-    assert {m.conclusion for m in result.modules} == {Conclusion.PARTLY}
+    assert {m.conclusion for m in result.modules} == {MergeConclusion.PARTLY}
     assert {m.cause for m in result.modules} == {Cause.WITHOUT_MAGNITUDE}
     assert {m.conclusion for m in merge_check(adapter, before, before).modules} == {
-        Conclusion.ABSENT
+        MergeConclusion.ABSENT
     }
 
 

@@ -8,13 +8,13 @@ from lora_analysis.merging.model_check import (
     merge_check,
     merge_forecast,
 )
-from lora_analysis.merging.module_check import Cause, Conclusion, ModuleMerge
+from lora_analysis.merging.module_check import Cause, MergeConclusion, ModuleMerge
 from lora_analysis.merging.replay import Recipe
 
 __all__ = [
     "Cause",
-    "Conclusion",
     "MergeCheck",
+    "MergeConclusion",
     "MergeForecast",
     "ModuleMerge",
     "Recipe",

@@ -16,12 +16,12 @@ import numpy as np
 from lora_analysis.bases import check_experts, open_base
 from lora_analysis.bases.base_weights import BaseWeights
 from lora_analysis.blocks import choose_names
-from lora_analysis.effective import effective_update
+from lora_analysis.effective import effective_update, stated_orientation
 from lora_analysis.errors import BaseWeightError, IncompatibleError, InputError
 from lora_analysis.finding import Finding
 from lora_analysis.formats import as_adapter
 from lora_analysis.merging.forecast import MergeForecast, forecast_module
-from lora_analysis.merging.module_check import Cause, Conclusion, ModuleMerge, check_module
+from lora_analysis.merging.module_check import Cause, MergeConclusion, ModuleMerge, check_module
 from lora_analysis.merging.replay import round_to
 from lora_analysis.names import strip_wrappers
 from lora_analysis.results import frame
@@ -34,16 +34,14 @@ if TYPE_CHECKING:
     from lora_analysis.bases import Weight
     from lora_analysis.progress import Progress
 
-# Formats of trainers for image models, in which all layers store a weight as [out, in].
-_ROWS_ARE_OUTPUTS: Final = frozenset({"kohya", "flux", "diffusers", "cloneofsimo"})
-_GOOD: Final = (Conclusion.APPLIED, Conclusion.INCONCLUSIVE)
+_GOOD: Final = (MergeConclusion.APPLIED, MergeConclusion.INCONCLUSIVE)
 # Modules that a sentence names.
 _LISTED: Final = 8
 _FORECAST_TYPES: Final = ("bfloat16", "float16", "float32")
 
 
 class TensorState(StrEnum):
-    """A tensor of the models that is no adapted weight."""
+    """What was found about a tensor that is not an adapted weight."""
 
     SAVED = "trained in full and stored in the adapter: applied"
     SAVED_ABSENT = "trained in full and stored in the adapter: not applied"
@@ -59,7 +57,7 @@ _BAD_STATES: Final = (TensorState.SAVED_ABSENT, TensorState.CHANGED, TensorState
 
 @dataclass(frozen=True, slots=True)
 class TensorDifference:
-    """A tensor that is no adapted weight and not the same in both models."""
+    """A tensor that is not an adapted weight and differs between the models."""
 
     name: str
     state: TensorState
@@ -96,7 +94,7 @@ class MergeCheck:
         counts = ", ".join(f"{count} {name}" for name, count in self.counts().items())
         return f"<MergeCheck of {self.adapter!r} in {self.merged!r}: {counts}>"
 
-    def counts(self) -> dict[Conclusion, int]:
+    def counts(self) -> dict[MergeConclusion, int]:
         """Return the number of modules with each conclusion, most frequent first."""
         counted = Counter(module.conclusion for module in self.modules)
         return dict(counted.most_common())
@@ -112,22 +110,22 @@ class MergeCheck:
     def is_inconclusive(self) -> bool:
         """True if nothing is wrong, but nothing shows that the adapter was merged either."""
         return not self.is_failed and not any(
-            module.conclusion is Conclusion.APPLIED for module in self.modules
+            module.conclusion is MergeConclusion.APPLIED for module in self.modules
         )
 
     @property
-    def conclusion(self) -> Conclusion:
+    def conclusion(self) -> MergeConclusion:
         """The conclusion about the model: that of all modules if they share it."""
         counts = self.counts()
         if self.is_inconclusive:
-            return Conclusion.INCONCLUSIVE
-        decided = [name for name in counts if name is not Conclusion.INCONCLUSIVE]
+            return MergeConclusion.INCONCLUSIVE
+        decided = [name for name in counts if name is not MergeConclusion.INCONCLUSIVE]
         if len(decided) == 1:
             only = decided[0]
             extra = any(tensor.state in _BAD_STATES for tensor in self.tensors)
-            return Conclusion.CHANGED if extra and only is Conclusion.APPLIED else only
-        has_some = Conclusion.APPLIED in counts and Conclusion.ABSENT in counts
-        return Conclusion.PARTLY if has_some and len(decided) == 2 else Conclusion.CHANGED
+            return MergeConclusion.CHANGED if extra and only is MergeConclusion.APPLIED else only
+        has_some = MergeConclusion.APPLIED in counts and MergeConclusion.ABSENT in counts
+        return MergeConclusion.PARTLY if has_some and len(decided) == 2 else MergeConclusion.CHANGED
 
     def strength(self) -> tuple[float, float] | None:
         """Return the multiple of ΔW that all applied modules allow; None if none is known."""
@@ -141,16 +139,16 @@ class MergeCheck:
         names = {"adapter": self.adapter, "merged": self.merged}
         total = {"total": len(self.modules)}
         applied: list[ModuleMerge] = []
-        by_kind: dict[tuple[Conclusion, Cause | None], list[ModuleMerge]] = {}
+        by_kind: dict[tuple[MergeConclusion, Cause | None], list[ModuleMerge]] = {}
         for module in self.modules:
-            if module.conclusion is Conclusion.APPLIED:
+            if module.conclusion is MergeConclusion.APPLIED:
                 applied.append(module)
             else:
                 by_kind.setdefault((module.conclusion, module.cause), []).append(module)
         for (conclusion, cause), group in by_kind.items():
             fields: dict[str, Any] = {**names, **total, "count": len(group)}
             fields["cause"] = cause and str(cause)
-            if conclusion is Conclusion.INCONCLUSIVE:
+            if conclusion is MergeConclusion.INCONCLUSIVE:
                 fields["modules"] = [module.module for module in group]
                 yield Finding("merge-inconclusive", fields)
             else:
@@ -197,7 +195,7 @@ class MergeCheck:
 def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a sentence about one module that is not as it should be."""
     interval = row["strength_low"], row["strength_high"]
-    is_told = row["conclusion"] == Conclusion.WRONG_STRENGTH and math.isfinite(sum(interval))
+    is_told = row["conclusion"] == MergeConclusion.WRONG_STRENGTH and math.isfinite(sum(interval))
     return {
         "module": row["module"],
         "detail": row["detail"] or None,
@@ -268,8 +266,7 @@ def merge_check(
     old, new = _opened(base, adapter), _opened(merged, adapter)
     new.model_type = new.model_type or old.model_type
     old.model_type = old.model_type or new.model_type
-    if transposed is None and adapter.provenance.format in _ROWS_ARE_OUTPUTS:
-        transposed = False
+    transposed = stated_orientation(adapter, transposed)
     names = choose_names(adapter, modules)
     checked: list[ModuleMerge] = []
     unmatched: dict[str, str] = {}
@@ -337,8 +334,7 @@ def merge_forecast(
     """
     adapter = as_adapter(adapter)
     old = _opened(base, adapter)
-    if transposed is None and adapter.provenance.format in _ROWS_ARE_OUTPUTS:
-        transposed = False
+    transposed = stated_orientation(adapter, transposed)
     names = choose_names(adapter, modules)
     results = []
     for done, name in enumerate(names, start=1):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial, reduce
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 
@@ -27,7 +27,6 @@ from lora_analysis.merging.replay import (
     spacing,
     strength_interval,
     sum_bounds,
-    tile_positions,
     unchanged,
 )
 
@@ -49,7 +48,7 @@ _TWICE: Final = 2.0
 _RELATED: Final = 0.1
 
 
-class Conclusion(StrEnum):
+class MergeConclusion(StrEnum):
     """What was done to a weight."""
 
     APPLIED = "applied"
@@ -100,13 +99,13 @@ class ModuleMerge:
     change
         ‖ΔW‖/‖W‖.
     detail
-        The strength as a number for `Conclusion.WRONG_STRENGTH`, the directions, the share of rows
-        or the name of the other module.
+        The strength as a number for `MergeConclusion.WRONG_STRENGTH`, the directions, the share of
+        rows or the name of the other module.
     """
 
     module: str
     tensor: str
-    conclusion: Conclusion
+    conclusion: MergeConclusion
     cause: Cause | None = None
     recipe: str = ""
     strength: tuple[float, float] | None = None
@@ -116,7 +115,7 @@ class ModuleMerge:
     @property
     def resolution(self) -> float:
         """The smallest difference in strength that would have shown; NaN if it is not known."""
-        if self.strength is None or self.conclusion is not Conclusion.APPLIED:
+        if self.strength is None or self.conclusion is not MergeConclusion.APPLIED:
             return float("nan")
         return max(self.strength[1] - 1, 1 - self.strength[0])
 
@@ -171,23 +170,16 @@ class Factored:
 
     def with_directions(self, chosen: NDArray[np.intp]) -> Factored:
         """Return the update with some of its directions only."""
-        part = Factored.__new__(Factored)
-        part.update, part.scale, part.rank = self.update, self.scale, len(chosen)
-        part.A, part.B = self.A[chosen], self.B[:, chosen]
-        return part
+        update = cast("LowRankUpdate", self.update)
+        return Factored(replace(update, A=update.A[chosen], B=update.B[:, chosen]))
 
     def transposed(self) -> Factored:
         """Return the update with its transpose as ΔW."""
-        other = Factored.__new__(Factored)
+        plain: dict[str, Any] = {"layout": "linear", "kernel": ()}
         if isinstance(self.update, DenseUpdate):
-            other.update = replace(
-                self.update, delta=self.update.delta.T, layout="linear", kernel=()
-            )
-            other.scale, other.rank = 1.0, 1
-            return other
-        other.update, other.scale, other.rank = self.update, self.scale, self.rank
-        other.A, other.B = self.B.T, self.A.T
-        return other
+            return Factored(replace(self.update, delta=self.update.delta.T, **plain))
+        A, B = self.update.B.T, self.update.A.T
+        return Factored(replace(self.update, A=A, B=B, magnitude=None, **plain))
 
 
 Confirm = Callable[["Entries"], "NDArray[np.bool_]"]
@@ -212,7 +204,12 @@ class MergedWeight:
         exact = dict.fromkeys(HALF_TYPES, after.stored_dtype not in HALF_TYPES)
         self.is_identical = True
         for rows, columns, tile in after.blocks():
-            (inside,) = tile_positions(positions, self.shape, [(rows, columns)])
+            inside = np.flatnonzero(
+                (self.rows >= rows.start)
+                & (self.rows < rows.stop)
+                & (self.columns >= columns.start)
+                & (self.columns < columns.stop)
+            )
             self.merged[inside] = tile[
                 self.rows[inside] - rows.start, self.columns[inside] - columns.start
             ]
@@ -330,12 +327,12 @@ def check_module(
     sampled = weight.sample(factored)
     norm = float(np.linalg.norm(weight.W))
     result = ModuleMerge(
-        module, after.name, Conclusion.CHANGED,
+        module, after.name, MergeConclusion.CHANGED,
         change=_norm(update) / norm if norm else math.inf,
     )  # fmt: skip
     if not np.any(sampled.product) and not _norm(update):
         identical = weight.is_identical
-        conclusion = Conclusion.INCONCLUSIVE if identical else Conclusion.CHANGED
+        conclusion = MergeConclusion.INCONCLUSIVE if identical else MergeConclusion.CHANGED
         return replace(result, conclusion=conclusion, cause=Cause.NO_UPDATE if identical else None)
     if not weight.is_replayable:
         return _of_quantized(result, weight, sampled)
@@ -423,22 +420,22 @@ class _Case:
 
 
 def _whole(case: _Case) -> ModuleMerge | None:
-    """Conclude that the update is in the weight, that it is not, or that nobody can tell."""
+    """Conclude that the update is in the weight, that it is not, or that either may be."""
     applied = case.confirmed(misfits)
     absent = case.candidates[0] if case.weight.is_identical else case.confirmed(_changed)
     if applied is not None and absent is not None:
         return replace(
-            case.result, conclusion=Conclusion.INCONCLUSIVE, cause=Cause.NOTHING_TO_SEE,
+            case.result, conclusion=MergeConclusion.INCONCLUSIVE, cause=Cause.NOTHING_TO_SEE,
             strength=strength_interval(case.sampled, applied),
         )  # fmt: skip
     if applied is not None:
         return replace(
-            case.result, conclusion=Conclusion.APPLIED, recipe=str(applied),
+            case.result, conclusion=MergeConclusion.APPLIED, recipe=str(applied),
             strength=strength_interval(case.sampled, applied),
         )  # fmt: skip
     if absent is not None:
         interval = strength_interval(case.sampled, absent)
-        return replace(case.result, conclusion=Conclusion.ABSENT, strength=interval)
+        return replace(case.result, conclusion=MergeConclusion.ABSENT, strength=interval)
     return None
 
 
@@ -471,7 +468,7 @@ def _strength(case: _Case) -> ModuleMerge | None:
         pair = (strength, strength)
         recipe = case.confirmed(misfits, candidates=fitting, strengths=pair)
         if recipe is not None:
-            wrong = Conclusion.TWICE if strength == _TWICE else Conclusion.WRONG_STRENGTH
+            wrong = MergeConclusion.TWICE if strength == _TWICE else MergeConclusion.WRONG_STRENGTH
             return replace(
                 case.result, conclusion=wrong, cause=cause, detail=f"{strength:.6g}",
                 strength=strength_interval(case.sampled, recipe),
@@ -482,7 +479,7 @@ def _strength(case: _Case) -> ModuleMerge | None:
             continue
         if case.confirmed(misfits, candidates=[recipe], strengths=interval):
             return replace(
-                case.result, conclusion=Conclusion.WRONG_STRENGTH, strength=interval,
+                case.result, conclusion=MergeConclusion.WRONG_STRENGTH, strength=interval,
                 detail=f"{(low + high) / 2:.6g}",
             )  # fmt: skip
     return None
@@ -503,7 +500,7 @@ def _twice(case: _Case) -> ModuleMerge | None:
     if case.confirmed(_misfits_twice) is None:
         return None
     return replace(
-        case.result, conclusion=Conclusion.TWICE, cause=Cause.MERGED_TWICE, strength=(2.0, 2.0)
+        case.result, conclusion=MergeConclusion.TWICE, cause=Cause.MERGED_TWICE, strength=(2.0, 2.0)
     )
 
 
@@ -521,7 +518,7 @@ def _lines(case: _Case) -> ModuleMerge | None:
                 continue
             missing = np.flatnonzero(lacks)
             return replace(
-                case.result, conclusion=Conclusion.PARTLY, cause=cause,
+                case.result, conclusion=MergeConclusion.PARTLY, cause=cause,
                 detail=f"{len(missing)} of {len(lacks)} without, {missing[0]} to {missing[-1]}",
             )  # fmt: skip
     return None
@@ -540,7 +537,7 @@ def _ranks(case: _Case) -> ModuleMerge | None:
     if case.of(part).confirmed(misfits) is None:
         return None
     return replace(
-        case.result, conclusion=Conclusion.PARTLY, cause=Cause.SOME_RANKS,
+        case.result, conclusion=MergeConclusion.PARTLY, cause=Cause.SOME_RANKS,
         detail=f"{part.rank} of {case.factored.rank} directions",
     )  # fmt: skip
 
@@ -575,7 +572,7 @@ def _restored(case: _Case) -> ModuleMerge | None:
     strength, error = _least_squares(case.sampled)
     if abs(strength) > max(0.02, 4 * error):
         return None
-    return replace(case.result, conclusion=Conclusion.RESTORED)
+    return replace(case.result, conclusion=MergeConclusion.RESTORED)
 
 
 def _least_squares(sampled: Entries) -> tuple[float, float]:
@@ -598,10 +595,10 @@ def _estimate(sampled: Entries, merged_type: str) -> str:
 
 def _of_quantized(result: ModuleMerge, weight: MergedWeight, sampled: Entries) -> ModuleMerge:
     if weight.is_identical:
-        return replace(result, conclusion=Conclusion.ABSENT, cause=Cause.QUANTIZED)
+        return replace(result, conclusion=MergeConclusion.ABSENT, cause=Cause.QUANTIZED)
     strength, error = _least_squares(sampled)
     return replace(
-        result, conclusion=Conclusion.INCONCLUSIVE, cause=Cause.QUANTIZED,
+        result, conclusion=MergeConclusion.INCONCLUSIVE, cause=Cause.QUANTIZED,
         detail=f"close to {strength:.3g} ± {2 * error:.1g} times ΔW",
     )  # fmt: skip
 
@@ -612,11 +609,13 @@ def _of_dora(case: _Case, update: LowRankUpdate) -> ModuleMerge:
     after = weight.after.array()
     applied = dora_fits(update, weight.W, after, case.candidates, weight.merged_type)
     if weight.is_identical or case.confirmed(_changed):
-        conclusion = Conclusion.INCONCLUSIVE if applied else Conclusion.ABSENT
+        conclusion = MergeConclusion.INCONCLUSIVE if applied else MergeConclusion.ABSENT
         cause = Cause.NOTHING_TO_SEE if applied else None
         return replace(case.result, conclusion=conclusion, cause=cause)
     if applied is not None:
-        return replace(case.result, conclusion=Conclusion.APPLIED, recipe=str(applied))
+        return replace(case.result, conclusion=MergeConclusion.APPLIED, recipe=str(applied))
     if case.confirmed(misfits) is not None:
-        return replace(case.result, conclusion=Conclusion.PARTLY, cause=Cause.WITHOUT_MAGNITUDE)
+        return replace(
+            case.result, conclusion=MergeConclusion.PARTLY, cause=Cause.WITHOUT_MAGNITUDE
+        )
     return case.result

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -273,14 +273,3 @@ def sample_positions(shape: tuple[int, int], count: int) -> NDArray[np.intp]:
         return np.arange(total)
     drawn = np.random.default_rng(0).integers(0, total, size=count)
     return np.unique(drawn)
-
-
-def tile_positions(
-    positions: NDArray[np.intp], shape: tuple[int, int], tiles: Sequence[tuple[slice, slice]]
-) -> Iterator[NDArray[np.intp]]:
-    """Yield for each tile the indexes of the positions that lie in it."""
-    rows, columns = np.divmod(positions, shape[1])
-    for tile_rows, tile_columns in tiles:
-        inside = (rows >= tile_rows.start) & (rows < tile_rows.stop)
-        inside &= (columns >= tile_columns.start) & (columns < tile_columns.stop)
-        yield np.flatnonzero(inside)
