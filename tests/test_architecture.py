@@ -56,6 +56,7 @@ LEVELS = {
     "training": 7,
     "conclusions": 8,
     "plots": 8,
+    "survey": 8,
     "report": 9,
     "demo": 10,
     "reproduction": 11,
@@ -66,7 +67,7 @@ LEVELS = {
 HEAVY = {
     "torch": {"lora", "spectra", "training"},  # spectra: on a device only
     "matplotlib": {"plots", "report"},
-    "pandas": {"results", "studies", "report"},
+    "pandas": {"results", "studies", "survey", "report"},
     "gguf": {"bases", "storage"},
     "bitsandbytes": {"training"},  # to say that it is missing
     "compressed_tensors": set(),

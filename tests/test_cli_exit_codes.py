@@ -41,6 +41,7 @@ WORDS = {
     "report": ["a", "-o", "out"],
     "reference": ["a", "-o", "out.json"],
     "reproduce": ["-o", "out"],
+    "survey": ["authors.toml"],
     "resize": ["a", "--rank", "1", "-o", "out"],
     "convert": ["a", "--to", "mlx", "-o", "out"],
     "extract": ["a", "--base", "base", "--rank", "1", "-o", "out"],

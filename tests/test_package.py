@@ -165,6 +165,7 @@ def adapters(rng: np.random.Generator, tmp_path: Path) -> Path:
         name: W + 0.1 * rng.standard_normal(W.shape).astype("f4") for name, W in weights.items()
     }
     save_file(tuned, tmp_path / "tuned.safetensors")
+    (tmp_path / "authors.toml").write_text('[ann]\nsources = ["a", "b"]\n')
     pairs = {
         f"model.layers.{layer}.self_attn.{kind}_proj.lora_{factor}": rng.standard_normal(shape)
         for layer in range(2)
@@ -190,6 +191,7 @@ def test_analysis_and_conversion_need_no_extra(adapters: Path) -> None:
         ["compare", "mlx.npz", "other.npz", "--scale", "1"],
         ["reference", "a", "b", "-o", "levels.json"],
         ["report", "a", "b", *BASE, "--figures", "", "-o", "report"],
+        ["survey", "authors.toml"],
         ["amplify", "a", *BASE, "--spectrum"],
         ["merge-check", "a", *BASE],
         ["heatmap", "a", "b", "--module", "layers.0.q_proj", "-o", "heatmap.svg"],

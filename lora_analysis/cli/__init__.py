@@ -43,6 +43,7 @@ VERBS = {
     "report": "Analyze adapters and write one self-contained HTML report.",
     "reference": "Store how alike unrelated adapters of a base are.",
     "reproduce": "Draw the figures of the LoRA paper's section 7 from the demo's adapters.",
+    "survey": "Show how many directions the adapters of many authors use, and how alike they are.",
     "resize": "Reduce an adapter's rank by truncated SVD and report the error.",
     "convert": "Convert an adapter to another format.",
     "extract": "Extract the best low-rank approximation of a full fine-tune.",
