@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 
 .PHONY: demo lint test test-claims test-cluster test-faults \
-  test-kernels test-peft check figures notebooks docs data bench fuzz clean
+  test-kernels test-peft check gpu-check figures notebooks docs data bench fuzz clean
 
 demo: .venv/.demo
 	$(BIN)/lora-analysis demo -o runs/demo
@@ -77,6 +77,13 @@ data: .venv/.demo
 # Compares with PEFT among others, so it needs what the tests need; some 20 minutes.
 bench: .venv/.dev
 	$(BIN)/python -m benchmarks --write
+
+# For a machine with a GPU, without network, under 8 minutes: the tests on CUDA, then its numbers
+# against the CPU's and step times, which go into benchmarks/RESULTS.md with the card's name.
+gpu-check: .venv/.dev
+	$(BIN)/python -c "import torch; exit(None if torch.cuda.is_available() else 'no CUDA device')"
+	$(BIN)/pytest -n 0 -k cuda tests/test_spectra.py tests/test_training_executors.py
+	$(BIN)/python -m benchmarks gpu --rounds 5 --write
 
 # Damages adapters and bases of every format at random for a minute; SEED=n draws other damage.
 # Guided by coverage, one format at a time: tests/fuzz/guided.py.

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from threadpoolctl import threadpool_limits
 
-from benchmarks import overlaps, processes, spectra, training, weights
+from benchmarks import gpu, overlaps, processes, spectra, training, weights
 from benchmarks.floors import machine, memory_rate, product_rate
 from benchmarks.harness import Row, markdown
 
@@ -30,6 +30,7 @@ GROUPS: dict[str, Group] = {
     "directions": lambda rounds, _: weights.own_directions(rounds),
     "intruders": lambda *_: weights.intruders(),
     "training": lambda rounds, _: training.rows(rounds),
+    "gpu": gpu.rows,
 }
 
 
@@ -58,7 +59,8 @@ def main() -> None:
             for row in GROUPS[name](options.rounds, Path(folder)):
                 print(" | ".join(row.cells()), flush=True)
                 found.append(row)
-            sections[name] = f"{machine()}; {floors}.\n\n{markdown(found)}"
+            if found:  # a machine without a GPU leaves what is written about one
+                sections[name] = f"{machine()}; {floors}.\n\n{markdown(found)}"
     if options.write:
         RESULTS.write_text(document(sections), encoding="utf-8")
 

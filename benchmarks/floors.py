@@ -50,7 +50,9 @@ def machine() -> str:
         names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
         model = names[0].partition(":")[2].strip() if names else model
     cores = len(os.sched_getaffinity(0))
+    cards = {torch.cuda.get_device_name(i): None for i in range(torch.cuda.device_count())}
+    gpus = f", {torch.cuda.device_count()} × {', '.join(cards)}" if cards else ""
     return (
-        f"{model}, {cores} cores; {platform.system()}, Python {platform.python_version()}, "
+        f"{model}, {cores} cores{gpus}; {platform.system()}, Python {platform.python_version()}, "
         f"numpy {np.__version__}, scipy {scipy.__version__}, torch {torch.__version__}"
     )
