@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate, Provenance
 from lora_analysis.errors import InputError, LoraAnalysisError, ScaleError, UnsupportedMethodError
 from lora_analysis.formats import read_adapter, write_adapter
-from lora_analysis.formats.diffusion.kohya_writer import flattened_names
+from lora_analysis.formats.diffusion.kohya import flattened_names
 from lora_analysis.names import identify
 
 UNET = "unet.down_blocks.0.attentions.0.transformer_blocks.0"

@@ -26,10 +26,10 @@ READERS: Final[list[str | Format]] = [
 WRITERS: Final = {
     "peft": "peft.writer",
     "diffusers": "diffusion.diffusers_writer",
-    "kohya": "diffusion.kohya_writer",
-    "flux": "diffusion.flux_writer",
-    "loralib": "loralib_writer",
-    "mlx": "mlx_writer",
+    "kohya": "diffusion.kohya",
+    "flux": "diffusion.flux",
+    "loralib": "loralib",
+    "mlx": "mlx",
     "gguf": "gguf_writer",
 }
 # Formats of image models, which have the same loaders.
@@ -45,8 +45,8 @@ FILE_SUFFIXES: Final = {
     "loralib": ".safetensors",
 }
 _NOTES: Final = {
-    "loralib": "loralib_writer.loralib_notes",
-    "mlx": "mlx_writer.mlx_notes",
+    "loralib": "loralib.loralib_notes",
+    "mlx": "mlx.mlx_notes",
     "gguf": "gguf_writer.gguf_notes",
 }
 

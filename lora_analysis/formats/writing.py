@@ -206,11 +206,11 @@ def written_names(adapter: Adapter, format: str) -> dict[str, str]:
         A name cannot be written in the format.
     """
     if format == "kohya":
-        from lora_analysis.formats.diffusion.kohya_writer import flattened_names
+        from lora_analysis.formats.diffusion.kohya import flattened_names
 
         return flattened_names(adapter)
     if format == "flux":
-        from lora_analysis.formats.diffusion.flux_writer import authors_names
+        from lora_analysis.formats.diffusion.flux import authors_names
 
         return authors_names(adapter)
     return {name: name for name in adapter}

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.errors import InputError
 from lora_analysis.formats.diffusion.diffusers import COMPONENT, METADATA_KEY, NAME
+from lora_analysis.formats.diffusion.image_names import FLATTENED
 from lora_analysis.formats.diffusion.image_scheme import FACTOR_KEYS
 from lora_analysis.formats.diffusion.image_writing import PlannedModule, image_file, planned_modules
-from lora_analysis.formats.diffusion.kohya import FLATTENED
-from lora_analysis.formats.diffusion.kohya_writer import PATH
+from lora_analysis.formats.diffusion.kohya import PATH
 from lora_analysis.formats.side_tensors import side_output, source_format
 from lora_analysis.formats.written import default_and_others, is_dora, json_number
 

@@ -30,7 +30,6 @@ from lora_analysis.family_names import (
     authors_name,
     diffusers_name,
 )
-from lora_analysis.formats.diffusion.kohya import FLATTENED
 from lora_analysis.formats.written import low_rank_update
 from lora_analysis.names import split_component
 
@@ -41,6 +40,8 @@ if TYPE_CHECKING:
 
     from lora_analysis.adapter import Update, UpdateOutline
 
+# Names that kohya's keys made of a module's path. Half-renamed files keep some of its dots.
+FLATTENED: Final = re.compile(r"(lora_(unet|transformer|prior_unet|te[1-4]?)|lycoris)_[\w.]+")
 # A segment of a flattened path: one with underscores in U-Nets, FLUX, CLIP or T5 (a longer one
 # before one that it starts with), else what is between two of them.
 _SEGMENT: Final = re.compile(

@@ -16,8 +16,8 @@ from lora_analysis.formats.build import AdapterParts, stated_alpha
 from lora_analysis.formats.factors import StoredPair
 from lora_analysis.formats.key_scheme import KeyPattern, KeyScheme, StoredModules
 from lora_analysis.formats.llm.trainer_settings import count, number, trainer_settings
-from lora_analysis.formats.rank_parts import refuse_rank_part
 from lora_analysis.formats.sources import AdapterFiles
+from lora_analysis.formats.unknown import refuse_rank_part
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,8 +16,8 @@ from lora_analysis.formats.build import AdapterParts, beside_finding, build_adap
 from lora_analysis.formats.peft.adapter_config import CONFIG_NAME, PeftConfig, read_peft_config
 from lora_analysis.formats.peft.module_pairs import module_pairs
 from lora_analysis.formats.peft.tensor_keys import has_factors, sort_keys
-from lora_analysis.formats.rank_parts import refuse_rank_part
 from lora_analysis.formats.sources import AdapterFiles, Format, tensors_at
+from lora_analysis.formats.unknown import refuse_rank_part
 from lora_analysis.storage.safetensors import Header, TensorInfo
 from lora_analysis.storage.tensors import TensorFiles, open_tensors
 from lora_analysis.text import plural
