@@ -289,6 +289,7 @@ def test_a_base_gives_the_relative_change(
     assert err == ""
     assert "all modules, by ‖ΔW‖/‖W‖" in out
     assert modules_of(out) == list(RUN_NAMES)
+    assert "enrichment" not in out  # amplify's question
     found = document(call(capsys, "compare", *pair, "--base", base, "--format", "json")[1])
     for row in found["modules"]:
         W = weights[f"{row['module']}.weight"].astype(np.float32)

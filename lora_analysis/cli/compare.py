@@ -201,6 +201,7 @@ _NOT_ABOUT_THE_PAIR: Final = frozenset(
         "directions-by-energy", "accuracy", "unknown-task-or-seed", "reference-pairs",
         "pairs-left-out", "largest-overlap", "overlap-of-ranks",
         "single-tasks", "amplification", "amplification-at-equal-k", "no-base-weight",
+        "enrichment-specific", "enrichment-not-specific", "enrichment-untested",
     ]
 )  # fmt: skip
 _NEXT_STEPS: Final = (
