@@ -85,6 +85,8 @@ class FilePosition(NamedTuple):
         return self.itemsize * math.prod(self.shape)
 
 
+# Format of the difference of two models, in `Provenance.format`.
+FULL_FINE_TUNE: Final = "full fine-tune"
 # For factors that were computed: no file stores them as they are.
 NOT_STORED: Final[tuple[FilePosition | None, FilePosition | None]] = (None, None)
 
