@@ -8,6 +8,7 @@ import click
 
 from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import (
+    FINE_TUNES,
     MODULES_SHOWN,
     VerbCommand,
     modules_option,
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
 @click.command(name="amplify", cls=VerbCommand)
 @click.argument("source", metavar="ADAPTER")
 @click.option(
-    "--base", required=True, help="Base weights: a safetensors or GGUF file, or a model folder."
+    "--base",
+    required=True,
+    help=f"Base weights: a safetensors or GGUF file, or a model folder; {FINE_TUNES}",
 )
 @transposed_option
 @click.option(

@@ -16,6 +16,7 @@ from lora_analysis.cli.compare_modules import (
 )
 from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import (
+    FINE_TUNES,
     VerbCommand,
     label_option,
     labeled_pair,
@@ -53,7 +54,7 @@ _NAMED: Final = 6
 @click.option(
     "--base",
     help="Base weights, to show the relative change ‖ΔW‖/‖W‖ of every module: a safetensors or "
-    "GGUF file, or a model folder.",
+    f"GGUF file, or a model folder; {FINE_TUNES}",
 )
 @click.option(
     "--sort",

@@ -10,6 +10,7 @@ import click
 
 from lora_analysis.cli.options import (
     VerbCommand,
+    fine_tune_base_option,
     force_option,
     label_option,
     labeled_pair,
@@ -77,6 +78,7 @@ def _parse_vmax(_context: Any, _parameter: Any, text: str | None) -> float | str
     show_default=True,
     help="Singular vectors of ΔW, A or B. The LoRA paper plots those of A, input side.",
 )
+@fine_tune_base_option
 @modules_option
 @click.option("--title", help="Heading of the figure. By default the adapters, side and vectors.")
 @click.option(
@@ -119,6 +121,7 @@ def command(
     force: bool,
     side: Any,
     of: Any,
+    base: str | None,  # noqa: ARG001 - for reading
     modules: str | None,
     title: str | None,
     width: float,

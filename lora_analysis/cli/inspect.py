@@ -12,6 +12,7 @@ from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import (
     MODULES_SHOWN,
     VerbCommand,
+    fine_tune_base_option,
     modules_option,
     output_options,
     progress_bar,
@@ -42,6 +43,7 @@ _WORTH_THREADS = 32
 @click.command(name="inspect", cls=VerbCommand)
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option("--all", "every", is_flag=True, help="Show every module, however many.")
+@fine_tune_base_option
 @modules_option
 @reading_options
 @output_options("the labels of the adapters")
@@ -49,6 +51,7 @@ def command(
     sources: tuple[str, ...],
     *,
     every: bool,
+    base: str | None,  # noqa: ARG001 - for reading
     modules: str | None,
     reading: Reading,
     form: str,

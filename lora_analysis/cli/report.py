@@ -11,6 +11,7 @@ import click
 
 from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import (
+    FINE_TUNES,
     VerbCommand,
     force_option,
     label_option,
@@ -39,7 +40,10 @@ def _formats(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[
 @click.command(name="report", cls=VerbCommand)
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @reference_option
-@click.option("--base", help="Base weights: a safetensors or GGUF file, or a model folder.")
+@click.option(
+    "--base",
+    help=f"Base weights: a safetensors or GGUF file, or a model folder; {FINE_TUNES}",
+)
 @transposed_option
 @click.option(
     "-o",

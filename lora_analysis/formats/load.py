@@ -160,10 +160,12 @@ def load_adapter(source: str | os.PathLike[str] | AdapterRef, options: ReadOptio
         paths = source_paths(initial) or source_paths(os.fspath(initial).partition("#")[0])
         adapter = adapter.with_provenance(also_read=(*adapter.provenance.also_read, *paths))
     ref = AdapterRef(resolved.path.absolute(), "", "", resolved.name, resolved.snapshot)
-    stated = options.non_default()
-    if adapter.provenance.format != FULL_FINE_TUNE:
-        stated.pop("base", None)
-    adapter = adapter.with_provenance(source=ref.source, read_options=stated)
+    again = options.non_default()
+    base = again.pop("base", None)
+    if adapter.provenance.format == FULL_FINE_TUNE:
+        path = _base_path(base)
+        again["base"] = getattr(base, "address", None) or (base if path is None else path.absolute())
+    adapter = adapter.with_provenance(source=ref.source, read_options=again)
     return adapter if resolved.snapshot is None else _fetched_adapter(adapter, resolved.snapshot)
 
 
@@ -327,8 +329,16 @@ def _walk_folder(
 
 def _is_base(folder: Path, base: Any) -> bool:
     """Return True if a folder is the base, or holds its file."""
-    path = getattr(base, "path", existing_path(base) if isinstance(base, str | Path) else None)
+    path = _base_path(base)
     return path is not None and folder in (path.resolve(), path.resolve().parent)
+
+
+def _base_path(base: Any) -> Path | None:
+    """Return the local path of a base, given by it or open; None if it has none."""
+    if isinstance(base, str | os.PathLike):
+        return existing_path(base)
+    path: Path | None = getattr(base, "path", None)
+    return path
 
 
 def _refs_at(path: Path, options: ReadOptions) -> list[AdapterRef]:
