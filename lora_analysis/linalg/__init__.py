@@ -18,6 +18,7 @@ from lora_analysis.linalg.dense import (
     gram_svd,
     leading_singular_values,
     leading_svd,
+    whole_svd,
 )
 from lora_analysis.linalg.factored import (
     FactoredSVD,
@@ -55,6 +56,7 @@ __all__ = [
     "krylov_svd",
     "leading_singular_values",
     "leading_svd",
+    "whole_svd",
     "missing_values",
     "modified_svd",
     "overlap_grid",

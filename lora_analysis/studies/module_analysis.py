@@ -24,6 +24,7 @@ from lora_analysis.spectra import SIDES, Spectrum, spectrum, weight_svd
 from lora_analysis.studies.crossed_partners import candidate_pairs
 from lora_analysis.studies.module_walk import updates_by_shape
 from lora_analysis.studies.pair_products import (
+    FINE_TUNE_DIRECTIONS,
     ModulePairs,
     PairAngles,
     module_pairs,
@@ -205,6 +206,7 @@ def _selected(pairs: ModulePairs, rows: Sequence[int]) -> ModulePairs:
         },
         cosine=pairs.cosine[plane],
         ranks=pairs.ranks[rows],
+        directions=pairs.directions[plane],
         norms=pairs.norms[rows],
         init=None
         if pairs.init is None
@@ -224,6 +226,7 @@ def _compare_with_base(
             group[position] = update, values
     candidates = candidate_pairs(study.pairs)
     for (name, shape), members in groups.items():
+        k = _directions_of_dense([values for _, values in members.values()])
         measured = [
             position
             for position, (_, values) in members.items()
@@ -241,7 +244,8 @@ def _compare_with_base(
         pairs = [(a, b) for a, b in candidates if a in members and b in members]
         crossed = {position for pair in pairs for position in pair}
         order = [*measured, *sorted(crossed - set(measured))]
-        spectra = [members[position][1] for position in order]
+        whole = [members[position][1] for position in order]
+        spectra = [values.leading(k) if values.is_dense else values for values in whole]
         small = min(weight.shape) <= SMALL_WEIGHT
         most = max(values.numerical_rank for values in spectra[: len(measured)])
         amplified = amplifications(
@@ -256,13 +260,30 @@ def _compare_with_base(
             unrelated=[(order.index(a), order.index(b)) for a, b in pairs],
             through_weight=_THROUGH_SMALL if small else _THROUGH_LARGE,
         )
+        amplified = [
+            # ‖ΔW‖ is that of all directions, not of those that are compared.
+            replace(values, relative_norm=complete.norm / values.weight_norm)
+            if complete.is_dense and values.weight_norm
+            else values
+            for values, complete in zip(amplified, whole, strict=False)
+        ]
         result.amplified |= {(values.label, result.module): values for values in amplified}
         if study.spec.weight_spectra:
-            result.changes += _weight_changes([members[i] for i in measured], weight)
+            result.changes += _weight_changes([members[i] for i in measured], weight, k)
+
+
+def _directions_of_dense(spectra: Sequence[Spectrum]) -> int:
+    """Return how many directions of full fine-tunes are compared with W: the highest rank of LoRA.
+
+    All directions of a dense update span the whole space. Without an adapter,
+    `FINE_TUNE_DIRECTIONS`.
+    """
+    ranks = [values.numerical_rank for values in spectra if not values.is_dense]
+    return max(ranks, default=FINE_TUNE_DIRECTIONS)
 
 
 def _weight_changes(
-    updates: Sequence[tuple[Update, Spectrum]], weight: Weight
+    updates: Sequence[tuple[Update, Spectrum]], weight: Weight, k: int
 ) -> list[dict[str, Any]]:
     """Return the rows of the changes of one weight by each update, from one SVD of the weight."""
     decomposed = weight_svd(weight)
@@ -273,5 +294,6 @@ def _weight_changes(
             weight_basis_energy(values, decomposed),
             intruder_dimensions(change, weight, weight=decomposed),
             magnitude_direction(change, weight),
+            k=min(k if values.is_dense else values.numerical_rank, len(decomposed.S)),
         )
     return rows

@@ -113,10 +113,9 @@ def amplification_rows(result: Amplification) -> Iterator[dict[str, Any]]:
 
 
 def change_rows(
-    energy: WeightBasisEnergy, report: IntruderReport, changes: Changes
+    energy: WeightBasisEnergy, report: IntruderReport, changes: Changes, *, k: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield one row per side: ΔW in W's basis, and changes of W; k is ΔW's numerical rank."""
-    k = min(len(energy.S), len(energy.weight_values))
+    """Yield one row per side: ΔW in W's leading and trailing k directions, and changes of W."""
     drift = report.drift[~np.isnan(report.drift)]
     for side in SIDES:
         basis, changed = energy.sides[side], report.sides[side]
