@@ -627,3 +627,8 @@ class Adapter(Mapping[str, Update]):
 
     def __repr__(self) -> str:
         return f"<Adapter {self.label!r}: {len(self)} modules, {self.provenance.format}>"
+
+
+def is_fine_tune(adapter: Adapter) -> bool:
+    """Return True for a full fine-tune, whose zero updates are unchanged weights."""
+    return adapter.provenance.format == FULL_FINE_TUNE

@@ -107,7 +107,7 @@ def test_what_is_not_part_of_the_update_is_said(models: dict[str, Any]) -> None:
     identical, lost, others = map(
         str, read_fine_tune(models["tuned"], models["base"]).provenance.findings
     )
-    assert "1 of 5 weights are those of base, so their update is zero" in identical
+    assert "1 of 5 weights are unchanged from base, so their update is zero" in identical
     assert "'model.layers.1.q_proj'" in identical
     assert "1 of 5 weights are left out, since base has no counterpart" in lost
     assert "no weight belongs to 'score'" in lost

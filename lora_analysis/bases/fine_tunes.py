@@ -159,7 +159,7 @@ def _of_one_family(new: BaseWeights, old: BaseWeights) -> tuple[BaseWeights, Bas
     return new, old
 
 
-def _opened(model: Any, allow_pickle: bool) -> BaseWeights:  # noqa: FBT001
+def _opened(model: Any, allow_pickle: bool) -> BaseWeights:
     if isinstance(model, BaseWeights):
         return model
     return open_base(model, allow_pickle=allow_pickle)

@@ -134,6 +134,18 @@ def fine_tune_base_option(command: Command) -> Command:
     return click.option("--base", help=f"Base weights: {FINE_TUNES}")(command)
 
 
+def spectrum_option(command: Command) -> Command:
+    """Add ``--spectrum``."""
+    return click.option(
+        "--spectrum",
+        is_flag=True,
+        help="Also compare with W's full spectrum: ΔW's energy in W's leading and trailing "
+        "directions, intruder dimensions, drift of W's singular values and rotation of its "
+        "vectors. Takes half a minute per 4096 × 4096 weight the first time; cached in "
+        "$LORA_ANALYSIS_CACHE.",
+    )(command)
+
+
 def prefix_option(command: Command) -> Command:
     """Add ``--prefix``."""
     return click.option(

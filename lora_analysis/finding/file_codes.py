@@ -11,7 +11,7 @@ FILE_CODES: Final[dict[str, Code]] = {
     "unchanged-weights": Code(
         "limit",
         "modules",
-        "{count} of {of} weights are those of {base}, so their update is zero: {modules}.",
+        "{count} of {of} weights are unchanged from {base}, so their update is zero: {modules}.",
     ),
     "weights-without-counterpart": Code(
         "limit",

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from lora_analysis.adapter import FULL_FINE_TUNE, Adapter
+from lora_analysis.adapter import FULL_FINE_TUNE, Adapter, is_fine_tune
 from lora_analysis.errors import (
     InputError,
     LoraAnalysisError,
@@ -162,9 +162,11 @@ def load_adapter(source: str | os.PathLike[str] | AdapterRef, options: ReadOptio
     ref = AdapterRef(resolved.path.absolute(), "", "", resolved.name, resolved.snapshot)
     again = options.non_default()
     base = again.pop("base", None)
-    if adapter.provenance.format == FULL_FINE_TUNE:
+    if is_fine_tune(adapter):
         path = _base_path(base)
-        again["base"] = getattr(base, "address", None) or (base if path is None else path.absolute())
+        again["base"] = getattr(base, "address", None) or (
+            base if path is None else path.absolute()
+        )
     adapter = adapter.with_provenance(source=ref.source, read_options=again)
     return adapter if resolved.snapshot is None else _fetched_adapter(adapter, resolved.snapshot)
 

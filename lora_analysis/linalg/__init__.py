@@ -56,7 +56,6 @@ __all__ = [
     "krylov_svd",
     "leading_singular_values",
     "leading_svd",
-    "whole_svd",
     "missing_values",
     "modified_svd",
     "overlap_grid",
@@ -66,4 +65,5 @@ __all__ = [
     "thin_left_product",
     "thin_product",
     "to_numpy",
+    "whole_svd",
 ]

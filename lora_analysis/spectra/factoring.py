@@ -291,3 +291,9 @@ def singular_values(update: Any) -> Any:
         return np.linalg.svd(update.delta.astype(np.float64), compute_uv=False)
     scale = 1.0 if update.scale is None else abs(update.scale)
     return scale * linalg.factored_singular_values(update.B, update.A)
+
+
+def update_norm(update: Update) -> float:
+    """Return ‖ΔW‖_F, in units of the scale if that is unknown; no singular vectors are computed."""
+    values = update.delta if isinstance(update, DenseUpdate) else singular_values(update)
+    return float(np.sqrt(np.square(values, dtype=np.float64).sum()))

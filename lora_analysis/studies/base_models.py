@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from lora_analysis.adapter import FULL_FINE_TUNE
+from lora_analysis.adapter import is_fine_tune
 from lora_analysis.formats.sources import says_nothing
 from lora_analysis.studies.base_identity import (
     base_key,
@@ -90,12 +90,12 @@ def with_base_name(
     Their difference to the given weights was computed, whose path is all that is known of them.
     Other adapters are returned as they are.
     """
-    if base is None or adapter.provenance.format != FULL_FINE_TUNE:
+    if base is None or not is_fine_tune(adapter):
         return adapter
     names = [
         other.provenance.base_model
         for other in adapters
-        if other.provenance.format != FULL_FINE_TUNE and other.provenance.base_model
+        if not is_fine_tune(other) and other.provenance.base_model
     ]
     named = {key: name for key, name in zip(resolve_keys(names), names, strict=True) if key}
     same = [name for key, name in named.items() if len(named) == 1 or _is_given(key, base)]

@@ -15,16 +15,17 @@ import numpy as np
 from lora_analysis import linalg
 from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.amplify import Amplification, amplifications, weight_basis_energy
+from lora_analysis.edit.noise import noise_of_update
 from lora_analysis.effective import effective_update
 from lora_analysis.errors import BaseWeightError
 from lora_analysis.formats.sanity_checks import ModuleStatistics, module_statistics
 from lora_analysis.init_evidence import EVIDENCE, ModuleInit, pair_init
 from lora_analysis.intruders import intruder_dimensions
-from lora_analysis.spectra import SIDES, Spectrum, spectrum, weight_svd
+from lora_analysis.similarity import FINE_TUNE_DIRECTIONS
+from lora_analysis.spectra import SIDES, Spectrum, spectrum, update_norm, weight_svd
 from lora_analysis.studies.crossed_partners import candidate_pairs
 from lora_analysis.studies.module_walk import updates_by_shape
 from lora_analysis.studies.pair_products import (
-    FINE_TUNE_DIRECTIONS,
     ModulePairs,
     PairAngles,
     module_pairs,
@@ -32,7 +33,7 @@ from lora_analysis.studies.pair_products import (
 )
 from lora_analysis.studies.similarity_matrix import BlockedContribution, ModuleContribution
 from lora_analysis.studies.table_rows import Degeneracy, change_rows, spectrum_row
-from lora_analysis.weight_changes import magnitude_direction
+from lora_analysis.weight_changes import magnitude_direction, share_changed_in_bfloat16
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -286,14 +287,21 @@ def _weight_changes(
     updates: Sequence[tuple[Update, Spectrum]], weight: Weight, k: int
 ) -> list[dict[str, Any]]:
     """Return the rows of the changes of one weight by each update, from one SVD of the weight."""
-    decomposed = weight_svd(weight)
+    W = weight.array()
+    decomposed = weight_svd(W)
+    size = float(np.linalg.norm(decomposed.S))
     rows: list[dict[str, Any]] = []
     for update, values in updates:
-        change = effective_update(update, weight)  # for DoRA more than the low-rank part
+        change = effective_update(update, W)  # for DoRA more than the low-rank part
+        noise = noise_of_update(change, values.name)
         rows += change_rows(
             weight_basis_energy(values, decomposed),
-            intruder_dimensions(change, weight, weight=decomposed),
-            magnitude_direction(change, weight),
+            intruder_dimensions(change, W, weight=decomposed),
+            magnitude_direction(change, W),
             k=min(k if values.is_dense else values.numerical_rank, len(decomposed.S)),
+            relative_change=update_norm(change) / size if size else np.nan,
+            changed_in_bfloat16=share_changed_in_bfloat16(change, W),
+            noise=intruder_dimensions(noise, W, weight=decomposed),
+            noise_in_bfloat16=share_changed_in_bfloat16(noise, W),
         )
     return rows

@@ -19,6 +19,7 @@ from lora_analysis.init_evidence import (
     init_evidence,
     weaker_half_excess,
 )
+from lora_analysis.similarity import FINE_TUNE_DIRECTIONS
 from lora_analysis.spectra import SIDES, Side, Spectrum
 
 if TYPE_CHECKING:
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 
     _Sums = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
 
-# Directions of a full fine-tune that are compared with those of another one; with an adapter as
-# many as that has.
-FINE_TUNE_DIRECTIONS = 16
 # Up to this many directions, all products are one matrix product, of which BLAS computes half.
 _AT_ONCE = 2048
 # Beyond that, this many rows of products at a time: they are reduced before the next are computed,
@@ -81,7 +79,7 @@ class ModulePairs:
         Numerical rank and ‖ΔW‖_F of each update, ``(N,)``.
     directions
         ``(N, N)``: the number of leading directions of the first update in φ(r, r) with the second
-        one: all that it has, see `compared_directions`.
+        one: all that it has, see `directions_of_pairs`.
     init
         Evidence of a shared initialization, NaN for dense updates; None if not requested.
     """
@@ -95,7 +93,7 @@ class ModulePairs:
     init: InitEvidence | None = None
 
 
-def compared_directions(spectra: Sequence[Spectrum]) -> NDArray[np.intp]:
+def directions_of_pairs(spectra: Sequence[Spectrum]) -> NDArray[np.intp]:
     """Return the number of leading directions of each update in a comparison with each other one.
 
     The numerical rank, or of a dense update as many as the other one has: all of its directions
@@ -144,7 +142,7 @@ def module_pairs(
     ranks = np.array([s.numerical_rank for s in spectra])
     energy, signed = _direction_weights(spectra)
     sums = _reduced_products(spectra, ranks, energy, signed)
-    directions = compared_directions(spectra)
+    directions = directions_of_pairs(spectra)
     for (_, squares, _), side in zip(sums[:2], SIDES, strict=True):
         for a, b in _pairs_of_dense(spectra):
             left, right = spectra[a].vectors(side), spectra[b].vectors(side)
@@ -376,7 +374,7 @@ class PairAngles(NamedTuple):
     Attributes
     ----------
     smallest, largest
-        Smallest and largest principal angle of the directions that `compared_directions` counts,
+        Smallest and largest principal angle of the directions that `directions_of_pairs` counts,
         in radians.
     weaker_half
         `weaker_half_excess`: how far the spans agree in the weaker half of their directions. On
@@ -402,12 +400,10 @@ def pair_angles(spectra: Sequence[Spectrum], side: Side) -> PairAngles:
     smallest[trained, trained] = largest[trained, trained] = 0.0
     dense = np.array([s.is_dense for s in spectra])
     of_rank = np.where(dense, 0, ranks)
-    directions = compared_directions(spectra)
+    directions = directions_of_pairs(spectra)
     for a, b in _pairs_of_dense(spectra):
         if a != b:
-            bases = [
-                spectra[i].vectors(side)[:, : directions[i, j]] for i, j in ((a, b), (b, a))
-            ]
+            bases = [spectra[i].vectors(side)[:, : directions[i, j]] for i, j in ((a, b), (b, a))]
             theta = linalg.principal_angles(*bases)
             smallest[a, b] = smallest[b, a] = theta[0]
             largest[a, b] = largest[b, a] = theta[-1]
