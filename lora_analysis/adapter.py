@@ -85,6 +85,8 @@ class FilePosition(NamedTuple):
         return self.itemsize * math.prod(self.shape)
 
 
+# Format of the difference of two models, in `Provenance.format`.
+FULL_FINE_TUNE: Final = "full fine-tune"
 # For factors that were computed: no file stores them as they are.
 NOT_STORED: Final[tuple[FilePosition | None, FilePosition | None]] = (None, None)
 
@@ -625,3 +627,8 @@ class Adapter(Mapping[str, Update]):
 
     def __repr__(self) -> str:
         return f"<Adapter {self.label!r}: {len(self)} modules, {self.provenance.format}>"
+
+
+def is_fine_tune(adapter: Adapter) -> bool:
+    """Return True for a full fine-tune, whose zero updates are unchanged weights."""
+    return adapter.provenance.format == FULL_FINE_TUNE

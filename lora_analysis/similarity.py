@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, overload
 
 import numpy as np
 
 from lora_analysis import chance, linalg
-from lora_analysis.errors import DegenerateSubspaceError, IncompatibleError
-from lora_analysis.formats import map_modules
+from lora_analysis.adapter import DenseUpdate
+from lora_analysis.errors import DegenerateSubspaceError, IncompatibleError, InputError
+from lora_analysis.formats import as_update, map_modules
 from lora_analysis.results import frame, heat_map
 from lora_analysis.spectra import (
     SIDES,
@@ -18,6 +19,7 @@ from lora_analysis.spectra import (
     VectorsOf,
     check_side,
     default_side,
+    leading_spectrum,
     spectrum,
 )
 from lora_analysis.text import html_table
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lora_analysis.adapter import Update
+
+# Directions of a full fine-tune that are compared with those of another one.
+FINE_TUNE_DIRECTIONS: Final = 16
 
 
 class Degeneracy(NamedTuple):
@@ -166,6 +171,19 @@ def _check_same_space(a: Spectrum, b: Spectrum, side: Side) -> int:
     return a.shape[axis]
 
 
+def compared_directions(a: Update, b: Update) -> int | None:
+    """Return how many directions a full fine-tune is compared in: those of the low-rank update.
+
+    All directions of a dense update span the whole space, whatever was learned. None for two
+    low-rank updates, of which all directions are compared; for two dense ones
+    `FINE_TUNE_DIRECTIONS`.
+    """
+    ranks = [update.rank for update in (a, b) if not isinstance(update, DenseUpdate)]
+    if len(ranks) == 2:
+        return None
+    return ranks[0] if ranks else min(FINE_TUNE_DIRECTIONS, *a.shape)
+
+
 @overload
 def subspace_similarity(
     a: Update | Spectrum,
@@ -173,13 +191,14 @@ def subspace_similarity(
     *,
     side: Side | None = None,
     of: VectorsOf = "delta",
+    k: int | None = None,
 ) -> SimilarityGrid: ...
 @overload
 def subspace_similarity(
-    a: Any, b: Any, *, side: Side | None = None, of: VectorsOf = "delta"
+    a: Any, b: Any, *, side: Side | None = None, of: VectorsOf = "delta", k: int | None = None
 ) -> Any: ...
 def subspace_similarity(
-    a: Any, b: Any, *, side: Side | None = None, of: VectorsOf = "delta"
+    a: Any, b: Any, *, side: Side | None = None, of: VectorsOf = "delta", k: int | None = None
 ) -> Any:
     """Return φ(i, j) for all i, j up to the numerical ranks, with the random baseline next to it.
 
@@ -197,6 +216,9 @@ def subspace_similarity(
         default output, for ``of="A"`` input, the only side of A.
     of
         Whose singular vectors, see `spectrum`; ``"A"`` is the paper's choice.
+    k
+        Leading directions of each at most; of a large dense update no others are computed. All by
+        default.
 
     Returns
     -------
@@ -222,11 +244,14 @@ def subspace_similarity(
     """
     side = default_side(of) if side is None else side
     check_side(side, of)
-    if modules := map_modules(subspace_similarity, a, b, side=side, of=of):
+    if modules := map_modules(subspace_similarity, a, b, side=side, of=of, k=k):
         return modules
-    first, second = spectrum(a, of=of), spectrum(b, of=of)
+    if k is not None and k < 1:
+        message = f"A subspace needs k >= 1 directions, got k = {k}."
+        raise InputError(message)
+    first, second = (_up_to(update, of, k) for update in (a, b))
     dimension = _check_same_space(first, second, side)
-    gram = first.vectors(side).T @ second.vectors(side)  # (k₁, k₂)
+    gram = first.vectors(side)[:, :k].T @ second.vectors(side)[:, :k]  # (k₁, k₂)
     return SimilarityGrid(
         values=linalg.overlap_grid(gram),
         chance=chance.similarity_grid_mean(dimension, *gram.shape),
@@ -235,9 +260,18 @@ def subspace_similarity(
         side=side,
         of=of,
         labels=(first.label or "first", second.label or "second"),
-        rows_degeneracy=Degeneracy(first.degenerate, first.nearly_degenerate),
-        columns_degeneracy=Degeneracy(second.degenerate, second.nearly_degenerate),
+        rows_degeneracy=Degeneracy(first.degenerate[:k], first.nearly_degenerate[:k]),
+        columns_degeneracy=Degeneracy(second.degenerate[:k], second.nearly_degenerate[:k]),
     )
+
+
+def _up_to(update: Any, of: VectorsOf, k: int | None) -> Spectrum:
+    """Return a spectrum, of a dense update with k directions and the gap to the next one."""
+    if k is not None and not isinstance(update, Spectrum):
+        update = as_update(update)
+        if isinstance(update, DenseUpdate) and of == "delta" and update.delta.any():
+            return leading_spectrum(update, k + 1)
+    return spectrum(update, of=of)
 
 
 @overload

@@ -92,7 +92,7 @@ def test_the_update_of_a_fine_tune_is_the_difference_of_the_weights(
     models: dict[str, Any],
 ) -> None:
     update = read_fine_tune(models["tuned"], models["base"])
-    assert list(update) == list(models["deltas"])
+    assert list(update) == list(WEIGHTS)
     for name, delta in models["deltas"].items():
         one = update[name]
         assert isinstance(one, DenseUpdate)
@@ -107,7 +107,8 @@ def test_what_is_not_part_of_the_update_is_said(models: dict[str, Any]) -> None:
     identical, lost, others = map(
         str, read_fine_tune(models["tuned"], models["base"]).provenance.findings
     )
-    assert "1 of 5 weights are identical in base and left out: 'model.layers.1.q_proj'" in identical
+    assert "1 of 5 weights are unchanged from base, so their update is zero" in identical
+    assert "'model.layers.1.q_proj'" in identical
     assert "1 of 5 weights are left out, since base has no counterpart" in lost
     assert "no weight belongs to 'score'" in lost
     assert others.startswith("1 tensors that are not matrices")
@@ -120,7 +121,7 @@ def test_a_model_with_a_prefix_is_held_against_one_without(
     _, base = models["tensors"]
     bare = {name.removeprefix("model."): tensor for name, tensor in base.items()}
     update = read_fine_tune(models["tuned"], save(tmp_path / "bare", bare))
-    assert list(update) == list(models["deltas"])
+    assert list(update) == list(WEIGHTS)
 
 
 def test_a_fine_tune_is_compared_like_any_adapter(models: dict[str, Any]) -> None:
@@ -135,14 +136,15 @@ def test_a_fine_tune_saved_without_its_config_is_of_its_bases_family(
     models: dict[str, Any],
 ) -> None:
     (models["tuned"] / "config.json").unlink()
-    assert list(read_fine_tune(models["tuned"], models["base"])) == list(models["deltas"])
+    assert list(read_fine_tune(models["tuned"], models["base"])) == list(WEIGHTS)
 
 
 def test_models_in_memory_are_taken_too(rng: np.random.Generator) -> None:
     base = {"layers.0.q": rng.standard_normal((6, 5)), "layers.1.q": rng.standard_normal((6, 5))}
     tuned = base | {"layers.1.q": base["layers.1.q"] + 1.0}
     update = read_fine_tune(open_base(tuned), base, label="mine")
-    assert list(update) == ["layers.1.q"]
+    assert list(update) == ["layers.0.q", "layers.1.q"]
+    assert not update["layers.0.q"].delta_weight().any()
     assert_close(update["layers.1.q"].delta_weight(), np.ones((6, 5)), atol=1e-6)
 
 
@@ -156,9 +158,10 @@ def test_a_live_model_of_conv1d_is_turned(rng: np.random.Generator) -> None:
         tuned.layers[3].c_proj.weight += step
         tuned.layers[3].norm.bias += 1
     update = read_fine_tune(tuned, base)
-    (one,) = update.values()
+    one = update["layers.3.c_proj"]
     assert isinstance(one, DenseUpdate)
     assert one.layout == "conv1d"
+    assert not any(update[name].delta_weight().any() for name in update if name != one.name)
     assert_close(one.delta_weight(), step.numpy().T, atol=1e-6)
     assert "'layers.3.norm.bias'" in update.provenance.findings[-1].text
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_analysis import chance
+from lora_analysis import chance, linalg
 from lora_analysis.errors import DegenerateSubspaceError, IncompatibleError
 from lora_analysis.results import frame, short_repr
 from lora_analysis.spectra import SIDES, Side, Spectrum, spectrum
@@ -160,7 +160,7 @@ def weight_basis_energy(update: Update | Spectrum, weight: DenseSVD) -> WeightBa
 
     Notes
     -----
-    O((d_out + d_in)·n·r) for a low-rank update.
+    O((d_out + d_in)·n·r).
     """
     spectral = spectrum(update)
     shape = len(weight.U), len(weight.V)
@@ -197,6 +197,8 @@ def weight_basis_energy(update: Update | Spectrum, weight: DenseSVD) -> WeightBa
 def _leading_blocks(P: NDArray[np.float64], Q: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return ``‖(P·Qᵀ)[:k, :k]‖_F²`` for every k, from r × r products cumulated over k."""
     n, rank = P.shape
+    if 4 * rank > n:  # then one product of matrices is quicker
+        return np.diagonal(linalg.cumulative_overlap(P @ Q.T))
     totals = np.zeros((2, rank, rank))
     captured = np.empty(n)
     rows = max(1, _BLOCK // rank**2)

@@ -10,13 +10,21 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
-from lora_analysis.adapter import Adapter, DenseUpdate, Provenance
+from lora_analysis.adapter import (
+    FULL_FINE_TUNE,
+    Adapter,
+    DenseUpdate,
+    LazyUpdate,
+    Provenance,
+    UpdateOutline,
+)
 from lora_analysis.bases.base_weights import BaseWeights
 from lora_analysis.bases.opening import open_base
 from lora_analysis.bases.tensor_names import module_of
 from lora_analysis.blocks import choose_names
 from lora_analysis.errors import BaseWeightError, InputError
 from lora_analysis.finding import Finding
+from lora_analysis.storage.dtypes import narrow, widened
 from lora_analysis.storage.paths import existing_path
 
 if TYPE_CHECKING:
@@ -40,6 +48,10 @@ _TABLES: Final = frozenset(
     }
 )  # fmt: skip
 _TABLE_ENDINGS: Final = ("embedding", "embeddings")
+# Half-precision types by the spacing of their numbers at 1, and the root mean square of rounding in
+# units of it and of the numbers, whose digits are taken as spread evenly over the logarithm.
+_HALF: Final = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
+_ROUNDING: Final = 0.196
 # Two axes of channels, and up to three of the kernel.
 _CONV_AXES: Final = 5
 
@@ -51,6 +63,7 @@ def read_fine_tune(
     modules: str | Sequence[str] | None = None,
     transposed: bool | None = None,
     label: str | None = None,
+    allow_pickle: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Adapter:
     """Read a full fine-tune as an adapter: ``ΔW = W_tuned - W_base`` for every weight matrix.
@@ -69,17 +82,20 @@ def read_fine_tune(
         As in ``BaseWeights.weight``, for both.
     label
         Short name for tables and figures; by default the fine-tune's.
+    allow_pickle
+        As in :func:`lora_analysis.open_base`, for both.
     progress
         Function called with (name of the stage, done, total).
 
     Returns
     -------
     Adapter
-        Dense updates, for every metric and for :func:`lora_analysis.resize_adapter`. Compare with
-        :func:`lora_analysis.edit.noise_of_equal_norm` for effects of their size alone. Weights
-        that are identical in both are left out. Their number, weights without a counterpart, and
-        further tensors that differ (biases, norms, stacks of experts) are in
-        ``provenance.findings``.
+        Dense updates, for every metric and for :func:`lora_analysis.resize_adapter`; zero for
+        weights that are the base's, or the base's rounded to the type in which the fine-tune is
+        stored. Compare with :func:`lora_analysis.edit.noise_of_equal_norm` for effects of their
+        size alone. ``provenance.findings`` has the unchanged weights, those of either model
+        without a counterpart, further tensors that differ (biases, norms, stacks of experts) with
+        their relative change, and the rounding of the stored types.
 
     Raises
     ------
@@ -88,33 +104,41 @@ def read_fine_tune(
     InputError
         No weight differs, or none matches ``modules``.
     """
-    new, old = _of_one_family(_opened(tuned), _opened(base))
+    new, old = _of_one_family(_opened(tuned, allow_pickle), _opened(base, allow_pickle))
     name = label or new.label
     names = _select_modules(new, modules, name)
-    outcomes = {}
+    outcomes: dict[str, Outcome] = {}
+    updates = {}
     for done, module in enumerate(names, start=1):
-        outcomes[module] = _compare(new, old, module, transposed)
+        try:
+            pair = _pair(new, old, module, transposed)
+        except BaseWeightError as error:
+            outcomes[module] = error
+        else:
+            outcomes[module] = "identical" if _are_equal(*pair) else "changed"
+            outline = _outline(new, module, pair[0])
+            arguments = new, old, outline, name, transposed
+            update = _zero if outcomes[module] == "identical" else _difference
+            updates[module] = LazyUpdate(outline, partial(update, *arguments))
         if progress:
             progress("weights", done, len(names))
-    changed = [module for module, outcome in outcomes.items() if outcome == "changed"]
-    if not changed:
+    if "changed" not in outcomes.values():
         raise _no_difference(outcomes, name, old.label)
+    findings = [*_findings(outcomes, old.label), *_storage_findings(new, old, outcomes, transposed)]
+    if modules is None:
+        findings += _missing_weights(new, old) + _other_differences(new, old)
     return Adapter(
-        {module: partial(_difference, new, old, module, name, transposed) for module in changed},
+        updates,
         label=name,
         provenance=Provenance(
-            path=existing_path(tuned) if isinstance(tuned, str | os.PathLike) else None,
+            path=existing_path(tuned) if isinstance(tuned, str | os.PathLike) else new.path,
             also_read=(*new.inputs, *old.inputs),
             address=new.address,
             revision=None if new.snapshot is None else new.snapshot.commit,
-            format="full fine-tune",
+            format=FULL_FINE_TUNE,
             base_model=_base_name(base, old),
-            scale_origin=dict.fromkeys(changed, "tensor"),
-            findings=tuple(
-                _findings(
-                    outcomes, _other_differences(new, old) if modules is None else [], old.label
-                )
-            ),
+            scale_origin=dict.fromkeys(updates, "tensor"),
+            findings=tuple(findings),
         ),
         config={} if old.snapshot is None else {"revision": old.snapshot.commit},
     )
@@ -135,8 +159,10 @@ def _of_one_family(new: BaseWeights, old: BaseWeights) -> tuple[BaseWeights, Bas
     return new, old
 
 
-def _opened(model: Any) -> BaseWeights:
-    return model if isinstance(model, BaseWeights) else open_base(model)
+def _opened(model: Any, allow_pickle: bool) -> BaseWeights:
+    if isinstance(model, BaseWeights):
+        return model
+    return open_base(model, allow_pickle=allow_pickle)
 
 
 def _select_modules(new: BaseWeights, modules: str | Sequence[str] | None, label: str) -> list[str]:
@@ -171,43 +197,81 @@ def _pair(
     return tuned, old.weight(module, shape=tuned.shape, transposed=transposed)
 
 
-def _compare(new: BaseWeights, old: BaseWeights, module: str, transposed: bool | None) -> Outcome:
-    """Compare one weight of both models; reading stops at the first tile that differs."""
-    try:
-        tuned, base = _pair(new, old, module, transposed)
-    except BaseWeightError as error:
-        return error
-    return "identical" if _are_equal(tuned, base) else "changed"
-
-
 def _are_equal(tuned: Weight, base: Weight) -> bool:
+    """Return True if two weights are equal; reading stops at the first tile that differs.
+
+    A fine-tune in a coarser type has W rounded where it changed nothing.
+    """
+    rounded = tuned.stored_dtype if tuned.stored_dtype in _HALF else ""
+    rounded = "" if rounded == base.stored_dtype else rounded
     for tile, base_tile in zip_longest(tuned.blocks(), base.blocks(), fillvalue=None):
         if tile is None or base_tile is None or tile[:2] != base_tile[:2]:
             # Storages with different tiles: read one of the two whole.
-            return not _subtract(tuned, base).any()
-        if not np.array_equal(tile[2], base_tile[2]):
+            whole = _rounded(base.array(), rounded)
+            return all(
+                np.array_equal(block, whole[rows, columns])
+                for rows, columns, block in tuned.blocks()
+            )
+        if not np.array_equal(tile[2], _rounded(base_tile[2], rounded)):
             return False
     return True
 
 
-def _difference(
-    new: BaseWeights, old: BaseWeights, module: str, label: str, transposed: bool | None
-) -> DenseUpdate:
-    tuned, base = _pair(new, old, module, transposed)
-    table = _is_table(module)
+def _rounded(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
+    """Return numbers rounded to a half-precision type; as they are if none is given."""
+    if not dtype:
+        return values
+    try:
+        return widened(narrow(values, dtype, "W"), dtype)
+    except InputError:  # beyond float16's range: not the fine-tune's numbers
+        return values
+
+
+def _outline(new: BaseWeights, module: str, tuned: Weight) -> UpdateOutline:
+    """Return what is known about the update of a weight before its numbers are read."""
     kernel = _kernel(tuned.name, new.stored_shape(tuned.name)) if tuned.name in new.names else ()
     layout: Layout = "conv1d" if tuned.transposed else "linear"
+    table = _is_table(module)
     if kernel or table:
         layout = "conv" if kernel else "embedding"
-    delta = _subtract(tuned, base)
-    return DenseUpdate(
+    return UpdateOutline(
         name=module,
         # A table is stored as [entries, features]; its ΔW maps entries to features.
-        delta=delta.T if table else delta,
+        shape=tuned.shape[::-1] if table else tuned.shape,
+        rank=min(tuned.shape),
+        scale=1.0,
         stored_dtype=tuned.stored_dtype,
-        label=label,
         layout=layout,
         kernel=kernel,
+        dense=True,
+    )
+
+
+def _zero(
+    _new: BaseWeights, _old: BaseWeights, outline: UpdateOutline, label: str, _: bool | None
+) -> DenseUpdate:
+    return _dense(outline, label, np.zeros(outline.shape, dtype=np.float32))
+
+
+def _difference(
+    new: BaseWeights,
+    old: BaseWeights,
+    outline: UpdateOutline,
+    label: str,
+    transposed: bool | None,
+) -> DenseUpdate:
+    delta = _subtract(*_pair(new, old, outline.name, transposed))
+    return _dense(outline, label, delta.T if outline.layout == "embedding" else delta)
+
+
+def _dense(outline: UpdateOutline, label: str, delta: NDArray[np.float32]) -> DenseUpdate:
+    return DenseUpdate(
+        name=outline.name,
+        delta=delta,
+        stored_dtype=outline.stored_dtype,
+        label=label,
+        layout=outline.layout,
+        kernel=outline.kernel,
     )
 
 
@@ -224,22 +288,73 @@ def _is_table(module: str) -> bool:
     return last in _TABLES or last.endswith(_TABLE_ENDINGS)
 
 
-def _other_differences(new: BaseWeights, old: BaseWeights) -> list[str]:
-    """Return the names of shared tensors that are not matrices and that differ."""
+def _missing_weights(new: BaseWeights, old: BaseWeights) -> list[Finding]:
+    """Return the finding on matrices of the base that the fine-tune lacks."""
+    missing = []
+    for name in old.names:
+        module, shape = module_of(name), old.stored_shape(name)
+        if module is None or not _is_matrix(name, shape):
+            continue
+        try:
+            new.weight(module)
+        except BaseWeightError as error:
+            missing += [(module, str(error))]
+    if not missing:
+        return []
+    fields = {"count": len(missing), "modules": [module for module, _ in missing]}
+    return [Finding("missing-weights", {**fields, "base": old.label, "reason": missing[0][1]})]
+
+
+def _other_differences(new: BaseWeights, old: BaseWeights) -> list[Finding]:
+    """Return the finding on shared tensors that are not matrices and that differ."""
     old_names = set(old.names)
-    return [
-        name
-        for name in new.names
-        if name in old_names
-        and not _is_matrix(name, shape := new.stored_shape(name))
-        and shape == old.stored_shape(name)
-        and not np.array_equal(new.stored_tensor(name), old.stored_tensor(name))
-    ]
+    changes = {}
+    for name in new.names:
+        shape = new.stored_shape(name)
+        if name not in old_names or _is_matrix(name, shape) or shape != old.stored_shape(name):
+            continue
+        tuned, base = new.stored_tensor(name), old.stored_tensor(name)
+        if not np.array_equal(tuned, base):
+            tuned, base = (np.asarray(values, np.float64) for values in (tuned, base))
+            size = float(np.linalg.norm(base))
+            changes[name] = float(np.linalg.norm(tuned - base)) / size if size else float("inf")
+    if not changes:
+        return []
+    tensors = sorted(changes, key=lambda name: -changes[name])
+    fields = {"count": len(changes), "tensors": tensors, "largest": changes[tensors[0]]}
+    fields["relative_changes"] = [changes[name] for name in tensors]
+    return [Finding("other-tensors-differ", fields)]
 
 
-def _findings(
-    outcomes: Mapping[str, Outcome], others: Sequence[str], base: str
+def _storage_findings(
+    new: BaseWeights,
+    old: BaseWeights,
+    outcomes: Mapping[str, Outcome],
+    transposed: bool | None,
 ) -> Iterator[Finding]:
+    """Yield what the stored types of the two models add to the differences."""
+    types: dict[tuple[str, str], list[str]] = {}
+    quantized: dict[str, list[str]] = {}
+    for module, outcome in outcomes.items():
+        if outcome != "changed":
+            continue
+        tuned, base = _pair(new, old, module, transposed)
+        if tuned.storage != base.storage:
+            quantized.setdefault(tuned.storage or base.storage, []).append(module)
+        elif tuned.stored_dtype != base.stored_dtype:
+            types.setdefault((tuned.stored_dtype, base.stored_dtype), []).append(module)
+    for storage, modules in quantized.items():
+        fields = {"count": len(modules), "of": len(outcomes), "modules": modules}
+        yield Finding("difference-of-quantized", {**fields, "storage": storage})
+    for (dtype, base_dtype), modules in types.items():
+        coarse = max((_HALF.get(name, 0.0), name) for name in (dtype, base_dtype))
+        if coarse[0]:
+            fields = {"count": len(modules), "of": len(outcomes), "modules": modules}
+            fields |= {"dtype": dtype, "base_dtype": base_dtype, "coarse": coarse[1]}
+            yield Finding("difference-of-types", {**fields, "rounding": _ROUNDING * coarse[0]})
+
+
+def _findings(outcomes: Mapping[str, Outcome], base: str) -> Iterator[Finding]:
     identical = [module for module, outcome in outcomes.items() if outcome == "identical"]
     unmatched = {m: error for m, error in outcomes.items() if isinstance(error, BaseWeightError)}
     counts = {"of": len(outcomes), "base": base}
@@ -250,8 +365,6 @@ def _findings(
         reason = str(next(iter(unmatched.values())))
         fields = {"count": len(unmatched), "modules": list(unmatched), "reason": reason, **counts}
         yield Finding("weights-without-counterpart", fields)
-    if others:
-        yield Finding("other-tensors-differ", {"count": len(others), "tensors": list(others)})
 
 
 def _no_difference(outcomes: Mapping[str, Outcome], label: str, base: str) -> InputError:

@@ -103,8 +103,7 @@ def _open_stored(
     snapshot: Snapshot | None = None,
 ) -> BaseWeights:
     refuse_unfinished(path)
-    folder = _commit_folder(path) if path.is_dir() else path.parent
-    file = _file_in(folder) if path.is_dir() else path
+    file = model_file(path) if path.is_dir() else path
     label = label or _label(path, file)
     if file.name.endswith(_GGUF):
         from lora_analysis.bases.gguf_source import open_gguf
@@ -169,8 +168,15 @@ def _label(path: Path, file: Path) -> str:
     return (file.parent if file.name in _NAMES else file).absolute().name
 
 
-def _file_in(folder: Path) -> Path:
-    """Return the file or index of the model in a folder."""
+def model_file(folder: Path) -> Path:
+    """Return the file or index of the model in a folder, which may be a hub's cache folder.
+
+    Raises
+    ------
+    SourceError
+        There is none, or several.
+    """
+    folder = _commit_folder(folder)
     for name in _NAMES:
         if (folder / name).is_file():
             return folder / name

@@ -8,12 +8,14 @@ import click
 
 from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import (
+    FINE_TUNES,
     MODULES_SHOWN,
     VerbCommand,
     modules_option,
     output_options,
     prefix_option,
     progress_bar,
+    spectrum_option,
     transposed_option,
 )
 from lora_analysis.cli.reading import Reading, reading_options
@@ -37,19 +39,15 @@ if TYPE_CHECKING:
 @click.command(name="amplify", cls=VerbCommand)
 @click.argument("source", metavar="ADAPTER")
 @click.option(
-    "--base", required=True, help="Base weights: a safetensors or GGUF file, or a model folder."
+    "--base",
+    required=True,
+    help=f"Base weights: a safetensors or GGUF file, or a model folder; {FINE_TUNES}",
 )
 @transposed_option
 @click.option(
     "--draws", type=click.IntRange(0), default=16, show_default=True, help="Number of random draws."
 )
-@click.option(
-    "--spectrum",
-    is_flag=True,
-    help="Also compare with W's full spectrum: ΔW's energy in W's leading and trailing directions, "
-    "intruder dimensions, rotation of W's vectors. Takes half a minute per 4096 × 4096 weight the "
-    "first time; cached in $LORA_ANALYSIS_CACHE.",
-)
+@spectrum_option
 @click.option(
     "--all",
     "every",
@@ -79,6 +77,7 @@ def command(
     random directions of the same size. Enrichment is the ratio of the two. Compare it with that of
     random directions through W before you call it specific to the adapter.
     """
+    from lora_analysis.adapter import is_fine_tune
     from lora_analysis.blocks import locate_module
     from lora_analysis.conclusions import findings
     from lora_analysis.finding import FILE_CODES
@@ -127,7 +126,7 @@ def command(
             print_finding(finding.severity, finding.text)
         if shown_findings:
             click.echo()
-        _print(adapter.label, full, every=every)
+        _print(adapter.label, full, every=every, tuned=is_fine_tune(adapter))
         if spectrum:
             _print_changes(adapter.label, result.changes, every=every)
     return PARTLY_FAILED if result.unmatched else DONE
@@ -135,7 +134,11 @@ def command(
 
 def _left_out(result: Study) -> list[dict[str, str]]:
     """Return the modules that are not compared with the base, with the reason."""
+    from lora_analysis.adapter import is_fine_tune
+
     measured = set(result.amplifications["module"])
+    tuned = any(map(is_fine_tune, result.adapters.values()))
+    unchanged = "unchanged" if tuned else "untrained"
     missing = [
         {"module": module, "code": "no-base-weight", "reason": reason}
         for module, reason in result.unmatched.items()
@@ -145,7 +148,7 @@ def _left_out(result: Study) -> list[dict[str, str]]:
             continue
         untrained = not row.numerical_rank
         code, reason = (
-            ("untrained", "ΔW is zero") if untrained else ("unknown-scale", "its scale is unknown")
+            (unchanged, "ΔW is zero") if untrained else ("unknown-scale", "its scale is unknown")
         )
         missing.append({"module": row.module, "code": code, "reason": reason})
     return missing
@@ -253,11 +256,12 @@ def _titled_rows(table: pd.DataFrame, *, every: bool) -> list[dict[str, Any]]:
     return records(table.groupby(by, sort=False).median(numeric_only=True).reset_index())
 
 
-def _print(label: str, full: pd.DataFrame, *, every: bool) -> None:
+def _print(label: str, full: pd.DataFrame, *, every: bool, tuned: bool) -> None:
     rows = _titled_rows(full, every=every)
     what = "" if len(rows) == len(full) else ", medians by block (every module: --all)"
+    directions = "along its leading directions" if tuned else "at full rank"
     print_table(
-        f"{label}: amplification at full rank (k = {_span(full['k'])}){what}",
+        f"{label}: amplification {directions} (k = {_span(full['k'])}){what}",
         ("module" if not what else "block (modules)", *_NAMES.values()),
         [(row["title"], *(decimals(row[name]) for name in _NAMES)) for row in rows],
         footer=("median", *(decimals(full[name].median()) for name in _NAMES)),

@@ -16,6 +16,7 @@ from lora_analysis.cli.compare_modules import (
 )
 from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import (
+    FINE_TUNES,
     VerbCommand,
     label_option,
     labeled_pair,
@@ -53,7 +54,7 @@ _NAMED: Final = 6
 @click.option(
     "--base",
     help="Base weights, to show the relative change ‖ΔW‖/‖W‖ of every module: a safetensors or "
-    "GGUF file, or a model folder.",
+    f"GGUF file, or a model folder; {FINE_TUNES}",
 )
 @click.option(
     "--sort",
@@ -241,6 +242,8 @@ def _sort_findings(
 
 def _left_out(result: Study, pair: tuple[str, str]) -> list[dict[str, str]]:
     """Return the modules that are not compared, or do not count, with the reason."""
+    from lora_analysis.adapter import is_fine_tune
+
     rows: dict[str, list[Any]] = {}
     for row in result.spectra.itertuples():
         if row.adapter in pair:
@@ -255,8 +258,9 @@ def _left_out(result: Study, pair: tuple[str, str]) -> list[dict[str, str]]:
             different = " and ".join(map(str, shapes))
             missing.append((module, "shape-mismatch", f"the shapes differ: {different}"))
         elif untrained:
-            text = f"ΔW is zero in {' and '.join(untrained)}"
-            missing.append((module, "untrained", text))
+            tuned = all(is_fine_tune(result.adapters[label]) for label in untrained)
+            code, what = ("unchanged", "unchanged") if tuned else ("untrained", "ΔW is zero")
+            missing.append((module, code, f"{what} in {' and '.join(untrained)}"))
     left_out = [{"module": name, "code": code, "reason": reason} for name, code, reason in missing]
     left_out += [
         {"module": module, "code": "not-usable", "side": side, "reason": reason}

@@ -10,6 +10,7 @@ import click
 
 from lora_analysis.cli.options import (
     VerbCommand,
+    fine_tune_base_option,
     force_option,
     label_option,
     labeled_pair,
@@ -77,6 +78,7 @@ def _parse_vmax(_context: Any, _parameter: Any, text: str | None) -> float | str
     show_default=True,
     help="Singular vectors of ΔW, A or B. The LoRA paper plots those of A, input side.",
 )
+@fine_tune_base_option
 @modules_option
 @click.option("--title", help="Heading of the figure. By default the adapters, side and vectors.")
 @click.option(
@@ -119,6 +121,7 @@ def command(
     force: bool,
     side: Any,
     of: Any,
+    base: str | None,  # noqa: ARG001 - for reading
     modules: str | None,
     title: str | None,
     width: float,
@@ -142,7 +145,7 @@ def command(
     from lora_analysis.names import parse_prefixes
     from lora_analysis.pairwise import MATCHING_CODES, align_adapters
     from lora_analysis.plots import figure_ranks, save_figure
-    from lora_analysis.similarity import subspace_similarity
+    from lora_analysis.similarity import compared_directions, subspace_similarity
     from lora_analysis.spectra import default_side
     from lora_analysis.storage.outputs import check_output_file, output_file
     from lora_analysis.studies import relation, with_label_facts
@@ -160,7 +163,9 @@ def command(
         chosen = _representative(first, second, modules, progress, seen)
         titles = short_names([name for name in first if name in second])
         grids = {
-            titles[name]: subspace_similarity(*updates, side=side, of=of)
+            titles[name]: subspace_similarity(
+                *updates, side=side, of=of, k=compared_directions(*updates)
+            )
             for name, updates in chosen.items()
         }
         inputs = [*first.provenance.inputs, *second.provenance.inputs]
@@ -237,11 +242,17 @@ def _representative(
 
 def _reason_not_drawn(a: Update, b: Update) -> str:
     """Return the reason two updates cannot be drawn; empty if they can."""
+    from lora_analysis.adapter import DenseUpdate
     from lora_analysis.spectra import spectrum
+
+    def is_zero(update: Update) -> bool:
+        if isinstance(update, DenseUpdate):
+            return not update.delta.any()
+        return spectrum(update, vectors=False).untrained
 
     if a.shape != b.shape:
         return f"the shapes differ: {a.shape} and {b.shape}"
-    untrained = [update.label for update in (a, b) if spectrum(update).untrained]
+    untrained = [update.label for update in (a, b) if is_zero(update)]
     return f"ΔW is zero in {' and '.join(untrained)}" if untrained else ""
 
 

@@ -12,6 +12,7 @@ from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import (
     MODULES_SHOWN,
     VerbCommand,
+    fine_tune_base_option,
     modules_option,
     output_options,
     progress_bar,
@@ -42,6 +43,7 @@ _WORTH_THREADS = 32
 @click.command(name="inspect", cls=VerbCommand)
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option("--all", "every", is_flag=True, help="Show every module, however many.")
+@fine_tune_base_option
 @modules_option
 @reading_options
 @output_options("the labels of the adapters")
@@ -49,6 +51,7 @@ def command(
     sources: tuple[str, ...],
     *,
     every: bool,
+    base: str | None,  # noqa: ARG001 - for reading
     modules: str | None,
     reading: Reading,
     form: str,
@@ -216,7 +219,7 @@ def _scales(facts: list[dict[str, Any]]) -> str:
 
 def _scale(fact: dict[str, Any]) -> str:
     if fact["scale"] is None:
-        return "unknown" if fact["in_units_of_scale"] else "1 (a dense update)"
+        return "1 (a dense update)" if _is_dense(fact) else "unknown"
     return f"{fact['scale']:.4g} from {fact['scale_origin']}"
 
 
@@ -256,7 +259,8 @@ def _print_several(documents: list[dict[str, Any]]) -> None:
         for document in documents
     ]
     if any(document["untrained_modules"] for document in documents):
-        columns.append("untrained")
+        words = dict.fromkeys(_zero_word(d["modules"]) for d in documents if d["untrained_modules"])
+        columns.append(" or ".join(words))
         for row, document in zip(rows, documents, strict=True):
             row.append(document["untrained_modules"] or "")
     title = "1 adapter" if len(documents) == 1 else f"{len(documents)} adapters"
@@ -270,9 +274,10 @@ def _print_several(documents: list[dict[str, Any]]) -> None:
 def _print_one(document: dict[str, Any], *, every: bool) -> None:
     facts = document["modules"]
     untrained = document["untrained_modules"]
-    state = "untrained: ΔW is zero in every module" if untrained == len(facts) else ""
+    zero = _zero_word(facts)
+    state = f"{zero}: ΔW is zero in every module" if untrained == len(facts) else ""
     if 0 < untrained < len(facts):
-        state = f"{untrained} of {len(facts)} modules untrained"
+        state = f"{untrained} of {len(facts)} modules {zero}"
     lines: list[tuple[str, object]] = [
         ("adapter", document["label"]),
         ("path", document["path"]),
@@ -304,6 +309,15 @@ def _print_one(document: dict[str, Any], *, every: bool) -> None:
         _print_types(facts)
 
 
+def _zero_word(facts: list[dict[str, Any]]) -> str:
+    """Return what zero updates are called: weights that a full fine-tune left alone."""
+    return "unchanged" if all(map(_is_dense, facts)) else "untrained"
+
+
+def _is_dense(fact: dict[str, Any]) -> bool:
+    return fact["scale"] is None and not fact["in_units_of_scale"]
+
+
 def _heading(finding: dict[str, Any]) -> str:
     return "damage" if finding["severity"] == "damage" else "note"
 
@@ -319,7 +333,7 @@ def _cells(fact: dict[str, Any]) -> tuple[object, ...]:
         f"{fact['stable_rank']:.2f}",
         fact["energy_rank_90"],
         decimals(fact["norm"]),
-        "untrained" if fact["untrained"] else sparkline(fact["singular_values"], 8),
+        _zero_word([fact]) if fact["untrained"] else sparkline(fact["singular_values"], 8),
     )
 
 

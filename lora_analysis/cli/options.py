@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
@@ -73,6 +73,10 @@ def output_options(quiet: str) -> Callable[[Command], Command]:
     return decorate
 
 
+# What every --base does with a source that is a whole model.
+FINE_TUNES: Final = "a source that is a whole model is read as its difference to them."
+
+
 def device_option(command: Command) -> Command:
     """Add ``--device``."""
     return click.option(
@@ -122,6 +126,23 @@ def modules_option(command: Command) -> Command:
         metavar="PATTERN",
         help="Select modules by name, end of the name, or regular expression; in image models also "
         "by block or part: IN04, attn2, 'text encoder', 'IN04 attn1.to_q'.",
+    )(command)
+
+
+def fine_tune_base_option(command: Command) -> Command:
+    """Add ``--base`` of a command that needs it for full fine-tunes alone."""
+    return click.option("--base", help=f"Base weights: {FINE_TUNES}")(command)
+
+
+def spectrum_option(command: Command) -> Command:
+    """Add ``--spectrum``."""
+    return click.option(
+        "--spectrum",
+        is_flag=True,
+        help="Also compare with W's full spectrum: ΔW's energy in W's leading and trailing "
+        "directions, intruder dimensions, drift of W's singular values and rotation of its "
+        "vectors. Takes half a minute per 4096 × 4096 weight the first time; cached in "
+        "$LORA_ANALYSIS_CACHE.",
     )(command)
 
 

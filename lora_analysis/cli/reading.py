@@ -25,10 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Reads the adapters of a command with its read options and base weights."""
+    """Reads the adapters of a command with its read options and base weights.
+
+    ``base`` is the model that whole models among the sources are the difference to, if there is one.
+    """
 
     options: ReadOptions = field(default_factory=ReadOptions)
     trained_on: str | None = None
+    base: str | None = None
     _opened: dict[str, BaseWeights] = field(default_factory=dict, repr=False, compare=False)
 
     def read(self, source: str | AdapterRef) -> Adapter:
@@ -36,18 +40,19 @@ class Reading:
         from lora_analysis.errors import UnsupportedMethodError
         from lora_analysis.formats import load_adapter
 
+        options = replace(self.options, base=self.base or self.trained_on)
         base = self.open_base(self.trained_on)
         if base is None:
-            return load_adapter(source, self.options)
+            return load_adapter(source, options)
         from lora_analysis.effective import effective_adapter, initial_factors_from_base
 
         try:
-            adapter = load_adapter(source, self.options)
+            adapter = load_adapter(source, options)
         except UnsupportedMethodError:
-            if self.options.initial is not None:
+            if options.initial is not None:
                 raise
             initial = initial_factors_from_base(base)
-            adapter = load_adapter(source, replace(self.options, initial=initial))
+            adapter = load_adapter(source, replace(options, initial=initial))
         return effective_adapter(adapter, base)
 
     def open_base(self, source: str | None) -> BaseWeights | None:
@@ -68,13 +73,14 @@ class Reading:
         from lora_analysis.formats import each_once, expanded, find_adapters
 
         pair, allow_pickle = self.options.pair, self.options.allow_pickle
+        base = self.base or self.trained_on
         refs: list[AdapterRef] = []
         seen: set[tuple[str, str | None]] = set()
         for source in sources:
             try:
                 for path in expanded(source):
                     refs += each_once(
-                        find_adapters(path, pair=pair, allow_pickle=allow_pickle), seen
+                        find_adapters(path, base=base, pair=pair, allow_pickle=allow_pickle), seen
                     )
             except InputError as error:
                 left_out.append(Failure(source, str(error), error))
@@ -158,7 +164,8 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
         if values["scale"] is not None and values["alpha"] is not None:
             message = "--scale is the multiplier itself, --alpha gives alpha / rank: pass one."
             raise click.UsageError(message)
-        return command(*args, reading=Reading(ReadOptions(**values), trained_on), **kwargs)
+        reading = Reading(ReadOptions(**values), trained_on, kwargs.get("base"))
+        return command(*args, reading=reading, **kwargs)
 
     wrapped = click.option(
         "--trained-on",

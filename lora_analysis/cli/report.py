@@ -11,6 +11,7 @@ import click
 
 from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import (
+    FINE_TUNES,
     VerbCommand,
     force_option,
     label_option,
@@ -19,6 +20,7 @@ from lora_analysis.cli.options import (
     prefix_option,
     progress_bar,
     reference_option,
+    spectrum_option,
     transposed_option,
 )
 from lora_analysis.cli.parallel_options import analysis_executor, analysis_executor_options
@@ -39,7 +41,11 @@ def _formats(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[
 @click.command(name="report", cls=VerbCommand)
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @reference_option
-@click.option("--base", help="Base weights: a safetensors or GGUF file, or a model folder.")
+@click.option(
+    "--base",
+    help=f"Base weights: a safetensors or GGUF file, or a model folder; {FINE_TUNES}",
+)
+@spectrum_option
 @transposed_option
 @click.option(
     "-o",
@@ -89,6 +95,7 @@ def command(
     *,
     references: tuple[str, ...],
     base: str | None,
+    spectrum: bool,
     transposed: bool | None,
     output: Path,
     force: bool,
@@ -118,6 +125,9 @@ def command(
     from lora_analysis.studies import MAX_PAIRS, Failure, study
     from lora_analysis.studies.reference_levels import is_reference_file
 
+    if spectrum and base is None:
+        message = "--spectrum compares with the base weights: pass --base."
+        raise click.UsageError(message)
     with progress_bar(form) as progress:
         executor = analysis_executor(kind_of_executor, workers, address)
         find = reading.read_all if executor is None else reading.to_read
@@ -136,6 +146,7 @@ def command(
             # Passed by name if possible: the report's lines of Python repeat it.
             base=reading.open_base(base) if reading.options.allow_pickle else base,
             transposed=transposed,
+            weight_spectra=spectrum,
             modules=modules,
             prefix=prefixes,
             label=label,

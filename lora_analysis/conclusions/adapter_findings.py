@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lora_analysis.adapter import is_fine_tune
 from lora_analysis.conclusions.comparison_values import PAIRS_IN_WORDS
 from lora_analysis.finding import Finding, Severity
 from lora_analysis.studies import Study
@@ -73,8 +74,10 @@ def _findings_about_files(study: Study) -> dict[Finding, list[str]]:
 
 
 def untrained(study: Study) -> Iterator[Finding]:
-    """Name adapters and modules whose update is zero."""
+    """Name adapters and modules whose update is zero; a full fine-tune's reader names those."""
     for row in study.runs.itertuples():
+        if is_fine_tune(study.adapters[row.adapter]):
+            continue
         missing = row.modules - row.trained_modules
         if missing == row.modules:
             fields = {"adapter": row.adapter, "modules": int(row.modules)}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lora_analysis.adapter import is_fine_tune
 from lora_analysis.amplify import RunEnrichment, run_enrichments
 from lora_analysis.amplify.controls import FEWEST_CROSSED, SIGNIFICANT
 from lora_analysis.conclusions.rank_findings import tasks_of_all_ranks
@@ -180,13 +181,24 @@ def _defined(value: float) -> float | None:
 
 
 def with_ranks(study: Study) -> pd.DataFrame:
-    """Return the amplifications with the rank of each update, without earlier checkpoints."""
+    """Return the amplifications with the rank of each update, without earlier checkpoints.
+
+    A full fine-tune has no rank: it is left out next to adapters, else the number of directions
+    that were compared stands for it.
+    """
     table = study.amplifications
     if table.empty:
         return table
     earlier = study.runs.loc[study.runs["earlier"].astype(bool), "adapter"]
     table = table[~table["adapter"].isin(earlier)]
-    return table.merge(study.spectra[["adapter", "module", "rank"]], on=["adapter", "module"])
+    table = table.merge(study.spectra[["adapter", "module", "rank"]], on=["adapter", "module"])
+    is_full = table["adapter"].isin(
+        [label for label, adapter in study.adapters.items() if is_fine_tune(adapter)]
+    )
+    if not is_full.all():
+        return table[~is_full]
+    compared = table.groupby(["adapter", "module"])["k"].transform("max")
+    return table.assign(rank=compared)
 
 
 def _medians_by_rank(table: pd.DataFrame, names: list[str]) -> list[dict[str, float]]:

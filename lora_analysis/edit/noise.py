@@ -11,11 +11,9 @@ import numpy as np
 
 from lora_analysis.adapter import NOT_STORED, DenseUpdate
 from lora_analysis.edit.derived_adapter import derive_adapter
-from lora_analysis.spectra import singular_values
+from lora_analysis.spectra import update_norm
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from lora_analysis.adapter import Adapter, Update
 
 
@@ -58,19 +56,19 @@ def noise_of_equal_norm(adapter: Adapter, *, seed: int = 0) -> Adapter:
 
 
 def _noise(adapter: Adapter, name: str, seed: int) -> Update:
-    update = adapter[name]
+    return noise_of_update(adapter[name], name, seed)
+
+
+def noise_of_update(update: Update, name: str, seed: int = 0) -> Update:
+    """Return the noise of `noise_of_equal_norm` for one update, drawn for a module's name."""
     digest = hashlib.blake2b(f"{name}\n{seed}".encode(), digest_size=16).digest()
     rng = np.random.default_rng(int.from_bytes(digest, "little"))
     if isinstance(update, DenseUpdate):
         delta = rng.standard_normal(update.shape, dtype=np.float32)
-        return replace(update, delta=delta * (_norm(update.delta) / _norm(delta)))
+        noise = replace(update, delta=delta)
+        return replace(update, delta=delta * (update_norm(update) / update_norm(noise)))
     A, B = (rng.standard_normal(M.shape).astype(M.dtype) for M in (update.A, update.B))
     noise = replace(update, A=A, B=B, variant="", magnitude=None, stored_at=NOT_STORED)
-    size = _norm(singular_values(noise))
-    ratio = _norm(singular_values(update)) / size if size else 0.0
+    size = update_norm(noise)
+    ratio = update_norm(update) / size if size else 0.0
     return replace(noise, B=(B * ratio).astype(B.dtype))
-
-
-def _norm(values: NDArray[np.floating]) -> float:
-    """Return ‖·‖_F, its squares summed in float64."""
-    return float(np.sqrt(np.square(values, dtype=np.float64).sum()))

@@ -113,7 +113,8 @@ def approximate_fine_tune(
 
     ``ΔW = W_tuned - W_base`` of every weight matrix, truncated to its leading singular directions
     as by :func:`lora_analysis.resize_adapter`: no low-rank update of those ranks is closer.
-    Parameters that are not matrices (biases, norms) are excluded and named in the findings.
+    Parameters that are not matrices (biases, norms) and unchanged weights are excluded and named in
+    the findings.
 
     Parameters
     ----------
@@ -134,8 +135,15 @@ def approximate_fine_tune(
     update = read_fine_tune(
         tuned, base, modules=modules, transposed=transposed, label=label, progress=progress
     )
+    unchanged = {
+        name
+        for finding in update.provenance.findings
+        if finding.code == "unchanged-weights"
+        for name in finding.fields["modules"]
+    }
+    changed = {name: update.lazy(name) for name in update if name not in unchanged}
     return resize_adapter(
-        update,
+        update.copy_with(updates=changed),
         rank=rank,
         energy=energy,
         budget=budget,

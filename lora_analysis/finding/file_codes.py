@@ -11,7 +11,7 @@ FILE_CODES: Final[dict[str, Code]] = {
     "unchanged-weights": Code(
         "limit",
         "modules",
-        "{count} of {of} weights are identical in {base} and left out: {modules}.",
+        "{count} of {of} weights are unchanged from {base}, so their update is zero: {modules}.",
     ),
     "weights-without-counterpart": Code(
         "limit",
@@ -23,7 +23,26 @@ FILE_CODES: Final[dict[str, Code]] = {
         "limit",
         "modules",
         "{count} tensors that are not matrices (biases, norms, stacks) differ too and are not part "
-        "of the update: {tensors}.",
+        "of the update: {tensors}. Largest relative change: {largest:number}.",
+    ),
+    "missing-weights": Code(
+        "limit",
+        "modules",
+        "{count:plural weight} of {base} have no counterpart in the fine-tune and are left out: "
+        "{modules}. The first: {reason}",
+    ),
+    "difference-of-quantized": Code(
+        "limit",
+        "modules",
+        "One of the two models is quantized ({storage}) in {count} of {of} weights: their update "
+        "contains its rounding.",
+    ),
+    "difference-of-types": Code(
+        "limit",
+        "modules",
+        "{count} of {of} weights are stored as {dtype}, in the base as {base_dtype}: rounding to "
+        "{coarse} alone changes a weight by about {rounding:number} ‖W‖. A ‖ΔW‖/‖W‖ of that size "
+        "is not training.",
     ),
     "factors-stored-transposed": Code(
         "limit",

@@ -338,6 +338,10 @@ def _read_model(
     layers = {name: layer for name, layer in model.named_modules() if _is_peft_layer(layer)}
     owner = next((part for part in model.modules() if _peft_configs(part)), None)
     configs = _peft_configs(owner)
+    if options.base is not None and not layers and not configs:
+        from lora_analysis.bases import read_fine_tune
+
+        return read_fine_tune(model, options.base, label=options.label)
     name = _choose(model, layers, configs, adapter_name)
     base = _base_of(model if owner is None else owner)
     config_path = Path(type(model).__name__, CONFIG_NAME)

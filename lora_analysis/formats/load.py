@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from lora_analysis.adapter import Adapter
+from lora_analysis.adapter import FULL_FINE_TUNE, Adapter, is_fine_tune
 from lora_analysis.errors import (
     InputError,
     LoraAnalysisError,
@@ -30,7 +30,7 @@ from lora_analysis.formats.sources import (
 from lora_analysis.patterns import natural_key, pattern_budget
 from lora_analysis.storage.gguf import read_gguf
 from lora_analysis.storage.hub_names import shown_errors
-from lora_analysis.storage.paths import source_paths
+from lora_analysis.storage.paths import existing_path, source_paths
 from lora_analysis.storage.records import refuse_unfinished
 from lora_analysis.storage.tensors import open_tensors
 
@@ -54,6 +54,7 @@ def read_adapter(
     *,
     alpha: float | None = None,
     scale: float | None = None,
+    base: Any = None,
     pair: tuple[str, str] | None = None,
     label: str | None = None,
     allow_pickle: bool = False,
@@ -79,6 +80,10 @@ def read_adapter(
         rank (``alpha/sqrt(r)`` if the file says rsLoRA).
     scale
         The multiplier itself, overriding the file's.
+    base
+        The model that a full fine-tune was trained from, as for :func:`open_base`: a source that is
+        a whole model is then read as its difference to the base (:func:`read_fine_tune`).
+        Adapters do not need it.
     pair
         Names of the A and of the B tensors, ``{name}`` standing for the module, for files of bare
         pairs: ``("w_a_{name}", "w_b_{name}")``.
@@ -130,6 +135,7 @@ def read_adapter(
     options = ReadOptions(
         alpha=alpha,
         scale=scale,
+        base=base,
         pair=pair,
         label=label,
         allow_pickle=allow_pickle,
@@ -154,7 +160,14 @@ def load_adapter(source: str | os.PathLike[str] | AdapterRef, options: ReadOptio
         paths = source_paths(initial) or source_paths(os.fspath(initial).partition("#")[0])
         adapter = adapter.with_provenance(also_read=(*adapter.provenance.also_read, *paths))
     ref = AdapterRef(resolved.path.absolute(), "", "", resolved.name, resolved.snapshot)
-    adapter = adapter.with_provenance(source=ref.source, read_options=options.non_default())
+    again = options.non_default()
+    base = again.pop("base", None)
+    if is_fine_tune(adapter):
+        path = _base_path(base)
+        again["base"] = getattr(base, "address", None) or (
+            base if path is None else path.absolute()
+        )
+    adapter = adapter.with_provenance(source=ref.source, read_options=again)
     return adapter if resolved.snapshot is None else _fetched_adapter(adapter, resolved.snapshot)
 
 
@@ -192,6 +205,7 @@ def recognize(source: ResolvedSource, options: ReadOptions) -> ResolvedSource:
     for format in formats_for(source.path, options):
         files = format.locate(source.path, options)
         if files is not None:
+            files = replace(files, snapshot=source.snapshot)
             return replace(source, format=format, files=files)
     return source
 
@@ -222,6 +236,7 @@ def _load_fetched(adapter: Adapter, name: str, snapshot: Snapshot) -> Update:
 def find_adapters(
     source: str | os.PathLike[str] | AdapterRef,
     *,
+    base: Any = None,
     pair: tuple[str, str] | None = None,
     allow_pickle: bool = False,
 ) -> list[AdapterRef]:
@@ -231,6 +246,9 @@ def find_adapters(
     ----------
     source
         A folder, a file, or a repository on a hub, as in :func:`read_adapter`.
+    base
+        As in :func:`read_adapter`; then folders with a whole model, other than the base itself, are
+        listed too.
     pair
         As in :func:`read_adapter`; then the files whose names match it are listed.
     allow_pickle
@@ -251,7 +269,7 @@ def find_adapters(
         No format recognizes anything there.
     """
     resolved = resolve_source(source, allow_pickle=allow_pickle)
-    options = ReadOptions(pair=pair, allow_pickle=allow_pickle)
+    options = ReadOptions(base=base, pair=pair, allow_pickle=allow_pickle)
     path, name = resolved.path, resolved.name
     with shown_errors(resolved.snapshot), _system_errors(path):
         refs = list(_walk(path, options))
@@ -298,13 +316,31 @@ def _walk_folder(
     except OSError:  # reading it reports why
         yield AdapterRef(folder, "unreadable", label_of(folder))
         return
+    if depth < _MAX_DEPTH and _is_base(real, options.base):
+        refs = [ref for ref in refs if ref.format != FULL_FINE_TUNE]
     yield from refs
+    # Loose files are never whole models: a model in several files without an index has such.
+    adapters_only = replace(options, base=None)
     for entry in entries:
         if entry.is_dir():
             if depth > 1:
                 yield from _walk_folder(entry, options, depth - 1, seen)
         elif not refs and entry.suffix in CONTAINER_SUFFIXES and entry.name not in _REPORT_FILES:
-            yield from _refs_at(entry, options)
+            yield from _refs_at(entry, adapters_only)
+
+
+def _is_base(folder: Path, base: Any) -> bool:
+    """Return True if a folder is the base, or holds its file."""
+    path = _base_path(base)
+    return path is not None and folder in (path.resolve(), path.resolve().parent)
+
+
+def _base_path(base: Any) -> Path | None:
+    """Return the local path of a base, given by it or open; None if it has none."""
+    if isinstance(base, str | os.PathLike):
+        return existing_path(base)
+    path: Path | None = getattr(base, "path", None)
+    return path
 
 
 def _refs_at(path: Path, options: ReadOptions) -> list[AdapterRef]:

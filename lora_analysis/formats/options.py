@@ -111,6 +111,7 @@ class ReadOptions:
         metadata=_option("Scale of ΔW = scale·B·A, if the file does not state it.", parse=float),
     )
     label: str | None = None
+    base: Any = None
     allow_pickle: bool = field(
         default=False,
         metadata=_option(

@@ -71,13 +71,15 @@ def formats_for(path: Path, options: ReadOptions) -> Iterator[Format]:
     """Yield the formats in the order in which they are asked if they recognize a path.
 
     The caller's names for the tensors of a file go first, then a config that PEFT may have written.
+    Whole models go last, and only if there is a base that they can be the difference to.
     """
     first: tuple[str, ...] = ()
     if options.pair is not None and path.is_file() and _load("pairs.is_described")(path, options):
         first = ("pairs",)
     elif (path / "adapter_config.json").is_file():
         first = ("peft.reader",)
-    for entry in (*first, *READERS):
+    last = () if options.base is None else ("full_model",)
+    for entry in (*first, *READERS, *last):
         if isinstance(entry, str):
             yield cast("Format", import_module(f"lora_analysis.formats.{entry}").FORMAT)
         else:

@@ -59,6 +59,8 @@ class AdapterFiles:
         messages.
     scales
         The scale that a live layer applies, by the name of its tensor of A.
+    snapshot
+        The repository they were fetched from, if they were.
     """
 
     path: Path
@@ -67,6 +69,7 @@ class AdapterFiles:
     config: Mapping[str, Any] | None = None
     tensors: NamedTensors | None = None
     scales: Mapping[str, float] = field(default_factory=dict)
+    snapshot: Snapshot | None = None
 
     def open(self, options: ReadOptions) -> NamedTensors:
         """Return the adapter's tensors."""

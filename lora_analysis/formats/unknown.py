@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import UnknownFormatError, UnsupportedMethodError
+from lora_analysis.formats.full_model import base_needed
 from lora_analysis.formats.pairs import known_pair, pair_needed
 from lora_analysis.formats.sources import tensors_at
 from lora_analysis.storage.documents import regular_file_size
@@ -38,6 +39,8 @@ _LOOKED_AT: Final = 50
 
 def unknown_format(path: Path, options: ReadOptions) -> UnknownFormatError:
     """Return the error that describes ``path``; raise if opening it already fails."""
+    if error := base_needed(path, options):
+        return error
     if path.is_dir():
         return _unknown_folder(path, options)
     regular_file_size(path)

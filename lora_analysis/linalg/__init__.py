@@ -18,6 +18,7 @@ from lora_analysis.linalg.dense import (
     gram_svd,
     leading_singular_values,
     leading_svd,
+    whole_svd,
 )
 from lora_analysis.linalg.factored import (
     FactoredSVD,
@@ -64,4 +65,5 @@ __all__ = [
     "thin_left_product",
     "thin_product",
     "to_numpy",
+    "whole_svd",
 ]

@@ -104,6 +104,11 @@ def _is_exact(W: NDArray[np.floating], svd: DenseSVD, k: int) -> bool:
     return bool(np.all((error <= TOLERANCE * svd.S[:k]) | (svd.S[:k] <= 1e-6 * top)))
 
 
+def whole_svd(W: NDArray[np.floating]) -> DenseSVD:
+    """Return the whole thin SVD of a dense matrix: LAPACK's, beyond some size by `gram_svd`."""
+    return gram_svd(W) if min(W.shape) > DENSE_SVD_LIMIT else _lapack_svd(W, min(W.shape))
+
+
 def _is_small(shape: tuple[int, ...], k: int) -> bool:
     return min(shape) <= DENSE_SVD_LIMIT or k > min(shape) // 8
 

@@ -48,6 +48,11 @@ _WEIGHTS = (
     "amplification_factor", "chance_factor", "enrichment", "enrichment_crossed",
     "enrichment_through_weight",
 )  # fmt: skip
+_CHANGES = (
+    "k", "relative_change", "mean_drift", "largest_drift", "noise_drift", "top_overlap",
+    "chance_top_overlap", "noise_top_overlap", "leading_energy", "trailing_energy",
+    "chance_energy", "changed_in_bfloat16", "noise_in_bfloat16", "intruders", "noise_intruders",
+)  # fmt: skip
 
 
 def results_schema() -> dict[str, Any]:
@@ -116,6 +121,7 @@ def results(
         "overlaps": _overlaps(study),
         "modules": _modules(study),
         "amplifications": _medians(_at_rank(study.amplifications), ["adapter"], _WEIGHTS),
+        "weight_changes": _medians(study.changes, ["adapter", "module_type", "side"], _CHANGES),
         "run_inference": list(_inference(study)),
         "similarity_matrix": _similarity_matrix(study),
     }

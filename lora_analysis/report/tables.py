@@ -106,6 +106,68 @@ _CONTROLS: Final = {
 }
 
 
+# Columns of `Study.changes` in the table of changes, with what noise of equal norm or random
+# directions give.
+_CHANGES: Final = {
+    "mean_drift": "drift of σ",
+    "noise_drift": "noise",
+    "top_overlap": "φ(W, W + ΔW)",
+    "noise_top_overlap": "noise",
+    "leading_energy": "in first k",
+    "trailing_energy": "in last k",
+    "chance_energy": "random",
+    "changed_in_bfloat16": "changed as bf16",
+    "noise_in_bfloat16": "noise",
+}
+
+
+def weight_changes_table(study: Study) -> ReportTable | None:
+    """Return how every adapter moved W, by type of module: medians over its changed modules."""
+    full = study.amplifications
+    if full.empty:
+        return None
+    keys = ["module_type", "adapter"]
+    spectra = study.spectra[study.spectra["adapter"].isin(full["adapter"])]
+    sizes = full[full["at_rank"]].groupby(keys)[["relative_norm", "enrichment"]].median()
+    sides: Sequence[str] = SIDES_IN_ORDER if len(study.changes) else ("",)
+    medians = study.changes.groupby([*keys, "side"])[list(_CHANGES)].median()
+    rows = []
+    for key, modules in spectra.groupby(keys, sort=False):
+        changed = int((modules["numerical_rank"] > 0).sum())
+        size = sizes.loc[key] if key in sizes.index else ()
+        numbers = [number(float(value)) for value in size] or ["–", "–"]
+        for side in sides:
+            row = [*map(str, key), f"{changed} of {len(modules)}", *numbers]
+            if side:
+                values = medians.loc[(*key, side)] if (*key, side) in medians.index else None
+                cells = ["–" if values is None else number(float(values[c])) for c in _CHANGES]
+                row = [*row[:2], side, *row[2:], *cells]
+            rows.append(tuple(row))
+    columns = ["module", "adapter", "changed", "‖ΔW‖/‖W‖", "enrichment"]
+    note = (
+        "With --spectrum also the drift of W's singular values, the rotation of its leading "
+        "directions and the energy of ΔW in them."
+    )
+    if len(study.changes):
+        columns = [*columns[:2], "side", *columns[2:], *_CHANGES.values()]
+        directions = int(study.changes["directions"].max())
+        note = (
+            f"Drift: mean relative change of W's leading {directions} singular values. φ: of the "
+            f"leading {directions} directions of W and of W + ΔW. First and last k: share of "
+            "‖ΔW‖² in W's directions; k is the rank of the update, of a full fine-tune the highest "
+            "rank of an adapter. Changed as bf16: share of entries in which W and W + ΔW differ "
+            "once they are stored as bfloat16. Noise: Gaussian noise of ΔW's rank and norm in its "
+            "place."
+        )
+    return ReportTable(
+        "weight_changes",
+        f"How W moved: medians over the changed modules of a type. {note}",
+        tuple(columns),
+        tuple(rows),
+        text_columns=4 if len(study.changes) else 3,
+    )
+
+
 def amplification_table(study: Study) -> ReportTable | None:
     """Return ‖UᵀWV‖, the factor and the enrichment by rank, with their controls.
 

@@ -80,10 +80,13 @@ def _factor_spectrum(update: LowRankUpdate, of: Literal["A", "B"], *, vectors: b
 def _dense_spectrum(update: DenseUpdate, *, vectors: bool) -> Spectrum:
     delta = update.delta.astype(np.float64)
     U, V = None, None
-    if vectors:
-        u, s, vt = np.linalg.svd(delta, full_matrices=False)
+    if not delta.any():  # an unchanged weight has no directions: one that counts nothing is enough
+        s = np.zeros(1)
+        U, V = (np.eye(d, 1) for d in update.shape) if vectors else (None, None)
+    elif vectors:
+        u, s, v = linalg.whole_svd(delta)
         sign = linalg.column_signs(u)
-        U, V = u * sign, vt.T * sign
+        U, V = u * sign, v * sign
     else:
         s = np.linalg.svd(delta, compute_uv=False)
     return Spectrum(
@@ -288,3 +291,9 @@ def singular_values(update: Any) -> Any:
         return np.linalg.svd(update.delta.astype(np.float64), compute_uv=False)
     scale = 1.0 if update.scale is None else abs(update.scale)
     return scale * linalg.factored_singular_values(update.B, update.A)
+
+
+def update_norm(update: Update) -> float:
+    """Return ‖ΔW‖_F, in units of the scale if that is unknown; no singular vectors are computed."""
+    values = update.delta if isinstance(update, DenseUpdate) else singular_values(update)
+    return float(np.sqrt(np.square(values, dtype=np.float64).sum()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -77,6 +77,11 @@ class Spectrum:
         for array in (self.U, self.S, self.V):
             if array is not None:
                 array.flags.writeable = False
+
+    @property
+    def is_dense(self) -> bool:
+        """True for the spectrum of a dense update, which has every direction there is."""
+        return self.of == "delta" and bool(np.isnan(self.factor_condition))
 
     @property
     def untrained(self) -> bool:
@@ -198,6 +203,13 @@ class Spectrum:
             f"<Spectrum of {of}, {self.name!r} in {self.label or 'update'!r}: {shape}, rank "
             f"{self.rank}, numerical rank {self.numerical_rank}, norm {self.norm:.4g}{unit}>"
         )
+
+    def leading(self, k: int) -> Spectrum:
+        """Return the ``k`` strongest directions alone, at most the numerical rank of them."""
+        count = max(min(k, self.numerical_rank), 1)
+        U, V = (None if basis is None else basis[:, :count] for basis in (self.U, self.V))
+        rank = min(self.numerical_rank, count)
+        return replace(self, U=U, S=self.S[:count], V=V, numerical_rank=rank)
 
     def summary(self) -> dict[str, float]:
         """Return a few numbers of the spectrum, for tables over modules."""

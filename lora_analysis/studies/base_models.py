@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from lora_analysis.adapter import is_fine_tune
 from lora_analysis.formats.sources import says_nothing
 from lora_analysis.studies.base_identity import (
     base_key,
@@ -35,11 +36,13 @@ __all__ = [
     "several_bases",
     "shown_base",
     "strange_name",
+    "with_base_name",
 ]
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lora_analysis.adapter import Adapter
     from lora_analysis.bases import BaseWeights
     from lora_analysis.studies.result import Study
 
@@ -77,6 +80,26 @@ def strange_name(names: Mapping[str, str | None], base: BaseWeights | None) -> s
         return None
     ((key, name),) = named.items()
     return None if _is_given(key, base) else shown_base(name)
+
+
+def with_base_name(
+    adapter: Adapter, adapters: Sequence[Adapter], base: BaseWeights | None
+) -> Adapter:
+    """Return a full fine-tune of the given base with the name that other adapters have for it.
+
+    Their difference to the given weights was computed, whose path is all that is known of them.
+    Other adapters are returned as they are.
+    """
+    if base is None or not is_fine_tune(adapter):
+        return adapter
+    names = [
+        other.provenance.base_model
+        for other in adapters
+        if not is_fine_tune(other) and other.provenance.base_model
+    ]
+    named = {key: name for key, name in zip(resolve_keys(names), names, strict=True) if key}
+    same = [name for key, name in named.items() if len(named) == 1 or _is_given(key, base)]
+    return adapter.with_provenance(base_model=same[0]) if same else adapter
 
 
 def _is_given(key: str, base: BaseWeights) -> bool:

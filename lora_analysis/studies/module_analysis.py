@@ -15,12 +15,14 @@ import numpy as np
 from lora_analysis import linalg
 from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.amplify import Amplification, amplifications, weight_basis_energy
+from lora_analysis.edit.noise import noise_of_update
 from lora_analysis.effective import effective_update
 from lora_analysis.errors import BaseWeightError
 from lora_analysis.formats.sanity_checks import ModuleStatistics, module_statistics
 from lora_analysis.init_evidence import EVIDENCE, ModuleInit, pair_init
 from lora_analysis.intruders import intruder_dimensions
-from lora_analysis.spectra import SIDES, Spectrum, spectrum, weight_svd
+from lora_analysis.similarity import FINE_TUNE_DIRECTIONS
+from lora_analysis.spectra import SIDES, Spectrum, spectrum, update_norm, weight_svd
 from lora_analysis.studies.crossed_partners import candidate_pairs
 from lora_analysis.studies.module_walk import updates_by_shape
 from lora_analysis.studies.pair_products import (
@@ -31,7 +33,7 @@ from lora_analysis.studies.pair_products import (
 )
 from lora_analysis.studies.similarity_matrix import BlockedContribution, ModuleContribution
 from lora_analysis.studies.table_rows import Degeneracy, change_rows, spectrum_row
-from lora_analysis.weight_changes import magnitude_direction
+from lora_analysis.weight_changes import magnitude_direction, share_changed_in_bfloat16
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -205,6 +207,7 @@ def _selected(pairs: ModulePairs, rows: Sequence[int]) -> ModulePairs:
         },
         cosine=pairs.cosine[plane],
         ranks=pairs.ranks[rows],
+        directions=pairs.directions[plane],
         norms=pairs.norms[rows],
         init=None
         if pairs.init is None
@@ -224,6 +227,7 @@ def _compare_with_base(
             group[position] = update, values
     candidates = candidate_pairs(study.pairs)
     for (name, shape), members in groups.items():
+        k = _directions_of_dense([values for _, values in members.values()])
         measured = [
             position
             for position, (_, values) in members.items()
@@ -241,7 +245,8 @@ def _compare_with_base(
         pairs = [(a, b) for a, b in candidates if a in members and b in members]
         crossed = {position for pair in pairs for position in pair}
         order = [*measured, *sorted(crossed - set(measured))]
-        spectra = [members[position][1] for position in order]
+        whole = [members[position][1] for position in order]
+        spectra = [values.leading(k) if values.is_dense else values for values in whole]
         small = min(weight.shape) <= SMALL_WEIGHT
         most = max(values.numerical_rank for values in spectra[: len(measured)])
         amplified = amplifications(
@@ -256,22 +261,47 @@ def _compare_with_base(
             unrelated=[(order.index(a), order.index(b)) for a, b in pairs],
             through_weight=_THROUGH_SMALL if small else _THROUGH_LARGE,
         )
+        amplified = [
+            # ‖ΔW‖ is that of all directions, not of those that are compared.
+            replace(values, relative_norm=complete.norm / values.weight_norm)
+            if complete.is_dense and values.weight_norm
+            else values
+            for values, complete in zip(amplified, whole, strict=False)
+        ]
         result.amplified |= {(values.label, result.module): values for values in amplified}
         if study.spec.weight_spectra:
-            result.changes += _weight_changes([members[i] for i in measured], weight)
+            result.changes += _weight_changes([members[i] for i in measured], weight, k)
+
+
+def _directions_of_dense(spectra: Sequence[Spectrum]) -> int:
+    """Return how many directions of full fine-tunes are compared with W: the highest rank of LoRA.
+
+    All directions of a dense update span the whole space. Without an adapter,
+    `FINE_TUNE_DIRECTIONS`.
+    """
+    ranks = [values.numerical_rank for values in spectra if not values.is_dense]
+    return max(ranks, default=FINE_TUNE_DIRECTIONS)
 
 
 def _weight_changes(
-    updates: Sequence[tuple[Update, Spectrum]], weight: Weight
+    updates: Sequence[tuple[Update, Spectrum]], weight: Weight, k: int
 ) -> list[dict[str, Any]]:
     """Return the rows of the changes of one weight by each update, from one SVD of the weight."""
-    decomposed = weight_svd(weight)
+    W = weight.array()
+    decomposed = weight_svd(W)
+    size = float(np.linalg.norm(decomposed.S))
     rows: list[dict[str, Any]] = []
     for update, values in updates:
-        change = effective_update(update, weight)  # for DoRA more than the low-rank part
+        change = effective_update(update, W)  # for DoRA more than the low-rank part
+        noise = noise_of_update(change, values.name)
         rows += change_rows(
             weight_basis_energy(values, decomposed),
-            intruder_dimensions(change, weight, weight=decomposed),
-            magnitude_direction(change, weight),
+            intruder_dimensions(change, W, weight=decomposed),
+            magnitude_direction(change, W),
+            k=min(k if values.is_dense else values.numerical_rank, len(decomposed.S)),
+            relative_change=update_norm(change) / size if size else np.nan,
+            changed_in_bfloat16=share_changed_in_bfloat16(change, W),
+            noise=intruder_dimensions(noise, W, weight=decomposed),
+            noise_in_bfloat16=share_changed_in_bfloat16(noise, W),
         )
     return rows

@@ -19,6 +19,7 @@ from lora_analysis.init_evidence import (
     init_evidence,
     weaker_half_excess,
 )
+from lora_analysis.similarity import FINE_TUNE_DIRECTIONS
 from lora_analysis.spectra import SIDES, Side, Spectrum
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class PairValues:
     Attributes
     ----------
     phi_1_1, phi_r_r
-        φ(1, 1), and φ at both numerical ranks.
+        φ(1, 1), and φ at the numbers of directions in `ModulePairs.directions`.
     omega
         The energy-weighted overlap ω.
     chance_r_r, chance_omega
@@ -76,6 +77,9 @@ class ModulePairs:
         Signed cosine of the updates, ``(N, N)``; NaN for pairs with an untrained update.
     ranks, norms
         Numerical rank and ‖ΔW‖_F of each update, ``(N,)``.
+    directions
+        ``(N, N)``: the number of leading directions of the first update in φ(r, r) with the second
+        one: all that it has, see `directions_of_pairs`.
     init
         Evidence of a shared initialization, NaN for dense updates; None if not requested.
     """
@@ -85,7 +89,26 @@ class ModulePairs:
     cosine: NDArray[np.float64]
     ranks: NDArray[np.intp]
     norms: NDArray[np.float64]
+    directions: NDArray[np.intp]
     init: InitEvidence | None = None
+
+
+def directions_of_pairs(spectra: Sequence[Spectrum]) -> NDArray[np.intp]:
+    """Return the number of leading directions of each update in a comparison with each other one.
+
+    The numerical rank, or of a dense update as many as the other one has: all of its directions
+    span the whole space. Of two dense ones at most `FINE_TUNE_DIRECTIONS`.
+
+    Returns
+    -------
+    NDArray
+        ``(N, N)``; 0 for an untrained update.
+    """
+    ranks = np.array([s.numerical_rank for s in spectra])
+    dense = np.array([s.is_dense for s in spectra])
+    allowed = np.where(dense, FINE_TUNE_DIRECTIONS, ranks)  # to a dense update by each other one
+    limits = np.broadcast_to(allowed, (len(ranks), len(ranks)))
+    return np.where(dense[:, None], np.minimum(limits, ranks[:, None]), ranks[:, None])
 
 
 def module_pairs(
@@ -119,12 +142,18 @@ def module_pairs(
     ranks = np.array([s.numerical_rank for s in spectra])
     energy, signed = _direction_weights(spectra)
     sums = _reduced_products(spectra, ranks, energy, signed)
+    directions = directions_of_pairs(spectra)
+    for (_, squares, _), side in zip(sums[:2], SIDES, strict=True):
+        for a, b in _pairs_of_dense(spectra):
+            left, right = spectra[a].vectors(side), spectra[b].vectors(side)
+            gram = left[:, : directions[a, b]].T @ right[:, : directions[b, a]]
+            squares[a, b] = squares[b, a] = np.square(gram).sum()
     trained = ranks > 0
     untrained = ~np.logical_and.outer(trained, trained)
     participation = np.array([s.participation_ratio for s in spectra])
     d_out, d_in = spectra[0].shape
     sides = {
-        side: _pair_values(values, ranks, participation, dimension, untrained)
+        side: _pair_values(values, directions, participation, dimension, untrained)
         for side, values, dimension in zip(SIDES, sums[:2], (d_in, d_out), strict=True)
     }
     return ModulePairs(
@@ -133,8 +162,19 @@ def module_pairs(
         cosine=np.where(untrained, np.nan, np.clip(sums[2], -1.0, 1.0)),
         ranks=ranks,
         norms=np.array([s.norm for s in spectra]),
+        directions=directions,
         init=None if updates is None else updates_init_evidence(updates),
     )
+
+
+def _pairs_of_dense(spectra: Sequence[Spectrum]) -> list[tuple[int, int]]:
+    """Return the pairs of trained updates, of which at least one is dense."""
+    trained = [i for i, s in enumerate(spectra) if not s.untrained]
+    return [
+        (a, b)
+        for a, b in combinations_with_replacement(trained, 2)
+        if spectra[a].is_dense or spectra[b].is_dense
+    ]
 
 
 def _direction_weights(
@@ -288,13 +328,13 @@ def _block_ranges(ranks: NDArray[np.intp]) -> Iterator[tuple[int, int]]:
 
 def _pair_values(
     sums: _Sums,
-    ranks: NDArray[np.intp],
+    directions: NDArray[np.intp],
     participation: NDArray[np.float64],
     dimension: int,
     untrained: NDArray[np.bool_],
 ) -> PairValues:
     first, squares, weighted = sums
-    smaller = np.maximum(np.minimum.outer(ranks, ranks), 1)
+    smaller = np.maximum(np.minimum(directions, directions.T), 1)
 
     def defined(values: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.where(untrained, np.nan, np.minimum(values, 1.0))
@@ -303,7 +343,7 @@ def _pair_values(
         phi_1_1=defined(first),
         phi_r_r=defined(squares / smaller),
         omega=defined(weighted),
-        chance_r_r=defined(np.maximum.outer(ranks, ranks) / dimension),
+        chance_r_r=defined(np.maximum(directions, directions.T) / dimension),
         chance_omega=defined(np.sqrt(np.outer(participation, participation)) / dimension),
         dimension=dimension,
     )
@@ -334,7 +374,8 @@ class PairAngles(NamedTuple):
     Attributes
     ----------
     smallest, largest
-        Smallest and largest principal angle at the numerical ranks, in radians.
+        Smallest and largest principal angle of the directions that `directions_of_pairs` counts,
+        in radians.
     weaker_half
         `weaker_half_excess`: how far the spans agree in the weaker half of their directions. On
         the input side of an update with independent columns of B it is that of the rows of A.
@@ -357,15 +398,28 @@ def pair_angles(spectra: Sequence[Spectrum], side: Side) -> PairAngles:
     smallest, largest, weaker, leading = np.full((4, len(spectra), len(spectra)), np.nan)
     trained = np.flatnonzero(ranks)
     smallest[trained, trained] = largest[trained, trained] = 0.0
-    for two_ranks in combinations_with_replacement(np.unique(ranks[trained]).tolist(), 2):
-        left, right, cosines, phi = _pair_cosines(spectra, ranks, two_ranks, side)
+    dense = np.array([s.is_dense for s in spectra])
+    of_rank = np.where(dense, 0, ranks)
+    directions = directions_of_pairs(spectra)
+    for a, b in _pairs_of_dense(spectra):
+        if a != b:
+            bases = [spectra[i].vectors(side)[:, : directions[i, j]] for i, j in ((a, b), (b, a))]
+            theta = linalg.principal_angles(*bases)
+            smallest[a, b] = smallest[b, a] = theta[0]
+            largest[a, b] = largest[b, a] = theta[-1]
+            n = min(basis.shape[1] for basis in bases)
+            phi = np.square(bases[0][:, :n].T @ bases[1][:, :n]).sum() / n
+            leading[a, b] = leading[b, a] = phi
+    for two_ranks in combinations_with_replacement(np.unique(of_rank[of_rank > 0]).tolist(), 2):
+        left, right, cosines, phi = _pair_cosines(spectra, of_rank, two_ranks, side)
         leading[left, right] = leading[right, left] = phi
         for angles, end in ((smallest, 0), (largest, -1)):
             angles[left, right] = angles[right, left] = np.arccos(np.minimum(cosines[:, end], 1.0))
         excess = weaker_half_excess(cosines, two_ranks, dimension)
         weaker[left, right] = weaker[right, left] = excess
     # A cosine near 1 has lost the digits of the angle: these few are computed from the sines.
-    for a, b in zip(*np.nonzero(np.triu(smallest < 0.1, 1)), strict=True):
+    nearly = np.triu(smallest < 0.1, 1) & ~np.logical_or.outer(dense, dense)
+    for a, b in zip(*np.nonzero(nearly), strict=True):
         exact = linalg.principal_angles(spectra[a].vectors(side), spectra[b].vectors(side))
         smallest[a, b] = smallest[b, a] = exact[0]
         largest[a, b] = largest[b, a] = exact[-1]

@@ -280,8 +280,8 @@ def _group_columns(
         "module": constant(pairs.module),
         "module_type": constant(where.name),
         "layer": constant(None) if where.number is None else np.full(count, where.number),
-        "rank_a": pairs.ranks[i],
-        "rank_b": pairs.ranks[j],
+        "rank_a": pairs.directions[i, j],
+        "rank_b": pairs.directions[j, i],
         "degeneracy_1_1": _worse(group.degeneracy[i], group.degeneracy[j]),
         "signed_cosine": pairs.cosine[i, j],
     }
@@ -403,11 +403,9 @@ def _containment(common: Sequence[_Common]) -> tuple[float, float]:
     """
     values = []
     for group, i, j in common:
-        rank = max(group.pairs.ranks[i], group.pairs.ranks[j])
+        ranks = group.pairs.directions[i, j], group.pairs.directions[j, i]
         sides = group.pairs.sides.values()
-        if min(group.pairs.ranks[i], group.pairs.ranks[j]) > 0 and rank <= (
-            min(side.dimension for side in sides) / 4
-        ):
+        if min(ranks) > 0 and max(ranks) <= min(side.dimension for side in sides) / 4:
             leading = min(angles.phi_n_n[i, j] for angles in group.angles)
             values.append((leading, min(side.phi_r_r[i, j] for side in sides)))
     if not values:

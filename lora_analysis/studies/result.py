@@ -15,7 +15,7 @@ from lora_analysis.bases import BaseWeights
 from lora_analysis.bases.sanity_checks import weight_findings
 from lora_analysis.errors import MalformedFileError
 from lora_analysis.finding import Failure, Finding
-from lora_analysis.similarity import SimilarityGrid, subspace_similarity
+from lora_analysis.similarity import SimilarityGrid, compared_directions, subspace_similarity
 from lora_analysis.spectra import Side, Spectrum, VectorsOf, spectrum
 from lora_analysis.storage.outputs import output_folder
 from lora_analysis.studies.inference import RunInference, run_inference
@@ -132,11 +132,11 @@ class Study:
     ) -> SimilarityGrid:
         """Return φ(i, j) of two adapters by label for one module, computed now.
 
-        The side is output by default, for ``of="A"`` input; see `subspace_similarity`.
+        The side is output by default, for ``of="A"`` input; see `subspace_similarity`. Of a full
+        fine-tune as many directions as `similarity.compared_directions` counts.
         """
-        return subspace_similarity(
-            self.adapters[a][module], self.adapters[b][module], side=side, of=of
-        )
+        updates = self.adapters[a][module], self.adapters[b][module]
+        return subspace_similarity(*updates, side=side, of=of, k=compared_directions(*updates))
 
     def spectrum(self, label: str, module: str) -> Spectrum:
         """Return the spectrum of one module of one adapter, computed now."""

@@ -22,7 +22,7 @@ from lora_analysis.formats import (
     unique_labels,
 )
 from lora_analysis.studies.alignment import align_adapters
-from lora_analysis.studies.base_models import other_bases, same_base
+from lora_analysis.studies.base_models import other_bases, same_base, with_base_name
 from lora_analysis.studies.labels import with_label_facts
 from lora_analysis.studies.relations import ChosenPairs, choose_pairs
 from lora_analysis.text import join_names
@@ -108,12 +108,18 @@ class StudySpec:
             A reference adapter cannot serve as one, see `check_reference`.
         """
         unread: list[Failure] = []
-        analyzed = list(read_sources(self.adapters, unread))
-        reference = list(read_sources(self.reference, unread))
+        base = None if self.base is None else as_base(self.base)
+        # Fine-tunes of a base that is given by its name are read again from the same one.
+        given = self.base if isinstance(self.base, str | PathLike) else base
+        analyzed = list(read_sources(self.adapters, unread, base=given))
+        reference = list(read_sources(self.reference, unread, base=given))
+        analyzed, reference = (
+            [with_base_name(adapter, [*analyzed, *reference], base) for adapter in group]
+            for group in (analyzed, reference)
+        )
         labeled = with_label_facts([*analyzed, *reference], self.label)
         check_reference(labeled[: len(analyzed)], labeled[len(analyzed) :])
         aligned = align_adapters(unique_labels(labeled), prefix=self.prefix)
-        base = None if self.base is None else as_base(self.base)
         count = len(analyzed)
         if base is not None:
             base = base.matched_to(labeled, prefix=self.prefix)
@@ -236,8 +242,10 @@ def _file_key(adapter: Adapter) -> Hashable | None:
     return source.path.resolve(), name.rpartition("#")[2] if "#" in name else ""
 
 
-def read_sources(sources: Sequence[Source], failures: list[Failure]) -> Iterator[Adapter]:
-    """Yield every adapter of the sources in order, each once.
+def read_sources(
+    sources: Sequence[Source], failures: list[Failure], *, base: Any = None
+) -> Iterator[Adapter]:
+    """Yield every adapter of the sources in order, each once; full fine-tunes if a base is given.
 
     If a source leads to several adapters, those that cannot be read are added to ``failures``; the
     error of a source with a single adapter is raised.
@@ -252,14 +260,15 @@ def read_sources(sources: Sequence[Source], failures: list[Failure]) -> Iterator
             except InputError as error:
                 failures.append(Failure(source.ref.source, str(error)))
         elif isinstance(source, AdapterRef):
-            yield read_adapter(source)
+            yield read_adapter(source, base=base)
         elif not isinstance(source, str | PathLike):
-            yield as_adapter(source)
+            yield as_adapter(source, base=base)
         else:
-            refs = [ref for path in expanded(str(source)) for ref in find_adapters(path)]
+            paths = expanded(str(source))
+            refs = [ref for path in paths for ref in find_adapters(path, base=base)]
             for ref in each_once(refs, seen):
                 try:
-                    yield read_adapter(ref)
+                    yield read_adapter(ref, base=base)
                 except InputError as error:
                     if len(refs) == 1:
                         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from lora_analysis.blocks import locate_module
 from lora_analysis.intruders import IntruderReport
 from lora_analysis.spectra import SIDES, Spectrum
 from lora_analysis.weight_changes import Changes
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class Degeneracy(StrEnum):
@@ -48,8 +51,10 @@ CHANGE_COLUMNS = (
     "adapter", "module", "module_type", "layer", "side", "dimension", "k", "leading_energy",
     "trailing_energy", "chance_energy", "leading_p", "off_principal", "chance_off_principal",
     "directions", "intruders", "intruder_energy", "smallest_cosine", "chance_cosine",
-    "largest_novelty", "span", "chance_novelty", "largest_rotation", "largest_drift",
-    "magnitude_change", "direction_change",
+    "largest_novelty", "span", "chance_novelty", "largest_rotation", "top_overlap",
+    "chance_top_overlap", "largest_drift", "mean_drift", "magnitude_change", "direction_change",
+    "relative_change", "changed_in_bfloat16", "noise_intruders", "noise_top_overlap",
+    "noise_drift", "noise_in_bfloat16",
 )  # fmt: skip
 
 
@@ -113,11 +118,18 @@ def amplification_rows(result: Amplification) -> Iterator[dict[str, Any]]:
 
 
 def change_rows(
-    energy: WeightBasisEnergy, report: IntruderReport, changes: Changes
+    energy: WeightBasisEnergy,
+    report: IntruderReport,
+    changes: Changes,
+    *,
+    k: int,
+    relative_change: float,
+    changed_in_bfloat16: float,
+    noise: IntruderReport,
+    noise_in_bfloat16: float,
 ) -> Iterator[dict[str, Any]]:
-    """Yield one row per side: ΔW in W's basis, and changes of W; k is ΔW's numerical rank."""
-    k = min(len(energy.S), len(energy.weight_values))
-    drift = report.drift[~np.isnan(report.drift)]
+    """Yield one row per side: ΔW in W's leading and trailing k directions, and changes of W."""
+    drift, noise_drift = (values.drift[~np.isnan(values.drift)] for values in (report, noise))
     for side in SIDES:
         basis, changed = energy.sides[side], report.sides[side]
         yield {
@@ -143,7 +155,21 @@ def change_rows(
             "span": report.span,
             "chance_novelty": changed.chance_novelty,
             "largest_rotation": changed.rotation[-1],
+            "top_overlap": _overlap(changed.rotation),
+            "chance_top_overlap": len(report.S) / basis.dimension,
             "largest_drift": drift[np.argmax(np.abs(drift))] if drift.size else np.nan,
+            "mean_drift": np.abs(drift).mean() if drift.size else np.nan,
             "magnitude_change": changes[side].mean_magnitude,
             "direction_change": changes[side].mean_direction,
+            "relative_change": relative_change,
+            "changed_in_bfloat16": changed_in_bfloat16,
+            "noise_intruders": noise.count(side),
+            "noise_top_overlap": _overlap(noise.sides[side].rotation),
+            "noise_drift": np.abs(noise_drift).mean() if noise_drift.size else np.nan,
+            "noise_in_bfloat16": noise_in_bfloat16,
         }
+
+
+def _overlap(angles: NDArray[np.float64]) -> float:
+    """Return φ(k, k) of two subspaces from their principal angles."""
+    return float(np.mean(np.cos(angles) ** 2))
