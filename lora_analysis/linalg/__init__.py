@@ -24,6 +24,7 @@ from lora_analysis.linalg.factored import (
     column_signs,
     factored_singular_values,
     factored_svd,
+    kronecker_svd,
     tall_svd,
 )
 from lora_analysis.linalg.krylov import DenseSVD, Operator, krylov_svd
@@ -52,6 +53,7 @@ __all__ = [
     "is_array",
     "is_tensor",
     "is_torch_module",
+    "kronecker_svd",
     "krylov_svd",
     "leading_singular_values",
     "leading_svd",

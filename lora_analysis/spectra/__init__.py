@@ -1,6 +1,11 @@
 """The spectrum of an update: singular values and vectors of ΔW, and the ranks read from them."""
 
-from lora_analysis.spectra.factoring import singular_values, spectrum, stacked_spectra
+from lora_analysis.spectra.factoring import (
+    singular_values,
+    spectrum,
+    stacked_spectra,
+    update_svd,
+)
 from lora_analysis.spectra.leading import leading_spectrum
 from lora_analysis.spectra.values import (
     NEARLY_DEGENERATE_GAP,
@@ -25,5 +30,6 @@ __all__ = [
     "singular_values",
     "spectrum",
     "stacked_spectra",
+    "update_svd",
     "weight_svd",
 ]
