@@ -27,6 +27,7 @@ from lora_analysis.linalg.factored import (
     kronecker_svd,
     tall_svd,
 )
+from lora_analysis.linalg.joint import JointSVD, joint_gram, joint_svd
 from lora_analysis.linalg.krylov import DenseSVD, Operator, krylov_svd
 from lora_analysis.linalg.modified import modified_svd
 from lora_analysis.linalg.overlaps import (
@@ -42,6 +43,7 @@ __all__ = [
     "EPS",
     "DenseSVD",
     "FactoredSVD",
+    "JointSVD",
     "Operator",
     "column_signs",
     "cumulative_overlap",
@@ -53,6 +55,8 @@ __all__ = [
     "is_array",
     "is_tensor",
     "is_torch_module",
+    "joint_gram",
+    "joint_svd",
     "kronecker_svd",
     "krylov_svd",
     "leading_singular_values",

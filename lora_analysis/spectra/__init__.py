@@ -1,6 +1,7 @@
 """The spectrum of an update: singular values and vectors of ΔW, and the ranks read from them."""
 
 from lora_analysis.spectra.factoring import (
+    delta_spectrum,
     singular_values,
     spectrum,
     stacked_spectra,
@@ -26,6 +27,7 @@ __all__ = [
     "VectorsOf",
     "check_side",
     "default_side",
+    "delta_spectrum",
     "leading_spectrum",
     "singular_values",
     "spectrum",

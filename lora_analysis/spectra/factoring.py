@@ -41,7 +41,8 @@ def update_svd(update: LowRankUpdate, *, vectors: bool | int = True) -> linalg.F
     return linalg.factored_svd(update.B, update.A, vectors=vectors)
 
 
-def _delta_spectrum(update: LowRankUpdate, svd: linalg.FactoredSVD) -> Spectrum:
+def delta_spectrum(update: LowRankUpdate, svd: linalg.FactoredSVD) -> Spectrum:
+    """Return the spectrum of ΔW from the SVD of B·A."""
     scale = 1.0 if update.scale is None else update.scale
     numerical_rank = _numerical_rank(svd.S, update.rank, float(svd.B_norm * svd.A_norm))
     return Spectrum(
@@ -189,7 +190,7 @@ def spectrum(
         return _factor_spectrum(update, of, vectors=vectors)
     if device is not None:
         return _spectra_on_device([update], device, "float64", vectors=vectors)[0]
-    return _delta_spectrum(update, update_svd(update, vectors=vectors))
+    return delta_spectrum(update, update_svd(update, vectors=vectors))
 
 
 def _check_factor(update: Update, of: str, device: str | None) -> None:
@@ -271,7 +272,7 @@ def _spectra_on_device(
     # a larger norm of one factor expresses.
     fields[3] *= torch.finfo(kind).eps / linalg.EPS
     return [
-        _delta_spectrum(update, linalg.FactoredSVD(*parts))
+        delta_spectrum(update, linalg.FactoredSVD(*parts))
         for update, *parts in zip(updates, *fields, strict=True)
     ]
 

@@ -20,13 +20,15 @@ from lora_analysis.errors import BaseWeightError
 from lora_analysis.formats.sanity_checks import ModuleStatistics, module_statistics
 from lora_analysis.init_evidence import EVIDENCE, ModuleInit, pair_init
 from lora_analysis.intruders import intruder_dimensions
-from lora_analysis.spectra import SIDES, Spectrum, spectrum, weight_svd
+from lora_analysis.spectra import SIDES, Spectrum, weight_svd
 from lora_analysis.studies.crossed_partners import candidate_pairs
 from lora_analysis.studies.module_walk import updates_by_shape
 from lora_analysis.studies.pair_products import (
     ModulePairs,
+    ModuleProducts,
     PairAngles,
     module_pairs,
+    module_products,
     pair_angles,
 )
 from lora_analysis.studies.similarity_matrix import BlockedContribution, ModuleContribution
@@ -115,10 +117,11 @@ def analyze_module(study: OpenStudy, module: str, *, blocks: bool = True) -> Mod
     block_of = {i: number for number, block in enumerate(study.pairs.blocks) for i in block}
     by_position: dict[int, tuple[Update, Spectrum]] = {}
     for members, updates in updates_by_shape(study.adapters, module, result.failed):
-        spectra = [spectrum(update) for update in updates]
-        by_position |= dict(zip(members, zip(updates, spectra, strict=True), strict=True))
         large = blocks and BlockedContribution.fits(updates)
-        pairs = None if large else module_pairs(spectra, updates)
+        products = module_products(updates, vectors=large or study.base is not None)
+        spectra = products.spectra
+        by_position |= dict(zip(members, zip(updates, spectra, strict=True), strict=True))
+        pairs = None if large else module_pairs(products, updates)
         if pairs is None:
             factors = [update for update in updates if isinstance(update, LowRankUpdate)]
             positions = np.array(members, dtype=np.intp)
@@ -130,15 +133,18 @@ def analyze_module(study: OpenStudy, module: str, *, blocks: bool = True) -> Mod
             if member in block_of:
                 rows_of_blocks.setdefault(block_of[member], []).append(row)
         for rows in rows_of_blocks.values():
-            of_block = [spectra[row] for row in rows], [updates[row] for row in rows]
+            of_block = [updates[row] for row in rows]
+            is_whole = len(rows) == len(members)
+            chosen = products if is_whole else products.selected(rows)
             if pairs is None:
-                some = module_pairs(*of_block)
+                some = module_pairs(chosen, of_block)
             else:
-                some = pairs if len(rows) == len(members) else _selected(pairs, rows)
+                some = pairs if is_whole else _selected(pairs, rows)
             result.groups.append(
                 _pair_group(
                     some,
-                    *of_block,
+                    chosen,
+                    of_block,
                     positions=[members[row] for row in rows],
                     count=len(study.adapters),
                 )
@@ -154,18 +160,22 @@ def analyze_module(study: OpenStudy, module: str, *, blocks: bool = True) -> Mod
 
 def _pair_group(
     pairs: ModulePairs,
-    spectra: Sequence[Spectrum],
+    products: ModuleProducts,
     updates: Sequence[Update],
     *,
     positions: Sequence[int],
     count: int,
 ) -> PairGroup:
+    spectra = products.spectra
     index = np.full(count, -1)
     index[list(positions)] = np.arange(len(positions))
     return PairGroup(
         index=index,
         pairs=pairs,
-        angles=(pair_angles(spectra, SIDES[0]), pair_angles(spectra, SIDES[1])),
+        angles=(
+            pair_angles(products, SIDES[0], updates),
+            pair_angles(products, SIDES[1], updates),
+        ),
         ranks=np.array([update.rank for update in updates]),
         degeneracy=np.array([_first_degeneracy(values) for values in spectra], dtype=object),
         values=_stacked_values(spectra),
