@@ -15,6 +15,7 @@ import numpy as np
 from lora_analysis import linalg
 from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.amplify import Amplification, amplifications, weight_basis_energy
+from lora_analysis.chance.moments import Energies
 from lora_analysis.effective import effective_update
 from lora_analysis.errors import BaseWeightError
 from lora_analysis.formats.sanity_checks import ModuleStatistics, module_statistics
@@ -65,8 +66,8 @@ class PairGroup:
         Stored ranks of the updates, ``(N,)``.
     degeneracy
         `Degeneracy` of the first direction of each update, ``(N,)``.
-    values
-        Singular values of each update up to its numerical rank, ``(N, r)``, filled with zeros.
+    energies
+        Energies of the directions of each update, ``(N,)``.
     """
 
     index: NDArray[np.intp]
@@ -74,7 +75,7 @@ class PairGroup:
     angles: tuple[PairAngles, PairAngles]
     ranks: NDArray[np.intp]
     degeneracy: NDArray[np.object_]
-    values: NDArray[np.float64]
+    energies: Energies
 
     def init(self, i: int, j: int) -> ModuleInit | None:
         """Return the evidence on the initialization of a pair of rows; None if one is dense."""
@@ -178,11 +179,12 @@ def _pair_group(
         ),
         ranks=np.array([update.rank for update in updates]),
         degeneracy=np.array([_first_degeneracy(values) for values in spectra], dtype=object),
-        values=_stacked_values(spectra),
+        energies=Energies.of_spectrum(_stacked_values(spectra)),
     )
 
 
 def _stacked_values(spectra: Sequence[Spectrum]) -> NDArray[np.float64]:
+    """Return the singular values up to the numerical ranks, ``(N, r)``, filled with zeros."""
     values = np.zeros((len(spectra), max(*(s.numerical_rank for s in spectra), 1)))
     for row, s in zip(values, spectra, strict=True):
         row[: s.numerical_rank] = s.S[: s.numerical_rank]
