@@ -118,6 +118,16 @@ class ModuleProducts:
         plane = np.ix_(index, index)
         return ModuleProducts(spectra, {s: gram[plane] for s, gram in self.directions.items()})
 
+    def overlap_grid(self, a: int, b: int, side: Side) -> NDArray[np.float64]:
+        """Return φ(i, j) of two of the updates, as `linalg.overlap_grid`."""
+        if self.directions is None:
+            gram = self.spectra[a].vectors(side).T @ self.spectra[b].vectors(side)
+        else:
+            ranks = np.array([s.numerical_rank for s in self.spectra])
+            index = (_direction_indices(ranks, [member]) for member in (a, b))
+            gram = self.directions[side][np.ix_(*index)]
+        return linalg.overlap_grid(gram)
+
 
 def _direction_indices(
     ranks: NDArray[np.intp], members: Sequence[int] | NDArray[np.intp]
