@@ -271,9 +271,10 @@ class MergedWeight:
             # Some rows at a time: what is computed from them stays in the cache.
             height = max(1, _REPLAYED // tile.shape[1])
             for top in range(rows.start, rows.stop, height):
-                part = slice(top, min(top + height, rows.stop))
-                merged = tile[top - rows.start : part.stop - rows.start]
-                if not self._is_part_replayed(factored, recipe, strength, part, columns, merged):
+                stop = min(top + height, rows.stop)
+                part = slice(top, stop), columns
+                merged = tile[top - rows.start : stop - rows.start]
+                if not self._is_part_replayed(factored, recipe, strength, part, merged):
                     return False
         return True
 
@@ -282,11 +283,11 @@ class MergedWeight:
         factored: Factored,
         recipe: Recipe,
         strength: float,
-        rows: slice,
-        columns: slice,
+        part: tuple[slice, slice],
         merged: NDArray[np.float32],
     ) -> bool:
         """Return True if no entry of a part of W′ contradicts the merge."""
+        rows, columns = part
         weight = self.W[rows, columns]
         replayed = factored.float32_tile(rows, columns)
         if strength != 1:
