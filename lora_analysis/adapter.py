@@ -85,6 +85,23 @@ class FilePosition(NamedTuple):
         return self.itemsize * math.prod(self.shape)
 
 
+class KroneckerParts(NamedTuple):
+    """The parts of factors that are Kronecker products: ``B·A = (B₁·A₁) ⊗ (B₂·A₂)``.
+
+    ``first`` and ``second`` hold ``(B₁, A₁)`` and ``(B₂, A₂)``; ``A`` and ``B`` are the factors.
+    """
+
+    first: tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]
+    second: tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]
+    A: NDArray[np.floating[Any]]
+    B: NDArray[np.floating[Any]]
+
+
+def _is_same_array(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    """Return True if two arrays are the same part of memory in the same order."""
+    return a.ctypes.data == b.ctypes.data and a.shape == b.shape and a.strides == b.strides
+
+
 # Format of the difference of two models, in `Provenance.format`.
 FULL_FINE_TUNE: Final = "full fine-tune"
 # For factors that were computed: no file stores them as they are.
@@ -170,6 +187,10 @@ class LowRankUpdate(_LowRankMetadata):
         outputs and the kernel; ``magnitude`` then has one entry per channel.
     stored_at
         Positions of A and B in their file; None for a factor that is computed or cut from others.
+    kronecker
+        The parts of A and B if both are Kronecker products (LoKr): the spectrum of ΔW is then
+        computed from these. An update with other factors, as `dataclasses.replace` makes it, has
+        none.
 
     Raises
     ------
@@ -184,6 +205,7 @@ class LowRankUpdate(_LowRankMetadata):
     _: KW_ONLY
     magnitude: NDArray[np.floating[Any]] | None = None
     stored_at: tuple[FilePosition | None, FilePosition | None] = NOT_STORED
+    kronecker: KroneckerParts | None = None
 
     def __post_init__(self) -> None:
         dtype = _type_name(self.A)
@@ -199,6 +221,9 @@ class LowRankUpdate(_LowRankMetadata):
         put = object.__setattr__
         put(self, "A", a)
         put(self, "B", b)
+        parts = self.kronecker
+        if parts and not (_is_same_array(parts.A, a) and _is_same_array(parts.B, b)):
+            put(self, "kronecker", None)
         put(self, "scale", _finite_or_none(self.scale, role="scale", name=self.name))
         put(self, "alpha", _finite_or_none(self.alpha, role="alpha", name=self.name))
         put(self, "stored_dtype", self.stored_dtype or dtype)

@@ -8,9 +8,10 @@ by SVD does. ``shared_init`` turns the evidence of all modules into the conclusi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -28,6 +29,8 @@ _LEAST_NEGATED = 4
 _SINGULAR_COSINE = 0.9
 # Rows whose cosines are below this share of those of random rows were made orthogonal.
 _ORTHOGONAL = 0.3
+# Rows whose cosines with all others are computed at a time.
+_ROWS = 512
 # A span has no weaker half to speak of below this rank.
 _LEAST_RANK = 4
 
@@ -83,7 +86,10 @@ class InitEvidence:
 
 
 def init_evidence(
-    updates: Sequence[LowRankUpdate], *, factor: Literal["A", "B"] | None = None
+    updates: Sequence[LowRankUpdate],
+    *,
+    factor: Literal["A", "B"] | None = None,
+    products: Mapping[Literal["A", "B"], NDArray[np.float64]] | None = None,
 ) -> InitEvidence:
     """Return the evidence, for every pair, that two updates have a shared initialization.
 
@@ -97,6 +103,9 @@ def init_evidence(
         factor that is learned from zero does not agree row by row. If none agree, the factor whose
         own rows are closer to orthogonal: learned rows are correlated. An orthogonal
         initialization draws both factors, and either may be passed.
+    products
+        Products of the rows of all A and of the columns of all B, ``(Σr, Σr)``, if they are at
+        hand.
 
     Notes
     -----
@@ -114,12 +123,12 @@ def init_evidence(
     One product over all rows: O((Σr)²·d).
     """
     if factor is not None:
-        return _evidence(updates, factor)
-    from_a = _evidence(updates, "A")
+        return _evidence(updates, factor, products)
+    from_a = _evidence(updates, "A", products)
     embeddings = all(update.layout == "embedding" for update in updates)
     if not embeddings or len({update.shape for update in updates}) > 1:
         return from_a
-    return max(from_a, _evidence(updates, "B"), key=_agreement)
+    return max(from_a, _evidence(updates, "B", products), key=_agreement)
 
 
 def _agreement(evidence: InitEvidence) -> tuple[int, float, float]:
@@ -131,25 +140,33 @@ def _agreement(evidence: InitEvidence) -> tuple[int, float, float]:
     return int(evidence.shared.sum()), -correlated, cosines
 
 
-def _evidence(updates: Sequence[LowRankUpdate], factor: Literal["A", "B"]) -> InitEvidence:
-    rows = [unit_rows(u.A if factor == "A" else u.B.T) for u in updates]
-    others = [unit_rows(u.B.T if factor == "A" else u.A) for u in updates]
-    ranks = np.array([len(matrix) for matrix in rows])
+def _evidence(
+    updates: Sequence[LowRankUpdate],
+    factor: Literal["A", "B"],
+    products: Mapping[Literal["A", "B"], NDArray[np.float64]] | None = None,
+) -> InitEvidence:
+    other: Literal["A", "B"] = "B" if factor == "A" else "A"
+    ranks = np.array([update.rank for update in updates])
+    sums, others = (
+        _unit_sums(ranks, products[name])
+        if products
+        else _row_sums([update.A if name == "A" else update.B.T for update in updates])
+        for name in (factor, other)
+    )
     n = np.minimum.outer(ranks, ranks)
-    matched, matched_squares = _matched_sums(rows)
-    rest = np.outer(ranks, ranks) - n
-    with np.errstate(divide="ignore", invalid="ignore"):
-        squares = np.maximum(_block_squares(rows, ranks) - matched_squares, 0.0)
-        cross = np.sqrt(squares / np.where(rest > 0, rest, np.nan))
-    cosine = matched / n
-    z = np.sqrt(n) * cosine / np.maximum(cross, 1 / np.sqrt(rows[0].shape[1]))
-    singular = _are_singular_vectors(rows, others)
-    comparable = len({matrix.shape[1] for matrix in others}) == 1
+    dimension = updates[0].shape[1 if factor == "A" else 0]
+    cosine = sums.matched / n
+    cross = _cross_cosine(sums, ranks, ranks)
+    z = np.sqrt(n) * cosine / np.maximum(cross, 1 / np.sqrt(dimension))
+    widths = [
+        [update.shape[1 if name == "A" else 0] for update in updates] for name in (factor, other)
+    ]
+    singular = _are_singular_vectors(ranks, (sums, others), widths)
     return InitEvidence(
         row_cosine=cosine,
         cross_cosine=cross,
         z=z,
-        other_cosine=_matched_sums(others)[0] / n if comparable else np.zeros_like(cosine),
+        other_cosine=others.matched / n if len(set(widths[1])) == 1 else np.zeros_like(cosine),
         shared=_are_shared(cosine, z, n, np.logical_and.outer(singular, singular)),
         factor=factor,
     )
@@ -177,23 +194,20 @@ def _are_shared(
 
 
 def _are_singular_vectors(
-    rows: Sequence[NDArray[np.float64]], columns: Sequence[NDArray[np.float64]]
+    ranks: NDArray[np.intp], sides: Sequence[_Sums], widths: Sequence[Sequence[int]]
 ) -> NDArray[np.bool_]:
-    """Return a mask of updates whose rows of A and columns of B are all orthogonal, ``(N,)``."""
+    """Return a mask of updates whose rows of A and columns of B are all orthogonal, ``(N,)``.
 
-    def correlation(unit: NDArray[np.float64]) -> float:
-        """Return the root mean square cosine of different rows, over that of random ones."""
-        gram = unit @ unit.T
-        others = len(unit) * (len(unit) - 1)
-        squares = np.sum(np.square(gram)) - np.sum(np.square(np.diagonal(gram)))
-        return float(np.sqrt(max(squares, 0.0) / others * unit.shape[1]))
-
-    return np.array(
-        [
-            len(a) > 1 and max(correlation(a), correlation(b)) < _ORTHOGONAL
-            for a, b in zip(rows, columns, strict=True)
-        ]
-    )
+    ``sides`` are the sums over the rows of both factors, ``widths`` the lengths of these.
+    """
+    others = np.where(ranks > 1, ranks * (ranks - 1), 1)
+    # Root mean square cosine of different rows, over that of random ones.
+    correlations = [
+        np.sqrt(np.maximum(np.diagonal(sums.squares - sums.matched_squares), 0) / others * width)
+        for sums, width in zip(sides, widths, strict=True)
+    ]
+    singular: NDArray[np.bool_] = (ranks > 1) & (np.maximum(*correlations) < _ORTHOGONAL)
+    return singular
 
 
 class InitRows:
@@ -203,46 +217,32 @@ class InitRows:
     """
 
     def __init__(self, updates: Sequence[LowRankUpdate]) -> None:
-        rows = [unit_rows(update.A) for update in updates]
-        self._ranks = np.array([len(matrix) for matrix in rows])
-        self._starts = np.cumsum(self._ranks) - self._ranks
-        self._rows = np.concatenate(rows)
-        columns = [unit_rows(update.B.T) for update in updates]
-        self._singular = _are_singular_vectors(rows, columns)
+        self._rows = [unit_rows(update.A) for update in updates]
+        self._ranks = np.array([update.rank for update in updates])
+        alone = [
+            _are_singular_vectors(
+                np.array([u.rank]),
+                (_row_sums([u.A]), _row_sums([u.B.T])),
+                [[n] for n in u.shape[::-1]],
+            )
+            for u in updates
+        ]
+        self._singular = np.concatenate(alone)
 
     def shared(self, a: NDArray[np.intp], b: NDArray[np.intp]) -> NDArray[np.bool_]:
         """Return a mask of pairs with a shared initialization, ``(len(a), len(b))``.
 
         The rule is that of `init_evidence`.
         """
-        rows_a, starts_a = self._rows_of(a)
-        rows_b, starts_b = self._rows_of(b)
-        products = rows_a @ rows_b.T
-        matched, matched_squares = np.zeros((2, len(a), len(b)))
-        for k in range(min(self._ranks[a].max(), self._ranks[b].max())):
-            i, j = np.flatnonzero(self._ranks[a] > k), np.flatnonzero(self._ranks[b] > k)
-            pairs = np.ix_(i, j)
-            kth = products[np.ix_(starts_a[i] + k, starts_b[j] + k)]
-            matched[pairs] += kth
-            matched_squares[pairs] += kth**2
-        np.square(products, out=products)
-        by_column = np.add.reduceat(products, starts_b, axis=1)
-        squares = np.add.reduceat(by_column, starts_a, axis=0)
-        n = np.minimum.outer(self._ranks[a], self._ranks[b])
-        rest = np.outer(self._ranks[a], self._ranks[b]) - n
-        with np.errstate(divide="ignore", invalid="ignore"):
-            rest_squares = np.maximum(squares - matched_squares, 0.0)
-            cross = np.sqrt(rest_squares / np.where(rest > 0, rest, np.nan))
-        cosine = matched / n
-        z = np.sqrt(n) * cosine / np.maximum(cross, 1 / np.sqrt(self._rows.shape[1]))
+        rows_a, rows_b = (np.concatenate([self._rows[i] for i in members]) for members in (a, b))
+        ranks_a, ranks_b = self._ranks[a], self._ranks[b]
+        sums = _block_sums(rows_a @ rows_b.T, ranks_a, ranks_b)
+        n = np.minimum.outer(ranks_a, ranks_b)
+        cosine = sums.matched / n
+        cross = _cross_cosine(sums, ranks_a, ranks_b)
+        z = np.sqrt(n) * cosine / np.maximum(cross, 1 / np.sqrt(rows_a.shape[1]))
         singular = np.logical_and.outer(self._singular[a], self._singular[b])
         return _are_shared(cosine, z, n, singular)
-
-    def _rows_of(self, members: NDArray[np.intp]) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
-        ranks = self._ranks[members]
-        starts = np.cumsum(ranks) - ranks
-        indices = np.repeat(self._starts[members] - starts, ranks) + np.arange(ranks.sum())
-        return self._rows[indices], starts
 
 
 def unit_rows(matrix: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -253,32 +253,75 @@ def unit_rows(matrix: NDArray[np.floating]) -> NDArray[np.float64]:
     return rows
 
 
-def _matched_sums(
-    rows: Sequence[NDArray[np.float64]],
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return, for every pair, the sums of row k times row k and of its square, ``(N, N)`` each."""
-    sums, squares = np.zeros((2, len(rows), len(rows)))
-    for k in range(max(map(len, rows))):
-        members = [i for i, matrix in enumerate(rows) if len(matrix) > k]
-        kth = np.stack([rows[i][k] for i in members])
-        products = kth @ kth.T
-        sums[np.ix_(members, members)] += products
-        squares[np.ix_(members, members)] += products**2
-    return sums, squares
+class _Sums(NamedTuple):
+    """Sums over the cosines of the rows of pairs of updates, one array ``(N₁, N₂)`` each.
+
+    ``matched`` and ``matched_squares`` are over row k with row k, ``squares`` over all rows.
+    """
+
+    matched: NDArray[np.float64]
+    matched_squares: NDArray[np.float64]
+    squares: NDArray[np.float64]
 
 
-def _block_squares(
-    rows: Sequence[NDArray[np.float64]], ranks: NDArray[np.intp]
+def _cross_cosine(
+    sums: _Sums, ranks_a: NDArray[np.intp], ranks_b: NDArray[np.intp]
 ) -> NDArray[np.float64]:
-    """Return, for every pair, the sum of squares over all products of their rows, ``(N, N)``."""
-    every = np.concatenate(rows)
-    starts = np.cumsum(ranks) - ranks
-    squares = np.empty((len(rows), len(rows)))
-    for i, (start, rank) in enumerate(zip(starts, ranks, strict=True)):
-        products = every[start : start + rank] @ every[start:].T  # earlier pairs by symmetry
-        sums = np.add.reduceat(np.sum(products**2, axis=0), starts[i:] - start)
-        squares[i, i:] = squares[i:, i] = sums
-    return squares
+    """Return the root mean square cosine of rows k and l ≠ k; NaN where there are none."""
+    rest = np.outer(ranks_a, ranks_b) - np.minimum.outer(ranks_a, ranks_b)
+    squares = np.maximum(sums.squares - sums.matched_squares, 0.0)
+    return np.sqrt(squares / np.where(rest > 0, rest, np.nan))
+
+
+def _row_sums(matrices: Sequence[NDArray[np.floating]]) -> _Sums:
+    """Return the sums for every pair of some matrices; 0 for matrices with rows of two lengths."""
+    rows = [unit_rows(matrix) for matrix in matrices]
+    ranks = np.array([len(matrix) for matrix in rows])
+    widths = np.array([matrix.shape[1] for matrix in rows])
+    sums = _Sums(*np.zeros((3, len(rows), len(rows))))
+    for width in np.unique(widths):
+        members = np.flatnonzero(widths == width)
+        every = np.concatenate([rows[i] for i in members])
+        stops = np.cumsum(ranks[members])
+        # A few hundred rows at a time with all later ones; earlier pairs by symmetry.
+        groups = np.split(np.arange(len(members)), np.flatnonzero(np.diff(stops // _ROWS)) + 1)
+        for group in groups:
+            low, high = stops[group[0]] - ranks[members[group[0]]], stops[group[-1]]
+            later = members[group[0] :]
+            block = _block_sums(
+                every[low:high] @ every[low:].T, ranks[members[group]], ranks[later]
+            )
+            for plane, values in zip(sums, block, strict=True):
+                plane[np.ix_(members[group], later)] = values
+                plane[np.ix_(later, members[group])] = values.T
+    return sums
+
+
+def _unit_sums(ranks: NDArray[np.intp], products: NDArray[np.float64]) -> _Sums:
+    """Return the sums for every pair, from the products of all rows, ``(Σr, Σr)``."""
+    length = np.sqrt(np.diagonal(products))
+    length = np.where(length > 0, length, 1.0)
+    return _block_sums(products / (length[:, None] * length), ranks, ranks)
+
+
+def _block_sums(
+    cosines: NDArray[np.float64], ranks_a: NDArray[np.intp], ranks_b: NDArray[np.intp]
+) -> _Sums:
+    """Return the sums of each pair from the cosines of all rows, which are overwritten."""
+    starts_a, starts_b = (np.cumsum(ranks) - ranks for ranks in (ranks_a, ranks_b))
+    matched, matched_squares = np.zeros((2, len(ranks_a), len(ranks_b)))
+    # Rows k of the updates that have so many: as many gathers as there are different ranks.
+    steps = np.unique(np.concatenate([ranks_a, ranks_b]))
+    for low, high in itertools.pairwise([0, *steps.tolist()]):
+        i, j = np.flatnonzero(ranks_a >= high), np.flatnonzero(ranks_b >= high)
+        k = np.arange(low, high)
+        values = cosines[starts_a[i, None, None] + k, starts_b[None, j, None] + k]  # (i, j, k)
+        pairs = np.ix_(i, j)
+        matched[pairs] += values.sum(axis=-1)
+        matched_squares[pairs] += np.square(values).sum(axis=-1)
+    np.square(cosines, out=cosines)
+    by_column = np.add.reduceat(cosines, starts_b, axis=1)
+    return _Sums(matched, matched_squares, np.add.reduceat(by_column, starts_a, axis=0))
 
 
 def weaker_half_excess(

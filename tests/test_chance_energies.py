@@ -10,6 +10,8 @@ from reference import assert_close
 from scipy import stats
 
 from lora_analysis import chance
+from lora_analysis.chance import overlaps
+from lora_analysis.chance.moments import Energies
 from lora_analysis.similarity import energy_overlap, signed_cosine
 
 
@@ -274,7 +276,7 @@ def test_a_dominated_update_is_not_significant_against_a_flat_one():
         assert np.mean(p <= 0.001) <= 0.002
 
 
-def test_p_values_of_all_pairs_are_those_of_each_pair(rng):
+def test_p_values_of_all_pairs_are_those_of_each_pair(rng, monkeypatch):
     spectra = rng.random((6, 5)) + 0.1
     spectra[2, 3:] = 0  # a lower rank, filled up
     spectra[4] = 0  # untrained
@@ -282,14 +284,21 @@ def test_p_values_of_all_pairs_are_those_of_each_pair(rng):
     omega = (omega + omega.T) / 2
     omega[0, 1] = omega[1, 0] = np.nan
     for d in (6, 30):  # 6: most spectra are nearly flat over more than half of the space
-        p = chance.energy_overlap_p_values(d, spectra, omega)
+        monkeypatch.setattr(overlaps, "_PAIRS", 7)  # several blocks
+        pairs = np.array(list(np.ndindex(6, 6)))
+        a, b = (Energies.of_spectrum(spectra[index]) for index in pairs.T)
+        p = chance.energy_overlap_p_values(np.full(36, d), a, b, omega.ravel()).reshape(6, 6)
         np.testing.assert_array_equal(p, p.T)
-        for i, j in np.ndindex(6, 6):
+        for i, j in pairs:
             pair = chance.energy_overlap_p_value(d, (spectra[i], spectra[j]), omega[i, j])
-            assert_close(p[i, j], np.nan if i == j else pair)
+            assert_close(p[i, j], pair)
         assert np.isnan(p[4]).all()
         assert np.isnan(p[0, 1])
-    assert chance.energy_overlap_p_values(30, spectra[:1], [[1.0]]).shape == (1, 1)
+    # Pairs of modules of different dimensions at once.
+    both = [Energies(np.tile(e.sums, 2), np.tile(e.largest, 2)) for e in (a, b)]
+    mixed = chance.energy_overlap_p_values(np.repeat([6, 30], 36), *both, np.tile(omega.ravel(), 2))
+    assert_close(mixed[36:], p.ravel())
+    assert not np.allclose(mixed[:36], p.ravel(), equal_nan=True)
 
 
 @pytest.mark.parametrize("d", [64, 768])

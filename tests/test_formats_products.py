@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from lora_analysis import merge_check, read_adapter, spectrum
+from lora_analysis import merge_check, read_adapter, singular_values, spectrum
+from lora_analysis.edit import truncate
 from lora_analysis.errors import MalformedFileError, UnsupportedMethodError
 
 pytestmark = [
@@ -70,6 +72,32 @@ def test_lokr_is_a_kronecker_product(case: str, tmp_path: Path, rng: np.random.G
     singular = np.linalg.svd(expected, compute_uv=False)
     values = spectrum(update).S
     np.testing.assert_allclose(values, singular[: len(values)], rtol=1e-9, atol=1e-9 * singular[0])
+
+
+@pytest.mark.parametrize("case", LOKR)
+def test_the_spectrum_of_lokr_comes_from_its_parts(
+    case: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    parts = {name: draw(rng, *shape) for name, shape in LOKR[case][0].items()}
+    tensors = {f"lora_unet_m.lokr_{name}": value for name, value in parts.items()}
+    (update,) = write(tmp_path / "a.safetensors", tensors).values()
+    assert update.kronecker is not None
+    by_parts, from_factors = spectrum(update), spectrum(replace(update, kronecker=None))
+    expected = update.scale * kronecker(parts)
+    size = by_parts.S[0]
+    np.testing.assert_allclose(by_parts.S, from_factors.S, atol=ROUND * size)
+    np.testing.assert_allclose(by_parts.U * by_parts.S @ by_parts.V.T, expected, atol=ROUND * size)
+    assert by_parts.numerical_rank == from_factors.numerical_rank
+    assert np.isclose(by_parts.factor_condition, from_factors.factor_condition)
+    np.testing.assert_allclose(singular_values(update), by_parts.S, rtol=ROUND)
+    # Other factors have other parts, or none.
+    halved = replace(update, A=update.A / 2)
+    assert halved.kronecker is None
+    np.testing.assert_allclose(spectrum(halved).S, by_parts.S / 2, atol=ROUND * size)
+    assert replace(update, label="x").kronecker is update.kronecker
+    truncated, _ = truncate(update, rank=2)
+    best = (by_parts.U[:, :2] * by_parts.S[:2]) @ by_parts.V[:, :2].T
+    np.testing.assert_allclose(truncated.delta_weight(), best, atol=ROUND * size)
 
 
 @pytest.mark.parametrize("tucker", [False, True])

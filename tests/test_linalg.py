@@ -37,6 +37,32 @@ def test_factored_svd_equals_the_dense_svd_for_every_shape(d_out, d_in, rank, se
     assert_close([svd.B_norm, svd.A_norm], [np.linalg.norm(m, 2) for m in (B, A)])
 
 
+@pytest.mark.parametrize(("d_out", "d_in", "rank"), [(520, 530, 520), (512, 600, 700)])
+def test_a_product_of_more_terms_than_rows_has_the_same_spectrum(rng, d_out, d_in, rank):
+    B, A = gaussian_factors(rng, d_out, d_in, rank)
+    svd = linalg.factored_svd(B, A)
+    slow = linalg.factored._householder_svd(B, A, vectors=False)
+    norm = svd.B_norm * svd.A_norm
+    assert_close(svd.S, slow.S, atol=ORACLE * norm)
+    assert_close(linalg.factored_singular_values(B, A), svd.S, atol=ORACLE * norm)
+    assert_close((svd.U * svd.S) @ svd.V.T, B @ A, atol=IDENTITY * norm)
+    assert_close(svd[3:], slow[3:], rtol=1e-9)
+
+
+@pytest.mark.parametrize("vectors", [True, 3, False])
+def test_the_svd_of_a_kronecker_product_is_that_of_its_parts(rng, vectors):
+    M, N = (gaussian_factors(rng, *shape) for shape in ((4, 5, 3), (6, 7, 2)))
+    svd = linalg.kronecker_svd(
+        *(linalg.factored_svd(B, A, vectors=bool(vectors)) for B, A in (M, N)), vectors=vectors
+    )
+    slow = linalg.factored_svd(np.kron(M[0], N[0]), np.kron(M[1], N[1]), vectors=vectors)
+    for values, expected in zip(svd, slow, strict=True):
+        if expected is None:
+            assert values is None
+        else:
+            assert_close(values, expected, rtol=1e-9, atol=IDENTITY)
+
+
 def test_factored_svd_finds_planted_directions(rng):
     U, V = orthonormal(rng, 30, 4), orthonormal(rng, 20, 4)
     values = np.array([5.0, 3.0, 2.0, 0.1])

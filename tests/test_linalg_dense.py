@@ -151,6 +151,17 @@ def test_products_in_the_order_of_memory_are_the_products(rng, monkeypatch, orde
         assert_close(operator.normal(X), W.T @ (W @ X), rtol=1e-12, atol=1e-11)
 
 
+@pytest.fixture(params=[False, True], ids=["whole", "in pieces"])
+def in_pieces(request, monkeypatch):
+    """Products as on processors without and with AVX-512."""
+    if request.param:
+        names = {getattr(b, "architecture", "") for b in thin._blas().lib_controllers}
+        monkeypatch.setattr(thin, "_WITH_SMALL_KERNELS", names)
+    else:
+        monkeypatch.setattr(thin, "_WITH_SMALL_KERNELS", set())
+
+
+@pytest.mark.usefixtures("in_pieces")
 def test_neighboring_numbers_alone_are_multiplied_in_pieces(rng):
     W = rng.standard_normal((6, 512))
     for block in (W, W[::2], np.asfortranarray(W), W[:, ::2]):
@@ -160,6 +171,7 @@ def test_neighboring_numbers_alone_are_multiplied_in_pieces(rng):
             assert_close(linalg.thin_left_product(Y, block), Y.T @ block, atol=1e-12)
 
 
+@pytest.mark.usefixtures("in_pieces")
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("r", [0, 1, 5, thin._FEW, thin._FEW + 1])
 @pytest.mark.parametrize(

@@ -70,10 +70,10 @@ class Energies(NamedTuple):
         """Return the same with one more axis, to broadcast with other energies."""
         return Energies(np.expand_dims(self.sums, axis), np.expand_dims(self.largest, axis))
 
-    def complement(self, dimension: int) -> Energies:
+    def complement(self, dimension: ArrayLike) -> Energies:
         """Return those of ``λI − M``, λ the largest eigenvalue of M."""
         p1, p2, p3 = self.sums
-        top = self.largest
+        top, dimension = self.largest, np.asarray(dimension)
         rest = np.stack(
             [
                 dimension * top - p1,
@@ -107,8 +107,9 @@ class OverlapDistribution:
     is_upper: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, dimension: int, m: Energies, n: Energies) -> OverlapDistribution:
+    def of(cls, dimension: ArrayLike, m: Energies, n: Energies) -> OverlapDistribution:
         """Return the distribution for M and N of R^dimension, whose energies broadcast."""
+        dimension = np.asarray(dimension)
         fills = [2 * x.sums[0] > dimension * x.largest for x in (m, n)]
         rest = [x.complement(dimension) for x in (m, n)]
         chosen = [

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
+# Pairs whose distributions are computed at a time.
+_PAIRS = 1 << 15
+
 
 def energy_overlap_mean(dimension: int, participation: tuple[float, float]) -> float:
     """Return the mean of ω for spectra with the given participation ratios.
@@ -80,37 +83,37 @@ def energy_overlap_p_value(
 
 
 def energy_overlap_p_values(
-    dimension: int, singular_values: ArrayLike, omega: ArrayLike
+    dimension: ArrayLike, a: Energies, b: Energies, omega: ArrayLike
 ) -> NDArray[np.float64]:
-    """Return `energy_overlap_p_value` of every pair of N updates of one module.
+    """Return `energy_overlap_p_value` of many pairs of updates, of any modules.
 
     Parameters
     ----------
     dimension
-        Dimension of the space, d_in or d_out.
-    singular_values
-        ``(N, r)``, in any scale; zeros may fill up.
+        Dimension of the space of each pair, ``(n,)``.
+    a, b
+        Energies of the two updates of each pair (`Energies.of_spectrum`).
     omega
-        ``(N, N)``, symmetric: ω of each pair.
+        ω of each pair, ``(n,)``.
 
     Returns
     -------
     ndarray
-        ``(N, N)``, symmetric; NaN on the diagonal, if ω is NaN, or if an update is zero.
+        ``(n,)``; NaN if ω is NaN, or if an update is zero.
 
     Notes
     -----
-    O(N·r + N²): 4 ms for 40 updates of rank 64, 65 ms for 200.
+    O(n), 0.4 µs each, a few megabytes at a time.
     """
-    energies = Energies.of_spectrum(singular_values)
-    values = np.asarray(omega, dtype=np.float64)
-    i, j = np.triu_indices(len(values), 1)
-    a, b = (Energies(energies.sums[:, k], energies.largest[k]) for k in (i, j))
-    unit = np.sqrt(a.sums[1] * b.sums[1])
-    p_values = np.full(values.shape, np.nan)
-    p = OverlapDistribution.of(dimension, a, b).p_value(values[i, j] * unit)
-    p_values[i, j] = p_values[j, i] = floored_p_value(p)
-    return p_values
+    dimensions, values = np.asarray(dimension), np.asarray(omega, dtype=np.float64)
+    p_values = np.empty(len(values))
+    for start in range(0, len(values), _PAIRS):
+        part = slice(start, start + _PAIRS)
+        x, y = (Energies(e.sums[:, part], e.largest[part]) for e in (a, b))
+        distribution = OverlapDistribution.of(dimensions[part], x, y)
+        unit = np.sqrt(x.sums[1] * y.sums[1])
+        p_values[part] = distribution.p_value(values[part] * unit)
+    return floored_p_value(p_values)
 
 
 def energy_overlap_quantile(

@@ -12,7 +12,7 @@ from lora_analysis import linalg
 from lora_analysis.adapter import NOT_STORED, DenseUpdate, LowRankUpdate, UpdateOutline
 from lora_analysis.errors import InputError, UnsupportedMethodError
 from lora_analysis.formats import as_update
-from lora_analysis.spectra import Spectrum, leading_spectrum, spectrum
+from lora_analysis.spectra import Spectrum, leading_spectrum, spectrum, update_svd
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -160,7 +160,7 @@ def leading_part(update: LowRankUpdate, count: int, *, keep_scale: bool = False)
     if not count:
         empty = np.zeros((0, 0))
         return replace(from_directions(update, empty, np.zeros(0), empty), **fields)
-    svd = linalg.factored_svd(update.B, update.A, vectors=count)
+    svd = update_svd(update, vectors=count)
     scale = 1.0 if update.scale is None or keep_scale else update.scale
     root = np.sqrt(abs(scale) * svd.S[:count])
     B, V = np.asarray(svd.U), np.asarray(svd.V)

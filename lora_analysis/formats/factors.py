@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lora_analysis.adapter import LowRankUpdate
+from lora_analysis.adapter import KroneckerParts, LowRankUpdate
 from lora_analysis.errors import InputError, MalformedFileError, SourceError, UnsupportedMethodError
 from lora_analysis.finding import Finding
-from lora_analysis.formats.stored import StoredFactor, tensor
+from lora_analysis.formats.stored import StoredFactor, kronecker_operands, tensor
 from lora_analysis.storage.dtypes import is_floating
 from lora_analysis.storage.limits import (
     MAX_ADAPTER_BYTES,
@@ -294,6 +294,8 @@ def load_update(
 ) -> LowRankUpdate:
     """Read the two factors of one module."""
     a, b = _read_factor(tensors, pair, "A", pair.a), _read_factor(tensors, pair, "B", pair.b)
+    operands = list(zip(kronecker_operands(pair.b), kronecker_operands(pair.a), strict=False))
+    parts = [(left.read(tensors), right.read(tensors)) for left, right in operands]
     try:
         return LowRankUpdate(
             name=pair.module,
@@ -310,6 +312,7 @@ def load_update(
             magnitude_side=pair.magnitude_side,
             label=label,
             stored_at=(pair.a.position(tensors), pair.b.position(tensors)),
+            kronecker=KroneckerParts(parts[0], parts[1], a, b) if parts else None,
         )
     except InputError as error:
         message = f"{tensors.file_of(pair.a.name)}: {error}"

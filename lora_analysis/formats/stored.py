@@ -138,6 +138,12 @@ def kronecker(first: StoredFactor, second: StoredFactor) -> StoredFactor:
     return _Combination((first, second), "kronecker")
 
 
+def kronecker_operands(factor: StoredFactor) -> tuple[StoredFactor, ...]:
+    """Return the two operands of a Kronecker product; none of another factor."""
+    is_product = isinstance(factor, _Combination) and factor.operation == "kronecker"
+    return factor.operands if is_product else ()  # type: ignore[attr-defined]
+
+
 def khatri_rao(first: StoredFactor, second: StoredFactor) -> StoredFactor:
     """Return the Kronecker products of the rows of two matrices, ``(n, r₁·r₂)`` in float64."""
     return _Combination((first, second), "khatri_rao")

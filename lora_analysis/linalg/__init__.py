@@ -25,8 +25,10 @@ from lora_analysis.linalg.factored import (
     column_signs,
     factored_singular_values,
     factored_svd,
+    kronecker_svd,
     tall_svd,
 )
+from lora_analysis.linalg.joint import JointSVD, joint_gram, joint_svd
 from lora_analysis.linalg.krylov import DenseSVD, Operator, krylov_svd
 from lora_analysis.linalg.modified import modified_svd
 from lora_analysis.linalg.overlaps import (
@@ -42,6 +44,7 @@ __all__ = [
     "EPS",
     "DenseSVD",
     "FactoredSVD",
+    "JointSVD",
     "Operator",
     "column_signs",
     "cumulative_overlap",
@@ -53,6 +56,9 @@ __all__ = [
     "is_array",
     "is_tensor",
     "is_torch_module",
+    "joint_gram",
+    "joint_svd",
+    "kronecker_svd",
     "krylov_svd",
     "leading_singular_values",
     "leading_svd",

@@ -54,29 +54,64 @@ def by_cholesky(matrices: Sequence[NDArray[np.floating]]) -> list[Triangular] | 
         return None
     with np.errstate(over="ignore", invalid="ignore"):  # checked on the result
         grams = np.stack([_gram(matrix) for matrix in matrices])  # (n, r, r)
+    parts = cholesky(grams)
+    if parts is None:
+        return None
+    # ‖R‖·‖R⁻¹‖ in the Frobenius norm, which bounds the condition.
+    units = np.stack([parts.unit, parts.inverse])
+    conditions = np.sqrt((units * units).sum((-2, -1))).prod(axis=0)
+    if not (conditions < TWO_PASS_CONDITION).all():
+        return None
+    try:
+        return [
+            _triangular(matrix, *values)
+            for matrix, *values in zip(
+                matrices, parts.unit, parts.lengths, parts.coefficients, conditions, strict=True
+            )
+        ]
+    except np.linalg.LinAlgError:  # rank-deficient to the last digits
+        return None
+
+
+class Cholesky(NamedTuple):
+    """Cholesky factors of Gram matrices ``(..., n, r, r)`` whose columns are sorted n by n alike.
+
+    ``lengths`` are those of the columns, in their order; ``unit`` is R with columns of length one,
+    ``inverse`` its inverse, and ``Q = matrix @ coefficients``.
+    """
+
+    lengths: Float
+    units: Float
+    unit: Float
+    inverse: Float
+    coefficients: Float
+
+
+def cholesky(grams: Float) -> Cholesky | None:
+    """Return the Cholesky factors of Gram matrices ``(..., n, r, r)``; None if one has none.
+
+    The columns of the n matrices are sorted alike, by falling product of their lengths.
+    """
     squares = np.diagonal(grams, axis1=-2, axis2=-1)
     low, high = _SAFE_SQUARES
     if not (low < squares.min() and squares.max() < high):
         return None
-    lengths = np.sqrt(squares)  # (n, r)
-    order = np.argsort(-np.prod(lengths, axis=0), kind="stable")
-    lengths = lengths[:, order]
+    lengths = np.sqrt(squares)  # (..., n, r)
+    order = np.argsort(-np.prod(lengths, axis=-2), axis=-1, kind="stable")[..., None, :]
+    lengths = np.take_along_axis(lengths, order, axis=-1)
+    units = np.take_along_axis(grams, order[..., None], axis=-2)
+    units = np.take_along_axis(units, order[..., None, :], axis=-1)
     # To unit columns first: what is merely scaled is not ill-conditioned.
-    units = grams[:, order[:, None], order] / (lengths[:, :, None] * lengths[:, None, :])
+    units /= lengths[..., :, None] * lengths[..., None, :]
     try:
-        r = np.linalg.cholesky(units).mT  # (n, r, r)
-        inverse = np.linalg.inv(r)
-        conditions = np.sqrt((r * r).sum((-2, -1)) * (inverse * inverse).sum((-2, -1)))
-        if not (conditions < TWO_PASS_CONDITION).all():
-            return None
-        coefficients = np.empty_like(inverse)
-        coefficients[:, order] = inverse / lengths[:, :, None]
-        return [
-            _triangular(matrix, *parts)
-            for matrix, *parts in zip(matrices, r, lengths, coefficients, conditions, strict=True)
-        ]
+        unit = np.linalg.cholesky(units).mT  # (..., n, r, r)
+        inverse = np.linalg.inv(unit)
     except np.linalg.LinAlgError:  # exactly rank-deficient
         return None
+    coefficients = np.empty_like(inverse)
+    rows = np.broadcast_to(order[..., None], inverse.shape)
+    np.put_along_axis(coefficients, rows, inverse / lengths[..., :, None], axis=-2)
+    return Cholesky(lengths, units, unit, inverse, coefficients)
 
 
 def _gram(matrix: NDArray[np.floating]) -> Float:

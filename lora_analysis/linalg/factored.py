@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from lora_analysis.linalg.cholesky import Triangular, by_cholesky
 from lora_analysis.linalg.constants import Float, namespace
 
+# From this length on, a product with as many terms is formed: below, all ways are quick.
+_FORMED = 512
+
 
 class FactoredSVD(NamedTuple):
     """Thin SVD of ``B·A``, with what its accuracy depends on.
@@ -55,10 +58,13 @@ def factored_svd(B: Any, A: Any, *, vectors: bool | int = True) -> FactoredSVD:
 
     Notes
     -----
-    O((d_out + d_in)·r² + r³). The absolute error of S is about 1e-15·‖B‖₂‖A‖₂; columns of U and V
+    O((d_out + d_in)·r² + r³); the product is formed if r is not smaller than it, as of LoHa with r²
+    terms. The absolute error of S is about 1e-15·‖B‖₂‖A‖₂; columns of U and V
     that belong to singular values below that are orthonormal but arbitrary. The relative error of
     a small singular value is about 1e-16 times the sum of the two conditions, at least 1e-12.
     """
+    if _is_cheaper_formed(B, A):
+        return _formed_svd(_double(B), _double(A), vectors=vectors)
     triangles = _by_cholesky(B, A)
     if triangles is None:
         return _householder_svd(B, A, vectors=vectors)
@@ -78,8 +84,46 @@ def factored_svd(B: Any, A: Any, *, vectors: bool | int = True) -> FactoredSVD:
     return FactoredSVD(U, s, right.rows(v_t.T[:, :count] * sign).T, *measures)
 
 
+def kronecker_svd(
+    first: FactoredSVD, second: FactoredSVD, *, vectors: bool | int = True
+) -> FactoredSVD:
+    """Return the SVD of ``M ⊗ N`` from those of M and N.
+
+    Singular values are all products σ_i(M)·σ_j(N), vectors the Kronecker products of the vectors:
+    exact, and as quick as they can be written down.
+
+    Parameters
+    ----------
+    first, second
+        SVDs of M and N, with all vectors unless none are asked for.
+    vectors
+        As for `factored_svd`.
+    """
+    products = np.multiply.outer(first.S, second.S).ravel()
+    order = np.argsort(-products, kind="stable")
+    leading = order[: len(order) if vectors is True else int(vectors)]
+    columns = np.divmod(leading, len(second.S))
+
+    def pair_up(left: Float | None, right: Float | None) -> Float | None:
+        if left is None or right is None or not vectors:
+            return None
+        i, j = columns
+        whole: Float = left[:, None, i] * right[None, :, j]
+        return whole.reshape(-1, len(leading))
+
+    return FactoredSVD(
+        pair_up(first.U, second.U),
+        products[order],
+        pair_up(first.V, second.V),
+        # Norms and conditions of a Kronecker product are products, too.
+        *(left * right for left, right in zip(first[3:], second[3:], strict=True)),
+    )
+
+
 def factored_singular_values(B: NDArray[np.floating], A: NDArray[np.floating]) -> Float:
     """Return the singular values ``(..., k)`` of ``B·A``, descending; no vectors are built."""
+    if _is_cheaper_formed(B, A):
+        return np.asarray(np.linalg.svd(_double(B) @ _double(A), compute_uv=False))
     triangles = _by_cholesky(B, A)
     if triangles is not None:
         left, right = triangles
@@ -114,6 +158,36 @@ def _by_cholesky(B: Any, A: Any) -> list[Triangular] | None:
 
 def _double(matrix: Any) -> Any:
     return np.asarray(matrix, dtype=np.float64) if isinstance(matrix, np.ndarray) else matrix
+
+
+def _is_cheaper_formed(B: Any, A: Any) -> bool:
+    """Return True for arrays of at least as many terms as the product has rows or columns."""
+    if not isinstance(B, np.ndarray) or B.ndim != 2:
+        return False
+    return B.shape[1] >= min(B.shape[0], A.shape[1]) >= _FORMED
+
+
+def _formed_svd(B: Float, A: Float, *, vectors: bool | int) -> FactoredSVD:
+    """Return the SVD of a product of many terms: neither factor has fewer numbers than it."""
+    u, s, v_t = np.linalg.svd(B @ A, full_matrices=False)
+    measures = [_formed_measures(B), _formed_measures(A.T)]
+    norms, conditions = zip(*measures, strict=True)
+    if not vectors:
+        return FactoredSVD(None, s, None, *norms, *conditions)
+    count = len(s) if vectors is True else vectors
+    U, V = u[:, :count], v_t.T[:, :count]
+    sign = column_signs(U)
+    return FactoredSVD(U * sign, s, V * sign, *norms, *conditions)
+
+
+def _formed_measures(matrix: Float) -> tuple[Float, Float]:
+    """Return the norm and the condition of a factor; inf if it has more columns than rows."""
+    rows, columns = matrix.shape
+    gram = matrix @ matrix.T if rows < columns else matrix.T @ matrix
+    norm = np.sqrt(np.linalg.eigvalsh(gram)[-1])
+    if rows < columns:
+        return norm, np.asarray(np.inf)
+    return norm, np.asarray(_condition(matrix if rows == columns else _triangle(matrix, np)))
 
 
 # --- by Householder's QR ----------------------------------------------------------------------

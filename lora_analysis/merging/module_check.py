@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 # Entries that hypotheses are tried on before they are confirmed on all.
 SAMPLE: Final = 2**16
+# Entries that are replayed at a time.
+_REPLAYED: Final = 2**17
 _FLOAT_TYPES: Final = ("bfloat16", "float16", "float32", "float64")
 # ΔW of this many spacings stands out of the rounding enough to estimate its strength.
 _CLEAR: Final = 5
@@ -164,8 +166,9 @@ class Factored:
         """Return ΔW of a tile of the weight, computed in float32 as a merge does."""
         if isinstance(self.update, DenseUpdate):
             return self.update.delta[rows, columns].astype(np.float32)
-        A, B = self.A[:, columns].astype(np.float32), self.B[rows].astype(np.float32)
-        delta: NDArray[np.float32] = (np.float32(self.scale) * B) @ A  # type: ignore[assignment]
+        A, B = self.update.A[:, columns], self.update.B[rows]
+        scaled = np.float32(self.scale) * B.astype(np.float32, copy=False)
+        delta: NDArray[np.float32] = scaled @ A.astype(np.float32, copy=False)
         return delta
 
     def with_directions(self, chosen: NDArray[np.intp]) -> Factored:
@@ -213,7 +216,13 @@ class MergedWeight:
             self.merged[inside] = tile[
                 self.rows[inside] - rows.start, self.columns[inside] - columns.start
             ]
-            self.is_identical = self.is_identical and np.array_equal(tile, self.W[rows, columns])
+            # The first row decides it for most: a merge changes some entry of it.
+            before_tile = self.W[rows, columns]
+            self.is_identical = (
+                self.is_identical
+                and np.array_equal(tile[:1], before_tile[:1])
+                and np.array_equal(tile, before_tile)
+            )
             for dtype, so_far in exact.items():
                 exact[dtype] = so_far and _is_exact(tile, dtype)
         self.merged_type = _effective_type(after.stored_dtype, exact)
@@ -259,21 +268,43 @@ class MergedWeight:
         take bounds of their own.
         """
         for rows, columns, tile in self.after.blocks(check=False):
-            delta = np.float32(strength) * factored.float32_tile(rows, columns)
-            for dtype in recipe.delta:
-                delta = round_float32(delta, dtype)
-            weight = self.W[rows, columns]
-            replayed = delta + (round_float32(weight, recipe.base) if recipe.base else weight)
-            for dtype in recipe.final:
-                replayed = round_float32(replayed, dtype)
-            different = np.flatnonzero(replayed != tile)
-            for chosen in np.array_split(different, 1 + len(different) // SAMPLE):
-                i, j = np.divmod(chosen, tile.shape[1])
-                products, bounds = factored.products(rows.start + i, columns.start + j)
-                before, after = (values[i, j].astype(np.float64) for values in (weight, tile))
-                entries = Entries(before, after, products, bounds, factored.scale, factored.rank)
-                if misfits(entries, recipe, (strength, strength)).any():
+            # Some rows at a time: what is computed from them stays in the cache.
+            height = max(1, _REPLAYED // tile.shape[1])
+            for top in range(rows.start, rows.stop, height):
+                stop = min(top + height, rows.stop)
+                part = slice(top, stop), columns
+                merged = tile[top - rows.start : stop - rows.start]
+                if not self._is_part_replayed(factored, recipe, strength, part, merged):
                     return False
+        return True
+
+    def _is_part_replayed(
+        self,
+        factored: Factored,
+        recipe: Recipe,
+        strength: float,
+        part: tuple[slice, slice],
+        merged: NDArray[np.float32],
+    ) -> bool:
+        """Return True if no entry of a part of W′ contradicts the merge."""
+        rows, columns = part
+        weight = self.W[rows, columns]
+        replayed = factored.float32_tile(rows, columns)
+        if strength != 1:
+            replayed = np.float32(strength) * replayed
+        for dtype in recipe.delta:
+            replayed = round_float32(replayed, dtype)
+        replayed = replayed + (round_float32(weight, recipe.base) if recipe.base else weight)
+        for dtype in recipe.final:
+            replayed = round_float32(replayed, dtype)
+        different = np.flatnonzero(replayed != merged)
+        for chosen in np.array_split(different, 1 + len(different) // SAMPLE):
+            i, j = np.divmod(chosen, merged.shape[1])
+            products, bounds = factored.products(rows.start + i, columns.start + j)
+            before, after = (values[i, j].astype(np.float64) for values in (weight, merged))
+            entries = Entries(before, after, products, bounds, factored.scale, factored.rank)
+            if misfits(entries, recipe, (strength, strength)).any():
+                return False
         return True
 
     def failing_lines(

@@ -20,6 +20,7 @@ from lora_analysis import __version__
 from lora_analysis.conclusions.comparison_findings import comparison_fields
 from lora_analysis.conclusions.comparison_values import SIDES_IN_ORDER
 from lora_analysis.errors import InputError
+from lora_analysis.execution import in_threads
 from lora_analysis.finding import CODES, Finding
 from lora_analysis.report.representatives import common_modules, drawn_pairs
 from lora_analysis.studies.base_models import bases_of, runs_per_base, several_bases
@@ -214,13 +215,19 @@ def grids_file(study: Study) -> bytes | None:
 
 def _grids(study: Study) -> Iterator[tuple[str, NDArray[np.float32]]]:
     every = [pair for drawn in drawn_pairs(study).values() for pair in drawn.pairs]
-    for a, b in dict.fromkeys(every):
-        for module in common_modules(study, a, b):
+    modules = {pair: common_modules(study, *pair) for pair in dict.fromkeys(every)}
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for pair, common in modules.items():
+        for module in common:
+            pairs.setdefault(module, []).append(pair)
+    values = in_threads(lambda module: study.phi(pairs[module], module), pairs)
+    grids = dict(zip(pairs, values, strict=True))
+    for (a, b), common in modules.items():
+        for module in common:
             for side in SIDES_IN_ORDER:
-                grid = study.grid(a, b, module, side=side)
                 # A slash would create a folder inside the archive.
                 key = printable(f"{a}|{b}|{side}|{module}").replace("/", "∕")
-                yield key, grid.values.astype(np.float32)
+                yield key, grids[module][a, b, side].astype(np.float32)
 
 
 _CELLS_AT_ONCE = 2**18

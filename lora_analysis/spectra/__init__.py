@@ -1,10 +1,12 @@
 """The spectrum of an update: singular values and vectors of ΔW, and the ranks read from them."""
 
 from lora_analysis.spectra.factoring import (
+    delta_spectrum,
     singular_values,
     spectrum,
     stacked_spectra,
     update_norm,
+    update_svd,
 )
 from lora_analysis.spectra.leading import leading_spectrum
 from lora_analysis.spectra.values import (
@@ -26,10 +28,12 @@ __all__ = [
     "VectorsOf",
     "check_side",
     "default_side",
+    "delta_spectrum",
     "leading_spectrum",
     "singular_values",
     "spectrum",
     "stacked_spectra",
     "update_norm",
+    "update_svd",
     "weight_svd",
 ]

@@ -28,7 +28,21 @@ def _numerical_rank(S: NDArray[np.float64], rank: int, factor_norms: float) -> i
     return int(np.count_nonzero(4 * rank * linalg.EPS * factor_norms < S))
 
 
-def _delta_spectrum(update: LowRankUpdate, svd: linalg.FactoredSVD) -> Spectrum:
+def update_svd(update: LowRankUpdate, *, vectors: bool | int = True) -> linalg.FactoredSVD:
+    """Return the SVD of B·A as `linalg.factored_svd` does; of Kronecker products from their parts.
+
+    Those of LoKr have a rank of hundreds, and parts of a few dozen rows and columns.
+    """
+    if update.kronecker is not None:
+        parts = update.kronecker.first, update.kronecker.second
+        svds = [linalg.factored_svd(B, A, vectors=bool(vectors)) for B, A in parts]
+        if len(svds[0].S) * len(svds[1].S) == min(update.rank, *update.shape):
+            return linalg.kronecker_svd(*svds, vectors=vectors)
+    return linalg.factored_svd(update.B, update.A, vectors=vectors)
+
+
+def delta_spectrum(update: LowRankUpdate, svd: linalg.FactoredSVD) -> Spectrum:
+    """Return the spectrum of ΔW from the SVD of B·A."""
     scale = 1.0 if update.scale is None else update.scale
     numerical_rank = _numerical_rank(svd.S, update.rank, float(svd.B_norm * svd.A_norm))
     return Spectrum(
@@ -179,7 +193,7 @@ def spectrum(
         return _factor_spectrum(update, of, vectors=vectors)
     if device is not None:
         return _spectra_on_device([update], device, "float64", vectors=vectors)[0]
-    return _delta_spectrum(update, linalg.factored_svd(update.B, update.A, vectors=vectors))
+    return delta_spectrum(update, update_svd(update, vectors=vectors))
 
 
 def _check_factor(update: Update, of: str, device: str | None) -> None:
@@ -261,7 +275,7 @@ def _spectra_on_device(
     # a larger norm of one factor expresses.
     fields[3] *= torch.finfo(kind).eps / linalg.EPS
     return [
-        _delta_spectrum(update, linalg.FactoredSVD(*parts))
+        delta_spectrum(update, linalg.FactoredSVD(*parts))
         for update, *parts in zip(updates, *fields, strict=True)
     ]
 
@@ -290,6 +304,8 @@ def singular_values(update: Any) -> Any:
     if isinstance(update, DenseUpdate):
         return np.linalg.svd(update.delta.astype(np.float64), compute_uv=False)
     scale = 1.0 if update.scale is None else abs(update.scale)
+    if update.kronecker is not None:
+        return scale * update_svd(update, vectors=False).S
     return scale * linalg.factored_singular_values(update.B, update.A)
 
 

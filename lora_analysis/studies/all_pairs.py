@@ -14,10 +14,10 @@ from lora_analysis.errors import InputError
 from lora_analysis.formats import as_adapter, unique_labels
 from lora_analysis.names import parse_prefixes
 from lora_analysis.results import frame, short_repr
-from lora_analysis.spectra import SIDES, Side, spectrum
+from lora_analysis.spectra import SIDES, Side
 from lora_analysis.studies.alignment import align_adapters
 from lora_analysis.studies.module_walk import choose_modules, updates_by_shape, walk_modules
-from lora_analysis.studies.pair_products import ModulePairs, module_pairs
+from lora_analysis.studies.pair_products import ModulePairs, module_pairs, module_products
 from lora_analysis.studies.similarity_matrix import ALL, ModuleContribution, SimilarityMatrixSums
 
 if TYPE_CHECKING:
@@ -163,4 +163,4 @@ def pairwise(
 def _first_shape(adapters: Sequence[Adapter], module: str) -> tuple[list[int], ModulePairs]:
     """Return the pairs of one module among the adapters that have the shape of the first one."""
     members, updates = updates_by_shape(adapters, module)[0]
-    return members, module_pairs([spectrum(update) for update in updates], updates)
+    return members, module_pairs(module_products(updates, vectors=False), updates)

@@ -15,6 +15,7 @@ import numpy as np
 from lora_analysis import linalg
 from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.amplify import Amplification, amplifications, weight_basis_energy
+from lora_analysis.chance.moments import Energies
 from lora_analysis.edit.noise import noise_of_update
 from lora_analysis.effective import effective_update
 from lora_analysis.errors import BaseWeightError
@@ -22,13 +23,15 @@ from lora_analysis.formats.sanity_checks import ModuleStatistics, module_statist
 from lora_analysis.init_evidence import EVIDENCE, ModuleInit, pair_init
 from lora_analysis.intruders import intruder_dimensions
 from lora_analysis.similarity import FINE_TUNE_DIRECTIONS
-from lora_analysis.spectra import SIDES, Spectrum, spectrum, update_norm, weight_svd
+from lora_analysis.spectra import SIDES, Spectrum, update_norm, weight_svd
 from lora_analysis.studies.crossed_partners import candidate_pairs
 from lora_analysis.studies.module_walk import updates_by_shape
 from lora_analysis.studies.pair_products import (
     ModulePairs,
+    ModuleProducts,
     PairAngles,
     module_pairs,
+    module_products,
     pair_angles,
 )
 from lora_analysis.studies.similarity_matrix import BlockedContribution, ModuleContribution
@@ -65,8 +68,8 @@ class PairGroup:
         Stored ranks of the updates, ``(N,)``.
     degeneracy
         `Degeneracy` of the first direction of each update, ``(N,)``.
-    values
-        Singular values of each update up to its numerical rank, ``(N, r)``, filled with zeros.
+    energies
+        Energies of the directions of each update, ``(N,)``.
     """
 
     index: NDArray[np.intp]
@@ -74,7 +77,7 @@ class PairGroup:
     angles: tuple[PairAngles, PairAngles]
     ranks: NDArray[np.intp]
     degeneracy: NDArray[np.object_]
-    values: NDArray[np.float64]
+    energies: Energies
 
     def init(self, i: int, j: int) -> ModuleInit | None:
         """Return the evidence on the initialization of a pair of rows; None if one is dense."""
@@ -117,10 +120,11 @@ def analyze_module(study: OpenStudy, module: str, *, blocks: bool = True) -> Mod
     block_of = {i: number for number, block in enumerate(study.pairs.blocks) for i in block}
     by_position: dict[int, tuple[Update, Spectrum]] = {}
     for members, updates in updates_by_shape(study.adapters, module, result.failed):
-        spectra = [spectrum(update) for update in updates]
-        by_position |= dict(zip(members, zip(updates, spectra, strict=True), strict=True))
         large = blocks and BlockedContribution.fits(updates)
-        pairs = None if large else module_pairs(spectra, updates)
+        products = module_products(updates, vectors=large or study.base is not None)
+        spectra = products.spectra
+        by_position |= dict(zip(members, zip(updates, spectra, strict=True), strict=True))
+        pairs = None if large else module_pairs(products, updates)
         if pairs is None:
             factors = [update for update in updates if isinstance(update, LowRankUpdate)]
             positions = np.array(members, dtype=np.intp)
@@ -132,15 +136,18 @@ def analyze_module(study: OpenStudy, module: str, *, blocks: bool = True) -> Mod
             if member in block_of:
                 rows_of_blocks.setdefault(block_of[member], []).append(row)
         for rows in rows_of_blocks.values():
-            of_block = [spectra[row] for row in rows], [updates[row] for row in rows]
+            of_block = [updates[row] for row in rows]
+            is_whole = len(rows) == len(members)
+            chosen = products if is_whole else products.selected(rows)
             if pairs is None:
-                some = module_pairs(*of_block)
+                some = module_pairs(chosen, of_block)
             else:
-                some = pairs if len(rows) == len(members) else _selected(pairs, rows)
+                some = pairs if is_whole else _selected(pairs, rows)
             result.groups.append(
                 _pair_group(
                     some,
-                    *of_block,
+                    chosen,
+                    of_block,
                     positions=[members[row] for row in rows],
                     count=len(study.adapters),
                 )
@@ -156,25 +163,30 @@ def analyze_module(study: OpenStudy, module: str, *, blocks: bool = True) -> Mod
 
 def _pair_group(
     pairs: ModulePairs,
-    spectra: Sequence[Spectrum],
+    products: ModuleProducts,
     updates: Sequence[Update],
     *,
     positions: Sequence[int],
     count: int,
 ) -> PairGroup:
+    spectra = products.spectra
     index = np.full(count, -1)
     index[list(positions)] = np.arange(len(positions))
     return PairGroup(
         index=index,
         pairs=pairs,
-        angles=(pair_angles(spectra, SIDES[0]), pair_angles(spectra, SIDES[1])),
+        angles=(
+            pair_angles(products, SIDES[0], updates),
+            pair_angles(products, SIDES[1], updates),
+        ),
         ranks=np.array([update.rank for update in updates]),
         degeneracy=np.array([_first_degeneracy(values) for values in spectra], dtype=object),
-        values=_stacked_values(spectra),
+        energies=Energies.of_spectrum(_stacked_values(spectra)),
     )
 
 
 def _stacked_values(spectra: Sequence[Spectrum]) -> NDArray[np.float64]:
+    """Return the singular values up to the numerical ranks, ``(N, r)``, filled with zeros."""
     values = np.zeros((len(spectra), max(*(s.numerical_rank for s in spectra), 1)))
     for row, s in zip(values, spectra, strict=True):
         row[: s.numerical_rank] = s.S[: s.numerical_rank]

@@ -20,7 +20,7 @@ from lora_analysis.init_evidence import (
     weaker_half_excess,
 )
 from lora_analysis.similarity import FINE_TUNE_DIRECTIONS
-from lora_analysis.spectra import SIDES, Side, Spectrum
+from lora_analysis.spectra import SIDES, Side, Spectrum, delta_spectrum, spectrum
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -111,15 +111,108 @@ def directions_of_pairs(spectra: Sequence[Spectrum]) -> NDArray[np.intp]:
     return np.where(dense[:, None], np.minimum(limits, ranks[:, None]), ranks[:, None])
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ModuleProducts:
+    """Spectra of N updates of one module, and the products that similarities are made of.
+
+    Attributes
+    ----------
+    spectra
+        Spectra of ΔW; without vectors if ``directions`` follow from the factors alone.
+    directions
+        Per side ``(Σk, Σk)``: products of all singular vectors up to the numerical ranks. None if
+        there are too many for one matrix.
+    factors
+        ``(Σr, Σr)``: products of the rows of all A, and of the columns of all B; None if they
+        were not needed.
+    """
+
+    spectra: Sequence[Spectrum]
+    directions: Mapping[Side, NDArray[np.float64]] | None
+    factors: Mapping[Literal["A", "B"], NDArray[np.float64]] | None = None
+
+    def selected(self, rows: Sequence[int]) -> ModuleProducts:
+        """Return the spectra of some of the updates and the products of their directions."""
+        spectra = [self.spectra[row] for row in rows]
+        if self.directions is None:
+            return ModuleProducts(spectra, None)
+        ranks = np.array([s.numerical_rank for s in self.spectra])
+        index = _direction_indices(ranks, rows)
+        plane = np.ix_(index, index)
+        return ModuleProducts(spectra, {s: gram[plane] for s, gram in self.directions.items()})
+
+    def overlap_grid(self, a: int, b: int, side: Side) -> NDArray[np.float64]:
+        """Return φ(i, j) of two of the updates, as `linalg.overlap_grid`."""
+        if self.directions is None:
+            gram = self.spectra[a].vectors(side).T @ self.spectra[b].vectors(side)
+        else:
+            ranks = np.array([s.numerical_rank for s in self.spectra])
+            index = (_direction_indices(ranks, [member]) for member in (a, b))
+            gram = self.directions[side][np.ix_(*index)]
+        return linalg.overlap_grid(gram)
+
+
+def _direction_indices(
+    ranks: NDArray[np.intp], members: Sequence[int] | NDArray[np.intp]
+) -> NDArray[np.intp]:
+    """Return the positions of the directions of some updates among those of all."""
+    stops = np.cumsum(ranks)
+    return np.concatenate([np.arange(stops[i] - ranks[i], stops[i]) for i in members])
+
+
+def module_products(updates: Sequence[Update], *, vectors: bool) -> ModuleProducts:
+    """Return the spectra of updates of one module and shape, and the products of their directions.
+
+    Parameters
+    ----------
+    updates
+        The updates.
+    vectors
+        Whether the spectra need singular vectors. Without, the products of the singular vectors
+        follow from those of the factors if these are well conditioned: no vector is computed.
+    """
+    if not vectors and (joint := _joint_products(updates)) is not None:
+        return joint
+    spectra = [spectrum(update) for update in updates]
+    if sum(s.numerical_rank for s in spectra) > _AT_ONCE:
+        return ModuleProducts(spectra, None)
+    bases = zip(SIDES, _stacked_bases(spectra), strict=True)
+    products: dict[Side, NDArray[np.float64]] = {side: basis @ basis.T for side, basis in bases}
+    return ModuleProducts(spectra, products)
+
+
+def _joint_products(updates: Sequence[Update]) -> ModuleProducts | None:
+    """Return the products from those of the factors; None if that loses digits or takes longer."""
+    plain = [u for u in updates if isinstance(u, LowRankUpdate) and u.kronecker is None]
+    ranks = [update.rank for update in plain]
+    if len(plain) < len(updates) or sum(ranks) > _AT_ONCE or max(ranks) > min(plain[0].shape):
+        return None
+    with np.errstate(over="ignore", invalid="ignore"):  # extreme factors are refused by the SVD
+        B_gram = linalg.joint_gram([update.B.T for update in plain])
+        A_gram = linalg.joint_gram([update.A for update in plain])
+    joint = linalg.joint_svd(B_gram, A_gram, ranks)
+    if joint is None:
+        return None
+    spectra = [delta_spectrum(*pair) for pair in zip(plain, joint.svds, strict=True)]
+    trained = [np.arange(rank) < s.numerical_rank for rank, s in zip(ranks, spectra, strict=True)]
+    index = np.flatnonzero(np.concatenate(trained))
+    whole = index.size == len(A_gram)
+    directions: dict[Side, NDArray[np.float64]] = {
+        side: gram if whole else gram[np.ix_(index, index)]
+        for side, gram in zip(SIDES, (joint.right, joint.left), strict=True)
+    }
+    return ModuleProducts(spectra, directions, {"A": A_gram, "B": B_gram})
+
+
 def module_pairs(
-    spectra: Sequence[Spectrum], updates: Sequence[Update] | None = None
+    spectra: Sequence[Spectrum] | ModuleProducts, updates: Sequence[Update] | None = None
 ) -> ModulePairs:
     """Return φ(1, 1), φ(r, r), ω and the signed cosine of every pair of updates of one module.
 
     Parameters
     ----------
     spectra
-        Spectra of ΔW, all of one shape; ranks may differ.
+        Spectra of ΔW, all of one shape; ranks may differ. Or their products at once.
     updates
         The same updates, for the evidence of a shared initialization; None leaves it out.
 
@@ -132,6 +225,8 @@ def module_pairs(
     -----
     One product ``(Σr, d)·(d, Σr)`` per side, of which half is computed, and O((Σr)²) more.
     """
+    products = spectra if isinstance(spectra, ModuleProducts) else ModuleProducts(spectra, None)
+    spectra = products.spectra
     shapes = {s.shape for s in spectra}
     if len(shapes) != 1:
         message = (
@@ -141,7 +236,7 @@ def module_pairs(
         raise IncompatibleError(message)
     ranks = np.array([s.numerical_rank for s in spectra])
     energy, signed = _direction_weights(spectra)
-    sums = _reduced_products(spectra, ranks, energy, signed)
+    sums = _reduced_products(products, ranks, energy, signed)
     directions = directions_of_pairs(spectra)
     for (_, squares, _), side in zip(sums[:2], SIDES, strict=True):
         for a, b in _pairs_of_dense(spectra):
@@ -163,7 +258,7 @@ def module_pairs(
         ranks=ranks,
         norms=np.array([s.norm for s in spectra]),
         directions=directions,
-        init=None if updates is None else updates_init_evidence(updates),
+        init=None if updates is None else updates_init_evidence(updates, products.factors),
     )
 
 
@@ -182,8 +277,8 @@ def _direction_weights(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the weights of the directions in ω and in the cosine, of norm one per update."""
     energy, signed = [], []
-    for spectrum in spectra:
-        s = spectrum.S[: spectrum.numerical_rank]
+    for values in spectra:
+        s = values.S[: values.numerical_rank]
         relative = s / (s[0] if s.size else 1.0)
         energy.append(relative**2 / (np.linalg.norm(relative**2) if s.size else 1.0))
         signed.append(relative / (np.linalg.norm(relative) if s.size else 1.0))
@@ -191,7 +286,7 @@ def _direction_weights(
 
 
 def _reduced_products(
-    spectra: Sequence[Spectrum],
+    products: ModuleProducts,
     ranks: NDArray[np.intp],
     energy: NDArray[np.float64],
     signed: NDArray[np.float64],
@@ -200,12 +295,15 @@ def _reduced_products(
 
     All are sums over blocks of ``U₁ᵀU₂``, computed for some updates and all later ones at a time.
     """
-    count = len(spectra)
-    bases = [np.vstack([s.vectors(side).T for s in spectra]) for side in SIDES]  # (Σr, d)
+    count, directions = len(ranks), products.directions
+    bases = [] if directions else _stacked_bases(products.spectra)
     sums = np.zeros((7, count, count))
     for block in _blocks(ranks):
         pairs = np.ix_(block.members, block.following)
-        grams = [basis[block.rows] @ basis[block.columns].T for basis in bases]
+        if directions is None:
+            grams = [basis[block.rows] @ basis[block.columns].T for basis in bases]
+        else:  # copies, since they are reduced in place
+            grams = [directions[side][block.rows, block.columns].copy() for side in SIDES]
         sums[6][pairs] = block.summed(block.weighted(grams[0] * grams[1], signed))
         for s, gram in enumerate(grams):
             np.square(gram, out=gram)
@@ -216,6 +314,11 @@ def _reduced_products(
     for plane in sums:
         plane[lower] = plane.T[lower]
     return (sums[0], sums[1], sums[2]), (sums[3], sums[4], sums[5]), sums[6]
+
+
+def _stacked_bases(spectra: Sequence[Spectrum]) -> list[NDArray[np.float64]]:
+    """Return all singular vectors of each side as rows, ``(Σr, d)``."""
+    return [np.vstack([s.vectors(side).T for s in spectra]) for side in SIDES]
 
 
 class PairBlock(NamedTuple):
@@ -251,7 +354,7 @@ def pair_blocks(
     energy, signed = _direction_weights(spectra)
     participation = np.array([s.participation_ratio for s in spectra])
     d_out, d_in = spectra[0].shape
-    bases = [np.vstack([s.vectors(side).T for s in spectra]) for side in SIDES]  # (Σr, d)
+    bases = _stacked_bases(spectra)
     init_rows = InitRows(updates)
     for block in _blocks(ranks):
         grams = [basis[block.rows] @ basis[block.columns].T for basis in bases]
@@ -349,8 +452,14 @@ def _pair_values(
     )
 
 
-def updates_init_evidence(updates: Sequence[Update]) -> InitEvidence:
-    """Return the evidence of a shared initialization; NaN for dense updates."""
+def updates_init_evidence(
+    updates: Sequence[Update],
+    products: Mapping[Literal["A", "B"], NDArray[np.float64]] | None = None,
+) -> InitEvidence:
+    """Return the evidence of a shared initialization; NaN for dense updates.
+
+    ``products`` are those of the factors of all updates, if they are at hand.
+    """
     members = [i for i, update in enumerate(updates) if isinstance(update, LowRankUpdate)]
     shape = (len(updates), len(updates))
     shared = np.zeros(shape, dtype=bool)
@@ -359,7 +468,7 @@ def updates_init_evidence(updates: Sequence[Update]) -> InitEvidence:
     if members:
         block = np.ix_(members, members)
         # mypy does not narrow the elements of a list by its condition.
-        evidence = init_evidence([updates[i] for i in members])  # type: ignore[misc]
+        evidence = init_evidence([updates[i] for i in members], products=products)  # type: ignore[misc]
         shared[block], factor = evidence.shared, evidence.factor
         for name, values in arrays.items():
             values[block] = getattr(evidence, name)
@@ -391,8 +500,18 @@ class PairAngles(NamedTuple):
     phi_n_n: NDArray[np.float64]
 
 
-def pair_angles(spectra: Sequence[Spectrum], side: Side) -> PairAngles:
-    """Return the smallest and the largest principal angle of every pair, and the weaker half."""
+def pair_angles(
+    products: Sequence[Spectrum] | ModuleProducts,
+    side: Side,
+    updates: Sequence[Update] | None = None,
+) -> PairAngles:
+    """Return the smallest and the largest principal angle of every pair, and the weaker half.
+
+    ``updates`` are needed for spectra without vectors: small angles are computed from vectors.
+    """
+    if not isinstance(products, ModuleProducts):
+        products = ModuleProducts(products, None)
+    spectra = products.spectra
     ranks = np.array([s.numerical_rank for s in spectra])
     dimension = spectra[0].shape[1 if side == "input" else 0]
     smallest, largest, weaker, leading = np.full((4, len(spectra), len(spectra)), np.nan)
@@ -411,7 +530,8 @@ def pair_angles(spectra: Sequence[Spectrum], side: Side) -> PairAngles:
             phi = np.square(bases[0][:, :n].T @ bases[1][:, :n]).sum() / n
             leading[a, b] = leading[b, a] = phi
     for two_ranks in combinations_with_replacement(np.unique(of_rank[of_rank > 0]).tolist(), 2):
-        left, right, cosines, phi = _pair_cosines(spectra, of_rank, two_ranks, side)
+        members = [np.flatnonzero(of_rank == rank) for rank in two_ranks]
+        left, right, cosines, phi = _pair_cosines(products, members, two_ranks, side)
         leading[left, right] = leading[right, left] = phi
         for angles, end in ((smallest, 0), (largest, -1)):
             angles[left, right] = angles[right, left] = np.arccos(np.minimum(cosines[:, end], 1.0))
@@ -419,27 +539,46 @@ def pair_angles(spectra: Sequence[Spectrum], side: Side) -> PairAngles:
         weaker[left, right] = weaker[right, left] = excess
     # A cosine near 1 has lost the digits of the angle: these few are computed from the sines.
     nearly = np.triu(smallest < 0.1, 1) & ~np.logical_or.outer(dense, dense)
-    for a, b in zip(*np.nonzero(nearly), strict=True):
-        exact = linalg.principal_angles(spectra[a].vectors(side), spectra[b].vectors(side))
+    near = [(int(a), int(b)) for a, b in zip(*np.nonzero(nearly), strict=True)]
+    bases = {i: _vectors(spectra[i], updates and updates[i], side) for i in {*sum(near, ())}}
+    for a, b in near:
+        exact = linalg.principal_angles(bases[a], bases[b])
         smallest[a, b] = smallest[b, a] = exact[0]
         largest[a, b] = largest[b, a] = exact[-1]
     return PairAngles(smallest, largest, weaker, leading)
 
 
+def _vectors(values: Spectrum, update: Update | None, side: Side) -> NDArray[np.float64]:
+    """Return the singular vectors of a spectrum, computed now if it has none."""
+    if values.U is None and update is not None:
+        values = spectrum(update)
+    return values.vectors(side)
+
+
 def _pair_cosines(
-    spectra: Sequence[Spectrum], ranks: NDArray[np.intp], two_ranks: tuple[int, int], side: Side
+    products: ModuleProducts,
+    members: Sequence[NDArray[np.intp]],
+    two_ranks: tuple[int, int],
+    side: Side,
 ) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64], NDArray[np.float64]]:
     """Return all pairs of updates of two ranks, the cosines of their angles, and φ(n, n)."""
-    rows, columns = (np.flatnonzero(ranks == rank) for rank in two_ranks)
-    left = np.vstack([spectra[i].vectors(side).T for i in rows.tolist()])
+    rows, columns = members
     same = two_ranks[0] == two_ranks[1]
-    right = left if same else np.vstack([spectra[i].vectors(side).T for i in columns.tolist()])
-    gram = (left @ right.T).reshape(len(rows), two_ranks[0], len(columns), two_ranks[1])
+    if products.directions is None:
+        spectra = products.spectra
+        left = np.vstack([spectra[i].vectors(side).T for i in rows.tolist()])
+        right = left if same else np.vstack([spectra[i].vectors(side).T for i in columns.tolist()])
+        gram = left @ right.T
+    else:
+        ranks = np.array([s.numerical_rank for s in products.spectra])
+        index = [_direction_indices(ranks, some) for some in members]
+        gram = products.directions[side][np.ix_(*index)]
+    gram = gram.reshape(len(rows), two_ranks[0], len(columns), two_ranks[1])
     i, j = np.indices((len(rows), len(columns))).reshape(2, -1)
     if same:
         i, j = np.triu_indices(len(rows), 1)
     pairs = gram.transpose(0, 2, 1, 3)[i, j]
-    cosines = np.asarray(np.linalg.svd(pairs, compute_uv=False), np.float64)
     n = min(two_ranks)
+    cosines = np.asarray(np.linalg.svd(pairs, compute_uv=False), np.float64)
     phi = np.square(pairs[:, :n, :n]).sum(axis=(1, 2)) / n
     return rows[i], columns[j], cosines, phi

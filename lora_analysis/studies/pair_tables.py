@@ -12,6 +12,7 @@ import pandas as pd
 
 from lora_analysis import chance
 from lora_analysis.blocks import locate_module
+from lora_analysis.chance.moments import Energies
 from lora_analysis.shared_init import InitRelation, SharedInit, classify_init
 from lora_analysis.spectra import SIDES, Side
 from lora_analysis.studies.base_identity import resolve_keys
@@ -249,6 +250,7 @@ def _similarities(
     if not parts:
         return pd.DataFrame(columns=["pair", *SIMILARITY_COLUMNS])
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    _add_values(columns)
     table = pd.DataFrame(columns)
     table = table.iloc[np.argsort(columns["pair"], kind="stable")].reset_index(drop=True)
     # One value per module, of one pair and one side: never over (i, j), whose cells are nested.
@@ -272,7 +274,10 @@ def _group_columns(
     def constant(value: object) -> NDArray[np.object_]:
         return np.full(count, value, dtype=object)
 
+    energies = np.column_stack([*group.energies.sums, group.energies.largest])  # (N, 4)
     common: Columns = {
+        "energies_a": energies[i],
+        "energies_b": energies[j],
         "pair": rows,
         "a": labels[study.pairs.pairs[rows, 0]],
         "b": labels[study.pairs.pairs[rows, 1]],
@@ -288,27 +293,35 @@ def _group_columns(
     both_sides = []
     for side, angles in zip(SIDES, group.angles, strict=True):
         values = pairs.sides[side]
-        p_values = chance.energy_overlap_p_values(values.dimension, group.values, values.omega)
         both_sides.append(
             common
             | {
                 "side": constant(side),
                 "dimension": np.full(count, values.dimension),
                 "phi_1_1": values.phi_1_1[i, j],
-                "chance_1_1": np.full(count, 1 / values.dimension),
                 "phi_r_r": values.phi_r_r[i, j],
                 "chance_r_r": values.chance_r_r[i, j],
-                "excess_r_r": values.excess_r_r[i, j],
                 "omega": values.omega[i, j],
                 "chance_omega": values.chance_omega[i, j],
-                "excess_omega": chance.excess(values.omega[i, j], values.chance_omega[i, j]),
-                "p_omega": p_values[i, j],
-                "p_is_bound": chance.p_is_bound(p_values[i, j]),
                 "smallest_angle": angles[0][i, j],
                 "largest_angle": angles[1][i, j],
             }
         )
     return both_sides
+
+
+def _add_values(columns: Columns) -> None:
+    """Add the columns that follow from others, for all modules at once."""
+    a, b = (
+        Energies(energies[:, :3].T, energies[:, 3])
+        for energies in (columns.pop("energies_a"), columns.pop("energies_b"))
+    )
+    columns["chance_1_1"] = 1 / columns["dimension"]
+    for name in ("r_r", "omega"):
+        value = columns["phi_r_r" if name == "r_r" else name]
+        columns[f"excess_{name}"] = chance.excess(value, columns[f"chance_{name}"])
+    p_values = chance.energy_overlap_p_values(columns["dimension"], a, b, columns["omega"])
+    columns["p_omega"], columns["p_is_bound"] = p_values, chance.p_is_bound(p_values)
 
 
 def _worse(a: NDArray[np.object_], b: NDArray[np.object_]) -> NDArray[np.object_]:

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from lora_analysis.adapter import Adapter, Provenance
+from lora_analysis.adapter import Adapter, DenseUpdate, Provenance
 from lora_analysis.amplify import Amplification
 from lora_analysis.bases import BaseWeights
 from lora_analysis.bases.sanity_checks import weight_findings
 from lora_analysis.errors import MalformedFileError
 from lora_analysis.finding import Failure, Finding
 from lora_analysis.similarity import SimilarityGrid, compared_directions, subspace_similarity
-from lora_analysis.spectra import Side, Spectrum, VectorsOf, spectrum
+from lora_analysis.spectra import SIDES, Side, Spectrum, VectorsOf, spectrum
 from lora_analysis.storage.outputs import output_folder
 from lora_analysis.studies.inference import RunInference, run_inference
 from lora_analysis.studies.pair_classes import ModuleExclusion, Population
+from lora_analysis.studies.pair_products import module_products
 from lora_analysis.studies.reference_levels import ReferenceLevel
 from lora_analysis.studies.relations import Relation
 from lora_analysis.studies.saved_sources import SavedBase, base_document, saved_adapter
 from lora_analysis.studies.similarity_matrix import SimilarityMatrix
 from lora_analysis.studies.study_files import DOCUMENT, KIND, StudyWriter, read_study_files
 from lora_analysis.text import html_table
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 # Rows that a notebook shows.
 _MAX_ROWS = 40
@@ -137,6 +143,29 @@ class Study:
         """
         updates = self.adapters[a][module], self.adapters[b][module]
         return subspace_similarity(*updates, side=side, of=of, k=compared_directions(*updates))
+
+    def phi(
+        self, pairs: Sequence[tuple[str, str]], module: str
+    ) -> dict[tuple[str, str, Side], NDArray[np.float64]]:
+        """Return φ(i, j) of some pairs of labels for one module, by pair and side, computed now.
+
+        Each is ``grid(a, b, module, side=side).values``; every update is factored only once.
+        """
+        labels = list(dict.fromkeys(label for pair in pairs for label in pair))
+        updates = [self.adapters[label][module] for label in labels]
+        dense = any(isinstance(update, DenseUpdate) for update in updates)
+        if dense or len({update.shape for update in updates}) > 1:
+            return {
+                (*pair, side): self.grid(*pair, module, side=side).values
+                for pair in pairs
+                for side in SIDES
+            }
+        products = module_products(updates, vectors=False)
+        return {
+            (a, b, side): products.overlap_grid(labels.index(a), labels.index(b), side)
+            for a, b in pairs
+            for side in SIDES
+        }
 
     def spectrum(self, label: str, module: str) -> Spectrum:
         """Return the spectrum of one module of one adapter, computed now."""
