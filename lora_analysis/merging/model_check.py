@@ -115,17 +115,20 @@ class MergeCheck:
 
     @property
     def conclusion(self) -> MergeConclusion:
-        """The conclusion about the model: that of all modules if they share it."""
+        """The conclusion about the model: that of all modules that are not as they should be."""
         counts = self.counts()
         if self.is_inconclusive:
             return MergeConclusion.INCONCLUSIVE
-        decided = [name for name in counts if name is not MergeConclusion.INCONCLUSIVE]
-        if len(decided) == 1:
-            only = decided[0]
+        wrong = counts.keys() - set(_GOOD)
+        if not wrong:
             extra = any(tensor.state in _BAD_STATES for tensor in self.tensors)
-            return MergeConclusion.CHANGED if extra and only is MergeConclusion.APPLIED else only
-        has_some = MergeConclusion.APPLIED in counts and MergeConclusion.ABSENT in counts
-        return MergeConclusion.PARTLY if has_some and len(decided) == 2 else MergeConclusion.CHANGED
+            return MergeConclusion.CHANGED if extra else MergeConclusion.APPLIED
+        is_missing = MergeConclusion.APPLIED in counts or MergeConclusion.PARTLY in wrong
+        if is_missing and wrong <= {MergeConclusion.ABSENT, MergeConclusion.PARTLY}:
+            return MergeConclusion.PARTLY
+        if wrong == {MergeConclusion.ABSENT, MergeConclusion.RESTORED}:
+            return MergeConclusion.RESTORED
+        return wrong.pop() if len(wrong) == 1 else MergeConclusion.CHANGED
 
     def strength(self) -> tuple[float, float] | None:
         """Return the multiple of ΔW that all applied modules allow; None if none is known."""
