@@ -82,6 +82,7 @@ class Cause(StrEnum):
     WITHOUT_MAGNITUDE = "the low-rank part was added without DoRA's magnitudes"
     TRANSPOSED = "the transpose of ΔW was added"
     OTHER_MODULE = "the update of another module was added"
+    NOT_FINITE = "the merged weight holds numbers that are not finite"
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,8 +228,11 @@ class MergedWeight:
         self.rows, self.columns = np.divmod(positions, self.shape[1])
         self.merged = np.empty(len(positions))
         exact = dict.fromkeys(HALF_TYPES, after.stored_dtype not in HALF_TYPES)
-        self.is_identical = True
-        for rows, columns, tile in after.blocks():
+        self.is_identical = self.is_finite = True
+        for rows, columns, tile in after.blocks(check=False):
+            # One pass; comparing each value takes two.
+            square = float(np.vdot(values := tile.ravel(order="K"), values))
+            self.is_finite &= math.isfinite(square) or bool(np.isfinite(tile).all())
             inside = np.flatnonzero(
                 (self.rows >= rows.start)
                 & (self.rows < rows.stop)
@@ -359,6 +363,8 @@ def check_module(
         identical = weight.is_identical
         conclusion = MergeConclusion.INCONCLUSIVE if identical else MergeConclusion.CHANGED
         return replace(result, conclusion=conclusion, cause=Cause.NO_UPDATE if identical else None)
+    if not weight.is_finite:
+        return replace(result, cause=Cause.NOT_FINITE)
     if not weight.is_replayable:
         return _of_quantized(result, weight, sampled)
     types = (weight.base_type, update.stored_dtype, weight.merged_type)
