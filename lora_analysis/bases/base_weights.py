@@ -153,6 +153,14 @@ class BaseWeights:
         """Return the stored type of a tensor, as ``"bfloat16"``."""
         return self._source.dtype(name)
 
+    def is_plain(self, name: str) -> bool:
+        """Return True if a tensor is stored as plain numbers, False if it is quantized."""
+        return self._source.is_plain(name)
+
+    def tensors_of(self, module: str) -> list[str]:
+        """Return the tensors whose names fit a module's, those of the closest match."""
+        return self._names.find(module)
+
     def stored_tensor(self, name: str) -> NDArray[Any]:
         """Return a tensor of any shape, as stored; for matrices use :meth:`weight`."""
         with shown_errors(self.snapshot):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,6 +63,20 @@ class _RawFiles:
             yield from iter_blocks(self._files.file_of(name), part)
 
 
+def _is_companion(name: str, quantized: Container[str]) -> bool:
+    """Return True for the codes, scales and states next to a quantized weight of another name."""
+    path, _, last = name.rpartition(".")
+    if name in quantized or last == "bias":
+        return False
+    parameter = path.removesuffix(".quant_state")
+    stem = name.removesuffix("_inv").rpartition("_")
+    return (
+        f"{path}.weight" in quantized
+        or parameter in quantized
+        or (stem[0] in quantized and stem[2] != "bias")
+    )
+
+
 class FileSource(TensorSource):
     """The weights of a base in files.
 
@@ -83,7 +97,8 @@ class FileSource(TensorSource):
         self._config: Mapping[str, Any] = quantization if isinstance(quantization, Mapping) else {}
         self._makers = quantized_weights(self._stored, self._config, label, files.metadata)
         self._quantized: dict[str, Quantized] = {}
-        self._names = list(dict.fromkeys([*files.infos, *self._makers]))
+        plain = [name for name in files.infos if not _is_companion(name, self._makers)]
+        self._names = list(dict.fromkeys([*plain, *self._makers]))
 
     @property
     def names(self) -> Sequence[str]:

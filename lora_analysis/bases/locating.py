@@ -114,7 +114,7 @@ class Locator:
         return fused_with_part(name)
 
     def _joined(self, name: str) -> list[Located]:
-        for spelling in self._names.spellings(name):
+        for spelling in (*self._names.spellings(name), *self._names.flat_joined(name)):
             parts = [self._whole(part) for part in parts_of_fused(spelling)]
             located = [part for part in parts if part is not None]
             if located and len(located) == len(parts):

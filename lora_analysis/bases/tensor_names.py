@@ -7,7 +7,7 @@ import math
 from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
-from lora_analysis.bases.fused import parts_inside
+from lora_analysis.bases.fused import fused_with_part, parts_inside
 from lora_analysis.errors import BaseWeightError
 from lora_analysis.family_names import FAMILIES, SPELLINGS, Family, Rewrite
 from lora_analysis.names import (
@@ -117,7 +117,7 @@ class TensorNames:
         matched = copy.copy(self)
         matched._pairs, matched._heads = dict(self._pairs), dict(self._heads)
         matched._prefix = dict(prefix or {})
-        for indexed in ("_identities", "_flat", "_flat_parts"):
+        for indexed in ("_identities", "_flat", "_flat_parts", "_flat_wholes"):
             matched.__dict__.pop(indexed, None)
         for names in sets:
             strange = [name for name in names if strip_wrappers(name) not in self._modules]
@@ -164,7 +164,7 @@ class TensorNames:
     @staticmethod
     def spellings(name: str) -> list[str]:
         """Return a name unchanged, and in the spelling of every family that it may belong to."""
-        rewritten = [family.rewrite(name) for family in FAMILIES if family.mark.search(name)]
+        rewritten = [family.rewrite(name) for family in FAMILIES if family.has_mark(name)]
         return list(dict.fromkeys([name, *rewritten]))
 
     def choose(
@@ -217,6 +217,19 @@ class TensorNames:
         identity = identify(rename_prefix(name, self._prefix), flat=True)
         return self._flat_parts.get(identity, [])
 
+    def flat_joined(self, name: str) -> list[str]:
+        """Return fused modules that a module without dots in its name may be; the base has parts.
+
+        A name of FLUX's authors is rewritten to that of diffusers first.
+        """
+        if not is_flattened(name):
+            return []
+        identities = [
+            identify(rename_prefix(spelling, self._prefix), flat=True)
+            for spelling in self.spellings(name)
+        ]
+        return [self._flat_wholes[i] for i in identities if i in self._flat_wholes]
+
     @cached_property
     def _identities(self) -> dict[ModuleName, str]:
         identities = identify_all(self._modules, prefix=self._prefix)
@@ -238,6 +251,14 @@ class TensorNames:
                     parts.setdefault(identity, []).append((fused, part))
         return parts
 
+    @cached_property
+    def _flat_wholes(self) -> dict[ModuleName, str]:
+        return {
+            identify(rename_prefix(fused, self._prefix), flat=True): fused
+            for module in self._modules
+            for fused, _ in fused_with_part(module)
+        }
+
     def _index(self, family: Family) -> _Index:
         if family not in self._rewritten:
             self._rewritten[family] = _Index(_renamed(self._modules, family.rewrite))
@@ -245,8 +266,10 @@ class TensorNames:
 
     def _find_flattened(self, name: str) -> list[str]:
         """Return the tensors whose module, with underscores for dots, is or ends with the name."""
-        if module := self._flat.get(identify(rename_prefix(name, self._prefix), flat=True)):
-            return self._modules[module]
+        for spelling in self.spellings(name):
+            identity = identify(rename_prefix(spelling, self._prefix), flat=True)
+            if module := self._flat.get(identity):
+                return self._modules[module]
         end = split_component(name).name
         rewrites: list[Rewrite] = [str, *SPELLINGS]
         for rewrite in rewrites:

@@ -79,7 +79,7 @@ def command(
             modules=modules, progress=progress,
         )  # fmt: skip
     _print_check(result, form, every=every)
-    codes = [PARTLY_FAILED] if result.unmatched else []
+    codes = [PARTLY_FAILED] if result.is_partial else []
     if result.is_failed:
         codes.append(CHECK_FAILED)
     elif result.is_inconclusive:

@@ -30,15 +30,15 @@ MERGE_CODES: Final[dict[str, Code]] = {
         subject="{adapter} in {merged}",
     ),
     "merge-tensors": Code(
-        "damage", "merge", "{count:plural tensor} {state}: {tensors}.", subject="{merged}"
+        "damage", "merge", "{state}: {count:plural tensor} ({tensors}).", subject="{merged}"
     ),
     "merge-other-tensors": Code(
-        "limit", "merge", "{count:plural tensor} {state}: {tensors}.", subject="{merged}"
+        "limit", "merge", "{state}: {count:plural tensor} ({tensors}).", subject="{merged}"
     ),
     "merge-saved": Code(
         "result",
         "merge",
-        "{count:plural tensor} that the adapter stores in full, applied: {tensors}.",
+        "{state}: {count:plural tensor} ({tensors}).",
         subject="{merged}",
     ),
     "merge-unmatched": Code(

@@ -3,12 +3,11 @@
 from lora_analysis.merging.forecast import MergeForecast, forecast_findings
 from lora_analysis.merging.model_check import (
     MergeCheck,
-    TensorDifference,
-    TensorState,
     merge_check,
     merge_forecast,
 )
 from lora_analysis.merging.module_check import Cause, MergeConclusion, ModuleMerge
+from lora_analysis.merging.other_tensors import TensorDifference, TensorState
 from lora_analysis.merging.replay import Recipe
 
 __all__ = [

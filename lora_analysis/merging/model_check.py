@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
-
-import numpy as np
 
 from lora_analysis.bases import check_experts, open_base
 from lora_analysis.bases.base_weights import BaseWeights
@@ -22,10 +18,15 @@ from lora_analysis.finding import Finding
 from lora_analysis.formats import as_adapter
 from lora_analysis.merging.forecast import MergeForecast, forecast_module
 from lora_analysis.merging.module_check import Cause, MergeConclusion, ModuleMerge, check_module
-from lora_analysis.merging.replay import round_to
-from lora_analysis.names import strip_wrappers
+from lora_analysis.merging.other_tensors import (
+    BAD_STATES,
+    ROUNDED_TYPES,
+    ModelTensors,
+    TensorComparison,
+    TensorDifference,
+    TensorState,
+)
 from lora_analysis.results import frame
-from lora_analysis.storage.dtypes import widened
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,31 +38,6 @@ if TYPE_CHECKING:
 _GOOD: Final = (MergeConclusion.APPLIED, MergeConclusion.INCONCLUSIVE)
 # Modules that a sentence names.
 _LISTED: Final = 8
-_FORECAST_TYPES: Final = ("bfloat16", "float16", "float32")
-
-
-class TensorState(StrEnum):
-    """What was found about a tensor that is not an adapted weight."""
-
-    SAVED = "trained in full and stored in the adapter: applied"
-    SAVED_ABSENT = "trained in full and stored in the adapter: not applied"
-    CHANGED = "differs, and the adapter does not explain it"
-    OTHER_ROWS = "differs in rows that the adapter does not adapt"
-    ONLY_BASE = "only in the base"
-    ONLY_MERGED = "only in the merged model"
-    UNREADABLE = "cannot be compared"
-
-
-_BAD_STATES: Final = (TensorState.SAVED_ABSENT, TensorState.CHANGED, TensorState.OTHER_ROWS)
-
-
-@dataclass(frozen=True, slots=True)
-class TensorDifference:
-    """A tensor that is not an adapted weight and differs between the models."""
-
-    name: str
-    state: TensorState
-    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -103,8 +79,14 @@ class MergeCheck:
     def is_failed(self) -> bool:
         """True if a module is not in the model as the adapter says, or more than that differs."""
         return any(module.conclusion not in _GOOD for module in self.modules) or any(
-            tensor.state in _BAD_STATES for tensor in self.tensors
+            tensor.state in BAD_STATES for tensor in self.tensors
         )
+
+    @property
+    def is_partial(self) -> bool:
+        """True if a module or a stored tensor of the adapter could not be checked."""
+        unmatched = any(tensor.state is TensorState.UNMATCHED for tensor in self.tensors)
+        return bool(self.unmatched) or unmatched
 
     @property
     def is_inconclusive(self) -> bool:
@@ -115,17 +97,20 @@ class MergeCheck:
 
     @property
     def conclusion(self) -> MergeConclusion:
-        """The conclusion about the model: that of all modules if they share it."""
+        """The conclusion about the model: that of all modules that are not as they should be."""
         counts = self.counts()
         if self.is_inconclusive:
             return MergeConclusion.INCONCLUSIVE
-        decided = [name for name in counts if name is not MergeConclusion.INCONCLUSIVE]
-        if len(decided) == 1:
-            only = decided[0]
-            extra = any(tensor.state in _BAD_STATES for tensor in self.tensors)
-            return MergeConclusion.CHANGED if extra and only is MergeConclusion.APPLIED else only
-        has_some = MergeConclusion.APPLIED in counts and MergeConclusion.ABSENT in counts
-        return MergeConclusion.PARTLY if has_some and len(decided) == 2 else MergeConclusion.CHANGED
+        wrong = counts.keys() - set(_GOOD)
+        if not wrong:
+            extra = any(tensor.state in BAD_STATES for tensor in self.tensors)
+            return MergeConclusion.CHANGED if extra else MergeConclusion.APPLIED
+        is_missing = MergeConclusion.APPLIED in counts or MergeConclusion.PARTLY in wrong
+        if is_missing and wrong <= {MergeConclusion.ABSENT, MergeConclusion.PARTLY}:
+            return MergeConclusion.PARTLY
+        if wrong == {MergeConclusion.ABSENT, MergeConclusion.RESTORED}:
+            return MergeConclusion.RESTORED
+        return wrong.pop() if len(wrong) == 1 else MergeConclusion.CHANGED
 
     def strength(self) -> tuple[float, float] | None:
         """Return the multiple of ΔW that all applied modules allow; None if none is known."""
@@ -181,7 +166,7 @@ class MergeCheck:
         for tensor in self.tensors:
             by_state.setdefault(tensor.state, []).append(tensor.name)
         for state, tensors in by_state.items():
-            code = "merge-tensors" if state in _BAD_STATES else "merge-other-tensors"
+            code = "merge-tensors" if state in BAD_STATES else "merge-other-tensors"
             if state is TensorState.SAVED:
                 code = "merge-saved"
             fields = {"count": len(tensors), "state": str(state), "tensors": tensors}
@@ -270,15 +255,15 @@ def merge_check(
     names = choose_names(adapter, modules)
     checked: list[ModuleMerge] = []
     unmatched: dict[str, str] = {}
-    covered: dict[str, list[Weight]] = {}
+    in_base, in_merged = ModelTensors(old), ModelTensors(new)
     shapes = {name: adapter.outline(name).shape for name in names}
     for done, name in enumerate(names, start=1):
         adapter.outline(name).known_scale()
         try:
             before = _weight(old, adapter, name, transposed)
             after = _weight(new, adapter, name, transposed)
-            for tensor in {piece.tensor for piece in after.pieces}:
-                covered.setdefault(tensor, []).append(after)
+            in_base.add(before)
+            in_merged.add(after)
             others = {
                 other: partial(adapter.__getitem__, other)
                 for other in names
@@ -298,9 +283,10 @@ def merge_check(
     tensors: list[TensorDifference] = []
     equal = 0
     if modules is None:
-        for compared in _other_tensors(_Models.of(adapter, old, new), covered, progress):
-            equal += compared is None
-            tensors += [] if compared is None else [compared]
+        comparison = TensorComparison(adapter, in_base, in_merged, transposed)
+        for difference in comparison.differences(progress):
+            equal += difference is None
+            tensors += [] if difference is None else [difference]
     return MergeCheck(
         adapter.label, old.label, new.label, tuple(checked), tuple(tensors), equal, unmatched
     )
@@ -341,7 +327,7 @@ def merge_forecast(
         weight = _weight(old, adapter, name, transposed)
         update = effective_update(adapter[name], weight)
         stored = weight.stored_dtype if not weight.storage else "bfloat16"
-        target = dtype or (stored if stored in _FORECAST_TYPES else "bfloat16")
+        target = dtype or (stored if stored in ROUNDED_TYPES else "bfloat16")
         results.append(forecast_module(name, update, weight, target))
         if progress:
             progress("modules", done, len(names))
@@ -357,135 +343,3 @@ def _opened(model: Any, adapter: Adapter) -> BaseWeights:
 def _weight(model: BaseWeights, adapter: Adapter, name: str, transposed: bool | None) -> Weight:
     outline = adapter.outline(name)
     return model.weight(outline.base_name or name, shape=outline.shape, transposed=transposed)
-
-
-def _other_tensors(
-    models: _Models, covered: Mapping[str, Sequence[Weight]], progress: Progress | None
-) -> Iterator[TensorDifference | None]:
-    """Yield what is known of every tensor, or rest of one, that no module adapts; None if equal."""
-    pairs = _partners(models.old.names, models.new.names)
-    for done, (before, after) in enumerate(pairs, start=1):
-        if before is None or after is None:
-            state = TensorState.ONLY_MERGED if before is None else TensorState.ONLY_BASE
-            yield TensorDifference(after or before or "", state)
-        elif not _is_covered(covered.get(after, ()), after, models.new.stored_shape(after)):
-            yield models.compare(before, after, covered.get(after, ()))
-        if progress:
-            progress("other tensors", done, len(pairs))
-
-
-_MARK: Final = re.compile(r"(^|\.)modules_to_save\.[^.]+\.")
-
-
-def _plain(name: str) -> str:
-    return strip_wrappers(_MARK.sub(r"\1", name))
-
-
-def _partners(before: Sequence[str], after: Sequence[str]) -> list[tuple[str | None, str | None]]:
-    """Return the tensors of two models in pairs, by name, then by name without wrappers."""
-    left = dict.fromkeys(before)
-    pairs: list[tuple[str | None, str | None]] = []
-    rest = []
-    for name in after:
-        if name in left:
-            pairs.append((name, name))
-            del left[name]
-        else:
-            rest.append(name)
-    short: dict[str, list[str]] = {}
-    for name in left:
-        short.setdefault(_without_model(name), []).append(name)
-    for name in rest:
-        candidates = short.get(_without_model(name), [])
-        if len(candidates) == 1 and candidates[0] in left:
-            pairs.append((candidates[0], name))
-            del left[candidates[0]]
-        else:
-            pairs.append((None, name))
-    return [*pairs, *((name, None) for name in left)]
-
-
-def _without_model(name: str) -> str:
-    return strip_wrappers(name).removeprefix("model.")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Models:
-    """The models before and after a merge, and what the adapter stores besides factors."""
-
-    adapter: Adapter
-    old: BaseWeights
-    new: BaseWeights
-    saved: Mapping[str, str]
-
-    @classmethod
-    def of(cls, adapter: Adapter, old: BaseWeights, new: BaseWeights) -> _Models:
-        """Return them, with the names that the adapter's tensors have in a model."""
-        saved = {_plain(name): name for name in adapter.saved_modules}
-        for key, tensor in adapter.side_tensors.items():
-            if tensor.alters_model:
-                saved.setdefault(_plain(key), key)
-        return cls(adapter, old, new, saved)
-
-    def compare(
-        self, before: str, after: str, weights: Sequence[Weight]
-    ) -> TensorDifference | None:
-        """Compare one tensor, or the rows of it that no module adapts; None if they are equal."""
-        shape, dtype = self.new.stored_shape(after), self.new.stored_dtype(after)
-        try:
-            if self.old.stored_shape(before) != shape:
-                reason = f"{self.old.stored_shape(before)} in the base, {shape} in the merged model"
-                return TensorDifference(after, TensorState.UNREADABLE, reason)
-            first, second = self.old.stored_tensor(before), self.new.stored_tensor(after)
-        except InputError as error:
-            return TensorDifference(after, TensorState.UNREADABLE, str(error))
-        if weights:
-            differing = np.asarray(_rounded(first, dtype) != np.asarray(second))
-            _leave_out(differing, after, weights)
-            return TensorDifference(after, TensorState.OTHER_ROWS) if differing.any() else None
-        if (stored := self.saved.get(_plain(after))) is not None:
-            target = _rounded(self._saved_tensor(stored), dtype)
-            same = np.array_equal(target, second)
-            return TensorDifference(after, TensorState.SAVED if same else TensorState.SAVED_ABSENT)
-        if np.array_equal(first, second) or np.array_equal(_rounded(first, dtype), second):
-            return None
-        return TensorDifference(after, TensorState.CHANGED)
-
-    def _saved_tensor(self, name: str) -> Any:
-        if name in self.adapter.saved_modules:
-            return np.asarray(self.adapter.saved_modules[name])
-        tensor = self.adapter.side_tensors[name]
-        return widened(tensor.read(), tensor.dtype)
-
-
-def _is_covered(weights: Sequence[Weight], tensor: str, shape: tuple[int, ...]) -> bool:
-    """Return True if modules adapt every entry of a tensor."""
-    entries = sum(
-        piece.height * weight.shape[1]
-        for weight in weights
-        for piece in weight.pieces
-        if piece.tensor == tensor
-    )
-    return bool(weights) and entries >= math.prod(shape)
-
-
-def _leave_out(differing: Any, tensor: str, weights: Iterable[Weight]) -> None:
-    """Set the entries of a tensor that modules adapt to False."""
-    for weight in weights:
-        for piece in weight.pieces:
-            if piece.tensor != tensor:
-                continue
-            part = differing if piece.index is None else differing[piece.index]
-            for run in piece.runs:
-                if weight.transposed:
-                    part[..., run] = False
-                else:
-                    part[run] = False
-
-
-def _rounded(values: Any, dtype: str) -> Any:
-    """Return a tensor as a type stores it; as it is if it is not of floating-point numbers."""
-    array = np.asarray(values)
-    if dtype not in _FORECAST_TYPES or not np.issubdtype(array.dtype, np.floating):
-        return array
-    return round_to(array.astype(np.float64), dtype)

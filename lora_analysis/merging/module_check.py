@@ -46,6 +46,8 @@ _CLEAR: Final = 5
 # Coefficients of single directions that count as 0 or 1.
 _NEAR: Final = 0.2
 _TWICE: Final = 2.0
+# A strength below this is not a strength where rounding explains the difference.
+_NEGLIGIBLE: Final = 0.02
 # Cosine of W′ − W with the update of another module from which on that module is tried.
 _RELATED: Final = 0.1
 
@@ -82,6 +84,7 @@ class Cause(StrEnum):
     WITHOUT_MAGNITUDE = "the low-rank part was added without DoRA's magnitudes"
     TRANSPOSED = "the transpose of ΔW was added"
     OTHER_MODULE = "the update of another module was added"
+    NOT_FINITE = "the merged weight holds numbers that are not finite"
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +179,29 @@ class Factored:
         update = cast("LowRankUpdate", self.update)
         return Factored(replace(update, A=update.A[chosen], B=update.B[:, chosen]))
 
+    def computed_in(self, dtype: str) -> Iterator[tuple[str, Factored]]:
+        """Yield the factors rounded to half precision, with the scale left apart, in B and in A.
+
+        A merge of a model that was cast together with its adapter rounds there, and so does one
+        that scales a factor before the product.
+        """
+        update = self.update
+        if not isinstance(update, LowRankUpdate):
+            return
+        A, B = round_to(self.A, dtype), round_to(self.B, dtype)
+        cast = replace(update, A=A, B=B, stored_dtype=dtype)
+        if update.stored_dtype != dtype:
+            yield f"A and B rounded to {dtype}", Factored(cast)
+        if math.frexp(abs(self.scale))[0] == 0.5:
+            return  # a power of two scales without rounding
+        plain = replace(cast, scale=1.0, alpha=None)
+        for b in [B] if update.stored_dtype == dtype else [self.B, B]:
+            scaled = replace(plain, B=round_to(self.scale * b, dtype))
+            yield f"A and s·B rounded to {dtype}", Factored(scaled)
+        for a in [A] if update.stored_dtype == dtype else [self.A, A]:
+            scaled = replace(plain, A=round_to(self.scale * a, dtype))
+            yield f"s·A and B rounded to {dtype}", Factored(scaled)
+
     def transposed(self) -> Factored:
         """Return the update with its transpose as ΔW."""
         plain: dict[str, Any] = {"layout": "linear", "kernel": ()}
@@ -205,8 +231,11 @@ class MergedWeight:
         self.rows, self.columns = np.divmod(positions, self.shape[1])
         self.merged = np.empty(len(positions))
         exact = dict.fromkeys(HALF_TYPES, after.stored_dtype not in HALF_TYPES)
-        self.is_identical = True
-        for rows, columns, tile in after.blocks():
+        self.is_identical = self.is_finite = True
+        for rows, columns, tile in after.blocks(check=False):
+            # One pass; comparing each value takes two.
+            square = float(np.vdot(values := tile.ravel(order="K"), values))
+            self.is_finite &= math.isfinite(square) or bool(np.isfinite(tile).all())
             inside = np.flatnonzero(
                 (self.rows >= rows.start)
                 & (self.rows < rows.stop)
@@ -365,19 +394,23 @@ def check_module(
         identical = weight.is_identical
         conclusion = MergeConclusion.INCONCLUSIVE if identical else MergeConclusion.CHANGED
         return replace(result, conclusion=conclusion, cause=Cause.NO_UPDATE if identical else None)
+    if not weight.is_finite:
+        return replace(result, cause=Cause.NOT_FINITE)
     if not weight.is_replayable:
         return _of_quantized(result, weight, sampled)
     types = (weight.base_type, update.stored_dtype, weight.merged_type)
-    case = _Case(result, weight, factored, sampled, recipes(*types), others)
+    case = _Case(result, weight, factored, sampled, recipes(*types), others, [])
     dora = update if isinstance(update, LowRankUpdate) and update.variant == "DoRA" else None
     if dora is None and (concluded := _whole(case)) is not None:
         return concluded
     # W may also have been loaded in another type, which takes a pass over it to tell.
     loaded = [dtype for dtype in HALF_TYPES if not _is_exact(weight.W, dtype)]
-    case = replace(case, candidates=recipes(*types, loaded=loaded))
+    case = replace(case, candidates=recipes(*types, loaded=loaded), loaded=loaded)
     if dora is not None:
         return _of_dora(case, dora)
-    for rule in (_whole, _strength, _twice, _lines, _ranks, _other_updates, _restored):
+    for rule in (
+        _whole, _rounded_factors, _strength, _twice, _lines, _ranks, _other_updates, _restored,
+    ):  # fmt: skip
         if (concluded := rule(case)) is not None:
             return concluded
     return replace(result, detail=_estimate(sampled, weight.merged_type))
@@ -408,6 +441,7 @@ class _Case:
     sampled: Entries
     candidates: Sequence[Recipe]
     others: Mapping[str, Callable[[], Update]]
+    loaded: Sequence[str]
 
     def of(self, factored: Factored) -> _Case:
         """Return the same weight with another update."""
@@ -470,6 +504,26 @@ def _whole(case: _Case) -> ModuleMerge | None:
     return None
 
 
+def _rounded_factors(case: _Case) -> ModuleMerge | None:
+    """Conclude that the update was added with factors that half precision had rounded before."""
+    types = (case.weight.base_type, case.factored.update.stored_dtype, case.weight.merged_type)
+    for dtype in (dtype for dtype in HALF_TYPES if dtype in types):
+        candidates = [
+            recipe
+            for of_factors in dict.fromkeys((dtype, types[1]))
+            for recipe in recipes(types[0], of_factors, types[2], loaded=case.loaded)
+        ]
+        for rounding, factored in case.factored.computed_in(dtype):
+            rounded = replace(case.of(factored), candidates=list(dict.fromkeys(candidates)))
+            if (recipe := rounded.confirmed(misfits)) is not None:
+                return replace(
+                    case.result, conclusion=MergeConclusion.APPLIED,
+                    recipe=f"{rounding}, {recipe}",
+                    strength=strength_interval(rounded.sampled, recipe),
+                )  # fmt: skip
+    return None
+
+
 def _changed(entries: Entries, recipe: Recipe) -> NDArray[np.bool_]:
     return ~unchanged(entries, recipe)
 
@@ -508,10 +562,14 @@ def _strength(case: _Case) -> ModuleMerge | None:
         low, high = interval
         if not math.isfinite(low + high) or low <= 1 <= high:
             continue
+        if max(-low, high) < _NEGLIGIBLE and (restored := _restored(case)):
+            return restored
         if case.confirmed(misfits, candidates=[recipe], strengths=interval):
+            near = next((strength for strength in named if low <= strength <= high), None)
+            wrong = MergeConclusion.TWICE if near == _TWICE else MergeConclusion.WRONG_STRENGTH
             return replace(
-                case.result, conclusion=MergeConclusion.WRONG_STRENGTH, strength=interval,
-                detail=f"{(low + high) / 2:.6g}",
+                case.result, conclusion=wrong, cause=named.get(near) if near else None,
+                strength=interval, detail=f"{near or (low + high) / 2:.6g}",
             )  # fmt: skip
     return None
 
@@ -601,7 +659,7 @@ def _restored(case: _Case) -> ModuleMerge | None:
     if (np.abs(case.difference) > 1.01 * spacing(reached, case.weight.merged_type)).any():
         return None
     strength, error = _least_squares(case.sampled)
-    if abs(strength) > max(0.02, 4 * error):
+    if abs(strength) > max(_NEGLIGIBLE, 4 * error):
         return None
     return replace(case.result, conclusion=MergeConclusion.RESTORED)
 

@@ -191,7 +191,9 @@ def sum_bounds(
     if recipe.product:
         error = (entries.rank + 3) * _UNIT * entries.bound
         products = [round_to(entries.product + sign * error, recipe.product) for sign in (-1, 1)]
-        values = [entries.scale * c * values for c in strengths for values in products]
+        # The scale and the scaled product are rounded to float32 first.
+        scales = [(1 + sign * 2 * _UNIT) * entries.scale * c for c in strengths for sign in (-1, 1)]
+        values = [scale * rounded for scale in scales for rounded in products]
     else:
         delta, error = entries.delta, entries.error
         values = [c * delta + sign * abs(c) * error for c in strengths for sign in (-1, 1)]
