@@ -16,22 +16,23 @@ _RANDOM: Final = (
     f"]][[ ({{size}})]]{_LEVEL}."
 )
 # What every sentence on a group ends with: the other part, both nulls, and what was removed.
+_GROUP: Final = "{members} adapters[[ of {tasks} tasks]]"
 _GROUP_MEAN: Final = (
-    "The mean of the others holds {mean_share:overlap} of a member's energy (random 0"
-    "[[; adapters of other groups at most {others_mean:overlap}]]), mean cosine ρ {rho:overlap} "
-    "({rho_low:overlap} to {rho_high:overlap})[[, p {p_mean:p} by random signs]]."
+    "The mean of the others holds {mean_share:overlap} of an adapter's energy (random 0"
+    "[[, adapters of other groups at most {others_mean:overlap}]][[; p {p_mean:p}]]). Mean cosine "
+    "ρ: {rho:overlap} ({rho_low:overlap} to {rho_high:overlap})."
 )
 _GROUP_DIRECTIONS: Final = (
-    "Their joint top {k:plural direction}[[ on the {side} side]] hold {share:overlap} "
-    "({share_low:overlap} to {share_high:overlap}; random {random_share:number}"
-    "[[; adapters of other groups at most {others_share:overlap}]])[[, p {p_share:p} against "
-    "random directions]]."
+    "The joint top {k:plural direction} of the others[[ on the {side} side]] hold {share:overlap} "
+    "(random {random_share:number}[[, adapters of other groups at most {others_share:overlap}]]"
+    "[[; p {p_share:p}]])."
 )
 _GROUP_END: Final = (
     " {modules:plural module}.[[ Adapters of other groups: {others}.]][[ Adapters of other groups: "
     "{few_others}, too few for a test; unrelated adapters of one base often share more than random "
     "directions.]]"
-    "[[ Removed: {removed}.]] This describes energy, not skill."
+    "[[ Adapters of one task explain each other: this is not only what the {tasks} tasks have in "
+    "common.]][[ Removed: {removed}.]] This describes energy, not skill."
 )
 _GROUP_ITEMS: Final = {"removed": "{count} ({reason})"}
 _MODULES: Final = "{significant} of {significant_of} {unit}"
@@ -364,31 +365,34 @@ STUDY_CODES: Final[dict[str, Code]] = {
     "group-mean": Code(
         "result",
         "groups",
-        f"{{members}} adapters share a mean. {_GROUP_MEAN} {_GROUP_DIRECTIONS} {{k}} further "
+        f"{_GROUP} share a mean. {_GROUP_MEAN} {_GROUP_DIRECTIONS} {{k}} further "
         f"matrices hold {{beyond_mean:overlap}}.{_GROUP_END}",
         items=_GROUP_ITEMS,
     ),
     "group-subspace": Code(
         "result",
         "groups",
-        f"{{members}} adapters share a subspace. {_GROUP_DIRECTIONS} {_GROUP_MEAN}{_GROUP_END}",
+        f"{_GROUP} share a subspace. {_GROUP_DIRECTIONS} {_GROUP_MEAN}{_GROUP_END}",
         items=_GROUP_ITEMS,
     ),
     "group-nothing": Code(
         "result",
         "groups",
-        "{members} adapters share nothing beyond random directions[[ and adapters of {others} "
+        f"{_GROUP} share nothing beyond random directions[[ and adapters of {{others}} "
         f"other groups]]. {_GROUP_DIRECTIONS} {_GROUP_MEAN}{_GROUP_END}",
         items=_GROUP_ITEMS,
     ),
     "group-undecided": Code(
         "result",
         "groups",
-        "Whether {members} adapters share a mean, a subspace or nothing is undecided[[: fewer than "
+        f"Whether {_GROUP} share a mean, a subspace or nothing is undecided[[: fewer than "
         "{needed} allow no p ≤ 0.05 by random signs]][[: {is_unclear:plural quantity} may or may "
         f"not exceed the random baseline or the other adapters]]. {_GROUP_DIRECTIONS} "
         f"{_GROUP_MEAN}{_GROUP_END}",
         items=_GROUP_ITEMS,
+    ),
+    "group-not-analyzed": Code(
+        "limit", "groups", "What the adapters share as a group was not analyzed: {reason}"
     ),
     # Runs
     "checkpoints": Code(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lora_analysis.conclusions import Comparison, SummaryLine
-    from lora_analysis.studies import Study
+    from lora_analysis.studies import GroupAnalysis, Study
 
 SCHEMA_VERSION = 5
 TABLE_NAMES = ("adapters", "spectra", "pairs", "similarities", "amplifications", "changes")
@@ -90,6 +90,7 @@ def results(
     findings: Sequence[Finding],
     compared: Sequence[Comparison],
     lines: Sequence[SummaryLine],
+    group: GroupAnalysis | None = None,
 ) -> dict[str, Any]:
     """Return the document of ``results.json``."""
     return {
@@ -117,6 +118,7 @@ def results(
         "modules": _modules(study),
         "amplifications": _medians(_at_rank(study.amplifications), ["adapter"], _WEIGHTS),
         "run_inference": list(_inference(study)),
+        "group_analysis": None if group is None else json_value(group.to_dict()),
         "similarity_matrix": _similarity_matrix(study),
     }
 

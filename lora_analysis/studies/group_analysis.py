@@ -88,6 +88,8 @@ class GroupAnalysis:
     ----------
     labels, others
         The N members, and T adapters of other groups, whose shares in the same bases are a null.
+    tasks
+        The known tasks of the members.
     removed
         Adapters that are left out, with the reason.
     modules, left_out
@@ -125,6 +127,7 @@ class GroupAnalysis:
 
     labels: tuple[str, ...]
     others: tuple[str, ...]
+    tasks: tuple[str, ...]
     removed: Mapping[str, str]
     modules: tuple[str, ...]
     left_out: Mapping[str, ModuleExclusion]
@@ -183,6 +186,7 @@ class GroupAnalysis:
             "text": self.finding.text,
             "adapters": list(self.labels),
             "others": list(self.others),
+            "tasks": list(self.tasks),
             "removed": [{"adapter": a, "reason": why} for a, why in self.removed.items()],
             "modules": list(self.modules),
             "left_out": [{"module": m, "reason": str(why)} for m, why in self.left_out.items()],
@@ -267,6 +271,7 @@ def group_analysis_of(
 class _Group(NamedTuple):
     members: list[str]
     others: list[str]
+    tasks: list[str]
     removed: dict[str, str]
 
 
@@ -283,7 +288,7 @@ def _choose_members(study: Study, members: Sequence[str] | None, *, remove_relat
     base = max(bases, key=bases.count, default=None)
     related = _related_pairs(study) if remove_related else {}
     unusable = (Exclusion.UNTRAINED, Exclusion.EARLIER)
-    group = _Group([], [], {})
+    group = _Group([], [], [], {})
     for label in given:
         copies = [other for other in group.members if (label, other) in related]
         if keys[label] not in (None, base):
@@ -294,7 +299,8 @@ def _choose_members(study: Study, members: Sequence[str] | None, *, remove_relat
             group.removed[label] = f"{related[label, copies[0]]} with {copies[0]}"
         else:
             group.members.append(label)
-    tasks = set(runs.loc[group.members, "task"].dropna())
+    group.tasks.extend(sorted(set(runs.loc[group.members, "task"].dropna())))
+    tasks = set(group.tasks)
     for label in runs.index.difference(given, sort=False):
         task = runs.loc[label, "task"]
         has_task = isinstance(task, str)
@@ -392,6 +398,7 @@ def _summarize(
     values = {
         "labels": tuple(group.members),
         "others": tuple(group.others),
+        "tasks": tuple(group.tasks),
         "removed": group.removed,
         "modules": tuple(result.module for result in results),
         "left_out": left_out,
@@ -594,6 +601,7 @@ def _conclude(**values: Any) -> tuple[SharedPart, Finding]:
         removed[reason] = removed.get(reason, 0) + 1
     fields = {
         "members": count,
+        "tasks": len(values["tasks"]) if len(values["tasks"]) > 1 else None,
         "modules": len(values["modules"]),
         "k": values["k"],
         "rho": rho,

@@ -214,7 +214,7 @@ def module_shares(
             continue
         shares, by_chance = np.full((len(PARTS), len(outside)), np.nan), np.full(len(PARTS), np.nan)
         shares[:3], by_chance[:3] = _matrix_shares(cosines, basis, row[outside], k, shape)
-        shares[3:], by_chance[3:] = _direction_shares(output, inputs, basis, row[outside], k, shape)
+        shares[3:], by_chance[3:] = _direction_shares(output, inputs, basis, row[outside], k)
         defined = ~np.isnan(shares)
         sums[:, split.size, outside] += np.where(defined, shares, 0.0)
         counts[:, split.size, outside] += defined
