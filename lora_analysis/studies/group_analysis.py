@@ -20,6 +20,7 @@ from lora_analysis.blocks import locate_module
 from lora_analysis.errors import InputError
 from lora_analysis.finding import Finding
 from lora_analysis.results import frame, short_repr
+from lora_analysis.shared_init import InitRelation
 from lora_analysis.studies.base_models import base_keys
 from lora_analysis.studies.group_shares import (
     FEWEST,
@@ -50,7 +51,7 @@ _LEVEL: Final = 0.05
 # Less energy than this beyond the random baseline is called nothing, however significant.
 _LEAST: Final = 0.01
 # "Nothing" also needs intervals that end below this: a wider one shows too little.
-_UNCLEAR: Final = 0.05
+_UNCLEAR: Final = 0.1
 _MAX_K: Final = 8
 # Up to so many members all sign flips are computed, beyond it random ones.
 _MAX_EXACT: Final = 14
@@ -65,6 +66,9 @@ _RELATED: Final = ONE_SAMPLE | {
     PairClass.SHARED_INIT,
     PairClass.SAME_DATA_ORDER,
 }
+# Spans of A that agree are a shared initialization, unless those of B agree nearly as much: then
+# they were learned.
+_LEARNED: Final = 0.5
 
 
 class SharedPart(StrEnum):
@@ -92,6 +96,9 @@ class GroupAnalysis:
         The known tasks of the members.
     removed
         Adapters that are left out, with the reason.
+    shared_init
+        Whether members share an initialization, because fewer than six were left without them:
+        then the input side and both sides together are in no conclusion.
     modules, left_out
         Modules that are analyzed, and those that are not, with the reason.
     k
@@ -129,6 +136,7 @@ class GroupAnalysis:
     others: tuple[str, ...]
     tasks: tuple[str, ...]
     removed: Mapping[str, str]
+    shared_init: bool
     modules: tuple[str, ...]
     left_out: Mapping[str, ModuleExclusion]
     k: int
@@ -188,6 +196,7 @@ class GroupAnalysis:
             "others": list(self.others),
             "tasks": list(self.tasks),
             "removed": [{"adapter": a, "reason": why} for a, why in self.removed.items()],
+            "shared_init": self.shared_init,
             "modules": list(self.modules),
             "left_out": [{"module": m, "reason": str(why)} for m, why in self.left_out.items()],
             "k": self.k,
@@ -273,6 +282,7 @@ class _Group(NamedTuple):
     others: list[str]
     tasks: list[str]
     removed: dict[str, str]
+    shared_init: bool = False
 
 
 def _choose_members(study: Study, members: Sequence[str] | None, *, remove_related: bool) -> _Group:
@@ -286,34 +296,49 @@ def _choose_members(study: Study, members: Sequence[str] | None, *, remove_relat
     keys = base_keys(study)
     bases = [keys[label] for label in given if keys[label]]
     base = max(bases, key=bases.count, default=None)
-    related = _related_pairs(study) if remove_related else {}
-    unusable = (Exclusion.UNTRAINED, Exclusion.EARLIER)
-    group = _Group([], [], [], {})
-    for label in given:
-        copies = [other for other in group.members if (label, other) in related]
+    reasons: dict[str, str] = {}
+    for label in runs.index:
         if keys[label] not in (None, base):
-            group.removed[label] = "different base"
-        elif runs.loc[label, "excluded"] in unusable:
-            group.removed[label] = str(runs.loc[label, "excluded"])
+            reasons[label] = "different base"
+        elif runs.loc[label, "excluded"] in (Exclusion.UNTRAINED, Exclusion.EARLIER):
+            reasons[label] = str(runs.loc[label, "excluded"])
+    related = _related_pairs(study) if remove_related else {}
+    group = _independent(given, reasons, related)
+    if len(group.members) < FEWEST_MEMBERS:
+        # A shared initialization bears on the input side only: without these adapters there would
+        # be no group, with them there is one on the output side.
+        one_sample = {
+            p: of_pair for p, of_pair in related.items() if of_pair != PairClass.SHARED_INIT
+        }
+        larger = _independent(given, reasons, one_sample)
+        if len(larger.members) > len(group.members):
+            group = larger._replace(shared_init=True)
+    group.tasks.extend(sorted(set(runs.loc[group.members, "task"].dropna())))
+    tasks = set(group.tasks)
+    for label in runs.index.difference([*given, *reasons], sort=False):
+        task = runs.loc[label, "task"]
+        has_task = isinstance(task, str)
+        # An analyzed adapter without a task can be of this group, a reference cannot.
+        is_other = task not in tasks if has_task else label in study.reference
+        if is_other and not any((label, a) in related for a in (*group.members, *group.others)):
+            group.others.append(label)
+            tasks |= {task} if has_task else set()  # one adapter of each task
+    return group
+
+
+def _independent(
+    labels: Sequence[str], reasons: Mapping[str, str], related: Mapping[tuple[str, str], PairClass]
+) -> _Group:
+    """Return the first adapters of which no two are related, and the reason for the others."""
+    group = _Group([], [], [], {})
+    for label in labels:
+        copies = [other for other in group.members if (label, other) in related]
+        if label in reasons:
+            group.removed[label] = reasons[label]
         elif copies:
             group.removed[label] = f"{related[label, copies[0]]} with {copies[0]}"
         else:
             group.members.append(label)
-    group.tasks.extend(sorted(set(runs.loc[group.members, "task"].dropna())))
-    tasks = set(group.tasks)
-    for label in runs.index.difference(given, sort=False):
-        task = runs.loc[label, "task"]
-        has_task = isinstance(task, str)
-        # An analyzed adapter without a task can be of this group, a reference cannot.
-        if (
-            keys[label] in (None, base)
-            and runs.loc[label, "excluded"] not in unusable
-            and (has_task or label in study.reference)
-            and not (has_task and task in tasks)
-            and not any((label, other) in related for other in (*group.members, *group.others))
-        ):
-            group.others.append(label)
-            tasks |= {task} if has_task else set()  # one adapter of each task
     return group
 
 
@@ -321,23 +346,32 @@ def _removed_text(removed: Mapping[str, str]) -> str:
     return "; ".join(f"{label}, {why}" for label, why in removed.items()) or "none"
 
 
-def _related_pairs(study: Study) -> dict[tuple[str, str], str]:
+def _related_pairs(study: Study) -> dict[tuple[str, str], PairClass]:
     """Return the pairs that are not two independent adapters, in both orders, with the class."""
-    related: dict[tuple[str, str], str] = {}
+    related: dict[tuple[str, str], PairClass] = {}
     matrix = study.similarity_matrix
     if matrix is not None:  # all pairs, those without a row in the table too
         cosine = matrix.matrix("cosine")
-        for mask, reason in (
+        for mask, of_pair in (
             (matrix.shared >= MOSTLY_SHARED, PairClass.SHARED_INIT),
             (cosine <= -DUPLICATE_COSINE, PairClass.NEGATED_COPY),
             (cosine >= DUPLICATE_COSINE, PairClass.NEAR_DUPLICATE),
         ):
             for i, j in zip(*np.nonzero(mask), strict=True):
                 if i != j:
-                    related[matrix.labels[i], matrix.labels[j]] = str(reason)
-    for row in study.pairs.itertuples():
-        if row.pair_class in _RELATED:
-            related[row.a, row.b] = related[row.b, row.a] = str(row.pair_class)
+                    related[matrix.labels[i], matrix.labels[j]] = of_pair
+    pairs = study.pairs[study.pairs["pair_class"].isin(_RELATED)]
+    by_side = study.similarities.pivot_table(
+        index=["a", "b"], columns="side", values="excess_omega", aggfunc="mean"
+    )
+    for row in pairs.itertuples():
+        of_pair = row.pair_class
+        if row.initialization in (InitRelation.SAME_SPACE, InitRelation.UNDECIDED):
+            sides = by_side.loc[(row.a, row.b)]
+            by_init = of_pair in (PairClass.SHARED_INIT, PairClass.SAME_RUN)
+            if by_init and sides["output"] >= _LEARNED * sides["input"]:
+                continue
+        related[row.a, row.b] = related[row.b, row.a] = of_pair
     return related
 
 
@@ -395,11 +429,15 @@ def _summarize(
     centers = _mean(pool.members, -1)
     interval = _interval(centers, _standard_error(pool.members), count)
     rho_interval = _interval(np.array(pool.rho), _jackknife_error(pool.cosines), count)
+    p_values = _NO_P_VALUES
+    if count >= FEWEST_MEMBERS:
+        p_values = _p_values(pool, centers, ("output",) if group.shared_init else _SUBSPACES)
     values = {
         "labels": tuple(group.members),
         "others": tuple(group.others),
         "tasks": tuple(group.tasks),
         "removed": group.removed,
+        "shared_init": group.shared_init,
         "modules": tuple(result.module for result in results),
         "left_out": left_out,
         "k": k,
@@ -411,7 +449,7 @@ def _summarize(
         "interval": interval,
         "rho": pool.rho,
         "rho_interval": (float(rho_interval[0]), float(rho_interval[1])),
-        "p_values": _p_values(pool, centers) if count >= FEWEST_MEMBERS else _NO_P_VALUES,
+        "p_values": p_values,
         "explained": np.mean(explained, axis=0) if explained else np.empty(0),
         "explained_chance": np.mean(by_chance, axis=0) if by_chance else np.empty(0),
         "cosines": pool.cosines,
@@ -476,8 +514,8 @@ def _chance_limits(pool: _Pool) -> NDArray[np.float64]:
 _NO_P_VALUES: Final = dict.fromkeys(("mean", *_SUBSPACES), float("nan"))
 
 
-def _p_values(pool: _Pool, centers: NDArray[np.float64]) -> dict[str, float]:
-    """Return the p-values of the four tests, adjusted for their number.
+def _p_values(pool: _Pool, centers: NDArray[np.float64], tested: Sequence[str]) -> dict[str, float]:
+    """Return the p-values of the mean and of the tested directions, adjusted for their number.
 
     With enough adapters of other groups, both nulls must be rejected: the larger p-value counts.
     """
@@ -486,6 +524,9 @@ def _p_values(pool: _Pool, centers: NDArray[np.float64]) -> dict[str, float]:
         p = PARTS.index(part)
         if part == "mean":
             p_value = _sign_flip_p_value(pool.cosines)
+        elif part not in tested:
+            values.append(np.nan)
+            continue
         else:
             by_chance = pool.chance[p, -1], pool.variance[p]
             p_value = float(chance.energy_p_value(centers[p], *by_chance, 1.0))
@@ -571,18 +612,19 @@ def _conclude(**values: Any) -> tuple[SharedPart, Finding]:
             effect, low, high = rho, min(low, rho_low), max(high, rho_high)
         level = float(np.fmax(by_chance[p], limits[p]))
         parts[name] = _Part(float(effect), (float(low), float(high)), level, p_value)
-    mean, directions = parts["mean"], {name: parts[name] for name in _SUBSPACES}
+    tested = ("output",) if values["shared_init"] else _SUBSPACES
+    mean, directions = parts["mean"], {name: parts[name] for name in tested}
     clear = [name for name, part in directions.items() if part.is_clear]
     best = max(clear or directions, key=lambda name: np.nan_to_num(directions[name].effect))
     # Both sides together are the stronger statement, unless one side holds much more.
-    is_open = not clear or "directions" in clear
+    is_open = "directions" in (clear or directions)
     if is_open and directions["directions"].effect >= directions[best].effect / 2:
         best = "directions"
     few = count < FEWEST_MEMBERS
     # Where others are given, what exceeds random directions and not clearly the others is open.
     unclear = [
         name
-        for name, part in parts.items()
+        for name, part in {"mean": mean, **directions}.items()
         if (part.is_significant and not part.is_clear and part.interval[1] > part.level + _LEAST)
         or part.interval[1] > part.level + _UNCLEAR
     ]
@@ -619,6 +661,7 @@ def _conclude(**values: Any) -> tuple[SharedPart, Finding]:
         "p_share": _or_none(directions[best].p_value),
         "beyond_mean": float(shares[PARTS.index("matrices_beyond_mean")]),
         "others": others if others >= FEWEST_OTHERS else None,
+        "shared_init": count if values["shared_init"] else None,
         "few_others": others if others < FEWEST_OTHERS else None,
         "needed": FEWEST_MEMBERS if few else None,
         "is_unclear": None if few else len(unclear),
