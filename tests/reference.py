@@ -114,55 +114,23 @@ def start(A1, A2):
     return c, q, np.sqrt(len(matched)) * c / max(q, 1 / np.sqrt(A1.shape[1]))
 
 
-def on_side(deltas, side):
-    """The updates with the directions of that side in their columns, each of norm one."""
-    turned = [d if side == "input" else d.T for d in deltas]
-    return [d / np.linalg.norm(d) for d in turned]
+def group_shares(deltas, basis, member, k):
+    """Shares of one update that others hold, signed for the mean: dense vectors and SVDs.
 
-
-def shared_shares(deltas, side, member, others, most):
-    """Energy share of one update in the top-k directions of others, k = 1…most: dense SVDs."""
-    unit = on_side(deltas, side)
-    basis = dense_svd(np.vstack([unit[at] for at in others]), most)[2]
-    return np.array([np.linalg.norm(unit[member] @ basis[:, :k]) ** 2 for k in range(1, most + 1)])
-
-
-def union_share(deltas, side, member, others, k):
-    """Energy share of one update in the span of the others' top-k, and that span's dimension."""
-    unit = on_side(deltas, side)
-    stacked = np.hstack([dense_svd(unit[at], k)[2] for at in others])
-    u, s, _ = np.linalg.svd(stacked, full_matrices=False)
-    span = u[:, s > 1e-5 * s[0]]
-    return np.linalg.norm(unit[member] @ span) ** 2, span.shape[1]
-
-
-def singular_task_interference(deltas, ranks):
-    """STI: the sum of absolute entries of (UᵀU − I)·Σ·(VᵀV − I), in loops."""
-    parts = [dense_svd(d, k) for d, k in zip(deltas, ranks, strict=True)]
-    U, V = (np.hstack([part[at] for part in parts]) for at in (0, 2))
-    S = np.concatenate([part[1] for part in parts])
-    total = 0.0
-    for a in range(len(S)):
-        for b in range(len(S)):
-            total += abs(
-                sum(
-                    (U[:, a] @ U[:, c] - (a == c)) * S[c] * (V[:, c] @ V[:, b] - (c == b))
-                    for c in range(len(S))
-                )
-            )
-    return total
-
-
-def subspace_alignment(deltas, side, epsilon):
-    """SAR of every update against their sum, and k, one k after the other."""
-    merged = sum(deltas)
-    u, s, vt = np.linalg.svd(merged)
-    for k in range(1, len(s) + 1):
-        kept = (u[:, :k] * s[:k]) @ vt[:k]
-        if np.linalg.norm(merged - kept) <= epsilon * np.linalg.norm(merged):
-            break
-    basis = vt[:k].T if side == "input" else u[:, :k]
-    return [np.linalg.norm(d @ basis) for d in on_side(deltas, side)], k
+    The mean, k matrices, k matrices beyond the mean, k joint directions, input and output side.
+    """
+    unit = [d / np.linalg.norm(d) for d in deltas]
+    Z, x = np.stack([unit[j].ravel() for j in basis]), unit[member].ravel()
+    mean = Z.mean(axis=0) / np.linalg.norm(Z.mean(axis=0))
+    shares = [(x @ mean) * abs(x @ mean)]
+    for rows, vector in ((Z, x), (Z - np.outer(Z @ mean, mean), x - (x @ mean) * mean)):
+        _, s, vt = np.linalg.svd(rows, full_matrices=False)
+        leading = vt[: min(k, int(np.sum(s > 1e-6)))]
+        shares.append(np.sum((leading @ vector) ** 2))
+    U = np.linalg.svd(np.hstack([unit[j] for j in basis]))[0][:, :k]
+    V = np.linalg.svd(np.vstack([unit[j] for j in basis]))[2][:k].T
+    sides = (U.T @ unit[member] @ V, unit[member] @ V, U.T @ unit[member])
+    return np.array([*shares, *(np.sum(part**2) for part in sides)])
 
 
 def haar_stack(rng, count, dimension, columns):

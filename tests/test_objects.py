@@ -25,7 +25,7 @@ from torch import nn
 import lora_analysis as la
 from lora_analysis.amplify import weight_basis_energy
 from lora_analysis.errors import BaseWeightError, InputError
-from lora_analysis.groups import group_similarity, interference, shared_basis, union_subspace
+from lora_analysis.groups import group_analysis
 from lora_analysis.pairwise import pairwise
 from lora_analysis.results import ByModule
 from lora_analysis.similarity import chordal_distance, random_similarity
@@ -202,7 +202,7 @@ def test_editing_and_writing_take_a_live_model(peft: Any, tmp_path: Path) -> Non
     assert len(la.without_directions(peft, {"layer0.q": [1]})) == 4
 
 
-def test_groups_and_pairs_take_live_models(peft: Any) -> None:
+def test_pairs_take_live_models(peft: Any) -> None:
     second = la.as_adapter(peft, adapter_name="second")
     pairs = pairwise([peft, second])
     assert pairs.labels == ("first", "second")
@@ -210,8 +210,6 @@ def test_groups_and_pairs_take_live_models(peft: Any) -> None:
     assert len(table) == 4 * 2
     row = table.query("module == 'layer0.q' and side == 'output'").iloc[0]
     assert row["omega"] == pytest.approx(la.energy_overlap(peft, second)["layer0.q"])
-    group = group_similarity([peft, second])
-    assert set(group.to_frame()["adapter"]) == {"first", "second"}
 
 
 def test_a_report_is_written_of_a_list_of_anything(peft: Any, tmp_path: Path) -> None:
@@ -269,10 +267,7 @@ def results(rng: np.random.Generator) -> dict[str, Any]:
         "by module": la.energy_overlap(first, second),
         "grids": la.subspace_similarity(first, second),
         "pairwise": pairwise([first, second]),
-        "group": group_similarity([first, second]),
-        "basis": shared_basis(spectra, "input"),
-        "union": union_subspace(spectra, "input", k=1),
-        "interference": interference(spectra),
+        "group": group_analysis([first, second, adapter(rng, label="c")]),
         "matrix": la.study([first, second]).similarity_matrix,
     }
 

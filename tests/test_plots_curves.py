@@ -6,9 +6,17 @@ import pytest
 
 from lora_analysis import LowRankUpdate, amplification
 from lora_analysis.errors import InputError
-from lora_analysis.plots import new_axes, plot_amplification, plot_levels, plot_spectrum
+from lora_analysis.groups import group_analysis
+from lora_analysis.plots import (
+    new_axes,
+    plot_amplification,
+    plot_group,
+    plot_levels,
+    plot_spectrum,
+)
 from lora_analysis.plots import style as plot_style
 from lora_analysis.plots.amplification import resolve_directions, resolve_ranks
+from lora_analysis.plots.group import resolve_group
 from lora_analysis.plots.levels import resolve_levels
 from lora_analysis.plots.spectrum import resolve_spectrum
 from lora_analysis.spectra import spectrum
@@ -277,3 +285,33 @@ def test_axes_for_programs_do_not_enter_pyplot():
     ax = plot_levels({"a": [0.5]}, 0.1, new_axes(3.3, 1.2))
     assert plt.get_fignums() == []
     assert ax.figure.get_size_inches() == pytest.approx([3.3, 1.2])
+
+
+# Groups
+
+
+def test_a_group_is_drawn_as_two_lines_over_both_nulls(rng):
+    members, others = (
+        [
+            factories.adapter(rng, label=f"{name}{n}", d_out=40, d_in=40, rank=2)
+            for n in range(count)
+        ]
+        for name, count in (("m", 8), ("o", 3))
+    )
+    analysis = group_analysis(members, others)
+    plot = resolve_group(analysis, part="output")
+    mean, output = (analysis.parts.index(part) for part in ("mean", "output"))
+    ax = plot_group(analysis, part="output")
+    assert ax.get_xscale() == "log"
+    for line, part in zip(ax.lines, (mean, output), strict=False):
+        np.testing.assert_array_equal(line.get_xdata(), analysis.sizes)
+        np.testing.assert_array_equal(line.get_ydata(), analysis.shares[part])
+    np.testing.assert_array_equal(ax.lines[2].get_ydata(), analysis.expected_mean)
+    np.testing.assert_array_equal(plot.parts[1].others, analysis.others_range[:, output])
+    np.testing.assert_allclose(plot.parts[1].random[1, -1], analysis.chance_limit[output])
+    assert [text.get_text() for text in ax.texts] == ["mean", "2 directions,\noutput side"]
+    assert list(ax.get_xticks()) == [2, 4, 7]
+    assert len(ax.collections) == 4  # two nulls of two parts
+    assert resolve_group(group_analysis(members)).limits[1] < 1
+    with pytest.raises(InputError, match="part must be one of matrices"):
+        plot_group(analysis, part="mean")

@@ -16,6 +16,7 @@ from matplotlib.text import Text
 from lora_analysis import plots
 from lora_analysis.amplify import amplification, weight_basis_energy
 from lora_analysis.errors import InputError
+from lora_analysis.groups import group_analysis
 from lora_analysis.intruders import intruder_dimensions
 from lora_analysis.plots.style import contrast, font_size
 from lora_analysis.similarity import SimilarityGrid, subspace_similarity
@@ -51,6 +52,14 @@ def _matrix() -> Any:
     return study([factories.adapter(rng, label=f"a{n}") for n in range(3)]).similarity_matrix
 
 
+def _group() -> Any:
+    rng = np.random.default_rng(4)
+    return group_analysis(
+        [factories.adapter(rng, label=f"m{n}", d_out=40, d_in=40, rank=2) for n in range(6)],
+        [factories.adapter(rng, label=f"o{n}", d_out=40, d_in=40, rank=2) for n in range(2)],
+    )
+
+
 HEAT_MAPS: dict[str, Callable[..., Any]] = {
     "plot_similarity": lambda **options: plots.plot_similarity(_grid(), **options),
     "plot_module_map": lambda **options: plots.plot_module_map(VALUES, **options),
@@ -70,6 +79,7 @@ CURVES: dict[str, Callable[..., Any]] = {
     "plot_layers": lambda **options: plots.plot_layers(VALUES, chance=0.1, **options),
     "plot_trajectories": lambda **options: plots.plot_trajectories(LINES, **options),
     "plot_budget": lambda **options: plots.plot_budget(LINES, **options),
+    "plot_group": lambda **options: plots.plot_group(_group(), **options),
 }
 OTHERS: dict[str, Callable[..., Any]] = {
     "plot_bars": lambda **options: plots.plot_bars(VALUES, xlabel="φ", **options),

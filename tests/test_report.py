@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import re
 from collections.abc import Iterator
@@ -477,3 +478,48 @@ def test_the_steps_of_a_run_stand_in_a_table(rng: np.random.Generator) -> None:
     assert "enrichment" not in without.columns
     assert [row[-2:] for row in without.rows] == [("–", "–"), ("–", "–")]
     assert steps_table(study([steps[9]])) is None
+
+
+def test_eight_adapters_of_one_base_are_reported_as_a_group(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    made = [
+        adapter(rng, label=f"a{n}", rank=2, d_out=40, task="a", seed=n, base_model="acme/base-1b")
+        for n in range(8)
+    ]
+    others = [
+        adapter(rng, label=f"b{n}", rank=2, d_out=40, task="b", seed=9, base_model="acme/base-1b")
+        for n in range(1)
+    ]
+    path = write_report(study([*made, *others]), tmp_path / "eight", figures=("svg",))
+    page = Page(path.read_text())
+    sections = [tag["aria-labelledby"] for name, tag in page.tags if name == "section"]
+    assert "group" in sections
+    assert "figure-group" in page.attributes("id")
+    results = json.loads((path.parent / "results.json").read_text())
+    jsonschema.validate(results, results_schema())
+    group = results["group_analysis"]
+    assert group["adapters"] == [f"a{n}" for n in range(8)]
+    assert group["others"] == ["b0"]
+    assert group["text"] in html.unescape(path.read_text())
+    (finding,) = [f for f in results["findings"] if f["topic"] == "groups"]
+    assert finding["code"] == f"group-{group['conclusion']}"
+    assert {row["module_type"] for row in group["by_type"]} == {"all", "q_proj", "v_proj"}
+    few = write_report(study(made[:7]), tmp_path / "seven", figures=(), form="md")
+    assert json.loads((few.parent / "results.json").read_text())["group_analysis"] is None
+    assert "What the group shares" not in few.read_text()
+
+
+def test_a_report_says_why_a_group_is_not_analyzed(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    first = adapter(rng, label="a0", rank=2, d_out=40)
+    copies = [first.with_label(f"a{n}") for n in range(8)]
+    path = write_report(study(copies), tmp_path, figures=(), form="md")
+    (finding,) = [
+        finding
+        for finding in json.loads((path.parent / "results.json").read_text())["findings"]
+        if finding["topic"] == "groups"
+    ]
+    assert finding["code"] == "group-not-analyzed"
+    assert "a1, near-duplicate with a0" in finding["text"]

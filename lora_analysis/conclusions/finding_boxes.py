@@ -21,7 +21,8 @@ _IN_TABLES: Final = frozenset(
 )  # fmt: skip
 # Most important first within a severity; others follow in the order of the rules.
 _ORDER: Final = (
-    "trained-differently", "too-few-references", "enrichment-specific",
+    "trained-differently", "too-few-references", "group-mean", "group-subspace", "group-nothing",
+    "group-undecided", "enrichment-specific",
     "enrichment-not-specific", "amplification-at-equal-k",
     "diverged", "conflicting-labels", "started-from-base", "near-duplicates", "negated-copies",
     "contained", "same-run", "gradients-alike", "shared-seed", "shared-initialization",

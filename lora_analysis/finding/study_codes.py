@@ -15,6 +15,27 @@ _RANDOM: Final = (
     "Median ω {omega:overlap}, random {chance_omega:overlap}[[; T {mean_excess:overlap}"
     f"]][[ ({{size}})]]{_LEVEL}."
 )
+# What every sentence on a group ends with: the other part, both nulls, and what was removed.
+_GROUP: Final = "{members} adapters[[ of {tasks} tasks]]"
+_GROUP_MEAN: Final = (
+    "The mean of the others holds {mean_share:overlap} of an adapter's energy (random 0"
+    "[[, adapters of other groups at most {others_mean:overlap}]][[; p {p_mean:p}]]). Mean cosine "
+    "ρ: {rho:overlap} ({rho_low:overlap} to {rho_high:overlap})."
+)
+_GROUP_DIRECTIONS: Final = (
+    "The joint top {k:plural direction} of the others[[ on the {side} side]] hold {share:overlap} "
+    "(random {random_share:number}[[, adapters of other groups at most {others_share:overlap}]]"
+    "[[; p {p_share:p}]])."
+)
+_GROUP_END: Final = (
+    " {modules:plural module}.[[ Adapters of other groups: {others}.]][[ Adapters of other groups: "
+    "{few_others}, too few for a test; unrelated adapters of one base often share more than random "
+    "directions.]]"
+    "[[ Some of the {shared_init} share an initialization: the input side is in no conclusion.]]"
+    "[[ Adapters of one task explain each other: this is not only what the {tasks} tasks have in "
+    "common.]][[ Removed: {removed}.]] This describes energy, not skill."
+)
+_GROUP_ITEMS: Final = {"removed": "{count} ({reason})"}
 _MODULES: Final = "{significant} of {significant_of} {unit}"
 # The numbers of both controls, in each of the three statements about them.
 _CONTROLS: Final = (
@@ -340,6 +361,39 @@ STUDY_CODES: Final[dict[str, Code]] = {
         "values: {phi_1_1:number}, in {module} of {a} and {b}. The maximum of {count} random "
         "values would be {expected_maximum:number}[[; that of the {reference_count} unrelated "
         "values is {reference_maximum:number}]].",
+    ),
+    # Groups
+    "group-mean": Code(
+        "result",
+        "groups",
+        f"{_GROUP} share a mean. {_GROUP_MEAN} {_GROUP_DIRECTIONS} {{k}} further "
+        f"matrices hold {{beyond_mean:overlap}}.{_GROUP_END}",
+        items=_GROUP_ITEMS,
+    ),
+    "group-subspace": Code(
+        "result",
+        "groups",
+        f"{_GROUP} share a subspace. {_GROUP_DIRECTIONS} {_GROUP_MEAN}{_GROUP_END}",
+        items=_GROUP_ITEMS,
+    ),
+    "group-nothing": Code(
+        "result",
+        "groups",
+        f"{_GROUP} share nothing beyond random directions[[ and adapters of {{others}} "
+        f"other groups]]. {_GROUP_DIRECTIONS} {_GROUP_MEAN}{_GROUP_END}",
+        items=_GROUP_ITEMS,
+    ),
+    "group-undecided": Code(
+        "result",
+        "groups",
+        f"Whether {_GROUP} share a mean, a subspace or nothing is undecided[[: fewer than "
+        "{needed} allow no p ≤ 0.05 by random signs]][[: {is_unclear:plural quantity} may or may "
+        f"not exceed the random baseline or the other adapters]]. {_GROUP_DIRECTIONS} "
+        f"{_GROUP_MEAN}{_GROUP_END}",
+        items=_GROUP_ITEMS,
+    ),
+    "group-not-analyzed": Code(
+        "limit", "groups", "What the adapters share as a group was not analyzed: {reason}"
     ),
     # Runs
     "checkpoints": Code(

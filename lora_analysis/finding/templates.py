@@ -23,6 +23,7 @@ Topic = Literal[
     "config",
     "experts",
     "file",
+    "groups",
     "initialization",
     "labels",
     "merge",

@@ -15,6 +15,7 @@ from lora_analysis.plots.curves import (
     plot_layers,
     plot_trajectories,
 )
+from lora_analysis.plots.group import plot_group
 from lora_analysis.plots.heatmap import plot_similarity
 from lora_analysis.plots.levels import plot_levels
 from lora_analysis.plots.maps import (
@@ -48,6 +49,7 @@ __all__ = [
     "plot_bars",
     "plot_budget",
     "plot_clustermap",
+    "plot_group",
     "plot_intruders",
     "plot_layers",
     "plot_levels",

@@ -16,6 +16,7 @@ from lora_analysis.conclusions import comparisons, findings
 from lora_analysis.conclusions.finding_boxes import finding_boxes
 from lora_analysis.conclusions.summary_lines import summary
 from lora_analysis.errors import MissingExtraError, OccupiedError
+from lora_analysis.report.group_section import report_group
 from lora_analysis.report.pair_tables import initializations_table
 from lora_analysis.report.provenance import provenance
 from lora_analysis.report.results import (
@@ -162,10 +163,14 @@ def _write_files(
     progress: Progress | None,
 ) -> None:
     compared, all_findings = comparisons(study), findings(study)
+    group, of_group = report_group(study, progress=progress)
+    if of_group is not None:
+        all_findings = (*all_findings, of_group)
     lines = summary(study, compared, all_findings)
     boxes, rest = finding_boxes(all_findings)
     drawn = sections(
-        study, compared, boxes, folder, figures, progress=progress, inline=form == "html"
+        study, compared, boxes, folder, figures, group=group, progress=progress,
+        inline=form == "html",
     )  # fmt: skip
     page = {
         "title": title or _title(study),
@@ -184,8 +189,9 @@ def _write_files(
     }
     _write_tables(study, folder / "tables", parquet=parquet)
     document = json.dumps(
-        results(study, all_findings, compared, lines), indent=1, allow_nan=False, ensure_ascii=False
-    )
+        results(study, all_findings, compared, lines, group),
+        indent=1, allow_nan=False, ensure_ascii=False,
+    )  # fmt: skip
     write_atomic(folder / RESULTS, printable_json(document).encode())
     if (grids := grids_file(study)) is not None:
         write_atomic(folder / GRIDS, grids)

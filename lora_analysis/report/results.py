@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lora_analysis.conclusions import Comparison, SummaryLine
-    from lora_analysis.studies import Study
+    from lora_analysis.studies import GroupAnalysis, Study
 
 SCHEMA_VERSION = 5
 TABLE_NAMES = ("adapters", "spectra", "pairs", "similarities", "amplifications", "changes")
@@ -96,6 +96,7 @@ def results(
     findings: Sequence[Finding],
     compared: Sequence[Comparison],
     lines: Sequence[SummaryLine],
+    group: GroupAnalysis | None = None,
 ) -> dict[str, Any]:
     """Return the document of ``results.json``."""
     return {
@@ -124,6 +125,7 @@ def results(
         "amplifications": _medians(_at_rank(study.amplifications), ["adapter"], _WEIGHTS),
         "weight_changes": _medians(study.changes, ["adapter", "module_type", "side"], _CHANGES),
         "run_inference": list(_inference(study)),
+        "group_analysis": None if group is None else json_value(group.to_dict()),
         "similarity_matrix": _similarity_matrix(study),
     }
 

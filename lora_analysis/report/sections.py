@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from markupsafe import Markup
@@ -17,6 +18,7 @@ from lora_analysis.report import (
     tables,
     weight_figures,
 )
+from lora_analysis.report.group_section import group_figures, group_table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from lora_analysis.progress import Progress
     from lora_analysis.report.similarity_figures import ReportFigure
     from lora_analysis.report.tables import ReportTable
-    from lora_analysis.studies import Study
+    from lora_analysis.studies import GroupAnalysis, Study
 
 # In inches; two narrow figures fit next to each other.
 NARROW = 4.7
@@ -39,6 +41,7 @@ FORMATS = ("svg", "png", "pdf")
 _SECTION_OF_TOPIC: Final = {
     "amplification": "weights",
     "base weights": "weights",
+    "groups": "group",
     "spectra": "ranks",
     "accuracy": "ranks",
     "runs": "tasks",
@@ -120,6 +123,7 @@ def sections(
     formats: Sequence[str],
     *,
     inline: bool,
+    group: GroupAnalysis | None = None,
     progress: Progress | None = None,
 ) -> list[Section]:
     """Draw and tabulate section by section; empty ones are left out.
@@ -128,7 +132,7 @@ def sections(
     figure for the page and adds the heat-maps of single modules, which only the HTML page holds.
     Without it and without ``formats``, nothing is drawn.
     """
-    plan = _plan(study, compared)
+    plan = _plan(study, compared, group)
     result = []
     for i, (section, drawings, folded) in enumerate(plan, start=1):
         figures, more = (
@@ -160,7 +164,7 @@ def section_of(box: FindingBox) -> str:
 _Plan = list[tuple[Section, tuple[Drawing, ...], tuple[Drawing, ...]]]
 
 
-def _plan(study: Study, compared: Sequence[Comparison]) -> _Plan:
+def _plan(study: Study, compared: Sequence[Comparison], group: GroupAnalysis | None) -> _Plan:
     """Return the sections with their tables, the functions that draw their figures, and folded."""
     alike = Section("alike", "Alike?", "What is compared, and what may be concluded from it.",
                     tables_lead=True, folded_title="Similarity matrices of the input side, and of "
@@ -174,6 +178,8 @@ def _plan(study: Study, compared: Sequence[Comparison]) -> _Plan:
                     "How many directions hold most of an update?")  # fmt: skip
     tasks = Section("tasks", "Seeds and tasks", "Does every task agree with itself, and do two "
                     "seeds find the same directions?")  # fmt: skip
+    shared = Section("group", "What the group shares", "Do the adapters share a mean, a subspace, "
+                     "or nothing?")  # fmt: skip
     layers = Section("layers", "Which layers changed", "How large is the update of each module?")
     weights = Section("weights", "Against W", "Is W stronger along the directions of ΔW than along "
                       "random ones, and is that specific to the update?", tables_lead=True,
@@ -190,6 +196,7 @@ def _plan(study: Study, compared: Sequence[Comparison]) -> _Plan:
          (similarity_figures.rank_figures, weight_figures.spectrum_figures), ()),
         (_with_tables(tasks, pair_tables.tasks_table(compared), step_tables.steps_table(study)),
          (similarity_figures.seed_figures, module_figures.step_figures), ()),
+        (_with_tables(shared, group_table(group)), (partial(group_figures, group),), ()),
         (layers, (module_figures.change_figures,), ()),
         (_with_tables(weights, tables.amplification_table(study),
                       tables.weight_changes_table(study)),

@@ -16,9 +16,11 @@ from lora_analysis.bases import BaseWeights
 from lora_analysis.bases.sanity_checks import weight_findings
 from lora_analysis.errors import MalformedFileError
 from lora_analysis.finding import Failure, Finding
+from lora_analysis.progress import Progress
 from lora_analysis.similarity import SimilarityGrid, compared_directions, subspace_similarity
 from lora_analysis.spectra import SIDES, Side, Spectrum, VectorsOf, spectrum
 from lora_analysis.storage.outputs import output_folder
+from lora_analysis.studies.group_analysis import GroupAnalysis, group_analysis_of
 from lora_analysis.studies.inference import RunInference, run_inference
 from lora_analysis.studies.pair_classes import ModuleExclusion, Population
 from lora_analysis.studies.pair_products import module_products
@@ -220,6 +222,70 @@ class Study:
     ) -> RunInference:
         """Test if runs of one task agree more than runs of different ones; see `run_inference`."""
         return run_inference(self, side=side, rank=rank, base=base)
+
+    def group_analysis(
+        self,
+        members: Sequence[str] | None = None,
+        *,
+        k: int | None = None,
+        modules: str | Sequence[str] | None = None,
+        modules_per_type: int | None = None,
+        remove_related: bool = True,
+        workers: int | None = None,
+        progress: Progress | None = None,
+    ) -> GroupAnalysis:
+        """Test what a group shares: a mean, a subspace, or nothing.
+
+        Each member is left out in turn, and explained by what the others have in common. Shares
+        are compared with random directions of the same spectra, and with adapters of other groups
+        in the same bases: the reference, and of the analyzed adapters that are not members one per
+        other task.
+
+        Parameters
+        ----------
+        members
+            Labels of the group; by default all analyzed adapters of the most frequent base.
+        k
+            Number of matrices, and of directions of each side; by default the median numerical
+            rank, at most 8.
+        modules
+            Suffixes of module names, or one regular expression; all modules by default.
+        modules_per_type
+            Maximum number of modules of each type, evenly over the model; all by default.
+        remove_related
+            Whether only one adapter is used of near-duplicates, contained adapters, one training
+            run, one data order, and shared initializations. They are not independent members.
+        workers
+            Number of threads; the CPUs of this process by default.
+        progress
+            Called with ("modules", done, total) after each module.
+
+        Returns
+        -------
+        GroupAnalysis
+            The conclusion, its sentence, and the shares.
+
+        Raises
+        ------
+        InputError
+            An unknown label, fewer than three independent members, no module that three of them
+            have in one shape, or k < 1.
+
+        Notes
+        -----
+        Adapters are read and factored again, module by module. The joint directions of R vectors
+        cost O(R³) for each adapter left out; beyond 16 adapters, sixteenths are left out instead.
+        """
+        return group_analysis_of(
+            self,
+            members,
+            k=k,
+            modules=modules,
+            modules_per_type=modules_per_type,
+            remove_related=remove_related,
+            workers=workers,
+            progress=progress,
+        )
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
         """Write the study into a folder, from which `load` restores it.

@@ -17,7 +17,7 @@ from scipy.stats import binom
 
 from claims.simulation import Base, Setting
 from lora_analysis.conclusions import Comparison, Conclusion, Reason, comparisons
-from lora_analysis.studies import study
+from lora_analysis.studies import GroupAnalysis, SharedPart, study
 
 # Trials of each claim in `make test`, and in `make test-claims`.
 FEW, MANY = 8, 400
@@ -73,19 +73,38 @@ def two_adapters(rng: Rng, *, shared: float = 0.0, ratio: float = 1.0) -> list[C
     return list(comparisons(study(pair, reference=references, workers=1)))
 
 
-def _is_called_related(found: Sequence[Comparison]) -> bool:
-    return any(c.conclusion is Conclusion.MORE_ALIKE for c in found)
+def group(
+    rng: Rng, *, shared: float = 0.0, geometry: float = 0.0, others: int = 0
+) -> list[GroupAnalysis]:
+    """Simulate 6 to 20 strangers, or runs of one task, next to adapters of other groups."""
+    base = Base(rng, _setting(rng, geometry=(geometry,), shared=shared))
+    count = int(rng.integers(6, 21))
+    members = (
+        [base.adapter("asked", i, rank=4) for i in range(count)]
+        if shared
+        else list(base.strangers([1.0] * (count + others), rank=4))[others:]
+    )
+    references = list(base.strangers([1.0] * others, rank=4))
+    analysis = study(members, reference=references, workers=1).group_analysis(workers=1)
+    return [analysis]
 
 
-def _is_tested(found: Sequence[Comparison]) -> bool:
-    return all(c.reason is not Reason.TRAINING_STRENGTH for c in found)
+_RELATED = (Conclusion.MORE_ALIKE, SharedPart.MEAN, SharedPart.SUBSPACE)
+
+
+def _is_called_related(found: Sequence[Comparison | GroupAnalysis]) -> bool:
+    return any(c.conclusion in _RELATED for c in found)
+
+
+def _is_tested(found: Sequence[Comparison | GroupAnalysis]) -> bool:
+    return all(getattr(c, "reason", None) is not Reason.TRAINING_STRENGTH for c in found)
 
 
 @dataclass(frozen=True)
 class Claim:
     """A simulated kind of study, and how often it may, or must, be called related."""
 
-    simulate: Callable[[Rng], list[Comparison]]
+    simulate: Callable[[Rng], Sequence[Comparison | GroupAnalysis]]
     at_most: float = 1.0
     at_least: float = 0.0
     # Trials that the rule on training strength leaves without a test do not count.
@@ -93,6 +112,13 @@ class Claim:
 
 
 CLAIMS = {
+    "a group of random adapters": Claim(group, at_most=0.05),
+    "a group of strangers next to others": Claim(
+        lambda rng: group(rng, geometry=0.2, others=4), at_most=0.06
+    ),
+    "a group of one task next to others": Claim(
+        lambda rng: group(rng, shared=0.5, others=4), at_least=0.95
+    ),
     "strangers in a study": Claim(own_study, at_most=0.06),
     "strangers of unequal strength in a study": Claim(
         lambda rng: own_study(rng, ratio=3.0), at_most=0.15

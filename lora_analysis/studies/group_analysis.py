@@ -1,0 +1,674 @@
+"""What a group of adapters of one base shares: a mean, a subspace, or nothing.
+
+Overlaps are blind to sign: adapters μ + ε and adapters that use one subspace with random signs are
+equally alike. The analysis tells them apart by what the others explain of each adapter that is left
+out. It describes energy, not skill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import numpy as np
+
+from lora_analysis import chance
+from lora_analysis.blocks import locate_module
+from lora_analysis.errors import InputError
+from lora_analysis.finding import Finding
+from lora_analysis.results import frame, short_repr
+from lora_analysis.shared_init import InitRelation
+from lora_analysis.studies.base_models import base_keys
+from lora_analysis.studies.group_shares import (
+    FEWEST,
+    PARTS,
+    ROOM,
+    group_sizes,
+    group_splits,
+    module_shares,
+)
+from lora_analysis.studies.module_walk import choose_modules, walk_modules
+from lora_analysis.studies.pair_classes import ONE_SAMPLE, Exclusion, ModuleExclusion, PairClass
+from lora_analysis.studies.similarity_matrix import ALL, DUPLICATE_COSINE, MOSTLY_SHARED
+from lora_analysis.text import html_table, plural
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    from lora_analysis.progress import Progress
+    from lora_analysis.studies.group_shares import ModuleShares
+    from lora_analysis.studies.result import Study
+
+# Fewer adapters than this do not allow p ≤ .05 by flipping signs.
+FEWEST_MEMBERS: Final = 6
+# From so many adapters of other groups on, the members' shares are tested against theirs.
+FEWEST_OTHERS: Final = 3
+_LEVEL: Final = 0.05
+# Less energy than this beyond the random baseline is called nothing, however significant.
+_LEAST: Final = 0.01
+# "Nothing" also needs intervals that end below this: a wider one shows too little.
+_UNCLEAR: Final = 0.1
+_MAX_K: Final = 8
+# Up to so many members all sign flips are computed, beyond it random ones.
+_MAX_EXACT: Final = 14
+_FLIPS: Final = 9999
+# The parts of which one is enough for a shared subspace.
+_SUBSPACES: Final = ("directions", "output", "input")
+_RELATED: Final = ONE_SAMPLE | {
+    PairClass.CHECKPOINT,
+    PairClass.STARTED_FROM_BASE,
+    PairClass.WRONG_LABEL,
+    PairClass.GRADIENTS_ALIKE,
+    PairClass.SHARED_INIT,
+    PairClass.SAME_DATA_ORDER,
+}
+# Spans of A that agree are a shared initialization, unless those of B agree nearly as much: then
+# they were learned.
+_LEARNED: Final = 0.5
+
+
+class SharedPart(StrEnum):
+    """The conclusion of a group analysis."""
+
+    MEAN = "mean"
+    SUBSPACE = "subspace"
+    NOTHING = "nothing"
+    UNDECIDED = "undecided"
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class GroupAnalysis:
+    """The energy of N adapters that common parts of the others hold.
+
+    Shares are means over modules and adapters. Arrays over parts follow `parts`: the mean of the
+    others (signed), their k leading matrices, those beyond their mean, and their joint k directions
+    of both sides together, of the input and of the output side.
+
+    Attributes
+    ----------
+    labels, others
+        The N members, and T adapters of other groups, whose shares in the same bases are a null.
+    tasks
+        The known tasks of the members.
+    removed
+        Adapters that are left out, with the reason.
+    shared_init
+        Whether members share an initialization, because fewer than six were left without them:
+        then the input side and both sides together are in no conclusion.
+    modules, left_out
+        Modules that are analyzed, and those that are not, with the reason.
+    k
+        Number of matrices, and of directions of each side: the same for every size of the basis.
+    sizes
+        ``(S,)``: adapters in a basis; the last is N − 1, or a little less for large groups.
+    shares, chance
+        ``(P, S)``: of the members, and of random directions with the same spectra (exact mean).
+    chance_limit
+        ``(P,)``: what random directions stay below with a probability of 95 % (conservative).
+    others_range
+        ``(2, P, S)``: smallest and largest share among the others; NaN without.
+    interval
+        ``(P, 2)``: 95 % interval of the shares at the largest size, over these members.
+    rho, rho_interval
+        ρ, mean cosine of two members: the share of the energy that their mean would hold in an
+        unlimited group, and its 95 % interval (jackknife over members).
+    p_values
+        Of the mean (random signs of the members), and of the joint directions of both sides, the
+        output and the input side (random directions); with three or more others the larger of
+        this and of the rank-sum test against their shares. Adjusted by Holm's method; NaN below six
+        members.
+    explained, explained_chance
+        ``(N,)``: cumulated share of the members' energy in their own leading matrices, inflated
+        because nothing is left out, and the same for random matrices; empty if no module is in all.
+    cosines
+        ``(N, N)``: signed cosines, mean over modules.
+    conclusion
+        What is concluded: see `SharedPart`.
+    finding
+        The conclusion as a sentence with its numbers.
+    """
+
+    labels: tuple[str, ...]
+    others: tuple[str, ...]
+    tasks: tuple[str, ...]
+    removed: Mapping[str, str]
+    shared_init: bool
+    modules: tuple[str, ...]
+    left_out: Mapping[str, ModuleExclusion]
+    k: int
+    sizes: tuple[int, ...]
+    shares: NDArray[np.float64]
+    chance: NDArray[np.float64]
+    chance_limit: NDArray[np.float64]
+    others_range: NDArray[np.float64]
+    interval: NDArray[np.float64]
+    rho: float
+    rho_interval: tuple[float, float]
+    p_values: Mapping[str, float]
+    explained: NDArray[np.float64]
+    explained_chance: NDArray[np.float64]
+    cosines: NDArray[np.float64]
+    by_type: Mapping[str, Mapping[str, Any]]
+    conclusion: SharedPart
+    finding: Finding
+
+    parts = PARTS
+
+    __repr__ = short_repr
+
+    def __str__(self) -> str:
+        return self.finding.text
+
+    @property
+    def expected_mean(self) -> NDArray[np.float64]:
+        """``(S,)``: share of the mean that ρ gives at each size, nρ²/(1 + (n − 1)ρ)."""
+        n = np.array(self.sizes, dtype=np.float64)
+        return np.asarray(n * self.rho * abs(self.rho) / np.maximum(1 + (n - 1) * self.rho, 1 / n))
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per type of module (first ``"all"``) and part, at the largest size."""
+        rows = []
+        for kind, values in self.by_type.items():
+            for p, part in enumerate(PARTS):
+                rows.append(
+                    {
+                        "module_type": kind,
+                        "modules": values["modules"],
+                        "part": part,
+                        "rho": values["rho"],
+                        "share": values["shares"][p],
+                        "chance": values["chance"][p],
+                        "others": values["others"][p],
+                    }
+                )
+        return frame(rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the matrix of cosines as JSON values hold it, NaN included."""
+        return {
+            "conclusion": str(self.conclusion),
+            "text": self.finding.text,
+            "adapters": list(self.labels),
+            "others": list(self.others),
+            "tasks": list(self.tasks),
+            "removed": [{"adapter": a, "reason": why} for a, why in self.removed.items()],
+            "shared_init": self.shared_init,
+            "modules": list(self.modules),
+            "left_out": [{"module": m, "reason": str(why)} for m, why in self.left_out.items()],
+            "k": self.k,
+            "rho": self.rho,
+            "rho_interval": list(self.rho_interval),
+            "p_values": dict(self.p_values),
+            "curve": [
+                {
+                    "part": part,
+                    "size": size,
+                    "share": self.shares[p, s],
+                    "others_low": self.others_range[0, p, s],
+                    "others_high": self.others_range[1, p, s],
+                    "chance": self.chance[p, s],
+                }
+                for p, part in enumerate(PARTS)
+                for s, size in enumerate(self.sizes)
+            ],
+            "by_type": self.to_frame().to_dict("records"),
+        }
+
+    def _repr_html_(self) -> str:
+        table = self.to_frame()
+        rows = table[table["module_type"] == ALL][["part", "share", "chance", "others"]]
+        title = f"Group of {len(self.labels)} adapters: {self.conclusion}"
+        columns = ("part", "share", "random", "other adapters")
+        return html_table(title, columns, rows.values.tolist(), self.finding.text)
+
+
+def group_analysis_of(
+    study: Study,
+    members: Sequence[str] | None = None,
+    *,
+    k: int | None = None,
+    modules: str | Sequence[str] | None = None,
+    modules_per_type: int | None = None,
+    remove_related: bool = True,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> GroupAnalysis:
+    """Return what the adapters of a study share; see `Study.group_analysis`."""
+    group = _choose_members(study, members, remove_related=remove_related)
+    labels, others = group.members, group.others
+    if len(labels) < FEWEST:
+        message = (
+            f"A group needs at least three independent adapters of one base, found {len(labels)} "
+            f"of {len(labels) + len(group.removed)} (removed: {_removed_text(group.removed)}). Add "
+            "adapters, or pass remove_related=False to analyze copies and shared initializations."
+        )
+        raise InputError(message)
+    if k is not None and k < 1:
+        message = f"A group analysis needs k >= 1 directions, got k = {k}."
+        raise InputError(message)
+    adapters = [study.adapters[label] for label in (*labels, *others)]
+    if k is None:
+        of_group = study.spectra[study.spectra["adapter"].isin(labels)]
+        ranks = of_group.loc[of_group["numerical_rank"] > 0, "numerical_rank"]
+        k = int(np.clip(ranks.median() if len(ranks) else 1, 1, _MAX_K))
+    chosen = choose_modules(adapters[: len(labels)], modules)
+    chosen = _spread_modules(chosen, modules_per_type)
+    splits = group_splits(len(labels))
+    left_out: dict[str, ModuleExclusion] = {}
+    results: list[ModuleShares] = []
+    analyze = partial(module_shares, adapters, len(labels), splits, k)
+    walk = walk_modules(analyze, chosen, workers=workers, progress=progress)
+    for module, result in zip(chosen, walk, strict=True):
+        if isinstance(result, ModuleExclusion):
+            left_out[module] = result
+        else:
+            results.append(result)
+    if not results:
+        message = (
+            f"No module can be analyzed: a group needs three trained adapters that have one module "
+            f"in one shape, of at least {ROOM * k} dimensions on both sides for k = {k} "
+            f"({plural(len(left_out), 'module')} left out)."
+        )
+        raise InputError(message)
+    return _summarize(group, results, left_out, k)
+
+
+class _Group(NamedTuple):
+    members: list[str]
+    others: list[str]
+    tasks: list[str]
+    removed: dict[str, str]
+    shared_init: bool = False
+
+
+def _choose_members(study: Study, members: Sequence[str] | None, *, remove_related: bool) -> _Group:
+    """Return the members, the adapters of other groups (one per task), and the removed ones."""
+    unknown = [label for label in members or () if label not in study.adapters]
+    if unknown:
+        message = f"The study has no adapter {unknown[0]!r}."
+        raise InputError(message)
+    runs = study.runs.set_index("adapter")
+    given = list(dict.fromkeys(members or [a for a in runs.index if a not in study.reference]))
+    keys = base_keys(study)
+    bases = [keys[label] for label in given if keys[label]]
+    base = max(bases, key=bases.count, default=None)
+    reasons: dict[str, str] = {}
+    for label in runs.index:
+        if keys[label] not in (None, base):
+            reasons[label] = "different base"
+        elif runs.loc[label, "excluded"] in (Exclusion.UNTRAINED, Exclusion.EARLIER):
+            reasons[label] = str(runs.loc[label, "excluded"])
+    related = _related_pairs(study) if remove_related else {}
+    group = _independent(given, reasons, related)
+    if len(group.members) < FEWEST_MEMBERS:
+        # A shared initialization bears on the input side only: without these adapters there would
+        # be no group, with them there is one on the output side.
+        one_sample = {
+            p: of_pair for p, of_pair in related.items() if of_pair != PairClass.SHARED_INIT
+        }
+        larger = _independent(given, reasons, one_sample)
+        if len(larger.members) > len(group.members):
+            group = larger._replace(shared_init=True)
+    group.tasks.extend(sorted(set(runs.loc[group.members, "task"].dropna())))
+    tasks = set(group.tasks)
+    for label in runs.index.difference([*given, *reasons], sort=False):
+        task = runs.loc[label, "task"]
+        has_task = isinstance(task, str)
+        # An analyzed adapter without a task can be of this group, a reference cannot.
+        is_other = task not in tasks if has_task else label in study.reference
+        if is_other and not any((label, a) in related for a in (*group.members, *group.others)):
+            group.others.append(label)
+            tasks |= {task} if has_task else set()  # one adapter of each task
+    return group
+
+
+def _independent(
+    labels: Sequence[str], reasons: Mapping[str, str], related: Mapping[tuple[str, str], PairClass]
+) -> _Group:
+    """Return the first adapters of which no two are related, and the reason for the others."""
+    group = _Group([], [], [], {})
+    for label in labels:
+        copies = [other for other in group.members if (label, other) in related]
+        if label in reasons:
+            group.removed[label] = reasons[label]
+        elif copies:
+            group.removed[label] = f"{related[label, copies[0]]} with {copies[0]}"
+        else:
+            group.members.append(label)
+    return group
+
+
+def _removed_text(removed: Mapping[str, str]) -> str:
+    return "; ".join(f"{label}, {why}" for label, why in removed.items()) or "none"
+
+
+def _related_pairs(study: Study) -> dict[tuple[str, str], PairClass]:
+    """Return the pairs that are not two independent adapters, in both orders, with the class."""
+    related: dict[tuple[str, str], PairClass] = {}
+    matrix = study.similarity_matrix
+    if matrix is not None:  # all pairs, those without a row in the table too
+        cosine = matrix.matrix("cosine")
+        for mask, of_pair in (
+            (matrix.shared >= MOSTLY_SHARED, PairClass.SHARED_INIT),
+            (cosine <= -DUPLICATE_COSINE, PairClass.NEGATED_COPY),
+            (cosine >= DUPLICATE_COSINE, PairClass.NEAR_DUPLICATE),
+        ):
+            for i, j in zip(*np.nonzero(mask), strict=True):
+                if i != j:
+                    related[matrix.labels[i], matrix.labels[j]] = of_pair
+    pairs = study.pairs[study.pairs["pair_class"].isin(_RELATED)]
+    by_side = study.similarities.pivot_table(
+        index=["a", "b"], columns="side", values="excess_omega", aggfunc="mean"
+    )
+    for row in pairs.itertuples():
+        of_pair = row.pair_class
+        if row.initialization in (InitRelation.SAME_SPACE, InitRelation.UNDECIDED):
+            sides = by_side.loc[(row.a, row.b)]
+            by_init = of_pair in (PairClass.SHARED_INIT, PairClass.SAME_RUN)
+            if by_init and sides["output"] >= _LEARNED * sides["input"]:
+                continue
+        related[row.a, row.b] = related[row.b, row.a] = of_pair
+    return related
+
+
+def _spread_modules(modules: Sequence[str], per_type: int | None) -> list[str]:
+    """Return at most so many modules of each type, evenly over the model."""
+    if per_type is None:
+        return list(modules)
+    by_type: dict[str, list[str]] = {}
+    for name in modules:
+        by_type.setdefault(locate_module(name).name, []).append(name)
+    chosen: set[str] = set()
+    for names in by_type.values():
+        middle = (np.arange(per_type) + 0.5) * len(names) / per_type
+        chosen.update(names[int(i)] for i in middle)
+    return [name for name in modules if name in chosen]
+
+
+class _Pool:
+    """Means over some modules; all arrays are as in `ModuleShares`."""
+
+    def __init__(self, results: Sequence[ModuleShares], count: int) -> None:
+        self.modules = len(results)
+        self.shares = _mean([result.shares for result in results], 0)
+        self.chance = _mean([result.chance for result in results], 0)
+        # Of a mean over independent modules; members of one module are not taken as independent.
+        self.variance = np.sum([r.variance for r in results], axis=0) / len(results) ** 2
+        self.cosines = _mean([result.cosines for result in results], 0)
+        self.members = self.shares[:, -1, :count]
+        self.others = self.shares[:, -1, count:]
+        self.rho = float(_mean(self.cosines[np.triu_indices(count, 1)], 0))
+
+    def summary(self) -> dict[str, Any]:
+        """Return the numbers of one row of a table per part."""
+        return {
+            "modules": self.modules,
+            "rho": self.rho,
+            "shares": _mean(self.members, -1),
+            "chance": self.chance[:, -1],
+            "others": _maximum(self.others),
+        }
+
+
+def _summarize(
+    group: _Group, results: Sequence[ModuleShares], left_out: Mapping[str, ModuleExclusion], k: int
+) -> GroupAnalysis:
+    count = len(group.members)
+    pool = _Pool(results, count)
+    kinds: dict[str, list[ModuleShares]] = {}
+    for result in results:
+        kinds.setdefault(locate_module(result.module).name, []).append(result)
+    types = {kind: _Pool(some, count) for kind, some in sorted(kinds.items())}
+    others = pool.shares[:, :, count:]
+    explained = [r.explained for r in results if r.explained is not None]
+    by_chance = [r.explained_chance for r in results if r.explained_chance is not None]
+    centers = _mean(pool.members, -1)
+    interval = _interval(centers, _standard_error(pool.members), count)
+    rho_interval = _interval(np.array(pool.rho), _jackknife_error(pool.cosines), count)
+    p_values = _NO_P_VALUES
+    if count >= FEWEST_MEMBERS:
+        p_values = _p_values(pool, centers, ("output",) if group.shared_init else _SUBSPACES)
+    values = {
+        "labels": tuple(group.members),
+        "others": tuple(group.others),
+        "tasks": tuple(group.tasks),
+        "removed": group.removed,
+        "shared_init": group.shared_init,
+        "modules": tuple(result.module for result in results),
+        "left_out": left_out,
+        "k": k,
+        "sizes": group_sizes(count),
+        "shares": _mean(pool.shares[:, :, :count], -1),
+        "chance": pool.chance,
+        "chance_limit": _chance_limits(pool),
+        "others_range": np.stack([-_maximum(-others), _maximum(others)]),
+        "interval": interval,
+        "rho": pool.rho,
+        "rho_interval": (float(rho_interval[0]), float(rho_interval[1])),
+        "p_values": p_values,
+        "explained": np.mean(explained, axis=0) if explained else np.empty(0),
+        "explained_chance": np.mean(by_chance, axis=0) if by_chance else np.empty(0),
+        "cosines": pool.cosines,
+        "by_type": {ALL: pool.summary()} | {kind: some.summary() for kind, some in types.items()},
+    }
+    conclusion, finding = _conclude(**values)
+    return GroupAnalysis(**values, conclusion=conclusion, finding=finding)
+
+
+def _mean(values: Any, axis: int) -> NDArray[np.float64]:
+    """Return the mean of the values that are defined; NaN without one."""
+    array = np.asarray(values, dtype=np.float64)
+    count = np.count_nonzero(~np.isnan(array), axis=axis)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.nansum(array, axis=axis) / count)
+
+
+def _maximum(others: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the largest share of each part among adapters of other groups; NaN without any."""
+    defined = np.where(np.isnan(others), -np.inf, others)
+    largest = np.max(defined, axis=-1, initial=-np.inf)
+    return np.where(np.isinf(largest), np.nan, largest)
+
+
+def _standard_error(members: NDArray[np.float64]) -> NDArray[np.float64]:
+    count = np.count_nonzero(~np.isnan(members), axis=-1)
+    deviation = members - _mean(members, -1)[..., None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(np.sqrt(np.nansum(deviation**2, axis=-1) / (count - 1) / count))
+
+
+def _jackknife_error(cosines: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the standard error of ρ, leaving out each member in turn."""
+    off_diagonal = np.where(np.eye(len(cosines), dtype=bool), np.nan, cosines)
+    sums, counts = np.nansum(off_diagonal, axis=1), np.sum(~np.isnan(off_diagonal), axis=1)
+    with np.errstate(invalid="ignore"):
+        rhos = (sums.sum() - 2 * sums) / (counts.sum() - 2 * counts)
+    deviation = rhos - rhos.mean()
+    return np.asarray(np.sqrt((len(rhos) - 1) / len(rhos) * np.sum(deviation**2)))
+
+
+def _interval(
+    center: NDArray[np.float64], error: NDArray[np.float64], count: int
+) -> NDArray[np.float64]:
+    from scipy.special import stdtrit
+
+    spread = float(stdtrit(count - 1, 0.975)) * error
+    return np.stack([center - spread, center + spread], axis=-1)
+
+
+def _chance_limits(pool: _Pool) -> NDArray[np.float64]:
+    """Return the 95 % points of the shares of random directions."""
+    from scipy.special import gammaincinv
+
+    mean, variance = pool.chance[:, -1], pool.variance
+    with np.errstate(invalid="ignore", divide="ignore"):
+        limits = gammaincinv(mean**2 / variance, 1 - _LEVEL) * variance / mean
+    limits[0] = 1.645 * np.sqrt(variance[0])  # the signed share of the mean is symmetric around 0
+    return np.asarray(np.where(variance > 0, limits, mean))
+
+
+_NO_P_VALUES: Final = dict.fromkeys(("mean", *_SUBSPACES), float("nan"))
+
+
+def _p_values(pool: _Pool, centers: NDArray[np.float64], tested: Sequence[str]) -> dict[str, float]:
+    """Return the p-values of the mean and of the tested directions, adjusted for their number.
+
+    With enough adapters of other groups, both nulls must be rejected: the larger p-value counts.
+    """
+    values = []
+    for part in _NO_P_VALUES:
+        p = PARTS.index(part)
+        if part == "mean":
+            p_value = _sign_flip_p_value(pool.cosines)
+        elif part not in tested:
+            values.append(np.nan)
+            continue
+        else:
+            by_chance = pool.chance[p, -1], pool.variance[p]
+            p_value = float(chance.energy_p_value(centers[p], *by_chance, 1.0))
+        if pool.others.shape[-1] >= FEWEST_OTHERS:
+            p_value = np.fmax(p_value, _rank_sum_p_value(pool.members[p], pool.others[p]))
+        values.append(p_value)
+    return dict(zip(_NO_P_VALUES, chance.holm(values).tolist(), strict=True))
+
+
+def _rank_sum_p_value(members: NDArray[np.float64], others: NDArray[np.float64]) -> float:
+    """Return P(U ≥ u) of the exact rank-sum test that members exceed others; ties count against."""
+    members, others = members[~np.isnan(members)], others[~np.isnan(others)]
+    n, m = len(members), len(others)
+    u = int(np.sum(members[:, None] > others))
+    # Gaussian binomial coefficient: how many orders of n + m values have each u.
+    orders = np.zeros(n * m + 1)
+    orders[0] = 1.0
+    for i in range(1, m + 1):
+        for j in range(n * m, n + i - 1, -1):
+            orders[j] -= orders[j - n - i]
+        for j in range(i, n * m + 1):
+            orders[j] += orders[j - i]
+    return float(orders[u:].sum() / orders.sum())
+
+
+def _sign_flip_p_value(cosines: NDArray[np.float64]) -> float:
+    """Return the share of sign patterns with a Σ e_i·e_j·H_ij as large as without flips.
+
+    Exact over the 2^(N − 1) patterns of up to 14 members, else over random ones. If updates are as
+    likely as their negatives, all patterns are equally likely.
+    """
+    count = len(cosines)
+    matrix = np.nan_to_num(cosines)
+    np.fill_diagonal(matrix, 0.0)
+    if count <= _MAX_EXACT:
+        bits = np.arange(2 ** (count - 1))[:, None] >> np.arange(count)  # the last one is never set
+        signs = 1.0 - 2.0 * (bits & 1)
+    else:
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], (_FLIPS + 1, count))
+        signs[0] = 1.0
+    sums = np.einsum("fi,fi->f", signs @ matrix, signs)
+    # A pattern that is equal up to rounding counts as equal.
+    return float(np.mean(sums >= sums[0] - 1e-12 * np.abs(matrix).sum()))
+
+
+class _Part(NamedTuple):
+    """One tested part: its energy beyond the random baseline, and what the others do not reach."""
+
+    effect: float
+    interval: tuple[float, float]
+    level: float
+    p_value: float
+
+    @property
+    def is_significant(self) -> bool:
+        return self.p_value <= _LEVEL and self.effect >= _LEAST
+
+    @property
+    def is_clear(self) -> bool:
+        return self.is_significant and self.interval[0] > self.level
+
+
+def _conclude(**values: Any) -> tuple[SharedPart, Finding]:
+    """Return the conclusion and its sentence from the fields of a `GroupAnalysis`.
+
+    A part counts if its test rejects at 5 %, if it holds at least 1 % of the energy beyond the
+    random baseline, and if its interval lies beyond the random baseline and beyond the largest
+    share among adapters of other groups. The conclusion is the mean if ρ is at least half of what
+    the best joint directions hold; else these directions.
+    """
+    shares, by_chance = values["shares"][:, -1], values["chance"][:, -1]
+    limits = values["others_range"][1, :, -1]
+    rho, (rho_low, rho_high) = values["rho"], values["rho_interval"]
+    count, others = len(values["labels"]), len(values["others"])
+    # One or two others are no test: members that they do not reach lie beyond single values.
+    widening = np.sqrt(count + 1) if 0 < others < FEWEST_OTHERS else 1.0
+    parts = {}
+    for name, p_value in values["p_values"].items():
+        p = PARTS.index(name)
+        low, high = shares[p] + widening * (values["interval"][p] - shares[p])
+        effect = (shares[p] - by_chance[p]) / (1 - by_chance[p])
+        if name == "mean":
+            effect, low, high = rho, min(low, rho_low), max(high, rho_high)
+        level = float(np.fmax(by_chance[p], limits[p]))
+        parts[name] = _Part(float(effect), (float(low), float(high)), level, p_value)
+    tested = ("output",) if values["shared_init"] else _SUBSPACES
+    mean, directions = parts["mean"], {name: parts[name] for name in tested}
+    clear = [name for name, part in directions.items() if part.is_clear]
+    best = max(clear or directions, key=lambda name: np.nan_to_num(directions[name].effect))
+    # Both sides together are the stronger statement, unless one side holds much more.
+    is_open = "directions" in (clear or directions)
+    if is_open and directions["directions"].effect >= directions[best].effect / 2:
+        best = "directions"
+    few = count < FEWEST_MEMBERS
+    # Where others are given, what exceeds random directions and not clearly the others is open.
+    unclear = [
+        name
+        for name, part in {"mean": mean, **directions}.items()
+        if (part.is_significant and not part.is_clear and part.interval[1] > part.level + _LEAST)
+        or part.interval[1] > part.level + _UNCLEAR
+    ]
+    if few:
+        conclusion = SharedPart.UNDECIDED
+    elif mean.is_clear and (not clear or mean.effect >= directions[best].effect / 2):
+        conclusion = SharedPart.MEAN
+    elif clear:
+        conclusion = SharedPart.SUBSPACE
+    else:
+        conclusion = SharedPart.UNDECIDED if unclear else SharedPart.NOTHING
+    p = PARTS.index(best)
+    removed: dict[str, int] = {}
+    for why in values["removed"].values():
+        reason = why.partition(" with ")[0]
+        removed[reason] = removed.get(reason, 0) + 1
+    fields = {
+        "members": count,
+        "tasks": len(values["tasks"]) if len(values["tasks"]) > 1 else None,
+        "modules": len(values["modules"]),
+        "k": values["k"],
+        "rho": rho,
+        "rho_low": rho_low,
+        "rho_high": rho_high,
+        "p_mean": _or_none(mean.p_value),
+        "mean_share": float(shares[0]),
+        "others_mean": _or_none(limits[0]),
+        "side": None if best == "directions" else best,
+        "share": float(shares[p]),
+        "share_low": float(values["interval"][p, 0]),
+        "share_high": float(values["interval"][p, 1]),
+        "random_share": float(by_chance[p]),
+        "others_share": _or_none(limits[p]),
+        "p_share": _or_none(directions[best].p_value),
+        "beyond_mean": float(shares[PARTS.index("matrices_beyond_mean")]),
+        "others": others if others >= FEWEST_OTHERS else None,
+        "shared_init": count if values["shared_init"] else None,
+        "few_others": others if others < FEWEST_OTHERS else None,
+        "needed": FEWEST_MEMBERS if few else None,
+        "is_unclear": None if few else len(unclear),
+        "removed": [{"reason": why, "count": n} for why, n in removed.items()] or None,
+    }
+    return conclusion, Finding(f"group-{conclusion}", fields)
+
+
+def _or_none(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
