@@ -237,7 +237,7 @@ def group_analysis_of(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> GroupAnalysis:
-    """Return what the adapters of a study share; see `Study.group_analysis`."""
+    """Analyze a group of adapters of a study; see `Study.group_analysis`."""
     group = _choose_members(study, members, remove_related=remove_related)
     labels, others = group.members, group.others
     if len(labels) < FEWEST:
