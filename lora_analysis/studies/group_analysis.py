@@ -8,7 +8,7 @@ out. It describes energy, not skill.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -153,10 +153,18 @@ class GroupAnalysis:
     explained_chance: NDArray[np.float64]
     cosines: NDArray[np.float64]
     by_type: Mapping[str, Mapping[str, Any]]
-    conclusion: SharedPart
-    finding: Finding
+    conclusion: SharedPart = field(init=False)
+    finding: Finding = field(init=False)
 
-    parts = PARTS
+    def __post_init__(self) -> None:
+        conclusion, finding = _conclude(self)
+        object.__setattr__(self, "conclusion", conclusion)
+        object.__setattr__(self, "finding", finding)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts, in the order of the arrays."""
+        return PARTS
 
     __repr__ = short_repr
 
@@ -237,7 +245,7 @@ def group_analysis_of(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> GroupAnalysis:
-    """Return what the adapters of a study share; see `Study.group_analysis`."""
+    """Analyze a group of adapters of a study; see `Study.group_analysis`."""
     group = _choose_members(study, members, remove_related=remove_related)
     labels, others = group.members, group.others
     if len(labels) < FEWEST:
@@ -432,31 +440,29 @@ def _summarize(
     p_values = _NO_P_VALUES
     if count >= FEWEST_MEMBERS:
         p_values = _p_values(pool, centers, ("output",) if group.shared_init else _SUBSPACES)
-    values = {
-        "labels": tuple(group.members),
-        "others": tuple(group.others),
-        "tasks": tuple(group.tasks),
-        "removed": group.removed,
-        "shared_init": group.shared_init,
-        "modules": tuple(result.module for result in results),
-        "left_out": left_out,
-        "k": k,
-        "sizes": group_sizes(count),
-        "shares": _mean(pool.shares[:, :, :count], -1),
-        "chance": pool.chance,
-        "chance_limit": _chance_limits(pool),
-        "others_range": np.stack([-_maximum(-others), _maximum(others)]),
-        "interval": interval,
-        "rho": pool.rho,
-        "rho_interval": (float(rho_interval[0]), float(rho_interval[1])),
-        "p_values": p_values,
-        "explained": np.mean(explained, axis=0) if explained else np.empty(0),
-        "explained_chance": np.mean(by_chance, axis=0) if by_chance else np.empty(0),
-        "cosines": pool.cosines,
-        "by_type": {ALL: pool.summary()} | {kind: some.summary() for kind, some in types.items()},
-    }
-    conclusion, finding = _conclude(**values)
-    return GroupAnalysis(**values, conclusion=conclusion, finding=finding)
+    return GroupAnalysis(
+        labels=tuple(group.members),
+        others=tuple(group.others),
+        tasks=tuple(group.tasks),
+        removed=group.removed,
+        shared_init=group.shared_init,
+        modules=tuple(result.module for result in results),
+        left_out=left_out,
+        k=k,
+        sizes=group_sizes(count),
+        shares=_mean(pool.shares[:, :, :count], -1),
+        chance=pool.chance,
+        chance_limit=_chance_limits(pool),
+        others_range=np.stack([-_maximum(-others), _maximum(others)]),
+        interval=interval,
+        rho=pool.rho,
+        rho_interval=(float(rho_interval[0]), float(rho_interval[1])),
+        p_values=p_values,
+        explained=np.mean(explained, axis=0) if explained else np.empty(0),
+        explained_chance=np.mean(by_chance, axis=0) if by_chance else np.empty(0),
+        cosines=pool.cosines,
+        by_type={ALL: pool.summary()} | {kind: some.summary() for kind, some in types.items()},
+    )
 
 
 def _mean(values: Any, axis: int) -> NDArray[np.float64]:
@@ -589,30 +595,30 @@ class _Part(NamedTuple):
         return self.is_significant and self.interval[0] > self.level
 
 
-def _conclude(**values: Any) -> tuple[SharedPart, Finding]:
-    """Return the conclusion and its sentence from the fields of a `GroupAnalysis`.
+def _conclude(analysis: GroupAnalysis) -> tuple[SharedPart, Finding]:
+    """Return the conclusion and its sentence.
 
     A part counts if its test rejects at 5 %, if it holds at least 1 % of the energy beyond the
     random baseline, and if its interval lies beyond the random baseline and beyond the largest
     share among adapters of other groups. The conclusion is the mean if ρ is at least half of what
     the best joint directions hold; else these directions.
     """
-    shares, by_chance = values["shares"][:, -1], values["chance"][:, -1]
-    limits = values["others_range"][1, :, -1]
-    rho, (rho_low, rho_high) = values["rho"], values["rho_interval"]
-    count, others = len(values["labels"]), len(values["others"])
+    shares, by_chance = analysis.shares[:, -1], analysis.chance[:, -1]
+    limits = analysis.others_range[1, :, -1]
+    rho, (rho_low, rho_high) = analysis.rho, analysis.rho_interval
+    count, others = len(analysis.labels), len(analysis.others)
     # One or two others are no test: members that they do not reach lie beyond single values.
     widening = np.sqrt(count + 1) if 0 < others < FEWEST_OTHERS else 1.0
     parts = {}
-    for name, p_value in values["p_values"].items():
+    for name, p_value in analysis.p_values.items():
         p = PARTS.index(name)
-        low, high = shares[p] + widening * (values["interval"][p] - shares[p])
+        low, high = shares[p] + widening * (analysis.interval[p] - shares[p])
         effect = (shares[p] - by_chance[p]) / (1 - by_chance[p])
         if name == "mean":
             effect, low, high = rho, min(low, rho_low), max(high, rho_high)
         level = float(np.fmax(by_chance[p], limits[p]))
         parts[name] = _Part(float(effect), (float(low), float(high)), level, p_value)
-    tested = ("output",) if values["shared_init"] else _SUBSPACES
+    tested = ("output",) if analysis.shared_init else _SUBSPACES
     mean, directions = parts["mean"], {name: parts[name] for name in tested}
     clear = [name for name, part in directions.items() if part.is_clear]
     best = max(clear or directions, key=lambda name: np.nan_to_num(directions[name].effect))
@@ -638,14 +644,14 @@ def _conclude(**values: Any) -> tuple[SharedPart, Finding]:
         conclusion = SharedPart.UNDECIDED if unclear else SharedPart.NOTHING
     p = PARTS.index(best)
     removed: dict[str, int] = {}
-    for why in values["removed"].values():
+    for why in analysis.removed.values():
         reason = why.partition(" with ")[0]
         removed[reason] = removed.get(reason, 0) + 1
     fields = {
         "members": count,
-        "tasks": len(values["tasks"]) if len(values["tasks"]) > 1 else None,
-        "modules": len(values["modules"]),
-        "k": values["k"],
+        "tasks": len(analysis.tasks) if len(analysis.tasks) > 1 else None,
+        "modules": len(analysis.modules),
+        "k": analysis.k,
         "rho": rho,
         "rho_low": rho_low,
         "rho_high": rho_high,
@@ -654,14 +660,14 @@ def _conclude(**values: Any) -> tuple[SharedPart, Finding]:
         "others_mean": _or_none(limits[0]),
         "side": None if best == "directions" else best,
         "share": float(shares[p]),
-        "share_low": float(values["interval"][p, 0]),
-        "share_high": float(values["interval"][p, 1]),
+        "share_low": float(analysis.interval[p, 0]),
+        "share_high": float(analysis.interval[p, 1]),
         "random_share": float(by_chance[p]),
         "others_share": _or_none(limits[p]),
         "p_share": _or_none(directions[best].p_value),
         "beyond_mean": float(shares[PARTS.index("matrices_beyond_mean")]),
         "others": others if others >= FEWEST_OTHERS else None,
-        "shared_init": count if values["shared_init"] else None,
+        "shared_init": count if analysis.shared_init else None,
         "few_others": others if others < FEWEST_OTHERS else None,
         "needed": FEWEST_MEMBERS if few else None,
         "is_unclear": None if few else len(unclear),

@@ -133,12 +133,12 @@ class _Frames(NamedTuple):
             return self.gram[columns]
         return self.vectors[:, columns].T @ self.vectors
 
-    def project(self, basis: Sequence[int], k: int) -> NDArray[np.float64] | None:
+    def project(self, basis: NDArray[np.intp], k: int) -> NDArray[np.float64] | None:
         """Project all weighted vectors on the leading k directions of some adapters, ``(k, R)``.
 
         None if these adapters do not have k directions.
         """
-        columns = np.concatenate([self.columns[i] for i in basis])
+        columns = np.concatenate([self.columns[i] for i in basis.tolist()])
         if len(columns) < k:
             return None
         weights = self.weights[columns]
@@ -331,4 +331,4 @@ def _explained_by_chance(count: int, shape: tuple[int, int], module: str) -> NDA
         L[np.diag_indices(count)] = np.sqrt(rng.chisquare(np.maximum(freedom, 1.0)))
         L /= np.linalg.norm(L, axis=1, keepdims=True)
         draws.append(_explained(L @ L.T))
-    return np.mean(draws, axis=0)
+    return np.asarray(np.mean(draws, axis=0))
