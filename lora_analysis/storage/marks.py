@@ -88,7 +88,11 @@ def is_marked(path: Path) -> bool:
     """Return True if a file carries our mark; False if it cannot be read."""
     try:
         if path.suffix in _FIGURES:
-            return _is_marked_figure(path)
+            with path.open("rb") as stream:
+                content = stream.read(_HEAD)
+                stream.seek(max(0, path.stat().st_size - _HEAD))
+                content += stream.read()
+            return _FIGURES[path.suffix].search(content) is not None
         if path.suffix == ".json":
             with path.open("rb") as stream:
                 return f'"format": "{REFERENCE_FORMAT}"'.encode() in stream.read(_HEAD)
@@ -97,11 +101,3 @@ def is_marked(path: Path) -> bool:
         return KEY in read_header(path).metadata
     except (InputError, OSError):
         return False
-
-
-def _is_marked_figure(path: Path) -> bool:
-    with path.open("rb") as stream:
-        content = stream.read(_HEAD)
-        stream.seek(max(0, path.stat().st_size - _HEAD))
-        content += stream.read()
-    return _FIGURES[path.suffix].search(content) is not None

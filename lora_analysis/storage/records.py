@@ -118,7 +118,24 @@ def read_record(folder: Path, kind: str) -> Record | None:
     if not path.is_file() or path.is_symlink():
         return None
     try:
-        return _parse_record(read_json_object(path, max_bytes=MAX_INDEX_BYTES), kind)
+        document = read_json_object(path, max_bytes=MAX_INDEX_BYTES)
+        if (
+            document["record_version"] != RECORD_VERSION
+            or document["kind"] != kind
+            or document["state"] not in ("writing", "replacing", "finished")
+        ):
+            return None
+        return Record(
+            kind=kind,
+            verb=str(document["verb"]),
+            run=dict(document["run"]),
+            state=document["state"],
+            files=_marks(document["files"]),
+            new=_marks(document.get("new", {})),
+            removed=tuple(_checked_name(name) for name in document.get("removed", ())),
+            names=tuple(_checked_name(name) for name in document.get("names", ())),
+            version=str(document["generator"]).rpartition(" ")[2],
+        )
     except (InputError, KeyError, TypeError, ValueError):
         return None
 
@@ -234,27 +251,6 @@ def _is_whole_safetensors(start: bytes, size: int, path: Path) -> bool:
 
 def _marks_document(marks: Mapping[str, FileMark]) -> dict[str, dict[str, Any]]:
     return {name: {"size": mark.size, "sha256": mark.sha256} for name, mark in marks.items()}
-
-
-def _parse_record(document: Mapping[str, Any], kind: str) -> Record:
-    if document["record_version"] != RECORD_VERSION or document["kind"] != kind:
-        message = "a record of another version or kind"
-        raise ValueError(message)
-    if document["state"] not in ("writing", "replacing", "finished"):
-        message = "an unknown state"
-        raise ValueError(message)
-    generator = str(document["generator"])
-    return Record(
-        kind=kind,
-        verb=str(document["verb"]),
-        run=dict(document["run"]),
-        state=document["state"],
-        files=_marks(document["files"]),
-        new=_marks(document.get("new", {})),
-        removed=tuple(_checked_name(name) for name in document.get("removed", ())),
-        names=tuple(_checked_name(name) for name in document.get("names", ())),
-        version=generator.rpartition(" ")[2],
-    )
 
 
 def _marks(document: Mapping[str, Any]) -> dict[str, FileMark]:

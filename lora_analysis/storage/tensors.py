@@ -231,7 +231,17 @@ def open_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFiles:
         It is a pickle of more than tensors and plain containers.
     """
     if path.name.endswith(".json"):
-        return _open_index(path, allow_pickle=allow_pickle)
+        locations = shards_of(path)
+        files = dict.fromkeys(locations.values())
+        if missing := [file.name for file in files if not file.exists()]:
+            verb = "does" if len(missing) == 1 else "do"
+            message = (
+                f"{path}: {len(missing)} of the {len(files)} shards that it names {verb} not "
+                f"exist: {', '.join(missing[:6])}. Fetch the whole model."
+            )
+            raise SourceError(message)
+        headers = {file: _header_of(file, allow_pickle=allow_pickle) for file in files}
+        return TensorFiles(path, headers, locations)
     return TensorFiles.of(path, _header_of(path, allow_pickle=allow_pickle))
 
 
@@ -268,20 +278,6 @@ def shards_of(path: Path) -> dict[str, Path]:
         if shard not in files:
             files[shard] = _shard_path(path, shard)
     return {name: files[shard] for name, shard in shard_names.items()}
-
-
-def _open_index(path: Path, *, allow_pickle: bool) -> TensorFiles:
-    locations = shards_of(path)
-    files = dict.fromkeys(locations.values())
-    if missing := [file.name for file in files if not file.exists()]:
-        verb = "does" if len(missing) == 1 else "do"
-        message = (
-            f"{path}: {len(missing)} of the {len(files)} shards that it names {verb} not exist: "
-            f"{', '.join(missing[:6])}. Fetch the whole model."
-        )
-        raise SourceError(message)
-    headers = {file: _header_of(file, allow_pickle=allow_pickle) for file in files}
-    return TensorFiles(path, headers, locations)
 
 
 def _shard_path(index: Path, shard: str) -> Path:
