@@ -29,7 +29,7 @@ from lora_analysis.formats.peft.module_pairs import DORA
 from lora_analysis.formats.sources import AdapterFiles, AdapterRef, label_of
 from lora_analysis.formats.stored import tensor
 from lora_analysis.patterns import natural_key
-from lora_analysis.storage.marks import config_findings
+from lora_analysis.storage.records import config_findings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

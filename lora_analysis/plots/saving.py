@@ -16,7 +16,7 @@ from lora_analysis.errors import InputError
 from lora_analysis.plots import style
 from lora_analysis.plots.hover import hover_elements
 from lora_analysis.storage.atomic import write_atomic
-from lora_analysis.storage.marks import FIGURE_CREATOR
+from lora_analysis.storage.records import FIGURE_CREATOR
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -27,12 +27,12 @@ from lora_analysis.storage.atomic import (
     write_atomic,
 )
 from lora_analysis.storage.locks import locked
-from lora_analysis.storage.marks import is_marked
 from lora_analysis.storage.records import (
     RECORD_FOLDER,
     FileMark,
     Record,
     file_state,
+    is_marked,
     mark_of,
     read_record,
     read_records,
