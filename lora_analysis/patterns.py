@@ -117,8 +117,14 @@ def matches_target(name: str, targets: str | Sequence[str]) -> bool:
     """
     if isinstance(targets, str):
         if _PLAIN.fullmatch(targets):
-            return _equal_but_for_dots(name, targets)
-        return _matches_expression(name, targets)
+            # A dot stands for any character.
+            return len(name) == len(targets) and (
+                name == targets or all(p in (t, ".") for p, t in zip(targets, name, strict=True))
+            )
+        budget = _BUDGET.get() or _Budget(PATTERN_SECONDS)
+        with budget.spending(name, targets) as seconds:
+            compiled = _compile(targets, targets)
+            return compiled.fullmatch(name, timeout=seconds) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
@@ -351,21 +357,6 @@ def _blanked(text: str, positions: Sequence[int]) -> str:
     return "".join(characters)
 
 
-def _equal_but_for_dots(text: str, plain: str) -> bool:
-    """Return True if the text equals a pattern in which a dot stands for any character."""
-    if len(text) != len(plain):
-        return False
-    return text == plain or all(p in (t, ".") for p, t in zip(plain, text, strict=True))
-
-
-def _matches_expression(name: str, expression: str) -> bool:
-    """Return True if a regular expression matches the whole name."""
-    budget = _BUDGET.get() or _Budget(PATTERN_SECONDS)
-    with budget.spending(name, expression) as seconds:
-        compiled = _compile(expression, expression)
-        return compiled.fullmatch(name, timeout=seconds) is not None
-
-
 @lru_cache(maxsize=64)
 def _compile(expression: str, pattern: str) -> Any:
     """Compile what Python's own engine accepts, for the one that stops at a time limit."""
@@ -381,15 +372,11 @@ def _compile(expression: str, pattern: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about sets that another version may read otherwise
             re.compile(expression)
-            return regex.compile(_for_both_engines(expression))
+            # The other engine takes more for special: braces, and brackets in a set.
+            return regex.compile(_TOKEN.sub(_escaped, expression))
     except (re.error, regex.error, RecursionError, OverflowError, MemoryError) as error:
         message = f"'{_shortened(pattern)}' is not a regular expression: {error}."
         raise InputError(message) from error
-
-
-def _for_both_engines(expression: str) -> str:
-    """Escape what only the other engine takes for special: braces, and brackets in a set."""
-    return _TOKEN.sub(_escaped, expression)
 
 
 def _escaped(token: re.Match[str]) -> str:

@@ -199,15 +199,6 @@ def _window(grid: SimilarityGrid, zoom: int | None) -> tuple[int, int, NDArray[n
     return n, n, np.triu(np.ones((n, n), dtype=bool), k=1)
 
 
-def _untrained_note(grid: SimilarityGrid) -> str:
-    empty = [
-        style.plain(label, 24)
-        for label, size in zip(grid.labels, grid.values.shape, strict=True)
-        if not size
-    ]
-    return f"{' and '.join(empty)}:\nuntrained, no directions" if empty else ""
-
-
 def _axis_name(index: str, label: str) -> str:
     """Return the name of an axis of directions, on two lines if the label is long."""
     label = style.plain(label, 24)
@@ -230,6 +221,11 @@ def resolve_similarity(
     data = np.ma.masked_where(left_out | degenerate | ~np.isfinite(values), values)
     expected = grid.chance[corner][~left_out]
     has_band = not excess and expected.size > 0 and bool(np.isfinite(expected).all())
+    empty = [
+        style.plain(label, 24)
+        for label, size in zip(grid.labels, grid.values.shape, strict=True)
+        if not size
+    ]
     return HeatMap(
         data=data,
         degenerate=degenerate,
@@ -239,7 +235,7 @@ def resolve_similarity(
         xlabel=_axis_name("j", grid.labels[1]),
         ylabel=_axis_name("i", grid.labels[0]),
         title=style.plain(grid.module if title is None else title),
-        note=_untrained_note(grid),
+        note=f"{' and '.join(empty)}:\nuntrained, no directions" if empty else "",
         quantity="excess φ" if excess else "φ",
     )
 

@@ -59,7 +59,13 @@ def fitted(text: str, width: float, font: FontProperties, *, lines: int = 2) -> 
         if all(text_width(part, font) < width for part in (f"{parts[0]},", parts[1])):
             return f"{parts[0]},\n{parts[1]}"
     rows = [""]
-    for word in _words(text):
+    # Pieces between which a line may break, each with the mark that ends it.
+    words = [""]
+    for character in text:
+        words[-1] += character
+        if character in " ./_":
+            words.append("")
+    for word in words:
         if rows[-1] and text_width((rows[-1] + word).rstrip(), font) > width:
             rows.append("")
         rows[-1] += word
@@ -73,16 +79,6 @@ def set_title(ax: Axes, text: str, width: float | None = None) -> None:
     if width is None:
         width = ax.bbox.width * 72 / ax.figure.dpi
     ax.set_title(fitted(text, width, ax.title.get_fontproperties()), parse_math=False)
-
-
-def _words(text: str) -> list[str]:
-    """Return the pieces between which a line may break, each with the mark that ends it."""
-    words = [""]
-    for character in text:
-        words[-1] += character
-        if character in " ./_":
-            words.append("")
-    return words
 
 
 class _ThinnedTicks(Locator):

@@ -109,12 +109,6 @@ def _ylabel(spectra: Sequence[Spectrum], *, normalized: bool, energy: bool) -> s
     return f"singular value σᵢ of {of}{' / scale' if unknown else ''}"
 
 
-def _unit(spectrum: Spectrum, spectra: Sequence[Spectrum], *, relative: bool) -> str:
-    """Return the suffix of a curve's label if only some of the scales are known."""
-    mixed = not all(s.in_units_of_scale for s in spectra)
-    return " / scale" if spectrum.in_units_of_scale and mixed and not relative else ""
-
-
 def resolve_spectrum(
     spectra: Sequence[Spectrum], *, normalized: bool = False, energy: bool = False
 ) -> SpectrumPlot:
@@ -128,7 +122,9 @@ def resolve_spectrum(
         if not spectral.untrained:
             values = _curve_values(spectral, normalized=normalized, energy=energy)
             beyond_rank = len(values) - spectral.numerical_rank
-            unit = _unit(spectral, spectra, relative=normalized or energy)
+            # The unit is part of the label if only some of the scales are known.
+            mixed = not (normalized or energy or all(s.in_units_of_scale for s in spectra))
+            unit = " / scale" if spectral.in_units_of_scale and mixed else ""
             color = index if len(spectra) <= len(style.PALETTE) else 0
             curves.append(Curve(label + unit, values, beyond_rank, color))
     untrained = [n for s, n in zip(spectra, labels, strict=True) if s.untrained]

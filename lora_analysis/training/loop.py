@@ -18,7 +18,6 @@ from lora_analysis.training.devices import ALONE, Processes
 from lora_analysis.training.options import LoopOptions
 from lora_analysis.training.randomness import DropoutStream, Order
 from lora_analysis.training.tasks import (
-    Batch,
     Task,
     count_targets,
     evaluate,
@@ -193,7 +192,13 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         rows = next(self.order)
-        batches = self._split_step(rows)
+        # This process's part of the step, in batches.
+        step = self.task.training_batch(rows, self.order.generator)
+        parts = torch.split(torch.arange(len(rows)), self.options.batch_size)
+        mine = [part[self.processes.rank :: self.processes.count] for part in parts]
+        batches = [
+            {name: value[part] for name, value in step.items()} for part in mine if len(part)
+        ]
         count = sum(count_targets(batch["labels"], self.task.target) for batch in batches)
         count = max(1, self.processes.total(count))
         self.optimizer.zero_grad(set_to_none=True)
@@ -219,13 +224,6 @@ class Training:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return mean
-
-    def _split_step(self, rows: Tensor) -> list[Batch]:
-        """Return this process's part of a step, in batches."""
-        step = self.task.training_batch(rows, self.order.generator)
-        parts = torch.split(torch.arange(len(rows)), self.options.batch_size)
-        mine = [part[self.processes.rank :: self.processes.count] for part in parts]
-        return [{name: value[part] for name, value in step.items()} for part in mine if len(part)]
 
     def _precision(self) -> AbstractContextManager[object]:
         if self.options.autocast is None:
