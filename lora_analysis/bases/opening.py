@@ -12,8 +12,7 @@ from lora_analysis.bases.memory_source import ArraySource, ModelSource
 from lora_analysis.bases.sanity_checks import file_findings
 from lora_analysis.errors import SourceError, UnknownFormatError
 from lora_analysis.linalg import is_torch_module
-from lora_analysis.storage.documents import read_json_object
-from lora_analysis.storage.file_signatures import PICKLE_SUFFIXES
+from lora_analysis.storage.documents import PICKLE_SUFFIXES, read_json_object
 from lora_analysis.storage.hub import fetch_model
 from lora_analysis.storage.records import refuse_unfinished
 from lora_analysis.storage.source_names import existing_path, shown_errors

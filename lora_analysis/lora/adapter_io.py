@@ -23,6 +23,13 @@ from lora_analysis.formats import as_adapter
 from lora_analysis.formats.fused_parts import FUSED_PARTS, join_parts
 from lora_analysis.formats.live import MODEL_READERS, ModelReader
 from lora_analysis.formats.peft.adapter_config import refuse_more_than_factors
+from lora_analysis.lora.composite_weights import (
+    ExpertLayer,
+    FusedFactors,
+    loaded_stack_factors,
+    parts_from_config,
+    split_experts,
+)
 from lora_analysis.lora.core import (
     Adapted,
     AdaptedModule,
@@ -34,10 +41,7 @@ from lora_analysis.lora.core import (
     base_modules,
     unwrap,
 )
-from lora_analysis.lora.expert_stacks import ExpertLayer, loaded_stack_factors, split_experts
-from lora_analysis.lora.fused_projections import FusedFactors, parts_from_config
-from lora_analysis.lora.layer_kinds import EmbeddingLoraLayer, keep_gradients
-from lora_analysis.lora.targets import is_inside, kind_of
+from lora_analysis.lora.layer_kinds import EmbeddingLoraLayer, is_inside, keep_gradients, kind_of
 from lora_analysis.patterns import natural_key, near_names
 
 if TYPE_CHECKING:

@@ -8,15 +8,14 @@ them. Nothing here reads a file, computes a metric or touches matplotlib's globa
 
 from lora_analysis.plots.amplification import plot_amplification
 from lora_analysis.plots.bars import plot_bars
-from lora_analysis.plots.basis import plot_weight_energy
 from lora_analysis.plots.clustermap import plot_clustermap
 from lora_analysis.plots.curves import (
     plot_budget,
     plot_layers,
     plot_trajectories,
+    plot_weight_energy,
 )
 from lora_analysis.plots.heatmap import plot_similarity
-from lora_analysis.plots.levels import plot_levels
 from lora_analysis.plots.maps import (
     ModuleMap,
     figure_module_maps,
@@ -33,6 +32,7 @@ from lora_analysis.plots.panels import (
 )
 from lora_analysis.plots.saving import save_figure, svg_text
 from lora_analysis.plots.spectrum import plot_spectrum
+from lora_analysis.plots.strip_plot import plot_levels
 from lora_analysis.plots.style import new_axes
 
 __all__ = [

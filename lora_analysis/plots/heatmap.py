@@ -17,8 +17,7 @@ from lora_analysis.errors import InputError
 from lora_analysis.patterns import did_you_mean
 from lora_analysis.plots import style
 from lora_analysis.plots.hatching import hatch_cells
-from lora_analysis.plots.hover import HoverCells, set_hover, span
-from lora_analysis.plots.labels import set_title
+from lora_analysis.plots.labels import HoverCells, set_hover, set_title, span
 from lora_analysis.similarity import Degeneracy, SimilarityGrid, subspace_similarity
 from lora_analysis.spectra import default_side
 

@@ -13,11 +13,12 @@ from lora_analysis.blocks import is_image, locate_module, short_names
 from lora_analysis.errors import InputError
 from lora_analysis.plots import style
 from lora_analysis.plots.heatmap import EXCESS_SCALE, ColorOptions, ColorScale, phi_scale
-from lora_analysis.plots.hover import HoverCells, set_hover
 from lora_analysis.plots.labels import (
+    HoverCells,
     column_order,
     module_columns,
     name_ticks,
+    set_hover,
     set_title,
     text_width,
 )

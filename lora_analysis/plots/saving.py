@@ -14,7 +14,7 @@ from matplotlib.layout_engine import PlaceHolderLayoutEngine
 
 from lora_analysis.errors import InputError
 from lora_analysis.plots import style
-from lora_analysis.plots.hover import hover_elements
+from lora_analysis.plots.labels import hover_elements
 from lora_analysis.storage.atomic import write_atomic
 from lora_analysis.storage.records import FIGURE_CREATOR
 

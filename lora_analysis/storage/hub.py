@@ -13,8 +13,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.errors import MalformedFileError, SourceError
-from lora_analysis.storage.documents import read_json_object
-from lora_analysis.storage.file_signatures import PICKLE_SUFFIXES
+from lora_analysis.storage.documents import PICKLE_SUFFIXES, read_json_object
 from lora_analysis.storage.hub_client import download, in_time, list_files, repository_of
 from lora_analysis.storage.limits import (
     BLOCK_ELEMENTS,

@@ -11,9 +11,14 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from lora_analysis.errors import MalformedFileError
-from lora_analysis.storage.documents import parse_json_object, regular_file_size
+from lora_analysis.storage.documents import (
+    LOOK_BYTES,
+    impostor,
+    parse_json_object,
+    regular_file_size,
+    text_start,
+)
 from lora_analysis.storage.dtypes import BITS
-from lora_analysis.storage.file_signatures import LOOK_BYTES, impostor, text_start
 from lora_analysis.storage.limits import MAX_HEADER_BYTES, MAX_TENSOR_DIMENSIONS, MAX_TENSORS
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote
 
 from lora_analysis.errors import LoraAnalysisError, SourceError
-from lora_analysis.storage.file_signatures import PICKLE_SUFFIXES
+from lora_analysis.storage.documents import PICKLE_SUFFIXES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -16,9 +16,8 @@ import numpy as np
 
 from lora_analysis.errors import MalformedFileError, SourceError
 from lora_analysis.linalg import stored_values
-from lora_analysis.storage.documents import read_json_object
+from lora_analysis.storage.documents import PICKLE_SUFFIXES, is_pickle, is_zip, read_json_object
 from lora_analysis.storage.dtypes import result_dtype, widen
-from lora_analysis.storage.file_signatures import PICKLE_SUFFIXES, is_pickle, is_zip
 from lora_analysis.storage.limits import BLOCK_ELEMENTS, MAX_INDEX_BYTES
 from lora_analysis.storage.safetensors import Header, TensorInfo, TensorSpec, read_header
 from lora_analysis.storage.tensor_reader import (

@@ -22,9 +22,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
 
 from lora_analysis.errors import MalformedFileError, UnknownFormatError, UnsupportedMethodError
-from lora_analysis.storage.documents import is_text, regular_file_size
+from lora_analysis.storage.documents import is_text, is_zip, pickle_refused, regular_file_size
 from lora_analysis.storage.dtypes import BITS
-from lora_analysis.storage.file_signatures import is_zip, pickle_refused
 from lora_analysis.storage.limits import (
     MAX_NESTING,
     MAX_PICKLE_BYTES,
