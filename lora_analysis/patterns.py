@@ -51,22 +51,20 @@ def _number_key(digits: str) -> tuple[int, int, str]:
     return 0, len(plain), f"{plain} {digits}"
 
 
-def near_names(
-    name: str, names: Iterable[str], count: int = 3, *, cutoff: float = 0.5
-) -> list[str]:
-    """Return up to ``count`` names that resemble ``name``, by name or by its last segment."""
+def near_names(name: str, names: Iterable[str], *, cutoff: float = 0.5) -> list[str]:
+    """Return up to three names that resemble ``name``, by name or by its last segment."""
     pool = list(names)
-    likely = pool if len(pool) <= _FEW_NAMES else _likely_names(name, pool, count, cutoff)
-    near = difflib.get_close_matches(name, likely, n=count, cutoff=cutoff)
+    likely = pool if len(pool) <= _FEW_NAMES else _likely_names(name, pool, cutoff)
+    near = difflib.get_close_matches(name, likely, cutoff=cutoff)
     tails = {each.rpartition(".")[2]: each for each in reversed(pool)}
     tail = name.rpartition(".")[2]
-    for match in difflib.get_close_matches(tail, tails, n=count, cutoff=cutoff):
+    for match in difflib.get_close_matches(tail, tails, cutoff=cutoff):
         if tails[match] not in near:
             near.append(tails[match])
-    return near[:count]
+    return near[:3]
 
 
-def _likely_names(name: str, pool: Sequence[str], count: int, cutoff: float) -> list[str]:
+def _likely_names(name: str, pool: Sequence[str], cutoff: float) -> list[str]:
     """Return the names that resemble one but for their numbers, those of most equal numbers first.
 
     Comparing a name with each of a thousand takes a third of a second; most differ in numbers only.
@@ -81,7 +79,7 @@ def _likely_names(name: str, pool: Sequence[str], count: int, cutoff: float) -> 
         same = sum(a == b for a, b in zip(numbers, others, strict=False))
         return max(len(numbers), len(others)) - same
 
-    plain = difflib.get_close_matches(_DIGITS.sub("0", name), groups, n=count, cutoff=cutoff)
+    plain = difflib.get_close_matches(_DIGITS.sub("0", name), groups, cutoff=cutoff)
     return [each for key in plain for each in sorted(groups[key], key=differing)[:_FEW_NAMES]]
 
 

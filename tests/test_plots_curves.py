@@ -9,8 +9,8 @@ from lora_analysis.errors import InputError
 from lora_analysis.plots import new_axes, plot_amplification, plot_levels, plot_spectrum
 from lora_analysis.plots import style as plot_style
 from lora_analysis.plots.amplification import resolve_directions, resolve_ranks
+from lora_analysis.plots.module_values import resolve_levels
 from lora_analysis.plots.spectrum import resolve_spectrum
-from lora_analysis.plots.strip_plot import resolve_levels
 from lora_analysis.spectra import spectrum
 
 

@@ -243,7 +243,7 @@ def target_modules(
     return {name: kind_of(name, modules) for name in sorted(targeted, key=natural_key)}
 
 
-def linear_layers_of_blocks(model: nn.Module, trainable: Collection[str] = ()) -> list[str]:
+def linear_layers_of_blocks(model: nn.Module, trainable: Collection[str]) -> list[str]:
     """Return every linear layer inside a repeated block, MLP included, in natural order.
 
     A block is a member of a list of modules, which excludes embeddings and heads. Layers inside

@@ -7,7 +7,6 @@ them. Nothing here reads a file, computes a metric or touches matplotlib's globa
 """
 
 from lora_analysis.plots.amplification import plot_amplification
-from lora_analysis.plots.bars import plot_bars
 from lora_analysis.plots.clustermap import plot_clustermap
 from lora_analysis.plots.curves import (
     plot_budget,
@@ -23,6 +22,7 @@ from lora_analysis.plots.maps import (
     plot_module_map,
     resolve_module_map,
 )
+from lora_analysis.plots.module_values import plot_bars, plot_levels
 from lora_analysis.plots.panels import (
     Panel,
     figure_grid,
@@ -32,7 +32,6 @@ from lora_analysis.plots.panels import (
 )
 from lora_analysis.plots.saving import save_figure, svg_text
 from lora_analysis.plots.spectrum import plot_spectrum
-from lora_analysis.plots.strip_plot import plot_levels
 from lora_analysis.plots.style import new_axes
 
 __all__ = [

@@ -298,9 +298,7 @@ class EnergyPlot:
     ylabel: str
 
 
-def resolve_weight_energy(
-    energies: Sequence[WeightBasisEnergy], *, side: Side = "output"
-) -> EnergyPlot:
+def resolve_weight_energy(energies: Sequence[WeightBasisEnergy], *, side: Side) -> EnergyPlot:
     """Resolve the data that `plot_weight_energy` draws."""
     if not energies:
         message = "plot_weight_energy was given no result."

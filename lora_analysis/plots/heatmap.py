@@ -138,10 +138,10 @@ def colormap(cmap: object) -> Colormap:
 EXCESS_SCALE = ColorScale(excess_colors(), EXCESS_LIMITS, EXCESS, (-0.5, 0.0, 0.5, 1.0))
 
 
-def phi_scale(label: str = PHI) -> ColorScale:
+def phi_scale() -> ColorScale:
     """Return the colors of φ: 0 to 1, in viridis or in the user's ``image.cmap``."""
     colors = colormap(mpl.rcParams["image.cmap"])
-    return ColorScale(colors, (0.0, 1.0), label, (0.0, 0.2, 0.4, 0.6, 0.8, 1.0))
+    return ColorScale(colors, (0.0, 1.0), PHI, (0.0, 0.2, 0.4, 0.6, 0.8, 1.0))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -343,9 +343,7 @@ def _mark_chance(
     )
 
 
-def _as_grid(
-    a: Any, b: Any, *, side: Side | None = None, of: VectorsOf = "delta"
-) -> SimilarityGrid:
+def _as_grid(a: Any, b: Any, *, side: Side | None, of: VectorsOf) -> SimilarityGrid:
     """Return a grid for a grid, a matrix of values, or two updates."""
     if isinstance(a, SimilarityGrid):
         return a

@@ -59,13 +59,13 @@ def shortened(text: str, width: float, font: FontProperties) -> str:
     return f"…{text[start:]}"
 
 
-def fitted(text: str, width: float, font: FontProperties, *, lines: int = 2) -> str:
-    """Return text broken into at most ``lines`` lines of ``width`` points.
+def fitted(text: str, width: float, font: FontProperties) -> str:
+    """Return text broken into at most two lines of ``width`` points.
 
     Lines break at a comma, else at spaces, else after a dot, a slash or an underscore; what is too
     long even then is shortened.
     """
-    if text_width(text, font) > width and lines > 1 and ", " in text:
+    if text_width(text, font) > width and ", " in text:
         parts = [part.strip() for part in text.rsplit(", ", 1)]
         if all(text_width(part, font) < width for part in (f"{parts[0]},", parts[1])):
             return f"{parts[0]},\n{parts[1]}"
@@ -80,8 +80,8 @@ def fitted(text: str, width: float, font: FontProperties, *, lines: int = 2) -> 
         if rows[-1] and text_width((rows[-1] + word).rstrip(), font) > width:
             rows.append("")
         rows[-1] += word
-    if len(rows) > lines:
-        rows = [*rows[: lines - 1], "".join(rows[lines - 1 :])]
+    if len(rows) > 2:
+        rows = [rows[0], "".join(rows[1:])]
     return "\n".join(shortened(row.strip(), width, font) for row in rows)
 
 

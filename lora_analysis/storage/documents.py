@@ -119,11 +119,6 @@ def impostor_at(path: Path) -> str:
     return impostor(start) or text_start(start)
 
 
-def is_pointer(start: bytes) -> bool:
-    """Return True if a file is what Git LFS or Xet leave in place of one that was not fetched."""
-    return _POINTER.match(start) is not None
-
-
 def text_start(start: bytes) -> str:
     """Return a sentence that quotes the first line of a file that is plain text, else ""."""
     if not start or not _TEXT.fullmatch(start):
@@ -323,7 +318,7 @@ def regular_file_size(path: Path) -> int:
     if not regular:
         message = f"{path} {kind}."
         raise SourceError(message)
-    if is_pointer(start):
+    if _POINTER.match(start):
         message = f"{path}: this is {impostor(start)}"
         raise MalformedFileError(message)
     return size

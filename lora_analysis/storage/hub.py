@@ -70,7 +70,7 @@ _WHOLE_MODELS: Final = ("model", "diffusion_pytorch_model")
 _FIRST_REQUEST: Final = 2**18
 
 
-def fetch_adapter(source: str | os.PathLike[str], *, allow_pickle: bool = False) -> Snapshot:
+def fetch_adapter(source: str | os.PathLike[str], *, allow_pickle: bool) -> Snapshot:
     """Fetch the files of adapters, see `adapter_files`.
 
     A source that names a file fetches it, of any kind, with the configurations in its folder.
@@ -150,7 +150,7 @@ def fetch_files(snapshot: Snapshot, names: Sequence[str]) -> None:
     download(name, list_files(name), names, MAX_HUB_MODEL_BYTES)
 
 
-def fetch_pretrained(source: str | os.PathLike[str], *, revision: str | None = None) -> Snapshot:
+def fetch_pretrained(source: str | os.PathLike[str], *, revision: str | None) -> Snapshot:
     """Fetch one whole model as `fetch_model` does, with its tokenizer or image processor.
 
     Raises

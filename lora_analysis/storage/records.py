@@ -299,7 +299,7 @@ def _checked_name(name: object) -> str:
     return text
 
 
-def safetensors_mark(config: Mapping[str, Any] | None = None) -> dict[str, str]:
+def safetensors_mark(config: Mapping[str, Any] | None) -> dict[str, str]:
     """Return the metadata entry that marks a safetensors file as ours.
 
     Parameters

@@ -269,23 +269,19 @@ def shards_of(path: Path) -> dict[str, Path]:
     if not isinstance(shard_names, dict) or not shard_names:
         message = f"{path}: a sharded model's index needs a 'weight_map' of tensors to files."
         raise MalformedFileError(message)
+    suffix = PurePosixPath(path.name.removesuffix(".index.json")).suffix
     files: dict[str, Path] = {}
     for tensor, shard in shard_names.items():
         if not isinstance(shard, str):
             message = f"{path}: 'weight_map' gives {shard!r} as the file of tensor {tensor!r}."
             raise MalformedFileError(message)
         if shard not in files:
-            files[shard] = _shard_path(path, shard)
+            # A shard must be inside the index's folder, under the names of any system.
+            parts = (*PurePosixPath(shard).parts, *PureWindowsPath(shard).parts)
+            is_absolute = PurePosixPath(shard).is_absolute() or PureWindowsPath(shard).drive
+            is_shard = shard.endswith(suffix) and ".." not in parts and "\0" not in shard
+            if is_absolute or not is_shard or suffix not in {*PICKLE_SUFFIXES, ".safetensors"}:
+                message = f"{path}: {shard!r} is not a {suffix} file inside the index's own folder."
+                raise MalformedFileError(message)
+            files[shard] = path.parent / shard
     return {name: files[shard] for name, shard in shard_names.items()}
-
-
-def _shard_path(index: Path, shard: str) -> Path:
-    """Return the path of a shard, which must be inside the index's folder."""
-    parts = (*PurePosixPath(shard).parts, *PureWindowsPath(shard).parts)
-    leads_out = ".." in parts or PurePosixPath(shard).is_absolute() or PureWindowsPath(shard).drive
-    suffix = PurePosixPath(index.name.removesuffix(".index.json")).suffix
-    is_tensor_file = suffix in PICKLE_SUFFIXES or suffix == ".safetensors"
-    if leads_out or "\0" in shard or not is_tensor_file or not shard.endswith(suffix):
-        message = f"{index}: {shard!r} is not a {suffix} file inside the index's own folder."
-        raise MalformedFileError(message)
-    return index.parent / shard
