@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from lora_analysis.intruders import IntruderReport
     from lora_analysis.spectra import Side
 
-EXCESS_LABEL = "excess over random\n(φ − c)/(1 − c)"
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModuleMap:

@@ -30,8 +30,6 @@ from lora_analysis.storage.tensor_reader import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-INDEX_SUFFIX = ".safetensors.index.json"
-
 
 class NamedTensors(Protocol):
     """The tensors of a container; names, types and shapes are available before any is read.
