@@ -387,7 +387,7 @@ def pair_init(
     module: str,
     ranks: tuple[int, int],
     *,
-    spaces: tuple[float | None, float | None] = (None, None),
+    spaces: tuple[float | None, float | None],
 ) -> ModuleInit:
     """Return the evidence on the pair (a, b) from that on every pair.
 

@@ -162,7 +162,10 @@ def strip_wrappers(stored: str) -> str:
     'layers.0.q_proj'
     """
     segments = [segment for segment in stored.split(".") if segment not in _WRAPPERS]
-    while lead := next((w for w in _LEADING_WRAPPERS if _leads(segments, w)), None):
+    while lead := next(
+        (w for w in _LEADING_WRAPPERS if len(segments) > len(w) and segments[: len(w)] == list(w)),
+        None,
+    ):
         segments = segments[len(lead) :]
     return ".".join(segments) or stored
 
@@ -374,7 +377,7 @@ def match_names(
     for name in left:
         if identities[name] in by_identity:
             pairs[name] = by_identity[identities[name]]
-    rest = _Rest(identities, targets, pairs, fits or _always, flat=flat)
+    rest = _Rest(identities, targets, pairs, fits or (lambda *_: True), flat=flat)
     pairs |= rest.by_spelling(spellings)
     pairs |= rest.by_prefix()
     return NameMatch(pairs, tuple(rest.decided), tuple(rest.ambiguous))
@@ -509,10 +512,6 @@ def _compete(group: Mapping[str, str], other: Mapping[str, str]) -> bool:
     return bool(group.keys() & other.keys() or set(group.values()) & set(other.values()))
 
 
-def _always(_name: str, _other: str) -> bool:
-    return True
-
-
 def possible_prefixes(name: str, separator: str) -> Iterator[tuple[str, str]]:
     """Yield what may be a prefix and the rest; the segment before the first number stays there."""
     segments = name.split(separator)
@@ -537,10 +536,6 @@ def rename_prefix(name: str, prefix: Prefixes | None) -> str:
 def _head(name: str, identity: ModuleName) -> str:
     """Return the part of a stored name in front of the module's canonical name."""
     return strip_wrappers(name).removesuffix(identity.name)
-
-
-def _leads(segments: Sequence[str], wrapper: Sequence[str]) -> bool:
-    return len(segments) > len(wrapper) and tuple(segments[: len(wrapper)]) == tuple(wrapper)
 
 
 def _flat_match(path: str) -> re.Match[str] | None:

@@ -51,22 +51,20 @@ def _number_key(digits: str) -> tuple[int, int, str]:
     return 0, len(plain), f"{plain} {digits}"
 
 
-def near_names(
-    name: str, names: Iterable[str], count: int = 3, *, cutoff: float = 0.5
-) -> list[str]:
-    """Return up to ``count`` names that resemble ``name``, by name or by its last segment."""
+def near_names(name: str, names: Iterable[str], *, cutoff: float = 0.5) -> list[str]:
+    """Return up to three names that resemble ``name``, by name or by its last segment."""
     pool = list(names)
-    likely = pool if len(pool) <= _FEW_NAMES else _likely_names(name, pool, count, cutoff)
-    near = difflib.get_close_matches(name, likely, n=count, cutoff=cutoff)
+    likely = pool if len(pool) <= _FEW_NAMES else _likely_names(name, pool, cutoff)
+    near = difflib.get_close_matches(name, likely, cutoff=cutoff)
     tails = {each.rpartition(".")[2]: each for each in reversed(pool)}
     tail = name.rpartition(".")[2]
-    for match in difflib.get_close_matches(tail, tails, n=count, cutoff=cutoff):
+    for match in difflib.get_close_matches(tail, tails, cutoff=cutoff):
         if tails[match] not in near:
             near.append(tails[match])
-    return near[:count]
+    return near[:3]
 
 
-def _likely_names(name: str, pool: Sequence[str], count: int, cutoff: float) -> list[str]:
+def _likely_names(name: str, pool: Sequence[str], cutoff: float) -> list[str]:
     """Return the names that resemble one but for their numbers, those of most equal numbers first.
 
     Comparing a name with each of a thousand takes a third of a second; most differ in numbers only.
@@ -81,7 +79,7 @@ def _likely_names(name: str, pool: Sequence[str], count: int, cutoff: float) -> 
         same = sum(a == b for a, b in zip(numbers, others, strict=False))
         return max(len(numbers), len(others)) - same
 
-    plain = difflib.get_close_matches(_DIGITS.sub("0", name), groups, n=count, cutoff=cutoff)
+    plain = difflib.get_close_matches(_DIGITS.sub("0", name), groups, cutoff=cutoff)
     return [each for key in plain for each in sorted(groups[key], key=differing)[:_FEW_NAMES]]
 
 
@@ -117,8 +115,14 @@ def matches_target(name: str, targets: str | Sequence[str]) -> bool:
     """
     if isinstance(targets, str):
         if _PLAIN.fullmatch(targets):
-            return _equal_but_for_dots(name, targets)
-        return _matches_expression(name, targets)
+            # A dot stands for any character.
+            return len(name) == len(targets) and (
+                name == targets or all(p in (t, ".") for p, t in zip(targets, name, strict=True))
+            )
+        budget = _BUDGET.get() or _Budget(PATTERN_SECONDS)
+        with budget.spending(name, targets) as seconds:
+            compiled = _compile(targets, targets)
+            return compiled.fullmatch(name, timeout=seconds) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
@@ -351,21 +355,6 @@ def _blanked(text: str, positions: Sequence[int]) -> str:
     return "".join(characters)
 
 
-def _equal_but_for_dots(text: str, plain: str) -> bool:
-    """Return True if the text equals a pattern in which a dot stands for any character."""
-    if len(text) != len(plain):
-        return False
-    return text == plain or all(p in (t, ".") for p, t in zip(plain, text, strict=True))
-
-
-def _matches_expression(name: str, expression: str) -> bool:
-    """Return True if a regular expression matches the whole name."""
-    budget = _BUDGET.get() or _Budget(PATTERN_SECONDS)
-    with budget.spending(name, expression) as seconds:
-        compiled = _compile(expression, expression)
-        return compiled.fullmatch(name, timeout=seconds) is not None
-
-
 @lru_cache(maxsize=64)
 def _compile(expression: str, pattern: str) -> Any:
     """Compile what Python's own engine accepts, for the one that stops at a time limit."""
@@ -381,15 +370,11 @@ def _compile(expression: str, pattern: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about sets that another version may read otherwise
             re.compile(expression)
-            return regex.compile(_for_both_engines(expression))
+            # The other engine takes more for special: braces, and brackets in a set.
+            return regex.compile(_TOKEN.sub(_escaped, expression))
     except (re.error, regex.error, RecursionError, OverflowError, MemoryError) as error:
         message = f"'{_shortened(pattern)}' is not a regular expression: {error}."
         raise InputError(message) from error
-
-
-def _for_both_engines(expression: str) -> str:
-    """Escape what only the other engine takes for special: braces, and brackets in a set."""
-    return _TOKEN.sub(_escaped, expression)
 
 
 def _escaped(token: re.Match[str]) -> str:

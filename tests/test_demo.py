@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from lora_analysis import demo
 from lora_analysis.cli import run
-from lora_analysis.storage.paths import bundled_data
 from lora_analysis.storage.records import RECORD_FOLDER
+from lora_analysis.storage.source_names import bundled_data
 from lora_analysis.training import LoopOptions, RunConfig, demo_sweep
 
 CELLS = (("rotate", 2, 0), ("rotate", 3, 0), ("mirror", 2, 1))

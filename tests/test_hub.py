@@ -24,7 +24,7 @@ from lora_analysis.errors import InputError, MissingExtraError, SourceError
 from lora_analysis.formats import find_adapters, read_adapter, write_adapter
 from lora_analysis.storage import hub as hub_module
 from lora_analysis.storage import hub_client
-from lora_analysis.storage.hub_names import HubName, hub_name
+from lora_analysis.storage.source_names import HubName, hub_name
 
 constants = pytest.importorskip("huggingface_hub.constants")
 

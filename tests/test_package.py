@@ -91,7 +91,7 @@ def test_the_wheel_runs_outside_the_checkout(installed: Path, tmp_path: Path) ->
 def test_the_wheel_holds_the_bundled_base(installed: Path, tmp_path: Path) -> None:
     code = (
         "from lora_analysis import open_base\n"
-        "from lora_analysis.storage.paths import bundled_data\n"
+        "from lora_analysis.storage.source_names import bundled_data\n"
         "path = bundled_data('digits-vit')\n"
         "assert 'site-packages' in str(path), path\n"
         "print(open_base(path).weight('blocks.0.attention.q_proj').array().shape)\n"

@@ -9,7 +9,7 @@ from lora_analysis import open_base
 from lora_analysis.adapter import Adapter, LowRankUpdate, Provenance
 from lora_analysis.errors import InputError
 from lora_analysis.reproduction import table_7, write_reproduction
-from lora_analysis.storage.paths import bundled_data
+from lora_analysis.storage.source_names import bundled_data
 from lora_analysis.studies import Study, study
 from lora_analysis.text import number
 

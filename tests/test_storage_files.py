@@ -11,7 +11,7 @@ from typing import BinaryIO
 import pytest
 
 from lora_analysis.errors import MalformedFileError, SourceError
-from lora_analysis.storage import paths
+from lora_analysis.storage import source_names
 from lora_analysis.storage.atomic import write_atomic
 from lora_analysis.storage.documents import (
     parse_json,
@@ -19,8 +19,8 @@ from lora_analysis.storage.documents import (
     read_json_object,
     read_toml,
 )
-from lora_analysis.storage.paths import bundled_data
 from lora_analysis.storage.safetensors import read_header
+from lora_analysis.storage.source_names import bundled_data
 
 
 def test_bytes_and_writers_give_the_file_its_new_content(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_bundled_data_is_found_in_a_package_and_in_a_checkout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "lora_analysis"
-    monkeypatch.setattr(paths, "_PACKAGE", package)
+    monkeypatch.setattr(source_names, "_PACKAGE", package)
     with pytest.raises(SourceError, match="No bundled data named 'base'"):
         bundled_data("base")
     (tmp_path / "data" / "base").mkdir(parents=True)

@@ -25,7 +25,7 @@ from lora_analysis.edit import resize_adapter
 from lora_analysis.errors import InputError
 from lora_analysis.formats.registry import WRITERS
 from lora_analysis.storage.gguf import read_gguf
-from lora_analysis.storage.marks import KEY, is_marked
+from lora_analysis.storage.records import KEY, is_marked
 from lora_analysis.storage.safetensors import read_header
 from lora_analysis.storage.tensor_writer import (
     OutputTensor,

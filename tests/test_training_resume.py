@@ -354,7 +354,7 @@ def test_trackers_are_checked_before_anything_is_trained(monkeypatch: pytest.Mon
 
 
 def test_the_presets_are_the_papers_and_give_runs() -> None:
-    from lora_analysis.training.presets import PRESETS, get_preset
+    from lora_analysis.training.config import PRESETS, get_preset
 
     assert len(PRESETS) == 8 * 3 + 3 + 1
     for name in PRESETS:
@@ -393,7 +393,7 @@ ALPHA_AND_WARMUP = {"roberta-base": (8, 0.06), "roberta-large": (16, 0.06), "deb
 
 @pytest.mark.parametrize("model_name", PRINTED)
 def test_the_presets_of_glue_are_the_tables_row_by_row(model_name: str) -> None:
-    from lora_analysis.training.presets import get_preset
+    from lora_analysis.training.config import get_preset
 
     tasks = ["mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"]
     found = [get_preset(f"{model_name}-{task}") for task in tasks]

@@ -23,9 +23,8 @@ from lora_analysis.bases.tensor_names import TensorNames, matrix_shape
 from lora_analysis.bases.weight import Piece, Tiles, Weight, tiles_of
 from lora_analysis.errors import BaseWeightError, InputError
 from lora_analysis.finding import Finding
-from lora_analysis.storage.hub_names import shown_errors
 from lora_analysis.storage.limits import MAX_VALUE
-from lora_analysis.storage.paths import source_paths
+from lora_analysis.storage.source_names import shown_errors, source_paths
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter
     from lora_analysis.bases.weight import TensorSource
     from lora_analysis.names import Prefixes
-    from lora_analysis.storage.hub_names import Snapshot
+    from lora_analysis.storage.source_names import Snapshot
 
 
 class BaseWeights:

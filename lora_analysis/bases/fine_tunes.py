@@ -25,7 +25,7 @@ from lora_analysis.blocks import choose_names
 from lora_analysis.errors import BaseWeightError, InputError
 from lora_analysis.finding import Finding
 from lora_analysis.storage.dtypes import narrow, widened
-from lora_analysis.storage.paths import existing_path
+from lora_analysis.storage.source_names import existing_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

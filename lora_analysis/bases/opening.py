@@ -12,18 +12,16 @@ from lora_analysis.bases.memory_source import ArraySource, ModelSource
 from lora_analysis.bases.sanity_checks import file_findings
 from lora_analysis.errors import SourceError, UnknownFormatError
 from lora_analysis.linalg import is_torch_module
-from lora_analysis.storage.documents import read_json_object
-from lora_analysis.storage.file_signatures import PICKLE_SUFFIXES
+from lora_analysis.storage.documents import PICKLE_SUFFIXES, read_json_object
 from lora_analysis.storage.hub import fetch_model
-from lora_analysis.storage.hub_names import shown_errors
-from lora_analysis.storage.paths import existing_path
 from lora_analysis.storage.records import refuse_unfinished
+from lora_analysis.storage.source_names import existing_path, shown_errors
 from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
     import os
 
-    from lora_analysis.storage.hub_names import Snapshot
+    from lora_analysis.storage.source_names import Snapshot
     from lora_analysis.storage.tensors import TensorFiles
 
 # In this order: a folder with two copies of a model is read without pickles.
@@ -110,7 +108,7 @@ def _open_stored(
 
         return open_gguf(file, label)
     if snapshot is not None and file.name.endswith(f".safetensors{_INDEX}"):
-        from lora_analysis.storage.hub_shards import HubShards
+        from lora_analysis.storage.hub import HubShards
 
         files: TensorFiles = HubShards(file, snapshot)
     else:

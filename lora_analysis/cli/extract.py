@@ -51,7 +51,7 @@ def command(
     """
     from lora_analysis.edit import approximate_fine_tune
     from lora_analysis.formats.writing import check_adapter_place
-    from lora_analysis.storage.paths import source_paths
+    from lora_analysis.storage.source_names import source_paths
 
     size = one_size(rank=rank, energy=energy, budget=budget)
     inputs = [path for source in (tuned, base) for path in source_paths(source)]

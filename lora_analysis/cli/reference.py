@@ -68,7 +68,7 @@ def command(
     themselves.
     """
     from lora_analysis.storage.outputs import check_output_file
-    from lora_analysis.storage.paths import source_paths
+    from lora_analysis.storage.source_names import source_paths
     from lora_analysis.studies import study
     from lora_analysis.studies.reference_levels import write_reference
 

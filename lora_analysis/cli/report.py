@@ -121,7 +121,7 @@ def command(
     """
     from lora_analysis.report import write_report
     from lora_analysis.report.report_folder import check_report_folder
-    from lora_analysis.storage.paths import source_paths
+    from lora_analysis.storage.source_names import source_paths
     from lora_analysis.studies import MAX_PAIRS, Failure, study
     from lora_analysis.studies.reference_levels import is_reference_file
 

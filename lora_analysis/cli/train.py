@@ -254,8 +254,8 @@ def command(
     """
     from lora_analysis.storage.documents import read_toml
     from lora_analysis.training import RunConfig, train_run
+    from lora_analysis.training.config import get_preset, merge_tables
     from lora_analysis.training.events import check_trackers
-    from lora_analysis.training.presets import get_preset, merge_tables
 
     check_trackers(trackers)
     tables = [get_preset(preset)] if preset else []

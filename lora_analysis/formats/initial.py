@@ -17,14 +17,14 @@ from lora_analysis.adapter import Adapter, LowRankUpdate
 from lora_analysis.errors import MalformedFileError
 from lora_analysis.finding import Finding
 from lora_analysis.formats.options import Factors, InitialFactorsRequest, InitialFactorsSource
-from lora_analysis.storage.hub_names import shown_errors
+from lora_analysis.storage.source_names import shown_errors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lora_analysis.adapter import Update
     from lora_analysis.formats.factors import StoredPair
-    from lora_analysis.storage.hub_names import Snapshot
+    from lora_analysis.storage.source_names import Snapshot
     from lora_analysis.storage.tensors import NamedTensors
 
 

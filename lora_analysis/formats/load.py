@@ -29,9 +29,8 @@ from lora_analysis.formats.sources import (
 )
 from lora_analysis.patterns import natural_key, pattern_budget
 from lora_analysis.storage.gguf import read_gguf
-from lora_analysis.storage.hub_names import shown_errors
-from lora_analysis.storage.paths import existing_path, source_paths
 from lora_analysis.storage.records import refuse_unfinished
+from lora_analysis.storage.source_names import existing_path, shown_errors, source_paths
 from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
 
     from lora_analysis.adapter import Update
     from lora_analysis.formats.options import ExpertOrder, InitialFactorsSource
-    from lora_analysis.storage.hub_names import Snapshot
+    from lora_analysis.storage.source_names import Snapshot
 
 _UNPICKLED: Final = (".safetensors", ".gguf", ".npz")
 # Files that a report and a sweep leave next to the adapters.

@@ -47,7 +47,7 @@ from lora_analysis.formats.text_writing import (
 )
 from lora_analysis.formats.written import is_dora
 from lora_analysis.patterns import natural_key
-from lora_analysis.storage.marks import config_findings
+from lora_analysis.storage.records import config_findings
 from lora_analysis.storage.tensor_writer import OutputTensor, output_group, safetensors_content
 
 if TYPE_CHECKING:

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from lora_analysis.errors import InputError
-from lora_analysis.storage.documents import read_json_object
-from lora_analysis.storage.file_signatures import PICKLE_SUFFIXES
-from lora_analysis.storage.hub_names import Snapshot
-from lora_analysis.storage.paths import existing_path
+from lora_analysis.storage.documents import PICKLE_SUFFIXES, read_json_object
+from lora_analysis.storage.source_names import Snapshot, existing_path
 from lora_analysis.storage.tensors import open_tensors
 from lora_analysis.text import whole_characters
 

@@ -9,14 +9,14 @@ from lora_analysis.errors import UnknownFormatError, UnsupportedMethodError
 from lora_analysis.formats.full_model import base_needed
 from lora_analysis.formats.pairs import known_pair, pair_needed
 from lora_analysis.formats.sources import tensors_at
-from lora_analysis.storage.documents import regular_file_size
-from lora_analysis.storage.file_signatures import (
+from lora_analysis.storage.documents import (
     LOOK_BYTES,
     PICKLE_SUFFIXES,
     impostor,
     impostor_at,
     is_pickle,
     pickle_refused,
+    regular_file_size,
 )
 from lora_analysis.storage.gguf import is_gguf, read_gguf
 from lora_analysis.storage.tensors import open_tensors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,13 @@ from lora_analysis.formats import as_adapter
 from lora_analysis.formats.fused_parts import FUSED_PARTS, join_parts
 from lora_analysis.formats.live import MODEL_READERS, ModelReader
 from lora_analysis.formats.peft.adapter_config import refuse_more_than_factors
+from lora_analysis.lora.composite_weights import (
+    ExpertLayer,
+    FusedFactors,
+    loaded_stack_factors,
+    parts_from_config,
+    split_experts,
+)
 from lora_analysis.lora.core import (
     Adapted,
     AdaptedModule,
@@ -34,10 +41,7 @@ from lora_analysis.lora.core import (
     base_modules,
     unwrap,
 )
-from lora_analysis.lora.expert_stacks import ExpertLayer, loaded_stack_factors, split_experts
-from lora_analysis.lora.fused_projections import FusedFactors, parts_from_config
-from lora_analysis.lora.layer_kinds import EmbeddingLoraLayer, keep_gradients
-from lora_analysis.lora.targets import is_inside, kind_of
+from lora_analysis.lora.layer_kinds import EmbeddingLoraLayer, is_inside, keep_gradients, kind_of
 from lora_analysis.patterns import natural_key, near_names
 
 if TYPE_CHECKING:
@@ -311,7 +315,11 @@ def _trained_copies(
     entries = tuple(adapter.config.get("modules_to_save") or ())
     tensors: dict[str, dict[str, Tensor]] = {}
     for tensor, value in adapter.saved_modules.items():
-        owner = _owner(tensor, modules, entries)
+        # The outermost module that ``modules_to_save`` names, else the one of the tensor.
+        segments = tensor.split(".")[:-1]
+        paths = [".".join(segments[: end + 1]) for end in range(len(segments))]
+        named = (path for path in paths if path in modules and path.endswith(tuple(entries)))
+        owner = next(named, ".".join(segments))
         if owner not in modules or owner in adapter or is_inside(owner, adapter):
             near = ", ".join(near_names(owner, modules)) or "none"
             message = (
@@ -322,27 +330,15 @@ def _trained_copies(
         tensors.setdefault(owner, {})[tensor.removeprefix(f"{owner}.")] = torch.tensor(value)
     for owner in sorted(tensors, key=natural_key):
         module = copy.deepcopy(unwrap(modules[owner]))
-        _load_tensors(module, tensors[owner], f"{owner}' of '{adapter.label}")
+        state = module.state_dict()
+        for key, values in tensors[owner].items():
+            shape = tuple(state[key].shape) if key in state else "none"
+            if shape != tuple(values.shape):
+                message = (
+                    f"'{owner}' of '{adapter.label}' holds '{key}' of shape "
+                    f"{tuple(values.shape)}, the model's has {shape}. Was the adapter made for "
+                    "another base, or another number of classes?"
+                )
+                raise IncompatibleError(message)
+        module.load_state_dict(tensors[owner], strict=False)
         yield owner, module
-
-
-def _owner(tensor: str, modules: Mapping[str, nn.Module], entries: Collection[str]) -> str:
-    """Return the outermost module that ``modules_to_save`` names, else the one of the tensor."""
-    segments = tensor.split(".")[:-1]
-    paths = [".".join(segments[: end + 1]) for end in range(len(segments))]
-    named = (path for path in paths if path in modules and path.endswith(tuple(entries)))
-    return next(named, ".".join(segments))
-
-
-def _load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
-    """Copy tensors into a module, all of which it must have in the same shape."""
-    state = module.state_dict()
-    for key, value in tensors.items():
-        shape = tuple(state[key].shape) if key in state else "none"
-        if shape != tuple(value.shape):
-            message = (
-                f"'{name}' holds '{key}' of shape {tuple(value.shape)}, the model's has {shape}. "
-                "Was the adapter made for another base, or another number of classes?"
-            )
-            raise IncompatibleError(message)
-    module.load_state_dict(dict(tensors), strict=False)

@@ -18,8 +18,8 @@ LoRA (Hu et al., arXiv 2106.09685) freezes a pretrained weight W and trains a lo
 
 A model is adapted in place: every adapted module is replaced by a wrapper, an `AdaptedModule`,
 that holds the frozen module and its factors by adapter name. Which modules get factors is decided
-in `targets`, layers that are not ``nn.Linear`` are in `layer_kinds`, `expert_stacks` and
-`fused_projections`, and `new_adapter` builds an adapter from the user's settings.
+in `layer_kinds`, with the layers that are not ``nn.Linear``; `composite_weights` has factors of the
+parts of a weight, and `new_adapter` builds an adapter from the user's settings.
 """
 
 from __future__ import annotations

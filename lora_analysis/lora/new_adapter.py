@@ -12,6 +12,16 @@ from typing import Any, SupportsIndex
 from torch import nn
 
 from lora_analysis.errors import InputError, TargetError
+from lora_analysis.lora.composite_weights import (
+    ExpertLayer,
+    FusedFactors,
+    Part,
+    Settings,
+    initial_fused_factors,
+    initial_stack_factors,
+    rows_by_part,
+    target_stacks,
+)
 from lora_analysis.lora.core import (
     Adapted,
     LoraLayer,
@@ -20,20 +30,7 @@ from lora_analysis.lora.core import (
     base_modules,
     unwrap,
 )
-from lora_analysis.lora.expert_stacks import (
-    ExpertLayer,
-    Settings,
-    initial_stack_factors,
-    target_stacks,
-)
-from lora_analysis.lora.fused_projections import (
-    FusedFactors,
-    Part,
-    initial_fused_factors,
-    rows_by_part,
-)
-from lora_analysis.lora.layer_kinds import keep_gradients
-from lora_analysis.lora.targets import target_modules, trained_modules
+from lora_analysis.lora.layer_kinds import keep_gradients, target_modules, trained_modules
 from lora_analysis.patterns import ModulePatterns, natural_key, near_names
 
 

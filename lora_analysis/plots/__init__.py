@@ -7,17 +7,15 @@ them. Nothing here reads a file, computes a metric or touches matplotlib's globa
 """
 
 from lora_analysis.plots.amplification import plot_amplification
-from lora_analysis.plots.bars import plot_bars
-from lora_analysis.plots.basis import plot_weight_energy
 from lora_analysis.plots.clustermap import plot_clustermap
 from lora_analysis.plots.curves import (
     plot_budget,
     plot_layers,
     plot_trajectories,
+    plot_weight_energy,
 )
 from lora_analysis.plots.group import plot_group
 from lora_analysis.plots.heatmap import plot_similarity
-from lora_analysis.plots.levels import plot_levels
 from lora_analysis.plots.maps import (
     ModuleMap,
     figure_module_maps,
@@ -25,6 +23,7 @@ from lora_analysis.plots.maps import (
     plot_module_map,
     resolve_module_map,
 )
+from lora_analysis.plots.module_values import plot_bars, plot_levels
 from lora_analysis.plots.panels import (
     Panel,
     figure_grid,

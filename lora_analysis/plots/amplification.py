@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from lora_analysis.amplify import Amplification
 from lora_analysis.errors import InputError
 from lora_analysis.plots import style
-from lora_analysis.plots.points import Group, dropped_note, group
+from lora_analysis.plots.module_values import Group, dropped_note, group
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

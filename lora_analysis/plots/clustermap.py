@@ -15,8 +15,7 @@ from matplotlib.patches import Patch
 from lora_analysis.errors import InputError
 from lora_analysis.plots import style
 from lora_analysis.plots.heatmap import EXCESS_SCALE, ColorOptions, ColorScale
-from lora_analysis.plots.hover import HoverCells, set_hover
-from lora_analysis.plots.labels import name_ticks
+from lora_analysis.plots.labels import HoverCells, name_ticks, set_hover
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,8 +17,7 @@ from lora_analysis.errors import InputError
 from lora_analysis.patterns import did_you_mean
 from lora_analysis.plots import style
 from lora_analysis.plots.hatching import hatch_cells
-from lora_analysis.plots.hover import HoverCells, set_hover, span
-from lora_analysis.plots.labels import set_title
+from lora_analysis.plots.labels import HoverCells, set_hover, set_title, span
 from lora_analysis.similarity import Degeneracy, SimilarityGrid, subspace_similarity
 from lora_analysis.spectra import default_side
 
@@ -139,10 +138,10 @@ def colormap(cmap: object) -> Colormap:
 EXCESS_SCALE = ColorScale(excess_colors(), EXCESS_LIMITS, EXCESS, (-0.5, 0.0, 0.5, 1.0))
 
 
-def phi_scale(label: str = PHI) -> ColorScale:
+def phi_scale() -> ColorScale:
     """Return the colors of φ: 0 to 1, in viridis or in the user's ``image.cmap``."""
     colors = colormap(mpl.rcParams["image.cmap"])
-    return ColorScale(colors, (0.0, 1.0), label, (0.0, 0.2, 0.4, 0.6, 0.8, 1.0))
+    return ColorScale(colors, (0.0, 1.0), PHI, (0.0, 0.2, 0.4, 0.6, 0.8, 1.0))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -199,15 +198,6 @@ def _window(grid: SimilarityGrid, zoom: int | None) -> tuple[int, int, NDArray[n
     return n, n, np.triu(np.ones((n, n), dtype=bool), k=1)
 
 
-def _untrained_note(grid: SimilarityGrid) -> str:
-    empty = [
-        style.plain(label, 24)
-        for label, size in zip(grid.labels, grid.values.shape, strict=True)
-        if not size
-    ]
-    return f"{' and '.join(empty)}:\nuntrained, no directions" if empty else ""
-
-
 def _axis_name(index: str, label: str) -> str:
     """Return the name of an axis of directions, on two lines if the label is long."""
     label = style.plain(label, 24)
@@ -230,6 +220,11 @@ def resolve_similarity(
     data = np.ma.masked_where(left_out | degenerate | ~np.isfinite(values), values)
     expected = grid.chance[corner][~left_out]
     has_band = not excess and expected.size > 0 and bool(np.isfinite(expected).all())
+    empty = [
+        style.plain(label, 24)
+        for label, size in zip(grid.labels, grid.values.shape, strict=True)
+        if not size
+    ]
     return HeatMap(
         data=data,
         degenerate=degenerate,
@@ -239,7 +234,7 @@ def resolve_similarity(
         xlabel=_axis_name("j", grid.labels[1]),
         ylabel=_axis_name("i", grid.labels[0]),
         title=style.plain(grid.module if title is None else title),
-        note=_untrained_note(grid),
+        note=f"{' and '.join(empty)}:\nuntrained, no directions" if empty else "",
         quantity="excess φ" if excess else "φ",
     )
 
@@ -348,9 +343,7 @@ def _mark_chance(
     )
 
 
-def _as_grid(
-    a: Any, b: Any, *, side: Side | None = None, of: VectorsOf = "delta"
-) -> SimilarityGrid:
+def _as_grid(a: Any, b: Any, *, side: Side | None, of: VectorsOf) -> SimilarityGrid:
     """Return a grid for a grid, a matrix of values, or two updates."""
     if isinstance(a, SimilarityGrid):
         return a

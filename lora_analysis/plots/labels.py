@@ -1,10 +1,18 @@
-"""Names in figures: measured, then thinned, wrapped or shortened, so that no two ever overlap."""
+"""Text in figures: names that never overlap, and the values of cells as hover text.
+
+Names are measured, then thinned, wrapped or shortened. Hover text is the title of an invisible
+rectangle over the picture in an SVG.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
+from xml.etree import ElementTree as ET
 
 import numpy as np
 from matplotlib.font_manager import FontProperties
@@ -18,6 +26,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
     from matplotlib.axis import XAxis, YAxis
+    from matplotlib.figure import Figure
     from numpy.typing import ArrayLike, NDArray
 
 # Largest share of a figure's width that the names along one side take.
@@ -28,6 +37,8 @@ _GAP = 0.35
 _LINE = 1.2
 # More labels than that fit no figure.
 _MOST_LABELS = 200
+# Each rectangle takes about 100 bytes.
+MOST_CELLS = 600
 
 
 @lru_cache(maxsize=1 << 14)
@@ -48,23 +59,29 @@ def shortened(text: str, width: float, font: FontProperties) -> str:
     return f"…{text[start:]}"
 
 
-def fitted(text: str, width: float, font: FontProperties, *, lines: int = 2) -> str:
-    """Return text broken into at most ``lines`` lines of ``width`` points.
+def fitted(text: str, width: float, font: FontProperties) -> str:
+    """Return text broken into at most two lines of ``width`` points.
 
     Lines break at a comma, else at spaces, else after a dot, a slash or an underscore; what is too
     long even then is shortened.
     """
-    if text_width(text, font) > width and lines > 1 and ", " in text:
+    if text_width(text, font) > width and ", " in text:
         parts = [part.strip() for part in text.rsplit(", ", 1)]
         if all(text_width(part, font) < width for part in (f"{parts[0]},", parts[1])):
             return f"{parts[0]},\n{parts[1]}"
     rows = [""]
-    for word in _words(text):
+    # Pieces between which a line may break, each with the mark that ends it.
+    words = [""]
+    for character in text:
+        words[-1] += character
+        if character in " ./_":
+            words.append("")
+    for word in words:
         if rows[-1] and text_width((rows[-1] + word).rstrip(), font) > width:
             rows.append("")
         rows[-1] += word
-    if len(rows) > lines:
-        rows = [*rows[: lines - 1], "".join(rows[lines - 1 :])]
+    if len(rows) > 2:
+        rows = [rows[0], "".join(rows[1:])]
     return "\n".join(shortened(row.strip(), width, font) for row in rows)
 
 
@@ -73,16 +90,6 @@ def set_title(ax: Axes, text: str, width: float | None = None) -> None:
     if width is None:
         width = ax.bbox.width * 72 / ax.figure.dpi
     ax.set_title(fitted(text, width, ax.title.get_fontproperties()), parse_math=False)
-
-
-def _words(text: str) -> list[str]:
-    """Return the pieces between which a line may break, each with the mark that ends it."""
-    words = [""]
-    for character in text:
-        words[-1] += character
-        if character in " ./_":
-            words.append("")
-    return words
 
 
 class _ThinnedTicks(Locator):
@@ -192,3 +199,87 @@ def column_order(columns: Mapping[str, int | str]) -> tuple[int | str, ...]:
     distinct = dict.fromkeys(columns.values())
     numbers = [column for column in distinct if isinstance(column, int)]
     return tuple(sorted(numbers)) if len(numbers) == len(distinct) else tuple(distinct)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HoverCells:
+    """The cells of a picture with their texts.
+
+    Attributes
+    ----------
+    values
+        ``(rows, columns)``; a cell without a finite value has no text.
+    origin
+        Data coordinates of the upper left corner of the first cell.
+    text
+        Function of (first row, last row, first column, last column) that names the cells.
+    most
+        Most rectangles; the cells of a larger picture are merged into blocks.
+    """
+
+    values: NDArray[np.float64]
+    origin: tuple[float, float]
+    text: Callable[[int, int, int, int], str]
+    most: int = MOST_CELLS
+
+    def blocks(self) -> Iterator[tuple[int, int, int, int]]:
+        """Yield (top, bottom, left, right) of the rectangles: single cells if they are few."""
+        rows, columns = self.values.shape
+        steps = [1, 1]
+        while -(-rows // steps[0]) * -(-columns // steps[1]) > self.most:
+            # The axis with more rectangles is coarsened first.
+            axis = 0 if rows / steps[0] > columns / steps[1] else 1
+            steps[axis] *= 2
+        for top in range(0, rows, steps[0]):
+            for left in range(0, columns, steps[1]):
+                yield top, min(top + steps[0], rows), left, min(left + steps[1], columns)
+
+    def title(self, top: int, bottom: int, left: int, right: int) -> str:
+        """Return the text of a rectangle: its name, and its value or the range of its values."""
+        values = self.values[top:bottom, left:right]
+        values = values[np.isfinite(values)]
+        if not values.size:
+            return ""
+        low, high = (f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.3f}"
+                     for value in (values.min(), values.max()))  # fmt: skip
+        name = self.text(top, bottom - 1, left, right - 1)
+        return f"{name}: {low}" if low == high else f"{name}: {low} to {high}"
+
+
+_CELLS: WeakKeyDictionary[Axes, HoverCells] = WeakKeyDictionary()
+
+
+def set_hover(ax: Axes, cells: HoverCells) -> None:
+    """Give the cells of a picture hover text, which `hover_elements` returns for an SVG."""
+    _CELLS[ax] = cells
+
+
+def span(first: int, last: int) -> str:
+    """Return ``"3"`` or ``"3–6"``, counting from 1."""
+    return f"{first + 1}" if first == last else f"{first + 1}–{last + 1}"
+
+
+def hover_elements(figure: Figure, width: float, height: float) -> list[ET.Element]:
+    """Return one group of rectangles per picture with hover text, in units of the drawing."""
+    groups = []
+    for ax in figure.axes:
+        cells = _CELLS.get(ax)
+        if cells is None:
+            continue
+        group = ET.Element("g", {"fill": "none", "pointer-events": "all"})
+        to_figure = ax.transData + figure.transFigure.inverted()
+        for top, bottom, left, right in cells.blocks():
+            title = cells.title(top, bottom, left, right)
+            if not title:
+                continue
+            x0, y0 = cells.origin
+            corners = to_figure.transform([(x0 + left, y0 + top), (x0 + right, y0 + bottom)])
+            x, y = np.sort(corners[:, 0]) * width, np.sort(1 - corners[:, 1]) * height
+            box = {"x": x[0], "y": y[0], "width": x[1] - x[0], "height": y[1] - y[0]}
+            element = ET.SubElement(group, "rect", {k: f"{v:.1f}" for k, v in box.items()})
+            ET.SubElement(element, "title").text = "".join(
+                c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in title
+            )
+        if len(group):
+            groups.append(group)
+    return groups

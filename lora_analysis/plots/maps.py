@@ -13,11 +13,12 @@ from lora_analysis.blocks import is_image, locate_module, short_names
 from lora_analysis.errors import InputError
 from lora_analysis.plots import style
 from lora_analysis.plots.heatmap import EXCESS_SCALE, ColorOptions, ColorScale, phi_scale
-from lora_analysis.plots.hover import HoverCells, set_hover
 from lora_analysis.plots.labels import (
+    HoverCells,
     column_order,
     module_columns,
     name_ticks,
+    set_hover,
     set_title,
     text_width,
 )
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
     from lora_analysis.intruders import IntruderReport
     from lora_analysis.spectra import Side
-
-EXCESS_LABEL = "excess over random\n(φ − c)/(1 − c)"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

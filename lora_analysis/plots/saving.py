@@ -14,9 +14,9 @@ from matplotlib.layout_engine import PlaceHolderLayoutEngine
 
 from lora_analysis.errors import InputError
 from lora_analysis.plots import style
-from lora_analysis.plots.hover import hover_elements
+from lora_analysis.plots.labels import hover_elements
 from lora_analysis.storage.atomic import write_atomic
-from lora_analysis.storage.marks import FIGURE_CREATOR
+from lora_analysis.storage.records import FIGURE_CREATOR
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,19 +42,16 @@ def _render(figure: Figure, kind: str, *, dpi: int, text: Literal["none", "path"
     with style.house_style(
         width, svg__hashsalt="lora-analysis", svg__fonttype=text, pdf__fonttype=42
     ):
-        _settle(figure)
+        # Laid out once and for all: every further pass would move it by a hair.
+        engine = figure.get_layout_engine()
+        if not isinstance(engine, PlaceHolderLayoutEngine | None):
+            engine.execute(figure)
+            # With no engine at all, not even the one called "none", a figure is drawn once when
+            # saved.
+            with rc_context({"figure.constrained_layout.use": False, "figure.autolayout": False}):
+                figure.set_layout_engine(None)
         figure.savefig(buffer, format=kind, dpi=dpi, metadata=_METADATA[kind])
     return buffer.getvalue()
-
-
-def _settle(figure: Figure) -> None:
-    """Lay the figure out once and for all: every further pass would move it by a hair."""
-    engine = figure.get_layout_engine()
-    if not isinstance(engine, PlaceHolderLayoutEngine | None):
-        engine.execute(figure)
-        # With no engine at all, not even the one called "none", a figure is drawn once when saved.
-        with rc_context({"figure.constrained_layout.use": False, "figure.autolayout": False}):
-            figure.set_layout_engine(None)
 
 
 def save_figure(
@@ -130,14 +127,6 @@ def _make_local(root: ET.Element, prefix: str) -> None:
                 element.set(key, _REFERENCE.sub(rf"url(#{prefix}\1)", value))
 
 
-def _drop_style_sheet(root: ET.Element) -> None:
-    """Remove the one style rule, which would reach out of the figure, and let it be inherited."""
-    for parent in list(root.iter("defs")):
-        for child in parent.findall("style"):
-            parent.remove(child)
-    root.set("style", "stroke-linejoin: round; stroke-linecap: butt")
-
-
 def svg_text(
     figure: Figure, *, title: str, description: str, prefix: str | None = None, dpi: int = 200
 ) -> str:
@@ -167,7 +156,11 @@ def svg_text(
     prefix = f"f{digest[:10]}-" if prefix is None else prefix
     root = ET.fromstring(drawn)
     _make_local(root, prefix)
-    _drop_style_sheet(root)
+    # The one style rule would reach out of the figure; it is inherited from the root instead.
+    for parent in list(root.iter("defs")):
+        for child in parent.findall("style"):
+            parent.remove(child)
+    root.set("style", "stroke-linejoin: round; stroke-linecap: butt")
     for metadata in root.findall("metadata"):
         root.remove(metadata)
     root.attrib.pop("version", None)

@@ -83,13 +83,6 @@ def _labels(spectra: Sequence[Spectrum]) -> list[str]:
     return [f"{a} {m}" for a, m in zip(adapters, modules, strict=True)]
 
 
-def _curve_values(spectrum: Spectrum, *, normalized: bool, energy: bool) -> NDArray[np.float64]:
-    if energy:
-        energy_of: NDArray[np.float64] = np.cumsum(spectrum.S[: spectrum.numerical_rank] ** 2)
-        return np.asarray(energy_of / energy_of[-1])
-    return spectrum.S / spectrum.S[0] if normalized else spectrum.S
-
-
 def _log_limits(curves: Sequence[Curve]) -> tuple[float, float]:
     """Return limits around the values above rounding; others would stretch the axis to 1e-17."""
     above_rounding = np.concatenate([c.values[: c.numerical_rank] for c in curves])
@@ -109,12 +102,6 @@ def _ylabel(spectra: Sequence[Spectrum], *, normalized: bool, energy: bool) -> s
     return f"singular value σᵢ of {of}{' / scale' if unknown else ''}"
 
 
-def _unit(spectrum: Spectrum, spectra: Sequence[Spectrum], *, relative: bool) -> str:
-    """Return the suffix of a curve's label if only some of the scales are known."""
-    mixed = not all(s.in_units_of_scale for s in spectra)
-    return " / scale" if spectrum.in_units_of_scale and mixed and not relative else ""
-
-
 def resolve_spectrum(
     spectra: Sequence[Spectrum], *, normalized: bool = False, energy: bool = False
 ) -> SpectrumPlot:
@@ -126,9 +113,14 @@ def resolve_spectrum(
     curves = []
     for index, (spectral, label) in enumerate(zip(spectra, labels, strict=True)):
         if not spectral.untrained:
-            values = _curve_values(spectral, normalized=normalized, energy=energy)
+            values = spectral.S / spectral.S[0] if normalized else spectral.S
+            if energy:
+                cumulated = np.cumsum(spectral.S[: spectral.numerical_rank] ** 2)
+                values = cumulated / cumulated[-1]
             beyond_rank = len(values) - spectral.numerical_rank
-            unit = _unit(spectral, spectra, relative=normalized or energy)
+            # The unit is part of the label if only some of the scales are known.
+            mixed = not (normalized or energy or all(s.in_units_of_scale for s in spectra))
+            unit = " / scale" if spectral.in_units_of_scale and mixed else ""
             color = index if len(spectra) <= len(style.PALETTE) else 0
             curves.append(Curve(label + unit, values, beyond_rank, color))
     untrained = [n for s, n in zip(spectra, labels, strict=True) if s.untrained]
@@ -190,14 +182,6 @@ def _paint_curve(
             clip_on=False,
             label="beyond numerical rank",
         )
-
-
-def _labeled(curves: Sequence[Curve]) -> list[Curve]:
-    """Return the curves to name: all of a few; of a bundle those that end highest and lowest."""
-    if len(curves) <= len(style.PALETTE):
-        return list(curves)
-    ends = sorted(curves, key=lambda c: float(c.values[c.numerical_rank - 1]))
-    return [ends[0], ends[-1]]
 
 
 def _end_text(curve: Curve) -> str:
@@ -302,7 +286,10 @@ def plot_spectrum(
                 plot.note, fontsize=look.small, color=look.muted, loc="left", parse_math=False
             )
         if len(plot.curves) > 1 or any(c.beyond_rank for c in plot.curves):
-            named = _labeled(plot.curves)
+            named = plot.curves
+            if bundle:  # only those that end highest and lowest
+                ends = sorted(named, key=lambda c: float(c.values[c.numerical_rank - 1]))
+                named = (ends[0], ends[-1])
             look.name_ends(
                 [(c.i[c.numerical_rank - 1], c.values[c.numerical_rank - 1]) for c in named],
                 [_end_text(c) for c in named],

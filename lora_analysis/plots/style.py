@@ -433,15 +433,12 @@ def swarm(values: ArrayLike, limits: tuple[float, float], *, width: float) -> ND
     offsets = np.zeros(len(y))
     for slot in np.unique(slots):
         members = np.flatnonzero(slots == slot)
-        offsets[members[np.argsort(y[members], kind="stable")]] = _side_by_side(len(members))
+        # Positions one apart around 0, the middle first: 0, 1, −1, 2, … (centered).
+        ranks = np.arange(len(members))
+        places = (ranks + 1) // 2 * np.where(ranks % 2, 1.0, -1.0)
+        offsets[members[np.argsort(y[members], kind="stable")]] = places - places.mean()
     widest = np.abs(offsets).max(initial=1.0)
     return np.asarray(offsets * min(width / widest, width / 3))
-
-
-def _side_by_side(n: int) -> NDArray[np.float64]:
-    """Return n positions one apart around 0, the middle first: 0, 1, −1, 2, … (centered)."""
-    order = (np.arange(n) + 1) // 2 * np.where(np.arange(n) % 2, 1.0, -1.0)
-    return np.asarray(order - order.mean())
 
 
 def apart(positions: ArrayLike, gap: float, limits: tuple[float, float]) -> NDArray[np.float64]:

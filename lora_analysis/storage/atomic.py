@@ -50,10 +50,21 @@ def write_atomic(path: Path, content: Content) -> Path:
         The disk refused; the message says whether the old file or the new one exists.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(path)
+    # Files of this path whose writers were killed.
+    for old in path.parent.glob(f".{glob.escape(path.name[:100])}.*.tmp"):
+        if _is_abandoned(old):
+            old.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        _write(temporary, content)
+        # Exclusive creation with mode 666 lets the umask decide; tempfile would make it 600.
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        with os.fdopen(descriptor, "wb") as stream:
+            if callable(content):
+                content(stream)
+            else:
+                stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
         temporary.replace(path)
     except BaseException as error:
         with suppress(OSError):
@@ -76,13 +87,6 @@ def write_atomic(path: Path, content: Content) -> Path:
     return path
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Delete temporary files of this path whose writers were killed."""
-    for old in path.parent.glob(f".{glob.escape(path.name[:100])}.*.tmp"):
-        if _is_abandoned(old):
-            old.unlink(missing_ok=True)
-
-
 def _is_abandoned(path: Path) -> bool:
     match = _TEMPORARY.fullmatch(path.name)
     if os.name != "posix":  # elsewhere, signal 0 ends the process
@@ -96,19 +100,6 @@ def _is_abandoned(path: Path) -> bool:
     except (OSError, OverflowError):  # removed meanwhile, or a process of another user
         return False
     return False
-
-
-def _write(temporary: Path, content: Content) -> None:
-    """Write a new file down to the disk."""
-    # Exclusive creation with mode 666 lets the umask decide; tempfile would make it 600.
-    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    with os.fdopen(descriptor, "wb") as stream:
-        if callable(content):
-            content(stream)
-        else:
-            stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def remove_leftovers(folder: Path, *, below: bool = False) -> None:

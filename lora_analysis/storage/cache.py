@@ -14,7 +14,7 @@ from lora_analysis.storage.atomic import write_atomic
 from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
@@ -79,7 +79,17 @@ def keep(key: str, arrays: Mapping[str, NDArray[Any]]) -> bool:
         return False
     path = _path(key)
     try:
-        _drop_oldest(path.parent.glob("*.safetensors"), room)
+        entries = []
+        for file in path.parent.glob("*.safetensors"):
+            with suppress(OSError):  # another process may have deleted it
+                state = file.stat()
+                entries.append((state.st_mtime_ns, state.st_size, file))
+        total = sum(size for _, size, _ in entries)
+        for _, size, file in sorted(entries):  # the least recently used first
+            if total <= room:
+                break
+            file.unlink(missing_ok=True)
+            total -= size
         dense = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         write_atomic(path, save(dense))
     except OSError:  # a full or read-only disk does not invalidate the result
@@ -89,18 +99,3 @@ def keep(key: str, arrays: Mapping[str, NDArray[Any]]) -> bool:
 
 def _path(key: str) -> Path:
     return cache_folder() / f"{key}.safetensors"
-
-
-def _drop_oldest(files: Iterable[Path], room: int) -> None:
-    """Delete files, the least recently used first, until the others fit into ``room`` bytes."""
-    entries = []
-    for path in files:
-        with suppress(OSError):  # another process may have deleted it
-            state = path.stat()
-            entries.append((state.st_mtime_ns, state.st_size, path))
-    total = sum(size for _, size, _ in entries)
-    for _, size, path in sorted(entries):
-        if total <= room:
-            return
-        path.unlink(missing_ok=True)
-        total -= size

@@ -142,7 +142,13 @@ def widen(raw: NDArray[Any], name: str, out: NDArray[Any]) -> None:
         # Two passes over cached values are faster than one that converts on the way.
         np.multiply(bits, np.uint32(1 << 16), out=bits)
     elif name == "float16" and out.dtype == np.float32 and _can_widen_as_bits(raw):
-        _widen_half(raw, out)
+        # Five times as fast as numpy's conversion, which takes one number at a time: the bits are
+        # shifted as integers, which carries the sign to the top, and multiplied by a power of two.
+        signed = out.view(np.int32)
+        np.copyto(signed, raw.view("<i2"))
+        np.multiply(signed, np.int32(1 << 13), out=signed)
+        np.bitwise_and(signed, _HALF_BITS, out=signed)
+        np.multiply(out, _HALF_SCALE, out=out)
     elif name in FLOAT8 or name == "float8_e8m0fnu":
         # No index is out of range; "clip" spares numpy the copy it makes in order to check.
         np.take(_float8_values(name), raw, out=out, mode="clip")
@@ -155,18 +161,6 @@ def _can_widen_as_bits(raw: NDArray[Any]) -> bool:
     smallest = np.array(2.0**-140, np.float32)  # vanishes if the processor flushes subnormals
     finite = int(np.max(raw.view("<u2") & np.uint16(0x7C00), initial=0)) < 0x7C00
     return finite and float(np.multiply(smallest, _HALF_SCALE)) > 0
-
-
-def _widen_half(raw: NDArray[Any], out: NDArray[np.float32]) -> None:
-    """Write finite halves as float32: shift their bits, then multiply by a power of two.
-
-    Five times as fast as numpy's conversion, which takes one number at a time.
-    """
-    bits = out.view(np.int32)
-    np.copyto(bits, raw.view("<i2"))  # the sign is carried to the top
-    np.multiply(bits, np.int32(1 << 13), out=bits)
-    np.bitwise_and(bits, _HALF_BITS, out=bits)
-    np.multiply(out, _HALF_SCALE, out=out)
 
 
 @cache

@@ -279,7 +279,12 @@ class GGUFTensors(TensorFiles):
         self._file = file
         self.facts: Mapping[str, Any] = file.metadata
         texts = {key: value for key, value in file.metadata.items() if isinstance(value, str)}
-        header = Header(texts, {name: _info(file, name) for name in file.tensors})
+        infos = {}
+        for name, tensor in file.tensors.items():
+            stop = tensor.start + math.prod(tensor.shape[:-1]) * tensor.row_bytes
+            dtype = _PLAIN.get(tensor.kind, f"gguf_{tensor.kind.lower()}")
+            infos[name] = TensorInfo(name, dtype, tensor.shape, tensor.start, stop)
+        header = Header(texts, infos)
         super().__init__(file.path, {file.path: header}, dict.fromkeys(header.tensors, file.path))
 
     @classmethod
@@ -329,10 +334,3 @@ class GGUFTensors(TensorFiles):
             message = f"{self.path}: '{name}' is stored as {info.kind}, which is not decoded."
             raise UnknownFormatError(message) from error
         return np.asarray(values, np.float32).reshape(info.shape)
-
-
-def _info(file: GGUFFile, name: str) -> TensorInfo:
-    tensor = file.tensors[name]
-    stop = tensor.start + math.prod(tensor.shape[:-1]) * tensor.row_bytes
-    dtype = _PLAIN.get(tensor.kind, f"gguf_{tensor.kind.lower()}")
-    return TensorInfo(name, dtype, tensor.shape, tensor.start, stop)

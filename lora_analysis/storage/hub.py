@@ -1,27 +1,44 @@
-"""Fetch adapters and models from a hub into its cache: choose files by name, then download them."""
+"""Fetch adapters and models from a hub into its cache: choose files by name, then download them.
+
+An adapter of a few layers needs a few gigabytes of a large base. `HubShards` reads the headers of a
+sharded model first, which are in the first kilobytes of the shards, and fetches a shard when one of
+its tensors is read. If the hub does not serve the start of a file alone, all shards are fetched.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from lora_analysis.errors import SourceError
-from lora_analysis.storage.documents import read_json_object
-from lora_analysis.storage.file_signatures import PICKLE_SUFFIXES
-from lora_analysis.storage.hub_client import download, list_files, repository_of
-from lora_analysis.storage.hub_names import PREFIX, HubName, Snapshot, names_a_file
+from lora_analysis.errors import MalformedFileError, SourceError
+from lora_analysis.storage.documents import PICKLE_SUFFIXES, read_json_object
+from lora_analysis.storage.hub_client import download, in_time, list_files, repository_of
 from lora_analysis.storage.limits import (
+    BLOCK_ELEMENTS,
+    HUB_ANSWER_SECONDS,
+    HUB_TIMEOUT,
     MAX_HUB_ADAPTER_BYTES,
     MAX_HUB_MODEL_BYTES,
     MAX_INDEX_BYTES,
 )
+from lora_analysis.storage.safetensors import (
+    Header,
+    header_size,
+    parse_header,
+    read_header,
+)
+from lora_analysis.storage.source_names import PREFIX, HubName, Snapshot, names_a_file
+from lora_analysis.storage.tensors import TensorFiles, shards_of
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
     from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
 
 _SAFETENSORS: Final = ".safetensors"
 _CONFIGS: Final = ("*config.json", "*manifest.json", "*.index.json")
@@ -49,8 +66,11 @@ _DESCRIBED: Final = ("adapter*", "pytorch_adapter*", "*_adapters.*")
 _WHOLE: Final = ("model.*", "model_*", "pytorch_model.*", "diffusion_pytorch_model.*")
 _WHOLE_MODELS: Final = ("model", "diffusion_pytorch_model")
 
+# Most headers are smaller; the rest of a larger one takes a second request.
+_FIRST_REQUEST: Final = 2**18
 
-def fetch_adapter(source: str | os.PathLike[str], *, allow_pickle: bool = False) -> Snapshot:
+
+def fetch_adapter(source: str | os.PathLike[str], *, allow_pickle: bool) -> Snapshot:
     """Fetch the files of adapters, see `adapter_files`.
 
     A source that names a file fetches it, of any kind, with the configurations in its folder.
@@ -130,7 +150,7 @@ def fetch_files(snapshot: Snapshot, names: Sequence[str]) -> None:
     download(name, list_files(name), names, MAX_HUB_MODEL_BYTES)
 
 
-def fetch_pretrained(source: str | os.PathLike[str], *, revision: str | None = None) -> Snapshot:
+def fetch_pretrained(source: str | os.PathLike[str], *, revision: str | None) -> Snapshot:
     """Fetch one whole model as `fetch_model` does, with its tokenizer or image processor.
 
     Raises
@@ -231,3 +251,91 @@ def _whole_model_files(paths: Iterable[str], suffix: str) -> list[str]:
 
 def _matches(path: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(path, pattern) for pattern in patterns)
+
+
+class HubShards(TensorFiles):
+    """The tensors of a sharded model; a shard that is not in the cache is fetched to be read."""
+
+    __slots__ = ("_checked", "_snapshot")
+
+    def __init__(self, index: Path, snapshot: Snapshot) -> None:
+        locations = shards_of(index)
+        headers = {file: _header(file, snapshot) for file in dict.fromkeys(locations.values())}
+        super().__init__(index, headers, locations)
+        self._snapshot = snapshot
+        self._checked = {file for file in headers if file.exists()}
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Return one tensor, read now."""
+        self.file_of(name)
+        return super().read(name)
+
+    def blocks(
+        self, name: str, *, elements: int = BLOCK_ELEMENTS
+    ) -> Iterator[tuple[slice, slice, NDArray[np.float32]]]:
+        """Yield one matrix tile by tile, as float32 in a reused buffer."""
+        self.file_of(name)
+        yield from super().blocks(name, elements=elements)
+
+    def file_of(self, name: str) -> Path:
+        """Return the file that holds a tensor; fetch it if necessary."""
+        file = super().file_of(name)
+        if file not in self._checked:
+            fetch_files(self._snapshot, [file.name])
+            if read_header(file).tensors.get(name) != self.infos[name]:
+                message = f"{file}: it differs from what the hub stated. Was it changed meanwhile?"
+                raise MalformedFileError(message)
+            self._checked.add(file)
+        return file
+
+
+def _header(file: Path, snapshot: Snapshot) -> Header:
+    """Return a shard's header, from the hub if the shard is not in the cache."""
+    if not file.exists():
+        start = _first_bytes(file.name, snapshot, _FIRST_REQUEST)
+        needed = header_size(file, start[0], start[1]) if start else 0
+        if start and needed > len(start[0]):
+            start = _first_bytes(file.name, snapshot, needed)
+        if start and needed <= len(start[0]):
+            return parse_header(file, start[0][:needed], start[1])
+        fetch_files(snapshot, [file.name])
+    return read_header(file)
+
+
+def _first_bytes(name: str, snapshot: Snapshot, count: int) -> tuple[bytes, int] | None:
+    """Return the first bytes of a file on the hub and its size; None if it serves no ranges."""
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # not in its __all__
+        build_hf_headers,
+        get_session,
+    )
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    inside = f"{snapshot.inside}/{name}" if snapshot.inside else name
+    url = hf_hub_url(snapshot.repo, inside, revision=snapshot.commit, endpoint=constants.ENDPOINT)
+    headers = {**build_hf_headers(), "range": f"bytes=0-{count - 1}", "accept-encoding": "identity"}
+    try:
+        return in_time(
+            lambda: _request_range(get_session(), url, headers, count), HUB_ANSWER_SECONDS
+        )
+    except Exception:  # noqa: BLE001 - after any error of the client, the whole file is fetched
+        return None
+
+
+def _request_range(
+    session: Any, url: str, headers: dict[str, str], count: int
+) -> tuple[bytes, int] | None:
+    # Streamed: a hub that ignores the range would send the whole file.
+    with session.stream(
+        "GET", url, headers=headers, follow_redirects=True, timeout=HUB_TIMEOUT
+    ) as answer:
+        total = answer.headers.get("content-range", "").rpartition("/")[2]
+        if answer.status_code != 206 or not total.isdecimal():
+            return None
+        start = bytearray()
+        for chunk in answer.iter_bytes():
+            start += chunk
+            if len(start) >= count:
+                break
+        return bytes(start[:count]), int(total)

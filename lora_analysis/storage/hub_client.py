@@ -16,7 +16,6 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from lora_analysis.errors import InputError, MalformedFileError, MissingExtraError, SourceError
-from lora_analysis.storage.hub_names import PREFIX, HubName, Snapshot, hub_name
 from lora_analysis.storage.limits import (
     HUB_ANSWER_SECONDS,
     HUB_BYTES_PER_SECOND,
@@ -24,7 +23,7 @@ from lora_analysis.storage.limits import (
     MAX_HUB_FILES,
     MAX_INDEX_BYTES,
 )
-from lora_analysis.storage.paths import nothing_there
+from lora_analysis.storage.source_names import PREFIX, HubName, Snapshot, hub_name, nothing_there
 
 if TYPE_CHECKING:
     import os

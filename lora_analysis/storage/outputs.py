@@ -27,12 +27,12 @@ from lora_analysis.storage.atomic import (
     write_atomic,
 )
 from lora_analysis.storage.locks import locked
-from lora_analysis.storage.marks import is_marked
 from lora_analysis.storage.records import (
     RECORD_FOLDER,
     FileMark,
     Record,
     file_state,
+    is_marked,
     mark_of,
     read_record,
     read_records,
@@ -91,7 +91,7 @@ class OutputFolder:
         self.record = Record(kind, verb, dict(run or {}), names=tuple(names))
         self.earlier = read_record(folder, kind) or self.record
         self.staging = folder / RECORD_FOLDER / f"{kind}.new"
-        self._made: list[Path] = []
+        self.made: list[Path] = []
 
     def check(self) -> None:
         """Raise if the folder may not be written, before anything is.
@@ -248,18 +248,12 @@ class OutputFolder:
             return f"The new files of {self.folder} are in place, but the disk did not confirm it."
         return _UNTOUCHED
 
-    def remove_made_folders(self) -> None:
-        """Remove the folders that `make_folders` created, if they are empty."""
-        for folder in reversed(self._made):
-            with suppress(OSError):
-                folder.rmdir()
-
     def make_folders(self) -> None:
         """Make the folder, its missing parents, and the folder of records."""
         candidates = [self.folder, *self.folder.parents]
-        self._made += [folder for folder in reversed(candidates) if not folder.exists()]
+        self.made += [folder for folder in reversed(candidates) if not folder.exists()]
         (self.folder / RECORD_FOLDER).mkdir(parents=True, exist_ok=True)
-        for folder in (*self._made, self.folder / RECORD_FOLDER):
+        for folder in (*self.made, self.folder / RECORD_FOLDER):
             sync_folder(folder.parent)
 
     def _check_target(self, name: str, *, in_place: bool) -> None:
@@ -375,7 +369,9 @@ def output_folder(
         finally:
             with suppress(OSError):
                 (folder / RECORD_FOLDER).rmdir()
-            target.remove_made_folders()
+            for made in reversed(target.made):  # if they are empty
+                with suppress(OSError):
+                    made.rmdir()
 
 
 @contextmanager

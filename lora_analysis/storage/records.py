@@ -1,8 +1,13 @@
-"""Records of the files that this package wrote into a folder.
+"""Records and marks that identify the files that this package wrote.
 
 A folder of results contains ``.lora_analysis/KIND.json``: the verb that wrote it, its settings,
 and the name, size and hash of every file of ours. It is written before the first file, so that an
 interrupted run is recognized, and only files in it are ever replaced or deleted unasked.
+
+Single files carry a mark. Every file of tensors states the version of the package in its metadata,
+which other programs ignore: safetensors under `KEY` as JSON, GGUF as the value
+``lora_analysis.version``. Figures (SVG, PNG, PDF) name the package as their creator. The mark of
+weights also has the digest of the configuration that was written with them.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -17,9 +23,12 @@ from typing import Any, Final, Literal
 
 from lora_analysis import __version__
 from lora_analysis.errors import InputError, UnfinishedError
+from lora_analysis.finding import Finding
 from lora_analysis.storage.atomic import write_atomic
 from lora_analysis.storage.documents import parse_json_object, read_json_object
+from lora_analysis.storage.gguf import is_gguf, read_gguf
 from lora_analysis.storage.limits import MAX_HEADER_BYTES, MAX_INDEX_BYTES
+from lora_analysis.storage.safetensors import read_header
 
 RECORD_FOLDER: Final = ".lora_analysis"
 RECORD_VERSION: Final = 1
@@ -33,6 +42,21 @@ _READABLE_KINDS: Final = ("adapter", "run")
 # writing: the first set of files is not complete; replacing: new files are taking the places of
 # old ones; finished: all files are as recorded.
 State = Literal["writing", "replacing", "finished"]
+
+KEY: Final = "lora_analysis"
+REFERENCE_FORMAT: Final = "lora_analysis reference"
+"""The ``format`` that a JSON file with levels of unrelated adapters states, near its start."""
+FIGURE_CREATOR: Final = "lora_analysis"
+"""Creator that figures state; without a version, so that equal figures have equal bytes."""
+# Figures have their metadata at the start of the file, PDFs at either end.
+_HEAD: Final = 1 << 16
+_FIGURES: Final = {
+    ".svg": re.compile(rb"<dc:title>lora_analysis</dc:title>"),
+    ".png": re.compile(rb"tEXtSoftware\0lora_analysis"),
+    ".pdf": re.compile(rb"/Creator \(lora_analysis\)"),
+}
+GGUF_VERSION_KEY: Final = "lora_analysis.version"
+_CONFIG_DIGEST: Final = "config_sha256"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +142,24 @@ def read_record(folder: Path, kind: str) -> Record | None:
     if not path.is_file() or path.is_symlink():
         return None
     try:
-        return _parse_record(read_json_object(path, max_bytes=MAX_INDEX_BYTES), kind)
+        document = read_json_object(path, max_bytes=MAX_INDEX_BYTES)
+        if (
+            document["record_version"] != RECORD_VERSION
+            or document["kind"] != kind
+            or document["state"] not in ("writing", "replacing", "finished")
+        ):
+            return None
+        return Record(
+            kind=kind,
+            verb=str(document["verb"]),
+            run=dict(document["run"]),
+            state=document["state"],
+            files=_marks(document["files"]),
+            new=_marks(document.get("new", {})),
+            removed=tuple(_checked_name(name) for name in document.get("removed", ())),
+            names=tuple(_checked_name(name) for name in document.get("names", ())),
+            version=str(document["generator"]).rpartition(" ")[2],
+        )
     except (InputError, KeyError, TypeError, ValueError):
         return None
 
@@ -236,27 +277,6 @@ def _marks_document(marks: Mapping[str, FileMark]) -> dict[str, dict[str, Any]]:
     return {name: {"size": mark.size, "sha256": mark.sha256} for name, mark in marks.items()}
 
 
-def _parse_record(document: Mapping[str, Any], kind: str) -> Record:
-    if document["record_version"] != RECORD_VERSION or document["kind"] != kind:
-        message = "a record of another version or kind"
-        raise ValueError(message)
-    if document["state"] not in ("writing", "replacing", "finished"):
-        message = "an unknown state"
-        raise ValueError(message)
-    generator = str(document["generator"])
-    return Record(
-        kind=kind,
-        verb=str(document["verb"]),
-        run=dict(document["run"]),
-        state=document["state"],
-        files=_marks(document["files"]),
-        new=_marks(document.get("new", {})),
-        removed=tuple(_checked_name(name) for name in document.get("removed", ())),
-        names=tuple(_checked_name(name) for name in document.get("names", ())),
-        version=generator.rpartition(" ")[2],
-    )
-
-
 def _marks(document: Mapping[str, Any]) -> dict[str, FileMark]:
     return {
         _checked_name(name): FileMark(int(mark["size"]), str(mark["sha256"]))
@@ -277,3 +297,68 @@ def _checked_name(name: object) -> str:
         message = f"{text!r} is not a name inside a folder"
         raise ValueError(message)
     return text
+
+
+def safetensors_mark(config: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return the metadata entry that marks a safetensors file as ours.
+
+    Parameters
+    ----------
+    config
+        The configuration that is written with the weights: the entry states its digest.
+    """
+    mark = {"version": __version__}
+    if config is not None:
+        mark[_CONFIG_DIGEST] = _config_digest(config)
+    return {KEY: json.dumps(mark, separators=(",", ":"), sort_keys=True)}
+
+
+def _config_digest(config: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a configuration's content, independent of layout and order of keys."""
+    text = json.dumps(config, separators=(",", ":"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def config_findings(
+    metadata: Mapping[str, str],
+    config: Mapping[str, Any],
+    weights: Path,
+    config_path: Path | None,
+) -> list[Finding]:
+    """Return a finding if weights state that they were written with another configuration.
+
+    Parameters
+    ----------
+    metadata, weights
+        Metadata and path of the weights.
+    config, config_path
+        The whole document next to them, and its path; None if there is none.
+    """
+    try:
+        mark = json.loads(metadata.get(KEY, ""))
+    except (ValueError, RecursionError):
+        return []
+    digest = mark.get(_CONFIG_DIGEST) if isinstance(mark, dict) else None
+    if not isinstance(digest, str) or config_path is None or digest == _config_digest(config):
+        return []
+    fields = {"weights": weights.name, "config": config_path.name}
+    return [Finding("config-not-written-with-weights", fields)]
+
+
+def is_marked(path: Path) -> bool:
+    """Return True if a file carries our mark; False if it cannot be read."""
+    try:
+        if path.suffix in _FIGURES:
+            with path.open("rb") as stream:
+                content = stream.read(_HEAD)
+                stream.seek(max(0, path.stat().st_size - _HEAD))
+                content += stream.read()
+            return _FIGURES[path.suffix].search(content) is not None
+        if path.suffix == ".json":
+            with path.open("rb") as stream:
+                return f'"format": "{REFERENCE_FORMAT}"'.encode() in stream.read(_HEAD)
+        if is_gguf(path):
+            return GGUF_VERSION_KEY in read_gguf(path).metadata
+        return KEY in read_header(path).metadata
+    except (InputError, OSError):
+        return False

@@ -11,9 +11,14 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from lora_analysis.errors import MalformedFileError
-from lora_analysis.storage.documents import parse_json_object, regular_file_size
+from lora_analysis.storage.documents import (
+    LOOK_BYTES,
+    impostor,
+    parse_json_object,
+    regular_file_size,
+    text_start,
+)
 from lora_analysis.storage.dtypes import BITS
-from lora_analysis.storage.file_signatures import LOOK_BYTES, impostor, text_start
 from lora_analysis.storage.limits import MAX_HEADER_BYTES, MAX_TENSOR_DIMENSIONS, MAX_TENSORS
 
 if TYPE_CHECKING:
@@ -116,7 +121,12 @@ def parse_header(path: Path, start: bytes, size: int) -> Header:
     """
     raw, length = start[_LENGTH_BYTES:], len(start) - _LENGTH_BYTES
     document = parse_json_object(raw, path, what="the safetensors header", constants=False)
-    metadata = _checked_metadata(path, document.pop("__metadata__", None))
+    metadata = document.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        message = f"{path}: __metadata__ must map strings to strings."
+        raise MalformedFileError(message)
     if len(document) > MAX_TENSORS:
         message = f"{path}: {len(document):,} tensors are too many (limit {MAX_TENSORS:,})."
         raise MalformedFileError(message)
@@ -124,7 +134,21 @@ def parse_header(path: Path, start: bytes, size: int) -> Header:
     tensors = {
         name: _checked_tensor(path, name, entry, data_start) for name, entry in document.items()
     }
-    _check_layout(path, list(tensors.values()), data_start, size)
+    # Tensors must not overlap, leave holes, or end elsewhere than the file.
+    ordered = sorted(tensors.values(), key=lambda info: (info.start, info.stop))
+    edges = [TensorInfo("the header", "", (), 0, data_start), *ordered]
+    for before, after in pairwise(edges):
+        if after.start != before.stop:
+            problem = "overlaps" if after.start < before.stop else "leaves a hole after"
+            gap = abs(after.start - before.stop)
+            names = f"{quote(after.name)} {problem} {quote(before.name)}"
+            message = f"{path}: tensor {names} by {gap:,} bytes."
+            raise MalformedFileError(message)
+    end = edges[-1].stop
+    if end != size:
+        question = "Is it cut short?" if end > size else "What are the trailing bytes?"
+        message = f"{path}: its tensors end at byte {end:,}, the file at {size:,}. {question}"
+        raise MalformedFileError(message)
     return Header(metadata, tensors)
 
 
@@ -147,15 +171,6 @@ def _check_header_length(path: Path, size: int, start: bytes, length: int) -> No
         )
     else:
         return
-    raise MalformedFileError(message)
-
-
-def _checked_metadata(path: Path, metadata: object) -> dict[str, str]:
-    if metadata is None:
-        return {}
-    if isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()):
-        return metadata
-    message = f"{path}: __metadata__ must map strings to strings."
     raise MalformedFileError(message)
 
 
@@ -193,21 +208,3 @@ def quote(value: object) -> str:
     """Quote a value from a file, cut to a length that fits into a message."""
     text = repr(value)
     return text if len(text) <= 160 else f"{text[:157]}..."
-
-
-def _check_layout(path: Path, tensors: list[TensorInfo], data_start: int, size: int) -> None:
-    """Refuse tensors that overlap, leave holes, or do not end where the file ends."""
-    ordered = sorted(tensors, key=lambda info: (info.start, info.stop))
-    edges = [TensorInfo("the header", "", (), 0, data_start), *ordered]
-    for before, after in pairwise(edges):
-        if after.start != before.stop:
-            problem = "overlaps" if after.start < before.stop else "leaves a hole after"
-            gap = abs(after.start - before.stop)
-            names = f"{quote(after.name)} {problem} {quote(before.name)}"
-            message = f"{path}: tensor {names} by {gap:,} bytes."
-            raise MalformedFileError(message)
-    end = edges[-1].stop
-    if end != size:
-        question = "Is it cut short?" if end > size else "What are the trailing bytes?"
-        message = f"{path}: its tensors end at byte {end:,}, the file at {size:,}. {question}"
-        raise MalformedFileError(message)

@@ -19,7 +19,7 @@ from lora_analysis import __version__
 from lora_analysis.errors import InputError, MissingExtraError
 from lora_analysis.storage.dtypes import BITS, READABLE, raw_dtype
 from lora_analysis.storage.limits import MAX_HEADER_BYTES
-from lora_analysis.storage.marks import GGUF_VERSION_KEY, safetensors_mark
+from lora_analysis.storage.records import GGUF_VERSION_KEY, safetensors_mark
 from lora_analysis.storage.safetensors import TensorSpec, quote
 
 if TYPE_CHECKING:

@@ -16,9 +16,8 @@ import numpy as np
 
 from lora_analysis.errors import MalformedFileError, SourceError
 from lora_analysis.linalg import stored_values
-from lora_analysis.storage.documents import read_json_object
+from lora_analysis.storage.documents import PICKLE_SUFFIXES, is_pickle, is_zip, read_json_object
 from lora_analysis.storage.dtypes import result_dtype, widen
-from lora_analysis.storage.file_signatures import PICKLE_SUFFIXES, is_pickle, is_zip
 from lora_analysis.storage.limits import BLOCK_ELEMENTS, MAX_INDEX_BYTES
 from lora_analysis.storage.safetensors import Header, TensorInfo, TensorSpec, read_header
 from lora_analysis.storage.tensor_reader import (
@@ -30,8 +29,6 @@ from lora_analysis.storage.tensor_reader import (
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-INDEX_SUFFIX = ".safetensors.index.json"
 
 
 class NamedTensors(Protocol):
@@ -231,7 +228,17 @@ def open_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFiles:
         It is a pickle of more than tensors and plain containers.
     """
     if path.name.endswith(".json"):
-        return _open_index(path, allow_pickle=allow_pickle)
+        locations = shards_of(path)
+        files = dict.fromkeys(locations.values())
+        if missing := [file.name for file in files if not file.exists()]:
+            verb = "does" if len(missing) == 1 else "do"
+            message = (
+                f"{path}: {len(missing)} of the {len(files)} shards that it names {verb} not "
+                f"exist: {', '.join(missing[:6])}. Fetch the whole model."
+            )
+            raise SourceError(message)
+        headers = {file: _header_of(file, allow_pickle=allow_pickle) for file in files}
+        return TensorFiles(path, headers, locations)
     return TensorFiles.of(path, _header_of(path, allow_pickle=allow_pickle))
 
 
@@ -260,37 +267,19 @@ def shards_of(path: Path) -> dict[str, Path]:
     if not isinstance(shard_names, dict) or not shard_names:
         message = f"{path}: a sharded model's index needs a 'weight_map' of tensors to files."
         raise MalformedFileError(message)
+    suffix = PurePosixPath(path.name.removesuffix(".index.json")).suffix
     files: dict[str, Path] = {}
     for tensor, shard in shard_names.items():
         if not isinstance(shard, str):
             message = f"{path}: 'weight_map' gives {shard!r} as the file of tensor {tensor!r}."
             raise MalformedFileError(message)
         if shard not in files:
-            files[shard] = _shard_path(path, shard)
+            # A shard must be inside the index's folder, under the names of any system.
+            parts = (*PurePosixPath(shard).parts, *PureWindowsPath(shard).parts)
+            is_absolute = PurePosixPath(shard).is_absolute() or PureWindowsPath(shard).drive
+            is_shard = shard.endswith(suffix) and ".." not in parts and "\0" not in shard
+            if is_absolute or not is_shard or suffix not in {*PICKLE_SUFFIXES, ".safetensors"}:
+                message = f"{path}: {shard!r} is not a {suffix} file inside the index's own folder."
+                raise MalformedFileError(message)
+            files[shard] = path.parent / shard
     return {name: files[shard] for name, shard in shard_names.items()}
-
-
-def _open_index(path: Path, *, allow_pickle: bool) -> TensorFiles:
-    locations = shards_of(path)
-    files = dict.fromkeys(locations.values())
-    if missing := [file.name for file in files if not file.exists()]:
-        verb = "does" if len(missing) == 1 else "do"
-        message = (
-            f"{path}: {len(missing)} of the {len(files)} shards that it names {verb} not exist: "
-            f"{', '.join(missing[:6])}. Fetch the whole model."
-        )
-        raise SourceError(message)
-    headers = {file: _header_of(file, allow_pickle=allow_pickle) for file in files}
-    return TensorFiles(path, headers, locations)
-
-
-def _shard_path(index: Path, shard: str) -> Path:
-    """Return the path of a shard, which must be inside the index's folder."""
-    parts = (*PurePosixPath(shard).parts, *PureWindowsPath(shard).parts)
-    leads_out = ".." in parts or PurePosixPath(shard).is_absolute() or PureWindowsPath(shard).drive
-    suffix = PurePosixPath(index.name.removesuffix(".index.json")).suffix
-    is_tensor_file = suffix in PICKLE_SUFFIXES or suffix == ".safetensors"
-    if leads_out or "\0" in shard or not is_tensor_file or not shard.endswith(suffix):
-        message = f"{index}: {shard!r} is not a {suffix} file inside the index's own folder."
-        raise MalformedFileError(message)
-    return index.parent / shard

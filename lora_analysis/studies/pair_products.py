@@ -540,9 +540,11 @@ def pair_angles(
     # A cosine near 1 has lost the digits of the angle: these few are computed from the sines.
     nearly = np.triu(smallest < 0.1, 1) & ~np.logical_or.outer(dense, dense)
     near = [(int(a), int(b)) for a, b in zip(*np.nonzero(nearly), strict=True)]
-    bases = {i: _vectors(spectra[i], updates and updates[i], side) for i in {*sum(near, ())}}
+    vectors = {
+        i: _vectors(spectra[i], updates[i] if updates else None, side) for i in {*sum(near, ())}
+    }
     for a, b in near:
-        exact = linalg.principal_angles(bases[a], bases[b])
+        exact = linalg.principal_angles(vectors[a], vectors[b])
         smallest[a, b] = smallest[b, a] = exact[0]
         largest[a, b] = largest[b, a] = exact[-1]
     return PairAngles(smallest, largest, weaker, leading)

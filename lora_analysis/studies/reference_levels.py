@@ -21,8 +21,8 @@ from lora_analysis.errors import InputError, MalformedFileError
 from lora_analysis.spectra import SIDES, Side
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.limits import MAX_REFERENCE_BYTES
-from lora_analysis.storage.marks import REFERENCE_FORMAT
 from lora_analysis.storage.outputs import write_output_file
+from lora_analysis.storage.records import REFERENCE_FORMAT
 from lora_analysis.studies.base_models import base_keys
 
 if TYPE_CHECKING:

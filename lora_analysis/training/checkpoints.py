@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lora_analysis.storage.atomic import sync_folder, write_atomic
-from lora_analysis.training.randomness import DropoutStream
+from lora_analysis.training.loop import DropoutStream
 from lora_analysis.training.run_folders import (
     CHECKPOINT_NAME,
     EARLIER_CHECKPOINT_NAME,

@@ -11,7 +11,7 @@ import ast
 import hashlib
 import importlib.util
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -75,7 +75,17 @@ def digits_task(task: str = UPRIGHT) -> TaskData:
         near = ", ".join(near_names(task, TASKS) or TASKS)
         message = f"There is no digits task '{task}'. Tasks: {near}."
         raise InputError(message)
-    table = _digits_table()
+    # Importing scikit-learn for one file costs every worker 110 MB and more than a second.
+    file = require_digits() / "datasets" / "data" / "digits.csv.gz"
+    if file.is_file():
+        table = np.loadtxt(
+            file, delimiter=","
+        )  # (1797, 65): 64 pixels from 0 to 16, then the label
+    else:
+        from sklearn.datasets import load_digits  # a version with another layout
+
+        digits = load_digits()
+        table = np.column_stack([digits.data, digits.target])
     images = (table[:, :-1] / (_WHITE / 2) - 1).astype(np.float32).reshape(-1, 8, 8)
     labels = table[:, -1].astype(np.int64)
     inputs = np.ascontiguousarray(TASKS[task](images))
@@ -103,19 +113,6 @@ def require_digits() -> Path:
     return Path(spec.origin).parent
 
 
-def _digits_table() -> NDArray[np.float64]:
-    """Return scikit-learn's table, ``(1797, 65)``: 64 pixels from 0 to 16, then the label."""
-    # Importing scikit-learn for one file costs every worker 110 MB and more than a second.
-    file = require_digits() / "datasets" / "data" / "digits.csv.gz"
-    if file.is_file():
-        return np.loadtxt(file, delimiter=",")
-    from sklearn.datasets import load_digits  # a version with another layout
-
-    digits = load_digits()
-    return np.column_stack([digits.data, digits.target])
-
-
-# Subpackages with enough documented objects, by package; the task has the package's name.
 _SUBPACKAGES: Final[Mapping[str, tuple[str, ...]]] = {
     "scipy": (
         "fft", "integrate", "interpolate", "linalg", "ndimage", "optimize", "signal", "sparse",
@@ -171,13 +168,12 @@ def docstring_rows(task: str) -> Rows:
 
 @lru_cache(maxsize=64)
 def _masked_docstrings(folder: Path, task: str) -> frozenset[str]:
-    """Return the masked docstrings of a folder; parsing the sources takes seconds."""
-    return frozenset(_find_docstrings(folder, task))
+    """Return the masked docstrings of the public objects below a folder, without tests.
 
-
-def _find_docstrings(folder: Path, task: str) -> Iterator[str]:
-    """Yield the masked docstrings of the public objects below a folder, without tests."""
+    Cached, because parsing the sources takes seconds.
+    """
     hidden = [task, *_SUBPACKAGES[task]]
+    texts = set()
     for path in sorted(folder.rglob("*.py")):
         if {"tests", "test", "externals"} & set(path.relative_to(folder).parts):
             continue
@@ -186,7 +182,8 @@ def _find_docstrings(folder: Path, task: str) -> Iterator[str]:
                 continue
             text = ast.get_docstring(node)
             if text and len(masked := _mask(text, [node.name, *hidden])) >= _MIN_CHARACTERS:
-                yield masked
+                texts.add(masked)
+    return frozenset(texts)
 
 
 def _mask(text: str, names: list[str]) -> str:

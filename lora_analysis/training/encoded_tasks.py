@@ -122,7 +122,20 @@ def text_task(examples: Examples, tokenizer: Any, max_length: int) -> tuple[Text
     for role, split in (("train", examples.train), ("test", examples.test)):
         all_encoded = (encode(example, tokenizer, max_length) for example in split)
         encoded = [inputs for inputs in all_encoded if inputs is not None]
-        notes += _length_notes(role, split, encoded, max_length)
+        if not encoded:
+            message = (
+                f"No {role} example has a token to learn within {max_length} tokens (max_length)."
+            )
+            raise InputError(message)
+        if missing := len(split) - len(encoded):
+            notes.append(
+                f"{missing} of {len(split)} {role} examples are left out: they have no token to "
+                f"learn within max_length ({max_length} tokens)."
+            )
+        if full := sum(len(inputs["input_ids"]) >= max_length for inputs in encoded):
+            notes.append(
+                f"{full} of {len(encoded)} {role} examples reach max_length ({max_length})."
+            )
         splits.append(encoded)
     task = TextTask(
         splits[0],
@@ -184,24 +197,6 @@ def _shorten(text: str, tokenizer: Any, max_length: int) -> str:
             return start
         size *= 4
     return text
-
-
-def _length_notes(
-    role: str, examples: Sequence[Example], encoded: Sequence[Encoded], max_length: int
-) -> list[str]:
-    """Return notes on examples left out or truncated by the length; raise if none is left."""
-    if not encoded:
-        message = f"No {role} example has a token to learn within {max_length} tokens (max_length)."
-        raise InputError(message)
-    notes = []
-    if missing := len(examples) - len(encoded):
-        notes.append(
-            f"{missing} of {len(examples)} {role} examples are left out: they have no token to "
-            f"learn within max_length ({max_length} tokens)."
-        )
-    if full := sum(len(inputs["input_ids"]) >= max_length for inputs in encoded):
-        notes.append(f"{full} of {len(encoded)} {role} examples reach max_length ({max_length}).")
-    return notes
 
 
 def image_task(examples: Examples, base: Path) -> tuple[ArrayTask, list[str]]:

@@ -19,7 +19,7 @@ from lora_analysis.errors import (
 from lora_analysis.storage.atomic import write_atomic
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.hub import fetch_pretrained
-from lora_analysis.storage.paths import bundled_data, existing_path
+from lora_analysis.storage.source_names import bundled_data, existing_path
 from lora_analysis.training.options import DIGITS, DOCSTRINGS, MINILM
 
 if TYPE_CHECKING:

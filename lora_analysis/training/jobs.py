@@ -97,7 +97,11 @@ def choose_executor(options: ExecutionOptions, runs: int) -> Executor:
     device = resolve_device(options.device)
     gpus: list[str] = []
     if device.type == "cuda" and device.index is None:
-        gpus = _list_gpus()
+        import torch
+
+        count = torch.cuda.device_count()
+        visible = [name.strip() for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
+        gpus = visible[:count] if visible else [str(index) for index in range(count)]
     cpus = min(available_workers(), MAX_DEFAULT_WORKERS) if device.type == "cpu" else 1
     workers = min(options.workers or len(gpus) or cpus, runs)
     if workers == 1 and options.executor == "auto":
@@ -109,12 +113,3 @@ def choose_executor(options: ExecutionOptions, runs: int) -> Executor:
         threads=max(1, available_workers() // workers) if gpus else 1,
         environments=[{VISIBLE: gpu} for gpu in gpus],
     )
-
-
-def _list_gpus() -> list[str]:
-    """Return the names of the visible GPUs for ``CUDA_VISIBLE_DEVICES``."""
-    import torch
-
-    count = torch.cuda.device_count()
-    visible = [name.strip() for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
-    return visible[:count] if visible else [str(index) for index in range(count)]

@@ -1,4 +1,7 @@
-"""Training loop: AdamW on the trainable parameters of a model, its schedule and its metrics."""
+"""Training loop: AdamW on the trainable parameters of a model, its schedule and its metrics.
+
+Dropout and the order of examples draw from random streams whose states can be saved.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +19,7 @@ from lora_analysis.errors import DivergedError, InputError
 from lora_analysis.training.config import Seeds
 from lora_analysis.training.devices import ALONE, Processes
 from lora_analysis.training.options import LoopOptions
-from lora_analysis.training.randomness import DropoutStream, Order
 from lora_analysis.training.tasks import (
-    Batch,
     Task,
     count_targets,
     evaluate,
@@ -26,8 +27,109 @@ from lora_analysis.training.tasks import (
     summed_loss,
 )
 
+if TYPE_CHECKING:
+    from types import TracebackType
+
 _ZERO = Seeds(0, 0, 0)
 _CHECKPOINTS = 20  # in a run, if the options do not set their interval
+
+
+class DropoutStream:
+    """State of torch's global generators for the dropout of a run.
+
+    Dropout draws from the global generator and accepts no other. Inside of ``with stream:`` that
+    generator is in the state of the stream; outside, in the caller's.
+
+    Parameters
+    ----------
+    seed
+        Seed of the stream.
+    device
+        Device of the model: on a GPU its generator is included.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.device = device if device.type == "cuda" else None
+        self._states = {"cpu": torch.Generator().manual_seed(seed).get_state()}
+        if self.device:
+            self._states["cuda"] = torch.Generator(self.device).manual_seed(seed).get_state()
+        self._caller_states: dict[str, Tensor] = {}
+
+    def __enter__(self) -> None:
+        self._caller_states = self._current()
+        self._set(self._states)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._states = self._current()
+        self._set(self._caller_states)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the state of the stream, as bytes by device."""
+        return dict(self._states)
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Continue from a saved state."""
+        self._states = dict(state)
+
+    def _current(self) -> dict[str, Tensor]:
+        states = {"cpu": torch.get_rng_state()}
+        if self.device:
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+    def _set(self, state: dict[str, Tensor]) -> None:
+        torch.set_rng_state(state["cpu"])
+        if self.device and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+
+
+class Order:
+    """Endless iterator over batches of rows, shuffled again when fewer than a batch are left.
+
+    Parameters
+    ----------
+    count
+        Number of rows.
+    size
+        Rows per batch, at most all of them.
+    seed
+        Seed of the generator, from which augmentation draws as well.
+    """
+
+    def __init__(self, count: int, size: int, seed: int) -> None:
+        self.size = min(size, count)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.rows = torch.empty(0, dtype=torch.int64)
+        self.position = 0
+        self.count = count
+
+    def __next__(self) -> Tensor:
+        """Return the next batch's rows."""
+        if self.position + self.size > len(self.rows):
+            self.rows = torch.randperm(self.count, generator=self.generator)
+            self.position = 0
+        first = self.position
+        self.position += self.size
+        return self.rows[first : self.position]
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the current order, the position in it, and the state of the generator."""
+        return {
+            "rows": self.rows,
+            "position": torch.tensor(self.position),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Continue from a saved state."""
+        self.rows = state["rows"]
+        self.position = int(state["position"])
+        self.generator.set_state(state["generator"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +295,13 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         rows = next(self.order)
-        batches = self._split_step(rows)
+        # This process's part of the step, in batches.
+        step = self.task.training_batch(rows, self.order.generator)
+        parts = torch.split(torch.arange(len(rows)), self.options.batch_size)
+        mine = [part[self.processes.rank :: self.processes.count] for part in parts]
+        batches = [
+            {name: value[part] for name, value in step.items()} for part in mine if len(part)
+        ]
         count = sum(count_targets(batch["labels"], self.task.target) for batch in batches)
         count = max(1, self.processes.total(count))
         self.optimizer.zero_grad(set_to_none=True)
@@ -219,13 +327,6 @@ class Training:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return mean
-
-    def _split_step(self, rows: Tensor) -> list[Batch]:
-        """Return this process's part of a step, in batches."""
-        step = self.task.training_batch(rows, self.order.generator)
-        parts = torch.split(torch.arange(len(rows)), self.options.batch_size)
-        mine = [part[self.processes.rank :: self.processes.count] for part in parts]
-        return [{name: value[part] for name, value in step.items()} for part in mine if len(part)]
 
     def _precision(self) -> AbstractContextManager[object]:
         if self.options.autocast is None:

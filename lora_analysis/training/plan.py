@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from lora_analysis.errors import InputError
 from lora_analysis.storage.documents import read_toml
-from lora_analysis.training.config import RunConfig
+from lora_analysis.training.config import RunConfig, get_preset, merge_tables
 from lora_analysis.training.options import (
     BaseOptions,
     DataOptions,
@@ -28,7 +28,6 @@ from lora_analysis.training.options import (
     check_key,
     parse_options,
 )
-from lora_analysis.training.presets import get_preset, merge_tables
 
 ExecutorName = Literal["auto", "serial", "process", "ray"]
 
@@ -119,7 +118,7 @@ def read_plan(path: Path) -> SweepPlan:
     Keys are those of `RunConfig.from_dict`. A key with a list of values is an axis, and every
     combination is a run; for a key whose value itself is a list (``targets``), an axis is a list
     of lists. ``base = "folder"`` and ``data = "file"`` stand for their ``source``, ``preset`` for
-    the options with that name (`training.presets`), which all others override. Each table
+    the options with that name (`training.config`), which all others override. Each table
     ``[[grid]]`` is a sweep of its own and overrides the options at the top. ``[execution]`` has
     the fields of `ExecutionOptions`, ``output`` is the folder for the runs. Paths may be relative
     to the TOML file.

@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     with one_thread():
         model = pretrain(OPTIONS)
         write_base(model, folder, {})  # accuracies are those of the rounded weights
-        manifest = describe(read_base(folder), OPTIONS)
+        manifest = describe(read_base(folder))
     write_base(model, folder, manifest)
     scores = ", ".join(f"{task} {share:.3f}" for task, share in manifest["test_accuracy"].items())
     sys.stderr.write(f"{folder / WEIGHTS_NAME}: test accuracy {scores}\n")
@@ -90,7 +90,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return windows + NOISE * torch.randn(images.shape, generator=generator)
 
 
-def describe(model: DigitsViT, options: LoopOptions) -> dict[str, Any]:
+def describe(model: DigitsViT) -> dict[str, Any]:
     """Return the manifest of a pretrained model: its purpose, how it was made, its accuracy."""
     packages = ("torch", "numpy", "scikit-learn")
     return {
@@ -98,7 +98,7 @@ def describe(model: DigitsViT, options: LoopOptions) -> dict[str, Any]:
         "what": "vision transformer pretrained on upright 8x8 handwritten digits",
         "command": "python -m lora_analysis.training.pretrain data",
         "seed": SEED,
-        "options": options.to_dict(),
+        "options": OPTIONS.to_dict(),
         "augmentation": {"shifted_share": SHIFTED, "noise_std": NOISE},
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
         "train_accuracy": round(accuracy(model, digits_task().train), 4),

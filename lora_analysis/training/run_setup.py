@@ -13,9 +13,8 @@ from torch import nn
 
 from lora_analysis.errors import InputError, require_package
 from lora_analysis.lora import add_lora, trainable_parameters
-from lora_analysis.lora.layer_kinds import QuantizedLoraLayer
-from lora_analysis.lora.targets import linear_layers_of_blocks
-from lora_analysis.storage.paths import existing_path
+from lora_analysis.lora.layer_kinds import QuantizedLoraLayer, linear_layers_of_blocks
+from lora_analysis.storage.source_names import existing_path
 from lora_analysis.training.config import ALL_LINEAR
 from lora_analysis.training.devices import shard_frozen
 from lora_analysis.training.inputs import (

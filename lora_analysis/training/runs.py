@@ -304,7 +304,12 @@ class _Run:
 
         step = metrics.step
         if self.first and step in self.config.loop.trajectory:
-            self._write_trajectory(step)
+            name = f"{self.config.name}-step{step}"
+            folder = self.folder / TRAJECTORY_NAME / name
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write_result(folder)
+            run = describe_run(self.config, self.inputs, self.key)
+            write_json(folder / MANIFEST_NAME, run | {"name": name, "step": step})
         if step and is_checkpointed(step, self.training.options):
             if self.first:
                 os.fsync(stream.fileno())  # the checkpoint relies on the lines before it
@@ -339,15 +344,6 @@ class _Run:
             self.setup.model, label=self.config.name, config=self.setup.fields
         )
         return write_adapter_files(adapter, folder)
-
-    def _write_trajectory(self, step: int) -> None:
-        """Write the adapter of a step before the end, with a manifest that names the step."""
-        name = f"{self.config.name}-step{step}"
-        folder = self.folder / TRAJECTORY_NAME / name
-        folder.mkdir(parents=True, exist_ok=True)
-        self._write_result(folder)
-        facts = describe_run(self.config, self.inputs, self.key)
-        write_json(folder / MANIFEST_NAME, facts | {"name": name, "step": step})
 
     def _seconds(self) -> float:
         return self.before + time.perf_counter() - self.started

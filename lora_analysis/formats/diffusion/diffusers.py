@@ -32,7 +32,7 @@ from lora_analysis.formats.side_tensors import source_format
 from lora_analysis.formats.sources import AdapterFiles, resolve_source
 from lora_analysis.patterns import ModulePatterns
 from lora_analysis.storage.documents import parse_json_text
-from lora_analysis.storage.hub_names import shown_errors
+from lora_analysis.storage.source_names import shown_errors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

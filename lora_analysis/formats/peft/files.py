@@ -8,8 +8,7 @@ from lora_analysis.errors import MalformedFileError, SourceError
 from lora_analysis.formats.peft.adapter_config import CONFIG_NAME, names_a_method
 from lora_analysis.formats.peft.tensor_keys import has_factors
 from lora_analysis.formats.sources import CONTAINER_SUFFIXES, AdapterFiles, tensors_at
-from lora_analysis.storage.documents import read_json_object, regular_file_size
-from lora_analysis.storage.file_signatures import pickle_refused
+from lora_analysis.storage.documents import pickle_refused, read_json_object, regular_file_size
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -69,8 +69,8 @@ from lora_analysis.formats.sources import (
     resolve_source,
     run_facts,
 )
-from lora_analysis.storage.hub_names import shown_errors
-from lora_analysis.storage.marks import config_findings
+from lora_analysis.storage.records import config_findings
+from lora_analysis.storage.source_names import shown_errors
 from lora_analysis.storage.tensors import LazyTensors, NamedTensors
 
 if TYPE_CHECKING:

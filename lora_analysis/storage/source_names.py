@@ -1,21 +1,26 @@
-"""Names of repositories on a hub, and addresses of fetched files for messages."""
+"""What a source string names: a local path, a file shipped with the package, or a hub's repository.
+
+Messages about fetched files state their address on the hub instead of the cache folder.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote
 
 from lora_analysis.errors import LoraAnalysisError, SourceError
-from lora_analysis.storage.file_signatures import PICKLE_SUFFIXES
+from lora_analysis.storage.documents import PICKLE_SUFFIXES
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterator
-    from pathlib import Path
+
+_CONFIGS = ("config.json", "adapter_config.json")
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 PREFIX: Final = "hf://"
 _PART: Final = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
@@ -26,6 +31,57 @@ _ADDRESS: Final = re.compile(
     r"(@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[\w.%-]+))?(/(?P<inside>.*))?",
     re.DOTALL,
 )
+
+
+def existing_path(source: str | os.PathLike[str]) -> Path | None:
+    """Return the local path that ``source`` names, None if it does not exist."""
+    try:
+        path = Path(source)
+        return path if path.exists() else None
+    except (OSError, ValueError):  # a name too long, or with a null character in it
+        return None
+
+
+def source_paths(source: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """Return the local files and folders of a model or adapter, which no output may touch.
+
+    A file next to its config is part of that folder. ``()`` if nothing local has the name.
+    """
+    path = existing_path(source)
+    if path is None or not os.fspath(source):
+        return ()
+    configured = path.is_file() and any(path.with_name(name).is_file() for name in _CONFIGS)
+    return (path, path.parent) if configured else (path,)
+
+
+def nothing_there(source: str | os.PathLike[str]) -> SourceError:
+    """Return the error for a source that names no file or folder."""
+    return SourceError(f"There is no file or folder {str(source)!r}.")
+
+
+def bundled_data(name: str) -> Path:
+    """Return the path of a shipped file or folder.
+
+    An installed package has them in ``lora_analysis/data``; a checkout has them in ``data/`` at its
+    root.
+
+    Parameters
+    ----------
+    name
+        Name inside the data folder, for example ``"digits-vit"``.
+
+    Raises
+    ------
+    SourceError
+        Nothing of that name is shipped.
+    """
+    folders = [_PACKAGE / "data", _PACKAGE.parent / "data"]
+    for folder in folders:
+        if (folder / name).exists():
+            return folder / name
+    searched = " or ".join(str(folder) for folder in folders)
+    message = f"No bundled data named '{name}' in {searched}. Is the installation complete?"
+    raise SourceError(message)
 
 
 @dataclass(frozen=True, slots=True)
