@@ -9,7 +9,8 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "module", ["adapter", "amplify", "chance", "shared_init", "linalg", "similarity", "spectra"]
+    "module",
+    ["adapter", "amplify", "chance", "groups", "shared_init", "linalg", "similarity", "spectra"],
 )
 def test_the_examples_of_a_module_hold(module):
     assert doctest.testmod(import_module(f"lora_analysis.{module}")).failed == 0
