@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from threadpoolctl import threadpool_limits
 
-from benchmarks import overlaps, processes, spectra, training, weights
+from benchmarks import comparisons, overlaps, processes, spectra, training, weights
 from benchmarks.floors import machine, memory_rate, product_rate
 from benchmarks.harness import Row, markdown
 
@@ -23,7 +23,8 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 Group = Callable[[int, Path], Iterator[Row]]
 GROUPS: dict[str, Group] = {
     "processes": processes.rows,
-    "spectra": lambda rounds, _: spectra.rows(rounds),
+    "spectra": spectra.rows,
+    "comparisons": comparisons.rows,
     "overlaps": lambda rounds, _: overlaps.rows(rounds),
     "many": lambda rounds, _: overlaps.many(rounds),
     "amplification": weights.amplification_rows,
