@@ -87,7 +87,7 @@ def own_products(updates: list[LowRankUpdate]) -> list[np.ndarray]:
                 for side, triangle, turn in zip(sides, triangles, turns, strict=True)
             ]
         )
-    return [one.T @ two for one, two in zip(*bases, strict=True)]
+    return [left.T @ right for left, right in zip(*bases, strict=True)]
 
 
 def merged_module(rounds: int, folder: Path) -> Iterator[Row]:
