@@ -485,7 +485,10 @@ def pair_angles(
         weaker[left, right] = weaker[right, left] = excess
     # A cosine near 1 has lost the digits of the angle: these few are computed from the sines.
     near = [(int(a), int(b)) for a, b in zip(*np.nonzero(np.triu(smallest < 0.1, 1)), strict=True)]
-    bases = {i: _vectors(spectra[i], updates and updates[i], side) for i in {*sum(near, ())}}
+    bases = {
+        i: _vectors(spectra[i], None if updates is None else updates[i], side)
+        for i in {*sum(near, ())}
+    }
     for a, b in near:
         exact = linalg.principal_angles(bases[a], bases[b])
         smallest[a, b] = smallest[b, a] = exact[0]
