@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from threadpoolctl import threadpool_limits
 
-from benchmarks import gpu, overlaps, processes, spectra, training, weights
+from benchmarks import comparisons, gpu, overlaps, processes, spectra, training, weights
 from benchmarks.floors import machine, memory_rate, product_rate
 from benchmarks.harness import Row, markdown
 
@@ -23,7 +23,8 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 Group = Callable[[int, Path], Iterator[Row]]
 GROUPS: dict[str, Group] = {
     "processes": processes.rows,
-    "spectra": lambda rounds, _: spectra.rows(rounds),
+    "spectra": spectra.rows,
+    "comparisons": comparisons.rows,
     "overlaps": lambda rounds, _: overlaps.rows(rounds),
     "many": lambda rounds, _: overlaps.many(rounds),
     "amplification": weights.amplification_rows,
@@ -31,6 +32,27 @@ GROUPS: dict[str, Group] = {
     "intruders": lambda *_: weights.intruders(),
     "training": lambda rounds, _: training.rows(rounds),
     "gpu": gpu.rows,
+}
+
+# Where the time goes, for the rows that miss their target.
+NOTES = {
+    "comparisons": """\
+`compare` of Llama-8B adapters: a third of the CPU time goes into importing
+numpy, pandas (with pyarrow if it is installed) and scipy.special, a tenth
+into the products, a tenth into reading; the rest is Python code per module
+and per row of the tables. `report` of two: three quarters go into matplotlib,
+which renders 18 figures 36 times (24 SVG, 6 PNG, 6 PDF) after one layout
+each; the font subsets of the PDF files alone take a tenth. `merge-check`
+reads the merged weight twice (a sample decides on the recipe, every entry
+confirms it), and the replay takes a float32 product, a sum, five passes of
+rounding and a comparison over blocks in the cache.""",
+    "amplification": """\
+Against its thin products (1), one pass takes 0.8 for reading and widening to
+float32, 0.14 for the norms of W's rows and 0.08 for looking for damage: 2.0
+in all on one thread. Where W is weaker than 0.3 times random along some
+leading directions, which W and updates made at random are in one of four
+modules at k = 1 alone, these are taken again in float64: a second pass, which
+costs as much as the first.""",
 }
 
 
@@ -73,6 +95,7 @@ def document(sections: dict[str, str]) -> str:
     for name in GROUPS:
         if name in sections:
             text += f"\n## {name}\n\n{sections[name].strip()}\n"
+            text += f"\n{NOTES[name]}\n" if name in NOTES else ""
     return text
 
 
@@ -81,7 +104,8 @@ def _written() -> dict[str, str]:
     if not RESULTS.exists():
         return {}
     parts = RESULTS.read_text(encoding="utf-8").split("\n## ")[1:]
-    return dict(part.split("\n", 1) for part in parts)
+    sections = dict(part.split("\n", 1) for part in parts)
+    return {name: text.replace(NOTES.get(name, "\n"), "\n") for name, text in sections.items()}
 
 
 if __name__ == "__main__":

@@ -96,6 +96,30 @@ def process(code: str, *arguments: str) -> Call:
     return lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
+# A small process of its own starts the command: the peak of a process begins at its parent's size.
+_LAUNCHER = """
+import os, subprocess, sys
+quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+_, status, usage = os.wait4(subprocess.Popen(sys.argv[1:], **quiet).pid, 0)
+print(os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+"""
+
+
+def process_usage(*arguments: str) -> tuple[float, float]:
+    """Run the command line in a fresh interpreter; return its CPU-seconds and its peak in MB.
+
+    CPU time, since what other programs do on the machine lengthens the wait.
+    """
+    command = [sys.executable, "-m", "lora_analysis", *arguments]
+    launched = subprocess.run(
+        [sys.executable, "-c", _LAUNCHER, *command], check=True, capture_output=True, text=True
+    )
+    code, seconds, peak = map(float, launched.stdout.split())
+    if code:
+        raise subprocess.CalledProcessError(int(code), command)
+    return seconds, peak
+
+
 def markdown(rows: list[Row]) -> str:
     """Return the rows as a Markdown table."""
     lines = [HEADINGS, ["---"] * len(HEADINGS), *(row.cells() for row in rows)]

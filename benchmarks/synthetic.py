@@ -50,6 +50,27 @@ def llama(rng: np.random.Generator) -> Iterator[LowRankUpdate]:
             )
 
 
+def large_llama(rng: np.random.Generator, modules: int) -> Iterator[LowRankUpdate]:
+    """Yield some of the 560 updates of a Llama-70B-shaped adapter, 8192², r = 64, bfloat16."""
+    for layer in range(modules):
+        name = f"model.layers.{layer}.self_attn.q_proj"
+        yield update(rng, (8192, 8192), 64, name=name, stored_dtype="bfloat16")
+
+
+def lokr_file(path: Path, *, first: int = 64, second: int = 64, rank: int = 8) -> Path:
+    """Write one LoKr module of ``(first·second)²``, the second matrix factored; return it."""
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(0)
+    shapes = {"w1": (first, first), "w2_a": (second, rank), "w2_b": (rank, second)}
+    tensors = {
+        f"lora_unet_m.lokr_{name}": rng.standard_normal(shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, path)
+    return path
+
+
 def written(updates: Iterator[LowRankUpdate], folder: Path) -> Path:
     """Write an adapter as a PEFT folder in the updates' stored type; return it."""
     import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,11 @@ import torch
 
 from benchmarks import peers
 from benchmarks.floors import drop_cached, memory_rate, read_file
-from benchmarks.harness import Row, in_turn
+from benchmarks.harness import Call, Row, in_turn
 from benchmarks.synthetic import LLAMA_8B, base_file, flat_weight, update
 from lora_analysis import amplification, open_base, spectrum
+from lora_analysis.bases import BaseWeights
+from lora_analysis.bases.sanity_checks import WeightWatch
 from lora_analysis.execution import in_threads
 from lora_analysis.intruders import intruder_dimensions
 from lora_analysis.linalg import leading_singular_values, thin_product
@@ -75,6 +78,7 @@ def amplification_rows(rounds: int, folder: Path) -> Iterator[Row]:
         "",
         note=f"these alone would be {took['naive'] / took['products']:.1f} × torch",
     )
+    yield from amplification_terms(base, lambda: one("self_attn.q_proj"), rounds)
     cold = in_turn(
         {
             "ours": lambda: list(in_threads(one, largest_first, workers=2)),
@@ -92,6 +96,45 @@ def amplification_rows(rounds: int, folder: Path) -> Iterator[Row]:
     peak = tracemalloc.get_traced_memory()[1] / 2**20
     tracemalloc.stop()
     yield Row(what, "64 MB of extra memory", peak / 64, "≤ 1", f"{peak:.0f} MB")
+
+
+def amplification_terms(base: BaseWeights, whole: Call, rounds: int) -> Iterator[Row]:
+    """Yield what each part of one amplification takes, in CPU-seconds, against its products."""
+    shape = LLAMA_8B["self_attn.q_proj"]
+    tile = np.ones(((1 << 20) // shape[1], shape[1]), np.float32)
+    tiles = shape[0] // len(tile)
+    squares = np.ones(len(tile), np.float32)
+
+    def read() -> None:
+        for _ in base.weight("self_attn.q_proj", transposed=False).blocks(check=False):
+            pass
+
+    def norms() -> None:
+        for _ in range(tiles):
+            _ = (tile[:, None, :] @ tile[:, :, None])[:, 0, 0]
+
+    def watch() -> None:
+        statistics = WeightWatch(shape[0] * shape[1])
+        for _ in range(tiles):
+            statistics.add(tile, squares)
+
+    took = in_turn(
+        {
+            "all of it": whole,
+            "reading and widening to float32": read,
+            "the norms of W's rows": norms,
+            "looking for damage": watch,
+            "products": lambda: thin_products(shape),
+        },
+        rounds,
+        clock=time.process_time,
+    )
+    products = took.pop("products")
+    for what, seconds in took.items():
+        yield Row(
+            f"amplification of 4096 × 4096, one thread: {what}", "its thin products alone",
+            seconds / products, "",
+        )  # fmt: skip
 
 
 def thin_products(shape: tuple[int, int]) -> None:

@@ -110,6 +110,57 @@ def test_angles_of_every_pair_are_those_of_the_pair_alone(rng, updates, side):
                 np.testing.assert_allclose(weaker[i, j], excess, atol=IDENTITY)  # NaN alike
 
 
+# --- from the factors alone -------------------------------------------------------------------
+
+
+@pytest.fixture
+def conditioned(rng):
+    """Well-conditioned updates of several ranks, one with a numerical rank below its own."""
+    plain = [low_rank_update(rng, rank=r) for r in (3, 1, 4, 3)]
+    graded = replace(plain[2], B=plain[2].B * [1.0, 1e-18, 1.0, 1e-20])
+    related = replace(plain[0], A=plain[0].A + 0.1 * plain[3].A)
+    near = replace(plain[0], A=plain[0].A + 1e-9 * plain[3].A)
+    return [*plain, graded, related, near]
+
+
+def test_products_of_factors_give_what_vectors_give(conditioned):
+    products = pair_products.module_products(conditioned, vectors=False)
+    slow = pair_products.module_products(conditioned, vectors=True)
+    assert all(s.U is None and s.V is None for s in products.spectra)
+    for fast, other in zip(products.spectra, slow.spectra, strict=True):
+        assert fast.numerical_rank == other.numerical_rank
+        assert_close(fast.S, other.S, rtol=1e-12)
+        assert_close(fast.factor_condition, other.factor_condition, rtol=1e-9)
+    assert [s.numerical_rank for s in slow.spectra] == [3, 1, 4, 3, 2, 3, 3]
+    pairs, expected = (module_pairs(p, conditioned) for p in (products, slow))
+    assert_close(pairs.cosine, expected.cosine, atol=1e-12)
+    for name in ("row_cosine", "cross_cosine", "z", "other_cosine", "shared"):
+        values = (getattr(result.init, name) for result in (pairs, expected))
+        np.testing.assert_allclose(*values, rtol=1e-9, atol=1e-12)  # NaN alike
+    for side in SIDES:
+        for name in ("phi_1_1", "phi_r_r", "omega"):
+            values = (getattr(result.sides[side], name) for result in (pairs, expected))
+            np.testing.assert_allclose(*values, atol=1e-12)
+        angles = pair_angles(products, side, conditioned), pair_angles(slow, side)
+        for fast, other in zip(*angles, strict=True):
+            np.testing.assert_allclose(fast, other, rtol=1e-9, atol=1e-12)
+        some = products.selected([2, 5])
+        grid = subspace_similarity(conditioned[2], conditioned[5], side=side).values
+        assert_close(some.overlap_grid(0, 1, side), grid, atol=1e-12)
+        assert_close(products.overlap_grid(2, 5, side), grid, atol=1e-12)
+        assert_close(slow.overlap_grid(2, 5, side), grid, atol=1e-12)
+
+
+def test_products_that_would_lose_digits_come_from_vectors(rng, updates):
+    one, two = low_rank_update(rng, rank=3), low_rank_update(rng, rank=3)
+    nearly_dependent = replace(two, B=two.B + 1e5 * two.B[:, :1])
+    wide = low_rank_update(rng, rank=30)  # more directions than dimensions
+    for group in (updates, [one, nearly_dependent], [one, wide]):
+        products = pair_products.module_products(group, vectors=False)
+        assert products.factors is None
+        assert all(s.U is not None for s in products.spectra)
+
+
 # --- whole adapters ---------------------------------------------------------------------------
 
 

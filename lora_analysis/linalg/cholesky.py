@@ -104,7 +104,7 @@ def cholesky(grams: Float) -> Cholesky | None:
     # To unit columns first: what is merely scaled is not ill-conditioned.
     units /= lengths[..., :, None] * lengths[..., None, :]
     try:
-        unit = np.linalg.cholesky(units).mT  # (..., n, r, r)
+        unit = np.asarray(np.linalg.cholesky(units).mT, np.float64)  # (..., n, r, r)
         inverse = np.linalg.inv(unit)
     except np.linalg.LinAlgError:  # exactly rank-deficient
         return None

@@ -164,7 +164,7 @@ def _is_cheaper_formed(B: Any, A: Any) -> bool:
     """Return True for arrays of at least as many terms as the product has rows or columns."""
     if not isinstance(B, np.ndarray) or B.ndim != 2:
         return False
-    return B.shape[1] >= min(B.shape[0], A.shape[1]) >= _FORMED
+    return bool(B.shape[1] >= min(B.shape[0], A.shape[1]) >= _FORMED)
 
 
 def _formed_svd(B: Float, A: Float, *, vectors: bool | int) -> FactoredSVD:

@@ -266,20 +266,21 @@ def hover_elements(figure: Figure, width: float, height: float) -> list[ET.Eleme
         cells = _CELLS.get(ax)
         if cells is None:
             continue
+        titled = [(block, title) for block in cells.blocks() if (title := cells.title(*block))]
+        if not titled:
+            continue
         group = ET.Element("g", {"fill": "none", "pointer-events": "all"})
+        blocks = np.array([block for block, _ in titled])
         to_figure = ax.transData + figure.transFigure.inverted()
-        for top, bottom, left, right in cells.blocks():
-            title = cells.title(top, bottom, left, right)
-            if not title:
-                continue
-            x0, y0 = cells.origin
-            corners = to_figure.transform([(x0 + left, y0 + top), (x0 + right, y0 + bottom)])
-            x, y = np.sort(corners[:, 0]) * width, np.sort(1 - corners[:, 1]) * height
+        # Columns left and right, rows top and bottom: two corners per rectangle.
+        corners = to_figure.transform(blocks[:, [2, 0, 3, 1]].reshape(-1, 2) + cells.origin)
+        x_ends = np.sort(corners[:, 0].reshape(-1, 2) * width)
+        y_ends = np.sort((1 - corners[:, 1]).reshape(-1, 2) * height)
+        for (_, title), x, y in zip(titled, x_ends, y_ends, strict=True):
             box = {"x": x[0], "y": y[0], "width": x[1] - x[0], "height": y[1] - y[0]}
             element = ET.SubElement(group, "rect", {k: f"{v:.1f}" for k, v in box.items()})
             ET.SubElement(element, "title").text = "".join(
                 c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in title
             )
-        if len(group):
-            groups.append(group)
+        groups.append(group)
     return groups
