@@ -105,7 +105,7 @@ def cholesky(grams: Float) -> Cholesky | None:
     units /= lengths[..., :, None] * lengths[..., None, :]
     try:
         unit = np.asarray(np.linalg.cholesky(units).mT, np.float64)  # (..., n, r, r)
-        inverse = np.linalg.inv(unit)
+        inverse = np.asarray(np.linalg.inv(unit), np.float64)
     except np.linalg.LinAlgError:  # exactly rank-deficient
         return None
     coefficients = np.empty_like(inverse)
