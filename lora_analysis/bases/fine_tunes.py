@@ -228,7 +228,7 @@ def _rounded(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
 
 
 def _outline(new: BaseWeights, module: str, tuned: Weight) -> UpdateOutline:
-    """Return what is known about the update of a weight before its numbers are read."""
+    """Return the outline of the update of a weight, whose numbers are not read for it."""
     kernel = _kernel(tuned.name, new.stored_shape(tuned.name)) if tuned.name in new.names else ()
     layout: Layout = "conv1d" if tuned.transposed else "linear"
     table = _is_table(module)
