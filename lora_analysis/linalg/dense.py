@@ -83,7 +83,7 @@ def _polished(W: NDArray[np.floating], svd: DenseSVD, k: int) -> DenseSVD:
     for _ in range(_POLISHES):
         away = _away(W, svd)
         size = np.linalg.norm(away, axis=0)
-        coarse = (size > VECTOR_TOLERANCE * svd.S) & (svd.S > GRAM_RANGE**2 * svd.S[0])
+        coarse = (size > VECTOR_TOLERANCE * svd.S) & (GRAM_RANGE**2 * svd.S[0] < svd.S)
         if not coarse[:k].any():
             break
         u, s, v = _refined(W, np.hstack([svd.V, away[:, coarse] / size[coarse]]))
