@@ -16,7 +16,7 @@ from lora_analysis.linalg.thin import thin_left_product, thin_product
 DENSE_SVD_LIMIT = 768
 # Singular vectors W·v/σ lose (σ₁/σ)² digits: below this share of σ₁ they are recomputed.
 GRAM_RANGE = 1e-3
-# Residual of a singular vector, relative to σ, from which it is improved, and how often at most.
+# Error of a singular vector over its relative gap from which it is improved, and how often at most.
 VECTOR_TOLERANCE = 5e-7
 _POLISHES = 2
 # Elements that are taken at a time.
@@ -77,13 +77,17 @@ def _polished(W: NDArray[np.floating], svd: DenseSVD, k: int) -> DenseSVD:
     """Return the triplets with vectors improved in float64, until their residuals are small.
 
     The iteration stops once the values are exact, whose error is the square of that of vectors.
-    Each round adds the directions of the residuals to the span.
+    The residual over the distance to the values that were not found bounds the error of a vector,
+    which may be `VECTOR_TOLERANCE` over the gap to the next value. Each round adds the directions
+    of the residuals to the span.
     """
     count = len(svd.S)
     for _ in range(_POLISHES):
         away = _away(W, svd)
-        size = np.linalg.norm(away, axis=0)
-        coarse = (size > VECTOR_TOLERANCE * svd.S) & (GRAM_RANGE**2 * svd.S[0] < svd.S)
+        size, distance = np.linalg.norm(away, axis=0), svd.S - svd.S[-1]
+        gap = svd.S - np.append(svd.S[1:], svd.S[-1])
+        error = size * gap / np.where(distance > 0, distance, 1.0)
+        coarse = (error > VECTOR_TOLERANCE * svd.S) & (GRAM_RANGE**2 * svd.S[0] < svd.S)
         if not coarse[:k].any():
             break
         u, s, v = _refined(W, np.hstack([svd.V, away[:, coarse] / size[coarse]]))
