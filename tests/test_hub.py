@@ -522,6 +522,14 @@ def test_a_fine_tune_and_its_base_come_from_a_hub(hub: FakeHub, rng: np.random.G
     update = read_fine_tune("me/tuned", "org/base")
     assert update.provenance.address == f"hf://me/tuned@{tuned}"
     assert update.provenance.revision == tuned
+    # As a source, and the other way round: the model in shards is the fine-tune then.
+    for source, other, step in (("me/tuned", "org/base", 1.0), ("org/base", "hf://me/tuned", -1.0)):
+        adapter = read_adapter(find_adapters(source, base=other)[0], base=other)
+        assert adapter.label == source.partition("/")[2]
+        assert adapter.provenance.address == f"hf://{source}@{tuned if step > 0 else base}"
+        assert adapter.provenance.read_options["base"] == other
+        for values in adapter.values():
+            assert_close(values.delta_weight(), step, atol=1e-6)
     written = write_adapter(
         approximate_fine_tune("me/tuned", "hf://org/base", rank=1).adapter, "lora"
     )

@@ -46,6 +46,29 @@ KINDS = [flat, decaying, outlying, deficient]
 SHAPES = [(200, 150), (150, 200), (160, 160)]
 
 
+def repeated(rng, m, n):
+    k = min(m, n)
+    values = np.repeat([3.0, 2.0, 1.0, 0.5], [10, 30, 100, k - 140])
+    return (orthonormal(rng, m, k) * values) @ orthonormal(rng, n, k).T
+
+
+@pytest.mark.parametrize("kind", [flat, decaying, repeated])
+def test_leading_vectors_are_accurate_to_a_millionth_over_their_gap(rng, kind):
+    k, W = 64, kind(rng, 900, 800).astype(np.float32)
+    leading = linalg.leading_svd(W, k)
+    u, s, vt = np.linalg.svd(W.astype(np.float64), full_matrices=False)
+    assert_close(leading.S, s[:k], rtol=1e-6)
+    gaps = np.minimum(np.append(np.inf, s[: k - 1] - s[1:k]), s[:k] - s[1 : k + 1]) / s[:k]
+    clear = gaps > 1e-5  # vectors of equal values are arbitrary in their span
+    for vectors, exact in ((leading.U, u[:, :k]), (leading.V, vt[:k].T)):
+        signs = np.sign(np.sum(vectors * exact, axis=0))
+        error = np.linalg.norm(vectors - signs * exact, axis=0)
+        assert np.all(error[clear] * gaps[clear] < 1e-6)
+        assert_close(vectors.T @ vectors, np.eye(k), atol=1e-10)
+    if kind is repeated:  # the spans are determined
+        assert_close(np.linalg.norm(leading.U[:, :40].T @ u[:, :40]) ** 2, 40.0, rtol=1e-6)
+
+
 @pytest.mark.usefixtures("iterate")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", KINDS)

@@ -228,7 +228,7 @@ def _rounded(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
 
 
 def _outline(new: BaseWeights, module: str, tuned: Weight) -> UpdateOutline:
-    """Return what is known about the update of a weight before its numbers are read."""
+    """Return the outline of the update of a weight, whose numbers are not read for it."""
     kernel = _kernel(tuned.name, new.stored_shape(tuned.name)) if tuned.name in new.names else ()
     layout: Layout = "conv1d" if tuned.transposed else "linear"
     table = _is_table(module)
@@ -290,7 +290,7 @@ def _is_table(module: str) -> bool:
 
 def _missing_weights(new: BaseWeights, old: BaseWeights) -> list[Finding]:
     """Return the finding on matrices of the base that the fine-tune lacks."""
-    missing = []
+    missing: list[tuple[str, str]] = []
     for name in old.names:
         module, shape = module_of(name), old.stored_shape(name)
         if module is None or not _is_matrix(name, shape):
@@ -308,7 +308,7 @@ def _missing_weights(new: BaseWeights, old: BaseWeights) -> list[Finding]:
 def _other_differences(new: BaseWeights, old: BaseWeights) -> list[Finding]:
     """Return the finding on shared tensors that are not matrices and that differ."""
     old_names = set(old.names)
-    changes = {}
+    changes: dict[str, float] = {}
     for name in new.names:
         shape = new.stored_shape(name)
         if name not in old_names or _is_matrix(name, shape) or shape != old.stored_shape(name):

@@ -310,7 +310,7 @@ def _print_one(document: dict[str, Any], *, every: bool) -> None:
 
 
 def _zero_word(facts: list[dict[str, Any]]) -> str:
-    """Return what zero updates are called: weights that a full fine-tune left alone."""
+    """Return the word for zero updates: a full fine-tune left these weights alone."""
     return "unchanged" if all(map(_is_dense, facts)) else "untrained"
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Reading:
     """Reads the adapters of a command with its read options and base weights.
 
-    ``base`` is the model whose difference to whole models among the sources is read, if given.
+    ``base`` is the model that full fine-tunes among the sources are compared with.
     """
 
     options: ReadOptions = field(default_factory=ReadOptions)

@@ -125,6 +125,9 @@ def _levels(study: Study) -> Iterator[ReferenceLevel]:
     strength = module_type_strength(study)
     for side in SIDES:
         rows = study.population("unrelated", side)
+        # A level is one of two ranks: full fine-tunes and mixtures of ranks have none.
+        ranked = study.runs.loc[study.runs["rank"].notna(), "adapter"]
+        rows = rows[rows["a"].isin(ranked) & rows["b"].isin(ranked)]
         rows = rows.assign(
             base=[keys[a] or keys[b] or "" for a, b in zip(rows["a"], rows["b"], strict=True)],
             ranks=[
