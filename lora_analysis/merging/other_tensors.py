@@ -362,12 +362,12 @@ def _with_tokens(
     adapter: Adapter, key: str, module: str, table: NDArray[Any]
 ) -> NDArray[np.float32]:
     """Return an embedding with the rows of the trained tokens replaced."""
-    stated: Any = adapter.config.get("trainable_token_indices") or []
-    if isinstance(stated, Mapping):
-        ends = [end for end in stated if module == end or module.endswith(f".{end}")]
-        stated = stated[ends[0]] if ends else []
+    indices: Any = adapter.config.get("trainable_token_indices") or []
+    if isinstance(indices, Mapping):
+        ends = [end for end in indices if module == end or module.endswith(f".{end}")]
+        indices = indices[ends[0]] if ends else []
     table = table.astype(np.float32)
-    table[list(stated)] = _side_values(adapter, key)
+    table[list(indices)] = _side_values(adapter, key)
     return table
 
 
