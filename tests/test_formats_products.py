@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,14 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from lora_analysis import merge_check, read_adapter, singular_values, spectrum
+from lora_analysis import (
+    merge_check,
+    read_adapter,
+    resize_adapter,
+    singular_values,
+    spectrum,
+)
+from lora_analysis.cli import run
 from lora_analysis.edit import truncate
 from lora_analysis.errors import MalformedFileError, UnsupportedMethodError
 
@@ -231,11 +239,80 @@ def test_a_merge_of_lokr_is_checked(tmp_path: Path) -> None:
     assert merge_check(adapter, base, base).is_failed
 
 
-def test_other_methods_name_a_way_out(tmp_path: Path) -> None:
-    model = peft.get_peft_model(
-        Model(), peft.OFTConfig(r=4, oft_block_size=0, target_modules=["proj"])
-    )
+OTHERS = {
+    "OFT": peft.OFTConfig(r=4, oft_block_size=0, target_modules=["proj"]),
+    "BOFT": peft.BOFTConfig(boft_block_size=4, target_modules=["proj"]),
+    "IA3": peft.IA3Config(target_modules=["proj"], feedforward_modules=[]),
+    "HRA": peft.HRAConfig(target_modules=["proj"]),
+    "VERA": peft.VeraConfig(target_modules=["proj"]),
+    "RANDLORA": peft.RandLoraConfig(target_modules=["proj"]),
+    "FOURIERFT": peft.FourierFTConfig(target_modules=["proj"], n_frequency=10),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("method", OTHERS)
+def test_other_methods_name_a_way_out_that_exists(method: str, tmp_path: Path) -> None:
+    model = peft.get_peft_model(Model(), OTHERS[method])
     model.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedMethodError, match="convert_to_lora"):
+    with pytest.raises(UnsupportedMethodError, match="extract merged --base base") as error:
         read_adapter(tmp_path)
+    assert f"'{method}'" in str(error.value)
+    assert ("convert_to_lora" in str(error.value)) == model.supports_lora_conversion()
     assert load_file(tmp_path / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("keys", "method"),
+    [
+        (("m.on_input", "m.weight"), "IA3"),
+        (("m.oft_blocks", "m.alpha"), "OFT or BOFT"),
+        (("m.lambda_layer", "m.p_layer.weight", "m.q_layer.weight"), "T-LoRA"),
+        (("m.a1.weight", "m.a2.weight", "m.b1.weight", "m.b2.weight"), "GLoRA"),
+        (("m.diff", "m.diff_b"), "difference of a whole weight"),
+    ],
+)
+def test_other_methods_of_lycoris_name_a_way_out(
+    keys: tuple[str, ...], method: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    with pytest.raises(UnsupportedMethodError, match="extract merged --base base") as error:
+        write(tmp_path / "a.safetensors", {key: draw(rng, 4, 4) for key in keys})
+    assert method in str(error.value).replace("\n", " ")
+
+
+@pytest.mark.parametrize("kind", ["LoKr", "LoHa"])
+def test_the_error_of_a_reduced_rank_is_that_of_the_dense_update(
+    kind: str, tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if kind == "LoKr":
+        C, D = (draw(rng, *shape).astype(np.float64) for shape in ((4, 3), (6, 8)))
+        dense = np.kron(C, D)
+        parts = {"lokr_w1": C, "lokr_w2": D}
+    else:
+        parts = {
+            f"hada_w{n}_{side}": draw(rng, *shape).astype(np.float64)
+            for n in (1, 2) for side, shape in (("a", (24, 3)), ("b", (3, 20)))
+        }  # fmt: skip
+        dense = (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (
+            parts["hada_w2_a"] @ parts["hada_w2_b"]
+        )
+    tensors = {f"lora_unet_down_blocks_0_attentions_0_proj_in.{k}": v for k, v in parts.items()}
+    (name,) = adapter = write(tmp_path / "a.safetensors", tensors)
+    dense *= adapter[name].scale
+    resized = resize_adapter(adapter, rank=3)
+    error = np.linalg.norm(dense - resized.adapter[name].delta_weight()) / np.linalg.norm(dense)
+    assert resized.error == pytest.approx(error, rel=ROUND)
+    singular = np.linalg.svd(dense, compute_uv=False)
+    best = np.linalg.norm(singular[3:]) / np.linalg.norm(singular)
+    assert resized.error == pytest.approx(best, rel=1e-10)
+    options = ["--rank", "3", "--format", "json", "-o", str(tmp_path / "small.safetensors")]
+    assert run(["resize", str(tmp_path / "a.safetensors"), *options]) == 0
+    stated = json.loads(capsys.readouterr().out)["error"]
+    small = next(iter(read_adapter(tmp_path / "small.safetensors").values()))
+    written = np.linalg.norm(dense - small.delta_weight()) / np.linalg.norm(dense)
+    assert stated == pytest.approx(written, rel=1e-9)
+    assert run(
+        ["convert", str(tmp_path / "a.safetensors"), "--to", "peft", "-o", str(tmp_path / "peft")]
+    ) == 0  # fmt: skip
+    converted = next(iter(read_adapter(tmp_path / "peft").values()))
+    np.testing.assert_allclose(converted.delta_weight(), dense, rtol=1e-5, atol=1e-5)

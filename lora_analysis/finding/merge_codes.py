@@ -26,7 +26,8 @@ MERGE_CODES: Final[dict[str, Code]] = {
     "merge-inconclusive": Code(
         "limit",
         "merge",
-        "inconclusive in {count} of {total:plural module} ({cause}): {modules}.",
+        "inconclusive in {count} of {total:plural module} ({cause}): {modules}.[[ The first is "
+        "{first}.]]",
         subject="{adapter} in {merged}",
     ),
     "merge-tensors": Code(

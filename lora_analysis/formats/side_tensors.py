@@ -73,8 +73,12 @@ def side_finding(what: str, keys: Sequence[str]) -> list[Finding]:
 
 
 def source_format(adapter: Adapter) -> str:
-    """Return the format that an adapter's side tensors and metadata belong to."""
-    return adapter.provenance.source_format or adapter.provenance.format
+    """Return the format that an adapter's side tensors and metadata belong to.
+
+    LoHa and LoKr of LyCORIS become pairs of factors, which LyCORIS writes under kohya's keys.
+    """
+    source = adapter.provenance.source_format or adapter.provenance.format
+    return "kohya" if source == "lycoris" else source
 
 
 def _is_carried(adapter: Adapter, format: str) -> bool:

@@ -135,6 +135,7 @@ class MergeCheck:
             fields["cause"] = cause and str(cause)
             if conclusion is MergeConclusion.INCONCLUSIVE:
                 fields["modules"] = [module.module for module in group]
+                fields["first"] = group[0].detail or None
                 yield Finding("merge-inconclusive", fields)
             else:
                 rows = [module_row(module) for module in group[:_LISTED]]

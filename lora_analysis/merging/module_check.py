@@ -410,6 +410,7 @@ def check_module(
         return _of_dora(case, dora)
     for rule in (
         _whole, _rounded_factors, _strength, _twice, _lines, _ranks, _other_updates, _restored,
+        _rounded_mistakes,
     ):  # fmt: skip
         if (concluded := rule(case)) is not None:
             return concluded
@@ -504,24 +505,48 @@ def _whole(case: _Case) -> ModuleMerge | None:
     return None
 
 
+def _with_rounded_factors(case: _Case) -> Iterator[tuple[str, _Case]]:
+    """Yield the case with factors that half precision has rounded, and how."""
+    adapter_type = case.factored.update.stored_dtype
+    base_type, merged_type = case.weight.base_type, case.weight.merged_type
+    for dtype in HALF_TYPES:
+        if dtype not in (base_type, adapter_type, merged_type):
+            continue
+        candidates: dict[Recipe, None] = {}
+        for of_factors in (dtype, adapter_type):
+            tried = recipes(base_type, of_factors, merged_type, loaded=case.loaded)
+            candidates |= dict.fromkeys(tried)
+        for rounding, factored in case.factored.computed_in(dtype):
+            yield rounding, replace(case.of(factored), candidates=list(candidates))
+
+
 def _rounded_factors(case: _Case) -> ModuleMerge | None:
     """Conclude that the update was added with factors that half precision had rounded before."""
-    types = (case.weight.base_type, case.factored.update.stored_dtype, case.weight.merged_type)
-    for dtype in (dtype for dtype in HALF_TYPES if dtype in types):
-        candidates = [
-            recipe
-            for of_factors in dict.fromkeys((dtype, types[1]))
-            for recipe in recipes(types[0], of_factors, types[2], loaded=case.loaded)
-        ]
-        for rounding, factored in case.factored.computed_in(dtype):
-            rounded = replace(case.of(factored), candidates=list(dict.fromkeys(candidates)))
-            if (recipe := rounded.confirmed(misfits)) is not None:
-                return replace(
-                    case.result, conclusion=MergeConclusion.APPLIED,
-                    recipe=f"{rounding}, {recipe}",
-                    strength=strength_interval(rounded.sampled, recipe),
-                )  # fmt: skip
+    for rounding, rounded in _with_rounded_factors(case):
+        if (recipe := rounded.confirmed(misfits)) is not None:
+            return replace(
+                case.result, conclusion=MergeConclusion.APPLIED, recipe=f"{rounding}, {recipe}",
+                strength=strength_interval(rounded.sampled, recipe),
+            )  # fmt: skip
     return None
+
+
+def _rounded_mistakes(case: _Case) -> ModuleMerge | None:
+    """Conclude as the rules for exact factors do, with factors that half precision has rounded."""
+    if not _is_related(case):
+        return None
+    for _, rounded in _with_rounded_factors(case):
+        for rule in (_strength, _twice, _lines, _ranks):
+            if (concluded := rule(rounded)) is not None:
+                return concluded
+    return None
+
+
+def _is_related(case: _Case) -> bool:
+    """Return True if the difference has a component along the update."""
+    delta, difference = case.sampled.delta, case.difference
+    size = float(np.linalg.norm(delta) * np.linalg.norm(difference))
+    return size > 0 and abs(float(delta @ difference)) > _RELATED * size
 
 
 def _changed(entries: Entries, recipe: Recipe) -> NDArray[np.bool_]:
@@ -642,13 +667,7 @@ def _other_updates(case: _Case) -> ModuleMerge | None:
             candidate = case.of(Factored(load()))
         except ScaleError:
             continue
-        delta, difference = candidate.sampled.delta, case.difference
-        size = float(np.linalg.norm(delta) * np.linalg.norm(difference))
-        if (
-            size
-            and delta @ difference > _RELATED * size
-            and candidate.confirmed(misfits) is not None
-        ):
+        if _is_related(candidate) and candidate.confirmed(misfits) is not None:
             return replace(case.result, cause=Cause.OTHER_MODULE, detail=name)
     return None
 

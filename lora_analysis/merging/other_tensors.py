@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 ROUNDED_TYPES: Final = ("bfloat16", "float16", "float32")
 _MARK: Final = re.compile(r"(^|\.)modules_to_save\.[^.]+\.")
 _FACTOR_BIAS: Final = re.compile(r"(?P<module>.+)\.lora_B(\.default)?\.bias")
+# Differences that LyCORIS stores for weights and biases of layers without factors.
+_DIFFERENCE: Final = re.compile(r"(?P<module>.+)\.(?P<kind>w_norm|b_norm|diff|diff_b)")
 _TOKENS: Final = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 
 
@@ -123,7 +125,7 @@ class TensorComparison:
     ) -> None:
         self._old, self._new = old, new
         self._transposed = transposed
-        self._expected = _expected_tensors(adapter, new.model.names)
+        self._expected = _expected_tensors(adapter, new.model)
 
     def differences(self, progress: Progress | None) -> Iterator[TensorDifference | None]:
         """Yield what is found about each tensor; None if it is equal in both models."""
@@ -285,13 +287,13 @@ def _without_model(name: str) -> str:
 Make = Callable[["NDArray[Any]"], "NDArray[Any]"]
 
 
-def _expected_tensors(adapter: Adapter, names: Sequence[str]) -> dict[str, tuple[str | None, Make]]:
+def _expected_tensors(adapter: Adapter, model: BaseWeights) -> dict[str, tuple[str | None, Make]]:
     """Return what the adapter stores besides factors: the tensor it belongs to, and its value.
 
     The value is a function of the base's tensor. The tensor is None if the model has none.
     """
     by_end: dict[str, list[str]] = {}
-    for name in names:
+    for name in model.names:
         segments = _plain(name).split(".")
         for start in range(len(segments)):
             by_end.setdefault(".".join(segments[start:]), []).append(name)
@@ -313,8 +315,14 @@ def _expected_tensors(adapter: Adapter, names: Sequence[str]) -> dict[str, tuple
             continue
         if match := _FACTOR_BIAS.fullmatch(plain):
             scale = _scale(adapter, match["module"])
-            make: Make = partial(_with_factor_bias, adapter, key, scale)
+            make: Make = partial(_with_difference, adapter, key, scale)
             expected[key] = tensor(f"{match['module']}.bias"), make
+        elif match := _DIFFERENCE.fullmatch(plain):
+            weights = model.tensors_of(match["module"])
+            if match["kind"] in ("b_norm", "diff_b"):
+                weights = [name.removesuffix("weight") + "bias" for name in weights]
+            target = weights[0] if len(weights) == 1 and weights[0] in model.names else None
+            expected[key] = target, partial(_with_difference, adapter, key, 1.0)
         elif match := _TOKENS.fullmatch(plain):
             make = partial(_with_tokens, adapter, key, match["module"])
             expected[key] = tensor(f"{match['module']}.weight"), make
@@ -342,24 +350,24 @@ def _scale(adapter: Adapter, module: str) -> float:
     return adapter.outline(module).known_scale() if module in adapter else 1.0
 
 
-def _with_factor_bias(
-    adapter: Adapter, key: str, scale: float, bias: NDArray[Any]
+def _with_difference(
+    adapter: Adapter, key: str, scale: float, tensor: NDArray[Any]
 ) -> NDArray[np.float32]:
-    """Return a bias with that of factor B added, which the scale multiplies too."""
+    """Return a tensor with a stored difference added; the scale multiplies a factor's bias."""
     added = np.float32(scale) * _side_values(adapter, key).astype(np.float32)
-    return np.asarray(bias.astype(np.float32) + added)
+    return np.asarray(tensor.astype(np.float32) + added.reshape(tensor.shape))
 
 
 def _with_tokens(
     adapter: Adapter, key: str, module: str, table: NDArray[Any]
 ) -> NDArray[np.float32]:
     """Return an embedding with the rows of the trained tokens replaced."""
-    stated: Any = adapter.config.get("trainable_token_indices") or []
-    if isinstance(stated, Mapping):
-        ends = [end for end in stated if module == end or module.endswith(f".{end}")]
-        stated = stated[ends[0]] if ends else []
+    indices: Any = adapter.config.get("trainable_token_indices") or []
+    if isinstance(indices, Mapping):
+        ends = [end for end in indices if module == end or module.endswith(f".{end}")]
+        indices = indices[ends[0]] if ends else []
     table = table.astype(np.float32)
-    table[list(stated)] = _side_values(adapter, key)
+    table[list(indices)] = _side_values(adapter, key)
     return table
 
 

@@ -54,8 +54,9 @@ class _LyCORIS(Format):
         if not sort_products(tensors.infos):
             message = (
                 f"{files.path}: '{_dense_key(tensors.infos)}' is the difference of a whole weight "
-                "(LyCORIS 'full' or 'norm'), not a pair of factors. Extract a LoRA of it, or "
-                "compare it as a full fine-tune."
+                "(LyCORIS 'full' or 'norm'), not a pair of factors. Merge it into its base, and "
+                "read the merged model as a full fine-tune: `lora-analysis extract merged --base "
+                "base`."
             )
             raise UnsupportedMethodError(message)
         stored = sort_keys(StoredModules(files, tensors, options), KEYS)

@@ -44,6 +44,7 @@ _VARIANTS: Final = {
 }
 
 # Content of the files of other methods, if a word makes the reason plainer than the name does.
+_VIRTUAL: Final = "virtual tokens"
 _OTHER_METHODS: Final = {
     "OFT": "a rotation of the weight",
     "BOFT": "a rotation of the weight",
@@ -59,13 +60,22 @@ _OTHER_METHODS: Final = {
     "SHIRA": "single entries of the weight",
     "HIRA": "a Hadamard product with the weight",
     "TRAINABLE_TOKENS": "rows of the embedding",
-    "PROMPT_TUNING": "virtual tokens",
-    "MULTITASK_PROMPT_TUNING": "virtual tokens",
-    "P_TUNING": "virtual tokens",
-    "PREFIX_TUNING": "virtual tokens",
-    "CPT": "virtual tokens",
-    "ADAPTION_PROMPT": "virtual tokens",
+    "PROMPT_TUNING": _VIRTUAL,
+    "MULTITASK_PROMPT_TUNING": _VIRTUAL,
+    "P_TUNING": _VIRTUAL,
+    "PREFIX_TUNING": _VIRTUAL,
+    "CPT": _VIRTUAL,
+    "ADAPTION_PROMPT": _VIRTUAL,
+    "CARTRIDGE": _VIRTUAL,
 }
+
+# Methods that PEFT's convert_to_lora approximates by a LoRA.
+_CONVERTIBLE: Final = frozenset(
+    {
+        "C3A", "DELORA", "FOURIERFT", "GRALORA", "MISS", "PSOFT", "RANDLORA", "SHIRA", "TINYLORA",
+        "UNILORA", "VBLORA", "VERA", "WAVEFT",
+    }
+)  # fmt: skip
 
 # PEFT's fields that add more to a model than factors and modules trained in full.
 _FURTHER_FIELDS: Final = ("bias", "lora_bias", "alora_invocation_tokens", "trainable_token_indices")
@@ -188,12 +198,21 @@ def _refuse_other_methods(path: Path, raw: Mapping[str, Any]) -> None:
     """Raise if the config names a method whose update is not ``s·B·A``."""
     peft_type = "LORA" if _is_bare(raw) else method_of(raw)
     if peft_type not in ("LORA", "ADALORA"):
-        stored = _OTHER_METHODS.get(str(peft_type), "something else")
+        stored = _OTHER_METHODS.get(str(peft_type))
+        hint = (
+            "merge it into its base and read the merged model as a full fine-tune: "
+            "`lora-analysis extract merged --base base`."
+        )
+        if peft_type in _CONVERTIBLE:
+            hint = f"Convert it with PEFT's convert_to_lora, or {hint}"
+        elif stored == _VIRTUAL:
+            hint = "It changes no weight of its base, so there is no update to analyze."
+        else:
+            hint = f"M{hint[1:]}"
         message = (
             f"{path}: peft_type is {peft_type!r}. Only 'LORA', 'ADALORA', 'LOHA' and 'LOKR' are "
-            f"read: the other methods store no product that equals s·B·A (here: {stored}). Convert "
-            "it with PEFT's convert_to_lora, or merge it into its base and read the merged model "
-            "as a full fine-tune: `lora-analysis extract merged --base base`."
+            f"read: the other methods store no product that equals s·B·A"
+            f"{f' (here: {stored})' if stored else ''}. {hint}"
         )
         raise UnsupportedMethodError(message)
     for key, reason in _VARIANTS.items():
