@@ -151,8 +151,8 @@ class TensorComparison:
         for name in after_only:
             if name not in compared and not self._new.is_covered(name):
                 yield self._added(name)
-        for key, (name, _) in self._expected.items():
-            if name is None:
+        for key, (base_name, _) in self._expected.items():
+            if base_name is None:
                 yield TensorDifference(key, TensorState.UNMATCHED)
         if progress:
             progress("other tensors", total, total)
