@@ -65,8 +65,8 @@ def noise_of_update(update: Update, name: str, seed: int = 0) -> Update:
     rng = np.random.default_rng(int.from_bytes(digest, "little"))
     if isinstance(update, DenseUpdate):
         delta = rng.standard_normal(update.shape, dtype=np.float32)
-        noise = replace(update, delta=delta)
-        return replace(update, delta=delta * (update_norm(update) / update_norm(noise)))
+        size = update_norm(replace(update, delta=delta))
+        return replace(update, delta=delta * (update_norm(update) / size))
     A, B = (rng.standard_normal(M.shape).astype(M.dtype) for M in (update.A, update.B))
     noise = replace(update, A=A, B=B, variant="", magnitude=None, stored_at=NOT_STORED)
     size = update_norm(noise)
