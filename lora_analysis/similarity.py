@@ -271,8 +271,8 @@ def _up_to(update: Any, of: VectorsOf, k: int | None) -> Spectrum:
         update = as_update(update)
         if isinstance(update, DenseUpdate) and of == "delta" and update.delta.any():
             return leading_spectrum(update, k + 1)
-    values: Spectrum = spectrum(update, of=of)
-    return values
+    result: Spectrum = spectrum(update, of=of)
+    return result
 
 
 @overload

@@ -65,7 +65,7 @@ def noise_of_update(update: Update, name: str, seed: int = 0) -> Update:
     rng = np.random.default_rng(int.from_bytes(digest, "little"))
     if isinstance(update, DenseUpdate):
         delta = rng.standard_normal(update.shape, dtype=np.float32)
-        size = float(np.sqrt(np.square(delta, dtype=np.float64).sum()))
+        size = update_norm(replace(update, delta=delta))
         return replace(update, delta=delta * (update_norm(update) / size))
     A, B = (rng.standard_normal(M.shape).astype(M.dtype) for M in (update.A, update.B))
     noise = replace(update, A=A, B=B, variant="", magnitude=None, stored_at=NOT_STORED)
