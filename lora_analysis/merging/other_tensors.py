@@ -238,7 +238,7 @@ class TensorComparison:
         return TensorState.CHANGED, ""
 
     def _added(self, name: str) -> TensorDifference | None:
-        """Return what is known of a tensor that only the merged model has; None if it is tied."""
+        """Compare a tensor that only the merged model has; None if it is a tied head."""
         new, shape = self._new.model, self._new.model.stored_shape(name)
         try:
             if len(shape) != 2 or (module := module_of(name)) is None:
@@ -288,7 +288,7 @@ Make = Callable[["NDArray[Any]"], "NDArray[Any]"]
 
 
 def _expected_tensors(adapter: Adapter, model: BaseWeights) -> dict[str, tuple[str | None, Make]]:
-    """Return what the adapter stores besides factors: the tensor it belongs to, and its value.
+    """Return tensors that the adapter stores besides factors: where they belong, and their value.
 
     The value is a function of the base's tensor. The tensor is None if the model has none.
     """
