@@ -94,9 +94,9 @@ def _factor_spectrum(update: LowRankUpdate, of: Literal["A", "B"], *, vectors: b
 def _dense_spectrum(update: DenseUpdate, *, vectors: bool) -> Spectrum:
     delta = update.delta.astype(np.float64)
     U, V = None, None
-    s: NDArray[np.float64]
+    s: NDArray[Any]
     if not delta.any():  # an unchanged weight has no directions: one that counts nothing is enough
-        s: NDArray[Any] = np.zeros(1)
+        s = np.zeros(1)
         U, V = (np.eye(d, 1) for d in update.shape) if vectors else (None, None)
     elif vectors:
         u, s, v = linalg.whole_svd(delta)
