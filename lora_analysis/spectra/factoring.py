@@ -107,7 +107,7 @@ def _dense_spectrum(update: DenseUpdate, *, vectors: bool) -> Spectrum:
     return Spectrum(
         name=update.name,
         U=U,
-        S=s,
+        S=np.asarray(s, np.float64),
         V=V,
         of="delta",
         numerical_rank=int(np.count_nonzero(s > max(update.shape) * linalg.EPS * s[0])),
