@@ -40,6 +40,7 @@ def make_workspace(folder: Path) -> Path:
     for name, seed, alpha in (("style", 1, 4.0), ("subject", 2, 4.0), ("old", 3, None)):
         _write_kohya(folder / f"{name}.safetensors", seed, alpha)
     kohya_sdxl(folder / "sdxl.safetensors", rank=4, width=8)
+    (folder / "authors.toml").write_text('[ann]\nsources = ["adapter-a", "runs/b*"]\n')
     write_model(folder / "models/bert", "bert")
     write_reviews(folder / "reviews.csv")
     return folder

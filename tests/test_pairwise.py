@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from factories import adapter, low_rank_update
+from factories import adapter, low_rank_update, orthonormal
 from reference import IDENTITY, assert_close
 
 from lora_analysis.adapter import Adapter, DenseUpdate
@@ -224,3 +224,39 @@ def test_modules_are_chosen_by_pattern(rng):
         pairwise(adapters, modules="k_proj")
     with pytest.raises(InputError, match="at least two adapters, got 1"):
         pairwise(adapters[:1])
+
+
+def test_large_dense_updates_have_the_values_of_all_singular_vectors(rng, monkeypatch):
+    monkeypatch.setattr(pair_products, "_LARGE_DENSE", 64)
+    d_out, d_in = 288, 300
+    learned = orthonormal(rng, d_out, 3) @ orthonormal(rng, d_in, 3).T
+    noise = rng.standard_normal((2, d_out, d_in)).astype(np.float32)
+    updates = [
+        low_rank_update(rng, d_out, d_in, 4),
+        DenseUpdate("m", 0.01 * noise[0] + learned),
+        DenseUpdate("m", np.zeros((d_out, d_in), np.float32)),
+        DenseUpdate("m", 0.02 * noise[1] - learned),
+        low_rank_update(rng, d_out, d_in, 9),
+    ]
+    whole = pair_products.module_products(updates, vectors=True)
+    part = pair_products.module_products(updates, vectors=True, all_dense_vectors=False)
+    assert set(part.deltas) == {1, 3}
+    expected, found = (pair_products.module_pairs(p, updates) for p in (whole, part))
+    assert_close(found.cosine, expected.cosine, atol=1e-12)
+    assert_close(found.norms, expected.norms, rtol=1e-12)
+    for side in SIDES:
+        for name in ("phi_1_1", "phi_r_r", "omega", "chance_r_r", "chance_omega"):
+            values = (getattr(pairs.sides[side], name) for pairs in (found, expected))
+            assert_close(*values, atol=1e-10)
+        for values in zip(
+            pair_products.pair_angles(part, side, updates),
+            pair_products.pair_angles(whole, side, updates),
+            strict=True,
+        ):
+            assert_close(*values, atol=1e-6)
+    for one, other in zip(part.spectra, whole.spectra, strict=True):
+        if not one.untrained:
+            assert_close(one.effective_rank, other.effective_rank, rtol=1e-9)
+            assert one.energy_rank(0.9) == other.energy_rank(0.9)
+    some = pair_products.module_pairs(part.selected([3, 4]), [updates[3], updates[4]])
+    assert_close(some.cosine, expected.cosine[3:, 3:], atol=1e-12)

@@ -8,7 +8,7 @@ from lora_analysis.spectra.factoring import (
     update_norm,
     update_svd,
 )
-from lora_analysis.spectra.leading import leading_spectrum
+from lora_analysis.spectra.leading import leading_spectrum, partial_spectrum
 from lora_analysis.spectra.values import (
     NEARLY_DEGENERATE_GAP,
     SIDES,
@@ -30,6 +30,7 @@ __all__ = [
     "default_side",
     "delta_spectrum",
     "leading_spectrum",
+    "partial_spectrum",
     "singular_values",
     "spectrum",
     "stacked_spectra",

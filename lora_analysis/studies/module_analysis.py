@@ -121,7 +121,11 @@ def analyze_module(study: OpenStudy, module: str, *, blocks: bool = True) -> Mod
     by_position: dict[int, tuple[Update, Spectrum]] = {}
     for members, updates in updates_by_shape(study.adapters, module, result.failed):
         large = blocks and BlockedContribution.fits(updates)
-        products = module_products(updates, vectors=large or study.base is not None)
+        products = module_products(
+            updates,
+            vectors=large or study.base is not None,
+            all_dense_vectors=study.spec.weight_spectra,
+        )
         spectra = products.spectra
         by_position |= dict(zip(members, zip(updates, spectra, strict=True), strict=True))
         pairs = None if large else module_pairs(products, updates)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
 from lora_analysis import chance, linalg
-from lora_analysis.adapter import LowRankUpdate, Update
+from lora_analysis.adapter import DenseUpdate, LowRankUpdate, Update
 from lora_analysis.errors import IncompatibleError
 from lora_analysis.init_evidence import (
     EVIDENCE,
@@ -20,7 +20,7 @@ from lora_analysis.init_evidence import (
     weaker_half_excess,
 )
 from lora_analysis.similarity import FINE_TUNE_DIRECTIONS
-from lora_analysis.spectra import SIDES, Side, Spectrum, delta_spectrum, spectrum
+from lora_analysis.spectra import SIDES, Side, Spectrum, delta_spectrum, partial_spectrum, spectrum
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,6 +32,8 @@ _AT_ONCE = 2048
 # Beyond that, this many rows of products at a time: they are reduced before the next are computed,
 # and the part left of their own columns is known from earlier rows.
 _ROWS = 128
+# Smaller side of a dense update from which not all of its singular vectors are computed.
+_LARGE_DENSE = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,17 +127,21 @@ class ModuleProducts:
     factors
         ``(Σr, Σr)``: products of the rows of all A, and of the columns of all B; None if they
         were not needed.
+    deltas
+        Large dense ΔW by position, whose spectra have the vectors of leading directions only.
     """
 
     spectra: Sequence[Spectrum]
     directions: Mapping[Side, NDArray[np.float64]] | None
     factors: Mapping[Literal["A", "B"], NDArray[np.float64]] | None = None
+    deltas: Mapping[int, NDArray[np.floating]] = field(default_factory=dict)
 
     def selected(self, rows: Sequence[int]) -> ModuleProducts:
         """Return the spectra of some of the updates and the products of their directions."""
         spectra = [self.spectra[row] for row in rows]
         if self.directions is None:
-            return ModuleProducts(spectra, None)
+            deltas = {i: self.deltas[row] for i, row in enumerate(rows) if row in self.deltas}
+            return ModuleProducts(spectra, None, deltas=deltas)
         ranks = np.array([s.numerical_rank for s in self.spectra])
         index = _direction_indices(ranks, rows)
         plane = np.ix_(index, index)
@@ -160,7 +166,9 @@ def _direction_indices(
     return np.concatenate([np.arange(stops[i] - ranks[i], stops[i]) for i in members])
 
 
-def module_products(updates: Sequence[Update], *, vectors: bool) -> ModuleProducts:
+def module_products(
+    updates: Sequence[Update], *, vectors: bool, all_dense_vectors: bool = True
+) -> ModuleProducts:
     """Return the spectra of updates of one module and shape, and the products of their directions.
 
     Parameters
@@ -170,10 +178,28 @@ def module_products(updates: Sequence[Update], *, vectors: bool) -> ModuleProduc
     vectors
         Whether the spectra need singular vectors. Without, the products of the singular vectors
         follow from those of the factors if these are well conditioned: no vector is computed.
+    all_dense_vectors
+        Whether large dense updates need all of their singular vectors. Without, they have as many
+        as `directions_of_pairs` counts at most.
     """
     if not vectors and (joint := _joint_products(updates)) is not None:
         return joint
-    spectra = [spectrum(update) for update in updates]
+    k = max([u.rank for u in updates if isinstance(u, LowRankUpdate)] + [FINE_TUNE_DIRECTIONS])
+    deltas: dict[int, NDArray[np.floating]] = {}
+    if not all_dense_vectors and min(updates[0].shape) >= max(_LARGE_DENSE, 16 * k):
+        deltas = {
+            i: update.delta
+            for i, update in enumerate(updates)
+            if isinstance(update, DenseUpdate) and update.delta.any()
+        }
+    spectra = [
+        partial_spectrum(update, k + 1)  # and the gap to the next one
+        if isinstance(update, DenseUpdate) and i in deltas
+        else spectrum(update)
+        for i, update in enumerate(updates)
+    ]
+    if deltas:
+        return ModuleProducts(spectra, None, deltas=deltas)
     if sum(s.numerical_rank for s in spectra) > _AT_ONCE:
         return ModuleProducts(spectra, None)
     bases = zip(SIDES, _stacked_bases(spectra), strict=True)
@@ -235,8 +261,7 @@ def module_pairs(
         )
         raise IncompatibleError(message)
     ranks = np.array([s.numerical_rank for s in spectra])
-    energy, signed = _direction_weights(spectra)
-    sums = _reduced_products(products, ranks, energy, signed)
+    sums = _similarity_sums(products, ranks)
     directions = directions_of_pairs(spectra)
     for (_, squares, _), side in zip(sums[:2], SIDES, strict=True):
         for a, b in _pairs_of_dense(spectra):
@@ -260,6 +285,57 @@ def module_pairs(
         directions=directions,
         init=None if updates is None else updates_init_evidence(updates, products.factors),
     )
+
+
+def _similarity_sums(
+    products: ModuleProducts, ranks: NDArray[np.intp]
+) -> tuple[_Sums, _Sums, NDArray[np.float64]]:
+    """Return the sums of `_reduced_products`, those of large dense updates from ΔW itself.
+
+    For these, with ``e = Σσ⁴``: ω is ``‖ΔW₁ᵀΔW₂‖²/√(e₁e₂)`` on the output side and
+    ``‖ΔW₁ΔW₂ᵀ‖²/√(e₁e₂)`` on the input side, and no singular vector is needed. Their sums of
+    squares stay zero, see `directions_of_pairs`.
+    """
+    spectra, deltas = products.spectra, products.deltas
+    if not deltas:
+        return _reduced_products(products, ranks, *_direction_weights(spectra))
+    count = len(spectra)
+    sums = np.zeros((7, count, count))
+    others = [i for i in range(count) if i not in deltas]
+    if others:
+        some = products.selected(others)
+        of_others = _reduced_products(some, ranks[others], *_direction_weights(some.spectra))
+        sums[np.ix_(range(7), others, others)] = [*of_others[0], *of_others[1], of_others[2]]
+    for a in deltas:
+        D, s = deltas[a].astype(np.float64), spectra[a]
+        for b in range(count):
+            if spectra[b].untrained or (b in deltas and b < a):
+                continue
+            values = _dense_values(D, s, spectra[b], deltas.get(b) if b != a else D)
+            sums[:, a, b] = sums[:, b, a] = values
+    return (sums[0], sums[1], sums[2]), (sums[3], sums[4], sums[5]), sums[6]
+
+
+def _dense_values(
+    D: NDArray[np.float64], s: Spectrum, t: Spectrum, other: NDArray[np.floating] | None
+) -> list[float]:
+    """Return the seven sums of a large dense ΔW with spectrum ``s`` and another update."""
+    T = t.S[: t.numerical_rank]
+    if other is None:
+        left, right = t.vectors("output") * T, t.vectors("input") * T
+        against_left, against_right = D.T @ left, D @ right
+        product = float((t.vectors("output") * against_right).sum())
+    else:
+        M = other.astype(np.float64, copy=False)
+        against_left, against_right = D.T @ M, D @ M.T
+        product = float(np.vdot(D, M))
+    energies = float(np.linalg.norm(s.S**2) * np.linalg.norm(t.S**2))
+    first = [float(s.vectors(side)[:, 0] @ t.vectors(side)[:, 0]) ** 2 for side in SIDES]
+    return [
+        first[0], 0.0, float(np.linalg.norm(against_right)) ** 2 / energies,
+        first[1], 0.0, float(np.linalg.norm(against_left)) ** 2 / energies,
+        product / (s.norm * t.norm),
+    ]  # fmt: skip
 
 
 def _pairs_of_dense(spectra: Sequence[Spectrum]) -> list[tuple[int, int]]:
