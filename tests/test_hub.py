@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -662,3 +664,27 @@ def test_the_environment_names_the_hub_and_the_cache(
         hub.requests.clear()
         assert inspect(HF_HUB_OFFLINE="1").returncode == 0
         assert not hub.requests
+
+
+def test_a_request_is_made_again_if_an_abandoned_one_closed_the_client(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hub_client, "_abandoned", [])
+    release, calls = threading.Event(), []
+
+    def fails_at_first() -> str:
+        calls.append(len(calls))
+        if len(calls) == 1:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        return "answer"
+
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        hub_client.in_time(fails_at_first, 5)
+    calls.clear()
+    with pytest.raises(TimeoutError):
+        hub_client.in_time(release.wait, 0.01)
+    try:
+        assert hub_client.in_time(fails_at_first, 5) == "answer"
+    finally:
+        release.set()
+    assert calls == [0, 1]

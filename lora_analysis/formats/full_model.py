@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.adapter import FULL_FINE_TUNE
-from lora_analysis.errors import InputError, UnknownFormatError
+from lora_analysis.errors import InputError
 from lora_analysis.formats.registry import formats_for
 from lora_analysis.formats.sources import AdapterFiles, Format, label_of, run_facts, tensors_at
 from lora_analysis.storage.documents import read_json_object
@@ -86,11 +86,11 @@ def _holds_model(weights: Path, options: ReadOptions) -> bool:
     )
 
 
-def base_needed(path: Path, options: ReadOptions) -> UnknownFormatError | None:
-    """Return the error for a model without a base to compare it with; None for other sources."""
+def fine_tune_hint(path: Path, options: ReadOptions) -> str:
+    """Return the next step for a model without a base to compare it with, empty for others."""
     if FORMAT.locate(path, options) is None:
-        return None
-    return UnknownFormatError(
-        f"{path}: this is a model, not an adapter. A full fine-tune is read as its difference to "
-        "the model that it was trained from: give that with base= (command line: --base)."
+        return ""
+    return (
+        " A full fine-tune is read as its difference to the model that it was trained from: give "
+        "that with base= (command line: --base)."
     )

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import UnknownFormatError, UnsupportedMethodError
-from lora_analysis.formats.full_model import base_needed
+from lora_analysis.formats.full_model import fine_tune_hint
 from lora_analysis.formats.pairs import known_pair, pair_needed
 from lora_analysis.formats.sources import tensors_at
 from lora_analysis.storage.documents import (
@@ -39,14 +39,18 @@ _LOOKED_AT: Final = 50
 
 def unknown_format(path: Path, options: ReadOptions) -> UnknownFormatError:
     """Return the error that describes ``path``; raise if opening it already fails."""
-    if error := base_needed(path, options):
-        return error
+    hint = fine_tune_hint(path, options)
+    folder = path if path.is_dir() else path.parent
+    if hint and (folder / "config.json").is_file():
+        return UnknownFormatError(f"{path}: this is a model, not an adapter.{hint}")
     if path.is_dir():
-        return _unknown_folder(path, options)
+        return _unknown_folder(path, options, hint)
     regular_file_size(path)
     if is_gguf(path):
         read_gguf(path)
-        return UnknownFormatError(f"{path}: a GGUF file, but not of a LoRA adapter. {_READABLE}")
+        return UnknownFormatError(
+            f"{path}: a GGUF file, but not of a LoRA adapter. {_READABLE}{hint}"
+        )
     with path.open("rb") as stream:
         start = stream.read(9)
     if _is_closed_pickle(path, options):
@@ -57,7 +61,7 @@ def unknown_format(path: Path, options: ReadOptions) -> UnknownFormatError:
     tensors = open_tensors(path, allow_pickle=options.allow_pickle)
     if known_pair(tensors.infos):
         return pair_needed(path, tensors)
-    return UnknownFormatError(f"{path}: {_described(tensors)} {_READABLE}")
+    return UnknownFormatError(f"{path}: {_described(tensors)} {_READABLE}{hint}")
 
 
 def _is_closed_pickle(path: Path, options: ReadOptions) -> bool:
@@ -67,7 +71,7 @@ def _is_closed_pickle(path: Path, options: ReadOptions) -> bool:
     return path.suffix.lower() in PICKLE_SUFFIXES or is_pickle(path)
 
 
-def _unknown_folder(folder: Path, options: ReadOptions) -> UnknownFormatError:
+def _unknown_folder(folder: Path, options: ReadOptions, hint: str) -> UnknownFormatError:
     names = sorted(entry.name for entry in folder.iterdir())
     if not names:
         return UnknownFormatError(f"{folder}: the folder is empty.")
@@ -88,7 +92,7 @@ def _unknown_folder(folder: Path, options: ReadOptions) -> UnknownFormatError:
             " Pickles can run code when other programs open them, and are read only with "
             "allow_pickle=True (command line: --allow-pickle); or save as safetensors."
         )
-    return UnknownFormatError(f"{text} {_READABLE}")
+    return UnknownFormatError(f"{text} {_READABLE}{hint}")
 
 
 def _impostor(path: Path) -> str:

@@ -273,11 +273,30 @@ def _download_files(name: HubName, snapshot: Snapshot, files: Iterable[str]) -> 
         revision = snapshot.commit
 
 
+_abandoned: list[threading.Thread] = []
+
+
 def in_time(work: Callable[[], T], seconds: float) -> T:
     """Return the result of ``work``; raise TimeoutError if it takes longer, retries included.
 
-    A request that is still waiting then is abandoned in a daemon thread.
+    A request that is still waiting then is abandoned in a daemon thread. When it fails at last,
+    huggingface_hub closes the client that all requests share: one that fails at that time is made
+    once more.
     """
+    try:
+        return _in_time(work, seconds)
+    except Exception as error:
+        from huggingface_hub.errors import HfHubHTTPError
+
+        if isinstance(error, TimeoutError | HfHubHTTPError):  # the hub answered, or never will
+            raise
+        _abandoned[:] = [thread for thread in _abandoned if thread.is_alive()]
+        if not _abandoned:
+            raise
+        return _in_time(work, seconds)
+
+
+def _in_time(work: Callable[[], T], seconds: float) -> T:
     results: list[T] = []
     errors: list[BaseException] = []
 
@@ -293,6 +312,7 @@ def in_time(work: Callable[[], T], seconds: float) -> T:
     if errors:
         raise errors[0]
     if not results:
+        _abandoned.append(thread)
         message = f"no answer within {seconds:,.0f} s in all"
         raise TimeoutError(message)
     return results[0]

@@ -203,7 +203,7 @@ def _refuse_other_methods(path: Path, raw: Mapping[str, Any]) -> None:
             "merge it into its base and read the merged model as a full fine-tune: "
             "`lora-analysis extract merged --base base`."
         )
-        if peft_type in _CONVERTIBLE:
+        if str(peft_type) in _CONVERTIBLE:
             hint = f"Convert it with PEFT's convert_to_lora, or {hint}"
         elif stored == _VIRTUAL:
             hint = "It changes no weight of its base, so there is no update to analyze."
