@@ -375,6 +375,7 @@ def test_one_sided_enrichments_are_their_formulas(rng, shape):
     assert amplification(update, W).output_enrichment is None
 
 
+@pytest.mark.slow
 def test_one_sided_enrichments_have_a_mean_square_of_one(rng):
     W = rng.standard_normal((12, 10)) * np.linspace(3, 0.1, 10)
     squares = []

@@ -68,6 +68,7 @@ def test_neither_gauge_nor_scale_nor_being_dense_matters(rng):
             assert_close(found.sides[side].share, expected.sides[side].share, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_random_updates_hold_k_of_d_on_average_and_stay_below_the_band(rng):
     svd = weight_svd(rng.standard_normal((48, 32)))
     values = np.array([3.0, 1.0, 0.5])

@@ -254,6 +254,7 @@ def test_equal_values_count_against_a_run(rng):
     assert run.p == 1
 
 
+@pytest.mark.slow
 def test_runs_by_chance_reach_significance_as_often_as_stated(rng):
     W = rng.standard_normal((D_OUT, D_IN)) * np.linspace(3, 0.1, D_IN)
     specific = [

@@ -7,7 +7,7 @@ import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -83,14 +83,17 @@ def part_of(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
-def imported_names(path: Path) -> Iterator[str]:
-    """Yield the full name of everything a file imports, wherever in the file it does."""
+@cache
+def imported_names(path: Path) -> list[str]:
+    """Return the full name of everything a file imports, wherever in the file it does."""
+    names = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
 
 
 def imported_parts(path: Path) -> set[str]:
@@ -130,17 +133,20 @@ def test_heavy_packages_are_imported_where_they_belong_and_nowhere_else(heavy: s
     assert users <= HEAVY[heavy]
 
 
-def runtime_imports(path: Path) -> Iterator[str]:
-    """Yield what a file imports when it runs: what only type checkers see costs nothing."""
+@cache
+def runtime_imports(path: Path) -> list[str]:
+    """Return what a file imports when it runs: what only type checkers see costs nothing."""
+    names: list[str] = []
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             node.body = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            yield node.module or ""
+            names.append(node.module or "")
+    return names
 
 
 def test_scipy_stats_is_never_imported() -> None:
@@ -224,6 +230,7 @@ def test_inspect_needs_numpy_alone(stored: list[str]) -> None:
     assert not loaded & LATE
 
 
+@pytest.mark.slow
 def test_compare_loads_no_torch(stored: list[str]) -> None:
     loaded = loaded_by_command("compare", *stored)
     assert not loaded & {"torch", "matplotlib"}

@@ -155,6 +155,7 @@ def test_planted_damage_reaches_text_and_json_of_amplify(  # noqa: PLR0917
     assert named in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_damage_of_the_base_is_in_the_report(rng: np.random.Generator, tmp_path: Path) -> None:
     weights = sound(rng)
     plant_entry(weights)

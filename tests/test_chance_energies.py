@@ -54,6 +54,7 @@ def assert_calibrated(p, *, anywhere, below, least=0.0003):
     assert least <= np.mean(p <= 0.001) <= 0.002
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("s", "t"), SPECTRA)
 def test_the_null_of_omega_and_of_the_signed_cosine_for_real_updates(rng, s, t):
     pairs = [(isotropic(rng, 32, 24, s), isotropic(rng, 32, 24, t)) for _ in range(500)]

@@ -194,6 +194,7 @@ def test_refused_input_ends_with_code_3_and_one_line(
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["q_proj", "0.q_proj", r"layers\.\d\.q_proj"])
 def test_module_takes_the_end_of_a_name_or_an_expression_in_every_verb(
     pattern: str, saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -376,6 +377,7 @@ def test_heatmap_panels_whose_short_names_collide_carry_full_names(
     assert all(name in picture for name in names)
 
 
+@pytest.mark.slow
 def test_heatmap_takes_the_size_and_colors_of_the_figure(
     saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -397,6 +399,7 @@ def test_heatmap_takes_the_size_and_colors_of_the_figure(
         assert not (tmp_path / "x.svg").exists()
 
 
+@pytest.mark.slow
 def test_heatmap_writes_the_picture_its_suffix_asks_for(
     saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -490,6 +493,7 @@ def test_amplify_refuses_a_scale_it_does_not_know(
     assert float(out) > 0
 
 
+@pytest.mark.slow
 def test_transposed_decides_how_a_square_weight_is_read(
     rng: np.random.Generator,
     tmp_path: Path,
@@ -514,6 +518,7 @@ def test_transposed_decides_how_a_square_weight_is_read(
     assert tables[0] != tables[1]
 
 
+@pytest.mark.slow
 def test_report_takes_a_reference_and_judges_against_it(
     rng: np.random.Generator,
     saved: dict[str, Path],
@@ -543,6 +548,7 @@ def test_report_names_what_it_left_out_and_ends_with_code_4(
     assert "bad.safetensors" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_report_as_markdown(
     saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -672,6 +678,7 @@ def test_a_terminal_gets_bars_and_a_program_gets_none(monkeypatch: pytest.Monkey
         assert ("figures" in stream.getvalue()) is (form == "human" and stream.isatty())
 
 
+@pytest.mark.slow
 def test_what_takes_long_shows_its_progress(
     saved: dict[str, Path],
     tmp_path: Path,
@@ -725,6 +732,7 @@ def test_inspect_reads_real_adapters(
         assert f"qwen2.5-peft/{name}" in out
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_report_on_real_bare_pairs(
     real_adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

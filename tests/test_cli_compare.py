@@ -149,6 +149,7 @@ def test_the_first_lines_are_one_conclusion_per_side(  # noqa: PLR0917 - paramet
         assert claim.partition(":")[0] in finding["text"]
 
 
+@pytest.mark.slow
 def test_the_next_step_is_what_a_test_needs(
     rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -259,6 +260,7 @@ def test_the_modules_at_both_ends_of_the_order_are_shown(
         assert max(map(len, text.splitlines())) <= 80
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sort", "column"),
     [("omega", "omega"), ("excess", "excess_omega"), ("cosine", "signed_cosine"), ("norm", None)],

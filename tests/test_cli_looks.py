@@ -47,6 +47,7 @@ def test_inspect_and_compare_keep_to_80_columns(
     assert any(one.startswith("q_proj (30)") for one in lines) != bool(arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "factory",
     [
@@ -83,6 +84,7 @@ def test_an_image_adapter_fits_one_screen(
     assert "text encoder" in last["component"] or blocks[-1].startswith("single")
 
 
+@pytest.mark.slow
 def test_image_adapters_are_compared_and_drawn_by_block(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +115,7 @@ def test_image_adapters_are_compared_and_drawn_by_block(
     assert {locate_module(name).block[:2] for name in drawn} == {"IN"}
 
 
+@pytest.mark.slow
 def test_an_image_adapter_is_amplified_by_block(
     rng: np.random.Generator,
     tmp_path: Path,

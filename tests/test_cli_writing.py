@@ -337,6 +337,7 @@ def test_a_report_of_an_earlier_version_is_named_as_that(
     assert call(capsys, *words, "--force")[0] == 0
 
 
+@pytest.mark.slow
 def test_a_picture_is_replaced_by_the_next(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

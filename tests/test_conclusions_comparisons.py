@@ -495,6 +495,7 @@ def test_every_task_must_agree_more_with_itself_than_with_others(
     assert input_side.reason is Reason.OUTPUT_FIRST
 
 
+@pytest.mark.slow
 def test_single_ranks_come_last_with_holm_among_them(rng: np.random.Generator) -> None:
     result = study(sweep_of(rng, 3, 3, ranks=(4, 8)))
     tasks, ranks = of_kind(result, "tasks"), of_kind(result, "rank")

@@ -220,6 +220,7 @@ def approximately(value: Any) -> Any:
 # --- what counts ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_unrelated_adapters_are_never_called_more_alike(rng: np.random.Generator) -> None:
     codes = []
     for i in range(20):

@@ -24,6 +24,11 @@ from lora_analysis.studies.pair_classes import PairClass
 from lora_analysis.training import LoopOptions, RunConfig, sweep
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Pages that train, write reports, or take more than two seconds for another reason.
+SLOW_PAGES = {
+    "chance", "ci-gate", "conclusions", "fine-tunes", "gallery", "kohya", "paper-figure", "peft",
+    "results", "steps", "survey", "sweep", "tutorial",
+}  # fmt: skip
 PAGES = sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts)
 REFERENCE = sorted((ROOT / "docs" / "reference").glob("*.rst"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -60,6 +65,7 @@ def run_in(path: Path, **namespace: object) -> Page:
     return page
 
 
+@pytest.mark.slow
 def test_every_block_and_every_command_of_the_readme_runs(inside: Path) -> None:
     page = run_in(ROOT / "README.md")
     assert page.ran >= 5
@@ -72,7 +78,14 @@ def test_every_block_and_every_command_of_the_readme_runs(inside: Path) -> None:
 
 # PEFT and transformers warn of their own affairs.
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT / "docs")))
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page.stem in SLOW_PAGES else [])
+        for page in PAGES
+    ],
+    ids=lambda path: str(path.relative_to(ROOT / "docs")),
+)
 def test_every_block_of_the_documentation_runs(path: Path, inside: Path) -> None:
     run_in(path)
 

@@ -174,6 +174,7 @@ def test_a_dense_update_is_cut_like_a_factored_one(
         assert_close(held.error_norm, np.linalg.norm(S[17:]), rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_large_dense_update_takes_its_leading_part_alone(rng: np.random.Generator) -> None:
     U, V = orthonormal(rng, 900, 40), orthonormal(rng, 800, 40)
     S = np.linspace(4.0, 1.0, 40)

@@ -114,6 +114,7 @@ def delta_weights(tensors: Tensors) -> dict[str, np.ndarray]:
     return deltas
 
 
+@pytest.mark.slow
 def test_a_resized_kohya_file_stays_what_it_was(
     sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,6 +152,7 @@ def test_a_resized_kohya_file_stays_what_it_was(
     assert f"size     {sizes[0]} → {sizes[1]}, error {100 * error:.2g} %" in out
 
 
+@pytest.mark.slow
 def test_the_printed_error_includes_the_rounding(
     sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,6 +169,7 @@ def test_the_printed_error_includes_the_rounding(
         assert 1e-5 < module["error"] == pytest.approx(lost, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_ranks_by_pattern(sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "small.safetensors"
     patterns = ("--rank-for", ".*attn2_to_k=16", "--rank-for", ".*attn.*=2")
@@ -432,6 +435,7 @@ def peft_deltas(path: Path) -> dict[str, np.ndarray]:
     return deltas
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [sdxl_layers(), sd15_layers()], ids=["sdxl", "sd15"])
 def test_a_unet_changes_between_kohya_and_diffusers(
     layers: list[Any],

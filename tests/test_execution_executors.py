@@ -252,6 +252,7 @@ def test_a_script_that_its_workers_would_run_again_fails_with_one_sentence(tmp_p
     )
 
 
+@pytest.mark.slow
 def test_a_sweep_in_such_a_script_fails_before_it_writes(tmp_path: Path) -> None:
     script = tmp_path / "caller.py"
     text = f"""

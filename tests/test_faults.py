@@ -146,6 +146,7 @@ def _plain(seen: Mapping[str, bytes]) -> dict[str, bytes]:
     return {name: content for name, content in seen.items() if not name.endswith(".tmp")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_failing_file_operation_loses_and_mixes_nothing(
     verb: str, inputs: Path, tmp_path: Path

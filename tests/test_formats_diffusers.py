@@ -256,6 +256,7 @@ def test_a_missing_partner_is_named(tmp_path: Path, rng: np.random.Generator) ->
         read_adapter(path)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_a_real_file_reads_from_both_containers(real_adapters: Path) -> None:
     from safetensors.numpy import load_file

@@ -171,6 +171,7 @@ def test_a_study_names_adapters_and_modules_with_damage_first(rng: np.random.Gen
     assert not study([adapter(rng, label="good")]).warnings
 
 
+@pytest.mark.slow
 def test_every_verb_that_shows_a_damaged_number_says_so(
     tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 from benchmarks import gpu
 
 
+@pytest.mark.slow
 def test_every_part_runs_and_finds_one_cpu_equal_to_itself(tmp_path: Path) -> None:
     rows = list(gpu.rows(1, tmp_path, device="cpu", width=64, steps=2))
     assert [row.what.partition(",")[0] for row in rows] == [

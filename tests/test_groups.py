@@ -177,6 +177,7 @@ def test_every_member_is_outside_once_at_the_largest_size(count: int) -> None:
 # --- both nulls -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_random_directions_have_the_stated_mean_and_at_most_the_stated_variance(rng: Rng) -> None:
     draws, k, spectrum = 300, 2, np.array([3.0, 1.0, 0.5])
     left_out = [split for split in group_splits(4) if split.size == 1]
@@ -340,6 +341,7 @@ def test_too_few_adapters_are_undecided(rng: Rng) -> None:
     assert "fewer than 6" in str(analysis)
 
 
+@pytest.mark.slow
 def test_what_other_groups_share_too_is_not_concluded(rng: Rng) -> None:
     together = planted(rng, 14, "signs")
     members, others = together[:10], together[10:]

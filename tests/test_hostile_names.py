@@ -60,6 +60,7 @@ def files(reports: dict[str, Path], *suffixes: str) -> Iterator[Path]:
         yield from (one for one in sorted(page.parent.rglob("*")) if one.suffix in suffixes)
 
 
+@pytest.mark.slow
 def test_no_text_that_is_written_holds_an_active_character(reports: dict[str, Path]) -> None:
     found = list(files(reports, ".html", ".md", ".csv", ".json", ".svg"))
     assert len(found) > 20
@@ -179,6 +180,7 @@ def test_a_terminal_shows_every_line_and_does_nothing_else(
             assert "owned" in out or "cmd" in out
 
 
+@pytest.mark.slow
 def test_a_real_terminal_is_left_as_it_was(rng: np.random.Generator, tmp_path: Path) -> None:
     """On a terminal there are colors, a bar of progress, and a width."""
     one, two = hostile_files(rng, tmp_path)

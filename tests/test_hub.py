@@ -597,6 +597,7 @@ def test_an_initial_adapter_comes_from_a_hub_and_its_errors_say_so(
 # --- the command line -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_verb_takes_names(
     hub: FakeHub,
     stored: dict[str, bytes],

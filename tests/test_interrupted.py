@@ -78,6 +78,7 @@ def is_the_same(found: Adapter, wanted: Adapter) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["peft", "mlx", "kohya", "loralib"])
 def test_an_adapter_is_the_old_one_or_the_new_one_wherever_its_writer_dies(
     tmp_path: Path, kind: str
@@ -226,6 +227,7 @@ def test_a_place_that_is_no_folder_is_named(tmp_path: Path) -> None:
 # --- the user stops it ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_interrupting_a_command_ends_it_with_130_and_no_traceback(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for label in "abcdef":

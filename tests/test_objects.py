@@ -326,6 +326,7 @@ def test_grids_and_spectra_show_a_small_picture_without_matplotlib(
     assert "<script>" not in la.subspace_similarity(hostile, hostile)._repr_html_()
 
 
+@pytest.mark.slow
 def test_every_module_is_an_attribute_of_the_package() -> None:
     for module in pkgutil.iter_modules(la.__path__):
         if module.name != "__main__":

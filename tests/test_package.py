@@ -183,6 +183,7 @@ def test_a_report_with_all_figures_needs_no_extra(adapters: Path) -> None:
     assert codes == [0], errors
 
 
+@pytest.mark.slow
 def test_analysis_and_conversion_need_no_extra(adapters: Path) -> None:
     commands = [
         ["inspect", "a", "b", "--format", "json"],
@@ -207,6 +208,7 @@ def test_analysis_and_conversion_need_no_extra(adapters: Path) -> None:
     assert codes == [0] * len(commands), errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "needs"),
     [

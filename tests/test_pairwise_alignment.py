@@ -323,6 +323,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, s
     return code, capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_verbs_take_files_of_three_programs(
     updates: list[LowRankUpdate], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -179,6 +179,7 @@ def test_long_text_is_broken_and_then_shortened() -> None:
     assert shortened("abcdef", 12.0, FONT).startswith("…")
 
 
+@pytest.mark.slow
 def test_a_map_of_a_thousand_modules_is_a_small_picture(tmp_path: Path) -> None:
     parts = ("q", "k", "v", "o", "gate", "up", "down")
     language = [f"model.layers.{n}.{part}_proj" for n in range(143) for part in parts]

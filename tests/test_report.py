@@ -86,6 +86,7 @@ def report(
     )
 
 
+@pytest.mark.slow
 def test_the_page_runs_no_script_and_asks_for_nothing(report: Path) -> None:
     page = Page(report.read_text())
     names = {tag for tag, _ in page.tags}
@@ -300,6 +301,7 @@ def test_tables_are_written_as_parquet_when_asked(rng: np.random.Generator, tmp_
     assert list(found["module"]) == list(result.spectra["module"])
 
 
+@pytest.mark.slow
 def test_the_same_study_gives_the_same_bytes(rng: np.random.Generator, tmp_path: Path) -> None:
     result = study([adapter(rng, modules=1, label=f"r{r}", rank=r) for r in (2, 3)])
     first, second = (write_report(result, tmp_path / name, figures=("svg",)) for name in ("a", "b"))
@@ -308,6 +310,7 @@ def test_the_same_study_gives_the_same_bytes(rng: np.random.Generator, tmp_path:
         assert figure.read_bytes() == (second.parent / "figures" / figure.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_hostile_names_are_shown_as_text(rng: np.random.Generator, tmp_path: Path) -> None:
     name = "</script><img src=x onerror=alert(1)>$\\frac{"
     update = LowRankUpdate(
@@ -354,6 +357,7 @@ def test_failures_are_named_in_the_report(rng: np.random.Generator, tmp_path: Pa
     assert "bad.safetensors could not be analyzed: it is truncated" in text
 
 
+@pytest.mark.slow
 def test_the_markdown_report_shows_findings_figures_and_tables(
     rng: np.random.Generator, tmp_path: Path
 ) -> None:
@@ -416,6 +420,7 @@ def test_heat_maps_stand_next_to_an_unrelated_pair_of_the_same_ranks(
     assert pairs["ranks"].unrelated == ("flip-r4-s1", "turn-r8-s0")
 
 
+@pytest.mark.slow
 def test_a_later_report_leaves_nothing_of_an_earlier_one(
     rng: np.random.Generator, tmp_path: Path
 ) -> None:
@@ -434,6 +439,7 @@ def test_a_later_report_leaves_nothing_of_an_earlier_one(
     assert json.loads((tmp_path / "results.json").read_text())["amplifications"] == []
 
 
+@pytest.mark.slow
 def test_a_manifest_with_accuracy_alone_makes_a_table(
     rng: np.random.Generator, tmp_path: Path
 ) -> None:
@@ -480,6 +486,7 @@ def test_the_steps_of_a_run_stand_in_a_table(rng: np.random.Generator) -> None:
     assert steps_table(study([steps[9]])) is None
 
 
+@pytest.mark.slow
 def test_eight_adapters_of_one_base_are_reported_as_a_group(
     rng: np.random.Generator, tmp_path: Path
 ) -> None:

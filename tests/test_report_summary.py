@@ -188,6 +188,7 @@ def _markdown(text: str) -> str:
     return re.sub(r"\\([\\`*_\[\]<>|#$~])", r"\1", text)
 
 
+@pytest.mark.slow
 def test_page_markdown_and_json_have_the_same_numbers_and_sentences(
     tasks: Study, tmp_path: Path
 ) -> None:

@@ -38,6 +38,7 @@ def demo() -> Study:
     return study(made, base=bundled_data("digits-vit"), draws=0)
 
 
+@pytest.mark.slow
 def test_every_figure_of_section_7_and_appendix_h_is_drawn(demo: Study, tmp_path: Path) -> None:
     path = write_reproduction(demo, tmp_path, formats=("svg",))
     names = {one.name for one in (tmp_path / "section7").iterdir()}

@@ -208,6 +208,7 @@ def test_files_cut_short_are_refused(tmp_path: Path) -> None:
                 open_tensors(tmp_path / "t.pt", allow_pickle=True)
 
 
+@pytest.mark.slow
 def test_dictionaries_inside_dictionaries_end_somewhere(tmp_path: Path) -> None:
     deep: Any = torch.ones(1)
     for _ in range(20):

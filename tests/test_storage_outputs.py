@@ -300,6 +300,7 @@ def test_a_failed_single_file_leaves_no_folder(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("earlier", [{}, OLD], ids=["new", "replace"])
 def test_a_loss_of_power_leaves_old_new_or_what_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: dict[str, bytes]

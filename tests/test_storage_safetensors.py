@@ -43,6 +43,7 @@ def entry(dtype: str, shape: list[int], start: int, stop: int) -> dict[str, obje
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
 
 
+@pytest.mark.slow
 @given(
     arrays=st.dictionaries(
         st.text(min_size=1, max_size=20).filter(lambda name: name != "__metadata__"),

@@ -251,6 +251,7 @@ def stored(folder: Path, dtype: str, rng: np.random.Generator) -> tuple[Path, in
     return folder, 2 * factor.nbytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", WRITERS)
 def test_memory_follows_the_largest_module_and_not_the_adapter(

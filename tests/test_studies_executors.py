@@ -48,6 +48,7 @@ EXECUTORS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", EXECUTORS)
 def test_a_study_is_the_same_with_every_executor(
     stored: Path, make: type[Executor], monkeypatch: pytest.MonkeyPatch
@@ -103,6 +104,7 @@ def test_results_are_put_in_order_and_the_first_error_raised() -> None:
         next(found)
 
 
+@pytest.mark.slow
 def test_the_report_may_be_made_by_processes(
     stored: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -343,6 +343,7 @@ def stored_pair(rng: np.random.Generator, folder: Path, *names: str) -> list[str
     return [str(write_adapter(adapter(rng), folder / name)) for name in names]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["compare", "heatmap"])
 def test_task_and_seed_are_given_in_the_order_of_the_adapters(
     rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str

@@ -121,6 +121,7 @@ def test_results_computed_from_a_study_pickle(made: Study) -> None:
         assert type(pickle.loads(pickle.dumps(value))) is type(value)
 
 
+@pytest.mark.slow
 def test_a_saved_study_is_restored_to_the_bit(made: Study, tmp_path: Path) -> None:
     folder = made.save(tmp_path / "saved")
     result = Study.load(folder)

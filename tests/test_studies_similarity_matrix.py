@@ -129,6 +129,7 @@ def test_beyond_a_number_the_tables_hold_a_choice_and_the_similarity_matrix_all(
         assert (both[f"{name}_x"] == both[f"{name}_y"]).all()
 
 
+@pytest.mark.slow
 def test_a_study_of_200_adapters_compares_every_one_and_all_kinds_of_pairs(
     rng: np.random.Generator,
 ) -> None:

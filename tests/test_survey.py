@@ -168,6 +168,7 @@ def test_the_command_prints_both_tables_and_the_limits(
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_real_authors_by_the_list_of_the_notebook(real_adapters: Path, tmp_path: Path) -> None:
     notebooks = Path(__file__).parents[1] / "notebooks"

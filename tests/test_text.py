@@ -78,6 +78,7 @@ def test_an_untrained_update_shows_itself_too(rng: np.random.Generator) -> None:
     assert grid._repr_html_().startswith("<table>")
 
 
+@pytest.mark.slow
 def test_many_adapters_are_shown_in_part(rng: np.random.Generator) -> None:
     made = [adapter(rng, modules=1, rank=1, label=str(n)) for n in range(45)]
     found = study(made)

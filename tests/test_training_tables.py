@@ -213,6 +213,7 @@ def test_one_class_alone_is_refused(tmp_path: Path) -> None:
         examples(tmp_path, "text,label\na,good\nb,good\n")
 
 
+@pytest.mark.slow
 def test_the_docstrings_give_their_subpackage_away_nowhere() -> None:
     pytest.importorskip("sklearn")
     rows = docstring_rows("sklearn")

@@ -149,6 +149,7 @@ def check_claim(claim: Claim, trials: int, seed: int) -> str:
     return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLAIMS)
 def test_a_few_simulated_studies_agree_with_the_claim(name: str) -> None:
     check_claim(CLAIMS[name], FEW, seed=1)
