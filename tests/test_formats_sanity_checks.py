@@ -561,3 +561,15 @@ def test_no_adapter_of_others_is_accused(real_adapters: Path) -> None:
             assert check_updates(loaded.values()) == (), ref.source
             read += 1
     assert read >= 10
+
+
+def test_an_identity_as_a_is_no_copy(rng: np.random.Generator) -> None:
+    # The exact factors of a LoKr of full rank are its product and an identity.
+    A = np.eye(20, dtype=np.float32)
+    updates = {
+        name: LowRankUpdate(name, A=A, B=rng.standard_normal((24, 20)), scale=1.0)
+        for name in ("layers.0.q_proj", "layers.0.v_proj")
+    }
+    assert "copied-a" not in {finding.code for finding in check_updates(updates.values())}
+    copied = {name: replace(update, A=2 * A) for name, update in updates.items()}
+    assert "copied-a" in {finding.code for finding in check_updates(copied.values())}

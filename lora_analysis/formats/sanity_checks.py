@@ -81,6 +81,8 @@ class FactorStatistics:
         Share of zeros outside of zero rows, zero columns and long runs.
     fingerprint
         Equal for equal factors.
+    nonzero
+        Number of entries other than zero.
     """
 
     shape: tuple[int, int]
@@ -92,6 +94,13 @@ class FactorStatistics:
     scattered: float
     fingerprint: tuple[Any, ...]
     position: FilePosition | None
+    nonzero: int = 0
+
+    @property
+    def is_selection(self) -> bool:
+        """Whether each row is a unit vector, as in a LoRA of full rank that was made of a LoKr."""
+        count = self.shape[0]
+        return self.largest == 1 and self.nonzero == count and self.norm == math.sqrt(count)
 
     @property
     def rms(self) -> float:
@@ -232,6 +241,7 @@ def _factor_statistics(
         scattered=scattered,
         fingerprint=(values.shape, high, low, *sample),
         position=position,
+        nonzero=flat.size - count,
     )
 
 
@@ -512,7 +522,7 @@ def _copies(modules: Sequence[ModuleStatistics]) -> list[str]:
     groups: dict[tuple[Any, ...], dict[Any, str]] = defaultdict(dict)
     for m in modules:
         match = _PROJECTION.search(m.module)
-        if m.A is None or not m.A.largest or match is None:
+        if m.A is None or not m.A.largest or m.A.is_selection or match is None:
             continue
         layer = f"{m.module[: match.start(2)]}*{m.module[match.end(2) :]}"
         # Parts that the reader took out of one stored A have one position.
