@@ -608,7 +608,14 @@ def test_every_verb_takes_names(
     weights = {f"{n}.weight": rng.standard_normal((24, 20)) for n in adapter(rng)}
     model = save({k: v.astype(np.float32) for k, v in weights.items()})
     commit = hub.commit("o/lora", stored)
-    hub.commit("o/base", {"model.safetensors": model, "config.json": b'{"model_type": "llama"}'})
+    config = b'{"model_type": "llama"}'
+    hub.commit("o/base", {"model.safetensors": model, "config.json": config})
+    updates = read_adapter(tmp_path / "stored")
+    merged = {
+        f"{n}.weight": weights[f"{n}.weight"].astype("f4") + update.delta_weight().astype("f4")
+        for n, update in updates.items()
+    }
+    hub.commit("o/merged", {"model.safetensors": save(merged), "config.json": config})
     code, out, err = call(capsys, "inspect", "o/lora", "--format", "json")
     assert (code, err) == (0, "")
     (found,) = document(out)["adapters"]
@@ -621,6 +628,8 @@ def test_every_verb_takes_names(
         ("compare", "o/lora", f"hf://o/lora@{commit}"),
         ("amplify", "hf://o/lora", "--base", "o/base"),
         ("resize", "o/lora", "--rank", 1, "-o", "small"),
+        ("merge-check", "o/lora", "--base", "o/base", "--merged", "hf://o/merged"),
+        ("compare", "o/lora", "o/merged", "--base", "o/base"),
         ("report", "o/lora", "--base", "hf://o/base", "--figures", "svg", "-o", "report"),
     ):
         code, out, err = call(capsys, *ask)
