@@ -275,6 +275,29 @@ def test_planted_random_signs_are_called_a_subspace(rng: Rng, count: int) -> Non
     assert analysis.p_values["mean"] > 0.05 > analysis.p_values["directions"]
 
 
+@pytest.mark.parametrize(("kind", "expected"), [("mean", "mean"), ("signs", "subspace")])
+@pytest.mark.parametrize("labeled", [False, True])
+def test_a_part_that_was_stacked_onto_the_factors_is_not_taken_for_one_training(
+    rng: Rng, kind: str, expected: str, labeled: bool
+) -> None:
+    d_out, d_in = 96, 88
+    common = {n: (rng.standard_normal((d_out, 3)), rng.standard_normal((3, d_in))) for n in NAMES}
+    members = []
+    for i in range(8):
+        updates = {}
+        for name, (B, A) in common.items():
+            sign = rng.choice([-1, 1]) if kind == "signs" else 1
+            stacked = np.hstack([0.7 * sign * B, rng.standard_normal((d_out, 3))])
+            below = np.vstack([A, rng.standard_normal((3, d_in))])
+            updates[name] = LowRankUpdate(name, A=below, B=stacked, scale=1.0)
+        facts = {"task": f"t{i}", "seed": i} if labeled else {}
+        source = Provenance(rank=6, base_model="org/model", **facts)  # type: ignore[arg-type]
+        members.append(Adapter(updates, label=f"a{i}", provenance=source))
+    analysis = group_analysis(members)
+    assert (analysis.conclusion, len(analysis.labels)) == (expected, 8)
+    assert "parts of both factors" in analysis.finding.text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mean", "signs", "nothing"])
 def test_a_hundred_planted_adapters_are_told_apart(rng: Rng, kind: str) -> None:

@@ -31,7 +31,8 @@ _GROUP_END: Final = (
     " {modules:plural module}.[[ Adapters of other groups: {others}.]][[ Adapters of other groups: "
     "{few_others}, too few for a test; unrelated adapters of one base often share more than random "
     "directions.]]"
-    "[[ Some of the {shared_init} share an initialization: the input side is in no conclusion.]]"
+    "[[ Some of the {shared_init} share an initialization or parts of both factors: the input side "
+    "is in no conclusion.]]"
     "[[ Adapters of one task explain each other: this is not only what the {tasks} tasks have in "
     "common.]][[ Removed: {removed}.]] This describes energy, not skill."
 )

@@ -32,6 +32,7 @@ from lora_analysis.studies.group_shares import (
 )
 from lora_analysis.studies.module_walk import choose_modules, walk_modules
 from lora_analysis.studies.pair_classes import ONE_SAMPLE, Exclusion, ModuleExclusion, PairClass
+from lora_analysis.studies.relations import Relation
 from lora_analysis.studies.similarity_matrix import ALL, DUPLICATE_COSINE, MOSTLY_SHARED
 from lora_analysis.text import html_table, plural
 
@@ -48,6 +49,8 @@ FEWEST_MEMBERS: Final = 6
 # From so many adapters of other groups on, the members' shares are tested against theirs.
 FEWEST_OTHERS: Final = 3
 _LEVEL: Final = 0.05
+# |cosine| of two adapters from which they are versions of one, whatever else differs.
+_ONE_UPDATE: Final = 0.9
 # Less energy than this beyond the random baseline is called nothing, however significant.
 _LEAST: Final = 0.01
 # "Nothing" also needs intervals that end below this: a wider one shows too little.
@@ -313,12 +316,12 @@ def _choose_members(study: Study, members: Sequence[str] | None, *, remove_relat
     related = _related_pairs(study) if remove_related else {}
     group = _independent(given, reasons, related)
     if len(group.members) < FEWEST_MEMBERS:
-        # A shared initialization bears on the input side only: without these adapters there would
-        # be no group, with them there is one on the output side.
-        one_sample = {
-            p: of_pair for p, of_pair in related.items() if of_pair != PairClass.SHARED_INIT
-        }
-        larger = _independent(given, reasons, one_sample)
+        # Without adapters that have only parts of their factors in common there would be no group.
+        # A shared A bears on the input side alone, and shared parts of both factors are just what a
+        # common mean looks like if the factors were stacked.
+        alike = _alike_in_factors(study, related)
+        apart = {pair: of_pair for pair, of_pair in related.items() if pair not in alike}
+        larger = _independent(given, reasons, apart)
         if len(larger.members) > len(group.members):
             group = larger._replace(shared_init=True)
     group.tasks.extend(sorted(set(runs.loc[group.members, "task"].dropna())))
@@ -332,6 +335,21 @@ def _choose_members(study: Study, members: Sequence[str] | None, *, remove_relat
             group.others.append(label)
             tasks |= {task} if has_task else set()  # one adapter of each task
     return group
+
+
+def _alike_in_factors(
+    study: Study, related: Mapping[tuple[str, str], PairClass]
+) -> set[tuple[str, str]]:
+    """Return the pairs of `_related_pairs` that have only parts of their factors in common."""
+    table = study.pairs.set_index(["a", "b"])
+    labeled = table.index[table["relation"] == Relation.SAME_RUN]
+    one_update = set(table.index[table["total_cosine"].abs() >= _ONE_UPDATE]) | set(labeled)
+    by_factors = (PairClass.SHARED_INIT, PairClass.STARTED_FROM_BASE, PairClass.SAME_RUN)
+    return {
+        (a, b)
+        for (a, b), of_pair in related.items()
+        if of_pair in by_factors and not {(a, b), (b, a)} & one_update
+    }
 
 
 def _independent(
