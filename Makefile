@@ -4,7 +4,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 
-.PHONY: demo lint test test-claims test-cluster test-faults \
+.PHONY: demo lint test test-claims test-cluster test-faults test-long \
   test-kernels test-peft check gpu-check figures notebooks docs data bench fuzz clean
 
 demo: .venv/.demo
@@ -12,7 +12,11 @@ demo: .venv/.demo
 
 # What .ci/run runs: one file of tests a worker, for the fixtures that a file shares.
 test: lint
-	$(BIN)/pytest -n auto --dist loadfile -m "not cluster and not faults and not claims"
+	$(BIN)/pytest -n auto --dist loadfile -m "not long and not cluster and not faults and not claims"
+
+# What takes half a minute or more and repeats, at full size, what `make test` has in small.
+test-long: .venv/.dev
+	$(BIN)/pytest -n auto --dist loadfile -m long
 
 # Work through a Ray cluster of two nodes, both on this machine.
 test-cluster: .venv/.dev

@@ -48,6 +48,7 @@ def test_p_values_hold_in_small_spaces_and_where_subspaces_nearly_fill_them(d, i
     assert np.mean(p <= 0.01) == pytest.approx(0.01, abs=0.003)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(("d", "i", "j"), [c for c in CELLS if c[1] <= c[2]] + NARROW)
 def test_the_tail_holds_at_one_in_a_thousand_and_one_in_ten_thousand(d, i, j):

@@ -86,6 +86,7 @@ except FileNotFoundError:
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_report_on_two_thousand_adapters_takes_little_memory(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _MANY_ADAPTERS, str(tmp_path / "report")]

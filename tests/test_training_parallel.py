@@ -112,6 +112,7 @@ train_run(RunConfig.from_dict(table), folder / "whole", device="cpu")
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_torchrun_restarts_what_was_killed_and_it_ends_bit_equal(
     inputs: list[str], tmp_path: Path

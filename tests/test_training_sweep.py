@@ -227,6 +227,7 @@ def test_two_workers_make_what_one_makes_though_one_is_killed(
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [20210617])
 def test_a_sweep_killed_twice_ends_as_one_that_never_was(
