@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 
+from lora_analysis.adapter import is_fine_tune
 from lora_analysis.blocks import group_modules, is_image
 from lora_analysis.conclusions.comparison_values import SIDES_IN_ORDER
 from lora_analysis.conclusions.rank_findings import spectra_by_rank, tasks_of_all_ranks
@@ -100,6 +101,8 @@ def accuracy_table(study: Study) -> ReportTable | None:
 
 
 # Columns of the controls, which a study with enough unrelated updates has.
+# Rows of a table of every source and type of module; results.json has all.
+_MAX_ROWS: Final = 60
 _CONTROLS: Final = {
     "enrichment_crossed": "crossed",
     "enrichment_through_weight": "through W",
@@ -122,9 +125,13 @@ _CHANGES: Final = {
 
 
 def weight_changes_table(study: Study) -> ReportTable | None:
-    """Return how every adapter moved W, by type of module: medians over its changed modules."""
+    """Return how every source moved W, by type of module: medians over its changed modules.
+
+    None without spectra of W if no source is a full fine-tune: other tables have the sizes then.
+    """
     full = study.amplifications
-    if full.empty:
+    tuned = any(map(is_fine_tune, study.adapters.values()))
+    if full.empty or not (tuned or len(study.changes)):
         return None
     keys = ["module_type", "adapter"]
     spectra = study.spectra[study.spectra["adapter"].isin(full["adapter"])]
@@ -159,11 +166,13 @@ def weight_changes_table(study: Study) -> ReportTable | None:
             "once they are stored as bfloat16. Noise: Gaussian noise of ΔW's rank and norm in its "
             "place."
         )
+    if len(rows) > _MAX_ROWS:
+        note += f" {len(rows) - _MAX_ROWS} more rows are in results.json."
     return ReportTable(
         "weight_changes",
         f"How W moved: medians over the changed modules of a type. {note}",
         tuple(columns),
-        tuple(rows),
+        tuple(rows[:_MAX_ROWS]),
         text_columns=4 if len(study.changes) else 3,
     )
 
