@@ -38,6 +38,7 @@ def large() -> Study:
     return study(made)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_large_study_stays_small_on_disk_and_draws_a_few_modules(
     large: Study, tmp_path: Path

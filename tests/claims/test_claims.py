@@ -150,7 +150,13 @@ def check_claim(claim: Claim, trials: int, seed: int) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CLAIMS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.long] if name.startswith("a group of one") else [])
+        for name in CLAIMS
+    ],
+)
 def test_a_few_simulated_studies_agree_with_the_claim(name: str) -> None:
     check_claim(CLAIMS[name], FEW, seed=1)
 
