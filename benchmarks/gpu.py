@@ -67,10 +67,10 @@ def spectra(rounds: int, device: str, width: int) -> Iterator[Row]:
     updates = [update(rng, (width, width), RANK) for _ in range(COUNT if width == WIDTH else 4)]
     expected = [spectrum(one) for one in updates]
     for dtype, bound in (("float64", SPECTRA_BOUND), ("float32", 1e-5)):
-        found = stacked_spectra(updates, device=device, dtype=dtype)
+        spectra_there = stacked_spectra(updates, device=device, dtype=dtype)
         error = max(
             float(np.abs(one.S - two.S).max() / two.S[0])
-            for one, two in zip(found, expected, strict=True)
+            for one, two in zip(spectra_there, expected, strict=True)
         )
         sides = {
             "device": lambda dtype=dtype: list(
@@ -93,8 +93,8 @@ def amplified(device: str, width: int) -> Row:
         {"device": lambda: amplification(delta, on_device), "CPU": lambda: amplification(delta, W)},
         1,
     )
-    found, expected = (amplification(delta, w).amplification_factor for w in (on_device, W))
-    error = float(np.abs(found / expected - 1).max())
+    factors, expected = (amplification(delta, w).amplification_factor for w in (on_device, W))
+    error = float(np.abs(factors / expected - 1).max())
     what = f"amplification, {width}², r = {RANK}, W on {device}"
     return _checked(what, "W in memory", times["device"] / times["CPU"], error, 1e-12)
 

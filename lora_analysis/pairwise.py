@@ -1,6 +1,6 @@
 """All pairs of many adapters, or of many updates of one module, as arrays.
 
-A group as a whole is analyzed in ``groups``, tables with conclusions come from ``studies``.
+`Study.group_analysis` analyzes a group as a whole; tables with conclusions come from ``studies``.
 """
 
 from lora_analysis.studies.alignment import MATCHING_CODES, align_adapters

@@ -13,7 +13,7 @@ import pandas as pd
 from lora_analysis.adapter import Adapter
 from lora_analysis.errors import InputError, MalformedFileError, SourceError
 from lora_analysis.finding import Failure
-from lora_analysis.formats import each_once, expanded, find_adapters, load_adapter, unique_labels
+from lora_analysis.formats import expanded, find_sources, load_adapter, unique_labels
 from lora_analysis.formats.options import ReadOptions
 from lora_analysis.progress import Progress
 from lora_analysis.spectra import SIDES
@@ -282,17 +282,14 @@ def _read(
     entries: Iterable[AuthorSources], failures: list[Failure], progress: Progress | None
 ) -> Iterator[tuple[str, Adapter]]:
     """Yield authors and their adapters, labeled ``author/name``; append what cannot be read."""
-    refs = []
-    for entry in entries:
-        seen: set[tuple[str, str | None]] = set()
-        for source in entry.sources:
-            pair, allow_pickle = entry.options.pair, entry.options.allow_pickle
-            try:
-                for path in expanded(source):
-                    there = find_adapters(path, pair=pair, allow_pickle=allow_pickle)
-                    refs += [(entry, ref) for ref in each_once(there, seen)]
-            except InputError as error:
-                failures.append(Failure(source, str(error), error))
+    refs = [
+        (entry, ref)
+        for entry in entries
+        for ref in find_sources(
+            entry.sources, failures, pair=entry.options.pair,
+            allow_pickle=entry.options.allow_pickle,
+        )
+    ]  # fmt: skip
     for done, (entry, ref) in enumerate(refs, start=1):
         options = replace(entry.options, label=f"{entry.author}/{ref.label}")
         try:

@@ -13,7 +13,7 @@ from lora_analysis.bases import as_weight
 from lora_analysis.formats import as_update
 from lora_analysis.results import short_repr
 from lora_analysis.spectra import SIDES, Side
-from lora_analysis.storage.dtypes import narrow, widened
+from lora_analysis.storage.dtypes import round_to
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -120,17 +120,13 @@ def share_changed_in_bfloat16(update: Update, W: Weight | NDArray[np.floating]) 
     ------
     IncompatibleError, ScaleError
         As for `magnitude_direction`.
-    InputError
-        W or W + ΔW is too large for bfloat16.
     """
     update, W = as_update(update), as_weight(W)
     check_weight_shape(update, W)
     changed = 0
     for rows, columns, block in _blocks(W):
         tuned = block + _delta_block(update, rows, columns)
-        before, after = (
-            widened(narrow(values, "bfloat16", "W"), "bfloat16") for values in (block, tuned)
-        )
+        before, after = (round_to(values, "bfloat16") for values in (block, tuned))
         changed += int(np.count_nonzero(before != after))
     return changed / (update.shape[0] * update.shape[1])
 

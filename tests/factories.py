@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lora_analysis.adapter import Adapter, LowRankUpdate, Provenance
+from lora_analysis.studies import GroupAnalysis, study
 
 
 def low_rank_update(
@@ -128,3 +129,10 @@ def reference_runs(rng: np.random.Generator, count: int, **kwargs: Any) -> list[
         )
         for i, (factor, decay) in enumerate(zip(factors, decays, strict=True))
     ]
+
+
+def group_analysis(
+    members: Sequence[Adapter], others: Sequence[Adapter] = (), **options: Any
+) -> GroupAnalysis:
+    """What a group shares, next to adapters of other groups."""
+    return study(members, reference=others).group_analysis(**options)

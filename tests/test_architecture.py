@@ -51,7 +51,6 @@ LEVELS = {
     "similarity": 7,
     "weight_changes": 7,
     "integrations": 8,
-    "groups": 9,
     "studies": 8,
     "training": 8,
     "conclusions": 9,
@@ -135,7 +134,7 @@ def test_heavy_packages_are_imported_where_they_belong_and_nowhere_else(heavy: s
 
 @cache
 def runtime_imports(path: Path) -> list[str]:
-    """Return what a file imports when it runs: what only type checkers see costs nothing."""
+    """Return the imports of a file when it runs: those for type checkers alone cost nothing."""
     names: list[str] = []
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):

@@ -213,11 +213,11 @@ def test_every_command_takes_a_fine_tune_and_lists_what_is_unchanged(
     result = json_of(capsys, *arguments)  # which refuses NaN
     if verb == "report":
         result = json.loads((tmp_path / "r" / "results.json").read_text())
-    found = {finding["code"]: finding["fields"] for finding in findings_in(result)}
-    assert found["unchanged-weights"]["modules"] == [UNCHANGED]
-    assert found["unchanged-weights"]["of"] == len(SHAPES)
-    assert found["other-tensors-differ"]["tensors"] == ["model.norm.weight"]
-    assert found["other-tensors-differ"]["relative_changes"] == pytest.approx([0.25])
+    fields = {finding["code"]: finding["fields"] for finding in findings_in(result)}
+    assert fields["unchanged-weights"]["modules"] == [UNCHANGED]
+    assert fields["unchanged-weights"]["of"] == len(SHAPES)
+    assert fields["other-tensors-differ"]["tensors"] == ["model.norm.weight"]
+    assert fields["other-tensors-differ"]["relative_changes"] == pytest.approx([0.25])
 
 
 def findings_in(value: Any) -> list[dict[str, Any]]:

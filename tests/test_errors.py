@@ -71,7 +71,7 @@ def test_the_command_line_ends_with_one_line_and_code_3(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("lora_analysis.formats.find_adapters", fail)
+    monkeypatch.setattr("lora_analysis.formats.find_sources", fail)
     assert cli.run(["inspect", "x"]) == 3
     shown = capsys.readouterr().err.strip()
     assert shown.startswith("Error: inspect: ")

@@ -158,11 +158,11 @@ def test_a_live_model_of_conv1d_is_turned(rng: np.random.Generator) -> None:
         tuned.layers[3].c_proj.weight += step
         tuned.layers[3].norm.bias += 1
     update = read_fine_tune(tuned, base)
-    one = update["layers.3.c_proj"]
-    assert isinstance(one, DenseUpdate)
-    assert one.layout == "conv1d"
-    assert not any(update[name].delta_weight().any() for name in update if name != one.name)
-    assert_close(one.delta_weight(), step.numpy().T, atol=1e-6)
+    module = update["layers.3.c_proj"]
+    assert isinstance(module, DenseUpdate)
+    assert module.layout == "conv1d"
+    assert not any(update[name].delta_weight().any() for name in update if name != module.name)
+    assert_close(module.delta_weight(), step.numpy().T, atol=1e-6)
     assert "'layers.3.norm.bias'" in update.provenance.findings[-1].text
 
 

@@ -307,10 +307,10 @@ def test_the_error_of_a_reduced_rank_is_that_of_the_dense_update(
     assert resized.error == pytest.approx(best, rel=1e-10)
     options = ["--rank", "3", "--format", "json", "-o", str(tmp_path / "small.safetensors")]
     assert run(["resize", str(tmp_path / "a.safetensors"), *options]) == 0
-    stated = json.loads(capsys.readouterr().out)["error"]
+    printed = json.loads(capsys.readouterr().out)["error"]
     small = next(iter(read_adapter(tmp_path / "small.safetensors").values()))
     written = np.linalg.norm(dense - small.delta_weight()) / np.linalg.norm(dense)
-    assert stated == pytest.approx(written, rel=1e-9)
+    assert printed == pytest.approx(written, rel=1e-9)
     assert run(
         ["convert", str(tmp_path / "a.safetensors"), "--to", "peft", "-o", str(tmp_path / "peft")]
     ) == 0  # fmt: skip

@@ -10,14 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference
-from factories import adapter, low_rank_update
+from factories import adapter, group_analysis, low_rank_update
 from reference import IDENTITY, assert_close, assert_mean
 from scipy.stats import mannwhitneyu
 
 from lora_analysis.adapter import Adapter, DenseUpdate, LowRankUpdate, Provenance, Update
 from lora_analysis.errors import InputError
-from lora_analysis.groups import SharedPart, group_analysis
-from lora_analysis.studies import Study, study
+from lora_analysis.studies import SharedPart, Study, study
 from lora_analysis.studies.group_analysis import _rank_sum_p_value, _sign_flip_p_value
 from lora_analysis.studies.group_shares import (
     PARTS,
@@ -182,7 +181,7 @@ def test_random_directions_have_the_stated_mean_and_at_most_the_stated_variance(
     draws, k, spectrum = 300, 2, np.array([3.0, 1.0, 0.5])
     left_out = [split for split in group_splits(4) if split.size == 1]
     samples = []
-    stated: ModuleShares | ModuleExclusion | None = None
+    of_module: ModuleShares | ModuleExclusion | None = None
     for _ in range(draws):
         updates = [
             LowRankUpdate(
@@ -194,16 +193,16 @@ def test_random_directions_have_the_stated_mean_and_at_most_the_stated_variance(
             for _ in range(4)
         ]
         adapters = [Adapter({"q": update}, label=str(i)) for i, update in enumerate(updates)]
-        stated = module_shares(adapters, 4, left_out, k, "q")
-        assert isinstance(stated, ModuleShares)
-        samples.append(stated.shares[:, -1, 0])
-    assert isinstance(stated, ModuleShares)
+        of_module = module_shares(adapters, 4, left_out, k, "q")
+        assert isinstance(of_module, ModuleShares)
+        samples.append(of_module.shares[:, -1, 0])
+    assert isinstance(of_module, ModuleShares)
     for p, part in enumerate(PARTS):
         values = np.array(samples)[:, p]
-        assert_mean(values, stated.chance[p, -1])
-        assert values.var() <= 1.25 * stated.variance[p], part
+        assert_mean(values, of_module.chance[p, -1])
+        assert values.var() <= 1.25 * of_module.variance[p], part
     exact = [PARTS.index(part) for part in ("directions", "input", "output")]
-    assert_close(np.array(samples)[:, exact].var(axis=0), stated.variance[exact], rtol=0.35)
+    assert_close(np.array(samples)[:, exact].var(axis=0), of_module.variance[exact], rtol=0.35)
 
 
 def test_the_public_values_of_a_hundred_random_models_are_met(rng: Rng) -> None:

@@ -33,7 +33,8 @@ from lora_analysis.adapter import Provenance, Update
 from lora_analysis.cli import run
 from lora_analysis.errors import InputError, ScaleError
 from lora_analysis.merging import Cause, MergeConclusion, TensorState, merge_check, merge_forecast
-from lora_analysis.merging.replay import preimage, round_to, spacing
+from lora_analysis.merging.replay import preimage, spacing
+from lora_analysis.storage.dtypes import round_to
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

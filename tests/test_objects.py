@@ -19,13 +19,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from factories import adapter, low_rank_update
+from factories import adapter, group_analysis, low_rank_update
 from torch import nn
 
 import lora_analysis as la
 from lora_analysis.amplify import weight_basis_energy
 from lora_analysis.errors import BaseWeightError, InputError
-from lora_analysis.groups import group_analysis
 from lora_analysis.pairwise import pairwise
 from lora_analysis.results import ByModule
 from lora_analysis.similarity import chordal_distance, random_similarity

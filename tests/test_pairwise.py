@@ -238,15 +238,15 @@ def test_large_dense_updates_have_the_values_of_all_singular_vectors(rng, monkey
         DenseUpdate("m", 0.02 * noise[1] - learned),
         low_rank_update(rng, d_out, d_in, 9),
     ]
-    whole = pair_products.module_products(updates, vectors=True)
-    part = pair_products.module_products(updates, vectors=True, all_dense_vectors=False)
+    whole = pair_products.module_products(updates, vectors=True, all_dense_vectors=True)
+    part = pair_products.module_products(updates, vectors=True)
     assert set(part.deltas) == {1, 3}
-    expected, found = (pair_products.module_pairs(p, updates) for p in (whole, part))
-    assert_close(found.cosine, expected.cosine, atol=1e-12)
-    assert_close(found.norms, expected.norms, rtol=1e-12)
+    expected, partial = (pair_products.module_pairs(p, updates) for p in (whole, part))
+    assert_close(partial.cosine, expected.cosine, atol=1e-12)
+    assert_close(partial.norms, expected.norms, rtol=1e-12)
     for side in SIDES:
         for name in ("phi_1_1", "phi_r_r", "omega", "chance_r_r", "chance_omega"):
-            values = (getattr(pairs.sides[side], name) for pairs in (found, expected))
+            values = (getattr(pairs.sides[side], name) for pairs in (partial, expected))
             assert_close(*values, atol=1e-10)
         for values in zip(
             pair_products.pair_angles(part, side, updates),

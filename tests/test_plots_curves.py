@@ -3,10 +3,10 @@ from __future__ import annotations
 import factories
 import numpy as np
 import pytest
+from factories import group_analysis
 
 from lora_analysis import LowRankUpdate, amplification
 from lora_analysis.errors import InputError
-from lora_analysis.groups import group_analysis
 from lora_analysis.plots import (
     new_axes,
     plot_amplification,

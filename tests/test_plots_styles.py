@@ -10,13 +10,13 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from factories import group_analysis
 from matplotlib import colors
 from matplotlib.text import Text
 
 from lora_analysis import plots
 from lora_analysis.amplify import amplification, weight_basis_energy
 from lora_analysis.errors import InputError
-from lora_analysis.groups import group_analysis
 from lora_analysis.intruders import intruder_dimensions
 from lora_analysis.plots.style import contrast, font_size
 from lora_analysis.similarity import SimilarityGrid, subspace_similarity

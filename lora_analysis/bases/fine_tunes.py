@@ -24,7 +24,7 @@ from lora_analysis.bases.tensor_names import module_of
 from lora_analysis.blocks import choose_names
 from lora_analysis.errors import BaseWeightError, InputError
 from lora_analysis.finding import Finding
-from lora_analysis.storage.dtypes import narrow, widened
+from lora_analysis.storage.dtypes import round_float32
 from lora_analysis.storage.source_names import existing_path
 
 if TYPE_CHECKING:
@@ -202,29 +202,18 @@ def _are_equal(tuned: Weight, base: Weight) -> bool:
 
     A fine-tune in a coarser type has W rounded where it changed nothing.
     """
-    rounded = tuned.stored_dtype if tuned.stored_dtype in _HALF else ""
-    rounded = "" if rounded == base.stored_dtype else rounded
+    dtype = tuned.stored_dtype if tuned.stored_dtype in _HALF else "float32"
     for tile, base_tile in zip_longest(tuned.blocks(), base.blocks(), fillvalue=None):
         if tile is None or base_tile is None or tile[:2] != base_tile[:2]:
             # Storages with different tiles: read one of the two whole.
-            whole = _rounded(base.array(), rounded)
+            whole = round_float32(base.array(), dtype)
             return all(
                 np.array_equal(block, whole[rows, columns])
                 for rows, columns, block in tuned.blocks()
             )
-        if not np.array_equal(tile[2], _rounded(base_tile[2], rounded)):
+        if not np.array_equal(tile[2], round_float32(base_tile[2], dtype)):
             return False
     return True
-
-
-def _rounded(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
-    """Return numbers rounded to a half-precision type; as they are if none is given."""
-    if not dtype:
-        return values
-    try:
-        return widened(narrow(values, dtype, "W"), dtype)
-    except InputError:  # beyond float16's range: not the fine-tune's numbers
-        return values
 
 
 def _outline(new: BaseWeights, module: str, tuned: Weight) -> UpdateOutline:

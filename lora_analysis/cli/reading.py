@@ -70,21 +70,15 @@ class Reading:
 
     def find(self, sources: Iterable[str], left_out: list[Failure]) -> list[AdapterRef]:
         """Return every adapter found at the sources, once; a source without one is left out."""
-        from lora_analysis.formats import each_once, expanded, find_adapters
+        from lora_analysis.formats import find_sources
 
-        pair, allow_pickle = self.options.pair, self.options.allow_pickle
-        base = self.base or self.trained_on
-        refs: list[AdapterRef] = []
-        seen: set[tuple[str, str | None]] = set()
-        for source in sources:
-            try:
-                for path in expanded(source):
-                    refs += each_once(
-                        find_adapters(path, base=base, pair=pair, allow_pickle=allow_pickle), seen
-                    )
-            except InputError as error:
-                left_out.append(Failure(source, str(error), error))
-        return refs
+        return find_sources(
+            sources,
+            left_out,
+            pair=self.options.pair,
+            allow_pickle=self.options.allow_pickle,
+            base=self.base or self.trained_on,
+        )
 
     def read_each(
         self, sources: Iterable[str], left_out: list[Failure], progress: Progress

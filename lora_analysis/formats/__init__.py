@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lora_analysis.formats.load import each_once as each_once
     from lora_analysis.formats.load import expanded as expanded
     from lora_analysis.formats.load import find_adapters as find_adapters
+    from lora_analysis.formats.load import find_sources as find_sources
     from lora_analysis.formats.load import load_adapter as load_adapter
     from lora_analysis.formats.load import read_adapter as read_adapter
     from lora_analysis.formats.options import ReadOptions as ReadOptions
@@ -47,7 +48,14 @@ _HOME = {
         "map_modules",
         "read_factors",
     ),
-    "load": ("each_once", "expanded", "find_adapters", "load_adapter", "read_adapter"),
+    "load": (
+        "each_once",
+        "expanded",
+        "find_adapters",
+        "find_sources",
+        "load_adapter",
+        "read_adapter",
+    ),
     "options": ("ReadOptions",),
     "registry": ("register_format",),
     "sources": ("AdapterRef", "Format"),

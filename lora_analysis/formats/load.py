@@ -18,6 +18,7 @@ from lora_analysis.errors import (
     SourceError,
     named_error,
 )
+from lora_analysis.finding import Failure
 from lora_analysis.formats.options import ReadOptions
 from lora_analysis.formats.registry import formats_for
 from lora_analysis.formats.sources import (
@@ -399,3 +400,27 @@ def each_once(
         if key not in seen:
             seen.add(key)
             yield ref
+
+
+def find_sources(
+    sources: Iterable[str],
+    failures: list[Failure],
+    *,
+    pair: tuple[str, str] | None = None,
+    allow_pickle: bool = False,
+    base: Any = None,
+) -> list[AdapterRef]:
+    """Return every adapter found at the sources, once; a source without one joins the failures.
+
+    The sources may be globs; the options are those of `find_adapters`.
+    """
+    refs: list[AdapterRef] = []
+    seen: set[tuple[str, str | None]] = set()
+    for source in sources:
+        try:
+            for path in expanded(source):
+                there = find_adapters(path, pair=pair, allow_pickle=allow_pickle, base=base)
+                refs += each_once(there, seen)
+        except InputError as error:
+            failures.append(Failure(source, str(error), error))
+    return refs

@@ -14,10 +14,10 @@ from lora_analysis.merging.replay import (
     Entries,
     Recipe,
     preimage,
-    round_to,
     sum_bounds,
     unit_roundoff,
 )
+from lora_analysis.storage.dtypes import round_to
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

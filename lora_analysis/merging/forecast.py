@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_analysis.finding import Finding
 from lora_analysis.merging.module_check import Factored
-from lora_analysis.merging.replay import round_to
+from lora_analysis.storage.dtypes import round_to
 from lora_analysis.storage.limits import BLOCK_ELEMENTS
 
 if TYPE_CHECKING:

@@ -21,14 +21,13 @@ from lora_analysis.merging.replay import (
     Recipe,
     misfits,
     recipes,
-    round_float32,
-    round_to,
     sample_positions,
     spacing,
     strength_interval,
     sum_bounds,
     unchanged,
 )
+from lora_analysis.storage.dtypes import round_float32, round_to
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -15,9 +15,9 @@ import numpy as np
 from lora_analysis.bases.base_weights import BaseWeights
 from lora_analysis.bases.tensor_names import module_of
 from lora_analysis.errors import BaseWeightError, InputError
-from lora_analysis.merging.replay import HALF_TYPES, round_to
+from lora_analysis.merging.replay import HALF_TYPES
 from lora_analysis.names import strip_wrappers
-from lora_analysis.storage.dtypes import widened
+from lora_analysis.storage.dtypes import round_to, widened
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from lora_analysis.storage.dtypes import round_to
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -25,36 +27,6 @@ _FORMATS: Final = {"bfloat16": (7, -126), "float16": (10, -14), "float32": (23, 
 _LARGEST_FLOAT16: Final = 65504.0
 # Unit roundoff of float32, in which every merge is computed at least.
 _UNIT: Final = 2.0**-24
-
-
-def round_to(values: NDArray[np.float64], dtype: str) -> NDArray[np.float64]:
-    """Return numbers rounded to a floating-point type, ties to even; too large ones are infinite.
-
-    Examples
-    --------
-    >>> round_to(np.array([1.00390625, 1.01171875]), "bfloat16").tolist()
-    [1.0, 1.015625]
-    """
-    with np.errstate(over="ignore", invalid="ignore"):
-        if dtype == "float16":  # at once: float32 in between would round twice
-            return values.astype(np.float16).astype(np.float64)
-        return round_float32(values.astype(np.float32), dtype).astype(np.float64)
-
-
-def round_float32(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
-    """Return finite float32 numbers rounded to a floating-point type, ties to even."""
-    if dtype == "float32":
-        return values
-    if dtype == "float16":
-        with np.errstate(over="ignore"):
-            return values.astype(np.float16).astype(np.float32)
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    rounded = bits >> np.uint32(16)  # one array, in place: memory is what takes the time
-    rounded &= np.uint32(1)
-    rounded += np.uint32(0x7FFF)
-    rounded += bits
-    rounded &= np.uint32(0xFFFF0000)
-    return rounded.view(np.float32)
 
 
 def spacing(values: NDArray[np.float64], dtype: str) -> NDArray[np.float64]:

@@ -163,6 +163,4 @@ def pairwise(
 def _first_shape(adapters: Sequence[Adapter], module: str) -> tuple[list[int], ModulePairs]:
     """Return the pairs of one module among the adapters that have the shape of the first one."""
     members, updates = updates_by_shape(adapters, module)[0]
-    return members, module_pairs(
-        module_products(updates, vectors=False, all_dense_vectors=False), updates
-    )
+    return members, module_pairs(module_products(updates, vectors=False), updates)

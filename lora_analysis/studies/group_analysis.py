@@ -20,8 +20,7 @@ from lora_analysis.blocks import locate_module
 from lora_analysis.errors import InputError
 from lora_analysis.finding import Finding
 from lora_analysis.results import frame, short_repr
-from lora_analysis.shared_init import InitRelation
-from lora_analysis.studies.base_models import base_keys
+from lora_analysis.studies.group_members import FEWEST_MEMBERS, choose_members
 from lora_analysis.studies.group_shares import (
     FEWEST,
     PARTS,
@@ -31,9 +30,8 @@ from lora_analysis.studies.group_shares import (
     module_shares,
 )
 from lora_analysis.studies.module_walk import choose_modules, walk_modules
-from lora_analysis.studies.pair_classes import ONE_SAMPLE, Exclusion, ModuleExclusion, PairClass
-from lora_analysis.studies.relations import Relation
-from lora_analysis.studies.similarity_matrix import ALL, DUPLICATE_COSINE, MOSTLY_SHARED
+from lora_analysis.studies.pair_classes import ModuleExclusion
+from lora_analysis.studies.similarity_matrix import ALL
 from lora_analysis.text import html_table, plural
 
 if TYPE_CHECKING:
@@ -41,16 +39,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lora_analysis.progress import Progress
+    from lora_analysis.studies.group_members import Group
     from lora_analysis.studies.group_shares import ModuleShares
     from lora_analysis.studies.result import Study
 
-# Fewer adapters than this do not allow p ≤ .05 by flipping signs.
-FEWEST_MEMBERS: Final = 6
 # From so many adapters of other groups on, the members' shares are tested against theirs.
 FEWEST_OTHERS: Final = 3
 _LEVEL: Final = 0.05
-# |cosine| of two adapters from which they are versions of one, whatever else differs.
-_ONE_UPDATE: Final = 0.9
 # Less energy than this beyond the random baseline is called nothing, however significant.
 _LEAST: Final = 0.01
 # "Nothing" also needs intervals that end below this: a wider one shows too little.
@@ -61,17 +56,6 @@ _MAX_EXACT: Final = 14
 _FLIPS: Final = 9999
 # The parts of which one is enough for a shared subspace.
 _SUBSPACES: Final = ("directions", "output", "input")
-_RELATED: Final = ONE_SAMPLE | {
-    PairClass.CHECKPOINT,
-    PairClass.STARTED_FROM_BASE,
-    PairClass.WRONG_LABEL,
-    PairClass.GRADIENTS_ALIKE,
-    PairClass.SHARED_INIT,
-    PairClass.SAME_DATA_ORDER,
-}
-# Spans of A that agree are a shared initialization, unless those of B agree nearly as much: then
-# they were learned.
-_LEARNED: Final = 0.5
 
 
 class SharedPart(StrEnum):
@@ -249,12 +233,13 @@ def group_analysis_of(
     progress: Progress | None = None,
 ) -> GroupAnalysis:
     """Analyze a group of adapters of a study; see `Study.group_analysis`."""
-    group = _choose_members(study, members, remove_related=remove_related)
+    group = choose_members(study, members, remove_related=remove_related)
     labels, others = group.members, group.others
     if len(labels) < FEWEST:
+        removed = "; ".join(f"{label}, {why}" for label, why in group.removed.items()) or "none"
         message = (
             f"A group needs at least three independent adapters of one base, found {len(labels)} "
-            f"of {len(labels) + len(group.removed)} (removed: {_removed_text(group.removed)}). Add "
+            f"of {len(labels) + len(group.removed)} (removed: {removed}). Add "
             "adapters, or pass remove_related=False to analyze copies and shared initializations."
         )
         raise InputError(message)
@@ -286,119 +271,6 @@ def group_analysis_of(
         )
         raise InputError(message)
     return _summarize(group, results, left_out, k)
-
-
-class _Group(NamedTuple):
-    members: list[str]
-    others: list[str]
-    tasks: list[str]
-    removed: dict[str, str]
-    shared_init: bool = False
-
-
-def _choose_members(study: Study, members: Sequence[str] | None, *, remove_related: bool) -> _Group:
-    """Return the members, the adapters of other groups (one per task), and the removed ones."""
-    unknown = [label for label in members or () if label not in study.adapters]
-    if unknown:
-        message = f"The study has no adapter {unknown[0]!r}."
-        raise InputError(message)
-    runs = study.runs.set_index("adapter")
-    given = list(dict.fromkeys(members or [a for a in runs.index if a not in study.reference]))
-    keys = base_keys(study)
-    bases = [keys[label] for label in given if keys[label]]
-    base = max(bases, key=bases.count, default=None)
-    reasons: dict[str, str] = {}
-    for label in runs.index:
-        if keys[label] not in (None, base):
-            reasons[label] = "different base"
-        elif runs.loc[label, "excluded"] in (Exclusion.UNTRAINED, Exclusion.EARLIER):
-            reasons[label] = str(runs.loc[label, "excluded"])
-    related = _related_pairs(study) if remove_related else {}
-    group = _independent(given, reasons, related)
-    if len(group.members) < FEWEST_MEMBERS:
-        # Without adapters that have only parts of their factors in common there would be no group.
-        # A shared A bears on the input side alone, and shared parts of both factors are just what a
-        # common mean looks like if the factors were stacked.
-        alike = _alike_in_factors(study, related)
-        apart = {pair: of_pair for pair, of_pair in related.items() if pair not in alike}
-        larger = _independent(given, reasons, apart)
-        if len(larger.members) > len(group.members):
-            group = larger._replace(shared_init=True)
-    group.tasks.extend(sorted(set(runs.loc[group.members, "task"].dropna())))
-    tasks = set(group.tasks)
-    for label in runs.index.difference([*given, *reasons], sort=False):
-        task = runs.loc[label, "task"]
-        has_task = isinstance(task, str)
-        # An analyzed adapter without a task can be of this group, a reference cannot.
-        is_other = task not in tasks if has_task else label in study.reference
-        if is_other and not any((label, a) in related for a in (*group.members, *group.others)):
-            group.others.append(label)
-            tasks |= {task} if has_task else set()  # one adapter of each task
-    return group
-
-
-def _alike_in_factors(
-    study: Study, related: Mapping[tuple[str, str], PairClass]
-) -> set[tuple[str, str]]:
-    """Return the pairs of `_related_pairs` that have only parts of their factors in common."""
-    table = study.pairs.set_index(["a", "b"])
-    labeled = table.index[table["relation"] == Relation.SAME_RUN]
-    one_update = set(table.index[table["total_cosine"].abs() >= _ONE_UPDATE]) | set(labeled)
-    by_factors = (PairClass.SHARED_INIT, PairClass.STARTED_FROM_BASE, PairClass.SAME_RUN)
-    return {
-        (a, b)
-        for (a, b), of_pair in related.items()
-        if of_pair in by_factors and not {(a, b), (b, a)} & one_update
-    }
-
-
-def _independent(
-    labels: Sequence[str], reasons: Mapping[str, str], related: Mapping[tuple[str, str], PairClass]
-) -> _Group:
-    """Return the first adapters of which no two are related, and the reason for the others."""
-    group = _Group([], [], [], {})
-    for label in labels:
-        copies = [other for other in group.members if (label, other) in related]
-        if label in reasons:
-            group.removed[label] = reasons[label]
-        elif copies:
-            group.removed[label] = f"{related[label, copies[0]]} with {copies[0]}"
-        else:
-            group.members.append(label)
-    return group
-
-
-def _removed_text(removed: Mapping[str, str]) -> str:
-    return "; ".join(f"{label}, {why}" for label, why in removed.items()) or "none"
-
-
-def _related_pairs(study: Study) -> dict[tuple[str, str], PairClass]:
-    """Return the pairs that are not two independent adapters, in both orders, with the class."""
-    related: dict[tuple[str, str], PairClass] = {}
-    matrix = study.similarity_matrix
-    if matrix is not None:  # all pairs, those without a row in the table too
-        cosine = matrix.matrix("cosine")
-        for mask, of_pair in (
-            (matrix.shared >= MOSTLY_SHARED, PairClass.SHARED_INIT),
-            (cosine <= -DUPLICATE_COSINE, PairClass.NEGATED_COPY),
-            (cosine >= DUPLICATE_COSINE, PairClass.NEAR_DUPLICATE),
-        ):
-            for i, j in zip(*np.nonzero(mask), strict=True):
-                if i != j:
-                    related[matrix.labels[i], matrix.labels[j]] = of_pair
-    pairs = study.pairs[study.pairs["pair_class"].isin(_RELATED)]
-    by_side = study.similarities.pivot_table(
-        index=["a", "b"], columns="side", values="excess_omega", aggfunc="mean"
-    )
-    for row in pairs.itertuples():
-        of_pair = row.pair_class
-        if row.initialization in (InitRelation.SAME_SPACE, InitRelation.UNDECIDED):
-            sides = by_side.loc[(row.a, row.b)]
-            by_init = of_pair in (PairClass.SHARED_INIT, PairClass.SAME_RUN)
-            if by_init and sides["output"] >= _LEARNED * sides["input"]:
-                continue
-        related[row.a, row.b] = related[row.b, row.a] = of_pair
-    return related
 
 
 def _spread_modules(modules: Sequence[str], per_type: int | None) -> list[str]:
@@ -441,7 +313,7 @@ class _Pool:
 
 
 def _summarize(
-    group: _Group, results: Sequence[ModuleShares], left_out: Mapping[str, ModuleExclusion], k: int
+    group: Group, results: Sequence[ModuleShares], left_out: Mapping[str, ModuleExclusion], k: int
 ) -> GroupAnalysis:
     count = len(group.members)
     pool = _Pool(results, count)

@@ -167,7 +167,7 @@ def _direction_indices(
 
 
 def module_products(
-    updates: Sequence[Update], *, vectors: bool, all_dense_vectors: bool = True
+    updates: Sequence[Update], *, vectors: bool, all_dense_vectors: bool = False
 ) -> ModuleProducts:
     """Return the spectra of updates of one module and shape, and the products of their directions.
 
