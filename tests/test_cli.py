@@ -577,7 +577,7 @@ def test_an_interrupt_ends_with_code_130(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lora_analysis.formats.find_adapters", interrupted)
+    monkeypatch.setattr("lora_analysis.formats.find_sources", interrupted)
     code, _, err = call(capsys, "inspect", saved["small"])
     assert code == 130
     assert "Traceback" not in err
