@@ -69,6 +69,14 @@ def real_adapters() -> Path:
     return path
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write reports without figures, which take most of their time and have tests of their own."""
+    from lora_analysis.report import sections
+
+    monkeypatch.setattr(sections, "drawn_figures", lambda *_, **__: ())
+
+
 @pytest.fixture(autouse=True)
 def _close_figures() -> Iterator[None]:
     yield

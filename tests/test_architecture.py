@@ -138,8 +138,9 @@ def runtime_imports(path: Path) -> list[str]:
     names: list[str] = []
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []
+        match node:
+            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+                node.body = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]

@@ -215,7 +215,7 @@ def test_module_takes_the_end_of_a_name_or_an_expression_in_every_verb(
     for rows in (inspected, compared, amplified):
         assert {row["module"] for row in rows} == wanted
     assert set(ask("heatmap", small, large, "-o", tmp_path / "a.svg")["modules"]) == wanted
-    ask("report", small, "--figures", "", "-o", tmp_path / "out")
+    ask("report", small, "--as", "md", "--figures", "", "-o", tmp_path / "out")
     table = (tmp_path / "out" / "tables" / "spectra.csv").read_text().splitlines()[1:]
     assert {row.split(",")[1] for row in table} == wanted
 
@@ -508,7 +508,7 @@ def test_transposed_decides_how_a_square_weight_is_read(
     assert found[0] != found[1]
     for flag in ("--transposed", "--not-transposed"):
         out = tmp_path / flag
-        words = ("report", path, "--base", base, flag, "--figures", "", "-o", out)
+        words = ("report", path, "--base", base, flag, "--as", "md", "--figures", "", "-o", out)
         code, _, _ = call(capsys, *words)
         assert code == 0
     tables = [
@@ -528,7 +528,7 @@ def test_report_takes_a_reference_and_judges_against_it(
     other = write_adapter(adapter(rng, label="other"), tmp_path / "other")
     code, _, _ = call(
         capsys, "report", saved["small"], saved["large"], "--reference", other,
-        "--figures", "", "-o", tmp_path / "out", "--format", "json",
+        "--as", "md", "--figures", "", "-o", tmp_path / "out", "--format", "json",
     )  # fmt: skip
     assert code == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -738,8 +738,8 @@ def test_report_on_real_bare_pairs(
     real_adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = sorted((real_adapters / "sam-ring").glob("*.safetensors"))
-    words = ("report", *files, "--pair", PAIR, "--scale", 1, "--figures", "svg", "-o", tmp_path)
-    code, _, _ = call(capsys, *words)
+    words = ("report", *files, "--pair", PAIR, "--scale", 1, "--as", "md", "--figures", "")
+    code, _, _ = call(capsys, *words, "-o", tmp_path)
     assert code == 0
     with (tmp_path / "tables" / "similarities.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
@@ -755,7 +755,7 @@ def test_report_on_real_bare_pairs(
     }
     assert phi["input"] == pytest.approx(0.284, abs=5e-4)
     assert phi["output"] == pytest.approx(0.785, abs=5e-4)
-    assert "untrained is untrained" in (tmp_path / "report.html").read_text()
+    assert "untrained is untrained" in (tmp_path / "report.md").read_text()
 
 
 def test_a_pickle_is_read_when_the_command_says_so(

@@ -211,7 +211,7 @@ def test_what_failed_in_part_is_4_and_in_the_json(
 ) -> None:
     words, look, expected = PARTLY[case]
     given = [str(files.get(word, word)) for word in words]
-    plain = ["--figures", ""] if case.startswith("report") else []
+    plain = ["--as", "md", "--figures", ""] if case.startswith("report") else []
     assert run([case.partition(",")[0], *given, *plain, "--format", "json"]) == 4
     assert look(json.loads(capsys.readouterr().out)) == expected
 
@@ -297,7 +297,7 @@ DAMAGED = {
     "compare": ["hurt", "good"],
     "heatmap": ["hurt", "good", "--module", "v_proj", "-o", "picture"],
     "amplify": ["hurt", "--base", "base"],
-    "report": ["hurt", "good", "--figures", "", "-o", "out"],
+    "report": ["hurt", "good", "--as", "md", "--figures", "", "-o", "out"],
     "resize": ["hurt", "--rank", "2", "-o", "out"],
     "convert": ["hurt", "--to", "mlx", "-o", "out"],
 }

@@ -15,7 +15,7 @@ from document_workspace import make_workspace
 from documents import ROOT, Page, blocks, copy_tree, fits
 
 import lora_analysis
-from lora_analysis import demo, formats, plots, study, write_report
+from lora_analysis import demo, formats, plots, study
 from lora_analysis.cli import VERBS
 from lora_analysis.execution.protocol import SerialExecutor
 from lora_analysis.formats import registry
@@ -41,7 +41,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def inside(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def inside(
+    workspace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undrawn: None,
+) -> Path:
     """Go into a fresh copy of the workspace."""
     copy_tree(workspace, tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -49,8 +54,6 @@ def inside(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(registry, "READERS", list(registry.READERS))
     monkeypatch.setattr(formats, "__path__", [*formats.__path__, "lora_analysis/formats"])
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
-    # The files of a report's figures take most of its time, and have tests of their own.
-    monkeypatch.setitem(write_report.__kwdefaults__, "figures", ())
     # Two steps each are done in this process before another one has imported torch.
     monkeypatch.setattr(sweep, "choose_executor", lambda *_: SerialExecutor())
     loop = LoopOptions(steps=2, warmup_steps=1, evaluations=1)

@@ -99,7 +99,7 @@ def draw_grids(names: list[str], width: float) -> Figure:
 
 
 # 3.3 inches are one column of a paper.
-@pytest.mark.parametrize("width", [3.3, 5.0, 7.0, 12.0])
+@pytest.mark.parametrize("width", [3.3, 7.0, 12.0])
 @pytest.mark.parametrize("draw", [draw_map, draw_maps, draw_bars, draw_layers, draw_grids])
 @pytest.mark.parametrize(
     "names",

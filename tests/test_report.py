@@ -426,10 +426,11 @@ def test_a_later_report_leaves_nothing_of_an_earlier_one(
 ) -> None:
     one = adapter(rng, label="one")
     weights = {f"{name}.weight": rng.standard_normal((24, 20)) for name in one}
-    write_report(study([one], base=open_base(weights), draws=0), tmp_path, figures=("svg", "pdf"))
+    result = study([one], base=open_base(weights), draws=0)
+    write_report(result, tmp_path, figures=("svg", "pdf"), form="md")
     (tmp_path / "figures" / "mine.png").write_bytes(b"mine")
     assert (tmp_path / "tables" / "amplifications.csv").is_file()
-    write_report(study([one]), tmp_path, figures=("png",))
+    write_report(study([one]), tmp_path, figures=("png",), form="md")
     assert {path.name for path in (tmp_path / "tables").iterdir()} == {
         "adapters.csv",
         "spectra.csv",
@@ -451,7 +452,7 @@ def test_a_manifest_with_accuracy_alone_makes_a_table(
         )
         for seed, metrics in ((0, {"accuracy": 0.75}), (1, {}))
     ]
-    text = write_report(study(made), tmp_path, figures=()).read_text()
+    text = write_report(study(made), tmp_path, figures=(), form="md").read_text()
     assert "75.0%" in text
     assert not re.search(r"\bnan\b", text)
 
@@ -498,7 +499,7 @@ def test_eight_adapters_of_one_base_are_reported_as_a_group(
         adapter(rng, label=f"b{n}", rank=2, d_out=40, task="b", seed=9, base_model="acme/base-1b")
         for n in range(1)
     ]
-    path = write_report(study([*made, *others]), tmp_path / "eight", figures=("svg",))
+    path = write_report(study([*made, *others]), tmp_path / "eight", figures=())
     page = Page(path.read_text())
     sections = [tag["aria-labelledby"] for name, tag in page.tags if name == "section"]
     assert "group" in sections

@@ -190,7 +190,7 @@ def _markdown(text: str) -> str:
 
 @pytest.mark.slow
 def test_page_markdown_and_json_have_the_same_numbers_and_sentences(
-    tasks: Study, tmp_path: Path
+    tasks: Study, tmp_path: Path, undrawn: None
 ) -> None:
     html = write_report(tasks, tmp_path / "html", figures=()).read_text()
     path = write_report(tasks, tmp_path / "md", figures=(), form="md")

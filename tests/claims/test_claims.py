@@ -1,7 +1,8 @@
 """How often conclusions are false of simulated strangers, and found of related adapters.
 
 Each trial draws a setting at random: modules, geometry of the base, spectra, design, ranks. A few
-trials run in ``make test``; ``make test-claims`` runs enough of them to bound the rates.
+trials run in ``make test`` (of groups in ``make test-long``); ``make test-claims`` runs enough of
+them to bound the rates.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ def check_claim(claim: Claim, trials: int, seed: int) -> str:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.long] if name.startswith("a group of one") else [])
+        pytest.param(name, marks=[pytest.mark.long] if name.startswith("a group") else [])
         for name in CLAIMS
     ],
 )
