@@ -230,10 +230,18 @@ def locate_module(name: str) -> ModuleLocation:
         # Language models of the GPT family are in "transformer" as well.
         is_denoiser = _has_prefix(name) and not strip_wrappers(name).startswith("transformer.")
         if known_component or is_flattened(name) or is_denoiser:
-            return _in_component(_numbered(path), known_component)
-    number = layer_index(name)
+            # In a component of any other kind, the first number is the layer.
+            match = _NUMBERED.fullmatch(path)
+            location = ModuleLocation(TRANSFORMER, "", None, path, path, (-1,))
+            if match is not None:
+                number = int(match["layer"])
+                part, title = _grouped(match["rest"] or match["head"] or path)
+                order = (0, number)
+                location = ModuleLocation(TRANSFORMER, f"layer {number}", None, part, title, order)
+            return _in_component(location, known_component)
+    index = layer_index(name)
     kind = module_type(name)
-    return ModuleLocation("", "" if number is None else f"layer {number}", None, kind, kind, ())
+    return ModuleLocation("", "" if index is None else f"layer {index}", None, kind, kind, ())
 
 
 def _has_prefix(name: str) -> bool:
@@ -330,16 +338,6 @@ def _grouped(rest: str) -> tuple[str, str]:
         return rest, rest
     layer = {"to_out_0": "to_out", "net_0_proj": "net.0.proj", "net_2": "net.2"}
     return match["part"], f"{match['part']}.{layer.get(match['layer'], match['layer'])}"
-
-
-def _numbered(path: str) -> ModuleLocation:
-    """Return the location in a component of any other kind: the first number is the layer."""
-    match = _NUMBERED.fullmatch(path)
-    if match is None:
-        return ModuleLocation(TRANSFORMER, "", None, path, path, (-1,))
-    number = int(match["layer"])
-    part, name = _grouped(match["rest"] or match["head"] or path)
-    return ModuleLocation(TRANSFORMER, f"layer {number}", None, part, name, (0, number))
 
 
 def is_image(names: Iterable[str]) -> bool:
@@ -447,21 +445,16 @@ def choose_names(names: Iterable[str], pattern: str | Sequence[str] | None) -> l
     if not chosen and isinstance(pattern, str):
         with pattern_budget():
             chosen = [name for name in pool if matches_target(name, pattern)]
-    return chosen or _same_modules(pool, ends) or _in_blocks(pool, ends)
-
-
-def _same_modules(names: Sequence[str], others: Iterable[str]) -> list[str]:
-    """Return the names of modules that other files call as in ``others``."""
-    given = list(others)
-    flat = any(map(is_flattened, (*names, *given)))
-    identities = {identify(name, flat=flat) for name in given}
-    return [name for name in names if identify(name, flat=flat) in identities]
-
-
-def _in_blocks(names: Sequence[str], selections: Iterable[str]) -> list[str]:
-    """Return the modules whose component, block and part are named, any of the three left out."""
-    selected = {" ".join(selection.lower().split()) for selection in selections}
-    return [name for name in names if not selected.isdisjoint(_selections(locate_module(name)))]
+    if not chosen:
+        flat = any(map(is_flattened, (*pool, *ends)))
+        identities = {identify(end, flat=flat) for end in ends}
+        chosen = [name for name in pool if identify(name, flat=flat) in identities]
+    if not chosen:
+        selected = {" ".join(end.lower().split()) for end in ends}
+        chosen = [
+            name for name in pool if not selected.isdisjoint(_selections(locate_module(name)))
+        ]
+    return chosen
 
 
 def _selections(where: ModuleLocation) -> set[str]:

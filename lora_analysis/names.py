@@ -231,7 +231,9 @@ def identify(stored: str, *, flat: bool = False) -> ModuleName:
         component, path = split_component(path)
         if component and component not in parts:
             parts.append(component)
-        path = _without_linear(path.replace(".", "_") if flat else path)
+        path = path.replace(".", "_") if flat else path
+        if path.endswith("linear") and (match := _WRAPPED_LINEAR.search(path)):
+            path = path[: match.start("layer")]
         if path == before:
             break
     if parts and parts[0].startswith("text_encoder") and _T5.match(path):
@@ -436,7 +438,16 @@ class _Rest:
         ):
             best = max(groups, key=lambda prefix: (len(groups[prefix]), -len(prefix.head)))
             group = groups[best]
-            rivals = [p for p in groups if groups[p] != group and _compete(groups[p], group)]
+            # Two groups compete if they want one module for two.
+            rivals = [
+                p
+                for p, other in groups.items()
+                if other != group
+                and not (
+                    group.keys().isdisjoint(other)
+                    and set(group.values()).isdisjoint(other.values())
+                )
+            ]
             alike = [p for p in rivals if len(groups[p]) == len(group)]
             if alike:
                 shortest: dict[frozenset[tuple[str, str]], _Prefix] = {}
@@ -469,7 +480,16 @@ class _Rest:
                         if short is not None and self._is_open(prefix, short):
                             pair = (short, name) if longer else (name, short)
                             groups.setdefault(prefix, {})[pair[0]] = pair[1]
-        return {prefix: group for prefix, group in groups.items() if self._is_foreign(prefix)}
+        # No name of the other set may begin with the prefix.
+        foreign = {}
+        for prefix, group in groups.items():
+            start = prefix.head + self._separator if prefix.head else ""
+            if not any(
+                component == prefix.component and name.startswith(start)
+                for component, name in self._every[1 - prefix.longer]
+            ):
+                foreign[prefix] = group
+        return foreign
 
     def _is_open(self, prefix: _Prefix, short: str) -> bool:
         """Return True if the name without the prefix may mean a module behind it."""
@@ -480,14 +500,6 @@ class _Rest:
         # A part of a model is not its main part; a model alone may be either.
         parts = words | set(prefix.component.split("."))
         return "mtp" not in parts and strip_wrappers(short) == identify(short, flat=False).name
-
-    def _is_foreign(self, prefix: _Prefix) -> bool:
-        """Return True if the set of the shorter names has none that begins with the prefix."""
-        start = prefix.head + self._separator if prefix.head else ""
-        return not any(
-            component == prefix.component and name.startswith(start)
-            for component, name in self._every[1 - prefix.longer]
-        )
 
     def _remove(self, pairs: Mapping[str, str]) -> None:
         for name, other in pairs.items():
@@ -505,11 +517,6 @@ class _Prefix(NamedTuple):
 
     def shown(self, separator: str) -> str:
         return separator.join(part for part in (self.component, self.head) if part)
-
-
-def _compete(group: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Return True if two groups of pairs want one module for two."""
-    return bool(group.keys() & other.keys() or set(group.values()) & set(other.values()))
 
 
 def possible_prefixes(name: str, separator: str) -> Iterator[tuple[str, str]]:
@@ -540,14 +547,6 @@ def _head(name: str, identity: ModuleName) -> str:
 
 def _flat_match(path: str) -> re.Match[str] | None:
     return None if "." in path else _FLAT.match(path)
-
-
-def _without_linear(path: str) -> str:
-    """Return a path without the ``.linear`` at which a tower's wrapper holds its layer."""
-    if not path.endswith("linear"):
-        return path
-    match = _WRAPPED_LINEAR.search(path)
-    return path if match is None else path[: match.start("layer")]
 
 
 def _without_bodies(path: str, parts: list[str]) -> str:

@@ -41,14 +41,14 @@ MAX_PATTERN_CHARACTERS: Final = 2**16
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     """Return a sort key that puts ``layers.2`` before ``layers.10``, however long a number is."""
-    parts = _DIGITS.split(name)
-    return tuple(_number_key(part) if part.isdecimal() else (1, 0, part) for part in parts)
-
-
-def _number_key(digits: str) -> tuple[int, int, str]:
-    """Order by value: of numbers without leading zeros the longer one is larger."""
-    plain = digits.lstrip("0")
-    return 0, len(plain), f"{plain} {digits}"
+    key = []
+    for part in _DIGITS.split(name):
+        if part.isdecimal():
+            plain = part.lstrip("0")  # of numbers without leading zeros the longer one is larger
+            key.append((0, len(plain), f"{plain} {part}"))
+        else:
+            key.append((1, 0, part))
+    return tuple(key)
 
 
 def near_names(name: str, names: Iterable[str], *, cutoff: float = 0.5) -> list[str]:
@@ -178,10 +178,8 @@ class ModulePatterns(Mapping[str, T]):
         InputError
             A pattern is not a valid expression, or the patterns take too long to match.
         """
-        order = self._first_match(name) if self._patterns else None
-        return self._patterns.get(name if order is None else self._keys[order], default)
-
-    def _first_match(self, name: str) -> int | None:
+        if not self._patterns:
+            return default
         if "\n" in name:  # for which `.` and `$` make exceptions
             literal, orders = None, list(range(len(self._keys)))
         else:
@@ -190,9 +188,14 @@ class ModulePatterns(Mapping[str, T]):
         for order in orders:
             if literal is not None and order > literal:
                 break
-            if self._matches(order, name):
-                return order
-        return literal
+            key = self._keys[order]
+            with self._budget.spending(name, key) as seconds:
+                if order not in self._compiled:
+                    self._compiled[order] = _compile(rf"(.*\.)?({key})$", key)
+                matches = self._compiled[order].match(name, timeout=seconds) is not None
+            if matches:
+                return self._patterns[key]
+        return self._patterns.get(name if literal is None else self._keys[literal], default)
 
     def _literal_match(self, name: str) -> int | None:
         """Return the place of the first literal key that the name, or an end of it, equals."""
@@ -210,13 +213,6 @@ class ModulePatterns(Mapping[str, T]):
                     if fits and (reach, end) in orders
                 ]
         return min(matches, default=None)
-
-    def _matches(self, order: int, name: str) -> bool:
-        key = self._keys[order]
-        with self._budget.spending(name, key) as seconds:
-            if order not in self._compiled:
-                self._compiled[order] = _compile(rf"(.*\.)?({key})$", key)
-            return self._compiled[order].match(name, timeout=seconds) is not None
 
 
 def pattern_value(name: str, patterns: Mapping[str, T], default: D) -> T | D:

@@ -88,6 +88,6 @@ def test_reading_names_the_file(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("lora_analysis.formats.load._read", fail)
+    monkeypatch.setattr("lora_analysis.formats.load.recognize", fail)
     with pytest.raises(kind, match=str(tmp_path)):
         read_adapter(tmp_path)

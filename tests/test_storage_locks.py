@@ -16,9 +16,8 @@ from typing import BinaryIO, TextIO
 import pytest
 
 from lora_analysis.errors import InUseError
-from lora_analysis.storage import locks
-from lora_analysis.storage.atomic import write_atomic
-from lora_analysis.storage.locks import locked
+from lora_analysis.storage import atomic
+from lora_analysis.storage.atomic import locked, write_atomic
 
 HOST = socket.gethostname()
 posix = pytest.mark.skipif(os.name != "posix", reason="processes of POSIX systems")
@@ -110,7 +109,7 @@ def test_a_lock_of_another_host_counts_as_long_as_it_is_renewed(tmp_path: Path) 
 
 def test_a_holder_shows_that_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     renewed = threading.Event()
-    monkeypatch.setattr(locks, "_RENEWAL", 0.01)
+    monkeypatch.setattr(atomic, "_RENEWAL", 0.01)
     monkeypatch.setattr(os, "utime", lambda _path: renewed.set())
     with locked(tmp_path):
         assert renewed.wait(60)
@@ -131,7 +130,7 @@ def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path: Path) -> None
 def test_a_lock_that_its_holder_deletes_meanwhile_is_taken_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hold = locks._hold
+    hold = atomic._hold
     deleted: list[Path] = []
 
     def hold_late(stream: TextIO) -> bool:
@@ -140,7 +139,7 @@ def test_a_lock_that_its_holder_deletes_meanwhile_is_taken_anew(
             deleted[0].unlink()  # as its holder does, between our opening and our holding it
         return hold(stream)
 
-    monkeypatch.setattr(locks, "_hold", hold_late)
+    monkeypatch.setattr(atomic, "_hold", hold_late)
     with locked(tmp_path):
         assert deleted[0].exists()
         with pytest.raises(InUseError), locked(tmp_path):
@@ -156,7 +155,7 @@ def test_of_many_that_race_for_a_lock_one_at_a_time_has_it(tmp_path: Path) -> No
             import os, sys
             from pathlib import Path
             from lora_analysis.errors import InUseError
-            from lora_analysis.storage.locks import locked
+            from lora_analysis.storage.atomic import locked
             folder = Path(sys.argv[1])
             won = 0
             while won < 100:

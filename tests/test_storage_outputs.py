@@ -13,8 +13,7 @@ import pytest
 from power_loss import disks, put, recorded
 
 from lora_analysis.errors import InUseError, OccupiedError, OutputError, UnfinishedError
-from lora_analysis.storage.atomic import write_atomic
-from lora_analysis.storage.locks import locked
+from lora_analysis.storage.atomic import locked, write_atomic
 from lora_analysis.storage.outputs import output_file, output_folder, write_output_file
 from lora_analysis.storage.records import RECORD_FOLDER, read_record, refuse_unfinished
 

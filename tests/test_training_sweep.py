@@ -22,7 +22,7 @@ from training_bases import SHORT, on, write_tiny_base
 from lora_analysis.errors import InputError, InUseError, OccupiedError, OutputError, TargetError
 from lora_analysis.execution.protocol import SerialExecutor
 from lora_analysis.formats import find_adapters
-from lora_analysis.storage.locks import locked
+from lora_analysis.storage.atomic import locked
 from lora_analysis.storage.records import RECORD_FOLDER
 from lora_analysis.training import (
     FAILURE_NAME,

@@ -20,7 +20,7 @@ from lora_analysis.formats.factors import (
     stored_rank,
     update_loaders,
 )
-from lora_analysis.formats.side_tensors import harmless_keys, side_finding, side_tensors
+from lora_analysis.formats.side_tensors import side_tensors
 from lora_analysis.formats.sources import RunFacts, label_of, run_facts
 from lora_analysis.storage.tensors import LazyTensors
 
@@ -117,7 +117,12 @@ def build_adapter(
         if isinstance(finding, Finding) and finding.code == "side-tensors"
         for key in finding.fields["keys"]
     ]
-    harmless = harmless_keys(side_keys) if parts.harmless is None else parts.harmless
+    harmless = parts.harmless
+    if harmless is None:
+        # Weights and biases that a state dictionary may hold without having trained them; biases
+        # without any weights are trained (loralib's bias="lora_only").
+        whole_model = any(key.endswith(".weight") for key in side_keys)
+        harmless = [key for key in side_keys if whole_model or not key.endswith(".bias")]
     label = options.label or label_of(path)
     facts: RunFacts = {}
     if tensors.files:
@@ -142,11 +147,3 @@ def build_adapter(
         config=parts.config,
         side_tensors=side_tensors(tensors, side_keys, harmless=harmless),
     )
-
-
-def beside_finding(what: str, names: Sequence[str]) -> list[Finding]:
-    """Return the finding about tensors that are not analyzed, if there are any.
-
-    They become the adapter's side tensors.
-    """
-    return side_finding(what, names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,10 +13,11 @@ from lora_analysis.adapter import KroneckerParts, LowRankUpdate
 from lora_analysis.errors import InputError, MalformedFileError, SourceError, UnsupportedMethodError
 from lora_analysis.finding import Finding
 from lora_analysis.formats.stored import StoredFactor, kronecker_operands, tensor
-from lora_analysis.storage.dtypes import is_floating
+from lora_analysis.storage.dtypes import FLOATING
 from lora_analysis.storage.limits import (
     MAX_ADAPTER_BYTES,
     MAX_DIMENSION,
+    MAX_EXPERTS,
     MAX_RANK,
     MAX_SCALE,
     MAX_VALUE,
@@ -24,7 +25,7 @@ from lora_analysis.storage.limits import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -119,10 +120,18 @@ def stored_rank(tensors: NamedTensors, pair: StoredPair) -> int:
     a, b = (_factor_shape(tensors, pair, factor) for factor in (pair.a, pair.b))
     (rank, d_in), (d_out, rank_b) = a, b
     if rank != rank_b:
+        hint = "A fused, grouped or block-diagonal variant, or damage?"
+        if d_in == d_out and pair.module in pair.a.name and pair.module in pair.b.name:
+            names = [f.name.replace(pair.module, "{name}", 1) for f in (pair.a, pair.b)]
+            hint = (
+                f"They fit transposed, as in x·A·B: pass pair=('{names[0]}', '{names[1]}') and "
+                f"scale= or alpha= (command line: --pair '{names[0]},{names[1]}' --scale 1). If A "
+                "and B are swapped, name B first."
+            )
         message = (
             f"{where} has factors of different ranks: {_describe(tensors, pair.a, a)}, "
             f"{_describe(tensors, pair.b, b)}; A must be (r, d_in) and B (d_out, r). "
-            f"{_rank_hint(pair, transposed=d_in == d_out)}"
+            f"{hint}"
         )
         raise MalformedFileError(message)
     if rank > pair.most_rank or max(d_in, d_out) > MAX_DIMENSION:
@@ -141,17 +150,6 @@ def _describe(tensors: NamedTensors, factor: StoredFactor, shape: tuple[int, int
     return f"{factor.name} is {shape}{in_file}"
 
 
-def _rank_hint(pair: StoredPair, *, transposed: bool) -> str:
-    """Return advice on factors whose ranks differ: transposed ones can be read as a plain pair."""
-    if not transposed or pair.module not in pair.a.name or pair.module not in pair.b.name:
-        return "A fused, grouped or block-diagonal variant, or damage?"
-    a, b = (factor.name.replace(pair.module, "{name}", 1) for factor in (pair.a, pair.b))
-    return (
-        f"They fit transposed, as in x·A·B: pass pair=('{a}', '{b}') and scale= or alpha= "
-        f"(command line: --pair '{a},{b}' --scale 1). If A and B are swapped, name B first."
-    )
-
-
 def _factor_shape(tensors: NamedTensors, pair: StoredPair, factor: StoredFactor) -> tuple[int, int]:
     """Return the two dimensions of a factor; raise if it is not a matrix of floats."""
     for name in factor.names:
@@ -163,7 +161,7 @@ def _factor_shape(tensors: NamedTensors, pair: StoredPair, factor: StoredFactor)
                 "Was it saved from a sharded training without gathering the parts?"
             )
             raise MalformedFileError(message)
-        if not is_floating(info.dtype):
+        if info.dtype not in FLOATING and not info.dtype.startswith("gguf_"):
             message = f"{where} holds {info.dtype}, a factor must hold floating-point numbers."
             raise MalformedFileError(message)
     where = f"{tensors.file_of(factor.name)}: tensor '{factor.name}' of '{pair.module}'"
@@ -342,17 +340,17 @@ def alpha_zero_finding(scales: Mapping[str, StatedScale]) -> list[Finding]:
 def complete_pairs(
     path: object,
     factors: Mapping[str, Mapping[FactorRole, str]],
-    expected: Callable[[str, FactorRole], str],
+    names: tuple[str, str] = ("{name}.lora_A.weight", "{name}.lora_B.weight"),
 ) -> list[StoredPair]:
     """Return the pairs of all modules; raise if a module has only one factor.
 
-    ``expected`` gives the name that a missing tensor should have, for the message.
+    ``names`` are the names of the tensors of A and of B in the format, for the message.
     """
     pairs = []
     for module, stored in factors.items():
         if len(stored) != 2:
             (present,) = stored.values()
-            missing = expected(module, "B" if "A" in stored else "A")
+            missing = names["A" in stored].replace("{name}", module)
             message = (
                 f"{path}: '{module}' has '{present}' but no '{missing}'. A LoRA file stores both; "
                 "is it truncated, or from another method?"
@@ -360,3 +358,38 @@ def complete_pairs(
             raise MalformedFileError(message)
         pairs.append(StoredPair.of(module, stored["A"], stored["B"]))
     return pairs
+
+
+def split_stack(
+    tensors: NamedTensors, pair: StoredPair, *, mark: str, names: tuple[str, str]
+) -> Iterator[StoredPair]:
+    """Yield the pair of each expert of a stack with A ``(E, r, d_in)`` and B ``(E, d_out, r)``.
+
+    Parameters
+    ----------
+    tensors, pair
+        The file, and the factors of the stack.
+    mark
+        Segment of the module's name that ``.experts.N.`` stands for; without it, the number comes
+        behind the name, and the base has a stack too.
+    names
+        The format's names of the two factors, for the message.
+
+    Raises
+    ------
+    MalformedFileError
+        The factors are no such stack, or one of more than `MAX_EXPERTS`.
+    """
+    a, b = (tensors.infos[factor.name].shape for factor in (pair.a, pair.b))
+    if len(b) != 3 or a[0] != b[0] or a[0] > MAX_EXPERTS:
+        message = (
+            f"{tensors.path}: '{pair.module}' has {names[0]} {a} and {names[1]} {b}; a stack of "
+            f"experts needs (E, r, in) and (E, out, r), with at most {MAX_EXPERTS:,} experts."
+        )
+        raise MalformedFileError(message)
+    for expert in range(a[0]):
+        module, base_name = f"{pair.module}.{expert}", f"{pair.module}[{expert}]"
+        if mark in pair.module:
+            module, base_name = pair.module.replace(mark, f".experts.{expert}."), ""
+        a_e, b_e = pair.a.at(expert), pair.b.at(expert)
+        yield replace(pair, module=module, base_name=base_name, a=a_e, b=b_e)

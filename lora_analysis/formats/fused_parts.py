@@ -24,6 +24,7 @@ from lora_analysis.adapter import Adapter, LazyUpdate, LowRankUpdate
 from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
 from lora_analysis.formats.factors import StatedScale, callers_scale
 from lora_analysis.formats.stored import stack, tensor
+from lora_analysis.formats.written import join_updates
 from lora_analysis.storage.documents import parse_json_text
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from lora_analysis.storage.tensors import NamedTensors
 
 FUSED_PARTS: Final = "fused_parts"
-_METADATA: Final = "lora_analysis.fused_parts"
+METADATA: Final = "lora_analysis.fused_parts"
 
 
 def join_parts(
@@ -85,11 +86,21 @@ def _join(
     adapter: Adapter, module: str, entry: Mapping[str, Any]
 ) -> tuple[LazyUpdate, dict[str, Any]]:
     """Return the parts of a weight as an update of the whole, and its entry with their ranks."""
-    outlines = {
-        part: _check_plain(adapter.outline(name))
-        for part in entry["parts"]
-        if (name := f"{module}.{part}") in adapter
-    }
+    outlines = {}
+    for part in entry["parts"]:
+        if (name := f"{module}.{part}") not in adapter:
+            continue
+        outlines[part] = outline = adapter.outline(name)
+        where = f"'{name}' in {outline.label}"
+        if outline.dense:
+            message = f"{where} is a dense update; a LoRA file holds A and B."
+            raise InputError(message)
+        if outline.variant:
+            message = (
+                f"{where} is a part of a fused weight and of {outline.variant}; such parts cannot "
+                "be joined."
+            )
+            raise UnsupportedMethodError(message)
     leading = max(outlines, key=lambda part: abs(outlines[part].known_scale()))
     ranks = {part: outline.rank for part, outline in outlines.items()}
     rows = {part: entry["parts"][part] for part in outlines}
@@ -101,48 +112,20 @@ def _join(
         rank=sum(ranks.values()),
         alpha=None,
     )
-    load = partial(_join_factors, adapter, whole, rows, leading)
+    load = partial(_load_whole, adapter, whole, rows, leading)
     return LazyUpdate(whole, load), {"rows": entry["rows"], "parts": rows, "ranks": ranks}
 
 
-def _check_plain(update: UpdateOutline) -> UpdateOutline:
-    if update.dense:
-        message = f"'{update.name}' in {update.label} is a dense update; a LoRA file holds A and B."
-        raise InputError(message)
-    if update.variant:
-        message = (
-            f"'{update.name}' in {update.label} is a part of a fused weight and of "
-            f"{update.variant}; such parts cannot be joined."
-        )
-        raise UnsupportedMethodError(message)
-    return update
-
-
-def _join_factors(
+def _load_whole(
     adapter: Adapter,
     whole: UpdateOutline,
     parts: Mapping[str, Sequence[Sequence[int]]],
     leading: str,
 ) -> LowRankUpdate:
     """Return the update of a fused weight: A of its parts below each other, B in their rows."""
-    updates: dict[str, LowRankUpdate] = {}
-    for part in parts:
-        update = adapter[f"{whole.name}.{part}"]
-        if isinstance(update, LowRankUpdate):  # _check_plain made sure of it
-            updates[part] = update
-    dtype = np.result_type(*(update.B for update in updates.values()))
-    B = np.zeros((whole.shape[0], whole.rank), dtype)
-    scale = whole.known_scale()
-    start = 0
-    for part, update in updates.items():
-        same = update.scale == scale
-        columns = slice(start, start + update.rank)
-        B[indices_of(parts[part]), columns] = (
-            update.B if same else update.B * (update.known_scale() / scale)
-        )
-        start += update.rank
-    A = np.vstack([update.A for update in updates.values()])
-    return replace(updates[leading], name=whole.name, A=A, B=B, alpha=None)
+    rows = {f"{whole.name}.{part}": indices_of(runs) for part, runs in parts.items()}
+    joined = join_updates(adapter, rows, whole.shape[0], f"{whole.name}.{leading}")
+    return replace(joined, name=whole.name)
 
 
 def indices_of(runs: Sequence[Sequence[int]]) -> list[int]:
@@ -168,7 +151,7 @@ def parts_metadata(adapter: Adapter) -> dict[str, str]:
     """
     entries = adapter.config.get(FUSED_PARTS) or {}
     present = {module: entry for module, entry in entries.items() if module in adapter}
-    return {_METADATA: json.dumps(present)} if present else {}
+    return {METADATA: json.dumps(present)} if present else {}
 
 
 def split_parts(
@@ -181,15 +164,15 @@ def split_parts(
 ) -> tuple[list[StoredPair], dict[str, StatedScale], dict[str, Any]]:
     """Return the pairs with fused weights split, their scales, and the config's entries.
 
+    The file's metadata has the entry `METADATA`, which tells the parts.
+
     Raises
     ------
     MalformedFileError
         The metadata on a weight does not fit its factors.
     """
-    text = tensors.metadata.get(_METADATA)
-    entries = {}
-    if text is not None:
-        entries = parse_json_text(text, tensors.path, what=f"metadata '{_METADATA}'")
+    text = tensors.metadata[METADATA]
+    entries = parse_json_text(text, tensors.path, what=f"metadata '{METADATA}'")
     split: list[StoredPair] = []
     fused: dict[str, Any] = {}
     part_scales: dict[str, StatedScale] = {}
@@ -211,19 +194,14 @@ def split_parts(
             split.append(
                 replace(pair, module=name, a=pair.a.rows(columns), b=rows.columns(columns))
             )
-            part_scales[name] = _part_scale(scale, options, rank, rslora=rslora)
+            # The scale of the whole, with the alpha of the part's rank.
+            given = callers_scale(options, rank, rslora=rslora)
+            part_scales[name] = given or scale
+            if given is None and scale.scale is not None:
+                alpha = scale.scale * (rank**0.5 if rslora else rank)
+                part_scales[name] = replace(scale, alpha=alpha)
             start += rank
     return split, part_scales, fused
-
-
-def _part_scale(
-    scale: StatedScale, options: ReadOptions, rank: int, *, rslora: bool
-) -> StatedScale:
-    """Return a part's scale: that of the whole, with the alpha of the part's rank."""
-    given = callers_scale(options, rank, rslora=rslora)
-    if given or scale.scale is None:
-        return given or scale
-    return replace(scale, alpha=scale.scale * (rank**0.5 if rslora else rank))
 
 
 def _check_entry(tensors: NamedTensors, pair: StoredPair, entry: Any) -> None:
@@ -250,7 +228,7 @@ def _check_entry(tensors: NamedTensors, pair: StoredPair, entry: Any) -> None:
         fits = False
     if not fits:
         message = (
-            f"{tensors.file_of(pair.a.name)}: the metadata '{_METADATA}' on '{pair.module}' does "
+            f"{tensors.file_of(pair.a.name)}: the metadata '{METADATA}' on '{pair.module}' does "
             "not fit its factors. Was the file changed by another program?"
         )
         raise MalformedFileError(message)

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
-from lora_analysis.formats.build import AdapterParts, beside_finding, build_adapter
-from lora_analysis.formats.factors import StatedScale, StoredPair, scale_from_alpha
+from lora_analysis.formats.build import AdapterParts, build_adapter
+from lora_analysis.formats.factors import StatedScale, StoredPair, scale_from_alpha, split_stack
 from lora_analysis.formats.key_scheme import KeyPattern, StoredModules, has_factors, sort_keys
-from lora_analysis.formats.rotary import in_halves
+from lora_analysis.formats.side_tensors import side_finding
 from lora_analysis.formats.sources import AdapterFiles, AdapterRef, Format
+from lora_analysis.formats.stored import in_halves
 from lora_analysis.storage.gguf import GGUFTensors, is_gguf
 from lora_analysis.storage.gguf_names import (
     BLOCKED_QKV,
@@ -31,16 +32,13 @@ from lora_analysis.storage.gguf_names import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     from lora_analysis.adapter import Adapter
     from lora_analysis.formats.options import ReadOptions
-    from lora_analysis.formats.stored import StoredFactor
 
 _KEY: Final = KeyPattern(re.compile(r"(?P<module>.+)\.weight\.lora_(?P<role>[ab])"))
-_MAX_EXPERTS: Final = 4096
-_EXPERTS: Final = ".experts."
 _ALPHA: Final = "adapter.lora.alpha"
 _TOKENS: Final = "adapter.alora.invocation_tokens"
 # What an update is a part of whose rows are in an order that is not the model's.
@@ -102,10 +100,8 @@ class _GGUF(Format):
             pairs=content.pairs,
             scale=lambda _pair, rank: _scale(alpha, rank),
             findings=(
-                *(_alpha_findings(alpha) if uses_file_scale else []),
-                *_row_findings(content, architecture),
-                *_token_finding(facts),
-                *beside_finding("norms trained in full or other vectors", stored.others),
+                *_findings(content, facts, architecture, uses_file_scale=uses_file_scale),
+                *side_finding("norms trained in full or other vectors", stored.others),
             ),
             base_model=base if isinstance(base, str) else None,
             config={"gguf_architecture": architecture, "heads": rows.heads},
@@ -139,15 +135,6 @@ def _scale(alpha: Any, rank: int) -> StatedScale:
     return StatedScale(1.0, None, "metadata")
 
 
-def _alpha_findings(alpha: Any) -> list[str]:
-    if not alpha:
-        reason = "no adapter.lora.alpha is stated" if alpha is None else "adapter.lora.alpha is 0"
-        return [
-            f"The scale is 1, as llama.cpp applies it: {reason}. Training may have had another."
-        ]
-    return []
-
-
 def _heads(
     facts: Mapping[str, Any], architecture: str, options: ReadOptions
 ) -> tuple[int, int] | None:
@@ -167,9 +154,6 @@ class _Rows:
 
     architecture: str
     heads: tuple[int, int] | None
-
-    def heads_of(self, tensor: str) -> int | None:
-        return None if self.heads is None else self.heads[tensor.endswith("attn_k")]
 
 
 def _turned(tensors: GGUFTensors, pairs: list[StoredPair]) -> bool | None:
@@ -201,12 +185,22 @@ def _add(content: _Content, tensors: GGUFTensors, plain: StoredPair, rows: _Rows
         a, b = b.transposed(), a.transposed()
     variant = ""
     if is_q_or_k(tensor) and rows.architecture not in UNPERMUTED:
-        heads = rows.heads_of(tensor) if rows.architecture in PERMUTED else None
+        heads = None
+        if rows.heads is not None and rows.architecture in PERMUTED:
+            heads = rows.heads[tensor.endswith("attn_k")]
         if heads is None:
             content.permuted.append(module)
             variant = PERMUTED_ROWS
         else:
-            b = _undone(tensors, b, heads)
+            shape = tensors.infos[b.name].shape
+            if len(shape) != 2 or shape[0] % (2 * heads):
+                message = (
+                    f"{tensors.path}: '{b.name}' has shape {shape}; its rows do not divide into "
+                    f"{heads} heads of two halves. Are heads= those of this base?"
+                )
+                raise MalformedFileError(message)
+            # Each head's rows as in the model: its first half, then its second.
+            b = in_halves(b, shape, heads)
             content.undone.append(module)
     elif tensor.endswith(".attn_qkv") and rows.architecture in BLOCKED_QKV:
         content.untangled.append(module)
@@ -215,43 +209,21 @@ def _add(content: _Content, tensors: GGUFTensors, plain: StoredPair, rows: _Rows
     if tensor == EMBEDDING:
         pair = replace(pair, a=a.transposed(), layout="embedding")
     if len(tensors.infos[a.name].shape) == 3:
-        content.pairs += _experts(tensors, pair)
+        content.pairs += split_stack(tensors, pair, mark=".experts.", names=("A", "B"))
     else:
         content.pairs.append(pair)
 
 
-def _undone(tensors: GGUFTensors, b: StoredFactor, heads: int) -> StoredFactor:
-    """Return B with each head's rows as in the model: its first half, then its second."""
-    shape = tensors.infos[b.name].shape
-    if len(shape) != 2 or shape[0] % (2 * heads):
-        message = (
-            f"{tensors.path}: '{b.name}' has shape {shape}; its rows do not divide into {heads} "
-            "heads of two halves. Are heads= those of this base?"
-        )
-        raise MalformedFileError(message)
-    return in_halves(b, *shape, heads)
-
-
-def _experts(tensors: GGUFTensors, pair: StoredPair) -> Iterator[StoredPair]:
-    a, b = (tensors.infos[factor.name].shape for factor in (pair.a, pair.b))
-    if len(b) != 3 or a[0] != b[0] or a[0] > _MAX_EXPERTS:
-        message = (
-            f"{tensors.path}: '{pair.module}' has A {a} and B {b}; a stack of experts needs "
-            f"(E, r, in) and (E, out, r), with at most {_MAX_EXPERTS:,} experts."
-        )
-        raise MalformedFileError(message)
-    for expert in range(a[0]):
-        a_e, b_e = pair.a.at(expert), pair.b.at(expert)
-        if _EXPERTS in pair.module:
-            module = pair.module.replace(_EXPERTS, f"{_EXPERTS}{expert}.")
-            yield replace(pair, module=module, a=a_e, b=b_e)
-        else:
-            module, base_name = f"{pair.module}.{expert}", f"{pair.module}[{expert}]"
-            yield replace(pair, module=module, base_name=base_name, a=a_e, b=b_e)
-
-
-def _row_findings(content: _Content, architecture: str) -> list[str]:
+def _findings(
+    content: _Content, facts: Mapping[str, Any], architecture: str, *, uses_file_scale: bool
+) -> list[str]:
     findings = []
+    alpha = facts.get(_ALPHA)
+    if uses_file_scale and not alpha:
+        reason = "no adapter.lora.alpha is stated" if alpha is None else "adapter.lora.alpha is 0"
+        findings.append(
+            f"The scale is 1, as llama.cpp applies it: {reason}. Training may have had another."
+        )
     if content.turned:
         findings.append(
             "A and B are taken for each other, transposed: llama.cpp's converter turns GPT-2's."
@@ -283,11 +255,6 @@ def _row_findings(content: _Content, architecture: str) -> list[str]:
             f"Output side not to be used: the fused q, k, v rows of {len(content.untangled)} "
             "modules are in blocks here and per head in the model."
         )
+    if tokens := facts.get(_TOKENS):
+        findings.append(f"aLoRA: the update acts only after the invocation tokens {tokens!r:.60}.")
     return findings
-
-
-def _token_finding(facts: Mapping[str, Any]) -> list[str]:
-    tokens = facts.get(_TOKENS)
-    if not tokens:
-        return []
-    return [f"aLoRA: the update acts only after the invocation tokens {tokens!r:.60}."]

@@ -186,8 +186,18 @@ def _module_tensors(
         raise UnsupportedMethodError(message)
     permuted = None
     if is_q_or_k(tensor) and architecture not in UNPERMUTED:
-        count = None if heads is None else heads["attn_k" in tensor]
-        permuted = _heads_to_permute(name, planned.b[0], architecture, count)
+        rows = planned.b[0]
+        if architecture not in PERMUTED:
+            message = f"Whether GGUF's '{architecture}' permutes the rows of '{name}' is not known."
+            raise UnsupportedMethodError(message)
+        permuted = None if heads is None else heads["attn_k" in tensor]
+        if permuted is None or rows % (2 * permuted):
+            reason = "is not known" if permuted is None else f"{permuted} does not divide them"
+            message = (
+                f"'{name}': llama.cpp permutes its {rows} rows by heads, whose number {reason}. "
+                "Pass heads=(of queries, of keys)."
+            )
+            raise InputError(message)
     turned = tensor == EMBEDDING
     keys = f"{tensor}.weight.lora_a", f"{tensor}.weight.lora_b"
     shapes = {keys[0]: planned.a[::-1] if turned else planned.a, keys[1]: planned.b}
@@ -205,18 +215,3 @@ def _module_arrays(
         halves = b.reshape(heads, 2, rows // heads // 2, rank)
         b = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows, rank)
     return {keys[0]: np.ascontiguousarray(a.T) if turned else a, keys[1]: b}
-
-
-def _heads_to_permute(name: str, rows: int, architecture: str, heads: int | None) -> int:
-    """Return the number of heads by which B's rows are permuted; raise if it is not known."""
-    if architecture not in PERMUTED:
-        message = f"Whether GGUF's '{architecture}' permutes the rows of '{name}' is not known."
-        raise UnsupportedMethodError(message)
-    if heads is None or rows % (2 * heads):
-        reason = "is not known" if heads is None else f"{heads} does not divide them"
-        message = (
-            f"'{name}': llama.cpp permutes its {rows} rows by heads, whose number {reason}. Pass "
-            "heads=(of queries, of keys)."
-        )
-        raise InputError(message)
-    return heads

@@ -46,13 +46,6 @@ def less_start(
     )
 
 
-def less_starts(
-    loaders: Mapping[str, Callable[[], LowRankUpdate]], start: InitialFactorsSource, method: str
-) -> dict[str, Callable[[], LowRankUpdate]]:
-    """Return loaders of the updates with their initial products subtracted; nothing is read yet."""
-    return {name: partial(less_start, load, start, method) for name, load in loaders.items()}
-
-
 def offset_finding(method: str) -> Finding:
     """Return the finding on updates whose initial product is subtracted."""
     starts_in_weight = method.lower().startswith(_STARTS_IN_W)

@@ -51,10 +51,6 @@ _ROLES: Final[Mapping[str, Role]] = {
 _FACTORS: Final = frozenset({"A", "B", "mid"})
 
 
-def _same(name: str) -> str:
-    return name
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class KeyPattern:
     """How one trainer, or one version of it, names the tensors of a module.
@@ -78,7 +74,7 @@ class KeyPattern:
     """
 
     regex: re.Pattern[str]
-    rename: Callable[[str], str] = _same
+    rename: Callable[[str], str] = str
     roles: Mapping[str, Role] = field(default_factory=dict)
     scale: float | None = None
     reason: str = ""
@@ -89,7 +85,8 @@ class KeyPattern:
         match = self.regex.fullmatch(key)
         if match is None:
             return None
-        return self.rename(match["module"]), self._role(match["role"])
+        word = match["role"]
+        return self.rename(match["module"]), self.roles.get(word) or _ROLES[word]
 
     def adapter(self, key: str) -> str | None:
         """Return the name of the adapter that a key states, if the pattern has that group."""
@@ -110,9 +107,6 @@ class KeyPattern:
         if self.scale is None:
             return UNKNOWN_SCALE
         return StatedScale(self.scale, float(rank) if self.alpha_is_rank else None, "format")
-
-    def _role(self, word: str) -> Role:
-        return self.roles.get(word) or _ROLES[word]
 
 
 @dataclass(slots=True)
@@ -238,14 +232,11 @@ class KeyScheme(Format):
         if is_folder:
             stored = (path / name for name in self.weights if (path / name).is_file())
             weights = next(stored, path)
-        is_named = config is not None and weights.name in self.weights
-        if is_named or (options.pair is None and self._is_in(weights, options)):
-            return AdapterFiles(path, weights, config_path, config)
-        return None
-
-    def _is_in(self, path: Path, options: ReadOptions) -> bool:
-        tensors = tensors_at(path, options)
-        return tensors is not None and self.recognizes(tensors, options)
+        if config is None or weights.name not in self.weights:
+            tensors = None if options.pair is not None else tensors_at(weights, options)
+            if tensors is None or not self.recognizes(tensors, options):
+                return None
+        return AdapterFiles(path, weights, config_path, config)
 
     def recognizes(self, tensors: NamedTensors, options: ReadOptions) -> bool:  # noqa: ARG002
         """Return True if the tensors have this format's marks or keys."""

@@ -25,7 +25,7 @@ from lora_analysis.formats.options import ReadOptions
 from lora_analysis.formats.peft.adapter_config import CONFIG_NAME, read_peft_config
 from lora_analysis.formats.peft.reader import FORMAT as PEFT
 from lora_analysis.formats.peft.tensor_keys import PREFIX
-from lora_analysis.formats.registry import formats_in_memory
+from lora_analysis.formats.registry import formats_for
 from lora_analysis.formats.sources import AdapterFiles, AdapterRef
 from lora_analysis.linalg import is_array, is_torch_module, to_numpy
 from lora_analysis.names import match_names
@@ -52,6 +52,14 @@ _WRAPPERS: Final = {
     "DeepSpeedEngine": "module",
     "OptimizedModule": "_orig_mod",
 }
+# Attributes with factors, of layers that do not name theirs.
+_ROLES: Final = (
+    "lora_A",
+    "lora_B",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+)
 # The name of PEFT for an adapter whose user gave none.
 _DEFAULT: Final = "default"
 
@@ -115,7 +123,14 @@ def as_adapter(
     """
     if isinstance(source, Adapter):
         return source if label is None else source.with_label(label)
-    options = _read_options(label, read_options)
+    unknown = read_options.keys() - {option.name for option in fields(ReadOptions)}
+    if unknown:
+        message = (
+            f"as_adapter has no option {join_names(sorted(unknown))}. It takes the options of "
+            "read_adapter, and adapter_name."
+        )
+        raise InputError(message)
+    options = ReadOptions(label=label, **read_options)
     if isinstance(source, str | os.PathLike | AdapterRef):
         if adapter_name is not None:
             source = f"{source}#{adapter_name}"
@@ -194,7 +209,8 @@ def read_factors(model: Any, *, adapter_name: str | None = None) -> Adapter:
 def is_adapter_like(source: object) -> bool:
     """Return True for what `as_adapter` takes, False for a single update, layer or spectrum."""
     if is_torch_module(source):
-        return not (_is_peft_layer(source) or _is_own_layer(source))
+        is_added = {"adapters", "base_layer"} <= getattr(source, "_modules", {}).keys()
+        return not (is_added or _is_peft_layer(source))  # a layer of `add_lora`, or of PEFT
     return isinstance(source, Adapter | str | os.PathLike | AdapterRef | Mapping)
 
 
@@ -257,17 +273,6 @@ def unique_labels(adapters: Sequence[Adapter]) -> list[Adapter]:
     return result
 
 
-def _read_options(label: str | None, options: Mapping[str, Any]) -> ReadOptions:
-    unknown = options.keys() - {option.name for option in fields(ReadOptions)}
-    if unknown:
-        message = (
-            f"as_adapter has no option {join_names(sorted(unknown))}. It takes the options of "
-            "read_adapter, and adapter_name."
-        )
-        raise InputError(message)
-    return ReadOptions(label=label, **options)
-
-
 def _from_updates(source: Mapping[Any, Any], options: ReadOptions) -> Adapter:
     updates = {}
     for name, value in source.items():
@@ -298,7 +303,7 @@ def _read_state_dict(
 ) -> Adapter:
     label = options.label or "state dict"
     tensors = MemoryTensors(label, source)
-    for format in formats_in_memory(options):
+    for format in formats_for(None, options):
         if format.recognizes(tensors, options):
             path = tensors.path
             files = AdapterFiles(path, path, tensors=tensors)
@@ -321,10 +326,6 @@ def _is_peft_layer(module: Any) -> bool:
     if isinstance(roles, tuple):
         return not _IN_FULL.issuperset(roles)
     return hasattr(module, "lora_A") and isinstance(getattr(module, "scaling", None), Mapping)
-
-
-def _is_own_layer(module: Any) -> bool:
-    return {"adapters", "base_layer"} <= getattr(module, "_modules", {}).keys()
 
 
 def _read_model(
@@ -456,19 +457,34 @@ def _factors(
 ) -> Iterator[tuple[str, Any]]:
     """Yield the factors of one adapter under the names that PEFT saves them with.
 
+    Per role a layer has a parameter, or a module with parameters.
+
     Raises
     ------
     InputError
         The adapter is merged into the weights of a layer.
     """
-    for name, layer in layers.items():
+    for path, layer in layers.items():
+        name = _stored_name(path)
         if adapter in (getattr(layer, "merged_adapters", None) or ()):
             message = (
-                f"'{_stored_name(name)}': the adapter '{adapter}' is merged into the weight. "
+                f"'{name}': the adapter '{adapter}' is merged into the weight. "
                 "Unmerge it first: model.unmerge_adapter()."
             )
             raise InputError(message)
-        yield from _layer_tensors(_stored_name(name), layer, adapter, config)
+        rows = _remaining_rows(name, adapter, config)
+        for role in dict.fromkeys(getattr(layer, "adapter_layer_names", None) or _ROLES):
+            container = getattr(layer, role, None)
+            if container is None or adapter not in container:
+                continue
+            value = container[adapter]
+            if is_array(value):
+                yield f"{name}.{role}", _cut(value, role, rows)
+                continue
+            for key, parameter in value.named_parameters():
+                # Files have the magnitude itself, which became a module later.
+                suffix = "" if role == "lora_magnitude_vector" else f".{key}"
+                yield f"{name}.{role}{suffix}", parameter
 
 
 def _trained_in_full(
@@ -485,39 +501,26 @@ def _trained_in_full(
         if tokens is not None and adapter in tokens and not module.token_adapter.tied_adapter:
             key = f"{_stored_name(name)}.token_adapter.trainable_tokens_delta"
             tensors[key] = tokens[adapter]
-    tensors.update(_biases(model, layers, str(config.get("bias") or "none")))
+    mode = str(config.get("bias") or "none")
+    if mode == "none":
+        return tensors
+    factors: set[int] = set()
+    for layer in layers.values():
+        for role in getattr(layer, "adapter_layer_names", ()):
+            container: Any = getattr(layer, role, None)
+            if is_torch_module(container):
+                factors.update(map(id, container.parameters()))
+    inside = tuple(f"{name}.base_layer.bias" for name in layers)
+    for name, parameter in model.named_parameters():
+        is_trained = name.endswith(".bias") if mode == "all" else name in inside
+        if is_trained and id(parameter) not in factors and "modules_to_save" not in name:
+            tensors[_stored_name(name)] = parameter
     return tensors
 
 
 def _stored_name(name: str) -> str:
     """Return the name of a module with PEFT's prefix; wrappers around PEFT's model are left out."""
     return PREFIX + name.rpartition(PREFIX)[2]
-
-
-def _layer_tensors(
-    name: str, layer: Any, adapter: str, config: Mapping[str, Any]
-) -> Iterator[tuple[str, Any]]:
-    """Yield the tensors of one layer: per role a parameter, or the parameters of a module."""
-    roles = getattr(layer, "adapter_layer_names", None) or (
-        "lora_A",
-        "lora_B",
-        "lora_embedding_A",
-        "lora_embedding_B",
-        "lora_magnitude_vector",
-    )
-    rows = _remaining_rows(name, adapter, config)
-    for role in dict.fromkeys(roles):
-        container = getattr(layer, role, None)
-        if container is None or adapter not in container:
-            continue
-        value = container[adapter]
-        if is_array(value):
-            yield f"{name}.{role}", _cut(value, role, rows)
-            continue
-        for key, parameter in value.named_parameters():
-            # Files have the magnitude itself, which became a module later.
-            suffix = "" if role == "lora_magnitude_vector" else f".{key}"
-            yield f"{name}.{role}{suffix}", parameter
 
 
 def _remaining_rows(name: str, adapter: str, config: Mapping[str, Any]) -> Any:
@@ -536,25 +539,6 @@ def _cut(value: Any, role: str, rows: Any) -> Any:
         return value
     array = to_numpy(value, role)
     return array[:, rows] if role == "lora_B" else array[rows]
-
-
-def _biases(model: Any, layers: Mapping[str, Any], mode: str) -> Iterator[tuple[str, Any]]:
-    """Yield the biases that were trained with an adapter."""
-    if mode == "none":
-        return
-    factors = {id(value) for layer in layers.values() for value in _all_factors(layer)}
-    inside = tuple(f"{name}.base_layer.bias" for name in layers)
-    for name, parameter in model.named_parameters():
-        is_trained = name.endswith(".bias") if mode == "all" else name in inside
-        if is_trained and id(parameter) not in factors and "modules_to_save" not in name:
-            yield _stored_name(name), parameter
-
-
-def _all_factors(layer: Any) -> Iterator[Any]:
-    for role in getattr(layer, "adapter_layer_names", ()):
-        container: Any = getattr(layer, role, None)
-        if is_torch_module(container):
-            yield from container.parameters()
 
 
 def _scales(layers: Mapping[str, Any], adapter: str) -> Iterator[tuple[str, float]]:

@@ -152,23 +152,47 @@ def read_adapter(
 def load_adapter(source: str | os.PathLike[str] | AdapterRef, options: ReadOptions) -> Adapter:
     """Return the one adapter at ``source``, as `read_adapter` does, for given options."""
     resolved = resolve_source(source, allow_pickle=options.allow_pickle)
-    with shown_errors(resolved.snapshot), _system_errors(resolved.path), pattern_budget():
-        refuse_unfinished(resolved.path)
-        adapter = _read(resolved, options)
-    initial = options.initial
-    if isinstance(initial, str | os.PathLike):
-        paths = source_paths(initial) or source_paths(os.fspath(initial).partition("#")[0])
-        adapter = adapter.with_provenance(also_read=(*adapter.provenance.also_read, *paths))
-    ref = AdapterRef(resolved.path.absolute(), "", "", resolved.name, resolved.snapshot)
+    path, snapshot = resolved.path, resolved.snapshot
+    with shown_errors(snapshot), _system_errors(path), pattern_budget():
+        refuse_unfinished(path)
+        located = recognize(resolved, options)
+        if located.format is None and path.is_dir():
+            refs = list(_walk(path, options))
+            if len(refs) > 1:
+                message = f"{path} holds {len(refs)} adapters, one was asked for. Choose one"
+                message = f"{message}: {_listed(refs)}."
+                raise SourceError(message)
+            if refs:
+                located = recognize(ResolvedSource(refs[0].path, refs[0].name), options)
+        if located.format is None or located.files is None:
+            raise _unknown(located.path, options)
+        adapter = located.format.read(located.files, located.name, options)
+    ref = AdapterRef(path.absolute(), "", "", resolved.name, snapshot)
     again = options.non_default()
     base = again.pop("base", None)
     if is_fine_tune(adapter):
-        path = _base_path(base)
-        again["base"] = getattr(base, "address", None) or (
-            base if path is None else path.absolute()
-        )
-    adapter = adapter.with_provenance(source=ref.source, read_options=again)
-    return adapter if resolved.snapshot is None else _fetched_adapter(adapter, resolved.snapshot)
+        local = _base_path(base)
+        address = getattr(base, "address", None)
+        again["base"] = address or (base if local is None else local.absolute())
+    facts: dict[str, Any] = {"source": ref.source, "read_options": again}
+    initial = options.initial
+    if isinstance(initial, str | os.PathLike):
+        paths = source_paths(initial) or source_paths(os.fspath(initial).partition("#")[0])
+        facts["also_read"] = (*adapter.provenance.also_read, *paths)
+    if snapshot is None:
+        return adapter.with_provenance(**facts)
+    # The address on the hub stands in place of the path in its cache.
+    findings = (finding.mapped(snapshot.with_addresses) for finding in adapter.provenance.findings)
+    return adapter.copy_with(
+        updates={name: partial(_load_fetched, adapter, name, snapshot) for name in adapter},
+        provenance=replace(
+            adapter.provenance,
+            **facts,
+            address=snapshot.address(adapter.provenance.path or snapshot.path),
+            revision=snapshot.commit,
+            findings=tuple(findings),
+        ),
+    )
 
 
 @contextmanager
@@ -185,21 +209,6 @@ def _system_errors(path: Path) -> Iterator[None]:
         raise named_error(error, str(path)) or error from error
 
 
-def _read(source: ResolvedSource, options: ReadOptions) -> Adapter:
-    source = recognize(source, options)
-    if source.format is None and source.path.is_dir():
-        refs = list(_walk(source.path, options))
-        if len(refs) > 1:
-            message = f"{source.path} holds {len(refs)} adapters, one was asked for. Choose one"
-            message = f"{message}: {_listed(refs)}."
-            raise SourceError(message)
-        if refs:
-            source = recognize(ResolvedSource(refs[0].path, refs[0].name), options)
-    if source.format is None or source.files is None:
-        raise _unknown(source.path, options)
-    return source.format.read(source.files, source.name, options)
-
-
 def recognize(source: ResolvedSource, options: ReadOptions) -> ResolvedSource:
     """Return the source with the format that recognizes exactly its path, if there is one."""
     for format in formats_for(source.path, options):
@@ -208,24 +217,6 @@ def recognize(source: ResolvedSource, options: ReadOptions) -> ResolvedSource:
             files = replace(files, snapshot=source.snapshot)
             return replace(source, format=format, files=files)
     return source
-
-
-def _fetched_adapter(adapter: Adapter, snapshot: Snapshot) -> Adapter:
-    """Return the adapter with its address on the hub in place of its path in the cache."""
-    source = adapter.provenance
-    return Adapter(
-        {name: partial(_load_fetched, adapter, name, snapshot) for name in adapter},
-        label=adapter.label,
-        provenance=replace(
-            source,
-            address=snapshot.address(source.path or snapshot.path),
-            revision=snapshot.commit,
-            findings=tuple(finding.mapped(snapshot.with_addresses) for finding in source.findings),
-        ),
-        saved_modules=adapter.saved_modules,
-        config=adapter.config,
-        side_tensors=adapter.side_tensors,
-    )
 
 
 def _load_fetched(adapter: Adapter, name: str, snapshot: Snapshot) -> Update:
@@ -286,7 +277,7 @@ def find_adapters(
 
 
 def _unknown(path: Path, options: ReadOptions) -> InputError:
-    from lora_analysis.formats.unknown import unknown_format  # seldom needed
+    from lora_analysis.formats.not_adapters import unknown_format  # seldom needed
 
     refuse_unfinished(path)  # a run that has no adapter yet explains more than its files
     return unknown_format(path, options)
@@ -316,7 +307,9 @@ def _walk_folder(
     except OSError:  # reading it reports why
         yield AdapterRef(folder, "unreadable", label_of(folder))
         return
-    if depth < _MAX_DEPTH and _is_base(real, options.base):
+    base = _base_path(options.base)
+    is_base = base is not None and real in (base.resolve(), base.resolve().parent)
+    if is_base and depth < _MAX_DEPTH:
         refs = [ref for ref in refs if ref.format != FULL_FINE_TUNE]
     yield from refs
     # Loose files are never whole models: a model in several files without an index has such.
@@ -327,12 +320,6 @@ def _walk_folder(
                 yield from _walk_folder(entry, options, depth - 1, seen)
         elif not refs and entry.suffix in CONTAINER_SUFFIXES and entry.name not in _REPORT_FILES:
             yield from _refs_at(entry, adapters_only)
-
-
-def _is_base(folder: Path, base: Any) -> bool:
-    """Return True if a folder is the base, or holds its file."""
-    path = _base_path(base)
-    return path is not None and folder in (path.resolve(), path.resolve().parent)
 
 
 def _base_path(base: Any) -> Path | None:

@@ -25,18 +25,15 @@ from lora_analysis.formats.build import AdapterParts
 from lora_analysis.formats.factors import UNKNOWN_SCALE, StatedScale, StoredPair
 from lora_analysis.formats.fused_parts import FUSED_PARTS
 from lora_analysis.formats.key_scheme import KeyPattern, KeyScheme, StoredModules
-from lora_analysis.formats.llm.trainer_settings import number
 from lora_analysis.formats.merged import (
     FUSED,
     block_names,
-    enable_needed,
     interleaves,
-    is_merged,
     merged_finding,
-    parts_of,
-    split,
+    split_fused,
 )
 from lora_analysis.formats.side_tensors import carried_metadata, side_output
+from lora_analysis.formats.sources import setting_number
 from lora_analysis.formats.stored import block_diagonal, tensor
 from lora_analysis.formats.text_writing import (
     Factors,
@@ -95,7 +92,7 @@ def _complete(stored: StoredModules) -> AdapterParts:
     content = _Content()
     for pair in stored.pairs():
         _add(content, tensors, pair, stored.options)
-    scale = number(tensors.metadata.get(SCALE))
+    scale = setting_number(tensors.metadata.get(SCALE))
     file_scale = UNKNOWN_SCALE if scale is None else StatedScale(scale, None, "metadata")
     interleaved = any(map(interleaves, content.fused))
     return AdapterParts(
@@ -119,28 +116,19 @@ def _add(content: _Content, tensors: NamedTensors, pair: StoredPair, options: Re
     """Add the content of one module's two tensors: a plain update, blocks, or a convolution."""
     module = _NESTING.sub("", pair.module)
     a, b = pair.a.name, pair.b.name
-    last = module.rpartition(".")[2]
-    enabled = options.enable_lora or _stated_blocks(tensors)
-    if is_merged(tensors, a, b):
-        if enabled is None:
-            raise enable_needed(tensors, module, a, b)
-        content.pairs += split(tensors, module, a, b, enabled)
-        content.fused[module] = parts_of(tensors, module, b, enabled)
-    elif enabled is not None and sum(enabled) == 1 and last in FUSED:
-        content.pairs += split(tensors, module, a, b, enabled)
-        content.fused[module] = parts_of(tensors, module, b, enabled)
+    enabled = options.enable_lora
+    flags = tensors.metadata.get(ENABLED, "").split(",")
+    if enabled is None and all(flag in ("0", "1") for flag in flags) and "1" in flags:
+        enabled = tuple(flag == "1" for flag in flags)
+    if blocks := split_fused(tensors, module, a, b, enabled):
+        content.pairs += blocks[0]
+        content.fused[module] = blocks[1]
     elif (size := _kernel(tensors, pair, options)) is not None:
         content.pairs.append(_convolution(tensors, module, pair, size))
         content.divisors[module] = tensors.infos[a].shape[0] // size
     else:
         layout: Layout = "embedding" if is_embedding(module) else "linear"
         content.pairs.append(StoredPair(module, pair.a, pair.b, layout=layout))
-
-
-def _stated_blocks(tensors: NamedTensors) -> tuple[bool, ...] | None:
-    flags = tensors.metadata.get(ENABLED, "").split(",")
-    is_stated = all(flag in ("0", "1") for flag in flags) and "1" in flags
-    return tuple(flag == "1" for flag in flags) if is_stated else None
 
 
 def _kernel(tensors: NamedTensors, pair: StoredPair, options: ReadOptions) -> int | None:
@@ -151,8 +139,16 @@ def _kernel(tensors: NamedTensors, pair: StoredPair, options: ReadOptions) -> in
     """
     weight = tensors.infos.get(f"{pair.module}.conv.weight")
     if weight is not None and len(weight.shape) >= 3:
-        _check_frozen(tensors, pair, weight.shape)
-        return weight.shape[-1]
+        kernels, rows = weight.shape, tensors.infos[pair.b.name].shape[:1]
+        square = len(kernels) == 4 and kernels[2] == kernels[3]
+        if not square or rows != (kernels[0] * kernels[3],):
+            message = (
+                f"{tensors.file_of(pair.a.name)}: '{pair.module}' adapts kernels of shape "
+                f"{kernels} with B of {rows[0] if rows else 0} rows: only square kernels without "
+                "groups are read."
+            )
+            raise UnsupportedMethodError(message)
+        return kernels[-1]
     if not is_convolution(pair.module):
         return None
     if options.kernel is None:
@@ -164,19 +160,6 @@ def _kernel(tensors: NamedTensors, pair: StoredPair, options: ReadOptions) -> in
         )
         raise UnsupportedMethodError(message)
     return options.kernel
-
-
-def _check_frozen(tensors: NamedTensors, pair: StoredPair, kernels: tuple[int, ...]) -> None:
-    """Raise for a grouped convolution and for kernels that are no squares."""
-    rows = tensors.infos[pair.b.name].shape[:1]
-    square = len(kernels) == 4 and kernels[2] == kernels[3]
-    if square and rows == (kernels[0] * kernels[3],):
-        return
-    message = (
-        f"{tensors.file_of(pair.a.name)}: '{pair.module}' adapts kernels of shape {kernels} with "
-        f"B of {rows[0] if rows else 0} rows: only square kernels without groups are read."
-    )
-    raise UnsupportedMethodError(message)
 
 
 def _convolution(tensors: NamedTensors, module: str, pair: StoredPair, size: int) -> StoredPair:

@@ -4,7 +4,8 @@ loralib's ``MergedLinear`` adapts those of the equal row blocks of a fused weigh
 GPT-2's ``c_attn``) that ``enable_lora`` names. With g enabled blocks, A is ``(r·g, d_in)`` and B
 the enabled blocks' rows one below the other, ``(sum of their widths, r)``. Block j is
 ``B[its rows]·A[j·r:(j+1)·r]``; a block that is not enabled has no update. litgpt and AdapterHub
-store the same; with grouped queries the widths differ.
+store the same; with grouped queries the widths differ. So did PEFT up to 0.2, whose adapters with
+such modules are read here.
 """
 
 from __future__ import annotations
@@ -15,13 +16,23 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
 from lora_analysis.finding import Finding
-from lora_analysis.formats.factors import StoredPair
+from lora_analysis.formats.build import AdapterParts, build_adapter, stated_alpha
+from lora_analysis.formats.factors import StoredPair, complete_pairs
+from lora_analysis.formats.fused_parts import FUSED_PARTS
+from lora_analysis.formats.peft.adapter_config import CONFIG_NAME
+from lora_analysis.formats.peft.tensor_keys import module_name, sort_keys
+from lora_analysis.formats.side_tensors import side_finding
 from lora_analysis.formats.stored import tensor
 from lora_analysis.text import plural
 
 if TYPE_CHECKING:
+    from lora_analysis.adapter import Adapter
+    from lora_analysis.formats.options import ReadOptions
+    from lora_analysis.formats.sources import AdapterFiles
     from lora_analysis.storage.tensors import NamedTensors
 
+# Format of adapters of PEFT up to 0.2 with fused modules, in their provenance.
+PEFT_MERGED: Final = "peft-merged"
 _PARTS: Final = ("q", "k", "v")
 # Fused weights that interleave q, k and v per head: the first third of the rows is not q.
 _INTERLEAVED: Final = frozenset({"query_key_value"})
@@ -100,7 +111,16 @@ def split(
             f"fit enable_lora={tuple(map(bool, enabled))}: A (r·{groups}, in), B (rows, r)."
         )
         raise InputError(message)
-    sizes = _sizes(tensors, module, b, enabled, widths)
+    rows = stored_b[0]
+    sizes = [rows // groups] * groups
+    if widths is not None:
+        sizes = [width for width, on in zip(widths, enabled, strict=True) if on]
+    if sum(sizes) != rows:
+        message = (
+            f"{tensors.file_of(b)}: B of '{module}' has {rows} rows, its {groups} enabled blocks "
+            f"need {sizes}."
+        )
+        raise MalformedFileError(message)
     whole_b = tensor(b) if len(stored_b) == 2 else tensor(b).flattened()
     names = block_names(module, len(enabled))
     enabled_names = [name for name, on in zip(names, enabled, strict=True) if on]
@@ -115,50 +135,33 @@ def split(
     ]
 
 
-def parts_of(
-    tensors: NamedTensors,
-    module: str,
-    b: str,
-    enabled: Sequence[bool],
-    *,
-    widths: Sequence[int] | None = None,
-) -> dict[str, Any]:
-    """Return the config's entry for a split weight, see `formats.fused_parts`.
+def split_fused(
+    tensors: NamedTensors, module: str, a: str, b: str, enabled: Sequence[bool] | None
+) -> tuple[list[StoredPair], dict[str, Any]] | None:
+    """Return the pairs of a fused module's equal blocks and its entry in the adapter's config.
 
-    Writers of formats without blocks join them by it.
+    The entry is that of `formats.fused_parts`, by which writers of formats without blocks join
+    them. None for a plain module. One block alone is known by the module's name.
+
+    Raises
+    ------
+    UnsupportedMethodError
+        Factors are grouped, and nothing says which blocks are enabled.
     """
-    sizes = _sizes(tensors, module, b, enabled, widths)
-    every = list(widths) if widths is not None else [sizes[0]] * len(enabled)
-    edges = [0, *accumulate(every)]
+    merged = is_merged(tensors, a, b)
+    if merged and enabled is None:
+        raise enable_needed(tensors, module, a, b)
+    if not enabled or not (merged or (sum(enabled) == 1 and module.rpartition(".")[2] in FUSED)):
+        return None
+    pairs = split(tensors, module, a, b, enabled)
+    rows = tensors.infos[b].shape[0] // sum(enabled)
     names = [name.removeprefix(f"{module}.") for name in block_names(module, len(enabled))]
-    blocks = zip(names, enabled, edges, edges[1:], strict=False)
-    return {
-        "rows": edges[-1],
-        "parts": {name: [[start, stop]] for name, on, start, stop in blocks if on},
+    parts = {
+        name: [[i * rows, (i + 1) * rows]]
+        for i, (name, on) in enumerate(zip(names, enabled, strict=True))
+        if on
     }
-
-
-def _sizes(
-    tensors: NamedTensors,
-    module: str,
-    b: str,
-    enabled: Sequence[bool],
-    widths: Sequence[int] | None,
-) -> list[int]:
-    """Return the rows of each enabled block, checked against B's."""
-    rows = tensors.infos[b].shape[0]
-    groups = sum(enabled)
-    if widths is None:
-        sizes = [rows // groups] * groups
-    else:
-        sizes = [width for width, on in zip(widths, enabled, strict=True) if on]
-    if sum(sizes) != rows:
-        message = (
-            f"{tensors.file_of(b)}: B of '{module}' has {rows} rows, its {groups} enabled blocks "
-            f"need {sizes}."
-        )
-        raise MalformedFileError(message)
-    return sizes
+    return pairs, {"rows": rows * len(enabled), "parts": parts}
 
 
 def enable_needed(tensors: NamedTensors, module: str, a: str, b: str) -> UnsupportedMethodError:
@@ -185,3 +188,57 @@ def merged_finding(module_count: int, *, interleaved: bool) -> list[Finding]:
 def interleaves(module: str) -> bool:
     """Return True if a fused module has q, k and v of each head together."""
     return module.rpartition(".")[2] in _INTERLEAVED
+
+
+def read_merged_linear(files: AdapterFiles, options: ReadOptions) -> Adapter:
+    """Read an adapter of PEFT up to 0.2 whose config says ``enable_lora``.
+
+    Reference: PEFT 0.2, ``tuners/lora.py``, ``MergedLinear``: A ``(r·g, d_in)``, B
+    ``(d_out/n·g, r, 1)``, a ``Conv1d``'s, for g of n blocks. Other modules of the same adapter are
+    plain pairs. Its layer always had two groups, whatever ``enable_lora`` said; with another number
+    it did not run.
+
+    Raises
+    ------
+    MalformedFileError
+        The config's fields are of wrong types, or the factors do not fit them.
+    """
+    raw, config_path = files.config or {}, files.config_path or files.path
+    enabled, alpha = raw["enable_lora"], raw.get("lora_alpha")
+    if not isinstance(enabled, list) or not all(isinstance(block, bool) for block in enabled):
+        message = (
+            f"{config_path}: enable_lora must be a list of true and false, found {enabled!r:.80}."
+        )
+        raise MalformedFileError(message)
+    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
+        message = f"{config_path}: lora_alpha must be a number, found {alpha!r:.80}."
+        raise MalformedFileError(message)
+    tensors = files.open(options)
+    keys = sort_keys(files.weights, tensors.infos)
+    if list(keys.factors) != [None]:
+        message = f"{files.weights}: no LoRA factors found, or of several adapters."
+        raise MalformedFileError(message)
+    pairs: list[StoredPair] = []
+    fused = {}
+    for pair in complete_pairs(files.weights, keys.factors[None]):
+        blocks = split_fused(tensors, pair.module, pair.a.name, pair.b.name, enabled)
+        if blocks is None:
+            pairs.append(pair)
+        else:
+            pairs += blocks[0]
+            fused[pair.module] = blocks[1]
+    saved = [module_name(key) for stored in keys.saved.values() for key in stored.values()]
+    base_model = raw.get("base_model_name_or_path")
+    parts = AdapterParts(
+        pairs=pairs,
+        scale=stated_alpha(alpha),
+        reason=f"{CONFIG_NAME} states no lora_alpha",
+        findings=(
+            *merged_finding(len(fused), interleaved=any(map(interleaves, fused))),
+            *side_finding("not analyzed", saved),
+        ),
+        files=(config_path,),
+        base_model=base_model if isinstance(base_model, str) else None,
+        config={FUSED_PARTS: fused} if fused else None,
+    )
+    return build_adapter(files.path, PEFT_MERGED, tensors, options, parts)

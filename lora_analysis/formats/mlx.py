@@ -31,6 +31,7 @@ from lora_analysis.formats.factors import (
     StatedScale,
     StoredPair,
     finite_number,
+    split_stack,
 )
 from lora_analysis.formats.key_scheme import KeyPattern, KeyScheme, StoredModules
 from lora_analysis.formats.peft.adapter_config import CONFIG_NAME
@@ -51,8 +52,7 @@ from lora_analysis.storage.records import config_findings
 from lora_analysis.storage.tensor_writer import OutputTensor, output_group, safetensors_content
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from pathlib import Path
+    from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
@@ -60,11 +60,9 @@ if TYPE_CHECKING:
     from lora_analysis.formats.options import ReadOptions
     from lora_analysis.formats.written import Shape
     from lora_analysis.storage.atomic import Content
-    from lora_analysis.storage.tensors import NamedTensors
 
 WEIGHTS_NAME: Final = "adapters.safetensors"
 _CHECKPOINT: Final = "[0-9]*_adapters.safetensors"
-_MAX_EXPERTS: Final = 4096
 # What mlx-lm stacks under this name are separate experts in the base.
 SWITCH: Final = ".switch_mlp."
 
@@ -101,7 +99,7 @@ def _complete(stored: StoredModules) -> AdapterParts:
     pairs: list[StoredPair] = []
     for plain in stored.pairs():
         if len(tensors.infos[plain.a.name].shape) == 3:
-            pairs += _experts(stored.path, tensors, plain)
+            pairs += split_stack(tensors, plain, mark=SWITCH, names=("lora_a", "lora_b"))
         else:
             pairs.append(_matrix(plain, stored.modules[plain.module].get("magnitude")))
     if not pairs:
@@ -163,23 +161,6 @@ def _matrix(plain: StoredPair, norm: str | None) -> StoredPair:
     return replace(pair, variant=DORA, magnitude=tensor(norm))
 
 
-def _experts(path: Path, tensors: NamedTensors, plain: StoredPair) -> Iterator[StoredPair]:
-    a, b = (tensors.infos[factor.name].shape for factor in (plain.a, plain.b))
-    if len(b) != 3 or a[0] != b[0] or a[0] > _MAX_EXPERTS:
-        message = (
-            f"{path}: '{plain.module}' has lora_a {a} and lora_b {b}; a stack of experts needs "
-            f"(E, r, in) and (E, out, r), with at most {_MAX_EXPERTS:,} experts."
-        )
-        raise MalformedFileError(message)
-    for expert in range(a[0]):
-        a_e, b_e = plain.a.at(expert), plain.b.at(expert)
-        if SWITCH in plain.module:
-            yield StoredPair(plain.module.replace(SWITCH, f".experts.{expert}."), a_e, b_e)
-        else:
-            module, base_name = f"{plain.module}.{expert}", f"{plain.module}[{expert}]"
-            yield StoredPair(module, a_e, b_e, base_name=base_name)
-
-
 def _scale(config: Mapping[str, Any]) -> tuple[StatedScale, list[str]]:
     """Return the multiplier that the arguments state, and the finding if it is ambiguous."""
     parameters = config.get("lora_parameters")
@@ -226,14 +207,24 @@ def contents(adapter: Adapter) -> dict[str, Content]:
         raise InputError(message)
     factors = stack_experts(fold_scales(adapter, updates, scales), _FORMAT)
     rank = max(planned.rank for planned in factors.values())
-    names = {name: _mlx_name(name, planned) for name, planned in factors.items()}
     tensors: list[OutputTensor] = []
-    for name, planned in factors.items():
-        tensors += _module_tensors(names[name], planned, rank)
+    # Names inside a layer, by which mlx-lm finds modules to adapt, or whole ones.
+    keys: set[str] = set()
+    for module, planned in factors.items():
+        name = module if len(planned.a) == 2 else module.replace(".experts.", SWITCH)
+        if (planned.layout == "embedding") != is_embedding(name):
+            message = (
+                f"'{name}' is of layout '{planned.layout}', but readers of MLX files infer a "
+                "different one from the name. It is not written."
+            )
+            raise InputError(message)
+        tensors += _module_tensors(name, planned, rank)
+        match = _LAYER.fullmatch(name)
+        keys.add(match["key"] if match else name)
     config = {
         "fine_tune_type": "dora" if dora else "lora",
         "lora_parameters": {
-            "keys": sorted({_key(name) for name in names.values()}),
+            "keys": sorted(keys),
             "rank": rank,
             "scale": scale,
             "dropout": 0.0,
@@ -263,25 +254,6 @@ def mlx_notes(adapter: Adapter) -> list[str]:
     return notes
 
 
-def _mlx_name(name: str, planned: PlannedFactors) -> str:
-    """Return mlx-lm's name of a module; refuse one that implies a different layout."""
-    if len(planned.a) == 3:
-        name = name.replace(".experts.", SWITCH)
-    if (planned.layout == "embedding") != is_embedding(name):
-        message = (
-            f"'{name}' is of layout '{planned.layout}', but readers of MLX files infer a different "
-            "one from the name. It is not written."
-        )
-        raise InputError(message)
-    return name
-
-
-def _key(name: str) -> str:
-    """Return the name inside a layer, by which mlx-lm finds modules to adapt, or the whole one."""
-    match = _LAYER.fullmatch(name)
-    return match["key"] if match else name
-
-
 def _module_tensors(name: str, planned: PlannedFactors, rank: int) -> list[OutputTensor]:
     """Return one module's tensors, filled up to a rank: experts as they are, others transposed."""
     a, b = (*planned.a[:-2], rank, planned.a[-1]), (*planned.b[:-1], rank)
@@ -299,16 +271,9 @@ def _module_arrays(planned: PlannedFactors, shapes: Mapping[str, Shape]) -> dict
     if a.ndim == 2:
         a, b = a.T, b.T
     arrays = [a, b] if factors.norms is None else [a, b, factors.norms]
-    return {
-        name: _filled(array, shape)
-        for (name, shape), array in zip(shapes.items(), arrays, strict=True)
-    }
-
-
-def _filled(array: NDArray[Any], shape: Shape) -> NDArray[Any]:
-    """Return an array with zeros after its last entries along each axis, up to a shape."""
-    if array.shape == shape:
-        return np.ascontiguousarray(array)
-    whole = np.zeros(shape, array.dtype)
-    whole[tuple(slice(size) for size in array.shape)] = array
-    return whole
+    filled = {}
+    for (name, shape), array in zip(shapes.items(), arrays, strict=True):
+        whole = np.zeros(shape, array.dtype)
+        whole[tuple(slice(size) for size in array.shape)] = array
+        filled[name] = whole
+    return filled

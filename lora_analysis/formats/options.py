@@ -208,7 +208,8 @@ class ReadOptions:
 
     def non_default(self) -> dict[str, Any]:
         """Return the options that differ from their defaults, by name."""
-        values = {
-            option.name: (getattr(self, option.name), option.default) for option in fields(self)
+        return {
+            option.name: value
+            for option in fields(self)
+            if (value := getattr(self, option.name)) != option.default
         }
-        return {name: value for name, (value, default) in values.items() if value != default}

@@ -58,10 +58,6 @@ class NamePattern:
             return key[len(self.before) : len(key) - len(self.after)]
         return None
 
-    def key(self, module: str) -> str:
-        """Return the tensor name of a module."""
-        return f"{self.before}{module}{self.after}"
-
 
 def known_pair(keys: Iterable[str]) -> tuple[str, str] | None:
     """Return the known pair of patterns that names tensors of a file, if one does."""
@@ -103,8 +99,7 @@ class _Pairs(Format):
         if options.pair is None:
             raise pair_needed(path, tensors)
         factors, unmatched = _match(path, tensors, options.pair)
-        patterns = dict(zip(("A", "B"), parse_pair(options.pair), strict=True))
-        pairs = complete_pairs(path, factors, lambda module, role: patterns[role].key(module))
+        pairs = complete_pairs(path, factors, options.pair)
         flipped = {pair.module for pair in pairs if is_stored_flipped(tensors, pair)}
         findings = [Finding("factors-stored-transposed", {})] if flipped else []
         findings += side_finding("they match neither pattern and are not analyzed", unmatched)
@@ -170,12 +165,12 @@ def is_stored_flipped(tensors: NamedTensors, pair: StoredPair) -> bool:
 def pair_needed(path: Path, tensors: NamedTensors) -> UnknownFormatError:
     """Return the error that shows how a file of bare pairs is read."""
     first, second = pair = known_pair(tensors.infos) or KNOWN_PATTERNS[0]
-    for role, pattern in zip("AB", parse_pair(pair), strict=True):
+    for role, name, pattern in zip("AB", pair, parse_pair(pair), strict=True):
         if not any(pattern.module(key) for key in tensors.infos):
             other = next(iter(tensors.infos))
             return UnknownFormatError(
                 f"{path}: it holds factors of bare pairs ('{other}'), but no {role} among them "
-                f"('{pattern.key('{name}')}'): half of an adapter, whose update is not known."
+                f"('{name}'): half of an adapter, whose update is not known."
             )
     return UnknownFormatError(
         f"{path}: it looks like bare pairs of matrices, which state neither their pairing nor "

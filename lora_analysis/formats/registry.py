@@ -25,7 +25,7 @@ READERS: Final[list[str | Format]] = [
 # Format → the module that writes it: its ``contents`` returns the files by name.
 WRITERS: Final = {
     "peft": "peft.writer",
-    "diffusers": "diffusion.diffusers_writer",
+    "diffusers": "diffusion.diffusers",
     "kohya": "diffusion.kohya",
     "flux": "diffusion.flux",
     "loralib": "loralib",
@@ -67,32 +67,22 @@ def register_format(format: Format) -> None:
     ]
 
 
-def formats_for(path: Path, options: ReadOptions) -> Iterator[Format]:
+def formats_for(path: Path | None, options: ReadOptions) -> Iterator[Format]:
     """Yield the formats in the order in which they are asked if they recognize a path.
 
-    The caller's names for the tensors of a file go first, then a config that PEFT may have written.
-    Whole models go last, and only if there is a base that they can be the difference to.
+    The path is None for tensors in memory. The caller's names for the tensors of a file go first,
+    then a config that PEFT may have written. Whole models go last, and only if there is a base that
+    they can be the difference to.
     """
     first: tuple[str, ...] = ()
-    if options.pair is not None and path.is_file() and _load("pairs.is_described")(path, options):
+    if options.pair is not None and (
+        path is None or (path.is_file() and _load("pairs.is_described")(path, options))
+    ):
         first = ("pairs",)
-    elif (path / "adapter_config.json").is_file():
+    elif path is not None and (path / "adapter_config.json").is_file():
         first = ("peft.reader",)
-    last = () if options.base is None else ("full_model",)
+    last = () if path is None or options.base is None else ("not_adapters",)
     for entry in (*first, *READERS, *last):
-        if isinstance(entry, str):
-            yield cast("Format", import_module(f"lora_analysis.formats.{entry}").FORMAT)
-        else:
-            yield entry
-
-
-def formats_in_memory(options: ReadOptions) -> Iterator[Format]:
-    """Yield the formats in the order in which they are asked if they recognize tensors in memory.
-
-    The caller's names for the tensors go first.
-    """
-    first = ("pairs",) if options.pair is not None else ()
-    for entry in (*first, *READERS):
         yield _load(f"{entry}.FORMAT") if isinstance(entry, str) else entry
 
 

@@ -401,8 +401,21 @@ def _scales(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
 
 
 def _zero_runs(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
-    """Rule: holes in the file, and other long runs of zeros."""
-    across = _holes_across_tensors(modules)
+    """Rule: holes in the file, and other long runs of zeros.
+
+    A factor that ends in zeros, and is followed by a zero one in the file, is a hole.
+    """
+    stored = [
+        (f.position.offset, f.position.bytes, (m.module, fields["role"]), f)
+        for m, f, fields in _factors(modules)
+        if f.position is not None
+    ]
+    stored.sort(key=lambda entry: entry[0])
+    across = {
+        key: ZeroRun(factor.tail, is_hole=True)
+        for (offset, size, key, factor), (start, _, _, after) in pairwise(stored)
+        if factor.tail and after.largest == 0 and offset + size == start
+    }
     for code, is_hole in (("file-hole", True), ("zeros-in-a-row", False)):
         hits = [
             _Hit(run.bytes, m.module, {**fields, "bytes": run.bytes})
@@ -410,23 +423,6 @@ def _zero_runs(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
             if (run := across.get((m.module, fields["role"]), f.run)) and run.is_hole is is_hole
         ]
         yield from _worst(code, hits, len(modules))
-
-
-def _holes_across_tensors(
-    modules: Sequence[ModuleStatistics],
-) -> dict[tuple[str, str], ZeroRun]:
-    """Return the factors that end in zeros and are followed by a zero one in the file, as holes."""
-    stored = [
-        (f.position.offset, f.position.bytes, (m.module, fields["role"]), f)
-        for m, f, fields in _factors(modules)
-        if f.position is not None
-    ]
-    stored.sort(key=lambda entry: entry[0])
-    return {
-        key: ZeroRun(factor.tail, is_hole=True)
-        for (offset, size, key, factor), (start, _, _, after) in pairwise(stored)
-        if factor.tail and after.largest == 0 and offset + size == start
-    }
 
 
 def _scattered(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
@@ -458,7 +454,12 @@ def _no_gradient(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
     """Rule: B is zero in some modules only: whole types or layers, or scattered ones."""
     if not any(m.is_trained for m in modules):
         return
-    names = [m.module for m in modules if _has_zero_start(m)]
+    names = []
+    for m in modules:
+        # B starts at zero, and so does A of an embedding.
+        zero = {role for role, factor in m.factors if factor.largest == 0}
+        if zero == {"B"} or (zero and m.layout == "embedding"):
+            names.append(m.module)
     whole = _whole_groups([m.module for m in modules], set(names))
     for code, members in (
         ("zero-b", [name for name in names if name not in whole]),
@@ -466,12 +467,6 @@ def _no_gradient(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
     ):
         if members:
             yield Finding(code, _affected(members, len(modules)))
-
-
-def _has_zero_start(module: ModuleStatistics) -> bool:
-    """Return True if the factor that starts at zero still is: B, or A of an embedding."""
-    zero = {role for role, factor in module.factors if factor.largest == 0}
-    return bool(zero) if module.layout == "embedding" else zero == {"B"}
 
 
 def _whole_groups(names: Sequence[str], zero: set[str]) -> set[str]:
@@ -512,23 +507,20 @@ def _twins(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
     if twins:
         fields = {"module": twins[0][0], "other": twins[0][1]}
         yield Finding("twin-modules", fields | _affected(members, len(modules)))
-    copies = _copies([m for m in modules if m.module not in members])
-    if copies:
-        yield Finding("copied-a", {"count": len(copies), "modules": copies})
-
-
-def _copies(modules: Sequence[ModuleStatistics]) -> list[str]:
-    """Return the modules among q, k, v of a layer that store one and the same A."""
-    groups: dict[tuple[Any, ...], dict[Any, str]] = defaultdict(dict)
+    layers: dict[tuple[Any, ...], dict[Any, str]] = defaultdict(dict)
     for m in modules:
         match = _PROJECTION.search(m.module)
-        if m.A is None or not m.A.largest or m.A.is_selection or match is None:
+        if m.module in members or match is None or m.A is None:
+            continue
+        if not m.A.largest or m.A.is_selection:
             continue
         layer = f"{m.module[: match.start(2)]}*{m.module[match.end(2) :]}"
         # Parts that the reader took out of one stored A have one position.
-        stored = m.A.position.offset if m.A.position else m.module
-        groups[layer, m.A.fingerprint].setdefault(stored, m.module)
-    return [name for group in groups.values() if len(group) > 1 for name in group.values()]
+        source = m.A.position.offset if m.A.position else m.module
+        layers[layer, m.A.fingerprint].setdefault(source, m.module)
+    copies = [name for group in layers.values() if len(group) > 1 for name in group.values()]
+    if copies:
+        yield Finding("copied-a", {"count": len(copies), "modules": copies})
 
 
 def module_kind(name: str) -> str:

@@ -55,15 +55,6 @@ def side_tensors(
     }
 
 
-def harmless_keys(keys: Sequence[str]) -> list[str]:
-    """Return the keys of tensors that a state dictionary may hold without having trained them.
-
-    Biases are trained if no weights are stored with them (loralib's ``bias="lora_only"``).
-    """
-    whole_model = any(key.endswith(".weight") for key in keys)
-    return [key for key in keys if whole_model or not key.endswith(".bias")]
-
-
 def side_finding(what: str, keys: Sequence[str]) -> list[Finding]:
     """Return the finding on tensors next to the factors, if there are any."""
     if not keys:

@@ -1,4 +1,4 @@
-"""Sources: the files of one adapter, the format that recognizes them, and their label."""
+"""Sources: the files of one adapter, the format that recognizes them, settings and label."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from lora_analysis.errors import InputError
+from lora_analysis.errors import InputError, UnsupportedMethodError
 from lora_analysis.storage.documents import PICKLE_SUFFIXES, read_json_object
+from lora_analysis.storage.limits import MAX_CONFIG_BYTES
 from lora_analysis.storage.source_names import Snapshot, existing_path
 from lora_analysis.storage.tensors import open_tensors
 from lora_analysis.text import whole_characters
@@ -33,6 +34,9 @@ _GENERIC = re.compile(
     rf"(\d+[-_])?({_GENERIC_WORDS})([-_]({_GENERIC_WORDS}))*([-_]?\d+)?", re.IGNORECASE
 )
 _CHECKPOINT = re.compile(r"(?:checkpoint|ckpt|step|global_step)[-_]?(\d{1,12})", re.IGNORECASE)
+
+# Megatron's and NeMo's folders, DeepSpeed's files.
+_RANK = re.compile(r"(?P<before>(?:.*_)?(?:mp|tp)_rank_)(?P<rank>\d{1,6})(?P<after>.*)")
 
 # Files that may hold tensors, in a folder that is searched; their content decides.
 CONTAINER_SUFFIXES = frozenset({".safetensors", ".npz", ".gguf", *PICKLE_SUFFIXES})
@@ -220,6 +224,59 @@ def config_at(path: Path) -> dict[str, Any]:
         return {}
 
 
+def trainer_settings(path: Path) -> dict[str, Any]:
+    """Return the plain values of a trainer's YAML file by key, empty if it cannot be read.
+
+    Keys count wherever in the tree they are. One that has two different values in the file is left
+    out: its path in the tree, which differs between versions of a trainer, would decide between
+    them.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        """Takes the tags of Python objects, which some trainers write, for null."""
+
+    Loader.add_multi_constructor("", lambda _loader, _suffix, _node: None)
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_CONFIG_BYTES:
+            return {}
+        pending = [yaml.load(path.read_bytes(), Loader)]
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    values: dict[str, Any] = {}
+    ambiguous = set()
+    seen = set()  # an anchor may be used any number of times
+    while pending:
+        node = pending.pop()
+        if not isinstance(node, dict | list) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        pending += node.values() if isinstance(node, dict) else node
+        for key, value in node.items() if isinstance(node, dict) else ():
+            if isinstance(value, str | int | float):
+                first = values.setdefault(str(key), value)
+                if first != value or type(first) is not type(value):
+                    ambiguous.add(str(key))
+    return {key: value for key, value in values.items() if key not in ambiguous}
+
+
+def setting_number(value: object) -> float | None:
+    """Return a setting as a finite number, None if it is not one."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if abs(number) < float("inf") else None
+
+
+def setting_count(value: object) -> int | None:
+    """Return a setting as a positive whole number, None if it is not one."""
+    value = int(value) if isinstance(value, str) and value.isdecimal() else value
+    return value if type(value) is int and 0 < value < 10**9 else None
+
+
 def says_nothing(name: str) -> bool:
     """Return True if many files or folders have this name, as ``final`` or ``model``."""
     return _GENERIC.fullmatch(name) is not None
@@ -274,7 +331,12 @@ def run_facts(folder: Path) -> RunFacts:
                 for key, kind in (("seed", int), ("task", str), ("step", int)):
                     if type(fields.get(key)) is kind:
                         facts[key] = fields[key]  # type: ignore[literal-required]
-                facts["metrics"] = _finite_numbers(fields.get("metrics"))
+                metrics = fields.get("metrics")
+                facts["metrics"] = {
+                    str(name): float(value)
+                    for name, value in (metrics.items() if isinstance(metrics, dict) else ())
+                    if type(value) in (int, float) and abs(value) <= sys.float_info.max
+                }
             break
     if "step" not in facts:
         step = config_at(folder / "trainer_state.json").get("global_step")
@@ -286,10 +348,32 @@ def run_facts(folder: Path) -> RunFacts:
     return facts
 
 
-def _finite_numbers(entries: object) -> dict[str, float]:
-    """Return the entries of a JSON object that are numbers a float can hold."""
-    return {
-        str(name): float(value)
-        for name, value in (entries.items() if isinstance(entries, dict) else ())
-        if type(value) in (int, float) and abs(value) <= sys.float_info.max
-    }
+def refuse_rank_part(path: Path) -> None:
+    """Raise if a file, or its folder, is one of several ranks' parts.
+
+    Each rank has some rows of B of a column-parallel layer and some columns of A of a row-parallel
+    one: read alone, a part would pass for a smaller adapter.
+
+    Raises
+    ------
+    UnsupportedMethodError
+        Parts of further ranks are next to it.
+    """
+    for part in (path, path.absolute().parent):
+        match = _RANK.fullmatch(part.name)
+        if match is None:
+            continue
+        others = [
+            sibling.name
+            for sibling in part.absolute().parent.iterdir()
+            if (other := _RANK.fullmatch(sibling.name))
+            and other["before"] == match["before"]
+            and other["rank"] != match["rank"]
+        ]
+        if others:
+            message = (
+                f"{path}: one of {len(others) + 1} parts of a tensor-parallel training (next to "
+                f"it: {', '.join(sorted(others)[:3])}); the others hold rows of B or columns of A. "
+                "Join them with the trainer's own tools, or export the adapter to PEFT."
+            )
+            raise UnsupportedMethodError(message)

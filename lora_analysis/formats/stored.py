@@ -154,6 +154,25 @@ def identity_like(matrix: StoredFactor, size: int) -> StoredFactor:
     return _Operation(matrix, "identity", (size,))
 
 
+def in_halves(factor: StoredFactor, shape: Sequence[int], heads: int) -> StoredFactor:
+    """Return B, or one number per row, whose heads have neighboring rows in pairs, as two halves.
+
+    Meta's rotary embedding turns neighboring rows of a head together, Hugging Face's row i of its
+    first half with row i of its second. Weights that went from one to the other have their rows
+    permuted, and so has B of an update.
+
+    Parameters
+    ----------
+    factor, shape
+        The factor and its shape, whose rows divide by ``2·heads``.
+    heads
+        Number of heads that the rows are of.
+    """
+    rows, *rest = shape
+    in_pairs = factor.reshaped(heads, rows // heads // 2, 2, *rest)
+    return in_pairs.transposed(0, 2, 1, *range(3, 3 + len(rest))).reshaped(*shape)
+
+
 @dataclass(frozen=True, slots=True)
 class _Tensor(StoredFactor):
     key: str

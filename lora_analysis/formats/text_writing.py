@@ -82,22 +82,18 @@ def fold_scales(
     planned = {}
     for name, update in updates.items():
         ratio = update.known_scale() / scales[name]
+        dtype = narrowed_type(update.stored_dtype)
+        if dtype != "float32":
+            arrays = _folded_arrays(adapter, name, ratio).values()
+            dtype = dtype if all(is_exact(array, dtype) for array in arrays) else "float32"
         planned[name] = PlannedFactors(
             *layer_shapes(update),
             layout=update.layout,
-            dtype=_folded_type(adapter, name, update, ratio),
+            dtype=dtype,
             load=partial(_folded_factors, adapter, name, ratio),
             norms=(update.shape[0],) if update.has_magnitude else None,
         )
     return planned
-
-
-def _folded_type(adapter: Adapter, name: str, outline: UpdateOutline, ratio: float) -> str:
-    stored = narrowed_type(outline.stored_dtype)
-    if stored == "float32":
-        return stored
-    arrays = _folded_arrays(adapter, name, ratio).values()
-    return stored if all(is_exact(array, stored) for array in arrays) else "float32"
 
 
 def _folded_arrays(adapter: Adapter, name: str, ratio: float) -> dict[str, NDArray[Any]]:

@@ -12,6 +12,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+import numpy as np
+
 from lora_analysis.adapter import NOT_STORED, Adapter, LazyUpdate, LowRankUpdate
 from lora_analysis.errors import InputError, UnsupportedMethodError
 from lora_analysis.formats.peft.adapter_config import refuse_more_than_factors
@@ -206,6 +208,43 @@ def low_rank_update(adapter: Adapter, name: str) -> LowRankUpdate:
         message = f"'{name}' in {adapter.label} became a dense update while it was written."
         raise InputError(message)
     return update
+
+
+def join_updates(
+    adapter: Adapter,
+    rows: Mapping[str, Sequence[int] | NDArray[np.intp]],
+    height: int,
+    leading: str,
+    *,
+    is_shared: bool = False,
+) -> LowRankUpdate:
+    """Return low-rank updates as one of a weight whose rows they divide.
+
+    A has those of the updates below each other, B each update's in its rows. With ``is_shared``,
+    all have the same A and scale, and B is filled row by row under that A.
+
+    Parameters
+    ----------
+    adapter, rows
+        The adapter, and the rows that each of its modules has in the weight.
+    height
+        Rows of the weight.
+    leading
+        The module whose scale the whole has; ratios of scales go into B.
+    """
+    updates = {module: low_rank_update(adapter, module) for module in rows}
+    first = updates[leading]
+    rank = first.rank if is_shared else sum(update.rank for update in updates.values())
+    B = np.zeros((height, rank), np.result_type(*(update.B for update in updates.values())))
+    start = 0
+    for module, update in updates.items():
+        same = update.scale == first.scale
+        ratio = 1 if same else update.known_scale() / first.known_scale()
+        columns = slice(start, start + update.rank)
+        B[rows[module], columns] = update.B if same else update.B * ratio
+        start += 0 if is_shared else update.rank
+    A = first.A if is_shared else np.vstack([update.A for update in updates.values()])
+    return replace(first, A=A, B=B, alpha=None, stored_at=NOT_STORED)
 
 
 def stored_types(adapter: Adapter, name: str, outline: UpdateOutline) -> tuple[str, str]:

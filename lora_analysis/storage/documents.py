@@ -228,9 +228,17 @@ def _parse(text: str, parse_constant: Callable[[str], Any] | None) -> Any:
         )
     except (RecursionError, MemoryError) as error:
         raise ValueError(_TOO_DEEP) from error
-    if _is_deep(document):
-        raise ValueError(_TOO_DEEP)
-    return document
+    level = [document]
+    for _ in range(MAX_DOCUMENT_NESTING + 1):
+        nested: list[Any] = [node for node in level if isinstance(node, dict | list)]
+        if not nested:
+            return document
+        level = [
+            child
+            for node in nested
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+    raise ValueError(_TOO_DEEP)
 
 
 def parse_json_text(text: str, path: Path, *, what: str) -> dict[str, Any]:
@@ -272,21 +280,6 @@ def parse_json_object(raw: bytes, path: Path, *, what: str, constants: bool) -> 
         message = f"{path}: {what} holds half a character (a lone \\ud800 to \\udfff)."
         raise MalformedFileError(message)
     return document
-
-
-def _is_deep(document: object) -> bool:
-    """Return True if objects and arrays nest deeper than later readers expect."""
-    level = [document]
-    for _ in range(MAX_DOCUMENT_NESTING + 1):
-        nested: list[Any] = [node for node in level if isinstance(node, dict | list)]
-        if not nested:
-            return False
-        level = [
-            child
-            for node in nested
-            for child in (node.values() if isinstance(node, dict) else node)
-        ]
-    return True
 
 
 def is_text(text: str) -> bool:

@@ -100,11 +100,6 @@ _HALF_BITS: Final = np.array(0x8FFFE000, np.uint32).view(np.int32)
 _HALF_SCALE: Final = np.float32(2.0**112)
 
 
-def is_floating(name: str) -> bool:
-    """Return True if a stored type is a floating-point type, blocks of GGUF included."""
-    return name in FLOATING or name.startswith("gguf_")
-
-
 def raw_dtype(name: str) -> np.dtype[Any]:
     """Return the numpy type that a tensor of type ``name`` is read as, bit for bit.
 
@@ -220,7 +215,9 @@ def round_float32(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32
         with np.errstate(over="ignore"):
             return values.astype(np.float16).astype(np.float32)
     bits = np.ascontiguousarray(values).view(np.uint32)
-    rounded = bits >> np.uint32(16)  # one array, in place: memory is what takes the time
+    # Adding just below half of the last digit, and one more if it is odd, rounds ties to even. In
+    # place, in one array: memory is what takes the time.
+    rounded = bits >> np.uint32(16)
     rounded &= np.uint32(1)
     rounded += np.uint32(0x7FFF)
     rounded += bits
@@ -249,15 +246,10 @@ def narrow(values: NDArray[np.floating[Any]], dtype: str, name: str) -> NDArray[
         narrow32 = np.ascontiguousarray(values, dtype=np.float32)
         stored: NDArray[Any] = narrow32 if dtype != "float16" else values.astype(np.float16)
     if dtype == "bfloat16":
-        bits = narrow32.view(np.uint32)
-        # Adding just below half of the last digit, and one more if it is odd, rounds ties to even.
-        rounded = bits >> np.uint32(16)
-        rounded &= np.uint32(1)
-        rounded += np.uint32(0x7FFF)
-        rounded += bits
-        rounded >>= np.uint32(16)
-        stored = rounded.astype(np.uint16)
-        del narrow32, bits, rounded
+        bits = round_float32(narrow32, dtype).view(np.uint32)
+        bits >>= np.uint32(16)
+        stored = bits.astype(np.uint16)
+        del narrow32, bits
     if not np.isfinite(widened(stored, dtype)).all():
         largest = float(np.abs(values).max())
         message = (

@@ -75,30 +75,27 @@ def list_files(name: HubName) -> Listing:
     SourceError
         There is no such repository or revision, or the hub does not answer and nothing is cached.
     """
-    listing = _list_repository(name)
-    folder = f"{name.inside}/" if name.inside else ""
-    inside = {p.removeprefix(folder): n for p, n in listing.sizes.items() if p.startswith(folder)}
-    return replace(listing, sizes=inside)
-
-
-def _list_repository(name: HubName) -> Listing:
     from huggingface_hub import constants, errors
 
     if constants.HF_HUB_OFFLINE:
-        return _list_cache(name, "HF_HUB_OFFLINE is set")
-    try:
-        return _ask_hub(name)
-    except (
-        errors.RepositoryNotFoundError,
-        errors.GatedRepoError,
-        errors.RevisionNotFoundError,
-    ) as error:
-        raise _request_error(name, error) from error
-    except Exception as error:  # noqa: BLE001 - the HTTP client's, which changes with versions
+        listing = _list_cache(name, "HF_HUB_OFFLINE is set")
+    else:
         try:
-            return _list_cache(name, "the hub cannot be reached")
-        except SourceError:
+            listing = _ask_hub(name)
+        except (
+            errors.RepositoryNotFoundError,
+            errors.GatedRepoError,
+            errors.RevisionNotFoundError,
+        ) as error:
             raise _request_error(name, error) from error
+        except Exception as error:  # noqa: BLE001 - the HTTP client's, which changes with versions
+            try:
+                listing = _list_cache(name, "the hub cannot be reached")
+            except SourceError:
+                raise _request_error(name, error) from error
+    folder = f"{name.inside}/" if name.inside else ""
+    inside = {p.removeprefix(folder): n for p, n in listing.sizes.items() if p.startswith(folder)}
+    return replace(listing, sizes=inside)
 
 
 # Listings of commits, which never change: a model's shards are fetched one by one.
@@ -252,7 +249,14 @@ def _gigabytes(count: int) -> str:
 def _download_files(name: HubName, snapshot: Snapshot, files: Iterable[str]) -> None:
     """Download files one after the other in this thread; others would outlast a time limit."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # not in its __all__
 
+    class Silent(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
+
+    # No progress bars if stderr is not a terminal.
+    options: dict[str, Any] = {} if sys.stderr.isatty() else {"tqdm_class": Silent}
     # First by the name of the revision, so that the cache has it when the hub cannot be reached.
     revision = name.revision
     for file in files:
@@ -262,7 +266,7 @@ def _download_files(name: HubName, snapshot: Snapshot, files: Iterable[str]) -> 
             inside,
             revision=revision,
             etag_timeout=HUB_TIMEOUT,
-            **_progress_options(),
+            **options,
         )
         if Path(path) != snapshot.path / file:
             message = (
@@ -316,19 +320,6 @@ def _in_time(work: Callable[[], T], seconds: float) -> T:
         message = f"no answer within {seconds:,.0f} s in all"
         raise TimeoutError(message)
     return results[0]
-
-
-def _progress_options() -> dict[str, Any]:
-    """Return options that hide progress bars if stderr is not a terminal."""
-    if sys.stderr.isatty():
-        return {}
-    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # not in its __all__
-
-    class Silent(tqdm):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
-
-    return {"tqdm_class": Silent}
 
 
 def _request_error(name: HubName, error: Exception) -> InputError:

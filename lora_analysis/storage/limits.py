@@ -88,5 +88,8 @@ MAX_RANK: Final = 4096
 MAX_DIMENSION: Final = 2**20
 """Input or output features of one adapted weight."""
 
+MAX_EXPERTS: Final = 4096
+"""Experts of one stack, each of which becomes a module."""
+
 BLOCK_ELEMENTS: Final = 2**20
 """Elements of one streamed block. Larger ones touch fresh pages, at more cost than the sums."""

@@ -22,11 +22,11 @@ from lora_analysis.errors import OccupiedError, OutputError
 from lora_analysis.storage.atomic import (
     Content,
     is_leftover,
+    locked,
     remove_leftovers,
     sync_folder,
     write_atomic,
 )
-from lora_analysis.storage.locks import locked
 from lora_analysis.storage.records import (
     RECORD_FOLDER,
     FileMark,
@@ -143,7 +143,7 @@ class OutputFolder:
             for path in sorted(self.folder.iterdir())
             if not is_bookkeeping(path)
             and path.name not in ours | self.ignored
-            and not self._leads_to_input(path.resolve())
+            and not any(path.resolve() in (source, *source.parents) for source in self.inputs)
         ]
         if others:
             message = (
@@ -151,10 +151,6 @@ class OutputFolder:
                 f"this command. Choose another folder, or {_FORCE} to write into it."
             )
             raise OccupiedError(message)
-
-    def _leads_to_input(self, path: Path) -> bool:
-        """Return True if a path is an input or contains one."""
-        return any(path == source or path in source.parents for source in self.inputs)
 
     def begin(self) -> None:
         """Write the record; complete an interrupted replacement first."""

@@ -232,6 +232,7 @@ def file_state(path: Path, mark: FileMark) -> Literal["whole", "damaged", "edite
 
 
 def _is_broken(path: Path, mark: FileMark) -> bool:
+    """Return True for a file that is empty, ends in zeros, or does not parse by its suffix."""
     size = path.stat().st_size
     if size == 0:
         return mark.size > 0
@@ -240,14 +241,24 @@ def _is_broken(path: Path, mark: FileMark) -> bool:
         if not stream.read().strip(b"\0"):
             return True
         stream.seek(0)
-        if path.suffix == ".safetensors":
-            return not _is_whole_safetensors(stream.read(8), size, path)
         if path.suffix == ".jsonl":
             lines, _, rest = stream.read().rpartition(b"\n")
             return bool(rest) or not _is_json(lines.rpartition(b"\n")[2])
         if path.suffix == ".json":
             return not _is_json(stream.read(MAX_INDEX_BYTES))
-    return False
+        if path.suffix != ".safetensors":
+            return False
+        start = stream.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
+            return True
+        raw = stream.read(length)
+    try:
+        header = parse_json_object(raw, path, what="the header", constants=False)
+        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name[:2] != "__"]
+    except (InputError, KeyError, IndexError, TypeError, ValueError):
+        return True
+    return 8 + length + max(ends, default=0) != size
 
 
 def _is_json(raw: bytes) -> bool:
@@ -256,21 +267,6 @@ def _is_json(raw: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
-
-
-def _is_whole_safetensors(start: bytes, size: int, path: Path) -> bool:
-    length = int.from_bytes(start, "little")
-    if len(start) < 8 or not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
-        return False
-    with path.open("rb") as stream:
-        stream.seek(8)
-        raw = stream.read(length)
-    try:
-        header = parse_json_object(raw, path, what="the header", constants=False)
-        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name[:2] != "__"]
-    except (InputError, KeyError, IndexError, TypeError, ValueError):
-        return False
-    return 8 + length + max(ends, default=0) == size
 
 
 def _marks_document(marks: Mapping[str, FileMark]) -> dict[str, dict[str, Any]]:

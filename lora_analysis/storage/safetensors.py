@@ -86,16 +86,13 @@ def read_header(path: Path) -> Header:
     """
     size = regular_file_size(path)
     with path.open("rb") as stream:
-        start = stream.read(LOOK_BYTES)
-        prefix = start[:_LENGTH_BYTES]
-        length = int.from_bytes(prefix, "little")
-        _check_header_length(path, size, start, length)
-        stream.seek(_LENGTH_BYTES)
-        raw = stream.read(length)
-    if len(raw) != length:
+        count = header_size(path, stream.read(LOOK_BYTES), size)
+        stream.seek(0)
+        raw = stream.read(count)
+    if len(raw) != count:
         message = f"{path}: the file shrank while its header was read."
         raise MalformedFileError(message)
-    return parse_header(path, prefix + raw, size)
+    return parse_header(path, raw, size)
 
 
 def header_size(path: Path, start: bytes, size: int) -> int:
@@ -107,8 +104,23 @@ def header_size(path: Path, start: bytes, size: int) -> int:
         The stated length exceeds the limit or the file's size.
     """
     length = int.from_bytes(start[:_LENGTH_BYTES], "little")
-    _check_header_length(path, size, start, length)
-    return _LENGTH_BYTES + length
+    if len(start) >= _LENGTH_BYTES and length <= min(MAX_HEADER_BYTES, size - _LENGTH_BYTES):
+        return _LENGTH_BYTES + length
+    if kind := impostor(start) or text_start(start[:LOOK_BYTES]):
+        message = f"{path}: this is {kind}"
+    elif len(start) < _LENGTH_BYTES:
+        message = f"{path}: {size} bytes are too few for a safetensors file; is it cut short?"
+    elif length > MAX_HEADER_BYTES:
+        message = (
+            f"{path}: the header claims {length:,} bytes (limit {MAX_HEADER_BYTES:,}). "
+            "Is this a safetensors file?"
+        )
+    else:
+        message = (
+            f"{path}: the header claims {length:,} bytes, the file has {size:,} in all. "
+            "Is it cut short?"
+        )
+    raise MalformedFileError(message)
 
 
 def parse_header(path: Path, start: bytes, size: int) -> Header:
@@ -150,28 +162,6 @@ def parse_header(path: Path, start: bytes, size: int) -> Header:
         message = f"{path}: its tensors end at byte {end:,}, the file at {size:,}. {question}"
         raise MalformedFileError(message)
     return Header(metadata, tensors)
-
-
-def _check_header_length(path: Path, size: int, start: bytes, length: int) -> None:
-    fits = len(start) >= _LENGTH_BYTES and length <= min(MAX_HEADER_BYTES, size - _LENGTH_BYTES)
-    kind = "" if fits else (impostor(start) or text_start(start[:LOOK_BYTES]))
-    if kind:
-        message = f"{path}: this is {kind}"
-    elif len(start) < _LENGTH_BYTES:
-        message = f"{path}: {size} bytes are too few for a safetensors file; is it cut short?"
-    elif length > MAX_HEADER_BYTES:
-        message = (
-            f"{path}: the header claims {length:,} bytes (limit {MAX_HEADER_BYTES:,}). "
-            "Is this a safetensors file?"
-        )
-    elif length > size - _LENGTH_BYTES:
-        message = (
-            f"{path}: the header claims {length:,} bytes, the file has {size:,} in all. "
-            "Is it cut short?"
-        )
-    else:
-        return
-    raise MalformedFileError(message)
 
 
 def _checked_tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:

@@ -138,23 +138,6 @@ def read_elements(path: Path, info: TensorInfo, start: int, stop: int) -> NDArra
     return read_tensor(path, replace(part, dtype=_carrier(info.dtype)))
 
 
-def read_stored(path: Path, info: TensorInfo) -> NDArray[Any]:
-    """Return a whole tensor as stored, in its shape and the type of its bytes.
-
-    Types that numpy lacks come as unsigned integers of their width.
-
-    Raises
-    ------
-    MalformedFileError
-        The file is shorter than its header said.
-    UnknownFormatError
-        The tensor is stored in a type that cannot be read as plain numbers.
-    """
-    check_readable(path, info)
-    elements = read_elements(path, info, 0, info.elements)
-    return elements.view(raw_dtype(info.dtype)).reshape(info.shape)
-
-
 def part_of(info: TensorInfo, shape: tuple[int, ...], start: int) -> TensorInfo:
     """Return a run of a tensor's bytes as a tensor of its own."""
     part = replace(info, shape=shape)

@@ -17,12 +17,13 @@ import numpy as np
 from lora_analysis.errors import MalformedFileError, SourceError
 from lora_analysis.linalg import stored_values
 from lora_analysis.storage.documents import PICKLE_SUFFIXES, is_pickle, is_zip, read_json_object
-from lora_analysis.storage.dtypes import result_dtype, widen
+from lora_analysis.storage.dtypes import raw_dtype, result_dtype, widen
 from lora_analysis.storage.limits import BLOCK_ELEMENTS, MAX_INDEX_BYTES
 from lora_analysis.storage.safetensors import Header, TensorInfo, TensorSpec, read_header
 from lora_analysis.storage.tensor_reader import (
+    check_readable,
     iter_blocks,
-    read_stored,
+    read_elements,
     read_tensor,
     tile_slices,
 )
@@ -205,7 +206,10 @@ def read_bits(tensors: NamedTensors, name: str) -> NDArray[Any]:
     """Return a tensor as its file stores it: types that numpy does not have as their bits."""
     info = tensors.infos[name]
     if isinstance(info, TensorInfo):
-        return read_stored(tensors.file_of(name), info)
+        file = tensors.file_of(name)
+        check_readable(file, info)
+        elements = read_elements(file, info, 0, info.elements)
+        return elements.view(raw_dtype(info.dtype)).reshape(info.shape)
     return tensors.stored(name) if isinstance(tensors, MemoryTensors) else tensors.read(name)
 
 
@@ -243,16 +247,16 @@ def open_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFiles:
 
 
 def _header_of(path: Path, *, allow_pickle: bool) -> Header:
-    if is_zip(path):
+    if not is_pickle(path):
+        return read_header(path)
+    if is_zip(path):  # an archive of arrays, or of a pickle
         from lora_analysis.storage.zip_archives import read_npz_header, zip_members
 
         if any(name.endswith(".npy") for name in zip_members(path)):
             return read_npz_header(path)
-    if is_pickle(path):
-        from lora_analysis.storage.torch_files import read_pickle
+    from lora_analysis.storage.torch_files import read_pickle
 
-        return read_pickle(path, allow_pickle=allow_pickle).header()
-    return read_header(path)
+    return read_pickle(path, allow_pickle=allow_pickle).header()
 
 
 def shards_of(path: Path) -> dict[str, Path]:

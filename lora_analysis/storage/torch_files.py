@@ -242,30 +242,29 @@ class Pickle:
                 problem = "two tensors are" if name in tensors else "half a character in a tensor"
                 message = f"{self.path}: {problem} called {quote(name)}."
                 raise MalformedFileError(message)
-            tensors[name] = self._checked_info(name, tensor)
+            storage, item = tensor.storage, _ITEM_BYTES.get(tensor.dtype)
+            start, stop = self.storages.get(storage.key, (0, 0))
+            claimed = (storage.first + storage.count) * _ITEM_BYTES.get(storage.dtype, 1)
+            if item is None:
+                reason = f"it has the unknown type {quote(tensor.dtype)}"
+            elif min(storage.count, storage.first) < 0 or claimed > stop - start:
+                reason = f"its storage claims {storage.count:,} numbers, the file has fewer"
+            else:
+                steps = zip(tensor.shape, tensor.strides, strict=True)
+                # Elements from the first to the last one.
+                span = 0 if 0 in tensor.shape else 1 + sum((n - 1) * step for n, step in steps)
+                first = tensor.offset + storage.first
+                begin, end = start + first * item, start + (first + span) * item
+                # Strides of zero could make a huge tensor of one number.
+                if end <= stop and math.prod(tensor.shape) <= (stop - start) // item:
+                    strides = None if _is_contiguous(tensor) else tensor.strides
+                    info = TensorInfo(name, tensor.dtype, tensor.shape, begin, end, strides)
+                    tensors[name] = info
+                    continue
+                reason = f"{tensor.dtype} {tensor.shape} is larger than what the file holds for it"
+            message = f"{self.path}: tensor {quote(name)}: {reason}."
+            raise MalformedFileError(message)
         return Header({}, tensors)
-
-    def _checked_info(self, name: str, tensor: PickledTensor) -> TensorInfo:
-        """Return a tensor with its byte range, checked against the file's size."""
-        storage, item = tensor.storage, _ITEM_BYTES.get(tensor.dtype)
-        start, stop = self.storages.get(storage.key, (0, 0))
-        if item is None:
-            reason = f"it has the unknown type {quote(tensor.dtype)}"
-        elif min(storage.count, storage.first) < 0 or (
-            (storage.first + storage.count) * _ITEM_BYTES.get(storage.dtype, 1) > stop - start
-        ):
-            reason = f"its storage claims {storage.count:,} numbers, the file has fewer"
-        else:
-            first = tensor.offset + storage.first
-            span = _span(tensor)
-            begin, end = start + first * item, start + (first + span) * item
-            # Strides of zero could make a huge tensor of one number.
-            if end <= stop and math.prod(tensor.shape) <= (stop - start) // item:
-                strides = None if _is_contiguous(tensor) else tensor.strides
-                return TensorInfo(name, tensor.dtype, tensor.shape, begin, end, strides)
-            reason = f"{tensor.dtype} {tensor.shape} is larger than what the file holds for it"
-        message = f"{self.path}: tensor {quote(name)}: {reason}."
-        raise MalformedFileError(message)
 
 
 def read_pickle(path: Path, *, allow_pickle: bool) -> Pickle:
@@ -362,13 +361,6 @@ def _walk(path: Path, content: Any, name: str, depth: int) -> Iterator[tuple[str
                 if isinstance(value, PickledTensor | dict | list | tuple)
             ]
             stack.extend(reversed(children))
-
-
-def _span(tensor: PickledTensor) -> int:
-    """Return the number of elements from the first to the last of a tensor in its storage."""
-    if 0 in tensor.shape:
-        return 0
-    return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.strides, strict=True))
 
 
 def _is_contiguous(tensor: PickledTensor) -> bool:

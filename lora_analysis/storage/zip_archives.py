@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -19,7 +19,6 @@ from lora_analysis.storage.limits import MAX_TENSOR_DIMENSIONS, MAX_TENSORS
 from lora_analysis.storage.safetensors import Header, TensorInfo, quote
 
 if TYPE_CHECKING:
-    import zipfile
     from pathlib import Path
 
 _LOCAL_HEADER_BYTES = 30
@@ -58,29 +57,29 @@ def zip_members(path: Path) -> dict[str, ZipMember]:
             if len(entries) > 2 * MAX_TENSORS:
                 message = f"{path}: {len(entries):,} members are too many for an archive."
                 raise MalformedFileError(message)
-            return {entry.filename: _member(path, size, stream, entry) for entry in entries}
+            members = {}
+            for entry in entries:
+                name = entry.filename
+                if entry.compress_type != _STORED or entry.flag_bits & 1:
+                    message = (
+                        f"{path}: member '{name}' is compressed or encrypted. Only archives that "
+                        "store their members as they are can be read; save it again uncompressed."
+                    )
+                    raise MalformedFileError(message)
+                stream.seek(entry.header_offset)
+                local = stream.read(_LOCAL_HEADER_BYTES)
+                lengths = (int.from_bytes(local[i : i + 2], "little") for i in (26, 28))
+                start = entry.header_offset + _LOCAL_HEADER_BYTES + sum(lengths)
+                if local[:4] != b"PK\x03\x04" or start + entry.file_size > size:
+                    message = f"{path}: member '{name}' leads out of the archive. Is it cut short?"
+                    raise MalformedFileError(message)
+                members[name] = ZipMember(name, start, start + entry.file_size)
+            return members
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
         if isinstance(error, MalformedFileError):
             raise
         message = f"{path}: not a readable zip archive: {error}. Is it cut short?"
         raise MalformedFileError(message) from error
-
-
-def _member(path: Path, size: int, stream: BinaryIO, entry: zipfile.ZipInfo) -> ZipMember:
-    if entry.compress_type != _STORED or entry.flag_bits & 1:
-        message = (
-            f"{path}: member '{entry.filename}' is compressed or encrypted. Only archives that "
-            "store their members as they are can be read; save it again uncompressed."
-        )
-        raise MalformedFileError(message)
-    stream.seek(entry.header_offset)
-    local = stream.read(_LOCAL_HEADER_BYTES)
-    name_length, extra_length = (int.from_bytes(local[i : i + 2], "little") for i in (26, 28))
-    start = entry.header_offset + _LOCAL_HEADER_BYTES + name_length + extra_length
-    if local[:4] != b"PK\x03\x04" or start + entry.file_size > size:
-        message = f"{path}: member '{entry.filename}' leads out of the archive. Is it cut short?"
-        raise MalformedFileError(message)
-    return ZipMember(entry.filename, start, start + entry.file_size)
 
 
 def read_npz_header(path: Path) -> Header:
@@ -93,35 +92,33 @@ def read_npz_header(path: Path) -> Header:
         size than its header states.
     """
     tensors = {}
-    for name, member in zip_members(path).items():
-        if name.endswith(_ARRAY_SUFFIX):
-            array = name.removesuffix(_ARRAY_SUFFIX)
-            tensors[array] = _array_info(path, array, member)
+    for filename, member in zip_members(path).items():
+        if not filename.endswith(_ARRAY_SUFFIX):
+            continue
+        name = filename.removesuffix(_ARRAY_SUFFIX)
+        with path.open("rb") as stream:
+            stream.seek(member.start)
+            head = io.BytesIO(stream.read(min(member.stop - member.start, _ARRAY_HEADER_BYTES)))
+        try:
+            version = np.lib.format.read_magic(head)
+            read = np.lib.format.read_array_header_1_0
+            if version != (1, 0):
+                read = np.lib.format.read_array_header_2_0
+            shape, by_columns, dtype = read(head)
+        except Exception as error:  # numpy has it tokenized and evaluated, which fails in many ways
+            message = f"{path}: array {quote(name)} is damaged: {str(error)[:120]}."
+            raise MalformedFileError(message) from error
+        start = member.start + head.tell()
+        is_number = dtype.name in {number for number, _ in BITS.values()}
+        plain = is_number and dtype.byteorder in "<=|" and len(shape) <= MAX_TENSOR_DIMENSIONS
+        if not plain or math.prod(shape) * dtype.itemsize != member.stop - start:
+            message = (
+                f"{path}: array {quote(name)} of {quote(dtype.str)} {shape} is not plain "
+                f"little-endian numbers that fill its {member.stop - start:,} bytes."
+            )
+            raise MalformedFileError(message)
+        strides = None
+        if by_columns and sum(n > 1 for n in shape) > 1:
+            strides = tuple(math.prod(shape[:axis]) for axis in range(len(shape)))
+        tensors[name] = TensorInfo(name, dtype.name, shape, start, member.stop, strides)
     return Header({}, tensors)
-
-
-def _array_info(path: Path, name: str, member: ZipMember) -> TensorInfo:
-    with path.open("rb") as stream:
-        stream.seek(member.start)
-        head = io.BytesIO(stream.read(min(member.stop - member.start, _ARRAY_HEADER_BYTES)))
-    try:
-        version = np.lib.format.read_magic(head)
-        read = np.lib.format.read_array_header_1_0
-        if version != (1, 0):
-            read = np.lib.format.read_array_header_2_0
-        shape, by_columns, dtype = read(head)
-    except Exception as error:  # numpy has it tokenized and evaluated, which fails in many ways
-        message = f"{path}: array {quote(name)} is damaged: {str(error)[:120]}."
-        raise MalformedFileError(message) from error
-    start = member.start + head.tell()
-    is_number = dtype.name in {number for number, _ in BITS.values()}
-    plain = is_number and dtype.byteorder in "<=|" and len(shape) <= MAX_TENSOR_DIMENSIONS
-    if not plain or math.prod(shape) * dtype.itemsize != member.stop - start:
-        message = (
-            f"{path}: array {quote(name)} of {quote(dtype.str)} {shape} is not plain little-endian "
-            f"numbers that fill its {member.stop - start:,} bytes."
-        )
-        raise MalformedFileError(message)
-    strides = tuple(math.prod(shape[:axis]) for axis in range(len(shape)))
-    strided = by_columns and sum(n > 1 for n in shape) > 1
-    return TensorInfo(name, dtype.name, shape, start, member.stop, strides if strided else None)

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lora_analysis.errors import DivergedError, OccupiedError
-from lora_analysis.storage.atomic import remove_leftovers
-from lora_analysis.storage.locks import locked
+from lora_analysis.storage.atomic import locked, remove_leftovers
 from lora_analysis.storage.outputs import OutputFolder
 from lora_analysis.storage.records import RECORD_FOLDER, read_record
 from lora_analysis.training.events import EventKind, RunEvent, Trackers

@@ -29,10 +29,9 @@ from lora_analysis.execution.processes import end_if_imported_by_worker
 from lora_analysis.execution.protocol import Executor, Outcome, Retried
 from lora_analysis.finding import Failure, Finding
 from lora_analysis.progress import Progress
-from lora_analysis.storage.atomic import remove_leftovers
+from lora_analysis.storage.atomic import locked, remove_leftovers
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.limits import MAX_INDEX_BYTES
-from lora_analysis.storage.locks import locked
 from lora_analysis.storage.outputs import OutputFolder, output_folder
 from lora_analysis.storage.records import read_record
 from lora_analysis.text import plural

@@ -15,9 +15,6 @@ from lora_analysis.formats.diffusion.image_scheme import complete_image
 from lora_analysis.formats.key_scheme import KeyPattern, KeyScheme, Role, has_factors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from lora_analysis.storage.safetensors import TensorSpec
     from lora_analysis.storage.tensors import NamedTensors
 
 _REASON: Final = "the format has none, its scale is 1"
@@ -40,8 +37,11 @@ _NUMBERED: Final = KeyPattern(
 _LISTED: Final = _Alternating(re.compile(r"\d{1,6}"), scale=1.0, reason=_REASON)
 
 
-def _is_list_of_pairs(infos: Mapping[str, TensorSpec]) -> bool:
-    """Return True if the tensors are a list in which B and A of one rank take turns."""
+def _is_marked(tensors: NamedTensors) -> bool:
+    """Return True for numbered keys, or a list in which B and A of one rank take turns."""
+    infos = tensors.infos
+    if has_factors(infos, [_NUMBERED]):
+        return True
     if not infos or len(infos) % 2 or list(infos) != [str(i) for i in range(len(infos))]:
         return False
     shapes = [info.shape for info in infos.values()]
@@ -49,10 +49,6 @@ def _is_list_of_pairs(infos: Mapping[str, TensorSpec]) -> bool:
         len(up) >= 2 and len(down) >= 2 and up[1] == down[0]
         for up, down in zip(shapes[::2], shapes[1::2], strict=True)
     )
-
-
-def _is_marked(tensors: NamedTensors) -> bool:
-    return has_factors(tensors.infos, [_NUMBERED]) or _is_list_of_pairs(tensors.infos)
 
 
 FORMAT: Final = KeyScheme("cloneofsimo", (_NUMBERED, _LISTED), complete_image, is_marked=_is_marked)

@@ -9,10 +9,14 @@ The scale is stated by an ``alpha`` tensor or by the metadata ``lora_adapter_met
 config per component, as JSON) of newer files. Without them the alpha of the training is lost;
 loaders then multiply by 1, whatever it was. Reference: diffusers 0.42 ``loaders/lora_base.py``,
 ``loaders/lora_conversion_utils.py``, ``utils/state_dict_utils.py``.
+
+A file is written as diffusers saves it now: PEFT's keys, and the config of each component as
+metadata.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from dataclasses import dataclass, field, replace
@@ -23,13 +27,16 @@ from lora_analysis.adapter import Adapter, LazyUpdate, LowRankUpdate
 from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
 from lora_analysis.finding import Finding
 from lora_analysis.formats.diffusion import kohya
-from lora_analysis.formats.diffusion.image_scheme import complete_image
+from lora_analysis.formats.diffusion.image_names import FLATTENED
+from lora_analysis.formats.diffusion.image_scheme import FACTOR_KEYS, complete_image
+from lora_analysis.formats.diffusion.image_writing import PlannedModule, image_file, planned_modules
 from lora_analysis.formats.factors import StatedScale, scale_from_alpha
 from lora_analysis.formats.initial import AdapterStart, adapter_less_start
 from lora_analysis.formats.key_scheme import KeyPattern, KeyScheme, StoredModules, has_factors
 from lora_analysis.formats.peft.adapter_config import SUBTRACTED
-from lora_analysis.formats.side_tensors import source_format
+from lora_analysis.formats.side_tensors import side_output, source_format
 from lora_analysis.formats.sources import AdapterFiles, resolve_source
+from lora_analysis.formats.written import default_and_others, is_dora, json_number
 from lora_analysis.patterns import ModulePatterns
 from lora_analysis.storage.documents import parse_json_text
 from lora_analysis.storage.source_names import shown_errors
@@ -41,6 +48,7 @@ if TYPE_CHECKING:
     from lora_analysis.adapter import Update
     from lora_analysis.formats.build import AdapterParts
     from lora_analysis.formats.options import ReadOptions
+    from lora_analysis.storage.atomic import Content
     from lora_analysis.storage.tensors import NamedTensors
 
 NAME: Final = "diffusers"
@@ -152,11 +160,24 @@ class _Diffusers(KeyScheme):
         """
         adapter = super().read(files, name, options)
         configs = _Metadata.of(files.path, adapter.provenance.metadata)
-        methods = {module: start for module in adapter if (start := configs.start_of(module))}
+        # Modules whose initial product was subtracted, and their init_lora_weights.
+        methods = {}
+        for module in adapter:
+            start = str(configs.config_of(module)[1].get("init_lora_weights", True)).lower()
+            if start.startswith(tuple(SUBTRACTED)):
+                methods[module] = start
         if not methods:
             return adapter
         if options.initial is None:
-            raise _start_needed(files.path, next(iter(methods.values())))
+            start = next(iter(methods.values()))
+            method = next(name for key, name in SUBTRACTED.items() if start.startswith(key))
+            message = (
+                f"{files.path}: init_lora_weights is '{start}': {method} starts from W - s·B0·A0, "
+                "so B·A is not the update of the original weight. Pass initial= (command line: "
+                "--initial), the file as saved before training; of PiSSA and OLoRA the base alone "
+                "is enough (--trained-on BASE)."
+            )
+            raise UnsupportedMethodError(message)
         if callable(options.initial):
             return adapter_less_start(adapter, options.initial, methods)
         source = resolve_source(options.initial, allow_pickle=options.allow_pickle)
@@ -170,15 +191,6 @@ class _Diffusers(KeyScheme):
 
 
 FORMAT: Final = _Diffusers(NAME, KEYS, _complete, is_marked=_is_marked)
-
-
-def _start_needed(path: Path, start: str) -> UnsupportedMethodError:
-    method = next(name for key, name in SUBTRACTED.items() if start.startswith(key))
-    return UnsupportedMethodError(
-        f"{path}: init_lora_weights is '{start}': {method} starts from W - s·B0·A0, so B·A is not "
-        "the update of the original weight. Pass initial= (command line: --initial), the file as "
-        "saved before training; of PiSSA and OLoRA the base alone is enough (--trained-on BASE)."
-    )
 
 
 def with_loaders_scale(adapter: Adapter) -> Adapter:
@@ -239,19 +251,15 @@ class _Metadata:
             config["alpha_pattern"] = ModulePatterns(config.get("alpha_pattern") or {})
         return cls(path, configs)
 
-    def _config_of(self, module: str) -> tuple[str, Mapping[str, Any]]:
+    def config_of(self, module: str) -> tuple[str, Mapping[str, Any]]:
+        """Return the component that a module is in, and the component's config."""
         component = COMPONENT.match(module)
         prefix = component[0] if component else ""
         return prefix, self.configs.get(prefix, {})
 
-    def start_of(self, module: str) -> str | None:
-        """Return a module's ``init_lora_weights`` if its initial product was subtracted."""
-        start = str(self._config_of(module)[1].get("init_lora_weights", True)).lower()
-        return start if start.startswith(tuple(SUBTRACTED)) else None
-
     def stated_scale(self, module: str, rank: int) -> StatedScale | None:
         """Return the scale that the component's config gives a module of a rank."""
-        prefix, config = self._config_of(module)
+        prefix, config = self.config_of(module)
         if not config or "lora_alpha" not in config:
             return None
         name = module.removeprefix(f"{prefix}.")
@@ -281,3 +289,106 @@ def _check(path: Path, config: Mapping[str, Any]) -> None:
             "so B·A is not the update of the original weight."
         )
         raise UnsupportedMethodError(message)
+
+
+FILE_NAME: Final = "pytorch_lora_weights.safetensors"
+_BIAS: Final = re.compile(r"\.lora_B(\.[^.]+)?\.bias$")
+
+
+def contents(adapter: Adapter) -> dict[str, Content]:
+    """Return ``adapter`` as diffusers' file, by its name; see :func:`lora_analysis.write_adapter`.
+
+    Modules named after a component of a pipeline (``unet.``, ``transformer.``, ``text_encoder.``)
+    make a file of ``save_lora_weights``; without any, one of ``save_lora_adapter`` for one model.
+    """
+    modules = planned_modules(adapter, NAME, input_norms=False)
+    tensors = side_output(adapter, NAME)
+    has_bias = any(_BIAS.search(tensor.name) for tensor in tensors)
+    earlier = _keys_of_earlier_eras(adapter, modules)
+    for name, plan in modules.items():
+        if name in earlier:
+            a, b, alpha = earlier[name]
+            tensors += plan.tensors(adapter, a, b, alpha=alpha)
+        else:
+            if FLATTENED.fullmatch(name) or not kohya.PATH.fullmatch(name):
+                message = f"'{name}' is not a path of a module, by which diffusers finds the layer."
+                raise InputError(message)
+            tensors += plan.tensors(
+                adapter,
+                f"{name}.lora_A.weight",
+                f"{name}.lora_B.weight",
+                norms=f"{name}.lora_magnitude_vector",
+                peft_norms=True,
+            )
+    fields: dict[str, Any] = {}
+    plain = {name: plan for name, plan in modules.items() if name not in earlier}
+    for component, members in _components(plain).items():
+        prefix = f"{component}." if component else ""
+        config = _config(members, component) | ({"lora_bias": True} if has_bias else {})
+        fields |= {f"{prefix}{key}": value for key, value in config.items()}
+    text = json.dumps(fields, indent=2, sort_keys=True, allow_nan=False)
+    more = {METADATA_KEY: text} if plain else {}
+    return image_file(adapter, NAME, FILE_NAME, modules.values(), tensors, more=more)
+
+
+def _keys_of_earlier_eras(
+    adapter: Adapter, modules: Mapping[str, PlannedModule]
+) -> dict[str, tuple[str, str, str | None]]:
+    """Return the keys of modules that stay as their file of diffusers spelled them.
+
+    Not all programs that load an earlier spelling load PEFT's. It has no key for DoRA's norms, and
+    stores a scale only with an alpha; if a file states PEFT's config, that counts.
+    """
+    stored = adapter.config.get(FACTOR_KEYS, {})
+    if source_format(adapter) != NAME or METADATA_KEY in adapter.provenance.metadata:
+        return {}
+    return {
+        name: keys
+        for name, keys in stored.items()
+        if name in modules
+        and not (outline := modules[name].outline).has_magnitude
+        and (outline.scale == 1 or keys[2])
+    }
+
+
+def _components(modules: Mapping[str, PlannedModule]) -> dict[str, dict[str, PlannedModule]]:
+    """Return the modules by component and their names in it; all or none must name one."""
+    components: dict[str, dict[str, PlannedModule]] = {}
+    for module, plan in modules.items():
+        match = COMPONENT.match(module)
+        component = match[0] if match else ""
+        components.setdefault(component, {})[module.removeprefix(f"{component}.")] = plan
+    if "" in components and len(components) > 1:
+        inside = next(module for module in modules if COMPONENT.match(module))
+        outside = next(iter(components[""]))
+        message = (
+            f"'{inside}' names a component of a pipeline and '{outside}' does not; a file of "
+            "diffusers is for a pipeline or for one model."
+        )
+        raise InputError(message)
+    return components
+
+
+def _config(modules: Mapping[str, PlannedModule], component: str) -> dict[str, Any]:
+    """Return PEFT's config of one component; a module that differs has an anchored key."""
+    dora = is_dora((p.outline for p in modules.values()), f"'{component or 'the model'}'", NAME)
+    rank, ranks = default_and_others({name: p.outline.rank for name, p in modules.items()})
+    alpha, alphas = default_and_others({name: json_number(p.alpha) for name, p in modules.items()})
+    return {
+        "alpha_pattern": _anchored(alphas),
+        "bias": "none",
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": _anchored(ranks),
+        "target_modules": list(modules),
+        "use_dora": dora,
+        "use_rslora": False,
+    }
+
+
+def _anchored(values: Mapping[str, float]) -> dict[str, float]:
+    """Return values under patterns that match one module each."""
+    return {f"^{re.escape(name)}": value for name, value in values.items()}

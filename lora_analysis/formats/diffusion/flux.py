@@ -158,21 +158,18 @@ def authors_names(modules: Iterable[str]) -> dict[str, str]:
     """
     names: dict[str, str] = {}
     for module in modules:
-        name = _authors_name(module)
+        if FLATTENED.fullmatch(module):
+            name = module.replace(".", "_")
+        elif not PATH.fullmatch(module) or _TEXT_ENCODER.fullmatch(module):
+            message = f"'{module}' is not a module of a denoiser, which ComfyUI's keys name."
+            raise InputError(message)
+        elif _NAMED.fullmatch(module) or BARE.fullmatch(module):
+            name = module
+        else:
+            denoiser = _DENOISER.fullmatch(module)
+            name = f"diffusion_model.{denoiser['path'] if denoiser else module}"
         if name in names.values():
             message = f"Two modules would both be '{name}' in ComfyUI's keys."
             raise InputError(message)
         names[module] = name
     return names
-
-
-def _authors_name(module: str) -> str:
-    if FLATTENED.fullmatch(module):
-        return module.replace(".", "_")
-    if not PATH.fullmatch(module) or _TEXT_ENCODER.fullmatch(module):
-        message = f"'{module}' is not a module of a denoiser, which ComfyUI's keys name."
-        raise InputError(message)
-    if _NAMED.fullmatch(module) or BARE.fullmatch(module):
-        return module
-    denoiser = _DENOISER.fullmatch(module)
-    return f"diffusion_model.{denoiser['path'] if denoiser else module}"

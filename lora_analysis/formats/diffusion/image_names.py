@@ -30,7 +30,7 @@ from lora_analysis.family_names import (
     authors_name,
     diffusers_name,
 )
-from lora_analysis.formats.written import low_rank_update
+from lora_analysis.formats.written import join_updates, low_rank_update
 from lora_analysis.names import split_component
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from lora_analysis.adapter import Update, UpdateOutline
+    from lora_analysis.adapter import Update
 
 # Names that kohya's keys made of a module's path. Half-renamed files keep some of its dots.
 FLATTENED: Final = re.compile(r"(lora_(unet|transformer|prior_unet|te[1-4]?)|lycoris)_[\w.]+")
@@ -162,7 +162,12 @@ def in_authors_names(adapter: Adapter, *, dotted: bool = False) -> Adapter:
         A part is DoRA's.
     """
     if dotted and all(map(_is_flat, adapter)):
-        return _with_updates(adapter, {_dotted_flux(name): adapter.lazy(name) for name in adapter})
+        renamed = {}
+        for module in adapter:
+            component, path = _component_path(module)
+            is_flux = not component and _diffusers_flux_name(path) is not None
+            renamed[f"diffusion_model.{path}" if is_flux else module] = adapter.lazy(module)
+        return _with_updates(adapter, renamed)
     paths = {module: _component_path(module) for module in adapter if not _is_flat(module)}
     denoiser = [path for component, path in paths.values() if not component]
     is_sdxl = any(map(_SDXL.match, denoiser)) and not any(map(_NOT_SDXL.match, denoiser))
@@ -177,9 +182,8 @@ def in_authors_names(adapter: Adapter, *, dotted: bool = False) -> Adapter:
         if component == "text_encoder_2" and path.startswith("encoder.block."):
             updates[f"text_encoder_3.{path}"] = adapter.lazy(module)
         elif component == "text_encoder" and not dotted:
-            updates[f"te1.{path}"] = adapter.lazy(
-                module
-            )  # the first of two, which it need not have
+            # The first of two, which it need not have.
+            updates[f"te1.{path}"] = adapter.lazy(module)
         elif component:
             updates[module] = adapter.lazy(module)
         elif is_sdxl:
@@ -188,11 +192,6 @@ def in_authors_names(adapter: Adapter, *, dotted: bool = False) -> Adapter:
             fused.setdefault(f"transformer.{_authors_flux_name(path)}", {})[module] = path
     updates |= {whole: _join(adapter, whole, parts) for whole, parts in fused.items()}
     return _with_updates(adapter, updates)
-
-
-def _dotted_flux(module: str) -> str:
-    component, path = _component_path(module)
-    return f"diffusion_model.{path}" if not component and _diffusers_flux_name(path) else module
 
 
 def _is_flat(module: str) -> bool:
@@ -349,27 +348,6 @@ def _join(adapter: Adapter, whole: str, paths: Mapping[str, str]) -> LazyUpdate:
     )
     rank = outline.rank if is_shared else sum(update.rank for update in updates)
     planned = replace(outline, shape=(total, outline.shape[1]), rank=rank, alpha=None)
-    return LazyUpdate(planned, partial(_load_joined, adapter, rows, planned, is_shared=is_shared))
-
-
-def _load_joined(
-    adapter: Adapter,
-    rows: Mapping[str, NDArray[np.intp]],
-    planned: UpdateOutline,
-    *,
-    is_shared: bool,
-) -> LowRankUpdate:
-    """Return parts as one update: under one A if it is shared, else with A below each other."""
-    updates = {module: low_rank_update(adapter, module) for module in rows}
-    first = next(iter(updates.values()))
-    dtype = np.result_type(*(update.B for update in updates.values()))
-    B = np.zeros((planned.shape[0], planned.rank), dtype)
-    start = 0
-    for module, update in updates.items():
-        columns = slice(start, start + update.rank)
-        same = update.scale == first.scale
-        ratio = 1 if same else update.known_scale() / first.known_scale()
-        B[rows[module], columns] = update.B if same else update.B * ratio
-        start += 0 if is_shared else update.rank
-    A = first.A if is_shared else np.vstack([update.A for update in updates.values()])
-    return replace(first, A=A, B=B, alpha=None, stored_at=NOT_STORED)
+    leading = next(iter(rows))
+    load = partial(join_updates, adapter, rows, total, leading, is_shared=is_shared)
+    return LazyUpdate(planned, load)

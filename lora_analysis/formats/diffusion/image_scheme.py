@@ -97,6 +97,31 @@ def complete_image(
     pairs = [_completed(tensors, pair, stored.modules[pair.module]) for pair in stored.pairs()]
     pairs += [product.pair for product in products]
 
+    # The keys of modules that are not PEFT's, and alpha's type, for a writer of the format.
+    facts: dict[str, Any] = dict(config or {})
+    factor_keys = {
+        module: (roles["A"], roles["B"], roles.get("alpha"))
+        for module, roles in stored.modules.items()
+        if roles["A"] != f"{module}.lora_A.weight" and "mid" not in roles
+    }
+    if factor_keys:
+        facts[FACTOR_KEYS] = factor_keys
+    alphas = [roles["alpha"] for roles in stored.modules.values() if "alpha" in roles]
+    if alphas:
+        facts[ALPHA_TYPE] = tensors.infos[alphas[0]].dtype
+    findings: list[Finding] = []
+    dora = [pair for pair in pairs if pair.variant == DORA]
+    if dora:
+        findings.append(Finding("dora", {"count": len(dora), "total": len(pairs)}))
+    by_inputs = [pair.module for pair in dora if pair.magnitude_side == "input"]
+    if by_inputs:
+        fields = {"count": len(by_inputs), "total": len(pairs), "module": f"'{by_inputs[0]}'"}
+        findings.append(Finding("dora-columns", fields))
+    findings += block_findings(tensors, pairs)
+    findings += copied_findings(tensors, pairs)
+    for what, keys in rest.items():
+        findings += side_finding(f"{what}, not analyzed", keys)
+
     def scale(pair: StoredPair, rank: int) -> StatedScale:
         return product_scales.get(pair.module) or _scale(stored, stated_scale, pair, rank)
 
@@ -105,18 +130,9 @@ def complete_image(
         scale=scale,
         scale_findings=partial(_scale_findings, stored),
         divisors={p.pair.module: p.rank for p in products if p.rank is not None},
-        findings=(
-            *_dora_findings(pairs),
-            *block_findings(tensors, pairs),
-            *copied_findings(tensors, pairs),
-            *(
-                finding
-                for what, keys in rest.items()
-                for finding in side_finding(f"{what}, not analyzed", keys)
-            ),
-        ),
+        findings=findings,
         harmless=rest.get(_EMBEDDINGS, ()),
-        config={**(config or {}), **_factor_keys(stored)},
+        config=facts,
         metadata=tensors.metadata,
         **_facts(tensors.metadata),
     )
@@ -170,18 +186,6 @@ def _sort_extras(stored: StoredModules) -> dict[str, list[str]]:
         what = next((what for mark, what in _OTHERS if mark.fullmatch(key)), "no factors")
         rest.setdefault(what, []).append(key)
     return rest
-
-
-def _factor_keys(stored: StoredModules) -> dict[str, Any]:
-    """Return the keys of A, B and alpha of modules whose keys are not PEFT's, and alpha's type."""
-    keys = {
-        module: (roles["A"], roles["B"], roles.get("alpha"))
-        for module, roles in stored.modules.items()
-        if roles["A"] != f"{module}.lora_A.weight" and "mid" not in roles
-    }
-    facts: dict[str, Any] = {FACTOR_KEYS: keys} if keys else {}
-    alpha = next((roles["alpha"] for roles in stored.modules.values() if "alpha" in roles), None)
-    return facts if alpha is None else {**facts, ALPHA_TYPE: stored.tensors.infos[alpha].dtype}
 
 
 def _completed(tensors: NamedTensors, pair: StoredPair, parts: Mapping[Role, str]) -> StoredPair:
@@ -260,16 +264,6 @@ def _scale_findings(
             findings.append(Finding("scale-unknown", fields))
         else:
             findings.append(f"{len(modules)} of {len(scales)} modules state no alpha: {reason}.")
-    return findings
-
-
-def _dora_findings(pairs: Sequence[StoredPair]) -> list[Finding]:
-    dora = [pair for pair in pairs if pair.variant == DORA]
-    findings = [Finding("dora", {"count": len(dora), "total": len(pairs)})] if dora else []
-    by_inputs = [pair.module for pair in dora if pair.magnitude_side == "input"]
-    if by_inputs:
-        fields = {"count": len(by_inputs), "total": len(pairs), "module": f"'{by_inputs[0]}'"}
-        findings.append(Finding("dora-columns", fields))
     return findings
 
 

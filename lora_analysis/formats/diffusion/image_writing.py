@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from lora_analysis.adapter import Adapter, UpdateOutline
-    from lora_analysis.formats.written import Shape
     from lora_analysis.storage.atomic import Content
 
 _DIM: Final = "ss_network_dim"
@@ -83,7 +82,12 @@ class PlannedModule:
         The norms have the shape in which LyCORIS stores them, or PEFT (``peft_norms``).
         """
         outline = self.outline
-        shape = norms_shape(outline) if peft_norms else _lycoris_norms_shape(outline)
+        shape = norms_shape(outline)
+        if not peft_norms:
+            ones = tuple(1 for _ in outline.kernel)
+            shape = (outline.shape[0], 1, *ones)
+            if outline.magnitude_side == "input":
+                shape = (1, outline.shape[1] // math.prod(outline.kernel), *ones)
         tensors = module_tensors(
             adapter,
             self.name,
@@ -100,13 +104,6 @@ class PlannedModule:
                 stored = value if dtype == "float64" else narrow(value, dtype, alpha)
             tensors.append(OutputTensor(alpha, dtype, (), lambda: stored.reshape(())))
         return tensors
-
-
-def _lycoris_norms_shape(outline: UpdateOutline) -> Shape:
-    ones = tuple(1 for _ in outline.kernel)
-    if outline.magnitude_side == "input":
-        return (1, outline.shape[1] // math.prod(outline.kernel), *ones)
-    return (outline.shape[0], 1, *ones)
 
 
 def planned_modules(
@@ -163,22 +160,7 @@ def image_file(
         Further entries of the metadata.
     """
     source_metadata = adapter.provenance.metadata if source_format(adapter) == format else {}
-    metadata = image_metadata(adapter, format, modules, tensors)
-    # Loaders of image models do not need the entry "format"; the source's is kept.
-    start = {} if source_metadata and "format" not in source_metadata else {"format": "pt"}
-    return {name: safetensors_content(tensors, {**start, **metadata, **(more or {})})}
-
-
-def image_metadata(
-    adapter: Adapter,
-    format: str,
-    modules: Iterable[PlannedModule],
-    tensors: Sequence[OutputTensor],
-) -> dict[str, str]:
-    """Return the metadata of the source, with the entries updated that no longer hold.
-
-    Parameters are those of `image_file`.
-    """
+    # The metadata of the source, with the entries updated that no longer hold.
     carried = carried_metadata(adapter, format)
     is_new = format == "kohya" and not carried
     metadata = {**carried, **_updated_network(adapter, carried, list(modules), is_new=is_new)}
@@ -187,7 +169,9 @@ def image_metadata(
         model, legacy = model_hashes(tensors, metadata)
         updated = {_MODEL_HASH: model, _LEGACY_HASH: legacy, _SPEC_HASH: f"0x{model}"}
         metadata |= {k: updated[k] for k in hashes if is_new or k in carried}
-    return metadata
+    # Loaders of image models do not need the entry "format"; the source's is kept.
+    start = {} if source_metadata and "format" not in source_metadata else {"format": "pt"}
+    return {name: safetensors_content(tensors, {**start, **metadata, **(more or {})})}
 
 
 def _updated_network(

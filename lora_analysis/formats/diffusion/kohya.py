@@ -123,7 +123,27 @@ def flattened_names(modules: Iterable[str]) -> dict[str, str]:
     names: dict[str, str] = {}
     taken: dict[str, str] = {}
     for module in given:
-        name = _flattened_name(module, several_encoders=second)
+        if FLATTENED.fullmatch(module):
+            name = module.replace(".", "_")
+        else:
+            if not PATH.fullmatch(module):
+                message = f"'{module}' is not a path of a module, from which kohya's keys are made."
+                raise InputError(message)
+            path = strip_wrappers(module)
+            component, rest = split_component(path)
+            if component not in _PREFIXES:
+                message = (
+                    f"'{module}' belongs to the component '{component}', for which kohya's keys "
+                    "have no prefix. It is not written; diffusers and peft keep such names "
+                    "(command line: --to)."
+                )
+                raise InputError(message)
+            prefix = _PREFIXES[component]
+            if _DIFFUSERS_BLOCKS.fullmatch(path):
+                prefix = "lora_transformer_"
+            if prefix == "lora_te_" and (second or not path.startswith(_FIRST_ENCODERS)):
+                prefix = "lora_te1_"
+            name = f"{prefix}{rest}".replace(".", "_")
         if taken.setdefault(name, module) != module:
             message = f"'{taken[name]}' and '{module}' would both be '{name}' in kohya's keys."
             raise InputError(message)
@@ -132,25 +152,3 @@ def flattened_names(modules: Iterable[str]) -> dict[str, str]:
             raise InputError(message)
         names[module] = name
     return names
-
-
-def _flattened_name(module: str, *, several_encoders: bool) -> str:
-    if FLATTENED.fullmatch(module):
-        return module.replace(".", "_")
-    if not PATH.fullmatch(module):
-        message = f"'{module}' is not a path of a module, from which kohya's keys are made."
-        raise InputError(message)
-    path = strip_wrappers(module)
-    component, rest = split_component(path)
-    if component not in _PREFIXES:
-        message = (
-            f"'{module}' belongs to the component '{component}', for which kohya's keys have no "
-            "prefix. It is not written; diffusers and peft keep such names (command line: --to)."
-        )
-        raise InputError(message)
-    prefix = _PREFIXES[component]
-    if _DIFFUSERS_BLOCKS.fullmatch(path):
-        prefix = "lora_transformer_"
-    if prefix == "lora_te_" and (several_encoders or not path.startswith(_FIRST_ENCODERS)):
-        prefix = "lora_te1_"
-    return f"{prefix}{rest}".replace(".", "_")

@@ -18,20 +18,12 @@ from lora_analysis.formats.build import AdapterParts, stated_alpha
 from lora_analysis.formats.factors import StoredPair, finite_number
 from lora_analysis.formats.fused_parts import FUSED_PARTS
 from lora_analysis.formats.key_scheme import KeyPattern, KeyScheme, StoredModules
-from lora_analysis.formats.merged import (
-    FUSED,
-    enable_needed,
-    is_merged,
-    merged_finding,
-    parts_of,
-    split,
-)
+from lora_analysis.formats.merged import merged_finding, split_fused
 from lora_analysis.formats.peft.adapter_config import CONFIG_NAME
 from lora_analysis.formats.peft.module_pairs import DORA
 from lora_analysis.formats.stored import tensor
 
 if TYPE_CHECKING:
-    from lora_analysis.formats.options import ReadOptions
     from lora_analysis.formats.sources import AdapterFiles
 
 _LORAS: Final = r"(?P<module>.+)\.loras\.(?P<adapter>[^.]+)\."
@@ -70,7 +62,21 @@ def _complete(stored: StoredModules) -> AdapterParts:
         raise UnsupportedMethodError(message)
     document = stored.files.config or {}
     config = document.get("config", {})
-    pairs, fused = _pairs(stored, _enabled(config, stored.options))
+    matrices, enabled = config.get("attn_matrices"), stored.options.enable_lora
+    if enabled is None and isinstance(matrices, list):
+        enabled = tuple(part in matrices for part in "qkv")
+    pairs: list[StoredPair] = []
+    fused: dict[str, Any] = {}
+    for plain in stored.pairs():
+        module = plain.module
+        blocks = split_fused(stored.tensors, module, plain.a.name, plain.b.name, enabled)
+        if blocks is not None:
+            pairs += blocks[0]
+            fused[module] = blocks[1]
+        elif norms := stored.modules[module].get("magnitude"):
+            pairs.append(replace(plain, variant=DORA, magnitude=tensor(norms)))
+        else:
+            pairs.append(plain)
     base_model, config_path = document.get("model_name"), stored.files.config_path
     return AdapterParts(
         pairs=pairs,
@@ -92,32 +98,3 @@ FORMAT: Final = KeyScheme(
     is_config=_is_config,
     check=_check,
 )
-
-
-def _enabled(config: Mapping[str, Any], options: ReadOptions) -> tuple[bool, ...] | None:
-    if options.enable_lora is not None:
-        return options.enable_lora
-    matrices = config.get("attn_matrices")
-    return tuple(part in matrices for part in "qkv") if isinstance(matrices, list) else None
-
-
-def _pairs(
-    stored: StoredModules, enabled: tuple[bool, ...] | None
-) -> tuple[list[StoredPair], dict[str, Any]]:
-    """Return the pairs, with fused modules split, and the entries of the config for those."""
-    tensors = stored.tensors
-    pairs: list[StoredPair] = []
-    fused: dict[str, Any] = {}
-    for plain in stored.pairs():
-        a, b, last = plain.a.name, plain.b.name, plain.module.rpartition(".")[2]
-        merged = is_merged(tensors, a, b)
-        if merged and enabled is None:
-            raise enable_needed(tensors, plain.module, a, b)
-        if enabled and (merged or (sum(enabled) == 1 and last in FUSED)):
-            pairs += split(tensors, plain.module, a, b, enabled)
-            fused[plain.module] = parts_of(tensors, plain.module, b, enabled)
-        elif norms := stored.modules[plain.module].get("magnitude"):
-            pairs.append(replace(plain, variant=DORA, magnitude=tensor(norms)))
-        else:
-            pairs.append(plain)
-    return pairs, fused

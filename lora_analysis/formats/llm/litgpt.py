@@ -15,8 +15,8 @@ from lora_analysis.errors import UnsupportedMethodError
 from lora_analysis.formats.build import AdapterParts, stated_alpha
 from lora_analysis.formats.factors import StoredPair
 from lora_analysis.formats.key_scheme import KeyPattern, KeyScheme, StoredModules
-from lora_analysis.formats.llm.trainer_settings import count, number, trainer_settings
 from lora_analysis.formats.merged import enable_needed, is_merged, merged_finding, split
+from lora_analysis.formats.sources import setting_count, setting_number, trainer_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -58,17 +58,29 @@ def _complete(stored: StoredModules) -> AdapterParts:
                 "adapter with the version that wrote it."
             )
             raise UnsupportedMethodError(message)
-        if plain.module.endswith(".attn.qkv"):
-            pairs += _qkv(tensors, plain, run, model, stored.options)
-            fused += 1
-        else:
+        if not plain.module.endswith(".attn.qkv"):
             pairs.append(plain)
+            continue
+        a, b = plain.a.name, plain.b.name
+        enabled = stored.options.enable_lora or _enabled(tensors, a, b, run)
+        if enabled is None:
+            if is_merged(tensors, a, b):
+                raise enable_needed(tensors, plain.module, a, b)
+            message = (
+                f"{tensors.file_of(a)}: '{plain.module}' adapts one of q, k and v, and nothing "
+                "says which. Pass enable_lora= (command line: --enable-lora 1,0,0), or put "
+                "litgpt's hyperparameters.yaml beside the file."
+            )
+            raise UnsupportedMethodError(message)
+        widths = _widths(tensors, plain, enabled, model, stored.options)
+        pairs += split(tensors, plain.module, a, b, enabled, widths=widths)
+        fused += 1
     if model.get("mlp_class_name") in _GATED:
         pairs = [_renamed(pair) for pair in pairs]
     base_model = run.get("checkpoint_dir")
     return AdapterParts(
         pairs=pairs,
-        scale=stated_alpha(number(run.get("lora_alpha"))),
+        scale=stated_alpha(setting_number(run.get("lora_alpha"))),
         reason="no hyperparameters.yaml with lora_alpha lies beside the file",
         findings=(*merged_finding(fused, interleaved=False), *stored.not_analyzed()),
         files=tuple(file for file in settings if file.is_file()),
@@ -85,28 +97,6 @@ def _renamed(pair: StoredPair) -> StoredPair:
     if not match or not part:
         return pair
     return StoredPair(f"model.layers.{match['index']}.{part}", pair.a, pair.b)
-
-
-def _qkv(
-    tensors: NamedTensors,
-    plain: StoredPair,
-    run: Mapping[str, Any],
-    model: Mapping[str, Any],
-    options: ReadOptions,
-) -> list[StoredPair]:
-    a, b = plain.a.name, plain.b.name
-    enabled = options.enable_lora or _enabled(tensors, a, b, run)
-    if enabled is None:
-        if is_merged(tensors, a, b):
-            raise enable_needed(tensors, plain.module, a, b)
-        message = (
-            f"{tensors.file_of(a)}: '{plain.module}' adapts one of q, k and v, and nothing says "
-            "which. Pass enable_lora= (command line: --enable-lora 1,0,0), or put litgpt's "
-            "hyperparameters.yaml beside the file."
-        )
-        raise UnsupportedMethodError(message)
-    widths = _widths(tensors, plain, enabled, model, options)
-    return split(tensors, plain.module, a, b, enabled, widths=widths)
 
 
 def _enabled(
@@ -138,8 +128,8 @@ def _widths(
     if len(enabled) != 3 or sum(enabled) == 1 or not enabled[0]:
         return None
     rows = tensors.infos[plain.b.name].shape[0]
-    heads = count(model.get("n_head"))
-    groups = count(model.get("n_query_groups")) or heads
+    heads = setting_count(model.get("n_head"))
+    groups = setting_count(model.get("n_query_groups")) or heads
     if options.heads is not None:
         heads, groups = options.heads
     if heads is None or groups is None:

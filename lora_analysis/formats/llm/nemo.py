@@ -15,13 +15,18 @@ from lora_analysis.errors import MalformedFileError, UnsupportedMethodError
 from lora_analysis.formats.build import AdapterParts, stated_alpha
 from lora_analysis.formats.factors import StoredPair
 from lora_analysis.formats.key_scheme import KeyPattern, KeyScheme, StoredModules
-from lora_analysis.formats.llm.trainer_settings import count, number, trainer_settings
-from lora_analysis.formats.sources import AdapterFiles
-from lora_analysis.formats.unknown import refuse_rank_part
+from lora_analysis.formats.sources import (
+    AdapterFiles,
+    refuse_rank_part,
+    setting_count,
+    setting_number,
+    trainer_settings,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from lora_analysis.finding import Finding
     from lora_analysis.formats.options import ReadOptions
     from lora_analysis.storage.tensors import NamedTensors
 
@@ -81,20 +86,31 @@ def _complete(stored: StoredModules) -> AdapterParts:
     path, tensors = stored.path, stored.tensors
     pairs: list[StoredPair] = []
     for plain in stored.pairs():
-        module = _module(plain.module)
+        match = _LAYER.fullmatch(plain.module)
+        part = match and _PARTS.get(match["part"])
+        module = f"model.layers.{match['index']}.{part}" if match and part else plain.module
         if module.endswith(_QKV):
             pairs += _unfused(tensors, plain, module.removesuffix("qkv"), stored.options)
         elif module.endswith(_FC1) and (width := _gate_width(path, tensors, plain)):
-            pairs += _gate_and_up(plain, module.removesuffix(_FC1), width)
+            prefix = module.removesuffix(_FC1)
+            for name, rows in (("gate", slice(0, width)), ("up", slice(width, 2 * width))):
+                pairs.append(StoredPair(f"{prefix}mlp.{name}_proj", plain.a, plain.b.rows(rows)))
         else:
             pairs.append(StoredPair(module, plain.a, plain.b))
     alpha, config = _alpha(path)
-    fused = sum(pair.module.endswith(".linear_fc1") for pair in pairs)
+    findings: list[Finding | str] = [*stored.not_analyzed()]
+    if fused := sum(pair.module.endswith(".linear_fc1") for pair in pairs):
+        text = (
+            f"{fused} modules linear_fc1 are kept whole: the rows of B are Megatron's own, gate "
+            "above up in every tensor-parallel part. A model_config.yaml beside the file that "
+            "states ffn_hidden_size and tensor_model_parallel_size 1 has them split."
+        )
+        findings.insert(0, text)
     return AdapterParts(
         pairs=pairs,
         scale=stated_alpha(alpha),
         reason="no model_config.yaml or run_config.yaml with one alpha lies beside the file",
-        findings=(*_fc1_finding(fused), *stored.not_analyzed()),
+        findings=findings,
         files=() if config is None else (config,),
     )
 
@@ -108,16 +124,10 @@ class _NeMo(KeyScheme):
 FORMAT: Final = _NeMo("nemo", (_KEY,), _complete, is_marked=_is_marked, check=_check)
 
 
-def _module(stored: str) -> str:
-    match = _LAYER.fullmatch(stored)
-    part = match and _PARTS.get(match["part"])
-    return f"model.layers.{match['index']}.{part}" if match and part else stored
-
-
 def _alpha(path: Path) -> tuple[float | None, Path | None]:
     for name in _CONFIGS:
         config = path.with_name(name)
-        if (alpha := number(trainer_settings(config).get("alpha"))) is not None:
+        if (alpha := setting_number(trainer_settings(config).get("alpha"))) is not None:
             return alpha, config
     return None, None
 
@@ -164,26 +174,8 @@ def _gate_width(path: Path, tensors: NamedTensors, plain: StoredPair) -> int | N
     rows = tensors.infos[plain.b.name].shape[0]
     for name in _CONFIGS:
         settings = trainer_settings(path.with_name(name))
-        width = count(settings.get("ffn_hidden_size"))
-        whole = count(settings.get("tensor_model_parallel_size")) == 1
+        width = setting_count(settings.get("ffn_hidden_size"))
+        whole = setting_count(settings.get("tensor_model_parallel_size")) == 1
         if whole and width is not None and rows == 2 * width:
             return width
     return None
-
-
-def _gate_and_up(plain: StoredPair, prefix: str, width: int) -> list[StoredPair]:
-    """Return the pairs of both, which share A."""
-    return [
-        StoredPair(f"{prefix}mlp.{part}_proj", plain.a, plain.b.rows(rows))
-        for part, rows in (("gate", slice(0, width)), ("up", slice(width, 2 * width)))
-    ]
-
-
-def _fc1_finding(modules: int) -> list[str]:
-    if not modules:
-        return []
-    return [
-        f"{modules} modules linear_fc1 are kept whole: the rows of B are Megatron's own, gate "
-        "above up in every tensor-parallel part. A model_config.yaml beside the file that states "
-        "ffn_hidden_size and tensor_model_parallel_size 1 has them split."
-    ]

@@ -17,16 +17,15 @@ from lora_analysis.errors import MalformedFileError
 from lora_analysis.formats.build import AdapterParts, stated_alpha
 from lora_analysis.formats.factors import StoredPair, finite_number
 from lora_analysis.formats.key_scheme import KeyPattern, KeyScheme, StoredModules
-from lora_analysis.formats.llm.trainer_settings import number, trainer_settings
 from lora_analysis.formats.peft.adapter_config import CONFIG_NAME
 from lora_analysis.formats.peft.module_pairs import DORA
-from lora_analysis.formats.rotary import in_halves, vector_in_halves
-from lora_analysis.formats.sources import config_at
-from lora_analysis.formats.stored import tensor
+from lora_analysis.formats.sources import config_at, setting_number, trainer_settings
+from lora_analysis.formats.stored import in_halves, tensor
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from lora_analysis.finding import Finding
     from lora_analysis.formats.options import ReadOptions
     from lora_analysis.storage.tensors import NamedTensors
 
@@ -56,12 +55,20 @@ def _complete(stored: StoredModules) -> AdapterParts:
     norms = {module: keys.get("magnitude") for module, keys in stored.modules.items()}
     pairs = [_pair(stored.tensors, plain, norms[plain.module], order) for plain in stored.pairs()]
     alpha, config = _alpha(stored.path)
-    unordered = [pair.module for pair in pairs if pair.variant == _OTHER_ORDER]
+    findings: list[Finding | str] = [*stored.not_analyzed()]
+    if unordered := [pair.module for pair in pairs if pair.variant == _OTHER_ORDER]:
+        text = (
+            f"Output side not to be used: the rows of B of {len(unordered)} q and k modules "
+            f"(first: '{unordered[0]}') may be in Meta's order, and neither heads= (command line: "
+            "--heads 32,8) nor a config.json of the base beside the file tells. Singular values "
+            "and the input side do not depend on it."
+        )
+        findings.insert(0, text)
     return AdapterParts(
         pairs=pairs,
         scale=stated_alpha(alpha),
         reason="the file states no alpha, nor does a configuration of the run beside it",
-        findings=(*_order_finding(unordered), *stored.not_analyzed()),
+        findings=findings,
         files=() if config is None else (config,),
     )
 
@@ -76,7 +83,7 @@ def _alpha(path: Path) -> tuple[float | None, Path | None]:
         return alpha, exported
     for folder in (path.parent, path.absolute().parent.parent):
         run = folder / "torchtune_config.yaml"
-        if (alpha := number(trainer_settings(run).get("lora_alpha"))) is not None:
+        if (alpha := setting_number(trainer_settings(run).get("lora_alpha"))) is not None:
             return alpha, run
     return None, None
 
@@ -104,7 +111,11 @@ def _order(path: Path, options: ReadOptions) -> _Order:
 
 
 def _pair(tensors: NamedTensors, plain: StoredPair, norm: str | None, order: _Order) -> StoredPair:
-    pair = replace(plain, module=_base_module(plain.module))
+    module = _OUTSIDE.get(plain.module, plain.module)
+    if match := _LAYER.fullmatch(plain.module):
+        part = _PARTS.get(match["part"])
+        module = module if part is None else f"model.layers.{match['index']}.{part}"
+    pair = replace(plain, module=module)
     if norm is not None:
         pair = replace(pair, variant=DORA, magnitude=tensor(norm))
     rotated = _ROTATED.fullmatch(plain.module)
@@ -120,24 +131,5 @@ def _pair(tensors: NamedTensors, plain: StoredPair, norm: str | None, order: _Or
         )
         raise MalformedFileError(message)
     if pair.magnitude is not None:
-        pair = replace(pair, magnitude=vector_in_halves(pair.magnitude, shape[0], heads))
-    return replace(pair, b=in_halves(plain.b, *shape, heads))
-
-
-def _base_module(module: str) -> str:
-    """Return the name of a module in Hugging Face's models; unknown ones as they are."""
-    if match := _LAYER.fullmatch(module):
-        part = _PARTS.get(match["part"])
-        return module if part is None else f"model.layers.{match['index']}.{part}"
-    return _OUTSIDE.get(module, module)
-
-
-def _order_finding(modules: list[str]) -> list[str]:
-    if not modules:
-        return []
-    return [
-        f"Output side not to be used: the rows of B of {len(modules)} q and k modules (first: "
-        f"'{modules[0]}') may be in Meta's order, and neither heads= (command line: --heads 32,8) "
-        "nor a config.json of the base beside the file tells. Singular values and the input side "
-        "do not depend on it."
-    ]
+        pair = replace(pair, magnitude=in_halves(pair.magnitude, shape[:1], heads))
+    return replace(pair, b=in_halves(plain.b, shape, heads))

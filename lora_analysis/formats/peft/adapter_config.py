@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CONFIG_NAME: Final = "adapter_config.json"
+WEIGHTS_NAME: Final = "adapter_model.safetensors"
 
 # More layers than any model has; a range is written out, and must not cost memory.
 _MAX_LAYERS: Final = 10_000

@@ -17,7 +17,7 @@ from lora_analysis.names import may_be_tied
 from lora_analysis.patterns import layer_index, matches_target
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from lora_analysis.formats.peft.adapter_config import PeftConfig
 
@@ -54,8 +54,18 @@ def config_gaps(config: PeftConfig, stored: StoredModules) -> list[Finding]:
     if config.path is None:
         return []
     findings = [*_target_findings(config, stored), *_layer_findings(config, stored)]
-    if config.modules_to_save:
-        findings += _saved_findings(config, stored)
+    heads = _HEADS.get(str(config.raw.get("task_type")), ())
+    modules = {module for name in stored.saved for module in _owners(name)}
+    present = _endings(modules, _modules_to_save(config))
+    head_stored = not present.isdisjoint(heads)
+    missing = [
+        entry
+        for entry in dict.fromkeys(config.modules_to_save)
+        if entry not in present and not (entry in heads and head_stored)
+    ]
+    if missing:
+        fields = {"modules": missing[:_MAX_LISTED], "of": len(set(config.modules_to_save))}
+        findings.append(Finding("config-saved-missing", fields))
     bias = config.raw.get("bias")
     if isinstance(bias, str) and bias not in ("", "none") and not stored.biases:
         findings.append(Finding("config-biases-missing", {"bias": bias}))
@@ -103,29 +113,21 @@ def _is_tied(modules: Iterable[str]) -> bool:
     return any(map(may_be_tied, modules))
 
 
-def _targets(config: PeftConfig) -> str | list[str] | None:
-    """Return ``target_modules`` if modules can be compared with it."""
-    targets = config.raw.get("target_modules")
-    if isinstance(targets, str):
-        return None if targets.lower() == "all-linear" else targets
-    if isinstance(targets, list) and targets and all(isinstance(name, str) for name in targets):
-        return None if any(name.lower() == "all-linear" for name in targets) else targets
-    return None
-
-
 def _target_findings(config: PeftConfig, stored: StoredModules) -> list[Finding]:
-    targets = _targets(config)
     findings = _excluded_findings(config, stored) if config.raw.get("exclude_modules") else []
-    if targets is None:
+    targets = config.raw.get("target_modules")
+    entries = [targets] if isinstance(targets, str) else targets
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+        return findings
+    if not entries or any(entry.lower() == "all-linear" for entry in entries):
         return findings
     names = [*stored.adapted, *stored.pruned]
     if isinstance(targets, list):
         ends = {end for name in names for end in _ends(name)}
-        missing = [target for target in targets if target not in ends]
-        if missing:
+        if missing := [target for target in targets if target not in ends]:
             fields = {"targets": missing[:_MAX_LISTED], "count": len(missing), "of": len(targets)}
             findings.append(Finding("config-targets-missing", fields))
-    pool = targets if isinstance(targets, str) else frozenset(targets)
+    pool = targets if isinstance(targets, str) else frozenset(entries)
     try:
         beyond = [name for name in stored.adapted if not _is_target(config, name, pool)]
     except InputError as error:  # an expression that PEFT cannot use either
@@ -190,12 +192,24 @@ def _layer_findings(config: PeftConfig, stored: StoredModules) -> list[Finding]:
             layers.setdefault(_NUMBER.sub("*", name, count=1), set()).add(index)
     if not layers:
         return []
-    chosen = _layers_to_transform(config)
-    if chosen:
-        return _chosen_findings(chosen, set.union(*layers.values()))
+    fields: dict[str, object]
+    entry = config.raw.get("layers_to_transform")
+    chosen = entry if isinstance(entry, list) else [entry]
+    if chosen and all(type(layer) is int for layer in chosen):
+        present, ordered = set.union(*layers.values()), sorted(set(chosen))
+        missing = [layer for layer in ordered if layer not in present]
+        if not _looks_lost([layer in present for layer in ordered]):
+            missing = []
+        beyond = sorted(present.difference(chosen))
+        fields = {"missing": missing[:_MAX_LISTED], "beyond": beyond[:_MAX_LISTED]}
+        return [Finding("config-layers-differ", fields)] if missing or beyond else []
     if _selects_layers(config):
         return []
-    gaps = {kind: missing for kind, indices in layers.items() if (missing := _gap(indices))}
+    gaps: dict[str, list[int]] = {}
+    for kind, indices in layers.items():
+        span = range(min(indices), max(indices) + 1)
+        if len(span) <= _MAX_LAYERS and _looks_lost([index in indices for index in span]):
+            gaps[kind] = [index for index in span if index not in indices]
     if not gaps:
         return []
     kind, missing = next(iter(gaps.items()))
@@ -208,28 +222,6 @@ def _layer_findings(config: PeftConfig, stored: StoredModules) -> list[Finding]:
     return [Finding("layers-missing", fields)]
 
 
-def _chosen_findings(chosen: Collection[int], present: Collection[int]) -> list[Finding]:
-    """Return how the layers with factors differ from those in ``layers_to_transform``."""
-    ordered = sorted(chosen)
-    missing = [layer for layer in ordered if layer not in present]
-    if not _looks_lost([layer in present for layer in ordered]):
-        missing = []
-    beyond = sorted(set(present) - set(chosen))
-    if not missing and not beyond:
-        return []
-    fields = {"missing": missing[:_MAX_LISTED], "beyond": beyond[:_MAX_LISTED]}
-    return [Finding("config-layers-differ", fields)]
-
-
-def _layers_to_transform(config: PeftConfig) -> set[int] | None:
-    layers = config.raw.get("layers_to_transform")
-    if type(layers) is int:
-        return {layers}
-    if isinstance(layers, list) and layers and all(type(layer) is int for layer in layers):
-        return set(layers)
-    return None
-
-
 def _selects_layers(config: PeftConfig) -> bool:
     """Return True if the config may name single layers itself, in a pattern or in full."""
     texts: list[str] = []
@@ -239,14 +231,6 @@ def _selects_layers(config: PeftConfig) -> bool:
         texts += [text for text in values if isinstance(text, str)]
     texts += config.target_parameters
     return any(_DIGIT.search(re.sub(r"(?<=[A-Za-z_])\d+", "", text)) for text in texts)
-
-
-def _gap(indices: Collection[int]) -> list[int]:
-    """Return the layers that a type lacks between its first and last one, if that looks lost."""
-    span = range(min(indices), max(indices) + 1)
-    if len(span) > _MAX_LAYERS or not _looks_lost([index in indices for index in span]):
-        return []
-    return [index for index in span if index not in indices]
 
 
 def _looks_lost(members: Sequence[bool]) -> bool:
@@ -262,39 +246,3 @@ def _looks_lost(members: Sequence[bool]) -> bool:
         all(members[i] == members[i + period] for i in range(len(members) - period))
         for period in range(2, len(members) // 2 + 1)
     )
-
-
-def _saved_findings(config: PeftConfig, stored: StoredModules) -> list[Finding]:
-    """Return the entries of ``modules_to_save`` of which no tensor is stored."""
-    heads = _HEADS.get(str(config.raw.get("task_type")), ())
-    modules = {module for name in stored.saved for module in _owners(name)}
-    present = _endings(modules, _modules_to_save(config))
-    head_stored = not present.isdisjoint(heads)
-    missing = [
-        entry
-        for entry in dict.fromkeys(config.modules_to_save)
-        if entry not in present and not (entry in heads and head_stored)
-    ]
-    if not missing:
-        return []
-    fields = {"modules": missing[:_MAX_LISTED], "of": len(set(config.modules_to_save))}
-    return [Finding("config-saved-missing", fields)]
-
-
-def rank_finding(
-    config: PeftConfig, names: Mapping[str, str], ranks: Mapping[str, int]
-) -> list[Finding]:
-    """Return the finding about ranks that differ from the config's; AdaLoRA cuts its own."""
-    config_ranks = {module: config.stated_rank(names.get(module, module)) for module in ranks}
-    differing = [module for module in ranks if config_ranks[module] not in (None, ranks[module])]
-    if not differing or config.adalora:
-        return []
-    first = differing[0]
-    fields = {
-        "modules": len(differing),
-        "of": len(ranks),
-        "first": first,
-        "stated": config_ranks[first],
-        "rank": ranks[first],
-    }
-    return [Finding("config-rank-differs", fields)]

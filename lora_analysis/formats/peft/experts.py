@@ -20,6 +20,7 @@ from lora_analysis.finding import Finding
 from lora_analysis.formats.factors import StoredPair
 from lora_analysis.formats.stored import tensor
 from lora_analysis.patterns import matches_target
+from lora_analysis.storage.limits import MAX_EXPERTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,10 +33,9 @@ if TYPE_CHECKING:
 _INSIDE: Final = ".base_layer"
 # Every model with such experts registers the first projections before the last.
 _REGISTERED: Final = ("gate_up_proj", "gate_proj", "up_proj", "w1", "v1", "w3", "down_proj", "w2")
-_MAX_EXPERTS: Final = 4096
 # Before this version PEFT took the axes as (expert, in, out) for every model.
 _ORDERED_SINCE: Final = (0, 19)
-_MARK: Final = "unsloth_fixed"
+UNSLOTH_MARK: Final = "unsloth_fixed"
 _ORDER_REASONS: Final = {
     "caller": "as the caller chose",
     "mark": "by Unsloth's mark in the config, auto_mapping.unsloth_fixed",
@@ -73,7 +73,7 @@ def expert_pairs(
     parameter that is a matrix) goes by the name of its parameter.
     """
     owner = _strip_nesting(pair.module)
-    if not config.target_parameters or _is_target_module(owner, config):
+    if _is_target_module(owner, config):
         return None
     # Targets are full names of parameters, or their last segments.
     split_targets = [target.rpartition(".") for target in config.target_parameters]
@@ -94,7 +94,12 @@ def expert_pairs(
             f"{len(targets)} of its parameters: {', '.join(targets)}."
         )
         raise MalformedFileError(message)
-    shapes = [_features(tensors, factors[level]) for level in levels]
+    shapes = []
+    for stored in (factors[level] for level in levels):
+        # The columns of A and the rows of B do not depend on the number of experts.
+        a = tensors.infos[stored["A"]].shape if "A" in stored else ()
+        b = tensors.infos[stored["B"]].shape if "B" in stored else ()
+        shapes.append(((a[-1] if len(a) == 2 else 0), (b[0] if len(b) == 2 else 0)))
     ordered = registered_order(targets)
     # Shapes that allow only the other order decide.
     if ordered == ["gate_up_proj", "down_proj"] and not _fit(*shapes) and _fit(*shapes[::-1]):
@@ -135,13 +140,6 @@ def registered_order(parameters: list[str]) -> list[str]:
     return parameters
 
 
-def _features(tensors: NamedTensors, stored: Mapping[FactorRole, str]) -> tuple[int, int]:
-    """Return the columns of A and the rows of B, whatever the number of experts."""
-    a = tensors.infos[stored["A"]].shape if "A" in stored else ()
-    b = tensors.infos[stored["B"]].shape if "B" in stored else ()
-    return (a[-1] if len(a) == 2 else 0), (b[0] if len(b) == 2 else 0)
-
-
 def _fit(gate_up: tuple[int, int], down: tuple[int, int]) -> bool:
     return _fit_inputs(gate_up, down) or _fit_inputs(gate_up[::-1], down[::-1])
 
@@ -172,16 +170,9 @@ def expert_order(config: PeftConfig, options: ReadOptions) -> tuple[ExpertOrder,
     if options.expert_order is not None:
         return options.expert_order, "caller"
     mapping = config.raw.get("auto_mapping")
-    if isinstance(mapping, dict) and mapping.get(_MARK) is True:
+    if isinstance(mapping, dict) and mapping.get(UNSLOTH_MARK) is True:
         return "expert-slowest", "mark"
     return "expert-fastest", "default"
-
-
-def without_mark(mapping: object) -> object:
-    """Return ``auto_mapping`` without Unsloth's mark: this package writes PEFT's order."""
-    if not isinstance(mapping, dict):
-        return mapping
-    return {key: value for key, value in mapping.items() if key != _MARK} or None
 
 
 def _count_experts(
@@ -209,7 +200,7 @@ def _count_experts(
             raise MalformedFileError(message)
         return options.experts
     rank = config.stated_rank(name)
-    if rank is None or rows % rank or not 0 < rows // rank <= _MAX_EXPERTS:
+    if rank is None or rows % rank or not 0 < rows // rank <= MAX_EXPERTS:
         message = (
             f"{path}: the {rows} rows of '{pair.a.name}' are those of all experts; the config "
             f"gives rank {rank}, from which their number does not follow. Pass experts=, the "
@@ -283,10 +274,10 @@ def shared_pairs(path: object, tensors: NamedTensors, pair: StoredPair) -> Exper
     """
     a, b = pair.a.shape(tensors), pair.b.shape(tensors)
     experts = max(a[0], b[0])
-    if experts > _MAX_EXPERTS:
+    if experts > MAX_EXPERTS:
         message = (
             f"{path}: '{pair.module}' has factors {a} and {b} of {experts} experts; the limit is "
-            f"{_MAX_EXPERTS}."
+            f"{MAX_EXPERTS}."
         )
         raise MalformedFileError(message)
     owner, _, parameter = pair.module.rpartition(".")

@@ -8,22 +8,23 @@ it. Parts that were not gathered are refused, with the tool that gathers them.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from lora_analysis.errors import InputError, SourceError, UnsupportedMethodError
 from lora_analysis.finding import Finding
-from lora_analysis.formats.build import AdapterParts, beside_finding, build_adapter
+from lora_analysis.formats.build import AdapterParts, build_adapter
 from lora_analysis.formats.peft.adapter_config import CONFIG_NAME, PeftConfig, read_peft_config
 from lora_analysis.formats.peft.module_pairs import module_pairs
 from lora_analysis.formats.peft.tensor_keys import has_factors, sort_keys
-from lora_analysis.formats.sources import AdapterFiles, Format, tensors_at
-from lora_analysis.formats.unknown import refuse_rank_part
-from lora_analysis.storage.safetensors import Header, TensorInfo
+from lora_analysis.formats.side_tensors import side_finding
+from lora_analysis.formats.sources import AdapterFiles, Format, refuse_rank_part, tensors_at
+from lora_analysis.storage.safetensors import Header
 from lora_analysis.storage.tensors import TensorFiles, open_tensors
 from lora_analysis.text import plural
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from pathlib import Path
 
     from lora_analysis.adapter import Adapter
@@ -72,7 +73,11 @@ class _FrameworkDump(Format):
             raise UnsupportedMethodError(message)
         refuse_rank_part(path)
         whole = open_tensors(path, allow_pickle=options.allow_pickle)
-        tensors = _only(whole, _renamed(whole.infos))
+        infos = {
+            key: replace(whole.infos[stored], name=key)
+            for key, stored in _renamed(whole.infos).items()
+        }
+        tensors = TensorFiles.of(path, Header(whole.metadata, infos))
         _check_gathered(path, tensors)
         keys = sort_keys(path, tensors.infos)
         if name is None and len(keys.factors) == 1:
@@ -84,7 +89,8 @@ class _FrameworkDump(Format):
         config = _config(path)
         content = module_pairs(path, tensors, keys, name, config=config, options=options)
         saved = [key for stored in keys.saved.values() for key in stored.values()]
-        copies = keys.notes.pop("copies of base weights", [])
+        base = [*keys.notes.pop("copies of base weights", []), *saved]
+        fields = {"count": len(base), "tensors": plural(len(base), "tensor"), "keys": base}
         parts = AdapterParts(
             pairs=content.pairs,
             scale=lambda pair, rank: config.stated_scale(
@@ -93,8 +99,8 @@ class _FrameworkDump(Format):
             reason=f"no {CONFIG_NAME} lies beside the dump",
             findings=(
                 *content.findings,
-                *_base_finding([*copies, *saved]),
-                *(line for what, n in keys.notes.items() for line in beside_finding(what, n)),
+                *([Finding("base-tensors", fields)] if base else []),
+                *(line for what, n in keys.notes.items() for line in side_finding(what, n)),
             ),
             files=() if config.path is None else (config.path,),
             base_model=config.base_model,
@@ -122,15 +128,6 @@ def _renamed(infos: Mapping[str, TensorSpec]) -> dict[str, str]:
     return {match["name"]: key for key in infos if (match := _WAY.fullmatch(key))}
 
 
-def _only(whole: TensorFiles, names: Mapping[str, str]) -> TensorFiles:
-    """Return some of a file's tensors under PEFT's names."""
-    infos = {}
-    for name, stored in names.items():
-        info = whole.infos[stored]
-        infos[name] = TensorInfo(name, info.dtype, info.shape, info.start, info.stop, info.strides)
-    return TensorFiles.of(whole.path, Header(whole.metadata, infos))
-
-
 def _check_gathered(path: Path, tensors: TensorFiles) -> None:
     for key, info in tensors.infos.items():
         if has_factors([key]) and (len(info.shape) < 2 or 0 in info.shape):
@@ -153,10 +150,3 @@ def _config(path: Path) -> PeftConfig:
         raise
     except InputError:
         return PeftConfig()
-
-
-def _base_finding(keys: Sequence[str]) -> list[Finding]:
-    if not keys:
-        return []
-    fields = {"tensors": plural(len(keys), "tensor"), "keys": list(keys)}
-    return [Finding("base-tensors", {"count": len(keys), **fields})]

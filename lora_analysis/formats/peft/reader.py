@@ -1,6 +1,7 @@
 """Adapters that PEFT saved: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-If the caller allows pickles, ``adapter_model.bin`` as well.
+If the caller allows pickles, ``adapter_model.bin`` as well. The files are found from any path that
+names them.
 
 Reference: PEFT 0.21, ``tuners/lora/layer.py`` (scale) and ``utils/save_and_load.py`` (keys).
 """
@@ -8,7 +9,9 @@ Reference: PEFT 0.21, ``tuners/lora/layer.py`` (scale) and ``utils/save_and_load
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.adapter import Adapter, Provenance
@@ -30,29 +33,19 @@ from lora_analysis.formats.factors import (
     update_loaders,
 )
 from lora_analysis.formats.fused_parts import FUSED_PARTS, split_parts
-from lora_analysis.formats.initial import StoredStart, check_start, less_starts, offset_finding
+from lora_analysis.formats.fused_parts import METADATA as FUSED_METADATA
+from lora_analysis.formats.initial import StoredStart, check_start, less_start, offset_finding
+from lora_analysis.formats.merged import PEFT_MERGED, read_merged_linear
 from lora_analysis.formats.peft.adapter_config import (
     CONFIG_NAME,
+    WEIGHTS_NAME,
     PeftConfig,
     method_of,
+    names_a_method,
     read_peft_config,
 )
-from lora_analysis.formats.peft.config_checks import (
-    StoredModules,
-    config_gaps,
-    rank_finding,
-    saves,
-)
-from lora_analysis.formats.peft.files import check_weights, locate_peft_files, side_files
-from lora_analysis.formats.peft.merged_linear import NAME as MERGED
-from lora_analysis.formats.peft.merged_linear import read_merged_linear
-from lora_analysis.formats.peft.module_pairs import (
-    ModulePairs,
-    divided_scale,
-    module_pairs,
-    no_tensors,
-)
-from lora_analysis.formats.peft.product_reader import PRODUCT_METHODS, read_products
+from lora_analysis.formats.peft.config_checks import StoredModules, config_gaps, saves
+from lora_analysis.formats.peft.module_pairs import GATHER, ModulePairs, module_pairs
 from lora_analysis.formats.peft.tensor_keys import (
     ALTERING,
     BASE_BIASES,
@@ -60,15 +53,19 @@ from lora_analysis.formats.peft.tensor_keys import (
     has_factors,
     sort_keys,
 )
+from lora_analysis.formats.products import PRODUCT_METHODS, read_products
 from lora_analysis.formats.side_tensors import side_tensors
 from lora_analysis.formats.sources import (
+    CONTAINER_SUFFIXES,
     AdapterFiles,
     AdapterRef,
     Format,
     label_of,
     resolve_source,
     run_facts,
+    tensors_at,
 )
+from lora_analysis.storage.documents import pickle_refused, read_json_object, regular_file_size
 from lora_analysis.storage.records import config_findings
 from lora_analysis.storage.source_names import shown_errors
 from lora_analysis.storage.tensors import LazyTensors, NamedTensors
@@ -77,10 +74,16 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from lora_analysis.adapter import SideTensor
+    from lora_analysis.adapter import ScaleOrigin
     from lora_analysis.formats.factors import StoredPair
     from lora_analysis.formats.options import InitialFactorsSource, ReadOptions
 
+_INDEX_NAME: Final = "adapter_model.safetensors.index.json"
+_PICKLE_NAME: Final = "adapter_model.bin"
+_STORED: Final = (WEIGHTS_NAME, _INDEX_NAME, _PICKLE_NAME)
+# The projector and other modules that LLaVA and others train in full: non_lora_trainables.bin,
+# non_lora_state_dict.bin.
+_SIDE_FILES: Final = "non_lora_*"
 _IN_FULL: Final = "stored in full"
 _UNNAMED: Final = "stored in full without being in modules_to_save"
 
@@ -100,7 +103,7 @@ class _PEFT(Format):
     def find(self, files: AdapterFiles, options: ReadOptions) -> list[AdapterRef]:
         """Return the adapter, or one for each name in the keys."""
         if files.config and files.config.get("enable_lora"):
-            return [AdapterRef(files.path, MERGED, label_of(files.path))]
+            return [AdapterRef(files.path, PEFT_MERGED, label_of(files.path))]
         names: list[str | None]
         try:
             tensors = files.open(options)
@@ -127,9 +130,10 @@ class _PEFT(Format):
             The update is not ``s·B·A`` on matrices.
         """
         if files.config and files.config.get("enable_lora"):
+            _check_weights(files, options)
             return read_merged_linear(files, options)
         if files.config and str(method_of(files.config)) in PRODUCT_METHODS:
-            check_weights(files, options)
+            _check_weights(files, options)
             return read_products(files, options)
         config = PeftConfig()
         if files.config_path is not None:
@@ -139,20 +143,24 @@ class _PEFT(Format):
         start = _start(files, stored, config, options)
         ranks = {pair.module: stored_rank(tensors, pair) for pair in pairs}
         scales = {
-            module: _stated_scale(stored, module, rank, config, options)
-            for module, rank in ranks.items()
+            pair.module: _stated_scale(
+                files, stored, pair, ranks[pair.module], config=config, options=options
+            )
+            for pair in pairs
         }
-        if files.scales and options.scale is None and options.alpha is None:
-            scales = {pair.module: _applied_scale(pair, files, scales) for pair in pairs}
         saved, others, empty = _saved_tensors(stored, config)
-        findings = [
-            *_config_findings(files, stored, config, ranks=ranks, scales=scales, others=others),
-            *_tensor_findings(files, others, empty),
-            *_start_findings(config, start),
-            *config_findings(tensors.metadata, config.raw, files.weights, files.config_path),
-        ]
+        findings = _findings(
+            files, stored, config, ranks=ranks, scales=scales, others=others, empty=empty
+        )
+        if start is not None:
+            name_of_start = config.subtracted or "an initialization the caller names"
+            findings.append(offset_finding(name_of_start))
+        elif config.start == "mica":
+            findings.append(Finding("mica"))
+        findings += config_findings(tensors.metadata, config.raw, files.weights, files.config_path)
         parts: dict[str, Any] = {}
-        if start is None:  # the initial factors are those of the whole weight
+        # Initial factors are those of the whole weight.
+        if start is None and FUSED_METADATA in tensors.metadata:
             pairs, scales, parts = split_parts(
                 tensors, pairs, scales, options, rslora=config.use_rslora
             )
@@ -164,13 +172,20 @@ class _PEFT(Format):
             rank for rank in (config.rank, *config.rank_pattern.values()) if rank is not None
         }
         loaders = update_loaders(tensors, pairs, scales, label=label, stated_ranks=config_ranks)
+        if start is not None:
+            for module, load in loaders.items():
+                loaders[module] = partial(less_start, load, start, config.start)
+        # Tensors next to the factors and the modules trained in full.
+        beside = {what: keys for what, keys in others.items() if what not in (_IN_FULL, _UNNAMED)}
+        harmless = {key for what, keys in beside.items() if what not in ALTERING for key in keys}
+        config_files = [files.config_path] if files.config_path and files.tensors is None else []
         return Adapter(
-            loaders if start is None else less_starts(loaders, start, config.start),
+            loaders,
             label=label,
             provenance=Provenance(
                 path=files.path if tensors.files else None,
                 format=self.name,
-                files=(*tensors.files, *_config_files(files)),
+                files=(*tensors.files, *config_files),
                 scale_origin={module: scale.origin for module, scale in scales.items()},
                 base_model=config.base_model,
                 rank=rank if start is None or rank is None else 2 * rank,
@@ -180,27 +195,65 @@ class _PEFT(Format):
             ),
             saved_modules=LazyTensors(tensors, saved),
             config={**config.raw, FUSED_PARTS: parts} if parts else config.raw,
-            side_tensors=_side_tensors(tensors, others) if others else {},
+            side_tensors=(
+                side_tensors(tensors, chain(*beside.values()), harmless=harmless) if beside else {}
+            ),
         )
 
 
 FORMAT: Final = _PEFT()
 
 
-def _config_files(files: AdapterFiles) -> list[Path]:
-    return [files.config_path] if files.config_path and files.tensors is None else []
+def locate_peft_files(path: Path, options: ReadOptions) -> AdapterFiles | None:
+    """Return the files of the adapter at ``path``: a folder, its config, weights or index.
+
+    Weights that ``path`` names are taken, else safetensors first, as PEFT does. Files of any other
+    name, and folders without a config of PEFT's, must hold factors. A broken config is taken for
+    PEFT's, so that reading the adapter reports what is wrong.
+    """
+    is_named = path.name in _STORED and path.is_file()
+    is_shard = (
+        path.match("adapter_model-*-of-*.safetensors") and path.with_name(_INDEX_NAME).is_file()
+    )
+    is_other = not (path.is_dir() or is_shard or path.name in (CONFIG_NAME, *_STORED))
+    if is_other and not (path.is_file() and _holds_factors(path, options)):
+        return None
+    folder = path if path.is_dir() else path.parent
+    stored = [folder / name for name in _STORED if (folder / name).is_file()]
+    first = stored[0] if stored else folder / WEIGHTS_NAME
+    weights = path if is_named or is_other else first
+    adapter_path = folder if weights == first else weights
+    config_path = folder / CONFIG_NAME
+    if config_path.exists():
+        try:
+            config = read_json_object(config_path)
+        except (MalformedFileError, SourceError):  # a pipe is not opened
+            return AdapterFiles(adapter_path, weights, config_path)
+        if names_a_method(config):
+            return AdapterFiles(adapter_path, weights, config_path, config)
+    if is_other:
+        return AdapterFiles(path, path)
+    if stored and _holds_factors(weights, options):
+        return AdapterFiles(adapter_path, weights, config_path if config_path.is_file() else None)
+    return None
 
 
-def _applied_scale(
-    pair: StoredPair, files: AdapterFiles, scales: Mapping[str, StatedScale]
-) -> StatedScale:
-    """Return the scale of a module, that of its live layer if it is not the config's."""
-    scale, applied = scales[pair.module], files.scales.get(pair.a.name)
-    if applied is None or (
-        scale.scale is not None and math.isclose(scale.scale, applied, rel_tol=1e-9)
-    ):
-        return scale
-    return StatedScale(applied, None, "model")
+def _holds_factors(weights: Path, options: ReadOptions) -> bool:
+    tensors = tensors_at(weights, options)
+    return tensors is not None and has_factors(tensors.infos)
+
+
+def _check_weights(files: AdapterFiles, options: ReadOptions) -> None:
+    """Raise if the weights are missing, or are a pickle that the caller has not allowed."""
+    if files.weights.is_file():
+        if files.weights.name == _PICKLE_NAME and not options.allow_pickle:
+            regular_file_size(files.weights)  # a Git LFS pointer is not a pickle
+            raise pickle_refused(files.weights)
+        return
+    folder = files.weights.parent
+    names = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6])
+    message = f"{folder}: {CONFIG_NAME} has no {WEIGHTS_NAME} beside it. The folder holds: {names}."
+    raise SourceError(message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,11 +269,31 @@ class _Stored:
 def _open(
     files: AdapterFiles, name: str | None, config: PeftConfig, options: ReadOptions
 ) -> _Stored:
+    """Open the weights of the adapter called ``name``, or of the only one."""
     if files.tensors is None:
-        check_weights(files, options)
+        _check_weights(files, options)
     tensors = files.open(options)
     keys = sort_keys(files.weights, tensors.infos)
-    chosen = _choose(files, keys, name)
+    names = list(keys.factors)
+    if not names:
+        if keys.saved or keys.notes:
+            first = ", ".join(list(keys.saved.get(None, {}))[:3]) or "none"
+            message = f"{files.weights}: no LoRA factors found. First tensors: {first}."
+        else:
+            message = (
+                f"{files.weights}: the file holds no tensors. DeepSpeed ZeRO-3 leaves such a file "
+                f"if the parts of the model were not gathered when it was saved. {GATHER}"
+            )
+        raise MalformedFileError(message)
+    if len(names) > 1 and None in names:
+        message = f"{files.weights}: some factors carry an adapter's name and others do not."
+        raise MalformedFileError(message)
+    chosen = names[0] if name is None and len(names) == 1 else name
+    if chosen not in names:
+        listed = ", ".join(f"'{files.path}#{n}'" for n in names if n) or "one without a name"
+        problem = "Several adapters are" if name is None else f"There is no adapter '{name}'"
+        message = f"{files.weights}: {problem} in this file. Read one of: {listed}."
+        raise SourceError(message)
     content = module_pairs(files.weights, tensors, keys, chosen, config=config, options=options)
     return _Stored(tensors, keys, chosen, content)
 
@@ -236,9 +309,21 @@ def _start(
         They have to be, and the caller gives none.
     """
     if options.initial is None:
-        if config.subtracted:
-            raise _start_needed(config)
-        return None
+        if not config.subtracted:
+            return None
+        recomputed = (
+            " For PiSSA and OLoRA, initial=initial_factors_from_base(base) computes them from the "
+            "base weights (command line: --trained-on BASE)."
+            if config.subtracted in ("PiSSA", "OLoRA")
+            else ""
+        )
+        message = (
+            f"{config.path}: init_lora_weights is '{config.start}': {config.subtracted} starts "
+            "from W - s·B0·A0, so B·A is not the update of the original weight. Pass initial= "
+            "(command line: --initial), the adapter as saved before training; or save it again "
+            f"with PEFT's path_initial_model_for_weight_conversion.{recomputed}"
+        )
+        raise UnsupportedMethodError(message)
     if callable(options.initial):
         return options.initial
     source = resolve_source(options.initial)
@@ -256,67 +341,39 @@ def _start(
     return start
 
 
-def _start_needed(config: PeftConfig) -> UnsupportedMethodError:
-    recomputed = (
-        " For PiSSA and OLoRA, initial=initial_factors_from_base(base) computes them from the base "
-        "weights (command line: --trained-on BASE)."
-        if config.subtracted in ("PiSSA", "OLoRA")
-        else ""
-    )
-    return UnsupportedMethodError(
-        f"{config.path}: init_lora_weights is '{config.start}': {config.subtracted} starts from "
-        "W - s·B0·A0, so B·A is not the update of the original weight. Pass initial= (command "
-        "line: --initial), the adapter as saved before training; or save it again with PEFT's "
-        f"path_initial_model_for_weight_conversion.{recomputed}"
-    )
-
-
-def _start_findings(config: PeftConfig, start: InitialFactorsSource | None) -> list[Finding | str]:
-    if start is not None:
-        name = config.subtracted or "an initialization the caller names"
-        return [offset_finding(name)]
-    if config.start == "mica":
-        return [Finding("mica")]
-    return []
-
-
 def _stated_scale(
-    stored: _Stored, module: str, rank: int, config: PeftConfig, options: ReadOptions
+    files: AdapterFiles,
+    stored: _Stored,
+    pair: StoredPair,
+    rank: int,
+    *,
+    config: PeftConfig,
+    options: ReadOptions,
 ) -> StatedScale:
-    """Return the multiplier of one module: the caller's, else the config's."""
-    if not config.adalora or options.scale is not None:
-        name = stored.content.config_names.get(module, module)
-        return callers_scale(options, rank, rslora=config.use_rslora) or config.stated_scale(
-            name, rank
-        )
-    alpha = config.alpha if options.alpha is None else options.alpha
-    if alpha is None:
-        return UNKNOWN_SCALE
-    divisor = stored.content.divisors.get(module)
-    scale = divided_scale(stored.tensors, divisor, alpha, rank, config.rank)
-    return scale if options.alpha is None else replace(scale, origin="caller")
+    """Return the multiplier of one module: the caller's, else its live layer's or the config's.
 
-
-def _choose(files: AdapterFiles, keys: SortedKeys, name: str | None) -> str | None:
-    """Return the adapter name of the factors that are read, None if keys state none."""
-    names = list(keys.factors)
-    if not names and not keys.saved and not keys.notes:
-        raise no_tensors(files.weights)
-    if not names:
-        first = ", ".join(list(keys.saved.get(None, {}))[:3]) or "none"
-        message = f"{files.weights}: no LoRA factors found. First tensors: {first}."
-        raise MalformedFileError(message)
-    if len(names) > 1 and None in names:
-        message = f"{files.weights}: some factors carry an adapter's name and others do not."
-        raise MalformedFileError(message)
-    if name is None and len(names) == 1:
-        return names[0]
-    if name in names:
-        return name
-    listed = ", ".join(f"'{files.path}#{each}'" for each in names if each) or "one without a name"
-    problem = "Several adapters are" if name is None else f"There is no adapter '{name}'"
-    message = f"{files.weights}: {problem} in this file. Read one of: {listed}."
-    raise SourceError(message)
+    AdaLoRA's is alpha over the rank before pruning: ``alpha/(ranknum + 1e-5)``, with ranknum as
+    stored (old files), else the rank that training started from; an alpha that is not positive
+    stands for the rank (PEFT, ``adalora/layer.py``).
+    """
+    if config.adalora and options.scale is None:
+        alpha = config.alpha if options.alpha is None else options.alpha
+        if alpha is None:
+            return UNKNOWN_SCALE
+        divisor = stored.content.divisors.get(pair.module)
+        ranknum = float(stored.tensors.read(divisor).reshape(-1)[0]) if divisor else 0.0
+        before = ranknum or float(config.rank or rank)
+        origin: ScaleOrigin = "config" if options.alpha is None else "caller"
+        return StatedScale((alpha if alpha > 0 else rank) / (before + 1e-5), alpha, origin)
+    if given := callers_scale(options, rank, rslora=config.use_rslora):
+        return given
+    name = stored.content.config_names.get(pair.module, pair.module)
+    scale, applied = config.stated_scale(name, rank), files.scales.get(pair.a.name)
+    if applied is None or (
+        scale.scale is not None and math.isclose(scale.scale, applied, rel_tol=1e-9)
+    ):
+        return scale
+    return StatedScale(applied, None, "model")
 
 
 def _saved_tensors(
@@ -343,16 +400,7 @@ def _saved_tensors(
     return saved, others, empty
 
 
-def _side_tensors(tensors: NamedTensors, others: Mapping[str, list[str]]) -> dict[str, SideTensor]:
-    """Return the tensors besides factors and modules trained in full."""
-    keys = {what: names for what, names in others.items() if what not in (_IN_FULL, _UNNAMED)}
-    harmless = {key for what, names in keys.items() if what not in ALTERING for key in names}
-    return side_tensors(
-        tensors, (key for names in keys.values() for key in names), harmless=harmless
-    )
-
-
-def _config_findings(
+def _findings(
     files: AdapterFiles,
     stored: _Stored,
     config: PeftConfig,
@@ -360,8 +408,9 @@ def _config_findings(
     ranks: Mapping[str, int],
     scales: Mapping[str, StatedScale],
     others: Mapping[str, list[str]],
+    empty: Sequence[str],
 ) -> list[Finding | str]:
-    """Return the findings about the config and how the factors differ from it."""
+    """Return how the factors differ from the config, and what is stored next to them."""
     pairs = stored.content
     findings: list[Finding | str] = []
     if files.config_path is None:
@@ -369,31 +418,32 @@ def _config_findings(
     elif config.assumed:
         findings.append(Finding("config-type-missing", {"config": CONFIG_NAME}))
     findings += scale_finding(scales, f"{CONFIG_NAME} states no lora_alpha")
-    findings += rank_finding(config, pairs.config_names, ranks)
+    names = {module: pairs.config_names.get(module, module) for module in ranks}
+    config_ranks = {module: config.stated_rank(name) for module, name in names.items()}
+    differing = [module for module in ranks if config_ranks[module] not in (None, ranks[module])]
+    if differing and not config.adalora:  # which cuts its ranks itself
+        first = differing[0]
+        fields = {"modules": len(differing), "of": len(ranks), "first": first}
+        fields |= {"stated": config_ranks[first], "rank": ranks[first]}
+        findings.append(Finding("config-rank-differs", fields))
     if config.raw.get("alora_invocation_tokens"):
         findings.append(Finding("alora"))
     findings += pairs.findings
     saved = {name for names in stored.keys.saved.values() for name in names}
     modules = StoredModules(
-        adapted=[pairs.config_names.get(module, module) for module in ranks],
+        adapted=list(names.values()),
         pruned=pairs.pruned,
         saved=[*saved, *stored.keys.full],
         biases=sum(name.endswith(".bias") for name in (*saved, *others.get(BASE_BIASES, ()))),
     )
-    return [*findings, *config_gaps(config, modules)]
-
-
-def _tensor_findings(
-    files: AdapterFiles, others: Mapping[str, list[str]], empty: Sequence[str]
-) -> list[Finding]:
-    """Return the findings about tensors and files next to the factors."""
-    findings = []
+    findings += config_gaps(config, modules)
     if empty:
         findings.append(Finding("empty-saved-tensors", {"count": len(empty), "first": empty[0]}))
-    for what, names in others.items():
+    for what, keys in others.items():
         code = "tensors-in-full" if what in (_IN_FULL, _UNNAMED) else "tensors-beside"
-        findings.append(Finding(code, {"count": len(names), "what": what, "first": names[0]}))
-    if files.tensors is not None:
-        return findings
-    folder = files.weights.parent
-    return [*findings, *(Finding("side-file", {"file": path.name}) for path in side_files(folder))]
+        findings.append(Finding(code, {"count": len(keys), "what": what, "first": keys[0]}))
+    if files.tensors is None:
+        paths = sorted(files.weights.parent.glob(_SIDE_FILES))
+        side_files = [path.name for path in paths if path.suffix in CONTAINER_SUFFIXES]
+        findings += [Finding("side-file", {"file": name}) for name in side_files]
+    return findings

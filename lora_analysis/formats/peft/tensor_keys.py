@@ -135,37 +135,35 @@ def sort_keys(path: object, keys: Iterable[str]) -> SortedKeys:
     UnsupportedMethodError
         A key belongs to a method whose update is not ``s·B·A``.
     """
-    sorted_keys = SortedKeys()
+    to = SortedKeys()
     for key in keys:
-        _sort_key(path, key, sorted_keys)
-    return sorted_keys
-
-
-def _sort_key(path: object, key: str, to: SortedKeys) -> None:
-    plain = _WRAPPERS.sub("", key).removeprefix(PREFIX)
-    segments = plain.split(".")
-    if "original_module" in segments:
-        to.note("frozen copies of modules trained in full", key)
-    elif not _PARTS.keys().isdisjoint(segments):
-        _sort_part(path, key, plain, to)
-    elif segments[-1] == "trainable_tokens_delta":
-        to.note(_TOKENS, key)
-    elif _TRAINING_ONLY in segments[-3:]:
-        to.note("VeLoRA's projection of activations, used in training only", key)
-    elif method := _other_method(segments):
-        message = (
-            f"{path}: tensor '{key}' belongs to {method}. Only plain LoRA on matrices, s·B·A, is "
-            "read."
-        )
-        raise UnsupportedMethodError(message)
-    elif "base_layer" in segments:
-        what = BASE_BIASES if segments[-1] == "bias" else "copies of base weights"
-        to.note(what, key)
-    elif match := _SAVED.fullmatch(plain):
-        name = f"{match['module']}.{match['rest']}"
-        to.saved.setdefault(match["adapter"], {})[name] = key
-    else:
-        to.saved.setdefault(None, {})[plain] = key
+        plain = _WRAPPERS.sub("", key).removeprefix(PREFIX)
+        segments = plain.split(".")
+        # Before these three (parameter, adapter's name, ".weight") come names of the base.
+        last = segments[-3:]
+        if "original_module" in segments:
+            to.note("frozen copies of modules trained in full", key)
+        elif not _PARTS.keys().isdisjoint(segments):
+            _sort_part(path, key, plain, to)
+        elif segments[-1] == "trainable_tokens_delta":
+            to.note(_TOKENS, key)
+        elif _TRAINING_ONLY in last:
+            to.note("VeLoRA's projection of activations, used in training only", key)
+        elif mark := next((m for s in last for m in _OTHER_METHODS if s.startswith(m)), None):
+            message = (
+                f"{path}: tensor '{key}' belongs to {_OTHER_METHODS[mark]}. Only plain LoRA on "
+                "matrices, s·B·A, is read."
+            )
+            raise UnsupportedMethodError(message)
+        elif "base_layer" in segments:
+            what = BASE_BIASES if segments[-1] == "bias" else "copies of base weights"
+            to.note(what, key)
+        elif match := _SAVED.fullmatch(plain):
+            name = f"{match['module']}.{match['rest']}"
+            to.saved.setdefault(match["adapter"], {})[name] = key
+        else:
+            to.saved.setdefault(None, {})[plain] = key
+    return to
 
 
 def _sort_part(path: object, key: str, plain: str, to: SortedKeys) -> None:
@@ -193,11 +191,3 @@ def _sort_part(path: object, key: str, plain: str, to: SortedKeys) -> None:
             message = f"{path}: '{stored[part]}' and '{key}' are both factor {part} of one module."
             raise MalformedFileError(message)
         stored[part] = key
-
-
-def _other_method(segments: list[str]) -> str | None:
-    for segment in segments[-3:]:  # parameter, adapter's name, ".weight": the rest is the base's
-        for mark, method in _OTHER_METHODS.items():
-            if segment.startswith(mark):
-                return method
-    return None

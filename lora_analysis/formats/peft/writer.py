@@ -5,7 +5,7 @@ metadata of its file, its types, its model card. Weights that were read without 
 scale is therefore unknown, are written without one.
 
 The experts of a stack are written as PEFT stores them: one pair of factors for all, see
-`formats.peft_experts`.
+`formats.peft.experts`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ import numpy as np
 
 from lora_analysis.errors import InputError, UnsupportedMethodError
 from lora_analysis.formats.fused_parts import FUSED_PARTS, parts_metadata
-from lora_analysis.formats.peft.adapter_config import CONFIG_NAME, refuse_more_than_factors
-from lora_analysis.formats.peft.experts import registered_order, without_mark
-from lora_analysis.formats.peft.files import WEIGHTS_NAME
+from lora_analysis.formats.peft.adapter_config import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    refuse_more_than_factors,
+)
+from lora_analysis.formats.peft.experts import UNSLOTH_MARK, registered_order
 from lora_analysis.formats.peft.tensor_keys import PREFIX, sort_keys
 from lora_analysis.formats.side_tensors import carried_metadata, side_output, source_format
 from lora_analysis.formats.written import (
@@ -100,10 +103,16 @@ def contents(adapter: Adapter) -> dict[str, Content]:
     config = _config(adapter, updates)
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
     metadata = {"format": "pt"} | carried_metadata(adapter, "peft") | parts_metadata(adapter)
+    documents: dict[str, Content] = {}
+    config_path = _config_path(adapter)
+    if source_format(adapter) == "peft" and config_path is not None:
+        for path in map(config_path.with_name, _DOCUMENTS):
+            if path.is_file() and path.stat().st_size <= _MAX_DOCUMENT_BYTES:
+                documents[path.name] = path.read_bytes()
     # The config is the mark: without it, half a folder is not taken for an adapter.
     return {
         WEIGHTS_NAME: safetensors_content(tensors, metadata, config=config),
-        **_documents(adapter),
+        **documents,
         CONFIG_NAME: f"{text}\n".encode(),
     }
 
@@ -121,19 +130,6 @@ def _config_path(adapter: Adapter) -> Path | None:
     """Return the config that an adapter was read with; an edited one's is that of its source."""
     paths = adapter.provenance.inputs
     return next((path for path in paths if path.name == CONFIG_NAME), None)
-
-
-def _documents(adapter: Adapter) -> dict[str, Content]:
-    """Return the model card and the license next to the config that an adapter was read with."""
-    config_path = _config_path(adapter)
-    if source_format(adapter) != "peft" or config_path is None:
-        return {}
-    paths = [config_path.with_name(name) for name in _DOCUMENTS]
-    return {
-        path.name: path.read_bytes()
-        for path in paths
-        if path.is_file() and path.stat().st_size <= _MAX_DOCUMENT_BYTES
-    }
 
 
 def _is_expert(update: UpdateOutline) -> bool:
@@ -264,11 +260,14 @@ def _config(adapter: Adapter, updates: Mapping[str, UpdateOutline]) -> dict[str,
     if stacks:  # tells a reader that A acts on the inputs, which it did not before 0.19
         newer |= {"target_parameters": stacks, "peft_version": "0.19.0"}
     start = given.get("init_lora_weights")
+    mapping = given.get("auto_mapping")
+    if isinstance(mapping, dict):  # the experts are written in PEFT's order, not in Unsloth's
+        mapping = {key: value for key, value in mapping.items() if key != UNSLOTH_MARK} or None
     return (
         further
         | {
             "alpha_pattern": alpha_pattern,
-            "auto_mapping": without_mark(given.get("auto_mapping")),
+            "auto_mapping": mapping,
             "base_model_name_or_path": given.get("base_model_name_or_path")
             or adapter.provenance.base_model,
             "bias": "none",

@@ -1,21 +1,28 @@
-"""The errors for a source that no format recognizes, and for one part of several; the next step."""
+"""Sources that are not adapters: whole models, and what no format recognizes.
+
+A full fine-tune is read as its difference to a base. For any other source, the error describes the
+content and names the next step.
+"""
 
 from __future__ import annotations
 
-import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from lora_analysis.errors import UnknownFormatError, UnsupportedMethodError
-from lora_analysis.formats.full_model import fine_tune_hint
+from lora_analysis.adapter import FULL_FINE_TUNE
+from lora_analysis.errors import InputError, UnknownFormatError
 from lora_analysis.formats.pairs import known_pair, pair_needed
-from lora_analysis.formats.sources import tensors_at
+from lora_analysis.formats.registry import formats_for
+from lora_analysis.formats.sources import AdapterFiles, Format, label_of, run_facts, tensors_at
 from lora_analysis.storage.documents import (
     LOOK_BYTES,
     PICKLE_SUFFIXES,
+    first_bytes,
     impostor,
     impostor_at,
     is_pickle,
     pickle_refused,
+    read_json_object,
     regular_file_size,
 )
 from lora_analysis.storage.gguf import is_gguf, read_gguf
@@ -24,6 +31,7 @@ from lora_analysis.storage.tensors import open_tensors
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from lora_analysis.adapter import Adapter
     from lora_analysis.formats.options import ReadOptions
     from lora_analysis.storage.tensors import NamedTensors
 
@@ -35,11 +43,76 @@ _READABLE: Final = (
 
 # Files of a folder whose first bytes are looked at, for the message.
 _LOOKED_AT: Final = 50
+_INDEX: Final = ".index.json"
+
+
+class FullModel(Format):
+    """Models in the files that `open_base` opens; asked last, and only if a base is given."""
+
+    __slots__ = ()
+
+    name = FULL_FINE_TUNE
+
+    def locate(self, path: Path, options: ReadOptions) -> AdapterFiles | None:
+        """Return the files of a model whose tensors no other format recognizes."""
+        from lora_analysis.bases.opening import model_file
+
+        try:
+            weights = model_file(path) if path.is_dir() else path
+        except InputError:
+            return None
+        if not _holds_model(weights, options):
+            return None
+        others = replace(options, base=None)
+        if any(format.locate(weights, others) for format in formats_for(weights, others)):
+            return None
+        return AdapterFiles(path, weights)
+
+    def read(self, files: AdapterFiles, name: str | None, options: ReadOptions) -> Adapter:
+        """Read the difference of the model and the base."""
+        from lora_analysis.bases import open_base, read_fine_tune
+
+        if name is not None:
+            message = f"{files.path} is a whole model and holds no adapter '{name}'."
+            raise InputError(message)
+        source = files.path if files.snapshot is None else files.snapshot.address(files.path)
+        adapter = read_fine_tune(
+            open_base(source, allow_pickle=options.allow_pickle),
+            options.base,
+            label=options.label or label_of(files.path),
+            allow_pickle=options.allow_pickle,
+        )
+        folder = files.path if files.path.is_dir() else files.path.parent
+        return adapter.with_provenance(**run_facts(folder))
+
+
+FORMAT: Final = FullModel()
+
+
+def _holds_model(weights: Path, options: ReadOptions) -> bool:
+    """Return True if a file has a weight matrix, or cannot be opened although it is a model's."""
+    if weights.name.endswith(_INDEX):
+        try:
+            names = read_json_object(weights).get("weight_map")
+        except InputError:
+            return True  # reading the model reports why
+        return isinstance(names, dict) and any(str(name).endswith(".weight") for name in names)
+    tensors = tensors_at(weights, options)
+    if tensors is None:
+        return False
+    return any(
+        info.name.endswith(".weight") and len(info.shape) > 1 for info in tensors.infos.values()
+    )
 
 
 def unknown_format(path: Path, options: ReadOptions) -> UnknownFormatError:
     """Return the error that describes ``path``; raise if opening it already fails."""
-    hint = fine_tune_hint(path, options)
+    hint = ""
+    if FORMAT.locate(path, options) is not None:
+        hint = (
+            " A full fine-tune is read as its difference to the model that it was trained from: "
+            "give that with base= (command line: --base)."
+        )
     folder = path if path.is_dir() else path.parent
     if hint and (folder / "config.json").is_file():
         return UnknownFormatError(f"{path}: this is a model, not an adapter.{hint}")
@@ -53,7 +126,12 @@ def unknown_format(path: Path, options: ReadOptions) -> UnknownFormatError:
         )
     with path.open("rb") as stream:
         start = stream.read(9)
-    if _is_closed_pickle(path, options):
+    is_called_pickle = path.suffix.lower() in PICKLE_SUFFIXES or is_pickle(path)
+    if (
+        is_called_pickle
+        and not (options.allow_pickle or path.suffix == ".npz")
+        and tensors_at(path, options) is None
+    ):
         return pickle_refused(path)
     if path.suffix != ".safetensors" and start[8:] != b"{" and not is_pickle(path):
         kind = impostor_at(path) or "not a safetensors file, nor another file of tensors."
@@ -64,13 +142,6 @@ def unknown_format(path: Path, options: ReadOptions) -> UnknownFormatError:
     return UnknownFormatError(f"{path}: {_described(tensors)} {_READABLE}{hint}")
 
 
-def _is_closed_pickle(path: Path, options: ReadOptions) -> bool:
-    """Return True if a file is, or is called, a pickle, and the caller has not allowed those."""
-    if options.allow_pickle or path.suffix == ".npz" or tensors_at(path, options) is not None:
-        return False
-    return path.suffix.lower() in PICKLE_SUFFIXES or is_pickle(path)
-
-
 def _unknown_folder(folder: Path, options: ReadOptions, hint: str) -> UnknownFormatError:
     names = sorted(entry.name for entry in folder.iterdir())
     if not names:
@@ -78,13 +149,12 @@ def _unknown_folder(folder: Path, options: ReadOptions, hint: str) -> UnknownFor
     first = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
     text = f"{folder}: no adapter was recognized. The folder holds: {first}."
     stored = [folder / name for name in names if name.endswith(".safetensors")]
-    kinds = [
-        f" {name}: this is {kind}"
-        for name in names[:_LOOKED_AT]
-        if (kind := _impostor(folder / name))
-    ]
+    kinds = ""
+    for name in names[:_LOOKED_AT]:
+        if kind := impostor(first_bytes(folder / name, LOOK_BYTES)):
+            kinds += f" {name}: this is {kind}"
     if kinds:
-        text += "".join(kinds)
+        text += kinds
     elif stored:
         text += f" {stored[0].name}: {_described(open_tensors(stored[0]))}"
     elif any(name.endswith(tuple(PICKLE_SUFFIXES)) for name in names) and not options.allow_pickle:
@@ -95,14 +165,6 @@ def _unknown_folder(folder: Path, options: ReadOptions, hint: str) -> UnknownFor
     return UnknownFormatError(f"{text} {_READABLE}{hint}")
 
 
-def _impostor(path: Path) -> str:
-    """Return a description of a file that cannot be an adapter's; empty for all others."""
-    if not path.is_file():
-        return ""
-    with path.open("rb") as stream:
-        return impostor(stream.read(LOOK_BYTES))
-
-
 def _described(tensors: NamedTensors) -> str:
     """Return a sentence on the tensors of a file: how many, and the first ones."""
     infos = list(tensors.infos.values())
@@ -111,38 +173,3 @@ def _described(tensors: NamedTensors) -> str:
     if format := tensors.metadata.get("format"):
         text += f", metadata format '{format}'"
     return f"{text}; no known naming of LoRA factors."
-
-
-# Megatron's and NeMo's folders, DeepSpeed's files.
-_RANK: Final = re.compile(r"(?P<before>(?:.*_)?(?:mp|tp)_rank_)(?P<rank>\d{1,6})(?P<after>.*)")
-
-
-def refuse_rank_part(path: Path) -> None:
-    """Raise if a file, or its folder, is one of several ranks' parts.
-
-    Each rank has some rows of B of a column-parallel layer and some columns of A of a row-parallel
-    one: read alone, a part would pass for a smaller adapter.
-
-    Raises
-    ------
-    UnsupportedMethodError
-        Parts of further ranks are next to it.
-    """
-    for part in (path, path.absolute().parent):
-        match = _RANK.fullmatch(part.name)
-        if match is None:
-            continue
-        others = [
-            sibling.name
-            for sibling in part.absolute().parent.iterdir()
-            if (other := _RANK.fullmatch(sibling.name))
-            and other["before"] == match["before"]
-            and other["rank"] != match["rank"]
-        ]
-        if others:
-            message = (
-                f"{path}: one of {len(others) + 1} parts of a tensor-parallel training (next to "
-                f"it: {', '.join(sorted(others)[:3])}); the others hold rows of B or columns of A. "
-                "Join them with the trainer's own tools, or export the adapter to PEFT."
-            )
-            raise UnsupportedMethodError(message)
