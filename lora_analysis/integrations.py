@@ -25,7 +25,6 @@ from lora_analysis.spectra import SIDES, Spectrum, spectrum
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from lora_analysis.adapter import Adapter
 
 PREFIX: Final = "subspace"
 
@@ -114,7 +113,11 @@ class SubspaceCallback:
         self.by_type = by_type
         self.history: list[dict[str, float]] = []
         self._trainer: Any = None
-        self._reference = None if reference is None else _spectra(as_adapter(reference))
+        self._reference = (
+            None
+            if reference is None
+            else {name: spectrum(update) for name, update in as_adapter(reference).items()}
+        )
         self._reference_names: Mapping[str, str] = {}
         self._initial: dict[str, _InitialFactor] = {}
         self._last: dict[str, Spectrum] = {}
@@ -234,10 +237,6 @@ class SubspaceCallback:
 
 def _ignore_event(*_args: Any, **_kwargs: Any) -> None:
     """Leave the control of a trainer as it is."""
-
-
-def _spectra(adapter: Adapter) -> dict[str, Spectrum]:
-    return {name: spectrum(update) for name, update in adapter.items()}
 
 
 def _medians(rows: Mapping[str, Mapping[str, float]], *, by_type: bool) -> dict[str, float]:

@@ -110,7 +110,11 @@ def write_reproduction(
     ) as staging:
         for index, (name, title, question, draw) in enumerate(_PARTS, start=1):
             figures = tuple(drawn_figures(draw(study), staging / "section7", formats))
-            made.append(Section(name, title, question, figures, tuple(_tables(study, name))))
+            table = None
+            if name.startswith("table"):
+                table = accuracy_table(study) if name == "table-6" else table_7(study)
+            tables = () if table is None else (table,)
+            made.append(Section(name, title, question, figures, tables))
             if progress:
                 progress("report sections", index, len(_PARTS))
         write_page(
@@ -248,13 +252,6 @@ def _figure_8(study: Study) -> Iterator[ReportFigure]:
 
 def _nothing(_study: Study) -> Iterator[ReportFigure]:
     yield from ()
-
-
-def _tables(study: Study, name: str) -> Iterator[ReportTable]:
-    if name == "table-6" and (table := accuracy_table(study)) is not None:
-        yield table
-    if name == "table-7":
-        yield table_7(study)
 
 
 def table_7(study: Study) -> ReportTable:

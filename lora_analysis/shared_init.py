@@ -240,8 +240,20 @@ def classify_init(
         return SharedInit(InitRelation.NOT_APPLICABLE, (), 0)
     testable = [module for module in modules if module.ranks != (1, 1)]
     if not testable:
-        return _classify_rank_one(modules)
-    shared = _flagged(testable)
+        # At rank 1 only modules that all agree, with one sign, are evidence.
+        cosines = np.array([module.row_cosine for module in modules])
+        alike = np.abs(cosines).min() >= _RANK_ONE_COSINE and abs(np.sign(cosines).sum()) == len(
+            cosines
+        )
+        if alike and len(modules) >= _RANK_ONE_MODULES:
+            return _shared_modules(modules, len(modules))
+        return SharedInit(InitRelation.INCONCLUSIVE, (), len(modules))
+    # A negated copy is negated in every module; a single negative cosine is one that was learned.
+    negative = [m for m in testable if _is_negative(m)]
+    if len(negative) >= SHARED_FROM * len(testable) and all(m.row_cosine < 0 for m in testable):
+        shared = negative
+    else:
+        shared = [m for m in testable if m.shared and m.row_cosine > 0]
     if shared and _is_consistent_with_one_run(testable):
         shared = testable
     row_space = _median(testable, lambda module: module.row_space)
@@ -264,17 +276,6 @@ def classify_init(
     return evidence
 
 
-def _flagged(modules: Sequence[ModuleInit]) -> list[ModuleInit]:
-    """Return the modules whose rows agree, those of a negated factor only if they are the rule.
-
-    A negated copy is negated in every module; a single negative cosine is one that was learned.
-    """
-    negative = [m for m in modules if _is_negative(m)]
-    if len(negative) >= SHARED_FROM * len(modules) and all(m.row_cosine < 0 for m in modules):
-        return negative
-    return [m for m in modules if m.shared and m.row_cosine > 0]
-
-
 def _is_negative(module: ModuleInit) -> bool:
     if module.row_cosine >= 0 or module.z is None:
         return False
@@ -286,17 +287,6 @@ def _median(
 ) -> float | None:
     values = [number for module in modules if (number := value(module)) is not None]
     return float(np.median(values)) if values else None
-
-
-def _classify_rank_one(modules: Sequence[ModuleInit]) -> SharedInit:
-    """Classify a pair of rank 1: only modules that all agree, with one sign, are evidence."""
-    cosines = np.array([module.row_cosine for module in modules])
-    alike = np.abs(cosines).min() >= _RANK_ONE_COSINE and abs(np.sign(cosines).sum()) == len(
-        cosines
-    )
-    if alike and len(modules) >= _RANK_ONE_MODULES:
-        return _shared_modules(modules, len(modules))
-    return SharedInit(InitRelation.INCONCLUSIVE, (), len(modules))
 
 
 def _shared_modules(shared: Sequence[ModuleInit], compared: int) -> SharedInit:

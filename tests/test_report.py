@@ -22,6 +22,7 @@ from lora_analysis.bases import open_base
 from lora_analysis.finding import CODES
 from lora_analysis.formats import read_adapter, write_adapter
 from lora_analysis.report import results_schema, write_report
+from lora_analysis.report.pair_tables import steps_table
 from lora_analysis.report.representatives import (
     drawn_pairs,
     rank_pair,
@@ -29,7 +30,6 @@ from lora_analysis.report.representatives import (
     seed_pair,
 )
 from lora_analysis.report.results import csv_text
-from lora_analysis.report.step_tables import steps_table
 from lora_analysis.similarity import subspace_similarity
 from lora_analysis.studies import Failure, study
 from lora_analysis.text import number

@@ -17,13 +17,12 @@ from factories import adapter
 from lora_analysis.adapter import Adapter, LowRankUpdate, Provenance
 from lora_analysis.bases import open_base
 from lora_analysis.conclusions import comparisons, findings, summary
-from lora_analysis.conclusions.finding_boxes import MOST_BOXES, finding_boxes
-from lora_analysis.conclusions.rank_findings import spectra_by_rank
+from lora_analysis.conclusions.summary_lines import MOST_BOXES, finding_boxes
+from lora_analysis.conclusions.weight_findings import spectra_by_rank
 from lora_analysis.finding import CODES, Finding, Severity
 from lora_analysis.report import write_report
-from lora_analysis.report.module_changes import module_changes
 from lora_analysis.report.pair_tables import COMPARISON_COLUMNS, comparison_row
-from lora_analysis.report.representatives import module_populations
+from lora_analysis.report.representatives import module_changes, module_populations
 from lora_analysis.report.tables import modules_table, ranks_table
 from lora_analysis.studies import Study, study
 from lora_analysis.text import overlap_number

@@ -129,18 +129,13 @@ def run(arguments: list[str] | None = None) -> int:
         verb = next((word for word in given if word in VERBS), "lora-analysis")
         typed = error if isinstance(error, LoraAnalysisError) else named_error(error, verb)
         if typed is not None:
-            return _fail(
-                printable(f"Error: {name_options(str(typed))}"),
-                REFUSED if _is_refusal(typed) else BUG,
-            )
+            # Input, disk, memory or a missing extra is to blame; anything else is a bug.
+            refusals = InputError | OutputError | OutOfMemoryError | MissingExtraError
+            code = REFUSED if isinstance(typed, refusals) else BUG
+            return _fail(printable(f"Error: {name_options(str(typed))}"), code)
         what = printable(f"Unexpected {type(error).__name__}: {error}")
         return _fail(f"{what}\nRun again with --debug.", BUG)
     return result if isinstance(result, int) else DONE
-
-
-def _is_refusal(error: LoraAnalysisError) -> bool:
-    """Return True if input, disk, memory or a missing extra is to blame, not a bug."""
-    return isinstance(error, InputError | OutputError | OutOfMemoryError | MissingExtraError)
 
 
 def _fail(message: str, code: int) -> int:

@@ -206,19 +206,6 @@ def _medians(full: pd.DataFrame) -> dict[str, dict[str, float]]:
     return {"medians": {column: float(full[column].median()) for column in columns}}
 
 
-def _print_storage(full: pd.DataFrame) -> None:
-    """Print how W is quantized and how uncertain the numbers are; nothing if it is not."""
-    storages = sorted(set(full["storage"]) - {""})
-    if not storages:
-        return
-    noise = full["noise"].median()
-    moved = "an unknown part" if noise != noise else decimals(float(noise))  # noqa: PLR0124 - NaN
-    print_text(
-        f"W is quantized ({', '.join(storages)}): expected rounding error {moved} of ‖W‖, "
-        "which alone gives an enrichment of that size."
-    )
-
-
 # Findings of a study about the base weights that bear on the adapter's own numbers.
 _BASE_CODES = ("different-base", "base-name-differs")
 _NAMES = {
@@ -267,7 +254,14 @@ def _print(label: str, full: pd.DataFrame, *, every: bool, tuned: bool) -> None:
         footer=("median", *(decimals(full[name].median()) for name in _NAMES)),
     )
     click.echo()
-    _print_storage(full)
+    storages = sorted(set(full["storage"]) - {""})
+    if storages:
+        noise = full["noise"].median()
+        moved = "an unknown part" if noise != noise else decimals(float(noise))  # noqa: PLR0124 - NaN
+        print_text(
+            f"W is quantized ({', '.join(storages)}): expected rounding error {moved} of ‖W‖, "
+            "which alone gives an enrichment of that size."
+        )
     print_text(
         "ΔW's, W's, random: ‖UᵀWV‖ with the top-k directions of each; random is the exact rms."
     )

@@ -84,6 +84,8 @@ def command(
 
 
 def _describe(adapter: Adapter, pattern: str | None) -> dict[str, Any]:
+    from lora_analysis.blocks import choose_names
+    from lora_analysis.errors import InputError
     from lora_analysis.execution import in_threads, keep_freed_memory
     from lora_analysis.formats.sanity_checks import sanity_findings
 
@@ -91,10 +93,28 @@ def _describe(adapter: Adapter, pattern: str | None) -> dict[str, Any]:
     source = adapter.provenance
     # For factors with few columns, threads cost more time than they save.
     workers = 1 if source.rank is not None and source.rank < _WORTH_THREADS else None
-    walk = in_threads(partial(_module_facts, adapter), _chosen(adapter, pattern), workers=workers)
+    names = choose_names(adapter, pattern)
+    if not names:
+        message = (
+            f"No module of {adapter.label} matches '{pattern}'. It has {len(adapter)} modules, "
+            f"for example '{next(iter(adapter), '')}'."
+        )
+        raise InputError(message)
+    walk = in_threads(partial(_module_facts, adapter), names, workers=workers)
     facts = list(walk)
     warnings = sanity_findings((fact.pop("statistics") for fact in facts), source.findings)
-    findings = (*source.findings, *warnings, *_below_precision(facts))
+    findings = [*source.findings, *warnings]
+    coarse = [fact for fact in facts if fact["rounding_error"] >= 1]
+    if coarse:  # singular values below storage precision
+        worst = max(coarse, key=lambda fact: fact["rounding_error"])
+        fields = {
+            "count": len(coarse),
+            "total": len(facts),
+            "dtype": worst["stored_dtype"],
+            "module": worst["module"],
+            "ratio": worst["rounding_error"],
+        }
+        findings.append(Finding("below-precision", fields))
     return {
         "label": adapter.label,
         "path": source.location,
@@ -112,20 +132,6 @@ def _describe(adapter: Adapter, pattern: str | None) -> dict[str, Any]:
         "blocks": _blocks(facts),
         "modules": facts,
     }
-
-
-def _chosen(adapter: Adapter, pattern: str | None) -> list[str]:
-    from lora_analysis.blocks import choose_names
-    from lora_analysis.errors import InputError
-
-    names = choose_names(adapter, pattern)
-    if not names:
-        message = (
-            f"No module of {adapter.label} matches '{pattern}'. It has {len(adapter)} modules, "
-            f"for example '{next(iter(adapter), '')}'."
-        )
-        raise InputError(message)
-    return names
 
 
 def _module_facts(adapter: Adapter, name: str) -> dict[str, Any]:
@@ -223,22 +229,6 @@ def _scale(fact: dict[str, Any]) -> str:
     return f"{fact['scale']:.4g} from {fact['scale_origin']}"
 
 
-def _below_precision(facts: list[dict[str, Any]]) -> list[Finding]:
-    """Return the finding about modules with singular values below storage precision."""
-    coarse = [fact for fact in facts if fact["rounding_error"] >= 1]
-    if not coarse:
-        return []
-    worst = max(coarse, key=lambda fact: fact["rounding_error"])
-    fields = {
-        "count": len(coarse),
-        "total": len(facts),
-        "dtype": worst["stored_dtype"],
-        "module": worst["module"],
-        "ratio": worst["rounding_error"],
-    }
-    return [Finding("below-precision", fields)]
-
-
 # Facts about a training run, shown if any adapter states them.
 _RUN = ("task", "seed", "step")
 
@@ -272,6 +262,8 @@ def _print_several(documents: list[dict[str, Any]]) -> None:
 
 
 def _print_one(document: dict[str, Any], *, every: bool) -> None:
+    from lora_analysis.blocks import is_image, short_names
+
     facts = document["modules"]
     untrained = document["untrained_modules"]
     zero = _zero_word(facts)
@@ -298,11 +290,17 @@ def _print_one(document: dict[str, Any], *, every: bool) -> None:
         lines.append(("also saved", ", ".join(document["saved_modules"])))
     if state:
         lines.append(("state", state))
-    lines += [(_heading(finding), finding["text"]) for finding in document["findings"]]
+    lines += [
+        (("damage" if finding["severity"] == "damage" else "note"), finding["text"])
+        for finding in document["findings"]
+    ]
     print_facts(lines)
     click.echo()
     if len(facts) <= MODULES_SHOWN or every:
-        _print_modules(facts)
+        names = [fact["module"] for fact in facts]
+        titles = short_names(names) if is_image(names) else dict(zip(names, names, strict=True))
+        columns = ("module", "rank", *_MEASURES, "σ")
+        print_table("", columns, [(titles[fact["module"]], *_cells(fact)) for fact in facts])
     elif document["blocks"]:
         _print_blocks(document["blocks"])
     else:
@@ -318,10 +316,6 @@ def _is_dense(fact: dict[str, Any]) -> bool:
     return fact["scale"] is None and not fact["in_units_of_scale"]
 
 
-def _heading(finding: dict[str, Any]) -> str:
-    return "damage" if finding["severity"] == "damage" else "note"
-
-
 _MEASURES = ("effective", "stable", "90 %", "‖ΔW‖")
 
 
@@ -335,15 +329,6 @@ def _cells(fact: dict[str, Any]) -> tuple[object, ...]:
         decimals(fact["norm"]),
         _zero_word([fact]) if fact["untrained"] else sparkline(fact["singular_values"], 8),
     )
-
-
-def _print_modules(facts: list[dict[str, Any]]) -> None:
-    from lora_analysis.blocks import is_image, short_names
-
-    names = [fact["module"] for fact in facts]
-    titles = short_names(names) if is_image(names) else dict(zip(names, names, strict=True))
-    columns = ("module", "rank", *_MEASURES, "σ")
-    print_table("", columns, [(titles[fact["module"]], *_cells(fact)) for fact in facts])
 
 
 def _print_blocks(blocks: list[dict[str, Any]]) -> None:

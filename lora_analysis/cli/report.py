@@ -163,7 +163,7 @@ def command(
             result,
             output,
             title=title,
-            command=_command_line(),
+            command=shlex.join(["lora-analysis", *sys.argv[1:]]),
             form=kind,
             parquet=parquet,
             figures=figures,
@@ -175,7 +175,3 @@ def command(
     else:
         click.echo(path)
     return PARTLY_FAILED if result.failures or result.unmatched else DONE
-
-
-def _command_line() -> str:
-    return shlex.join(["lora-analysis", *sys.argv[1:]])

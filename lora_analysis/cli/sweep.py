@@ -17,7 +17,7 @@ from lora_analysis.text import printable
 
 if TYPE_CHECKING:
     from lora_analysis.execution.protocol import Shard
-    from lora_analysis.training import RunConfig, RunEvent, SweepPlan, SweepResult
+    from lora_analysis.training import RunEvent, SweepPlan, SweepResult
 
 
 class _ShardType(click.ParamType):  # type: ignore[type-arg]  # generic in new clicks only
@@ -104,17 +104,42 @@ def command(
     form: str,
 ) -> int:
     """Train the runs of a file; see ``_HELP``."""
-    from lora_analysis.training import read_plan
+    from lora_analysis.patterns import near_names
+    from lora_analysis.training import read_plan, sweep_states
 
     plan = read_plan(file)
     folder = output or plan.output or Path(file.stem)
-    runs = _select_runs(plan, shard, only)
+    for name in only:
+        if name not in plan.runs:
+            near = ", ".join(near_names(name, plan.runs)) or "none"
+            message = f"{plan.source} describes no run '{name}'. Near names: {near}."
+            raise InputError(message)
+    names = list(only) or list(plan.runs)
+    runs = {name: plan.runs[name] for name in (shard.select(names) if shard else names)}
     if print_jobs:
         words = ["sweep", str(file), "-o", str(folder)]
         words += [word for tracker in trackers for word in ("--tracker", tracker)]
-        return _print_jobs(runs, folder, words, device)
+        more = ["--device", device] if device else []
+        for name, state in sweep_states(runs, folder).items():
+            if state != "finished":
+                click.echo(shlex.join(["lora-analysis", *words, "--only", name, *more]))
+        return 0
     if status:
-        return _print_status(runs, folder, form)
+        states = sweep_states(runs, folder)
+        reasons = {name: _read_failure(folder / name) for name in states}
+        if form == "json":
+            facts = [{"name": n, "state": s, "failure": reasons[n]} for n, s in states.items()]
+            print_json({"folder": folder, "runs": facts})
+        elif form == "quiet":
+            click.echo(sum(state == "finished" for state in states.values()))
+        else:
+            done = sum(state == "finished" for state in states.values())
+            title = f"{done} of {len(states)} runs are finished in {folder}"
+            print_table(title, ("run", "state"), states.items(), numbers_from=2, cut_names=False)
+            for name, reason in reasons.items():
+                if reason:
+                    click.echo(printable(f"{name} failed: {reason}"))
+        return 0
     options = {
         "executor": executor,
         "workers": workers,
@@ -124,19 +149,6 @@ def command(
     }
     result = _train(plan, list(runs), folder, options, force=force, form=form)
     return _print_result(result, folder, form)
-
-
-def _select_runs(plan: SweepPlan, shard: Shard | None, only: Sequence[str]) -> dict[str, RunConfig]:
-    """Return the runs that ``--only`` and ``--shard`` select."""
-    from lora_analysis.patterns import near_names
-
-    for name in only:
-        if name not in plan.runs:
-            near = ", ".join(near_names(name, plan.runs)) or "none"
-            message = f"{plan.source} describes no run '{name}'. Near names: {near}."
-            raise InputError(message)
-    names = list(only) or list(plan.runs)
-    return {name: plan.runs[name] for name in (shard.select(names) if shard else names)}
 
 
 def _train(
@@ -167,38 +179,6 @@ def _train(
             progress=progress,
             on_event=print_note,
         )
-
-
-def _print_jobs(
-    runs: Mapping[str, RunConfig], folder: Path, words: Sequence[str], device: str | None
-) -> int:
-    from lora_analysis.training import sweep_states
-
-    more = ["--device", device] if device else []
-    for name, state in sweep_states(runs, folder).items():
-        if state != "finished":
-            click.echo(shlex.join(["lora-analysis", *words, "--only", name, *more]))
-    return 0
-
-
-def _print_status(runs: Mapping[str, RunConfig], folder: Path, form: str) -> int:
-    from lora_analysis.training import sweep_states
-
-    states = sweep_states(runs, folder)
-    reasons = {name: _read_failure(folder / name) for name in states}
-    if form == "json":
-        facts = [{"name": n, "state": s, "failure": reasons[n]} for n, s in states.items()]
-        print_json({"folder": folder, "runs": facts})
-    elif form == "quiet":
-        click.echo(sum(state == "finished" for state in states.values()))
-    else:
-        done = sum(state == "finished" for state in states.values())
-        title = f"{done} of {len(states)} runs are finished in {folder}"
-        print_table(title, ("run", "state"), states.items(), numbers_from=2, cut_names=False)
-        for name, reason in reasons.items():
-            if reason:
-                click.echo(printable(f"{name} failed: {reason}"))
-    return 0
 
 
 def _read_failure(folder: Path) -> str | None:

@@ -7,13 +7,12 @@ Which pairs and modules count is decided once, in ``studies.pair_classes`` and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from lora_analysis.conclusions import (
     adapter_findings,
     comparison_findings,
     initialization_findings,
-    rank_findings,
-    run_findings,
     summary_lines,
     weight_findings,
 )
@@ -40,7 +39,7 @@ __all__ = [
 _RULES: tuple[Callable[[Study], Iterator[Finding]], ...] = (
     adapter_findings.failures,
     adapter_findings.damaged_files,
-    weight_findings.damaged_base,
+    partial(weight_findings.base_notes, damage=True),
     adapter_findings.untrained,
     adapter_findings.diverged,
     adapter_findings.base_models,
@@ -50,23 +49,23 @@ _RULES: tuple[Callable[[Study], Iterator[Finding]], ...] = (
     initialization_findings.classes,
     initialization_findings.shared_seeds,
     initialization_findings.degenerate_directions,
-    adapter_findings.file_artifacts,
+    partial(adapter_findings.file_notes, severities=("artifact",)),
     comparison_findings.compared,
     comparison_findings.refused,
     comparison_findings.reference_pairs,
     comparison_findings.largest_overlaps,
     comparison_findings.left_out_pairs,
     comparison_findings.left_out_modules,
-    run_findings.checkpoints,
+    comparison_findings.checkpoints,
     weight_findings.missing_weights,
-    weight_findings.unusual_base,
+    partial(weight_findings.base_notes, damage=False),
     weight_findings.different_base,
     weight_findings.quantized_base,
     weight_findings.amplifications,
     weight_findings.enrichment_controls,
-    rank_findings.directions_by_energy,
+    weight_findings.directions_by_energy,
     weight_findings.accuracies,
-    adapter_findings.file_notes,
+    partial(adapter_findings.file_notes, severities=("limit", "result")),
 )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from math import comb
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +14,6 @@ from lora_analysis.conclusions.comparison_values import PAIRS_IN_WORDS
 from lora_analysis.finding import Finding, Severity
 from lora_analysis.studies import Study
 from lora_analysis.studies.base_models import pairs_across_bases
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # Times the median norm of the others from which an adapter is called diverged.
 DIVERGED = 10.0
@@ -39,18 +36,8 @@ def damaged_files(study: Study) -> Iterator[Finding]:
             yield finding.of_adapters(labels)
 
 
-def file_artifacts(study: Study) -> Iterator[Finding]:
-    """Pass on artifacts in the files: an A that a conversion has copied."""
-    yield from _grouped_by_code(study, "artifact")
-
-
-def file_notes(study: Study) -> Iterator[Finding]:
-    """Pass on what else the readers and the sanity checks noticed in the files."""
-    yield from _grouped_by_code(study, "limit", "result")
-
-
-def _grouped_by_code(study: Study, *severities: Severity) -> Iterator[Finding]:
-    """Yield findings about files; the first one stands for many of one code."""
+def file_notes(study: Study, severities: Collection[Severity]) -> Iterator[Finding]:
+    """Pass on what readers and sanity checks noticed; the first stands for many of one code."""
     by_code: dict[str, list[tuple[Finding, list[str]]]] = {}
     for finding, labels in _findings_about_files(study).items():
         if finding.severity in severities:
@@ -183,19 +170,18 @@ def incomparable_pairs(study: Study) -> Iterator[Finding]:
             yield Finding("different-shapes", {**fields, "modules": modules})
         elif not row.modules:
             names = {name: list(study.adapters[label]) for name, label in fields.items()}
+            shapes = study.spectra.groupby("adapter")[["d_out", "d_in"]]
+            counts = [
+                Counter(map(tuple, shapes.get_group(label).to_numpy())) for label in (row.a, row.b)
+            ]
+            # Names alone differ if all modules of one adapter agree in shape with the other's.
+            shared = (counts[0] & counts[1]).total()
+            is_alike = shared == min(count.total() for count in counts)
             yield Finding(
                 "no-common-module",
                 {
                     **fields,
-                    "alike": _modules_alike(study.spectra, row.a, row.b) or None,
+                    "alike": (shared or None) if is_alike else None,
                     **{f"modules_{name}": modules for name, modules in names.items()},
                 },
             )
-
-
-def _modules_alike(spectra: pd.DataFrame, a: str, b: str) -> int:
-    """Return how many modules of two adapters agree in shape; 0 unless all of one adapter do."""
-    shapes = spectra.groupby("adapter")[["d_out", "d_in"]]
-    counts = [Counter(map(tuple, shapes.get_group(label).to_numpy())) for label in (a, b)]
-    shared = (counts[0] & counts[1]).total()
-    return shared if shared == min(count.total() for count in counts) else 0

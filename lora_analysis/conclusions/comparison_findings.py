@@ -1,4 +1,7 @@
-"""Findings from comparisons: which runs and pairs are alike, next to unrelated and random ones."""
+"""Findings from comparisons: which runs and pairs are alike, next to unrelated and random ones.
+
+The checkpoints of one run are compared with its last.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from lora_analysis.conclusions.comparison_values import (
     Reason,
 )
 from lora_analysis.finding import Finding
+from lora_analysis.studies import Relation, Study
 from lora_analysis.studies.base_models import per_base
 from lora_analysis.studies.reference_test import (
     REFERENCES_FOR_TEST,
@@ -27,7 +31,10 @@ from lora_analysis.studies.reference_test import (
 )
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from lora_analysis.studies import Study
+
 
 # Factor between what exceeds the unrelated level in two tasks, see `TASKS_DIFFER`.
 _TASKS_DIFFER_FACTOR: Final = 2.0
@@ -56,14 +63,56 @@ def compared(study: Study) -> Iterator[Finding]:
     for comparison in every:
         if comparison.kind in ("tasks", "pair", "adapters"):
             yield _finding(comparison)
-            yield from _next_steps(comparison, has_file=bool(study.reference_levels))
+            test = comparison.reference_test
+            if (
+                study.reference_levels
+                and comparison.side == "output"
+                and comparison.reason is Reason.NO_REFERENCE
+            ):
+                yield Finding("no-level-for-pair", {"compared": comparison.subject})
+            if comparison.side == "output" and test is not None:
+                if comparison.reason is Reason.FEW_REFERENCES:
+                    missing = REFERENCES_FOR_TEST - len(test.references)
+                    fields = {"compared": comparison.subject, "missing": missing}
+                    yield Finding("more-references-needed", fields)
+                elif comparison.reason is Reason.TRAINING_STRENGTH:
+                    quantities = list(
+                        dict.fromkeys(_QUANTITIES[o.quantity] for o in test.out_of_range)
+                    )
+                    fields = {"compared": comparison.subject, "quantities": quantities}
+                    yield Finding("other-references-needed", fields)
         if comparison.p is not None and comparison.kind == "tasks" and _tasks_differ(comparison):
-            yield _task_values(comparison)
+            yield Finding(
+                "single-tasks",
+                {
+                    "base": comparison.base,
+                    "side": comparison.side,
+                    "tasks": _strengths(
+                        [task for task in comparison.tasks if np.isfinite(task.within)]
+                    ),
+                },
+            )
     for base in dict.fromkeys(comparison.base for comparison in every):
         ranks = [c for c in every if c.kind == "ranks" and c.base == base]
         output = [c for c in ranks if c.side == "output" and np.isfinite(c.mean_excess)]
         if output:
-            yield _ranks_finding(output)
+            level = output[0].unrelated
+            yield Finding(
+                "overlap-of-ranks",
+                {
+                    "base": output[0].base,
+                    "unrelated": level.median if level else None,
+                    "unrelated_maximum": level.maximum if level else None,
+                    "pairs_of_ranks": [
+                        {
+                            "low": comparison.ranks[0],
+                            "high": comparison.ranks[1],
+                            "mean_excess": comparison.mean_excess,
+                        }
+                        for comparison in output
+                    ],
+                },
+            )
 
 
 def _finding(comparison: Comparison) -> Finding:
@@ -84,22 +133,6 @@ def _training(outside: Sequence[OutOfRange]) -> str:
     if norms and all(norm.value < norm.low for norm in norms):
         return "less strongly than every reference"
     return "differently from the references"
-
-
-def _next_steps(comparison: Comparison, *, has_file: bool) -> Iterator[Finding]:
-    """Name the references that a level or a test of a pair still needs."""
-    test = comparison.reference_test
-    if has_file and comparison.side == "output" and comparison.reason is Reason.NO_REFERENCE:
-        yield Finding("no-level-for-pair", {"compared": comparison.subject})
-    if comparison.side == "output" and test is not None:
-        if comparison.reason is Reason.FEW_REFERENCES:
-            missing = REFERENCES_FOR_TEST - len(test.references)
-            fields = {"compared": comparison.subject, "missing": missing}
-            yield Finding("more-references-needed", fields)
-        elif comparison.reason is Reason.TRAINING_STRENGTH:
-            quantities = list(dict.fromkeys(_QUANTITIES[o.quantity] for o in test.out_of_range))
-            fields = {"compared": comparison.subject, "quantities": quantities}
-            yield Finding("other-references-needed", fields)
 
 
 def comparison_fields(comparison: Comparison) -> dict[str, Any]:
@@ -188,38 +221,6 @@ def _tasks_differ(comparison: Comparison) -> bool:
         or not all(apart)
         # With two tasks, a difference in strength cannot be told from one of the tasks.
         or len(values) == 2
-    )
-
-
-def _task_values(comparison: Comparison) -> Finding:
-    return Finding(
-        "single-tasks",
-        {
-            "base": comparison.base,
-            "side": comparison.side,
-            "tasks": _strengths([task for task in comparison.tasks if np.isfinite(task.within)]),
-        },
-    )
-
-
-def _ranks_finding(output: Sequence[Comparison]) -> Finding:
-    """Report T of every pair of ranks, next to unrelated pairs, as one sentence."""
-    level = output[0].unrelated
-    return Finding(
-        "overlap-of-ranks",
-        {
-            "base": output[0].base,
-            "unrelated": level.median if level else None,
-            "unrelated_maximum": level.maximum if level else None,
-            "pairs_of_ranks": [
-                {
-                    "low": comparison.ranks[0],
-                    "high": comparison.ranks[1],
-                    "mean_excess": comparison.mean_excess,
-                }
-                for comparison in output
-            ],
-        },
     )
 
 
@@ -332,3 +333,34 @@ def largest_overlaps(study: Study) -> Iterator[Finding]:
                 "reference_maximum": float(same["phi_1_1"].max()) if len(same) else None,
             },
         )
+
+
+def checkpoints(study: Study) -> Iterator[Finding]:
+    """Report how far the checkpoints of one run were from its last."""
+    for rows in overlaps_with_last_step(study):
+        steps = [
+            {"adapter": row.adapter, "step": int(row.step), "omega": float(row.omega)}
+            for row in rows.itertuples(index=False)
+        ]
+        yield Finding("checkpoints", {"last": rows["last"].iloc[0], "steps": steps})
+
+
+def overlaps_with_last_step(study: Study) -> Iterator[pd.DataFrame]:
+    """Yield per run its earlier checkpoints by step, with ω and φ(1, 1) against its last.
+
+    Columns: adapter, step, last, last_step, omega, phi_1_1 (medians over modules, output side).
+    """
+    rows = study.select(Relation.SAME_RUN, "output")
+    if rows.empty:
+        return
+    step = study.runs.set_index("adapter")["step"]
+    pairs = rows.groupby(["a", "b"], sort=False)[["omega", "phi_1_1"]].median().reset_index()
+    later = pairs["a"].map(step) > pairs["b"].map(step)
+    pairs["last"] = pairs["a"].where(later, pairs["b"])
+    pairs["adapter"] = pairs["b"].where(later, pairs["a"])
+    pairs["step"] = pairs["adapter"].map(step)
+    pairs["last_step"] = pairs["last"].map(step)
+    final = pairs[~pairs["last"].isin(pairs["adapter"])]
+    columns = ["adapter", "step", "last", "last_step", "omega", "phi_1_1"]
+    for _, steps in final.groupby("last", sort=False):
+        yield steps.sort_values("step")[columns]

@@ -58,21 +58,14 @@ def classes(study: Study) -> Iterator[Finding]:
         (InitRelation.INCONCLUSIVE, "initialization-inconclusive"),
     ):
         yield from _class_findings(code, counted[counted["initialization"] == initialization])
-    yield from _duplicates_beyond_tables(study)
-
-
-def _duplicates_beyond_tables(study: Study) -> Iterator[Finding]:
-    """Report near-duplicates among many adapters, of which only a sample is compared in pairs."""
-    if study.similarity_matrix is None or len(study.fully_compared) == len(study.adapters):
-        return
-    compared = set(zip(study.pairs["a"], study.pairs["b"], strict=True))
-    for group in study.similarity_matrix.duplicates():
-        if not compared.issuperset(combinations(group, 2)):
-            count = len(group) * (len(group) - 1) // 2
-            yield Finding(
-                "near-duplicates",
-                {"a": group[0], "b": group[1], "pairs": count if count > 1 else None},
-            )
+    # Of many adapters, only a sample is compared in pairs; near-duplicates are among all of them.
+    if study.similarity_matrix is not None and len(study.fully_compared) < len(study.adapters):
+        compared = set(zip(study.pairs["a"], study.pairs["b"], strict=True))
+        for group in study.similarity_matrix.duplicates():
+            if not compared.issuperset(combinations(group, 2)):
+                count = len(group) * (len(group) - 1) // 2
+                fields = {"a": group[0], "b": group[1], "pairs": count if count > 1 else None}
+                yield Finding("near-duplicates", fields)
 
 
 def _class_findings(code: str, rows: pd.DataFrame) -> Iterator[Finding]:

@@ -1,7 +1,8 @@
-"""The lines with which a report begins: at most five, each with one number and where it is from.
+"""What a reader sees first: the lines with which a report begins, and the boxes of findings.
 
-In this order: whether tasks differ (or what two adapters are), by how much, what ranks
-add, what is damage or an artifact, and what cannot be said.
+At most five lines, each with one number and where it is from, in this order: whether tasks differ
+(or what two adapters are), by how much, what ranks add, what is damage or an artifact, and what
+cannot be said. Few boxes by severity, findings of one code in one box.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 
 from lora_analysis.conclusions.comparison_values import TASKS_DIFFER, Comparison, Conclusion, Reason
-from lora_analysis.conclusions.rank_findings import spectra_by_rank
-from lora_analysis.finding import Finding
+from lora_analysis.conclusions.weight_findings import spectra_by_rank
+from lora_analysis.finding import Finding, Severity
 from lora_analysis.shared_init import InitRelation
 from lora_analysis.studies.pair_classes import ONE_SAMPLE, PairClass, have_conflicting_tasks
 
 if TYPE_CHECKING:
     from lora_analysis.studies import Study
+
 
 MOST_LINES: Final = 5
 _OF_UNREAD_LABELS: Final = "unknown-task-or-seed"
@@ -80,13 +82,38 @@ def _conclusion(leading: Comparison, compared: Sequence[Comparison]) -> Iterator
         if leading.kind == "pair" and c.kind == "pair" and c.side == leading.side
     ]  # fmt: skip
     if len(several) > 1:
-        yield _several_pairs(several)
+        conclusion, count = Counter(str(c.conclusion or "") for c in several).most_common(1)[0]
+        fields = {
+            "base": several[0].base,
+            "side": several[0].side,
+            "conclusion": conclusion[:1].upper() + conclusion[1:],
+            "count": count,
+            "total": len(several),
+        }
+        yield SummaryLine(Finding("summary-pairs", fields), "alike")
         several.sort(key=lambda c: -np.nan_to_num(c.mean_excess, nan=-np.inf))
         leading = several[0]
     else:
         yield SummaryLine(_conclusion_finding(leading), "alike")
     if np.isfinite(leading.mean_excess):
-        yield SummaryLine(_size_finding(leading), "alike")
+        detected = leading.conclusion in (Conclusion.MORE_ALIKE, Conclusion.NOT_DISTINGUISHABLE)
+        values = [task.within for task in leading.tasks if np.isfinite(task.within)]
+        differ = len(values) > 1 and np.ptp(values) > TASKS_DIFFER
+        yield SummaryLine(
+            Finding(
+                "summary-size",
+                {
+                    "compared": leading.subject,
+                    "base": leading.base,
+                    "side": leading.side,
+                    "size": (leading.size or None) if detected else None,
+                    "mean_excess": leading.mean_excess,
+                    "unrelated": leading.unrelated.median if leading.unrelated else None,
+                    "by_task": [min(values), max(values)] if differ else None,
+                },
+            ),
+            "alike",
+        )
 
 
 def _conclusion_finding(comparison: Comparison) -> Finding:
@@ -120,38 +147,6 @@ def _conclusion_finding(comparison: Comparison) -> Finding:
     if conclusion in (Conclusion.INCONCLUSIVE, Conclusion.TOO_FEW_RUNS, None):
         return Finding("summary-no-conclusion", fields)
     return Finding("summary-conclusion", fields)
-
-
-def _several_pairs(pairs: Sequence[Comparison]) -> SummaryLine:
-    """Return the most frequent conclusion of several pairs."""
-    conclusion, count = Counter(str(c.conclusion or "") for c in pairs).most_common(1)[0]
-    fields = {
-        "base": pairs[0].base,
-        "side": pairs[0].side,
-        "conclusion": conclusion[:1].upper() + conclusion[1:],
-        "count": count,
-        "total": len(pairs),
-    }
-    return SummaryLine(Finding("summary-pairs", fields), "alike")
-
-
-def _size_finding(comparison: Comparison) -> Finding:
-    """Return T with its level; a word for it only if the difference was detected."""
-    detected = comparison.conclusion in (Conclusion.MORE_ALIKE, Conclusion.NOT_DISTINGUISHABLE)
-    values = [task.within for task in comparison.tasks if np.isfinite(task.within)]
-    differ = len(values) > 1 and np.ptp(values) > TASKS_DIFFER
-    return Finding(
-        "summary-size",
-        {
-            "compared": comparison.subject,
-            "base": comparison.base,
-            "side": comparison.side,
-            "size": (comparison.size or None) if detected else None,
-            "mean_excess": comparison.mean_excess,
-            "unrelated": comparison.unrelated.median if comparison.unrelated else None,
-            "by_task": [min(values), max(values)] if differ else None,
-        },
-    )
 
 
 def _ranks(study: Study) -> Iterator[SummaryLine]:
@@ -234,7 +229,16 @@ def _limit(
         if comparison.side == leading.side or comparison.subject != leading.subject:
             continue
         if not comparison.modules:
-            return _side_left_out(study, comparison)
+            left_out = study.left_out.get(comparison.side, {})
+            reasons = Counter(left_out.values())
+            rows = study.similarities[study.similarities["side"] == comparison.side]
+            fields = {
+                "side": comparison.side,
+                "count": len(left_out),
+                "total": int(rows["module"].nunique()),
+                "reason": reasons.most_common(1)[0][0] if reasons else None,
+            }
+            return SummaryLine(Finding("summary-side-left-out", fields), "limits")
         if comparison.conclusion is Conclusion.INCONCLUSIVE:
             fields = {
                 "side": comparison.side,
@@ -248,14 +252,66 @@ def _limit(
     return SummaryLine(Finding("summary-scope", {"count": adapters}), "limits")
 
 
-def _side_left_out(study: Study, comparison: Comparison) -> SummaryLine:
-    left_out = study.left_out.get(comparison.side, {})
-    reasons = Counter(left_out.values())
-    rows = study.similarities[study.similarities["side"] == comparison.side]
-    fields = {
-        "side": comparison.side,
-        "count": len(left_out),
-        "total": int(rows["module"].nunique()),
-        "reason": reasons.most_common(1)[0][0] if reasons else None,
+MOST_BOXES: Final = 15
+SEVERITIES: Final[tuple[Severity, ...]] = ("damage", "result", "artifact", "limit")
+# Their numbers are rows of a table, or points of a figure, of every report.
+_IN_TABLES: Final = frozenset(
+    [
+        "more-alike", "not-distinguishable", "more-alike-than-random",
+        "not-distinguishable-from-random", "too-few-runs", "near-duplicate-pair", "inconclusive",
+        "single-tasks", "overlap-of-ranks", "reference-pairs", "checkpoints",
+        "directions-by-energy", "accuracy", "amplification",
+    ]
+)  # fmt: skip
+# Most important first within a severity; others follow in the order of the rules.
+_ORDER: Final = (
+    "trained-differently", "too-few-references", "group-mean", "group-subspace", "group-nothing",
+    "group-undecided", "enrichment-specific",
+    "enrichment-not-specific", "amplification-at-equal-k",
+    "diverged", "conflicting-labels", "started-from-base", "near-duplicates", "negated-copies",
+    "contained", "same-run", "gradients-alike", "shared-seed", "shared-initialization",
+    "same-input-space", "partly-shared-initialization", "not-analyzed", "untrained-adapter",
+    "no-reference-pairs", "enrichment-untested", "several-bases", "base-not-known-same",
+    "different-base", "base-name-differs", "unknown-task-or-seed", "modules-left-out",
+    "pairs-left-out", "no-common-module", "different-shapes", "no-base-weight", "quantized-base",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class FindingBox:
+    """The findings of one code and severity."""
+
+    code: str
+    severity: Severity
+    findings: tuple[Finding, ...]
+
+
+def finding_boxes(
+    findings: Sequence[Finding],
+) -> tuple[tuple[FindingBox, ...], tuple[Finding, ...]]:
+    """Return the boxes by severity, most important first, and the findings that are in none.
+
+    Findings whose numbers stand in a table of the report get no box. If there are more than
+    `MOST_BOXES`, the last ones of the severity with most boxes are left out.
+    """
+    groups: dict[tuple[Severity, str], list[Finding]] = {}
+    for finding in findings:
+        if finding.code not in _IN_TABLES:
+            groups.setdefault((finding.severity, finding.code), []).append(finding)
+    boxes = {
+        severity: sorted(
+            (
+                FindingBox(code, severity, tuple(group))
+                for (of_group, code), group in groups.items()
+                if of_group == severity
+            ),
+            key=lambda box: _ORDER.index(box.code) if box.code in _ORDER else len(_ORDER),
+        )
+        for severity in SEVERITIES
     }
-    return SummaryLine(Finding("summary-side-left-out", fields), "limits")
+    while sum(map(len, boxes.values())) > MOST_BOXES:
+        # Of damage, twice as many as of the others.
+        boxes[max(SEVERITIES, key=lambda name: len(boxes[name]) / (1 + (name == "damage")))].pop()
+    chosen = tuple(box for severity in SEVERITIES for box in boxes[severity])
+    in_boxes = {id(finding) for box in chosen for finding in box.findings}
+    return chosen, tuple(finding for finding in findings if id(finding) not in in_boxes)

@@ -1,8 +1,12 @@
-"""Findings about single adapters next to W, their spectra and their accuracy."""
+"""Findings about single adapters: next to W, what their spectra say about ranks, accuracy.
+
+Ranks are compared over the tasks that were trained at every rank, so that only ranks differ.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,23 +14,22 @@ import numpy as np
 from lora_analysis.adapter import is_fine_tune
 from lora_analysis.amplify import RunEnrichment, run_enrichments
 from lora_analysis.amplify.controls import FEWEST_CROSSED, SIGNIFICANT
-from lora_analysis.conclusions.rank_findings import tasks_of_all_ranks
 from lora_analysis.finding import Finding
 from lora_analysis.studies import Study
 from lora_analysis.studies.base_models import other_bases, strange_name
+from lora_analysis.studies.pair_classes import Exclusion
 
 if TYPE_CHECKING:
     import pandas as pd
 
-
-def damaged_base(study: Study) -> Iterator[Finding]:
-    """Pass on what is wrong with the numbers of the base."""
-    yield from (finding for finding in study.base_findings() if finding.severity == "damage")
+    from lora_analysis.studies import Study
 
 
-def unusual_base(study: Study) -> Iterator[Finding]:
-    """Pass on what else was noticed about the base."""
-    yield from (finding for finding in study.base_findings() if finding.severity != "damage")
+def base_notes(study: Study, *, damage: bool) -> Iterator[Finding]:
+    """Pass on what is wrong with the numbers of the base, or what else was noticed about it."""
+    for finding in study.base_findings():
+        if (finding.severity == "damage") == damage:
+            yield finding
 
 
 def missing_weights(study: Study) -> Iterator[Finding]:
@@ -107,7 +110,19 @@ def enrichment_controls(study: Study) -> Iterator[Finding]:
     full = table[table["at_rank"]]
     rank_of = full.groupby("adapter")["rank"].max()
     runs = [run for run in run_enrichments(study.amplified()) if run.label in rank_of]
-    ranks = _controls_by_rank(tasks_of_all_ranks(study, full)[0], runs)
+    comparable = tasks_of_all_ranks(study, full)[0]
+    names = ["enrichment", "enrichment_crossed", "enrichment_through_weight"]
+    ranks: list[dict[str, float | None]] = []
+    for medians in _medians_by_rank(comparable, names):
+        labels = set(comparable.loc[comparable["rank"] == medians["rank"], "adapter"])
+        crossed = [value for run in runs if run.label in labels for value in run.crossed]
+        ranks.append(
+            {
+                **{name: _defined(value) for name, value in medians.items()},
+                "low": min(crossed, default=None),
+                "high": max(crossed, default=None),
+            }
+        )
     fields: dict[str, Any] = {
         "ranks": ranks,
         "geometry": _geometry(ranks),
@@ -128,25 +143,6 @@ def enrichment_controls(study: Study) -> Iterator[Finding]:
     else:
         p = min(run.p for run in tested)
         yield Finding("enrichment-not-specific", {**fields, "p": p})
-
-
-def _controls_by_rank(
-    full: pd.DataFrame, runs: Sequence[RunEnrichment]
-) -> list[dict[str, float | None]]:
-    """Return medians of the enrichment and its controls, and the range of the crossed values."""
-    names = ["enrichment", "enrichment_crossed", "enrichment_through_weight"]
-    rows: list[dict[str, float | None]] = []
-    for medians in _medians_by_rank(full, names):
-        labels = set(full.loc[full["rank"] == medians["rank"], "adapter"])
-        crossed = [value for run in runs if run.label in labels for value in run.crossed]
-        rows.append(
-            {
-                **{name: _defined(value) for name, value in medians.items()},
-                "low": min(crossed, default=None),
-                "high": max(crossed, default=None),
-            }
-        )
-    return rows
 
 
 def _geometry(ranks: Sequence[Mapping[str, float | None]]) -> list[float] | None:
@@ -226,3 +222,95 @@ def accuracies(study: Study) -> Iterator[Finding]:
             }
         )
     yield Finding("accuracy", {"groups": groups})
+
+
+@dataclass(frozen=True, slots=True)
+class RankSpectra:
+    """Medians over the modules and adapters of one rank.
+
+    Attributes
+    ----------
+    rank, adapters
+        The rank, and the number of adapters.
+    numerical_rank, effective_rank, stable_rank, energy_rank_99
+        Medians.
+    energy_rank_90
+        First quartile, median and third quartile of the number of directions that hold 90 % of
+        ‖ΔW‖².
+    """
+
+    rank: int
+    adapters: int
+    numerical_rank: float
+    effective_rank: float
+    stable_rank: float
+    energy_rank_90: tuple[float, float, float]
+    energy_rank_99: float
+
+
+def tasks_of_all_ranks(study: Study, table: pd.DataFrame) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """Return the rows of tasks that were trained at every rank, so that only ranks differ.
+
+    Parameters
+    ----------
+    table
+        A table with the columns ``adapter`` and ``rank``.
+
+    Returns
+    -------
+    table, tasks
+        All rows and no task if a task is unknown, or none was trained at every rank.
+    """
+    if table.empty:
+        return table, ()
+    tasks = table["adapter"].map(study.runs.set_index("adapter")["task"])
+    if tasks.isna().any():
+        return table, ()
+    common = set.intersection(*(set(of_rank) for _, of_rank in tasks.groupby(table["rank"])))
+    return (table[tasks.isin(common)], tuple(sorted(common))) if common else (table, ())
+
+
+def spectra_by_rank(study: Study) -> tuple[tuple[RankSpectra, ...], tuple[str, ...]]:
+    """Return the spectra by rank, ascending, and the tasks behind them (all if empty).
+
+    Untrained modules, references, earlier checkpoints and repeated copies are left out.
+    """
+    excluded = study.runs.loc[
+        study.runs["excluded"].isin([Exclusion.EARLIER, Exclusion.ONE_SAMPLE]), "adapter"
+    ]
+    rows = study.spectra[
+        ~study.spectra["adapter"].isin({*excluded, *study.reference})
+        & (study.spectra["numerical_rank"] > 0)
+    ]
+    if rows.empty:
+        return (), ()
+    rows, tasks = tasks_of_all_ranks(study, rows)
+    result = []
+    for rank, of_rank in rows.groupby("rank"):
+        low, median, high = of_rank["energy_rank_90"].quantile([0.25, 0.5, 0.75])
+        result.append(
+            RankSpectra(
+                rank=int(rank),
+                adapters=of_rank["adapter"].nunique(),
+                numerical_rank=float(of_rank["numerical_rank"].median()),
+                effective_rank=float(of_rank["effective_rank"].median()),
+                stable_rank=float(of_rank["stable_rank"].median()),
+                energy_rank_90=(float(low), float(median), float(high)),
+                energy_rank_99=float(of_rank["energy_rank_99"].median()),
+            )
+        )
+    return tuple(result), tasks
+
+
+def directions_by_energy(study: Study) -> Iterator[Finding]:
+    """Report how many directions hold 90 % of the energy of each update."""
+    by_rank, tasks = spectra_by_rank(study)
+    if by_rank:
+        ranks = []
+        for spectra in by_rank:
+            low, median, high = spectra.energy_rank_90
+            ranks.append({"rank": spectra.rank, "low": low, "median": median, "high": high})
+        yield Finding(
+            "directions-by-energy",
+            {"tasks": list(tasks) if len(by_rank) > 1 and tasks else None, "ranks": ranks},
+        )

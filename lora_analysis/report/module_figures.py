@@ -10,13 +10,13 @@ import numpy as np
 
 from lora_analysis import plots
 from lora_analysis.blocks import forward_order, is_image, locate_module
+from lora_analysis.conclusions.comparison_findings import overlaps_with_last_step
 from lora_analysis.conclusions.comparison_values import SIDES_IN_ORDER
-from lora_analysis.conclusions.run_findings import overlaps_with_last_step
 from lora_analysis.plots.heatmap import EXCESS_LIMITS
-from lora_analysis.report.module_changes import ModuleChanges, module_changes
 from lora_analysis.report.representatives import (
     common_modules,
     drawn_pairs,
+    module_changes,
     module_populations,
     module_titles,
     modules_far_from_median,
@@ -114,7 +114,17 @@ def change_figures(study: Study) -> Iterator[ReportFigure]:
     )
     across = _across(values)
     if by_block or len({name.rpartition(".")[0] for name in values}) > 1:
-        maps = [[_change_map(changes, component)] for component in _components(values)]
+        maps = [
+            [
+                plots.resolve_module_map(
+                    _of_component(changes.values, component),
+                    limits=(0.0, float(changes.values.max()) or 1.0),
+                    label=changes.symbol,
+                    title=component,
+                )
+            ]
+            for component in _components(values)
+        ]
         figure = plots.figure_module_maps(maps, width=4.6)
         yield ReportFigure(
             name="changes_map",
@@ -137,26 +147,6 @@ def change_figures(study: Study) -> Iterator[ReportFigure]:
     )
 
 
-def _change_map(changes: ModuleChanges, component: str) -> ModuleMap:
-    return plots.resolve_module_map(
-        _of_component(changes.values, component),
-        limits=(0.0, float(changes.values.max()) or 1.0),
-        label=changes.symbol,
-        title=component,
-    )
-
-
-def leading_matrix_figures(study: Study) -> Iterator[ReportFigure]:
-    """Yield the similarity matrix of all adapters on the output side, with marks of tasks."""
-    yield from _matrix_figure(study, "output")
-
-
-def other_matrix_figures(study: Study) -> Iterator[ReportFigure]:
-    """Yield the similarity matrices of the input side and of the signed cosine."""
-    for key in ("input", "cosine"):
-        yield from _matrix_figure(study, key)
-
-
 _QUANTITIES = {
     "output": "mean over modules of the excess of ω over the random baseline, output side",
     "input": "the same on the input side, without modules that share their initialization",
@@ -164,7 +154,8 @@ _QUANTITIES = {
 }
 
 
-def _matrix_figure(study: Study, key: str) -> Iterator[ReportFigure]:
+def matrix_figure(study: Study, key: str) -> Iterator[ReportFigure]:
+    """Yield the similarity matrix of all adapters, with marks of tasks."""
     matrix = study.similarity_matrix
     if matrix is None or len(matrix.labels) < 3:
         return

@@ -1,4 +1,4 @@
-"""Tables of a report about pairs: comparisons, tasks, single pairs, initializations."""
+"""Tables of a report about pairs: comparisons, tasks, pairs, initializations, checkpoints."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from lora_analysis.adapter import LowRankUpdate
+from lora_analysis.conclusions.comparison_findings import overlaps_with_last_step
 from lora_analysis.conclusions.comparison_values import Comparison, Conclusion
 from lora_analysis.report.tables import ReportTable, cell
-from lora_analysis.shared_init import InitRelation
+from lora_analysis.shared_init import InitRelation, drift
+from lora_analysis.studies import Relation
 from lora_analysis.text import number, overlap_number, p_value_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lora_analysis.studies import Study
+
 
 COMPARISON_COLUMNS: Final = (
     "comparison", "side", "conclusion", "T", "unrelated", "largest", "ω", "random ω", "angle",
@@ -34,9 +38,23 @@ def comparisons_table(
         row = comparison_row(comparison)
         rows.append((comparison.base or "–", *row) if several else row)
     columns = (*(("base",) if several else ()), *COMPARISON_COLUMNS)
-    return ReportTable(
-        "comparisons", _comparisons_caption(study, compared), columns, tuple(rows), 3 + several
+    table = study.similarities
+    table = table[table["usable"].astype(bool)]
+    random = ""
+    if len(table):
+        degrees = np.degrees(np.arccos(np.sqrt(float(table["chance_1_1"].median()))))
+        random = f" (random: {degrees:.0f}°)"
+    caption = (
+        "T: mean over modules of the excess of ω over its random baseline, mean over pairs; random "
+        "pairs have T 0. Unrelated, largest: median and maximum of T over unrelated pairs, of the "
+        "same ranks if there are any. ω and random ω: medians. Angle: median angle between the "
+        f"first directions{random}. Cosine: median signed cosine of ΔW. p: the permutation of runs "
+        "in a study of tasks, the rank among reference pairs of two adapters; least p: the "
+        "smallest one that the design allows."
     )
+    if any(comparison.kind == "ranks" for comparison in compared):
+        caption += " Pairs of different ranks are described and not tested."
+    return ReportTable("comparisons", caption, columns, tuple(rows), 3 + several)
 
 
 def comparison_row(comparison: Comparison) -> tuple[str, ...]:
@@ -54,10 +72,14 @@ def comparison_row(comparison: Comparison) -> tuple[str, ...]:
         "–" if value is None else p_value_text(value)
         for value in (comparison.p, comparison.smallest_p)
     )
+    conclusion = str(comparison.conclusion or "not tested")
+    # Of what was not detected, a word for the size would be read as a detection.
+    detected = comparison.conclusion is Conclusion.MORE_ALIKE
+    extra = (comparison.size if detected else "") or str(comparison.reason)
     return (
         comparison.subject,
         comparison.side,
-        conclusion_text(comparison),
+        (f"{conclusion} ({extra})" if extra else conclusion),
         *map(overlap_number, numbers),
         angle,
         overlap_number(comparison.cosine),
@@ -65,35 +87,6 @@ def comparison_row(comparison: Comparison) -> tuple[str, ...]:
         str(comparison.pairs),
         str(comparison.modules),
     )
-
-
-def conclusion_text(comparison: Comparison) -> str:
-    """Return the conclusion with its size or its reason; a row without a test is "not tested"."""
-    conclusion = str(comparison.conclusion or "not tested")
-    # Of what was not detected, a word for the size would be read as a detection.
-    detected = comparison.conclusion is Conclusion.MORE_ALIKE
-    extra = (comparison.size if detected else "") or str(comparison.reason)
-    return f"{conclusion} ({extra})" if extra else conclusion
-
-
-def _comparisons_caption(study: Study, compared: Sequence[Comparison]) -> str:
-    table = study.similarities
-    table = table[table["usable"].astype(bool)]
-    random = ""
-    if len(table):
-        degrees = np.degrees(np.arccos(np.sqrt(float(table["chance_1_1"].median()))))
-        random = f" (random: {degrees:.0f}°)"
-    caption = (
-        "T: mean over modules of the excess of ω over its random baseline, mean over pairs; random "
-        "pairs have T 0. Unrelated, largest: median and maximum of T over unrelated pairs, of the "
-        "same ranks if there are any. ω and random ω: medians. Angle: median angle between the "
-        f"first directions{random}. Cosine: median signed cosine of ΔW. p: the permutation of runs "
-        "in a study of tasks, the rank among reference pairs of two adapters; least p: the "
-        "smallest one that the design allows."
-    )
-    if any(comparison.kind == "ranks" for comparison in compared):
-        caption += " Pairs of different ranks are described and not tested."
-    return caption
 
 
 def tasks_table(compared: Sequence[Comparison]) -> ReportTable | None:
@@ -170,3 +163,63 @@ def initializations_table(study: Study) -> ReportTable | None:
         "matched cosine of B."
     )
     return ReportTable("initializations", caption, columns, rows, 4)
+
+
+def steps_table(study: Study) -> ReportTable | None:
+    """Return the checkpoints of each run by step: overlap with the last, spectrum, A's drift.
+
+    A's drift is from the checkpoint of step 0, if there is one. None without checkpoints.
+    """
+    spectra = study.spectra.groupby("adapter")[["stable_rank", "energy_rank_90"]].median()
+    norms = study.runs.set_index("adapter")["norm"]
+    amplified = study.amplifications
+    enrichment = None
+    if not amplified.empty:
+        at_rank = amplified[amplified["at_rank"]]
+        enrichment = at_rank.groupby("adapter")["enrichment"].median()
+    rows = []
+    for rows_of_run in overlaps_with_last_step(study):
+        last = str(rows_of_run["last"].iloc[0])
+        overlaps = rows_of_run.set_index("adapter")[["phi_1_1", "omega"]]
+        pairs = study.pairs[study.pairs["relation"] == Relation.SAME_RUN]
+        pairs = pairs[(pairs["a"] == last) | (pairs["b"] == last)]
+        labels = {*pairs["a"], *pairs["b"]}
+        steps = study.runs.set_index("adapter")["step"]
+        checkpoints = sorted(
+            ((label, int(steps[label])) for label in labels), key=lambda pair: pair[1]
+        )
+        first = next((label for label, step in checkpoints if step == 0), None)
+        for label, step in checkpoints:
+            drifts = _drift(study, label, first)
+            overlap = overlaps.loc[label] if label in overlaps.index else (np.nan, np.nan)
+            phi, omega = (1.0, 1.0) if label == last else overlap
+            cells = [cell(float(x)) for x in (phi, omega, norms[label], *spectra.loc[label])]
+            if enrichment is not None:
+                cells.append(cell(float(enrichment.get(label, np.nan))))
+            rows.append((last, str(step), *cells, *(cell(drift) for drift in drifts)))
+    if not rows:
+        return None
+    against = () if enrichment is None else ("enrichment",)
+    columns = ("run", "step", "φ(1,1)", "ω", "‖ΔW‖", "stable rank", "90 % of energy", *against,
+               "A's rotation", "A's growth")  # fmt: skip
+    caption = (
+        "φ(1,1) and ω: with the run's last step, output side. They, the ranks and the enrichment "
+        "are medians over modules. A's rotation: 1 − cos between A and A at step 0; A's growth: "
+        "‖A‖/‖A₀‖ − 1; –: step 0 was not saved."
+    )
+    return ReportTable("steps", caption, columns, tuple(rows), 1)
+
+
+def _drift(study: Study, label: str, first: str | None) -> tuple[float, float]:
+    """Return the rotation and growth of A since step 0, medians over modules."""
+    if first is None:
+        return np.nan, np.nan
+    drifts = []
+    for name, update in study.adapters[label].items():
+        start = study.adapters[first].get(name)
+        if isinstance(update, LowRankUpdate) and isinstance(start, LowRankUpdate):
+            drifts.append(drift(update, start.A))
+    if not drifts:
+        return np.nan, np.nan
+    medians = np.median([(module.angular, module.radial) for module in drifts], axis=0)
+    return float(medians[0]), float(medians[1])

@@ -1,24 +1,28 @@
-"""Write a report: report.html (or .md), figures/, tables/, results.json and grids.npz."""
+"""Write a report: report.html (or .md), figures/, tables/, results.json and grids.npz.
+
+The last section states how the report was made: versions, hashes, and a Python program that gives
+the same numbers.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import platform
 import re
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
 from markupsafe import Markup
 
+from lora_analysis import __version__
 from lora_analysis.conclusions import comparisons, findings
-from lora_analysis.conclusions.finding_boxes import finding_boxes
-from lora_analysis.conclusions.summary_lines import summary
+from lora_analysis.conclusions.summary_lines import finding_boxes, summary
 from lora_analysis.errors import MissingExtraError, OccupiedError
 from lora_analysis.report.group_section import report_group
 from lora_analysis.report.pair_tables import initializations_table
-from lora_analysis.report.provenance import provenance
 from lora_analysis.report.results import (
     all_tables,
     csv_text,
@@ -36,11 +40,10 @@ from lora_analysis.studies import study as run_study
 from lora_analysis.text import join_names, plural, printable, printable_json, printable_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    import pandas as pd
+    from collections.abc import Sequence
 
     from lora_analysis.progress import Progress
+
 
 GRIDS, RESULTS = "grids.npz", "results.json"
 # results.json names its generator within its first bytes.
@@ -116,10 +119,41 @@ def write_report(
     with output_folder(
         folder, kind="report", verb="report", run=run, inputs=study_inputs(study), force=force
     ) as staging:
-        _write_files(
-            study, staging, title=title, command=command, form=form, parquet=parquet,
-            figures=figures, progress=progress,
+        compared, all_findings = comparisons(study), findings(study)
+        group, of_group = report_group(study, progress=progress)
+        if of_group is not None:
+            all_findings = (*all_findings, of_group)
+        lines = summary(study, compared, all_findings)
+        boxes, rest = finding_boxes(all_findings)
+        drawn = sections(
+            study, compared, boxes, staging, figures, group=group, progress=progress,
+            inline=form == "html",
         )  # fmt: skip
+        page = {
+            "title": title or _title(study),
+            "lead": _lead(study),
+            "is_report": True,
+            "summary": lines,
+            "picture": next((section for section in drawn if section.name == "short"), None),
+            "sections": [section for section in drawn if section.name != "short"],
+            "boxes": [box for box in boxes if box.severity != "result"],
+            "rest": rest,
+            "adapters": adapters_table(study),
+            "initializations": initializations_table(study),
+            "provenance": provenance(study, command),
+            # The format of the files that a Markdown page can show.
+            "image": next((suffix for suffix in ("svg", "png") if suffix in figures), None),
+        }
+        _write_tables(study, staging / "tables", parquet=parquet)
+        document = json.dumps(
+            results(study, all_findings, compared, lines, group),
+            indent=1, allow_nan=False, ensure_ascii=False,
+        )  # fmt: skip
+        write_atomic(staging / RESULTS, printable_json(document).encode())
+        if (grids := grids_file(study)) is not None:
+            write_atomic(staging / GRIDS, grids)
+        text = _environment(form).get_template(f"report.{form}.j2").render(page)
+        write_atomic(staging / f"report.{form}", text.encode())
     return folder / f"report.{form}"
 
 
@@ -151,54 +185,6 @@ def study_inputs(study: Study) -> list[Path]:
     return inputs if study.base is None else [*inputs, *study.base.inputs]
 
 
-def _write_files(
-    study: Study,
-    folder: Path,
-    *,
-    title: str | None,
-    command: str | None,
-    form: Literal["html", "md"],
-    parquet: bool,
-    figures: Sequence[str],
-    progress: Progress | None,
-) -> None:
-    compared, all_findings = comparisons(study), findings(study)
-    group, of_group = report_group(study, progress=progress)
-    if of_group is not None:
-        all_findings = (*all_findings, of_group)
-    lines = summary(study, compared, all_findings)
-    boxes, rest = finding_boxes(all_findings)
-    drawn = sections(
-        study, compared, boxes, folder, figures, group=group, progress=progress,
-        inline=form == "html",
-    )  # fmt: skip
-    page = {
-        "title": title or _title(study),
-        "lead": _lead(study),
-        "is_report": True,
-        "summary": lines,
-        "picture": next((section for section in drawn if section.name == "short"), None),
-        "sections": [section for section in drawn if section.name != "short"],
-        "boxes": [box for box in boxes if box.severity != "result"],
-        "rest": rest,
-        "adapters": adapters_table(study),
-        "initializations": initializations_table(study),
-        "provenance": provenance(study, command),
-        # The format of the files that a Markdown page can show.
-        "image": next((suffix for suffix in ("svg", "png") if suffix in figures), None),
-    }
-    _write_tables(study, folder / "tables", parquet=parquet)
-    document = json.dumps(
-        results(study, all_findings, compared, lines, group),
-        indent=1, allow_nan=False, ensure_ascii=False,
-    )  # fmt: skip
-    write_atomic(folder / RESULTS, printable_json(document).encode())
-    if (grids := grids_file(study)) is not None:
-        write_atomic(folder / GRIDS, grids)
-    text = _environment(form).get_template(f"report.{form}.j2").render(page)
-    write_atomic(folder / f"report.{form}", text.encode())
-
-
 def write_page(
     study: Study,
     page_sections: Sequence[Section],
@@ -221,7 +207,14 @@ def write_page(
 
 
 def _write_tables(study: Study, folder: Path, *, parquet: bool) -> None:
-    for name, table in chain(all_tables(study), _similarity_matrix_tables(study)):
+    tables = all_tables(study)
+    matrix = study.similarity_matrix
+    if matrix is not None and len(matrix.labels) > 1:
+        tables += [
+            (f"similarity_matrix_{what}", square_table(matrix.labels, matrix.matrix(what)))
+            for what in ("output", "input", "cosine")
+        ]
+    for name, table in tables:
         if table.empty:
             continue
         is_square = name.startswith("similarity_matrix_")
@@ -229,14 +222,6 @@ def _write_tables(study: Study, folder: Path, *, parquet: bool) -> None:
         write_atomic(folder / f"{name}.csv", content)
         if parquet:
             write_atomic(folder / f"{name}.parquet", table.to_parquet(None, index=False))
-
-
-def _similarity_matrix_tables(study: Study) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the similarity matrix as square tables, one per quantity; nothing for one adapter."""
-    matrix = study.similarity_matrix
-    if matrix is not None and len(matrix.labels) > 1:
-        for what in ("output", "input", "cosine"):
-            yield f"similarity_matrix_{what}", square_table(matrix.labels, matrix.matrix(what))
 
 
 def _environment(form: str) -> jinja2.Environment:
@@ -315,3 +300,69 @@ def _lead(study: Study) -> str:
         )
     base = f"Base weights: {study.base.label}." if study.base else "No base weights were given."
     return f"{'; '.join(parts)}. {base}"
+
+
+PACKAGES = ("numpy", "scipy", "matplotlib", "pandas")
+
+
+def provenance(study: Study, command: str | None) -> dict[str, Any]:
+    """Return the facts for the section on how the report was made."""
+    versions = [f"lora_analysis {__version__}", f"Python {platform.python_version()}"]
+    versions += [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
+    # Run in the folder in which the report was made: paths below it are relative. Adapters and
+    # base weights from memory are replaced by ``...``.
+    lines = ["from lora_analysis import read_adapter, study", ""]
+    groups: dict[str, list[str]] = {"adapters": [], "reference": []}
+    for label in study.adapters:
+        groups["reference" if label in study.reference else "adapters"].append(label)
+    for name, labels in groups.items():
+        if labels:
+            lines += [f"{name} = [", *(f"    {_reading(study, label)}," for label in labels), "]"]
+    arguments = ["adapters", *(["reference=reference"] if groups["reference"] else [])]
+    for name, value in study.options.items():
+        typed = _relative(value) if name == "base" and isinstance(value, str) else value
+        arguments.append(f"{name}={'...' if typed is ... else repr(typed)}")
+    lines += [f"result = study({', '.join(arguments)})", ""]
+    if len(study.similarities):
+        lines += [
+            "from lora_analysis.conclusions import comparisons",
+            "for comparison in comparisons(result):",
+            "    print(comparison.subject, comparison.side, comparison.conclusion, "
+            "comparison.mean_excess)",
+        ]
+    if len(study.amplifications):
+        lines += [
+            'full = result.amplifications.query("at_rank")',
+            'full.groupby("adapter")[["amplification_factor", "enrichment"]].median()',
+        ]
+    lines.append('result.spectra.groupby("adapter")[["stable_rank", "energy_rank_90"]].median()')
+    return {
+        "version": __version__,
+        "command": command or "lora_analysis.write_report(study, path)",
+        "versions": ", ".join(versions),
+        "base": "none" if study.base is None else study.base.label,
+        "python": "\n".join(lines),
+        "hashes": [
+            (label, adapter.provenance.sha256 or "in memory")
+            for label, adapter in study.adapters.items()
+        ],
+    }
+
+
+def _relative(source: str) -> str:
+    """Return a path relative to the working directory if it is below; any other unchanged."""
+    path, folder = Path(source), Path.cwd()
+    is_below = path.is_absolute() and folder in path.parents
+    return str(path.relative_to(folder)) if is_below else source
+
+
+def _reading(study: Study, label: str) -> str:
+    source = study.adapters[label].provenance
+    if source.location is None:
+        return f"...,  # {label!r} was built in memory"
+    options = [repr(_relative(source.location))]
+    if "caller" in source.scale_origin.values():
+        scales = study.spectra.loc[study.spectra["adapter"] == label, "scale"].unique()
+        # Several scales came from one alpha over several ranks.
+        options.append(f"scale={float(scales[0])!r}" if len(scales) == 1 else "alpha=...")
+    return f"read_adapter({', '.join(options)}, label={label!r})"

@@ -1,4 +1,7 @@
-"""The pairs and modules that a report draws: few, and the same ones every time."""
+"""The pairs and modules that a report draws, few and the same ones every time, and their changes.
+
+The change of a module is ‖ΔW‖/‖W‖ if a base is given, else ‖ΔW‖.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,16 @@ import pandas as pd
 
 from lora_analysis.blocks import forward_order, locate_module, short_names
 from lora_analysis.studies import Relation
-from lora_analysis.studies.base_models import per_base
-from lora_analysis.studies.pair_classes import PairClass
+from lora_analysis.studies.base_models import bases_of, per_base, several_bases
+from lora_analysis.studies.pair_classes import Exclusion, PairClass
+from lora_analysis.text import plural
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lora_analysis.spectra import Side
     from lora_analysis.studies import Study
+
 
 # The smaller rank of the paper's Figure 3.
 SMALL_RANK = 8
@@ -100,23 +105,10 @@ def _with_ranks(study: Study) -> pd.DataFrame:
 
 def _drawn(pairs: pd.DataFrame, best: pd.Series, relation: str) -> DrawnPair:
     a, b = _in_rank_order(best)
-    unrelated = _unrelated_pair(pairs, {a, b}, (best["rank_a"], best["rank_b"]))
-    return DrawnPair(a, b, relation, unrelated)
-
-
-def _in_rank_order(pair: pd.Series) -> tuple[str, str]:
-    a, b = str(pair["a"]), str(pair["b"])
-    return (a, b) if pair["rank_a"] <= pair["rank_b"] else (b, a)
-
-
-def _unrelated_pair(
-    pairs: pd.DataFrame, without: set[str], ranks: tuple[int, int]
-) -> tuple[str, str] | None:
-    """Return the unrelated pair of these ranks whose T is the median, so a typical one.
-
-    Pairs with one of the adapters that it is compared with come first.
-    """
-    low, high = sorted(ranks)
+    # The unrelated pair of these ranks whose T is the median is a typical one; pairs with one of
+    # the two adapters come first.
+    without = {a, b}
+    low, high = sorted((best["rank_a"], best["rank_b"]))
     rows = pairs[
         (pairs["population_output"] == "unrelated")
         & ~(pairs["a"].isin(without) & pairs["b"].isin(without))
@@ -126,9 +118,16 @@ def _unrelated_pair(
     shared = rows[rows["a"].isin(without) | rows["b"].isin(without)]
     rows = shared if len(shared) else rows
     if rows.empty:
-        return None
-    order = rows["mean_excess_output"].sort_values(kind="stable").index
-    return _in_rank_order(rows.loc[order[(len(order) - 1) // 2]])
+        unrelated = None
+    else:
+        order = rows["mean_excess_output"].sort_values(kind="stable").index
+        unrelated = _in_rank_order(rows.loc[order[(len(order) - 1) // 2]])
+    return DrawnPair(a, b, relation, unrelated)
+
+
+def _in_rank_order(pair: pd.Series) -> tuple[str, str]:
+    a, b = str(pair["a"]), str(pair["b"])
+    return (a, b) if pair["rank_a"] <= pair["rank_b"] else (b, a)
 
 
 def rank_pair(study: Study) -> DrawnPair | None:
@@ -191,24 +190,19 @@ def seed_pair(study: Study) -> DrawnPair | None:
     return next((pair for pair in drawn if pair.unrelated), drawn[0] if drawn else None)
 
 
-def any_pair(study: Study) -> DrawnPair | None:
-    """Return two adapters of unknown relation, else the first pair; None without any."""
-    pairs = _with_ranks(study)
-    if pairs.empty:
-        return None
-    unknown = pairs[pairs["pair_class"] == PairClass.UNKNOWN]
-    best = (unknown if len(unknown) else pairs).iloc[0]
-    if str(best["pair_class"]) == PairClass.UNKNOWN:
-        return _drawn(pairs, best, "relation unknown")
-    return _drawn(pairs, best, str(best["pair_class"]))
-
-
 def drawn_pairs(study: Study) -> dict[str, DrawnPair]:
     """Return the pairs whose heat-maps are drawn, by what they show; empty without pairs."""
     candidates = {"ranks": rank_pair(study), "seeds": seed_pair(study)}
     chosen = {name: pair for name, pair in candidates.items() if pair is not None}
-    if not chosen and (other := any_pair(study)) is not None:
-        chosen["pair"] = other
+    pairs = _with_ranks(study)
+    if not chosen and not pairs.empty:
+        # Two adapters of unknown relation, else the first pair.
+        unknown = pairs[pairs["pair_class"] == PairClass.UNKNOWN]
+        if unknown.empty:
+            best = pairs.iloc[0]
+            chosen["pair"] = _drawn(pairs, best, str(best["pair_class"]))
+        else:
+            chosen["pair"] = _drawn(pairs, unknown.iloc[0], "relation unknown")
     return chosen
 
 
@@ -256,15 +250,16 @@ def module_populations(study: Study, side: Side) -> list[list[ModulePopulation]]
             names.pop(1)
         if not names:
             choices, names = {"{count} {pairs}": of_base["pair_class"] != ""}, ["{count} {pairs}"]
-        result.append([_pooled(name, base or None, of_base[choices[name]]) for name in names])
+        populations = []
+        for name in names:
+            pooled = of_base[choices[name]]
+            count = pooled.groupby(["a", "b"]).ngroups
+            words = name.format(count=count, pairs="pair" if count == 1 else "pairs")
+            excess = pooled.groupby("module", sort=False)["excess_omega"].median()
+            is_unrelated = "unrelated" in name
+            populations.append(ModulePopulation(words, base or None, excess, pooled, is_unrelated))
+        result.append(populations)
     return result
-
-
-def _pooled(name: str, base: str | None, rows: pd.DataFrame) -> ModulePopulation:
-    count = rows.groupby(["a", "b"]).ngroups
-    by_module = rows.groupby("module", sort=False)["excess_omega"]
-    words = name.format(count=count, pairs="pair" if count == 1 else "pairs")
-    return ModulePopulation(words, base, by_module.median(), rows, "unrelated" in name)
 
 
 def modules_far_from_median(excess: pd.Series, count: int) -> list[str]:
@@ -275,3 +270,71 @@ def modules_far_from_median(excess: pd.Series, count: int) -> list[str]:
     values = excess.dropna()
     far = (values - values.median()).abs().sort_values(ascending=False, kind="stable")
     return list(far.index[:count])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModuleChanges:
+    """Size of the update of each module.
+
+    Attributes
+    ----------
+    values
+        Median over the adapters, by module in the order of the model.
+    symbol
+        ``"‖ΔW‖/‖W‖"`` or ``"‖ΔW‖"``.
+    of
+        The adapters behind the medians, in words.
+    note
+        What limits the comparison between modules; "" if nothing does.
+    """
+
+    values: pd.Series
+    symbol: str
+    of: str
+    note: str
+
+
+def module_changes(study: Study) -> ModuleChanges | None:
+    """Return the size of the update of each module; None without a trained module.
+
+    Adapters of one base, without references, earlier checkpoints and repeated copies; of several
+    bases, the one with most adapters.
+    """
+    excluded = study.runs.loc[
+        study.runs["excluded"].isin([Exclusion.EARLIER, Exclusion.ONE_SAMPLE, Exclusion.UNTRAINED]),
+        "adapter",
+    ]
+    without = {*excluded, *study.reference}
+    symbol, table = "‖ΔW‖", study.spectra[["adapter", "module", "norm"]]
+    relative = study.amplifications
+    if len(relative):
+        relative = relative[relative["at_rank"]]
+        symbol, table = "‖ΔW‖/‖W‖", relative[["adapter", "module", "relative_norm"]]
+    table = table.set_axis(["adapter", "module", "value"], axis=1)
+    table = table[~table["adapter"].isin(without)].dropna()
+    if table.empty:
+        return None
+    of = ""
+    if several_bases(study):
+        bases = table["adapter"].map(
+            dict(zip(study.runs["adapter"], bases_of(study, study.runs["adapter"]), strict=True))
+        )
+        base = bases.mode().iloc[0]
+        table, of = table[bases == base], f" on {base}"
+    unknown = study.spectra.loc[
+        study.spectra["adapter"].isin(table["adapter"]), "in_units_of_scale"
+    ].any()
+    notes = [
+        " ‖ΔW‖ grows with the size of a module; with base weights (--base) it is divided by ‖W‖."
+        if symbol == "‖ΔW‖"
+        else "",
+        " The scale of some adapters is unknown: their values are in units of it."
+        if unknown
+        else "",
+    ]
+    return ModuleChanges(
+        values=table.groupby("module", sort=False)["value"].median(),
+        symbol=symbol,
+        of=f"{plural(table['adapter'].nunique(), 'adapter')}{of}",
+        note="".join(notes),
+    )

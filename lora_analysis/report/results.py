@@ -99,6 +99,22 @@ def results(
     group: GroupAnalysis | None = None,
 ) -> dict[str, Any]:
     """Return the document of ``results.json``."""
+    amplifications = study.amplifications
+    if not amplifications.empty:
+        amplifications = amplifications[amplifications["at_rank"]]
+    matrix = study.similarity_matrix
+    if matrix is None or not 2 <= len(matrix.labels) <= SIMILARITY_MATRIX_LIMIT:
+        matrix = None
+    else:
+        quantities = {what: matrix.matrix(what) for what in ("output", "input", "cosine")}
+        matrix = {
+            "labels": list(matrix.labels),
+            "order": [int(index) for index in matrix.order()],
+            **{
+                name: json_value(values.tolist())
+                for name, values in (quantities | {"shared_init": matrix.shared}).items()
+            },
+        }
     return {
         "schema_version": SCHEMA_VERSION,
         "generator": f"lora_analysis {__version__}",
@@ -122,11 +138,11 @@ def results(
         "pairs": _records(study.pairs),
         "overlaps": _overlaps(study),
         "modules": _modules(study),
-        "amplifications": _medians(_at_rank(study.amplifications), ["adapter"], _WEIGHTS),
+        "amplifications": _medians(amplifications, ["adapter"], _WEIGHTS),
         "weight_changes": _medians(study.changes, ["adapter", "module_type", "side"], _CHANGES),
         "run_inference": list(_inference(study)),
         "group_analysis": None if group is None else json_value(group.to_dict()),
-        "similarity_matrix": _similarity_matrix(study),
+        "similarity_matrix": matrix,
     }
 
 
@@ -157,10 +173,6 @@ def _modules(study: Study) -> list[dict[str, Any]]:
     return [{**row, "base": row["base"] or None} for row in rows]
 
 
-def _at_rank(table: pd.DataFrame) -> pd.DataFrame:
-    return table if table.empty else table[table["at_rank"]]
-
-
 def _inference(study: Study) -> Iterator[dict[str, Any]]:
     for base, runs in runs_per_base(study):
         ranks = sorted({int(rank) for rank in runs["rank"].dropna()})
@@ -184,21 +196,6 @@ def _inference(study: Study) -> Iterator[dict[str, Any]]:
                     "p": result.permutation.p_value,
                     "smallest_p": result.permutation.smallest_p_value,
                 }
-
-
-def _similarity_matrix(study: Study) -> dict[str, Any] | None:
-    matrix = study.similarity_matrix
-    if matrix is None or not 2 <= len(matrix.labels) <= SIMILARITY_MATRIX_LIMIT:
-        return None
-    quantities = {what: matrix.matrix(what) for what in ("output", "input", "cosine")}
-    return {
-        "labels": list(matrix.labels),
-        "order": [int(index) for index in matrix.order()],
-        **{
-            name: json_value(values.tolist())
-            for name, values in (quantities | {"shared_init": matrix.shared}).items()
-        },
-    }
 
 
 def grids_file(study: Study) -> bytes | None:

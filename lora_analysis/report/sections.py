@@ -14,7 +14,6 @@ from lora_analysis.report import (
     module_figures,
     pair_tables,
     similarity_figures,
-    step_tables,
     tables,
     weight_figures,
 )
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lora_analysis.conclusions import Comparison
-    from lora_analysis.conclusions.finding_boxes import FindingBox
+    from lora_analysis.conclusions.summary_lines import FindingBox
     from lora_analysis.progress import Progress
     from lora_analysis.report.similarity_figures import ReportFigure
     from lora_analysis.report.tables import ReportTable
@@ -76,11 +75,6 @@ class Section:
     folded_title: str = ""
     boxes: tuple[FindingBox, ...] = ()
     tables_lead: bool = False
-
-    @property
-    def is_empty(self) -> bool:
-        """True if the section has no finding, no figure and no table."""
-        return not (self.figures or self.tables or self.folded or self.folded_figures or self.boxes)
 
 
 def drawn_figures(
@@ -147,18 +141,27 @@ def sections(
             single = module_figures.single_module_figures(study)
             more += tuple(drawn_figures(single, folder, ()))
         of_section = tuple(
-            box for box in boxes if box.severity == "result" and section_of(box) == section.name
+            box
+            for box in boxes
+            if box.severity == "result"
+            and section.name
+            == (
+                _SECTION_OF_CODE.get(box.code)
+                or _SECTION_OF_TOPIC.get(box.findings[0].topic, "alike")
+            )
         )
         result.append(replace(section, figures=figures, folded_figures=more, boxes=of_section))
         if progress:
             progress("report sections", i, len(plan))
-    return [section for section in result if not section.is_empty]
-
-
-def section_of(box: FindingBox) -> str:
-    """Return the name of the section that shows a result."""
-    topic = box.findings[0].topic
-    return _SECTION_OF_CODE.get(box.code) or _SECTION_OF_TOPIC.get(topic, "alike")
+    return [
+        section
+        for section in result
+        if section.figures
+        or section.tables
+        or section.folded
+        or section.folded_figures
+        or section.boxes
+    ]
 
 
 _Plan = list[tuple[Section, tuple[Drawing, ...], tuple[Drawing, ...]]]
@@ -188,14 +191,17 @@ def _plan(study: Study, compared: Sequence[Comparison], group: GroupAnalysis | N
                       "unrelated ones agree there, too?", folded_title="Heat-maps of the most "
                       "unusual modules")  # fmt: skip
     return [
-        (Section("short", "In short"), (module_figures.leading_matrix_figures,), ()),
+        (Section("short", "In short"), (partial(module_figures.matrix_figure, key="output"),), ()),
         (_with_tables(alike, pair_tables.pairs_table(study), open_rows=0),
-         (similarity_figures.level_figures, similarity_figures.pair_figures),
-         (module_figures.other_matrix_figures,)),
+         (similarity_figures.level_figures,
+          partial(similarity_figures.pair_figures, name="pair", title="Two adapters")),
+         tuple(partial(module_figures.matrix_figure, key=key) for key in ("input", "cosine"))),
         (_with_tables(ranks, tables.ranks_table(study), tables.accuracy_table(study)),
-         (similarity_figures.rank_figures, weight_figures.spectrum_figures), ()),
-        (_with_tables(tasks, pair_tables.tasks_table(compared), step_tables.steps_table(study)),
-         (similarity_figures.seed_figures, module_figures.step_figures), ()),
+         (partial(similarity_figures.pair_figures, name="ranks", title="Two ranks"),
+          weight_figures.spectrum_figures), ()),
+        (_with_tables(tasks, pair_tables.tasks_table(compared), pair_tables.steps_table(study)),
+         (partial(similarity_figures.pair_figures, name="seeds", title="Two seeds"),
+          module_figures.step_figures), ()),
         (_with_tables(shared, group_table(group)), (partial(group_figures, group),), ()),
         (layers, (module_figures.change_figures,), ()),
         (_with_tables(weights, tables.amplification_table(study),

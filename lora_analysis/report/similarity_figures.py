@@ -44,22 +44,8 @@ class ReportFigure:
     figure: Figure
 
 
-def rank_figures(study: Study) -> Iterator[ReportFigure]:
-    """Yield two ranks of one task next to an unrelated pair; nothing if all ranks are equal."""
-    yield from _pair_figures(study, "ranks", "Two ranks")
-
-
-def seed_figures(study: Study) -> Iterator[ReportFigure]:
-    """Yield two seeds of one task next to an unrelated pair; nothing without two seeds."""
-    yield from _pair_figures(study, "seeds", "Two seeds")
-
-
-def pair_figures(study: Study) -> Iterator[ReportFigure]:
-    """Yield two adapters of unknown relation, if no others are drawn."""
-    yield from _pair_figures(study, "pair", "Two adapters")
-
-
-def _pair_figures(study: Study, name: str, title: str) -> Iterator[ReportFigure]:
+def pair_figures(study: Study, *, name: str, title: str) -> Iterator[ReportFigure]:
+    """Yield one of the `drawn_pairs` next to an unrelated pair; nothing without one."""
     pair = drawn_pairs(study).get(name)
     if pair is None:
         return

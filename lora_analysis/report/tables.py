@@ -11,11 +11,13 @@ import pandas as pd
 from lora_analysis.adapter import is_fine_tune
 from lora_analysis.blocks import group_modules, is_image
 from lora_analysis.conclusions.comparison_values import SIDES_IN_ORDER
-from lora_analysis.conclusions.rank_findings import spectra_by_rank, tasks_of_all_ranks
-from lora_analysis.conclusions.weight_findings import with_ranks
-from lora_analysis.report.module_changes import module_changes
+from lora_analysis.conclusions.weight_findings import (
+    spectra_by_rank,
+    tasks_of_all_ranks,
+    with_ranks,
+)
 from lora_analysis.report.representatives import (
-    ModulePopulation,
+    module_changes,
     module_populations,
     module_titles,
     modules_far_from_median,
@@ -345,17 +347,14 @@ def modules_table(study: Study, side: Side) -> ReportTable | None:
         "random ω", changes.symbol if changes is not None else "‖ΔW‖",
     )  # fmt: skip
     base = f" on {populations[0].base}" if populations[0].base else ""
+    explained = "; ".join(
+        f"{name.capitalize()}: {population.name}"
+        for name, population in zip(names, populations, strict=True)
+    )
     caption = (
         f"Excess of ω, {side} side{base}, median and quartiles over pairs. "
-        f"{'; '.join(_named(names, populations))}. Unusual: farthest from the median over modules "
+        f"{explained}. Unusual: farthest from the median over modules "
         f"({overlap_number(float(leading.median()))}), in both directions. All modules are in "
         "tables/similarities.csv."
     )
     return ReportTable(f"modules, {side} side", caption, columns, tuple(rows), 2)
-
-
-def _named(names: Sequence[str], populations: Sequence[ModulePopulation]) -> list[str]:
-    return [
-        f"{name.capitalize()}: {population.name}"
-        for name, population in zip(names, populations, strict=True)
-    ]

@@ -11,8 +11,7 @@ from lora_analysis import plots
 from lora_analysis.amplify import WeightBasisEnergy, weight_basis_energy
 from lora_analysis.blocks import locate_module
 from lora_analysis.conclusions.comparison_values import SIDES_IN_ORDER
-from lora_analysis.conclusions.rank_findings import tasks_of_all_ranks
-from lora_analysis.conclusions.weight_findings import with_ranks
+from lora_analysis.conclusions.weight_findings import tasks_of_all_ranks, with_ranks
 from lora_analysis.effective import effective_update
 from lora_analysis.errors import InputError
 from lora_analysis.intruders import IntruderReport, intruder_dimensions
@@ -95,7 +94,7 @@ def amplification_figures(study: Study) -> Iterator[ReportFigure]:
 
 def _by_layer(full: pd.DataFrame) -> Iterator[ReportFigure]:
     """Yield the enrichment by layer: medians over the adapters of the most frequent rank."""
-    if len(set(map(_block, full["module"]))) < 2:
+    if len({locate_module(module)[:2] for module in full["module"]}) < 2:  # component and block
         return
     rank = int(full["rank"].mode().iloc[0])
     rows = full[full["rank"] == rank]
@@ -114,10 +113,6 @@ def _by_layer(full: pd.DataFrame) -> Iterator[ReportFigure]:
             log=True,
         ),
     )
-
-
-def _block(module: str) -> tuple[str, str]:
-    return locate_module(module)[:2]
 
 
 def basis_figures(study: Study) -> Iterator[ReportFigure]:

@@ -156,7 +156,8 @@ def base_key(name: str | None) -> str | None:
         return None
     repository = _repository(path)
     if repository is None:
-        return _folder_key(path)
+        folder = Path(path.removeprefix("file://").removeprefix("file:")).expanduser()
+        return ":".join((_FOLDER, _hash(path.encode()), *fingerprint(folder), plain_model(path)))
     organization, _, model = repository.lower().rpartition("/")
     plain = plain_model(model)
     if not organization or organization in _FORMERLY_BARE:
@@ -195,7 +196,15 @@ def same_key(a: str | None, b: str | None) -> bool | None:
         return True
     folder_a, folder_b = _folder(a), _folder(b)
     if folder_a is not None and folder_b is not None:
-        return _same_folder(folder_a, folder_b)
+        if folder_a.path == folder_b.path:
+            return True
+        if not folder_a.structure or not folder_b.structure:
+            return None
+        if folder_a.structure != folder_b.structure:
+            return False
+        if folder_a.storage and folder_a.storage == folder_b.storage:
+            return folder_a.values == folder_b.values
+        return True if folder_a.name == folder_b.name else None
     if folder_a is not None or folder_b is not None:
         return None
     (owner_a, _, model_a), (owner_b, _, model_b) = a.rpartition("/"), b.rpartition("/")
@@ -265,7 +274,7 @@ def shown_bases(names: Iterable[str | None]) -> dict[str | None, str | None]:
     texts: dict[str | None, str | None] = {None: None}
     ends: dict[str, list[str]] = {}
     for name in dict.fromkeys(names):
-        if name is None or not _is_shortened(name):
+        if name is None or _LOCAL_PATH.match(name.replace("\\", "/")) is None:
             texts[name] = name
         else:
             path = _posix(name).removeprefix("file:")
@@ -288,10 +297,6 @@ def shown_bases(names: Iterable[str | None]) -> dict[str | None, str | None]:
             return texts | {name: text(name) for name in ends}
         for name in longer:
             lengths[name] += 1
-
-
-def _is_shortened(name: str) -> bool:
-    return _LOCAL_PATH.match(name.replace("\\", "/")) is not None
 
 
 def _first_length(parts: Sequence[str]) -> int:
@@ -326,27 +331,9 @@ def _repository(path: str) -> str | None:
 # --- local folders -----------------------------------------------------------------------------
 
 
-def _folder_key(path: str) -> str:
-    folder = Path(path.removeprefix("file://").removeprefix("file:")).expanduser()
-    return ":".join((_FOLDER, _hash(path.encode()), *fingerprint(folder), plain_model(path)))
-
-
 def _folder(key: str) -> _Folder | None:
     kind, *parts = key.split(":", 5)
     return _Folder(*parts) if kind == _FOLDER and len(parts) == 5 else None
-
-
-def _same_folder(a: _Folder, b: _Folder) -> bool | None:
-    """Compare structure, then weights if they are stored alike, else names."""
-    if a.path == b.path:
-        return True
-    if not a.structure or not b.structure:
-        return None
-    if a.structure != b.structure:
-        return False
-    if a.storage and a.storage == b.storage:
-        return a.values == b.values
-    return True if a.name == b.name else None
 
 
 def fingerprint(folder: Path) -> tuple[str, str, str]:

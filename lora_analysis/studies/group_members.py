@@ -70,7 +70,15 @@ def choose_members(study: Study, members: Sequence[str] | None, *, remove_relate
         # Without adapters that have only parts of their factors in common there would be no group.
         # A shared A bears on the input side alone, and shared parts of both factors are just what a
         # common mean looks like if the factors were stacked.
-        alike = _alike_in_factors(study, related)
+        table = study.pairs.set_index(["a", "b"])
+        labeled = table.index[table["relation"] == Relation.SAME_RUN]
+        one_update = set(table.index[table["total_cosine"].abs() >= _ONE_UPDATE]) | set(labeled)
+        by_factors = (PairClass.SHARED_INIT, PairClass.STARTED_FROM_BASE, PairClass.SAME_RUN)
+        alike = {
+            (a, b)
+            for (a, b), of_pair in related.items()
+            if of_pair in by_factors and not {(a, b), (b, a)} & one_update
+        }
         apart = {pair: of_pair for pair, of_pair in related.items() if pair not in alike}
         larger = _independent(given, reasons, apart)
         if len(larger.members) > len(group.members):
@@ -86,21 +94,6 @@ def choose_members(study: Study, members: Sequence[str] | None, *, remove_relate
             group.others.append(label)
             tasks |= {task} if has_task else set()  # one adapter of each task
     return group
-
-
-def _alike_in_factors(
-    study: Study, related: Mapping[tuple[str, str], PairClass]
-) -> set[tuple[str, str]]:
-    """Return the pairs of `_related_pairs` that have only parts of their factors in common."""
-    table = study.pairs.set_index(["a", "b"])
-    labeled = table.index[table["relation"] == Relation.SAME_RUN]
-    one_update = set(table.index[table["total_cosine"].abs() >= _ONE_UPDATE]) | set(labeled)
-    by_factors = (PairClass.SHARED_INIT, PairClass.STARTED_FROM_BASE, PairClass.SAME_RUN)
-    return {
-        (a, b)
-        for (a, b), of_pair in related.items()
-        if of_pair in by_factors and not {(a, b), (b, a)} & one_update
-    }
 
 
 def _independent(

@@ -164,7 +164,31 @@ def run_inference(
     if side not in SIDES:
         message = f"side must be 'input' or 'output', got {side!r}."
         raise InputError(message)
-    runs = _countable_runs(study, rank, base)
+    runs = study.runs
+    analyzed = ~runs["adapter"].isin(study.reference) & runs["adapter"].isin(study.fully_compared)
+    runs = runs[analyzed & (runs["excluded"] == "")]
+    if base is not None:
+        runs = runs[runs_on_base(study, base).loc[runs.index]]
+    labeled = runs.dropna(subset=["task", "seed"])
+    if labeled.empty:
+        message = (
+            f"Inference over runs needs their tasks and seeds: of {len(runs)} adapters none has "
+            "both. They are read from names (label=, command line: --label), from the trainer's "
+            "file next to the adapter, or from Provenance(task=..., seed=...)."
+        )
+        raise InputError(message)
+    runs = labeled if rank is None else labeled[labeled["rank"] == rank]
+    if runs.empty:
+        ranks = sorted({int(value) for value in labeled["rank"].dropna()})
+        message = f"No run has rank {rank}; the {len(labeled)} runs with a known task have {ranks}."
+        raise InputError(message)
+    names = sorted(runs.drop_duplicates("base_key")["base_model"].dropna())
+    if len(names) > 1:
+        message = (
+            f"The runs adapt {len(names)} base models ({', '.join(names[:4])}): directions of "
+            "different bases are not comparable. Choose one with base=."
+        )
+        raise InputError(message)
     blocks = sorted({(str(row.task), int(row.seed)) for row in runs.itertuples()})
     members = {
         row.adapter: blocks.index((str(row.task), int(row.seed))) for row in runs.itertuples()
@@ -185,36 +209,6 @@ def run_inference(
         tasks=tuple(_task_agreements(study, matrix, tasks, runs)),
         standard_error=chance.task_difference_error(matrix, tasks),
     )
-
-
-def _countable_runs(study: Study, rank: int | None, base: str | None) -> pd.DataFrame:
-    """Return the rows of the adapters that count: known task and seed, not excluded."""
-    runs = study.runs
-    analyzed = ~runs["adapter"].isin(study.reference) & runs["adapter"].isin(study.fully_compared)
-    runs = runs[analyzed & (runs["excluded"] == "")]
-    if base is not None:
-        runs = runs[runs_on_base(study, base).loc[runs.index]]
-    labeled = runs.dropna(subset=["task", "seed"])
-    if labeled.empty:
-        message = (
-            f"Inference over runs needs their tasks and seeds: of {len(runs)} adapters none has "
-            "both. They are read from names (label=, command line: --label), from the trainer's "
-            "file next to the adapter, or from Provenance(task=..., seed=...)."
-        )
-        raise InputError(message)
-    chosen = labeled if rank is None else labeled[labeled["rank"] == rank]
-    if chosen.empty:
-        ranks = sorted({int(value) for value in labeled["rank"].dropna()})
-        message = f"No run has rank {rank}; the {len(labeled)} runs with a known task have {ranks}."
-        raise InputError(message)
-    names = sorted(chosen.drop_duplicates("base_key")["base_model"].dropna())
-    if len(names) > 1:
-        message = (
-            f"The runs adapt {len(names)} base models ({', '.join(names[:4])}): directions of "
-            "different bases are not comparable. Choose one with base=."
-        )
-        raise InputError(message)
-    return chosen
 
 
 def _block_matrix(

@@ -52,16 +52,6 @@ def label_facts(pattern: str, text: str) -> dict[str, str | int] | None:
     >>> label_facts("{task}-r{rank}-s{seed}", "rotate-r8-s0")
     {'task': 'rotate', 'rank': 8, 'seed': 0}
     """
-    match = _expression(pattern).fullmatch(text)
-    if match is None:
-        return None
-    return {
-        field: value if field == "task" else int(value)
-        for field, value in match.groupdict().items()
-    }
-
-
-def _expression(pattern: str) -> re.Pattern[str]:
     parts, seen = [], []
     for part in _PART.finditer(pattern):
         if part["text"]:
@@ -82,21 +72,13 @@ def _expression(pattern: str) -> re.Pattern[str]:
             "once, and no other field: '{task}-r{rank}-s{seed}'."
         )
         raise InputError(message)
-    return re.compile("".join(parts))
-
-
-def candidate_names(adapter: Adapter, depth: int) -> tuple[str, ...]:
-    """Return the names that a pattern is matched with: the label, then two ends of the path.
-
-    The last ``depth`` segments of the path without a file suffix, and those before the last
-    segment: many adapters are in a folder with a generic name (``final``).
-    """
-    path = _path(adapter)
-    if path is None:
-        return (adapter.label,)
-    parts = path.parts
-    ends = ["/".join(parts[max(0, end - depth) : end]) for end in (len(parts), len(parts) - 1)]
-    return (adapter.label, *filter(None, ends))
+    match = re.compile("".join(parts)).fullmatch(text)
+    if match is None:
+        return None
+    return {
+        field: value if field == "task" else int(value)
+        for field, value in match.groupdict().items()
+    }
 
 
 def _path(adapter: Adapter) -> PurePath | None:
@@ -117,17 +99,27 @@ def with_label_facts(adapters: Sequence[Adapter], pattern: str | None) -> list[A
     pattern ``"none"`` prevents that.
     """
     if pattern is None:
-        return _with_common_facts(adapters)
+        common = common_pattern(adapters)
+        return [
+            adapter if common is None else _with_missing_facts(adapter, common)
+            for adapter in adapters
+        ]
     if pattern.lower() == NO_PATTERN:
         return list(adapters)
     return [_with_facts(adapter, pattern) for adapter in adapters]
 
 
 def _with_facts(adapter: Adapter, pattern: str) -> Adapter:
-    source = adapter.provenance
-    facts: dict[str, Any] | None = _facts_of(
-        candidate_names(adapter, pattern.count("/") + 1), pattern
-    )
+    """Return an adapter with the facts that its label, or one of two ends of its path, states."""
+    source, path = adapter.provenance, _path(adapter)
+    names = [adapter.label]
+    if path is not None:
+        # As many segments as the pattern has, with the last one and without: many adapters are in
+        # a folder with a generic name (``final``).
+        depth, parts = pattern.count("/") + 1, path.parts
+        ends = ("/".join(parts[max(0, i - depth) : i]) for i in (len(parts), len(parts) - 1))
+        names += filter(None, ends)
+    facts: dict[str, Any] | None = _facts_of(names, pattern)
     if facts is None:
         misfit = Finding("label-misfit", {"pattern": repr(pattern)})
         return adapter.with_provenance(findings=(*source.findings, misfit))
@@ -153,13 +145,10 @@ def _own_names(adapter: Adapter) -> tuple[str, ...]:
     if inside:
         return (name,)
     path = _path(adapter)
-    paths = (PurePath(name), path) if path else (PurePath(name),)
-    return tuple(filter(None, map(_specific_part, paths)))
-
-
-def _specific_part(path: PurePath) -> str:
-    parts = [part for part in reversed(path.parts) if not says_nothing(part)]
-    return parts[0] if parts else ""
+    names = []
+    for parts in (PurePath(name).parts, path.parts if path else ()):
+        names += [part for part in reversed(parts) if not says_nothing(part)][:1]
+    return tuple(names)
 
 
 def common_pattern(adapters: Sequence[Adapter]) -> str | None:
@@ -193,14 +182,6 @@ def _agrees(adapter: Adapter, facts: dict[str, str | int]) -> bool:
     if rank is None or source.rank is not None:
         return rank in (None, source.rank)
     return any(adapter.outline(name).rank == rank for name in adapter)
-
-
-def _with_common_facts(adapters: Sequence[Adapter]) -> list[Adapter]:
-    pattern = common_pattern(adapters)
-    return [
-        adapter if pattern is None else _with_missing_facts(adapter, pattern)
-        for adapter in adapters
-    ]
 
 
 def _with_missing_facts(adapter: Adapter, pattern: str) -> Adapter:

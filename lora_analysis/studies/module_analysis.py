@@ -24,7 +24,6 @@ from lora_analysis.init_evidence import EVIDENCE, ModuleInit, pair_init
 from lora_analysis.intruders import intruder_dimensions
 from lora_analysis.similarity import FINE_TUNE_DIRECTIONS
 from lora_analysis.spectra import SIDES, Spectrum, update_norm, weight_svd
-from lora_analysis.studies.crossed_partners import candidate_pairs
 from lora_analysis.studies.module_walk import updates_by_shape
 from lora_analysis.studies.pair_products import (
     ModulePairs,
@@ -34,6 +33,7 @@ from lora_analysis.studies.pair_products import (
     module_products,
     pair_angles,
 )
+from lora_analysis.studies.relations import candidate_pairs
 from lora_analysis.studies.similarity_matrix import BlockedContribution, ModuleContribution
 from lora_analysis.studies.table_rows import Degeneracy, change_rows, spectrum_row
 from lora_analysis.weight_changes import magnitude_direction, share_changed_in_bfloat16
@@ -176,6 +176,10 @@ def _pair_group(
     spectra = products.spectra
     index = np.full(count, -1)
     index[list(positions)] = np.arange(len(positions))
+    # Singular values up to the numerical ranks, (N, r), filled with zeros.
+    stacked = np.zeros((len(spectra), max(*(s.numerical_rank for s in spectra), 1)))
+    for row, s in zip(stacked, spectra, strict=True):
+        row[: s.numerical_rank] = s.S[: s.numerical_rank]
     return PairGroup(
         index=index,
         pairs=pairs,
@@ -185,16 +189,8 @@ def _pair_group(
         ),
         ranks=np.array([update.rank for update in updates]),
         degeneracy=np.array([_first_degeneracy(values) for values in spectra], dtype=object),
-        energies=Energies.of_spectrum(_stacked_values(spectra)),
+        energies=Energies.of_spectrum(stacked),
     )
-
-
-def _stacked_values(spectra: Sequence[Spectrum]) -> NDArray[np.float64]:
-    """Return the singular values up to the numerical ranks, ``(N, r)``, filled with zeros."""
-    values = np.zeros((len(spectra), max(*(s.numerical_rank for s in spectra), 1)))
-    for row, s in zip(values, spectra, strict=True):
-        row[: s.numerical_rank] = s.S[: s.numerical_rank]
-    return values
 
 
 def _first_degeneracy(values: Spectrum) -> Degeneracy:
@@ -243,7 +239,10 @@ def _compare_with_base(
             group[position] = update, values
     candidates = candidate_pairs(study.pairs)
     for (name, shape), members in groups.items():
-        k = _directions_of_dense([values for _, values in members.values()])
+        # A full fine-tune is compared in as many directions as the highest rank of LoRA has: all
+        # of its directions span the whole space.
+        ranks = [s.numerical_rank for _, s in members.values() if not s.is_dense]
+        k = max(ranks, default=FINE_TUNE_DIRECTIONS)
         measured = [
             position
             for position, (_, values) in members.items()
@@ -287,16 +286,6 @@ def _compare_with_base(
         result.amplified |= {(values.label, result.module): values for values in amplified}
         if study.spec.weight_spectra:
             result.changes += _weight_changes([members[i] for i in measured], weight, k)
-
-
-def _directions_of_dense(spectra: Sequence[Spectrum]) -> int:
-    """Return how many directions of full fine-tunes are compared with W: the highest rank of LoRA.
-
-    All directions of a dense update span the whole space. Without an adapter,
-    `FINE_TUNE_DIRECTIONS`.
-    """
-    ranks = [values.numerical_rank for values in spectra if not values.is_dense]
-    return max(ranks, default=FINE_TUNE_DIRECTIONS)
 
 
 def _weight_changes(

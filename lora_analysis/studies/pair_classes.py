@@ -140,12 +140,6 @@ class PairEvidence:
         return self.initialization in (InitRelation.SAME_SPACE, InitRelation.UNDECIDED)
 
     @property
-    def starts_from_base(self) -> bool:
-        """True if both factors agree although neither task nor seed does."""
-        are_strangers = self.same_task is False and self.same_seed is False
-        return are_strangers and self.second_starts_with_first
-
-    @property
     def second_starts_with_first(self) -> bool:
         """True if both factors agree, row by row or in their spans."""
         return self.second_factor_agrees or self.both_spaces >= _BASE_SPACES
@@ -169,7 +163,7 @@ def classify_pairs(evidence: Sequence[PairEvidence]) -> list[ClassifiedPair]:
     wrong label. In such a study nothing can be concluded, so pairs of one task get the same class.
     """
     strangers = [e for e in evidence if e.same_task is False and e.same_seed is False]
-    count = sum(pair.starts_from_base for pair in strangers)
+    count = sum(pair.second_starts_with_first for pair in strangers)
     from_base = count >= 2 and 2 * count >= len(strangers)
     return [_classify(pair, from_base=from_base) for pair in evidence]
 

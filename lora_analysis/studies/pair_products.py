@@ -311,31 +311,30 @@ def _similarity_sums(
         for b in range(count):
             if spectra[b].untrained or (b in deltas and b < a):
                 continue
-            values = _dense_values(D, s, spectra[b], deltas.get(b) if b != a else D)
+            t = spectra[b]
+            other = deltas.get(b) if b != a else D
+            T = t.S[: t.numerical_rank]
+            if other is None:
+                left, right = t.vectors("output") * T, t.vectors("input") * T
+                against_left, against_right = D.T @ left, D @ right
+                product = float((t.vectors("output") * against_right).sum())
+            else:
+                M = other.astype(np.float64, copy=False)
+                against_left, against_right = D.T @ M, D @ M.T
+                product = float(np.vdot(D, M))
+            energies = float(np.linalg.norm(s.S**2) * np.linalg.norm(t.S**2))
+            first = [float(s.vectors(side)[:, 0] @ t.vectors(side)[:, 0]) ** 2 for side in SIDES]
+            values = [
+                first[0],
+                0.0,
+                float(np.linalg.norm(against_right)) ** 2 / energies,
+                first[1],
+                0.0,
+                float(np.linalg.norm(against_left)) ** 2 / energies,
+                product / (s.norm * t.norm),
+            ]
             sums[:, a, b] = sums[:, b, a] = values
     return (sums[0], sums[1], sums[2]), (sums[3], sums[4], sums[5]), sums[6]
-
-
-def _dense_values(
-    D: NDArray[np.float64], s: Spectrum, t: Spectrum, other: NDArray[np.floating] | None
-) -> list[float]:
-    """Return the seven sums of a large dense ΔW with spectrum ``s`` and another update."""
-    T = t.S[: t.numerical_rank]
-    if other is None:
-        left, right = t.vectors("output") * T, t.vectors("input") * T
-        against_left, against_right = D.T @ left, D @ right
-        product = float((t.vectors("output") * against_right).sum())
-    else:
-        M = other.astype(np.float64, copy=False)
-        against_left, against_right = D.T @ M, D @ M.T
-        product = float(np.vdot(D, M))
-    energies = float(np.linalg.norm(s.S**2) * np.linalg.norm(t.S**2))
-    first = [float(s.vectors(side)[:, 0] @ t.vectors(side)[:, 0]) ** 2 for side in SIDES]
-    return [
-        first[0], 0.0, float(np.linalg.norm(against_right)) ** 2 / energies,
-        first[1], 0.0, float(np.linalg.norm(against_left)) ** 2 / energies,
-        product / (s.norm * t.norm),
-    ]  # fmt: skip
 
 
 def _pairs_of_dense(spectra: Sequence[Spectrum]) -> list[tuple[int, int]]:

@@ -250,7 +250,17 @@ def _similarities(
     if not parts:
         return pd.DataFrame(columns=["pair", *SIMILARITY_COLUMNS])
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    _add_values(columns)
+    # What follows from other columns, for all modules at once.
+    a, b = (
+        Energies(energies[:, :3].T, energies[:, 3])
+        for energies in (columns.pop("energies_a"), columns.pop("energies_b"))
+    )
+    columns["chance_1_1"] = 1 / columns["dimension"]
+    for name in ("r_r", "omega"):
+        value = columns["phi_r_r" if name == "r_r" else name]
+        columns[f"excess_{name}"] = chance.excess(value, columns[f"chance_{name}"])
+    p_values = chance.energy_overlap_p_values(columns["dimension"], a, b, columns["omega"])
+    columns["p_omega"], columns["p_is_bound"] = p_values, chance.p_is_bound(p_values)
     table = pd.DataFrame(columns)
     table = table.iloc[np.argsort(columns["pair"], kind="stable")].reset_index(drop=True)
     # One value per module, of one pair and one side: never over (i, j), whose cells are nested.
@@ -275,6 +285,11 @@ def _group_columns(
         return np.full(count, value, dtype=object)
 
     energies = np.column_stack([*group.energies.sums, group.energies.largest])  # (N, 4)
+    a = group.degeneracy[i]
+    b = group.degeneracy[j]
+    worst = np.full(len(a), Degeneracy.NONE, dtype=object)
+    for level in (Degeneracy.NEARLY, Degeneracy.FULL):
+        worst[(a == level) | (b == level)] = level
     common: Columns = {
         "energies_a": energies[i],
         "energies_b": energies[j],
@@ -287,7 +302,7 @@ def _group_columns(
         "layer": constant(None) if where.number is None else np.full(count, where.number),
         "rank_a": pairs.directions[i, j],
         "rank_b": pairs.directions[j, i],
-        "degeneracy_1_1": _worse(group.degeneracy[i], group.degeneracy[j]),
+        "degeneracy_1_1": worst,
         "signed_cosine": pairs.cosine[i, j],
     }
     both_sides = []
@@ -308,28 +323,6 @@ def _group_columns(
             }
         )
     return both_sides
-
-
-def _add_values(columns: Columns) -> None:
-    """Add the columns that follow from others, for all modules at once."""
-    a, b = (
-        Energies(energies[:, :3].T, energies[:, 3])
-        for energies in (columns.pop("energies_a"), columns.pop("energies_b"))
-    )
-    columns["chance_1_1"] = 1 / columns["dimension"]
-    for name in ("r_r", "omega"):
-        value = columns["phi_r_r" if name == "r_r" else name]
-        columns[f"excess_{name}"] = chance.excess(value, columns[f"chance_{name}"])
-    p_values = chance.energy_overlap_p_values(columns["dimension"], a, b, columns["omega"])
-    columns["p_omega"], columns["p_is_bound"] = p_values, chance.p_is_bound(p_values)
-
-
-def _worse(a: NDArray[np.object_], b: NDArray[np.object_]) -> NDArray[np.object_]:
-    """Return the worse degeneracy of each pair."""
-    worst = np.full(len(a), Degeneracy.NONE, dtype=object)
-    for level in (Degeneracy.NEARLY, Degeneracy.FULL):
-        worst[(a == level) | (b == level)] = level
-    return worst
 
 
 class _Common(NamedTuple):
@@ -388,9 +381,25 @@ def _summary(
     a, b = study.pairs.pairs[pair]
     modules = [{group.pairs.module for group in groups.get(position, ())} for position in (a, b)]
     in_both = len(modules[0] & modules[1])
-    cosines = np.array([c.group.pairs.cosine[c.i, c.j] for c in common])
-    cosines = cosines[~np.isnan(cosines)]
-    leading, whole = _containment(common)
+    every = np.array([c.group.pairs.cosine[c.i, c.j] for c in common])
+    cosines = every[~np.isnan(every)]
+    # The signed cosine of both updates over all modules in which both are trained.
+    norms = np.array([(c.group.pairs.norms[c.i], c.group.pairs.norms[c.j]) for c in common])
+    total_cosine = float("nan")
+    if cosines.size:
+        norms_a, norms_b = norms[~np.isnan(every)].T
+        lengths = np.linalg.norm(norms_a) * np.linalg.norm(norms_b)
+        total_cosine = float(cosines @ (norms_a * norms_b) / lengths)
+    # Medians over modules of the smaller φ of both sides: φ(n, n), n the smaller rank, and φ at
+    # both ranks. Modules in which a rank exceeds a quarter of a dimension cannot tell.
+    values = []
+    for group, i, j in common:
+        ranks = group.pairs.directions[i, j], group.pairs.directions[j, i]
+        sides = group.pairs.sides.values()
+        if min(ranks) > 0 and max(ranks) <= min(side.dimension for side in sides) / 4:
+            at_smaller = min(angles.phi_n_n[i, j] for angles in group.angles)
+            values.append((at_smaller, min(side.phi_r_r[i, j] for side in sides)))
+    leading, whole = np.median(values, axis=0) if values else (np.nan, np.nan)
     return {
         "a": study.adapters[a].label,
         "b": study.adapters[b].label,
@@ -402,29 +411,10 @@ def _summary(
         "b_cosine": init.other_cosine,
         "copied": float(np.mean(cosines >= COPY_COSINE)) if cosines.size else 0.0,
         "negated": float(np.mean(cosines <= -COPY_COSINE)) if cosines.size else 0.0,
-        "containment": leading,
-        "inclusion": whole,
-        "total_cosine": _total_cosine(common),
+        "containment": float(leading),
+        "inclusion": float(whole),
+        "total_cosine": total_cosine,
     }
-
-
-def _containment(common: Sequence[_Common]) -> tuple[float, float]:
-    """Return medians over modules of the smaller φ of both sides: φ(n, n), and φ at both ranks.
-
-    n is the smaller rank. Modules in which a rank exceeds a quarter of a dimension cannot tell;
-    NaN if all are such.
-    """
-    values = []
-    for group, i, j in common:
-        ranks = group.pairs.directions[i, j], group.pairs.directions[j, i]
-        sides = group.pairs.sides.values()
-        if min(ranks) > 0 and max(ranks) <= min(side.dimension for side in sides) / 4:
-            leading = min(angles.phi_n_n[i, j] for angles in group.angles)
-            values.append((leading, min(side.phi_r_r[i, j] for side in sides)))
-    if not values:
-        return float("nan"), float("nan")
-    leading, whole = np.median(values, axis=0)
-    return float(leading), float(whole)
 
 
 def _evidence(
@@ -549,17 +539,3 @@ def usable_modules(
         left_out[side] = reasons
         usable[side] = frozenset(counts.index) - reasons.keys()
     return UsableModules(usable, left_out)
-
-
-def _total_cosine(common: Sequence[_Common]) -> float:
-    """Return the signed cosine of two updates over all modules in which both are trained."""
-    values = [
-        (group.pairs.cosine[i, j], group.pairs.norms[i], group.pairs.norms[j])
-        for group, i, j in common
-        if not np.isnan(group.pairs.cosine[i, j])
-    ]
-    if not values:
-        return float("nan")
-    cosine, norms_a, norms_b = np.array(values).T
-    norms = np.linalg.norm(norms_a) * np.linalg.norm(norms_b)
-    return float(cosine @ (norms_a * norms_b) / norms)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -104,18 +104,7 @@ def reference_levels(study: Study) -> tuple[ReferenceLevel, ...]:
     InputError
         The study has no unrelated pair.
     """
-    levels = tuple(_levels(study))
-    if not levels:
-        message = (
-            f"None of the {len(study.pairs)} pairs is known to be unrelated (different tasks and "
-            "seeds on one base), so there is no level to store. Pass label= (command line: --label "
-            "'{task}-r{rank}-s{seed}') if names state tasks and seeds."
-        )
-        raise InputError(message)
-    return levels
-
-
-def _levels(study: Study) -> Iterator[ReferenceLevel]:
+    levels = []
     keys = base_keys(study)
     task = {
         row.adapter: row.task if isinstance(row.task, str) else f"\0{row.adapter}"
@@ -145,17 +134,27 @@ def _levels(study: Study) -> Iterator[ReferenceLevel]:
                 for name in _RANGES
                 if name in of_type and of_type[name].notna().all()
             }
-            yield ReferenceLevel(
-                base=base,
-                module_type=module_type,
-                side=side,
-                ranks=(int(ranks[0]), int(ranks[1])),
-                pairs=len(values),
-                adapters=len(adapters),
-                tasks=len({task[label] for label in adapters}),
-                quantiles=tuple(float(value) for value in np.quantile(values, QUANTILES)),
-                ranges=ranges,
+            levels.append(
+                ReferenceLevel(
+                    base=base,
+                    module_type=module_type,
+                    side=side,
+                    ranks=(int(ranks[0]), int(ranks[1])),
+                    pairs=len(values),
+                    adapters=len(adapters),
+                    tasks=len({task[label] for label in adapters}),
+                    quantiles=tuple(float(value) for value in np.quantile(values, QUANTILES)),
+                    ranges=ranges,
+                )
             )
+    if not levels:
+        message = (
+            f"None of the {len(study.pairs)} pairs is known to be unrelated (different tasks and "
+            "seeds on one base), so there is no level to store. Pass label= (command line: --label "
+            "'{task}-r{rank}-s{seed}') if names state tasks and seeds."
+        )
+        raise InputError(message)
+    return tuple(levels)
 
 
 def module_type_strength(study: Study) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 import pandas as pd
@@ -12,8 +12,6 @@ from lora_analysis import chance
 from lora_analysis.studies.pair_classes import PairClass
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from lora_analysis.spectra import Side
     from lora_analysis.studies.result import Study
 
@@ -88,18 +86,38 @@ def reference_test(study: Study, a: str, b: str, side: Side = "output") -> Refer
     if not references:
         return None
     members = (a, b, *references)
-    values = _mean_excess(study, members, side)
-    if np.isnan(values).any():
+    index = {label: i for i, label in enumerate(members)}
+    mean_excess = np.full((len(members), len(members)), np.nan)
+    np.fill_diagonal(mean_excess, 0.0)
+    rows = study.pairs[study.pairs["a"].isin(index) & study.pairs["b"].isin(index)]
+    for x, y, value in zip(rows["a"], rows["b"], rows[f"mean_excess_{side}"], strict=True):
+        mean_excess[index[x], index[y]] = mean_excess[index[y], index[x]] = value
+    if np.isnan(mean_excess).any():
         return None
-    test = chance.rank_test(values)
-    rows = study.pairs[study.pairs["a"].isin(members) & study.pairs["b"].isin(members)]
+    test = chance.rank_test(mean_excess)
+    strength = training_strength(study)
+    every = strength.loc[list(members)]
+    has_relative = "relative_norm" in every and bool(every["relative_norm"].notna().all())
+    quantities: tuple[StrengthQuantity, ...] = (
+        "relative_norm" if has_relative else "norm",
+        "participation_ratio",
+        "rank",
+    )
+    outside = []
+    for quantity in quantities:
+        values = strength.loc[list(references), quantity]
+        low, high = float(values.min()), float(values.max())
+        for label in (a, b):
+            of_adapter = float(strength.loc[label, quantity])
+            if not low <= of_adapter <= high:
+                outside.append(OutOfRange(quantity, label, of_adapter, low, high))
     return ReferenceTest(
         references=references,
         rank=test.rank,
         pairs=test.pairs,
         p_value=test.p_value,
         smallest_p_value=test.smallest_p_value,
-        out_of_range=_out_of_range(study, (a, b), references),
+        out_of_range=tuple(outside),
         shares_start=bool(
             rows["pair_class"].isin(_SHARED_STARTS).any() or (rows["shared_init_modules"] > 0).any()
         ),
@@ -161,30 +179,17 @@ def refused_references(study: Study) -> tuple[RefusedReference, ...]:
         excluded = str(runs.loc[row.b, "excluded"])
         if row.population_output == "unrelated" or (runs.loc[row.a, "excluded"] and not excluded):
             continue
-        refused.setdefault((row.b, excluded or _reason(runs, row)), []).append(row.a)
+        reason = excluded
+        if not reason:  # references of the adapters' tasks are refused as errors
+            seeds = runs.loc[[row.a, row.b], "seed"]
+            is_one_seed = seeds.notna().all() and seeds.nunique() == 1
+            by_seed = row.pair_class in _BY_LABELS and is_one_seed
+            reason = "same seed" if by_seed else str(row.pair_class)
+        refused.setdefault((row.b, reason), []).append(row.a)
     return tuple(
         RefusedReference(reference, reason, tuple(adapters))
         for (reference, reason), adapters in refused.items()
     )
-
-
-def _reason(runs: pd.DataFrame, pair: Any) -> str:
-    """Return why a pair with a reference is not unrelated; references of its tasks are errors."""
-    seeds = runs.loc[[pair.a, pair.b], "seed"]
-    if pair.pair_class in _BY_LABELS and seeds.notna().all() and seeds.nunique() == 1:
-        return "same seed"
-    return str(pair.pair_class)
-
-
-def _mean_excess(study: Study, members: tuple[str, ...], side: Side) -> NDArray[np.float64]:
-    """Return T of all pairs of the members, ``(n, n)``; NaN on the diagonal is set to 0."""
-    index = {label: i for i, label in enumerate(members)}
-    matrix = np.full((len(members), len(members)), np.nan)
-    np.fill_diagonal(matrix, 0.0)
-    rows = study.pairs[study.pairs["a"].isin(index) & study.pairs["b"].isin(index)]
-    for x, y, value in zip(rows["a"], rows["b"], rows[f"mean_excess_{side}"], strict=True):
-        matrix[index[x], index[y]] = matrix[index[y], index[x]] = value
-    return matrix
 
 
 def training_strength(study: Study) -> pd.DataFrame:
@@ -202,25 +207,3 @@ def training_strength(study: Study) -> pd.DataFrame:
         at_rank = at_rank[at_rank["at_rank"].astype(bool)]
         strength["relative_norm"] = at_rank.groupby("adapter")["relative_norm"].median()
     return strength
-
-
-def _out_of_range(
-    study: Study, pair: tuple[str, str], references: tuple[str, ...]
-) -> tuple[OutOfRange, ...]:
-    strength = training_strength(study)
-    every = strength.loc[[*pair, *references]]
-    has_relative = "relative_norm" in every and bool(every["relative_norm"].notna().all())
-    quantities: tuple[StrengthQuantity, ...] = (
-        "relative_norm" if has_relative else "norm",
-        "participation_ratio",
-        "rank",
-    )
-    outside = []
-    for quantity in quantities:
-        values = strength.loc[list(references), quantity]
-        low, high = float(values.min()), float(values.max())
-        for label in pair:
-            value = float(strength.loc[label, quantity])
-            if not low <= value <= high:
-                outside.append(OutOfRange(quantity, label, value, low, high))
-    return tuple(outside)

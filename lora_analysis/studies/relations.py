@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from itertools import chain, combinations, pairwise, product, zip_longest
 from math import comb, isqrt
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_analysis.adapter import Adapter
 from lora_analysis.studies.base_identity import base_key, same_key
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lora_analysis.amplify import Amplification
 
 
 class Relation(StrEnum):
@@ -217,3 +223,32 @@ def _in_twos(members: Sequence[int]) -> list[list[int]]:
     if len(members) % 2 and len(members) > 1:
         units[-1].append(members[-1])
     return units
+
+
+_MAY_BE_UNRELATED = (Relation.OTHER_TASK, Relation.UNKNOWN)
+
+
+def candidate_pairs(pairs: ChosenPairs) -> set[tuple[int, int]]:
+    """Return the pairs that may turn out to be unrelated, by positions of the adapters."""
+    return {
+        (int(a), int(b))
+        for (a, b), relation in zip(pairs.pairs, pairs.relations, strict=True)
+        if relation in _MAY_BE_UNRELATED
+    }
+
+
+def only_unrelated(
+    amplified: Mapping[tuple[str, str], Amplification], pairs: pd.DataFrame
+) -> dict[tuple[str, str], Amplification]:
+    """Return the amplifications with the crossed values of unrelated pairs only."""
+    unrelated = pairs[pairs["population_output"] == "unrelated"]
+    partners: dict[str, set[str]] = {}
+    for a, b in zip(unrelated["a"], unrelated["b"], strict=True):
+        partners.setdefault(a, set()).add(b)
+        partners.setdefault(b, set()).add(a)
+    return {
+        key: value
+        if value.crossed is None
+        else replace(value, crossed=value.crossed.select(partners.get(value.label, ())))
+        for key, value in amplified.items()
+    }

@@ -231,20 +231,17 @@ class SavedBase(BaseWeights):
                 f"{self.saved_source}: {error} {_AGAIN} put it back, or run study() again."
             )
             raise SourceError(message) from error
-        matched = base.matched_to(_readable(self._saved_adapters), prefix=self._saved_prefix)
+        opened = []
+        for adapter in self._saved_adapters:
+            names = adapter.provenance.file_names
+            try:
+                next(iter(adapter.values()), None)
+            except InputError:
+                continue
+            updates = {
+                names.get(name, name): partial(adapter.__getitem__, name) for name in adapter
+            }
+            opened.append(Adapter(updates, label=adapter.label))
+        matched = base.matched_to(opened, prefix=self._saved_prefix)
         vars(self).update({**vars(matched), **vars(self)})
         return getattr(matched, name)
-
-
-def _readable(adapters: Iterable[Adapter]) -> list[Adapter]:
-    """Return the adapters that can be opened, with the names in their files."""
-    opened = []
-    for adapter in adapters:
-        names = adapter.provenance.file_names
-        try:
-            next(iter(adapter.values()), None)
-        except InputError:
-            continue
-        updates = {names.get(name, name): partial(adapter.__getitem__, name) for name in adapter}
-        opened.append(Adapter(updates, label=adapter.label))
-    return opened

@@ -128,7 +128,13 @@ class SimilarityMatrix:
         placed = self.placed(what, kind)
         if len(placed) < 2:
             return np.zeros((0, 4))
-        condensed = _condensed_distances(self.matrix(what, kind), placed)
+        matrix = self.matrix(what, kind)
+        rows = []
+        for position, row in enumerate(placed[:-1]):
+            later = placed[position + 1 :]
+            upper, lower = np.nan_to_num(matrix[row, later]), np.nan_to_num(matrix[later, row])
+            rows.append(np.maximum(((1.0 - upper) + (1.0 - lower)) / 2, 0.0))
+        condensed = np.concatenate(rows)
         optimal = len(self.labels) <= _MAX_OPTIMAL_ORDER
         tree: NDArray[np.float64] = hierarchy.linkage(
             condensed, method="average", optimal_ordering=optimal
@@ -287,23 +293,19 @@ class SimilarityMatrixSums:
                         counted &= ~(block.shared & different)
                     self.overlap[side][k][pairs] += np.where(counted, excess, 0.0)
                     self.counts[side][k][pairs] += counted
-        self._count_untrained_inits(part, trained)
-        for first in range(0, len(members), _ROWS):
-            self.compared[np.ix_(members[first : first + _ROWS], members[first:])] += 1
-
-    def _count_untrained_inits(self, part: BlockedContribution, trained: NDArray[np.intp]) -> None:
-        """Count shared initializations of pairs with an untrained update, which blocks omit."""
         untrained = np.setdiff1d(np.arange(len(part.members)), trained)
-        rows = InitRows(part.updates) if len(untrained) else None
+        init_rows = InitRows(part.updates) if len(untrained) else None
         every = np.arange(len(part.members))
         for first in range(0, len(untrained), _ROWS):
             some = untrained[first : first + _ROWS]
-            shared = rows.shared(some, every)  # type: ignore[union-attr]  # there are some
+            shared = init_rows.shared(some, every)  # type: ignore[union-attr]  # there are some
             # A pair of two untrained updates occurs in both orders.
             repeated = np.isin(every, untrained) & (every < some[:, None])
             i, j = np.nonzero(shared & ~repeated)
             low, high = np.minimum(some[i], every[j]), np.maximum(some[i], every[j])
             self.shared[part.members[low], part.members[high]] += 1
+        for first in range(0, len(members), _ROWS):
+            self.compared[np.ix_(members[first : first + _ROWS], members[first:])] += 1
 
     def _planes(self, kind: str) -> Iterator[int]:
         """Yield the indices along the first axis to which a module of a kind is added."""
@@ -325,10 +327,16 @@ class SimilarityMatrixSums:
             _mirror(self.shared)
             _mirror(self.compared)
         for inner, square in zip(self.inner, self.squares, strict=True):
-            _to_cosines(inner, square)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                for first in range(0, len(inner), _ROWS):
+                    rows = slice(first, first + _ROWS)
+                    lengths = np.sqrt(square[rows] * square[:, rows].T)
+                    inner[rows] = np.clip(inner[rows] / lengths, -1.0, 1.0)
         cosine = self.inner if every else np.stack([matrix[plane] for matrix in self.inner])
         for side in SIDES:
-            _divide(self.overlap[side], self.counts[side])
+            with np.errstate(divide="ignore", invalid="ignore"):
+                for total, count in zip(self.overlap[side], self.counts[side], strict=True):
+                    np.divide(total, count, out=total)
         with np.errstate(divide="ignore", invalid="ignore"):
             share = self.shared / self.compared
         np.fill_diagonal(share, 0.0)
@@ -350,18 +358,6 @@ class SimilarityMatrixSums:
         )
 
 
-def _condensed_distances(
-    matrix: NDArray[np.float64], placed: NDArray[np.intp]
-) -> NDArray[np.float64]:
-    """Return 1 − similarity of all pairs of some adapters, in scipy's condensed order."""
-    rows = []
-    for position, row in enumerate(placed[:-1]):
-        later = placed[position + 1 :]
-        upper, lower = np.nan_to_num(matrix[row, later]), np.nan_to_num(matrix[later, row])
-        rows.append(np.maximum(((1.0 - upper) + (1.0 - lower)) / 2, 0.0))
-    return np.concatenate(rows)
-
-
 def _mirror(plane: NDArray[Any]) -> None:
     """Copy the upper triangle to the lower one, in place."""
     for first in range(0, len(plane), _ROWS):
@@ -370,19 +366,3 @@ def _mirror(plane: NDArray[Any]) -> None:
         corner = plane[rows, rows]
         lower = np.tril_indices(len(corner), -1)
         corner[lower] = corner.T[lower]
-
-
-def _to_cosines(inner: NDArray[np.float64], squares: NDArray[np.float64]) -> None:
-    """Divide inner products by the norms of both updates, in place."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        for first in range(0, len(inner), _ROWS):
-            rows = slice(first, first + _ROWS)
-            lengths = np.sqrt(squares[rows] * squares[:, rows].T)
-            inner[rows] = np.clip(inner[rows] / lengths, -1.0, 1.0)
-
-
-def _divide(sums: NDArray[np.float64], counts: NDArray[Any]) -> None:
-    """Divide in place; NaN if nothing was counted."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        for total, count in zip(sums, counts, strict=True):
-            np.divide(total, count, out=total)

@@ -123,7 +123,18 @@ class StudySpec:
         count = len(analyzed)
         if base is not None:
             base = base.matched_to(labeled, prefix=self.prefix)
-            fitting, misfits = _adapters_of_base(aligned[:count], base)
+            fitting, misfits = [], []
+            # Adapters that name a different base are not compared with this one.
+            named = {a.label: a.provenance.base_model for a in aligned[:count]}
+            unchecked = other_bases(named, base)
+            for adapter in aligned[:count]:
+                try:
+                    if adapter.label not in unchecked:
+                        check_experts(adapter, base)
+                except IncompatibleError as error:
+                    misfits.append(Failure(adapter.label, str(error)))
+                else:
+                    fitting.append(adapter)
             unread += misfits
             if misfits and not fitting:
                 raise IncompatibleError(misfits[0].reason)
@@ -273,23 +284,3 @@ def read_sources(
                     if len(refs) == 1:
                         raise
                     failures.append(Failure(ref.source, str(error)))
-
-
-def _adapters_of_base(
-    adapters: Sequence[Adapter], base: BaseWeights
-) -> tuple[list[Adapter], list[Failure]]:
-    """Return the adapters that can be of this base, and the reasons for the others.
-
-    Adapters that name a different base are not compared with this one and are not checked.
-    """
-    unchecked = other_bases({a.label: a.provenance.base_model for a in adapters}, base)
-    fitting, failures = [], []
-    for adapter in adapters:
-        try:
-            if adapter.label not in unchecked:
-                check_experts(adapter, base)
-        except IncompatibleError as error:
-            failures.append(Failure(adapter.label, str(error)))
-        else:
-            fitting.append(adapter)
-    return fitting, failures

@@ -169,7 +169,14 @@ class StudyReader:
         if tag == "values":
             return self._values(value)
         if tag == "table":
-            return self._table(value)
+            columns = {str(name): self.decode(column) for name, column in value["columns"]}
+            rows = value["rows"]
+            if any(
+                len(column) != rows for column in columns.values()
+            ):  # a scalar would be repeated
+                message = f"a table of {rows} rows has a column of another length"
+                raise ValueError(message)
+            return pd.DataFrame(columns, index=pd.RangeIndex(rows))
         if tag == "tuple":
             return tuple(self.decode(item) for item in value["items"])
         if tag == "mapping":
@@ -194,14 +201,6 @@ class StudyReader:
         for code, item in enumerate(value["values"]):
             distinct[code] = self.decode(item)
         return pd.Series(distinct[self._array(value["codes"])], dtype=value["dtype"])
-
-    def _table(self, value: Mapping[str, Any]) -> pd.DataFrame:
-        columns = {str(name): self.decode(column) for name, column in value["columns"]}
-        rows = value["rows"]
-        if any(len(column) != rows for column in columns.values()):  # a scalar would be repeated
-            message = f"a table of {rows} rows has a column of another length"
-            raise ValueError(message)
-        return pd.DataFrame(columns, index=pd.RangeIndex(rows))
 
 
 def read_study_files(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -13,19 +13,18 @@ import pandas as pd
 from lora_analysis.adapter import Adapter
 from lora_analysis.blocks import locate_module
 from lora_analysis.errors import BaseWeightError, SourceError
-from lora_analysis.finding import Failure, Finding, listed
+from lora_analysis.finding import Failure, listed
 from lora_analysis.formats import is_adapter_like
 from lora_analysis.formats.sanity_checks import ModuleStatistics, sanity_findings
 from lora_analysis.names import match_names, parse_prefixes
 from lora_analysis.progress import Progress
 from lora_analysis.studies.base_identity import resolve_keys, shown_bases
-from lora_analysis.studies.crossed_partners import only_unrelated
 from lora_analysis.studies.module_analysis import ModuleResult, analyze_module
 from lora_analysis.studies.module_walk import choose_modules, walk_modules
 from lora_analysis.studies.pair_classes import Exclusion, PairClass
 from lora_analysis.studies.pair_tables import pair_tables
 from lora_analysis.studies.reference_levels import is_reference_file, read_reference
-from lora_analysis.studies.relations import earlier_checkpoints
+from lora_analysis.studies.relations import earlier_checkpoints, only_unrelated
 from lora_analysis.studies.result import Study
 from lora_analysis.studies.similarity_matrix import MOST_AT_ONCE, SimilarityMatrixSums
 from lora_analysis.studies.spec import DRAWS, MAX_PAIRS, OpenStudy, Source, StudySpec
@@ -236,6 +235,15 @@ def _assemble(
     _add_statistics(similarity_matrix, tables.pairs)
     amplified = only_unrelated(amplified, tables.pairs)
     first_block = {opened.adapters[i].label for i in opened.pairs.blocks[0]}
+    by_label: dict[str, list[ModuleStatistics]] = {}
+    for result in results:
+        for label, statistics in result.statistics.items():
+            if label in adapters:
+                by_label.setdefault(label, []).append(statistics)
+    warnings = {
+        label: sanity_findings(modules, adapters[label].provenance.findings)
+        for label, modules in by_label.items()
+    }
     return Study(
         adapters=adapters,
         runs=_runs_table(list(adapters.values()), spectra, tables.exclusions),
@@ -256,7 +264,7 @@ def _assemble(
             a.label for a in opened.adapters[opened.analyzed :] if a.label not in failed
         ),
         unmatched=unmatched,
-        warnings=_warnings(adapters, results),
+        warnings={label: findings for label, findings in warnings.items() if findings},
         similarity_matrix=similarity_matrix,
         fully_compared=tuple(label for label in adapters if label in first_block),
         across_bases=opened.pairs.across_bases,
@@ -293,22 +301,6 @@ def _add_statistics(matrix: SimilarityMatrix, pairs: pd.DataFrame) -> None:
         is_known = ~np.isnan(values) | (shared & (side == "input"))
         i, j = (positions[is_known] for positions in rows)
         planes[0, i, j] = planes[0, j, i] = values[is_known]
-
-
-def _warnings(
-    adapters: Mapping[str, Adapter], results: Iterable[ModuleResult]
-) -> dict[str, tuple[Finding, ...]]:
-    """Return the findings of the sanity checks by adapter; each is decided over all modules."""
-    by_label: dict[str, list[ModuleStatistics]] = {}
-    for result in results:
-        for label, statistics in result.statistics.items():
-            if label in adapters:
-                by_label.setdefault(label, []).append(statistics)
-    warnings = {
-        label: sanity_findings(modules, adapters[label].provenance.findings)
-        for label, modules in by_label.items()
-    }
-    return {label: findings for label, findings in warnings.items() if findings}
 
 
 def _no_weight_error(reason: str, adapter: Adapter, base: BaseWeights | None) -> BaseWeightError:
