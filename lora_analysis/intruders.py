@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-    from lora_analysis.bases import Weight
     from lora_analysis.linalg import DenseSVD
 
 
@@ -199,65 +198,42 @@ def intruder_dimensions(
     n = len(svd.S)
     count = min(k, n)
     K = max(min(10 * count if span is None else span, n // 2 if span is None else n), 1)
+    # The leading directions of W + ΔW, in W's coordinates.
     if isinstance(update, DenseUpdate):
-        left, S, right = _tuned_svd(update, W, svd, count)
+        tuned = (W if isinstance(W, np.ndarray) else W.array()).astype(np.float64)
+        tuned += update.delta
+        leading = linalg.leading_svd(tuned, count)
+        left, right = _coordinates(svd.U, leading.U), _coordinates(svd.V, leading.V)
     else:
-        left, S, right = _updated_svd(update, svd, count)
+        B = _coordinates(svd.U, update.known_scale() * update.B.astype(np.float64))
+        A = _coordinates(svd.V, update.A.astype(np.float64).T)
+        if len(B) < len(A):
+            leading = linalg.modified_svd(svd.S, A, B, count)
+            left, right = leading.V, leading.U
+        else:
+            leading = linalg.modified_svd(svd.S, B, A, count)
+            left, right = leading.U, leading.V
     sides = {"input": (right, update.shape[1]), "output": (left, update.shape[0])}
     return IntruderReport(
         module=update.name,
         label=update.label,
         epsilon=epsilon,
         span=K,
-        S=S,
+        S=leading.S,
         weight_values=svd.S[:count],
         sides={side: _side(*sides[side], svd.S, K) for side in SIDES},
     )
 
 
-def _tuned_svd(
-    update: DenseUpdate, W: Weight | NDArray[np.floating], svd: DenseSVD, k: int
-) -> linalg.DenseSVD:
-    """Return the leading SVD of W + ΔW for a dense ΔW in W's coordinates, by iteration."""
-    tuned = (W if isinstance(W, np.ndarray) else W.array()).astype(np.float64)
-    tuned += update.delta
-    leading = linalg.leading_svd(tuned, k)
-    left, right = (
-        _coordinates(basis, vectors) for basis, vectors in ((svd.U, leading.U), (svd.V, leading.V))
-    )
-    return linalg.DenseSVD(left, leading.S, right)
-
-
 def _coordinates(basis: NDArray[np.float64], vectors: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return vectors in a basis; rows beyond it have the lengths and angles of what is outside."""
+    """Return vectors in a basis, and rows for the complement of its span.
+
+    Only lengths and angles outside the span matter: the triangular factor has them all.
+    """
     inside = basis.T @ vectors
     if basis.shape[0] == basis.shape[1]:
         return inside
     return np.vstack([inside, np.linalg.qr(vectors - basis @ inside, mode="r")])
-
-
-def _updated_svd(update: LowRankUpdate, svd: DenseSVD, k: int) -> linalg.DenseSVD:
-    """Return the leading SVD of W + ΔW in W's coordinates.
-
-    Coordinates beyond W's n directions are those of the complement of their span.
-    """
-    B = update.known_scale() * update.B.astype(np.float64)
-    A = update.A.astype(np.float64)
-    if update.shape[0] < update.shape[1]:
-        left, s, right = _in_coordinates(A.T, B.T, linalg.DenseSVD(svd.V, svd.S, svd.U), k)
-        return linalg.DenseSVD(right, s, left)
-    return _in_coordinates(B, A, svd, k)
-
-
-def _in_coordinates(
-    B: NDArray[np.float64], A: NDArray[np.float64], svd: DenseSVD, k: int
-) -> linalg.DenseSVD:
-    P = svd.U.T @ B  # (n, r)
-    if len(svd.U) > len(svd.V):
-        outside = B - svd.U @ P
-        # Only lengths and angles outside the span matter: the triangular factor has them all.
-        P = np.vstack([P, np.linalg.qr(outside, mode="r")])
-    return linalg.modified_svd(svd.S, P, svd.V.T @ A.T, k)
 
 
 def _side(

@@ -18,7 +18,7 @@ from torch import nn
 
 from lora_analysis.adapter import Adapter, LowRankUpdate
 from lora_analysis.bases import open_base
-from lora_analysis.bases.experts import _count_experts
+from lora_analysis.bases.locating import _count_experts
 from lora_analysis.cli import group, run
 from lora_analysis.effective import effective_adapter
 from lora_analysis.errors import (

@@ -16,7 +16,7 @@ from lora_analysis.plots import (
 )
 from lora_analysis.plots import style as plot_style
 from lora_analysis.plots.amplification import resolve_directions, resolve_ranks
-from lora_analysis.plots.group import resolve_group
+from lora_analysis.plots.many_adapters import resolve_group
 from lora_analysis.plots.module_values import resolve_levels
 from lora_analysis.plots.spectrum import resolve_spectrum
 from lora_analysis.spectra import spectrum

@@ -11,8 +11,8 @@ from factories import adapter, low_rank_update
 
 from lora_analysis import plots
 from lora_analysis.errors import InputError
-from lora_analysis.plots.clustermap import resolve_clustermap
 from lora_analysis.plots.labels import MOST_CELLS, HoverCells
+from lora_analysis.plots.many_adapters import resolve_clustermap
 from lora_analysis.plots.module_values import MOST_BARS, resolve_bars
 from lora_analysis.similarity import subspace_similarity
 from lora_analysis.studies import study

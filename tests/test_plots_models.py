@@ -14,8 +14,8 @@ from lora_analysis.amplify import weight_basis_energy
 from lora_analysis.errors import InputError
 from lora_analysis.intruders import intruder_dimensions
 from lora_analysis.patterns import NO_TYPE
-from lora_analysis.plots.clustermap import resolve_clustermap
 from lora_analysis.plots.curves import resolve_layers, resolve_weight_energy
+from lora_analysis.plots.many_adapters import resolve_clustermap
 from lora_analysis.plots.maps import resolve_intruders, resolve_module_map
 from lora_analysis.similarity import subspace_similarity
 from lora_analysis.spectra import weight_svd

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -78,35 +78,29 @@ class Controls:
         self, results: list[Amplification], W: Weight | NDArray[np.floating], weight_norm: float
     ) -> list[Amplification]:
         """Return the amplifications with their controls."""
-        if self._products is not None:
-            results = [
-                replace(
-                    result,
-                    crossed=crossed_enrichment(
-                        self._products, index, self._partners(index), result.random.rms
-                    ),
-                )
-                for index, result in enumerate(results)
-            ]
+        through = None
         if self._sketch is not None:
             through = enrichment_through_weight(W, self._sketch, weight_norm, self._precision)
-            results = [
-                replace(result, enrichment_through_weight=_padded(through, len(result.S)))
-                for result in results
-            ]
-        return results
-
-    def _partners(self, index: int) -> list[tuple[int, str]]:
-        """Return position and label of each update that is paired with one, in order."""
-        paired = {i if j == index else j for i, j in self._pairs if index in (i, j)} - {index}
-        return [(i, self._labels[i]) for i in sorted(paired)]
-
-
-def _padded(values: NDArray[np.float64], n: int) -> NDArray[np.float64]:
-    """Return the first n values, NaN beyond those that were computed."""
-    padded = np.full(n, np.nan)
-    padded[: len(values)] = values[:n]
-    return padded
+        controlled = []
+        for index, result in enumerate(results):
+            fields: dict[str, Any] = {}
+            n = len(result.S)
+            if self._products is not None:
+                paired = {i if j == index else j for i, j in self._pairs if index in (i, j)}
+                partners = sorted(paired - {index})
+                values = np.full((2, len(partners), n), np.nan)
+                with np.errstate(divide="ignore", invalid="ignore"):  # W may be zero
+                    for row, partner in enumerate(partners):
+                        for way, pair in enumerate(((index, partner), (partner, index))):
+                            norms = self._products.norms(*pair)[:n]
+                            values[way, row, : len(norms)] = norms / result.random.rms[: len(norms)]
+                labels = tuple(self._labels[partner] for partner in partners)
+                fields["crossed"] = CrossedEnrichment(labels, *values)
+            if through is not None:  # NaN beyond the directions that were drawn
+                fields["enrichment_through_weight"] = np.full(n, np.nan)
+                fields["enrichment_through_weight"][: len(through)] = through[:n]
+            controlled.append(replace(result, **fields))
+        return controlled
 
 
 # --- Crossed directions -----------------------------------------------------------------------
@@ -123,7 +117,10 @@ class CrossedProducts:
 
     def __init__(self, frames: Frames) -> None:
         ranks = [u.shape[1] for u, _ in frames]
-        counts = np.minimum(ranks, _most_columns(ranks))
+        most = max(ranks)  # directions of each update that fit into `MOST_CROSSED_COLUMNS`
+        while most > 1 and int(np.minimum(ranks, most).sum()) > MOST_CROSSED_COLUMNS:
+            most -= 1
+        counts = np.minimum(ranks, most)
         starts = np.cumsum([0, *ranks[:-1]])
         ends = np.cumsum(counts)
         self._parts = [slice(end - n, end) for end, n in zip(ends, counts, strict=True)]
@@ -148,33 +145,6 @@ class CrossedProducts:
         core = self._product[self._parts[i], self._parts[j]]
         n = min(core.shape)
         return np.sqrt(np.diagonal(linalg.cumulative_overlap(core[:n, :n])))
-
-
-def _most_columns(ranks: Sequence[int]) -> int:
-    """Return how many directions of each update fit into `MOST_CROSSED_COLUMNS`."""
-    most = max(ranks)
-    while most > 1 and int(np.minimum(ranks, most).sum()) > MOST_CROSSED_COLUMNS:
-        most -= 1
-    return most
-
-
-def crossed_enrichment(
-    products: CrossedProducts,
-    index: int,
-    partners: Sequence[tuple[int, str]],
-    rms: NDArray[np.float64],
-) -> CrossedEnrichment:
-    """Return the crossed enrichments of one update with its partners, by position and label.
-
-    ``rms`` is the random root mean square of ‖UᵀWV‖ for k = 1…n.
-    """
-    values = np.full((2, len(partners), len(rms)), np.nan)
-    with np.errstate(divide="ignore", invalid="ignore"):  # W may be zero
-        for row, (partner, _) in enumerate(partners):
-            for way, pair in enumerate(((index, partner), (partner, index))):
-                norms = products.norms(*pair)
-                values[way, row, : len(norms)] = norms / rms[: len(norms)]
-    return CrossedEnrichment(tuple(label for _, label in partners), *values)
 
 
 # --- Random directions through W --------------------------------------------------------------
@@ -335,37 +305,35 @@ def run_enrichments(results: Iterable[Amplification]) -> tuple[RunEnrichment, ..
     by_label: dict[str, list[Amplification]] = {}
     for result in results:
         by_label.setdefault(result.label, []).append(result)
-    return tuple(_run_enrichment(label, modules) for label, modules in by_label.items())
-
-
-def _run_enrichment(label: str, results: Sequence[Amplification]) -> RunEnrichment:
-    # Per partner and module: U × V′, U′ × V, and the update's own value at the same k.
-    triples: dict[str, list[tuple[float, float, float]]] = {}
-    for result in results:
-        if result.crossed is None:
-            continue
-        output, input_ = result.crossed.output, result.crossed.input
-        for row, partner in enumerate(result.crossed.partners):
-            last = int(np.count_nonzero(~np.isnan(output[row]))) - 1
-            if last >= 0:
-                triple = output[row, last], input_[row, last], result.enrichment[last]
-                triples.setdefault(partner, []).append(triple)
-    medians = [np.median(values, axis=0) for values in triples.values()]  # over modules
-    crossed = [float(value) for row in medians for value in row[:2]]
-    matched = [float(row[2]) for row in medians for _ in range(2)]
-    through = [
-        float(result.enrichment_through_weight[-1])
-        for result in results
-        if result.enrichment_through_weight is not None
-    ]
-    return RunEnrichment(
-        label=label,
-        modules=len(results),
-        enrichment=_median([float(result.enrichment[-1]) for result in results]),
-        through_weight=_median(through),
-        crossed=tuple(crossed),
-        matched=tuple(matched),
-    )
+    enrichments = []
+    for label, modules in by_label.items():
+        # Per partner and module: U × V′, U′ × V, and the update's own value at the same k.
+        triples: dict[str, list[tuple[float, float, float]]] = {}
+        for result in modules:
+            if result.crossed is None:
+                continue
+            output, input_ = result.crossed.output, result.crossed.input
+            for row, partner in enumerate(result.crossed.partners):
+                last = int(np.count_nonzero(~np.isnan(output[row]))) - 1
+                if last >= 0:
+                    triple = output[row, last], input_[row, last], result.enrichment[last]
+                    triples.setdefault(partner, []).append(triple)
+        medians = [np.median(values, axis=0) for values in triples.values()]  # over modules
+        through = [
+            float(result.enrichment_through_weight[-1])
+            for result in modules
+            if result.enrichment_through_weight is not None
+        ]
+        enrichment = RunEnrichment(
+            label=label,
+            modules=len(modules),
+            enrichment=_median([float(result.enrichment[-1]) for result in modules]),
+            through_weight=_median(through),
+            crossed=tuple(float(value) for row in medians for value in row[:2]),
+            matched=tuple(float(row[2]) for row in medians for _ in range(2)),
+        )
+        enrichments.append(enrichment)
+    return tuple(enrichments)
 
 
 def _median(values: Sequence[float]) -> float:

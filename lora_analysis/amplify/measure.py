@@ -279,28 +279,24 @@ def _sharpen(
     precisions: list[Precision],
 ) -> None:
     """Take the leading directions again in float64, up to the last k where W is weak."""
-    weak = {index: _last_weak(projections[index], W.shape) for index in range(len(update_frames))}
-    again = [index for index, k in weak.items() if k]
+    again: dict[int, int] = {}  # index → the largest k for which W is weak along the top k
+    for index, projection in enumerate(projections[: len(update_frames)]):
+        unaligned = np.sqrt(np.arange(1, len(projection.core) + 1) / W.shape[0])
+        unaligned *= np.sqrt(np.cumsum(projection.input_squares))
+        weak = np.flatnonzero(_leading_norms(projection.core) < _WEAK * unaligned)
+        if weak.size:
+            again[index] = int(weak[-1]) + 1
     if not again:
         return
     frames = [
-        (update_frames[index][0][:, : weak[index]], update_frames[index][1][:, : weak[index]])
-        for index in again
+        (update_frames[index][0][:, :k], update_frames[index][1][:, :k])
+        for index, k in again.items()
     ]
     exact, _, _ = project(W, frames, precision="float64", norm=False)
-    for index, projection in zip(again, exact, strict=True):
-        k = weak[index]
+    for (index, k), projection in zip(again.items(), exact, strict=True):
         projections[index].core[:k, :k] = projection.core
         if k == len(projections[index].core):
             precisions[index] = "float64"
-
-
-def _last_weak(projection: Projection, shape: tuple[int, int]) -> int:
-    """Return the largest k for which W is weak along the top-k directions; 0 without one."""
-    unaligned = np.sqrt(np.arange(1, len(projection.core) + 1) / shape[0])
-    unaligned *= np.sqrt(np.cumsum(projection.input_squares))
-    weak = np.flatnonzero(_leading_norms(projection.core) < _WEAK * unaligned)
-    return int(weak[-1]) + 1 if weak.size else 0
 
 
 def _leading_norms(core: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -134,14 +134,6 @@ def _tiles(
         )
 
 
-def _row_squares(runs: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Return the square of the norm of each row, in the type of the rows.
-
-    As products of rows with themselves, in which numpy lets other threads run; `vecdot` does not.
-    """
-    return (runs[:, None, :] @ runs[:, :, None])[:, 0, 0]
-
-
 class _Pass:
     """The sums of one pass."""
 
@@ -173,9 +165,17 @@ class _Pass:
 
     def add(self, rows: slice, columns: slice, tile: NDArray[np.floating]) -> None:
         """Add what one tile of W contributes."""
-        block = self._typed(tile)
+        block = tile
+        if tile.dtype != self.dtype:
+            if self.buffer.size < tile.size:
+                self.buffer = np.empty(tile.size)  # fresh pages cost more than the arithmetic
+            block = self.buffer[: tile.size].reshape(tile.shape)
+            np.copyto(block, tile)
         if self.norm:
-            squares = _row_squares(block if block.flags.c_contiguous else block.T)
+            # The square of each row's norm, as products of rows with themselves, in which numpy
+            # lets other threads run; `vecdot` does not.
+            runs = block if block.flags.c_contiguous else block.T
+            squares = (runs[:, None, :] @ runs[:, :, None])[:, 0, 0]
             self.square += float(np.sum(squares, dtype=np.float64))
             if self.watch is not None:
                 self.watch.add(tile if tile.flags.c_contiguous else tile.T, squares)
@@ -194,16 +194,6 @@ class _Pass:
             )
         for total in self.sums:
             total.add(rows, columns, block, images)
-
-    def _typed(self, tile: NDArray[np.floating]) -> NDArray[np.floating]:
-        """Return the tile in the type of the products, through one reused buffer."""
-        if tile.dtype == self.dtype:
-            return tile
-        if self.buffer.size < tile.size:
-            self.buffer = np.empty(tile.size)  # fresh pages cost more than the arithmetic
-        block = self.buffer[: tile.size].reshape(tile.shape)
-        np.copyto(block, tile)
-        return block
 
     def projections(self) -> list[Projection]:
         """Return the projections, one per frame."""

@@ -7,8 +7,8 @@ arrays.
 """
 
 from lora_analysis.bases.base_weights import BaseWeights
-from lora_analysis.bases.experts import check_experts
 from lora_analysis.bases.fine_tunes import read_fine_tune
+from lora_analysis.bases.locating import check_experts
 from lora_analysis.bases.memory_source import as_weight
 from lora_analysis.bases.opening import as_base, open_base
 from lora_analysis.bases.weight import Weight

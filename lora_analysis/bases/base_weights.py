@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_analysis.bases.fused import Family, is_interleaved, rows_of_part
+from lora_analysis.bases.fused import Family, rows_of_part
 from lora_analysis.bases.locating import Located, Locator
 from lora_analysis.bases.orientation import (
     Evidence,
@@ -119,7 +119,7 @@ class BaseWeights:
         first = {frozenset(adapter): adapter for adapter in adapters}
         names = self._names
         for adapter in first.values():
-            names = names.matched([list(adapter)], partial(self._may_be, adapter), prefix)
+            names = names.matched(list(adapter), partial(self._may_be, adapter), prefix)
         matched = copy.copy(self)
         matched._names = names
         matched._locator = Locator(names, self._source.shape, self.config)
@@ -303,6 +303,11 @@ class BaseWeights:
         shape = None if shape is None else (shape[0], shape[1])
         name = self._names.choose(module, located.tensors, shape, fits)
         stored = matrix(name)
+        expected = shape
+        if shape is not None and not alone:
+            # The shape (d_out, d_in) of the larger tensor, if one side equals the inputs.
+            larger = stored if stored[1] == shape[1] else stored[::-1]
+            expected = (larger[0], larger[1]) if stored.count(shape[1]) == 1 else None
         turned = is_transposed(
             name,
             stored,
@@ -314,7 +319,7 @@ class BaseWeights:
                 else self._source.transposed(name)
             ),
             model_type=self.model_type,
-            shape=shape if alone else _shape_of_fused(stored, shape),
+            shape=expected,
             label=self.label,
             evidence=self._orientation_evidence(name) if located.index is None else None,
         )
@@ -377,7 +382,7 @@ class BaseWeights:
         fused, part = located.fused, located.part
         if part is None:
             # Blocks of the writer are reordered to the rows of the running model.
-            if not self._blocks or not is_interleaved(module, family):
+            if not self._blocks:
                 return (slice(0, whole[0]),)
             fused, part = module, "all"
         runs = rows_of_part(fused, part, whole, height, family)
@@ -385,12 +390,3 @@ class BaseWeights:
             message = f"{self.label}: '{module}' is part of '{located.tensors[0]}' {whole}; {runs}."
             raise BaseWeightError(message)
         return runs
-
-
-def _shape_of_fused(
-    stored: tuple[int, ...], shape: tuple[int, int] | None
-) -> tuple[int, int] | None:
-    """Return the shape ``(d_out, d_in)`` of a larger tensor, if one side equals the inputs."""
-    if shape is None or stored.count(shape[1]) != 1:
-        return None
-    return (stored[0], stored[1]) if stored[1] == shape[1] else (stored[1], stored[0])

@@ -30,8 +30,6 @@ from lora_analysis.storage.source_names import existing_path
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from numpy.typing import NDArray
-
     from lora_analysis.adapter import Layout
     from lora_analysis.bases.weight import Weight
 
@@ -104,7 +102,10 @@ def read_fine_tune(
     InputError
         No weight differs, or none matches ``modules``.
     """
-    new, old = _of_one_family(_opened(tuned, allow_pickle), _opened(base, allow_pickle))
+    new, old = (copy(_opened(model, allow_pickle)) for model in (tuned, base))
+    # A model without a config of its own is of the other's family.
+    new.model_type = new.model_type or old.model_type
+    old.model_type = old.model_type or new.model_type
     name = label or new.label
     names = _select_modules(new, modules, name)
     outcomes: dict[str, Outcome] = {}
@@ -117,16 +118,23 @@ def read_fine_tune(
         else:
             outcomes[module] = "identical" if _are_equal(*pair) else "changed"
             outline = _outline(new, module, pair[0])
-            arguments = new, old, outline, name, transposed
-            update = _zero if outcomes[module] == "identical" else _difference
-            updates[module] = LazyUpdate(outline, partial(update, *arguments))
+            changed = outcomes[module] == "changed"
+            read = partial(_difference, new, old, outline, name, transposed, changed=changed)
+            updates[module] = LazyUpdate(outline, read)
         if progress:
             progress("weights", done, len(names))
     if "changed" not in outcomes.values():
-        raise _no_difference(outcomes, name, old.label)
-    findings = [*_findings(outcomes, old.label), *_storage_findings(new, old, outcomes, transposed)]
+        reasons = [error for error in outcomes.values() if isinstance(error, BaseWeightError)]
+        if len(reasons) == len(outcomes):
+            raise reasons[0]
+        message = (
+            f"No weight matrix of {name} differs from {old.label}: {len(outcomes) - len(reasons)} "
+            f"are identical, {len(reasons)} have no counterpart. Is it the base itself?"
+        )
+        raise InputError(message)
+    findings = list(_findings_on_weights(new, old, outcomes, transposed))
     if modules is None:
-        findings += _missing_weights(new, old) + _other_differences(new, old)
+        findings += _findings_on_others(new, old)
     return Adapter(
         updates,
         label=name,
@@ -149,14 +157,6 @@ def _base_name(base: Any, old: BaseWeights) -> str:
     if old.snapshot is not None:
         return old.snapshot.repo
     return str(base) if isinstance(base, str | os.PathLike) else old.label
-
-
-def _of_one_family(new: BaseWeights, old: BaseWeights) -> tuple[BaseWeights, BaseWeights]:
-    """Take each model's family from the other one if its own config is missing."""
-    new, old = copy(new), copy(old)
-    new.model_type = new.model_type or old.model_type
-    old.model_type = old.model_type or new.model_type
-    return new, old
 
 
 def _opened(model: Any, allow_pickle: bool) -> BaseWeights:
@@ -220,7 +220,8 @@ def _outline(new: BaseWeights, module: str, tuned: Weight) -> UpdateOutline:
     """Return the outline of the update of a weight, whose numbers are not read for it."""
     kernel = _kernel(tuned.name, new.stored_shape(tuned.name)) if tuned.name in new.names else ()
     layout: Layout = "conv1d" if tuned.transposed else "linear"
-    table = _is_table(module)
+    last = module.rpartition(".")[2]
+    table = last in _TABLES or last.endswith(_TABLE_ENDINGS)
     if kernel or table:
         layout = "conv" if kernel else "embedding"
     return UpdateOutline(
@@ -236,24 +237,24 @@ def _outline(new: BaseWeights, module: str, tuned: Weight) -> UpdateOutline:
     )
 
 
-def _zero(
-    _new: BaseWeights, _old: BaseWeights, outline: UpdateOutline, label: str, _: bool | None
-) -> DenseUpdate:
-    return _dense(outline, label, np.zeros(outline.shape, dtype=np.float32))
-
-
 def _difference(
     new: BaseWeights,
     old: BaseWeights,
     outline: UpdateOutline,
     label: str,
     transposed: bool | None,
+    *,
+    changed: bool,
 ) -> DenseUpdate:
-    delta = _subtract(*_pair(new, old, outline.name, transposed))
-    return _dense(outline, label, delta.T if outline.layout == "embedding" else delta)
-
-
-def _dense(outline: UpdateOutline, label: str, delta: NDArray[np.float32]) -> DenseUpdate:
+    """Return the update of a weight; the two models are read only if they differ in it."""
+    if changed:
+        tuned, base = _pair(new, old, outline.name, transposed)
+        delta = base.array()  # becomes the difference, in the same memory
+        for rows, columns, tile in tuned.blocks():
+            np.subtract(tile, delta[rows, columns], out=delta[rows, columns])
+        delta = delta.T if outline.layout == "embedding" else delta
+    else:
+        delta = np.zeros(outline.shape, dtype=np.float32)
     return DenseUpdate(
         name=outline.name,
         delta=delta,
@@ -264,21 +265,8 @@ def _dense(outline: UpdateOutline, label: str, delta: NDArray[np.float32]) -> De
     )
 
 
-def _subtract(tuned: Weight, base: Weight) -> NDArray[np.float32]:
-    """Return the difference of two weights, in the memory of the second."""
-    delta = base.array()
-    for rows, columns, tile in tuned.blocks():
-        np.subtract(tile, delta[rows, columns], out=delta[rows, columns])
-    return delta
-
-
-def _is_table(module: str) -> bool:
-    last = module.rpartition(".")[2]
-    return last in _TABLES or last.endswith(_TABLE_ENDINGS)
-
-
-def _missing_weights(new: BaseWeights, old: BaseWeights) -> list[Finding]:
-    """Return the finding on matrices of the base that the fine-tune lacks."""
+def _findings_on_others(new: BaseWeights, old: BaseWeights) -> Iterator[Finding]:
+    """Yield findings on matrices that the fine-tune lacks, and on shared tensors of other kinds."""
     missing: list[tuple[str, str]] = []
     for name in old.names:
         module, shape = module_of(name), old.stored_shape(name)
@@ -288,14 +276,9 @@ def _missing_weights(new: BaseWeights, old: BaseWeights) -> list[Finding]:
             new.weight(module)
         except BaseWeightError as error:
             missing += [(module, str(error))]
-    if not missing:
-        return []
-    fields = {"count": len(missing), "modules": [module for module, _ in missing]}
-    return [Finding("missing-weights", {**fields, "base": old.label, "reason": missing[0][1]})]
-
-
-def _other_differences(new: BaseWeights, old: BaseWeights) -> list[Finding]:
-    """Return the finding on shared tensors that are not matrices and that differ."""
+    if missing:
+        fields = {"count": len(missing), "modules": [module for module, _ in missing]}
+        yield Finding("missing-weights", {**fields, "base": old.label, "reason": missing[0][1]})
     old_names = set(old.names)
     changes: dict[str, float] = {}
     for name in new.names:
@@ -307,31 +290,44 @@ def _other_differences(new: BaseWeights, old: BaseWeights) -> list[Finding]:
             tuned, base = (np.asarray(values, np.float64) for values in (tuned, base))
             size = float(np.linalg.norm(base))
             changes[name] = float(np.linalg.norm(tuned - base)) / size if size else float("inf")
-    if not changes:
-        return []
-    tensors = sorted(changes, key=lambda name: -changes[name])
-    fields = {"count": len(changes), "tensors": tensors, "largest": changes[tensors[0]]}
-    fields["relative_changes"] = [changes[name] for name in tensors]
-    return [Finding("other-tensors-differ", fields)]
+    if changes:
+        tensors = sorted(changes, key=lambda name: -changes[name])
+        fields = {"count": len(changes), "tensors": tensors, "largest": changes[tensors[0]]}
+        fields["relative_changes"] = [changes[name] for name in tensors]
+        yield Finding("other-tensors-differ", fields)
 
 
-def _storage_findings(
+def _findings_on_weights(
     new: BaseWeights,
     old: BaseWeights,
     outcomes: Mapping[str, Outcome],
     transposed: bool | None,
 ) -> Iterator[Finding]:
-    """Yield what the stored types of the two models add to the differences."""
+    """Yield findings on unchanged and unmatched weights, and on the stored types of the others."""
+    identical: list[str] = []
+    unmatched: dict[str, BaseWeightError] = {}
     types: dict[tuple[str, str], list[str]] = {}
     quantized: dict[str, list[str]] = {}
     for module, outcome in outcomes.items():
-        if outcome != "changed":
+        if isinstance(outcome, BaseWeightError):
+            unmatched[module] = outcome
+            continue
+        if outcome == "identical":
+            identical.append(module)
             continue
         tuned, base = _pair(new, old, module, transposed)
         if tuned.storage != base.storage:
             quantized.setdefault(tuned.storage or base.storage, []).append(module)
         elif tuned.stored_dtype != base.stored_dtype:
             types.setdefault((tuned.stored_dtype, base.stored_dtype), []).append(module)
+    counts = {"of": len(outcomes), "base": old.label}
+    if identical:
+        fields = {"count": len(identical), "modules": identical, **counts}
+        yield Finding("unchanged-weights", fields)
+    if unmatched:
+        reason = str(next(iter(unmatched.values())))
+        fields = {"count": len(unmatched), "modules": list(unmatched), "reason": reason, **counts}
+        yield Finding("weights-without-counterpart", fields)
     for storage, modules in quantized.items():
         fields = {"count": len(modules), "of": len(outcomes), "modules": modules}
         yield Finding("difference-of-quantized", {**fields, "storage": storage})
@@ -341,27 +337,3 @@ def _storage_findings(
             fields = {"count": len(modules), "of": len(outcomes), "modules": modules}
             fields |= {"dtype": dtype, "base_dtype": base_dtype, "coarse": coarse[1]}
             yield Finding("difference-of-types", {**fields, "rounding": _ROUNDING * coarse[0]})
-
-
-def _findings(outcomes: Mapping[str, Outcome], base: str) -> Iterator[Finding]:
-    identical = [module for module, outcome in outcomes.items() if outcome == "identical"]
-    unmatched = {m: error for m, error in outcomes.items() if isinstance(error, BaseWeightError)}
-    counts = {"of": len(outcomes), "base": base}
-    if identical:
-        fields = {"count": len(identical), "modules": identical, **counts}
-        yield Finding("unchanged-weights", fields)
-    if unmatched:
-        reason = str(next(iter(unmatched.values())))
-        fields = {"count": len(unmatched), "modules": list(unmatched), "reason": reason, **counts}
-        yield Finding("weights-without-counterpart", fields)
-
-
-def _no_difference(outcomes: Mapping[str, Outcome], label: str, base: str) -> InputError:
-    """Return the error if no weight differs."""
-    reasons = [outcome for outcome in outcomes.values() if isinstance(outcome, BaseWeightError)]
-    if len(reasons) == len(outcomes):
-        return reasons[0]
-    return InputError(
-        f"No weight matrix of {label} differs from {base}: {len(outcomes) - len(reasons)} are "
-        f"identical, {len(reasons)} have no counterpart. Is it the base itself?"
-    )

@@ -128,10 +128,18 @@ def rows_of_part(
         Family of the model.
     """
     total, last = shape[0], module.rpartition(".")[2]
-    if part == "swapped":  # diffusers has scale before shift, the authors shift before scale
-        return (slice(total // 2, total), slice(0, total // 2)) if total % 2 == 0 else _odd(total)
-    if part in _GATE_UP:
-        return _halves(total, _GATE_UP.index(part), interleaved=family.model_type == "gpt_oss")
+    if part == "all" and not isinstance(_grouping(last, 0, family), tuple):
+        return (slice(0, total),)
+    if part == "swapped" or part in _GATE_UP:
+        half = total // 2
+        if total % 2:
+            return f"its {total} rows have no half"
+        if part == "swapped":  # diffusers has scale before shift, the authors shift before scale
+            return (slice(half, total), slice(0, half))
+        position = _GATE_UP.index(part)
+        if family.model_type == "gpt_oss":
+            return tuple(slice(row, row + 1) for row in range(position, total, 2))
+        return (slice(position * half, (position + 1) * half),)
     if last == "to_qkv_mlp":
         edges = [0, shape[1], 2 * shape[1], 3 * shape[1], total]
         position = _QKV_MLP.index(part)
@@ -148,24 +156,6 @@ def rows_of_part(
         return widths
     position = _QKV.index(part)
     return (slice(sum(widths[:position]), sum(widths[: position + 1])),)
-
-
-def is_interleaved(module: str, family: Family) -> bool:
-    """Return True if the running model interleaves the rows of a fused module."""
-    grouping = _grouping(module.rpartition(".")[2], 0, family)
-    return grouping is not None and not isinstance(grouping, str)
-
-
-def _halves(total: int, half: int, *, interleaved: bool) -> tuple[slice, ...] | str:
-    if total % 2:
-        return _odd(total)
-    if interleaved:
-        return tuple(slice(row, row + 1) for row in range(half, total, 2))
-    return (slice(half * total // 2, (half + 1) * total // 2),)
-
-
-def _odd(total: int) -> str:
-    return f"its {total} rows have no half"
 
 
 def _grouping(last: str, total: int, family: Family) -> tuple[int, int, int] | str | None:

@@ -86,7 +86,16 @@ class GGUFSource(TensorSource):
         self._file = file
         self._arch = arch
         self._label = label
-        self._aliases = _modules_by_tensor(arch, file.tensors)
+        self._aliases: dict[str, list[str]] = {}
+        gguf = _gguf_package()
+        architectures = {text: kind for kind, text in gguf.MODEL_ARCH_NAMES.items()}
+        if arch not in architectures:
+            return
+        numbers = [int(name.split(".")[1]) for name in file.tensors if _has_block(name)]
+        names = gguf.get_tensor_name_map(architectures[arch], 1 + max(numbers, default=-1))
+        for module, (_, tensor) in names.mapping.items():
+            if f"{tensor}.weight" in file.tensors and module != tensor:
+                self._aliases.setdefault(f"{tensor}.weight", []).append(module)
 
     @property
     def names(self) -> Sequence[str]:
@@ -140,9 +149,13 @@ class GGUFSource(TensorSource):
     def refuse_unreadable(self, name: str) -> None:
         """Raise if the type is not decoded, or the order of the rows is not known."""
         kind = self._file.tensors[name].kind
-        if not _can_decode(kind):
+        gguf = _gguf_package()
+        try:  # the package decodes the type if it decodes a block of zeros
+            block = np.zeros((1, _block_bytes(kind)), np.uint8)
+            gguf.dequantize(block, gguf.GGMLQuantizationType[kind])
+        except (KeyError, NotImplementedError) as error:
             message = f"{self._label}: '{name}' is stored as GGUF {kind}, which is not read."
-            raise BaseWeightError(message)
+            raise BaseWeightError(message) from error
         if is_q_or_k(name.removesuffix(".weight")) and self._arch not in PERMUTED | UNPERMUTED:
             message = (
                 f"{self._label}: whether the rows of '{name}' are permuted is not known for "
@@ -232,34 +245,8 @@ def _gguf_package() -> Any:
     return gguf
 
 
-def _can_decode(kind: str) -> bool:
-    """Return True if the package decodes a type; tried with one block of zeros."""
-    gguf = _gguf_package()
-    try:
-        block = np.zeros((1, _block_bytes(kind)), np.uint8)
-        gguf.dequantize(block, gguf.GGMLQuantizationType[kind])
-    except (KeyError, NotImplementedError):
-        return False
-    return True
-
-
 def _block_bytes(kind: str) -> int:
     return next(width for name, _, width in TYPES.values() if name == kind)
-
-
-def _modules_by_tensor(arch: str, names: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the modules that each tensor is the weight of, from the package's table."""
-    gguf = _gguf_package()
-    architectures = {text: kind for kind, text in gguf.MODEL_ARCH_NAMES.items()}
-    if arch not in architectures:
-        return {}
-    blocks = 1 + max((int(n.split(".")[1]) for n in names if _has_block(n)), default=-1)
-    modules: dict[str, list[str]] = {}
-    table = gguf.get_tensor_name_map(architectures[arch], blocks).mapping
-    for module, (_, tensor) in table.items():
-        if f"{tensor}.weight" in names and module != tensor:
-            modules.setdefault(f"{tensor}.weight", []).append(module)
-    return modules
 
 
 def _has_block(name: str) -> bool:

@@ -167,7 +167,26 @@ def as_weight(W: Any) -> Weight | NDArray[np.floating]:
     if isinstance(W, Weight):
         return W
     if is_torch_module(W):
-        return _layer_weight(W)
+        label = type(W).__name__
+        while "base_layer" in W._modules:
+            if getattr(W, "merged", False):
+                message = (
+                    f"{label}: an adapter is merged into the weight; the frozen weight is not "
+                    "there to be read. Unmerge it first."
+                )
+                raise BaseWeightError(message)
+            W = W.base_layer
+        tensor = W._parameters.get("weight")
+        if tensor is None or tensor.ndim < 2:
+            message = (
+                f"A {label} has no weight that is a matrix. Accepted: a linear, Conv1D, embedding "
+                "or convolution layer, or the weight of a module of open_base(model)."
+            )
+            raise InputError(message)
+        source = ModelSource(W, label)
+        source.refuse_unreadable("weight")
+        transposed = hasattr(W, "num_embeddings") or bool(source.transposed("weight"))
+        return _tensor_weight(label, tensor, transposed=transposed)
     if is_tensor(W) and W.ndim == 2 and W.is_floating_point():
         if reason := missing_values(W):
             message = f"The weight {reason}"
@@ -182,30 +201,6 @@ def as_weight(W: Any) -> Weight | NDArray[np.floating]:
         "a weight of open_base, or a linear, Conv1D, embedding or convolution layer."
     )
     raise InputError(message)
-
-
-def _layer_weight(layer: Any) -> Weight:
-    """Return the weight of a layer, or of the layer that adapters wrap."""
-    label = type(layer).__name__
-    while "base_layer" in layer._modules:
-        if getattr(layer, "merged", False):
-            message = (
-                f"{label}: an adapter is merged into the weight; the frozen weight is not there "
-                "to be read. Unmerge it first."
-            )
-            raise BaseWeightError(message)
-        layer = layer.base_layer
-    tensor = layer._parameters.get("weight")
-    if tensor is None or tensor.ndim < 2:
-        message = (
-            f"A {label} has no weight that is a matrix. Accepted: a linear, Conv1D, embedding or "
-            "convolution layer, or the weight of a module of open_base(model)."
-        )
-        raise InputError(message)
-    source = ModelSource(layer, label)
-    source.refuse_unreadable("weight")
-    is_table = hasattr(layer, "num_embeddings")
-    return _tensor_weight(label, tensor, transposed=is_table or bool(source.transposed("weight")))
 
 
 def _tensor_weight(name: str, tensor: Any, *, transposed: bool) -> Weight:

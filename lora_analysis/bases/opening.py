@@ -1,26 +1,39 @@
-"""``open_base``: recognize a source, find its file and configuration, and open its weights."""
+"""``open_base``: recognize a source, find its files and configuration, and open its weights.
+
+Weights in safetensors and torch files, plain or quantized, are read by `FileSource`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from lora_analysis.bases.base_weights import BaseWeights
-from lora_analysis.bases.file_source import FileSource
 from lora_analysis.bases.memory_source import ArraySource, ModelSource
+from lora_analysis.bases.quantized import Quantized, quantized_weights, tiles
 from lora_analysis.bases.sanity_checks import file_findings
-from lora_analysis.errors import SourceError, UnknownFormatError
+from lora_analysis.bases.tensor_names import matrix_shape, quantized_error
+from lora_analysis.bases.weight import TensorSource
+from lora_analysis.errors import BaseWeightError, SourceError, UnknownFormatError
 from lora_analysis.linalg import is_torch_module
 from lora_analysis.storage.documents import PICKLE_SUFFIXES, read_json_object
+from lora_analysis.storage.dtypes import FLOATING, raw_dtype
 from lora_analysis.storage.hub import fetch_model
 from lora_analysis.storage.records import refuse_unfinished
 from lora_analysis.storage.source_names import existing_path, shown_errors
+from lora_analysis.storage.tensor_reader import iter_blocks, part_of, read_elements
 from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
     import os
 
+    from numpy.typing import NDArray
+
+    from lora_analysis.bases.weight import Tiles
+    from lora_analysis.storage.safetensors import TensorInfo
     from lora_analysis.storage.source_names import Snapshot
     from lora_analysis.storage.tensors import TensorFiles
 
@@ -35,6 +48,13 @@ _NAMES: Final = (
 )
 _INDEX: Final = ".index.json"
 _GGUF: Final = ".gguf"
+# Unsupported storages whose tensors look like those of others, by quant_method in the config.
+_UNSUPPORTED = frozenset(
+    {
+        "aqlm", "auto-round", "bitnet", "eetq", "fp_quant", "higgs", "hqq", "intel/auto-round",
+        "quanto", "quark", "sinq", "spqr", "torchao", "vptq",
+    }
+)  # fmt: skip
 
 
 def open_base(
@@ -71,7 +91,14 @@ def open_base(
         The source has none of these types.
     """
     if is_torch_module(source):
-        return _open_live(source)
+        live = getattr(source, "config", None)
+        fields: dict[str, Any] = getattr(live, "to_dict", dict)()
+        model_type = getattr(live, "model_type", None)
+        if isinstance(model_type, str):
+            fields = {**fields, "model_type": model_type}
+        label = type(source).__name__
+        name = getattr(live, "_name_or_path", None) or None
+        return BaseWeights(ModelSource(source, label), label=label, config=fields, name=name)
     if isinstance(source, Mapping):
         label = "the given arrays"
         return BaseWeights(ArraySource(source, label), label=label, name=None)
@@ -97,7 +124,7 @@ def _open_stored(
     path: Path,
     label: str | None = None,
     *,
-    allow_pickle: bool = False,
+    allow_pickle: bool,
     snapshot: Snapshot | None = None,
 ) -> BaseWeights:
     refuse_unfinished(path)
@@ -126,38 +153,6 @@ def _open_stored(
     return BaseWeights(source, label=label, config=config, findings=findings)
 
 
-def _open_live(model: Any) -> BaseWeights:
-    config = getattr(model, "config", None)
-    to_dict = getattr(config, "to_dict", dict)
-    fields: dict[str, Any] = to_dict()
-    model_type = getattr(config, "model_type", None)
-    if isinstance(model_type, str):
-        fields = {**fields, "model_type": model_type}
-    label = type(model).__name__
-    name = getattr(config, "_name_or_path", None) or None
-    return BaseWeights(ModelSource(model, label), label=label, config=fields, name=name)
-
-
-def _commit_folder(folder: Path) -> Path:
-    """Return the folder of one commit in a hub's cache folder: of branch "main", or the only one.
-
-    The cache has ``models--owner--name/snapshots/<commit>``, whose entries are links to blobs.
-    """
-    snapshots = folder / "snapshots"
-    if not snapshots.is_dir():
-        return folder
-    commits = sorted(entry for entry in snapshots.iterdir() if entry.is_dir())
-    main = folder / "refs" / "main"
-    if main.is_file() and main.stat().st_size <= 256:
-        commit = main.read_text(encoding="utf-8", errors="replace").strip()
-        commits = [entry for entry in commits if entry.name == commit] or commits
-    if len(commits) == 1:
-        return commits[0]
-    names = ", ".join(entry.name for entry in commits[:6]) or "none"
-    message = f"{folder}: it holds several snapshots, or none: {names}. Pass the one that is meant."
-    raise SourceError(message)
-
-
 def _label(path: Path, file: Path) -> str:
     """Return a short name: the folder's, the file's, or the repository's in a hub's cache."""
     for folder in (path, *path.absolute().parents):
@@ -174,7 +169,22 @@ def model_file(folder: Path) -> Path:
     SourceError
         There is none, or several.
     """
-    folder = _commit_folder(folder)
+    # A hub's cache has models--owner--name/snapshots/<commit>, whose entries are links to blobs.
+    # The commit is that of branch "main", or the only one.
+    snapshots, main = folder / "snapshots", folder / "refs" / "main"
+    if snapshots.is_dir():
+        commits = sorted(entry for entry in snapshots.iterdir() if entry.is_dir())
+        if main.is_file() and main.stat().st_size <= 256:
+            commit = main.read_text(encoding="utf-8", errors="replace").strip()
+            commits = [entry for entry in commits if entry.name == commit] or commits
+        if len(commits) != 1:
+            listed = ", ".join(entry.name for entry in commits[:6]) or "none"
+            message = (
+                f"{folder}: it holds several snapshots, or none: {listed}. "
+                "Pass the one that is meant."
+            )
+            raise SourceError(message)
+        folder = commits[0]
     for name in _NAMES:
         if (folder / name).is_file():
             return folder / name
@@ -205,3 +215,132 @@ def _config(config: Path) -> dict[str, Any]:
         if isinstance(quantization, dict):
             fields["quantization_config"] = {"quant_method": "modelopt", **quantization}
     return fields
+
+
+class _RawFiles:
+    """Tensors of one file or its shards: values, and raw elements (`RawTensors`)."""
+
+    def __init__(self, files: TensorFiles) -> None:
+        self._files = files
+        self.infos: Mapping[str, TensorInfo] = files.infos
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Return a tensor's values."""
+        return self._files.read(name)
+
+    def raw(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Return the elements ``start`` to ``stop`` of a tensor as stored, flat."""
+        return read_elements(self._files.file_of(name), self.infos[name], start, stop)
+
+    def blocks(self, name: str, index: int | None) -> Tiles:
+        """Yield a matrix, or one of a stack, tile by tile."""
+        info = self.infos[name]
+        shape = matrix_shape(name, info.shape) if index is None else info.shape[1:]
+        if shape == info.shape:
+            yield from self._files.blocks(name)
+        elif info.strides is not None:
+            values = self.read(name)
+            matrix = values[index] if index is not None else values.reshape(shape)
+            yield slice(0, shape[0]), slice(0, shape[1]), np.asarray(matrix, np.float32)
+        else:
+            size = raw_dtype(info.dtype).itemsize * shape[0] * shape[1]
+            part = part_of(info, shape, info.start + (index or 0) * size)
+            yield from iter_blocks(self._files.file_of(name), part)
+
+
+class FileSource(TensorSource):
+    """The weights of a base in files.
+
+    Parameters
+    ----------
+    files
+        The stored tensors.
+    label
+        The base's name, for messages.
+    config
+        The model's ``config.json``; its ``quantization_config`` decides if tensors do not.
+    """
+
+    def __init__(self, files: TensorFiles, label: str, config: Mapping[str, Any]) -> None:
+        self._stored = _RawFiles(files)
+        self._label = label
+        quantization = config.get("quantization_config", config.get("compression_config"))
+        self._config: Mapping[str, Any] = quantization if isinstance(quantization, Mapping) else {}
+        self._makers = quantized_weights(self._stored, self._config, label, files.metadata)
+        self._quantized: dict[str, Quantized] = {}
+        plain = []
+        for name in files.infos:
+            path, _, last = name.rpartition(".")
+            stem, _, ending = name.removesuffix("_inv").rpartition("_")
+            # The codes, scales and states next to a quantized weight of another name.
+            owners = [f"{path}.weight", path.removesuffix(".quant_state")]
+            owners += [stem] if ending != "bias" else []
+            is_companion = last != "bias" and any(owner in self._makers for owner in owners)
+            if name in self._makers or not is_companion:
+                plain.append(name)
+        self._names = list(dict.fromkeys([*plain, *self._makers]))
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of all tensors, and of the weights that quantized tensors make."""
+        return self._names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of the plain numbers."""
+        made = self._made(name)
+        return self._stored.infos[name].shape if made is None else made.shape
+
+    def dtype(self, name: str) -> str:
+        """Return the stored type; for codes, the name of the storage."""
+        made = self._made(name)
+        return self._stored.infos[name].dtype if made is None else made.storage
+
+    def storage(self, name: str) -> str:
+        """Return the storage of a quantized weight, "" for plain numbers."""
+        made = self._made(name)
+        return "" if made is None else made.storage
+
+    def is_plain(self, name: str) -> bool:
+        """Return True if the tensor is stored as plain numbers; nothing is assembled for it."""
+        return name not in self._makers
+
+    def transposed(self, name: str) -> bool | None:
+        """Return the orientation of a quantized storage; None for plain numbers."""
+        made = self._made(name)
+        return None if made is None else made.transposed
+
+    def tiles(self, name: str, index: int | None) -> Tiles:
+        """Yield a matrix tile by tile."""
+        made = self._made(name)
+        if made is None:
+            return self._stored.blocks(name, index)
+        return tiles(made, self._stored, index)
+
+    def squared_errors(self, name: str, index: int | None) -> Tiles | None:
+        """Yield the expected squared rounding errors; None for plain numbers."""
+        made = self._made(name)
+        return None if made is None else tiles(made, self._stored, index, errors=True)
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Return a tensor of any shape."""
+        return self._stored.read(name)
+
+    def refuse_unreadable(self, name: str) -> None:
+        """Raise if the tensor belongs to a storage that is not supported."""
+        method = str(self._config.get("quant_method", ""))
+        if self._made(name) is not None and method in _UNSUPPORTED:
+            raise quantized_error(self._label, name, method)
+        if self._made(name) is None and (dtype := self.dtype(name)) not in FLOATING:
+            stateless = f"{name}.absmax" in self._stored.infos
+            kind = "bitsandbytes 4-bit without its quant_state"
+            raise quantized_error(self._label, name, kind if stateless else f"stored as {dtype}")
+
+    def _made(self, name: str) -> Quantized | None:
+        """Return the quantized weight of that name, assembled at first use; None for others."""
+        if name in self._makers and name not in self._quantized:
+            made = self._makers[name]()
+            if min(made.shape, default=0) < 1:
+                message = f"{self._label}: '{name}' ({made.storage}) has shape {made.shape}."
+                raise BaseWeightError(message)
+            self._quantized[name] = made
+        return self._quantized.get(name)

@@ -65,7 +65,7 @@ def is_transposed(
     model_type: str | None,
     shape: tuple[int, int] | None,
     label: str,
-    evidence: Evidence | None = None,
+    evidence: Evidence | None,
 ) -> bool:
     """Return True if a stored matrix must be transposed to become ``(d_out, d_in)``.
 
@@ -89,7 +89,17 @@ def is_transposed(
     elif decided is None:
         decided = others
     elif evidence and others not in (None, decided) and not table:
-        raise BaseWeightError(evidence.contradiction(name, stored, model_type, label))
+        way, other = ("[in, out]", "[out, in]") if others else ("[out, in]", "[in, out]")
+        listed = " and ".join(f"'{example}'" for example in (evidence.turned or evidence.plain)[:2])
+        origin = f"family '{model_type}'" if model_type else "its kind of model"
+        option = "--transposed" if others else "--not-transposed"
+        message = (
+            f"{label}: {origin} stores '{name}' {stored} as {other}, but the other "
+            f"matrices of the file are stored as {way} (by {listed}): every weight seems "
+            f"transposed, square ones too. Pass transposed={others} (command line: "
+            f"{option}) if the file is meant so."
+        )
+        raise BaseWeightError(message)
     if decided is None:
         square = "is square and " if stored[0] == stored[-1] else ""
         origin = f"family '{model_type}'" if model_type else "no config.json that names a family"
@@ -129,22 +139,6 @@ class Evidence:
         if bool(self.plain) == bool(self.turned):
             return None
         return bool(self.turned)
-
-    def contradiction(
-        self, name: str, stored: tuple[int, ...], model_type: str | None, label: str
-    ) -> str:
-        """Return the message for a weight that its family stores in the opposite orientation."""
-        way, other = ("[in, out]", "[out, in]") if self.decided else ("[out, in]", "[in, out]")
-        examples = (self.turned or self.plain)[:2]
-        listed = " and ".join(f"'{example}'" for example in examples)
-        origin = f"family '{model_type}'" if model_type else "its kind of model"
-        option = "--transposed" if self.decided else "--not-transposed"
-        return (
-            f"{label}: {origin} stores '{name}' {stored} as {other}, but the other "
-            f"matrices of the file are stored as {way} (by {listed}): every weight seems "
-            f"transposed, square ones too. Pass transposed={self.decided} (command line: "
-            f"{option}) if the file is meant so."
-        )
 
 
 def is_table(name: str) -> bool:
@@ -191,24 +185,12 @@ def evidence_of(
             continue
         bias = f"{module}.bias"
         outputs = shape_of(bias) if bias in names else ()
-        turned = _is_turned(shape, outputs, _ROLES.get(module.rpartition(".")[2]), width)
-        if turned is not None:
-            examples[turned].append(name)
+        role = _ROLES.get(module.rpartition(".")[2])
+        if len(outputs) == 1 and outputs[0] in shape:
+            examples[outputs[0] == shape[1]].append(name)
+        elif role is not None and width in shape:
+            examples[(width == shape[0]) == (role == "reads")].append(name)
     return Evidence(tuple(sorted(examples[False])), tuple(sorted(examples[True])))
-
-
-def _is_turned(
-    shape: tuple[int, ...],
-    outputs: tuple[int, ...],
-    role: Literal["reads", "writes"] | None,
-    width: int | None,
-) -> bool | None:
-    """Return True if a matrix is stored as ``[in, out]``, None if that is not determined."""
-    if len(outputs) == 1 and outputs[0] in shape:
-        return outputs[0] == shape[1]
-    if role is None or width not in shape:
-        return None
-    return (width == shape[0]) == (role == "reads")
 
 
 def _width(config: Mapping[str, Any]) -> int | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -127,11 +127,6 @@ class WeightStatistics:
         return not (self.is_table and self.whole_rows and share < _TABLE_SHARE)
 
     @property
-    def is_sparse(self) -> bool:
-        """True if more entries are zero than training leaves; codes of few bits often are."""
-        return not self.storage and self.zero_share >= _SPARSE_SHARE
-
-    @property
     def is_far_off(self) -> bool:
         """True if the rms of the entries is outside the range of weights."""
         largest = _MAX_TABLE_RMS if self.is_table else _MAX_RMS
@@ -179,7 +174,38 @@ class WeightWatch:
             if largest > self._largest:
                 self._largest, self._tile_squares = largest, total
                 self._other_squares = float(np.dot(rest, rest))
-        self._count_zeros(tile, squares)
+        rows, width = tile.shape
+        empty = squares == 0
+        filled = rows - int(np.count_nonzero(empty))
+        # In a flat weight a hole need not contain a whole row: every zero is counted.
+        flat = 2 * width >= self._elements * _HOLE_SHARE or tile.size <= _SMALL
+        # Rows of zeros are counted; the share of zeros in all others is estimated from samples of
+        # adjacent rows, which need no gathering.
+        counted = nonzero = 0
+        height = rows if flat else _SAMPLED_ROWS
+        for top in range(0, rows, max(rows // _SAMPLED_BLOCKS, height)):
+            block = slice(top, top + height)
+            sample = tile[block]
+            nonzero += int(np.count_nonzero(sample))
+            counted += (len(sample) - int(np.count_nonzero(empty[block]))) * width
+        share = 1 - nonzero / counted if counted else 0.0
+        self._zeros += (rows - filled) * width + share * filled * width
+        if filled == rows and not (flat and share > 0):
+            # No row is empty: only a run at the end can continue in the next tile.
+            self._open = width - 1 - int(np.flatnonzero(tile[-1])[-1])
+        else:
+            self._keep_longest(self._seen - self._open, self._open)
+            starts, stops = zero_runs(tile.ravel() == 0)
+            if starts.size and starts[0] == 0:  # continues the run that the tile before ended with
+                starts[0] = -self._open
+            lengths = stops - starts
+            if starts.size:
+                longest = int(np.argmax(lengths))
+                self._keep_longest(self._seen + int(starts[longest]), int(lengths[longest]))
+            at_end = starts.size > 0 and stops[-1] == tile.size
+            self._open = int(lengths[-1]) if at_end else 0
+        self._seen += tile.size
+        self._width = width
 
     def statistics(self, weight: Weight) -> WeightStatistics:
         """Return the statistics of a weight after its last tile."""
@@ -198,53 +224,9 @@ class WeightWatch:
             whole_rows=bool(whole),
         )
 
-    def _count_zeros(self, tile: NDArray[Any], squares: NDArray[Any]) -> None:
-        rows, width = tile.shape
-        empty = squares == 0
-        filled = rows - int(np.count_nonzero(empty))
-        # In a flat weight a hole need not contain a whole row: every zero is counted.
-        flat = 2 * width >= self._elements * _HOLE_SHARE or tile.size <= _SMALL
-        # Rows of zeros are counted; the share of zeros in all others is estimated from samples of
-        # adjacent rows, which need no gathering.
-        counted = nonzero = 0
-        height = rows if flat else _SAMPLED_ROWS
-        for top in range(0, rows, max(rows // _SAMPLED_BLOCKS, height)):
-            block = slice(top, top + height)
-            sample = tile[block]
-            nonzero += int(np.count_nonzero(sample))
-            counted += (len(sample) - int(np.count_nonzero(empty[block]))) * width
-        share = 1 - nonzero / counted if counted else 0.0
-        self._zeros += (rows - filled) * width + share * filled * width
-        if filled < rows or (flat and share > 0):
-            self._count_runs(tile.ravel())
-        else:
-            self._open = _trailing_zeros(tile[-1])
-        self._seen += tile.size
-        self._width = width
-
-    def _count_runs(self, entries: NDArray[Any]) -> None:
-        self._keep_longest(self._seen - self._open, self._open)
-        starts, stops = zero_runs(entries == 0)
-        if not starts.size:
-            self._open = 0
-            return
-        if starts[0] == 0:  # continues the run that the tile before ended with
-            starts[0] = -self._open
-        lengths = stops - starts
-        longest = int(np.argmax(lengths))
-        self._keep_longest(self._seen + int(starts[longest]), int(lengths[longest]))
-        self._open = int(lengths[-1]) if stops[-1] == entries.size else 0
-
     def _keep_longest(self, start: int, length: int) -> None:
         if length > self._run:
             self._run, self._run_start = length, start
-
-
-def _trailing_zeros(entries: NDArray[Any]) -> int:
-    if entries[-1] != 0:
-        return 0
-    positions = np.flatnonzero(entries)
-    return int(entries.size - 1 - positions[-1]) if positions.size else int(entries.size)
 
 
 def weight_findings(statistics: Iterable[WeightStatistics], base: str) -> tuple[Finding, ...]:
@@ -263,32 +245,33 @@ def weight_findings(statistics: Iterable[WeightStatistics], base: str) -> tuple[
     change ‖W‖ by about a percent and are not detected. Nor is a transposed square matrix.
     """
     weights = list({weight.name: weight for weight in statistics}.values())
-    return tuple(_weight_findings(weights, base))
+    findings = []
 
-
-def _weight_findings(weights: Sequence[WeightStatistics], base: str) -> Iterator[Finding]:
-    def finding(code: str, affected: Sequence[WeightStatistics], **fields: Any) -> Finding:
+    def add(code: str, affected: Sequence[WeightStatistics], **fields: Any) -> None:
         counts = {"base": base, "count": len(affected), "total": len(weights)}
-        return Finding(code, {**counts, "weights": [weight.name for weight in affected], **fields})
+        names = [weight.name for weight in affected]
+        findings.append(Finding(code, {**counts, "weights": names, **fields}))
 
     if enlarged := [weight for weight in weights if weight.ratio > MAX_RATIO]:
         worst = max(enlarged, key=lambda weight: weight.ratio)
-        yield finding("base-enlarged-entry", enlarged, value=worst.largest, ratio=worst.ratio)
+        add("base-enlarged-entry", enlarged, value=worst.largest, ratio=worst.ratio)
     if far := [weight for weight in weights if weight.is_far_off]:
         worst = max(far, key=lambda weight: abs(math.log(weight.rms)))
-        yield finding("base-norm", far, rms=worst.rms)
-    holes = [weight for weight in weights if weight.has_hole]
-    if holes:
+        add("base-norm", far, rms=worst.rms)
+    if holes := [weight for weight in weights if weight.has_hole]:
         longest = max(holes, key=lambda weight: weight.zero_run / weight.elements)
         size = longest.zero_run * longest.stored_bytes
-        yield finding("base-hole", holes, bytes=size, share=longest.zero_run / longest.elements)
-    sparse = [weight for weight in weights if weight.is_sparse]
+        add("base-hole", holes, bytes=size, share=longest.zero_run / longest.elements)
+    # Training leaves fewer zeros; codes of few bits often are zero.
+    plain = [weight for weight in weights if not weight.storage]
+    sparse = [weight for weight in plain if weight.zero_share >= _SPARSE_SHARE]
     if len(sparse) > 1 and 2 * len(sparse) >= len(weights):
         median = float(np.median([weight.zero_share for weight in sparse]))
-        yield finding("base-sparse", sparse, share=median)
+        add("base-sparse", sparse, share=median)
     elif scattered := [weight for weight in sparse if not weight.has_hole]:
         share = max(weight.zero_share for weight in scattered)
-        yield finding("base-zeros", scattered, share=share)
+        add("base-zeros", scattered, share=share)
+    return tuple(findings)
 
 
 def file_findings(files: TensorFiles, base: str) -> tuple[Finding, ...]:
@@ -297,17 +280,16 @@ def file_findings(files: TensorFiles, base: str) -> tuple[Finding, ...]:
     Shards of two models are recognized by two types for the same kind of matrix, a kind being a
     name without its numbers. A model with quantized layers mixes types legitimately.
     """
-    return tuple(_file_findings(files, base))
-
-
-def _file_findings(files: TensorFiles, base: str) -> Iterator[Finding]:
     shard = _SHARD.fullmatch(files.path.name)
-    if shard and len(files.files) == 1 and int(shard[2]) > 1:
-        yield Finding("base-part", {"base": base, "number": int(shard[1]), "total": int(shard[2])})
+    if len(files.files) < 2:
+        if shard is None or int(shard[2]) < 2:
+            return ()
+        fields = {"base": base, "number": int(shard[1]), "total": int(shard[2])}
+        return (Finding("base-part", fields),)
     matrices = {name: info for name, info in files.infos.items() if len(info.shape) > 1}
     plain = FLOATING - FLOAT8
-    if len(files.files) < 2 or any(info.dtype not in plain for info in matrices.values()):
-        return
+    if any(info.dtype not in plain for info in matrices.values()):
+        return ()
     first: dict[str, str] = {}
     for name, info in matrices.items():
         other = first.setdefault(_NUMBER.sub("#", name), name)
@@ -318,5 +300,5 @@ def _file_findings(files: TensorFiles, base: str) -> Iterator[Finding]:
                 "file": files.locations[other].name, "other": name, "other_dtype": info.dtype,
                 "other_file": files.locations[name].name,
             }  # fmt: skip
-            yield Finding("base-mixed-shards", fields)
-            return
+            return (Finding("base-mixed-shards", fields),)
+    return ()

@@ -99,16 +99,16 @@ class TensorNames:
 
     def matched(
         self,
-        sets: Iterable[Iterable[str]],
+        names: Iterable[str],
         fits: Callable[[str, Sequence[str]], bool],
-        prefix: Prefixes | None = None,
+        prefix: Prefixes | None,
     ) -> TensorNames:
-        """Return the same tensors, with prefixes decided for each adapter as a whole.
+        """Return the same tensors, with prefixes decided for an adapter as a whole.
 
         Parameters
         ----------
-        sets
-            Names of the modules of each adapter.
+        names
+            Names of the adapter's modules.
         fits
             Returns True if a module's update may belong to one of some tensors.
         prefix
@@ -119,21 +119,20 @@ class TensorNames:
         matched._prefix = dict(prefix or {})
         for indexed in ("_identities", "_flat", "_flat_parts", "_flat_wholes"):
             matched.__dict__.pop(indexed, None)
-        for names in sets:
-            strange = [name for name in names if strip_wrappers(name) not in self._modules]
-            if not strange and not prefix:
-                continue
-            match = match_names(
-                names,
-                self._modules,
-                fits=lambda name, module: fits(name, self._modules[module]),
-                prefix=prefix,
-            )
-            matched._ambiguous += match.ambiguous
-            for name, module in match.pairs.items():
-                if name != module:
-                    matched._pairs.setdefault(strip_wrappers(name), module)
-                    matched._heads[_different_heads(strip_wrappers(name), module)] = None
+        strange = [name for name in names if strip_wrappers(name) not in self._modules]
+        if not strange and not prefix:
+            return matched
+        match = match_names(
+            names,
+            self._modules,
+            fits=lambda name, module: fits(name, self._modules[module]),
+            prefix=prefix,
+        )
+        matched._ambiguous += match.ambiguous
+        for name, module in match.pairs.items():
+            if name != module:
+                matched._pairs.setdefault(strip_wrappers(name), module)
+                matched._heads[_different_heads(strip_wrappers(name), module)] = None
         return matched
 
     def find(self, name: str) -> list[str]:
@@ -157,7 +156,11 @@ class TensorNames:
             return tensors
         for family in FAMILIES:
             applies = family in self._families or family.mark.search(name)
-            if applies and (tensors := self._index(family).find(family.rewrite(name))):
+            if not applies:
+                continue
+            if family not in self._rewritten:
+                self._rewritten[family] = _Index(self._modules, family.rewrite)
+            if tensors := self._rewritten[family].find(family.rewrite(name)):
                 return tensors
         return []
 
@@ -259,11 +262,6 @@ class TensorNames:
             for fused, _ in fused_with_part(module)
         }
 
-    def _index(self, family: Family) -> _Index:
-        if family not in self._rewritten:
-            self._rewritten[family] = _Index(_renamed(self._modules, family.rewrite))
-        return self._rewritten[family]
-
     def _find_flattened(self, name: str) -> list[str]:
         """Return the tensors whose module, with underscores for dots, is or ends with the name."""
         for spelling in self.spellings(name):
@@ -283,12 +281,14 @@ class TensorNames:
 
 
 class _Index:
-    """Modules by their last segment, to find those with the end of a name."""
+    """Rewritten modules by their last segment, to find those with the end of a name."""
 
-    def __init__(self, modules: Mapping[str, list[str]]) -> None:
-        self._modules = modules
+    def __init__(self, modules: Mapping[str, list[str]], rewrite: Rewrite = str) -> None:
+        self._modules: dict[str, list[str]] = {}
+        for module, tensors in modules.items():
+            self._modules.setdefault(rewrite(module), []).extend(tensors)
         self._by_tail: dict[str, list[str]] = {}
-        for module in modules:
+        for module in self._modules:
             self._by_tail.setdefault(module.rpartition(".")[2], []).append(module)
 
     def find(self, name: str) -> list[str]:
@@ -307,13 +307,6 @@ class _Index:
                 tensors = (tensor for match in exact or matches for tensor in self._modules[match])
                 return list(dict.fromkeys(tensors))
         return []
-
-
-def _renamed(modules: Mapping[str, list[str]], rewrite: Rewrite) -> dict[str, list[str]]:
-    renamed: dict[str, list[str]] = {}
-    for module, tensors in modules.items():
-        renamed.setdefault(rewrite(module), []).extend(tensors)
-    return renamed
 
 
 def matrix_shape(name: str, stored: tuple[int, ...]) -> tuple[int, ...]:

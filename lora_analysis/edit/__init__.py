@@ -9,11 +9,11 @@ from lora_analysis.edit.budgets import error_by_parameters, ranks_within
 from lora_analysis.edit.interventions import (
     drop_directions,
     keep_directions,
+    noise_of_equal_norm,
     project_out,
     without_directions,
     without_subspace,
 )
-from lora_analysis.edit.noise import noise_of_equal_norm
 from lora_analysis.edit.resizing import ResizedAdapter, approximate_fine_tune, resize_adapter
 from lora_analysis.edit.truncation import Truncation, relative_difference, truncate
 

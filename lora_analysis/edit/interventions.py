@@ -1,29 +1,35 @@
-"""Remove directions from an update: by rank in its spectrum, or those of another subspace."""
+"""Edited adapters: without directions of their own or of another adapter, or noise of their norm.
+
+`derive_adapter` decides which facts about the source are still true of an edited adapter.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lora_analysis.adapter import NOT_STORED, DenseUpdate, LowRankUpdate
-from lora_analysis.edit.derived_adapter import derive_adapter
+from lora_analysis.adapter import NOT_STORED, Adapter, DenseUpdate, LazyUpdate, LowRankUpdate
 from lora_analysis.edit.truncation import from_directions, refuse_partial_methods
 from lora_analysis.errors import DegenerateSubspaceError, IncompatibleError, InputError
+from lora_analysis.finding import as_findings
 from lora_analysis.formats import as_adapter
-from lora_analysis.spectra import spectrum
+from lora_analysis.spectra import spectrum, update_norm
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
-    from lora_analysis.adapter import Adapter, Update
-    from lora_analysis.spectra import Spectrum
+    from lora_analysis.adapter import Update
 
 Sides = Literal["input", "output", "both"]
+
+# The writer computes these from the updates; those of the source's config are outdated.
+_OUTDATED = ("rank_pattern", "alpha_pattern", "r", "lora_alpha")
 
 
 def keep_directions(update: Update, directions: Sequence[int]) -> LowRankUpdate:
@@ -66,7 +72,28 @@ def drop_directions(update: Update, directions: Sequence[int]) -> LowRankUpdate:
 def _select_directions(update: Update, directions: Sequence[int], *, keep: bool) -> LowRankUpdate:
     refuse_partial_methods(update)
     whole = spectrum(update)
-    indices = np.flatnonzero(_selection(whole, directions) == keep)
+    subject = f"'{whole.name}' in {whole.label or 'the update'}"
+    numbers = sorted({int(number) for number in directions})
+    if numbers and numbers[0] < 1:
+        message = f"Directions are counted from 1, got {numbers[0]} for {subject}."
+        raise InputError(message)
+    if numbers and numbers[-1] > whole.numerical_rank:
+        message = (
+            f"Direction {numbers[-1]} of {subject} is undefined: its numerical rank is "
+            f"{whole.numerical_rank}."
+        )
+        raise DegenerateSubspaceError(message)
+    selected = np.zeros(whole.numerical_rank, dtype=bool)
+    selected[[number - 1 for number in numbers]] = True
+    cut = np.flatnonzero((selected[:-1] != selected[1:]) & whole.degenerate[:-1])
+    if cut.size:
+        i = int(cut[0]) + 1
+        message = (
+            f"Directions {i} and {i + 1} of {subject} cannot be told apart: their singular values "
+            f"differ by {whole.gaps[i - 1]:.1e} (relative). Name both, or neither."
+        )
+        raise DegenerateSubspaceError(message)
+    indices = np.flatnonzero(selected == keep)
     U, V = whole.vectors("output"), whole.vectors("input")
     return from_directions(update, U[:, indices], whole.S[indices], V[:, indices])
 
@@ -210,32 +237,6 @@ def _replace_modules(
     }
 
 
-def _selection(whole: Spectrum, directions: Sequence[int]) -> NDArray[np.bool_]:
-    """Return for each direction up to the numerical rank True if it is named."""
-    subject = f"'{whole.name}' in {whole.label or 'the update'}"
-    numbers = sorted({int(number) for number in directions})
-    if numbers and numbers[0] < 1:
-        message = f"Directions are counted from 1, got {numbers[0]} for {subject}."
-        raise InputError(message)
-    if numbers and numbers[-1] > whole.numerical_rank:
-        message = (
-            f"Direction {numbers[-1]} of {subject} is undefined: its numerical rank is "
-            f"{whole.numerical_rank}."
-        )
-        raise DegenerateSubspaceError(message)
-    selected = np.zeros(whole.numerical_rank, dtype=bool)
-    selected[[number - 1 for number in numbers]] = True
-    cut = np.flatnonzero((selected[:-1] != selected[1:]) & whole.degenerate[:-1])
-    if cut.size:
-        i = int(cut[0]) + 1
-        message = (
-            f"Directions {i} and {i + 1} of {subject} cannot be told apart: their singular values "
-            f"differ by {whole.gaps[i - 1]:.1e} (relative). Name both, or neither."
-        )
-        raise DegenerateSubspaceError(message)
-    return selected
-
-
 def _orthonormal(
     update: Update, columns: ArrayLike, side: str, features: int
 ) -> NDArray[np.float64]:
@@ -266,3 +267,103 @@ def _project_out(
     wide = matrix.astype(np.float64)
     wide = wide - basis @ (basis.T @ wide)
     return np.asarray(wide - basis @ (basis.T @ wide))  # twice: rounding of the first is removed
+
+
+def noise_of_equal_norm(adapter: Adapter, *, seed: int = 0) -> Adapter:
+    """Return an adapter with Gaussian noise for every update, of its shape, rank and norm.
+
+    The control for a comparison of a full fine-tune with LoRA, and for every result that the size
+    of an update alone could explain: spectrum, intruders, amplification, the change of the
+    weight's magnitude. Where the adapter differs from its noise, training is the cause.
+
+    Parameters
+    ----------
+    adapter
+        Dense updates (:func:`lora_analysis.read_fine_tune`) or low-rank ones.
+    seed
+        Seed for the noise. Each module has its own generator, by its name and the seed.
+
+    Returns
+    -------
+    Adapter
+        Labeled with "(noise)". For a dense update, a dense one with independent
+        normal entries; for a low-rank one, ``s·B·A`` of its rank with normal A and B (for DoRA,
+        noise for its low-rank part alone). ‖ΔW‖_F is that of the module's update
+        (in units of the scale if that is unknown). Computed when a module is accessed; zero
+        updates stay zero.
+
+    Examples
+    --------
+    >>> from lora_analysis.adapter import Adapter
+    >>> tuned = Adapter({"q": DenseUpdate("q", np.eye(4))}, label="tuned")
+    >>> noise = noise_of_equal_norm(tuned)
+    >>> noise.label, round(float(np.linalg.norm(noise["q"].delta_weight())), 6)
+    ('tuned (noise)', 2.0)
+    """
+    updates = {name: partial(_noise, adapter, name, seed) for name in adapter}
+    note = f"Gaussian noise of each update's norm instead of the update (seed {seed}): a control."
+    noise = derive_adapter(adapter, updates, note)
+    noise = noise.with_provenance(rank=adapter.provenance.rank, metrics={})
+    return noise.with_label(f"{adapter.label} (noise)")
+
+
+def _noise(adapter: Adapter, name: str, seed: int) -> Update:
+    return noise_of_update(adapter[name], name, seed)
+
+
+def noise_of_update(update: Update, name: str, seed: int = 0) -> Update:
+    """Return the noise of `noise_of_equal_norm` for one update, drawn for a module's name."""
+    digest = hashlib.blake2b(f"{name}\n{seed}".encode(), digest_size=16).digest()
+    rng = np.random.default_rng(int.from_bytes(digest, "little"))
+    if isinstance(update, DenseUpdate):
+        delta = rng.standard_normal(update.shape, dtype=np.float32)
+        size = update_norm(replace(update, delta=delta))
+        return replace(update, delta=delta * (update_norm(update) / size))
+    A, B = (rng.standard_normal(M.shape).astype(M.dtype) for M in (update.A, update.B))
+    noise = replace(update, A=A, B=B, variant="", magnitude=None, stored_at=NOT_STORED)
+    size = update_norm(noise)
+    ratio = update_norm(update) / size if size else 0.0
+    return replace(noise, B=(B * ratio).astype(B.dtype))
+
+
+def derive_adapter(
+    adapter: Adapter, updates: Mapping[str, Update | Callable[[], Update]], note: str
+) -> Adapter:
+    """Return an adapter in memory with the label, head, task and base of another.
+
+    Parameters
+    ----------
+    adapter
+        The source.
+    updates
+        The new adapter's modules. If some of the source's are missing, the config's targets are
+        narrowed to the rest. The ranks of updates that a plain function returns stay unknown.
+    note
+        A sentence about the edit, which becomes a finding.
+    """
+    source = adapter.provenance
+    ranks = {_rank(update) for update in updates.values()}
+    config = {key: value for key, value in adapter.config.items() if key not in _OUTDATED}
+    if len(updates) < len(adapter):
+        config["target_modules"] = list(updates)
+    return adapter.copy_with(
+        updates=updates,
+        provenance=replace(
+            source,
+            path=None,
+            format="memory",
+            files=(),
+            scale_origin={name: source.scale_origin.get(name, "caller") for name in updates},
+            rank=ranks.pop() if len(ranks) == 1 else None,
+            findings=(*source.findings, *as_findings((note,))),
+            source_format=source.source_format or source.format,
+            also_read=source.inputs,
+        ),
+        config=config,
+    )
+
+
+def _rank(update: Update | Callable[[], Update]) -> int | None:
+    if isinstance(update, LazyUpdate):
+        return None if update.outline.dense else update.outline.rank
+    return update.rank if isinstance(update, LowRankUpdate) else None

@@ -14,7 +14,7 @@ from lora_analysis.adapter import Adapter, DenseUpdate, LazyUpdate, LowRankUpdat
 from lora_analysis.bases import read_fine_tune
 from lora_analysis.blocks import choose_names
 from lora_analysis.edit.budgets import ranks_within
-from lora_analysis.edit.derived_adapter import derive_adapter
+from lora_analysis.edit.interventions import derive_adapter
 from lora_analysis.edit.truncation import (
     Truncation,
     check_size,
@@ -22,7 +22,7 @@ from lora_analysis.edit.truncation import (
     leading_outline,
     leading_part,
     measure_truncation,
-    rounding_distance,
+    small_distance,
     truncate,
 )
 from lora_analysis.errors import InputError
@@ -303,7 +303,9 @@ def _resize_module(
             stored = round_update(exact, dtype) if dtype else exact
             outline = UpdateOutline.of(stored)
             # Rounding is orthogonal to what was cut off, but for the product of both roundings.
-            error_norm = math.hypot(truncation.error_norm, rounding_distance(stored, exact))
+            error_norm = math.hypot(
+                truncation.error_norm, small_distance(stored, exact, bound=1.0) or 0.0
+            )
             truncation = replace(truncation, error_norm=error_norm)
         new = LazyUpdate(outline, partial(_load_leading, adapter, name, count, dtype))
     if rank == 0:

@@ -108,13 +108,25 @@ def truncate(
         return leading_part(update, count), truncation
     check_size(rank=rank, energy=energy)
     if min(update.shape) > linalg.DENSE_SVD_LIMIT:
-        leading, norm, error_norm = _leading_of_large(update, rank, energy)
+        # The leading part is iterated; the rest is formed block by block to measure it.
+        norm = math.sqrt(sum(float(np.vdot(part, part)) for _, part in _row_blocks(update)))
+        full = min(update.shape)
+        count = min(rank or _FIRST_COUNT, full)
+        leading = leading_spectrum(update, count)
+        k = leading.numerical_rank if energy is None else _energy_count(leading, energy * norm**2)
+        while k is None:
+            count = min(4 * count, full)
+            leading = leading_spectrum(update, count)
+            k = _energy_count(leading, (energy or 1.0) * norm**2)
+        U, S, V = _leading_vectors(leading, k)
+        blocks = (block - (U[rows] * S) @ V.T for rows, block in _row_blocks(update))
+        error_norm = math.sqrt(sum(float(np.sum(rest**2)) for rest in blocks))
     else:
         whole = spectrum(update)
         k = min(rank or whole.energy_rank(energy or 1.0), whole.numerical_rank)
-        leading, norm = _leading_vectors(whole, k), whole.norm
-        error_norm = float(np.linalg.norm(whole.S[k : whole.numerical_rank]))
-    new = from_directions(update, *leading)
+        U, S, V = _leading_vectors(whole, k)
+        norm, error_norm = whole.norm, float(np.linalg.norm(whole.S[k : whole.numerical_rank]))
+    new = from_directions(update, U, S, V)
     return new, _truncation(update, new.rank, norm, error_norm)
 
 
@@ -190,7 +202,7 @@ def relative_difference(update: Update, reference: Update) -> float:
     times the norms of the factors, however close the two are.
     """
     if isinstance(update, LowRankUpdate) and isinstance(reference, LowRankUpdate):
-        distance = _small_distance(update, reference)
+        distance = small_distance(update, reference)
         if distance is None:
             scales = _common_scales(update, reference)
             B = np.hstack([scales[0] * update.B.astype(np.float64), -scales[1] * reference.B])
@@ -202,12 +214,7 @@ def relative_difference(update: Update, reference: Update) -> float:
     return distance / norm if norm > 0 else (0.0 if distance == 0 else float("inf"))
 
 
-def rounding_distance(stored: LowRankUpdate, exact: LowRankUpdate) -> float:
-    """Return ``‖ΔW₁ - ΔW₂‖_F`` of an update and itself with rounded factors."""
-    return _small_distance(stored, exact, bound=1.0) or 0.0
-
-
-def _small_distance(
+def small_distance(
     update: LowRankUpdate, reference: LowRankUpdate, *, bound: float = _NEARLY_EQUAL
 ) -> float | None:
     """Return ``‖ΔW₁ - ΔW₂‖_F`` of updates whose factors are nearly equal, else None.
@@ -321,29 +328,6 @@ def from_directions(
 
 
 Directions = tuple["NDArray[np.float64]", "NDArray[np.float64]", "NDArray[np.float64]"]
-
-
-def _leading_of_large(
-    update: DenseUpdate, rank: int | None, energy: float | None
-) -> tuple[Directions, float, float]:
-    """Return leading U, S, V of a large dense update, its norm, and the norm of the rest.
-
-    The leading part is iterated; the rest is formed block by block to measure it.
-    """
-    norm = float(np.sqrt(sum(float(np.vdot(part, part)) for _, part in _row_blocks(update))))
-    full = min(update.shape)
-    count = min(rank or _FIRST_COUNT, full)
-    leading = leading_spectrum(update, count)
-    k = leading.numerical_rank if energy is None else _energy_count(leading, energy * norm**2)
-    while k is None:
-        count = min(4 * count, full)
-        leading = leading_spectrum(update, count)
-        k = _energy_count(leading, (energy or 1.0) * norm**2)
-    U, S, V = _leading_vectors(leading, k)
-    rest = sum(
-        float(np.sum((block - (U[rows] * S) @ V.T) ** 2)) for rows, block in _row_blocks(update)
-    )
-    return (U, S, V), norm, float(np.sqrt(rest))
 
 
 def _energy_count(leading: Spectrum, energy: float) -> int | None:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lora_analysis.blocks import choose_names
+from lora_analysis.effective import effective_update, stated_orientation
 from lora_analysis.finding import Finding
+from lora_analysis.formats import as_adapter
+from lora_analysis.merging.model_check import adapted_weight, open_for_adapter
 from lora_analysis.merging.module_check import Factored
+from lora_analysis.merging.other_tensors import ROUNDED_TYPES
 from lora_analysis.storage.dtypes import round_to
 from lora_analysis.storage.limits import BLOCK_ELEMENTS
 
 if TYPE_CHECKING:
     from lora_analysis.adapter import Update
     from lora_analysis.bases import Weight
+    from lora_analysis.progress import Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +61,49 @@ class MergeForecast:
         return self.rounding == 0 and self.retained < 0.5
 
 
-def forecast_module(module: str, update: Update, weight: Weight, dtype: str) -> MergeForecast:
-    """Replay the merge of one weight and measure what is kept.
+def merge_forecast(
+    adapter: Any,
+    base: Any,
+    *,
+    dtype: str | None = None,
+    transposed: bool | None = None,
+    modules: str | Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> list[MergeForecast]:
+    """Forecast how much of each module's ΔW a merge into a type would keep, by replaying it.
 
     Parameters
     ----------
-    module
-        Name in the adapter.
-    update
-        Its update, with a known scale; the whole change of the weight for DoRA.
-    weight
-        The weight in the base.
+    adapter, base, transposed, modules, progress
+        As for `merge_check`.
     dtype
-        ``"bfloat16"``, ``"float16"`` or ``"float32"``.
+        ``"bfloat16"``, ``"float16"`` or ``"float32"``; by default the base's own (of a quantized
+        base bfloat16).
+
+    Raises
+    ------
+    ScaleError
+        The scale of a module is not known.
+    BaseWeightError
+        The base has no weight for a module.
     """
+    adapter = as_adapter(adapter)
+    old = open_for_adapter(base, adapter)
+    transposed = stated_orientation(adapter, transposed)
+    names = choose_names(adapter, modules)
+    results = []
+    for done, name in enumerate(names, start=1):
+        weight = adapted_weight(old, adapter, name, transposed)
+        stored = weight.stored_dtype if not weight.storage else "bfloat16"
+        target = dtype or (stored if stored in ROUNDED_TYPES else "bfloat16")
+        results.append(_forecast(name, effective_update(adapter[name], weight), weight, target))
+        if progress:
+            progress("modules", done, len(names))
+    return results
+
+
+def _forecast(module: str, update: Update, weight: Weight, dtype: str) -> MergeForecast:
+    """Replay the merge of one weight; its numbers leave memory before those of the next come."""
     factored = Factored(update)
     W = weight.array()
     inner = square = noise = rounding = norm = 0.0

@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING, Any, Final
 from lora_analysis.bases import check_experts, open_base
 from lora_analysis.bases.base_weights import BaseWeights
 from lora_analysis.blocks import choose_names
-from lora_analysis.effective import effective_update, stated_orientation
+from lora_analysis.effective import stated_orientation
 from lora_analysis.errors import BaseWeightError, IncompatibleError, InputError
 from lora_analysis.finding import Finding
 from lora_analysis.formats import as_adapter
-from lora_analysis.merging.forecast import MergeForecast, forecast_module
 from lora_analysis.merging.module_check import Cause, MergeConclusion, ModuleMerge, check_module
 from lora_analysis.merging.other_tensors import (
     BAD_STATES,
-    ROUNDED_TYPES,
     ModelTensors,
     TensorComparison,
     TensorDifference,
@@ -138,11 +136,26 @@ class MergeCheck:
                 fields["first"] = group[0].detail or None
                 yield Finding("merge-inconclusive", fields)
             else:
-                rows = [module_row(module) for module in group[:_LISTED]]
-                fields |= {"conclusion": str(conclusion), "modules": [_shown(row) for row in rows]}
+                listed = []
+                for module in group[:_LISTED]:
+                    interval = module.strength or (math.nan, math.nan)
+                    if conclusion is not MergeConclusion.WRONG_STRENGTH:
+                        interval = math.nan, math.nan
+                    low, high = interval if math.isfinite(sum(interval)) else (None, None)
+                    row = {"module": module.module, "detail": module.detail or None}
+                    listed.append({**row, "low": low, "high": high})
+                fields |= {"conclusion": str(conclusion), "modules": listed}
                 yield Finding("merge-not-applied", fields)
         if applied:
-            yield Finding("merge-applied", {**names, **total, **self._of_applied(applied)})
+            low, high = self.strength() or (None, None)
+            resolutions = [m.resolution for m in applied if not math.isnan(m.resolution)]
+            counted = Counter(module.recipe for module in applied).most_common()
+            fields = {
+                "count": len(applied), "low": low, "high": high,
+                "resolution": max(resolutions, default=None),
+                "recipes": [{"recipe": recipe, "count": count} for recipe, count in counted],
+            }  # fmt: skip
+            yield Finding("merge-applied", {**names, **total, **fields})
         yield from self._tensor_findings()
         if self.unmatched:
             fields = {
@@ -151,16 +164,6 @@ class MergeCheck:
             }
             count = {"count": len(self.unmatched), "total": len(self.unmatched) + len(self.modules)}
             yield Finding("merge-unmatched", {**names, **count, **fields})
-
-    def _of_applied(self, applied: Sequence[ModuleMerge]) -> dict[str, Any]:
-        low, high = self.strength() or (None, None)
-        resolutions = [m.resolution for m in applied if not math.isnan(m.resolution)]
-        counted = Counter(module.recipe for module in applied).most_common()
-        return {
-            "count": len(applied), "low": low, "high": high,
-            "resolution": max(resolutions, default=None),
-            "recipes": [{"recipe": recipe, "count": count} for recipe, count in counted],
-        }  # fmt: skip
 
     def _tensor_findings(self) -> Iterator[Finding]:
         by_state: dict[TensorState, list[str]] = {}
@@ -176,18 +179,6 @@ class MergeCheck:
     def to_frame(self) -> pd.DataFrame:
         """Return one row per module."""
         return frame([module_row(module) for module in self.modules])
-
-
-def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a sentence about one module that is not as it should be."""
-    interval = row["strength_low"], row["strength_high"]
-    is_told = row["conclusion"] == MergeConclusion.WRONG_STRENGTH and math.isfinite(sum(interval))
-    return {
-        "module": row["module"],
-        "detail": row["detail"] or None,
-        "low": interval[0] if is_told else None,
-        "high": interval[1] if is_told else None,
-    }
 
 
 def module_row(module: ModuleMerge) -> dict[str, Any]:
@@ -249,7 +240,7 @@ def merge_check(
     Both models are read tensor by tensor; in memory are one weight and a tile of the other.
     """
     adapter = as_adapter(adapter)
-    old, new = _opened(base, adapter), _opened(merged, adapter)
+    old, new = open_for_adapter(base, adapter), open_for_adapter(merged, adapter)
     new.model_type = new.model_type or old.model_type
     old.model_type = old.model_type or new.model_type
     transposed = stated_orientation(adapter, transposed)
@@ -261,8 +252,8 @@ def merge_check(
     for done, name in enumerate(names, start=1):
         adapter.outline(name).known_scale()
         try:
-            before = _weight(old, adapter, name, transposed)
-            after = _weight(new, adapter, name, transposed)
+            before = adapted_weight(old, adapter, name, transposed)
+            after = adapted_weight(new, adapter, name, transposed)
             in_base.add(before)
             in_merged.add(after)
             others = {
@@ -293,54 +284,16 @@ def merge_check(
     )
 
 
-def merge_forecast(
-    adapter: Any,
-    base: Any,
-    *,
-    dtype: str | None = None,
-    transposed: bool | None = None,
-    modules: str | Sequence[str] | None = None,
-    progress: Progress | None = None,
-) -> list[MergeForecast]:
-    """Forecast how much of each module's ΔW a merge into a type would keep.
-
-    Parameters
-    ----------
-    adapter, base, transposed, modules, progress
-        As for `merge_check`.
-    dtype
-        ``"bfloat16"``, ``"float16"`` or ``"float32"``; by default the base's own (of a quantized
-        base bfloat16).
-
-    Raises
-    ------
-    ScaleError
-        The scale of a module is not known.
-    BaseWeightError
-        The base has no weight for a module.
-    """
-    adapter = as_adapter(adapter)
-    old = _opened(base, adapter)
-    transposed = stated_orientation(adapter, transposed)
-    names = choose_names(adapter, modules)
-    results = []
-    for done, name in enumerate(names, start=1):
-        weight = _weight(old, adapter, name, transposed)
-        update = effective_update(adapter[name], weight)
-        stored = weight.stored_dtype if not weight.storage else "bfloat16"
-        target = dtype or (stored if stored in ROUNDED_TYPES else "bfloat16")
-        results.append(forecast_module(name, update, weight, target))
-        if progress:
-            progress("modules", done, len(names))
-    return results
-
-
-def _opened(model: Any, adapter: Adapter) -> BaseWeights:
+def open_for_adapter(model: Any, adapter: Adapter) -> BaseWeights:
+    """Return a model's weights, by the names of an adapter's modules."""
     weights = model if isinstance(model, BaseWeights) else open_base(model)
     check_experts(adapter, weights)
     return weights.matched_to([adapter])
 
 
-def _weight(model: BaseWeights, adapter: Adapter, name: str, transposed: bool | None) -> Weight:
+def adapted_weight(
+    model: BaseWeights, adapter: Adapter, name: str, transposed: bool | None
+) -> Weight:
+    """Return the weight that a module of an adapter adapts."""
     outline = adapter.outline(name)
     return model.weight(outline.base_name or name, shape=outline.shape, transposed=transposed)

@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial, reduce
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from lora_analysis.adapter import DenseUpdate, LowRankUpdate
 from lora_analysis.effective import effective_update
 from lora_analysis.errors import ScaleError
-from lora_analysis.merging.dora_check import dora_fits
 from lora_analysis.merging.replay import (
     HALF_TYPES,
     Entries,
     Recipe,
+    dora_fits,
     misfits,
     recipes,
     sample_positions,
@@ -173,11 +173,6 @@ class Factored:
         delta: NDArray[np.float32] = scaled @ A.astype(np.float32, copy=False)
         return delta
 
-    def with_directions(self, chosen: NDArray[np.intp]) -> Factored:
-        """Return the update with some of its directions only."""
-        update = cast("LowRankUpdate", self.update)
-        return Factored(replace(update, A=update.A[chosen], B=update.B[:, chosen]))
-
     def computed_in(self, dtype: str) -> Iterator[tuple[str, Factored]]:
         """Yield the factors rounded to half precision, with the scale left apart, in B and in A.
 
@@ -210,7 +205,8 @@ class Factored:
         return Factored(replace(self.update, A=A, B=B, magnitude=None, **plain))
 
 
-Confirm = Callable[["Entries"], "NDArray[np.bool_]"]
+Confirm = Callable[[Entries], "NDArray[np.bool_]"]
+Fails = Callable[[Entries, Recipe], "NDArray[np.bool_]"]
 
 
 class MergedWeight:
@@ -260,11 +256,6 @@ class MergedWeight:
                 self.base_type, {dtype: _is_exact(self.W, dtype) for dtype in HALF_TYPES}
             )
 
-    @property
-    def is_replayable(self) -> bool:
-        """True if W′ is stored as plain floating-point numbers of 16 bits or more."""
-        return not self.after.storage and self.after.stored_dtype in _FLOAT_TYPES
-
     def sample(self, factored: Factored) -> Entries:
         """Return the sampled entries, with the product of an update."""
         products, bounds = factored.products(self.rows, self.columns)
@@ -285,10 +276,6 @@ class MergedWeight:
                 ),
             )
 
-    def all_fit(self, factored: Factored, fails: Confirm) -> bool:
-        """Return True if no entry fails; reading stops at the first tile with one that does."""
-        return not any(fails(entries).any() for _, _, entries in self.tiles(factored))
-
     def is_replayed(self, factored: Factored, recipe: Recipe, strength: float) -> bool:
         """Return True if no entry contradicts a merge at one strength, as `misfits` decides.
 
@@ -300,39 +287,26 @@ class MergedWeight:
             height = max(1, _REPLAYED // tile.shape[1])
             for top in range(rows.start, rows.stop, height):
                 stop = min(top + height, rows.stop)
-                part = slice(top, stop), columns
+                part = slice(top, stop)
                 merged = tile[top - rows.start : stop - rows.start]
-                if not self._is_part_replayed(factored, recipe, strength, part, merged):
-                    return False
-        return True
-
-    def _is_part_replayed(
-        self,
-        factored: Factored,
-        recipe: Recipe,
-        strength: float,
-        part: tuple[slice, slice],
-        merged: NDArray[np.float32],
-    ) -> bool:
-        """Return True if no entry of a part of W′ contradicts the merge."""
-        rows, columns = part
-        weight = self.W[rows, columns]
-        replayed = factored.float32_tile(rows, columns)
-        if strength != 1:
-            replayed = np.float32(strength) * replayed
-        for dtype in recipe.delta:
-            replayed = round_float32(replayed, dtype)
-        replayed = replayed + (round_float32(weight, recipe.base) if recipe.base else weight)
-        for dtype in recipe.final:
-            replayed = round_float32(replayed, dtype)
-        different = np.flatnonzero(replayed != merged)
-        for chosen in np.array_split(different, 1 + len(different) // SAMPLE):
-            i, j = np.divmod(chosen, merged.shape[1])
-            products, bounds = factored.products(rows.start + i, columns.start + j)
-            before, after = (values[i, j].astype(np.float64) for values in (weight, merged))
-            entries = Entries(before, after, products, bounds, factored.scale, factored.rank)
-            if misfits(entries, recipe, (strength, strength)).any():
-                return False
+                weight = self.W[part, columns]
+                replayed = factored.float32_tile(part, columns)
+                if strength != 1:
+                    replayed = np.float32(strength) * replayed
+                for dtype in recipe.delta:
+                    replayed = round_float32(replayed, dtype)
+                loaded = round_float32(weight, recipe.base) if recipe.base else weight
+                replayed = reduce(round_float32, recipe.final, replayed + loaded)
+                different = np.flatnonzero(replayed != merged)
+                for chosen in np.array_split(different, 1 + len(different) // SAMPLE):
+                    i, j = np.divmod(chosen, merged.shape[1])
+                    products, bounds = factored.products(top + i, columns.start + j)
+                    before, after = (values[i, j].astype(np.float64) for values in (weight, merged))
+                    entries = Entries(
+                        before, after, products, bounds, factored.scale, factored.rank
+                    )
+                    if misfits(entries, recipe, (strength, strength)).any():
+                        return False
         return True
 
     def failing_lines(
@@ -382,7 +356,10 @@ def check_module(
         Updates of other modules of the same shape, which may have been added here by mistake.
     """
     weight = MergedWeight(before, after)
-    factored = Factored(_as_added(update, before))
+    added = update
+    if isinstance(update, LowRankUpdate) and update.variant not in ("", "DoRA"):
+        added = effective_update(update, before)  # DoRA's part is checked with its magnitudes
+    factored = Factored(added)
     sampled = weight.sample(factored)
     norm = float(np.linalg.norm(weight.W))
     result = ModuleMerge(
@@ -395,8 +372,14 @@ def check_module(
         return replace(result, conclusion=conclusion, cause=Cause.NO_UPDATE if identical else None)
     if not weight.is_finite:
         return replace(result, cause=Cause.NOT_FINITE)
-    if not weight.is_replayable:
-        return _of_quantized(result, weight, sampled)
+    if after.storage or after.stored_dtype not in _FLOAT_TYPES:
+        if weight.is_identical:
+            return replace(result, conclusion=MergeConclusion.ABSENT, cause=Cause.QUANTIZED)
+        strength, error = _least_squares(sampled)
+        return replace(
+            result, conclusion=MergeConclusion.INCONCLUSIVE, cause=Cause.QUANTIZED,
+            detail=f"close to {strength:.3g} ± {2 * error:.1g} times ΔW",
+        )  # fmt: skip
     types = (weight.base_type, update.stored_dtype, weight.merged_type)
     case = _Case(result, weight, factored, sampled, recipes(*types), others, [])
     dora = update if isinstance(update, LowRankUpdate) and update.variant == "DoRA" else None
@@ -413,14 +396,12 @@ def check_module(
     ):  # fmt: skip
         if (concluded := rule(case)) is not None:
             return concluded
-    return replace(result, detail=_estimate(sampled, weight.merged_type))
-
-
-def _as_added(update: Update, before: Weight) -> Update:
-    """Return the update that a merge adds; DoRA's low-rank part is checked with its magnitudes."""
-    if isinstance(update, LowRankUpdate) and update.variant not in ("", "DoRA"):
-        return effective_update(update, before)
-    return update
+    steps = spacing(sampled.weight, weight.merged_type)
+    if float(np.sqrt(np.mean((sampled.delta / steps) ** 2))) < _CLEAR:
+        return result
+    strength, error = _least_squares(sampled)
+    detail = f"close to {strength:.3g} ± {2 * error:.1g} times ΔW, not exactly"
+    return replace(result, detail=detail)
 
 
 def _norm(update: Update) -> float:
@@ -454,34 +435,26 @@ class _Case:
 
     def confirmed(
         self,
-        fails: Callable[..., NDArray[np.bool_]],
+        fails: Fails,
         candidates: Sequence[Recipe] | None = None,
-        **arguments: Any,
+        strengths: tuple[float, float] = (1.0, 1.0),
     ) -> Recipe | None:
         """Return the first recipe with which no entry fails, sampled ones first."""
         few = self.sampled.at(slice(None, None, max(1, len(self.sampled) // 2048)))
+        at_one_strength = fails is misfits and strengths[0] == strengths[1]
+        if fails is misfits:
+            fails = partial(misfits, strengths=strengths)
         for recipe in self.candidates if candidates is None else candidates:
-            if fails(few, recipe, **arguments).any():
+            if fails(few, recipe).any() or fails(self.sampled, recipe).any():
                 continue
-            if fails(self.sampled, recipe, **arguments).any():
-                continue
-            if self._fits_everywhere(fails, recipe, **arguments):
+            if at_one_strength and not recipe.product:
+                fits = self.weight.is_replayed(self.factored, recipe, strengths[0])
+            else:
+                entries = (entries for _, _, entries in self.weight.tiles(self.factored))
+                fits = not any(fails(tile, recipe).any() for tile in entries)
+            if fits:
                 return recipe
         return None
-
-    def _fits_everywhere(
-        self,
-        fails: Callable[..., NDArray[np.bool_]],
-        recipe: Recipe,
-        strengths: tuple[float, float] = (1.0, 1.0),
-        **arguments: Any,
-    ) -> bool:
-        if fails is not misfits:
-            return self.weight.all_fit(self.factored, partial(fails, recipe=recipe, **arguments))
-        if recipe.product or strengths[0] != strengths[1]:
-            bounded = partial(misfits, recipe=recipe, strengths=strengths)
-            return self.weight.all_fit(self.factored, bounded)
-        return self.weight.is_replayed(self.factored, recipe, strengths[0])
 
 
 def _whole(case: _Case) -> ModuleMerge | None:
@@ -552,26 +525,23 @@ def _changed(entries: Entries, recipe: Recipe) -> NDArray[np.bool_]:
     return ~unchanged(entries, recipe)
 
 
-def _named_strengths(scale: float, rank: int) -> dict[float, Cause | None]:
-    """Return multiples of ΔW that known mistakes make, with the mistake."""
-    root = math.sqrt(rank)
-    named: dict[float, Cause | None] = {_TWICE: None, 0.5: None, -1.0: Cause.NEGATED}
-    if scale:
-        named.setdefault(1 / scale, Cause.UNSCALED)
-        named.setdefault(scale, Cause.SCALED_TWICE)
-        named.setdefault(scale**2, Cause.SCALED_TWICE)
-    for strength, cause in (
-        (1 / root, Cause.RSLORA_AS_LORA), (root, Cause.LORA_AS_RSLORA), (rank, Cause.NOT_DIVIDED),
-    ):  # fmt: skip
-        named.setdefault(float(strength), cause)
-    return {strength: cause for strength, cause in named.items() if not math.isclose(strength, 1)}
-
-
 def _strength(case: _Case) -> ModuleMerge | None:
     """Conclude that a multiple of the update was added, and which."""
     intervals = [(recipe, strength_interval(case.sampled, recipe)) for recipe in case.candidates]
     possible = [(recipe, interval) for recipe, interval in intervals if interval is not None]
-    named = _named_strengths(case.factored.scale, case.factored.rank)
+    # Multiples of ΔW that known mistakes make, with the mistake; the first cause of each counts.
+    scale, rank = case.factored.scale, case.factored.rank
+    root = math.sqrt(rank)
+    mistakes: list[tuple[float, Cause | None]] = [(_TWICE, None), (0.5, None), (-1, Cause.NEGATED)]
+    if scale:
+        mistakes.append((1 / scale, Cause.UNSCALED))
+        mistakes += [(scale, Cause.SCALED_TWICE), (scale**2, Cause.SCALED_TWICE)]
+    mistakes += [(1 / root, Cause.RSLORA_AS_LORA), (root, Cause.LORA_AS_RSLORA)]
+    mistakes.append((rank, Cause.NOT_DIVIDED))
+    named: dict[float, Cause | None] = {}
+    for strength, cause in mistakes:
+        if not math.isclose(strength, 1):
+            named.setdefault(float(strength), cause)
     for strength, cause in named.items():
         fitting = [recipe for recipe, (low, high) in possible if low <= strength <= high]
         pair = (strength, strength)
@@ -639,14 +609,15 @@ def _lines(case: _Case) -> ModuleMerge | None:
 
 def _ranks(case: _Case) -> ModuleMerge | None:
     """Conclude that some directions of the factors were added, and not the others."""
-    if isinstance(case.factored.update, DenseUpdate) or case.factored.rank < 2:
+    update = case.factored.update
+    if isinstance(update, DenseUpdate) or update.rank < 2:
         return None
     terms = case.factored.scale * case.factored.terms(case.weight.rows, case.weight.columns)
     coefficients, *_ = np.linalg.lstsq(terms, case.difference, rcond=None)
     whole = np.abs(coefficients - 1) < _NEAR
     if not (whole | (np.abs(coefficients) < _NEAR)).all() or whole.all() or not whole.any():
         return None
-    part = case.factored.with_directions(np.flatnonzero(whole))
+    part = Factored(replace(update, A=update.A[whole], B=update.B[:, whole]))
     if case.of(part).confirmed(misfits) is None:
         return None
     return replace(
@@ -689,25 +660,6 @@ def _least_squares(sampled: Entries) -> tuple[float, float]:
     strength = float(delta @ difference) / square
     residual = float(np.std(difference - strength * delta))
     return strength, residual / math.sqrt(square)
-
-
-def _estimate(sampled: Entries, merged_type: str) -> str:
-    """Return the closest multiple of ΔW as text, if ΔW stands out of the rounding."""
-    steps = spacing(sampled.weight, merged_type)
-    if float(np.sqrt(np.mean((sampled.delta / steps) ** 2))) < _CLEAR:
-        return ""
-    strength, error = _least_squares(sampled)
-    return f"close to {strength:.3g} ± {2 * error:.1g} times ΔW, not exactly"
-
-
-def _of_quantized(result: ModuleMerge, weight: MergedWeight, sampled: Entries) -> ModuleMerge:
-    if weight.is_identical:
-        return replace(result, conclusion=MergeConclusion.ABSENT, cause=Cause.QUANTIZED)
-    strength, error = _least_squares(sampled)
-    return replace(
-        result, conclusion=MergeConclusion.INCONCLUSIVE, cause=Cause.QUANTIZED,
-        detail=f"close to {strength:.3g} ± {2 * error:.1g} times ΔW",
-    )  # fmt: skip
 
 
 def _of_dora(case: _Case, update: LowRankUpdate) -> ModuleMerge:

@@ -262,15 +262,14 @@ def _partners(
     before: Sequence[str], after: Sequence[str]
 ) -> tuple[list[tuple[str, str]], list[str], list[str]]:
     """Return the tensors of two models in pairs, by name, then without wrappers; and the rest."""
-    left = dict.fromkeys(before)
-    pairs = [(name, name) for name in after if name in left]
-    rest = [name for name in after if name not in left]
-    left = dict.fromkeys(name for name in before if (name, name) not in set(pairs))
+    shared = set(before) & set(after)
+    pairs = [(name, name) for name in after if name in shared]
+    left = dict.fromkeys(name for name in before if name not in shared)
     short: dict[str, list[str]] = {}
     for name in left:
         short.setdefault(_without_model(name), []).append(name)
     after_only = []
-    for name in rest:
+    for name in (name for name in after if name not in shared):
         candidates = short.get(_without_model(name), [])
         if len(candidates) == 1 and candidates[0] in left:
             pairs.append((candidates[0], name))

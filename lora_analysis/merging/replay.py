@@ -3,10 +3,13 @@
 A merge adds ΔW to W and rounds, once or several times. Rounding is monotone: if the exact ΔW is
 known up to δ, every merged number lies between the replays of ΔW − δ and ΔW + δ, whatever order
 the sums were computed in. No statistics are involved, so a healthy merge is never called wrong.
+
+DoRA's merge rescales each row of W + ΔW by one factor, which all its entries must allow.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from itertools import product
@@ -17,16 +20,22 @@ import numpy as np
 from lora_analysis.storage.dtypes import round_to
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
+
+    from lora_analysis.adapter import LowRankUpdate
 
 HALF_TYPES: Final = ("bfloat16", "float16")
 # Bits of the fraction, and the exponent of the smallest normal number.
 _FORMATS: Final = {"bfloat16": (7, -126), "float16": (10, -14), "float32": (23, -126)}
-_LARGEST_FLOAT16: Final = 65504.0
 # Unit roundoff of float32, in which every merge is computed at least.
 _UNIT: Final = 2.0**-24
+# Factors are norms of rows: in float32, sums of thousands of squares.
+_FLOAT32_TOLERANCE: Final = 1e-5
+# The factor, the norm and the magnitude are each rounded once to half precision.
+_ROUNDINGS: Final = 3
+_BLOCK: Final = 2**20
 
 
 def spacing(values: NDArray[np.float64], dtype: str) -> NDArray[np.float64]:
@@ -35,11 +44,6 @@ def spacing(values: NDArray[np.float64], dtype: str) -> NDArray[np.float64]:
     _, exponents = np.frexp(np.abs(values))
     steps: NDArray[np.float64] = np.ldexp(1.0, np.maximum(exponents - 1, smallest) - fraction)
     return steps
-
-
-def unit_roundoff(dtype: str) -> float:
-    """Return half of the relative distance of neighboring numbers of a type."""
-    return 2.0 ** -(_FORMATS[dtype][0] + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,12 +209,11 @@ def preimage(
     return low, high
 
 
-def allowed_strengths(
-    entries: Entries, recipe: Recipe
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return for each entry an interval that contains every c with which the merge gives it.
+def strength_interval(entries: Entries, recipe: Recipe) -> tuple[float, float] | None:
+    """Return the strengths c with which a merge can give every entry, None if there are none.
 
-    Infinite for entries that decide nothing, because ΔW is within its own rounding error there.
+    Each entry has an interval that contains every c with which the merge gives it; it is infinite
+    if the entry decides nothing, because ΔW is within its own rounding error there.
     """
     low, high = preimage(entries.merged, recipe.final)
     weight = round_to(entries.weight, recipe.base) if recipe.base else entries.weight
@@ -234,14 +237,8 @@ def allowed_strengths(
     small, large = size - error[decides], size + error[decides]
     least[decides] = np.minimum(lower / small, lower / large)
     most[decides] = np.maximum(upper / small, upper / large)
-    return least, most
-
-
-def strength_interval(entries: Entries, recipe: Recipe) -> tuple[float, float] | None:
-    """Return the strengths that every entry allows, None if there is none."""
-    least, most = allowed_strengths(entries, recipe)
-    low, high = float(np.max(least, initial=-np.inf)), float(np.min(most, initial=np.inf))
-    return (low, high) if low <= high else None
+    lowest, highest = float(np.max(least, initial=-np.inf)), float(np.min(most, initial=np.inf))
+    return (lowest, highest) if lowest <= highest else None
 
 
 @lru_cache(maxsize=16)
@@ -252,3 +249,109 @@ def sample_positions(shape: tuple[int, int], count: int) -> NDArray[np.intp]:
         return np.arange(total)
     drawn = np.sort(np.random.default_rng(0).integers(0, total, size=count))
     return drawn[np.diff(drawn, prepend=-1) > 0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rescaled:
+    """A weight before and after a merge of DoRA, and the factors that are expected of it."""
+
+    update: LowRankUpdate
+    W: NDArray[np.float32]
+    after: NDArray[np.float32]
+    expected: NDArray[np.float64]
+    tolerance: float
+
+    @property
+    def by_rows(self) -> bool:
+        """True if a factor belongs to a row, False if to a column."""
+        return self.update.magnitude_side == "output"
+
+    def fits(self, recipe: Recipe, rounded: Sequence[str], rows: slice) -> bool:
+        """Return True if each line of some rows allows one factor that is near the expected one."""
+        update = self.update
+        A, B = update.A.astype(np.float64), update.B.astype(np.float64)
+        low = self.expected * (1 - self.tolerance)
+        high = self.expected * (1 + self.tolerance)
+        for block in _row_blocks(self.W.shape, rows):
+            entries = Entries(
+                self.W[block].astype(np.float64), self.after[block].astype(np.float64),
+                B[block] @ A, np.abs(B[block]) @ np.abs(A), update.known_scale(), update.rank,
+            )  # fmt: skip
+            # The factors with which each entry of W + ΔW can round to W′.
+            below, above = sum_bounds(entries, recipe)
+            for dtype in rounded:
+                below, above = round_to(below, dtype), round_to(above, dtype)
+            target_low, target_high = preimage(entries.merged, recipe.final)
+            # The product of factor and sum is rounded to float32 first.
+            slack = 2.0**-23 * np.abs(entries.merged)
+            targets = target_low - slack, target_high + slack
+            with np.errstate(divide="ignore", invalid="ignore"):
+                quotients = np.stack([t / s for t in targets for s in (below, above)])
+            through_zero = (below <= 0) & (above >= 0)
+            least = np.where(through_zero, -np.inf, np.nanmin(quotients, axis=0))
+            most = np.where(through_zero, np.inf, np.nanmax(quotients, axis=0))
+            if self.by_rows:
+                low[block] = np.maximum(low[block], least.max(axis=1))
+                high[block] = np.minimum(high[block], most.min(axis=1))
+            else:
+                low, high = np.maximum(low, least.max(axis=0)), np.minimum(high, most.min(axis=0))
+        return bool((low[rows] <= high[rows]).all() if self.by_rows else (low <= high).all())
+
+
+def dora_fits(
+    update: LowRankUpdate,
+    W: NDArray[np.float32],
+    after: NDArray[np.float32],
+    candidates: Sequence[Recipe],
+    merged_type: str,
+) -> Recipe | None:
+    """Return a recipe with which every row allows one factor near m/‖W + ΔW‖, None if none does.
+
+    Parameters
+    ----------
+    update
+        With magnitudes, of rows or of input channels.
+    W, after
+        ``(d_out, d_in)``: the weight before and after.
+    candidates
+        Recipes to try; W + ΔW may be rounded to half precision before it is rescaled.
+    merged_type
+        Type of the merged weight.
+    """
+    if update.magnitude is None:
+        return None
+    halves = [t for t in (update.stored_dtype, merged_type) if t in HALF_TYPES]
+    # Neighboring numbers of a type with n bits of the fraction are 2^−n apart, relative to them.
+    roundings = (_ROUNDINGS * 2.0 ** -_FORMATS[dtype][0] for dtype in halves)
+    tolerance = max([_FLOAT32_TOLERANCE, *roundings])
+    # m/‖W + ΔW‖ per row, or per column: (d_out,) or (d_in,).
+    by_rows = update.magnitude_side == "output"
+    squares = np.zeros(W.shape[0] if by_rows else W.shape[1])
+    A, B = update.A.astype(np.float64), update.known_scale() * update.B.astype(np.float64)
+    for rows in _row_blocks(W.shape, slice(0, len(W))):
+        block = np.square(W[rows] + B[rows] @ A)
+        if by_rows:
+            squares[rows] = block.sum(axis=1)
+        else:
+            squares += block.sum(axis=0)
+    magnitude = update.magnitude.astype(np.float64)
+    if not by_rows and (taps := math.prod(update.kernel)) > 1:
+        squares = np.repeat(squares.reshape(-1, taps).sum(axis=1), taps)
+        magnitude = np.repeat(magnitude, taps)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factors: NDArray[np.float64] = magnitude / np.sqrt(squares)
+    rescaled = _Rescaled(update, W, after, factors, tolerance)
+    few = slice(0, min(len(W), max(1, _BLOCK // W.shape[1] // 16)))
+    for recipe in candidates:
+        for rounded in ((), *((dtype,) for dtype in HALF_TYPES)):
+            if rescaled.fits(recipe, rounded, few) and rescaled.fits(
+                recipe, rounded, slice(0, len(W))
+            ):
+                return recipe
+    return None
+
+
+def _row_blocks(shape: tuple[int, ...], rows: slice) -> Iterator[slice]:
+    step = max(1, _BLOCK // max(shape[1], 1))
+    for start in range(rows.start, min(rows.stop, shape[0]), step):
+        yield slice(start, min(start + step, rows.stop, shape[0]))

@@ -7,15 +7,14 @@ them. Nothing here reads a file, computes a metric or touches matplotlib's globa
 """
 
 from lora_analysis.plots.amplification import plot_amplification
-from lora_analysis.plots.clustermap import plot_clustermap
 from lora_analysis.plots.curves import (
     plot_budget,
     plot_layers,
     plot_trajectories,
     plot_weight_energy,
 )
-from lora_analysis.plots.group import plot_group
 from lora_analysis.plots.heatmap import plot_similarity
+from lora_analysis.plots.many_adapters import plot_clustermap, plot_group
 from lora_analysis.plots.maps import (
     ModuleMap,
     figure_module_maps,

@@ -33,16 +33,6 @@ EXCESS = "excess φ over random\n(φ − c)/(1 − c)"
 EXCESS_LIMITS = (-0.5, 1.0)
 
 
-def excess_colors() -> Colormap:
-    """Return the colors of excess φ: white at 0, purple above, orange below.
-
-    Cut out of a symmetric color-blind-safe map, so that equal distances from 0 look alike.
-    """
-    low, high = EXCESS_LIMITS
-    where = np.linspace(0.5 + low / 2, 0.5 + high / 2, 384)
-    return ListedColormap(mpl.colormaps["PuOr"](where), name="excess")
-
-
 class ColorOptions(TypedDict, total=False):
     """Colors of a heat-map: a colormap or its name, and the values of its first and last color."""
 
@@ -135,7 +125,14 @@ def colormap(cmap: object) -> Colormap:
     raise InputError(message)
 
 
-EXCESS_SCALE = ColorScale(excess_colors(), EXCESS_LIMITS, EXCESS, (-0.5, 0.0, 0.5, 1.0))
+# White at 0, purple above, orange below. Cut out of a symmetric color-blind-safe map, so that equal
+# distances from 0 look alike.
+_EXCESS_COLORS = mpl.colormaps["PuOr"](
+    np.linspace(0.5 + EXCESS_LIMITS[0] / 2, 0.5 + EXCESS_LIMITS[1] / 2, 384)
+)
+EXCESS_SCALE = ColorScale(
+    ListedColormap(_EXCESS_COLORS, name="excess"), EXCESS_LIMITS, EXCESS, (-0.5, 0.0, 0.5, 1.0)
+)
 
 
 def phi_scale() -> ColorScale:
@@ -171,32 +168,6 @@ class HeatMap:
     note: str = ""
     quantity: str = "φ"
 
-    @property
-    def extent(self) -> tuple[float, float, float, float]:
-        """Left, right, bottom, top: cell (i, j) is centered on (j, i), and i grows downward."""
-        rows, columns = self.data.shape
-        return 0.5, columns + 0.5, rows + 0.5, 0.5
-
-
-def _cell_flags(grid: SimilarityGrid) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return masks ``(k1, k2)`` of degenerate cells and of nearly degenerate ones."""
-    rows, columns = grid.rows_degeneracy, grid.columns_degeneracy
-    degenerate = rows.degenerate[:, None] | columns.degenerate[None, :]  # (k1, k2)
-    nearly_degenerate = rows.nearly_degenerate[:, None] | columns.nearly_degenerate[None, :]
-    return degenerate, nearly_degenerate & ~degenerate
-
-
-def _window(grid: SimilarityGrid, zoom: int | None) -> tuple[int, int, NDArray[np.bool_]]:
-    """Return rows and columns to draw, and which of those cells are left out."""
-    rows, columns = grid.values.shape
-    if zoom is None:
-        return rows, columns, np.zeros((rows, columns), dtype=bool)
-    if zoom < 1:
-        message = f"zoom is a number of directions, at least 1, got {zoom}."
-        raise InputError(message)
-    n = min(zoom, rows, columns)
-    return n, n, np.triu(np.ones((n, n), dtype=bool), k=1)
-
 
 def _axis_name(index: str, label: str) -> str:
     """Return the name of an axis of directions, on two lines if the label is long."""
@@ -213,9 +184,20 @@ def resolve_similarity(
     options: ColorOptions | None = None,
 ) -> HeatMap:
     """Resolve the data that `plot_similarity` draws."""
-    rows, columns, left_out = _window(grid, zoom)
-    corner = (slice(rows), slice(columns))
-    degenerate, nearly_degenerate = (flags[corner] & ~left_out for flags in _cell_flags(grid))
+    rows, columns = grid.values.shape
+    left_out = np.zeros((rows, columns), dtype=bool)
+    if zoom is not None:
+        if zoom < 1:
+            message = f"zoom is a number of directions, at least 1, got {zoom}."
+            raise InputError(message)
+        rows = columns = min(zoom, rows, columns)
+        left_out = np.triu(np.ones((rows, columns), dtype=bool), k=1)
+    corner = slice(rows), slice(columns)
+    i, j = grid.rows_degeneracy, grid.columns_degeneracy
+    degenerate = i.degenerate[:, None] | j.degenerate[None, :]  # (k1, k2)
+    nearly_degenerate = i.nearly_degenerate[:, None] | j.nearly_degenerate[None, :]
+    degenerate = degenerate[corner] & ~left_out
+    nearly_degenerate = nearly_degenerate[corner] & ~left_out & ~degenerate
     values = (grid.excess if excess else grid.values)[corner]
     data = np.ma.masked_where(left_out | degenerate | ~np.isfinite(values), values)
     expected = grid.chance[corner][~left_out]
@@ -246,7 +228,10 @@ def paint_heatmap(ax: Axes, heatmap: HeatMap, *, side: float = 2.0, **kwargs: An
     go to ``imshow``.
     """
     look = style.look(ax)
-    defaults = {"extent": heatmap.extent if heatmap.data.size else (0, 1, 1, 0), "aspect": "auto"}
+    rows, columns = heatmap.data.shape
+    # Cell (i, j) is centered on (j, i), and i grows downward.
+    extent = (0.5, columns + 0.5, rows + 0.5, 0.5) if heatmap.data.size else (0, 1, 1, 0)
+    defaults = {"extent": extent, "aspect": "auto"}
     image = ax.imshow(
         heatmap.data if heatmap.data.size else np.ma.array([[0.0]], mask=True),
         **heatmap.scale.image_options(look.blank, defaults | kwargs),
@@ -305,31 +290,21 @@ def paint_colorbar(
     bar.set_label(heatmap.scale.label)
     if heatmap.scale.ticks and image.get_clim() == heatmap.scale.limits:
         bar.set_ticks(list(heatmap.scale.ticks))
-    if heatmap.chance:
-        _mark_chance(look, room, heatmap.chance, image.get_clim())
-    return bar
-
-
-def _mark_chance(
-    look: style.Look, bar: Axes, chance: tuple[float, float], limits: tuple[float, float]
-) -> None:
-    """Draw the range of the random baseline, as far as the color bar has it, as a line left of it.
-
-    A range too short to see gets a hundredth of the bar.
-    """
-    length = limits[1] - limits[0]
-    if chance[0] > limits[1] or chance[1] < limits[0]:
-        return
-    low, high = np.clip(chance, *limits)
-    beside = bar.get_yaxis_transform() + ScaledTranslation(
-        -0.04 * look.scale, 0, bar.figure.dpi_scale_trans
+    low, high = image.get_clim()
+    if not heatmap.chance or heatmap.chance[0] > high or heatmap.chance[1] < low:
+        return bar
+    # A line left of the bar, as far as the bar has the range; too short ones get a hundredth of it.
+    shortest = 0.01 * (high - low)
+    low, high = np.clip(heatmap.chance, low, high)
+    beside = room.get_yaxis_transform() + ScaledTranslation(
+        -0.04 * look.scale, 0, room.figure.dpi_scale_trans
     )
-    (line,) = bar.plot([0, 0], [low, max(high, low + 0.01 * length)], transform=beside)
+    (line,) = room.plot([0, 0], [low, max(high, low + shortest)], transform=beside)
     line.set(
         color=look.ink, linewidth=1.6 * look.scale, solid_capstyle="butt", clip_on=False,
         label="random",
     )  # fmt: skip
-    bar.annotate(
+    room.annotate(
         "random",
         (0, low),
         xycoords=beside,
@@ -341,43 +316,7 @@ def _mark_chance(
         fontsize=look.small,
         color=look.muted,
     )
-
-
-def _as_grid(a: Any, b: Any, *, side: Side | None, of: VectorsOf) -> SimilarityGrid:
-    """Return a grid for a grid, a matrix of values, or two updates."""
-    if isinstance(a, SimilarityGrid):
-        return a
-    if b is not None:
-        grids = subspace_similarity(a, b, side=side, of=of)
-        if isinstance(grids, SimilarityGrid):
-            return grids
-        if len(grids) > 1:
-            message = (
-                f"A heat map shows one module, but {grids.label} have {len(grids)} in common. "
-                f"Choose one: plot_similarity(a['{next(iter(grids))}'], b[…])."
-            )
-            raise InputError(message)
-        grid: SimilarityGrid = next(iter(grids.values()))
-        return grid
-    values = linalg.to_numpy(a) if linalg.is_array(a) or isinstance(a, list | tuple) else None
-    if values is None or values.ndim != 2 or values.dtype.kind not in "fiu":
-        message = (
-            f"A heat map cannot be drawn of a {type(a).__name__}. Accepted: a SimilarityGrid, a "
-            "matrix of values φ(i, j), or two updates of one module."
-        )
-        raise InputError(message)
-    fine = [Degeneracy(np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)) for n in values.shape]
-    return SimilarityGrid(
-        values=values.astype(np.float64),
-        chance=np.full(values.shape, np.nan),
-        dimension=0,
-        module="",
-        side=side or default_side(of),
-        of=of,
-        labels=("first", "second"),
-        rows_degeneracy=fine[0],
-        columns_degeneracy=fine[1],
-    )
+    return bar
 
 
 def plot_similarity(
@@ -453,7 +392,37 @@ def plot_similarity(
     """
     if isinstance(b, Axes):
         b, ax = None, b
-    grid = _as_grid(a, b, side=side, of=of)
+    if isinstance(a, SimilarityGrid):
+        grid = a
+    elif b is not None:
+        grids = subspace_similarity(a, b, side=side, of=of)
+        if not isinstance(grids, SimilarityGrid) and len(grids) > 1:
+            message = (
+                f"A heat map shows one module, but {grids.label} have {len(grids)} in common. "
+                f"Choose one: plot_similarity(a['{next(iter(grids))}'], b[…])."
+            )
+            raise InputError(message)
+        grid = grids if isinstance(grids, SimilarityGrid) else next(iter(grids.values()))
+    else:
+        values = linalg.to_numpy(a) if linalg.is_array(a) or isinstance(a, list | tuple) else None
+        if values is None or values.ndim != 2 or values.dtype.kind not in "fiu":
+            message = (
+                f"A heat map cannot be drawn of a {type(a).__name__}. Accepted: a SimilarityGrid, "
+                "a matrix of values φ(i, j), or two updates of one module."
+            )
+            raise InputError(message)
+        fine = [Degeneracy(np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)) for n in values.shape]
+        grid = SimilarityGrid(
+            values=values.astype(np.float64),
+            chance=np.full(values.shape, np.nan),
+            dimension=0,
+            module="",
+            side=side or default_side(of),
+            of=of,
+            labels=("first", "second"),
+            rows_degeneracy=fine[0],
+            columns_degeneracy=fine[1],
+        )
     options = ColorOptions(cmap=cmap, vmin=vmin, vmax=vmax)
     heatmap = resolve_similarity(grid, zoom=zoom, excess=excess, title=title, options=options)
     rows, columns = heatmap.data.shape

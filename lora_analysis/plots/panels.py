@@ -85,11 +85,18 @@ def figure_grid(
         if len({panel.excess for panel in row}) > 1:
             message = "A row of panels shares one color bar: draw φ and its excess separately."
             raise InputError(message)
-    maps = _with_colors(rows, colors)
+    # The panels of φ, or else all of them, share the user's colors.
+    maps = [[panel.resolve() for panel in row] for row in rows]
+    only_excess = all(panel.excess for row in rows for panel in row)
+    chosen = [i for i, panels in enumerate(rows) if panels[0].excess == only_excess]
+    values = [heatmap.data.compressed() for i in chosen for heatmap in maps[i]]
+    shared = maps[chosen[0]][0].scale.with_range(np.concatenate(values), colors)
+    for i in chosen:
+        maps[i] = [replace(heatmap, scale=shared) for heatmap in maps[i]]
     columns = max(len(row) for row in rows)
     with style.house_style(width):
         scale = style.font_scale()
-        bar = (1.1 if any(panel.excess for row in rows for panel in row) else 0.8) * scale
+        bar = (1.1 if any(panels[0].excess for panels in rows) else 0.8) * scale
         # What is left next to labels and the color bar.
         side = max((width - bar) / columns - 0.25 * scale, 0.1)
         headline = textwrap.wrap(style.plain(title, 200), max(int(16 * width / scale), 1))
@@ -112,25 +119,6 @@ def figure_grid(
     return figure
 
 
-def _with_colors(rows: Sequence[Sequence[Panel]], colors: ColorOptions) -> list[list[HeatMap]]:
-    """Resolve all panels; those of φ, or else all of them, share the user's colors."""
-    maps = [[panel.resolve() for panel in row] for row in rows]
-    panels = [panel for row in rows for panel in row]
-    excess = all(panel.excess for panel in panels)
-    chosen = [
-        heatmap
-        for panel, heatmap in zip(panels, (each for row in maps for each in row), strict=True)
-        if panel.excess == excess
-    ]
-    values = np.concatenate([heatmap.data.compressed() for heatmap in chosen])
-    scale = chosen[0].scale.with_range(values, colors)
-    return [
-        [replace(each, scale=scale) if panel.excess == excess else each
-         for panel, each in zip(row, resolved, strict=True)]
-        for row, resolved in zip(rows, maps, strict=True)
-    ]  # fmt: skip
-
-
 def _paint_row(maps: list[HeatMap], axes: list[Axes], side: float) -> None:
     """Draw one row of panels; i is named where it belongs to another adapter than on the left."""
     for ax in axes:
@@ -141,12 +129,7 @@ def _paint_row(maps: list[HeatMap], axes: list[Axes], side: float) -> None:
     for ax, left, heatmap in zip(axes[1:], maps, maps[1:], strict=False):
         if heatmap.ylabel == left.ylabel:
             ax.set_ylabel("")
-    short = len(maps) < len(axes)  # a bar at the right of its last panel would widen that column
-    paint_colorbar(images[-1], axes[len(maps) - (not short)], _summary(maps), inside=short)
-
-
-def _summary(maps: Sequence[HeatMap]) -> HeatMap:
-    """Return a heat-map that stands for the row on its color bar: all of its chance."""
+    # One color bar for the row: it marks the random baseline of all panels.
     spans = [m.chance for m in maps if m.chance]
     chance = (min(low for low, _ in spans), max(high for _, high in spans)) if spans else None
     scale = replace(
@@ -154,13 +137,9 @@ def _summary(maps: Sequence[HeatMap]) -> HeatMap:
         below=any(m.scale.below for m in maps),
         above=any(m.scale.above for m in maps),
     )
-    return replace(maps[0], scale=scale, chance=chance)
-
-
-def _rows(panels: Sequence[Panel], width: float) -> list[list[Panel]]:
-    """Break a row of panels in two where one column of a paper has no room for it."""
-    per_row = len(panels) if width >= 5 or len(panels) < 3 else -(-len(panels) // 2)
-    return [list(panels[start : start + per_row]) for start in range(0, len(panels), per_row)]
+    short = len(maps) < len(axes)  # a bar at the right of its last panel would widen that column
+    whole = replace(maps[0], scale=scale, chance=chance)
+    paint_colorbar(images[-1], axes[len(maps) - (not short)], whole, inside=short)
 
 
 def _headline(grids: Sequence[SimilarityGrid]) -> str:
@@ -275,9 +254,11 @@ def _figure(
     """Draw the panels as φ and, where asked or where chance is visible, again above chance."""
     visible = any(grid.chance.size and grid.chance.max() > SMALL_CHANCE for _, grid, _ in panels)
     has_excess = visible if above_chance is None else above_chance
+    # One column of a paper has no room for more than two panels next to each other.
+    per_row = len(panels) if width >= 5 or len(panels) < 3 else -(-len(panels) // 2)
     rows = [
-        row
+        [Panel(grid, name, zoom, excess) for name, grid, zoom in panels[start : start + per_row]]
         for excess in ((False, True) if has_excess else (False,))
-        for row in _rows([Panel(g, name, zoom, excess) for name, g, zoom in panels], width)
+        for start in range(0, len(panels), per_row)
     ]
     return figure_grid(rows, title=title, width=width, **colors)

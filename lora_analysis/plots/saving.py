@@ -107,26 +107,6 @@ def _text_element(tag: str, text: str, name: str) -> ET.Element:
     return element
 
 
-def _make_local(root: ET.Element, prefix: str) -> None:
-    """Give every id and every reference to one a prefix, and drop the XML namespaces.
-
-    Axes inside axes give some groups one id; a second one gets a number (no group is referred to).
-    """
-    seen: dict[str, int] = {}
-    for element in root.iter():
-        element.tag = element.tag.removeprefix(_SVG)
-        if _HREF in element.attrib:
-            element.set("href", element.attrib.pop(_HREF))
-        for key, value in element.attrib.items():
-            if key == "id":
-                seen[value] = count = seen.get(value, 0) + 1
-                element.set(key, prefix + value + (f"-{count}" if count > 1 else ""))
-            elif key == "href" and value.startswith("#"):
-                element.set(key, f"#{prefix}{value[1:]}")
-            elif "url(#" in value:
-                element.set(key, _REFERENCE.sub(rf"url(#{prefix}\1)", value))
-
-
 def svg_text(
     figure: Figure, *, title: str, description: str, prefix: str | None = None, dpi: int = 200
 ) -> str:
@@ -155,7 +135,21 @@ def svg_text(
     digest = hashlib.sha256(drawn + title.encode() + description.encode()).hexdigest()
     prefix = f"f{digest[:10]}-" if prefix is None else prefix
     root = ET.fromstring(drawn)
-    _make_local(root, prefix)
+    # Without namespaces, and with a prefix before every id and every reference to one. Axes inside
+    # axes give some groups one id; a second one gets a number (no group is referred to).
+    seen: dict[str, int] = {}
+    for element in root.iter():
+        element.tag = element.tag.removeprefix(_SVG)
+        if _HREF in element.attrib:
+            element.set("href", element.attrib.pop(_HREF))
+        for key, value in element.attrib.items():
+            if key == "id":
+                seen[value] = count = seen.get(value, 0) + 1
+                element.set(key, prefix + value + (f"-{count}" if count > 1 else ""))
+            elif key == "href" and value.startswith("#"):
+                element.set(key, f"#{prefix}{value[1:]}")
+            elif "url(#" in value:
+                element.set(key, _REFERENCE.sub(rf"url(#{prefix}\1)", value))
     # The one style rule would reach out of the figure; it is inherited from the root instead.
     for parent in list(root.iter("defs")):
         for child in parent.findall("style"):

@@ -67,7 +67,6 @@ class SpectrumPlot:
     longest: int
     limits: tuple[float, float]
     xscale: Literal["linear", "log"]
-    energy: bool
     ylabel: str
     note: str
 
@@ -81,25 +80,6 @@ def _labels(spectra: Sequence[Spectrum]) -> list[str]:
     if len(set(modules)) == len(spectra):
         return style.without_common_start(modules)
     return [f"{a} {m}" for a, m in zip(adapters, modules, strict=True)]
-
-
-def _log_limits(curves: Sequence[Curve]) -> tuple[float, float]:
-    """Return limits around the values above rounding; others would stretch the axis to 1e-17."""
-    above_rounding = np.concatenate([c.values[: c.numerical_rank] for c in curves])
-    low, high = float(above_rounding.min()), float(above_rounding.max())
-    room = max((high / low) ** 0.06, 1.3)
-    return low / room ** (2 if any(c.beyond_rank for c in curves) else 1), high * room
-
-
-def _ylabel(spectra: Sequence[Spectrum], *, normalized: bool, energy: bool) -> str:
-    factors = {s.of for s in spectra}
-    of = "ΔW" if factors == {"delta"} else " / ".join(sorted(factors))
-    if energy:
-        return f"share of Σσ² of {of} in the first i"
-    if normalized:
-        return f"σᵢ / σ₁ of {of}"
-    unknown = all(s.in_units_of_scale for s in spectra)
-    return f"singular value σᵢ of {of}{' / scale' if unknown else ''}"
 
 
 def resolve_spectrum(
@@ -123,35 +103,32 @@ def resolve_spectrum(
             unit = " / scale" if spectral.in_units_of_scale and mixed else ""
             color = index if len(spectra) <= len(style.PALETTE) else 0
             curves.append(Curve(label + unit, values, beyond_rank, color))
+    if energy or not curves:
+        limits = (0.0, 1.04)
+    else:  # around the values above rounding; others would stretch the axis to 1e-17
+        above_rounding = np.concatenate([c.values[: c.numerical_rank] for c in curves])
+        low, high = float(above_rounding.min()), float(above_rounding.max())
+        room = max((high / low) ** 0.06, 1.3)
+        limits = low / room ** (2 if any(c.beyond_rank for c in curves) else 1), high * room
+    factors = {s.of for s in spectra}
+    of = "ΔW" if factors == {"delta"} else " / ".join(sorted(factors))
+    unknown = all(s.in_units_of_scale for s in spectra)
+    ylabel = f"singular value σᵢ of {of}{' / scale' if unknown else ''}"
+    if energy:
+        ylabel = f"share of Σσ² of {of} in the first i"
+    elif normalized:
+        ylabel = f"σᵢ / σ₁ of {of}"
     untrained = [n for s, n in zip(spectra, labels, strict=True) if s.untrained]
     longest = max((len(c.values) for c in curves), default=1)
     shortest = min((len(c.values) for c in curves), default=1)
     return SpectrumPlot(
         curves=tuple(curves),
         longest=longest,
-        limits=(0.0, 1.04) if energy or not curves else _log_limits(curves),
+        limits=limits,
         xscale="log" if longest > 4 * shortest else "linear",
-        energy=energy,
-        ylabel=_ylabel(spectra, normalized=normalized, energy=energy),
+        ylabel=ylabel,
         note=f"untrained (ΔW = 0): {', '.join(untrained)}" if untrained else "",
     )
-
-
-def _paint_axes(ax: Axes, plot: SpectrumPlot) -> None:
-    if plot.xscale == "log":
-        style.log_axis(ax, "x", (0.9, plot.longest * 1.1), base=2)
-    else:
-        ax.set_xlim(1 - 0.02 * plot.longest - 0.2, plot.longest + 0.02 * plot.longest + 0.2)
-        ax.set_xticks(style.count_ticks(plot.longest))
-    if not plot.curves:
-        ax.set_xticks([])
-        ax.set_yticks([])
-    elif plot.energy:
-        ax.set_ylim(*plot.limits)
-    else:
-        style.log_axis(ax, "y", plot.limits)
-    ax.set_xlabel("i")
-    ax.set_ylabel(plot.ylabel)
 
 
 def _paint_curve(
@@ -184,48 +161,41 @@ def _paint_curve(
         )
 
 
-def _end_text(curve: Curve) -> str:
-    rank = f"{curve.numerical_rank} of {len(curve.values)} above rounding"
-    return f"{curve.label}\n{rank}" if curve.beyond_rank else curve.label
-
-
 def _as_spectra(source: Any) -> list[Spectrum]:
     """Return the spectra of one or several things that have one or several."""
     if isinstance(source, Spectrum):
         return [source]
     if linalg.is_array(source) and source.ndim == 1:
-        return [_of_values(linalg.to_numpy(source))]
-    is_sequence = isinstance(source, Sequence) and not isinstance(source, str)
-    if is_sequence and not (len(source) in (2, 3) and _are_factors(source)):
+        values = linalg.to_numpy(source)
+        if not values.size or not np.isfinite(values).all() or (values < 0).any():
+            message = "Singular values must be non-negative numbers, at least one."
+            raise InputError(message)
+        descending = np.sort(values.astype(np.float64))[::-1].copy()
+        count = len(descending)
+        return [
+            Spectrum(
+                name="values",
+                U=None,
+                S=descending,
+                V=None,
+                of="delta",
+                numerical_rank=int(
+                    np.count_nonzero(descending > count * linalg.EPS * descending[0])
+                ),
+                rank=count,
+                shape=(count, count),
+            )
+        ]
+    # A tuple (A, B) or (A, B, scale) is one update; two matrices ΔW come in a list.
+    are_factors = (
+        isinstance(source, tuple)
+        and len(source) in (2, 3)
+        and all(linalg.is_array(factor) and factor.ndim == 2 for factor in source[:2])
+    )
+    if isinstance(source, Sequence) and not isinstance(source, str) and not are_factors:
         return [spectral for entry in source for spectral in _as_spectra(entry)]
     spectra = spectrum(source, vectors=False)
     return [spectra] if isinstance(spectra, Spectrum) else list(spectra.values())
-
-
-def _are_factors(source: Sequence[Any]) -> bool:
-    """Return True for ``(A, B)`` or ``(A, B, scale)``, False for two matrices ΔW in a list."""
-    if not isinstance(source, tuple) or not all(map(linalg.is_array, source[:2])):
-        return False
-    return all(factor.ndim == 2 for factor in source[:2])
-
-
-def _of_values(values: NDArray[np.float64]) -> Spectrum:
-    """Return a spectrum with given singular values, of which nothing else is known."""
-    if not values.size or not np.isfinite(values).all() or (values < 0).any():
-        message = "Singular values must be non-negative numbers, at least one."
-        raise InputError(message)
-    descending = np.sort(values.astype(np.float64))[::-1].copy()
-    count = len(descending)
-    return Spectrum(
-        name="values",
-        U=None,
-        S=descending,
-        V=None,
-        of="delta",
-        numerical_rank=int(np.count_nonzero(descending > count * linalg.EPS * descending[0])),
-        rank=count,
-        shape=(count, count),
-    )
 
 
 def plot_spectrum(
@@ -273,7 +243,20 @@ def plot_spectrum(
     bundle = len(plot.curves) > len(style.PALETTE)
     with style.drawing(ax, (style.ONE_COLUMN, 2.4), figsize=figsize, color=color) as look:
         ax = look.ax
-        _paint_axes(ax, plot)
+        if plot.xscale == "log":
+            style.log_axis(ax, "x", (0.9, plot.longest * 1.1), base=2)
+        else:
+            ax.set_xlim(1 - 0.02 * plot.longest - 0.2, plot.longest + 0.02 * plot.longest + 0.2)
+            ax.set_xticks(style.count_ticks(plot.longest))
+        if not plot.curves:
+            ax.set_xticks([])
+            ax.set_yticks([])
+        elif energy:
+            ax.set_ylim(*plot.limits)
+        else:
+            style.log_axis(ax, "y", plot.limits)
+        ax.set_xlabel("i")
+        ax.set_ylabel(plot.ylabel)
         if energy:
             for share in ENERGY_GUIDES:
                 ax.axhline(share, color=look.faint, linewidth=0.8 * look.scale, zorder=0)
@@ -290,9 +273,13 @@ def plot_spectrum(
             if bundle:  # only those that end highest and lowest
                 ends = sorted(named, key=lambda c: float(c.values[c.numerical_rank - 1]))
                 named = (ends[0], ends[-1])
+            ranks = [
+                f"\n{c.numerical_rank} of {len(c.values)} above rounding" if c.beyond_rank else ""
+                for c in named
+            ]
             look.name_ends(
                 [(c.i[c.numerical_rank - 1], c.values[c.numerical_rank - 1]) for c in named],
-                [_end_text(c) for c in named],
+                [f"{c.label}{rank}" for c, rank in zip(named, ranks, strict=True)],
                 [look.color(c.color) for c in named],
             )
     return ax

@@ -142,8 +142,15 @@ def _is_set(name: Any) -> bool:
     return bool(mpl.rcParams[name] != mpl.rcParamsDefault[name])
 
 
-def _settings(width: float, ax: Axes | None) -> dict[Any, Any]:
-    """Return the settings of the package's style that the user left at matplotlib's defaults."""
+@contextmanager
+def house_style(
+    width: float = ONE_COLUMN, ax: Axes | None = None, **settings: object
+) -> Iterator[None]:
+    """Draw in the package's style where the user set none; the user's settings come back after.
+
+    ``width`` is that of the figure in inches; ``settings`` are matplotlib's, dots written as double
+    underscores.
+    """
     papers = _papers(ax)
     is_dark = contrast(papers[1], "white") > contrast(papers[1], "black")
     ink = mpl.rcParams["text.color"] if _is_set("text.color") else _INK
@@ -158,29 +165,14 @@ def _settings(width: float, ax: Axes | None) -> dict[Any, Any]:
         house |= {f"{axis}.color": muted}
         if not _is_set(f"{axis}.color"):  # its labels have it too
             house |= {f"{axis}.labelcolor": ink}
-    # A font of the user's may lack φ, Δ and ‖.
-    family = [*mpl.rcParams["font.family"], "DejaVu Sans"] if _is_set("font.family") else None
-    return (
-        {name: value for name, value in house.items() if not _is_set(name)}
-        | ({"font.family": family} if family else {})
-        | {"text.color": ink}
-        | _FIXED
-    )
-
-
-@contextmanager
-def house_style(
-    width: float = ONE_COLUMN, ax: Axes | None = None, **settings: object
-) -> Iterator[None]:
-    """Draw in the package's style where the user set none; the user's settings come back after.
-
-    ``width`` is that of the figure in inches; ``settings`` are matplotlib's, dots written as double
-    underscores.
-    """
-    extra = {name.replace("__", "."): value for name, value in settings.items()}
+    drawn: dict[Any, Any] = {name: value for name, value in house.items() if not _is_set(name)}
+    if _is_set("font.family"):  # which may lack φ, Δ and ‖
+        drawn["font.family"] = [*mpl.rcParams["font.family"], "DejaVu Sans"]
+    drawn |= {"text.color": ink} | _FIXED
+    drawn |= {name.replace("__", "."): value for name, value in settings.items()}
     interactive = mpl.is_interactive()
     try:
-        with mpl.rc_context(_settings(width, ax) | extra):
+        with mpl.rc_context(drawn):
             yield
             interactive = mpl.is_interactive()
     finally:
@@ -300,7 +292,7 @@ def drawing(
     ax: Axes | None,
     size: tuple[float, float],
     *,
-    figsize: tuple[float, float] | None = None,
+    figsize: tuple[float, float] | None,
     color: Colors | None = None,
 ) -> Iterator[Look]:
     """Draw on ``ax``, or on a new pyplot figure of ``figsize`` (by default ``size``) inches.
@@ -318,20 +310,15 @@ def drawing(
     with house_style(size[0] if ax is None else ax.figure.figure.get_figwidth(), ax):
         if ax is None:  # a notebook shows a figure of pyplot by itself
             ax = plt.subplots(figsize=size, layout="constrained")[1]
-        elif not user_sizes:
-            _resize_text(ax)
+        elif not user_sizes:  # labels and ticks of the default size get the one in use
+            default = mpl.rcParamsDefault["font.size"]
+            names: tuple[Any, Any] = "xtick.labelsize", "ytick.labelsize"
+            for axis, name in zip((ax.xaxis, ax.yaxis), names, strict=True):
+                if axis.label.get_fontsize() == default:
+                    axis.label.set_fontsize(mpl.rcParams["axes.labelsize"])
+                if axis.get_major_ticks(1)[0].label1.get_fontsize() == default:
+                    axis.set_tick_params(labelsize=mpl.rcParams[name])
         yield look(ax, color)
-
-
-def _resize_text(ax: Axes) -> None:
-    """Give given axes' labels and ticks the sizes in use where they have matplotlib's default."""
-    default = mpl.rcParamsDefault["font.size"]
-    names: tuple[Any, Any] = "xtick.labelsize", "ytick.labelsize"
-    for axis, name in zip((ax.xaxis, ax.yaxis), names, strict=True):
-        if axis.label.get_fontsize() == default:
-            axis.label.set_fontsize(mpl.rcParams["axes.labelsize"])
-        if axis.get_major_ticks(1)[0].label1.get_fontsize() == default:
-            axis.set_tick_params(labelsize=mpl.rcParams[name])
 
 
 def merged(

@@ -16,7 +16,7 @@ from lora_analysis import linalg
 from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.amplify import Amplification, amplifications, weight_basis_energy
 from lora_analysis.chance.moments import Energies
-from lora_analysis.edit.noise import noise_of_update
+from lora_analysis.edit.interventions import noise_of_update
 from lora_analysis.effective import effective_update
 from lora_analysis.errors import BaseWeightError
 from lora_analysis.formats.sanity_checks import ModuleStatistics, module_statistics

@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from lora_analysis.bases.quantized.bitsandbytes import STATE, blockwise_4bit, rowwise_int8
 from lora_analysis.bases.quantized.codes import Quantized, RawTensors, plane_of, storage_error
-from lora_analysis.bases.quantized.gptq import packed_words
-from lora_analysis.bases.quantized.packed import packed_floats, packed_integers
-from lora_analysis.bases.quantized.scaled import scaled
+from lora_analysis.bases.quantized.packed import packed_floats, packed_integers, packed_words
+from lora_analysis.bases.quantized.scaled import STATE, blockwise_4bit, rowwise_int8, scaled
 from lora_analysis.bases.quantized.schemes import Scheme, Schemes, stated_schemes
 from lora_analysis.storage.dtypes import FLOAT8
 from lora_analysis.storage.limits import BLOCK_ELEMENTS
@@ -41,7 +39,7 @@ def quantized_weights(
     tensors: RawTensors,
     config: Mapping[str, Any],
     label: str,
-    metadata: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str],
 ) -> Makers:
     """Return functions that make each quantized weight, by the name of its plain weight.
 
@@ -56,7 +54,33 @@ def quantized_weights(
     metadata
         Metadata of the file.
     """
-    return dict(_recognized(tensors, config, stated_schemes(config, metadata or {}), label))
+    schemes = stated_schemes(config, metadata)
+    infos = tensors.infos
+    makers: dict[str, Callable[[], Quantized]] = {}
+    for name in infos:
+        path, _, last = name.rpartition(".")
+        weight = f"{path}.weight"
+        if STATE in name:
+            plain, _, kind = name.partition(STATE)
+            makers[plain] = partial(blockwise_4bit, plain, kind, tensors, label)
+        elif last == "qweight":
+            makers[weight] = partial(packed_words, path, tensors, config, label)
+        elif last == "SCB" and weight in infos:
+            makers[weight] = partial(rowwise_int8, weight, name, tensors, label)
+        elif last == "weight_packed":  # compressed-tensors: integers, or floats in bytes
+            scale, whole = f"{path}.weight_scale", f"{path}.weight_global_scale"
+            makers[weight] = partial(packed_integers, path, tensors, label)
+            if infos[name].dtype == "uint8" and scale in infos:
+                factor = whole if whole in infos else None
+                arguments = name, scale, tensors, schemes.whole, label
+                makers[weight] = partial(packed_floats, *arguments, whole=factor)
+        elif last.endswith("_blocks") and name.removesuffix("blocks") + "scales" in infos:
+            plain = name.removesuffix("_blocks")
+            arguments = name, f"{plain}_scales", tensors, _GPT_OSS, label
+            makers[plain] = partial(packed_floats, *arguments)
+        elif len(infos[name].shape) > 1 and (maker := _scaled(name, tensors, schemes, label)):
+            makers[name] = maker
+    return makers
 
 
 def tiles(
@@ -70,40 +94,6 @@ def tiles(
         rows = slice(top, min(top + step, height))
         coded = decode(rows)
         yield rows, slice(0, width), coded.squared_errors() if errors else coded.values()
-
-
-def _recognized(
-    tensors: RawTensors, config: Mapping[str, Any], schemes: Schemes, label: str
-) -> Iterator[tuple[str, Callable[[], Quantized]]]:
-    infos = tensors.infos
-    for name in infos:
-        path, _, last = name.rpartition(".")
-        weight = f"{path}.weight"
-        if STATE in name:
-            plain, _, kind = name.partition(STATE)
-            yield plain, partial(blockwise_4bit, plain, kind, tensors, label)
-        elif last == "qweight":
-            yield weight, partial(packed_words, path, tensors, config, label)
-        elif last == "SCB" and weight in infos:
-            yield weight, partial(rowwise_int8, weight, name, tensors, label)
-        elif last == "weight_packed":
-            yield weight, _packed(path, tensors, schemes, label)
-        elif last.endswith("_blocks") and name.removesuffix("blocks") + "scales" in infos:
-            plain = name.removesuffix("_blocks")
-            yield plain, partial(packed_floats, name, f"{plain}_scales", tensors, _GPT_OSS, label)
-        elif len(infos[name].shape) > 1 and (maker := _scaled(name, tensors, schemes, label)):
-            yield name, maker
-
-
-def _packed(
-    path: str, tensors: RawTensors, schemes: Schemes, label: str
-) -> Callable[[], Quantized]:
-    """Return a function that makes a packed weight of compressed-tensors: integers or floats."""
-    name, scale, whole = (f"{path}.weight_{last}" for last in ("packed", "scale", "global_scale"))
-    if tensors.infos[name].dtype == "uint8" and scale in tensors.infos:
-        factor = whole if whole in tensors.infos else None
-        return partial(packed_floats, name, scale, tensors, schemes.whole, label, whole=factor)
-    return partial(packed_integers, path, tensors, label)
 
 
 def _scaled(

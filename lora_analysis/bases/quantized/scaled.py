@@ -1,8 +1,13 @@
-"""fp8 and int8 matrices with a scale for the whole, for rows, for groups or for square blocks.
+"""Matrices with scales for the whole, rows, groups or blocks: fp8, int8, and bitsandbytes.
 
 ``W = weight·scale``, also if the scale is called ``weight_scale_inv`` (DeepSeek's name for it).
 The shape of the scales determines what each covers; if blocks do not divide the matrix, the
 configuration determines their edge. The table of schemes determines what a scale means.
+
+bitsandbytes has int8 by rows, and 4-bit code-books (nf4, fp4). 4-bit codes run through the
+flattened weight, two a byte, the first in the high half; each block of 64 (``blocksize``) has a
+scale ``absmax``, which may itself be stored as 8-bit codes ("nested" or double quantization). The
+code-book and a JSON of shapes are separate tensors of the file.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from lora_analysis.bases.quantized.codes import (
     Decoder,
     RawTensors,
     float_levels,
+    nibbles,
     plane_of,
     powers_of_two,
     storage_error,
@@ -26,10 +32,13 @@ from lora_analysis.bases.quantized.codes import (
     untiled_shape,
 )
 from lora_analysis.bases.quantized.schemes import DECODED_8_BIT, Scheme, decoding_of
+from lora_analysis.storage.documents import parse_json
 from lora_analysis.storage.dtypes import FLOAT8
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+STATE = ".quant_state.bitsandbytes__"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +77,9 @@ class Scaled:
         """Return one number per block, as a matrix."""
         if name is None:
             return np.ones((1, 1), np.float32)
-        grid = powers_of_two(tensors.read(name)) if self._exponents(tensors, name) else None
-        numbers: NDArray[np.float32] = (
-            tensors.read(name).astype(np.float32) if grid is None else grid
-        )
+        exponents = self.power and name == self.scale and tensors.infos[name].dtype == "uint8"
+        stored = tensors.read(name)
+        numbers = powers_of_two(stored) if exponents else stored.astype(np.float32)
         plane = plane_of(self.shape, index)
         height, width = (math.ceil(n / b) for n, b in zip(plane, self.block, strict=True))
         if self.tiled and name == self.scale:
@@ -79,10 +87,6 @@ class Scaled:
         if index is not None and numbers.size > 1:
             numbers = numbers[index]
         return numbers.reshape(height, width)
-
-    def _exponents(self, tensors: RawTensors, name: str) -> bool:
-        """Return True if the numbers of a tensor are exponents in plain bytes."""
-        return self.power and name == self.scale and tensors.infos[name].dtype == "uint8"
 
     def _spread(self, grid: NDArray[Any], rows: slice, width: int) -> NDArray[Any]:
         """Return the numbers of every row and column, as views of one row or column if possible."""
@@ -168,22 +172,20 @@ def block_of(
     if len(grid) != 2 or len(weight) not in (2, 3):
         return None
     sides = stated_block or (128, 128)
-    edges = [
-        _edge(length, count, side)
-        for length, count, side in zip(weight[-2:], grid, sides, strict=True)
-    ]
-    return None if None in edges else (edges[0] or 1, edges[1] or 1)
-
-
-def _edge(length: int, count: int, side: int) -> int | None:
-    """Return the edge of ``count`` blocks over ``length``: equal blocks, or of the stated size."""
-    if count == 1:
-        return max(length, 1)
-    if count == length:
-        return 1
-    if count == math.ceil(length / side):
-        return side
-    return length // count if count and length % count == 0 else None
+    edges = []  # equal blocks, or of the stated size
+    for length, count, side in zip(weight[-2:], grid, sides, strict=True):
+        if count == 1:
+            edge = length
+        elif count == length:
+            edge = 1
+        elif count == math.ceil(length / side):
+            edge = side
+        elif count and length % count == 0:
+            edge = length // count
+        else:
+            return None
+        edges.append(max(edge, 1))
+    return edges[0], edges[1]
 
 
 def _covering(shape: tuple[int, ...], block: tuple[int, int]) -> str:
@@ -193,3 +195,108 @@ def _covering(shape: tuple[int, ...], block: tuple[int, int]) -> str:
     if block[1] == width:
         return "a scale per row" if block[0] == 1 else f"a scale per {block[0]} rows"
     return f"a scale per {block[0]} × {block[1]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Blockwise4Bit:
+    """One nf4 or fp4 weight ``X.weight``."""
+
+    name: str
+    shape: tuple[int, ...]
+    storage: str
+    state: dict[str, Any]
+    transposed: None = None
+    step: int = 1
+
+    def decoder(self, tensors: RawTensors, index: int | None) -> Decoder:  # noqa: ARG002
+        """Return a function that decodes runs of rows."""
+        levels = tensors.read(f"{self.name}.quant_map").astype(np.float32).reshape(-1)
+        scales = self._scales(tensors)
+        columns, block = self.shape[1], int(self.state["blocksize"])
+
+        def decode(rows: slice) -> Coded:
+            first, last = rows.start * columns, rows.stop * columns
+            packed = tensors.raw(self.name, first // 2, (last + 1) // 2)
+            codes = nibbles(packed, high_first=True)[first % 2 :][: last - first]
+            scale = scales[np.arange(first, last) // block]
+            return Coded(codes.reshape(-1, columns), scale.reshape(-1, columns), levels)
+
+        return decode
+
+    def _scales(self, tensors: RawTensors) -> NDArray[np.float32]:
+        """Return one scale per block."""
+        # Their numbers of elements were checked, their shapes were not.
+        absmax = tensors.read(f"{self.name}.absmax").reshape(-1)
+        if "nested_blocksize" not in self.state:
+            return absmax.astype(np.float32)
+        nested = tensors.read(f"{self.name}.nested_quant_map").reshape(-1)[absmax]
+        outer = tensors.read(f"{self.name}.nested_absmax").reshape(-1)
+        outer = outer[np.arange(len(absmax)) // int(self.state["nested_blocksize"])]
+        scales = nested * outer + np.float32(self.state.get("nested_offset", 0.0))
+        return np.asarray(scales, np.float32)
+
+
+def blockwise_4bit(name: str, kind: str, tensors: RawTensors, label: str) -> Blockwise4Bit:
+    """Return the weight ``X.weight`` with a state of ``kind``; the sizes must fit together."""
+    storage = f"bitsandbytes {kind}"
+    try:
+        state = parse_json(bytes(tensors.read(f"{name}{STATE}{kind}")).decode("utf-8"))
+        m, n = (int(size) for size in state["shape"])
+        blocks = math.ceil(m * n / int(state["blocksize"]))
+        nested = int(state.get("nested_blocksize", 1))
+        sizes = {
+            name: math.ceil(m * n / 2),
+            f"{name}.absmax": blocks,
+            f"{name}.quant_map": 16,
+        }
+        if "nested_blocksize" in state:
+            sizes[f"{name}.nested_absmax"] = math.ceil(blocks / nested)
+            sizes[f"{name}.nested_quant_map"] = 256
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise storage_error(
+            label, name, storage, f"its quant_state is not readable ({error})"
+        ) from error
+    for tensor, elements in sizes.items():
+        info = tensors.infos.get(tensor)
+        if info is None or info.elements != elements:
+            actual = "is missing" if info is None else f"has {info.elements:,}"
+            why = f"'{tensor}' should have {elements:,} elements, it {actual}"
+            raise storage_error(label, name, storage, why)
+    kinds = {name: "uint8"} | ({f"{name}.absmax": "uint8"} if "nested_blocksize" in state else {})
+    for tensor, dtype in kinds.items():
+        if tensors.infos[tensor].dtype != dtype:
+            why = f"'{tensor}' should be {dtype}, it is {tensors.infos[tensor].dtype}"
+            raise storage_error(label, name, storage, why)
+    return Blockwise4Bit(name, (m, n), storage, state)
+
+
+@dataclass(frozen=True, slots=True)
+class RowwiseInt8:
+    """One int8 weight ``X.weight`` with the largest value of each row in ``X.SCB``."""
+
+    name: str
+    scale: str
+    shape: tuple[int, ...]
+    storage: str = "bitsandbytes int8"
+    transposed: None = None
+    step: int = 1
+
+    def decoder(self, tensors: RawTensors, index: int | None) -> Decoder:  # noqa: ARG002
+        """Return a function that decodes runs of rows: ``codes·SCB/127``."""
+        scales = tensors.read(self.scale).astype(np.float32).reshape(-1, 1) / np.float32(127)
+        columns = self.shape[1]
+
+        def decode(rows: slice) -> Coded:
+            codes = tensors.raw(self.name, rows.start * columns, rows.stop * columns)
+            return Coded(codes.reshape(-1, columns), scales[rows])
+
+        return decode
+
+
+def rowwise_int8(name: str, scale: str, tensors: RawTensors, label: str) -> RowwiseInt8:
+    """Return the weight; it must be int8 with one scale per row."""
+    info, rows = tensors.infos[name], tensors.infos[scale]
+    if info.dtype != "int8" or len(info.shape) != 2 or rows.elements != info.shape[0]:
+        why = f"it is {info.dtype} {info.shape}, its SCB has shape {rows.shape}"
+        raise storage_error(label, name, "bitsandbytes int8", why)
+    return RowwiseInt8(name, scale, info.shape)

@@ -166,7 +166,16 @@ class Schemes:
         path = weight.removesuffix(".weight")
         mark = f"{path}.{_COMFY_MARK}"
         if mark in tensors.infos:
-            return _comfy(weight, _read_mark(mark, weight, tensors, label), label)
+            info = tensors.infos[mark]
+            if info.dtype != "uint8" or info.elements > _MAX_MARK_BYTES:
+                why = f"'{mark}' is {info.dtype} {info.shape}, not the bytes of a JSON object"
+                raise storage_error(label, weight, "ComfyUI", why)
+            try:
+                content = json.loads(bytes(tensors.raw(mark, 0, info.elements)))
+            except (ValueError, RecursionError) as error:
+                why = f"'{mark}' is not readable ({error})"
+                raise storage_error(label, weight, "ComfyUI", why) from error
+            return _comfy(weight, content, label)
         for name in (path, path.partition("diffusion_model.")[2]):
             if name in self.layers:
                 return _comfy(weight, self.layers[name], label)
@@ -179,7 +188,21 @@ def stated_schemes(config: Mapping[str, Any], metadata: Mapping[str, str]) -> Sc
     lower = [name.lower() for name in names]
     kinds = frozenset(_SCHEME_NAMES[name] for name in lower if name in _SCHEME_NAMES)
     source = f"the configuration states {', '.join(dict.fromkeys(names))}" if names else ""
-    whole = Scheme(kinds, source, _stated_block(config)) if source else Scheme()
+    # The edges of blocks, if the configuration states them for the whole or for a group.
+    candidates = [config.get("weight_block_size")]
+    groups = config.get("config_groups")
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if isinstance(weights, Mapping):
+            candidates.append(weights.get("block_structure"))
+    blocks = [
+        (block[0], block[1])
+        for block in candidates
+        if isinstance(block, list)
+        and len(block) == 2
+        and all(isinstance(edge, int) and edge > 0 for edge in block)
+    ]
+    whole = Scheme(kinds, source, blocks[0] if blocks else None) if source else Scheme()
     try:
         document = json.loads(metadata.get(_COMFY_METADATA, "{}"))
         layers = document.get("layers", {}) if isinstance(document, dict) else {}
@@ -226,35 +249,6 @@ def _names(config: Mapping[str, Any]) -> Iterator[Any]:
         for group in groups.values() if isinstance(groups, Mapping) else ():
             if isinstance(group, Mapping):
                 yield group.get("format") or group.get("quant_algo")
-
-
-def _stated_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return the edges of blocks that a configuration states, None if it states none."""
-    candidates = [config.get("weight_block_size")]
-    groups = config.get("config_groups")
-    for group in groups.values() if isinstance(groups, Mapping) else ():
-        weights = group.get("weights") if isinstance(group, Mapping) else None
-        if isinstance(weights, Mapping):
-            candidates.append(weights.get("block_structure"))
-    for block in candidates:
-        if isinstance(block, list) and len(block) == 2:
-            height, width = block
-            if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0:
-                return height, width
-    return None
-
-
-def _read_mark(mark: str, weight: str, tensors: RawTensors, label: str) -> Any:
-    info = tensors.infos[mark]
-    try:
-        if info.dtype != "uint8" or info.elements > _MAX_MARK_BYTES:
-            why = f"'{mark}' is {info.dtype} {info.shape}, not the bytes of a JSON object"
-            raise storage_error(label, weight, "ComfyUI", why)
-        return json.loads(bytes(tensors.raw(mark, 0, info.elements)))
-    except (ValueError, RecursionError) as error:
-        raise storage_error(
-            label, weight, "ComfyUI", f"'{mark}' is not readable ({error})"
-        ) from error
 
 
 def _comfy(weight: str, mark: Any, label: str) -> Scheme:
