@@ -268,7 +268,7 @@ def test_a_sweep_of_which_nothing_is_left_names_each_failure_and_is_refused(
 
     write_tiny_base(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lora_analysis.training.jobs.train_run", fail)
+    monkeypatch.setattr("lora_analysis.training.sweep.train_run", fail)
     Path("plan.toml").write_text(PLAN.format(axis="seed = [0, 1]"))
     assert run(["sweep", "plan.toml", "--format", "json"]) == expected
     out, err = capsys.readouterr()

@@ -13,7 +13,7 @@ from scipy.linalg import block_diag
 from threadpoolctl import threadpool_limits
 
 from lora_analysis import linalg
-from lora_analysis.linalg import dense, krylov, thin
+from lora_analysis.linalg import dense, krylov
 
 
 @pytest.fixture
@@ -178,10 +178,10 @@ def test_products_in_the_order_of_memory_are_the_products(rng, monkeypatch, orde
 def in_pieces(request, monkeypatch):
     """Products as on processors without and with AVX-512."""
     if request.param:
-        names = {getattr(b, "architecture", "") for b in thin._blas().lib_controllers}
-        monkeypatch.setattr(thin, "_WITH_SMALL_KERNELS", names)
+        names = {getattr(b, "architecture", "") for b in dense._blas().lib_controllers}
+        monkeypatch.setattr(dense, "_WITH_SMALL_KERNELS", names)
     else:
-        monkeypatch.setattr(thin, "_WITH_SMALL_KERNELS", set())
+        monkeypatch.setattr(dense, "_WITH_SMALL_KERNELS", set())
 
 
 @pytest.mark.usefixtures("in_pieces")
@@ -196,15 +196,15 @@ def test_neighboring_numbers_alone_are_multiplied_in_pieces(rng):
 
 @pytest.mark.usefixtures("in_pieces")
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("r", [0, 1, 5, thin._FEW, thin._FEW + 1])
+@pytest.mark.parametrize("r", [0, 1, 5, dense._FEW, dense._FEW + 1])
 @pytest.mark.parametrize(
-    ("m", "n"), list(product([0, 1, 40, 400], [1, 127, 128, (thin._GROUP + 1) * thin._DEPTH + 3]))
+    ("m", "n"), list(product([0, 1, 40, 400], [1, 127, 128, (dense._GROUP + 1) * dense._DEPTH + 3]))
 )
 def test_thin_products_are_the_products(rng, m, n, r, dtype):
     block, X, Y = (rng.standard_normal(s).astype(dtype) for s in ((m, n), (n, r), (m, r)))
     wide = block.astype(np.float64)
     bound = 8 * np.finfo(dtype).eps
-    several_runs_of_rows = patch.object(thin, "_WORK", 170 * thin._DEPTH)
+    several_runs_of_rows = patch.object(dense, "_WORK", 170 * dense._DEPTH)
     with threadpool_limits(1, user_api="blas"), several_runs_of_rows:
         right, left = linalg.thin_product(block, X), linalg.thin_left_product(Y, block)
     assert (right.dtype, left.dtype) == (np.float64, dtype)

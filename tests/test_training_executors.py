@@ -14,8 +14,8 @@ from lora_analysis.execution.cluster import RayExecutor
 from lora_analysis.execution.processes import ProcessExecutor
 from lora_analysis.execution.protocol import SerialExecutor
 from lora_analysis.training import ExecutionOptions
-from lora_analysis.training import jobs as choosing
-from lora_analysis.training.jobs import choose_executor
+from lora_analysis.training import sweep as choosing
+from lora_analysis.training.sweep import choose_executor
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from torch import nn
 
 from lora_analysis.errors import DivergedError, InputError
 from lora_analysis.training.config import Seeds
-from lora_analysis.training.devices import one_thread, resolve_device
-from lora_analysis.training.loop import StepMetrics, learning_rate, training_steps
+from lora_analysis.training.devices import cpu_threads, resolve_device
+from lora_analysis.training.loop import StepMetrics, Training, learning_rate
 from lora_analysis.training.options import LoopOptions
 from lora_analysis.training.tasks import ArrayTask, Split, TaskData, accuracy
 
@@ -37,7 +37,7 @@ def _trained(
     model: nn.Module, data: TaskData, options: LoopOptions, seed: int = 4
 ) -> tuple[nn.Module, list[StepMetrics]]:
     twin = copy.deepcopy(model)
-    return twin, list(training_steps(twin, ArrayTask(data), options, seeds=Seeds(0, seed, 0)))
+    return twin, list(Training(twin, ArrayTask(data), options, seeds=Seeds(0, seed, 0)))
 
 
 def test_training_lowers_the_loss_and_raises_the_accuracy(model: nn.Module, data: TaskData) -> None:
@@ -84,7 +84,7 @@ def test_one_epoch_draws_every_example_once(model: nn.Module, data: TaskData) ->
         return batch
 
     options = replace(OPTIONS, steps=10)  # 40 examples in batches of 8: two epochs
-    list(training_steps(model, ArrayTask(data, record), options))
+    list(Training(model, ArrayTask(data, record), options))
     wanted = np.sort(data.train.inputs[:, 0])
     for epoch in (drawn[:5], drawn[5:]):
         np.testing.assert_array_equal(np.sort(torch.cat(epoch)[:, 0].numpy()), wanted)
@@ -104,7 +104,7 @@ def test_the_first_step_is_adamw_by_hand(data: TaskData) -> None:
     options = LoopOptions(
         steps=1, batch_size=40, lr=0.1, warmup_steps=0, weight_decay=0.5, max_grad_norm=1e9
     )
-    list(training_steps(model, ArrayTask(data), options))
+    list(Training(model, ArrayTask(data), options))
     twin = before.clone().requires_grad_()
     inputs, targets = torch.as_tensor(data.train.inputs), torch.as_tensor(data.train.targets)
     (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(inputs @ twin.T, targets), twin)
@@ -156,13 +156,13 @@ def test_a_diverged_training_says_at_which_step(model: nn.Module, data: TaskData
 
     words = r"diverged: the loss at step 1 is nan at .* examples \d+, .* smaller lr"
     with pytest.raises(DivergedError, match=words):
-        list(training_steps(model, ArrayTask(data, spoil), OPTIONS))
+        list(Training(model, ArrayTask(data, spoil), OPTIONS))
 
 
 def test_a_model_with_nothing_to_train_is_refused(model: nn.Module, data: TaskData) -> None:
     model.requires_grad_(False)
     with pytest.raises(InputError, match="no parameter to train"):
-        list(training_steps(model, ArrayTask(data), OPTIONS))
+        list(Training(model, ArrayTask(data), OPTIONS))
 
 
 @pytest.mark.parametrize(
@@ -198,6 +198,6 @@ def test_a_device_that_is_not_there_is_refused(name: str) -> None:
 
 def test_one_thread_gives_the_others_back() -> None:
     before = torch.get_num_threads()
-    with one_thread():
+    with cpu_threads(1):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before

@@ -355,7 +355,7 @@ def test_a_full_disk_ends_one_run_and_not_the_sweep(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         return write_json(path, fields)
 
-    monkeypatch.setattr("lora_analysis.training.jobs.train_run", train)
+    monkeypatch.setattr("lora_analysis.training.sweep.train_run", train)
     monkeypatch.setattr("lora_analysis.training.sweep.write_json", write)
     runs = {
         name: RunConfig("rotate", 2, seed=n) for n, name in enumerate(("first", "second", "third"))

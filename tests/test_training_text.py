@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lora_analysis.training import encoded_tasks as text_module
+from lora_analysis.training import tasks as text_module
 from lora_analysis.training.examples import Example
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from lora_analysis.finding import Finding
-from lora_analysis.linalg.entries import FEW_ENTRIES, peak_and_rest, zero_runs
+from lora_analysis.linalg.arrays import FEW_ENTRIES, peak_and_rest, zero_runs
 from lora_analysis.storage.dtypes import FLOAT8, FLOATING, READABLE, raw_dtype
 
 if TYPE_CHECKING:

@@ -110,7 +110,29 @@ def permute_blocks(
     unequal strength reach p = .05 in 42 to 71 % of simulated studies without a task effect, and in
     1 to 14 % if every task's own mean must also exceed its mean with every other task.
     """
-    matrix, codes, groups = _checked(values, tasks, seeds)
+    matrix = np.asarray(values, dtype=np.float64)
+    codes, groups = _codes(tasks), _codes(seeds)
+    sizes = np.bincount(codes)
+    if len(sizes) < 2 or sizes.max() < 2:
+        message = (
+            f"A permutation of runs needs two tasks, one of them with two runs; the {len(codes)} "
+            f"runs have {len(sizes)} task(s), at most {sizes.max(initial=0)} run(s) each."
+        )
+        raise InputError(message)
+    if len(groups) != len(codes) or matrix.shape != codes.shape * 2:
+        message = (
+            f"The {len(codes)} blocks need a seed each and a value for every pair: values must "
+            f"have shape {codes.shape * 2}, found {len(groups)} seeds and shape {matrix.shape}."
+        )
+        raise InputError(message)
+    repeated = [key for key, n in Counter(zip(tasks, seeds, strict=True)).items() if n > 1]
+    if repeated:
+        task, seed = repeated[0]
+        message = (
+            f"Several blocks have task {task!r} and seed {seed!r}: adapters of one task and seed "
+            "form one block, whose value is the mean over their pairs."
+        )
+        raise InputError(message)
     i, j = np.nonzero(np.triu(~np.isnan(matrix), 1))
     pairs = _Pairs(i, j, matrix[i, j])
     design = _choose_design(pairs, codes, groups, draws, random_seed)
@@ -211,35 +233,6 @@ def _codes(labels: Sequence[Hashable]) -> NDArray[np.intp]:
     return np.array([numbers[label] for label in labels], dtype=np.intp)
 
 
-def _checked(
-    values: ArrayLike, tasks: Sequence[Hashable], seeds: Sequence[Hashable]
-) -> tuple[NDArray[np.float64], NDArray[np.intp], NDArray[np.intp]]:
-    matrix = np.asarray(values, dtype=np.float64)
-    codes, groups = _codes(tasks), _codes(seeds)
-    sizes = np.bincount(codes)
-    if len(sizes) < 2 or sizes.max() < 2:
-        message = (
-            f"A permutation of runs needs two tasks, one of them with two runs; the {len(codes)} "
-            f"runs have {len(sizes)} task(s), at most {sizes.max(initial=0)} run(s) each."
-        )
-        raise InputError(message)
-    if len(groups) != len(codes) or matrix.shape != codes.shape * 2:
-        message = (
-            f"The {len(codes)} blocks need a seed each and a value for every pair: values must "
-            f"have shape {codes.shape * 2}, found {len(groups)} seeds and shape {matrix.shape}."
-        )
-        raise InputError(message)
-    repeated = [key for key, n in Counter(zip(tasks, seeds, strict=True)).items() if n > 1]
-    if repeated:
-        task, seed = repeated[0]
-        message = (
-            f"Several blocks have task {task!r} and seed {seed!r}: adapters of one task and seed "
-            "form one block, whose value is the mean over their pairs."
-        )
-        raise InputError(message)
-    return matrix, codes, groups
-
-
 @dataclass(frozen=True, slots=True)
 class _Design:
     """The relabelings of a scheme, ``(R, N)``, and how many of them count whatever the values."""
@@ -266,11 +259,14 @@ def _choose_design(
 
     def design(scheme: Scheme, strata: NDArray[np.intp]) -> _Design:
         exact = count_relabelings(codes, strata) <= MAX_EXACT
-        labels = (
-            np.array(list(_relabelings(codes, strata)))
-            if exact
-            else _random_relabelings(codes, strata, draws, random_seed)
-        )
+        if exact:
+            labels = np.array(list(_relabelings(codes, strata)))
+        else:  # task codes permuted at random within strata
+            rng = np.random.default_rng(random_seed)
+            labels = np.tile(codes, (draws, 1))
+            for stratum in np.unique(strata):
+                members = np.flatnonzero(strata == stratum)
+                labels[:, members] = rng.permuted(labels[:, members], axis=1)
         return _Design(scheme, labels, exact, pairs.unavoidable(codes, labels))
 
     recurring = np.bincount(seeds) > 1
@@ -279,20 +275,15 @@ def _choose_design(
     # The blocks whose seed no other task has are one stratum.
     strata = np.unique(np.where(recurring[seeds], seeds, -1), return_inverse=True)[1]
     within = design("within seeds", strata)
-    if within.smallest_p_value <= LEVEL or not _is_balanced(codes, seeds):
+    # All runs can be relabeled although tasks have seeds in common: that is conservative for two
+    # tasks, and for more if of any two tasks one has all seeds of the other. If one of three tasks
+    # has seeds of its own, seeds of unequal strength look like tasks: p ≤ .05 in 7.1 % of simulated
+    # studies without an effect.
+    seeds_of = sorted((set(seeds[codes == task].tolist()) for task in np.unique(codes)), key=len)
+    is_balanced = len(seeds_of) == 2 or all(a <= b for a, b in pairwise(seeds_of))
+    if within.smallest_p_value <= LEVEL or not is_balanced:
         return within
     return min(within, design("all runs", np.zeros_like(codes)), key=lambda d: d.smallest_p_value)
-
-
-def _is_balanced(codes: NDArray[np.intp], seeds: NDArray[np.intp]) -> bool:
-    """Return True if all runs can be relabeled although tasks have seeds in common.
-
-    That is conservative for two tasks, and for more if of any two tasks one has all seeds of the
-    other. If one of three tasks has seeds of its own, seeds of unequal strength look like tasks:
-    p ≤ .05 in 7.1 % of simulated studies without an effect.
-    """
-    seeds_of = sorted((set(seeds[codes == task].tolist()) for task in np.unique(codes)), key=len)
-    return len(seeds_of) == 2 or all(a <= b for a, b in pairwise(seeds_of))
 
 
 def count_relabelings(codes: NDArray[np.intp], strata: NDArray[np.intp]) -> int:
@@ -352,15 +343,3 @@ def _relabelings(codes: NDArray[np.intp], strata: NDArray[np.intp]) -> Iterator[
                 labels[block] = -1
 
     return assign(0)
-
-
-def _random_relabelings(
-    codes: NDArray[np.intp], strata: NDArray[np.intp], draws: int, seed: int
-) -> NDArray[np.intp]:
-    """Return random task codes, ``(draws, N)``, permuted within strata."""
-    rng = np.random.default_rng(seed)
-    labels = np.tile(codes, (draws, 1))
-    for stratum in np.unique(strata):
-        members = np.flatnonzero(strata == stratum)
-        labels[:, members] = rng.permuted(labels[:, members], axis=1)
-    return labels

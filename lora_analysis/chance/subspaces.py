@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from lora_analysis.chance.moments import (
 from lora_analysis.chance.sampling import similarity_draws
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import ArrayLike, NDArray
 
 # In spaces smaller than this no matched distribution holds (at d = 4, i = j = 2 what it calls .001
@@ -191,22 +193,24 @@ def similarity_p_value(
     if cells.exact.all():
         return floored_p_value(exact)
     if dimension < _SAMPLED_BELOW:
-        matched = _sampled_p_value(cells, trace)
+        matched = _sampled(cells, trace, monte_carlo_p_value)
     else:
         above = matched_p_value(cells.moments, trace)
         matched = np.where(cells.upper, matched_cdf(cells.moments, cells.p - trace), above)
     return floored_p_value(np.where(cells.exact, exact, matched))
 
 
-def _sampled_p_value(cells: _Cells, trace: NDArray[np.float64]) -> NDArray[np.float64]:
-    every, p, q = np.broadcast_arrays(trace, cells.p, cells.q)
-    p_values = np.ones(every.shape)
+def _sampled(
+    cells: _Cells, values: NDArray[np.float64], statistic: Callable[..., Any]
+) -> NDArray[np.float64]:
+    """Return a statistic of the draws of each cell and its value; 1 if the cell is exact."""
+    every, p, q = np.broadcast_arrays(values, cells.p, cells.q)
+    results = np.ones(every.shape)
     for index in np.ndindex(every.shape):
         if p[index] > 1:
-            p_values[index] = monte_carlo_p_value(
-                _traces(cells.dimension, int(p[index]), int(q[index])), float(every[index])
-            )
-    return p_values
+            draws = _traces(cells.dimension, int(p[index]), int(q[index]))
+            results[index] = statistic(draws, float(every[index]))
+    return results
 
 
 def similarity_null_method(dimension: int, i: ArrayLike, j: ArrayLike) -> NDArray[np.str_]:
@@ -231,24 +235,13 @@ def similarity_quantile(
     )
     if not cells.exact.all():
         if dimension < _SAMPLED_BELOW:
-            matched = _sampled_quantile(cells, levels)
+            matched = _sampled(cells, levels, np.quantile)
         else:
             below = matched_quantile(cells.moments, np.where(cells.upper, 1 - levels, levels))
             matched = np.where(cells.upper, cells.p - below, below)
         trace = np.where(cells.exact, trace, matched)
     trace = np.where(cells.constant, 0.0, np.clip(trace, 0.0, cells.p))
     return (trace + cells.common) / cells.least
-
-
-def _sampled_quantile(cells: _Cells, level: NDArray[np.float64]) -> NDArray[np.float64]:
-    every, p, q = np.broadcast_arrays(level, cells.p, cells.q)
-    quantiles = np.zeros(every.shape)
-    for index in np.ndindex(every.shape):
-        if p[index] > 1:
-            quantiles[index] = np.quantile(
-                _traces(cells.dimension, int(p[index]), int(q[index])), every[index]
-            )
-    return quantiles
 
 
 def similarity_maximum(dimension: int, i: int, j: int, count: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +80,24 @@ class RayExecutor:
     ) -> Generator[Outcome[Job, Result], None, None]:
         """Yield the outcome of every job; see `protocol.Executor`."""
         ray = _import_ray()
-        with self._connection(ray):
+        starts_connection = not ray.is_initialized()
+        if starts_connection:
+            address = self.address or os.environ.get("RAY_ADDRESS")
+            # A cluster started here has one CPU per worker.
+            local = {} if address else {"num_cpus": self.workers, "include_dashboard": False}
+            try:
+                ray.init(
+                    address=address or "local", log_to_driver=False, logging_level="ERROR", **local
+                )
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                message = (
+                    f"Cannot connect to a Ray cluster at {address or 'this machine'}: "
+                    f"{_last_line(error)} Is it running, reachable from this machine, of the same "
+                    "version of Ray and Python, and is its token (RAY_AUTH_TOKEN), if it has one, "
+                    "set?"
+                )
+                raise InputError(message) from error
+        try:
             gpus = self.gpus
             if gpus is None:
                 gpus = min(1, ray.cluster_resources().get("GPU", 0))
@@ -89,30 +106,9 @@ class RayExecutor:
                 yield from tasks.outcomes(jobs, self.workers)
             finally:
                 tasks.stop()
-
-    @contextmanager
-    def _connection(self, ray: ModuleType) -> Iterator[None]:
-        if ray.is_initialized():
-            yield
-            return
-        address = self.address or os.environ.get("RAY_ADDRESS")
-        # A cluster started here has one CPU per worker.
-        local = {} if address else {"num_cpus": self.workers, "include_dashboard": False}
-        try:
-            ray.init(
-                address=address or "local", log_to_driver=False, logging_level="ERROR", **local
-            )
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            message = (
-                f"Cannot connect to a Ray cluster at {address or 'this machine'}: "
-                f"{_last_line(error)} Is it running, reachable from this machine, of the same "
-                "version of Ray and Python, and is its token (RAY_AUTH_TOKEN), if it has one, set?"
-            )
-            raise InputError(message) from error
-        try:
-            yield
         finally:
-            ray.shutdown()
+            if starts_connection:
+                ray.shutdown()
 
 
 class _Tasks:
@@ -151,7 +147,17 @@ class _Tasks:
             self._forward_events()
             for ref in done:
                 job, attempts = self.running.pop(ref)
-                result = self._result(ref, job)
+                try:
+                    result = self.ray.get(ref)
+                except self.ray.exceptions.RayTaskError as error:
+                    message = (
+                        f"A Ray worker could not load its work: {_last_line(error)}. Every machine "
+                        "needs the packages that are imported on this one."
+                    )
+                    result = Failed(LoraAnalysisError(message))
+                except self.ray.exceptions.RayError as error:  # its process or machine is gone
+                    message = f"Ray lost the worker of {job}: {_last_line(error)}"
+                    result = Failed(LostWorkerError(message))
                 if not isinstance(result, Failed):
                     yield Outcome(job, result, None, attempts)
                 elif is_final(result.error, attempts):
@@ -177,20 +183,6 @@ class _Tasks:
     def _submit(self, job: Any, attempts: int) -> None:
         ref = self.task.remote(self.function, job, self.mailbox, self.folder)
         self.running[ref] = job, attempts
-
-    def _result(self, ref: Any, job: Any) -> Any:
-        """Return the result of a task, or an error if its process or machine is gone."""
-        try:
-            return self.ray.get(ref)
-        except self.ray.exceptions.RayTaskError as error:  # the work could not be loaded there
-            message = (
-                f"A Ray worker could not load its work: {_last_line(error)}. Every machine needs "
-                "the packages that are imported on this one."
-            )
-            return Failed(LoraAnalysisError(message))
-        except self.ray.exceptions.RayError as error:
-            message = f"Ray lost the worker of {job}: {_last_line(error)}"
-            return Failed(LostWorkerError(message))
 
     def _forward_events(self) -> None:
         """Send new events of the work to the caller."""

@@ -16,7 +16,7 @@ from functools import partial
 from itertools import cycle, islice
 from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Any, Generic, cast
 
 from lora_analysis.errors import InputError, LostWorkerError, UnguardedScriptError
 from lora_analysis.execution.protocol import (
@@ -135,7 +135,9 @@ def _outcomes(
     while waiting or any(worker.busy for worker in crew):
         for worker in crew:
             if waiting and not worker.busy:
-                worker.give(*waiting.popleft())
+                worker.job, worker.attempts = waiting.popleft()
+                with suppress(ConnectionError):  # it is gone, and reading its pipe will show it
+                    worker.pipe.send(worker.job)
         ready = wait([worker.pipe for worker in crew if worker.busy])
         for index in [i for i, worker in enumerate(crew) if worker.pipe in ready]:
             message = crew[index].receive()
@@ -145,7 +147,8 @@ def _outcomes(
             if not isinstance(message, _Done | Failed):
                 on_event(message)
                 continue
-            job, attempts = crew[index].release()
+            job, attempts = cast("Job", crew[index].job), crew[index].attempts
+            crew[index].job, crew[index].attempts = None, 0
             if isinstance(message, _Lost):
                 crew[index].pipe.close()
                 crew[index] = start(crew[index].environment)
@@ -173,17 +176,6 @@ class _Worker(Generic[Job]):
     def busy(self) -> bool:
         return self.attempts > 0
 
-    def give(self, job: Job, attempts: int) -> None:
-        self.job, self.attempts = job, attempts
-        with suppress(ConnectionError):  # it is gone, and reading its pipe will show it
-            self.pipe.send(job)
-
-    def release(self) -> tuple[Job, int]:
-        """Take the job back, with the number of the attempt."""
-        job, attempts = self.job, self.attempts
-        self.job, self.attempts = None, 0
-        return job, attempts  # type: ignore[return-value]  # a busy worker has one
-
     def receive(self) -> object:
         """Return the next message of the worker, or `_Lost` if it is gone."""
         try:
@@ -191,7 +183,20 @@ class _Worker(Generic[Job]):
         except (EOFError, ConnectionError):
             self.process.join(_PATIENCE)
             if not self.ready and (self.process.exitcode or 0) > 0:
-                raise _start_error(self.process.exitcode) from None
+                # It ended while it imported the main module, as every other one would.
+                script = getattr(sys.modules["__main__"], "__file__", None) or "the main module"
+                guard = 'under `if __name__ == "__main__":`'
+                if self.process.exitcode == _UNGUARDED:
+                    message = (
+                        f"{script} starts worker processes, which import it and would start their "
+                        f"own: put the call {guard}, or use one worker (workers=1)."
+                    )
+                    raise UnguardedScriptError(message) from None
+                message = (
+                    f"Worker processes cannot import {script} (exit code {self.process.exitcode}; "
+                    f"their error is above): put its code {guard}, or use one worker (workers=1)."
+                )
+                raise InputError(message) from None
             message = (
                 f"The worker process {self.process.pid} ended with exit code "
                 f"{self.process.exitcode} before {self.job} was done. Did memory run out? Use "
@@ -207,21 +212,6 @@ def _start(work: bytes, threads: int, environment: Mapping[str, str]) -> _Worker
     process.start()
     theirs.close()
     return _Worker(process, ours, environment)
-
-
-def _start_error(exit_code: int | None) -> InputError:
-    """Return why a worker ended while it imported the main module, as every other one would."""
-    script = getattr(sys.modules["__main__"], "__file__", None) or "the main module"
-    guard = 'under `if __name__ == "__main__":`'
-    if exit_code == _UNGUARDED:
-        return UnguardedScriptError(
-            f"{script} starts worker processes, which import it and would start their own: put the "
-            f"call {guard}, or use one worker (workers=1)."
-        )
-    return InputError(
-        f"Worker processes cannot import {script} (exit code {exit_code}; their error is above): "
-        f"put its code {guard}, or use one worker (workers=1)."
-    )
 
 
 def end_if_imported_by_worker() -> None:

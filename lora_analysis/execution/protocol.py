@@ -149,31 +149,31 @@ class SerialExecutor:
         on_event: EventHandler | None = None,
     ) -> Generator[Outcome[Job, Result], None, None]:
         """Yield the outcome of every job; see `Executor`."""
-        for job in jobs:
-            yield _outcome(function, job, on_event or ignore_event)
+        handle = on_event or ignore_event
+        caller_errors: list[Exception] = []  # errors of the event handler are not the job's
 
-
-def _outcome(function: Work[Job, Result], job: Job, on_event: EventHandler) -> Outcome[Job, Result]:
-    caller_errors: list[Exception] = []  # errors of the event handler are not the job's
-
-    def send_event(event: object) -> None:
-        try:
-            on_event(event)
-        except Exception as error:
-            caller_errors.append(error)
-            raise
-
-    attempts = 0
-    while True:
-        attempts += 1
-        try:
-            return Outcome(job, function(job, send_event), None, attempts)
-        except Exception as error:
-            if error in caller_errors:
+        def send_event(event: object) -> None:
+            try:
+                handle(event)
+            except Exception as error:
+                caller_errors.append(error)
                 raise
-            if is_final(error, attempts):
-                return Outcome(job, None, error, attempts)
-            on_event(Retried(job, error))
+
+        for job in jobs:
+            outcome = None
+            attempts = 0
+            while outcome is None:
+                attempts += 1
+                try:
+                    outcome = Outcome(job, function(job, send_event), None, attempts)
+                except Exception as error:
+                    if error in caller_errors:
+                        raise
+                    if is_final(error, attempts):
+                        outcome = Outcome(job, None, error, attempts)
+                    else:
+                        handle(Retried(job, error))
+            yield outcome
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ import numpy as np
 
 from lora_analysis.adapter import LowRankUpdate
 from lora_analysis.finding import Finding
-from lora_analysis.linalg.entries import FEW_ENTRIES, peak_and_rest, zero_runs
+from lora_analysis.linalg.arrays import FEW_ENTRIES, peak_and_rest, zero_runs
 from lora_analysis.names import may_be_tied
 
 if TYPE_CHECKING:

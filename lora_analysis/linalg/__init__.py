@@ -4,6 +4,7 @@ Shapes: ``B`` is ``(..., d_out, r)``, ``A`` is ``(..., r, d_in)``; bases have or
 """
 
 from lora_analysis.linalg.arrays import (
+    EPS,
     is_array,
     is_tensor,
     is_torch_module,
@@ -11,13 +12,14 @@ from lora_analysis.linalg.arrays import (
     stored_values,
     to_numpy,
 )
-from lora_analysis.linalg.constants import EPS
 from lora_analysis.linalg.dense import (
     DENSE_SVD_LIMIT,
     gram_seconds,
     gram_svd,
     leading_singular_values,
     leading_svd,
+    thin_left_product,
+    thin_product,
     whole_svd,
 )
 from lora_analysis.linalg.factored import (
@@ -37,7 +39,6 @@ from lora_analysis.linalg.overlaps import (
     overlap_grid,
     principal_angles,
 )
-from lora_analysis.linalg.thin import thin_left_product, thin_product
 
 __all__ = [
     "DENSE_SVD_LIMIT",

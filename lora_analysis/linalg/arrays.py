@@ -1,16 +1,37 @@
-"""Arrays of other libraries as numpy arrays; torch is recognized if loaded, never imported."""
+"""Arrays: the element type of the kernels, those of other libraries, and what entries show.
+
+torch is recognized if it is loaded, and never imported. Damage shows in a matrix's entries: one
+large entry, long runs of zeros.
+"""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lora_analysis.errors import InputError
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+Float = NDArray[np.float64]
+
+EPS = float(np.finfo(np.float64).eps)
+# A single entry may be all that was learned if there are fewer than this.
+FEW_ENTRIES: Final = 16
+
+
+def namespace(array: Any) -> Any:
+    """Return the module whose functions fit an array, by the array API standard.
+
+    numpy itself for its arrays (a wrapper would only cost its import), the wrapped torch for
+    tensors.
+    """
+    if isinstance(array, np.ndarray | np.generic):
+        return np
+    from array_api_compat import array_namespace
+
+    return array_namespace(array)
 
 
 def is_torch_module(value: object) -> bool:
@@ -108,3 +129,37 @@ def stored_values(value: Any, subject: str) -> tuple[str, NDArray[Any]]:
     if tensor.is_floating_point() and tensor.element_size() == 1:
         return name, tensor.view(torch.uint8).numpy()
     return name, tensor.numpy()
+
+
+def peak_and_rest(values: NDArray[Any]) -> tuple[float, Float]:
+    """Return the largest absolute entry, and all entries in float64 with that one set to zero.
+
+    Parameters
+    ----------
+    values
+        Real entries of any shape, at least one.
+
+    Returns
+    -------
+    tuple
+        The entry and a flat copy.
+    """
+    rest = values.astype(np.float64).ravel()
+    index = int(np.argmax(np.abs(rest)))
+    peak, rest[index] = abs(float(rest[index])), 0.0
+    return peak, rest
+
+
+def zero_runs(zeros: NDArray[np.bool_]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return the first index of each run of True values, and the first index after it.
+
+    Examples
+    --------
+    >>> starts, stops = zero_runs(np.array([True, True, False, True]))
+    >>> starts.tolist(), stops.tolist()
+    ([0, 3], [2, 4])
+    """
+    edges = np.flatnonzero(zeros[1:] != zeros[:-1]) + 1
+    bounds = np.concatenate(([0], edges, [zeros.size]))
+    is_run = zeros[bounds[:-1]]
+    return bounds[:-1][is_run], bounds[1:][is_run]

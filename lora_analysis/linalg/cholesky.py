@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_analysis.linalg.constants import Float
+from lora_analysis.linalg.arrays import Float
 
 # A Gram matrix squares the condition: up to the first bound its error, 1e-16·condition², stays
 # below 1e-12; up to the second one, a second pass repairs it; beyond it Householder's QR is taken.

@@ -1,16 +1,19 @@
-"""The SVD of a dense matrix: its leading part by iteration, the whole of it by its Gram matrix."""
+"""The SVD of a dense matrix: its leading part by iteration, the whole of it by its Gram matrix.
+
+Most of the time of an iteration goes into products with few columns or rows, which are at the end.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import reduce
+from functools import cache, reduce
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 
-from lora_analysis.linalg.constants import Float
+from lora_analysis.linalg.arrays import Float
 from lora_analysis.linalg.krylov import TOLERANCE, DenseSVD, Operator, krylov_svd
-from lora_analysis.linalg.thin import thin_left_product, thin_product
 
 # Below this size LAPACK's full SVD of a dense matrix is quicker than an iteration on it.
 DENSE_SVD_LIMIT = 768
@@ -26,7 +29,7 @@ _TILE = 1 << 20
 def leading_singular_values(W: NDArray[np.floating], k: int) -> Float:
     """Return the ``k`` largest singular values of a dense matrix, descending; see `leading_svd`."""
     if _is_small(W.shape, k):
-        return _all_singular_values(W)[:k]
+        return np.asarray(np.linalg.svd(np.asarray(W, np.float64), compute_uv=False))[:k]
     return leading_svd(W, k).S
 
 
@@ -56,21 +59,15 @@ def leading_svd(W: NDArray[np.floating], k: int) -> DenseSVD:
         u, s, v = leading_svd(np.ldexp(np.asarray(W, dtype=np.float64), -exponent), k)
         return DenseSVD(u, np.ldexp(s, exponent), v)
     tall = W if W.shape[0] >= W.shape[1] else W.T
-    u, s, v = _iterated(tall, k)
+    svd = krylov_svd(_operator(tall.astype(np.float32, copy=False)), k)
+    if svd is not None:
+        svd = _polished(tall, _refined(tall, svd.V), k)
+        if not _is_exact(svd, _away(tall, svd), k):
+            # Beside a value some hundred times larger, float32 does not resolve the others.
+            svd = krylov_svd(_operator(np.asarray(tall, dtype=np.float64)), k, start=svd.V)
+            svd = None if svd is None else _polished(tall, svd, k)
+    u, s, v = _lapack_svd(tall, k) if svd is None else svd
     return DenseSVD(u[:, :k], s[:k], v[:, :k]) if tall is W else DenseSVD(v[:, :k], s[:k], u[:, :k])
-
-
-def _iterated(W: NDArray[np.floating], k: int) -> DenseSVD:
-    """Return a little more than ``k`` leading triplets of a tall matrix."""
-    iterated = krylov_svd(_operator(W.astype(np.float32, copy=False)), k)
-    if iterated is None:
-        return _lapack_svd(W, k)
-    refined = _polished(W, _refined(W, iterated.V), k)
-    if _is_exact(refined, _away(W, refined), k):
-        return refined
-    # Beside a value some hundred times larger, float32 does not resolve the others.
-    again = krylov_svd(_operator(np.asarray(W, dtype=np.float64)), k, start=refined.V)
-    return _lapack_svd(W, k) if again is None else _polished(W, again, k)
 
 
 def _polished(W: NDArray[np.floating], svd: DenseSVD, k: int) -> DenseSVD:
@@ -147,10 +144,6 @@ def _lapack_svd(W: NDArray[np.floating], k: int) -> DenseSVD:
     return DenseSVD(u[:, :k], s[:k], vt[:k].T)
 
 
-def _all_singular_values(W: NDArray[np.floating]) -> Float:
-    return np.asarray(np.linalg.svd(np.asarray(W, np.float64), compute_uv=False))
-
-
 def _refined(W: NDArray[np.floating], directions: NDArray[np.floating]) -> DenseSVD:
     """Return the SVD of a tall W on the span of some directions of R^n, in float64."""
     basis = np.linalg.qr(directions.astype(np.float64))[0]
@@ -198,22 +191,18 @@ def gram_svd(W: NDArray[np.floating]) -> DenseSVD:
     U = np.empty_like(images)
     U[:, :clear] = images[:, :clear] / S
     if clear < n:
-        U[:, clear:], rest, turn = _trailing(images[:, clear:], U[:, :clear])
-        V = np.hstack([V[:, :clear], V[:, clear:] @ turn])
+        # U, S and the rotation of V on the span that the Gram matrix does not resolve.
+        u, rest, vt = np.linalg.svd(images[:, clear:], full_matrices=False)
+        # Directions of vanishing σ are arbitrary, but must stay outside those that are known.
+        for _ in range(2):
+            u = u - U[:, :clear] @ (U[:, :clear].T @ u)
+            u, r = np.linalg.qr(u)
+            u = u * np.where(np.diagonal(r) < 0, -1.0, 1.0)
+        U[:, clear:] = u
+        V = np.hstack([V[:, :clear], V[:, clear:] @ vt.T])
         S = np.append(S, rest)
     order = np.argsort(-S, kind="stable")
     return DenseSVD(U[:, order], np.ldexp(S[order], exponent), V[:, order])
-
-
-def _trailing(images: Float, leading: Float) -> tuple[Float, Float, Float]:
-    """Return U, S and the rotation of V on the span that the Gram matrix does not resolve."""
-    u, s, vt = np.linalg.svd(images, full_matrices=False)
-    # Directions of vanishing σ are arbitrary, but must stay outside those that are known.
-    for _ in range(2):
-        u = u - leading @ (leading.T @ u)
-        u, r = np.linalg.qr(u)
-        u = u * np.where(np.diagonal(r) < 0, -1.0, 1.0)
-    return u, s, vt.T
 
 
 def gram_seconds(shape: tuple[int, int]) -> float:
@@ -221,3 +210,91 @@ def gram_seconds(shape: tuple[int, int]) -> float:
     small, large = sorted(shape)
     # Products and eigh (9·n³) at 30 GFLOP/s.
     return (4 * large * small**2 + 9 * small**3) / 30e9
+
+
+# --- products of a large block with few columns or rows ----------------------------------------
+#
+# A BLAS first copies both sides of a product into an order of its own. If one of them is thin,
+# that takes longer than the product; OpenBLAS spares it for small products where there is AVX-512:
+# hence the pieces there. Elsewhere whole products are a quarter to a third faster than pieces, and
+# also if the BLAS may use several threads.
+
+# With more columns the copy is not what counts.
+_FEW = 32
+# Depth and width of a piece, and how many multiplications it may take.
+_DEPTH = 128
+_WORK = 1_000_000
+# OpenBLAS's names of processors with AVX-512.
+_WITH_SMALL_KERNELS = {"SkylakeX", "Cooperlake", "SapphireRapids"}
+# Sums of so many pieces are taken in their own type.
+_GROUP = 8
+
+
+def thin_product(block: NDArray[np.floating], X: NDArray[np.floating]) -> Float:
+    """Return ``block·X`` in float64, ``(m, r)``.
+
+    Parameters
+    ----------
+    block
+        ``(m, n)``, of the type the products are taken in.
+    X
+        ``(n, r)``, of the same type.
+
+    Notes
+    -----
+    In float32 a product of a few columns errs by some 2e-7 of its size in pieces, by 4e-7 whole.
+    """
+    (m, n), r = block.shape, X.shape[1]
+    pieces = n // _DEPTH
+    if not pieces or not _pays(block, r):
+        return np.asarray(block @ X, dtype=np.float64)
+    whole, height = pieces * _DEPTH, max(1, _WORK // (_DEPTH * r))
+    grouped = pieces // _GROUP * _GROUP
+    deep = np.ascontiguousarray(X[:whole]).reshape(pieces, _DEPTH, r)
+    product = np.zeros((m, r))
+    if whole < n:
+        product += block[:, whole:] @ X[whole:]
+    for top in range(0, m, height):
+        part = block[top : top + height, :whole].reshape(-1, pieces, _DEPTH)
+        products = part.transpose(1, 0, 2) @ deep
+        groups = products[:grouped].reshape(-1, _GROUP, len(part), r).sum(axis=1)
+        product[top : top + height] += groups.sum(axis=0, dtype=np.float64)
+        if grouped < pieces:
+            product[top : top + height] += products[grouped:].sum(axis=0)
+    return product
+
+
+def thin_left_product(Y: NDArray[np.floating], block: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Return ``Yᵀ·block``, ``(r, n)``, for Y ``(m, r)`` and a block ``(m, n)`` of one type."""
+    (m, n), r = block.shape, Y.shape[1]
+    rows = np.ascontiguousarray(Y.T)
+    pieces = n // _DEPTH
+    if not pieces or m * r > _WORK // _DEPTH or not _pays(block, r):
+        return np.asarray(rows @ block)
+    whole = pieces * _DEPTH
+    product = np.empty((r, n), block.dtype)
+    wide = block[:, :whole].reshape(m, pieces, _DEPTH).transpose(1, 0, 2)
+    product[:, :whole].reshape(r, pieces, _DEPTH)[:] = (rows @ wide).transpose(1, 0, 2)
+    if whole < n:
+        product[:, whole:] = rows @ block[:, whole:]
+    return product
+
+
+def _pays(block: NDArray[np.floating], columns: int) -> bool:
+    controllers = _blas().lib_controllers
+    return (
+        0 < columns <= _FEW
+        and block.flags.c_contiguous
+        and bool(controllers)
+        and all(
+            controller.internal_api == "openblas"
+            and controller.num_threads == 1
+            and getattr(controller, "architecture", "") in _WITH_SMALL_KERNELS
+            for controller in controllers
+        )
+    )
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController().select(user_api="blas")

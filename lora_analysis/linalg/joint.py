@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_analysis.linalg.arrays import Float
 from lora_analysis.linalg.cholesky import ONE_PASS_CONDITION, cholesky
-from lora_analysis.linalg.constants import Float
 from lora_analysis.linalg.factored import FactoredSVD
 
 # Numbers of all matrices that are widened at a time: they stay in the cache.

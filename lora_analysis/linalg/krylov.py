@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_analysis.linalg.constants import Float
+from lora_analysis.linalg.arrays import Float
 
 # Columns of one step of the iteration, and of the basis before it is cut back.
 BLOCK = 16
@@ -96,17 +96,8 @@ class _Krylov:
 
     def extend(self) -> None:
         """Add the next block to the basis, made orthogonal, and multiply it."""
-        block = self._orthogonal(self.next[:, : self.capacity - self.columns])
-        image = self.operator.normal(block)
-        block_columns = slice(self.columns, self.columns + block.shape[1])
-        self.Q[:, block_columns], self.Z[:, block_columns] = block, image
-        self.columns = block_columns.stop
-        self.gram[: block_columns.stop, block_columns] = self.Q[:, : block_columns.stop].T @ image
-        self.next = image[:, -BLOCK:]
-
-    def _orthogonal(self, block: NDArray[np.floating]) -> NDArray[np.floating]:
-        """Return the block outside the basis, orthonormal; lost columns are redrawn."""
         Q = self.Q[:, : self.columns]
+        block = self.next[:, : self.capacity - self.columns]
         for _ in range(3):
             size = np.linalg.norm(block, axis=0)
             block = block / np.where(size > 0, size, 1.0)
@@ -114,10 +105,17 @@ class _Krylov:
             q, deficient = _orthonormal(block)
             if not deficient.any():
                 break
+            # Columns that are lost in the basis are redrawn.
             fresh = self.rng.standard_normal((self.n, int(deficient.sum())))
             block[:, deficient] = fresh.astype(block.dtype)
         q = q - Q @ (Q.T @ q)  # what was small next to the basis still points into it a little
-        return _orthonormal(q)[0]
+        block = _orthonormal(q)[0]
+        image = self.operator.normal(block)
+        block_columns = slice(self.columns, self.columns + block.shape[1])
+        self.Q[:, block_columns], self.Z[:, block_columns] = block, image
+        self.columns = block_columns.stop
+        self.gram[: block_columns.stop, block_columns] = self.Q[:, : block_columns.stop].T @ image
+        self.next = image[:, -BLOCK:]
 
     def project(self) -> None:
         """Find the best approximations in the basis, and how far each is from a singular vector."""

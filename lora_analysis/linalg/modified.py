@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from lora_analysis.linalg.constants import EPS, Float
+from lora_analysis.linalg.arrays import EPS, Float
 from lora_analysis.linalg.dense import DENSE_SVD_LIMIT, gram_svd
 from lora_analysis.linalg.krylov import DenseSVD
 

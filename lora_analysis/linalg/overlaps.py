@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_analysis.linalg.constants import Float
+from lora_analysis.linalg.arrays import Float
 
 
 def cumulative_overlap(gram: Float) -> Float:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +21,15 @@ from lora_analysis.errors import (
     UnsupportedMethodError,
 )
 from lora_analysis.formats import as_adapter
-from lora_analysis.formats.fused_parts import FUSED_PARTS, join_parts
+from lora_analysis.formats.fused_parts import FUSED_PARTS, indices_of, join_parts
 from lora_analysis.formats.live import MODEL_READERS, ModelReader
 from lora_analysis.formats.peft.adapter_config import refuse_more_than_factors
 from lora_analysis.lora.composite_weights import (
     ExpertLayer,
     FusedFactors,
-    loaded_stack_factors,
-    parts_from_config,
-    split_experts,
+    Part,
+    stores_transposed,
+    target_stacks,
 )
 from lora_analysis.lora.core import (
     Adapted,
@@ -39,6 +40,7 @@ from lora_analysis.lora.core import (
     adapted_modules,
     add_adapter,
     base_modules,
+    factor_dtype,
     unwrap,
 )
 from lora_analysis.lora.layer_kinds import EmbeddingLoraLayer, is_inside, keep_gradients, kind_of
@@ -46,6 +48,10 @@ from lora_analysis.patterns import natural_key, near_names
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+# Updates of the experts of one stack, by number.
+_Experts = dict[int, LowRankUpdate]
+_EXPERT: Final = re.compile(r"(?P<module>.+)\.(?P<parameter>[^.]+)\[(?P<expert>\d+)\]")
 
 
 def extract_adapter(
@@ -206,16 +212,15 @@ def load_adapter_into(
     )
     adapter = join_parts(adapter)
     modules = base_modules(model)
-    stacks, plain = split_experts(adapter)
+    stacks, plain = _split_updates(adapter)
     config = dict(adapter.config) or {"target_modules": list(adapter)}
     fused = config.pop(FUSED_PARTS, {})
     seed = adapter.provenance.seed
     adapted: dict[str, Adapted] = {}
     for module, experts in stacks.items():
-        stack = loaded_stack_factors(module, modules, experts, seed=seed, config=config)
+        stack = _stack_factors(module, modules, experts, seed=seed, config=config)
         adapted[module] = ExpertLayer, stack
     for module, update in plain.items():
-        _refuse_other_updates(update, adapter)
         kind = kind_of(module, modules)
         fields: dict[str, Any] = {
             "scale": update.known_scale(),
@@ -225,7 +230,9 @@ def load_adapter_into(
             "config": config,
         }
         if module in fused:
-            fields |= {"factors_type": FusedFactors, "parts": parts_from_config(fused[module])}
+            rows, ranks = fused[module]["parts"], fused[module]["ranks"]
+            parts = [Part(n, torch.tensor(indices_of(runs)), ranks[n]) for n, runs in rows.items()]
+            fields |= {"factors_type": FusedFactors, "parts": parts}
         A, B = torch.tensor(update.A), torch.tensor(update.B)
         subject = f"{module}' of '{adapter.label}"
         adapted[module] = (
@@ -242,16 +249,90 @@ def load_adapter_into(
     return sorted(names.union(plain), key=natural_key)
 
 
-def _refuse_other_updates(update: LowRankUpdate, adapter: Adapter) -> None:
-    """Raise if adding ``s·B·A`` to the module's weight is not the update."""
-    if update.variant:
-        reason = f"of {update.variant}, whose update is more than s·B·A; see effective_update"
-    elif update.base_name not in ("", update.name):
-        reason = f"of the weight '{update.base_name}', not of the module of that name"
-    else:
-        return
-    message = f"'{update.name}' in {adapter.label} is {reason}. It is not loaded."
-    raise UnsupportedMethodError(message)
+def _split_updates(
+    adapter: Adapter,
+) -> tuple[dict[str, dict[str, _Experts]], dict[str, LowRankUpdate]]:
+    """Return the updates of experts by module, parameter and number, and all others by name.
+
+    Raises
+    ------
+    InputError
+        An update is dense.
+    UnsupportedMethodError
+        An update is not ``s·B·A`` on the weight of its module.
+    """
+    stacks: dict[str, dict[str, _Experts]] = {}
+    others: dict[str, LowRankUpdate] = {}
+    for name, update in adapter.items():
+        if not isinstance(update, LowRankUpdate):
+            message = f"'{name}' in {adapter.label} is a dense update, without factors to load."
+            raise InputError(message)
+        match = _EXPERT.fullmatch(update.base_name)
+        if match and not update.variant:
+            parameters = stacks.setdefault(match["module"], {})
+            parameters.setdefault(match["parameter"], {})[int(match["expert"])] = update
+            continue
+        if update.variant or update.base_name not in ("", update.name):
+            reason = f"of the weight '{update.base_name}', not of the module of that name"
+            if update.variant:
+                reason = (
+                    f"of {update.variant}, whose update is more than s·B·A; see effective_update"
+                )
+            message = f"'{update.name}' in {adapter.label} is {reason}. It is not loaded."
+            raise UnsupportedMethodError(message)
+        others[name] = update
+    return stacks, others
+
+
+def _stack_factors(
+    module: str,
+    modules: Mapping[str, nn.Module],
+    stacks: Mapping[str, _Experts],
+    *,
+    seed: int | None,
+    config: Mapping[str, Any],
+) -> nn.ModuleDict:
+    """Return the factors of a module's stacks, put together from the updates of their experts.
+
+    Raises
+    ------
+    TargetError
+        The model has no such module or parameter, or it is not a stack.
+    IncompatibleError
+        An expert is missing, does not fit, or differs from the others in rank or scale.
+    """
+    target_stacks(modules, [f"{module}.{name}" for name in stacks])
+    layer = unwrap(modules[module])
+    factors = nn.ModuleDict()
+    for name in (name for name in layer._parameters if name in stacks):  # in the model's order
+        W: Tensor = getattr(layer, name)
+        count, *sizes = W.shape
+        shape = tuple(reversed(sizes)) if stores_transposed(layer) else tuple(sizes)
+        experts = stacks[name]
+        kinds = {(update.rank, update.shape, update.known_scale()) for update in experts.values()}
+        if set(experts) != set(range(count)) or len(kinds) > 1 or next(iter(kinds))[1] != shape:
+            label = next(iter(experts.values())).label
+            text = ", ".join(
+                f"rank {r}, shape {s}, scale {scale:g}" for r, s, scale in sorted(kinds)
+            )
+            message = (
+                f"The model's '{module}.{name}' has {count} experts of shape (d_out, d_in) = "
+                f"{shape}; {label} adapts {len(experts)} up to number {max(experts)}, of {text}. "
+                "They are loaded all together, with one rank and scale. Was the adapter made for "
+                "another base?"
+            )
+            raise IncompatibleError(message)
+        updates = [experts[expert] for expert in range(count)]
+        A, B = (
+            torch.stack([torch.tensor(getattr(update, role)) for update in updates]).to(
+                W.device, factor_dtype(W)
+            )
+            for role in "AB"
+        )
+        factors[name] = LoraFactors(
+            A, B, scale=updates[0].known_scale(), alpha=updates[0].alpha, seed=seed, config=config
+        )
+    return factors
 
 
 def initial_adapter(adapter: Adapter) -> Adapter:

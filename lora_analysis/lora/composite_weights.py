@@ -10,35 +10,17 @@ outside the part's rows.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lora_analysis.adapter import LowRankUpdate
-from lora_analysis.bases.fused import Family, rows_of_part
-from lora_analysis.errors import IncompatibleError, InputError, TargetError
-from lora_analysis.formats.fused_parts import indices_of, runs_of
-from lora_analysis.lora.core import (
-    AdaptedModule,
-    LoraFactors,
-    factor_dtype,
-    initial_factor,
-    unwrap,
-)
-from lora_analysis.patterns import near_names, pattern_value
-
-if TYPE_CHECKING:
-    from lora_analysis.adapter import Adapter
-
-# Updates of the experts of one stack, by number.
-ExpertUpdates = dict[int, LowRankUpdate]
-# Function that returns rank and the other fields of `LoraFactors` for a module or parameter.
-Settings = Callable[[str], tuple[int, dict[str, Any]]]
-_EXPERT: Final = re.compile(r"(?P<module>.+)\.(?P<parameter>[^.]+)\[(?P<expert>\d+)\]")
+from lora_analysis.errors import TargetError
+from lora_analysis.formats.fused_parts import runs_of
+from lora_analysis.lora.core import AdaptedModule, LoraFactors, unwrap
+from lora_analysis.patterns import near_names
 
 
 class ExpertLayer(AdaptedModule):
@@ -70,7 +52,7 @@ class ExpertLayer(AdaptedModule):
         for name, factors in self._factors(cast("str", self.active)):
             W = cast("Tensor", getattr(self.base_layer, name))
             delta = factors.scale * torch.bmm(factors.B, factors.A)  # (E, d_out, d_in)
-            delta = delta.transpose(1, 2) if _stores_transposed(self.base_layer) else delta
+            delta = delta.transpose(1, 2) if stores_transposed(self.base_layer) else delta
             values[name] = (W.to(delta.dtype) + delta).to(W.dtype)
         return values
 
@@ -88,7 +70,7 @@ class ExpertLayer(AdaptedModule):
                 yield f"{module}.{expert}.{name}", f"{module}.{name}[{expert}]", expert, factors
 
 
-def _stores_transposed(experts: nn.Module) -> bool:
+def stores_transposed(experts: nn.Module) -> bool:
     """Return True if a module stores its experts as ``[E, in, out]``, as gpt-oss does."""
     return bool(getattr(experts, "is_transposed", False))
 
@@ -129,109 +111,6 @@ def target_stacks(
                 raise TargetError(message)
             stacks.setdefault(module, []).append(name)
     return stacks
-
-
-def initial_stack_factors(
-    module: str,
-    layer: nn.Module,
-    names: Collection[str],
-    seed: int,
-    settings: Settings,
-) -> nn.ModuleDict:
-    """Return new factors of a module's stacks: for each expert its own A, and B = 0."""
-    stacks = nn.ModuleDict()
-    for name in names:
-        W = cast("Tensor", getattr(layer, name))
-        experts, d_out, d_in = W.shape
-        if _stores_transposed(layer):
-            d_out, d_in = d_in, d_out
-        r, fields = settings(f"{module}.{name}")
-        starts = [initial_factor(f"{module}.{e}.{name}", r, seed, d_in) for e in range(experts)]
-        A = torch.stack(starts).to(W.device, factor_dtype(W))
-        B = torch.zeros(experts, d_out, r, device=W.device, dtype=factor_dtype(W))
-        stacks[name] = LoraFactors(A, B, seed=seed, **fields)
-    return stacks
-
-
-def split_experts(
-    adapter: Adapter,
-) -> tuple[dict[str, dict[str, ExpertUpdates]], dict[str, LowRankUpdate]]:
-    """Return the updates of experts by module, parameter and number, and all others by name.
-
-    Raises
-    ------
-    InputError
-        An update is dense.
-    """
-    stacks: dict[str, dict[str, ExpertUpdates]] = {}
-    others: dict[str, LowRankUpdate] = {}
-    for name, update in adapter.items():
-        if not isinstance(update, LowRankUpdate):
-            message = f"'{name}' in {adapter.label} is a dense update, without factors to load."
-            raise InputError(message)
-        match = _EXPERT.fullmatch(update.base_name)
-        if match is None or update.variant:
-            others[name] = update
-        else:
-            parameters = stacks.setdefault(match["module"], {})
-            parameters.setdefault(match["parameter"], {})[int(match["expert"])] = update
-    return stacks, others
-
-
-def loaded_stack_factors(
-    module: str,
-    modules: Mapping[str, nn.Module],
-    stacks: Mapping[str, ExpertUpdates],
-    *,
-    seed: int | None,
-    config: Mapping[str, Any],
-) -> nn.ModuleDict:
-    """Return the factors of a module's stacks, put together from the updates of their experts.
-
-    Raises
-    ------
-    TargetError
-        The model has no such module or parameter, or it is not a stack.
-    IncompatibleError
-        An expert is missing, does not fit, or differs from the others in rank or scale.
-    """
-    target_stacks(modules, [f"{module}.{name}" for name in stacks])
-    layer = unwrap(modules[module])
-    factors = nn.ModuleDict()
-    for name in (name for name in layer._parameters if name in stacks):  # in the model's order
-        W: Tensor = getattr(layer, name)
-        updates = _in_order(
-            f"{module}.{name}", W, stacks[name], transposed=_stores_transposed(layer)
-        )
-        A, B = (
-            torch.stack([torch.tensor(getattr(update, role)) for update in updates]).to(
-                W.device, factor_dtype(W)
-            )
-            for role in "AB"
-        )
-        factors[name] = LoraFactors(
-            A, B, scale=updates[0].known_scale(), alpha=updates[0].alpha, seed=seed, config=config
-        )
-    return factors
-
-
-def _in_order(
-    full: str, W: Tensor, updates: ExpertUpdates, *, transposed: bool
-) -> list[LowRankUpdate]:
-    """Return the updates expert by expert; raise if they are not those of the whole stack."""
-    count, *sizes = W.shape
-    shape = tuple(reversed(sizes)) if transposed else tuple(sizes)
-    kinds = {(update.rank, update.shape, update.known_scale()) for update in updates.values()}
-    if set(updates) != set(range(count)) or len(kinds) > 1 or next(iter(kinds))[1] != shape:
-        label = next(iter(updates.values())).label
-        text = ", ".join(f"rank {r}, shape {s}, scale {scale:g}" for r, s, scale in sorted(kinds))
-        message = (
-            f"The model's '{full}' has {count} experts of shape (d_out, d_in) = {shape}; {label} "
-            f"adapts {len(updates)} up to number {max(updates)}, of {text}. They are loaded all "
-            "together, with one rank and scale. Was the adapter made for another base?"
-        )
-        raise IncompatibleError(message)
-    return [updates[expert] for expert in range(count)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -286,46 +165,3 @@ class FusedFactors(LoraFactors):
             empty = block.new_zeros(self.shape[0], block.shape[1])
             columns.append(empty.index_copy(0, rows, block))  # gradients reach the block
         return torch.cat(columns, dim=1)  # (d_out, Σr)
-
-
-def rows_by_part(
-    model: nn.Module,
-    module: str,
-    shape: tuple[int, int],
-    patterns: Mapping[str, Sequence[str]],
-) -> dict[str, Tensor]:
-    """Return the rows of each part of a module to adapt; none if it is adapted whole.
-
-    Raises
-    ------
-    TargetError
-        The module has no such part, or the layout of its rows is unknown for the model's family.
-    """
-    config: Any = getattr(model, "config", None)
-    fields: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
-    family = Family(getattr(config, "model_type", None), fields)
-    rows = {}
-    for part in pattern_value(module, patterns, ()):
-        runs = rows_of_part(module, part, shape, None, family)
-        if part in ("gate", "up") and "gate" not in module.rpartition(".")[2]:
-            runs = f"its rows are q, k and v, not {part}"
-        if isinstance(runs, str):
-            message = f"Cannot adapt the part '{part}' of '{module}': {runs}."
-            raise TargetError(message)
-        rows[part] = torch.cat([torch.arange(run.start, run.stop) for run in runs])
-    return rows
-
-
-def initial_fused_factors(
-    module: str, shape: tuple[int, int], parts: Sequence[Part], seed: int
-) -> tuple[Tensor, Tensor]:
-    """Return the A and B from which training starts: each part's A by its name, and B = 0."""
-    d_out, d_in = shape
-    A = [initial_factor(f"{module}.{part.name}", part.rank, seed, d_in) for part in parts]
-    return torch.cat(A), torch.zeros(d_out, sum(part.rank for part in parts))
-
-
-def parts_from_config(entry: Mapping[str, Any]) -> list[Part]:
-    """Return the parts of a weight from its entry in the config of an adapter with joined parts."""
-    rows = {part: torch.tensor(indices_of(runs)) for part, runs in entry["parts"].items()}
-    return [Part(part, indices, entry["ranks"][part]) for part, indices in rows.items()]

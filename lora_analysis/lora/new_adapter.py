@@ -5,33 +5,35 @@ from __future__ import annotations
 import copy
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, SupportsIndex
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from lora_analysis.bases.fused import Family, rows_of_part
 from lora_analysis.errors import InputError, TargetError
 from lora_analysis.lora.composite_weights import (
     ExpertLayer,
     FusedFactors,
     Part,
-    Settings,
-    initial_fused_factors,
-    initial_stack_factors,
-    rows_by_part,
+    stores_transposed,
     target_stacks,
 )
 from lora_analysis.lora.core import (
     Adapted,
+    LoraFactors,
     LoraLayer,
     TrainedModule,
     add_adapter,
     base_modules,
+    factor_dtype,
+    initial_factor,
     unwrap,
 )
 from lora_analysis.lora.layer_kinds import keep_gradients, target_modules, trained_modules
-from lora_analysis.patterns import ModulePatterns, natural_key, near_names
+from lora_analysis.patterns import ModulePatterns, natural_key, near_names, pattern_value
 
 
 def add_lora(
@@ -143,10 +145,7 @@ def add_lora(
         s = alpha_of_module / (math.sqrt(r) if use_rslora else r)
         return r, {"scale": s, "alpha": alpha_of_module, "dropout": dropout, "config": config}
 
-    adapted = _initial_layers(model, modules, kinds, parts, seed=seed, settings=settings)
-    for module, keys in stacks.items():
-        layer = unwrap(modules[module])
-        adapted[module] = ExpertLayer, initial_stack_factors(module, layer, keys, seed, settings)
+    adapted = _initial_layers(model, modules, kinds, stacks, parts, seed=seed, settings=settings)
     for module in trained:
         adapted[module] = TrainedModule, copy.deepcopy(unwrap(modules[module]))
     add_adapter(model, name, adapted)
@@ -158,24 +157,56 @@ def _initial_layers(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     kinds: Mapping[str, type[LoraLayer]],
+    stacks: Mapping[str, Sequence[str]],
     parts: Mapping[str, Sequence[str]],
     *,
     seed: int,
-    settings: Settings,
+    settings: Callable[[str], tuple[int, dict[str, Any]]],
 ) -> dict[str, Adapted]:
-    """Return the initial factors of the targeted layers, whole or in parts."""
+    """Return the initial factors of layers, whole or in parts, and of stacks of experts.
+
+    Raises
+    ------
+    TargetError
+        A module has no such part, or the layout of its rows is unknown for the model's family.
+    """
+    config: Any = getattr(model, "config", None)
+    config_fields: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
+    family = Family(getattr(config, "model_type", None), config_fields)
     adapted: dict[str, Adapted] = {}
     for module, kind in kinds.items():
         layer = unwrap(modules[module])
-        shape = kind.shape(layer)
+        d_out, d_in = shape = kind.shape(layer)
         r, fields = settings(module)
-        if rows := rows_by_part(model, module, shape, parts):
-            fused = [Part(part, indices, r) for part, indices in rows.items()]
-            A, B = initial_fused_factors(module, shape, fused, seed)
+        fused = []
+        for part in pattern_value(module, parts, ()):
+            runs = rows_of_part(module, part, shape, None, family)
+            if part in ("gate", "up") and "gate" not in module.rpartition(".")[2]:
+                runs = f"its rows are q, k and v, not {part}"
+            if isinstance(runs, str):
+                message = f"Cannot adapt the part '{part}' of '{module}': {runs}."
+                raise TargetError(message)
+            rows = torch.cat([torch.arange(run.start, run.stop) for run in runs])
+            fused.append(Part(part, rows, r))
+        if fused:  # each part has an A of its own, by its name
+            starts = [initial_factor(f"{module}.{part.name}", r, seed, d_in) for part in fused]
+            A, B = torch.cat(starts), torch.zeros(d_out, r * len(fused))
             fields |= {"factors_type": FusedFactors, "parts": fused}
         else:
             A, B = kind.initial_factors(shape, module, r, seed)
         adapted[module] = kind, kind.make_factors(layer, A, B, module, seed=seed, **fields)
+    for module, names in stacks.items():
+        layer, factors = unwrap(modules[module]), nn.ModuleDict()
+        for name in names:
+            W: Tensor = getattr(layer, name)
+            experts, *sizes = W.shape
+            d_out, d_in = reversed(sizes) if stores_transposed(layer) else sizes
+            r, fields = settings(f"{module}.{name}")
+            starts = [initial_factor(f"{module}.{e}.{name}", r, seed, d_in) for e in range(experts)]
+            A = torch.stack(starts).to(W.device, factor_dtype(W))
+            B = torch.zeros(experts, d_out, r, device=W.device, dtype=factor_dtype(W))
+            factors[name] = LoraFactors(A, B, seed=seed, **fields)
+        adapted[module] = ExpertLayer, factors
     return adapted
 
 

@@ -2,13 +2,14 @@
 
 from lora_analysis.spectra.factoring import (
     delta_spectrum,
+    leading_spectrum,
+    partial_spectrum,
     singular_values,
     spectrum,
     stacked_spectra,
     update_norm,
     update_svd,
 )
-from lora_analysis.spectra.leading import leading_spectrum, partial_spectrum
 from lora_analysis.spectra.values import (
     NEARLY_DEGENERATE_GAP,
     SIDES,

@@ -262,25 +262,24 @@ class Spectrum:
         if k < 1:
             message = f"A subspace needs k >= 1 directions, got k = {k}."
             raise InputError(message)
+        subspace = f"Top-{k} {side} subspace of '{self.name}' in {self.label or 'the update'}"
+        if self.untrained:
+            message = f"{subspace} is undefined: the update is zero (untrained: B starts at zero)."
+            raise DegenerateSubspaceError(message)
         if k > self.numerical_rank:
-            raise DegenerateSubspaceError(self._beyond_rank(side, k))
+            reason = f"its numerical rank is {self.numerical_rank}"
+            if k <= len(self.S):
+                reason += f" (sigma_{k} is {self.S[k - 1] / self.S[0]:.0e} x sigma_1)"
+            message = f"{subspace} is undefined: {reason}. Use k <= {self.numerical_rank}."
+            raise DegenerateSubspaceError(message)
         if self.degenerate[k - 1]:
             message = (
-                f"Top-{k} {side} subspace of '{self.name}' in {self.label or 'the update'} is "
-                f"undefined: sigma_{k} and sigma_{k + 1} differ by {self.gaps[k - 1]:.1e} "
-                f"(relative), less than {self.stored_dtype} resolves. Choose another k."
+                f"{subspace} is undefined: sigma_{k} and sigma_{k + 1} differ by "
+                f"{self.gaps[k - 1]:.1e} (relative), less than {self.stored_dtype} resolves. "
+                "Choose another k."
             )
             raise DegenerateSubspaceError(message)
         return vectors[:, :k]
-
-    def _beyond_rank(self, side: Side, k: int) -> str:
-        where = f"Top-{k} {side} subspace of '{self.name}' in {self.label or 'the update'}"
-        if self.untrained:
-            return f"{where} is undefined: the update is zero (untrained: B starts at zero)."
-        reason = f"its numerical rank is {self.numerical_rank}"
-        if k <= len(self.S):
-            reason += f" (sigma_{k} is {self.S[k - 1] / self.S[0]:.0e} x sigma_1)"
-        return f"{where} is undefined: {reason}. Use k <= {self.numerical_rank}."
 
 
 def _entropy_rank(weights: NDArray[np.float64]) -> float:

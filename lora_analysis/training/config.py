@@ -272,37 +272,31 @@ def _pairs(pattern: object) -> tuple[tuple[str, Any], ...]:
         raise InputError(message) from error
 
 
-def _glue_preset(
-    batch: int, epochs: int, lr: float, length: int, decay: float, *, alpha: float, warmup: float
-) -> dict[str, Any]:
-    return {
-        "rank": 8,
-        "alpha": alpha,
-        "targets": ["query", "value"] if warmup < 0.1 else ["query_proj", "value_proj"],
-        "data": {"max_length": length},
-        "loop": {
-            "batch_size": batch,
-            "epochs": epochs,
-            "lr": lr,
-            "schedule": "linear",
-            "warmup_ratio": warmup,
-            "weight_decay": decay,
-        },
-    }
-
-
-def _build_presets() -> dict[str, dict[str, Any]]:
-    presets: dict[str, dict[str, Any]] = {}
-    for task, base, large, xxl in zip(
-        _GLUE, _ROBERTA_BASE, _ROBERTA_LARGE, _DEBERTA_XXL, strict=True
-    ):
-        presets |= {
-            f"roberta-base-{task}": _glue_preset(*base, _ROBERTA_DECAY, alpha=8, warmup=0.06),
-            f"roberta-large-{task}": _glue_preset(*large, _ROBERTA_DECAY, alpha=16, warmup=0.06),
-            f"deberta-xxl-{task}": _glue_preset(*xxl, alpha=8, warmup=0.1),
+PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        f"{base}-{task}": {
+            "rank": 8,
+            "alpha": alpha,
+            "targets": list(targets),
+            "data": {"max_length": length},
+            "loop": {
+                "batch_size": batch,
+                "epochs": epochs,
+                "lr": lr,
+                "schedule": "linear",
+                "warmup_ratio": warmup,
+                "weight_decay": decay[0] if decay else _ROBERTA_DECAY,
+            },
         }
-    for task, (decay, dropout, smoothing) in _GPT2.items():
-        presets[f"gpt2-{task}"] = {
+        for base, alpha, warmup, targets, rows in (
+            ("roberta-base", 8, 0.06, ("query", "value"), _ROBERTA_BASE),
+            ("roberta-large", 16, 0.06, ("query", "value"), _ROBERTA_LARGE),
+            ("deberta-xxl", 8, 0.1, ("query_proj", "value_proj"), _DEBERTA_XXL),
+        )
+        for task, (batch, epochs, lr, length, *decay) in zip(_GLUE, rows, strict=True)
+    }
+    | {
+        f"gpt2-{task}": {
             "rank": 4,
             "alpha": 32.0,
             "dropout": dropout,
@@ -319,21 +313,22 @@ def _build_presets() -> dict[str, dict[str, Any]]:
                 "max_grad_norm": None,
             },
         }
-    presets["gpt3"] = {
-        "targets": ["q_proj", "v_proj"],
-        "loop": {
-            "batch_size": 128,
-            "epochs": 2,
-            "lr": 2e-4,
-            "schedule": "linear",
-            "warmup_steps": _GPT3_WARMUP,
-            "weight_decay": 0.1,
-        },
+        for task, (decay, dropout, smoothing) in _GPT2.items()
     }
-    return presets
-
-
-PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(_build_presets())
+    | {
+        "gpt3": {
+            "targets": ["q_proj", "v_proj"],
+            "loop": {
+                "batch_size": 128,
+                "epochs": 2,
+                "lr": 2e-4,
+                "schedule": "linear",
+                "warmup_steps": _GPT3_WARMUP,
+                "weight_decay": 0.1,
+            },
+        }
+    }
+)
 
 
 def get_preset(name: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
@@ -131,8 +132,16 @@ def read_rows(path: Path, *, format: DataFormat = "auto", limit: int | None = No
         The format is Parquet, and pyarrow is not installed.
     """
     kind = format if format != "auto" else _BY_SUFFIX.get(path.suffix.lower())
-    if format == "auto" and kind == "text" and _looks_as_e2e(path):
-        kind = "e2e"
+    if format == "auto" and kind == "text":
+        # All of the first lines of E2E are ``slot : value | … || reference``.
+        with path.open(encoding="utf-8", errors="replace") as stream:
+            starts = (stream.readline(2**16) for _ in range(8))
+            parts = [line.partition("||") for line in starts if line.strip()]
+        is_e2e = all(
+            reference.strip() and all(" : " in slot for slot in slots.split("|"))
+            for slots, _, reference in parts
+        )
+        kind = "e2e" if parts and is_e2e else "text"
     if kind is None or kind not in _READERS:
         message = (
             f"{path}: how to read it is not clear from its name. Pass a format "
@@ -193,10 +202,6 @@ def _whole_lines(path: Path, stream: TextIO) -> Iterator[str]:
             message = f"{path}: line {number:,} is {_TOO_LONG}."
             raise MalformedFileError(message)
         yield text
-
-
-def _csv(path: Path) -> _Lines:
-    yield from _delimited(path, ",", csv.QUOTE_MINIMAL)
 
 
 def _tsv(path: Path) -> _Lines:
@@ -312,21 +317,9 @@ def _e2e(path: Path) -> _Lines:
                 yield line, "not of the form 'slots || reference'"
 
 
-def _looks_as_e2e(path: Path) -> bool:
-    """Return True if all of the first lines are E2E's: ``slot : value | … || reference``."""
-    with path.open(encoding="utf-8", errors="replace") as stream:
-        starts = (stream.readline(2**16) for _ in range(8))
-        lines = [line for line in starts if line.strip()]
-    parts = [line.partition("||") for line in lines]
-    return bool(lines) and all(
-        reference.strip() and all(" : " in slot for slot in slots.split("|"))
-        for slots, _, reference in parts
-    )
-
-
 _READERS: Final[Mapping[str, Callable[[Path], _Lines]]] = {
     "jsonl": _jsonl,
-    "csv": _csv,
+    "csv": partial(_delimited, delimiter=",", quoting=csv.QUOTE_MINIMAL),
     "tsv": _tsv,
     "parquet": _parquet,
     "text": _text,

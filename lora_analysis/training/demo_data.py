@@ -172,7 +172,7 @@ def _masked_docstrings(folder: Path, task: str) -> frozenset[str]:
 
     Cached, because parsing the sources takes seconds.
     """
-    hidden = [task, *_SUBPACKAGES[task]]
+    hidden = {task, *_SUBPACKAGES[task]}
     texts = set()
     for path in sorted(folder.rglob("*.py")):
         if {"tests", "test", "externals"} & set(path.relative_to(folder).parts):
@@ -180,14 +180,11 @@ def _masked_docstrings(folder: Path, task: str) -> frozenset[str]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name[:1] == "_":
                 continue
-            text = ast.get_docstring(node)
-            if text and len(masked := _mask(text, [node.name, *hidden])) >= _MIN_CHARACTERS:
+            text = re.sub(r"\s+", " ", (ast.get_docstring(node) or "")[:_MAX_CHARACTERS]).strip()
+            names = sorted(map(re.escape, hidden | {node.name}), key=len, reverse=True)
+            # Every word that contains one of the names is masked.
+            word = rf"[\w.]*(?:{'|'.join(names)})[\w.]*"
+            masked = re.sub(word, _MASK, text, flags=re.IGNORECASE)
+            if len(masked) >= _MIN_CHARACTERS:
                 texts.add(masked)
     return frozenset(texts)
-
-
-def _mask(text: str, names: list[str]) -> str:
-    """Return the start of a text on one line, with every word masked that contains a name."""
-    pattern = "|".join(sorted(map(re.escape, set(names)), key=len, reverse=True))
-    plain = re.sub(r"\s+", " ", text[:_MAX_CHARACTERS]).strip()
-    return re.sub(rf"[\w.]*(?:{pattern})[\w.]*", _MASK, plain, flags=re.IGNORECASE)

@@ -81,7 +81,12 @@ class _Tensorboard:
 class _Wandb:
     """wandb, or trackio, which has the same functions."""
 
-    def __init__(self, config: RunConfig, module: str, folder: Path, **options: Any) -> None:
+    def __init__(self, config: RunConfig, folder: Path, *, module: str) -> None:
+        options: dict[str, Any] = {}
+        if module == "wandb":
+            # Without an account, nothing leaves the machine: `wandb sync` sends it later.
+            mode = None if "WANDB_API_KEY" in os.environ else "offline"
+            options = {"dir": str(folder), "mode": mode}
         # In a sweep, the folder's name has the options in which runs of one name differ.
         name = folder.name if folder.name.startswith(config.name) else config.name
         api = importlib.import_module(module)
@@ -96,16 +101,10 @@ class _Wandb:
         self.run.finish()
 
 
-def _start_wandb(config: RunConfig, folder: Path) -> _Tracker:
-    # Without an account, nothing leaves the machine: `wandb sync` sends it later.
-    mode = None if "WANDB_API_KEY" in os.environ else "offline"
-    return _Wandb(config, "wandb", folder, dir=str(folder), mode=mode)
-
-
 TRACKERS: Mapping[str, Callable[[RunConfig, Path], _Tracker]] = {
     "tensorboard": _Tensorboard,
-    "trackio": lambda config, folder: _Wandb(config, "trackio", folder),
-    "wandb": _start_wandb,
+    "trackio": partial(_Wandb, module="trackio"),
+    "wandb": partial(_Wandb, module="wandb"),
 }
 
 

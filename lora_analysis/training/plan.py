@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import product
+from itertools import islice, product
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
@@ -140,28 +140,27 @@ def read_plan(path: Path) -> SweepPlan:
         raise type(error)(message) from error
 
 
-def _parse_plan(document: Mapping[str, Any], path: Path) -> SweepPlan:
-    keys = [*(field.name for field in fields(RunConfig)), *_PLAN_KEYS]
-    common = dict(document)
-    grids = common.pop("grid", [{}])
-    execution = parse_options(ExecutionOptions, common.pop("execution", {}), "execution")
-    output = common.pop("output", None)
+def _parse_plan(document: dict[str, Any], path: Path) -> SweepPlan:
+    grids = document.pop("grid", [{}])
+    execution = parse_options(ExecutionOptions, document.pop("execution", {}), "execution")
+    output = document.pop("output", None)
     if not (isinstance(grids, list) and grids and all(isinstance(grid, dict) for grid in grids)):
         message = f"grid must be one or more tables, each under [[grid]]; found {grids!r}."
         raise InputError(message)
     if not isinstance(output, str | None):
         message = f"output must be a folder's name, found {output!r}."
         raise InputError(message)
-    for table in (common, *grids):
+    keys = [*(field.name for field in fields(RunConfig)), *_PLAN_KEYS]
+    for table in (document, *grids):
         for key in table:
             check_key(key, keys)
     points: list[_Point] = []
     for grid in grids:
-        for point in _iterate_points(_combine(common, grid), path.absolute().parent):
-            if len(points) == MAX_RUNS:
-                message = f"The axes make more than {MAX_RUNS:,} runs. Drop an axis, or values."
-                raise InputError(message)
-            points.append(point)
+        combinations = _iterate_points(_combine(document, grid), path.absolute().parent)
+        points += islice(combinations, MAX_RUNS + 1 - len(points))
+    if len(points) > MAX_RUNS:
+        message = f"The axes make more than {MAX_RUNS:,} runs. Drop an axis, or values."
+        raise InputError(message)
     folder = None if output is None else path.parent / output
     return SweepPlan(path, _name_runs(points), folder, execution)
 
@@ -198,16 +197,28 @@ def _iterate_points(table: Mapping[str, Any], origin: Path) -> Iterator[_Point]:
 
     Paths that exist relative to ``origin`` become absolute.
     """
+    flat: dict[str, Any] = {}  # with dotted keys for tables of options
+    for key, value in table.items():
+        if isinstance(value, Mapping) and (key == "seed" or key in _TABLES):
+            flat |= {f"{key}.{name}": inner for name, inner in value.items()}
+        else:
+            flat[key] = value
     axes: list[str] = []
     choices: dict[str, list[Any]] = {}
-    for key, value in _flatten(table):
-        choices[key] = [value]
-        if _is_axis(key, value):
+    for key, value in flat.items():
+        table_name, _, name = key.rpartition(".")
+        kind = _TABLES.get(table_name, RunConfig)
+        annotation = next((str(field.type) for field in fields(kind) if field.name == name), "")
+        is_axis = isinstance(value, list)
+        if is_axis and ("tuple" in annotation or "Pattern" in annotation):
+            # A value of this field is itself a list, so its axis is a list of lists.
+            is_axis = any(isinstance(item, list | dict) for item in value)
+        choices[key] = value if is_axis else [value]
+        if is_axis:
             axes.append(key)
-            choices[key] = value
-            if not value:
-                message = f"{key} is an empty list: the sweep has no run."
-                raise InputError(message)
+        if not choices[key]:
+            message = f"{key} is an empty list: the sweep has no run."
+            raise InputError(message)
     for combination in product(*choices.values()):
         values = dict(zip(choices, combination, strict=True))
         for key in _PATHS:
@@ -215,27 +226,6 @@ def _iterate_points(table: Mapping[str, Any], origin: Path) -> Iterator[_Point]:
             if isinstance(value, str) and value and (origin / value).exists():
                 values[key] = str(origin / value)
         yield _Point(values, tuple(axes))
-
-
-def _flatten(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield keys and values, with dotted keys for tables of options."""
-    for key, value in table.items():
-        if isinstance(value, Mapping) and (key == "seed" or key in _TABLES):
-            yield from ((f"{key}.{name}", inner) for name, inner in value.items())
-        else:
-            yield key, value
-
-
-def _is_axis(key: str, value: object) -> bool:
-    """Return True for a list of values, False for a value that is a list."""
-    if not isinstance(value, list):
-        return False
-    table, _, name = key.rpartition(".")
-    kind = _TABLES.get(table, RunConfig)
-    annotation = next((str(field.type) for field in fields(kind) if field.name == name), "")
-    if "tuple" not in annotation and "Pattern" not in annotation:
-        return True
-    return any(isinstance(item, list | dict) for item in value)
 
 
 def _name_runs(points: Sequence[_Point]) -> dict[str, RunConfig]:
@@ -261,24 +251,22 @@ def _name_runs(points: Sequence[_Point]) -> dict[str, RunConfig]:
             else:
                 nested[head] = value
         config = RunConfig.from_dict(nested)
-        names.setdefault(config, _name_run(config, point, suffix_keys))
+        parts = [config.name]
+        for key in suffix_keys:
+            # A task without a name is named after its data.
+            is_named = key == "data.source" and "task" not in point.values
+            if key in point.values and not is_named:
+                parts.append(_format_value(key, point.values[key]))
+        name = _UNSAFE.sub("-", "-".join(parts)).strip(".-")
+        if len(name) > _MAX_NAME:
+            name = f"{name[:_MAX_NAME]}-{_digest(config)}"
+        names.setdefault(config, name)
     # Some file systems do not distinguish upper and lower case.
     counts = Counter(name.casefold() for name in names.values())
     return {
         name if counts[name.casefold()] == 1 else f"{name}-{_digest(config)}": config
         for config, name in names.items()
     }
-
-
-def _name_run(config: RunConfig, point: _Point, suffix_keys: Sequence[str]) -> str:
-    parts = [config.name]
-    for key in suffix_keys:
-        # A task without a name is named after its data.
-        is_named = key == "data.source" and "task" not in point.values
-        if key in point.values and not is_named:
-            parts.append(_format_value(key, point.values[key]))
-    name = _UNSAFE.sub("-", "-".join(parts)).strip(".-")
-    return name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]}-{_digest(config)}"
 
 
 def _format_value(path: str, value: Any) -> str:

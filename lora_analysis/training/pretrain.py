@@ -7,7 +7,6 @@ import platform
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +14,10 @@ from torch.nn import functional
 
 from lora_analysis.training.config import Seeds
 from lora_analysis.training.demo_data import TASKS, TRAIN_IMAGES, digits_task
-from lora_analysis.training.devices import one_thread
+from lora_analysis.training.devices import cpu_threads
 from lora_analysis.training.digits_vit import DigitsViT, VitConfig, read_base, write_base
 from lora_analysis.training.inputs import MODEL_TYPE, WEIGHTS_NAME
-from lora_analysis.training.loop import training_steps
+from lora_analysis.training.loop import Training
 from lora_analysis.training.options import LoopOptions
 from lora_analysis.training.tasks import ArrayTask, accuracy
 
@@ -45,12 +44,33 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m lora_analysis.training.pretrain")
     parser.add_argument("folder", type=Path, help=f"folder into which to write {MODEL_TYPE}/")
     folder: Path = parser.parse_args(arguments).folder / MODEL_TYPE
-    with one_thread():
+    with cpu_threads(1):
         model = pretrain(OPTIONS)
-        write_base(model, folder, {})  # accuracies are those of the rounded weights
-        manifest = describe(read_base(folder))
+        write_base(model, folder, {})
+        rounded = read_base(folder)  # accuracies are those of the rounded weights
+        train_accuracy = round(accuracy(rounded, digits_task().train), 4)
+        test_accuracy = {t: round(accuracy(rounded, digits_task(t).test), 4) for t in TASKS}
+    packages = ("torch", "numpy", "scikit-learn")
+    manifest = {
+        "name": MODEL_TYPE,
+        "what": "vision transformer pretrained on upright 8x8 handwritten digits",
+        "command": "python -m lora_analysis.training.pretrain data",
+        "seed": SEED,
+        "options": OPTIONS.to_dict(),
+        "augmentation": {"shifted_share": SHIFTED, "noise_std": NOISE},
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+        "train_accuracy": train_accuracy,
+        "test_accuracy": test_accuracy,
+        "data": {
+            "source": "scikit-learn, sklearn.datasets.load_digits: the test part of 'Optical "
+            "Recognition of Handwritten Digits' (E. Alpaydin, C. Kaynak, 1998), UCI Machine "
+            "Learning Repository, doi:10.24432/C50P49",
+            "license": "CC BY 4.0",
+            "split": f"in the file's order: first {TRAIN_IMAGES} train, the rest test",
+        },
+    }
     write_base(model, folder, manifest)
-    scores = ", ".join(f"{task} {share:.3f}" for task, share in manifest["test_accuracy"].items())
+    scores = ", ".join(f"{task} {share:.3f}" for task, share in test_accuracy.items())
     sys.stderr.write(f"{folder / WEIGHTS_NAME}: test accuracy {scores}\n")
 
 
@@ -59,7 +79,7 @@ def pretrain(options: LoopOptions, config: VitConfig | None = None) -> DigitsViT
     model = DigitsViT(config)
     initialize(model, SEED)
     task = ArrayTask(digits_task(), augment)
-    for metrics in training_steps(model, task, options, seeds=Seeds(SEED, SEED, SEED)):
+    for metrics in Training(model, task, options, seeds=Seeds(SEED, SEED, SEED)):
         if metrics.test_accuracy is not None:
             line = f"step {metrics.step}/{options.steps}: test accuracy {metrics.test_accuracy:.3f}"
             sys.stderr.write(line + "\n")
@@ -88,29 +108,6 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     columns = (shift[:, 1:] + span)[:, None, :]
     windows = padded[torch.arange(count)[:, None, None], rows, columns]  # (n, size, size)
     return windows + NOISE * torch.randn(images.shape, generator=generator)
-
-
-def describe(model: DigitsViT) -> dict[str, Any]:
-    """Return the manifest of a pretrained model: its purpose, how it was made, its accuracy."""
-    packages = ("torch", "numpy", "scikit-learn")
-    return {
-        "name": MODEL_TYPE,
-        "what": "vision transformer pretrained on upright 8x8 handwritten digits",
-        "command": "python -m lora_analysis.training.pretrain data",
-        "seed": SEED,
-        "options": OPTIONS.to_dict(),
-        "augmentation": {"shifted_share": SHIFTED, "noise_std": NOISE},
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
-        "train_accuracy": round(accuracy(model, digits_task().train), 4),
-        "test_accuracy": {t: round(accuracy(model, digits_task(t).test), 4) for t in TASKS},
-        "data": {
-            "source": "scikit-learn, sklearn.datasets.load_digits: the test part of 'Optical "
-            "Recognition of Handwritten Digits' (E. Alpaydin, C. Kaynak, 1998), UCI Machine "
-            "Learning Repository, doi:10.24432/C50P49",
-            "license": "CC BY 4.0",
-            "split": f"in the file's order: first {TRAIN_IMAGES} train, the rest test",
-        },
-    }
 
 
 if __name__ == "__main__":

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
 
-from lora_analysis import __version__
 from lora_analysis.errors import InputError
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.outputs import is_bookkeeping
@@ -19,7 +16,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lora_analysis.training.config import RunConfig
-    from lora_analysis.training.run_setup import RunSetup
 
 KIND = "run"
 METRICS_NAME = "metrics.jsonl"
@@ -31,8 +27,6 @@ CHECKPOINT_NAME = "checkpoint.safetensors"
 EARLIER_CHECKPOINT_NAME = "checkpoint.earlier.safetensors"
 NEXT_CHECKPOINT_NAME = "checkpoint.next.safetensors"
 _MAX_DIFFERENCES = 6  # in a message
-# Packages whose versions a manifest has.
-_PACKAGES = ("torch", "numpy", "scikit-learn", "transformers", "tokenizers", "bitsandbytes")
 
 RunState = Literal["missing", "unfinished", "changed", "damaged", "edited", "occupied", "finished"]
 
@@ -56,20 +50,16 @@ def run_state(config: RunConfig, folder: Path) -> RunState:
         was changed by a user. ``"occupied"``: files that no run wrote.
     """
     record = read_record(folder, KIND)
-    if record is None:
-        return _unrecorded_state(config, folder)
-    if record.run.get("key") != run_key(config):
-        return "changed"
-    if record.state != "finished":
-        return "unfinished"
-    states = {file_state(folder / name, mark) for name, mark in record.files.items()}
-    if "edited" in states:
-        return "edited"
-    return "damaged" if "damaged" in states else "finished"
-
-
-def _unrecorded_state(config: RunConfig, folder: Path) -> RunState:
-    """Return the state of a folder without a record: empty, a user's, or of an earlier version."""
+    if record is not None:
+        if record.run.get("key") != run_key(config):
+            return "changed"
+        if record.state != "finished":
+            return "unfinished"
+        states = {file_state(folder / name, mark) for name, mark in record.files.items()}
+        if "edited" in states:
+            return "edited"
+        return "damaged" if "damaged" in states else "finished"
+    # A folder without a record is empty, a user's, or of an earlier version.
     manifest = folder / MANIFEST_NAME
     if not manifest.is_file():
         paths = folder.iterdir() if folder.is_dir() else ()
@@ -107,11 +97,12 @@ def describe_changes(config: RunConfig, folder: Path) -> str:
             written_by = str(versions.get("lora-analysis"))
     earlier = dict(_flatten(facts.get("config", {})))
     requested = dict(_flatten(config.to_dict()))
-    differences = [
-        f"{name} {_format(earlier[name])}, now {_format(requested[name])}"
-        for name in sorted(earlier.keys() & requested.keys())
-        if earlier[name] != requested[name]
-    ]
+    differences = []
+    for name in sorted(earlier.keys() & requested.keys()):
+        values = earlier[name], requested[name]
+        if values[0] != values[1]:
+            before, now = ("not set" if value is None else repr(value) for value in values)
+            differences.append(f"{name} {before}, now {now}")
     if earlier.keys() != requested.keys():  # fields were renamed, added or removed
         differences.append("another version's configuration format")
     if not differences:
@@ -150,28 +141,6 @@ def describe_run(config: RunConfig, inputs: Mapping[str, str], key: str) -> dict
     }
 
 
-def describe_setup(setup: RunSetup) -> dict[str, Any]:
-    """Return the fields of a manifest on modules, device and versions."""
-    import torch
-
-    device = str(setup.device)
-    if setup.device.type == "cuda":
-        device += f" ({torch.cuda.get_device_name(setup.device)})"
-    versions = {"python": platform.python_version(), "lora-analysis": __version__}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {
-        "modules": list(setup.modules),
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "versions": versions,
-        **setup.facts,
-    }
-
-
 def summarize_metrics(path: Path, epoch: int) -> dict[str, float]:
     """Return the final metrics of a run from the lines of its metrics file.
 
@@ -195,7 +164,3 @@ def _flatten(fields: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
         return
     for name, value in fields.items():
         yield from _flatten(value, f"{prefix}{name}.")
-
-
-def _format(value: object) -> str:
-    return "not set" if value is None else repr(value)

@@ -14,15 +14,16 @@ from torch import nn
 from lora_analysis.errors import InputError, require_package
 from lora_analysis.lora import add_lora, trainable_parameters
 from lora_analysis.lora.layer_kinds import QuantizedLoraLayer, linear_layers_of_blocks
+from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.source_names import existing_path
 from lora_analysis.training.config import ALL_LINEAR
 from lora_analysis.training.devices import shard_frozen
 from lora_analysis.training.inputs import (
+    CONFIG_NAME,
+    EXTRAS,
     LOCAL,
     MODEL_TYPE,
     base_path,
-    check_transformers,
-    is_digits_base,
 )
 from lora_analysis.training.options import DIGITS, MINILM
 
@@ -92,7 +93,10 @@ def set_up_run(config: RunConfig, device: torch.device, *, sharded: bool = False
     MissingExtraError
         The base or the data need a package that is not installed.
     """
-    is_digits = is_digits_base(config.base)
+    file = Path(config.base.source) / CONFIG_NAME
+    is_digits = config.base.source == DIGITS or (
+        file.is_file() and read_json_object(file).get("model_type") == MODEL_TYPE
+    )
     setup = _load_digits(config, device) if is_digits else _load_pretrained(config, device)
     model = setup.model
     modules: list[str] = []
@@ -171,9 +175,10 @@ def _load_pretrained(config: RunConfig, device: torch.device) -> RunSetup:
     MissingExtraError
         transformers, or a package for the data, is not installed.
     """
-    check_transformers(config.base)
-    from lora_analysis.training.encoded_tasks import image_task, text_task
+    extra = EXTRAS.get(config.base.source, "train")
+    require_package("transformers", extra, f"The base model '{config.base.source}'")
     from lora_analysis.training.examples import read_examples
+    from lora_analysis.training.tasks import image_task, text_task
 
     folder = base_path(config.base)
     examples = read_examples(config)
@@ -248,8 +253,19 @@ def _load_model(
         "output_loading_info": True,
         "use_safetensors": None if config.base.allow_pickle else True,
         **LOCAL,
-        **_quantization_options(config, device),
     }
+    if config.base.quantized is not None:
+        require_package("bitsandbytes", "quantized", "A quantized base")
+        quantization: dict[str, Any] = {"load_in_8bit": True}
+        if config.base.quantized == "nf4":
+            quantization = {
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": True,
+                "bnb_4bit_compute_dtype": getattr(torch, config.base.dtype),
+            }
+        make_config: Any = transformers.BitsAndBytesConfig
+        options |= {"quantization_config": make_config(**quantization), "device_map": {"": device}}
     if "classification" in examples.objective or examples.objective == "regression":
         options["num_labels"] = max(1, len(examples.labels))
         options["ignore_mismatched_sizes"] = True  # a head for another number of classes
@@ -296,25 +312,6 @@ def _find_fresh_modules(model: nn.Module, missing: set[str]) -> list[str]:
             owner = owner.rpartition(".")[0]
         modules.add(owner)
     return sorted(modules)
-
-
-def _quantization_options(config: RunConfig, device: torch.device) -> dict[str, Any]:
-    if config.base.quantized is None:
-        return {}
-    require_package("bitsandbytes", "quantized", "A quantized base")
-    from transformers import BitsAndBytesConfig
-
-    make: Any = BitsAndBytesConfig
-    if config.base.quantized == "int8":
-        options = make(load_in_8bit=True)
-    else:
-        options = make(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=getattr(torch, config.base.dtype),
-        )
-    return {"quantization_config": options, "device_map": {"": device}}
 
 
 def _first_line(error: Exception) -> str:

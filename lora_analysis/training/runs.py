@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
+import platform
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from lora_analysis import __version__
 from lora_analysis.errors import DivergedError, OccupiedError
 from lora_analysis.storage.atomic import locked, remove_leftovers
 from lora_analysis.storage.outputs import OutputFolder
@@ -35,7 +40,6 @@ from lora_analysis.training.run_folders import (
     RunState,
     describe_changes,
     describe_run,
-    describe_setup,
     is_in_place,
     run_state,
     summarize_metrics,
@@ -48,6 +52,10 @@ if TYPE_CHECKING:
     from lora_analysis.training.devices import Processes
     from lora_analysis.training.loop import StepMetrics, Training
     from lora_analysis.training.run_setup import RunSetup
+
+_CHECKPOINTS = 20  # in a run, if the options do not set their interval
+# Packages whose versions a manifest has.
+_PACKAGES = ("torch", "numpy", "scikit-learn", "transformers", "tokenizers", "bitsandbytes")
 
 
 def train_run(
@@ -218,43 +226,23 @@ class _Run:
         self._send("started", state=state)
         for note in self.setup.notes:
             self._note(note)
-        self._train()
-        if not self.first:
-            return
-        self._finish()
-        self.trackers.close()
-        self._send("finished")
+        lines = self.folder / METRICS_NAME if self.first else Path(os.devnull)
+        try:
+            with lines.open("ab") as stream:
+                for metrics in self.training:
+                    self._record_step(metrics, stream)
+        except DivergedError as error:
+            from lora_analysis.training.checkpoints import checkpoint_facts
 
-    def _finish(self) -> None:
-        """Write the result and its manifest, and move both into place at once."""
-        from lora_analysis.training.loop import steps_per_epoch
-
-        in_place = self.folder == self.target.folder
-        staging = self.target.staging
-        if in_place:
-            self.target.clear_staging()
-        files = self._write_result(staging)
-        facts = describe_run(self.config, self.inputs, self.key) | describe_setup(self.setup)
-        epoch = steps_per_epoch(self.config.loop, len(self.setup.task))
-        facts |= {
-            "steps": self.training.step,
-            # With a trajectory, the adapter belongs to its last step.
-            **({"step": self.training.step} if self.config.loop.trajectory else {}),
-            "metrics": summarize_metrics(self.folder / METRICS_NAME, epoch),
-            "seconds": round(self._seconds(), 2),
-            "files": {METRICS_NAME: file_sha256(self.folder / METRICS_NAME)}
-            | {name: file_sha256(staging / name) for name in files},
-        }
-        write_json(staging / MANIFEST_NAME, facts)
-        if not in_place:
-            for name in (CHECKPOINT_NAME, EARLIER_CHECKPOINT_NAME):
-                (staging / name).unlink(missing_ok=True)
-        remaining = [
-            name
-            for name in unfinished_names(self.config)
-            if in_place and (self.folder / name).is_file() and not name.startswith("checkpoint")
-        ]
-        self.target.commit(remaining)
+            checkpoint = self.folder / CHECKPOINT_NAME
+            facts = checkpoint_facts(checkpoint)
+            last = f"that of step {facts['step']}, {checkpoint}" if facts else "none"
+            message = f"{self.config.name}: {error} The last checkpoint: {last}."
+            raise DivergedError(message) from error
+        if self.first:
+            self._finish()
+            self.trackers.close()
+            self._send("finished")
 
     def _restore_or_clear(self) -> None:
         """Restore the last intact checkpoint of this run; if there is none, remove its files."""
@@ -278,30 +266,14 @@ class _Run:
             for name in unfinished_names(self.config):
                 (self.folder / name).unlink(missing_ok=True)
 
-    def _train(self) -> None:
-        from lora_analysis.training.checkpoints import checkpoint_facts
-
-        lines = self.folder / METRICS_NAME if self.first else Path(os.devnull)
-        try:
-            with lines.open("ab") as stream:
-                for metrics in self.training:
-                    if self.first:
-                        stream.write(metrics.to_line())
-                        stream.flush()
-                    self._after_step(metrics, stream)
-        except DivergedError as error:
-            checkpoint = self.folder / CHECKPOINT_NAME
-            facts = checkpoint_facts(checkpoint)
-            last = f"that of step {facts['step']}, {checkpoint}" if facts else "none"
-            message = f"{self.config.name}: {error} The last checkpoint: {last}."
-            raise DivergedError(message) from error
-
-    def _after_step(self, metrics: StepMetrics, stream: BinaryIO) -> None:
-        """Save the trajectory and a checkpoint if they are due, and report the step."""
+    def _record_step(self, metrics: StepMetrics, stream: BinaryIO) -> None:
+        """Write the metrics of a step, save what is due after it, and report it."""
         from lora_analysis.training.checkpoints import save_checkpoint
-        from lora_analysis.training.loop import is_checkpointed
 
         step = metrics.step
+        if self.first:
+            stream.write((json.dumps(metrics.to_dict()) + "\n").encode())
+            stream.flush()
         if self.first and step in self.config.loop.trajectory:
             name = f"{self.config.name}-step{step}"
             folder = self.folder / TRAJECTORY_NAME / name
@@ -309,7 +281,10 @@ class _Run:
             self._write_result(folder)
             run = describe_run(self.config, self.inputs, self.key)
             write_json(folder / MANIFEST_NAME, run | {"name": name, "step": step})
-        if step and is_checkpointed(step, self.training.options):
+        total, every = self.training.options.steps, self.training.options.checkpoint_every
+        if every is None:
+            every = math.ceil(total / _CHECKPOINTS)
+        if every and 0 < step < total and step % every == 0:
             if self.first:
                 os.fsync(stream.fileno())  # the checkpoint relies on the lines before it
             lines = self.folder / METRICS_NAME
@@ -321,16 +296,60 @@ class _Run:
                 "seconds": self._seconds(),
             }
             save_checkpoint(self.training, self.folder, facts)
-        if not self.first:
-            return
-        self.trackers.log(metrics)
-        self._send(
-            "step",
-            loss=metrics.loss,
-            lr=metrics.lr,
-            test_loss=metrics.test_loss,
-            test_accuracy=metrics.test_accuracy,
-        )
+        if self.first:
+            self.trackers.log(metrics)
+            self._send(
+                "step",
+                loss=metrics.loss,
+                lr=metrics.lr,
+                test_loss=metrics.test_loss,
+                test_accuracy=metrics.test_accuracy,
+            )
+
+    def _finish(self) -> None:
+        """Write the result and its manifest, and move both into place at once."""
+        import torch
+
+        from lora_analysis.training.loop import steps_per_epoch
+
+        in_place = self.folder == self.target.folder
+        staging = self.target.staging
+        if in_place:
+            self.target.clear_staging()
+        files = self._write_result(staging)
+        device = str(self.setup.device)
+        if self.setup.device.type == "cuda":
+            device += f" ({torch.cuda.get_device_name(self.setup.device)})"
+        versions = {"python": platform.python_version(), "lora-analysis": __version__}
+        for name in _PACKAGES:
+            with suppress(PackageNotFoundError):
+                versions[name] = version(name)
+        epoch = steps_per_epoch(self.config.loop, len(self.setup.task))
+        facts = {
+            **describe_run(self.config, self.inputs, self.key),
+            "modules": list(self.setup.modules),
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "versions": versions,
+            **self.setup.facts,
+            "steps": self.training.step,
+            # With a trajectory, the adapter belongs to its last step.
+            **({"step": self.training.step} if self.config.loop.trajectory else {}),
+            "metrics": summarize_metrics(self.folder / METRICS_NAME, epoch),
+            "seconds": round(self._seconds(), 2),
+            "files": {METRICS_NAME: file_sha256(self.folder / METRICS_NAME)}
+            | {name: file_sha256(staging / name) for name in files},
+        }
+        write_json(staging / MANIFEST_NAME, facts)
+        if not in_place:
+            for name in (CHECKPOINT_NAME, EARLIER_CHECKPOINT_NAME):
+                (staging / name).unlink(missing_ok=True)
+        remaining = [
+            name
+            for name in unfinished_names(self.config)
+            if in_place and (self.folder / name).is_file() and not name.startswith("checkpoint")
+        ]
+        self.target.commit(remaining)
 
     def _write_result(self, folder: Path) -> list[str]:
         """Write the adapter, or the model of a full fine-tune; return the names of its files."""

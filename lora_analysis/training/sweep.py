@@ -1,16 +1,21 @@
-"""Train many runs into one folder: finished ones are skipped, an executor trains the others."""
+"""Train many runs into one folder: finished ones are skipped, an executor trains the others.
+
+`run_sweep` tells the story; a `TrainingJob` is one run of it, and `choose_executor` picks who works
+on the jobs: this process, worker processes, or a Ray cluster.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import socket
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +29,17 @@ from lora_analysis.errors import (
     OutOfMemoryError,
     OutputError,
     named_error,
+    named_errors,
 )
-from lora_analysis.execution.processes import end_if_imported_by_worker
-from lora_analysis.execution.protocol import Executor, Outcome, Retried
+from lora_analysis.execution import available_workers
+from lora_analysis.execution.processes import ProcessExecutor, end_if_imported_by_worker
+from lora_analysis.execution.protocol import (
+    EventHandler,
+    Executor,
+    Outcome,
+    Retried,
+    SerialExecutor,
+)
 from lora_analysis.finding import Failure, Finding
 from lora_analysis.progress import Progress
 from lora_analysis.storage.atomic import locked, remove_leftovers
@@ -38,7 +51,6 @@ from lora_analysis.text import plural
 from lora_analysis.training.config import RunConfig
 from lora_analysis.training.events import RunEvent, check_trackers
 from lora_analysis.training.inputs import check_torch, input_paths, write_json
-from lora_analysis.training.jobs import TrainingJob, choose_executor, train_job
 from lora_analysis.training.plan import ExecutionOptions
 from lora_analysis.training.run_folders import (
     FAILURE_NAME,
@@ -46,11 +58,18 @@ from lora_analysis.training.run_folders import (
     describe_changes,
     run_state,
 )
+from lora_analysis.training.runs import train_run
 
 SWEEP_NAME = "sweep.json"
 _LOCK_NAME = ".sweep.lock"  # runs have locks of their own
 _KIND = "sweep"
-_PATIENCE = 30.0  # seconds
+# Seconds to wait for other shards that write the same `sweep.json`.
+_FOLDER_PATIENCE = 30.0
+# A worker lost on another machine holds the lock of its run's folder until its silence is noticed.
+_RUN_PATIENCE = 150.0  # seconds
+# Each worker needs about 350 MB: two of them and the caller stay below 1.5 GB.
+MAX_DEFAULT_WORKERS = 4
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 _HEAD_BYTES = 200  # of sweep.json, which contain the name of its generator
 
 Runs = Mapping[str, RunConfig]
@@ -156,15 +175,24 @@ def run_sweep(
         uses the folder, or finished runs would be replaced.
     """
     end_if_imported_by_worker()
-    named = runs if isinstance(runs, Mapping) else _name_by_config(runs)
-    chosen = named if names is None else {name: named[name] for name in names}
-    is_whole = chosen.keys() == named.keys()
+    if not isinstance(runs, Mapping):
+        counts = Counter(config.name for config in runs)
+        repeated = [name for name, count in counts.items() if count > 1]
+        if repeated:
+            message = (
+                f"{len(repeated)} of the runs share a folder name, '{repeated[0]}' among them. "
+                "Runs in one folder must differ in task, rank or seeds; or give them names."
+            )
+            raise InputError(message)
+        runs = {config.name: config for config in runs}
+    chosen = runs if names is None else {name: runs[name] for name in names}
+    is_whole = chosen.keys() == runs.keys()
     options = execution or ExecutionOptions(workers=workers, device=device)
     if options.executor != "ray":  # which trains elsewhere
         check_trackers(options.trackers)
     # Inputs that several runs share are checked once.
-    inputs = {(config.base, config.data): config for config in named.values()}.values()
-    _check_folder(named, folder, inputs, force=force)
+    inputs = {(config.base, config.data): config for config in runs.values()}.values()
+    _check_folder(runs, folder, inputs, force=force)
     folder.mkdir(parents=True, exist_ok=True)
     events = _SweepEvents(len(chosen), progress, on_event)
     lock = _LOCK_NAME  # keeps out other sweeps of the same runs
@@ -187,7 +215,7 @@ def run_sweep(
         if jobs and executor is None and options.executor != "ray":
             for config in inputs:
                 check_torch(config.base)
-        _write_configs(named, folder, force=force)
+        _write_configs(runs, folder, force=force)
         if jobs:
             executor = executor or choose_executor(options, len(jobs))
             with closing(executor.map(train_job, jobs, on_event=events.receive)) as outcomes:
@@ -202,15 +230,91 @@ def sweep_states(runs: Runs, folder: Path) -> dict[str, RunState]:
     return {name: run_state(config, folder / name) for name, config in runs.items()}
 
 
-def _name_by_config(configs: Sequence[RunConfig]) -> dict[str, RunConfig]:
-    repeated = [name for name, n in Counter(config.name for config in configs).items() if n > 1]
-    if repeated:
-        message = (
-            f"{len(repeated)} of the runs share a folder name, '{repeated[0]}' among them. "
-            "Runs in one folder must differ in task, rank or seeds; or give them names."
+@dataclass(frozen=True, slots=True)
+class TrainingJob:
+    """One run of a sweep, to be trained into ``folder / name`` by any worker."""
+
+    name: str
+    config: RunConfig
+    folder: Path
+    device: str
+    force: bool = False
+    trackers: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"'{self.name}'"
+
+
+def train_job(job: TrainingJob, send_event: EventHandler) -> None:
+    """Train a run, after waiting a while for a process that still uses its folder."""
+
+    def send_renamed(event: RunEvent) -> None:
+        send_event(replace(event, label=job.name))
+
+    folder = job.folder / job.name
+    end = time.monotonic() + _RUN_PATIENCE
+    while True:
+        try:
+            with named_errors(str(folder)):
+                train_run(
+                    job.config,
+                    folder,
+                    device=job.device,
+                    trackers=job.trackers,
+                    on_event=send_renamed,
+                    force=job.force,
+                )
+        except InUseError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(1.0)
+        else:
+            return
+
+
+def choose_executor(options: ExecutionOptions, runs: int) -> Executor:
+    """Return the executor for a number of runs.
+
+    Processes share the CPU with one thread each, or have one GPU each; more workers than GPUs
+    share these evenly.
+
+    Raises
+    ------
+    InputError
+        The device is not on this machine.
+    MissingExtraError
+        The executor is Ray, which is not installed.
+    """
+    if options.executor == "serial":
+        return SerialExecutor()
+    if options.executor == "ray":
+        from lora_analysis.execution.cluster import RayExecutor
+
+        return RayExecutor(
+            address=options.address,
+            workers=options.workers,
+            cpus=options.cpus,
+            gpus=0 if options.device == "cpu" else options.gpus,
         )
-        raise InputError(message)
-    return {config.name: config for config in configs}
+    from lora_analysis.training.devices import resolve_device
+
+    device = resolve_device(options.device)
+    gpus: list[str] = []
+    if device.type == "cuda" and device.index is None:
+        import torch
+
+        count = torch.cuda.device_count()
+        visible = [name.strip() for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
+        gpus = visible[:count] if visible else [str(index) for index in range(count)]
+    cpus = min(available_workers(), MAX_DEFAULT_WORKERS) if device.type == "cpu" else 1
+    workers = min(options.workers or len(gpus) or cpus, runs)
+    if workers == 1 and options.executor == "auto":
+        return SerialExecutor()
+    return ProcessExecutor(
+        workers,
+        threads=max(1, available_workers() // workers) if gpus else 1,
+        environments=[{VISIBLE: gpu} for gpu in gpus],
+    )
 
 
 def _check_folder(runs: Runs, folder: Path, configs: Iterable[RunConfig], *, force: bool) -> None:
@@ -261,7 +365,7 @@ def _write_configs(runs: Runs, folder: Path, *, force: bool) -> None:
     with suppress(InputError):
         if path.is_file() and read_json_object(path, max_bytes=MAX_INDEX_BYTES) == document:
             return
-    end = time.monotonic() + _PATIENCE
+    end = time.monotonic() + _FOLDER_PATIENCE
     while True:
         try:
             with output_folder(
