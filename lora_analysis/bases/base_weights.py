@@ -213,15 +213,6 @@ class BaseWeights:
                 f"has {tuple(shape)}. Is it from another base model?"
             )
             raise BaseWeightError(message)
-        return self._weight(pieces, (height, width), turned, located)
-
-    def _weight(
-        self,
-        pieces: Sequence[Piece],
-        shape: tuple[int, int],
-        transposed: bool,
-        located: Sequence[Located],
-    ) -> Weight:
         source = self._source
         name = " + ".join(
             piece.tensor
@@ -237,15 +228,15 @@ class BaseWeights:
             if any(source.squared_errors(piece.tensor, piece.index) is None for piece in pieces):
                 return None
             return self._with_addresses(
-                tiles_of(pieces, source.squared_errors, transposed=transposed)  # type: ignore[arg-type]
+                tiles_of(pieces, source.squared_errors, transposed=turned)  # type: ignore[arg-type]
             )
 
         return Weight(
             name,
-            shape,
+            (height, width),
             source.dtype(pieces[0].tensor),
-            transposed,
-            lambda: self._with_addresses(tiles_of(pieces, source.tiles, transposed=transposed)),
+            turned,
+            lambda: self._with_addresses(tiles_of(pieces, source.tiles, transposed=turned)),
             " + ".join(storage for storage in storages if storage),
             errors,
             lambda tile: self._refuse_damaged(name, tile),

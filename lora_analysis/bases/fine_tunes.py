@@ -102,7 +102,12 @@ def read_fine_tune(
     InputError
         No weight differs, or none matches ``modules``.
     """
-    new, old = (copy(_opened(model, allow_pickle)) for model in (tuned, base))
+    new, old = (
+        copy(model)
+        if isinstance(model, BaseWeights)
+        else open_base(model, allow_pickle=allow_pickle)
+        for model in (tuned, base)
+    )
     # A model without a config of its own is of the other's family.
     new.model_type = new.model_type or old.model_type
     old.model_type = old.model_type or new.model_type
@@ -157,12 +162,6 @@ def _base_name(base: Any, old: BaseWeights) -> str:
     if old.snapshot is not None:
         return old.snapshot.repo
     return str(base) if isinstance(base, str | os.PathLike) else old.label
-
-
-def _opened(model: Any, allow_pickle: bool) -> BaseWeights:
-    if isinstance(model, BaseWeights):
-        return model
-    return open_base(model, allow_pickle=allow_pickle)
 
 
 def _select_modules(new: BaseWeights, modules: str | Sequence[str] | None, label: str) -> list[str]:

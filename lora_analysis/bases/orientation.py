@@ -174,7 +174,15 @@ def evidence_of(
         others.
     """
     names = set(names)
-    width = _width(config)
+    # Of the hidden states.
+    widths = (
+        part[key]
+        for part in (config, config.get("text_config"))
+        if isinstance(part, Mapping)
+        for key in ("hidden_size", "d_model", "n_embd", "dim")
+        if isinstance(part.get(key), int)
+    )
+    width = next(widths, None)
     examples: dict[bool, list[str]] = {False: [], True: []}
     for name in names:
         module = name.removesuffix(".weight")
@@ -191,15 +199,6 @@ def evidence_of(
         elif role is not None and width in shape:
             examples[(width == shape[0]) == (role == "reads")].append(name)
     return Evidence(tuple(sorted(examples[False])), tuple(sorted(examples[True])))
-
-
-def _width(config: Mapping[str, Any]) -> int | None:
-    """Return the width of the model's hidden states, None if the configuration states none."""
-    for part in (config, config.get("text_config")):
-        for key in ("hidden_size", "d_model", "n_embd", "dim"):
-            if isinstance(part, Mapping) and isinstance(width := part.get(key), int):
-                return width
-    return None
 
 
 def family_orientation(model_type: str | None, name: str) -> bool | None:

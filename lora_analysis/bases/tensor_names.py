@@ -131,8 +131,14 @@ class TensorNames:
         matched._ambiguous += match.ambiguous
         for name, module in match.pairs.items():
             if name != module:
-                matched._pairs.setdefault(strip_wrappers(name), module)
-                matched._heads[_different_heads(strip_wrappers(name), module)] = None
+                stripped = strip_wrappers(name)
+                matched._pairs.setdefault(stripped, module)
+                # Both names without the segments that they share at the end.
+                first, second = stripped.split("."), module.split(".")
+                while first and second and first[-1] == second[-1]:
+                    del first[-1], second[-1]
+                end = ".".join(module.split(".")[len(second) :])
+                matched._heads[stripped.removesuffix(end), module.removesuffix(end)] = None
         return matched
 
     def find(self, name: str) -> list[str]:
@@ -336,16 +342,6 @@ def quantized_error(label: str, tensor: str, storage: str) -> BaseWeightError:
         f"{label}: '{tensor}' belongs to a quantized weight ({storage}), which is not read. "
         "Dequantize the model first, or use the unquantized one."
     )
-
-
-def _different_heads(name: str, other: str) -> tuple[str, str]:
-    """Return the parts of two names before the segments that they share at the end."""
-    first, second = name.split("."), other.split(".")
-    count = 0
-    while count < min(len(first), len(second)) and first[-1 - count] == second[-1 - count]:
-        count += 1
-    end = ".".join(first[len(first) - count :])
-    return name.removesuffix(end), other.removesuffix(end)
 
 
 def _matches(module: str, prefix: Sequence[str], rest: str) -> bool:

@@ -225,13 +225,19 @@ class TensorComparison:
             first = self._old.model.weight(module_of(before) or before, transposed=self._transposed)
             second = self._new.model.weight(module, shape=first.shape, transposed=self._transposed)
             W = first.array()
-            recipes = [("",), *((dtype,) for dtype in HALF_TYPES)] if first.storage else [("",)]
+            # A quantized weight may have been loaded in half precision.
+            loadings = ["", *HALF_TYPES] if first.storage else [""]
             dtype = second.stored_dtype
             for rows, columns, tile in second.blocks(check=False):
-                recipes = [r for r in recipes if _matches(W[rows, columns], tile, r[0], dtype)]
+                values = {loaded: _rounded(W[rows, columns], loaded) for loaded in loadings}
+                loadings = [
+                    loaded
+                    for loaded in loadings
+                    if np.array_equal(_rounded(values[loaded], dtype), tile, equal_nan=True)
+                ]
         except InputError as error:
             return TensorState.UNREADABLE, str(error)
-        if recipes:
+        if loadings:
             return None
         if second.storage:
             return TensorState.UNREADABLE, f"{second.storage} in the merged model"
@@ -313,9 +319,10 @@ def _expected_tensors(adapter: Adapter, model: BaseWeights) -> dict[str, tuple[s
         if not stored.alters_model:
             continue
         if match := _FACTOR_BIAS.fullmatch(plain):
-            scale = _scale(adapter, match["module"])
+            module = match["module"]
+            scale = adapter.outline(module).known_scale() if module in adapter else 1.0
             make: Make = partial(_with_difference, adapter, key, scale)
-            expected[key] = tensor(f"{match['module']}.bias"), make
+            expected[key] = tensor(f"{module}.bias"), make
         elif match := _DIFFERENCE.fullmatch(plain):
             weights = model.tensors_of(match["module"])
             if match["kind"] in ("b_norm", "diff_b"):
@@ -345,10 +352,6 @@ def _saved(adapter: Adapter, key: str, _: NDArray[Any]) -> NDArray[Any]:
     return _side_values(adapter, key)
 
 
-def _scale(adapter: Adapter, module: str) -> float:
-    return adapter.outline(module).known_scale() if module in adapter else 1.0
-
-
 def _with_difference(
     adapter: Adapter, key: str, scale: float, tensor: NDArray[Any]
 ) -> NDArray[np.float32]:
@@ -368,11 +371,6 @@ def _with_tokens(
     table = table.astype(np.float32)
     table[list(indices)] = _side_values(adapter, key)
     return table
-
-
-def _matches(W: NDArray[np.float32], tile: NDArray[np.float32], loaded: str, dtype: str) -> bool:
-    values = _rounded(W, loaded) if loaded else W
-    return bool(np.array_equal(_rounded(values, dtype), tile, equal_nan=True))
 
 
 def _is_rounded(first: Any, second: Any, dtype: str) -> bool:

@@ -242,7 +242,15 @@ def paint_heatmap(ax: Axes, heatmap: HeatMap, *, side: float = 2.0, **kwargs: An
     style.set_label(ax, "y", heatmap.ylabel)
     set_title(ax, heatmap.title, 72 * side)
     if heatmap.data.size:
-        _paint_marks(look, heatmap, image, side / look.scale)
+        hatch_cells(look, heatmap.degenerate, "degenerate")
+        flagged = heatmap.nearly_degenerate
+        if flagged.any():
+            hatch_cells(look, flagged, "nearly degenerate", image.to_rgba(heatmap.data)[flagged])
+        # As many ticks as there is room for.
+        room = side / look.scale
+        label_width = 0.01 + 0.065 * len(str(columns))
+        ax.set_xticks(style.count_ticks(columns, min(9, int(room / label_width))))
+        ax.set_yticks(style.count_ticks(rows, min(9, int(room / 0.1))))
         set_hover(
             ax,
             HoverCells(
@@ -261,18 +269,6 @@ def paint_heatmap(ax: Axes, heatmap: HeatMap, *, side: float = 2.0, **kwargs: An
             transform=ax.transAxes,
         )  # fmt: skip
     return image
-
-
-def _paint_marks(look: style.Look, heatmap: HeatMap, image: AxesImage, side: float) -> None:
-    """Draw ticks, as many as ``side`` has room for at paper size, and lines over doubtful cells."""
-    ax, flagged = look.ax, heatmap.nearly_degenerate
-    hatch_cells(look, heatmap.degenerate, "degenerate")
-    if flagged.any():
-        hatch_cells(look, flagged, "nearly degenerate", image.to_rgba(heatmap.data)[flagged])
-    rows, columns = heatmap.data.shape
-    label_width = 0.01 + 0.065 * len(str(columns))
-    ax.set_xticks(style.count_ticks(columns, min(9, int(side / label_width))))
-    ax.set_yticks(style.count_ticks(rows, min(9, int(side / 0.1))))
 
 
 def paint_colorbar(
