@@ -265,38 +265,35 @@ def _run_worker(pipe: Pipe, work: bytes, threads: int, environment: Mapping[str,
         from threadpoolctl import threadpool_limits
 
         limit = threadpool_limits(threads)
-    try:
-        with limit:
-            _serve(pipe, work)
-    except (_CallerGone, EOFError, ConnectionError):
-        return
 
-
-def _serve(pipe: Pipe, work: bytes) -> None:
     def send(event: object) -> None:
         try:
             pipe.send(event)
         except ConnectionError:
             raise _CallerGone from None
 
-    function = None
-    send(_Ready())
-    while True:
-        pickled = pipe.recv_bytes()
-        try:
-            function = function or pickle.loads(work)
-            job = pickle.loads(pickled)
-        except Exception as error:  # noqa: BLE001 - it may import anything
-            send(Failed(sendable(error)))
-            continue
-        result = attempt(function, job, send)
-        if isinstance(result, Failed):
-            send(result)
-            continue
-        try:
-            send(_Done(result))
-        except Exception as error:  # noqa: BLE001 - a result that cannot be pickled
-            send(Failed(sendable(error)))
+    try:
+        with limit:
+            function = None
+            send(_Ready())
+            while True:
+                pickled = pipe.recv_bytes()
+                try:
+                    function = function or pickle.loads(work)
+                    job = pickle.loads(pickled)
+                except Exception as error:  # noqa: BLE001 - it may import anything
+                    send(Failed(sendable(error)))
+                    continue
+                result = attempt(function, job, send)
+                if isinstance(result, Failed):
+                    send(result)
+                    continue
+                try:
+                    send(_Done(result))
+                except Exception as error:  # noqa: BLE001 - a result that cannot be pickled
+                    send(Failed(sendable(error)))
+    except (_CallerGone, EOFError, ConnectionError):
+        return
 
 
 def _end_with_the_caller() -> None:

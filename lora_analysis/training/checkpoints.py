@@ -35,7 +35,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _UNREADABLE = (OSError, SafetensorError, KeyError, TypeError, ValueError)
 
 
-def save_checkpoint(training: Training, folder: Path, facts: dict[str, Any]) -> Path:
+def save_checkpoint(training: Training, folder: Path, facts: dict[str, Any]) -> None:
     """Write the state of a training; the last checkpoint stays as the earlier one.
 
     All processes of the training must call it, as each has its own dropout stream; the first one
@@ -49,11 +49,6 @@ def save_checkpoint(training: Training, folder: Path, facts: dict[str, Any]) -> 
         Folder of the run.
     facts
         Facts that the run needs to continue: its key, the length of its files.
-
-    Returns
-    -------
-    Path
-        The file.
     """
     streams = {
         f"{_stream_name(rank)}/{name}": state
@@ -61,7 +56,7 @@ def save_checkpoint(training: Training, folder: Path, facts: dict[str, Any]) -> 
         for rank, state in enumerate(training.processes.gathered(value))
     }
     if not training.processes.is_first:
-        return folder / CHECKPOINT_NAME
+        return
     tensors = {f"parameter/{n}": p.detach() for n, p in training.trained.items()}
     for name, parameter in training.trained.items():
         state = training.optimizer.state[parameter]
@@ -84,7 +79,6 @@ def save_checkpoint(training: Training, folder: Path, facts: dict[str, Any]) -> 
         last.replace(folder / EARLIER_CHECKPOINT_NAME)
     written.replace(last)
     sync_folder(folder)
-    return last
 
 
 def checkpoint_facts(path: Path) -> dict[str, Any] | None:

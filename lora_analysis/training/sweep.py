@@ -238,8 +238,8 @@ class TrainingJob:
     config: RunConfig
     folder: Path
     device: str
-    force: bool = False
-    trackers: tuple[str, ...] = ()
+    force: bool
+    trackers: tuple[str, ...]
 
     def __str__(self) -> str:
         return f"'{self.name}'"
