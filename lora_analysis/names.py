@@ -438,16 +438,7 @@ class _Rest:
         ):
             best = max(groups, key=lambda prefix: (len(groups[prefix]), -len(prefix.head)))
             group = groups[best]
-            # Two groups compete if they want one module for two.
-            rivals = [
-                p
-                for p, other in groups.items()
-                if other != group
-                and not (
-                    group.keys().isdisjoint(other)
-                    and set(group.values()).isdisjoint(other.values())
-                )
-            ]
+            rivals = [p for p in groups if groups[p] != group and _compete(groups[p], group)]
             alike = [p for p in rivals if len(groups[p]) == len(group)]
             if alike:
                 shortest: dict[frozenset[tuple[str, str]], _Prefix] = {}
@@ -517,6 +508,11 @@ class _Prefix(NamedTuple):
 
     def shown(self, separator: str) -> str:
         return separator.join(part for part in (self.component, self.head) if part)
+
+
+def _compete(group: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Return True if two groups of pairs want one module for two."""
+    return bool(group.keys() & other.keys() or set(group.values()) & set(other.values()))
 
 
 def possible_prefixes(name: str, separator: str) -> Iterator[tuple[str, str]]:

@@ -124,8 +124,22 @@ def _add(content: _Content, tensors: NamedTensors, pair: StoredPair, options: Re
         content.pairs += blocks[0]
         content.fused[module] = blocks[1]
     elif (size := _kernel(tensors, pair, options)) is not None:
-        content.pairs.append(_convolution(tensors, module, pair, size))
-        content.divisors[module] = tensors.infos[a].shape[0] // size
+        # A convolution with a square kernel; see the module's first lines.
+        shape_a, shape_b = tensors.infos[a].shape, tensors.infos[b].shape
+        fits = len(shape_a) == len(shape_b) == 2 and shape_a[0] == shape_b[1] and 0 not in shape_a
+        if not fits or any(n % size for n in (*shape_a, shape_b[0])):
+            message = (
+                f"{tensors.file_of(a)}: '{module}' has A {shape_a} and B {shape_b}; loralib's "
+                f"ConvLoRA of a kernel of {size} needs (r·{size}, c_in·{size}) and "
+                f"(c_out·{size}, r·{size})."
+            )
+            raise MalformedFileError(message)
+        copies = block_diagonal([tensor(a)] * size)
+        kernels = tensor(b).reshaped(shape_b[0] // size, size * shape_b[1])
+        content.pairs.append(
+            StoredPair(module, copies, kernels, layout="conv", kernel=(size, size))
+        )
+        content.divisors[module] = shape_a[0] // size
     else:
         layout: Layout = "embedding" if is_embedding(module) else "linear"
         content.pairs.append(StoredPair(module, pair.a, pair.b, layout=layout))
@@ -160,25 +174,6 @@ def _kernel(tensors: NamedTensors, pair: StoredPair, options: ReadOptions) -> in
         )
         raise UnsupportedMethodError(message)
     return options.kernel
-
-
-def _convolution(tensors: NamedTensors, module: str, pair: StoredPair, size: int) -> StoredPair:
-    """Return the pair of a convolution with a square kernel; see the module's first lines."""
-    a, b = (tensors.infos[factor.name].shape for factor in (pair.a, pair.b))
-    fits = len(a) == len(b) == 2 and a[0] == b[1] and 0 not in a
-    if not fits or a[0] % size or a[1] % size or b[0] % size:
-        message = (
-            f"{tensors.file_of(pair.a.name)}: '{module}' has A {a} and B {b}; loralib's ConvLoRA "
-            f"of a kernel of {size} needs (r·{size}, c_in·{size}) and (c_out·{size}, r·{size})."
-        )
-        raise MalformedFileError(message)
-    return StoredPair(
-        module,
-        block_diagonal([tensor(pair.a.name)] * size),
-        tensor(pair.b.name).reshaped(b[0] // size, size * b[1]),
-        layout="conv",
-        kernel=(size, size),
-    )
 
 
 _WEIGHTS_NAME: Final = "lora.safetensors"

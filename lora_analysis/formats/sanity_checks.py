@@ -507,20 +507,23 @@ def _twins(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
     if twins:
         fields = {"module": twins[0][0], "other": twins[0][1]}
         yield Finding("twin-modules", fields | _affected(members, len(modules)))
-    layers: dict[tuple[Any, ...], dict[Any, str]] = defaultdict(dict)
+    copies = _copies([m for m in modules if m.module not in members])
+    if copies:
+        yield Finding("copied-a", {"count": len(copies), "modules": copies})
+
+
+def _copies(modules: Sequence[ModuleStatistics]) -> list[str]:
+    """Return the modules among q, k, v of a layer that store one and the same A."""
+    groups: dict[tuple[Any, ...], dict[Any, str]] = defaultdict(dict)
     for m in modules:
         match = _PROJECTION.search(m.module)
-        if m.module in members or match is None or m.A is None:
-            continue
-        if not m.A.largest or m.A.is_selection:
+        if m.A is None or not m.A.largest or m.A.is_selection or match is None:
             continue
         layer = f"{m.module[: match.start(2)]}*{m.module[match.end(2) :]}"
         # Parts that the reader took out of one stored A have one position.
-        source = m.A.position.offset if m.A.position else m.module
-        layers[layer, m.A.fingerprint].setdefault(source, m.module)
-    copies = [name for group in layers.values() if len(group) > 1 for name in group.values()]
-    if copies:
-        yield Finding("copied-a", {"count": len(copies), "modules": copies})
+        stored = m.A.position.offset if m.A.position else m.module
+        groups[layer, m.A.fingerprint].setdefault(stored, m.module)
+    return [name for group in groups.values() if len(group) > 1 for name in group.values()]
 
 
 def module_kind(name: str) -> str:

@@ -34,7 +34,7 @@ from lora_analysis.storage.tensors import TensorFiles, shards_of
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -217,22 +217,27 @@ def adapter_files(paths: Iterable[str], *, allow_pickle: bool) -> list[str]:
     folders: dict[str, list[str]] = {}
     for path in tensors:
         folders.setdefault(path.rpartition("/")[0], []).append(path)
-    chosen: list[str] = []
-    for folder, inside in folders.items():
-        prefix = f"{folder}/" if folder else ""
-        if f"{prefix}adapter_config.json" in configs:
-            described = [path for path in inside if _matches(path.removeprefix(prefix), _DESCRIBED)]
-            safe = [path for path in described if path.endswith(_SAFETENSORS)]
-            chosen += safe or described or inside
-        elif f"{prefix}config.json" in configs:
-            chosen += [path for path in inside if not _matches(path.removeprefix(prefix), _WHOLE)]
-        else:
-            chosen += inside
+    chosen = [
+        path
+        for folder, paths in folders.items()
+        for path in _adapter_tensors(folder, paths, configs)
+    ]
     # If there is nothing but a model, the user asked for the model.
     chosen = chosen or tensors
     if not any(path.endswith(_SAFETENSORS) for path in chosen):
         chosen += [path for path in candidates if _matches(path, _OTHERS)]
     return list(dict.fromkeys([*configs, *chosen]))
+
+
+def _adapter_tensors(folder: str, paths: list[str], configs: Collection[str]) -> list[str]:
+    """Return the files of tensors in one folder that belong to an adapter."""
+    prefix = f"{folder}/" if folder else ""
+    if f"{prefix}adapter_config.json" in configs:
+        described = [path for path in paths if _matches(path.removeprefix(prefix), _DESCRIBED)]
+        return [path for path in described if path.endswith(_SAFETENSORS)] or described or paths
+    if f"{prefix}config.json" in configs:
+        return [path for path in paths if not _matches(path.removeprefix(prefix), _WHOLE)]
+    return paths
 
 
 def _whole_model_files(paths: Iterable[str], suffix: str) -> list[str]:

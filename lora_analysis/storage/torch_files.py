@@ -281,10 +281,8 @@ def read_pickle(path: Path, *, allow_pickle: bool) -> Pickle:
     """
     if not allow_pickle:
         raise pickle_refused(path)
-    return _read_archive(path) if is_zip(path) else _read_sequence(path)
-
-
-def _read_archive(path: Path) -> Pickle:
+    if not is_zip(path):
+        return _read_sequence(path)
     members = zip_members(path)
     described = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(described) != 1:

@@ -162,12 +162,7 @@ def in_authors_names(adapter: Adapter, *, dotted: bool = False) -> Adapter:
         A part is DoRA's.
     """
     if dotted and all(map(_is_flat, adapter)):
-        renamed = {}
-        for module in adapter:
-            component, path = _component_path(module)
-            is_flux = not component and _diffusers_flux_name(path) is not None
-            renamed[f"diffusion_model.{path}" if is_flux else module] = adapter.lazy(module)
-        return _with_updates(adapter, renamed)
+        return _with_updates(adapter, {_dotted_flux(name): adapter.lazy(name) for name in adapter})
     paths = {module: _component_path(module) for module in adapter if not _is_flat(module)}
     denoiser = [path for component, path in paths.values() if not component]
     is_sdxl = any(map(_SDXL.match, denoiser)) and not any(map(_NOT_SDXL.match, denoiser))
@@ -192,6 +187,11 @@ def in_authors_names(adapter: Adapter, *, dotted: bool = False) -> Adapter:
             fused.setdefault(f"transformer.{_authors_flux_name(path)}", {})[module] = path
     updates |= {whole: _join(adapter, whole, parts) for whole, parts in fused.items()}
     return _with_updates(adapter, updates)
+
+
+def _dotted_flux(module: str) -> str:
+    component, path = _component_path(module)
+    return f"diffusion_model.{path}" if not component and _diffusers_flux_name(path) else module
 
 
 def _is_flat(module: str) -> bool:

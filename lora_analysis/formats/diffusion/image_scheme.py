@@ -109,14 +109,7 @@ def complete_image(
     alphas = [roles["alpha"] for roles in stored.modules.values() if "alpha" in roles]
     if alphas:
         facts[ALPHA_TYPE] = tensors.infos[alphas[0]].dtype
-    findings: list[Finding] = []
-    dora = [pair for pair in pairs if pair.variant == DORA]
-    if dora:
-        findings.append(Finding("dora", {"count": len(dora), "total": len(pairs)}))
-    by_inputs = [pair.module for pair in dora if pair.magnitude_side == "input"]
-    if by_inputs:
-        fields = {"count": len(by_inputs), "total": len(pairs), "module": f"'{by_inputs[0]}'"}
-        findings.append(Finding("dora-columns", fields))
+    findings = _dora_findings(pairs)
     findings += block_findings(tensors, pairs)
     findings += copied_findings(tensors, pairs)
     for what, keys in rest.items():
@@ -264,6 +257,16 @@ def _scale_findings(
             findings.append(Finding("scale-unknown", fields))
         else:
             findings.append(f"{len(modules)} of {len(scales)} modules state no alpha: {reason}.")
+    return findings
+
+
+def _dora_findings(pairs: Sequence[StoredPair]) -> list[Finding]:
+    dora = [pair for pair in pairs if pair.variant == DORA]
+    findings = [Finding("dora", {"count": len(dora), "total": len(pairs)})] if dora else []
+    by_inputs = [pair.module for pair in dora if pair.magnitude_side == "input"]
+    if by_inputs:
+        fields = {"count": len(by_inputs), "total": len(pairs), "module": f"'{by_inputs[0]}'"}
+        findings.append(Finding("dora-columns", fields))
     return findings
 
 

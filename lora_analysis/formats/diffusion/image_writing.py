@@ -166,7 +166,10 @@ def image_file(
     metadata = {**carried, **_updated_network(adapter, carried, list(modules), is_new=is_new)}
     hashes = {_MODEL_HASH, _LEGACY_HASH} if is_new else {_MODEL_HASH, _LEGACY_HASH, _SPEC_HASH}
     if is_new or metadata.keys() & hashes:
-        model, legacy = model_hashes(tensors, metadata)
+        digests = _Digests()
+        counted = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+        write_safetensors(cast("BinaryIO", digests), tensors, counted)
+        model, legacy = digests.model.hexdigest(), digests.legacy.hexdigest()[:8]
         updated = {_MODEL_HASH: model, _LEGACY_HASH: legacy, _SPEC_HASH: f"0x{model}"}
         metadata |= {k: updated[k] for k in hashes if is_new or k in carried}
     # Loaders of image models do not need the entry "format"; the source's is kept.
@@ -200,29 +203,12 @@ def _common(values: Sequence[str]) -> str:
     return values[0] if len(set(values)) == 1 else _SEVERAL
 
 
-def model_hashes(tensors: Iterable[OutputTensor], metadata: Mapping[str, str]) -> tuple[str, str]:
-    """Return the two hashes of a file as sd-scripts computes them, from one pass over its tensors.
-
-    Parameters
-    ----------
-    tensors
-        The tensors of the file.
-    metadata
-        Its metadata; only the ``ss_*`` entries count.
-
-    Returns
-    -------
-    tuple of str
-        ``sshs_model_hash``, 64 hexadecimal digits, and ``sshs_legacy_hash``, 8 of them.
-    """
-    digests = _Digests()
-    counted = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    write_safetensors(cast("BinaryIO", digests), tensors, counted)
-    return digests.model.hexdigest(), digests.legacy.hexdigest()[:8]
-
-
 class _Digests:
-    """A stream that computes digests of the bytes written to it."""
+    """A stream that computes digests of a safetensors file from one pass over its tensors.
+
+    They are sd-scripts' ``sshs_model_hash``, in 64 hexadecimal digits, and ``sshs_legacy_hash``, of
+    which 8 are stated, if of the file's metadata only the ``ss_*`` entries are written.
+    """
 
     def __init__(self) -> None:
         self.model = hashlib.sha256()

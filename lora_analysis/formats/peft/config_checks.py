@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from lora_analysis.errors import InputError
 from lora_analysis.finding import Finding
@@ -194,15 +194,9 @@ def _layer_findings(config: PeftConfig, stored: StoredModules) -> list[Finding]:
         return []
     fields: dict[str, object]
     entry = config.raw.get("layers_to_transform")
-    chosen = entry if isinstance(entry, list) else [entry]
+    chosen: list[Any] = entry if isinstance(entry, list) else [entry]
     if chosen and all(type(layer) is int for layer in chosen):
-        present, ordered = set.union(*layers.values()), sorted(set(chosen))
-        missing = [layer for layer in ordered if layer not in present]
-        if not _looks_lost([layer in present for layer in ordered]):
-            missing = []
-        beyond = sorted(present.difference(chosen))
-        fields = {"missing": missing[:_MAX_LISTED], "beyond": beyond[:_MAX_LISTED]}
-        return [Finding("config-layers-differ", fields)] if missing or beyond else []
+        return _chosen_findings(set(chosen), set.union(*layers.values()))
     if _selects_layers(config):
         return []
     gaps: dict[str, list[int]] = {}
@@ -220,6 +214,19 @@ def _layer_findings(config: PeftConfig, stored: StoredModules) -> list[Finding]:
         "layers": sorted(set().union(*gaps.values()))[:_MAX_LISTED],
     }
     return [Finding("layers-missing", fields)]
+
+
+def _chosen_findings(chosen: Collection[int], present: Collection[int]) -> list[Finding]:
+    """Return how the layers with factors differ from those in ``layers_to_transform``."""
+    ordered = sorted(chosen)
+    missing = [layer for layer in ordered if layer not in present]
+    if not _looks_lost([layer in present for layer in ordered]):
+        missing = []
+    beyond = sorted(set(present) - set(chosen))
+    if not missing and not beyond:
+        return []
+    fields = {"missing": missing[:_MAX_LISTED], "beyond": beyond[:_MAX_LISTED]}
+    return [Finding("config-layers-differ", fields)]
 
 
 def _selects_layers(config: PeftConfig) -> bool:

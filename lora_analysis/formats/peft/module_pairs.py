@@ -85,7 +85,8 @@ def module_pairs(
     """
     content = ModulePairs()
     extras = keys.extras.get(chosen, {})
-    factors = _usable_factors(path, tensors, keys, chosen, content)
+    factors = _without_pruned(path, tensors, keys, chosen, content)
+    factors = _without_placeholders(path, tensors, factors, content.findings)
     _refuse_slices(path, tensors, factors, config)
     stacks: list[ExpertPairs] = []
     for plain in complete_pairs(path, factors):
@@ -261,20 +262,15 @@ def _findings(
     return findings
 
 
-def _usable_factors(
+def _without_pruned(
     path: object, tensors: NamedTensors, keys: SortedKeys, chosen: str | None, content: ModulePairs
 ) -> dict[str, dict[FactorRole, str]]:
-    """Return the factors that hold numbers; add findings about those that rightly do not.
-
-    AdaLoRA cuts modules down to rank 0. Tinker's adapters of mixtures of experts, whose factors
-    have three axes, have empty factors for a projection that the model lacks. Otherwise an empty
-    factor was not gathered.
+    """Return the factors without those of modules that AdaLoRA has cut down to rank 0.
 
     Raises
     ------
     MalformedFileError
-        Factors are empty, or no matrices; or a tensor that belongs to factors has another adapter's
-        name than any of them.
+        A tensor that belongs to factors has another adapter's name than any of them.
     """
     for name in keys.extras.keys() - keys.factors.keys():
         first = next(iter(next(iter(keys.extras[name].values())).values()))
@@ -286,7 +282,25 @@ def _usable_factors(
     content.pruned += cut
     if cut:
         content.findings.append(Finding("pruned-to-rank-0", {"modules": len(cut), "first": cut[0]}))
-    factors = {module: stored for module, stored in factors.items() if module not in cut}
+    return {module: stored for module, stored in factors.items() if module not in cut}
+
+
+def _without_placeholders(
+    path: object,
+    tensors: NamedTensors,
+    factors: dict[str, dict[FactorRole, str]],
+    findings: list[Finding | str],
+) -> dict[str, dict[FactorRole, str]]:
+    """Return the factors that hold numbers; add a finding about empty ones that mean "absent".
+
+    Tinker's adapters of mixtures of experts, whose factors have three axes, have empty factors for
+    a projection that the model lacks. Otherwise an empty factor was not gathered.
+
+    Raises
+    ------
+    MalformedFileError
+        Factors are empty, or no matrices.
+    """
     shapes = {
         module: {key: tensors.infos[key].shape for key in stored.values()}
         for module, stored in factors.items()
@@ -304,7 +318,7 @@ def _usable_factors(
     empty = all(0 in shape for module in unusable for shape in shapes[module].values())
     if stacks and empty and absent.isdisjoint(present):
         fields = {"modules": len(unusable), "types": sorted(absent)}
-        content.findings.append(Finding("empty-placeholders", fields))
+        findings.append(Finding("empty-placeholders", fields))
         return {module: stored for module, stored in factors.items() if module not in unusable}
     name = next(iter(unusable.values()))
     message = (

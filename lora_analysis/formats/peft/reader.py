@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from lora_analysis.adapter import ScaleOrigin
+    from lora_analysis.adapter import ScaleOrigin, SideTensor
     from lora_analysis.formats.factors import StoredPair
     from lora_analysis.formats.options import InitialFactorsSource, ReadOptions
 
@@ -149,9 +149,8 @@ class _PEFT(Format):
             for pair in pairs
         }
         saved, others, empty = _saved_tensors(stored, config)
-        findings = _findings(
-            files, stored, config, ranks=ranks, scales=scales, others=others, empty=empty
-        )
+        findings = _config_findings(files, stored, config, ranks, scales=scales, others=others)
+        findings += _tensor_findings(files, others, empty)
         if start is not None:
             name_of_start = config.subtracted or "an initialization the caller names"
             findings.append(offset_finding(name_of_start))
@@ -164,7 +163,6 @@ class _PEFT(Format):
             pairs, scales, parts = split_parts(
                 tensors, pairs, scales, options, rslora=config.use_rslora
             )
-        if parts:
             ranks = {pair.module: stored_rank(tensors, pair) for pair in pairs}
         rank = common_rank(ranks)
         label = options.label or label_of(files.path, name)
@@ -175,9 +173,6 @@ class _PEFT(Format):
         if start is not None:
             for module, load in loaders.items():
                 loaders[module] = partial(less_start, load, start, config.start)
-        # Tensors next to the factors and the modules trained in full.
-        beside = {what: keys for what, keys in others.items() if what not in (_IN_FULL, _UNNAMED)}
-        harmless = {key for what, keys in beside.items() if what not in ALTERING for key in keys}
         config_files = [files.config_path] if files.config_path and files.tensors is None else []
         return Adapter(
             loaders,
@@ -195,9 +190,7 @@ class _PEFT(Format):
             ),
             saved_modules=LazyTensors(tensors, saved),
             config={**config.raw, FUSED_PARTS: parts} if parts else config.raw,
-            side_tensors=(
-                side_tensors(tensors, chain(*beside.values()), harmless=harmless) if beside else {}
-            ),
+            side_tensors=_side_tensors(tensors, others) if others else {},
         )
 
 
@@ -400,17 +393,23 @@ def _saved_tensors(
     return saved, others, empty
 
 
-def _findings(
+def _side_tensors(tensors: NamedTensors, others: Mapping[str, list[str]]) -> dict[str, SideTensor]:
+    """Return the tensors next to the factors and the modules trained in full."""
+    beside = {what: keys for what, keys in others.items() if what not in (_IN_FULL, _UNNAMED)}
+    harmless = {key for what, keys in beside.items() if what not in ALTERING for key in keys}
+    return side_tensors(tensors, chain(*beside.values()), harmless=harmless)
+
+
+def _config_findings(
     files: AdapterFiles,
     stored: _Stored,
     config: PeftConfig,
-    *,
     ranks: Mapping[str, int],
+    *,
     scales: Mapping[str, StatedScale],
     others: Mapping[str, list[str]],
-    empty: Sequence[str],
 ) -> list[Finding | str]:
-    """Return how the factors differ from the config, and what is stored next to them."""
+    """Return the findings about the config and how the factors differ from it."""
     pairs = stored.content
     findings: list[Finding | str] = []
     if files.config_path is None:
@@ -436,7 +435,14 @@ def _findings(
         saved=[*saved, *stored.keys.full],
         biases=sum(name.endswith(".bias") for name in (*saved, *others.get(BASE_BIASES, ()))),
     )
-    findings += config_gaps(config, modules)
+    return [*findings, *config_gaps(config, modules)]
+
+
+def _tensor_findings(
+    files: AdapterFiles, others: Mapping[str, list[str]], empty: Sequence[str]
+) -> list[Finding]:
+    """Return the findings about tensors and files next to the factors."""
+    findings = []
     if empty:
         findings.append(Finding("empty-saved-tensors", {"count": len(empty), "first": empty[0]}))
     for what, keys in others.items():
