@@ -53,25 +53,37 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
 
 def near_names(name: str, names: Iterable[str], *, cutoff: float = 0.5) -> list[str]:
     """Return up to three names that resemble ``name``, by name or by its last segment."""
-    pool = list(names)
+    pool = tuple(names)
     likely = pool if len(pool) <= _FEW_NAMES else _likely_names(name, pool, cutoff)
     near = difflib.get_close_matches(name, likely, cutoff=cutoff)
     tails = {each.rpartition(".")[2]: each for each in reversed(pool)}
-    tail = name.rpartition(".")[2]
-    for match in difflib.get_close_matches(tail, tails, cutoff=cutoff):
+    for match in _close_matches(name.rpartition(".")[2], tuple(tails), cutoff):
         if tails[match] not in near:
             near.append(tails[match])
     return near[:3]
 
 
-def _likely_names(name: str, pool: Sequence[str], cutoff: float) -> list[str]:
+@lru_cache(maxsize=256)
+def _close_matches(name: str, pool: tuple[str, ...], cutoff: float) -> list[str]:
+    # A model that lacks one layer's module lacks it in all: most of them ask for the same.
+    return difflib.get_close_matches(name, pool, cutoff=cutoff)
+
+
+@lru_cache(maxsize=4)
+def _without_numbers(pool: tuple[str, ...]) -> dict[str, list[str]]:
+    """Group names that differ in their numbers alone."""
+    groups: dict[str, list[str]] = {}
+    for each in pool:
+        groups.setdefault(_DIGITS.sub("0", each), []).append(each)
+    return groups
+
+
+def _likely_names(name: str, pool: tuple[str, ...], cutoff: float) -> list[str]:
     """Return the names that resemble one but for their numbers, those of most equal numbers first.
 
     Comparing a name with each of a thousand takes a third of a second; most differ in numbers only.
     """
-    groups: dict[str, list[str]] = {}
-    for each in pool:
-        groups.setdefault(_DIGITS.sub("0", each), []).append(each)
+    groups = _without_numbers(pool)
     numbers: list[str] = _DIGITS.findall(name)
 
     def differing(each: str) -> int:
@@ -79,7 +91,7 @@ def _likely_names(name: str, pool: Sequence[str], cutoff: float) -> list[str]:
         same = sum(a == b for a, b in zip(numbers, others, strict=False))
         return max(len(numbers), len(others)) - same
 
-    plain = difflib.get_close_matches(_DIGITS.sub("0", name), groups, cutoff=cutoff)
+    plain = _close_matches(_DIGITS.sub("0", name), tuple(groups), cutoff)
     return [each for key in plain for each in sorted(groups[key], key=differing)[:_FEW_NAMES]]
 
 

@@ -209,10 +209,9 @@ class TensorNames:
     def missing(self, module: str) -> BaseWeightError:
         """Return the error for a module without a tensor; it lists near names."""
         stripped = strip_wrappers(module)
-        for name in self._stored:
-            for mark, storage in _UNSUPPORTED.items():
-                if name == f"{stripped}.{mark}" or name.endswith(f".{stripped}.{mark}"):
-                    return quantized_error(self.label, name, storage)
+        for name, mark in self._unsupported:
+            if f".{name}".endswith(f".{stripped}.{mark}"):
+                return quantized_error(self.label, name, _UNSUPPORTED[mark])
         near = ", ".join(f"'{name}'" for name in near_names(stripped, self._modules)) or "none"
         return BaseWeightError(
             f"{self.label}: no weight belongs to '{module}'. Near names among its "
@@ -238,6 +237,16 @@ class TensorNames:
             for spelling in self.spellings(name)
         ]
         return [self._flat_wholes[i] for i in identities if i in self._flat_wholes]
+
+    @cached_property
+    def _unsupported(self) -> list[tuple[str, str]]:
+        """Tensors of storages that are not read, with the mark of each."""
+        return [
+            (name, mark)
+            for name in self._stored
+            for mark in _UNSUPPORTED
+            if name.endswith(f".{mark}")
+        ]
 
     @cached_property
     def _identities(self) -> dict[ModuleName, str]:
