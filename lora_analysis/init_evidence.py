@@ -143,7 +143,7 @@ def _agreement(evidence: InitEvidence) -> tuple[int, float, float]:
 def _evidence(
     updates: Sequence[LowRankUpdate],
     factor: Literal["A", "B"],
-    products: Mapping[Literal["A", "B"], NDArray[np.float64]] | None = None,
+    products: Mapping[Literal["A", "B"], NDArray[np.float64]] | None,
 ) -> InitEvidence:
     other: Literal["A", "B"] = "B" if factor == "A" else "A"
     ranks = np.array([update.rank for update in updates])

@@ -176,17 +176,22 @@ class SubspaceCallback:
             self._reference_names = match_names(names, self._reference).pairs
         updates = {name: adapter[name] for name in names}
         spectra = {name: spectrum(update) for name, update in updates.items()}
-        rows = {
-            name: {
-                **self._spectral_numbers(name, spectra[name]),
-                **self._drift(name, updates[name]),
-            }
-            for name in names
-        }
+        rows = {name: self._module_numbers(name, spectra[name], updates[name]) for name in names}
         self._last = spectra
-        return _medians(rows, by_type=self.by_type)
+        groups: dict[str, list[Mapping[str, float]]] = {PREFIX: list(rows.values())}
+        if self.by_type:
+            for module, numbers in rows.items():
+                groups.setdefault(f"{PREFIX}/{locate_module(module).name}", []).append(numbers)
+        medians = {}
+        for group, members in groups.items():
+            for name in dict.fromkeys(key for row in members for key in row):
+                values = [row[name] for row in members if math.isfinite(row.get(name, math.nan))]
+                if values:
+                    medians[f"{group}/{name}"] = float(median(values))
+        return medians
 
-    def _spectral_numbers(self, name: str, current: Spectrum) -> dict[str, float]:
+    def _module_numbers(self, name: str, current: Spectrum, update: Any) -> dict[str, float]:
+        """Return the numbers of one module: its spectrum, overlaps, and the drift of A."""
         numbers = {
             "sigma_1": float(current.S[0]),
             "norm": current.norm,
@@ -203,20 +208,15 @@ class SubspaceCallback:
             for side in SIDES:
                 if current.shape == other.shape:
                     numbers[f"omega_{what}_{side}"] = energy_overlap(current, other, side=side)
+        if isinstance(update, LowRankUpdate):
+            now = _InitialFactor.of(update)
+            first = self._initial.setdefault(name, now)
+            # The A of an embedding starts at zero, without a row space.
+            if first.A.shape == now.A.shape and first.norm and now.norm:
+                angles = linalg.principal_angles(first.basis, now.basis)
+                numbers["A_drift"] = float(np.linalg.norm(now.A - first.A)) / first.norm
+                numbers["A_rotation"] = float(np.mean(np.sin(angles) ** 2))
         return numbers
-
-    def _drift(self, name: str, update: Any) -> dict[str, float]:
-        if not isinstance(update, LowRankUpdate):
-            return {}
-        now = _InitialFactor.of(update)
-        first = self._initial.setdefault(name, now)
-        if first.A.shape != now.A.shape or not first.norm or not now.norm:
-            return {}  # the A of an embedding starts at zero, without a row space
-        angles = linalg.principal_angles(first.basis, now.basis)
-        return {
-            "A_drift": float(np.linalg.norm(now.A - first.A)) / first.norm,
-            "A_rotation": float(np.mean(np.sin(angles) ** 2)),
-        }
 
     def _try_look(self, model: Any, args: Any, state: Any, control: Any) -> None:
         try:
@@ -237,18 +237,3 @@ class SubspaceCallback:
 
 def _ignore_event(*_args: Any, **_kwargs: Any) -> None:
     """Leave the control of a trainer as it is."""
-
-
-def _medians(rows: Mapping[str, Mapping[str, float]], *, by_type: bool) -> dict[str, float]:
-    """Return the medians of finite numbers over all modules, and over those of each type."""
-    groups: dict[str, list[Mapping[str, float]]] = {PREFIX: list(rows.values())}
-    if by_type:
-        for module, row in rows.items():
-            groups.setdefault(f"{PREFIX}/{locate_module(module).name}", []).append(row)
-    medians = {}
-    for group, members in groups.items():
-        for name in dict.fromkeys(key for row in members for key in row):
-            values = [row[name] for row in members if math.isfinite(row.get(name, math.nan))]
-            if values:
-                medians[f"{group}/{name}"] = float(median(values))
-    return medians

@@ -3,8 +3,8 @@
 `Study.group_analysis` analyzes a group as a whole; tables with conclusions come from ``studies``.
 """
 
-from lora_analysis.studies.alignment import MATCHING_CODES, align_adapters
 from lora_analysis.studies.all_pairs import PairwiseSimilarity, pairwise
+from lora_analysis.studies.module_walk import MATCHING_CODES, align_adapters
 from lora_analysis.studies.pair_products import (
     ModulePairs,
     PairValues,

@@ -254,7 +254,12 @@ def classify_init(
         shared = negative
     else:
         shared = [m for m in testable if m.shared and m.row_cosine > 0]
-    if shared and _is_consistent_with_one_run(testable):
+    # If training has aligned the rows of a small rank, q is as large as c and z is small, while
+    # rows and columns of two adapters of one run agree all the same.
+    other = float(np.median(_matched_others(testable)))
+    rest = [module for module in testable if not module.shared]
+    is_one_run = abs(other) >= SAME_RUN and all(abs(m.row_cosine) >= _CONSISTENT for m in rest)
+    if shared and is_one_run:
         shared = testable
     row_space = _median(testable, lambda module: module.row_space)
     evidence = replace(
@@ -307,14 +312,3 @@ def _shared_modules(shared: Sequence[ModuleInit], compared: int) -> SharedInit:
 def _matched_others(modules: Sequence[ModuleInit]) -> list[float]:
     """Return c′ of each module with the sign of its rows: (A, B) and (−A, −B) are one update."""
     return [float(np.copysign(1.0, m.row_cosine)) * m.other_cosine for m in modules]
-
-
-def _is_consistent_with_one_run(modules: Sequence[ModuleInit]) -> bool:
-    """Return True if the inconclusive modules are consistent with a single run.
-
-    If training has aligned the rows of a small rank, q is as large as c and z is small, while
-    rows and columns of the two adapters agree all the same.
-    """
-    other = float(np.median(_matched_others(modules)))
-    rest = [module for module in modules if not module.shared]
-    return abs(other) >= SAME_RUN and all(abs(m.row_cosine) >= _CONSISTENT for m in rest)

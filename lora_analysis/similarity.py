@@ -249,7 +249,14 @@ def subspace_similarity(
     if k is not None and k < 1:
         message = f"A subspace needs k >= 1 directions, got k = {k}."
         raise InputError(message)
-    first, second = (_up_to(update, of, k) for update in (a, b))
+    spectra: list[Spectrum] = []
+    for given in (a, b):
+        update = given if k is None or isinstance(given, Spectrum) else as_update(given)
+        if k and isinstance(update, DenseUpdate) and of == "delta" and update.delta.any():
+            spectra.append(leading_spectrum(update, k + 1))  # and the gap to the next one
+        else:
+            spectra.append(spectrum(update, of=of))
+    first, second = spectra
     dimension = _check_same_space(first, second, side)
     gram = first.vectors(side)[:, :k].T @ second.vectors(side)[:, :k]  # (k₁, k₂)
     return SimilarityGrid(
@@ -263,16 +270,6 @@ def subspace_similarity(
         rows_degeneracy=Degeneracy(first.degenerate[:k], first.nearly_degenerate[:k]),
         columns_degeneracy=Degeneracy(second.degenerate[:k], second.nearly_degenerate[:k]),
     )
-
-
-def _up_to(update: Any, of: VectorsOf, k: int | None) -> Spectrum:
-    """Return a spectrum, of a dense update with k directions and the gap to the next one."""
-    if k is not None and not isinstance(update, Spectrum):
-        update = as_update(update)
-        if isinstance(update, DenseUpdate) and of == "delta" and update.delta.any():
-            return leading_spectrum(update, k + 1)
-    result: Spectrum = spectrum(update, of=of)
-    return result
 
 
 @overload

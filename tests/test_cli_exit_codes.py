@@ -18,7 +18,7 @@ from training_bases import write_tiny_base
 
 from lora_analysis.adapter import Adapter
 from lora_analysis.cli import VERBS, run
-from lora_analysis.cli.exit_codes import exit_code
+from lora_analysis.cli.options import exit_code
 from lora_analysis.errors import (
     InUseError,
     MissingExtraError,

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import click
 
 from lora_analysis import __version__
-from lora_analysis.cli.exit_codes import BUG, DONE, INTERRUPTED, READER_GONE, REFUSED
+from lora_analysis.cli.options import BUG, DONE, INTERRUPTED, READER_GONE, REFUSED
 from lora_analysis.errors import (
     InputError,
     LoraAnalysisError,

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import (
+    DONE,
     FINE_TUNES,
     MODULES_SHOWN,
+    PARTLY_FAILED,
     VerbCommand,
     modules_option,
     output_options,
@@ -301,6 +302,8 @@ _CHANGES = {
 
 
 def _print_changes(label: str, changes: pd.DataFrame, *, every: bool) -> None:
+    from lora_analysis.chance import p_value_text
+
     if changes.empty:
         return
     k, span = (_span(changes[name]) for name in ("k", "span"))
@@ -310,7 +313,14 @@ def _print_changes(label: str, changes: pd.DataFrame, *, every: bool) -> None:
     print_table(
         f"{label} in W's basis (k = {k})",
         ("module", "side", *_ENERGY.values()),
-        [(row["title"], row["side"], *(_energy_text(x, row[x]) for x in _ENERGY)) for row in rows],
+        [
+            (
+                row["title"],
+                row["side"],
+                *((p_value_text if x == "leading_p" else decimals)(row[x]) for x in _ENERGY),
+            )
+            for row in rows
+        ],
     )
     click.echo()
     print_text(
@@ -343,12 +353,6 @@ def _print_changes(label: str, changes: pd.DataFrame, *, every: bool) -> None:
         f"{decimals(random)}); an intruder without novelty only mixes them. drift = largest "
         "relative change of σ; direction = mean 1 − cos of W's rows (output) or columns (input)."
     )
-
-
-def _energy_text(name: str, value: float) -> str:
-    from lora_analysis.chance import p_value_text
-
-    return p_value_text(value) if name == "leading_p" else decimals(value)
 
 
 def _span(values: pd.Series) -> str:

@@ -14,9 +14,10 @@ from lora_analysis.cli.compare_modules import (
     norms_by_module,
     print_modules,
 )
-from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import (
+    DONE,
     FINE_TUNES,
+    PARTLY_FAILED,
     VerbCommand,
     label_option,
     labeled_pair,
@@ -148,11 +149,7 @@ def command(
         _print_conclusions(about_pair, next_steps, conclusions, len(table))
         click.echo()
         _print_adapters(result, pair, conclusions)
-        if others:
-            click.echo()
-        for finding in others:
-            print_finding(finding.severity, finding.text)
-        _print_left_out(missing, every=every)
+        _print_others(others, missing, every=every)
         if len(table):
             order: SortKey = sort or ("norm" if base is None else "relative")
             print_modules(table, order, len(table) if every else top, has_base=base is not None)
@@ -348,8 +345,14 @@ def _print_adapters(
     print_facts(facts)
 
 
-def _print_left_out(missing: Sequence[dict[str, str]], *, every: bool) -> None:
-    """Name the modules that are not compared, by reason."""
+def _print_others(
+    findings: Sequence[Finding], missing: Sequence[dict[str, str]], *, every: bool
+) -> None:
+    """Print the other findings, and name the modules that are not compared, by reason."""
+    if findings:
+        click.echo()
+    for finding in findings:
+        print_finding(finding.severity, finding.text)
     by_reason: dict[str, list[str]] = {}
     for module in missing:
         if module["code"] != "not-usable":  # a finding names these

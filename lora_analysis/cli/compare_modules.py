@@ -142,9 +142,12 @@ def _cells(row: dict[str, Any], quantity: str, *, one_random: bool) -> tuple[str
         is_start = side == "input" and row["shared_init"]
         mark = "†" if is_start else "" if row[f"usable_{side}"] else "*"
         values[side] = f"{row[f'omega_{side}']:.3f}{mark}"
-    angles = [
-        _angle(row[f"phi_1_1_{side}"]) if not row["degeneracy_1_1"] else "–" for side in SIDES
-    ]
+    angles = []
+    for side in SIDES:
+        phi = row[f"phi_1_1_{side}"]
+        is_defined = not row["degeneracy_1_1"] and not math.isnan(phi)
+        degrees = math.degrees(math.acos(math.sqrt(min(max(phi, 0.0), 1.0)))) if is_defined else 0
+        angles.append(f"{degrees:.0f}°" if is_defined else "–")
     randoms = [f"{row[f'chance_omega_{side}']:.3f}" for side in SIDES]
     omegas = (
         (values["output"], values["input"], randoms[0])
@@ -178,10 +181,3 @@ def _medians(rows: pd.DataFrame, quantity: str, *, one_random: bool) -> tuple[st
     return tuple(
         "–" if cell == "nan" else cell for cell in _cells(row, quantity, one_random=one_random)[1:]
     )
-
-
-def _angle(phi: float) -> str:
-    """Return arccos √φ in degrees."""
-    if math.isnan(phi):
-        return "–"
-    return f"{math.degrees(math.acos(math.sqrt(min(max(phi, 0.0), 1.0)))):.0f}°"

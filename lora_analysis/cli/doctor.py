@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import tomllib
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,7 @@ from typing import Any
 import click
 
 from lora_analysis import __version__
-from lora_analysis.cli.exit_codes import DONE, REFUSED
-from lora_analysis.cli.options import VerbCommand, output_options
+from lora_analysis.cli.options import DONE, REFUSED, VerbCommand, output_options
 from lora_analysis.cli.show import print_facts, print_json
 
 CORE = (
@@ -55,14 +55,26 @@ def command(*, form: str) -> int:
         for name, needed in _extras()
     }
     missing = [name for name, version in packages.items() if version is None]
+    # What a missing package prevents is unknown; no device if torch cannot be imported.
+    machine: dict[str, Any] = {"cpus": None, "devices": [], "cache": None}
+    with suppress(ImportError):
+        from lora_analysis.execution import available_workers
+
+        machine["cpus"] = available_workers()
+    with suppress(ImportError, OSError):
+        from lora_analysis.training.devices import available_devices
+
+        machine["devices"] = available_devices()  # fastest first
+    with suppress(ImportError):
+        from lora_analysis.storage.cache import cache_folder
+
+        machine["cache"] = cache_folder()
     document: dict[str, Any] = {
         "lora_analysis": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages | {"torch": _version("torch")},
-        "cpus": _cpus(),
-        "devices": _devices(),
-        "cache": _cache(),
+        **machine,
         "extras": {
             name: {"installed": not lacking, "missing": lacking, "for": EXTRAS.get(name)}
             for name, lacking in extras.items()
@@ -82,7 +94,17 @@ def _extras() -> list[tuple[str, list[str]]]:
     """Return the extras in the order of the table, each with its packages."""
     needed: dict[str, list[str]] = {}
     included: dict[str, list[str]] = {}
-    for line in _requirements():
+    lines: list[str] = []
+    try:
+        lines += metadata.requires("lora-analysis") or []
+    except metadata.PackageNotFoundError:
+        # A checkout has its pyproject.toml.
+        project = Path(__file__).parents[2] / "pyproject.toml"
+        if project.is_file():
+            tables = tomllib.loads(project.read_text("utf-8"))["project"]["optional-dependencies"]
+            for name, packages in tables.items():
+                lines += [f"{package}; extra == '{name}'" for package in packages]
+    for line in lines:
         package, extra = _REQUIREMENT.match(line), _FOR_EXTRA.search(line)
         if package and extra:
             needed.setdefault(extra[1], [])
@@ -91,24 +113,12 @@ def _extras() -> list[tuple[str, list[str]]]:
             else:
                 needed[extra[1]].append(package[1])
     for name, others in included.items():
-        packages = (package for other in others for package in needed.get(other.strip(), []))
-        needed[name] = list(dict.fromkeys([*needed[name], *packages]))
+        more = (package for other in others for package in needed.get(other.strip(), []))
+        needed[name] = list(dict.fromkeys([*needed[name], *more]))
     order = list(EXTRAS)
     return sorted(
         needed.items(), key=lambda item: order.index(item[0]) if item[0] in EXTRAS else 99
     )
-
-
-def _requirements() -> list[str]:
-    """Return the requirements of the installed package, or of a checkout's pyproject.toml."""
-    try:
-        return metadata.requires("lora-analysis") or []
-    except metadata.PackageNotFoundError:
-        project = Path(__file__).parents[2] / "pyproject.toml"
-    if not project.is_file():
-        return []
-    extras = tomllib.loads(project.read_text("utf-8"))["project"]["optional-dependencies"]
-    return [f"{line}; extra == '{name}'" for name, lines in extras.items() for line in lines]
 
 
 def _version(name: str) -> str | None:
@@ -116,33 +126,6 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _devices() -> list[str]:
-    """Return the devices for ``--device``, fastest first; none if torch cannot be imported."""
-    try:
-        from lora_analysis.training.devices import available_devices
-    except (ImportError, OSError):
-        return []
-    return available_devices()
-
-
-def _cpus() -> int | None:
-    """Return the number of usable CPUs; None if a package that is needed for it is missing."""
-    try:
-        from lora_analysis.execution import available_workers
-    except ImportError:
-        return None
-    return available_workers()
-
-
-def _cache() -> Path | None:
-    """Return the folder of the cache; None if a package that is needed for it is missing."""
-    try:
-        from lora_analysis.storage.cache import cache_folder
-    except ImportError:
-        return None
-    return cache_folder()
 
 
 def _print(document: dict[str, Any]) -> None:

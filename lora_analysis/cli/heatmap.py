@@ -245,14 +245,17 @@ def _reason_not_drawn(a: Update, b: Update) -> str:
     from lora_analysis.adapter import DenseUpdate
     from lora_analysis.spectra import spectrum
 
-    def is_zero(update: Update) -> bool:
-        if isinstance(update, DenseUpdate):
-            return not update.delta.any()
-        return spectrum(update, vectors=False).untrained
-
     if a.shape != b.shape:
         return f"the shapes differ: {a.shape} and {b.shape}"
-    untrained = [update.label for update in (a, b) if is_zero(update)]
+    untrained = [
+        update.label
+        for update in (a, b)
+        if (
+            not update.delta.any()
+            if isinstance(update, DenseUpdate)
+            else spectrum(update, vectors=False).untrained
+        )
+    ]
     return f"ΔW is zero in {' and '.join(untrained)}" if untrained else ""
 
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import (
+    DONE,
     MODULES_SHOWN,
+    PARTLY_FAILED,
     VerbCommand,
     fine_tune_base_option,
     modules_option,
@@ -79,7 +80,33 @@ def command(
     elif len(documents) + len(left_out) == 1:
         _print_one(documents[0], every=every)
     else:
-        _print_several(documents)
+        stated_facts = [name for name in _RUN if any(d[name] is not None for d in documents)]
+        columns = ["adapter", *stated_facts, "format", "modules", "rank", "scale", "‖ΔW‖"]
+        rows = [
+            [
+                document["label"],
+                *("" if document[name] is None else document[name] for name in stated_facts),
+                document["format"],
+                len(document["modules"]),
+                _counted([m["rank"] for m in document["modules"]]),
+                _scales(document["modules"]),
+                decimals(document["norm"]),
+            ]
+            for document in documents
+        ]
+        if any(document["untrained_modules"] for document in documents):
+            words = dict.fromkeys(
+                _zero_word(d["modules"]) for d in documents if d["untrained_modules"]
+            )
+            columns.append(" or ".join(words))
+            for row, document in zip(rows, documents, strict=True):
+                row.append(document["untrained_modules"] or "")
+        title = "1 adapter" if len(documents) == 1 else f"{len(documents)} adapters"
+        print_table(title, columns, rows, numbers_from=2 + len(stated_facts), cut_names=False)
+        for document in documents:
+            for finding in document["findings"]:
+                if finding["severity"] == "damage":
+                    print_finding("damage", f"{document['label']}: {finding['text']}")
     return PARTLY_FAILED if left_out else DONE
 
 
@@ -200,17 +227,6 @@ def _blocks(facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _how_many(facts: list[dict[str, Any]]) -> str:
-    """Return the number of modules: by component of an image model, else by type."""
-    if components := Counter(fact["component"] for fact in facts if fact["component"]):
-        counts = ", ".join(f"{component}: {count}" for component, count in components.items())
-        if len(components) == 1:
-            counts = next(iter(components))
-        return f"{len(facts)} ({counts})"
-    kinds = [fact["module_type"] for fact in facts]
-    return f"{len(kinds)} ({_counted(kinds)})" if len(set(kinds)) < len(kinds) else str(len(kinds))
-
-
 def _counted(values: list[Any]) -> str:
     """Return "8" if all agree, else "8 (20), 16 (4)"."""
     counts = Counter(values)
@@ -233,34 +249,6 @@ def _scale(fact: dict[str, Any]) -> str:
 _RUN = ("task", "seed", "step")
 
 
-def _print_several(documents: list[dict[str, Any]]) -> None:
-    stated_facts = [name for name in _RUN if any(d[name] is not None for d in documents)]
-    columns = ["adapter", *stated_facts, "format", "modules", "rank", "scale", "‖ΔW‖"]
-    rows = [
-        [
-            document["label"],
-            *("" if document[name] is None else document[name] for name in stated_facts),
-            document["format"],
-            len(document["modules"]),
-            _counted([m["rank"] for m in document["modules"]]),
-            _scales(document["modules"]),
-            decimals(document["norm"]),
-        ]
-        for document in documents
-    ]
-    if any(document["untrained_modules"] for document in documents):
-        words = dict.fromkeys(_zero_word(d["modules"]) for d in documents if d["untrained_modules"])
-        columns.append(" or ".join(words))
-        for row, document in zip(rows, documents, strict=True):
-            row.append(document["untrained_modules"] or "")
-    title = "1 adapter" if len(documents) == 1 else f"{len(documents)} adapters"
-    print_table(title, columns, rows, numbers_from=2 + len(stated_facts), cut_names=False)
-    for document in documents:
-        for finding in document["findings"]:
-            if finding["severity"] == "damage":
-                print_finding("damage", f"{document['label']}: {finding['text']}")
-
-
 def _print_one(document: dict[str, Any], *, every: bool) -> None:
     from lora_analysis.blocks import is_image, short_names
 
@@ -270,13 +258,23 @@ def _print_one(document: dict[str, Any], *, every: bool) -> None:
     state = f"{zero}: ΔW is zero in every module" if untrained == len(facts) else ""
     if 0 < untrained < len(facts):
         state = f"{untrained} of {len(facts)} modules {zero}"
+    if components := Counter(fact["component"] for fact in facts if fact["component"]):
+        counts = ", ".join(f"{component}: {count}" for component, count in components.items())
+        if len(components) == 1:
+            counts = next(iter(components))
+        modules = f"{len(facts)} ({counts})"
+    else:
+        kinds = [fact["module_type"] for fact in facts]
+        modules = (
+            f"{len(kinds)} ({_counted(kinds)})" if len(set(kinds)) < len(kinds) else str(len(kinds))
+        )
     lines: list[tuple[str, object]] = [
         ("adapter", document["label"]),
         ("path", document["path"]),
         ("format", document["format"]),
         ("base model", document["base_model"] or "not stated"),
         *((name, document[name]) for name in _RUN if document[name] is not None),
-        ("modules", _how_many(facts)),
+        ("modules", modules),
         ("rank", _counted([m["rank"] for m in facts])),
         ("scale", _scales(facts)),
         ("stored as", _counted([m["stored_dtype"] for m in facts])),
@@ -301,10 +299,8 @@ def _print_one(document: dict[str, Any], *, every: bool) -> None:
         titles = short_names(names) if is_image(names) else dict(zip(names, names, strict=True))
         columns = ("module", "rank", *_MEASURES, "σ")
         print_table("", columns, [(titles[fact["module"]], *_cells(fact)) for fact in facts])
-    elif document["blocks"]:
-        _print_blocks(document["blocks"])
     else:
-        _print_types(facts)
+        _print_groups(document["blocks"], facts)
 
 
 def _zero_word(facts: list[dict[str, Any]]) -> str:
@@ -331,31 +327,28 @@ def _cells(fact: dict[str, Any]) -> tuple[object, ...]:
     )
 
 
-def _print_blocks(blocks: list[dict[str, Any]]) -> None:
-    """Print the size of ΔW in each block of an image model, and medians over its modules."""
-    columns = ("block", "modules", "rank", "‖ΔW‖", "share", *_MEASURES[:3])
-    rows = [
-        (
-            row["block"],
-            row["modules"],
-            row["rank"],
-            decimals(row["norm"]),
-            f"{row['share']:.1%}",
-            f"{row['effective_rank']:.1f}",
-            f"{row['stable_rank']:.2f}",
-            f"{row['energy_rank_90']:g}",
-        )
-        for row in blocks
-    ]
-    title = "‖ΔW‖ by block, its share of ‖ΔW‖², and median ranks (every module: --all)"
-    print_table(title, columns, rows)
-
-
-def _print_types(facts: list[dict[str, Any]]) -> None:
-    """Print the median over layers for each type of module."""
+def _print_groups(blocks: list[dict[str, Any]], facts: list[dict[str, Any]]) -> None:
+    """Print the blocks of an image model, of other models the types of modules, with medians."""
     import numpy as np
 
-    rows = []
+    rows: list[tuple[object, ...]] = []
+    if blocks:
+        rows += [
+            (
+                row["block"],
+                row["modules"],
+                row["rank"],
+                decimals(row["norm"]),
+                f"{row['share']:.1%}",
+                f"{row['effective_rank']:.1f}",
+                f"{row['stable_rank']:.2f}",
+                f"{row['energy_rank_90']:g}",
+            )
+            for row in blocks
+        ]
+        title = "‖ΔW‖ by block, its share of ‖ΔW‖², and median ranks (every module: --all)"
+        print_table(title, ("block", "modules", "rank", "‖ΔW‖", "share", *_MEASURES[:3]), rows)
+        return
     for kind in dict.fromkeys(fact["module_type"] for fact in facts):
         rows_of_type = [fact for fact in facts if fact["module_type"] == kind]
         keys = ("numerical_rank", "effective_rank", "stable_rank", "energy_rank_90", "norm")

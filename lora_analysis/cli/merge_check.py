@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_analysis.cli.exit_codes import CHECK_FAILED, DONE, INCONCLUSIVE, PARTLY_FAILED, exit_code
 from lora_analysis.cli.options import (
+    CHECK_FAILED,
+    DONE,
+    INCONCLUSIVE,
     MODULES_SHOWN,
+    PARTLY_FAILED,
     VerbCommand,
+    exit_code,
     modules_option,
     output_options,
     progress_bar,

@@ -1,9 +1,9 @@
-"""Options shared by several commands."""
+"""Options shared by several commands, and the exit codes of every verb."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -14,6 +14,7 @@ from lora_analysis.progress import Progress
 
 if TYPE_CHECKING:
     from lora_analysis.adapter import Adapter
+
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 # Beyond this number, modules are summarized by type unless --all is given.
@@ -263,3 +264,29 @@ def progress_bar(form: str) -> Iterator[Progress]:
             bar.update(tasks[what], completed=done, total=total, rate=rate)
 
         yield advance
+
+
+DONE: Final = 0  # a module left out by rule is a finding, not a failure
+BUG: Final = 1
+USAGE: Final = 2  # click's own
+REFUSED: Final = 3  # input, a missing extra, a folder in use, a full disk
+PARTLY_FAILED: Final = 4  # a source failed, or a module was not read, matched or computed
+CHECK_FAILED: Final = 5
+INCONCLUSIVE: Final = 6
+INTERRUPTED: Final = 130
+# 128 + SIGPIPE: what a shell reports if a pager or `head` closed the pipe.
+READER_GONE: Final = 141
+
+_PRECEDENCE: Final = (REFUSED, CHECK_FAILED, INCONCLUSIVE, PARTLY_FAILED)
+
+
+def exit_code(codes: Iterable[int]) -> int:
+    """Return the code that takes precedence, `DONE` if there is none.
+
+    Examples
+    --------
+    >>> exit_code([PARTLY_FAILED, CHECK_FAILED])
+    5
+    """
+    given = set(codes)
+    return next((code for code in _PRECEDENCE if code in given), DONE)

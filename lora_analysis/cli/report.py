@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
 from lora_analysis.cli.options import (
+    DONE,
     FINE_TUNES,
+    PARTLY_FAILED,
     VerbCommand,
     force_option,
     label_option,
@@ -23,10 +24,12 @@ from lora_analysis.cli.options import (
     spectrum_option,
     transposed_option,
 )
-from lora_analysis.cli.parallel_options import analysis_executor, analysis_executor_options
 from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.show import print_json, study_facts
 from lora_analysis.text import printable
+
+if TYPE_CHECKING:
+    from lora_analysis.execution.protocol import Executor
 
 
 def _formats(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[str, ...]:
@@ -87,7 +90,18 @@ def _formats(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[
     is_flag=True,
     help="Also compare adapters of different base models; by default they are grouped by base.",
 )
-@analysis_executor_options
+@click.option(
+    "--executor",
+    "kind_of_executor",
+    type=click.Choice(["threads", "process", "ray"]),
+    default="threads",
+    show_default=True,
+    help="How to run in parallel: threads, processes or a Ray cluster.",
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Number of parallel workers.")
+@click.option(
+    "--address", help="Address of a Ray cluster; by default one is started on this machine."
+)
 @reading_options
 @output_options("the path of the report")
 def command(
@@ -129,7 +143,7 @@ def command(
         message = "--spectrum compares with the base weights: pass --base."
         raise click.UsageError(message)
     with progress_bar(form) as progress:
-        executor = analysis_executor(kind_of_executor, workers, address)
+        executor = _executor(kind_of_executor, workers, address)
         find = reading.read_all if executor is None else reading.to_read
         adapters, left_out = find(sources, progress)
         files = [source for source in references if is_reference_file(source)]
@@ -175,3 +189,17 @@ def command(
     else:
         click.echo(path)
     return PARTLY_FAILED if result.failures or result.unmatched else DONE
+
+
+def _executor(kind: str, workers: int | None, address: str | None) -> Executor | None:
+    """Return the requested executor; None for threads, which need none."""
+    if kind == "process":
+        from lora_analysis.execution import available_workers
+        from lora_analysis.execution.processes import ProcessExecutor
+
+        return ProcessExecutor(workers or available_workers())
+    if kind == "ray":
+        from lora_analysis.execution.cluster import RayExecutor
+
+        return RayExecutor(address=address, workers=workers, gpus=0)
+    return None

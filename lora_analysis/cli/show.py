@@ -98,7 +98,12 @@ def print_table(
     width = page_width()
     body = [[printable(str(cell)) for cell in row] for row in rows]
     last = [[printable(str(cell)) for cell in footer]] if footer else []
-    start = _common_start(body) if cut_names else ""
+    # The leading segments that all names in the first column share; a name without dots (a head,
+    # an ellipsis) has none to cut.
+    parents = [row[0].split(".")[:-1] for row in body if "." in row[0]] if cut_names else []
+    levels = zip(*parents, strict=False) if len(parents) > 1 else ()
+    same = itertools.takewhile(lambda level: len(set(level)) == 1, levels)
+    start = "".join(f"{level[0]}." for level in same)
     if start and _width([columns, *body, *last]) > width:
         body = [[row[0].removeprefix(start), *row[1:]] for row in body]
         title = ", ".join(filter(None, (title, f"names without '{start}'")))
@@ -163,16 +168,6 @@ def _width(rows: Sequence[Sequence[str]]) -> int:
 
     widths = [max(map(size, column)) for column in zip(*rows, strict=True)]
     return sum(widths) + 2 * (len(widths) - 1)
-
-
-def _common_start(rows: Sequence[Sequence[str]]) -> str:
-    """Return the leading segments that all names in the first column share, with their dot."""
-    # A name without dots (a head, an ellipsis) has no start to cut.
-    parents = [row[0].split(".")[:-1] for row in rows if "." in row[0]]
-    if len(parents) < 2:
-        return ""
-    levels = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*parents, strict=False))
-    return "".join(f"{level[0]}." for level in levels)
 
 
 def print_text(text: str) -> None:

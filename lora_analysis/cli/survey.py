@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import click
 
-from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
-from lora_analysis.cli.options import VerbCommand, output_options, progress_bar
+from lora_analysis.cli.options import DONE, PARTLY_FAILED, VerbCommand, output_options, progress_bar
 from lora_analysis.cli.show import print_json, print_table, print_text, records
 from lora_analysis.text import overlap_number, printable
-
-if TYPE_CHECKING:
-    from lora_analysis.survey import Survey
 
 _OVERLAPS: Final = ("phi_1_1_output", "phi_r_r_output", "phi_r_r_input", "chance_r_r_output")
 
@@ -42,32 +38,30 @@ def command(authors: Path, *, form: str) -> int:
         for row in result.authors.to_dict("records"):
             click.echo(printable(f"{row['author']} {row['trainings']} {row['pairs']}"))
     else:
-        _print(result)
-    return PARTLY_FAILED if result.failures else DONE
-
-
-def _print(result: Survey) -> None:
-    ranks = [
-        (
-            row["author"], row["base"].rpartition("/")[2], row["trainings"], row["modules"],
-            row["rank"], f"{row['stable_rank']:.1f}", f"{row['energy_rank_90']:g}",
+        ranks = [
+            (
+                row["author"], row["base"].rpartition("/")[2], row["trainings"], row["modules"],
+                row["rank"], f"{row['stable_rank']:.1f}", f"{row['energy_rank_90']:g}",
+            )
+            for row in result.ranks.to_dict("records")
+        ]  # fmt: skip
+        columns = ("author", "base", "trainings", "modules", "r", "stable rank", "90 % energy")
+        print_table(
+            "What they use of their rank: medians over modules", columns, ranks, numbers_from=2
         )
-        for row in result.ranks.to_dict("records")
-    ]  # fmt: skip
-    columns = ("author", "base", "trainings", "modules", "r", "stable rank", "90 % energy")
-    print_table("What they use of their rank: medians over modules", columns, ranks, numbers_from=2)
-    compared = result.authors[result.authors["pairs"] > 0]
-    pairs = [
-        (
-            row["author"], row["pairs"], row["shared_init"],
-            *(overlap_number(row[name]) for name in _OVERLAPS),
-        )
-        for row in compared.to_dict("records")
-    ]  # fmt: skip
-    if pairs:
+        compared = result.authors[result.authors["pairs"] > 0]
+        pairs = [
+            (
+                row["author"], row["pairs"], row["shared_init"],
+                *(overlap_number(row[name]) for name in _OVERLAPS),
+            )
+            for row in compared.to_dict("records")
+        ]  # fmt: skip
+        if pairs:
+            click.echo()
+            columns = ("author", "pairs", "same A", "φ(1, 1)", "φ(r, r)", "input φ(r, r)", "random")
+            title = "How alike two trainings are: medians over pairs, output side"
+            print_table(title, columns, pairs)
         click.echo()
-        columns = ("author", "pairs", "same A", "φ(1, 1)", "φ(r, r)", "input φ(r, r)", "random")
-        title = "How alike two trainings are: medians over pairs, output side"
-        print_table(title, columns, pairs)
-    click.echo()
-    print_text(result.limits())
+        print_text(result.limits())
+    return PARTLY_FAILED if result.failures else DONE

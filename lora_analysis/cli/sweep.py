@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_analysis.cli.exit_codes import DONE, PARTLY_FAILED
-from lora_analysis.cli.options import VerbCommand, output_options, progress_bar, tracker_option
+from lora_analysis.cli.options import (
+    DONE,
+    PARTLY_FAILED,
+    VerbCommand,
+    output_options,
+    progress_bar,
+    tracker_option,
+)
 from lora_analysis.cli.show import print_json, print_table
 from lora_analysis.errors import InputError
 from lora_analysis.text import printable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -252,7 +252,8 @@ def command(
     --set loop.gradient_accumulation_steps=4. On several GPUs: torchrun --nproc-per-node 4
     -m lora_analysis train … with the same options.
     """
-    from lora_analysis.storage.documents import read_toml
+    from lora_analysis.finding import Finding
+    from lora_analysis.storage.documents import read_json_object, read_toml
     from lora_analysis.training import RunConfig, train_run
     from lora_analysis.training.config import get_preset, merge_tables
     from lora_analysis.training.events import check_trackers
@@ -279,7 +280,28 @@ def command(
             force=force,
         )
     if os.environ.get("RANK", "0") == "0":
-        _print_result(output, form, notes)
+        manifest = read_json_object(output / "manifest.json")
+        if form == "json":
+            findings = [Finding("run-note", {"run": manifest["name"], "text": n}) for n in notes]
+            document = {"run": output, **manifest, "findings": [f.to_dict() for f in findings]}
+            print_json(document)
+        elif form == "quiet":
+            click.echo(output)
+        else:
+            metrics = manifest["metrics"]
+            facts: list[tuple[str, object]] = [("run", output), ("steps", manifest["steps"])]
+            for name, value in metrics.items():
+                if not name.startswith("base_"):
+                    before = metrics.get(f"base_{name}")
+                    change = "" if before is None else f" (before training {before:.4g})"
+                    facts.append((name.replace("_", " "), f"{value:.4g}{change}"))
+            print_facts(
+                [
+                    *facts,
+                    ("modules", len(manifest["modules"])),
+                    ("seconds", manifest["seconds"]),
+                ]
+            )
 
 
 def _nest(fields: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
@@ -368,31 +390,3 @@ def _format_memory() -> str:
         return ""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return f"{peak / 2**20:.1f} GiB"
-
-
-def _print_result(folder: Path, form: str, notes: Sequence[str]) -> None:
-    from lora_analysis.finding import Finding
-    from lora_analysis.storage.documents import read_json_object
-
-    manifest = read_json_object(folder / "manifest.json")
-    if form == "json":
-        findings = [Finding("run-note", {"run": manifest["name"], "text": n}) for n in notes]
-        document = {"run": folder, **manifest, "findings": [f.to_dict() for f in findings]}
-        print_json(document)
-        return
-    if form == "quiet":
-        click.echo(folder)
-        return
-    metrics = manifest["metrics"]
-    facts: list[tuple[str, object]] = [("run", folder), ("steps", manifest["steps"])]
-    facts += [
-        (name.replace("_", " "), f"{value:.4g}{_format_before(metrics, name)}")
-        for name, value in metrics.items()
-        if not name.startswith("base_")
-    ]
-    print_facts([*facts, ("modules", len(manifest["modules"])), ("seconds", manifest["seconds"])])
-
-
-def _format_before(metrics: Mapping[str, float], name: str) -> str:
-    before = metrics.get(f"base_{name}")
-    return "" if before is None else f" (before training {before:.4g})"

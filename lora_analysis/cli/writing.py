@@ -210,7 +210,33 @@ def write_resized(
     findings = (*resized.adapter.provenance.findings, *unwritten)
     resized = replace(resized, adapter=resized.adapter.with_provenance(findings=findings))
     if form == "json":
-        print_json(_document(resized, path, kind, sizes))
+        modules = [
+            {field: getattr(module, field) for field in _FIELDS} for module in resized.modules
+        ]
+        print_json(
+            {
+                "adapter": resized.adapter.label,
+                "output": path,
+                "format": kind,
+                "given_bytes": sizes[0],
+                "bytes": sizes[1],
+                **{
+                    field: getattr(resized, field)
+                    for field in ("given_parameters", "parameters", "norm", "error_norm", "error")
+                },
+                "modules": modules,
+                "left_out": [
+                    {
+                        "module": module.module,
+                        "code": "nothing-kept",
+                        "reason": "no direction was kept",
+                    }
+                    for module in resized.modules
+                    if module.rank == 0
+                ],
+                "findings": [finding.to_dict() for finding in resized.adapter.provenance.findings],
+            }
+        )
     elif form == "quiet":
         click.echo(decimals(resized.error))
     else:
@@ -245,30 +271,6 @@ def notes(adapter: Adapter) -> list[tuple[str, object]]:
 
 
 _FIELDS = ("module", "shape", "given_rank", "rank", "parameters", "norm", "error_norm", "error")
-
-
-def _document(
-    resized: ResizedAdapter, path: Path, kind: str, sizes: tuple[int | None, int]
-) -> dict[str, Any]:
-    modules = [{field: getattr(module, field) for field in _FIELDS} for module in resized.modules]
-    return {
-        "adapter": resized.adapter.label,
-        "output": path,
-        "format": kind,
-        "given_bytes": sizes[0],
-        "bytes": sizes[1],
-        **{
-            field: getattr(resized, field)
-            for field in ("given_parameters", "parameters", "norm", "error_norm", "error")
-        },
-        "modules": modules,
-        "left_out": [
-            {"module": module.module, "code": "nothing-kept", "reason": "no direction was kept"}
-            for module in resized.modules
-            if module.rank == 0
-        ],
-        "findings": [finding.to_dict() for finding in resized.adapter.provenance.findings],
-    }
 
 
 def _print(resized: ResizedAdapter, path: Path, sizes: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_analysis.adapter import is_fine_tune
 from lora_analysis.conclusions.comparison_values import PAIRS_IN_WORDS
-from lora_analysis.finding import Finding, Severity
+from lora_analysis.finding import Finding
 from lora_analysis.studies import Study
 from lora_analysis.studies.base_models import pairs_across_bases
 
@@ -36,7 +36,7 @@ def damaged_files(study: Study) -> Iterator[Finding]:
             yield finding.of_adapters(labels)
 
 
-def file_notes(study: Study, severities: Collection[Severity]) -> Iterator[Finding]:
+def file_notes(study: Study, severities: Collection[str]) -> Iterator[Finding]:
     """Pass on what readers and sanity checks noticed; the first stands for many of one code."""
     by_code: dict[str, list[tuple[Finding, list[str]]]] = {}
     for finding, labels in _findings_about_files(study).items():

@@ -25,7 +25,6 @@ from lora_analysis.studies import Relation, Study
 from lora_analysis.studies.base_models import per_base
 from lora_analysis.studies.reference_test import (
     REFERENCES_FOR_TEST,
-    OutOfRange,
     StrengthQuantity,
     refused_references,
 )
@@ -125,21 +124,17 @@ def _finding(comparison: Comparison) -> Finding:
     return Finding(code, comparison_fields(comparison))
 
 
-def _training(outside: Sequence[OutOfRange]) -> str:
-    """Return how the adapters outside the references' range were trained."""
-    norms = [o for o in outside if o.quantity in ("norm", "relative_norm")]
-    if norms and all(norm.value > norm.high for norm in norms):
-        return "more strongly than every reference"
-    if norms and all(norm.value < norm.low for norm in norms):
-        return "less strongly than every reference"
-    return "differently from the references"
-
-
 def comparison_fields(comparison: Comparison) -> dict[str, Any]:
     """Return the values of a comparison as fields of a finding, and for JSON output."""
     level, test = comparison.unrelated, comparison.reference_test
     count, total = comparison.significant
     outside = test.out_of_range if test else ()
+    trained = "differently from the references" if outside else None
+    norms = [o for o in outside if o.quantity in ("norm", "relative_norm")]
+    if norms and all(norm.value > norm.high for norm in norms):
+        trained = "more strongly than every reference"
+    elif norms and all(norm.value < norm.low for norm in norms):
+        trained = "less strongly than every reference"
     return {
         "kind": comparison.kind,
         "compared": comparison.subject,
@@ -172,7 +167,7 @@ def comparison_fields(comparison: Comparison) -> dict[str, Any]:
         "reference_count": len(test.references) if test else 0,
         "rank_of_pair": test.rank if test else None,
         "pairs_of_test": test.pairs if test else None,
-        "trained": _training(outside) if outside else None,
+        "trained": trained,
         "outside": [
             {
                 "adapter": quantity.adapter,

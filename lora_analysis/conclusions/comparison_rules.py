@@ -56,7 +56,20 @@ def comparisons(study: Study) -> tuple[Comparison, ...]:
         on_base = _OnBase(study, base or None, pairs)
         if len(study.adapters) - len(study.reference) != 2:  # else the pair is all there is
             result += _compared_tasks(on_base)
-            result += _described_ranks(on_base)
+            # Replicates at two different ranks: T and its level, without a test.
+            for side in SIDES_IN_ORDER:
+                replicates = on_base.population("replicate", side)
+                rank_pairs = on_base.rank_pairs(replicates)
+                different = {pair for pair in rank_pairs if pair[0] < pair[1]}
+                # As the figure does: the largest rank first, against the one closest to the
+                # paper's 8.
+                for pair in sorted(different, key=lambda ranks: (-ranks[1], abs(ranks[0] - 8))):
+                    chosen = _masked(replicates, [other == pair for other in rank_pairs])
+                    low, high = (int(rank) for rank in pair)
+                    subject = f"Ranks {low} and {high} of one task, different seeds"
+                    described = on_base.described(chosen, "ranks", subject, side, ranks=(low, high))
+                    if described.modules:
+                        result.append(described)
         result += _compared_pairs(on_base)
     return tuple(result)
 
@@ -302,22 +315,6 @@ def _against_random(comparison: Comparison, reason: Reason) -> Comparison:
         else Conclusion.NOT_DISTINGUISHABLE_FROM_RANDOM,
         reason=reason,
     )
-
-
-def _described_ranks(on_base: _OnBase) -> Iterator[Comparison]:
-    """Yield replicates at two different ranks: T and its level, without a test."""
-    for side in SIDES_IN_ORDER:
-        replicates = on_base.population("replicate", side)
-        rank_pairs = on_base.rank_pairs(replicates)
-        different = {pair for pair in rank_pairs if pair[0] < pair[1]}
-        # As the figure does: the largest rank first, against the one closest to the paper's 8.
-        for pair in sorted(different, key=lambda ranks: (-ranks[1], abs(ranks[0] - 8))):
-            chosen = _masked(replicates, [other == pair for other in rank_pairs])
-            low, high = (int(rank) for rank in pair)
-            subject = f"Ranks {low} and {high} of one task, different seeds"
-            comparison = on_base.described(chosen, "ranks", subject, side, ranks=(low, high))
-            if comparison.modules:
-                yield comparison
 
 
 def _compared_pairs(on_base: _OnBase) -> Iterator[Comparison]:

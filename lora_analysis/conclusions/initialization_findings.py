@@ -93,44 +93,35 @@ def _pair_fields(rows: pd.DataFrame) -> dict[str, Any]:
 
 def shared_seeds(study: Study) -> Iterator[Finding]:
     """Show what a shared initial A does to adapters of different tasks, base by base."""
-    pairs = study.pairs[study.pairs["relation"] == Relation.SHARED_SEED]
-    for base, rows in per_base(study, pairs):
-        whole, partly = (int((rows["initialization"] == shared).sum()) for shared in _SHARED)
-        if whole + partly:
-            yield Finding(
-                "shared-seed",
+    every = study.pairs[study.pairs["relation"] == Relation.SHARED_SEED]
+    unrelated = study.similarities[study.similarities["population"] == "unrelated"]
+    for base, pairs in per_base(study, every):
+        whole, partly = (int((pairs["initialization"] == shared).sum()) for shared in _SHARED)
+        if not whole + partly:
+            continue
+        named = set(zip(pairs["a"], pairs["b"], strict=True))
+        # φ(r, r) of modules with a shared A, and of unrelated pairs of the same ranks.
+        sides = []
+        for side in SIDES_IN_ORDER:
+            rows = study.select(Relation.SHARED_SEED, side)
+            in_pairs = [pair in named for pair in zip(rows["a"], rows["b"], strict=True)]
+            rows = rows[rows["shared_init"] & np.array(in_pairs, dtype=bool)]
+            reference = unrelated[
+                (unrelated["side"] == side)
+                & unrelated["rank_a"].isin(rows["rank_a"])
+                & unrelated["rank_b"].isin(rows["rank_b"])
+            ]
+            median = reference["phi_r_r"].median()
+            sides.append(
                 {
-                    "base": base or None,
-                    "pairs": whole + partly,
-                    "whole": whole,
-                    "partly": partly,
-                    "sides": list(_shared_seed_sides(study, rows)),
-                },
+                    "side": side,
+                    "phi_r_r": float(rows["phi_r_r"].median()),
+                    "reference": float(median) if np.isfinite(median) else None,
+                    "chance_r_r": float(rows["chance_r_r"].median()),
+                }
             )
-
-
-def _shared_seed_sides(study: Study, pairs: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Yield φ(r, r) of modules with a shared A, and of unrelated pairs of the same ranks."""
-    named = set(zip(pairs["a"], pairs["b"], strict=True))
-    for side in SIDES_IN_ORDER:
-        rows = study.select(Relation.SHARED_SEED, side)
-        in_pairs = [pair in named for pair in zip(rows["a"], rows["b"], strict=True)]
-        rows = rows[rows["shared_init"] & np.array(in_pairs, dtype=bool)]
-        reference = study.similarities
-        reference = reference[
-            (reference["population"] == "unrelated") & (reference["side"] == side)
-        ]
-        # φ(r, r) depends on r.
-        same_ranks = reference["rank_a"].isin(rows["rank_a"]) & reference["rank_b"].isin(
-            rows["rank_b"]
-        )
-        median = reference.loc[same_ranks, "phi_r_r"].median()
-        yield {
-            "side": side,
-            "phi_r_r": float(rows["phi_r_r"].median()),
-            "reference": float(median) if np.isfinite(median) else None,
-            "chance_r_r": float(rows["chance_r_r"].median()),
-        }
+        counts = {"pairs": whole + partly, "whole": whole, "partly": partly}
+        yield Finding("shared-seed", {"base": base or None, **counts, "sides": sides})
 
 
 def degenerate_directions(study: Study) -> Iterator[Finding]:

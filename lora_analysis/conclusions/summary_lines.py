@@ -54,25 +54,32 @@ def summary(
     study: Study, compared: Sequence[Comparison], findings: Sequence[Finding]
 ) -> tuple[SummaryLine, ...]:
     """Return the lines of a study, from its comparisons and findings."""
-    leading = _leading(compared)
-    lines = [
-        *(_conclusion(leading, compared) if leading else ()),
-        *_ranks(study),
-    ]
+    # The comparison that the report leads with: of tasks if there is one, output first.
+    usable = [c for c in compared if c.kind in ("tasks", "pair", "adapters")]
+    with_value = [c for c in usable if c.modules] or usable
+    tasks = [c for c in with_value if c.kind == "tasks"]
+    leading = max(tasks or with_value, key=lambda c: c.pairs, default=None)
+    lines = list(_conclusion(leading, compared)) if leading else []
+    # How many directions hold the energy, at the smallest and the largest rank.
+    by_rank, _ = spectra_by_rank(study)
+    if len(by_rank) > 1:
+        low, high = by_rank[0], by_rank[-1]
+        fields = {
+            "low": low.rank,
+            "high": high.rank,
+            "low_directions": low.energy_rank_90[1],
+            "high_directions": high.energy_rank_90[1],
+        }
+        lines.append(SummaryLine(Finding("summary-ranks", fields), "ranks"))
+    elif by_rank:
+        fields = {"rank": by_rank[0].rank, "directions": by_rank[0].energy_rank_90[1]}
+        lines.append(SummaryLine(Finding("summary-rank", fields), "ranks"))
     artifacts = list(_artifacts(study, findings))
     if len(artifacts) > 1 and lines[-1:] and lines[-1].finding.code == "summary-rank":
         del lines[-1]  # with one rank only, the least important line
     limit = _limit(study, leading, compared, findings)
     room = MOST_LINES - len(lines) - 1
     return (*lines, *artifacts[:room], limit)
-
-
-def _leading(compared: Sequence[Comparison]) -> Comparison | None:
-    """Return the comparison that the report leads with: of tasks if there is one, output first."""
-    usable = [c for c in compared if c.kind in ("tasks", "pair", "adapters")]
-    with_value = [c for c in usable if c.modules] or usable
-    tasks = [c for c in with_value if c.kind == "tasks"]
-    return max(tasks or with_value, key=lambda c: c.pairs, default=None)
 
 
 def _conclusion(leading: Comparison, compared: Sequence[Comparison]) -> Iterator[SummaryLine]:
@@ -147,23 +154,6 @@ def _conclusion_finding(comparison: Comparison) -> Finding:
     if conclusion in (Conclusion.INCONCLUSIVE, Conclusion.TOO_FEW_RUNS, None):
         return Finding("summary-no-conclusion", fields)
     return Finding("summary-conclusion", fields)
-
-
-def _ranks(study: Study) -> Iterator[SummaryLine]:
-    """Yield how many directions hold the energy, at the smallest and the largest rank."""
-    by_rank, _ = spectra_by_rank(study)
-    if len(by_rank) > 1:
-        low, high = by_rank[0], by_rank[-1]
-        fields = {
-            "low": low.rank,
-            "high": high.rank,
-            "low_directions": low.energy_rank_90[1],
-            "high_directions": high.energy_rank_90[1],
-        }
-        yield SummaryLine(Finding("summary-ranks", fields), "ranks")
-    elif by_rank:
-        fields = {"rank": by_rank[0].rank, "directions": by_rank[0].energy_rank_90[1]}
-        yield SummaryLine(Finding("summary-rank", fields), "ranks")
 
 
 def _artifacts(study: Study, findings: Sequence[Finding]) -> Iterator[SummaryLine]:

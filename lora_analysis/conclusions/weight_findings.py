@@ -5,7 +5,7 @@ Ranks are compared over the tasks that were trained at every rank, so that only 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -123,9 +123,17 @@ def enrichment_controls(study: Study) -> Iterator[Finding]:
                 "high": max(crossed, default=None),
             }
         )
+    # The enrichments that directions through W reach.
+    reached = [
+        enrichment
+        for row in ranks
+        if (enrichment := row["enrichment"]) is not None
+        and (through := row["enrichment_through_weight"]) is not None
+        and through >= enrichment
+    ]
     fields: dict[str, Any] = {
         "ranks": ranks,
-        "geometry": _geometry(ranks),
+        "geometry": [min(reached), max(reached)] if len(reached) == len(ranks) else None,
         "needed": FEWEST_CROSSED,
         "runs": [_run_fields(run, int(rank_of[run.label])) for run in runs],
     }
@@ -143,17 +151,6 @@ def enrichment_controls(study: Study) -> Iterator[Finding]:
     else:
         p = min(run.p for run in tested)
         yield Finding("enrichment-not-specific", {**fields, "p": p})
-
-
-def _geometry(ranks: Sequence[Mapping[str, float | None]]) -> list[float] | None:
-    """Return the range of the enrichment if directions through W reach it at every rank."""
-    enrichments = []
-    for row in ranks:
-        enrichment, through = row["enrichment"], row["enrichment_through_weight"]
-        if enrichment is None or through is None or through < enrichment:
-            return None
-        enrichments.append(enrichment)
-    return [min(enrichments), max(enrichments)]
 
 
 def _run_fields(run: RunEnrichment, rank: int) -> dict[str, float | str | None]:

@@ -26,15 +26,13 @@ COMPARISON_COLUMNS: Final = (
 )  # fmt: skip
 
 
-def comparisons_table(
-    study: Study, compared: Sequence[Comparison], *, table_rows: int | None = None
-) -> ReportTable | None:
+def comparisons_table(study: Study, compared: Sequence[Comparison]) -> ReportTable | None:
     """Return every comparison of a study, one row per side; None without any."""
     if not compared:
         return None
     several = len({comparison.base for comparison in compared}) > 1
     rows = []
-    for comparison in compared[:table_rows]:
+    for comparison in compared:
         row = comparison_row(comparison)
         rows.append((comparison.base or "–", *row) if several else row)
     columns = (*(("base",) if several else ()), *COMPARISON_COLUMNS)

@@ -129,9 +129,10 @@ def write_report(
             study, compared, boxes, staging, figures, group=group, progress=progress,
             inline=form == "html",
         )  # fmt: skip
+        usual_title, lead = _heading(study)
         page = {
-            "title": title or _title(study),
-            "lead": _lead(study),
+            "title": title or usual_title,
+            "lead": lead,
             "is_report": True,
             "summary": lines,
             "picture": next((section for section in drawn if section.name == "short"), None),
@@ -260,16 +261,12 @@ def _markdown_code(text: str) -> str:
     return f"{ticks} {line} {ticks}" if "`" in line else f"`{line}`"
 
 
-def _title(study: Study) -> str:
+def _heading(study: Study) -> tuple[str, str]:
+    """Return the title of a report, and the sentences on what it is about."""
     names = list(study.adapters)
-    if len(names) == 1:
-        return f"LoRA adapter {names[0]}"
     bases = set(study.runs["base_model"].dropna())
     of = f" of {bases.pop().rpartition('/')[2]}" if len(bases) == 1 else ""
-    return f"{len(names)} LoRA adapters{of}"
-
-
-def _lead(study: Study) -> str:
+    title = f"LoRA adapter {names[0]}" if len(names) == 1 else f"{len(names)} LoRA adapters{of}"
     runs = study.runs[~study.runs["adapter"].isin(study.reference)]
     facts = []
     if tasks := runs["task"].nunique():
@@ -299,7 +296,7 @@ def _lead(study: Study) -> str:
             "in common)"
         )
     base = f"Base weights: {study.base.label}." if study.base else "No base weights were given."
-    return f"{'; '.join(parts)}. {base}"
+    return title, f"{'; '.join(parts)}. {base}"
 
 
 PACKAGES = ("numpy", "scipy", "matplotlib", "pandas")

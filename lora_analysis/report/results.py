@@ -102,12 +102,10 @@ def results(
     amplifications = study.amplifications
     if not amplifications.empty:
         amplifications = amplifications[amplifications["at_rank"]]
-    matrix = study.similarity_matrix
-    if matrix is None or not 2 <= len(matrix.labels) <= SIMILARITY_MATRIX_LIMIT:
-        matrix = None
-    else:
+    matrix, square = study.similarity_matrix, None
+    if matrix is not None and 2 <= len(matrix.labels) <= SIMILARITY_MATRIX_LIMIT:
         quantities = {what: matrix.matrix(what) for what in ("output", "input", "cosine")}
-        matrix = {
+        square = {
             "labels": list(matrix.labels),
             "order": [int(index) for index in matrix.order()],
             **{
@@ -115,6 +113,13 @@ def results(
                 for name, values in (quantities | {"shared_init": matrix.shared}).items()
             },
         }
+    # Medians over the pairs of each population, for each base, module and side.
+    table = study.similarities
+    base = bases_of(study, table["a"]) if several_bases(study) else [None] * len(table)
+    # As text: groups of None would be left out.
+    table = table.assign(base=[name or "" for name in base])
+    table = table[table["usable"].astype(bool) & (table["population"] != "")]
+    by_population = _medians(table, ["base", "module", "population", "side"], _OVERLAPS)
     return {
         "schema_version": SCHEMA_VERSION,
         "generator": f"lora_analysis {__version__}",
@@ -136,13 +141,13 @@ def results(
         "adapters": _records(study.runs),
         "spectra": _medians(study.spectra, ["adapter"], _SPECTRA),
         "pairs": _records(study.pairs),
-        "overlaps": _overlaps(study),
-        "modules": _modules(study),
+        "overlaps": _medians(study.similarities, ["a", "b", "pair_class", "side"], _OVERLAPS),
+        "modules": [{**row, "base": row["base"] or None} for row in by_population],
         "amplifications": _medians(amplifications, ["adapter"], _WEIGHTS),
         "weight_changes": _medians(study.changes, ["adapter", "module_type", "side"], _CHANGES),
         "run_inference": list(_inference(study)),
         "group_analysis": None if group is None else json_value(group.to_dict()),
-        "similarity_matrix": matrix,
+        "similarity_matrix": square,
     }
 
 
@@ -155,22 +160,6 @@ def _medians(
     groups = table.groupby(list(by), sort=False)
     medians = groups[list(columns)].median()
     return _records(medians.assign(rows=groups.size()).reset_index())
-
-
-def _overlaps(study: Study) -> list[dict[str, Any]]:
-    """Return medians over modules for each pair and side."""
-    return _medians(study.similarities, ["a", "b", "pair_class", "side"], _OVERLAPS)
-
-
-def _modules(study: Study) -> list[dict[str, Any]]:
-    """Return medians over the pairs of each population, for each base, module and side."""
-    table = study.similarities
-    base = bases_of(study, table["a"]) if several_bases(study) else [None] * len(table)
-    # As text: groups of None would be left out.
-    table = table.assign(base=[name or "" for name in base])
-    table = table[table["usable"].astype(bool) & (table["population"] != "")]
-    rows = _medians(table, ["base", "module", "population", "side"], _OVERLAPS)
-    return [{**row, "base": row["base"] or None} for row in rows]
 
 
 def _inference(study: Study) -> Iterator[dict[str, Any]]:
@@ -204,15 +193,6 @@ def grids_file(study: Study) -> bytes | None:
     One float32 array per key ``"a|b|side|module"``, ``[i-1, j-1]`` being φ(i, j) of a's leading i
     and b's leading j directions, which end at the numerical ranks. None without pairs.
     """
-    arrays = dict(_grids(study))
-    if not arrays:
-        return None
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)
-    return buffer.getvalue()
-
-
-def _grids(study: Study) -> Iterator[tuple[str, NDArray[np.float32]]]:
     every = [pair for drawn in drawn_pairs(study).values() for pair in drawn.pairs]
     modules = {pair: common_modules(study, *pair) for pair in dict.fromkeys(every)}
     pairs: dict[str, list[tuple[str, str]]] = {}
@@ -221,12 +201,18 @@ def _grids(study: Study) -> Iterator[tuple[str, NDArray[np.float32]]]:
             pairs.setdefault(module, []).append(pair)
     values = in_threads(lambda module: study.phi(pairs[module], module), pairs)
     grids = dict(zip(pairs, values, strict=True))
+    arrays: dict[str, NDArray[np.float32]] = {}
     for (a, b), common in modules.items():
         for module in common:
             for side in SIDES_IN_ORDER:
                 # A slash would create a folder inside the archive.
                 key = printable(f"{a}|{b}|{side}|{module}").replace("/", "∕")
-                yield key, grids[module][a, b, side].astype(np.float32)
+                arrays[key] = grids[module][a, b, side].astype(np.float32)
+    if not arrays:
+        return None
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
 
 
 _CELLS_AT_ONCE = 2**18

@@ -11,7 +11,6 @@ from markupsafe import Markup
 
 from lora_analysis import plots
 from lora_analysis.report import (
-    module_figures,
     pair_tables,
     similarity_figures,
     tables,
@@ -138,7 +137,7 @@ def sections(
             for functions in (drawings, folded)
         )
         if section.name == "modules" and inline:
-            single = module_figures.single_module_figures(study)
+            single = similarity_figures.single_module_figures(study)
             more += tuple(drawn_figures(single, folder, ()))
         of_section = tuple(
             box
@@ -174,7 +173,7 @@ def _plan(study: Study, compared: Sequence[Comparison], group: GroupAnalysis | N
                     "the signed cosine")  # fmt: skip
     comparisons = pair_tables.comparisons_table(study, compared)
     if comparisons is not None:
-        # The one table that is never folded; of very many pairs, the first ones.
+        # The one table that is never folded.
         alike = replace(alike, tables=(comparisons,))
     several = study.spectra["rank"].nunique() > 1
     ranks = Section("ranks", "Ranks", "What does a higher rank add?" if several else
@@ -191,24 +190,25 @@ def _plan(study: Study, compared: Sequence[Comparison], group: GroupAnalysis | N
                       "unrelated ones agree there, too?", folded_title="Heat-maps of the most "
                       "unusual modules")  # fmt: skip
     return [
-        (Section("short", "In short"), (partial(module_figures.matrix_figure, key="output"),), ()),
+        (Section("short", "In short"),
+         (partial(similarity_figures.matrix_figure, key="output"),), ()),
         (_with_tables(alike, pair_tables.pairs_table(study), open_rows=0),
          (similarity_figures.level_figures,
           partial(similarity_figures.pair_figures, name="pair", title="Two adapters")),
-         tuple(partial(module_figures.matrix_figure, key=key) for key in ("input", "cosine"))),
+         tuple(partial(similarity_figures.matrix_figure, key=key) for key in ("input", "cosine"))),
         (_with_tables(ranks, tables.ranks_table(study), tables.accuracy_table(study)),
          (partial(similarity_figures.pair_figures, name="ranks", title="Two ranks"),
           weight_figures.spectrum_figures), ()),
         (_with_tables(tasks, pair_tables.tasks_table(compared), pair_tables.steps_table(study)),
          (partial(similarity_figures.pair_figures, name="seeds", title="Two seeds"),
-          module_figures.step_figures), ()),
+          similarity_figures.step_figures), ()),
         (_with_tables(shared, group_table(group)), (partial(group_figures, group),), ()),
-        (layers, (module_figures.change_figures,), ()),
+        (layers, (similarity_figures.change_figures,), ()),
         (_with_tables(weights, tables.amplification_table(study),
                       tables.weight_changes_table(study)),
          (weight_figures.amplification_figures,), (weight_figures.basis_figures,)),
         (_with_tables(_with_tables(modules, tables.modules_table(study, "output"),
                                    tables.module_groups_table(study)),
                       tables.modules_table(study, "input"), open_rows=0),
-         (module_figures.map_figures,), ()),
+         (similarity_figures.map_figures,), ()),
     ]  # fmt: skip

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 # Beyond this smaller side, W's whole spectrum takes seconds: it is computed only on request.
 _QUICK_WEIGHT = 1024
 _INTRUDER_ROWS = 24
+# Adapters whose energy in W's basis is drawn.
+_MOST_ENERGIES = 5
 
 
 def _figure(name: str, title: str, caption: str, alt: str, axes: Axes) -> ReportFigure:
@@ -160,7 +162,7 @@ def _is_quick(study: Study, module: str) -> bool:
     return not study.changes.empty or min(row["d_out"], row["d_in"]) <= _QUICK_WEIGHT
 
 
-def _energies(study: Study, limit: int = 5) -> Iterator[WeightBasisEnergy]:
+def _energies(study: Study) -> Iterator[WeightBasisEnergy]:
     """Yield ΔW's energy for one representative module of one adapter of every task and rank."""
     table = study.amplifications
     module = representative_modules(list(dict.fromkeys(table["module"])), 1)[0]
@@ -168,7 +170,7 @@ def _energies(study: Study, limit: int = 5) -> Iterator[WeightBasisEnergy]:
     labels = one_per_task_and_rank(study, adapters)
     if study.base is None or not _is_quick(study, module):
         return
-    for label in labels[:limit]:
+    for label in labels[:_MOST_ENERGIES]:
         update = study.adapters[label][module]
         try:
             weight = study.base.weight(_base_name(update, module), shape=update.shape)

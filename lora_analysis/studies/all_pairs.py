@@ -15,8 +15,12 @@ from lora_analysis.formats import as_adapter, unique_labels
 from lora_analysis.names import parse_prefixes
 from lora_analysis.results import frame, short_repr
 from lora_analysis.spectra import SIDES, Side
-from lora_analysis.studies.alignment import align_adapters
-from lora_analysis.studies.module_walk import choose_modules, updates_by_shape, walk_modules
+from lora_analysis.studies.module_walk import (
+    align_adapters,
+    choose_modules,
+    updates_by_shape,
+    walk_modules,
+)
 from lora_analysis.studies.pair_products import ModulePairs, module_pairs, module_products
 from lora_analysis.studies.similarity_matrix import ALL, ModuleContribution, SimilarityMatrixSums
 

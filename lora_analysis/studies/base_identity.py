@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -249,16 +249,13 @@ def _renamed(model: str) -> str:
     return re.sub(r"^meta-(?=llama-)", "", _ALIASES.get(model, model))
 
 
-def model_of_key(key: str) -> str:
-    """Return the plain name of the model in a key of `base_key`."""
-    folder = _folder(key)
-    return key.rpartition("/")[2] if folder is None else folder.name
+def model_and_structure(key: str) -> tuple[str, str]:
+    """Return the plain name of the model in a key of `base_key`, and the hash of its structure.
 
-
-def structure_of_key(key: str) -> str:
-    """Return the hash of the structure in the key of a local folder; empty if it is not known."""
+    The structure is empty if it is not known, as of all but local folders.
+    """
     folder = _folder(key)
-    return "" if folder is None else folder.structure
+    return (key.rpartition("/")[2], "") if folder is None else (folder.name, folder.structure)
 
 
 def shown_base(name: str | None) -> str | None:
@@ -279,7 +276,10 @@ def shown_bases(names: Iterable[str | None]) -> dict[str | None, str | None]:
         else:
             path = _posix(name).removeprefix("file:")
             ends[name] = [part for part in path.split("/") if part not in ("", "~", ".")]
-    lengths = {name: _first_length(parts) for name, parts in ends.items()}
+    lengths = dict.fromkeys(ends, 1)
+    for name, parts in ends.items():
+        while lengths[name] < min(3, len(parts)) and says_nothing(parts[-lengths[name]]):
+            lengths[name] += 1
 
     def text(name: str) -> str | None:
         return "/".join(ends[name][-lengths[name] :]) or None
@@ -297,13 +297,6 @@ def shown_bases(names: Iterable[str | None]) -> dict[str | None, str | None]:
             return texts | {name: text(name) for name in ends}
         for name in longer:
             lengths[name] += 1
-
-
-def _first_length(parts: Sequence[str]) -> int:
-    length = 1
-    while length < min(3, len(parts)) and says_nothing(parts[-length]):
-        length += 1
-    return length
 
 
 def _posix(name: str | None) -> str:

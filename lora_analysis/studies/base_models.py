@@ -12,14 +12,13 @@ from lora_analysis.adapter import is_fine_tune
 from lora_analysis.formats.sources import says_nothing
 from lora_analysis.studies.base_identity import (
     base_key,
-    model_of_key,
+    model_and_structure,
     plain_model,
     resolve_keys,
     same_base,
     same_key,
     shown_base,
     structure_hash,
-    structure_of_key,
 )
 
 __all__ = [
@@ -104,12 +103,12 @@ def with_base_name(
 
 def _is_given(key: str, base: BaseWeights) -> bool:
     """Return True if a base is the given one, by name and structure, else by its last name."""
-    structure = structure_of_key(key)
+    model, structure = model_and_structure(key)
     if structure and (given := structure_hash(base.config)) and structure != given:
         return False
     location = base.address or (str(base.path.absolute()) if base.path else None)
     same = same_key(key, base_key(location))
-    return model_of_key(key) == plain_model(base.name or "") if same is None else same
+    return model == plain_model(base.name or "") if same is None else same
 
 
 def base_keys(study: Study) -> dict[str, str | None]:

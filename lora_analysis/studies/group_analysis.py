@@ -252,7 +252,15 @@ def group_analysis_of(
         ranks = of_group.loc[of_group["numerical_rank"] > 0, "numerical_rank"]
         k = int(np.clip(ranks.median() if len(ranks) else 1, 1, _MAX_K))
     chosen = choose_modules(adapters[: len(labels)], modules)
-    chosen = _spread_modules(chosen, modules_per_type)
+    if modules_per_type is not None:  # so many of each type, evenly over the model
+        by_type: dict[str, list[str]] = {}
+        for name in chosen:
+            by_type.setdefault(locate_module(name).name, []).append(name)
+        spread: set[str] = set()
+        for names in by_type.values():
+            middle = (np.arange(modules_per_type) + 0.5) * len(names) / modules_per_type
+            spread.update(names[int(i)] for i in middle)
+        chosen = [name for name in chosen if name in spread]
     splits = group_splits(len(labels))
     left_out: dict[str, ModuleExclusion] = {}
     results: list[ModuleShares] = []
@@ -271,20 +279,6 @@ def group_analysis_of(
         )
         raise InputError(message)
     return _summarize(group, results, left_out, k)
-
-
-def _spread_modules(modules: Sequence[str], per_type: int | None) -> list[str]:
-    """Return at most so many modules of each type, evenly over the model."""
-    if per_type is None:
-        return list(modules)
-    by_type: dict[str, list[str]] = {}
-    for name in modules:
-        by_type.setdefault(locate_module(name).name, []).append(name)
-    chosen: set[str] = set()
-    for names in by_type.values():
-        middle = (np.arange(per_type) + 0.5) * len(names) / per_type
-        chosen.update(names[int(i)] for i in middle)
-    return [name for name in modules if name in chosen]
 
 
 class _Pool:
@@ -325,7 +319,11 @@ def _summarize(
     explained = [r.explained for r in results if r.explained is not None]
     by_chance = [r.explained_chance for r in results if r.explained_chance is not None]
     centers = _mean(pool.members, -1)
-    interval = _interval(centers, _standard_error(pool.members), count)
+    defined = np.count_nonzero(~np.isnan(pool.members), axis=-1)
+    deviation = pool.members - centers[..., None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        error = np.asarray(np.sqrt(np.nansum(deviation**2, axis=-1) / (defined - 1) / defined))
+    interval = _interval(centers, error, count)
     rho_interval = _interval(np.array(pool.rho), _jackknife_error(pool.cosines), count)
     p_values = _NO_P_VALUES
     if count >= FEWEST_MEMBERS:
@@ -368,13 +366,6 @@ def _maximum(others: NDArray[np.float64]) -> NDArray[np.float64]:
     defined = np.where(np.isnan(others), -np.inf, others)
     largest = np.max(defined, axis=-1, initial=-np.inf)
     return np.where(np.isinf(largest), np.nan, largest)
-
-
-def _standard_error(members: NDArray[np.float64]) -> NDArray[np.float64]:
-    count = np.count_nonzero(~np.isnan(members), axis=-1)
-    deviation = members - _mean(members, -1)[..., None]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(np.sqrt(np.nansum(deviation**2, axis=-1) / (count - 1) / count))
 
 
 def _jackknife_error(cosines: NDArray[np.float64]) -> NDArray[np.float64]:

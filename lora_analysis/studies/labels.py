@@ -100,10 +100,22 @@ def with_label_facts(adapters: Sequence[Adapter], pattern: str | None) -> list[A
     """
     if pattern is None:
         common = common_pattern(adapters)
-        return [
-            adapter if common is None else _with_missing_facts(adapter, common)
-            for adapter in adapters
-        ]
+        if common is None:
+            return list(adapters)
+        note = Finding("labels-from-names", {"pattern": common})
+        labeled = []
+        for adapter in adapters:
+            source = adapter.provenance
+            if None in (source.task, source.seed):
+                facts = _facts_of(_own_names(adapter), common) or {}
+                missing: dict[str, Any] = {
+                    field: value for field, value in facts.items() if getattr(source, field) is None
+                }
+                findings = (*source.findings, note)
+                labeled.append(adapter.with_provenance(**missing, findings=findings))
+            else:
+                labeled.append(adapter)
+        return labeled
     if pattern.lower() == NO_PATTERN:
         return list(adapters)
     return [_with_facts(adapter, pattern) for adapter in adapters]
@@ -182,16 +194,3 @@ def _agrees(adapter: Adapter, facts: dict[str, str | int]) -> bool:
     if rank is None or source.rank is not None:
         return rank in (None, source.rank)
     return any(adapter.outline(name).rank == rank for name in adapter)
-
-
-def _with_missing_facts(adapter: Adapter, pattern: str) -> Adapter:
-    """Return an adapter with the unknown facts that its name states, and a finding about it."""
-    source = adapter.provenance
-    if None not in (source.task, source.seed):
-        return adapter
-    facts = _facts_of(_own_names(adapter), pattern) or {}
-    missing: dict[str, Any] = {
-        field: value for field, value in facts.items() if getattr(source, field) is None
-    }
-    note = Finding("labels-from-names", {"pattern": pattern})
-    return adapter.with_provenance(**missing, findings=(*source.findings, note))

@@ -178,8 +178,13 @@ def _pair_group(
     index[list(positions)] = np.arange(len(positions))
     # Singular values up to the numerical ranks, (N, r), filled with zeros.
     stacked = np.zeros((len(spectra), max(*(s.numerical_rank for s in spectra), 1)))
-    for row, s in zip(stacked, spectra, strict=True):
-        row[: s.numerical_rank] = s.S[: s.numerical_rank]
+    degeneracy = np.full(len(spectra), Degeneracy.NONE, dtype=object)
+    for i, s in enumerate(spectra):
+        stacked[i, : s.numerical_rank] = s.S[: s.numerical_rank]
+        if not s.untrained and s.degenerate[0]:
+            degeneracy[i] = Degeneracy.FULL
+        elif not s.untrained and s.nearly_degenerate[0]:
+            degeneracy[i] = Degeneracy.NEARLY
     return PairGroup(
         index=index,
         pairs=pairs,
@@ -188,17 +193,9 @@ def _pair_group(
             pair_angles(products, SIDES[1], updates),
         ),
         ranks=np.array([update.rank for update in updates]),
-        degeneracy=np.array([_first_degeneracy(values) for values in spectra], dtype=object),
+        degeneracy=degeneracy,
         energies=Energies.of_spectrum(stacked),
     )
-
-
-def _first_degeneracy(values: Spectrum) -> Degeneracy:
-    if values.untrained:
-        return Degeneracy.NONE
-    if values.degenerate[0]:
-        return Degeneracy.FULL
-    return Degeneracy.NEARLY if values.nearly_degenerate[0] else Degeneracy.NONE
 
 
 def _selected(pairs: ModulePairs, rows: Sequence[int]) -> ModulePairs:

@@ -165,25 +165,24 @@ def classify_pairs(evidence: Sequence[PairEvidence]) -> list[ClassifiedPair]:
     strangers = [e for e in evidence if e.same_task is False and e.same_seed is False]
     count = sum(pair.second_starts_with_first for pair in strangers)
     from_base = count >= 2 and 2 * count >= len(strangers)
-    return [_classify(pair, from_base=from_base) for pair in evidence]
-
-
-def _classify(pair: PairEvidence, *, from_base: bool) -> ClassifiedPair:
-    of_pair = _pair_class(pair, from_base=from_base)
-    output: Population = ""
-    if of_pair is PairClass.UNRELATED:
-        output = "unrelated"
-    elif of_pair is PairClass.REPLICATE and not pair.reference:
-        output = "replicate"
-    elif of_pair is PairClass.SHARED_INIT:
-        # Only the input side comes from the start; which population the output side is of
-        # follows from the labels, as without it.
-        if _class_by_labels(pair) is PairClass.UNRELATED:
+    classified = []
+    for pair in evidence:
+        of_pair = _pair_class(pair, from_base=from_base)
+        output: Population = ""
+        if of_pair is PairClass.UNRELATED:
             output = "unrelated"
-        elif pair.same_task and pair.same_seed is False and not pair.reference:
+        elif of_pair is PairClass.REPLICATE and not pair.reference:
             output = "replicate"
-    input_side = "" if of_pair is PairClass.SHARED_INIT else output
-    return ClassifiedPair(of_pair, {"input": input_side, "output": output})
+        elif of_pair is PairClass.SHARED_INIT:
+            # Only the input side comes from the start; which population the output side is of
+            # follows from the labels, as without it.
+            if _class_by_labels(pair) is PairClass.UNRELATED:
+                output = "unrelated"
+            elif pair.same_task and pair.same_seed is False and not pair.reference:
+                output = "replicate"
+        input_side = "" if of_pair is PairClass.SHARED_INIT else output
+        classified.append(ClassifiedPair(of_pair, {"input": input_side, "output": output}))
+    return classified
 
 
 def _pair_class(pair: PairEvidence, *, from_base: bool) -> PairClass:

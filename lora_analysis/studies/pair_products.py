@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -276,6 +276,17 @@ def module_pairs(
         side: _pair_values(values, directions, participation, dimension, untrained)
         for side, values, dimension in zip(SIDES, sums[:2], (d_in, d_out), strict=True)
     }
+    init = None
+    if updates is not None:  # NaN for dense updates
+        factors = [(i, u) for i, u in enumerate(updates) if isinstance(u, LowRankUpdate)]
+        arrays = {name: np.full(untrained.shape, np.nan) for name in EVIDENCE}
+        init = InitEvidence(**arrays, shared=np.zeros(untrained.shape, dtype=bool), factor="A")
+        if factors:
+            evidence = init_evidence([update for _, update in factors], products=products.factors)
+            members = [i for i, _ in factors]
+            for name in (*EVIDENCE, "shared"):
+                getattr(init, name)[np.ix_(members, members)] = getattr(evidence, name)
+            init = replace(init, factor=evidence.factor)
     return ModulePairs(
         module=spectra[0].name,
         sides=sides,
@@ -283,7 +294,7 @@ def module_pairs(
         ranks=ranks,
         norms=np.array([s.norm for s in spectra]),
         directions=directions,
-        init=None if updates is None else updates_init_evidence(updates, products.factors),
+        init=init,
     )
 
 
@@ -477,7 +488,11 @@ class _Block(NamedTuple):
 def _blocks(ranks: NDArray[np.intp]) -> Iterator[_Block]:
     """Yield blocks that cover every pair of trained updates."""
     starts, trained = np.cumsum(ranks) - ranks, np.flatnonzero(ranks)
-    for first, last in _block_ranges(ranks):
+    rows = _ROWS if ranks.sum() > _AT_ONCE else _AT_ONCE
+    first = 0
+    for last in range(len(ranks)):
+        if last < len(ranks) - 1 and ranks[first : last + 1].sum() < rows:
+            continue
         low, high = int(starts[first]), int(starts[last] + ranks[last])
         following = trained[trained >= first]  # pairs with earlier ones are known by symmetry
         members = following[following <= last]
@@ -490,18 +505,7 @@ def _blocks(ranks: NDArray[np.intp]) -> Iterator[_Block]:
                 starts[members] - low,
                 starts[following] - low,
             )
-
-
-def _block_ranges(ranks: NDArray[np.intp]) -> Iterator[tuple[int, int]]:
-    """Yield the first and last position of updates whose products are computed together."""
-    rows = _ROWS if ranks.sum() > _AT_ONCE else _AT_ONCE
-    first = 0
-    for last in range(len(ranks)):
-        if ranks[first : last + 1].sum() >= rows:
-            yield first, last
-            first = last + 1
-    if first < len(ranks):
-        yield first, len(ranks) - 1
+        first = last + 1
 
 
 def _pair_values(
@@ -525,29 +529,6 @@ def _pair_values(
         chance_omega=defined(np.sqrt(np.outer(participation, participation)) / dimension),
         dimension=dimension,
     )
-
-
-def updates_init_evidence(
-    updates: Sequence[Update],
-    products: Mapping[Literal["A", "B"], NDArray[np.float64]] | None = None,
-) -> InitEvidence:
-    """Return the evidence of a shared initialization; NaN for dense updates.
-
-    ``products`` are those of the factors of all updates, if they are at hand.
-    """
-    members = [i for i, update in enumerate(updates) if isinstance(update, LowRankUpdate)]
-    shape = (len(updates), len(updates))
-    shared = np.zeros(shape, dtype=bool)
-    arrays = {name: np.full(shape, np.nan) for name in EVIDENCE}
-    factor: Literal["A", "B"] = "A"
-    if members:
-        block = np.ix_(members, members)
-        # mypy does not narrow the elements of a list by its condition.
-        evidence = init_evidence([updates[i] for i in members], products=products)  # type: ignore[misc]
-        shared[block], factor = evidence.shared, evidence.factor
-        for name, values in arrays.items():
-            values[block] = getattr(evidence, name)
-    return InitEvidence(**arrays, shared=shared, factor=factor)
 
 
 class PairAngles(NamedTuple):
@@ -615,21 +596,16 @@ def pair_angles(
     # A cosine near 1 has lost the digits of the angle: these few are computed from the sines.
     nearly = np.triu(smallest < 0.1, 1) & ~np.logical_or.outer(dense, dense)
     near = [(int(a), int(b)) for a, b in zip(*np.nonzero(nearly), strict=True)]
-    vectors = {
-        i: _vectors(spectra[i], updates[i] if updates else None, side) for i in {*sum(near, ())}
-    }
+    vectors = {}
+    for i in {*sum(near, ())}:
+        has_vectors = spectra[i].U is not None or not updates
+        of_update = spectra[i] if has_vectors else spectrum(updates[i])  # type: ignore[index]
+        vectors[i] = of_update.vectors(side)
     for a, b in near:
         exact = linalg.principal_angles(vectors[a], vectors[b])
         smallest[a, b] = smallest[b, a] = exact[0]
         largest[a, b] = largest[b, a] = exact[-1]
     return PairAngles(smallest, largest, weaker, leading)
-
-
-def _vectors(values: Spectrum, update: Update | None, side: Side) -> NDArray[np.float64]:
-    """Return the singular vectors of a spectrum, computed now if it has none."""
-    if values.U is None and update is not None:
-        values = spectrum(update)
-    return values.vectors(side)
 
 
 def _pair_cosines(

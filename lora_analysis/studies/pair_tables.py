@@ -82,15 +82,17 @@ def pair_tables(
     starts = np.searchsorted(
         similarities["pair"].to_numpy(dtype=np.intp), [*chosen, len(readable) ** 2]
     )
-    groups = _groups_by_position(results)
-    summaries, inits = [], []
-    for position, pair in enumerate(chosen.tolist()):
-        rows = similarities.iloc[starts[position] : starts[position + 1]]
-        common = _common_groups(groups, *study.pairs.pairs[pair])
-        inits.append(_shared_init(study, pair, common, rows))
-        summaries.append(_summary(study, groups, common, pair, inits[-1]))
+    summaries, inits = _summaries(study, results, chosen, similarities, starts)
     bases = pair_bases(study, chosen)
-    classes = _classes(study, chosen, summaries, inits, bases)
+    evidence = [
+        _evidence(study, pair, summary, init)
+        for pair, summary, init in zip(chosen.tolist(), summaries, inits, strict=True)
+    ]
+    classes = [ClassifiedPair(PairClass.UNKNOWN)] * len(chosen)
+    for positions in bases.values():  # decided base by base
+        of_base = classify_pairs([evidence[position] for position in positions])
+        for position, classified in zip(positions, of_base, strict=True):
+            classes[position] = classified
     exclusions = _exclusions(study, results, chosen, classes)
     populations = {
         side: [
@@ -127,26 +129,6 @@ def pair_tables(
         exclusions,
         left_out,
     )
-
-
-def _classes(
-    study: OpenStudy,
-    chosen: NDArray[np.intp],
-    summaries: Sequence[Mapping[str, Any]],
-    inits: Sequence[SharedInit],
-    bases: Mapping[str, Sequence[int]],
-) -> list[ClassifiedPair]:
-    """Return the class of each chosen pair, decided base by base."""
-    evidence = [
-        _evidence(study, pair, summary, init)
-        for pair, summary, init in zip(chosen.tolist(), summaries, inits, strict=True)
-    ]
-    classes = [ClassifiedPair(PairClass.UNKNOWN)] * len(chosen)
-    for positions in bases.values():
-        of_base = classify_pairs([evidence[position] for position in positions])
-        for position, classified in zip(positions, of_base, strict=True):
-            classes[position] = classified
-    return classes
 
 
 def _add_pair_columns(
@@ -333,36 +315,42 @@ class _Common(NamedTuple):
     j: int
 
 
-def _groups_by_position(results: Sequence[ModuleResult]) -> dict[int, list[PairGroup]]:
-    """Return the groups of each adapter, module by module."""
+def _summaries(
+    study: OpenStudy,
+    results: Sequence[ModuleResult],
+    chosen: NDArray[np.intp],
+    similarities: pd.DataFrame,
+    starts: NDArray[np.intp],
+) -> tuple[list[dict[str, Any]], list[SharedInit]]:
+    """Return a row for each chosen pair, and the relation of its initializations.
+
+    The rows of ``similarities`` of the pair at one position begin at ``starts``.
+    """
+    # The groups of each adapter, module by module.
     groups: dict[int, list[PairGroup]] = {}
     for result in results:
         for group in result.groups:
             for position in np.flatnonzero(group.index >= 0).tolist():
                 groups.setdefault(position, []).append(group)
-    return groups
-
-
-def _common_groups(groups: Mapping[int, Sequence[PairGroup]], a: int, b: int) -> list[_Common]:
-    """Return the groups of all modules that both adapters have in one shape."""
-    return [
-        _Common(group, int(group.index[a]), int(group.index[b]))
-        for group in groups.get(a, ())
-        if group.index[b] >= 0
-    ]
-
-
-def _shared_init(
-    study: OpenStudy, pair: int, common: Sequence[_Common], rows: pd.DataFrame
-) -> SharedInit:
-    """Return the relation of the initializations of a pair, with what is known of its tasks."""
-    inits = [init for group, i, j in common if (init := group.init(i, j)) is not None]
-    # Subspaces of ranks close to the dimension overlap by chance.
-    narrow = rows[(rows["side"] == "input") & (rows["chance_r_r"] <= 0.35)]
-    same_task = _agree(study, pair, "task")
-    return classify_init(inits, narrow["phi_r_r"].to_numpy()).for_tasks(
-        differ=None if same_task is None else not same_task
-    )
+    summaries, inits = [], []
+    for position, pair in enumerate(chosen.tolist()):
+        a, b = study.pairs.pairs[pair]
+        # Modules that both adapters have in one shape.
+        common = [
+            _Common(group, int(group.index[a]), int(group.index[b]))
+            for group in groups.get(a, ())
+            if group.index[b] >= 0
+        ]
+        evidence = [init for group, i, j in common if (init := group.init(i, j)) is not None]
+        rows = similarities.iloc[starts[position] : starts[position + 1]]
+        # Subspaces of ranks close to the dimension overlap by chance.
+        narrow = rows[(rows["side"] == "input") & (rows["chance_r_r"] <= 0.35)]
+        same_task = _agree(study, pair, "task")
+        differ = None if same_task is None else not same_task
+        shared = classify_init(evidence, narrow["phi_r_r"].to_numpy()).for_tasks(differ=differ)
+        inits.append(shared)
+        summaries.append(_summary(study, groups, common, pair, shared))
+    return summaries, inits
 
 
 def _agree(study: OpenStudy, pair: int, field: str) -> bool | None:

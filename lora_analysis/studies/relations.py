@@ -160,7 +160,24 @@ def choose_blocks(adapters: Sequence[Adapter], max_pairs: int) -> list[list[int]
     """
     if comb(len(adapters), 2) <= max_pairs:
         return [list(range(len(adapters)))]
-    units = _spread(adapters)
+    # Twos (or threes) of one task and rank. Neighbors are of different tasks, as far as there are
+    # several, and each task and rank starts with other seeds than the one before.
+    tasks: dict[str | None, dict[int | None, list[int]]] = {}
+    for index, adapter in enumerate(adapters):
+        ranks = tasks.setdefault(adapter.provenance.task, {})
+        ranks.setdefault(adapter.provenance.rank, []).append(index)
+    by_rank = zip_longest(*(ranks.values() for ranks in tasks.values()), fillvalue=[])
+    turns = []
+    for shift, members in enumerate(filter(None, chain.from_iterable(by_rank))):
+        units = _in_twos(members)
+        turns.append(units[shift % len(units) :] + units[: shift % len(units)])
+    in_turn = list(filter(None, chain.from_iterable(zip_longest(*turns))))
+    singles = [index for unit in in_turn if len(unit) == 1 for index in unit]
+    units = [unit for unit in in_turn if len(unit) > 1]
+    if len(singles) == 1:
+        units[-1].extend(singles)
+    elif singles:
+        units += _in_twos(singles)
     largest = min(isqrt(2 * max_pairs) // 2 + 1, len(units))
     smallest = max(isqrt(max_pairs // 2) // 2, 1)  # a quarter of the pairs
     # Two units have replicates and unrelated adapters; one is better than none.
@@ -190,30 +207,6 @@ def _split(units: Sequence[Sequence[int]], first: int, count: int) -> list[list[
 
 def _count_pairs(blocks: Sequence[Sequence[int]]) -> int:
     return sum(comb(len(block), 2) for block in blocks)
-
-
-def _spread(adapters: Sequence[Adapter]) -> list[list[int]]:
-    """Return the positions in twos (or threes) of one task and rank, in the order of their use.
-
-    Neighbors are of different tasks, as far as there are several, and each task and rank starts
-    with other seeds than the one before.
-    """
-    tasks: dict[str | None, dict[int | None, list[int]]] = {}
-    for index, adapter in enumerate(adapters):
-        ranks = tasks.setdefault(adapter.provenance.task, {})
-        ranks.setdefault(adapter.provenance.rank, []).append(index)
-    by_rank = zip_longest(*(ranks.values() for ranks in tasks.values()), fillvalue=[])
-    turns = []
-    for shift, members in enumerate(filter(None, chain.from_iterable(by_rank))):
-        units = _in_twos(members)
-        turns.append(units[shift % len(units) :] + units[: shift % len(units)])
-    in_turn = list(filter(None, chain.from_iterable(zip_longest(*turns))))
-    singles = [index for unit in in_turn if len(unit) == 1 for index in unit]
-    units = [unit for unit in in_turn if len(unit) > 1]
-    if len(singles) == 1:
-        units[-1].extend(singles)
-        return units
-    return units + (_in_twos(singles) if singles else [])
 
 
 def _in_twos(members: Sequence[int]) -> list[list[int]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from lora_analysis.adapter import Adapter, DenseUpdate, Provenance
+from lora_analysis.adapter import Adapter, DenseUpdate
 from lora_analysis.amplify import Amplification
 from lora_analysis.bases import BaseWeights
 from lora_analysis.bases.sanity_checks import weight_findings
@@ -321,10 +321,14 @@ class Study:
             inputs += self.base.inputs
             base = base_document(self.base, self._shapes())
         content = {name: getattr(self, name) for name in _SAVED}
-        adapters = [
-            (label, _savable(adapter.provenance), tuple(adapter))
-            for label, adapter in self.adapters.items()
-        ]
+        adapters = []
+        for label, adapter in self.adapters.items():
+            source = adapter.provenance
+            options = source.read_options.values()
+            # Without a source if its options cannot be written.
+            if not all(isinstance(value, int | float | str | tuple | Path) for value in options):
+                source = replace(source, source=None, read_options={})
+            adapters.append((label, source, tuple(adapter)))
         with output_folder(
             folder, kind=KIND, verb="Study.save", inputs=inputs, force=force
         ) as staging:
@@ -385,11 +389,3 @@ class Study:
 
 _SAVED = tuple(f.name for f in fields(Study) if f.name not in ("adapters", "base"))
 _TABLES = ("runs", "spectra", "pairs", "similarities", "amplifications", "changes")
-
-
-def _savable(provenance: Provenance) -> Provenance:
-    """Return provenance for a file: without a source if its options cannot be written."""
-    values = provenance.read_options.values()
-    if all(isinstance(value, int | float | str | tuple | Path) for value in values):
-        return provenance
-    return replace(provenance, source=None, read_options={})

@@ -12,7 +12,7 @@ from lora_analysis.bases import BaseWeights, open_base
 from lora_analysis.errors import InputError, SourceError
 from lora_analysis.formats import read_adapter
 from lora_analysis.spectra import spectrum
-from lora_analysis.studies.alignment import rename_update
+from lora_analysis.studies.module_walk import rename_update
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -21,9 +21,9 @@ from lora_analysis.formats import (
     read_adapter,
     unique_labels,
 )
-from lora_analysis.studies.alignment import align_adapters
 from lora_analysis.studies.base_models import other_bases, same_base, with_base_name
 from lora_analysis.studies.labels import with_label_facts
+from lora_analysis.studies.module_walk import align_adapters
 from lora_analysis.studies.relations import ChosenPairs, choose_pairs
 from lora_analysis.text import join_names
 

@@ -167,7 +167,10 @@ class StudyReader:
         if tag == "array":
             return self._array(value)
         if tag == "values":
-            return self._values(value)
+            distinct = np.empty(len(value["values"]), dtype=object)
+            for code, item in enumerate(value["values"]):
+                distinct[code] = self.decode(item)
+            return pd.Series(distinct[self._array(value["codes"])], dtype=value["dtype"])
         if tag == "table":
             columns = {str(name): self.decode(column) for name, column in value["columns"]}
             rows = value["rows"]
@@ -195,12 +198,6 @@ class StudyReader:
             message = f"an array ends at {start + size:,} of {flat.size:,} numbers"
             raise ValueError(message)
         return flat[start : start + size].reshape(shape).copy()
-
-    def _values(self, value: Mapping[str, Any]) -> pd.Series:
-        distinct = np.empty(len(value["values"]), dtype=object)
-        for code, item in enumerate(value["values"]):
-            distinct[code] = self.decode(item)
-        return pd.Series(distinct[self._array(value["codes"])], dtype=value["dtype"])
 
 
 def read_study_files(folder: Path) -> dict[str, Any]:
