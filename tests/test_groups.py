@@ -416,7 +416,7 @@ def test_adapters_of_one_initialization_are_a_group_on_the_output_side(rng: Rng)
     assert analysis.conclusion is SharedPart.NOTHING
     assert analysis.shares[PARTS.index("input"), -1] > 0.99
     assert np.isnan(analysis.p_values["input"])
-    assert "the input side is in no conclusion" in str(analysis)
+    assert "the input side is excluded from the conclusion" in str(analysis)
     # With six others there is no need for them.
     more = group_analysis([*planted(rng, 6, "nothing", ranks=(4,)), *members])
     assert not more.shared_init

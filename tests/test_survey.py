@@ -158,7 +158,7 @@ def test_the_command_prints_both_tables_and_the_limits(
     monkeypatch.setenv("COLUMNS", "80")
     assert run(["survey", str(listed)]) == 0
     printed = capsys.readouterr().out
-    assert "What they use of their rank" in printed
+    assert "How much of their rank they use" in printed
     assert "How alike two trainings are" in printed
     assert "not a sample of all" in " ".join(printed.split())
     assert max(map(len, printed.splitlines())) <= 80

@@ -97,7 +97,7 @@ def is_transposed(
             f"{label}: {origin} stores '{name}' {stored} as {other}, but the other "
             f"matrices of the file are stored as {way} (by {listed}): every weight seems "
             f"transposed, square ones too. Pass transposed={others} (command line: "
-            f"{option}) if the file is meant so."
+            f"{option}) if that is intended."
         )
         raise BaseWeightError(message)
     if decided is None:

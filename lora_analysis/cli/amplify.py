@@ -75,8 +75,8 @@ def command(
     """Measure how ΔW amplifies directions of the base weight, per module (LoRA paper, Table 7).
 
     The amplification factor ‖ΔW‖/‖UᵀWV‖ proves little by itself: compare it with the factor of
-    random directions of the same size. Enrichment is the ratio of the two. Compare it with that of
-    random directions through W before you call it specific to the adapter.
+    random directions of the same size. Enrichment is the ratio of the two. Before you call it
+    specific to the adapter, compare it with the enrichment of random directions through W.
     """
     from lora_analysis.adapter import is_fine_tune
     from lora_analysis.blocks import locate_module

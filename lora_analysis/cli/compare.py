@@ -95,7 +95,7 @@ def command(
     reading: Reading,
     form: str,
 ) -> int:
-    """Compare adapters A and B: are they alike, how much, how sure, and in which modules.
+    """Compare adapters A and B: how similar they are, how certain that is, and in which modules.
 
     Without --reference the comparison is with random subspaces. Unrelated adapters of one base
     often exceed those too: five adapters of other tasks, given with --reference, allow a test.

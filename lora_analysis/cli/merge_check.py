@@ -59,8 +59,8 @@ def command(
 ) -> int:
     """Check whether ADAPTER is in a merged model, at what strength, and what else differs.
 
-    Each merged weight is compared with everything that a correct merge can have made of it, number
-    by number; a weight that does not fit is compared with the results of known mistakes. Exits with
+    Each merged weight is compared with every value that a correct merge could produce, number by
+    number; a weight that does not fit is compared with the results of known mistakes. Exits with
     0 if the adapter is applied, 5 if it is not or something else differs, and 6 if the numbers
     cannot tell. Without --merged, computes what a merge into a type would keep of ΔW.
     """

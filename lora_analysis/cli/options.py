@@ -168,7 +168,7 @@ def label_option(command: Command) -> Command:
         metavar="PATTERN",
         help="Pattern that extracts task, rank, seed and step from adapter names, for example "
         "'{task}-r{rank}-s{seed}'; * matches anything. By default common patterns are tried if no "
-        "file states task and seed; none prevents that.",
+        "file states task and seed; 'none' turns that off.",
     )(command)
 
 

@@ -166,9 +166,8 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
         cls=GroupedOption,
         section=UNUSUAL_FILES,
         metavar="BASE",
-        help="Base weights that training started from: the update is then the change of the whole "
-        "weight (DoRA, KaSA), and initial factors that were subtracted from them are computed "
-        "(PiSSA, OLoRA).",
+        help="Base weights that training started from. Computes the change of the whole weight "
+        "(DoRA, KaSA), or subtracts the initial product (PiSSA, OLoRA).",
     )(with_reading)
     for option in reversed(fields(ReadOptions)):
         if option.metadata:

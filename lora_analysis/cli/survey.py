@@ -47,7 +47,7 @@ def command(authors: Path, *, form: str) -> int:
         ]  # fmt: skip
         columns = ("author", "base", "trainings", "modules", "r", "stable rank", "90 % energy")
         print_table(
-            "What they use of their rank: medians over modules", columns, ranks, numbers_from=2
+            "How much of their rank they use: medians over modules", columns, ranks, numbers_from=2
         )
         compared = result.authors[result.authors["pairs"] > 0]
         pairs = [

@@ -99,8 +99,8 @@ def smaller_options(command: Command) -> Command:
             multiple=True,
             metavar="PATTERN=RANK",
             callback=_parse_ranks,
-            help="Rank of the modules that a pattern matches, in place of --rank or --energy; can "
-            "be repeated, and the first that matches counts. A pattern selects as --module does.",
+            help="Rank of the modules that PATTERN matches; overrides --rank and --energy. Can be "
+            "repeated: the first match wins. A pattern selects as --module does.",
         ),
         click.option(
             "--budget",

@@ -1,7 +1,7 @@
 """The rules that turn a study's numbers into findings; codes and sentences are in `finding`.
 
 Which pairs and modules count is decided once, in ``studies.pair_classes`` and
-``studies.pair_tables``; what is concluded from them in `comparisons`.
+``studies.pair_tables``; what is concluded from them in `comparison_rules`.
 """
 
 from __future__ import annotations

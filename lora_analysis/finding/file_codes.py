@@ -47,8 +47,8 @@ FILE_CODES: Final[dict[str, Code]] = {
     "factors-stored-transposed": Code(
         "limit",
         "modules",
-        "The factors are stored transposed, A as (d_in, r) and B as (r, d_out); they were turned. "
-        "If B was named first, swap the two patterns.",
+        "The factors are stored transposed, A as (d_in, r) and B as (r, d_out), and were "
+        "transposed back. If B was named first, swap the two patterns.",
     ),
     "names-matched": Code(
         "limit",
@@ -254,7 +254,8 @@ FILE_CODES: Final[dict[str, Code]] = {
         "damage",
         "config",
         "The rank in adapter_config.json is not that of the factors for {modules} of {of} modules "
-        "(first: '{first}', {stated} in the config, {rank} in the file). The factors count.",
+        "(first: '{first}', {stated} in the config, {rank} in the file). The ranks of the "
+        "factors are used.",
     ),
     "config-targets-missing": Code(
         "limit",
@@ -266,7 +267,7 @@ FILE_CODES: Final[dict[str, Code]] = {
         "limit",
         "config",
         "{modules} of {of} modules have factors and are not in target_modules (first: '{first}'). "
-        "PEFT would not load them. Are config and weights of one adapter?",
+        "PEFT would not load them. Do config and weights belong to the same adapter?",
     ),
     "config-targets-unchecked": Code(
         "limit", "config", "The modules of the file were not compared with target_modules: {reason}"
@@ -275,7 +276,7 @@ FILE_CODES: Final[dict[str, Code]] = {
         "limit",
         "config",
         "{modules} of {of} modules have factors and are in exclude_modules (first: '{first}'). "
-        "PEFT would not load them. Are config and weights of one adapter?",
+        "PEFT would not load them. Do config and weights belong to the same adapter?",
     ),
     "config-layers-differ": Code(
         "limit",
@@ -458,7 +459,7 @@ FILE_CODES: Final[dict[str, Code]] = {
         "{base}: {count} matrices have the transposed shape of their update ({weights}), and no "
         "other has the shape of family '{family}' unless it is square: all weights seem to be "
         "transposed, square ones included. Do not rely on results for square ones; pass "
-        "transposed=True (command line: --transposed) if the file is meant so.",
+        "transposed=True (command line: --transposed) if that is intended.",
     ),
     "base-mixed-shards": Code(
         "damage",

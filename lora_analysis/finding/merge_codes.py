@@ -67,7 +67,7 @@ MERGE_CODES: Final[dict[str, Code]] = {
         "limit",
         "merge",
         "storing W as {dtype} by itself changes it by {rounding:.2g} ‖ΔW‖ (median over modules): "
-        "more of the difference to the base is rounding than adapter.",
+        "most of the difference to the base is rounding, not the adapter.",
         subject="{adapter}",
     ),
     "forecast-quantized": Code(

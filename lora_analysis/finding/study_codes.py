@@ -32,7 +32,7 @@ _GROUP_END: Final = (
     "{few_others}, too few for a test; unrelated adapters of one base often share more than random "
     "directions.]]"
     "[[ Some of the {shared_init} share an initialization or parts of both factors: the input side "
-    "is in no conclusion.]]"
+    "is excluded from the conclusion.]]"
     "[[ Adapters of one task explain each other: this is not only what the {tasks} tasks have in "
     "common.]][[ Removed: {removed}.]] This describes energy, not skill."
 )
@@ -152,7 +152,7 @@ STUDY_CODES: Final[dict[str, Code]] = {
         "artifact",
         "labels",
         "{pair_class}, but under two task names, so at least one name is wrong. Adapters with such "
-        "a name are used in no conclusion.",
+        "a name are excluded from all conclusions.",
         subject=_PAIRS,
     ),
     "started-from-base": Code(
@@ -160,8 +160,8 @@ STUDY_CODES: Final[dict[str, Code]] = {
         "initialization",
         "A and B agree row by row although tasks and seeds differ (median matched cosine of B "
         "{b_cosine:number}): both factors started from the base weights, as PiSSA does, and B·A is "
-        "not the update. Nothing can be concluded. Subtract the start: pass initial= (command "
-        "line: --initial, or --trained-on BASE).",
+        "not the update. Nothing can be concluded. Subtract the initial product: pass initial= "
+        "(command line: --initial, or --trained-on BASE).",
         subject=_PAIRS,
     ),
     "gradients-alike": Code(

@@ -97,7 +97,7 @@ SUMMARY_CODES: Final[dict[str, Code]] = {
         "artifact",
         "labels",
         "One update has two task names in {count} of {total:plural pair}: at least one name is "
-        "wrong, and these adapters are used in no conclusion.",
+        "wrong, and these adapters are excluded from all conclusions.",
     ),
     "summary-one-sample": Code(
         "artifact",
@@ -142,13 +142,13 @@ SUMMARY_CODES: Final[dict[str, Code]] = {
     "summary-side-left-out": Code(
         "limit",
         "modules",
-        "Nothing can be said of the {side} side: {count} of {total} modules cannot be used in all "
+        "No conclusion for the {side} side: {count} of {total} modules cannot be used in all "
         "pairs[[ ({reason})]].",
     ),
     "summary-side-inconclusive": Code(
         "limit",
         "overlap",
-        "On the {side} side no conclusion is drawn, at T {mean_excess:overlap}: {reason}.",
+        "No conclusion for the {side} side (T {mean_excess:overlap}): {reason}.",
     ),
     "summary-nothing-compared": Code(
         "limit",
@@ -159,7 +159,7 @@ SUMMARY_CODES: Final[dict[str, Code]] = {
     "summary-one-adapter": Code(
         "limit",
         "overlap",
-        "Whether others use the same directions cannot be said of {count:plural adapter} alone.",
+        "{count:plural adapter} alone cannot show whether others use the same directions.",
     ),
     "summary-scope": Code(
         "limit",

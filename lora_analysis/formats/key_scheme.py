@@ -3,7 +3,7 @@
 Most trainers store ``<module><something>A`` and ``<module><something>B``. Such a format is a
 `KeyScheme`, which recognizes, lists and reads its files::
 
-    KeyScheme("updown", (KeyPattern(r"(?P<module>.+)/(?P<role>down|up)"),))
+    KeyScheme("updown", (KeyPattern(re.compile(r"(?P<module>.+)/(?P<role>down|up)")),))
 
 `complete` adds what only the format can know: the scale that a configuration states, modules that
 are stored fused, other names, DoRA's norms.

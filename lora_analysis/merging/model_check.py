@@ -209,8 +209,8 @@ def merge_check(
 ) -> MergeCheck:
     """Check whether an adapter is in a merged model.
 
-    Every adapted weight of the merged model is compared with all that a correct merge can have
-    made of it, whatever it rounded and in which order it summed; see `replay`. A weight that fails
+    Every adapted weight of the merged model is compared with every value that a correct merge could
+    produce, whatever it rounded and in which order it summed; see `replay`. A weight that fails
     is compared with the results of known mistakes: another strength, a second merge, missing rows,
     directions or layers. All other tensors of both models are compared as they are.
 

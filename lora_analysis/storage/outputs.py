@@ -1,6 +1,6 @@
 """Output policy: which files and folders may be written, the same for every verb.
 
-Free to write are paths that are absent, empty, or ours by a record or mark (`records`, `marks`).
+Free to write are paths that are absent, empty, or ours by a record or mark (`records`).
 Anything else needs ``force``, which replaces files at the names that must be written and touches
 nothing else. No input is written, and nothing is deleted before its replacement is on the disk. New
 files are complete in a staging folder before the first one is moved, and a journal of the moves
