@@ -505,9 +505,9 @@ class _ReadOnly(Mapping[str, "NDArray[Any]"]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def stored(self, name: str) -> SideTensor:
+    def read_stored(self, name: str) -> SideTensor:
         """Return a tensor as its file stores it, bit for bit, or as it is in memory."""
-        read = getattr(self._tensors, "stored", None)
+        read = getattr(self._tensors, "read_stored", None)
         if read is not None:
             return SideTensor(*read(name))
         array = np.asarray(self._tensors[name])

@@ -235,7 +235,7 @@ def locate_module(name: str) -> ModuleLocation:
             location = ModuleLocation(TRANSFORMER, "", None, path, path, (-1,))
             if match is not None:
                 number = int(match["layer"])
-                part, title = _grouped(match["rest"] or match["head"] or path)
+                part, title = _split_part(match["rest"] or match["head"] or path)
                 order = (0, number)
                 location = ModuleLocation(TRANSFORMER, f"layer {number}", None, part, title, order)
             return _in_component(location, known_component)
@@ -288,7 +288,7 @@ def _unet_block(way: int, number: int, rest: str) -> ModuleLocation | None:
     layer = None
     if match := _TRANSFORMER_LAYER.fullmatch(rest):
         layer = int(match["layer"])
-        part, name = _grouped(match["rest"])
+        part, name = _split_part(match["rest"])
         stage = 2
     elif rest in ("proj_in", "proj_out"):
         part = name = rest
@@ -300,7 +300,7 @@ def _unet_block(way: int, number: int, rest: str) -> ModuleLocation | None:
     elif rest in ("conv", "op"):
         part, name, stage = "conv", "upsample" if way == 2 else "downsample", 4
     else:
-        part, name = _grouped(rest)
+        part, name = _split_part(rest)
         stage = 2
     return ModuleLocation(UNET, block, layer, part, name, (way, number, stage, layer or 0))
 
@@ -309,10 +309,10 @@ def _in_flux(path: str) -> ModuleLocation | None:
     """Return the location of a layer of FLUX or a model with such blocks; None for other names."""
     if match := _FLUX.fullmatch(path):
         single, rest = match["kind"] == "single", match["rest"]
-        part, name = _grouped(rest)
+        part, name = _split_part(rest)
     elif match := _FLUX_DIFFUSERS.fullmatch(path):
         single, rest = bool(match["single"]), match["rest"]
-        part, name = _grouped(_renamed(rest, _SINGLE_NAMES if single else _DOUBLE_NAMES))
+        part, name = _split_part(_rename_rest(rest, _SINGLE_NAMES if single else _DOUBLE_NAMES))
     elif path in _OUTSIDE_FLUX:
         stage, name = _OUTSIDE_FLUX[path]
         return ModuleLocation(TRANSFORMER, "", None, name.partition(".")[0], name, (stage,))
@@ -323,13 +323,14 @@ def _in_flux(path: str) -> ModuleLocation | None:
     return ModuleLocation(TRANSFORMER, block, None, part, name, (int(single), number))
 
 
-def _renamed(rest: str, names: Sequence[tuple[re.Pattern[str], str]]) -> str:
+def _rename_rest(rest: str, names: Sequence[tuple[re.Pattern[str], str]]) -> str:
+    """Return the rest of a name in another spelling; unchanged if no pattern matches."""
     return next(
         (match.expand(name) for pattern, name in names if (match := pattern.fullmatch(rest))), rest
     )
 
 
-def _grouped(rest: str) -> tuple[str, str]:
+def _split_part(rest: str) -> tuple[str, str]:
     """Return part and name of the rest of a flattened name: ``attn1``, ``attn1.to_q``."""
     if "." in rest:
         return rest.partition(".")[0], rest

@@ -82,7 +82,7 @@ def train_demo(
     return result.all_folders()
 
 
-def trained_before(folder: Path) -> list[Path]:
+def find_demo_runs(folder: Path) -> list[Path]:
     """Return the folder of an earlier demo's runs, if there is one."""
     runs = folder / "runs"
     return [runs] if (runs / SWEEP_NAME).is_file() else []
@@ -136,7 +136,7 @@ def make_demo(
     force: bool = False,
 ) -> tuple[Study, Path]:
     """Run the demo (see `run_demo`) and return the study and the path of its report."""
-    check_report_folder(folder, inputs=trained_before(folder), force=force)
+    check_report_folder(folder, inputs=find_demo_runs(folder), force=force)
     runs = train_demo(folder / "runs", text=text, device=device, progress=progress, force=force)
     result = study_demo(runs, text=text, progress=progress)
     path = write_report(

@@ -86,9 +86,9 @@ def effective_update(update: Any, W: Any) -> Update:
     weight = base.array() if isinstance(base, Weight) else base
     check_weight_shape(part, weight)
     if part.variant == "DoRA":
-        return _dora(part, weight.astype(np.float64))
+        return _dora_update(part, weight.astype(np.float64))
     if part.variant == "KaSA":
-        return _kasa(part, weight.astype(np.float64))
+        return _kasa_update(part, weight.astype(np.float64))
     message = f"The effective update of '{part.name}' is not known for '{part.variant}'."
     raise UnsupportedMethodError(message)
 
@@ -131,7 +131,7 @@ def effective_adapter(adapter: Any, base: Any = None, *, transposed: bool | None
     if len(findings) < len(source.findings):
         findings.append(Finding("whole-change", {"base": weights.address or weights.label}))
     effective = parts.copy_with(
-        updates={name: partial(_effective, parts, name, weights, transposed) for name in parts}
+        updates={name: partial(_load_effective, parts, name, weights, transposed) for name in parts}
     )
     return effective.with_provenance(
         findings=tuple(findings), also_read=(*source.also_read, *weights.inputs)
@@ -148,7 +148,9 @@ def stated_orientation(adapter: Adapter, transposed: bool | None) -> bool | None
     return transposed
 
 
-def _effective(adapter: Adapter, name: str, base: BaseWeights, transposed: bool | None) -> Update:
+def _load_effective(
+    adapter: Adapter, name: str, base: BaseWeights, transposed: bool | None
+) -> Update:
     update = adapter[name]
     if not isinstance(update, LowRankUpdate) or not update.variant:
         return update
@@ -209,7 +211,8 @@ def initial_factors_from_base(
     return initial_factors
 
 
-def _dora(update: LowRankUpdate, W: NDArray[np.float64]) -> DenseUpdate:
+def _dora_update(update: LowRankUpdate, W: NDArray[np.float64]) -> DenseUpdate:
+    """Return the full change of a weight that DoRA rescales, ``m·V/‖V‖ − W``, V = W + s·B·A."""
     if update.magnitude is None:
         message = f"'{update.name}' is marked as DoRA, but has no magnitude."
         raise InputError(message)
@@ -235,7 +238,8 @@ def _dora(update: LowRankUpdate, W: NDArray[np.float64]) -> DenseUpdate:
     )
 
 
-def _kasa(update: LowRankUpdate, W: NDArray[np.float64]) -> LowRankUpdate:
+def _kasa_update(update: LowRankUpdate, W: NDArray[np.float64]) -> LowRankUpdate:
+    """Return the update together with the removal of W's r smallest singular components."""
     U, S, Vh = np.linalg.svd(W, full_matrices=False)
     first = len(S) - update.rank  # of the directions that are removed
     if first < 1:

@@ -389,7 +389,7 @@ def pair_init(
     *,
     spaces: tuple[float | None, float | None],
 ) -> ModuleInit:
-    """Return the evidence on the pair (a, b) from that on every pair.
+    """Return the evidence for pair (a, b).
 
     Parameters
     ----------

@@ -227,7 +227,7 @@ def identify(stored: str, *, flat: bool = False) -> ModuleName:
     while True:
         before = path
         if not flat and "." in path:
-            path = _without_bodies(_SENTENCE_TRANSFORMER.sub("", path), parts)
+            path = _strip_bodies(_SENTENCE_TRANSFORMER.sub("", path), parts)
         component, path = split_component(path)
         if component and component not in parts:
             parts.append(component)
@@ -380,8 +380,8 @@ def match_names(
         if identities[name] in by_identity:
             pairs[name] = by_identity[identities[name]]
     rest = _Rest(identities, targets, pairs, fits or (lambda *_: True), flat=flat)
-    pairs |= rest.by_spelling(spellings)
-    pairs |= rest.by_prefix()
+    pairs |= rest.match_by_spelling(spellings)
+    pairs |= rest.match_by_prefix()
     return NameMatch(pairs, tuple(rest.decided), tuple(rest.ambiguous))
 
 
@@ -407,7 +407,7 @@ class _Rest:
         self.decided: list[str] = []
         self.ambiguous: list[str] = []
 
-    def by_spelling(self, spellings: Sequence[Callable[[str], str]]) -> dict[str, str]:
+    def match_by_spelling(self, spellings: Sequence[Callable[[str], str]]) -> dict[str, str]:
         """Return the pairs under the spelling, used for both sets, that matches most modules."""
         best: dict[str, str] = {}
         for rewrite in spellings:
@@ -422,20 +422,10 @@ class _Rest:
         self._remove(best)
         return best
 
-    def by_prefix(self) -> dict[str, str]:
+    def match_by_prefix(self) -> dict[str, str]:
         """Return the pairs whose names differ by a prefix, each decided for all modules."""
         pairs: dict[str, str] = {}
-        while (
-            self._names
-            and self._others
-            and (
-                groups := {
-                    prefix: group
-                    for prefix, group in self._by_prefix().items()
-                    if all(self._fits(*pair) for pair in group.items())
-                }
-            )
-        ):
+        while groups := self._fitting_groups():
             best = max(groups, key=lambda prefix: (len(groups[prefix]), -len(prefix.head)))
             group = groups[best]
             rivals = [p for p in groups if groups[p] != group and _compete(groups[p], group)]
@@ -444,17 +434,27 @@ class _Rest:
                 shortest: dict[frozenset[tuple[str, str]], _Prefix] = {}
                 for prefix in sorted((best, *alike), key=lambda prefix: len(prefix.head)):
                     shortest.setdefault(frozenset(groups[prefix].items()), prefix)
-                self.ambiguous += [prefix.shown(self._separator) for prefix in shortest.values()]
+                self.ambiguous += [prefix.spell(self._separator) for prefix in shortest.values()]
             else:
                 pairs |= group
-                self.decided.append(best.shown(self._separator))
+                self.decided.append(best.spell(self._separator))
             # The modules of one adapter do not divide among prefixes.
             siblings = [p for p in groups if not alike and p[:2] == best[:2]]
             for prefix in (best, *rivals, *siblings):
                 self._remove(groups[prefix])
         return pairs
 
-    def _by_prefix(self) -> dict[_Prefix, dict[str, str]]:
+    def _fitting_groups(self) -> dict[_Prefix, dict[str, str]]:
+        """Return the groups of `_group_by_prefix` in which every pair of modules fits."""
+        if not self._names or not self._others:
+            return {}
+        return {
+            prefix: group
+            for prefix, group in self._group_by_prefix().items()
+            if all(self._fits(*pair) for pair in group.items())
+        }
+
+    def _group_by_prefix(self) -> dict[_Prefix, dict[str, str]]:
         """Return the pairs of every prefix that stands in one of the sets alone."""
         groups: dict[_Prefix, dict[str, str]] = {}
         sets = (self._names, self._others)
@@ -506,7 +506,7 @@ class _Prefix(NamedTuple):
     head: str
     drops_component: bool
 
-    def shown(self, separator: str) -> str:
+    def spell(self, separator: str) -> str:
         return separator.join(part for part in (self.component, self.head) if part)
 
 
@@ -524,7 +524,7 @@ def possible_prefixes(name: str, separator: str) -> Iterator[tuple[str, str]]:
 
 
 def rename_prefix(name: str, prefix: Prefixes | None) -> str:
-    """Return a name with the longest of the caller's prefixes that it begins with exchanged."""
+    """Replace the longest matching prefix in a name; ``prefix`` maps old ones to new ones."""
     for old in sorted(prefix or (), key=len, reverse=True):
         new = (prefix or {})[old]
         for path in (name, strip_wrappers(name)):
@@ -545,7 +545,7 @@ def _flat_match(path: str) -> re.Match[str] | None:
     return None if "." in path else _FLAT.match(path)
 
 
-def _without_bodies(path: str, parts: list[str]) -> str:
+def _strip_bodies(path: str, parts: list[str]) -> str:
     """Return a path without the attributes in front that name a body; add parts to ``parts``."""
     segments = path.split(".")
     while len(segments) > 1 and not segments[1].isdecimal():

@@ -56,7 +56,7 @@ def near_names(name: str, names: Iterable[str], *, cutoff: float = 0.5) -> list[
     pool = tuple(names)
     likely = pool if len(pool) <= _FEW_NAMES else _likely_names(name, pool, cutoff)
     near = difflib.get_close_matches(name, likely, cutoff=cutoff)
-    tails = {each.rpartition(".")[2]: each for each in reversed(pool)}
+    tails = {other.rpartition(".")[2]: other for other in reversed(pool)}
     for match in _close_matches(name.rpartition(".")[2], tuple(tails), cutoff):
         if tails[match] not in near:
             near.append(tails[match])
@@ -73,8 +73,8 @@ def _close_matches(name: str, pool: tuple[str, ...], cutoff: float) -> list[str]
 def _without_numbers(pool: tuple[str, ...]) -> dict[str, list[str]]:
     """Group names that differ in their numbers alone."""
     groups: dict[str, list[str]] = {}
-    for each in pool:
-        groups.setdefault(_DIGITS.sub("0", each), []).append(each)
+    for name in pool:
+        groups.setdefault(_DIGITS.sub("0", name), []).append(name)
     return groups
 
 
@@ -86,13 +86,15 @@ def _likely_names(name: str, pool: tuple[str, ...], cutoff: float) -> list[str]:
     groups = _without_numbers(pool)
     numbers: list[str] = _DIGITS.findall(name)
 
-    def differing(each: str) -> int:
-        others: list[str] = _DIGITS.findall(each)
+    def count_differing(other: str) -> int:
+        others: list[str] = _DIGITS.findall(other)
         same = sum(a == b for a, b in zip(numbers, others, strict=False))
         return max(len(numbers), len(others)) - same
 
     plain = _close_matches(_DIGITS.sub("0", name), tuple(groups), cutoff)
-    return [each for key in plain for each in sorted(groups[key], key=differing)[:_FEW_NAMES]]
+    return [
+        other for key in plain for other in sorted(groups[key], key=count_differing)[:_FEW_NAMES]
+    ]
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
@@ -103,7 +105,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     >>> did_you_mean("insepct", ["inspect", "compare"])
     " Did you mean 'inspect'?"
     """
-    near = [repr(each) for each in near_names(name, names, cutoff=0.6)]
+    near = [repr(other) for other in near_names(name, names, cutoff=0.6)]
     if len(near) < 2:
         return f" Did you mean {near[0]}?" if near else ""
     return f" (Did you mean one of: {', '.join(near)}?)"  # as click has it for options
@@ -218,7 +220,7 @@ class ModulePatterns(Mapping[str, T]):
                 continue
             at_segment = start == 0 or name[start - 1] == "."
             for wildcards, orders in by_wildcards.items():
-                end = _blanked(name[start:], wildcards)
+                end = _blank_wildcards(name[start:], wildcards)
                 matches += [
                     orders[reach, end]
                     for reach, fits in (("any", True), ("tail", at_segment), ("whole", start == 0))
@@ -289,20 +291,20 @@ class _Budget:
             Nothing is left, or the regular expression engine stops because of it.
         """
         if self.left <= 0:
-            raise self._spent(name, pattern)
+            raise self._spent_error(name, pattern)
         start = time.thread_time()
         try:
             yield self.left
         except TimeoutError:
             self.left = 0.0
-            raise self._spent(name, pattern) from None
+            raise self._spent_error(name, pattern) from None
         finally:
             self.left -= time.thread_time() - start
 
-    def _spent(self, name: str, pattern: str) -> InputError:
+    def _spent_error(self, name: str, pattern: str) -> InputError:
         return InputError(
             f"Matching module names against patterns was stopped after {self.total:g} s in all, "
-            f"at '{_shortened(name)}' against '{_shortened(pattern)}'. Write module names in full, "
+            f"at '{_shorten(name)}' against '{_shorten(pattern)}'. Write module names in full, "
             "or patterns without nested repetition."
         )
 
@@ -353,7 +355,7 @@ def _as_literal(key: str) -> _Literal | None:
     return _Literal(reach, "".join(text), tuple(wildcards))
 
 
-def _blanked(text: str, positions: Sequence[int]) -> str:
+def _blank_wildcards(text: str, positions: Sequence[int]) -> str:
     """Return the text with a dot at every wildcard, as the pattern spells it."""
     if not positions:
         return text
@@ -370,7 +372,7 @@ def _compile(expression: str, pattern: str) -> Any:
 
     if len(expression) > MAX_PATTERN_CHARACTERS:
         message = (
-            f"'{_shortened(pattern)}' is too long for a regular expression: {len(pattern):,} "
+            f"'{_shorten(pattern)}' is too long for a regular expression: {len(pattern):,} "
             f"characters, the limit is {MAX_PATTERN_CHARACTERS:,}."
         )
         raise InputError(message)
@@ -379,13 +381,13 @@ def _compile(expression: str, pattern: str) -> Any:
             warnings.simplefilter("ignore")  # about sets that another version may read otherwise
             re.compile(expression)
             # The other engine takes more for special: braces, and brackets in a set.
-            return regex.compile(_TOKEN.sub(_escaped, expression))
+            return regex.compile(_TOKEN.sub(_escape_token, expression))
     except (re.error, regex.error, RecursionError, OverflowError, MemoryError) as error:
-        message = f"'{_shortened(pattern)}' is not a regular expression: {error}."
+        message = f"'{_shorten(pattern)}' is not a regular expression: {error}."
         raise InputError(message) from error
 
 
-def _escaped(token: re.Match[str]) -> str:
+def _escape_token(token: re.Match[str]) -> str:
     if token["brace"]:
         return f"\\{token['brace']}"
     if token["set"]:
@@ -394,5 +396,5 @@ def _escaped(token: re.Match[str]) -> str:
     return token[0]
 
 
-def _shortened(text: str) -> str:
+def _shorten(text: str) -> str:
     return text if len(text) <= 160 else f"{text[:157]}..."

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lora_analysis import plots
 from lora_analysis.adapter import DenseUpdate
 from lora_analysis.amplify import amplification
-from lora_analysis.demo import study_demo, train_demo, trained_before
+from lora_analysis.demo import find_demo_runs, study_demo, train_demo
 from lora_analysis.errors import InputError
 from lora_analysis.progress import Progress
 from lora_analysis.report import (
@@ -75,7 +75,7 @@ def make_reproduction(
 ) -> tuple[Study, Path]:
     """Run `run_reproduction` and return the study as well as the page's path."""
     OutputFolder(
-        folder, kind="reproduction", verb="reproduce", inputs=trained_before(folder), force=force
+        folder, kind="reproduction", verb="reproduce", inputs=find_demo_runs(folder), force=force
     ).check()
     runs = train_demo(folder / "runs", device=device, progress=progress, force=force)
     result = study_demo(runs, progress=progress)
@@ -142,7 +142,7 @@ def _grids(study: Study, a: str, b: str, layer: int) -> dict[str, SimilarityGrid
     }
 
 
-def _corner(grids: dict[str, SimilarityGrid], *cells: tuple[int, int]) -> str:
+def _describe_cells(grids: dict[str, SimilarityGrid], *cells: tuple[int, int]) -> str:
     """Return "ΔWq: φ(1, 1) 0.61, φ(8, 64) 0.92; ΔWv: …"."""
     return "; ".join(
         f"{title}: " + ", ".join(f"φ({i}, {j}) {number(grid.at(i, j))}" for i, j in cells)
@@ -150,7 +150,7 @@ def _corner(grids: dict[str, SimilarityGrid], *cells: tuple[int, int]) -> str:
     )
 
 
-def _middle(study: Study) -> int:
+def _middle_layer(study: Study) -> int:
     layers = _layers(study)
     return layers[len(layers) // 2]
 
@@ -162,24 +162,24 @@ _ABOUT_A = (
 
 
 def _figure_3(study: Study) -> Iterator[ReportFigure]:
-    grids = _grids(study, SMALL, LARGE, _middle(study))
+    grids = _grids(study, SMALL, LARGE, _middle_layer(study))
     cells = ((1, 1), (1, 64), (8, 64))
     yield ReportFigure(
         "figure_3",
         "Figure 3: rank 8 against rank 64.",
-        f"{_ABOUT_A}Here {_corner(grids, *cells)}. The paper: ΔWq: φ(1, 1) 0.404, φ(1, 64) 0.436, "
-        "φ(8, 64) 0.213; ΔWv: φ(1, 1) 0.436, φ(8, 64) 0.170. Random subspaces give 0.005 there (64 "
-        "of 12,288) and 0.33 here (64 of 192): hence the second row.",
-        f"Four heat maps and their excess over random. {_corner(grids, *cells)}.",
+        f"{_ABOUT_A}Here {_describe_cells(grids, *cells)}. The paper: ΔWq: φ(1, 1) 0.404, "
+        "φ(1, 64) 0.436, φ(8, 64) 0.213; ΔWv: φ(1, 1) 0.436, φ(8, 64) 0.170. Random subspaces give "
+        "0.005 there (64 of 12,288) and 0.33 here (64 of 192): hence the second row.",
+        f"Four heat maps and their excess over random. {_describe_cells(grids, *cells)}.",
         plots.figure_ranks(grids),
     )
 
 
 def _figure_4(study: Study) -> Iterator[ReportFigure]:
-    grids = _grids(study, SECOND, LARGE, _middle(study))
+    grids = _grids(study, SECOND, LARGE, _middle_layer(study))
     first = next(iter(grids.values()))
     panels = grids | {"random Gaussian": random_similarity(first.dimension, first.values.shape)}
-    corner = _corner(panels, (1, 1), (64, 64))
+    corner = _describe_cells(panels, (1, 1), (64, 64))
     yield ReportFigure(
         "figure_4",
         "Figure 4: two seeds of rank 64.",
@@ -191,7 +191,7 @@ def _figure_4(study: Study) -> Iterator[ReportFigure]:
 
 def _figure_6(study: Study) -> Iterator[ReportFigure]:
     rows = {f"layer {n + 1}": _grids(study, SMALL, LARGE, n) for n in _layers(study)}
-    corners = "; ".join(f"{row}, {_corner(grids, (1, 1))}" for row, grids in rows.items())
+    corners = "; ".join(f"{row}, {_describe_cells(grids, (1, 1))}" for row, grids in rows.items())
     yield ReportFigure(
         "figure_6",
         "Figure 6: rank 8 against rank 64, by layer.",
@@ -208,7 +208,7 @@ def _figure_7(study: Study) -> Iterator[ReportFigure]:
         [plots.Panel(grids[title], f"{title}, {row}", None, True) for row, grids in rows.items()]
         for title in next(iter(rows.values()))
     ]
-    corners = "; ".join(f"{row}, {_corner(grids, (1, 1))}" for row, grids in rows.items())
+    corners = "; ".join(f"{row}, {_describe_cells(grids, (1, 1))}" for row, grids in rows.items())
     yield ReportFigure(
         "figure_7",
         "Figure 7: two seeds of rank 64, by layer.",
@@ -220,7 +220,7 @@ def _figure_7(study: Study) -> Iterator[ReportFigure]:
 
 def _figure_8(study: Study) -> Iterator[ReportFigure]:
     """Yield φ of W_q's directions with those of ΔW_q at each rank, and with random ones."""
-    name = next(iter(_modules(study, _middle(study)).values()))
+    name = next(iter(_modules(study, _middle_layer(study)).values()))
     weight = study.base.weight(name)  # type: ignore[union-attr]  # checked by the caller
     whole = DenseUpdate(name, weight.array().astype("float64"), label="W")
     panels = {
@@ -250,13 +250,13 @@ def _figure_8(study: Study) -> Iterator[ReportFigure]:
     )
 
 
-def _nothing(_study: Study) -> Iterator[ReportFigure]:
+def _no_figures(_study: Study) -> Iterator[ReportFigure]:
     yield from ()
 
 
 def table_7(study: Study) -> ReportTable:
     """Return ‖UᵀWV‖ for three choices of directions, and the factor, next to the paper's."""
-    name = next(iter(_modules(study, _middle(study)).values()))
+    name = next(iter(_modules(study, _middle_layer(study)).values()))
     weight = study.base.weight(name)  # type: ignore[union-attr]  # checked by the caller
     rows: list[tuple[str, ...]] = []
     for label in RANKS:
@@ -292,13 +292,13 @@ _Part = tuple[str, str, str, Callable[["Study"], Iterator[ReportFigure]]]
 _PARTS: Sequence[_Part] = (
     ("table-6", "7.2 What is the optimal rank? Table 6",
      "How good is each rank? (The paper’s tasks differ, so its numbers are not quoted.)",
-     _nothing),
+     _no_figures),
     ("figure-3", "7.2 Subspace similarity between ranks: Figure 3",
      "Does rank 64 contain the directions of rank 8?", _figure_3),
     ("figure-4", "7.2 Subspace similarity between seeds: Figure 4",
      "Do two seeds find the same directions?", _figure_4),
     ("table-7", "7.3 How does ΔW compare to W? Table 7",
-     "Does ΔW amplify directions that W already carries?", _nothing),
+     "Does ΔW amplify directions that W already carries?", _no_figures),
     ("figure-6", "H.1 Similarity between ranks, by layer: Figure 6", "", _figure_6),
     ("figure-7", "H.2 Similarity between seeds, by layer: Figure 7", "", _figure_7),
     ("figure-8", "H.3 Similarity between W and ΔW: Figure 8", "", _figure_8),

@@ -13,7 +13,7 @@ import pandas as pd
 from lora_analysis.adapter import Adapter
 from lora_analysis.errors import InputError, MalformedFileError, SourceError
 from lora_analysis.finding import Failure
-from lora_analysis.formats import expanded, find_sources, load_adapter, unique_labels
+from lora_analysis.formats import expand_glob, find_sources, load_adapter, unique_labels
 from lora_analysis.formats.options import ReadOptions
 from lora_analysis.progress import Progress
 from lora_analysis.spectra import SIDES
@@ -195,7 +195,9 @@ def read_author_list(path: str | Path) -> list[AuthorSources]:
                 sorted(_OPTIONS)
             )
             raise MalformedFileError(message)
-        options = {name: _parsed(where, name, table[name]) for name in table if name != "sources"}
+        options = {
+            name: _parse_option(where, name, table[name]) for name in table if name != "sources"
+        }
         read_options = ReadOptions(**options)
         paths = tuple(_relative_to(path.parent, source) for source in sources)
         authors.append(AuthorSources(author, paths, read_options))
@@ -205,7 +207,7 @@ def read_author_list(path: str | Path) -> list[AuthorSources]:
     return authors
 
 
-def _parsed(where: str, name: str, entry: Any) -> Any:
+def _parse_option(where: str, name: str, entry: Any) -> Any:
     option = _OPTIONS[name]
     if isinstance(entry, bool) != (option.parse is bool) or isinstance(entry, list | dict):
         message = f"{where}: {name} is {entry!r}; write it as on the command line."
@@ -223,7 +225,7 @@ def _relative_to(folder: Path, source: str) -> str:
         return source
     path = str(folder / source)
     try:
-        return path if any(Path(match).exists() for match in expanded(path)) else source
+        return path if any(Path(match).exists() for match in expand_glob(path)) else source
     except SourceError:
         return source
 

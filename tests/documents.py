@@ -149,7 +149,7 @@ class Page:
         words = shlex.split(command)
         program = Path(words[0]).name
         if program == "lora-analysis":
-            arguments = [word for one in words[1:] for word in expanded(one)]
+            arguments = [word for one in words[1:] for word in expand_glob(one)]
             out = captured(arguments)
             assert not printed.strip() or fits(printed, out), f"{place}: `{command}` printed\n{out}"
         elif program == "make":
@@ -187,7 +187,7 @@ def captured(arguments: list[str]) -> str:
     return out.getvalue()
 
 
-def expanded(word: str) -> list[str]:
+def expand_glob(word: str) -> list[str]:
     """Return the files that a word with a ``*`` means, as a shell would; the word if none."""
     return sorted(glob.glob(word)) or [word] if "*" in word else [word]  # noqa: PTH207 - as shells
 

@@ -161,5 +161,5 @@ def test_findings_are_values() -> None:
     assert Finding("dora", fields) == Finding("dora", fields)
     assert len({Finding("dora", fields), Finding("dora", dict(fields))}) == 1
     assert as_findings(("a sentence.", Finding("alora")))[0].code == "file-note"
-    upper = Finding("file-note", {"text": "a", "list": ["a"]}).mapped(str.upper)
+    upper = Finding("file-note", {"text": "a", "list": ["a"]}).map_fields(str.upper)
     assert upper.fields == {"text": "A", "list": ["a"]}

@@ -265,7 +265,9 @@ def test_gpt2s_factors_are_read_as_the_model_has_them_whichever_way_they_lie(
     ):
         a, b = kept[name]
         np.testing.assert_allclose(adapter[module].delta_weight(), b @ a, atol=1e-12)
-    said = "A and B are taken for each other" in " ".join(map(str, adapter.provenance.findings))
+    said = "A and B were exchanged and transposed" in " ".join(
+        map(str, adapter.provenance.findings)
+    )
     assert said == turned
 
 
@@ -280,5 +282,5 @@ def test_gpt2s_square_matrices_alone_leave_the_sides_open(
     assert "may be exchanged" in read_adapter(written("gpt2")).provenance.findings[0].text
     factors["blk.0.ffn_up"] = (rng.standard_normal((2, 8)), rng.standard_normal((32, 2)))
     factors["blk.1.ffn_up"] = (rng.standard_normal((2, 32)), rng.standard_normal((8, 2)))
-    with pytest.raises(MalformedFileError, match="some factors of GPT-2 lie transposed"):
+    with pytest.raises(MalformedFileError, match="some factors of GPT-2 are transposed"):
         read_adapter(written("gpt2"))

@@ -438,13 +438,13 @@ def test_transposed_and_sliced_factors_know_their_place(tmp_path: Path) -> None:
     start = tensors.infos["a"].start  # type: ignore[attr-defined]
     whole = tensor("a")
     assert whole.position(tensors) == FilePosition(start, 4, (6, 4))
-    assert whole.transposed().position(tensors) == FilePosition(start, 4, (4, 6))
+    assert whole.transpose().position(tensors) == FilePosition(start, 4, (4, 6))
     assert whole.rows(slice(2, 4)).position(tensors) == FilePosition(start + 32, 4, (2, 4))
     assert whole.columns(slice(0, 2)).position(tensors) is None
     assert whole.rows(slice(0, 6, 2)).position(tensors) is None
-    assert whole.transposed().rows(slice(0, 2)).position(tensors) is None
+    assert whole.transpose().rows(slice(0, 2)).position(tensors) is None
     assert stack([whole, whole]).position(tensors) is None
-    for factor in (whole, whole.transposed(), whole.rows(slice(2, 4))):
+    for factor in (whole, whole.transpose(), whole.rows(slice(2, 4))):
         position = factor.position(tensors)
         assert position is not None
         flat = factor.read(tensors).ravel(order="K")

@@ -22,7 +22,7 @@ from test_cli import call, document
 from lora_analysis.edit import resize_adapter
 from lora_analysis.errors import InputError, UnsupportedMethodError
 from lora_analysis.formats import read_adapter, unwritten_findings, write_adapter
-from lora_analysis.storage.dtypes import narrow, widened
+from lora_analysis.storage.dtypes import narrow, to_float32
 
 Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
@@ -277,7 +277,7 @@ def test_rounding_to_a_stored_type_is_torchs(rng: np.random.Generator, name: str
     values[:3] = 0.0, 1 + 2**-8, 1 + 3 * 2**-8  # ties of bfloat16: to the even neighbor
     values = values.astype(np.float32)
     expected = torch.from_numpy(values).to(getattr(torch, name)).float().numpy()
-    np.testing.assert_array_equal(widened(narrow(values, name, "A"), name), expected)
+    np.testing.assert_array_equal(to_float32(narrow(values, name, "A"), name), expected)
 
 
 def test_products_that_the_stored_type_does_not_hold_are_written_wider(tmp_path: Path) -> None:

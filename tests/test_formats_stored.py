@@ -29,23 +29,23 @@ def tensors(tmp_path: Path) -> NamedTensors:
 A, B, KERNEL, VECTOR = ARRAYS.values()
 CASES: list[tuple[StoredFactor, np.ndarray]] = [
     (tensor("a"), A),
-    (tensor("a").transposed(), A.T),
-    (tensor("kernel").transposed(1, 0, 2, 3), KERNEL.transpose(1, 0, 2, 3)),
-    (tensor("kernel").flattened(), KERNEL.reshape(2, 18)),
-    (tensor("a").reshaped(2, 2, -1), A.reshape(2, 2, 6)),
+    (tensor("a").transpose(), A.T),
+    (tensor("kernel").transpose(1, 0, 2, 3), KERNEL.transpose(1, 0, 2, 3)),
+    (tensor("kernel").flatten(), KERNEL.reshape(2, 18)),
+    (tensor("a").reshape(2, 2, -1), A.reshape(2, 2, 6)),
     (tensor("kernel").at(1), KERNEL[1]),
     (tensor("a").rows(slice(1, 3)), A[1:3]),
     (tensor("a").rows(slice(1, 99)), A[1:]),
     (tensor("a").columns(slice(1, None, 2)), A[:, 1::2]),
     (tensor("a").times(-0.5), -0.5 * A),
-    (tensor("a").scaled_rows(tensor("vector")), np.diag(VECTOR) @ A),
+    (tensor("a").scale_rows(tensor("vector")), np.diag(VECTOR) @ A),
     (stack([tensor("a"), tensor("b")]), np.vstack([A, B])),
     (stack([tensor("a"), tensor("a").times(2)], axis=1), np.hstack([A, 2 * A])),
     (
         block_diagonal([tensor("a"), tensor("b")]),
         np.block([[A, np.zeros((4, 6))], [np.zeros((2, 6)), B]]),
     ),
-    (tensor("a").reshaped(2, 2, 6).transposed(1, 0, 2).reshaped(4, 6), A[[0, 2, 1, 3]]),
+    (tensor("a").reshape(2, 2, 6).transpose(1, 0, 2).reshape(4, 6), A[[0, 2, 1, 3]]),
 ]
 
 
@@ -63,11 +63,11 @@ def test_a_factor_reads_as_what_was_said_of_it(
     "factor",
     [
         tensor("a").at(4),
-        tensor("a").reshaped(5, -1),
-        tensor("a").reshaped(5, 5),
-        tensor("a").transposed(0, 0),
+        tensor("a").reshape(5, -1),
+        tensor("a").reshape(5, 5),
+        tensor("a").transpose(0, 0),
         tensor("vector").columns(slice(1)),
-        tensor("b").scaled_rows(tensor("vector")),
+        tensor("b").scale_rows(tensor("vector")),
         stack([tensor("a"), tensor("b")], axis=1),
         block_diagonal([tensor("a"), tensor("kernel")]),
     ],
@@ -81,4 +81,4 @@ def test_what_the_stored_shape_does_not_allow_is_known_before_reading(
 
 def test_the_first_tensor_names_the_factor() -> None:
     assert stack([tensor("a").at(0), tensor("b")]).names == ("a", "b")
-    assert tensor("a").scaled_rows(tensor("v")).name == "a"
+    assert tensor("a").scale_rows(tensor("v")).name == "a"

@@ -389,7 +389,9 @@ def test_dumps_are_read_through_their_nesting(tmp_path: Path, way: str) -> None:
     a, b, *_ = tensors.values()
     assert_delta(adapter, "layers.0.q_proj", 2 * b @ a)
     assert "2 tensors next to the factors: the base model's" in adapter.provenance.findings[0].text
-    assert "no adapter_config.json lies beside" in read(path).provenance.findings[0].text
+    assert (
+        "there is no adapter_config.json next to the dump" in read(path).provenance.findings[0].text
+    )
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "base_model_name_or_path": "b"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     assert one(read(path), "layers.0.q_proj").scale == 3.0

@@ -37,7 +37,7 @@ def _no_way_out(monkeypatch):
     def refuse(*_):
         pytest.fail("no certificate was found")
 
-    monkeypatch.setattr(modified, "_whole", refuse)
+    monkeypatch.setattr(modified, "_dense_svd", refuse)
 
 
 @pytest.mark.usefixtures("_no_way_out")
@@ -84,7 +84,7 @@ def test_what_has_no_certificate_is_decomposed_whole(rng, monkeypatch):
     P, Q = problem(rng, values, 2.0, N)
     exact = np.linalg.svd(formed(values, P, Q), compute_uv=False)
     monkeypatch.setattr(modified, "_STARTS", ("counted",))
-    monkeypatch.setattr(modified._Modified, "_bisected", lambda _, count: np.full(count, 1e-3))
+    monkeypatch.setattr(modified._Modified, "_bisect", lambda _, count: np.full(count, 1e-3))
     monkeypatch.setattr(modified, "_REFINEMENTS", 3)  # near the wrong end, and too few
     assert_close(modified_svd(values, P, Q, K).S, exact[:K], rtol=1e-9)
 
@@ -108,7 +108,7 @@ def test_counts_above_a_number_are_exact(rng):
     exact = np.linalg.svd(formed(values, P, Q), compute_uv=False) ** 2
     counted = modified._problem(values, P, Q)
     for shift in (1e-5, 1e-3, 0.02, 0.3, 2.0):
-        assert counted.above(shift) == int(np.sum(exact > shift))
+        assert counted.count_above(shift) == int(np.sum(exact > shift))
 
 
 def test_the_certificate_refuses_other_pairs_and_inexact_ones(rng):
@@ -116,7 +116,7 @@ def test_the_certificate_refuses_other_pairs_and_inexact_ones(rng):
     P, Q = problem(rng, values, 0.5, N)
     V, S = np.linalg.svd(formed(values, P, Q))[2].T, np.linalg.svd(formed(values, P, Q))[1]
     counted = modified._problem(values, P, Q)
-    assert counted.proves(V[:, :K], S[:K] ** 2)
-    assert not counted.proves(V[:, 1 : K + 1], S[1 : K + 1] ** 2)  # the first one is missing
-    assert not counted.proves(V[:, : K - 1], np.r_[S[: K - 2], S[K]] ** 2)
-    assert not counted.proves(V[:, :K] + 1e-6, S[:K] ** 2)
+    assert counted.are_leading(V[:, :K], S[:K] ** 2)
+    assert not counted.are_leading(V[:, 1 : K + 1], S[1 : K + 1] ** 2)  # the first one is missing
+    assert not counted.are_leading(V[:, : K - 1], np.r_[S[: K - 2], S[K]] ** 2)
+    assert not counted.are_leading(V[:, :K] + 1e-6, S[:K] ** 2)

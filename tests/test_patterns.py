@@ -131,9 +131,11 @@ def test_keys_that_spell_names_take_no_engine_and_one_look_up_a_name(
 ) -> None:
     monkeypatch.setattr("lora_analysis.patterns._compile", None)
     looked_up: list[str] = []
-    blanked = patterns_module._blanked
+    blanked = patterns_module._blank_wildcards
     monkeypatch.setattr(
-        patterns_module, "_blanked", lambda *given: looked_up.append(given[0]) or blanked(*given)
+        patterns_module,
+        "_blank_wildcards",
+        lambda *given: looked_up.append(given[0]) or blanked(*given),
     )
     patterns = ModulePatterns({spell(name): n for n, name in enumerate(LAYERS)})
     names = [f"base.{name}" for name in LAYERS] if spell("x").startswith(".*") else LAYERS

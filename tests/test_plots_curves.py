@@ -270,13 +270,13 @@ def test_ticks_count_from_one_in_round_steps(n, at_most, expected):
 
 
 def test_labels_are_pushed_apart_and_keep_their_order():
-    placed = plot_style.apart([0.5, 0.5, 0.1], 0.1, (0, 1))
+    placed = plot_style.spread_apart([0.5, 0.5, 0.1], 0.1, (0, 1))
     assert sorted(np.diff(sorted(placed)))[0] >= 0.1 - 1e-6
     assert placed[2] == pytest.approx(0.1)
 
 
 def test_long_names_keep_their_end():
-    assert plot_style.plain("model.layers.0.self_attn.q_proj", 10) == "…tn.q_proj"
+    assert plot_style.drawable_text("model.layers.0.self_attn.q_proj", 10) == "…tn.q_proj"
 
 
 def test_axes_for_programs_do_not_enter_pyplot():

@@ -165,7 +165,7 @@ def test_the_users_settings_are_left_alone(rng):
     assert dict(plt.rcParams) == before
 
 
-def test_figure_of_ranks_shows_whole_grids_then_zooms_then_both_above_chance(rng):
+def test_figure_of_ranks_shows_whole_grids_then_zooms_then_the_excess_of_both(rng):
     grids = {"ΔWq": _grid(rng, 4, 8), "ΔWv": _grid(rng, 4, 8)}
     figure = figure_ranks(grids, zoom=4)
     assert [ax.get_title() for ax in figure.axes[:4]] == [
@@ -181,7 +181,7 @@ def test_figure_of_ranks_shows_whole_grids_then_zooms_then_both_above_chance(rng
 def test_small_chance_needs_no_second_row(rng):
     grids = {"q": _grid(rng, 2, 3, d=200)}
     assert len(figure_ranks(grids).axes) == 2
-    assert len(figure_ranks(grids, above_chance=True).axes) == 4
+    assert len(figure_ranks(grids, excess=True).axes) == 4
 
 
 def test_one_column_breaks_four_panels_in_two_rows(rng):

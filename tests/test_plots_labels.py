@@ -17,7 +17,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.transforms import Bbox
 
 from lora_analysis import plots
-from lora_analysis.plots.labels import fitted, name_ticks, shortened, text_width
+from lora_analysis.plots.labels import name_ticks, shorten_label, text_width, wrap_label
 from lora_analysis.plots.maps import resolve_module_map
 from lora_analysis.plots.saving import svg_text
 from lora_analysis.similarity import subspace_similarity
@@ -166,17 +166,17 @@ def test_a_dollar_sign_stays_what_it_is() -> None:
 
 def test_long_text_is_broken_and_then_shortened() -> None:
     wide = text_width("down_blocks.1.attentions.0.proj_in", FONT)
-    assert fitted("IN04 attn1.to_q", wide, FONT) == "IN04 attn1.to_q"
-    title = fitted("IN04.1 attn1.to_q, j ≤ i", text_width("IN04.1 attn1.to_q, j", FONT), FONT)
+    assert wrap_label("IN04 attn1.to_q", wide, FONT) == "IN04 attn1.to_q"
+    title = wrap_label("IN04.1 attn1.to_q, j ≤ i", text_width("IN04.1 attn1.to_q, j", FONT), FONT)
     assert title == "IN04.1 attn1.to_q,\nj ≤ i"
-    lines = fitted("down_blocks.1.attentions.0.proj_in", 0.6 * wide, FONT).split("\n")
+    lines = wrap_label("down_blocks.1.attentions.0.proj_in", 0.6 * wide, FONT).split("\n")
     assert "".join(lines) == "down_blocks.1.attentions.0.proj_in"
     assert len(lines) == 2
-    lines = fitted("x" * 200 + ".end", 50.0, FONT).split("\n")
+    lines = wrap_label("x" * 200 + ".end", 50.0, FONT).split("\n")
     assert lines[-1].endswith("end")
     assert all(text_width(line, FONT) <= 50 for line in lines)
-    assert shortened("abcdef", 1000.0, FONT) == "abcdef"
-    assert shortened("abcdef", 12.0, FONT).startswith("…")
+    assert shorten_label("abcdef", 1000.0, FONT) == "abcdef"
+    assert shorten_label("abcdef", 12.0, FONT).startswith("…")
 
 
 @pytest.mark.slow

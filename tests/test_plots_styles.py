@@ -239,9 +239,7 @@ def test_bars_and_points_take_a_color_and_what_matplotlib_takes() -> None:
 
 def test_panels_of_phi_share_the_users_colors_and_excess_keeps_its_own() -> None:
     grid = _grid()
-    figure = plots.figure_ranks(
-        {"q": grid}, above_chance=True, cmap="magma", vmax="auto", title="T"
-    )
+    figure = plots.figure_ranks({"q": grid}, excess=True, cmap="magma", vmax="auto", title="T")
     images = [ax.images[0] for ax in figure.axes if ax.images]
     assert [image.get_cmap().name for image in images] == ["magma"] * 2 + ["excess"] * 2
     peak = max(images[0].get_array().max(), images[1].get_array().max())

@@ -24,7 +24,7 @@ def folder(tmp_path, monkeypatch):
 def test_arrays_come_back_as_they_were_kept(rng):
     arrays = {"a": rng.standard_normal((3, 2)), "b": np.arange(4.0)[::2]}
     assert cache.read_cached("key") is None
-    assert cache.keep("key", arrays)
+    assert cache.write_cached("key", arrays)
     found = cache.read_cached("key")
     for name, array in arrays.items():
         np.testing.assert_array_equal(found[name], array)
@@ -34,21 +34,21 @@ def test_the_least_recently_used_goes_first(folder, monkeypatch):
     monkeypatch.setenv(cache.SIZE_VARIABLE, "3e-5")  # 30 kB
     one = {"a": np.zeros(1000)}  # 8 kB
     for at, key in enumerate("abc"):
-        cache.keep(key, one)
+        cache.write_cached(key, one)
         os.utime(folder / f"{key}.safetensors", (at, at))
     assert cache.read_cached("a") is not None  # now "b" is the oldest
-    cache.keep("d", one)
+    cache.write_cached("d", one)
     assert sorted(path.stem for path in folder.iterdir()) == ["a", "c", "d"]
 
 
 def test_what_exceeds_the_limit_alone_is_not_kept(folder, monkeypatch):
     monkeypatch.setenv(cache.SIZE_VARIABLE, "0")
-    assert not cache.keep("a", {"a": np.zeros(10)})
+    assert not cache.write_cached("a", {"a": np.zeros(10)})
     assert not folder.exists()
 
 
 def test_a_damaged_file_is_as_good_as_none(folder):
-    cache.keep("a", {"a": np.zeros(10)})
+    cache.write_cached("a", {"a": np.zeros(10)})
     (folder / "a.safetensors").write_bytes(b"abc")
     assert cache.read_cached("a") is None
 
@@ -56,7 +56,7 @@ def test_a_damaged_file_is_as_good_as_none(folder):
 def test_a_folder_that_cannot_be_made_takes_nothing_away(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path / "file"))
-    assert not cache.keep("a", {"a": np.zeros(10)})
+    assert not cache.write_cached("a", {"a": np.zeros(10)})
 
 
 @pytest.mark.parametrize("text", ["many", "-1", "nan", "inf"])

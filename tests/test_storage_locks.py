@@ -17,33 +17,33 @@ import pytest
 
 from lora_analysis.errors import InUseError
 from lora_analysis.storage import atomic
-from lora_analysis.storage.atomic import locked, write_atomic
+from lora_analysis.storage.atomic import lock_folder, write_atomic
 
 HOST = socket.gethostname()
 posix = pytest.mark.skipif(os.name != "posix", reason="processes of POSIX systems")
 
 
 def test_a_lock_names_its_holder_and_goes_with_the_block(tmp_path: Path) -> None:
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         assert (tmp_path / ".lock").read_text().split()[:2] == [str(os.getpid()), HOST]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_second_holder_is_refused_with_the_first_ones_name(tmp_path: Path) -> None:
     told = rf"{tmp_path} is in use by process {os.getpid()} on {HOST}"
-    with locked(tmp_path), pytest.raises(InUseError, match=told), locked(tmp_path):
+    with lock_folder(tmp_path), pytest.raises(InUseError, match=told), lock_folder(tmp_path):
         pass
 
 
 def test_an_error_gives_the_lock_up(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), locked(tmp_path):
+    with pytest.raises(ZeroDivisionError), lock_folder(tmp_path):
         raise ZeroDivisionError
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         pass
 
 
 def test_locks_of_other_names_are_others(tmp_path: Path) -> None:
-    with locked(tmp_path), locked(tmp_path, ".lock-2"):
+    with lock_folder(tmp_path), lock_folder(tmp_path, ".lock-2"):
         assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", ".lock-2"]
 
 
@@ -62,9 +62,9 @@ def test_the_holder_of_a_folder_is_rid_of_what_was_left_half_written(tmp_path: P
     for path in others:
         path.touch()
     assert len(list(tmp_path.glob(".figure*.tmp"))) == 1
-    with locked(tmp_path, ".lock-2"):
+    with lock_folder(tmp_path, ".lock-2"):
         assert len(list(tmp_path.glob(".figure*.tmp"))) == 1
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         pass
     assert sorted(tmp_path.rglob("*")) == sorted([*others, tmp_path / "below"])
 
@@ -72,16 +72,16 @@ def test_the_holder_of_a_folder_is_rid_of_what_was_left_half_written(tmp_path: P
 @posix
 def test_a_lock_that_is_held_is_respected_whatever_it_says(tmp_path: Path) -> None:
     # As between containers, where the holder's number means another process, or none.
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         (tmp_path / ".lock").write_text(f"999999999 {HOST} 5\n")
-        with pytest.raises(InUseError), locked(tmp_path):
+        with pytest.raises(InUseError), lock_folder(tmp_path):
             pass
 
 
 @posix
 def test_a_number_that_was_given_out_again_is_not_the_holder(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text(f"{os.getpid()} {HOST} 1\n")
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         assert (tmp_path / ".lock").read_text().split()[2] != "1"
 
 
@@ -90,7 +90,7 @@ def test_a_holder_that_ended_and_was_not_waited_for_is_gone(tmp_path: Path) -> N
     process = subprocess.Popen([sys.executable, "-c", ""])
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it stays as a zombie
     (tmp_path / ".lock").write_text(f"{process.pid} {HOST}\n")
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         pass
     process.wait()
 
@@ -98,12 +98,12 @@ def test_a_holder_that_ended_and_was_not_waited_for_is_gone(tmp_path: Path) -> N
 def test_a_lock_of_another_host_counts_as_long_as_it_is_renewed(tmp_path: Path) -> None:
     lock = tmp_path / ".lock"
     lock.write_text("17 elsewhere 12345\n")
-    with pytest.raises(InUseError, match="process 17 on elsewhere"), locked(tmp_path):
+    with pytest.raises(InUseError, match="process 17 on elsewhere"), lock_folder(tmp_path):
         pass
     assert lock.read_text() == "17 elsewhere 12345\n"
     past = lock.stat().st_mtime - 1000
     os.utime(lock, (past, past))
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         assert HOST in lock.read_text()
 
 
@@ -111,7 +111,7 @@ def test_a_holder_shows_that_it_lives(tmp_path: Path, monkeypatch: pytest.Monkey
     renewed = threading.Event()
     monkeypatch.setattr(atomic, "_RENEWAL", 0.01)
     monkeypatch.setattr(os, "utime", lambda _path: renewed.set())
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         assert renewed.wait(60)
 
 
@@ -121,7 +121,7 @@ def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path: Path) -> None
     target.write_text("")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / ".lock").symlink_to(target)
-    with pytest.raises(OSError, match="symbolic"), locked(tmp_path / "folder"):
+    with pytest.raises(OSError, match="symbolic"), lock_folder(tmp_path / "folder"):
         pass
     assert target.read_text() == ""
 
@@ -140,9 +140,9 @@ def test_a_lock_that_its_holder_deletes_meanwhile_is_taken_anew(
         return hold(stream)
 
     monkeypatch.setattr(atomic, "_hold", hold_late)
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         assert deleted[0].exists()
-        with pytest.raises(InUseError), locked(tmp_path):
+        with pytest.raises(InUseError), lock_folder(tmp_path):
             pass
 
 
@@ -155,12 +155,12 @@ def test_of_many_that_race_for_a_lock_one_at_a_time_has_it(tmp_path: Path) -> No
             import os, sys
             from pathlib import Path
             from lora_analysis.errors import InUseError
-            from lora_analysis.storage.atomic import locked
+            from lora_analysis.storage.atomic import lock_folder
             folder = Path(sys.argv[1])
             won = 0
             while won < 100:
                 try:
-                    with locked(folder):
+                    with lock_folder(folder):
                         alone = folder / "alone"
                         os.close(os.open(alone, os.O_CREAT | os.O_EXCL))
                         alone.unlink()
@@ -177,7 +177,7 @@ def test_of_many_that_race_for_a_lock_one_at_a_time_has_it(tmp_path: Path) -> No
 
 
 def _hold_until_killed(folder: Path, ready: object) -> None:
-    with locked(folder):
+    with lock_folder(folder):
         ready.set()
         signal.pause()
 
@@ -189,10 +189,10 @@ def test_a_killed_holders_lock_is_taken_over(tmp_path: Path) -> None:
     process = context.Process(target=_hold_until_killed, args=(tmp_path, ready))
     process.start()
     assert ready.wait(60)
-    with pytest.raises(InUseError, match=f"process {process.pid}"), locked(tmp_path):
+    with pytest.raises(InUseError, match=f"process {process.pid}"), lock_folder(tmp_path):
         pass
     process.kill()
     process.join()
     assert (tmp_path / ".lock").exists()
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         pass

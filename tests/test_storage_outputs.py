@@ -13,7 +13,7 @@ import pytest
 from power_loss import disks, put, recorded
 
 from lora_analysis.errors import InUseError, OccupiedError, OutputError, UnfinishedError
-from lora_analysis.storage.atomic import locked, write_atomic
+from lora_analysis.storage.atomic import lock_folder, write_atomic
 from lora_analysis.storage.outputs import output_file, output_folder, write_output_file
 from lora_analysis.storage.records import RECORD_FOLDER, read_record, refuse_unfinished
 
@@ -160,7 +160,7 @@ def test_an_error_in_between_leaves_what_was_there(tmp_path: Path) -> None:
 def test_one_process_at_a_time_writes_a_folder(tmp_path: Path) -> None:
     fill(tmp_path, OLD)
     with (
-        locked(tmp_path, f"{RECORD_FOLDER}/adapter.lock"),
+        lock_folder(tmp_path, f"{RECORD_FOLDER}/adapter.lock"),
         pytest.raises(InUseError, match=str(os.getpid())),
     ):
         fill(tmp_path, NEW)

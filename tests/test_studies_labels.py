@@ -14,7 +14,7 @@ from lora_analysis.bases import open_base
 from lora_analysis.cli.reading import Reading
 from lora_analysis.conclusions import findings
 from lora_analysis.errors import InputError, SourceError
-from lora_analysis.formats import expanded, read_adapter, write_adapter
+from lora_analysis.formats import expand_glob, read_adapter, write_adapter
 from lora_analysis.formats.sources import run_facts
 from lora_analysis.studies import (
     Relation,
@@ -69,19 +69,19 @@ def test_a_rank_in_a_name_that_the_tensors_contradict_is_noted(rng: np.random.Ge
 def test_globs_are_expanded_in_natural_order(tmp_path: Path) -> None:
     for name in ("r2", "r10", "other"):
         (tmp_path / name).mkdir()
-    found = expanded(str(tmp_path / "r*"))
+    found = expand_glob(str(tmp_path / "r*"))
     assert [Path(one).name for one in found] == ["r2", "r10"]
     (tmp_path / "sweep.json").write_text("{}")  # beside a sweep's runs
-    assert expanded(str(tmp_path / "sweep.json")) == []
-    assert [Path(one).name for one in expanded(str(tmp_path / "*"))] == ["other", "r2", "r10"]
-    assert expanded("hf://owner/name*") == ["hf://owner/name*"]
+    assert expand_glob(str(tmp_path / "sweep.json")) == []
+    assert [Path(one).name for one in expand_glob(str(tmp_path / "*"))] == ["other", "r2", "r10"]
+    assert expand_glob("hf://owner/name*") == ["hf://owner/name*"]
     with pytest.raises(SourceError, match="No file or folder fits"):
-        expanded(str(tmp_path / "x*"))
+        expand_glob(str(tmp_path / "x*"))
 
 
 def test_a_bracket_in_a_name_that_exists_is_no_glob(tmp_path: Path) -> None:
     (tmp_path / "a[1]").mkdir()
-    assert expanded(str(tmp_path / "a[1]")) == [str(tmp_path / "a[1]")]
+    assert expand_glob(str(tmp_path / "a[1]")) == [str(tmp_path / "a[1]")]
 
 
 def test_an_adapter_that_is_named_twice_is_one(rng: np.random.Generator, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from lora_analysis.training.demo_data import TASKS, digits_task
 from lora_analysis.training.digits_vit import DigitsViT, VitConfig, read_base
 from lora_analysis.training.inputs import WEIGHTS_NAME, base_folder, file_sha256, write_json
 from lora_analysis.training.pretrain import augment, initialize
-from lora_analysis.training.tasks import Split, accuracy
+from lora_analysis.training.tasks import DataSplit, accuracy
 
 
 @pytest.fixture
@@ -79,9 +79,9 @@ def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
 
 def test_a_split_of_unequal_lengths_is_refused() -> None:
     with pytest.raises(InputError, match="3 inputs and 2 targets"):
-        Split(np.zeros((3, 8)), np.zeros(2))
+        DataSplit(np.zeros((3, 8)), np.zeros(2))
     with pytest.raises(InputError, match="0 inputs"):
-        Split(np.zeros((0, 8)), np.zeros(0))
+        DataSplit(np.zeros((0, 8)), np.zeros(0))
 
 
 @pytest.mark.parametrize("task", list(TASKS))

@@ -15,7 +15,7 @@ from lora_analysis.training.config import Seeds
 from lora_analysis.training.devices import cpu_threads, resolve_device
 from lora_analysis.training.loop import StepMetrics, Training, learning_rate
 from lora_analysis.training.options import LoopOptions
-from lora_analysis.training.tasks import ArrayTask, Split, TaskData, accuracy
+from lora_analysis.training.tasks import ArrayTask, DataSplit, TaskData, accuracy
 
 OPTIONS = LoopOptions(steps=12, batch_size=8, lr=1e-2, warmup_steps=3, evaluations=3)
 
@@ -24,7 +24,7 @@ OPTIONS = LoopOptions(steps=12, batch_size=8, lr=1e-2, warmup_steps=3, evaluatio
 def data(rng: np.random.Generator) -> TaskData:
     inputs = rng.standard_normal((60, 5)).astype(np.float32)
     targets = (inputs[:, 0] > 0).astype(np.int64)
-    return TaskData(Split(inputs[:40], targets[:40]), Split(inputs[40:], targets[40:]))
+    return TaskData(DataSplit(inputs[:40], targets[:40]), DataSplit(inputs[40:], targets[40:]))
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from lora_analysis.training import LoopOptions, RunConfig, RunEvent, Seeds, run_
 from lora_analysis.training.checkpoints import checkpoint_facts, load_checkpoint, save_checkpoint
 from lora_analysis.training.events import check_trackers
 from lora_analysis.training.loop import Training
-from lora_analysis.training.tasks import ArrayTask, Split, TaskData
+from lora_analysis.training.tasks import ArrayTask, DataSplit, TaskData
 
 LOOP = replace(SHORT, steps=7, checkpoint_every=2, evaluations=3)
 CONFIG = RunConfig(task="rotate", rank=2, seed=3, dropout=0.2, loop=LOOP)
@@ -228,7 +228,9 @@ def data() -> ArrayTask:
     rng = np.random.default_rng(0)
     inputs = rng.standard_normal((60, 5)).astype(np.float32)
     targets = (inputs[:, 0] > 0).astype(np.int64)
-    return ArrayTask(TaskData(Split(inputs[:40], targets[:40]), Split(inputs[40:], targets[40:])))
+    return ArrayTask(
+        TaskData(DataSplit(inputs[:40], targets[:40]), DataSplit(inputs[40:], targets[40:]))
+    )
 
 
 def model(*, batch_norm: bool = False) -> nn.Sequential:

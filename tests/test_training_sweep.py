@@ -22,7 +22,7 @@ from training_bases import SHORT, on, write_tiny_base
 from lora_analysis.errors import InputError, InUseError, OccupiedError, OutputError, TargetError
 from lora_analysis.execution.protocol import SerialExecutor
 from lora_analysis.formats import find_adapters
-from lora_analysis.storage.atomic import locked
+from lora_analysis.storage.atomic import lock_folder
 from lora_analysis.storage.records import RECORD_FOLDER
 from lora_analysis.training import (
     FAILURE_NAME,
@@ -179,7 +179,7 @@ def test_who_is_still_in_a_runs_folder_is_waited_for(
     place = tmp_path / "one"
     place.mkdir()
     (place / RECORD_FOLDER).mkdir()
-    holding = locked(place, f"{RECORD_FOLDER}/run.lock")
+    holding = lock_folder(place, f"{RECORD_FOLDER}/run.lock")
     holding.__enter__()
     monkeypatch.setattr(time, "sleep", lambda _: holding.__exit__(None, None, None))
     assert run_sweep({"one": configs[0]}, tmp_path, device="cpu").folders == {"one": place}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_analysis.bases.fused import Family, rows_of_part
+from lora_analysis.bases.fused import ModelLayout, rows_of_part
 from lora_analysis.bases.locating import Located, Locator
 from lora_analysis.bases.orientation import (
     Evidence,
@@ -24,7 +24,7 @@ from lora_analysis.bases.weight import Piece, Tiles, Weight, tiles_of
 from lora_analysis.errors import BaseWeightError, InputError
 from lora_analysis.finding import Finding
 from lora_analysis.storage.limits import MAX_VALUE
-from lora_analysis.storage.source_names import shown_errors, source_paths
+from lora_analysis.storage.source_names import addresses_in_errors, source_paths
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -119,13 +119,13 @@ class BaseWeights:
         first = {frozenset(adapter): adapter for adapter in adapters}
         names = self._names
         for adapter in first.values():
-            names = names.matched(list(adapter), partial(self._may_be, adapter), prefix)
+            names = names.match_adapter(list(adapter), partial(self._may_fit, adapter), prefix)
         matched = copy.copy(self)
         matched._names = names
         matched._locator = Locator(names, self._source.shape, self.config)
         return matched
 
-    def _may_be(self, adapter: Adapter, name: str, tensors: Sequence[str]) -> bool:
+    def _may_fit(self, adapter: Adapter, name: str, tensors: Sequence[str]) -> bool:
         """Return True if an update has the shape of one of the tensors, or cannot be read."""
         try:
             shape = adapter[name].shape
@@ -162,7 +162,7 @@ class BaseWeights:
 
     def stored_tensor(self, name: str) -> NDArray[Any]:
         """Return a tensor of any shape, as stored; for matrices use :meth:`weight`."""
-        with shown_errors(self.snapshot):
+        with addresses_in_errors(self.snapshot):
             return self._source.read(name)
 
     def weight(
@@ -245,7 +245,7 @@ class BaseWeights:
 
     def _with_addresses(self, tiles: Tiles) -> Tiles:
         """Yield tiles; errors name the address of a model from a hub, not its cache."""
-        with shown_errors(self.snapshot):
+        with addresses_in_errors(self.snapshot):
             yield from tiles
 
     def _refuse_damaged(self, name: str, tile: NDArray[np.float32]) -> None:
@@ -369,14 +369,14 @@ class BaseWeights:
         self, module: str, located: Located, whole: tuple[int, int], height: int | None
     ) -> tuple[slice, ...]:
         """Return the rows of a tensor that belong to the module."""
-        family = Family(self.model_type, self.config, self._blocks)
+        layout = ModelLayout(self.model_type, self.config, self._blocks)
         fused, part = located.fused, located.part
         if part is None:
             # Blocks of the writer are reordered to the rows of the running model.
             if not self._blocks:
                 return (slice(0, whole[0]),)
             fused, part = module, "all"
-        runs = rows_of_part(fused, part, whole, height, family)
+        runs = rows_of_part(fused, part, whole, height, layout)
         if isinstance(runs, str):
             message = f"{self.label}: '{module}' is part of '{located.tensors[0]}' {whole}; {runs}."
             raise BaseWeightError(message)

@@ -53,7 +53,7 @@ _KV_HEADS: Final = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_q
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class ModelLayout:
     """Configuration of a model that determines the layout of its fused tensors.
 
     ``blocks`` is True if the writer of the file has reordered interleaved rows into blocks, as the
@@ -110,7 +110,7 @@ def parts_of_fused(module: str) -> list[str]:
 
 
 def rows_of_part(
-    module: str, part: str, shape: tuple[int, int], height: int | None, family: Family
+    module: str, part: str, shape: tuple[int, int], height: int | None, layout: ModelLayout
 ) -> tuple[slice, ...] | str:
     """Return the rows of one part of a fused weight as runs, or the reason why they are not known.
 
@@ -124,11 +124,11 @@ def rows_of_part(
         Shape of the fused weight, ``(d_out, d_in)``.
     height
         Number of rows that the part must have, if an update determines it.
-    family
-        Family of the model.
+    layout
+        Configuration of the model.
     """
     total, last = shape[0], module.rpartition(".")[2]
-    if part == "all" and not isinstance(_grouping(last, 0, family), tuple):
+    if part == "all" and not isinstance(_grouping(last, 0, layout), tuple):
         return (slice(0, total),)
     if part == "swapped" or part in _GATE_UP:
         half = total // 2
@@ -137,41 +137,41 @@ def rows_of_part(
         if part == "swapped":  # diffusers has scale before shift, the authors shift before scale
             return (slice(half, total), slice(0, half))
         position = _GATE_UP.index(part)
-        if family.model_type == "gpt_oss":
+        if layout.model_type == "gpt_oss":
             return tuple(slice(row, row + 1) for row in range(position, total, 2))
         return (slice(position * half, (position + 1) * half),)
     if last == "to_qkv_mlp":
         edges = [0, shape[1], 2 * shape[1], 3 * shape[1], total]
         position = _QKV_MLP.index(part)
         return (slice(edges[position], edges[position + 1]),)
-    grouped = _grouping(last, total, family)
+    grouped = _grouping(last, total, layout)
     if isinstance(grouped, str):
         return grouped
     if grouped is not None:
-        return _rows_in_groups(part, *grouped, blocks=family.blocks)
+        return _rows_in_groups(part, *grouped, blocks=layout.blocks)
     if part not in _QKV:
         return f"its rows are q, k and v, not {part}"
-    widths = _widths(part, total, height, family)
+    widths = _widths(part, total, height, layout)
     if isinstance(widths, str):
         return widths
     position = _QKV.index(part)
     return (slice(sum(widths[:position]), sum(widths[: position + 1])),)
 
 
-def _grouping(last: str, total: int, family: Family) -> tuple[int, int, int] | str | None:
+def _grouping(last: str, total: int, layout: ModelLayout) -> tuple[int, int, int] | str | None:
     """Return (groups, query heads in each, rows of a head); None for blocks; or the reason."""
-    kind = family.model_type
+    kind = layout.model_type
     if last == "qkv_proj" and kind == "codegen":
         return "CodeGen mixes the rows of its qkv_proj over devices, which is not undone"
     interleaved = (last in ("query_key_value", "in_proj") and kind in _PER_HEAD) or (
-        last == "c_attn" and kind == "gpt_bigcode" and not family.config.get("multi_query", True)
+        last == "c_attn" and kind == "gpt_bigcode" and not layout.config.get("multi_query", True)
     )
-    heads, groups = family.number(_HEADS), family.number(_KV_HEADS)
+    heads, groups = layout.number(_HEADS), layout.number(_KV_HEADS)
     per_group = 1
     if kind in _FALCON and last == "query_key_value":
-        if family.config.get("new_decoder_architecture"):
+        if layout.config.get("new_decoder_architecture"):
             interleaved, per_group = True, (heads or 0) // (groups or 1)
-        elif family.config.get("multi_query", True):
+        elif layout.config.get("multi_query", True):
             return None
         interleaved = True
     elif last == "wqkv":
@@ -213,12 +213,12 @@ def _rows_in_groups(
 
 
 def _widths(
-    part: str, total: int, height: int | None, family: Family
+    part: str, total: int, height: int | None, layout: ModelLayout
 ) -> tuple[int, int, int] | str:
     """Return the numbers of rows of q, k and v in blocks: k and v have as many, q has the rest."""
-    heads = family.number(_HEADS)
-    shared = family.number(_KV_HEADS) or heads
-    if family.config.get("multi_query") and family.number(_KV_HEADS) is None:
+    heads = layout.number(_HEADS)
+    shared = layout.number(_KV_HEADS) or heads
+    if layout.config.get("multi_query") and layout.number(_KV_HEADS) is None:
         shared = 1
     if height is None:
         if heads is None or shared is None or total % (heads + 2 * shared):

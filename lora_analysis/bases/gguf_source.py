@@ -131,20 +131,22 @@ class GGUFSource(TensorSource):
 
     def tiles(self, name: str, index: int | None) -> Tiles:
         """Yield a matrix tile by tile, its rows in the order of the running model."""
-        return self._decoded(name, index, self._values)
+        return self._decode_rows(name, index, self._dequantize)
 
     def squared_errors(self, name: str, index: int | None) -> Tiles | None:
         """Yield the expected squared rounding errors; None if a code stands for several values."""
         kind = self._file.tensors[name].kind
         if kind in _LEVELS:
-            return self._decoded(name, index, self._level_variances)
+            return self._decode_rows(name, index, self._level_variances)
         scalar = kind in _CODES or kind == _TERNARY[0]
-        return self._decoded(name, index, self._variances) if scalar else None
+        return self._decode_rows(name, index, self._variances) if scalar else None
 
     def read(self, name: str) -> NDArray[Any]:
         """Return a tensor of any shape, its rows in the order of the file."""
         shape = self.shape(name)
-        return self._values(name, self._file.rows(name, 0, math.prod(shape[:-1]))).reshape(shape)
+        return self._dequantize(name, self._file.rows(name, 0, math.prod(shape[:-1]))).reshape(
+            shape
+        )
 
     def refuse_unreadable(self, name: str) -> None:
         """Raise if the type is not decoded, or the order of the rows is not known."""
@@ -164,21 +166,24 @@ class GGUFSource(TensorSource):
             raise BaseWeightError(message)
         self._head_height(name, (1, 1, *self.shape(name))[-2])
 
-    def _decoded(self, name: str, index: int | None, decode: _Decode) -> Tiles:
+    def _decode_rows(self, name: str, index: int | None, decode: _Decode) -> Tiles:
+        """Yield decoded blocks of rows; interleaved rows of rotary heads are put back in order."""
         shape = self.shape(name)
         height, width = (1, *shape)[-2:]
-        head = self._head_height(name, height)
-        step = max(1, BLOCK_ELEMENTS // max(width, 1) // head) * head
+        head_height = self._head_height(name, height)
+        step = max(1, BLOCK_ELEMENTS // max(width, 1) // head_height) * head_height
         for top in range(0, height, step):
             bottom = min(top + step, height)
             first = (index or 0) * height
             tile = decode(name, self._file.rows(name, first + top, first + bottom))
-            if head > 1:  # whole heads, back from interleaved rows to first halves, second halves
-                pairs = tile.reshape(-1, head // 2, 2, width)
+            if (
+                head_height > 1
+            ):  # whole heads, back from interleaved rows to first halves, second halves
+                pairs = tile.reshape(-1, head_height // 2, 2, width)
                 tile = pairs.swapaxes(1, 2).reshape(tile.shape)
             yield slice(top, bottom), slice(0, width), tile
 
-    def _values(self, name: str, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def _dequantize(self, name: str, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
         gguf = _gguf_package()
         kind = gguf.GGMLQuantizationType[self._file.tensors[name].kind]
         return np.asarray(gguf.dequantize(rows, kind), np.float32)
@@ -190,9 +195,9 @@ class GGUFSource(TensorSource):
         width = _block_bytes(self._file.tensors[name].kind)
         blocks = rows.reshape(len(rows), -1, width).copy()
         blocks[:, :, start:stop] = 0
-        zero = self._values(name, blocks.reshape(rows.shape))
+        zero = self._dequantize(name, blocks.reshape(rows.shape))
         blocks[:, :, start:stop] = ones
-        steps = self._values(name, blocks.reshape(rows.shape)) - zero
+        steps = self._dequantize(name, blocks.reshape(rows.shape)) - zero
         steps /= _TERNARY[2] if ternary else 1
         return np.asarray(np.square(steps) / np.float32(12))
 
@@ -206,9 +211,9 @@ class GGUFSource(TensorSource):
         start, stop = _LEVELS[kind]
         blocks = rows.reshape(len(rows), -1, _block_bytes(kind)).copy()
         blocks[:, :, start:stop] = 0xFF
-        scales = self._values(name, blocks.reshape(rows.shape)) / levels[15]
+        scales = self._dequantize(name, blocks.reshape(rows.shape)) / levels[15]
         with np.errstate(divide="ignore", invalid="ignore"):  # a block of zeros has the scale 0
-            numbers = np.nan_to_num(self._values(name, rows) / scales)
+            numbers = np.nan_to_num(self._dequantize(name, rows) / scales)
         order = np.argsort(levels)
         middles = (levels[order][1:] + levels[order][:-1]) / 2
         codes = order[np.searchsorted(middles, numbers)]

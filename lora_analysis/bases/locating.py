@@ -94,13 +94,18 @@ class Locator:
         spellings = [stripped]  # a module may itself be called "experts.down_projs.3"
         if match := _STACKED.fullmatch(stripped):
             spellings.append(f"{match[1]}.{match[3] or match[4]}.{match[2]}")
-        for search in (self._whole, self._part, self._joined, self._embedding):
+        for search in (
+            self._locate_whole,
+            self._locate_part,
+            self._locate_joined,
+            self._locate_embedding,
+        ):
             for spelling in spellings:
                 if located := search(spelling):
                     return [located] if isinstance(located, Located) else located
-        raise self._names.missing(module)
+        raise self._names.missing_error(module)
 
-    def _whole(self, name: str) -> Located | None:
+    def _locate_whole(self, name: str) -> Located | None:
         """Return the module's own tensor, or the stack of experts that contains it."""
         if tensors := self._names.find(name):
             return Located(tuple(tensors))
@@ -115,26 +120,26 @@ class Locator:
                 return Located(stacks, index)
         return None
 
-    def _part(self, name: str) -> Located | None:
+    def _locate_part(self, name: str) -> Located | None:
         for spelling in self._names.spellings(name):
             candidates = fused_with_part(spelling)
             if (match := _EXPERT.fullmatch(spelling)) and match[3] in _GATE_UP_PARTS:
                 fused = f"{match[1]}.{match[2]}.gate_up_proj"
                 candidates = [(fused, _GATE_UP_PARTS[match[3]])]
             for fused, part in (*candidates, *self._names.flat_fused(spelling)):
-                if whole := self._whole(fused):
+                if whole := self._locate_whole(fused):
                     return Located(whole.tensors, whole.index, fused, part)
         return None
 
-    def _joined(self, name: str) -> list[Located]:
+    def _locate_joined(self, name: str) -> list[Located]:
         for spelling in (*self._names.spellings(name), *self._names.flat_joined(name)):
-            parts = [self._whole(part) for part in parts_of_fused(spelling)]
+            parts = [self._locate_whole(part) for part in parts_of_fused(spelling)]
             located = [part for part in parts if part is not None]
             if located and len(located) == len(parts):
                 return located
         return []
 
-    def _embedding(self, head: str) -> Located | None:
+    def _locate_embedding(self, head: str) -> Located | None:
         """Return the embedding, for a tied head, which has no tensor."""
         path, _, last = head.rpartition(".")
         shared = self._tied and _HEAD.fullmatch(head) is not None

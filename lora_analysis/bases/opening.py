@@ -23,7 +23,7 @@ from lora_analysis.storage.documents import PICKLE_SUFFIXES, read_json_object
 from lora_analysis.storage.dtypes import FLOATING, raw_dtype
 from lora_analysis.storage.hub import fetch_model
 from lora_analysis.storage.records import refuse_unfinished
-from lora_analysis.storage.source_names import existing_path, shown_errors
+from lora_analysis.storage.source_names import addresses_in_errors, existing_path
 from lora_analysis.storage.tensor_reader import iter_blocks, part_of, read_elements
 from lora_analysis.storage.tensors import open_tensors
 
@@ -107,7 +107,7 @@ def open_base(
         base.path = path
         return base
     snapshot = fetch_model(source, allow_pickle=allow_pickle)
-    with shown_errors(snapshot):
+    with addresses_in_errors(snapshot):
         base = _open_stored(
             snapshot.path, snapshot.name, allow_pickle=allow_pickle, snapshot=snapshot
         )
@@ -116,7 +116,7 @@ def open_base(
 
 
 def as_base(source: Any) -> BaseWeights:
-    """Return base weights that are open already as they are; open any other source."""
+    """Return open base weights unchanged; open any other source."""
     return source if isinstance(source, BaseWeights) else open_base(source)
 
 
@@ -286,40 +286,40 @@ class FileSource(TensorSource):
         return self._names
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of the plain numbers."""
-        made = self._made(name)
-        return self._stored.infos[name].shape if made is None else made.shape
+        """Return the shape of the decoded tensor."""
+        quantized = self._quantized_weight(name)
+        return self._stored.infos[name].shape if quantized is None else quantized.shape
 
     def dtype(self, name: str) -> str:
         """Return the stored type; for codes, the name of the storage."""
-        made = self._made(name)
-        return self._stored.infos[name].dtype if made is None else made.storage
+        quantized = self._quantized_weight(name)
+        return self._stored.infos[name].dtype if quantized is None else quantized.storage
 
     def storage(self, name: str) -> str:
-        """Return the storage of a quantized weight, "" for plain numbers."""
-        made = self._made(name)
-        return "" if made is None else made.storage
+        """Return the storage of a quantized weight, "" if the tensor is not quantized."""
+        quantized = self._quantized_weight(name)
+        return "" if quantized is None else quantized.storage
 
     def is_plain(self, name: str) -> bool:
         """Return True if the tensor is stored as plain numbers; nothing is assembled for it."""
         return name not in self._makers
 
     def transposed(self, name: str) -> bool | None:
-        """Return the orientation of a quantized storage; None for plain numbers."""
-        made = self._made(name)
-        return None if made is None else made.transposed
+        """Return the orientation of a quantized storage; None if the tensor is not quantized."""
+        quantized = self._quantized_weight(name)
+        return None if quantized is None else quantized.transposed
 
     def tiles(self, name: str, index: int | None) -> Tiles:
         """Yield a matrix tile by tile."""
-        made = self._made(name)
-        if made is None:
+        quantized = self._quantized_weight(name)
+        if quantized is None:
             return self._stored.blocks(name, index)
-        return tiles(made, self._stored, index)
+        return tiles(quantized, self._stored, index)
 
     def squared_errors(self, name: str, index: int | None) -> Tiles | None:
-        """Yield the expected squared rounding errors; None for plain numbers."""
-        made = self._made(name)
-        return None if made is None else tiles(made, self._stored, index, errors=True)
+        """Yield the expected squared rounding errors; None if the tensor is not quantized."""
+        quantized = self._quantized_weight(name)
+        return None if quantized is None else tiles(quantized, self._stored, index, errors=True)
 
     def read(self, name: str) -> NDArray[Any]:
         """Return a tensor of any shape."""
@@ -328,19 +328,21 @@ class FileSource(TensorSource):
     def refuse_unreadable(self, name: str) -> None:
         """Raise if the tensor belongs to a storage that is not supported."""
         method = str(self._config.get("quant_method", ""))
-        if self._made(name) is not None and method in _UNSUPPORTED:
+        if self._quantized_weight(name) is not None and method in _UNSUPPORTED:
             raise quantized_error(self._label, name, method)
-        if self._made(name) is None and (dtype := self.dtype(name)) not in FLOATING:
+        if self._quantized_weight(name) is None and (dtype := self.dtype(name)) not in FLOATING:
             stateless = f"{name}.absmax" in self._stored.infos
             kind = "bitsandbytes 4-bit without its quant_state"
             raise quantized_error(self._label, name, kind if stateless else f"stored as {dtype}")
 
-    def _made(self, name: str) -> Quantized | None:
-        """Return the quantized weight of that name, assembled at first use; None for others."""
+    def _quantized_weight(self, name: str) -> Quantized | None:
+        """Return a quantized weight, assembled at first use; None if it is not quantized."""
         if name in self._makers and name not in self._quantized:
-            made = self._makers[name]()
-            if min(made.shape, default=0) < 1:
-                message = f"{self._label}: '{name}' ({made.storage}) has shape {made.shape}."
+            quantized = self._makers[name]()
+            if min(quantized.shape, default=0) < 1:
+                message = (
+                    f"{self._label}: '{name}' ({quantized.storage}) has shape {quantized.shape}."
+                )
                 raise BaseWeightError(message)
-            self._quantized[name] = made
+            self._quantized[name] = quantized
         return self._quantized.get(name)

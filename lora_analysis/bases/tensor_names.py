@@ -97,30 +97,30 @@ class TensorNames:
         """Names of the modules that have a weight."""
         return list(self._modules)
 
-    def matched(
+    def match_adapter(
         self,
         names: Iterable[str],
         fits: Callable[[str, Sequence[str]], bool],
         prefix: Prefixes | None,
     ) -> TensorNames:
-        """Return the same tensors, with prefixes decided for an adapter as a whole.
+        """Return a copy whose prefixes are decided for all modules of an adapter together.
 
         Parameters
         ----------
         names
             Names of the adapter's modules.
         fits
-            Returns True if a module's update may belong to one of some tensors.
+            Function that returns True if a module's update fits one of the given tensors.
         prefix
             Prefixes given by the caller, from `names.parse_prefixes`.
         """
         matched = copy.copy(self)
         matched._pairs, matched._heads = dict(self._pairs), dict(self._heads)
         matched._prefix = dict(prefix or {})
-        for indexed in ("_identities", "_flat", "_flat_parts", "_flat_wholes"):
+        for indexed in ("_identities", "_flat_modules", "_flat_parts", "_flat_wholes"):
             matched.__dict__.pop(indexed, None)
-        strange = [name for name in names if strip_wrappers(name) not in self._modules]
-        if not strange and not prefix:
+        unresolved = [name for name in names if strip_wrappers(name) not in self._modules]
+        if not unresolved and not prefix:
             return matched
         match = match_names(
             names,
@@ -206,7 +206,7 @@ class TensorNames:
         message = f"{self.label}: {reason} may belong to '{module}'. By name: {listed}."
         raise BaseWeightError(message)
 
-    def missing(self, module: str) -> BaseWeightError:
+    def missing_error(self, module: str) -> BaseWeightError:
         """Return the error for a module without a tensor; it lists near names."""
         stripped = strip_wrappers(module)
         for name, mark in self._unsupported:
@@ -254,7 +254,7 @@ class TensorNames:
         return {identity: module for module, identity in identities.items()}
 
     @cached_property
-    def _flat(self) -> dict[ModuleName, str]:
+    def _flat_modules(self) -> dict[ModuleName, str]:
         identities = identify_all(self._modules, flat=True, prefix=self._prefix)
         return {identity: module for module, identity in identities.items()}
 
@@ -281,7 +281,7 @@ class TensorNames:
         """Return the tensors whose module, with underscores for dots, is or ends with the name."""
         for spelling in self.spellings(name):
             identity = identify(rename_prefix(spelling, self._prefix), flat=True)
-            if module := self._flat.get(identity):
+            if module := self._flat_modules.get(identity):
                 return self._modules[module]
         end = split_component(name).name
         rewrites: list[Rewrite] = [str, *SPELLINGS]

@@ -152,9 +152,9 @@ def jackknife(
     Parameters
     ----------
     statistic
-        Of an array of run indices.
+        Function of an array of run indices.
     runs
-        How many there are; below three there is no error to be had, and it is None.
+        Number of runs; fewer than three give None for the error.
     """
     every = np.arange(runs)
     value = float(statistic(every))

@@ -40,10 +40,12 @@ def overlap_moments(
 
     ``sums_m`` and ``sums_n``, ``(3, ...)``, hold tr M, tr M², tr M³ and those of N; they broadcast.
     """
-    whole = _sums_of_identity(dimension)
-    return _from_polynomials(
-        [m * n / i for m, n, i in zip(_zonal(sums_m), _zonal(sums_n), _whole(whole), strict=True)]
+    polynomials = (
+        _zonal_polynomials(sums_m),
+        _zonal_polynomials(sums_n),
+        _identity_polynomials(dimension),
     )
+    return _moments_from_polynomials([m * n / i for m, n, i in zip(*polynomials, strict=True)])
 
 
 class Energies(NamedTuple):
@@ -66,8 +68,8 @@ class Energies(NamedTuple):
         directions = np.asarray(k, dtype=np.float64)
         return cls(np.stack([directions] * 3), np.ones_like(directions))
 
-    def expanded(self, axis: int) -> Energies:
-        """Return the same with one more axis, to broadcast with other energies."""
+    def expand_dims(self, axis: int) -> Energies:
+        """Return the same energies with one more axis, to broadcast with others."""
         return Energies(np.expand_dims(self.sums, axis), np.expand_dims(self.largest, axis))
 
     def complement(self, dimension: ArrayLike) -> Energies:
@@ -145,10 +147,10 @@ def projected_moments(
 
     ``sums`` are those of W's energies, ``(3,)``; the result is ``(3, ...)`` as k is.
     """
-    weight = _zonal(np.reshape(sums, (3, *[1] * np.ndim(k))))
-    rows, columns = (_whole(_sums_of_identity(d)) for d in shape)
-    directions = _zonal(_sums_of_identity(k))
-    return _from_polynomials(
+    weight = _zonal_polynomials(np.reshape(sums, (3, *[1] * np.ndim(k))))
+    rows, columns = map(_identity_polynomials, shape)
+    directions = _zonal_polynomials(_sums_of_identity(k))
+    return _moments_from_polynomials(
         [
             w * (p / m) * (p / n)
             for w, p, m, n in zip(weight, directions, rows, columns, strict=True)
@@ -161,7 +163,7 @@ def _sums_of_identity(dimension: ArrayLike) -> NDArray[np.float64]:
     return np.stack([d, d, d])
 
 
-def _zonal(sums: NDArray[np.float64]) -> _Polynomials:
+def _zonal_polynomials(sums: NDArray[np.float64]) -> _Polynomials:
     """Return C_κ for κ = (1), (2), (1,1), (3), (2,1), (1,1,1) from the first three power sums."""
     p1, p2, p3 = sums
     return (
@@ -174,12 +176,17 @@ def _zonal(sums: NDArray[np.float64]) -> _Polynomials:
     )
 
 
-def _whole(sums: NDArray[np.float64]) -> _Polynomials:
+def _identity_polynomials(dimension: ArrayLike) -> _Polynomials:
     """Return C_κ(I), with ∞ if there are too few dimensions for κ, whose term then vanishes."""
-    return tuple(np.where(value > 0, value, np.inf) for value in _zonal(sums))
+    values = _zonal_polynomials(_sums_of_identity(dimension))
+    return tuple(np.where(value > 0, value, np.inf) for value in values)
 
 
-def _from_polynomials(terms: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+def _moments_from_polynomials(terms: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Return the first three moments: the sums of the terms of degree 1, 2 and 3.
+
+    ``terms`` has one entry per partition κ, in the order (1), (2), (1,1), (3), (2,1), (1,1,1).
+    """
     first, *rest = np.broadcast_arrays(*terms)
     return np.stack([first, rest[0] + rest[1], rest[2] + rest[3] + rest[4]])
 

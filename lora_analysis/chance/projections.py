@@ -224,5 +224,5 @@ def _shares(
 ) -> OverlapDistribution:
     energies = Energies.of_spectrum(singular_values)
     for _ in range(directions.ndim):
-        energies = energies.expanded(-1)
+        energies = energies.expand_dims(-1)
     return OverlapDistribution.of(dimension, energies, Energies.of_projection(directions))

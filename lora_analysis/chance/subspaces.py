@@ -193,14 +193,14 @@ def similarity_p_value(
     if cells.exact.all():
         return floored_p_value(exact)
     if dimension < _SAMPLED_BELOW:
-        matched = _sampled(cells, trace, monte_carlo_p_value)
+        matched = _sample_statistic(cells, trace, monte_carlo_p_value)
     else:
         above = matched_p_value(cells.moments, trace)
         matched = np.where(cells.upper, matched_cdf(cells.moments, cells.p - trace), above)
     return floored_p_value(np.where(cells.exact, exact, matched))
 
 
-def _sampled(
+def _sample_statistic(
     cells: _Cells, values: NDArray[np.float64], statistic: Callable[..., Any]
 ) -> NDArray[np.float64]:
     """Return a statistic of the draws of each cell and its value; 1 if the cell is exact."""
@@ -235,7 +235,7 @@ def similarity_quantile(
     )
     if not cells.exact.all():
         if dimension < _SAMPLED_BELOW:
-            matched = _sampled(cells, levels, np.quantile)
+            matched = _sample_statistic(cells, levels, np.quantile)
         else:
             below = matched_quantile(cells.moments, np.where(cells.upper, 1 - levels, levels))
             matched = np.where(cells.upper, cells.p - below, below)

@@ -115,7 +115,7 @@ def command(
             | _medians(full)
             | changes
             | {
-                "left_out": _left_out(result),
+                "left_out": _omitted_modules(result),
                 "findings": [finding.to_dict() for finding in shown_findings],
             }
             | {"base_findings": [f.to_dict() for f in result.base_findings()]}
@@ -133,7 +133,7 @@ def command(
     return PARTLY_FAILED if result.unmatched else DONE
 
 
-def _left_out(result: Study) -> list[dict[str, str]]:
+def _omitted_modules(result: Study) -> list[dict[str, str]]:
     """Return the modules that are not compared with the base, with the reason."""
     from lora_analysis.adapter import is_fine_tune
 

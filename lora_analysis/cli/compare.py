@@ -129,7 +129,7 @@ def command(
     pair = _check_pair(result)
     conclusions = [c for c in comparisons(result) if c.members == pair]
     about_pair, next_steps, others = _sort_findings(findings(result), conclusions)
-    missing = _left_out(result, pair)
+    missing = _omitted_modules(result, pair)
     failures = [source.to_dict() for source in unread]
     failures += [failure.to_dict() for failure in result.failures]
     if form == "json":
@@ -168,7 +168,7 @@ def _check_pair(result: Study) -> tuple[str, str]:
         No module can be compared.
     """
     from lora_analysis.errors import IncompatibleError, InputError
-    from lora_analysis.finding import listed
+    from lora_analysis.finding import quote_names
 
     if len(result.adapters) - len(result.reference) < 2:
         raise InputError(" ".join(failure.reason for failure in result.failures))
@@ -179,7 +179,7 @@ def _check_pair(result: Study) -> tuple[str, str]:
     if not pair["modules"]:
         names = " ".join(
             f"{label} adapts {plural(len(result.adapters[label]), 'module')}: "
-            f"{listed(list(result.adapters[label]), _NAMED)}."
+            f"{quote_names(list(result.adapters[label]), _NAMED)}."
             for label in (a, b)
         )
         message = (
@@ -217,7 +217,7 @@ def _sort_findings(
     from lora_analysis.conclusions import Reason
 
     subjects = {comparison.subject for comparison in conclusions}
-    # Of one sample, or of a shared start, references would say no more.
+    # For the same run or a shared initialization, references would add nothing.
     needed = (
         Reason.NO_REFERENCE,
         Reason.LEVEL_ONLY,
@@ -237,7 +237,7 @@ def _sort_findings(
     return about_pair, next_steps, others
 
 
-def _left_out(result: Study, pair: tuple[str, str]) -> list[dict[str, str]]:
+def _omitted_modules(result: Study, pair: tuple[str, str]) -> list[dict[str, str]]:
     """Return the modules that are not compared, or do not count, with the reason."""
     from lora_analysis.adapter import is_fine_tune
 

@@ -136,7 +136,9 @@ def _read_back(
     missing = [name for name in adapter if names[name] not in written]
     others = written.keys() - set(names.values())
     if missing:
-        names |= match_names(missing, sorted(others), fits=partial(_fits, adapter, written)).pairs
+        names |= match_names(
+            missing, sorted(others), fits=partial(_have_same_shape, adapter, written)
+        ).pairs
     errors = {
         name: relative_difference(written[names[name]], adapter[name])
         for name in adapter
@@ -148,7 +150,7 @@ def _read_back(
     return adapter, errors, error
 
 
-def _fits(adapter: Adapter, written: Adapter, name: str, other: str) -> bool:
+def _have_same_shape(adapter: Adapter, written: Adapter, name: str, other: str) -> bool:
     return adapter[name].shape == written[other].shape
 
 

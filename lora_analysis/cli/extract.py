@@ -15,8 +15,8 @@ from lora_analysis.cli.options import (
 )
 from lora_analysis.cli.writing import (
     chosen_format,
-    one_size,
-    smaller_options,
+    require_one_size,
+    resize_options,
     write_resized,
 )
 
@@ -24,7 +24,7 @@ from lora_analysis.cli.writing import (
 @click.command(name="extract", cls=VerbCommand)
 @click.argument("tuned", metavar="TUNED")
 @click.option("--base", required=True, help="Base weights that the fine-tune started from.")
-@smaller_options
+@resize_options
 @modules_option
 @transposed_option
 @output_options("the relative error of ΔW")
@@ -53,7 +53,7 @@ def command(
     from lora_analysis.formats.writing import check_adapter_place
     from lora_analysis.storage.source_names import source_paths
 
-    size = one_size(rank=rank, energy=energy, budget=budget)
+    size = require_one_size(rank=rank, energy=energy, budget=budget)
     inputs = [path for source in (tuned, base) for path in source_paths(source)]
     check_adapter_place(output, inputs=inputs, force=force)
     written = chosen_format(kind, None, output)

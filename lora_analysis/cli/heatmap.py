@@ -219,7 +219,9 @@ def _representative(
     common = [name for name in a if name in b]
     left = choose_names(common, pattern)
     if common and not left:
-        message = f"No common module matches '{pattern}'. There are {len(common)}: {_some(common)}."
+        message = (
+            f"No common module matches '{pattern}'. There are {len(common)}: {_list_first(common)}."
+        )
         raise InputError(message)
     while left:
         chosen = representative_modules(left)
@@ -234,8 +236,8 @@ def _representative(
     message = f"{a.label} and {b.label} have no trained module in common to draw."
     if not common:
         message += (
-            f" {a.label} has {_some(list(a))}; {b.label} has {_some(list(b))}. If they are the "
-            "same modules, pass --prefix OLD=NEW."
+            f" {a.label} has {_list_first(list(a))}; {b.label} has {_list_first(list(b))}. "
+            "If they are the same modules, pass --prefix OLD=NEW."
         )
     raise InputError(message)
 
@@ -276,5 +278,5 @@ def _findings(
     ]
 
 
-def _some(names: list[str]) -> str:
+def _list_first(names: list[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

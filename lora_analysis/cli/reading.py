@@ -132,7 +132,7 @@ class Reading:
 
 
 def say_left_out(left_out: list[Failure], *, some: bool) -> None:
-    """Name the sources that were left out on stderr; raise if there is not ``some`` left.
+    """Report the sources that were left out on stderr; raise if there is not ``some`` left.
 
     Raises
     ------

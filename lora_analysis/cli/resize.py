@@ -12,8 +12,8 @@ from lora_analysis.cli.writing import (
     adapter_to_write,
     chosen_format,
     chosen_path,
-    one_size,
-    smaller_options,
+    require_one_size,
+    resize_options,
     write_resized,
 )
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @click.command(name="resize", cls=VerbCommand)
 @click.argument("source", metavar="SOURCE")
-@smaller_options
+@resize_options
 @reading_options
 @output_options("the relative error of ΔW")
 def command(
@@ -49,7 +49,7 @@ def command(
     from lora_analysis.edit import resize_adapter
     from lora_analysis.formats.writing import check_adapter_place
 
-    size = one_size(rank=rank, energy=energy, budget=budget)
+    size = require_one_size(rank=rank, energy=energy, budget=budget)
     adapter = reading.read(source)
     check_adapter_place(output, inputs=adapter.inputs, force=force)
     written = chosen_format(kind, adapter, output)

@@ -88,8 +88,8 @@ def _parse_ranks(
     return ranks
 
 
-def smaller_options(command: Command) -> Command:
-    """Add the options that say how small, in which format and type, and where to."""
+def resize_options(command: Command) -> Command:
+    """Add the options for size, format, type and output path."""
     command = dtype_option(command)
     command = format_option(command)
     command = output_place(command)
@@ -118,7 +118,7 @@ def smaller_options(command: Command) -> Command:
     return command
 
 
-def one_size(**sizes: Any) -> dict[str, Any]:
+def require_one_size(**sizes: Any) -> dict[str, Any]:
     """Return the one size that was passed.
 
     Raises

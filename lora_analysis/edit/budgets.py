@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-_UNTRAINED: Final = "Every module is zero (untrained): a budget has nothing to be spent on."
+_UNTRAINED: Final = (
+    "Every module is untrained (ΔW = 0), so there is nothing to distribute the budget over."
+)
 
 
 def ranks_within(

@@ -277,7 +277,7 @@ def check_size(**options: float | None) -> None:
         raise InputError(message)
     ((key, value),) = given.items()
     if key == "energy" and not 0 < value <= 1:
-        message = f"An energy share lies in (0, 1], got {value!r}."
+        message = f"energy must be in (0, 1], got {value!r}."
         raise InputError(message)
     if key != "energy" and (value != int(value) or value < 1):
         message = f"{key} must be a whole number of at least 1, got {value!r}."

@@ -30,7 +30,7 @@ from lora_analysis.execution.protocol import (
     attempt,
     ignore_event,
     is_final,
-    sendable,
+    make_picklable,
 )
 
 if TYPE_CHECKING:
@@ -282,7 +282,7 @@ def _run_worker(pipe: Pipe, work: bytes, threads: int, environment: Mapping[str,
                     function = function or pickle.loads(work)
                     job = pickle.loads(pickled)
                 except Exception as error:  # noqa: BLE001 - it may import anything
-                    send(Failed(sendable(error)))
+                    send(Failed(make_picklable(error)))
                     continue
                 result = attempt(function, job, send)
                 if isinstance(result, Failed):
@@ -291,7 +291,7 @@ def _run_worker(pipe: Pipe, work: bytes, threads: int, environment: Mapping[str,
                 try:
                     send(_Done(result))
                 except Exception as error:  # noqa: BLE001 - a result that cannot be pickled
-                    send(Failed(sendable(error)))
+                    send(Failed(make_picklable(error)))
     except (_CallerGone, EOFError, ConnectionError):
         return
 

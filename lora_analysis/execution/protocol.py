@@ -92,10 +92,10 @@ def attempt(function: Work[Job, Result], job: Job, send_event: EventHandler) -> 
     try:
         return function(job, send_event)
     except Exception as error:  # noqa: BLE001 - handed to the caller as an outcome
-        return Failed(sendable(error))
+        return Failed(make_picklable(error))
 
 
-def sendable(error: Exception) -> Exception:
+def make_picklable(error: Exception) -> Exception:
     """Return an error with its traceback as a note, or its text if it cannot be pickled."""
     noted = "".join(traceback.format_exception(error))
     try:

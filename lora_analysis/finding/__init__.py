@@ -7,7 +7,7 @@ comparisons in `study_codes`.
 
 from lora_analysis.finding.carriers import CODES, Failure, Finding, as_findings
 from lora_analysis.finding.file_codes import FILE_CODES
-from lora_analysis.finding.templates import Code, Severity, Topic, listed
+from lora_analysis.finding.templates import Code, Severity, Topic, quote_names
 
 __all__ = [
     "CODES",
@@ -18,5 +18,5 @@ __all__ = [
     "Severity",
     "Topic",
     "as_findings",
-    "listed",
+    "quote_names",
 ]

@@ -75,7 +75,7 @@ class Finding:
         """Return the finding about files as one about the adapters in them, which it names."""
         return Finding(self.code, {"adapters": list(labels), **self.fields})
 
-    def mapped(self, function: Callable[[str], str]) -> Finding:
+    def map_fields(self, function: Callable[[str], str]) -> Finding:
         """Return the finding with a function applied to each field that is a string."""
         fields = {k: function(v) if isinstance(v, str) else v for k, v in self.fields.items()}
         return Finding(self.code, fields)

@@ -71,12 +71,12 @@ class Code:
     items: Mapping[str, str] = field(default_factory=dict)
 
 
-def listed(names: Sequence[Any], at_most: int = _LISTED) -> str:
-    """Return names in quotes, the first few of them and how many more there are.
+def quote_names(names: Sequence[Any], at_most: int = _LISTED) -> str:
+    """Return names in quotes: the first few, and how many more there are.
 
     Examples
     --------
-    >>> listed(["a", "b", "c"], at_most=2)
+    >>> quote_names(["a", "b", "c"], at_most=2)
     "'a', 'b' and 1 more"
     """
     quoted = ", ".join(f"'{name}'" for name in names[:at_most])
@@ -136,7 +136,7 @@ class _Sentence(Formatter):
             return format(value, format_spec)
         if isinstance(value, float):
             return f"{value:.3g}" if math.isfinite(value) else str(value)
-        return listed(value) if isinstance(value, list | tuple) else str(value)
+        return quote_names(value) if isinstance(value, list | tuple) else str(value)
 
 
 _SENTENCE: Final = _Sentence()

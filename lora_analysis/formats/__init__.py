@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from lora_analysis.formats.live import map_modules as map_modules
     from lora_analysis.formats.live import read_factors as read_factors
     from lora_analysis.formats.live import unique_labels as unique_labels
-    from lora_analysis.formats.load import each_once as each_once
-    from lora_analysis.formats.load import expanded as expanded
+    from lora_analysis.formats.load import expand_glob as expand_glob
     from lora_analysis.formats.load import find_adapters as find_adapters
     from lora_analysis.formats.load import find_sources as find_sources
     from lora_analysis.formats.load import load_adapter as load_adapter
     from lora_analysis.formats.load import read_adapter as read_adapter
+    from lora_analysis.formats.load import skip_seen as skip_seen
     from lora_analysis.formats.options import ReadOptions as ReadOptions
     from lora_analysis.formats.registry import register_format as register_format
     from lora_analysis.formats.side_tensors import unwritten_findings as unwritten_findings
@@ -49,8 +49,8 @@ _HOME = {
         "read_factors",
     ),
     "load": (
-        "each_once",
-        "expanded",
+        "skip_seen",
+        "expand_glob",
         "find_adapters",
         "find_sources",
         "load_adapter",

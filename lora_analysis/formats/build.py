@@ -15,7 +15,7 @@ from lora_analysis.formats.factors import (
     StoredPair,
     callers_scale,
     common_rank,
-    scale_finding,
+    scale_findings,
     scale_from_alpha,
     stored_rank,
     update_loaders,
@@ -108,9 +108,9 @@ def build_adapter(
         for pair in pairs
     }
     if parts.scale_findings is None:
-        scale_findings: Sequence[Finding | str] = scale_finding(scales, parts.reason)
+        of_scales: Sequence[Finding | str] = scale_findings(scales, parts.reason)
     else:
-        scale_findings = parts.scale_findings(scales)
+        of_scales = parts.scale_findings(scales)
     side_keys = [
         key
         for finding in parts.findings
@@ -140,7 +140,7 @@ def build_adapter(
             base_model=parts.base_model,
             rank=common_rank(ranks),
             metadata=parts.metadata,
-            findings=as_findings((*scale_findings, *parts.findings)),
+            findings=as_findings((*of_scales, *parts.findings)),
             **facts,
         ),
         saved_modules=LazyTensors(tensors, parts.saved),

@@ -61,7 +61,7 @@ class StoredPair:
         """Return the pair of two stored matrices; ``flipped`` if both are stored transposed."""
         first, second = tensor(a), tensor(b)
         if flipped:
-            first, second = first.transposed(), second.transposed()
+            first, second = first.transpose(), second.transpose()
         return cls(module, first, second)
 
 
@@ -234,13 +234,13 @@ def update_loaders(
 def _check_swapped(
     tensors: NamedTensors, pairs: Sequence[StoredPair], stated_ranks: Collection[int]
 ) -> None:
-    """Raise if no module has a side above its rank, and some rank is twice both sides or more.
+    """Raise if A and B are swapped: no module has a side above its rank, some rank is twice both.
 
     Swapped factors of square weights look like that. One side below the rank is a small head, and
     if the two sides differ, swapped factors do not fit together at all.
     """
     ranks, sides = [], []
-    # Those of a product of several tensors are not stored, and cannot be exchanged.
+    # Factors of products are computed, not stored, so they cannot be swapped.
     pairs = [pair for pair in pairs if pair.most_rank == MAX_RANK]
     for pair in pairs:
         a, b = pair.a.shape(tensors), pair.b.shape(tensors)
@@ -323,10 +323,10 @@ def common_rank(ranks: Mapping[str, int]) -> int | None:
     return distinct.pop() if len(distinct) == 1 else None
 
 
-def scale_finding(scales: Mapping[str, StatedScale], missing: str) -> list[Finding | str]:
+def scale_findings(scales: Mapping[str, StatedScale], reason: str) -> list[Finding | str]:
     """Return the findings about modules of unknown scale, and about those of alpha 0."""
     unknown = sum(scale.scale is None and scale.alpha != 0 for scale in scales.values())
-    fields = {"modules": unknown, "of": len(scales), "reason": missing}
+    fields = {"modules": unknown, "of": len(scales), "reason": reason}
     findings = [Finding("scale-unknown", fields)] if unknown else []
     return [*findings, *alpha_zero_finding(scales)]
 

@@ -19,7 +19,7 @@ from lora_analysis.formats.factors import StatedScale, StoredPair, scale_from_al
 from lora_analysis.formats.key_scheme import KeyPattern, StoredModules, has_factors, sort_keys
 from lora_analysis.formats.side_tensors import side_finding
 from lora_analysis.formats.sources import AdapterFiles, AdapterRef, Format
-from lora_analysis.formats.stored import in_halves
+from lora_analysis.formats.stored import deinterleave_heads
 from lora_analysis.storage.gguf import GGUFTensors, is_gguf
 from lora_analysis.storage.gguf_names import (
     BLOCKED_QKV,
@@ -27,7 +27,7 @@ from lora_analysis.storage.gguf_names import (
     PERMUTED,
     UNPERMUTED,
     is_q_or_k,
-    is_turned,
+    is_stored_transposed,
     module_of,
 )
 
@@ -53,7 +53,7 @@ class _Content:
     undone: list[str] = field(default_factory=list)
     permuted: list[str] = field(default_factory=list)
     untangled: list[str] = field(default_factory=list)
-    turned: bool | None = False
+    transposed: bool | None = False
 
 
 class _GGUF(Format):
@@ -90,7 +90,7 @@ class _GGUF(Format):
         rows = _Rows(architecture, _heads(facts, architecture, options))
         pairs = stored.pairs()
         if architecture == "gpt2":
-            content.turned = _turned(tensors, pairs)
+            content.transposed = _are_transposed(tensors, pairs)
         for plain in pairs:
             _add(content, tensors, plain, rows)
         alpha = facts.get(_ALPHA)
@@ -156,7 +156,7 @@ class _Rows:
     heads: tuple[int, int] | None
 
 
-def _turned(tensors: GGUFTensors, pairs: list[StoredPair]) -> bool | None:
+def _are_transposed(tensors: GGUFTensors, pairs: list[StoredPair]) -> bool | None:
     """Return True if the converter transposed GPT-2's factors, None if no shape tells.
 
     All factors of a file must be alike.
@@ -164,25 +164,25 @@ def _turned(tensors: GGUFTensors, pairs: list[StoredPair]) -> bool | None:
     shapes = {
         p.module: (tensors.infos[p.b.name].shape, tensors.infos[p.a.name].shape) for p in pairs
     }
-    turned = {
-        is_turned(module, (b[0], a[-1]))
+    answers = {
+        is_stored_transposed(module, (b[0], a[-1]))
         for module, (b, a) in shapes.items()
         if len(a) == len(b) == 2 and module.startswith("blk.")
     }
-    if turned >= {True, False}:
-        message = f"{tensors.path}: some factors of GPT-2 lie transposed and others do not."
+    if answers >= {True, False}:
+        message = f"{tensors.path}: some factors of GPT-2 are transposed and others are not."
         raise MalformedFileError(message)
-    if not turned:
+    if not answers:
         return False
-    return next((answer for answer in turned if answer is not None), None)
+    return next((answer for answer in answers if answer is not None), None)
 
 
 def _add(content: _Content, tensors: GGUFTensors, plain: StoredPair, rows: _Rows) -> None:
     """Add the pair of one tensor, or of each expert that it stacks."""
     tensor, module = plain.module, module_of(plain.module, rows.architecture)
     a, b = plain.a, plain.b
-    if content.turned and tensor.startswith("blk."):
-        a, b = b.transposed(), a.transposed()
+    if content.transposed and tensor.startswith("blk."):
+        a, b = b.transpose(), a.transpose()
     variant = ""
     if is_q_or_k(tensor) and rows.architecture not in UNPERMUTED:
         heads = None
@@ -200,14 +200,14 @@ def _add(content: _Content, tensors: GGUFTensors, plain: StoredPair, rows: _Rows
                 )
                 raise MalformedFileError(message)
             # Each head's rows as in the model: its first half, then its second.
-            b = in_halves(b, shape, heads)
+            b = deinterleave_heads(b, shape, heads)
             content.undone.append(module)
     elif tensor.endswith(".attn_qkv") and rows.architecture in BLOCKED_QKV:
         content.untangled.append(module)
         variant = PERMUTED_ROWS
     pair = StoredPair(module, a, b, variant=variant)
     if tensor == EMBEDDING:
-        pair = replace(pair, a=a.transposed(), layout="embedding")
+        pair = replace(pair, a=a.transpose(), layout="embedding")
     if len(tensors.infos[a.name].shape) == 3:
         content.pairs += split_stack(tensors, pair, mark=".experts.", names=("A", "B"))
     else:
@@ -224,14 +224,16 @@ def _findings(
         findings.append(
             f"The scale is 1, as llama.cpp applies it: {reason}. Training may have had another."
         )
-    if content.turned:
+    if content.transposed:
         findings.append(
-            "A and B are taken for each other, transposed: llama.cpp's converter turns GPT-2's."
+            "A and B were exchanged and transposed, because llama.cpp's converter transposes GPT-2's "
+            "factors."
         )
-    if content.turned is None:
+    if content.transposed is None:
         findings.append(
-            "Input and output side may be exchanged: llama.cpp's converter turns GPT-2's factors, "
-            "and no matrix here is of a shape that tells. Singular values do not depend on it."
+            "Input and output side may be exchanged: llama.cpp's converter transposes GPT-2's "
+            "factors, and no matrix here has a shape that shows it. Singular values do not depend "
+            "on it."
         )
     if content.undone:
         findings.append(

@@ -17,7 +17,7 @@ from lora_analysis.adapter import Adapter, LowRankUpdate
 from lora_analysis.errors import MalformedFileError
 from lora_analysis.finding import Finding
 from lora_analysis.formats.options import Factors, InitialFactorsRequest, InitialFactorsSource
-from lora_analysis.storage.source_names import shown_errors
+from lora_analysis.storage.source_names import addresses_in_errors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 
 # Methods whose initial factors are directions of W.
-_STARTS_IN_W: Final = ("pissa", "olora", "corda")
+_FROM_WEIGHT: Final = ("pissa", "olora", "corda")
 
 
-def less_start(
-    load: Callable[[], LowRankUpdate], start: InitialFactorsSource, method: str
+def subtract_init_offset(
+    load: Callable[[], LowRankUpdate], initial: InitialFactorsSource, method: str
 ) -> LowRankUpdate:
     """Subtract the initial product: s(BA − B₀A₀), represented with rank 2r."""
     update = load()
-    a0, b0 = start(InitialFactorsRequest(method, update))
+    a0, b0 = initial(InitialFactorsRequest(method, update))
     return replace(
         update,
         A=np.vstack([update.A, a0]),
@@ -48,14 +48,12 @@ def less_start(
 
 def offset_finding(method: str) -> Finding:
     """Return the finding on updates whose initial product is subtracted."""
-    starts_in_weight = method.lower().startswith(_STARTS_IN_W)
-    return Finding(
-        "init-offset-in-weight" if starts_in_weight else "init-offset", {"method": method}
-    )
+    from_weight = method.lower().startswith(_FROM_WEIGHT)
+    return Finding("init-offset-in-weight" if from_weight else "init-offset", {"method": method})
 
 
 @dataclass(frozen=True, slots=True)
-class StoredStart:
+class StoredInitialFactors:
     """The factors of an adapter saved before training, read one module at a time."""
 
     tensors: NamedTensors
@@ -65,12 +63,12 @@ class StoredStart:
     def __call__(self, request: InitialFactorsRequest) -> Factors:
         """Return A₀ and B₀ of one module."""
         pair = self.pairs[request.update.name]
-        with shown_errors(self.snapshot):
+        with addresses_in_errors(self.snapshot):
             return pair.a.read(self.tensors), pair.b.read(self.tensors)
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterStart:
+class AdapterInitialFactors:
     """The factors of an adapter that was read in its state before training."""
 
     adapter: Adapter
@@ -78,20 +76,23 @@ class AdapterStart:
     def __call__(self, request: InitialFactorsRequest) -> Factors:
         """Return A₀ and B₀ of one module; raise if they do not fit the trained ones."""
         name, update = request.update.name, request.update
-        first = self.adapter.get(name)
+        initial = self.adapter.get(name)
         expected = (update.rank, update.shape)
-        if not isinstance(first, LowRankUpdate) or (first.rank, first.shape) != expected:
-            actual = "none" if first is None else f"rank {first.rank} and shape {first.shape}"
+        if not isinstance(initial, LowRankUpdate) or (initial.rank, initial.shape) != expected:
+            actual = "none"
+            if initial is not None:
+                actual = f"rank {initial.rank} and shape {initial.shape}"
             message = (
                 f"{self.adapter.provenance.location}: the initial factors of '{name}' must have "
-                f"rank {update.rank} and shape {update.shape}, found {actual}. Are both of one run?"
+                f"rank {update.rank} and shape {update.shape}, found {actual}. Are they "
+                "from the same run?"
             )
             raise MalformedFileError(message)
-        return first.A, first.B
+        return initial.A, initial.B
 
 
-def adapter_less_start(
-    adapter: Adapter, start: InitialFactorsSource, methods: Mapping[str, str]
+def subtract_init_offsets(
+    adapter: Adapter, initial: InitialFactorsSource, methods: Mapping[str, str]
 ) -> Adapter:
     """Return an adapter with the initial products of the modules in ``methods`` subtracted.
 
@@ -99,9 +100,10 @@ def adapter_less_start(
     """
     loaders: dict[str, Callable[[], Update]] = {}
     for name in adapter:
-        load = partial(adapter.__getitem__, name)
-        method = methods.get(name)
-        loaders[name] = load if method is None else partial(less_start, load, start, method)  # type: ignore[arg-type]
+        load: Callable[[], Update] = partial(adapter.__getitem__, name)
+        if (method := methods.get(name)) is not None:
+            load = partial(subtract_init_offset, load, initial, method)  # type: ignore[arg-type]
+        loaders[name] = load
     offset = offset_finding(next(iter(methods.values()), "training"))
     source = adapter.provenance
     return Adapter(
@@ -114,24 +116,25 @@ def adapter_less_start(
     )
 
 
-def check_start(
-    path: object, tensors: NamedTensors, pairs: list[StoredPair], start: StoredStart
+def check_initial_factors(
+    path: object, tensors: NamedTensors, pairs: list[StoredPair], initial: StoredInitialFactors
 ) -> None:
     """Raise if the initial factors are not those of the trained modules, by their shapes.
 
     A file that PEFT converted holds both already, and has twice the rank.
     """
     for pair in pairs:
-        if pair.module not in start.pairs:
-            message = f"{start.tensors.path}: it holds no initial factors of '{pair.module}'."
+        if pair.module not in initial.pairs:
+            message = f"{initial.tensors.path}: it holds no initial factors of '{pair.module}'."
             raise MalformedFileError(message)
         factors = (pair.a.shape(tensors), pair.b.shape(tensors))
-        first = start.pairs[pair.module]
-        initial = (first.a.shape(start.tensors), first.b.shape(start.tensors))
-        if factors != initial:
+        before = initial.pairs[pair.module]
+        shapes = (before.a.shape(initial.tensors), before.b.shape(initial.tensors))
+        if factors != shapes:
             message = (
                 f"{path}: '{pair.module}' has factors {factors[0]} and {factors[1]}, the initial "
-                f"ones in {start.tensors.path} are {initial[0]} and {initial[1]}. They must be of "
-                "one run; twice the rank is a file that was converted, whose product is the update."
+                f"ones in {initial.tensors.path} are {shapes[0]} and {shapes[1]}. They must be "
+                "from the same run; a file with twice the rank was converted, and its product is "
+                "the update."
             )
             raise MalformedFileError(message)

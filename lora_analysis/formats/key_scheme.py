@@ -170,7 +170,7 @@ class StoredModules:
             pairs.append(StoredPair.of(module, *factors, flipped=transposed))
         return pairs
 
-    def not_analyzed(self) -> list[Finding]:
+    def unanalyzed_findings(self) -> list[Finding]:
         """Return the finding about keys that belong to no module, if there are any."""
         return side_finding("not analyzed", self.others)
 
@@ -278,7 +278,7 @@ class KeyScheme(Format):
         return AdapterParts(
             pairs=stored.pairs(transposed=self.transposed),
             scale=rule,
-            findings=stored.not_analyzed(),
+            findings=stored.unanalyzed_findings(),
         )
 
 

@@ -352,7 +352,7 @@ def _read_model(
         raise _no_layers(model)
     tensors = dict(_factors(layers, name, config))
     if whole:
-        tensors |= _trained_in_full(model, layers, name, config)
+        tensors |= _full_tensors(model, layers, name, config)
     label = options.label or (name if name != _DEFAULT else _name_of(base))
     stored = MemoryTensors(f"{type(model).__name__} {name}", tensors)
     files = AdapterFiles(
@@ -479,7 +479,7 @@ def _factors(
                 continue
             value = container[adapter]
             if is_array(value):
-                yield f"{name}.{role}", _cut(value, role, rows)
+                yield f"{name}.{role}", _drop_pruned(value, role, rows)
                 continue
             for key, parameter in value.named_parameters():
                 # Files have the magnitude itself, which became a module later.
@@ -487,7 +487,7 @@ def _factors(
                 yield f"{name}.{role}{suffix}", parameter
 
 
-def _trained_in_full(
+def _full_tensors(
     model: Any, layers: Mapping[str, Any], adapter: str, config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return modules trained in full, new rows of embeddings, and biases."""
@@ -533,7 +533,7 @@ def _remaining_rows(name: str, adapter: str, config: Mapping[str, Any]) -> Any:
     return None
 
 
-def _cut(value: Any, role: str, rows: Any) -> Any:
+def _drop_pruned(value: Any, role: str, rows: Any) -> Any:
     """Return a factor of AdaLoRA without the rows that were pruned; B has them as columns."""
     if rows is None or role not in ("lora_A", "lora_B", "lora_E"):
         return value

@@ -31,7 +31,7 @@ from lora_analysis.formats.sources import (
 from lora_analysis.patterns import natural_key, pattern_budget
 from lora_analysis.storage.gguf import read_gguf
 from lora_analysis.storage.records import refuse_unfinished
-from lora_analysis.storage.source_names import existing_path, shown_errors, source_paths
+from lora_analysis.storage.source_names import addresses_in_errors, existing_path, source_paths
 from lora_analysis.storage.tensors import open_tensors
 
 if TYPE_CHECKING:
@@ -153,19 +153,19 @@ def load_adapter(source: str | os.PathLike[str] | AdapterRef, options: ReadOptio
     """Return the one adapter at ``source``, as `read_adapter` does, for given options."""
     resolved = resolve_source(source, allow_pickle=options.allow_pickle)
     path, snapshot = resolved.path, resolved.snapshot
-    with shown_errors(snapshot), _system_errors(path), pattern_budget():
+    with addresses_in_errors(snapshot), _system_errors(path), pattern_budget():
         refuse_unfinished(path)
         located = recognize(resolved, options)
         if located.format is None and path.is_dir():
             refs = list(_walk(path, options))
             if len(refs) > 1:
                 message = f"{path} holds {len(refs)} adapters, one was asked for. Choose one"
-                message = f"{message}: {_listed(refs)}."
+                message = f"{message}: {_quote_sources(refs)}."
                 raise SourceError(message)
             if refs:
                 located = recognize(ResolvedSource(refs[0].path, refs[0].name), options)
         if located.format is None or located.files is None:
-            raise _unknown(located.path, options)
+            raise _unknown_format_error(located.path, options)
         adapter = located.format.read(located.files, located.name, options)
     ref = AdapterRef(path.absolute(), "", "", resolved.name, snapshot)
     again = options.non_default()
@@ -182,7 +182,9 @@ def load_adapter(source: str | os.PathLike[str] | AdapterRef, options: ReadOptio
     if snapshot is None:
         return adapter.with_provenance(**facts)
     # The address on the hub stands in place of the path in its cache.
-    findings = (finding.mapped(snapshot.with_addresses) for finding in adapter.provenance.findings)
+    findings = (
+        finding.map_fields(snapshot.with_addresses) for finding in adapter.provenance.findings
+    )
     return adapter.copy_with(
         updates={name: partial(_load_fetched, adapter, name, snapshot) for name in adapter},
         provenance=replace(
@@ -220,7 +222,7 @@ def recognize(source: ResolvedSource, options: ReadOptions) -> ResolvedSource:
 
 
 def _load_fetched(adapter: Adapter, name: str, snapshot: Snapshot) -> Update:
-    with shown_errors(snapshot):
+    with addresses_in_errors(snapshot):
         return adapter[name]
 
 
@@ -262,21 +264,22 @@ def find_adapters(
     resolved = resolve_source(source, allow_pickle=allow_pickle)
     options = ReadOptions(base=base, pair=pair, allow_pickle=allow_pickle)
     path, name = resolved.path, resolved.name
-    with shown_errors(resolved.snapshot), _system_errors(path):
+    with addresses_in_errors(resolved.snapshot), _system_errors(path):
         refs = list(_walk(path, options))
         if not refs:
-            raise _unknown(path, options)
+            raise _unknown_format_error(path, options)
         if name is not None:
             # A file with one adapter is listed without its name: reading it compares the names.
             chosen = [replace(ref, name=name) for ref in refs if ref.name in (None, name)]
             if not chosen:
-                message = f"{path} holds no adapter '{name}'. It holds: {_listed(refs)}."
+                message = f"{path} holds no adapter '{name}'. It holds: {_quote_sources(refs)}."
                 raise SourceError(message)
             refs = chosen
     return [replace(ref, snapshot=resolved.snapshot) for ref in refs]
 
 
-def _unknown(path: Path, options: ReadOptions) -> InputError:
+def _unknown_format_error(path: Path, options: ReadOptions) -> InputError:
+    """Return the error for a source without an adapter, or for a run that is unfinished."""
     from lora_analysis.formats.not_adapters import unknown_format  # seldom needed
 
     refuse_unfinished(path)  # a run that has no adapter yet explains more than its files
@@ -349,12 +352,12 @@ def _refs_at(path: Path, options: ReadOptions) -> list[AdapterRef]:
     return []
 
 
-def _listed(refs: list[AdapterRef]) -> str:
+def _quote_sources(refs: list[AdapterRef]) -> str:
     names = ", ".join(f"'{ref.source}'" for ref in refs[:_MAX_LISTED])
     return names + (f" and {len(refs) - _MAX_LISTED} more" if len(refs) > _MAX_LISTED else "")
 
 
-def expanded(source: str) -> list[str]:
+def expand_glob(source: str) -> list[str]:
     """Return the paths that match a glob, in natural order; any other source as it is.
 
     ``**`` goes through folders. A path that exists as it is written is not a glob. The notes of a
@@ -375,7 +378,7 @@ def expanded(source: str) -> list[str]:
     return paths
 
 
-def each_once(
+def skip_seen(
     refs: Iterable[AdapterRef], seen: set[tuple[str, str | None]]
 ) -> Iterator[AdapterRef]:
     """Yield the adapters that are not ``seen`` yet, and add them to it.
@@ -405,9 +408,9 @@ def find_sources(
     seen: set[tuple[str, str | None]] = set()
     for source in sources:
         try:
-            for path in expanded(source):
+            for path in expand_glob(source):
                 there = find_adapters(path, pair=pair, allow_pickle=allow_pickle, base=base)
-                refs += each_once(there, seen)
+                refs += skip_seen(there, seen)
         except InputError as error:
             failures.append(Failure(source, str(error), error))
     return refs

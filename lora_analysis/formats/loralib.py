@@ -36,7 +36,7 @@ from lora_analysis.formats.side_tensors import carried_metadata, side_output
 from lora_analysis.formats.sources import setting_number
 from lora_analysis.formats.stored import block_diagonal, tensor
 from lora_analysis.formats.text_writing import (
-    Factors,
+    FactorArrays,
     PlannedFactors,
     common_dtype,
     common_scale,
@@ -103,7 +103,7 @@ def _complete(stored: StoredModules) -> AdapterParts:
         config={FUSED_PARTS: content.fused} if content.fused else None,
         findings=(
             *merged_finding(len(content.fused), interleaved=interleaved),
-            *stored.not_analyzed(),
+            *stored.unanalyzed_findings(),
         ),
         metadata={k: v for k, v in tensors.metadata.items() if k not in (SCALE, ENABLED)},
     )
@@ -135,7 +135,7 @@ def _add(content: _Content, tensors: NamedTensors, pair: StoredPair, options: Re
             )
             raise MalformedFileError(message)
         copies = block_diagonal([tensor(a)] * size)
-        kernels = tensor(b).reshaped(shape_b[0] // size, size * shape_b[1])
+        kernels = tensor(b).reshape(shape_b[0] // size, size * shape_b[1])
         content.pairs.append(
             StoredPair(module, copies, kernels, layout="conv", kernel=(size, size))
         )
@@ -273,9 +273,9 @@ def _join_blocks(
     return whole, next(iter(patterns), None)
 
 
-def _joined_factors(blocks: Sequence[PlannedFactors], dtype: str) -> Factors:
+def _joined_factors(blocks: Sequence[PlannedFactors], dtype: str) -> FactorArrays:
     factors = [planned.load(dtype) for planned in blocks]
-    return Factors(
+    return FactorArrays(
         np.concatenate([block.a for block in factors]),
         np.concatenate([block.b for block in factors]),
     )

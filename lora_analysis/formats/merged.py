@@ -121,7 +121,7 @@ def split(
             f"need {sizes}."
         )
         raise MalformedFileError(message)
-    whole_b = tensor(b) if len(stored_b) == 2 else tensor(b).flattened()
+    whole_b = tensor(b) if len(stored_b) == 2 else tensor(b).flatten()
     names = block_names(module, len(enabled))
     enabled_names = [name for name, on in zip(names, enabled, strict=True) if on]
     stops = list(accumulate(sizes))

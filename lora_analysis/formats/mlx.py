@@ -112,12 +112,12 @@ def _complete(stored: StoredModules) -> AdapterParts:
     return AdapterParts(
         pairs=pairs,
         scale=lambda _pair, _rank: scale,
-        reason="there is no adapter_config.json with lora_parameters.scale beside it",
+        reason="there is no adapter_config.json with lora_parameters.scale next to the file",
         findings=(
             *config_findings(tensors.metadata, config, stored.path, files.config_path),
             *(findings if options.scale is None and options.alpha is None else []),
             *([Finding("dora", {"count": dora, "total": len(pairs)})] if dora else []),
-            *stored.not_analyzed(),
+            *stored.unanalyzed_findings(),
         ),
         files=() if files.config_path is None else (files.config_path,),
         base_model=base_model if isinstance(base_model, str) else None,
@@ -178,7 +178,7 @@ def _scale(config: Mapping[str, Any]) -> tuple[StatedScale, list[str]]:
         other = f", here {scale * alpha / rank:g}"
     return file_scale, [
         f"The scale {scale:g} is taken from lora_parameters. mlx-lm up to 0.14 applied "
-        f"scale·alpha/rank{other}, and nothing in this configuration tells its version: pass "
+        f"scale·alpha/rank{other}, and this configuration does not state its version: pass "
         "scale= if it was that old. Only the size of every update depends on it."
     ]
 

@@ -21,7 +21,7 @@ from lora_analysis.storage.documents import (
     impostor,
     impostor_at,
     is_pickle,
-    pickle_refused,
+    pickle_error,
     read_json_object,
     regular_file_size,
 )
@@ -132,14 +132,14 @@ def unknown_format(path: Path, options: ReadOptions) -> UnknownFormatError:
         and not (options.allow_pickle or path.suffix == ".npz")
         and tensors_at(path, options) is None
     ):
-        return pickle_refused(path)
+        return pickle_error(path)
     if path.suffix != ".safetensors" and start[8:] != b"{" and not is_pickle(path):
         kind = impostor_at(path) or "not a safetensors file, nor another file of tensors."
         return UnknownFormatError(f"{path}: this is {kind} {_READABLE}")
     tensors = open_tensors(path, allow_pickle=options.allow_pickle)
     if known_pair(tensors.infos):
         return pair_needed(path, tensors)
-    return UnknownFormatError(f"{path}: {_described(tensors)} {_READABLE}{hint}")
+    return UnknownFormatError(f"{path}: {_describe_tensors(tensors)} {_READABLE}{hint}")
 
 
 def _unknown_folder(folder: Path, options: ReadOptions, hint: str) -> UnknownFormatError:
@@ -156,7 +156,7 @@ def _unknown_folder(folder: Path, options: ReadOptions, hint: str) -> UnknownFor
     if kinds:
         text += kinds
     elif stored:
-        text += f" {stored[0].name}: {_described(open_tensors(stored[0]))}"
+        text += f" {stored[0].name}: {_describe_tensors(open_tensors(stored[0]))}"
     elif any(name.endswith(tuple(PICKLE_SUFFIXES)) for name in names) and not options.allow_pickle:
         text += (
             " Pickles can run code when other programs open them, and are read only with "
@@ -165,7 +165,7 @@ def _unknown_folder(folder: Path, options: ReadOptions, hint: str) -> UnknownFor
     return UnknownFormatError(f"{text} {_READABLE}{hint}")
 
 
-def _described(tensors: NamedTensors) -> str:
+def _describe_tensors(tensors: NamedTensors) -> str:
     """Return a sentence on the tensors of a file: how many, and the first ones."""
     infos = list(tensors.infos.values())
     first = ", ".join(f"'{info.name}' {info.shape}" for info in infos[:3])

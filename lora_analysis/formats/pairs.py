@@ -75,14 +75,16 @@ class _Pairs(Format):
     name = "pairs"
 
     def locate(self, path: Path, options: ReadOptions) -> AdapterFiles | None:
-        is_located = path.is_file() if options.pair is not None else is_described(path, options)
+        is_located = (
+            path.is_file() if options.pair is not None else has_matching_names(path, options)
+        )
         return AdapterFiles(path, path) if is_located else None
 
     def recognizes(self, tensors: NamedTensors, options: ReadOptions) -> bool:
         return options.pair is not None or _match_names(tensors, options)
 
     def find(self, files: AdapterFiles, options: ReadOptions) -> list[AdapterRef]:
-        return super().find(files, options) if is_described(files.path, options) else []
+        return super().find(files, options) if has_matching_names(files.path, options) else []
 
     def read(self, files: AdapterFiles, name: str | None, options: ReadOptions) -> Adapter:  # noqa: ARG002
         """Read the pairs of a file that match ``options.pair``.
@@ -119,7 +121,7 @@ class _Pairs(Format):
 FORMAT: Final = _Pairs()
 
 
-def is_described(path: Path, options: ReadOptions) -> bool:
+def has_matching_names(path: Path, options: ReadOptions) -> bool:
     """Return True if a file's names match the caller's patterns, or a known naming without any."""
     tensors = tensors_at(path, options)
     return tensors is not None and _match_names(tensors, options)

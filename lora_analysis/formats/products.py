@@ -131,11 +131,11 @@ def _loha(tensors: NamedTensors, module: str, parts: Mapping[str, str]) -> Produ
         if core is not None:
             # ΔW₁ = einsum("ij…,ip,jr->pr…", t, w_a, w_b): w_a stays B, t and w_b make A.
             kernel = tensors.infos[core].shape[2:]
-            a, b = a.transposed(), contract(tensor(core), b).flattened()
+            a, b = a.transpose(), contract(tensor(core), b).flatten()
         factors_b.append(a)
-        factors_a.append(b.transposed())
+        factors_a.append(b.transpose())
     pair = StoredPair(
-        module, khatri_rao(*factors_a).transposed(), khatri_rao(*factors_b),
+        module, khatri_rao(*factors_a).transpose(), khatri_rao(*factors_b),
         layout="conv" if kernel else "linear", kernel=kernel, most_rank=_MOST_RANK,
     )  # fmt: skip
     return ProductModule(pair, "LoHa", tensors.infos[parts["hada_w1_b"]].shape[0])
@@ -149,21 +149,21 @@ def _lokr(tensors: NamedTensors, module: str, parts: Mapping[str, str]) -> Produ
         kernel = tensors.infos[core].shape[2:]
         rank = tensors.infos[parts["lokr_w2_b"]].shape[0]
         second = (
-            tensor(parts["lokr_w2_a"]).transposed(),
-            contract(tensor(core), tensor(parts["lokr_w2_b"])).flattened(),
+            tensor(parts["lokr_w2_a"]).transpose(),
+            contract(tensor(core), tensor(parts["lokr_w2_b"])).flatten(),
         )
     elif "lokr_w2_b" in parts:
         rank = tensors.infos[parts["lokr_w2_b"]].shape[0]
-        second = tensor(parts["lokr_w2_a"]), tensor(parts["lokr_w2_b"]).flattened()
+        second = tensor(parts["lokr_w2_a"]), tensor(parts["lokr_w2_b"]).flatten()
     else:
         shape = tensors.infos[parts["lokr_w2"]].shape
         kernel = shape[2:]
-        second = _whole(tensors, tensor(parts["lokr_w2"]).flattened())
+        second = _as_product(tensors, tensor(parts["lokr_w2"]).flatten())
     if "lokr_w1_b" in parts:
         rank = tensors.infos[parts["lokr_w1_b"]].shape[0] if rank is None else rank
         first = tensor(parts["lokr_w1_a"]), tensor(parts["lokr_w1_b"])
     else:
-        first = _whole(tensors, tensor(parts["lokr_w1"]))
+        first = _as_product(tensors, tensor(parts["lokr_w1"]))
     pair = StoredPair(
         module, kronecker(first[1], second[1]), kronecker(first[0], second[0]),
         layout="conv" if kernel else "linear", kernel=kernel, most_rank=_MOST_RANK,
@@ -171,9 +171,9 @@ def _lokr(tensors: NamedTensors, module: str, parts: Mapping[str, str]) -> Produ
     return ProductModule(pair, "LoKr", rank)
 
 
-def _whole(tensors: NamedTensors, matrix: StoredFactor) -> tuple[StoredFactor, StoredFactor]:
+def _as_product(tensors: NamedTensors, matrix: StoredFactor) -> tuple[StoredFactor, StoredFactor]:
     """Return a matrix that is stored whole as a product with the smaller identity."""
-    rows, columns = matrix.flattened().shape(tensors)
+    rows, columns = matrix.flatten().shape(tensors)
     if columns <= rows:
         return matrix, identity_like(matrix, columns)
     return identity_like(matrix, rows), matrix

@@ -336,15 +336,15 @@ class _Hit(NamedTuple):
     fields: dict[str, Any]
 
 
-def _worst(code: str, hits: Sequence[_Hit], total: int) -> Iterator[Finding]:
+def _worst_finding(code: str, hits: Sequence[_Hit], total: int) -> Iterator[Finding]:
     """Yield the finding about the strongest hit, with all affected modules, if there are any."""
     if hits:
         worst = max(hits, key=lambda hit: hit.size)
         modules = list(dict.fromkeys(hit.module for hit in hits))
-        yield Finding(code, worst.fields | _affected(modules, total))
+        yield Finding(code, worst.fields | _affected_fields(modules, total))
 
 
-def _affected(names: list[str], total: int) -> dict[str, Any]:
+def _affected_fields(names: list[str], total: int) -> dict[str, Any]:
     """Return the fields that every finding has: how many modules, of how many, and which."""
     return {"count": len(names), "total": total, "modules": names}
 
@@ -358,7 +358,7 @@ def _factors(
             yield module, factor, {"role": role, "module": module.module}
 
 
-def _enlarged(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
+def _enlarged_entries(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
     """Rule: one entry far above the others, as a flipped exponent bit leaves it."""
     hits = []
     for m, f, fields in _factors(modules):
@@ -366,10 +366,10 @@ def _enlarged(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
             ratio = {"ratio": f.peak_ratio} if math.isfinite(f.peak_ratio) else {}
             hits.append(_Hit(f.peak_ratio, m.module, {**fields, "value": f.largest, **ratio}))
     single = any(math.isinf(hit.size) for hit in hits)
-    yield from _worst("single-entry" if single else "enlarged-entry", hits, len(modules))
+    yield from _worst_finding("single-entry" if single else "enlarged-entry", hits, len(modules))
 
 
-def _large(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
+def _large_values(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
     """Rule: values above 1e4 that their own factor does not single out."""
     hits = []
     for m in modules:
@@ -377,27 +377,27 @@ def _large(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
             role = next((role for role, f in m.factors if f.largest == m.largest), "ΔW")
             fields = {"role": role, "module": m.module, "value": m.largest}
             hits.append(_Hit(m.largest, m.module, fields))
-    yield from _worst("large-values", hits, len(modules))
+    yield from _worst_finding("large-values", hits, len(modules))
 
 
-def _tiny(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
+def _tiny_values(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
     """Rule: factors without any entry above 1e-20: bytes that were read as another type."""
     hits = [
         _Hit(0.0, m.module, {**fields, "value": f.largest})
         for m, f, fields in _factors(modules)
         if 0 < f.largest < _TINY
     ]
-    yield from _worst("tiny-values", hits, len(modules))
+    yield from _worst_finding("tiny-values", hits, len(modules))
 
 
-def _scales(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
+def _large_scales(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
     """Rule: a scale above 1e4."""
     hits = [
         _Hit(abs(m.scale), m.module, {"module": m.module, "value": m.scale})
         for m in modules
         if m.scale is not None and abs(m.scale) > _LARGE_SCALE
     ]
-    yield from _worst("large-scale", hits, len(modules))
+    yield from _worst_finding("large-scale", hits, len(modules))
 
 
 def _zero_runs(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
@@ -422,23 +422,23 @@ def _zero_runs(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
             for m, f, fields in _factors(modules)
             if (run := across.get((m.module, fields["role"]), f.run)) and run.is_hole is is_hole
         ]
-        yield from _worst(code, hits, len(modules))
+        yield from _worst_finding(code, hits, len(modules))
 
 
-def _scattered(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
+def _scattered_zeros(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
     """Rule: more than 5 % zeros between other entries."""
     hits = [
         _Hit(f.scattered, m.module, {**fields, "share": f.scattered, "dtype": m.dtype})
         for m, f, fields in _factors(modules)
         if f.scattered
     ]
-    yield from _worst("scattered-zeros", hits, len(modules))
+    yield from _worst_finding("scattered-zeros", hits, len(modules))
 
 
 # Conclusions about all modules together
 
 
-def _zero_a(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
+def _zero_a_factors(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
     """Rule: A is zero in a linear layer, where it starts random; AdaLoRA's A times E may be."""
     names = [
         m.module
@@ -447,10 +447,10 @@ def _zero_a(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
         and (m.A.position is not None or m.B.position is None)
     ]
     if names:
-        yield Finding("zero-a", _affected(names, len(modules)))
+        yield Finding("zero-a", _affected_fields(names, len(modules)))
 
 
-def _no_gradient(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
+def _zero_b_factors(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
     """Rule: B is zero in some modules only: whole types or layers, or scattered ones."""
     if not any(m.is_trained for m in modules):
         return
@@ -466,7 +466,7 @@ def _no_gradient(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
         ("no-gradient", [name for name in names if name in whole]),
     ):
         if members:
-            yield Finding(code, _affected(members, len(modules)))
+            yield Finding(code, _affected_fields(members, len(modules)))
 
 
 def _whole_groups(names: Sequence[str], zero: set[str]) -> set[str]:
@@ -493,7 +493,7 @@ def _whole_groups(names: Sequence[str], zero: set[str]) -> set[str]:
     return {name for members in groups if zero.issuperset(members) for name in members}
 
 
-def _twins(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
+def _identical_modules(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
     """Rule: A and B both identical in two modules, and A alone among q, k, v of a layer."""
     groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for m in modules:
@@ -506,7 +506,7 @@ def _twins(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
     members = [name for group in twins for name in group]
     if twins:
         fields = {"module": twins[0][0], "other": twins[0][1]}
-        yield Finding("twin-modules", fields | _affected(members, len(modules)))
+        yield Finding("twin-modules", fields | _affected_fields(members, len(modules)))
     copies = _copies([m for m in modules if m.module not in members])
     if copies:
         yield Finding("copied-a", {"count": len(copies), "modules": copies})
@@ -564,7 +564,7 @@ class _Outlier(NamedTuple):
     scope: str
 
 
-def _norms(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
+def _norm_outliers(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
     """Rule: ‖A‖, ‖B‖, ‖ΔW‖ or a largest entry outside the range of the other modules."""
     # A single entry that is named already makes the norms large, and would hide others in them.
     outliers = list(_outliers([m for m in modules if not m.has_peak]))
@@ -586,7 +586,7 @@ def _norms(modules: Sequence[ModuleStatistics]) -> Iterator[Finding]:
             )
             for outlier in members
         ]
-        yield from _worst(code, hits, len(modules))
+        yield from _worst_finding(code, hits, len(modules))
 
 
 def _outliers(modules: Sequence[ModuleStatistics]) -> Iterator[_Outlier]:
@@ -663,16 +663,16 @@ def _pools(
             yield pool, few, "of the adapter"
 
 
-_JOINT: Final = (_zero_a, _no_gradient, _twins, _norms)
+_JOINT: Final = (_zero_a_factors, _zero_b_factors, _identical_modules, _norm_outliers)
 _CHECKS: Final[tuple[Callable[[Sequence[ModuleStatistics]], Iterator[Finding]], ...]] = (
-    _zero_a,
-    _enlarged,
-    _large,
-    _tiny,
-    _scales,
-    _norms,
+    _zero_a_factors,
+    _enlarged_entries,
+    _large_values,
+    _tiny_values,
+    _large_scales,
+    _norm_outliers,
     _zero_runs,
-    _no_gradient,
-    _twins,
-    _scattered,
+    _zero_b_factors,
+    _identical_modules,
+    _scattered_zeros,
 )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from lora_analysis.adapter import SideTensor
 from lora_analysis.errors import UnsupportedMethodError
-from lora_analysis.finding import Finding, listed
+from lora_analysis.finding import Finding, quote_names
 from lora_analysis.formats.registry import CARRYING
 from lora_analysis.storage.tensor_writer import OutputTensor
 from lora_analysis.storage.tensors import read_bits
@@ -91,9 +91,9 @@ def carried_tensors(adapter: Adapter, format: str) -> dict[str, SideTensor]:
         source = source_format(adapter)
         hint = f" format='{source}' (command line: --to {source}) keeps them."
         message = (
-            f"{adapter.label} also stores {listed(needed)} next to the factors, which a file of "
-            f"{format} cannot hold: a model that loads it would compute different numbers. It is "
-            f"not written.{hint if source in CARRYING else ''}"
+            f"{adapter.label} also stores {quote_names(needed)} next to the factors, which a file "
+            f"of {format} cannot hold: a model that loads it would compute different numbers. It "
+            f"is not written.{hint if source in CARRYING else ''}"
         )
         raise UnsupportedMethodError(message)
     return {}

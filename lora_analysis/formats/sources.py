@@ -206,13 +206,13 @@ def tensors_at(path: Path, options: ReadOptions) -> NamedTensors | None:
         if not path.is_file():
             return None
         key = (status.st_mtime_ns, status.st_size, status.st_ino)
-        return _opened(path, options.allow_pickle, key)
+        return _open_cached(path, options.allow_pickle, key)
     except (InputError, OSError, ValueError):
         return None
 
 
 @lru_cache(maxsize=8)
-def _opened(path: Path, allow_pickle: bool, _state: tuple[int, ...]) -> NamedTensors:
+def _open_cached(path: Path, allow_pickle: bool, _state: tuple[int, ...]) -> NamedTensors:
     return open_tensors(path, allow_pickle=allow_pickle)
 
 
@@ -277,7 +277,7 @@ def setting_count(value: object) -> int | None:
     return value if type(value) is int and 0 < value < 10**9 else None
 
 
-def says_nothing(name: str) -> bool:
+def is_uninformative(name: str) -> bool:
     """Return True if many files or folders have this name, as ``final`` or ``model``."""
     return _GENERIC.fullmatch(name) is not None
 
@@ -291,7 +291,7 @@ def label_of(path: Path, name: str | None = None) -> str:
     path = path.absolute()
     first = label = path.stem if path.suffix in CONTAINER_SUFFIXES else _name_of(path)
     for folder in islice(path.parents, 2):
-        if not says_nothing(first) or not folder.name:
+        if not is_uninformative(first) or not folder.name:
             break
         first = _name_of(folder)
         label = f"{first}/{label}"

@@ -4,10 +4,10 @@ Formats store factors transposed, fused, sliced, stacked, flattened or scaled. A
 this once, as a value; the shape follows from the headers alone, and the numbers are read when a
 module is asked for::
 
-    tensor("layers.0.lora_a").transposed()          # MLX: A stored as (d_in, r)
+    tensor("layers.0.lora_a").transpose()          # MLX: A stored as (d_in, r)
     tensor("qkv.lora_A").rows(slice(0, 8))          # the q block of a fused A
     tensor("experts.lora_B").columns(slice(3, None, 8))   # expert 3 of 8
-    tensor("conv.lora_down").flattened()            # (r, c_in, k, k) to (r, c_in·k·k)
+    tensor("conv.lora_down").flatten()            # (r, c_in, k, k) to (r, c_in·k·k)
     stack([tensor("a"), tensor("b")])               # two factors of one update
 """
 
@@ -72,41 +72,41 @@ class StoredFactor(ABC):
         """Name of the first tensor."""
         return self.names[0]
 
-    def transposed(self, *axes: int) -> StoredFactor:
-        """Return it with its axes in the given order, reversed by default."""
-        return _Operation(self, "transposed", axes)
+    def transpose(self, *axes: int) -> StoredFactor:
+        """Return the factor with its axes in the given order, reversed by default."""
+        return _Operation(self, "transpose", axes)
 
-    def reshaped(self, *shape: int) -> StoredFactor:
-        """Return it in another shape of as many elements; one ``-1`` is worked out."""
-        return _Operation(self, "reshaped", shape)
+    def reshape(self, *shape: int) -> StoredFactor:
+        """Return the factor in a shape of as many elements; a ``-1`` is inferred."""
+        return _Operation(self, "reshape", shape)
 
-    def flattened(self) -> StoredFactor:
-        """Return it as a matrix: all axes but the first become one, as of a kernel."""
-        return _Operation(self, "flattened", ())
+    def flatten(self) -> StoredFactor:
+        """Return the factor as a matrix: all axes but the first, as of a kernel, become one."""
+        return _Operation(self, "flatten", ())
 
     def at(self, index: int) -> StoredFactor:
         """Return one item along the first axis, for example one expert of a stack."""
         return _Operation(self, "at", (index,))
 
     def rows(self, part: slice) -> StoredFactor:
-        """Return some of its rows."""
+        """Return some rows of the factor."""
         return _Operation(self, "rows", (part,))
 
     def columns(self, part: slice) -> StoredFactor:
-        """Return some of its columns; a step takes every n-th."""
+        """Return some columns of the factor; a step takes every n-th."""
         return _Operation(self, "columns", (part,))
 
-    def spread(self, count: int) -> StoredFactor:
-        """Return the block-diagonal matrix of its ``count`` blocks of rows."""
-        return _Operation(self, "spread", (count,))
+    def spread_blocks(self, count: int) -> StoredFactor:
+        """Return the block-diagonal matrix of the factor's ``count`` blocks of rows."""
+        return _Operation(self, "spread_blocks", (count,))
 
     def times(self, number: float) -> StoredFactor:
-        """Return it multiplied by a number, in float64."""
+        """Return the factor multiplied by a number, in float64."""
         return _Operation(self, "times", (number,))
 
-    def scaled_rows(self, diagonal: StoredFactor) -> StoredFactor:
-        """Return it with row k multiplied by entry k of a vector, ``diag(v)·M``, in float64."""
-        return _Combination((self, diagonal), "scaled_rows")
+    def scale_rows(self, diagonal: StoredFactor) -> StoredFactor:
+        """Return the factor with row k times entry k of a vector, ``diag(v)·M``, in float64."""
+        return _Combination((self, diagonal), "scale_rows")
 
 
 def tensor(name: str, *, shared: bool = False) -> StoredFactor:
@@ -154,8 +154,8 @@ def identity_like(matrix: StoredFactor, size: int) -> StoredFactor:
     return _Operation(matrix, "identity", (size,))
 
 
-def in_halves(factor: StoredFactor, shape: Sequence[int], heads: int) -> StoredFactor:
-    """Return B, or one number per row, whose heads have neighboring rows in pairs, as two halves.
+def deinterleave_heads(factor: StoredFactor, shape: Sequence[int], heads: int) -> StoredFactor:
+    """Return B, or one number per row, with each head's interleaved rows reordered as two halves.
 
     Meta's rotary embedding turns neighboring rows of a head together, Hugging Face's row i of its
     first half with row i of its second. Weights that went from one to the other have their rows
@@ -169,8 +169,8 @@ def in_halves(factor: StoredFactor, shape: Sequence[int], heads: int) -> StoredF
         Number of heads that the rows are of.
     """
     rows, *rest = shape
-    in_pairs = factor.reshaped(heads, rows // heads // 2, 2, *rest)
-    return in_pairs.transposed(0, 2, 1, *range(3, 3 + len(rest))).reshaped(*shape)
+    in_pairs = factor.reshape(heads, rows // heads // 2, 2, *rest)
+    return in_pairs.transpose(0, 2, 1, *range(3, 3 + len(rest))).reshape(*shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,7 +308,7 @@ def _spread_shape(shape: Shape, count: int) -> Shape:
     return shape[0], shape[1] * count
 
 
-def _spread(blocks: NDArray[Any], count: int) -> NDArray[Any]:
+def _spread_blocks(blocks: NDArray[Any], count: int) -> NDArray[Any]:
     rows, columns = blocks.shape
     whole = np.zeros((count, rows // count, count, columns), blocks.dtype)
     diagonal = np.arange(count)
@@ -319,9 +319,9 @@ def _spread(blocks: NDArray[Any], count: int) -> NDArray[Any]:
 # Shape and numbers of each operation. A part is a copy: a view would keep the whole tensor in
 # memory.
 _OPERATIONS: Final[dict[str, tuple[Callable[..., Shape], Callable[..., NDArray[Any]]]]] = {
-    "transposed": (_transposed_shape, lambda array, *axes: np.transpose(array, axes or None)),
-    "reshaped": (_new_shape, lambda array, *shape: array.reshape(shape)),
-    "flattened": (
+    "transpose": (_transposed_shape, lambda array, *axes: np.transpose(array, axes or None)),
+    "reshape": (_new_shape, lambda array, *shape: array.reshape(shape)),
+    "flatten": (
         lambda shape: (*shape[:1], math.prod(shape[1:])),
         lambda array: array.reshape(len(array), -1),
     ),
@@ -334,7 +334,7 @@ _OPERATIONS: Final[dict[str, tuple[Callable[..., Shape], Callable[..., NDArray[A
         lambda shape, part: _sliced_shape(shape, 1, part),
         lambda array, part: array[:, part].copy(),
     ),
-    "spread": (_spread_shape, _spread),
+    "spread_blocks": (_spread_shape, _spread_blocks),
     "identity": (lambda _, size: (size, size), lambda _, size: np.eye(size)),
     "times": (lambda shape, _: shape, lambda array, number: array * np.float64(number)),
 }
@@ -348,7 +348,7 @@ def _scaled_shape(shapes: Sequence[Shape]) -> Shape:
     return shape
 
 
-def _scaled_rows(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+def _scale_rows(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
     factor, diagonal = arrays
     return factor * diagonal.astype(np.float64).reshape(-1, 1)
 
@@ -389,7 +389,7 @@ def _contracted_shape(shapes: Sequence[Shape]) -> Shape:
     return (core[0], matrix[1], *core[2:])
 
 
-def _contracted(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+def _contract(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
     matrix, core = (array.astype(np.float64) for array in arrays)
     return np.moveaxis(np.tensordot(core, matrix, axes=(1, 0)), -1, 1)
 
@@ -415,10 +415,10 @@ def _khatri_rao(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
 
 
 _COMBINATIONS: Final[dict[str, tuple[Callable[..., Shape], Callable[..., NDArray[Any]]]]] = {
-    "scaled_rows": (_scaled_shape, _scaled_rows),
+    "scale_rows": (_scaled_shape, _scale_rows),
     "stack": (_stack_shape, lambda arrays, axis: np.concatenate(arrays, axis=axis)),
     "block_diagonal": (_block_diagonal_shape, _block_diagonal),
-    "contract": (_contracted_shape, _contracted),
+    "contract": (_contracted_shape, _contract),
     "khatri_rao": (_khatri_rao_shape, _khatri_rao),
     "kronecker": (
         _kronecker_shape,

@@ -27,7 +27,7 @@ _EXPERT: Final = re.compile(r"(?P<before>.+\.experts)\.(?P<index>\d+)\.(?P<after
 
 
 @dataclass(frozen=True, slots=True)
-class Factors:
+class FactorArrays:
     """A and B of one module as they will be stored; ``norms`` are DoRA's.
 
     Numbers of type bfloat16 are given as their bits.
@@ -49,7 +49,7 @@ class PlannedFactors:
     b: Shape
     layout: str
     dtype: str
-    load: Callable[[str], Factors]
+    load: Callable[[str], FactorArrays]
     norms: Shape | None = None
 
     @property
@@ -103,9 +103,11 @@ def _folded_arrays(adapter: Adapter, name: str, ratio: float) -> dict[str, NDArr
     return arrays if update.magnitude is None else {**arrays, "magnitude": update.magnitude}
 
 
-def _folded_factors(adapter: Adapter, name: str, ratio: float, dtype: str) -> Factors:
+def _folded_factors(adapter: Adapter, name: str, ratio: float, dtype: str) -> FactorArrays:
     arrays = _folded_arrays(adapter, name, ratio)
-    return Factors(*(narrow(array, dtype, f"{role} of '{name}'") for role, array in arrays.items()))
+    return FactorArrays(
+        *(narrow(array, dtype, f"{role} of '{name}'") for role, array in arrays.items())
+    )
 
 
 def common_dtype(members: Iterable[PlannedFactors]) -> str:
@@ -178,9 +180,11 @@ def stack_experts(factors: Mapping[str, PlannedFactors], format: str) -> dict[st
     return plain
 
 
-def _stacked_factors(members: Sequence[PlannedFactors], a: Shape, b: Shape, dtype: str) -> Factors:
+def _stacked_factors(
+    members: Sequence[PlannedFactors], a: Shape, b: Shape, dtype: str
+) -> FactorArrays:
     """Return the factors of a stack; one member at a time is loaded."""
-    whole = Factors(np.empty(a, raw_dtype(dtype)), np.empty(b, raw_dtype(dtype)))
+    whole = FactorArrays(np.empty(a, raw_dtype(dtype)), np.empty(b, raw_dtype(dtype)))
     for index, member in enumerate(members):
         factors = member.load(dtype)
         whole.a[index], whole.b[index] = factors.a, factors.b

@@ -19,7 +19,7 @@ from lora_analysis.errors import InputError, UnsupportedMethodError
 from lora_analysis.formats.peft.adapter_config import refuse_more_than_factors
 from lora_analysis.formats.peft.module_pairs import DORA
 from lora_analysis.formats.side_tensors import carried_tensors
-from lora_analysis.storage.dtypes import is_exact, narrow, narrowed_type, widened
+from lora_analysis.storage.dtypes import is_exact, narrow, narrowed_type, to_float32
 from lora_analysis.storage.tensor_writer import OutputTensor, output_group
 
 if TYPE_CHECKING:
@@ -269,8 +269,8 @@ def round_update(update: LowRankUpdate, dtype: str) -> LowRankUpdate:
     InputError
         A number is too large for the type.
     """
-    A = widened(narrow(update.A, dtype, f"A of '{update.name}'"), dtype)
-    B = widened(narrow(update.B, dtype, f"B of '{update.name}'"), dtype)
+    A = to_float32(narrow(update.A, dtype, f"A of '{update.name}'"), dtype)
+    B = to_float32(narrow(update.B, dtype, f"B of '{update.name}'"), dtype)
     return replace(update, A=A, B=B, stored_dtype=dtype, stored_at=NOT_STORED)
 
 
@@ -286,14 +286,14 @@ def in_dtype(adapter: Adapter, dtype: str) -> Adapter:
     updates = {
         name: LazyUpdate(
             replace(adapter.outline(name), stored_dtype=dtype),
-            partial(_rounded, adapter, name, dtype),
+            partial(_load_rounded, adapter, name, dtype),
         )
         for name in adapter
     }
     return adapter.copy_with(updates=updates)
 
 
-def _rounded(adapter: Adapter, name: str, dtype: str) -> Update:
+def _load_rounded(adapter: Adapter, name: str, dtype: str) -> Update:
     update = adapter[name]
     return round_update(update, dtype) if isinstance(update, LowRankUpdate) else update
 

@@ -61,16 +61,16 @@ def leading_svd(W: NDArray[np.floating], k: int) -> DenseSVD:
     tall = W if W.shape[0] >= W.shape[1] else W.T
     svd = krylov_svd(_operator(tall.astype(np.float32, copy=False)), k)
     if svd is not None:
-        svd = _polished(tall, _refined(tall, svd.V), k)
-        if not _is_exact(svd, _away(tall, svd), k):
+        svd = _polish(tall, _svd_on_span(tall, svd.V), k)
+        if not _is_exact(svd, _residuals(tall, svd), k):
             # Beside a value some hundred times larger, float32 does not resolve the others.
             svd = krylov_svd(_operator(np.asarray(tall, dtype=np.float64)), k, start=svd.V)
-            svd = None if svd is None else _polished(tall, svd, k)
+            svd = None if svd is None else _polish(tall, svd, k)
     u, s, v = _lapack_svd(tall, k) if svd is None else svd
     return DenseSVD(u[:, :k], s[:k], v[:, :k]) if tall is W else DenseSVD(v[:, :k], s[:k], u[:, :k])
 
 
-def _polished(W: NDArray[np.floating], svd: DenseSVD, k: int) -> DenseSVD:
+def _polish(W: NDArray[np.floating], svd: DenseSVD, k: int) -> DenseSVD:
     """Return the triplets with vectors improved in float64, until their residuals are small.
 
     The iteration stops once the values are exact, whose error is the square of that of vectors.
@@ -80,19 +80,19 @@ def _polished(W: NDArray[np.floating], svd: DenseSVD, k: int) -> DenseSVD:
     """
     count = len(svd.S)
     for _ in range(_POLISHES):
-        away = _away(W, svd)
+        away = _residuals(W, svd)
         size, distance = np.linalg.norm(away, axis=0), svd.S - svd.S[-1]
         gap = svd.S - np.append(svd.S[1:], svd.S[-1])
         error = size * gap / np.where(distance > 0, distance, 1.0)
         coarse = (error > VECTOR_TOLERANCE * svd.S) & (GRAM_RANGE**2 * svd.S[0] < svd.S)
         if not coarse[:k].any():
             break
-        u, s, v = _refined(W, np.hstack([svd.V, away[:, coarse] / size[coarse]]))
+        u, s, v = _svd_on_span(W, np.hstack([svd.V, away[:, coarse] / size[coarse]]))
         svd = DenseSVD(u[:, :count], s[:count], v[:, :count])
     return svd
 
 
-def _away(W: NDArray[np.floating], svd: DenseSVD) -> Float:
+def _residuals(W: NDArray[np.floating], svd: DenseSVD) -> Float:
     """Return how far each triplet is from one of W, ``Wᵀu − σv``."""
     return np.asarray(_product(W.T, svd.U) - svd.V * svd.S)
 
@@ -144,7 +144,7 @@ def _lapack_svd(W: NDArray[np.floating], k: int) -> DenseSVD:
     return DenseSVD(u[:, :k], s[:k], vt[:k].T)
 
 
-def _refined(W: NDArray[np.floating], directions: NDArray[np.floating]) -> DenseSVD:
+def _svd_on_span(W: NDArray[np.floating], directions: NDArray[np.floating]) -> DenseSVD:
     """Return the SVD of a tall W on the span of some directions of R^n, in float64."""
     basis = np.linalg.qr(directions.astype(np.float64))[0]
     left, s, vt = np.linalg.svd(_product(W, basis), full_matrices=False)
@@ -246,7 +246,7 @@ def thin_product(block: NDArray[np.floating], X: NDArray[np.floating]) -> Float:
     """
     (m, n), r = block.shape, X.shape[1]
     pieces = n // _DEPTH
-    if not pieces or not _pays(block, r):
+    if not pieces or not _has_fast_kernels(block, r):
         return np.asarray(block @ X, dtype=np.float64)
     whole, height = pieces * _DEPTH, max(1, _WORK // (_DEPTH * r))
     grouped = pieces // _GROUP * _GROUP
@@ -269,7 +269,7 @@ def thin_left_product(Y: NDArray[np.floating], block: NDArray[np.floating]) -> N
     (m, n), r = block.shape, Y.shape[1]
     rows = np.ascontiguousarray(Y.T)
     pieces = n // _DEPTH
-    if not pieces or m * r > _WORK // _DEPTH or not _pays(block, r):
+    if not pieces or m * r > _WORK // _DEPTH or not _has_fast_kernels(block, r):
         return np.asarray(rows @ block)
     whole = pieces * _DEPTH
     product = np.empty((r, n), block.dtype)
@@ -280,7 +280,7 @@ def thin_left_product(Y: NDArray[np.floating], block: NDArray[np.floating]) -> N
     return product
 
 
-def _pays(block: NDArray[np.floating], columns: int) -> bool:
+def _has_fast_kernels(block: NDArray[np.floating], columns: int) -> bool:
     controllers = _blas().lib_controllers
     return (
         0 < columns <= _FEW

@@ -65,7 +65,7 @@ def factored_svd(B: Any, A: Any, *, vectors: bool | int = True) -> FactoredSVD:
     """
     if _is_cheaper_formed(B, A):
         # Neither factor has fewer numbers than the product.
-        B, A = _double(B), _double(A)
+        B, A = _to_float64(B), _to_float64(A)
         u, s, v_t = np.linalg.svd(B @ A, full_matrices=False)
         norms, conditions = zip(_formed_measures(B), _formed_measures(A.T), strict=True)
         if not vectors:
@@ -132,7 +132,7 @@ def kronecker_svd(
 def factored_singular_values(B: NDArray[np.floating], A: NDArray[np.floating]) -> Float:
     """Return the singular values ``(..., k)`` of ``B·A``, descending; no vectors are built."""
     if _is_cheaper_formed(B, A):
-        return np.asarray(np.linalg.svd(_double(B) @ _double(A), compute_uv=False))
+        return np.asarray(np.linalg.svd(_to_float64(B) @ _to_float64(A), compute_uv=False))
     triangles = _by_cholesky(B, A)
     if triangles is not None:
         left, right = triangles
@@ -151,7 +151,7 @@ def tall_svd(matrix: Any) -> tuple[Float, Float]:
         u, values, _ = np.linalg.svd(triangles[0].R)
         vectors = triangles[0].rows(u).T
     else:
-        matrix, xp = _double(matrix), namespace(matrix)
+        matrix, xp = _to_float64(matrix), namespace(matrix)
         q, r = xp.linalg.qr(matrix)
         u, values, _ = xp.linalg.svd(r, full_matrices=False)
         vectors = q @ u
@@ -165,7 +165,7 @@ def _by_cholesky(B: Any, A: Any) -> list[Triangular] | None:
     return by_cholesky([B, A.T])
 
 
-def _double(matrix: Any) -> Any:
+def _to_float64(matrix: Any) -> Any:
     return np.asarray(matrix, dtype=np.float64) if isinstance(matrix, np.ndarray) else matrix
 
 
@@ -189,7 +189,7 @@ def _formed_measures(matrix: Float) -> tuple[Float, Float]:
 # --- by Householder's QR ----------------------------------------------------------------------
 
 
-def _scaled(matrix: Any, xp: Any) -> tuple[Any, Any]:
+def _scale_down(matrix: Any, xp: Any) -> tuple[Any, Any]:
     """Return the matrix divided by a power of two near its largest entry, and that power.
 
     Exact, and it keeps squares and products of extreme factors (1e-200, 1e200) in range.
@@ -203,7 +203,7 @@ def _scaled(matrix: Any, xp: Any) -> tuple[Any, Any]:
     return matrix / half[..., None, None] / rest[..., None, None], scale
 
 
-def _unscaled(values: Any, *scales: Any) -> Any:
+def _undo_scaling(values: Any, *scales: Any) -> Any:
     for scale in scales:
         values = values * scale[..., :1]
     for scale in scales:
@@ -214,8 +214,8 @@ def _unscaled(values: Any, *scales: Any) -> Any:
 def _householder_svd(b: Any, a: Any, *, vectors: bool | int) -> FactoredSVD:
     """Return the SVD of any factors, stacks and tensors included, by the array API standard."""
     xp = namespace(b)
-    b, scale_b = _scaled(_double(b), xp)
-    a, scale_a = _scaled(_double(a), xp)
+    b, scale_b = _scale_down(_to_float64(b), xp)
+    a, scale_a = _scale_down(_to_float64(a), xp)
     # The order leaves B·A as it is, but a core graded from the top left keeps its small singular
     # values to full relative accuracy: at a grading of 1e12 the error falls from 3e-5 to 2e-15.
     size = xp.linalg.vector_norm(b, axis=-2) * xp.linalg.vector_norm(a, axis=-1)
@@ -239,10 +239,10 @@ def _householder_svd(b: Any, a: Any, *, vectors: bool | int) -> FactoredSVD:
         values = xp.linalg.svdvals(r_b @ r_a.mT)
     return FactoredSVD(
         U=u,
-        S=_unscaled(values, scale_b, scale_a),
+        S=_undo_scaling(values, scale_b, scale_a),
         V=v,
-        B_norm=_unscaled(_norm(r_b)[..., None], scale_b)[..., 0],
-        A_norm=_unscaled(_norm(r_a)[..., None], scale_a)[..., 0],
+        B_norm=_undo_scaling(_norm(r_b)[..., None], scale_b)[..., 0],
+        A_norm=_undo_scaling(_norm(r_a)[..., None], scale_a)[..., 0],
         B_condition=_condition(r_b),
         A_condition=_condition(r_a),
     )

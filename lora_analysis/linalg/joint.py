@@ -89,13 +89,13 @@ def joint_svd(B_gram: Float, A_gram: Float, ranks: Sequence[int]) -> JointSVD | 
             turns[member] = left[index], right[index]
     in_order = range(len(ranks))
     sides = (
-        _turned(gram, parts, [turns[i][side] for i in in_order])
+        _rotate_blocks(gram, parts, [turns[i][side] for i in in_order])
         for side, gram in enumerate((B_gram, A_gram))
     )
     return JointSVD([svds[i] for i in in_order], *sides)
 
 
-def _turned(gram: Float, parts: Sequence[slice], turns: Sequence[Float]) -> Float:
+def _rotate_blocks(gram: Float, parts: Sequence[slice], turns: Sequence[Float]) -> Float:
     """Return ``T_iᵀ·G_ij·T_j`` for all blocks of a Gram matrix."""
     half, whole = np.empty_like(gram), np.empty_like(gram)
     for part, turn in zip(parts, turns, strict=True):

@@ -59,11 +59,11 @@ def krylov_svd(
     search = _Krylov(operator, k, start)
     for step in range(1, steps + 1):
         search.extend()
-        if (step % 6 == 0 or search.full) and search.columns > k + BLOCK:
+        if (step % 6 == 0 or search.is_full) and search.columns > k + BLOCK:
             search.project()
-            if search.converged() and not search.missed():
+            if search.has_converged() and not search.find_missed():
                 break
-            if search.full:
+            if search.is_full:
                 search.cut_back()
     else:
         return None
@@ -91,7 +91,7 @@ class _Krylov:
         self.next = np.hstack([given, fresh]).astype(operator.dtype)
 
     @property
-    def full(self) -> bool:
+    def is_full(self) -> bool:
         return self.columns + BLOCK > self.capacity
 
     def extend(self) -> None:
@@ -131,7 +131,7 @@ class _Krylov:
         self.residual = np.linalg.norm(away.astype(np.float64), axis=0)
         self.away = away
 
-    def converged(self) -> bool:
+    def has_converged(self) -> bool:
         """Return True if all k values converged: the error of each is residual² over the gap."""
         top = self.squares[0]
         if top == 0:
@@ -143,7 +143,7 @@ class _Krylov:
         floor = 4 * np.finfo(self.operator.dtype).eps * top
         return bool(np.all((error <= 2 * TOLERANCE * squares) | (residual <= floor)))
 
-    def missed(self) -> bool:
+    def find_missed(self) -> bool:
         """Look for a larger value outside what was found; go on from there if there is one."""
         vectors = self.vectors()
         block = self.rng.standard_normal((self.n, 8)).astype(vectors.dtype)

@@ -54,22 +54,22 @@ def modified_svd(values: Float, P: Float, Q: Float, k: int) -> DenseSVD:
     """
     m, n = len(P), len(Q)
     if n <= DENSE_SVD_LIMIT or 2 * P.shape[1] + _NEAR >= n or k > n // 8:
-        return _whole(values, P, Q, k)
+        return _dense_svd(values, P, Q, k)
     size = float(values[0] + np.linalg.norm(P, 2) * np.linalg.norm(Q, 2))
     if size == 0:
         return DenseSVD(np.eye(m, k), np.zeros(k), np.eye(n, k))
     problem = _problem(values / size, P / size, Q)
-    tried = (problem.leading(k, start) for start in _STARTS)
+    tried = (problem.leading_vectors(k, start) for start in _STARTS)
     vectors = next((candidate for candidate in tried if candidate is not None), None)
     if vectors is None:
-        return _whole(values, P, Q, k)
+        return _dense_svd(values, P, Q, k)
     images = P @ (Q.T @ vectors)
     images[:n] += values[:, None] * vectors
     S = np.linalg.norm(images, axis=0)
     return DenseSVD(images / np.where(S > 0, S, 1.0), S, vectors)
 
 
-def _whole(values: Float, P: Float, Q: Float, k: int) -> DenseSVD:
+def _dense_svd(values: Float, P: Float, Q: Float, k: int) -> DenseSVD:
     dense = P @ Q.T
     dense[np.arange(len(values)), np.arange(len(values))] += values
     if len(Q) <= DENSE_SVD_LIMIT:
@@ -104,7 +104,7 @@ class _Modified(NamedTuple):
         inner = np.linalg.solve(self.inverse, self.F.T @ vectors)
         return np.asarray(self.diagonal[:, None] * vectors + self.F @ inner)
 
-    def _condensed(self, shift: float) -> tuple[slice, Float, Float]:
+    def _condense(self, shift: float) -> tuple[slice, Float, Float]:
         """Return the entries near the shift, the inverses of the others, the Schur complement.
 
         ``[[E, F], [Fᵀ, −C⁻¹]]`` with E = diag − shift, after the far entries of E are eliminated.
@@ -121,15 +121,15 @@ class _Modified(NamedTuple):
         small = np.block([[np.diag(self.diagonal[near] - shift), F_near], [F_near.T, block]])
         return near, weights, (small + small.T) / 2
 
-    def above(self, shift: float) -> int:
+    def count_above(self, shift: float) -> int:
         """Return the number of eigenvalues of H above the shift."""
-        _, weights, small = self._condensed(shift)
+        _, weights, small = self._condense(shift)
         rank = len(self.inverse) // 2
         return int(np.sum(weights > 0) + np.sum(np.linalg.eigvalsh(small) > 0) - rank)
 
     def solve(self, shift: float, vector: Float) -> Float:
         """Return ``(H − shift)⁻¹·vector``, of length one."""
-        near, weights, small = self._condensed(shift)
+        near, weights, small = self._condense(shift)
         scaled = weights * vector
         right = np.concatenate([vector[near], -(self.F.T @ scaled)])
         try:
@@ -141,11 +141,15 @@ class _Modified(NamedTuple):
         length = float(np.linalg.norm(x))
         return x / length if np.isfinite(length) and length > 0 else vector
 
-    def leading(self, k: int, start: Start) -> Float | None:
+    def leading_vectors(self, k: int, start: Start) -> Float | None:
         """Return the ``k`` leading eigenvectors ``(n, k)``; None without convergence."""
         # More than requested: the projection separates close neighbors.
         count = min(k + 4, len(self.diagonal))
-        shifts, vectors = self._projected(count) if start == "projected" else self._counted(count)
+        shifts, vectors = (
+            self._start_by_projection(count)
+            if start == "projected"
+            else self._start_by_counting(count)
+        )
         for done in range(_REFINEMENTS):
             vectors = np.stack(
                 [self.solve(float(s), v) for s, v in zip(shifts, vectors.T, strict=True)], axis=1
@@ -153,7 +157,7 @@ class _Modified(NamedTuple):
             shifts, vectors, residual = self._ritz(vectors, count)
             if done >= 1 and (residual[:k] <= _RESIDUAL).all():
                 break
-        return vectors[:, :k] if self.proves(vectors[:, :k], shifts[:k]) else None
+        return vectors[:, :k] if self.are_leading(vectors[:, :k], shifts[:k]) else None
 
     def _ritz(self, vectors: Float, count: int) -> tuple[Float, Float, Float]:
         """Return the leading Ritz values and vectors of a span, and their residuals."""
@@ -165,19 +169,19 @@ class _Modified(NamedTuple):
         ritz_vectors = basis @ turn
         return squares, ritz_vectors, np.linalg.norm(image @ turn - ritz_vectors * squares, axis=0)
 
-    def _projected(self, count: int) -> tuple[Float, Float]:
+    def _start_by_projection(self, count: int) -> tuple[Float, Float]:
         """Return eigenvalues and vectors on the leading axes and the directions of the change."""
         n = len(self.diagonal)
         axes = np.eye(n, min(n, count + 2 * len(self.inverse)))
         squares, vectors, _ = self._ritz(np.hstack([axes, self.F]), count)
         return squares, vectors
 
-    def _counted(self, count: int) -> tuple[Float, Float]:
+    def _start_by_counting(self, count: int) -> tuple[Float, Float]:
         """Return numbers near the largest eigenvalues, and random vectors to begin with."""
         vectors = np.random.default_rng(0).standard_normal((len(self.diagonal), count))
-        return self._bisected(count), vectors
+        return self._bisect(count), vectors
 
-    def _bisected(self, count: int) -> Float:
+    def _bisect(self, count: int) -> Float:
         """Return numbers near the ``count`` largest eigenvalues, by counting those above."""
         # A change of rank r moves a singular value by r places at most; the scale bounds the rest.
         rank, n = len(self.inverse) // 2, len(self.diagonal)
@@ -189,15 +193,15 @@ class _Modified(NamedTuple):
         for _ in range(_BISECTIONS):
             middle = np.sqrt(low * high)  # of ratios: the wanted ones may be far below the first
             for shift in {float(x) for x in middle} - set(counts):
-                counts[shift] = self.above(shift)
+                counts[shift] = self.count_above(shift)
             enough = np.array([counts[float(x)] for x in middle]) >= position
             low, high = np.where(enough, middle, low), np.where(enough, high, middle)
         return np.asarray(np.sqrt(low * high))
 
-    def proves(self, vectors: Float, squares: Float) -> bool:
+    def are_leading(self, vectors: Float, squares: Float) -> bool:
         """Return True if these are the leading eigenpairs and none was missed."""
         margin = 1e3 * _RESIDUAL
         residual = np.linalg.norm(self.apply(vectors) - vectors * squares, axis=0)
         last, k = float(squares[-1]), len(squares)
-        complete = self.above(last + margin) < k <= self.above(max(last - margin, 0.0))
+        complete = self.count_above(last + margin) < k <= self.count_above(max(last - margin, 0.0))
         return bool(complete and (residual <= margin).all())

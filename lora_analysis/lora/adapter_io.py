@@ -87,7 +87,7 @@ def extract_adapter(
     if not adapted_modules(model):
         adapter = as_adapter(model, adapter_name=name, label=label)
         return adapter.copy_with(config={**adapter.config, **(config or {})})
-    name = name or _only_adapter(model)
+    name = name or _only_adapter_name(model)
     updates: dict[str, LowRankUpdate] = {}
     saved: dict[str, NDArray[Any]] = {}
     fused: dict[str, Any] = {}
@@ -131,7 +131,7 @@ def _read_own(model: nn.Module, name: str | None, label: str | None) -> Adapter:
     """Return the adapter of a model with our layers, the active one by default."""
     if name is None:
         active = {layer.active for layer in adapted_modules(model).values()} - {None}
-        name = active.pop() if len(active) == 1 else _only_adapter(model)
+        name = active.pop() if len(active) == 1 else _only_adapter_name(model)
     base = getattr(getattr(model, "config", None), "name_or_path", None)
     default = (Path(base).name if base else type(model).__name__) if name == "default" else name
     return extract_adapter(model, label=label or str(default), name=name)
@@ -373,7 +373,7 @@ def _initial_update(adapter: Adapter, module: str, seed: int) -> LowRankUpdate:
     return replace(update, A=A.numpy(), B=B.numpy(), stored_dtype="float32")
 
 
-def _only_adapter(model: nn.Module) -> str:
+def _only_adapter_name(model: nn.Module) -> str:
     layers = adapted_modules(model).values()
     names = list(dict.fromkeys(name for layer in layers for name in layer.adapters))
     if len(names) == 1:

@@ -34,7 +34,7 @@ class ExpertLayer(AdaptedModule):
         """Call the module with the active adapter's parameters."""
         if self.active is None:
             return self.base_layer(*args, **kwargs)
-        return torch.func.functional_call(self.base_layer, self._adapted(), args, kwargs)
+        return torch.func.functional_call(self.base_layer, self._adapted_parameters(), args, kwargs)
 
     @torch.no_grad()
     def merged_parameters(self) -> dict[str, nn.Parameter]:
@@ -43,10 +43,10 @@ class ExpertLayer(AdaptedModule):
             return {}
         return {
             name: nn.Parameter(value, requires_grad=False)
-            for name, value in self._adapted().items()
+            for name, value in self._adapted_parameters().items()
         }
 
-    def _adapted(self) -> dict[str, Tensor]:
+    def _adapted_parameters(self) -> dict[str, Tensor]:
         """Return the adapted parameters with the active adapter's updates added."""
         values = {}
         for name, factors in self._factors(cast("str", self.active)):

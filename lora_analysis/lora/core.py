@@ -386,7 +386,7 @@ def merge_lora(model: nn.Module) -> MergeHandle:
     }
     for name, layer in layers.items():
         model.set_submodule(name, layer.merged_module)
-    dtypes = {name: _first(layer.merged_module).dtype for name, layer in layers.items()}
+    dtypes = {name: _first_parameter(layer.merged_module).dtype for name, layer in layers.items()}
     return MergeHandle(model, layers, weights, dtypes)
 
 
@@ -409,7 +409,7 @@ def unmerge_lora(handle: MergeHandle) -> None:
         )
         raise InputError(message)
     for name, layer in layers.items():
-        dtypes = _first(layer.merged_module).dtype, handle.dtypes[name]
+        dtypes = _first_parameter(layer.merged_module).dtype, handle.dtypes[name]
         now, merged = (str(dtype).removeprefix("torch.") for dtype in dtypes)
         if now != merged:
             message = (
@@ -419,7 +419,7 @@ def unmerge_lora(handle: MergeHandle) -> None:
             )
             raise InputError(message)
     for name, layer in layers.items():
-        device = _first(layer.merged_module).device
+        device = _first_parameter(layer.merged_module).device
         if name in handle.weights:
             _exchange(layer.base_layer, handle.weights[name], merged=False)
         handle.model.set_submodule(name, layer.train(layer.merged_module.training).to(device))
@@ -436,7 +436,7 @@ def _exchange(
     return old
 
 
-def _first(module: nn.Module) -> nn.Parameter:
+def _first_parameter(module: nn.Module) -> nn.Parameter:
     """Return a module's first parameter, whose type and device stand for the module's."""
     return next(module.parameters())
 

@@ -134,7 +134,7 @@ class ConvLoraLayer(LoraLayer):
         return tuple(cast("Tensor", self.base_layer.weight).shape[2:])
 
     def update(self, x: Tensor, factors: LoraFactors) -> Tensor:
-        """Return the convolution with A at the base's stride and padding, multiplied by B."""
+        """Return s·B·conv(x, A) with the base layer's stride and padding."""
         base = cast("Any", self.base_layer)
         kernels = factors.A.view(len(factors.A), -1, *self.kernel)
         down = base._conv_forward(self.factor_input(x, factors), kernels, None)  # (n, r, …)
@@ -210,7 +210,7 @@ def trained_modules(modules: Mapping[str, nn.Module], trainable: Collection[str]
         names += matches
     outermost = sorted({name for name in names if not is_inside(name, names)}, key=natural_key)
     for name in outermost:
-        if twin := _twin(name, modules):
+        if twin := _other_name(name, modules):
             message = f"Cannot train '{name}' alone: it is the same module as '{twin}'."
             raise TargetError(message)
     return outermost
@@ -311,7 +311,7 @@ def _obstacle(name: str, modules: Mapping[str, nn.Module]) -> str | None:
             "TransformerEncoderLayer's fast path reads its weight and does not call it; turn that "
             "off with torch.backends.mha.set_fastpath_enabled(False)"
         )
-    if twin := _twin(name, modules):
+    if twin := _other_name(name, modules):
         return f"it is the same module as '{twin}', and both names would have to change"
     return None
 
@@ -322,7 +322,7 @@ def _kind(layer: nn.Module) -> type[LoraLayer] | None:
     return next((kind for kind in LAYER_KINDS if kind.accepts(layer)), None)
 
 
-def _twin(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+def _other_name(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     """Return another name of the same module."""
     return next((n for n, other in modules.items() if other is modules[name] and n != name), None)
 

@@ -12,7 +12,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from lora_analysis.bases.fused import Family, rows_of_part
+from lora_analysis.bases.fused import ModelLayout, rows_of_part
 from lora_analysis.errors import InputError, TargetError
 from lora_analysis.lora.composite_weights import (
     ExpertLayer,
@@ -172,7 +172,7 @@ def _initial_layers(
     """
     config: Any = getattr(model, "config", None)
     config_fields: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
-    family = Family(getattr(config, "model_type", None), config_fields)
+    layout = ModelLayout(getattr(config, "model_type", None), config_fields)
     adapted: dict[str, Adapted] = {}
     for module, kind in kinds.items():
         layer = unwrap(modules[module])
@@ -180,7 +180,7 @@ def _initial_layers(
         r, fields = settings(module)
         fused = []
         for part in pattern_value(module, parts, ()):
-            runs = rows_of_part(module, part, shape, None, family)
+            runs = rows_of_part(module, part, shape, None, layout)
             if part in ("gate", "up") and "gate" not in module.rpartition(".")[2]:
                 runs = f"its rows are q, k and v, not {part}"
             if isinstance(runs, str):

@@ -19,13 +19,13 @@ from lora_analysis.merging.replay import (
     Entries,
     Recipe,
     dora_fits,
+    is_unchanged,
     misfits,
     recipes,
     sample_positions,
     spacing,
     strength_interval,
     sum_bounds,
-    unchanged,
 )
 from lora_analysis.storage.dtypes import round_float32, round_to
 
@@ -383,16 +383,16 @@ def check_module(
     types = (weight.base_type, update.stored_dtype, weight.merged_type)
     case = _Case(result, weight, factored, sampled, recipes(*types), others, [])
     dora = update if isinstance(update, LowRankUpdate) and update.variant == "DoRA" else None
-    if dora is None and (concluded := _whole(case)) is not None:
+    if dora is None and (concluded := _check_whole(case)) is not None:
         return concluded
     # W may also have been loaded in another type, which takes a pass over it to tell.
     loaded = [dtype for dtype in HALF_TYPES if not _is_exact(weight.W, dtype)]
     case = replace(case, candidates=recipes(*types, loaded=loaded), loaded=loaded)
     if dora is not None:
-        return _of_dora(case, dora)
+        return _check_dora(case, dora)
     for rule in (
-        _whole, _rounded_factors, _strength, _twice, _lines, _ranks, _other_updates, _restored,
-        _rounded_mistakes,
+        _check_whole, _check_rounded_factors, _check_strength, _check_twice, _check_lines,
+        _check_ranks, _check_other_updates, _check_restored, _check_rounded_mistakes,
     ):  # fmt: skip
         if (concluded := rule(case)) is not None:
             return concluded
@@ -433,7 +433,7 @@ class _Case:
         """Return W′ − W at the sampled entries."""
         return self.sampled.merged - self.sampled.weight
 
-    def confirmed(
+    def find_recipe(
         self,
         fails: Fails,
         candidates: Sequence[Recipe] | None = None,
@@ -457,10 +457,10 @@ class _Case:
         return None
 
 
-def _whole(case: _Case) -> ModuleMerge | None:
+def _check_whole(case: _Case) -> ModuleMerge | None:
     """Conclude that the update is in the weight, that it is not, or that either may be."""
-    applied = case.confirmed(misfits)
-    absent = case.candidates[0] if case.weight.is_identical else case.confirmed(_changed)
+    applied = case.find_recipe(misfits)
+    absent = case.candidates[0] if case.weight.is_identical else case.find_recipe(_is_changed)
     if applied is not None and absent is not None:
         return replace(
             case.result, conclusion=MergeConclusion.INCONCLUSIVE, cause=Cause.NOTHING_TO_SEE,
@@ -492,10 +492,10 @@ def _with_rounded_factors(case: _Case) -> Iterator[tuple[str, _Case]]:
             yield rounding, replace(case.of(factored), candidates=list(candidates))
 
 
-def _rounded_factors(case: _Case) -> ModuleMerge | None:
+def _check_rounded_factors(case: _Case) -> ModuleMerge | None:
     """Conclude that the update was added with factors that half precision had rounded before."""
     for rounding, rounded in _with_rounded_factors(case):
-        if (recipe := rounded.confirmed(misfits)) is not None:
+        if (recipe := rounded.find_recipe(misfits)) is not None:
             return replace(
                 case.result, conclusion=MergeConclusion.APPLIED, recipe=f"{rounding}, {recipe}",
                 strength=strength_interval(rounded.sampled, recipe),
@@ -503,12 +503,12 @@ def _rounded_factors(case: _Case) -> ModuleMerge | None:
     return None
 
 
-def _rounded_mistakes(case: _Case) -> ModuleMerge | None:
+def _check_rounded_mistakes(case: _Case) -> ModuleMerge | None:
     """Conclude as the rules for exact factors do, with factors that half precision has rounded."""
     if not _is_related(case):
         return None
     for _, rounded in _with_rounded_factors(case):
-        for rule in (_strength, _twice, _lines, _ranks):
+        for rule in (_check_strength, _check_twice, _check_lines, _check_ranks):
             if (concluded := rule(rounded)) is not None:
                 return concluded
     return None
@@ -521,11 +521,11 @@ def _is_related(case: _Case) -> bool:
     return size > 0 and abs(float(delta @ difference)) > _RELATED * size
 
 
-def _changed(entries: Entries, recipe: Recipe) -> NDArray[np.bool_]:
-    return ~unchanged(entries, recipe)
+def _is_changed(entries: Entries, recipe: Recipe) -> NDArray[np.bool_]:
+    return ~is_unchanged(entries, recipe)
 
 
-def _strength(case: _Case) -> ModuleMerge | None:
+def _check_strength(case: _Case) -> ModuleMerge | None:
     """Conclude that a multiple of the update was added, and which."""
     intervals = [(recipe, strength_interval(case.sampled, recipe)) for recipe in case.candidates]
     possible = [(recipe, interval) for recipe, interval in intervals if interval is not None]
@@ -545,7 +545,7 @@ def _strength(case: _Case) -> ModuleMerge | None:
     for strength, cause in named.items():
         fitting = [recipe for recipe, (low, high) in possible if low <= strength <= high]
         pair = (strength, strength)
-        recipe = case.confirmed(misfits, candidates=fitting, strengths=pair)
+        recipe = case.find_recipe(misfits, candidates=fitting, strengths=pair)
         if recipe is not None:
             wrong = MergeConclusion.TWICE if strength == _TWICE else MergeConclusion.WRONG_STRENGTH
             return replace(
@@ -556,9 +556,9 @@ def _strength(case: _Case) -> ModuleMerge | None:
         low, high = interval
         if not math.isfinite(low + high) or low <= 1 <= high:
             continue
-        if max(-low, high) < _NEGLIGIBLE and (restored := _restored(case)):
+        if max(-low, high) < _NEGLIGIBLE and (restored := _check_restored(case)):
             return restored
-        if case.confirmed(misfits, candidates=[recipe], strengths=interval):
+        if case.find_recipe(misfits, candidates=[recipe], strengths=interval):
             near = next((strength for strength in named if low <= strength <= high), None)
             wrong = MergeConclusion.TWICE if near == _TWICE else MergeConclusion.WRONG_STRENGTH
             return replace(
@@ -578,22 +578,22 @@ def _misfits_twice(entries: Entries, recipe: Recipe) -> NDArray[np.bool_]:
     return (entries.merged < low) | (entries.merged > high)
 
 
-def _twice(case: _Case) -> ModuleMerge | None:
+def _check_twice(case: _Case) -> ModuleMerge | None:
     """Conclude that the update was merged into a weight that it was already in."""
-    if case.confirmed(_misfits_twice) is None:
+    if case.find_recipe(_misfits_twice) is None:
         return None
     return replace(
         case.result, conclusion=MergeConclusion.TWICE, cause=Cause.MERGED_TWICE, strength=(2.0, 2.0)
     )
 
 
-def _lines(case: _Case) -> ModuleMerge | None:
+def _check_lines(case: _Case) -> ModuleMerge | None:
     """Conclude that some rows or columns have the update, and the others are unchanged."""
     for recipe in case.candidates:
-        if (misfits(case.sampled, recipe) & ~unchanged(case.sampled, recipe)).any():
+        if (misfits(case.sampled, recipe) & ~is_unchanged(case.sampled, recipe)).any():
             continue
         lacking = case.weight.failing_lines(case.factored, partial(misfits, recipe=recipe))
-        changed = case.weight.failing_lines(case.factored, partial(_changed, recipe=recipe))
+        changed = case.weight.failing_lines(case.factored, partial(_is_changed, recipe=recipe))
         for cause, lacks, changes in zip(
             (Cause.SOME_ROWS, Cause.SOME_COLUMNS), lacking, changed, strict=True
         ):
@@ -607,7 +607,7 @@ def _lines(case: _Case) -> ModuleMerge | None:
     return None
 
 
-def _ranks(case: _Case) -> ModuleMerge | None:
+def _check_ranks(case: _Case) -> ModuleMerge | None:
     """Conclude that some directions of the factors were added, and not the others."""
     update = case.factored.update
     if isinstance(update, DenseUpdate) or update.rank < 2:
@@ -618,7 +618,7 @@ def _ranks(case: _Case) -> ModuleMerge | None:
     if not (whole | (np.abs(coefficients) < _NEAR)).all() or whole.all() or not whole.any():
         return None
     part = Factored(replace(update, A=update.A[whole], B=update.B[:, whole]))
-    if case.of(part).confirmed(misfits) is None:
+    if case.of(part).find_recipe(misfits) is None:
         return None
     return replace(
         case.result, conclusion=MergeConclusion.PARTLY, cause=Cause.SOME_RANKS,
@@ -626,23 +626,23 @@ def _ranks(case: _Case) -> ModuleMerge | None:
     )  # fmt: skip
 
 
-def _other_updates(case: _Case) -> ModuleMerge | None:
+def _check_other_updates(case: _Case) -> ModuleMerge | None:
     """Conclude that something else of the adapter was added: the transpose, another module."""
     if case.weight.shape[0] == case.weight.shape[1]:
         turned = case.factored.transposed()
-        if case.of(turned).confirmed(misfits) is not None:
+        if case.of(turned).find_recipe(misfits) is not None:
             return replace(case.result, cause=Cause.TRANSPOSED)
     for name, load in case.others.items():
         try:
             candidate = case.of(Factored(load()))
         except ScaleError:
             continue
-        if _is_related(candidate) and candidate.confirmed(misfits) is not None:
+        if _is_related(candidate) and candidate.find_recipe(misfits) is not None:
             return replace(case.result, cause=Cause.OTHER_MODULE, detail=name)
     return None
 
 
-def _restored(case: _Case) -> ModuleMerge | None:
+def _check_restored(case: _Case) -> ModuleMerge | None:
     """Conclude that the update was added and subtracted again, which leaves rounding errors."""
     reached = np.abs(case.sampled.weight) + np.abs(case.sampled.delta)
     if (np.abs(case.difference) > 1.01 * spacing(reached, case.weight.merged_type)).any():
@@ -662,18 +662,18 @@ def _least_squares(sampled: Entries) -> tuple[float, float]:
     return strength, residual / math.sqrt(square)
 
 
-def _of_dora(case: _Case, update: LowRankUpdate) -> ModuleMerge:
+def _check_dora(case: _Case, update: LowRankUpdate) -> ModuleMerge:
     """Conclude about a weight whose rows (or columns) were rescaled to learned magnitudes."""
     weight = case.weight
     after = weight.after.array()
     applied = dora_fits(update, weight.W, after, case.candidates, weight.merged_type)
-    if weight.is_identical or case.confirmed(_changed):
+    if weight.is_identical or case.find_recipe(_is_changed):
         conclusion = MergeConclusion.INCONCLUSIVE if applied else MergeConclusion.ABSENT
         cause = Cause.NOTHING_TO_SEE if applied else None
         return replace(case.result, conclusion=conclusion, cause=cause)
     if applied is not None:
         return replace(case.result, conclusion=MergeConclusion.APPLIED, recipe=str(applied))
-    if case.confirmed(misfits) is not None:
+    if case.find_recipe(misfits) is not None:
         return replace(
             case.result, conclusion=MergeConclusion.PARTLY, cause=Cause.WITHOUT_MAGNITUDE
         )

@@ -17,7 +17,7 @@ from lora_analysis.bases.tensor_names import module_of
 from lora_analysis.errors import BaseWeightError, InputError
 from lora_analysis.merging.replay import HALF_TYPES
 from lora_analysis.names import strip_wrappers
-from lora_analysis.storage.dtypes import round_to, widened
+from lora_analysis.storage.dtypes import round_to, to_float32
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -150,7 +150,7 @@ class TensorComparison:
                 yield difference and TensorDifference(part, *difference)
         for name in after_only:
             if name not in compared and not self._new.is_covered(name):
-                yield self._added(name)
+                yield self._compare_added(name)
         for key, (base_name, _) in self._expected.items():
             if base_name is None:
                 yield TensorDifference(key, TensorState.UNMATCHED)
@@ -184,7 +184,7 @@ class TensorComparison:
             return None
         if after not in self._new.adapted:
             return TensorDifference(after, TensorState.CHANGED)
-        differing = np.asarray(_rounded(first, dtype) != np.asarray(second))
+        differing = np.asarray(_round_values(first, dtype) != np.asarray(second))
         self._new.leave_out(differing, after)
         return TensorDifference(after, TensorState.OTHER_ROWS) if differing.any() else None
 
@@ -229,11 +229,11 @@ class TensorComparison:
             loadings = ["", *HALF_TYPES] if first.storage else [""]
             dtype = second.stored_dtype
             for rows, columns, tile in second.blocks(check=False):
-                values = {loaded: _rounded(W[rows, columns], loaded) for loaded in loadings}
+                values = {loaded: _round_values(W[rows, columns], loaded) for loaded in loadings}
                 loadings = [
                     loaded
                     for loaded in loadings
-                    if np.array_equal(_rounded(values[loaded], dtype), tile, equal_nan=True)
+                    if np.array_equal(_round_values(values[loaded], dtype), tile, equal_nan=True)
                 ]
         except InputError as error:
             return TensorState.UNREADABLE, str(error)
@@ -243,7 +243,7 @@ class TensorComparison:
             return TensorState.UNREADABLE, f"{second.storage} in the merged model"
         return TensorState.CHANGED, ""
 
-    def _added(self, name: str) -> TensorDifference | None:
+    def _compare_added(self, name: str) -> TensorDifference | None:
         """Compare a tensor that only the merged model has; None if it is a tied head."""
         new, shape = self._new.model, self._new.model.stored_shape(name)
         try:
@@ -299,13 +299,13 @@ def _expected_tensors(adapter: Adapter, model: BaseWeights) -> dict[str, tuple[s
     """
     by_end: dict[str, list[str]] = {}
     for name in model.names:
-        segments = _plain(name).split(".")
+        segments = _plain_name(name).split(".")
         for start in range(len(segments)):
             by_end.setdefault(".".join(segments[start:]), []).append(name)
 
     def tensor(key: str) -> str | None:
         """Return the model's tensor; its name may have leading segments that the key lacks."""
-        exact = [name for name in by_end.get(key, ()) if _plain(name) == key]
+        exact = [name for name in by_end.get(key, ()) if _plain_name(name) == key]
         segments = key.split(".")
         ends = (by_end.get(".".join(segments[start:]), []) for start in range(len(segments) - 1))
         candidates = exact or next((names for names in ends if names), [])
@@ -313,31 +313,31 @@ def _expected_tensors(adapter: Adapter, model: BaseWeights) -> dict[str, tuple[s
 
     expected: dict[str, tuple[str | None, Make]] = {}
     for key in adapter.saved_modules:
-        expected[key] = tensor(_plain(key)), partial(_saved, adapter, key)
+        expected[key] = tensor(_plain_name(key)), partial(_saved_values, adapter, key)
     for key, stored in adapter.side_tensors.items():
-        plain = _plain(key)
+        plain = _plain_name(key)
         if not stored.alters_model:
             continue
         if match := _FACTOR_BIAS.fullmatch(plain):
             module = match["module"]
             scale = adapter.outline(module).known_scale() if module in adapter else 1.0
-            make: Make = partial(_with_difference, adapter, key, scale)
+            make: Make = partial(_add_difference, adapter, key, scale)
             expected[key] = tensor(f"{module}.bias"), make
         elif match := _DIFFERENCE.fullmatch(plain):
             weights = model.tensors_of(match["module"])
             if match["kind"] in ("b_norm", "diff_b"):
                 weights = [name.removesuffix("weight") + "bias" for name in weights]
             target = weights[0] if len(weights) == 1 and weights[0] in model.names else None
-            expected[key] = target, partial(_with_difference, adapter, key, 1.0)
+            expected[key] = target, partial(_add_difference, adapter, key, 1.0)
         elif match := _TOKENS.fullmatch(plain):
-            make = partial(_with_tokens, adapter, key, match["module"])
+            make = partial(_replace_tokens, adapter, key, match["module"])
             expected[key] = tensor(f"{match['module']}.weight"), make
-        elif plain not in {_plain(name) for name in adapter.saved_modules}:
-            expected[key] = tensor(plain), partial(_saved, adapter, key)
+        elif plain not in {_plain_name(name) for name in adapter.saved_modules}:
+            expected[key] = tensor(plain), partial(_saved_values, adapter, key)
     return expected
 
 
-def _plain(name: str) -> str:
+def _plain_name(name: str) -> str:
     return strip_wrappers(_MARK.sub(r"\1", name))
 
 
@@ -345,14 +345,14 @@ def _side_values(adapter: Adapter, key: str) -> NDArray[Any]:
     if key in adapter.saved_modules:
         return np.asarray(adapter.saved_modules[key])
     tensor = adapter.side_tensors[key]
-    return widened(tensor.read(), tensor.dtype).reshape(tensor.shape)
+    return to_float32(tensor.read(), tensor.dtype).reshape(tensor.shape)
 
 
-def _saved(adapter: Adapter, key: str, _: NDArray[Any]) -> NDArray[Any]:
+def _saved_values(adapter: Adapter, key: str, _: NDArray[Any]) -> NDArray[Any]:
     return _side_values(adapter, key)
 
 
-def _with_difference(
+def _add_difference(
     adapter: Adapter, key: str, scale: float, tensor: NDArray[Any]
 ) -> NDArray[np.float32]:
     """Return a tensor with a stored difference added; the scale multiplies a factor's bias."""
@@ -360,7 +360,7 @@ def _with_difference(
     return np.asarray(tensor.astype(np.float32) + added.reshape(tensor.shape))
 
 
-def _with_tokens(
+def _replace_tokens(
     adapter: Adapter, key: str, module: str, table: NDArray[Any]
 ) -> NDArray[np.float32]:
     """Return an embedding with the rows of the trained tokens replaced."""
@@ -377,13 +377,13 @@ def _is_rounded(first: Any, second: Any, dtype: str) -> bool:
     """Return True if a tensor is another one, as a type stores it, perhaps loaded in half first."""
     values = np.asarray(first)
     return any(
-        np.array_equal(_rounded(_rounded(values, loaded), dtype), second, equal_nan=True)
+        np.array_equal(_round_values(_round_values(values, loaded), dtype), second, equal_nan=True)
         for loaded in ("float32", *HALF_TYPES)
         if loaded == "float32" or np.issubdtype(values.dtype, np.floating)
     )
 
 
-def _rounded(values: Any, dtype: str) -> Any:
+def _round_values(values: Any, dtype: str) -> Any:
     """Return a tensor as a type stores it; as it is if it is not of floating-point numbers."""
     array = np.asarray(values)
     if dtype not in ROUNDED_TYPES or not np.issubdtype(array.dtype, np.floating):

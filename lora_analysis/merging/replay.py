@@ -184,15 +184,15 @@ def sum_bounds(
 def misfits(
     entries: Entries, recipe: Recipe, strengths: tuple[float, float] = (1.0, 1.0)
 ) -> NDArray[np.bool_]:
-    """Return for each entry if the merge at these strengths cannot have given it, ``(n,)``."""
+    """Return True for each entry that no merge at these strengths can give, ``(n,)``."""
     low, high = sum_bounds(entries, recipe, strengths)
     for dtype in recipe.final:
         low, high = round_to(low, dtype), round_to(high, dtype)
     return (entries.merged < low) | (entries.merged > high)
 
 
-def unchanged(entries: Entries, recipe: Recipe) -> NDArray[np.bool_]:
-    """Return for each entry if it is W, rounded as the recipe rounds, ``(n,)``."""
+def is_unchanged(entries: Entries, recipe: Recipe) -> NDArray[np.bool_]:
+    """Return True for each entry that is W rounded as the recipe rounds, ``(n,)``."""
     weight = round_to(entries.weight, recipe.base) if recipe.base else entries.weight
     same: NDArray[np.bool_] = reduce(round_to, recipe.final, weight) == entries.merged
     return same
@@ -201,7 +201,7 @@ def unchanged(entries: Entries, recipe: Recipe) -> NDArray[np.bool_]:
 def preimage(
     values: NDArray[np.float64], dtypes: Sequence[str]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return bounds of all numbers that rounding to some types in order takes to the values."""
+    """Return lower and upper bounds of the numbers that round to ``values`` through ``dtypes``."""
     low = high = values
     for dtype in reversed(dtypes):
         low = low - 0.5 * spacing(low, dtype)

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from lora_analysis.amplify import Amplification
 from lora_analysis.errors import InputError
 from lora_analysis.plots import style
-from lora_analysis.plots.module_values import Group, dropped_note, group
+from lora_analysis.plots.module_values import ValueGroup, dropped_note, group
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,8 +43,8 @@ class RanksPlot:
     """
 
     ranks: tuple[int, ...]
-    measured: tuple[Group, ...]
-    chance: tuple[Group, ...]
+    measured: tuple[ValueGroup, ...]
+    chance: tuple[ValueGroup, ...]
     band: NDArray[np.float64]
     limits: tuple[float, float]
     ylabel: str
@@ -109,7 +109,7 @@ def resolve_directions(
         band=np.sort(band, axis=1),
         limits=_limits(measured, chance, band),
         ylabel=_YLABEL[value],
-        title=style.plain(" · ".join(filter(None, (item.module, item.label)))),
+        title=style.drawable_text(" · ".join(filter(None, (item.module, item.label)))),
     )
 
 
@@ -206,7 +206,7 @@ def _paint_directions(look: style.Look, plot: DirectionsPlot, kwargs: dict[str, 
     _shade(look, plot.k, plot.band[:, 0], plot.band[:, 1])
     ax.plot(plot.k, plot.chance, color=look.muted, linestyle=(0, (4, 2)), label="random directions")
     defaults = {"color": look.color(0), "marker": "o" if n <= 16 else "", "label": "ΔW"}
-    ax.plot(plot.k, plot.measured, **style.merged(Line2D, defaults, kwargs))
+    ax.plot(plot.k, plot.measured, **style.merge_kwargs(Line2D, defaults, kwargs))
     style.log_axis(ax, "y", plot.limits)
     ax.set_xlim(0.8 - 0.02 * n, n * 1.02 + 0.2)
     ax.set_xticks(style.count_ticks(n))
@@ -217,7 +217,7 @@ def _paint_directions(look: style.Look, plot: DirectionsPlot, kwargs: dict[str, 
     low, high = np.log(plot.limits)
     heights = (np.nan_to_num(ends, posinf=high, neginf=low) - low) / (high - low)
     for y, text, color in zip(
-        style.apart(heights, 0.08, (0, 1)), ("ΔW", "random"), (look.color(0), look.muted),
+        style.spread_apart(heights, 0.08, (0, 1)), ("ΔW", "random"), (look.color(0), look.muted),
         strict=True,
     ):  # fmt: skip
         ax.text(
@@ -261,7 +261,7 @@ def _paint_ranks(
 
 def _paint_column(
     look: style.Look,
-    points: Group,
+    points: ValueGroup,
     x: float,
     plot: RanksPlot,
     *,
@@ -283,7 +283,7 @@ def _paint_column(
         "label": style.legend_label(points.label),
     }
     offsets = style.swarm(np.log(values), span, width=width)
-    ax.scatter(x + offsets, values, **style.merged(PathCollection, defaults, kwargs))
+    ax.scatter(x + offsets, values, **style.merge_kwargs(PathCollection, defaults, kwargs))
     ax.plot([x - 0.17, x + 0.17], [points.median] * 2, color=color, linewidth=2 * look.scale)
     written = f"{points.median:.2f}" if points.median < 10 else f"{points.median:.3g}"
     ax.annotate(

@@ -61,7 +61,7 @@ def lines_of(series: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> tuple[Line, .
         xs, ys = (np.asarray(values, dtype=np.float64) for values in (x, y))
         order = np.argsort(xs, kind="stable")
         visible = order[np.isfinite(ys[order])]
-        made.append(Line(style.plain(label, 28), xs[visible], ys[visible], index))
+        made.append(Line(style.drawable_text(label, 28), xs[visible], ys[visible], index))
     return tuple(made)
 
 
@@ -86,7 +86,7 @@ def paint_lines(
             "marker": "o" if marker and len(line.x) <= 40 else "",
             "label": style.legend_label(line.label),
         }
-        look.ax.plot(line.x, line.y, **style.merged(Line2D, defaults, kwargs))
+        look.ax.plot(line.x, line.y, **style.merge_kwargs(Line2D, defaults, kwargs))
 
 
 def _paint(look: style.Look, plot: LinesPlot, kwargs: dict[str, Any]) -> None:
@@ -111,7 +111,7 @@ def _paint(look: style.Look, plot: LinesPlot, kwargs: dict[str, Any]) -> None:
         ax.set_title(plot.note, fontsize=look.small, color=look.muted, loc="left", parse_math=False)
 
 
-def _by_layer(values: Mapping[str, float], kind_of: Callable[[str], str]) -> _Series:
+def _medians_by_layer(values: Mapping[str, float], kind_of: Callable[[str], str]) -> _Series:
     """Return per kind (positions of layers or blocks, medians over its modules there)."""
     columns = module_columns(values.keys())
     position = {column: i for i, column in enumerate(column_order(columns))}
@@ -137,10 +137,10 @@ def resolve_layers(
     if not len(values):  # a pandas Series has no truth of its own
         message = "plot_layers was given no module."
         raise InputError(message)
-    lines = lines_of(_by_layer(values, lambda name: locate_module(name).part))
+    lines = lines_of(_medians_by_layer(values, lambda name: locate_module(name).part))
     level = chance if isinstance(chance, float | int) else None
     if isinstance(chance, Mapping):
-        random_layers = _by_layer(chance, lambda _: "random directions")
+        random_layers = _medians_by_layer(chance, lambda _: "random directions")
         lines = (*lines, *(replace(line, color=None) for line in lines_of(random_layers)))
     columns = column_order(module_columns(values.keys()))
     blocks = tuple(column for column in columns if isinstance(column, str))

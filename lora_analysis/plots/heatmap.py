@@ -112,7 +112,7 @@ class ColorScale:
             "norm": Normalize(*self.limits),
             "interpolation": "nearest",
         }
-        return style.merged(AxesImage, defaults, kwargs)
+        return style.merge_kwargs(AxesImage, defaults, kwargs)
 
 
 def colormap(cmap: object) -> Colormap:
@@ -171,7 +171,7 @@ class HeatMap:
 
 def _axis_name(index: str, label: str) -> str:
     """Return the name of an axis of directions, on two lines if the label is long."""
-    label = style.plain(label, 24)
+    label = style.drawable_text(label, 24)
     return f"{index}: directions of{' ' if len(label) <= 12 else chr(10)}{label}"
 
 
@@ -203,7 +203,7 @@ def resolve_similarity(
     expected = grid.chance[corner][~left_out]
     has_band = not excess and expected.size > 0 and bool(np.isfinite(expected).all())
     empty = [
-        style.plain(label, 24)
+        style.drawable_text(label, 24)
         for label, size in zip(grid.labels, grid.values.shape, strict=True)
         if not size
     ]
@@ -215,7 +215,7 @@ def resolve_similarity(
         chance=(float(expected.min()), float(expected.max())) if has_band else None,
         xlabel=_axis_name("j", grid.labels[1]),
         ylabel=_axis_name("i", grid.labels[0]),
-        title=style.plain(grid.module if title is None else title),
+        title=style.drawable_text(grid.module if title is None else title),
         note=f"{' and '.join(empty)}:\nuntrained, no directions" if empty else "",
         quantity="excess φ" if excess else "φ",
     )
@@ -276,12 +276,12 @@ def paint_colorbar(
 ) -> Colorbar:
     """Draw a color bar as tall as ``ax`` with the random baseline marked next to it.
 
-    It stands at the right of ``ax``, or ``inside`` at the left where ``ax`` is an empty place.
+    It stands at the right of ``ax``, or ``inside`` at the left if ``ax`` is empty.
     """
     look = style.look(ax)
     gap = ScaledTranslation(0.0 if inside else 0.2 * look.scale, 0, ax.figure.dpi_scale_trans)
-    room = ax.inset_axes((0 if inside else 1, 0, 0.06, 1), transform=ax.transAxes + gap)
-    bar = ax.figure.colorbar(image, cax=room, extend=heatmap.scale.extend)
+    bar_axes = ax.inset_axes((0 if inside else 1, 0, 0.06, 1), transform=ax.transAxes + gap)
+    bar = ax.figure.colorbar(image, cax=bar_axes, extend=heatmap.scale.extend)
     bar.outline.set_visible(False)
     bar.set_label(heatmap.scale.label)
     if heatmap.scale.ticks and image.get_clim() == heatmap.scale.limits:
@@ -289,21 +289,22 @@ def paint_colorbar(
     low, high = image.get_clim()
     if not heatmap.chance or heatmap.chance[0] > high or heatmap.chance[1] < low:
         return bar
-    # A line left of the bar, as far as the bar has the range; too short ones get a hundredth of it.
+    # A line left of the bar over the range of the baseline, clipped to the bar; at least 1 % of the
+    # bar, to stay visible.
     shortest = 0.01 * (high - low)
     low, high = np.clip(heatmap.chance, low, high)
-    beside = room.get_yaxis_transform() + ScaledTranslation(
-        -0.04 * look.scale, 0, room.figure.dpi_scale_trans
+    marker_transform = bar_axes.get_yaxis_transform() + ScaledTranslation(
+        -0.04 * look.scale, 0, bar_axes.figure.dpi_scale_trans
     )
-    (line,) = room.plot([0, 0], [low, max(high, low + shortest)], transform=beside)
+    (line,) = bar_axes.plot([0, 0], [low, max(high, low + shortest)], transform=marker_transform)
     line.set(
         color=look.ink, linewidth=1.6 * look.scale, solid_capstyle="butt", clip_on=False,
         label="random",
     )  # fmt: skip
-    room.annotate(
+    bar_axes.annotate(
         "random",
         (0, low),
-        xycoords=beside,
+        xycoords=marker_transform,
         xytext=(-1.5 * look.scale, 0),
         textcoords="offset points",
         rotation=90,

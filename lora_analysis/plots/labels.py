@@ -49,7 +49,7 @@ def text_width(text: str, font: FontProperties) -> float:
     return float(text_to_path.get_text_width_height_descent(text, font, ismath=False)[0])
 
 
-def shortened(text: str, width: float, font: FontProperties) -> str:
+def shorten_label(text: str, width: float, font: FontProperties) -> str:
     """Return text of at most ``width`` points; a longer one keeps its end, where names differ."""
     if text_width(text, font) <= width:
         return text
@@ -59,11 +59,11 @@ def shortened(text: str, width: float, font: FontProperties) -> str:
     return f"…{text[start:]}"
 
 
-def fitted(text: str, width: float, font: FontProperties) -> str:
+def wrap_label(text: str, width: float, font: FontProperties) -> str:
     """Return text broken into at most two lines of ``width`` points.
 
-    Lines break at a comma, else at spaces, else after a dot, a slash or an underscore; what is too
-    long even then is shortened.
+    Lines break at a comma, else at spaces, else after a dot, a slash or an underscore; lines that
+    are still too long are shortened.
     """
     if text_width(text, font) > width and ", " in text:
         parts = [part.strip() for part in text.rsplit(", ", 1)]
@@ -82,14 +82,14 @@ def fitted(text: str, width: float, font: FontProperties) -> str:
         rows[-1] += word
     if len(rows) > 2:
         rows = [rows[0], "".join(rows[1:])]
-    return "\n".join(shortened(row.strip(), width, font) for row in rows)
+    return "\n".join(shorten_label(row.strip(), width, font) for row in rows)
 
 
 def set_title(ax: Axes, text: str, width: float | None = None) -> None:
     """Set the title of axes, in two lines of at most ``width`` points; by default the axes' own."""
     if width is None:
         width = ax.bbox.width * 72 / ax.figure.dpi
-    ax.set_title(fitted(text, width, ax.title.get_fontproperties()), parse_math=False)
+    ax.set_title(wrap_label(text, width, ax.title.get_fontproperties()), parse_math=False)
 
 
 class _ThinnedTicks(Locator):
@@ -167,7 +167,7 @@ def name_ticks(
     if axis == "y" or vertical:
         figure = ax.figure.get_figure(root=True)
         inches = figure.get_figwidth() if axis == "y" else figure.get_figheight()
-        labels = [shortened(label, _MOST_SHARE * 72 * inches, font) for label in labels]
+        labels = [shorten_label(label, _MOST_SHARE * 72 * inches, font) for label in labels]
         if vertical:
             options["rotation"] = 90
         line.set_ticks(positions, labels, parse_math=False, **options)

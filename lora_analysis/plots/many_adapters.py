@@ -98,7 +98,7 @@ def resolve_clustermap(
     placed = similarity_matrix.placed("output", kind)
     labels = style.without_common_start([similarity_matrix.labels[index] for index in order])
     labels = [
-        label if index < len(placed) else f"{style.plain(label, 12)} (untrained)"
+        label if index < len(placed) else f"{style.drawable_text(label, 12)} (untrained)"
         for index, label in enumerate(labels)
     ]
     # The corners of every join, with the leaves at 0, 1, 2, … in the order of the matrix.
@@ -114,7 +114,7 @@ def resolve_clustermap(
         ]  # fmt: skip
     return ClustermapPlot(
         data=data,
-        labels=tuple(style.plain(label, 24) for label in labels) if count <= _NAMED else (),
+        labels=tuple(style.drawable_text(label, 24) for label in labels) if count <= _NAMED else (),
         branches=branches,
         limits=(-1.0, 1.0) if what == "cosine" else (-0.5, 1.0),
         color_label=_LABELS[what],
@@ -152,8 +152,8 @@ def plot_clustermap(
     ax
         Axes to draw on; None makes a figure of one column's width.
     what
-        ``"output"`` or ``"input"`` (excess of ω; inputs with a shared start left out), or
-        ``"cosine"``.
+        ``"output"`` or ``"input"`` (excess of ω, without the input side of shared initializations),
+        or ``"cosine"``.
     kind
         One type of module, or ``"all"``.
     groups
@@ -203,8 +203,8 @@ def plot_clustermap(
                 HoverCells(
                     plot.data,
                     (-0.5, -0.5),
-                    lambda top, _bottom, left, _right: (
-                        f"{style.plain(plot.names[top])} and {style.plain(plot.names[left])}"
+                    lambda top, _bottom, left, _right: " and ".join(
+                        style.drawable_text(plot.names[index]) for index in (top, left)
                     ),
                     most=_HOVERED**2,
                 ),
@@ -217,8 +217,8 @@ def plot_clustermap(
         above.set_xlim(-0.5, count - 0.5)
         above.set_ylim(0, max(float(plot.branches[..., 1].max(initial=0.0)), 1e-9) * 1.05)
         above.set_axis_off()
-        beside = ax.inset_axes((1.02, 0, 0.035, 1))
-        bar = ax.figure.colorbar(image, cax=beside, extend=scale.extend)
+        bar_axes = ax.inset_axes((1.02, 0, 0.035, 1))
+        bar = ax.figure.colorbar(image, cax=bar_axes, extend=scale.extend)
         bar.outline.set_visible(False)
         bar.set_label(scale.label)
         if plot.title:
@@ -237,7 +237,7 @@ def _paint_marks(look: style.Look, plot: ClustermapPlot) -> float:
     strip.imshow([codes], aspect="auto", cmap=colors, norm=Normalize(0, len(names)))
     strip.set_axis_off()
     handles = [
-        Patch(facecolor=color, label=style.legend_label(style.plain(name, 20)))
+        Patch(facecolor=color, label=style.legend_label(style.drawable_text(name, 20)))
         for name, color in zip(names, look.palette, strict=False)
     ]
     look.ax.figure.legend(
@@ -343,7 +343,7 @@ def plot_group(
             ax.fill_between(plot.sizes, *drawn.random, color=look.faint, linewidth=0, zorder=0)
             ax.fill_between(plot.sizes, *drawn.others, color=shade, alpha=0.2, linewidth=0)
             defaults = {"color": shade, "marker": "o", "label": drawn.label}
-            ax.plot(plot.sizes, drawn.shares, **style.merged(Line2D, defaults, kwargs))
+            ax.plot(plot.sizes, drawn.shares, **style.merge_kwargs(Line2D, defaults, kwargs))
         ax.plot(
             plot.sizes, plot.expected_mean, color=look.color(0), linestyle=":",
             linewidth=0.9 * look.scale, label="mean, from ρ",

@@ -87,7 +87,7 @@ def resolve_module_map(
         finite = [value for value in cell_values if np.isfinite(value)]
         if finite:
             data[kinds.index(kind), layers.index(layer)] = np.median(finite)
-    return ModuleMap(data, tuple(map(style.plain, kinds)), layers, limits, label, title)
+    return ModuleMap(data, tuple(map(style.drawable_text, kinds)), layers, limits, label, title)
 
 
 def _scale(plots: Sequence[ModuleMap], options: ColorOptions) -> ColorScale:
@@ -201,7 +201,7 @@ def figure_module_maps(
     Raises
     ------
     InputError
-        No map.
+        ``maps`` or one of its rows is empty.
     """
     if not maps or not all(maps):
         message = "A figure of maps needs at least one map in every row."
@@ -273,7 +273,7 @@ def resolve_intruders(reports: Sequence[IntruderReport], *, side: Side = "output
         cosine=cosine,
         intruder=cosine < reports[0].epsilon,
         novelty=novelty,
-        labels=tuple(style.plain(label, 32) for label in labels),
+        labels=tuple(style.drawable_text(label, 32) for label in labels),
         epsilon=reports[0].epsilon,
         side=side,
     )

@@ -25,7 +25,7 @@ MOST_BARS = 24
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Group:
+class ValueGroup:
     """Finite values of one group, in the given order, and how many were not finite."""
 
     label: str
@@ -46,19 +46,19 @@ class Group:
         return self.quartiles[1]
 
 
-def group(label: str, values: ArrayLike) -> Group:
+def group(label: str, values: ArrayLike) -> ValueGroup:
     """Return a group of the finite values."""
     array = np.atleast_1d(np.asarray(values, dtype=np.float64)).ravel()
     finite = array[np.isfinite(array)]
-    return Group(label, finite, array.size - finite.size)
+    return ValueGroup(label, finite, array.size - finite.size)
 
 
-def groups(values: Mapping[str, ArrayLike]) -> tuple[Group, ...]:
+def groups(values: Mapping[str, ArrayLike]) -> tuple[ValueGroup, ...]:
     """Return one group per entry, in the mapping's order."""
     return tuple(group(label, entry) for label, entry in values.items())
 
 
-def dropped_note(all_groups: tuple[Group, ...]) -> str:
+def dropped_note(all_groups: tuple[ValueGroup, ...]) -> str:
     """Return a note on the number of values that are not drawn; empty if there are none."""
     missing = sum(g.dropped for g in all_groups)
     total = missing + sum(len(g.values) for g in all_groups)
@@ -69,7 +69,7 @@ def dropped_note(all_groups: tuple[Group, ...]) -> str:
 class LevelsPlot:
     """Everything `plot_levels` shows: the first group on top, chance as a line."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[ValueGroup, ...]
     chance: float
     limits: tuple[float, float]
     xlabel: str
@@ -108,7 +108,7 @@ def _paint_group(
     ax.text(
         0,
         y + 0.3,
-        f"{style.plain(group.label, 60)}  (n = {len(group.values)})",
+        f"{style.drawable_text(group.label, 60)}  (n = {len(group.values)})",
         transform=ax.get_yaxis_transform(),
         color=color,
         va="bottom",
@@ -128,7 +128,7 @@ def _paint_group(
         "clip_on": False,
     }
     offsets = style.swarm(group.values, plot.limits, width=0.2)
-    ax.scatter(group.values, y + offsets, **style.merged(PathCollection, defaults, kwargs))
+    ax.scatter(group.values, y + offsets, **style.merge_kwargs(PathCollection, defaults, kwargs))
     low, middle, high = group.quartiles
     thin, thick = 1.2 * look.scale, 2 * look.scale
     ax.plot([low, high], [y, y], color=color, linewidth=thin, solid_capstyle="butt")
@@ -259,7 +259,7 @@ def resolve_bars(values: Mapping[str, float], *, xlabel: str) -> BarsPlot:
         raise InputError(message)
     names = list(finite)
     titles = short_names(names).values() if is_image(names) else style.without_common_start(names)
-    labels = [style.plain(title, 32) for title in titles]
+    labels = [style.drawable_text(title, 32) for title in titles]
     order = np.argsort(-np.array(list(finite.values())), kind="stable")
     omitted = max(0, len(order) - MOST_BARS)
     first = len(order) if not omitted else 2 * MOST_BARS // 3
@@ -313,7 +313,7 @@ def plot_bars(
     with style.drawing(ax, size, figsize=figsize, color=color) as look:
         ax = look.ax
         defaults = {"height": 0.7, "color": look.color(0)}
-        ax.barh(plot.positions, plot.values, **style.merged(Rectangle, defaults, kwargs))
+        ax.barh(plot.positions, plot.values, **style.merge_kwargs(Rectangle, defaults, kwargs))
         ax.set_ylim(plot.positions[-1] + 0.6, -0.6)
         name_ticks(ax, "y", plot.positions, plot.labels, fontsize=look.tiny)
         ax.set_xlim(0, float(plot.values.max()) * 1.02 or 1.0)

@@ -45,7 +45,7 @@ class Panel:
         heatmap = resolve_similarity(
             self.grid, zoom=self.zoom, excess=self.excess, title=self.title
         )
-        i, j = (style.plain(label, 14) for label in self.grid.labels)
+        i, j = (style.drawable_text(label, 14) for label in self.grid.labels)
         return replace(heatmap, ylabel=f"i: {i}", xlabel=f"j: {j}")
 
 
@@ -99,7 +99,7 @@ def figure_grid(
         bar = (1.1 if any(panels[0].excess for panels in rows) else 0.8) * scale
         # What is left next to labels and the color bar.
         side = max((width - bar) / columns - 0.25 * scale, 0.1)
-        headline = textwrap.wrap(style.plain(title, 200), max(int(16 * width / scale), 1))
+        headline = textwrap.wrap(style.drawable_text(title, 200), max(int(16 * width / scale), 1))
         lines = scale * (0.05 + 0.15 * len(headline))
         figure = style.PanelFigure(
             figsize=(width, len(rows) * (side + 0.55 * scale) + lines), layout="constrained"
@@ -156,7 +156,7 @@ def figure_ranks(
     grids: Mapping[str, SimilarityGrid],
     *,
     zoom: int = 8,
-    above_chance: bool | None = None,
+    excess: bool | None = None,
     title: str | None = None,
     width: float = style.TWO_COLUMNS,
     **colors: Unpack[ColorOptions],
@@ -169,9 +169,9 @@ def figure_ranks(
         Panel title (``"ΔWq"``, ``"ΔWv"``) to grid, the smaller rank first in each grid.
     zoom
         Corner and triangle of the zoomed panels, see `plot_similarity`.
-    above_chance
-        Whether to add the same panels as excess φ; by default where chance exceeds 0.05
-        in some grid (the paper's 64 of 12,288 dimensions give 0.005).
+    excess
+        Whether to add the same panels as excess over the random baseline; by default if the
+        baseline exceeds 0.05 in some grid (the paper's 64 of 12,288 dimensions give 0.005).
     title
         One line above everything; by default the adapters, side and factor that all grids share.
     width
@@ -182,13 +182,13 @@ def figure_ranks(
     whole = [(name, grid, None) for name, grid in grids.items()]
     corner = [(f"{name}, j ≤ i", grid, zoom) for name, grid in grids.items()]
     headline = _headline(list(grids.values())) if title is None else title
-    return _figure([*whole, *corner], above_chance, headline, width, colors)
+    return _figure([*whole, *corner], excess, headline, width, colors)
 
 
 def figure_seeds(
     grids: Mapping[str, SimilarityGrid],
     *,
-    above_chance: bool | None = None,
+    excess: bool | None = None,
     title: str | None = None,
     width: float = style.TWO_COLUMNS,
     **colors: Unpack[ColorOptions],
@@ -200,13 +200,13 @@ def figure_seeds(
     grids
         Panel title to grid: one per module, and last the grid of two random matrices of the same
         shape, which shows what no agreement looks like.
-    above_chance, title, width, **colors
+    excess, title, width, **colors
         As in `figure_ranks`.
     """
     measured = list(grids.values())[: max(len(grids) - 1, 1)]
     headline = _headline(measured) if title is None else title
     panels = [(name, grid, None) for name, grid in grids.items()]
-    return _figure(panels, above_chance, headline, width, colors)
+    return _figure(panels, excess, headline, width, colors)
 
 
 def figure_layers(
@@ -246,19 +246,19 @@ def figure_layers(
 
 def _figure(
     panels: Sequence[tuple[str, SimilarityGrid, int | None]],
-    above_chance: bool | None,
+    excess: bool | None,
     title: str,
     width: float,
     colors: ColorOptions,
 ) -> Figure:
-    """Draw the panels as φ and, where asked or where chance is visible, again above chance."""
+    """Draw φ, then its excess over the random baseline if requested or if that is visible."""
     visible = any(grid.chance.size and grid.chance.max() > SMALL_CHANCE for _, grid, _ in panels)
-    has_excess = visible if above_chance is None else above_chance
+    both_kinds = visible if excess is None else excess
     # One column of a paper has no room for more than two panels next to each other.
     per_row = len(panels) if width >= 5 or len(panels) < 3 else -(-len(panels) // 2)
     rows = [
-        [Panel(grid, name, zoom, excess) for name, grid, zoom in panels[start : start + per_row]]
-        for excess in ((False, True) if has_excess else (False,))
+        [Panel(grid, name, zoom, of_excess) for name, grid, zoom in panels[start : start + per_row]]
+        for of_excess in ((False, True) if both_kinds else (False,))
         for start in range(0, len(panels), per_row)
     ]
     return figure_grid(rows, title=title, width=width, **colors)

@@ -89,7 +89,7 @@ def resolve_spectrum(
     if not spectra:
         message = "plot_spectrum was given no spectrum."
         raise InputError(message)
-    labels = [style.plain(label, 24) for label in _labels(spectra)]
+    labels = [style.drawable_text(label, 24) for label in _labels(spectra)]
     curves = []
     for index, (spectral, label) in enumerate(zip(spectra, labels, strict=True)):
         if not spectral.untrained:
@@ -144,7 +144,7 @@ def _paint_curve(
         "alpha": 0.4 if bundle else 1,
         "linewidth": width * 2 / 3 if bundle else width,
     }
-    ax.plot(curve.i[:rank], values[:rank], **style.merged(Line2D, defaults, kwargs))
+    ax.plot(curve.i[:rank], values[:rank], **style.merge_kwargs(Line2D, defaults, kwargs))
     # The end of a curve is the numerical rank.
     size = (2 if bundle else 4) * look.scale
     ax.plot(curve.i[rank - 1], values[rank - 1], "o", color=color, markersize=size)

@@ -119,7 +119,7 @@ def _mix(ink: ColorType, paper: ColorType, share: float) -> str:
     return colors.to_hex((red, green, blue))
 
 
-def _muted(ink: ColorType, papers: Sequence[ColorType]) -> str:
+def _mute(ink: ColorType, papers: Sequence[ColorType]) -> str:
     """Return a quieter ink that can still be read on each of ``papers``."""
     for share in (0.318, 0.25, 0.2, 0.15, 0.1, 0.05):
         color = _mix(ink, papers[0], share)
@@ -156,7 +156,7 @@ def house_style(
     ink = mpl.rcParams["text.color"] if _is_set("text.color") else _INK
     if min(contrast(ink, paper) for paper in papers) < _TEXT_CONTRAST:
         ink = "white" if is_dark else _INK
-    muted = _muted(ink, papers)
+    muted = _mute(ink, papers)
     base = float(mpl.rcParams["font.size"]) if _is_set("font.size") else font_size(width)
     house = {name: size * base / PAPER_SIZE for name, size in _POINTS.items()} | _STYLE
     house |= {"axes.prop_cycle": cycler(color=_DARK_PALETTE if is_dark else PALETTE)}
@@ -241,7 +241,7 @@ class Look:
         heights = (ax.transScale + ax.transLimits).transform(ends)[:, 1]
         lines = 1 + max(text.count("\n") for text in texts)
         gap = lines * 9.5 * self.scale / ax.bbox.height * ax.figure.dpi / 72
-        for y, text, color in zip(apart(heights, gap, (0.0, 1.0)), texts, ink, strict=True):
+        for y, text, color in zip(spread_apart(heights, gap, (0.0, 1.0)), texts, ink, strict=True):
             ax.text(
                 1.03, y, text, transform=ax.transAxes, color=color, va="center",
                 fontsize=self.small, parse_math=False,
@@ -275,7 +275,7 @@ def look(ax: Axes, color: Colors | None = None) -> Look:
     return Look(
         ax=ax,
         ink=colors.to_hex(ink),
-        muted=_muted(ink, papers),
+        muted=_mute(ink, papers),
         crossed=_mix(ink, papers[0], 0.535),
         faint=_mix(ink, papers[0], 0.825),
         blank=_mix(ink, papers[0], 0.848),
@@ -321,7 +321,7 @@ def drawing(
         yield look(ax, color)
 
 
-def merged(
+def merge_kwargs(
     artist: type[Artist], defaults: dict[str, Any], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the keyword arguments of an artist: the user's ``kwargs`` over the defaults."""
@@ -349,17 +349,17 @@ def new_axes(width: float = ONE_COLUMN, height: float = 2.6) -> Axes:
 
 
 @cache
-def _drawable(character: str) -> bool:
+def _is_drawable(character: str) -> bool:
     font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
     return character.isprintable() and font.get_char_index(ord(character)) != 0
 
 
-def plain(text: object, at_most: int = 48) -> str:
+def drawable_text(text: object, at_most: int = 48) -> str:
     """Return a name as it can be drawn: one line, no glyph the font lacks, the end kept if long.
 
     Draw it with ``parse_math=False``: a dollar sign in a name is a dollar sign.
     """
-    drawable = "".join(c if _drawable(c) else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+    drawable = "".join(c if _is_drawable(c) else "\N{REPLACEMENT CHARACTER}" for c in str(text))
     return drawable if len(drawable) <= at_most else "…" + drawable[1 - at_most :]
 
 
@@ -375,7 +375,7 @@ def without_common_start(names: list[str]) -> list[str]:
 
 def legend_label(text: str) -> str:
     """Return an artist's label with ``$`` escaped: a legend would read it as mathematics."""
-    return plain(text).replace("$", r"\$")
+    return drawable_text(text).replace("$", r"\$")
 
 
 def count_ticks(n: int, at_most: int = 9) -> NDArray[np.intp]:
@@ -428,8 +428,10 @@ def swarm(values: ArrayLike, limits: tuple[float, float], *, width: float) -> ND
     return np.asarray(offsets * min(width / widest, width / 3))
 
 
-def apart(positions: ArrayLike, gap: float, limits: tuple[float, float]) -> NDArray[np.float64]:
-    """Return positions for labels: as near to ``wanted`` as a mutual distance of ``gap`` allows."""
+def spread_apart(
+    positions: ArrayLike, gap: float, limits: tuple[float, float]
+) -> NDArray[np.float64]:
+    """Return positions for labels: as near to the given as a distance of ``gap`` allows."""
     target = np.asarray(positions, dtype=np.float64)
     order = np.argsort(target, kind="stable")
     placed = target[order]

@@ -174,7 +174,7 @@ class Spectrum:
     def energy_rank(self, share: float) -> int:
         """Return the smallest k whose leading directions hold ``share`` of Σσ²; 0 if untrained."""
         if not 0 < share <= 1:
-            message = f"An energy share lies in (0, 1], got {share}."
+            message = f"The energy share must be in (0, 1], got {share}."
             raise InputError(message)
         # A hair below the share: one that falls on a step is not lost to rounding.
         below = np.searchsorted(self.energy_shares, share * (1 - 4 * linalg.EPS))

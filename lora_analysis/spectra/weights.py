@@ -57,7 +57,7 @@ def weight_svd(W: Any, *, cache: bool = True) -> DenseSVD:
         raise BaseWeightError(message)
     if not cache or linalg.gram_seconds(dense.shape) < _WORTH_KEEPING:
         return linalg.gram_svd(dense)
-    from lora_analysis.storage.cache import keep, read_cached
+    from lora_analysis.storage.cache import read_cached, write_cached
 
     key = f"svd-{_hash(dense)}"
     cached = read_cached(key)
@@ -66,7 +66,7 @@ def weight_svd(W: Any, *, cache: bool = True) -> DenseSVD:
     if cached is not None and {name: a.shape for name, a in cached.items()} == shapes:
         return linalg.DenseSVD(cached["U"], cached["S"], cached["V"])
     svd = linalg.gram_svd(dense)
-    keep(key, svd._asdict())
+    write_cached(key, svd._asdict())
     return svd
 
 

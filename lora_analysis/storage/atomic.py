@@ -149,7 +149,9 @@ class _Holder(NamedTuple):
 
 
 @contextmanager
-def locked(folder: Path, name: str = LOCK_NAME, *, target: Path | None = None) -> Iterator[None]:
+def lock_folder(
+    folder: Path, name: str = LOCK_NAME, *, target: Path | None = None
+) -> Iterator[None]:
     """Lock a folder against other processes that lock it, by a file that names this process.
 
     The file of a killed process is taken over: at once if it ran on this host, after two minutes
@@ -162,7 +164,7 @@ def locked(folder: Path, name: str = LOCK_NAME, *, target: Path | None = None) -
         Another process has the lock, or had it a moment ago on another host.
     """
     lock = folder / name
-    with _acquired(lock, target or folder) as stream:
+    with _acquire(lock, target or folder) as stream:
         over = threading.Event()
         threading.Thread(target=_renew, args=(lock, over), daemon=True).start()
         try:
@@ -177,12 +179,12 @@ def locked(folder: Path, name: str = LOCK_NAME, *, target: Path | None = None) -
 
 
 @contextmanager
-def _acquired(lock: Path, target: Path) -> Iterator[TextIO]:
+def _acquire(lock: Path, target: Path) -> Iterator[TextIO]:
     """Open the lock's file, take the system's lock on it, and write this process into it."""
     while True:
-        with _opened(lock) as stream:
+        with _open_lock(lock) as stream:
             if not _hold(stream):
-                raise _in_use(lock, target, _read_holder(stream))
+                raise _in_use_error(lock, target, _read_holder(stream))
             try:
                 is_current = os.path.samestat(os.fstat(stream.fileno()), lock.stat())
             except FileNotFoundError:
@@ -191,16 +193,16 @@ def _acquired(lock: Path, target: Path) -> Iterator[TextIO]:
                 continue  # its holder deleted it after we opened it
             holder = _read_holder(stream)
             if holder.pid and not _is_gone(holder, lock):
-                raise _in_use(lock, target, holder)
+                raise _in_use_error(lock, target, holder)
             stream.seek(0)
             stream.truncate()
-            stream.write(f"{os.getpid()} {socket.gethostname()} {_began(os.getpid())}\n")
+            stream.write(f"{os.getpid()} {socket.gethostname()} {_start_time(os.getpid())}\n")
             stream.flush()
             yield stream
             return
 
 
-def _opened(lock: Path) -> TextIO:
+def _open_lock(lock: Path) -> TextIO:
     """Open the file, created if missing; a symbolic link of its name is not followed."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     return os.fdopen(os.open(lock, flags, 0o666), "r+", encoding="utf-8", errors="replace")
@@ -243,11 +245,11 @@ def _is_gone(holder: _Holder, lock: Path) -> bool:
         return True
     except PermissionError:
         return False
-    began = _began(int(holder.pid))
+    began = _start_time(int(holder.pid))
     return began == _ENDED or (bool(holder.began) and holder.began != began)
 
 
-def _began(pid: int) -> str:
+def _start_time(pid: int) -> str:
     """Return the start of a process in the kernel's ticks; empty if it is not known."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
@@ -263,7 +265,7 @@ def _renew(lock: Path, over: threading.Event) -> None:
             os.utime(lock)
 
 
-def _in_use(lock: Path, target: Path, holder: _Holder) -> InUseError:
+def _in_use_error(lock: Path, target: Path, holder: _Holder) -> InUseError:
     message = (
         f"{target} is in use by {holder}. Wait for it, or choose another folder; "
         f"if that process no longer exists, delete {lock}."

@@ -64,7 +64,7 @@ def read_cached(key: str) -> dict[str, NDArray[Any]] | None:
     return arrays
 
 
-def keep(key: str, arrays: Mapping[str, NDArray[Any]]) -> bool:
+def write_cached(key: str, arrays: Mapping[str, NDArray[Any]]) -> bool:
     """Cache arrays under a key; delete the least recently used ones if there is no room.
 
     Returns

@@ -90,7 +90,7 @@ def is_pickle(path: Path) -> bool:
     return sequence or start[:4] == _ZIP
 
 
-def pickle_refused(path: Path) -> UnknownFormatError:
+def pickle_error(path: Path) -> UnknownFormatError:
     """Return the error for a pickle that the caller has not allowed, or for an impostor of one."""
     if not is_pickle(path) and (kind := impostor_at(path)):
         return UnknownFormatError(f"{path}: this is {kind}")

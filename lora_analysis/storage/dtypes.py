@@ -250,7 +250,7 @@ def narrow(values: NDArray[np.floating[Any]], dtype: str, name: str) -> NDArray[
         bits >>= np.uint32(16)
         stored = bits.astype(np.uint16)
         del narrow32, bits
-    if not np.isfinite(widened(stored, dtype)).all():
+    if not np.isfinite(to_float32(stored, dtype)).all():
         largest = float(np.abs(values).max())
         message = (
             f"{name} would hold {largest:.3g}, which is too large for {dtype}, the type it is "
@@ -263,7 +263,7 @@ def narrow(values: NDArray[np.floating[Any]], dtype: str, name: str) -> NDArray[
     return np.ascontiguousarray(stored)
 
 
-def widened(stored: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+def to_float32(stored: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     """Return stored numbers as float32, exactly."""
     raw = np.ascontiguousarray(stored, raw_dtype(dtype))
     out = np.empty(raw.shape, result_dtype(dtype))
@@ -274,6 +274,6 @@ def widened(stored: NDArray[Any], dtype: str) -> NDArray[np.float32]:
 def is_exact(values: NDArray[np.floating[Any]], dtype: str) -> bool:
     """Return True if a stored type represents every one of the numbers exactly."""
     try:
-        return bool(np.array_equal(widened(narrow(values, dtype, ""), dtype), values))
+        return bool(np.array_equal(to_float32(narrow(values, dtype, ""), dtype), values))
     except InputError:
         return False

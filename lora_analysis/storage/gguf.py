@@ -159,14 +159,14 @@ def read_gguf(path: Path) -> GGUFFile:
             message = f"{path}: {_ALIGNMENT} {quote(alignment)} is not a number of bytes."
             raise MalformedFileError(message)
         data = -(-stream.tell() // alignment) * alignment
-    checked = {entry[0]: _checked_tensor(path, size, data, entry) for entry in entries}
+    checked = {entry[0]: _parse_tensor(path, size, data, entry) for entry in entries}
     if len(checked) != len(entries):
         message = f"{path}: two tensors have the same name."
         raise MalformedFileError(message)
     return GGUFFile(path, metadata, checked)
 
 
-def _checked_tensor(path: Path, size: int, data: int, entry: _Entry) -> GGUFTensor:
+def _parse_tensor(path: Path, size: int, data: int, entry: _Entry) -> GGUFTensor:
     """Return one tensor, its byte range checked against the file's size."""
     name, shape, code, offset = entry
     if code not in TYPES:
@@ -304,7 +304,7 @@ class GGUFTensors(TensorFiles):
         """
         if self._file.tensors[name].kind in _PLAIN:
             return super().read(name)
-        return self._decoded(name)
+        return self._decode(name)
 
     def blocks(
         self, name: str, *, elements: int = BLOCK_ELEMENTS
@@ -313,11 +313,11 @@ class GGUFTensors(TensorFiles):
         if self._file.tensors[name].kind in _PLAIN:
             yield from super().blocks(name, elements=elements)
             return
-        whole = self._decoded(name)
+        whole = self._decode(name)
         for rows, columns in tile_slices(self.infos[name].shape, elements):
             yield rows, columns, whole[rows, columns]
 
-    def _decoded(self, name: str) -> NDArray[np.float32]:
+    def _decode(self, name: str) -> NDArray[np.float32]:
         info = self._file.tensors[name]
         try:
             import gguf

@@ -155,7 +155,7 @@ def tensor_of(module: str, architecture: str) -> str | None:
 _GPT2_HEIGHTS: Final = {"attn_qkv": (3, 1), "ffn_up": (4, 1), "ffn_down": (1, 4)}
 
 
-def is_turned(tensor: str, shape: tuple[int, int]) -> bool | None:
+def is_stored_transposed(tensor: str, shape: tuple[int, int]) -> bool | None:
     """Return True if a GPT-2 update of shape ``(d_out, d_in)`` is stored transposed.
 
     llama.cpp's converter transposes GPT-2's weights, which the model stores as ``[in, out]``, and

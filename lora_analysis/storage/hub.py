@@ -71,7 +71,7 @@ _FIRST_REQUEST: Final = 2**18
 
 
 def fetch_adapter(source: str | os.PathLike[str], *, allow_pickle: bool) -> Snapshot:
-    """Fetch the files of adapters, see `adapter_files`.
+    """Fetch the files of adapters, see `select_adapter_files`.
 
     A source that names a file fetches it, of any kind, with the configurations in its folder.
 
@@ -87,8 +87,8 @@ def fetch_adapter(source: str | os.PathLike[str], *, allow_pickle: bool) -> Snap
     if names_a_file(name.inside):
         return _fetch_file(name, MAX_HUB_ADAPTER_BYTES)
     listing = list_files(name)
-    files = adapter_files(listing.paths, allow_pickle=allow_pickle)
-    return _with_path(download(name, listing, files, MAX_HUB_ADAPTER_BYTES), name)
+    files = select_adapter_files(listing.paths, allow_pickle=allow_pickle)
+    return _select_path(download(name, listing, files, MAX_HUB_ADAPTER_BYTES), name)
 
 
 def fetch_model(source: str | os.PathLike[str], *, allow_pickle: bool = False) -> Snapshot:
@@ -110,7 +110,7 @@ def fetch_model(source: str | os.PathLike[str], *, allow_pickle: bool = False) -
     configs = [path for path in listing.paths if "/" not in path and _matches(path, config_names)]
     snapshot = download(name, listing, configs, MAX_HUB_MODEL_BYTES)
     if any(path.endswith(f"{_SAFETENSORS}.index.json") for path in configs):
-        return _with_path(snapshot, name)
+        return _select_path(snapshot, name)
     weights = _whole_model_files(listing.paths, _SAFETENSORS)
     if not weights and allow_pickle:
         indices = [path for path in configs if path.endswith(".bin.index.json")]
@@ -126,7 +126,7 @@ def fetch_model(source: str | os.PathLike[str], *, allow_pickle: bool = False) -
         raise SourceError(message)
     is_whole_model = any(_matches(path, _WHOLE) for path in weights)
     if "adapter_config.json" in configs and not is_whole_model:
-        return _with_path(snapshot, name)  # the error of opening it says that it is an adapter
+        return _select_path(snapshot, name)  # the error of opening it says that it is an adapter
     if not weights:
         message = (
             f"{snapshot.address(snapshot.path)}: it has no safetensors file. Another file is "
@@ -134,7 +134,7 @@ def fetch_model(source: str | os.PathLike[str], *, allow_pickle: bool = False) -
             f"{PREFIX}{snapshot.repo}/unet."
         )
         raise SourceError(message)
-    return _with_path(download(name, listing, weights, MAX_HUB_MODEL_BYTES), name)
+    return _select_path(download(name, listing, weights, MAX_HUB_MODEL_BYTES), name)
 
 
 def fetch_files(snapshot: Snapshot, names: Sequence[str]) -> None:
@@ -186,10 +186,10 @@ def _fetch_file(name: HubName, limit: int) -> Snapshot:
         for path in listing.paths
         if "/" not in path and (path == file or _matches(path, _CONFIGS))
     ]
-    return _with_path(download(folder, listing, files, limit), name)
+    return _select_path(download(folder, listing, files, limit), name)
 
 
-def _with_path(snapshot: Snapshot, name: HubName) -> Snapshot:
+def _select_path(snapshot: Snapshot, name: HubName) -> Snapshot:
     """Return the snapshot at the path that was named; raise if it does not exist."""
     whole = replace(snapshot, inside=name.inside)
     if not whole.path.exists():
@@ -202,7 +202,7 @@ def _with_path(snapshot: Snapshot, name: HubName) -> Snapshot:
     return whole
 
 
-def adapter_files(paths: Iterable[str], *, allow_pickle: bool) -> list[str]:
+def select_adapter_files(paths: Iterable[str], *, allow_pickle: bool) -> list[str]:
     """Return the files of adapters: configurations, indices and tensors.
 
     In a folder with an ``adapter_config.json``, tensors are the weights that it describes;

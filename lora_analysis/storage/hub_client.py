@@ -23,7 +23,7 @@ from lora_analysis.storage.limits import (
     MAX_HUB_FILES,
     MAX_INDEX_BYTES,
 )
-from lora_analysis.storage.source_names import PREFIX, HubName, Snapshot, hub_name, nothing_there
+from lora_analysis.storage.source_names import PREFIX, HubName, Snapshot, hub_name, not_found_error
 
 if TYPE_CHECKING:
     import os
@@ -37,13 +37,13 @@ def repository_of(source: str | os.PathLike[str]) -> HubName:
     """Return the repository that a source names; raise if the extra for requests is missing."""
     name = hub_name(source)
     if name is None:
-        raise nothing_there(source)
+        raise not_found_error(source)
     if find_spec("huggingface_hub") is None:
         install = "pip install 'lora-analysis[hf]'"
         if name.spelled.startswith(PREFIX):
             message = f"{name} is on a hub, which needs huggingface-hub. Install it: {install}"
             raise MissingExtraError(message)
-        message = f"{nothing_there(source)} If it names a repository on a hub: {install}"
+        message = f"{not_found_error(source)} If it names a repository on a hub: {install}"
         raise SourceError(message)
     return name
 
@@ -144,23 +144,23 @@ def _list_cache(name: HubName, reason: str) -> Listing:
         commit = reference.read_text(encoding="utf-8", errors="replace")[:64].strip()
     folder = cache / "snapshots" / commit
     if "/" in commit or not folder.is_dir():
-        raise _not_cached(name, reason)
+        raise _not_cached_error(name, reason)
     files = [path for path in folder.rglob("*") if path.is_file()]
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     return Listing(commit, folder, sizes, reason)
 
 
-def _not_cached(name: HubName, reason: str) -> SourceError:
-    start, repository = _opening(name)
+def _not_cached_error(name: HubName, reason: str) -> SourceError:
+    start, repository = _message_start(name)
     return SourceError(
         f"{start}{repository} is not in the local cache, or not whole, and {reason}."
     )
 
 
-def _opening(name: HubName) -> tuple[str, HubName]:
+def _message_start(name: HubName) -> tuple[str, HubName]:
     """Return the beginning of an error message, and the repository as it names it."""
     is_address = name.spelled.startswith(PREFIX)
-    start = "" if is_address else f"{nothing_there(name.spelled)} On the hub: "
+    start = "" if is_address else f"{not_found_error(name.spelled)} On the hub: "
     return start, HubName(name.repo, name.revision)
 
 
@@ -169,7 +169,7 @@ def download(name: HubName, listing: Listing, files: Sequence[str], limit: int) 
     snapshot = Snapshot(name.repo, listing.commit, listing.folder, name.inside)
     if listing.local:
         if not files or not all((snapshot.path / file).is_file() for file in files):
-            raise _not_cached(name, listing.local)
+            raise _not_cached_error(name, listing.local)
         return snapshot
     chosen = [file for file in files if file in listing.sizes]
     sizes = {file: _size(snapshot, file, listing) for file in chosen}
@@ -326,7 +326,7 @@ def _request_error(name: HubName, error: Exception) -> InputError:
     """Return the error for a failed request, in one line."""
     from huggingface_hub import errors
 
-    start, repository = _opening(name)
+    start, repository = _message_start(name)
     login = "log in with 'hf auth login' or set HF_TOKEN"
     if isinstance(error, errors.GatedRepoError):
         text = f"{repository} is gated. Accept its terms on its page, then {login}."

@@ -22,7 +22,7 @@ from lora_analysis.errors import OccupiedError, OutputError
 from lora_analysis.storage.atomic import (
     Content,
     is_leftover,
-    locked,
+    lock_folder,
     remove_leftovers,
     sync_folder,
     write_atomic,
@@ -159,7 +159,7 @@ class OutputFolder:
         earlier = read_record(self.folder, self.kind)
         if earlier is not None and earlier.state == "replacing":
             self._complete(earlier)
-            earlier = earlier.finished()
+            earlier = earlier.as_finished()
             self.check()
         if earlier is None or not earlier.files:
             for name in () if earlier is None else earlier.names:
@@ -318,7 +318,7 @@ class OutputFolder:
         for folder in (self.folder, *emptied):
             if folder.is_dir():
                 sync_folder(folder)
-        journal.finished().write(self.folder)
+        journal.as_finished().write(self.folder)
         shutil.rmtree(self.staging, ignore_errors=True)
 
 
@@ -353,7 +353,7 @@ def output_folder(
     with _disk_errors(folder, target.state_sentence):
         target.make_folders()
         try:
-            with locked(folder, f"{RECORD_FOLDER}/{kind}.lock", target=folder):
+            with lock_folder(folder, f"{RECORD_FOLDER}/{kind}.lock", target=folder):
                 try:
                     target.begin()
                     target.clear_staging()
@@ -386,7 +386,7 @@ def output_file(path: Path, *, inputs: Iterable[Path] = (), force: bool = False)
         missing = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with locked(path.parent, f".{path.name[:100]}.lock", target=path):
+            with lock_folder(path.parent, f".{path.name[:100]}.lock", target=path):
                 check_output_file(path, inputs=inputs, force=force)
                 yield
         except BaseException:

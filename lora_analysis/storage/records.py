@@ -105,7 +105,7 @@ class Record:
     names: tuple[str, ...] = ()
     version: str = __version__
 
-    def finished(self) -> Record:
+    def as_finished(self) -> Record:
         """Return the record for the time after the new files have replaced the old ones."""
         return replace(self, state="finished", files=self.new, new={}, removed=(), names=())
 
@@ -156,8 +156,8 @@ def read_record(folder: Path, kind: str) -> Record | None:
             state=document["state"],
             files=_marks(document["files"]),
             new=_marks(document.get("new", {})),
-            removed=tuple(_checked_name(name) for name in document.get("removed", ())),
-            names=tuple(_checked_name(name) for name in document.get("names", ())),
+            removed=tuple(_check_name(name) for name in document.get("removed", ())),
+            names=tuple(_check_name(name) for name in document.get("names", ())),
             version=str(document["generator"]).rpartition(" ")[2],
         )
     except (InputError, KeyError, TypeError, ValueError):
@@ -275,12 +275,12 @@ def _marks_document(marks: Mapping[str, FileMark]) -> dict[str, dict[str, Any]]:
 
 def _marks(document: Mapping[str, Any]) -> dict[str, FileMark]:
     return {
-        _checked_name(name): FileMark(int(mark["size"]), str(mark["sha256"]))
+        _check_name(name): FileMark(int(mark["size"]), str(mark["sha256"]))
         for name, mark in document.items()
     }
 
 
-def _checked_name(name: object) -> str:
+def _check_name(name: object) -> str:
     """Return a name that stays inside its folder; raise ValueError for any other name."""
     text = str(name)
     parts = PurePosixPath(text).parts

@@ -144,7 +144,7 @@ def parse_header(path: Path, start: bytes, size: int) -> Header:
         raise MalformedFileError(message)
     data_start = _LENGTH_BYTES + length
     tensors = {
-        name: _checked_tensor(path, name, entry, data_start) for name, entry in document.items()
+        name: _parse_tensor(path, name, entry, data_start) for name, entry in document.items()
     }
     # Tensors must not overlap, leave holes, or end elsewhere than the file.
     ordered = sorted(tensors.values(), key=lambda info: (info.start, info.stop))
@@ -164,7 +164,7 @@ def parse_header(path: Path, start: bytes, size: int) -> Header:
     return Header(metadata, tensors)
 
 
-def _checked_tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+def _parse_tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     """Return one entry of the header, its type, shape and byte range checked for consistency."""
     fields = entry if isinstance(entry, dict) else {}
     code, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))

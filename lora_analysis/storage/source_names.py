@@ -54,7 +54,7 @@ def source_paths(source: str | os.PathLike[str]) -> tuple[Path, ...]:
     return (path, path.parent) if configured else (path,)
 
 
-def nothing_there(source: str | os.PathLike[str]) -> SourceError:
+def not_found_error(source: str | os.PathLike[str]) -> SourceError:
     """Return the error for a source that names no file or folder."""
     return SourceError(f"There is no file or folder {str(source)!r}.")
 
@@ -155,7 +155,7 @@ def names_a_file(text: str) -> bool:
 
 
 @contextmanager
-def shown_errors(snapshot: Snapshot | None) -> Iterator[None]:
+def addresses_in_errors(snapshot: Snapshot | None) -> Iterator[None]:
     """Replace cache folders in error messages by the address of the snapshot."""
     try:
         yield

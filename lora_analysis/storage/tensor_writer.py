@@ -79,8 +79,8 @@ def output_group(
 ) -> list[OutputTensor]:
     """Return tensors that are computed together, such as the two factors of one module.
 
-    ``produce`` is called for the first of them that is written; the others wait until their turn
-    comes, which is next in a file sorted by name.
+    ``produce`` is called for the first of them that is written; the others are cached until they
+    are written, which is next in a file sorted by name.
 
     Parameters
     ----------
@@ -91,14 +91,16 @@ def output_group(
     dtype
         Type of all of them.
     """
-    waiting: dict[str, NDArray[Any]] = {}
+    cached: dict[str, NDArray[Any]] = {}
 
-    def take(name: str) -> NDArray[Any]:
-        if name not in waiting:
-            waiting.update(produce())
-        return waiting.pop(name)
+    def pop_array(name: str) -> NDArray[Any]:
+        if name not in cached:
+            cached.update(produce())
+        return cached.pop(name)
 
-    return [OutputTensor(name, dtype, shape, partial(take, name)) for name, shape in shapes.items()]
+    return [
+        OutputTensor(name, dtype, shape, partial(pop_array, name)) for name, shape in shapes.items()
+    ]
 
 
 def safetensors_content(
@@ -123,7 +125,7 @@ def safetensors_content(
     InputError
         The header cannot be written: a name occurs twice, a type is unknown, or it is too long.
     """
-    ordered = _ordered(tensors)
+    ordered = _sort_tensors(tensors)
     marked = {**metadata, **safetensors_mark(config)}
     _header(ordered, marked)
     return lambda stream: write_safetensors(stream, ordered, marked)
@@ -151,7 +153,7 @@ def write_safetensors(
     InputError
         The header cannot be written, or a producer returns another type or shape than announced.
     """
-    ordered = _ordered(tensors)
+    ordered = _sort_tensors(tensors)
     stream.write(_header(ordered, metadata))
     for tensor in ordered:
         stream.write(_tensor_bytes(tensor))
@@ -256,7 +258,7 @@ def _stored_bytes(tensor: TensorSpec) -> int:
     return tensor.elements * raw_dtype(tensor.dtype).itemsize
 
 
-def _ordered(tensors: Iterable[OutputTensor]) -> list[OutputTensor]:
+def _sort_tensors(tensors: Iterable[OutputTensor]) -> list[OutputTensor]:
     """Return tensors in the order of a safetensors file; refuse types that are not written."""
     tensors = list(tensors)
     for tensor in tensors:

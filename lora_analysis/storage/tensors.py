@@ -162,7 +162,7 @@ class MemoryTensors:
         widen(raw, dtype, values)
         return values
 
-    def stored(self, name: str) -> NDArray[Any]:
+    def read_stored(self, name: str) -> NDArray[Any]:
         """Return one tensor as stored; types that numpy does not have come as their bits."""
         return self._stored[name]
 
@@ -189,7 +189,7 @@ class LazyTensors(Mapping[str, "NDArray[Any]"]):
     def __getitem__(self, name: str) -> NDArray[Any]:
         return self._tensors.read(self._stored_names[name])
 
-    def stored(self, name: str) -> tuple[str, tuple[int, ...], Callable[[], NDArray[Any]]]:
+    def read_stored(self, name: str) -> tuple[str, tuple[int, ...], Callable[[], NDArray[Any]]]:
         """Return type and shape of a tensor in its file, and a function that reads its bits."""
         key = self._stored_names[name]
         info = self._tensors.infos[key]
@@ -210,7 +210,7 @@ def read_bits(tensors: NamedTensors, name: str) -> NDArray[Any]:
         check_readable(file, info)
         elements = read_elements(file, info, 0, info.elements)
         return elements.view(raw_dtype(info.dtype)).reshape(info.shape)
-    return tensors.stored(name) if isinstance(tensors, MemoryTensors) else tensors.read(name)
+    return tensors.read_stored(name) if isinstance(tensors, MemoryTensors) else tensors.read(name)
 
 
 def open_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFiles:

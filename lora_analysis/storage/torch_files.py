@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
 
 from lora_analysis.errors import MalformedFileError, UnknownFormatError, UnsupportedMethodError
-from lora_analysis.storage.documents import is_text, is_zip, pickle_refused, regular_file_size
+from lora_analysis.storage.documents import is_text, is_zip, pickle_error, regular_file_size
 from lora_analysis.storage.dtypes import BITS
 from lora_analysis.storage.limits import (
     MAX_NESTING,
@@ -280,7 +280,7 @@ def read_pickle(path: Path, *, allow_pickle: bool) -> Pickle:
         It names more than tensors and plain containers.
     """
     if not allow_pickle:
-        raise pickle_refused(path)
+        raise pickle_error(path)
     if not is_zip(path):
         return _read_sequence(path)
     members = zip_members(path)

@@ -32,7 +32,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from lora_analysis.errors import InputError
-from lora_analysis.formats.sources import config_at, says_nothing
+from lora_analysis.formats.sources import config_at, is_uninformative
 from lora_analysis.storage.safetensors import TensorInfo, read_header
 
 # Organizations that publish copies of others' models under the models' own names.
@@ -162,7 +162,7 @@ def base_key(name: str | None) -> str | None:
     plain = plain_model(model)
     if not organization or organization in _FORMERLY_BARE:
         return plain
-    copied = _CONVERTED.sub("", _renamed(model)) != plain and not says_nothing(plain)
+    copied = _CONVERTED.sub("", _current_name(model)) != plain and not is_uninformative(plain)
     if copied or organization in _REPUBLISHERS:
         return plain if _BARE_ON_HUB.fullmatch(plain) else f"{_ANY}/{plain}"
     return f"{organization}/{plain}"
@@ -210,7 +210,7 @@ def same_key(a: str | None, b: str | None) -> bool | None:
     (owner_a, _, model_a), (owner_b, _, model_b) = a.rpartition("/"), b.rpartition("/")
     if model_a == model_b:
         return True if _ANY in (owner_a, owner_b) and owner_a and owner_b else None
-    if says_nothing(model_a) or says_nothing(model_b):
+    if is_uninformative(model_a) or is_uninformative(model_b):
         return None
     if bool(owner_a) == bool(owner_b):
         return False
@@ -240,12 +240,12 @@ def resolve_keys(names: Iterable[str | None]) -> list[str | None]:
 
 def plain_model(name: str) -> str:
     """Return the last part of a name in lower case, without suffixes of quantized copies."""
-    last = _renamed(_WEIGHTS_FILE.sub("", _posix(name).rpartition("/")[2].lower()))
+    last = _current_name(_WEIGHTS_FILE.sub("", _posix(name).rpartition("/")[2].lower()))
     return _COPY.sub("", last) or last
 
 
-def _renamed(model: str) -> str:
-    """Return the present name of a model in lower case."""
+def _current_name(model: str) -> str:
+    """Return a model's current name in lower case, for one that was renamed on the hub."""
     return re.sub(r"^meta-(?=llama-)", "", _ALIASES.get(model, model))
 
 
@@ -278,7 +278,7 @@ def shown_bases(names: Iterable[str | None]) -> dict[str | None, str | None]:
             ends[name] = [part for part in path.split("/") if part not in ("", "~", ".")]
     lengths = dict.fromkeys(ends, 1)
     for name, parts in ends.items():
-        while lengths[name] < min(3, len(parts)) and says_nothing(parts[-lengths[name]]):
+        while lengths[name] < min(3, len(parts)) and is_uninformative(parts[-lengths[name]]):
             lengths[name] += 1
 
     def text(name: str) -> str | None:
@@ -310,13 +310,13 @@ def _repository(path: str) -> str | None:
     if cached := _HUB_CACHE.search(path):
         return f"{cached['owner']}/{cached['model']}"
     litgpt = _LITGPT.search(path)
-    if litgpt and not any(map(says_nothing, litgpt["repo"].split("/"))):
+    if litgpt and not any(map(is_uninformative, litgpt["repo"].split("/"))):
         return litgpt["repo"]
     path = re.sub(r"/(lora|lycoris|controlnet|textual-inversion)$", "", path)  # modelspec's
     owner, slash, model = path.rpartition("/")
     if _LOCAL_PATH.match(path) or "/" in owner:
         return None
-    if slash and (says_nothing(owner) or _WEIGHTS_FILE.search(model)):
+    if slash and (is_uninformative(owner) or _WEIGHTS_FILE.search(model)):
         return None  # models/llama
     return path.partition("@")[0]
 
@@ -325,6 +325,7 @@ def _repository(path: str) -> str | None:
 
 
 def _folder(key: str) -> _Folder | None:
+    """Return the parts of a local folder's key; None for the key of a hub's model."""
     kind, *parts = key.split(":", 5)
     return _Folder(*parts) if kind == _FOLDER and len(parts) == 5 else None
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from lora_analysis.adapter import is_fine_tune
-from lora_analysis.formats.sources import says_nothing
+from lora_analysis.formats.sources import is_uninformative
 from lora_analysis.studies.base_identity import (
     base_key,
     model_and_structure,
@@ -75,7 +75,7 @@ def strange_name(names: Mapping[str, str | None], base: BaseWeights | None) -> s
     """
     keys = resolve_keys(names.values())
     named = {key: name for key, name in zip(keys, names.values(), strict=True) if key}
-    if base is None or base.name is None or len(named) != 1 or says_nothing(base.name):
+    if base is None or base.name is None or len(named) != 1 or is_uninformative(base.name):
         return None
     ((key, name),) = named.items()
     return None if _is_given(key, base) else shown_base(name)

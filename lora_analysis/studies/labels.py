@@ -10,7 +10,7 @@ from typing import Any
 from lora_analysis.adapter import Adapter
 from lora_analysis.errors import InputError
 from lora_analysis.finding import Finding
-from lora_analysis.formats.sources import CONTAINER_SUFFIXES, says_nothing
+from lora_analysis.formats.sources import CONTAINER_SUFFIXES, is_uninformative
 from lora_analysis.text import whole_characters
 
 FIELDS = ("task", "rank", "seed", "step")
@@ -159,7 +159,7 @@ def _own_names(adapter: Adapter) -> tuple[str, ...]:
     path = _path(adapter)
     names = []
     for parts in (PurePath(name).parts, path.parts if path else ()):
-        names += [part for part in reversed(parts) if not says_nothing(part)][:1]
+        names += [part for part in reversed(parts) if not is_uninformative(part)][:1]
     return tuple(names)
 
 

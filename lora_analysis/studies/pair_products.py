@@ -169,17 +169,17 @@ def _direction_indices(
 def module_products(
     updates: Sequence[Update], *, vectors: bool, all_dense_vectors: bool = False
 ) -> ModuleProducts:
-    """Return the spectra of updates of one module and shape, and the products of their directions.
+    """Return the spectra of one module's updates, and inner products of their singular vectors.
 
     Parameters
     ----------
     updates
         The updates.
     vectors
-        Whether the spectra need singular vectors. Without, the products of the singular vectors
+        Whether the spectra need singular vectors. If False, the products of the singular vectors
         follow from those of the factors if these are well conditioned: no vector is computed.
     all_dense_vectors
-        Whether large dense updates need all of their singular vectors. Without, they have as many
+        Whether large dense updates need all of their singular vectors. If False, they have as many
         as `directions_of_pairs` counts at most.
     """
     if not vectors and (joint := _joint_products(updates)) is not None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # With five references of different tasks, A and B alone can be the most alike of 21 pairs.
 REFERENCES_FOR_TEST: Final = 5
-_SHARED_STARTS = (PairClass.SHARED_INIT, PairClass.GRADIENTS_ALIKE, PairClass.SAME_SEED)
+_SHARED_INIT_CLASSES = (PairClass.SHARED_INIT, PairClass.GRADIENTS_ALIKE, PairClass.SAME_SEED)
 # Classes that labels alone decide, for references.
 _BY_LABELS = (PairClass.SAME_SEED, PairClass.SHARED_INIT, PairClass.UNKNOWN)
 # Quantities whose range over the references must hold for A and B.
@@ -119,7 +119,8 @@ def reference_test(study: Study, a: str, b: str, side: Side = "output") -> Refer
         smallest_p_value=test.smallest_p_value,
         out_of_range=tuple(outside),
         shares_start=bool(
-            rows["pair_class"].isin(_SHARED_STARTS).any() or (rows["shared_init_modules"] > 0).any()
+            rows["pair_class"].isin(_SHARED_INIT_CLASSES).any()
+            or (rows["shared_init_modules"] > 0).any()
         ),
     )
 

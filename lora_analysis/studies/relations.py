@@ -67,6 +67,7 @@ def earlier_checkpoints(adapters: Sequence[Adapter]) -> set[str]:
 
 
 def _step(adapter: Adapter) -> int:
+    """Return the training step of an adapter; 0 if it is unknown."""
     return adapter.provenance.step or 0
 
 

@@ -15,10 +15,10 @@ from lora_analysis.finding import Failure
 from lora_analysis.formats import (
     AdapterRef,
     as_adapter,
-    each_once,
-    expanded,
+    expand_glob,
     find_adapters,
     read_adapter,
+    skip_seen,
     unique_labels,
 )
 from lora_analysis.studies.base_models import other_bases, same_base, with_base_name
@@ -275,9 +275,9 @@ def read_sources(
         elif not isinstance(source, str | PathLike):
             yield as_adapter(source, base=base)
         else:
-            paths = expanded(str(source))
+            paths = expand_glob(str(source))
             refs = [ref for path in paths for ref in find_adapters(path, base=base)]
-            for ref in each_once(refs, seen):
+            for ref in skip_seen(refs, seen):
                 try:
                     yield read_adapter(ref, base=base)
                 except InputError as error:

@@ -13,7 +13,7 @@ import pandas as pd
 from lora_analysis.adapter import Adapter
 from lora_analysis.blocks import locate_module
 from lora_analysis.errors import BaseWeightError, SourceError
-from lora_analysis.finding import Failure, listed
+from lora_analysis.finding import Failure, quote_names
 from lora_analysis.formats import is_adapter_like
 from lora_analysis.formats.sanity_checks import ModuleStatistics, sanity_findings
 from lora_analysis.names import match_names, parse_prefixes
@@ -275,7 +275,7 @@ def _assemble(
 
 
 # Classes of pairs whose input sides agree because of how they started.
-_SHARED_STARTS = (
+_SHARED_INIT_CLASSES = (
     PairClass.SHARED_INIT,
     PairClass.GRADIENTS_ALIKE,
     PairClass.SAME_RUN,
@@ -286,12 +286,12 @@ _SHARED_STARTS = (
 def _add_statistics(matrix: SimilarityMatrix, pairs: pd.DataFrame) -> None:
     """Replace values by T of the table of pairs, so that a pair has one value; in place.
 
-    T is over the usable modules; the input side of pairs with a shared start is left out in all
-    module types.
+    T is over the usable modules; the input side of pairs with a shared initialization is left
+    out in all module types.
     """
     index = {label: i for i, label in enumerate(matrix.labels)}
     rows = pairs["a"].map(index).to_numpy(), pairs["b"].map(index).to_numpy()
-    shared = pairs["pair_class"].isin(_SHARED_STARTS).to_numpy()
+    shared = pairs["pair_class"].isin(_SHARED_INIT_CLASSES).to_numpy()
     for side, planes in matrix.overlap.items():
         values = pairs[f"mean_excess_{side}"].to_numpy()
         if side == "input":
@@ -310,9 +310,9 @@ def _no_weight_error(reason: str, adapter: Adapter, base: BaseWeights | None) ->
     if match_names(adapter, modules, fits=lambda *_: False).pairs:  # no prefix would help
         return BaseWeightError(text)
     return BaseWeightError(
-        f"{text} {adapter.label} has {listed(list(adapter))}; the base has "
-        f"{listed(modules) or 'no weights'}. If they are the same modules, pass prefix= (command "
-        "line: --prefix OLD=NEW)."
+        f"{text} {adapter.label} has {quote_names(list(adapter))}; the base has "
+        f"{quote_names(modules) or 'no weights'}. If they are the same modules, pass prefix= "
+        "(command line: --prefix OLD=NEW)."
     )
 
 

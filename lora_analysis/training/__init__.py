@@ -8,7 +8,7 @@ modules that compute with it (``digits_vit``, ``loop``, ``run_setup``, …), not
 
 from lora_analysis.training.config import RunConfig, Seeds
 from lora_analysis.training.events import RunEvent
-from lora_analysis.training.inputs import base_folder, run_key
+from lora_analysis.training.inputs import base_folder, run_hash
 from lora_analysis.training.options import BaseOptions, DataOptions, LoopOptions
 from lora_analysis.training.plan import ExecutionOptions, SweepPlan, read_plan
 from lora_analysis.training.run_folders import FAILURE_NAME, run_state
@@ -34,7 +34,7 @@ __all__ = [
     "base_folder",
     "demo_sweep",
     "read_plan",
-    "run_key",
+    "run_hash",
     "run_state",
     "run_sweep",
     "sweep_states",

@@ -53,7 +53,7 @@ def save_checkpoint(training: Training, folder: Path, facts: dict[str, Any]) -> 
     streams = {
         f"{_stream_name(rank)}/{name}": state
         for name, value in training.dropout.state().items()
-        for rank, state in enumerate(training.processes.gathered(value))
+        for rank, state in enumerate(training.processes.gather_tensor(value))
     }
     if not training.processes.is_first:
         return

@@ -69,7 +69,7 @@ class Rows:
             reason = row if isinstance(row, str) else f"{len(row):,} fields, too many"
             self.bad.append((line, reason))
         else:
-            self.rows.append((line, self._cut(row)))
+            self.rows.append((line, self._truncate(row)))
         count = len(self.rows) + len(self.bad)
         if count > MAX_DATA_ROWS or self.characters > MAX_DATA_CHARACTERS:
             message = (
@@ -78,8 +78,8 @@ class Rows:
             )
             raise InputError(message)
 
-    def _cut(self, row: Row) -> Row:
-        """Return a row with its texts cut to the maximum length."""
+    def _truncate(self, row: Row) -> Row:
+        """Return a row with its texts truncated to the maximum length."""
         long = [
             name
             for name, cell in row.items()
@@ -166,7 +166,7 @@ def read_rows(path: Path, *, format: DataFormat = "auto", limit: int | None = No
 _Lines = Iterator[tuple[int, Row | str]]
 
 
-def _jsonl(path: Path) -> _Lines:
+def _read_jsonl(path: Path) -> _Lines:
     with path.open(encoding="utf-8") as stream:
         for line, text in _lines(stream):
             if text is None:
@@ -204,17 +204,17 @@ def _whole_lines(path: Path, stream: TextIO) -> Iterator[str]:
         yield text
 
 
-def _tsv(path: Path) -> _Lines:
+def _read_tsv(path: Path) -> _Lines:
     """Yield tab-separated rows; a file with GLUE's columns is read without quotes, as GLUE is."""
     with path.open(encoding="utf-8", newline="") as stream:
         first = stream.readline(2**20).rstrip("\r\n").split("\t")
     if _is_cola(first) or set(first) & {"#1 String", "gold_label", "is_duplicate"}:
-        yield from _glue(path)
+        yield from _read_glue(path)
     else:
-        yield from _delimited(path, "\t", csv.QUOTE_MINIMAL)
+        yield from _read_delimited(path, "\t", csv.QUOTE_MINIMAL)
 
 
-def _delimited(
+def _read_delimited(
     path: Path, delimiter: str, quoting: Literal[0, 3], header: Iterable[str] | None = None
 ) -> _Lines:
     with path.open(encoding="utf-8-sig", newline="") as stream:
@@ -243,7 +243,7 @@ def _delimited(
             yield reader.line_num, dict(zip(names, fields, strict=True)) if fits else reason
 
 
-def _glue(path: Path) -> _Lines:
+def _read_glue(path: Path) -> _Lines:
     with path.open(encoding="utf-8", newline="") as stream:
         first = stream.readline(2**20).rstrip("\r\n").split("\t")
     header = _COLA if _is_cola(first) else None
@@ -254,7 +254,7 @@ def _glue(path: Path) -> _Lines:
     }
     if columns["text_pair"] == columns["text"]:
         columns["text_pair"] = None
-    for line, row in _delimited(path, "\t", csv.QUOTE_NONE, header):
+    for line, row in _read_delimited(path, "\t", csv.QUOTE_NONE, header):
         if isinstance(row, str):
             yield line, row
         elif row.get(columns["label"] or "") == "-":
@@ -267,7 +267,7 @@ def _is_cola(first: list[str]) -> bool:
     return len(first) == len(_COLA) and first[1] in ("0", "1") and first[2] in ("", "*")
 
 
-def _parquet(path: Path) -> _Lines:
+def _read_parquet(path: Path) -> _Lines:
     require_package("pyarrow", "parquet", f"{path}: Parquet")
     from pyarrow import parquet
 
@@ -283,25 +283,25 @@ def _parquet(path: Path) -> _Lines:
             yield number, row
 
 
-def _text(path: Path) -> _Lines:
-    """Yield paragraphs: lines up to an empty one."""
+def _read_paragraphs(path: Path) -> _Lines:
+    """Yield paragraphs, separated by empty lines."""
     with path.open(encoding="utf-8") as stream:
-        gathered: list[str] = []
+        paragraph_lines: list[str] = []
         start = 1
         for line, text in _lines(stream):
             if text is None:
                 yield line, _TOO_LONG
             elif text.strip():
-                start = start if gathered else line
-                gathered.append(text.rstrip("\r\n"))
-            elif gathered:
-                yield start, {"text": "\n".join(gathered)}
-                gathered = []
-        if gathered:
-            yield start, {"text": "\n".join(gathered)}
+                start = start if paragraph_lines else line
+                paragraph_lines.append(text.rstrip("\r\n"))
+            elif paragraph_lines:
+                yield start, {"text": "\n".join(paragraph_lines)}
+                paragraph_lines = []
+        if paragraph_lines:
+            yield start, {"text": "\n".join(paragraph_lines)}
 
 
-def _e2e(path: Path) -> _Lines:
+def _read_e2e(path: Path) -> _Lines:
     with path.open(encoding="utf-8") as stream:
         for line, text in _lines(stream):
             if text is None:
@@ -318,13 +318,13 @@ def _e2e(path: Path) -> _Lines:
 
 
 _READERS: Final[Mapping[str, Callable[[Path], _Lines]]] = {
-    "jsonl": _jsonl,
-    "csv": partial(_delimited, delimiter=",", quoting=csv.QUOTE_MINIMAL),
-    "tsv": _tsv,
-    "parquet": _parquet,
-    "text": _text,
-    "e2e": _e2e,
-    "glue": _glue,
+    "jsonl": _read_jsonl,
+    "csv": partial(_read_delimited, delimiter=",", quoting=csv.QUOTE_MINIMAL),
+    "tsv": _read_tsv,
+    "parquet": _read_parquet,
+    "text": _read_paragraphs,
+    "e2e": _read_e2e,
+    "glue": _read_glue,
 }
 
 

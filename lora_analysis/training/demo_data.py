@@ -69,7 +69,7 @@ def digits_task(task: str = UPRIGHT) -> TaskData:
     MissingExtraError
         scikit-learn, which contains the images, is not installed.
     """
-    from lora_analysis.training.tasks import Split, TaskData
+    from lora_analysis.training.tasks import DataSplit, TaskData
 
     if task not in TASKS:
         near = ", ".join(near_names(task, TASKS) or TASKS)
@@ -90,8 +90,8 @@ def digits_task(task: str = UPRIGHT) -> TaskData:
     labels = table[:, -1].astype(np.int64)
     inputs = np.ascontiguousarray(TASKS[task](images))
     return TaskData(
-        train=Split(inputs[:TRAIN_IMAGES], labels[:TRAIN_IMAGES]),
-        test=Split(inputs[TRAIN_IMAGES:], labels[TRAIN_IMAGES:]),
+        train=DataSplit(inputs[:TRAIN_IMAGES], labels[:TRAIN_IMAGES]),
+        test=DataSplit(inputs[TRAIN_IMAGES:], labels[TRAIN_IMAGES:]),
     )
 
 

@@ -96,16 +96,16 @@ class Processes:
 
     def total(self, number: int) -> int:
         """Return the sum of a number over the processes."""
-        return int(self.summed(torch.tensor(float(number)))) if self.count > 1 else number
+        return int(self.sum_tensor(torch.tensor(float(number)))) if self.count > 1 else number
 
-    def summed(self, value: Tensor) -> Tensor:
+    def sum_tensor(self, value: Tensor) -> Tensor:
         """Return the sum of a tensor over the processes."""
         if self.count > 1:
             value = value.clone()
             torch.distributed.all_reduce(value)
         return value
 
-    def gathered(self, value: Tensor) -> list[Tensor]:
+    def gather_tensor(self, value: Tensor) -> list[Tensor]:
         """Return a tensor's values in all processes, in the order of ranks, on the CPU."""
         if self.count == 1:
             return [value.cpu()]

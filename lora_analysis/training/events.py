@@ -145,29 +145,30 @@ class Trackers:
         self.working: dict[str, _Tracker] = {}
         check_trackers(names)
         for name in names:
-            self._try(name, partial(self._start, name, config, folder))
+            self._call_tracker(name, partial(self._start, name, config, folder))
 
     def log(self, metrics: StepMetrics) -> None:
         """Send the metrics of a step."""
         values = {name: v for name, v in metrics.to_dict().items() if name != "step"}
         for name, tracker in list(self.working.items()):
-            self._try(name, partial(tracker.log, values, metrics.step))
+            self._call_tracker(name, partial(tracker.log, values, metrics.step))
 
     def close(self) -> None:
         """Finish the run in every tracker."""
         for name, tracker in list(self.working.items()):
-            self._try(name, tracker.close)
+            self._call_tracker(name, tracker.close)
 
     def _start(self, name: str, config: RunConfig, folder: Path) -> None:
         self.working[name] = TRACKERS[name](config, folder)
 
-    def _try(self, name: str, action: Callable[[], None]) -> None:
+    def _call_tracker(self, name: str, action: Callable[[], None]) -> None:
+        """Call a function of a tracker; if it fails, note why and leave the tracker out."""
         try:
             with redirect_stdout(sys.stderr):  # trackio prints a greeting; stdout is for data
                 action()
         except Exception as error:  # noqa: BLE001 - no error of a tracker stops a run
             self.working.pop(name, None)
-            first = (str(error).splitlines() or [""])[0]
+            first_line = (str(error).splitlines() or [""])[0]
             self.note(
-                f"The tracker {name} failed ({type(error).__name__}: {first}); it is left out."
+                f"The tracker {name} failed ({type(error).__name__}: {first_line}); it is left out."
             )

@@ -51,7 +51,7 @@ _MINILM_SHA256: Final[Mapping[str, str]] = {
 }
 
 
-def run_key(config: RunConfig) -> str:
+def run_hash(config: RunConfig) -> str:
     """Return a hash of all that determines a run: its configuration and its input files.
 
     Raises

@@ -302,7 +302,7 @@ class Training:
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.options.max_grad_norm is None else self.options.max_grad_norm
         norm = nn.utils.clip_grad_norm_(list(self.trained.values()), limit)  # before clipping
-        mean = float(self.processes.summed(loss))
+        mean = float(self.processes.sum_tensor(loss))
         # A scaler skips steps whose gradient overflowed, and reduces its scale.
         has_overflow = not self.scaler.is_enabled() and not bool(norm.isfinite())
         if not math.isfinite(mean) or has_overflow:

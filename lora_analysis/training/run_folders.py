@@ -10,7 +10,7 @@ from lora_analysis.errors import InputError
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.outputs import is_bookkeeping
 from lora_analysis.storage.records import Record, file_state, read_record
-from lora_analysis.training.inputs import MANIFEST_NAME, file_sha256, run_key
+from lora_analysis.training.inputs import MANIFEST_NAME, file_sha256, run_hash
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,7 +51,7 @@ def run_state(config: RunConfig, folder: Path) -> RunState:
     """
     record = read_record(folder, KIND)
     if record is not None:
-        if record.run.get("key") != run_key(config):
+        if record.run.get("key") != run_hash(config):
             return "changed"
         if record.state != "finished":
             return "unfinished"
@@ -72,7 +72,7 @@ def run_state(config: RunConfig, folder: Path) -> RunState:
     files = facts.get("files")
     if "key" not in facts or not isinstance(files, dict) or METRICS_NAME not in files:
         return "occupied"
-    if facts["key"] != run_key(config):
+    if facts["key"] != run_hash(config):
         return "changed"
     is_intact = all(
         (folder / name).is_file() and file_sha256(folder / name) == sha256

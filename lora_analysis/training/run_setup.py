@@ -322,7 +322,7 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Silence transformers' messages about a new head: the notes contain them."""
+    """Silence transformers' warnings about a newly initialized head; the run's notes report it."""
     import transformers
 
     log: Any = transformers.utils.logging

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lora_analysis import __version__
 from lora_analysis.errors import DivergedError, OccupiedError
-from lora_analysis.storage.atomic import locked, remove_leftovers
+from lora_analysis.storage.atomic import lock_folder, remove_leftovers
 from lora_analysis.storage.outputs import OutputFolder
 from lora_analysis.storage.records import RECORD_FOLDER, read_record
 from lora_analysis.training.events import EventKind, RunEvent, Trackers
@@ -146,7 +146,7 @@ def train_run(
         setup = set_up_run(config, torch_device, sharded=sharded and processes.count > 1)
         if processes.is_first:
             target.make_folders()
-        lock = locked(folder, f"{RECORD_FOLDER}/{KIND}.lock", target=folder)
+        lock = lock_folder(folder, f"{RECORD_FOLDER}/{KIND}.lock", target=folder)
         with lock if processes.is_first else nullcontext():
             if processes.is_first:
                 remove_leftovers(folder, below=True)

@@ -42,7 +42,7 @@ from lora_analysis.execution.protocol import (
 )
 from lora_analysis.finding import Failure, Finding
 from lora_analysis.progress import Progress
-from lora_analysis.storage.atomic import locked, remove_leftovers
+from lora_analysis.storage.atomic import lock_folder, remove_leftovers
 from lora_analysis.storage.documents import read_json_object
 from lora_analysis.storage.limits import MAX_INDEX_BYTES
 from lora_analysis.storage.outputs import OutputFolder, output_folder
@@ -198,7 +198,7 @@ def run_sweep(
     lock = _LOCK_NAME  # keeps out other sweeps of the same runs
     if not is_whole:
         lock += f"-{hashlib.sha256(json.dumps(list(chosen)).encode()).hexdigest()[:12]}"
-    with locked(folder, lock):
+    with lock_folder(folder, lock):
         if is_whole:
             remove_leftovers(folder)
         states = sweep_states(chosen, folder)

@@ -51,7 +51,7 @@ _MASKED: Final = 0.15
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Split:
+class DataSplit:
     """Examples ``(n, ...)`` and their targets ``(n, ...)``.
 
     Raises
@@ -79,8 +79,8 @@ class Split:
 class TaskData:
     """Training and test split of a task."""
 
-    train: Split
-    test: Split
+    train: DataSplit
+    test: DataSplit
 
 
 class Task(Protocol):
@@ -146,7 +146,7 @@ class ArrayTask:
         return logits
 
 
-def _rows(split: Split, rows: Tensor | slice) -> Batch:
+def _rows(split: DataSplit, rows: Tensor | slice) -> Batch:
     return {
         "inputs": torch.as_tensor(split.inputs)[rows],
         "labels": torch.as_tensor(split.targets)[rows],
@@ -349,7 +349,7 @@ def image_task(examples: Examples, base: Path) -> tuple[ArrayTask, list[str]]:
         if not pixels:
             message = f"No {role} image can be read. {' '.join(notes)}"
             raise InputError(message)
-        splits.append(Split(np.stack(pixels), np.asarray(labels, dtype=np.int64)))
+        splits.append(DataSplit(np.stack(pixels), np.asarray(labels, dtype=np.int64)))
     return ArrayTask(TaskData(*splits)), notes
 
 
@@ -424,7 +424,7 @@ def evaluate(model: nn.Module, task: Task) -> dict[str, float]:
     return result | ({"correlation": value} if math.isfinite(value) else {})
 
 
-def accuracy(model: nn.Module, split: Split) -> float:
+def accuracy(model: nn.Module, split: DataSplit) -> float:
     """Return the fraction of a split's examples whose largest logit is that of their class."""
     return evaluate(model, ArrayTask(TaskData(train=split, test=split)))["accuracy"]
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from lora_analysis.bases.quantized.codes import Quantized, RawTensors, plane_of, storage_error
 from lora_analysis.bases.quantized.packed import packed_floats, packed_integers, packed_words
-from lora_analysis.bases.quantized.scaled import STATE, blockwise_4bit, rowwise_int8, scaled
+from lora_analysis.bases.quantized.scaled import STATE, blockwise_4bit, rowwise_int8, scaled_weight
 from lora_analysis.bases.quantized.schemes import Scheme, Schemes, stated_schemes
 from lora_analysis.storage.dtypes import FLOAT8
 from lora_analysis.storage.limits import BLOCK_ELEMENTS
@@ -78,7 +78,7 @@ def quantized_weights(
             plain = name.removesuffix("_blocks")
             arguments = name, f"{plain}_scales", tensors, _GPT_OSS, label
             makers[plain] = partial(packed_floats, *arguments)
-        elif len(infos[name].shape) > 1 and (maker := _scaled(name, tensors, schemes, label)):
+        elif len(infos[name].shape) > 1 and (maker := _scaled_maker(name, tensors, schemes, label)):
             makers[name] = maker
     return makers
 
@@ -96,10 +96,10 @@ def tiles(
         yield rows, slice(0, width), coded.squared_errors() if errors else coded.values()
 
 
-def _scaled(
+def _scaled_maker(
     name: str, tensors: RawTensors, schemes: Schemes, label: str
 ) -> Callable[[], Quantized] | None:
-    """Return a function that makes a weight of codes with separate scales; None for others."""
+    """Return a function that makes a weight of codes with separate scales; None if it has none."""
     infos, dtype = tensors.infos, tensors.infos[name].dtype
     path, _, last = name.rpartition(".")
     if last == "weight":
@@ -125,6 +125,6 @@ def _scaled(
             second = f"{scale}_2"
             whole = second if second in infos else None
             return packed_floats(name, scale, tensors, scheme, label, whole=whole)
-        return scaled(name, scale, tensors, scheme, label)
+        return scaled_weight(name, scale, tensors, scheme, label)
 
     return make

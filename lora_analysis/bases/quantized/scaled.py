@@ -68,8 +68,8 @@ class Scaled:
         def decode(rows: slice) -> Coded:
             codes = tensors.raw(self.name, start + rows.start * width, start + rows.stop * width)
             codes = codes.reshape(-1, width)
-            zero = None if zeros is None else self._spread(zeros, rows, width)
-            return Coded(codes, self._spread(scales, rows, width), levels, zero)
+            zero = None if zeros is None else self._expand_grid(zeros, rows, width)
+            return Coded(codes, self._expand_grid(scales, rows, width), levels, zero)
 
         return decode
 
@@ -88,7 +88,7 @@ class Scaled:
             numbers = numbers[index]
         return numbers.reshape(height, width)
 
-    def _spread(self, grid: NDArray[Any], rows: slice, width: int) -> NDArray[Any]:
+    def _expand_grid(self, grid: NDArray[Any], rows: slice, width: int) -> NDArray[Any]:
         """Return the numbers of every row and column, as views of one row or column if possible."""
         if grid.shape[1] > 1:
             grid = grid[:, np.arange(width) // self.block[1]]
@@ -96,7 +96,9 @@ class Scaled:
         return grid if grid.shape[0] == 1 else grid[blocks]
 
 
-def scaled(name: str, scale: str | None, tensors: RawTensors, scheme: Scheme, label: str) -> Scaled:
+def scaled_weight(
+    name: str, scale: str | None, tensors: RawTensors, scheme: Scheme, label: str
+) -> Scaled:
     """Return the weight ``name`` with its scales; the table must cover their types.
 
     Raises
@@ -141,7 +143,7 @@ def scaled(name: str, scale: str | None, tensors: RawTensors, scheme: Scheme, la
             raise storage_error(
                 label, name, kind, "it has zero points, which are read for integers only"
             )
-    storage = f"{kind}, {_covering(matrix, block)}"
+    storage = f"{kind}, {_describe_blocks(matrix, block)}"
     used_zero = zero if zero in tensors.infos and info.dtype not in FLOAT8 else None
     return Scaled(name, info.shape, storage, info.dtype, scale, block, used_zero, power, tiled)
 
@@ -188,7 +190,8 @@ def block_of(
     return edges[0], edges[1]
 
 
-def _covering(shape: tuple[int, ...], block: tuple[int, int]) -> str:
+def _describe_blocks(shape: tuple[int, ...], block: tuple[int, int]) -> str:
+    """Return how many values share a scale, in words."""
     height, width = shape[-2:]
     if block == (height, width):
         return "one scale"

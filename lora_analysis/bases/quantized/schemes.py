@@ -175,10 +175,10 @@ class Schemes:
             except (ValueError, RecursionError) as error:
                 why = f"'{mark}' is not readable ({error})"
                 raise storage_error(label, weight, "ComfyUI", why) from error
-            return _comfy(weight, content, label)
+            return _comfy_scheme(weight, content, label)
         for name in (path, path.partition("diffusion_model.")[2]):
             if name in self.layers:
-                return _comfy(weight, self.layers[name], label)
+                return _comfy_scheme(weight, self.layers[name], label)
         return self.whole
 
 
@@ -251,7 +251,7 @@ def _names(config: Mapping[str, Any]) -> Iterator[Any]:
                 yield group.get("format") or group.get("quant_algo")
 
 
-def _comfy(weight: str, mark: Any, label: str) -> Scheme:
+def _comfy_scheme(weight: str, mark: Any, label: str) -> Scheme:
     """Return the scheme that ComfyUI's mark states for one layer."""
     format_ = mark.get("format") if isinstance(mark, dict) else None
     format_ = format_ if isinstance(format_, str) else ""

@@ -31,7 +31,7 @@ from lora_analysis.formats.diffusion.image_names import FLATTENED
 from lora_analysis.formats.diffusion.image_scheme import FACTOR_KEYS, complete_image
 from lora_analysis.formats.diffusion.image_writing import PlannedModule, image_file, planned_modules
 from lora_analysis.formats.factors import StatedScale, scale_from_alpha
-from lora_analysis.formats.initial import AdapterStart, adapter_less_start
+from lora_analysis.formats.initial import AdapterInitialFactors, subtract_init_offsets
 from lora_analysis.formats.key_scheme import KeyPattern, KeyScheme, StoredModules, has_factors
 from lora_analysis.formats.peft.adapter_config import SUBTRACTED
 from lora_analysis.formats.side_tensors import side_output, source_format
@@ -39,7 +39,7 @@ from lora_analysis.formats.sources import AdapterFiles, resolve_source
 from lora_analysis.formats.written import default_and_others, is_dora, json_number
 from lora_analysis.patterns import ModulePatterns
 from lora_analysis.storage.documents import parse_json_text
-from lora_analysis.storage.source_names import shown_errors
+from lora_analysis.storage.source_names import addresses_in_errors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,7 +65,7 @@ _CLIP: Final = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": 
 
 
 def _of_processor(module: str) -> str:
-    """Return ``attn1.to_out.0`` for ``attn1.processor.to_out``: the layer beside the processor."""
+    """Return ``attn1.to_out.0`` for ``attn1.processor.to_out``: the layer next to the processor."""
     plain = module.replace(".processor.", ".")
     return f"{plain}.0" if plain.endswith(".to_out") else plain
 
@@ -179,15 +179,15 @@ class _Diffusers(KeyScheme):
             )
             raise UnsupportedMethodError(message)
         if callable(options.initial):
-            return adapter_less_start(adapter, options.initial, methods)
+            return subtract_init_offsets(adapter, options.initial, methods)
         source = resolve_source(options.initial, allow_pickle=options.allow_pickle)
-        with shown_errors(source.snapshot):
+        with addresses_in_errors(source.snapshot):
             before = KeyScheme(NAME, KEYS, complete_image).read(
                 AdapterFiles(source.path, source.path),
                 None,
                 replace(options, initial=None, scale=1.0, alpha=None),
             )
-        return adapter_less_start(adapter, AdapterStart(before), methods)
+        return subtract_init_offsets(adapter, AdapterInitialFactors(before), methods)
 
 
 FORMAT: Final = _Diffusers(NAME, KEYS, _complete, is_marked=_is_marked)
@@ -375,20 +375,20 @@ def _config(modules: Mapping[str, PlannedModule], component: str) -> dict[str, A
     rank, ranks = default_and_others({name: p.outline.rank for name, p in modules.items()})
     alpha, alphas = default_and_others({name: json_number(p.alpha) for name, p in modules.items()})
     return {
-        "alpha_pattern": _anchored(alphas),
+        "alpha_pattern": _anchor_patterns(alphas),
         "bias": "none",
         "init_lora_weights": True,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "peft_type": "LORA",
         "r": rank,
-        "rank_pattern": _anchored(ranks),
+        "rank_pattern": _anchor_patterns(ranks),
         "target_modules": list(modules),
         "use_dora": dora,
         "use_rslora": False,
     }
 
 
-def _anchored(values: Mapping[str, float]) -> dict[str, float]:
+def _anchor_patterns(values: Mapping[str, float]) -> dict[str, float]:
     """Return values under patterns that match one module each."""
     return {f"^{re.escape(name)}": value for name, value in values.items()}

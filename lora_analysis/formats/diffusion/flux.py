@@ -3,7 +3,7 @@
 XLabs names processors, ``double_blocks.0.processor.qkv_lora1.down.weight``; 1 is the image's
 stream and 2 the text's. ai-toolkit and others put ``diffusion_model.`` before the layers' names
 and PEFT's ``lora_A`` after them, the control LoRAs nothing before them. None of the three has an
-alpha: their code multiplies by 1. An ``alpha`` tensor, where one lies beside, counts.
+alpha: their code multiplies by 1. An ``alpha`` tensor next to the factors counts.
 
 A file is written as ComfyUI and ai-toolkit name the layers, with an ``alpha`` if the scale is not
 1, and LyCORIS' ``dora_scale``. Modules keep the spelling that their file had: kohya's for text

@@ -94,7 +94,10 @@ def complete_image(
     refuse_other_methods(stored.path, tensors.infos)
     products, product_scales = _take_products(stored, rename)
     rest = _sort_extras(stored)
-    pairs = [_completed(tensors, pair, stored.modules[pair.module]) for pair in stored.pairs()]
+    pairs = [
+        _add_core_scalar_norms(tensors, pair, stored.modules[pair.module])
+        for pair in stored.pairs()
+    ]
     pairs += [product.pair for product in products]
 
     # The keys of modules that are not PEFT's, and alpha's type, for a writer of the format.
@@ -153,7 +156,7 @@ def _take_products(
         if "scalar" in extras:
             pair = replace(pair, b=pair.b.times(_number(tensors, extras["scalar"])))
         if "dora_scale" in extras:
-            pair = _with_norms(tensors, pair, extras["dora_scale"])
+            pair = _add_norms(tensors, pair, extras["dora_scale"])
         products.append(replace(product, pair=pair))
         scales[pair.module] = StatedScale(1.0, None, "format")
         if "alpha" in extras and product.rank is not None:
@@ -181,26 +184,28 @@ def _sort_extras(stored: StoredModules) -> dict[str, list[str]]:
     return rest
 
 
-def _completed(tensors: NamedTensors, pair: StoredPair, parts: Mapping[Role, str]) -> StoredPair:
-    """Return a pair with its kernel, its core, scalar and norms."""
+def _add_core_scalar_norms(
+    tensors: NamedTensors, pair: StoredPair, parts: Mapping[Role, str]
+) -> StoredPair:
+    """Return a pair with its kernel, and with its core, scalar and norms applied."""
     shapes = pair.a.shape(tensors), pair.b.shape(tensors)
     kernel = shapes[0][2:]
     a, b = pair.a, pair.b
     if "mid" in parts:
         # ΔW = einsum("ij…,ip,jr->pr…", mid, upᵀ, down): up stays B, mid and down make A.
         kernel = tensors.infos[parts["mid"]].shape[2:]
-        a = contract(tensor(parts["mid"]), a.flattened())
+        a = contract(tensor(parts["mid"]), a.flatten())
     if "scalar" in parts:
         b = b.times(_number(tensors, parts["scalar"]))
     if kernel or any(len(shape) > 2 for shape in shapes):
         kernel = kernel or tuple(1 for _ in shapes[1][2:])
         pair = replace(pair, layout="conv", kernel=kernel)
-        a, b = a.flattened(), b.flattened()
+        a, b = a.flatten(), b.flatten()
     pair = replace(pair, a=a, b=b)
-    return _with_norms(tensors, pair, parts["magnitude"]) if "magnitude" in parts else pair
+    return _add_norms(tensors, pair, parts["magnitude"]) if "magnitude" in parts else pair
 
 
-def _with_norms(tensors: NamedTensors, pair: StoredPair, name: str) -> StoredPair:
+def _add_norms(tensors: NamedTensors, pair: StoredPair, name: str) -> StoredPair:
     """Return a pair as DoRA's, with the norms of the rows or of the input channels of W + ΔW.
 
     LyCORIS and OneTrainer store ``dora_scale`` as ``[out, 1, …]`` (``wd_on_out``, "output axis")

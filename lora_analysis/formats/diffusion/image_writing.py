@@ -111,7 +111,12 @@ def planned_modules(
 ) -> dict[str, PlannedModule]:
     """Return the modules of an adapter; raise if an image format cannot store one of them.
 
-    ``input_norms``: the format can store DoRA's norms of input columns.
+    Parameters
+    ----------
+    adapter, format
+        The adapter, and the name of the format for messages.
+    input_norms
+        True if the format can store DoRA's norms of input columns.
 
     Raises
     ------

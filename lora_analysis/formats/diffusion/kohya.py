@@ -33,7 +33,7 @@ NAME: Final = "kohya"
 _DOUBLED: Final = {"lora_unet_unet_": "lora_unet_", "lora_te_text_encoder_": "lora_te_"}
 
 
-def _flattened(module: str) -> str:
+def _flatten_name(module: str) -> str:
     """Return a module's name with one prefix, and underscores for the dots that were left."""
     for doubled, plain in _DOUBLED.items():
         if module.startswith(doubled):
@@ -47,7 +47,7 @@ KEYS: Final = (
         re.compile(r"(?P<module>.+?)[._]lora(_linear_layer)?_(?P<role>down|up|mid)\.weight"),
         scale=1.0,
         reason="the format then takes alpha = r, a scale of 1; a conversion may have lost it",
-        rename=_flattened,
+        rename=_flatten_name,
         alpha_is_rank=True,
     ),
 )

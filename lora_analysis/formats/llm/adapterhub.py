@@ -81,8 +81,8 @@ def _complete(stored: StoredModules) -> AdapterParts:
     return AdapterParts(
         pairs=pairs,
         scale=stated_alpha(finite_number(config.get("alpha"))),
-        reason=f"no {CONFIG_NAME} with config.alpha lies beside the file",
-        findings=(*merged_finding(len(fused), interleaved=False), *stored.not_analyzed()),
+        reason=f"there is no {CONFIG_NAME} with config.alpha next to the file",
+        findings=(*merged_finding(len(fused), interleaved=False), *stored.unanalyzed_findings()),
         files=() if config_path is None else (config_path,),
         config={FUSED_PARTS: fused} if fused else None,
         base_model=base_model if isinstance(base_model, str) else None,

@@ -2,7 +2,7 @@
 
 Reference: litgpt 0.5, ``lora.py``. Of the fused ``attn.qkv``, A is ``(r·g, d_in)`` for g enabled
 of q, k and v, B their rows one below the other; with grouped queries those of k and v are fewer.
-``hyperparameters.yaml`` beside the file states alpha and what is enabled, ``model_config.yaml``
+``hyperparameters.yaml`` next to the file states alpha and what is enabled, ``model_config.yaml``
 the heads.
 """
 
@@ -62,27 +62,27 @@ def _complete(stored: StoredModules) -> AdapterParts:
             pairs.append(plain)
             continue
         a, b = plain.a.name, plain.b.name
-        enabled = stored.options.enable_lora or _enabled(tensors, a, b, run)
+        enabled = stored.options.enable_lora or _enabled_parts(tensors, a, b, run)
         if enabled is None:
             if is_merged(tensors, a, b):
                 raise enable_needed(tensors, plain.module, a, b)
             message = (
-                f"{tensors.file_of(a)}: '{plain.module}' adapts one of q, k and v, and nothing "
-                "says which. Pass enable_lora= (command line: --enable-lora 1,0,0), or put "
-                "litgpt's hyperparameters.yaml beside the file."
+                f"{tensors.file_of(a)}: '{plain.module}' adapts one of q, k and v, and it is "
+                "unknown which. Pass enable_lora= (command line: --enable-lora 1,0,0), or put "
+                "litgpt's hyperparameters.yaml next to the file."
             )
             raise UnsupportedMethodError(message)
         widths = _widths(tensors, plain, enabled, model, stored.options)
         pairs += split(tensors, plain.module, a, b, enabled, widths=widths)
         fused += 1
     if model.get("mlp_class_name") in _GATED:
-        pairs = [_renamed(pair) for pair in pairs]
+        pairs = [_rename_module(pair) for pair in pairs]
     base_model = run.get("checkpoint_dir")
     return AdapterParts(
         pairs=pairs,
         scale=stated_alpha(setting_number(run.get("lora_alpha"))),
-        reason="no hyperparameters.yaml with lora_alpha lies beside the file",
-        findings=(*merged_finding(fused, interleaved=False), *stored.not_analyzed()),
+        reason="there is no hyperparameters.yaml with lora_alpha next to the file",
+        findings=(*merged_finding(fused, interleaved=False), *stored.unanalyzed_findings()),
         files=tuple(file for file in settings if file.is_file()),
         base_model=base_model if isinstance(base_model, str) else None,
     )
@@ -91,7 +91,8 @@ def _complete(stored: StoredModules) -> AdapterParts:
 FORMAT: Final = KeyScheme("litgpt", (_KEY,), _complete, is_marked=_is_marked)
 
 
-def _renamed(pair: StoredPair) -> StoredPair:
+def _rename_module(pair: StoredPair) -> StoredPair:
+    """Return a pair under the name that Llama's own model gives its module."""
     match = _BLOCK.fullmatch(pair.module)
     part = match and _LLAMA_PARTS.get(match["part"])
     if not match or not part:
@@ -99,7 +100,7 @@ def _renamed(pair: StoredPair) -> StoredPair:
     return StoredPair(f"model.layers.{match['index']}.{part}", pair.a, pair.b)
 
 
-def _enabled(
+def _enabled_parts(
     tensors: NamedTensors, a: str, b: str, run: Mapping[str, Any]
 ) -> tuple[bool, ...] | None:
     """Return the flags of q, k and v in the run's settings; all three if there are three groups."""
@@ -135,8 +136,8 @@ def _widths(
     if heads is None or groups is None:
         message = (
             f"{tensors.path}: B of '{plain.module}' has {rows} rows of q and of k or v, and "
-            "nothing says how many are whose. Put litgpt's model_config.yaml beside the file, or "
-            "pass heads= (command line: --heads 32,4)."
+            "it is unknown how many belong to which. Put litgpt's model_config.yaml next to the "
+            "file, or pass heads= (command line: --heads 32,4)."
         )
         raise UnsupportedMethodError(message)
     of_each = (heads, groups, groups)

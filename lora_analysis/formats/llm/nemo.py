@@ -90,7 +90,7 @@ def _complete(stored: StoredModules) -> AdapterParts:
         part = match and _PARTS.get(match["part"])
         module = f"model.layers.{match['index']}.{part}" if match and part else plain.module
         if module.endswith(_QKV):
-            pairs += _unfused(tensors, plain, module.removesuffix("qkv"), stored.options)
+            pairs += _split_qkv(tensors, plain, module.removesuffix("qkv"), stored.options)
         elif module.endswith(_FC1) and (width := _gate_width(path, tensors, plain)):
             prefix = module.removesuffix(_FC1)
             for name, rows in (("gate", slice(0, width)), ("up", slice(width, 2 * width))):
@@ -98,18 +98,20 @@ def _complete(stored: StoredModules) -> AdapterParts:
         else:
             pairs.append(StoredPair(module, plain.a, plain.b))
     alpha, config = _alpha(path)
-    findings: list[Finding | str] = [*stored.not_analyzed()]
+    findings: list[Finding | str] = [*stored.unanalyzed_findings()]
     if fused := sum(pair.module.endswith(".linear_fc1") for pair in pairs):
         text = (
             f"{fused} modules linear_fc1 are kept whole: the rows of B are Megatron's own, gate "
-            "above up in every tensor-parallel part. A model_config.yaml beside the file that "
-            "states ffn_hidden_size and tensor_model_parallel_size 1 has them split."
+            "above up in every tensor-parallel part. A model_config.yaml next to the file that "
+            "states ffn_hidden_size and tensor_model_parallel_size 1 lets them be split."
         )
         findings.insert(0, text)
     return AdapterParts(
         pairs=pairs,
         scale=stated_alpha(alpha),
-        reason="no model_config.yaml or run_config.yaml with one alpha lies beside the file",
+        reason=(
+            "there is no model_config.yaml or run_config.yaml with a single alpha next to the file"
+        ),
         findings=findings,
         files=() if config is None else (config,),
     )
@@ -132,16 +134,16 @@ def _alpha(path: Path) -> tuple[float | None, Path | None]:
     return None, None
 
 
-def _unfused(
+def _split_qkv(
     tensors: NamedTensors, plain: StoredPair, prefix: str, options: ReadOptions
 ) -> list[StoredPair]:
-    """Return the pairs of q, k and v, which share A; the rows of B lie group by group."""
+    """Return the pairs of q, k and v, which share A; the rows of B are in groups of heads."""
     shape = tensors.infos[plain.b.name].shape
     if options.heads is None:
         message = (
-            f"{tensors.path}: '{plain.module}' adapts the fused q, k, v, whose rows {shape} lie "
-            "between each other by groups of heads, and nothing says how many there are. Pass "
-            "heads= (command line: --heads 32,8); or export the adapter to PEFT."
+            f"{tensors.path}: '{plain.module}' adapts the fused q, k, v, whose rows {shape} are "
+            "interleaved by groups of heads, and the number of heads is unknown. Pass heads= "
+            "(command line: --heads 32,8); or export the adapter to PEFT."
         )
         raise UnsupportedMethodError(message)
     heads, groups = options.heads
@@ -153,13 +155,13 @@ def _unfused(
         )
         raise MalformedFileError(message)
     size, queries = rows // (heads + 2 * groups), heads // groups
-    by_group = plain.b.reshaped(groups, (queries + 2) * size, rank)
+    by_group = plain.b.reshape(groups, (queries + 2) * size, rank)
     ends = (0, queries * size, (queries + 1) * size, (queries + 2) * size)
     return [
         StoredPair(
             f"{prefix}{part}_proj",
             plain.a,
-            by_group.columns(slice(start, stop)).reshaped(groups * (stop - start), rank),
+            by_group.columns(slice(start, stop)).reshape(groups * (stop - start), rank),
         )
         for part, start, stop in zip("qkv", ends[:-1], ends[1:], strict=True)
     ]

@@ -1,4 +1,4 @@
-"""Adapters of OpenDelta: ``<module>.lora.lora_A`` in ``pytorch_model.bin``, beside ``config.json``.
+"""Adapters of OpenDelta: ``<module>.lora.lora_A`` in ``pytorch_model.bin``, with ``config.json``.
 
 Reference: OpenDelta 0.3, ``delta_models/lora.py``: A ``(r, d_in)``, B ``(d_out, r)``,
 ``s = lora_alpha/lora_r``, both in the configuration.
@@ -23,8 +23,8 @@ def _complete(stored: StoredModules) -> AdapterParts:
     return AdapterParts(
         pairs=stored.pairs(),
         scale=stated_alpha(finite_number(config.get("lora_alpha"))),
-        reason=f"no {_CONFIG_NAME} with lora_alpha lies beside the file",
-        findings=stored.not_analyzed(),
+        reason=f"there is no {_CONFIG_NAME} with lora_alpha next to the file",
+        findings=stored.unanalyzed_findings(),
         files=() if path is None else (path,),
         base_model=base_model if isinstance(base_model, str) else None,
     )

@@ -2,7 +2,7 @@
 
 Reference: torchtune 0.6, ``modules/peft/lora.py``, ``models/convert_weights.py``. A is
 ``(r, d_in)``, B ``(d_out, r)``, DoRA's norms ``magnitude``. The file is a torch pickle
-(``adapter_model.pt``) and states no alpha; the run's configuration beside it does. For models that
+(``adapter_model.pt``) and states no alpha; the run's configuration next to it does. For models that
 come from Meta's order of q and k rows (Llama, Mistral, Gemma) torchtune keeps that order in its own
 files; it is turned to that of Hugging Face where the number of heads is known.
 """
@@ -20,7 +20,7 @@ from lora_analysis.formats.key_scheme import KeyPattern, KeyScheme, StoredModule
 from lora_analysis.formats.peft.adapter_config import CONFIG_NAME
 from lora_analysis.formats.peft.module_pairs import DORA
 from lora_analysis.formats.sources import config_at, setting_number, trainer_settings
-from lora_analysis.formats.stored import in_halves, tensor
+from lora_analysis.formats.stored import deinterleave_heads, tensor
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,19 +55,19 @@ def _complete(stored: StoredModules) -> AdapterParts:
     norms = {module: keys.get("magnitude") for module, keys in stored.modules.items()}
     pairs = [_pair(stored.tensors, plain, norms[plain.module], order) for plain in stored.pairs()]
     alpha, config = _alpha(stored.path)
-    findings: list[Finding | str] = [*stored.not_analyzed()]
+    findings: list[Finding | str] = [*stored.unanalyzed_findings()]
     if unordered := [pair.module for pair in pairs if pair.variant == _OTHER_ORDER]:
         text = (
             f"Output side not to be used: the rows of B of {len(unordered)} q and k modules "
             f"(first: '{unordered[0]}') may be in Meta's order, and neither heads= (command line: "
-            "--heads 32,8) nor a config.json of the base beside the file tells. Singular values "
-            "and the input side do not depend on it."
+            "--heads 32,8) nor a config.json of the base next to the file decides. Singular "
+            "values and the input side do not depend on it."
         )
         findings.insert(0, text)
     return AdapterParts(
         pairs=pairs,
         scale=stated_alpha(alpha),
-        reason="the file states no alpha, nor does a configuration of the run beside it",
+        reason="neither the file nor a configuration of the run next to it states alpha",
         findings=findings,
         files=() if config is None else (config,),
     )
@@ -131,5 +131,5 @@ def _pair(tensors: NamedTensors, plain: StoredPair, norm: str | None, order: _Or
         )
         raise MalformedFileError(message)
     if pair.magnitude is not None:
-        pair = replace(pair, magnitude=in_halves(pair.magnitude, shape[:1], heads))
-    return replace(pair, b=in_halves(plain.b, shape, heads))
+        pair = replace(pair, magnitude=deinterleave_heads(pair.magnitude, shape[:1], heads))
+    return replace(pair, b=deinterleave_heads(plain.b, shape, heads))

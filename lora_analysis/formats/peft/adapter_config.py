@@ -191,7 +191,7 @@ def _is_bare(raw: Mapping[str, Any]) -> bool:
 
 
 def method_of(raw: Mapping[str, Any]) -> object:
-    """Return the method's name: ms-swift writes its own beside PEFT's, or in place of it."""
+    """Return the method's name: ms-swift writes its own next to PEFT's, or in place of it."""
     return raw.get("peft_type", raw.get("swift_type"))
 
 
@@ -245,7 +245,7 @@ def _pattern(
     """Return a checked mapping of module patterns to numbers, empty if it is absent."""
     patterns = raw.get(key) or {}
     if not isinstance(patterns, dict):
-        raise _wrong(path, key, patterns, "an object of module patterns")
+        raise _value_error(path, key, patterns, "an object of module patterns")
     return ModulePatterns(
         {name: check(path, f"{key}[{name!r}]", value) for name, value in patterns.items()}
     )
@@ -253,32 +253,32 @@ def _pattern(
 
 def _number(path: Path, key: str, value: Any) -> float:
     if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
-        raise _wrong(path, key, value, "a finite number")
+        raise _value_error(path, key, value, "a finite number")
     return float(value)
 
 
 def _rank(path: Path, key: str, value: Any) -> int:
     if type(value) is not int or not 0 < value < 2**31:
-        raise _wrong(path, key, value, "a positive integer")
+        raise _value_error(path, key, value, "a positive integer")
     return value
 
 
 def _flag(path: Path, key: str, value: Any) -> bool:
     if type(value) is not bool:
-        raise _wrong(path, key, value, "true or false")
+        raise _value_error(path, key, value, "true or false")
     return value
 
 
 def _text(path: Path, key: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise _wrong(path, key, value, "a string")
+        raise _value_error(path, key, value, "a string")
     return value
 
 
 def _names(path: Path, key: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return tuple(value)
-    raise _wrong(path, key, value, "a list of module names")
+    raise _value_error(path, key, value, "a list of module names")
 
 
 def _ranges(path: Path, key: str, value: Any) -> tuple[tuple[int, int], ...]:
@@ -287,7 +287,7 @@ def _ranges(path: Path, key: str, value: Any) -> tuple[tuple[int, int], ...]:
     for pair in value if isinstance(value, list) else [None]:
         first, stop = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
         if type(first) is not int or type(stop) is not int or not 0 <= first < stop <= _MAX_LAYERS:
-            raise _wrong(path, key, value, "a list of [first, one past the last] layers")
+            raise _value_error(path, key, value, "a list of [first, one past the last] layers")
         ranges.append((first, stop))
     return tuple(ranges)
 
@@ -296,18 +296,22 @@ def _blocks(path: Path, key: str, value: Any) -> Blocks | None:
     if not value:
         return None
     if not isinstance(value, dict):
-        raise _wrong(path, key, value, "an object with nblocks and the modules that have blocks")
+        raise _value_error(
+            path, key, value, "an object with nblocks and the modules that have blocks"
+        )
     count = _optional(_rank, path, "nblocks", value)
     in_a, in_b = (
         _optional(_names, path, name, value) or ()
         for name in ("target_modules_bd_a", "target_modules_bd_b")
     )
     if len(in_a) + len(in_b) > _MAX_BLOCK_NAMES:  # each is looked for in every module's name
-        raise _wrong(path, key, value, f"an object with at most {_MAX_BLOCK_NAMES} module names")
+        raise _value_error(
+            path, key, value, f"an object with at most {_MAX_BLOCK_NAMES} module names"
+        )
     return Blocks(1 if count is None else count, in_a, in_b)
 
 
-def _wrong(path: Path, key: str, value: Any, expected: str) -> MalformedFileError:
+def _value_error(path: Path, key: str, value: Any, expected: str) -> MalformedFileError:
     text = repr(value)
     text = text if len(text) <= 80 else f"{text[:77]}..."
     return MalformedFileError(f"{path}: {key} must be {expected}, found {text}.")

@@ -36,7 +36,7 @@ _MAX_LAYERS: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class StoredModules:
+class ModuleInventory:
     """The content of a file, under the names of modules that the config uses.
 
     ``adapted`` are the modules with factors, ``pruned`` those that AdaLoRA cut to rank 0, ``saved``
@@ -49,7 +49,7 @@ class StoredModules:
     biases: int = 0
 
 
-def config_gaps(config: PeftConfig, stored: StoredModules) -> list[Finding]:
+def config_gaps(config: PeftConfig, stored: ModuleInventory) -> list[Finding]:
     """Return findings about modules that only the config, or only the file, has."""
     if config.path is None:
         return []
@@ -72,7 +72,7 @@ def config_gaps(config: PeftConfig, stored: StoredModules) -> list[Finding]:
     return findings
 
 
-def saves(config: PeftConfig, tensor: str) -> bool:
+def saves_in_full(config: PeftConfig, tensor: str) -> bool:
     """Return True if the config has PEFT save this tensor in full.
 
     PEFT takes every module whose name ends with an entry of ``modules_to_save``, in the middle of
@@ -113,8 +113,8 @@ def _is_tied(modules: Iterable[str]) -> bool:
     return any(map(may_be_tied, modules))
 
 
-def _target_findings(config: PeftConfig, stored: StoredModules) -> list[Finding]:
-    findings = _excluded_findings(config, stored) if config.raw.get("exclude_modules") else []
+def _target_findings(config: PeftConfig, stored: ModuleInventory) -> list[Finding]:
+    findings = _exclusion_findings(config, stored) if config.raw.get("exclude_modules") else []
     targets = config.raw.get("target_modules")
     entries = [targets] if isinstance(targets, str) else targets
     if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
@@ -138,7 +138,7 @@ def _target_findings(config: PeftConfig, stored: StoredModules) -> list[Finding]
     return findings
 
 
-def _excluded_findings(config: PeftConfig, stored: StoredModules) -> list[Finding]:
+def _exclusion_findings(config: PeftConfig, stored: ModuleInventory) -> list[Finding]:
     """Return the modules with factors that ``exclude_modules`` keeps from being adapted."""
     excluded = config.raw.get("exclude_modules")
     if isinstance(excluded, list):
@@ -182,7 +182,7 @@ def _is_target(config: PeftConfig, name: str, targets: str | frozenset[str]) -> 
     return any(name == target or name.endswith(f".{target}") for target in config.target_parameters)
 
 
-def _layer_findings(config: PeftConfig, stored: StoredModules) -> list[Finding]:
+def _layer_findings(config: PeftConfig, stored: ModuleInventory) -> list[Finding]:
     """Return the layers that the config names and the file lacks, or that a type lacks within."""
     layers: dict[str, set[int]] = {}
     for name in (*stored.adapted, *stored.pruned):
@@ -196,7 +196,7 @@ def _layer_findings(config: PeftConfig, stored: StoredModules) -> list[Finding]:
     entry = config.raw.get("layers_to_transform")
     chosen: list[Any] = entry if isinstance(entry, list) else [entry]
     if chosen and all(type(layer) is int for layer in chosen):
-        return _chosen_findings(set(chosen), set.union(*layers.values()))
+        return _layer_choice_findings(set(chosen), set.union(*layers.values()))
     if _selects_layers(config):
         return []
     gaps: dict[str, list[int]] = {}
@@ -216,7 +216,7 @@ def _layer_findings(config: PeftConfig, stored: StoredModules) -> list[Finding]:
     return [Finding("layers-missing", fields)]
 
 
-def _chosen_findings(chosen: Collection[int], present: Collection[int]) -> list[Finding]:
+def _layer_choice_findings(chosen: Collection[int], present: Collection[int]) -> list[Finding]:
     """Return how the layers with factors differ from those in ``layers_to_transform``."""
     ordered = sorted(chosen)
     missing = [layer for layer in ordered if layer not in present]

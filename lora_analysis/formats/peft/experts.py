@@ -248,7 +248,7 @@ def _split(
         a = tensor(pair.a.name, shared=True).rows(rows_of_a)
         b = tensor(pair.b.name, shared=True).columns(columns)
         if on_outputs:
-            a, b = b.transposed(), a.transposed()
+            a, b = b.transpose(), a.transpose()
         module = f"{owner}.{expert}.{parameter}"
         split.pairs.append(StoredPair(module, a, b, base_name=f"{name}[{expert}]"))
         split.config_names[module] = name

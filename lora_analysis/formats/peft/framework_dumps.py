@@ -1,7 +1,7 @@
 """PEFT's tensors inside a training framework's dump: under ``module``, ``state_dict`` or ``model``.
 
 DeepSpeed's ``mp_rank_00_model_states.pt``, Lightning's checkpoints and consolidated FSDP files hold
-the whole wrapped model, base weights beside the factors, each name behind the way that leads to
+the whole wrapped model, base weights next to the factors, each name behind the way that leads to
 it. Parts that were not gathered are refused, with the tool that gathers them.
 """
 
@@ -15,7 +15,7 @@ from lora_analysis.errors import InputError, SourceError, UnsupportedMethodError
 from lora_analysis.finding import Finding
 from lora_analysis.formats.build import AdapterParts, build_adapter
 from lora_analysis.formats.peft.adapter_config import CONFIG_NAME, PeftConfig, read_peft_config
-from lora_analysis.formats.peft.module_pairs import module_pairs
+from lora_analysis.formats.peft.module_pairs import read_pairs
 from lora_analysis.formats.peft.tensor_keys import has_factors, sort_keys
 from lora_analysis.formats.side_tensors import side_finding
 from lora_analysis.formats.sources import AdapterFiles, Format, refuse_rank_part, tensors_at
@@ -52,7 +52,7 @@ class _FrameworkDump(Format):
         if path.name.startswith(_OWN_FILES):
             return None
         tensors = tensors_at(path, options)
-        is_dump = tensors is not None and has_factors(_renamed(tensors.infos))
+        is_dump = tensors is not None and has_factors(_keys_by_peft_name(tensors.infos))
         return AdapterFiles(path, path) if is_dump else None
 
     def read(self, files: AdapterFiles, name: str | None, options: ReadOptions) -> Adapter:
@@ -75,7 +75,7 @@ class _FrameworkDump(Format):
         whole = open_tensors(path, allow_pickle=options.allow_pickle)
         infos = {
             key: replace(whole.infos[stored], name=key)
-            for key, stored in _renamed(whole.infos).items()
+            for key, stored in _keys_by_peft_name(whole.infos).items()
         }
         tensors = TensorFiles.of(path, Header(whole.metadata, infos))
         _check_gathered(path, tensors)
@@ -87,7 +87,7 @@ class _FrameworkDump(Format):
             message = f"{path}: several adapters are in this file. Read one of: {listed}."
             raise SourceError(message)
         config = _config(path)
-        content = module_pairs(path, tensors, keys, name, config=config, options=options)
+        content = read_pairs(path, tensors, keys, name, config=config, options=options)
         saved = [key for stored in keys.saved.values() for key in stored.values()]
         base = [*keys.notes.pop("copies of base weights", []), *saved]
         fields = {"count": len(base), "tensors": plural(len(base), "tensor"), "keys": base}
@@ -96,7 +96,7 @@ class _FrameworkDump(Format):
             scale=lambda pair, rank: config.stated_scale(
                 content.config_names.get(pair.module, pair.module), rank
             ),
-            reason=f"no {CONFIG_NAME} lies beside the dump",
+            reason=f"there is no {CONFIG_NAME} next to the dump",
             findings=(
                 *content.findings,
                 *([Finding("base-tensors", fields)] if base else []),
@@ -123,7 +123,7 @@ def _parts(folder: Path) -> str:
     return ""
 
 
-def _renamed(infos: Mapping[str, TensorSpec]) -> dict[str, str]:
+def _keys_by_peft_name(infos: Mapping[str, TensorSpec]) -> dict[str, str]:
     """Return PEFT's own names → the names in the file, of tensors behind a prefix."""
     return {match["name"]: key for key in infos if (match := _WAY.fullmatch(key))}
 
@@ -140,7 +140,7 @@ def _check_gathered(path: Path, tensors: TensorFiles) -> None:
 
 
 def _config(path: Path) -> PeftConfig:
-    """Return PEFT's configuration beside the dump, an empty one if there is none."""
+    """Return PEFT's configuration next to the dump, an empty one if there is none."""
     config = path.with_name(CONFIG_NAME)
     if not config.is_file():
         return PeftConfig()

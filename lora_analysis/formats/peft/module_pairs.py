@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lora_analysis.formats.peft.tensor_keys import Part, SortedKeys
     from lora_analysis.storage.tensors import NamedTensors
 
-# Conv3d's kernel has three axes beside those of the channels.
+# Conv3d's kernel has three axes in addition to those of the channels.
 _CONV_AXES: Final = 5
 _LAYER = re.compile(
     r"(?P<before>(model\.)*(bert\.)?(layers|encoder\.layer|h))\.(?P<index>\d{1,9})\."
@@ -52,7 +52,7 @@ KASA = "KaSA"
 
 
 @dataclass(slots=True)
-class ModulePairs:
+class PeftPairs:
     """The pairs of one adapter, and findings about them.
 
     ``config_names`` holds the name of a module in the config, if it is another one.
@@ -65,7 +65,7 @@ class ModulePairs:
     findings: list[Finding | str] = field(default_factory=list)
 
 
-def module_pairs(
+def read_pairs(
     path: object,
     tensors: NamedTensors,
     keys: SortedKeys,
@@ -73,7 +73,7 @@ def module_pairs(
     *,
     config: PeftConfig,
     options: ReadOptions,
-) -> ModulePairs:
+) -> PeftPairs:
     """Return the factors of every module of the adapter called ``chosen``.
 
     Raises
@@ -83,7 +83,7 @@ def module_pairs(
     UnsupportedMethodError
         Factors lie inside others, and no config says of which parameters.
     """
-    content = ModulePairs()
+    content = PeftPairs()
     extras = keys.extras.get(chosen, {})
     factors = _without_pruned(path, tensors, keys, chosen, content)
     factors = _without_placeholders(path, tensors, factors, content.findings)
@@ -117,12 +117,12 @@ def module_pairs(
             continue
         if plain.module.endswith(".base_layer"):
             message = (
-                f"{path}: tensor '{plain.a.name}' lies inside the factors of the same module: an "
-                "expert parameter, of which target_parameters in the config should tell the name."
+                f"{path}: tensor '{plain.a.name}' is nested in the factors of the same module: an "
+                "expert parameter, which target_parameters in the config should name."
             )
             raise UnsupportedMethodError(message)
         content.pairs.append(
-            _completed(path, tensors, pair, stored, config=config, options=options)
+            _add_method_tensors(path, tensors, pair, stored, config=config, options=options)
         )
         if divisor := stored.get("rank divisor"):
             content.divisors[plain.module] = divisor
@@ -150,7 +150,7 @@ def _layer(tensors: NamedTensors, pair: StoredPair, config: PeftConfig) -> Store
     a, b = (factor.shape(tensors) for factor in (pair.a, pair.b))
     if not 3 <= len(a) <= _CONV_AXES:  # matrices, and what is refused for having too many
         return replace(pair, layout="conv1d" if config.fan_in_fan_out else "linear")
-    up = pair.b.flattened()  # (c_out, r)
+    up = pair.b.flatten()  # (c_out, r)
     groups, rest = divmod(a[0], math.prod(b[1:]) or 1)
     # Shapes that do not fit are refused as such.
     if groups > 1 and not rest and b[0] % groups == 0:
@@ -158,10 +158,10 @@ def _layer(tensors: NamedTensors, pair: StoredPair, config: PeftConfig) -> Store
         up = block_diagonal(
             [up.rows(slice(group * height, (group + 1) * height)) for group in range(groups)]
         )
-    return replace(pair, a=pair.a.flattened(), b=up, layout="conv", kernel=a[2:])
+    return replace(pair, a=pair.a.flatten(), b=up, layout="conv", kernel=a[2:])
 
 
-def _completed(
+def _add_method_tensors(
     path: object,
     tensors: NamedTensors,
     pair: StoredPair,
@@ -170,7 +170,7 @@ def _completed(
     config: PeftConfig,
     options: ReadOptions,
 ) -> StoredPair:
-    """Return the pair as its method has it: its blocks, its kernel, the tensors next to it.
+    """Return the pair with what its method adds: blocks, a kernel, tensors next to the factors.
 
     BD-LoRA stores a block-diagonal factor as stacked blocks of matrices; PEFT (``BdLoraConfig``)
     compares each entry of its config with any part of the module's name. A of AdaLoRA on a 2-D
@@ -192,18 +192,18 @@ def _completed(
             message = f"{path}: use_bdlora names '{pair.module}' for both of its factors."
             raise MalformedFileError(message)
         if in_a:
-            pair = replace(pair, a=pair.a.spread(config.blocks.count))
+            pair = replace(pair, a=pair.a.spread_blocks(config.blocks.count))
         if in_b:
-            pair = replace(pair, b=pair.b.spread(config.blocks.count))
+            pair = replace(pair, b=pair.b.spread_blocks(config.blocks.count))
     if _is_flat_kernel(pair, stored):
         columns = pair.a.shape(tensors)[-1]
         widths = _WIDTHS if options.kernel is None else (options.kernel,)
         if width := next((k for k in widths if columns % (k * k) == 0), None):
             pair = replace(pair, layout="conv", kernel=(width, width))
     if values := stored.get("singular values"):
-        return replace(pair, a=pair.a.scaled_rows(tensor(values)))
+        return replace(pair, a=pair.a.scale_rows(tensor(values)))
     if diagonal := stored.get("diagonal"):
-        return replace(pair, a=pair.a.scaled_rows(tensor(diagonal)), variant=KASA)
+        return replace(pair, a=pair.a.scale_rows(tensor(diagonal)), variant=KASA)
     if magnitude := stored.get("magnitude"):
         return replace(pair, variant=DORA, magnitude=tensor(magnitude))
     lacking = "lora_magnitude_vector" if config.use_dora else ""
@@ -263,7 +263,7 @@ def _findings(
 
 
 def _without_pruned(
-    path: object, tensors: NamedTensors, keys: SortedKeys, chosen: str | None, content: ModulePairs
+    path: object, tensors: NamedTensors, keys: SortedKeys, chosen: str | None, content: PeftPairs
 ) -> dict[str, dict[FactorRole, str]]:
     """Return the factors without those of modules that AdaLoRA has cut down to rank 0.
 

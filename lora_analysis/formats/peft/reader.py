@@ -28,13 +28,18 @@ from lora_analysis.formats.factors import (
     StatedScale,
     callers_scale,
     common_rank,
-    scale_finding,
+    scale_findings,
     stored_rank,
     update_loaders,
 )
 from lora_analysis.formats.fused_parts import FUSED_PARTS, split_parts
 from lora_analysis.formats.fused_parts import METADATA as FUSED_METADATA
-from lora_analysis.formats.initial import StoredStart, check_start, less_start, offset_finding
+from lora_analysis.formats.initial import (
+    StoredInitialFactors,
+    check_initial_factors,
+    offset_finding,
+    subtract_init_offset,
+)
 from lora_analysis.formats.merged import PEFT_MERGED, read_merged_linear
 from lora_analysis.formats.peft.adapter_config import (
     CONFIG_NAME,
@@ -44,8 +49,8 @@ from lora_analysis.formats.peft.adapter_config import (
     names_a_method,
     read_peft_config,
 )
-from lora_analysis.formats.peft.config_checks import StoredModules, config_gaps, saves
-from lora_analysis.formats.peft.module_pairs import GATHER, ModulePairs, module_pairs
+from lora_analysis.formats.peft.config_checks import ModuleInventory, config_gaps, saves_in_full
+from lora_analysis.formats.peft.module_pairs import GATHER, PeftPairs, read_pairs
 from lora_analysis.formats.peft.tensor_keys import (
     ALTERING,
     BASE_BIASES,
@@ -65,9 +70,9 @@ from lora_analysis.formats.sources import (
     run_facts,
     tensors_at,
 )
-from lora_analysis.storage.documents import pickle_refused, read_json_object, regular_file_size
+from lora_analysis.storage.documents import pickle_error, read_json_object, regular_file_size
 from lora_analysis.storage.records import config_findings
-from lora_analysis.storage.source_names import shown_errors
+from lora_analysis.storage.source_names import addresses_in_errors
 from lora_analysis.storage.tensors import LazyTensors, NamedTensors
 
 if TYPE_CHECKING:
@@ -140,7 +145,7 @@ class _PEFT(Format):
             config = read_peft_config(files.config_path, files.config)
         stored = _open(files, name, config, options)
         tensors, pairs = stored.tensors, stored.content.pairs
-        start = _start(files, stored, config, options)
+        initial = _initial_factors(files, stored, config, options)
         ranks = {pair.module: stored_rank(tensors, pair) for pair in pairs}
         scales = {
             pair.module: _stated_scale(
@@ -151,15 +156,14 @@ class _PEFT(Format):
         saved, others, empty = _saved_tensors(stored, config)
         findings = _config_findings(files, stored, config, ranks, scales=scales, others=others)
         findings += _tensor_findings(files, others, empty)
-        if start is not None:
-            name_of_start = config.subtracted or "an initialization the caller names"
-            findings.append(offset_finding(name_of_start))
+        if initial is not None:
+            findings.append(offset_finding(config.subtracted or "the given initialization"))
         elif config.start == "mica":
             findings.append(Finding("mica"))
         findings += config_findings(tensors.metadata, config.raw, files.weights, files.config_path)
         parts: dict[str, Any] = {}
         # Initial factors are those of the whole weight.
-        if start is None and FUSED_METADATA in tensors.metadata:
+        if initial is None and FUSED_METADATA in tensors.metadata:
             pairs, scales, parts = split_parts(
                 tensors, pairs, scales, options, rslora=config.use_rslora
             )
@@ -170,9 +174,9 @@ class _PEFT(Format):
             rank for rank in (config.rank, *config.rank_pattern.values()) if rank is not None
         }
         loaders = update_loaders(tensors, pairs, scales, label=label, stated_ranks=config_ranks)
-        if start is not None:
+        if initial is not None:
             for module, load in loaders.items():
-                loaders[module] = partial(less_start, load, start, config.start)
+                loaders[module] = partial(subtract_init_offset, load, initial, config.start)
         config_files = [files.config_path] if files.config_path and files.tensors is None else []
         return Adapter(
             loaders,
@@ -183,7 +187,7 @@ class _PEFT(Format):
                 files=(*tensors.files, *config_files),
                 scale_origin={module: scale.origin for module, scale in scales.items()},
                 base_model=config.base_model,
-                rank=rank if start is None or rank is None else 2 * rank,
+                rank=rank if initial is None or rank is None else 2 * rank,
                 findings=as_findings(tuple(findings)),
                 metadata=tensors.metadata,
                 **(run_facts(files.weights.parent) if tensors.files else {}),
@@ -241,11 +245,13 @@ def _check_weights(files: AdapterFiles, options: ReadOptions) -> None:
     if files.weights.is_file():
         if files.weights.name == _PICKLE_NAME and not options.allow_pickle:
             regular_file_size(files.weights)  # a Git LFS pointer is not a pickle
-            raise pickle_refused(files.weights)
+            raise pickle_error(files.weights)
         return
     folder = files.weights.parent
     names = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6])
-    message = f"{folder}: {CONFIG_NAME} has no {WEIGHTS_NAME} beside it. The folder holds: {names}."
+    message = (
+        f"{folder}: {CONFIG_NAME} has no {WEIGHTS_NAME} next to it. The folder holds: {names}."
+    )
     raise SourceError(message)
 
 
@@ -256,7 +262,7 @@ class _Stored:
     tensors: NamedTensors
     keys: SortedKeys
     chosen: str | None
-    content: ModulePairs
+    content: PeftPairs
 
 
 def _open(
@@ -287,11 +293,11 @@ def _open(
         problem = "Several adapters are" if name is None else f"There is no adapter '{name}'"
         message = f"{files.weights}: {problem} in this file. Read one of: {listed}."
         raise SourceError(message)
-    content = module_pairs(files.weights, tensors, keys, chosen, config=config, options=options)
+    content = read_pairs(files.weights, tensors, keys, chosen, config=config, options=options)
     return _Stored(tensors, keys, chosen, content)
 
 
-def _start(
+def _initial_factors(
     files: AdapterFiles, stored: _Stored, config: PeftConfig, options: ReadOptions
 ) -> InitialFactorsSource | None:
     """Return the source of the initial factors, if they have to be subtracted.
@@ -320,18 +326,16 @@ def _start(
     if callable(options.initial):
         return options.initial
     source = resolve_source(options.initial)
-    with shown_errors(source.snapshot):
-        initial = locate_peft_files(source.path, options)
-        if initial is None:
-            message = (
-                f"{source.path}: no adapter in PEFT's layout lies here, to be the initial one."
-            )
+    with addresses_in_errors(source.snapshot):
+        initial_files = locate_peft_files(source.path, options)
+        if initial_files is None:
+            message = f"{source.path}: no PEFT adapter found here to read the initial factors from."
             raise UnknownFormatError(message)
-        before = _open(initial, source.name, config, options)
+        before = _open(initial_files, source.name, config, options)
         pairs = {pair.module: pair for pair in before.content.pairs}
-        start = StoredStart(before.tensors, pairs, source.snapshot)
-        check_start(files.weights, stored.tensors, stored.content.pairs, start)
-    return start
+        initial = StoredInitialFactors(before.tensors, pairs, source.snapshot)
+        check_initial_factors(files.weights, stored.tensors, stored.content.pairs, initial)
+    return initial
 
 
 def _stated_scale(
@@ -384,7 +388,7 @@ def _saved_tensors(
     if config.path is None and saved:
         others[_IN_FULL] = list(saved)
     for name in list(saved) if config.path else []:
-        if saves(config, name):
+        if saves_in_full(config, name):
             continue
         if name.endswith(".bias") and config.raw.get("bias", "none") != "none":
             others.setdefault(BASE_BIASES, []).append(saved.pop(name))
@@ -395,9 +399,9 @@ def _saved_tensors(
 
 def _side_tensors(tensors: NamedTensors, others: Mapping[str, list[str]]) -> dict[str, SideTensor]:
     """Return the tensors next to the factors and the modules trained in full."""
-    beside = {what: keys for what, keys in others.items() if what not in (_IN_FULL, _UNNAMED)}
-    harmless = {key for what, keys in beside.items() if what not in ALTERING for key in keys}
-    return side_tensors(tensors, chain(*beside.values()), harmless=harmless)
+    side = {what: keys for what, keys in others.items() if what not in (_IN_FULL, _UNNAMED)}
+    harmless = {key for what, keys in side.items() if what not in ALTERING for key in keys}
+    return side_tensors(tensors, chain(*side.values()), harmless=harmless)
 
 
 def _config_findings(
@@ -416,7 +420,7 @@ def _config_findings(
         findings.append(Finding("config-missing", {"config": CONFIG_NAME}))
     elif config.assumed:
         findings.append(Finding("config-type-missing", {"config": CONFIG_NAME}))
-    findings += scale_finding(scales, f"{CONFIG_NAME} states no lora_alpha")
+    findings += scale_findings(scales, f"{CONFIG_NAME} states no lora_alpha")
     names = {module: pairs.config_names.get(module, module) for module in ranks}
     config_ranks = {module: config.stated_rank(name) for module, name in names.items()}
     differing = [module for module in ranks if config_ranks[module] not in (None, ranks[module])]
@@ -429,7 +433,7 @@ def _config_findings(
         findings.append(Finding("alora"))
     findings += pairs.findings
     saved = {name for names in stored.keys.saved.values() for name in names}
-    modules = StoredModules(
+    modules = ModuleInventory(
         adapted=list(names.values()),
         pruned=pairs.pruned,
         saved=[*saved, *stored.keys.full],

@@ -157,7 +157,7 @@ def _tensors(adapter: Adapter, updates: Mapping[str, UpdateOutline]) -> list[Out
             dtypes=stored_types(adapter, name, update),
         )
     for name in adapter.saved_modules:
-        saved = adapter.saved_modules.stored(name)
+        saved = adapter.saved_modules.read_stored(name)
         tensors.append(OutputTensor(f"{PREFIX}{name}", saved.dtype, saved.shape, saved.read))
     read_back = sort_keys(adapter.label, [tensor.name for tensor in tensors])
     if set(read_back.factors.get(None, {})) != {*plain, *stacks} or (
