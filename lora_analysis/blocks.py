@@ -224,9 +224,9 @@ def locate_module(name: str) -> ModuleLocation:
         # Any model may call a layer so.
         is_vague = path in ("out_2", "proj_out") and not (is_flattened(name) or _has_prefix(name))
         if not known_component.startswith(_TEXT_ENCODER) and not is_vague:
-            location = _in_unet(path) or _in_flux(path)
+            location = _locate_in_unet(path) or _locate_in_flux(path)
             if location is not None:
-                return _in_component(location, known_component)
+                return _locate_in_component(location, known_component)
         # Language models of the GPT family are in "transformer" as well.
         is_denoiser = _has_prefix(name) and not strip_wrappers(name).startswith("transformer.")
         if known_component or is_flattened(name) or is_denoiser:
@@ -238,7 +238,7 @@ def locate_module(name: str) -> ModuleLocation:
                 part, title = _split_part(match["rest"] or match["head"] or path)
                 order = (0, number)
                 location = ModuleLocation(TRANSFORMER, f"layer {number}", None, part, title, order)
-            return _in_component(location, known_component)
+            return _locate_in_component(location, known_component)
     index = layer_index(name)
     kind = module_type(name)
     return ModuleLocation("", "" if index is None else f"layer {index}", None, kind, kind, ())
@@ -250,14 +250,14 @@ def _has_prefix(name: str) -> bool:
     return not component and path != strip_wrappers(name)
 
 
-def _in_component(location: ModuleLocation, component: str) -> ModuleLocation:
+def _locate_in_component(location: ModuleLocation, component: str) -> ModuleLocation:
     component = component or location.component
     return location._replace(
         component=component, order=(_COMPONENT_ORDER[component], *location.order)
     )
 
 
-def _in_unet(path: str) -> ModuleLocation | None:
+def _locate_in_unet(path: str) -> ModuleLocation | None:
     """Return the location of a layer of a U-Net; None for other names."""
     if path in _OUTSIDE_UNET:
         stage, part, name = _OUTSIDE_UNET[path]
@@ -305,7 +305,7 @@ def _unet_block(way: int, number: int, rest: str) -> ModuleLocation | None:
     return ModuleLocation(UNET, block, layer, part, name, (way, number, stage, layer or 0))
 
 
-def _in_flux(path: str) -> ModuleLocation | None:
+def _locate_in_flux(path: str) -> ModuleLocation | None:
     """Return the location of a layer of FLUX or a model with such blocks; None for other names."""
     if match := _FLUX.fullmatch(path):
         single, rest = match["kind"] == "single", match["rest"]

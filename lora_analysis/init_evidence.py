@@ -366,10 +366,10 @@ def _space_excess(a: NDArray[np.floating], b: NDArray[np.floating]) -> float | N
         bases.append(vectors[:, values > values[0] * 1e-12])
     cosines = np.asarray(np.linalg.svd(bases[0].T @ bases[1], compute_uv=False), np.float64)
     ranks = bases[0].shape[1], bases[1].shape[1]
-    return _optional(float(weaker_half_excess(cosines, ranks, a.shape[1])))
+    return _none_if_nan(float(weaker_half_excess(cosines, ranks, a.shape[1])))
 
 
-def _optional(value: float) -> float | None:
+def _none_if_nan(value: float) -> float | None:
     return None if np.isnan(value) else value
 
 
@@ -414,6 +414,6 @@ def pair_init(
         z=float(evidence.z[a, b]) if has_other_rows else None,
         other_cosine=float(evidence.other_cosine[a, b]),
         shared=bool(evidence.shared[a, b]),
-        row_space=None if row_space is None else _optional(row_space),
-        other_space=None if other_space is None else _optional(other_space),
+        row_space=None if row_space is None else _none_if_nan(row_space),
+        other_space=None if other_space is None else _none_if_nan(other_space),
     )

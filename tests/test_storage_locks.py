@@ -130,7 +130,7 @@ def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path: Path) -> None
 def test_a_lock_that_its_holder_deletes_meanwhile_is_taken_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hold = atomic._hold
+    hold = atomic._try_lock
     deleted: list[Path] = []
 
     def hold_late(stream: TextIO) -> bool:
@@ -139,7 +139,7 @@ def test_a_lock_that_its_holder_deletes_meanwhile_is_taken_anew(
             deleted[0].unlink()  # as its holder does, between our opening and our holding it
         return hold(stream)
 
-    monkeypatch.setattr(atomic, "_hold", hold_late)
+    monkeypatch.setattr(atomic, "_try_lock", hold_late)
     with lock_folder(tmp_path):
         assert deleted[0].exists()
         with pytest.raises(InUseError), lock_folder(tmp_path):

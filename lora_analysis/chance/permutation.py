@@ -214,7 +214,7 @@ class _Pairs(NamedTuple):
             parts.append(means)
         return np.concatenate(parts)
 
-    def unavoidable(self, codes: NDArray[np.intp], labels: NDArray[np.intp]) -> int:
+    def count_unavoidable(self, codes: NDArray[np.intp], labels: NDArray[np.intp]) -> int:
         """Return how many relabelings count as at least as large, whatever the values are.
 
         These are the relabelings with an empty side, and those with the same pairs within tasks.
@@ -267,7 +267,7 @@ def _choose_design(
             for stratum in np.unique(strata):
                 members = np.flatnonzero(strata == stratum)
                 labels[:, members] = rng.permuted(labels[:, members], axis=1)
-        return _Design(scheme, labels, exact, pairs.unavoidable(codes, labels))
+        return _Design(scheme, labels, exact, pairs.count_unavoidable(codes, labels))
 
     recurring = np.bincount(seeds) > 1
     if not recurring.any():

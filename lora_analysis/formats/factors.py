@@ -328,10 +328,10 @@ def scale_findings(scales: Mapping[str, StatedScale], reason: str) -> list[Findi
     unknown = sum(scale.scale is None and scale.alpha != 0 for scale in scales.values())
     fields = {"modules": unknown, "of": len(scales), "reason": reason}
     findings = [Finding("scale-unknown", fields)] if unknown else []
-    return [*findings, *alpha_zero_finding(scales)]
+    return [*findings, *alpha_zero_findings(scales)]
 
 
-def alpha_zero_finding(scales: Mapping[str, StatedScale]) -> list[Finding]:
+def alpha_zero_findings(scales: Mapping[str, StatedScale]) -> list[Finding]:
     """Return the finding about modules whose alpha is 0, if there are any."""
     unused = sum(scale.scale is None and scale.alpha == 0 for scale in scales.values())
     return [Finding("alpha-zero", {"modules": unused, "of": len(scales)})] if unused else []

@@ -17,7 +17,7 @@ from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMeth
 from lora_analysis.formats.build import AdapterParts, build_adapter
 from lora_analysis.formats.factors import StatedScale, StoredPair, scale_from_alpha, split_stack
 from lora_analysis.formats.key_scheme import KeyPattern, StoredModules, has_factors, sort_keys
-from lora_analysis.formats.side_tensors import side_finding
+from lora_analysis.formats.side_tensors import side_findings
 from lora_analysis.formats.sources import AdapterFiles, AdapterRef, Format
 from lora_analysis.formats.stored import deinterleave_heads
 from lora_analysis.storage.gguf import GGUFTensors, is_gguf
@@ -101,7 +101,7 @@ class _GGUF(Format):
             scale=lambda _pair, rank: _scale(alpha, rank),
             findings=(
                 *_findings(content, facts, architecture, uses_file_scale=uses_file_scale),
-                *side_finding("norms trained in full or other vectors", stored.others),
+                *side_findings("norms trained in full or other vectors", stored.others),
             ),
             base_model=base if isinstance(base, str) else None,
             config={"gguf_architecture": architecture, "heads": rows.heads},
@@ -226,8 +226,8 @@ def _findings(
         )
     if content.transposed:
         findings.append(
-            "A and B were exchanged and transposed, because llama.cpp's converter transposes GPT-2's "
-            "factors."
+            "A and B were exchanged and transposed, because llama.cpp's converter transposes "
+            "GPT-2's factors."
         )
     if content.transposed is None:
         findings.append(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from lora_analysis.errors import MalformedFileError, SourceError
 from lora_analysis.formats.build import AdapterParts, ScaleRule, build_adapter, unknown_scale
 from lora_analysis.formats.factors import UNKNOWN_SCALE, StatedScale, StoredPair
-from lora_analysis.formats.side_tensors import side_finding
+from lora_analysis.formats.side_tensors import side_findings
 from lora_analysis.formats.sources import AdapterFiles, Format, config_at, tensors_at
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class StoredModules:
 
     def unanalyzed_findings(self) -> list[Finding]:
         """Return the finding about keys that belong to no module, if there are any."""
-        return side_finding("not analyzed", self.others)
+        return side_findings("not analyzed", self.others)
 
 
 @dataclass(frozen=True, slots=True)

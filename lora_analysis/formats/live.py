@@ -349,7 +349,7 @@ def _read_model(
     config = _config_document(configs.get(name), base, layers)
     if not layers:
         read_peft_config(config_path, config)  # other methods, such as prompts, have no layers
-        raise _no_layers(model)
+        raise _no_layers_error(model)
     tensors = dict(_factors(layers, name, config))
     if whole:
         tensors |= _full_tensors(model, layers, name, config)
@@ -366,7 +366,7 @@ def _read_model(
     return PEFT.read(files, None, _with_label(options, label))
 
 
-def _no_layers(model: Any) -> InputError:
+def _no_layers_error(model: Any) -> InputError:
     kind = type(model).__name__
     if any(name.endswith("lora_A") for name, _ in model.named_parameters()):
         return InputError(
@@ -399,7 +399,7 @@ def _choose(
     if len(names) == 1:
         return str(names[0])
     if not names:
-        raise _no_layers(model)
+        raise _no_layers_error(model)
     active = getattr(next(iter(layers.values()), None), "active_adapters", ())
     if isinstance(active, list) and len(active) == 1:
         return str(active[0])

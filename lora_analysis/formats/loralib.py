@@ -29,7 +29,7 @@ from lora_analysis.formats.merged import (
     FUSED,
     block_names,
     interleaves,
-    merged_finding,
+    merged_findings,
     split_fused,
 )
 from lora_analysis.formats.side_tensors import carried_metadata, side_output
@@ -102,7 +102,7 @@ def _complete(stored: StoredModules) -> AdapterParts:
         divisors=content.divisors,
         config={FUSED_PARTS: content.fused} if content.fused else None,
         findings=(
-            *merged_finding(len(content.fused), interleaved=interleaved),
+            *merged_findings(len(content.fused), interleaved=interleaved),
             *stored.unanalyzed_findings(),
         ),
         metadata={k: v for k, v in tensors.metadata.items() if k not in (SCALE, ENABLED)},

@@ -21,7 +21,7 @@ from lora_analysis.formats.factors import StoredPair, complete_pairs
 from lora_analysis.formats.fused_parts import FUSED_PARTS
 from lora_analysis.formats.peft.adapter_config import CONFIG_NAME
 from lora_analysis.formats.peft.tensor_keys import module_name, sort_keys
-from lora_analysis.formats.side_tensors import side_finding
+from lora_analysis.formats.side_tensors import side_findings
 from lora_analysis.formats.stored import tensor
 from lora_analysis.text import plural
 
@@ -150,7 +150,7 @@ def split_fused(
     """
     merged = is_merged(tensors, a, b)
     if merged and enabled is None:
-        raise enable_needed(tensors, module, a, b)
+        raise enable_lora_error(tensors, module, a, b)
     if not enabled or not (merged or (sum(enabled) == 1 and module.rpartition(".")[2] in FUSED)):
         return None
     pairs = split(tensors, module, a, b, enabled)
@@ -164,7 +164,7 @@ def split_fused(
     return pairs, {"rows": rows * len(enabled), "parts": parts}
 
 
-def enable_needed(tensors: NamedTensors, module: str, a: str, b: str) -> UnsupportedMethodError:
+def enable_lora_error(tensors: NamedTensors, module: str, a: str, b: str) -> UnsupportedMethodError:
     """Return the error for grouped factors whose blocks are not stated."""
     shapes = tensors.infos[a].shape, tensors.infos[b].shape
     groups = shapes[0][0] // shapes[1][1]
@@ -176,7 +176,7 @@ def enable_needed(tensors: NamedTensors, module: str, a: str, b: str) -> Unsuppo
     )
 
 
-def merged_finding(module_count: int, *, interleaved: bool) -> list[Finding]:
+def merged_findings(module_count: int, *, interleaved: bool) -> list[Finding]:
     """Return the findings about fused modules that were split, if there are any."""
     if not module_count:
         return []
@@ -234,8 +234,8 @@ def read_merged_linear(files: AdapterFiles, options: ReadOptions) -> Adapter:
         scale=stated_alpha(alpha),
         reason=f"{CONFIG_NAME} states no lora_alpha",
         findings=(
-            *merged_finding(len(fused), interleaved=any(map(interleaves, fused))),
-            *side_finding("not analyzed", saved),
+            *merged_findings(len(fused), interleaved=any(map(interleaves, fused))),
+            *side_findings("not analyzed", saved),
         ),
         files=(config_path,),
         base_model=base_model if isinstance(base_model, str) else None,

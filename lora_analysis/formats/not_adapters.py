@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Final
 
 from lora_analysis.adapter import FULL_FINE_TUNE
 from lora_analysis.errors import InputError, UnknownFormatError
-from lora_analysis.formats.pairs import known_pair, pair_needed
+from lora_analysis.formats.pairs import known_pair, missing_pair_error
 from lora_analysis.formats.registry import formats_for
 from lora_analysis.formats.sources import AdapterFiles, Format, label_of, run_facts, tensors_at
 from lora_analysis.storage.documents import (
     LOOK_BYTES,
     PICKLE_SUFFIXES,
+    describe_impostor,
+    describe_impostor_file,
     first_bytes,
-    impostor,
-    impostor_at,
     is_pickle,
     pickle_error,
     read_json_object,
@@ -134,11 +134,13 @@ def unknown_format(path: Path, options: ReadOptions) -> UnknownFormatError:
     ):
         return pickle_error(path)
     if path.suffix != ".safetensors" and start[8:] != b"{" and not is_pickle(path):
-        kind = impostor_at(path) or "not a safetensors file, nor another file of tensors."
+        kind = (
+            describe_impostor_file(path) or "not a safetensors file, nor another file of tensors."
+        )
         return UnknownFormatError(f"{path}: this is {kind} {_READABLE}")
     tensors = open_tensors(path, allow_pickle=options.allow_pickle)
     if known_pair(tensors.infos):
-        return pair_needed(path, tensors)
+        return missing_pair_error(path, tensors)
     return UnknownFormatError(f"{path}: {_describe_tensors(tensors)} {_READABLE}{hint}")
 
 
@@ -151,7 +153,7 @@ def _unknown_folder(folder: Path, options: ReadOptions, hint: str) -> UnknownFor
     stored = [folder / name for name in names if name.endswith(".safetensors")]
     kinds = ""
     for name in names[:_LOOKED_AT]:
-        if kind := impostor(first_bytes(folder / name, LOOK_BYTES)):
+        if kind := describe_impostor(first_bytes(folder / name, LOOK_BYTES)):
             kinds += f" {name}: this is {kind}"
     if kinds:
         text += kinds

@@ -13,7 +13,7 @@ from lora_analysis.errors import InputError, MalformedFileError, UnknownFormatEr
 from lora_analysis.finding import Finding
 from lora_analysis.formats.build import AdapterParts, build_adapter
 from lora_analysis.formats.factors import FactorRole, StoredPair, complete_pairs
-from lora_analysis.formats.side_tensors import side_finding
+from lora_analysis.formats.side_tensors import side_findings
 from lora_analysis.formats.sources import AdapterFiles, AdapterRef, Format, tensors_at
 
 if TYPE_CHECKING:
@@ -99,12 +99,12 @@ class _Pairs(Format):
         path = files.path
         tensors = files.open(options)
         if options.pair is None:
-            raise pair_needed(path, tensors)
+            raise missing_pair_error(path, tensors)
         factors, unmatched = _match(path, tensors, options.pair)
         pairs = complete_pairs(path, factors, options.pair)
         flipped = {pair.module for pair in pairs if is_stored_flipped(tensors, pair)}
         findings = [Finding("factors-stored-transposed", {})] if flipped else []
-        findings += side_finding("they match neither pattern and are not analyzed", unmatched)
+        findings += side_findings("they match neither pattern and are not analyzed", unmatched)
         parts = AdapterParts(
             pairs=[
                 StoredPair.of(pair.module, pair.a.name, pair.b.name, flipped=pair.module in flipped)
@@ -164,7 +164,7 @@ def is_stored_flipped(tensors: NamedTensors, pair: StoredPair) -> bool:
     return flipped and (not plain or a[1] < a[0])
 
 
-def pair_needed(path: Path, tensors: NamedTensors) -> UnknownFormatError:
+def missing_pair_error(path: Path, tensors: NamedTensors) -> UnknownFormatError:
     """Return the error that shows how a file of bare pairs is read."""
     first, second = pair = known_pair(tensors.infos) or KNOWN_PATTERNS[0]
     for role, name, pattern in zip("AB", pair, parse_pair(pair), strict=True):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
 from lora_analysis.formats.build import AdapterParts, build_adapter
 from lora_analysis.formats.factors import StoredPair, finite_number, scale_from_alpha
-from lora_analysis.formats.side_tensors import side_finding
+from lora_analysis.formats.side_tensors import side_findings
 from lora_analysis.formats.stored import (
     StoredFactor,
     contract,
@@ -253,7 +253,7 @@ def read_products(files: AdapterFiles, options: ReadOptions) -> Adapter:
         AdapterParts(
             pairs=[product.pair for product in products],
             scale=scale,
-            findings=side_finding("not analyzed", [k for k in others if k not in saved.values()]),
+            findings=side_findings("not analyzed", [k for k in others if k not in saved.values()]),
             files=() if files.config_path is None else (files.config_path,),
             base_model=base if isinstance(base, str) else None,
             config=config,

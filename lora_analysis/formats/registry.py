@@ -76,7 +76,7 @@ def formats_for(path: Path | None, options: ReadOptions) -> Iterator[Format]:
     """
     first: tuple[str, ...] = ()
     if options.pair is not None and (
-        path is None or (path.is_file() and _load("pairs.is_described")(path, options))
+        path is None or (path.is_file() and _load("pairs.has_matching_names")(path, options))
     ):
         first = ("pairs",)
     elif path is not None and (path / "adapter_config.json").is_file():

@@ -55,7 +55,7 @@ def side_tensors(
     }
 
 
-def side_finding(what: str, keys: Sequence[str]) -> list[Finding]:
+def side_findings(what: str, keys: Sequence[str]) -> list[Finding]:
     """Return the finding on tensors next to the factors, if there are any."""
     if not keys:
         return []

@@ -233,12 +233,12 @@ def written_form(adapter: Adapter, format: str) -> Adapter:
     if format not in IMAGE_FORMATS:
         return adapter
     from lora_analysis.formats.diffusion.diffusers import with_loaders_scale
-    from lora_analysis.formats.diffusion.image_names import in_authors_names, in_diffusers_names
+    from lora_analysis.formats.diffusion.image_names import to_authors_names, to_diffusers_names
 
     adapter = with_loaders_scale(adapter)
     if format == "diffusers":
-        return in_diffusers_names(adapter)
-    return in_authors_names(adapter, dotted=format == "flux")
+        return to_diffusers_names(adapter)
+    return to_authors_names(adapter, dotted=format == "flux")
 
 
 def file_suffix(adapter: Adapter, format: str) -> str | None:

@@ -380,7 +380,7 @@ def merge_lora(model: nn.Module) -> MergeHandle:
         raise InputError(message)
     merged = {name: layer.merged_parameters() for name, layer in layers.items()}
     weights = {
-        name: _exchange(layers[name].base_layer, values, merged=True)
+        name: _replace_parameters(layers[name].base_layer, values, merged=True)
         for name, values in merged.items()
         if values
     }
@@ -421,11 +421,11 @@ def unmerge_lora(handle: MergeHandle) -> None:
     for name, layer in layers.items():
         device = _first_parameter(layer.merged_module).device
         if name in handle.weights:
-            _exchange(layer.base_layer, handle.weights[name], merged=False)
+            _replace_parameters(layer.base_layer, handle.weights[name], merged=False)
         handle.model.set_submodule(name, layer.train(layer.merged_module.training).to(device))
 
 
-def _exchange(
+def _replace_parameters(
     layer: Any, values: Mapping[str, nn.Parameter], *, merged: bool
 ) -> dict[str, nn.Parameter]:
     """Replace parameters of a layer, mark it as merged or not, and return the old ones."""

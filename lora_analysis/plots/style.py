@@ -128,7 +128,7 @@ def _mute(ink: ColorType, papers: Sequence[ColorType]) -> str:
     return colors.to_hex(ink)
 
 
-def _papers(ax: Axes | None) -> tuple[RGB, RGB]:
+def _background_colors(ax: Axes | None) -> tuple[RGB, RGB]:
     """Return the background of axes and of their figure; of new ones without ``ax``."""
     page = _rgb(mpl.rcParams["figure.facecolor"])
     if ax is None:
@@ -151,7 +151,7 @@ def house_style(
     ``width`` is that of the figure in inches; ``settings`` are matplotlib's, dots written as double
     underscores.
     """
-    papers = _papers(ax)
+    papers = _background_colors(ax)
     is_dark = contrast(papers[1], "white") > contrast(papers[1], "black")
     ink = mpl.rcParams["text.color"] if _is_set("text.color") else _INK
     if min(contrast(ink, paper) for paper in papers) < _TEXT_CONTRAST:
@@ -261,7 +261,7 @@ def look(ax: Axes, color: Colors | None = None) -> Look:
     InputError
         ``color`` is neither a color nor a sequence of colors.
     """
-    papers = _papers(ax)
+    papers = _background_colors(ax)
     ink = mpl.rcParams["text.color"]
     if color is None:
         palette = mpl.rcParams["axes.prop_cycle"].by_key().get("color", PALETTE)

@@ -183,7 +183,7 @@ def _acquire(lock: Path, target: Path) -> Iterator[TextIO]:
     """Open the lock's file, take the system's lock on it, and write this process into it."""
     while True:
         with _open_lock(lock) as stream:
-            if not _hold(stream):
+            if not _try_lock(stream):
                 raise _in_use_error(lock, target, _read_holder(stream))
             try:
                 is_current = os.path.samestat(os.fstat(stream.fileno()), lock.stat())
@@ -208,7 +208,7 @@ def _open_lock(lock: Path) -> TextIO:
     return os.fdopen(os.open(lock, flags, 0o666), "r+", encoding="utf-8", errors="replace")
 
 
-def _hold(stream: TextIO) -> bool:
+def _try_lock(stream: TextIO) -> bool:
     """Take the system's lock on a file; return False if another process has it.
 
     The system releases it when the process ends, in any way. If the system or the file system has

@@ -26,7 +26,7 @@ PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
 _ZIP: Final = b"PK\x03\x04"
 
 LOOK_BYTES: Final = 1024
-"""Bytes from the start of a file that are enough for `impostor`."""
+"""Bytes from the start of a file that are enough for `describe_impostor`."""
 
 _POINTER_ADVICE: Final = (
     "The file itself was not fetched. Fetch it with 'git lfs pull' or 'hf download', or download "
@@ -92,7 +92,7 @@ def is_pickle(path: Path) -> bool:
 
 def pickle_error(path: Path) -> UnknownFormatError:
     """Return the error for a pickle that the caller has not allowed, or for an impostor of one."""
-    if not is_pickle(path) and (kind := impostor_at(path)):
+    if not is_pickle(path) and (kind := describe_impostor_file(path)):
         return UnknownFormatError(f"{path}: this is {kind}")
     return UnknownFormatError(
         f"{path}: this is a pickle, which can run code when other programs open it, so it is not "
@@ -101,7 +101,7 @@ def pickle_error(path: Path) -> UnknownFormatError:
     )
 
 
-def impostor(start: bytes) -> str:
+def describe_impostor(start: bytes) -> str:
     """Return a sentence that names a file and the next step, from its first bytes, else "".
 
     Recognized are pointers of Git LFS and Xet, HDF5 (Keras), HTML and XML pages, error messages
@@ -113,10 +113,10 @@ def impostor(start: bytes) -> str:
     return ""
 
 
-def impostor_at(path: Path) -> str:
+def describe_impostor_file(path: Path) -> str:
     """Return the same for a file on disk; plain text that is none of these is quoted."""
     start = first_bytes(path, LOOK_BYTES)
-    return impostor(start) or text_start(start)
+    return describe_impostor(start) or text_start(start)
 
 
 def text_start(start: bytes) -> str:
@@ -270,7 +270,7 @@ def parse_json_object(raw: bytes, path: Path, *, what: str, constants: bool) -> 
         message = f"{path}: {what} is not UTF-8 (byte {error.start})."
         raise MalformedFileError(message) from error
     except ValueError as error:
-        kind = impostor(raw)
+        kind = describe_impostor(raw)
         message = f"{path}: {what} is {kind or f'not valid JSON: {error}.'}"
         raise MalformedFileError(message) from error
     if not isinstance(document, dict):
@@ -312,7 +312,7 @@ def regular_file_size(path: Path) -> int:
         message = f"{path} {kind}."
         raise SourceError(message)
     if _POINTER.match(start):
-        message = f"{path}: this is {impostor(start)}"
+        message = f"{path}: this is {describe_impostor(start)}"
         raise MalformedFileError(message)
     return size
 

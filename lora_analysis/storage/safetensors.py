@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from lora_analysis.errors import MalformedFileError
 from lora_analysis.storage.documents import (
     LOOK_BYTES,
-    impostor,
+    describe_impostor,
     parse_json_object,
     regular_file_size,
     text_start,
@@ -106,7 +106,7 @@ def header_size(path: Path, start: bytes, size: int) -> int:
     length = int.from_bytes(start[:_LENGTH_BYTES], "little")
     if len(start) >= _LENGTH_BYTES and length <= min(MAX_HEADER_BYTES, size - _LENGTH_BYTES):
         return _LENGTH_BYTES + length
-    if kind := impostor(start) or text_start(start[:LOOK_BYTES]):
+    if kind := describe_impostor(start) or text_start(start[:LOOK_BYTES]):
         message = f"{path}: this is {kind}"
     elif len(start) < _LENGTH_BYTES:
         message = f"{path}: {size} bytes are too few for a safetensors file; is it cut short?"

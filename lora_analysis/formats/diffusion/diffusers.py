@@ -210,7 +210,7 @@ def with_loaders_scale(adapter: Adapter) -> Adapter:
         outline = adapter.outline(name)
         if outline.scale is None and not outline.dense:
             outline = replace(outline, scale=1.0, alpha=float(outline.rank))
-        updates[name] = LazyUpdate(outline, partial(_at_loaders_scale, adapter, name))
+        updates[name] = LazyUpdate(outline, partial(_set_loaders_scale, adapter, name))
     return adapter.copy_with(
         updates=updates,
         provenance=replace(
@@ -221,7 +221,7 @@ def with_loaders_scale(adapter: Adapter) -> Adapter:
     )
 
 
-def _at_loaders_scale(adapter: Adapter, name: str) -> Update:
+def _set_loaders_scale(adapter: Adapter, name: str) -> Update:
     update = adapter[name]
     if not isinstance(update, LowRankUpdate) or update.scale is not None:
         return update

@@ -105,7 +105,7 @@ def dotted_path(flat: str) -> str:
     return ".".join(match[1] for match in _SEGMENT.finditer(flat))
 
 
-def in_diffusers_names(adapter: Adapter) -> Adapter:
+def to_diffusers_names(adapter: Adapter) -> Adapter:
     """Return an adapter with its modules under diffusers' paths, fused weights of FLUX split.
 
     Modules that diffusers' models do not have keep their names. Nothing changes if no module has a
@@ -146,7 +146,7 @@ def in_diffusers_names(adapter: Adapter) -> Adapter:
     return _with_updates(adapter, updates)
 
 
-def in_authors_names(adapter: Adapter, *, dotted: bool = False) -> Adapter:
+def to_authors_names(adapter: Adapter, *, dotted: bool = False) -> Adapter:
     """Return an adapter with the modules of SDXL and FLUX under their authors' paths.
 
     Parts of FLUX's fused weights are joined; those that the adapter lacks are zero. Other models

@@ -21,7 +21,7 @@ from lora_analysis.formats.build import AdapterParts
 from lora_analysis.formats.factors import (
     StatedScale,
     StoredPair,
-    alpha_zero_finding,
+    alpha_zero_findings,
     scale_from_alpha,
 )
 from lora_analysis.formats.key_scheme import Role, StoredModules
@@ -32,7 +32,7 @@ from lora_analysis.formats.products import (
     refuse_other_methods,
     sort_products,
 )
-from lora_analysis.formats.side_tensors import side_finding
+from lora_analysis.formats.side_tensors import side_findings
 from lora_analysis.formats.stored import contract, tensor
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def complete_image(
     findings += block_findings(tensors, pairs)
     findings += copied_findings(tensors, pairs)
     for what, keys in rest.items():
-        findings += side_finding(f"{what}, not analyzed", keys)
+        findings += side_findings(f"{what}, not analyzed", keys)
 
     def scale(pair: StoredPair, rank: int) -> StatedScale:
         return product_scales.get(pair.module) or _scale(stored, stated_scale, pair, rank)
@@ -255,7 +255,7 @@ def _scale_findings(
     for module, scale in scales.items():
         if scale.origin in ("format", "unknown") and module in stored.patterns:
             by_reason.setdefault(stored.patterns[module].reason, []).append(module)
-    findings: list[Finding | str] = [*alpha_zero_finding(scales)]
+    findings: list[Finding | str] = [*alpha_zero_findings(scales)]
     for reason, modules in by_reason.items():
         if scales[modules[0]].scale is None:
             fields = {"modules": len(modules), "of": len(scales), "reason": reason}

@@ -18,7 +18,7 @@ from lora_analysis.formats.build import AdapterParts, stated_alpha
 from lora_analysis.formats.factors import StoredPair, finite_number
 from lora_analysis.formats.fused_parts import FUSED_PARTS
 from lora_analysis.formats.key_scheme import KeyPattern, KeyScheme, StoredModules
-from lora_analysis.formats.merged import merged_finding, split_fused
+from lora_analysis.formats.merged import merged_findings, split_fused
 from lora_analysis.formats.peft.adapter_config import CONFIG_NAME
 from lora_analysis.formats.peft.module_pairs import DORA
 from lora_analysis.formats.stored import tensor
@@ -82,7 +82,7 @@ def _complete(stored: StoredModules) -> AdapterParts:
         pairs=pairs,
         scale=stated_alpha(finite_number(config.get("alpha"))),
         reason=f"there is no {CONFIG_NAME} with config.alpha next to the file",
-        findings=(*merged_finding(len(fused), interleaved=False), *stored.unanalyzed_findings()),
+        findings=(*merged_findings(len(fused), interleaved=False), *stored.unanalyzed_findings()),
         files=() if config_path is None else (config_path,),
         config={FUSED_PARTS: fused} if fused else None,
         base_model=base_model if isinstance(base_model, str) else None,

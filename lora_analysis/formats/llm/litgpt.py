@@ -15,7 +15,7 @@ from lora_analysis.errors import UnsupportedMethodError
 from lora_analysis.formats.build import AdapterParts, stated_alpha
 from lora_analysis.formats.factors import StoredPair
 from lora_analysis.formats.key_scheme import KeyPattern, KeyScheme, StoredModules
-from lora_analysis.formats.merged import enable_needed, is_merged, merged_finding, split
+from lora_analysis.formats.merged import enable_lora_error, is_merged, merged_findings, split
 from lora_analysis.formats.sources import setting_count, setting_number, trainer_settings
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def _complete(stored: StoredModules) -> AdapterParts:
         enabled = stored.options.enable_lora or _enabled_parts(tensors, a, b, run)
         if enabled is None:
             if is_merged(tensors, a, b):
-                raise enable_needed(tensors, plain.module, a, b)
+                raise enable_lora_error(tensors, plain.module, a, b)
             message = (
                 f"{tensors.file_of(a)}: '{plain.module}' adapts one of q, k and v, and it is "
                 "unknown which. Pass enable_lora= (command line: --enable-lora 1,0,0), or put "
@@ -82,7 +82,7 @@ def _complete(stored: StoredModules) -> AdapterParts:
         pairs=pairs,
         scale=stated_alpha(setting_number(run.get("lora_alpha"))),
         reason="there is no hyperparameters.yaml with lora_alpha next to the file",
-        findings=(*merged_finding(fused, interleaved=False), *stored.unanalyzed_findings()),
+        findings=(*merged_findings(fused, interleaved=False), *stored.unanalyzed_findings()),
         files=tuple(file for file in settings if file.is_file()),
         base_model=base_model if isinstance(base_model, str) else None,
     )

@@ -17,7 +17,7 @@ from lora_analysis.formats.build import AdapterParts, build_adapter
 from lora_analysis.formats.peft.adapter_config import CONFIG_NAME, PeftConfig, read_peft_config
 from lora_analysis.formats.peft.module_pairs import read_pairs
 from lora_analysis.formats.peft.tensor_keys import has_factors, sort_keys
-from lora_analysis.formats.side_tensors import side_finding
+from lora_analysis.formats.side_tensors import side_findings
 from lora_analysis.formats.sources import AdapterFiles, Format, refuse_rank_part, tensors_at
 from lora_analysis.storage.safetensors import Header
 from lora_analysis.storage.tensors import TensorFiles, open_tensors
@@ -100,7 +100,7 @@ class _FrameworkDump(Format):
             findings=(
                 *content.findings,
                 *([Finding("base-tensors", fields)] if base else []),
-                *(line for what, n in keys.notes.items() for line in side_finding(what, n)),
+                *(line for what, n in keys.notes.items() for line in side_findings(what, n)),
             ),
             files=() if config.path is None else (config.path,),
             base_model=config.base_model,
