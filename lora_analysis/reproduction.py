@@ -17,7 +17,7 @@ from lora_analysis.report import (
     ReportFigure,
     ReportTable,
     Section,
-    drawn_figures,
+    draw_figures,
     write_page,
 )
 from lora_analysis.report.report_folder import study_inputs
@@ -109,7 +109,7 @@ def write_reproduction(
         folder, kind="reproduction", verb="reproduce", inputs=study_inputs(study), force=force
     ) as staging:
         for index, (name, title, question, draw) in enumerate(_PARTS, start=1):
-            figures = tuple(drawn_figures(draw(study), staging / "section7", formats))
+            figures = tuple(draw_figures(draw(study), staging / "section7", formats))
             table = None
             if name.startswith("table"):
                 table = accuracy_table(study) if name == "table-6" else table_7(study)

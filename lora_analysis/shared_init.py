@@ -240,45 +240,56 @@ def classify_init(
         return SharedInit(InitRelation.NOT_APPLICABLE, (), 0)
     testable = [module for module in modules if module.ranks != (1, 1)]
     if not testable:
-        # At rank 1 only modules that all agree, with one sign, are evidence.
-        cosines = np.array([module.row_cosine for module in modules])
-        alike = np.abs(cosines).min() >= _RANK_ONE_COSINE and abs(np.sign(cosines).sum()) == len(
-            cosines
-        )
-        if alike and len(modules) >= _RANK_ONE_MODULES:
-            return _shared_modules(modules, len(modules))
-        return SharedInit(InitRelation.INCONCLUSIVE, (), len(modules))
-    # A negated copy is negated in every module; a single negative cosine is one that was learned.
-    negative = [m for m in testable if _is_negative(m)]
-    if len(negative) >= SHARED_FROM * len(testable) and all(m.row_cosine < 0 for m in testable):
-        shared = negative
-    else:
-        shared = [m for m in testable if m.shared and m.row_cosine > 0]
-    # If training has aligned the rows of a small rank, q is as large as c and z is small, while
-    # rows and columns of two adapters of one run agree all the same.
-    other = float(np.median(_matched_others(testable)))
-    rest = [module for module in testable if not module.shared]
-    is_one_run = abs(other) >= SAME_RUN and all(abs(m.row_cosine) >= _CONSISTENT for m in rest)
-    if shared and is_one_run:
-        shared = testable
+        return _classify_rank_one(modules)
     row_space = _median(testable, lambda module: module.row_space)
     evidence = replace(
-        _shared_modules(shared, len(testable)),
+        _shared_modules(_flagged_modules(testable), len(testable)),
         row_space=row_space,
         other_space=_median(testable, lambda module: module.other_space),
     )
     if evidence.share >= SHARED_FROM:
         return evidence
-    if row_space is None and len(input_similarity):
-        same_space = float(np.median(input_similarity)) >= _SIMILAR_SPACE
-    else:
-        same_space = row_space is not None and row_space >= SAME_SPACE
-    if same_space:
+    if _is_same_space(row_space, input_similarity):
         return replace(evidence, kind=InitRelation.SAME_SPACE)
-    partly = row_space is not None and row_space >= SAME_SPACE_OF_OTHER_TASKS
-    if partly and not evidence._may_be_learned:
+    is_partly_same = row_space is not None and row_space >= SAME_SPACE_OF_OTHER_TASKS
+    if is_partly_same and not evidence._may_be_learned:
         return replace(evidence, kind=InitRelation.UNDECIDED)
     return evidence
+
+
+def _classify_rank_one(modules: Sequence[ModuleInit]) -> SharedInit:
+    """Return the conclusion at rank 1: only modules that all agree, with one sign, are evidence."""
+    cosines = np.array([module.row_cosine for module in modules])
+    has_one_sign = abs(np.sign(cosines).sum()) == len(cosines)
+    is_alike = np.abs(cosines).min() >= _RANK_ONE_COSINE and has_one_sign
+    if is_alike and len(modules) >= _RANK_ONE_MODULES:
+        return _shared_modules(modules, len(modules))
+    return SharedInit(InitRelation.INCONCLUSIVE, (), len(modules))
+
+
+def _flagged_modules(testable: Sequence[ModuleInit]) -> Sequence[ModuleInit]:
+    """Return the modules with a shared initialization; all of them if the pair is one run."""
+    # A negated copy is negated in every module; a single negative cosine is one that was learned.
+    negative = [module for module in testable if _is_negative(module)]
+    is_negated = all(module.row_cosine < 0 for module in testable)
+    if is_negated and len(negative) >= SHARED_FROM * len(testable):
+        flagged = negative
+    else:
+        flagged = [module for module in testable if module.shared and module.row_cosine > 0]
+    # If training has aligned the rows of a small rank, q is as large as c and z is small, while
+    # rows and columns of two adapters of one run agree all the same.
+    other = float(np.median(_matched_others(testable)))
+    is_consistent = all(
+        module.shared or abs(module.row_cosine) >= _CONSISTENT for module in testable
+    )
+    return testable if flagged and abs(other) >= SAME_RUN and is_consistent else flagged
+
+
+def _is_same_space(row_space: float | None, input_similarity: Sequence[float]) -> bool:
+    """Return True if the spans of A agree as a whole, by L or, where it is undefined, by φ."""
+    if row_space is None and len(input_similarity):
+        return float(np.median(input_similarity)) >= _SIMILAR_SPACE
+    return row_space is not None and row_space >= SAME_SPACE
 
 
 def _is_negative(module: ModuleInit) -> bool:

@@ -19,7 +19,7 @@ from lora_analysis.progress import Progress
 from lora_analysis.spectra import SIDES
 from lora_analysis.storage.documents import read_toml
 from lora_analysis.studies import Study, study
-from lora_analysis.studies.base_identity import base_key, same_key
+from lora_analysis.studies.base_identity import base_key, is_same_key
 from lora_analysis.studies.pair_classes import ONE_SAMPLE, Exclusion, PairClass
 from lora_analysis.text import html_table, join_names, overlap_number, plural
 
@@ -269,7 +269,7 @@ def survey_authors(
     groups: dict[str, list[Adapter]] = {}
     for author, adapter in zip(names, adapters, strict=True):
         key = base_key(adapter.provenance.base_model) or f"{_BASE_NOT_STATED}: {author}"
-        key = next((other for other in groups if same_key(key, other)), key)
+        key = next((other for other in groups if is_same_key(key, other)), key)
         groups.setdefault(key, []).append(adapter)
     studies = {key: study(group, progress=progress) for key, group in groups.items()}
     failures += [failure for result in studies.values() for failure in result.failures]

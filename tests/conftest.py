@@ -74,7 +74,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write reports without figures, which take most of their time and have tests of their own."""
     from lora_analysis.report import sections
 
-    monkeypatch.setattr(sections, "drawn_figures", lambda *_, **__: ())
+    monkeypatch.setattr(sections, "draw_figures", lambda *_, **__: ())
 
 
 @pytest.fixture(autouse=True)

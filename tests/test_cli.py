@@ -807,7 +807,7 @@ def test_a_table_that_fits_looks_as_it_does_laid_out(
     rows = [["module", "side", "‖ΔW‖"]]
     rows += [["q" * int(n), "in put", f"{n / 7:.3f}"] for n in rng.integers(0, 12, 5)]
     assert show._is_plain(rows)
-    plain = [line.rstrip() for line in show._align_cells(rows, numbers_from)]
+    plain = [line.rstrip() for line in show._align_columns(rows, numbers_from)]
     laid_out = show._fold_cells(rows, numbers_from, 200, close=False)
     assert plain == [line.rstrip() for line in laid_out]
 

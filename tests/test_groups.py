@@ -392,9 +392,10 @@ def test_copies_and_shared_initializations_are_removed_by_name(rng: Rng) -> None
     analysis = group_analysis([*members, copy, same_init])
     assert analysis.labels == tuple(member.label for member in members)
     assert analysis.removed == {
-        "copy": "near-duplicate with mean1",
-        "same init": "shared initialization with mean2",
+        "copy": ("near-duplicate", "mean1"),
+        "same init": ("shared initialization", "mean2"),
     }
+    assert analysis.to_dict()["removed"][0]["reason"] == "near-duplicate with mean1"
     assert "Removed: 1 (near-duplicate), 1 (shared initialization)." in str(analysis)
     every = group_analysis([*members, copy, same_init], remove_related=False)
     assert len(every.labels) == 10
@@ -442,10 +443,13 @@ def test_a_study_takes_one_task_and_others_of_each_other_task(rng: Rng) -> None:
     analysis = result.group_analysis(labels)
     assert analysis.others == ("b0", "c0", "d0")
     assert analysis.tasks == ("a",)
-    assert analysis.removed == {"untrained": "untrained"}
+    assert analysis.removed == {"untrained": ("untrained", None)}
     assert analysis.conclusion is SharedPart.MEAN
     everyone = result.group_analysis()
-    assert everyone.removed == {"foreign": "different base", "untrained": "untrained"}
+    assert everyone.removed == {
+        "foreign": ("different base", None),
+        "untrained": ("untrained", None),
+    }
     assert everyone.tasks == ("a", "b", "c", "d")
     assert "of 4 tasks" in str(everyone)
 

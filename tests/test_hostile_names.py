@@ -30,7 +30,7 @@ from lora_analysis.report import results_schema, write_report
 from lora_analysis.report.results import square_table
 from lora_analysis.storage.records import RECORD_FOLDER
 from lora_analysis.studies import study
-from lora_analysis.studies.base_models import shown_base
+from lora_analysis.studies.base_models import base_title
 from lora_analysis.text import html_table, printable, printable_json
 
 ALL = "".join(NAMES)
@@ -238,7 +238,7 @@ def test_json_for_a_terminal_is_the_same_document() -> None:
     ],
 )
 def test_folders_of_somebodys_disk_stay_out_of_reports(stated: str, shown: str) -> None:
-    assert shown_base(stated) == shown
+    assert base_title(stated) == shown
 
 
 def test_a_folder_whose_name_is_no_utf_8_is_analyzed_like_any_other(

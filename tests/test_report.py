@@ -24,7 +24,7 @@ from lora_analysis.formats import read_adapter, write_adapter
 from lora_analysis.report import results_schema, write_report
 from lora_analysis.report.pair_tables import steps_table
 from lora_analysis.report.representatives import (
-    drawn_pairs,
+    choose_drawn_pairs,
     rank_pair,
     representative_modules,
     seed_pair,
@@ -408,7 +408,7 @@ def test_heat_maps_stand_next_to_an_unrelated_pair_of_the_same_ranks(
     sweep: list[Adapter],  # noqa: F811
 ) -> None:
     result = study(sweep)
-    pairs = drawn_pairs(result)
+    pairs = choose_drawn_pairs(result)
     assert list(pairs) == ["ranks", "seeds"]
     of_class = result.pairs.set_index(["a", "b"])["pair_class"]
     rank = result.runs.set_index("adapter")["rank"]

@@ -13,14 +13,14 @@ from lora_analysis.adapter import Adapter, Provenance
 from lora_analysis.bases import open_base
 from lora_analysis.conclusions import findings
 from lora_analysis.studies import Relation, study
-from lora_analysis.studies.base_identity import fingerprint, resolve_keys, shown_bases
+from lora_analysis.studies.base_identity import base_titles, fingerprint, resolve_keys
 from lora_analysis.studies.base_models import (
     base_key,
     bases_of,
+    differing_base_name,
     other_bases,
     runs_on_base,
     same_base,
-    strange_name,
 )
 
 LLAMA = "meta-llama/Llama-3.1-8B"
@@ -149,7 +149,7 @@ def test_a_copy_gets_the_key_of_the_only_model_that_it_can_copy() -> None:
 
 def test_local_bases_are_shown_by_enough_of_the_path() -> None:
     names = ["/data/llama-1b/final", "/data/qwen-1b/final", "/a/b/llama", "/a/c/llama", LLAMA, "/"]
-    assert shown_bases(names) == {
+    assert base_titles(names) == {
         None: None,
         "/data/llama-1b/final": "llama-1b/final",
         "/data/qwen-1b/final": "qwen-1b/final",
@@ -210,5 +210,5 @@ def test_the_given_base_is_recognized_by_structure_or_name(
     named = {"a": LLAMA, "b": "mistralai/Mistral-7B"}
     given = open_base(model_folder(tmp_path / "Llama-3.1-8B-4bit"))
     assert other_bases(named, given) == {"b"}
-    assert strange_name({"a": LLAMA}, given) is None
-    assert strange_name({"a": "mistralai/Mistral-7B"}, given) == "mistralai/Mistral-7B"
+    assert differing_base_name({"a": LLAMA}, given) is None
+    assert differing_base_name({"a": "mistralai/Mistral-7B"}, given) == "mistralai/Mistral-7B"

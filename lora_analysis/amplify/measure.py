@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from lora_analysis.adapter import Update
     from lora_analysis.bases import Weight
+    from lora_analysis.bases.sanity_checks import WeightStatistics
 
 # Float32 products err by 2e-7 to 4e-7 of what unaligned directions give. Where W is this much
 # weaker along ΔW's directions, that may be 1e-6: those directions are taken again in float64.
@@ -64,7 +65,7 @@ def _check_directions(update: Spectrum, weight: Weight | NDArray[np.floating]) -
     if update.untrained:
         message = (
             f"'{update.name}' in {update.label or 'this adapter'} is untrained: ΔW is zero and "
-            "has no directions to hold against the weight."
+            "has no directions, so it cannot be compared with the weight."
         )
         raise DegenerateSubspaceError(message)
 
@@ -180,27 +181,21 @@ def amplifications(
     (`controls.MOST_CROSSED_COLUMNS`).
     """
     W = as_weight(W)
-    spectra = [_spectral(update, k) for update in updates]
-    counts = [spectral.numerical_rank if k is None else k for spectral in spectra]
-    for spectral in spectra:
-        _check(spectral, W)
-        if k is not None:
-            spectral.basis("input", k)  # raises beyond the numerical rank and between equal values
+    spectra = [_checked_spectrum(update, W, k) for update in updates]
+    counts = [k or spectral.numerical_rank for spectral in spectra]
     most = max(counts, default=0)
-    if weight_values is not None and len(weight_values) < most:
-        message = f"weight_values must hold at least {most} values, found {len(weight_values)}."
-        raise InputError(message)
-    update_frames = [_frame(*pair) for pair in zip(spectra, counts, strict=True)]
+    if weight_values is not None:
+        _check_weight_values(weight_values, most)
     others = [_spectral(update, k) for update in partners]
     for spectral in others:
         _check_directions(spectral, W)
-    crossed_frames = [_frame(spectral, k or spectral.numerical_rank) for spectral in others]
-    rng = np.random.default_rng(seed)
-    drawn = [tuple(linalg.haar_frame(rng, d, most) for d in W.shape) for _ in range(draws)]
+    update_frames = [_frame(*pair) for pair in zip(spectra, counts, strict=True)]
+    # Crossed frames first: their products are taken from the first images.
+    frames = [*update_frames, *(_frame(s, k or s.numerical_rank) for s in others)]
     precision = precision_for(W)
     controls = Controls(
         W.shape,
-        [*update_frames, *crossed_frames],
+        frames,
         labels=[spectral.label for spectral in (*spectra, *others)],
         pairs=unrelated,
         columns=most,
@@ -210,40 +205,35 @@ def amplifications(
     )
     projections, weight_norm, statistics = project(
         W,
-        # Crossed frames first: their products are taken from the first images.
-        [*update_frames, *crossed_frames, *((u, v) for u, v in drawn)],
+        [*frames, *_random_frames(W.shape, most, draws, seed)],
         precision=precision,
         one_sided=one_sided,
         sums=controls.sums,
     )
-    if not np.isfinite(weight_norm):
-        message = (
-            f"The base weight of '{spectra[0].name}' holds values that are not finite. "
-            "No number can be computed against it; is the file damaged?"
-        )
-        raise BaseWeightError(message)
+    _check_norm(weight_norm, spectra)
+    random = [_leading_norms(projection.core) for projection in projections[len(frames) :]]
+    norms = np.array(random).reshape(draws, most)
     precisions = [precision] * len(update_frames)
     if precision == "float32":
         _sharpen(W, update_frames, projections, precisions)
     if weight_values is None and weight_directions and most:
         dense = W if isinstance(W, np.ndarray) else W.array()
         weight_values = linalg.leading_singular_values(dense, most)
-    first_draw = len(update_frames) + len(crossed_frames)
-    random = [_leading_norms(projection.core) for projection in projections[first_draw:]]
-    norms = np.array(random).reshape(draws, most)
+    weight_facts = weight_norm, norms, weight_values
     results = [
-        _amplification(
-            spectra[index],
-            _norm(update, spectra[index]),
-            projections[index],
-            (weight_norm, norms, weight_values),
-            precisions[index],
+        _amplification(spectral, _norm(update, spectral), projection, weight_facts, precision_used)
+        for update, spectral, projection, precision_used in zip(
+            updates, spectra, projections, precisions, strict=False
         )
-        for index, update in enumerate(updates)
     ]
     results = controls.add_to(results, W, weight_norm)
-    if isinstance(W, np.ndarray):
-        return results
+    return results if isinstance(W, np.ndarray) else _add_storage(results, W, statistics)
+
+
+def _add_storage(
+    results: Sequence[Amplification], W: Weight, statistics: WeightStatistics | None
+) -> list[Amplification]:
+    """Add how the weight is stored, and how far its rounding may change the numbers."""
     noise = W.noise() if W.storage else None
     return [
         replace(result, storage=W.storage, noise=noise, weight_statistics=statistics)
@@ -251,9 +241,47 @@ def amplifications(
     ]
 
 
+def _checked_spectrum(
+    update: Update | Spectrum, W: Weight | NDArray[np.floating], k: int | None
+) -> Spectrum:
+    """Return the spectrum of an update whose amplification can be measured in k directions."""
+    spectral = _spectral(update, k)
+    _check(spectral, W)
+    if k is not None:
+        spectral.basis("input", k)  # raises beyond the numerical rank and between equal values
+    return spectral
+
+
 def _frame(spectral: Spectrum, n: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the first n left and right singular vectors."""
     return spectral.vectors("output")[:, :n], spectral.vectors("input")[:, :n]
+
+
+def _random_frames(
+    shape: tuple[int, int], columns: int, draws: int, seed: int
+) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Return random orthonormal directions of both sides, one pair per draw."""
+    rng = np.random.default_rng(seed)
+    return [
+        (linalg.haar_frame(rng, shape[0], columns), linalg.haar_frame(rng, shape[1], columns))
+        for _ in range(draws)
+    ]
+
+
+def _check_weight_values(weight_values: NDArray[np.float64], count: int) -> None:
+    if len(weight_values) < count:
+        message = f"weight_values must hold at least {count} values, found {len(weight_values)}."
+        raise InputError(message)
+
+
+def _check_norm(weight_norm: float, spectra: Sequence[Spectrum]) -> None:
+    """Raise if the weight holds values that are not finite: its norm shows it."""
+    if not np.isfinite(weight_norm):
+        message = (
+            f"The base weight of '{spectra[0].name}' holds values that are not finite. "
+            "No number can be computed against it; is the file damaged?"
+        )
+        raise BaseWeightError(message)
 
 
 def _spectral(update: Update | Spectrum, k: int | None) -> Spectrum:

@@ -86,7 +86,7 @@ def command(
 
     adapter = reading.read(source)
     if spectrum:
-        _announce(adapter)
+        _announce_duration(adapter)
     with progress_bar(form) as progress:
         result = study(
             [adapter],
@@ -115,7 +115,7 @@ def command(
             | _medians(full)
             | changes
             | {
-                "left_out": _omitted_modules(result),
+                "left_out": _list_left_out(result),
                 "findings": [finding.to_dict() for finding in shown_findings],
             }
             | {"base_findings": [f.to_dict() for f in result.base_findings()]}
@@ -133,7 +133,7 @@ def command(
     return PARTLY_FAILED if result.unmatched else DONE
 
 
-def _omitted_modules(result: Study) -> list[dict[str, str]]:
+def _list_left_out(result: Study) -> list[dict[str, str]]:
     """Return the modules that are not compared with the base, with the reason."""
     from lora_analysis.adapter import is_fine_tune
 
@@ -155,7 +155,7 @@ def _omitted_modules(result: Study) -> list[dict[str, str]]:
     return missing
 
 
-def _announce(adapter: Adapter) -> None:
+def _announce_duration(adapter: Adapter) -> None:
     """Announce on stderr how long W's full spectra take, if more than some seconds."""
     from lora_analysis.execution import available_workers
     from lora_analysis.linalg import gram_seconds
@@ -249,7 +249,7 @@ def _print(label: str, full: pd.DataFrame, *, every: bool, tuned: bool) -> None:
     what = "" if len(rows) == len(full) else ", medians by block (every module: --all)"
     directions = "along its leading directions" if tuned else "at full rank"
     print_table(
-        f"{label}: amplification {directions} (k = {_span(full['k'])}){what}",
+        f"{label}: amplification {directions} (k = {_format_range(full['k'])}){what}",
         ("module" if not what else "block (modules)", *_NAMES.values()),
         [(row["title"], *(decimals(row[name]) for name in _NAMES)) for row in rows],
         footer=("median", *(decimals(full[name].median()) for name in _NAMES)),
@@ -306,7 +306,7 @@ def _print_changes(label: str, changes: pd.DataFrame, *, every: bool) -> None:
 
     if changes.empty:
         return
-    k, span = (_span(changes[name]) for name in ("k", "span"))
+    k, span = (_format_range(changes[name]) for name in ("k", "span"))
     looked_at, random = int(changes["directions"].max()), changes["chance_novelty"].median()
     rows = _titled_rows(changes, every=every)
     click.echo()
@@ -355,7 +355,7 @@ def _print_changes(label: str, changes: pd.DataFrame, *, every: bool) -> None:
     )
 
 
-def _span(values: pd.Series) -> str:
+def _format_range(values: pd.Series) -> str:
     """Return "8", or "4 to 8" where they differ."""
     low, high = int(values.min()), int(values.max())
     return str(low) if low == high else f"{low} to {high}"

@@ -129,13 +129,13 @@ def command(
     pair = _check_pair(result)
     conclusions = [c for c in comparisons(result) if c.members == pair]
     about_pair, next_steps, others = _sort_findings(findings(result), conclusions)
-    missing = _omitted_modules(result, pair)
+    missing = _list_left_out(result, pair)
     failures = [source.to_dict() for source in unread]
     failures += [failure.to_dict() for failure in result.failures]
     if form == "json":
         every_finding = [*about_pair, *next_steps, *others]
         print_json(
-            _document(result, pair, conclusions)
+            _json_document(result, pair, conclusions)
             | {
                 "findings": [finding.to_dict() for finding in every_finding],
                 "left_out": missing,
@@ -237,7 +237,7 @@ def _sort_findings(
     return about_pair, next_steps, others
 
 
-def _omitted_modules(result: Study, pair: tuple[str, str]) -> list[dict[str, str]]:
+def _list_left_out(result: Study, pair: tuple[str, str]) -> list[dict[str, str]]:
     """Return the modules that are not compared, or do not count, with the reason."""
     from lora_analysis.adapter import is_fine_tune
 
@@ -273,7 +273,7 @@ def _omitted_modules(result: Study, pair: tuple[str, str]) -> list[dict[str, str
     return left_out
 
 
-def _document(
+def _json_document(
     result: Study, pair: tuple[str, str], conclusions: Sequence[Comparison]
 ) -> dict[str, Any]:
     """Return the pair, its conclusions and all columns of its modules for JSON output."""

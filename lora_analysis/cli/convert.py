@@ -13,12 +13,12 @@ from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.show import decimals, print_facts, print_json, print_table
 from lora_analysis.cli.writing import (
     adapter_to_write,
+    choose_output_path,
     chosen_format,
-    chosen_path,
     dtype_option,
     format_option,
     notes,
-    output_place,
+    output_location_options,
     sizes_sentence,
     written_bytes,
 )
@@ -42,7 +42,7 @@ _EQUAL = 1e-6
     help="For gguf: llama.cpp's name of the base's architecture, for example llama; --heads may be "
     "needed too. By default taken from the file or from a local base.",
 )
-@output_place
+@output_location_options
 @reading_options
 @output_options("the path of the new adapter")
 def command(
@@ -65,7 +65,7 @@ def command(
     adapter = reading.read(source)
     check_adapter_place(output, inputs=adapter.inputs, force=force)
     written = chosen_format(kind, adapter, output)
-    output = chosen_path(output, adapter, written)
+    output = choose_output_path(output, adapter, written)
     check_adapter_place(output, inputs=adapter.inputs, force=force)
     if architecture is not None and written != "gguf":
         message = f"--architecture belongs to --to gguf, not to {written}."
@@ -112,7 +112,7 @@ def command(
     elif form == "quiet":
         click.echo(printable(str(path)))
     else:
-        _print(adapter, errors, path, sizes_sentence(*sizes, error), folded)
+        _print_result(adapter, errors, path, sizes_sentence(*sizes, error), folded)
 
 
 def _read_back(
@@ -137,7 +137,7 @@ def _read_back(
     others = written.keys() - set(names.values())
     if missing:
         names |= match_names(
-            missing, sorted(others), fits=partial(_have_same_shape, adapter, written)
+            missing, sorted(others), fits=partial(_has_same_shape, adapter, written)
         ).pairs
     errors = {
         name: relative_difference(written[names[name]], adapter[name])
@@ -150,11 +150,11 @@ def _read_back(
     return adapter, errors, error
 
 
-def _have_same_shape(adapter: Adapter, written: Adapter, name: str, other: str) -> bool:
+def _has_same_shape(adapter: Adapter, written: Adapter, name: str, other: str) -> bool:
     return adapter[name].shape == written[other].shape
 
 
-def _print(
+def _print_result(
     adapter: Adapter, errors: dict[str, float], path: Path, sizes: str, folded: list[str]
 ) -> None:
     worst = max(errors.values(), default=0.0)

@@ -86,7 +86,7 @@ def command(*, form: str) -> int:
     elif form == "quiet":
         click.echo("incomplete" if missing else "ok")
     else:
-        _print(document)
+        _print_report(document)
     return REFUSED if missing else DONE
 
 
@@ -128,7 +128,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _print(document: dict[str, Any]) -> None:
+def _print_report(document: dict[str, Any]) -> None:
     packages = document["packages"]
     installed = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
     lines: list[tuple[str, object]] = [

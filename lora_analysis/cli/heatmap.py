@@ -160,7 +160,7 @@ def command(
     first, second = align_adapters(unique_labels(adapters), prefix=parse_prefixes(prefixes))
     with progress_bar(form) as progress:
         seen: dict[str, tuple[Update, Update]] = {}
-        chosen = _representative(first, second, modules, progress, seen)
+        chosen = _choose_modules(first, second, modules, progress, seen)
         titles = short_names([name for name in first if name in second])
         grids = {
             titles[name]: subspace_similarity(
@@ -185,7 +185,7 @@ def command(
                 "modules": list(chosen),
                 "side": side,
                 "of": of,
-                "adapters": [_facts(adapter) for adapter in (first, second)],
+                "adapters": [_adapter_facts(adapter) for adapter in (first, second)],
                 "relation": relation(first, second),
                 "left_out": left_out,
                 "findings": findings,
@@ -198,13 +198,13 @@ def command(
         click.echo(written)
 
 
-def _facts(adapter: Adapter) -> dict[str, Any]:
+def _adapter_facts(adapter: Adapter) -> dict[str, Any]:
     source = adapter.provenance
     facts = {name: getattr(source, name) for name in ("task", "rank", "seed", "step", "base_model")}
     return {"adapter": adapter.label, **facts}
 
 
-def _representative(
+def _choose_modules(
     a: Adapter,
     b: Adapter,
     pattern: str | None,
@@ -220,7 +220,7 @@ def _representative(
     left = choose_names(common, pattern)
     if common and not left:
         message = (
-            f"No common module matches '{pattern}'. There are {len(common)}: {_list_first(common)}."
+            f"No common module matches '{pattern}'. There are {len(common)}: {_list_some(common)}."
         )
         raise InputError(message)
     while left:
@@ -236,8 +236,8 @@ def _representative(
     message = f"{a.label} and {b.label} have no trained module in common to draw."
     if not common:
         message += (
-            f" {a.label} has {_list_first(list(a))}; {b.label} has {_list_first(list(b))}. "
-            "If they are the same modules, pass --prefix OLD=NEW."
+            f" {a.label} has {_list_some(list(a))}; {b.label} has {_list_some(list(b))}. If they "
+            "are the same modules, pass --prefix OLD=NEW."
         )
     raise InputError(message)
 
@@ -278,5 +278,5 @@ def _findings(
     ]
 
 
-def _list_first(names: list[str]) -> str:
+def _list_some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

@@ -20,8 +20,8 @@ from lora_analysis.cli.options import (
 )
 from lora_analysis.cli.reading import (
     Reading,
+    print_left_out,
     reading_options,
-    say_left_out,
 )
 from lora_analysis.cli.show import (
     decimals,
@@ -71,43 +71,47 @@ def command(
                 documents.append(_describe(adapter, modules))
             except InputError as error:
                 left_out.append(Failure(adapter.label, str(error), error))
-    say_left_out(left_out, some=bool(documents))
+    print_left_out(left_out, some=bool(documents))
     if form == "json":
         print_json({"adapters": documents, "failures": [failure.to_dict() for failure in left_out]})
     elif form == "quiet":
         for document in documents:
             click.echo(printable(document["label"]))
     elif len(documents) + len(left_out) == 1:
-        _print_one(documents[0], every=every)
+        _print_adapter(documents[0], every=every)
     else:
-        stated_facts = [name for name in _RUN if any(d[name] is not None for d in documents)]
-        columns = ["adapter", *stated_facts, "format", "modules", "rank", "scale", "‖ΔW‖"]
-        rows = [
-            [
-                document["label"],
-                *("" if document[name] is None else document[name] for name in stated_facts),
-                document["format"],
-                len(document["modules"]),
-                _counted([m["rank"] for m in document["modules"]]),
-                _scales(document["modules"]),
-                decimals(document["norm"]),
-            ]
-            for document in documents
-        ]
-        if any(document["untrained_modules"] for document in documents):
-            words = dict.fromkeys(
-                _zero_word(d["modules"]) for d in documents if d["untrained_modules"]
-            )
-            columns.append(" or ".join(words))
-            for row, document in zip(rows, documents, strict=True):
-                row.append(document["untrained_modules"] or "")
-        title = "1 adapter" if len(documents) == 1 else f"{len(documents)} adapters"
-        print_table(title, columns, rows, numbers_from=2 + len(stated_facts), cut_names=False)
-        for document in documents:
-            for finding in document["findings"]:
-                if finding["severity"] == "damage":
-                    print_finding("damage", f"{document['label']}: {finding['text']}")
+        _print_list(documents)
     return PARTLY_FAILED if left_out else DONE
+
+
+def _print_list(documents: list[dict[str, Any]]) -> None:
+    """Print one line per adapter, then the findings about damage."""
+    stated_facts = [name for name in _RUN if any(d[name] is not None for d in documents)]
+    columns = ["adapter", *stated_facts, "format", "modules", "rank", "scale", "‖ΔW‖"]
+    rows = [
+        [
+            document["label"],
+            *("" if document[name] is None else document[name] for name in stated_facts),
+            document["format"],
+            len(document["modules"]),
+            _count_values([m["rank"] for m in document["modules"]]),
+            _describe_scales(document["modules"]),
+            decimals(document["norm"]),
+        ]
+        for document in documents
+    ]
+    with_zeros = [document for document in documents if document["untrained_modules"]]
+    if with_zeros:
+        words = dict.fromkeys(_zero_word(document["modules"]) for document in with_zeros)
+        columns.append(" or ".join(words))
+        for row, document in zip(rows, documents, strict=True):
+            row.append(document["untrained_modules"] or "")
+    title = "1 adapter" if len(documents) == 1 else f"{len(documents)} adapters"
+    print_table(title, columns, rows, numbers_from=2 + len(stated_facts), cut_names=False)
+    for document in documents:
+        for finding in document["findings"]:
+            if finding["severity"] == "damage":
+                print_finding("damage", f"{document['label']}: {finding['text']}")
 
 
 def _describe(adapter: Adapter, pattern: str | None) -> dict[str, Any]:
@@ -156,7 +160,7 @@ def _describe(adapter: Adapter, pattern: str | None) -> dict[str, Any]:
         "untrained_modules": sum(fact["untrained"] for fact in facts),
         "saved_modules": sorted(adapter.saved_modules),
         "findings": [finding.to_dict() for finding in findings],
-        "blocks": _blocks(facts),
+        "blocks": _block_rows(facts),
         "modules": facts,
     }
 
@@ -196,7 +200,7 @@ def _module_facts(adapter: Adapter, name: str) -> dict[str, Any]:
     }
 
 
-def _blocks(facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _block_rows(facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return one row per block of an image model; none for other models."""
     import numpy as np
 
@@ -218,7 +222,7 @@ def _blocks(facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {
                 "block": title,
                 "modules": len(names),
-                "rank": _counted([fact["rank"] for fact in of_block]),
+                "rank": _count_values([fact["rank"] for fact in of_block]),
                 "norm": squares**0.5,
                 "share": squares / total if total else 0.0,
                 **medians,
@@ -227,7 +231,7 @@ def _blocks(facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _counted(values: list[Any]) -> str:
+def _count_values(values: list[Any]) -> str:
     """Return "8" if all agree, else "8 (20), 16 (4)"."""
     counts = Counter(values)
     if len(counts) == 1:
@@ -235,11 +239,11 @@ def _counted(values: list[Any]) -> str:
     return ", ".join(f"{value} ({count})" for value, count in counts.most_common())
 
 
-def _scales(facts: list[dict[str, Any]]) -> str:
-    return _counted([_scale(fact) for fact in facts])
+def _describe_scales(facts: list[dict[str, Any]]) -> str:
+    return _count_values([_describe_scale(fact) for fact in facts])
 
 
-def _scale(fact: dict[str, Any]) -> str:
+def _describe_scale(fact: dict[str, Any]) -> str:
     if fact["scale"] is None:
         return "1 (a dense update)" if _is_dense(fact) else "unknown"
     return f"{fact['scale']:.4g} from {fact['scale_origin']}"
@@ -249,58 +253,64 @@ def _scale(fact: dict[str, Any]) -> str:
 _RUN = ("task", "seed", "step")
 
 
-def _print_one(document: dict[str, Any], *, every: bool) -> None:
+def _print_adapter(document: dict[str, Any], *, every: bool) -> None:
+    """Print the facts about one adapter, and a table of its modules or of groups of them."""
     from lora_analysis.blocks import is_image, short_names
 
     facts = document["modules"]
-    untrained = document["untrained_modules"]
-    zero = _zero_word(facts)
-    state = f"{zero}: ΔW is zero in every module" if untrained == len(facts) else ""
-    if 0 < untrained < len(facts):
-        state = f"{untrained} of {len(facts)} modules {zero}"
-    if components := Counter(fact["component"] for fact in facts if fact["component"]):
-        counts = ", ".join(f"{component}: {count}" for component, count in components.items())
-        if len(components) == 1:
-            counts = next(iter(components))
-        modules = f"{len(facts)} ({counts})"
-    else:
-        kinds = [fact["module_type"] for fact in facts]
-        modules = (
-            f"{len(kinds)} ({_counted(kinds)})" if len(set(kinds)) < len(kinds) else str(len(kinds))
-        )
+    print_facts(_adapter_lines(document, facts))
+    click.echo()
+    if len(facts) > MODULES_SHOWN and not every:
+        _print_groups(document["blocks"], facts)
+        return
+    names = [fact["module"] for fact in facts]
+    titles = short_names(names) if is_image(names) else dict(zip(names, names, strict=True))
+    columns = ("module", "rank", *_MEASURES, "σ")
+    print_table("", columns, [(titles[fact["module"]], *_module_cells(fact)) for fact in facts])
+
+
+def _adapter_lines(
+    document: dict[str, Any], facts: list[dict[str, Any]]
+) -> list[tuple[str, object]]:
+    """Return what is known of one adapter as pairs of a title and a text."""
+    unit = "" if document["scale_known"] else " × the unknown scale"
     lines: list[tuple[str, object]] = [
         ("adapter", document["label"]),
         ("path", document["path"]),
         ("format", document["format"]),
         ("base model", document["base_model"] or "not stated"),
         *((name, document[name]) for name in _RUN if document[name] is not None),
-        ("modules", modules),
-        ("rank", _counted([m["rank"] for m in facts])),
-        ("scale", _scales(facts)),
-        ("stored as", _counted([m["stored_dtype"] for m in facts])),
-        (
-            "‖ΔW‖",
-            decimals(document["norm"])
-            + ("" if document["scale_known"] else " × the unknown scale"),
-        ),
+        ("modules", _count_modules(facts)),
+        ("rank", _count_values([fact["rank"] for fact in facts])),
+        ("scale", _describe_scales(facts)),
+        ("stored as", _count_values([fact["stored_dtype"] for fact in facts])),
+        ("‖ΔW‖", decimals(document["norm"]) + unit),
     ]
     if document["saved_modules"]:
         lines.append(("also saved", ", ".join(document["saved_modules"])))
-    if state:
-        lines.append(("state", state))
+    untrained, zero = document["untrained_modules"], _zero_word(facts)
+    if untrained == len(facts):
+        lines.append(("state", f"{zero}: ΔW is zero in every module"))
+    elif untrained:
+        lines.append(("state", f"{untrained} of {len(facts)} modules {zero}"))
     lines += [
-        (("damage" if finding["severity"] == "damage" else "note"), finding["text"])
+        ("damage" if finding["severity"] == "damage" else "note", finding["text"])
         for finding in document["findings"]
     ]
-    print_facts(lines)
-    click.echo()
-    if len(facts) <= MODULES_SHOWN or every:
-        names = [fact["module"] for fact in facts]
-        titles = short_names(names) if is_image(names) else dict(zip(names, names, strict=True))
-        columns = ("module", "rank", *_MEASURES, "σ")
-        print_table("", columns, [(titles[fact["module"]], *_cells(fact)) for fact in facts])
-    else:
-        _print_groups(document["blocks"], facts)
+    return lines
+
+
+def _count_modules(facts: list[dict[str, Any]]) -> str:
+    """Return the number of modules, by component or, if there are no components, by type."""
+    components = Counter(fact["component"] for fact in facts if fact["component"])
+    if len(components) == 1:
+        return f"{len(facts)} ({next(iter(components))})"
+    if components:
+        counts = ", ".join(f"{component}: {count}" for component, count in components.items())
+        return f"{len(facts)} ({counts})"
+    kinds = [fact["module_type"] for fact in facts]
+    has_repeated = len(set(kinds)) < len(kinds)
+    return f"{len(kinds)} ({_count_values(kinds)})" if has_repeated else str(len(kinds))
 
 
 def _zero_word(facts: list[dict[str, Any]]) -> str:
@@ -315,7 +325,7 @@ def _is_dense(fact: dict[str, Any]) -> bool:
 _MEASURES = ("effective", "stable", "90 %", "‖ΔW‖")
 
 
-def _cells(fact: dict[str, Any]) -> tuple[object, ...]:
+def _module_cells(fact: dict[str, Any]) -> tuple[object, ...]:
     rank, used = fact["rank"], fact["numerical_rank"]
     return (
         rank if rank == used else f"{used} of {rank}",
@@ -356,7 +366,7 @@ def _print_groups(blocks: list[dict[str, Any]], facts: list[dict[str, Any]]) -> 
         rows.append(
             (
                 f"{kind} ({len(rows_of_type)})",
-                _counted([fact["rank"] for fact in rows_of_type]),
+                _count_values([fact["rank"] for fact in rows_of_type]),
                 *medians,
             )
         )

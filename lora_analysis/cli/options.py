@@ -194,14 +194,14 @@ def task_and_seed_options(command: Command) -> Command:
             metavar=metavar,
             type=kind,
             multiple=True,
-            callback=_at_most_two,
+            callback=_check_two_values,
             help=f"{name.capitalize()} of A and of B: pass it twice, in this order, or once for "
             "both. Overrides files and names.",
         )(command)
     return command
 
 
-def _at_most_two(
+def _check_two_values(
     _ctx: click.Context, param: click.Parameter, values: tuple[Any, ...]
 ) -> tuple[Any, ...]:
     if len(values) > 2:

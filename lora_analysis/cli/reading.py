@@ -108,10 +108,10 @@ class Reading:
 
         left_out: list[Failure] = []
         adapters = list(self.read_each(sources, left_out, progress))
-        say_left_out(left_out, some=bool(adapters))
+        print_left_out(left_out, some=bool(adapters))
         return sorted(adapters, key=lambda adapter: natural_key(adapter.label)), left_out
 
-    def to_read(
+    def defer_reading(
         self, sources: Iterable[str], _progress: Progress
     ) -> tuple[list[ReadLater], list[Failure]]:
         """Return the adapters of `read_all` unread, for workers that read for themselves.
@@ -126,13 +126,13 @@ class Reading:
 
         left_out: list[Failure] = []
         refs = self.find(sources, left_out)
-        say_left_out(left_out, some=bool(refs))
+        print_left_out(left_out, some=bool(refs))
         refs.sort(key=lambda ref: natural_key(ref.label))
         return [ReadLater(ref, self.read) for ref in refs], left_out
 
 
-def say_left_out(left_out: list[Failure], *, some: bool) -> None:
-    """Report the sources that were left out on stderr; raise if there is not ``some`` left.
+def print_left_out(left_out: list[Failure], *, some: bool) -> None:
+    """Print the sources that were left out on stderr; raise if there is not ``some`` left.
 
     Raises
     ------

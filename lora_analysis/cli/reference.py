@@ -104,11 +104,11 @@ def command(
     elif form == "quiet":
         click.echo(output)
     else:
-        _print(levels, output)
+        _print_levels(levels, output)
     return PARTLY_FAILED if failures else DONE
 
 
-def _print(levels: tuple[ReferenceLevel, ...], output: Path) -> None:
+def _print_levels(levels: tuple[ReferenceLevel, ...], output: Path) -> None:
     rows = [
         (
             level.module_type,

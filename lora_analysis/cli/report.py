@@ -144,7 +144,7 @@ def command(
         raise click.UsageError(message)
     with progress_bar(form) as progress:
         executor = _executor(kind_of_executor, workers, address)
-        find = reading.read_all if executor is None else reading.to_read
+        find = reading.read_all if executor is None else reading.defer_reading
         adapters, left_out = find(sources, progress)
         files = [source for source in references if is_reference_file(source)]
         unread = [source for source in references if source not in files]

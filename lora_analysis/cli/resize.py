@@ -10,8 +10,8 @@ from lora_analysis.cli.options import VerbCommand, output_options, progress_bar
 from lora_analysis.cli.reading import Reading, reading_options
 from lora_analysis.cli.writing import (
     adapter_to_write,
+    choose_output_path,
     chosen_format,
-    chosen_path,
     require_one_size,
     resize_options,
     write_resized,
@@ -53,7 +53,7 @@ def command(
     adapter = reading.read(source)
     check_adapter_place(output, inputs=adapter.inputs, force=force)
     written = chosen_format(kind, adapter, output)
-    output = chosen_path(output, adapter, written)
+    output = choose_output_path(output, adapter, written)
     check_adapter_place(output, inputs=adapter.inputs, force=force)
     with progress_bar(form) as progress:
         resized = resize_adapter(

@@ -33,21 +33,23 @@ _UNLIMITED = 10_000
 def print_json(document: Mapping[str, Any]) -> None:
     """Print one JSON document; non-finite numbers become null and are listed with their path."""
     undefined: list[str] = []
-    clean = {"schema_version": SCHEMA_VERSION, **_to_json(document, "$", undefined)}
+    clean = {"schema_version": SCHEMA_VERSION, **_as_json_value(document, "$", undefined)}
     if undefined:
         clean["undefined"] = dict.fromkeys(undefined, "not defined or not known")
     text = json.dumps(clean, indent=2, ensure_ascii=False, allow_nan=False)
     click.echo(printable_json(text))
 
 
-def _to_json(value: Any, path: str, undefined: list[str]) -> Any:
+def _as_json_value(value: Any, path: str, undefined: list[str]) -> Any:
     """Return ``value`` in JSON's own types; numpy's are recognized by ``tolist``."""
     if isinstance(value, Mapping):
-        return {str(k): _to_json(v, f"{path}.{k}", undefined) for k, v in value.items()}
+        return {str(k): _as_json_value(v, f"{path}.{k}", undefined) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_to_json(item, f"{path}[{index}]", undefined) for index, item in enumerate(value)]
+        return [
+            _as_json_value(item, f"{path}[{index}]", undefined) for index, item in enumerate(value)
+        ]
     if hasattr(value, "tolist"):
-        return _to_json(value.tolist(), path, undefined)
+        return _as_json_value(value.tolist(), path, undefined)
     if isinstance(value, float) and not math.isfinite(value):
         undefined.append(path)
         return None
@@ -112,7 +114,7 @@ def print_table(
     table = [list(columns), *body, *last]
     fits = _width(table) <= width
     if fits and _is_plain(table):
-        lines = _align_cells(table, numbers_from)
+        lines = _align_columns(table, numbers_from)
     else:
         lines = _fold_cells(table, numbers_from, width, close=not fits)
     # Through click, which tells a closed pipe from other errors.
@@ -127,7 +129,7 @@ def _is_plain(table: Sequence[Sequence[str]]) -> bool:
     )
 
 
-def _align_cells(table: Sequence[Sequence[str]], numbers_from: int) -> list[str]:
+def _align_columns(table: Sequence[Sequence[str]], numbers_from: int) -> list[str]:
     """Return the lines of a table that fits; rich's layout takes as long to import as numpy."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [

@@ -110,42 +110,21 @@ def command(
     form: str,
 ) -> int:
     """Train the runs of a file; see ``_HELP``."""
-    from lora_analysis.patterns import near_names
     from lora_analysis.training import read_plan, sweep_states
 
     plan = read_plan(file)
     folder = output or plan.output or Path(file.stem)
-    for name in only:
-        if name not in plan.runs:
-            near = ", ".join(near_names(name, plan.runs)) or "none"
-            message = f"{plan.source} describes no run '{name}'. Near names: {near}."
-            raise InputError(message)
+    _check_names(only, plan)
     names = list(only) or list(plan.runs)
     runs = {name: plan.runs[name] for name in (shard.select(names) if shard else names)}
     if print_jobs:
         words = ["sweep", str(file), "-o", str(folder)]
         words += [word for tracker in trackers for word in ("--tracker", tracker)]
-        more = ["--device", device] if device else []
-        for name, state in sweep_states(runs, folder).items():
-            if state != "finished":
-                click.echo(shlex.join(["lora-analysis", *words, "--only", name, *more]))
-        return 0
+        _print_jobs(words, sweep_states(runs, folder), device)
+        return DONE
     if status:
-        states = sweep_states(runs, folder)
-        reasons = {name: _read_failure(folder / name) for name in states}
-        if form == "json":
-            facts = [{"name": n, "state": s, "failure": reasons[n]} for n, s in states.items()]
-            print_json({"folder": folder, "runs": facts})
-        elif form == "quiet":
-            click.echo(sum(state == "finished" for state in states.values()))
-        else:
-            done = sum(state == "finished" for state in states.values())
-            title = f"{done} of {len(states)} runs are finished in {folder}"
-            print_table(title, ("run", "state"), states.items(), numbers_from=2, cut_names=False)
-            for name, reason in reasons.items():
-                if reason:
-                    click.echo(printable(f"{name} failed: {reason}"))
-        return 0
+        _print_status(sweep_states(runs, folder), folder, form)
+        return DONE
     options = {
         "executor": executor,
         "workers": workers,
@@ -155,6 +134,42 @@ def command(
     }
     result = _train(plan, list(runs), folder, options, force=force, form=form)
     return _print_result(result, folder, form)
+
+
+def _check_names(names: Sequence[str], plan: SweepPlan) -> None:
+    """Raise if a run is named that the file does not describe."""
+    from lora_analysis.patterns import near_names
+
+    for name in names:
+        if name not in plan.runs:
+            near = ", ".join(near_names(name, plan.runs)) or "none"
+            message = f"{plan.source} describes no run '{name}'. Near names: {near}."
+            raise InputError(message)
+
+
+def _print_jobs(words: Sequence[str], states: Mapping[str, str], device: str | None) -> None:
+    """Print a command for each unfinished run."""
+    more = ["--device", device] if device else []
+    for name, state in states.items():
+        if state != "finished":
+            click.echo(shlex.join(["lora-analysis", *words, "--only", name, *more]))
+
+
+def _print_status(states: Mapping[str, str], folder: Path, form: str) -> None:
+    """Print the state of each run, and why the failed ones failed."""
+    reasons = {name: _read_failure(folder / name) for name in states}
+    finished = sum(state == "finished" for state in states.values())
+    if form == "json":
+        facts = [{"name": n, "state": s, "failure": reasons[n]} for n, s in states.items()]
+        print_json({"folder": folder, "runs": facts})
+    elif form == "quiet":
+        click.echo(finished)
+    else:
+        title = f"{finished} of {len(states)} runs are finished in {folder}"
+        print_table(title, ("run", "state"), states.items(), numbers_from=2, cut_names=False)
+        for name, reason in reasons.items():
+            if reason:
+                click.echo(printable(f"{name} failed: {reason}"))
 
 
 def _train(

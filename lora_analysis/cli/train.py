@@ -261,7 +261,7 @@ def command(
     check_trackers(trackers)
     tables = [get_preset(preset)] if preset else []
     tables += [read_toml(file)] if file else []
-    table = _nest({_FIELDS[key]: v for key, v in options.items() if v is not None})
+    table = _nest_tables({_FIELDS[key]: v for key, v in options.items() if v is not None})
     if data:
         table = merge_tables(table, {"data": {"source": data}})
     if targets:
@@ -304,7 +304,7 @@ def command(
             )
 
 
-def _nest(fields: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+def _nest_tables(fields: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
     """Return values by path, such as ``("loop", "lr")``, as nested tables."""
     table: dict[str, Any] = {}
     for (*parents, name), value in fields.items():
@@ -329,7 +329,7 @@ def _parse_setting(text: str) -> dict[str, Any]:
     try:
         return parse_toml(text)
     except ValueError:
-        return _nest({tuple(key.strip().split(".")): value.strip()})
+        return _nest_tables({tuple(key.strip().split(".")): value.strip()})
 
 
 @contextmanager

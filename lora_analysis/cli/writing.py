@@ -42,7 +42,7 @@ def _writers() -> list[str]:
     return list(WRITERS)
 
 
-def output_place(command: Command) -> Command:
+def output_location_options(command: Command) -> Command:
     """Add ``--output`` and ``--force``."""
     command = force_option(command)
     return click.option(
@@ -92,7 +92,7 @@ def resize_options(command: Command) -> Command:
     """Add the options for size, format, type and output path."""
     command = dtype_option(command)
     command = format_option(command)
-    command = output_place(command)
+    command = output_location_options(command)
     for option in (
         click.option(
             "--rank-for",
@@ -160,7 +160,7 @@ def chosen_format(kind: str | None, adapter: Adapter | None, output: Path) -> st
     return chosen
 
 
-def chosen_path(output: Path, adapter: Adapter, kind: str) -> Path:
+def choose_output_path(output: Path, adapter: Adapter, kind: str) -> Path:
     """Return the path to write: a single file stays one, whether or not the path has a suffix."""
     from lora_analysis.formats.writing import file_suffix
 
@@ -240,7 +240,7 @@ def write_resized(
     elif form == "quiet":
         click.echo(decimals(resized.error))
     else:
-        _print(resized, path, sizes_sentence(*sizes, resized.error))
+        _print_result(resized, path, sizes_sentence(*sizes, resized.error))
 
 
 def written_bytes(path: Path) -> int:
@@ -254,11 +254,11 @@ def written_bytes(path: Path) -> int:
 
 def sizes_sentence(given: int | None, written: int, error: float) -> str:
     """Return the sizes before and after, and the relative error over all modules."""
-    before = "" if given is None else f"{_megabytes(given)} → "
-    return f"{before}{_megabytes(written)}, error {100 * error:.2g} %"
+    before = "" if given is None else f"{_format_size(given)} → "
+    return f"{before}{_format_size(written)}, error {100 * error:.2g} %"
 
 
-def _megabytes(size: int) -> str:
+def _format_size(size: int) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
 
@@ -273,7 +273,7 @@ def notes(adapter: Adapter) -> list[tuple[str, object]]:
 _FIELDS = ("module", "shape", "given_rank", "rank", "parameters", "norm", "error_norm", "error")
 
 
-def _print(resized: ResizedAdapter, path: Path, sizes: str) -> None:
+def _print_result(resized: ResizedAdapter, path: Path, sizes: str) -> None:
     from lora_analysis.blocks import group_modules
 
     by_name = {module.module: module for module in resized.modules}
@@ -292,8 +292,8 @@ def _print(resized: ResizedAdapter, path: Path, sizes: str) -> None:
         rows.append(
             (
                 name,
-                _numbers([module.given_rank for module in modules]),
-                _numbers([module.rank for module in modules]),
+                _format_range([module.given_rank for module in modules]),
+                _format_range([module.rank for module in modules]),
                 f"{sum(module.parameters for module in modules):,}",
                 *map(decimals, (norm, error, error / norm if norm else 0.0)),
             )
@@ -309,7 +309,7 @@ def _print(resized: ResizedAdapter, path: Path, sizes: str) -> None:
     print_facts([("written", path), ("size", sizes), *notes(resized.adapter)])
 
 
-def _numbers(ranks: Sequence[int]) -> str:
+def _format_range(ranks: Sequence[int]) -> str:
     """Return the ranks of some modules, as one number or as a range; 0 is left out."""
     low, high = min(ranks), max(ranks)
     if low == high:

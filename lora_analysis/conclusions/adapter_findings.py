@@ -19,8 +19,8 @@ from lora_analysis.studies.base_models import pairs_across_bases
 DIVERGED = 10.0
 
 
-def failures(study: Study) -> Iterator[Finding]:
-    """Name what could not be analyzed, and why: together what has one reason."""
+def report_failures(study: Study) -> Iterator[Finding]:
+    """Report what could not be analyzed, and why: together what has one reason."""
     by_reason: dict[str, list[str]] = {}
     for failure in study.failures:
         reason = failure.reason.removeprefix(f"{failure.source}: ")
@@ -29,15 +29,15 @@ def failures(study: Study) -> Iterator[Finding]:
         yield Finding("not-analyzed", {"sources": sources, "reason": reason})
 
 
-def damaged_files(study: Study) -> Iterator[Finding]:
-    """Name adapters with damaged numbers or files; no other result about them is safe."""
+def report_damaged_files(study: Study) -> Iterator[Finding]:
+    """Report adapters with damaged numbers or files; no other result about them is safe."""
     for finding, labels in _findings_about_files(study).items():
         if finding.severity == "damage":
             yield finding.of_adapters(labels)
 
 
-def file_notes(study: Study, severities: Collection[str]) -> Iterator[Finding]:
-    """Pass on what readers and sanity checks noticed; the first stands for many of one code."""
+def report_file_notes(study: Study, severities: Collection[str]) -> Iterator[Finding]:
+    """Report what readers and sanity checks noticed; the first stands for many of one code."""
     by_code: dict[str, list[tuple[Finding, list[str]]]] = {}
     for finding, labels in _findings_about_files(study).items():
         if finding.severity in severities:
@@ -60,8 +60,8 @@ def _findings_about_files(study: Study) -> dict[Finding, list[str]]:
     return labels
 
 
-def untrained(study: Study) -> Iterator[Finding]:
-    """Name adapters and modules whose update is zero; a full fine-tune's reader names those."""
+def report_untrained(study: Study) -> Iterator[Finding]:
+    """Report adapters and modules whose update is zero; a full fine-tune's reader names those."""
     for row in study.runs.itertuples():
         if is_fine_tune(study.adapters[row.adapter]):
             continue
@@ -74,8 +74,8 @@ def untrained(study: Study) -> Iterator[Finding]:
             yield Finding("untrained-modules", {**fields, "untrained": int(missing)})
 
 
-def diverged(study: Study) -> Iterator[Finding]:
-    """Name adapters whose norm is far from the others', or larger than that of W itself.
+def report_diverged(study: Study) -> Iterator[Finding]:
+    """Report adapters whose norm is far from the others', or larger than that of W itself.
 
     Only adapters of the same modules of one base are compared, and no earlier checkpoint of a
     run: norms grow in training.
@@ -103,8 +103,8 @@ def diverged(study: Study) -> Iterator[Finding]:
             )
 
 
-def base_models(study: Study) -> Iterator[Finding]:
-    """Name the base models of the adapters if there are several, or if it is not known."""
+def report_base_models(study: Study) -> Iterator[Finding]:
+    """Report the base models of the adapters if there are several, or if it is not known."""
     runs = study.runs
     pairs = pairs_across_bases(study)
     if pairs.different:
@@ -137,8 +137,8 @@ def base_models(study: Study) -> Iterator[Finding]:
         yield Finding("base-not-known-same", fields | {"unnamed": unnamed})
 
 
-def unknown_tasks(study: Study) -> Iterator[Finding]:
-    """Name the adapters whose task or seed is unknown, if there are several adapters.
+def report_unknown_tasks(study: Study) -> Iterator[Finding]:
+    """Report the adapters whose task or seed is unknown, if there are several adapters.
 
     Adapters whose name does not fit the user's pattern have a finding that says so.
     """
@@ -153,7 +153,7 @@ def unknown_tasks(study: Study) -> Iterator[Finding]:
         yield Finding("unknown-task-or-seed", fields)
 
 
-def sampled_pairs(study: Study) -> Iterator[Finding]:
+def report_sampled_pairs(study: Study) -> Iterator[Finding]:
     """Report that the tables of pairs hold a sample of the pairs."""
     count = len(study.adapters)
     if len(study.fully_compared) < count:
@@ -161,8 +161,8 @@ def sampled_pairs(study: Study) -> Iterator[Finding]:
         yield Finding("sampled-pairs", fields | {"together": len(study.fully_compared)})
 
 
-def incomparable_pairs(study: Study) -> Iterator[Finding]:
-    """Name pairs that cannot be compared in some or all modules."""
+def report_incomparable_pairs(study: Study) -> Iterator[Finding]:
+    """Report pairs that cannot be compared in some or all modules."""
     for row in study.pairs.itertuples():
         fields = {"a": row.a, "b": row.b}
         if row.mismatched_modules:

@@ -25,6 +25,7 @@ from lora_analysis.studies import Relation, Study
 from lora_analysis.studies.base_models import per_base
 from lora_analysis.studies.reference_test import (
     REFERENCES_FOR_TEST,
+    ReferenceTest,
     StrengthQuantity,
     refused_references,
 )
@@ -56,65 +57,65 @@ _QUANTITIES: Final[dict[StrengthQuantity, str]] = {
 }
 
 
-def compared(study: Study) -> Iterator[Finding]:
+def report_comparisons(study: Study) -> Iterator[Finding]:
     """Report the comparisons of tasks, of single ranks together, and of pairs."""
     every = comparisons(study)
     for comparison in every:
         if comparison.kind in ("tasks", "pair", "adapters"):
-            yield _finding(comparison)
-            test = comparison.reference_test
-            if (
-                study.reference_levels
-                and comparison.side == "output"
-                and comparison.reason is Reason.NO_REFERENCE
-            ):
-                yield Finding("no-level-for-pair", {"compared": comparison.subject})
-            if comparison.side == "output" and test is not None:
-                if comparison.reason is Reason.FEW_REFERENCES:
-                    missing = REFERENCES_FOR_TEST - len(test.references)
-                    fields = {"compared": comparison.subject, "missing": missing}
-                    yield Finding("more-references-needed", fields)
-                elif comparison.reason is Reason.TRAINING_STRENGTH:
-                    quantities = list(
-                        dict.fromkeys(_QUANTITIES[o.quantity] for o in test.out_of_range)
-                    )
-                    fields = {"compared": comparison.subject, "quantities": quantities}
-                    yield Finding("other-references-needed", fields)
-        if comparison.p is not None and comparison.kind == "tasks" and _tasks_differ(comparison):
-            yield Finding(
-                "single-tasks",
-                {
-                    "base": comparison.base,
-                    "side": comparison.side,
-                    "tasks": _strengths(
-                        [task for task in comparison.tasks if np.isfinite(task.within)]
-                    ),
-                },
-            )
+            yield _conclusion_finding(comparison)
+            # What a conclusion needs is the same on both sides: report it once.
+            if comparison.side == "output":
+                yield from _missing_references(study, comparison)
+        if comparison.kind == "tasks" and comparison.p is not None and _tasks_differ(comparison):
+            tasks = [task for task in comparison.tasks if np.isfinite(task.within)]
+            fields = {"base": comparison.base, "side": comparison.side, "tasks": _strengths(tasks)}
+            yield Finding("single-tasks", fields)
     for base in dict.fromkeys(comparison.base for comparison in every):
-        ranks = [c for c in every if c.kind == "ranks" and c.base == base]
-        output = [c for c in ranks if c.side == "output" and np.isfinite(c.mean_excess)]
-        if output:
-            level = output[0].unrelated
-            yield Finding(
-                "overlap-of-ranks",
-                {
-                    "base": output[0].base,
-                    "unrelated": level.median if level else None,
-                    "unrelated_maximum": level.maximum if level else None,
-                    "pairs_of_ranks": [
-                        {
-                            "low": comparison.ranks[0],
-                            "high": comparison.ranks[1],
-                            "mean_excess": comparison.mean_excess,
-                        }
-                        for comparison in output
-                    ],
-                },
-            )
+        yield from _overlap_of_ranks([c for c in every if c.kind == "ranks" and c.base == base])
 
 
-def _finding(comparison: Comparison) -> Finding:
+def _missing_references(study: Study, comparison: Comparison) -> Iterator[Finding]:
+    """Report the references that a comparison would need for a stronger conclusion."""
+    subject = {"compared": comparison.subject}
+    if study.reference_levels and comparison.reason is Reason.NO_REFERENCE:
+        yield Finding("no-level-for-pair", subject)
+    test = comparison.reference_test
+    if test is None:
+        return
+    if comparison.reason is Reason.FEW_REFERENCES:
+        missing = REFERENCES_FOR_TEST - len(test.references)
+        yield Finding("more-references-needed", {**subject, "missing": missing})
+    elif comparison.reason is Reason.TRAINING_STRENGTH:
+        quantities = list(dict.fromkeys(_QUANTITIES[o.quantity] for o in test.out_of_range))
+        yield Finding("other-references-needed", {**subject, "quantities": quantities})
+
+
+def _overlap_of_ranks(ranks: Sequence[Comparison]) -> Iterator[Finding]:
+    """Report T of replicates at two different ranks, next to that of unrelated pairs."""
+    output = [c for c in ranks if c.side == "output" and np.isfinite(c.mean_excess)]
+    if not output:
+        return
+    level = output[0].unrelated
+    pairs_of_ranks = [
+        {
+            "low": comparison.ranks[0],
+            "high": comparison.ranks[1],
+            "mean_excess": comparison.mean_excess,
+        }
+        for comparison in output
+    ]
+    yield Finding(
+        "overlap-of-ranks",
+        {
+            "base": output[0].base,
+            "unrelated": level.median if level else None,
+            "unrelated_maximum": level.maximum if level else None,
+            "pairs_of_ranks": pairs_of_ranks,
+        },
+    )
+
+
+def _conclusion_finding(comparison: Comparison) -> Finding:
     conclusion = comparison.conclusion or Conclusion.INCONCLUSIVE
     code = _CODES[conclusion]
     if code == "too-few-runs" and comparison.kind == "pair":
@@ -128,13 +129,7 @@ def comparison_fields(comparison: Comparison) -> dict[str, Any]:
     """Return the values of a comparison as fields of a finding, and for JSON output."""
     level, test = comparison.unrelated, comparison.reference_test
     count, total = comparison.significant
-    outside = test.out_of_range if test else ()
-    trained = "differently from the references" if outside else None
-    norms = [o for o in outside if o.quantity in ("norm", "relative_norm")]
-    if norms and all(norm.value > norm.high for norm in norms):
-        trained = "more strongly than every reference"
-    elif norms and all(norm.value < norm.low for norm in norms):
-        trained = "less strongly than every reference"
+    strength = comparison.training_strength
     return {
         "kind": comparison.kind,
         "compared": comparison.subject,
@@ -167,19 +162,24 @@ def comparison_fields(comparison: Comparison) -> dict[str, Any]:
         "reference_count": len(test.references) if test else 0,
         "rank_of_pair": test.rank if test else None,
         "pairs_of_test": test.pairs if test else None,
-        "trained": trained,
-        "outside": [
-            {
-                "adapter": quantity.adapter,
-                "quantity": _QUANTITIES[quantity.quantity],
-                "value": quantity.value,
-                "low": quantity.low,
-                "high": quantity.high,
-            }
-            for quantity in outside
-        ]
-        or None,
+        "trained": None if strength is None else str(strength),
+        "outside": _outside_fields(test),
     }
+
+
+def _outside_fields(test: ReferenceTest | None) -> list[dict[str, Any]] | None:
+    """Return the quantities of training strength that are outside the range of the references."""
+    rows = [
+        {
+            "adapter": quantity.adapter,
+            "quantity": _QUANTITIES[quantity.quantity],
+            "value": quantity.value,
+            "low": quantity.low,
+            "high": quantity.high,
+        }
+        for quantity in (test.out_of_range if test else ())
+    ]
+    return rows or None
 
 
 def _defined(value: float) -> float | None:
@@ -219,8 +219,8 @@ def _tasks_differ(comparison: Comparison) -> bool:
     )
 
 
-def reference_pairs(study: Study) -> Iterator[Finding]:
-    """Describe the unrelated pairs, base by base, or report that there are none."""
+def report_reference_pairs(study: Study) -> Iterator[Finding]:
+    """Report the unrelated pairs, base by base, or report that there are none."""
     if len(study.adapters) < 2:
         return
     counts = {side: (study.pairs[f"population_{side}"] == "unrelated").sum()
@@ -247,8 +247,8 @@ def reference_pairs(study: Study) -> Iterator[Finding]:
             yield Finding("reference-pairs", {"base": base or None, "sides": sides})
 
 
-def refused(study: Study) -> Iterator[Finding]:
-    """Name the references that are not unrelated to the adapters."""
+def report_refused_references(study: Study) -> Iterator[Finding]:
+    """Report the references that are not unrelated to the adapters."""
     references = [
         {
             "reference": refusal.reference,
@@ -261,8 +261,8 @@ def refused(study: Study) -> Iterator[Finding]:
         yield Finding("references-refused", {"references": references})
 
 
-def left_out_pairs(study: Study) -> Iterator[Finding]:
-    """Count the pairs of each class that count in no population."""
+def report_left_out_pairs(study: Study) -> Iterator[Finding]:
+    """Report how many pairs of each class count in no population."""
     pairs = study.pairs
     if len(pairs) < 2 or not (pairs["population_output"] != "").any():
         return
@@ -279,8 +279,8 @@ def left_out_pairs(study: Study) -> Iterator[Finding]:
         )
 
 
-def left_out_modules(study: Study) -> Iterator[Finding]:
-    """Name the modules that do not count in any pair, and why."""
+def report_left_out_modules(study: Study) -> Iterator[Finding]:
+    """Report the modules that do not count in any pair, and why."""
     for side in SIDES_IN_ORDER:
         by_reason: dict[str, list[str]] = {}
         for module, reason in study.left_out.get(side, {}).items():
@@ -299,7 +299,7 @@ def left_out_modules(study: Study) -> Iterator[Finding]:
             )
 
 
-def largest_overlaps(study: Study) -> Iterator[Finding]:
+def report_largest_overlaps(study: Study) -> Iterator[Finding]:
     """Report the maximum of φ(1, 1) on each base, next to that of as many random values."""
     rows = study.similarities
     rows = rows[(rows["side"] == "output") & rows["usable"].astype(bool)]
@@ -330,7 +330,7 @@ def largest_overlaps(study: Study) -> Iterator[Finding]:
         )
 
 
-def checkpoints(study: Study) -> Iterator[Finding]:
+def report_checkpoints(study: Study) -> Iterator[Finding]:
     """Report how far the checkpoints of one run were from its last."""
     for rows in overlaps_with_last_step(study):
         steps = [

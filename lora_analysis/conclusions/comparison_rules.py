@@ -55,23 +55,26 @@ def comparisons(study: Study) -> tuple[Comparison, ...]:
     for base, pairs in per_base(study, study.pairs):
         on_base = _OnBase(study, base or None, pairs)
         if len(study.adapters) - len(study.reference) != 2:  # else the pair is all there is
-            result += _compared_tasks(on_base)
-            # Replicates at two different ranks: T and its level, without a test.
+            result += _compare_tasks(on_base)
             for side in SIDES_IN_ORDER:
-                replicates = on_base.population("replicate", side)
-                rank_pairs = on_base.rank_pairs(replicates)
-                different = {pair for pair in rank_pairs if pair[0] < pair[1]}
-                # As the figure does: the largest rank first, against the one closest to the
-                # paper's 8.
-                for pair in sorted(different, key=lambda ranks: (-ranks[1], abs(ranks[0] - 8))):
-                    chosen = _masked(replicates, [other == pair for other in rank_pairs])
-                    low, high = (int(rank) for rank in pair)
-                    subject = f"Ranks {low} and {high} of one task, different seeds"
-                    described = on_base.described(chosen, "ranks", subject, side, ranks=(low, high))
-                    if described.modules:
-                        result.append(described)
-        result += _compared_pairs(on_base)
+                result += _describe_rank_pairs(on_base, side)
+        result += _compare_pairs(on_base)
     return tuple(result)
+
+
+def _describe_rank_pairs(on_base: _OnBase, side: Side) -> Iterator[Comparison]:
+    """Yield the replicates at two different ranks: T and its level, without a test."""
+    replicates = on_base.population("replicate", side)
+    rank_pairs = on_base.rank_pairs(replicates)
+    different = {pair for pair in rank_pairs if pair[0] < pair[1]}
+    # As in the figure: the largest rank first, against the one closest to the paper's 8.
+    for pair in sorted(different, key=lambda ranks: (-ranks[1], abs(ranks[0] - 8))):
+        chosen = _select_rows(replicates, [other == pair for other in rank_pairs])
+        low, high = (int(rank) for rank in pair)
+        subject = f"Ranks {low} and {high} of one task, different seeds"
+        comparison = on_base.describe(chosen, "ranks", subject, side, ranks=(low, high))
+        if comparison.modules:
+            yield comparison
 
 
 class _OnBase:
@@ -102,10 +105,12 @@ class _OnBase:
     ) -> Level | None:
         """Return T of the unrelated pairs other than some, of the same ranks if there are any."""
         rows = self.population("unrelated", side)
-        rows = _masked(rows, [p not in without for p in zip(rows["a"], rows["b"], strict=True)])
+        rows = _select_rows(
+            rows, [p not in without for p in zip(rows["a"], rows["b"], strict=True)]
+        )
         if ranks:
             of_ranks = [pair == (ranks[0], ranks[-1]) for pair in self.rank_pairs(rows)]
-            rows = _masked(rows, of_ranks) if any(of_ranks) else rows
+            rows = _select_rows(rows, of_ranks) if any(of_ranks) else rows
         values = rows[f"mean_excess_{side}"].dropna()
         if values.empty:
             return None
@@ -139,7 +144,7 @@ class _OnBase:
         medians, maxima, pairs = zip(*levels, strict=True)
         return Level(float(np.mean(medians)), max(maxima), min(pairs), None)
 
-    def described(
+    def describe(
         self,
         pairs: pd.DataFrame,
         kind: Kind,
@@ -162,11 +167,6 @@ class _OnBase:
         significant = rows["q_omega"] < LEVEL
         if not is_pair and len(rows):
             significant = significant.groupby([rows["a"], rows["b"]], sort=False).any()
-        replicates = self.population("replicate", side)[f"mean_excess_{side}"].dropna()
-        position = None
-        if kind in ("pair", "ranks") and level is not None and len(replicates):
-            room = float(replicates.median()) - level.median
-            position = (mean - level.median) / room if room > 0 else None
         return Comparison(
             kind=kind,
             subject=subject,
@@ -190,12 +190,20 @@ class _OnBase:
             cosine=_quantile(pairs["median_cosine"].dropna(), 0.5),
             unrelated=level,
             size="" if np.isnan(mean) else size_in_words(mean, level.maximum if level else None),
-            position=position,
+            position=self._position(mean, level, side) if kind in ("pair", "ranks") else None,
             significant=(int(significant.sum()), len(significant)),
         )
 
+    def _position(self, mean: float, level: Level | None, side: Side) -> float | None:
+        """Return where T is between unrelated pairs (0) and replicates (1); None without both."""
+        replicates = self.population("replicate", side)[f"mean_excess_{side}"].dropna()
+        if level is None or replicates.empty:
+            return None
+        room = float(replicates.median()) - level.median
+        return (mean - level.median) / room if room > 0 else None
 
-def _masked(rows: pd.DataFrame, mask: Sequence[bool]) -> pd.DataFrame:
+
+def _select_rows(rows: pd.DataFrame, mask: Sequence[bool]) -> pd.DataFrame:
     """Return the rows where the mask is True; an empty list would select columns."""
     return rows[np.array(mask, dtype=bool)]
 
@@ -204,19 +212,19 @@ def _quantile(values: pd.Series, share: float) -> float:
     return float(values.quantile(share)) if len(values) else float("nan")
 
 
-def _compared_tasks(on_base: _OnBase) -> Iterator[Comparison]:
+def _compare_tasks(on_base: _OnBase) -> Iterator[Comparison]:
     """Yield the test of all replicates, output side first, then that of single ranks."""
     is_different = True
     for side in SIDES_IN_ORDER:
         replicates = on_base.population("replicate", side)
         if replicates.empty:
             continue
-        comparison = on_base.described(replicates, "tasks", "Runs of one task", side)
+        comparison = on_base.describe(replicates, "tasks", "Runs of one task", side)
         inference = _inference(on_base, side)
         if inference is None:
-            comparison = _against_random(comparison, Reason.NO_REFERENCE)
+            comparison = _conclude_from_random(comparison, Reason.NO_REFERENCE)
         elif is_different:
-            comparison = _against_tasks(comparison, inference, inference.permutation.p_value)
+            comparison = _conclude_from_runs(comparison, inference, inference.permutation.p_value)
         else:
             comparison = replace(
                 comparison,
@@ -227,10 +235,10 @@ def _compared_tasks(on_base: _OnBase) -> Iterator[Comparison]:
         if comparison.modules:  # else the side is not tested, and is no gate for the next test
             is_different &= comparison.conclusion is Conclusion.MORE_ALIKE
         yield comparison
-    yield from _compared_ranks(on_base, is_tested=is_different)
+    yield from _compare_single_ranks(on_base, is_tested=is_different)
 
 
-def _compared_ranks(on_base: _OnBase, *, is_tested: bool) -> Iterator[Comparison]:
+def _compare_single_ranks(on_base: _OnBase, *, is_tested: bool) -> Iterator[Comparison]:
     """Yield the replicates of each rank on the output side; p is adjusted over the ranks."""
     replicates = on_base.population("replicate", "output")
     rank_pairs = on_base.rank_pairs(replicates)
@@ -247,13 +255,13 @@ def _compared_ranks(on_base: _OnBase, *, is_tested: bool) -> Iterator[Comparison
         )
     )
     for rank in every:
-        of_rank = _masked(replicates, [pair == (rank, rank) for pair in rank_pairs])
+        of_rank = _select_rows(replicates, [pair == (rank, rank) for pair in rank_pairs])
         subject = f"Runs of one task at rank {rank}"
-        comparison = on_base.described(of_rank, "rank", subject, "output", ranks=(rank,))
+        comparison = on_base.describe(of_rank, "rank", subject, "output", ranks=(rank,))
         if rank not in tested:
-            yield _against_random(comparison, Reason.NONE_AT_RANK)
+            yield _conclude_from_random(comparison, Reason.NONE_AT_RANK)
         elif is_tested:
-            yield _against_tasks(comparison, tested[rank], float(adjusted[rank]))
+            yield _conclude_from_runs(comparison, tested[rank], float(adjusted[rank]))
         else:
             yield replace(
                 comparison,
@@ -272,7 +280,7 @@ def _inference(on_base: _OnBase, side: Side, rank: int | None = None) -> RunInfe
     return inference if inference.within.size and inference.between.size else None
 
 
-def _against_tasks(comparison: Comparison, inference: RunInference, p: float) -> Comparison:
+def _conclude_from_runs(comparison: Comparison, inference: RunInference, p: float) -> Comparison:
     """Return the comparison with the conclusion from the permutation test."""
     test = inference.permutation
     reason = Reason.NONE
@@ -294,7 +302,7 @@ def _against_tasks(comparison: Comparison, inference: RunInference, p: float) ->
     )
 
 
-def _against_random(comparison: Comparison, reason: Reason) -> Comparison:
+def _conclude_from_random(comparison: Comparison, reason: Reason) -> Comparison:
     """Return the comparison with the conclusion against random subspaces.
 
     Of one pair, one module with q < 0.05 is enough: under the global null, q falls below 0.05 in
@@ -317,7 +325,7 @@ def _against_random(comparison: Comparison, reason: Reason) -> Comparison:
     )
 
 
-def _compared_pairs(on_base: _OnBase) -> Iterator[Comparison]:
+def _compare_pairs(on_base: _OnBase) -> Iterator[Comparison]:
     """Yield pairs of unknown relation, and the only pair of a study whatever its relation."""
     study = on_base.study
     analyzed = [label for label in study.adapters if label not in study.reference]
@@ -331,13 +339,13 @@ def _compared_pairs(on_base: _OnBase) -> Iterator[Comparison]:
         count = len(set(of_study["a"]) | set(of_study["b"]))
         subject = f"{count} adapters of unknown relation"
         for side in SIDES_IN_ORDER:
-            comparison = on_base.described(of_study, "adapters", subject, side)
-            yield _against_random(comparison, Reason.NO_REFERENCE)
+            comparison = on_base.describe(of_study, "adapters", subject, side)
+            yield _conclude_from_random(comparison, Reason.NO_REFERENCE)
         return
     for i in range(len(of_study)):
-        output = _compared_pair(on_base, of_study.iloc[[i]], "output", None)
+        output = _compare_pair(on_base, of_study.iloc[[i]], "output", None)
         yield output
-        yield _compared_pair(on_base, of_study.iloc[[i]], "input", output)
+        yield _compare_pair(on_base, of_study.iloc[[i]], "input", output)
 
 
 _WITHOUT_TEST: Final = {
@@ -353,12 +361,12 @@ _WITHOUT_TEST: Final = {
 }
 
 
-def _compared_pair(
+def _compare_pair(
     on_base: _OnBase, pair: pd.DataFrame, side: Side, output: Comparison | None
 ) -> Comparison:
     """Return the conclusion on one pair; that on its output side is given for the input side."""
     row = pair.iloc[0]
-    comparison = on_base.described(pair, "pair", f"{row.a} and {row.b}", side)
+    comparison = on_base.describe(pair, "pair", f"{row.a} and {row.b}", side)
     of_pair = PairClass(row["pair_class"])
     if of_pair in (PairClass.NEAR_DUPLICATE, PairClass.NEGATED_COPY):
         return replace(comparison, conclusion=Conclusion.NEAR_DUPLICATE, reason=Reason.ONE_SAMPLE)
@@ -373,10 +381,10 @@ def _compared_pair(
     if side == "input" and of_pair is PairClass.SHARED_INIT:
         return replace(comparison, conclusion=Conclusion.INCONCLUSIVE, reason=Reason.SHARED_START)
     if of_pair is PairClass.BASE_NOT_KNOWN:  # what references are unrelated to is not known
-        return _against_random(comparison, Reason.BASE_NOT_KNOWN)
+        return _conclude_from_random(comparison, Reason.BASE_NOT_KNOWN)
     test = reference_test(on_base.study, str(row.a), str(row.b), side)
     if test is None:
-        return _against_random(comparison, Reason.NO_REFERENCE)
+        return _conclude_from_random(comparison, Reason.NO_REFERENCE)
     comparison = replace(comparison, reference_test=test)
     if len(test.references) < REFERENCES_FOR_TEST:
         return replace(

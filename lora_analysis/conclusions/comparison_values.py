@@ -67,6 +67,14 @@ class Reason(StrEnum):
     NO_USABLE_MODULE = "no module is usable in all pairs"
 
 
+class TrainingStrength(StrEnum):
+    """How strongly a pair was trained in comparison with the references of its test."""
+
+    STRONGER = "more strongly than every reference"
+    WEAKER = "less strongly than every reference"
+    DIFFERENT = "differently from the references"
+
+
 @dataclass(frozen=True, slots=True)
 class Level:
     """T of the unrelated pairs that a comparison is judged by.
@@ -161,6 +169,19 @@ class Comparison:
     significant: tuple[int, int] = (0, 0)
     tasks: tuple[TaskAgreement, ...] = ()
     reference_test: ReferenceTest | None = None
+
+    @property
+    def training_strength(self) -> TrainingStrength | None:
+        """How strongly the pair was trained; None within the range of the references."""
+        outside = self.reference_test.out_of_range if self.reference_test else ()
+        if not outside:
+            return None
+        norms = [value for value in outside if value.quantity in ("norm", "relative_norm")]
+        if norms and all(norm.value > norm.high for norm in norms):
+            return TrainingStrength.STRONGER
+        if norms and all(norm.value < norm.low for norm in norms):
+            return TrainingStrength.WEAKER
+        return TrainingStrength.DIFFERENT
 
 
 def size_in_words(mean_excess: float, largest_unrelated: float | None) -> str:

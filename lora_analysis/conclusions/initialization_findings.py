@@ -31,10 +31,11 @@ _SAME_SPACE = (InitRelation.SAME_SPACE, InitRelation.UNDECIDED)
 _SHARED = (InitRelation.SHARED, InitRelation.PARTLY_SHARED)
 
 
-def classes(study: Study) -> Iterator[Finding]:
+def report_init_classes(study: Study) -> Iterator[Finding]:
     """Report pairs that are one sample or share their initialization, class by class.
 
-    `shared_seeds` covers pairs of different tasks and one seed, `checkpoints` those of one run.
+    Pairs of different tasks and one seed are in `report_shared_seeds`, those of one run in
+    `report_checkpoints`.
     """
     pairs = study.pairs
     of_labels = (pairs["relation"] == Relation.SHARED_SEED) & (
@@ -91,8 +92,8 @@ def _pair_fields(rows: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def shared_seeds(study: Study) -> Iterator[Finding]:
-    """Show what a shared initial A does to adapters of different tasks, base by base."""
+def report_shared_seeds(study: Study) -> Iterator[Finding]:
+    """Report what a shared initial A does to adapters of different tasks, base by base."""
     every = study.pairs[study.pairs["relation"] == Relation.SHARED_SEED]
     unrelated = study.similarities[study.similarities["population"] == "unrelated"]
     for base, pairs in per_base(study, every):
@@ -124,8 +125,8 @@ def shared_seeds(study: Study) -> Iterator[Finding]:
         yield Finding("shared-seed", {"base": base or None, **counts, "sides": sides})
 
 
-def degenerate_directions(study: Study) -> Iterator[Finding]:
-    """Count the first directions that are not well defined, and so are excluded."""
+def report_degenerate_directions(study: Study) -> Iterator[Finding]:
+    """Report how many first directions are not well defined, and so are excluded."""
     rows = study.similarities
     rows = rows[rows["side"] == "output"]
     counts = rows["degeneracy_1_1"].value_counts()

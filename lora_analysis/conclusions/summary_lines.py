@@ -59,7 +59,7 @@ def summary(
     with_value = [c for c in usable if c.modules] or usable
     tasks = [c for c in with_value if c.kind == "tasks"]
     leading = max(tasks or with_value, key=lambda c: c.pairs, default=None)
-    lines = list(_conclusion(leading, compared)) if leading else []
+    lines = list(_summarize_conclusion(leading, compared)) if leading else []
     # How many directions hold the energy, at the smallest and the largest rank.
     by_rank, _ = spectra_by_rank(study)
     if len(by_rank) > 1:
@@ -74,15 +74,17 @@ def summary(
     elif by_rank:
         fields = {"rank": by_rank[0].rank, "directions": by_rank[0].energy_rank_90[1]}
         lines.append(SummaryLine(Finding("summary-rank", fields), "ranks"))
-    artifacts = list(_artifacts(study, findings))
+    artifacts = list(_summarize_artifacts(study, findings))
     if len(artifacts) > 1 and lines[-1:] and lines[-1].finding.code == "summary-rank":
         del lines[-1]  # with one rank only, the least important line
-    limit = _limit(study, leading, compared, findings)
+    limit = _choose_limit(study, leading, compared, findings)
     room = MOST_LINES - len(lines) - 1
     return (*lines, *artifacts[:room], limit)
 
 
-def _conclusion(leading: Comparison, compared: Sequence[Comparison]) -> Iterator[SummaryLine]:
+def _summarize_conclusion(
+    leading: Comparison, compared: Sequence[Comparison]
+) -> Iterator[SummaryLine]:
     """Yield what was concluded, and how large the overlap is."""
     several = [
         c for c in compared
@@ -156,7 +158,7 @@ def _conclusion_finding(comparison: Comparison) -> Finding:
     return Finding("summary-conclusion", fields)
 
 
-def _artifacts(study: Study, findings: Sequence[Finding]) -> Iterator[SummaryLine]:
+def _summarize_artifacts(study: Study, findings: Sequence[Finding]) -> Iterator[SummaryLine]:
     """Yield what is damaged or has another cause than learning, most serious first."""
     damage = [finding for finding in findings if finding.severity == "damage"]
     if damage:
@@ -197,7 +199,7 @@ def _artifacts(study: Study, findings: Sequence[Finding]) -> Iterator[SummaryLin
         yield SummaryLine(Finding("summary-no-damage", {"modules": modules}), "limits")
 
 
-def _limit(
+def _choose_limit(
     study: Study,
     leading: Comparison | None,
     compared: Sequence[Comparison],

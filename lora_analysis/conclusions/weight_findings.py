@@ -16,7 +16,7 @@ from lora_analysis.amplify import RunEnrichment, run_enrichments
 from lora_analysis.amplify.controls import FEWEST_CROSSED, SIGNIFICANT
 from lora_analysis.finding import Finding
 from lora_analysis.studies import Study
-from lora_analysis.studies.base_models import other_bases, strange_name
+from lora_analysis.studies.base_models import differing_base_name, other_bases
 from lora_analysis.studies.pair_classes import Exclusion
 
 if TYPE_CHECKING:
@@ -25,23 +25,23 @@ if TYPE_CHECKING:
     from lora_analysis.studies import Study
 
 
-def base_notes(study: Study, *, damage: bool) -> Iterator[Finding]:
-    """Pass on what is wrong with the numbers of the base, or what else was noticed about it."""
+def report_base_notes(study: Study, *, damage: bool) -> Iterator[Finding]:
+    """Report what is wrong with the numbers of the base, or what else was noticed about it."""
     for finding in study.base_findings():
         if (finding.severity == "damage") == damage:
             yield finding
 
 
-def missing_weights(study: Study) -> Iterator[Finding]:
-    """Name modules without a weight in the base."""
+def report_missing_weights(study: Study) -> Iterator[Finding]:
+    """Report modules without a weight in the base."""
     if study.unmatched:
         module, reason = next(iter(study.unmatched.items()))
         fields = {"count": len(study.unmatched), "module": module, "reason": reason}
         yield Finding("no-base-weight", fields)
 
 
-def different_base(study: Study) -> Iterator[Finding]:
-    """Name adapters of another base than the given one, or a base that may be another model."""
+def report_different_base(study: Study) -> Iterator[Finding]:
+    """Report adapters of another base than the given one, or a base that may be another model."""
     if study.base is None:
         return
     runs = study.runs[~study.runs["adapter"].isin(study.reference)]
@@ -52,11 +52,11 @@ def different_base(study: Study) -> Iterator[Finding]:
     excluded = sorted(other_bases(base_of, study.base), key=list(base_of).index)
     if excluded:
         yield Finding("different-base", {"base": study.base.name, "excluded": excluded})
-    elif name := strange_name(base_of, study.base):
+    elif name := differing_base_name(base_of, study.base):
         yield Finding("base-name-differs", {"named": name, "given": study.base.name})
 
 
-def quantized_base(study: Study) -> Iterator[Finding]:
+def report_quantized_base(study: Study) -> Iterator[Finding]:
     """Report how far rounding moved a quantized W, and how many enrichments that could explain."""
     table = study.amplifications
     rounded = table[(table["storage"] != "") & table["at_rank"]] if len(table) else table
@@ -79,7 +79,7 @@ def quantized_base(study: Study) -> Iterator[Finding]:
     )
 
 
-def amplifications(study: Study) -> Iterator[Finding]:
+def report_amplifications(study: Study) -> Iterator[Finding]:
     """Report how strongly each rank amplifies W, next to what random directions would score."""
     table = tasks_of_all_ranks(study, with_ranks(study))[0]
     if table.empty:
@@ -102,7 +102,7 @@ def amplifications(study: Study) -> Iterator[Finding]:
         yield Finding("amplification-at-equal-k", fields)
 
 
-def enrichment_controls(study: Study) -> Iterator[Finding]:
+def report_enrichment_controls(study: Study) -> Iterator[Finding]:
     """Report if an enrichment is specific to its run, next to both of its controls."""
     table = with_ranks(study)
     if table.empty:
@@ -202,7 +202,7 @@ def _medians_by_rank(table: pd.DataFrame, names: list[str]) -> list[dict[str, fl
     ]
 
 
-def accuracies(study: Study) -> Iterator[Finding]:
+def report_accuracies(study: Study) -> Iterator[Finding]:
     """Report the accuracy of the adapters on held-out data."""
     if "metric_accuracy" not in study.runs:
         return
@@ -299,7 +299,7 @@ def spectra_by_rank(study: Study) -> tuple[tuple[RankSpectra, ...], tuple[str, .
     return tuple(result), tasks
 
 
-def directions_by_energy(study: Study) -> Iterator[Finding]:
+def report_directions_by_energy(study: Study) -> Iterator[Finding]:
     """Report how many directions hold 90 % of the energy of each update."""
     by_rank, tasks = spectra_by_rank(study)
     if by_rank:

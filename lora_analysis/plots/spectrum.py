@@ -90,45 +90,54 @@ def resolve_spectrum(
         message = "plot_spectrum was given no spectrum."
         raise InputError(message)
     labels = [style.drawable_text(label, 24) for label in _labels(spectra)]
+    # The unit is part of the label if only some of the scales are known.
+    mixed = not (normalized or energy or all(s.in_units_of_scale for s in spectra))
     curves = []
     for index, (spectral, label) in enumerate(zip(spectra, labels, strict=True)):
         if not spectral.untrained:
-            values = spectral.S / spectral.S[0] if normalized else spectral.S
-            if energy:
-                cumulated = np.cumsum(spectral.S[: spectral.numerical_rank] ** 2)
-                values = cumulated / cumulated[-1]
-            beyond_rank = len(values) - spectral.numerical_rank
-            # The unit is part of the label if only some of the scales are known.
-            mixed = not (normalized or energy or all(s.in_units_of_scale for s in spectra))
+            values = _drawn_values(spectral, normalized=normalized, energy=energy)
             unit = " / scale" if spectral.in_units_of_scale and mixed else ""
             color = index if len(spectra) <= len(style.PALETTE) else 0
+            beyond_rank = len(values) - spectral.numerical_rank
             curves.append(Curve(label + unit, values, beyond_rank, color))
-    if energy or not curves:
-        limits = (0.0, 1.04)
-    else:  # around the values above rounding; others would stretch the axis to 1e-17
-        above_rounding = np.concatenate([c.values[: c.numerical_rank] for c in curves])
-        low, high = float(above_rounding.min()), float(above_rounding.max())
-        room = max((high / low) ** 0.06, 1.3)
-        limits = low / room ** (2 if any(c.beyond_rank for c in curves) else 1), high * room
-    factors = {s.of for s in spectra}
-    of = "ΔW" if factors == {"delta"} else " / ".join(sorted(factors))
-    unknown = all(s.in_units_of_scale for s in spectra)
-    ylabel = f"singular value σᵢ of {of}{' / scale' if unknown else ''}"
-    if energy:
-        ylabel = f"share of Σσ² of {of} in the first i"
-    elif normalized:
-        ylabel = f"σᵢ / σ₁ of {of}"
     untrained = [n for s, n in zip(spectra, labels, strict=True) if s.untrained]
-    longest = max((len(c.values) for c in curves), default=1)
-    shortest = min((len(c.values) for c in curves), default=1)
+    lengths = [len(curve.values) for curve in curves] or [1]
     return SpectrumPlot(
         curves=tuple(curves),
-        longest=longest,
-        limits=limits,
-        xscale="log" if longest > 4 * shortest else "linear",
-        ylabel=ylabel,
+        longest=max(lengths),
+        limits=(0.0, 1.04) if energy or not curves else _log_limits(curves),
+        xscale="log" if max(lengths) > 4 * min(lengths) else "linear",
+        ylabel=_ylabel(spectra, normalized=normalized, energy=energy),
         note=f"untrained (ΔW = 0): {', '.join(untrained)}" if untrained else "",
     )
+
+
+def _drawn_values(spectral: Spectrum, *, normalized: bool, energy: bool) -> NDArray[np.float64]:
+    """Return σ, σ/σ₁, or the share of Σσ² in the first i."""
+    if energy:
+        cumulated = np.cumsum(spectral.S[: spectral.numerical_rank] ** 2)
+        return np.asarray(cumulated / cumulated[-1])
+    return spectral.S / spectral.S[0] if normalized else spectral.S
+
+
+def _log_limits(curves: Sequence[Curve]) -> tuple[float, float]:
+    """Return limits around the values above rounding; others would stretch the axis to 1e-17."""
+    above_rounding = np.concatenate([c.values[: c.numerical_rank] for c in curves])
+    low, high = float(above_rounding.min()), float(above_rounding.max())
+    room = max((high / low) ** 0.06, 1.3)
+    has_floor = any(c.beyond_rank for c in curves)  # of values that are below the axis
+    return low / room ** (2 if has_floor else 1), high * room
+
+
+def _ylabel(spectra: Sequence[Spectrum], *, normalized: bool, energy: bool) -> str:
+    factors = {s.of for s in spectra}
+    of = "ΔW" if factors == {"delta"} else " / ".join(sorted(factors))
+    if energy:
+        return f"share of Σσ² of {of} in the first i"
+    if normalized:
+        return f"σᵢ / σ₁ of {of}"
+    unit = " / scale" if all(s.in_units_of_scale for s in spectra) else ""
+    return f"singular value σᵢ of {of}{unit}"
 
 
 def _paint_curve(
@@ -269,17 +278,21 @@ def plot_spectrum(
                 plot.note, fontsize=look.small, color=look.muted, loc="left", parse_math=False
             )
         if len(plot.curves) > 1 or any(c.beyond_rank for c in plot.curves):
-            named = plot.curves
-            if bundle:  # only those that end highest and lowest
-                ends = sorted(named, key=lambda c: float(c.values[c.numerical_rank - 1]))
-                named = (ends[0], ends[-1])
-            ranks = [
-                f"\n{c.numerical_rank} of {len(c.values)} above rounding" if c.beyond_rank else ""
-                for c in named
-            ]
-            look.name_ends(
-                [(c.i[c.numerical_rank - 1], c.values[c.numerical_rank - 1]) for c in named],
-                [f"{c.label}{rank}" for c, rank in zip(named, ranks, strict=True)],
-                [look.color(c.color) for c in named],
-            )
+            _name_curves(look, plot.curves, bundle=bundle)
     return ax
+
+
+def _name_curves(look: style.Look, curves: Sequence[Curve], *, bundle: bool) -> None:
+    """Write the labels at the ends of curves; of a bundle, at those that end highest and lowest."""
+    if bundle:
+        ends = sorted(curves, key=lambda c: float(c.values[c.numerical_rank - 1]))
+        curves = (ends[0], ends[-1])
+    ranks = [
+        f"\n{c.numerical_rank} of {len(c.values)} above rounding" if c.beyond_rank else ""
+        for c in curves
+    ]
+    look.name_ends(
+        [(c.i[c.numerical_rank - 1], c.values[c.numerical_rank - 1]) for c in curves],
+        [f"{c.label}{rank}" for c, rank in zip(curves, ranks, strict=True)],
+        [look.color(c.color) for c in curves],
+    )

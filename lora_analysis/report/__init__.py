@@ -7,7 +7,7 @@ files for programs, `provenance` how the report was made.
 
 from lora_analysis.report.report_folder import write_page, write_report
 from lora_analysis.report.results import results_schema
-from lora_analysis.report.sections import FORMATS, DrawnFigure, Section, drawn_figures
+from lora_analysis.report.sections import FORMATS, DrawnFigure, Section, draw_figures
 from lora_analysis.report.similarity_figures import ReportFigure
 from lora_analysis.report.tables import ReportTable
 
@@ -17,7 +17,7 @@ __all__ = [
     "ReportFigure",
     "ReportTable",
     "Section",
-    "drawn_figures",
+    "draw_figures",
     "results_schema",
     "write_page",
     "write_report",

@@ -314,10 +314,14 @@ def provenance(study: Study, command: str | None) -> dict[str, Any]:
         groups["reference" if label in study.reference else "adapters"].append(label)
     for name, labels in groups.items():
         if labels:
-            lines += [f"{name} = [", *(f"    {_reading(study, label)}," for label in labels), "]"]
+            lines += [
+                f"{name} = [",
+                *(f"    {_python_call(study, label)}," for label in labels),
+                "]",
+            ]
     arguments = ["adapters", *(["reference=reference"] if groups["reference"] else [])]
     for name, value in study.options.items():
-        typed = _relative(value) if name == "base" and isinstance(value, str) else value
+        typed = _shorten_path(value) if name == "base" and isinstance(value, str) else value
         arguments.append(f"{name}={'...' if typed is ... else repr(typed)}")
     lines += [f"result = study({', '.join(arguments)})", ""]
     if len(study.similarities):
@@ -346,18 +350,18 @@ def provenance(study: Study, command: str | None) -> dict[str, Any]:
     }
 
 
-def _relative(source: str) -> str:
+def _shorten_path(source: str) -> str:
     """Return a path relative to the working directory if it is below; any other unchanged."""
     path, folder = Path(source), Path.cwd()
     is_below = path.is_absolute() and folder in path.parents
     return str(path.relative_to(folder)) if is_below else source
 
 
-def _reading(study: Study, label: str) -> str:
+def _python_call(study: Study, label: str) -> str:
     source = study.adapters[label].provenance
     if source.location is None:
         return f"...,  # {label!r} was built in memory"
-    options = [repr(_relative(source.location))]
+    options = [repr(_shorten_path(source.location))]
     if "caller" in source.scale_origin.values():
         scales = study.spectra.loc[study.spectra["adapter"] == label, "scale"].unique()
         # Several scales came from one alpha over several ranks.

@@ -103,7 +103,7 @@ def _with_ranks(study: Study) -> pd.DataFrame:
     return pairs.assign(rank_a=pairs["a"].map(ranks), rank_b=pairs["b"].map(ranks))
 
 
-def _drawn(pairs: pd.DataFrame, best: pd.Series, relation: str) -> DrawnPair:
+def _build_drawn_pair(pairs: pd.DataFrame, best: pd.Series, relation: str) -> DrawnPair:
     a, b = _in_rank_order(best)
     # The unrelated pair of these ranks whose T is the median is a typical one; pairs with one of
     # the two adapters come first.
@@ -168,7 +168,7 @@ def rank_pair(study: Study) -> DrawnPair | None:
         index=chosen.index,
     )
     best = chosen.loc[order.sort_values(list(order), kind="stable").index[0]]
-    return _drawn(pairs, best, preference[best["pair_class"]])
+    return _build_drawn_pair(pairs, best, preference[best["pair_class"]])
 
 
 def seed_pair(study: Study) -> DrawnPair | None:
@@ -184,13 +184,13 @@ def seed_pair(study: Study) -> DrawnPair | None:
     ].sort_values("rank_a", ascending=False, kind="stable")
     relation = "same task, different seeds"
     drawn = [
-        _drawn(pairs, of_rank.iloc[0], relation)
+        _build_drawn_pair(pairs, of_rank.iloc[0], relation)
         for _, of_rank in chosen.groupby("rank_a", sort=False)
     ]
     return next((pair for pair in drawn if pair.unrelated), drawn[0] if drawn else None)
 
 
-def drawn_pairs(study: Study) -> dict[str, DrawnPair]:
+def choose_drawn_pairs(study: Study) -> dict[str, DrawnPair]:
     """Return the pairs whose heat-maps are drawn, by what they show; empty without pairs."""
     candidates = {"ranks": rank_pair(study), "seeds": seed_pair(study)}
     chosen = {name: pair for name, pair in candidates.items() if pair is not None}
@@ -200,9 +200,9 @@ def drawn_pairs(study: Study) -> dict[str, DrawnPair]:
         unknown = pairs[pairs["pair_class"] == PairClass.UNKNOWN]
         if unknown.empty:
             best = pairs.iloc[0]
-            chosen["pair"] = _drawn(pairs, best, str(best["pair_class"]))
+            chosen["pair"] = _build_drawn_pair(pairs, best, str(best["pair_class"]))
         else:
-            chosen["pair"] = _drawn(pairs, unknown.iloc[0], "relation unknown")
+            chosen["pair"] = _build_drawn_pair(pairs, unknown.iloc[0], "relation unknown")
     return chosen
 
 

@@ -22,7 +22,7 @@ from lora_analysis.conclusions.comparison_values import SIDES_IN_ORDER
 from lora_analysis.errors import InputError
 from lora_analysis.execution import in_threads
 from lora_analysis.finding import CODES, Finding
-from lora_analysis.report.representatives import common_modules, drawn_pairs
+from lora_analysis.report.representatives import choose_drawn_pairs, common_modules
 from lora_analysis.studies.base_models import bases_of, runs_per_base, several_bases
 from lora_analysis.text import printable
 
@@ -193,7 +193,7 @@ def grids_file(study: Study) -> bytes | None:
     One float32 array per key ``"a|b|side|module"``, ``[i-1, j-1]`` being φ(i, j) of a's leading i
     and b's leading j directions, which end at the numerical ranks. None without pairs.
     """
-    every = [pair for drawn in drawn_pairs(study).values() for pair in drawn.pairs]
+    every = [pair for drawn in choose_drawn_pairs(study).values() for pair in drawn.pairs]
     modules = {pair: common_modules(study, *pair) for pair in dict.fromkeys(every)}
     pairs: dict[str, list[tuple[str, str]]] = {}
     for pair, common in modules.items():
@@ -225,7 +225,11 @@ def csv_text(table: pd.DataFrame) -> str:
 
     One row is one line: unprintable characters and line ends are escaped.
     """
-    return str(table.map(_safe).to_csv(index=False, header=[_safe(name) for name in table.columns]))
+    return str(
+        table.map(_escape_formula).to_csv(
+            index=False, header=[_escape_formula(name) for name in table.columns]
+        )
+    )
 
 
 def write_square_csv(table: pd.DataFrame, stream: BinaryIO) -> None:
@@ -233,12 +237,12 @@ def write_square_csv(table: pd.DataFrame, stream: BinaryIO) -> None:
     rows = max(1, _CELLS_AT_ONCE // len(table.columns))
     for first in range(0, len(table), rows):
         part = table.iloc[first : first + rows].copy()
-        part.isetitem(0, part.iloc[:, 0].map(_safe))
-        header = [_safe(name) for name in table.columns] if first == 0 else False
+        part.isetitem(0, part.iloc[:, 0].map(_escape_formula))
+        header = [_escape_formula(name) for name in table.columns] if first == 0 else False
         stream.write(part.to_csv(index=False, header=header).encode())
 
 
-def _safe(value: Any) -> Any:
+def _escape_formula(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     line = printable(value)

@@ -76,7 +76,7 @@ class Section:
     tables_lead: bool = False
 
 
-def drawn_figures(
+def draw_figures(
     figures: Iterable[ReportFigure],
     folder: Path,
     formats: Sequence[str] = FORMATS,
@@ -132,13 +132,13 @@ def sections(
             tuple(
                 figure
                 for draw in (functions if inline or formats else ())
-                for figure in drawn_figures(draw(study), folder / "figures", formats, inline=inline)
+                for figure in draw_figures(draw(study), folder / "figures", formats, inline=inline)
             )
             for functions in (drawings, folded)
         )
         if section.name == "modules" and inline:
             single = similarity_figures.single_module_figures(study)
-            more += tuple(drawn_figures(single, folder, ()))
+            more += tuple(draw_figures(single, folder, ()))
         of_section = tuple(
             box
             for box in boxes

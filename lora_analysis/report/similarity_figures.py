@@ -19,8 +19,8 @@ from lora_analysis.conclusions.comparison_values import SIDES_IN_ORDER
 from lora_analysis.plots.heatmap import EXCESS_LIMITS
 from lora_analysis.report.representatives import (
     DrawnPair,
+    choose_drawn_pairs,
     common_modules,
-    drawn_pairs,
     module_changes,
     module_populations,
     module_titles,
@@ -57,8 +57,8 @@ class ReportFigure:
 
 
 def pair_figures(study: Study, *, name: str, title: str) -> Iterator[ReportFigure]:
-    """Yield one of the `drawn_pairs` next to an unrelated pair; nothing without one."""
-    pair = drawn_pairs(study).get(name)
+    """Yield one of the `choose_drawn_pairs` next to an unrelated pair; nothing without one."""
+    pair = choose_drawn_pairs(study).get(name)
     if pair is None:
         return
     usable = study.similarities[study.similarities["usable"].astype(bool)]
@@ -178,7 +178,7 @@ _MANY = 500
 def map_figures(study: Study) -> Iterator[ReportFigure]:
     """Yield the excess of ω by layer and type, of one population and of unrelated pairs."""
     by_side = {side: module_populations(study, side) for side in SIDES_IN_ORDER}
-    across = _across(study.spectra["module"])
+    across = _axes_of_map(study.spectra["module"])
     for index in range(max(map(len, by_side.values()), default=0)):
         maps, sentences = [], []
         for side, of_side in by_side.items():
@@ -190,7 +190,7 @@ def map_figures(study: Study) -> Iterator[ReportFigure]:
                 maps.append(
                     [
                         plots.resolve_module_map(
-                            _of_component(population.excess, component) or {"": float("nan")},
+                            _select_component(population.excess, component) or {"": float("nan")},
                             limits=EXCESS_LIMITS,
                             label="excess of ω",
                             title=f"{of}{population.name}, {side} side",
@@ -223,11 +223,11 @@ def _components(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(locate_module(name).component for name in forward_order(names)))
 
 
-def _across(names: Iterable[str]) -> str:
+def _axes_of_map(names: Iterable[str]) -> str:
     return "block and part" if is_image(names) else "layer and module type"
 
 
-def _of_component(values: pd.Series, component: str) -> dict[str, float]:
+def _select_component(values: pd.Series, component: str) -> dict[str, float]:
     """Return the values of the modules in a component."""
     return {
         str(name): float(value)
@@ -249,12 +249,12 @@ def change_figures(study: Study) -> Iterator[ReportFigure]:
         f"largest: {titles[top]} ({number(changes.values[top])}), smallest: {titles[bottom]} "
         f"({number(changes.values[bottom])})"
     )
-    across = _across(values)
+    across = _axes_of_map(values)
     if by_block or len({name.rpartition(".")[0] for name in values}) > 1:
         maps = [
             [
                 plots.resolve_module_map(
-                    _of_component(changes.values, component),
+                    _select_component(changes.values, component),
                     limits=(0.0, float(changes.values.max()) or 1.0),
                     label=changes.symbol,
                     title=component,
@@ -348,7 +348,7 @@ def step_figures(study: Study) -> Iterator[ReportFigure]:
 
 def single_module_figures(study: Study) -> Iterator[ReportFigure]:
     """Yield heat-maps of the modules that are farthest from the median, on the output side."""
-    pairs, populations = drawn_pairs(study), module_populations(study, "output")
+    pairs, populations = choose_drawn_pairs(study), module_populations(study, "output")
     if not pairs or not populations:
         return
     pair = next(iter(pairs.values()))

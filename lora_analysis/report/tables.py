@@ -17,6 +17,7 @@ from lora_analysis.conclusions.weight_findings import (
     with_ranks,
 )
 from lora_analysis.report.representatives import (
+    ModulePopulation,
     module_changes,
     module_populations,
     module_titles,
@@ -306,55 +307,68 @@ def modules_table(study: Study, side: Side) -> ReportTable | None:
     if not by_base:
         return None
     populations = by_base[0]
-    leading = populations[0].excess
-    representative = [
-        name for name in representative_modules(list(leading.index)) if name in leading.index
-    ]
-    unusual = [
-        name
-        for name in modules_far_from_median(leading, len(leading))
-        if name not in representative
-    ][:_UNUSUAL]
-    changes = module_changes(study)
-    pooled = [
-        (population, population.rows.groupby("module")[["excess_omega"]].quantile([0.25, 0.75]))
-        for population in populations
-    ]
+    excess = populations[0].excess
     chance = populations[0].rows.groupby("module")["chance_omega"].median()
+    changes = module_changes(study)
     modules = study.spectra["module"]
     titles = module_titles(study) if is_image(modules) else {name: name for name in modules}
+    # Quartiles over the pairs of each population, once for all modules.
+    quartiles = [
+        population.rows.groupby("module")["excess_omega"].quantile([0.25, 0.75])
+        for population in populations
+    ]
     rows = []
-    for why, names in (("representative", representative), ("unusual", unusual)):
-        for name in names:
-            cells = []
-            for population, quartiles in pooled:
-                if name not in population.excess.index:
-                    cells += ["–", "–"]
-                    continue
-                low, high = (float(quartiles.loc[(name, q), "excess_omega"]) for q in (0.25, 0.75))
-                cells += [
-                    overlap_number(float(population.excess[name])),
-                    f"{overlap_number(low)} to {overlap_number(high)}",
-                ]
-            size = changes.values.get(name, np.nan) if changes is not None else np.nan
-            rows.append(
-                (titles[name], why, *cells, overlap_number(float(chance[name])), cell(float(size)))
-            )
-    names = ["unrelated" if population.is_unrelated else "pairs" for population in populations]
+    for name, chosen_as in _chosen_modules(excess).items():
+        cells = [
+            text
+            for population, of_population in zip(populations, quartiles, strict=True)
+            for text in _population_cells(population, of_population, name)
+        ]
+        size = np.nan if changes is None else changes.values.get(name, np.nan)
+        random = overlap_number(float(chance[name]))
+        rows.append((titles[name], chosen_as, *cells, random, cell(float(size))))
+    names = _population_names(populations)
     columns = (
         "module", "chosen as",
         *(text for name in names for text in (name, f"quartiles, {name}")),
         "random ω", changes.symbol if changes is not None else "‖ΔW‖",
     )  # fmt: skip
+    caption = _modules_caption(populations, side)
+    return ReportTable(f"modules, {side} side", caption, columns, tuple(rows), 2)
+
+
+def _chosen_modules(excess: pd.Series) -> dict[str, str]:
+    """Return the modules of the table in its order, with why each is in it."""
+    representative = [name for name in representative_modules(list(excess.index)) if name in excess]
+    farthest = modules_far_from_median(excess, len(excess))
+    unusual = [name for name in farthest if name not in representative][:_UNUSUAL]
+    return dict.fromkeys(representative, "representative") | dict.fromkeys(unusual, "unusual")
+
+
+def _population_cells(
+    population: ModulePopulation, quartiles: pd.Series, module: str
+) -> tuple[str, str]:
+    """Return the median and the quartiles of one module; dashes if no pair has it."""
+    if module not in population.excess.index:
+        return "–", "–"
+    low, high = (overlap_number(float(quartiles[module, share])) for share in (0.25, 0.75))
+    return overlap_number(float(population.excess[module])), f"{low} to {high}"
+
+
+def _population_names(populations: Sequence[ModulePopulation]) -> list[str]:
+    return ["unrelated" if population.is_unrelated else "pairs" for population in populations]
+
+
+def _modules_caption(populations: Sequence[ModulePopulation], side: Side) -> str:
     base = f" on {populations[0].base}" if populations[0].base else ""
     explained = "; ".join(
         f"{name.capitalize()}: {population.name}"
-        for name, population in zip(names, populations, strict=True)
+        for name, population in zip(_population_names(populations), populations, strict=True)
     )
-    caption = (
+    median = overlap_number(float(populations[0].excess.median()))
+    return (
         f"Excess of ω, {side} side{base}, median and quartiles over pairs. "
         f"{explained}. Unusual: farthest from the median over modules "
-        f"({overlap_number(float(leading.median()))}), in both directions. All modules are in "
+        f"({median}), in both directions. All modules are in "
         "tables/similarities.csv."
     )
-    return ReportTable(f"modules, {side} side", caption, columns, tuple(rows), 2)

@@ -16,11 +16,11 @@ from lora_analysis.studies.result import Study
 from lora_analysis.studies.similarity_matrix import SimilarityMatrix
 from lora_analysis.studies.spec import MAX_PAIRS, ReadLater, StudySpec
 from lora_analysis.studies.study_tables import study
-from lora_analysis.studies.table_rows import Degeneracy
+from lora_analysis.studies.table_rows import DegeneracyLevel
 
 __all__ = [
     "MAX_PAIRS",
-    "Degeneracy",
+    "DegeneracyLevel",
     "Failure",
     "GroupAnalysis",
     "ReadLater",

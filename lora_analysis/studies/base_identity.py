@@ -151,13 +151,15 @@ def base_key(name: str | None) -> str | None:
     >>> base_key("unsloth/Llama-3.1-8B-bnb-4bit")
     '*/llama-3.1-8b'
     """
-    path = _posix(name)
+    path = _normalize_separators(name)
     if not path:
         return None
-    repository = _repository(path)
+    repository = _repository_name(path)
     if repository is None:
         folder = Path(path.removeprefix("file://").removeprefix("file:")).expanduser()
-        return ":".join((_FOLDER, _hash(path.encode()), *fingerprint(folder), plain_model(path)))
+        return ":".join(
+            (_FOLDER, _short_hash(path.encode()), *fingerprint(folder), plain_model(path))
+        )
     organization, _, model = repository.lower().rpartition("/")
     plain = plain_model(model)
     if not organization or organization in _FORMERLY_BARE:
@@ -185,16 +187,16 @@ def same_base(a: str | None, b: str | None) -> bool | None:
     >>> same_base("meta-llama/Llama-3.1-8B", "/models/Llama-3.1-8B") is None
     True
     """
-    return same_key(base_key(a), base_key(b))
+    return is_same_key(base_key(a), base_key(b))
 
 
-def same_key(a: str | None, b: str | None) -> bool | None:
+def is_same_key(a: str | None, b: str | None) -> bool | None:
     """Return True if two keys of `base_key` are keys of one base, None if that is not known."""
     if a is None or b is None:
         return None
     if a == b:
         return True
-    folder_a, folder_b = _folder(a), _folder(b)
+    folder_a, folder_b = _parse_folder_key(a), _parse_folder_key(b)
     if folder_a is not None and folder_b is not None:
         if folder_a.path == folder_b.path:
             return True
@@ -228,8 +230,8 @@ def resolve_keys(names: Iterable[str | None]) -> list[str | None]:
     distinct = list(dict.fromkeys(key for key in keys if key is not None))
     resolved: dict[str | None, str | None] = {None: None}
     for key in distinct:
-        matches = [other for other in distinct if same_key(key, other)]
-        if _folder(key) is None:
+        matches = [other for other in distinct if is_same_key(key, other)]
+        if _parse_folder_key(key) is None:
             others = [other for other in matches if other != key]
             is_copy = key.startswith(f"{_ANY}/")
             resolved[key] = others[0] if is_copy and len(others) == 1 else key
@@ -240,7 +242,9 @@ def resolve_keys(names: Iterable[str | None]) -> list[str | None]:
 
 def plain_model(name: str) -> str:
     """Return the last part of a name in lower case, without suffixes of quantized copies."""
-    last = _current_name(_WEIGHTS_FILE.sub("", _posix(name).rpartition("/")[2].lower()))
+    last = _current_name(
+        _WEIGHTS_FILE.sub("", _normalize_separators(name).rpartition("/")[2].lower())
+    )
     return _COPY.sub("", last) or last
 
 
@@ -254,19 +258,19 @@ def model_and_structure(key: str) -> tuple[str, str]:
 
     The structure is empty if it is not known, as of all but local folders.
     """
-    folder = _folder(key)
+    folder = _parse_folder_key(key)
     return (key.rpartition("/")[2], "") if folder is None else (folder.name, folder.structure)
 
 
-def shown_base(name: str | None) -> str | None:
+def base_title(name: str | None) -> str | None:
     """Return the name of a base model, of a local path only the last part.
 
     The parts above are included as long as a part has a generic name (``final``).
     """
-    return None if name is None else shown_bases([name])[name]
+    return None if name is None else base_titles([name])[name]
 
 
-def shown_bases(names: Iterable[str | None]) -> dict[str | None, str | None]:
+def base_titles(names: Iterable[str | None]) -> dict[str | None, str | None]:
     """Return the text for each name, of local paths enough of the end to tell them apart."""
     texts: dict[str | None, str | None] = {None: None}
     ends: dict[str, list[str]] = {}
@@ -274,7 +278,7 @@ def shown_bases(names: Iterable[str | None]) -> dict[str | None, str | None]:
         if name is None or _LOCAL_PATH.match(name.replace("\\", "/")) is None:
             texts[name] = name
         else:
-            path = _posix(name).removeprefix("file:")
+            path = _normalize_separators(name).removeprefix("file:")
             ends[name] = [part for part in path.split("/") if part not in ("", "~", ".")]
     lengths = dict.fromkeys(ends, 1)
     for name, parts in ends.items():
@@ -299,11 +303,11 @@ def shown_bases(names: Iterable[str | None]) -> dict[str | None, str | None]:
             lengths[name] += 1
 
 
-def _posix(name: str | None) -> str:
+def _normalize_separators(name: str | None) -> str:
     return (name or "").strip().replace("\\", "/").rstrip("/")
 
 
-def _repository(path: str) -> str | None:
+def _repository_name(path: str) -> str | None:
     """Return ``owner/model``, or the model alone, if a name is that of a repository."""
     if url := _HUB_URL.match(path):
         return url["repo"]
@@ -324,7 +328,7 @@ def _repository(path: str) -> str | None:
 # --- local folders -----------------------------------------------------------------------------
 
 
-def _folder(key: str) -> _Folder | None:
+def _parse_folder_key(key: str) -> _Folder | None:
     """Return the parts of a local folder's key; None for the key of a hub's model."""
     kind, *parts = key.split(":", 5)
     return _Folder(*parts) if kind == _FOLDER and len(parts) == 5 else None
@@ -357,20 +361,20 @@ def _fingerprint(folder: Path, _changed: int, _size: int) -> tuple[str, str, str
 
 def structure_hash(config: Mapping[str, Any] | None) -> str:
     """Return a hash of what a ``config.json`` states about shapes; empty if it states nothing."""
-    structure = dict(_structure(config or {}))
+    structure = dict(_structural_entries(config or {}))
     if len(structure) < 2:  # model_type alone is a family
         return ""
-    return _hash(json.dumps(structure, sort_keys=True).encode())
+    return _short_hash(json.dumps(structure, sort_keys=True).encode())
 
 
-def _structure(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _structural_entries(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
         if key == "model_type" and isinstance(value, str):
             yield prefix + key, value
         elif _NO_STRUCTURE.search(key):
             continue
         elif isinstance(value, dict):
-            yield from _structure(value, f"{prefix}{key}.")
+            yield from _structural_entries(value, f"{prefix}{key}.")
         elif _STRUCTURE.search(key) and (
             type(value) is int
             or (isinstance(value, list) and all(type(item) is int for item in value))
@@ -396,8 +400,8 @@ def _weights_hashes(folder: Path) -> tuple[str, str]:
             stream.seek((info.start + info.stop) // 2 if info.stop - info.start > _SAMPLED_BYTES
                         else info.start)  # fmt: skip
             values.update(stream.read(min(_SAMPLED_BYTES, info.stop - stream.tell())))
-    return _hash(json.dumps(stored).encode()), values.hexdigest()[:12]
+    return _short_hash(json.dumps(stored).encode()), values.hexdigest()[:12]
 
 
-def _hash(content: bytes) -> str:
+def _short_hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:12]

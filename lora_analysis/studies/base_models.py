@@ -12,12 +12,12 @@ from lora_analysis.adapter import is_fine_tune
 from lora_analysis.formats.sources import is_uninformative
 from lora_analysis.studies.base_identity import (
     base_key,
+    base_title,
+    is_same_key,
     model_and_structure,
     plain_model,
     resolve_keys,
     same_base,
-    same_key,
-    shown_base,
     structure_hash,
 )
 
@@ -25,7 +25,9 @@ __all__ = [
     "NO_BASE",
     "base_key",
     "base_keys",
+    "base_title",
     "bases_of",
+    "differing_base_name",
     "other_bases",
     "pairs_across_bases",
     "per_base",
@@ -33,8 +35,6 @@ __all__ = [
     "runs_per_base",
     "same_base",
     "several_bases",
-    "shown_base",
-    "strange_name",
     "with_base_name",
 ]
 
@@ -52,7 +52,7 @@ def other_bases(names: Mapping[str, str | None], base: BaseWeights | None) -> fr
     """Return the labels of adapters that were trained on a different base than the given one.
 
     Names decide only if the adapters name several bases. If they all name one, the given base may
-    be the same model under a different name (see `strange_name`).
+    be the same model under a different name (see `differing_base_name`).
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ def other_bases(names: Mapping[str, str | None], base: BaseWeights | None) -> fr
     return frozenset(label for label, key in keys.items() if key and not _is_given(key, base))
 
 
-def strange_name(names: Mapping[str, str | None], base: BaseWeights | None) -> str | None:
+def differing_base_name(names: Mapping[str, str | None], base: BaseWeights | None) -> str | None:
     """Return the base that all adapters name if the given one has a different name, else None.
 
     A generic folder name such as ``model`` does not count as a name.
@@ -78,7 +78,7 @@ def strange_name(names: Mapping[str, str | None], base: BaseWeights | None) -> s
     if base is None or base.name is None or len(named) != 1 or is_uninformative(base.name):
         return None
     ((key, name),) = named.items()
-    return None if _is_given(key, base) else shown_base(name)
+    return None if _is_given(key, base) else base_title(name)
 
 
 def with_base_name(
@@ -107,7 +107,7 @@ def _is_given(key: str, base: BaseWeights) -> bool:
     if structure and (given := structure_hash(base.config)) and structure != given:
         return False
     location = base.address or (str(base.path.absolute()) if base.path else None)
-    same = same_key(key, base_key(location))
+    same = is_same_key(key, base_key(location))
     return model == plain_model(base.name or "") if same is None else same
 
 
@@ -124,7 +124,7 @@ def runs_on_base(study: Study, base: str) -> pd.Series:
     """Return a mask of the rows of ``Study.runs`` whose base model is the one of this name."""
     given = base_key(base)
     return (study.runs["base_model"] == base) | study.runs["base_key"].map(
-        lambda key: isinstance(key, str) and bool(same_key(key, given))
+        lambda key: isinstance(key, str) and bool(is_same_key(key, given))
     )
 
 
@@ -155,7 +155,7 @@ def pairs_across_bases(study: Study) -> PairsAcrossBases:
         label for label in study.fully_compared if label not in study.reference and keys[label]
     ]
     for pair in combinations(labels, 2):
-        same = same_key(keys[pair[0]], keys[pair[1]])
+        same = is_same_key(keys[pair[0]], keys[pair[1]])
         if not same:
             (result.not_known if same is None else result.different)[pair] = pair in compared
     return result
@@ -178,7 +178,7 @@ def per_base(study: Study, rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFra
         [keys[a] or keys[b] or "" for a, b in zip(rows["a"], rows["b"], strict=True)]
     )
     for key in dict.fromkeys(of_rows):
-        yield _names(study)[str(key)], rows[of_rows == key]
+        yield _name_by_key(study)[str(key)], rows[of_rows == key]
 
 
 def runs_per_base(study: Study) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -188,16 +188,16 @@ def runs_per_base(study: Study) -> Iterator[tuple[str, pd.DataFrame]]:
         return
     keys = study.runs["adapter"].map(base_keys(study))
     for key, rows in study.runs[keys.notna()].groupby(keys[keys.notna()], sort=False):
-        yield _names(study)[str(key)], rows
+        yield _name_by_key(study)[str(key)], rows
 
 
 def bases_of(study: Study, adapters: pd.Series) -> list[str]:
     """Return the name of the base model of each adapter, for a table."""
-    keys, names = base_keys(study), _names(study)
+    keys, names = base_keys(study), _name_by_key(study)
     return [names[keys[label] or ""] for label in adapters]
 
 
-def _names(study: Study) -> dict[str, str]:
+def _name_by_key(study: Study) -> dict[str, str]:
     """Return the name of each base by its key, in the spelling of the first adapter on it."""
     names = {"": NO_BASE}
     for key, name in zip(study.runs["base_key"], study.runs["base_model"], strict=True):

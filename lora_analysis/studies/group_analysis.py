@@ -7,6 +7,7 @@ out. It describes energy, not skill.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lora_analysis.progress import Progress
-    from lora_analysis.studies.group_members import Group
+    from lora_analysis.studies.group_members import GroupMembers, Removal
     from lora_analysis.studies.group_shares import ModuleShares
     from lora_analysis.studies.result import Study
 
@@ -82,7 +83,7 @@ class GroupAnalysis:
     tasks
         The known tasks of the members.
     removed
-        Adapters that are left out, with the reason.
+        Adapters that are left out, with the reason and the member that they are related to.
     shared_init
         Whether members share an initialization, because fewer than six were left without them:
         then the input side and both sides together are in no conclusion.
@@ -122,7 +123,7 @@ class GroupAnalysis:
     labels: tuple[str, ...]
     others: tuple[str, ...]
     tasks: tuple[str, ...]
-    removed: Mapping[str, str]
+    removed: Mapping[str, Removal]
     shared_init: bool
     modules: tuple[str, ...]
     left_out: Mapping[str, ModuleExclusion]
@@ -190,7 +191,7 @@ class GroupAnalysis:
             "adapters": list(self.labels),
             "others": list(self.others),
             "tasks": list(self.tasks),
-            "removed": [{"adapter": a, "reason": why} for a, why in self.removed.items()],
+            "removed": [{"adapter": a, "reason": str(why)} for a, why in self.removed.items()],
             "shared_init": self.shared_init,
             "modules": list(self.modules),
             "left_out": [{"module": m, "reason": str(why)} for m, why in self.left_out.items()],
@@ -246,21 +247,12 @@ def group_analysis_of(
     if k is not None and k < 1:
         message = f"A group analysis needs k >= 1 directions, got k = {k}."
         raise InputError(message)
-    adapters = [study.adapters[label] for label in (*labels, *others)]
     if k is None:
-        of_group = study.spectra[study.spectra["adapter"].isin(labels)]
-        ranks = of_group.loc[of_group["numerical_rank"] > 0, "numerical_rank"]
-        k = int(np.clip(ranks.median() if len(ranks) else 1, 1, _MAX_K))
+        k = _default_directions(study, labels)
+    adapters = [study.adapters[label] for label in (*labels, *others)]
     chosen = choose_modules(adapters[: len(labels)], modules)
-    if modules_per_type is not None:  # so many of each type, evenly over the model
-        by_type: dict[str, list[str]] = {}
-        for name in chosen:
-            by_type.setdefault(locate_module(name).name, []).append(name)
-        spread: set[str] = set()
-        for names in by_type.values():
-            middle = (np.arange(modules_per_type) + 0.5) * len(names) / modules_per_type
-            spread.update(names[int(i)] for i in middle)
-        chosen = [name for name in chosen if name in spread]
+    if modules_per_type is not None:
+        chosen = _spread_over_types(chosen, modules_per_type)
     splits = group_splits(len(labels))
     left_out: dict[str, ModuleExclusion] = {}
     results: list[ModuleShares] = []
@@ -279,6 +271,25 @@ def group_analysis_of(
         )
         raise InputError(message)
     return _summarize(group, results, left_out, k)
+
+
+def _default_directions(study: Study, labels: Sequence[str]) -> int:
+    """Return the median numerical rank of the members' trained updates, at most `_MAX_K`."""
+    spectra = study.spectra[study.spectra["adapter"].isin(labels)]
+    ranks = spectra.loc[spectra["numerical_rank"] > 0, "numerical_rank"]
+    return int(np.clip(ranks.median() if len(ranks) else 1, 1, _MAX_K))
+
+
+def _spread_over_types(modules: Sequence[str], per_type: int) -> list[str]:
+    """Return so many modules of each type, evenly over the model, in the given order."""
+    by_type: dict[str, list[str]] = {}
+    for name in modules:
+        by_type.setdefault(locate_module(name).name, []).append(name)
+    chosen: set[str] = set()
+    for names in by_type.values():
+        middle = (np.arange(per_type) + 0.5) * len(names) / per_type
+        chosen.update(names[int(i)] for i in middle)
+    return [name for name in modules if name in chosen]
 
 
 class _Pool:
@@ -307,7 +318,10 @@ class _Pool:
 
 
 def _summarize(
-    group: Group, results: Sequence[ModuleShares], left_out: Mapping[str, ModuleExclusion], k: int
+    group: GroupMembers,
+    results: Sequence[ModuleShares],
+    left_out: Mapping[str, ModuleExclusion],
+    k: int,
 ) -> GroupAnalysis:
     count = len(group.members)
     pool = _Pool(results, count)
@@ -459,7 +473,7 @@ def _sign_flip_p_value(cosines: NDArray[np.float64]) -> float:
     return float(np.mean(sums >= sums[0] - 1e-12 * np.abs(matrix).sum()))
 
 
-class _Part(NamedTuple):
+class _TestedPart(NamedTuple):
     """One tested part: its energy beyond the random baseline, and what the others do not reach."""
 
     effect: float
@@ -475,6 +489,12 @@ class _Part(NamedTuple):
     def is_clear(self) -> bool:
         return self.is_significant and self.interval[0] > self.level
 
+    @property
+    def is_open(self) -> bool:
+        """True if it may exceed the others or random directions, but does not clearly do so."""
+        may_exceed = self.is_significant and self.interval[1] > self.level + _LEAST
+        return (may_exceed and not self.is_clear) or self.interval[1] > self.level + _UNCLEAR
+
 
 def _conclude(analysis: GroupAnalysis) -> tuple[SharedPart, Finding]:
     """Return the conclusion and its sentence.
@@ -484,77 +504,92 @@ def _conclude(analysis: GroupAnalysis) -> tuple[SharedPart, Finding]:
     share among adapters of other groups. The conclusion is the mean if ρ is at least half of what
     the best joint directions hold; else these directions.
     """
+    parts = _tested_parts(analysis)
+    mean = parts["mean"]
+    # An input side with a shared initialization shows the initialization.
+    tested = ("output",) if analysis.shared_init else _SUBSPACES
+    directions = {name: parts[name] for name in tested}
+    has_subspace = any(part.is_clear for part in directions.values())
+    best = _best_directions(directions)
+    open_parts = [part for part in (mean, *directions.values()) if part.is_open]
+    is_small = len(analysis.labels) < FEWEST_MEMBERS
+    if is_small:
+        conclusion = SharedPart.UNDECIDED
+    elif mean.is_clear and (not has_subspace or mean.effect >= directions[best].effect / 2):
+        conclusion = SharedPart.MEAN
+    elif has_subspace:
+        conclusion = SharedPart.SUBSPACE
+    else:
+        conclusion = SharedPart.UNDECIDED if open_parts else SharedPart.NOTHING
+    fields = _group_fields(analysis, best, None if is_small else len(open_parts))
+    return conclusion, Finding(f"group-{conclusion}", fields)
+
+
+def _tested_parts(analysis: GroupAnalysis) -> dict[str, _TestedPart]:
+    """Return the parts that have a p-value, by name."""
     shares, by_chance = analysis.shares[:, -1], analysis.chance[:, -1]
-    limits = analysis.others_range[1, :, -1]
-    rho, (rho_low, rho_high) = analysis.rho, analysis.rho_interval
-    count, others = len(analysis.labels), len(analysis.others)
     # One or two others are no test: members that they do not reach lie beyond single values.
-    widening = np.sqrt(count + 1) if 0 < others < FEWEST_OTHERS else 1.0
+    is_level_only = 0 < len(analysis.others) < FEWEST_OTHERS
+    widening = np.sqrt(len(analysis.labels) + 1) if is_level_only else 1.0
     parts = {}
     for name, p_value in analysis.p_values.items():
         p = PARTS.index(name)
         low, high = shares[p] + widening * (analysis.interval[p] - shares[p])
         effect = (shares[p] - by_chance[p]) / (1 - by_chance[p])
-        if name == "mean":
-            effect, low, high = rho, min(low, rho_low), max(high, rho_high)
-        level = float(np.fmax(by_chance[p], limits[p]))
-        parts[name] = _Part(float(effect), (float(low), float(high)), level, p_value)
-    tested = ("output",) if analysis.shared_init else _SUBSPACES
-    mean, directions = parts["mean"], {name: parts[name] for name in tested}
-    clear = [name for name, part in directions.items() if part.is_clear]
-    best = max(clear or directions, key=lambda name: np.nan_to_num(directions[name].effect))
-    # Both sides together are the stronger statement, unless one side holds much more.
-    is_open = "directions" in (clear or directions)
-    if is_open and directions["directions"].effect >= directions[best].effect / 2:
-        best = "directions"
-    few = count < FEWEST_MEMBERS
-    # Where others are given, what exceeds random directions and not clearly the others is open.
-    unclear = [
-        name
-        for name, part in {"mean": mean, **directions}.items()
-        if (part.is_significant and not part.is_clear and part.interval[1] > part.level + _LEAST)
-        or part.interval[1] > part.level + _UNCLEAR
-    ]
-    if few:
-        conclusion = SharedPart.UNDECIDED
-    elif mean.is_clear and (not clear or mean.effect >= directions[best].effect / 2):
-        conclusion = SharedPart.MEAN
-    elif clear:
-        conclusion = SharedPart.SUBSPACE
-    else:
-        conclusion = SharedPart.UNDECIDED if unclear else SharedPart.NOTHING
-    p = PARTS.index(best)
-    removed: dict[str, int] = {}
-    for why in analysis.removed.values():
-        reason = why.partition(" with ")[0]
-        removed[reason] = removed.get(reason, 0) + 1
-    fields = {
+        if name == "mean":  # ρ does not depend on the number of members, the share of a mean does
+            effect = analysis.rho
+            low, high = min(low, analysis.rho_interval[0]), max(high, analysis.rho_interval[1])
+        level = float(np.fmax(by_chance[p], analysis.others_range[1, p, -1]))
+        parts[name] = _TestedPart(float(effect), (float(low), float(high)), level, p_value)
+    return parts
+
+
+def _best_directions(directions: Mapping[str, _TestedPart]) -> str:
+    """Return the directions that the conclusion names: the clear ones that hold the most energy.
+
+    Both sides together are the stronger statement, unless one side holds twice as much.
+    """
+    clear = {name: part for name, part in directions.items() if part.is_clear} or directions
+    best = max(clear, key=lambda name: np.nan_to_num(clear[name].effect))
+    if "directions" in clear and clear["directions"].effect >= clear[best].effect / 2:
+        return "directions"
+    return best
+
+
+def _group_fields(
+    analysis: GroupAnalysis, directions: str, open_parts: int | None
+) -> dict[str, Any]:
+    """Return the fields of the finding: the group, its mean, and some joint directions."""
+    shares, limits = analysis.shares[:, -1], analysis.others_range[1, :, -1]
+    count, others = len(analysis.labels), len(analysis.others)
+    p = PARTS.index(directions)
+    removed = Counter(removal.reason for removal in analysis.removed.values())
+    return {
         "members": count,
         "tasks": len(analysis.tasks) if len(analysis.tasks) > 1 else None,
         "modules": len(analysis.modules),
         "k": analysis.k,
-        "rho": rho,
-        "rho_low": rho_low,
-        "rho_high": rho_high,
-        "p_mean": _or_none(mean.p_value),
-        "mean_share": float(shares[0]),
-        "others_mean": _or_none(limits[0]),
-        "side": None if best == "directions" else best,
+        "rho": analysis.rho,
+        "rho_low": analysis.rho_interval[0],
+        "rho_high": analysis.rho_interval[1],
+        "p_mean": _or_none(analysis.p_values["mean"]),
+        "mean_share": float(shares[PARTS.index("mean")]),
+        "others_mean": _or_none(limits[PARTS.index("mean")]),
+        "side": None if directions == "directions" else directions,
         "share": float(shares[p]),
         "share_low": float(analysis.interval[p, 0]),
         "share_high": float(analysis.interval[p, 1]),
-        "random_share": float(by_chance[p]),
+        "random_share": float(analysis.chance[p, -1]),
         "others_share": _or_none(limits[p]),
-        "p_share": _or_none(directions[best].p_value),
+        "p_share": _or_none(analysis.p_values[directions]),
         "beyond_mean": float(shares[PARTS.index("matrices_beyond_mean")]),
         "others": others if others >= FEWEST_OTHERS else None,
         "shared_init": count if analysis.shared_init else None,
         "few_others": others if others < FEWEST_OTHERS else None,
-        "needed": FEWEST_MEMBERS if few else None,
-        "is_unclear": None if few else len(unclear),
+        "needed": FEWEST_MEMBERS if count < FEWEST_MEMBERS else None,
+        "is_unclear": open_parts,
         "removed": [{"reason": why, "count": n} for why, n in removed.items()] or None,
     }
-    return conclusion, Finding(f"group-{conclusion}", fields)
 
 
 def _or_none(value: float) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
@@ -15,6 +15,8 @@ from lora_analysis.studies.relations import Relation
 from lora_analysis.studies.similarity_matrix import DUPLICATE_COSINE, MOSTLY_SHARED
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from lora_analysis.studies.result import Study
 
 # Fewer adapters than this do not allow p ≤ .05 by flipping signs.
@@ -34,82 +36,126 @@ _RELATED: Final = ONE_SAMPLE | {
 _LEARNED: Final = 0.5
 
 
-class Group(NamedTuple):
-    """The members of a group, the adapters of other groups, known tasks, and who was removed.
+class Removal(NamedTuple):
+    """Why an adapter is not a member of a group, and the member that it is related to, if any."""
+
+    reason: str
+    partner: str | None = None
+
+    def __str__(self) -> str:
+        return self.reason if self.partner is None else f"{self.reason} with {self.partner}"
+
+
+class GroupMembers(NamedTuple):
+    """The members of a group, adapters of other groups, known tasks, and the removed adapters.
 
     ``shared_init`` is set if members stayed that share an initialization or parts of both factors.
     """
 
-    members: list[str]
-    others: list[str]
-    tasks: list[str]
-    removed: dict[str, str]
-    shared_init: bool = False
+    members: Sequence[str]
+    others: Sequence[str]
+    tasks: Sequence[str]
+    removed: Mapping[str, Removal]
+    shared_init: bool
 
 
-def choose_members(study: Study, members: Sequence[str] | None, *, remove_related: bool) -> Group:
+def choose_members(
+    study: Study, members: Sequence[str] | None, *, remove_related: bool
+) -> GroupMembers:
     """Return the members, the adapters of other groups (one per task), and the removed ones."""
     unknown = [label for label in members or () if label not in study.adapters]
     if unknown:
         message = f"The study has no adapter {unknown[0]!r}."
         raise InputError(message)
-    runs = study.runs.set_index("adapter")
-    given = list(dict.fromkeys(members or [a for a in runs.index if a not in study.reference]))
-    keys = base_keys(study)
-    bases = [keys[label] for label in given if keys[label]]
-    base = max(bases, key=bases.count, default=None)
-    reasons: dict[str, str] = {}
-    for label in runs.index:
-        if keys[label] not in (None, base):
-            reasons[label] = "different base"
-        elif runs.loc[label, "excluded"] in (Exclusion.UNTRAINED, Exclusion.EARLIER):
-            reasons[label] = str(runs.loc[label, "excluded"])
+    candidates = list(
+        dict.fromkeys(members or [a for a in study.runs["adapter"] if a not in study.reference])
+    )
+    unfit = _unfit_adapters(study, candidates)
     related = _related_pairs(study) if remove_related else {}
-    group = _independent(given, reasons, related)
-    if len(group.members) < FEWEST_MEMBERS:
+    chosen, removed = _select_independent(candidates, unfit, related)
+    shared_init = False
+    if len(chosen) < FEWEST_MEMBERS:
         # Without adapters that have only parts of their factors in common there would be no group.
-        # A shared A bears on the input side alone, and shared parts of both factors are just what a
-        # common mean looks like if the factors were stacked.
-        table = study.pairs.set_index(["a", "b"])
-        labeled = table.index[table["relation"] == Relation.SAME_RUN]
-        one_update = set(table.index[table["total_cosine"].abs() >= _ONE_UPDATE]) | set(labeled)
-        by_factors = (PairClass.SHARED_INIT, PairClass.STARTED_FROM_BASE, PairClass.SAME_RUN)
-        alike = {
-            (a, b)
-            for (a, b), of_pair in related.items()
-            if of_pair in by_factors and not {(a, b), (b, a)} & one_update
-        }
-        apart = {pair: of_pair for pair, of_pair in related.items() if pair not in alike}
-        larger = _independent(given, reasons, apart)
-        if len(larger.members) > len(group.members):
-            group = larger._replace(shared_init=True)
-    group.tasks.extend(sorted(set(runs.loc[group.members, "task"].dropna())))
-    tasks = set(group.tasks)
-    for label in runs.index.difference([*given, *reasons], sort=False):
-        task = runs.loc[label, "task"]
+        by_update = _related_by_update(study, related)
+        more, still_removed = _select_independent(candidates, unfit, by_update)
+        if len(more) > len(chosen):
+            chosen, removed, shared_init = more, still_removed, True
+    task_of = study.runs.set_index("adapter")["task"]
+    tasks = sorted(set(task_of[chosen].dropna()))
+    rest = task_of.drop(list({*candidates, *unfit}))
+    others = _choose_others(rest, study.reference, set(tasks), chosen, related)
+    return GroupMembers(chosen, others, tasks, removed, shared_init)
+
+
+def _unfit_adapters(study: Study, candidates: Sequence[str]) -> dict[str, Removal]:
+    """Return the adapters that cannot be in the group: of another base, untrained, or earlier."""
+    keys = base_keys(study)
+    bases = [keys[label] for label in candidates if keys[label]]
+    most_frequent = max(bases, key=bases.count, default=None)
+    unfit: dict[str, Removal] = {}
+    for label, excluded in zip(study.runs["adapter"], study.runs["excluded"], strict=True):
+        if keys[label] not in (None, most_frequent):
+            unfit[label] = Removal("different base")
+        elif excluded in (Exclusion.UNTRAINED, Exclusion.EARLIER):
+            unfit[label] = Removal(str(excluded))
+    return unfit
+
+
+def _select_independent(
+    labels: Sequence[str],
+    unfit: Mapping[str, Removal],
+    related: Mapping[tuple[str, str], PairClass],
+) -> tuple[list[str], dict[str, Removal]]:
+    """Return the first adapters of which no two are related, and why each other is removed."""
+    chosen: list[str] = []
+    removed: dict[str, Removal] = {}
+    for label in labels:
+        relatives = [member for member in chosen if (label, member) in related]
+        if label in unfit:
+            removed[label] = unfit[label]
+        elif relatives:
+            removed[label] = Removal(str(related[label, relatives[0]]), relatives[0])
+        else:
+            chosen.append(label)
+    return chosen, removed
+
+
+def _related_by_update(
+    study: Study, related: Mapping[tuple[str, str], PairClass]
+) -> dict[tuple[str, str], PairClass]:
+    """Return the related pairs without those that have only parts of their factors in common.
+
+    A shared A bears on the input side alone, and shared parts of both factors are just what a
+    common mean looks like if the factors were stacked.
+    """
+    table = study.pairs.set_index(["a", "b"])
+    labeled = table.index[table["relation"] == Relation.SAME_RUN]
+    one_update = set(table.index[table["total_cosine"].abs() >= _ONE_UPDATE]) | set(labeled)
+    by_factors = (PairClass.SHARED_INIT, PairClass.STARTED_FROM_BASE, PairClass.SAME_RUN)
+    return {
+        (a, b): of_pair
+        for (a, b), of_pair in related.items()
+        if of_pair not in by_factors or {(a, b), (b, a)} & one_update
+    }
+
+
+def _choose_others(
+    task_of: pd.Series,
+    references: Collection[str],
+    tasks: set[str],
+    members: Sequence[str],
+    related: Mapping[tuple[str, str], PairClass],
+) -> list[str]:
+    """Return adapters of other groups: the first of each further task, related to no other one."""
+    others: list[str] = []
+    for label, task in task_of.items():
         has_task = isinstance(task, str)
         # An analyzed adapter without a task can be of this group, a reference cannot.
-        is_other = task not in tasks if has_task else label in study.reference
-        if is_other and not any((label, a) in related for a in (*group.members, *group.others)):
-            group.others.append(label)
-            tasks |= {task} if has_task else set()  # one adapter of each task
-    return group
-
-
-def _independent(
-    labels: Sequence[str], reasons: Mapping[str, str], related: Mapping[tuple[str, str], PairClass]
-) -> Group:
-    """Return the first adapters of which no two are related, and the reason for the others."""
-    group = Group([], [], [], {})
-    for label in labels:
-        copies = [other for other in group.members if (label, other) in related]
-        if label in reasons:
-            group.removed[label] = reasons[label]
-        elif copies:
-            group.removed[label] = f"{related[label, copies[0]]} with {copies[0]}"
-        else:
-            group.members.append(label)
-    return group
+        is_other = task not in tasks if has_task else label in references
+        if is_other and not any((label, a) in related for a in (*members, *others)):
+            others.append(str(label))
+            tasks |= {task} if has_task else set()
+    return others
 
 
 def _related_pairs(study: Study) -> dict[tuple[str, str], PairClass]:

@@ -43,7 +43,7 @@ _RESOLVED: Final = 1e-10
 _DRAWS: Final = 8
 
 
-class Split(NamedTuple):
+class BasisSplit(NamedTuple):
     """The members that form a basis, and those that it has to explain, by position."""
 
     size: int
@@ -87,7 +87,7 @@ def group_sizes(count: int) -> tuple[int, ...]:
     return (*(2**i for i in range(1, 20) if 2**i < largest), largest)
 
 
-def group_splits(count: int) -> list[Split]:
+def group_splits(count: int) -> list[BasisSplit]:
     """Return the splits of ``count`` members, the same in every run.
 
     At the largest size, every member is outside once: alone up to `MOST_FOLDS` members, else
@@ -99,10 +99,10 @@ def group_splits(count: int) -> list[Split]:
     for index, size in enumerate(smaller):
         for _ in range(_SUBSETS):
             order = rng.permutation(count)
-            splits.append(Split(index, order[:size], order[size:]))
+            splits.append(BasisSplit(index, order[:size], order[size:]))
     for outside in np.array_split(rng.permutation(count), min(count, MOST_FOLDS)):
         basis = np.setdiff1d(rng.permutation(count), outside, assume_unique=True)
-        splits.append(Split(len(smaller), basis[:largest], outside))
+        splits.append(BasisSplit(len(smaller), basis[:largest], outside))
     return splits
 
 
@@ -165,7 +165,7 @@ def _leading(matrix: NDArray[np.float64], k: int) -> tuple[NDArray[np.float64], 
 
 
 def module_shares(
-    adapters: Sequence[Adapter], count: int, splits: Sequence[Split], k: int, module: str
+    adapters: Sequence[Adapter], count: int, splits: Sequence[BasisSplit], k: int, module: str
 ) -> ModuleShares | ModuleExclusion:
     """Return the shares of one module, or why it is left out.
 

@@ -6,7 +6,7 @@ Every update is read and factored once; no factors or singular vectors are kept 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,11 @@ from lora_analysis.chance.moments import Energies
 from lora_analysis.edit.interventions import noise_of_update
 from lora_analysis.effective import effective_update
 from lora_analysis.errors import BaseWeightError
-from lora_analysis.formats.sanity_checks import ModuleStatistics, module_statistics
+from lora_analysis.formats.sanity_checks import (
+    ModuleStatistics,
+    module_statistics,
+    sanity_findings,
+)
 from lora_analysis.init_evidence import EVIDENCE, ModuleInit, pair_init
 from lora_analysis.intruders import intruder_dimensions
 from lora_analysis.similarity import FINE_TUNE_DIRECTIONS
@@ -35,15 +39,19 @@ from lora_analysis.studies.pair_products import (
 )
 from lora_analysis.studies.relations import candidate_pairs
 from lora_analysis.studies.similarity_matrix import BlockedContribution, ModuleContribution
-from lora_analysis.studies.table_rows import Degeneracy, change_rows, spectrum_row
+from lora_analysis.studies.table_rows import DegeneracyLevel, change_rows, spectrum_row
 from lora_analysis.weight_changes import magnitude_direction, share_changed_in_bfloat16
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from lora_analysis.adapter import Update
+    from lora_analysis.adapter import Adapter, Update
     from lora_analysis.bases import Weight
+    from lora_analysis.finding import Finding
     from lora_analysis.studies.spec import OpenStudy
+
+    # Updates of one module and their spectra, by the position of the adapter.
+    _Updates = dict[int, tuple[Update, Spectrum]]
 
 # Up to this length of its shorter side, the singular values of W and random draws are cheap;
 # beyond it they are left out (the root mean square of random directions is exact without).
@@ -67,7 +75,7 @@ class PairGroup:
     ranks
         Stored ranks of the updates, ``(N,)``.
     degeneracy
-        `Degeneracy` of the first direction of each update, ``(N,)``.
+        `DegeneracyLevel` of the first direction of each update, ``(N,)``.
     energies
         Energies of the directions of each update, ``(N,)``.
     """
@@ -104,6 +112,60 @@ class ModuleResult:
     unmatched: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ModuleResults:
+    """The results for all modules, of the adapters in which every module could be read.
+
+    Attributes
+    ----------
+    modules
+        The results for one module each, of all adapters.
+    failed
+        Adapters in which a module could not be read, with the reason.
+    """
+
+    modules: Sequence[ModuleResult]
+    failed: Mapping[str, str]
+
+    @classmethod
+    def of(cls, modules: Sequence[ModuleResult]) -> ModuleResults:
+        """Return the results of all modules together."""
+        return cls(modules, {label: why for m in modules for label, why in m.failed.items()})
+
+    def spectrum_rows(self) -> list[dict[str, Any]]:
+        """Return the rows of the table of spectra."""
+        return self._readable(row for module in self.modules for row in module.spectra)
+
+    def change_rows(self) -> list[dict[str, Any]]:
+        """Return the rows of the table of weight changes."""
+        return self._readable(row for module in self.modules for row in module.changes)
+
+    def _readable(self, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [row for row in rows if row["adapter"] not in self.failed]
+
+    def amplified(self) -> dict[tuple[str, str], Amplification]:
+        """Return the amplifications by adapter and module."""
+        by_key = (item for module in self.modules for item in module.amplified.items())
+        return {key: value for key, value in by_key if key[0] not in self.failed}
+
+    def unmatched(self) -> dict[str, str]:
+        """Return the modules without a weight in the base, with the reason."""
+        return {result.module: result.unmatched for result in self.modules if result.unmatched}
+
+    def warnings(self, adapters: Mapping[str, Adapter]) -> dict[str, tuple[Finding, ...]]:
+        """Return the findings on implausible values, of the adapters that have any."""
+        statistics: dict[str, list[ModuleStatistics]] = {}
+        for result in self.modules:
+            for label, of_module in result.statistics.items():
+                if label in adapters:
+                    statistics.setdefault(label, []).append(of_module)
+        warnings = {
+            label: sanity_findings(modules, adapters[label].provenance.findings)
+            for label, modules in statistics.items()
+        }
+        return {label: findings for label, findings in warnings.items() if findings}
+
+
 def analyze_module(study: OpenStudy, module: str, *, blocks: bool = True) -> ModuleResult:
     """Read, factor and compare one module of all adapters.
 
@@ -117,7 +179,6 @@ def analyze_module(study: OpenStudy, module: str, *, blocks: bool = True) -> Mod
         Whether many adapters may be compared in blocks in the calling process, later.
     """
     result = ModuleResult(module)
-    block_of = {i: number for number, block in enumerate(study.pairs.blocks) for i in block}
     by_position: dict[int, tuple[Update, Spectrum]] = {}
     for members, updates in updates_by_shape(study.adapters, module, result.failed):
         large = blocks and BlockedContribution.fits(updates)
@@ -126,36 +187,10 @@ def analyze_module(study: OpenStudy, module: str, *, blocks: bool = True) -> Mod
             vectors=large or study.base is not None,
             all_dense_vectors=study.spec.weight_spectra,
         )
-        spectra = products.spectra
-        by_position |= dict(zip(members, zip(updates, spectra, strict=True), strict=True))
+        by_position |= dict(zip(members, zip(updates, products.spectra, strict=True), strict=True))
         pairs = None if large else module_pairs(products, updates)
-        if pairs is None:
-            factors = [update for update in updates if isinstance(update, LowRankUpdate)]
-            positions = np.array(members, dtype=np.intp)
-            result.similarity_matrix.append(BlockedContribution(positions, spectra, factors))
-        else:
-            result.similarity_matrix.append(ModuleContribution.of(members, pairs))
-        rows_of_blocks: dict[int, list[int]] = {}
-        for row, member in enumerate(members):
-            if member in block_of:
-                rows_of_blocks.setdefault(block_of[member], []).append(row)
-        for rows in rows_of_blocks.values():
-            of_block = [updates[row] for row in rows]
-            is_whole = len(rows) == len(members)
-            chosen = products if is_whole else products.selected(rows)
-            if pairs is None:
-                some = module_pairs(chosen, of_block)
-            else:
-                some = pairs if is_whole else _selected(pairs, rows)
-            result.groups.append(
-                _pair_group(
-                    some,
-                    chosen,
-                    of_block,
-                    positions=[members[row] for row in rows],
-                    count=len(study.adapters),
-                )
-            )
+        result.similarity_matrix.append(_contribution(members, updates, products, pairs))
+        result.groups += _pair_groups(study, members, updates, products, pairs)
     in_order = dict(sorted(by_position.items()))
     for update, values in in_order.values():
         result.statistics[values.label] = module_statistics(update, norm=values.norm)
@@ -163,6 +198,44 @@ def analyze_module(study: OpenStudy, module: str, *, blocks: bool = True) -> Mod
     if study.base is not None:
         _compare_with_base(study, result, in_order)
     return result
+
+
+def _contribution(
+    members: Sequence[int],
+    updates: Sequence[Update],
+    products: ModuleProducts,
+    pairs: ModulePairs | None,
+) -> ModuleContribution | BlockedContribution:
+    """Return what updates of one shape add to the similarity matrix: by blocks without pairs."""
+    if pairs is not None:
+        return ModuleContribution.of(members, pairs)
+    factors = [update for update in updates if isinstance(update, LowRankUpdate)]
+    return BlockedContribution(np.array(members, dtype=np.intp), products.spectra, factors)
+
+
+def _pair_groups(
+    study: OpenStudy,
+    members: Sequence[int],
+    updates: Sequence[Update],
+    products: ModuleProducts,
+    pairs: ModulePairs | None,
+) -> Iterator[PairGroup]:
+    """Yield the pairs of updates of one shape, one block of compared adapters at a time."""
+    block_of = {i: number for number, block in enumerate(study.pairs.blocks) for i in block}
+    rows_of_blocks: dict[int, list[int]] = {}
+    for row, member in enumerate(members):
+        if member in block_of:
+            rows_of_blocks.setdefault(block_of[member], []).append(row)
+    for rows in rows_of_blocks.values():
+        of_block = [updates[row] for row in rows]
+        is_whole = len(rows) == len(members)
+        chosen = products if is_whole else products.selected(rows)
+        if pairs is None:
+            some = module_pairs(chosen, of_block)
+        else:
+            some = pairs if is_whole else _select_pairs(pairs, rows)
+        positions = [members[row] for row in rows]
+        yield _pair_group(some, chosen, of_block, positions=positions, count=len(study.adapters))
 
 
 def _pair_group(
@@ -173,18 +246,14 @@ def _pair_group(
     positions: Sequence[int],
     count: int,
 ) -> PairGroup:
+    """Return the pairs of the adapters at some ``positions`` among ``count`` adapters."""
     spectra = products.spectra
     index = np.full(count, -1)
     index[list(positions)] = np.arange(len(positions))
     # Singular values up to the numerical ranks, (N, r), filled with zeros.
     stacked = np.zeros((len(spectra), max(*(s.numerical_rank for s in spectra), 1)))
-    degeneracy = np.full(len(spectra), Degeneracy.NONE, dtype=object)
     for i, s in enumerate(spectra):
         stacked[i, : s.numerical_rank] = s.S[: s.numerical_rank]
-        if not s.untrained and s.degenerate[0]:
-            degeneracy[i] = Degeneracy.FULL
-        elif not s.untrained and s.nearly_degenerate[0]:
-            degeneracy[i] = Degeneracy.NEARLY
     return PairGroup(
         index=index,
         pairs=pairs,
@@ -193,12 +262,21 @@ def _pair_group(
             pair_angles(products, SIDES[1], updates),
         ),
         ranks=np.array([update.rank for update in updates]),
-        degeneracy=degeneracy,
+        degeneracy=np.array([_first_degeneracy(s) for s in spectra], dtype=object),
         energies=Energies.of_spectrum(stacked),
     )
 
 
-def _selected(pairs: ModulePairs, rows: Sequence[int]) -> ModulePairs:
+def _first_degeneracy(values: Spectrum) -> DegeneracyLevel:
+    """Return how well the first direction of an update is defined."""
+    if values.untrained:
+        return DegeneracyLevel.NONE
+    if values.degenerate[0]:
+        return DegeneracyLevel.FULL
+    return DegeneracyLevel.NEARLY if values.nearly_degenerate[0] else DegeneracyLevel.NONE
+
+
+def _select_pairs(pairs: ModulePairs, rows: Sequence[int]) -> ModulePairs:
     """Return the pairs of some of the updates."""
     plane = np.ix_(rows, rows)
 
@@ -224,22 +302,9 @@ def _selected(pairs: ModulePairs, rows: Sequence[int]) -> ModulePairs:
     )
 
 
-def _compare_with_base(
-    study: OpenStudy, result: ModuleResult, updates: Mapping[int, tuple[Update, Spectrum]]
-) -> None:
+def _compare_with_base(study: OpenStudy, result: ModuleResult, updates: _Updates) -> None:
     """Add amplifications and changes of W, one weight of the base and one shape at a time."""
-    groups: dict[tuple[str, tuple[int, int]], dict[int, tuple[Update, Spectrum]]] = {}
-    for position, (update, values) in updates.items():
-        if not values.untrained:
-            name = update.base_name if isinstance(update, LowRankUpdate) else ""
-            group = groups.setdefault((name or result.module, values.shape), {})
-            group[position] = update, values
-    candidates = candidate_pairs(study.pairs)
-    for (name, shape), members in groups.items():
-        # A full fine-tune is compared in as many directions as the highest rank of LoRA has: all
-        # of its directions span the whole space.
-        ranks = [s.numerical_rank for _, s in members.values() if not s.is_dense]
-        k = max(ranks, default=FINE_TUNE_DIRECTIONS)
+    for (name, shape), members in _trained_by_weight(result.module, updates).items():
         measured = [
             position
             for position, (_, values) in members.items()
@@ -254,35 +319,69 @@ def _compare_with_base(
         except BaseWeightError as error:
             result.unmatched = str(error)
             continue
-        pairs = [(a, b) for a, b in candidates if a in members and b in members]
-        crossed = {position for pair in pairs for position in pair}
-        order = [*measured, *sorted(crossed - set(measured))]
-        whole = [members[position][1] for position in order]
-        spectra = [values.leading(k) if values.is_dense else values for values in whole]
-        small = min(weight.shape) <= SMALL_WEIGHT
-        most = max(values.numerical_rank for values in spectra[: len(measured)])
-        amplified = amplifications(
-            spectra[: len(measured)],
-            weight,
-            draws=study.spec.draws if small else 0,
-            # Different draws for every module, the same in every run.
-            seed=zlib.crc32(result.module.encode()),
-            weight_values=linalg.leading_singular_values(weight.array(), most) if small else None,
-            weight_directions=False,
-            partners=spectra[len(measured) :],
-            unrelated=[(order.index(a), order.index(b)) for a, b in pairs],
-            through_weight=_THROUGH_SMALL if small else _THROUGH_LARGE,
-        )
-        amplified = [
-            # ‖ΔW‖ is that of all directions, not of those that are compared.
-            replace(values, relative_norm=complete.norm / values.weight_norm)
-            if complete.is_dense and values.weight_norm
-            else values
-            for values, complete in zip(amplified, whole, strict=False)
-        ]
-        result.amplified |= {(values.label, result.module): values for values in amplified}
+        # A full fine-tune is compared in as many directions as the highest rank of LoRA has: all
+        # of its directions span the whole space.
+        ranks = [s.numerical_rank for _, s in members.values() if not s.is_dense]
+        k = max(ranks, default=FINE_TUNE_DIRECTIONS)
+        result.amplified |= {
+            (values.label, result.module): values
+            for values in _amplifications(
+                study, result.module, weight, members, measured=measured, k=k
+            )
+        }
         if study.spec.weight_spectra:
             result.changes += _weight_changes([members[i] for i in measured], weight, k)
+
+
+def _trained_by_weight(
+    module: str, updates: _Updates
+) -> dict[tuple[str, tuple[int, int]], _Updates]:
+    """Return the trained updates of each weight of the base, by its name and their shape."""
+    by_weight: dict[tuple[str, tuple[int, int]], _Updates] = {}
+    for position, (update, values) in updates.items():
+        if not values.untrained:
+            name = update.base_name if isinstance(update, LowRankUpdate) else ""
+            of_weight = by_weight.setdefault((name or module, values.shape), {})
+            of_weight[position] = update, values
+    return by_weight
+
+
+def _amplifications(
+    study: OpenStudy,
+    module: str,
+    weight: Weight,
+    members: _Updates,
+    *,
+    measured: Sequence[int],
+    k: int,
+) -> list[Amplification]:
+    """Return the amplifications of one weight by the measured ones of its updates."""
+    pairs = [(a, b) for a, b in candidate_pairs(study.pairs) if a in members and b in members]
+    partners = {position for pair in pairs for position in pair} - set(measured)
+    order = [*measured, *sorted(partners)]
+    complete = [members[position][1] for position in order]
+    spectra = [values.leading(k) if values.is_dense else values for values in complete]
+    small = min(weight.shape) <= SMALL_WEIGHT
+    most = max(values.numerical_rank for values in spectra[: len(measured)])
+    results = amplifications(
+        spectra[: len(measured)],
+        weight,
+        draws=study.spec.draws if small else 0,
+        # Different draws for every module, the same in every run.
+        seed=zlib.crc32(module.encode()),
+        weight_values=linalg.leading_singular_values(weight.array(), most) if small else None,
+        weight_directions=False,
+        partners=spectra[len(measured) :],
+        unrelated=[(order.index(a), order.index(b)) for a, b in pairs],
+        through_weight=_THROUGH_SMALL if small else _THROUGH_LARGE,
+    )
+    return [
+        # ‖ΔW‖ is that of all directions, not of those that are compared.
+        replace(result, relative_norm=values.norm / result.weight_norm)
+        if values.is_dense and result.weight_norm
+        else result
+        for result, values in zip(results, complete[: len(measured)], strict=True)
+    ]
 
 
 def _weight_changes(

@@ -276,17 +276,6 @@ def module_pairs(
         side: _pair_values(values, directions, participation, dimension, untrained)
         for side, values, dimension in zip(SIDES, sums[:2], (d_in, d_out), strict=True)
     }
-    init = None
-    if updates is not None:  # NaN for dense updates
-        factors = [(i, u) for i, u in enumerate(updates) if isinstance(u, LowRankUpdate)]
-        arrays = {name: np.full(untrained.shape, np.nan) for name in EVIDENCE}
-        init = InitEvidence(**arrays, shared=np.zeros(untrained.shape, dtype=bool), factor="A")
-        if factors:
-            evidence = init_evidence([update for _, update in factors], products=products.factors)
-            members = [i for i, _ in factors]
-            for name in (*EVIDENCE, "shared"):
-                getattr(init, name)[np.ix_(members, members)] = getattr(evidence, name)
-            init = replace(init, factor=evidence.factor)
     return ModulePairs(
         module=spectra[0].name,
         sides=sides,
@@ -294,8 +283,25 @@ def module_pairs(
         ranks=ranks,
         norms=np.array([s.norm for s in spectra]),
         directions=directions,
-        init=init,
+        init=None if updates is None else _init_evidence(updates, products.factors),
     )
+
+
+def _init_evidence(
+    updates: Sequence[Update], products: Mapping[Literal["A", "B"], NDArray[np.float64]] | None
+) -> InitEvidence:
+    """Return the evidence of a shared initialization of every pair, NaN for dense updates."""
+    shape = len(updates), len(updates)
+    arrays = {name: np.full(shape, np.nan) for name in EVIDENCE}
+    every = InitEvidence(**arrays, shared=np.zeros(shape, dtype=bool), factor="A")
+    low_rank = [(i, u) for i, u in enumerate(updates) if isinstance(u, LowRankUpdate)]
+    if not low_rank:
+        return every
+    evidence = init_evidence([update for _, update in low_rank], products=products)
+    members = [i for i, _ in low_rank]
+    for name in (*EVIDENCE, "shared"):
+        getattr(every, name)[np.ix_(members, members)] = getattr(evidence, name)
+    return replace(every, factor=evidence.factor)
 
 
 def _similarity_sums(
@@ -390,12 +396,12 @@ def _reduced_products(
             grams = [basis[block.rows] @ basis[block.columns].T for basis in bases]
         else:  # copies, since they are reduced in place
             grams = [directions[side][block.rows, block.columns].copy() for side in SIDES]
-        sums[6][pairs] = block.summed(block.weighted(grams[0] * grams[1], signed))
+        sums[6][pairs] = block.sum_by_pair(block.weight_directions(grams[0] * grams[1], signed))
         for s, gram in enumerate(grams):
             np.square(gram, out=gram)
             sums[3 * s][pairs] = gram[np.ix_(block.row_starts, block.column_starts)]
-            sums[3 * s + 1][pairs] = block.summed(gram)
-            sums[3 * s + 2][pairs] = block.summed(block.weighted(gram, energy))
+            sums[3 * s + 1][pairs] = block.sum_by_pair(gram)
+            sums[3 * s + 2][pairs] = block.sum_by_pair(block.weight_directions(gram, energy))
     lower = np.tril_indices(count, -1)
     for plane in sums:
         plane[lower] = plane.T[lower]
@@ -444,10 +450,10 @@ def pair_blocks(
     init_rows = InitRows(updates)
     for block in _blocks(ranks):
         grams = [basis[block.rows] @ basis[block.columns].T for basis in bases]
-        cosine = block.summed(block.weighted(grams[0] * grams[1], signed))
+        cosine = block.sum_by_pair(block.weight_directions(grams[0] * grams[1], signed))
         excess: dict[Side, NDArray[np.float64]] = {}
         for side, gram, dimension in zip(SIDES, grams, (d_in, d_out), strict=True):
-            omega = block.summed(block.weighted(np.square(gram, out=gram), energy))
+            omega = block.sum_by_pair(block.weight_directions(np.square(gram, out=gram), energy))
             pairs = np.outer(participation[block.members], participation[block.following])
             baseline = np.minimum(np.sqrt(pairs) / dimension, 1.0)
             excess[side] = chance.excess(np.minimum(omega, 1.0), baseline)
@@ -471,7 +477,7 @@ class _Block(NamedTuple):
     row_starts: NDArray[np.intp]
     column_starts: NDArray[np.intp]
 
-    def weighted(
+    def weight_directions(
         self, matrix: NDArray[np.float64], weights: NDArray[np.float64]
     ) -> NDArray[np.float64]:
         """Multiply by the weights of both directions, in place."""
@@ -479,7 +485,7 @@ class _Block(NamedTuple):
         matrix *= weights[self.columns]
         return matrix
 
-    def summed(self, matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    def sum_by_pair(self, matrix: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the sum over the directions of each pair, ``(members, following)``."""
         by_column = np.add.reduceat(matrix, self.column_starts, axis=1)
         return np.add.reduceat(by_column, self.row_starts, axis=0)
@@ -568,44 +574,67 @@ def pair_angles(
     if not isinstance(products, ModuleProducts):
         products = ModuleProducts(products, None)
     spectra = products.spectra
-    ranks = np.array([s.numerical_rank for s in spectra])
-    dimension = spectra[0].shape[1 if side == "input" else 0]
-    smallest, largest, weaker, leading = np.full((4, len(spectra), len(spectra)), np.nan)
-    trained = np.flatnonzero(ranks)
-    smallest[trained, trained] = largest[trained, trained] = 0.0
-    dense = np.array([s.is_dense for s in spectra])
-    of_rank = np.where(dense, 0, ranks)
+    angles = PairAngles(*np.full((4, len(spectra), len(spectra)), np.nan))
+    trained = np.flatnonzero([s.numerical_rank for s in spectra])
+    angles.smallest[trained, trained] = angles.largest[trained, trained] = 0.0
+    _set_angles_of_dense(angles, spectra, side)
+    _set_angles_of_low_rank(angles, products, side)
+    _refine_small_angles(angles, spectra, side, updates)
+    return angles
+
+
+def _set_angles_of_dense(angles: PairAngles, spectra: Sequence[Spectrum], side: Side) -> None:
+    """Set the angles of pairs with a dense update, one pair at a time."""
     directions = directions_of_pairs(spectra)
     for a, b in _pairs_of_dense(spectra):
-        if a != b:
-            bases = [spectra[i].vectors(side)[:, : directions[i, j]] for i, j in ((a, b), (b, a))]
-            theta = linalg.principal_angles(*bases)
-            smallest[a, b] = smallest[b, a] = theta[0]
-            largest[a, b] = largest[b, a] = theta[-1]
-            n = min(basis.shape[1] for basis in bases)
-            phi = np.square(bases[0][:, :n].T @ bases[1][:, :n]).sum() / n
-            leading[a, b] = leading[b, a] = phi
-    for two_ranks in combinations_with_replacement(np.unique(of_rank[of_rank > 0]).tolist(), 2):
-        members = [np.flatnonzero(of_rank == rank) for rank in two_ranks]
+        if a == b:
+            continue
+        left = spectra[a].vectors(side)[:, : directions[a, b]]
+        right = spectra[b].vectors(side)[:, : directions[b, a]]
+        theta = linalg.principal_angles(left, right)
+        angles.smallest[a, b] = angles.smallest[b, a] = theta[0]
+        angles.largest[a, b] = angles.largest[b, a] = theta[-1]
+        n = min(left.shape[1], right.shape[1])
+        phi = np.square(left[:, :n].T @ right[:, :n]).sum() / n
+        angles.phi_n_n[a, b] = angles.phi_n_n[b, a] = phi
+
+
+def _set_angles_of_low_rank(angles: PairAngles, products: ModuleProducts, side: Side) -> None:
+    """Set the angles of pairs of low-rank updates, all pairs of two ranks at once."""
+    spectra = products.spectra
+    dimension = spectra[0].shape[1 if side == "input" else 0]
+    low_ranks = np.array([0 if s.is_dense else s.numerical_rank for s in spectra])
+    sizes = np.unique(low_ranks[low_ranks > 0]).tolist()
+    for two_ranks in combinations_with_replacement(sizes, 2):
+        members = [np.flatnonzero(low_ranks == rank) for rank in two_ranks]
         left, right, cosines, phi = _pair_cosines(products, members, two_ranks, side)
-        leading[left, right] = leading[right, left] = phi
-        for angles, end in ((smallest, 0), (largest, -1)):
-            angles[left, right] = angles[right, left] = np.arccos(np.minimum(cosines[:, end], 1.0))
+        angles.phi_n_n[left, right] = angles.phi_n_n[right, left] = phi
+        for values, end in ((angles.smallest, 0), (angles.largest, -1)):
+            theta = np.arccos(np.minimum(cosines[:, end], 1.0))
+            values[left, right] = values[right, left] = theta
         excess = weaker_half_excess(cosines, two_ranks, dimension)
-        weaker[left, right] = weaker[right, left] = excess
-    # A cosine near 1 has lost the digits of the angle: these few are computed from the sines.
-    nearly = np.triu(smallest < 0.1, 1) & ~np.logical_or.outer(dense, dense)
-    near = [(int(a), int(b)) for a, b in zip(*np.nonzero(nearly), strict=True)]
+        angles.weaker_half[left, right] = angles.weaker_half[right, left] = excess
+
+
+def _refine_small_angles(
+    angles: PairAngles,
+    spectra: Sequence[Spectrum],
+    side: Side,
+    updates: Sequence[Update] | None,
+) -> None:
+    """Compute small angles again from the sines: a cosine near 1 has lost their digits."""
+    dense = np.array([s.is_dense for s in spectra])
+    is_small = np.triu(angles.smallest < 0.1, 1) & ~np.logical_or.outer(dense, dense)
+    pairs = [(int(a), int(b)) for a, b in zip(*np.nonzero(is_small), strict=True)]
     vectors = {}
-    for i in {*sum(near, ())}:
+    for i in {*sum(pairs, ())}:
         has_vectors = spectra[i].U is not None or not updates
         of_update = spectra[i] if has_vectors else spectrum(updates[i])  # type: ignore[index]
         vectors[i] = of_update.vectors(side)
-    for a, b in near:
+    for a, b in pairs:
         exact = linalg.principal_angles(vectors[a], vectors[b])
-        smallest[a, b] = smallest[b, a] = exact[0]
-        largest[a, b] = largest[b, a] = exact[-1]
-    return PairAngles(smallest, largest, weaker, leading)
+        angles.smallest[a, b] = angles.smallest[b, a] = exact[0]
+        angles.largest[a, b] = angles.largest[b, a] = exact[-1]
 
 
 def _pair_cosines(

@@ -27,7 +27,7 @@ from lora_analysis.studies.pair_classes import (
     one_sample_exclusions,
 )
 from lora_analysis.studies.relations import ACROSS_BASES, earlier_checkpoints
-from lora_analysis.studies.table_rows import PAIR_COLUMNS, SIMILARITY_COLUMNS, Degeneracy
+from lora_analysis.studies.table_rows import PAIR_COLUMNS, SIMILARITY_COLUMNS, DegeneracyLevel
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -82,10 +82,10 @@ def pair_tables(
     starts = np.searchsorted(
         similarities["pair"].to_numpy(dtype=np.intp), [*chosen, len(readable) ** 2]
     )
-    summaries, inits = _summaries(study, results, chosen, similarities, starts)
+    summaries, inits = _summarize_pairs(study, results, chosen, similarities, starts)
     bases = pair_bases(study, chosen)
     evidence = [
-        _evidence(study, pair, summary, init)
+        _pair_evidence(study, pair, summary, init)
         for pair, summary, init in zip(chosen.tolist(), summaries, inits, strict=True)
     ]
     classes = [ClassifiedPair(PairClass.UNKNOWN)] * len(chosen)
@@ -93,7 +93,7 @@ def pair_tables(
         of_base = classify_pairs([evidence[position] for position in positions])
         for position, classified in zip(positions, of_base, strict=True):
             classes[position] = classified
-    exclusions = _exclusions(study, results, chosen, classes)
+    exclusions = _exclude_adapters(study, results, chosen, classes)
     populations = {
         side: [
             ""
@@ -143,13 +143,13 @@ def _add_pair_columns(
     ``owner`` is the position of the pair of each row.
     """
 
-    def repeated(values: Sequence[object]) -> NDArray[np.object_]:
+    def repeat_per_row(values: Sequence[object]) -> NDArray[np.object_]:
         column = np.empty(len(values), dtype=object)
         column[:] = values
         return column[owner]
 
     modules = [frozenset(init.modules) for init in inits]
-    similarities["initialization"] = repeated([init.kind for init in inits])
+    similarities["initialization"] = repeat_per_row([init.kind for init in inits])
     # Without rows the column would hold objects, and a selection by it would choose columns.
     similarities["shared_init"] = np.array(
         [
@@ -158,11 +158,11 @@ def _add_pair_columns(
         ],
         dtype=bool,
     )
-    similarities["pair_class"] = repeated([classified.pair_class for classified in classes])
+    similarities["pair_class"] = repeat_per_row([classified.pair_class for classified in classes])
     similarities["population"] = np.where(
         similarities["side"] == "input",
-        repeated(populations["input"]),
-        repeated(populations["output"]),
+        repeat_per_row(populations["input"]),
+        repeat_per_row(populations["output"]),
     )
 
 
@@ -269,8 +269,8 @@ def _group_columns(
     energies = np.column_stack([*group.energies.sums, group.energies.largest])  # (N, 4)
     a = group.degeneracy[i]
     b = group.degeneracy[j]
-    worst = np.full(len(a), Degeneracy.NONE, dtype=object)
-    for level in (Degeneracy.NEARLY, Degeneracy.FULL):
+    worst = np.full(len(a), DegeneracyLevel.NONE, dtype=object)
+    for level in (DegeneracyLevel.NEARLY, DegeneracyLevel.FULL):
         worst[(a == level) | (b == level)] = level
     common: Columns = {
         "energies_a": energies[i],
@@ -315,7 +315,7 @@ class _Common(NamedTuple):
     j: int
 
 
-def _summaries(
+def _summarize_pairs(
     study: OpenStudy,
     results: Sequence[ModuleResult],
     chosen: NDArray[np.intp],
@@ -345,21 +345,21 @@ def _summaries(
         rows = similarities.iloc[starts[position] : starts[position + 1]]
         # Subspaces of ranks close to the dimension overlap by chance.
         narrow = rows[(rows["side"] == "input") & (rows["chance_r_r"] <= 0.35)]
-        same_task = _agree(study, pair, "task")
+        same_task = _states_same(study, pair, "task")
         differ = None if same_task is None else not same_task
         shared = classify_init(evidence, narrow["phi_r_r"].to_numpy()).for_tasks(differ=differ)
         inits.append(shared)
-        summaries.append(_summary(study, groups, common, pair, shared))
+        summaries.append(_summarize_pair(study, groups, common, pair, shared))
     return summaries, inits
 
 
-def _agree(study: OpenStudy, pair: int, field: str) -> bool | None:
+def _states_same(study: OpenStudy, pair: int, field: str) -> bool | None:
     """Return True if both adapters of a pair state the same; None if one states nothing."""
     a, b = (getattr(study.adapters[i].provenance, field) for i in study.pairs.pairs[pair])
     return None if a is None or b is None else a == b
 
 
-def _summary(
+def _summarize_pair(
     study: OpenStudy,
     groups: Mapping[int, Sequence[PairGroup]],
     common: Sequence[_Common],
@@ -405,7 +405,7 @@ def _summary(
     }
 
 
-def _evidence(
+def _pair_evidence(
     study: OpenStudy, pair: int, summary: Mapping[str, Any], init: SharedInit
 ) -> PairEvidence:
     """Return the evidence that decides the class of a pair."""
@@ -413,8 +413,8 @@ def _evidence(
     parents = [None if path is None else PurePath(path).parent for path in locations]
     return PairEvidence(
         relation=study.pairs.relations[pair],
-        same_task=_agree(study, pair, "task"),
-        same_seed=_agree(study, pair, "seed"),
+        same_task=_states_same(study, pair, "task"),
+        same_seed=_states_same(study, pair, "seed"),
         reference=bool((study.pairs.pairs[pair] >= study.analyzed).any()),
         one_study=None in parents or parents[0] == parents[1],
         copied=summary["copied"],
@@ -443,7 +443,7 @@ def pair_bases(study: OpenStudy, chosen: NDArray[np.intp]) -> dict[str, list[int
     return bases
 
 
-def _exclusions(
+def _exclude_adapters(
     study: OpenStudy,
     results: Sequence[ModuleResult],
     chosen: NDArray[np.intp],

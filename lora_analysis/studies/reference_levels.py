@@ -292,11 +292,11 @@ def _level(fields: Mapping[str, Any]) -> ReferenceLevel:
     """Return a level from its JSON object, every field checked."""
     low, high = fields["ranks"]
     counts = [fields[name] for name in ("pairs", "adapters", "tasks")]
-    quantiles = tuple(_finite(value) for value in fields["values"])
+    quantiles = tuple(_finite_number(value) for value in fields["values"])
     ranges = {}
     for name, (least, most) in fields["ranges"].items():
         if name in _RANGES:
-            ranges[name] = (_finite(least), _finite(most))
+            ranges[name] = (_finite_number(least), _finite_number(most))
     is_valid = (
         all(type(count) is int and count > 0 for count in (low, high, *counts))
         and all(isinstance(fields[name], str) for name in ("base", "module_type"))
@@ -321,7 +321,7 @@ def _level(fields: Mapping[str, Any]) -> ReferenceLevel:
     )
 
 
-def _finite(value: object) -> float:
+def _finite_number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         message = f"{value!r} is not a finite number"
         raise ValueError(message)

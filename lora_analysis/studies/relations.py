@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_analysis.adapter import Adapter
-from lora_analysis.studies.base_identity import base_key, same_key
+from lora_analysis.studies.base_identity import base_key, is_same_key
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,8 +75,8 @@ def relation(a: Adapter, b: Adapter) -> Relation:
     """Return how two adapters are related by base, task, rank, seed and step."""
     first, second = a.provenance, b.provenance
     bases = base_key(first.base_model), base_key(second.base_model)
-    if None not in bases and not same_key(*bases):
-        is_other = same_key(*bases) is False
+    if None not in bases and not is_same_key(*bases):
+        is_other = is_same_key(*bases) is False
         return Relation.OTHER_BASE if is_other else Relation.BASE_NOT_KNOWN_SAME
     if first.step != second.step and run_key(a) is not None and run_key(a) == run_key(b):
         return Relation.SAME_RUN
@@ -170,7 +170,7 @@ def choose_blocks(adapters: Sequence[Adapter], max_pairs: int) -> list[list[int]
     by_rank = zip_longest(*(ranks.values() for ranks in tasks.values()), fillvalue=[])
     turns = []
     for shift, members in enumerate(filter(None, chain.from_iterable(by_rank))):
-        units = _in_twos(members)
+        units = _pair_up(members)
         turns.append(units[shift % len(units) :] + units[: shift % len(units)])
     in_turn = list(filter(None, chain.from_iterable(zip_longest(*turns))))
     singles = [index for unit in in_turn if len(unit) == 1 for index in unit]
@@ -178,20 +178,20 @@ def choose_blocks(adapters: Sequence[Adapter], max_pairs: int) -> list[list[int]
     if len(singles) == 1:
         units[-1].extend(singles)
     elif singles:
-        units += _in_twos(singles)
+        units += _pair_up(singles)
     largest = min(isqrt(2 * max_pairs) // 2 + 1, len(units))
     smallest = max(isqrt(max_pairs // 2) // 2, 1)  # a quarter of the pairs
     # Two units have replicates and unrelated adapters; one is better than none.
     for least, first in product((2, 1), range(largest, smallest - 1, -1)):
         most = max((len(units) - first) // least, 1)
-        if _count_pairs(_split(units, first, most)) <= max_pairs:
+        if _count_pairs(_split_blocks(units, first, most)) <= max_pairs:
             # n adapters in B blocks of one size have n(n/B − 1)/2 pairs: a bound for the search.
             n = sum(map(len, units[first:]))
             budget = max_pairs - comb(sum(map(len, units[:first])), 2)
             blocks = next(
                 blocks
                 for count in range(max(n**2 // (2 * budget + n), 1), most + 1)
-                if _count_pairs(blocks := _split(units, first, count)) <= max_pairs
+                if _count_pairs(blocks := _split_blocks(units, first, count)) <= max_pairs
             )
             return sorted(map(sorted, blocks), key=len, reverse=True)
     core = sorted(index for unit in units[:smallest] for index in unit[:2])
@@ -199,7 +199,7 @@ def choose_blocks(adapters: Sequence[Adapter], max_pairs: int) -> list[list[int]
     return [core, *(sorted(unit[:2]) for unit in units[smallest:end])]
 
 
-def _split(units: Sequence[Sequence[int]], first: int, count: int) -> list[list[int]]:
+def _split_blocks(units: Sequence[Sequence[int]], first: int, count: int) -> list[list[int]]:
     """Return the first units as one block, and the others in ``count`` blocks of about one size."""
     rest = len(units) - first
     ends = [0, *(first + rest * i // count for i in range(count + 1))]
@@ -210,7 +210,7 @@ def _count_pairs(blocks: Sequence[Sequence[int]]) -> int:
     return sum(comb(len(block), 2) for block in blocks)
 
 
-def _in_twos(members: Sequence[int]) -> list[list[int]]:
+def _pair_up(members: Sequence[int]) -> list[list[int]]:
     """Return members two by two, the last three together if their number is odd."""
     starts = range(0, max(len(members) - 1, 1), 2)
     units = [list(members[start : start + 2]) for start in starts]
@@ -231,7 +231,7 @@ def candidate_pairs(pairs: ChosenPairs) -> set[tuple[int, int]]:
     }
 
 
-def only_unrelated(
+def keep_unrelated(
     amplified: Mapping[tuple[str, str], Amplification], pairs: pd.DataFrame
 ) -> dict[tuple[str, str], Amplification]:
     """Return the amplifications with the crossed values of unrelated pairs only."""

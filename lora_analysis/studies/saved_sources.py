@@ -104,7 +104,7 @@ class SavedAdapter:
         """
         stored_name = self._provenance.file_names.get(name, name)
         if stored_name not in self.opened:
-            raise self._changed(stored_name, "exists", now=False, saved=True)
+            raise self._changed_error(stored_name, "exists", now=False, saved=True)
         update = (
             self.opened[name]
             if name == stored_name
@@ -114,11 +114,11 @@ class SavedAdapter:
             scale = update.scale if isinstance(update, LowRankUpdate) else 1.0
             values = _Expected(update.rank, scale, spectrum(update).norm)
             for field, now, saved in zip(_Expected._fields, values, expected, strict=True):
-                if not _agree(now, saved):
-                    raise self._changed(name, field, now=now, saved=saved)
+                if not _is_equal(now, saved):
+                    raise self._changed_error(name, field, now=now, saved=saved)
         return update
 
-    def _changed(self, module: str, field: str, *, now: object, saved: object) -> SourceError:
+    def _changed_error(self, module: str, field: str, *, now: object, saved: object) -> SourceError:
         message = (
             f"'{self.label}' at {self._provenance.source} is not the adapter that the saved study "
             f"analyzed: '{field}' of '{module}' is {now}, it was {saved}. {_AGAIN} restore its "
@@ -139,7 +139,7 @@ def saved_adapter(
     rows = spectra[spectra["adapter"] == label]
     columns = (rows[name] for name in ("module", "rank", "scale", "norm"))
     expected = {
-        str(module): _Expected(int(rank), _number(scale), float(norm))
+        str(module): _Expected(int(rank), _number_or_none(scale), float(norm))
         for module, rank, scale, norm in zip(*columns, strict=True)
     }
     source = SavedAdapter(label, provenance, expected, allow_pickle=allow_pickle)
@@ -147,11 +147,11 @@ def saved_adapter(
     return Adapter(updates, label=label, provenance=provenance)
 
 
-def _agree(a: float | None, b: float | None) -> bool:
+def _is_equal(a: float | None, b: float | None) -> bool:
     return a is b if a is None or b is None else math.isclose(a, b, rel_tol=1e-6)
 
 
-def _number(value: float | None) -> float | None:
+def _number_or_none(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else float(value)
 
 

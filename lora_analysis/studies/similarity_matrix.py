@@ -323,9 +323,9 @@ class SimilarityMatrixSums:
         if self._upper_only:
             for planes in (self.inner, *self.overlap.values(), *self.counts.values()):
                 for matrix in planes:
-                    _mirror(matrix)
-            _mirror(self.shared)
-            _mirror(self.compared)
+                    _mirror_triangle(matrix)
+            _mirror_triangle(self.shared)
+            _mirror_triangle(self.compared)
         for inner, square in zip(self.inner, self.squares, strict=True):
             with np.errstate(divide="ignore", invalid="ignore"):
                 for first in range(0, len(inner), _ROWS):
@@ -358,7 +358,7 @@ class SimilarityMatrixSums:
         )
 
 
-def _mirror(plane: NDArray[Any]) -> None:
+def _mirror_triangle(plane: NDArray[Any]) -> None:
     """Copy the upper triangle to the lower one, in place."""
     for first in range(0, len(plane), _ROWS):
         rows = slice(first, first + _ROWS)

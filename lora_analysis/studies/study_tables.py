@@ -15,16 +15,15 @@ from lora_analysis.blocks import locate_module
 from lora_analysis.errors import BaseWeightError, SourceError
 from lora_analysis.finding import Failure, quote_names
 from lora_analysis.formats import is_adapter_like
-from lora_analysis.formats.sanity_checks import ModuleStatistics, sanity_findings
 from lora_analysis.names import match_names, parse_prefixes
 from lora_analysis.progress import Progress
-from lora_analysis.studies.base_identity import resolve_keys, shown_bases
-from lora_analysis.studies.module_analysis import ModuleResult, analyze_module
+from lora_analysis.studies.base_identity import base_titles, resolve_keys
+from lora_analysis.studies.module_analysis import ModuleResult, ModuleResults, analyze_module
 from lora_analysis.studies.module_walk import choose_modules, walk_modules
 from lora_analysis.studies.pair_classes import Exclusion, PairClass
 from lora_analysis.studies.pair_tables import pair_tables
 from lora_analysis.studies.reference_levels import is_reference_file, read_reference
-from lora_analysis.studies.relations import earlier_checkpoints, only_unrelated
+from lora_analysis.studies.relations import earlier_checkpoints, keep_unrelated
 from lora_analysis.studies.result import Study
 from lora_analysis.studies.similarity_matrix import MOST_AT_ONCE, SimilarityMatrixSums
 from lora_analysis.studies.spec import DRAWS, MAX_PAIRS, OpenStudy, Source, StudySpec
@@ -154,7 +153,32 @@ def study(
         max_pairs=max_pairs,
     )
     opened = spec.open()
-    chosen = choose_modules(opened.adapters, modules)
+    labels = [adapter.label for adapter in opened.adapters]
+    results, sums = _walk(spec, opened, workers=workers, executor=executor, progress=progress)
+    failed = [Failure(*item) for item in results.failed.items()]
+    left_out = (*failures, *opened.unread, *failed)
+    if results.failed.keys() >= set(labels[: opened.analyzed] or labels):
+        reasons = "; ".join(f"{item.source}: {item.reason}" for item in left_out)
+        message = f"No adapter is left to analyze ({reasons or 'none was given'})."
+        raise SourceError(message)
+    readable = [i for i, name in enumerate(labels) if name not in results.failed]
+    similarity_matrix = sums.similarity_matrix(readable)
+    del sums  # as large as the similarity matrix
+    return replace(
+        _assemble(opened, results, left_out, similarity_matrix), reference_levels=tuple(levels)
+    )
+
+
+def _walk(
+    spec: StudySpec,
+    opened: OpenStudy,
+    *,
+    workers: int | None,
+    executor: Executor | None,
+    progress: Progress | None,
+) -> tuple[ModuleResults, SimilarityMatrixSums]:
+    """Analyze every module; contributions to the similarity matrix are summed as they come."""
+    chosen = choose_modules(opened.adapters, spec.modules)
     labels = [adapter.label for adapter in opened.adapters]
     if executor is None:
         analyze = _Analyze(spec, opened)
@@ -174,18 +198,7 @@ def study(
             results.append(result)
     finally:
         _OPENED.clear()
-    failed = {label: why for result in results for label, why in result.failed.items()}
-    left_out = (*failures, *opened.unread, *(Failure(*item) for item in failed.items()))
-    if failed.keys() >= set(labels[: opened.analyzed] or labels):
-        reasons = "; ".join(f"{item.source}: {item.reason}" for item in left_out)
-        message = f"No adapter is left to analyze ({reasons or 'none was given'})."
-        raise SourceError(message)
-    readable = [i for i, name in enumerate(labels) if name not in failed]
-    similarity_matrix = sums.similarity_matrix(readable)
-    del sums  # as large as the similarity matrix
-    return replace(
-        _assemble(opened, results, left_out, similarity_matrix), reference_levels=tuple(levels)
-    )
+    return ModuleResults.of(results), sums
 
 
 @dataclass(slots=True)
@@ -212,59 +225,37 @@ _OPENED: dict[str, OpenStudy] = {}
 
 def _assemble(
     opened: OpenStudy,
-    results: Sequence[ModuleResult],
+    results: ModuleResults,
     left_out: tuple[Failure, ...],
     similarity_matrix: SimilarityMatrix,
 ) -> Study:
     """Return the study of the adapters that could be read."""
-    failed = frozenset(label for result in results for label in result.failed)
-    amplified = {
-        key: value
-        for result in results
-        for key, value in result.amplified.items()
-        if key[0] not in failed
-    }
-    unmatched = {result.module: result.unmatched for result in results if result.unmatched}
-    if unmatched and not any(result.amplified for result in results):
+    unmatched = results.unmatched()
+    if unmatched and not any(result.amplified for result in results.modules):
         raise _no_weight_error(next(iter(unmatched.values())), opened.adapters[0], opened.base)
-    adapters = {a.label: a for a in opened.adapters if a.label not in failed}
-    spectra = pd.DataFrame(
-        [row for result in results for row in result.spectra if row["adapter"] not in failed]
-    )
-    tables = pair_tables(opened, results, failed)
+    adapters = {a.label: a for a in opened.adapters if a.label not in results.failed}
+    spectra = pd.DataFrame(results.spectrum_rows())
+    tables = pair_tables(opened, results.modules, frozenset(results.failed))
+    # The matrix has sums over all modules so far; which modules are usable the tables know.
     _add_statistics(similarity_matrix, tables.pairs)
-    amplified = only_unrelated(amplified, tables.pairs)
+    # Which pairs are unrelated is known only now: crossed values were computed for all candidates.
+    amplified = keep_unrelated(results.amplified(), tables.pairs)
+    amplifications = [row for value in amplified.values() for row in amplification_rows(value)]
     first_block = {opened.adapters[i].label for i in opened.pairs.blocks[0]}
-    by_label: dict[str, list[ModuleStatistics]] = {}
-    for result in results:
-        for label, statistics in result.statistics.items():
-            if label in adapters:
-                by_label.setdefault(label, []).append(statistics)
-    warnings = {
-        label: sanity_findings(modules, adapters[label].provenance.findings)
-        for label, modules in by_label.items()
-    }
+    references = [adapter.label for adapter in opened.adapters[opened.analyzed :]]
     return Study(
         adapters=adapters,
         runs=_runs_table(list(adapters.values()), spectra, tables.exclusions),
         spectra=spectra,
         pairs=tables.pairs,
         similarities=tables.similarities,
-        amplifications=pd.DataFrame(
-            [row for value in amplified.values() for row in amplification_rows(value)],
-            columns=AMPLIFICATION_COLUMNS,
-        ),
-        changes=pd.DataFrame(
-            [row for result in results for row in result.changes if row["adapter"] not in failed],
-            columns=CHANGE_COLUMNS,
-        ),
+        amplifications=pd.DataFrame(amplifications, columns=AMPLIFICATION_COLUMNS),
+        changes=pd.DataFrame(results.change_rows(), columns=CHANGE_COLUMNS),
         failures=left_out,
         base=opened.base,
-        reference=tuple(
-            a.label for a in opened.adapters[opened.analyzed :] if a.label not in failed
-        ),
+        reference=tuple(label for label in references if label in adapters),
         unmatched=unmatched,
-        warnings={label: findings for label, findings in warnings.items() if findings},
+        warnings=results.warnings(adapters),
         similarity_matrix=similarity_matrix,
         fully_compared=tuple(label for label in adapters if label in first_block),
         across_bases=opened.pairs.across_bases,
@@ -323,7 +314,7 @@ def _runs_table(
     rows = []
     earlier = earlier_checkpoints(adapters)
     named = [adapter.provenance.base_model for adapter in adapters]
-    names = shown_bases(named)
+    names = base_titles(named)
     for adapter, base_key in zip(adapters, resolve_keys(named), strict=True):
         modules = spectra[spectra["adapter"] == adapter.label]
         source = adapter.provenance

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-class Degeneracy(StrEnum):
+class DegeneracyLevel(StrEnum):
     """Degeneracy of the first direction of an update, or of the worse of two updates."""
 
     NONE = ""

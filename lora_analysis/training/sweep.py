@@ -175,16 +175,7 @@ def run_sweep(
         uses the folder, or finished runs would be replaced.
     """
     end_if_imported_by_worker()
-    if not isinstance(runs, Mapping):
-        counts = Counter(config.name for config in runs)
-        repeated = [name for name, count in counts.items() if count > 1]
-        if repeated:
-            message = (
-                f"{len(repeated)} of the runs share a folder name, '{repeated[0]}' among them. "
-                "Runs in one folder must differ in task, rank or seeds; or give them names."
-            )
-            raise InputError(message)
-        runs = {config.name: config for config in runs}
+    runs = _named_runs(runs)
     chosen = runs if names is None else {name: runs[name] for name in names}
     is_whole = chosen.keys() == runs.keys()
     options = execution or ExecutionOptions(workers=workers, device=device)
@@ -195,10 +186,8 @@ def run_sweep(
     _check_folder(runs, folder, inputs, force=force)
     folder.mkdir(parents=True, exist_ok=True)
     events = _SweepEvents(len(chosen), progress, on_event)
-    lock = _LOCK_NAME  # keeps out other sweeps of the same runs
-    if not is_whole:
-        lock += f"-{hashlib.sha256(json.dumps(list(chosen)).encode()).hexdigest()[:12]}"
-    with lock_folder(folder, lock):
+    # Keeps out other sweeps of the same runs.
+    with lock_folder(folder, _LOCK_NAME if is_whole else _lock_of_some(chosen)):
         if is_whole:
             remove_leftovers(folder)
         states = sweep_states(chosen, folder)
@@ -223,6 +212,26 @@ def run_sweep(
                     events.record_outcome(outcome)
     folders = {name: folder / name for name in chosen if name not in events.failures}
     return SweepResult(folders, events.failures, tuple(events.findings))
+
+
+def _named_runs(runs: Runs | Sequence[RunConfig]) -> Runs:
+    """Return the runs by name; raise if two of a sequence have the same name."""
+    if isinstance(runs, Mapping):
+        return runs
+    counts = Counter(config.name for config in runs)
+    repeated = [name for name, count in counts.items() if count > 1]
+    if repeated:
+        message = (
+            f"{len(repeated)} of the runs share a folder name, '{repeated[0]}' among them. "
+            "Runs in one folder must differ in task, rank or seeds; or give them names."
+        )
+        raise InputError(message)
+    return {config.name: config for config in runs}
+
+
+def _lock_of_some(names: Iterable[str]) -> str:
+    """Return the name of the lock of some runs of a sweep, which follows from their names."""
+    return f"{_LOCK_NAME}-{hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()[:12]}"
 
 
 def sweep_states(runs: Runs, folder: Path) -> dict[str, RunState]:

@@ -76,10 +76,10 @@ from lora_analysis.storage.source_names import addresses_in_errors
 from lora_analysis.storage.tensors import LazyTensors, NamedTensors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from lora_analysis.adapter import ScaleOrigin, SideTensor
+    from lora_analysis.adapter import LowRankUpdate, ScaleOrigin, SideTensor
     from lora_analysis.formats.factors import StoredPair
     from lora_analysis.formats.options import InitialFactorsSource, ReadOptions
 
@@ -140,6 +140,12 @@ class _PEFT(Format):
         if files.config and str(method_of(files.config)) in PRODUCT_METHODS:
             _check_weights(files, options)
             return read_products(files, options)
+        return self._read_low_rank(files, name, options)
+
+    def _read_low_rank(
+        self, files: AdapterFiles, name: str | None, options: ReadOptions
+    ) -> Adapter:
+        """Read an adapter whose updates are s·B·A."""
         config = PeftConfig()
         if files.config_path is not None:
             config = read_peft_config(files.config_path, files.config)
@@ -154,13 +160,9 @@ class _PEFT(Format):
             for pair in pairs
         }
         saved, others, empty = _saved_tensors(stored, config)
-        findings = _config_findings(files, stored, config, ranks, scales=scales, others=others)
-        findings += _tensor_findings(files, others, empty)
-        if initial is not None:
-            findings.append(offset_finding(config.subtracted or "the given initialization"))
-        elif config.start == "mica":
-            findings.append(Finding("mica"))
-        findings += config_findings(tensors.metadata, config.raw, files.weights, files.config_path)
+        findings = _findings(
+            files, stored, config, ranks, scales=scales, others=others, empty=empty, initial=initial
+        )
         parts: dict[str, Any] = {}
         # Initial factors are those of the whole weight.
         if initial is None and FUSED_METADATA in tensors.metadata:
@@ -170,13 +172,7 @@ class _PEFT(Format):
             ranks = {pair.module: stored_rank(tensors, pair) for pair in pairs}
         rank = common_rank(ranks)
         label = options.label or label_of(files.path, name)
-        config_ranks = {
-            rank for rank in (config.rank, *config.rank_pattern.values()) if rank is not None
-        }
-        loaders = update_loaders(tensors, pairs, scales, label=label, stated_ranks=config_ranks)
-        if initial is not None:
-            for module, load in loaders.items():
-                loaders[module] = partial(subtract_init_offset, load, initial, config.start)
+        loaders = _loaders(tensors, pairs, scales, label=label, config=config, initial=initial)
         config_files = [files.config_path] if files.config_path and files.tensors is None else []
         return Adapter(
             loaders,
@@ -188,7 +184,7 @@ class _PEFT(Format):
                 scale_origin={module: scale.origin for module, scale in scales.items()},
                 base_model=config.base_model,
                 rank=rank if initial is None or rank is None else 2 * rank,
-                findings=as_findings(tuple(findings)),
+                findings=findings,
                 metadata=tensors.metadata,
                 **(run_facts(files.weights.parent) if tensors.files else {}),
             ),
@@ -402,6 +398,51 @@ def _side_tensors(tensors: NamedTensors, others: Mapping[str, list[str]]) -> dic
     side = {what: keys for what, keys in others.items() if what not in (_IN_FULL, _UNNAMED)}
     harmless = {key for what, keys in side.items() if what not in ALTERING for key in keys}
     return side_tensors(tensors, chain(*side.values()), harmless=harmless)
+
+
+def _loaders(
+    tensors: NamedTensors,
+    pairs: Sequence[StoredPair],
+    scales: Mapping[str, StatedScale],
+    *,
+    label: str,
+    config: PeftConfig,
+    initial: InitialFactorsSource | None,
+) -> dict[str, Callable[[], LowRankUpdate]]:
+    """Return what reads each update; the initial factors are subtracted if there is a source."""
+    config_ranks = {
+        rank for rank in (config.rank, *config.rank_pattern.values()) if rank is not None
+    }
+    loaders = update_loaders(tensors, pairs, scales, label=label, stated_ranks=config_ranks)
+    if initial is None:
+        return loaders
+    return {
+        module: partial(subtract_init_offset, load, initial, config.start)
+        for module, load in loaders.items()
+    }
+
+
+def _findings(
+    files: AdapterFiles,
+    stored: _Stored,
+    config: PeftConfig,
+    ranks: Mapping[str, int],
+    *,
+    scales: Mapping[str, StatedScale],
+    others: Mapping[str, list[str]],
+    empty: Sequence[str],
+    initial: InitialFactorsSource | None,
+) -> tuple[Finding, ...]:
+    """Return all findings about an adapter's files."""
+    findings = _config_findings(files, stored, config, ranks, scales=scales, others=others)
+    findings += _tensor_findings(files, others, empty)
+    if initial is not None:
+        findings.append(offset_finding(config.subtracted or "the given initialization"))
+    elif config.start == "mica":
+        findings.append(Finding("mica"))
+    metadata = stored.tensors.metadata
+    findings += config_findings(metadata, config.raw, files.weights, files.config_path)
+    return as_findings(tuple(findings))
 
 
 def _config_findings(
