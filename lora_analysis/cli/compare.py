@@ -41,7 +41,10 @@ from lora_analysis.cli.show import (
 from lora_analysis.text import join_names, overlap_number, plural, printable
 
 if TYPE_CHECKING:
+    from lora_analysis.adapter import Adapter
     from lora_analysis.conclusions import Comparison, Finding
+    from lora_analysis.finding import Failure
+    from lora_analysis.progress import Progress
     from lora_analysis.studies import Study
 
 # Modules named in one line before the number of the others.
@@ -101,22 +104,17 @@ def command(
     often exceed those too: five adapters of other tasks, given with --reference, allow a test.
     """
     from lora_analysis.conclusions import comparisons, findings
-    from lora_analysis.studies import study, with_label_facts
-    from lora_analysis.studies.reference_levels import is_reference_file
+    from lora_analysis.studies import study
 
     if sort == "relative" and base is None:
         message = "--sort relative needs the base weights: pass --base."
         raise click.UsageError(message)
     adapters = labeled_pair([reading.read(source) for source in (a, b)], label, tasks, seeds)
     with progress_bar(form) as progress:
-        files = [source for source in references if is_reference_file(source)]
-        sources = [source for source in references if source not in files]
-        unrelated, unread = reading.read_all(sources, progress) if sources else ([], [])
-        if label is not None:
-            unrelated = with_label_facts(unrelated, label)
+        reference, unread = _read_references(references, reading, label, progress)
         result = study(
             adapters,
-            reference=[*unrelated, *files],
+            reference=reference,
             base=reading.open_base(base),
             transposed=transposed,
             draws=0,
@@ -155,6 +153,21 @@ def command(
             print_modules(table, order, len(table) if every else top, has_base=base is not None)
     mismatched = any(module["code"] == "shape-mismatch" for module in missing)
     return PARTLY_FAILED if failures or mismatched or result.unmatched else DONE
+
+
+def _read_references(
+    references: Sequence[str], reading: Reading, label: str | None, progress: Progress
+) -> tuple[list[Adapter | str], list[Failure]]:
+    """Return reference adapters and files, and the sources that could not be read."""
+    from lora_analysis.studies import with_label_facts
+    from lora_analysis.studies.reference_levels import is_reference_file
+
+    files = [source for source in references if is_reference_file(source)]
+    sources = [source for source in references if source not in files]
+    unrelated, unread = reading.read_all(sources, progress) if sources else ([], [])
+    if label is not None:
+        unrelated = with_label_facts(unrelated, label)
+    return [*unrelated, *files], unread
 
 
 def _check_pair(result: Study) -> tuple[str, str]:

@@ -127,12 +127,12 @@ def print_modules(table: pd.DataFrame, sort: SortKey, top: int, *, has_base: boo
         click.echo()
         print_table("medians by type of module", columns, group_rows)
     click.echo()
-    notes = [_NOTES[0].format(quantity=_SORTED_BY[quantity]), _NOTES[1]]
-    for mark, meaning in _MARKS.items():
-        if any(mark in cell for row in body for cell in row[1:]):
-            notes.insert(0, meaning)
-    for note in notes:
-        print_text(note)
+    cells = [cell for row in body for cell in row[1:]]
+    for mark, meaning in reversed(_MARKS.items()):
+        if any(mark in cell for cell in cells):
+            print_text(meaning)
+    print_text(_NOTES[0].format(quantity=_SORTED_BY[quantity]))
+    print_text(_NOTES[1])
 
 
 def _cells(row: dict[str, Any], quantity: str, *, one_random: bool) -> tuple[str, ...]:

@@ -94,16 +94,7 @@ def _extras() -> list[tuple[str, list[str]]]:
     """Return the extras in the order of the table, each with its packages."""
     needed: dict[str, list[str]] = {}
     included: dict[str, list[str]] = {}
-    lines: list[str] = []
-    try:
-        lines += metadata.requires("lora-analysis") or []
-    except metadata.PackageNotFoundError:
-        # A checkout has its pyproject.toml.
-        project = Path(__file__).parents[2] / "pyproject.toml"
-        if project.is_file():
-            tables = tomllib.loads(project.read_text("utf-8"))["project"]["optional-dependencies"]
-            for name, packages in tables.items():
-                lines += [f"{package}; extra == '{name}'" for package in packages]
+    lines = _requirement_lines()
     for line in lines:
         package, extra = _REQUIREMENT.match(line), _FOR_EXTRA.search(line)
         if package and extra:
@@ -119,6 +110,20 @@ def _extras() -> list[tuple[str, list[str]]]:
     return sorted(
         needed.items(), key=lambda item: order.index(item[0]) if item[0] in EXTRAS else 99
     )
+
+
+def _requirement_lines() -> list[str]:
+    """Return the requirements of the installed package; a checkout has its pyproject.toml."""
+    try:
+        return metadata.requires("lora-analysis") or []
+    except metadata.PackageNotFoundError:
+        project = Path(__file__).parents[2] / "pyproject.toml"
+    if not project.is_file():
+        return []
+    tables = tomllib.loads(project.read_text("utf-8"))["project"]["optional-dependencies"]
+    return [
+        f"{package}; extra == '{name}'" for name, packages in tables.items() for package in packages
+    ]
 
 
 def _version(name: str) -> str | None:

@@ -272,7 +272,7 @@ def _print_adapter(document: dict[str, Any], *, every: bool) -> None:
 def _adapter_lines(
     document: dict[str, Any], facts: list[dict[str, Any]]
 ) -> list[tuple[str, object]]:
-    """Return what is known of one adapter as pairs of a title and a text."""
+    """Return the facts about one adapter as pairs of a title and a text."""
     unit = "" if document["scale_known"] else " × the unknown scale"
     lines: list[tuple[str, object]] = [
         ("adapter", document["label"]),

@@ -100,12 +100,7 @@ def print_table(
     width = page_width()
     body = [[printable(str(cell)) for cell in row] for row in rows]
     last = [[printable(str(cell)) for cell in footer]] if footer else []
-    # The leading segments that all names in the first column share; a name without dots (a head,
-    # an ellipsis) has none to cut.
-    parents = [row[0].split(".")[:-1] for row in body if "." in row[0]] if cut_names else []
-    levels = zip(*parents, strict=False) if len(parents) > 1 else ()
-    same = itertools.takewhile(lambda level: len(set(level)) == 1, levels)
-    start = "".join(f"{level[0]}." for level in same)
+    start = _common_start(row[0] for row in body) if cut_names else ""
     if start and _width([columns, *body, *last]) > width:
         body = [[row[0].removeprefix(start), *row[1:]] for row in body]
         title = ", ".join(filter(None, (title, f"names without '{start}'")))
@@ -127,6 +122,17 @@ def _is_plain(table: Sequence[Sequence[str]]) -> bool:
     return cells.isprintable() and not any(
         east_asian_width(character) in "WF" or combining(character) for character in set(cells)
     )
+
+
+def _common_start(names: Iterable[str]) -> str:
+    """Return the leading segments that all dotted names share.
+
+    A name without dots (a head, an ellipsis) has none to cut.
+    """
+    parents = [name.split(".")[:-1] for name in names if "." in name]
+    levels = zip(*parents, strict=False) if len(parents) > 1 else ()
+    same = itertools.takewhile(lambda level: len(set(level)) == 1, levels)
+    return "".join(f"{level[0]}." for level in same)
 
 
 def _align_columns(table: Sequence[Sequence[str]], numbers_from: int) -> list[str]:

@@ -60,26 +60,31 @@ def summary(
     tasks = [c for c in with_value if c.kind == "tasks"]
     leading = max(tasks or with_value, key=lambda c: c.pairs, default=None)
     lines = list(_summarize_conclusion(leading, compared)) if leading else []
-    # How many directions hold the energy, at the smallest and the largest rank.
-    by_rank, _ = spectra_by_rank(study)
-    if len(by_rank) > 1:
-        low, high = by_rank[0], by_rank[-1]
-        fields = {
-            "low": low.rank,
-            "high": high.rank,
-            "low_directions": low.energy_rank_90[1],
-            "high_directions": high.energy_rank_90[1],
-        }
-        lines.append(SummaryLine(Finding("summary-ranks", fields), "ranks"))
-    elif by_rank:
-        fields = {"rank": by_rank[0].rank, "directions": by_rank[0].energy_rank_90[1]}
-        lines.append(SummaryLine(Finding("summary-rank", fields), "ranks"))
+    lines += _summarize_ranks(study)
     artifacts = list(_summarize_artifacts(study, findings))
     if len(artifacts) > 1 and lines[-1:] and lines[-1].finding.code == "summary-rank":
         del lines[-1]  # with one rank only, the least important line
     limit = _choose_limit(study, leading, compared, findings)
     room = MOST_LINES - len(lines) - 1
     return (*lines, *artifacts[:room], limit)
+
+
+def _summarize_ranks(study: Study) -> list[SummaryLine]:
+    """Return how many directions hold the energy, at the smallest and the largest rank."""
+    by_rank, _ = spectra_by_rank(study)
+    if not by_rank:
+        return []
+    low, high = by_rank[0], by_rank[-1]
+    if len(by_rank) == 1:
+        fields = {"rank": low.rank, "directions": low.energy_rank_90[1]}
+        return [SummaryLine(Finding("summary-rank", fields), "ranks")]
+    fields = {
+        "low": low.rank,
+        "high": high.rank,
+        "low_directions": low.energy_rank_90[1],
+        "high_directions": high.energy_rank_90[1],
+    }
+    return [SummaryLine(Finding("summary-ranks", fields), "ranks")]
 
 
 def _summarize_conclusion(
@@ -105,24 +110,26 @@ def _summarize_conclusion(
     else:
         yield SummaryLine(_conclusion_finding(leading), "alike")
     if np.isfinite(leading.mean_excess):
-        detected = leading.conclusion in (Conclusion.MORE_ALIKE, Conclusion.NOT_DISTINGUISHABLE)
-        values = [task.within for task in leading.tasks if np.isfinite(task.within)]
-        differ = len(values) > 1 and np.ptp(values) > TASKS_DIFFER
-        yield SummaryLine(
-            Finding(
-                "summary-size",
-                {
-                    "compared": leading.subject,
-                    "base": leading.base,
-                    "side": leading.side,
-                    "size": (leading.size or None) if detected else None,
-                    "mean_excess": leading.mean_excess,
-                    "unrelated": leading.unrelated.median if leading.unrelated else None,
-                    "by_task": [min(values), max(values)] if differ else None,
-                },
-            ),
-            "alike",
-        )
+        yield SummaryLine(_size_finding(leading), "alike")
+
+
+def _size_finding(comparison: Comparison) -> Finding:
+    """Return how large the overlap is: in words only if a test has detected it or has not."""
+    is_tested = comparison.conclusion in (Conclusion.MORE_ALIKE, Conclusion.NOT_DISTINGUISHABLE)
+    values = [task.within for task in comparison.tasks if np.isfinite(task.within)]
+    differ = len(values) > 1 and np.ptp(values) > TASKS_DIFFER
+    return Finding(
+        "summary-size",
+        {
+            "compared": comparison.subject,
+            "base": comparison.base,
+            "side": comparison.side,
+            "size": (comparison.size or None) if is_tested else None,
+            "mean_excess": comparison.mean_excess,
+            "unrelated": comparison.unrelated.median if comparison.unrelated else None,
+            "by_task": [min(values), max(values)] if differ else None,
+        },
+    )
 
 
 def _conclusion_finding(comparison: Comparison) -> Finding:

@@ -5,7 +5,7 @@ Ranks are compared over the tasks that were trained at every rank, so that only 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -110,19 +110,7 @@ def report_enrichment_controls(study: Study) -> Iterator[Finding]:
     full = table[table["at_rank"]]
     rank_of = full.groupby("adapter")["rank"].max()
     runs = [run for run in run_enrichments(study.amplified()) if run.label in rank_of]
-    comparable = tasks_of_all_ranks(study, full)[0]
-    names = ["enrichment", "enrichment_crossed", "enrichment_through_weight"]
-    ranks: list[dict[str, float | None]] = []
-    for medians in _medians_by_rank(comparable, names):
-        labels = set(comparable.loc[comparable["rank"] == medians["rank"], "adapter"])
-        crossed = [value for run in runs if run.label in labels for value in run.crossed]
-        ranks.append(
-            {
-                **{name: _defined(value) for name, value in medians.items()},
-                "low": min(crossed, default=None),
-                "high": max(crossed, default=None),
-            }
-        )
+    ranks = _enrichments_by_rank(tasks_of_all_ranks(study, full)[0], runs)
     # The enrichments that directions through W reach.
     reached = [
         enrichment
@@ -151,6 +139,25 @@ def report_enrichment_controls(study: Study) -> Iterator[Finding]:
     else:
         p = min(run.p for run in tested)
         yield Finding("enrichment-not-specific", {**fields, "p": p})
+
+
+def _enrichments_by_rank(
+    table: pd.DataFrame, runs: Sequence[RunEnrichment]
+) -> list[dict[str, float | None]]:
+    """Return the median enrichment and its controls by rank, with the range of crossed values."""
+    names = ["enrichment", "enrichment_crossed", "enrichment_through_weight"]
+    ranks: list[dict[str, float | None]] = []
+    for medians in _medians_by_rank(table, names):
+        labels = set(table.loc[table["rank"] == medians["rank"], "adapter"])
+        crossed = [value for run in runs if run.label in labels for value in run.crossed]
+        ranks.append(
+            {
+                **{name: _defined(value) for name, value in medians.items()},
+                "low": min(crossed, default=None),
+                "high": max(crossed, default=None),
+            }
+        )
+    return ranks
 
 
 def _run_fields(run: RunEnrichment, rank: int) -> dict[str, float | str | None]:

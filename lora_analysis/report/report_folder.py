@@ -306,19 +306,32 @@ def provenance(study: Study, command: str | None) -> dict[str, Any]:
     """Return the facts for the section on how the report was made."""
     versions = [f"lora_analysis {__version__}", f"Python {platform.python_version()}"]
     versions += [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
-    # Run in the folder in which the report was made: paths below it are relative. Adapters and
-    # base weights from memory are replaced by ``...``.
+    return {
+        "version": __version__,
+        "command": command or "lora_analysis.write_report(study, path)",
+        "versions": ", ".join(versions),
+        "base": "none" if study.base is None else study.base.label,
+        "python": "\n".join(_python_lines(study)),
+        "hashes": [
+            (label, adapter.provenance.sha256 or "in memory")
+            for label, adapter in study.adapters.items()
+        ],
+    }
+
+
+def _python_lines(study: Study) -> list[str]:
+    """Return lines of Python that repeat a study, to run in the folder of the report's command.
+
+    Adapters and base weights from memory are replaced by ``...``.
+    """
     lines = ["from lora_analysis import read_adapter, study", ""]
     groups: dict[str, list[str]] = {"adapters": [], "reference": []}
     for label in study.adapters:
         groups["reference" if label in study.reference else "adapters"].append(label)
     for name, labels in groups.items():
         if labels:
-            lines += [
-                f"{name} = [",
-                *(f"    {_python_call(study, label)}," for label in labels),
-                "]",
-            ]
+            calls = [f"    {_python_call(study, label)}," for label in labels]
+            lines += [f"{name} = [", *calls, "]"]
     arguments = ["adapters", *(["reference=reference"] if groups["reference"] else [])]
     for name, value in study.options.items():
         typed = _shorten_path(value) if name == "base" and isinstance(value, str) else value
@@ -337,17 +350,7 @@ def provenance(study: Study, command: str | None) -> dict[str, Any]:
             'full.groupby("adapter")[["amplification_factor", "enrichment"]].median()',
         ]
     lines.append('result.spectra.groupby("adapter")[["stable_rank", "energy_rank_90"]].median()')
-    return {
-        "version": __version__,
-        "command": command or "lora_analysis.write_report(study, path)",
-        "versions": ", ".join(versions),
-        "base": "none" if study.base is None else study.base.label,
-        "python": "\n".join(lines),
-        "hashes": [
-            (label, adapter.provenance.sha256 or "in memory")
-            for label, adapter in study.adapters.items()
-        ],
-    }
+    return lines
 
 
 def _shorten_path(source: str) -> str:

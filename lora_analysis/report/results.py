@@ -102,24 +102,6 @@ def results(
     amplifications = study.amplifications
     if not amplifications.empty:
         amplifications = amplifications[amplifications["at_rank"]]
-    matrix, square = study.similarity_matrix, None
-    if matrix is not None and 2 <= len(matrix.labels) <= SIMILARITY_MATRIX_LIMIT:
-        quantities = {what: matrix.matrix(what) for what in ("output", "input", "cosine")}
-        square = {
-            "labels": list(matrix.labels),
-            "order": [int(index) for index in matrix.order()],
-            **{
-                name: json_value(values.tolist())
-                for name, values in (quantities | {"shared_init": matrix.shared}).items()
-            },
-        }
-    # Medians over the pairs of each population, for each base, module and side.
-    table = study.similarities
-    base = bases_of(study, table["a"]) if several_bases(study) else [None] * len(table)
-    # As text: groups of None would be left out.
-    table = table.assign(base=[name or "" for name in base])
-    table = table[table["usable"].astype(bool) & (table["population"] != "")]
-    by_population = _medians(table, ["base", "module", "population", "side"], _OVERLAPS)
     return {
         "schema_version": SCHEMA_VERSION,
         "generator": f"lora_analysis {__version__}",
@@ -142,13 +124,38 @@ def results(
         "spectra": _medians(study.spectra, ["adapter"], _SPECTRA),
         "pairs": _records(study.pairs),
         "overlaps": _medians(study.similarities, ["a", "b", "pair_class", "side"], _OVERLAPS),
-        "modules": [{**row, "base": row["base"] or None} for row in by_population],
+        "modules": _medians_by_population(study),
         "amplifications": _medians(amplifications, ["adapter"], _WEIGHTS),
         "weight_changes": _medians(study.changes, ["adapter", "module_type", "side"], _CHANGES),
         "run_inference": list(_inference(study)),
         "group_analysis": None if group is None else json_value(group.to_dict()),
-        "similarity_matrix": square,
+        "similarity_matrix": _similarity_matrix(study),
     }
+
+
+def _similarity_matrix(study: Study) -> dict[str, Any] | None:
+    """Return the similarity matrices of a study; None of one adapter, and of too many."""
+    matrix = study.similarity_matrix
+    if matrix is None or not 2 <= len(matrix.labels) <= SIMILARITY_MATRIX_LIMIT:
+        return None
+    planes = {what: matrix.matrix(what) for what in ("output", "input", "cosine")}
+    planes["shared_init"] = matrix.shared
+    return {
+        "labels": list(matrix.labels),
+        "order": [int(index) for index in matrix.order()],
+        **{name: json_value(values.tolist()) for name, values in planes.items()},
+    }
+
+
+def _medians_by_population(study: Study) -> list[dict[str, Any]]:
+    """Return medians over the pairs of each population, for each base, module and side."""
+    table = study.similarities
+    base = bases_of(study, table["a"]) if several_bases(study) else [None] * len(table)
+    # As text: groups of None would be left out.
+    table = table.assign(base=[name or "" for name in base])
+    table = table[table["usable"].astype(bool) & (table["population"] != "")]
+    rows = _medians(table, ["base", "module", "population", "side"], _OVERLAPS)
+    return [{**row, "base": row["base"] or None} for row in rows]
 
 
 def _medians(

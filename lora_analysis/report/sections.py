@@ -75,6 +75,12 @@ class Section:
     boxes: tuple[FindingBox, ...] = ()
     tables_lead: bool = False
 
+    @property
+    def is_empty(self) -> bool:
+        """True if there is nothing to show."""
+        content = self.figures, self.tables, self.folded, self.folded_figures, self.boxes
+        return not any(content)
+
 
 def draw_figures(
     figures: Iterable[ReportFigure],
@@ -139,28 +145,19 @@ def sections(
         if section.name == "modules" and inline:
             single = similarity_figures.single_module_figures(study)
             more += tuple(draw_figures(single, folder, ()))
-        of_section = tuple(
-            box
-            for box in boxes
-            if box.severity == "result"
-            and section.name
-            == (
-                _SECTION_OF_CODE.get(box.code)
-                or _SECTION_OF_TOPIC.get(box.findings[0].topic, "alike")
-            )
-        )
+        of_section = tuple(box for box in boxes if _section_of(box) == section.name)
         result.append(replace(section, figures=figures, folded_figures=more, boxes=of_section))
         if progress:
             progress("report sections", i, len(plan))
-    return [
-        section
-        for section in result
-        if section.figures
-        or section.tables
-        or section.folded
-        or section.folded_figures
-        or section.boxes
-    ]
+    return [section for section in result if not section.is_empty]
+
+
+def _section_of(box: FindingBox) -> str | None:
+    """Return the name of the section of a box; None if it is not about a result."""
+    if box.severity != "result":
+        return None
+    by_topic = _SECTION_OF_TOPIC.get(box.findings[0].topic, "alike")
+    return _SECTION_OF_CODE.get(box.code) or by_topic
 
 
 _Plan = list[tuple[Section, tuple[Drawing, ...], tuple[Drawing, ...]]]

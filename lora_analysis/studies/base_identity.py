@@ -198,15 +198,7 @@ def is_same_key(a: str | None, b: str | None) -> bool | None:
         return True
     folder_a, folder_b = _parse_folder_key(a), _parse_folder_key(b)
     if folder_a is not None and folder_b is not None:
-        if folder_a.path == folder_b.path:
-            return True
-        if not folder_a.structure or not folder_b.structure:
-            return None
-        if folder_a.structure != folder_b.structure:
-            return False
-        if folder_a.storage and folder_a.storage == folder_b.storage:
-            return folder_a.values == folder_b.values
-        return True if folder_a.name == folder_b.name else None
+        return _is_same_folder(folder_a, folder_b)
     if folder_a is not None or folder_b is not None:
         return None
     (owner_a, _, model_a), (owner_b, _, model_b) = a.rpartition("/"), b.rpartition("/")
@@ -218,6 +210,19 @@ def is_same_key(a: str | None, b: str | None) -> bool | None:
         return False
     # Nothing is known about a folder with this name, but much about one of the hub's own names.
     return False if _BARE_ON_HUB.fullmatch(model_b if owner_a else model_a) else None
+
+
+def _is_same_folder(a: _Folder, b: _Folder) -> bool | None:
+    """Return True if two folders hold one model, None if their files do not show it."""
+    if a.path == b.path:
+        return True
+    if not a.structure or not b.structure:
+        return None
+    if a.structure != b.structure:
+        return False
+    if a.storage and a.storage == b.storage:
+        return a.values == b.values
+    return True if a.name == b.name else None
 
 
 def resolve_keys(names: Iterable[str | None]) -> list[str | None]:

@@ -506,7 +506,7 @@ def _conclude(analysis: GroupAnalysis) -> tuple[SharedPart, Finding]:
     """
     parts = _tested_parts(analysis)
     mean = parts["mean"]
-    # An input side with a shared initialization shows the initialization.
+    # On the input side, adapters with a shared initialization agree in that alone.
     tested = ("output",) if analysis.shared_init else _SUBSPACES
     directions = {name: parts[name] for name in tested}
     has_subspace = any(part.is_clear for part in directions.values())

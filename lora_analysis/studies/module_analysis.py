@@ -206,7 +206,7 @@ def _contribution(
     products: ModuleProducts,
     pairs: ModulePairs | None,
 ) -> ModuleContribution | BlockedContribution:
-    """Return what updates of one shape add to the similarity matrix: by blocks without pairs."""
+    """Return the similarities of updates of one shape for the matrix; in blocks without pairs."""
     if pairs is not None:
         return ModuleContribution.of(members, pairs)
     factors = [update for update in updates if isinstance(update, LowRankUpdate)]

@@ -256,17 +256,7 @@ def _rename_modules(adapter: Adapter, match: NameMatch) -> Adapter:
                 if name == target
                 else partial(rename_update, adapter, name, target)
             )
-    changed = [name for name in adapter if pairs[name] != name]
-    findings = []
-    if changed:
-        fields = {"count": len(changed), "total": len(adapter), "module": changed[0]}
-        findings.append(Finding("names-matched", fields | {"shown": pairs[changed[0]]}))
-    if match.decided:
-        findings.append(Finding("names-prefix", {"prefixes": list(match.decided)}))
-    if match.ambiguous:
-        findings.append(Finding("names-ambiguous", {"prefixes": list(match.ambiguous)}))
-    if hidden:
-        findings.append(Finding("names-hidden", {"modules": hidden}))
+    findings = _match_findings(match, pairs, hidden)
     if not findings:
         return adapter
     source = adapter.provenance
@@ -288,6 +278,24 @@ def _rename_modules(adapter: Adapter, match: NameMatch) -> Adapter:
         config=adapter.config,
         side_tensors=adapter.side_tensors,
     )
+
+
+def _match_findings(
+    match: NameMatch, pairs: Mapping[str, str], hidden: Sequence[str]
+) -> list[Finding]:
+    """Return the findings on the modules of one adapter that got another name, or none."""
+    changed = [name for name, target in pairs.items() if target != name]
+    findings = []
+    if changed:
+        fields = {"count": len(changed), "total": len(pairs), "module": changed[0]}
+        findings.append(Finding("names-matched", fields | {"shown": pairs[changed[0]]}))
+    if match.decided:
+        findings.append(Finding("names-prefix", {"prefixes": list(match.decided)}))
+    if match.ambiguous:
+        findings.append(Finding("names-ambiguous", {"prefixes": list(match.ambiguous)}))
+    if hidden:
+        findings.append(Finding("names-hidden", {"modules": hidden}))
+    return findings
 
 
 def rename_update(adapter: Adapter, name: str, target: str) -> Update:

@@ -88,35 +88,30 @@ def pair_tables(
         _pair_evidence(study, pair, summary, init)
         for pair, summary, init in zip(chosen.tolist(), summaries, inits, strict=True)
     ]
-    classes = [ClassifiedPair(PairClass.UNKNOWN)] * len(chosen)
-    for positions in bases.values():  # decided base by base
-        of_base = classify_pairs([evidence[position] for position in positions])
-        for position, classified in zip(positions, of_base, strict=True):
-            classes[position] = classified
+    classes = _classify_by_base(evidence, bases)
     exclusions = _exclude_adapters(study, results, chosen, classes)
+    is_excluded = [
+        not exclusions.keys().isdisjoint(labels[study.pairs.pairs[pair]]) for pair in chosen
+    ]
     populations = {
         side: [
-            ""
-            if exclusions.keys() & set(labels[study.pairs.pairs[pair]])
-            else classified.populations[side]
-            for pair, classified in zip(chosen, classes, strict=True)
+            "" if excluded else classified.populations[side]
+            for excluded, classified in zip(is_excluded, classes, strict=True)
         ]
         for side in SIDES
     }
     owner = np.repeat(np.arange(len(chosen)), np.diff(starts))
     _add_pair_columns(similarities, owner, inits, classes, populations)
+    # Modules that leave the input side of all pairs, see `usable_modules`.
     shared = [
         frozenset(init.modules)
-        if init.kind is InitRelation.PARTLY_SHARED
-        and exclusions.keys().isdisjoint(labels[study.pairs.pairs[pair]])
+        if init.kind is InitRelation.PARTLY_SHARED and not excluded
         else frozenset()
-        for pair, init in zip(chosen, inits, strict=True)
+        for init, excluded in zip(inits, is_excluded, strict=True)
     ]
-    deciding = frozenset(labels) - {
-        label
-        for label, reason in exclusions.items()
-        if reason in (Exclusion.UNTRAINED, Exclusion.OTHER_MODULES)
-    }
+    # An adapter without a module decides nothing if it is excluded for that reason.
+    not_deciding = (Exclusion.UNTRAINED, Exclusion.OTHER_MODULES)
+    deciding = frozenset(label for label in labels if exclusions.get(label) not in not_deciding)
     left_out = _add_usable(similarities, owner, bases, shared, deciding)
     pairs = pd.DataFrame(summaries)
     pairs["pair_class"] = [classified.pair_class for classified in classes]
@@ -129,6 +124,18 @@ def pair_tables(
         exclusions,
         left_out,
     )
+
+
+def _classify_by_base(
+    evidence: Sequence[PairEvidence], bases: Mapping[str, Sequence[int]]
+) -> list[ClassifiedPair]:
+    """Return the class of each pair; the pairs of one base are decided together."""
+    classes = [ClassifiedPair(PairClass.UNKNOWN)] * len(evidence)
+    for positions in bases.values():
+        of_base = classify_pairs([evidence[position] for position in positions])
+        for position, classified in zip(positions, of_base, strict=True):
+            classes[position] = classified
+    return classes
 
 
 def _add_pair_columns(
@@ -452,27 +459,15 @@ def _exclude_adapters(
     """Return the adapters whose pairs count in no population, with the reason."""
     labels = [adapter.label for adapter in study.adapters]
     earlier = earlier_checkpoints(study.adapters[: study.analyzed])
-    trained: dict[str, set[str]] = {labels[i]: set() for i in set(study.pairs.pairs.flat)}
-    for result in results:
-        for group in result.groups:
-            for position in np.flatnonzero(group.index >= 0):
-                if group.pairs.ranks[group.index[position]] > 0 and labels[position] in trained:
-                    trained[labels[position]].add(result.module)
+    trained = _trained_modules(study, results)
     exclusions = {label: Exclusion.EARLIER for label in labels if label in earlier}
     exclusions |= {label: Exclusion.UNTRAINED for label, names in trained.items() if not names}
     counted = {label: names for label, names in trained.items() if label not in exclusions}
     # References never decide what the analyzed adapters are compared in.
     analyzed = [counted[label] for label in labels[: study.analyzed] if label in counted]
-    usual = {
-        module
-        for module, count in Counter(m for names in analyzed for m in names).items()
-        if 2 * count > len(analyzed)
-    }
-    exclusions |= {
-        label: Exclusion.OTHER_MODULES
-        for label, names in counted.items()
-        if usual and 2 * len(names & usual) < len(usual) and len(counted) > 2
-    }
+    exclusions |= dict.fromkeys(
+        _adapters_of_other_modules(counted, analyzed), Exclusion.OTHER_MODULES
+    )
     pairs = [
         (labels[a], labels[b], classified.pair_class)
         for (a, b), classified in zip(study.pairs.pairs[chosen], classes, strict=True)
@@ -481,6 +476,28 @@ def _exclude_adapters(
     tasks = {a.label: a.provenance.task for a in study.adapters}
     reference = frozenset(labels[study.analyzed :])
     return one_sample_exclusions(pairs, tasks, reference) | exclusions
+
+
+def _trained_modules(study: OpenStudy, results: Sequence[ModuleResult]) -> dict[str, set[str]]:
+    """Return the trained modules of each adapter that is in a pair, by label."""
+    trained: dict[int, set[str]] = {int(i): set() for i in set(study.pairs.pairs.flat)}
+    for result in results:
+        for group in result.groups:
+            for position in np.flatnonzero(group.index >= 0).tolist():
+                if position in trained and group.pairs.ranks[group.index[position]] > 0:
+                    trained[position].add(result.module)
+    return {study.adapters[position].label: names for position, names in trained.items()}
+
+
+def _adapters_of_other_modules(
+    counted: Mapping[str, set[str]], analyzed: Sequence[set[str]]
+) -> list[str]:
+    """Return the adapters that lack more than half of the modules that most adapters have."""
+    counts = Counter(module for names in analyzed for module in names)
+    usual = {module for module, count in counts.items() if 2 * count > len(analyzed)}
+    if not usual or len(counted) <= 2:
+        return []
+    return [label for label, names in counted.items() if 2 * len(names & usual) < len(usual)]
 
 
 class UsableModules(NamedTuple):

@@ -161,24 +161,7 @@ def choose_blocks(adapters: Sequence[Adapter], max_pairs: int) -> list[list[int]
     """
     if comb(len(adapters), 2) <= max_pairs:
         return [list(range(len(adapters)))]
-    # Twos (or threes) of one task and rank. Neighbors are of different tasks, as far as there are
-    # several, and each task and rank starts with other seeds than the one before.
-    tasks: dict[str | None, dict[int | None, list[int]]] = {}
-    for index, adapter in enumerate(adapters):
-        ranks = tasks.setdefault(adapter.provenance.task, {})
-        ranks.setdefault(adapter.provenance.rank, []).append(index)
-    by_rank = zip_longest(*(ranks.values() for ranks in tasks.values()), fillvalue=[])
-    turns = []
-    for shift, members in enumerate(filter(None, chain.from_iterable(by_rank))):
-        units = _pair_up(members)
-        turns.append(units[shift % len(units) :] + units[: shift % len(units)])
-    in_turn = list(filter(None, chain.from_iterable(zip_longest(*turns))))
-    singles = [index for unit in in_turn if len(unit) == 1 for index in unit]
-    units = [unit for unit in in_turn if len(unit) > 1]
-    if len(singles) == 1:
-        units[-1].extend(singles)
-    elif singles:
-        units += _pair_up(singles)
+    units = _units_of_replicates(adapters)
     largest = min(isqrt(2 * max_pairs) // 2 + 1, len(units))
     smallest = max(isqrt(max_pairs // 2) // 2, 1)  # a quarter of the pairs
     # Two units have replicates and unrelated adapters; one is better than none.
@@ -197,6 +180,31 @@ def choose_blocks(adapters: Sequence[Adapter], max_pairs: int) -> list[list[int]
     core = sorted(index for unit in units[:smallest] for index in unit[:2])
     end = smallest + max_pairs - comb(len(core), 2)
     return [core, *(sorted(unit[:2]) for unit in units[smallest:end])]
+
+
+def _units_of_replicates(adapters: Sequence[Adapter]) -> list[list[int]]:
+    """Return the positions of all adapters in twos (or threes), of one task and rank if possible.
+
+    Neighbors are of different tasks, as far as there are several, and each task and rank starts
+    with other seeds than the one before.
+    """
+    tasks: dict[str | None, dict[int | None, list[int]]] = {}
+    for index, adapter in enumerate(adapters):
+        ranks = tasks.setdefault(adapter.provenance.task, {})
+        ranks.setdefault(adapter.provenance.rank, []).append(index)
+    by_rank = zip_longest(*(ranks.values() for ranks in tasks.values()), fillvalue=[])
+    turns = []
+    for shift, members in enumerate(filter(None, chain.from_iterable(by_rank))):
+        units = _pair_up(members)
+        turns.append(units[shift % len(units) :] + units[: shift % len(units)])
+    in_turn = list(filter(None, chain.from_iterable(zip_longest(*turns))))
+    singles = [index for unit in in_turn if len(unit) == 1 for index in unit]
+    units = [unit for unit in in_turn if len(unit) > 1]
+    if len(singles) == 1:
+        units[-1].extend(singles)
+    elif singles:
+        units += _pair_up(singles)
+    return units
 
 
 def _split_blocks(units: Sequence[Sequence[int]], first: int, count: int) -> list[list[int]]:

@@ -409,7 +409,7 @@ def _loaders(
     config: PeftConfig,
     initial: InitialFactorsSource | None,
 ) -> dict[str, Callable[[], LowRankUpdate]]:
-    """Return what reads each update; the initial factors are subtracted if there is a source."""
+    """Return a function per module that reads its update and subtracts the initial factors."""
     config_ranks = {
         rank for rank in (config.rank, *config.rank_pattern.values()) if rank is not None
     }
