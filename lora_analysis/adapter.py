@@ -104,6 +104,10 @@ def _is_same_array(a: NDArray[Any], b: NDArray[Any]) -> bool:
 
 # Format of the difference of two models, in `Provenance.format`.
 FULL_FINE_TUNE: Final = "full fine-tune"
+# Variants whose update is whole, its rows permuted by heads that are not known.
+LLAMA_CPP_ROWS: Final = "rows in llama.cpp's order"
+TORCHTUNE_ROWS: Final = "rows in torchtune's order"
+ROW_ORDERS: Final = frozenset({LLAMA_CPP_ROWS, TORCHTUNE_ROWS})
 # For factors that were computed: no file stores them as they are.
 NOT_STORED: Final[tuple[FilePosition | None, FilePosition | None]] = (None, None)
 

@@ -103,6 +103,13 @@ def test_a_reader_that_went_away_is_141(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("verb", [verb for verb, words in WORDS.items() if "-o" in words])
+def test_an_empty_output_is_a_usage_error(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = WORDS[verb][: WORDS[verb].index("-o")]
+    assert run([verb, *words, "-o", ""]) == 2
+    assert "the name is empty" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("verb", WORDS)
 def test_an_unknown_option_is_a_usage_error(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([verb, *WORDS[verb], "--no-such-option"]) == 2

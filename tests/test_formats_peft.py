@@ -381,7 +381,7 @@ def test_layers_that_were_replicated_name_the_one_of_the_base(
     config = CONFIG | {"layer_replication": [[0, 2], [1, 3]]}
     adapter = read_adapter(peft_folder(tmp_path, tensors, config))
     names = {name: update.base_name for name, update in adapter.items()}  # type: ignore[union-attr]
-    assert names == {"layers.0.q": "layers.0.q", "layers.3.q": "layers.2.q"}
+    assert names == {"layers.0.q": "", "layers.3.q": "layers.2.q"}
 
 
 def test_experts_need_a_config_that_says_how_many_they_are(

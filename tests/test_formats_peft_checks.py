@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from lora_analysis import patterns
 from lora_analysis.adapter import Adapter
 from lora_analysis.cli import run
+from lora_analysis.errors import SourceError
 from lora_analysis.finding import Finding
 from lora_analysis.formats import read_adapter
 
@@ -308,3 +309,12 @@ def test_a_classifiers_head_is_not_accused(tmp_path: Path) -> None:
 def test_real_adapters_are_not_accused(real_adapters: Path) -> None:
     for path in ("gpt-neo-peft", "qwen2.5-peft/final", "qwen2.5-peft/checkpoint-23"):
         assert read_adapter(real_adapters / path).provenance.findings == ()
+
+
+def test_weights_behind_a_broken_link_are_called_that(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
+    (tmp_path / "adapter_model.safetensors").symlink_to(tmp_path / "gone")
+    with pytest.raises(SourceError, match=r"adapter_model\.safetensors is a link to .*gone"):
+        read_adapter(tmp_path)
+    with pytest.raises(SourceError, match=r"is a link to .*gone"):
+        read_adapter(tmp_path / "adapter_model.safetensors")

@@ -589,7 +589,7 @@ def test_an_initial_adapter_comes_from_a_hub_and_its_errors_say_so(
     name = next(iter(trained))
     assert np.abs(trained[name].delta_weight()).max() < 1e-6  # nothing was trained
     hub.commit("me/none", {"config.json": b"{}", "other.safetensors": save({})})
-    with pytest.raises(InputError, match=r"hf://me/none@\w+: no adapter") as caught:
+    with pytest.raises(InputError, match=r"hf://me/none@\w+: no PEFT adapter") as caught:
         read_adapter(own, initial="me/none")
     assert str(tmp_path / "cache") not in str(caught.value)
 

@@ -110,6 +110,12 @@ def test_adapters_of_different_bases_are_said_not_to_be_compared(rng: np.random.
     assert lines_of(study(made))[-1][0] == "summary-nothing-compared"
 
 
+def test_tasks_of_one_run_each_are_said_to_have_no_conclusion(rng: np.random.Generator) -> None:
+    lines = lines_of(study([trained(rng, task, seed) for seed, task in enumerate("abcdefghi")]))
+    assert lines[-1][0] == "summary-one-run-each"
+    assert "compared in pairs" in lines[-1][1]
+
+
 def test_copies_and_shared_initializations_are_counted(rng: np.random.Generator) -> None:
     first = trained(rng, "add", 0)
     copy = Adapter(dict(first), label="copy", provenance=first.provenance)

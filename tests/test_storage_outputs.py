@@ -293,6 +293,15 @@ def test_a_single_file_of_others_needs_force(tmp_path: Path) -> None:
         write_output_file(path, b"newer", inputs=[path], force=True)
 
 
+def test_a_device_or_a_pipe_is_never_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    for force in (False, True):
+        with pytest.raises(OccupiedError, match="device or a pipe"):
+            write_output_file(pipe, b"new", force=force)
+    assert pipe.is_fifo()
+
+
 def test_a_failed_single_file_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), output_file(tmp_path / "a" / "b" / "x.svg"):
         raise KeyboardInterrupt

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_analysis.cli.options import (
+    OutputPath,
     VerbCommand,
     fine_tune_base_option,
     force_option,
@@ -60,7 +61,7 @@ def _parse_vmax(_context: Any, _parameter: Any, text: str | None) -> float | str
 @click.option(
     "-o",
     "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=OutputPath(dir_okay=False, path_type=Path),
     required=True,
     help="Figure to write: .svg, .png or .pdf.",
 )

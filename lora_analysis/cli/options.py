@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -103,11 +104,21 @@ def demo_option(command: Command) -> Command:
     return click.option(
         "-o",
         "--output",
-        type=click.Path(file_okay=False, path_type=Path),
+        type=OutputPath(file_okay=False, path_type=Path),
         default=Path("lora-analysis-demo"),
         show_default=True,
         help="Folder of the demo; adapters already trained in its runs/ are reused.",
     )(command)
+
+
+class OutputPath(click.Path):
+    """A path to write; an empty one, which would name the current folder, is refused."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path."""
+        if not os.fspath(value):
+            self.fail("the name is empty.", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 def force_option(command: Command) -> Command:

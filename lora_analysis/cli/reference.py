@@ -11,6 +11,7 @@ import click
 from lora_analysis.cli.options import (
     DONE,
     PARTLY_FAILED,
+    OutputPath,
     VerbCommand,
     force_option,
     label_option,
@@ -35,7 +36,7 @@ _MAX_PAIRS: Final = 1770  # of 60 adapters
 @click.option(
     "-o",
     "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=OutputPath(dir_okay=False, path_type=Path),
     required=True,
     help="JSON file for the levels, for example gpt2.reference.json.",
 )

@@ -13,6 +13,7 @@ from lora_analysis.cli.options import (
     DONE,
     FINE_TUNES,
     PARTLY_FAILED,
+    OutputPath,
     VerbCommand,
     force_option,
     label_option,
@@ -53,7 +54,7 @@ def _formats(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[
 @click.option(
     "-o",
     "--output",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=OutputPath(file_okay=False, path_type=Path),
     required=True,
     help="Folder for report.html, figures/, tables/ and results.json; replaces an earlier report.",
 )

@@ -12,6 +12,7 @@ import click
 from lora_analysis.cli.options import (
     DONE,
     PARTLY_FAILED,
+    OutputPath,
     VerbCommand,
     output_options,
     progress_bar,
@@ -63,7 +64,7 @@ every run are written to sweep.json in the output folder.
 @click.option(
     "-o",
     "--output",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=OutputPath(file_okay=False, path_type=Path),
     help="Output folder, with one folder per run. By default the one named in FILE, or FILE "
     "without its suffix.",
 )

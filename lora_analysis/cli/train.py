@@ -12,6 +12,7 @@ import click
 
 from lora_analysis.cli.options import (
     GroupedOption,
+    OutputPath,
     VerbCommand,
     device_option,
     force_option,
@@ -81,7 +82,7 @@ def _column_options(command: Command) -> Command:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=OutputPath(file_okay=False, path_type=Path),
     required=True,
     help="Output folder: adapter, metrics.jsonl, manifest.json.",
 )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from lora_analysis.cli.options import MODULES_SHOWN, force_option
+from lora_analysis.cli.options import MODULES_SHOWN, OutputPath, force_option
 from lora_analysis.cli.show import decimals, print_facts, print_json, print_table
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def output_location_options(command: Command) -> Command:
     return click.option(
         "-o",
         "--output",
-        type=click.Path(path_type=Path),
+        type=OutputPath(path_type=Path),
         required=True,
         help="Folder or file for the new adapter. A single file stays one: its suffix may be "
         "left out.",

@@ -216,6 +216,9 @@ def _choose_limit(
     adapters = len(study.adapters)
     if adapters < 2:
         return SummaryLine(Finding("summary-one-adapter", {"count": adapters}), "limits")
+    if leading is None and study.pairs["modules"].max() > 0:
+        # Pairs were compared, and none by itself: they are of other tasks, and of one run each.
+        return SummaryLine(Finding("summary-one-run-each", {"count": adapters}), "limits")
     if leading is None:
         return SummaryLine(Finding("summary-nothing-compared", {"count": adapters}), "limits")
     if leading.reason in (Reason.NO_REFERENCE, Reason.LEVEL_ONLY):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_analysis import linalg
-from lora_analysis.adapter import NOT_STORED, DenseUpdate, LowRankUpdate, UpdateOutline
+from lora_analysis.adapter import NOT_STORED, ROW_ORDERS, DenseUpdate, LowRankUpdate, UpdateOutline
 from lora_analysis.errors import InputError, UnsupportedMethodError
 from lora_analysis.formats import as_update
 from lora_analysis.spectra import Spectrum, leading_spectrum, spectrum, update_svd
@@ -286,13 +286,21 @@ def check_size(**options: float | None) -> None:
 
 def refuse_partial_methods(update: Update) -> None:
     """Raise for a part of a method whose other part depends on the directions of this one."""
-    if isinstance(update, LowRankUpdate) and update.variant not in ("", "DoRA"):
+    if not isinstance(update, LowRankUpdate) or update.variant in ("", "DoRA"):
+        return
+    if update.variant in ROW_ORDERS:
+        message = (
+            f"'{update.name}' in {update.label or 'this adapter'} was read with its "
+            f"{update.variant}. Pass heads= (command line: --heads), the heads of the base, to "
+            "read them in the model's."
+        )
+    else:
         message = (
             f"'{update.name}' in {update.label or 'this adapter'} is a part of {update.variant}, "
             "whose other part depends on the rank. Edit its effective update instead "
             "(lora_analysis.effective_update, which needs the base)."
         )
-        raise UnsupportedMethodError(message)
+    raise UnsupportedMethodError(message)
 
 
 def from_directions(

@@ -156,6 +156,12 @@ SUMMARY_CODES: Final[dict[str, Code]] = {
         "None of these {count:plural adapter} can be compared with another: they name different "
         "base models, or have no trained module in common.",
     ),
+    "summary-one-run-each": Code(
+        "limit",
+        "overlap",
+        "The {count:plural adapter} were compared in pairs, but no conclusion is drawn: it takes "
+        "two runs of a task, with different seeds, next to runs of other tasks.",
+    ),
     "summary-one-adapter": Code(
         "limit",
         "overlap",

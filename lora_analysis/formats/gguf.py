@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from lora_analysis.adapter import LLAMA_CPP_ROWS
 from lora_analysis.errors import InputError, MalformedFileError, UnsupportedMethodError
 from lora_analysis.formats.build import AdapterParts, build_adapter
 from lora_analysis.formats.factors import StatedScale, StoredPair, scale_from_alpha, split_stack
@@ -42,7 +43,6 @@ _KEY: Final = KeyPattern(re.compile(r"(?P<module>.+)\.weight\.lora_(?P<role>[ab]
 _ALPHA: Final = "adapter.lora.alpha"
 _TOKENS: Final = "adapter.alora.invocation_tokens"
 # What an update is a part of whose rows are in an order that is not the model's.
-PERMUTED_ROWS: Final = "rows in llama.cpp's order"
 
 
 @dataclass(slots=True)
@@ -190,7 +190,7 @@ def _add(content: _Content, tensors: GGUFTensors, plain: StoredPair, rows: _Rows
             heads = rows.heads[tensor.endswith("attn_k")]
         if heads is None:
             content.permuted.append(module)
-            variant = PERMUTED_ROWS
+            variant = LLAMA_CPP_ROWS
         else:
             shape = tensors.infos[b.name].shape
             if len(shape) != 2 or shape[0] % (2 * heads):
@@ -204,7 +204,7 @@ def _add(content: _Content, tensors: GGUFTensors, plain: StoredPair, rows: _Rows
             content.undone.append(module)
     elif tensor.endswith(".attn_qkv") and rows.architecture in BLOCKED_QKV:
         content.untangled.append(module)
-        variant = PERMUTED_ROWS
+        variant = LLAMA_CPP_ROWS
     pair = StoredPair(module, a, b, variant=variant)
     if tensor == EMBEDDING:
         pair = replace(pair, a=a.transpose(), layout="embedding")

@@ -88,7 +88,8 @@ def _check(files: AdapterFiles) -> None:
     if (files.config or {}).get("fine_tune_type") == "full":
         message = (
             f"{files.config_path}: fine_tune_type is 'full': {files.weights.name} holds the "
-            "weights of a full fine-tune of mlx-lm, not a LoRA update. Subtract the base model."
+            "weights of a full fine-tune of mlx-lm, not a LoRA update. Copy it into a "
+            "folder of its own and pass its base with base= (command line: --base)."
         )
         raise UnsupportedMethodError(message)
 

@@ -149,7 +149,10 @@ def _unknown_folder(folder: Path, options: ReadOptions, hint: str) -> UnknownFor
     if not names:
         return UnknownFormatError(f"{folder}: the folder is empty.")
     first = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-    text = f"{folder}: no adapter was recognized. The folder holds: {first}."
+    text = (
+        f"{folder}: no adapter was recognized. The folder holds: {first}. If one of these holds "
+        "the adapter, name the file itself."
+    )
     stored = [folder / name for name in names if name.endswith(".safetensors")]
     kinds = ""
     for name in names[:_LOOKED_AT]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
-from lora_analysis.adapter import NOT_STORED, Adapter, LazyUpdate, LowRankUpdate
+from lora_analysis.adapter import NOT_STORED, ROW_ORDERS, Adapter, LazyUpdate, LowRankUpdate
 from lora_analysis.errors import InputError, UnsupportedMethodError
 from lora_analysis.formats.peft.adapter_config import refuse_more_than_factors
 from lora_analysis.formats.peft.module_pairs import DORA
@@ -137,6 +137,11 @@ def refuse_update(
     """
     if update.layout not in layouts:
         reason = f"for a weight of layout '{update.layout}', which a file of {format} cannot store"
+    elif update.variant in ROW_ORDERS:
+        reason = (
+            f"read with its {update.variant}, which a file of {format} cannot state; pass heads= "
+            "(command line: --heads), the heads of the base, to read them in the model's"
+        )
     elif update.variant not in ("", *variants):
         reason = (
             f"part of a {update.variant} update, which also changes the base weight; a file of "

@@ -403,6 +403,9 @@ def check_output_file(path: Path, *, inputs: Iterable[Path] = (), force: bool = 
     if path.is_dir():
         message = f"{path} is a folder, and the output is a file. Choose another name."
         raise OccupiedError(message)
+    if path.exists() and not path.is_file():
+        message = f"{path} is a device or a pipe, not a file. Choose another name."
+        raise OccupiedError(message)
     if force or not path.exists() or path.stat().st_size == 0 or is_marked(path):
         return
     message = (

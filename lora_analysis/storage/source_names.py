@@ -56,7 +56,13 @@ def source_paths(source: str | os.PathLike[str]) -> tuple[Path, ...]:
 
 def not_found_error(source: str | os.PathLike[str]) -> SourceError:
     """Return the error for a source that names no file or folder."""
-    return SourceError(f"There is no file or folder {str(source)!r}.")
+    try:
+        link = Path(source).readlink()
+    except PermissionError as error:
+        return SourceError(f"{str(source)!r} cannot be looked at: {error.strerror}.")
+    except (OSError, ValueError):
+        return SourceError(f"There is no file or folder {str(source)!r}.")
+    return SourceError(f"{str(source)!r} is a link to '{link}', which does not exist.")
 
 
 def bundled_data(name: str) -> Path:

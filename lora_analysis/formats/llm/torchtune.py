@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
+from lora_analysis.adapter import TORCHTUNE_ROWS
 from lora_analysis.errors import MalformedFileError
 from lora_analysis.formats.build import AdapterParts, stated_alpha
 from lora_analysis.formats.factors import StoredPair, finite_number
@@ -47,7 +48,6 @@ _OUTSIDE: Final = {"output": "lm_head", "tok_embeddings": "model.embed_tokens"}
 # model_type in the base's config.json: those whose rows torchtune permutes, those it leaves.
 _PERMUTED: Final = frozenset({"llama", "mistral", "gemma", "gemma2"})
 _LEFT: Final = frozenset({"qwen2", "qwen3", "phi3"})
-_OTHER_ORDER: Final = "rows in torchtune's order"
 
 
 def _complete(stored: StoredModules) -> AdapterParts:
@@ -56,7 +56,7 @@ def _complete(stored: StoredModules) -> AdapterParts:
     pairs = [_pair(stored.tensors, plain, norms[plain.module], order) for plain in stored.pairs()]
     alpha, config = _alpha(stored.path)
     findings: list[Finding | str] = [*stored.unanalyzed_findings()]
-    if unordered := [pair.module for pair in pairs if pair.variant == _OTHER_ORDER]:
+    if unordered := [pair.module for pair in pairs if pair.variant == TORCHTUNE_ROWS]:
         text = (
             f"Output side not to be used: the rows of B of {len(unordered)} q and k modules "
             f"(first: '{unordered[0]}') may be in Meta's order, and neither heads= (command line: "
@@ -122,7 +122,7 @@ def _pair(tensors: NamedTensors, plain: StoredPair, norm: str | None, order: _Or
     if rotated is None or order.is_plain:
         return pair
     if not order.heads:
-        return replace(pair, variant=_OTHER_ORDER, magnitude=None)
+        return replace(pair, variant=TORCHTUNE_ROWS, magnitude=None)
     heads, shape = order.heads[rotated["part"]], tensors.infos[plain.b.name].shape
     if len(shape) != 2 or heads < 1 or shape[0] % (2 * heads):
         message = (

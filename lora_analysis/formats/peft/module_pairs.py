@@ -233,7 +233,7 @@ def _with_base_name(path: object, pair: StoredPair, config: PeftConfig) -> Store
         message = f"{path}: '{pair.module}' is beyond the layers that layer_replication makes."
         raise MalformedFileError(message)
     base_name = f"{match['before']}.{origin}.{name[match.end() :]}"
-    return replace(pair, base_name=base_name)
+    return pair if base_name == pair.module else replace(pair, base_name=base_name)
 
 
 def _findings(

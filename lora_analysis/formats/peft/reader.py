@@ -244,9 +244,14 @@ def _check_weights(files: AdapterFiles, options: ReadOptions) -> None:
             raise pickle_error(files.weights)
         return
     folder = files.weights.parent
+    if files.weights.is_symlink():
+        link = files.weights.readlink()
+        message = f"{files.weights} is a link to '{link}', which does not exist."
+        raise SourceError(message)
     names = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6])
     message = (
-        f"{folder}: {CONFIG_NAME} has no {WEIGHTS_NAME} next to it. The folder holds: {names}."
+        f"{folder}: {CONFIG_NAME} has no {WEIGHTS_NAME} next to it. The folder holds: {names}. If "
+        "one of these holds the adapter, name the file itself."
     )
     raise SourceError(message)
 
