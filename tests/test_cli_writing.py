@@ -281,7 +281,7 @@ def test_no_adapter_is_extracted_into_the_folder_of_a_model(
     ask = ("extract", folder if chosen == "folder" else tuned, "--base", models["base"])
     code, _, err = call(capsys, *ask, "--rank", 2, "--force", "-o", folder / "k.safetensors")
     assert code == 3
-    assert "lies inside the input" in err
+    assert "is inside the input" in err
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
 
 

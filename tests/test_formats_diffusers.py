@@ -338,5 +338,7 @@ def test_a_start_that_was_taken_out_of_the_base_is_subtracted(
     wanted = product(tensors, unet) - (U[:, :2] * S[:2]) @ V[:2]
     np.testing.assert_allclose(worked_out[unet].delta_weight(), wanted, rtol=1e-5)
     other = stored(tmp_path / "other.safetensors", peft_keys(rng, unet, rank=3), said)
-    with pytest.raises(MalformedFileError, match=r"must have rank 2 and shape .*of one run\?"):
+    with pytest.raises(
+        MalformedFileError, match=r"must have rank 2 and shape .*from the same run\?"
+    ):
         _ = read_adapter(trained, initial=other)[unet]

@@ -210,7 +210,7 @@ def test_a_study_is_not_written_over_what_others_wrote(made: Study, stored: Path
     made.save(folder, force=True)
     assert (folder / "notes.txt").read_text(encoding="utf-8") == "mine"
     assert_same(Study.load(made.save(folder)), made)
-    with pytest.raises(OccupiedError, match="lies inside the input"):
+    with pytest.raises(OccupiedError, match="is inside the input"):
         made.save(stored / "adapters" / LABELS[0] / "saved")
 
 

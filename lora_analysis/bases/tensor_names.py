@@ -195,8 +195,8 @@ class TensorNames:
             return fitting[0]
         if self._ambiguous:
             message = (
-                f"{self.label}: '{module}' may stand behind several prefixes "
-                f"({', '.join(self._ambiguous)}), which names and shapes do not decide. Pass "
+                f"{self.label}: '{module}' may belong to several prefixes "
+                f"({', '.join(self._ambiguous)}); names and shapes do not decide. Pass "
                 "prefix= to name one (command line: --prefix OLD=NEW)."
             )
             raise BaseWeightError(message)

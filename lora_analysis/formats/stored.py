@@ -227,13 +227,11 @@ class _Operation(StoredFactor):
         """
         source = self.operand.position(tensors)
         operand = self.operand
-        if source is None or (
-            isinstance(operand, _Operation) and operand.operation == "transposed"
-        ):
+        if source is None or (isinstance(operand, _Operation) and operand.operation == "transpose"):
             return None
         first = 0
         if self.operation in ("columns", "identity") or (
-            self.operation == "transposed" and len(source.shape) > 2
+            self.operation == "transpose" and len(source.shape) > 2
         ):
             return None
         if self.operation == "at":

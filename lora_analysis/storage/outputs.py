@@ -439,7 +439,7 @@ def _refuse_inputs(output: Path, inputs: Iterable[Path]) -> None:
             output.exists() and path.exists() and output.samefile(path) and not output.is_dir()
         )
         if same or (path.is_dir() and path in target.parents):
-            how = "is" if same else "lies inside"
+            how = "is" if same else "is inside"
             message = (
                 f"{output} {how} the input {path}, and inputs are never written. Choose another "
                 "place with -o."
