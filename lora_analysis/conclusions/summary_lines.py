@@ -300,20 +300,19 @@ def finding_boxes(
     for finding in findings:
         if finding.code not in _IN_TABLES:
             groups.setdefault((finding.severity, finding.code), []).append(finding)
-    boxes = {
-        severity: sorted(
-            (
-                FindingBox(code, severity, tuple(group))
-                for (of_group, code), group in groups.items()
-                if of_group == severity
-            ),
-            key=lambda box: _ORDER.index(box.code) if box.code in _ORDER else len(_ORDER),
-        )
-        for severity in SEVERITIES
-    }
+    boxes: dict[Severity, list[FindingBox]] = {severity: [] for severity in SEVERITIES}
+    for (severity, code), group in groups.items():
+        boxes[severity].append(FindingBox(code, severity, tuple(group)))
+    for of_severity in boxes.values():
+        of_severity.sort(key=_importance)
     while sum(map(len, boxes.values())) > MOST_BOXES:
         # Of damage, twice as many as of the others.
         boxes[max(SEVERITIES, key=lambda name: len(boxes[name]) / (1 + (name == "damage")))].pop()
     chosen = tuple(box for severity in SEVERITIES for box in boxes[severity])
     in_boxes = {id(finding) for box in chosen for finding in box.findings}
     return chosen, tuple(finding for finding in findings if id(finding) not in in_boxes)
+
+
+def _importance(box: FindingBox) -> int:
+    """Return the position of a box among those of its severity."""
+    return _ORDER.index(box.code) if box.code in _ORDER else len(_ORDER)

@@ -149,9 +149,7 @@ def weight_changes_table(study: Study) -> ReportTable | None:
         for side in sides:
             row = [*map(str, key), f"{changed} of {len(modules)}", *numbers]
             if side:
-                values = medians.loc[(*key, side)] if (*key, side) in medians.index else None
-                cells = ["–" if values is None else number(float(values[c])) for c in _CHANGES]
-                row = [*row[:2], side, *row[2:], *cells]
+                row = [*row[:2], side, *row[2:], *_change_cells(medians, (*key, side))]
             rows.append(tuple(row))
     columns = ["module", "adapter", "changed", "‖ΔW‖/‖W‖", "enrichment"]
     note = (
@@ -178,6 +176,13 @@ def weight_changes_table(study: Study) -> ReportTable | None:
         tuple(rows[:_MAX_ROWS]),
         text_columns=4 if len(study.changes) else 3,
     )
+
+
+def _change_cells(medians: pd.DataFrame, key: tuple[str, ...]) -> list[str]:
+    """Return the columns of one row of changes; dashes if no module changed."""
+    if key not in medians.index:
+        return ["–"] * len(_CHANGES)
+    return [number(float(medians.loc[key][name])) for name in _CHANGES]
 
 
 def amplification_table(study: Study) -> ReportTable | None:

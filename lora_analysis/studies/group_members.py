@@ -146,7 +146,7 @@ def _choose_others(
     members: Sequence[str],
     related: Mapping[tuple[str, str], PairClass],
 ) -> list[str]:
-    """Return adapters of other groups: the first of each further task, related to no other one."""
+    """Return adapters of other groups: the first of each further task, unrelated to all chosen."""
     others: list[str] = []
     for label, task in task_of.items():
         has_task = isinstance(task, str)

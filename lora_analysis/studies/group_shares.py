@@ -184,17 +184,10 @@ def module_shares(
     module
         Name of the module.
     """
-    by_shape = updates_by_shape(adapters, module)
-    same = max(by_shape, key=lambda group: sum(i < count for i in group.members), default=None)
-    if same is None:
-        return ModuleExclusion.NOT_IN_ALL
-    if min(same.updates[0].shape) < ROOM * k:
-        return ModuleExclusion.NO_ROOM
-    spectra = {i: spectrum(u) for i, u in zip(same.members, same.updates, strict=True)}
-    spectra = {i: s for i, s in spectra.items() if not s.untrained and s.numerical_rank}
+    spectra = _usable_spectra(adapters, count, k, module)
+    if isinstance(spectra, ModuleExclusion):
+        return spectra
     present = np.array(list(spectra), dtype=np.intp)
-    if np.count_nonzero(present < count) < FEWEST:
-        return ModuleExclusion.NOT_IN_ALL
     values = list(spectra.values())
     shape = values[0].shape
     output = _Frames.of(np.hstack([s.vectors("output") for s in values]), values)
@@ -234,6 +227,23 @@ def module_shares(
             explained=_explained(plane) if whole else None,
             explained_chance=_explained_by_chance(count, shape, module) if whole else None,
         )
+
+
+def _usable_spectra(
+    adapters: Sequence[Adapter], count: int, k: int, module: str
+) -> dict[int, Spectrum] | ModuleExclusion:
+    """Return the spectra of trained updates by position, of the shape that most members have."""
+    by_shape = updates_by_shape(adapters, module)
+    same = max(by_shape, key=lambda group: sum(i < count for i in group.members), default=None)
+    if same is None:
+        return ModuleExclusion.NOT_IN_ALL
+    if min(same.updates[0].shape) < ROOM * k:
+        return ModuleExclusion.NO_ROOM
+    every = {i: spectrum(u) for i, u in zip(same.members, same.updates, strict=True)}
+    trained = {i: s for i, s in every.items() if not s.untrained and s.numerical_rank}
+    if sum(i < count for i in trained) < FEWEST:
+        return ModuleExclusion.NOT_IN_ALL
+    return trained
 
 
 def _cosines(output: _Frames, inputs: _Frames) -> NDArray[np.float64]:
