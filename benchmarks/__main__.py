@@ -1,7 +1,7 @@
 """Time what users would write by hand, and what peers do, against the package.
 
 All sides of a row run in turn in one process, and ratios are what is printed; the accuracy stands
-beside them, since a fast wrong number is no gain. One BLAS thread unless a row says otherwise.
+next to them, since a fast wrong number is no gain. One BLAS thread unless a row says otherwise.
 """
 
 from __future__ import annotations

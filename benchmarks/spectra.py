@@ -91,7 +91,7 @@ def exact_values(one: LowRankUpdate) -> np.ndarray:
 
 
 def accuracy() -> Iterator[Row]:
-    """Yield the errors of σ, over condition numbers of the factors, beside the dense route's."""
+    """Yield the errors of σ, over condition numbers of the factors, next to the dense route's."""
     for condition in (1e2, 1e4, 1e6):
         ours, dense = [], []
         for seed in range(5):

@@ -101,7 +101,7 @@ def project(
 
     Notes
     -----
-    O(d_out·d_in·Σr). Beside one tile it holds ``Σr`` columns of a tile's height, and ``Σr`` rows
+    O(d_out·d_in·Σr). Next to one tile it holds ``Σr`` columns of a tile's height, and ``Σr`` rows
     of W's width if ``one_sided``.
     """
     watch = WeightWatch(W.shape[0] * W.shape[1]) if norm and not isinstance(W, np.ndarray) else None

@@ -63,7 +63,7 @@ def leading_svd(W: NDArray[np.floating], k: int) -> DenseSVD:
     if svd is not None:
         svd = _polish(tall, _svd_on_span(tall, svd.V), k)
         if not _is_exact(svd, _residuals(tall, svd), k):
-            # Beside a value some hundred times larger, float32 does not resolve the others.
+            # Next to a value some hundred times larger, float32 does not resolve the others.
             svd = krylov_svd(_operator(np.asarray(tall, dtype=np.float64)), k, start=svd.V)
             svd = None if svd is None else _polish(tall, svd, k)
     u, s, v = _lapack_svd(tall, k) if svd is None else svd

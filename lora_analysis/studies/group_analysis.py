@@ -86,7 +86,7 @@ class GroupAnalysis:
         Adapters that are left out, with the reason and the member that they are related to.
     shared_init
         Whether members share an initialization, because fewer than six were left without them:
-        then the input side and both sides together are in no conclusion.
+        then the input side and both sides together are excluded from the conclusion.
     modules, left_out
         Modules that are analyzed, and those that are not, with the reason.
     k
