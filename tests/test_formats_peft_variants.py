@@ -324,7 +324,7 @@ def test_what_peft_converted_is_read_as_it_is_and_not_twice(tmp_path: Path) -> N
     adapter = read_adapter(tmp_path / "converted")
     assert low_rank(adapter, "proj").rank == 8
     assert_same(adapter["proj"].delta_weight(), wanted, 1e-5)
-    with pytest.raises(MalformedFileError, match="twice the rank is a file that was converted"):
+    with pytest.raises(MalformedFileError, match="twice the rank was converted"):
         read_adapter(tmp_path / "converted", initial=tmp_path / "initial")
 
 

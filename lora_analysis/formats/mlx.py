@@ -274,7 +274,8 @@ def _module_arrays(planned: PlannedFactors, shapes: Mapping[str, Shape]) -> dict
     arrays = [a, b] if factors.norms is None else [a, b, factors.norms]
     filled = {}
     for (name, shape), array in zip(shapes.items(), arrays, strict=True):
-        whole = np.zeros(shape, array.dtype)
-        whole[tuple(slice(size) for size in array.shape)] = array
-        filled[name] = whole
+        filled[name] = np.ascontiguousarray(array)
+        if array.shape != shape:  # zeros after the last entries along each axis
+            filled[name] = np.zeros(shape, array.dtype)
+            filled[name][tuple(slice(size) for size in array.shape)] = array
     return filled

@@ -82,18 +82,23 @@ def fold_scales(
     planned = {}
     for name, update in updates.items():
         ratio = update.known_scale() / scales[name]
-        dtype = narrowed_type(update.stored_dtype)
-        if dtype != "float32":
-            arrays = _folded_arrays(adapter, name, ratio).values()
-            dtype = dtype if all(is_exact(array, dtype) for array in arrays) else "float32"
         planned[name] = PlannedFactors(
             *layer_shapes(update),
             layout=update.layout,
-            dtype=dtype,
+            dtype=_folded_type(adapter, name, update, ratio),
             load=partial(_folded_factors, adapter, name, ratio),
             norms=(update.shape[0],) if update.has_magnitude else None,
         )
     return planned
+
+
+def _folded_type(adapter: Adapter, name: str, update: UpdateOutline, ratio: float) -> str:
+    # A function of its own, so that no array outlives its module.
+    dtype = narrowed_type(update.stored_dtype)
+    if dtype == "float32":
+        return dtype
+    arrays = _folded_arrays(adapter, name, ratio).values()
+    return dtype if all(is_exact(array, dtype) for array in arrays) else "float32"
 
 
 def _folded_arrays(adapter: Adapter, name: str, ratio: float) -> dict[str, NDArray[Any]]:
