@@ -45,14 +45,14 @@ SMALL, LARGE, SECOND = "rotate-r8-s0", "rotate-r64-s1", "rotate-r64-s0"
 RANKS = ("rotate-r4-s0", "rotate-r8-s0", "rotate-r64-s0")
 
 
-def run_reproduction(
+def make_reproduction(
     folder: Path,
     *,
     device: str = "auto",
     progress: Progress | None = None,
     force: bool = False,
-) -> Path:
-    """Train the demo's missing adapters, draw the paper's figures, return the page's path.
+) -> tuple[Study, Path]:
+    """Train the demo's missing adapters, draw the paper's figures, return the study and the page.
 
     Parameters
     ----------
@@ -62,18 +62,6 @@ def run_reproduction(
     device, progress, force
         As for the demo.
     """
-    _, path = make_reproduction(folder, device=device, progress=progress, force=force)
-    return path
-
-
-def make_reproduction(
-    folder: Path,
-    *,
-    device: str = "auto",
-    progress: Progress | None = None,
-    force: bool = False,
-) -> tuple[Study, Path]:
-    """Run `run_reproduction` and return the study as well as the page's path."""
     OutputFolder(
         folder, kind="reproduction", verb="reproduce", inputs=find_demo_runs(folder), force=force
     ).check()

@@ -265,10 +265,10 @@ def test_gpt2s_factors_are_read_as_the_model_has_them_whichever_way_they_lie(
     ):
         a, b = kept[name]
         np.testing.assert_allclose(adapter[module].delta_weight(), b @ a, atol=1e-12)
-    said = "A and B were exchanged and transposed" in " ".join(
+    is_named = "A and B were exchanged and transposed" in " ".join(
         map(str, adapter.provenance.findings)
     )
-    assert said == turned
+    assert is_named == turned
 
 
 def test_gpt2s_square_matrices_alone_leave_the_sides_open(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -318,3 +319,15 @@ def test_weights_behind_a_broken_link_are_called_that(tmp_path: Path) -> None:
         read_adapter(tmp_path)
     with pytest.raises(SourceError, match=r"is a link to .*gone"):
         read_adapter(tmp_path / "adapter_model.safetensors")
+
+
+def test_a_folder_that_may_not_be_entered_is_called_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    monkeypatch.setattr(Path, "readlink", refuse)
+    with pytest.raises(SourceError, match=r"Permission denied.*every folder above"):
+        read_adapter(tmp_path / "locked" / "adapter")

@@ -334,8 +334,8 @@ def test_only_the_files_of_the_adapter_are_fetched_from_a_model_with_one(
 )  # fmt: skip
 def test_files_are_chosen_by_name(paths: str, allow_pickle: bool, chosen: list[int]) -> None:
     listed = paths.split()
-    found = hub_module.select_adapter_files(listed, allow_pickle=allow_pickle)
-    assert sorted(found) == sorted(listed[n] for n in chosen)
+    selected = hub_module.select_adapter_files(listed, allow_pickle=allow_pickle)
+    assert sorted(selected) == sorted(listed[n] for n in chosen)
 
 
 @pytest.mark.parametrize("states_sizes", [True, False])

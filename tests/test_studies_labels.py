@@ -69,9 +69,9 @@ def test_a_rank_in_a_name_that_the_tensors_contradict_is_noted(rng: np.random.Ge
 def test_globs_are_expanded_in_natural_order(tmp_path: Path) -> None:
     for name in ("r2", "r10", "other"):
         (tmp_path / name).mkdir()
-    found = expand_glob(str(tmp_path / "r*"))
-    assert [Path(one).name for one in found] == ["r2", "r10"]
-    (tmp_path / "sweep.json").write_text("{}")  # beside a sweep's runs
+    runs = expand_glob(str(tmp_path / "r*"))
+    assert [Path(run).name for run in runs] == ["r2", "r10"]
+    (tmp_path / "sweep.json").write_text("{}")  # next to a sweep's runs
     assert expand_glob(str(tmp_path / "sweep.json")) == []
     assert [Path(one).name for one in expand_glob(str(tmp_path / "*"))] == ["other", "r2", "r10"]
     assert expand_glob("hf://owner/name*") == ["hf://owner/name*"]

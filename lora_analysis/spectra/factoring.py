@@ -105,13 +105,22 @@ def _dense_spectrum(update: DenseUpdate, *, vectors: bool) -> Spectrum:
         U, V = u * sign, v * sign
     else:
         s = np.linalg.svd(delta, compute_uv=False)
+    return _of_triplets(update, U, np.asarray(s, np.float64), V)
+
+
+def _of_triplets(
+    update: DenseUpdate,
+    U: NDArray[np.float64] | None,
+    S: NDArray[np.float64],
+    V: NDArray[np.float64] | None,
+) -> Spectrum:
     return Spectrum(
         name=update.name,
         U=U,
-        S=np.asarray(s, np.float64),
+        S=S,
         V=V,
         of="delta",
-        numerical_rank=int(np.count_nonzero(s > max(update.shape) * linalg.EPS * s[0])),
+        numerical_rank=int(np.count_nonzero(max(update.shape) * linalg.EPS * S[0] < S)),
         rank=update.rank,
         shape=update.shape,
         stored_dtype=update.stored_dtype,
@@ -286,18 +295,7 @@ def leading_spectrum(update: DenseUpdate, k: int) -> Spectrum:
     count = min(k, *update.shape)
     u, s, v = linalg.leading_svd(update.delta, count)
     sign = linalg.column_signs(u)
-    return Spectrum(
-        name=update.name,
-        U=u * sign,
-        S=s,
-        V=v * sign,
-        of="delta",
-        numerical_rank=int(np.count_nonzero(s > max(update.shape) * linalg.EPS * s[0])),
-        rank=update.rank,
-        shape=update.shape,
-        stored_dtype=update.stored_dtype,
-        label=update.label,
-    )
+    return _of_triplets(update, u * sign, s, v * sign)
 
 
 def partial_spectrum(update: DenseUpdate, k: int) -> Spectrum:

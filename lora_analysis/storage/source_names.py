@@ -59,7 +59,10 @@ def not_found_error(source: str | os.PathLike[str]) -> SourceError:
     try:
         link = Path(source).readlink()
     except PermissionError as error:
-        return SourceError(f"{str(source)!r} cannot be looked at: {error.strerror}.")
+        return SourceError(
+            f"{str(source)!r} cannot be looked at: {error.strerror}. Reading it takes permission "
+            "to enter every folder above it."
+        )
     except (OSError, ValueError):
         return SourceError(f"There is no file or folder {str(source)!r}.")
     return SourceError(f"{str(source)!r} is a link to '{link}', which does not exist.")
