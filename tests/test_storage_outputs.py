@@ -299,6 +299,12 @@ def test_a_device_or_a_pipe_is_never_replaced(tmp_path: Path) -> None:
     for force in (False, True):
         with pytest.raises(OccupiedError, match="device or a pipe"):
             write_output_file(pipe, b"new", force=force)
+    for folder in (tmp_path, pipe):
+        with (
+            pytest.raises(OccupiedError, match="device or a pipe"),
+            output_folder(folder, kind="report", verb="report", force=True) as staging,
+        ):
+            (staging / "pipe.json").write_bytes(b"new")
     assert pipe.is_fifo()
 
 

@@ -102,7 +102,7 @@ class OutputFolder:
             It contains files of others or edited files of ours and ``force`` is not given; it is an
             input or inside one; or it is a symbolic link.
         """
-        _refuse_link(self.folder)
+        _refuse_special(self.folder)
         for name in (".", *self.record.names):
             _refuse_inputs(self.folder / name, self.inputs)
         if self.folder.exists() and not self.folder.is_dir():
@@ -258,7 +258,7 @@ class OutputFolder:
         for path in (target, *target.parents):
             if path == self.folder:
                 break
-            _refuse_link(path)
+            _refuse_special(path)
         if target.is_dir():
             message = f"{target} is a folder, and the output is a file of that name. Move it away."
             raise OccupiedError(message)
@@ -377,7 +377,8 @@ def output_file(path: Path, *, inputs: Iterable[Path] = (), force: bool = False)
     Raises
     ------
     OccupiedError
-        The path is a file or folder that is not ours, a symbolic link, or an input.
+        The path is a file or folder that is not ours, a symbolic link, a device, a pipe, or an
+        input.
     InUseError
         Another process writes it.
     """
@@ -398,13 +399,10 @@ def output_file(path: Path, *, inputs: Iterable[Path] = (), force: bool = False)
 
 def check_output_file(path: Path, *, inputs: Iterable[Path] = (), force: bool = False) -> None:
     """Raise if a file may not be written; see `output_file`."""
-    _refuse_link(path)
+    _refuse_special(path)
     _refuse_inputs(path, [source.resolve() for source in inputs if source.exists()])
     if path.is_dir():
         message = f"{path} is a folder, and the output is a file. Choose another name."
-        raise OccupiedError(message)
-    if path.exists() and not path.is_file():
-        message = f"{path} is a device or a pipe, not a file. Choose another name."
         raise OccupiedError(message)
     if force or not path.exists() or path.stat().st_size == 0 or is_marked(path):
         return
@@ -447,12 +445,15 @@ def _refuse_inputs(output: Path, inputs: Iterable[Path]) -> None:
             raise OccupiedError(message)
 
 
-def _refuse_link(path: Path) -> None:
-    """Raise if a path is a symbolic link."""
+def _refuse_special(path: Path) -> None:
+    """Raise if a path is a symbolic link, a device or a pipe."""
     if path.is_symlink():
         message = (
             f"{path} is a symbolic link, and no output is written through one. Name its target."
         )
+        raise OccupiedError(message)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        message = f"{path} is a device or a pipe, which is never replaced. Choose another name."
         raise OccupiedError(message)
 
 
